@@ -1,0 +1,67 @@
+# Everything runs in .venv, made on the first use and brought up to date when setup.py or constraints.txt changes.
+PYTHON ?= python3
+PYTEST_ARGS ?=
+
+VENV := .venv
+PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
+# A CUDA build of PyTorch brings the Triton that it was built with; beside a CPU build this one is installed.
+TRITON_FOR_CPU := triton==3.6.0; sys_platform == "linux"
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.PHONY: help demo test lint format clean
+
+help: ## list the targets
+	@echo "Targets:"
+	@sed -n 's/^\([a-z]*\):.*## /  make \1	/p' $(firstword $(MAKEFILE_LIST)) | expand -t 16
+	@echo "Variables:"
+	@echo "  PYTHON       the Python that makes .venv, now $(PYTHON)"
+	@echo "  PYTEST_ARGS  passed on to pytest: make test PYTEST_ARGS='-k tokenizer'"
+
+demo: $(VENV)/.demo-stamp ## embed sentences with real MiniLM weights, beside transformers
+	$(VENV)/bin/fastbert demo
+
+# The kernels run under Triton's interpreter in pytest and through its compiler in the offline report. One process
+# cannot hold both, so the report has its own.
+test: $(VENV)/.test-stamp ## run the tests, compile the kernels offline, lint
+	$(VENV)/bin/pytest $(PYTEST_ARGS)
+	env -u TRITON_INTERPRET $(VENV)/bin/python -m fastbert_kernels.offline
+	@$(MAKE) --no-print-directory lint
+
+lint: $(VENV)/.test-stamp ## ruff check, ruff format --check, mypy
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+format: $(VENV)/.test-stamp ## sort the imports and format the code
+	$(VENV)/bin/ruff check --select I --fix .
+	$(VENV)/bin/ruff format .
+
+clean: ## remove caches and build outputs; .venv stays
+	rm -rf build dist *.egg-info .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find fastbert kernels tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
+
+$(VENV)/bin/python:
+	@command -v $(PYTHON) >/dev/null || { \
+	    echo "error: '$(PYTHON)' not found. Install Python 3.10 or newer, or name one: make PYTHON=/path/to/python3" >&2; \
+	    exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+	    echo "error: fastbert needs Python 3.10 or newer, and '$(PYTHON)' is $$($(PYTHON) --version 2>&1)." \
+	        "Name another one: make PYTHON=python3.12" >&2; \
+	    exit 1; }
+	@echo "Making $(VENV) with $$($(PYTHON) --version 2>&1)"
+	@$(PYTHON) -m venv $(VENV) || { \
+	    rm -rf $(VENV); \
+	    echo "error: '$(PYTHON) -m venv' failed. On Debian and Ubuntu it needs a package of its own:" \
+	        "sudo apt install python3-venv" >&2; \
+	    exit 1; }
+
+# pip shows its progress in a terminal and stays quiet in a log. PyTorch goes first, because whether it brings Triton
+# decides which Triton is installed.
+$(VENV)/.%-stamp: setup.py constraints.txt | $(VENV)/bin/python
+	@echo "Installing fastbert[$*] and its dependencies into $(VENV) (the first time this downloads PyTorch: minutes)"
+	@test -t 1 || quiet=--quiet; set -e; \
+	$(PIP) install $$quiet --constraint constraints.txt torch; \
+	$(VENV)/bin/python -c 'import triton' 2>/dev/null || $(PIP) install $$quiet '$(TRITON_FOR_CPU)'; \
+	$(PIP) install $$quiet --constraint constraints.txt --editable '.[$*]'
+	@touch $@

@@ -1,0 +1,82 @@
+"""fastbert: a drop-in faster BERT encoder for PyTorch.
+
+import fastbert
+encoder = fastbert.SentenceEncoder.from_pretrained("sentence-transformers/all-MiniLM-L6-v2")
+vectors = encoder.encode(["A text.", "Another one."])
+
+model = fastbert.BertModel.from_pretrained("google-bert/bert-base-uncased")
+output = model(input_ids, attention_mask)
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from fastbert._version import __version__
+
+if TYPE_CHECKING:
+    from fastbert.config import BertConfig
+    from fastbert.explain import explain
+    from fastbert.heads import (
+        BertForMaskedLM,
+        BertForMultipleChoice,
+        BertForNextSentencePrediction,
+        BertForPreTraining,
+        BertForQuestionAnswering,
+        BertForSequenceClassification,
+        BertForTokenClassification,
+    )
+    from fastbert.model import BertModel
+    from fastbert.ops import BackendError
+    from fastbert.sentence import SentenceEncoder
+    from fastbert.tokenizer import Tokenizer
+    from fastbert.verify import verify
+
+# Public name -> the module that holds it, imported when the name is first used, so that `import fastbert` is quick.
+_PUBLIC = {
+    "BackendError": "fastbert.ops",
+    "BertConfig": "fastbert.config",
+    "BertForMaskedLM": "fastbert.heads",
+    "BertForMultipleChoice": "fastbert.heads",
+    "BertForNextSentencePrediction": "fastbert.heads",
+    "BertForPreTraining": "fastbert.heads",
+    "BertForQuestionAnswering": "fastbert.heads",
+    "BertForSequenceClassification": "fastbert.heads",
+    "BertForTokenClassification": "fastbert.heads",
+    "BertModel": "fastbert.model",
+    "SentenceEncoder": "fastbert.sentence",
+    "Tokenizer": "fastbert.tokenizer",
+    "explain": "fastbert.explain",
+    "verify": "fastbert.verify",
+}
+
+__all__ = [
+    "BackendError",
+    "BertConfig",
+    "BertForMaskedLM",
+    "BertForMultipleChoice",
+    "BertForNextSentencePrediction",
+    "BertForPreTraining",
+    "BertForQuestionAnswering",
+    "BertForSequenceClassification",
+    "BertForTokenClassification",
+    "BertModel",
+    "SentenceEncoder",
+    "Tokenizer",
+    "__version__",
+    "explain",
+    "verify",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'fastbert' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_PUBLIC[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

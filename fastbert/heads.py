@@ -1,0 +1,413 @@
+"""The seven BERT models with heads: pre-training, masked LM, next sentence, classification, choice, tokens, answers.
+
+Arguments, outputs and losses are those of transformers, with two differences that follow from packing: per-token logits
+are zero at padding positions, and padding positions enter no loss.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastbert import ops, outputs, varlen
+from fastbert.config import BertConfig
+from fastbert.model import BertModel, dense, wants_dict
+from fastbert.ops import Policy
+from fastbert.pretrained import PreTrainedModel
+
+IGNORED = -100
+
+
+class BertPredictionHeadTransform(nn.Module):
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.activation = ops.ACTIVATIONS[config.hidden_act]
+
+    def forward(self, x: Tensor, policy: Policy) -> Tensor:  # (T, H) -> (T, H)
+        norm = self.LayerNorm
+        x = dense(self.dense, x, policy, self.activation)
+        return ops.bias_residual_layer_norm(x, None, None, norm.weight, norm.bias, norm.eps, policy=policy)
+
+
+class BertLMPredictionHead(nn.Module):
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__()
+        self.transform = BertPredictionHeadTransform(config)
+        self.decoder = nn.Linear(config.hidden_size, config.vocab_size)
+        self.bias = nn.Parameter(torch.zeros(config.vocab_size))
+
+    def forward(self, x: Tensor, policy: Policy) -> Tensor:  # (T, H) -> (T, V)
+        return dense(self.decoder, self.transform(x, policy), policy)
+
+
+class BertOnlyMLMHead(nn.Module):
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__()
+        self.predictions = BertLMPredictionHead(config)
+
+
+class BertOnlyNSPHead(nn.Module):
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__()
+        self.seq_relationship = nn.Linear(config.hidden_size, 2)
+
+
+class BertPreTrainingHeads(nn.Module):
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__()
+        self.predictions = BertLMPredictionHead(config)
+        self.seq_relationship = nn.Linear(config.hidden_size, 2)
+
+
+class _WithHead(PreTrainedModel):
+    """A BertModel under `bert`, and a head beside it."""
+
+    pooler = True
+    cls: Any
+
+    def __init__(self, config: BertConfig, *, backend: str = "auto", strict: bool = False) -> None:
+        super().__init__(config, backend=backend, strict=strict)
+        self.bert = BertModel(config, add_pooling_layer=self.pooler, backend=backend, strict=strict)
+        self.add_head(config)
+        self.init_weights()
+
+    def add_head(self, config: BertConfig) -> None:
+        raise NotImplementedError
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.bert.embeddings.word_embeddings
+
+    def _output(self, output: outputs.ModelOutput, return_dict: bool | None) -> Any:
+        return output if wants_dict(self.config, return_dict) else output.to_tuple()
+
+    def _add_classifier(self, config: BertConfig, n_outputs: int) -> None:
+        dropout = config.hidden_dropout_prob if config.classifier_dropout is None else config.classifier_dropout
+        self.dropout = nn.Dropout(dropout)
+        self.classifier = nn.Linear(config.hidden_size, n_outputs)
+
+
+class _WithDecoder(_WithHead):
+    """A model whose head predicts tokens, with the word embeddings as its weight where the config ties them."""
+
+    def tie_weights(self) -> None:
+        predictions = self.cls.predictions
+        predictions.decoder.bias = predictions.bias
+        if self.config.tie_word_embeddings:
+            predictions.decoder.weight = self.bert.embeddings.word_embeddings.weight
+
+    def tied_names(self) -> set[str]:
+        tied = {"cls.predictions.decoder.bias"}
+        return tied | {"cls.predictions.decoder.weight"} if self.config.tie_word_embeddings else tied
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.cls.predictions.decoder
+
+
+def token_loss(logits: Tensor, labels: Tensor | None, batch: varlen.PackedBatch) -> Tensor | None:
+    """Mean cross entropy over the tokens whose label is not -100. logits: packed (T, C), labels: padded (B, S)."""
+    if labels is None:
+        return None
+    _check_labels("labels", labels, (batch.batch_size, batch.padded_length))
+    return F.cross_entropy(logits, varlen.pack(labels, batch).long(), ignore_index=IGNORED)
+
+
+def class_loss(logits: Tensor, labels: Tensor | None, name: str = "labels") -> Tensor | None:
+    """Mean cross entropy. logits: (B, C), labels: (B,) or (B, 1)."""
+    if labels is None:
+        return None
+    _check_labels(name, labels, (logits.shape[0],), (logits.shape[0], 1))
+    return F.cross_entropy(logits, labels.view(-1).long())
+
+
+def _check_labels(name: str, labels: Tensor, *shapes: tuple[int, ...]) -> None:
+    if tuple(labels.shape) not in shapes:
+        raise ValueError(f"{name}: expected shape {shapes[0]}, got {tuple(labels.shape)}")
+
+
+class BertForPreTraining(_WithDecoder):
+    """Masked-token and next-sentence prediction together."""
+
+    def add_head(self, config: BertConfig) -> None:
+        self.cls = BertPreTrainingHeads(config)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        next_sentence_label: Tensor | None = None,
+        *,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> outputs.BertForPreTrainingOutput | tuple[Tensor, ...]:
+        """labels: (B, S) token ids, -100 where not asked; next_sentence_label: (B,), 0 = is next, 1 = random.
+
+        Returns prediction_logits (B, S, V) and seq_relationship_logits (B, 2); the loss is the sum of both, where both
+        labels are given.
+        """
+        encoded = self.bert.encode(
+            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, output_attentions,
+            output_hidden_states,
+        )  # fmt: skip
+        logits = self.cls.predictions(encoded.last_hidden_state, self.policy)
+        is_next = self.cls.seq_relationship(self.bert.pool(encoded))
+        loss = None
+        if labels is not None and next_sentence_label is not None:
+            next_loss = class_loss(is_next, next_sentence_label, "next_sentence_label")
+            loss = token_loss(logits, labels, encoded.batch) + next_loss
+        output = outputs.BertForPreTrainingOutput(
+            loss=loss,
+            prediction_logits=varlen.pad(logits, encoded.batch),
+            seq_relationship_logits=is_next,
+            **encoded.rest(),
+        )
+        return self._output(output, return_dict)
+
+
+class BertForMaskedLM(_WithDecoder):
+    """Masked-token prediction."""
+
+    pooler = False
+
+    def add_head(self, config: BertConfig) -> None:
+        self.cls = BertOnlyMLMHead(config)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        *,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> outputs.MaskedLMOutput | tuple[Tensor, ...]:
+        """labels: (B, S) token ids, -100 where not asked. Returns logits (B, S, V)."""
+        encoded = self.bert.encode(
+            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, output_attentions,
+            output_hidden_states,
+        )  # fmt: skip
+        logits = self.cls.predictions(encoded.last_hidden_state, self.policy)
+        output = outputs.MaskedLMOutput(
+            loss=token_loss(logits, labels, encoded.batch),
+            logits=varlen.pad(logits, encoded.batch),
+            **encoded.rest(),
+        )
+        return self._output(output, return_dict)
+
+
+class BertForNextSentencePrediction(_WithHead):
+    """Whether the second sentence of a pair follows the first. Logit 0 = is next, logit 1 = random."""
+
+    def add_head(self, config: BertConfig) -> None:
+        self.cls = BertOnlyNSPHead(config)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        *,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> outputs.NextSentencePredictorOutput | tuple[Tensor, ...]:
+        """labels: (B,), 0 = is next, 1 = random. Returns logits (B, 2); `p_is_next` of the output: probabilities."""
+        encoded = self.bert.encode(
+            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, output_attentions,
+            output_hidden_states,
+        )  # fmt: skip
+        logits = self.cls.seq_relationship(self.bert.pool(encoded))
+        output = outputs.NextSentencePredictorOutput(loss=class_loss(logits, labels), logits=logits, **encoded.rest())
+        return self._output(output, return_dict)
+
+
+class BertForSequenceClassification(_WithHead):
+    """Classification of, or regression on, a whole sequence."""
+
+    def add_head(self, config: BertConfig) -> None:
+        self._add_classifier(config, config.num_labels)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        *,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> outputs.SequenceClassifierOutput | tuple[Tensor, ...]:
+        """labels: (B,) classes, or (B, num_labels) floats; config.problem_type says which loss, or labels' form does.
+
+        Returns logits (B, num_labels).
+        """
+        encoded = self.bert.encode(
+            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, output_attentions,
+            output_hidden_states,
+        )  # fmt: skip
+        logits = self.classifier(self.dropout(self.bert.pool(encoded)))
+        output = outputs.SequenceClassifierOutput(loss=self._loss(logits, labels), logits=logits, **encoded.rest())
+        return self._output(output, return_dict)
+
+    def _loss(self, logits: Tensor, labels: Tensor | None) -> Tensor | None:
+        if labels is None:
+            return None
+        problem = self.config.problem_type
+        if problem is None:
+            if self.config.num_labels == 1:
+                problem = "regression"
+            elif labels.is_floating_point():
+                problem = "multi_label_classification"
+            else:
+                problem = "single_label_classification"
+        if problem == "single_label_classification":
+            return class_loss(logits, labels)
+        n, n_labels = logits.shape
+        _check_labels("labels", labels, (n, n_labels), *([(n,)] if n_labels == 1 else []))
+        labels = labels.view(n, n_labels).to(logits.dtype)
+        if problem == "regression":
+            return F.mse_loss(logits, labels)
+        return F.binary_cross_entropy_with_logits(logits, labels)
+
+
+class BertForMultipleChoice(_WithHead):
+    """Which of C sequences answers best."""
+
+    def add_head(self, config: BertConfig) -> None:
+        self._add_classifier(config, 1)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        *,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> outputs.MultipleChoiceModelOutput | tuple[Tensor, ...]:
+        """input_ids and the others: (B, C, S); inputs_embeds: (B, C, S, H); labels: (B,). Returns logits (B, C)."""
+        given = input_ids if inputs_embeds is None else inputs_embeds
+        if given is None or given.dim() != (3 if inputs_embeds is None else 4):
+            came = None if given is None else tuple(given.shape)
+            raise ValueError(f"input_ids, inputs_embeds: expected shape (B, C, S) or (B, C, S, H), got {came}")
+        n_choices = given.shape[1]
+        flat = [
+            None if t is None else t.flatten(0, 1)
+            for t in (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
+        ]
+        encoded = self.bert.encode(*flat, output_attentions, output_hidden_states)
+        logits = self.classifier(self.dropout(self.bert.pool(encoded))).view(-1, n_choices)
+        output = outputs.MultipleChoiceModelOutput(loss=class_loss(logits, labels), logits=logits, **encoded.rest())
+        return self._output(output, return_dict)
+
+
+class BertForTokenClassification(_WithHead):
+    """A class for every token."""
+
+    pooler = False
+
+    def add_head(self, config: BertConfig) -> None:
+        self._add_classifier(config, config.num_labels)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        *,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> outputs.TokenClassifierOutput | tuple[Tensor, ...]:
+        """labels: (B, S) classes, -100 where not asked. Returns logits (B, S, num_labels)."""
+        encoded = self.bert.encode(
+            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, output_attentions,
+            output_hidden_states,
+        )  # fmt: skip
+        logits = self.classifier(self.dropout(encoded.last_hidden_state))
+        output = outputs.TokenClassifierOutput(
+            loss=token_loss(logits, labels, encoded.batch),
+            logits=varlen.pad(logits, encoded.batch),
+            **encoded.rest(),
+        )
+        return self._output(output, return_dict)
+
+
+class BertForQuestionAnswering(_WithHead):
+    """Where an answer starts and ends."""
+
+    pooler = False
+
+    def add_head(self, config: BertConfig) -> None:
+        if config.num_labels != 2:
+            raise ValueError(f"num_labels: question answering has 2 (start and end), got {config.num_labels}")
+        self.qa_outputs = nn.Linear(config.hidden_size, 2)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        start_positions: Tensor | None = None,
+        end_positions: Tensor | None = None,
+        *,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> outputs.QuestionAnsweringModelOutput | tuple[Tensor, ...]:
+        """start_positions, end_positions: (B,) columns; those outside 0 to S - 1 enter no loss.
+
+        Returns start_logits and end_logits (B, S). The losses are over the tokens of each row, not over its padding.
+        """
+        encoded = self.bert.encode(
+            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, output_attentions,
+            output_hidden_states,
+        )  # fmt: skip
+        packed = self.qa_outputs(encoded.last_hidden_state)  # (T, 2)
+        start_logits, end_logits = varlen.pad(packed, encoded.batch).unbind(-1)  # (B, S)
+        loss = None
+        if start_positions is not None and end_positions is not None:
+            token = varlen.pad(torch.ones_like(packed[:, 0], dtype=torch.bool), encoded.batch)
+            loss = (
+                self._loss(start_logits, token, start_positions, "start_positions")
+                + self._loss(end_logits, token, end_positions, "end_positions")
+            ) / 2
+        output = outputs.QuestionAnsweringModelOutput(
+            loss=loss, start_logits=start_logits.contiguous(), end_logits=end_logits.contiguous(), **encoded.rest()
+        )
+        return self._output(output, return_dict)
+
+    def _loss(self, logits: Tensor, token: Tensor, positions: Tensor, name: str) -> Tensor:
+        n, length = logits.shape
+        _check_labels(name, positions, (n,), (n, 1))
+        positions = positions.view(-1).long().clamp(0, length)
+        logits = logits.masked_fill(~token, torch.finfo(logits.dtype).min)
+        return F.cross_entropy(logits, positions, ignore_index=length)

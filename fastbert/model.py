@@ -1,0 +1,379 @@
+"""BertModel on packed tokens. Shapes: T tokens, B sequences, S longest, H hidden, I intermediate, N heads, D head size.
+
+Module and parameter names are those of transformers, so that weights, PEFT targets and optimiser groups carry over.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastbert import ops, reference, varlen
+from fastbert.config import BertConfig
+from fastbert.ops import Policy
+from fastbert.outputs import BaseModelOutputWithPooling
+from fastbert.pretrained import PreTrainedModel, listed
+from fastbert.varlen import PackedBatch
+
+logger = logging.getLogger("fastbert")
+
+
+def is_plain(linear: nn.Module) -> bool:
+    """Whether the module is a bare nn.Linear, whose weight may be used without calling it (no adapter, no hook)."""
+    return type(linear) is nn.Linear and not linear._forward_hooks and not linear._forward_pre_hooks
+
+
+def dense(module: nn.Module, x: Tensor, policy: Policy, activation: str = "none") -> Tensor:
+    """activation(module(x)), fused where the module is a plain linear. (T, K) -> (T, M)"""
+    if is_plain(module):
+        return ops.linear(x, module.weight, module.bias, activation, policy=policy)
+    x = module(x)
+    return x if activation == "none" else ops.bias_gelu(x, None, activation, policy=policy)
+
+
+class BertEmbeddings(nn.Module):
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__()
+        self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id)
+        self.position_embeddings = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        self.token_type_embeddings = nn.Embedding(config.type_vocab_size, config.hidden_size)
+        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(
+        self,
+        input_ids: Tensor | None,  # (T,)
+        token_type_ids: Tensor,  # (T,)
+        position_ids: Tensor,  # (T,)
+        inputs_embeds: Tensor | None,  # (T, H)
+        policy: Policy,
+    ) -> Tensor:  # (T, H)
+        return ops.embedding_layer_norm(
+            input_ids,
+            token_type_ids,
+            position_ids,
+            self.word_embeddings.weight,
+            self.token_type_embeddings.weight,
+            self.position_embeddings.weight,
+            self.LayerNorm.weight,
+            self.LayerNorm.bias,
+            self.LayerNorm.eps,
+            inputs_embeds=inputs_embeds,
+            dropout_p=self.dropout.p if self.training else 0.0,
+            policy=policy,
+        )
+
+
+class BertSelfAttention(nn.Module):
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__()
+        self.num_heads = config.num_attention_heads
+        self.query = nn.Linear(config.hidden_size, config.hidden_size)
+        self.key = nn.Linear(config.hidden_size, config.hidden_size)
+        self.value = nn.Linear(config.hidden_size, config.hidden_size)
+        self.dropout = nn.Dropout(config.attention_probs_dropout_prob)
+        self._fused: tuple[Any, Tensor, Tensor] | None = None
+
+    def fused_qkv(self) -> tuple[Tensor, Tensor]:
+        """The three projections as one weight (3H, H) and bias (3H,), kept until one of the six parameters changes."""
+        linears = (self.query, self.key, self.value)
+        weights, biases = [linear.weight for linear in linears], [linear.bias for linear in linears]
+        parameters = weights + biases
+        tracked = torch.is_grad_enabled() and any(p.requires_grad for p in parameters)
+        if tracked or torch.compiler.is_compiling() or any(p.is_inference() for p in parameters):
+            return torch.cat(weights), torch.cat(biases)
+        state = [(p.data_ptr(), p._version, p.dtype, p.device) for p in parameters]
+        if self._fused is None or self._fused[0] != state:
+            with torch.inference_mode(False), torch.no_grad():
+                self._fused = state, torch.cat(weights), torch.cat(biases)
+        return self._fused[1], self._fused[2]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_fused": None}
+
+    def forward(self, x: Tensor, batch: PackedBatch, policy: Policy) -> Tensor:  # (T, H) -> (T, H)
+        if is_plain(self.query) and is_plain(self.key) and is_plain(self.value):
+            qkv = ops.linear(x, *self.fused_qkv(), policy=policy)  # (T, 3H)
+        else:
+            qkv = torch.cat([self.query(x), self.key(x), self.value(x)], dim=-1)
+        dropout_p = self.dropout.p if self.training else 0.0
+        return ops.varlen_attention(qkv, batch, self.num_heads, dropout_p=dropout_p, policy=policy)
+
+
+class BertAddNorm(nn.Module):
+    """LayerNorm(dropout(dense(x)) + residual): transformers' BertSelfOutput and BertOutput."""
+
+    def __init__(self, in_features: int, config: BertConfig) -> None:
+        super().__init__()
+        self.dense = nn.Linear(in_features, config.hidden_size)
+        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(self, x: Tensor, residual: Tensor, policy: Policy) -> Tensor:  # (T, K), (T, H) -> (T, H)
+        norm, dropout_p = self.LayerNorm, self.dropout.p if self.training else 0.0
+        after = residual, norm.weight, norm.bias, norm.eps
+        if is_plain(self.dense):
+            weight, bias = self.dense.weight, self.dense.bias
+            return ops.linear_residual_layer_norm(x, weight, bias, *after, dropout_p=dropout_p, policy=policy)
+        return ops.bias_residual_layer_norm(self.dense(x), None, *after, dropout_p=dropout_p, policy=policy)
+
+
+class BertAttention(nn.Module):
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__()
+        self.self = BertSelfAttention(config)
+        self.output = BertAddNorm(config.hidden_size, config)
+
+    def forward(self, x: Tensor, batch: PackedBatch, policy: Policy) -> Tensor:
+        return self.output(self.self(x, batch, policy), x, policy)
+
+
+class BertIntermediate(nn.Module):
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.activation = ops.ACTIVATIONS[config.hidden_act]
+
+    def forward(self, x: Tensor, policy: Policy) -> Tensor:  # (T, H) -> (T, I)
+        return dense(self.dense, x, policy, self.activation)
+
+
+class BertLayer(nn.Module):
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__()
+        self.attention = BertAttention(config)
+        self.intermediate = BertIntermediate(config)
+        self.output = BertAddNorm(config.intermediate_size, config)
+
+    def forward(self, x: Tensor, batch: PackedBatch, policy: Policy) -> Tensor:  # (T, H) -> (T, H)
+        x = self.attention(x, batch, policy)
+        return self.output(self.intermediate(x, policy), x, policy)
+
+
+class BertEncoder(nn.Module):
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__()
+        self.layer = nn.ModuleList(BertLayer(config) for _ in range(config.num_hidden_layers))
+
+    def forward(self, x: Tensor, batch: PackedBatch, policy: Policy) -> list[Tensor]:
+        """(T, H) -> the hidden states before the first layer and after each, L + 1 times (T, H)."""
+        states = [x]
+        for layer in self.layer:
+            states.append(layer(states[-1], batch, policy))
+        return states
+
+
+class BertPooler(nn.Module):
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(self, x: Tensor, batch: PackedBatch, policy: Policy) -> Tensor:
+        """(T, H) -> (B, H): tanh of a linear of each sequence's first token, which is zeros where there is none."""
+        return torch.tanh(self.dense(ops.pool(x, batch.cu_seqlens, "cls", policy=policy)))
+
+
+@dataclass
+class Encoded:
+    """What the encoder computed, packed: what heads read."""
+
+    batch: PackedBatch
+    last_hidden_state: Tensor  # (T, H)
+    hidden_states: list[Tensor] | None  # L + 1 times (T, H)
+    attentions: tuple[Tensor, ...] | None  # L times (B, N, S, S)
+
+    def rest(self) -> dict[str, Any]:
+        """The fields that the outputs of all models share, padded."""
+        states = self.hidden_states
+        padded = None if states is None else tuple(varlen.pad(state, self.batch) for state in states)
+        return {"hidden_states": padded, "attentions": self.attentions}
+
+
+class BertModel(PreTrainedModel):
+    """The BERT encoder: token ids in, one vector a token out, and the pooled [CLS] vector.
+
+    Source: Devlin et al., "BERT: Pre-training of Deep Bidirectional Transformers", 2018, arXiv:1810.04805.
+    """
+
+    def __init__(
+        self, config: BertConfig, add_pooling_layer: bool = True, *, backend: str = "auto", strict: bool = False
+    ) -> None:
+        super().__init__(config, backend=backend, strict=strict)
+        self.embeddings = BertEmbeddings(config)
+        self.encoder = BertEncoder(config)
+        self.pooler: BertPooler | None = BertPooler(config) if add_pooling_layer else None
+        self.init_weights()
+
+    def _report_missing(self, missing: list[str], src: str) -> list[str]:
+        pooler = [name for name in missing if name.startswith("pooler.")]
+        if pooler:
+            logger.warning("%s: the checkpoint lacks %s: pooler_output will be None", src, listed(pooler))
+            self.pooler = None
+        return super()._report_missing([name for name in missing if name not in pooler], src)
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.embeddings.word_embeddings
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        self.embeddings.word_embeddings = value
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        *,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> BaseModelOutputWithPooling | tuple[Tensor, ...]:
+        """input_ids: (B, S) int, or inputs_embeds: (B, S, H); the others (B, S); attention_mask nonzero at tokens.
+
+        Returns last_hidden_state (B, S, H), zeros at padding positions, and pooler_output (B, H), from the first token
+        that the mask leaves in each row. hidden_states and attentions on request; attentions take the slow reference
+        path. Raises IndexError for ids outside the vocabulary or the position table, ValueError for shapes.
+        """
+        encoded = self.encode(
+            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, output_attentions,
+            output_hidden_states,
+        )  # fmt: skip
+        output = BaseModelOutputWithPooling(
+            last_hidden_state=varlen.pad(encoded.last_hidden_state, encoded.batch),
+            pooler_output=self.pool(encoded),
+            **encoded.rest(),
+        )
+        return output if wants_dict(self.config, return_dict) else output.to_tuple()
+
+    def forward_packed(
+        self,
+        input_ids: Tensor,
+        cu_seqlens: Tensor,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+    ) -> Tensor:
+        """(T,) ids of B sequences one after the other -> (T, H).
+
+        cu_seqlens: (B + 1,) int32, starts at 0, ends at T. position_ids count from 0 in each sequence by default.
+        """
+        if input_ids.dim() != 1:
+            raise ValueError(f"input_ids: expected shape (T,), got {tuple(input_ids.shape)}")
+        batch = varlen.from_cu_seqlens(cu_seqlens, input_ids.shape[0], self.device)
+        return self.encode_packed(batch, input_ids, token_type_ids, position_ids)[-1]
+
+    def pool(self, encoded: Encoded) -> Tensor | None:
+        """(B, H), or None without a pooler."""
+        if self.pooler is None:
+            return None
+        return self.pooler(encoded.last_hidden_state, encoded.batch, self.policy)
+
+    def encode(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+    ) -> Encoded:
+        """forward without the padding at the end: for heads, which work on packed tokens too."""
+        settings = self.config.extra
+        keep_states = bool(
+            settings.get("output_hidden_states") if output_hidden_states is None else output_hidden_states
+        )
+        keep_attentions = bool(settings.get("output_attentions") if output_attentions is None else output_attentions)
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("input_ids, inputs_embeds: expected exactly one of the two")
+        given: Any = input_ids if inputs_embeds is None else inputs_embeds
+        name = "input_ids" if inputs_embeds is None else "inputs_embeds"
+        if given.dim() != (2 if inputs_embeds is None else 3):
+            expected = "(B, S)" if inputs_embeds is None else "(B, S, H)"
+            raise ValueError(f"{name}: expected shape {expected}, got {tuple(given.shape)}")
+        shape = tuple(given.shape[:2])
+        for other, tensor in (("attention_mask", attention_mask), ("token_type_ids", token_type_ids)):
+            if tensor is not None and tuple(tensor.shape) != shape:
+                hint = " (masks of pairs of tokens are not supported)" if tensor.dim() > 2 else ""
+                raise ValueError(f"{other}: expected shape {shape} as {name}, got {tuple(tensor.shape)}{hint}")
+        if position_ids is not None:
+            if tuple(position_ids.shape) not in (shape, (1, shape[1])):
+                raise ValueError(f"position_ids: expected shape {shape}, got {tuple(position_ids.shape)}")
+            position_ids = position_ids.expand(shape)
+        for other, tensor in ((name, given), ("attention_mask", attention_mask)):
+            self._check_device(other, tensor)
+
+        no_mask = attention_mask is None
+        batch = varlen.without_padding(*shape, given.device) if no_mask else varlen.unpad(attention_mask)
+        packed = [None if t is None else varlen.pack(t, batch) for t in (input_ids, token_type_ids, position_ids)]
+        embeds = None if inputs_embeds is None else varlen.pack(inputs_embeds, batch)
+        if keep_attentions:
+            self._check_ids(batch, *packed)
+            return self._encode_by_reference(
+                batch, keep_states, input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds
+            )
+        states = self.encode_packed(batch, *packed, embeds)
+        return Encoded(batch, states[-1], states if keep_states else None, None)
+
+    def encode_packed(
+        self,
+        batch: PackedBatch,
+        input_ids: Tensor | None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        *,
+        check: bool = True,
+    ) -> list[Tensor]:
+        """Packed (T,) ids or (T, H) embeddings -> the L + 1 hidden states, each (T, H).
+
+        check=False skips the look at the ids' values, which on a GPU waits for it, for callers who have checked.
+        """
+        for name, tensor in (
+            ("input_ids", input_ids), ("token_type_ids", token_type_ids), ("position_ids", position_ids),
+        ):  # fmt: skip
+            self._check_device(name, tensor)
+            if tensor is not None and tensor.shape != (batch.n_tokens,):
+                raise ValueError(f"{name}: expected shape ({batch.n_tokens},), got {tuple(tensor.shape)}")
+        if inputs_embeds is not None and inputs_embeds.dtype != self.dtype:
+            raise TypeError(f"inputs_embeds: expected the model's dtype {self.dtype}, got {inputs_embeds.dtype}")
+        if check:
+            self._check_ids(batch, input_ids, token_type_ids, position_ids)
+        if token_type_ids is None:
+            token_type_ids = torch.zeros_like(batch.position_ids)
+        if position_ids is None:
+            position_ids = batch.position_ids
+        x = self.embeddings(input_ids, token_type_ids, position_ids, inputs_embeds, self.policy)
+        return self.encoder(x, batch, self.policy)
+
+    def _check_ids(
+        self, batch: PackedBatch, input_ids: Tensor | None, token_type_ids: Tensor | None, position_ids: Tensor | None
+    ) -> None:
+        n_positions = self.embeddings.position_embeddings.num_embeddings
+        if position_ids is None and batch.padded_length > n_positions:
+            position_ids = batch.position_ids
+        ops.check_ids(
+            input_ids=(input_ids, self.embeddings.word_embeddings.num_embeddings),
+            token_type_ids=(token_type_ids, self.embeddings.token_type_embeddings.num_embeddings),
+            position_ids=(position_ids, n_positions),
+        )
+
+    def _check_device(self, name: str, tensor: Tensor | None) -> None:
+        if tensor is not None and tensor.device != self.device:
+            raise ValueError(f"{name}: expected a tensor on the model's device {self.device}, got {tensor.device}")
+
+    def _encode_by_reference(self, batch: PackedBatch, keep_states: bool, *inputs: Tensor | None) -> Encoded:
+        if self.training and (self.config.hidden_dropout_prob or self.config.attention_probs_dropout_prob):
+            logger.warning("output_attentions takes the reference path, which applies no dropout")
+        result = reference.bert(dict(self.named_parameters()), self.config, *inputs, dtype=self.dtype)
+        states = [varlen.pack(state, batch) for state in result.hidden_states]
+        return Encoded(batch, states[-1], states if keep_states else None, result.attentions)
+
+
+def wants_dict(config: BertConfig, return_dict: bool | None) -> bool:
+    """Whether to return an output class (the default) or a tuple."""
+    return bool(config.extra.get("return_dict", True)) if return_dict is None else return_dict

@@ -1,0 +1,25 @@
+"""The fused operations of a BERT encoder on packed tokens: one function each, whatever backend runs it."""
+
+from fastbert.ops.attention import varlen_attention
+from fastbert.ops.dispatch import AUTO, BACKENDS, BackendError, Policy
+from fastbert.ops.embedding import check_ids, embedding_layer_norm
+from fastbert.ops.gelu import ACTIVATIONS, bias_gelu
+from fastbert.ops.layer_norm import bias_residual_layer_norm
+from fastbert.ops.linear import linear, linear_residual_layer_norm
+from fastbert.ops.pooling import pool
+
+__all__ = [
+    "ACTIVATIONS",
+    "AUTO",
+    "BACKENDS",
+    "BackendError",
+    "Policy",
+    "bias_gelu",
+    "bias_residual_layer_norm",
+    "check_ids",
+    "embedding_layer_norm",
+    "linear",
+    "linear_residual_layer_norm",
+    "pool",
+    "varlen_attention",
+]

@@ -1,0 +1,149 @@
+"""Bidirectional attention over packed sequences of different lengths."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from fastbert.ops import dispatch
+from fastbert.ops.dispatch import AUTO, Policy
+from fastbert.ops.library import register
+from fastbert.varlen import PackedBatch
+
+KERNELS = {
+    "triton": "fastbert_kernels.attention",
+    "torch": "torch.nn.functional.scaled_dot_product_attention, sequences of equal length together",
+}
+
+# One group of sequences of equal length: (sequences, length, their rows), the rows a slice where they are neighbours.
+Group = tuple[int, int, "slice | torch.Tensor"]
+
+
+def group_by_length(cu_seqlens_cpu: torch.Tensor, device: torch.device) -> tuple[list[Group], torch.Tensor | None]:
+    """Groups of sequences of equal length, and the row order that undoes the grouping (None where it is unchanged)."""
+    lengths = cu_seqlens_cpu.diff().long()
+    order = torch.argsort(lengths, stable=True)
+    order = order[lengths[order] > 0]
+    groups: list[Group] = []
+    all_rows = []
+    for length, n_seqs in zip(
+        *(t.tolist() for t in torch.unique_consecutive(lengths[order], return_counts=True)), strict=True
+    ):
+        starts = cu_seqlens_cpu[:-1].long()[order[:n_seqs]]
+        order = order[n_seqs:]
+        rows = (starts[:, None] + torch.arange(length)).flatten()
+        all_rows.append(rows)
+        first = int(starts[0])
+        neighbours = bool((starts == first + length * torch.arange(n_seqs)).all())
+        groups.append((n_seqs, length, slice(first, first + n_seqs * length) if neighbours else rows.to(device)))
+    if not groups:
+        return [], None
+    rows = torch.cat(all_rows)
+    in_order = bool((rows[1:] > rows[:-1]).all())
+    return groups, None if in_order else torch.argsort(rows).to(device)
+
+
+def _grouped(
+    qkv: torch.Tensor,
+    groups: list[Group],
+    ungroup: torch.Tensor | None,
+    num_heads: int,
+    scale: float,
+    dropout_p: float = 0.0,
+) -> torch.Tensor:
+    hidden_size = qkv.shape[1] // 3
+    if not groups:
+        return qkv[:, :hidden_size].clone()
+    outs = []
+    for n_seqs, length, rows in groups:
+        part = qkv[rows] if isinstance(rows, slice) else qkv.index_select(0, rows)
+        q, k, v = part.view(n_seqs, length, 3, num_heads, hidden_size // num_heads).permute(
+            2, 0, 3, 1, 4
+        )  # (n, N, S, D)
+        out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, scale=scale)
+        outs.append(out.transpose(1, 2).reshape(n_seqs * length, hidden_size))
+    out = outs[0] if len(outs) == 1 else torch.cat(outs)
+    return out if ungroup is None else out.index_select(0, ungroup)
+
+
+def _eager(
+    qkv: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    cu_seqlens_cpu: torch.Tensor,
+    seq_ids: torch.Tensor,
+    work_list: torch.Tensor,
+    num_heads: int,
+    scale: float,
+) -> torch.Tensor:
+    return _grouped(qkv, *group_by_length(cu_seqlens_cpu, qkv.device), num_heads, scale)
+
+
+def _kernel(
+    qkv: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    cu_seqlens_cpu: torch.Tensor,
+    seq_ids: torch.Tensor,
+    work_list: torch.Tensor,
+    num_heads: int,
+    scale: float,
+) -> torch.Tensor:
+    from fastbert_kernels.attention import varlen_attention_forward
+
+    qkv = qkv if qkv.stride(-1) == 1 else qkv.contiguous()
+    return varlen_attention_forward(qkv, cu_seqlens, seq_ids, work_list, num_heads, scale)
+
+
+register(
+    "varlen_attention(Tensor qkv, Tensor cu_seqlens, Tensor cu_seqlens_cpu, Tensor seq_ids, Tensor work_list, "
+    "int num_heads, float scale) -> Tensor",
+    kernel=_kernel,
+    eager=_eager,
+    fake=lambda qkv, *rest: qkv.new_empty(qkv.shape[0], qkv.shape[1] // 3),
+)
+
+
+def obstacle(head_size: int, qkv: torch.Tensor, dropout_p: float = 0.0) -> str | None:
+    """Why the triton backend cannot run this, or None."""
+    if not 16 <= head_size <= 128:
+        return f"head size {head_size} is not from 16 to 128"
+    return dispatch.dtype_obstacle(qkv) or dispatch.dropout_obstacle(dropout_p)
+
+
+def _work_list(batch: PackedBatch, dtype: torch.dtype, head_size: int) -> torch.Tensor:
+    from fastbert_kernels import launch
+    from fastbert_kernels.attention import build_work_list
+
+    block_q = launch.attention_config(dtype, head_size, launch.arch(batch.device)).block_sizes["BLOCK_Q"]
+    return batch.plan(
+        ("work_list", block_q),
+        lambda: build_work_list(batch.cu_seqlens_cpu.tolist(), block_q).to(batch.device, non_blocking=True),
+    )
+
+
+def varlen_attention(
+    qkv: torch.Tensor,
+    batch: PackedBatch,
+    num_heads: int,
+    *,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    policy: Policy = AUTO,
+) -> torch.Tensor:
+    """softmax(scale * q k^T) v within each sequence of the batch.
+
+    qkv: (T, 3 * N * D), laid out [q | k | v], each (N, D). scale: D^-0.5 by default. dropout_p: of the probabilities.
+    Returns (T, N * D) in qkv's dtype. Raises ValueError for shapes that do not fit.
+    """
+    if qkv.dim() != 2 or qkv.shape[1] % (3 * num_heads) or qkv.shape[0] != batch.n_tokens:
+        expected = f"(T, 3 * N * D) with T = {batch.n_tokens} and N = {num_heads}"
+        raise ValueError(f"qkv: expected shape {expected}, got {tuple(qkv.shape)}")
+    head_size = qkv.shape[1] // (3 * num_heads)
+    scale = head_size**-0.5 if scale is None else scale
+    why_not = obstacle(head_size, qkv, dropout_p)
+    if dispatch.choose("attention", policy.backend, policy.strict, qkv.device, why_not) == "triton":
+        return torch.ops.fastbert.varlen_attention(
+            qkv, batch.cu_seqlens, batch.cu_seqlens_cpu, batch.seq_ids, _work_list(batch, qkv.dtype, head_size),
+            num_heads, scale,
+        )  # fmt: skip
+    groups, ungroup = batch.plan("groups", lambda: group_by_length(batch.cu_seqlens_cpu, batch.device))
+    return _grouped(qkv, groups, ungroup, num_heads, scale, dropout_p)

@@ -1,0 +1,133 @@
+"""Which backend runs an operation, and why.
+
+`triton`: the kernels of fastbert_kernels, on CUDA devices (and on the CPU under Triton's interpreter, for tests).
+`cpu`: PyTorch on packed tokens, for CPUs. `torch`: the same in plain PyTorch on any device. `auto` takes triton on CUDA
+and cpu on CPUs. What the chosen backend cannot do raises under `strict`; otherwise another one does it, and the reason
+is logged once.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import logging
+import os
+from dataclasses import dataclass
+
+import torch
+
+logger = logging.getLogger("fastbert")
+
+BACKENDS = ("auto", "triton", "cpu", "torch")
+
+
+class BackendError(RuntimeError):
+    """A strict backend was asked for something that it cannot do."""
+
+
+@dataclass(frozen=True)
+class Policy:
+    """What the user asked for: a backend, and whether another may step in (`strict=False`)."""
+
+    backend: str = "auto"
+    strict: bool = False
+
+    def __post_init__(self) -> None:
+        if self.backend not in BACKENDS:
+            raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {self.backend!r}")
+
+
+AUTO = Policy()
+
+
+@dataclass(frozen=True)
+class Decision:
+    """The backend that runs `op`, and, where it is not the one asked for, the reason."""
+
+    op: str
+    backend: str
+    reason: str | None = None
+
+
+def decide(op: str, policy: Policy, device: torch.device, obstacle: str | None) -> Decision:
+    """Picks the backend. obstacle: why the triton backend cannot run this call, whatever the machine, or None.
+
+    Does not raise or log; `choose` does.
+    """
+    elsewhere = "cpu" if device.type == "cpu" else "torch"
+    wanted = policy.backend
+    if wanted == "auto":
+        wanted = "triton" if device.type == "cuda" else elsewhere
+    if wanted == "triton":
+        reason = triton_unavailable(device) or obstacle
+        return Decision(op, "triton") if reason is None else Decision(op, elsewhere, reason)
+    if wanted == "cpu" and device.type != "cpu":
+        return Decision(op, "torch", f"the tensors are on {device}")
+    return Decision(op, wanted)
+
+
+@torch.compiler.assume_constant_result
+def choose(op: str, backend: str, strict: bool, device: torch.device, obstacle: str | None) -> str:
+    """`decide`, with the fallback logged once, or raised as BackendError under strict. Returns the backend's name."""
+    decision = decide(op, Policy(backend, strict), device, obstacle)
+    if decision.reason is not None:
+        if strict:
+            raise BackendError(f"{op}: the backend {backend!r} cannot run it, and strict=True: {decision.reason}")
+        _log_once(op, backend, decision.backend, decision.reason)
+    return decision.backend
+
+
+@functools.cache
+def _log_once(op: str, wanted: str, taken: str, reason: str) -> None:
+    logger.warning("%s: backend %r falls back to %r: %s", op, wanted, taken, reason)
+
+
+def interpreting() -> bool:
+    """Whether Triton kernels run under its interpreter, on the CPU."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
+
+
+def triton_unavailable(device: torch.device) -> str | None:
+    """Why no Triton kernel can run on this device, or None."""
+    if device.type == "cpu" and not interpreting():
+        return "the tensors are on the CPU, and Triton's interpreter is off (TRITON_INTERPRET=1 turns it on)"
+    if device.type not in ("cpu", "cuda"):
+        return f"there are no Triton kernels for devices of type {device.type!r}"
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed"
+    if device.type == "cuda":
+        return _gpu_unsupported(device.index if device.index is not None else torch.cuda.current_device())
+    return None
+
+
+@functools.cache
+def _gpu_unsupported(index: int) -> str | None:
+    if torch.version.hip is not None:
+        return "the kernels are written for NVIDIA GPUs"
+    major, minor = torch.cuda.get_device_capability(index)
+    if major < 8:
+        return f"the kernels need compute capability 8.0, and this GPU has {major}.{minor}"
+    return None
+
+
+def dtype_obstacle(*tensors: torch.Tensor | None) -> str | None:
+    """Why the triton backend cannot take these dtypes, or None. All given tensors must share one."""
+    present = [t for t in tensors if t is not None]
+    dtype = present[0].dtype
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"there are no Triton kernels for {dtype}"
+    if any(t.dtype != dtype for t in present):
+        return f"mixed dtypes: {', '.join(sorted({str(t.dtype) for t in present}))}"
+    if torch.is_autocast_enabled(present[0].device.type):
+        return "autocast is on"
+    return None
+
+
+def dropout_obstacle(dropout_p: float) -> str | None:
+    """Why the triton backend cannot drop out, or None."""
+    return f"dropout (p = {dropout_p}) has no Triton kernel yet" if dropout_p > 0.0 else None
+
+
+def hidden_size_obstacle(hidden_size: int) -> str | None:
+    """Why the row-wise kernels cannot take rows of this size, or None."""
+    return f"hidden size {hidden_size} is above 4096" if hidden_size > 4096 else None

@@ -1,0 +1,123 @@
+"""Token + position + segment embedding, LayerNorm, dropout."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from fastbert.ops import dispatch
+from fastbert.ops.dispatch import AUTO, Policy
+from fastbert.ops.library import register
+
+KERNELS = {
+    "triton": "fastbert_kernels.embedding",
+    "torch": "torch.nn.functional.embedding, add, torch.nn.functional.layer_norm",
+}
+
+
+def _eager(
+    input_ids: torch.Tensor | None,
+    token_type_ids: torch.Tensor,
+    position_ids: torch.Tensor,
+    word: torch.Tensor,
+    token_type: torch.Tensor,
+    position: torch.Tensor,
+    weight: torch.Tensor,
+    ln_bias: torch.Tensor,
+    eps: float,
+) -> torch.Tensor:
+    x = word if input_ids is None else F.embedding(input_ids, word)
+    x = x + F.embedding(token_type_ids, token_type) + F.embedding(position_ids, position)
+    return F.layer_norm(x, (x.shape[-1],), weight, ln_bias, eps)
+
+
+def _kernel(
+    input_ids: torch.Tensor | None,
+    token_type_ids: torch.Tensor,
+    position_ids: torch.Tensor,
+    word: torch.Tensor,
+    token_type: torch.Tensor,
+    position: torch.Tensor,
+    weight: torch.Tensor,
+    ln_bias: torch.Tensor,
+    eps: float,
+) -> torch.Tensor:
+    from fastbert_kernels.embedding import embedding_layer_norm_forward
+
+    input_ids = None if input_ids is None else input_ids.contiguous()
+    ids = input_ids, token_type_ids.contiguous(), position_ids.contiguous()
+    tables = [t if t.stride(-1) == 1 else t.contiguous() for t in (word, token_type, position)]
+    return embedding_layer_norm_forward(*ids, *tables, weight, ln_bias, eps)
+
+
+register(
+    "embedding_layer_norm(Tensor? input_ids, Tensor token_type_ids, Tensor position_ids, Tensor word, "
+    "Tensor token_type, Tensor position, Tensor weight, Tensor ln_bias, float eps) -> Tensor",
+    kernel=_kernel,
+    eager=_eager,
+    fake=lambda input_ids, token_type_ids, position_ids, word, *rest: word.new_empty(
+        position_ids.shape[0], word.shape[1]
+    ),
+)
+
+
+def obstacle(hidden_size: int, *tensors: torch.Tensor | None) -> str | None:
+    """Why the triton backend cannot run this, or None."""
+    return dispatch.dtype_obstacle(*tensors) or dispatch.hidden_size_obstacle(hidden_size)
+
+
+def embedding_layer_norm(
+    input_ids: torch.Tensor | None,
+    token_type_ids: torch.Tensor,
+    position_ids: torch.Tensor,
+    word: torch.Tensor,
+    token_type: torch.Tensor,
+    position: torch.Tensor,
+    weight: torch.Tensor,
+    ln_bias: torch.Tensor,
+    eps: float,
+    *,
+    inputs_embeds: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    policy: Policy = AUTO,
+) -> torch.Tensor:
+    """dropout(LayerNorm(word[input_ids] + token_type[token_type_ids] + position[position_ids])).
+
+    Ids: (T,), int32 or int64; they are not checked against the tables here, `check_ids` does that. Tables: word (V, H),
+    token_type (types, H), position (P, H); weight, ln_bias: (H,). inputs_embeds, (T, H), stands for word[input_ids]
+    where input_ids is None. Returns (T, H) in the tables' dtype.
+    """
+    hidden_size = word.shape[1]
+    if (input_ids is None) == (inputs_embeds is None):
+        raise ValueError("input_ids, inputs_embeds: expected exactly one of the two")
+    if inputs_embeds is not None and inputs_embeds.shape != (position_ids.shape[0], hidden_size):
+        came, expected = tuple(inputs_embeds.shape), (position_ids.shape[0], hidden_size)
+        raise ValueError(f"inputs_embeds: expected shape {expected}, got {came}")
+    words = word if inputs_embeds is None else inputs_embeds
+    why_not = obstacle(hidden_size, words, token_type, position, weight, ln_bias)
+    run = _eager
+    if dispatch.choose("embedding", policy.backend, policy.strict, words.device, why_not) == "triton":
+        run = torch.ops.fastbert.embedding_layer_norm
+    out = run(input_ids, token_type_ids, position_ids, words, token_type, position, weight, ln_bias, eps)
+    return F.dropout(out, dropout_p) if dropout_p > 0.0 else out
+
+
+def check_ids(**ids: tuple[torch.Tensor | None, int]) -> None:
+    """Raises IndexError where an id lies outside its table; name=(ids, table size). One look at the device for all.
+
+    Raises TypeError for ids that are not integers. Does nothing while torch.compile or torch.export trace.
+    """
+    present = {name: (t, size) for name, (t, size) in ids.items() if t is not None}
+    for name, (tensor, _) in present.items():
+        if tensor.dtype not in (torch.int64, torch.int32):
+            raise TypeError(f"{name}: expected dtype int64 or int32, got {tensor.dtype}")
+    if torch.compiler.is_compiling():
+        return
+    present = {name: (t, size) for name, (t, size) in present.items() if t.numel() > 0}
+    if not present:
+        return
+    bounds = torch.stack([end.long() for t, _ in present.values() for end in t.aminmax()]).tolist()
+    for i, (name, (_, size)) in enumerate(present.items()):
+        low, high = bounds[2 * i], bounds[2 * i + 1]
+        if low < 0 or high >= size:
+            raise IndexError(f"{name}: expected values from 0 to {size - 1}, got {low if low < 0 else high}")

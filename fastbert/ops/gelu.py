@@ -1,0 +1,70 @@
+"""bias + GELU."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from fastbert.ops import dispatch
+from fastbert.ops.dispatch import AUTO, Policy
+from fastbert.ops.library import register
+
+KERNELS = {"triton": "fastbert_kernels.gelu", "torch": "add, torch.nn.functional.gelu"}
+
+# Names of config.hidden_act -> names of activations in this library.
+ACTIVATIONS = {
+    "gelu": "gelu",
+    "gelu_python": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "relu": "relu",
+}
+
+
+def activate(x: torch.Tensor, activation: str) -> torch.Tensor:
+    """Elementwise, in plain PyTorch: "none", "gelu", "gelu_tanh" or "relu"."""
+    if activation == "none":
+        return x
+    if activation == "relu":
+        return F.relu(x)
+    return F.gelu(x, approximate="tanh" if activation == "gelu_tanh" else "none")
+
+
+def _eager(x: torch.Tensor, bias: torch.Tensor | None, activation: str) -> torch.Tensor:
+    return activate(x if bias is None else x + bias, activation)
+
+
+def _kernel(x: torch.Tensor, bias: torch.Tensor | None, activation: str) -> torch.Tensor:
+    from fastbert_kernels.gelu import bias_gelu_forward
+
+    return bias_gelu_forward(x if x.stride(-1) == 1 else x.contiguous(), bias, activation)
+
+
+register(
+    "bias_gelu(Tensor x, Tensor? bias, str activation) -> Tensor",
+    kernel=_kernel,
+    eager=_eager,
+    fake=lambda x, bias, activation: torch.empty_like(x, memory_format=torch.contiguous_format),
+)
+
+
+def activation_obstacle(activation: str) -> str | None:
+    """Why the triton backend cannot apply this activation, or None."""
+    return None if activation in ("none", "gelu", "gelu_tanh") else f"there is no Triton kernel for {activation!r}"
+
+
+def bias_gelu(
+    x: torch.Tensor, bias: torch.Tensor | None, activation: str = "gelu", *, policy: Policy = AUTO
+) -> torch.Tensor:
+    """activation(x + bias). x: (T, I), bias: (I,) or None; activation "gelu" (erf), "gelu_tanh" or "relu".
+
+    Returns (T, I) in x's dtype. Raises ValueError for a bias that does not fit or an unknown activation.
+    """
+    if activation not in ("gelu", "gelu_tanh", "relu"):
+        raise ValueError(f"activation: expected 'gelu', 'gelu_tanh' or 'relu', got {activation!r}")
+    if bias is not None and bias.shape != (x.shape[-1],):
+        raise ValueError(f"bias: expected shape ({x.shape[-1]},), got {tuple(bias.shape)}")
+    why_not = dispatch.dtype_obstacle(x, bias) or activation_obstacle(activation)
+    if dispatch.choose("bias_gelu", policy.backend, policy.strict, x.device, why_not) == "triton":
+        return torch.ops.fastbert.bias_gelu(x, bias, activation)
+    return _eager(x, bias, activation)

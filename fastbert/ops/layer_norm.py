@@ -1,0 +1,91 @@
+"""bias + dropout + residual + LayerNorm."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from fastbert.ops import dispatch
+from fastbert.ops.dispatch import AUTO, Policy
+from fastbert.ops.library import register
+
+KERNELS = {"triton": "fastbert_kernels.layer_norm", "torch": "add, torch.nn.functional.layer_norm"}
+
+
+def _eager(
+    x: torch.Tensor,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    weight: torch.Tensor,
+    ln_bias: torch.Tensor,
+    eps: float,
+    dropout_p: float = 0.0,
+) -> torch.Tensor:
+    if bias is not None:
+        x = x + bias
+    if dropout_p > 0.0:
+        x = F.dropout(x, dropout_p)
+    if residual is not None:
+        x = x + residual
+    return F.layer_norm(x, (x.shape[-1],), weight, ln_bias, eps)
+
+
+def _kernel(
+    x: torch.Tensor,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    weight: torch.Tensor,
+    ln_bias: torch.Tensor,
+    eps: float,
+) -> torch.Tensor:
+    from fastbert_kernels.layer_norm import bias_residual_layer_norm_forward
+
+    residual = residual if residual is None or residual.stride(-1) == 1 else residual.contiguous()
+    x = x if x.stride(-1) == 1 else x.contiguous()
+    return bias_residual_layer_norm_forward(x, bias, residual, weight, ln_bias, eps)
+
+
+register(
+    "bias_residual_layer_norm(Tensor x, Tensor? bias, Tensor? residual, Tensor weight, Tensor ln_bias, float eps)"
+    " -> Tensor",
+    kernel=_kernel,
+    eager=_eager,
+    fake=lambda x, bias, residual, weight, ln_bias, eps: torch.empty_like(x, memory_format=torch.contiguous_format),
+)
+
+
+def obstacle(hidden_size: int, *tensors: torch.Tensor | None, dropout_p: float = 0.0) -> str | None:
+    """Why the triton backend cannot run this, or None."""
+    return (
+        dispatch.dtype_obstacle(*tensors)
+        or dispatch.hidden_size_obstacle(hidden_size)
+        or dispatch.dropout_obstacle(dropout_p)
+    )
+
+
+def bias_residual_layer_norm(
+    x: torch.Tensor,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    weight: torch.Tensor,
+    ln_bias: torch.Tensor,
+    eps: float,
+    *,
+    dropout_p: float = 0.0,
+    policy: Policy = AUTO,
+) -> torch.Tensor:
+    """LayerNorm(dropout(x + bias) + residual) * weight + ln_bias over the last axis.
+
+    x, residual: (T, H) of one floating dtype; bias, weight, ln_bias: (H,). Returns (T, H) in x's dtype. Raises
+    ValueError for shapes that do not fit, BackendError under a strict policy.
+    """
+    hidden_size = x.shape[-1]
+    for name, tensor in (("bias", bias), ("weight", weight), ("ln_bias", ln_bias)):
+        if tensor is not None and tensor.shape != (hidden_size,):
+            raise ValueError(f"{name}: expected shape ({hidden_size},), got {tuple(tensor.shape)}")
+    if residual is not None and residual.shape != x.shape:
+        raise ValueError(f"residual: expected the shape of x, {tuple(x.shape)}, got {tuple(residual.shape)}")
+    why_not = obstacle(hidden_size, x, bias, residual, weight, ln_bias, dropout_p=dropout_p)
+    if dispatch.choose("layer_norm", policy.backend, policy.strict, x.device, why_not) == "triton":
+        return torch.ops.fastbert.bias_residual_layer_norm(x, bias, residual, weight, ln_bias, eps)
+    return _eager(x, bias, residual, weight, ln_bias, eps, dropout_p)

@@ -1,0 +1,53 @@
+"""Registration of the fused kernels with `torch.library`, so that torch.compile and torch.export pass through them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from fastbert.ops import dispatch
+
+LIBRARY = torch.library.Library("fastbert", "FRAGMENT")
+
+
+def register(
+    schema: str,
+    *,
+    kernel: Callable[..., torch.Tensor],
+    eager: Callable[..., torch.Tensor],
+    fake: Callable[..., torch.Tensor],
+) -> None:
+    """Defines `torch.ops.fastbert.<name>` from a schema such as "bias_gelu(Tensor x, ...) -> Tensor".
+
+    kernel runs on CUDA, and on the CPU under Triton's interpreter; eager is the same function in plain PyTorch: it runs
+    on the CPU otherwise, and the backward pass is its derivative, with the forward recomputed; fake gives the output's
+    shape and dtype.
+    """
+    name = schema.partition("(")[0]
+    LIBRARY.define(schema, tags=torch.Tag.pt2_compliant_tag)
+    LIBRARY.impl(name, kernel, "CUDA")
+    LIBRARY.impl(name, lambda *args: (kernel if dispatch.interpreting() else eager)(*args), "CPU")
+    torch.library.register_fake(f"fastbert::{name}", fake, lib=LIBRARY)
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+        tensors = [a if isinstance(a, torch.Tensor) else None for a in inputs]
+        ctx.save_for_backward(*tensors)
+        ctx.others = [None if isinstance(a, torch.Tensor) else a for a in inputs]
+
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        inputs = [
+            other if tensor is None else tensor.detach().requires_grad_(needed)
+            for tensor, other, needed in zip(ctx.saved_tensors, ctx.others, ctx.needs_input_grad, strict=True)
+        ]
+        wanted = [i for i, needed in enumerate(ctx.needs_input_grad) if needed]
+        with torch.enable_grad():
+            output = eager(*inputs)
+        grads: list[torch.Tensor | None] = [None] * len(inputs)
+        given = torch.autograd.grad(output, [inputs[i] for i in wanted], grad, allow_unused=True)
+        for i, g in zip(wanted, given, strict=True):
+            grads[i] = g
+        return tuple(grads)
+
+    torch.library.register_autograd(f"fastbert::{name}", backward, setup_context=setup_context, lib=LIBRARY)

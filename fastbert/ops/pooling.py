@@ -1,0 +1,91 @@
+"""Pooling of each sequence to one vector, with optional L2 normalisation."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from fastbert.ops import dispatch
+from fastbert.ops.dispatch import AUTO, Policy
+from fastbert.ops.library import register
+
+KERNELS = {"triton": "fastbert_kernels.pooling", "torch": "torch.segment_reduce, index_select"}
+
+MODES = ("cls", "mean", "max", "weighted_mean", "last", "mean_sqrt_len")
+
+
+def _eager(
+    hidden: torch.Tensor, cu_seqlens: torch.Tensor, mode: str, normalize: bool, out_dtype: torch.dtype
+) -> torch.Tensor:
+    offsets = cu_seqlens.long()
+    lengths = offsets.diff()
+    # Sums in float32 at least, as in the kernel: a long text in bf16 would lose its tail.
+    hidden = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
+    empty = (lengths == 0)[:, None]
+    if hidden.shape[0] == 0:
+        pooled = hidden.new_zeros(lengths.shape[0], hidden.shape[1])
+    elif mode in ("cls", "last"):
+        rows = offsets[:-1] if mode == "cls" else offsets[1:] - 1
+        pooled = hidden.index_select(0, rows.clamp(0, hidden.shape[0] - 1))
+    elif mode == "max":
+        pooled = torch.segment_reduce(hidden, "max", offsets=offsets, axis=0)
+    else:
+        n = lengths.clamp(min=1).to(hidden.dtype)[:, None]
+        if mode == "weighted_mean":
+            starts = torch.repeat_interleave(offsets[:-1], lengths, output_size=hidden.shape[0])
+            weights = torch.arange(1, hidden.shape[0] + 1, device=hidden.device) - starts
+            hidden = hidden * weights.to(hidden.dtype)[:, None]
+        divisor = {"mean": n, "mean_sqrt_len": n.sqrt(), "weighted_mean": n * (n + 1) / 2}[mode]
+        pooled = torch.segment_reduce(hidden, "sum", offsets=offsets, axis=0) / divisor
+    pooled = pooled.masked_fill(empty, 0.0)
+    if normalize:
+        pooled = F.normalize(pooled, dim=-1, eps=1e-12)
+    return pooled.to(out_dtype)
+
+
+def _kernel(
+    hidden: torch.Tensor, cu_seqlens: torch.Tensor, mode: str, normalize: bool, out_dtype: torch.dtype
+) -> torch.Tensor:
+    from fastbert_kernels.pooling import pool_forward
+
+    hidden = hidden if hidden.stride(-1) == 1 else hidden.contiguous()
+    return pool_forward(hidden, cu_seqlens, mode, normalize, out_dtype)
+
+
+register(
+    "pool(Tensor hidden, Tensor cu_seqlens, str mode, bool normalize, ScalarType out_dtype) -> Tensor",
+    kernel=_kernel,
+    eager=_eager,
+    fake=lambda hidden, cu_seqlens, mode, normalize, out_dtype: hidden.new_empty(
+        cu_seqlens.shape[0] - 1, hidden.shape[1], dtype=out_dtype
+    ),
+)
+
+
+def obstacle(hidden_size: int, hidden: torch.Tensor) -> str | None:
+    """Why the triton backend cannot run this, or None."""
+    return dispatch.dtype_obstacle(hidden) or dispatch.hidden_size_obstacle(hidden_size)
+
+
+def pool(
+    hidden: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    mode: str = "mean",
+    *,
+    normalize: bool = False,
+    out_dtype: torch.dtype | None = None,
+    policy: Policy = AUTO,
+) -> torch.Tensor:
+    """One vector a sequence. hidden: (T, H); cu_seqlens: (B + 1,) int32 on the same device.
+
+    mode: "cls" (first token), "mean", "max", "weighted_mean" (weights 1 to n by place in the sequence), "last" or
+    "mean_sqrt_len". normalize: y / max(||y||_2, 1e-12). Returns (B, H) in out_dtype (hidden's by default); a sequence
+    of length 0 gives zeros. Raises ValueError for an unknown mode.
+    """
+    if mode not in MODES:
+        raise ValueError(f"mode: expected one of {', '.join(MODES)}, got {mode!r}")
+    out_dtype = hidden.dtype if out_dtype is None else out_dtype
+    why_not = obstacle(hidden.shape[1], hidden)
+    if dispatch.choose("pooling", policy.backend, policy.strict, hidden.device, why_not) == "triton":
+        return torch.ops.fastbert.pool(hidden, cu_seqlens, mode, normalize, out_dtype)
+    return _eager(hidden, cu_seqlens, mode, normalize, out_dtype)

@@ -1,0 +1,276 @@
+"""What the models return: dataclasses that are also ordered dictionaries, and tuples when indexed by an integer.
+
+Field names, their order and the access rules are those of transformers, so code written for its outputs works here.
+Letters: `B` sequences, `S` longest sequence, `H` hidden, `N` heads, `L` layers, `V` vocabulary. Logits and hidden
+states have the model's dtype. Rows at padding positions are zero.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, ClassVar, NoReturn
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+
+class ModelOutput(OrderedDict[str, Any]):
+    """Base of the output classes. A subclass is decorated with `@dataclass`, each field optional with default None.
+
+    `out.logits`, `out["logits"]` and `out[0]` are the same value; `keys`, `values`, `items`, `len`, `in`, iteration
+    (over keys), integers and slices see only the fields that are not None, in the order they were set, which after
+    construction is the order of the class. Setting a field by attribute or by key keeps both in step; None takes its
+    key away. Unpack with `to_tuple()`. Entries cannot be deleted: TypeError.
+
+    A mapping or (name, value) pairs as the only argument are taken as the items, so `type(out)(dict(out))`, with
+    which DataParallel and accelerate rebuild outputs, works. Instances are pytrees of torch and can be pickled.
+    """
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        pytree.register_pytree_node(
+            cls,
+            _flatten,
+            partial(_unflatten, cls),
+            serialized_type_name=f"{cls.__module__}.{cls.__qualname__}",
+            flatten_with_keys_fn=_flatten_with_keys,
+        )
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        raise TypeError(f"{type(self).__name__}: not a dataclass; make instances of a subclass that is one")
+
+    def __post_init__(self) -> None:
+        # The generated __init__ has set every field through __setattr__; what is left is items given in one argument.
+        first_name = next(iter(self.__dataclass_fields__))
+        first = getattr(self, first_name)
+        if isinstance(first, (Mapping, Iterator, list, tuple)) and list(self) == [first_name]:
+            given = list(first.items()) if isinstance(first, Mapping) else list(first)
+            if all(isinstance(item, (list, tuple)) and len(item) == 2 and isinstance(item[0], str) for item in given):
+                setattr(self, first_name, None)
+                for name, value in given:
+                    self[name] = value
+            elif isinstance(first, Iterator):
+                setattr(self, first_name, given)
+
+    def __getitem__(self, key: str | int | slice) -> Any:
+        if isinstance(key, str):
+            return super().__getitem__(key)
+        return self.to_tuple()[key]
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        if not isinstance(key, str):
+            raise TypeError(f"key: got {key!r}, expected a string; entries are set by name")
+        if value is not None:
+            super().__setitem__(key, value)
+        elif key in self:
+            super().__delitem__(key)
+        super().__setattr__(key, value)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in self.__dataclass_fields__:
+            self[name] = value
+        else:
+            super().__setattr__(name, value)
+
+    def __delattr__(self, name: str) -> None:
+        if name in self.__dataclass_fields__:
+            self._refuse("del")
+        super().__delattr__(name)
+
+    def __delitem__(self, key: str) -> NoReturn:
+        self._refuse("del")
+
+    def pop(self, *args: Any, **kwargs: Any) -> NoReturn:
+        self._refuse("pop")
+
+    def popitem(self, last: bool = True) -> NoReturn:
+        self._refuse("popitem")
+
+    def clear(self) -> NoReturn:
+        self._refuse("clear")
+
+    def setdefault(self, *args: Any, **kwargs: Any) -> NoReturn:
+        self._refuse("setdefault")
+
+    def update(self, *args: Any, **kwargs: Any) -> NoReturn:
+        self._refuse("update")
+
+    def _refuse(self, what: str) -> NoReturn:
+        raise TypeError(f"{type(self).__name__}: {what} is not supported; set fields one by one, to None to drop one")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _unflatten, (type(self), list(self.values()), list(self)), dict(self.__dict__)
+
+    def to_tuple(self) -> tuple[Any, ...]:
+        """The values that are not None, in order: what `return_dict=False` gives."""
+        return tuple(self.values())
+
+
+def _flatten(output: ModelOutput) -> tuple[list[Any], list[str]]:
+    return list(output.values()), list(output)
+
+
+def _flatten_with_keys(output: ModelOutput) -> tuple[list[tuple[Any, Any]], list[str]]:
+    return [(pytree.MappingKey(name), value) for name, value in output.items()], list(output)
+
+
+def _unflatten(cls: type[ModelOutput], values: Iterable[Any], names: list[str]) -> ModelOutput:
+    output = cls()
+    for name, value in zip(names, values, strict=True):
+        output[name] = value
+    return output
+
+
+def _p_is_next(name: str, logits: Tensor | None) -> Tensor:
+    if logits is None:
+        raise AttributeError(f"p_is_next: needs {name}, which is None")
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    return torch.softmax(logits, dim=-1, dtype=dtype)[..., 0]
+
+
+@dataclass
+class BaseModelOutputWithPooling(ModelOutput):
+    """Output of `BertModel`.
+
+    last_hidden_state: (B, S, H).
+    pooler_output: (B, H), tanh of a linear layer on the first valid token; None without a pooler.
+    hidden_states: tuple of L+1 tensors (B, S, H), the embeddings and then each layer; None unless asked for.
+    attentions: tuple of L tensors (B, N, S, S), probabilities; None unless asked for.
+    """
+
+    last_hidden_state: Tensor | None = None
+    pooler_output: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+
+
+@dataclass
+class BertForPreTrainingOutput(ModelOutput):
+    """Output of `BertForPreTraining`.
+
+    loss: (), masked-language-model loss + next-sentence loss; None without both labels.
+    prediction_logits: (B, S, V).
+    seq_relationship_logits: (B, 2), logit 0 = the second sentence is next, logit 1 = it is random.
+    hidden_states: tuple of L+1 tensors (B, S, H); None unless asked for.
+    attentions: tuple of L tensors (B, N, S, S); None unless asked for.
+    """
+
+    loss: Tensor | None = None
+    prediction_logits: Tensor | None = None
+    seq_relationship_logits: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+
+    @property
+    def p_is_next(self) -> Tensor:
+        """(B,) float32 or float64, the probability that the second sentence follows the first."""
+        return _p_is_next("seq_relationship_logits", self.seq_relationship_logits)
+
+
+@dataclass
+class MaskedLMOutput(ModelOutput):
+    """Output of `BertForMaskedLM`.
+
+    loss: (), cross entropy over the labelled tokens; None without labels.
+    logits: (B, S, V).
+    hidden_states: tuple of L+1 tensors (B, S, H); None unless asked for.
+    attentions: tuple of L tensors (B, N, S, S); None unless asked for.
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+
+
+@dataclass
+class NextSentencePredictorOutput(ModelOutput):
+    """Output of `BertForNextSentencePrediction`.
+
+    loss: (), cross entropy; None without labels.
+    logits: (B, 2), logit 0 = the second sentence is next, logit 1 = it is random; `p_is_next` removes the doubt.
+    hidden_states: tuple of L+1 tensors (B, S, H); None unless asked for.
+    attentions: tuple of L tensors (B, N, S, S); None unless asked for.
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+
+    @property
+    def p_is_next(self) -> Tensor:
+        """(B,) float32 or float64, the probability that the second sentence follows the first."""
+        return _p_is_next("logits", self.logits)
+
+
+@dataclass
+class SequenceClassifierOutput(ModelOutput):
+    """Output of `BertForSequenceClassification`.
+
+    loss: (), by the configuration's problem type; None without labels.
+    logits: (B, labels).
+    hidden_states: tuple of L+1 tensors (B, S, H); None unless asked for.
+    attentions: tuple of L tensors (B, N, S, S); None unless asked for.
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+
+
+@dataclass
+class MultipleChoiceModelOutput(ModelOutput):
+    """Output of `BertForMultipleChoice`, where every input is (B, choices, S).
+
+    loss: (), cross entropy over the choices; None without labels.
+    logits: (B, choices).
+    hidden_states: tuple of L+1 tensors (B * choices, S, H); None unless asked for.
+    attentions: tuple of L tensors (B * choices, N, S, S); None unless asked for.
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+
+
+@dataclass
+class TokenClassifierOutput(ModelOutput):
+    """Output of `BertForTokenClassification`.
+
+    loss: (), cross entropy over the labelled tokens; None without labels.
+    logits: (B, S, labels).
+    hidden_states: tuple of L+1 tensors (B, S, H); None unless asked for.
+    attentions: tuple of L tensors (B, N, S, S); None unless asked for.
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+
+
+@dataclass
+class QuestionAnsweringModelOutput(ModelOutput):
+    """Output of `BertForQuestionAnswering`.
+
+    loss: (), mean of the cross entropies of start and end; None without both positions.
+    start_logits: (B, S), for the first token of the answer.
+    end_logits: (B, S), for the last token of the answer.
+    hidden_states: tuple of L+1 tensors (B, S, H); None unless asked for.
+    attentions: tuple of L tensors (B, N, S, S); None unless asked for.
+    """
+
+    loss: Tensor | None = None
+    start_logits: Tensor | None = None
+    end_logits: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None

@@ -1,0 +1,147 @@
+"""What BertModel and the models with heads share: loading, saving, settings."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from fastbert import checkpoint
+from fastbert.config import BertConfig
+from fastbert.ops import Policy
+
+logger = logging.getLogger("fastbert")
+
+Model = TypeVar("Model", bound="PreTrainedModel")
+
+
+class PreTrainedModel(nn.Module):
+    """Loading, saving and settings that BertModel and the models with heads share.
+
+    `backend` ("auto", "triton", "cpu", "torch") and `strict` say what may run the operations: fastbert.ops.dispatch.
+    """
+
+    base_prefix = "bert."
+
+    def __init__(self, config: BertConfig, *, backend: str = "auto", strict: bool = False) -> None:
+        super().__init__()
+        self.config = config
+        self.policy = Policy(backend, strict)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.parameters()).dtype
+
+    def tie_weights(self) -> None:
+        """Makes parameters that the config ties the same tensor. Nothing to tie in a model without a decoder."""
+
+    def tied_names(self) -> set[str]:
+        """State-dict names that are other names for a tied tensor, left out of files."""
+        return set()
+
+    def init_weights(self) -> None:
+        """Fresh weights as in BERT: normal with standard deviation initializer_range, biases 0, LayerNorm 1 and 0."""
+        for name, parameter in self.named_parameters():
+            parameter.data = self._fresh(name, parameter, parameter.dtype, parameter.device)
+        self.tie_weights()
+
+    def _fresh(self, name: str, like: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+        if name.endswith("LayerNorm.weight"):
+            return torch.ones(like.shape, dtype=dtype, device=device)
+        fresh = torch.zeros(like.shape, dtype=dtype, device=device)
+        if not name.endswith("bias"):
+            fresh.normal_(0.0, self.config.initializer_range)
+            if name.endswith("word_embeddings.weight") and self.config.pad_token_id is not None:
+                fresh[self.config.pad_token_id] = 0.0
+        return fresh
+
+    @classmethod
+    def from_pretrained(
+        cls: type[Model],
+        src: str | os.PathLike[str],
+        *,
+        dtype: str | torch.dtype = "auto",
+        device: str | torch.device | None = None,
+        backend: str = "auto",
+        strict: bool = False,
+        revision: str | None = None,
+        **config_overrides: Any,
+    ) -> Model:
+        """Loads a checkpoint in Hugging Face layout, from a local folder or a hub id; the model is in eval mode.
+
+        dtype: "auto" takes the checkpoint's. device: the CPU by default. config_overrides: fields of BertConfig, and
+        num_labels. Weights that a checkpoint lacks are reported by name in a warning: a pooler is left out of a
+        BertModel (pooler_output is None), a head starts with fresh weights. Raises FileNotFoundError where there is no
+        checkpoint, ValueError where it does not fit the config or lacks weights of the encoder.
+        """
+        folder = checkpoint.resolve(src, revision=revision)
+        config = BertConfig.from_pretrained(folder, **config_overrides)
+        state = checkpoint.read_state_dict(folder)
+        dtype = resolve_dtype(dtype, config, state)
+        device = torch.device("cpu") if device is None else torch.device(device)
+        with torch.device("meta"):
+            model = cls(config, backend=backend, strict=strict)
+        model._load(state, dtype, device, str(src))
+        return model.eval()
+
+    def _load(self, state: Mapping[str, Tensor], dtype: torch.dtype, device: torch.device, src: str) -> None:
+        expected = self.state_dict()
+        matched = checkpoint.match(state, {name: t.shape for name, t in expected.items()}, base_prefix=self.base_prefix)
+        if matched.unexpected:
+            logger.info("%s: %s does not use %s", src, type(self).__name__, listed(matched.unexpected))
+        missing = [name for name in matched.missing if name not in self.tied_names()]
+        missing = self._report_missing(missing, src)
+        loaded = {name: t.to(device, dtype) for name, t in matched.state.items()}
+        loaded.update({name: self._fresh(name, expected[name], dtype, device) for name in missing})
+        self.load_state_dict(loaded, strict=False, assign=True)
+        self.tie_weights()
+        self.config.dtype = str(dtype).removeprefix("torch.")
+
+    def _report_missing(self, missing: list[str], src: str) -> list[str]:
+        """Raises for weights no model can do without, warns of the rest; returns the names to start afresh."""
+        backbone = [name for name in missing if name.removeprefix("bert.").startswith(("embeddings.", "encoder."))]
+        if backbone:
+            raise ValueError(f"{src}: the checkpoint lacks {listed(backbone)}, which {type(self).__name__} needs")
+        if missing:
+            logger.warning(
+                "%s: the checkpoint lacks %s: freshly initialised, and to be trained before use", src, listed(missing)
+            )
+        return missing
+
+    def save_pretrained(self, folder: str | os.PathLike[str], *, max_shard_size: int = 5 * 2**30) -> None:
+        """Writes config.json and safetensors that transformers and fastbert read. max_shard_size in bytes."""
+        os.makedirs(folder, exist_ok=True)
+        self.config.architectures = [type(self).__name__]
+        self.config.dtype = str(self.dtype).removeprefix("torch.")
+        self.config.save_pretrained(folder)
+        left_out = self.tied_names()
+        state = {name: tensor for name, tensor in self.state_dict().items() if name not in left_out}
+        checkpoint.write_state_dict(state, folder, max_shard_size=max_shard_size)
+
+
+def resolve_dtype(dtype: str | torch.dtype, config: BertConfig, state: Mapping[str, Tensor]) -> torch.dtype:
+    """The dtype an argument means: "auto" is the checkpoint's. Raises ValueError for what is no floating dtype."""
+    if isinstance(dtype, torch.dtype):
+        resolved = dtype
+    elif dtype == "auto":
+        stored = next((t.dtype for t in state.values() if t.is_floating_point()), torch.float32)
+        resolved = stored if config.dtype is None else getattr(torch, config.dtype)
+    else:
+        resolved = getattr(torch, dtype.removeprefix("torch."), None)
+    if not isinstance(resolved, torch.dtype) or not resolved.is_floating_point:
+        raise ValueError(f"dtype: expected 'auto' or a floating dtype such as torch.bfloat16, got {dtype!r}")
+    return resolved
+
+
+def listed(names: list[str], most: int = 10) -> str:
+    """The names in a row, for a message."""
+    shown = ", ".join(names[:most])
+    return shown if len(names) <= most else f"{shown} and {len(names) - most} more"

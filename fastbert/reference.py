@@ -1,0 +1,376 @@
+"""The oracle: BERT and each of its fused ops in short, plain PyTorch.
+
+Every other path of the library is judged by this file, and this file by transformers in float64. It is written to
+be read: padded `(B, S)` layout for the model, plain loops over sequences for the packed ops, no fused op, no device
+code. Any float dtype works; float64 is what numbers are judged by. In 16-bit dtypes each intermediate is rounded.
+
+Letters as everywhere in the library: `T` packed tokens, `B` sequences, `S` longest sequence, `H` hidden, `I`
+intermediate, `N` heads, `D` head size, `L` layers, `V` vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from fastbert.config import BertConfig
+
+# hidden_act of a configuration -> activation of `linear`
+ACTIVATIONS = {
+    "gelu": "gelu",
+    "gelu_python": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "relu": "relu",
+}
+POOLING_MODES = ("cls", "mean", "max", "weighted_mean", "last", "mean_sqrt_len")
+TASKS = (
+    "pre_training",
+    "masked_lm",
+    "next_sentence",
+    "sequence_classification",
+    "multiple_choice",
+    "token_classification",
+    "question_answering",
+)
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """(x - mean) / sqrt(var + eps) * weight + bias over the last dimension, var divided by H; (..., H) -> (..., H)."""
+    mean = x.mean(dim=-1, keepdim=True)
+    variance = (x - mean).square().mean(dim=-1, keepdim=True)
+    return (x - mean) / torch.sqrt(variance + eps) * weight + bias
+
+
+def bias_residual_layer_norm(
+    x: Tensor, bias: Tensor | None, residual: Tensor | None, weight: Tensor, ln_bias: Tensor, eps: float
+) -> Tensor:
+    """layer_norm(x + bias + residual); x and residual (T, H), the vectors (H,) -> (T, H)."""
+    if bias is not None:
+        x = x + bias
+    if residual is not None:
+        x = x + residual
+    return layer_norm(x, weight, ln_bias, eps)
+
+
+def gelu(x: Tensor, approximate: str = "none") -> Tensor:
+    """GELU, any shape. Hendrycks and Gimpel, arXiv:1606.08415.
+
+    "none": x * Phi(x), Phi the normal distribution function, through erfc so that the left tail keeps its digits.
+    "tanh": x / 2 * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 x^3))).
+    Raises ValueError for another `approximate`.
+    """
+    if approximate == "none":
+        return x * 0.5 * torch.erfc(-x / math.sqrt(2))
+    if approximate == "tanh":
+        return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+    raise ValueError(f"approximate: got {approximate!r}, expected 'none' or 'tanh'")
+
+
+def bias_gelu(x: Tensor, bias: Tensor, approximate: str = "none") -> Tensor:
+    """gelu(x + bias); x (T, I), bias (I,) -> (T, I)."""
+    return gelu(x + bias, approximate)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str | None = None) -> Tensor:
+    """activation(x @ weight^T + bias); x (..., K), weight (M, K), bias (M,) -> (..., M).
+
+    `activation` is None, "gelu" (erf), "gelu_tanh" or "relu"; ValueError for another.
+    """
+    y = x @ weight.T
+    if bias is not None:
+        y = y + bias
+    if activation is None:
+        return y
+    if activation == "gelu":
+        return gelu(y)
+    if activation == "gelu_tanh":
+        return gelu(y, "tanh")
+    if activation == "relu":
+        return torch.relu(y)
+    raise ValueError(f"activation: got {activation!r}, expected None, 'gelu', 'gelu_tanh' or 'relu'")
+
+
+def embedding_layer_norm(
+    input_ids: Tensor | None,
+    token_type_ids: Tensor | None,
+    position_ids: Tensor,
+    word: Tensor,
+    position: Tensor,
+    token_type: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    inputs_embeds: Tensor | None = None,
+) -> Tensor:
+    """layer_norm(word[input_ids] + token_type[token_type_ids] + position[position_ids]) -> (..., H).
+
+    The ids have one shape, (T,) or (B, S), or broadcast to it. `inputs_embeds` (..., H), if given, stands in for the
+    word rows and `input_ids` is ignored; `token_type_ids` None means type 0 everywhere. The tables are (V, H),
+    (positions, H) and (types, H); weight and bias (H,) are the LayerNorm's.
+    """
+    words = word[input_ids] if inputs_embeds is None else inputs_embeds
+    types = token_type[0] if token_type_ids is None else token_type[token_type_ids]
+    return layer_norm(words + types + position[position_ids], weight, bias, eps)
+
+
+def varlen_attention(qkv: Tensor, cu_seqlens: Tensor, num_heads: int, scale: float | None = None) -> Tensor:
+    """softmax(q k^T * scale) v, bidirectional, within each packed sequence. (T, 3*H) -> (T, H).
+
+    A row of `qkv` is [q | k | v], each (N, D); `cu_seqlens` (B+1,) integers from 0 to T, equal neighbours for an
+    empty sequence; `scale` defaults to 1 / sqrt(D).
+    """
+    hidden = qkv.shape[1] // 3
+    if scale is None:
+        scale = (hidden // num_heads) ** -0.5
+    outputs = [qkv.new_zeros(0, hidden)]
+    for start, end in _spans(cu_seqlens):
+        q, k, v = (x.unflatten(1, (num_heads, -1)).transpose(0, 1) for x in qkv[start:end].split(hidden, dim=1))
+        probabilities = torch.softmax(q @ k.transpose(1, 2) * scale, dim=-1)  # (N, n, n)
+        outputs.append((probabilities @ v).transpose(0, 1).flatten(1))  # (n, H)
+    return torch.cat(outputs)
+
+
+def pool(hidden: Tensor, cu_seqlens: Tensor, mode: str, normalize: bool = False) -> Tensor:
+    """One vector for each packed sequence. hidden (T, H), cu_seqlens (B+1,) -> (B, H); zeros for an empty sequence.
+
+    With x_1 .. x_n the rows of a sequence: "cls" x_1, "last" x_n, "max" the greatest of each column, "mean"
+    sum(x_i) / n, "mean_sqrt_len" sum(x_i) / sqrt(n), "weighted_mean" sum(i * x_i) / sum(i). `normalize` then divides
+    by max(||x||_2, 1e-12). Raises ValueError for another `mode`.
+    """
+    if mode not in POOLING_MODES:
+        raise ValueError(f"mode: got {mode!r}, expected one of {', '.join(POOLING_MODES)}")
+    vectors = [hidden.new_zeros(0, hidden.shape[1])]
+    for start, end in _spans(cu_seqlens):
+        x, n = hidden[start:end], end - start
+        if n == 0:
+            vector = hidden.new_zeros(hidden.shape[1])
+        elif mode == "cls":
+            vector = x[0]
+        elif mode == "last":
+            vector = x[-1]
+        elif mode == "max":
+            vector = x.max(dim=0).values
+        elif mode == "mean":
+            vector = x.sum(dim=0) / n
+        elif mode == "mean_sqrt_len":
+            vector = x.sum(dim=0) / math.sqrt(n)
+        else:
+            weights = torch.arange(1, n + 1, dtype=x.dtype, device=x.device)
+            vector = (weights[:, None] * x).sum(dim=0) / weights.sum()
+        vectors.append(vector[None])
+    pooled = torch.cat(vectors)
+    if normalize:
+        pooled = pooled / torch.linalg.vector_norm(pooled, dim=1, keepdim=True).clamp(min=1e-12)
+    return pooled
+
+
+@dataclass(frozen=True)
+class BertReference:
+    """What `bert` returns. Rows at padding positions are zero everywhere."""
+
+    last_hidden_state: Tensor  # (B, S, H)
+    pooler_output: Tensor | None  # (B, H), None without a pooler
+    hidden_states: tuple[Tensor, ...]  # L+1 of (B, S, H): the embeddings, then each layer
+    attentions: tuple[Tensor, ...]  # L of (B, N, S, S), or () when not asked for
+
+
+def bert(
+    params: Mapping[str, Tensor],
+    config: BertConfig,
+    input_ids: Tensor | None = None,
+    attention_mask: Tensor | None = None,
+    token_type_ids: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    inputs_embeds: Tensor | None = None,
+    *,
+    prefix: str = "",
+    dtype: torch.dtype = torch.float64,
+    output_attentions: bool = True,
+) -> BertReference:
+    """The BERT encoder without dropout. Devlin et al., arXiv:1810.04805.
+
+    `params` maps transformers' state-dict names, each behind `prefix` ("bert." under a head), to tensors, which are
+    cast to `dtype` as they are used, on the device where the inputs are too. Inputs: `input_ids` (B, S) or
+    `inputs_embeds` (B, S, H), one of them; `attention_mask` (B, S), nonzero = valid, default all valid;
+    `token_type_ids` and `position_ids` (B, S) or broadcasting to it, default 0 and the column index.
+
+    Whatever stands at a padding position changes nothing: no output depends on it, and the row there is zero in
+    every hidden state, as are the rows and columns of the attentions. The pooler reads the first valid token of each
+    row, or a zero vector where there is none. `output_attentions=False` saves the memory of the attentions.
+
+    Raises ValueError for both or neither of input_ids and inputs_embeds, for a mask of another shape and for an
+    unknown hidden_act; KeyError naming a missing parameter.
+    """
+
+    def p(name: str) -> Tensor:
+        return params[prefix + name].to(dtype)
+
+    def dense(name: str, x: Tensor, activation: str | None = None) -> Tensor:
+        return linear(x, p(f"{name}.weight"), p(f"{name}.bias"), activation)
+
+    def add_norm(name: str, x: Tensor, residual: Tensor) -> Tensor:
+        norm = f"{name}.LayerNorm"
+        return layer_norm(x + residual, p(f"{norm}.weight"), p(f"{norm}.bias"), config.layer_norm_eps)
+
+    activation = _activation(config)
+    valid = _valid_tokens(input_ids, inputs_embeds, attention_mask)  # (B, S)
+    padding = ~valid[:, :, None]  # (B, S, 1)
+    both_valid = valid[:, None, :, None] & valid[:, None, None, :]  # (B, 1, S, S): query, key
+
+    if position_ids is None:
+        position_ids = torch.arange(valid.shape[1], device=valid.device)
+    if token_type_ids is None:
+        token_type_ids = torch.zeros_like(position_ids)
+    x = embedding_layer_norm(
+        None if input_ids is None else input_ids.masked_fill(~valid, 0),
+        token_type_ids.expand_as(valid).masked_fill(~valid, 0),
+        position_ids.expand_as(valid).masked_fill(~valid, 0),
+        p("embeddings.word_embeddings.weight"),
+        p("embeddings.position_embeddings.weight"),
+        p("embeddings.token_type_embeddings.weight"),
+        p("embeddings.LayerNorm.weight"),
+        p("embeddings.LayerNorm.bias"),
+        config.layer_norm_eps,
+        None if inputs_embeds is None else inputs_embeds.to(dtype).masked_fill(padding, 0),
+    ).masked_fill(padding, 0)
+
+    hidden_states, attentions = [x], []
+    for i in range(config.num_hidden_layers):
+        layer = f"encoder.layer.{i}"
+        q, k, v = (
+            dense(f"{layer}.attention.self.{name}", x).unflatten(-1, (config.num_attention_heads, -1)).transpose(1, 2)
+            for name in ("query", "key", "value")
+        )  # (B, N, S, D)
+        scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
+        # The lowest finite number, not -inf: a query at padding has no valid key, and its softmax stays finite so.
+        scores = scores.masked_fill(~both_valid, torch.finfo(dtype).min)
+        probabilities = torch.softmax(scores, dim=-1).masked_fill(~both_valid, 0)
+        context = (probabilities @ v).transpose(1, 2).flatten(2)  # (B, S, H)
+        x = add_norm(f"{layer}.attention.output", dense(f"{layer}.attention.output.dense", context), x)
+        inner = dense(f"{layer}.intermediate.dense", x, activation)  # (B, S, I)
+        x = add_norm(f"{layer}.output", dense(f"{layer}.output.dense", inner), x).masked_fill(padding, 0)
+        hidden_states.append(x)
+        if output_attentions:
+            attentions.append(probabilities)
+
+    pooled = None
+    if f"{prefix}pooler.dense.weight" in params:
+        is_first = valid & (valid.cumsum(dim=1) == 1)
+        first = x.masked_fill(~is_first[:, :, None], 0).sum(dim=1)  # (B, H)
+        pooled = torch.tanh(dense("pooler.dense", first))
+    return BertReference(x, pooled, tuple(hidden_states), tuple(attentions))
+
+
+def head(
+    task: str,
+    params: Mapping[str, Tensor],
+    config: BertConfig,
+    input_ids: Tensor | None = None,
+    attention_mask: Tensor | None = None,
+    token_type_ids: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    inputs_embeds: Tensor | None = None,
+    *,
+    dtype: torch.dtype = torch.float64,
+) -> dict[str, Tensor]:
+    """The logits of BERT with one of its seven heads, under the field names of the library's output classes.
+
+    task                      result
+    "pre_training"            prediction_logits (B, S, V), seq_relationship_logits (B, 2)
+    "masked_lm"               logits (B, S, V)
+    "next_sentence"           logits (B, 2): 0 = is next, 1 = random
+    "sequence_classification" logits (B, labels)
+    "multiple_choice"         logits (B, choices); every input carries the choices: (B, choices, S)
+    "token_classification"    logits (B, S, labels)
+    "question_answering"      start_logits (B, S), end_logits (B, S)
+
+    Arguments as in `bert`, with the encoder's parameters behind "bert.". Logits at padding positions are zero. The
+    language model's decoder is `cls.predictions.decoder` where `params` has it, else the word embeddings with
+    `cls.predictions.bias`. Raises what `bert` does, and ValueError for another task.
+    """
+    if task not in TASKS:
+        raise ValueError(f"task: got {task!r}, expected one of {', '.join(TASKS)}")
+
+    def dense(name: str, x: Tensor, activation: str | None = None) -> Tensor:
+        return linear(x, params[f"{name}.weight"].to(dtype), params[f"{name}.bias"].to(dtype), activation)
+
+    def pooled() -> Tensor:
+        if encoded.pooler_output is None:
+            raise KeyError(f"bert.pooler.dense.weight: missing from params, needed for {task}")
+        return encoded.pooler_output
+
+    def vocabulary(x: Tensor) -> Tensor:
+        x = dense("cls.predictions.transform.dense", x, _activation(config))
+        norm = "cls.predictions.transform.LayerNorm"
+        x = layer_norm(x, params[f"{norm}.weight"].to(dtype), params[f"{norm}.bias"].to(dtype), config.layer_norm_eps)
+        weight = params.get("cls.predictions.decoder.weight", params["bert.embeddings.word_embeddings.weight"])
+        bias = params.get("cls.predictions.decoder.bias")
+        bias = params["cls.predictions.bias"] if bias is None else bias
+        return linear(x, weight.to(dtype), bias.to(dtype)).masked_fill(padding, 0)
+
+    choices: tuple[int, ...] = ()
+    if task == "multiple_choice":
+        choices = _first_given(input_ids, inputs_embeds).shape[:2]
+        input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds = (
+            x if x is None or x.dim() < 3 else x.flatten(0, 1)
+            for x in (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
+        )
+    inputs = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
+    encoded = bert(params, config, *inputs, prefix="bert.", dtype=dtype, output_attentions=False)
+    tokens = encoded.last_hidden_state
+    padding = ~_valid_tokens(input_ids, inputs_embeds, attention_mask)[:, :, None]
+
+    if task == "pre_training":
+        next_sentence = dense("cls.seq_relationship", pooled())
+        return {"prediction_logits": vocabulary(tokens), "seq_relationship_logits": next_sentence}
+    if task == "masked_lm":
+        return {"logits": vocabulary(tokens)}
+    if task == "next_sentence":
+        return {"logits": dense("cls.seq_relationship", pooled())}
+    if task == "sequence_classification":
+        return {"logits": dense("classifier", pooled())}
+    if task == "multiple_choice":
+        return {"logits": dense("classifier", pooled()).reshape(choices)}
+    if task == "token_classification":
+        return {"logits": dense("classifier", tokens).masked_fill(padding, 0)}
+    start, end = dense("qa_outputs", tokens).masked_fill(padding, 0).unbind(dim=-1)
+    return {"start_logits": start, "end_logits": end}
+
+
+def _spans(cu_seqlens: Tensor) -> Iterator[tuple[int, int]]:
+    """The (start, end) of each packed sequence."""
+    bounds = cu_seqlens.tolist()
+    return zip(bounds[:-1], bounds[1:], strict=True)
+
+
+def _activation(config: BertConfig) -> str:
+    if config.hidden_act not in ACTIVATIONS:
+        raise ValueError(f"hidden_act: got {config.hidden_act!r}, expected one of {', '.join(ACTIVATIONS)}")
+    return ACTIVATIONS[config.hidden_act]
+
+
+def _first_given(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
+    if input_ids is not None and inputs_embeds is None:
+        return input_ids
+    if inputs_embeds is not None and input_ids is None:
+        return inputs_embeds
+    got = "neither" if input_ids is None else "both"
+    raise ValueError(f"input_ids, inputs_embeds: got {got}, expected exactly one of them")
+
+
+def _valid_tokens(input_ids: Tensor | None, inputs_embeds: Tensor | None, attention_mask: Tensor | None) -> Tensor:
+    """(B, S) bool, true at valid positions."""
+    given = _first_given(input_ids, inputs_embeds)
+    if attention_mask is None:
+        return torch.ones(given.shape[:2], dtype=torch.bool, device=given.device)
+    if attention_mask.shape != given.shape[:2]:
+        got, expected = tuple(attention_mask.shape), tuple(given.shape[:2])
+        raise ValueError(f"attention_mask: got shape {got}, expected {expected}")
+    return attention_mask != 0

@@ -1,0 +1,652 @@
+"""Text to token ids and back: BERT's WordPiece on the ``tokenizers`` library.
+
+For one folder the ids are those of transformers' BertTokenizer. Truncation and padding are done here, on arrays, and
+not by the Rust object, where both are state: threads that share a tokenizer may differ in ``max_length``, and the
+tokens that are cut can be counted. ``B`` sequences, ``S`` longest sequence, ``T`` packed tokens.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import tempfile
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from tokenizers import AddedToken, decoders, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer as RustTokenizer
+from tokenizers.models import WordPiece
+
+from fastbert.checkpoint import read_json, resolve, write_text
+
+logger = logging.getLogger("fastbert")
+
+_NAMES = {
+    "pad_token": "[PAD]",
+    "unk_token": "[UNK]",
+    "cls_token": "[CLS]",
+    "sep_token": "[SEP]",
+    "mask_token": "[MASK]",
+}
+_CASING = {"do_lower_case": True, "strip_accents": None, "tokenize_chinese_chars": True}
+_SETTINGS = ("model_max_length", "padding_side", "truncation_side")
+# Tokenizer classes that transformers builds anew from vocabulary and casing options, whatever else tokenizer.json says.
+# Any other class takes tokenizer.json as it stands.
+_BERT_KINDS = ("Bert", "ConvBert", "DistilBert", "Electra", "LayoutLM", "Lxmert", "MobileBert", "SqueezeBert")
+_TOKEN_FIELDS = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")
+_NO_LIMIT = 10**12  # a model_max_length from here on means none; transformers writes 1e30
+_CHUNK = 2048  # texts handed to Rust at once; bounds the memory of its encodings, some 200 bytes a token
+
+
+class Encoding(dict[str, Any]):
+    """``input_ids``, ``token_type_ids`` and ``attention_mask``, by key or attribute; ``model(**encoding)`` works.
+
+    The values are lists of int (lists of these for a batch), int64 arrays (B, S) or int64 tensors (B, S).
+    """
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in self:
+            raise AttributeError(f"Encoding has no {name!r}, only {', '.join(self)}")
+        return self[name]
+
+    def to(self, device: str | int | torch.device) -> Encoding:
+        """Move the tensors to ``device``, in place, and return self. Raises TypeError where the values are none."""
+        for name, value in self.items():
+            if not isinstance(value, torch.Tensor):
+                raise TypeError(f"to: {name} is a {type(value).__name__}; encode with return_tensors='pt'")
+            self[name] = value.to(device)
+        return self
+
+
+@dataclass
+class PackedEncoding:
+    """B sequences end to end, without padding, on the CPU."""
+
+    input_ids: torch.Tensor  # (T,) int64
+    token_type_ids: torch.Tensor  # (T,) int64
+    cu_seqlens: torch.Tensor  # (B+1,) int32, starts at 0, ends at T
+    n_truncated: int  # sequences that lost tokens to truncation
+    n_truncated_tokens: int  # tokens they lost
+
+
+class _Template(NamedTuple):
+    """The P pieces of a sequence, such as [CLS] A [SEP]; arrays (P,)."""
+
+    source: np.ndarray  # 0: first text, 1: second text, -1: one special token
+    ids: np.ndarray  # of the special token
+    types: np.ndarray  # segment ids
+
+
+class _Rows(NamedTuple):
+    ids: np.ndarray  # (T,)
+    types: np.ndarray  # (T,)
+    lengths: np.ndarray  # (B,)
+    n_truncated: int
+    n_truncated_tokens: int
+    limit: int | None
+
+
+class Tokenizer:
+    """The tokenizer of a BERT checkpoint, from ``from_pretrained`` or ``train``. Threads may share it.
+
+    ``vocab_size`` is the highest id + 1: the rows an embedding table needs. ``model_max_length`` (tokens; None: no
+    limit), ``padding_side`` and ``truncation_side`` ("right" or "left") may be set at any time.
+    """
+
+    vocab_size: int
+    model_max_length: int | None
+    pad_token: str | None
+    pad_token_id: int | None
+    unk_token: str
+    unk_token_id: int
+    cls_token: str
+    cls_token_id: int
+    sep_token: str
+    sep_token_id: int
+    mask_token: str | None
+    mask_token_id: int | None
+
+    def __init__(self, rust: RustTokenizer, names: dict[str, str | None], as_bert: bool = True) -> None:
+        """Internal: ``rust`` knows all tokens and neither pads nor truncates; ``names`` has the keys of ``_NAMES``.
+
+        ``as_bert``: vocabulary and casing options say all there is to know, as in transformers' BertTokenizer.
+        """
+        self._rust, self._as_bert = rust, as_bert
+        self._templates = (_template(rust.encode("a")), _template(rust.encode("a", "a")))
+        self.vocab_size = max(rust.get_vocab().values()) + 1
+        self.model_max_length = None
+        self.padding_side = self.truncation_side = "right"
+        for name, token in names.items():
+            setattr(self, name, token)
+            setattr(self, f"{name}_id", None if token is None else rust.token_to_id(token))
+
+    def __repr__(self) -> str:
+        return f"Tokenizer(vocab_size={self.vocab_size}, model_max_length={self.model_max_length})"
+
+    @classmethod
+    def from_pretrained(
+        cls, src: str | os.PathLike[str], *, revision: str | None = None, **overrides: Any
+    ) -> Tokenizer:
+        """Load from a local folder, a hub id, or the path of a ``vocab.txt``.
+
+        Reads ``tokenizer.json`` if it is there, else ``vocab.txt``; beside it ``tokenizer_config.json``,
+        ``special_tokens_map.json`` and ``added_tokens.json``. As in transformers, ``do_lower_case`` (default True),
+        ``strip_accents`` (None: as lowercase) and ``tokenize_chinese_chars`` (True) of the config win over the
+        normalizer stored in ``tokenizer.json``, unless ``tokenizer_class`` is none of BERT's. Truncation and padding
+        stored there are not applied.
+
+        ``overrides`` replace values of the config: these three, ``model_max_length``, ``padding_side``,
+        ``truncation_side``, ``cls_token``, ``sep_token``, ``unk_token``, ``pad_token``, ``mask_token``. The last two
+        may be None where the vocabulary has no such token.
+
+        Raises FileNotFoundError if neither file is there; ValueError for a file that cannot be read, a special token
+        the vocabulary lacks or holds twice, or a bad value; TypeError for an unknown override.
+        """
+        known = (*_NAMES, *_CASING, *_SETTINGS)
+        if unknown := sorted(set(overrides) - set(known)):
+            raise TypeError(f"from_pretrained: got {', '.join(unknown)}, expected only {', '.join(known)}")
+        file = Path(os.path.expanduser(src)) if src else None
+        if file is None or not file.is_file():
+            file = resolve(src, revision=revision, weights=False) / "tokenizer.json"
+        vocab_name = "vocab.txt" if file.suffix == ".json" else file.name
+        stored = _read_json(file) if file.suffix == ".json" else {}
+        config, special_map, legacy = (
+            _read_json(file.with_name(name))
+            for name in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+        )
+        added = config.get("added_tokens_decoder")
+        if added is None:  # else the config is complete, and transformers ignores the other places
+            config = config | special_map
+        options = config | overrides
+        names = {name: options.get(name, default) for name, default in _NAMES.items()}
+        contents = {name: token["content"] if isinstance(token, dict) else token for name, token in names.items()}
+        if added is None:
+            added = {i: {"content": token, "special": token in contents.values()} for token, i in legacy.items()}
+            added |= {token["id"]: token for token in stored.get("added_tokens", [])}
+
+        kind = (config.get("tokenizer_class") or "BertTokenizer").removesuffix("Fast").removesuffix("Tokenizer")
+        model = stored.get("model", {})
+        as_bert = kind in _BERT_KINDS and model.get("type", "WordPiece") == "WordPiece"
+        if as_bert:
+            if stored and not isinstance(model.get("vocab"), dict):
+                raise ValueError(f"{file} holds no vocabulary")
+            vocab = model["vocab"] if stored else _read_vocab(file.with_name(vocab_name), contents)
+            casing: dict[str, Any] = {name: options.get(name, default) for name, default in _CASING.items()}
+            rust = _bert_pipeline(vocab, contents["unk_token"] or "", **casing)
+        elif not stored:
+            raise FileNotFoundError(f"no {file}, which tokenizer_class {config['tokenizer_class']!r} needs")
+        elif given := sorted(set(overrides) & set(_CASING)):
+            raise ValueError(f"{given[0]}: cannot be changed, as {file} is not BERT's and is used as it stands")
+        else:
+            try:
+                rust = RustTokenizer.from_file(str(file))
+            except Exception as error:  # tokenizers raises nothing more precise
+                raise ValueError(f"{file} is no tokenizer: {error}") from error
+            rust.no_truncation()
+            rust.no_padding()
+        _add_tokens(rust, file.parent, added, names, options)
+        if as_bert:
+            _set_bert_template(rust, contents["cls_token"], contents["sep_token"])
+        tokenizer = cls(rust, contents, as_bert)
+        limit = options.get("model_max_length")
+        if limit is not None and not (isinstance(limit, (int, float)) and limit >= 1):
+            raise ValueError(f"model_max_length: got {limit!r}, expected a positive int or None")
+        tokenizer.model_max_length = None if limit is None or limit >= _NO_LIMIT else int(limit)
+        for name in ("padding_side", "truncation_side"):
+            setattr(tokenizer, name, _one_of(name, options.get(name, "right"), "right", "left"))
+        return tokenizer
+
+    @classmethod
+    def train(
+        cls,
+        texts_or_files: Iterable[str | Path] | Path,
+        *,
+        vocab_size: int = 30000,
+        lowercase: bool = True,
+        strip_accents: bool | None = None,
+        min_frequency: int = 2,
+        special_tokens: Sequence[str] = tuple(_NAMES.values()),
+        limit_alphabet: int | None = None,
+        show_progress: bool = False,
+    ) -> Tokenizer:
+        """Learn a WordPiece vocabulary. The same input gives the same tokens with the same ids.
+
+        ``texts_or_files``: str items are texts, Path items are UTF-8 files, one text a line. They are read twice; what
+        can be iterated only once is spooled to a temporary file. ``special_tokens`` get the ids from 0 on and must
+        contain BERT's five. ``limit_alphabet``: how many characters to keep, the most frequent first (default: a third
+        of ``vocab_size``); a word with any other character is [UNK]. A kept character becomes a token, and a second
+        one with ## if it can stand inside a word. A merge needs ``min_frequency`` occurrences.
+
+        ``strip_accents=None`` follows ``lowercase``, as in BERT, except where the input contains a Hangul syllable,
+        anywhere: then accents stay, because stripping them begins with Unicode's NFD, which takes syllables apart into
+        Jamo. True is obeyed, with a warning if it meets Hangul. Korean text that comes in NFD stays in NFD: bring it
+        to NFC before training and before encoding.
+
+        Raises TypeError for an item that is neither str nor Path; ValueError if there is no text, if it holds lone
+        surrogates or is not UTF-8, or if special tokens and alphabet exceed ``vocab_size``.
+        """
+        if isinstance(texts_or_files, (str, bytes)):
+            raise TypeError(f"texts_or_files: got a single {type(texts_or_files).__name__}, expected texts or Paths")
+        if missing := [token for token in _NAMES.values() if token not in special_tokens]:
+            raise ValueError(f"special_tokens: got {list(special_tokens)}, expected {', '.join(missing)} among them")
+        items = [texts_or_files] if isinstance(texts_or_files, Path) else texts_or_files
+        once = iter(items) is items
+        counts: Counter[str] = Counter()
+        with tempfile.TemporaryFile("w+", encoding="utf-8") as spool:
+            for text in _read_texts(items):
+                counts.update(text)
+                if once:
+                    spool.write(json.dumps(text) + "\n")
+            spool.seek(0)
+            if any("\uac00" <= character <= "\ud7a3" for character in counts):
+                if strip_accents:
+                    logger.warning("strip_accents=True takes the Hangul syllables of the training text apart into Jamo")
+                elif lowercase:
+                    strip_accents = False
+            unk = _NAMES["unk_token"]
+            casing: dict[str, Any] = {"do_lower_case": lowercase, "strip_accents": strip_accents}
+            rust = _bert_pipeline({}, unk, **casing)
+            alphabet = _alphabet(rust, counts, vocab_size // 3 if limit_alphabet is None else limit_alphabet)
+            if not alphabet:
+                raise ValueError("texts_or_files: got no text to train on")
+            base = [*dict.fromkeys(special_tokens), *alphabet]
+            if len(base) > vocab_size:
+                raise ValueError(f"vocab_size: got {vocab_size}, but special tokens and alphabet are {len(base)}")
+            # Left to itself, the trainer numbers the alphabet in the order of a randomly seeded hash map, and breaks
+            # ties between merges by these numbers. Passed as special tokens, the alphabet has a fixed order.
+            trainer = trainers.WordPieceTrainer(
+                vocab_size=vocab_size,
+                min_frequency=min_frequency,
+                limit_alphabet=0,
+                special_tokens=base,
+                show_progress=show_progress,
+            )
+            rust.train_from_iterator(map(json.loads, spool) if once else _read_texts(items), trainer=trainer)
+        rust = _bert_pipeline(rust.get_vocab(with_added_tokens=False), unk, **casing)
+        rust.add_special_tokens(list(special_tokens))
+        _set_bert_template(rust, _NAMES["cls_token"], _NAMES["sep_token"])
+        return cls(rust, dict(_NAMES))
+
+    def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
+        """Write what ``from_pretrained`` and transformers load to the same ids.
+
+        These are tokenizer.json, tokenizer_config.json, special_tokens_map.json and, for WordPiece, vocab.txt.
+        """
+        folder = Path(directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        names = {name: getattr(self, name) for name in _NAMES}
+        added = sorted(self._rust.get_added_tokens_decoder().items())
+        flags = {i: {flag: getattr(token, flag) for flag in _TOKEN_FIELDS} for i, token in added}
+        config = {"tokenizer_class": "BertTokenizer" if self._as_bert else "PreTrainedTokenizerFast", **names}
+        config["added_tokens_decoder"] = flags
+        config |= {name: getattr(self, name) for name in _SETTINGS if getattr(self, name) is not None}
+        if self._as_bert:
+            normalizer = self._rust.normalizer
+            casing = (normalizer.lowercase, normalizer.strip_accents, normalizer.handle_chinese_chars)
+            config |= dict(zip(_CASING, casing, strict=True))
+        if isinstance(self._rust.model, WordPiece):
+            lines = [f"[no token {i}]" for i in range(self.vocab_size)]  # the line is the id: no gaps
+            for token, i in self._rust.get_vocab().items():
+                lines[i] = token
+            write_text(folder / "vocab.txt", "\n".join(lines) + "\n")
+        for name, content in (("special_tokens_map.json", names), ("tokenizer_config.json", config)):
+            write_text(folder / name, json.dumps(content, indent=2) + "\n")
+        write_text(folder / "tokenizer.json", self._rust.to_str(pretty=True))
+
+    @property
+    def all_special_ids(self) -> list[int]:
+        """The ids that ``skip_special_tokens`` skips, ascending."""
+        return sorted(i for i, token in self._rust.get_added_tokens_decoder().items() if token.special)
+
+    def get_vocab(self) -> dict[str, int]:
+        """Token to id, added tokens included."""
+        return self._rust.get_vocab()
+
+    def num_special_tokens(self, pair: bool) -> int:
+        """How many special tokens a text gets, or a pair."""
+        return int((self._templates[pair].source < 0).sum())
+
+    def __call__(
+        self,
+        texts: str | Iterable[str],
+        pairs: str | Iterable[str] | None = None,
+        *,
+        padding: bool | str = False,
+        truncation: bool | str = True,
+        max_length: int | None = None,
+        add_special_tokens: bool = True,
+        return_tensors: str | None = None,
+    ) -> Encoding:
+        """Encode a text, to lists of int (with ``return_tensors``, to a batch of 1), or a batch.
+
+        ``pairs``: the second texts, as many as ``texts``. ``padding``: False, True or "longest", "max_length".
+        ``truncation``: True or "longest_first", "only_first", "only_second"; with False, a text over the limit is an
+        error. ``max_length``: the limit, special tokens included; by default ``model_max_length``, and then one warning
+        a call counts the texts and tokens cut. ``return_tensors``: None (lists), "pt" (tensors), "np" (arrays).
+
+        Raises TypeError for an item that is not a str. Raises ValueError for lone surrogates, for ``texts`` and
+        ``pairs`` of different lengths, for a limit that cannot be met, and for tensors from rows of different lengths.
+        """
+        _one_of("padding", padding, False, True, "longest", "max_length")
+        _one_of("return_tensors", return_tensors, None, "pt", "np")
+        rows = self._encode(texts, pairs, truncation, max_length, add_special_tokens, warn=True)
+        if padding or return_tensors:
+            arrays = self._pad(rows, padding)
+            if return_tensors == "pt":
+                return Encoding({name: torch.from_numpy(array) for name, array in arrays.items()})
+            if return_tensors == "np":
+                return Encoding(arrays)
+            lists = {name: array.tolist() for name, array in arrays.items()}
+        else:
+            spans = list(zip(np.cumsum(rows.lengths).tolist(), rows.lengths.tolist(), strict=True))
+            flat = {"input_ids": rows.ids, "token_type_ids": rows.types, "attention_mask": np.ones_like(rows.ids)}
+            lists = {name: [array[end - n : end].tolist() for end, n in spans] for name, array in flat.items()}
+        return Encoding({name: rows[0] for name, rows in lists.items()} if isinstance(texts, str) else lists)
+
+    def encode_packed(
+        self,
+        texts: str | Iterable[str],
+        pairs: str | Iterable[str] | None = None,
+        *,
+        truncation: bool | str = True,
+        max_length: int | None = None,
+        add_special_tokens: bool = True,
+        warn: bool = True,
+    ) -> PackedEncoding:
+        """Encode a batch end to end. No padded batch is built on the way. Arguments and errors: as ``__call__``.
+
+        ``warn=False``: no warning about cut texts; the counts are in the result.
+        """
+        rows = self._encode(texts, pairs, truncation, max_length, add_special_tokens, warn)
+        if len(rows.ids) > np.iinfo(np.int32).max:
+            raise ValueError(f"texts: got {len(rows.ids)} tokens in all, expected fewer than 2**31")
+        cu_seqlens = np.zeros(len(rows.lengths) + 1, np.int32)
+        np.cumsum(rows.lengths, out=cu_seqlens[1:])
+        ids, types, cu = (torch.from_numpy(array) for array in (rows.ids, rows.types, cu_seqlens))
+        return PackedEncoding(ids, types, cu, rows.n_truncated, rows.n_truncated_tokens)
+
+    def tokenize(self, text: str) -> list[str]:
+        """The word pieces of a text, without special tokens, not truncated."""
+        _check_text(text, "text")
+        return self._rust.encode(text, add_special_tokens=False).tokens
+
+    def decode(self, ids: Any, *, skip_special_tokens: bool = True) -> str:
+        """The text of a sequence, 1-D array or 1-D tensor of ids: pieces joined, no space before punctuation."""
+        return self._rust.decode(self._check_ids(ids), skip_special_tokens=skip_special_tokens)
+
+    def decode_batch(self, batch: Iterable[Any], *, skip_special_tokens: bool = True) -> list[str]:
+        """``decode`` of each row."""
+        return self._rust.decode_batch([self._check_ids(ids) for ids in batch], skip_special_tokens=skip_special_tokens)
+
+    def convert_ids_to_tokens(self, ids: Any) -> Any:
+        """The token of an int, else the list of tokens. Ids outside the vocabulary: ValueError."""
+        tokens = [self._rust.id_to_token(i) for i in self._check_ids(ids)]
+        return tokens[0] if np.ndim(ids) == 0 else tokens
+
+    def convert_tokens_to_ids(self, tokens: str | Iterable[str]) -> Any:
+        """The id of a str, else the list of ids. What the vocabulary lacks has ``unk_token_id``."""
+        if not isinstance(tokens, str):
+            return [self.convert_tokens_to_ids(token) for token in tokens]
+        i = self._rust.token_to_id(tokens)
+        return self.unk_token_id if i is None else i
+
+    def _encode(
+        self, texts: Any, pairs: Any, truncation: bool | str, max_length: int | None, special: bool, warn: bool
+    ) -> _Rows:
+        sides = [_as_list(texts, "texts")]
+        if pairs is not None:
+            sides.append(_as_list(pairs, "pairs"))
+            if isinstance(texts, str) != isinstance(pairs, str):
+                raise TypeError(f"pairs: got {type(pairs).__name__} for texts of type {type(texts).__name__}")
+            if len(sides[0]) != len(sides[1]):
+                raise ValueError(f"pairs: got {len(sides[1])} for {len(sides[0])} texts, expected as many")
+        _one_of("truncation", truncation, True, False, "longest_first", "only_first", "only_second")
+        if truncation == "only_second" and pairs is None:
+            raise ValueError("truncation: got 'only_second' without pairs")
+        template = self._templates[len(sides) - 1]
+        if not special:
+            template = _Template(*(array[template.source >= 0] for array in template))
+        n_special = int((template.source < 0).sum())
+        limit = self.model_max_length if max_length is None else max_length
+        if limit is not None and not (isinstance(limit, (int, np.integer)) and limit >= n_special):
+            raise ValueError(f"max_length: got {limit!r}, expected None or an int >= {n_special}, the special tokens")
+
+        parts: list[tuple[np.ndarray, ...]] = [(np.empty(0, np.int64),) * 3]
+        n_truncated = n_truncated_tokens = 0
+        for start in range(0, len(sides[0]), _CHUNK):
+            chunk = [text for side in sides for text in side[start : start + _CHUNK]]
+            encoded = self._rust.encode_batch_fast(chunk, add_special_tokens=False)
+            full = np.fromiter(map(len, encoded), np.int64, len(encoded)).reshape(len(sides), -1)  # (1 or 2, rows)
+            kept = full if limit is None else _truncate(full, limit, n_special, truncation, start)
+            cut = (full - kept).sum(0)
+            n_truncated += int((cut > 0).sum())
+            n_truncated_tokens += int(cut.sum())
+            parts.append(self._assemble(template, encoded, kept))
+        if n_truncated and warn and max_length is None:
+            logger.warning(
+                f"{n_truncated} of {len(sides[0])} texts were longer than model_max_length={limit} and truncated: "
+                f"{n_truncated_tokens} tokens cut. Pass max_length= to set the limit yourself."
+            )
+        ids, types, lengths = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+        return _Rows(ids, types, lengths, n_truncated, n_truncated_tokens, limit)
+
+    def _assemble(self, template: _Template, encoded: list[Any], kept: np.ndarray) -> tuple[np.ndarray, ...]:
+        """Ids, types (tokens,) and lengths (rows,); ``encoded`` holds all first texts, then all second ones."""
+        n_rows = kept.shape[1]
+        sources = [source for source in template.source.tolist() if source >= 0]
+
+        def texts() -> Iterator[list[int]]:
+            counts = kept.tolist()
+            for row in range(n_rows):
+                for source in sources:
+                    ids, n = encoded[source * n_rows + row].ids, counts[source][row]
+                    yield ids[:n] if self.truncation_side == "right" else ids[len(ids) - n :]
+
+        sizes = np.where(template.source[:, None] < 0, 1, kept[template.source])  # (P, rows)
+        piece = np.repeat(np.tile(np.arange(len(sizes)), n_rows), sizes.T.ravel())  # of each token
+        ids = template.ids[piece]
+        ids[template.source[piece] >= 0] = np.fromiter(chain.from_iterable(texts()), np.int64, int(kept.sum()))
+        return ids, template.types[piece], sizes.sum(0)
+
+    def _pad(self, rows: _Rows, padding: bool | str) -> dict[str, np.ndarray]:
+        """The rows as arrays (B, S)."""
+        width = int(rows.lengths.max(initial=0))
+        if padding == "max_length":
+            if rows.limit is None:
+                raise ValueError("padding: got 'max_length', but neither max_length nor model_max_length is set")
+            width = rows.limit
+        elif not padding and (rows.lengths != width).any():
+            raise ValueError(f"return_tensors: rows have {rows.lengths.min()} to {width} tokens; pass padding=True")
+        if padding and self.pad_token_id is None:
+            raise ValueError(f"padding: got {padding!r}, but this tokenizer has no pad_token")
+        side = _one_of("padding_side", self.padding_side, "right", "left")
+        mask = np.arange(width) < rows.lengths[:, None]
+        mask = mask if side == "right" else mask[:, ::-1]
+        ids, types = np.full(mask.shape, self.pad_token_id or 0, np.int64), np.zeros(mask.shape, np.int64)
+        ids[mask], types[mask] = rows.ids, rows.types
+        return {"input_ids": ids, "token_type_ids": types, "attention_mask": mask.astype(np.int64)}
+
+    def _check_ids(self, ids: Any) -> list[int]:
+        array = np.atleast_1d(np.asarray(ids.tolist() if hasattr(ids, "tolist") else ids))
+        if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
+            raise TypeError(f"ids: got {array.ndim} dimensions of {array.dtype}, expected one row of ints")
+        if (outside := (array < 0) | (array >= self.vocab_size)).any():
+            raise ValueError(f"ids: got {array[outside][0]}, expected 0 to {self.vocab_size - 1}")
+        return array.astype(np.int64).tolist()
+
+
+def _truncate(full: np.ndarray, limit: int, n_special: int, truncation: bool | str, start: int) -> np.ndarray:
+    """How many tokens of each text stay, (1 or 2, rows), by the rules of ``tokenizers``."""
+    budget = limit - n_special
+    excess = np.maximum(full.sum(0) - budget, 0)
+    if not excess.any():
+        return full
+    if not truncation:
+        row = int(excess.argmax())
+        raise ValueError(
+            f"texts[{start + row}] has {excess[row] + limit} tokens, expected at most {limit}, as truncation is False"
+        )
+    if budget == 0:
+        return np.zeros_like(full)
+    if truncation in ("only_first", "only_second"):
+        kept = full.copy()
+        side = kept[int(truncation == "only_second")]
+        if (failing := (excess > 0) & (excess >= side)).any():
+            row = int(failing.argmax())
+            raise ValueError(
+                f"truncation: {truncation!r} cannot bring texts[{start + row}] and its pair to {limit} tokens: "
+                f"{excess[row]} must go, of the {side[row]} it may cut; use 'longest_first'"
+            )
+        side -= excess
+        return kept
+    if len(full) == 1:
+        return full - excess
+    # The longer text gets what the shorter leaves. Where that is less than the shorter has, each gets half; an odd
+    # token goes to the longer text, and to the second if they are equal.
+    short = full.min(0)
+    half = 2 * short > budget
+    short, long = np.where(half, budget // 2, short), np.where(half, budget - budget // 2, budget - short)
+    kept = np.where(full[0] > full[1], [long, short], [short, long])
+    return np.where(excess > 0, kept, full)
+
+
+def _template(probe: Any) -> _Template:
+    """The template behind an encoding, whatever kind of post-processor made it."""
+    source = np.array([-1 if source is None else source for source in probe.sequence_ids])
+    first = (source < 0) | (np.diff(source, prepend=-2) != 0)  # the first token of each piece
+    return _Template(source[first], np.array(probe.ids)[first], np.array(probe.type_ids)[first])
+
+
+def _bert_pipeline(
+    vocab: dict[str, int],
+    unk: str,
+    do_lower_case: bool = True,
+    strip_accents: bool | None = None,
+    tokenize_chinese_chars: bool = True,
+) -> RustTokenizer:
+    rust = RustTokenizer(WordPiece(vocab, unk_token=unk))
+    rust.normalizer = normalizers.BertNormalizer(
+        clean_text=True,
+        handle_chinese_chars=tokenize_chinese_chars,
+        strip_accents=strip_accents,
+        lowercase=do_lower_case,
+    )
+    rust.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    rust.decoder = decoders.WordPiece(prefix="##")
+    return rust
+
+
+def _set_bert_template(rust: RustTokenizer, *cls_and_sep: str | None) -> None:
+    cls, sep = ((token, rust.token_to_id(token)) for token in cls_and_sep if token is not None)
+    rust.post_processor = processors.BertProcessing(sep, cls)  # type: ignore[arg-type]
+
+
+def _added_token(token: str | dict[str, Any], **flags: bool) -> AddedToken:
+    fields = {"content": token} if isinstance(token, str) else {k: v for k, v in token.items() if k in _TOKEN_FIELDS}
+    return AddedToken(**(fields | flags))
+
+
+def _add_tokens(
+    rust: RustTokenizer, folder: Path, added: dict[Any, Any], names: dict[str, Any], options: dict[str, Any]
+) -> None:
+    """Have Rust take as whole tokens: the stored added ones, those in ``names``, extra special ones, in this order."""
+    tokens = {t.content: t for t in (_added_token(added[i]) for i in sorted(added, key=int))}
+    vocab = rust.get_vocab()
+    for name, value in names.items():
+        token = None if value is None else _added_token(value, special=True)
+        if token is None and name in ("pad_token", "mask_token"):
+            continue
+        if token is None or (token.content not in vocab and token.content not in tokens):
+            raise ValueError(f"{name}: got {value!r}, which the vocabulary in {folder} lacks")
+        tokens.setdefault(token.content, token).special = True
+    for key in ("additional_special_tokens", "extra_special_tokens"):
+        extra = options.get(key) or []
+        for value in extra.values() if isinstance(extra, dict) else extra:
+            token = _added_token(value, special=True)
+            tokens.setdefault(token.content, token)
+    rust.add_tokens(list(tokens.values()))
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    return read_json(path) if path.is_file() else {}
+
+
+def _read_vocab(path: Path, names: dict[str, str | None]) -> dict[str, int]:
+    """Token to line number. Of a token that stands twice the last line counts, as everywhere; special ones may not."""
+    if not path.is_file():
+        raise FileNotFoundError(f"no tokenizer in {path.parent}: looked for tokenizer.json and vocab.txt")
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8: {error}") from error
+    tokens = [line.rstrip() for line in (lines if lines[-1] else lines[:-1])]
+    for name, token in names.items():
+        if token is not None and tokens.count(token) > 1:
+            raise ValueError(f"{name}: {token!r} stands {tokens.count(token)} times in {path}, expected once")
+    vocab = {token: i for i, token in enumerate(tokens)}
+    if len(vocab) < len(tokens):
+        logger.warning(f"{path}: {len(tokens) - len(vocab)} lines repeat a token; the last of equal lines gives its id")
+    return vocab
+
+
+def _read_texts(items: Iterable[str | Path]) -> Iterator[str]:
+    """The texts among the items, and the lines of the files."""
+    for i, item in enumerate(items):
+        if not isinstance(item, Path):
+            _check_text(item, f"texts_or_files[{i}]")
+            yield item
+            continue
+        with item.open(encoding="utf-8") as lines:
+            try:
+                yield from lines
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{item} is not UTF-8: {error}") from error
+
+
+def _alphabet(rust: RustTokenizer, counts: Counter[str], limit: int) -> list[str]:
+    """The most frequent characters after normalisation, sorted, then those that can continue a word, with ##."""
+
+    def words(text: str) -> list[str]:
+        return [word for word, _ in rust.pre_tokenizer.pre_tokenize_str(rust.normalizer.normalize_str(text))]
+
+    normalized: Counter[str] = Counter()
+    for character, n in counts.items():
+        for word in words(character):
+            normalized.update(dict.fromkeys(word, n))
+    kept = sorted(sorted(normalized, key=lambda character: (-normalized[character], character))[:limit])
+    return kept + [f"##{character}" for character in kept if len(words("a" + character)) == 1]
+
+
+def _as_list(texts: Any, name: str) -> list[str]:
+    if isinstance(texts, (bytes, dict)) or not isinstance(texts, Iterable):
+        raise TypeError(f"{name}: got {type(texts).__name__}, expected a str or a sequence of str")
+    texts = [texts] if isinstance(texts, str) else list(texts)
+    for i, text in enumerate(texts):
+        _check_text(text, f"{name}[{i}]")
+    return texts
+
+
+def _check_text(text: Any, name: str) -> None:
+    if not isinstance(text, str):
+        raise TypeError(f"{name}: got {type(text).__name__}, expected str")
+    try:
+        _ = text.isascii() or text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{name}: lone surrogate U+{ord(text[error.start]):04X} at character {error.start}, half of a UTF-16 pair "
+            "and not a character. To join halves that belong together and replace the others by U+FFFD: "
+            "text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace')"
+        ) from None
+
+
+def _one_of(name: str, value: Any, *expected: Any) -> Any:
+    if not any(type(value) is type(choice) and value == choice for choice in expected):
+        raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(map(repr, expected))}")
+    return value

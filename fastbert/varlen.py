@@ -1,0 +1,128 @@
+"""Packing: from padded (B, S, ...) batches to the T tokens that are there, and back.
+
+A batch is unpadded once, at the edge of the model; every layer runs on (T, H); outputs are padded once, if at all.
+Position is the column index, as in transformers: left-padded rows and masks with holes keep their column positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+
+@dataclass(eq=False)
+class PackedBatch:
+    """How B sequences of different lengths lie in T packed tokens.
+
+    cu_seqlens: (B + 1,) int32 on the tensors' device, starts at 0, ends at T; sequence b is rows cu_seqlens[b] to
+    cu_seqlens[b + 1]. cu_seqlens_cpu: the same on the host. position_ids: (T,) int64, the column each token came from.
+    indices: (T,) int64, where each token stands in the flattened (B * S) batch, None if it never was padded.
+    """
+
+    cu_seqlens: torch.Tensor
+    cu_seqlens_cpu: torch.Tensor
+    position_ids: torch.Tensor
+    batch_size: int
+    padded_length: int
+    indices: torch.Tensor | None = None
+    _plans: dict[Any, Any] = field(default_factory=dict, repr=False)
+
+    @property
+    def n_tokens(self) -> int:
+        """T."""
+        return self.position_ids.shape[0]
+
+    @property
+    def device(self) -> torch.device:
+        return self.cu_seqlens.device
+
+    @property
+    def seq_ids(self) -> torch.Tensor:
+        """(T,) int32: the sequence of each token."""
+        return self.plan("seq_ids", self._seq_ids)
+
+    def _seq_ids(self) -> torch.Tensor:
+        sequences = torch.arange(self.batch_size, dtype=torch.int32, device=self.device)
+        return torch.repeat_interleave(sequences, self.cu_seqlens.diff(), output_size=self.n_tokens)
+
+    def plan(self, key: Any, make: Callable[[], Any]) -> Any:
+        """What is derived from the lengths once a batch and shared by all layers: work lists, groups of equal length."""
+        if key not in self._plans:
+            self._plans[key] = make()
+        return self._plans[key]
+
+
+def unpad(attention_mask: torch.Tensor) -> PackedBatch:
+    """The packing of a padded batch. attention_mask: (B, S), any numeric dtype, nonzero where a token is.
+
+    Holes and left padding are fine. A row without any token becomes a sequence of length 0.
+    """
+    batch_size, padded_length = attention_mask.shape
+    valid = attention_mask != 0
+    indices = valid.flatten().nonzero().flatten()
+    cu_seqlens = torch.zeros(batch_size + 1, dtype=torch.int32, device=valid.device)
+    torch.cumsum(valid.sum(1), 0, dtype=torch.int32, out=cu_seqlens[1:])
+    return PackedBatch(
+        cu_seqlens=cu_seqlens,
+        cu_seqlens_cpu=cu_seqlens.cpu(),
+        position_ids=indices % max(padded_length, 1),
+        batch_size=batch_size,
+        padded_length=padded_length,
+        indices=indices,
+    )
+
+
+def without_padding(batch_size: int, length: int, device: torch.device) -> PackedBatch:
+    """The packing of a (B, S) batch in which every position holds a token; needs no look at a mask."""
+    cu_seqlens_cpu = torch.arange(batch_size + 1, dtype=torch.int32) * length
+    return PackedBatch(
+        cu_seqlens=cu_seqlens_cpu.to(device, non_blocking=True),
+        cu_seqlens_cpu=cu_seqlens_cpu,
+        position_ids=torch.arange(length, device=device).repeat(batch_size),
+        batch_size=batch_size,
+        padded_length=length,
+    )
+
+
+def from_cu_seqlens(cu_seqlens: torch.Tensor, n_tokens: int, device: torch.device) -> PackedBatch:
+    """The packing that cu_seqlens, (B + 1,) int32 on any device, describes; positions count from 0 in each sequence.
+
+    Raises ValueError if cu_seqlens does not start at 0, decreases or does not end at n_tokens; TypeError for its dtype.
+    """
+    if cu_seqlens.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"cu_seqlens: expected dtype int32, got {cu_seqlens.dtype}")
+    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
+        raise ValueError(f"cu_seqlens: expected shape (B + 1,), got {tuple(cu_seqlens.shape)}")
+    cu_seqlens_cpu = cu_seqlens.to("cpu", torch.int32)
+    lengths = cu_seqlens_cpu.diff()
+    if int(cu_seqlens_cpu[0]) != 0 or int(cu_seqlens_cpu[-1]) != n_tokens or bool((lengths < 0).any()):
+        raise ValueError(
+            f"cu_seqlens: expected offsets that start at 0, never decrease and end at T = {n_tokens}, "
+            f"got {cu_seqlens_cpu.tolist() if cu_seqlens.shape[0] <= 9 else f'{cu_seqlens_cpu[:4].tolist()} ...'}"
+        )
+    starts = torch.repeat_interleave(cu_seqlens_cpu[:-1].long(), lengths.long(), output_size=n_tokens)
+    return PackedBatch(
+        cu_seqlens=cu_seqlens.to(device, torch.int32),
+        cu_seqlens_cpu=cu_seqlens_cpu,
+        position_ids=(torch.arange(n_tokens) - starts).to(device),
+        batch_size=cu_seqlens.shape[0] - 1,
+        padded_length=int(lengths.max()) if lengths.numel() else 0,
+    )
+
+
+def pack(x: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
+    """(B, S, ...) -> (T, ...): the rows where tokens are."""
+    flat = x.reshape(-1, *x.shape[2:])
+    return flat if batch.indices is None else flat.index_select(0, batch.indices)
+
+
+def pad(x: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
+    """(T, ...) -> (B, S, ...), zeros at the padding positions."""
+    shape = (batch.batch_size, batch.padded_length, *x.shape[1:])
+    if batch.indices is None:
+        return x.reshape(shape)
+    flat = x.new_zeros(batch.batch_size * batch.padded_length, *x.shape[1:])
+    return flat.index_copy(0, batch.indices, x).reshape(shape)

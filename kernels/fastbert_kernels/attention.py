@@ -1,0 +1,211 @@
+"""Bidirectional attention over packed sequences of different lengths, in one pass (flash attention).
+
+    out[i] = sum_j softmax_j(scale * q[i] . k[j]) v[j],    j over the tokens of i's own sequence
+
+q, k, v, out: (T, N, D), fp32 / bf16 / fp16, D from 16 to 128. Scores, softmax and accumulator are float32; the
+probabilities are rounded to the input dtype for the second product. FLOPs: 4 * N * D * sum_b len_b^2; bytes moved at
+least 4 * T * N * D elements.
+
+A tile of BLOCK_Q query rows holds either a slice of one long sequence or several whole short ones, so that texts of
+20 tokens do not each occupy a tile of their own. Which rows a tile holds is decided once a batch, in the work list:
+
+    sequences   |----- 0 -----|-1-|--2--|-3-|------- 4 -------|
+    tiles       |  a   |  b   |      c      |   d    |   e    |       c is masked block-diagonally
+
+A tile of several sequences multiplies all its rows by all its keys before masking, so a NaN or infinity in one text can
+reach the texts that share its tile.
+
+Source: Dao, "FlashAttention-2", 2023, arXiv:2307.08691; online softmax after Milakov and Gimelshein, arXiv:1805.02867.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+
+from fastbert_kernels import launch
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+# Where the running maximum starts. Finite, so that a row that has met no key yet does not compute inf - inf.
+LOWEST = tl.constexpr(-1.0e38)
+
+
+@triton.jit
+def _attend(
+    q,  # (BLOCK_Q, BLOCK_D)
+    k_block_ptr,  # (BLOCK_D, BLOCK_K) pointers to keys 0 to BLOCK_K - 1 of the batch
+    v_block_ptr,  # (BLOCK_K, BLOCK_D)
+    key_start,
+    key_end,
+    row_first_key,  # (BLOCK_Q,) first key of each row's sequence
+    row_end_key,  # (BLOCK_Q,)
+    kv_row_stride,
+    scale_log2,
+    d_mask,  # (BLOCK_D,)
+    acc,  # (BLOCK_Q, BLOCK_D) float32
+    row_sum,  # (BLOCK_Q,) float32
+    row_max,  # (BLOCK_Q,) float32, of the scores times scale_log2
+    MASKED: tl.constexpr,
+    PADDED_D: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Folds the keys [key_start, key_end) into the running softmax. Unless MASKED, that is a whole number of blocks."""
+    k_ptrs = k_block_ptr + key_start.to(tl.int64) * kv_row_stride
+    v_ptrs = v_block_ptr + key_start.to(tl.int64) * kv_row_stride
+    for block_start in range(key_start, key_end, BLOCK_K):
+        keys = block_start + tl.arange(0, BLOCK_K)
+        if MASKED:
+            key_mask = keys < key_end
+            k = tl.load(k_ptrs, mask=d_mask[:, None] & key_mask[None, :], other=0.0)
+            v = tl.load(v_ptrs, mask=key_mask[:, None] & d_mask[None, :], other=0.0)
+        elif PADDED_D:
+            k = tl.load(k_ptrs, mask=d_mask[:, None], other=0.0)
+            v = tl.load(v_ptrs, mask=d_mask[None, :], other=0.0)
+        else:
+            k = tl.load(k_ptrs)
+            v = tl.load(v_ptrs)
+
+        scores = tl.dot(q, k, input_precision=INPUT_PRECISION)  # (BLOCK_Q, BLOCK_K)
+        if MASKED:
+            own = (keys[None, :] >= row_first_key[:, None]) & (keys[None, :] < row_end_key[:, None])
+            scores = tl.where(own, scores, float("-inf"))
+        new_max = tl.maximum(row_max, tl.max(scores, axis=1) * scale_log2)
+        p = tl.exp2(scores * scale_log2 - new_max[:, None])
+        rescale = tl.exp2(row_max - new_max)
+        row_sum = row_sum * rescale + tl.sum(p, axis=1)
+        acc = tl.dot(p.to(v.dtype), v, acc * rescale[:, None], input_precision=INPUT_PRECISION)
+        row_max = new_max
+        k_ptrs += BLOCK_K * kv_row_stride
+        v_ptrs += BLOCK_K * kv_row_stride
+    return acc, row_sum, row_max
+
+
+@triton.jit
+def _varlen_attention_kernel(
+    q_ptr,  # (T, N, D)
+    k_ptr,  # (T, N, D)
+    v_ptr,  # (T, N, D)
+    out_ptr,  # (T, N, D)
+    work_list_ptr,  # (W, 4) int32: first row, end row, first sequence, end sequence
+    seq_ids_ptr,  # (T,) int32: the sequence of each token
+    cu_seqlens_ptr,  # (B + 1,) int32
+    qkv_row_stride,
+    out_row_stride,
+    scale_log2,  # softmax scale times log2(e)
+    HEAD_SIZE: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    tile = tl.program_id(0)
+    head = tl.program_id(1)
+    first_row = tl.load(work_list_ptr + 4 * tile)
+    end_row = tl.load(work_list_ptr + 4 * tile + 1)
+    first_seq = tl.load(work_list_ptr + 4 * tile + 2)
+    end_seq = tl.load(work_list_ptr + 4 * tile + 3)
+    first_key = tl.load(cu_seqlens_ptr + first_seq)
+    end_key = tl.load(cu_seqlens_ptr + end_seq)
+
+    rows = first_row + tl.arange(0, BLOCK_Q)
+    row_mask = rows < end_row
+    seq_ids = tl.load(seq_ids_ptr + rows, mask=row_mask, other=0)
+    row_first_key = tl.load(cu_seqlens_ptr + seq_ids, mask=row_mask, other=0)
+    row_end_key = tl.load(cu_seqlens_ptr + seq_ids + 1, mask=row_mask, other=0)
+
+    d_offs = tl.arange(0, BLOCK_D)
+    d_mask = d_offs < HEAD_SIZE
+    q_offs = rows.to(tl.int64)[:, None] * qkv_row_stride + head * HEAD_SIZE + d_offs[None, :]
+    q = tl.load(q_ptr + q_offs, mask=row_mask[:, None] & d_mask[None, :], other=0.0)
+    key_offs = tl.arange(0, BLOCK_K).to(tl.int64) * qkv_row_stride + head * HEAD_SIZE
+    k_block_ptr = k_ptr + key_offs[None, :] + d_offs[:, None]
+    v_block_ptr = v_ptr + key_offs[:, None] + d_offs[None, :]
+
+    acc = tl.zeros((BLOCK_Q, BLOCK_D), dtype=tl.float32)
+    row_sum = tl.zeros((BLOCK_Q,), dtype=tl.float32)
+    row_max = tl.full((BLOCK_Q,), LOWEST, dtype=tl.float32)
+
+    # Only one sequence: whole blocks of keys need no mask. Several: every block does.
+    end_unmasked = first_key
+    if end_seq - first_seq == 1:
+        end_unmasked = first_key + (end_key - first_key) // BLOCK_K * BLOCK_K
+    acc, row_sum, row_max = _attend(
+        q, k_block_ptr, v_block_ptr, first_key, end_unmasked, row_first_key, row_end_key, qkv_row_stride, scale_log2,
+        d_mask, acc, row_sum, row_max, False, BLOCK_D != HEAD_SIZE, INPUT_PRECISION, BLOCK_K,
+    )  # fmt: skip
+    acc, row_sum, row_max = _attend(
+        q, k_block_ptr, v_block_ptr, end_unmasked, end_key, row_first_key, row_end_key, qkv_row_stride, scale_log2,
+        d_mask, acc, row_sum, row_max, True, BLOCK_D != HEAD_SIZE, INPUT_PRECISION, BLOCK_K,
+    )  # fmt: skip
+
+    out = acc / tl.where(row_mask, row_sum, 1.0)[:, None]
+    out_offs = rows.to(tl.int64)[:, None] * out_row_stride + head * HEAD_SIZE + d_offs[None, :]
+    tl.store(out_ptr + out_offs, out.to(out_ptr.dtype.element_ty), mask=row_mask[:, None] & d_mask[None, :])
+
+
+def build_work_list(cu_seqlens: Sequence[int], block_q: int) -> torch.Tensor:
+    """The tiles of a batch: (W, 4) int32 on the CPU, each `first row, end row, first sequence, end sequence`.
+
+    cu_seqlens are host integers. Sequences longer than block_q are cut into slices of block_q rows; runs of neighbours
+    that fit a tile together share one. Sequences of length 0 get no rows. Tiles with the most keys come first, so that
+    the last programs to run are short ones.
+    """
+    tiles: list[tuple[int, int, int, int]] = []
+    n_seqs = len(cu_seqlens) - 1
+    seq = 0
+    while seq < n_seqs:
+        start, end = cu_seqlens[seq], cu_seqlens[seq + 1]
+        next_seq = seq + 1
+        if end - start > block_q:
+            tiles += [(row, min(row + block_q, end), seq, next_seq) for row in range(start, end, block_q)]
+        else:
+            while next_seq < n_seqs and cu_seqlens[next_seq + 1] - start <= block_q:
+                next_seq += 1
+            if cu_seqlens[next_seq] > start:
+                tiles.append((start, cu_seqlens[next_seq], seq, next_seq))
+        seq = next_seq
+    tiles.sort(key=lambda tile: cu_seqlens[tile[2]] - cu_seqlens[tile[3]])
+    return torch.tensor(tiles, dtype=torch.int32).reshape(-1, 4)
+
+
+def varlen_attention_forward(
+    qkv: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    seq_ids: torch.Tensor,
+    work_list: torch.Tensor,
+    num_heads: int,
+    scale: float,
+) -> torch.Tensor:
+    """(T, 3 * N * D), laid out [q | k | v], -> (T, N * D) in the same dtype.
+
+    cu_seqlens (B + 1,), seq_ids (T,) and work_list (W, 4), all int32 and on qkv's device; the work list must have been
+    built for the BLOCK_Q that `launch.attention_config` gives. qkv needs unit stride along its last axis.
+    """
+    n_rows, hidden_size = qkv.shape[0], qkv.shape[1] // 3
+    head_size = hidden_size // num_heads
+    out = launch.empty((n_rows, hidden_size), like=qkv)
+    if n_rows == 0:
+        return out
+    # Grid: every tile of the work list, for every head.
+    launch.run(
+        _varlen_attention_kernel,
+        (work_list.shape[0], num_heads),
+        launch.attention_config(qkv.dtype, head_size, launch.arch(qkv.device)).block_sizes,
+        q_ptr=qkv,
+        k_ptr=qkv[:, hidden_size:],
+        v_ptr=qkv[:, 2 * hidden_size :],
+        out_ptr=out,
+        work_list_ptr=work_list,
+        seq_ids_ptr=seq_ids,
+        cu_seqlens_ptr=cu_seqlens,
+        qkv_row_stride=qkv.stride(0),
+        out_row_stride=out.stride(0),
+        scale_log2=scale * LOG2_E.value,
+        HEAD_SIZE=head_size,
+        INPUT_PRECISION=launch.dot_precision(qkv.dtype),
+    )
+    return out

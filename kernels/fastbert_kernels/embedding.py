@@ -1,0 +1,113 @@
+"""Token + position + segment embedding, then LayerNorm, in one pass.
+
+    out[t] = LayerNorm(word[input_ids[t]] + token_type[token_type_ids[t]] + position[position_ids[t]])
+
+Ids: (T,), int32 or int64. Tables: word (V, H), position (P, H), token_type (2, H); weight, ln_bias (H,);
+fp32 / bf16 / fp16; out (T, H). Without input_ids the word rows are given directly as word = inputs_embeds (T, H).
+Arithmetic in float32, one rounding. Bytes moved: T * H elements read (the small tables stay in cache), T * H written.
+Ids are not checked here; a caller checks them on the host before.
+
+Source: Devlin et al., "BERT", 2018, arXiv:1810.04805, figure 2.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from fastbert_kernels import launch
+from fastbert_kernels.layer_norm import normalize_rows
+
+
+@triton.jit(do_not_specialize=["n_rows"])
+def _embedding_layer_norm_kernel(
+    input_ids_ptr,  # (T,) or None
+    token_type_ids_ptr,  # (T,)
+    position_ids_ptr,  # (T,)
+    word_ptr,  # (V, H), or (T, H) without input ids
+    token_type_ptr,  # (2, H)
+    position_ptr,  # (P, H)
+    weight_ptr,  # (H,)
+    ln_bias_ptr,  # (H,)
+    out_ptr,  # (T, H)
+    n_rows,
+    word_row_stride,
+    token_type_row_stride,
+    position_row_stride,
+    out_row_stride,
+    eps,
+    N_COLS: tl.constexpr,
+    HAS_INPUT_IDS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLS: tl.constexpr,
+):
+    row_offs = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    row_mask = row_offs < n_rows
+    col_offs = tl.arange(0, BLOCK_COLS)
+    col_mask = (col_offs < N_COLS)[None, :]
+    mask = row_mask[:, None] & col_mask
+
+    if HAS_INPUT_IDS:
+        word_rows = tl.load(input_ids_ptr + row_offs, mask=row_mask, other=0).to(tl.int64)
+    else:
+        word_rows = row_offs
+    token_type_rows = tl.load(token_type_ids_ptr + row_offs, mask=row_mask, other=0).to(tl.int64)
+    position_rows = tl.load(position_ids_ptr + row_offs, mask=row_mask, other=0).to(tl.int64)
+
+    word_offs = word_rows[:, None] * word_row_stride + col_offs[None, :]
+    token_type_offs = token_type_rows[:, None] * token_type_row_stride + col_offs[None, :]
+    position_offs = position_rows[:, None] * position_row_stride + col_offs[None, :]
+    x = tl.load(word_ptr + word_offs, mask=mask, other=0.0).to(tl.float32)
+    x += tl.load(token_type_ptr + token_type_offs, mask=mask, other=0.0).to(tl.float32)
+    x += tl.load(position_ptr + position_offs, mask=mask, other=0.0).to(tl.float32)
+
+    weight = tl.load(weight_ptr + col_offs, mask=col_offs < N_COLS, other=0.0).to(tl.float32)
+    ln_bias = tl.load(ln_bias_ptr + col_offs, mask=col_offs < N_COLS, other=0.0).to(tl.float32)
+    out = normalize_rows(x, col_mask, N_COLS, eps) * weight[None, :] + ln_bias[None, :]
+
+    out_offs = row_offs[:, None] * out_row_stride + col_offs[None, :]
+    tl.store(out_ptr + out_offs, out.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+def embedding_layer_norm_forward(
+    input_ids: torch.Tensor | None,
+    token_type_ids: torch.Tensor,
+    position_ids: torch.Tensor,
+    word: torch.Tensor,
+    token_type: torch.Tensor,
+    position: torch.Tensor,
+    weight: torch.Tensor,
+    ln_bias: torch.Tensor,
+    eps: float,
+) -> torch.Tensor:
+    """(T,) ids -> (T, H) in the tables' dtype. Without input_ids, word is (T, H) and taken row by row."""
+    n_rows, n_cols = position_ids.shape[0], word.shape[1]
+    out = launch.empty((n_rows, n_cols), like=word)
+    if n_rows == 0:
+        return out
+    config = launch.rowwise_config(n_cols)
+    # Grid: one program per BLOCK_ROWS tokens.
+    launch.run(
+        _embedding_layer_norm_kernel,
+        (triton.cdiv(n_rows, config["BLOCK_ROWS"]),),
+        config,
+        input_ids_ptr=input_ids,
+        token_type_ids_ptr=token_type_ids,
+        position_ids_ptr=position_ids,
+        word_ptr=word,
+        token_type_ptr=token_type,
+        position_ptr=position,
+        weight_ptr=weight,
+        ln_bias_ptr=ln_bias,
+        out_ptr=out,
+        n_rows=n_rows,
+        word_row_stride=word.stride(0),
+        token_type_row_stride=token_type.stride(0),
+        position_row_stride=position.stride(0),
+        out_row_stride=out.stride(0),
+        eps=eps,
+        N_COLS=n_cols,
+        HAS_INPUT_IDS=input_ids is not None,
+    )
+    return out

@@ -1,0 +1,95 @@
+"""Bias + GELU in one pass, for linears whose GEMM has no epilogue of its own.
+
+    erf:   gelu(x) = x * (1 + erf(x / sqrt(2))) / 2
+    tanh:  gelu(x) = x * (1 + tanh(u)) / 2 = x * sigmoid(2 u),    u = sqrt(2 / pi) * (x + 0.044715 x^3)
+
+x, out: (T, I), fp32 / bf16 / fp16; bias: (I,). Arithmetic in float32. Bytes moved: 2 * T * I elements.
+
+Source: Hendrycks and Gimpel, "Gaussian Error Linear Units", 2016, arXiv:1606.08415.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from fastbert_kernels import launch
+
+SQRT_1_2 = tl.constexpr(0.7071067811865476)
+SQRT_2_OVER_PI = tl.constexpr(0.7978845608028654)
+
+
+@triton.jit
+def gelu_erf(x):
+    """Elementwise, float32."""
+    return 0.5 * x * (1.0 + tl.erf(x * SQRT_1_2))
+
+
+@triton.jit
+def gelu_tanh(x):
+    """Elementwise, float32. (1 + tanh(u)) / 2 = sigmoid(2 u) needs no tanh and loses no bits near u = 0."""
+    u = SQRT_2_OVER_PI * (x + 0.044715 * x * x * x)
+    return x * tl.sigmoid(2.0 * u)
+
+
+@triton.jit
+def activate(x, ACTIVATION: tl.constexpr):
+    """The epilogue's activation, elementwise on float32: "none", "gelu" or "gelu_tanh"."""
+    if ACTIVATION == "gelu":
+        x = gelu_erf(x)
+    elif ACTIVATION == "gelu_tanh":
+        x = gelu_tanh(x)
+    return x
+
+
+@triton.jit(do_not_specialize=["n_rows"])
+def _bias_gelu_kernel(
+    x_ptr,  # (T, I)
+    bias_ptr,  # (I,)
+    out_ptr,  # (T, I)
+    n_rows,
+    n_cols,
+    x_row_stride,
+    out_row_stride,
+    HAS_BIAS: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLS: tl.constexpr,
+):
+    row_offs = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    col_offs = tl.program_id(1) * BLOCK_COLS + tl.arange(0, BLOCK_COLS)
+    mask = (row_offs < n_rows)[:, None] & (col_offs < n_cols)[None, :]
+
+    x = tl.load(x_ptr + row_offs[:, None] * x_row_stride + col_offs[None, :], mask=mask, other=0.0).to(tl.float32)
+    if HAS_BIAS:
+        x += tl.load(bias_ptr + col_offs, mask=col_offs < n_cols, other=0.0).to(tl.float32)[None, :]
+    out = activate(x, ACTIVATION)
+
+    out_offs = row_offs[:, None] * out_row_stride + col_offs[None, :]
+    tl.store(out_ptr + out_offs, out.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+def bias_gelu_forward(x: torch.Tensor, bias: torch.Tensor | None, activation: str) -> torch.Tensor:
+    """(T, I) -> (T, I) in x's dtype; activation "gelu" or "gelu_tanh". x needs unit stride along I."""
+    n_rows, n_cols = x.shape
+    out = launch.empty((n_rows, n_cols), like=x)
+    if n_rows == 0:
+        return out
+    config = launch.elementwise_config(n_cols)
+    # Grid: tiles of BLOCK_ROWS x BLOCK_COLS; rows on axis 0, whose limit is 2^31 - 1 programs.
+    launch.run(
+        _bias_gelu_kernel,
+        (triton.cdiv(n_rows, config["BLOCK_ROWS"]), triton.cdiv(n_cols, config["BLOCK_COLS"])),
+        config,
+        x_ptr=x,
+        bias_ptr=bias,
+        out_ptr=out,
+        n_rows=n_rows,
+        n_cols=n_cols,
+        x_row_stride=x.stride(0),
+        out_row_stride=out.stride(0),
+        HAS_BIAS=bias is not None,
+        ACTIVATION=activation,
+    )
+    return out

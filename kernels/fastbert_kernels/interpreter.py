@@ -1,0 +1,60 @@
+"""What Triton's interpreter needs to give a kernel's numbers.
+
+The interpreter (TRITON_INTERPRET=1) runs kernels on the CPU with numpy, which has no bfloat16, so it keeps the bit
+patterns as uint16. It then truncates where the hardware rounds float32 to bfloat16, and multiplies the bit patterns as
+integers in tl.dot (so in Triton 3.6 to 3.9). Also, Triton 3.6 reads loop bounds in a way that numpy 2.4 refuses. All
+three are mended here. Nothing changes outside the interpreter.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import triton
+import triton.language as tl
+
+ACTIVE = bool(triton.knobs.runtime.interpret)
+
+
+def _to_float32(bits: np.ndarray) -> np.ndarray:
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+def _to_bfloat16(x: np.ndarray) -> np.ndarray:
+    """Rounds to nearest, ties to even, in uint16 bit patterns; a NaN stays a (quiet) NaN."""
+    bits = np.asarray(x, dtype=np.float32).view(np.uint32)
+    rounded = (bits + (((bits >> 16) & 1) + 0x7FFF)) >> 16
+    return np.where(np.isnan(x), np.uint32(0x7FC0), rounded).astype(np.uint16)
+
+
+def _install() -> None:
+    from triton.runtime import interpreter
+
+    builder, handle = interpreter.InterpreterBuilder, interpreter.TensorHandle
+    cast, dot, patch_tensor = builder.cast_impl, builder.create_dot, interpreter._patch_lang_tensor
+
+    def cast_impl(self: Any, src: Any, dst_type: Any) -> Any:
+        source, target = src.dtype.scalar, dst_type.scalar
+        if source == tl.float32 and target == tl.bfloat16:
+            return handle(_to_bfloat16(src.data), target)
+        if source == tl.bfloat16 and target == tl.float32:
+            return handle(_to_float32(src.data), target)
+        return cast(self, src, dst_type)
+
+    def create_dot(self: Any, a: Any, b: Any, *args: Any) -> Any:
+        if a.dtype.scalar == tl.bfloat16:
+            a, b = (handle(_to_float32(x.data), tl.float32) for x in (a, b))
+        return dot(self, a, b, *args)
+
+    def patch_lang_tensor(tensor: Any, scope: Any) -> None:
+        patch_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    builder.cast_impl = cast_impl
+    builder.create_dot = create_dot
+    interpreter._patch_lang_tensor = patch_lang_tensor
+
+
+if ACTIVE:
+    _install()

@@ -1,0 +1,109 @@
+"""Linear layer with bias and GELU in the GEMM's epilogue.
+
+    out = activation(x @ weight^T + bias)
+
+x: (T, K), weight: (M, K) as torch.nn.Linear keeps it, bias: (M,), out: (T, M); fp32 / bf16 / fp16, float32 accumulator,
+bias and activation applied to it before the one rounding. fp32 multiplies in IEEE float32 unless TF32 is allowed.
+FLOPs: 2 * T * M * K; bytes: (T * K + M * K + T * M) elements at least.
+
+Tiles are visited in groups of GROUP_ROWS row blocks, so that neighbouring programs share weight columns in L2
+(Tillet, Kung and Cox, "Triton", MAPL 2019, and its matrix multiplication tutorial).
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from fastbert_kernels import launch
+from fastbert_kernels.gelu import activate
+
+
+@triton.jit(do_not_specialize=["n_rows"])
+def _linear_kernel(
+    x_ptr,  # (T, K)
+    weight_ptr,  # (M, K)
+    bias_ptr,  # (M,)
+    out_ptr,  # (T, M)
+    n_rows,
+    n_cols,
+    x_row_stride,
+    weight_row_stride,
+    out_row_stride,
+    K: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_ROWS: tl.constexpr,
+):
+    pid = tl.program_id(0)
+    n_row_blocks = tl.cdiv(n_rows, BLOCK_ROWS)
+    n_col_blocks = tl.cdiv(n_cols, BLOCK_COLS)
+    group_size = GROUP_ROWS * n_col_blocks
+    first_row_block = (pid // group_size) * GROUP_ROWS
+    group_rows = tl.minimum(n_row_blocks - first_row_block, GROUP_ROWS)
+    row_block = first_row_block + (pid % group_size) % group_rows
+    col_block = (pid % group_size) // group_rows
+
+    row_offs = row_block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    col_offs = col_block * BLOCK_COLS + tl.arange(0, BLOCK_COLS)
+    k_offs = tl.arange(0, BLOCK_K)
+    # Rows past the end read the last row instead: no mask in the loop, and the store drops what they give.
+    x_rows = tl.minimum(row_offs, n_rows - 1).to(tl.int64)
+    weight_rows = tl.minimum(col_offs, n_cols - 1).to(tl.int64)
+    x_ptrs = x_ptr + x_rows[:, None] * x_row_stride + k_offs[None, :]  # (BLOCK_ROWS, BLOCK_K)
+    weight_ptrs = weight_ptr + weight_rows[None, :] * weight_row_stride + k_offs[:, None]  # (BLOCK_K, BLOCK_COLS)
+
+    acc = tl.zeros((BLOCK_ROWS, BLOCK_COLS), dtype=tl.float32)
+    for k_start in range(0, K, BLOCK_K):
+        if K % BLOCK_K == 0:
+            x = tl.load(x_ptrs)
+            weight = tl.load(weight_ptrs)
+        else:
+            x = tl.load(x_ptrs, mask=(k_offs < K - k_start)[None, :], other=0.0)
+            weight = tl.load(weight_ptrs, mask=(k_offs < K - k_start)[:, None], other=0.0)
+        acc = tl.dot(x, weight, acc, input_precision=INPUT_PRECISION)
+        x_ptrs += BLOCK_K
+        weight_ptrs += BLOCK_K
+
+    if HAS_BIAS:
+        acc += tl.load(bias_ptr + col_offs, mask=col_offs < n_cols, other=0.0).to(tl.float32)[None, :]
+    out = activate(acc, ACTIVATION)
+    out_offs = row_offs.to(tl.int64)[:, None] * out_row_stride + col_offs[None, :]
+    mask = (row_offs < n_rows)[:, None] & (col_offs < n_cols)[None, :]
+    tl.store(out_ptr + out_offs, out.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+def linear_forward(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, activation: str) -> torch.Tensor:
+    """(T, K) -> (T, M) in x's dtype; activation "none", "gelu" or "gelu_tanh". x, weight need unit stride along K."""
+    n_rows, k = x.shape
+    n_cols = weight.shape[0]
+    out = launch.empty((n_rows, n_cols), like=x)
+    if n_rows == 0:
+        return out
+    config = launch.linear_config(x.dtype, launch.arch(x.device)).block_sizes
+    # Grid: one program per output tile, on one axis so that the kernel can order them.
+    n_tiles = triton.cdiv(n_rows, config["BLOCK_ROWS"]) * triton.cdiv(n_cols, config["BLOCK_COLS"])
+    launch.run(
+        _linear_kernel,
+        (n_tiles,),
+        config,
+        x_ptr=x,
+        weight_ptr=weight,
+        bias_ptr=bias,
+        out_ptr=out,
+        n_rows=n_rows,
+        n_cols=n_cols,
+        x_row_stride=x.stride(0),
+        weight_row_stride=weight.stride(0),
+        out_row_stride=out.stride(0),
+        K=k,
+        HAS_BIAS=bias is not None,
+        ACTIVATION=activation,
+        INPUT_PRECISION=launch.dot_precision(x.dtype),
+    )
+    return out

@@ -1,0 +1,437 @@
+"""Compiles the kernels for GPUs that are not there, and reports what the compiler made of them.
+
+    python -m fastbert_kernels.offline --arch 80 90          exit code 0: clean, 1: findings, 2: could not run
+
+The launchers themselves are run inside `launch.recording`, so every kernel is compiled for the arguments, specialisation
+and block sizes of a real launch. Findings are: code that does not compile, registers spilled to local memory, more
+shared memory than a thread block may have, and a matrix kernel (linear, attention) without a tensor-core instruction.
+IEEE float32 products are the exception to the last: they are fused multiply-adds by definition.
+
+Registers and stack come from cuobjdump and instructions from nvdisasm, both of which are in Triton's package.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import create_function_from_signature
+
+from fastbert_kernels import attention, embedding, gelu, launch, layer_norm, linear, pooling
+
+# (H, I, N). "odd" has rows that no vector load can read and a K that is no multiple of any block.
+MODELS = {"base": (768, 3072, 12), "large": (1024, 4096, 16), "minilm": (384, 1536, 12), "odd": (90, 250, 3)}
+# "tf32" is float32 with torch.backends.cuda.matmul.allow_tf32 set.
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "tf32": torch.float32}
+# Head sizes beyond those of the models: the smallest, the largest, and two that are padded to the next tile.
+HEAD_SIZES = (16, 24, 80, 128)
+OPS = ("layer_norm", "gelu", "linear", "embedding", "pooling", "attention")
+MATRIX_OPS = ("linear", "attention")
+TENSOR_MEMORY_COLUMNS = 512
+
+# HMMA (to sm_89, sm_120), HGMMA (sm_90), UTCHMMA (sm_100), and their kin for other input types.
+TENSOR_CORE = re.compile(r"(UTC)?[BHIOQ]?G?MMA")
+# Copies from global to shared memory that bypass the registers: cp.async, and those of the tensor memory accelerator.
+ASYNC_COPY = re.compile(r"LDGSTS|UTMALDG|UBLKCP")
+INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?\w+\s+)?([A-Z][A-Z0-9_]*)", re.MULTILINE)
+
+COVERAGE = """\
+default  every kernel on every architecture. bf16: the three models with each linear of a layer, LayerNorm, embedding and
+         mean pooling with normalisation; for base also LayerNorm and embedding without their optional inputs and the
+         other pooling modes; attention with head sizes 16, 32, 64, 80 and 128. fp32 and fp16: linear and attention of
+         base and minilm, and on sm_80 and sm_90 the other kernels, of base.
+--all    every dtype, TF32 too, every combination of optional inputs, activations and pooling modes, int32 ids, head
+         size 24, and a model whose sizes divide by nothing ("odd")."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call of a launcher. In the default run where `archs` says: everywhere (None), on some, or nowhere (empty)."""
+
+    op: str
+    model: str
+    dtype: str
+    variant: str
+    archs: frozenset[int] | None
+    call: Callable[[], object] = field(repr=False)
+
+
+@dataclass
+class Kernel:
+    """One kernel to compile, and the cases that launch it."""
+
+    arch: int
+    op: str
+    dtype: str
+    config: dict[str, int]
+    source: Any
+    options: dict[str, Any]
+    models: list[str] = field(default_factory=list)
+    variants: list[str] = field(default_factory=list)
+
+    @property
+    def tile(self) -> str:
+        blocks = "x".join(str(size) for name, size in self.config.items() if name.startswith("BLOCK_"))
+        return f"{blocks} w{self.config['num_warps']} s{self.config['num_stages']}"
+
+    @property
+    def label(self) -> str:
+        return f"{'/'.join(self.models)} {','.join(self.variants)}"
+
+
+@dataclass
+class Result:
+    """What the compiler made of a kernel; sizes in bytes. What is wrong with it is in `findings`."""
+
+    registers: int = 0
+    stack: int = 0
+    local_loads: int = 0
+    local_stores: int = 0
+    shared: int = 0
+    tensor_cores: dict[str, int] = field(default_factory=dict)
+    async_copies: dict[str, int] = field(default_factory=dict)
+    findings: list[str] = field(default_factory=list)
+
+    @property
+    def spills(self) -> bool:
+        return self.local_loads + self.local_stores > 0
+
+
+def cases(dtype: str) -> Iterator[Case]:
+    """Every case of one dtype (a key of DTYPES)."""
+    everywhere, some, nowhere = None, frozenset({80, 90}), frozenset[int]()
+    torch_dtype, bf16 = DTYPES[dtype], dtype == "bf16"
+    n_rows, n_seqs = 64, 2
+    ids, ids32 = torch.zeros(n_rows, dtype=torch.int64), torch.zeros(n_rows, dtype=torch.int32)
+    cu_seqlens = torch.zeros(n_seqs + 1, dtype=torch.int32)
+    work_list = torch.zeros((n_seqs, 4), dtype=torch.int32)
+
+    def tensor(*shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=torch_dtype)
+
+    def attend(n_heads: int, head_size: int) -> Callable[[], object]:
+        qkv = tensor(n_rows, 3 * n_heads * head_size)
+        return partial(attention.varlen_attention_forward, qkv, cu_seqlens, ids32, work_list, n_heads, 0.125)
+
+    for model, (h, i, n_heads) in MODELS.items():
+        case = partial(Case, model=model, dtype=dtype)
+        matrix = nowhere if model == "odd" or dtype == "tf32" or (model == "large" and not bf16) else everywhere
+        for name, n_cols, k, activation in (
+            ("qkv", 3 * h, h, "none"),
+            ("out", h, h, "none"),
+            ("up+gelu", i, h, "gelu"),
+            ("up+gelu_tanh", i, h, "gelu_tanh"),
+            ("down", h, i, "none"),
+        ):
+            x, weight = tensor(n_rows, k), tensor(n_cols, k)
+            archs = nowhere if activation == "gelu_tanh" and model != "base" else matrix
+            call = partial(linear.linear_forward, x, weight, tensor(n_cols), activation)
+            yield case("linear", variant=name, archs=archs, call=call)
+            call = partial(linear.linear_forward, x, weight, None, activation)
+            yield case("linear", variant=f"{name}-bias", archs=nowhere, call=call)
+        d = h // n_heads
+        yield case("attention", variant=f"D{d}", archs=matrix, call=attend(n_heads, d))
+        if dtype == "tf32":
+            continue
+
+        rows = everywhere if bf16 else some if model == "base" else nowhere
+        rows = nowhere if model == "odd" else rows
+        more = everywhere if bf16 and model == "base" else nowhere
+        x, weight = tensor(n_rows, h), tensor(h)
+        for bias, residual in ((weight, x), (None, x), (weight, None), (None, None)):
+            variant = "+".join([*(["bias"] if bias is not None else []), *(["residual"] if residual is not None else [])])
+            call = partial(layer_norm.bias_residual_layer_norm_forward, x, bias, residual, weight, weight, 1e-12)
+            archs = rows if variant == "bias+residual" else more if not variant else nowhere
+            yield case("layer_norm", variant=variant or "plain", archs=archs, call=call)
+        for activation in ("gelu", "gelu_tanh"):
+            for bias in (tensor(i), None):
+                variant, archs = activation + ("" if bias is not None else "-bias"), nowhere if bias is None else rows
+                call = partial(gelu.bias_gelu_forward, tensor(n_rows, i), bias, activation)
+                yield case("gelu", variant=variant, archs=archs, call=call)
+        for variant, input_ids, other_ids, archs in (
+            ("ids", ids, ids, rows),
+            ("int32 ids", ids32, ids32, nowhere),
+            ("embeds", None, ids, more),
+        ):
+            word = x if input_ids is None else tensor(1000, h)
+            tables = word, tensor(2, h), tensor(512, h)
+            call = partial(
+                embedding.embedding_layer_norm_forward, input_ids, other_ids, other_ids, *tables, weight, weight, 1e-12
+            )
+            yield case("embedding", variant=variant, archs=archs, call=call)
+        for mode in pooling.MODES:
+            for normalize in (False, True):
+                for out_dtype in {torch.float32, torch_dtype}:
+                    default = rows if mode == "mean" and normalize else more if not normalize else nowhere
+                    variant = mode + ("+norm" if normalize else "")
+                    if out_dtype != torch.float32:
+                        default, variant = nowhere, f"{variant} to {dtype}"
+                    call = partial(pooling.pool_forward, x, cu_seqlens, mode, normalize, out_dtype)
+                    yield case("pooling", variant=variant, archs=default, call=call)
+    for head_size in HEAD_SIZES:
+        archs = everywhere if bf16 and head_size != 24 else nowhere
+        yield Case("attention", "extra", dtype, f"D{head_size}", archs, attend(2, head_size))
+
+
+def plan(archs: Iterable[int], chosen: Iterable[Case]) -> list[Kernel]:
+    """The distinct kernels that the cases launch on each architecture."""
+    kernels: dict[Any, Kernel] = {}
+    chosen = list(chosen)
+    for arch in archs:
+        for case in chosen:
+            with launch.recording(arch) as launches, _tf32(case.dtype == "tf32"):
+                case.call()
+            for recorded in launches:
+                source, options = specialize(recorded, GPUTarget("cuda", arch, 32))
+                key = arch, case.op, case.dtype, source.hash(), str(options)
+                kernel = kernels.setdefault(key, Kernel(arch, case.op, case.dtype, recorded.config, source, options))
+                for names, name in ((kernel.models, case.model), (kernel.variants, case.variant)):
+                    if name not in names:
+                        names.append(name)
+    return list(kernels.values())
+
+
+@contextmanager
+def _tf32(allowed: bool) -> Iterator[None]:
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = allowed
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def specialize(recorded: launch.Launch, target: GPUTarget) -> tuple[Any, dict[str, Any]]:
+    """Source and compiler options that Triton's JIT would use for the launch, by the JIT's own rules."""
+    backend = make_backend(target)
+    kernel = recorded.kernel
+    keywords = {**recorded.arguments, **recorded.config, "enable_fp_fusion": True}  # as launch.run passes it
+    bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+    bound, specialization, rest = bind(**keywords)
+    options, signature, constexprs, attrs = kernel._pack_args(backend, keywords, bound, specialization, rest)
+    return ASTSource(kernel, signature, constexprs, attrs), dict(options.__dict__)
+
+
+def compile_kernel(kernel: Kernel) -> Result:
+    """Compiles and disassembles one kernel. Never raises for a kernel that does not compile: that is a finding."""
+    try:
+        compiled = triton.compile(kernel.source, target=GPUTarget("cuda", kernel.arch, 32), options=kernel.options)
+    except Exception as error:
+        return Result(findings=[f"does not compile: {type(error).__name__}: {' '.join(str(error).split())[:400]}"])
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage = dict(re.findall(r"\b(REG|STACK):(\d+)", _tool("cuobjdump", "-res-usage", file.name)))
+        # Without dataflow analysis: it takes a third of nvdisasm's time and only annotates.
+        counts = Counter(INSTRUCTION.findall(_tool("nvdisasm", "-c", "-ndf", file.name)))
+    result = Result(
+        registers=int(usage["REG"]),
+        stack=int(usage["STACK"]),
+        local_loads=counts["LDL"],
+        local_stores=counts["STL"],
+        shared=compiled.metadata.shared,
+        tensor_cores={name: count for name, count in counts.items() if TENSOR_CORE.fullmatch(name)},
+        async_copies={name: count for name, count in counts.items() if ASYNC_COPY.fullmatch(name)},
+    )
+    limit = launch.SHARED_MEMORY[kernel.arch]
+    if result.spills:
+        loads_stores = f"{result.local_loads} local loads and {result.local_stores} local stores"
+        result.findings.append(f"spills: {result.stack} bytes of stack, {loads_stores}")
+    if result.shared > limit:
+        result.findings.append(f"shared memory: {result.shared} bytes, a block of sm_{kernel.arch} may have {limit}")
+    tensor_memory = getattr(compiled.metadata, "tmem_size", None) or 0
+    if tensor_memory > TENSOR_MEMORY_COLUMNS:
+        result.findings.append(f"tensor memory: {tensor_memory} columns of {TENSOR_MEMORY_COLUMNS}")
+    if kernel.op in MATRIX_OPS and (kernel.dtype == "fp32") == bool(result.tensor_cores):
+        found = "tensor-core instructions in IEEE float32" if result.tensor_cores else "no tensor-core instruction"
+        result.findings.append(f"{found} in a matrix kernel of dtype {kernel.dtype}")
+    return result
+
+
+def _tool(name: str, *arguments: str) -> str:
+    return subprocess.run(
+        [getattr(triton.knobs.nvidia, name).path, *arguments], check=True, capture_output=True, text=True
+    ).stdout
+
+
+# What the worker processes compile, by index: forked after it is filled, they need no pickled kernels.
+_kernels: list[Kernel] = []
+
+
+def _compile_by_index(index: int) -> Result:
+    return compile_kernel(_kernels[index])
+
+
+def compile_all(kernels: list[Kernel], jobs: int) -> Iterator[Result]:
+    """The results in order. A kernel that kills the compiler is compiled again on its own, so that it alone is blamed."""
+    _kernels[:] = kernels
+    pool = _pool(jobs)
+    try:
+        for index, future in enumerate([pool.submit(_compile_by_index, index) for index in range(len(kernels))]):
+            try:
+                yield future.result()
+            except BrokenProcessPool:
+                yield _compile_alone(index)
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _compile_alone(index: int) -> Result:
+    with _pool(1) as pool:
+        try:
+            return pool.submit(_compile_by_index, index).result()
+        except BrokenProcessPool:
+            return Result(findings=["does not compile: the compiler's process died"])
+
+
+def _pool(jobs: int) -> ProcessPoolExecutor:
+    return ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("fork"))
+
+
+def _row(kernel: Kernel, result: Result) -> tuple[str, ...]:
+    def counted(counts: dict[str, int]) -> str:
+        return " ".join(f"{name}:{count}" for name, count in sorted(counts.items()))
+
+    tensor_cores = counted(result.tensor_cores)
+    if not tensor_cores and kernel.op in MATRIX_OPS and kernel.dtype == "fp32":
+        tensor_cores = "fp32 FMA"
+    return (
+        f"sm_{kernel.arch}",
+        kernel.op,
+        kernel.dtype,
+        kernel.label,
+        kernel.tile,
+        str(result.registers),
+        f"{result.stack} B {result.local_loads}+{result.local_stores}" if result.spills or result.stack else "-",
+        f"{result.shared / 1024:.1f}/{launch.SHARED_MEMORY[kernel.arch] // 1024}",
+        tensor_cores or "-",
+        counted(result.async_copies) or "-",
+        "FAILED" if result.findings else "ok",
+    )
+
+
+HEADER = (
+    *("arch", "kernel", "dtype", "launched for", "tile", "regs", "spills"),
+    *("shared KiB", "tensor cores", "async copies", "result"),
+)
+
+
+def report(kernels: list[Kernel], results: Iterable[Result]) -> list[Result]:
+    """Prints the table as results come in, then a summary of each architecture and the findings."""
+    # Widths must be known before the first result: from the plan, or wide enough for what a compiler can say.
+    widths = [max(map(len, column)) for column in zip(HEADER, *(_row(k, Result()) for k in kernels), strict=True)]
+    widths = [max(w, least) for w, least in zip(widths, (0, 0, 0, 0, 0, 4, 12, 10, 12, 12, 0), strict=True)]
+
+    def print_row(cells: tuple[str, ...]) -> None:
+        print("  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)).rstrip(), flush=True)
+
+    print_row(HEADER)
+    done: list[Result] = []
+    for kernel, result in zip(kernels, results, strict=True):
+        done.append(result)
+        print_row(_row(kernel, result))
+    print()
+    for arch in dict.fromkeys(kernel.arch for kernel in kernels):
+        of_arch = [result for kernel, result in zip(kernels, done, strict=True) if kernel.arch == arch]
+        print(
+            f"sm_{arch:<4} {len(of_arch):4} kernels, at most {max(r.registers for r in of_arch):3} registers, "
+            f"{sum(r.spills for r in of_arch)} with spills, {sum(bool(r.findings) for r in of_arch)} failed"
+        )
+    for kernel, result in zip(kernels, done, strict=True):
+        for finding in result.findings:
+            print(f"FAILED sm_{kernel.arch} {kernel.op} {kernel.dtype} [{kernel.label}; {kernel.tile}]: {finding}")
+    return done
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m fastbert_kernels.offline",
+        description="Compile the kernels as they would be launched, with no GPU present, and report registers, spills, "
+        "shared memory and tensor-core instructions.",
+        epilog=f"what is compiled:\n{COVERAGE}\n\nexit code: 0 no finding, 1 findings, 2 could not run",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    known = sorted(launch.SHARED_MEMORY)
+    parser.add_argument("--arch", nargs="+", type=int, default=known, metavar="N", help=f"of {known} (default: all)")
+    parser.add_argument("--all", action="store_true", help="everything instead of the default subset")
+    parser.add_argument("--kernel", nargs="+", choices=OPS, default=OPS, help="only these kernels")
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=tuple(DTYPES), help="only these dtypes")
+    parser.add_argument("--model", nargs="+", choices=(*MODELS, "extra"), help="only these models")
+    parser.add_argument("--jobs", type=int, default=min(8, len(os.sched_getaffinity(0))), help="compiler processes")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything to FILE as well")
+    return parser
+
+
+def _chosen(options: argparse.Namespace, arch: int) -> Iterator[Case]:
+    for dtype in options.dtype:
+        for case in cases(dtype):
+            wanted = case.op in options.kernel and (options.model is None or case.model in options.model)
+            if wanted and (options.all or case.archs is None or arch in case.archs):
+                yield case
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    unknown = sorted(set(options.arch) - set(launch.SHARED_MEMORY))
+    if unknown:
+        parser.error(f"--arch: unknown {unknown}, known are {sorted(launch.SHARED_MEMORY)}")
+    if options.jobs < 1:
+        parser.error(f"--jobs: expected at least 1, got {options.jobs}")
+    if options.json is not None and not options.json.absolute().parent.is_dir():
+        parser.error(f"--json: no such folder: {options.json.absolute().parent}")
+    if launch.interpreted():
+        parser.error("TRITON_INTERPRET is set; unset it: one process cannot hold Triton's interpreter and its compiler")
+    if triton.knobs.runtime.override_arch:
+        parser.error("TRITON_OVERRIDE_ARCH is set; unset it: every kernel would be compiled for that architecture")
+    try:
+        for tool in ("cuobjdump", "nvdisasm"):
+            _tool(tool, "--version")
+    except (RuntimeError, OSError, subprocess.CalledProcessError) as error:
+        parser.error(f"this Triton ({triton.__version__}) brings no working {tool}: {error}")
+
+    start = time.perf_counter()
+    kernels = [kernel for arch in dict.fromkeys(options.arch) for kernel in plan([arch], _chosen(options, arch))]
+    if not kernels:
+        parser.error("nothing to compile: the default subset has none of what was asked for; try --all")
+    print(f"Triton {triton.__version__}, {len(kernels)} kernels{'' if options.all else ' (--all compiles more)'}")
+    results = report(kernels, compile_all(kernels, options.jobs))
+    seconds = time.perf_counter() - start
+    failed = sum(bool(result.findings) for result in results)
+    print(f"{'FAILED' if failed else 'ok'}: {failed} of {len(kernels)} kernels with findings, {seconds:.0f} s")
+    if options.json is not None:
+        rows = [
+            {
+                **{name: getattr(kernel, name) for name in ("arch", "op", "dtype", "models", "variants", "config")},
+                **asdict(result),
+                "shared_limit": launch.SHARED_MEMORY[kernel.arch],
+            }
+            for kernel, result in zip(kernels, results, strict=True)
+        ]
+        document = {"triton": triton.__version__, "all": options.all, "seconds": round(seconds, 1), "kernels": rows}
+        options.json.write_text(json.dumps(document, indent=1) + "\n")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,50 @@
+"""Shared fixtures. Without a GPU the kernels run under Triton's interpreter, to be set before triton is imported."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+HAS_GPU = torch.cuda.is_available()
+if not HAS_GPU:
+    os.environ["TRITON_INTERPRET"] = "1"
+
+import helpers  # noqa: E402
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not HAS_GPU:
+        skip = pytest.mark.skip(reason="needs an NVIDIA GPU")
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    """Where the kernels run: the GPU if there is one, else the CPU, under the interpreter."""
+    return torch.device("cuda" if HAS_GPU else "cpu")
+
+
+@pytest.fixture(scope="session")
+def minilm() -> Path:
+    """Folder of the real all-MiniLM-L6-v2 weights."""
+    return helpers.minilm_folder()
+
+
+@pytest.fixture
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> helpers.Outputs:
+    """Kernels' outputs start as NaN between guard bands; `poisoned.check()` fails if a kernel wrote outside them."""
+    from fastbert_kernels import launch
+
+    outputs = helpers.Outputs()
+    monkeypatch.setattr(launch, "empty", outputs.empty)
+    return outputs

