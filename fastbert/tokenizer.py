@@ -97,11 +97,11 @@ class Tokenizer:
     """The tokenizer of a BERT checkpoint, from ``from_pretrained`` or ``train``. Threads may share it.
 
     ``vocab_size`` is the highest id + 1: the rows an embedding table needs. ``model_max_length`` (tokens; None: no
-    limit), ``padding_side`` and ``truncation_side`` ("right" or "left") may be set at any time.
+    limit), ``padding_side`` and ``truncation_side`` ("right" or "left") may be set at any time; the special tokens and
+    their ids are for reading.
     """
 
     vocab_size: int
-    model_max_length: int | None
     pad_token: str | None
     pad_token_id: int | None
     unk_token: str
@@ -112,18 +112,19 @@ class Tokenizer:
     sep_token_id: int
     mask_token: str | None
     mask_token_id: int | None
+    model_max_length: int | None
+    padding_side: str
+    truncation_side: str
 
-    def __init__(self, rust: RustTokenizer, names: dict[str, str | None], as_bert: bool = True) -> None:
-        """Internal: ``rust`` knows all tokens and neither pads nor truncates; ``names`` has the keys of ``_NAMES``.
-
-        ``as_bert``: vocabulary and casing options say all there is to know, as in transformers' BertTokenizer.
-        """
-        self._rust, self._as_bert = rust, as_bert
+    def __init__(self, source: _Source) -> None:
+        """Internal: use ``from_pretrained`` or ``train``."""
+        rust = self._rust = source.rust
+        self._as_bert = source.as_bert
         self._templates = (_template(rust.encode("a")), _template(rust.encode("a", "a")))
         self.vocab_size = max(rust.get_vocab().values()) + 1
-        self.model_max_length = None
-        self.padding_side = self.truncation_side = "right"
-        for name, token in names.items():
+        for name, value in source.settings.items():
+            setattr(self, name, value)
+        for name, token in source.names.items():
             setattr(self, name, token)
             setattr(self, f"{name}_id", None if token is None else rust.token_to_id(token))
 
@@ -149,59 +150,7 @@ class Tokenizer:
         Raises FileNotFoundError if neither file is there; ValueError for a file that cannot be read, a special token
         the vocabulary lacks or holds twice, or a bad value; TypeError for an unknown override.
         """
-        known = (*_NAMES, *_CASING, *_SETTINGS)
-        if unknown := sorted(set(overrides) - set(known)):
-            raise TypeError(f"from_pretrained: got {', '.join(unknown)}, expected only {', '.join(known)}")
-        file = Path(os.path.expanduser(src)) if src else None
-        if file is None or not file.is_file():
-            file = resolve(src, revision=revision, weights=False) / "tokenizer.json"
-        vocab_name = "vocab.txt" if file.suffix == ".json" else file.name
-        stored = _read_json(file) if file.suffix == ".json" else {}
-        config, special_map, legacy = (
-            _read_json(file.with_name(name))
-            for name in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
-        )
-        added = config.get("added_tokens_decoder")
-        if added is None:  # else the config is complete, and transformers ignores the other places
-            config = config | special_map
-        options = config | overrides
-        names = {name: options.get(name, default) for name, default in _NAMES.items()}
-        contents = {name: token["content"] if isinstance(token, dict) else token for name, token in names.items()}
-        if added is None:
-            added = {i: {"content": token, "special": token in contents.values()} for token, i in legacy.items()}
-            added |= {token["id"]: token for token in stored.get("added_tokens", [])}
-
-        kind = (config.get("tokenizer_class") or "BertTokenizer").removesuffix("Fast").removesuffix("Tokenizer")
-        model = stored.get("model", {})
-        as_bert = kind in _BERT_KINDS and model.get("type", "WordPiece") == "WordPiece"
-        if as_bert:
-            if stored and not isinstance(model.get("vocab"), dict):
-                raise ValueError(f"{file} holds no vocabulary")
-            vocab = model["vocab"] if stored else _read_vocab(file.with_name(vocab_name), contents)
-            casing: dict[str, Any] = {name: options.get(name, default) for name, default in _CASING.items()}
-            rust = _bert_pipeline(vocab, contents["unk_token"] or "", **casing)
-        elif not stored:
-            raise FileNotFoundError(f"no {file}, which tokenizer_class {config['tokenizer_class']!r} needs")
-        elif given := sorted(set(overrides) & set(_CASING)):
-            raise ValueError(f"{given[0]}: cannot be changed, as {file} is not BERT's and is used as it stands")
-        else:
-            try:
-                rust = RustTokenizer.from_file(str(file))
-            except Exception as error:  # tokenizers raises nothing more precise
-                raise ValueError(f"{file} is no tokenizer: {error}") from error
-            rust.no_truncation()
-            rust.no_padding()
-        _add_tokens(rust, file.parent, added, names, options)
-        if as_bert:
-            _set_bert_template(rust, contents["cls_token"], contents["sep_token"])
-        tokenizer = cls(rust, contents, as_bert)
-        limit = options.get("model_max_length")
-        if limit is not None and not (isinstance(limit, (int, float)) and limit >= 1):
-            raise ValueError(f"model_max_length: got {limit!r}, expected a positive int or None")
-        tokenizer.model_max_length = None if limit is None or limit >= _NO_LIMIT else int(limit)
-        for name in ("padding_side", "truncation_side"):
-            setattr(tokenizer, name, _one_of(name, options.get(name, "right"), "right", "left"))
-        return tokenizer
+        return cls(_load(src, revision, overrides))
 
     @classmethod
     def train(
@@ -232,47 +181,9 @@ class Tokenizer:
         Raises TypeError for an item that is neither str nor Path; ValueError if there is no text, if it holds lone
         surrogates or is not UTF-8, or if special tokens and alphabet exceed ``vocab_size``.
         """
-        if isinstance(texts_or_files, (str, bytes)):
-            raise TypeError(f"texts_or_files: got a single {type(texts_or_files).__name__}, expected texts or Paths")
-        if missing := [token for token in _NAMES.values() if token not in special_tokens]:
-            raise ValueError(f"special_tokens: got {list(special_tokens)}, expected {', '.join(missing)} among them")
-        items = [texts_or_files] if isinstance(texts_or_files, Path) else texts_or_files
-        once = iter(items) is items
-        counts: Counter[str] = Counter()
-        with tempfile.TemporaryFile("w+", encoding="utf-8") as spool:
-            for text in _read_texts(items):
-                counts.update(text)
-                if once:
-                    spool.write(json.dumps(text) + "\n")
-            spool.seek(0)
-            if any("\uac00" <= character <= "\ud7a3" for character in counts):
-                if strip_accents:
-                    logger.warning("strip_accents=True takes the Hangul syllables of the training text apart into Jamo")
-                elif lowercase:
-                    strip_accents = False
-            unk = _NAMES["unk_token"]
-            casing: dict[str, Any] = {"do_lower_case": lowercase, "strip_accents": strip_accents}
-            rust = _bert_pipeline({}, unk, **casing)
-            alphabet = _alphabet(rust, counts, vocab_size // 3 if limit_alphabet is None else limit_alphabet)
-            if not alphabet:
-                raise ValueError("texts_or_files: got no text to train on")
-            base = [*dict.fromkeys(special_tokens), *alphabet]
-            if len(base) > vocab_size:
-                raise ValueError(f"vocab_size: got {vocab_size}, but special tokens and alphabet are {len(base)}")
-            # Left to itself, the trainer numbers the alphabet in the order of a randomly seeded hash map, and breaks
-            # ties between merges by these numbers. Passed as special tokens, the alphabet has a fixed order.
-            trainer = trainers.WordPieceTrainer(
-                vocab_size=vocab_size,
-                min_frequency=min_frequency,
-                limit_alphabet=0,
-                special_tokens=base,
-                show_progress=show_progress,
-            )
-            rust.train_from_iterator(map(json.loads, spool) if once else _read_texts(items), trainer=trainer)
-        rust = _bert_pipeline(rust.get_vocab(with_added_tokens=False), unk, **casing)
-        rust.add_special_tokens(list(special_tokens))
-        _set_bert_template(rust, _NAMES["cls_token"], _NAMES["sep_token"])
-        return cls(rust, dict(_NAMES))
+        casing: dict[str, Any] = {"do_lower_case": lowercase, "strip_accents": strip_accents}
+        trainer = {"vocab_size": vocab_size, "min_frequency": min_frequency, "show_progress": show_progress}
+        return cls(_learn(texts_or_files, casing, special_tokens, limit_alphabet, trainer))
 
     def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
         """Write what ``from_pretrained`` and transformers load to the same ids.
@@ -294,7 +205,7 @@ class Tokenizer:
         if isinstance(self._rust.model, WordPiece):
             lines = [f"[no token {i}]" for i in range(self.vocab_size)]  # the line is the id: no gaps
             for token, i in self._rust.get_vocab().items():
-                lines[i] = token
+                lines[i] = lines[i] if "\n" in token else token
             write_text(folder / "vocab.txt", "\n".join(lines) + "\n")
         for name, content in (("special_tokens_map.json", names), ("tokenizer_config.json", config)):
             write_text(folder / name, json.dumps(content, indent=2) + "\n")
@@ -348,7 +259,7 @@ class Tokenizer:
             spans = list(zip(np.cumsum(rows.lengths).tolist(), rows.lengths.tolist(), strict=True))
             flat = {"input_ids": rows.ids, "token_type_ids": rows.types, "attention_mask": np.ones_like(rows.ids)}
             lists = {name: [array[end - n : end].tolist() for end, n in spans] for name, array in flat.items()}
-        return Encoding({name: rows[0] for name, rows in lists.items()} if isinstance(texts, str) else lists)
+        return Encoding({name: value[0] for name, value in lists.items()} if isinstance(texts, str) else lists)
 
     def encode_packed(
         self,
@@ -378,7 +289,10 @@ class Tokenizer:
         return self._rust.encode(text, add_special_tokens=False).tokens
 
     def decode(self, ids: Any, *, skip_special_tokens: bool = True) -> str:
-        """The text of a sequence, 1-D array or 1-D tensor of ids: pieces joined, no space before punctuation."""
+        """The text of a sequence, 1-D array or 1-D tensor of ids: pieces joined, no space before punctuation.
+
+        Raises ValueError for ids outside the vocabulary, TypeError for what is not one row of ints.
+        """
         return self._rust.decode(self._check_ids(ids), skip_special_tokens=skip_special_tokens)
 
     def decode_batch(self, batch: Iterable[Any], *, skip_special_tokens: bool = True) -> list[str]:
@@ -441,13 +355,14 @@ class Tokenizer:
         """Ids, types (tokens,) and lengths (rows,); ``encoded`` holds all first texts, then all second ones."""
         n_rows = kept.shape[1]
         sources = [source for source in template.source.tolist() if source >= 0]
+        from_left = _one_of("truncation_side", self.truncation_side, "right", "left") == "left"
 
         def texts() -> Iterator[list[int]]:
             counts = kept.tolist()
             for row in range(n_rows):
                 for source in sources:
                     ids, n = encoded[source * n_rows + row].ids, counts[source][row]
-                    yield ids[:n] if self.truncation_side == "right" else ids[len(ids) - n :]
+                    yield ids[len(ids) - n :] if from_left else ids[:n]
 
         sizes = np.where(template.source[:, None] < 0, 1, kept[template.source])  # (P, rows)
         piece = np.repeat(np.tile(np.arange(len(sizes)), n_rows), sizes.T.ravel())  # of each token
@@ -524,6 +439,123 @@ def _template(probe: Any) -> _Template:
     return _Template(source[first], np.array(probe.ids)[first], np.array(probe.type_ids)[first])
 
 
+def _as_list(texts: Any, name: str) -> list[str]:
+    if isinstance(texts, (bytes, dict)) or not isinstance(texts, Iterable):
+        raise TypeError(f"{name}: got {type(texts).__name__}, expected a str or a sequence of str")
+    texts = [texts] if isinstance(texts, str) else list(texts)
+    for i, text in enumerate(texts):
+        _check_text(text, f"{name}[{i}]")
+    return texts
+
+
+class _Source(NamedTuple):
+    """What a Tokenizer is made of."""
+
+    rust: RustTokenizer  # knows all tokens; neither pads nor truncates
+    names: dict[str, str | None]  # keys: _NAMES
+    settings: dict[str, Any]  # keys: _SETTINGS
+    as_bert: bool  # vocabulary and casing options say all there is to know, as for transformers' BertTokenizer
+
+
+def _load(src: str | os.PathLike[str], revision: str | None, overrides: dict[str, Any]) -> _Source:
+    known = (*_NAMES, *_CASING, *_SETTINGS)
+    if unknown := sorted(set(overrides) - set(known)):
+        raise TypeError(f"from_pretrained: got {', '.join(unknown)}, expected only {', '.join(known)}")
+    file = Path(os.path.expanduser(src)) if src else None
+    if file is None or not file.is_file():
+        file = resolve(src, revision=revision, weights=False) / "tokenizer.json"
+    vocab_file = file.with_name("vocab.txt") if file.suffix == ".json" else file
+    stored = {} if file == vocab_file else _read_json(file)
+    config, special_map, legacy = (
+        _read_json(file.with_name(name))
+        for name in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+    )
+    added = config.get("added_tokens_decoder")
+    if added is None:  # else the config is complete, and transformers ignores the other places
+        config = config | special_map
+    options = config | overrides
+    names = {name: options.get(name, default) for name, default in _NAMES.items()}
+    contents = {name: token["content"] if isinstance(token, dict) else token for name, token in names.items()}
+    if added is None:
+        added = {i: {"content": token, "special": token in contents.values()} for token, i in legacy.items()}
+        added |= {token["id"]: token for token in stored.get("added_tokens", [])}
+
+    kind = (config.get("tokenizer_class") or "BertTokenizer").removesuffix("Fast").removesuffix("Tokenizer")
+    model = stored.get("model", {})
+    as_bert = kind in _BERT_KINDS and model.get("type", "WordPiece") == "WordPiece"
+    if as_bert:
+        if stored and not isinstance(model.get("vocab"), dict):
+            raise ValueError(f"{file} holds no vocabulary")
+        vocab = model["vocab"] if stored else _read_vocab(vocab_file, contents)
+        casing: dict[str, Any] = {name: options.get(name, default) for name, default in _CASING.items()}
+        rust = _bert_pipeline(vocab, contents["unk_token"] or "", **casing)
+    elif not stored:
+        name = config["tokenizer_class"]
+        raise FileNotFoundError(f"{file.parent}: tokenizer_class {name!r} needs a tokenizer.json, not a vocab.txt")
+    elif given := sorted(set(overrides) & set(_CASING)):
+        raise ValueError(f"{given[0]}: cannot be changed, as {file} is not BERT's and is used as it stands")
+    else:
+        try:
+            rust = RustTokenizer.from_file(str(file))
+        except Exception as error:  # tokenizers raises nothing more precise
+            raise ValueError(f"{file} is no tokenizer: {error}") from error
+        rust.no_truncation()
+        rust.no_padding()
+    _add_tokens(rust, file.parent, added, names, options)
+    if as_bert:
+        _set_bert_template(rust, contents["cls_token"], contents["sep_token"])
+    limit = options.get("model_max_length")
+    if limit is not None and not (isinstance(limit, (int, float)) and limit >= 1):
+        raise ValueError(f"model_max_length: got {limit!r}, expected a positive int or None")
+    settings = {"model_max_length": None if limit is None or limit >= _NO_LIMIT else int(limit)}
+    settings |= {name: _one_of(name, options.get(name, "right"), "right", "left") for name in _SETTINGS[1:]}
+    return _Source(rust, contents, settings, as_bert)
+
+
+def _learn(
+    texts_or_files: Iterable[str | Path] | Path,
+    casing: dict[str, Any],
+    special_tokens: Sequence[str],
+    limit_alphabet: int | None,
+    trainer: dict[str, Any],
+) -> _Source:
+    """``trainer``: vocab_size, min_frequency, show_progress."""
+    if isinstance(texts_or_files, (str, bytes)):
+        raise TypeError(f"texts_or_files: got a single {type(texts_or_files).__name__}, expected texts or Paths")
+    if missing := [token for token in _NAMES.values() if token not in special_tokens]:
+        raise ValueError(f"special_tokens: got {list(special_tokens)}, expected {', '.join(missing)} among them")
+    items = [texts_or_files] if isinstance(texts_or_files, Path) else texts_or_files
+    once = iter(items) is items
+    counts: Counter[str] = Counter()
+    with tempfile.TemporaryFile("w+", encoding="utf-8") as spool:
+        for text in _read_texts(items):
+            counts.update(text)
+            if once:
+                spool.write(json.dumps(text) + "\n")
+        spool.seek(0)
+        if any("\uac00" <= character <= "\ud7a3" for character in counts):
+            if casing["strip_accents"]:
+                logger.warning("strip_accents=True takes the Hangul syllables of the training text apart into Jamo")
+            elif casing["do_lower_case"]:
+                casing["strip_accents"] = False
+        rust = _bert_pipeline({}, _NAMES["unk_token"], **casing)
+        vocab_size = trainer["vocab_size"]
+        alphabet = _alphabet(rust, counts, vocab_size // 3 if limit_alphabet is None else limit_alphabet)
+        if not alphabet:
+            raise ValueError("texts_or_files: got no text to train on")
+        base = [*dict.fromkeys(special_tokens), *alphabet]
+        if len(base) > vocab_size:
+            raise ValueError(f"vocab_size: got {vocab_size}, but special tokens and alphabet are {len(base)}")
+        # Left to itself, the trainer numbers the alphabet in the order of a randomly seeded hash map, and breaks
+        # ties between merges by these numbers. Passed as special tokens, the alphabet has a fixed order.
+        texts = map(json.loads, spool) if once else _read_texts(items)
+        rust.train_from_iterator(texts, trainers.WordPieceTrainer(limit_alphabet=0, special_tokens=base, **trainer))
+    rust = _bert_pipeline(rust.get_vocab(with_added_tokens=False), _NAMES["unk_token"], **casing)
+    rust.add_special_tokens(list(special_tokens))
+    _set_bert_template(rust, _NAMES["cls_token"], _NAMES["sep_token"])
+    return _Source(rust, dict(_NAMES), dict(zip(_SETTINGS, (None, "right", "right"), strict=True)), True)
+
+
 def _bert_pipeline(
     vocab: dict[str, int],
     unk: str,
@@ -583,7 +615,7 @@ def _read_vocab(path: Path, names: dict[str, str | None]) -> dict[str, int]:
     if not path.is_file():
         raise FileNotFoundError(f"no tokenizer in {path.parent}: looked for tokenizer.json and vocab.txt")
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
+        lines = path.read_bytes().decode().split("\n")  # read_text would take a stray \r for a line's end
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8: {error}") from error
     tokens = [line.rstrip() for line in (lines if lines[-1] else lines[:-1])]
@@ -622,15 +654,6 @@ def _alphabet(rust: RustTokenizer, counts: Counter[str], limit: int) -> list[str
             normalized.update(dict.fromkeys(word, n))
     kept = sorted(sorted(normalized, key=lambda character: (-normalized[character], character))[:limit])
     return kept + [f"##{character}" for character in kept if len(words("a" + character)) == 1]
-
-
-def _as_list(texts: Any, name: str) -> list[str]:
-    if isinstance(texts, (bytes, dict)) or not isinstance(texts, Iterable):
-        raise TypeError(f"{name}: got {type(texts).__name__}, expected a str or a sequence of str")
-    texts = [texts] if isinstance(texts, str) else list(texts)
-    for i, text in enumerate(texts):
-        _check_text(text, f"{name}[{i}]")
-    return texts
 
 
 def _check_text(text: Any, name: str) -> None:

@@ -49,7 +49,7 @@ class PackedBatch:
         return torch.repeat_interleave(sequences, self.cu_seqlens.diff(), output_size=self.n_tokens)
 
     def plan(self, key: Any, make: Callable[[], Any]) -> Any:
-        """What is derived from the lengths once a batch and shared by all layers: work lists, groups of equal length."""
+        """What is made from the lengths once a batch and shared by all layers: work lists, groups of equal length."""
         if key not in self._plans:
             self._plans[key] = make()
         return self._plans[key]

@@ -7,12 +7,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 
 HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
     os.environ["TRITON_INTERPRET"] = "1"
 
 import helpers  # noqa: E402
+
+# Examples are drawn the same way in every run, and the interpreter is too slow for a deadline.
+settings.register_profile("fastbert", deadline=None, derandomize=True)
+settings.load_profile("fastbert")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

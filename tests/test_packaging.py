@@ -24,12 +24,12 @@ from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parent.parent
 NOT_SOURCE = {"build", "dist", "__pycache__"}
-CALLERS_OWN = {"PYTHONPATH", "PYTHONHOME", "USE_HUB_KERNELS"}
+CALLERS_OWN = {"PYTHONPATH", "PYTHONHOME", "TRITON_INTERPRET", "USE_HUB_KERNELS"}
 PIP = ["-m", "pip", "--disable-pip-version-check", "--quiet"]
 
 
 def run(command: list[str | Path], cwd: Path, **variables: str) -> str:
-    """Standard output of a command that must succeed, without what the caller's environment says to Python."""
+    """Standard output of a command that must succeed, under none of the caller's settings of CALLERS_OWN."""
     environ = {name: value for name, value in os.environ.items() if name not in CALLERS_OWN}
     done = subprocess.run(
         [str(word) for word in command],

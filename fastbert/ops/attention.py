@@ -26,9 +26,8 @@ def group_by_length(cu_seqlens_cpu: torch.Tensor, device: torch.device) -> tuple
     order = order[lengths[order] > 0]
     groups: list[Group] = []
     all_rows = []
-    for length, n_seqs in zip(
-        *(t.tolist() for t in torch.unique_consecutive(lengths[order], return_counts=True)), strict=True
-    ):
+    distinct, counts = torch.unique_consecutive(lengths[order], return_counts=True)
+    for length, n_seqs in zip(distinct.tolist(), counts.tolist(), strict=True):
         starts = cu_seqlens_cpu[:-1].long()[order[:n_seqs]]
         order = order[n_seqs:]
         rows = (starts[:, None] + torch.arange(length)).flatten()
@@ -57,9 +56,8 @@ def _grouped(
     outs = []
     for n_seqs, length, rows in groups:
         part = qkv[rows] if isinstance(rows, slice) else qkv.index_select(0, rows)
-        q, k, v = part.view(n_seqs, length, 3, num_heads, hidden_size // num_heads).permute(
-            2, 0, 3, 1, 4
-        )  # (n, N, S, D)
+        part = part.view(n_seqs, length, 3, num_heads, hidden_size // num_heads)
+        q, k, v = part.permute(2, 0, 3, 1, 4)  # each (sequences, N, length, D)
         out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, scale=scale)
         outs.append(out.transpose(1, 2).reshape(n_seqs * length, hidden_size))
     out = outs[0] if len(outs) == 1 else torch.cat(outs)
@@ -76,6 +74,42 @@ def _eager(
     scale: float,
 ) -> torch.Tensor:
     return _grouped(qkv, *group_by_length(cu_seqlens_cpu, qkv.device), num_heads, scale)
+
+
+def _grouped_backward(
+    grad: torch.Tensor, qkv: torch.Tensor, cu_seqlens_cpu: torch.Tensor, num_heads: int, scale: float
+) -> torch.Tensor:
+    """The gradient of qkv, (T, 3 * N * D), with the probabilities P recomputed, in float32 at least.
+
+    dV = P^T dO,    dS = P * (dO V^T - rowsum(P * dO V^T)),    dQ = scale dS K,    dK = scale dS^T Q
+    """
+    head_size = qkv.shape[1] // (3 * num_heads)
+    compute_dtype = torch.promote_types(qkv.dtype, torch.float32)
+    out = torch.empty_like(qkv)
+    for n_seqs, length, rows in group_by_length(cu_seqlens_cpu, qkv.device)[0]:
+        part = qkv[rows].to(compute_dtype).view(n_seqs, length, 3, num_heads, head_size)
+        q, k, v = part.permute(2, 0, 3, 1, 4)  # each (sequences, N, length, D)
+        d_out = grad[rows].to(compute_dtype).view(n_seqs, length, num_heads, head_size).transpose(1, 2)
+        p = torch.softmax(q @ k.transpose(-1, -2) * scale, dim=-1)
+        d_p = d_out @ v.transpose(-1, -2)
+        d_s = p * (d_p - (p * d_p).sum(-1, keepdim=True)) * scale
+        d_qkv = torch.stack([d_s @ k, d_s.transpose(-1, -2) @ q, p.transpose(-1, -2) @ d_out])
+        out[rows] = d_qkv.permute(1, 3, 0, 2, 4).reshape(n_seqs * length, -1).to(qkv.dtype)
+    return out
+
+
+def _backward(
+    grad: torch.Tensor,
+    qkv: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    cu_seqlens_cpu: torch.Tensor,
+    seq_ids: torch.Tensor,
+    work_list: torch.Tensor,
+    num_heads: int,
+    scale: float,
+) -> tuple[torch.Tensor | None, ...]:
+    d_qkv = torch.ops.fastbert.varlen_attention_backward(grad, qkv, cu_seqlens_cpu, num_heads, scale)
+    return d_qkv, None, None, None, None, None, None
 
 
 def _kernel(
@@ -99,6 +133,14 @@ register(
     kernel=_kernel,
     eager=_eager,
     fake=lambda qkv, *rest: qkv.new_empty(qkv.shape[0], qkv.shape[1] // 3),
+    backward=_backward,
+)
+# An operation of its own: it looks at the lengths on the host, which a tracer cannot.
+register(
+    "varlen_attention_backward(Tensor grad, Tensor qkv, Tensor cu_seqlens_cpu, int num_heads, float scale) -> Tensor",
+    kernel=_grouped_backward,
+    eager=_grouped_backward,
+    fake=lambda grad, qkv, *rest: torch.empty_like(qkv, memory_format=torch.contiguous_format),
 )
 
 

@@ -18,12 +18,13 @@ def register(
     kernel: Callable[..., torch.Tensor],
     eager: Callable[..., torch.Tensor],
     fake: Callable[..., torch.Tensor],
+    backward: Callable[..., tuple[torch.Tensor | None, ...]] | None = None,
 ) -> None:
     """Defines `torch.ops.fastbert.<name>` from a schema such as "bias_gelu(Tensor x, ...) -> Tensor".
 
     kernel runs on CUDA, and on the CPU under Triton's interpreter; eager is the same function in plain PyTorch: it runs
-    on the CPU otherwise, and the backward pass is its derivative, with the forward recomputed; fake gives the output's
-    shape and dtype.
+    on the CPU otherwise, and the backward pass is its derivative, with the forward recomputed, unless `backward` gives
+    the inputs' gradients from (grad, *inputs). fake gives the output's shape and dtype.
     """
     name = schema.partition("(")[0]
     LIBRARY.define(schema, tags=torch.Tag.pt2_compliant_tag)
@@ -36,12 +37,13 @@ def register(
         ctx.save_for_backward(*tensors)
         ctx.others = [None if isinstance(a, torch.Tensor) else a for a in inputs]
 
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        inputs = [
-            other if tensor is None else tensor.detach().requires_grad_(needed)
-            for tensor, other, needed in zip(ctx.saved_tensors, ctx.others, ctx.needs_input_grad, strict=True)
-        ]
+    def run_backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        inputs = [o if t is None else t for t, o in zip(ctx.saved_tensors, ctx.others, strict=True)]
+        if backward is not None:
+            return backward(grad, *inputs)
         wanted = [i for i, needed in enumerate(ctx.needs_input_grad) if needed]
+        for i in wanted:
+            inputs[i] = inputs[i].detach().requires_grad_()
         with torch.enable_grad():
             output = eager(*inputs)
         grads: list[torch.Tensor | None] = [None] * len(inputs)
@@ -50,4 +52,4 @@ def register(
             grads[i] = g
         return tuple(grads)
 
-    torch.library.register_autograd(f"fastbert::{name}", backward, setup_context=setup_context, lib=LIBRARY)
+    torch.library.register_autograd(f"fastbert::{name}", run_backward, setup_context=setup_context, lib=LIBRARY)

@@ -108,7 +108,12 @@ def recording(for_arch: int) -> Iterator[list[Launch]]:
 
 def dot_precision(dtype: torch.dtype) -> str:
     """Precision of tl.dot's inputs: IEEE float32 unless the user allowed TF32 through PyTorch's own switch."""
-    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    if dtype != torch.float32:
+        return "ieee"
+    matmul = torch.backends.cuda.matmul
+    # Before PyTorch 2.9 there is only allow_tf32; since then, reading it raises where the newer switch was used.
+    allowed = matmul.fp32_precision == "tf32" if hasattr(matmul, "fp32_precision") else matmul.allow_tf32
+    return "tf32" if allowed else "ieee"
 
 
 @functools.cache

@@ -1,0 +1,153 @@
+"""Linear layers with their epilogues, and linear + residual + LayerNorm."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fastbert import ops, reference
+from fastbert.ops import BackendError, Policy
+from fastbert.ops.linear import gemm_kernel
+from helpers import assert_as_accurate, guarded, rms_error, source_env
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+TRITON = Policy("triton", strict=True)
+ACTIVATIONS = {"none": None, "gelu": "gelu", "gelu_tanh": "gelu_tanh", "relu": "relu"}
+
+
+def eager_linear(x, weight, bias, activation):
+    y = F.linear(x, weight, bias)
+    if activation == "relu":
+        return F.relu(y)
+    return y if activation == "none" else F.gelu(y, approximate="tanh" if activation == "gelu_tanh" else "none")
+
+
+def inputs(n_rows, k, n_cols, dtype, device):
+    return [t.to(device, dtype) for t in (torch.randn(n_rows, k), torch.randn(n_cols, k) / k**0.5, torch.randn(n_cols))]
+
+
+def check(name, tensors, activation, ours):
+    expected = reference.linear(*(None if t is None else t.double() for t in tensors), ACTIVATIONS[activation])
+    assert_as_accurate(name, ours, eager_linear(*tensors, activation), expected)
+
+
+@pytest.mark.parametrize("activation", ["none", "gelu", "gelu_tanh"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("n_rows", "k", "n_cols"), [(1, 16, 1), (5, 33, 131), (130, 96, 64), (129, 320, 257)])
+def test_kernel(n_rows, k, n_cols, dtype, activation, device, poisoned):
+    """A tile's edge left out, a tail of K read past the row, or an epilogue applied twice or to the wrong column."""
+    x, weight, bias = inputs(n_rows, k, n_cols, dtype, device)
+    guards = guarded(x, extra_columns=7), guarded(weight, extra_columns=5), guarded(bias)
+    check(f"{n_rows}x{k}x{n_cols}", (x, weight, bias), activation, torch.ops.fastbert.linear(*guards, activation))
+    poisoned.check()
+
+
+def test_kernel_without_bias(device, poisoned):
+    """A bias that is read though absent."""
+    x, weight, _ = inputs(20, 64, 40, torch.bfloat16, device)
+    check("no bias", (x, weight, None), "gelu", torch.ops.fastbert.linear(x, weight, None, "gelu"))
+    poisoned.check()
+
+
+def test_kernel_visits_every_tile(device, poisoned):
+    """A grouped tile order that skips or repeats a tile where the groups do not divide the grid."""
+    x, weight, bias = inputs(1300, 16, 300, torch.float16, device)
+    check("many tiles", (x, weight, bias), "none", torch.ops.fastbert.linear(x, weight, bias, "none"))
+    poisoned.check()
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("backend", ["triton", "cpu", "torch"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_op(backend, dtype, activation, device):
+    """A backend, or a choice of GEMM within one, that loses the bias or the activation."""
+    tensors = inputs(9, 48, 30, dtype, device if backend == "triton" else torch.device("cpu"))
+    check(backend, tensors, activation, ops.linear(*tensors, activation, policy=Policy(backend)))
+
+
+def test_gemm_choice(device, monkeypatch):
+    """An activation in 16 bits that costs a pass of its own, or fp32 through a kernel without tensor cores."""
+    assert gemm_kernel(torch.bfloat16, "gelu")[0] == "fastbert"
+    assert gemm_kernel(torch.float32, "gelu")[0] == "cublas"
+    assert gemm_kernel(torch.bfloat16, "none")[0] == "cublas"
+    from fastbert_kernels import launch
+
+    launched = []
+    run = launch.run
+    monkeypatch.setattr(
+        launch, "run", lambda kernel, *args, **kw: launched.append(kernel.fn.__name__) or run(kernel, *args, **kw)
+    )
+    for dtype in (torch.bfloat16, torch.float32):
+        ops.linear(*inputs(4, 32, 16, dtype, device), "gelu", policy=TRITON)
+    assert launched == ["_linear_kernel", "_bias_gelu_kernel"]
+
+
+@pytest.mark.parametrize(
+    "switch",
+    [
+        "torch.backends.cuda.matmul.allow_tf32 = True",
+        "torch.set_float32_matmul_precision('high')",
+        "torch.backends.cuda.matmul.fp32_precision = 'tf32'",
+    ],
+)
+def test_tf32_only_where_allowed(switch):
+    """fp32 that is quietly TF32, or a switch of PyTorch's that is not read (they cannot be mixed in one process)."""
+    if "fp32_precision" in switch and not hasattr(torch.backends.cuda.matmul, "fp32_precision"):
+        pytest.skip("fp32_precision came with PyTorch 2.9")
+    script = (
+        "import torch; from fastbert_kernels import launch; before = launch.dot_precision(torch.float32); "
+        f"{switch}; print(before, launch.dot_precision(torch.float32), launch.dot_precision(torch.bfloat16))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=source_env(), check=True)
+    assert done.stdout.split() == ["ieee", "tf32", "ieee"]
+
+
+@pytest.mark.parametrize("backend", ["triton", "cpu", "torch"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_linear_residual_layer_norm(backend, dtype, with_bias, device):
+    """A bias added twice, or by neither of the two kernels."""
+    device = device if backend == "triton" else torch.device("cpu")
+    x, weight, bias = inputs(11, 80, 48, dtype, device)
+    bias = bias if with_bias else None
+    residual, ln_weight, ln_bias = (torch.randn(s).to(device, dtype) for s in ((11, 48), (48,), (48,)))
+    ours = ops.linear_residual_layer_norm(
+        x, weight, bias, residual, ln_weight, ln_bias, 1e-12, policy=Policy(backend, strict=True)
+    )
+    d = [None if t is None else t.double() for t in (x, weight, bias, residual, ln_weight, ln_bias)]
+    expected = reference.bias_residual_layer_norm(d[0] @ d[1].T, d[2], d[3], d[4], d[5], 1e-12)
+    eager = F.layer_norm(F.linear(x, weight, bias) + residual, (48,), ln_weight, ln_bias, 1e-12)
+    assert_as_accurate(backend, ours, eager, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_gradients_under_triton(dtype, device):
+    """A backward pass that is not the derivative of the forward one, for the input or a parameter."""
+    tensors = inputs(6, 24, 20, dtype, device)
+    grads = []
+    for policy in (TRITON, Policy("torch")):
+        leaves = [t.clone().requires_grad_() for t in tensors]
+        ops.linear(*leaves, "gelu", policy=policy).float().square().sum().backward()
+        grads.append([leaf.grad for leaf in leaves])
+    for ours, theirs in zip(*grads, strict=True):
+        assert rms_error(ours, theirs) < 2 * torch.finfo(dtype).eps
+
+
+def test_wrong_shapes():
+    """A wrong shape that reaches a kernel."""
+    x, weight, bias = inputs(4, 8, 6, torch.float32, torch.device("cpu"))
+    with pytest.raises(ValueError, match=r"x, weight: expected \(T, K\) and \(M, K\), got \(4, 8\) and \(6, 7\)"):
+        ops.linear(x, weight[:, :7], bias)
+    with pytest.raises(ValueError, match=r"bias: expected shape \(6,\), got \(5,\)"):
+        ops.linear(x, weight, bias[:5], "gelu")
+
+
+def test_strict_refuses_what_has_no_kernel(device):
+    """A strict policy that falls back."""
+    x, weight, bias = inputs(4, 8, 6, torch.float64, device)
+    with pytest.raises(BackendError, match="linear: .*there are no Triton kernels for torch.float64"):
+        ops.linear(x, weight, bias, "gelu", policy=TRITON)

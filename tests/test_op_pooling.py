@@ -1,0 +1,113 @@
+"""Pooling and L2 normalisation."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fastbert import ops, reference
+from fastbert.ops import BackendError, Policy
+from fastbert.ops.pooling import MODES
+from helpers import assert_as_accurate, cu_seqlens_of, guarded, rms_error
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+TRITON = Policy("triton", strict=True)
+LENGTHS = [3, 0, 1, 70, 0, 17, 2]
+
+
+def eager_pool(hidden, lengths, mode, normalize):
+    """Plain PyTorch in the input's dtype, a sequence at a time, as sentence-transformers computes it."""
+    rows = []
+    for x in hidden.split(lengths):
+        n = x.shape[0]
+        if n == 0:
+            rows.append(hidden.new_zeros(hidden.shape[1]))
+            continue
+        weights = torch.arange(1, n + 1, dtype=x.dtype, device=x.device)[:, None]
+        rows.append(
+            {
+                "cls": lambda x=x: x[0],
+                "last": lambda x=x: x[-1],
+                "mean": lambda x=x: x.sum(0) / x.shape[0],
+                "mean_sqrt_len": lambda x=x: x.sum(0) / x.shape[0] ** 0.5,
+                "weighted_mean": lambda x=x, w=weights: (x * w).sum(0) / w.sum(),
+                "max": lambda x=x: x.max(0).values,
+            }[mode]()
+        )
+    pooled = torch.stack(rows)
+    if normalize:  # 1e-12 is 0 in fp16, so rows of zeros would become NaN
+        norm = pooled.norm(dim=-1, keepdim=True)
+        pooled = torch.where(norm > 0, pooled / norm, 0)
+    return pooled
+
+
+def check(name, lengths, hidden_size, dtype, device, mode, normalize, policy):
+    hidden = torch.randn(sum(lengths), hidden_size).to(device, dtype) - 0.3
+    cu_seqlens = cu_seqlens_of(lengths, device)
+    given = guarded(hidden, extra_columns=5), guarded(cu_seqlens)
+    ours = ops.pool(*given, mode, normalize=normalize, policy=policy)
+    expected = reference.pool(hidden.double(), cu_seqlens, mode, normalize)
+    assert_as_accurate(name, ours, eager_pool(hidden, lengths, mode, normalize), expected)
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_kernel(mode, normalize, dtype, device, poisoned):
+    """A token of a neighbour pooled, the last block left out, a wrong weight or divisor, NaN for no tokens."""
+    check(mode, LENGTHS, 96, dtype, device, mode, normalize, TRITON)
+    poisoned.check()
+
+
+@pytest.mark.parametrize("hidden_size", [1, 320, 1023, 4096])
+def test_kernel_hidden_sizes(hidden_size, device, poisoned):
+    """A tail of the row that enters the norm, or is not written."""
+    check(f"H{hidden_size}", [5, 1, 9], hidden_size, torch.float32, device, "mean", True, TRITON)
+    poisoned.check()
+
+
+def test_no_sequences(device):
+    """An empty batch that launches an empty grid."""
+    out = ops.pool(torch.zeros(0, 32, device=device), cu_seqlens_of([], device), "mean", policy=TRITON)
+    assert out.shape == (0, 32)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "torch"])
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
+def test_plain_path(backend, mode, dtype):
+    """A segment sum over the wrong rows, or NaN for no tokens."""
+    for normalize in (False, True):
+        check(mode, LENGTHS, 40, dtype, torch.device("cpu"), mode, normalize, Policy(backend))
+    empty = ops.pool(torch.zeros(0, 8, dtype=dtype), cu_seqlens_of([0, 0]), mode, policy=Policy(backend))
+    assert torch.equal(empty, torch.zeros(2, 8, dtype=dtype))
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_float32_out_of_bfloat16(backend, device):
+    """A mean of many bf16 rows that is summed, or returned, in bf16."""
+    hidden = torch.randn(300, 32).to(device, torch.bfloat16)
+    cu_seqlens = cu_seqlens_of([300], device)
+    out = ops.pool(hidden, cu_seqlens, "mean", out_dtype=torch.float32, policy=Policy(backend))
+    assert out.dtype == torch.float32
+    assert rms_error(out, hidden.double().mean(0, keepdim=True)) < 1e-6
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_gradients_under_triton(mode, device):
+    """A backward pass that is not the derivative of the forward one."""
+    hidden, cu_seqlens = torch.randn(sum(LENGTHS), 24, device=device), cu_seqlens_of(LENGTHS, device)
+    grads = []
+    for policy in (TRITON, Policy("torch")):
+        leaf = hidden.clone().requires_grad_()
+        ops.pool(leaf, cu_seqlens, mode, policy=policy).pow(3).sum().backward()
+        grads.append(leaf.grad)
+    assert rms_error(*grads) < 1e-5
+
+
+def test_bad_arguments(device):
+    """An unknown mode that pools somehow; a row too wide for the kernel computed wrongly instead of refused."""
+    with pytest.raises(ValueError, match="mode: expected one of cls, mean, .*got 'median'"):
+        ops.pool(torch.randn(2, 4), cu_seqlens_of([2]), "median")
+    with pytest.raises(BackendError, match="pooling: .*hidden size 5000 is above 4096"):
+        ops.pool(torch.randn(2, 5000, device=device), cu_seqlens_of([2], device), "mean", policy=TRITON)
