@@ -6,6 +6,7 @@ are zero at padding positions, and padding positions enter no loss.
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
@@ -13,12 +14,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastbert import ops, outputs, varlen
+from fastbert.checkpoint import Match
 from fastbert.config import BertConfig
 from fastbert.model import BertModel, dense, wants_dict
 from fastbert.ops import Policy
 from fastbert.pretrained import PreTrainedModel
 
 IGNORED = -100
+
+logger = logging.getLogger("fastbert")
 
 
 class BertPredictionHeadTransform(nn.Module):
@@ -91,18 +95,42 @@ class _WithHead(PreTrainedModel):
         self.classifier = nn.Linear(config.hidden_size, n_outputs)
 
 
+# The decoder's names of tensors that the config ties, and their other names.
+TIED = {
+    "cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight",
+    "cls.predictions.decoder.bias": "cls.predictions.bias",
+}
+
+
 class _WithDecoder(_WithHead):
-    """A model whose head predicts tokens, with the word embeddings as its weight where the config ties them."""
+    """A model whose head predicts tokens, with the word embeddings as its weight where the config ties them.
+
+    As in transformers: without the tie the decoder has a bias of its own, and `cls.predictions.bias` is not used; and
+    what a checkpoint holds under both names, with different numbers, is not tied whatever the config says.
+    """
+
+    _untied: frozenset[str] = frozenset()
 
     def tie_weights(self) -> None:
-        predictions = self.cls.predictions
-        predictions.decoder.bias = predictions.bias
-        if self.config.tie_word_embeddings:
-            predictions.decoder.weight = self.bert.embeddings.word_embeddings.weight
+        for name in self.tied_names():
+            setattr(self.cls.predictions.decoder, name.rpartition(".")[2], self.get_parameter(TIED[name]))
 
     def tied_names(self) -> set[str]:
-        tied = {"cls.predictions.decoder.bias"}
-        return tied | {"cls.predictions.decoder.weight"} if self.config.tie_word_embeddings else tied
+        return set(TIED) - self._untied if self.config.tie_word_embeddings else set()
+
+    def _settle_ties(self, matched: Match, src: str) -> None:
+        state = matched.state
+        for name, other in TIED.items():
+            mine, others = state.get(name), state.get(other)
+            if not self.config.tie_word_embeddings:
+                if mine is not None and mine is others:  # one bias of an older checkpoint, for two parameters
+                    state[name] = mine.clone()
+            elif mine is not None and others is None:
+                state[other] = mine
+                matched.missing.remove(other)
+            elif mine is not None and others is not None and not torch.equal(mine, others):
+                logger.warning("%s: %s and %s differ, so they are not tied, whatever the config says", src, name, other)
+                self._untied |= {name}
 
     def get_output_embeddings(self) -> nn.Module:
         return self.cls.predictions.decoder
@@ -160,10 +188,9 @@ class BertForPreTraining(_WithDecoder):
         )  # fmt: skip
         logits = self.cls.predictions(encoded.last_hidden_state, self.policy)
         is_next = self.cls.seq_relationship(self.bert.pool(encoded))
-        loss = None
-        if labels is not None and next_sentence_label is not None:
-            next_loss = class_loss(is_next, next_sentence_label, "next_sentence_label")
-            loss = token_loss(logits, labels, encoded.batch) + next_loss
+        token = token_loss(logits, labels, encoded.batch)
+        sentence = class_loss(is_next, next_sentence_label, "next_sentence_label")
+        loss = None if token is None or sentence is None else token + sentence
         output = outputs.BertForPreTrainingOutput(
             loss=loss,
             prediction_logits=varlen.pad(logits, encoded.batch),
@@ -313,13 +340,12 @@ class BertForMultipleChoice(_WithHead):
         if given is None or given.dim() != (3 if inputs_embeds is None else 4):
             came = None if given is None else tuple(given.shape)
             raise ValueError(f"input_ids, inputs_embeds: expected shape (B, C, S) or (B, C, S, H), got {came}")
-        n_choices = given.shape[1]
-        flat = [
+        ids, mask, types, positions, embeds = (
             None if t is None else t.flatten(0, 1)
             for t in (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
-        ]
-        encoded = self.bert.encode(*flat, output_attentions, output_hidden_states)
-        logits = self.classifier(self.dropout(self.bert.pool(encoded))).view(-1, n_choices)
+        )
+        encoded = self.bert.encode(ids, mask, types, positions, embeds, output_attentions, output_hidden_states)
+        logits = self.classifier(self.dropout(self.bert.pool(encoded))).view(given.shape[:2])
         output = outputs.MultipleChoiceModelOutput(loss=class_loss(logits, labels), logits=logits, **encoded.rest())
         return self._output(output, return_dict)
 
@@ -383,7 +409,7 @@ class BertForQuestionAnswering(_WithHead):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
     ) -> outputs.QuestionAnsweringModelOutput | tuple[Tensor, ...]:
-        """start_positions, end_positions: (B,) columns; those outside 0 to S - 1 enter no loss.
+        """start_positions, end_positions: (B,) columns; those at padding or above S - 1 enter no loss.
 
         Returns start_logits and end_logits (B, S). The losses are over the tokens of each row, not over its padding.
         """
@@ -409,5 +435,7 @@ class BertForQuestionAnswering(_WithHead):
         n, length = logits.shape
         _check_labels(name, positions, (n,), (n, 1))
         positions = positions.view(-1).long().clamp(0, length)
+        answerable = F.pad(token, (0, 1)).gather(1, positions[:, None])[:, 0]
+        positions = positions.masked_fill(~answerable, length)
         logits = logits.masked_fill(~token, torch.finfo(logits.dtype).min)
         return F.cross_entropy(logits, positions, ignore_index=length)

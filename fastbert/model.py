@@ -5,9 +5,10 @@ Module and parameter names are those of transformers, so that weights, PEFT targ
 
 from __future__ import annotations
 
+import functools
 import logging
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -22,9 +23,15 @@ from fastbert.varlen import PackedBatch
 logger = logging.getLogger("fastbert")
 
 
-def is_plain(linear: nn.Module) -> bool:
-    """Whether the module is a bare nn.Linear, whose weight may be used without calling it (no adapter, no hook)."""
-    return type(linear) is nn.Linear and not linear._forward_hooks and not linear._forward_pre_hooks
+def is_bare(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether the module's parameters may be used without calling it: it is no adapter, and has no hook or patch."""
+    hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
+    return type(module) is kind and not any(hooks) and "forward" not in module.__dict__
+
+
+def is_plain(linear: nn.Module) -> TypeGuard[nn.Linear]:
+    """Whether the module is a bare nn.Linear with a bias."""
+    return is_bare(linear, nn.Linear) and linear.bias is not None
 
 
 def dense(module: nn.Module, x: Tensor, policy: Policy, activation: str = "none") -> Tensor:
@@ -52,11 +59,14 @@ class BertEmbeddings(nn.Module):
         inputs_embeds: Tensor | None,  # (T, H)
         policy: Policy,
     ) -> Tensor:  # (T, H)
+        words: nn.Module = self.word_embeddings
+        if input_ids is not None and not is_bare(words, nn.Embedding):
+            input_ids, inputs_embeds = None, words(input_ids)
         return ops.embedding_layer_norm(
             input_ids,
             token_type_ids,
             position_ids,
-            self.word_embeddings.weight,
+            self.word_embeddings.weight if inputs_embeds is None else inputs_embeds,
             self.token_type_embeddings.weight,
             self.position_embeddings.weight,
             self.LayerNorm.weight,
@@ -79,18 +89,31 @@ class BertSelfAttention(nn.Module):
         self._fused: tuple[Any, Tensor, Tensor] | None = None
 
     def fused_qkv(self) -> tuple[Tensor, Tensor]:
-        """The three projections as one weight (3H, H) and bias (3H,), kept until one of the six parameters changes."""
+        """The three projections as one weight (3H, H) and bias (3H,), kept until one of the six parameters changes.
+
+        PyTorch keeps no count of writes through `.data`: after those, train() or eval() makes this look again.
+        """
         linears = (self.query, self.key, self.value)
-        weights, biases = [linear.weight for linear in linears], [linear.bias for linear in linears]
+        weights: list[Tensor] = [linear.weight for linear in linears]
+        biases: list[Tensor] = [linear.bias for linear in linears]
         parameters = weights + biases
+        if any(p.dtype != parameters[0].dtype for p in parameters):
+            raise RuntimeError(f"query, key, value: expected one dtype, got {[p.dtype for p in parameters]}")
         tracked = torch.is_grad_enabled() and any(p.requires_grad for p in parameters)
         if tracked or torch.compiler.is_compiling() or any(p.is_inference() for p in parameters):
             return torch.cat(weights), torch.cat(biases)
         state = [(p.data_ptr(), p._version, p.dtype, p.device) for p in parameters]
-        if self._fused is None or self._fused[0] != state:
+        if self._fused is None or self._fused[0][0] != state:
             with torch.inference_mode(False), torch.no_grad():
-                self._fused = state, torch.cat(weights), torch.cat(biases)
+                # The aliases keep the memory of a parameter that is replaced from being given to its successor, which
+                # would then look the same.
+                aliases = [p.detach() for p in parameters]
+                self._fused = (state, aliases), torch.cat(weights), torch.cat(biases)
         return self._fused[1], self._fused[2]
+
+    def train(self, mode: bool = True) -> BertSelfAttention:
+        self._fused = None
+        return super().train(mode)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_fused": None}
@@ -261,6 +284,7 @@ class BertModel(PreTrainedModel):
 
         cu_seqlens: (B + 1,) int32, starts at 0, ends at T. position_ids count from 0 in each sequence by default.
         """
+        self._check_tensor("input_ids", input_ids)
         if input_ids.dim() != 1:
             raise ValueError(f"input_ids: expected shape (T,), got {tuple(input_ids.shape)}")
         batch = varlen.from_cu_seqlens(cu_seqlens, input_ids.shape[0], self.device)
@@ -283,6 +307,11 @@ class BertModel(PreTrainedModel):
         output_hidden_states: bool | None = None,
     ) -> Encoded:
         """forward without the padding at the end: for heads, which work on packed tokens too."""
+        for name, tensor in (
+            ("input_ids", input_ids), ("attention_mask", attention_mask), ("token_type_ids", token_type_ids),
+            ("position_ids", position_ids), ("inputs_embeds", inputs_embeds),
+        ):  # fmt: skip
+            self._check_tensor(name, tensor)
         settings = self.config.extra
         keep_states = bool(
             settings.get("output_hidden_states") if output_hidden_states is None else output_hidden_states
@@ -304,19 +333,22 @@ class BertModel(PreTrainedModel):
             if tuple(position_ids.shape) not in (shape, (1, shape[1])):
                 raise ValueError(f"position_ids: expected shape {shape}, got {tuple(position_ids.shape)}")
             position_ids = position_ids.expand(shape)
-        for other, tensor in ((name, given), ("attention_mask", attention_mask)):
-            self._check_device(other, tensor)
+        self._check_embeds(inputs_embeds)
 
-        no_mask = attention_mask is None
-        batch = varlen.without_padding(*shape, given.device) if no_mask else varlen.unpad(attention_mask)
-        packed = [None if t is None else varlen.pack(t, batch) for t in (input_ids, token_type_ids, position_ids)]
-        embeds = None if inputs_embeds is None else varlen.pack(inputs_embeds, batch)
+        if attention_mask is not None:
+            batch = varlen.unpad(attention_mask)
+        else:
+            batch = varlen.without_padding(shape[0], shape[1], given.device)
+        ids, types, positions, embeds = (
+            None if t is None else varlen.pack(t, batch)
+            for t in (input_ids, token_type_ids, position_ids, inputs_embeds)
+        )
         if keep_attentions:
-            self._check_ids(batch, *packed)
+            self._check_ids(batch, ids, types, positions)
             return self._encode_by_reference(
                 batch, keep_states, input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds
             )
-        states = self.encode_packed(batch, *packed, embeds)
+        states = self.encode_packed(batch, ids, types, positions, embeds)
         return Encoded(batch, states[-1], states if keep_states else None, None)
 
     def encode_packed(
@@ -336,42 +368,67 @@ class BertModel(PreTrainedModel):
         for name, tensor in (
             ("input_ids", input_ids), ("token_type_ids", token_type_ids), ("position_ids", position_ids),
         ):  # fmt: skip
-            self._check_device(name, tensor)
+            self._check_tensor(name, tensor)
             if tensor is not None and tensor.shape != (batch.n_tokens,):
                 raise ValueError(f"{name}: expected shape ({batch.n_tokens},), got {tuple(tensor.shape)}")
-        if inputs_embeds is not None and inputs_embeds.dtype != self.dtype:
-            raise TypeError(f"inputs_embeds: expected the model's dtype {self.dtype}, got {inputs_embeds.dtype}")
+        self._check_embeds(inputs_embeds)
         if check:
             self._check_ids(batch, input_ids, token_type_ids, position_ids)
         if token_type_ids is None:
             token_type_ids = torch.zeros_like(batch.position_ids)
         if position_ids is None:
             position_ids = batch.position_ids
-        x = self.embeddings(input_ids, token_type_ids, position_ids, inputs_embeds, self.policy)
-        return self.encoder(x, batch, self.policy)
+        ops.prepare_attention(batch, self.dtype, self.config.head_size, self.policy)
+        ids = input_ids, token_type_ids, position_ids
+        if torch.compiler.is_compiling():
+            return self.encoder(self.embeddings(*ids, inputs_embeds, self.policy), batch, self.policy)
+        try:
+            return self.encoder(self.embeddings(*ids, inputs_embeds, self.policy), batch, self.policy)
+        except RuntimeError as error:
+            self._blame_dtypes(error)
+            raise
 
     def _check_ids(
         self, batch: PackedBatch, input_ids: Tensor | None, token_type_ids: Tensor | None, position_ids: Tensor | None
     ) -> None:
+        # An adapter in the place of the word embeddings need not have their attributes.
+        n_words = getattr(self.embeddings.word_embeddings, "num_embeddings", self.config.vocab_size)
         n_positions = self.embeddings.position_embeddings.num_embeddings
         if position_ids is None and batch.padded_length > n_positions:
             position_ids = batch.position_ids
         ops.check_ids(
-            input_ids=(input_ids, self.embeddings.word_embeddings.num_embeddings),
+            input_ids=(input_ids, n_words),
             token_type_ids=(token_type_ids, self.embeddings.token_type_embeddings.num_embeddings),
             position_ids=(position_ids, n_positions),
         )
 
-    def _check_device(self, name: str, tensor: Tensor | None) -> None:
-        if tensor is not None and tensor.device != self.device:
-            raise ValueError(f"{name}: expected a tensor on the model's device {self.device}, got {tensor.device}")
+    def _check_embeds(self, embeds: Tensor | None) -> None:
+        if embeds is None:
+            return
+        self._check_tensor("inputs_embeds", embeds)
+        if embeds.dtype != self.dtype:
+            raise TypeError(f"inputs_embeds: expected the model's dtype {self.dtype}, got {embeds.dtype}")
+        if embeds.shape[-1] != self.config.hidden_size:
+            came, expected = tuple(embeds.shape), self.config.hidden_size
+            raise ValueError(f"inputs_embeds: expected {expected} (hidden_size) in the last dimension, got {came}")
 
     def _encode_by_reference(self, batch: PackedBatch, keep_states: bool, *inputs: Tensor | None) -> Encoded:
+        backend, reason = self.policy.backend, "fused attention keeps no probabilities"
+        if self.policy.strict:
+            raise ops.BackendError(
+                f"output_attentions: the backend {backend!r} cannot give them, and strict=True: {reason}"
+            )
+        _log_reference(backend, reason)
         if self.training and (self.config.hidden_dropout_prob or self.config.attention_probs_dropout_prob):
             logger.warning("output_attentions takes the reference path, which applies no dropout")
         result = reference.bert(dict(self.named_parameters()), self.config, *inputs, dtype=self.dtype)
         states = [varlen.pack(state, batch) for state in result.hidden_states]
         return Encoded(batch, states[-1], states if keep_states else None, result.attentions)
+
+
+@functools.cache
+def _log_reference(backend: str, reason: str) -> None:
+    logger.warning("output_attentions: backend %r falls back to 'reference': %s", backend, reason)
 
 
 def wants_dict(config: BertConfig, return_dict: bool | None) -> bool:

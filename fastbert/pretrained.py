@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastbert import checkpoint
-from fastbert.config import BertConfig
+from fastbert.config import DTYPES, BertConfig
 from fastbert.ops import Policy
 
 logger = logging.getLogger("fastbert")
@@ -23,6 +23,7 @@ class PreTrainedModel(nn.Module):
     """Loading, saving and settings that BertModel and the models with heads share.
 
     `backend` ("auto", "triton", "cpu", "torch") and `strict` say what may run the operations: fastbert.ops.dispatch.
+    `missing_names`: the weights that from_pretrained did not find in the checkpoint and started afresh.
     """
 
     base_prefix = "bert."
@@ -31,6 +32,7 @@ class PreTrainedModel(nn.Module):
         super().__init__()
         self.config = config
         self.policy = Policy(backend, strict)
+        self.missing_names: list[str] = []
 
     @property
     def device(self) -> torch.device:
@@ -40,12 +42,30 @@ class PreTrainedModel(nn.Module):
     def dtype(self) -> torch.dtype:
         return next(self.parameters()).dtype
 
+    def _check_tensor(self, name: str, tensor: Tensor | None) -> None:
+        if tensor is None:
+            return
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
+        if tensor.device != self.device:
+            raise ValueError(f"{name}: expected a tensor on the model's device {self.device}, got {tensor.device}")
+
+    def _blame_dtypes(self, error: RuntimeError) -> None:
+        """Raises TypeError if parameters of different dtypes may be what PyTorch stumbled over."""
+        dtypes = {p.dtype: name for name, p in reversed(list(self.named_parameters()))}  # the first name of each
+        if type(error) is RuntimeError and len(dtypes) > 1:
+            names = ", ".join(f"{name} has {dtype}" for dtype, name in dtypes.items())
+            raise TypeError(f"the model's parameters: expected one dtype, but {names}: {error}") from error
+
     def tie_weights(self) -> None:
         """Makes parameters that the config ties the same tensor. Nothing to tie in a model without a decoder."""
 
     def tied_names(self) -> set[str]:
         """State-dict names that are other names for a tied tensor, left out of files."""
         return set()
+
+    def _settle_ties(self, matched: checkpoint.Match, src: str) -> None:
+        """Squares what the config ties with what a checkpoint holds. Nothing to settle in a model without a decoder."""
 
     def init_weights(self) -> None:
         """Fresh weights as in BERT: normal with standard deviation initializer_range, biases 0, LayerNorm 1 and 0."""
@@ -79,8 +99,9 @@ class PreTrainedModel(nn.Module):
 
         dtype: "auto" takes the checkpoint's. device: the CPU by default. config_overrides: fields of BertConfig, and
         num_labels. Weights that a checkpoint lacks are reported by name in a warning: a pooler is left out of a
-        BertModel (pooler_output is None), a head starts with fresh weights. Raises FileNotFoundError where there is no
-        checkpoint, ValueError where it does not fit the config or lacks weights of the encoder.
+        BertModel (pooler_output is None), a head starts with fresh weights (`missing_names` has their names). Raises
+        FileNotFoundError where there is no checkpoint, ValueError where it does not fit the config or lacks weights of
+        the encoder.
         """
         folder = checkpoint.resolve(src, revision=revision)
         config = BertConfig.from_pretrained(folder, **config_overrides)
@@ -97,8 +118,9 @@ class PreTrainedModel(nn.Module):
         matched = checkpoint.match(state, {name: t.shape for name, t in expected.items()}, base_prefix=self.base_prefix)
         if matched.unexpected:
             logger.info("%s: %s does not use %s", src, type(self).__name__, listed(matched.unexpected))
+        self._settle_ties(matched, src)
         missing = [name for name in matched.missing if name not in self.tied_names()]
-        missing = self._report_missing(missing, src)
+        missing = self.missing_names = self._report_missing(missing, src)
         loaded = {name: t.to(device, dtype) for name, t in matched.state.items()}
         loaded.update({name: self._fresh(name, expected[name], dtype, device) for name in missing})
         self.load_state_dict(loaded, strict=False, assign=True)
@@ -128,16 +150,17 @@ class PreTrainedModel(nn.Module):
 
 
 def resolve_dtype(dtype: str | torch.dtype, config: BertConfig, state: Mapping[str, Tensor]) -> torch.dtype:
-    """The dtype an argument means: "auto" is the checkpoint's. Raises ValueError for what is no floating dtype."""
+    """The dtype an argument means: "auto" is the checkpoint's. Raises ValueError for one that no model has."""
+    resolved: Any
     if isinstance(dtype, torch.dtype):
         resolved = dtype
     elif dtype == "auto":
         stored = next((t.dtype for t in state.values() if t.is_floating_point()), torch.float32)
         resolved = stored if config.dtype is None else getattr(torch, config.dtype)
     else:
-        resolved = getattr(torch, dtype.removeprefix("torch."), None)
-    if not isinstance(resolved, torch.dtype) or not resolved.is_floating_point:
-        raise ValueError(f"dtype: expected 'auto' or a floating dtype such as torch.bfloat16, got {dtype!r}")
+        resolved = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else None
+    if not isinstance(resolved, torch.dtype) or str(resolved).removeprefix("torch.") not in DTYPES:
+        raise ValueError(f"dtype: expected 'auto' or one of {', '.join(DTYPES)}, got {dtype!r}")
     return resolved
 
 

@@ -10,8 +10,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import tempfile
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -20,28 +18,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from tokenizers import AddedToken, decoders, normalizers, pre_tokenizers, processors, trainers
-from tokenizers import Tokenizer as RustTokenizer
 from tokenizers.models import WordPiece
 
-from fastbert.checkpoint import read_json, resolve, write_text
+from fastbert.checkpoint import write_text
+from fastbert.wordpiece import CASING, NAMES, SETTINGS, TOKEN_FIELDS, Source, check_text, learn, load, one_of
 
 logger = logging.getLogger("fastbert")
 
-_NAMES = {
-    "pad_token": "[PAD]",
-    "unk_token": "[UNK]",
-    "cls_token": "[CLS]",
-    "sep_token": "[SEP]",
-    "mask_token": "[MASK]",
-}
-_CASING = {"do_lower_case": True, "strip_accents": None, "tokenize_chinese_chars": True}
-_SETTINGS = ("model_max_length", "padding_side", "truncation_side")
-# Tokenizer classes that transformers builds anew from vocabulary and casing options, whatever else tokenizer.json says.
-# Any other class takes tokenizer.json as it stands.
-_BERT_KINDS = ("Bert", "ConvBert", "DistilBert", "Electra", "LayoutLM", "Lxmert", "MobileBert", "SqueezeBert")
-_TOKEN_FIELDS = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")
-_NO_LIMIT = 10**12  # a model_max_length from here on means none; transformers writes 1e30
 _CHUNK = 2048  # texts handed to Rust at once; bounds the memory of its encodings, some 200 bytes a token
 
 
@@ -116,7 +99,7 @@ class Tokenizer:
     padding_side: str
     truncation_side: str
 
-    def __init__(self, source: _Source) -> None:
+    def __init__(self, source: Source) -> None:
         """Internal: use ``from_pretrained`` or ``train``."""
         rust = self._rust = source.rust
         self._as_bert = source.as_bert
@@ -150,7 +133,7 @@ class Tokenizer:
         Raises FileNotFoundError if neither file is there; ValueError for a file that cannot be read, a special token
         the vocabulary lacks or holds twice, or a bad value; TypeError for an unknown override.
         """
-        return cls(_load(src, revision, overrides))
+        return cls(load(src, revision, overrides))
 
     @classmethod
     def train(
@@ -161,7 +144,7 @@ class Tokenizer:
         lowercase: bool = True,
         strip_accents: bool | None = None,
         min_frequency: int = 2,
-        special_tokens: Sequence[str] = tuple(_NAMES.values()),
+        special_tokens: Sequence[str] = tuple(NAMES.values()),
         limit_alphabet: int | None = None,
         show_progress: bool = False,
     ) -> Tokenizer:
@@ -183,7 +166,7 @@ class Tokenizer:
         """
         casing: dict[str, Any] = {"do_lower_case": lowercase, "strip_accents": strip_accents}
         trainer = {"vocab_size": vocab_size, "min_frequency": min_frequency, "show_progress": show_progress}
-        return cls(_learn(texts_or_files, casing, special_tokens, limit_alphabet, trainer))
+        return cls(learn(texts_or_files, casing, special_tokens, limit_alphabet, trainer))
 
     def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
         """Write what ``from_pretrained`` and transformers load to the same ids.
@@ -192,16 +175,16 @@ class Tokenizer:
         """
         folder = Path(directory)
         folder.mkdir(parents=True, exist_ok=True)
-        names = {name: getattr(self, name) for name in _NAMES}
+        names = {name: getattr(self, name) for name in NAMES}
         added = sorted(self._rust.get_added_tokens_decoder().items())
-        flags = {i: {flag: getattr(token, flag) for flag in _TOKEN_FIELDS} for i, token in added}
+        flags = {i: {flag: getattr(token, flag) for flag in TOKEN_FIELDS} for i, token in added}
         config = {"tokenizer_class": "BertTokenizer" if self._as_bert else "PreTrainedTokenizerFast", **names}
         config["added_tokens_decoder"] = flags
-        config |= {name: getattr(self, name) for name in _SETTINGS if getattr(self, name) is not None}
+        config |= {name: getattr(self, name) for name in SETTINGS if getattr(self, name) is not None}
         if self._as_bert:
             normalizer = self._rust.normalizer
             casing = (normalizer.lowercase, normalizer.strip_accents, normalizer.handle_chinese_chars)
-            config |= dict(zip(_CASING, casing, strict=True))
+            config |= dict(zip(CASING, casing, strict=True))
         if isinstance(self._rust.model, WordPiece):
             lines = [f"[no token {i}]" for i in range(self.vocab_size)]  # the line is the id: no gaps
             for token, i in self._rust.get_vocab().items():
@@ -245,8 +228,8 @@ class Tokenizer:
         Raises TypeError for an item that is not a str. Raises ValueError for lone surrogates, for ``texts`` and
         ``pairs`` of different lengths, for a limit that cannot be met, and for tensors from rows of different lengths.
         """
-        _one_of("padding", padding, False, True, "longest", "max_length")
-        _one_of("return_tensors", return_tensors, None, "pt", "np")
+        one_of("padding", padding, False, True, "longest", "max_length")
+        one_of("return_tensors", return_tensors, None, "pt", "np")
         rows = self._encode(texts, pairs, truncation, max_length, add_special_tokens, warn=True)
         if padding or return_tensors:
             arrays = self._pad(rows, padding)
@@ -285,7 +268,7 @@ class Tokenizer:
 
     def tokenize(self, text: str) -> list[str]:
         """The word pieces of a text, without special tokens, not truncated."""
-        _check_text(text, "text")
+        check_text(text, "text")
         return self._rust.encode(text, add_special_tokens=False).tokens
 
     def decode(self, ids: Any, *, skip_special_tokens: bool = True) -> str:
@@ -321,7 +304,7 @@ class Tokenizer:
                 raise TypeError(f"pairs: got {type(pairs).__name__} for texts of type {type(texts).__name__}")
             if len(sides[0]) != len(sides[1]):
                 raise ValueError(f"pairs: got {len(sides[1])} for {len(sides[0])} texts, expected as many")
-        _one_of("truncation", truncation, True, False, "longest_first", "only_first", "only_second")
+        one_of("truncation", truncation, True, False, "longest_first", "only_first", "only_second")
         if truncation == "only_second" and pairs is None:
             raise ValueError("truncation: got 'only_second' without pairs")
         template = self._templates[len(sides) - 1]
@@ -355,7 +338,7 @@ class Tokenizer:
         """Ids, types (tokens,) and lengths (rows,); ``encoded`` holds all first texts, then all second ones."""
         n_rows = kept.shape[1]
         sources = [source for source in template.source.tolist() if source >= 0]
-        from_left = _one_of("truncation_side", self.truncation_side, "right", "left") == "left"
+        from_left = one_of("truncation_side", self.truncation_side, "right", "left") == "left"
 
         def texts() -> Iterator[list[int]]:
             counts = kept.tolist()
@@ -381,7 +364,7 @@ class Tokenizer:
             raise ValueError(f"return_tensors: rows have {rows.lengths.min()} to {width} tokens; pass padding=True")
         if padding and self.pad_token_id is None:
             raise ValueError(f"padding: got {padding!r}, but this tokenizer has no pad_token")
-        side = _one_of("padding_side", self.padding_side, "right", "left")
+        side = one_of("padding_side", self.padding_side, "right", "left")
         mask = np.arange(width) < rows.lengths[:, None]
         mask = mask if side == "right" else mask[:, ::-1]
         ids, types = np.full(mask.shape, self.pad_token_id or 0, np.int64), np.zeros(mask.shape, np.int64)
@@ -444,232 +427,5 @@ def _as_list(texts: Any, name: str) -> list[str]:
         raise TypeError(f"{name}: got {type(texts).__name__}, expected a str or a sequence of str")
     texts = [texts] if isinstance(texts, str) else list(texts)
     for i, text in enumerate(texts):
-        _check_text(text, f"{name}[{i}]")
+        check_text(text, f"{name}[{i}]")
     return texts
-
-
-class _Source(NamedTuple):
-    """What a Tokenizer is made of."""
-
-    rust: RustTokenizer  # knows all tokens; neither pads nor truncates
-    names: dict[str, str | None]  # keys: _NAMES
-    settings: dict[str, Any]  # keys: _SETTINGS
-    as_bert: bool  # vocabulary and casing options say all there is to know, as for transformers' BertTokenizer
-
-
-def _load(src: str | os.PathLike[str], revision: str | None, overrides: dict[str, Any]) -> _Source:
-    known = (*_NAMES, *_CASING, *_SETTINGS)
-    if unknown := sorted(set(overrides) - set(known)):
-        raise TypeError(f"from_pretrained: got {', '.join(unknown)}, expected only {', '.join(known)}")
-    file = Path(os.path.expanduser(src)) if src else None
-    if file is None or not file.is_file():
-        file = resolve(src, revision=revision, weights=False) / "tokenizer.json"
-    vocab_file = file.with_name("vocab.txt") if file.suffix == ".json" else file
-    stored = {} if file == vocab_file else _read_json(file)
-    config, special_map, legacy = (
-        _read_json(file.with_name(name))
-        for name in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
-    )
-    added = config.get("added_tokens_decoder")
-    if added is None:  # else the config is complete, and transformers ignores the other places
-        config = config | special_map
-    options = config | overrides
-    names = {name: options.get(name, default) for name, default in _NAMES.items()}
-    contents = {name: token["content"] if isinstance(token, dict) else token for name, token in names.items()}
-    if added is None:
-        added = {i: {"content": token, "special": token in contents.values()} for token, i in legacy.items()}
-        added |= {token["id"]: token for token in stored.get("added_tokens", [])}
-
-    kind = (config.get("tokenizer_class") or "BertTokenizer").removesuffix("Fast").removesuffix("Tokenizer")
-    model = stored.get("model", {})
-    as_bert = kind in _BERT_KINDS and model.get("type", "WordPiece") == "WordPiece"
-    if as_bert:
-        if stored and not isinstance(model.get("vocab"), dict):
-            raise ValueError(f"{file} holds no vocabulary")
-        vocab = model["vocab"] if stored else _read_vocab(vocab_file, contents)
-        casing: dict[str, Any] = {name: options.get(name, default) for name, default in _CASING.items()}
-        rust = _bert_pipeline(vocab, contents["unk_token"] or "", **casing)
-    elif not stored:
-        name = config["tokenizer_class"]
-        raise FileNotFoundError(f"{file.parent}: tokenizer_class {name!r} needs a tokenizer.json, not a vocab.txt")
-    elif given := sorted(set(overrides) & set(_CASING)):
-        raise ValueError(f"{given[0]}: cannot be changed, as {file} is not BERT's and is used as it stands")
-    else:
-        try:
-            rust = RustTokenizer.from_file(str(file))
-        except Exception as error:  # tokenizers raises nothing more precise
-            raise ValueError(f"{file} is no tokenizer: {error}") from error
-        rust.no_truncation()
-        rust.no_padding()
-    _add_tokens(rust, file.parent, added, names, options)
-    if as_bert:
-        _set_bert_template(rust, contents["cls_token"], contents["sep_token"])
-    limit = options.get("model_max_length")
-    if limit is not None and not (isinstance(limit, (int, float)) and limit >= 1):
-        raise ValueError(f"model_max_length: got {limit!r}, expected a positive int or None")
-    settings = {"model_max_length": None if limit is None or limit >= _NO_LIMIT else int(limit)}
-    settings |= {name: _one_of(name, options.get(name, "right"), "right", "left") for name in _SETTINGS[1:]}
-    return _Source(rust, contents, settings, as_bert)
-
-
-def _learn(
-    texts_or_files: Iterable[str | Path] | Path,
-    casing: dict[str, Any],
-    special_tokens: Sequence[str],
-    limit_alphabet: int | None,
-    trainer: dict[str, Any],
-) -> _Source:
-    """``trainer``: vocab_size, min_frequency, show_progress."""
-    if isinstance(texts_or_files, (str, bytes)):
-        raise TypeError(f"texts_or_files: got a single {type(texts_or_files).__name__}, expected texts or Paths")
-    if missing := [token for token in _NAMES.values() if token not in special_tokens]:
-        raise ValueError(f"special_tokens: got {list(special_tokens)}, expected {', '.join(missing)} among them")
-    items = [texts_or_files] if isinstance(texts_or_files, Path) else texts_or_files
-    once = iter(items) is items
-    counts: Counter[str] = Counter()
-    with tempfile.TemporaryFile("w+", encoding="utf-8") as spool:
-        for text in _read_texts(items):
-            counts.update(text)
-            if once:
-                spool.write(json.dumps(text) + "\n")
-        spool.seek(0)
-        if any("\uac00" <= character <= "\ud7a3" for character in counts):
-            if casing["strip_accents"]:
-                logger.warning("strip_accents=True takes the Hangul syllables of the training text apart into Jamo")
-            elif casing["do_lower_case"]:
-                casing["strip_accents"] = False
-        rust = _bert_pipeline({}, _NAMES["unk_token"], **casing)
-        vocab_size = trainer["vocab_size"]
-        alphabet = _alphabet(rust, counts, vocab_size // 3 if limit_alphabet is None else limit_alphabet)
-        if not alphabet:
-            raise ValueError("texts_or_files: got no text to train on")
-        base = [*dict.fromkeys(special_tokens), *alphabet]
-        if len(base) > vocab_size:
-            raise ValueError(f"vocab_size: got {vocab_size}, but special tokens and alphabet are {len(base)}")
-        # Left to itself, the trainer numbers the alphabet in the order of a randomly seeded hash map, and breaks
-        # ties between merges by these numbers. Passed as special tokens, the alphabet has a fixed order.
-        texts = map(json.loads, spool) if once else _read_texts(items)
-        rust.train_from_iterator(texts, trainers.WordPieceTrainer(limit_alphabet=0, special_tokens=base, **trainer))
-    rust = _bert_pipeline(rust.get_vocab(with_added_tokens=False), _NAMES["unk_token"], **casing)
-    rust.add_special_tokens(list(special_tokens))
-    _set_bert_template(rust, _NAMES["cls_token"], _NAMES["sep_token"])
-    return _Source(rust, dict(_NAMES), dict(zip(_SETTINGS, (None, "right", "right"), strict=True)), True)
-
-
-def _bert_pipeline(
-    vocab: dict[str, int],
-    unk: str,
-    do_lower_case: bool = True,
-    strip_accents: bool | None = None,
-    tokenize_chinese_chars: bool = True,
-) -> RustTokenizer:
-    rust = RustTokenizer(WordPiece(vocab, unk_token=unk))
-    rust.normalizer = normalizers.BertNormalizer(
-        clean_text=True,
-        handle_chinese_chars=tokenize_chinese_chars,
-        strip_accents=strip_accents,
-        lowercase=do_lower_case,
-    )
-    rust.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    rust.decoder = decoders.WordPiece(prefix="##")
-    return rust
-
-
-def _set_bert_template(rust: RustTokenizer, *cls_and_sep: str | None) -> None:
-    cls, sep = ((token, rust.token_to_id(token)) for token in cls_and_sep if token is not None)
-    rust.post_processor = processors.BertProcessing(sep, cls)  # type: ignore[arg-type]
-
-
-def _added_token(token: str | dict[str, Any], **flags: bool) -> AddedToken:
-    fields = {"content": token} if isinstance(token, str) else {k: v for k, v in token.items() if k in _TOKEN_FIELDS}
-    return AddedToken(**(fields | flags))
-
-
-def _add_tokens(
-    rust: RustTokenizer, folder: Path, added: dict[Any, Any], names: dict[str, Any], options: dict[str, Any]
-) -> None:
-    """Have Rust take as whole tokens: the stored added ones, those in ``names``, extra special ones, in this order."""
-    tokens = {t.content: t for t in (_added_token(added[i]) for i in sorted(added, key=int))}
-    vocab = rust.get_vocab()
-    for name, value in names.items():
-        token = None if value is None else _added_token(value, special=True)
-        if token is None and name in ("pad_token", "mask_token"):
-            continue
-        if token is None or (token.content not in vocab and token.content not in tokens):
-            raise ValueError(f"{name}: got {value!r}, which the vocabulary in {folder} lacks")
-        tokens.setdefault(token.content, token).special = True
-    for key in ("additional_special_tokens", "extra_special_tokens"):
-        extra = options.get(key) or []
-        for value in extra.values() if isinstance(extra, dict) else extra:
-            token = _added_token(value, special=True)
-            tokens.setdefault(token.content, token)
-    rust.add_tokens(list(tokens.values()))
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    return read_json(path) if path.is_file() else {}
-
-
-def _read_vocab(path: Path, names: dict[str, str | None]) -> dict[str, int]:
-    """Token to line number. Of a token that stands twice the last line counts, as everywhere; special ones may not."""
-    if not path.is_file():
-        raise FileNotFoundError(f"no tokenizer in {path.parent}: looked for tokenizer.json and vocab.txt")
-    try:
-        lines = path.read_bytes().decode().split("\n")  # read_text would take a stray \r for a line's end
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8: {error}") from error
-    tokens = [line.rstrip() for line in (lines if lines[-1] else lines[:-1])]
-    for name, token in names.items():
-        if token is not None and tokens.count(token) > 1:
-            raise ValueError(f"{name}: {token!r} stands {tokens.count(token)} times in {path}, expected once")
-    vocab = {token: i for i, token in enumerate(tokens)}
-    if len(vocab) < len(tokens):
-        logger.warning(f"{path}: {len(tokens) - len(vocab)} lines repeat a token; the last of equal lines gives its id")
-    return vocab
-
-
-def _read_texts(items: Iterable[str | Path]) -> Iterator[str]:
-    """The texts among the items, and the lines of the files."""
-    for i, item in enumerate(items):
-        if not isinstance(item, Path):
-            _check_text(item, f"texts_or_files[{i}]")
-            yield item
-            continue
-        with item.open(encoding="utf-8") as lines:
-            try:
-                yield from lines
-            except UnicodeDecodeError as error:
-                raise ValueError(f"{item} is not UTF-8: {error}") from error
-
-
-def _alphabet(rust: RustTokenizer, counts: Counter[str], limit: int) -> list[str]:
-    """The most frequent characters after normalisation, sorted, then those that can continue a word, with ##."""
-
-    def words(text: str) -> list[str]:
-        return [word for word, _ in rust.pre_tokenizer.pre_tokenize_str(rust.normalizer.normalize_str(text))]
-
-    normalized: Counter[str] = Counter()
-    for character, n in counts.items():
-        for word in words(character):
-            normalized.update(dict.fromkeys(word, n))
-    kept = sorted(sorted(normalized, key=lambda character: (-normalized[character], character))[:limit])
-    return kept + [f"##{character}" for character in kept if len(words("a" + character)) == 1]
-
-
-def _check_text(text: Any, name: str) -> None:
-    if not isinstance(text, str):
-        raise TypeError(f"{name}: got {type(text).__name__}, expected str")
-    try:
-        _ = text.isascii() or text.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(
-            f"{name}: lone surrogate U+{ord(text[error.start]):04X} at character {error.start}, half of a UTF-16 pair "
-            "and not a character. To join halves that belong together and replace the others by U+FFFD: "
-            "text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace')"
-        ) from None
-
-
-def _one_of(name: str, value: Any, *expected: Any) -> Any:
-    if not any(type(value) is type(choice) and value == choice for choice in expected):
-        raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(map(repr, expected))}")
-    return value

@@ -42,11 +42,7 @@ class PackedBatch:
     @property
     def seq_ids(self) -> torch.Tensor:
         """(T,) int32: the sequence of each token."""
-        return self.plan("seq_ids", self._seq_ids)
-
-    def _seq_ids(self) -> torch.Tensor:
-        sequences = torch.arange(self.batch_size, dtype=torch.int32, device=self.device)
-        return torch.repeat_interleave(sequences, self.cu_seqlens.diff(), output_size=self.n_tokens)
+        return self.plan("seq_ids", lambda: sequence_ids(self.cu_seqlens, self.n_tokens))
 
     def plan(self, key: Any, make: Callable[[], Any]) -> Any:
         """What is made from the lengths once a batch and shared by all layers: work lists, groups of equal length."""
@@ -54,7 +50,18 @@ class PackedBatch:
             self._plans[key] = make()
         return self._plans[key]
 
+    def has_plan(self, key: Any) -> bool:
+        """Whether `plan` has made this one."""
+        return key in self._plans
 
+
+def sequence_ids(cu_seqlens: torch.Tensor, n_tokens: int) -> torch.Tensor:
+    """(T,) int32: the sequence of each token, from (B + 1,) offsets on the same device."""
+    sequences = torch.arange(cu_seqlens.shape[0] - 1, dtype=torch.int32, device=cu_seqlens.device)
+    return torch.repeat_interleave(sequences, cu_seqlens.diff(), output_size=n_tokens)
+
+
+@torch.compiler.disable
 def unpad(attention_mask: torch.Tensor) -> PackedBatch:
     """The packing of a padded batch. attention_mask: (B, S), any numeric dtype, nonzero where a token is.
 
@@ -75,6 +82,7 @@ def unpad(attention_mask: torch.Tensor) -> PackedBatch:
     )
 
 
+@torch.compiler.disable
 def without_padding(batch_size: int, length: int, device: torch.device) -> PackedBatch:
     """The packing of a (B, S) batch in which every position holds a token; needs no look at a mask."""
     cu_seqlens_cpu = torch.arange(batch_size + 1, dtype=torch.int32) * length
@@ -87,26 +95,29 @@ def without_padding(batch_size: int, length: int, device: torch.device) -> Packe
     )
 
 
+@torch.compiler.disable
 def from_cu_seqlens(cu_seqlens: torch.Tensor, n_tokens: int, device: torch.device) -> PackedBatch:
     """The packing that cu_seqlens, (B + 1,) int32 on any device, describes; positions count from 0 in each sequence.
 
     Raises ValueError if cu_seqlens does not start at 0, decreases or does not end at n_tokens; TypeError for its dtype.
     """
+    if not isinstance(cu_seqlens, torch.Tensor):
+        raise TypeError(f"cu_seqlens: expected a tensor, got {type(cu_seqlens).__name__}")
     if cu_seqlens.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"cu_seqlens: expected dtype int32, got {cu_seqlens.dtype}")
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
         raise ValueError(f"cu_seqlens: expected shape (B + 1,), got {tuple(cu_seqlens.shape)}")
-    cu_seqlens_cpu = cu_seqlens.to("cpu", torch.int32)
-    lengths = cu_seqlens_cpu.diff()
-    if int(cu_seqlens_cpu[0]) != 0 or int(cu_seqlens_cpu[-1]) != n_tokens or bool((lengths < 0).any()):
+    offsets = cu_seqlens.to("cpu", torch.int64)
+    lengths = offsets.diff()
+    if int(offsets[0]) != 0 or int(offsets[-1]) != n_tokens or bool((lengths < 0).any()):
         raise ValueError(
             f"cu_seqlens: expected offsets that start at 0, never decrease and end at T = {n_tokens}, "
-            f"got {cu_seqlens_cpu.tolist() if cu_seqlens.shape[0] <= 9 else f'{cu_seqlens_cpu[:4].tolist()} ...'}"
+            f"got {offsets.tolist() if cu_seqlens.shape[0] <= 9 else f'{offsets[:4].tolist()} ...'}"
         )
-    starts = torch.repeat_interleave(cu_seqlens_cpu[:-1].long(), lengths.long(), output_size=n_tokens)
+    starts = torch.repeat_interleave(offsets[:-1], lengths, output_size=n_tokens)
     return PackedBatch(
         cu_seqlens=cu_seqlens.to(device, torch.int32),
-        cu_seqlens_cpu=cu_seqlens_cpu,
+        cu_seqlens_cpu=offsets.int(),
         position_ids=(torch.arange(n_tokens) - starts).to(device),
         batch_size=cu_seqlens.shape[0] - 1,
         padded_length=int(lengths.max()) if lengths.numel() else 0,

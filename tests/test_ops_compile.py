@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastbert import ops, varlen
+from fastbert import BertConfig, BertModel, ops, varlen
 from fastbert.ops import Policy
 from helpers import cu_seqlens_of, rms_error
 
@@ -32,8 +32,7 @@ def cases(device):
     ids = [torch.randint(0, size, (n,), device=device) for size in (50, 2, 30)]
     cu_seqlens = cu_seqlens_of(LENGTHS, device)
     batch = batch_on(device)
-    batch.seq_ids  # noqa: B018  made outside the traced function, as a model does
-    ops.varlen_attention(rand(n, 3 * H), batch, N, policy=TRITON)
+    ops.prepare_attention(batch, torch.float32, H // N, TRITON)
     return {
         "layer_norm": (
             lambda x, r, b, w, lb: ops.bias_residual_layer_norm(x, b, r, w, lb, 1e-5, policy=TRITON),
@@ -49,15 +48,14 @@ def cases(device):
             lambda i, t, p, a, b, c, w, lb: ops.embedding_layer_norm(i, t, p, a, b, c, w, lb, 1e-5, policy=TRITON),
             (*ids, rand(50, H), rand(2, H), rand(30, H), ln_weight, ln_bias),
         ),
-        "attention": (
-            lambda qkv, cu, cu_cpu, seq, work: torch.ops.fastbert.varlen_attention(qkv, cu, cu_cpu, seq, work, N, 0.25),
-            (
-                rand(n, 3 * H),
-                batch.cu_seqlens,
-                batch.cu_seqlens_cpu,
-                batch.seq_ids,
-                next(plan for key, plan in batch._plans.items() if key[0] == "work_list"),
-            ),
+        "attention": (lambda qkv: ops.varlen_attention(qkv, batch, N, policy=TRITON), (rand(n, 3 * H),)),
+        "attention, not prepared": (
+            lambda qkv, cu, cu_cpu: torch.ops.fastbert.varlen_attention(qkv, cu, cu_cpu, None, None, N, 0.25),
+            (rand(n, 3 * H), batch.cu_seqlens, batch.cu_seqlens_cpu),
+        ),
+        "grouped attention": (
+            lambda qkv, cu_cpu: torch.ops.fastbert.grouped_attention(qkv, cu_cpu, N, 0.25),
+            (rand(n, 3 * H), batch.cu_seqlens_cpu),
         ),
         "pooling": (lambda x, cu: ops.pool(x, cu, "mean", normalize=True, policy=TRITON), (x, cu_seqlens)),
     }
@@ -120,6 +118,57 @@ def test_opcheck(name, device):
     assert seen
     for op, args in seen:
         torch.library.opcheck(op, args)
+
+
+def test_plain_attention_is_not_traced_by_length(device):
+    """A graph break in plain attention, or a graph that is compiled again for every batch."""
+    from torch._dynamo.testing import CompileCounter
+
+    counter = CompileCounter()
+
+    @torch.compile(backend=counter, fullgraph=True, dynamic=True)
+    def run(qkv, batch):
+        return ops.varlen_attention(qkv, batch, N, policy=Policy("torch"))
+
+    for lengths in ([4, 9], [3, 3, 3], [1, 20]):
+        batch = varlen.from_cu_seqlens(cu_seqlens_of(lengths), sum(lengths), device)
+        qkv = torch.randn(sum(lengths), 3 * H, device=device)
+        expected = ops.varlen_attention(qkv, batch, N, policy=Policy("torch"))
+        assert torch.allclose(run(qkv, batch), expected, atol=1e-6)
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("backend", ["triton", "cpu"])
+def test_compiled_model_is_one_graph(backend, device):
+    """An encoder that breaks into a graph a layer: breaks belong to packing and checking, at the edge."""
+    config = BertConfig(vocab_size=50, hidden_size=H, num_attention_heads=N, num_hidden_layers=3, intermediate_size=48)
+    model = BertModel(config, backend=backend).to(device).eval()
+    compiled = torch.compile(model, backend="aot_eager")
+    with torch.no_grad():
+        for shape in ((3, 12), (2, 20), (4, 7)):
+            ids = torch.randint(0, 50, shape, device=device)
+            mask = torch.ones(shape, device=device)
+            mask[0, 5:] = 0
+            ours, theirs = compiled(ids, mask), model(ids, mask)
+            assert torch.allclose(ours.last_hidden_state, theirs.last_hidden_state, atol=1e-6)
+            assert torch.allclose(ours.pooler_output, theirs.pooler_output, atol=1e-6)
+        torch._dynamo.reset()
+        assert torch._dynamo.explain(model)(ids, mask).graph_break_count <= 3
+
+
+@pytest.mark.parametrize("backend", ["triton", "cpu"])
+def test_exported_model(backend, device):
+    """A model whose packing cannot be exported, or that is exported for one mask only."""
+    config = BertConfig(vocab_size=50, hidden_size=H, num_attention_heads=N, num_hidden_layers=2, intermediate_size=48)
+    model = BertModel(config, backend=backend).to(device).eval()
+    ids = torch.randint(0, 50, (3, 12), device=device)
+    mask = torch.ones(3, 12, dtype=torch.long, device=device)
+    mask[0, 5:] = 0
+    with torch.no_grad():
+        program = torch.export.export(model, (ids, mask), strict=False)
+        mask[1, 2:] = 0
+        exported, expected = program.module()(ids, mask), model(ids, mask)
+    assert torch.allclose(exported.last_hidden_state, expected.last_hidden_state, atol=1e-6)
 
 
 @pytest.mark.slow

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 
 from fastbert.ops import dispatch
 from fastbert.ops.dispatch import AUTO, Policy
 from fastbert.ops.library import register
-from fastbert.varlen import PackedBatch
+from fastbert.varlen import PackedBatch, sequence_ids
 
 KERNELS = {
     "triton": "fastbert_kernels.attention",
@@ -68,10 +70,16 @@ def _eager(
     qkv: torch.Tensor,
     cu_seqlens: torch.Tensor,
     cu_seqlens_cpu: torch.Tensor,
-    seq_ids: torch.Tensor,
-    work_list: torch.Tensor,
+    seq_ids: torch.Tensor | None,
+    work_list: torch.Tensor | None,
     num_heads: int,
     scale: float,
+) -> torch.Tensor:
+    return _grouped_from_lengths(qkv, cu_seqlens_cpu, num_heads, scale)
+
+
+def _grouped_from_lengths(
+    qkv: torch.Tensor, cu_seqlens_cpu: torch.Tensor, num_heads: int, scale: float
 ) -> torch.Tensor:
     return _grouped(qkv, *group_by_length(cu_seqlens_cpu, qkv.device), num_heads, scale)
 
@@ -98,44 +106,55 @@ def _grouped_backward(
     return out
 
 
-def _backward(
-    grad: torch.Tensor,
-    qkv: torch.Tensor,
-    cu_seqlens: torch.Tensor,
-    cu_seqlens_cpu: torch.Tensor,
-    seq_ids: torch.Tensor,
-    work_list: torch.Tensor,
-    num_heads: int,
-    scale: float,
-) -> tuple[torch.Tensor | None, ...]:
-    d_qkv = torch.ops.fastbert.varlen_attention_backward(grad, qkv, cu_seqlens_cpu, num_heads, scale)
-    return d_qkv, None, None, None, None, None, None
-
-
 def _kernel(
     qkv: torch.Tensor,
     cu_seqlens: torch.Tensor,
     cu_seqlens_cpu: torch.Tensor,
-    seq_ids: torch.Tensor,
-    work_list: torch.Tensor,
+    seq_ids: torch.Tensor | None,
+    work_list: torch.Tensor | None,
     num_heads: int,
     scale: float,
 ) -> torch.Tensor:
     from fastbert_kernels.attention import varlen_attention_forward
 
+    if seq_ids is None:
+        seq_ids = sequence_ids(cu_seqlens, qkv.shape[0])
+    if work_list is None:
+        work_list = _work_list(cu_seqlens_cpu, qkv.dtype, qkv.shape[1] // (3 * num_heads), qkv.device)
     qkv = qkv if qkv.stride(-1) == 1 else qkv.contiguous()
     return varlen_attention_forward(qkv, cu_seqlens, seq_ids, work_list, num_heads, scale)
 
 
+def _backward(grad: torch.Tensor, qkv: torch.Tensor, *rest: Any) -> tuple[torch.Tensor | None, ...]:
+    _, cu_seqlens_cpu, _, _, num_heads, scale = rest
+    d_qkv = torch.ops.fastbert.varlen_attention_backward(grad, qkv, cu_seqlens_cpu, num_heads, scale)
+    return d_qkv, None, None, None, None, None, None
+
+
+def _grouped_op_backward(grad: torch.Tensor, *inputs: Any) -> tuple[torch.Tensor | None, ...]:
+    return torch.ops.fastbert.varlen_attention_backward(grad, *inputs), None, None, None
+
+
+def _fake(qkv: torch.Tensor, *rest: Any) -> torch.Tensor:
+    return qkv.new_empty(qkv.shape[0], qkv.shape[1] // 3)
+
+
 register(
-    "varlen_attention(Tensor qkv, Tensor cu_seqlens, Tensor cu_seqlens_cpu, Tensor seq_ids, Tensor work_list, "
+    "varlen_attention(Tensor qkv, Tensor cu_seqlens, Tensor cu_seqlens_cpu, Tensor? seq_ids, Tensor? work_list, "
     "int num_heads, float scale) -> Tensor",
     kernel=_kernel,
     eager=_eager,
-    fake=lambda qkv, *rest: qkv.new_empty(qkv.shape[0], qkv.shape[1] // 3),
+    fake=_fake,
     backward=_backward,
 )
-# An operation of its own: it looks at the lengths on the host, which a tracer cannot.
+# Two more that look at the lengths on the host, which a tracer cannot: the plain path, and everyone's backward pass.
+register(
+    "grouped_attention(Tensor qkv, Tensor cu_seqlens_cpu, int num_heads, float scale) -> Tensor",
+    kernel=_grouped_from_lengths,
+    eager=_grouped_from_lengths,
+    fake=_fake,
+    backward=_grouped_op_backward,
+)
 register(
     "varlen_attention_backward(Tensor grad, Tensor qkv, Tensor cu_seqlens_cpu, int num_heads, float scale) -> Tensor",
     kernel=_grouped_backward,
@@ -151,15 +170,30 @@ def obstacle(head_size: int, qkv: torch.Tensor, dropout_p: float = 0.0) -> str |
     return dispatch.dtype_obstacle(qkv) or dispatch.dropout_obstacle(dropout_p)
 
 
-def _work_list(batch: PackedBatch, dtype: torch.dtype, head_size: int) -> torch.Tensor:
+def _work_list(cu_seqlens_cpu: torch.Tensor, dtype: torch.dtype, head_size: int, device: torch.device) -> torch.Tensor:
     from fastbert_kernels import launch
     from fastbert_kernels.attention import build_work_list
 
-    block_q = launch.attention_config(dtype, head_size, launch.arch(batch.device)).block_sizes["BLOCK_Q"]
+    block_q = launch.attention_config(dtype, head_size, launch.arch(device)).block_sizes["BLOCK_Q"]
+    return build_work_list(cu_seqlens_cpu.tolist(), block_q).to(device, non_blocking=True)
+
+
+def _triton_plan(batch: PackedBatch, dtype: torch.dtype, head_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(seq_ids, work_list), made once a batch."""
     return batch.plan(
-        ("work_list", block_q),
-        lambda: build_work_list(batch.cu_seqlens_cpu.tolist(), block_q).to(batch.device, non_blocking=True),
+        ("triton attention", dtype, head_size),
+        lambda: (batch.seq_ids, _work_list(batch.cu_seqlens_cpu, dtype, head_size, batch.device)),
     )
+
+
+@torch.compiler.disable
+def prepare(batch: PackedBatch, qkv_dtype: torch.dtype, head_size: int, policy: Policy = AUTO) -> None:
+    """Makes the batch's plan before the layers ask for it, outside of what torch.compile traces."""
+    if torch.compiler.is_exporting():
+        return
+    why_not = obstacle(head_size, torch.empty(0, dtype=qkv_dtype, device=batch.device))
+    if dispatch.decide("attention", policy, batch.device, why_not).backend == "triton":
+        _triton_plan(batch, qkv_dtype, head_size)
 
 
 def varlen_attention(
@@ -182,10 +216,15 @@ def varlen_attention(
     head_size = qkv.shape[1] // (3 * num_heads)
     scale = head_size**-0.5 if scale is None else scale
     why_not = obstacle(head_size, qkv, dropout_p)
+    tracing = torch.compiler.is_compiling()
     if dispatch.choose("attention", policy.backend, policy.strict, qkv.device, why_not) == "triton":
+        # A tracer finds the plan if `prepare` made it; otherwise the operation makes one when it runs.
+        unplanned = tracing and not batch.has_plan(("triton attention", qkv.dtype, head_size))
+        seq_ids, work_list = (None, None) if unplanned else _triton_plan(batch, qkv.dtype, head_size)
         return torch.ops.fastbert.varlen_attention(
-            qkv, batch.cu_seqlens, batch.cu_seqlens_cpu, batch.seq_ids, _work_list(batch, qkv.dtype, head_size),
-            num_heads, scale,
-        )  # fmt: skip
+            qkv, batch.cu_seqlens, batch.cu_seqlens_cpu, seq_ids, work_list, num_heads, scale
+        )
+    if tracing and dropout_p == 0.0:
+        return torch.ops.fastbert.grouped_attention(qkv, batch.cu_seqlens_cpu, num_heads, scale)
     groups, ungroup = batch.plan("groups", lambda: group_by_length(batch.cu_seqlens_cpu, batch.device))
     return _grouped(qkv, groups, ungroup, num_heads, scale, dropout_p)

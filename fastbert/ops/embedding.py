@@ -44,10 +44,18 @@ def _kernel(
 ) -> torch.Tensor:
     from fastbert_kernels.embedding import embedding_layer_norm_forward
 
-    input_ids = None if input_ids is None else input_ids.contiguous()
-    ids = input_ids, token_type_ids.contiguous(), position_ids.contiguous()
-    tables = [t if t.stride(-1) == 1 else t.contiguous() for t in (word, token_type, position)]
-    return embedding_layer_norm_forward(*ids, *tables, weight, ln_bias, eps)
+    word, token_type, position = (t if t.stride(-1) == 1 else t.contiguous() for t in (word, token_type, position))
+    return embedding_layer_norm_forward(
+        None if input_ids is None else input_ids.contiguous(),
+        token_type_ids.contiguous(),
+        position_ids.contiguous(),
+        word,
+        token_type,
+        position,
+        weight,
+        ln_bias,
+        eps,
+    )
 
 
 register(
@@ -102,16 +110,17 @@ def embedding_layer_norm(
     return F.dropout(out, dropout_p) if dropout_p > 0.0 else out
 
 
+@torch.compiler.disable
 def check_ids(**ids: tuple[torch.Tensor | None, int]) -> None:
     """Raises IndexError where an id lies outside its table; name=(ids, table size). One look at the device for all.
 
-    Raises TypeError for ids that are not integers. Does nothing while torch.compile or torch.export trace.
+    Raises TypeError for ids that are not integers. An exported program does not look at the values.
     """
     present = {name: (t, size) for name, (t, size) in ids.items() if t is not None}
     for name, (tensor, _) in present.items():
         if tensor.dtype not in (torch.int64, torch.int32):
             raise TypeError(f"{name}: expected dtype int64 or int32, got {tensor.dtype}")
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_exporting():
         return
     present = {name: (t, size) for name, (t, size) in present.items() if t.numel() > 0}
     if not present:

@@ -22,7 +22,7 @@ def _eager(
     # Sums in float32 at least, as in the kernel: a long text in bf16 would lose its tail.
     hidden = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
     empty = (lengths == 0)[:, None]
-    if hidden.shape[0] == 0:
+    if not torch.compiler.is_compiling() and hidden.shape[0] == 0:  # a tracer cannot ask, and has tokens
         pooled = hidden.new_zeros(lengths.shape[0], hidden.shape[1])
     elif mode in ("cls", "last"):
         rows = offsets[:-1] if mode == "cls" else offsets[1:] - 1
