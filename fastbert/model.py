@@ -73,6 +73,7 @@ class BertEmbeddings(nn.Module):
             self.LayerNorm.bias,
             self.LayerNorm.eps,
             inputs_embeds=inputs_embeds,
+            padding_idx=self.word_embeddings.padding_idx,
             dropout_p=self.dropout.p if self.training else 0.0,
             policy=policy,
         )

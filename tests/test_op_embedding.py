@@ -86,6 +86,21 @@ def test_gradients_under_triton(device):
         assert rms_error(ours, theirs) < 1e-5
 
 
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_padding_idx_gets_no_gradient(backend, device):
+    """A pad token whose embedding is trained, unlike torch.nn.Embedding's."""
+    ids, tables, norm = inputs(12, 16, torch.float32, device)
+    ids[0][3:5] = 7
+    word = tables[0].clone().requires_grad_()
+    for padding_idx, trained in ((None, True), (7, False)):
+        word.grad = None
+        out = ops.embedding_layer_norm(
+            *ids, word, *tables[1:], *norm, 1e-5, padding_idx=padding_idx, policy=Policy(backend)
+        )
+        out.pow(3).sum().backward()
+        assert bool(word.grad[7].abs().sum() > 0) is trained
+
+
 def test_needs_exactly_one_input():
     """Both or neither of ids and embeddings, one of them ignored in silence."""
     ids, tables, norm = inputs(4, 16, torch.float32, torch.device("cpu"))

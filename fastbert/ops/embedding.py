@@ -25,8 +25,9 @@ def _eager(
     weight: torch.Tensor,
     ln_bias: torch.Tensor,
     eps: float,
+    padding_idx: int | None,
 ) -> torch.Tensor:
-    x = word if input_ids is None else F.embedding(input_ids, word)
+    x = word if input_ids is None else F.embedding(input_ids, word, padding_idx)
     x = x + F.embedding(token_type_ids, token_type) + F.embedding(position_ids, position)
     return F.layer_norm(x, (x.shape[-1],), weight, ln_bias, eps)
 
@@ -41,6 +42,7 @@ def _kernel(
     weight: torch.Tensor,
     ln_bias: torch.Tensor,
     eps: float,
+    padding_idx: int | None,
 ) -> torch.Tensor:
     from fastbert_kernels.embedding import embedding_layer_norm_forward
 
@@ -60,7 +62,7 @@ def _kernel(
 
 register(
     "embedding_layer_norm(Tensor? input_ids, Tensor token_type_ids, Tensor position_ids, Tensor word, "
-    "Tensor token_type, Tensor position, Tensor weight, Tensor ln_bias, float eps) -> Tensor",
+    "Tensor token_type, Tensor position, Tensor weight, Tensor ln_bias, float eps, int? padding_idx) -> Tensor",
     kernel=_kernel,
     eager=_eager,
     fake=lambda input_ids, token_type_ids, position_ids, word, *rest: word.new_empty(
@@ -86,6 +88,7 @@ def embedding_layer_norm(
     eps: float,
     *,
     inputs_embeds: torch.Tensor | None = None,
+    padding_idx: int | None = None,
     dropout_p: float = 0.0,
     policy: Policy = AUTO,
 ) -> torch.Tensor:
@@ -93,7 +96,7 @@ def embedding_layer_norm(
 
     Ids: (T,), int32 or int64; they are not checked against the tables here, `check_ids` does that. Tables: word (V, H),
     token_type (types, H), position (P, H); weight, ln_bias: (H,). inputs_embeds, (T, H), stands for word[input_ids]
-    where input_ids is None. Returns (T, H) in the tables' dtype.
+    where input_ids is None. padding_idx: the word whose row gets no gradient. Returns (T, H) in the tables' dtype.
     """
     hidden_size = word.shape[1]
     if (input_ids is None) == (inputs_embeds is None):
@@ -106,7 +109,7 @@ def embedding_layer_norm(
     run = _eager
     if dispatch.choose("embedding", policy.backend, policy.strict, words.device, why_not) == "triton":
         run = torch.ops.fastbert.embedding_layer_norm
-    out = run(input_ids, token_type_ids, position_ids, words, token_type, position, weight, ln_bias, eps)
+    out = run(input_ids, token_type_ids, position_ids, words, token_type, position, weight, ln_bias, eps, padding_idx)
     return F.dropout(out, dropout_p) if dropout_p > 0.0 else out
 
 
