@@ -1,41 +1,46 @@
 """What would run, and why: for every operation of a model its backend, kernel, block sizes and fallback reason.
 
 Nothing runs on data. `explain` asks the same questions that the operations ask when they run.
+T packed tokens, B sequences.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import inspect
 import itertools
 import sys
 import types
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from fastbert.model import BertAddNorm, BertLayer, BertModel, BertPooler, is_plain
-from fastbert.ops import Policy, attention, dispatch, embedding, gelu, layer_norm, linear, pooling
+from fastbert.model import BertAddNorm, BertLayer, BertModel, BertPooler, is_bare, is_plain
+from fastbert.ops import Policy, attention, dispatch, embedding, gelu, layer_norm, pooling
 from fastbert.ops.dispatch import Decision
-from fastbert.pretrained import PreTrainedModel
+from fastbert.ops.linear import KERNELS as LINEAR_KERNELS
+from fastbert.ops.linear import gemm_kernel
+from fastbert.pretrained import PreTrainedModel, resolve_dtype
+from fastbert.sentence import SentenceEncoder
+from fastbert.sentence_layout import POOLING_MODES, Normalize
 
 __all__ = ["OpReport", "Report", "explain"]
 
-_HEADS = ("cls.seq_relationship", "classifier", "qa_outputs")
 _MODULE = "module"  # stands for a backend where a module is called as it is
 
 
 @dataclass(frozen=True)
 class OpReport:
-    """One operation. `module` is where it stands in the model, a range of layers together: "encoder.layer.0-5".
+    """One operation. module: where it stands in the model, equal layers together: "encoder.layer.0-5.output.dense".
 
-    shapes: in words, T packed tokens and B sequences. backend: "triton", "cpu", "torch", or "module" for a module that
-    is called as it is. kernel: what that backend runs. block_sizes: of a Triton kernel, warps and stages among them.
-    source: where the choice of GEMM and the block sizes came from. reason: why the backend asked for does not run it;
-    `raises` says that strict=True makes this an error.
+    shapes: in words. backend: "triton", "cpu", "torch", or "module" for a module that is called as it is. kernel: what
+    that backend runs. block_sizes: of a Triton kernel, with its warps and stages. source: where the block sizes and the
+    choice of GEMM came from. reason: why it is not the backend asked for, or why the module is called; `raises` says
+    that strict=True makes a BackendError of it.
     """
 
     op: str
@@ -47,6 +52,15 @@ class OpReport:
     source: str | None = None
     reason: str | None = None
     raises: bool = False
+
+    def remarks(self) -> Iterator[str]:
+        if self.reason is not None:
+            fallback = "raises BackendError: " if self.raises else "falls back: "
+            yield self.reason if self.backend == _MODULE else fallback + self.reason
+        if self.block_sizes is not None:
+            yield f"{' '.join(f'{name}={size}' for name, size in self.block_sizes.items())}: {self.source}"
+        elif self.source is not None:
+            yield self.source
 
 
 @dataclass(frozen=True)
@@ -63,80 +77,93 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """The same as dicts, lists, strings, numbers and None, for JSON."""
-        d = dataclasses.asdict(self)
-        return {**d, "rows": list(d["rows"]), "notes": list(d["notes"])}
+        rows = [dataclasses.asdict(row) for row in self.rows]
+        return {**dataclasses.asdict(self), "rows": rows, "notes": list(self.notes)}
 
     def __str__(self) -> str:
-        remarks: dict[str, int] = {}  # remark -> its number, so that one that many rows share is printed once
+        remarks: dict[str, int] = {}  # remark -> its number; what many rows share is printed once
         table = [("op", "module", "shapes", "backend", "kernel", "")]
         for row in self.rows:
-            numbers = [f"[{remarks.setdefault(text, len(remarks) + 1)}]" for text in _remarks(row)]
-            table.append((row.op, row.module, row.shapes, row.backend, row.kernel, " ".join(numbers)))
+            numbers = [f"[{remarks.setdefault(remark, len(remarks) + 1)}]" for remark in row.remarks()]
+            kernel = row.kernel.replace("torch.nn.functional.", "F.")
+            table.append((row.op, row.module, row.shapes, row.backend, kernel, " ".join(numbers)))
         widths = [max(map(len, column)) for column in zip(*table, strict=True)]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in table]
-        strict = ", strict" if self.strict else ""
-        head = f"{self.model} on {self.device}, {self.dtype}, backend {self.backend!r}{strict}"
-        numbered = [f"[{number}] {text}" for text, number in remarks.items()]
+        head = f"{self.model} on {self.device}, {self.dtype}, backend {self.backend!r}{', strict' * self.strict}"
+        numbered = [f"[{number}] {remark}" for remark, number in remarks.items()]
         return "\n".join([head, "", *(line.rstrip() for line in lines), "", *numbered, *self.notes]).rstrip()
-
-
-def _remarks(row: OpReport) -> Iterator[str]:
-    if row.reason is not None:
-        what = "raises BackendError" if row.raises else "not what was asked for"
-        yield row.reason if row.backend == _MODULE else f"{what}: {row.reason}"
-    if row.block_sizes is not None:
-        yield f"{' '.join(f'{name}={size}' for name, size in row.block_sizes.items())}: {row.source}"
-    elif row.source is not None:
-        yield row.source
 
 
 def explain(
     model: Any,
     *,
     device: str | torch.device | None = None,
-    dtype: torch.dtype | None = None,
+    dtype: str | torch.dtype | None = None,
     backend: str | None = None,
     strict: bool | None = None,
     arch: int | None = None,
 ) -> Report:
     """Which backend and kernel would run each operation of the model, with which block sizes, and why.
 
-    model: a BertModel, a model with a head, a SentenceEncoder, or a module that wraps one. The model's device, dtype,
-    backend, strictness and training mode count, and autocast where it is on; the keywords ask what would be if one of
-    the first four were another. arch: compute capability of a GPU as one integer, 90 for 9.0, which need not be there;
-    its block sizes are shown on a machine without any.
+    model: a BertModel, a model with a head, a SentenceEncoder, or a module that wraps one. Its device, dtype, backend,
+    strictness and training mode count, and autocast where it is on; the keywords ask what would be if the first four
+    were others. arch: compute capability of a GPU as one integer, 90 for 9.0, which need not be there.
 
-    Raises TypeError for what is no such model, ValueError for a device that is not there or an arch that is none.
-    Never raises or logs because of a fallback: under strict, `raises` of its row says that running would.
+    Raises TypeError for what is no such model, ValueError for a device that is not there or an argument that is none.
+    Neither raises nor logs because of a fallback: under strict, `raises` of its row says that running would.
     """
     inner = find_model(model)
-    policy = Policy(
-        inner.policy.backend if backend is None else backend, inner.policy.strict if strict is None else strict
-    )
+    wanted = inner.policy
+    policy = Policy(wanted.backend if backend is None else backend, wanted.strict if strict is None else strict)
     where = _device(inner.device if device is None and arch is None else torch.device(device or "cuda"), arch)
-    dtype = inner.dtype if dtype is None else dtype
-    rows = tuple(_Explainer(inner, policy, where, dtype, arch).rows(model))
+    cast = None if dtype is None else resolve_dtype(dtype, inner.config, {})
+    rows = tuple(_Explainer(inner, policy, where, cast, arch).rows(model))
+    dtype = inner.dtype if cast is None else cast
     notes = []
     if inner.config.extra.get("output_attentions"):
-        notes.append("config.output_attentions is set: the slow reference path runs instead, padded and unfused")
+        instead = "running raises BackendError" if policy.strict else "the slow reference path runs instead"
+        notes.append(f"config.output_attentions is set, and fused attention keeps no probabilities: {instead}")
     if dtype == torch.float32 and where.type == "cuda":
-        tf32 = torch.backends.cuda.matmul.allow_tf32
-        notes.append(f"float32 multiplies in {'TF32' if tf32 else 'IEEE float32'} (PyTorch's own switch)")
-    capability = "" if arch is None else f" of compute capability {arch / 10}"
+        notes.append(f"float32 multiplies in {float32_precision()}: PyTorch's own switch")
     return Report(
-        type(model).__name__, f"{where}{capability}", str(dtype).removeprefix("torch."), policy.backend,
-        policy.strict, rows, tuple(notes),
-    )  # fmt: skip
+        model=type(model).__name__,
+        device=str(where) if arch is None else f"{where} of compute capability {arch / 10}",
+        dtype=str(dtype).removeprefix("torch."),
+        backend=policy.backend,
+        strict=policy.strict,
+        rows=rows,
+        notes=tuple(notes),
+    )
 
 
 def find_model(model: Any) -> PreTrainedModel:
     """The model of this library that was given, or that is inside: of a SentenceEncoder or of a wrapper module."""
-    inner = model if isinstance(model, nn.Module) else getattr(model, "model", None)
-    if isinstance(inner, nn.Module):
-        for module in inner.modules():
+    if isinstance(model, nn.Module):
+        for module in model.modules():
             if isinstance(module, PreTrainedModel):
                 return module
-    raise TypeError(f"model: expected a BertModel, a model with a head or a SentenceEncoder, got {type(model).__name__}")
+    expected = "a BertModel, a model with a head or a SentenceEncoder"
+    raise TypeError(f"model: expected {expected}, got {type(model).__name__}")
+
+
+def backbone(model: PreTrainedModel) -> BertModel:
+    """The encoder: the model itself, or `bert` of a model with a head."""
+    bert = model if isinstance(model, BertModel) else model.get_submodule("bert")
+    assert isinstance(bert, BertModel)
+    return bert
+
+
+def prefix_of(module: nn.Module, inside: nn.Module) -> str:
+    """What stands before the names of the module's parameters in `inside`, such as "bert."."""
+    name = next(name for name, found in inside.named_modules() if found is module)
+    return f"{name}." if name else ""
+
+
+def float32_precision() -> str:
+    """How CUDA multiplies float32, as PyTorch's switch says; from PyTorch 2.9 on it has a new name."""
+    matmul = torch.backends.cuda.matmul
+    tf32 = matmul.fp32_precision == "tf32" if hasattr(matmul, "fp32_precision") else matmul.allow_tf32
+    return "TF32" if tf32 else "IEEE float32"
 
 
 def _device(device: torch.device, arch: int | None) -> torch.device:
@@ -144,12 +171,12 @@ def _device(device: torch.device, arch: int | None) -> torch.device:
         if isinstance(arch, bool) or not isinstance(arch, int) or not 30 <= arch < 1000:
             raise ValueError(f"arch: expected a compute capability as one integer, 90 for 9.0, got {arch!r}")
         if device.type != "cuda":
-            raise ValueError(f"arch: asks about a GPU, but device is {str(device)!r}")
+            raise ValueError(f"arch: asks about an NVIDIA GPU, but device is {str(device)!r}")
     elif device.type == "cuda":
         n_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if (device.index or 0) >= n_gpus:
-            hint = "arch=90, for example, asks about a GPU that is not there"
-            raise ValueError(f"device: got {str(device)!r}, but this machine has {n_gpus} GPUs; {hint}")
+            hint = "arch=90, for example, asks about one that is not there"
+            raise ValueError(f"device: got {str(device)!r}, but there are {n_gpus} GPUs; {hint}")
     elif device.type == "meta":
         raise ValueError("device: the model is on 'meta', where nothing runs; pass device= or arch=")
     return device
@@ -157,124 +184,66 @@ def _device(device: torch.device, arch: int | None) -> torch.device:
 
 @dataclass(frozen=True)
 class _Operand:
-    """Stands for a tensor where an op asks what it has in its way: `dispatch.dtype_obstacle` looks at these two."""
+    """Stands for a tensor where an op is asked what is in its way: `dispatch.dtype_obstacle` looks at these two."""
 
     dtype: torch.dtype
     device: torch.device
 
 
 class _Explainer:
-    """Walks through a model as its forward does, and asks at each op."""
+    """Walks through a model as its forward does, and asks at each op.
+
+    cast: the dtype asked about, None for that of each parameter. arch: that of a GPU which need not be there, or None.
+    """
 
     def __init__(
-        self, model: PreTrainedModel, policy: Policy, device: torch.device, dtype: torch.dtype, arch: int | None
+        self, model: PreTrainedModel, policy: Policy, device: torch.device, cast: torch.dtype | None, arch: int | None
     ) -> None:
-        self.model, self.policy, self.device, self.dtype, self.arch = model, policy, device, dtype, arch
+        self.model, self.policy, self.device, self.cast, self.arch = model, policy, device, cast, arch
         self.config = model.config
-        self.cast = None if dtype == model.dtype else dtype
-        self.hidden: Any = _Operand(dtype, device)  # the (T, H) that layers pass on
-
-    def operand(self, tensor: torch.Tensor | None) -> Any:
-        """What the tensor would be on the device and in the dtype asked about."""
-        return None if tensor is None else _Operand(self.cast or tensor.dtype, self.device)
-
-    def decide(self, op: str, obstacle: str | None) -> Decision:
-        if self.arch is None or self.policy.backend not in ("auto", "triton"):
-            return dispatch.decide(op, self.policy, self.device, obstacle)
-        # A GPU that need not be there: dispatch cannot look at it.
-        unavailable = None
-        if importlib.util.find_spec("triton") is None:
-            unavailable = "the package triton is not installed"
-        elif self.arch < 80:
-            unavailable = f"the kernels need compute capability 8.0, and this GPU has {self.arch / 10}"
-        reason = unavailable or obstacle
-        return Decision(op, "triton") if reason is None else Decision(op, "torch", reason)
-
-    def block_sizes(self, config: str, *args: Any) -> tuple[dict[str, int], str]:
-        """The block sizes that a function of fastbert_kernels.launch gives, and in words where they came from."""
-        from fastbert_kernels import launch
-
-        if config in ("linear_config", "attention_config"):
-            args = (*args, launch.arch(self.device) if self.arch is None else self.arch)
-        found = getattr(launch, config)(*args)
-        if isinstance(found, launch.Config):
-            return found.block_sizes, found.source
-        return found, f"formula of fastbert_kernels.launch.{config}"
-
-    def row(
-        self,
-        module: str,
-        shapes: str,
-        decision: Decision,
-        kernels: Mapping[str, str],
-        config: tuple[Any, ...],
-        kernel: str | None = None,
-        choice: str | None = None,
-    ) -> OpReport:
-        """The row of an op that is dispatched. config: a function of launch and its arguments but for arch."""
-        block_sizes, source = None, None
-        if decision.backend == "triton":
-            block_sizes, source = self.block_sizes(*config)
-            source = source if choice is None else f"{source}; {choice}"
-        return OpReport(
-            decision.op, module, shapes, decision.backend,
-            kernel or kernels.get(decision.backend, kernels["torch"]), block_sizes, source,
-            decision.reason, decision.reason is not None and self.policy.strict,
-        )  # fmt: skip
-
-    def gemm(self, name: str, module: nn.Module, shapes: str) -> OpReport:
-        """A linear without an activation: PyTorch's GEMM on every backend, so that there is nothing to fall back to."""
-        if not is_plain(module):
-            return self.called(name, module, shapes)
-        backend = self.decide("linear", dispatch.dtype_obstacle(self.hidden)).backend
-        kernel = linear.KERNELS["torch"] + (" (cuBLAS)" if self.device.type == "cuda" else "")
-        choice = linear.gemm_kernel(self.dtype, "none")[1] if backend == "triton" else None
-        return OpReport("linear", name, shapes, backend, kernel, source=choice)
-
-    def called(self, name: str, module: nn.Module, shapes: str) -> OpReport:
-        kind = type(module)
-        if kind is nn.Linear:
-            reason = "the module has forward hooks, so it is called rather than its weight used"
-        else:
-            reason = "the module is no plain torch.nn.Linear, so it is called rather than its weight used"
-        return OpReport("linear", name, shapes, _MODULE, f"{kind.__module__}.{kind.__qualname__}", reason=reason)
+        self.dtype = cast or model.dtype
+        self.hidden: Any = _Operand(self.dtype, device)  # the (T, H) that layers pass on
 
     def rows(self, given: Any) -> Iterator[OpReport]:
-        bert: BertModel = self.model if isinstance(self.model, BertModel) else self.model.get_submodule("bert")  # type: ignore[assignment]
-        prefix = "" if bert is self.model else "bert."
-        yield self.embeddings(f"{prefix}embeddings", bert)
+        bert = backbone(self.model)
+        prefix = prefix_of(bert, given)
+        yield from self.embeddings(f"{prefix}embeddings", bert)
         yield from self.encoder(f"{prefix}encoder.layer", bert)
+        if isinstance(given, SentenceEncoder):  # which has no use for BERT's own pooler
+            yield from self.sentence(given)
+            return
         if bert.pooler is not None:
             yield from self.pooler(f"{prefix}pooler", bert.pooler)
         if bert is not self.model:
-            yield from self.head()
-        if given is not self.model and not isinstance(given, nn.Module):
-            yield from self.sentence(given)
+            yield from self.head(prefix_of(self.model, given))
 
-    def embeddings(self, name: str, bert: BertModel) -> OpReport:
-        part, h = bert.embeddings, self.config.hidden_size
-        norm = part.LayerNorm
-        tensors = [
-            table.weight for table in (part.word_embeddings, part.token_type_embeddings, part.position_embeddings)
-        ]
-        why_not = embedding.obstacle(h, *map(self.operand, (*tensors, norm.weight, norm.bias)))
-        decision = self.decide("embedding", why_not)
-        return self.row(name, f"(T,) ids -> (T, {h})", decision, embedding.KERNELS, ("rowwise_config", h))
+    def embeddings(self, name: str, bert: BertModel) -> Iterator[OpReport]:
+        part, h, shapes = bert.embeddings, self.config.hidden_size, f"(T,) ids -> (T, {self.config.hidden_size})"
+        words: nn.Module = part.word_embeddings
+        bare = is_bare(words, nn.Embedding)
+        if not bare:
+            reason = "the module is called as it is: it is an adapter, or has hooks"
+            yield OpReport("embedding", f"{name}.word_embeddings", shapes, _MODULE, _class_of(words), reason=reason)
+        tables = [table.weight for table in (part.token_type_embeddings, part.position_embeddings)]
+        tables.append(part.word_embeddings.weight if bare else self.hidden)
+        operands = map(self.operand, (*tables, part.LayerNorm.weight, part.LayerNorm.bias))
+        decision = self.decide("embedding", embedding.obstacle(h, *operands))
+        yield self.row(name, shapes, decision, embedding.KERNELS, ("rowwise_config", h))
 
     def encoder(self, name: str, bert: BertModel) -> Iterator[OpReport]:
         """The layers, neighbours that run alike together."""
-        explained = [list(self.layer(layer)) for layer in bert.encoder.layer]  # type: ignore[arg-type]
-        for rows, group in itertools.groupby(range(len(explained)), lambda i: explained[i]):
-            same = list(group)
-            numbers = f"{same[0]}-{same[-1]}" if len(same) > 1 else f"{same[0]}"
+        layers = [list(self.layer(layer)) for layer in bert.encoder.layer if isinstance(layer, BertLayer)]
+        for rows, group in itertools.groupby(range(len(layers)), lambda i: layers[i]):
+            first, *others = group
+            numbers = f"{first}-{others[-1]}" if others else f"{first}"
             yield from (dataclasses.replace(row, module=f"{name}.{numbers}.{row.module}") for row in rows)
 
     def layer(self, layer: BertLayer) -> Iterator[OpReport]:
         h, i, part = self.config.hidden_size, self.config.intermediate_size, layer.attention.self
         projections = {"query": part.query, "key": part.key, "value": part.value}
         if all(is_plain(projection) for projection in projections.values()):
-            names = "attention.self.query+key+value"
-            yield self.gemm(names, part.query, f"(T, {h}) -> (T, {3 * h}), + bias")
+            name = f"attention.self.{'+'.join(projections)}"
+            yield self.gemm(name, part.query, f"(T, {h}) -> (T, {3 * h}), + bias")
         else:
             for name, projection in projections.items():
                 yield self.gemm(f"attention.self.{name}", projection, f"(T, {h}) -> (T, {h}), + bias")
@@ -284,52 +253,152 @@ class _Explainer:
         config = ("attention_config", self.dtype, d)
         yield self.row("attention.self", shapes, self.decide("attention", why_not), attention.KERNELS, config)
         yield from self.add_norm("attention.output", layer.attention.output, h)
-        intermediate = layer.intermediate
-        shape = f"(T, {h}) -> (T, {i})"
-        yield from self.dense("intermediate.dense", intermediate.dense, intermediate.activation, shape)
+        up = layer.intermediate
+        yield from self.dense("intermediate.dense", up.dense, up.activation, f"(T, {h}) -> (T, {i})", i)
         yield from self.add_norm("output", layer.output, i)
 
     def add_norm(self, name: str, part: BertAddNorm, in_features: int) -> Iterator[OpReport]:
-        """LayerNorm(dropout(dense(x)) + residual), as ops.linear_residual_layer_norm does it."""
-        h, norm, dense, x = self.config.hidden_size, part.LayerNorm, part.dense, self.hidden
+        """LayerNorm(dropout(dense(x)) + residual), as fastbert.model.BertAddNorm does it."""
+        dense: nn.Module = part.dense
         plain = is_plain(dense)
-        tensors = (dense.weight, dense.bias) if plain else ()
-        operands = map(self.operand, (*tensors, norm.weight, norm.bias))
-        dropout_p = part.dropout.p if part.training else 0.0
-        decision = self.decide("layer_norm", layer_norm.obstacle(h, x, *operands, dropout_p=dropout_p))
-        bias_later = plain and decision.backend == "triton"
-        shapes = f"(T, {in_features}) -> (T, {h})"
+        tensors = [dense.weight, dense.bias] if is_plain(dense) else []
+        norm = self.norm(f"{name}.LayerNorm", part.LayerNorm, tensors, part.dropout.p if part.training else 0.0)
+        bias_later = plain and norm.backend == "triton"
+        shapes = f"(T, {in_features}) -> (T, {self.config.hidden_size})"
         yield self.gemm(f"{name}.dense", dense, shapes if bias_later else f"{shapes}, + bias")
-        shapes = f"(T, {h}) -> (T, {h}), {'+ bias ' if bias_later else ''}+ residual"
-        yield self.row(f"{name}.LayerNorm", shapes, decision, layer_norm.KERNELS, ("rowwise_config", h))
+        yield dataclasses.replace(norm, shapes=f"{norm.shapes}, {'+ bias ' if bias_later else ''}+ residual")
 
-    def dense(self, name: str, module: nn.Linear, activation: str, shape: str) -> Iterator[OpReport]:
-        """activation(module(x)), as fastbert.model.dense does it."""
-        if activation == "none":
-            yield self.gemm(name, module, f"{shape}, + bias")
-            return
-        no_kernel, config = gelu.activation_obstacle(activation), ("elementwise_config", int(module.out_features))
-        shapes = f"{shape}, + bias, {activation}"
-        if not is_plain(module):
-            yield self.called(name, module, f"{shape}, + bias")
-            decision = self.decide("bias_gelu", dispatch.dtype_obstacle(self.hidden) or no_kernel)
-            yield self.activation(name, activation, decision, config)
-            return
-        operands = self.hidden, self.operand(module.weight), self.operand(module.bias)
-        decision = self.decide("linear", dispatch.dtype_obstacle(*operands) or no_kernel)
-        kernel, choice = linear.gemm_kernel(self.dtype, activation)
-        if decision.backend != "triton":
-            applied = "relu" if activation == "relu" else "gelu"
-            kernel = f"{linear.KERNELS['torch']}, torch.nn.functional.{applied}"
-            yield self.row(name, shapes, decision, linear.KERNELS, config, kernel=kernel)
-        elif kernel == "fastbert":
-            config = ("linear_config", self.dtype)
-            yield self.row(name, shapes, decision, linear.KERNELS, config, choice=choice)
+    def norm(self, name: str, norm: nn.LayerNorm, tensors: list[Tensor], dropout_p: float = 0.0) -> OpReport:
+        h = self.config.hidden_size
+        operands = map(self.operand, (*tensors, norm.weight, norm.bias))
+        why_not = layer_norm.obstacle(h, self.hidden, *operands, dropout_p=dropout_p)
+        decision = self.decide("layer_norm", why_not)
+        return self.row(name, f"(T, {h}) -> (T, {h})", decision, layer_norm.KERNELS, ("rowwise_config", h))
+
+    def dense(self, name: str, module: nn.Module, activation: str, shapes: str, width: int) -> Iterator[OpReport]:
+        """activation(module(x)) for an activation that is not "none", as fastbert.model.dense does it."""
+        plain = is_plain(module)
+        tensors = [module.weight, module.bias] if is_plain(module) else []
+        why_not = dispatch.dtype_obstacle(self.hidden, *map(self.operand, tensors))
+        decision = self.decide("linear" if plain else "bias_gelu", why_not or gelu.activation_obstacle(activation))
+        on_triton = decision.backend == "triton"
+        which, choice = gemm_kernel(self.dtype, activation)
+        both = f"{shapes}, + bias, {activation}"
+        if plain and on_triton and which == "fastbert":
+            row = self.row(name, both, decision, LINEAR_KERNELS, ("linear_config", self.dtype))
+            yield dataclasses.replace(row, source=f"{choice}; {row.source}")
+        elif plain and not on_triton:
+            row = self.row(name, both, decision, LINEAR_KERNELS, ())
+            applied = "torch.nn.functional.relu" if activation == "relu" else "torch.nn.functional.gelu"
+            yield dataclasses.replace(row, kernel=f"{row.kernel}, {applied}")
         else:
-            row = self.gemm(name, module, shape)
-            yield dataclasses.replace(row, source=choice)
-            yield self.activation(name, f"+ bias, {activation}", dataclasses.replace(decision, op="bias_gelu"), config)
+            row = self.gemm(name, module, shapes if plain else f"{shapes}, + bias")
+            yield dataclasses.replace(row, source=choice) if plain else row
+            shapes = f"(T, {width}) -> (T, {width}), {'+ bias, ' * plain}{activation}"
+            decision = dataclasses.replace(decision, op="bias_gelu")
+            yield self.row(name, shapes, decision, gelu.KERNELS, ("elementwise_config", width))
 
-    def activation(self, name: str, what: str, decision: Decision, config: tuple[Any, ...]) -> OpReport:
-        width = config[1]
-        return self.row(name, f"(T, {width}) -> (T, {width}), {what}", decision, gelu.KERNELS, config)
+    def pool(self, name: str, what: str) -> OpReport:
+        h = self.config.hidden_size
+        decision = self.decide("pooling", pooling.obstacle(h, self.hidden))
+        return self.row(name, f"(T, {h}) -> (B, {h}), {what}", decision, pooling.KERNELS, ("pooling_config", h))
+
+    def pooler(self, name: str, pooler: BertPooler) -> Iterator[OpReport]:
+        h = self.config.hidden_size
+        yield self.pool(name, "cls")
+        yield self.gemm(f"{name}.dense", pooler.dense, f"(B, {h}) -> (B, {h}), + bias, then tanh")
+
+    def sentence(self, encoder: SentenceEncoder) -> Iterator[OpReport]:
+        modes, tail = encoder.pooling.modes, list(enumerate(encoder.tail))
+        normalized = len(modes) == 1 and bool(tail) and isinstance(tail[0][1], Normalize)
+        for mode in modes:
+            yield self.pool("pooling", f"{POOLING_MODES[mode]}{', L2 normalized' * normalized}, in float32")
+        for i, module in tail[1:] if normalized else tail:
+            name = type(module).__name__.lower()
+            yield OpReport(name, f"tail.{i}", "(B, ...) -> (B, ...)", _MODULE, _class_of(module))
+
+    def head(self, prefix: str) -> Iterator[OpReport]:
+        h = self.config.hidden_size
+        modules: dict[str, Any] = dict(self.model.named_modules())
+        name = "cls.predictions.transform"
+        if name in modules:
+            dense, norm, activation = modules[f"{name}.dense"], modules[f"{name}.LayerNorm"], modules[name].activation
+            yield from self.dense(f"{prefix}{name}.dense", dense, activation, f"(T, {h}) -> (T, {h})", h)
+            yield self.norm(f"{prefix}{name}.LayerNorm", norm, [])
+        # Without a pooler, the classifier and the two outputs of question answering are of tokens.
+        pooled = "B" if backbone(self.model).pooler is not None else "T"
+        rows = {"cls.predictions.decoder": "T", "cls.seq_relationship": "B", "classifier": pooled, "qa_outputs": pooled}
+        for name, n in rows.items():
+            if name in modules:
+                width = getattr(modules[name], "out_features", "?")
+                yield self.gemm(f"{prefix}{name}", modules[name], f"({n}, {h}) -> ({n}, {width}), + bias")
+
+    def operand(self, tensor: Tensor | None) -> Any:
+        """What the tensor would be on the device and in the dtype asked about."""
+        return None if tensor is None else _Operand(self.cast or tensor.dtype, self.device)
+
+    def decide(self, op: str, obstacle: str | None) -> Decision:
+        if self.arch is None or self.policy.backend not in ("auto", "triton"):
+            return dispatch.decide(op, self.policy, self.device, obstacle)
+        # The GPU need not be there: dispatch could not look at it.
+        unavailable = None
+        if importlib.util.find_spec("triton") is None:
+            unavailable = "the package triton is not installed"
+        elif self.arch < 80:
+            unavailable = f"the kernels need compute capability 8.0, and this GPU has {self.arch / 10}"
+        reason = unavailable or obstacle
+        return Decision(op, "triton") if reason is None else Decision(op, "torch", reason)
+
+    def row(
+        self, module: str, shapes: str, decision: Decision, kernels: Mapping[str, str], config: tuple[Any, ...]
+    ) -> OpReport:
+        """An op that is dispatched. config: a function of fastbert_kernels.launch, and its arguments but for arch."""
+        block_sizes, source = self.block_sizes(*config) if decision.backend == "triton" else (None, None)
+        return OpReport(
+            op=decision.op,
+            module=module,
+            shapes=shapes,
+            backend=decision.backend,
+            kernel=kernels.get(decision.backend, kernels["torch"]),
+            block_sizes=block_sizes,
+            source=source,
+            reason=decision.reason,
+            raises=decision.reason is not None and self.policy.strict,
+        )
+
+    def block_sizes(self, config: str, *args: Any) -> tuple[dict[str, int], str]:
+        """The block sizes of a kernel, and in words where they came from."""
+        from fastbert_kernels import launch
+
+        if config in ("linear_config", "attention_config"):
+            args = (*args, launch.arch(self.device) if self.arch is None else self.arch)
+        found = getattr(launch, config)(*args)
+        if isinstance(found, launch.Config):
+            return dict(found.block_sizes), found.source
+        return dict(found), f"formula of fastbert_kernels.launch.{config}"
+
+    def gemm(self, name: str, module: nn.Module, shapes: str) -> OpReport:
+        """A linear without an activation: PyTorch's GEMM on every backend, so that there is nothing to fall back to."""
+        if not is_plain(module):
+            plain_linear = "it is without a bias, has hooks or a forward of its own"
+            why = plain_linear if type(module) is nn.Linear else "it is not a plain torch.nn.Linear"
+            reason = f"the module is called as it is: {why}"
+            return OpReport("linear", name, shapes, _MODULE, _class_of(module), reason=reason)
+        backend = self.decide("linear", dispatch.dtype_obstacle(self.hidden)).backend
+        kernel = LINEAR_KERNELS["torch"] + (" (cuBLAS)" if self.device.type == "cuda" else "")
+        choice = gemm_kernel(self.dtype, "none")[1] if backend == "triton" else None
+        return OpReport("linear", name, shapes, backend, kernel, source=choice)
+
+
+def _class_of(module: nn.Module) -> str:
+    return f"{type(module).__module__}.{type(module).__qualname__}"
+
+
+# `fastbert.explain` is a public function and this module: importing the module binds its name in the package.
+class _CallableModule(types.ModuleType):
+    def __call__(self, *args: Any, **kwargs: Any) -> Report:
+        return explain(*args, **kwargs)
+
+
+__signature__ = inspect.signature(explain)
+sys.modules[__name__].__class__ = _CallableModule

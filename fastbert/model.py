@@ -59,21 +59,21 @@ class BertEmbeddings(nn.Module):
         inputs_embeds: Tensor | None,  # (T, H)
         policy: Policy,
     ) -> Tensor:  # (T, H)
-        words: nn.Module = self.word_embeddings
+        words: Any = self.word_embeddings
         if input_ids is not None and not is_bare(words, nn.Embedding):
             input_ids, inputs_embeds = None, words(input_ids)
         return ops.embedding_layer_norm(
             input_ids,
             token_type_ids,
             position_ids,
-            self.word_embeddings.weight if inputs_embeds is None else inputs_embeds,
+            words.weight if inputs_embeds is None else inputs_embeds,
             self.token_type_embeddings.weight,
             self.position_embeddings.weight,
             self.LayerNorm.weight,
             self.LayerNorm.bias,
             self.LayerNorm.eps,
             inputs_embeds=inputs_embeds,
-            padding_idx=self.word_embeddings.padding_idx,
+            padding_idx=words.padding_idx if inputs_embeds is None else None,
             dropout_p=self.dropout.p if self.training else 0.0,
             policy=policy,
         )
@@ -422,7 +422,9 @@ class BertModel(PreTrainedModel):
         _log_reference(backend, reason)
         if self.training and (self.config.hidden_dropout_prob or self.config.attention_probs_dropout_prob):
             logger.warning("output_attentions takes the reference path, which applies no dropout")
-        result = reference.bert(dict(self.named_parameters()), self.config, *inputs, dtype=self.dtype)
+        result = reference.bert(
+            dict(self.named_parameters(remove_duplicate=False)), self.config, *inputs, dtype=self.dtype
+        )
         states = [varlen.pack(state, batch) for state in result.hidden_states]
         return Encoded(batch, states[-1], states if keep_states else None, result.attentions)
 

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from fastbert.tracing import untraced
+
 
 @dataclass(eq=False)
 class PackedBatch:
@@ -61,7 +63,7 @@ def sequence_ids(cu_seqlens: torch.Tensor, n_tokens: int) -> torch.Tensor:
     return torch.repeat_interleave(sequences, cu_seqlens.diff(), output_size=n_tokens)
 
 
-@torch.compiler.disable
+@untraced
 def unpad(attention_mask: torch.Tensor) -> PackedBatch:
     """The packing of a padded batch. attention_mask: (B, S), any numeric dtype, nonzero where a token is.
 
@@ -82,7 +84,7 @@ def unpad(attention_mask: torch.Tensor) -> PackedBatch:
     )
 
 
-@torch.compiler.disable
+@untraced
 def without_padding(batch_size: int, length: int, device: torch.device) -> PackedBatch:
     """The packing of a (B, S) batch in which every position holds a token; needs no look at a mask."""
     cu_seqlens_cpu = torch.arange(batch_size + 1, dtype=torch.int32) * length
@@ -95,7 +97,7 @@ def without_padding(batch_size: int, length: int, device: torch.device) -> Packe
     )
 
 
-@torch.compiler.disable
+@untraced
 def from_cu_seqlens(cu_seqlens: torch.Tensor, n_tokens: int, device: torch.device) -> PackedBatch:
     """The packing that cu_seqlens, (B + 1,) int32 on any device, describes; positions count from 0 in each sequence.
 

@@ -19,16 +19,17 @@ LAZY = {"triton", "transformers", "sentence_transformers", "huggingface_hub", "t
 # A name is a module or a sub-package of fastbert; `__init__` is `import fastbert` itself.
 LAYERS: list[set[str]] = [
     {"fastbert_kernels"},
-    {"_version", "config", "checkpoint", "tokenizer", "wordpiece", "varlen"},
+    {"_version", "tracing", "config", "checkpoint", "tokenizer", "wordpiece", "varlen"},
     {"reference"},
     {"ops"},
     {"pretrained", "model", "heads", "outputs"},
-    {"sentence"},
+    {"sentence", "sentence_layout", "sentence_run"},
     {"adapters"},
     {"verify", "explain"},
     {"training"},
     {"__init__"},
-    {"cli", "demo", "__main__"},
+    {"bench"},
+    {"cli", "commands", "text_io", "demo", "__main__"},
 ]
 
 
@@ -44,6 +45,12 @@ def run_python(code: str) -> str:
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+def test_models_need_no_compiler() -> None:
+    """Catches a decorator of torch.compiler at import time: torch._dynamo, and Triton with it, takes over a second."""
+    code = "import sys, fastbert; fastbert.BertModel; print(sorted({'torch._dynamo', 'triton'} & set(sys.modules)))"
+    assert run_python(code).strip() == "[]"
 
 
 def test_import_brings_no_heavy_library() -> None:

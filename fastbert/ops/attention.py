@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from fastbert.ops import dispatch
 from fastbert.ops.dispatch import AUTO, Policy
 from fastbert.ops.library import register
+from fastbert.tracing import untraced
 from fastbert.varlen import PackedBatch, sequence_ids
 
 KERNELS = {
@@ -186,7 +187,7 @@ def _triton_plan(batch: PackedBatch, dtype: torch.dtype, head_size: int) -> tupl
     )
 
 
-@torch.compiler.disable
+@untraced
 def prepare(batch: PackedBatch, qkv_dtype: torch.dtype, head_size: int, policy: Policy = AUTO) -> None:
     """Makes the batch's plan before the layers ask for it, outside of what torch.compile traces."""
     if torch.compiler.is_exporting():

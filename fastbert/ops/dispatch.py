@@ -16,6 +16,8 @@ from dataclasses import dataclass
 
 import torch
 
+from fastbert.tracing import constant
+
 logger = logging.getLogger("fastbert")
 
 BACKENDS = ("auto", "triton", "cpu", "torch")
@@ -66,7 +68,7 @@ def decide(op: str, policy: Policy, device: torch.device, obstacle: str | None) 
     return Decision(op, wanted)
 
 
-@torch.compiler.assume_constant_result
+@constant
 def choose(op: str, backend: str, strict: bool, device: torch.device, obstacle: str | None) -> str:
     """`decide`, with the fallback logged once, or raised as BackendError under strict. Returns the backend's name."""
     decision = decide(op, Policy(backend, strict), device, obstacle)

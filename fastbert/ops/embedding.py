@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from fastbert.ops import dispatch
 from fastbert.ops.dispatch import AUTO, Policy
 from fastbert.ops.library import register
+from fastbert.tracing import untraced
 
 KERNELS = {
     "triton": "fastbert_kernels.embedding",
@@ -113,7 +114,7 @@ def embedding_layer_norm(
     return F.dropout(out, dropout_p) if dropout_p > 0.0 else out
 
 
-@torch.compiler.disable
+@untraced
 def check_ids(**ids: tuple[torch.Tensor | None, int]) -> None:
     """Raises IndexError where an id lies outside its table; name=(ids, table size). One look at the device for all.
 

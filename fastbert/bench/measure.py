@@ -1,0 +1,151 @@
+"""Timing: all competitors in turn, round after round, in one process; medians, spread, and ratios with an interval.
+
+A machine drifts (clocks, temperature, neighbours), so two programs timed one after the other are not compared fairly.
+Here each round times every competitor once, in an order that rotates, and a ratio is taken within a round before the
+median is taken over rounds. GPUs are timed with events on the device, CPUs with the monotonic clock. Nothing touches
+GPU clocks.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import random
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+Run = Callable[[int], Any]  # does the work once, on input number i: inputs rotate, so that caches see more than one
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds a run of one competitor, a sample a round."""
+
+    samples: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.samples)
+
+    @property
+    def spread(self) -> float:
+        """Half the interquartile range over the median: 0.05 means that half of the rounds lie within about 5 %."""
+        if len(self.samples) < 2:
+            return math.nan
+        low, _, high = statistics.quantiles(self.samples, n=4, method="inclusive")
+        return (high - low) / 2 / self.median
+
+    def percentile(self, percent: float) -> float:
+        """Seconds that `percent` of the rounds stayed under."""
+        ordered = sorted(self.samples)
+        return ordered[min(len(ordered) - 1, math.ceil(percent / 100 * len(ordered)) - 1)]
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """How many times faster one competitor is than another, with a 95 % confidence interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+def interleave(
+    runs: Mapping[str, Run],
+    *,
+    device: torch.device,
+    rounds: int = 10,
+    warmup: int = 2,
+    max_seconds: float = math.inf,
+    min_rounds: int = 3,
+    min_sample_seconds: float = 0.0,
+    flush_l2: bool = False,
+    on_round: Callable[[], None] | None = None,
+) -> dict[str, Timing]:
+    """Times every run in each of `rounds` rounds.
+
+    warmup: untimed runs of each first. After max_seconds no new round begins once min_rounds are done.
+    min_sample_seconds: short runs are repeated until a sample lasts that long, and the sample is their mean. flush_l2:
+    the GPU's L2 cache is overwritten before each sample, which is then a single run. on_round: called after each.
+    """
+    clock = _cuda_clock if device.type == "cuda" else _host_clock
+    flush = _l2_flusher(device) if flush_l2 and device.type == "cuda" else None
+    repeats: dict[str, int] = {}
+    for name, run in runs.items():
+        for i in range(warmup):
+            run(i)
+        repeats[name] = 1
+        if min_sample_seconds > 0 and flush is None:
+            once = max(clock(run, warmup, 1, device), 1e-9)
+            repeats[name] = max(1, math.ceil(min_sample_seconds / once))
+    samples: dict[str, list[float]] = {name: [] for name in runs}
+    names = list(runs)
+    started = time.monotonic()
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        for number in range(rounds):
+            if number >= min_rounds and time.monotonic() - started > max_seconds:
+                break
+            shift = number % len(names)
+            for name in names[shift:] + names[:shift]:
+                if flush is not None:
+                    flush()
+                samples[name].append(clock(runs[name], number * repeats[name], repeats[name], device))
+            gc.collect()
+            if on_round is not None:
+                on_round()
+    finally:
+        if collecting:
+            gc.enable()
+    return {name: Timing(tuple(values)) for name, values in samples.items()}
+
+
+def speedup(ours: Timing, theirs: Timing, *, seed: int = 0, resamples: int = 2000) -> Ratio:
+    """Their time over ours, paired within rounds: above 1, ours is faster. Interval by bootstrap of the median."""
+    ratios = [b / a for a, b in zip(ours.samples, theirs.samples, strict=True)]
+    draw = random.Random(seed)
+    medians = sorted(statistics.median(draw.choices(ratios, k=len(ratios))) for _ in range(resamples))
+    return Ratio(statistics.median(ratios), medians[int(0.025 * resamples)], medians[int(0.975 * resamples) - 1])
+
+
+def rms_error(ours: torch.Tensor, reference: torch.Tensor) -> float:
+    """RMS of (ours - reference) over RMS of the reference, in float64; NaN where ours is not finite."""
+    if ours.shape != reference.shape:
+        raise ValueError(f"shapes {tuple(ours.shape)} and {tuple(reference.shape)}")
+    ours, reference = ours.detach().double().cpu(), reference.detach().double().cpu()
+    return ((ours - reference).pow(2).mean().sqrt() / reference.pow(2).mean().sqrt()).item()
+
+
+def geometric_mean(values: Sequence[float]) -> float:
+    """Of positive values; NaN of none."""
+    return math.exp(statistics.fmean(map(math.log, values))) if values else math.nan
+
+
+def _host_clock(run: Run, first: int, repeats: int, device: torch.device) -> float:
+    started = time.perf_counter()
+    for i in range(first, first + repeats):
+        run(i)
+    return (time.perf_counter() - started) / repeats
+
+
+def _cuda_clock(run: Run, first: int, repeats: int, device: torch.device) -> float:
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda.synchronize(device)
+    begin.record(torch.cuda.current_stream(device))
+    for i in range(first, first + repeats):
+        run(i)
+    end.record(torch.cuda.current_stream(device))
+    end.synchronize()
+    return begin.elapsed_time(end) / 1e3 / repeats
+
+
+def _l2_flusher(device: torch.device) -> Callable[[], Any]:
+    size = 2 * torch.cuda.get_device_properties(device).L2_cache_size
+    buffer = torch.empty(max(size, 64 * 2**20), dtype=torch.int8, device=device)
+    return buffer.zero_

@@ -1,0 +1,138 @@
+"""Competitors: what a user would otherwise pick, each one small class, and the contest between them.
+
+A peer says whether it is `available` here (and if not, why), is prepared once for a workload, and runs it. Its output
+is checked against the reference before it is timed: one that is wrong, fails or is missing is reported as such.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
+
+import torch
+
+from fastbert.bench.measure import Timing, interleave, rms_error, speedup
+from fastbert.bench.results import FAILED, MISSING, WRONG, Row
+
+logger = logging.getLogger("fastbert")
+
+OURS = "fastbert"
+
+
+class Peer:
+    """One competitor in one setting. Subclasses set `name` and fill in the three methods."""
+
+    name: ClassVar[str]
+
+    def available(self) -> str | None:
+        """None, or why this peer cannot run here (a package, a device, a feature that is missing)."""
+        return None
+
+    def prepare(self) -> None:
+        """Loads, compiles, moves to the device: what a user does once. Its time is reported apart."""
+
+    def run(self, i: int) -> Any:
+        """One pass over input set i (inputs rotate)."""
+        raise NotImplementedError
+
+    def output(self) -> torch.Tensor:
+        """What a run on input set 0 gives, in the form that the contest's reference has, for the check."""
+        raise NotImplementedError
+
+
+def contest(
+    peers: Sequence[Peer],
+    row: Callable[[Peer], Row],
+    reference: torch.Tensor,
+    *,
+    device: torch.device,
+    eager: str,
+    tokens: int | None = None,
+    items: int | None = None,
+    on_step: Callable[[str], None] | None = None,
+    **timing: Any,
+) -> list[Row]:
+    """Prepares, checks and times peers in turn; the first is fastbert, to which the others are compared.
+
+    row: the row to fill in for a peer. reference: what `output` should give. A peer beyond its bound (see `bound_of`,
+    which needs the error of plain PyTorch: `eager` names that peer) is WRONG and untimed. timing: arguments of
+    `interleave`. Returns a row a peer, in order.
+    """
+    say = on_step or (lambda text: None)
+    rows = {peer.name: row(peer) for peer in peers}
+    able: list[Peer] = []
+    for peer in peers:
+        reason = peer.available()
+        if reason is not None:
+            rows[peer.name].status, rows[peer.name].detail = MISSING, reason
+            continue
+        say(f"preparing {peer.name}")
+        try:
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+                torch.cuda.reset_peak_memory_stats(device)
+            peer.prepare()
+            rows[peer.name].error = rms_error(peer.output(), reference)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+                rows[peer.name].peak_bytes = torch.cuda.max_memory_allocated(device)
+        except Exception as error:  # whatever a peer raises is its result
+            rows[peer.name].status, rows[peer.name].detail = FAILED, _first_line(error)
+            logger.debug("%s failed", peer.name, exc_info=True)
+            continue
+        able.append(peer)
+    right = []
+    for peer in able:
+        found = rows[peer.name]
+        found.bound = bound_of(found, rows[eager].error)
+        if found.error is not None and found.error <= found.bound:
+            right.append(peer)
+        else:
+            found.status, found.detail = WRONG, f"error {found.error:.3g} above the bound {found.bound:.3g}"
+    say("timing")
+    timings = _time(right, rows, device, timing)
+    ours = timings.get(peers[0].name)
+    for name, found in timings.items():
+        rows[name].timed(found, tokens, items)
+        if ours is not None and name != peers[0].name:
+            rows[name].compared(speedup(ours, found))
+    return list(rows.values())
+
+
+def _time(peers: list[Peer], rows: dict[str, Row], device: torch.device, timing: dict[str, Any]) -> dict[str, Timing]:
+    """Times the peers; one that raises while it is timed is FAILED, and the rest are timed again."""
+    while peers:
+        current = ""
+
+        def running(peer: Peer) -> Callable[[int], Any]:
+            def run(i: int) -> Any:
+                nonlocal current
+                current = peer.name
+                return peer.run(i)
+
+            return run
+
+        try:
+            return interleave({peer.name: running(peer) for peer in peers}, device=device, **timing)
+        except Exception as error:  # as above
+            rows[current].status, rows[current].detail = FAILED, _first_line(error)
+            peers = [peer for peer in peers if peer.name != current]
+    return {}
+
+
+def bound_of(row: Row, eager_error: float | None) -> float:
+    """The largest RMS error allowed. eager_error: that of plain PyTorch in the same dtype, None if it did not run.
+
+    fastbert is held to the numerical policy: 1.25 times plain PyTorch plus half an ulp. A peer may be less exact
+    (others approximate GELU, or quantise) but must compute the same function: 1 % in float32, 10 % in fewer bits.
+    """
+    loose = 0.01 if row.dtype in ("float32", "float64") else 0.1
+    if row.competitor != OURS or eager_error is None:
+        return loose
+    return 1.25 * eager_error + 0.5 * torch.finfo(getattr(torch, row.dtype)).eps
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"[:300]

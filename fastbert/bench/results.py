@@ -1,0 +1,200 @@
+"""Results: one row a competitor and workload, with the machine they were measured on, in a versioned JSON file."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import subprocess
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastbert.bench.measure import Ratio, Timing
+from fastbert.checkpoint import write_text
+
+KIND = "fastbert benchmark"
+VERSION = 1
+
+OK, FAILED, WRONG, MISSING = "ok", "failed", "wrong", "missing"
+PACKAGES = ("torch", "triton", "transformers", "sentence-transformers", "onnxruntime", "openvino", "ctranslate2")
+
+
+@dataclass
+class Row:
+    """One competitor on one workload.
+
+    status: "ok"; "failed" (raised), "wrong" (its output missed the bound, so it was not timed), "missing" (not
+    available here); `detail` says why. seconds: of one pass over the workload, the median over rounds; spread as in
+    Timing. error: RMS relative to the float64 reference, and the bound it was held to. speedup: how many times faster
+    fastbert is, where this is a peer. ceiling_fraction: of what the hardware allows, with `rate` in `rate_unit`.
+    """
+
+    suite: str
+    workload: str
+    competitor: str
+    dtype: str
+    status: str = OK
+    detail: str = ""
+    seconds: float | None = None
+    spread: float | None = None
+    rounds: int = 0
+    p50: float | None = None
+    p95: float | None = None
+    p99: float | None = None
+    items: int | None = None
+    tokens: int | None = None
+    tokens_per_second: float | None = None
+    error: float | None = None
+    bound: float | None = None
+    speedup: float | None = None
+    speedup_low: float | None = None
+    speedup_high: float | None = None
+    peak_bytes: int | None = None
+    rate: float | None = None
+    rate_unit: str = ""
+    ceiling_fraction: float | None = None
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    def timed(self, timing: Timing, tokens: int | None = None, items: int | None = None) -> Row:
+        """Fills in what a timing says; returns itself."""
+        self.seconds, self.spread, self.rounds = timing.median, timing.spread, len(timing.samples)
+        self.p50, self.p95, self.p99 = (timing.percentile(p) for p in (50, 95, 99))
+        self.tokens, self.items = tokens, items
+        self.tokens_per_second = None if tokens is None else tokens / timing.median
+        return self
+
+    def compared(self, ratio: Ratio) -> Row:
+        """Fills in how many times faster fastbert is; returns itself."""
+        self.speedup, self.speedup_low, self.speedup_high = ratio.value, ratio.low, ratio.high
+        return self
+
+
+@dataclass
+class Results:
+    """Rows, the machine, and what its ceilings were measured to be."""
+
+    environment: dict[str, Any]
+    rows: list[Row] = field(default_factory=list)
+    ceilings: dict[str, float] = field(default_factory=dict)
+    notes: dict[str, Any] = field(default_factory=dict)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes JSON, whole or not at all. NaN and infinity become null."""
+        content = {
+            "kind": KIND,
+            "version": VERSION,
+            "environment": self.environment,
+            "ceilings": self.ceilings,
+            "notes": self.notes,
+            "rows": [dataclasses.asdict(row) for row in self.rows],
+        }
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, json.dumps(_finite(content), indent=1, allow_nan=False) + "\n")
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Results:
+        """Reads what `save` wrote. Raises ValueError, naming the file, if cut short or of another kind or version."""
+        try:
+            content = json.loads(Path(path).read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise ValueError(f"{os.fspath(path)}: not a readable result file: {error}") from error
+        if not isinstance(content, dict) or content.get("kind") != KIND:
+            raise ValueError(f"{os.fspath(path)}: not a result file of fastbert's benchmarks")
+        if content.get("version") != VERSION:
+            came = content.get("version")
+            raise ValueError(f"{os.fspath(path)}: a result file of version {came}, and this fastbert reads {VERSION}")
+        try:
+            rows = [Row(**row) for row in content["rows"]]
+            return cls(content["environment"], rows, content["ceilings"], content["notes"])
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{os.fspath(path)}: a result file with missing or unknown fields: {error}") from error
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """The machine: device, driver, versions, commit, time. Every result carries it."""
+    found: dict[str, Any] = {
+        "device": device_name(device),
+        "device_type": device.type,
+        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpu": cpu_name(),
+        "threads": torch.get_num_threads(),
+        "commit": commit(),
+        "packages": {name: _version(name) for name in PACKAGES},
+    }
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        found |= {
+            "driver": _nvidia_smi("driver_version"),
+            "cuda": torch.version.cuda,
+            "compute_capability": f"{properties.major}.{properties.minor}",
+            "memory_bytes": properties.total_memory,
+            "l2_bytes": properties.L2_cache_size,
+            "multiprocessors": properties.multi_processor_count,
+        }
+    return found
+
+
+def device_name(device: torch.device) -> str:
+    """Of the GPU, or of the processor with the threads in use."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{cpu_name()}, {torch.get_num_threads()} threads"
+
+
+def cpu_name() -> str:
+    """As the operating system calls the processor."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def commit() -> str | None:
+    """Of the sources this runs from, "-dirty" where they differ from it; None outside a git checkout."""
+    root = Path(__file__).resolve().parent.parent.parent
+    if not (root / "setup.py").exists():
+        return None
+    try:
+        args = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=10", "--exclude=*"]
+        done = subprocess.run(args, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return os.environ.get("FASTBERT_COMMIT")
+    return done.stdout.strip()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _nvidia_smi(field_name: str) -> str | None:
+    try:
+        args = ["nvidia-smi", f"--query-gpu={field_name}", "--format=csv,noheader"]
+        return (
+            subprocess.run(args, capture_output=True, text=True, timeout=10, check=True).stdout.split("\n")[0].strip()
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {key: _finite(v) for key, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(v) for v in value]
+    return value

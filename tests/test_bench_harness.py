@@ -1,0 +1,185 @@
+"""The harness itself: a planted sleep shows as the ratio it should be, a planted wrong output is caught."""
+
+from __future__ import annotations
+
+import json
+import time
+
+import pytest
+import torch
+
+from fastbert.bench import measure
+from fastbert.bench.measure import Timing
+from fastbert.bench.peers import OURS, Peer, contest
+from fastbert.bench.results import FAILED, MISSING, OK, WRONG, Results, Row, environment
+
+CPU = torch.device("cpu")
+
+
+class Sleeper(Peer):
+    """Sleeps, and returns the reference times a factor."""
+
+    def __init__(self, name, seconds=0.002, factor=1.0, missing=None, fail_in=None):
+        self.name, self.seconds, self.factor, self.missing, self.fail_in = name, seconds, factor, missing, fail_in
+        self.runs = []
+
+    def available(self):
+        return self.missing
+
+    def prepare(self):
+        if self.fail_in == "prepare":
+            raise RuntimeError("planted in prepare\nwith a second line")
+
+    def run(self, i):
+        self.runs.append(i)
+        if self.fail_in == "run":
+            raise RuntimeError("planted in run")
+        time.sleep(self.seconds)
+
+    def output(self):
+        return torch.arange(1.0, 9.0) * self.factor
+
+
+def hold(*peers, **timing):
+    def row(peer):
+        return Row("test", "sleep", peer.name, "float32")
+
+    reference = torch.arange(1.0, 9.0, dtype=torch.float64)
+    rows = contest(peers, row, reference, device=CPU, eager=peers[1].name, **{"rounds": 7, "tokens": 100, **timing})
+    return {found.competitor: found for found in rows}
+
+
+def test_planted_sleep_shows_as_its_ratio():
+    """A harness that times something else than the run, or divides the wrong way round."""
+    rows = hold(Sleeper(OURS, 0.004), Sleeper("eager", 0.012), Sleeper("half", 0.002))
+    assert 2.6 < rows["eager"].speedup < 3.2 and rows["eager"].speedup_low <= rows["eager"].speedup
+    assert rows["eager"].speedup <= rows["eager"].speedup_high
+    assert 0.4 < rows["half"].speedup < 0.65
+    assert rows[OURS].speedup is None and 0.004 <= rows[OURS].seconds < 0.006
+    assert rows["eager"].tokens_per_second == pytest.approx(100 / rows["eager"].seconds)
+
+
+def test_planted_wrong_output_is_caught():
+    """A fast peer that computes something else, given a speed."""
+    wrong = Sleeper("wrong", factor=1.02)
+    rows = hold(Sleeper(OURS), Sleeper("eager"), wrong)
+    assert rows["wrong"].status == WRONG and rows["wrong"].detail == "error 0.02 above the bound 0.01"
+    assert rows["wrong"].seconds is None and wrong.runs == []
+    assert rows[OURS].status == rows["eager"].status == OK
+
+
+def test_fastbert_is_held_to_the_policy():
+    """A bound for fastbert as loose as that for peers."""
+    rows = hold(Sleeper(OURS, factor=1.001), Sleeper("eager", factor=1.0005))
+    assert rows[OURS].status == WRONG and rows["eager"].status == OK
+    rows = hold(Sleeper(OURS, factor=1.0006), Sleeper("eager", factor=1.0005))
+    assert rows[OURS].status == OK
+
+
+def test_nan_is_wrong():
+    """An output of NaN that no comparison rejects."""
+    rows = hold(Sleeper(OURS), Sleeper("eager"), Sleeper("nan", factor=float("nan")))
+    assert rows["nan"].status == WRONG
+
+
+@pytest.mark.parametrize("where", ["prepare", "run"])
+def test_failure_shows_as_such(where):
+    """A peer that raises and takes the others with it, or leaves a blank."""
+    rows = hold(Sleeper(OURS), Sleeper("eager"), Sleeper("broken", fail_in=where))
+    assert rows["broken"].status == FAILED and rows["broken"].detail == f"RuntimeError: planted in {where}"
+    assert rows["broken"].seconds is None
+    assert rows["eager"].speedup is not None
+
+
+def test_missing_peer_says_why():
+    """A peer that is not installed left out of the table."""
+    rows = hold(Sleeper(OURS), Sleeper("eager"), Sleeper("absent", missing="the package absent is not installed"))
+    assert (rows["absent"].status, rows["absent"].detail) == (MISSING, "the package absent is not installed")
+
+
+def test_wrong_fastbert_compares_with_nobody():
+    """A speed-up of fastbert over others although its own output was wrong."""
+    rows = hold(Sleeper(OURS, factor=2.0), Sleeper("eager"))
+    assert rows[OURS].status == WRONG and rows["eager"].seconds is not None and rows["eager"].speedup is None
+
+
+def test_rounds_are_interleaved_and_inputs_rotate():
+    """Competitors timed one after the other, or always on the same input."""
+    order = []
+    runs = {name: lambda i, name=name: order.append((name, i)) for name in "ab"}
+    timings = measure.interleave(runs, device=CPU, rounds=4, warmup=0)
+    assert [name for name, _ in order] == ["a", "b", "b", "a", "a", "b", "b", "a"]
+    assert [i for name, i in order if name == "a"] == [0, 1, 2, 3]
+    assert all(len(t.samples) == 4 for t in timings.values())
+
+
+def test_time_limit_keeps_the_least_rounds():
+    """A limit that is ignored, or that leaves a single sample."""
+    timings = measure.interleave(
+        {"a": lambda i: time.sleep(0.01)}, device=CPU, rounds=50, max_seconds=0.0, min_rounds=3
+    )
+    assert len(timings["a"].samples) == 3
+
+
+def test_short_runs_are_repeated():
+    """A run shorter than the clock can tell."""
+    count = []
+    timings = measure.interleave({"a": count.append}, device=CPU, rounds=3, warmup=1, min_sample_seconds=1e-3)
+    assert len(count) > 100 and timings["a"].median < 1e-4
+
+
+def test_statistics():
+    """Percentiles, spread or intervals computed from the wrong end."""
+    timing = Timing(tuple(float(i) for i in range(1, 101)))
+    assert timing.median == 50.5 and timing.percentile(95) == 95.0 and timing.percentile(100) == 100.0
+    assert timing.percentile(1) == 1.0 and timing.spread == pytest.approx(0.49, abs=0.01)
+    ratio = measure.speedup(Timing((1.0, 2.0, 4.0)), Timing((2.0, 4.0, 8.0)))
+    assert (ratio.value, ratio.low, ratio.high) == (2.0, 2.0, 2.0)
+    assert measure.geometric_mean([1.0, 4.0]) == pytest.approx(2.0)
+
+
+def test_results_round_trip(tmp_path):
+    """A field lost on the way to the file, or NaN that is not JSON."""
+    found = Results(environment(CPU), [Row("s", "w", "c", "float32", error=float("nan"), extra={"a": 1})], {"x": 2.0})
+    found.save(tmp_path / "r.json")
+    back = Results.load(tmp_path / "r.json")
+    assert back.environment == found.environment and back.ceilings == found.ceilings
+    assert back.rows == [Row("s", "w", "c", "float32", error=None, extra={"a": 1})]
+
+
+def test_environment_names_the_machine():
+    """A result nobody can place: no device, versions, commit or date."""
+    found = environment(CPU)
+    assert (
+        found["device"] and found["packages"]["torch"] == torch.__version__.split("+")[0] or found["packages"]["torch"]
+    )
+    assert found["date"].endswith("UTC") and found["threads"] >= 1
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"kind": "fastbert benchmark", "version": 1, "rows": [', "not a readable result file"),
+        ("[]", "not a result file of fastbert's benchmarks"),
+        ('{"kind": "other"}', "not a result file of fastbert's benchmarks"),
+        ('{"kind": "fastbert benchmark", "version": 99}', "a result file of version 99, and this fastbert reads 1"),
+        ('{"kind": "fastbert benchmark", "version": 1}', "a result file with missing or unknown fields"),
+    ],
+)
+def test_bad_result_file_is_refused_by_name(content, message, tmp_path):
+    """A result file that is cut short, or of another version, half read."""
+    path = tmp_path / "bad.json"
+    path.write_text(content)
+    with pytest.raises(ValueError, match=f"bad.json: {message}"):
+        Results.load(path)
+
+
+def test_interrupted_save_leaves_the_old_file(tmp_path, monkeypatch):
+    """Half a result file under the final name."""
+    path = tmp_path / "r.json"
+    Results({}, []).save(path)
+    before = path.read_text()
+    monkeypatch.setattr(json, "dumps", lambda *a, **k: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        Results({}, [Row("s", "w", "c", "d")]).save(path)
+    assert path.read_text() == before
