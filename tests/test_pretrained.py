@@ -1,0 +1,520 @@
+"""from_pretrained and save_pretrained of all models, to transformers and back."""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import fastbert
+from model_cases import (
+    HEADS,
+    MODELS,
+    assert_close,
+    make_batch,
+    randn,
+    run,
+    theirs,
+    twin,
+)
+
+WITH_DECODER = ("BertForPreTraining", "BertForMaskedLM")
+WEIGHTS = "model.safetensors"
+
+
+def our_class(name: str) -> Any:
+    return getattr(fastbert, name)
+
+
+def their_class(name: str) -> Any:
+    return getattr(transformers, name)
+
+
+def outputs(model: Any, name: str) -> list[Tensor]:
+    """The model's outputs on one unpadded batch."""
+    return list(run(model, make_batch("none", name)).values())
+
+
+def assert_same_outputs(mine: Any, other: Any, name: str, bound: float = 1e-10) -> None:
+    pairs = list(zip(outputs(mine, name), outputs(other, name), strict=True))
+    assert pairs
+    for i, (value, expected) in enumerate(pairs):
+        assert_close(f"[{i}]", value, expected, bound)
+
+
+def assert_same_state(mine: dict[str, Tensor], other: dict[str, Tensor]) -> None:
+    assert set(mine) == set(other)
+    for name, tensor in other.items():
+        assert mine[name].dtype == tensor.dtype and torch.equal(mine[name], tensor), name
+
+
+def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [r.getMessage() for r in caplog.records if r.name == "fastbert" and r.levelno >= logging.WARNING]
+
+
+def edit(folder: Path, **settings: Any) -> None:
+    """Changes a config.json; None takes a setting away."""
+    path = folder / "config.json"
+    content = {**json.loads(path.read_text()), **settings}
+    path.write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
+
+
+def edit_weights(folder: Path, *, drop: tuple[str, ...] = (), **tensors: Tensor) -> None:
+    state = {n: t for n, t in load_file(folder / WEIGHTS).items() if not n.startswith(drop or "\0")}
+    state.update({n.replace("__", "."): t for n, t in tensors.items()})
+    save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Any:
+    """Saves a cached model of transformers to a folder of its own."""
+
+    def save(name: str = "BertModel", **options: Any) -> Path:
+        folder = tmp_path / name
+        theirs(name, "tiny", **options).save_pretrained(folder)
+        return folder
+
+    return save
+
+
+# Names
+
+
+@pytest.mark.parametrize("tie", [True, False])
+@pytest.mark.parametrize("name", MODELS)
+def test_state_dict_names_are_those_of_transformers(name: str, tie: bool) -> None:
+    """A parameter or buffer of another name or shape, which no checkpoint, adapter or optimiser group would find."""
+    model = theirs(name, "tiny", tie_word_embeddings=tie)
+    config = fastbert.BertConfig.from_dict(model.config.to_dict())
+    ours = our_class(name)(config).double()
+    assert {n: t.shape for n, t in ours.state_dict().items()} == {n: t.shape for n, t in model.state_dict().items()}
+    assert [n for n, _ in ours.named_parameters()] == [n for n, _ in model.named_parameters()]
+    ours.load_state_dict(model.state_dict(), strict=True)
+    back = their_class(name)(model.config).double()
+    back.load_state_dict(ours.state_dict(), strict=True)
+    assert_same_state(back.state_dict(), model.state_dict())
+
+
+# Round trips
+
+
+@pytest.mark.parametrize("tie", [True, False])
+@pytest.mark.parametrize("name", MODELS)
+def test_round_trip(name: str, tie: bool, saved: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A weight that is lost, cast, renamed or started afresh on the way from transformers to us and back."""
+    model = theirs(name, "tiny", tie_word_embeddings=tie)
+    ours = our_class(name).from_pretrained(saved(name, tie_word_embeddings=tie))
+    assert not ours.training and ours.dtype == torch.float64 and ours.missing_names == []
+    assert_same_state(ours.state_dict(), model.state_dict())
+    assert_same_outputs(ours, model, name)
+
+    ours.save_pretrained(tmp_path / "ours")
+    back, info = their_class(name).from_pretrained(tmp_path / "ours", dtype="auto", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    assert back.dtype == torch.float64
+    assert_same_state(back.state_dict(), model.state_dict())
+    assert_same_outputs(back.eval(), model, name)
+
+    again = our_class(name).from_pretrained(tmp_path / "ours")
+    assert_same_state(again.state_dict(), model.state_dict())
+    assert warnings_of(caplog) == []
+    stored = set(load_file(tmp_path / "ours" / WEIGHTS))
+    assert stored == set(load_file(tmp_path / name / WEIGHTS))
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_config_round_trip(name: str, saved: Any, tmp_path: Path) -> None:
+    """Labels, dropout or a setting of others that saving loses, or a wrong architecture."""
+    folder = saved(name, classifier_dropout=0.25, problem_type="regression")
+    edit(folder, id2label={"0": "no", "1": "yes"}, label2id={"no": 0, "yes": 1}, a_setting_of_others=[1, 2])
+    edit_weights(folder, drop=("classifier",))
+    ours = our_class(name).from_pretrained(folder)
+    ours.save_pretrained(tmp_path / "ours")
+    before, after = (json.loads((f / "config.json").read_text()) for f in (folder, tmp_path / "ours"))
+    assert after["architectures"] == [name] and after["dtype"] == "float64" and after["model_type"] == "bert"
+    for key in ("id2label", "label2id", "classifier_dropout", "problem_type", "a_setting_of_others", "vocab_size"):
+        assert after[key] == before[key], key
+
+
+@pytest.mark.parametrize("name", ["BertModel", "BertForPreTraining"])
+def test_shards(name: str, saved: Any, tmp_path: Path) -> None:
+    """A tensor that is lost between shards, theirs or ours."""
+    model, theirs_folder = theirs(name), tmp_path / "theirs"
+    model.save_pretrained(theirs_folder, max_shard_size="20KB")
+    assert len(list(theirs_folder.glob("model-*.safetensors"))) > 2
+    ours = our_class(name).from_pretrained(theirs_folder)
+    assert_same_state(ours.state_dict(), model.state_dict())
+    ours.save_pretrained(tmp_path / "ours", max_shard_size=20_000)
+    assert len(list((tmp_path / "ours").glob("model-*.safetensors"))) > 2
+    back = their_class(name).from_pretrained(tmp_path / "ours", dtype="auto")
+    assert_same_state(back.state_dict(), model.state_dict())
+
+
+@pytest.mark.parametrize("name", ["BertModel", "BertForPreTraining"])
+def test_pickled_weights(name: str, saved: Any) -> None:
+    """pytorch_model.bin, with its tied copies, gamma and beta, and the stored position_ids of older versions."""
+    model, folder = theirs(name), saved(name)
+    (folder / WEIGHTS).unlink()
+    prefix = "" if name == "BertModel" else "bert."
+    state = {
+        n.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): t
+        for n, t in model.state_dict().items()
+    }
+    state[f"{prefix}embeddings.position_ids"] = torch.arange(40)[None]
+    torch.save(state, folder / "pytorch_model.bin")
+    ours = our_class(name).from_pretrained(folder)
+    assert ours.missing_names == []
+    assert_same_state(ours.state_dict(), model.state_dict())
+
+
+def test_saving_over_the_checkpoint_that_was_loaded(saved: Any) -> None:
+    """Weights that are mapped from the file they are saved over."""
+    folder = saved("BertForMaskedLM")
+    ours = fastbert.BertForMaskedLM.from_pretrained(folder)
+    with torch.no_grad():
+        for parameter in ours.parameters():
+            parameter.mul_(2)
+    expected = copy.deepcopy(ours.state_dict())
+    ours.save_pretrained(folder)
+    assert_same_state(fastbert.BertForMaskedLM.from_pretrained(folder).state_dict(), expected)
+    assert_same_state(ours.state_dict(), expected)
+
+
+def test_loaded_weights_are_independent(saved: Any) -> None:
+    """Training one model moving another that was loaded from the same file, or the file."""
+    folder = saved()
+    first, second = (fastbert.BertModel.from_pretrained(folder) for _ in range(2))
+    with torch.no_grad():
+        for parameter in first.parameters():
+            parameter.zero_()
+    assert_same_state(second.state_dict(), theirs().state_dict())
+    assert_same_state(fastbert.BertModel.from_pretrained(folder).state_dict(), theirs().state_dict())
+    assert all(p.requires_grad and p.is_leaf for p in second.parameters())
+
+
+def test_a_trained_model_is_saved_as_it_is(saved: Any, tmp_path: Path) -> None:
+    """Saving in training mode or after a step writing something else than the weights that computed."""
+    ours = fastbert.BertForMaskedLM.from_pretrained(saved("BertForMaskedLM")).train()
+    optimizer = torch.optim.SGD(ours.parameters(), lr=0.1)
+    batch = make_batch("none")
+    ours(**batch, labels=batch["input_ids"]).loss.backward()
+    optimizer.step()
+    ours.save_pretrained(tmp_path / "trained")
+    back = transformers.BertForMaskedLM.from_pretrained(tmp_path / "trained", dtype="auto").eval()
+    assert_same_outputs(ours.eval(), back, "BertForMaskedLM")
+
+
+# The decoder's ties
+
+
+def untied_in_file(folder: Path, names: tuple[str, ...]) -> None:
+    tensors = {"weight": randn(101, 32, seed=20), "bias": randn(101, seed=21)}
+    edit_weights(folder, **{f"cls__predictions__decoder__{name}": tensors[name] for name in names})
+
+
+@pytest.mark.parametrize("names", [("weight",), ("bias",), ("weight", "bias")])
+@pytest.mark.parametrize("name", WITH_DECODER)
+def test_a_decoder_that_differs_is_not_tied(
+    name: str, names: tuple[str, ...], saved: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The config ties, the file holds two tensors: transformers then keeps both, and so must the logits and a save."""
+    folder = saved(name)
+    untied_in_file(folder, names)
+    model = their_class(name).from_pretrained(folder, dtype="auto").eval()
+    ours = our_class(name).from_pretrained(folder)
+    assert_same_outputs(ours, model, name)
+    assert_same_state(ours.state_dict(), model.state_dict())
+    for each in names:
+        assert any(f"cls.predictions.decoder.{each} and" in w and "differ" in w for w in warnings_of(caplog))
+    assert len(warnings_of(caplog)) == len(names)
+    ours.save_pretrained(tmp_path / "ours")
+    assert_same_outputs(their_class(name).from_pretrained(tmp_path / "ours", dtype="auto").eval(), model, name)
+    assert_same_outputs(our_class(name).from_pretrained(tmp_path / "ours"), model, name)
+
+
+@pytest.mark.parametrize(
+    "drop",
+    [
+        ("bert.embeddings.word_embeddings.weight",),
+        ("cls.predictions.bias",),
+        ("bert.embeddings.word_embeddings.weight", "cls.predictions.bias"),
+    ],
+    ids=["word embeddings", "bias", "both"],
+)
+@pytest.mark.parametrize("name", WITH_DECODER)
+def test_a_tie_works_from_either_side(name: str, drop: tuple[str, ...], saved: Any) -> None:
+    """A file that keeps a tied tensor under the decoder's name alone."""
+    folder = saved(name)
+    untied_in_file(folder, ("weight", "bias"))
+    edit_weights(folder, drop=drop)
+    model = their_class(name).from_pretrained(folder, dtype="auto").eval()
+    ours = our_class(name).from_pretrained(folder)
+    assert ours.missing_names == []
+    assert_same_outputs(ours, model, name)
+
+
+def test_one_bias_of_an_untied_decoder(saved: Any) -> None:
+    """Checkpoints of transformers 4 hold the decoder's one bias as cls.predictions.bias, also without the tie."""
+    folder = saved("BertForMaskedLM", tie_word_embeddings=False)
+    edit_weights(folder, drop=("cls.predictions.decoder.bias",))
+    ours = fastbert.BertForMaskedLM.from_pretrained(folder)
+    assert ours.missing_names == []
+    predictions = ours.cls.predictions
+    assert torch.equal(predictions.decoder.bias, predictions.bias)
+    assert predictions.decoder.bias.data_ptr() != predictions.bias.data_ptr()
+
+
+def test_tied_weights_stay_tied(saved: Any, tmp_path: Path) -> None:
+    """Two copies of the largest matrix, in memory, in the file or after a cast."""
+    ours = fastbert.BertForMaskedLM.from_pretrained(saved("BertForMaskedLM"))
+    for model in (ours, ours.to(torch.bfloat16), copy.deepcopy(ours), ours.float()):
+        assert model.cls.predictions.decoder.weight is model.get_input_embeddings().weight
+        assert model.cls.predictions.decoder.bias is model.cls.predictions.bias
+    ours.save_pretrained(tmp_path / "ours")
+    assert not any("decoder" in name for name in load_file(tmp_path / "ours" / WEIGHTS))
+
+
+# dtype and device
+
+
+@pytest.mark.parametrize(
+    ("dtype", "expected"),
+    [
+        ("auto", torch.float64),
+        (torch.bfloat16, torch.bfloat16),
+        ("float16", torch.float16),
+        ("torch.float32", torch.float32),
+        (torch.float64, torch.float64),
+    ],
+)
+def test_dtype(dtype: Any, expected: torch.dtype, saved: Any, tmp_path: Path) -> None:
+    """A parameter left in another dtype, or a saved config.json that does not say which dtype the file has."""
+    ours = fastbert.BertForSequenceClassification.from_pretrained(saved("BertForSequenceClassification"), dtype=dtype)
+    assert {p.dtype for p in ours.parameters()} == {expected} and ours.dtype == expected
+    model = theirs("BertForSequenceClassification")
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(ours.state_dict()[name], tensor.to(expected)), name
+    ours.save_pretrained(tmp_path / "ours")
+    assert json.loads((tmp_path / "ours" / "config.json").read_text())["dtype"] == str(expected)[6:]
+    back = transformers.BertForSequenceClassification.from_pretrained(tmp_path / "ours", dtype="auto")
+    assert back.dtype == expected
+
+
+@pytest.mark.parametrize("config_dtype", [None, "bfloat16"])
+def test_auto_dtype_without_and_against_the_config(config_dtype: str | None, saved: Any) -> None:
+    """ "auto" that reads the stored dtype although the config names one, or float32 although the file has another."""
+    folder = saved()
+    edit(folder, dtype=config_dtype)
+    ours = fastbert.BertModel.from_pretrained(folder)
+    assert ours.dtype == transformers.BertModel.from_pretrained(folder, dtype="auto").dtype
+    assert ours.dtype == (torch.float64 if config_dtype is None else torch.bfloat16)
+
+
+@pytest.mark.parametrize("dtype", ["int8", torch.int64, "half a float", "Tensor", 16, None, "", torch.float8_e4m3fn])
+def test_bad_dtype(dtype: Any, saved: Any) -> None:
+    """A dtype that no model computes in, taken or met with an AttributeError."""
+    message = rf"^dtype: expected 'auto' or one of float32, bfloat16, float16, float64, got {dtype!r}$"
+    with pytest.raises(ValueError, match=message):
+        fastbert.BertModel.from_pretrained(saved(), dtype=dtype)
+
+
+def test_device_and_backend(saved: Any, device: torch.device) -> None:
+    """device, backend or strict of from_pretrained not reaching the model."""
+    folder = saved("BertForTokenClassification")
+    ours = fastbert.BertForTokenClassification.from_pretrained(
+        folder, dtype="float32", device=device, backend="triton", strict=True
+    )
+    assert {p.device.type for p in ours.parameters()} == {device.type}
+    assert ours.bert.policy.backend == ours.policy.backend == "triton" and ours.bert.policy.strict
+    on_cpu = fastbert.BertForTokenClassification.from_pretrained(folder, dtype="float32", device="cpu")
+    for value, expected in zip(outputs(ours, "-"), outputs(on_cpu, "-"), strict=True):
+        assert_close("logits", value.cpu(), expected, 1e-5)
+
+
+def test_path_forms(saved: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder that must be a string, a Path, absolute or relative."""
+    folder = saved()
+    monkeypatch.chdir(folder.parent)
+    for src in (folder, str(folder), f"{folder}/", folder.name, Path(folder.name)):
+        assert fastbert.BertModel.from_pretrained(src).dtype == torch.float64
+
+
+# Overrides of the config
+
+
+def test_config_overrides(saved: Any) -> None:
+    """An override that reaches the config and not the model, or changes the weights."""
+    ours = fastbert.BertForSequenceClassification.from_pretrained(
+        saved("BertForSequenceClassification"),
+        hidden_dropout_prob=0.5,
+        layer_norm_eps=0.01,
+        num_hidden_layers=1,
+        problem_type="regression",
+    )
+    assert ours.dropout.p == ours.bert.embeddings.dropout.p == 0.5
+    assert ours.bert.encoder.layer[0].output.LayerNorm.eps == 0.01 and len(ours.bert.encoder.layer) == 1
+    model = theirs("BertForSequenceClassification")
+    for name, tensor in ours.state_dict().items():
+        assert torch.equal(tensor, model.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("name", ["BertForSequenceClassification", "BertForTokenClassification"])
+def test_other_number_of_labels(name: str, saved: Any) -> None:
+    """num_labels=5 on a checkpoint with 3: a head of random numbers, or one cut to fit, in silence."""
+    with pytest.raises(ValueError) as error:
+        our_class(name).from_pretrained(saved(name), num_labels=5)
+    assert "classifier.weight: came (3, 32), expected (5, 32)" in str(error.value)
+    assert "num_labels: the checkpoint has 3, the model 5" in str(error.value)
+
+
+def test_num_labels_without_a_head(saved: Any) -> None:
+    """num_labels not reaching a head that the checkpoint has no weights for: the way to start a fine-tuning."""
+    ours = fastbert.BertForSequenceClassification.from_pretrained(saved(), num_labels=5)
+    assert ours.classifier.weight.shape == (5, 32) and ours.config.num_labels == 5
+
+
+def test_unknown_override(saved: Any) -> None:
+    """A misspelt setting ignored in silence."""
+    with pytest.raises(TypeError, match="unknown config override hiden_size; expected one of num_labels,"):
+        fastbert.BertModel.from_pretrained(saved(), hiden_size=64)
+
+
+# Weights that a checkpoint lacks
+
+
+HEAD_WEIGHTS = {
+    "BertForPreTraining": [
+        "cls.predictions.bias",
+        "cls.predictions.transform.dense.weight",
+        "cls.predictions.transform.dense.bias",
+        "cls.predictions.transform.LayerNorm.weight",
+        "cls.predictions.transform.LayerNorm.bias",
+        "cls.seq_relationship.weight",
+        "cls.seq_relationship.bias",
+    ],
+    "BertForMaskedLM": [
+        "cls.predictions.bias",
+        "cls.predictions.transform.dense.weight",
+        "cls.predictions.transform.dense.bias",
+        "cls.predictions.transform.LayerNorm.weight",
+        "cls.predictions.transform.LayerNorm.bias",
+    ],
+    "BertForNextSentencePrediction": ["cls.seq_relationship.weight", "cls.seq_relationship.bias"],
+    "BertForSequenceClassification": ["classifier.weight", "classifier.bias"],
+    "BertForMultipleChoice": ["classifier.weight", "classifier.bias"],
+    "BertForTokenClassification": ["classifier.weight", "classifier.bias"],
+    "BertForQuestionAnswering": ["qa_outputs.weight", "qa_outputs.bias"],
+}
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_headless_checkpoint_into_a_head(name: str, saved: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """A head of random numbers that nobody was told of, or an encoder that is not the checkpoint's."""
+    settings = {"num_labels": 2} if name == "BertForQuestionAnswering" else {}
+    ours = our_class(name).from_pretrained(saved(), **settings)
+    assert sorted(ours.missing_names) == sorted(HEAD_WEIGHTS[name])
+    (warning,) = warnings_of(caplog)
+    assert "freshly initialised, and to be trained before use" in warning
+    for missing in ours.missing_names:
+        assert missing in warning
+    encoder = {n.removeprefix("bert."): t for n, t in ours.state_dict().items() if n.startswith("bert.")}
+    for weight, tensor in encoder.items():
+        assert torch.equal(tensor, theirs().state_dict()[weight]), weight
+    assert all(p.device.type == "cpu" and p.dtype == torch.float64 for p in ours.parameters())
+    for weight in ours.missing_names:
+        tensor = ours.state_dict()[weight]
+        if weight.endswith("bias"):
+            assert (tensor == 0).all()
+        elif "LayerNorm" in weight:
+            assert (tensor == 1).all()
+        else:
+            assert 0.01 < tensor.std() < 0.03, weight
+
+
+@pytest.mark.parametrize("name", ["BertForSequenceClassification", "BertForNextSentencePrediction"])
+def test_checkpoint_without_pooler_into_a_head_that_needs_one(
+    name: str, saved: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A pooler of random numbers under a head, unsaid."""
+    ours = our_class(name).from_pretrained(saved("BertForMaskedLM"))
+    assert ours.missing_names[:2] == ["bert.pooler.dense.weight", "bert.pooler.dense.bias"]
+    assert "bert.pooler.dense.weight, bert.pooler.dense.bias" in warnings_of(caplog)[0]
+    assert outputs(ours, name)[0].isfinite().all()
+
+
+def test_checkpoint_without_pooler_into_bert_model(
+    saved: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A pooler_output of random numbers; what was left out is no fresh weight, and a save keeps it out."""
+    ours = fastbert.BertModel.from_pretrained(saved("BertForMaskedLM"))
+    assert ours.pooler is None and ours.missing_names == []
+    (warning,) = warnings_of(caplog)
+    assert "lacks pooler.dense.weight, pooler.dense.bias: pooler_output will be None" in warning
+    output = run(ours, make_batch("none"))
+    assert output.pooler_output is None
+    expected = run(theirs("BertForMaskedLM").bert, make_batch("none"))
+    assert_close("last_hidden_state", output.last_hidden_state, expected.last_hidden_state)
+    ours.save_pretrained(tmp_path / "ours")
+    assert not any("pooler" in name for name in load_file(tmp_path / "ours" / WEIGHTS))
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_head_checkpoint_into_bert_model(name: str, saved: Any) -> None:
+    """The prefix of a head's checkpoint in the way."""
+    ours = fastbert.BertModel.from_pretrained(saved(name))
+    expected = theirs(name).bert.state_dict()
+    assert_same_state(ours.state_dict(), dict(expected))
+    assert (ours.pooler is None) == (theirs(name).bert.pooler is None)
+
+
+@pytest.mark.parametrize("prefix", ["", "bert."])
+@pytest.mark.parametrize(
+    "lost",
+    [
+        "embeddings.word_embeddings.weight",
+        "embeddings.position_embeddings.weight",
+        "encoder.layer.1.attention.self.query.bias",
+        "encoder.layer.0.output.LayerNorm.weight",
+    ],
+)
+def test_checkpoint_without_an_encoder_weight(lost: str, prefix: str, saved: Any) -> None:
+    """A part of the encoder filled with random numbers: no warning would be enough."""
+    name = "BertForSequenceClassification" if prefix else "BertModel"
+    folder = saved(name)
+    edit_weights(folder, drop=(prefix + lost,))
+    with pytest.raises(ValueError, match=rf"{folder}: the checkpoint lacks {prefix}{lost}, which {name} needs"):
+        our_class(name).from_pretrained(folder)
+
+
+def test_weights_of_no_use_are_logged(saved: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """Weights left unread, unsaid: a misnamed one would be lost in silence."""
+    folder = saved("BertForPreTraining")
+    edit_weights(folder, an_odd__weight=torch.zeros(3))
+    with caplog.at_level(logging.INFO, "fastbert"):
+        fastbert.BertModel.from_pretrained(folder)
+    assert "BertModel does not use" in caplog.text and "an_odd.weight" in caplog.text
+    assert "cls.seq_relationship.weight" in caplog.text
+
+
+def test_a_fresh_model_has_no_missing_names() -> None:
+    """missing_names absent from models that were not loaded."""
+    for name in MODELS:
+        assert twin(theirs(name)).missing_names == []
+
+
+def test_real_weights(minilm: Path) -> None:
+    """A real checkpoint, in transformers' current layout, that loads into another model than transformers'."""
+    ours = fastbert.BertModel.from_pretrained(minilm)
+    model = transformers.BertModel.from_pretrained(minilm, attn_implementation="eager").eval()
+    assert ours.missing_names == []
+    assert_same_state(ours.state_dict(), model.state_dict())
+    ids = torch.randint(1000, 30000, (2, 16))
+    assert_close("last_hidden_state", run(ours, {"input_ids": ids})[0], run(model, {"input_ids": ids})[0], 1e-5)
