@@ -285,7 +285,7 @@ class BertModel(PreTrainedModel):
 
         cu_seqlens: (B + 1,) int32, starts at 0, ends at T. position_ids count from 0 in each sequence by default.
         """
-        self._check_tensor("input_ids", input_ids)
+        self._check_tensors(input_ids=input_ids)
         if input_ids.dim() != 1:
             raise ValueError(f"input_ids: expected shape (T,), got {tuple(input_ids.shape)}")
         batch = varlen.from_cu_seqlens(cu_seqlens, input_ids.shape[0], self.device)
@@ -308,11 +308,10 @@ class BertModel(PreTrainedModel):
         output_hidden_states: bool | None = None,
     ) -> Encoded:
         """forward without the padding at the end: for heads, which work on packed tokens too."""
-        for name, tensor in (
-            ("input_ids", input_ids), ("attention_mask", attention_mask), ("token_type_ids", token_type_ids),
-            ("position_ids", position_ids), ("inputs_embeds", inputs_embeds),
-        ):  # fmt: skip
-            self._check_tensor(name, tensor)
+        self._check_tensors(
+            input_ids=input_ids, attention_mask=attention_mask, token_type_ids=token_type_ids,
+            position_ids=position_ids, inputs_embeds=inputs_embeds,
+        )  # fmt: skip
         settings = self.config.extra
         keep_states = bool(
             settings.get("output_hidden_states") if output_hidden_states is None else output_hidden_states
@@ -366,10 +365,9 @@ class BertModel(PreTrainedModel):
 
         check=False skips the look at the ids' values, which on a GPU waits for it, for callers who have checked.
         """
-        for name, tensor in (
-            ("input_ids", input_ids), ("token_type_ids", token_type_ids), ("position_ids", position_ids),
-        ):  # fmt: skip
-            self._check_tensor(name, tensor)
+        ids = {"input_ids": input_ids, "token_type_ids": token_type_ids, "position_ids": position_ids}
+        self._check_tensors(**ids, inputs_embeds=inputs_embeds)
+        for name, tensor in ids.items():
             if tensor is not None and tensor.shape != (batch.n_tokens,):
                 raise ValueError(f"{name}: expected shape ({batch.n_tokens},), got {tuple(tensor.shape)}")
         self._check_embeds(inputs_embeds)
@@ -380,11 +378,11 @@ class BertModel(PreTrainedModel):
         if position_ids is None:
             position_ids = batch.position_ids
         ops.prepare_attention(batch, self.dtype, self.config.head_size, self.policy)
-        ids = input_ids, token_type_ids, position_ids
+        inputs = input_ids, token_type_ids, position_ids, inputs_embeds, self.policy
         if torch.compiler.is_compiling():
-            return self.encoder(self.embeddings(*ids, inputs_embeds, self.policy), batch, self.policy)
+            return self.encoder(self.embeddings(*inputs), batch, self.policy)
         try:
-            return self.encoder(self.embeddings(*ids, inputs_embeds, self.policy), batch, self.policy)
+            return self.encoder(self.embeddings(*inputs), batch, self.policy)
         except RuntimeError as error:
             self._blame_dtypes(error)
             raise
@@ -406,7 +404,6 @@ class BertModel(PreTrainedModel):
     def _check_embeds(self, embeds: Tensor | None) -> None:
         if embeds is None:
             return
-        self._check_tensor("inputs_embeds", embeds)
         if embeds.dtype != self.dtype:
             raise TypeError(f"inputs_embeds: expected the model's dtype {self.dtype}, got {embeds.dtype}")
         if embeds.shape[-1] != self.config.hidden_size:

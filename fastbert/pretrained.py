@@ -42,13 +42,15 @@ class PreTrainedModel(nn.Module):
     def dtype(self) -> torch.dtype:
         return next(self.parameters()).dtype
 
-    def _check_tensor(self, name: str, tensor: Tensor | None) -> None:
-        if tensor is None:
-            return
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
-        if tensor.device != self.device:
-            raise ValueError(f"{name}: expected a tensor on the model's device {self.device}, got {tensor.device}")
+    def _check_tensors(self, **tensors: Tensor | None) -> None:
+        device = self.device
+        for name, tensor in tensors.items():
+            if tensor is None:
+                continue
+            if not isinstance(tensor, Tensor):
+                raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
+            if tensor.device != device:
+                raise ValueError(f"{name}: expected a tensor on the model's device {device}, got {tensor.device}")
 
     def _blame_dtypes(self, error: RuntimeError) -> None:
         """Raises TypeError if parameters of different dtypes may be what PyTorch stumbled over."""

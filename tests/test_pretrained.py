@@ -308,6 +308,13 @@ def test_dtype(dtype: Any, expected: torch.dtype, saved: Any, tmp_path: Path) ->
     assert back.dtype == expected
 
 
+def test_saved_dtype_after_a_cast(saved: Any, tmp_path: Path) -> None:
+    """A config.json that names the dtype that was loaded, and would undo a cast at the next load."""
+    fastbert.BertModel.from_pretrained(saved()).to(torch.bfloat16).save_pretrained(tmp_path / "ours")
+    for cls in (fastbert.BertModel, transformers.BertModel):
+        assert cls.from_pretrained(tmp_path / "ours", dtype="auto").dtype == torch.bfloat16
+
+
 @pytest.mark.parametrize("config_dtype", [None, "bfloat16"])
 def test_auto_dtype_without_and_against_the_config(config_dtype: str | None, saved: Any) -> None:
     """ "auto" that reads the stored dtype although the config names one, or float32 although the file has another."""

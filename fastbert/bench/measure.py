@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+HEAD_START = 1_000_000  # cycles of the GPU: about half a millisecond
 Run = Callable[[int], Any]  # does the work once, on input number i: inputs rotate, so that caches see more than one
 
 
@@ -71,7 +72,8 @@ def interleave(
 
     warmup: untimed runs of each first. After max_seconds no new round begins once min_rounds are done.
     min_sample_seconds: short runs are repeated until a sample lasts that long, and the sample is their mean. flush_l2:
-    the GPU's L2 cache is overwritten before each sample, which is then a single run. on_round: called after each.
+    the GPU's L2 cache is overwritten before each sample, which is then a single run without the host's launch overhead:
+    for kernels. on_round: called after each round.
     """
     clock = _cuda_clock if device.type == "cuda" else _host_clock
     flush = _l2_flusher(device) if flush_l2 and device.type == "cuda" else None
@@ -81,7 +83,7 @@ def interleave(
             run(i)
         repeats[name] = 1
         if min_sample_seconds > 0 and flush is None:
-            once = max(clock(run, warmup, 1, device), 1e-9)
+            once = max(clock(run, warmup, 1, device, None), 1e-9)
             repeats[name] = max(1, math.ceil(min_sample_seconds / once))
     samples: dict[str, list[float]] = {name: [] for name in runs}
     names = list(runs)
@@ -94,9 +96,7 @@ def interleave(
                 break
             shift = number % len(names)
             for name in names[shift:] + names[:shift]:
-                if flush is not None:
-                    flush()
-                samples[name].append(clock(runs[name], number * repeats[name], repeats[name], device))
+                samples[name].append(clock(runs[name], number * repeats[name], repeats[name], device, flush))
             gc.collect()
             if on_round is not None:
                 on_round()
@@ -127,16 +127,23 @@ def geometric_mean(values: Sequence[float]) -> float:
     return math.exp(statistics.fmean(map(math.log, values))) if values else math.nan
 
 
-def _host_clock(run: Run, first: int, repeats: int, device: torch.device) -> float:
+Before = Callable[[], Any] | None  # done just before the clock starts
+
+
+def _host_clock(run: Run, first: int, repeats: int, device: torch.device, before: Before) -> float:
+    if before is not None:
+        before()
     started = time.perf_counter()
     for i in range(first, first + repeats):
         run(i)
     return (time.perf_counter() - started) / repeats
 
 
-def _cuda_clock(run: Run, first: int, repeats: int, device: torch.device) -> float:
+def _cuda_clock(run: Run, first: int, repeats: int, device: torch.device, before: Before) -> float:
     begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     torch.cuda.synchronize(device)
+    if before is not None:
+        before()
     begin.record(torch.cuda.current_stream(device))
     for i in range(first, first + repeats):
         run(i)
@@ -148,4 +155,11 @@ def _cuda_clock(run: Run, first: int, repeats: int, device: torch.device) -> flo
 def _l2_flusher(device: torch.device) -> Callable[[], Any]:
     size = 2 * torch.cuda.get_device_properties(device).L2_cache_size
     buffer = torch.empty(max(size, 64 * 2**20), dtype=torch.int8, device=device)
-    return buffer.zero_
+
+    def flush() -> None:
+        buffer.zero_()
+        # Then the device waits, so that the host has enqueued the whole run before it starts: what is timed is the
+        # device's work and not the host's launches, which may take longer than a short kernel.
+        torch.cuda._sleep(HEAD_START)
+
+    return flush

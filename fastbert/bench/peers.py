@@ -7,6 +7,7 @@ is checked against the reference before it is timed: one that is wrong, fails or
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
@@ -68,15 +69,19 @@ def contest(
             rows[peer.name].status, rows[peer.name].detail = MISSING, reason
             continue
         say(f"preparing {peer.name}")
+        others = 0
         try:
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
                 torch.cuda.reset_peak_memory_stats(device)
+                others = torch.cuda.memory_allocated(device)  # what the peers before this one hold
+            started = time.monotonic()
             peer.prepare()
+            rows[peer.name].extra["prepare_seconds"] = time.monotonic() - started
             rows[peer.name].error = rms_error(peer.output(), reference)
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
-                rows[peer.name].peak_bytes = torch.cuda.max_memory_allocated(device)
+                rows[peer.name].peak_bytes = torch.cuda.max_memory_allocated(device) - others
         except Exception as error:  # whatever a peer raises is its result
             rows[peer.name].status, rows[peer.name].detail = FAILED, _first_line(error)
             logger.debug("%s failed", peer.name, exc_info=True)
@@ -93,10 +98,10 @@ def contest(
     say("timing")
     timings = _time(right, rows, device, timing)
     ours = timings.get(peers[0].name)
-    for name, found in timings.items():
-        rows[name].timed(found, tokens, items)
+    for name, measured in timings.items():
+        rows[name].timed(measured, tokens, items)
         if ours is not None and name != peers[0].name:
-            rows[name].compared(speedup(ours, found))
+            rows[name].compared(speedup(ours, measured))
     return list(rows.values())
 
 

