@@ -1,6 +1,11 @@
 # Everything runs in .venv, made on the first use and brought up to date when setup.py or constraints.txt changes.
 PYTHON ?= python3
 PYTEST_ARGS ?=
+BENCH_ARGS ?=
+BENCH_MINUTES ?= 9
+# The newest results of this machine, and those they are compared with.
+RESULTS ?= $(shell ls -td benchmarks/results/*/ 2>/dev/null | head -n 1)
+BASELINE ?=
 
 VENV := .venv
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
@@ -9,14 +14,18 @@ TRITON_FOR_CPU := triton==3.6.0; sys_platform == "linux"
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test lint format clean
+.PHONY: help demo test bench bench-report bench-compare lint format clean
 
 help: ## list the targets
 	@echo "Targets:"
-	@sed -n 's/^\([a-z]*\):.*## /  make \1	/p' $(firstword $(MAKEFILE_LIST)) | expand -t 16
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1	/p' $(firstword $(MAKEFILE_LIST)) | expand -t 22
 	@echo "Variables:"
-	@echo "  PYTHON       the Python that makes .venv, now $(PYTHON)"
-	@echo "  PYTEST_ARGS  passed on to pytest: make test PYTEST_ARGS='-k tokenizer'"
+	@echo "  PYTHON         the Python that makes .venv, now $(PYTHON)"
+	@echo "  PYTEST_ARGS    passed on to pytest: make test PYTEST_ARGS='-k tokenizer'"
+	@echo "  BENCH_MINUTES  for all benchmarks together, now $(BENCH_MINUTES)"
+	@echo "  BENCH_ARGS     passed on to pytest: make bench BENCH_ARGS='--quick -k text'"
+	@echo "  RESULTS        folder of results to report or compare, now $(or $(RESULTS),none)"
+	@echo "  BASELINE       folder of results to compare with"
 
 demo: $(VENV)/.demo-stamp ## embed sentences with real MiniLM weights, beside transformers
 	$(VENV)/bin/fastbert demo
@@ -27,6 +36,22 @@ test: $(VENV)/.test-stamp ## run the tests, compile the kernels offline, lint
 	$(VENV)/bin/pytest $(PYTEST_ARGS)
 	env -u TRITON_INTERPRET $(VENV)/bin/python -m fastbert_kernels.offline
 	@$(MAKE) --no-print-directory lint
+
+# pytest-benchmark's own file is beside the results, not among them: those are all of one kind.
+bench: $(VENV)/.bench-stamp ## time fastbert against its peers on this machine
+	@mkdir -p .benchmarks
+	env -u TRITON_INTERPRET BENCH_MINUTES=$(BENCH_MINUTES) $(VENV)/bin/pytest benchmarks \
+	    --benchmark-json=.benchmarks/latest.json --benchmark-columns=median,iqr,rounds $(BENCH_ARGS)
+
+bench-report: $(VENV)/.bench-stamp ## make the page of the newest results
+	@test -n "$(RESULTS)" || { echo "error: no results yet; make bench leaves some" >&2; exit 1; }
+	$(VENV)/bin/python benchmarks/report.py $(RESULTS)
+
+bench-compare: $(VENV)/.bench-stamp ## compare the newest results with BASELINE, on ratios; fails if slower
+	@test -n "$(RESULTS)" || { echo "error: no results yet; make bench leaves some" >&2; exit 1; }
+	@test -n "$(BASELINE)" || { \
+	    echo "error: name the results to compare with: make bench-compare BASELINE=benchmarks/results/..." >&2; exit 1; }
+	$(VENV)/bin/python benchmarks/compare.py $(BASELINE) $(RESULTS)
 
 lint: $(VENV)/.test-stamp ## ruff check, ruff format --check, mypy
 	$(VENV)/bin/ruff check .

@@ -3,8 +3,9 @@
     python -m fastbert_kernels.offline --arch 80 90          exit code 0: clean, 1: findings, 2: could not run
 
 The launchers themselves are run inside `launch.recording`, so every kernel is compiled for the arguments,
-specialisation and block sizes of a real launch. Findings are: code that does not compile, registers spilled to local memory, more
-shared memory than a thread block may have, and a matrix kernel (linear, attention) without a tensor-core instruction.
+specialisation and block sizes of a real launch. Findings are: code that does not compile, registers spilled to local
+memory, more shared memory than a thread block may have, and a matrix kernel (linear, attention) without a tensor-core
+instruction.
 IEEE float32 products are the exception to the last: they are fused multiply-adds by definition.
 
 Registers and stack come from cuobjdump and instructions from nvdisasm, both of which are in Triton's package.
@@ -57,8 +58,8 @@ INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?\w+\s+)?([A-Z][A-Z0-9_]*)
 
 COVERAGE = """\
 default  every kernel on every architecture. bf16: the three models with each linear of a layer, LayerNorm, embedding
-         and mean pooling with normalisation; for base also LayerNorm and embedding without their optional inputs and the
-         other pooling modes; attention with head sizes 16, 32, 64, 80 and 128. fp32 and fp16: linear and attention of
+         and mean pooling with normalisation; for base also LayerNorm and embedding without their optional inputs and
+         the other pooling modes; attention with head sizes 16, 32, 64, 80 and 128. fp32 and fp16: linear and attention of
          base and minilm, and on sm_80 and sm_90 the other kernels, of base.
 --all    every dtype, TF32 too, every combination of optional inputs, activations and pooling modes, int32 ids, head
          size 24, and a model whose sizes divide by nothing ("odd")."""
@@ -289,7 +290,7 @@ def _compile_by_index(index: int) -> Result:
 
 
 def compile_all(kernels: list[Kernel], jobs: int) -> Iterator[Result]:
-    """The results in order. A kernel that kills the compiler is compiled again by itself, so that it alone is blamed."""
+    """The results in order. A kernel that kills the compiler is compiled again by itself, so it alone is blamed."""
     _kernels[:] = kernels
     pool = _pool(jobs)
     try:
