@@ -152,7 +152,7 @@ class BertConfig:
 
         Raises TypeError for an override that is no setting of BERT and no key of ``d``, ValueError for a bad value.
         """
-        accepted = _FIELDS | _DERIVED | _UNSUPPORTED.keys() | {"position_embedding_type"} | d.keys()
+        accepted = _FIELDS | _DERIVED | _UNSUPPORTED.keys() | _OUTPUTS | {"position_embedding_type"} | d.keys()
         unknown = sorted(overrides.keys() - accepted)
         if unknown:
             names = ", ".join(sorted(_FIELDS))
@@ -210,6 +210,8 @@ class BertConfig:
 _FIELDS = frozenset(f.name for f in dataclasses.fields(BertConfig)) - {"extra"}
 # Keys of a config.json that fields and properties express.
 _DERIVED = frozenset(("num_labels", "label2id", "torch_dtype", "model_type"))
+# Settings of transformers that say what a model returns; kept in `extra`, where the models look for them.
+_OUTPUTS = frozenset(("output_attentions", "output_hidden_states", "return_dict"))
 
 
 def _modern(d: Mapping[str, Any]) -> dict[str, Any]:

@@ -308,6 +308,15 @@ def test_dtype(dtype: Any, expected: torch.dtype, saved: Any, tmp_path: Path) ->
     assert back.dtype == expected
 
 
+def test_output_settings_are_config_overrides(tmp_path):
+    """transformers' `from_pretrained(..., output_hidden_states=True)` refused as an unknown setting."""
+    fastbert.BertModel(fastbert.BertConfig(vocab_size=20, hidden_size=16, num_hidden_layers=1, num_attention_heads=1,
+                                           intermediate_size=20)).save_pretrained(tmp_path)  # fmt: skip
+    model = fastbert.BertModel.from_pretrained(tmp_path, output_hidden_states=True, return_dict=False)
+    output = model(torch.tensor([[1, 2]]))
+    assert isinstance(output, tuple) and len(output[2]) == 2
+
+
 def test_saved_dtype_after_a_cast(saved: Any, tmp_path: Path) -> None:
     """A config.json that names the dtype that was loaded, and would undo a cast at the next load."""
     fastbert.BertModel.from_pretrained(saved()).to(torch.bfloat16).save_pretrained(tmp_path / "ours")
