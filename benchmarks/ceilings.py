@@ -1,0 +1,98 @@
+"""What the hardware allows, measured: copy bandwidth and matrix-product rates. Every fraction of a ceiling is of these.
+
+Copy: a large buffer to another on the same device, bytes read plus bytes written. Products: square matrices of random
+numbers, because zeros draw less power and so run faster than data does; 2 n^3 operations.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from fastbert.bench.measure import interleave
+from fastbert.bench.results import Results, environment
+
+FILE = "ceilings.json"
+COPY = "copy GB/s"
+CUDA_SIZE = 8192
+CPU_SIZES = (512, 1024, 2048)
+
+
+def matmul_key(dtype: str) -> str:
+    """Of the rate for "float32" (IEEE), "tf32" (float32 inputs), "bfloat16" or "float16"."""
+    return f"matmul {dtype} TFLOP/s"
+
+
+def measure(device: torch.device, *, quick: bool = False, size: int | None = None) -> dict[str, float]:
+    """All ceilings of a device. size: of the matrices; by default 8192 on a GPU, what fits half a second on a CPU."""
+    found = {COPY: copy_bandwidth(device, _copy_bytes(device, quick))}
+    for dtype in ("bfloat16", "float16", "float32", "tf32") if device.type == "cuda" else ("float32", "bfloat16"):
+        found[matmul_key(dtype)] = matmul_rate(device, dtype, size or _matmul_size(device, dtype, quick))
+    return found
+
+
+def copy_bandwidth(device: torch.device, n_bytes: int) -> float:
+    """GB/s, read and written, of copies of n_bytes."""
+    source = torch.randint(0, 127, (n_bytes // 4,), dtype=torch.int32, device=device)
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / _seconds(lambda i: target.copy_(source), device) / 1e9
+
+
+def matmul_rate(device: torch.device, dtype: str, size: int) -> float:
+    """TFLOP/s of (size, size) @ (size, size)."""
+    tensor_dtype = torch.float32 if dtype == "tf32" else getattr(torch, dtype)
+    a, b = (torch.randn(size, size, device=device).to(tensor_dtype) for _ in range(2))
+    out = torch.empty_like(a)
+    switch = torch.backends.cuda.matmul
+    # PyTorch 2.9 renamed the switch, and mixing the two names raises.
+    name, settings = (
+        ("fp32_precision", ("ieee", "tf32")) if hasattr(switch, "fp32_precision") else ("allow_tf32", (False, True))
+    )
+    before = getattr(switch, name)
+    setattr(switch, name, settings[dtype == "tf32"])
+    try:
+        return 2 * size**3 / _seconds(lambda i: torch.matmul(a, b, out=out), device) / 1e12
+    finally:
+        setattr(switch, name, before)
+
+
+def cached(device: torch.device, folder: Path, *, quick: bool = False) -> dict[str, float]:
+    """The ceilings in the folder's file if it is of this device, else measured now and written there."""
+    path = folder / FILE
+    now = environment(device)
+    if path.exists():
+        before = Results.load(path)
+        if before.environment.get("device") == now["device"] and before.ceilings:
+            return before.ceilings
+    results = Results(now, ceilings=measure(device, quick=quick))
+    results.save(path)
+    return results.ceilings
+
+
+def _seconds(run: Callable[[int], object], device: torch.device) -> float:
+    """Of the fastest round: a ceiling is what the device can do, not what it did while something else ran."""
+    rounds = 20 if device.type == "cuda" else 7
+    return min(interleave({"it": run}, device=device, rounds=rounds, warmup=3, max_seconds=2.0)["it"].samples)
+
+
+def _copy_bytes(device: torch.device, quick: bool) -> int:
+    """Far more than the caches hold, and less than a tenth of a GPU's memory."""
+    if device.type == "cuda":
+        return min(4 * 2**30, torch.cuda.get_device_properties(device).total_memory // 10)
+    return 2**26 if quick else 2**29
+
+
+def _matmul_size(device: torch.device, dtype: str, quick: bool) -> int:
+    """On a CPU the largest of a few sizes that takes less than half a second: some multiply bfloat16 very slowly."""
+    if device.type == "cuda":
+        return CUDA_SIZE
+    a = torch.randn(CPU_SIZES[0], CPU_SIZES[0]).to(getattr(torch, dtype))
+    torch.matmul(a, a)
+    started = time.perf_counter()
+    torch.matmul(a, a)
+    once = time.perf_counter() - started
+    fitting = [n for n in CPU_SIZES if once * (n / CPU_SIZES[0]) ** 3 < (0.05 if quick else 0.5)]
+    return fitting[-1] if fitting else CPU_SIZES[0]

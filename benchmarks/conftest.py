@@ -1,0 +1,51 @@
+"""Options and fixtures of `pytest benchmarks`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from session import Session
+from suites import results_folder, tidy
+
+from fastbert.ops import dispatch
+
+MINUTES = 9.0
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("fastbert")
+    minutes = float(os.environ.get("BENCH_MINUTES") or MINUTES)
+    group.addoption("--minutes", type=float, default=minutes, help=f"for all cases together ({MINUTES}; BENCH_MINUTES)")
+    group.addoption("--quick", action="store_true", help="few rounds, and the first cases of each suite only")
+    group.addoption("--results", type=Path, help="folder of the results (benchmarks/results/<device>-<date>)")
+    group.addoption("--bench-device", choices=("cuda", "cpu"), help="by default the GPU if there is one")
+    group.addoption("--bench-model", type=Path, help="checkpoint for the text suite (all-MiniLM-L6-v2 if installed)")
+
+
+@pytest.fixture(scope="session")
+def bench_device(request: pytest.FixtureRequest) -> torch.device:
+    if dispatch.interpreting():
+        pytest.exit("TRITON_INTERPRET is set: nothing is timed under Triton's interpreter", returncode=2)
+    wanted = request.config.getoption("--bench-device")
+    return torch.device(wanted or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+@pytest.fixture(scope="session")
+def session(request: pytest.FixtureRequest, bench_device: torch.device) -> Session:
+    options = request.config.option
+    cases = [
+        spec.params.get("case") for spec in (getattr(item, "callspec", None) for item in request.session.items) if spec
+    ]
+    n_cases = sum(case is not None and case.device_type == bench_device.type for case in cases)
+    folder = options.results or results_folder(bench_device)
+    return Session(bench_device, folder, 60.0 * options.minutes, n_cases, quick=options.quick)
+
+
+@pytest.fixture(autouse=True)
+def _tidy(bench_device: torch.device) -> Iterator[None]:
+    yield
+    tidy(bench_device)

@@ -1,0 +1,169 @@
+"""The parts of a run on a GPU, each in a process of its own (see gpu.py). They take the device: a CPU will do."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import ceilings
+import gpu_tests
+import models
+import suite_kernels
+import suite_model
+import suite_start
+import suite_text
+import torch
+from suites import Case, Deadline, Recorder, read_notes, run_cases
+
+from fastbert.bench.peers import OURS
+from fastbert.bench.results import FAILED, OK, Row
+
+if TYPE_CHECKING:
+    from gpu import Options
+
+# What is compiled ahead: all that the suites time.
+COMPILED = (
+    ("BERT-base", "bfloat16"), ("BERT-large", "bfloat16"), ("MiniLM", "bfloat16"),
+    ("BERT-base", "float16"), ("BERT-base", "float32"),
+)  # fmt: skip
+
+
+def run(part: str, options: Options, seconds: float) -> int:
+    """Runs one part; its exit code."""
+    device = torch.device(options.device)
+    return RUN[part](options, device, seconds)
+
+
+def compile_kernels(options: Options, device: torch.device, seconds: float) -> int:
+    """Fills the cache of compiled kernels, a model and dtype at a time, and notes how long each took cold."""
+    recorder = Recorder(options.out / "compile.json", device)
+    deadline, taken = Deadline(seconds), {}
+    started = time.monotonic()
+    for model, dtype in COMPILED:
+        if deadline.left <= 0:
+            break
+        before = time.monotonic()
+        suite_kernels.warm(device, model, dtype)
+        taken[f"{model} {dtype}"] = round(time.monotonic() - before, 2)
+    total = round(time.monotonic() - started, 2)
+    recorder.note(cold_compilation_seconds=total, cold_compilation_of_each=taken)
+    _say(f"cold compilation of the kernels took {total:.0f} s")
+    return 0
+
+
+def tests(options: Options, device: torch.device, seconds: float) -> int:
+    recorder = Recorder(options.out / "tests.json", device)
+    with tempfile.TemporaryDirectory() as folder:
+        verdicts, log = gpu_tests.run(seconds - gpu_tests.GRACE, Path(folder), say=_say)
+    recorder.note(**gpu_tests.as_notes(verdicts))
+    if log:
+        (options.out / "tests.log").write_text(log)
+    return int(any(verdict.status == gpu_tests.FAILED for verdict in verdicts.values()))
+
+
+def measure_ceilings(options: Options, device: torch.device, seconds: float) -> int:
+    for name, value in ceilings.cached(device, options.out, quick=options.quick).items():
+        _say(f"{name}: {value:,.4g}")
+    return 0
+
+
+def kernels(options: Options, device: torch.device, seconds: float) -> int:
+    return _suite("kernels", suite_kernels.cases(device.type), options, device, seconds)
+
+
+def model(options: Options, device: torch.device, seconds: float) -> int:
+    return _suite("model", suite_model.cases(device.type), options, device, seconds)
+
+
+def text(options: Options, device: torch.device, seconds: float) -> int:
+    weights = models.text_model(options.model)[1]
+    return _suite("text", suite_text.cases(device.type, options.model), options, device, seconds, weights=weights)
+
+
+def start(options: Options, device: torch.device, seconds: float) -> int:
+    """Cold start, first with empty caches of compiled kernels, then with those that this left."""
+    recorder = Recorder(options.out / "start.json", device)
+    deadline = Deadline(seconds)
+    refused = gpu_tests.refusals(read_notes(options.out / "tests.json"))
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        checkpoint, whose = models.text_model(options.model)
+        recorder.note(weights=whose)
+        own = {"TRITON_CACHE_DIR": str(folder / "triton"), "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor")}
+        for caches, rounds, share in (("empty", 1, 0.5), ("filled", 3, 1.0)):
+            rows = suite_start.run(
+                checkpoint,
+                device,
+                "bfloat16" if device.type == "cuda" else "float32",
+                workload=f"import to first vector, {caches} kernel caches",
+                model=whose,
+                rounds=rounds,
+                max_seconds=share * deadline.left,
+                environment=own,
+            )
+            if "text" in refused:
+                rows = [Row(rows[0].suite, rows[0].workload, OURS, rows[0].dtype, FAILED, refused["text"])]
+            recorder.add(rows)
+    return 0
+
+
+def sanitizer(options: Options, device: torch.device, seconds: float) -> int:
+    """compute-sanitizer's memcheck on each kernel, on a few tokens of several lengths."""
+    recorder = Recorder(options.out / "sanitizer.json", device)
+    tool = shutil.which("compute-sanitizer")
+    if tool is None or device.type != "cuda":
+        recorder.note(sanitizer="not run: compute-sanitizer is not installed, or there is no GPU")
+        return 0
+    call = "import suite_kernels, torch; suite_kernels.warm(torch.device('cuda'), 'MiniLM', 'float16')"
+    line = [tool, "--tool", "memcheck", "--error-exitcode", "9", "--target-processes", "all"]
+    environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    try:
+        done = subprocess.run(
+            [*line, sys.executable, "-c", call], cwd=Path(__file__).parent, env=environment, timeout=seconds,
+            capture_output=True, text=True,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        recorder.note(sanitizer=f"not finished within {seconds:.0f} s")
+        return 1
+    last = (done.stdout + done.stderr).strip().splitlines()[-20:]
+    recorder.note(sanitizer="clean" if done.returncode == 0 else "\n".join(last))
+    _say(f"compute-sanitizer: exit code {done.returncode}")
+    return int(done.returncode != 0)
+
+
+def _suite(
+    part: str, cases: Sequence[Case], options: Options, device: torch.device, seconds: float, **notes: Any
+) -> int:
+    """Runs the cases of a suite into its result file; exit code 1 if fastbert itself failed or was wrong somewhere."""
+    deadline = Deadline(seconds)
+    found = ceilings.cached(device, options.out, quick=options.quick)
+    recorder = Recorder(options.out / f"{part}.json", device, found)
+    tested = read_notes(options.out / "tests.json")
+    recorder.note(**notes, tests="run before" if tested else "not run")
+    refused = gpu_tests.refusals(tested)
+    run_cases(cases, device, recorder, deadline=deadline, refused=refused, quick=options.quick, say=_say)
+    ours = [row for row in recorder.results.rows if row.competitor == OURS]
+    return int(any(row.status != OK for row in ours))
+
+
+def _say(text: str) -> None:
+    print(f"         {text}", flush=True)
+
+
+RUN: dict[str, Callable[[Any, torch.device, float], int]] = {
+    "compile": compile_kernels,
+    "tests": tests,
+    "ceilings": measure_ceilings,
+    "kernels": kernels,
+    "model": model,
+    "text": text,
+    "start": start,
+    "sanitizer": sanitizer,
+}

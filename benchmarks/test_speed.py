@@ -1,0 +1,102 @@
+"""The suites under pytest-benchmark: a benchmark a case. A case in which fastbert is wrong or fails is a failed test.
+
+The comparison with the peers is a contest in interleaved rounds, whose rows go into the result files and into
+extra_info; pytest-benchmark's own statistics then time fastbert alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import models
+import pytest
+import suite_kernels
+import suite_model
+import suite_start
+import suite_text
+import torch
+from session import TIME_UP, Session
+from suites import Case
+
+from fastbert.bench.peers import OURS, Peer
+from fastbert.bench.results import OK, Row
+
+QUICK_CASES = 3
+SECONDS = 2.0  # of pytest-benchmark's own timing of a case, about
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "case" not in metafunc.fixturenames:
+        return
+    suite = {"test_text": suite_text, "test_model": suite_model, "test_kernels": suite_kernels}[
+        metafunc.function.__name__
+    ]
+    found: list[Case] = []
+    for device_type in ("cpu", "cuda"):
+        cases = suite.cases(device_type)  # made only when they run
+        found += cases[:QUICK_CASES] if metafunc.config.getoption("--quick") else cases
+    metafunc.parametrize("case", found, ids=[case.name for case in found])
+
+
+def test_text(case: Case, session: Session, benchmark: Any) -> None:
+    """Text in, vectors out, tokenization included."""
+    hold(case, session, benchmark)
+
+
+def test_model(case: Case, session: Session, benchmark: Any) -> None:
+    """Token ids in, hidden states out."""
+    hold(case, session, benchmark)
+
+
+def test_kernels(case: Case, session: Session, benchmark: Any) -> None:
+    """One fused operation."""
+    hold(case, session, benchmark)
+
+
+def test_start(session: Session, benchmark: Any) -> None:
+    """A fresh process: from its first import to its first vector."""
+    if session.deadline.left <= 0:
+        pytest.skip(TIME_UP)
+    folder, whose = models.text_model()
+    rounds = 1 if session.quick else 2
+    rows = suite_start.run(
+        folder, session.device, "float32", model=whose, rounds=rounds, max_seconds=session.deadline.left / 2
+    )
+    session.recorder(suite_start.SUITE).add(rows)
+    benchmark.extra_info["rows"] = [as_json(row) for row in rows]
+    assert rows[0].status == OK, rows[0].detail
+    benchmark.pedantic(suite_start.once, (OURS, folder, session.device, "float32"), rounds=1)
+
+
+def hold(case: Case, session: Session, benchmark: Any) -> None:
+    """The contest of a case; then, if fastbert's output was right, its time alone."""
+    if case.device_type != session.device.type:
+        pytest.skip("needs an NVIDIA GPU" if case.device_type == "cuda" else "is for CPUs, and this run is on a GPU")
+    outcome = session.run(case)
+    if outcome is None:
+        pytest.skip(TIME_UP)
+    benchmark.extra_info["rows"] = [as_json(row) for row in outcome.rows]
+    ours = outcome.rows[0]
+    assert ours.status == OK and outcome.ours is not None, f"{ours.status}: {ours.detail}"
+    again(outcome.ours, outcome.rows, session.device, benchmark)
+
+
+def again(peer: Peer, rows: Sequence[Row], device: torch.device, benchmark: Any) -> None:
+    numbers = itertools.count()
+
+    def run(i: int) -> None:
+        peer.run(i)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    rounds = max(3, min(20, int(SECONDS / (rows[0].seconds or SECONDS))))
+    benchmark.pedantic(run, setup=lambda: ((next(numbers),), {}), rounds=rounds, warmup_rounds=1)
+
+
+def as_json(row: Row) -> dict[str, Any]:
+    """The fields of a row, with null for what JSON has no number for."""
+    return json.loads(json.dumps(dataclasses.asdict(row)), parse_constant=lambda name: None)
