@@ -14,13 +14,14 @@ from suites import results_folder, tidy
 from fastbert.ops import dispatch
 
 MINUTES = 9.0
+QUICK = Path(__file__).resolve().parent.parent / ".benchmarks" / "quick"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("fastbert")
     minutes = float(os.environ.get("BENCH_MINUTES") or MINUTES)
     group.addoption("--minutes", type=float, default=minutes, help=f"for all cases together ({MINUTES}; BENCH_MINUTES)")
-    group.addoption("--quick", action="store_true", help="few rounds, and the first cases of each suite only")
+    group.addoption("--quick", action="store_true", help="two rounds of a few peers and cases, kept out of results/")
     group.addoption("--results", type=Path, help="folder of the results (benchmarks/results/<device>-<date>)")
     group.addoption("--bench-device", choices=("cuda", "cpu"), help="by default the GPU if there is one")
     group.addoption("--bench-model", type=Path, help="checkpoint for the text suite (all-MiniLM-L6-v2 if installed)")
@@ -37,12 +38,18 @@ def bench_device(request: pytest.FixtureRequest) -> torch.device:
 @pytest.fixture(scope="session")
 def session(request: pytest.FixtureRequest, bench_device: torch.device) -> Session:
     options = request.config.option
-    cases = [
-        spec.params.get("case") for spec in (getattr(item, "callspec", None) for item in request.session.items) if spec
-    ]
-    n_cases = sum(case is not None and case.device_type == bench_device.type for case in cases)
-    folder = options.results or results_folder(bench_device)
-    return Session(bench_device, folder, 60.0 * options.minutes, n_cases, quick=options.quick)
+    specs = [spec for spec in (getattr(item, "callspec", None) for item in request.session.items) if spec is not None]
+    cases = [case for case in (spec.params.get("case") for spec in specs) if case is not None]
+    # A quick look is no result.
+    folder = options.results or (QUICK if options.quick else results_folder(bench_device))
+    return Session(
+        bench_device,
+        folder,
+        60.0 * options.minutes,
+        [case for case in cases if case.device_type == bench_device.type],
+        quick=options.quick,
+        model=options.bench_model,
+    )
 
 
 @pytest.fixture(autouse=True)

@@ -145,7 +145,8 @@ def run_plan(
 
 
 def part_arguments(part: str, options: Options, seconds: float) -> list[str]:
-    line = ["--part", part, "--seconds", f"{seconds:.1f}", "--out", str(options.out), "--device", options.device]
+    line = ["--part", part, "--seconds", f"{seconds:.1f}", "--minutes", f"{options.minutes:g}"]
+    line += ["--out", str(options.out), "--device", options.device]
     line += ["--model", str(options.model)] if options.model else []
     return line + (["--quick"] if options.quick else [])
 

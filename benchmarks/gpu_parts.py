@@ -79,11 +79,12 @@ def kernels(options: Options, device: torch.device, seconds: float) -> int:
 
 
 def model(options: Options, device: torch.device, seconds: float) -> int:
-    return _suite("model", suite_model.cases(device.type), options, device, seconds)
+    compiled = options.minutes >= suite_model.MINUTES_TO_COMPILE
+    return _suite("model", suite_model.cases(device.type, compiled=compiled), options, device, seconds)
 
 
 def text(options: Options, device: torch.device, seconds: float) -> int:
-    weights = models.text_model(options.model)[1]
+    weights = models.text_model_name(options.model)
     return _suite("text", suite_text.cases(device.type, options.model), options, device, seconds, weights=weights)
 
 
@@ -92,10 +93,10 @@ def start(options: Options, device: torch.device, seconds: float) -> int:
     recorder = Recorder(options.out / "start.json", device)
     deadline = Deadline(seconds)
     refused = gpu_tests.refusals(read_notes(options.out / "tests.json"))
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        checkpoint, whose = models.text_model(options.model)
-        recorder.note(weights=whose)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        checkpoint, name = models.text_model(options.model), models.text_model_name(options.model)
+        recorder.note(weights=name)
         own = {"TRITON_CACHE_DIR": str(folder / "triton"), "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor")}
         for caches, rounds, share in (("empty", 1, 0.5), ("filled", 3, 1.0)):
             rows = suite_start.run(
@@ -103,7 +104,7 @@ def start(options: Options, device: torch.device, seconds: float) -> int:
                 device,
                 "bfloat16" if device.type == "cuda" else "float32",
                 workload=f"import to first vector, {caches} kernel caches",
-                model=whose,
+                model=name,
                 rounds=rounds,
                 max_seconds=share * deadline.left,
                 environment=own,

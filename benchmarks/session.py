@@ -2,25 +2,39 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import ceilings
 import torch
-from suites import Case, Deadline, Outcome, Recorder, run_case
+from suites import Case, Deadline, Outcome, Recorder, Schedule, run_case
 
 TIME_UP = "the time was up (--minutes, BENCH_MINUTES)"
 
 
 class Session:
-    """n_cases: how many `run` will be asked for. Ceilings are measured when the first case runs."""
+    """cases: those that `run` will be asked for. model: the checkpoint of the text suite, None for the usual one.
+
+    Ceilings are measured when the first case runs.
+    """
 
     def __init__(
-        self, device: torch.device, folder: Path, seconds: float, n_cases: int, *, quick: bool = False
+        self,
+        device: torch.device,
+        folder: Path,
+        seconds: float,
+        cases: Sequence[Case],
+        *,
+        quick: bool = False,
+        model: Path | None = None,
     ) -> None:
-        self.device, self.folder, self.quick = device, folder, quick
-        self.deadline = Deadline(seconds)
-        self._cases_left = n_cases
+        self.device, self.folder, self.quick, self.model = device, folder, quick, model
+        self.schedule = Schedule(cases, Deadline(seconds))
         self._recorders: dict[str, Recorder] = {}
+
+    @property
+    def seconds_left(self) -> float:
+        return self.schedule.deadline.left
 
     def recorder(self, suite: str) -> Recorder:
         """The result file of a suite, in the session's folder."""
@@ -30,16 +44,13 @@ class Session:
         return self._recorders[suite]
 
     def run(self, case: Case) -> Outcome | None:
-        """Holds the contest of a case and saves its rows; None, with a note, where the time is up."""
+        """Holds the contest of a case and saves its rows; None, with a note, where there is no time for it."""
         recorder = self.recorder(case.suite)
-        share = self.deadline.share(self._cases_left)
-        self._cases_left -= 1
-        if self.deadline.left <= 0:
-            missed = [*recorder.results.notes.get("not_reached", []), case.name]
-            recorder.note(not_reached=missed, reason=TIME_UP)
-            return None
-        # Loading, exporting and compiling take about as long as the timing, and no limit stops them.
-        found = recorder.results.ceilings
-        outcome = run_case(case, self.device, ceilings=found, max_seconds=share / 2, quick=self.quick)
-        recorder.add(outcome.rows)
-        return outcome
+        with self.schedule.turn(case) as seconds:
+            if seconds is None:
+                recorder.note(not_reached=[*recorder.results.notes.get("not_reached", []), case.name])
+                return None
+            found = recorder.results.ceilings
+            outcome = run_case(case, self.device, ceilings=found, max_seconds=seconds, quick=self.quick)
+            recorder.add(outcome.rows)
+            return outcome

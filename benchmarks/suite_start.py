@@ -81,7 +81,7 @@ def once(
     environment: Mapping[str, str] | None = None,
     timeout: float | None = None,
 ) -> dict[str, Any]:
-    """The seconds that cold_start.py prints. Raises RuntimeError, with the last line that it printed, where it fails."""
+    """The seconds that cold_start.py prints. Raises RuntimeError, with its last line, where it fails."""
     paths = [str(ROOT), str(ROOT / "kernels")]
     set_apart = {"PYTHONPATH": os.pathsep.join(paths), "HF_HUB_OFFLINE": "1", **(environment or {})}
     inherited = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}

@@ -6,7 +6,8 @@ import gc
 import re
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from fastbert.bench.peers import OURS, Peer, contest
 from fastbert.bench.results import FAILED, OK, Results, Row, device_name, environment
 from fastbert.ops import dispatch
 
+QUICK_PEERS = 3  # fastbert, plain PyTorch and one more
 RESULTS = Path(__file__).resolve().parent / "results"
 
 
@@ -55,8 +57,7 @@ class Work:
 class Built:
     """A case made ready: who competes (fastbert first), on what, and what is right.
 
-    eager: the name of plain PyTorch, whose error bounds that of fastbert. extra: goes into every row. dtypes: of peers
-    that compute in another dtype than the case's.
+    eager: the name of plain PyTorch, whose error bounds that of fastbert. extra: goes into every row.
     """
 
     peers: Sequence[Peer]
@@ -67,12 +68,14 @@ class Built:
     work: Work | None = None
     extra: dict[str, Any] = field(default_factory=dict)
     timing: dict[str, Any] = field(default_factory=dict)
-    dtypes: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Case:
-    """One workload of one suite, built only when it runs. needs: the operations whose tests must have passed."""
+    """One workload of one suite, built only when it runs.
+
+    needs: the operations whose tests must have passed. weight: its share of the time, beside the other cases'.
+    """
 
     suite: str
     workload: str
@@ -82,6 +85,7 @@ class Case:
     needs: tuple[str, ...]
     build: Callable[[torch.device], Built] = field(compare=False)
     setting: str = ""
+    weight: float = 1.0
 
     @property
     def name(self) -> str:
@@ -110,7 +114,7 @@ def run_case(
     """Builds a case, holds its contest and adds rates; what goes wrong becomes a row, not an exception.
 
     refused: operations whose tests failed, with the reason: no speed is measured for what needs one of them.
-    max_seconds: after that no new round of timing begins.
+    max_seconds: after that no new round of timing begins. quick: two rounds of the first few competitors.
     """
     for op in case.needs:
         if refused and op in refused:
@@ -123,10 +127,11 @@ def run_case(
     except Exception as error:  # too little memory, a package that is missing: the case's result
         return Outcome([_row(case, OURS, status=FAILED, detail=f"{type(error).__name__}: {error}"[:300])])
     timing = {"rounds": 30 if device.type == "cuda" else 7, "min_rounds": 3, "max_seconds": max_seconds}
-    timing |= built.timing | ({"rounds": 3} if quick else {})
+    timing |= built.timing | ({"rounds": 2, "min_rounds": 2} if quick else {})
+    peers = built.peers[:QUICK_PEERS] if quick else built.peers
     rows = contest(
-        built.peers,
-        lambda peer: _row(case, peer.name, built.dtypes.get(peer.name), extra=dict(built.extra)),
+        peers,
+        lambda peer: _row(case, peer.name, peer.dtype, extra=dict(built.extra)),
         built.reference,
         device=device,
         eager=built.eager,
@@ -138,7 +143,7 @@ def run_case(
     if built.work is not None:
         for row in rows:
             built.work.fill(row, ceilings or {})
-    return Outcome(rows, built.peers[0] if rows[0].status == OK else None)
+    return Outcome(rows, peers[0] if rows[0].status == OK else None)
 
 
 def tidy(device: torch.device) -> None:
@@ -187,19 +192,39 @@ def relate(rows: Sequence[Row]) -> None:
 
 
 class Deadline:
-    """Shares what is left of a time budget among the cases that are left."""
-
     def __init__(self, seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
-        self._clock = clock
+        self.clock = clock
         self._end = clock() + seconds
 
     @property
     def left(self) -> float:
-        return self._end - self._clock()
+        return self._end - self.clock()
 
-    def share(self, n_left: int) -> float:
-        """Seconds for the next of n_left cases."""
-        return max(0.0, self.left) / max(1, n_left)
+
+class Schedule:
+    """Shares what is left of the time among the cases that are left, by weight."""
+
+    def __init__(self, cases: Sequence[Case], deadline: Deadline) -> None:
+        self.deadline = deadline
+        self._waiting = list(cases)
+        self._longest: dict[tuple[str, str], float] = {}  # seconds that a case of a suite and model took
+
+    @contextmanager
+    def turn(self, case: Case) -> Iterator[float | None]:
+        """The seconds that a case, one of `cases`, has for its rounds of timing; None if it should not begin.
+
+        Half of its share: the other half is for loading, compiling and checking, which no limit stops. It should not
+        begin when the time is up, or when one like it took twice as long as there is left.
+        """
+        share = max(0.0, self.deadline.left) * case.weight / sum(waiting.weight for waiting in self._waiting)
+        self._waiting.remove(case)
+        kind = case.suite, case.model
+        if self.deadline.left <= self._longest.get(kind, 0.0) / 2:
+            yield None
+            return
+        started = self.deadline.clock()
+        yield share / 2
+        self._longest[kind] = max(self._longest.get(kind, 0.0), self.deadline.clock() - started)
 
 
 def run_cases(
@@ -212,24 +237,24 @@ def run_cases(
     quick: bool = False,
     say: Callable[[str], None] = lambda text: None,
 ) -> None:
-    """Runs cases in order, the most important first, until the time is up; those not reached are noted by name.
-
-    Half of a case's share of the time is for timing: the other half is for loading and compiling, which no limit stops.
-    """
-    for number, case in enumerate(cases):
-        if deadline.left <= 0:
-            recorder.note(not_reached=[late.name for late in cases[number:]], reason="the time was up")
-            say(f"time is up: {len(cases) - number} of {len(cases)} cases not reached")
-            return
-        say(f"{case.name} ({deadline.left:.0f} s left)")
-        share = deadline.share(len(cases) - number)
-        outcome = run_case(
-            case, device, ceilings=recorder.results.ceilings, refused=refused, max_seconds=share / 2, quick=quick
-        )
-        recorder.add(outcome.rows)
-        del outcome
-        tidy(device)
-    recorder.note(not_reached=[])
+    """Runs cases in order, the most important first, while there is time; those not reached are noted by name."""
+    schedule = Schedule(cases, deadline)
+    missed: list[str] = []
+    for case in cases:
+        with schedule.turn(case) as seconds:
+            if seconds is None:
+                missed.append(case.name)
+                continue
+            say(f"{case.name} ({deadline.left:.0f} s left)")
+            outcome = run_case(
+                case, device, ceilings=recorder.results.ceilings, refused=refused, max_seconds=seconds, quick=quick
+            )
+            recorder.add(outcome.rows)
+            del outcome
+            tidy(device)
+    recorder.note(not_reached=missed)
+    if missed:
+        say(f"time is up: {len(missed)} of {len(cases)} cases not reached")
 
 
 def results_folder(device: torch.device) -> Path:

@@ -35,10 +35,16 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     suite = {"test_text": suite_text, "test_model": suite_model, "test_kernels": suite_kernels}[
         metafunc.function.__name__
     ]
+    get = metafunc.config.getoption
+    options: dict[str, Any] = {}
+    if suite is suite_text:
+        options["model"] = get("--bench-model")
+    elif suite is suite_model:
+        options["compiled"] = get("--minutes") >= suite_model.MINUTES_TO_COMPILE
     found: list[Case] = []
     for device_type in ("cpu", "cuda"):
-        cases = suite.cases(device_type)  # made only when they run
-        found += cases[:QUICK_CASES] if metafunc.config.getoption("--quick") else cases
+        cases = suite.cases(device_type, **options)
+        found += cases[:QUICK_CASES] if get("--quick") else cases
     metafunc.parametrize("case", found, ids=[case.name for case in found])
 
 
@@ -59,17 +65,21 @@ def test_kernels(case: Case, session: Session, benchmark: Any) -> None:
 
 def test_start(session: Session, benchmark: Any) -> None:
     """A fresh process: from its first import to its first vector."""
-    if session.deadline.left <= 0:
+    if session.seconds_left <= 0:
         pytest.skip(TIME_UP)
-    folder, whose = models.text_model()
-    rounds = 1 if session.quick else 2
+    model = session.model
+    dtype = "float32" if session.device.type == "cpu" else "bfloat16"
+    arguments = models.text_model(model), session.device, dtype
     rows = suite_start.run(
-        folder, session.device, "float32", model=whose, rounds=rounds, max_seconds=session.deadline.left / 2
+        *arguments,
+        model=models.text_model_name(model),
+        rounds=1 if session.quick else 2,
+        max_seconds=session.seconds_left,
     )
     session.recorder(suite_start.SUITE).add(rows)
     benchmark.extra_info["rows"] = [as_json(row) for row in rows]
     assert rows[0].status == OK, rows[0].detail
-    benchmark.pedantic(suite_start.once, (OURS, folder, session.device, "float32"), rounds=1)
+    benchmark.pedantic(suite_start.once, (OURS, *arguments), rounds=1)
 
 
 def hold(case: Case, session: Session, benchmark: Any) -> None:

@@ -33,9 +33,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             # Not before: with --help and --version nobody waits for PyTorch.
             from fastbert import commands
 
-            getattr(commands, args.command.replace("-", "_"))(args)
+            code: int | None = getattr(commands, args.command.replace("-", "_"))(args)
             sys.stdout.flush()
-            return 0
+            return code or 0
         except BrokenPipeError:
             # Python would complain once more when it flushes at exit.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -94,7 +94,16 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"fastbert {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for add in (_add_embed, _add_similarity, _add_fill_mask, _add_next_sentence, _add_classify, _add_info, _add_demo):
+    for add in (
+        _add_embed,
+        _add_similarity,
+        _add_fill_mask,
+        _add_next_sentence,
+        _add_classify,
+        _add_info,
+        _add_bench,
+        _add_demo,
+    ):
         add(commands)
     return parser
 
@@ -230,6 +239,23 @@ def _add_info(commands: Any) -> None:
   fastbert info --model google-bert/bert-base-uncased --dtype bfloat16""",
         model=False,
     )
+
+
+def _add_bench(commands: Any) -> None:
+    from fastbert.bench import run
+
+    parser = commands.add_parser(
+        "bench",
+        help="fastbert beside what you would use instead, on your model, texts and device",
+        description="Fastbert beside what you would use instead, on your model, texts and device.",
+        epilog=run.EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(usage_error=parser.error)
+    run.add_arguments(parser)
+    group = parser.add_argument_group("messages")
+    group.add_argument("-v", "--verbose", action="store_true", help="say more on standard error")
+    group.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
 
 def _add_demo(commands: Any) -> None:

@@ -154,6 +154,12 @@ def info(args: argparse.Namespace) -> None:
     print(f"\n{explain(model)}")
 
 
+def bench(args: argparse.Namespace) -> int:
+    from fastbert.bench.run import run
+
+    return run(args)
+
+
 def demo(args: argparse.Namespace) -> None:
     from fastbert import demo as demonstration
 

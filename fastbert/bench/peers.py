@@ -9,11 +9,11 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 
-from fastbert.bench.measure import Timing, interleave, rms_error, speedup
+from fastbert.bench.measure import Timing, interleave, max_error, rms_error, speedup
 from fastbert.bench.results import FAILED, MISSING, WRONG, Row
 
 logger = logging.getLogger("fastbert")
@@ -22,9 +22,13 @@ OURS = "fastbert"
 
 
 class Peer:
-    """One competitor in one setting. Subclasses set `name` and fill in the three methods."""
+    """One competitor in one setting. Subclasses set `name` and fill in the three methods.
 
-    name: ClassVar[str]
+    dtype: what it computes in, None where that is the contest's.
+    """
+
+    name: str
+    dtype: str | None = None
 
     def available(self) -> str | None:
         """None, or why this peer cannot run here (a package, a device, a feature that is missing)."""
@@ -40,6 +44,10 @@ class Peer:
     def output(self) -> torch.Tensor:
         """What a run on input set 0 gives, in the form that the contest's reference has, for the check."""
         raise NotImplementedError
+
+    def facts(self) -> dict[str, Any]:
+        """For `Row.extra`, once there is an output: the batch size taken, the padding waste."""
+        return {}
 
 
 def contest(
@@ -78,7 +86,9 @@ def contest(
             started = time.monotonic()
             peer.prepare()
             rows[peer.name].extra["prepare_seconds"] = time.monotonic() - started
-            rows[peer.name].error = rms_error(peer.output(), reference)
+            output = peer.output()
+            rows[peer.name].error = rms_error(output, reference)
+            rows[peer.name].extra |= {"max_error": max_error(output, reference), **peer.facts()}
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
                 rows[peer.name].peak_bytes = torch.cuda.max_memory_allocated(device) - others

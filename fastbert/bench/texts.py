@@ -7,8 +7,11 @@ import inspect
 import os
 import warnings
 from collections.abc import Sequence
+from typing import TypeVar
 
 from fastbert import text_io
+
+Item = TypeVar("Item")
 
 # Modules of the standard library with many docstrings, all quick to import.
 _DOCUMENTED = (
@@ -54,7 +57,7 @@ def read_texts(path: str | os.PathLike[str]) -> list[str]:
     return texts
 
 
-def spread(texts: Sequence[str], n: int) -> list[str]:
-    """n of the texts, or all if there are fewer, evenly from the whole list."""
-    n = min(n, len(texts))
-    return [texts[i * len(texts) // n] for i in range(n)]
+def spread(items: Sequence[Item], n: int) -> list[Item]:
+    """n of the items, or all if there are fewer, evenly from the whole list."""
+    n = min(n, len(items))
+    return [items[i * len(items) // n] for i in range(n)]

@@ -3,10 +3,13 @@
     python -m fastbert_kernels.offline --arch 80 90          exit code 0: clean, 1: findings, 2: could not run
 
 The launchers themselves are run inside `launch.recording`, so every kernel is compiled for the arguments,
-specialisation and block sizes of a real launch. Findings are: code that does not compile, registers spilled to local
-memory, more shared memory than a thread block may have, and a matrix kernel (linear, attention) without a tensor-core
-instruction.
-IEEE float32 products are the exception to the last: they are fused multiply-adds by definition.
+specialisation and block sizes of a real launch. Findings are:
+
+- code that does not compile;
+- registers spilled to local memory; in TF32 and for the sizes that divide by nothing ("odd") that is shown, no finding;
+- more shared or tensor memory than a thread block may have;
+- a matrix kernel (linear, attention) without a tensor-core instruction. In IEEE float32, whose products are fused
+  multiply-adds by definition, one with such an instruction.
 
 Registers and stack come from cuobjdump and instructions from nvdisasm, both of which are in Triton's package.
 """
@@ -24,9 +27,9 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -44,7 +47,7 @@ from fastbert_kernels import attention, embedding, gelu, launch, layer_norm, lin
 MODELS = {"base": (768, 3072, 12), "large": (1024, 4096, 16), "minilm": (384, 1536, 12), "odd": (90, 250, 3)}
 # "tf32" is float32 with torch.backends.cuda.matmul.allow_tf32 set.
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "tf32": torch.float32}
-# Head sizes beyond those of the models: the smallest, the largest, and two that are padded to the next tile.
+# Head sizes beyond those of the models: the smallest, the largest, and three that are padded to the next tile.
 HEAD_SIZES = (16, 24, 48, 80, 128)
 OPS = ("layer_norm", "gelu", "linear", "embedding", "pooling", "attention")
 MATRIX_OPS = ("linear", "attention")
@@ -62,7 +65,7 @@ default  every kernel on every architecture. bf16: the three models with each li
          the other pooling modes; attention with head sizes 16, 32, 64, 80 and 128. fp32 and fp16: linear and attention
          of base and minilm, and on sm_80 and sm_90 the other kernels, of base.
 --all    every dtype, TF32 too, every combination of optional inputs, activations and pooling modes, int32 ids, head
-         size 24, and a model whose sizes divide by nothing ("odd")."""
+         sizes 24 and 48, and a model whose sizes divide by nothing ("odd")."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +100,7 @@ class Kernel:
 
     @property
     def must_not_spill(self) -> bool:
-        """Tables and formulas are made for the shapes of real models in the dtypes people choose by name."""
+        """TF32 runs with the block sizes made for IEEE float32; no tile fits sizes that divide by nothing."""
         return self.dtype != "tf32" and self.models != ["odd"]
 
     @property
@@ -240,17 +243,24 @@ def specialize(recorded: launch.Launch, target: GPUTarget) -> tuple[Any, dict[st
 
 
 def compile_kernel(kernel: Kernel) -> Result:
-    """Compiles and disassembles one kernel. Never raises for a kernel that does not compile: that is a finding."""
+    """Compiles and disassembles one kernel. What goes wrong in that is a finding; nothing is raised."""
     try:
         compiled = triton.compile(kernel.source, target=GPUTarget("cuda", kernel.arch, 32), options=kernel.options)
     except Exception as error:
-        return Result(findings=[f"does not compile: {type(error).__name__}: {' '.join(str(error).split())[:400]}"])
+        # Triton's messages begin with the kernel's source up to the error, and end with what is wrong.
+        reason = " ".join(str(error).split())[-300:]
+        return Result(findings=[f"does not compile: {type(error).__name__}: {reason}"])
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        usage = dict(re.findall(r"\b(REG|STACK):(\d+)", _tool("cuobjdump", "-res-usage", file.name)))
-        # Without dataflow analysis: it takes a third of nvdisasm's time and only annotates.
-        counts = Counter(INSTRUCTION.findall(_tool("nvdisasm", "-c", "-ndf", file.name)))
+        try:
+            usage = dict(re.findall(r"\b(REG|STACK):(\d+)", _tool("cuobjdump", "-res-usage", file.name)))
+            # Without dataflow analysis: it takes a third of nvdisasm's time and only annotates.
+            counts = Counter(INSTRUCTION.findall(_tool("nvdisasm", "-c", "-ndf", file.name)))
+        except subprocess.CalledProcessError as error:
+            return Result(findings=[f"cannot be read: {error}: {error.stderr.strip()[:400]}"])
+    if usage.keys() != {"REG", "STACK"} or not counts["EXIT"]:
+        return Result(findings=[f"cannot be read: cuobjdump gave {usage}, nvdisasm {counts.total()} instructions"])
     result = Result(
         registers=int(usage["REG"]),
         stack=int(usage["STACK"]),
@@ -260,19 +270,24 @@ def compile_kernel(kernel: Kernel) -> Result:
         tensor_cores={name: count for name, count in counts.items() if TENSOR_CORE.fullmatch(name)},
         async_copies={name: count for name, count in counts.items() if ASYNC_COPY.fullmatch(name)},
     )
+    result.findings = _findings(kernel, result, getattr(compiled.metadata, "tmem_size", None) or 0)
+    return result
+
+
+def _findings(kernel: Kernel, result: Result, tensor_memory: int) -> list[str]:
+    findings: list[str] = []
     limit = launch.SHARED_MEMORY[kernel.arch]
     if result.spills and kernel.must_not_spill:
         loads_stores = f"{result.local_loads} local loads and {result.local_stores} local stores"
-        result.findings.append(f"spills: {result.stack} bytes of stack, {loads_stores}")
+        findings.append(f"spills: {result.stack} bytes of stack, {loads_stores}")
     if result.shared > limit:
-        result.findings.append(f"shared memory: {result.shared} bytes, a block of sm_{kernel.arch} may have {limit}")
-    tensor_memory = getattr(compiled.metadata, "tmem_size", None) or 0
+        findings.append(f"shared memory: {result.shared} bytes, a block of sm_{kernel.arch} may have {limit}")
     if tensor_memory > TENSOR_MEMORY_COLUMNS:
-        result.findings.append(f"tensor memory: {tensor_memory} columns of {TENSOR_MEMORY_COLUMNS}")
+        findings.append(f"tensor memory: {tensor_memory} columns of {TENSOR_MEMORY_COLUMNS}")
     if kernel.op in MATRIX_OPS and (kernel.dtype == "fp32") == bool(result.tensor_cores):
         found = "tensor-core instructions in IEEE float32" if result.tensor_cores else "no tensor-core instruction"
-        result.findings.append(f"{found} in a matrix kernel of dtype {kernel.dtype}")
-    return result
+        findings.append(f"{found} in a matrix kernel of dtype {kernel.dtype}")
+    return findings
 
 
 def _tool(name: str, *arguments: str) -> str:
@@ -293,10 +308,14 @@ def compile_all(kernels: list[Kernel], jobs: int) -> Iterator[Result]:
     """The results in order. A kernel that kills the compiler is compiled again by itself, so it alone is blamed."""
     _kernels[:] = kernels
     pool = _pool(jobs)
+    futures: list[Future[Result]] = []
     try:
-        for index, future in enumerate([pool.submit(_compile_by_index, index) for index in range(len(kernels))]):
+        with suppress(BrokenProcessPool):
+            for index in range(len(kernels)):
+                futures.append(pool.submit(_compile_by_index, index))
+        for index in range(len(kernels)):
             try:
-                yield future.result()
+                yield futures[index].result() if index < len(futures) else _compile_alone(index)
             except BrokenProcessPool:
                 yield _compile_alone(index)
     finally:

@@ -1,0 +1,175 @@
+"""From token ids to hidden states: the task, its reference, and the peers: fastbert and engines.
+
+All take the same ids, already on the device, each in its own form: packed, or padded batch by batch.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import peers_cpu
+import peers_torch
+import torch
+import workloads
+from torch import Tensor
+
+from fastbert import BertModel, reference
+from fastbert.bench.engines import TRANSFORMERS_ENGINES, Batch, Engine, Packed, Padded, Source
+from fastbert.bench.exact import covered
+from fastbert.bench.peers import OURS, Peer
+
+N_INPUTS = 2  # sets of ids, which rotate
+
+
+class ModelTask:
+    """A BERT checkpoint, and batches of sequences with these lengths, of random ids.
+
+    folder: as of transformers; batches: the lengths of each batch, in order. dtype: what fastbert computes in.
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        batches: Sequence[Sequence[int]],
+        *,
+        dtype: str | torch.dtype,
+        device: str | torch.device,
+    ) -> None:
+        dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+        self.source = Source(Path(folder), dtype, torch.device(device))
+        self.batches = [tuple(lengths) for lengths in batches]
+        config = self.source.config
+        longest = max(map(max, self.batches))
+        if longest > config.max_position_embeddings:
+            raise ValueError(
+                f"batches: got a sequence of {longest}, but the model has {config.max_position_embeddings} positions"
+            )
+
+    @property
+    def n_tokens(self) -> int:
+        """Valid tokens of a pass over all batches."""
+        return sum(map(sum, self.batches))
+
+    @property
+    def n_sequences(self) -> int:
+        return sum(map(len, self.batches))
+
+    @property
+    def varied(self) -> bool:
+        """Whether some batch needs padding, or batches differ in shape: then it is no single shape."""
+        return len({(len(lengths), n) for lengths in self.batches for n in lengths}) > 1
+
+    @functools.cached_property
+    def inputs(self) -> list[list[list[np.ndarray]]]:
+        """The ids of each input set, batch and sequence."""
+        vocab_size, sets = self.source.config.vocab_size, []
+        for number in range(N_INPUTS):
+            ids = iter(workloads.token_ids([n for lengths in self.batches for n in lengths], vocab_size, number))
+            sets.append([[next(ids) for _ in lengths] for lengths in self.batches])
+        return sets
+
+    @functools.cached_property
+    def checked(self) -> list[list[int]]:
+        """For each batch, the sequences of it that the reference covers."""
+        places = [(b, i) for b, lengths in enumerate(self.batches) for i in range(len(lengths))]
+        lengths = [self.batches[b][i] for b, i in places]
+        found: list[list[int]] = [[] for _ in self.batches]
+        for b, i in (places[k] for k in covered(lengths, self.source.config, self.source.device)):
+            found[b].append(i)
+        return found
+
+    @torch.no_grad()
+    def reference(self) -> Tensor:
+        """The hidden states of the checked sequences of input set 0, one after the other: (T', H) float64."""
+        model = BertModel.from_pretrained(self.source.folder)
+        params = {name: p.to(self.source.device, torch.float64) for name, p in model.named_parameters()}
+        states = []
+        for rows, chosen in zip(self.inputs[0], self.checked, strict=True):
+            for i in chosen:
+                ids = torch.from_numpy(rows[i])[None].to(self.source.device)
+                encoded = reference.bert(params, model.config, ids, output_attentions=False)
+                states.append(encoded.last_hidden_state[0].cpu())
+        return torch.cat(states)
+
+
+class FastBert(Engine):
+    """fastbert.BertModel."""
+
+    def available(self) -> str | None:
+        return None
+
+    def load(self) -> None:
+        source = self.source
+        self.model = BertModel.from_pretrained(source.folder, dtype=source.dtype, device=source.device)
+
+
+class FastBertPacked(FastBert, Packed):
+    """forward_packed, with the offsets on the host."""
+
+    name = OURS
+
+    def batch(self, rows: Sequence[np.ndarray]) -> Batch:
+        ids, positions, _, longest = super().batch(rows)
+        return ids, positions, torch.tensor([0, *map(len, rows)]).cumsum(0).int(), longest
+
+    def hidden(self, ids: Tensor, positions: Tensor, cu_seqlens: Tensor, longest: int) -> Tensor:
+        return self.model.forward_packed(ids, cu_seqlens)
+
+
+class FastBertPadded(FastBert, Padded):
+    """In the place of transformers' model: padded batches in and out."""
+
+    name = "fastbert padded"
+
+    def hidden(self, ids: Tensor, mask: Tensor | None) -> Tensor:
+        return self.model(ids, mask).last_hidden_state
+
+
+class Hidden(Peer):
+    """An engine on all batches of a task. The output is that of the sequences which `ModelTask.reference` covers."""
+
+    def __init__(self, task: ModelTask, engine: type[Engine], **settings: Any) -> None:
+        self.task = task
+        self.engine = engine(task.source, varied=task.varied, **settings)
+        self.name, self.dtype = self.engine.name, self.engine.dtype
+        self.inputs: list[list[Batch]] = []
+
+    def available(self) -> str | None:
+        return self.engine.available()
+
+    def prepare(self) -> None:
+        self.engine.load()
+        self.inputs = [[self.engine.batch(rows) for rows in batches] for batches in self.task.inputs]
+        self.engine.compute(*self.inputs[0][0])  # which compiles what is to be compiled
+
+    def run(self, i: int) -> Tensor:
+        for batch in self.inputs[i % len(self.inputs)]:
+            hidden = self.engine.compute(*batch)
+        return hidden
+
+    def output(self) -> Tensor:
+        for _ in range(self.engine.warmups - 1):
+            self.run(0)
+        states = []
+        for lengths, chosen, batch in zip(self.task.batches, self.task.checked, self.inputs[0], strict=True):
+            hidden = self.engine.valid(self.engine.compute(*batch), batch).split(lengths)
+            # Copies, since a graph's next replay overwrites its output.
+            states += [hidden[i].to("cpu", torch.float32, copy=True) for i in chosen]
+        return torch.cat(states)
+
+    def facts(self) -> dict[str, Any]:
+        computed = sum(self.engine.positions(batch) for batch in self.inputs[0])
+        return {"padding_waste": 1.0 - self.task.n_tokens / computed}
+
+
+def model_peers(task: ModelTask) -> list[Hidden]:
+    """fastbert, transformers eager and all others that are tried on the task's device and in its dtype."""
+    engines = [FastBertPacked, *TRANSFORMERS_ENGINES, FastBertPadded, *peers_torch.engines(task.source.device)]
+    if task.source.device.type == "cpu":
+        engines += peers_cpu.engines(task.source.dtype)
+    return [Hidden(task, engine) for engine in engines]

@@ -1,0 +1,148 @@
+"""PyTorch's own strong ways to run BERT, as engines: SDPA backends forced, varlen_attn, the nested-tensor fast path."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from fastbert.bench.engines import SDPA, Engine, Packed, Padded
+
+NO_GPU = "needs an NVIDIA GPU"
+HALF = (torch.bfloat16, torch.float16)
+
+
+class ForcedSDPA(SDPA):
+    """transformers with one backend of scaled_dot_product_attention and no other."""
+
+    backend: SDPBackend
+
+    def available(self) -> str | None:
+        if self.source.device.type != "cuda":
+            return NO_GPU
+        return super().available() or self._rejected()
+
+    def _rejected(self) -> str | None:
+        """Why the backend does not take such queries, with a mask where batches have padding; None if it does."""
+        config, device = self.source.config, self.source.device
+        shape = (2, config.num_attention_heads, 64, config.head_size)
+        q = torch.zeros(shape, dtype=self.source.dtype, device=device)
+        mask = torch.ones(2, 1, 64, 64, dtype=torch.bool, device=device) if self.varied else None
+        with warnings.catch_warnings(record=True) as told, sdpa_kernel(self.backend):
+            warnings.simplefilter("always")
+            try:
+                F.scaled_dot_product_attention(q, q, q, attn_mask=mask)
+                return None
+            except RuntimeError as error:
+                reasons = [re.sub(r"\(Triggered internally.*", "", str(w.message), flags=re.DOTALL) for w in told]
+                # Among the reasons are headings, and that the other backends are switched off.
+                noise = "kernel not used because", "runtime disabled"
+                found = dict.fromkeys(r.strip() for r in reasons if not any(part in r for part in noise))
+                return f"rejected: {' '.join(found) or str(error).strip()}"[:300]
+
+    def hidden(self, ids: Tensor, mask: Tensor | None) -> Tensor:
+        with sdpa_kernel(self.backend):
+            return super().hidden(ids, mask)
+
+
+class FlashSDPA(ForcedSDPA):
+    name = "transformers flash SDPA"
+    backend = SDPBackend.FLASH_ATTENTION
+
+
+class CudnnSDPA(ForcedSDPA):
+    name = "transformers cuDNN SDPA"
+    backend = SDPBackend.CUDNN_ATTENTION
+
+
+class VarlenAttention(Packed):
+    """BERT without padding in plain PyTorch: transformers' modules on (T, H), and varlen_attn between them."""
+
+    name = "PyTorch varlen_attn"
+
+    def available(self) -> str | None:
+        if self.source.device.type != "cuda":
+            return NO_GPU
+        if self.source.dtype not in HALF:
+            return f"varlen_attn takes bfloat16 and float16, not {self.dtype}"
+        try:
+            from torch.nn.attention import varlen  # noqa: F401
+        except ImportError:
+            return f"PyTorch {torch.__version__} has no torch.nn.attention.varlen"
+        return super().available()
+
+    def load(self) -> None:
+        from torch.nn.attention.varlen import varlen_attn
+
+        self.attend = varlen_attn
+        self.model = self.source.transformers()
+        self.fused = []  # query, key and value of each layer in one product
+        for layer in self.model.encoder.layer:
+            three = [getattr(layer.attention.self, name) for name in ("query", "key", "value")]
+            self.fused.append((torch.cat([x.weight for x in three]), torch.cat([x.bias for x in three])))
+
+    def hidden(self, ids: Tensor, positions: Tensor, cu_seqlens: Tensor, longest: int) -> Tensor:
+        x = self.model.embeddings(input_ids=ids[None], position_ids=positions[None])[0]  # (T, H)
+        heads = self.source.config.num_attention_heads
+        for layer, (weight, bias) in zip(self.model.encoder.layer, self.fused, strict=True):
+            q, k, v = F.linear(x, weight, bias).unflatten(1, (3, heads, -1)).unbind(1)  # (T, N, D) each
+            context = self.attend(q, k, v, cu_seqlens, cu_seqlens, longest, longest).flatten(1)
+            x = layer.attention.output(context, x)
+            x = layer.output(layer.intermediate(x), x)
+        return x
+
+
+class NestedTransformer(Padded):
+    """nn.TransformerEncoder with BERT's weights. With a padding mask its fast path runs on nested tensors."""
+
+    name = "PyTorch nn.TransformerEncoder"
+
+    def available(self) -> str | None:
+        config = self.source.config
+        if config.hidden_act not in ("gelu", "relu"):
+            return f"the fast path has gelu and relu, not {config.hidden_act}"
+        if config.num_attention_heads % 2:
+            return f"the fast path needs an even number of heads, not {config.num_attention_heads}"
+        return super().available()
+
+    def load(self) -> None:
+        model, config = self.source.transformers(), self.source.config
+        self.embeddings = model.embeddings
+        layer = nn.TransformerEncoderLayer(
+            config.hidden_size, config.num_attention_heads, config.intermediate_size, 0.0, config.hidden_act,
+            config.layer_norm_eps, batch_first=True, device="meta",
+        )  # fmt: skip
+        encoder = nn.TransformerEncoder(layer, config.num_hidden_layers, mask_check=False)  # masks here are as it needs
+        state: dict[str, Any] = {}
+        for i, found in enumerate(model.encoder.layer):
+            attention = found.attention
+            three = [getattr(attention.self, name) for name in ("query", "key", "value")]
+            state[f"layers.{i}.self_attn.in_proj_weight"] = torch.cat([x.weight for x in three])
+            state[f"layers.{i}.self_attn.in_proj_bias"] = torch.cat([x.bias for x in three])
+            for name, module in (
+                ("self_attn.out_proj", attention.output.dense), ("norm1", attention.output.LayerNorm),
+                ("linear1", found.intermediate.dense), ("linear2", found.output.dense),
+                ("norm2", found.output.LayerNorm),
+            ):  # fmt: skip
+                state[f"layers.{i}.{name}.weight"], state[f"layers.{i}.{name}.bias"] = module.weight, module.bias
+        encoder.load_state_dict(state, assign=True)
+        self.encoder = encoder.eval().requires_grad_(False)  # the fast path needs both
+        warnings.filterwarnings("ignore", message=".*nested tensors is in prototype stage")
+
+    def hidden(self, ids: Tensor, mask: Tensor | None) -> Tensor:
+        padding = None if mask is None else mask == 0
+        return self.encoder(self.embeddings(input_ids=ids), src_key_padding_mask=padding)
+
+
+GPU_ENGINES: tuple[type[Engine], ...] = (FlashSDPA, CudnnSDPA, VarlenAttention, NestedTransformer)
+CPU_ENGINES: tuple[type[Engine], ...] = (NestedTransformer,)
+
+
+def engines(device: torch.device) -> tuple[type[Engine], ...]:
+    """Those that are tried on such a device."""
+    return GPU_ENGINES if device.type == "cuda" else CPU_ENGINES

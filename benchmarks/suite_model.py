@@ -1,0 +1,141 @@
+"""The model level: token ids in, hidden states out, over the workloads (a) to (e) of workloads.py.
+
+Weights are random, so that nothing has to be fetched: speed does not depend on them. `torch.compile` meets fastbert in
+cases of its own, at the end, because compiling takes longer than all else; `compiled` lets it take part everywhere.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import models
+import torch
+import workloads
+from peers_model import Hidden, ModelTask, model_peers
+from suites import Built, Case, Work
+from workloads import Workload
+
+from fastbert.bench.engines import EAGER, Compiled
+from fastbert.bench.peers import OURS, Peer
+from fastbert.demo import fast_at_bfloat16
+
+SUITE = "model"
+MINUTES_TO_COMPILE = 20.0  # a run of that length has time for torch.compile in every case
+POSITIONS = 1024  # of BERT-base, for the longest of workload (c)
+ALL, WITHOUT_COMPILED, ONLY_COMPILED = "all", "without compiled", "only compiled"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One case. weight: its share of the time, beside the others'."""
+
+    model: str
+    workload: Workload
+    dtype: str
+    weight: float = 1.0
+    peers: str = WITHOUT_COMPILED
+
+
+class LeftOut(Peer):
+    """A competitor that is not part of a contest, and says so."""
+
+    def __init__(self, name: str, reason: str) -> None:
+        self.name, self.reason = name, reason
+
+    def available(self) -> str | None:
+        return self.reason
+
+
+def cases(device_type: str, *, compiled: bool = False) -> list[Case]:
+    """All cases for "cuda" or "cpu", the most important first. compiled: torch.compile takes part in every one."""
+    plans = cuda_plans() if device_type == "cuda" else cpu_plans()
+    if compiled:
+        plans = [Plan(p.model, p.workload, p.dtype, p.weight, ALL) for p in plans if p.peers != ONLY_COMPILED]
+    return [
+        Case(
+            SUITE,
+            plan.workload.name + (", compiled" if plan.peers == ONLY_COMPILED else ""),
+            plan.model,
+            plan.dtype,
+            device_type,
+            ("model",),
+            functools.partial(build, plan),
+            weight=plan.weight,
+        )
+        for plan in plans
+    ]
+
+
+def cuda_plans() -> list[Plan]:
+    """In the order of what a short run should know first."""
+    bf16 = "bfloat16"
+    squad, mixed, fixed = workloads.squad(), workloads.mixed(), workloads.fixed
+    documents = [workloads.documents(variable, n=1024) for variable in (False, True)]
+    plans = [
+        Plan("BERT-base", fixed(512, 32), bf16),
+        Plan("BERT-base", fixed(128, 32), bf16),
+        Plan("BERT-base", mixed, bf16),
+        Plan("BERT-large", squad, bf16, 3.0),
+        *(Plan("BERT-base", workload, bf16, 2.0) for workload in documents),
+        Plan("BERT-base", fixed(128, 1), bf16),
+        Plan("MiniLM", mixed, bf16),
+        Plan("BERT-base", fixed(128, 32), bf16, 4.0, ONLY_COMPILED),
+        Plan("BERT-base", fixed(512, 32), "float16"),
+        Plan("BERT-base", fixed(128, 32), "float32"),
+    ]
+    grid = [fixed(length, size) for size in workloads.FIXED_BATCHES for length in workloads.FIXED_LENGTHS]
+    rest = [("BERT-base", workloads.byte_transformer(longest)) for longest in workloads.BYTE_TRANSFORMER_LONGEST]
+    rest += [(model, workload) for model in ("BERT-base", "BERT-large", "MiniLM") for workload in grid]
+    done = {(plan.model, plan.workload.name, plan.dtype) for plan in plans}
+    return plans + [Plan(model, w, bf16) for model, w in rest if (model, w.name, bf16) not in done]
+
+
+def cpu_plans() -> list[Plan]:
+    """Small workloads, so that every competitor of every case has its turn within minutes on two cores."""
+    fixed, fp32 = workloads.fixed, "float32"
+    documents = [workloads.documents(variable, n=4, batch_size=4) for variable in (False, True)]
+    plans = [
+        Plan("MiniLM", fixed(128, 8), fp32),
+        Plan("MiniLM", workloads.squad(8), fp32),
+        Plan("BERT-base", workloads.squad(3), fp32, 2.0),
+        Plan("MiniLM", workloads.mixed(48), fp32),
+        Plan("MiniLM", fixed(128, 1), fp32, 0.5),
+        *(Plan("MiniLM", workload, fp32) for workload in documents),
+        Plan("BERT-base", fixed(128, 1), fp32),
+        Plan("MiniLM", fixed(512, 1), fp32),
+        Plan("MiniLM", fixed(128, 8), fp32, 2.0, ONLY_COMPILED),
+    ]
+    if fast_at_bfloat16(torch.device("cpu")):
+        more = [Plan("MiniLM", fixed(128, 8), "bfloat16"), Plan("MiniLM", workloads.squad(8), "bfloat16")]
+        plans[3:3] = [*more, Plan("BERT-base", workloads.squad(3), "bfloat16", 2.0)]
+    return plans
+
+
+def build(plan: Plan, device: torch.device, peers_of: Callable[[ModelTask], Sequence[Hidden]] = model_peers) -> Built:
+    """The contest of one plan; peers_of: who takes part."""
+    workload = plan.workload
+    longest = max(workload.lengths)
+    positions = {"max_position_embeddings": POSITIONS} if longest > 512 else {}
+    folder = models.random_folder(plan.model, **positions)
+    task = ModelTask(folder, workload.batches(), dtype=plan.dtype, device=device)
+    peers: list[Peer] = []
+    for peer in peers_of(task):
+        is_compiled = isinstance(peer.engine, Compiled)
+        if plan.peers == ONLY_COMPILED and not (is_compiled or peer.name in (OURS, EAGER)):
+            continue
+        if plan.peers == WITHOUT_COMPILED and is_compiled:
+            peers.append(LeftOut(peer.name, "left to a case of its own, because it takes minutes to compile"))
+        else:
+            peers.append(peer)
+    work = Work(models.flops(task.source.config, workload.lengths))
+    extra = {
+        "length": longest,
+        "batch": workload.batch_size or len(workload.lengths),
+        "flops_per_token": work.flops / workload.tokens,
+        "description": workload.description,
+        "padding_waste_of_workload": workload.padding_waste(),
+    }
+    timing = {"warmup": 1}
+    return Built(peers, EAGER, task.reference(), workload.tokens, len(workload.lengths), work, extra, timing)

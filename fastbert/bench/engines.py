@@ -1,0 +1,258 @@
+"""Engines: ways to compute BERT's hidden states from token ids, each set up as a careful user would.
+
+Peers that start from texts and peers that start from ids put the same engines to work. B sequences, S the longest of
+them, T tokens in all, H hidden.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastbert.config import BertConfig
+
+Batch = tuple[Any, ...]  # what an engine takes, on its device
+
+
+@dataclass(frozen=True)
+class Source:
+    """What engines run: the folder of a BERT checkpoint, the dtype to run it in, and the device."""
+
+    folder: Path
+    dtype: torch.dtype
+    device: torch.device
+
+    @functools.cached_property
+    def config(self) -> BertConfig:
+        return BertConfig.from_pretrained(self.folder)
+
+    def transformers(self, attention: str = "sdpa", dtype: torch.dtype | None = None) -> Any:
+        """transformers' BertModel, without its pooler, in eval mode. dtype: another one than the source's."""
+        import transformers
+
+        quiet()
+        model = transformers.AutoModel.from_pretrained(
+            self.folder, dtype=dtype or self.dtype, attn_implementation=attention, add_pooling_layer=False
+        )
+        return model.to(self.device).eval()
+
+
+@dataclass(frozen=True)
+class Pool:
+    """From the hidden states of a text to its vector, in float32: mode "mean" or "cls", then length 1 if asked."""
+
+    mode: str = "mean"
+    normalize: bool = False
+
+    def padded(self, hidden: Tensor, mask: Tensor | None) -> Tensor:
+        """(B, S, H), and (B, S) nonzero at tokens, or None where all are -> (B, H)."""
+        if self.mode == "cls":
+            x = hidden[:, 0].float()
+        elif mask is None:
+            x = hidden.float().mean(1)
+        else:
+            x = (hidden.float() * mask[:, :, None]).sum(1) / mask.sum(1, keepdim=True)
+        return F.normalize(x, dim=1) if self.normalize else x
+
+    def packed(self, hidden: Tensor, cu_seqlens: Tensor) -> Tensor:
+        """(T, H), (B + 1,) -> (B, H)."""
+        if self.mode == "cls":
+            x = hidden[cu_seqlens[:-1].long()].float()
+        else:
+            x = torch.segment_reduce(hidden.float(), "mean", offsets=cu_seqlens.long(), axis=0)
+        return F.normalize(x, dim=1) if self.normalize else x
+
+
+class Engine:
+    """One program in one setting. Subclasses set `name` and fill in `load`, `batch`, `compute` and `valid`.
+
+    pool: None for hidden states. varied: whether the sequences of a batch differ in length. dtype: what it computes
+    in. warmups: runs of a batch until it takes its usual time. batch_sizes: worth trying, by type of device.
+    """
+
+    name: str
+    warmups = 1
+    batch_sizes: ClassVar[dict[str, tuple[int, ...]]] = {"cpu": (8, 32), "cuda": (64, 256, 1024)}
+
+    def __init__(self, source: Source, pool: Pool | None = None, varied: bool = True) -> None:
+        self.source, self.pool, self.varied = source, pool, varied
+        self.dtype = str(source.dtype).removeprefix("torch.")
+
+    def available(self) -> str | None:
+        """None, or why this engine cannot run here."""
+        return missing("transformers")
+
+    def load(self) -> None:
+        """Makes the engine ready to take batches."""
+        raise NotImplementedError
+
+    def batch(self, rows: Sequence[np.ndarray]) -> Batch:
+        """The ids of B sequences, one int64 array each, in the form that the engine takes, on its device."""
+        raise NotImplementedError
+
+    def compute(self, *batch: Any) -> Tensor:
+        """(B, H) with a pool; else the hidden states, (B, S, H) or (T, H)."""
+        raise NotImplementedError
+
+    def valid(self, hidden: Tensor, batch: Batch) -> Tensor:
+        """Hidden states at tokens: (T, H)."""
+        raise NotImplementedError
+
+    def positions(self, batch: Batch) -> int:
+        """How many positions of a batch are computed, padding included."""
+        return batch[0].numel()
+
+    def to_device(self, array: np.ndarray) -> Tensor:
+        """Without waiting for a GPU that is still busy with the batch before."""
+        tensor = torch.from_numpy(array)
+        if self.source.device.type != "cuda":
+            return tensor
+        return tensor.pin_memory().to(self.source.device, non_blocking=True)
+
+
+class Padded(Engine):
+    """Batches padded to their longest sequence: ids and mask, both (B, S) int64. Subclasses fill in `hidden`.
+
+    Where no sequence is shorter than the longest, the mask is None, unless always_masked; pad_to: S is a multiple of.
+    """
+
+    always_masked = False
+    pad_to = 1
+
+    def hidden(self, ids: Tensor, mask: Tensor | None) -> Tensor:
+        """(B, S), (B, S) -> (B, S, H)."""
+        raise NotImplementedError
+
+    def batch(self, rows: Sequence[np.ndarray]) -> Batch:
+        lengths = [len(row) for row in rows]
+        width = max(lengths)
+        if len(set(lengths)) > 1:
+            width = min(-(-width // self.pad_to) * self.pad_to, self.source.config.max_position_embeddings)
+        ids, mask = np.zeros((len(rows), width), np.int64), np.zeros((len(rows), width), np.int64)
+        for i, row in enumerate(rows):
+            ids[i, : len(row)] = row
+            mask[i, : len(row)] = 1
+        if min(lengths) == width and not self.always_masked:
+            return self.to_device(ids), None
+        return self.to_device(ids), self.to_device(mask)
+
+    @torch.inference_mode()
+    def compute(self, ids: Tensor, mask: Tensor | None) -> Tensor:
+        return self._pooled(ids, mask)
+
+    def _pooled(self, ids: Tensor, mask: Tensor | None) -> Tensor:
+        hidden = self.hidden(ids, mask)
+        return hidden if self.pool is None else self.pool.padded(hidden, mask)
+
+    def valid(self, hidden: Tensor, batch: Batch) -> Tensor:
+        mask = batch[1]
+        return hidden.flatten(0, 1) if mask is None else hidden[mask != 0]
+
+
+class Packed(Engine):
+    """Sequences one after the other: ids and positions, (T,) int64, offsets (B + 1,) int32, and the longest length."""
+
+    def batch(self, rows: Sequence[np.ndarray]) -> Batch:
+        lengths = [len(row) for row in rows]
+        cu_seqlens = np.cumsum([0, *lengths], dtype=np.int32)
+        positions = np.concatenate([np.arange(n) for n in lengths])
+        return *map(self.to_device, (np.concatenate(rows), positions, cu_seqlens)), max(lengths)
+
+    def hidden(self, ids: Tensor, positions: Tensor, cu_seqlens: Tensor, longest: int) -> Tensor:
+        """-> (T, H)."""
+        raise NotImplementedError
+
+    @torch.inference_mode()
+    def compute(self, ids: Tensor, positions: Tensor, cu_seqlens: Tensor, longest: int) -> Tensor:
+        hidden = self.hidden(ids, positions, cu_seqlens, longest)
+        return hidden if self.pool is None else self.pool.packed(hidden, cu_seqlens)
+
+    def valid(self, hidden: Tensor, batch: Batch) -> Tensor:
+        return hidden
+
+
+class Transformers(Padded):
+    """transformers' BertModel, as it is."""
+
+    attention: str
+
+    def load(self) -> None:
+        self.model = self.source.transformers(self.attention)
+
+    def hidden(self, ids: Tensor, mask: Tensor | None) -> Tensor:
+        return self.model(input_ids=ids, attention_mask=mask).last_hidden_state
+
+
+class Eager(Transformers):
+    name = "transformers eager"
+    attention = "eager"
+
+
+class SDPA(Transformers):
+    name = "transformers SDPA"
+    attention = "sdpa"
+
+
+class Compiled(SDPA):
+    """The same, with pooling, through torch.compile: for shapes that vary where they do.
+
+    On a GPU in the mode max-autotune, which brings CUDA graphs, one a shape: lengths are padded to multiples of 64.
+    Otherwise masks come with every batch of several sequences, since code for none would have to be compiled apart.
+    On CPUs max-autotune and freezing take longer to compile and are no faster.
+    """
+
+    name = "transformers compiled"
+    pad_to = 64
+    batch_sizes: ClassVar[dict[str, tuple[int, ...]]] = {"cpu": (8, 32), "cuda": (256,)}
+
+    def load(self) -> None:
+        super().load()
+        self.on_gpu = self.source.device.type == "cuda"
+        self.warmups = 3 if self.on_gpu else 1  # a graph's shape runs once, is recorded once, and then replayed
+        self.pad_to = 64 if self.on_gpu else 1
+        # fullgraph: an error, and not slow uncompiled code, if some shape should be one too many to compile.
+        self.compiled = torch.compile(
+            self._pooled, dynamic=self.varied, fullgraph=True, mode="max-autotune" if self.on_gpu else None
+        )
+
+    def batch(self, rows: Sequence[np.ndarray]) -> Batch:
+        ids, mask = super().batch(rows)
+        if mask is None and self.varied and len(rows) > 1:
+            mask = torch.ones_like(ids)
+        return ids, mask
+
+    @torch.no_grad()
+    def compute(self, ids: Tensor, mask: Tensor | None) -> Tensor:
+        if not self.on_gpu:
+            return self.compiled(ids, mask)
+        torch.compiler.cudagraph_mark_step_begin()
+        out = self.compiled(ids, mask)
+        return out if self.pool is None else out.clone()  # the next replay overwrites it
+
+
+def quiet() -> None:
+    """Keeps transformers' progress bars and notes about unused weights off the terminal."""
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+
+
+def missing(package: str) -> str | None:
+    """Why a package cannot be used, None if it is installed."""
+    if importlib.util.find_spec(package.replace("-", "_")) is None:
+        return f"the package {package} is not installed"
+    return None
+
+
+TRANSFORMERS_ENGINES: tuple[type[Engine], ...] = (Eager, SDPA, Compiled)
+EAGER = Eager.name  # plain PyTorch, whose error bounds that of fastbert

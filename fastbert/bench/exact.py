@@ -1,0 +1,60 @@
+"""What is right: vectors by the reference in float64, for as many texts as that can take."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastbert import reference
+from fastbert.bench.texts import spread
+from fastbert.config import BertConfig
+from fastbert.sentence import SentenceEncoder
+from fastbert.sentence_layout import POOLING_MODES
+
+# At most so many sequences, so many of their tokens, and on a CPU what takes seconds.
+CHECKED, CHECKED_TOKENS, CHECKED_FLOPS = 64, 6000, 4e11
+
+
+def covered(lengths: Sequence[int], config: BertConfig, device: torch.device) -> list[int]:
+    """Which of the sequences to check: of every length, and not too many for float64. In order of length."""
+    budget = float(CHECKED_TOKENS)
+    if device.type == "cpu":
+        linears = config.hidden_size * (4 * config.hidden_size + 2 * config.intermediate_size)
+        budget = min(budget, CHECKED_FLOPS / (2 * linears * config.num_hidden_layers))
+    by_length = sorted(range(len(lengths)), key=lambda i: lengths[i])
+    n = min(CHECKED, len(by_length))
+    while n > 1 and sum(lengths[i] for i in spread(by_length, n)) > budget:
+        n -= 1
+    return spread(by_length, n)
+
+
+@torch.no_grad()
+def reference_vectors(
+    encoder: SentenceEncoder, texts: Sequence[str], device: torch.device | str = "cpu", batch_size: int = 8
+) -> Tensor:
+    """The (n, dim) vectors of the texts in float64, on the CPU, by fastbert.reference, which runs on `device`.
+
+    encoder: on the CPU; of it count the weights, the tokenizer, the pooling modes and the modules after them.
+    """
+    parameters = {name: p.to(device, torch.float64) for name, p in encoder.model.named_parameters()}
+    tokens = encoder.tokenizer(texts, max_length=encoder.max_seq_length)
+    order = sorted(range(len(texts)), key=lambda i: len(tokens.input_ids[i]))
+    made = []
+    for start in range(0, len(order), batch_size):
+        batch = [texts[i] for i in order[start : start + batch_size]]
+        inputs = encoder.tokenizer(batch, padding=True, max_length=encoder.max_seq_length, return_tensors="pt")
+        inputs = inputs.to(device)
+        encoded = reference.bert(parameters, encoder.model.config, **inputs, output_attentions=False)
+        mask = inputs.attention_mask
+        cu_seqlens = F.pad(mask.sum(1).cumsum(0), (1, 0))
+        hidden = encoded.last_hidden_state[mask != 0]  # (T, H)
+        pooled = [reference.pool(hidden, cu_seqlens, POOLING_MODES[mode]) for mode in encoder.pooling.modes]
+        x = torch.cat(pooled, dim=1).cpu()
+        for module in encoder.tail:
+            x = module(x)
+        made.append(x[:, : encoder.truncate_dim])
+    vectors = torch.cat(made)
+    return vectors[torch.tensor(order).argsort()]
