@@ -83,6 +83,7 @@ setup(
             SENTENCE_TRANSFORMERS,
             MINILM,
             "matplotlib>=3.8",
+            "onnx>=1.16",
             "onnxruntime>=1.20",
             "openvino>=2025.0",
             "ctranslate2>=4.5",

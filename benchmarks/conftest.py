@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from session import Session
-from suites import results_folder, tidy
+from suites import results_folder
 
 from fastbert.ops import dispatch
 
@@ -50,9 +49,3 @@ def session(request: pytest.FixtureRequest, bench_device: torch.device) -> Sessi
         quick=options.quick,
         model=options.bench_model,
     )
-
-
-@pytest.fixture(autouse=True)
-def _tidy(bench_device: torch.device) -> Iterator[None]:
-    yield
-    tidy(bench_device)

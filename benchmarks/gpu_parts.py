@@ -20,7 +20,7 @@ import suite_model
 import suite_start
 import suite_text
 import torch
-from suites import Case, Deadline, Recorder, read_notes, run_cases
+from suites import MINUTES_TO_COMPILE, Case, Deadline, Recorder, read_notes, run_cases
 
 from fastbert.bench.peers import OURS
 from fastbert.bench.results import FAILED, OK, Row
@@ -79,13 +79,14 @@ def kernels(options: Options, device: torch.device, seconds: float) -> int:
 
 
 def model(options: Options, device: torch.device, seconds: float) -> int:
-    compiled = options.minutes >= suite_model.MINUTES_TO_COMPILE
+    compiled = options.minutes >= MINUTES_TO_COMPILE
     return _suite("model", suite_model.cases(device.type, compiled=compiled), options, device, seconds)
 
 
 def text(options: Options, device: torch.device, seconds: float) -> int:
     weights = models.text_model_name(options.model)
-    return _suite("text", suite_text.cases(device.type, options.model), options, device, seconds, weights=weights)
+    cases = suite_text.cases(device.type, options.model, compiled=options.minutes >= MINUTES_TO_COMPILE)
+    return _suite("text", cases, options, device, seconds, weights=weights)
 
 
 def start(options: Options, device: torch.device, seconds: float) -> int:

@@ -24,6 +24,7 @@ from fastbert.demo import fast_at_bfloat16
 SUITE = "kernels"
 EAGER = "PyTorch eager"
 MODELS = {"BERT-base": (768, 3072, 12), "BERT-large": (1024, 4096, 16), "MiniLM": (384, 1536, 12)}  # H, I, N
+WEIGHT = 0.4  # of a case, where those of models have about 1
 INPUT_SETS = 2
 CHECKED = 4  # sequences at either end whose output is checked; the operations' own tests check everything
 CPU_TOKENS = 2048
@@ -197,7 +198,9 @@ def _case(device_type: str, op: type[Op], model: str, tokens: int, dtype: str, l
     def made(device: torch.device) -> Built:
         return build(op, MODELS[model], lengths_of(lengths, tokens), getattr(torch, dtype), device)
 
-    return Case(SUITE, f"{op.name}, {tokens} tokens, {lengths}", model, dtype, device_type, op.needs, made)
+    return Case(
+        SUITE, f"{op.name}, {tokens} tokens, {lengths}", model, dtype, device_type, op.needs, made, weight=WEIGHT
+    )
 
 
 def _addmm_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

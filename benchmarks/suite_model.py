@@ -14,7 +14,7 @@ import models
 import torch
 import workloads
 from peers_model import Hidden, ModelTask, model_peers
-from suites import Built, Case, Work
+from suites import Built, Case, LeftOut, Work
 from workloads import Workload
 
 from fastbert.bench.engines import EAGER, Compiled
@@ -22,7 +22,6 @@ from fastbert.bench.peers import OURS, Peer
 from fastbert.demo import fast_at_bfloat16
 
 SUITE = "model"
-MINUTES_TO_COMPILE = 20.0  # a run of that length has time for torch.compile in every case
 POSITIONS = 1024  # of BERT-base, for the longest of workload (c)
 ALL, WITHOUT_COMPILED, ONLY_COMPILED = "all", "without compiled", "only compiled"
 
@@ -36,16 +35,6 @@ class Plan:
     dtype: str
     weight: float = 1.0
     peers: str = WITHOUT_COMPILED
-
-
-class LeftOut(Peer):
-    """A competitor that is not part of a contest, and says so."""
-
-    def __init__(self, name: str, reason: str) -> None:
-        self.name, self.reason = name, reason
-
-    def available(self) -> str | None:
-        return self.reason
 
 
 def cases(device_type: str, *, compiled: bool = False) -> list[Case]:

@@ -11,56 +11,64 @@ from pathlib import Path
 import models
 import torch
 from peers_text import text_encoders
-from suites import Built, Case, Work
+from suites import MINUTES_TO_COMPILE, Built, Case, LeftOut, Work
 
-from fastbert.bench.engines import EAGER
+from fastbert.bench.engines import EAGER, Compiled
 from fastbert.bench.peers import Peer
-from fastbert.bench.text import Latency, TextEncoder, TextTask, Throughput
+from fastbert.bench.text import Latency, Pooled, TextEncoder, TextTask, Throughput
 from fastbert.bench.texts import docstrings, spread
 from fastbert.demo import fast_at_bfloat16
 
 SUITE = "text"
 THROUGHPUT, LATENCY = "throughput", "latency"
 N_TEXTS = {"cpu": 64, "cuda": 100_000}  # at most; there are some thousands
-CUDA_CASES = ((THROUGHPUT, "bfloat16"), (LATENCY, "bfloat16"), (THROUGHPUT, "float16"))
-CPU_CASES = ((THROUGHPUT, "float32"), (THROUGHPUT, "bfloat16"), (LATENCY, "float32"), (LATENCY, "bfloat16"))
+DTYPES = {"cpu": ("float32", "bfloat16"), "cuda": ("bfloat16", "float16")}
+SETTINGS = ((THROUGHPUT, "docstrings", 4.0), (LATENCY, "short docstrings, one at a time", 1.0))  # and their weights
 LATENCY_ROUNDS = 50  # enough for percentiles
 
 
-def cases(device_type: str, model: Path | None = None) -> list[Case]:
-    """All cases for "cuda" or "cpu", the most important first. model: a checkpoint, else MiniLM (models.text_model)."""
-    wanted = CUDA_CASES if device_type == "cuda" else CPU_CASES
-    name = models.text_model_name(model)
+def cases(device_type: str, model: Path | None = None, *, compiled: bool = False) -> list[Case]:
+    """All cases for "cuda" or "cpu", the most important first. model: a checkpoint, else MiniLM (models.text_model).
+
+    compiled: whether torch.compile takes part on a GPU, where it compiles and tunes for minutes; on a CPU it always
+    does.
+    """
     fast = device_type == "cuda" or fast_at_bfloat16(torch.device("cpu"))
     return [
         Case(
             SUITE,
-            "docstrings" if setting == THROUGHPUT else "short docstrings, one at a time",
-            name,
+            workload,
+            models.text_model_name(model),
             dtype,
             device_type,
             ("text", "model"),
-            functools.partial(build, setting, dtype, model),
+            functools.partial(build, setting, dtype, model, compiled or device_type == "cpu"),
             setting=setting,
+            weight=weight,
+            keep=setting == THROUGHPUT,
         )
-        for setting, dtype in wanted
+        for dtype in DTYPES[device_type]
         if fast or dtype != "bfloat16"
+        for setting, workload, weight in SETTINGS
     ]
 
 
-def build(setting: str, dtype: str, model: Path | None, device: torch.device) -> Built:
+def build(setting: str, dtype: str, model: Path | None, compiled: bool, device: torch.device) -> Built:
     task, encoders = prepared(dtype, model, device)
-    peers: list[Peer]
+    texts = task.short_texts()
+    peers: list[Peer] = []
+    for encoder in encoders:
+        if isinstance(encoder, Pooled) and isinstance(encoder.engine, Compiled) and not compiled:
+            peers.append(LeftOut(encoder.name, f"needs a run of {MINUTES_TO_COMPILE:g} minutes: it compiles for some"))
+        else:
+            peers.append(Throughput(encoder) if setting == THROUGHPUT else Latency(encoder, texts))
     if setting == LATENCY:
-        texts = task.short_texts()
-        peers = [Latency(encoder, texts) for encoder in encoders]
         extra = {"length": int(task.token_lengths(texts).max()), "batch": 1}
-        timing = {"rounds": LATENCY_ROUNDS, "min_rounds": 10}
+        timing = {"rounds": LATENCY_ROUNDS, "min_rounds": 10, "warmup": 0}
         return Built(peers, EAGER, task.vectors(texts), items=1, extra=extra, timing=timing)
-    peers = [Throughput(encoder) for encoder in encoders]
     work = Work(models.flops(task.exact.model.config, task.lengths.tolist()))
     extra = {"length": int(task.lengths.max()), "flops_per_token": work.flops / task.n_tokens}
-    return Built(peers, EAGER, task.reference(), task.n_tokens, len(task.texts), work, extra)
+    return Built(peers, EAGER, task.reference(), task.n_tokens, len(task.texts), work, extra, {"warmup": 0})
 
 
 @functools.lru_cache(maxsize=1)  # throughput and latency of one dtype use the same loaded models

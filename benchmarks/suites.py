@@ -20,6 +20,7 @@ from fastbert.bench.peers import OURS, Peer, contest
 from fastbert.bench.results import FAILED, OK, Results, Row, device_name, environment
 from fastbert.ops import dispatch
 
+MINUTES_TO_COMPILE = 20.0  # a run of that length has time for torch.compile wherever it can take part
 QUICK_PEERS = 3  # fastbert, plain PyTorch and one more
 RESULTS = Path(__file__).resolve().parent / "results"
 
@@ -74,7 +75,8 @@ class Built:
 class Case:
     """One workload of one suite, built only when it runs.
 
-    needs: the operations whose tests must have passed. weight: its share of the time, beside the other cases'.
+    needs: the operations whose tests must have passed. weight: its share of the time, beside the other cases'. keep:
+    whether the next case uses what this one loaded and compiled.
     """
 
     suite: str
@@ -86,11 +88,22 @@ class Case:
     build: Callable[[torch.device], Built] = field(compare=False)
     setting: str = ""
     weight: float = 1.0
+    keep: bool = False
 
     @property
     def name(self) -> str:
         parts = (self.suite, self.model, self.workload, self.setting, self.dtype)
         return " ".join(part for part in parts if part)
+
+
+class LeftOut(Peer):
+    """A competitor that is not part of a contest, and says so."""
+
+    def __init__(self, name: str, reason: str) -> None:
+        self.name, self.reason = name, reason
+
+    def available(self) -> str | None:
+        return self.reason
 
 
 @dataclass
@@ -251,7 +264,8 @@ def run_cases(
             )
             recorder.add(outcome.rows)
             del outcome
-            tidy(device)
+            if not case.keep:
+                tidy(device)
     recorder.note(not_reached=missed)
     if missed:
         say(f"time is up: {len(missed)} of {len(cases)} cases not reached")

@@ -20,13 +20,13 @@ import suite_start
 import suite_text
 import torch
 from session import TIME_UP, Session
-from suites import Case
+from suites import MINUTES_TO_COMPILE, Case, tidy
 
 from fastbert.bench.peers import OURS, Peer
 from fastbert.bench.results import OK, Row
 
 QUICK_CASES = 3
-SECONDS = 2.0  # of pytest-benchmark's own timing of a case, about
+SECONDS = 1.0  # of pytest-benchmark's own timing of a case, about
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -36,11 +36,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.function.__name__
     ]
     get = metafunc.config.getoption
-    options: dict[str, Any] = {}
+    options = {} if suite is suite_kernels else {"compiled": get("--minutes") >= MINUTES_TO_COMPILE}
     if suite is suite_text:
         options["model"] = get("--bench-model")
-    elif suite is suite_model:
-        options["compiled"] = get("--minutes") >= suite_model.MINUTES_TO_COMPILE
     found: list[Case] = []
     for device_type in ("cpu", "cuda"):
         cases = suite.cases(device_type, **options)
@@ -89,10 +87,15 @@ def hold(case: Case, session: Session, benchmark: Any) -> None:
     outcome = session.run(case)
     if outcome is None:
         pytest.skip(TIME_UP)
-    benchmark.extra_info["rows"] = [as_json(row) for row in outcome.rows]
-    ours = outcome.rows[0]
-    assert ours.status == OK and outcome.ours is not None, f"{ours.status}: {ours.detail}"
-    again(outcome.ours, outcome.rows, session.device, benchmark)
+    try:
+        benchmark.extra_info["rows"] = [as_json(row) for row in outcome.rows]
+        ours = outcome.rows[0]
+        assert ours.status == OK and outcome.ours is not None, f"{ours.status}: {ours.detail}"
+        again(outcome.ours, outcome.rows, session.device, benchmark)
+    finally:
+        if not case.keep:
+            del outcome
+            tidy(session.device)
 
 
 def again(peer: Peer, rows: Sequence[Row], device: torch.device, benchmark: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
 import time
@@ -19,10 +20,12 @@ import gpu_tests  # noqa: E402
 import kernel_ops  # noqa: E402
 import models  # noqa: E402
 import suite_kernels  # noqa: E402
+import suite_model  # noqa: E402
 import suite_start  # noqa: E402
+import suite_text  # noqa: E402
 import suites  # noqa: E402
 from session import Session  # noqa: E402
-from suites import Built, Case, Deadline, Recorder, Work, run_case, run_cases  # noqa: E402
+from suites import Built, Case, Deadline, Recorder, Schedule, Work, run_case, run_cases  # noqa: E402
 
 from fastbert.bench.peers import OURS, Peer  # noqa: E402
 from fastbert.bench.results import FAILED, MISSING, OK, WRONG, Results, Row  # noqa: E402
@@ -172,7 +175,7 @@ def test_kernel_lengths_fill_the_tokens():
 def test_every_case_has_its_own_name():
     """Two cases that a report or a baseline cannot tell apart."""
     for device_type in "cpu", "cuda":
-        names = [case.name for case in suite_kernels.cases(device_type)]
+        names = [case.name for suite in (suite_kernels, suite_model, suite_text) for case in suite.cases(device_type)]
         assert len(set(names)) == len(names) > 0
 
 
@@ -188,31 +191,36 @@ def test_time_budget_and_file_after_each_case(tmp_path, monkeypatch):
 
     monkeypatch.setattr(suites, "run_case", taking_ten_seconds)
     cases = [case_of(Fake(OURS), Fake("eager"), workload=f"w{i}") for i in range(5)]
-    run_cases(cases, CPU, Recorder(path, CPU), deadline=Deadline(25.0, clock=lambda: now[0]))
-    assert kept == [0, 1, 2] and limits == [25 / 5 / 2, 15 / 4 / 2, 5 / 3 / 2]
+    run_cases(cases, CPU, Recorder(path, CPU), deadline=Deadline(27.0, clock=lambda: now[0]))
+    assert kept == [0, 1, 2] and limits == [27 / 5 / 2, 17 / 4 / 2, 7 / 3 / 2]
     results = Results.load(path)
     assert [row.workload for row in results.rows] == ["w0", "w1", "w2"]
     assert results.notes["not_reached"] == [case.name for case in cases[3:]]
 
 
-def test_deadline_shares_what_is_left():
-    """A late case that gets nothing because an early one was quick, or the reverse."""
+def test_schedule_shares_what_is_left_by_weight():
+    """A late case that gets nothing because an early one was quick, or one begun that cannot end in time."""
     now = [100.0]
-    deadline = Deadline(60.0, clock=lambda: now[0])
-    assert deadline.share(3) == 20.0
-    now[0] += 6.0
-    assert deadline.share(2) == 27.0
-    now[0] += 100.0
-    assert deadline.share(1) == 0.0 and deadline.left < 0
+    case = case_of(Fake(OURS), Fake("eager"))
+    cases = [dataclasses.replace(case, workload=f"w{i}", weight=weight) for i, weight in enumerate((1.0, 2.0, 1.0))]
+    schedule = Schedule(cases, Deadline(60.0, clock=lambda: now[0]))
+    with schedule.turn(cases[0]) as seconds:
+        assert seconds == 60 * 1 / 4 / 2
+        now[0] += 12.0
+    with schedule.turn(cases[1]) as seconds:
+        assert seconds == 48 * 2 / 3 / 2
+        now[0] += 43.0
+    with schedule.turn(cases[2]) as seconds:
+        assert seconds is None  # five seconds left, and one like it took 43
 
 
 def test_session_of_pytest_stops_and_says_what_is_missing(tmp_path, monkeypatch):
     """`make bench` over its time, or a case left out without a word."""
     monkeypatch.setattr(ceilings, "measure", lambda device, quick: CEILINGS)
     case = case_of(Fake(OURS), Fake("eager"))
-    session = Session(CPU, tmp_path, 30.0, 2, quick=True)
+    session = Session(CPU, tmp_path, 30.0, [case, case], quick=True)
     assert session.run(case).rows[0].status == OK
-    session.deadline = Deadline(-1.0)
+    session.schedule.deadline = Deadline(-1.0)
     assert session.run(case) is None
     results = Results.load(tmp_path / "suite.json")
     assert len(results.rows) == 2 and results.ceilings == CEILINGS and results.notes["not_reached"] == [case.name]
@@ -400,6 +408,27 @@ def test_run_gpu_script(tmp_path):
     assert done.returncode == 2 and "not found" in done.stderr
 
 
-def test_benchmark_of_a_wrong_fastbert_fails(tmp_path):
+class Benchmark:
+    """Stands for pytest-benchmark's fixture."""
+
+    def __init__(self):
+        self.extra_info, self.timed = {}, 0
+
+    def pedantic(self, run, **settings):
+        self.timed += 1
+
+
+def test_benchmark_of_a_wrong_fastbert_fails(tmp_path, monkeypatch):
     """pytest-benchmark's table with the speed of a fastbert that is wrong."""
-    pytest.importorskip("pytest_benchmark")
+    import test_speed
+
+    monkeypatch.setattr(ceilings, "measure", lambda device, quick: CEILINGS)
+    good, wrong = (case_of(Fake(OURS, factor=factor), Fake("eager")) for factor in (1.0, 1.1))
+    session = Session(CPU, tmp_path, 60.0, [good, wrong], quick=True)
+    benchmark = Benchmark()
+    test_speed.hold(good, session, benchmark)
+    assert benchmark.timed == 1 and benchmark.extra_info["rows"][0]["status"] == OK
+    benchmark = Benchmark()
+    with pytest.raises(AssertionError, match="wrong: error"):
+        test_speed.hold(wrong, session, benchmark)
+    assert benchmark.timed == 0 and benchmark.extra_info["rows"][0]["seconds"] is None

@@ -7,6 +7,7 @@ A row may carry more than its fields, in `Row.extra`. These keys are read here a
     length, batch       int    tokens of a sequence (the longest, where lengths vary) and sequences at a time
     padding_waste       float  share of a padded batch that is padding, 0 to 1
     flops_per_token     float  gives TFLOP/s where the row has no `rate`
+    max_error           float  the largest difference from the reference, over the RMS of the reference
     prepare_seconds     float  loading, compiling, moving to the device: once, before the first run
     cold_start_seconds  float  from nothing to the first result, in a fresh process with empty caches
 """
@@ -365,6 +366,7 @@ _COLUMNS: tuple[tuple[str, Callable[[Row], str]], ...] = (
     ("rate", _rate),
     ("of the ceiling", lambda row: "" if row.ceiling_fraction is None else percent(row.ceiling_fraction)),
     ("error (bound)", _error),
+    ("largest error", _extra("max_error", lambda value: f"{value:.2g}")),
     ("peak memory", _memory),
     ("padding", _extra("padding_waste", percent)),
     ("prepare", _extra("prepare_seconds", duration)),
