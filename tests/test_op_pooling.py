@@ -83,6 +83,12 @@ def test_plain_path(backend, mode, dtype):
     assert torch.equal(empty, torch.zeros(2, 8, dtype=dtype))
 
 
+@pytest.mark.parametrize("mode", ["mean", "weighted_mean", "mean_sqrt_len"])
+def test_plain_path_over_long_texts(mode):
+    """A sum that adds row after row, whose rounding errors grow with the length."""
+    check(mode, [384, 350, 300, 512], 384, torch.float32, torch.device("cpu"), mode, False, Policy("cpu"))
+
+
 @pytest.mark.parametrize("backend", ["triton", "torch"])
 def test_float32_out_of_bfloat16(backend, device):
     """A mean of many bf16 rows that is summed, or returned, in bf16."""

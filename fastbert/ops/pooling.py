@@ -9,9 +9,17 @@ from fastbert.ops import dispatch
 from fastbert.ops.dispatch import AUTO, Policy
 from fastbert.ops.library import register
 
-KERNELS = {"triton": "fastbert_kernels.pooling", "torch": "torch.segment_reduce, index_select"}
+KERNELS = {"triton": "fastbert_kernels.pooling", "torch": "sum or segment_reduce, index_select"}
 
 MODES = ("cls", "mean", "max", "weighted_mean", "last", "mean_sqrt_len")
+
+
+def _sums(hidden: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+    """(T, H) -> (B, H): the sum over each sequence."""
+    if hidden.device.type == "cpu" and not torch.compiler.is_compiling():
+        # On CPUs segment_reduce adds row after row, which loses bits over a long text; sum() adds in a cascade.
+        return torch.stack([part.sum(0) for part in hidden.split(offsets.diff().tolist())])
+    return torch.segment_reduce(hidden, "sum", offsets=offsets, axis=0)
 
 
 def _eager(
@@ -36,7 +44,7 @@ def _eager(
             weights = torch.arange(1, hidden.shape[0] + 1, device=hidden.device) - starts
             hidden = hidden * weights.to(hidden.dtype)[:, None]
         divisor = {"mean": n, "mean_sqrt_len": n.sqrt(), "weighted_mean": n * (n + 1) / 2}[mode]
-        pooled = torch.segment_reduce(hidden, "sum", offsets=offsets, axis=0) / divisor
+        pooled = _sums(hidden, offsets) / divisor
     pooled = pooled.masked_fill(empty, 0.0)
     if normalize:
         pooled = F.normalize(pooled, dim=-1, eps=1e-12)
