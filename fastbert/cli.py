@@ -110,14 +110,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add(commands: Any, name: str, summary: str, epilog: str, *, model: bool = True) -> argparse.ArgumentParser:
     """A subcommand with the options that all share. model: whether --model must be given."""
-    parser = commands.add_parser(
-        name,
-        help=summary,
-        description=summary[0].upper() + summary[1:] + ".",
-        epilog=epilog,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.set_defaults(usage_error=parser.error)
+    parser = _add_parser(commands, name, summary, epilog)
     group = parser.add_argument_group("model")
     group.add_argument("--model", required=model, metavar="FOLDER", help="folder in Hugging Face layout, or hub id")
     group.add_argument("--revision", help="branch, tag or commit of a hub id")
@@ -127,10 +120,27 @@ def _add(commands: Any, name: str, summary: str, epilog: str, *, model: bool = T
         "--backend", default="auto", choices=("auto", "triton", "cpu", "torch"), help="default: %(default)s"
     )
     group.add_argument("--strict", action="store_true", help="an error where the backend cannot do something")
+    _add_messages(parser)
+    return parser
+
+
+def _add_parser(commands: Any, name: str, summary: str, epilog: str) -> argparse.ArgumentParser:
+    """A subcommand without options."""
+    parser = commands.add_parser(
+        name,
+        help=summary,
+        description=summary[0].upper() + summary[1:] + ".",
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(usage_error=parser.error)
+    return parser
+
+
+def _add_messages(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("messages")
     group.add_argument("-v", "--verbose", action="store_true", help="say more on standard error")
     group.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    return parser
 
 
 def _add_field(parser: argparse.ArgumentParser) -> None:
@@ -244,18 +254,11 @@ def _add_info(commands: Any) -> None:
 def _add_bench(commands: Any) -> None:
     from fastbert.bench import run
 
-    parser = commands.add_parser(
-        "bench",
-        help="fastbert beside what you would use instead, on your model, texts and device",
-        description="Fastbert beside what you would use instead, on your model, texts and device.",
-        epilog=run.EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = _add_parser(
+        commands, "bench", "fastbert beside what you would use instead, on your model, texts and device", run.EPILOG
     )
-    parser.set_defaults(usage_error=parser.error)
     run.add_arguments(parser)
-    group = parser.add_argument_group("messages")
-    group.add_argument("-v", "--verbose", action="store_true", help="say more on standard error")
-    group.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    _add_messages(parser)
 
 
 def _add_demo(commands: Any) -> None:

@@ -23,9 +23,7 @@ from fastbert_kernels import interpreter
 TABLE_VERSION = 1
 TABLE_FOLDER = Path(__file__).parent / "tuned"
 MIN_ARCH = 80
-MAX_HIDDEN_SIZE = 4096
 MIN_HEAD_SIZE, MAX_HEAD_SIZE = 16, 128
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 # Shared memory that one thread block may use, in bytes: CUDA C++ Programming Guide, "Technical specifications per
 # compute capability", maximum amount of shared memory per thread block.
