@@ -25,7 +25,7 @@ help: ## list the targets
 	@echo "  BENCH_MINUTES  for all benchmarks together, now $(BENCH_MINUTES)"
 	@echo "  BENCH_ARGS     passed on to pytest: make bench BENCH_ARGS='--quick -k text'"
 	@echo "  RESULTS        folder of results to report or compare, now $(or $(RESULTS),none)"
-	@echo "  BASELINE       folder of results to compare with"
+	@echo "  BASELINE       folder of results to compare with, by default the newest committed ones of the device"
 
 demo: $(VENV)/.demo-stamp ## embed sentences with real MiniLM weights, beside transformers
 	$(VENV)/bin/fastbert demo
@@ -47,10 +47,8 @@ bench-report: $(VENV)/.bench-stamp ## make the page of the newest results
 	@test -n "$(RESULTS)" || { echo "error: no results yet; make bench leaves some" >&2; exit 1; }
 	$(VENV)/bin/python benchmarks/report.py $(RESULTS)
 
-bench-compare: $(VENV)/.bench-stamp ## compare the newest results with BASELINE, on ratios; fails if slower
+bench-compare: $(VENV)/.bench-stamp ## compare the newest results with committed ones, on ratios; fails if slower
 	@test -n "$(RESULTS)" || { echo "error: no results yet; make bench leaves some" >&2; exit 1; }
-	@test -n "$(BASELINE)" || { \
-	    echo "error: name the results to compare with: make bench-compare BASELINE=benchmarks/results/..." >&2; exit 1; }
 	$(VENV)/bin/python benchmarks/compare.py $(BASELINE) $(RESULTS)
 
 lint: $(VENV)/.test-stamp ## ruff check, ruff format --check, mypy

@@ -1,6 +1,7 @@
 """Did fastbert get slower since a baseline? Ratios to its peers are compared, never seconds.
 
     python benchmarks/compare.py BASELINE NEW          each a result file or a folder of them
+    python benchmarks/compare.py NEW                   with the newest committed results of the same device
 
 A regression is a speed-up over a peer that fell by more than the threshold, with intervals that do not overlap; or a
 competitor that ran and now fails or is wrong, or fastbert itself missing. Exit codes: 0 none, 1 regressions, 2 no
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import report
+from baseline import committed
 
 from fastbert.bench.measure import geometric_mean
 from fastbert.bench.peers import OURS
@@ -151,7 +153,9 @@ def differences(baseline: dict[str, Any], new: dict[str, Any]) -> Iterator[str]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("baseline", type=Path, metavar="BASELINE")
+    parser.add_argument(
+        "baseline", type=Path, nargs="?", metavar="BASELINE", help="default: the newest committed ones of the device"
+    )
     parser.add_argument("new", type=Path, metavar="NEW")
     parser.add_argument(
         "--threshold", type=_share, default=THRESHOLD, metavar="SHARE", help="a fall that counts (default: %(default)s)"
@@ -160,7 +164,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--all", action="store_true", help="show what stayed the same too")
     args = parser.parse_args(argv)
     try:
-        baseline, new = report.load(args.baseline), report.load(args.new)
+        new = report.load(args.new)
+        if args.baseline is None:
+            name, baseline = committed(args.new)
+        else:
+            name, baseline = str(args.baseline), report.load(args.baseline)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -172,7 +180,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
-    print(f"baseline  {source(baseline.environment)}\nnew       {source(new.environment)}")
+    print(f"baseline  {source(baseline.environment)}: {name}\nnew       {source(new.environment)}: {args.new}")
     for line in differences(baseline.environment, new.environment):
         print(f"differs   {line}")
     changes = compare(baseline, new, args.threshold)

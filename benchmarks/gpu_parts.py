@@ -20,7 +20,7 @@ import suite_model
 import suite_start
 import suite_text
 import torch
-from suites import MINUTES_TO_COMPILE, Case, Deadline, Recorder, read_notes, run_cases
+from suites import LONG_MINUTES, Case, Deadline, Recorder, read_notes, run_cases
 
 from fastbert.bench.peers import OURS
 from fastbert.bench.results import FAILED, OK, Row
@@ -79,13 +79,13 @@ def kernels(options: Options, device: torch.device, seconds: float) -> int:
 
 
 def model(options: Options, device: torch.device, seconds: float) -> int:
-    compiled = options.minutes >= MINUTES_TO_COMPILE
-    return _suite("model", suite_model.cases(device.type, compiled=compiled), options, device, seconds)
+    long = options.minutes >= LONG_MINUTES
+    return _suite("model", suite_model.cases(device.type, long=long), options, device, seconds)
 
 
 def text(options: Options, device: torch.device, seconds: float) -> int:
     weights = models.text_model_name(options.model)
-    cases = suite_text.cases(device.type, options.model, compiled=options.minutes >= MINUTES_TO_COMPILE)
+    cases = suite_text.cases(device.type, options.model, long=options.minutes >= LONG_MINUTES)
     return _suite("text", cases, options, device, seconds, weights=weights)
 
 

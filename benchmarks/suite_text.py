@@ -11,7 +11,7 @@ from pathlib import Path
 import models
 import torch
 from peers_text import text_encoders
-from suites import MINUTES_TO_COMPILE, Built, Case, LeftOut, Work
+from suites import LONG_MINUTES, Built, Case, LeftOut, Work
 
 from fastbert.bench.engines import EAGER, Compiled
 from fastbert.bench.peers import Peer
@@ -27,11 +27,10 @@ SETTINGS = ((THROUGHPUT, "docstrings", 4.0), (LATENCY, "short docstrings, one at
 LATENCY_ROUNDS = 50  # enough for percentiles
 
 
-def cases(device_type: str, model: Path | None = None, *, compiled: bool = False) -> list[Case]:
+def cases(device_type: str, model: Path | None = None, *, long: bool = False) -> list[Case]:
     """All cases for "cuda" or "cpu", the most important first. model: a checkpoint, else MiniLM (models.text_model).
 
-    compiled: whether torch.compile takes part on a GPU, where it compiles and tunes for minutes; on a CPU it always
-    does.
+    long: the run has time for torch.compile on a GPU, where it tunes for minutes; on a CPU it always takes part.
     """
     fast = device_type == "cuda" or fast_at_bfloat16(torch.device("cpu"))
     return [
@@ -42,7 +41,7 @@ def cases(device_type: str, model: Path | None = None, *, compiled: bool = False
             dtype,
             device_type,
             ("text", "model"),
-            functools.partial(build, setting, dtype, model, compiled or device_type == "cpu"),
+            functools.partial(build, setting, dtype, model, long or device_type == "cpu"),
             setting=setting,
             weight=weight,
             keep=setting == THROUGHPUT,
@@ -59,7 +58,7 @@ def build(setting: str, dtype: str, model: Path | None, compiled: bool, device: 
     peers: list[Peer] = []
     for encoder in encoders:
         if isinstance(encoder, Pooled) and isinstance(encoder.engine, Compiled) and not compiled:
-            peers.append(LeftOut(encoder.name, f"needs a run of {MINUTES_TO_COMPILE:g} minutes: it compiles for some"))
+            peers.append(LeftOut(encoder.name, f"needs a run of {LONG_MINUTES:g} minutes: it compiles for some"))
         else:
             peers.append(Throughput(encoder) if setting == THROUGHPUT else Latency(encoder, texts))
     if setting == LATENCY:
@@ -68,7 +67,8 @@ def build(setting: str, dtype: str, model: Path | None, compiled: bool, device: 
         return Built(peers, EAGER, task.vectors(texts), items=1, extra=extra, timing=timing)
     work = Work(models.flops(task.exact.model.config, task.lengths.tolist()))
     extra = {"length": int(task.lengths.max()), "flops_per_token": work.flops / task.n_tokens}
-    return Built(peers, EAGER, task.reference(), task.n_tokens, len(task.texts), work, extra, {"warmup": 0})
+    timing = {"warmup": 0, "memory": dtype == "float32"}  # a process each, which takes a while: once is enough
+    return Built(peers, EAGER, task.reference(), task.n_tokens, len(task.texts), work, extra, timing)
 
 
 @functools.lru_cache(maxsize=1)  # throughput and latency of one dtype use the same loaded models

@@ -20,7 +20,7 @@ from fastbert.bench.peers import OURS, Peer, contest
 from fastbert.bench.results import FAILED, OK, Results, Row, device_name, environment
 from fastbert.ops import dispatch
 
-MINUTES_TO_COMPILE = 20.0  # a run of that length has time for torch.compile wherever it can take part
+LONG_MINUTES = 20.0  # a run of that length has time for torch.compile everywhere, and for all documents
 QUICK_PEERS = 3  # fastbert, plain PyTorch and one more
 RESULTS = Path(__file__).resolve().parent / "results"
 
@@ -58,7 +58,8 @@ class Work:
 class Built:
     """A case made ready: who competes (fastbert first), on what, and what is right.
 
-    eager: the name of plain PyTorch, whose error bounds that of fastbert. extra: goes into every row.
+    eager: the name of plain PyTorch, whose error bounds that of fastbert. extra: goes into every row. timing: further
+    arguments of `contest`.
     """
 
     peers: Sequence[Peer]

@@ -20,7 +20,7 @@ import suite_start
 import suite_text
 import torch
 from session import TIME_UP, Session
-from suites import MINUTES_TO_COMPILE, Case, tidy
+from suites import LONG_MINUTES, Case, tidy
 
 from fastbert.bench.peers import OURS, Peer
 from fastbert.bench.results import OK, Row
@@ -36,7 +36,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.function.__name__
     ]
     get = metafunc.config.getoption
-    options = {} if suite is suite_kernels else {"compiled": get("--minutes") >= MINUTES_TO_COMPILE}
+    options = {} if suite is suite_kernels else {"long": get("--minutes") >= LONG_MINUTES}
     if suite is suite_text:
         options["model"] = get("--bench-model")
     found: list[Case] = []

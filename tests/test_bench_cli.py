@@ -14,7 +14,19 @@ from fastbert.bench.results import MISSING, OK, Results
 from fastbert.sentence_layout import Normalize
 from helpers import docstrings, source_env
 
-FEW = ["--peers", "sentence-transformers", "--seconds", "0.5", "--rounds", "3", "--limit", "12", "--device", "cpu"]
+FEW = [
+    "--peers",
+    "sentence-transformers",
+    "--seconds",
+    "0.5",
+    "--rounds",
+    "3",
+    "--limit",
+    "12",
+    "--device",
+    "cpu",
+    "--no-memory",
+]
 
 
 @pytest.fixture(autouse=True)
@@ -63,6 +75,17 @@ def test_table_and_files(folder, tmp_path, capsys):
     assert results.notes["texts"].startswith("12 of ") and "cut to 80 tokens" in results.notes["texts"]
     assert "memory" in results.notes
     assert results.environment["packages"]["transformers"]
+
+
+def test_memory_is_that_of_a_process_each(folder, tmp_path, capsys):
+    """Memory left out on a CPU, all competitors' memory taken for one's own, or nothing but the model's counted."""
+    options = [option for option in FEW if option != "--no-memory"]
+    assert run(folder, *options, "--out", tmp_path / "r.json") == 0
+    throughput, latency = Results.load(tmp_path / "r.json").rows[:3], Results.load(tmp_path / "r.json").rows[3:]
+    assert all(100e6 < row.peak_bytes < 3e9 for row in throughput), [row.peak_bytes for row in throughput]
+    assert throughput[0].peak_bytes < throughput[2].peak_bytes  # sentence-transformers imports more
+    assert all(row.peak_bytes is None for row in latency)
+    assert "peak memory" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", ["report.md", "report.html"])

@@ -99,6 +99,39 @@ def test_every_text_peer_is_right(folder, texts, dtype):
     hold(latency, task.vectors(short), dtype, items=1)
 
 
+class Hungry(FastBert):
+    """fastbert and 400 MB; or, where it fails, an error."""
+
+    name = "hungry"
+
+    def encode(self, texts):
+        self.held = torch.ones(100_000_000)
+        return super().encode(texts)
+
+
+class Broken(FastBert):
+    name = "broken"
+
+    def load(self):
+        if sys.argv[0] == "-c":  # as the process of its own was started
+            raise ValueError("planted")
+        super().load()
+
+
+def test_peak_memory_of_a_process_of_its_own(folder, texts):
+    """Memory of the process of the contest, or a failure that stops the contest or leaves a blank without a reason."""
+    task = task_of(folder, texts)
+    encoders = [FastBert(task), Hungry(task), Broken(task)]
+    eager = Pooled(task, Eager)
+    peers = [*map(Throughput, encoders), Latency(eager, [task.texts[i] for i in task.checked])]
+    rows = hold(peers, task.reference(), "float32", memory=True)
+    assert rows[Eager.name].peak_bytes is None  # nor is that of the latency setting measured
+    more = rows["hungry"].peak_bytes - rows[OURS].peak_bytes
+    assert 390e6 < more < 450e6
+    assert rows["broken"].status == OK and rows["broken"].peak_bytes is None
+    assert rows["broken"].detail == "peak memory not measured: RuntimeError: ValueError: planted"
+
+
 @pytest.mark.parametrize("pooling", [("cls", False), ("mean", False)])
 def test_pooling_is_that_of_the_folder(pooling, texts, tmp_path):
     """A peer that pools and normalises as MiniLM wants it, whatever the checkpoint says."""

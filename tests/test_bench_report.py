@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import re
+import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
@@ -18,6 +20,7 @@ from fastbert.bench.results import FAILED, MISSING, WRONG, Results, Row
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT / "benchmarks"))  # where the project's own benchmarks import each other from
 
+import baseline  # noqa: E402
 import compare  # noqa: E402
 import readme_figures  # noqa: E402
 import report as page  # noqa: E402
@@ -433,6 +436,33 @@ def test_exit_codes(tmp_path, capsys):
     assert code == 0 and "device: Planted H100, now Xeon" in said.out
     code, said = run("other")
     assert code == 2 and "no contest in common" in said.err
+
+
+def test_baseline_is_the_newest_committed_one_of_the_device(tmp_path, monkeypatch, capsys):
+    """New results compared with themselves, with another machine's, with older ones than need be, or not at all."""
+    folder = tmp_path / "results"
+    slow, fast = contest(ratios={"eager": 1.0}), contest(ratios={"eager": 3.0})
+    results(slow, date="2026-01-01 00:00 UTC").save(folder / "old" / "model.json")
+    results(contest(), date="2026-01-02 00:00 UTC").save(folder / "day" / "model.json")
+    results(fast, date="2026-01-03 00:00 UTC", device="Another").save(folder / "another" / "model.json")
+    monkeypatch.setattr(compare, "committed", functools.partial(baseline.committed, results=folder))
+
+    def run():
+        return compare.main([str(folder / "day")]), capsys.readouterr()
+
+    code, said = run()
+    assert code == 2 and "could not be read from git" in said.err
+    identity = ["-c", "user.name=a", "-c", "user.email=a@b"]
+    for command in (["init", "-q"], ["add", "."], [*identity, "commit", "-qm", "results"]):
+        subprocess.run(["git", "-C", str(tmp_path), *command], check=True)
+    code, said = run()  # unchanged since it was committed, so that the one before counts
+    assert code == 0 and "old as committed" in said.out and "+100.0 %" in said.out
+    results(slow, date="2026-01-02 09:00 UTC").save(folder / "day" / "model.json")
+    code, said = run()  # written anew on the same day
+    assert code == 1 and "day as committed" in said.out and "1 regression" in said.out
+    results(slow, date="2026-01-04 00:00 UTC", device="A third").save(folder / "day" / "model.json")
+    code, said = run()
+    assert code == 2 and "no committed results of 'A third'" in said.err
 
 
 def test_readme_is_what_the_committed_results_give():

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from fastbert.bench.measure import Timing, interleave, max_error, rms_error, speedup
-from fastbert.bench.results import FAILED, MISSING, WRONG, Row
+from fastbert.bench.results import FAILED, MISSING, OK, WRONG, Row
 
 logger = logging.getLogger("fastbert")
 
@@ -49,6 +49,10 @@ class Peer:
         """For `Row.extra`, once there is an output: the batch size taken, the padding waste."""
         return {}
 
+    def peak_bytes(self) -> int | None:
+        """Peak memory of a process of its own that does one run; None where that is not measured. For CPUs."""
+        return None
+
 
 def contest(
     peers: Sequence[Peer],
@@ -59,14 +63,16 @@ def contest(
     eager: str,
     tokens: int | None = None,
     items: int | None = None,
+    memory: bool = False,
     on_step: Callable[[str], None] | None = None,
     **timing: Any,
 ) -> list[Row]:
     """Prepares, checks and times peers in turn; the first is fastbert, to which the others are compared.
 
     row: the row to fill in for a peer. reference: what `output` should give. A peer beyond its bound (see `bound_of`,
-    which needs the error of plain PyTorch: `eager` names that peer) is WRONG and untimed. timing: arguments of
-    `interleave`. Returns a row a peer, in order.
+    which needs the error of plain PyTorch: `eager` names that peer) is WRONG and untimed. memory: on a CPU, measure
+    each peer's too (`Peer.peak_bytes`); on a GPU that is always done. timing: arguments of `interleave`. Returns a row
+    a peer, in order.
     """
     say = on_step or (lambda text: None)
     rows = {peer.name: row(peer) for peer in peers}
@@ -112,7 +118,19 @@ def contest(
         rows[name].timed(measured, tokens, items)
         if ours is not None and name != peers[0].name:
             rows[name].compared(speedup(ours, measured))
+    if memory and device.type == "cpu":
+        for peer in right:
+            if rows[peer.name].status == OK:
+                say(f"memory of {peer.name}")
+                _measure_memory(peer, rows[peer.name])
     return list(rows.values())
+
+
+def _measure_memory(peer: Peer, row: Row) -> None:
+    try:
+        row.peak_bytes = peer.peak_bytes()
+    except RuntimeError as error:
+        row.detail = f"peak memory not measured: {_first_line(error)}"
 
 
 def _time(peers: list[Peer], rows: dict[str, Row], device: torch.device, timing: dict[str, Any]) -> dict[str, Timing]:

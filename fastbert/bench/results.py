@@ -102,19 +102,28 @@ class Results:
     def load(cls, path: str | os.PathLike[str]) -> Results:
         """Reads what `save` wrote. Raises ValueError, naming the file, if cut short or of another kind or version."""
         try:
-            content = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+            text = Path(path).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
             raise ValueError(f"{os.fspath(path)}: not a readable result file: {error}") from error
+        return cls.parse(text, os.fspath(path))
+
+    @classmethod
+    def parse(cls, text: str, where: str) -> Results:
+        """The same from a file's text; where: its name, for errors."""
+        try:
+            content = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{where}: not a readable result file: {error}") from error
         if not isinstance(content, dict) or content.get("kind") != KIND:
-            raise ValueError(f"{os.fspath(path)}: not a result file of fastbert's benchmarks")
+            raise ValueError(f"{where}: not a result file of fastbert's benchmarks")
         if content.get("version") != VERSION:
             came = content.get("version")
-            raise ValueError(f"{os.fspath(path)}: a result file of version {came}, and this fastbert reads {VERSION}")
+            raise ValueError(f"{where}: a result file of version {came}, and this fastbert reads {VERSION}")
         try:
             rows = [Row(**row) for row in content["rows"]]
             return cls(content["environment"], rows, content["ceilings"], content["notes"])
         except (KeyError, TypeError) as error:
-            raise ValueError(f"{os.fspath(path)}: a result file with missing or unknown fields: {error}") from error
+            raise ValueError(f"{where}: a result file with missing or unknown fields: {error}") from error
 
 
 def environment(device: torch.device) -> dict[str, Any]:

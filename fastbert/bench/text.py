@@ -5,6 +5,7 @@ A TextEncoder turns texts into vectors; `Throughput` times it on all texts of a 
 
 from __future__ import annotations
 
+import copy
 import functools
 import logging
 import math
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 
 from fastbert import checkpoint, sentence_layout
+from fastbert.bench import memory
 from fastbert.bench.engines import TRANSFORMERS_ENGINES, Engine, Pool, Source, missing, quiet
 from fastbert.bench.exact import covered, reference_vectors
 from fastbert.bench.peers import OURS, Peer
@@ -60,7 +62,9 @@ class TextTask:
         self.backend = backend
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.exact = SentenceEncoder.from_pretrained(self.folder, device="cpu")  # with the weights as they are stored
-        self.dtype = str(self.exact.dtype).removeprefix("torch.") if dtype == "auto" else dtype
+        self.max_seq_length = self.exact.max_seq_length
+        self.stored_dtype = str(self.exact.dtype).removeprefix("torch.")
+        self.dtype = self.stored_dtype if dtype == "auto" else dtype
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype: got {self.dtype!r}, expected one of {', '.join(DTYPES)}")
         name = self.exact.default_prompt_name
@@ -78,6 +82,10 @@ class TextTask:
         self.lengths, self.n_cut = packed.cu_seqlens.diff().numpy(), packed.n_truncated
         self.__dict__.pop("checked", None)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What encoders need of it, without the reference's model."""
+        return {name: value for name, value in self.__dict__.items() if name not in ("exact", "checked")}
+
     @property
     def source(self) -> Source:
         return Source(self.layout.transformer, getattr(torch, self.dtype), self.device)
@@ -92,8 +100,8 @@ class TextTask:
         return self._tokens(texts).cu_seqlens.diff().numpy()
 
     def _tokens(self, texts: Sequence[str]) -> PackedEncoding:
-        limit = self.exact.max_seq_length
-        return self.exact.tokenizer.encode_packed([self.prompt + text for text in texts], max_length=limit, warn=False)
+        texts = [self.prompt + text for text in texts]
+        return self.exact.tokenizer.encode_packed(texts, max_length=self.max_seq_length, warn=False)
 
     @functools.cached_property
     def checked(self) -> list[int]:
@@ -132,10 +140,12 @@ def untold() -> Iterator[None]:
 class TextEncoder:
     """One way to turn texts into vectors. Subclasses set `name` and fill in `load` and `encode`.
 
-    dtype: that of the computation. batch_size: None where there is none to choose.
+    dtype: that of the computation. batch_size: None where there is none to choose. unloaded: once prepared, what it was
+    before: another process can start from there.
     """
 
     name: str
+    unloaded: TextEncoder
     batch_sizes: tuple[int, ...] = ()
     warmups = 1
 
@@ -161,6 +171,7 @@ class TextEncoder:
     def prepare(self) -> None:
         """`load`, once."""
         if not self._loaded:
+            self.unloaded = copy.deepcopy(self)
             self.load()
             self._loaded = True
 
@@ -253,7 +264,7 @@ class Pooled(TextEncoder):
         made, places, computed, valid = [], [], 0, 0
         for first in range(0, len(texts), WINDOW):
             window = texts[first : first + WINDOW]
-            found = self.tokenizer(window, truncation=True, max_length=self.task.exact.max_seq_length, **settings)
+            found = self.tokenizer(window, truncation=True, max_length=self.task.max_seq_length, **settings)
             rows = [np.array(ids, np.int64) for ids in found["input_ids"]]
             order = np.array(sorted(range(len(rows)), key=lambda i: -len(rows[i])))
             n_batches = math.ceil(len(rows) / (self.batch_size or len(rows)))
@@ -280,7 +291,7 @@ class SentenceTransformers(TextEncoder):
 
     def __init__(self, task: TextTask) -> None:
         super().__init__(task)
-        self.dtype = str(task.exact.dtype).removeprefix("torch.")
+        self.dtype = task.stored_dtype
 
     def available(self) -> str | None:
         return missing("sentence-transformers")
@@ -352,6 +363,9 @@ class Throughput(Peer):
 
     def facts(self) -> dict[str, Any]:
         return self.encoder.facts()
+
+    def peak_bytes(self) -> int | None:
+        return None if memory.unavailable() else memory.peak_of(self.encoder)
 
 
 class Latency(Peer):
