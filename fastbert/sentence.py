@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from fastbert import checkpoint, sentence_layout
 from fastbert.model import BertModel
 from fastbert.sentence_layout import Layout, Pooling
-from fastbert.sentence_run import Request, Run
+from fastbert.sentence_run import Request, Run, Timings
 from fastbert.tokenizer import Tokenizer
 from fastbert.wordpiece import check_text, one_of
 
@@ -35,7 +35,8 @@ class SentenceEncoder(nn.Module):
     model: BertModel; tokenizer: fastbert.Tokenizer. pooling: modes of sentence-transformers ("mean", "cls", "max",
     "mean_sqrt_len_tokens", "weightedmean", "lasttoken"), concatenated if several. tail: modules on sentence vectors.
     token_budget: tokens in a batch, by default 16384 on a GPU and 2048 on a CPU. Vectors are float32 whatever the
-    model's dtype (float64 for float64).
+    model's dtype (float64 for float64). last_timings: where the time of the last call went, and what its bottleneck
+    was; the logger "fastbert" says the same at INFO.
     """
 
     model: BertModel
@@ -67,6 +68,7 @@ class SentenceEncoder(nn.Module):
         self.similarity_fn_name = one_of("similarity_fn_name", similarity_fn_name or "cosine", *SIMILARITIES)
         self.truncate_dim = _positive("truncate_dim", truncate_dim)
         self.token_budget = _positive("token_budget", token_budget)
+        self.last_timings: Timings | None = None  # where the time of the last call went
         self._dimension = self._check_sizes()
         self.eval()
 
@@ -230,19 +232,21 @@ class SentenceEncoder(nn.Module):
             normalize_embeddings,
             self.truncate_dim if truncate_dim is None else _positive("truncate_dim", truncate_dim),
             single,
+            on_host=convert_to_numpy and not convert_to_tensor or precision != "float32",
         )
-        on_host = convert_to_numpy and not convert_to_tensor or precision != "float32"
         total = 1 if single else len(texts) if hasattr(texts, "__len__") else None
         with _progress_bar(show_progress_bar, total) as progress:
-            run = self._run(_as_iterable(texts), replace(request, progress=progress))
-            windows = [w.cpu() if on_host and isinstance(w, Tensor) else w for w in run]
+            windows = list(self._run(_as_iterable(texts), replace(request, progress=progress)))
         if output_value != "sentence_embedding":
             items = [item for window in windows for item in window]
             return items[0] if single else items
         if not windows:
             dtype = torch.promote_types(self.dtype, torch.float32)
-            windows = [torch.empty(0, self._width(request), dtype=dtype, device="cpu" if on_host else self.device)]
-        vectors = windows[0] if len(windows) == 1 else torch.cat(windows)
+            windows = [
+                torch.empty(0, self._width(request), dtype=dtype, device="cpu" if request.on_host else self.device)
+            ]
+        # Pinned memory, which vectors from a GPU lie in, is too dear to be kept by whoever holds the result.
+        vectors = windows[0] if len(windows) == 1 and not windows[0].is_pinned() else torch.cat(windows)
         if precision != "float32":
             vectors = torch.from_numpy(_signs(vectors.numpy(), precision))
         if single:
@@ -286,18 +290,21 @@ class SentenceEncoder(nn.Module):
     ) -> Iterator[np.ndarray]:
         """The vectors of more texts than fit in memory: (n, dim) arrays, of 16,384 texts each but the last, in order.
 
-        Texts are taken from the iterable a window ahead of what is returned. progress is called with the number of
-        texts of each batch. Truncation is counted and warned of at the end; errors are those of `encode`.
+        With a GPU, texts are taken from the iterable up to three windows ahead of what is returned. progress is called
+        with the number of texts of each batch. Truncation is counted and warned of at the end; errors are those of
+        `encode`.
         """
         truncate_dim = self.truncate_dim if truncate_dim is None else _positive("truncate_dim", truncate_dim)
         request = Request(
             self._prompt(prompt, prompt_name),
             normalize=normalize_embeddings,
             truncate_dim=truncate_dim,
+            even=True,
+            on_host=True,
             progress=progress,
         )
         for window in self._run(_as_iterable(sentences), request):
-            yield window.cpu().numpy()
+            yield window.clone().numpy() if window.is_pinned() else window.numpy()
 
     def similarity(self, embeddings1: Any, embeddings2: Any) -> Tensor:
         """(n, dim) and (m, dim) vectors, as tensors or arrays -> (n, m), by the function `similarity_fn_name` names.
@@ -313,7 +320,9 @@ class SentenceEncoder(nn.Module):
 
     def _run(self, texts: Iterable[str], request: Request) -> Iterator[Any]:
         self.eval()
-        return Run(self, request).windows(texts)
+        run = Run(self, request)
+        self.last_timings = run.timings
+        return run.windows(texts)
 
     def _prompt(self, prompt: str | None, prompt_name: str | None) -> str:
         if prompt is None:

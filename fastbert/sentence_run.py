@@ -1,14 +1,25 @@
 """One call of a SentenceEncoder: windows of texts, batches of tokens, pooling.
 
 Texts are tokenised a window at a time, sorted by length within the window, cut into batches by a budget of tokens, run
-packed, pooled in float32 and put back in the order in which they came. While a GPU still computes one window, the next
-is tokenised.
+packed, pooled in float32 and put back in the order in which they came.
+
+With a GPU three things go on at once: a thread tokenises the windows to come, the calling thread launches the work of
+one window, and the GPU computes the one before and copies its vectors to the host. Nothing waits for the GPU but who
+reads a window's vectors. On a CPU they take turns, since both want all cores.
+
+    tokenise   | 0 | 1  |  2  |   3   |
+    launch         |0|  |1|   |2|     |3|
+    GPU             |  0  |   1  |   2    |    3   |
+    read                  0      1        2        3
 """
 
 from __future__ import annotations
 
 import logging
+import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -28,14 +39,20 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("fastbert")
 
-WINDOW = 16384  # texts tokenised and sorted at once
+WINDOW = 16384  # texts tokenised and sorted at once, at most
+FIRST_WINDOW = 1024  # of a call that overlaps: until it is tokenised the GPU has nothing to do
+AHEAD = 2  # windows tokenised, or being tokenised, before the calling thread asks for them
 # Tokens in a batch. On a CPU, activations of more than a few MB leave its caches and are mapped anew by each op.
 TOKEN_BUDGET = {"cpu": 2048, "cuda": 16384}
 
 
 @dataclass(frozen=True)
 class Request:
-    """What one call asks for. single: one text came, not a list, so that errors name no index."""
+    """What one call asks for.
+
+    single: one text came, not a list, so that errors name no index. even: windows of WINDOW texts each, but the last.
+    on_host: vectors are to be read on the host.
+    """
 
     prompt: str = ""
     batch_size: int | None = None
@@ -43,11 +60,49 @@ class Request:
     normalize: bool = False
     truncate_dim: int | None = None
     single: bool = False
+    even: bool = False
+    on_host: bool = False
     progress: Callable[[int], Any] | None = None  # called with the number of texts of each batch
 
 
+@dataclass
+class Timings:
+    """Where the time of one call went, in seconds.
+
+    overlapped: tokenizing went on in a thread beside the rest; waiting_for_tokens is then how long the calling thread
+    had to wait for it, and waiting_for_device how long for vectors.
+    """
+
+    texts: int = 0
+    tokens: int = 0
+    tokenizing: float = 0.0
+    waiting_for_tokens: float = 0.0
+    waiting_for_device: float = 0.0
+    total: float = 0.0
+    overlapped: bool = False
+
+    @property
+    def bottleneck(self) -> str:
+        """ "tokenizing" or "model": which of the two the other waits for, or, where they take turns, takes longer."""
+        if self.overlapped:
+            return "tokenizing" if self.waiting_for_tokens > self.waiting_for_device else "model"
+        return "tokenizing" if self.tokenizing > self.total / 2 else "model"
+
+    def __str__(self) -> str:
+        said = f"{self.texts:,} texts, {self.tokens:,} tokens in {self.total:.3g} s, {self.tokenizing:.3g} s tokenizing"
+        if self.overlapped:
+            waits = f"{self.waiting_for_tokens:.3g} s for tokens and {self.waiting_for_device:.3g} s for the device"
+            said += f" in a thread beside it; waited {waits}"
+        return f"{said}; the bottleneck is {'tokenizing' if self.bottleneck == 'tokenizing' else 'the model'}"
+
+
+def overlaps(device: torch.device) -> bool:
+    """Whether tokenizing and computing go on at once."""
+    return device.type == "cuda"
+
+
 class Run:
-    """`windows` does the work; the counters say what was cut."""
+    """`windows` does the work; the counters say what was cut, `timings` where the time went."""
 
     def __init__(self, encoder: SentenceEncoder, request: Request) -> None:
         self.encoder, self.request = encoder, request
@@ -55,6 +110,7 @@ class Run:
         self.limit = encoder.max_seq_length
         self.skip = self._prompt_tokens()
         self.n_texts = self.n_truncated = self.n_truncated_tokens = 0
+        self.timings = Timings(overlapped=overlaps(self.device))
 
     def _prompt_tokens(self) -> int:
         """How many tokens at the start of each text pooling leaves out."""
@@ -67,23 +123,63 @@ class Run:
         return len(ids) - int(ids[-1].item() in self.encoder.tokenizer.all_special_ids)
 
     def windows(self, texts: Iterable[str]) -> Iterator[Any]:
-        """The result of each window: (n, dim) vectors on the encoder's device, or a list for other output values."""
-        source, waiting = iter(texts), None
-        while window := list(islice(source, WINDOW)):
-            tokens = self._tokenize(window)
-            # Whoever reads a result waits for the device: let it be after the next window is tokenised.
+        """The result of each window: (n, dim) vectors, or a list for other output values."""
+        started = time.perf_counter()
+        waiting: _Result | None = None
+        for tokens in self._tokenized(iter(texts)):
+            result = _Result(self._compute(tokens), self.request.on_host)
+            if not self.timings.overlapped:
+                yield result.get()
+                continue
+            # Whoever reads a window waits for the device: let that have the next one to go on with.
             if waiting is not None:
-                yield waiting
-            waiting = self._compute(tokens)
+                yield self._read(waiting)
+            waiting = result
         if waiting is not None:
-            yield waiting
+            yield self._read(waiting)
+        self.timings.texts, self.timings.total = self.n_texts, time.perf_counter() - started
+        logger.info("encode: %s", self.timings)
         if self.n_truncated:
             logger.warning(
                 "encode: %d of %d texts were longer than max_seq_length = %d and truncated: %d tokens cut",
                 self.n_truncated, self.n_texts, self.limit, self.n_truncated_tokens,
             )  # fmt: skip
 
+    def _read(self, result: _Result) -> Any:
+        started = time.perf_counter()
+        found = result.get()
+        self.timings.waiting_for_device += time.perf_counter() - started
+        return found
+
+    def _tokenized(self, source: Iterator[str]) -> Iterator[PackedEncoding]:
+        """The tokens of each window, in order. The calling thread takes the texts from the source; it may be theirs."""
+        windows = self._cut(source)
+        if not self.timings.overlapped:
+            yield from map(self._tokenize, windows)
+            return
+        pool = ThreadPoolExecutor(1, "fastbert-tokenizer")  # one: windows are counted and checked in their order
+        futures: deque[Future[PackedEncoding]] = deque()
+        try:
+            while True:
+                futures += [pool.submit(self._tokenize, window) for window in islice(windows, AHEAD - len(futures))]
+                if not futures:
+                    return
+                started = time.perf_counter()
+                tokens = futures.popleft().result()
+                self.timings.waiting_for_tokens += time.perf_counter() - started
+                yield tokens
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def _cut(self, source: Iterator[str]) -> Iterator[list[str]]:
+        """Windows of texts: of WINDOW each, or growing to that from a first that is soon tokenised."""
+        size = FIRST_WINDOW if self.timings.overlapped and not self.request.even else WINDOW
+        while window := list(islice(source, size)):
+            yield window
+            size = min(2 * size, WINDOW)
+
     def _tokenize(self, window: list[str]) -> PackedEncoding:
+        started = time.perf_counter()
         for i, text in enumerate(window, start=self.n_texts):
             check_text(text, "sentences" if self.request.single else f"sentences[{i}]")
         prompt = self.request.prompt
@@ -97,6 +193,8 @@ class Run:
         self.n_texts += len(window)
         self.n_truncated += tokens.n_truncated
         self.n_truncated_tokens += tokens.n_truncated_tokens
+        self.timings.tokens += len(tokens.input_ids)
+        self.timings.tokenizing += time.perf_counter() - started
         return tokens
 
     @torch.inference_mode()
@@ -181,6 +279,24 @@ class Run:
             x = module(x)
         x = x[:, : request.truncate_dim]
         return F.normalize(x, dim=1) if normalize else x
+
+
+class _Result:
+    """What a window gave. Vectors that are to be read on the host are already on their way there."""
+
+    def __init__(self, made: Tensor | list[Any], on_host: bool) -> None:
+        self.made, self.copied = made, None
+        if on_host and isinstance(made, Tensor) and made.is_cuda:
+            # Now, not when they are read: a copy then would wait for the window after this one.
+            self.made = torch.empty(made.shape, dtype=made.dtype, pin_memory=True)
+            self.made.copy_(made, non_blocking=True)
+            self.copied = torch.cuda.Event()
+            self.copied.record(torch.cuda.current_stream(made.device))
+
+    def get(self) -> Any:
+        if self.copied is not None:
+            self.copied.synchronize()
+        return self.made
 
 
 def batches(ends: np.ndarray, budget: int, most: int | None) -> Iterator[tuple[int, int]]:

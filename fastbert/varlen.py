@@ -117,10 +117,11 @@ def from_cu_seqlens(cu_seqlens: torch.Tensor, n_tokens: int, device: torch.devic
             f"got {offsets.tolist() if cu_seqlens.shape[0] <= 9 else f'{offsets[:4].tolist()} ...'}"
         )
     starts = torch.repeat_interleave(offsets[:-1], lengths, output_size=n_tokens)
+    cu_seqlens_cpu = offsets.int()
     return PackedBatch(
-        cu_seqlens=cu_seqlens.to(device, torch.int32),
-        cu_seqlens_cpu=offsets.int(),
-        position_ids=(torch.arange(n_tokens) - starts).to(device),
+        cu_seqlens=cu_seqlens_cpu.to(device, non_blocking=True),
+        cu_seqlens_cpu=cu_seqlens_cpu,
+        position_ids=(torch.arange(n_tokens) - starts).to(device, non_blocking=True),
         batch_size=cu_seqlens.shape[0] - 1,
         padded_length=int(lengths.max()) if lengths.numel() else 0,
     )

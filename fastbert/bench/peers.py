@@ -46,7 +46,7 @@ class Peer:
         raise NotImplementedError
 
     def facts(self) -> dict[str, Any]:
-        """For `Row.extra`, once there is an output: the batch size taken, the padding waste."""
+        """For `Row.extra`, once there is an output: the batch size, the padding waste, a `note` for the reader."""
         return {}
 
     def peak_bytes(self) -> int | None:

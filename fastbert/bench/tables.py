@@ -137,7 +137,8 @@ def contest_table(contest: Contest) -> Table:
         notes.append("fastbert did not take part, so there are no speed-ups.")
     elif contest.ours.status != OK and contest.peers:
         notes.append(f"fastbert is {contest.ours.status} here, so there are no speed-ups.")
-    notes += [f"{contest.name_of(row)}: {row.detail}" for row in ran if row.detail]
+    said = [(contest.name_of(row), row.detail or row.extra.get("note")) for row in ran]
+    notes += [f"{name}: {text}" for name, text in said if text]
     title = f"{contest.suite}: {contest.label}"
     return Table(title, ("competitor", *header), tuple(lines), tuple(notes))
 
