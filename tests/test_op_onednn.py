@@ -1,0 +1,138 @@
+"""Linears of the cpu backend through oneDNN, with packed weights."""
+
+from __future__ import annotations
+
+import gc
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fastbert.ops import onednn
+from helpers import assert_as_accurate, guarded
+
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+@pytest.fixture(autouse=True)
+def usable():
+    """On a processor or a PyTorch without these operations there is nothing to test but the way around them."""
+    if onednn._missing() is not None:
+        pytest.skip(onednn._missing())
+
+
+def inputs(n_rows, k, n_cols, dtype=torch.float32):
+    torch.manual_seed(0)
+    made = torch.randn(n_rows, k), torch.randn(n_cols, k) / k**0.5, torch.randn(n_cols), torch.randn(n_rows, n_cols)
+    return [t.to(dtype) for t in made]
+
+
+def activated(x, activation):
+    if activation in ("none", "relu"):
+        return x if activation == "none" else F.relu(x)
+    return F.gelu(x, approximate="tanh" if activation == "gelu_tanh" else "none")
+
+
+def skip_without(dtype):
+    x, weight, bias, _ = inputs(2, 4, 4, dtype)
+    if onednn.obstacle(x, weight, bias) is not None:
+        pytest.skip(onednn.obstacle(x, weight, bias))
+
+
+@pytest.mark.parametrize("activation", list(onednn.UNARY))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("n_rows", "k", "n_cols"), [(1, 16, 64), (5, 33, 131), (70, 384, 96), (40, 3072, 80)])
+def test_as_accurate_as_eager(n_rows, k, n_cols, dtype, activation):
+    """Sums in one chain over a long K, a piece of K left out, or an activation applied to each piece or not at all."""
+    skip_without(dtype)
+    x, weight, bias, _ = inputs(n_rows, k, n_cols, dtype)
+    exact = activated(F.linear(x.double(), weight.double(), bias.double()), activation)
+    eager = activated(F.linear(x, weight, bias), activation)
+    operands = guarded(x, extra_columns=7), guarded(weight, extra_columns=5), guarded(bias)
+    assert_as_accurate(f"{k} {activation}", onednn.linear(*operands, activation), eager, exact)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("k", [64, 1000])
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_residual_is_added_once(k, dtype, with_bias):
+    """A residual that each piece of K adds, or that is written to."""
+    skip_without(dtype)
+    x, weight, bias, residual = inputs(30, k, 50, dtype)
+    bias = bias if with_bias else None
+    before = residual.clone()
+    exact = F.linear(x.double(), weight.double(), None if bias is None else bias.double()) + residual.double()
+    ours = onednn.linear(x, weight, bias, residual=residual)
+    assert_as_accurate("residual", ours, F.linear(x, weight, bias) + residual, exact)
+    assert torch.equal(residual, before)
+
+
+def test_no_rows():
+    """An empty batch that crashes."""
+    x, weight, bias, residual = inputs(0, 600, 50)
+    assert onednn.linear(x, weight, bias, "gelu").shape == (0, 50)
+    assert onednn.linear(x, weight, bias, residual=residual).shape == (0, 50)
+
+
+def test_weights_that_change():
+    """Results of weights that were written to, replaced, or exchanged for others at the same address."""
+    x, weight, bias, _ = inputs(3, 8, 4)
+    weight = torch.nn.Parameter(weight)
+
+    def right():
+        with torch.no_grad():
+            torch.testing.assert_close(onednn.linear(x, weight, bias), F.linear(x, weight, bias))
+
+    right()
+    with torch.no_grad():
+        weight.mul_(2)
+    right()
+    for _ in range(10):  # the allocator likes to give freed memory to the next of its size
+        weight.data = torch.randn(4, 8)
+        right()
+    weight.data.mul_(3)  # which nothing counts
+    onednn.forget([weight])
+    right()
+
+
+def test_packed_weights_go_with_their_weight():
+    """Memory that stays after the model is gone."""
+    n_before = len(onednn._packed)
+    x, weight, bias, _ = inputs(3, 8, 4)
+    onednn.linear(x, weight, bias)
+    assert len(onednn._packed) == n_before + 1
+    del weight
+    gc.collect()
+    assert len(onednn._packed) == n_before
+
+
+def test_pieces_cover_k():
+    """Columns of K lost or doubled where pieces are cut."""
+    for k in (1, 16, 255, 256, 257, 384, 385, 768, 1000, 3072):
+        for whole_to in (onednn.PIECE, onednn.PIECE_BEFORE_GELU, k):
+            cuts = onednn._cuts(k, whole_to)
+            assert cuts[0][0] == 0 and cuts[-1][1] == k
+            assert all(end == start for (_, end), (start, _) in zip(cuts, cuts[1:], strict=False))
+            assert len(cuts) == 1 or max(end - start for start, end in cuts) <= onednn.PIECE
+
+
+def test_obstacles(monkeypatch):
+    """Gradients lost, autocast or the user's own switch ignored, a weight packed whose changes are not counted."""
+    x, weight, bias, _ = inputs(3, 8, 4)
+    assert onednn.obstacle(x, weight, bias) is None
+    assert "gradients" in onednn.obstacle(x, torch.nn.Parameter(weight), bias)
+    with torch.no_grad():
+        assert onednn.obstacle(x, torch.nn.Parameter(weight), bias) is None
+    assert "mixed dtypes" in onednn.obstacle(x, weight.bfloat16(), bias)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert "mixed dtypes" in onednn.obstacle(x, weight, bias)
+    with torch.inference_mode():
+        made_there = weight.clone()
+        assert onednn.obstacle(x, weight, bias) is None
+    assert "counted" in onednn.obstacle(x, made_there, bias)
+    assert "no torch.float64" in onednn.obstacle(x.double(), weight.double())
+    assert "meta" in onednn.obstacle(x.to("meta"), weight.to("meta"))
+    with torch.backends.mkldnn.flags(enabled=False):
+        assert "switched off" in onednn.obstacle(x, weight, bias)
+    monkeypatch.setattr(onednn, "_missing", lambda: "planted")
+    assert onednn.obstacle(x, weight, bias) == "planted"
