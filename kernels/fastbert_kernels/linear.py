@@ -1,13 +1,17 @@
-"""Linear layer with bias and GELU in the GEMM's epilogue.
+"""Linear layer with bias, GELU and residual in the GEMM's epilogue.
 
-    out = activation(x @ weight^T + bias)
+    out = activation(x @ weight^T + bias) + residual
 
-x: (T, K), weight: (M, K) as torch.nn.Linear keeps it, bias: (M,), out: (T, M); fp32 / bf16 / fp16, float32 accumulator,
-bias and activation applied to it before the one rounding. fp32 multiplies in IEEE float32 unless TF32 is allowed.
-FLOPs: 2 * T * M * K; bytes: (T * K + M * K + T * M) elements at least.
+x: (T, K), weight: (M, K) as torch.nn.Linear keeps it, bias: (M,), residual and out: (T, M); fp32 / bf16 / fp16, float32
+accumulator, the epilogue applied to it before the one rounding. fp32 multiplies in IEEE float32 unless TF32 is allowed.
+FLOPs: 2 * T * M * K; bytes: (T * K + M * K + T * M) elements at least, and T * M more with a residual.
 
-Tiles are visited in groups of GROUP_ROWS row blocks, so that neighbouring programs share weight columns in L2
-(Tillet, Kung and Cox, "Triton", MAPL 2019, and its matrix multiplication tutorial).
+K and M are run-time sizes: one compiled kernel serves all shapes of a model whose K is a whole number of blocks. Tiles
+are visited in groups of GROUP_ROWS row blocks, so that neighbouring programs share weight columns in L2 (Tillet, Kung
+and Cox, "Triton", MAPL 2019, and its matrix multiplication tutorial).
+
+A row of the output does not depend on which rows stand beside it, bit for bit: the tile follows from (K, M), never from
+T, each output element is summed over K in the same order wherever in a tile it stands, and no sum is split.
 """
 
 from __future__ import annotations
@@ -20,34 +24,65 @@ from fastbert_kernels import launch
 from fastbert_kernels.gelu import activate
 
 
+@triton.jit
+def tile_of(index, n_row_blocks, n_col_blocks, GROUP_ROWS: tl.constexpr):
+    """(row block, column block) of a tile: down the rows of a group, then on to the group's next column."""
+    group_size = GROUP_ROWS * n_col_blocks
+    first_row_block = (index // group_size) * GROUP_ROWS
+    group_rows = tl.minimum(n_row_blocks - first_row_block, GROUP_ROWS)
+    return first_row_block + (index % group_size) % group_rows, (index % group_size) // group_rows
+
+
+@triton.jit
+def epilogue(
+    acc,  # (BLOCK_ROWS, BLOCK_COLS) float32
+    bias_ptr,  # (M,)
+    residual_ptr,  # (T, M)
+    row_offs,  # (BLOCK_ROWS,)
+    col_offs,  # (BLOCK_COLS,)
+    mask,  # (BLOCK_ROWS, BLOCK_COLS)
+    n_cols,
+    residual_row_stride,
+    HAS_BIAS: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+):
+    """activation(acc + bias) + residual, in float32."""
+    if HAS_BIAS:
+        acc += tl.load(bias_ptr + col_offs, mask=col_offs < n_cols, other=0.0).to(tl.float32)[None, :]
+    out = activate(acc, ACTIVATION)
+    if HAS_RESIDUAL:
+        residual_offs = row_offs.to(tl.int64)[:, None] * residual_row_stride + col_offs[None, :]
+        out += tl.load(residual_ptr + residual_offs, mask=mask, other=0.0).to(tl.float32)
+    return out
+
+
 @triton.jit(do_not_specialize=["n_rows"])
 def _linear_kernel(
     x_ptr,  # (T, K)
     weight_ptr,  # (M, K)
     bias_ptr,  # (M,)
+    residual_ptr,  # (T, M)
     out_ptr,  # (T, M)
     n_rows,
     n_cols,
+    k_size,
     x_row_stride,
     weight_row_stride,
+    residual_row_stride,
     out_row_stride,
-    K: tl.constexpr,
+    EVEN_K: tl.constexpr,  # whether k_size is a whole number of blocks
     HAS_BIAS: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLS: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP_ROWS: tl.constexpr,
 ):
-    pid = tl.program_id(0)
-    n_row_blocks = tl.cdiv(n_rows, BLOCK_ROWS)
-    n_col_blocks = tl.cdiv(n_cols, BLOCK_COLS)
-    group_size = GROUP_ROWS * n_col_blocks
-    first_row_block = (pid // group_size) * GROUP_ROWS
-    group_rows = tl.minimum(n_row_blocks - first_row_block, GROUP_ROWS)
-    row_block = first_row_block + (pid % group_size) % group_rows
-    col_block = (pid % group_size) // group_rows
+    n_row_blocks, n_col_blocks = tl.cdiv(n_rows, BLOCK_ROWS), tl.cdiv(n_cols, BLOCK_COLS)
+    row_block, col_block = tile_of(tl.program_id(0), n_row_blocks, n_col_blocks, GROUP_ROWS)
 
     row_offs = row_block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     col_offs = col_block * BLOCK_COLS + tl.arange(0, BLOCK_COLS)
@@ -59,28 +94,35 @@ def _linear_kernel(
     weight_ptrs = weight_ptr + weight_rows[None, :] * weight_row_stride + k_offs[:, None]  # (BLOCK_K, BLOCK_COLS)
 
     acc = tl.zeros((BLOCK_ROWS, BLOCK_COLS), dtype=tl.float32)
-    for k_start in range(0, K, BLOCK_K):
-        if K % BLOCK_K == 0:
+    for k_start in range(0, k_size, BLOCK_K):
+        if EVEN_K:
             x = tl.load(x_ptrs)
             weight = tl.load(weight_ptrs)
         else:
-            x = tl.load(x_ptrs, mask=(k_offs < K - k_start)[None, :], other=0.0)
-            weight = tl.load(weight_ptrs, mask=(k_offs < K - k_start)[:, None], other=0.0)
+            x = tl.load(x_ptrs, mask=(k_offs < k_size - k_start)[None, :], other=0.0)
+            weight = tl.load(weight_ptrs, mask=(k_offs < k_size - k_start)[:, None], other=0.0)
         acc = tl.dot(x, weight, acc, input_precision=INPUT_PRECISION)
         x_ptrs += BLOCK_K
         weight_ptrs += BLOCK_K
 
-    if HAS_BIAS:
-        acc += tl.load(bias_ptr + col_offs, mask=col_offs < n_cols, other=0.0).to(tl.float32)[None, :]
-    out = activate(acc, ACTIVATION)
-    out_offs = row_offs.to(tl.int64)[:, None] * out_row_stride + col_offs[None, :]
     mask = (row_offs < n_rows)[:, None] & (col_offs < n_cols)[None, :]
+    out = epilogue(
+        acc, bias_ptr, residual_ptr, row_offs, col_offs, mask, n_cols, residual_row_stride, HAS_BIAS, ACTIVATION,
+        HAS_RESIDUAL,
+    )  # fmt: skip
+    out_offs = row_offs.to(tl.int64)[:, None] * out_row_stride + col_offs[None, :]
     tl.store(out_ptr + out_offs, out.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-def linear_forward(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, activation: str) -> torch.Tensor:
-    """(T, K) -> (T, M) in x's dtype; activation "none", "gelu" or "gelu_tanh". x, weight need unit stride along K."""
-    n_rows, k = x.shape
+def linear_forward(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    activation: str,
+    residual: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """(T, K) -> (T, M) in x's dtype; activation "none", "gelu" or "gelu_tanh". All need unit stride along their rows."""
+    n_rows, k_size = x.shape
     n_cols = weight.shape[0]
     out = launch.empty((n_rows, n_cols), like=x)
     if n_rows == 0:
@@ -95,15 +137,19 @@ def linear_forward(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | N
         x_ptr=x,
         weight_ptr=weight,
         bias_ptr=bias,
+        residual_ptr=residual,
         out_ptr=out,
         n_rows=n_rows,
         n_cols=n_cols,
+        k_size=k_size,
         x_row_stride=x.stride(0),
         weight_row_stride=weight.stride(0),
+        residual_row_stride=residual.stride(0) if residual is not None else 0,
         out_row_stride=out.stride(0),
-        K=k,
+        EVEN_K=k_size % config["BLOCK_K"] == 0,
         HAS_BIAS=bias is not None,
         ACTIVATION=activation,
+        HAS_RESIDUAL=residual is not None,
         INPUT_PRECISION=launch.dot_precision(x.dtype),
     )
     return out
