@@ -121,7 +121,7 @@ def linear_forward(
     activation: str,
     residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """(T, K) -> (T, M) in x's dtype; activation "none", "gelu" or "gelu_tanh". All need unit stride along their rows."""
+    """(T, K) -> (T, M) in x's dtype; activation "none", "gelu" or "gelu_tanh". Tensors need unit stride along rows."""
     n_rows, k_size = x.shape
     n_cols = weight.shape[0]
     out = launch.empty((n_rows, n_cols), like=x)

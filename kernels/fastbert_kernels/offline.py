@@ -159,10 +159,10 @@ def cases(dtype: str) -> Iterator[Case]:
             call = partial(linear.linear_forward, x, weight, None, activation)
             yield case("linear", variant=f"{name}-bias", archs=nowhere, call=call)
             if activation == "none" and name != "qkv":
-                residual = tensor(n_rows, n_cols)
-                call = partial(linear.linear_forward, x, weight, tensor(n_cols), activation, residual)
+                added = tensor(n_rows, n_cols)
+                call = partial(linear.linear_forward, x, weight, tensor(n_cols), activation, added)
                 yield case("linear", variant=f"{name}+residual", archs=matrix, call=call)
-                call = partial(linear.linear_forward, x, weight, None, activation, residual)
+                call = partial(linear.linear_forward, x, weight, None, activation, added)
                 yield case("linear", variant=f"{name}-bias+residual", archs=nowhere, call=call)
         d = h // n_heads
         yield case("attention", variant=f"D{d}", archs=matrix, call=attend(n_heads, d))
