@@ -428,15 +428,16 @@ class _Explainer:
             return OpReport("linear", name, shapes, _MODULE, _class_of(module), reason=reason, raises=raises)
         tensors = map(self.operand, (module.weight, module.bias))
         decision = self.decide("linear", dispatch.dtype_obstacle(self.hidden, *tensors))
-        choice = None if library is None else library[0]
+        source = None if library is None else library[0]
         if library is None and decision.backend == "triton":
             which, choice = self.chosen(module, "none")
             if which == "fastbert":
                 return self.our_gemm(name, shapes, decision, module, "none", choice)
+            source = choice
         kernel = LINEAR_KERNELS["torch"] + (" (cuBLAS)" if self.device.type == "cuda" else "")
         refused = library is None and self.policy.batch_invariant
         reason = decision.reason if refused else None
-        return OpReport("linear", name, shapes, decision.backend, kernel, source=choice, reason=reason, raises=refused)
+        return OpReport("linear", name, shapes, decision.backend, kernel, source=source, reason=reason, raises=refused)
 
 
 def _class_of(module: nn.Module) -> str:

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 import triton
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastbert_kernels import interpreter, tables
 
@@ -69,6 +70,18 @@ def _device_arch(index: int) -> int:
     return 10 * major + minor
 
 
+def n_multiprocessors(device: torch.device) -> int:
+    """Of the GPU. Two under the interpreter, and where launches are recorded for a GPU that is not there."""
+    if _recorded is not None or device.type != "cuda":
+        return 2
+    return _n_multiprocessors(device.index if device.index is not None else torch.cuda.current_device())
+
+
+@functools.cache
+def _n_multiprocessors(index: int) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count
+
+
 def empty(shape: tuple[int, ...], *, like: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
     """An output buffer. Every kernel's output is allocated here, so that tests can fill it with NaN first."""
     return torch.empty(shape, device=like.device, dtype=dtype or like.dtype)
@@ -79,7 +92,9 @@ def run(kernel: Any, grid: tuple[int, ...], config: dict[str, int], **arguments:
     if _recorded is not None:
         _recorded.append(Launch(kernel, grid, config, arguments))
         return
-    device = next(a.device for a in arguments.values() if isinstance(a, torch.Tensor))
+    # A tensor descriptor has its tensor as `base`.
+    tensors = (a.base if isinstance(a, TensorDescriptor) else a for a in arguments.values())
+    device = next(t.device for t in tensors if isinstance(t, torch.Tensor))
     # FP fusion is named because its default differs between Triton versions, and with it the bits of the results.
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):

@@ -21,40 +21,8 @@ import triton
 import triton.language as tl
 
 from fastbert_kernels import launch
-from fastbert_kernels.gelu import activate
-
-
-@triton.jit
-def tile_of(index, n_row_blocks, n_col_blocks, GROUP_ROWS: tl.constexpr):
-    """(row block, column block) of a tile: down the rows of a group, then on to the group's next column."""
-    group_size = GROUP_ROWS * n_col_blocks
-    first_row_block = (index // group_size) * GROUP_ROWS
-    group_rows = tl.minimum(n_row_blocks - first_row_block, GROUP_ROWS)
-    return first_row_block + (index % group_size) % group_rows, (index % group_size) // group_rows
-
-
-@triton.jit
-def epilogue(
-    acc,  # (BLOCK_ROWS, BLOCK_COLS) float32
-    bias_ptr,  # (M,)
-    residual_ptr,  # (T, M)
-    row_offs,  # (BLOCK_ROWS,)
-    col_offs,  # (BLOCK_COLS,)
-    mask,  # (BLOCK_ROWS, BLOCK_COLS)
-    n_cols,
-    residual_row_stride,
-    HAS_BIAS: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    HAS_RESIDUAL: tl.constexpr,
-):
-    """activation(acc + bias) + residual, in float32."""
-    if HAS_BIAS:
-        acc += tl.load(bias_ptr + col_offs, mask=col_offs < n_cols, other=0.0).to(tl.float32)[None, :]
-    out = activate(acc, ACTIVATION)
-    if HAS_RESIDUAL:
-        residual_offs = row_offs.to(tl.int64)[:, None] * residual_row_stride + col_offs[None, :]
-        out += tl.load(residual_ptr + residual_offs, mask=mask, other=0.0).to(tl.float32)
-    return out
+from fastbert_kernels.linear_persistent import describable, linear_persistent_forward
+from fastbert_kernels.linear_tile import ALIGNMENT, epilogue, tile_of
 
 
 @triton.jit(do_not_specialize=["n_rows"])
@@ -121,15 +89,43 @@ def linear_forward(
     activation: str,
     residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """(T, K) -> (T, M) in x's dtype; activation "none", "gelu" or "gelu_tanh". Tensors need unit stride along rows."""
+    """(T, K) -> (T, M) in x's dtype; activation "none", "gelu" or "gelu_tanh". Tensors need unit stride along rows.
+
+    Takes the kernel that launch.gemm names. Where a weight's or a row's alignment rules tensor descriptors out, that is
+    this file's.
+    """
+    shape = x.shape[1], weight.shape[0]
+    out = launch.empty((x.shape[0], weight.shape[0]), like=x)
+    if x.shape[0] == 0:
+        return out
+    if x.data_ptr() % ALIGNMENT:
+        # The kernel, its specialisation and with them the bits must not depend on where in memory the rows begin.
+        x = x.clone(memory_format=torch.contiguous_format)
+    epilogue_name = activation if residual is None else "residual"
+    arch = launch.arch(x.device)
+    gemm = launch.gemm(x.dtype, arch, shape, epilogue_name)
+    config = gemm.config.block_sizes
+    if gemm.ours == "linear_persistent":
+        if describable(x) and describable(weight) and describable(out):
+            return linear_persistent_forward(x, weight, bias, activation, residual, config, out)
+        config = launch.linear_config(x.dtype, arch, shape, epilogue_name).block_sizes
+    return linear_pointer_forward(x, weight, bias, activation, residual, config, out)
+
+
+def linear_pointer_forward(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    activation: str,
+    residual: torch.Tensor | None,
+    config: dict[str, int],
+    out: torch.Tensor,
+) -> torch.Tensor:
+    """Fills out, (T, M) with T > 0, by the kernel of this file; config is the tile."""
     n_rows, k_size = x.shape
     n_cols = weight.shape[0]
-    out = launch.empty((n_rows, n_cols), like=x)
-    if n_rows == 0:
-        return out
-    config = launch.linear_config(x.dtype, launch.arch(x.device)).block_sizes
-    # Grid: one program per output tile, on one axis so that the kernel can order them.
     n_tiles = triton.cdiv(n_rows, config["BLOCK_ROWS"]) * triton.cdiv(n_cols, config["BLOCK_COLS"])
+    # Grid: one program per output tile, on one axis so that the kernel can order them.
     launch.run(
         _linear_kernel,
         (n_tiles,),
