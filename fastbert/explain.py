@@ -436,8 +436,8 @@ class _Explainer:
             source = choice
         kernel = LINEAR_KERNELS["torch"] + (" (cuBLAS)" if self.device.type == "cuda" else "")
         refused = library is None and self.policy.batch_invariant
-        reason = decision.reason if refused else None
-        return OpReport("linear", name, shapes, decision.backend, kernel, source=source, reason=reason, raises=refused)
+        why_not = decision.reason if refused else None
+        return OpReport("linear", name, shapes, decision.backend, kernel, source=source, reason=why_not, raises=refused)
 
 
 def _class_of(module: nn.Module) -> str:

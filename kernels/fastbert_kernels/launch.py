@@ -196,6 +196,9 @@ def _gemm(
     found = tables.find("gemm", (gemm_key(dtype, shape, epilogue),), for_arch, shipped_only)
     entry, source = ({}, None) if found is None else found
     persistent = linear_persistent_config(dtype, for_arch, shape, epilogue)
+    # Tensor descriptors want rows of a multiple of 16 bytes; where tensors are views, linear_forward looks again.
+    if any(size * dtype.itemsize % 16 for size in shape):
+        persistent = None
     if persistent is not None and entry.get("ours") != "linear":
         return Gemm(entry.get("kernel"), source, "linear_persistent", persistent)
     return Gemm(entry.get("kernel"), source, "linear", linear_config(dtype, for_arch, shape, epilogue))
