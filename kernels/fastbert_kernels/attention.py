@@ -184,11 +184,13 @@ def varlen_attention_forward(
     work_list: torch.Tensor,
     num_heads: int,
     scale: float,
+    config: dict[str, int] | None = None,
 ) -> torch.Tensor:
     """(T, 3 * N * D), laid out [q | k | v], -> (T, N * D) in the same dtype.
 
     cu_seqlens (B + 1,), seq_ids (T,) and work_list (W, 4), all int32 and on qkv's device; the work list must have been
-    built for the BLOCK_Q that `launch.attention_config` gives. qkv needs unit stride along its last axis.
+    built for the BLOCK_Q of `config`, which is by default what `launch.attention_config` gives. qkv needs unit stride
+    along its last axis.
     """
     n_rows, hidden_size = qkv.shape[0], qkv.shape[1] // 3
     head_size = hidden_size // num_heads
@@ -199,7 +201,7 @@ def varlen_attention_forward(
     launch.run(
         _varlen_attention_kernel,
         (work_list.shape[0], num_heads),
-        launch.attention_config(qkv.dtype, head_size, launch.arch(qkv.device)).block_sizes,
+        config or launch.attention_config(qkv.dtype, head_size, launch.arch(qkv.device)).block_sizes,
         q_ptr=qkv,
         k_ptr=qkv[:, hidden_size:],
         v_ptr=qkv[:, 2 * hidden_size :],

@@ -207,8 +207,13 @@ def _gemm(
 def attention_config(dtype: torch.dtype, head_size: int, for_arch: int) -> Config:
     """Tile of the attention: BLOCK_Q query rows, BLOCK_K keys a step, the head size padded to BLOCK_D."""
     block_d = max(MIN_HEAD_SIZE, triton.next_power_of_2(head_size))
-    config = _required("attention", (f"{dtype_class(dtype)}/{block_d}",), for_arch)
+    config = _required("attention", (attention_key(dtype, head_size),), for_arch)
     return Config({**config.block_sizes, "BLOCK_D": block_d}, config.source)
+
+
+def attention_key(dtype: torch.dtype, head_size: int) -> str:
+    """The key of attention in a table: "float16/64"; head sizes that are padded to one tile share it."""
+    return f"{dtype_class(dtype)}/{max(MIN_HEAD_SIZE, triton.next_power_of_2(head_size))}"
 
 
 def dtype_class(dtype: torch.dtype) -> str:
