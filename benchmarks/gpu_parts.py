@@ -22,6 +22,7 @@ import suite_text
 import torch
 from suites import LONG_MINUTES, Case, Deadline, Recorder, read_notes, run_cases
 
+from fastbert import tune, tune_jobs
 from fastbert.bench.peers import OURS
 from fastbert.bench.results import FAILED, OK, Row
 
@@ -116,6 +117,28 @@ def start(options: Options, device: torch.device, seconds: float) -> int:
     return 0
 
 
+def tuned_table(options: Options, device: torch.device, seconds: float) -> int:
+    """The table that `fastbert tune` would make for this GPU, in the folder of the results and not in the cache."""
+    recorder = Recorder(options.out / "tune.json", device)
+    why_not = tune.unable(device)
+    if why_not is not None:
+        recorder.note(tuned_table=f"not made: {why_not}")
+        return 0
+    from fastbert_kernels import launch, tables
+
+    name, arch = torch.cuda.get_device_name(device), launch.arch(device)
+    tokens = tune_jobs.TOKENS[:1] if options.quick else tune_jobs.TOKENS
+    jobs = tune_jobs.jobs(tune_jobs.default_models(), [torch.bfloat16], arch)
+    path, deadline, outcomes = options.out / tables.file_name(name), Deadline(seconds), []
+    for job in jobs:
+        if deadline.left <= 0:
+            break
+        outcomes += tune.tune([job], device, tokens, say=_say)
+        tune.write(tune.table_of(outcomes, name, arch, tokens), path)
+    recorder.note(tuned_table=path.name, tuned_shapes=f"{len(outcomes)} of {len(jobs)}")
+    return int(len(outcomes) < len(jobs) or any(outcome.best() is None for outcome in outcomes))
+
+
 def sanitizer(options: Options, device: torch.device, seconds: float) -> int:
     """compute-sanitizer's memcheck on each kernel, on a few tokens of several lengths."""
     recorder = Recorder(options.out / "sanitizer.json", device)
@@ -167,5 +190,6 @@ RUN: dict[str, Callable[[Any, torch.device, float], int]] = {
     "model": model,
     "text": text,
     "start": start,
+    "tune": tuned_table,
     "sanitizer": sanitizer,
 }

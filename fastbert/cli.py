@@ -28,6 +28,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         args.usage_error("expected two texts, or one text and --file")
     if args.command == "classify" and bool(args.texts) == (args.input is not None):
         args.usage_error("expected texts or --file, one of the two")
+    if args.command == "tune" and args.arch is not None and not args.dry_run:
+        args.usage_error("--arch goes with --dry-run")
     with _messages(args.verbose):
         try:
             # Not before: with --help and --version nobody waits for PyTorch.
@@ -102,6 +104,7 @@ def _parser() -> argparse.ArgumentParser:
         _add_classify,
         _add_info,
         _add_bench,
+        _add_tune,
         _add_demo,
     ):
         add(commands)
@@ -258,6 +261,35 @@ def _add_bench(commands: Any) -> None:
         commands, "bench", "fastbert beside what you would use instead, on your model, texts and device", run.EPILOG
     )
     run.add_arguments(parser)
+    _add_messages(parser)
+
+
+def _add_tune(commands: Any) -> None:
+    parser = _add_parser(
+        commands,
+        "tune",
+        "times the kernels on this GPU for the shapes of your models, and keeps the fastest in a table",
+        """The table goes into the cache ($XDG_CACHE_HOME/fastbert/tuned, by default under ~/.cache) under the name of
+the GPU, and every later process goes by it. Shapes that it has from before stay. Without a GPU the exit code is 2.
+
+examples:
+  fastbert tune                          all-MiniLM-L6-v2's, BERT-base's and BERT-large's shapes
+  fastbert tune ./my-model --dry-run     what would be timed""",
+    )
+    parser.add_argument("models", nargs="*", metavar="MODEL", help="folders in Hugging Face layout, or hub ids")
+    parser.add_argument("--tokens", nargs="+", type=_positive, metavar="N", help="tokens to time at")
+    parser.add_argument(
+        "--dtype", nargs="+", choices=("bfloat16", "float16", "float32"), default=["bfloat16"],
+        help="bfloat16 and float16 share a table's entries (default: bfloat16)",
+    )  # fmt: skip
+    parser.add_argument("--only", nargs="+", choices=("gemm", "attention"), default=(), help="one of the two")
+    parser.add_argument("--device", help="cuda, cuda:1 (default: the current GPU)")
+    parser.add_argument("--out", metavar="FILE", help="write the table here and not into the cache")
+    parser.add_argument("--dry-run", action="store_true", help="print what would be timed, and time nothing")
+    parser.add_argument(
+        "--arch", type=_positive, metavar="N", help="with --dry-run: as on this compute capability, 90 for 9.0"
+    )
+    parser.add_argument("--check", metavar="FILE", help="only say whether this table is one for this GPU")
     _add_messages(parser)
 
 

@@ -160,6 +160,48 @@ def bench(args: argparse.Namespace) -> int:
     return run(args)
 
 
+def tune(args: argparse.Namespace) -> int | None:
+    from fastbert import tune as tuning
+    from fastbert import tune_jobs
+
+    device = torch.device(args.device or "cuda")
+    models = [(name, BertConfig.from_pretrained(resolve(name))) for name in args.models] or tune_jobs.default_models()
+    tokens = args.tokens or tune_jobs.TOKENS
+    why_not = None if args.arch is not None else tuning.unable(device)
+    if why_not is not None:
+        print(f"fastbert: there is nothing to tune here: {why_not}", file=sys.stderr)
+        return 2
+
+    from fastbert_kernels import launch, tables
+
+    if args.arch is not None:
+        name, arch = f"a GPU of compute capability {args.arch / 10}", args.arch
+    else:
+        name, arch = torch.cuda.get_device_name(device), launch.arch(device)
+    if args.check is not None:
+        tables.forget()
+        tables.read_table_for(Path(args.check), name, arch)
+        print(f"{args.check}: a table for this GPU, {name}")
+        return None
+    jobs = tune_jobs.jobs(models, [getattr(torch, dtype) for dtype in args.dtype], arch, args.only)
+    path = Path(args.out) if args.out is not None else tables.cache_folder() / tables.file_name(name)
+    if args.dry_run:
+        print(f"{name}: {len(jobs)} shapes, each at {', '.join(map(str, tokens))} tokens")
+        for job in jobs:
+            print(f"{job.what}, {job.op} {job.key}: {len(job.candidates)} candidates")
+            for candidate in job.candidates:
+                print(f"  {candidate}")
+        print(f"the table would go to {path if args.arch is None else tables.cache_folder()}")
+        return None
+    tuning.check_writable(path)
+    before = tuning.earlier(path, name, arch)
+    with torch.cuda.device(device):
+        outcomes = tuning.tune(jobs, device, tokens)
+    tuning.write(tuning.table_of(outcomes, name, arch, tokens, before=before), path)
+    print(f"written: {path}")
+    return None
+
+
 def demo(args: argparse.Namespace) -> None:
     from fastbert import demo as demonstration
 

@@ -74,6 +74,7 @@ class Report:
     strict: bool
     rows: tuple[OpReport, ...]
     notes: tuple[str, ...] = ()
+    batch_invariant: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """The same as dicts, lists, strings, numbers and None, for JSON."""
@@ -90,6 +91,7 @@ class Report:
         widths = [max(map(len, column)) for column in zip(*table, strict=True)]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in table]
         head = f"{self.model} on {self.device}, {self.dtype}, backend {self.backend!r}{', strict' * self.strict}"
+        head += ", batch-invariant" * self.batch_invariant
         numbered = [f"[{number}] {remark}" for remark, number in remarks.items()]
         return "\n".join([head, "", *(line.rstrip() for line in lines), "", *numbered, *self.notes]).rstrip()
 
@@ -114,7 +116,11 @@ def explain(
     """
     inner = find_model(model)
     wanted = inner.policy
-    policy = Policy(wanted.backend if backend is None else backend, wanted.strict if strict is None else strict)
+    policy = Policy(
+        wanted.backend if backend is None else backend,
+        wanted.strict if strict is None else strict,
+        wanted.batch_invariant,
+    )
     where = _device(inner.device if device is None and arch is None else torch.device(device or "cuda"), arch)
     cast = None if dtype is None else resolve_dtype(dtype, inner.config, {})
     rows = tuple(_Explainer(inner, policy, where, cast, arch).rows(model))
@@ -133,6 +139,7 @@ def explain(
         strict=policy.strict,
         rows=rows,
         notes=tuple(notes),
+        batch_invariant=policy.batch_invariant,
     )
 
 
@@ -203,6 +210,7 @@ class _Explainer:
         self.config = model.config
         self.dtype = cast or model.dtype
         self.hidden: Any = _Operand(self.dtype, device)  # the (T, H) that layers pass on
+        self.stacked: dict[nn.Module, int] = {}  # the first of projections that are multiplied as one -> how many
 
     def rows(self, given: Any) -> Iterator[OpReport]:
         bert = backbone(self.model)
@@ -243,6 +251,7 @@ class _Explainer:
         projections = {"query": part.query, "key": part.key, "value": part.value}
         if all(is_plain(projection) for projection in projections.values()):
             name = f"attention.self.{'+'.join(projections)}"
+            self.stacked[part.query] = 3
             yield self.gemm(name, part.query, f"(T, {h}) -> (T, {3 * h}), + bias")
         else:
             for name, projection in projections.items():
@@ -265,7 +274,14 @@ class _Explainer:
         norm = self.norm(f"{name}.LayerNorm", part.LayerNorm, tensors, part.dropout.p if part.training else 0.0)
         bias_later = plain and norm.backend == "triton"
         shapes = f"(T, {in_features}) -> (T, {self.config.hidden_size})"
-        yield self.gemm(f"{name}.dense", dense, shapes if bias_later else f"{shapes}, + bias")
+        which, choice = self.chosen(dense, "none", residual=True) if bias_later else ("cublas", None)
+        if which == "fastbert":
+            decision = Decision("linear", norm.backend)
+            with_residual = f"{shapes}, + bias + residual"
+            yield self.our_gemm(f"{name}.dense", with_residual, decision, dense, "residual", choice)
+            yield norm
+            return
+        yield self.gemm(f"{name}.dense", dense, shapes if bias_later else f"{shapes}, + bias", (choice,))
         yield dataclasses.replace(norm, shapes=f"{norm.shapes}, {'+ bias ' if bias_later else ''}+ residual")
 
     def norm(self, name: str, norm: nn.LayerNorm, tensors: list[Tensor], dropout_p: float = 0.0) -> OpReport:
@@ -282,18 +298,16 @@ class _Explainer:
         why_not = dispatch.dtype_obstacle(self.hidden, *map(self.operand, tensors))
         decision = self.decide("linear" if plain else "bias_gelu", why_not or gelu.activation_obstacle(activation))
         on_triton = decision.backend == "triton"
-        which, choice = gemm_kernel(self.dtype, activation)
+        which, choice = self.chosen(module, activation) if plain and on_triton else ("cublas", None)
         both = f"{shapes}, + bias, {activation}"
-        if plain and on_triton and which == "fastbert":
-            row = self.row(name, both, decision, LINEAR_KERNELS, ("linear_config", self.dtype))
-            yield dataclasses.replace(row, source=f"{choice}; {row.source}")
+        if which == "fastbert":
+            yield self.our_gemm(name, both, decision, module, activation, choice)
         elif plain and not on_triton:
             row = self.row(name, both, decision, LINEAR_KERNELS, ())
             applied = "torch.nn.functional.relu" if activation == "relu" else "torch.nn.functional.gelu"
             yield dataclasses.replace(row, kernel=f"{row.kernel}, {applied}")
         else:
-            row = self.gemm(name, module, shapes if plain else f"{shapes}, + bias")
-            yield dataclasses.replace(row, source=choice) if plain else row
+            yield self.gemm(name, module, shapes if plain else f"{shapes}, + bias", (choice,))
             shapes = f"(T, {width}) -> (T, {width}), {'+ bias, ' * plain}{activation}"
             decision = dataclasses.replace(decision, op="bias_gelu")
             yield self.row(name, shapes, decision, gelu.KERNELS, ("elementwise_config", width))
@@ -377,17 +391,53 @@ class _Explainer:
             return dict(found.block_sizes), found.source
         return dict(found), f"formula of fastbert_kernels.launch.{config}"
 
-    def gemm(self, name: str, module: nn.Module, shapes: str) -> OpReport:
-        """A linear without an activation: PyTorch's GEMM on every backend, so that there is nothing to fall back to."""
+    def our_gemm(
+        self, name: str, shapes: str, decision: Decision, module: nn.Module, epilogue: str, choice: str | None
+    ) -> OpReport:
+        from fastbert_kernels import launch
+
+        arch = launch.arch(self.device) if self.arch is None else self.arch
+        gemm = launch.gemm(self.dtype, arch, self.gemm_shape(module), epilogue)
+        sizes, source = dict(gemm.config.block_sizes), f"{choice}; {gemm.config.source}"
+        kernel = f"fastbert_kernels.{gemm.ours}"
+        return OpReport(decision.op, name, shapes, decision.backend, kernel, block_sizes=sizes, source=source)
+
+    def gemm_shape(self, module: nn.Module) -> tuple[int, int]:
+        """(K, M) of the product; that of the three projections, which are one, if the module is the first of them."""
+        weight: Any = module.weight
+        return weight.shape[1], weight.shape[0] * self.stacked.get(module, 1)
+
+    def chosen(self, module: nn.Module, activation: str, residual: bool = False) -> tuple[str, str]:
+        """The GEMM that the triton backend takes, and why, as fastbert.ops.linear asks."""
+        from fastbert_kernels import launch
+
+        arch = launch.arch(self.device) if self.arch is None else self.arch
+        how = {"residual": residual, "batch_invariant": self.policy.batch_invariant}
+        return gemm_kernel(self.dtype, activation, self.gemm_shape(module), arch=arch, **how)
+
+    def gemm(self, name: str, module: nn.Module, shapes: str, library: tuple[str | None] | None = None) -> OpReport:
+        """A linear without an activation: where it is not our GEMM, PyTorch's, without a fallback to speak of.
+
+        library: why it is PyTorch's, where that is settled.
+        """
         if not is_plain(module):
             plain_linear = "it is without a bias, has hooks or a forward of its own"
             why = plain_linear if type(module) is nn.Linear else "it is not a plain torch.nn.Linear"
             reason = f"the module is called as it is: {why}"
-            return OpReport("linear", name, shapes, _MODULE, _class_of(module), reason=reason)
-        backend = self.decide("linear", dispatch.dtype_obstacle(self.hidden)).backend
+            raises = self.policy.batch_invariant
+            return OpReport("linear", name, shapes, _MODULE, _class_of(module), reason=reason, raises=raises)
+        tensors = map(self.operand, (module.weight, module.bias))
+        decision = self.decide("linear", dispatch.dtype_obstacle(self.hidden, *tensors))
+        source = None if library is None else library[0]
+        if library is None and decision.backend == "triton":
+            which, choice = self.chosen(module, "none")
+            if which == "fastbert":
+                return self.our_gemm(name, shapes, decision, module, "none", choice)
+            source = choice
         kernel = LINEAR_KERNELS["torch"] + (" (cuBLAS)" if self.device.type == "cuda" else "")
-        choice = gemm_kernel(self.dtype, "none")[1] if backend == "triton" else None
-        return OpReport("linear", name, shapes, backend, kernel, source=choice)
+        refused = library is None and self.policy.batch_invariant
+        why_not = decision.reason if refused else None
+        return OpReport("linear", name, shapes, decision.backend, kernel, source=source, reason=why_not, raises=refused)
 
 
 def _class_of(module: nn.Module) -> str:

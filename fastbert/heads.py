@@ -74,9 +74,13 @@ class _WithHead(PreTrainedModel):
     pooler = True
     cls: Any
 
-    def __init__(self, config: BertConfig, *, backend: str = "auto", strict: bool = False) -> None:
-        super().__init__(config, backend=backend, strict=strict)
-        self.bert = BertModel(config, add_pooling_layer=self.pooler, backend=backend, strict=strict)
+    def __init__(
+        self, config: BertConfig, *, backend: str = "auto", strict: bool = False, batch_invariant: bool = False
+    ) -> None:
+        super().__init__(config, backend=backend, strict=strict, batch_invariant=batch_invariant)
+        self.bert = BertModel(
+            config, add_pooling_layer=self.pooler, backend=backend, strict=strict, batch_invariant=batch_invariant
+        )
         self.add_head(config)
         self.init_weights()
 
@@ -187,7 +191,7 @@ class BertForPreTraining(_WithDecoder):
             output_hidden_states,
         )  # fmt: skip
         logits = self.cls.predictions(encoded.last_hidden_state, self.policy)
-        is_next = self.cls.seq_relationship(self.bert.pool(encoded))
+        is_next = dense(self.cls.seq_relationship, self.bert.pool(encoded), self.policy)
         token = token_loss(logits, labels, encoded.batch)
         sentence = class_loss(is_next, next_sentence_label, "next_sentence_label")
         loss = None if token is None or sentence is None else token + sentence
@@ -259,7 +263,7 @@ class BertForNextSentencePrediction(_WithHead):
             input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, output_attentions,
             output_hidden_states,
         )  # fmt: skip
-        logits = self.cls.seq_relationship(self.bert.pool(encoded))
+        logits = dense(self.cls.seq_relationship, self.bert.pool(encoded), self.policy)
         output = outputs.NextSentencePredictorOutput(loss=class_loss(logits, labels), logits=logits, **encoded.rest())
         return self._output(output, return_dict)
 
@@ -291,7 +295,7 @@ class BertForSequenceClassification(_WithHead):
             input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, output_attentions,
             output_hidden_states,
         )  # fmt: skip
-        logits = self.classifier(self.dropout(self.bert.pool(encoded)))
+        logits = dense(self.classifier, self.dropout(self.bert.pool(encoded)), self.policy)
         output = outputs.SequenceClassifierOutput(loss=self._loss(logits, labels), logits=logits, **encoded.rest())
         return self._output(output, return_dict)
 
@@ -345,7 +349,7 @@ class BertForMultipleChoice(_WithHead):
             for t in (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
         )
         encoded = self.bert.encode(ids, mask, types, positions, embeds, output_attentions, output_hidden_states)
-        logits = self.classifier(self.dropout(self.bert.pool(encoded))).view(given.shape[:2])
+        logits = dense(self.classifier, self.dropout(self.bert.pool(encoded)), self.policy).view(given.shape[:2])
         output = outputs.MultipleChoiceModelOutput(loss=class_loss(logits, labels), logits=logits, **encoded.rest())
         return self._output(output, return_dict)
 
@@ -376,7 +380,7 @@ class BertForTokenClassification(_WithHead):
             input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, output_attentions,
             output_hidden_states,
         )  # fmt: skip
-        logits = self.classifier(self.dropout(encoded.last_hidden_state))
+        logits = dense(self.classifier, self.dropout(encoded.last_hidden_state), self.policy)
         output = outputs.TokenClassifierOutput(
             loss=token_loss(logits, labels, encoded.batch),
             logits=varlen.pad(logits, encoded.batch),
@@ -417,7 +421,7 @@ class BertForQuestionAnswering(_WithHead):
             input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, output_attentions,
             output_hidden_states,
         )  # fmt: skip
-        packed = self.qa_outputs(encoded.last_hidden_state)  # (T, 2)
+        packed = dense(self.qa_outputs, encoded.last_hidden_state, self.policy)  # (T, 2)
         start_logits, end_logits = varlen.pad(packed, encoded.batch).unbind(-1)  # (B, S)
         loss = None
         if start_positions is not None and end_positions is not None:

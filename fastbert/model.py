@@ -34,12 +34,22 @@ def is_plain(linear: nn.Module) -> TypeGuard[nn.Linear]:
     return is_bare(linear, nn.Linear) and linear.bias is not None
 
 
-def dense(module: nn.Module, x: Tensor, policy: Policy, activation: str = "none") -> Tensor:
+def dense(module: nn.Module, x: Any, policy: Policy, activation: str = "none") -> Tensor:
     """activation(module(x)), fused where the module is a plain linear. (T, K) -> (T, M)"""
     if is_plain(module):
         return ops.linear(x, module.weight, module.bias, activation, policy=policy)
-    x = module(x)
+    x = as_it_is(module, x, policy)
     return x if activation == "none" else ops.bias_gelu(x, None, activation, policy=policy)
+
+
+def as_it_is(module: nn.Module, x: Any, policy: Policy) -> Tensor:
+    """module(x), for what is more than a plain linear or embedding. Nothing is known of its bits."""
+    if policy.batch_invariant:
+        name = type(module).__name__
+        raise ops.BackendError(
+            f"batch_invariant: a {name} that is an adapter or has hooks, or no bias, cannot promise it"
+        )
+    return module(x)
 
 
 class BertEmbeddings(nn.Module):
@@ -61,7 +71,7 @@ class BertEmbeddings(nn.Module):
     ) -> Tensor:  # (T, H)
         words: Any = self.word_embeddings
         if input_ids is not None and not is_bare(words, nn.Embedding):
-            input_ids, inputs_embeds = None, words(input_ids)
+            input_ids, inputs_embeds = None, as_it_is(words, input_ids, policy)
         return ops.embedding_layer_norm(
             input_ids,
             token_type_ids,
@@ -123,7 +133,7 @@ class BertSelfAttention(nn.Module):
         if is_plain(self.query) and is_plain(self.key) and is_plain(self.value):
             qkv = ops.linear(x, *self.fused_qkv(), policy=policy)  # (T, 3H)
         else:
-            qkv = torch.cat([self.query(x), self.key(x), self.value(x)], dim=-1)
+            qkv = torch.cat([as_it_is(part, x, policy) for part in (self.query, self.key, self.value)], dim=-1)
         dropout_p = self.dropout.p if self.training else 0.0
         return ops.varlen_attention(qkv, batch, self.num_heads, dropout_p=dropout_p, policy=policy)
 
@@ -143,7 +153,8 @@ class BertAddNorm(nn.Module):
         if is_plain(self.dense):
             weight, bias = self.dense.weight, self.dense.bias
             return ops.linear_residual_layer_norm(x, weight, bias, *after, dropout_p=dropout_p, policy=policy)
-        return ops.bias_residual_layer_norm(self.dense(x), None, *after, dropout_p=dropout_p, policy=policy)
+        x = as_it_is(self.dense, x, policy)
+        return ops.bias_residual_layer_norm(x, None, *after, dropout_p=dropout_p, policy=policy)
 
 
 class BertAttention(nn.Module):
@@ -198,7 +209,7 @@ class BertPooler(nn.Module):
 
     def forward(self, x: Tensor, batch: PackedBatch, policy: Policy) -> Tensor:
         """(T, H) -> (B, H): tanh of a linear of each sequence's first token, which is zeros where there is none."""
-        return torch.tanh(self.dense(ops.pool(x, batch.cu_seqlens, "cls", policy=policy)))
+        return torch.tanh(dense(self.dense, ops.pool(x, batch.cu_seqlens, "cls", policy=policy), policy))
 
 
 @dataclass
@@ -224,9 +235,15 @@ class BertModel(PreTrainedModel):
     """
 
     def __init__(
-        self, config: BertConfig, add_pooling_layer: bool = True, *, backend: str = "auto", strict: bool = False
+        self,
+        config: BertConfig,
+        add_pooling_layer: bool = True,
+        *,
+        backend: str = "auto",
+        strict: bool = False,
+        batch_invariant: bool = False,
     ) -> None:
-        super().__init__(config, backend=backend, strict=strict)
+        super().__init__(config, backend=backend, strict=strict, batch_invariant=batch_invariant)
         self.embeddings = BertEmbeddings(config)
         self.encoder = BertEncoder(config)
         self.pooler: BertPooler | None = BertPooler(config) if add_pooling_layer else None

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from fastbert import checkpoint
 from fastbert.config import DTYPES, BertConfig
 from fastbert.ops import Policy
+from fastbert.ops.dispatch import check_batch_invariant
 
 logger = logging.getLogger("fastbert")
 
@@ -23,15 +24,18 @@ class PreTrainedModel(nn.Module):
     """Loading, saving and settings that BertModel and the models with heads share.
 
     `backend` ("auto", "triton", "cpu", "torch") and `strict` say what may run the operations: fastbert.ops.dispatch.
+    `batch_invariant`: a text's output is the same to the bit alone, in any batch and in any order.
     `missing_names`: the weights that from_pretrained did not find in the checkpoint and started afresh.
     """
 
     base_prefix = "bert."
 
-    def __init__(self, config: BertConfig, *, backend: str = "auto", strict: bool = False) -> None:
+    def __init__(
+        self, config: BertConfig, *, backend: str = "auto", strict: bool = False, batch_invariant: bool = False
+    ) -> None:
         super().__init__()
         self.config = config
-        self.policy = Policy(backend, strict)
+        self.policy = Policy(backend, strict, batch_invariant)
         self.missing_names: list[str] = []
 
     @property
@@ -94,24 +98,28 @@ class PreTrainedModel(nn.Module):
         device: str | torch.device | None = None,
         backend: str = "auto",
         strict: bool = False,
+        batch_invariant: bool = False,
         revision: str | None = None,
         **config_overrides: Any,
     ) -> Model:
         """Loads a checkpoint in Hugging Face layout, from a local folder or a hub id; the model is in eval mode.
 
-        dtype: "auto" takes the checkpoint's. device: the CPU by default. config_overrides: fields of BertConfig, and
-        num_labels. Weights that a checkpoint lacks are reported by name in a warning: a pooler is left out of a
-        BertModel (pooler_output is None), a head starts with fresh weights (`missing_names` has their names). Raises
+        dtype: "auto" takes the checkpoint's. device: the CPU by default. batch_invariant: a text's output is the same
+        to the bit alone, in any batch and in any order; on the Triton kernels only, and strict. config_overrides:
+        fields of BertConfig, and num_labels. Weights that a checkpoint lacks are reported by name in a
+        warning: a pooler is left out of a BertModel (pooler_output is None), a head starts with fresh weights
+        (`missing_names` has their names). Raises
         FileNotFoundError where there is no checkpoint, ValueError where it does not fit the config or lacks weights of
-        the encoder.
+        the encoder, BackendError for batch_invariant on a device without the kernels.
         """
+        device = torch.device("cpu") if device is None else torch.device(device)
+        check_batch_invariant(Policy(backend, strict, batch_invariant), device)
         folder = checkpoint.resolve(src, revision=revision)
         config = BertConfig.from_pretrained(folder, **config_overrides)
         state = checkpoint.read_state_dict(folder)
         dtype = resolve_dtype(dtype, config, state)
-        device = torch.device("cpu") if device is None else torch.device(device)
         with torch.device("meta"):
-            model = cls(config, backend=backend, strict=strict)
+            model = cls(config, backend=backend, strict=strict, batch_invariant=batch_invariant)
         model._load(state, dtype, device, str(src))
         return model.eval()
 

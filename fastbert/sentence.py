@@ -81,6 +81,7 @@ class SentenceEncoder(nn.Module):
         device: str | torch.device | None = None,
         backend: str = "auto",
         strict: bool = False,
+        batch_invariant: bool = False,
         revision: str | None = None,
         token_budget: int | None = None,
         **config_overrides: Any,
@@ -99,7 +100,13 @@ class SentenceEncoder(nn.Module):
         if device is None:
             device = "cuda" if torch.cuda.is_available() else "cpu"
         model = BertModel.from_pretrained(
-            layout.transformer, dtype=dtype, device=device, backend=backend, strict=strict, **config_overrides
+            layout.transformer,
+            dtype=dtype,
+            device=device,
+            backend=backend,
+            strict=strict,
+            batch_invariant=batch_invariant,
+            **config_overrides,
         )
         tokenizer = Tokenizer.from_pretrained(layout.transformer)
         if layout.do_lower_case:

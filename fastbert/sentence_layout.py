@@ -20,8 +20,9 @@ import torch.nn.functional as F
 from tokenizers import normalizers
 from torch import Tensor, nn
 
-from fastbert import checkpoint
+from fastbert import checkpoint, ops
 from fastbert._version import __version__
+from fastbert.ops import Policy
 from fastbert.tokenizer import Tokenizer
 
 MODULES = "modules.json"
@@ -114,6 +115,27 @@ class Normalize(nn.Module):
 
     def settings(self) -> dict[str, Any]:
         return {}
+
+
+def apply(module: nn.Module, x: Tensor, policy: Policy) -> Tensor:
+    """module(x) on sentence vectors (B, K); where the policy is batch-invariant, on kernels that are.
+
+    PyTorch's sums over a row on a GPU may depend on the number of rows, those of norms as well as those of products.
+    Raises BackendError for a module that is not known to be batch-invariant.
+    """
+    if not policy.batch_invariant or isinstance(module, nn.Dropout):
+        return module(x)
+    if isinstance(module, Dense):
+        weight, bias = module.linear.weight, module.linear.bias
+        out = ops.linear(x, weight.to(x), None if bias is None else bias.to(x), policy=policy)
+        return _ACTIVATIONS[module.activation](out)
+    if isinstance(module, LayerNorm):
+        norm = module.norm
+        return ops.bias_residual_layer_norm(x, None, None, norm.weight.to(x), norm.bias.to(x), norm.eps, policy=policy)
+    if isinstance(module, Normalize):
+        one_row_each = torch.arange(x.shape[0] + 1, dtype=torch.int32, device=x.device)
+        return ops.pool(x, one_row_each, "cls", normalize=True, policy=policy)
+    raise ops.BackendError(f"batch_invariant: a module {type(module).__name__} after the pooling cannot promise it")
 
 
 _KINDS = {kind.__name__: kind for kind in (Dense, LayerNorm, Dropout, Normalize)}

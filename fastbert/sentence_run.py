@@ -26,11 +26,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fastbert import ops, varlen
-from fastbert.sentence_layout import POOLING_MODES, Normalize
+from fastbert.sentence_layout import POOLING_MODES, Normalize, apply
 from fastbert.tokenizer import PackedEncoding
 from fastbert.wordpiece import check_text
 
@@ -262,7 +261,7 @@ class Run:
         cu_seqlens = batch.cu_seqlens
         if self.skip:
             lengths = (batch.cu_seqlens_cpu.diff() - self.skip).clamp(min=0)
-            cu_seqlens = F.pad(lengths.cumsum(0), (1, 0)).to(self.device, torch.int32)
+            cu_seqlens = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(self.device, torch.int32)
             hidden = hidden[batch.position_ids >= self.skip]
         # With output_value None sentence-transformers returns what the modules make, never normalised after that.
         normalize = request.normalize and request.output_value is not None
@@ -276,9 +275,9 @@ class Run:
         ]
         x = pooled[0] if len(pooled) == 1 else torch.cat(pooled, dim=1)
         for module in tail[1:] if fused else tail:
-            x = module(x)
+            x = apply(module, x, policy)
         x = x[:, : request.truncate_dim]
-        return F.normalize(x, dim=1) if normalize else x
+        return apply(Normalize(), x, policy) if normalize else x
 
 
 class _Result:

@@ -402,7 +402,9 @@ def test_run_gpu_script(tmp_path):
     done = shell("--out", str(tmp_path / "out"))
     assert done.returncode == 2 and done.stderr.startswith("error: no NVIDIA GPU found")
     assert not (tmp_path / "out").exists()
-    done = shell("--out", str(tmp_path / "out"), "--only", "train", "tune")
+    done = shell("--out", str(tmp_path / "out"), "--only", "tune")
+    assert done.returncode == 2 and done.stderr.startswith("error: no NVIDIA GPU found")
+    done = shell("--out", str(tmp_path / "out"), "--only", "train")
     assert done.returncode == 0 and done.stdout.splitlines() == [f"{k}: {v}" for k, v in gpu.EMPTY.items()]
     done = shell("--help", PYTHON="/nonexistent/python")
     assert done.returncode == 2 and "not found" in done.stderr

@@ -36,7 +36,7 @@ from fastbert.cli import main
 from fastbert.sentence_layout import Normalize
 from helpers import source_env
 
-COMMANDS = ("embed", "similarity", "fill-mask", "next-sentence", "classify", "info", "demo")
+COMMANDS = ("embed", "similarity", "fill-mask", "next-sentence", "classify", "info", "tune", "demo")
 TEXTS = ["a river is wide", "", "small boats cross the river", "fish", "a river is wide and slow", "Fish!"]
 
 

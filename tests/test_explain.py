@@ -189,8 +189,8 @@ def test_arch_of_a_gpu_that_is_not_there(dtype: torch.dtype) -> None:
         assert any("IEEE float32" in note for note in report.notes)
     else:
         (gemm,) = intermediate
-        assert gemm.kernel == "fastbert_kernels.linear"
-        assert gemm.block_sizes == launch.linear_config(dtype, 90).block_sizes
+        assert gemm.kernel == "fastbert_kernels.linear_persistent"
+        assert gemm.block_sizes == launch.linear_persistent_config(dtype, 90).block_sizes
         assert "the activation is in the epilogue; tuned/sm_90.json" in gemm.source
 
 

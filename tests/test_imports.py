@@ -28,7 +28,7 @@ LAYERS: list[set[str]] = [
     {"verify", "explain"},
     {"training"},
     {"__init__"},
-    {"bench"},
+    {"bench", "tune", "tune_jobs"},
     {"cli", "commands", "demo", "__main__"},
 ]
 

@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from fastbert_kernels import launch
+from fastbert_kernels import launch, tables
 from helpers import cu_seqlens_of
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -26,8 +26,8 @@ def test_every_table_answers(arch, dtype):
 
 def test_tables_say_where_they_come_from():
     """A table that passes a guess off as a measurement."""
-    for path in launch.TABLE_FOLDER.glob("*.json"):
-        table = launch.read_table(path)
+    for path in tables.TABLE_FOLDER.glob("*.json"):
+        table = tables.read_table(path)
         assert table["arch"] == int(path.stem.removeprefix("sm_"))
         assert (table["device"] is None) == (table["date"] is None)
         assert table["device"] is not None or "not timed" in table["source"]
@@ -48,10 +48,10 @@ def test_bad_table(content, tmp_path):
     path = tmp_path / "sm_90.json"
     path.write_text(content)
     with pytest.raises(ValueError, match="sm_90.json: "):
-        launch.read_table(path)
+        tables.read_table(path)
 
 
-def test_measured_table_names_device_and_date(tmp_path, monkeypatch):
+def test_measured_table_names_device_and_date(tmp_path, monkeypatch, request):
     """A report that does not say on what the block sizes were measured."""
     sizes = {"BLOCK_ROWS": 64, "BLOCK_COLS": 64, "BLOCK_K": 32, "GROUP_ROWS": 8, "num_warps": 4, "num_stages": 3}
     table = {
@@ -63,11 +63,14 @@ def test_measured_table_names_device_and_date(tmp_path, monkeypatch):
         "linear": {"float16": sizes},
     }
     (tmp_path / "sm_90.json").write_text(json.dumps(table))
-    monkeypatch.setattr(launch, "TABLE_FOLDER", tmp_path)
-    config = launch.linear_config.__wrapped__(torch.bfloat16, 90)
+    monkeypatch.setattr(tables, "TABLE_FOLDER", tmp_path)
+    monkeypatch.setattr(tables, "gpus", list)
+    request.addfinalizer(tables.forget)
+    tables.forget()
+    config = launch.linear_config(torch.bfloat16, 90)
     assert config.block_sizes == sizes and config.source == "tuned/sm_90.json (measured on H100, 2026-01-02)"
     with pytest.raises(ValueError, match="sm_90.json: no entry 'attention' -> 'float16/64'"):
-        launch.attention_config.__wrapped__(torch.bfloat16, 64, 90)
+        launch.attention_config(torch.bfloat16, 64, 90)
 
 
 @pytest.mark.parametrize("n_cols", [1, 7, 96, 384, 768, 1024, 3000, 4096])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 
@@ -51,6 +52,134 @@ def test_kernel_without_bias(device, poisoned):
     x, weight, _ = inputs(20, 64, 40, torch.bfloat16, device)
     check("no bias", (x, weight, None), "gelu", torch.ops.fastbert.linear(x, weight, None, "gelu"))
     poisoned.check()
+
+
+@pytest.mark.parametrize("with_bias", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("n_rows", "k", "n_cols"), [(1, 16, 1), (129, 40, 131)])
+def test_kernel_with_residual(n_rows, k, n_cols, dtype, with_bias, device, poisoned):
+    """A residual left out, rounded on the way, read past its edge, or of another row."""
+    x, weight, bias = inputs(n_rows, k, n_cols, dtype, device)
+    bias = bias if with_bias else None
+    residual = torch.randn(n_rows, n_cols).to(device, dtype)
+    given = (x, weight, bias, residual)
+    inside = [None if t is None else guarded(t, extra_columns=3) for t in given]
+    ours = torch.ops.fastbert.linear(inside[0], inside[1], inside[2], "none", inside[3])
+    d = [None if t is None else t.double() for t in given]
+    expected = reference.linear(d[0], d[1], d[2], None) + d[3]
+    assert_as_accurate("residual", ours, F.linear(x, weight, bias) + residual, expected)
+    poisoned.check()
+
+
+def test_one_compiled_kernel_for_all_shapes():
+    """A size of a weight that is compiled in, so that each linear of each model compiles a kernel of its own."""
+    from fastbert_kernels import launch
+    from fastbert_kernels.linear import linear_forward
+
+    seen = []
+    for k, n_cols in ((768, 768), (3072, 768), (384, 1536)):
+        for n_rows in (1, 16, 100):
+            with launch.recording(80) as launches:
+                linear_forward(torch.empty(n_rows, k), torch.empty(n_cols, k), torch.empty(n_cols), "gelu")
+            (launched,) = launches
+            run_time = {name for name, value in launched.arguments.items() if type(value) is int}
+            assert run_time == {"n_rows", "n_cols", "k_size", "x_row_stride", "weight_row_stride",
+                                "residual_row_stride", "out_row_stride"}  # fmt: skip
+            constants = {n: v for n, v in launched.arguments.items() if isinstance(v, bool | str)}
+            divisible = {n: launched.arguments[n] % 16 == 0 for n in run_time - {"n_rows"}}
+            seen.append((launched.kernel, launched.config, constants, divisible))
+    assert all(entry == seen[0] for entry in seen)
+
+
+@pytest.fixture
+def table(tmp_path, monkeypatch, request, device):
+    """Writes a table for the architecture of the tests' device, in the place of the one that ships."""
+    from fastbert_kernels import launch, tables
+
+    arch = launch.arch(device)
+    shipped = tables.shipped_table(arch)[1]
+
+    def write(gemm, **ops):
+        changed = {**shipped, "arch": arch, "device": "Test GPU", "date": "2026-01-02", "gemm": gemm}
+        for op, entries in ops.items():
+            changed[op] = {**changed.get(op, {}), **entries}
+        (tmp_path / f"sm_{arch}.json").write_text(json.dumps(changed))
+        monkeypatch.setattr(tables, "TABLE_FOLDER", tmp_path)
+        monkeypatch.setattr(tables, "gpus", list)
+        tables.forget()
+
+    yield write
+    monkeypatch.undo()
+    tables.forget()
+
+
+def launched(monkeypatch, call):
+    from fastbert_kernels import launch
+
+    names, run = [], launch.run
+    with monkeypatch.context() as patched:
+        patched.setattr(
+            launch, "run", lambda kernel, *args, **kw: names.append(kernel.fn.__name__) or run(kernel, *args, **kw)
+        )
+        return names, call()
+
+
+def test_table_chooses_the_gemm(table, device, monkeypatch):
+    """A choice of the table that does not reach the op, or reaches another shape, dtype or epilogue."""
+    from fastbert_kernels import launch
+
+    tile = {"BLOCK_ROWS": 32, "BLOCK_COLS": 16, "BLOCK_K": 16, "GROUP_ROWS": 8, "num_warps": 4, "num_stages": 2}
+    table(
+        {
+            "float16/32x16/none": {"kernel": "linear"},
+            "float16/32x16/gelu": {"kernel": "cublas"},
+            "float16/32x16/residual": {"kernel": "linear"},
+            "float32/32x16/gelu": {"kernel": "linear"},
+        },
+        linear={"float16/32x16/none": tile},
+    )
+    arch = launch.arch(device)
+    for dtype, activation, k, kernels in (
+        (torch.bfloat16, "none", 32, ["_linear_kernel"]),
+        (torch.bfloat16, "none", 48, []),
+        (torch.bfloat16, "gelu", 32, ["_bias_gelu_kernel"]),
+        (torch.float16, "gelu_tanh", 32, ["_bias_gelu_kernel"]),
+        (torch.bfloat16, "gelu", 48, ["_linear_kernel"]),
+        (torch.float32, "none", 32, []),
+        (torch.float32, "gelu", 32, ["_linear_kernel"]),
+    ):
+        tensors = inputs(4, k, 16, dtype, device)
+        names, out = launched(monkeypatch, lambda t=tensors, a=activation: ops.linear(*t, a, policy=TRITON))
+        assert names == kernels, (dtype, activation, k)
+        check("chosen", tensors, activation, out)
+    which, why = gemm_kernel(torch.bfloat16, "none", (32, 16), arch=arch)
+    assert which == "fastbert" and "measured on Test GPU, 2026-01-02" in why
+    x, weight, bias = inputs(4, 32, 16, torch.bfloat16, device)
+    norm = torch.ones(16, dtype=x.dtype, device=device)
+    residual = torch.randn(4, 16).to(x)
+    names, out = launched(
+        monkeypatch,
+        lambda: ops.linear_residual_layer_norm(x, weight, bias, residual, norm, norm, 1e-5, policy=TRITON),
+    )
+    assert names == ["_linear_kernel", "_bias_residual_layer_norm_kernel"]
+    d = [t.double() for t in (x, weight, bias, residual, norm)]
+    expected = reference.bias_residual_layer_norm(d[0] @ d[1].T, d[2], d[3], d[4], d[4], 1e-5)
+    eager = F.layer_norm(F.linear(x, weight, bias) + residual, (16,), norm, norm, 1e-5)
+    assert_as_accurate("residual through the GEMM", out, eager, expected)
+
+
+def test_gradients_through_the_residual(table, device):
+    """A backward pass that loses the residual's gradient where the GEMM adds it."""
+    table({"float32/24x20/residual": {"kernel": "linear"}})
+    tensors = [*inputs(6, 24, 20, torch.float32, device), torch.randn(6, 20, device=device)]
+    norm = torch.rand(20, device=device)
+    grads = []
+    for policy in (TRITON, Policy("torch")):
+        leaves = [t.clone().requires_grad_() for t in tensors]
+        ops.linear_residual_layer_norm(*leaves, norm, norm, 1e-5, policy=policy).pow(3).sum().backward()
+        grads.append([leaf.grad for leaf in leaves])
+    for ours, theirs in zip(*grads, strict=True):
+        assert rms_error(ours, theirs) < 1e-5
 
 
 def test_kernel_visits_every_tile(device, poisoned):

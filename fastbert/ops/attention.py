@@ -223,19 +223,28 @@ def obstacle(head_size: int, qkv: torch.Tensor, dropout_p: float = 0.0) -> str |
     return dispatch.dtype_obstacle(qkv) or dispatch.dropout_obstacle(dropout_p)
 
 
-def _work_list(cu_seqlens_cpu: torch.Tensor, dtype: torch.dtype, head_size: int, device: torch.device) -> torch.Tensor:
+def _work_list(
+    cu_seqlens_cpu: torch.Tensor, dtype: torch.dtype, head_size: int, device: torch.device, share: bool = True
+) -> torch.Tensor:
     from fastbert_kernels import launch
     from fastbert_kernels.attention import build_work_list
 
     block_q = launch.attention_config(dtype, head_size, launch.arch(device)).block_sizes["BLOCK_Q"]
-    return build_work_list(cu_seqlens_cpu.tolist(), block_q).to(device, non_blocking=True)
+    return build_work_list(cu_seqlens_cpu.tolist(), block_q, share).to(device, non_blocking=True)
 
 
-def _triton_plan(batch: PackedBatch, dtype: torch.dtype, head_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _plan_key(dtype: torch.dtype, head_size: int, policy: Policy) -> tuple[Any, ...]:
+    return "triton attention", dtype, head_size, policy.batch_invariant
+
+
+def _triton_plan(
+    batch: PackedBatch, dtype: torch.dtype, head_size: int, policy: Policy
+) -> tuple[torch.Tensor, torch.Tensor]:
     """(seq_ids, work_list), made once a batch."""
+    share = not policy.batch_invariant
     return batch.plan(
-        ("triton attention", dtype, head_size),
-        lambda: (batch.seq_ids, _work_list(batch.cu_seqlens_cpu, dtype, head_size, batch.device)),
+        _plan_key(dtype, head_size, policy),
+        lambda: (batch.seq_ids, _work_list(batch.cu_seqlens_cpu, dtype, head_size, batch.device, share)),
     )
 
 
@@ -246,7 +255,7 @@ def prepare(batch: PackedBatch, qkv_dtype: torch.dtype, head_size: int, policy: 
         return
     why_not = obstacle(head_size, torch.empty(0, dtype=qkv_dtype, device=batch.device))
     if dispatch.decide("attention", policy, batch.device, why_not).backend == "triton":
-        _triton_plan(batch, qkv_dtype, head_size)
+        _triton_plan(batch, qkv_dtype, head_size, policy)
 
 
 def varlen_attention(
@@ -272,8 +281,10 @@ def varlen_attention(
     tracing = torch.compiler.is_compiling()
     if dispatch.choose("attention", policy.backend, policy.strict, qkv.device, why_not) == "triton":
         # A tracer finds the plan if `prepare` made it; otherwise the operation makes one when it runs.
-        unplanned = tracing and not batch.has_plan(("triton attention", qkv.dtype, head_size))
-        seq_ids, work_list = (None, None) if unplanned else _triton_plan(batch, qkv.dtype, head_size)
+        unplanned = tracing and not batch.has_plan(_plan_key(qkv.dtype, head_size, policy))
+        if unplanned and policy.batch_invariant:
+            raise dispatch.BackendError("batch_invariant: a traced model needs the batch's plan: see prepare_attention")
+        seq_ids, work_list = (None, None) if unplanned else _triton_plan(batch, qkv.dtype, head_size, policy)
         return torch.ops.fastbert.varlen_attention(
             qkv, batch.cu_seqlens, batch.cu_seqlens_cpu, seq_ids, work_list, num_heads, scale
         )

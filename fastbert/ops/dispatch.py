@@ -29,14 +29,24 @@ class BackendError(RuntimeError):
 
 @dataclass(frozen=True)
 class Policy:
-    """What the user asked for: a backend, and whether another may step in (`strict=False`)."""
+    """What the user asked for: a backend, and whether another may step in (`strict=False`).
+
+    batch_invariant: a row's bits must not depend on the rows beside it. Only the Triton kernels promise that, so it
+    means the backend "triton", and strict.
+    """
 
     backend: str = "auto"
     strict: bool = False
+    batch_invariant: bool = False
 
     def __post_init__(self) -> None:
         if self.backend not in BACKENDS:
             raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {self.backend!r}")
+        if self.batch_invariant:
+            if self.backend not in ("auto", "triton"):
+                raise ValueError(f"batch_invariant: expected backend 'auto' or 'triton', got {self.backend!r}")
+            object.__setattr__(self, "backend", "triton")
+            object.__setattr__(self, "strict", True)
 
 
 AUTO = Policy()
@@ -82,6 +92,16 @@ def choose(op: str, backend: str, strict: bool, device: torch.device, obstacle: 
 @functools.cache
 def _log_once(op: str, wanted: str, taken: str, reason: str) -> None:
     logger.warning("%s: backend %r falls back to %r: %s", op, wanted, taken, reason)
+
+
+def check_batch_invariant(policy: Policy, device: torch.device) -> None:
+    """Raises BackendError if the policy asks for batch invariance and the device has no Triton kernels."""
+    reason = triton_unavailable(device) if policy.batch_invariant else None
+    if reason is not None:
+        raise BackendError(
+            f"batch_invariant: needs the Triton kernels, because the bits of PyTorch's matrix products depend on the "
+            f"number of rows: {reason}"
+        )
 
 
 def interpreting() -> bool:

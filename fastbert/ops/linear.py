@@ -8,41 +8,105 @@ import torch.nn.functional as F
 from fastbert.ops import dispatch, gelu, layer_norm
 from fastbert.ops.dispatch import AUTO, Policy
 from fastbert.ops.library import register
+from fastbert.tracing import constant
 
 KERNELS = {"triton": "fastbert_kernels.linear", "torch": "torch.nn.functional.linear"}
 
 
-def _eager(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, activation: str) -> torch.Tensor:
-    return gelu.activate(F.linear(x, weight, bias), activation)
+def _eager(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    activation: str,
+    residual: torch.Tensor | None = None,
+) -> torch.Tensor:
+    out = gelu.activate(F.linear(x, weight, bias), activation)
+    return out if residual is None else out + residual
 
 
-def _kernel(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, activation: str) -> torch.Tensor:
+def _kernel(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    activation: str,
+    residual: torch.Tensor | None = None,
+) -> torch.Tensor:
     from fastbert_kernels.linear import linear_forward
 
     x = x if x.stride(-1) == 1 else x.contiguous()
     weight = weight if weight.stride(-1) == 1 else weight.contiguous()
-    return linear_forward(x, weight, bias, activation)
+    residual = residual if residual is None or residual.stride(-1) == 1 else residual.contiguous()
+    return linear_forward(x, weight, bias, activation, residual)
 
 
 register(
-    "linear(Tensor x, Tensor weight, Tensor? bias, str activation) -> Tensor",
+    "linear(Tensor x, Tensor weight, Tensor? bias, str activation, Tensor? residual=None) -> Tensor",
     kernel=_kernel,
     eager=_eager,
-    fake=lambda x, weight, bias, activation: x.new_empty(x.shape[0], weight.shape[0]),
+    fake=lambda x, weight, bias, activation, residual=None: x.new_empty(x.shape[0], weight.shape[0]),
 )
 
 
-def gemm_kernel(dtype: torch.dtype, activation: str) -> tuple[str, str]:
-    """Which GEMM the triton backend takes, "fastbert" (with its epilogue) or "cublas", and why. Not measured yet.
+def gemm_kernel(
+    dtype: torch.dtype,
+    activation: str,
+    shape: tuple[int, int] | None = None,
+    *,
+    arch: int | None = None,
+    residual: bool = False,
+    batch_invariant: bool = False,
+) -> tuple[str, str]:
+    """Which GEMM the triton backend takes, "fastbert" (with its epilogue) or "cublas", and why.
 
-    An activation in the epilogue saves a pass over (T, I) in memory. Without one cuBLAS has nothing to lose, and in
-    float32 its IEEE GEMM is the faster one: Triton has only scalar multiply-adds for it.
+    shape: (K, M). residual: whether one is added after the GEMM. The tables of arch know what was timed for the shape;
+    the rest is heuristic: an activation in the epilogue saves a pass over (T, I) in memory; without one cuBLAS has
+    nothing to lose, and in float32 its IEEE GEMM is the faster one: Triton has only scalar multiply-adds for it.
     """
+    if batch_invariant:
+        return "fastbert", "batch_invariant: cuBLAS chooses its algorithm by the number of rows"
+    if shape is not None and arch is not None:
+        from fastbert_kernels import launch
+
+        known = launch.gemm(dtype, arch, shape, "residual" if residual else activation)
+        if known.choice is not None and known.choice_source is not None:
+            return "cublas" if known.choice == "cublas" else "fastbert", known.choice_source
     if dtype == torch.float32:
         return "cublas", "heuristic: IEEE float32 has no tensor cores"
     if activation == "none":
         return "cublas", "heuristic: no activation to fuse"
     return "fastbert", "heuristic: the activation is in the epilogue"
+
+
+@constant
+def _takes_our_gemm(
+    dtype: torch.dtype,
+    activation: str,
+    k_size: int,
+    n_cols: int,
+    residual: bool,
+    device: torch.device,
+    backend: str,
+    batch_invariant: bool,
+    obstacle: str | None,
+) -> bool:
+    """Whether the GEMM is ours. What has no activation is PyTorch's on every backend but for the tables' choice."""
+    policy = Policy(backend, batch_invariant=batch_invariant)
+    if batch_invariant:
+        return dispatch.choose("linear", policy.backend, policy.strict, device, obstacle) == "triton"
+    if dispatch.decide("linear", policy, device, obstacle).backend != "triton":
+        return False
+    from fastbert_kernels import launch
+
+    choice, _ = gemm_kernel(dtype, activation, (k_size, n_cols), arch=launch.arch(device), residual=residual)
+    return choice == "fastbert"
+
+
+def _ours(
+    x: torch.Tensor, weight: torch.Tensor, activation: str, residual: bool, policy: Policy, obstacle: str | None
+) -> bool:
+    n_cols, k_size = weight.shape
+    how = policy.backend, policy.batch_invariant, obstacle
+    return _takes_our_gemm(x.dtype, activation, k_size, n_cols, residual, x.device, *how)
 
 
 def linear(
@@ -59,12 +123,14 @@ def linear(
     that do not fit, BackendError under a strict policy.
     """
     _check(x, weight, bias)
-    if activation == "none":
-        return F.linear(x, weight, bias)  # on every backend: see gemm_kernel
     why_not = dispatch.dtype_obstacle(x, weight, bias) or gelu.activation_obstacle(activation)
+    if activation == "none":
+        if _ours(x, weight, activation, False, policy, why_not):
+            return torch.ops.fastbert.linear(x, weight, bias, activation)
+        return F.linear(x, weight, bias)  # on every backend: see gemm_kernel
     if dispatch.choose("linear", policy.backend, policy.strict, x.device, why_not) != "triton":
         return _eager(x, weight, bias, activation)
-    if gemm_kernel(x.dtype, activation)[0] == "fastbert":
+    if _ours(x, weight, activation, False, policy, why_not):
         return torch.ops.fastbert.linear(x, weight, bias, activation)
     return torch.ops.fastbert.bias_gelu(F.linear(x, weight), bias, activation)
 
@@ -84,11 +150,15 @@ def linear_residual_layer_norm(
     """LayerNorm(dropout(x @ weight^T + bias) + residual) * ln_weight + ln_bias.
 
     x: (T, K), weight: (H, K), bias: (H,) or None, residual: (T, H), ln_weight, ln_bias: (H,). Returns (T, H). Where the
-    LayerNorm kernel runs, it adds the bias too; elsewhere the GEMM does.
+    GEMM is ours it adds bias and residual; where only the LayerNorm kernel runs, that does; elsewhere the GEMM adds the
+    bias.
     """
     _check(x, weight, bias)
     why_not = layer_norm.obstacle(weight.shape[0], x, weight, bias, residual, ln_weight, ln_bias, dropout_p=dropout_p)
     fused = dispatch.choose("layer_norm", policy.backend, policy.strict, x.device, why_not) == "triton"
+    if fused and _ours(x, weight, "none", True, policy, why_not):
+        y = torch.ops.fastbert.linear(x, weight, bias, "none", residual)
+        return layer_norm.bias_residual_layer_norm(y, None, None, ln_weight, ln_bias, eps, policy=policy)
     y = F.linear(x, weight, None if fused else bias)
     return layer_norm.bias_residual_layer_norm(
         y, bias if fused else None, residual, ln_weight, ln_bias, eps, dropout_p=dropout_p, policy=policy

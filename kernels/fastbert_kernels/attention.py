@@ -15,6 +15,11 @@ A tile of BLOCK_Q query rows holds either a slice of one long sequence or severa
 A tile of several sequences multiplies all its rows by all its keys before masking, so a NaN or infinity in one text can
 reach the texts that share its tile.
 
+Where every sequence starts a tile of its own (`share=False` in the work list), a row's bits do not depend on the other
+sequences: it stands in the same place of its tile whatever the batch, its keys come in the same blocks, counted from
+the first of its sequence, and the same ones are masked. In a shared tile the blocks begin at the first key of another
+sequence, so sums are split elsewhere.
+
 Source: Dao, "FlashAttention-2", 2023, arXiv:2307.08691; online softmax after Milakov and Gimelshein, arXiv:1805.02867.
 """
 
@@ -147,12 +152,12 @@ def _varlen_attention_kernel(
     tl.store(out_ptr + out_offs, out.to(out_ptr.dtype.element_ty), mask=row_mask[:, None] & d_mask[None, :])
 
 
-def build_work_list(cu_seqlens: Sequence[int], block_q: int) -> torch.Tensor:
+def build_work_list(cu_seqlens: Sequence[int], block_q: int, share: bool = True) -> torch.Tensor:
     """The tiles of a batch: (W, 4) int32 on the CPU, each `first row, end row, first sequence, end sequence`.
 
     cu_seqlens are host integers. Sequences longer than block_q are cut into slices of block_q rows; runs of neighbours
-    that fit a tile together share one. Sequences of length 0 get no rows. Tiles with the most keys come first, so that
-    the last programs to run are short ones.
+    that fit a tile together share one, unless share is False. Sequences of length 0 get no rows. Tiles with the most
+    keys come first, so that the last programs to run are short ones.
     """
     tiles: list[tuple[int, int, int, int]] = []
     n_seqs = len(cu_seqlens) - 1
@@ -163,7 +168,7 @@ def build_work_list(cu_seqlens: Sequence[int], block_q: int) -> torch.Tensor:
         if end - start > block_q:
             tiles += [(row, min(row + block_q, end), seq, next_seq) for row in range(start, end, block_q)]
         else:
-            while next_seq < n_seqs and cu_seqlens[next_seq + 1] - start <= block_q:
+            while share and next_seq < n_seqs and cu_seqlens[next_seq + 1] - start <= block_q:
                 next_seq += 1
             if cu_seqlens[next_seq] > start:
                 tiles.append((start, cu_seqlens[next_seq], seq, next_seq))
@@ -179,11 +184,13 @@ def varlen_attention_forward(
     work_list: torch.Tensor,
     num_heads: int,
     scale: float,
+    config: dict[str, int] | None = None,
 ) -> torch.Tensor:
     """(T, 3 * N * D), laid out [q | k | v], -> (T, N * D) in the same dtype.
 
     cu_seqlens (B + 1,), seq_ids (T,) and work_list (W, 4), all int32 and on qkv's device; the work list must have been
-    built for the BLOCK_Q that `launch.attention_config` gives. qkv needs unit stride along its last axis.
+    built for the BLOCK_Q of `config`, which is by default what `launch.attention_config` gives. qkv needs unit stride
+    along its last axis.
     """
     n_rows, hidden_size = qkv.shape[0], qkv.shape[1] // 3
     head_size = hidden_size // num_heads
@@ -194,7 +201,7 @@ def varlen_attention_forward(
     launch.run(
         _varlen_attention_kernel,
         (work_list.shape[0], num_heads),
-        launch.attention_config(qkv.dtype, head_size, launch.arch(qkv.device)).block_sizes,
+        config or launch.attention_config(qkv.dtype, head_size, launch.arch(qkv.device)).block_sizes,
         q_ptr=qkv,
         k_ptr=qkv[:, hidden_size:],
         v_ptr=qkv[:, 2 * hidden_size :],

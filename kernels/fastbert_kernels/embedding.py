@@ -5,7 +5,8 @@
 Ids: (T,), int32 or int64. Tables: word (V, H), position (P, H), token_type (2, H); weight, ln_bias (H,);
 fp32 / bf16 / fp16; out (T, H). Without input_ids the word rows are given directly as word = inputs_embeds (T, H).
 Arithmetic in float32, one rounding. Bytes moved: T * H elements read (the small tables stay in cache), T * H written.
-Ids are not checked here; a caller checks them on the host before.
+Ids are not checked here; a caller checks them on the host before. A row's bits do not depend on the batch, as in
+layer_norm.py: its sum is elementwise, and its LayerNorm that of a whole row.
 
 Source: Devlin et al., "BERT", 2018, arXiv:1810.04805, figure 2.
 """

@@ -4,6 +4,7 @@
     tanh:  gelu(x) = x * (1 + tanh(u)) / 2 = x * sigmoid(2 u),    u = sqrt(2 / pi) * (x + 0.044715 x^3)
 
 x, out: (T, I), fp32 / bf16 / fp16; bias: (I,). Arithmetic in float32. Bytes moved: 2 * T * I elements.
+Elementwise, so a row's bits do not depend on the batch.
 
 Source: Hendrycks and Gimpel, "Gaussian Error Linear Units", 2016, arXiv:1606.08415.
 """

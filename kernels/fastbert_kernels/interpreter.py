@@ -2,8 +2,10 @@
 
 The interpreter (TRITON_INTERPRET=1) runs kernels on the CPU with numpy, which has no bfloat16, so it keeps the bit
 patterns as uint16. It then truncates where the hardware rounds float32 to bfloat16, and multiplies the bit patterns as
-integers in tl.dot (so in Triton 3.6 to 3.9). Also, Triton 3.6 reads loop bounds in a way that numpy 2.4 refuses. All
-three are mended here. Nothing changes outside the interpreter.
+integers in tl.dot (so in Triton 3.6 to 3.9). Also, Triton 3.6 reads loop bounds in a way that numpy 2.4 refuses. And
+numpy's matrix product sums a row in an order that depends on where in the matrix it stands, which no tensor core does,
+so that no kernel could be seen to give a row the same bits wherever it stands. All four are mended here. Nothing
+changes outside the interpreter.
 """
 
 from __future__ import annotations
@@ -45,7 +47,12 @@ def _install() -> None:
     def create_dot(self: Any, a: Any, b: Any, *args: Any) -> Any:
         if a.dtype.scalar == tl.bfloat16:
             a, b = (handle(_to_float32(x.data), tl.float32) for x in (a, b))
-        return dot(self, a, b, *args)
+        acc = args[0]
+        if a.data.ndim != 2 or a.data.dtype not in (np.float16, np.float32) or acc.data.dtype != np.float32:
+            return dot(self, a, b, *args)
+        # Each row in a product of its own, (rows, 1, K) @ (K, columns): the same sum for every row.
+        rows, columns = (x.data.astype(np.float32, copy=False) for x in (a, b))
+        return handle(np.matmul(rows[:, None, :], columns)[:, 0] + acc.data, acc.dtype.scalar)
 
     def patch_lang_tensor(tensor: Any, scope: Any) -> None:
         patch_tensor(tensor, scope)

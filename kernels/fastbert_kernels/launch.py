@@ -1,27 +1,25 @@
 """The one place for device facts, block sizes and the launch itself.
 
-Block sizes of the matrix kernels come from the tables in `tuned/`, one JSON file per GPU architecture; those of the
-row-wise kernels from the formulas here. The number of tokens never enters a choice, and kernels do not specialise on it
-(`do_not_specialize`), so that no length that arrives while serving can make a kernel compile.
+Block sizes of the matrix kernels, and the choice of GEMM, come from tables (tables.py): one JSON file per GPU
+architecture in `tuned/`, before it the user's own. Those of the row-wise kernels come from the formulas here. The
+number of tokens never enters a choice, and kernels do not specialise on it (`do_not_specialize`), so that no length
+that arrives while serving can make a kernel compile.
 """
 
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 import triton
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fastbert_kernels import interpreter
+from fastbert_kernels import interpreter, tables
 
-TABLE_VERSION = 1
-TABLE_FOLDER = Path(__file__).parent / "tuned"
 MIN_ARCH = 80
 MIN_HEAD_SIZE, MAX_HEAD_SIZE = 16, 128
 
@@ -72,6 +70,18 @@ def _device_arch(index: int) -> int:
     return 10 * major + minor
 
 
+def n_multiprocessors(device: torch.device) -> int:
+    """Of the GPU. Two under the interpreter, and where launches are recorded for a GPU that is not there."""
+    if _recorded is not None or device.type != "cuda":
+        return 2
+    return _n_multiprocessors(device.index if device.index is not None else torch.cuda.current_device())
+
+
+@functools.cache
+def _n_multiprocessors(index: int) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count
+
+
 def empty(shape: tuple[int, ...], *, like: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
     """An output buffer. Every kernel's output is allocated here, so that tests can fill it with NaN first."""
     return torch.empty(shape, device=like.device, dtype=dtype or like.dtype)
@@ -82,7 +92,9 @@ def run(kernel: Any, grid: tuple[int, ...], config: dict[str, int], **arguments:
     if _recorded is not None:
         _recorded.append(Launch(kernel, grid, config, arguments))
         return
-    device = next(a.device for a in arguments.values() if isinstance(a, torch.Tensor))
+    # A tensor descriptor has its tensor as `base`.
+    tensors = (a.base if isinstance(a, TensorDescriptor) else a for a in arguments.values())
+    device = next(t.device for t in tensors if isinstance(t, torch.Tensor))
     # FP fusion is named because its default differs between Triton versions, and with it the bits of the results.
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
@@ -141,44 +153,91 @@ def pooling_config(n_cols: int) -> dict[str, int]:
     return {"BLOCK_ROWS": max(1, 8192 // block_cols), "BLOCK_COLS": block_cols, "num_warps": 8, "num_stages": 1}
 
 
-@functools.cache
-def linear_config(dtype: torch.dtype, for_arch: int) -> Config:
-    """Tile of the GEMM: BLOCK_ROWS x BLOCK_COLS outputs, BLOCK_K deep."""
-    return _from_table("linear", _dtype_class(dtype), for_arch)
+# What a GEMM may do to its accumulator, as table keys name it: both GELUs cost the same.
+EPILOGUES = {"none": "none", "gelu": "gelu", "gelu_tanh": "gelu", "residual": "residual"}
+
+
+def linear_config(
+    dtype: torch.dtype, for_arch: int, shape: tuple[int, int] | None = None, epilogue: str = "none"
+) -> Config:
+    """Tile of the GEMM: BLOCK_ROWS x BLOCK_COLS outputs, BLOCK_K deep. shape: (K, M), if the table may know it."""
+    return _required("linear", _gemm_keys(dtype, shape, epilogue), for_arch)
+
+
+def linear_persistent_config(
+    dtype: torch.dtype, for_arch: int, shape: tuple[int, int] | None = None, epilogue: str = "none"
+) -> Config | None:
+    """The same for the persistent GEMM; None where the architecture or the dtype has none."""
+    return _from_tables("linear_persistent", _gemm_keys(dtype, shape, epilogue), for_arch)
+
+
+@dataclass(frozen=True)
+class Gemm:
+    """How to multiply for one shape: the fastest kernel, one of GEMMS, and the faster of our own with its tile.
+
+    choice and choice_source are None where no table knows the shape.
+    """
+
+    choice: str | None
+    choice_source: str | None
+    ours: str
+    config: Config
+
+
+def gemm(dtype: torch.dtype, for_arch: int, shape: tuple[int, int], epilogue: str) -> Gemm:
+    """What the tables say of x @ weight^T with weight (M, K), shape = (K, M). The number of rows does not count."""
+    return _gemm(dtype, for_arch, shape, epilogue, _recorded is not None, tables.generation)
 
 
 @functools.cache
+def _gemm(
+    dtype: torch.dtype, for_arch: int, shape: tuple[int, int], epilogue: str, shipped_only: bool, generation: int
+) -> Gemm:
+    found = tables.find("gemm", (gemm_key(dtype, shape, epilogue),), for_arch, shipped_only)
+    entry, source = ({}, None) if found is None else found
+    persistent = linear_persistent_config(dtype, for_arch, shape, epilogue)
+    # Tensor descriptors want rows of a multiple of 16 bytes; where tensors are views, linear_forward looks again.
+    if any(size * dtype.itemsize % 16 for size in shape):
+        persistent = None
+    if persistent is not None and entry.get("ours") != "linear":
+        return Gemm(entry.get("kernel"), source, "linear_persistent", persistent)
+    return Gemm(entry.get("kernel"), source, "linear", linear_config(dtype, for_arch, shape, epilogue))
+
+
 def attention_config(dtype: torch.dtype, head_size: int, for_arch: int) -> Config:
     """Tile of the attention: BLOCK_Q query rows, BLOCK_K keys a step, the head size padded to BLOCK_D."""
     block_d = max(MIN_HEAD_SIZE, triton.next_power_of_2(head_size))
-    config = _from_table("attention", f"{_dtype_class(dtype)}/{block_d}", for_arch)
+    config = _required("attention", (attention_key(dtype, head_size),), for_arch)
     return Config({**config.block_sizes, "BLOCK_D": block_d}, config.source)
 
 
-def _dtype_class(dtype: torch.dtype) -> str:
+def attention_key(dtype: torch.dtype, head_size: int) -> str:
+    """The key of attention in a table: "float16/64"; head sizes that are padded to one tile share it."""
+    return f"{dtype_class(dtype)}/{max(MIN_HEAD_SIZE, triton.next_power_of_2(head_size))}"
+
+
+def dtype_class(dtype: torch.dtype) -> str:
+    """How tables call the dtype: bf16 and fp16 share their entries."""
     return "float32" if dtype == torch.float32 else "float16"
 
 
-def _from_table(op: str, key: str, for_arch: int) -> Config:
-    tables = sorted(int(path.stem.removeprefix("sm_")) for path in TABLE_FOLDER.glob("sm_*.json"))
-    nearest = max((a for a in tables if a <= for_arch), default=None)
-    if nearest is None:
-        raise ValueError(f"no table of block sizes for compute capability {for_arch / 10}: there are {tables}")
-    path = TABLE_FOLDER / f"sm_{nearest}.json"
-    table = read_table(path)
-    if key not in table.get(op, {}):
-        raise ValueError(f"{path}: no entry {op!r} -> {key!r}")
-    measured = f"measured on {table['device']}, {table['date']}" if table["device"] else table["source"]
-    return Config(dict(table[op][key]), f"tuned/{path.name} ({measured})")
+def gemm_key(dtype: torch.dtype, shape: tuple[int, int], epilogue: str) -> str:
+    """The key of one GEMM in a table: "float16/768x3072/gelu"."""
+    return f"{dtype_class(dtype)}/{shape[0]}x{shape[1]}/{EPILOGUES[epilogue]}"
 
 
-@functools.cache
-def read_table(path: Path) -> dict[str, Any]:
-    """Reads one table of block sizes. Raises ValueError, naming the file, for what is not one."""
-    try:
-        table = json.loads(path.read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path}: not a readable table of block sizes: {error}") from error
-    if not isinstance(table, dict) or table.get("version") != TABLE_VERSION:
-        raise ValueError(f"{path}: expected a table of block sizes of version {TABLE_VERSION}")
-    return table
+def _gemm_keys(dtype: torch.dtype, shape: tuple[int, int] | None, epilogue: str) -> tuple[str, ...]:
+    return (*((gemm_key(dtype, shape, epilogue),) if shape is not None else ()), dtype_class(dtype))
+
+
+def _from_tables(op: str, keys: tuple[str, ...], for_arch: int) -> Config | None:
+    # What is compiled for a GPU that is not there must not depend on one that is.
+    found = tables.find(op, keys, for_arch, _recorded is not None)
+    return None if found is None else Config(*found)
+
+
+def _required(op: str, keys: tuple[str, ...], for_arch: int) -> Config:
+    config = _from_tables(op, keys, for_arch)
+    if config is None:
+        raise ValueError(f"{tables.shipped_table(for_arch)[0]}: no entry {op!r} -> {keys[-1]!r}")
+    return config

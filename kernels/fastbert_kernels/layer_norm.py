@@ -6,6 +6,9 @@ x, residual, out: (T, H), fp32 / bf16 / fp16; bias, weight, ln_bias: (H,). H up 
 All arithmetic is float32, the variance is the mean squared distance from the mean (no cancellation), and there is one
 rounding, at the store. Bytes moved: read x and residual, write out: 3 * T * H elements.
 
+A row's bits do not depend on the batch: a tile holds whole rows, and each is summed by the same tree, which follows
+from H, wherever in its tile it stands.
+
 Source: Ba, Kiros and Hinton, "Layer Normalization", 2016, arXiv:1607.06450.
 """
 

@@ -1,13 +1,17 @@
-"""Linear layer with bias and GELU in the GEMM's epilogue.
+"""Linear layer with bias, GELU and residual in the GEMM's epilogue.
 
-    out = activation(x @ weight^T + bias)
+    out = activation(x @ weight^T + bias) + residual
 
-x: (T, K), weight: (M, K) as torch.nn.Linear keeps it, bias: (M,), out: (T, M); fp32 / bf16 / fp16, float32 accumulator,
-bias and activation applied to it before the one rounding. fp32 multiplies in IEEE float32 unless TF32 is allowed.
-FLOPs: 2 * T * M * K; bytes: (T * K + M * K + T * M) elements at least.
+x: (T, K), weight: (M, K) as torch.nn.Linear keeps it, bias: (M,), residual and out: (T, M); fp32 / bf16 / fp16, float32
+accumulator, the epilogue applied to it before the one rounding. fp32 multiplies in IEEE float32 unless TF32 is allowed.
+FLOPs: 2 * T * M * K; bytes: (T * K + M * K + T * M) elements at least, and T * M more with a residual.
 
-Tiles are visited in groups of GROUP_ROWS row blocks, so that neighbouring programs share weight columns in L2
-(Tillet, Kung and Cox, "Triton", MAPL 2019, and its matrix multiplication tutorial).
+K and M are run-time sizes: one compiled kernel serves all shapes of a model whose K is a whole number of blocks. Tiles
+are visited in groups of GROUP_ROWS row blocks, so that neighbouring programs share weight columns in L2 (Tillet, Kung
+and Cox, "Triton", MAPL 2019, and its matrix multiplication tutorial).
+
+A row of the output does not depend on which rows stand beside it, bit for bit: the tile follows from (K, M), never from
+T, each output element is summed over K in the same order wherever in a tile it stands, and no sum is split.
 """
 
 from __future__ import annotations
@@ -17,7 +21,8 @@ import triton
 import triton.language as tl
 
 from fastbert_kernels import launch
-from fastbert_kernels.gelu import activate
+from fastbert_kernels.linear_persistent import describable, linear_persistent_forward
+from fastbert_kernels.linear_tile import ALIGNMENT, epilogue, tile_of
 
 
 @triton.jit(do_not_specialize=["n_rows"])
@@ -25,29 +30,27 @@ def _linear_kernel(
     x_ptr,  # (T, K)
     weight_ptr,  # (M, K)
     bias_ptr,  # (M,)
+    residual_ptr,  # (T, M)
     out_ptr,  # (T, M)
     n_rows,
     n_cols,
+    k_size,
     x_row_stride,
     weight_row_stride,
+    residual_row_stride,
     out_row_stride,
-    K: tl.constexpr,
+    EVEN_K: tl.constexpr,  # whether k_size is a whole number of blocks
     HAS_BIAS: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLS: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP_ROWS: tl.constexpr,
 ):
-    pid = tl.program_id(0)
-    n_row_blocks = tl.cdiv(n_rows, BLOCK_ROWS)
-    n_col_blocks = tl.cdiv(n_cols, BLOCK_COLS)
-    group_size = GROUP_ROWS * n_col_blocks
-    first_row_block = (pid // group_size) * GROUP_ROWS
-    group_rows = tl.minimum(n_row_blocks - first_row_block, GROUP_ROWS)
-    row_block = first_row_block + (pid % group_size) % group_rows
-    col_block = (pid % group_size) // group_rows
+    n_row_blocks, n_col_blocks = tl.cdiv(n_rows, BLOCK_ROWS), tl.cdiv(n_cols, BLOCK_COLS)
+    row_block, col_block = tile_of(tl.program_id(0), n_row_blocks, n_col_blocks, GROUP_ROWS)
 
     row_offs = row_block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     col_offs = col_block * BLOCK_COLS + tl.arange(0, BLOCK_COLS)
@@ -59,35 +62,70 @@ def _linear_kernel(
     weight_ptrs = weight_ptr + weight_rows[None, :] * weight_row_stride + k_offs[:, None]  # (BLOCK_K, BLOCK_COLS)
 
     acc = tl.zeros((BLOCK_ROWS, BLOCK_COLS), dtype=tl.float32)
-    for k_start in range(0, K, BLOCK_K):
-        if K % BLOCK_K == 0:
+    for k_start in range(0, k_size, BLOCK_K):
+        if EVEN_K:
             x = tl.load(x_ptrs)
             weight = tl.load(weight_ptrs)
         else:
-            x = tl.load(x_ptrs, mask=(k_offs < K - k_start)[None, :], other=0.0)
-            weight = tl.load(weight_ptrs, mask=(k_offs < K - k_start)[:, None], other=0.0)
+            x = tl.load(x_ptrs, mask=(k_offs < k_size - k_start)[None, :], other=0.0)
+            weight = tl.load(weight_ptrs, mask=(k_offs < k_size - k_start)[:, None], other=0.0)
         acc = tl.dot(x, weight, acc, input_precision=INPUT_PRECISION)
         x_ptrs += BLOCK_K
         weight_ptrs += BLOCK_K
 
-    if HAS_BIAS:
-        acc += tl.load(bias_ptr + col_offs, mask=col_offs < n_cols, other=0.0).to(tl.float32)[None, :]
-    out = activate(acc, ACTIVATION)
-    out_offs = row_offs.to(tl.int64)[:, None] * out_row_stride + col_offs[None, :]
     mask = (row_offs < n_rows)[:, None] & (col_offs < n_cols)[None, :]
+    out = epilogue(
+        acc, bias_ptr, residual_ptr, row_offs, col_offs, mask, n_cols, residual_row_stride, HAS_BIAS, ACTIVATION,
+        HAS_RESIDUAL,
+    )  # fmt: skip
+    out_offs = row_offs.to(tl.int64)[:, None] * out_row_stride + col_offs[None, :]
     tl.store(out_ptr + out_offs, out.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-def linear_forward(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, activation: str) -> torch.Tensor:
-    """(T, K) -> (T, M) in x's dtype; activation "none", "gelu" or "gelu_tanh". x, weight need unit stride along K."""
-    n_rows, k = x.shape
-    n_cols = weight.shape[0]
-    out = launch.empty((n_rows, n_cols), like=x)
-    if n_rows == 0:
+def linear_forward(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    activation: str,
+    residual: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """(T, K) -> (T, M) in x's dtype; activation "none", "gelu" or "gelu_tanh". Tensors need unit stride along rows.
+
+    Takes the kernel that launch.gemm names. Where a weight's or a row's alignment rules tensor descriptors out, that is
+    this file's.
+    """
+    shape = x.shape[1], weight.shape[0]
+    out = launch.empty((x.shape[0], weight.shape[0]), like=x)
+    if x.shape[0] == 0:
         return out
-    config = launch.linear_config(x.dtype, launch.arch(x.device)).block_sizes
-    # Grid: one program per output tile, on one axis so that the kernel can order them.
+    if x.data_ptr() % ALIGNMENT:
+        # The kernel, its specialisation and with them the bits must not depend on where in memory the rows begin.
+        x = x.clone(memory_format=torch.contiguous_format)
+    epilogue_name = activation if residual is None else "residual"
+    arch = launch.arch(x.device)
+    gemm = launch.gemm(x.dtype, arch, shape, epilogue_name)
+    config = gemm.config.block_sizes
+    if gemm.ours == "linear_persistent":
+        if describable(x) and describable(weight) and describable(out):
+            return linear_persistent_forward(x, weight, bias, activation, residual, config, out)
+        config = launch.linear_config(x.dtype, arch, shape, epilogue_name).block_sizes
+    return linear_pointer_forward(x, weight, bias, activation, residual, config, out)
+
+
+def linear_pointer_forward(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    activation: str,
+    residual: torch.Tensor | None,
+    config: dict[str, int],
+    out: torch.Tensor,
+) -> torch.Tensor:
+    """Fills out, (T, M) with T > 0, by the kernel of this file; config is the tile."""
+    n_rows, k_size = x.shape
+    n_cols = weight.shape[0]
     n_tiles = triton.cdiv(n_rows, config["BLOCK_ROWS"]) * triton.cdiv(n_cols, config["BLOCK_COLS"])
+    # Grid: one program per output tile, on one axis so that the kernel can order them.
     launch.run(
         _linear_kernel,
         (n_tiles,),
@@ -95,15 +133,19 @@ def linear_forward(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | N
         x_ptr=x,
         weight_ptr=weight,
         bias_ptr=bias,
+        residual_ptr=residual,
         out_ptr=out,
         n_rows=n_rows,
         n_cols=n_cols,
+        k_size=k_size,
         x_row_stride=x.stride(0),
         weight_row_stride=weight.stride(0),
+        residual_row_stride=residual.stride(0) if residual is not None else 0,
         out_row_stride=out.stride(0),
-        K=k,
+        EVEN_K=k_size % config["BLOCK_K"] == 0,
         HAS_BIAS=bias is not None,
         ACTIVATION=activation,
+        HAS_RESIDUAL=residual is not None,
         INPUT_PRECISION=launch.dot_precision(x.dtype),
     )
     return out

@@ -60,7 +60,8 @@ ASYNC_COPY = re.compile(r"LDGSTS|UTMALDG|UBLKCP")
 INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?\w+\s+)?([A-Z][A-Z0-9_]*)", re.MULTILINE)
 
 COVERAGE = """\
-default  every kernel on every architecture. bf16: the three models with each linear of a layer, LayerNorm, embedding
+default  every kernel on every architecture. bf16: the three models with each linear of a layer (where a
+         persistent kernel is the default, for base also the other one), LayerNorm, embedding
          and mean pooling with normalisation; for base also LayerNorm and embedding without their optional inputs and
          the other pooling modes; attention with head sizes 16, 32, 64, 80 and 128. fp32 and fp16: linear and attention
          of base and minilm, and on sm_80 and sm_90 the other kernels, of base.
@@ -158,6 +159,17 @@ def cases(dtype: str) -> Iterator[Case]:
             yield case("linear", variant=name, archs=archs, call=call)
             call = partial(linear.linear_forward, x, weight, None, activation)
             yield case("linear", variant=f"{name}-bias", archs=nowhere, call=call)
+            # Where linear_forward takes the persistent kernel, the other one is for tensors that have no descriptor.
+            if dtype in ("bf16", "fp16"):
+                fallback = frozenset({90, 100}) if name in ("qkv", "up+gelu") and model == "base" else nowhere
+                call = partial(_pointer_kernel, x, weight, tensor(n_cols), activation)
+                yield case("linear", variant=f"{name} by pointers", archs=fallback, call=call)
+            if activation == "none" and name != "qkv":
+                added = tensor(n_rows, n_cols)
+                call = partial(linear.linear_forward, x, weight, tensor(n_cols), activation, added)
+                yield case("linear", variant=f"{name}+residual", archs=matrix, call=call)
+                call = partial(linear.linear_forward, x, weight, None, activation, added)
+                yield case("linear", variant=f"{name}-bias+residual", archs=nowhere, call=call)
         d = h // n_heads
         yield case("attention", variant=f"D{d}", archs=matrix, call=attend(n_heads, d))
         if dtype == "tf32":
@@ -219,6 +231,12 @@ def plan(archs: Iterable[int], chosen: Iterable[Case]) -> list[Kernel]:
                     if name not in names:
                         names.append(name)
     return list(kernels.values())
+
+
+def _pointer_kernel(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, activation: str) -> torch.Tensor:
+    arch, shape = launch.arch(x.device), (x.shape[1], weight.shape[0])
+    config = launch.linear_config(x.dtype, arch, shape, activation).block_sizes
+    return linear.linear_pointer_forward(x, weight, bias, activation, None, config, x.new_empty(len(x), len(weight)))
 
 
 @contextmanager

@@ -10,7 +10,8 @@
 
 hidden: (T, H), fp32 / bf16 / fp16; cu_seqlens: (B + 1,) int32; out: (B, H), fp32 / bf16 / fp16. H up to 4096.
 A sequence of length 0 gives zeros. Sums in float32. Bytes moved: T * H elements read (B * H for cls and last), B * H
-written.
+written. A vector's bits do not depend on the batch: a program has one sequence, whose rows it takes in blocks counted
+from its first, and sums over them and over the columns by trees that follow from H.
 
 Source: the pooling modes of Reimers and Gurevych, "Sentence-BERT", 2019, arXiv:1908.10084; weighted_mean from
 Muennighoff, "SGPT", 2022, arXiv:2202.08904.

@@ -1,0 +1,115 @@
+"""The linear layer of linear.py as a persistent kernel on tensor descriptors, for GPUs of compute capability 9.0 on.
+
+    out = activation(x @ weight^T + bias) + residual
+
+x: (T, K), weight: (M, K), bias: (M,), residual and out: (T, M), bf16 or fp16, float32 accumulator, one rounding. FLOPs
+and bytes are those of linear.py. Tiles are loaded and stored by the tensor memory accelerator, which wants bases and
+row strides that are multiples of 16 bytes; what it reads past an edge is zero and what it writes there is dropped, so
+neither K nor T needs a mask.
+
+One program per multiprocessor takes tile after tile, in the order of linear.py, and the two loops are flattened into
+one, so that the loads of the next tile are under way during the epilogue of this one:
+
+    program p    tile p | tile p + n_programs | tile p + 2 * n_programs | ...
+
+A row's bits do not depend on the batch, for the reasons in linear.py: which program computes a tile, and after which
+other, does not enter its sums.
+
+Source: Triton's tutorial "Persistent matmul" (the technique).
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from fastbert_kernels import launch
+from fastbert_kernels.linear_tile import ALIGNMENT, epilogue, tile_of
+
+
+@triton.jit(do_not_specialize=["n_rows"])
+def _linear_persistent_kernel(
+    x_desc,  # (T, K) in blocks of (BLOCK_ROWS, BLOCK_K)
+    weight_desc,  # (M, K) in blocks of (BLOCK_COLS, BLOCK_K)
+    bias_ptr,  # (M,)
+    residual_ptr,  # (T, M)
+    out_desc,  # (T, M) in blocks of (BLOCK_ROWS, BLOCK_COLS)
+    n_rows,
+    n_cols,
+    k_size,
+    residual_row_stride,
+    HAS_BIAS: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_ROWS: tl.constexpr,
+    WARP_SPECIALIZE: tl.constexpr,
+):
+    n_row_blocks, n_col_blocks = tl.cdiv(n_rows, BLOCK_ROWS), tl.cdiv(n_cols, BLOCK_COLS)
+    n_k_blocks = tl.cdiv(k_size, BLOCK_K)
+    for tile in tl.range(
+        tl.program_id(0),
+        n_row_blocks * n_col_blocks,
+        tl.num_programs(0),
+        flatten=not WARP_SPECIALIZE,
+        warp_specialize=WARP_SPECIALIZE,
+    ):
+        row_block, col_block = tile_of(tile, n_row_blocks, n_col_blocks, GROUP_ROWS)
+        row, col = row_block * BLOCK_ROWS, col_block * BLOCK_COLS
+        acc = tl.zeros((BLOCK_ROWS, BLOCK_COLS), dtype=tl.float32)
+        for k_block in range(n_k_blocks):
+            x = x_desc.load([row, k_block * BLOCK_K])
+            weight = weight_desc.load([col, k_block * BLOCK_K])
+            acc = tl.dot(x, weight.T, acc)
+
+        row_offs, col_offs = row + tl.arange(0, BLOCK_ROWS), col + tl.arange(0, BLOCK_COLS)
+        mask = (row_offs < n_rows)[:, None] & (col_offs < n_cols)[None, :]
+        out = epilogue(
+            acc, bias_ptr, residual_ptr, row_offs, col_offs, mask, n_cols, residual_row_stride, HAS_BIAS, ACTIVATION,
+            HAS_RESIDUAL,
+        )  # fmt: skip
+        out_desc.store([row, col], out.to(out_desc.dtype))
+
+
+def describable(rows: torch.Tensor) -> bool:
+    """Whether a tensor descriptor can stand for the (rows, columns) tensor."""
+    aligned = rows.data_ptr() % ALIGNMENT == 0 and rows.stride(0) * rows.element_size() % ALIGNMENT == 0
+    return aligned and rows.stride(1) == 1 and rows.numel() > 0
+
+
+def linear_persistent_forward(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    activation: str,
+    residual: torch.Tensor | None,
+    config: dict[str, int],
+    out: torch.Tensor,
+) -> torch.Tensor:
+    """Fills out, (T, M) with T > 0. x, weight and out must be describable; config is the tile."""
+    n_rows, k_size = x.shape
+    n_cols = weight.shape[0]
+    n_tiles = triton.cdiv(n_rows, config["BLOCK_ROWS"]) * triton.cdiv(n_cols, config["BLOCK_COLS"])
+    # Grid: as many programs as run at once, or one per output tile if those are fewer.
+    launch.run(
+        _linear_persistent_kernel,
+        (min(n_tiles, launch.n_multiprocessors(x.device)),),
+        config,
+        x_desc=TensorDescriptor.from_tensor(x, [config["BLOCK_ROWS"], config["BLOCK_K"]]),
+        weight_desc=TensorDescriptor.from_tensor(weight, [config["BLOCK_COLS"], config["BLOCK_K"]]),
+        bias_ptr=bias,
+        residual_ptr=residual,
+        out_desc=TensorDescriptor.from_tensor(out, [config["BLOCK_ROWS"], config["BLOCK_COLS"]]),
+        n_rows=n_rows,
+        n_cols=n_cols,
+        k_size=k_size,
+        residual_row_stride=residual.stride(0) if residual is not None else 0,
+        HAS_BIAS=bias is not None,
+        ACTIVATION=activation,
+        HAS_RESIDUAL=residual is not None,
+    )
+    return out

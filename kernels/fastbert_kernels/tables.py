@@ -1,0 +1,178 @@
+"""Tables of block sizes and of the GEMM to take: those in `tuned/`, and the one `fastbert tune` made for this GPU.
+
+A table is JSON:
+
+    {
+      "version": 1, "arch": 90, "device": "NVIDIA H100 80GB HBM3", "date": "2026-01-31", "source": "fastbert tune ...",
+      "linear": {"float16": {"BLOCK_ROWS": 128, ...}, "float16/768x3072/gelu": {...}},
+      "linear_persistent": {...},
+      "gemm": {"float16/768x3072/gelu": {"kernel": "cublas", "ours": "linear_persistent"}},
+      "attention": {"float16/64": {"BLOCK_Q": 128, ...}}
+    }
+
+`device` and `date` are null where nothing was timed. Keys: a class of dtypes ("float16" for bf16 and fp16, "float32"),
+for a GEMM then K x M and what its epilogue does, for attention the head size of the tile. The number of tokens is in
+none. `gemm` names the faster kernel, and the faster of ours for where cuBLAS may not be taken; a shape without an entry
+is left to heuristics.
+
+The user's table, in the cache folder under the name of the GPU, goes before the one that ships.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+
+TABLE_VERSION = 1
+TABLE_FOLDER = Path(__file__).parent / "tuned"
+GEMMS = ("cublas", "linear", "linear_persistent")
+# What each entry must say; more is allowed.
+_TILE = {"num_warps", "num_stages"}
+_GEMM_TILE = _TILE | {"BLOCK_ROWS", "BLOCK_COLS", "BLOCK_K", "GROUP_ROWS"}
+REQUIRED = {"linear": _GEMM_TILE, "linear_persistent": _GEMM_TILE, "attention": _TILE | {"BLOCK_Q", "BLOCK_K"}}
+
+logger = logging.getLogger("fastbert")
+
+generation = 0  # counts how often tables were forgotten, for caches of what was found in them
+_chosen: Path | None = None  # what use_table was given
+
+
+def cache_folder() -> Path:
+    """Where `fastbert tune` writes: $XDG_CACHE_HOME/fastbert/tuned, by default in ~/.cache."""
+    root = os.environ.get("XDG_CACHE_HOME")
+    # The XDG Base Directory Specification: a relative path there is invalid, and to be ignored.
+    return (Path(root) if root and os.path.isabs(root) else Path.home() / ".cache") / "fastbert" / "tuned"
+
+
+def file_name(device_name: str) -> str:
+    """The table's file name for a GPU: "NVIDIA H100 PCIe" -> "nvidia-h100-pcie.json"."""
+    return re.sub(r"[^a-z0-9]+", "-", device_name.lower()).strip("-") + ".json"
+
+
+def gpus() -> list[tuple[str, int]]:
+    """(name, compute capability as one integer) of each GPU of this machine."""
+    if not torch.cuda.is_available():
+        return []
+    facts = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    return [(fact.name, 10 * fact.major + fact.minor) for fact in facts]
+
+
+@functools.cache
+def read_table(path: Path) -> dict[str, Any]:
+    """Reads one table. Raises ValueError, naming the file, for what is not one."""
+    try:
+        table = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: not a readable table of block sizes: {error}") from error
+    if not isinstance(table, dict) or table.get("version") != TABLE_VERSION:
+        raise ValueError(f"{path}: expected a table of block sizes of version {TABLE_VERSION}")
+    for op in (*REQUIRED, "gemm"):
+        for key, entry in _object(path, op, table.get(op, {})).items():
+            _check_entry(path, op, key, _object(path, f"{op} -> {key}", entry))
+    return table
+
+
+def _object(path: Path, name: str, value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: {name}: expected an object, got {value!r}")
+    return value
+
+
+def _check_entry(path: Path, op: str, key: str, entry: dict[str, Any]) -> None:
+    if op == "gemm":
+        if entry.get("kernel") not in GEMMS or entry.get("ours", "linear") not in GEMMS[1:]:
+            raise ValueError(f"{path}: gemm -> {key}: expected kernel of {GEMMS} and ours of {GEMMS[1:]}, got {entry}")
+    elif missing := REQUIRED[op] - entry.keys():
+        raise ValueError(f"{path}: {op} -> {key}: lacks {', '.join(sorted(missing))}")
+    elif wrong := [name for name, size in entry.items() if isinstance(size, bool) or not isinstance(size, int)]:
+        raise ValueError(f"{path}: {op} -> {key}: expected whole numbers, got {wrong[0]} = {entry[wrong[0]]!r}")
+
+
+def read_table_for(path: Path, device_name: str, arch: int) -> dict[str, Any]:
+    """Reads a table made for one GPU. Raises ValueError, naming the file, if it was made for another."""
+    table = read_table(path)
+    found = table.get("device"), table.get("arch")
+    if found != (device_name, arch):
+        raise ValueError(f"{path}: made for {found[0]} (sm_{found[1]}), but this GPU is {device_name} (sm_{arch})")
+    return table
+
+
+def use_table(path: str | os.PathLike[str] | None) -> None:
+    """Takes this table for the GPU that it names, in the place of the one in the cache; None goes back to that.
+
+    Raises ValueError, naming the file, if it does not parse, is of another version, or names no GPU of this machine.
+    """
+    global _chosen
+    if path is not None:
+        path = Path(path)
+        read_table.cache_clear()
+        table = read_table(path)
+        here = gpus()
+        if (table.get("device"), table.get("arch")) not in here:
+            names = ", ".join(f"{name} (sm_{arch})" for name, arch in here) or "none"
+            made_for = f"{table.get('device')} (sm_{table.get('arch')})"
+            raise ValueError(f"{path}: made for {made_for}, but the GPUs of this machine are: {names}")
+    _chosen = path
+    forget()
+
+
+def forget() -> None:
+    """Reads tables anew when they are next asked for."""
+    global generation
+    generation += 1
+    for cached in (read_table, _users_table, shipped_table, find):
+        cached.cache_clear()
+
+
+@functools.cache
+def _users_table(arch: int) -> tuple[Path, dict[str, Any]] | None:
+    """The user's table for the GPU of this machine that has the architecture, if there is one that fits."""
+    names = {name for name, found in gpus() if found == arch}
+    if _chosen is not None and names:
+        table = read_table(_chosen)
+        if table["arch"] == arch and table["device"] in names:
+            return _chosen, table
+    for name in sorted(names):
+        path = cache_folder() / file_name(name)
+        if not path.exists():
+            continue
+        if len(names) > 1:
+            # Callers ask by architecture, so that kernels need not know their device: which is meant cannot be told.
+            logger.warning("%s: not used: this machine has different GPUs of sm_%d: %s", path, arch, sorted(names))
+            return None
+        try:
+            return path, read_table_for(path, name, arch)
+        except ValueError as error:
+            logger.warning("%s; taking the table that ships instead (`fastbert tune` makes a new one)", error)
+    return None
+
+
+@functools.cache
+def shipped_table(arch: int) -> tuple[Path, dict[str, Any]]:
+    """The table of the nearest architecture that is no newer, and its file. Raises ValueError for too old a GPU."""
+    known = sorted(int(path.stem.removeprefix("sm_")) for path in TABLE_FOLDER.glob("sm_*.json"))
+    nearest = max((a for a in known if a <= arch), default=None)
+    if nearest is None:
+        raise ValueError(f"no table of block sizes for compute capability {arch / 10}: there are {known}")
+    path = TABLE_FOLDER / f"sm_{nearest}.json"
+    return path, read_table(path)
+
+
+@functools.cache
+def find(op: str, keys: tuple[str, ...], arch: int, shipped_only: bool) -> tuple[dict[str, Any], str] | None:
+    """The entry of the first of the keys that a table has, and in words where it came from; None if none has one."""
+    users = None if shipped_only else _users_table(arch)
+    for path, table in filter(None, (users, shipped_table(arch))):
+        for key in keys:
+            if key in table.get(op, {}):
+                measured = f"measured on {table['device']}, {table['date']}" if table["device"] else table["source"]
+                name = f"tuned/{path.name}" if path.parent == TABLE_FOLDER else str(path)
+                return dict(table[op][key]), f"{name} ({measured})"
+    return None
