@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from fastbert.model import BertAddNorm, BertLayer, BertModel, BertPooler, is_bare, is_plain
-from fastbert.ops import Policy, attention, dispatch, embedding, gelu, layer_norm, pooling
+from fastbert.ops import Policy, attention, dispatch, embedding, gelu, layer_norm, onednn, pooling
 from fastbert.ops.dispatch import Decision
 from fastbert.ops.linear import KERNELS as LINEAR_KERNELS
 from fastbert.ops.linear import gemm_kernel
@@ -30,6 +30,7 @@ from fastbert.sentence_layout import POOLING_MODES, Normalize
 
 __all__ = ["OpReport", "Report", "explain"]
 
+PACKED = "oneDNN, where no gradients are needed"
 _MODULE = "module"  # stands for a backend where a module is called as it is
 
 
@@ -281,7 +282,12 @@ class _Explainer:
             yield self.our_gemm(f"{name}.dense", with_residual, decision, dense, "residual", choice)
             yield norm
             return
-        yield self.gemm(f"{name}.dense", dense, shapes if bias_later else f"{shapes}, + bias", (choice,))
+        row = self.gemm(f"{name}.dense", dense, shapes if bias_later else f"{shapes}, + bias", (choice,))
+        if row.source == PACKED and not (part.training and part.dropout.p):
+            yield dataclasses.replace(row, shapes=f"{shapes}, + bias + residual")
+            yield norm
+            return
+        yield row
         yield dataclasses.replace(norm, shapes=f"{norm.shapes}, {'+ bias ' if bias_later else ''}+ residual")
 
     def norm(self, name: str, norm: nn.LayerNorm, tensors: list[Tensor], dropout_p: float = 0.0) -> OpReport:
@@ -304,8 +310,11 @@ class _Explainer:
             yield self.our_gemm(name, both, decision, module, activation, choice)
         elif plain and not on_triton:
             row = self.row(name, both, decision, LINEAR_KERNELS, ())
+            if self.packs(decision):
+                yield dataclasses.replace(row, source=PACKED)
+                return
             applied = "torch.nn.functional.relu" if activation == "relu" else "torch.nn.functional.gelu"
-            yield dataclasses.replace(row, kernel=f"{row.kernel}, {applied}")
+            yield dataclasses.replace(row, kernel=f"{LINEAR_KERNELS['torch']}, {applied}")
         else:
             yield self.gemm(name, module, shapes if plain else f"{shapes}, + bias", (choice,))
             shapes = f"(T, {width}) -> (T, {width}), {'+ bias, ' * plain}{activation}"
@@ -402,6 +411,10 @@ class _Explainer:
         kernel = f"fastbert_kernels.{gemm.ours}"
         return OpReport(decision.op, name, shapes, decision.backend, kernel, block_sizes=sizes, source=source)
 
+    def packs(self, decision: Decision) -> bool:
+        """Whether oneDNN multiplies, as fastbert.ops.linear asks."""
+        return decision.backend == "cpu" and onednn.unavailable(self.dtype) is None
+
     def gemm_shape(self, module: nn.Module) -> tuple[int, int]:
         """(K, M) of the product; that of the three projections, which are one, if the module is the first of them."""
         weight: Any = module.weight
@@ -434,6 +447,8 @@ class _Explainer:
             if which == "fastbert":
                 return self.our_gemm(name, shapes, decision, module, "none", choice)
             source = choice
+        if self.packs(decision):
+            return OpReport("linear", name, shapes, decision.backend, LINEAR_KERNELS["cpu"], source=PACKED)
         kernel = LINEAR_KERNELS["torch"] + (" (cuBLAS)" if self.device.type == "cuda" else "")
         refused = library is None and self.policy.batch_invariant
         why_not = decision.reason if refused else None

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from fastbert import checkpoint
+from fastbert import checkpoint, ops
 from fastbert.config import DTYPES, BertConfig
 from fastbert.ops import Policy
 from fastbert.ops.dispatch import check_batch_invariant
@@ -72,6 +72,10 @@ class PreTrainedModel(nn.Module):
 
     def _settle_ties(self, matched: checkpoint.Match, src: str) -> None:
         """Squares what the config ties with what a checkpoint holds. Nothing to settle in a model without a decoder."""
+
+    def train(self: Model, mode: bool = True) -> Model:
+        ops.forget_packed(self.parameters())
+        return super().train(mode)
 
     def init_weights(self) -> None:
         """Fresh weights as in BERT: normal with standard deviation initializer_range, biases 0, LayerNorm 1 and 0."""

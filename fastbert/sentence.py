@@ -326,7 +326,8 @@ class SentenceEncoder(nn.Module):
         return -torch.cdist(a, b, p=2.0 if self.similarity_fn_name == "euclidean" else 1.0)
 
     def _run(self, texts: Iterable[str], request: Request) -> Iterator[Any]:
-        self.eval()
+        if any(module.training for module in self.modules()):  # eval() drops what was made of the weights
+            self.eval()
         run = Run(self, request)
         self.last_timings = run.timings
         return run.windows(texts)

@@ -17,7 +17,7 @@ from torch import nn
 import fastbert
 from fastbert import BertConfig, BertModel, heads
 from fastbert.explain import Report, explain
-from fastbert.ops import dispatch
+from fastbert.ops import dispatch, onednn
 from fastbert.sentence_layout import Dense, Normalize
 from helpers import source_env
 
@@ -95,8 +95,9 @@ def test_rows_are_the_decisions_of_a_forward(
     assert bool(launched) == (backend == "triton" or device.type == "cuda" and backend == "auto")
 
 
-def test_cpu_rows() -> None:
-    """Catches a missing operation, a wrong order or a reason where there was no fallback, on the plain CPU path."""
+def test_cpu_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a missing operation, a wrong order or a reason where there was no fallback, on the CPU without oneDNN."""
+    monkeypatch.setattr(onednn, "unavailable", lambda dtype: "planted")
     report = explain(BertModel(config()).eval())
     ops = ["linear", "attention", "linear", "layer_norm", "linear", "linear", "layer_norm"]
     assert [row.op for row in report.rows] == ["embedding", *ops, "pooling", "linear"]
@@ -107,6 +108,18 @@ def test_cpu_rows() -> None:
     assert report.rows[1].shapes == "(T, 32) -> (T, 96), + bias"
     assert report.rows[5].kernel == "torch.nn.functional.linear, torch.nn.functional.gelu"
     assert (report.model, report.device, report.dtype, report.backend) == ("BertModel", "cpu", "float32", "auto")
+
+
+@pytest.mark.skipif(onednn.unavailable(torch.float32) is not None, reason="this PyTorch has no oneDNN")
+def test_cpu_rows_of_onednn() -> None:
+    """Catches a product named as PyTorch's that oneDNN takes, or a residual added where it is not."""
+    rows = explain(BertModel(config()).eval()).rows
+    products = [row for row in rows if row.op == "linear"]
+    assert {row.kernel for row in products} == {"torch.ops.mkldnn._linear_pointwise, weights packed"}
+    assert products[1].shapes == "(T, 32) -> (T, 32), + bias + residual"
+    assert [row.shapes for row in rows if row.op == "layer_norm"] == ["(T, 32) -> (T, 32)"] * 2
+    double = explain(BertModel(config()).double().eval()).rows
+    assert "torch.nn.functional.linear" in {row.kernel for row in double}
 
 
 def test_fallback_shows_its_reason(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:

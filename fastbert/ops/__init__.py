@@ -7,6 +7,7 @@ from fastbert.ops.embedding import check_ids, embedding_layer_norm
 from fastbert.ops.gelu import ACTIVATIONS, bias_gelu
 from fastbert.ops.layer_norm import bias_residual_layer_norm
 from fastbert.ops.linear import linear, linear_residual_layer_norm
+from fastbert.ops.onednn import forget as forget_packed
 from fastbert.ops.pooling import pool
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "bias_residual_layer_norm",
     "check_ids",
     "embedding_layer_norm",
+    "forget_packed",
     "linear",
     "linear_residual_layer_norm",
     "pool",

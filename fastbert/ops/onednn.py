@@ -24,7 +24,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 PIECE, PIECE_BEFORE_GELU = 256, 384
 UNARY = {"none": ("none", ""), "gelu": ("gelu", "none"), "gelu_tanh": ("gelu", "tanh"), "relu": ("relu", "")}
 
-# Weight -> its state when it was packed, an alias that keeps its memory from being given to a successor, and the pieces.
+# Weight -> its state when packed, an alias that keeps its memory from being given to a successor, and the pieces.
 _packed: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
@@ -57,9 +57,14 @@ def obstacle(x: torch.Tensor, weight: torch.Tensor, *others: torch.Tensor | None
         return "gradients are needed"
     if any(type(t) not in (torch.Tensor, torch.nn.Parameter) for t in tensors) or weight.is_inference():
         return "the weight is no plain tensor, whose changes are counted"
+    return unavailable(x.dtype)
+
+
+def unavailable(dtype: torch.dtype) -> str | None:
+    """Why oneDNN is not used for a dtype on this processor, or None."""
     if not torch._C._get_mkldnn_enabled():
         return "torch.backends.mkldnn is switched off"
-    return _missing() or _dtype_obstacle(x.dtype)
+    return _missing() or _dtype_obstacle(dtype)
 
 
 @functools.cache
