@@ -23,6 +23,9 @@ OPS = ("attention", "embedding", "gelu", "layer_norm", "linear", "pooling")
 GROUPS: dict[str, tuple[str, ...]] = {
     "model": ("tests/test_model.py",),
     **{op: (f"tests/test_op_{op}.py",) for op in OPS},
+    "linear": ("tests/test_op_linear.py", "tests/test_op_linear_persistent.py"),
+    "batch_invariant": ("tests/test_batch_invariant.py",),
+    "tune": ("tests/test_tune.py",),
     "text": ("tests/test_sentence.py", "-k", "kernels or gpu"),
     "dispatch": ("tests/test_dispatch.py", "tests/test_launch.py", "tests/test_ops_compile.py"),
 }

@@ -337,8 +337,12 @@ class _Explainer:
         for mode in modes:
             yield self.pool("pooling", f"{POOLING_MODES[mode]}{', L2 normalized' * normalized}, in float32")
         for i, module in tail[1:] if normalized else tail:
-            name = type(module).__name__.lower()
-            yield OpReport(name, f"tail.{i}", "(B, ...) -> (B, ...)", _MODULE, _class_of(module))
+            name, shapes = type(module).__name__.lower(), "(B, ...) -> (B, ...)"
+            kernels = {"dense": LINEAR_KERNELS, "layernorm": layer_norm.KERNELS, "normalize": pooling.KERNELS}
+            if self.policy.batch_invariant and name in kernels:  # as fastbert.sentence_layout.apply does it
+                yield OpReport(name, f"tail.{i}", shapes, "triton", kernels[name]["triton"])
+            else:
+                yield OpReport(name, f"tail.{i}", shapes, _MODULE, _class_of(module))
 
     def head(self, prefix: str) -> Iterator[OpReport]:
         h = self.config.hidden_size

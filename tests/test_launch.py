@@ -107,6 +107,8 @@ def test_tokens_do_not_make_kernels(device):
             layer_norm.bias_residual_layer_norm_forward(x, w, x, w, w, 1e-5)
             gelu.bias_gelu_forward(x, w, "gelu")
             linear.linear_forward(x, torch.empty(64, 64, device="meta"), w, "gelu")
+            half = x.bfloat16()  # by the persistent kernel
+            linear.linear_forward(half, torch.empty(64, 64, device="meta").bfloat16(), w.bfloat16(), "gelu", half)
             embedding.embedding_layer_norm_forward(ids, ids, ids, x, x, x, w, w, 1e-5)
             cu_seqlens = cu_seqlens_of([n])
             work_list = attention.build_work_list(cu_seqlens.tolist(), 64)

@@ -84,6 +84,17 @@ with launch.recording(90) as launches:
     linear.linear_forward(x, weight[:88], None, "gelu")
 signature = offline.specialize(launches[0], GPUTarget("cuda", 90, 32))[0].signature
 assert signature["x_desc"] == "tensordesc<bf16[128, 64]>" and signature["n_rows"] == "i32", signature
+
+for arch in (80, 90):
+    kernels = set()
+    for n_rows in (1, 2, 16, 17, 4096):
+        for k, m in ((768, 768), (3072, 768), (768, 2304)):
+            x, weight, out = (torch.empty(shape, dtype=torch.bfloat16) for shape in ((n_rows, k), (m, k), (n_rows, m)))
+            with launch.recording(arch) as launches:
+                linear.linear_forward(x, weight, None, "none", out)
+            source, options = offline.specialize(launches[0], GPUTarget("cuda", arch, 32))
+            kernels.add((source.hash(), str(options)))
+    assert len(kernels) == 1, (arch, len(kernels))
 """
 
 
@@ -156,7 +167,8 @@ def test_planting_is_not_the_fault(faults):
 
 
 def test_specializes_as_the_jit_does(tmp_path):
-    """A report on other kernels than those that run: without a launch's alignment, constants or options."""
+    """A report on other kernels than those that run, without a launch's alignment, constants or options; a GEMM that
+    compiles anew for a number of tokens, or for each linear of a layer."""
     done = run("-c", SPECIALIZE, cache=tmp_path)
     assert done.returncode == 0, done.stderr
 

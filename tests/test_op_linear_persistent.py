@@ -18,6 +18,12 @@ TILE = {
 }  # fmt: skip
 
 
+@pytest.fixture(autouse=True)
+def _descriptors(device):
+    if device.type == "cuda" and torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("tensor descriptors need compute capability 9.0")
+
+
 def inputs(n_rows, k, n_cols, dtype, device):
     shapes = (n_rows, k), (n_cols, k), (n_cols,), (n_rows, n_cols)
     x, weight, bias, residual = (torch.randn(shape).to(device, dtype) for shape in shapes)
@@ -67,9 +73,8 @@ def test_visits_every_tile(device, poisoned, monkeypatch):
 @pytest.mark.parametrize("warp_specialize", [0, 1])
 def test_on_a_gpu(warp_specialize):
     """Numbers of the compiled kernel, of which the interpreter sees neither the pipeline nor the copies."""
-    capability = torch.cuda.get_device_capability()
-    if capability < (9, 0) or warp_specialize and capability != (9, 0):
-        pytest.skip("tensor descriptors need compute capability 9.0, and warp specialisation is an option of 9.0 alone")
+    if warp_specialize and torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("warp specialisation is an option of compute capability 9.0 alone")
     tile = {**TILE, "BLOCK_ROWS": 128, "BLOCK_COLS": 128, "BLOCK_K": 64, "GROUP_ROWS": 8, "num_warps": 8}
     for n_rows, k, n_cols in ((1, 768, 768), (5000, 768, 3072), (3001, 1032, 1016)):
         x, weight, bias, residual = inputs(n_rows, k, n_cols, torch.bfloat16, "cuda")

@@ -20,7 +20,6 @@ from fastbert_kernels import launch, tables
 
 CONFIG = BertConfig(hidden_size=32, intermediate_size=48, num_attention_heads=2, num_hidden_layers=1, vocab_size=50)
 GPU, ARCH = "Test GPU 80GB", 80
-CPU = torch.device("cpu")
 TILE = {"BLOCK_ROWS": 64, "BLOCK_COLS": 32, "BLOCK_K": 32, "GROUP_ROWS": 4, "num_warps": 4, "num_stages": 2}
 SMALL = Candidate("linear", tuple(sorted(TILE.items())))
 
@@ -116,9 +115,9 @@ def test_candidates(arch, dtype):
         assert any(c.sizes.get("WARP_SPECIALIZE") for c in candidates) == (arch == 90 and dtype.itemsize == 2)
 
 
-def test_every_candidate_of_a_layer_is_right(capsys):
+def test_every_candidate_of_a_layer_is_right(capsys, device):
     """A way of running a candidate that computes something else than the model does, in any op."""
-    outcomes = tune.tune(jobs(), CPU, [64], timer=clock(lambda name, call: 1.0), say=lambda text: None)
+    outcomes = tune.tune(jobs(), device, [64], timer=clock(lambda name, call: 1.0), say=lambda text: None)
     for outcome in outcomes:
         assert outcome.rejected == {} and list(outcome.seconds) == list(outcome.job.candidates)
 
@@ -134,12 +133,12 @@ def test_on_a_gpu():
         assert not any(reason.startswith("wrong") for reason in outcome.rejected.values())
 
 
-def test_choice_over_numbers_of_tokens():
+def test_choice_over_numbers_of_tokens(device):
     """A choice by one number of tokens, or by the sum, in which the largest alone counts."""
     # Twice as fast at the two small sizes, a third slower at the large one.
     times = {"cublas": (2e-6, 4e-6, 3e-4), str(SMALL): (1e-6, 2e-6, 4e-4)}
     (outcome,) = tune.tune(
-        [job("none", [Candidate("cublas"), SMALL])], CPU, [16, 32, 48], timer=clock(lambda n, i: times[n][i]),
+        [job("none", [Candidate("cublas"), SMALL])], device, [16, 32, 48], timer=clock(lambda n, i: times[n][i]),
         say=lambda text: None,
     )  # fmt: skip
     assert outcome.best() == SMALL and outcome.best("cublas") == Candidate("cublas")
@@ -154,7 +153,7 @@ def test_choice_over_numbers_of_tokens():
     assert (made["device"], made["arch"], made["date"]) == (GPU, ARCH, "2026-01-02") and "tokens" in made["source"]
 
 
-def test_wrong_and_failing_candidates_are_left_out(monkeypatch):
+def test_wrong_and_failing_candidates_are_left_out(monkeypatch, device):
     """A kernel that is fastest because it is wrong, or one broken tile that ends the command."""
     tiles = {n: Candidate("linear", tuple(sorted({**TILE, "GROUP_ROWS": n}.items()))) for n in (1, 2, 4)}
     call = tune_jobs.Work.call
@@ -170,7 +169,7 @@ def test_wrong_and_failing_candidates_are_left_out(monkeypatch):
     monkeypatch.setattr(tune_jobs.Work, "call", planted)
     said = []
     (outcome,) = tune.tune(
-        [job("gelu", [Candidate("cublas"), *tiles.values()])], CPU, [16],
+        [job("gelu", [Candidate("cublas"), *tiles.values()])], device, [16],
         timer=clock(lambda n, i: 1.0 if n == "cublas" else 0.5), say=said.append,
     )  # fmt: skip
     assert list(outcome.seconds) == [Candidate("cublas"), tiles[4]] and outcome.best() == tiles[4]
@@ -179,11 +178,11 @@ def test_wrong_and_failing_candidates_are_left_out(monkeypatch):
     assert "left out" in said[0]
 
 
-def test_table_is_gone_by(monkeypatch):
+def test_table_is_gone_by(monkeypatch, device):
     """A table that is written and not read, or read for another shape; a report that does not show its source."""
     times = {"cublas": 3.0, str(SMALL): 2.0}
     outcomes = tune.tune(
-        [job("none", [Candidate("cublas"), SMALL]), job("gelu", [Candidate("cublas"), SMALL])], CPU, [16, 32],
+        [job("none", [Candidate("cublas"), SMALL]), job("gelu", [Candidate("cublas"), SMALL])], device, [16, 32],
         timer=clock(lambda n, i: times[n] if i < 2 else 1.0 / times[n]), say=lambda text: None,
     )  # fmt: skip
     before = launch.gemm(torch.bfloat16, ARCH, (32, 96), "none")
@@ -207,22 +206,22 @@ def test_table_is_gone_by(monkeypatch):
         assert "tuned/sm_80.json" in launch.linear_config(torch.bfloat16, ARCH, (32, 96)).source
 
 
-def test_attention_table():
+def test_attention_table(device):
     """A tile of the attention that is timed but not taken."""
     (found,) = jobs(only=["attention"])
     fastest = found.candidates[3]
     (outcome,) = tune.tune(
-        [found], CPU, [64], timer=clock(lambda n, i: 1.0 if n == str(fastest) else 2.0), say=lambda text: None
+        [found], device, [64], timer=clock(lambda n, i: 1.0 if n == str(fastest) else 2.0), say=lambda text: None
     )
     tune.write(tune.table_of([outcome], GPU, ARCH, [64]), tables.cache_folder() / tables.file_name(GPU))
     assert launch.attention_config(torch.float16, 16, ARCH).block_sizes == {**fastest.sizes, "BLOCK_D": 16}
     assert "sm_80.json" in launch.attention_config(torch.float16, 64, ARCH).source
 
 
-def test_earlier_shapes_stay(caplog):
+def test_earlier_shapes_stay(caplog, device):
     """A second run, for another model, that forgets the first; a broken table that stops the command."""
     (outcome,) = tune.tune(
-        [job("gelu", [Candidate("cublas"), SMALL])], CPU, [16], timer=clock(lambda n, i: 1.0), say=lambda text: None
+        [job("gelu", [Candidate("cublas"), SMALL])], device, [16], timer=clock(lambda n, i: 1.0), say=lambda text: None
     )
     path = cache(table())
     made = tune.table_of([outcome], GPU, ARCH, [16], before=tune.earlier(path, GPU, ARCH))
@@ -353,7 +352,7 @@ def test_dry_run(capsys):
     assert str(tables.cache_folder()) in out and not tables.cache_folder().exists()
 
 
-def test_command(tmp_path, monkeypatch, capsys):
+def test_command(tmp_path, monkeypatch, capsys, device):
     """A command that loses the model's shapes or its options on the way to the table."""
     monkeypatch.setattr(tune, "unable", lambda device: None)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: GPU)
@@ -361,7 +360,7 @@ def test_command(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(launch, "arch", lambda device: ARCH)
     run = tune.tune
     monkeypatch.setattr(
-        tune, "tune", lambda j, device, n: run(j, CPU, n, timer=clock(lambda name, i: float(len(name))))
+        tune, "tune", lambda j, where, n: run(j, device, n, timer=clock(lambda name, i: float(len(name))))
     )
     BertModel(CONFIG).save_pretrained(tmp_path / "model")
     assert (
@@ -383,16 +382,16 @@ def test_command(tmp_path, monkeypatch, capsys):
     assert commands.tune  # the name that the command line looks up
 
 
-def test_no_tuning_at_run_time(monkeypatch):
+def test_no_tuning_at_run_time(monkeypatch, device):
     """A model that times anything by itself."""
     monkeypatch.setattr(tune.measure, "interleave", lambda *args, **kwargs: pytest.fail("timed at run time"))
-    model = BertModel(CONFIG, backend="triton").eval()
+    model = BertModel(CONFIG, backend="triton").to(device).eval()
     for n in (1, 7):
-        model(torch.ones(1, n, dtype=torch.int64))
+        model(torch.ones(1, n, dtype=torch.int64, device=device))
     assert not tables.cache_folder().exists()
 
 
-def test_part_of_the_gpu_run(tmp_path, monkeypatch):
+def test_part_of_the_gpu_run(tmp_path, monkeypatch, device):
     """A run on a GPU that tunes nothing, writes into the user's cache, or does not stop when its time is up."""
     monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "benchmarks"))
     import gpu
@@ -400,7 +399,8 @@ def test_part_of_the_gpu_run(tmp_path, monkeypatch):
 
     from fastbert.bench.results import Results
 
-    options = gpu.Options(tmp_path, "cpu", quick=True)
+    options = gpu.Options(tmp_path, device.type, quick=True)
+    monkeypatch.setattr(tune, "unable", lambda device: "there is none here")
     assert gpu_parts.run("tune", options, 60.0) == 0
     assert "there is none here" in Results.load(tmp_path / "tune.json").notes["tuned_table"]
     monkeypatch.setattr(tune, "unable", lambda device: None)

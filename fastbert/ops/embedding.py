@@ -48,6 +48,9 @@ def _kernel(
     from fastbert_kernels.embedding import embedding_layer_norm_forward
 
     word, token_type, position = (t if t.stride(-1) == 1 else t.contiguous() for t in (word, token_type, position))
+    if input_ids is None and word.data_ptr() % 16:
+        # How wide the loads are, and with it the order of LayerNorm's sums, must not depend on where the rows begin.
+        word = word.clone()
     return embedding_layer_norm_forward(
         None if input_ids is None else input_ids.contiguous(),
         token_type_ids.contiguous(),
