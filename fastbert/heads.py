@@ -74,9 +74,12 @@ class _WithHead(PreTrainedModel):
     pooler = True
     cls: Any
 
-    def __init__(self, config: BertConfig, *, backend: str = "auto", strict: bool = False) -> None:
-        super().__init__(config, backend=backend, strict=strict)
-        self.bert = BertModel(config, add_pooling_layer=self.pooler, backend=backend, strict=strict)
+    def __init__(
+        self, config: BertConfig, *, backend: str = "auto", strict: bool = False, precision: str | None = None
+    ) -> None:
+        super().__init__(config, backend=backend, strict=strict, precision=precision)
+        how: dict[str, Any] = {"backend": backend, "strict": strict, "precision": precision}
+        self.bert = BertModel(config, add_pooling_layer=self.pooler, **how)
         self.add_head(config)
         self.init_weights()
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from fastbert import checkpoint
 from fastbert.config import DTYPES, BertConfig
 from fastbert.ops import Policy
+from fastbert.ops.quantized import check_precision
 
 logger = logging.getLogger("fastbert")
 
@@ -23,15 +24,19 @@ class PreTrainedModel(nn.Module):
     """Loading, saving and settings that BertModel and the models with heads share.
 
     `backend` ("auto", "triton", "cpu", "torch") and `strict` say what may run the operations: fastbert.ops.dispatch.
-    `missing_names`: the weights that from_pretrained did not find in the checkpoint and started afresh.
+    `precision`: None, or "fp8" or "int8", in which the linears of the encoder multiply (fastbert.quantized); then the
+    parameters, which are kept and saved as they are, require no gradients. `missing_names`: the weights that from_pretrained did not find in the checkpoint and started afresh.
     """
 
     base_prefix = "bert."
 
-    def __init__(self, config: BertConfig, *, backend: str = "auto", strict: bool = False) -> None:
+    def __init__(
+        self, config: BertConfig, *, backend: str = "auto", strict: bool = False, precision: str | None = None
+    ) -> None:
         super().__init__()
         self.config = config
         self.policy = Policy(backend, strict)
+        self.precision = check_precision(precision)
         self.missing_names: list[str] = []
 
     @property
@@ -73,6 +78,8 @@ class PreTrainedModel(nn.Module):
         """Fresh weights as in BERT: normal with standard deviation initializer_range, biases 0, LayerNorm 1 and 0."""
         for name, parameter in self.named_parameters():
             parameter.data = self._fresh(name, parameter, parameter.dtype, parameter.device)
+            if self.precision is not None:
+                parameter.requires_grad_(False)
         self.tie_weights()
 
     def _fresh(self, name: str, like: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -94,12 +101,15 @@ class PreTrainedModel(nn.Module):
         device: str | torch.device | None = None,
         backend: str = "auto",
         strict: bool = False,
+        precision: str | None = None,
         revision: str | None = None,
         **config_overrides: Any,
     ) -> Model:
         """Loads a checkpoint in Hugging Face layout, from a local folder or a hub id; the model is in eval mode.
 
-        dtype: "auto" takes the checkpoint's. device: the CPU by default. config_overrides: fields of BertConfig, and
+        dtype: "auto" takes the checkpoint's. device: the CPU by default. precision: "fp8" (GPUs from compute capability
+        8.9 on) or "int8" (from 8.0 on) lets the encoder's linears multiply 8-bit operands, for inference; see
+        fastbert.quantized for what happens where there are no kernels for it. config_overrides: fields of BertConfig, and
         num_labels. Weights that a checkpoint lacks are reported by name in a warning: a pooler is left out of a
         BertModel (pooler_output is None), a head starts with fresh weights (`missing_names` has their names). Raises
         FileNotFoundError where there is no checkpoint, ValueError where it does not fit the config or lacks weights of
@@ -111,7 +121,7 @@ class PreTrainedModel(nn.Module):
         dtype = resolve_dtype(dtype, config, state)
         device = torch.device("cpu") if device is None else torch.device(device)
         with torch.device("meta"):
-            model = cls(config, backend=backend, strict=strict)
+            model = cls(config, backend=backend, strict=strict, precision=precision)
         model._load(state, dtype, device, str(src))
         return model.eval()
 

@@ -79,6 +79,7 @@ class SentenceEncoder(nn.Module):
         device: str | torch.device | None = None,
         backend: str = "auto",
         strict: bool = False,
+        precision: str | None = None,
         revision: str | None = None,
         token_budget: int | None = None,
         **config_overrides: Any,
@@ -97,7 +98,13 @@ class SentenceEncoder(nn.Module):
         if device is None:
             device = "cuda" if torch.cuda.is_available() else "cpu"
         model = BertModel.from_pretrained(
-            layout.transformer, dtype=dtype, device=device, backend=backend, strict=strict, **config_overrides
+            layout.transformer,
+            dtype=dtype,
+            device=device,
+            backend=backend,
+            strict=strict,
+            precision=precision,
+            **config_overrides,
         )
         tokenizer = Tokenizer.from_pretrained(layout.transformer)
         if layout.do_lower_case:
