@@ -401,9 +401,7 @@ class BertModel(PreTrainedModel):
         if self.precision is not None:
             backend = quantized.choose(self)
             if backend != quantized.UNQUANTISED:
-                return quantized.encode(
-                    self, backend, batch, input_ids, token_type_ids, position_ids, inputs_embeds
-                )
+                return quantized.encode(self, backend, batch, input_ids, token_type_ids, position_ids, inputs_embeds)
         inputs = input_ids, token_type_ids, position_ids, inputs_embeds, self.policy
         if torch.compiler.is_compiling():
             return self.encoder(self.embeddings(*inputs), batch, self.policy)

@@ -24,8 +24,9 @@ class PreTrainedModel(nn.Module):
     """Loading, saving and settings that BertModel and the models with heads share.
 
     `backend` ("auto", "triton", "cpu", "torch") and `strict` say what may run the operations: fastbert.ops.dispatch.
-    `precision`: None, or "fp8" or "int8", in which the linears of the encoder multiply (fastbert.quantized); then the
-    parameters, which are kept and saved as they are, require no gradients. `missing_names`: the weights that from_pretrained did not find in the checkpoint and started afresh.
+    `precision`: None, or "fp8" or "int8", in which the linears of the encoder multiply (fastbert.quantized); the
+    parameters, which are kept and saved as they are, then require no gradients. `missing_names`: the weights that
+    from_pretrained did not find in the checkpoint and started afresh.
     """
 
     base_prefix = "bert."
@@ -109,8 +110,8 @@ class PreTrainedModel(nn.Module):
 
         dtype: "auto" takes the checkpoint's. device: the CPU by default. precision: "fp8" (GPUs from compute capability
         8.9 on) or "int8" (from 8.0 on) lets the encoder's linears multiply 8-bit operands, for inference; see
-        fastbert.quantized for what happens where there are no kernels for it. config_overrides: fields of BertConfig, and
-        num_labels. Weights that a checkpoint lacks are reported by name in a warning: a pooler is left out of a
+        fastbert.quantized for what happens where there are no kernels for it. config_overrides: fields of BertConfig,
+        and num_labels. Weights that a checkpoint lacks are reported by name in a warning: a pooler is left out of a
         BertModel (pooler_output is None), a head starts with fresh weights (`missing_names` has their names). Raises
         FileNotFoundError where there is no checkpoint, ValueError where it does not fit the config or lacks weights of
         the encoder.

@@ -60,7 +60,15 @@ class QuantizedWeights:
         return QuantizedWeights, ()
 
 
-def decide(model: BertModel, policy: Policy, device: torch.device, dtype: torch.dtype, arch: int | None = None) -> Decision:
+def layers_of(model: BertModel) -> list[BertLayer]:
+    """The encoder's layers, with the type that a ModuleList does not keep."""
+    layers: Any = model.encoder.layer
+    return list(layers)
+
+
+def decide(
+    model: BertModel, policy: Policy, device: torch.device, dtype: torch.dtype, arch: int | None = None
+) -> Decision:
     """What would run the encoder in its precision: "triton", "torch" (the emulation) or "unquantised", and why.
 
     The emulation, in plain PyTorch, is what backend="torch" asks for: it shows on any device what the kernels would
@@ -69,8 +77,8 @@ def decide(model: BertModel, policy: Policy, device: torch.device, dtype: torch.
     """
     precision = model.precision
     assert precision is not None
-    config = model.config
-    activation = model.encoder.layer[0].intermediate.activation if len(model.encoder.layer) else "none"
+    config, layers = model.config, layers_of(model)
+    activation = layers[0].intermediate.activation
     sizes = config.hidden_size, config.intermediate_size, config.head_size
     why_not = ops.quantized.obstacle(*sizes, activation, dtype, device) or _altered(model)
     if why_not is None and policy.backend != "torch":
@@ -102,16 +110,14 @@ def choose(model: BertModel) -> str:
 
 def _altered(model: BertModel) -> str | None:
     """Which part of the encoder is an adapter or has hooks, so that its parameters cannot stand for it, or None."""
-    from fastbert.model import is_bare
+    from fastbert.model import is_bare, is_plain
 
-    for i, layer in enumerate(model.encoder.layer):
+    for i, layer in enumerate(layers_of(model)):
         attention, up, down = layer.attention, layer.intermediate, layer.output
         part = attention.self
         linears = part.query, part.key, part.value, attention.output.dense, up.dense, down.dense
-        norms = attention.output.LayerNorm, down.LayerNorm
         blocks = layer, attention, part, attention.output, up, down
-        plain = all(is_bare(m, nn.Linear) and m.bias is not None for m in linears)
-        if not (plain and all(is_bare(m, nn.LayerNorm) for m in norms) and all(is_bare(m, type(m)) for m in blocks)):
+        if not (all(map(is_plain, linears)) and all(is_bare(m, type(m)) for m in blocks)):
             return f"a part of encoder.layer.{i} is an adapter, has hooks or has no bias"
     for name in ("embeddings", "encoder"):
         module = getattr(model, name)
@@ -134,10 +140,10 @@ def encode(
     policy, precision = Policy(backend, strict=True), model.precision
     assert precision is not None
     weights: Callable[..., Quantized] = model.quantized_weights.get
-    layers: list[BertLayer] = list(model.encoder.layer)
+    layers = layers_of(model)
     operands = model.embeddings.operands(input_ids, inputs_embeds)
-    ids, tables = operands[0], operands[1:]
-    x, q = ops.quantized.embedding_layer_norm(ids, token_type_ids, position_ids, *tables, precision, policy=policy)
+    words: list[Any] = [operands[0], token_type_ids, position_ids, *operands[1:], precision]
+    x, q = ops.quantized.embedding_layer_norm(*words, policy=policy)
     states = [x]
     for i, layer in enumerate(layers):
         part, rotated = layer.attention.self, precision == "int8"

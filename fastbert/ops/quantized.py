@@ -65,7 +65,7 @@ def rotate(x: Tensor) -> Tensor:
 
 
 def quantize(x: Tensor, precision: str, group: int | None = None, *, rotated: bool = False) -> Quantized:
-    """x (T, K) in 8 bits, `group` columns (all by default) to a scale, which is their largest magnitude over 448 or 127.
+    """x (T, K) in 8 bits, `group` columns (all by default) to a scale: their largest magnitude over 448 or 127.
 
     float8 rounds to nearest, ties to even, int8 to nearest, ties up. rotated: of x times the Hadamard matrix in blocks
     of 32 columns, for int8, whose steps one large column makes coarse for all; float8 gains nothing by it.
@@ -130,8 +130,8 @@ def linear(
 ) -> Tensor:
     """activation(x @ weight^T + bias) in dtype. x: (T, K), weight: (M, K) with a scale a row, bias: (M,) or None.
 
-    activation: "none", "gelu" (erf) or "gelu_tanh". Raises ValueError for what does not fit together, BackendError under
-    a strict policy. For inference: it has no gradient.
+    activation: "none", "gelu" (erf) or "gelu_tanh". Raises ValueError for what does not fit together, BackendError
+    under a strict policy. For inference: it has no gradient.
     """
     _check(x, weight, bias)
     arguments = x.data, x.scale, x.group, weight.data, weight.scale, bias, activation
@@ -147,7 +147,7 @@ def linear_quantized(
     arguments = x.data, x.scale, x.group, weight.data, weight.scale, bias, activation
     why_not = gelu.activation_obstacle(activation)
     out = _run("linear", x.precision, policy, why_not, _Q_LINEAR_QUANTIZED, *arguments)
-    return Quantized(*out, min(OUT_GROUP, weight.data.shape[0]))
+    return Quantized(out[0], out[1], min(OUT_GROUP, weight.data.shape[0]))
 
 
 def bias_residual_layer_norm(
@@ -198,7 +198,7 @@ def embedding_layer_norm(
 def varlen_attention(
     qkv: Tensor, batch: PackedBatch, num_heads: int, precision: str, *, policy: Policy = AUTO
 ) -> Quantized:
-    """`ops.varlen_attention` with its result in 8 bits, a scale a row and head. The products inside stay as they are."""
+    """`ops.varlen_attention` with its result in 8 bits, a scale a row and head. The products inside stay in 16 bits."""
     if qkv.dim() != 2 or qkv.shape[1] % (3 * num_heads) or qkv.shape[0] != batch.n_tokens:
         expected = f"(T, 3 * N * D) with T = {batch.n_tokens} and N = {num_heads}"
         raise ValueError(f"qkv: expected shape {expected}, got {tuple(qkv.shape)}")
@@ -302,22 +302,31 @@ def _normalized(out: Tensor, precision: str) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _layer_norm_kernel(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    x, precision = arguments[0], arguments[-1]
+    rest: list[Any]
+    *rest, precision = arguments
+    x: Tensor = rest[0]
     buffers = _buffers(x, x.shape[1], 1, DTYPES[precision])
-    return (layer_norm._kernel(*arguments[:-1], quantized=buffers), *buffers)
+    rest.append(buffers)
+    return (layer_norm._kernel(*rest), *buffers)
 
 
 def _embedding_kernel(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    positions, word, precision = arguments[2], arguments[3], arguments[-1]
+    rest: list[Any]
+    *rest, precision = arguments
+    positions, word = rest[2], rest[3]
     like = word.new_empty(0).expand(positions.shape[0], 0)
     buffers = _buffers(like, word.shape[1], 1, DTYPES[precision])
-    return (embedding._kernel(*arguments[:-1], None, quantized=buffers), *buffers)
+    rest += [None, buffers]  # no padding_idx
+    return (embedding._kernel(*rest), *buffers)
 
 
 def _attention_kernel(*arguments: Any) -> tuple[Tensor, Tensor]:
-    qkv, num_heads, precision = arguments[0], arguments[5], arguments[-1]
+    rest: list[Any]
+    *rest, precision = arguments
+    qkv, num_heads = rest[0], rest[5]
     buffers = _buffers(qkv, qkv.shape[1] // 3, num_heads, DTYPES[precision])
-    attention._kernel(*arguments[:-1], quantized=buffers)
+    rest.append(buffers)
+    attention._kernel(*rest)
     return buffers
 
 
@@ -355,14 +364,14 @@ _Q_LAYER_NORM = _register(
     "str precision) -> (Tensor, Tensor, Tensor)",
     _layer_norm_kernel,
     lambda *args: _normalized(layer_norm._eager(*args[:-1]), args[-1]),
-    lambda x, *rest: (x.new_empty(x.shape), *_fake_8_bit(x, *x.shape, 1, DTYPES[rest[-1]])),
+    lambda x, *rest: (x.new_empty(x.shape), *_fake_8_bit(x, x.shape[0], x.shape[1], 1, DTYPES[rest[-1]])),
 )
 _Q_EMBEDDING = _register(
     "embedding_layer_norm_quantized(Tensor? input_ids, Tensor token_type_ids, Tensor position_ids, Tensor word, "
     "Tensor token_type, Tensor position, Tensor weight, Tensor ln_bias, float eps, str precision) "
     "-> (Tensor, Tensor, Tensor)",
     _embedding_kernel,
-    lambda *args: _normalized(embedding._eager(*args[:-1], None), args[-1]),
+    lambda *args: _normalized(embedding._eager(*[*args[:-1], None]), args[-1]),
     lambda input_ids, types, positions, word, *rest: (
         word.new_empty(positions.shape[0], word.shape[1]),
         *_fake_8_bit(word, positions.shape[0], word.shape[1], 1, DTYPES[rest[-1]]),

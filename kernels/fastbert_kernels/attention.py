@@ -191,8 +191,8 @@ def varlen_attention_forward(
 ) -> torch.Tensor:
     """(T, 3 * N * D), laid out [q | k | v], -> (T, N * D) in the same dtype.
 
-    quantized: buffers (T, N * D), float8_e4m3fn or int8, and (T, N) float32, both contiguous, to fill with the result in
-    8 bits and a scale a row and head, as `quantize` says; then the first of them is returned, and nothing else written.
+    quantized: buffers (T, N * D), float8_e4m3fn or int8, and (T, N) float32, both contiguous, to fill with the result
+    in 8 bits and a scale a row and head, as `quantize` says; then the first is returned, and nothing else written.
 
     cu_seqlens (B + 1,), seq_ids (T,) and work_list (W, 4), all int32 and on qkv's device; the work list must have been
     built for the BLOCK_Q that `launch.attention_config` gives. qkv needs unit stride along its last axis.

@@ -31,7 +31,7 @@ def _to_bfloat16(x: np.ndarray) -> np.ndarray:
 
 
 def _to_float8(x: np.ndarray) -> np.ndarray:
-    """Rounds float32 to float8_e4m3fn to nearest, ties to even, in uint8 bit patterns; beyond 448 to 448, as GPUs do."""
+    """Rounds float32 to float8_e4m3fn to nearest, ties to even, in uint8 bit patterns; beyond 448 to 448, as a GPU."""
     clamped = torch.from_numpy(np.ascontiguousarray(x)).clamp(-448.0, 448.0)
     return clamped.to(torch.float8_e4m3fn).view(torch.uint8).numpy()
 

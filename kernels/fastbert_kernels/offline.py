@@ -247,9 +247,7 @@ def eight_bit_cases(dtype: str) -> Iterator[Case]:
         )
         yield case("layer_norm", variant="bias+residual", call=call)
         tables = tensor(1000, h), tensor(2, h), tensor(512, h), weight, weight
-        call = partial(
-            embedding.embedding_layer_norm_forward, ids, ids, ids, *tables, 1e-12, eight_bit(n_rows, h)
-        )
+        call = partial(embedding.embedding_layer_norm_forward, ids, ids, ids, *tables, 1e-12, eight_bit(n_rows, h))
         yield case("embedding", variant="ids", call=call)
         arguments = tensor(n_rows, 3 * h), cu_seqlens, ids32, work_list, n_heads, 0.125, eight_bit(n_rows, h, n_heads)
         yield case("attention", variant=f"D{d}", call=partial(attention.varlen_attention_forward, *arguments))

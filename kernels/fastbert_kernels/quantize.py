@@ -7,10 +7,11 @@ or an infinity has a scale that is NaN or infinite, so that it does not vanish.
 
 int8 has one step for a whole row, which a single large channel makes coarse for all others. LayerNorm's rows, where
 such channels are, are therefore multiplied by a Hadamard matrix in blocks of 32 channels first, and the weight by its
-inverse: the product stays, and the large value is spread over its block. float8 needs none: its step follows the value.
+inverse: the product stays, and the large value is spread over its block. Not for float8, whose step follows the value:
+there a rotation lets large channels add their errors to products with weights that were small for them.
 
-Source: Micikevicius et al., "FP8 Formats for Deep Learning", 2022, arXiv:2209.05433; the rotation after Ashkboos et al.,
-"QuaRot", 2024, arXiv:2404.00456.
+Source: Micikevicius et al., "FP8 Formats for Deep Learning", 2022, arXiv:2209.05433; the rotation after Ashkboos et
+al., "QuaRot", 2024, arXiv:2404.00456.
 """
 
 from __future__ import annotations
@@ -46,6 +47,6 @@ def rotate_rows(x, N_ROWS: tl.constexpr, N_COLS: tl.constexpr):
     parity ^= parity >> 4
     parity ^= parity >> 2
     parity ^= parity >> 1
-    signs = (1 - 2 * (parity & 1)).to(tl.float32).to(x.dtype)  # (ROTATION, ROTATION): -1 where i & j has an odd number of bits
+    signs = (1 - 2 * (parity & 1)).to(tl.float32).to(x.dtype)  # -1 where i & j has an odd number of bits
     blocks = tl.reshape(x, (N_ROWS * N_COLS // ROTATION, ROTATION))
     return tl.reshape(tl.dot(blocks, signs, input_precision="ieee"), (N_ROWS, N_COLS))
