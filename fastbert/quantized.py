@@ -6,7 +6,6 @@ model's dtype. Every operand is quantised by the kernel that makes it. T tokens,
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,23 +27,29 @@ UNQUANTISED = "unquantised"
 
 
 class QuantizedWeights:
-    """8-bit weights derived from parameters, kept until one of these changes, as BertSelfAttention.fused_qkv does.
+    """8-bit weights derived from linears, kept until a parameter changes, as BertSelfAttention.fused_qkv does.
 
     PyTorch keeps no count of writes through `.data`: after those, train() or eval() makes this look again.
     """
 
     def __init__(self) -> None:
-        self._kept: dict[str, tuple[Any, Any, Quantized]] = {}
+        self._kept: dict[str, tuple[Any, Any, tuple[Quantized, Tensor]]] = {}
 
     def clear(self) -> None:
         self._kept.clear()
 
-    def get(self, name: str, parameters: list[Tensor], precision: str, *, rotated: bool) -> Quantized:
-        """The parameters, one above the other, with a scale a row. name: what they are kept under."""
+    def get(self, name: str, precision: str, *linears: nn.Linear, rotated: bool) -> tuple[Quantized, Tensor]:
+        """The linears as one: their weights one above the other, with a scale a row, and their biases.
 
-        def make() -> Quantized:
-            weight = parameters[0] if len(parameters) == 1 else torch.cat(parameters)
-            return ops.quantized.quantize_weight(weight, precision, rotated=rotated)
+        name: what they are kept under. rotated: whether their input is.
+        """
+        weights: list[Tensor] = [linear.weight for linear in linears]
+        biases: list[Tensor] = [linear.bias for linear in linears]
+        parameters = weights + biases
+
+        def make() -> tuple[Quantized, Tensor]:
+            weight = ops.quantized.quantize_weight(torch.cat(weights), precision, rotated=rotated)
+            return weight, torch.cat(biases)
 
         if torch.compiler.is_compiling() or any(p.is_inference() for p in parameters):
             return make()
@@ -139,34 +144,38 @@ def encode(
     """As BertEncoder after BertEmbeddings: the L + 1 hidden states, each (T, H). backend: what `choose` gave."""
     policy, precision = Policy(backend, strict=True), model.precision
     assert precision is not None
-    weights: Callable[..., Quantized] = model.quantized_weights.get
-    layers = layers_of(model)
+    of, layers, turned = model.quantized_weights.get, layers_of(model), precision == "int8"
+    _refuse_gradients(model, inputs_embeds)
     operands = model.embeddings.operands(input_ids, inputs_embeds)
     words: list[Any] = [operands[0], token_type_ids, position_ids, *operands[1:], precision]
     x, q = ops.quantized.embedding_layer_norm(*words, policy=policy)
     states = [x]
     for i, layer in enumerate(layers):
-        part, rotated = layer.attention.self, precision == "int8"
-        projections: list[nn.Linear] = [part.query, part.key, part.value]
-        weight = weights(f"{i}.qkv", [p.weight for p in projections], precision, rotated=rotated)
-        qkv = ops.quantized.linear(q, weight, torch.cat([p.bias for p in projections]), x.dtype, policy=policy)
+        part, add, up, down = layer.attention.self, layer.attention.output, layer.intermediate, layer.output
+        weight, bias = of(f"{i}.qkv", precision, part.query, part.key, part.value, rotated=turned)
+        qkv = ops.quantized.linear(q, weight, bias, x.dtype, policy=policy)
         context = ops.quantized.varlen_attention(qkv, batch, part.num_heads, precision, policy=policy)
-        dense, norm = layer.attention.output.dense, layer.attention.output.LayerNorm
-        y = ops.quantized.linear(
-            context, weights(f"{i}.out", [dense.weight], precision, rotated=False), None, x.dtype, policy=policy
-        )
-        after = norm.weight, norm.bias, norm.eps
-        x, q = ops.quantized.bias_residual_layer_norm(y, dense.bias, x, *after, precision, policy=policy)
-        up, dense, norm = layer.intermediate, layer.output.dense, layer.output.LayerNorm
-        weight = weights(f"{i}.up", [up.dense.weight], precision, rotated=rotated)
-        inner = ops.quantized.linear_quantized(q, weight, up.dense.bias, up.activation, policy=policy)
-        y = ops.quantized.linear(
-            inner, weights(f"{i}.down", [dense.weight], precision, rotated=False), None, x.dtype, policy=policy
-        )
-        after = norm.weight, norm.bias, norm.eps
+        weight, bias = of(f"{i}.out", precision, add.dense, rotated=False)
+        y = ops.quantized.linear(context, weight, None, x.dtype, policy=policy)
+        after = add.LayerNorm.weight, add.LayerNorm.bias, add.LayerNorm.eps
+        x, q = ops.quantized.bias_residual_layer_norm(y, bias, x, *after, precision, policy=policy)
+        weight, bias = of(f"{i}.up", precision, up.dense, rotated=turned)
+        inner = ops.quantized.linear_quantized(q, weight, bias, up.activation, policy=policy)
+        weight, bias = of(f"{i}.down", precision, down.dense, rotated=False)
+        y = ops.quantized.linear(inner, weight, None, x.dtype, policy=policy)
+        after = down.LayerNorm.weight, down.LayerNorm.bias, down.LayerNorm.eps
         if i + 1 < len(layers):
-            x, q = ops.quantized.bias_residual_layer_norm(y, dense.bias, x, *after, precision, policy=policy)
+            x, q = ops.quantized.bias_residual_layer_norm(y, bias, x, *after, precision, policy=policy)
         else:  # nobody multiplies it in 8 bits
-            x = ops.bias_residual_layer_norm(y, dense.bias, x, *after, policy=policy)
+            x = ops.bias_residual_layer_norm(y, bias, x, *after, policy=policy)
         states.append(x)
     return states
+
+
+def _refuse_gradients(model: BertModel, inputs_embeds: Tensor | None) -> None:
+    if not torch.is_grad_enabled():
+        return
+    given = [] if inputs_embeds is None else [inputs_embeds]
+    if any(t.requires_grad for t in (*given, *model.parameters())):
+        wanted = f"precision={model.precision!r} is for inference and has no gradient"
+        raise RuntimeError(f"{wanted}: use torch.no_grad(), or requires_grad_(False)")
