@@ -249,7 +249,7 @@ def _devices() -> Iterable[str]:
 
 def _how(args: argparse.Namespace) -> dict[str, Any]:
     """The arguments that every from_pretrained takes."""
-    names = ("dtype", "backend", "strict", "revision")
+    names = ("dtype", "backend", "strict", "precision", "revision")
     return {"device": _device(args), **{name: getattr(args, name) for name in names}}
 
 

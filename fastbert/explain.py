@@ -19,11 +19,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastbert import quantized
 from fastbert.model import BertAddNorm, BertLayer, BertModel, BertPooler, is_bare, is_plain
 from fastbert.ops import Policy, attention, dispatch, embedding, gelu, layer_norm, onednn, pooling
 from fastbert.ops.dispatch import Decision
 from fastbert.ops.linear import KERNELS as LINEAR_KERNELS
 from fastbert.ops.linear import gemm_kernel
+from fastbert.ops.quantized import DTYPES as QUANTIZED_DTYPES
+from fastbert.ops.quantized import KERNELS as QUANTIZED_KERNELS
+from fastbert.ops.quantized import OUT_GROUP
 from fastbert.pretrained import PreTrainedModel, resolve_dtype
 from fastbert.sentence import SentenceEncoder
 from fastbert.sentence_layout import POOLING_MODES, Normalize
@@ -76,6 +80,7 @@ class Report:
     rows: tuple[OpReport, ...]
     notes: tuple[str, ...] = ()
     batch_invariant: bool = False
+    precision: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The same as dicts, lists, strings, numbers and None, for JSON."""
@@ -93,6 +98,7 @@ class Report:
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in table]
         head = f"{self.model} on {self.device}, {self.dtype}, backend {self.backend!r}{', strict' * self.strict}"
         head += ", batch-invariant" * self.batch_invariant
+        head += f", precision {self.precision!r}" if self.precision is not None else ""
         numbered = [f"[{number}] {remark}" for remark, number in remarks.items()]
         return "\n".join([head, "", *(line.rstrip() for line in lines), "", *numbered, *self.notes]).rstrip()
 
@@ -124,9 +130,15 @@ def explain(
     )
     where = _device(inner.device if device is None and arch is None else torch.device(device or "cuda"), arch)
     cast = None if dtype is None else resolve_dtype(dtype, inner.config, {})
-    rows = tuple(_Explainer(inner, policy, where, cast, arch).rows(model))
+    explainer = _Explainer(inner, policy, where, cast, arch)
+    rows = tuple(explainer.rows(model))
     dtype = inner.dtype if cast is None else cast
     notes = []
+    if explainer.eight_bit is not None and explainer.eight_bit.reason is not None:
+        instead = "running raises BackendError" if policy.strict else "falls back to the unquantised path"
+        notes.append(f"precision {inner.precision!r}: {instead}: {explainer.eight_bit.reason}")
+    if inner.precision is not None and inner.training:
+        notes.append(f"precision {inner.precision!r} is for inference: running in training mode raises RuntimeError")
     if inner.config.extra.get("output_attentions"):
         instead = "running raises BackendError" if policy.strict else "the slow reference path runs instead"
         notes.append(f"config.output_attentions is set, and fused attention keeps no probabilities: {instead}")
@@ -141,6 +153,7 @@ def explain(
         rows=rows,
         notes=tuple(notes),
         batch_invariant=policy.batch_invariant,
+        precision=inner.precision,
     )
 
 
@@ -212,12 +225,19 @@ class _Explainer:
         self.dtype = cast or model.dtype
         self.hidden: Any = _Operand(self.dtype, device)  # the (T, H) that layers pass on
         self.stacked: dict[nn.Module, int] = {}  # the first of projections that are multiplied as one -> how many
+        # What would run the encoder in 8 bits, None where nothing asks for that.
+        self.eight_bit: Decision | None = None
+        if model.precision is not None:
+            self.eight_bit = quantized.decide(backbone(model), policy, device, self.dtype, arch)
 
     def rows(self, given: Any) -> Iterator[OpReport]:
         bert = backbone(self.model)
         prefix = prefix_of(bert, given)
-        yield from self.embeddings(f"{prefix}embeddings", bert)
-        yield from self.encoder(f"{prefix}encoder.layer", bert)
+        if self.eight_bit is not None and self.eight_bit.backend != quantized.UNQUANTISED:
+            yield from self.quantized(prefix, bert, self.eight_bit.backend)
+        else:
+            yield from self.embeddings(f"{prefix}embeddings", bert)
+            yield from self.encoder(f"{prefix}encoder.layer", bert)
         if isinstance(given, SentenceEncoder):  # which has no use for BERT's own pooler
             yield from self.sentence(given)
             return
@@ -246,6 +266,36 @@ class _Explainer:
             first, *others = group
             numbers = f"{first}-{others[-1]}" if others else f"{first}"
             yield from (dataclasses.replace(row, module=f"{name}.{numbers}.{row.module}") for row in rows)
+
+    def quantized(self, prefix: str, bert: BertModel, backend: str) -> Iterator[OpReport]:
+        """Embeddings and layers as fastbert.quantized.encode runs them; all layers run alike."""
+        config, precision = self.config, bert.precision or ""
+        h, i, d, last = config.hidden_size, config.intermediate_size, config.head_size, config.num_hidden_layers - 1
+        q = f"(T, {h}) {precision}"
+        layers = f"{prefix}encoder.layer.{f'0-{last}' if last else '0'}"
+
+        def row(op: str, module: str, shapes: str, kernels: Mapping[str, str], *sizes: Any) -> OpReport:
+            return self.row(module, shapes, Decision(op, backend), kernels, sizes)
+
+        def gemm(module: str, shapes: str, group: int | None) -> OpReport:
+            sizes = "quantized_linear_config", QUANTIZED_DTYPES[precision], group
+            return row("quantized_linear", f"{layers}.{module}", shapes, QUANTIZED_KERNELS, *sizes)
+
+        rowwise = "rowwise_config", h
+        ids = f"(T,) ids -> (T, {h}) and {q}"
+        yield row("embedding", f"{prefix}embeddings", ids, embedding.KERNELS, *rowwise)
+        yield gemm("attention.self.query+key+value", f"{q} -> (T, {3 * h}), + bias", None)
+        shapes = f"(T, {3 * h}) -> {q}, {config.num_attention_heads} heads of {d}"
+        sizes = "attention_config", self.dtype, d
+        yield row("attention", f"{layers}.attention.self", shapes, attention.KERNELS, *sizes)
+        yield gemm("attention.output.dense", f"{q} -> (T, {h})", d if d < h else None)
+        shapes = f"(T, {h}) -> (T, {h}) and {q}, + bias + residual"
+        yield row("layer_norm", f"{layers}.attention.output.LayerNorm", shapes, layer_norm.KERNELS, *rowwise)
+        activation = quantized.layers_of(bert)[0].intermediate.activation
+        yield gemm("intermediate.dense", f"{q} -> (T, {i}) {precision}, + bias, {activation}", None)
+        yield gemm("output.dense", f"(T, {i}) {precision} -> (T, {h})", OUT_GROUP if i > OUT_GROUP else None)
+        shapes = shapes.replace(q, f"{q} (the last layer's without)")
+        yield row("layer_norm", f"{layers}.output.LayerNorm", shapes, layer_norm.KERNELS, *rowwise)
 
     def layer(self, layer: BertLayer) -> Iterator[OpReport]:
         h, i, part = self.config.hidden_size, self.config.intermediate_size, layer.attention.self
@@ -397,7 +447,7 @@ class _Explainer:
         """The block sizes of a kernel, and in words where they came from."""
         from fastbert_kernels import launch
 
-        if config in ("linear_config", "attention_config"):
+        if config in ("linear_config", "attention_config", "quantized_linear_config"):
             args = (*args, launch.arch(self.device) if self.arch is None else self.arch)
         found = getattr(launch, config)(*args)
         if isinstance(found, launch.Config):

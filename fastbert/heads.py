@@ -75,12 +75,14 @@ class _WithHead(PreTrainedModel):
     cls: Any
 
     def __init__(
-        self, config: BertConfig, *, backend: str = "auto", strict: bool = False, batch_invariant: bool = False
-    ) -> None:
-        super().__init__(config, backend=backend, strict=strict, batch_invariant=batch_invariant)
-        self.bert = BertModel(
-            config, add_pooling_layer=self.pooler, backend=backend, strict=strict, batch_invariant=batch_invariant
-        )
+        self, config: BertConfig, *, backend: str = "auto", strict: bool = False, batch_invariant: bool = False,
+        precision: str | None = None,
+    ) -> None:  # fmt: skip
+        how: dict[str, Any] = {
+            "backend": backend, "strict": strict, "batch_invariant": batch_invariant, "precision": precision,
+        }  # fmt: skip
+        super().__init__(config, **how)
+        self.bert = BertModel(config, add_pooling_layer=self.pooler, **how)
         self.add_head(config)
         self.init_weights()
 

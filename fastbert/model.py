@@ -13,7 +13,7 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor, nn
 
-from fastbert import ops, reference, varlen
+from fastbert import ops, quantized, reference, varlen
 from fastbert.config import BertConfig
 from fastbert.ops import Policy
 from fastbert.outputs import BaseModelOutputWithPooling
@@ -69,23 +69,32 @@ class BertEmbeddings(nn.Module):
         inputs_embeds: Tensor | None,  # (T, H)
         policy: Policy,
     ) -> Tensor:  # (T, H)
-        words: Any = self.word_embeddings
-        if input_ids is not None and not is_bare(words, nn.Embedding):
-            input_ids, inputs_embeds = None, as_it_is(words, input_ids, policy)
+        input_ids, words, *rest = self.operands(input_ids, inputs_embeds, policy)
         return ops.embedding_layer_norm(
             input_ids,
             token_type_ids,
             position_ids,
+            words,
+            *rest,
+            inputs_embeds=words if input_ids is None else None,
+            padding_idx=None if input_ids is None else self.word_embeddings.padding_idx,
+            dropout_p=self.dropout.p if self.training else 0.0,
+            policy=policy,
+        )
+
+    def operands(self, input_ids: Tensor | None, inputs_embeds: Tensor | None, policy: Policy) -> tuple[Any, ...]:
+        """Ids, and the words' table (V, H), or no ids and the words themselves (T, H); the other parameters; eps."""
+        words: Any = self.word_embeddings
+        if input_ids is not None and not is_bare(words, nn.Embedding):
+            input_ids, inputs_embeds = None, as_it_is(words, input_ids, policy)
+        return (
+            input_ids,
             words.weight if inputs_embeds is None else inputs_embeds,
             self.token_type_embeddings.weight,
             self.position_embeddings.weight,
             self.LayerNorm.weight,
             self.LayerNorm.bias,
             self.LayerNorm.eps,
-            inputs_embeds=inputs_embeds,
-            padding_idx=words.padding_idx if inputs_embeds is None else None,
-            dropout_p=self.dropout.p if self.training else 0.0,
-            policy=policy,
         )
 
 
@@ -242,12 +251,18 @@ class BertModel(PreTrainedModel):
         backend: str = "auto",
         strict: bool = False,
         batch_invariant: bool = False,
+        precision: str | None = None,
     ) -> None:
-        super().__init__(config, backend=backend, strict=strict, batch_invariant=batch_invariant)
+        super().__init__(config, backend=backend, strict=strict, batch_invariant=batch_invariant, precision=precision)
+        self.quantized_weights = quantized.QuantizedWeights()
         self.embeddings = BertEmbeddings(config)
         self.encoder = BertEncoder(config)
         self.pooler: BertPooler | None = BertPooler(config) if add_pooling_layer else None
         self.init_weights()
+
+    def train(self, mode: bool = True) -> BertModel:
+        self.quantized_weights.clear()
+        return super().train(mode)
 
     def _report_missing(self, missing: list[str], src: str) -> list[str]:
         pooler = [name for name in missing if name.startswith("pooler.")]
@@ -395,6 +410,10 @@ class BertModel(PreTrainedModel):
         if position_ids is None:
             position_ids = batch.position_ids
         ops.prepare_attention(batch, self.dtype, self.config.head_size, self.policy)
+        if self.precision is not None:
+            backend = quantized.choose(self)
+            if backend != quantized.UNQUANTISED:
+                return quantized.encode(self, backend, batch, input_ids, token_type_ids, position_ids, inputs_embeds)
         inputs = input_ids, token_type_ids, position_ids, inputs_embeds, self.policy
         if torch.compiler.is_compiling():
             return self.encoder(self.embeddings(*inputs), batch, self.policy)

@@ -14,6 +14,7 @@ from fastbert import checkpoint, ops
 from fastbert.config import DTYPES, BertConfig
 from fastbert.ops import Policy
 from fastbert.ops.dispatch import check_batch_invariant
+from fastbert.ops.quantized import check_precision
 
 logger = logging.getLogger("fastbert")
 
@@ -25,17 +26,28 @@ class PreTrainedModel(nn.Module):
 
     `backend` ("auto", "triton", "cpu", "torch") and `strict` say what may run the operations: fastbert.ops.dispatch.
     `batch_invariant`: a text's output is the same to the bit alone, in any batch and in any order.
-    `missing_names`: the weights that from_pretrained did not find in the checkpoint and started afresh.
+    `precision`: None, or "fp8" or "int8", in which the linears of the encoder multiply (fastbert.quantized); the
+    parameters, which are kept and saved as they are, then require no gradients. `missing_names`: the weights that
+    from_pretrained did not find in the checkpoint and started afresh.
     """
 
     base_prefix = "bert."
 
     def __init__(
-        self, config: BertConfig, *, backend: str = "auto", strict: bool = False, batch_invariant: bool = False
+        self,
+        config: BertConfig,
+        *,
+        backend: str = "auto",
+        strict: bool = False,
+        batch_invariant: bool = False,
+        precision: str | None = None,
     ) -> None:
         super().__init__()
         self.config = config
         self.policy = Policy(backend, strict, batch_invariant)
+        self.precision = check_precision(precision)
+        if batch_invariant and precision is not None:
+            raise ValueError(f"batch_invariant: not supported together with precision={precision!r}")
         self.missing_names: list[str] = []
 
     @property
@@ -81,6 +93,8 @@ class PreTrainedModel(nn.Module):
         """Fresh weights as in BERT: normal with standard deviation initializer_range, biases 0, LayerNorm 1 and 0."""
         for name, parameter in self.named_parameters():
             parameter.data = self._fresh(name, parameter, parameter.dtype, parameter.device)
+            if self.precision is not None:
+                parameter.requires_grad_(False)
         self.tie_weights()
 
     def _fresh(self, name: str, like: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -103,16 +117,19 @@ class PreTrainedModel(nn.Module):
         backend: str = "auto",
         strict: bool = False,
         batch_invariant: bool = False,
+        precision: str | None = None,
         revision: str | None = None,
         **config_overrides: Any,
     ) -> Model:
         """Loads a checkpoint in Hugging Face layout, from a local folder or a hub id; the model is in eval mode.
 
         dtype: "auto" takes the checkpoint's. device: the CPU by default. batch_invariant: a text's output is the same
-        to the bit alone, in any batch and in any order; on the Triton kernels only, and strict. config_overrides:
-        fields of BertConfig, and num_labels. Weights that a checkpoint lacks are reported by name in a
-        warning: a pooler is left out of a BertModel (pooler_output is None), a head starts with fresh weights
-        (`missing_names` has their names). Raises
+        to the bit alone, in any batch and in any order; on the Triton kernels only, and strict. precision: "fp8" (GPUs
+        from compute capability 8.9 on) or "int8" (from 8.0 on) lets the encoder's linears multiply 8-bit operands, for
+        inference; see fastbert.quantized for what happens where there are no kernels for it. config_overrides: fields
+        of BertConfig, and num_labels. Weights that a checkpoint lacks are reported by name in a warning: a pooler is
+        left out of a BertModel (pooler_output is None), a head starts with fresh weights (`missing_names` has their
+        names). Raises
         FileNotFoundError where there is no checkpoint, ValueError where it does not fit the config or lacks weights of
         the encoder, BackendError for batch_invariant on a device without the kernels.
         """
@@ -123,7 +140,7 @@ class PreTrainedModel(nn.Module):
         state = checkpoint.read_state_dict(folder)
         dtype = resolve_dtype(dtype, config, state)
         with torch.device("meta"):
-            model = cls(config, backend=backend, strict=strict, batch_invariant=batch_invariant)
+            model = cls(config, backend=backend, strict=strict, batch_invariant=batch_invariant, precision=precision)
         model._load(state, dtype, device, str(src))
         return model.eval()
 

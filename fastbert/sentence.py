@@ -82,6 +82,7 @@ class SentenceEncoder(nn.Module):
         backend: str = "auto",
         strict: bool = False,
         batch_invariant: bool = False,
+        precision: str | None = None,
         revision: str | None = None,
         token_budget: int | None = None,
         **config_overrides: Any,
@@ -106,6 +107,7 @@ class SentenceEncoder(nn.Module):
             backend=backend,
             strict=strict,
             batch_invariant=batch_invariant,
+            precision=precision,
             **config_overrides,
         )
         tokenizer = Tokenizer.from_pretrained(layout.transformer)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -254,8 +253,8 @@ class Work:
         work_list = build_work_list(self.cu_seqlens, sizes["BLOCK_Q"]).to(self.device)
         cu_seqlens = torch.tensor(self.cu_seqlens, dtype=torch.int32, device=self.device)
         seq_ids = sequence_ids(cu_seqlens, self.n_tokens)
-        arguments: Any = (self.qkv, cu_seqlens, seq_ids, work_list, n_heads, d**-0.5, sizes)
-        return lambda: varlen_attention_forward(*arguments)
+        arguments = (self.qkv, cu_seqlens, seq_ids, work_list, n_heads, d**-0.5)
+        return lambda: varlen_attention_forward(*arguments, config=sizes)
 
     def eager(self) -> Tensor:
         """Plain PyTorch in the same dtype, whose error bounds that of every candidate."""

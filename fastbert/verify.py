@@ -21,13 +21,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastbert import checkpoint, reference
+from fastbert import checkpoint, quantized, reference
 from fastbert.config import BertConfig
 from fastbert.explain import backbone, find_model, float32_precision, prefix_of
 from fastbert.model import BertModel
+from fastbert.ops import Policy
 from fastbert.tokenizer import Tokenizer
 
-__all__ = ["DEFAULT_TEXTS", "Report", "StateReport", "WeightReport", "verify"]
+__all__ = ["DEFAULT_TEXTS", "QuantizedReport", "Report", "StateReport", "WeightReport", "verify"]
 
 # Of the texts that run together: the model's in the order given, so that lengths mix; the reference's by length.
 MODEL_ROWS, MODEL_TOKENS = 64, 8192
@@ -39,6 +40,9 @@ FACTOR, FACTOR_OF_ONE_TEXT = 1.25, 4.0
 BOUND_IN_FLOAT64 = 1e-10
 # Where eager overflows: the relative error sqrt(2 * (1 - cosine)) at a cosine of 0.999.
 BOUND_WITHOUT_EAGER = 0.0447
+# Of an 8-bit model: cosine to the reference at the 1st percentile, and rank correlation of neighbours. They are held
+# against it from this many texts on: among few, a pair that changes places weighs too much.
+LEAST_COSINE, LEAST_SPEARMAN, ENOUGH_TEXTS = 0.998, 0.999, 1000
 
 DEFAULT_TEXTS = (
     "",
@@ -113,11 +117,38 @@ class StateReport:
 
 
 @dataclass(frozen=True)
+class QuantizedReport:
+    """What 8 bits cost a text's vector, the mean of its tokens' last hidden states, beside the float64 reference.
+
+    cosine_p1: the cosine of the two, at the 1st percentile of the texts. spearman: for each text, the rank correlation
+    of the others ordered by cosine to it, with either kind of vectors; the mean over texts, NaN for fewer than three.
+    """
+
+    precision: str
+    n_texts: int
+    cosine_p1: float
+    spearman: float
+
+    @property
+    def problem(self) -> str | None:
+        """What is wrong, in words, or None."""
+        cosine_ok, order_ok = self.cosine_p1 >= LEAST_COSINE, self.spearman >= LEAST_SPEARMAN
+        if self.n_texts < ENOUGH_TEXTS or (cosine_ok and order_ok):
+            return None
+        return f"{self}; expected at least {LEAST_COSINE} and {LEAST_SPEARMAN}"
+
+    def __str__(self) -> str:
+        figures = f"cosine at the 1st percentile {self.cosine_p1:.5f}, Spearman of neighbours {self.spearman:.5f}"
+        few = f" (few texts: no bound below {ENOUGH_TEXTS})" if self.n_texts < ENOUGH_TEXTS else ""
+        return f"{self.precision} over {self.n_texts} texts: {figures}{few}"
+
+
+@dataclass(frozen=True)
 class Report:
     """What `verify` found. `bool(report)` and `report.ok` say whether all is well, `str(report)` is a table.
 
     weights: parameters that are not finite; where there are any, nothing was run and `states` is empty.
-    states: the embeddings, each layer, and the pooler if there is one.
+    states: the embeddings, each layer, and the pooler if there is one. quantized: of a model that runs in 8 bits.
     """
 
     model: str
@@ -129,10 +160,16 @@ class Report:
     weights: tuple[WeightReport, ...]
     states: tuple[StateReport, ...]
     notes: tuple[str, ...] = ()
+    quantized: QuantizedReport | None = None
 
     @property
     def ok(self) -> bool:
-        return not self.weights and all(state.ok for state in self.states)
+        return not self.weights and all(state.ok for state in self.states) and not self._too_coarse
+
+    @property
+    def _too_coarse(self) -> list[str]:
+        problem = None if self.quantized is None else self.quantized.problem
+        return [] if problem is None else [problem]
 
     def __bool__(self) -> bool:
         return self.ok
@@ -141,17 +178,20 @@ class Report:
     def problems(self) -> list[str]:
         """What is wrong, in words: every parameter that is not finite, or the first part of the model that is off."""
         wrong = [f"{state.name} is the first that is wrong: {state.problem}" for state in self.states if not state.ok]
-        return [*map(str, self.weights), *wrong[:1]]
+        return [*map(str, self.weights), *wrong[:1], *self._too_coarse]
 
     def to_dict(self) -> dict[str, Any]:
         """The same as dicts, lists, strings, numbers and None (for NaN and infinity), for JSON."""
         states = []
         for state in self.states:
-            values = dataclasses.asdict(state).items()
-            finite = {n: None if isinstance(v, float) and not math.isfinite(v) else v for n, v in values}
+            given = dataclasses.asdict(state).items()
+            finite = {n: None if isinstance(v, float) and not math.isfinite(v) else v for n, v in given}
             states.append(finite | {"ok": state.ok})
         lists = {"weights": [dataclasses.asdict(weight) for weight in self.weights], "notes": list(self.notes)}
-        return {"ok": self.ok, "problems": self.problems, **dataclasses.asdict(self), **lists, "states": states}
+        values = dataclasses.asdict(self)
+        if self.quantized is not None and math.isnan(self.quantized.spearman):
+            values["quantized"]["spearman"] = None
+        return {"ok": self.ok, "problems": self.problems, **values, **lists, "states": states}
 
     def __str__(self) -> str:
         verdict = "ok" if self.ok else "FAILED"
@@ -165,7 +205,8 @@ class Report:
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in table]
         body = ["", *(line.rstrip() for line in lines), ""] if self.states else [""]
         counts = f"{self.n_texts} texts, {self.n_tokens} tokens: {verdict}"
-        return "\n".join([head, *body, counts, *self.problems, *self.notes])
+        figures = [] if self.quantized is None or self._too_coarse else [str(self.quantized)]
+        return "\n".join([head, *body, counts, *self.problems, *figures, *self.notes])
 
 
 def verify(
@@ -188,7 +229,9 @@ def verify(
 
     For every hidden state and the pooled output, error = RMS of (ours - float64 reference) over RMS of the reference.
     It may be 1.25 times the error of plain PyTorch in the model's dtype plus half an ulp, and for a single text 4 times
-    that. Nothing about the model changes; it runs in eval mode, whatever its mode is.
+    that. Nothing about the model changes; it runs in eval mode, whatever its mode is. Of a model that runs in 8 bits
+    (precision="fp8" or "int8"), plain PyTorch is the emulation of the same quantisation, and `quantized` says what that
+    costs: it is a problem below a cosine of 0.998 or a Spearman of 0.999, from 1,000 texts on.
 
     Raises TypeError or ValueError for arguments that do not fit, IndexError for token ids outside the vocabulary, what
     `from_pretrained` raises for a path, and BackendError under strict. Errors of the model itself raise nothing: they
@@ -202,15 +245,16 @@ def verify(
     rows = _rows(texts, tokenizer, bert, notes)
     weights = tuple(_bad_weights(model))
     states: tuple[StateReport, ...] = ()
+    in_8_bits = None
     if not weights:
-        states = _states(bert, rows, prefix_of(bert, model))
+        states, in_8_bits = _states(bert, rows, prefix_of(bert, model))
         if any(math.isnan(state.eager_error) for state in states):
             notes.append(f"plain PyTorch is not finite in {bert.dtype}; the bound there is {BOUND_WITHOUT_EAGER}")
     if bert.dtype == torch.float32 and bert.device.type == "cuda":
         notes.append(f"float32 multiplies in {float32_precision()}, the model and plain PyTorch: PyTorch's own switch")
     return Report(
         name, str(bert.device), str(bert.dtype).removeprefix("torch."), bert.policy.backend, len(rows),
-        sum(len(ids) for ids, _ in rows), weights, states, tuple(notes),
+        sum(len(ids) for ids, _ in rows), weights, states, tuple(notes), in_8_bits,
     )  # fmt: skip
 
 
@@ -293,8 +337,10 @@ def _bad_weights(model: nn.Module) -> Iterator[WeightReport]:
 
 
 @torch.no_grad()
-def _states(bert: BertModel, rows: list[Row], prefix: str) -> tuple[StateReport, ...]:
+def _states(bert: BertModel, rows: list[Row], prefix: str) -> tuple[tuple[StateReport, ...], QuantizedReport | None]:
     """Runs the model, the reference and eager, and compares every hidden state and the pooled output."""
+    in_8_bits = bert.precision is not None and _runs_in_8_bits(bert)
+    vectors = torch.zeros(2, len(rows), bert.config.hidden_size, dtype=torch.float64)  # ours and the reference's
     n_layers = len(bert.encoder.layer)
     names = [f"{prefix}embeddings", *(f"{prefix}encoder.layer.{i}" for i in range(n_layers)), f"{prefix}pooler"]
     measures = torch.zeros(len(names), len(rows), 5, dtype=torch.float64)
@@ -306,6 +352,9 @@ def _states(bert: BertModel, rows: list[Row], prefix: str) -> tuple[StateReport,
             module.training = False
         for chunk in _chunks(range(len(rows)), rows, MODEL_ROWS, MODEL_TOKENS):
             ours = _run(bert, [rows[i] for i in chunk])
+            emulated = _run_emulation(bert, [rows[i] for i in chunk]) if in_8_bits else []
+            for i, last in zip(chunk, ours[n_layers], strict=True):
+                vectors[0, i] = last.double().sum(0).cpu() / max(len(last), 1)
             by_length = sorted(range(len(chunk)), key=lambda j: len(rows[chunk[j]][0]))
             for group in _chunks(by_length, [rows[i] for i in chunk], REFERENCE_ROWS, REFERENCE_TOKENS):
                 inputs = _padded([rows[chunk[j]] for j in group])
@@ -314,18 +363,52 @@ def _states(bert: BertModel, rows: list[Row], prefix: str) -> tuple[StateReport,
                 except KeyError as error:
                     hint = "adapters have to be merged into the weights first"
                     raise ValueError(f"model: expected a parameter {error.args[0]}; {hint}") from error
-                eager = _eager(parameters, bert.config, *(x.to(bert.device) for x in inputs))
+                eager = [] if in_8_bits else _eager(parameters, bert.config, *(x.to(bert.device) for x in inputs))
                 pooled = () if exact.pooler_output is None else (exact.pooler_output[:, None],)
                 for state, expected in enumerate((*exact.hidden_states, *pooled)):
                     for place, j in enumerate(group):
                         n = ours[state][j].shape[0]
-                        parts = ours[state][j], eager[state][place, :n], expected[place, :n]
-                        measures[state, chunk[j]] = _measure(*parts)
+                        plain = emulated[state][j] if in_8_bits else eager[state][place, :n]
+                        measures[state, chunk[j]] = _measure(ours[state][j], plain, expected[place, :n])
+                        if state == n_layers:
+                            vectors[1, chunk[j]] = expected[place, :n].sum(0) / max(n, 1)
     finally:
         for module, mode in modes.items():
             module.training = mode
     present = names if bert.pooler is not None else names[:-1]
-    return tuple(_report(name, measure, bert.dtype) for name, measure in zip(present, measures, strict=False))
+    states = tuple(_report(name, measure, bert.dtype) for name, measure in zip(present, measures, strict=False))
+    return states, _quantized_report(bert.precision or "", *vectors) if in_8_bits else None
+
+
+def _runs_in_8_bits(bert: BertModel) -> bool:
+    """Whether a model with a precision takes the 8-bit path, and not the unquantised one that it falls back to."""
+    decision = quantized.decide(bert, bert.policy, bert.device, bert.dtype)
+    return decision.backend != quantized.UNQUANTISED
+
+
+def _run_emulation(bert: BertModel, rows: list[Row]) -> list[tuple[Tensor, ...]]:
+    """`_run` of the same quantisation in plain PyTorch, with weights quantised anew."""
+    policy, weights = bert.policy, bert.quantized_weights
+    bert.policy, bert.quantized_weights = Policy("torch"), quantized.QuantizedWeights()
+    try:
+        return _run(bert, rows)
+    finally:
+        bert.policy, bert.quantized_weights = policy, weights
+
+
+def _quantized_report(precision: str, ours: Tensor, exact: Tensor) -> QuantizedReport:
+    """ours, exact: (texts, H) float64."""
+    n = len(ours)
+    spearman = math.nan
+    if n >= 3:
+        others = ~torch.eye(n, dtype=torch.bool)
+        ranks = []
+        for vectors in (ours, exact):
+            unit = F.normalize(vectors, dim=1)
+            cosines = (unit @ unit.T)[others].view(n, n - 1)
+            ranks.append(cosines.argsort(stable=True, dim=1).argsort(1).double() - (n - 2) / 2)
+        spearman = float(F.cosine_similarity(ranks[0], ranks[1], dim=1).mean())
+    return QuantizedReport(precision, n, float(_cosine(ours, exact).quantile(0.01)), spearman)
 
 
 def _chunks(order: Iterable[int], rows: list[Row], max_rows: int, max_tokens: int) -> Iterator[list[int]]:

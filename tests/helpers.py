@@ -15,6 +15,7 @@ from fastbert.bench import texts
 
 GUARD = 64  # elements of guard band on either side
 INT_GUARD = 0x3FFFFFFF  # what guards integers: far outside any table
+UNUSED_INT8 = -128  # what stands for NaN in int8: quantised values are from -127 to 127
 
 
 def minilm_folder() -> Path:
@@ -85,7 +86,9 @@ class Outputs:
 
     def empty(self, shape: tuple[int, ...], *, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         n = math.prod(shape)
-        buffer = torch.full((n + 2 * GUARD,), float("nan"), dtype=dtype or like.dtype, device=like.device)
+        dtype = dtype or like.dtype
+        poison = UNUSED_INT8 if dtype == torch.int8 else float("nan")
+        buffer = torch.full((n + 2 * GUARD,), poison, dtype=dtype, device=like.device)
         self.buffers.append(buffer)
         return buffer[GUARD : GUARD + n].view(shape)
 
@@ -93,8 +96,9 @@ class Outputs:
         """Fails if nothing was allocated here, if a kernel wrote outside its output, or left part of it unwritten."""
         assert self.buffers, "no kernel allocated an output"
         for buffer in self.buffers:
-            assert buffer[:GUARD].isnan().all() and buffer[-GUARD:].isnan().all(), "a kernel wrote outside its output"
-            assert not buffer[GUARD:-GUARD].isnan().any(), "a kernel left NaN in its output"
+            untouched = buffer == UNUSED_INT8 if buffer.dtype == torch.int8 else buffer.float().isnan()
+            assert untouched[:GUARD].all() and untouched[-GUARD:].all(), "a kernel wrote outside its output"
+            assert not untouched[GUARD:-GUARD].any(), "a kernel left NaN in its output"
 
 
 def cu_seqlens_of(lengths: Sequence[int], device: torch.device | str = "cpu") -> Tensor:

@@ -173,6 +173,37 @@ def test_specializes_as_the_jit_does(tmp_path):
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
+def test_8_bit_kernels(tmp_path):
+    """8-bit linears that multiply in 16 bits, or fp8 compiled for a GPU that has none."""
+    path = tmp_path / "report.json"
+    arguments = "--arch", "86", "90", "--model", "minilm", "--dtype", "fp8", "int8", "--json", str(path)
+    done = report(*arguments, cache=tmp_path / "cache")
+    assert done.returncode == 0, done.stdout + done.stderr
+    kernels: list[dict[str, Any]] = json.loads(path.read_text())["kernels"]
+    assert {(k["arch"], k["dtype"]) for k in kernels} == {(86, "int8"), (90, "fp8"), (90, "int8")}
+    wanted = {(86, "int8"): "IMMA", (90, "fp8"): "QGMMA", (90, "int8"): "IGMMA"}
+    for kernel in kernels:
+        assert kernel["findings"] == [] and kernel["local_loads"] == kernel["local_stores"] == 0
+        if kernel["op"] == "quantized_linear":
+            assert set(kernel["tensor_cores"]) == {wanted[kernel["arch"], kernel["dtype"]]}
+    ops = [k["op"] for k in kernels if k["dtype"] == "fp8"]
+    assert sorted(ops) == ["attention", "embedding", "layer_norm", *["quantized_linear"] * 4]
+
+
+def test_8_bit_kernels_need_8_bit_instructions(tmp_path):
+    """A check that takes a 16-bit tensor-core instruction for an 8-bit one."""
+    script = """
+from fastbert_kernels import offline
+for name, found in (("HGMMA", True), ("QGMMA", False), ("IGMMA", False), ("UTCQMMA", False), ("IMMA", False)):
+    kernel = offline.Kernel(90, "quantized_linear", "fp8", {}, None, {})
+    findings = offline._findings(kernel, offline.Result(tensor_cores={name: 1}), 0)
+    assert bool(findings) == found, (name, findings)
+"""
+    done = run("-c", script, cache=tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
 def test_needs_the_interpreter_off(tmp_path):
     """A report of the interpreter, which compiles nothing."""
     done = report("--arch", "90", cache=tmp_path, TRITON_INTERPRET="1")

@@ -1,5 +1,6 @@
 """The fused operations of a BERT encoder on packed tokens: one function each, whatever backend runs it."""
 
+from fastbert.ops import quantized
 from fastbert.ops.attention import prepare as prepare_attention
 from fastbert.ops.attention import varlen_attention
 from fastbert.ops.dispatch import AUTO, BACKENDS, BackendError, Policy
@@ -25,5 +26,6 @@ __all__ = [
     "linear_residual_layer_norm",
     "pool",
     "prepare_attention",
+    "quantized",
     "varlen_attention",
 ]

@@ -167,6 +167,7 @@ def _kernel(
     work_list: torch.Tensor | None,
     num_heads: int,
     scale: float,
+    quantized: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> torch.Tensor:
     from fastbert_kernels.attention import varlen_attention_forward
 
@@ -175,7 +176,7 @@ def _kernel(
     if work_list is None:
         work_list = _work_list(cu_seqlens_cpu, qkv.dtype, qkv.shape[1] // (3 * num_heads), qkv.device)
     qkv = qkv if qkv.stride(-1) == 1 else qkv.contiguous()
-    return varlen_attention_forward(qkv, cu_seqlens, seq_ids, work_list, num_heads, scale)
+    return varlen_attention_forward(qkv, cu_seqlens, seq_ids, work_list, num_heads, scale, quantized)
 
 
 def _backward(grad: torch.Tensor, qkv: torch.Tensor, *rest: Any) -> tuple[torch.Tensor | None, ...]:

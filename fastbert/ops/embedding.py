@@ -44,6 +44,7 @@ def _kernel(
     ln_bias: torch.Tensor,
     eps: float,
     padding_idx: int | None,
+    quantized: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> torch.Tensor:
     from fastbert_kernels.embedding import embedding_layer_norm_forward
 
@@ -61,6 +62,7 @@ def _kernel(
         weight,
         ln_bias,
         eps,
+        quantized,
     )
 
 

@@ -32,6 +32,7 @@ import triton
 import triton.language as tl
 
 from fastbert_kernels import launch
+from fastbert_kernels.quantize import quantize_rows
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 # Where the running maximum starts. Finite, so that a row that has met no key yet does not compute inf - inf.
@@ -94,7 +95,8 @@ def _varlen_attention_kernel(
     q_ptr,  # (T, N, D)
     k_ptr,  # (T, N, D)
     v_ptr,  # (T, N, D)
-    out_ptr,  # (T, N, D)
+    out_ptr,  # (T, N, D), 8-bit where QUANTIZE
+    out_scale_ptr,  # (T, N) where QUANTIZE
     work_list_ptr,  # (W, 4) int32: first row, end row, first sequence, end sequence
     seq_ids_ptr,  # (T,) int32: the sequence of each token
     cu_seqlens_ptr,  # (B + 1,) int32
@@ -102,6 +104,8 @@ def _varlen_attention_kernel(
     out_row_stride,
     scale_log2,  # softmax scale times log2(e)
     HEAD_SIZE: tl.constexpr,
+    QUANTIZE: tl.constexpr,
+    INT8: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -149,7 +153,11 @@ def _varlen_attention_kernel(
 
     out = acc / tl.where(row_mask, row_sum, 1.0)[:, None]
     out_offs = rows.to(tl.int64)[:, None] * out_row_stride + head * HEAD_SIZE + d_offs[None, :]
-    tl.store(out_ptr + out_offs, out.to(out_ptr.dtype.element_ty), mask=row_mask[:, None] & d_mask[None, :])
+    out_mask = row_mask[:, None] & d_mask[None, :]
+    if QUANTIZE:  # what the store would have rounded to; columns past the head are 0, as those of v are
+        out, scale = quantize_rows(out.to(v_ptr.dtype.element_ty).to(tl.float32), INT8)
+        tl.store(out_scale_ptr + rows.to(tl.int64) * tl.num_programs(1) + head, scale, mask=row_mask)
+    tl.store(out_ptr + out_offs, out.to(out_ptr.dtype.element_ty), mask=out_mask)
 
 
 def build_work_list(cu_seqlens: Sequence[int], block_q: int, share: bool = True) -> torch.Tensor:
@@ -184,9 +192,13 @@ def varlen_attention_forward(
     work_list: torch.Tensor,
     num_heads: int,
     scale: float,
+    quantized: tuple[torch.Tensor, torch.Tensor] | None = None,
     config: dict[str, int] | None = None,
 ) -> torch.Tensor:
     """(T, 3 * N * D), laid out [q | k | v], -> (T, N * D) in the same dtype.
+
+    quantized: buffers (T, N * D), float8_e4m3fn or int8, and (T, N) float32, both contiguous, to fill with the result
+    in 8 bits and a scale a row and head, as `quantize` says; then the first is returned, and nothing else written.
 
     cu_seqlens (B + 1,), seq_ids (T,) and work_list (W, 4), all int32 and on qkv's device; the work list must have been
     built for the BLOCK_Q of `config`, which is by default what `launch.attention_config` gives. qkv needs unit stride
@@ -194,7 +206,7 @@ def varlen_attention_forward(
     """
     n_rows, hidden_size = qkv.shape[0], qkv.shape[1] // 3
     head_size = hidden_size // num_heads
-    out = launch.empty((n_rows, hidden_size), like=qkv)
+    out = launch.empty((n_rows, hidden_size), like=qkv) if quantized is None else quantized[0]
     if n_rows == 0:
         return out
     # Grid: every tile of the work list, for every head.
@@ -206,6 +218,7 @@ def varlen_attention_forward(
         k_ptr=qkv[:, hidden_size:],
         v_ptr=qkv[:, 2 * hidden_size :],
         out_ptr=out,
+        out_scale_ptr=quantized[1] if quantized is not None else None,
         work_list_ptr=work_list,
         seq_ids_ptr=seq_ids,
         cu_seqlens_ptr=cu_seqlens,
@@ -213,6 +226,8 @@ def varlen_attention_forward(
         out_row_stride=out.stride(0),
         scale_log2=scale * LOG2_E.value,
         HEAD_SIZE=head_size,
+        QUANTIZE=quantized is not None,
+        INT8=out.dtype == torch.int8,
         INPUT_PRECISION=launch.dot_precision(qkv.dtype),
     )
     return out

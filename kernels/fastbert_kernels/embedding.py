@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 
 from fastbert_kernels import launch
-from fastbert_kernels.layer_norm import normalize_rows
+from fastbert_kernels.layer_norm import normalize_rows, quantize_normalized
 
 
 @triton.jit(do_not_specialize=["n_rows"])
@@ -32,6 +32,8 @@ def _embedding_layer_norm_kernel(
     weight_ptr,  # (H,)
     ln_bias_ptr,  # (H,)
     out_ptr,  # (T, H)
+    q_ptr,  # (T, H), 8-bit, where QUANTIZE
+    q_scale_ptr,  # (T,)
     n_rows,
     word_row_stride,
     token_type_row_stride,
@@ -40,6 +42,8 @@ def _embedding_layer_norm_kernel(
     eps,
     N_COLS: tl.constexpr,
     HAS_INPUT_IDS: tl.constexpr,
+    QUANTIZE: tl.constexpr,
+    INT8: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLS: tl.constexpr,
 ):
@@ -68,7 +72,12 @@ def _embedding_layer_norm_kernel(
     out = normalize_rows(x, col_mask, N_COLS, eps) * weight[None, :] + ln_bias[None, :]
 
     out_offs = row_offs[:, None] * out_row_stride + col_offs[None, :]
-    tl.store(out_ptr + out_offs, out.to(out_ptr.dtype.element_ty), mask=mask)
+    out = out.to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + out_offs, out, mask=mask)
+    if QUANTIZE:
+        q, scale = quantize_normalized(out, INT8, BLOCK_ROWS, BLOCK_COLS)
+        tl.store(q_ptr + row_offs[:, None] * N_COLS + col_offs[None, :], q, mask=mask)
+        tl.store(q_scale_ptr + row_offs, scale, mask=row_mask)
 
 
 def embedding_layer_norm_forward(
@@ -81,8 +90,12 @@ def embedding_layer_norm_forward(
     weight: torch.Tensor,
     ln_bias: torch.Tensor,
     eps: float,
+    quantized: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> torch.Tensor:
-    """(T,) ids -> (T, H) in the tables' dtype. Without input_ids, word is (T, H) and taken row by row."""
+    """(T,) ids -> (T, H) in the tables' dtype. Without input_ids, word is (T, H) and taken row by row.
+
+    quantized: buffers to fill with the same rows in 8 bits, as for `bias_residual_layer_norm_forward`.
+    """
     n_rows, n_cols = position_ids.shape[0], word.shape[1]
     out = launch.empty((n_rows, n_cols), like=word)
     if n_rows == 0:
@@ -102,6 +115,8 @@ def embedding_layer_norm_forward(
         weight_ptr=weight,
         ln_bias_ptr=ln_bias,
         out_ptr=out,
+        q_ptr=quantized[0] if quantized is not None else None,
+        q_scale_ptr=quantized[1] if quantized is not None else None,
         n_rows=n_rows,
         word_row_stride=word.stride(0),
         token_type_row_stride=token_type.stride(0),
@@ -110,5 +125,7 @@ def embedding_layer_norm_forward(
         eps=eps,
         N_COLS=n_cols,
         HAS_INPUT_IDS=input_ids is not None,
+        QUANTIZE=quantized is not None,
+        INT8=quantized is not None and quantized[0].dtype == torch.int8,
     )
     return out

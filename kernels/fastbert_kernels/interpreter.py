@@ -2,10 +2,10 @@
 
 The interpreter (TRITON_INTERPRET=1) runs kernels on the CPU with numpy, which has no bfloat16, so it keeps the bit
 patterns as uint16. It then truncates where the hardware rounds float32 to bfloat16, and multiplies the bit patterns as
-integers in tl.dot (so in Triton 3.6 to 3.9). Also, Triton 3.6 reads loop bounds in a way that numpy 2.4 refuses. And
-numpy's matrix product sums a row in an order that depends on where in the matrix it stands, which no tensor core does,
-so that no kernel could be seen to give a row the same bits wherever it stands. All four are mended here. Nothing
-changes outside the interpreter.
+integers in tl.dot (so in Triton 3.6 to 3.9). It rounds float32 to float8 wrongly where the mantissa carries into the
+exponent. Also, Triton 3.6 reads loop bounds in a way that numpy 2.4 refuses. And numpy's matrix product sums a row in
+an order that depends on where in the matrix it stands, which no tensor core does, so that no kernel could be seen to
+give a row the same bits wherever it stands. All five are mended here. Nothing changes outside the interpreter.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import torch
 import triton
 import triton.language as tl
 
@@ -30,11 +31,18 @@ def _to_bfloat16(x: np.ndarray) -> np.ndarray:
     return np.where(np.isnan(x), np.uint32(0x7FC0), rounded).astype(np.uint16)
 
 
+def _to_float8(x: np.ndarray) -> np.ndarray:
+    """Rounds float32 to float8_e4m3fn to nearest, ties to even, in uint8 bit patterns; beyond 448 to 448, as a GPU."""
+    clamped = torch.from_numpy(np.ascontiguousarray(x)).clamp(-448.0, 448.0)
+    return clamped.to(torch.float8_e4m3fn).view(torch.uint8).numpy()
+
+
 def _install() -> None:
     from triton.runtime import interpreter
 
     builder, handle = interpreter.InterpreterBuilder, interpreter.TensorHandle
     cast, dot, patch_tensor = builder.cast_impl, builder.create_dot, interpreter._patch_lang_tensor
+    fp_to_fp = builder.create_fp_to_fp
 
     def cast_impl(self: Any, src: Any, dst_type: Any) -> Any:
         source, target = src.dtype.scalar, dst_type.scalar
@@ -43,6 +51,11 @@ def _install() -> None:
         if source == tl.bfloat16 and target == tl.float32:
             return handle(_to_float32(src.data), target)
         return cast(self, src, dst_type)
+
+    def create_fp_to_fp(self: Any, src: Any, dst_type: Any, rounding_mode: Any) -> Any:
+        if src.dtype.scalar == tl.float32 and dst_type.scalar == tl.float8e4nv:
+            return handle(_to_float8(src.data), tl.float8e4nv)
+        return fp_to_fp(self, src, dst_type, rounding_mode)
 
     def create_dot(self: Any, a: Any, b: Any, *args: Any) -> Any:
         if a.dtype.scalar == tl.bfloat16:
@@ -60,6 +73,7 @@ def _install() -> None:
 
     builder.cast_impl = cast_impl
     builder.create_dot = create_dot
+    builder.create_fp_to_fp = create_fp_to_fp
     interpreter._patch_lang_tensor = patch_lang_tensor
 
 

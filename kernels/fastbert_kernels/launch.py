@@ -204,6 +204,19 @@ def _gemm(
     return Gemm(entry.get("kernel"), source, "linear", linear_config(dtype, for_arch, shape, epilogue))
 
 
+def quantized_linear_config(dtype: torch.dtype, group: int | None, for_arch: int) -> Config:
+    """Tile of the 8-bit GEMM. group: columns of x that share a scale, None where a row has one.
+
+    A step of BLOCK_K lies within a group: where the table's does not, it is made to hold one (at least the 32 that the
+    tensor cores take).
+    """
+    config = _required("quantized_linear", ("int8" if dtype == torch.int8 else "float8",), for_arch)
+    block_sizes = dict(config.block_sizes)
+    if group is not None and group % block_sizes["BLOCK_K"]:
+        block_sizes["BLOCK_K"] = max(32, triton.next_power_of_2(group))
+    return Config(block_sizes, config.source)
+
+
 def attention_config(dtype: torch.dtype, head_size: int, for_arch: int) -> Config:
     """Tile of the attention: BLOCK_Q query rows, BLOCK_K keys a step, the head size padded to BLOCK_D."""
     block_d = max(MIN_HEAD_SIZE, triton.next_power_of_2(head_size))

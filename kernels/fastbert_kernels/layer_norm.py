@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 
 from fastbert_kernels import launch
+from fastbert_kernels.quantize import quantize_rows, rotate_rows
 
 
 @triton.jit
@@ -30,6 +31,17 @@ def normalize_rows(x, col_mask, n_cols, eps):
     return centered * (1.0 / tl.sqrt(variance + eps))[:, None]
 
 
+@triton.jit
+def quantize_normalized(x, INT8: tl.constexpr, N_ROWS: tl.constexpr, N_COLS: tl.constexpr):
+    """Normalised rows, as they are stored, masked columns 0 -> 8-bit rows and scales; int8 rows are rotated."""
+    if INT8:
+        rotated = rotate_rows(x, N_ROWS, N_COLS)
+        q, scale = quantize_rows(rotated, INT8)
+    else:
+        q, scale = quantize_rows(x.to(tl.float32), INT8)
+    return q, scale
+
+
 @triton.jit(do_not_specialize=["n_rows"])
 def _bias_residual_layer_norm_kernel(
     x_ptr,  # (T, H)
@@ -38,6 +50,8 @@ def _bias_residual_layer_norm_kernel(
     weight_ptr,  # (H,)
     ln_bias_ptr,  # (H,)
     out_ptr,  # (T, H)
+    q_ptr,  # (T, H), 8-bit, where QUANTIZE
+    q_scale_ptr,  # (T,)
     n_rows,
     x_row_stride,
     residual_row_stride,
@@ -46,6 +60,8 @@ def _bias_residual_layer_norm_kernel(
     N_COLS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
+    QUANTIZE: tl.constexpr,
+    INT8: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLS: tl.constexpr,
 ):
@@ -67,7 +83,12 @@ def _bias_residual_layer_norm_kernel(
     out = normalize_rows(x, col_mask, N_COLS, eps) * weight[None, :] + ln_bias[None, :]
 
     out_offs = row_offs[:, None] * out_row_stride + col_offs[None, :]
-    tl.store(out_ptr + out_offs, out.to(out_ptr.dtype.element_ty), mask=mask)
+    out = out.to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + out_offs, out, mask=mask)
+    if QUANTIZE:
+        q, scale = quantize_normalized(out, INT8, BLOCK_ROWS, BLOCK_COLS)
+        tl.store(q_ptr + row_offs[:, None] * N_COLS + col_offs[None, :], q, mask=mask)
+        tl.store(q_scale_ptr + row_offs, scale, mask=row_offs < n_rows)
 
 
 def bias_residual_layer_norm_forward(
@@ -77,8 +98,13 @@ def bias_residual_layer_norm_forward(
     weight: torch.Tensor,
     ln_bias: torch.Tensor,
     eps: float,
+    quantized: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> torch.Tensor:
-    """(T, H) -> (T, H) in x's dtype. x and residual need unit stride along H."""
+    """(T, H) -> (T, H) in x's dtype. x and residual need unit stride along H.
+
+    quantized: buffers (T, H), float8_e4m3fn or int8, and (T, 1) float32, both contiguous, to fill with the same rows in
+    8 bits (int8: rotated) and their scales, as `quantize` says.
+    """
     n_rows, n_cols = x.shape
     out = launch.empty((n_rows, n_cols), like=x)
     if n_rows == 0:
@@ -95,6 +121,8 @@ def bias_residual_layer_norm_forward(
         weight_ptr=weight,
         ln_bias_ptr=ln_bias,
         out_ptr=out,
+        q_ptr=quantized[0] if quantized is not None else None,
+        q_scale_ptr=quantized[1] if quantized is not None else None,
         n_rows=n_rows,
         x_row_stride=x.stride(0),
         residual_row_stride=residual.stride(0) if residual is not None else 0,
@@ -103,5 +131,7 @@ def bias_residual_layer_norm_forward(
         N_COLS=n_cols,
         HAS_BIAS=bias is not None,
         HAS_RESIDUAL=residual is not None,
+        QUANTIZE=quantized is not None,
+        INT8=quantized is not None and quantized[0].dtype == torch.int8,
     )
     return out

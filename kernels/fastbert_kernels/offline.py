@@ -8,8 +8,8 @@ specialisation and block sizes of a real launch. Findings are:
 - code that does not compile;
 - registers spilled to local memory; in TF32 and for the sizes that divide by nothing ("odd") that is shown, no finding;
 - more shared or tensor memory than a thread block may have;
-- a matrix kernel (linear, attention) without a tensor-core instruction. In IEEE float32, whose products are fused
-  multiply-adds by definition, one with such an instruction.
+- a matrix kernel (linear, attention) without a tensor-core instruction, in 8 bits one without an 8-bit tensor-core
+  instruction. In IEEE float32, whose products are fused multiply-adds by definition, one with such an instruction.
 
 Registers and stack come from cuobjdump and instructions from nvdisasm, both of which are in Triton's package.
 """
@@ -41,20 +41,24 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
-from fastbert_kernels import attention, embedding, gelu, launch, layer_norm, linear, pooling
+from fastbert_kernels import attention, embedding, gelu, launch, layer_norm, linear, pooling, quantized_linear
 
 # (H, I, N). "odd" has rows that no vector load can read and a K that is no multiple of any block.
 MODELS = {"base": (768, 3072, 12), "large": (1024, 4096, 16), "minilm": (384, 1536, 12), "odd": (90, 250, 3)}
 # "tf32" is float32 with torch.backends.cuda.matmul.allow_tf32 set.
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "tf32": torch.float32}
+# Linears on 8-bit operands, and what makes these operands of bf16 ones.
+EIGHT_BIT = {"fp8": torch.float8_e4m3fn, "int8": torch.int8}
+MIN_ARCH = {"fp8": 89}
 # Head sizes beyond those of the models: the smallest, the largest, and three that are padded to the next tile.
 HEAD_SIZES = (16, 24, 48, 80, 128)
-OPS = ("layer_norm", "gelu", "linear", "embedding", "pooling", "attention")
-MATRIX_OPS = ("linear", "attention")
+OPS = ("layer_norm", "gelu", "linear", "embedding", "pooling", "attention", "quantized_linear")
+MATRIX_OPS = ("linear", "attention", "quantized_linear")
 TENSOR_MEMORY_COLUMNS = 512
 
 # HMMA (to sm_89, sm_120), HGMMA (sm_90), UTCHMMA (sm_100), and their kin for other input types.
 TENSOR_CORE = re.compile(r"(UTC)?[BHIOQ]?G?MMA")
+TENSOR_CORE_8_BIT = re.compile(r"(UTC)?[IQ]G?MMA")
 # Copies from global to shared memory that bypass the registers: cp.async, and those of the tensor memory accelerator.
 ASYNC_COPY = re.compile(r"LDGSTS|UTMALDG|UBLKCP")
 INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?\w+\s+)?([A-Z][A-Z0-9_]*)", re.MULTILINE)
@@ -64,7 +68,8 @@ default  every kernel on every architecture. bf16: the three models with each li
          persistent kernel is the default, for base also the other one), LayerNorm, embedding
          and mean pooling with normalisation; for base also LayerNorm and embedding without their optional inputs and
          the other pooling modes; attention with head sizes 16, 32, 64, 80 and 128. fp32 and fp16: linear and attention
-         of base and minilm, and on sm_80 and sm_90 the other kernels, of base.
+         of base and minilm, and on sm_80 and sm_90 the other kernels, of base. fp8 (from sm_89 on) and int8: each
+         linear of a layer of the three models, and LayerNorm, embedding and attention that quantise.
 --all    every dtype, TF32 too, every combination of optional inputs, activations and pooling modes, int32 ids, head
          sizes 24 and 48, and a model whose sizes divide by nothing ("odd")."""
 
@@ -128,7 +133,10 @@ class Result:
 
 
 def cases(dtype: str) -> Iterator[Case]:
-    """Every case of one dtype (a key of DTYPES)."""
+    """Every case of one dtype (a key of DTYPES or EIGHT_BIT)."""
+    if dtype in EIGHT_BIT:
+        yield from eight_bit_cases(dtype)
+        return
     everywhere, some, nowhere = None, frozenset({80, 90}), frozenset[int]()
     torch_dtype, bf16 = DTYPES[dtype], dtype == "bf16"
     n_rows, n_seqs = 64, 2
@@ -213,6 +221,48 @@ def cases(dtype: str) -> Iterator[Case]:
     for head_size in HEAD_SIZES:
         archs = everywhere if bf16 and head_size in (16, 80, 128) else nowhere
         yield Case("attention", "extra", dtype, f"D{head_size}", archs, attend(2, head_size))
+
+
+def eight_bit_cases(dtype: str) -> Iterator[Case]:
+    """Every case of a key of EIGHT_BIT."""
+    n_rows, n_seqs, q_dtype = 64, 2, EIGHT_BIT[dtype]
+    ids, ids32 = torch.zeros(n_rows, dtype=torch.int64), torch.zeros(n_rows, dtype=torch.int32)
+    cu_seqlens, work_list = torch.zeros(n_seqs + 1, dtype=torch.int32), torch.zeros((n_seqs, 4), dtype=torch.int32)
+
+    def tensor(*shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=torch.bfloat16)
+
+    def eight_bit(n_rows: int, n_cols: int, n_groups: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.empty((n_rows, n_cols), dtype=q_dtype), torch.empty((n_rows, n_groups))
+
+    for model, (h, i, n_heads) in MODELS.items():
+        if model == "odd":
+            continue
+        case = partial(Case, model=model, dtype=dtype, archs=None)
+        d, x, weight = h // n_heads, tensor(n_rows, h), tensor(h)
+        for name, n_cols, k, group, bias, activation, again in (
+            ("qkv", 3 * h, h, h, tensor(3 * h), "none", False),
+            ("out", h, h, d, None, "none", False),
+            ("up+gelu", i, h, h, tensor(i), "gelu", True),
+            ("down", h, i, quantized_linear.OUT_GROUP, None, "none", False),
+        ):
+            operand, matrix = eight_bit(n_rows, k, -(-k // group)), eight_bit(n_cols, k)
+            out_scale = eight_bit(n_rows, 1, -(-n_cols // quantized_linear.OUT_GROUP))[1] if again else None
+            to = q_dtype if again else torch.bfloat16
+            call = partial(
+                quantized_linear.quantized_linear_forward,
+                *(*operand, group, matrix[0], matrix[1].flatten(), bias, activation, to, out_scale),
+            )
+            yield case("quantized_linear", variant=name, call=call)
+        call = partial(
+            layer_norm.bias_residual_layer_norm_forward, x, weight, x, weight, weight, 1e-12, eight_bit(n_rows, h)
+        )
+        yield case("layer_norm", variant="bias+residual", call=call)
+        tables = tensor(1000, h), tensor(2, h), tensor(512, h), weight, weight
+        call = partial(embedding.embedding_layer_norm_forward, ids, ids, ids, *tables, 1e-12, eight_bit(n_rows, h))
+        yield case("embedding", variant="ids", call=call)
+        arguments = tensor(n_rows, 3 * h), cu_seqlens, ids32, work_list, n_heads, 0.125, eight_bit(n_rows, h, n_heads)
+        yield case("attention", variant=f"D{d}", call=partial(attention.varlen_attention_forward, *arguments))
 
 
 def plan(archs: Iterable[int], chosen: Iterable[Case]) -> list[Kernel]:
@@ -302,7 +352,9 @@ def _findings(kernel: Kernel, result: Result, tensor_memory: int) -> list[str]:
         findings.append(f"shared memory: {result.shared} bytes, a block of sm_{kernel.arch} may have {limit}")
     if tensor_memory > TENSOR_MEMORY_COLUMNS:
         findings.append(f"tensor memory: {tensor_memory} columns of {TENSOR_MEMORY_COLUMNS}")
-    if kernel.op in MATRIX_OPS and (kernel.dtype == "fp32") == bool(result.tensor_cores):
+    if kernel.op == "quantized_linear" and not any(map(TENSOR_CORE_8_BIT.fullmatch, result.tensor_cores)):
+        findings.append(f"no 8-bit tensor-core instruction in a matrix kernel of dtype {kernel.dtype}")
+    elif kernel.op in MATRIX_OPS and (kernel.dtype == "fp32") == bool(result.tensor_cores):
         found = "tensor-core instructions in IEEE float32" if result.tensor_cores else "no tensor-core instruction"
         findings.append(f"{found} in a matrix kernel of dtype {kernel.dtype}")
     return findings
@@ -415,11 +467,11 @@ def _parser() -> argparse.ArgumentParser:
         epilog=f"what is compiled:\n{COVERAGE}\n\nexit code: 0 no finding, 1 findings, 2 could not run",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    known = sorted(launch.SHARED_MEMORY)
+    known, known_dtypes = sorted(launch.SHARED_MEMORY), (*DTYPES, *EIGHT_BIT)
     parser.add_argument("--arch", nargs="+", type=int, default=known, metavar="N", help=f"of {known} (default: all)")
     parser.add_argument("--all", action="store_true", help="everything instead of the default subset")
     parser.add_argument("--kernel", nargs="+", choices=OPS, default=OPS, help="only these kernels")
-    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=tuple(DTYPES), help="only these dtypes")
+    parser.add_argument("--dtype", nargs="+", choices=known_dtypes, default=known_dtypes, help="only these dtypes")
     parser.add_argument("--model", nargs="+", choices=(*MODELS, "extra"), help="only these models")
     parser.add_argument("--jobs", type=int, default=min(8, len(os.sched_getaffinity(0))), help="compiler processes")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything to FILE as well")
@@ -428,6 +480,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def _chosen(options: argparse.Namespace, arch: int) -> Iterator[Case]:
     for dtype in options.dtype:
+        if arch < MIN_ARCH.get(dtype, 0):
+            continue
         for case in cases(dtype):
             wanted = case.op in options.kernel and (options.model is None or case.model in options.model)
             if wanted and (options.all or case.archs is None or arch in case.archs):

@@ -36,7 +36,12 @@ GEMMS = ("cublas", "linear", "linear_persistent")
 # What each entry must say; more is allowed.
 _TILE = {"num_warps", "num_stages"}
 _GEMM_TILE = _TILE | {"BLOCK_ROWS", "BLOCK_COLS", "BLOCK_K", "GROUP_ROWS"}
-REQUIRED = {"linear": _GEMM_TILE, "linear_persistent": _GEMM_TILE, "attention": _TILE | {"BLOCK_Q", "BLOCK_K"}}
+REQUIRED = {
+    "linear": _GEMM_TILE,
+    "linear_persistent": _GEMM_TILE,
+    "quantized_linear": _GEMM_TILE,
+    "attention": _TILE | {"BLOCK_Q", "BLOCK_K"},
+}
 
 logger = logging.getLogger("fastbert")
 

@@ -1,0 +1,386 @@
+"""The operations on 8-bit operands, for inference: linear, and LayerNorm, embedding and attention that quantise.
+
+Each has a twin in plain PyTorch, which quantises alike and multiplies what it dequantised in float32. T tokens, K and M
+features, H hidden, N heads, D head size, G groups of columns that share a scale.
+
+Which operand has which scales: LayerNorm's rows one each (int8: rotated before, see `quantize`), attention's rows one a
+head, GELU's rows one per 128 columns, weights one an output channel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastbert.ops import attention, dispatch, embedding, gelu, layer_norm
+from fastbert.ops.dispatch import AUTO, Policy
+from fastbert.ops.library import LIBRARY
+from fastbert.varlen import PackedBatch
+
+KERNELS = {"triton": "fastbert_kernels.quantized_linear", "torch": "quantised in torch.float32 (emulation)"}
+
+DTYPES = {"fp8": torch.float8_e4m3fn, "int8": torch.int8}
+PRECISIONS = tuple(DTYPES)
+TOP = {torch.float8_e4m3fn: 448.0, torch.int8: 127.0}
+MIN_ARCH = {"fp8": 89, "int8": 80}
+OUT_GROUP = 128  # columns of a linear's quantised result that share a scale
+ROTATION = 32  # channels in a block of the rotation
+TINY = 1e-30  # rows whose largest magnitude is less count as zeros
+
+
+class Quantized(NamedTuple):
+    """data * scale: data (T, K) float8_e4m3fn or int8, scale (T, G) float32, `group` columns to a scale."""
+
+    data: Tensor
+    scale: Tensor
+    group: int
+
+    @property
+    def precision(self) -> str:
+        return "int8" if self.data.dtype == torch.int8 else "fp8"
+
+
+def check_precision(precision: str | None) -> str | None:
+    """The precision, or ValueError for one that is not known."""
+    if precision is not None and precision not in PRECISIONS:
+        raise ValueError(f"precision: expected one of {', '.join(map(repr, PRECISIONS))} or None, got {precision!r}")
+    return precision
+
+
+def hadamard(n: int, device: torch.device | None = None) -> Tensor:
+    """(n, n) float32, n a power of two: H[i, j] = -1 where i & j has an odd number of bits, else 1; H H = n I."""
+    h = torch.ones(1, 1, device=device)
+    while h.shape[0] < n:
+        h = torch.cat([torch.cat([h, h], 1), torch.cat([h, -h], 1)])
+    return h
+
+
+def rotate(x: Tensor) -> Tensor:
+    """x (T, K) times the Hadamard matrix in blocks of ROTATION columns, in float32."""
+    return (x.float().unflatten(1, (-1, ROTATION)) @ hadamard(ROTATION, x.device)).flatten(1)
+
+
+def quantize(x: Tensor, precision: str, group: int | None = None, *, rotated: bool = False) -> Quantized:
+    """x (T, K) in 8 bits, `group` columns (all by default) to a scale: their largest magnitude over 448 or 127.
+
+    float8 rounds to nearest, ties to even, int8 to nearest, ties up. rotated: of x times the Hadamard matrix in blocks
+    of 32 columns, for int8, whose steps one large column makes coarse for all; float8 gains nothing by it.
+    """
+    n_rows, k = x.shape
+    group = k if group is None else min(group, k)
+    x = rotate(x) if rotated else x.float()
+    x = F.pad(x, (0, -k % group)).view(n_rows, -(-k // group), group)
+    dtype = DTYPES[precision]
+    largest = x.abs().amax(2)
+    inverse = torch.full_like(largest, TOP[dtype]) / largest.clamp(min=TINY)
+    scaled = x * torch.where(largest < TINY, 0.0, inverse)[:, :, None]
+    if dtype == torch.int8:
+        scaled = (scaled + 0.5).floor().nan_to_num(0.0)  # a row that is not finite shows in its scale
+    return Quantized(scaled.to(dtype).flatten(1)[:, :k].contiguous(), largest * (1.0 / TOP[dtype]), group)
+
+
+def dequantize(q: Quantized) -> Tensor:
+    """(T, K) float32; of rotated rows, the rotated ones."""
+    return q.data.float() * q.scale.repeat_interleave(q.group, 1)[:, : q.data.shape[1]]
+
+
+def quantize_weight(weight: Tensor, precision: str, *, rotated: bool = False) -> Quantized:
+    """(M, K) in 8 bits with a scale an output channel, for inputs that are rotated or not."""
+    return quantize(weight.detach().float() / (ROTATION if rotated else 1), precision, rotated=rotated)
+
+
+def device_obstacle(precision: str, device: torch.device, arch: int | None = None) -> str | None:
+    """Why GPUs like this one cannot multiply in this precision, or None. arch: 89 for 8.9, by default the device's."""
+    if device.type != "cuda":
+        return None
+    if arch is None:
+        major, minor = torch.cuda.get_device_capability(device)
+        arch = 10 * major + minor
+    least = MIN_ARCH[precision]
+    return None if arch >= least else f"{precision} needs compute capability {least / 10}, and this GPU has {arch / 10}"
+
+
+def obstacle(hidden_size: int, intermediate_size: int, head_size: int, activation: str, dtype: torch.dtype,
+             device: torch.device) -> str | None:  # fmt: skip
+    """Why a model of these sizes has no 8-bit kernels, on any GPU, or None."""
+    for name, size in (("hidden size", hidden_size), ("intermediate size", intermediate_size)):
+        if size % ROTATION:
+            return f"{name} {size} is no multiple of {ROTATION}"
+    if head_size % 16:
+        return f"head size {head_size} is no multiple of 16"
+    like = torch.empty(0, dtype=dtype, device="meta" if device.type == "meta" else "cpu")
+    why_not = attention.obstacle(head_size, like) or dispatch.hidden_size_obstacle(hidden_size)
+    if why_not is None and torch.is_autocast_enabled(device.type):
+        return "autocast is on"
+    return why_not or gelu.activation_obstacle(activation)
+
+
+def linear(
+    x: Quantized,
+    weight: Quantized,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    activation: str = "none",
+    *,
+    policy: Policy = AUTO,
+) -> Tensor:
+    """activation(x @ weight^T + bias) in dtype. x: (T, K), weight: (M, K) with a scale a row, bias: (M,) or None.
+
+    activation: "none", "gelu" (erf) or "gelu_tanh". Raises ValueError for what does not fit together, BackendError
+    under a strict policy. For inference: it has no gradient.
+    """
+    _check(x, weight, bias)
+    arguments = x.data, x.scale, x.group, weight.data, weight.scale, bias, activation
+    why_not = gelu.activation_obstacle(activation)
+    return _run("linear", x.precision, policy, why_not, _Q_LINEAR, *arguments, dtype)
+
+
+def linear_quantized(
+    x: Quantized, weight: Quantized, bias: Tensor | None, activation: str = "none", *, policy: Policy = AUTO
+) -> Quantized:
+    """`linear`, with the result in x's 8 bits, a scale per 128 columns, as the next linear takes it."""
+    _check(x, weight, bias)
+    arguments = x.data, x.scale, x.group, weight.data, weight.scale, bias, activation
+    why_not = gelu.activation_obstacle(activation)
+    out = _run("linear", x.precision, policy, why_not, _Q_LINEAR_QUANTIZED, *arguments)
+    return Quantized(out[0], out[1], min(OUT_GROUP, weight.data.shape[0]))
+
+
+def bias_residual_layer_norm(
+    x: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    weight: Tensor,
+    ln_bias: Tensor,
+    eps: float,
+    precision: str,
+    *,
+    policy: Policy = AUTO,
+) -> tuple[Tensor, Quantized]:
+    """`ops.bias_residual_layer_norm`, and beside it the same rows in 8 bits, one scale a row (int8: rotated)."""
+    arguments = x, bias, residual, weight, ln_bias, eps, precision
+    _check_width(x.shape[-1], precision)
+    why_not = layer_norm.obstacle(x.shape[-1], x, bias, residual, weight, ln_bias)
+    out, data, scale = _run("layer_norm", precision, policy, why_not, _Q_LAYER_NORM, *arguments)
+    return out, Quantized(data, scale, data.shape[1])
+
+
+def embedding_layer_norm(
+    input_ids: Tensor | None,
+    token_type_ids: Tensor,
+    position_ids: Tensor,
+    word: Tensor,
+    token_type: Tensor,
+    position: Tensor,
+    weight: Tensor,
+    ln_bias: Tensor,
+    eps: float,
+    precision: str,
+    *,
+    policy: Policy = AUTO,
+) -> tuple[Tensor, Quantized]:
+    """`ops.embedding_layer_norm`, and beside it the same rows in 8 bits, one scale a row (int8: rotated).
+
+    Without input_ids, word is the embeddings themselves, (T, H).
+    """
+    tables = word, token_type, position, weight, ln_bias
+    arguments = input_ids, token_type_ids, position_ids, *tables, eps, precision
+    _check_width(word.shape[1], precision)
+    why_not = embedding.obstacle(word.shape[1], *tables)
+    out, data, scale = _run("embedding", precision, policy, why_not, _Q_EMBEDDING, *arguments)
+    return out, Quantized(data, scale, data.shape[1])
+
+
+def varlen_attention(
+    qkv: Tensor, batch: PackedBatch, num_heads: int, precision: str, *, policy: Policy = AUTO
+) -> Quantized:
+    """`ops.varlen_attention` with its result in 8 bits, a scale a row and head. The products inside stay in 16 bits."""
+    if qkv.dim() != 2 or qkv.shape[1] % (3 * num_heads) or qkv.shape[0] != batch.n_tokens:
+        expected = f"(T, 3 * N * D) with T = {batch.n_tokens} and N = {num_heads}"
+        raise ValueError(f"qkv: expected shape {expected}, got {tuple(qkv.shape)}")
+    head_size = qkv.shape[1] // (3 * num_heads)
+    check_precision(precision)
+    why_not = attention.obstacle(head_size, qkv)
+    plan: tuple[Tensor | None, Tensor | None] = None, None
+    on_device = why_not or device_obstacle(precision, qkv.device)
+    if dispatch.decide("attention", policy, qkv.device, on_device).backend == "triton":
+        plan = attention._triton_plan(batch, qkv.dtype, head_size, policy)
+    arguments = qkv, batch.cu_seqlens, batch.cu_seqlens_cpu, *plan, num_heads, head_size**-0.5, precision
+    data, scale = _run("attention", precision, policy, why_not, _Q_ATTENTION, *arguments)
+    return Quantized(data, scale, head_size)
+
+
+def _run(op: str, precision: str, policy: Policy, obstacle: str | None, functions: tuple[Any, Any], *args: Any) -> Any:
+    """The kernel, or its twin where an obstacle is in its way."""
+    check_precision(precision)
+    tensors = [a for a in args if isinstance(a, Tensor)]
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        raise RuntimeError(f"{op}: {precision} is for inference and has no gradient: use torch.no_grad()")
+    device = tensors[0].device
+    why_not = device_obstacle(precision, device) or obstacle
+    kernel, twin = functions
+    backend = dispatch.choose(f"{op} in {precision}", policy.backend, policy.strict, device, why_not)
+    return kernel(*args) if backend == "triton" else twin(*args)
+
+
+def _check_width(hidden_size: int, precision: str) -> None:
+    if precision == "int8" and hidden_size % ROTATION:
+        raise ValueError(f"hidden size: expected a multiple of {ROTATION} for int8, got {hidden_size}")
+
+
+def _check(x: Quantized, weight: Quantized, bias: Tensor | None) -> None:
+    for name, q in (("x", x), ("weight", weight)):
+        if q.data.dtype not in TOP or q.data.dim() != 2:
+            dtypes = " or ".join(map(str, TOP))
+            raise ValueError(f"{name}: expected (T, K) in {dtypes}, got {tuple(q.data.shape)} in {q.data.dtype}")
+        n, k = q.data.shape
+        if q.group < 1 or q.scale.shape != (n, -(-k // q.group)) or q.scale.dtype != torch.float32:
+            expected = f"({n}, {-(-k // max(q.group, 1))}) in float32 for groups of {q.group}"
+            raise ValueError(f"{name}.scale: expected {expected}, got {tuple(q.scale.shape)} in {q.scale.dtype}")
+    if x.data.dtype != weight.data.dtype or x.data.shape[1] != weight.data.shape[1] or weight.scale.shape[1] != 1:
+        came = f"{tuple(x.data.shape)} in {x.data.dtype} and {tuple(weight.data.shape)} in {weight.data.dtype}"
+        raise ValueError(f"x, weight: expected (T, K) and (M, K) of one dtype, one scale a row of weight, got {came}")
+    if bias is not None and bias.shape != (weight.data.shape[0],):
+        raise ValueError(f"bias: expected shape ({weight.data.shape[0]},), got {tuple(bias.shape)}")
+
+
+def _register(
+    schema: str, kernel: Callable[..., Any], twin: Callable[..., Any], fake: Callable[..., Any]
+) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """`library.register` for several outputs and no gradient. Returns the operation and its twin."""
+    name = schema.partition("(")[0]
+    LIBRARY.define(schema, tags=torch.Tag.pt2_compliant_tag)
+    LIBRARY.impl(name, kernel, "CUDA")
+    LIBRARY.impl(name, lambda *args: (kernel if dispatch.interpreting() else twin)(*args), "CPU")
+    torch.library.register_fake(f"fastbert::{name}", fake, lib=LIBRARY)
+    return getattr(torch.ops.fastbert, name), twin
+
+
+def _buffers(like: Tensor, n_cols: int, n_groups: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    from fastbert_kernels import launch
+
+    shape = (like.shape[0], n_cols), (like.shape[0], n_groups)
+    return launch.empty(shape[0], like=like, dtype=dtype), launch.empty(shape[1], like=like, dtype=torch.float32)
+
+
+def _product(
+    x: Tensor, x_scale: Tensor, group: int, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, activation: str
+) -> Tensor:
+    x, weight = dequantize(Quantized(x, x_scale, group)), weight.float() * weight_scale
+    return gelu.activate(F.linear(x, weight, None if bias is None else bias.float()), activation)
+
+
+def _linear_kernel(*arguments: Any) -> Tensor:
+    from fastbert_kernels.quantized_linear import quantized_linear_forward
+
+    x, x_scale, group, weight, weight_scale, *rest = arguments
+    operands = x.contiguous(), x_scale.contiguous(), group, weight.contiguous(), weight_scale.flatten()
+    return quantized_linear_forward(*operands, *rest)
+
+
+def _linear_quantized_kernel(*arguments: Any) -> tuple[Tensor, Tensor]:
+    x, weight = arguments[0], arguments[3]
+    from fastbert_kernels import launch
+
+    n_groups = -(-weight.shape[0] // OUT_GROUP)
+    scale = launch.empty((x.shape[0], n_groups), like=x, dtype=torch.float32)
+    return _linear_kernel(*arguments, x.dtype, scale), scale
+
+
+def _linear_quantized_twin(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    q = quantize(_product(x, *rest), "int8" if x.dtype == torch.int8 else "fp8", OUT_GROUP)
+    return q.data, q.scale
+
+
+def _normalized(out: Tensor, precision: str) -> tuple[Tensor, Tensor, Tensor]:
+    q = quantize(out, precision, rotated=precision == "int8")
+    return out, q.data, q.scale
+
+
+def _layer_norm_kernel(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    rest: list[Any]
+    *rest, precision = arguments
+    x: Tensor = rest[0]
+    buffers = _buffers(x, x.shape[1], 1, DTYPES[precision])
+    rest.append(buffers)
+    return (layer_norm._kernel(*rest), *buffers)
+
+
+def _embedding_kernel(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    rest: list[Any]
+    *rest, precision = arguments
+    positions, word = rest[2], rest[3]
+    like = word.new_empty(0).expand(positions.shape[0], 0)
+    buffers = _buffers(like, word.shape[1], 1, DTYPES[precision])
+    rest += [None, buffers]  # no padding_idx
+    return (embedding._kernel(*rest), *buffers)
+
+
+def _attention_kernel(*arguments: Any) -> tuple[Tensor, Tensor]:
+    rest: list[Any]
+    *rest, precision = arguments
+    qkv, num_heads = rest[0], rest[5]
+    buffers = _buffers(qkv, qkv.shape[1] // 3, num_heads, DTYPES[precision])
+    rest.append(buffers)
+    attention._kernel(*rest)
+    return buffers
+
+
+def _attention_twin(*arguments: Any) -> tuple[Tensor, Tensor]:
+    num_heads, precision = arguments[5], arguments[-1]
+    out = attention._eager(*arguments[:-1])
+    q = quantize(out, precision, out.shape[1] // num_heads)
+    return q.data, q.scale
+
+
+def _fake_8_bit(like: Tensor, n_rows: int, n_cols: int, n_groups: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    scale = like.new_empty(n_rows, n_groups, dtype=torch.float32)
+    return like.new_empty(n_rows, n_cols, dtype=dtype), scale
+
+
+_LINEAR = "Tensor x, Tensor x_scale, int group, Tensor weight, Tensor weight_scale, Tensor? bias, str activation"
+_Q_LINEAR = _register(
+    f"quantized_linear({_LINEAR}, ScalarType dtype) -> Tensor",
+    _linear_kernel,
+    lambda *args: _product(*args[:-1]).to(args[-1]),
+    lambda x, x_scale, group, weight, weight_scale, bias, activation, dtype: x.new_empty(
+        x.shape[0], weight.shape[0], dtype=dtype
+    ),
+)
+_Q_LINEAR_QUANTIZED = _register(
+    f"quantized_linear_quantized({_LINEAR}) -> (Tensor, Tensor)",
+    _linear_quantized_kernel,
+    _linear_quantized_twin,
+    lambda x, x_scale, group, weight, *rest: _fake_8_bit(
+        x, x.shape[0], weight.shape[0], -(-weight.shape[0] // OUT_GROUP), x.dtype
+    ),
+)
+_Q_LAYER_NORM = _register(
+    "layer_norm_quantized(Tensor x, Tensor? bias, Tensor? residual, Tensor weight, Tensor ln_bias, float eps, "
+    "str precision) -> (Tensor, Tensor, Tensor)",
+    _layer_norm_kernel,
+    lambda *args: _normalized(layer_norm._eager(*args[:-1]), args[-1]),
+    lambda x, *rest: (x.new_empty(x.shape), *_fake_8_bit(x, x.shape[0], x.shape[1], 1, DTYPES[rest[-1]])),
+)
+_Q_EMBEDDING = _register(
+    "embedding_layer_norm_quantized(Tensor? input_ids, Tensor token_type_ids, Tensor position_ids, Tensor word, "
+    "Tensor token_type, Tensor position, Tensor weight, Tensor ln_bias, float eps, str precision) "
+    "-> (Tensor, Tensor, Tensor)",
+    _embedding_kernel,
+    lambda *args: _normalized(embedding._eager(*[*args[:-1], None]), args[-1]),
+    lambda input_ids, types, positions, word, *rest: (
+        word.new_empty(positions.shape[0], word.shape[1]),
+        *_fake_8_bit(word, positions.shape[0], word.shape[1], 1, DTYPES[rest[-1]]),
+    ),
+)
+_Q_ATTENTION = _register(
+    "varlen_attention_quantized(Tensor qkv, Tensor cu_seqlens, Tensor cu_seqlens_cpu, Tensor? seq_ids, "
+    "Tensor? work_list, int num_heads, float scale, str precision) -> (Tensor, Tensor)",
+    _attention_kernel,
+    _attention_twin,
+    lambda qkv, *rest: _fake_8_bit(qkv, qkv.shape[0], qkv.shape[1] // 3, rest[-3], DTYPES[rest[-1]]),
+)

@@ -1,0 +1,181 @@
+"""The encoder of a BertModel on 8-bit operands, for `precision="fp8"` and `precision="int8"`.
+
+Linears multiply 8-bit activations by 8-bit weights; attention's own products, LayerNorm and the residual stay in the
+model's dtype. Every operand is quantised by the kernel that makes it. T tokens, H hidden, I intermediate.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from fastbert import ops
+from fastbert.ops import BackendError, Policy, dispatch
+from fastbert.ops.dispatch import Decision
+from fastbert.ops.quantized import Quantized
+from fastbert.tracing import untraced
+from fastbert.varlen import PackedBatch
+
+if TYPE_CHECKING:
+    from fastbert.model import BertLayer, BertModel
+
+OP = "8-bit encoder"
+# What a Decision calls the unquantised path.
+UNQUANTISED = "unquantised"
+
+
+class QuantizedWeights:
+    """8-bit weights derived from linears, kept until a parameter changes, as BertSelfAttention.fused_qkv does.
+
+    PyTorch keeps no count of writes through `.data`: after those, train() or eval() makes this look again.
+    """
+
+    def __init__(self) -> None:
+        self._kept: dict[str, tuple[Any, Any, tuple[Quantized, Tensor]]] = {}
+
+    def clear(self) -> None:
+        self._kept.clear()
+
+    def get(self, name: str, precision: str, *linears: nn.Linear, rotated: bool) -> tuple[Quantized, Tensor]:
+        """The linears as one: their weights one above the other, with a scale a row, and their biases.
+
+        name: what they are kept under. rotated: whether their input is.
+        """
+        weights: list[Tensor] = [linear.weight for linear in linears]
+        biases: list[Tensor] = [linear.bias for linear in linears]
+        parameters = weights + biases
+
+        def make() -> tuple[Quantized, Tensor]:
+            weight = ops.quantized.quantize_weight(torch.cat(weights), precision, rotated=rotated)
+            return weight, torch.cat(biases)
+
+        if torch.compiler.is_compiling() or any(p.is_inference() for p in parameters):
+            return make()
+        state = precision, [(p.data_ptr(), p._version, p.dtype, p.device) for p in parameters]
+        kept = self._kept.get(name)
+        if kept is None or kept[0] != state:
+            with torch.inference_mode(False), torch.no_grad():
+                # The aliases keep a replaced parameter's memory from its successor, which would then look the same.
+                kept = self._kept[name] = state, [p.detach() for p in parameters], make()
+        return kept[2]
+
+    def __reduce__(self) -> Any:
+        return QuantizedWeights, ()
+
+
+def layers_of(model: BertModel) -> list[BertLayer]:
+    """The encoder's layers, with the type that a ModuleList does not keep."""
+    layers: Any = model.encoder.layer
+    return list(layers)
+
+
+def decide(
+    model: BertModel, policy: Policy, device: torch.device, dtype: torch.dtype, arch: int | None = None
+) -> Decision:
+    """What would run the encoder in its precision: "triton", "torch" (the emulation) or "unquantised", and why.
+
+    The emulation, in plain PyTorch, is what backend="torch" asks for: it shows on any device what the kernels would
+    give. Where there is no 8-bit kernel, any other backend takes the unquantised path, which is faster there and more
+    exact. arch: that of a GPU which need not be there.
+    """
+    precision = model.precision
+    assert precision is not None
+    config, layers = model.config, layers_of(model)
+    activation = layers[0].intermediate.activation
+    sizes = config.hidden_size, config.intermediate_size, config.head_size
+    why_not = ops.quantized.obstacle(*sizes, activation, dtype, device) or _altered(model)
+    if why_not is None and policy.backend != "torch":
+        why_not = ops.quantized.device_obstacle(precision, device, arch)
+    if why_not is not None:
+        return Decision(OP, UNQUANTISED, why_not)
+    if arch is not None and policy.backend in ("auto", "triton"):
+        return Decision(OP, "triton")
+    decision = dispatch.decide(OP, policy, device, None)
+    if decision.backend == "triton" or policy.backend == "torch":
+        return Decision(OP, decision.backend)
+    reason = decision.reason or f"there are no 8-bit kernels for backend {decision.backend!r} on {device.type!r}"
+    return Decision(OP, UNQUANTISED, reason)
+
+
+def choose(model: BertModel) -> str:
+    """`decide` for the model as it is, with the fallback logged once, or raised as BackendError under strict."""
+    if model.training:
+        raise RuntimeError(f"precision={model.precision!r} is for inference: call eval() before the model")
+    policy = model.policy
+    decision = decide(model, policy, model.device, model.dtype)
+    if decision.reason is not None:
+        if policy.strict:
+            wanted = f"precision={model.precision!r}: the backend {policy.backend!r} cannot run it, and strict=True"
+            raise BackendError(f"{wanted}: {decision.reason}")
+        dispatch._log_once(OP, f"{policy.backend}, {model.precision}", decision.backend, decision.reason)
+    return decision.backend
+
+
+def _altered(model: BertModel) -> str | None:
+    """Which part of the encoder is an adapter or has hooks, so that its parameters cannot stand for it, or None."""
+    from fastbert.model import is_bare, is_plain
+
+    for i, layer in enumerate(layers_of(model)):
+        attention, up, down = layer.attention, layer.intermediate, layer.output
+        part = attention.self
+        linears = part.query, part.key, part.value, attention.output.dense, up.dense, down.dense
+        blocks = layer, attention, part, attention.output, up, down
+        if not (all(map(is_plain, linears)) and all(is_bare(m, type(m)) for m in blocks)):
+            return f"a part of encoder.layer.{i} is an adapter, has hooks or has no bias"
+    for name in ("embeddings", "encoder"):
+        module = getattr(model, name)
+        if not is_bare(module, type(module)):
+            return f"{name} has hooks"
+    return None
+
+
+@untraced
+def encode(
+    model: BertModel,
+    backend: str,
+    batch: PackedBatch,
+    input_ids: Tensor | None,
+    token_type_ids: Tensor,
+    position_ids: Tensor,
+    inputs_embeds: Tensor | None,
+) -> list[Tensor]:
+    """As BertEncoder after BertEmbeddings: the L + 1 hidden states, each (T, H). backend: what `choose` gave."""
+    policy, precision = Policy(backend, strict=True), model.precision
+    assert precision is not None
+    of, layers, turned = model.quantized_weights.get, layers_of(model), precision == "int8"
+    _refuse_gradients(model, inputs_embeds)
+    operands = model.embeddings.operands(input_ids, inputs_embeds, model.policy)
+    words: list[Any] = [operands[0], token_type_ids, position_ids, *operands[1:], precision]
+    x, q = ops.quantized.embedding_layer_norm(*words, policy=policy)
+    states = [x]
+    for i, layer in enumerate(layers):
+        part, add, up, down = layer.attention.self, layer.attention.output, layer.intermediate, layer.output
+        weight, bias = of(f"{i}.qkv", precision, part.query, part.key, part.value, rotated=turned)
+        qkv = ops.quantized.linear(q, weight, bias, x.dtype, policy=policy)
+        context = ops.quantized.varlen_attention(qkv, batch, part.num_heads, precision, policy=policy)
+        weight, bias = of(f"{i}.out", precision, add.dense, rotated=False)
+        y = ops.quantized.linear(context, weight, None, x.dtype, policy=policy)
+        after = add.LayerNorm.weight, add.LayerNorm.bias, add.LayerNorm.eps
+        x, q = ops.quantized.bias_residual_layer_norm(y, bias, x, *after, precision, policy=policy)
+        weight, bias = of(f"{i}.up", precision, up.dense, rotated=turned)
+        inner = ops.quantized.linear_quantized(q, weight, bias, up.activation, policy=policy)
+        weight, bias = of(f"{i}.down", precision, down.dense, rotated=False)
+        y = ops.quantized.linear(inner, weight, None, x.dtype, policy=policy)
+        after = down.LayerNorm.weight, down.LayerNorm.bias, down.LayerNorm.eps
+        if i + 1 < len(layers):
+            x, q = ops.quantized.bias_residual_layer_norm(y, bias, x, *after, precision, policy=policy)
+        else:  # nobody multiplies it in 8 bits
+            x = ops.bias_residual_layer_norm(y, bias, x, *after, policy=policy)
+        states.append(x)
+    return states
+
+
+def _refuse_gradients(model: BertModel, inputs_embeds: Tensor | None) -> None:
+    if not torch.is_grad_enabled():
+        return
+    given = [] if inputs_embeds is None else [inputs_embeds]
+    if any(t.requires_grad for t in (*given, *model.parameters())):
+        wanted = f"precision={model.precision!r} is for inference and has no gradient"
+        raise RuntimeError(f"{wanted}: use torch.no_grad(), or requires_grad_(False)")

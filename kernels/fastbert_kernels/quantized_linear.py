@@ -1,0 +1,155 @@
+"""Linear layer on 8-bit operands, with bias and GELU in the epilogue, which may also quantise the result.
+
+    out = activation((x * x_scale) @ (weight * weight_scale)^T + bias)
+
+x: (T, K) and weight: (M, K), float8_e4m3fn or int8; weight_scale: (M,) float32, one an output channel; x_scale: (T, G)
+float32, one a row and group of `group` neighbouring columns (the last may be narrower); bias: (M,) or None. out: (T, M)
+in fp32 / bf16 / fp16, or 8-bit again with scales (T, ceil(M / 128)), one a row and group of 128 columns.
+
+int8 products are summed in int32, exactly: over all of K where a row has one scale, else over a group. float8 products
+are summed in float32 by the tensor cores, which on Hopper keep about 14 bits of the sum: so over at most BLOCK_K, and
+those sums are added outside of them. FLOPs: 2 * T * M * K; bytes: T * K + M * K + T * M at least, half of 16-bit ones.
+
+Source: DeepSeek-AI, "DeepSeek-V3 Technical Report", 2024, arXiv:2412.19437, section 3.3 (sums outside, group scales);
+the order of the tiles is that of `linear`.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from fastbert_kernels import launch
+from fastbert_kernels.gelu import activate
+from fastbert_kernels.quantize import quantize_rows
+
+OUT_GROUP = 128  # columns of a quantised result that share a scale: those of one tile
+
+
+@triton.jit(do_not_specialize=["n_rows"])
+def _quantized_linear_kernel(
+    x_ptr,  # (T, K)
+    x_scale_ptr,  # (T, N_GROUPS)
+    weight_ptr,  # (M, K)
+    weight_scale_ptr,  # (M,)
+    bias_ptr,  # (M,)
+    out_ptr,  # (T, M)
+    out_scale_ptr,  # (T, ceil(M / BLOCK_COLS)) where QUANTIZE
+    n_rows,
+    n_cols,
+    K: tl.constexpr,
+    GROUP: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    INT8: tl.constexpr,
+    QUANTIZE: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_ROWS: tl.constexpr,
+):
+    N_GROUPS: tl.constexpr = (K + GROUP - 1) // GROUP
+    STEP: tl.constexpr = BLOCK_K if N_GROUPS == 1 or GROUP % BLOCK_K == 0 else GROUP
+    pid = tl.program_id(0)
+    n_row_blocks = tl.cdiv(n_rows, BLOCK_ROWS)
+    n_col_blocks = tl.cdiv(n_cols, BLOCK_COLS)
+    group_size = GROUP_ROWS * n_col_blocks
+    first_row_block = (pid // group_size) * GROUP_ROWS
+    group_rows = tl.minimum(n_row_blocks - first_row_block, GROUP_ROWS)
+    row_block = first_row_block + (pid % group_size) % group_rows
+    col_block = (pid % group_size) // group_rows
+
+    row_offs = row_block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    col_offs = col_block * BLOCK_COLS + tl.arange(0, BLOCK_COLS)
+    k_offs = tl.arange(0, BLOCK_K)
+    # Rows past the end read the last row instead: no mask in the loop, and the store drops what they give.
+    x_rows = tl.minimum(row_offs, n_rows - 1).to(tl.int64)
+    weight_rows = tl.minimum(col_offs, n_cols - 1).to(tl.int64)
+    x_ptrs = x_ptr + x_rows[:, None] * K + k_offs[None, :]  # (BLOCK_ROWS, BLOCK_K)
+    weight_ptrs = weight_ptr + weight_rows[None, :] * K + k_offs[:, None]  # (BLOCK_K, BLOCK_COLS)
+    x_scale_ptrs = x_scale_ptr + x_rows * N_GROUPS
+
+    sums = tl.zeros((BLOCK_ROWS, BLOCK_COLS), dtype=tl.int32 if INT8 and N_GROUPS == 1 else tl.float32)
+    for k_start in range(0, K, STEP):
+        if K % STEP == 0 and STEP == BLOCK_K:
+            x = tl.load(x_ptrs)
+            weight = tl.load(weight_ptrs)
+        else:
+            k_mask = k_offs < tl.minimum(K - k_start, STEP)
+            x = tl.load(x_ptrs, mask=k_mask[None, :], other=0.0)
+            weight = tl.load(weight_ptrs, mask=k_mask[:, None], other=0.0)
+        if N_GROUPS > 1:
+            scale = tl.load(x_scale_ptrs + k_start // GROUP)
+            sums += tl.dot(x, weight).to(tl.float32) * scale[:, None]
+        elif INT8:
+            sums = tl.dot(x, weight, sums, out_dtype=tl.int32)
+        else:
+            sums += tl.dot(x, weight)
+        x_ptrs += STEP
+        weight_ptrs += STEP
+
+    out = sums.to(tl.float32) * tl.load(weight_scale_ptr + col_offs, mask=col_offs < n_cols, other=0.0)[None, :]
+    if N_GROUPS == 1:
+        out *= tl.load(x_scale_ptrs)[:, None]
+    if HAS_BIAS:
+        out += tl.load(bias_ptr + col_offs, mask=col_offs < n_cols, other=0.0).to(tl.float32)[None, :]
+    out = activate(out, ACTIVATION)
+    out_offs = row_offs.to(tl.int64)[:, None] * n_cols + col_offs[None, :]
+    mask = (row_offs < n_rows)[:, None] & (col_offs < n_cols)[None, :]
+    if QUANTIZE:  # columns past the end are 0: their scale is, their bias is, and so is GELU of 0
+        q, scale = quantize_rows(out, INT8)
+        tl.store(out_ptr + out_offs, q, mask=mask)
+        tl.store(out_scale_ptr + row_offs.to(tl.int64) * n_col_blocks + col_block, scale, mask=row_offs < n_rows)
+    else:
+        tl.store(out_ptr + out_offs, out.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+def quantized_linear_forward(
+    x: torch.Tensor,
+    x_scale: torch.Tensor,
+    group: int,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    activation: str,
+    dtype: torch.dtype,
+    out_scale: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """(T, K) -> (T, M) in dtype. activation: "none", "gelu" or "gelu_tanh". group: columns of x that share a scale.
+
+    out_scale: a buffer (T, ceil(M / OUT_GROUP)) float32 for the scales of a quantised result, in which case dtype is
+    x's. All tensors are contiguous.
+    """
+    n_rows, k = x.shape
+    n_cols = weight.shape[0]
+    out = launch.empty((n_rows, n_cols), like=x, dtype=dtype)
+    if n_rows == 0:
+        return out
+    arch = launch.arch(x.device)
+    config = launch.quantized_linear_config(x.dtype, group if group < k else None, arch).block_sizes
+    if out_scale is not None and config["BLOCK_COLS"] != OUT_GROUP:
+        raise ValueError(f"a quantised result needs tiles of {OUT_GROUP} columns, the table has {config['BLOCK_COLS']}")
+    # Grid: one program per output tile, on one axis so that the kernel can order them.
+    n_tiles = triton.cdiv(n_rows, config["BLOCK_ROWS"]) * triton.cdiv(n_cols, config["BLOCK_COLS"])
+    launch.run(
+        _quantized_linear_kernel,
+        (n_tiles,),
+        config,
+        x_ptr=x,
+        x_scale_ptr=x_scale,
+        weight_ptr=weight,
+        weight_scale_ptr=weight_scale,
+        bias_ptr=bias,
+        out_ptr=out,
+        out_scale_ptr=out_scale,
+        n_rows=n_rows,
+        n_cols=n_cols,
+        K=k,
+        GROUP=min(group, k),
+        HAS_BIAS=bias is not None,
+        ACTIVATION=activation,
+        INT8=x.dtype == torch.int8,
+        QUANTIZE=out_scale is not None,
+    )
+    return out
