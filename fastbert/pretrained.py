@@ -27,6 +27,7 @@ class PreTrainedModel(nn.Module):
     """
 
     base_prefix = "bert."
+    cuda_graphs: Any  # bool: a property of the models
 
     def __init__(self, config: BertConfig, *, backend: str = "auto", strict: bool = False) -> None:
         super().__init__()
@@ -94,16 +95,17 @@ class PreTrainedModel(nn.Module):
         device: str | torch.device | None = None,
         backend: str = "auto",
         strict: bool = False,
+        cuda_graphs: bool = True,
         revision: str | None = None,
         **config_overrides: Any,
     ) -> Model:
         """Loads a checkpoint in Hugging Face layout, from a local folder or a hub id; the model is in eval mode.
 
-        dtype: "auto" takes the checkpoint's. device: the CPU by default. config_overrides: fields of BertConfig, and
-        num_labels. Weights that a checkpoint lacks are reported by name in a warning: a pooler is left out of a
-        BertModel (pooler_output is None), a head starts with fresh weights (`missing_names` has their names). Raises
-        FileNotFoundError where there is no checkpoint, ValueError where it does not fit the config or lacks weights of
-        the encoder.
+        dtype: "auto" takes the checkpoint's. device: the CPU by default. cuda_graphs: on a GPU, launch short batches
+        as CUDA graphs, which gives the same results. config_overrides: fields of BertConfig, and num_labels. Weights
+        that a checkpoint lacks are reported by name in a warning: a pooler is left out of a BertModel (pooler_output
+        is None), a head starts with fresh weights (`missing_names` has their names). Raises FileNotFoundError where
+        there is no checkpoint, ValueError where it does not fit the config or lacks weights of the encoder.
         """
         folder = checkpoint.resolve(src, revision=revision)
         config = BertConfig.from_pretrained(folder, **config_overrides)
@@ -113,6 +115,7 @@ class PreTrainedModel(nn.Module):
         with torch.device("meta"):
             model = cls(config, backend=backend, strict=strict)
         model._load(state, dtype, device, str(src))
+        model.cuda_graphs = cuda_graphs
         return model.eval()
 
     def _load(self, state: Mapping[str, Tensor], dtype: torch.dtype, device: torch.device, src: str) -> None:

@@ -312,7 +312,8 @@ class SentenceEncoder(nn.Module):
         return -torch.cdist(a, b, p=2.0 if self.similarity_fn_name == "euclidean" else 1.0)
 
     def _run(self, texts: Iterable[str], request: Request) -> Iterator[Any]:
-        self.eval()
+        if any(module.training for module in self.modules()):
+            self.eval()
         return Run(self, request).windows(texts)
 
     def _prompt(self, prompt: str | None, prompt_name: str | None) -> str:

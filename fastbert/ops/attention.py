@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -121,7 +122,7 @@ def _kernel(
     if seq_ids is None:
         seq_ids = sequence_ids(cu_seqlens, qkv.shape[0])
     if work_list is None:
-        work_list = _work_list(cu_seqlens_cpu, qkv.dtype, qkv.shape[1] // (3 * num_heads), qkv.device)
+        work_list = _work_list(cu_seqlens_cpu, qkv.dtype, qkv.shape[1] // (3 * num_heads), qkv.device).to(qkv.device)
     qkv = qkv if qkv.stride(-1) == 1 else qkv.contiguous()
     return varlen_attention_forward(qkv, cu_seqlens, seq_ids, work_list, num_heads, scale)
 
@@ -172,19 +173,62 @@ def obstacle(head_size: int, qkv: torch.Tensor, dropout_p: float = 0.0) -> str |
 
 
 def _work_list(cu_seqlens_cpu: torch.Tensor, dtype: torch.dtype, head_size: int, device: torch.device) -> torch.Tensor:
+    """(W, 4) int32, on the CPU, for the block sizes of the device."""
     from fastbert_kernels import launch
     from fastbert_kernels.attention import build_work_list
 
     block_q = launch.attention_config(dtype, head_size, launch.arch(device)).block_sizes["BLOCK_Q"]
-    return build_work_list(cu_seqlens_cpu.tolist(), block_q).to(device, non_blocking=True)
+    return build_work_list(cu_seqlens_cpu.tolist(), block_q)
 
 
-def _triton_plan(batch: PackedBatch, dtype: torch.dtype, head_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _plan_key(dtype: torch.dtype, head_size: int, policy: Policy) -> tuple[Any, ...]:
+    return "triton attention", dtype, head_size
+
+
+def _triton_plan(
+    batch: PackedBatch, dtype: torch.dtype, head_size: int, policy: Policy
+) -> tuple[torch.Tensor, torch.Tensor]:
     """(seq_ids, work_list), made once a batch."""
-    return batch.plan(
-        ("triton attention", dtype, head_size),
-        lambda: (batch.seq_ids, _work_list(batch.cu_seqlens_cpu, dtype, head_size, batch.device)),
-    )
+
+    def make() -> tuple[torch.Tensor, torch.Tensor]:
+        work_list = _work_list(batch.cu_seqlens_cpu, dtype, head_size, batch.device)
+        return batch.seq_ids, work_list.to(batch.device, non_blocking=True)
+
+    return batch.plan(_plan_key(dtype, head_size, policy), make)
+
+
+def in_more_rows(
+    batch: PackedBatch, position_ids: torch.Tensor, qkv_dtype: torch.dtype, head_size: int, policy: Policy
+) -> PackedBatch:
+    """The same sequences, with their plan for the triton backend, in the rows of position_ids, the last ones empty.
+
+    What attention gives for the empty rows is undefined.
+    """
+    plan = _triton_plan(batch, qkv_dtype, head_size, policy)
+    return replace(batch, position_ids=position_ids, _plans={_plan_key(qkv_dtype, head_size, policy): plan})
+
+
+def with_plan(
+    batch: PackedBatch, qkv_dtype: torch.dtype, head_size: int, policy: Policy, *plan: torch.Tensor
+) -> PackedBatch:
+    """The batch with a plan that the caller keeps for the triton backend: seq_ids (T,) and work_list (W, 4), int32.
+
+    Tiles of no rows, `0, 0, 0, 0`, may fill the work list up.
+    """
+    return replace(batch, _plans={_plan_key(qkv_dtype, head_size, policy): plan})
+
+
+def host_work_list(batch: PackedBatch, qkv_dtype: torch.dtype, head_size: int, policy: Policy) -> torch.Tensor:
+    """The work list that the triton backend makes for the batch, (W, 4) int32, on the CPU."""
+    return _work_list(batch.cu_seqlens_cpu, qkv_dtype, head_size, batch.device)
+
+
+def max_tiles(n_tokens: int, qkv_dtype: torch.dtype, head_size: int, device: torch.device) -> int:
+    """The longest work list that n_tokens tokens can have where neighbours share tiles."""
+    from fastbert_kernels import attention, launch
+
+    block_q = launch.attention_config(qkv_dtype, head_size, launch.arch(device)).block_sizes["BLOCK_Q"]
+    return attention.max_tiles(n_tokens, block_q)
 
 
 @untraced
@@ -194,7 +238,7 @@ def prepare(batch: PackedBatch, qkv_dtype: torch.dtype, head_size: int, policy: 
         return
     why_not = obstacle(head_size, torch.empty(0, dtype=qkv_dtype, device=batch.device))
     if dispatch.decide("attention", policy, batch.device, why_not).backend == "triton":
-        _triton_plan(batch, qkv_dtype, head_size)
+        _triton_plan(batch, qkv_dtype, head_size, policy)
 
 
 def varlen_attention(
@@ -220,8 +264,8 @@ def varlen_attention(
     tracing = torch.compiler.is_compiling()
     if dispatch.choose("attention", policy.backend, policy.strict, qkv.device, why_not) == "triton":
         # A tracer finds the plan if `prepare` made it; otherwise the operation makes one when it runs.
-        unplanned = tracing and not batch.has_plan(("triton attention", qkv.dtype, head_size))
-        seq_ids, work_list = (None, None) if unplanned else _triton_plan(batch, qkv.dtype, head_size)
+        unplanned = tracing and not batch.has_plan(_plan_key(qkv.dtype, head_size, policy))
+        seq_ids, work_list = (None, None) if unplanned else _triton_plan(batch, qkv.dtype, head_size, policy)
         return torch.ops.fastbert.varlen_attention(
             qkv, batch.cu_seqlens, batch.cu_seqlens_cpu, seq_ids, work_list, num_heads, scale
         )

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import triton
 
-from fastbert_kernels import interpreter
+from fastbert_kernels import disk_cache, events, interpreter
 
 TABLE_VERSION = 1
 TABLE_FOLDER = Path(__file__).parent / "tuned"
@@ -47,6 +47,8 @@ class Launch:
     config: dict[str, int]
     arguments: dict[str, Any]
 
+
+events.listen()
 
 _recorded: list[Launch] | None = None
 _recorded_arch: int | None = None
@@ -78,16 +80,27 @@ def empty(shape: tuple[int, ...], *, like: torch.Tensor, dtype: torch.dtype | No
 
 
 def run(kernel: Any, grid: tuple[int, ...], config: dict[str, int], **arguments: Any) -> None:
-    """Launches the kernel on the device of its tensors, whichever device is current."""
+    """Launches the kernel on the device of its tensors, whichever device is current.
+
+    Where Triton's cache on disk cannot be used, this process goes on with a folder of its own: `disk_cache`.
+    """
     if _recorded is not None:
         _recorded.append(Launch(kernel, grid, config, arguments))
         return
     device = next(a.device for a in arguments.values() if isinstance(a, torch.Tensor))
-    # FP fusion is named because its default differs between Triton versions, and with it the bits of the results.
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
-            kernel[grid](**arguments, **config, enable_fp_fusion=True)
+            _launch(kernel, grid, config, arguments)
     else:
+        _launch(kernel, grid, config, arguments)
+
+
+def _launch(kernel: Any, grid: tuple[int, ...], config: dict[str, int], arguments: dict[str, Any]) -> None:
+    # FP fusion is named because its default differs between Triton versions, and with it the bits of the results.
+    try:
+        kernel[grid](**arguments, **config, enable_fp_fusion=True)
+    except OSError as error:
+        disk_cache.replace(error)
         kernel[grid](**arguments, **config, enable_fp_fusion=True)
 
 

@@ -1,0 +1,429 @@
+"""CUDA graphs of the encoder by token count, so that a short batch costs its kernels and not their launches.
+
+A layer is seven kernels of a few microseconds each on a short batch, and the host needs longer than that to
+launch one. A CUDA graph launches all of them at once, but replays what was captured: the same kernels, at the
+same shapes, on the same memory. Therefore:
+
+Buckets. A batch of T tokens runs in T' >= T rows, T' the next of `BUCKETS`: steps of 32 up to 1,024, then a
+sixteenth of the power of two below, up to 16,384; above 512 rows, less than 1/16 of them are padding. Rows of
+padding have id, position and segment 0. Nothing of theirs reaches another row, since attention reads rows through
+the work list alone and everything else works row by row. They are never returned.
+
+With or without. Below the largest bucket the plain path runs in T' rows as well: the same kernels at the same
+shapes, so results with graphs and without are the same to the bit. Above it, both run in exactly T rows, and
+without a graph.
+
+Static memory. A graph reads ids, cu_seqlens, seq_ids and the work list of attention in buffers that all buckets of
+one octave share, and leaves its result in one. The work list has as many tiles as T' tokens can ever need
+(fastbert_kernels.attention.max_tiles), the rest of them empty. What does not fit, more than T' sequences (empty
+ones, then) or more tiles, takes the plain path. The result is copied out before anybody else may replay: what a
+caller holds is his. Intermediate memory comes from one pool that all graphs of a model share, for no two of them
+run at a time.
+
+What ends a graph. It reads weights at their addresses, and some that are derived from them, such as the fused QKV
+matrix. Before each replay the addresses and PyTorch's counts of writes are compared (`Watch`): where one differs,
+all graphs are dropped, and captured again when they are next needed; so they are by train(), to() and another
+policy. Hooks, adapters, patched forwards, training mode, gradients, autocast, torch.compile and dispatch modes such
+as FlopCounterMode take the plain path, in exactly T rows.
+
+How many. `MAX_GRAPHS` for a model; beyond, the one that was not used for longest goes. A bucket is captured at its
+first use. `fastbert.warmup` captures ahead, and from then on no batch makes a capture: one whose bucket has no
+graph takes the plain path.
+
+Threads and streams. A lock is held from the writing of the inputs to the launch of the copy of the result, all of
+which happen on the caller's current stream; a caller on another stream first waits, on the device, for that copy.
+Captures are one at a time in the process.
+
+`Capturer` is all that knows of CUDA. In tests another stands for it, which runs the function again instead.
+"""
+
+from __future__ import annotations
+
+import bisect
+import logging
+import sys
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass, fields
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from fastbert.ops import Policy, attention
+from fastbert.varlen import PackedBatch
+
+logger = logging.getLogger("fastbert")
+
+LARGEST = 16384
+MAX_GRAPHS = 128
+
+
+def _bucket_sizes() -> tuple[int, ...]:
+    sizes, size = [], 0
+    while size < LARGEST:
+        octave = 1 << (size.bit_length() - 1) if size else 1  # the largest power of two <= size
+        size += max(32, octave // 16)
+        sizes.append(size)
+    return tuple(sizes)
+
+
+BUCKETS = _bucket_sizes()
+
+
+def bucket_of(n_tokens: int) -> int | None:
+    """The rows in which a batch of n_tokens runs: the next of BUCKETS, None above the largest and for 0."""
+    if not 0 < n_tokens <= LARGEST:
+        return None
+    return BUCKETS[bisect.bisect_left(BUCKETS, n_tokens)]
+
+
+@dataclass(frozen=True)
+class CompileEvents:
+    """What has stalled a launch in this process so far, or, as the difference of two, in between.
+
+    compilations: Triton kernels of this library compiled. loads: those found compiled in Triton's cache on disk, and
+    loaded. captures: CUDA graphs captured. tunings: block sizes measured.
+    """
+
+    compilations: int = 0
+    loads: int = 0
+    captures: int = 0
+    tunings: int = 0
+
+    @property
+    def total(self) -> int:
+        return self.compilations + self.loads + self.captures + self.tunings
+
+    def __sub__(self, earlier: CompileEvents) -> CompileEvents:
+        return CompileEvents(*(getattr(self, f.name) - getattr(earlier, f.name) for f in fields(self)))
+
+
+_captures = 0
+# One capture at a time in a process: torch.cuda.graph. Captures are also counted under it.
+_capturing = threading.Lock()
+
+
+def compile_events() -> CompileEvents:
+    """Counts of compilations, loads of compiled kernels, captures and tunings since the process started.
+
+    After `fastbert.warmup(model)` no batch of any lengths adds to them. Imports no compiler.
+    """
+    kernels = sys.modules.get("fastbert_kernels.events")  # without it, no kernel was launched
+    return CompileEvents(captures=_captures, **(kernels.counts() if kernels is not None else {}))
+
+
+class Replayable(Protocol):
+    def replay(self) -> None: ...
+
+
+class Capturer(Protocol):
+    """The device's side of graphs. `function` works on static memory alone, and returns nothing."""
+
+    def begin(self) -> None:
+        """Makes the current stream wait for the last `end`."""
+
+    def end(self) -> None:
+        """Marks where the current stream is done with the static memory."""
+
+    def capture(self, function: Callable[[], None]) -> Replayable:
+        """Captures what the function launches; whether it also runs is open. Errors are RuntimeErrors."""
+
+
+class CudaCapturer:
+    """Captures as PyTorch's notes on CUDA semantics say: first run on a side stream, then captured on another."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._last: tuple[torch.cuda.Stream, torch.cuda.Event] | None = None
+        self._streams: tuple[torch.cuda.Stream, torch.cuda.Stream] | None = None
+        self._pool: Any = None
+
+    def begin(self) -> None:
+        stream = torch.cuda.current_stream(self.device)
+        if self._last is not None and self._last[0] != stream:
+            stream.wait_event(self._last[1])
+
+    def end(self) -> None:
+        stream = torch.cuda.current_stream(self.device)
+        event = torch.cuda.Event() if self._last is None else self._last[1]
+        event.record(stream)
+        self._last = stream, event
+
+    def capture(self, function: Callable[[], None]) -> Replayable:
+        with torch.cuda.device(self.device):
+            before = torch.cuda.current_stream()
+            if self._streams is None:
+                self._streams = torch.cuda.Stream(), torch.cuda.Stream()
+                self._pool = torch.cuda.graph_pool_handle()
+            aside, capturing = self._streams
+            try:
+                # Whatever is made at a first use (modules, handles, workspaces) is made here, outside of the capture.
+                aside.wait_stream(before)
+                with torch.cuda.stream(aside):
+                    function()
+                before.wait_stream(aside)
+                graph = torch.cuda.CUDAGraph()
+                # The stream is always the same, as a shared pool wants it. Other threads may allocate meanwhile.
+                with torch.cuda.graph(graph, self._pool, capturing, capture_error_mode="thread_local"):
+                    function()
+            finally:
+                torch.cuda.set_stream(before)  # a capture that fails leaves its own stream current
+        return graph
+
+
+def capturer(device: torch.device) -> Capturer | None:
+    """What captures graphs on this device, None where nothing does. There, batches are not padded to buckets either."""
+    return CudaCapturer(device) if device.type == "cuda" and torch.version.hip is None else None
+
+
+class Watch:
+    """Whether modules are as they were: children, hooks, forwards, mode; and where their parameters lie.
+
+    Looked at before every replay, so it keeps the dictionaries that hold these things, and asks no module.
+    """
+
+    def __init__(self, roots: Iterable[nn.Module], kinds: Collection[type[nn.Module]]) -> None:
+        modules = [module for root in roots for module in root.modules()]
+        self._children = tuple((module._modules, dict(module._modules)) for module in modules if module._modules)
+        self._parameters = tuple(module._parameters for module in modules if module._parameters)
+        self._dicts = tuple(module.__dict__ for module in modules)
+        self._deriving = tuple(attributes for attributes in self._dicts if "_look_again" in attributes)
+        self._hooks = tuple(
+            hooks
+            for module in modules
+            for hooks in (
+                module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
+            )
+        )  # fmt: skip
+        self._known = all(type(module) in kinds for module in modules)
+
+    def same_modules(self) -> bool:
+        """Whether no module was replaced, added or removed."""
+        return all(children == before for children, before in self._children)
+
+    def plain(self) -> bool:
+        """Whether every module is of a known kind and in eval mode, and nobody listens to or patches one."""
+        return (
+            self._known
+            and not any(self._hooks)
+            and not any("forward" in attributes or attributes["training"] for attributes in self._dicts)
+        )
+
+    def looks_again(self) -> bool:
+        """Whether a module was asked to make what it derives from its weights anew (`_look_again`)."""
+        return any(attributes["_look_again"] for attributes in self._deriving)
+
+    def state(self) -> tuple[list[int], list[int]]:
+        """Of every parameter where it is, and how often it was written to, as far as PyTorch counts that."""
+        found = [p for parameters in self._parameters for p in parameters.values() if p is not None]
+        try:
+            versions = [p._version for p in found]
+        except RuntimeError:  # inference tensors have none
+            versions = [-1 if p.is_inference() else p._version for p in found]
+        return list(map(Tensor.data_ptr, found)), versions
+
+
+class _Buffers:
+    """The static memory of the buckets of one octave, up to `capacity` rows."""
+
+    def __init__(self, capacity: int, n_tiles: int, hidden_size: int, dtype: torch.dtype, device: torch.device) -> None:
+        # Integers of attention, in one copy from the host: work list, seq_ids and cu_seqlens, each 16-byte aligned.
+        self.integers = torch.zeros(4 * n_tiles + 2 * capacity + 1, dtype=torch.int32, device=device)
+        self.ids = torch.zeros(3, capacity, dtype=torch.int64, device=device)  # of words, segments and positions
+        self.out = torch.zeros(capacity, hidden_size, dtype=dtype, device=device)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a model's graphs have in common."""
+
+    device: torch.device
+    dtype: torch.dtype
+    hidden_size: int
+    head_size: int
+    policy: Policy
+
+
+# (input_ids, token_type_ids, position_ids, batch) -> the last hidden state, (rows, H)
+Forward = Callable[[Tensor, Tensor, Tensor, PackedBatch], Tensor]
+
+
+class Graphs:
+    """The graphs of one model on one device. `enabled` is the user's switch."""
+
+    def __init__(self) -> None:
+        self.enabled = True
+        self.lock = threading.RLock()
+        self.limit = MAX_GRAPHS
+        self.clear()
+
+    def clear(self) -> None:
+        """Forgets everything that was captured; the next use captures again, also after a warm-up."""
+        with self.lock:
+            self.frozen = False  # after a warm-up: no capture any more
+            self._graphs: OrderedDict[Any, Replayable] = OrderedDict()
+            self._buffers: dict[int, _Buffers] = {}
+            self._capturer: Capturer | None = None
+            self._shape: Shape | None = None
+            self._state: Any = None
+            self._failed = False
+
+    def __len__(self) -> int:
+        return len(self._graphs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"enabled": self.enabled, "limit": self.limit}  # a copy of a model captures graphs of its own
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__()  # type: ignore[misc]
+        self.__dict__.update(state)
+
+    def run(
+        self,
+        forward: Forward,
+        batch: PackedBatch,
+        ids: tuple[Tensor, Tensor | None, Tensor],
+        shape: Shape,
+        state: Callable[[], Any],
+    ) -> Tensor | None:
+        """The last hidden state, (T, H), of a batch of 1 to LARGEST tokens; None where it must take the plain path.
+
+        ids: words, segments (None: 0) and positions, each (T,). state: what the graphs depend on besides the shape;
+        where it differs from the last time, they are dropped.
+        """
+        bucket = bucket_of(batch.n_tokens)
+        if bucket is None or batch.batch_size > bucket:
+            return None
+        with self.lock:
+            found = state()
+            if shape != self._shape or found != self._state:
+                if self._shape is not None:
+                    self.clear()
+                self._shape, self._state = shape, found
+            if self._capturer is None:
+                self._capturer = capturer(shape.device)
+            key = bucket, _switches()
+            missing = key not in self._graphs
+            if self._failed or self._capturer is None or (missing and self.frozen):
+                return None
+            n_tiles = attention.max_tiles(bucket, shape.dtype, shape.head_size, shape.device)
+            tiles = attention.host_work_list(batch, shape.dtype, shape.head_size, shape.policy)
+            if tiles.shape[0] > n_tiles:  # of neighbours that do not share tiles
+                return None
+            capacity = max(BUCKETS[0], 1 << (bucket - 1).bit_length())
+            if capacity not in self._buffers:
+                self._buffers[capacity] = self._make_buffers(capacity, shape)
+            buffers = self._buffers[capacity]
+            self._capturer.begin()
+            self._fill(buffers, bucket, n_tiles, tiles, batch, ids)
+            if missing:
+                graph = self._capture(forward, buffers, bucket, n_tiles, batch, shape)
+                if graph is None:
+                    return None
+                self._graphs[key] = graph
+                while len(self._graphs) > self.limit:
+                    self._graphs.popitem(last=False)
+            self._graphs.move_to_end(key)
+            self._graphs[key].replay()
+            out = buffers.out[: batch.n_tokens].clone()
+            self._capturer.end()
+            return out
+
+    @staticmethod
+    def _make_buffers(capacity: int, shape: Shape) -> _Buffers:
+        n_tiles = attention.max_tiles(capacity, shape.dtype, shape.head_size, shape.device)
+        with torch.inference_mode(False):  # or nobody could write to them outside of inference mode
+            return _Buffers(capacity, n_tiles, shape.hidden_size, shape.dtype, shape.device)
+
+    @staticmethod
+    def _fill(
+        buffers: _Buffers,
+        bucket: int,
+        n_tiles: int,
+        tiles: Tensor,
+        batch: PackedBatch,
+        ids: tuple[Tensor, Tensor | None, Tensor],
+    ) -> None:
+        n_tokens, n_integers = batch.n_tokens, 4 * n_tiles + bucket + batch.batch_size + 1
+        pinned = buffers.integers.is_cuda
+        integers = torch.zeros(n_integers, dtype=torch.int32, device="cpu", pin_memory=pinned)
+        work_list, seq_ids, cu_seqlens = integers.split([4 * n_tiles, bucket, batch.batch_size + 1])
+        work_list[: tiles.numel()] = tiles.flatten()
+        lengths = batch.cu_seqlens_cpu.diff()
+        sequences = torch.arange(batch.batch_size, dtype=torch.int32, device="cpu")
+        seq_ids[:n_tokens] = torch.repeat_interleave(sequences, lengths, output_size=n_tokens)
+        cu_seqlens.copy_(batch.cu_seqlens_cpu)
+        buffers.integers[:n_integers].copy_(integers, non_blocking=True)
+        for row, values in zip(buffers.ids, ids, strict=True):
+            if values is None:
+                row[:bucket].zero_()
+            else:
+                row[:n_tokens].copy_(values)
+        buffers.ids[:, n_tokens:bucket].zero_()
+
+    def _capture(
+        self, forward: Forward, buffers: _Buffers, bucket: int, n_tiles: int, batch: PackedBatch, shape: Shape
+    ) -> Replayable | None:
+        global _captures
+        assert self._capturer is not None
+        integers = buffers.integers
+        start = 4 * n_tiles
+        words, segments, positions = (row[:bucket] for row in buffers.ids)
+        static = PackedBatch(
+            cu_seqlens=integers[start + bucket : start + 2 * bucket + 1],
+            cu_seqlens_cpu=batch.cu_seqlens_cpu,  # which the kernels never look at
+            position_ids=positions,
+            batch_size=bucket,
+            padded_length=bucket,
+        )
+        plan = integers[start : start + bucket], integers[:start].view(n_tiles, 4)
+        static = attention.with_plan(static, shape.dtype, shape.head_size, shape.policy, *plan)
+
+        def function() -> None:
+            buffers.out[:bucket].copy_(forward(words, segments, positions, static))
+
+        try:
+            with _capturing:
+                graph = self._capturer.capture(function)
+                _captures += 1
+        except RuntimeError as error:
+            self._failed = True
+            self._graphs.clear()
+            logger.warning(
+                "CUDA graphs: a capture of %d tokens failed, so kernels are launched one by one from now on: %s",
+                bucket, error,
+            )  # fmt: skip
+            return None
+        return graph
+
+
+def _switches() -> tuple[Any, ...]:
+    """PyTorch's switches that change which kernels run."""
+    matmul = torch.backends.cuda.matmul
+    precision = matmul.fp32_precision if hasattr(matmul, "fp32_precision") else matmul.allow_tf32
+    return precision, matmul.allow_bf16_reduced_precision_reduction, matmul.allow_fp16_reduced_precision_reduction
+
+
+def plainly(
+    forward: Callable[[Tensor, Tensor, Tensor, PackedBatch], Any],
+    batch: PackedBatch,
+    ids: tuple[Tensor, Tensor | None, Tensor],
+    shape: Shape,
+) -> Any:
+    """`forward` on the rows of the batch's bucket, as a graph would run it; the rows of padding are still there."""
+    bucket = bucket_of(batch.n_tokens)
+    assert bucket is not None
+    words, segments, positions = (torch.zeros(bucket, dtype=torch.int64, device=shape.device) for _ in range(3))
+    for row, values in zip((words, segments, positions), ids, strict=True):
+        if values is not None:
+            row[: batch.n_tokens].copy_(values)
+    padded = attention.in_more_rows(batch, positions, shape.dtype, shape.head_size, shape.policy)
+    return forward(words, segments, positions, padded)
+
+
+def observed(device: torch.device) -> bool:
+    """Whether somebody watches the operations one by one, as FlopCounterMode does, or captures a graph himself."""
+    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    return capturing or torch._C._len_torch_dispatch_stack() > 0
