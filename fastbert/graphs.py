@@ -44,7 +44,7 @@ import logging
 import sys
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Protocol
 
@@ -121,11 +121,14 @@ class Replayable(Protocol):
 class Capturer(Protocol):
     """The device's side of graphs. `function` works on static memory alone, and returns nothing."""
 
-    def begin(self) -> None:
-        """Makes the current stream wait for the last `end`."""
+    def begin(self, memory: Sequence[Tensor]) -> None:
+        """Makes the current stream wait for the last `end`; it is about to use the static memory."""
 
     def end(self) -> None:
         """Marks where the current stream is done with the static memory."""
+
+    def finish(self) -> None:
+        """Waits, on the host, for the last `end`: what was captured may go."""
 
     def capture(self, function: Callable[[], None]) -> Replayable:
         """Captures what the function launches; whether it also runs is open. Errors are RuntimeErrors."""
@@ -140,16 +143,22 @@ class CudaCapturer:
         self._streams: tuple[torch.cuda.Stream, torch.cuda.Stream] | None = None
         self._pool: Any = None
 
-    def begin(self) -> None:
+    def begin(self, memory: Sequence[Tensor]) -> None:
         stream = torch.cuda.current_stream(self.device)
         if self._last is not None and self._last[0] != stream:
             stream.wait_event(self._last[1])
+            for tensor in memory:
+                tensor.record_stream(stream)  # should the model go while this stream still works
 
     def end(self) -> None:
         stream = torch.cuda.current_stream(self.device)
         event = torch.cuda.Event() if self._last is None else self._last[1]
         event.record(stream)
         self._last = stream, event
+
+    def finish(self) -> None:
+        if self._last is not None:
+            self._last[1].synchronize()
 
     def capture(self, function: Callable[[], None]) -> Replayable:
         with torch.cuda.device(self.device):
@@ -234,6 +243,11 @@ class _Buffers:
         self.ids = torch.zeros(3, capacity, dtype=torch.int64, device=device)  # of words, segments and positions
         self.out = torch.zeros(capacity, hidden_size, dtype=dtype, device=device)
 
+    def views(self, bucket: int, n_tiles: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Work list (W, 4), seq_ids (T',) and cu_seqlens (T' + 1,) of a bucket."""
+        parts = self.integers[: 4 * n_tiles + 2 * bucket + 1].split([4 * n_tiles, bucket, bucket + 1])
+        return parts[0].view(n_tiles, 4), parts[1], parts[2]
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -257,21 +271,39 @@ class Graphs:
         self.enabled = True
         self.lock = threading.RLock()
         self.limit = MAX_GRAPHS
+        self._capturer: Capturer | None = None
         self.clear()
 
     def clear(self) -> None:
         """Forgets everything that was captured; the next use captures again, also after a warm-up."""
         with self.lock:
-            self.frozen = False  # after a warm-up: no capture any more
+            if self._capturer is not None:
+                self._capturer.finish()
+            self.frozen = False
             self._graphs: OrderedDict[Any, Replayable] = OrderedDict()
             self._buffers: dict[int, _Buffers] = {}
-            self._capturer: Capturer | None = None
+            self._capturer = None
             self._shape: Shape | None = None
             self._state: Any = None
             self._failed = False
 
+    def thaw(self) -> None:
+        """Captures again at first use, also where that failed before."""
+        with self.lock:
+            self.frozen = self._failed = False
+
+    def freeze(self) -> None:
+        """No captures any more: a bucket without a graph takes the plain path. Ends with the graphs, in `clear`."""
+        with self.lock:
+            self.frozen = True
+
     def __len__(self) -> int:
         return len(self._graphs)
+
+    def captured(self) -> tuple[int, ...]:
+        """The buckets for which there is a graph."""
+        with self.lock:
+            return tuple(sorted({bucket for bucket, _ in self._graphs}))
 
     def __getstate__(self) -> dict[str, Any]:
         return {"enabled": self.enabled, "limit": self.limit}  # a copy of a model captures graphs of its own
@@ -308,102 +340,115 @@ class Graphs:
             missing = key not in self._graphs
             if self._failed or self._capturer is None or (missing and self.frozen):
                 return None
-            n_tiles = attention.max_tiles(bucket, shape.dtype, shape.head_size, shape.device)
             tiles = attention.host_work_list(batch, shape.dtype, shape.head_size, shape.policy)
-            if tiles.shape[0] > n_tiles:  # of neighbours that do not share tiles
+            if tiles.shape[0] > _max_tiles(bucket, shape):  # of neighbours that do not share tiles
                 return None
-            capacity = max(BUCKETS[0], 1 << (bucket - 1).bit_length())
-            if capacity not in self._buffers:
-                self._buffers[capacity] = self._make_buffers(capacity, shape)
-            buffers = self._buffers[capacity]
-            self._capturer.begin()
-            self._fill(buffers, bucket, n_tiles, tiles, batch, ids)
-            if missing:
-                graph = self._capture(forward, buffers, bucket, n_tiles, batch, shape)
-                if graph is None:
+            capacity = 1 << (bucket - 1).bit_length()
+            buffers = self._buffers.get(capacity)
+            if buffers is None:
+                buffers = self._buffers[capacity] = self._make_buffers(capacity, shape)
+            self._capturer.begin((buffers.integers, buffers.ids, buffers.out))
+            try:
+                if missing and not self._capture(forward, buffers, bucket, batch, shape):
                     return None
-                self._graphs[key] = graph
-                while len(self._graphs) > self.limit:
-                    self._graphs.popitem(last=False)
-            self._graphs.move_to_end(key)
-            self._graphs[key].replay()
-            out = buffers.out[: batch.n_tokens].clone()
-            self._capturer.end()
-            return out
+                _fill(buffers, bucket, _max_tiles(bucket, shape), tiles, batch, ids)
+                self._graphs.move_to_end(key)
+                self._graphs[key].replay()
+                return buffers.out[: batch.n_tokens].clone()
+            finally:
+                self._capturer.end()
 
     @staticmethod
     def _make_buffers(capacity: int, shape: Shape) -> _Buffers:
-        n_tiles = attention.max_tiles(capacity, shape.dtype, shape.head_size, shape.device)
         with torch.inference_mode(False):  # or nobody could write to them outside of inference mode
-            return _Buffers(capacity, n_tiles, shape.hidden_size, shape.dtype, shape.device)
+            return _Buffers(capacity, _max_tiles(capacity, shape), shape.hidden_size, shape.dtype, shape.device)
 
-    @staticmethod
-    def _fill(
-        buffers: _Buffers,
-        bucket: int,
-        n_tiles: int,
-        tiles: Tensor,
-        batch: PackedBatch,
-        ids: tuple[Tensor, Tensor | None, Tensor],
-    ) -> None:
-        n_tokens, n_integers = batch.n_tokens, 4 * n_tiles + bucket + batch.batch_size + 1
-        pinned = buffers.integers.is_cuda
-        integers = torch.zeros(n_integers, dtype=torch.int32, device="cpu", pin_memory=pinned)
-        work_list, seq_ids, cu_seqlens = integers.split([4 * n_tiles, bucket, batch.batch_size + 1])
-        work_list[: tiles.numel()] = tiles.flatten()
-        lengths = batch.cu_seqlens_cpu.diff()
-        sequences = torch.arange(batch.batch_size, dtype=torch.int32, device="cpu")
-        seq_ids[:n_tokens] = torch.repeat_interleave(sequences, lengths, output_size=n_tokens)
-        cu_seqlens.copy_(batch.cu_seqlens_cpu)
-        buffers.integers[:n_integers].copy_(integers, non_blocking=True)
-        for row, values in zip(buffers.ids, ids, strict=True):
-            if values is None:
-                row[:bucket].zero_()
-            else:
-                row[:n_tokens].copy_(values)
-        buffers.ids[:, n_tokens:bucket].zero_()
+    def _capture(self, forward: Forward, buffers: _Buffers, bucket: int, batch: PackedBatch, shape: Shape) -> bool:
+        """Captures the bucket's graph; False if it cannot be done."""
+        capacity = buffers.out.shape[0]
+        # A capture may run what it captures, at shapes whose views lie elsewhere: on no tiles and on ids that are 0.
+        buffers.integers.zero_()
+        buffers.ids.zero_()
+        # An octave's largest graph comes first: the others then find its intermediate memory in the pool, where each
+        # that is larger than those before it would else need new memory, and leave theirs to nobody.
+        missing = [size for size in dict.fromkeys((capacity, bucket)) if (size, _switches()) not in self._graphs]
+        try:
+            for size in missing:
+                self._graphs[size, _switches()] = self._capture_one(forward, buffers, size, batch, shape)
+        except RuntimeError as error:
+            self._failed = True
+            self._graphs.clear()
+            logger.warning(
+                "CUDA graphs: capturing one of %d tokens failed, so kernels are launched one by one from now on: %s",
+                bucket, error,
+            )  # fmt: skip
+            return False
+        while len(self._graphs) > self.limit:
+            self._graphs.popitem(last=False)
+        return True
 
-    def _capture(
-        self, forward: Forward, buffers: _Buffers, bucket: int, n_tiles: int, batch: PackedBatch, shape: Shape
-    ) -> Replayable | None:
+    def _capture_one(
+        self, forward: Forward, buffers: _Buffers, bucket: int, batch: PackedBatch, shape: Shape
+    ) -> Replayable:
         global _captures
         assert self._capturer is not None
-        integers = buffers.integers
-        start = 4 * n_tiles
+        n_tiles = _max_tiles(bucket, shape)
+        work_list, seq_ids, cu_seqlens = buffers.views(bucket, n_tiles)
         words, segments, positions = (row[:bucket] for row in buffers.ids)
         static = PackedBatch(
-            cu_seqlens=integers[start + bucket : start + 2 * bucket + 1],
+            cu_seqlens=cu_seqlens,
             cu_seqlens_cpu=batch.cu_seqlens_cpu,  # which the kernels never look at
             position_ids=positions,
             batch_size=bucket,
             padded_length=bucket,
         )
-        plan = integers[start : start + bucket], integers[:start].view(n_tiles, 4)
-        static = attention.with_plan(static, shape.dtype, shape.head_size, shape.policy, *plan)
+        static = attention.with_plan(static, shape.dtype, shape.head_size, shape.policy, seq_ids, work_list)
 
         def function() -> None:
             buffers.out[:bucket].copy_(forward(words, segments, positions, static))
 
-        try:
-            with _capturing:
-                graph = self._capturer.capture(function)
-                _captures += 1
-        except RuntimeError as error:
-            self._failed = True
-            self._graphs.clear()
-            logger.warning(
-                "CUDA graphs: a capture of %d tokens failed, so kernels are launched one by one from now on: %s",
-                bucket, error,
-            )  # fmt: skip
-            return None
+        with _capturing:
+            graph = self._capturer.capture(function)
+            _captures += 1
         return graph
+
+
+def _max_tiles(bucket: int, shape: Shape) -> int:
+    return attention.max_tiles(bucket, shape.dtype, shape.head_size, shape.device)
+
+
+def _fill(
+    buffers: _Buffers,
+    bucket: int,
+    n_tiles: int,
+    tiles: Tensor,
+    batch: PackedBatch,
+    ids: tuple[Tensor, Tensor | None, Tensor],
+) -> None:
+    """Writes a batch where the bucket's graph reads it, on the current stream."""
+    n_tokens, n_seqs = batch.n_tokens, batch.batch_size
+    n_integers = 4 * n_tiles + bucket + n_seqs + 1
+    integers = torch.zeros(n_integers, dtype=torch.int32, device="cpu", pin_memory=buffers.integers.is_cuda)
+    work_list, seq_ids, cu_seqlens = integers.split([4 * n_tiles, bucket, n_seqs + 1])
+    work_list[: tiles.numel()] = tiles.flatten()
+    sequences = torch.arange(n_seqs, dtype=torch.int32, device="cpu")
+    seq_ids[:n_tokens] = torch.repeat_interleave(sequences, batch.cu_seqlens_cpu.diff(), output_size=n_tokens)
+    cu_seqlens.copy_(batch.cu_seqlens_cpu)
+    buffers.integers[:n_integers].copy_(integers, non_blocking=True)
+    for row, values in zip(buffers.ids, ids, strict=True):
+        if values is None:
+            row[:bucket].zero_()
+        else:
+            row[:n_tokens].copy_(values)
+    buffers.ids[:, n_tokens:bucket].zero_()
 
 
 def _switches() -> tuple[Any, ...]:
     """PyTorch's switches that change which kernels run."""
     matmul = torch.backends.cuda.matmul
-    precision = matmul.fp32_precision if hasattr(matmul, "fp32_precision") else matmul.allow_tf32
-    return precision, matmul.allow_bf16_reduced_precision_reduction, matmul.allow_fp16_reduced_precision_reduction
+    # As in fastbert_kernels.launch.dot_precision.
+    tf32 = matmul.fp32_precision == "tf32" if hasattr(matmul, "fp32_precision") else matmul.allow_tf32
+    return tf32, matmul.allow_bf16_reduced_precision_reduction, matmul.allow_fp16_reduced_precision_reduction
 
 
 def plainly(

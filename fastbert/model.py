@@ -402,11 +402,14 @@ class BertModel(PreTrainedModel):
             self._check_ids(batch, input_ids, token_type_ids, position_ids)
         if position_ids is None:
             position_ids = batch.position_ids
-        if not torch.compiler.is_compiling() and input_ids is not None and self._takes_buckets(batch):
+        in_bucket = not torch.compiler.is_compiling() and graphs.bucket_of(batch.n_tokens) is not None
+        if input_ids is not None and in_bucket and self.graph_obstacle() is None:
             return self._encode_bucket(batch, (input_ids, token_type_ids, position_ids), keep_states)
         if token_type_ids is None:
             token_type_ids = torch.zeros_like(batch.position_ids)
-        return self._encode(input_ids, token_type_ids, position_ids, batch, inputs_embeds, keep_states)
+        # Of int64 alone, as in the rows of a bucket: kernels are compiled for the dtype of the ids.
+        words = None if input_ids is None else input_ids.long()
+        return self._encode(words, token_type_ids.long(), position_ids.long(), batch, inputs_embeds, keep_states)
 
     def _encode(
         self,
@@ -452,21 +455,27 @@ class BertModel(PreTrainedModel):
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_watch": None, "_derived": (None, None)}
 
-    def _takes_buckets(self, batch: PackedBatch) -> bool:
-        """Whether the batch runs in the rows of a bucket: what a CUDA graph could be captured of, used or not."""
-        if torch.is_grad_enabled() or self.training or graphs.bucket_of(batch.n_tokens) is None:
-            return False
+    def graph_obstacle(self) -> str | None:
+        """Why no batch runs in the rows of a bucket, as a CUDA graph or as if it were one, at the moment; or None."""
+        device = self.device
+        if graphs.capturer(device) is None:
+            return f"there are no CUDA graphs on {device}"
+        if torch.is_grad_enabled():
+            return "gradients are on (torch.no_grad or torch.inference_mode turns them off)"
+        if self.training:
+            return "the model is in training mode"
         # A replica of DataParallel shares what it has with the others, and lasts for one call.
-        if graphs.capturer(batch.device) is None or getattr(self, "_is_replica", False):
-            return False
-        if graphs.observed(batch.device):
-            return False
+        if getattr(self, "_is_replica", False):
+            return "the model is a replica of DataParallel"
+        if graphs.observed(device):
+            return "a dispatch mode watches every operation, or another graph is being captured"
         if self._watch is None or not self._watch.same_modules():
             self._watch = graphs.Watch((self.embeddings, self.encoder), _CAPTURED)
         if not self._watch.plain():
-            return False
-        why_not = attention.obstacle(self.config.head_size, torch.empty(0, dtype=self.dtype, device=batch.device))
-        return dispatch.decide("attention", self.policy, batch.device, why_not).backend == "triton"
+            return "a module of the encoder is an adapter, has hooks or a forward of its own, or is in training mode"
+        why_not = attention.obstacle(self.config.head_size, torch.empty(0, dtype=self.dtype, device=device))
+        decision = dispatch.decide("attention", self.policy, device, why_not)
+        return None if decision.backend == "triton" else f"the backend of attention is {decision.backend!r}"
 
     def _encode_bucket(
         self, batch: PackedBatch, ids: tuple[Tensor, Tensor | None, Tensor], keep_states: bool
@@ -478,7 +487,7 @@ class BertModel(PreTrainedModel):
             def encode_last(*inputs: Any) -> Tensor:
                 return self._encode(*inputs)[-1]
 
-            last = self.graphs.run(encode_last, batch, ids, shape, self._weights)
+            last = self.graphs.run(encode_last, batch, ids, shape, self._weights)  # None where it does not fit
             if last is not None:
                 return [last]
 

@@ -26,7 +26,7 @@ LAYERS: list[set[str]] = [
     {"pretrained", "model", "heads", "outputs"},
     {"sentence", "sentence_layout", "sentence_run"},
     {"adapters"},
-    {"verify", "explain"},
+    {"verify", "explain", "readiness"},
     {"training"},
     {"__init__"},
     {"bench"},
