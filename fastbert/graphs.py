@@ -32,7 +32,8 @@ graph takes the plain path.
 
 Threads and streams. A lock is held from the writing of the inputs to the launch of the copy of the result, all of
 which happen on the caller's current stream; a caller on another stream first waits, on the device, for that copy.
-Captures are one at a time in the process.
+Captures are one at a time in the process; CUDA does not let another thread synchronise the whole device during one,
+so a program of several threads had better warm up before it starts them.
 
 `Capturer` is all that knows of CUDA. In tests another stands for it, which runs the function again instead.
 """

@@ -106,18 +106,22 @@ class BertSelfAttention(nn.Module):
         if tracked or torch.compiler.is_compiling() or any(p.is_inference() for p in parameters):
             return torch.cat(weights), torch.cat(biases)
         state = [(p.data_ptr(), p._version, p.dtype, p.device) for p in parameters]
-        if self._fused is None or self._fused[0][0] != state:
-            with torch.inference_mode(False), torch.no_grad():
+        fused = self._fused
+        if fused is not None and fused[0][0] == state and not self._look_again:
+            return fused[1], fused[2]
+        with torch.inference_mode(False), torch.no_grad():
+            if fused is not None and fused[0][0] == state:
+                torch.cat(weights, out=fused[1].data)
+                torch.cat(biases, out=fused[2].data)
+            else:
                 # The aliases keep the memory of a parameter that is replaced from being given to its successor, which
                 # would then look the same.
                 aliases = [p.detach() for p in parameters]
-                self._fused = (state, aliases), torch.cat(weights), torch.cat(biases)
-        elif self._look_again:
-            with torch.inference_mode(False), torch.no_grad():
-                torch.cat(weights, out=self._fused[1].data)
-                torch.cat(biases, out=self._fused[2].data)
-        self._look_again = False
-        return self._fused[1], self._fused[2]
+                fused = (state, aliases), torch.cat(weights), torch.cat(biases)
+        if fused[1].is_cuda and not torch.cuda.is_current_stream_capturing():
+            torch.cuda.current_stream(fused[1].device).synchronize()  # other threads read it on streams of their own
+        self._fused, self._look_again = fused, False
+        return fused[1], fused[2]
 
     def fused_address(self) -> tuple[int, ...]:
         """Where the fused weight and bias are, up to date; nowhere if they are made on every call."""

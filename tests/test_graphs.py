@@ -6,6 +6,7 @@ import copy
 import logging
 import pickle
 import threading
+import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -17,6 +18,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import fastbert
+import fastbert.model
 from fastbert import graphs, heads, varlen
 from fastbert.ops import Policy
 from helpers import cu_seqlens_of, rms_error
@@ -114,10 +116,10 @@ def test_buckets() -> None:
 
 
 def test_waste() -> None:
-    """Catches buckets whose padding, over token counts that are all as likely, is more than the notes say: 2.4 %."""
+    """Catches buckets whose padding, over token counts that are all as likely, is more than the notes say: 2.1 %."""
     counts = range(1, graphs.LARGEST + 1)
     rows = sum(graphs.bucket_of(n) or 0 for n in counts)
-    assert rows / sum(counts) - 1 < 0.024
+    assert rows / sum(counts) - 1 < 0.021
 
 
 def test_token_budget_is_a_bucket() -> None:
@@ -245,6 +247,23 @@ def test_hidden_states(stand_in: StandIn, device: torch.device) -> None:
         last = model(ids).last_hidden_state
     assert len(output.hidden_states) == 3 and all(state.shape == (2, 7, 32) for state in output.hidden_states)
     assert torch.equal(output.last_hidden_state, last) and torch.equal(output.hidden_states[-1], last)
+
+
+def test_hidden_states_go_when_they_are_read(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches memory that grows with the layers: all hidden states kept where only the last was asked for."""
+    model = make(device, num_hidden_layers=4)
+    states: list[Any] = []
+    forward = fastbert.model.BertLayer.forward
+
+    def watched(layer: Any, x: Tensor, batch: Any, policy: Any) -> Tensor:
+        assert all(state() is None for state in states[:-1])
+        out = forward(layer, x, batch, policy)
+        states.append(weakref.ref(out))
+        return out
+
+    monkeypatch.setattr(fastbert.model.BertLayer, "forward", watched)
+    encode(model, [9, 4])
+    assert len(states) == 4
 
 
 @pytest.mark.parametrize(
@@ -645,6 +664,64 @@ def test_another_stream_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     assert recorded[-1] == "finished"
 
 
+@pytest.mark.parametrize("fails", [False, True], ids=["captures", "fails"])
+def test_the_order_of_a_capture(fails: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a capture of what never ran, on the stream it ran on, in a pool of its own, or one that keeps a stream."""
+    log: list[Any] = []
+    current = ["caller's"]
+    streams = iter(["aside", "capturing"])
+
+    class Stream:
+        def __init__(self, name: str | None = None) -> None:
+            self.name = name or next(streams)
+
+        def wait_stream(self, other: Any) -> None:
+            log.append(f"{self.name} waits for {other.name}")
+
+    class Inside:
+        def __init__(self, stream: Any) -> None:
+            self.stream = stream
+
+        def __enter__(self) -> None:
+            self.before, current[0] = current[0], self.stream.name
+
+        def __exit__(self, *args: Any) -> None:
+            current[0] = self.before
+
+    class Capture(Inside):
+        def __init__(self, graph: Any, pool: Any, stream: Any, capture_error_mode: str) -> None:
+            super().__init__(stream)
+            log.append((pool, capture_error_mode))
+
+        def __exit__(self, *args: Any) -> None:
+            if fails:  # as torch.cuda.graph does, which then leaves its stream current
+                raise RuntimeError("capture failed")
+            super().__exit__()
+
+    class Device:
+        def __init__(self, device: Any) -> None: ...
+        def __enter__(self) -> None: ...
+        def __exit__(self, *args: Any) -> None: ...
+
+    fakes = {
+        "device": Device, "Stream": Stream, "stream": Inside, "graph": Capture, "CUDAGraph": object,
+        "graph_pool_handle": lambda: "pool", "current_stream": lambda: Stream(current[0]),
+        "set_stream": lambda stream: current.__setitem__(0, stream.name),
+    }  # fmt: skip
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    capturer = graphs.CudaCapturer(torch.device("cuda", 0))
+    first = ["aside waits for caller's", "aside", "caller's waits for aside", ("pool", "thread_local"), "capturing"]
+    for _ in range(2):
+        if fails:
+            with pytest.raises(RuntimeError, match="capture failed"):
+                capturer.capture(lambda: log.append(current[0]))
+        else:
+            capturer.capture(lambda: log.append(current[0]))
+        assert current == ["caller's"]
+    assert log == first * 2
+
+
 # On a GPU
 
 
@@ -685,11 +762,13 @@ def test_gpu_no_growth(cuda: torch.device) -> None:
 
 
 @pytest.mark.gpu
-def test_gpu_threads_on_streams(cuda: torch.device) -> None:
-    """Catches static memory that two streams use at a time."""
+@pytest.mark.parametrize("with_graphs", [True, False], ids=["graphs", "plain"])
+def test_gpu_threads_on_streams(with_graphs: bool, cuda: torch.device) -> None:
+    """Catches static memory, or a fused matrix, that one stream reads while another writes it."""
     model = real(cuda)
     cases = [(random_lengths(seed, 3000), seed) for seed in range(100)]
     expected = [without_graphs(model, *case) for case in cases]
+    model.cuda_graphs = with_graphs
     torch.cuda.synchronize()
 
     def work(start: int) -> list[Tensor]:
