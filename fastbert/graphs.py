@@ -148,8 +148,8 @@ class CudaCapturer:
         stream = torch.cuda.current_stream(self.device)
         if self._last is not None and self._last[0] != stream:
             stream.wait_event(self._last[1])
-            for tensor in memory:
-                tensor.record_stream(stream)  # should the model go while this stream still works
+        for tensor in memory:
+            tensor.record_stream(stream)  # should the model go while this stream still works
 
     def end(self) -> None:
         stream = torch.cuda.current_stream(self.device)
@@ -199,7 +199,7 @@ class Watch:
         self._children = tuple((module._modules, dict(module._modules)) for module in modules if module._modules)
         self._parameters = tuple(module._parameters for module in modules if module._parameters)
         self._dicts = tuple(module.__dict__ for module in modules)
-        self._deriving = tuple(attributes for attributes in self._dicts if "_look_again" in attributes)
+        self._deriving: tuple[Any, ...] = tuple(module for module in modules if "_look_again" in module.__dict__)
         self._hooks = tuple(
             hooks
             for module in modules
@@ -223,7 +223,11 @@ class Watch:
 
     def looks_again(self) -> bool:
         """Whether a module was asked to make what it derives from its weights anew (`_look_again`)."""
-        return any(attributes["_look_again"] for attributes in self._deriving)
+        return any(module.__dict__["_look_again"] for module in self._deriving)
+
+    def derived(self) -> list[tuple[int, ...]]:
+        """Where that is, up to date, of every module that has the attribute `_look_again`."""
+        return [module.derived_addresses() for module in self._deriving]
 
     def state(self) -> tuple[list[int], list[int]]:
         """Of every parameter where it is, and how often it was written to, as far as PyTorch counts that."""

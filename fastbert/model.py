@@ -123,8 +123,10 @@ class BertSelfAttention(nn.Module):
         self._fused, self._look_again = fused, False
         return fused[1], fused[2]
 
-    def fused_address(self) -> tuple[int, ...]:
-        """Where the fused weight and bias are, up to date; nowhere if they are made on every call."""
+    def derived_addresses(self) -> tuple[int, ...]:
+        """Where the fused weight and bias are, up to date; nowhere if they are made on every call, or not at all."""
+        if not (is_plain(self.query) and is_plain(self.key) and is_plain(self.value)):
+            return ()
         weight, bias = self.fused_qkv()
         kept = self._fused is not None and weight is self._fused[1]
         return (weight.data_ptr(), bias.data_ptr()) if kept else ()
@@ -503,8 +505,7 @@ class BertModel(PreTrainedModel):
         assert self._watch is not None
         state = self._watch.state()
         if state != self._derived[0] or self._watch.looks_again():
-            layers: Any = self.encoder.layer
-            self._derived = state, [layer.attention.self.fused_address() for layer in layers]
+            self._derived = state, self._watch.derived()
         return self._derived
 
     def _check_ids(
