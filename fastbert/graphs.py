@@ -52,7 +52,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from fastbert.ops import Policy, attention
+from fastbert.ops import BackendError, Policy, attention
 from fastbert.varlen import PackedBatch
 
 logger = logging.getLogger("fastbert")
@@ -380,6 +380,8 @@ class Graphs:
         try:
             for size in missing:
                 self._graphs[size, _switches()] = self._capture_one(forward, buffers, size, batch, shape)
+        except BackendError:  # a strict policy's, which the plain path would raise as well
+            raise
         except RuntimeError as error:
             self._failed = True
             self._graphs.clear()

@@ -596,6 +596,21 @@ def test_a_capture_that_fails(
     assert report.buckets == (32, 64) and not report.notes
 
 
+def test_errors_of_the_model(stand_in: StandIn, device: torch.device, caplog: pytest.LogCaptureFixture) -> None:
+    """Catches a strict policy's error, or one of mixed dtypes, taken for a driver that cannot capture."""
+    relu = make(device, hidden_act="relu")
+    mixed = make(device)
+    mixed.encoder.layer[0].intermediate.dense.double()
+    mixed.policy = Policy("triton")
+    with caplog.at_level(logging.WARNING, "fastbert"):
+        for _ in range(2):
+            with pytest.raises(fastbert.BackendError, match="no Triton kernel for 'relu'"):
+                encode(relu, [9, 4])
+            with pytest.raises(TypeError, match="expected one dtype"):
+                encode(mixed, [9, 4])
+    assert "CUDA graphs" not in caplog.text and not stand_in.busy
+
+
 # Threads and streams
 
 
