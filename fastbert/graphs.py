@@ -47,8 +47,11 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, fields
+from itertools import chain, repeat
+from operator import attrgetter, contains, itemgetter
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -218,7 +221,8 @@ class Watch:
         return (
             self._known
             and not any(self._hooks)
-            and not any("forward" in attributes or attributes["training"] for attributes in self._dicts)
+            and not any(map(itemgetter("training"), self._dicts))
+            and not any(map(contains, self._dicts, repeat("forward")))
         )
 
     def looks_again(self) -> bool:
@@ -231,9 +235,9 @@ class Watch:
 
     def state(self) -> tuple[list[int], list[int]]:
         """Of every parameter where it is, and how often it was written to, as far as PyTorch counts that."""
-        found = [p for parameters in self._parameters for p in parameters.values() if p is not None]
+        found = [p for p in chain.from_iterable(map(dict.values, self._parameters)) if p is not None]
         try:
-            versions = [p._version for p in found]
+            versions = list(map(attrgetter("_version"), found))
         except RuntimeError:  # inference tensors have none
             versions = [-1 if p.is_inference() else p._version for p in found]
         return list(map(Tensor.data_ptr, found)), versions
@@ -436,11 +440,11 @@ def _fill(
     n_tokens, n_seqs = batch.n_tokens, batch.batch_size
     n_integers = 4 * n_tiles + bucket + n_seqs + 1
     integers = torch.zeros(n_integers, dtype=torch.int32, device="cpu", pin_memory=buffers.integers.is_cuda)
-    work_list, seq_ids, cu_seqlens = integers.split([4 * n_tiles, bucket, n_seqs + 1])
-    work_list[: tiles.numel()] = tiles.flatten()
-    sequences = torch.arange(n_seqs, dtype=torch.int32, device="cpu")
-    seq_ids[:n_tokens] = torch.repeat_interleave(sequences, batch.cu_seqlens_cpu.diff(), output_size=n_tokens)
-    cu_seqlens.copy_(batch.cu_seqlens_cpu)
+    offsets = batch.cu_seqlens_cpu.numpy()
+    work_list, seq_ids, cu_seqlens = np.split(integers.numpy(), [4 * n_tiles, 4 * n_tiles + bucket])
+    work_list[: tiles.numel()] = tiles.numpy().ravel()
+    seq_ids[:n_tokens] = np.repeat(np.arange(n_seqs, dtype=np.int32), np.diff(offsets))
+    cu_seqlens[:] = offsets
     buffers.integers[:n_integers].copy_(integers, non_blocking=True)
     for row, values in zip(buffers.ids, ids, strict=True):
         if values is None:
