@@ -22,6 +22,8 @@ OPS = ("attention", "embedding", "gelu", "layer_norm", "linear", "pooling")
 # What is tested -> pytest's arguments. The first are the longest, so that they start first.
 GROUPS: dict[str, tuple[str, ...]] = {
     "model": ("tests/test_model.py",),
+    "graphs": ("tests/test_graphs.py",),
+    "stalls": ("tests/test_no_stall.py",),
     **{op: (f"tests/test_op_{op}.py",) for op in OPS},
     "linear": ("tests/test_op_linear.py", "tests/test_op_linear_persistent.py"),
     "batch_invariant": ("tests/test_batch_invariant.py",),
@@ -126,7 +128,7 @@ def judge(report: Path, returncode: int, interrupted: bool) -> Verdict:
 def refusals(notes: Mapping[str, Any]) -> dict[str, str]:
     """Operation -> why nothing that needs it is timed, from the notes of the tests' result file.
 
-    A model needs every operation, and text needs the model.
+    A model needs every operation and its graphs, and text needs the model.
     """
     verdicts = notes.get("tests", {})
     refused = {
@@ -134,7 +136,7 @@ def refusals(notes: Mapping[str, Any]) -> dict[str, str]:
         for group, verdict in verdicts.items()
         if verdict["status"] == FAILED
     }
-    for whole, parts in (("model", OPS), ("text", ("model",))):
+    for whole, parts in (("model", (*OPS, "graphs")), ("text", ("model",))):
         broken = next((part for part in parts if part in refused), None)
         if broken is not None:
             refused.setdefault(whole, refused[broken])

@@ -18,6 +18,7 @@ from fastbert._version import __version__
 if TYPE_CHECKING:
     from fastbert.config import BertConfig
     from fastbert.explain import explain
+    from fastbert.graphs import compile_events
     from fastbert.heads import (
         BertForMaskedLM,
         BertForMultipleChoice,
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     )
     from fastbert.model import BertModel
     from fastbert.ops import BackendError
+    from fastbert.readiness import warmup
     from fastbert.sentence import SentenceEncoder
     from fastbert.tokenizer import Tokenizer
     from fastbert.verify import verify
@@ -47,8 +49,10 @@ _PUBLIC = {
     "BertModel": "fastbert.model",
     "SentenceEncoder": "fastbert.sentence",
     "Tokenizer": "fastbert.tokenizer",
+    "compile_events": "fastbert.graphs",
     "explain": "fastbert.explain",
     "verify": "fastbert.verify",
+    "warmup": "fastbert.readiness",
 }
 
 __all__ = [
@@ -65,8 +69,10 @@ __all__ = [
     "SentenceEncoder",
     "Tokenizer",
     "__version__",
+    "compile_events",
     "explain",
     "verify",
+    "warmup",
 ]
 
 

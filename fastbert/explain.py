@@ -12,14 +12,14 @@ import inspect
 import itertools
 import sys
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastbert import quantized
+from fastbert import graphs, quantized
 from fastbert.model import BertAddNorm, BertLayer, BertModel, BertPooler, is_bare, is_plain
 from fastbert.ops import Policy, attention, dispatch, embedding, gelu, layer_norm, onednn, pooling
 from fastbert.ops.dispatch import Decision
@@ -45,7 +45,7 @@ class OpReport:
     shapes: in words. backend: "triton", "cpu", "torch", or "module" for a module that is called as it is. kernel: what
     that backend runs. block_sizes: of a Triton kernel, with its warps and stages. source: where the block sizes and the
     choice of GEMM came from. reason: why it is not the backend asked for, or why the module is called; `raises` says
-    that strict=True makes a BackendError of it.
+    that strict=True makes a BackendError of it. launches: of kernels on a GPU, each time; None where PyTorch decides.
     """
 
     op: str
@@ -57,6 +57,7 @@ class OpReport:
     source: str | None = None
     reason: str | None = None
     raises: bool = False
+    launches: int | None = None
 
     def remarks(self) -> Iterator[str]:
         if self.reason is not None:
@@ -142,6 +143,7 @@ def explain(
     if inner.config.extra.get("output_attentions"):
         instead = "running raises BackendError" if policy.strict else "the slow reference path runs instead"
         notes.append(f"config.output_attentions is set, and fused attention keeps no probabilities: {instead}")
+    notes += _launch_notes(rows, inner, where)
     if dtype == torch.float32 and where.type == "cuda":
         notes.append(f"float32 multiplies in {float32_precision()}: PyTorch's own switch")
     return Report(
@@ -155,6 +157,32 @@ def explain(
         batch_invariant=policy.batch_invariant,
         precision=inner.precision,
     )
+
+
+def _launch_notes(rows: Iterable[OpReport], model: PreTrainedModel, device: torch.device) -> Iterator[str]:
+    """How many kernels the encoder launches, and whether as one. Where cuBLAS splits a GEMM along K it adds another."""
+    n_layers, in_layers, others = model.config.num_hidden_layers, 0, 0
+    for row in rows:
+        _, in_layer, name = row.module.partition("encoder.layer.")
+        if not in_layer and row.op != "embedding":
+            continue
+        if row.launches is None:
+            return
+        if in_layer:
+            first, _, last = name.partition(".")[0].partition("-")
+            in_layers += row.launches * (int(last or first) - int(first) + 1)
+        else:
+            others += row.launches
+    yield f"launches: {in_layers / n_layers:.3g} kernels a layer, {in_layers + others} from ids to last hidden state"
+    if device.type != "cuda":
+        return
+    with torch.no_grad():
+        bert = backbone(model)
+        why_not = bert.graph_obstacle() if bert.device == device else bert.graphs_refused()
+    if why_not is None and not bert.cuda_graphs:
+        why_not = "the model's cuda_graphs is False"
+    inside = f"a batch of up to {graphs.LARGEST} tokens is one launch, without gradients"
+    yield f"CUDA graphs: {inside if why_not is None else f'none: {why_not}'}"
 
 
 def find_model(model: Any) -> PreTrainedModel:
@@ -441,6 +469,7 @@ class _Explainer:
             source=source,
             reason=decision.reason,
             raises=decision.reason is not None and self.policy.strict,
+            launches=1 if decision.backend == "triton" else None,
         )
 
     def block_sizes(self, config: str, *args: Any) -> tuple[dict[str, int], str]:
@@ -463,7 +492,9 @@ class _Explainer:
         gemm = launch.gemm(self.dtype, arch, self.gemm_shape(module), epilogue)
         sizes, source = dict(gemm.config.block_sizes), f"{choice}; {gemm.config.source}"
         kernel = f"fastbert_kernels.{gemm.ours}"
-        return OpReport(decision.op, name, shapes, decision.backend, kernel, block_sizes=sizes, source=source)
+        return OpReport(
+            decision.op, name, shapes, decision.backend, kernel, block_sizes=sizes, source=source, launches=1
+        )
 
     def packs(self, decision: Decision) -> bool:
         """Whether oneDNN multiplies, as fastbert.ops.linear asks."""
@@ -506,7 +537,11 @@ class _Explainer:
         kernel = LINEAR_KERNELS["torch"] + (" (cuBLAS)" if self.device.type == "cuda" else "")
         refused = library is None and self.policy.batch_invariant
         why_not = decision.reason if refused else None
-        return OpReport("linear", name, shapes, decision.backend, kernel, source=source, reason=why_not, raises=refused)
+        launches = 1 if decision.backend == "triton" else None
+        return OpReport(
+            "linear", name, shapes, decision.backend, kernel, source=source, launches=launches, reason=why_not,
+            raises=refused,
+        )  # fmt: skip
 
 
 def _class_of(module: nn.Module) -> str:

@@ -89,6 +89,15 @@ class _WithHead(PreTrainedModel):
     def add_head(self, config: BertConfig) -> None:
         raise NotImplementedError
 
+    @property
+    def cuda_graphs(self) -> bool:
+        """Whether short batches are launched as CUDA graphs: `BertModel.cuda_graphs`."""
+        return self.bert.cuda_graphs
+
+    @cuda_graphs.setter
+    def cuda_graphs(self, enabled: bool) -> None:
+        self.bert.cuda_graphs = enabled
+
     def get_input_embeddings(self) -> nn.Embedding:
         return self.bert.embeddings.word_embeddings
 

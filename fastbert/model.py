@@ -13,9 +13,9 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor, nn
 
-from fastbert import ops, quantized, reference, varlen
+from fastbert import graphs, ops, quantized, reference, varlen
 from fastbert.config import BertConfig
-from fastbert.ops import Policy
+from fastbert.ops import Policy, attention, dispatch
 from fastbert.outputs import BaseModelOutputWithPooling
 from fastbert.pretrained import PreTrainedModel, listed
 from fastbert.varlen import PackedBatch
@@ -107,11 +107,13 @@ class BertSelfAttention(nn.Module):
         self.value = nn.Linear(config.hidden_size, config.hidden_size)
         self.dropout = nn.Dropout(config.attention_probs_dropout_prob)
         self._fused: tuple[Any, Tensor, Tensor] | None = None
+        self._look_again = False
 
     def fused_qkv(self) -> tuple[Tensor, Tensor]:
         """The three projections as one weight (3H, H) and bias (3H,), kept until one of the six parameters changes.
 
-        PyTorch keeps no count of writes through `.data`: after those, train() or eval() makes this look again.
+        PyTorch keeps no count of writes through `.data`: after those, train() or eval() makes this look again. After
+        eval() the numbers are written to where they were, since a CUDA graph may read them there.
         """
         linears = (self.query, self.key, self.value)
         weights: list[Tensor] = [linear.weight for linear in linears]
@@ -123,16 +125,36 @@ class BertSelfAttention(nn.Module):
         if tracked or torch.compiler.is_compiling() or any(p.is_inference() for p in parameters):
             return torch.cat(weights), torch.cat(biases)
         state = [(p.data_ptr(), p._version, p.dtype, p.device) for p in parameters]
-        if self._fused is None or self._fused[0][0] != state:
-            with torch.inference_mode(False), torch.no_grad():
+        fused = self._fused
+        if fused is not None and fused[0][0] == state and not self._look_again:
+            return fused[1], fused[2]
+        with torch.inference_mode(False), torch.no_grad():
+            if fused is not None and fused[0][0] == state:
+                torch.cat(weights, out=fused[1].data)
+                torch.cat(biases, out=fused[2].data)
+                ops.forget_packed((fused[1],))
+            else:
                 # The aliases keep the memory of a parameter that is replaced from being given to its successor, which
                 # would then look the same.
                 aliases = [p.detach() for p in parameters]
-                self._fused = (state, aliases), torch.cat(weights), torch.cat(biases)
-        return self._fused[1], self._fused[2]
+                fused = (state, aliases), torch.cat(weights), torch.cat(biases)
+        if fused[1].is_cuda and not torch.cuda.is_current_stream_capturing():
+            torch.cuda.current_stream(fused[1].device).synchronize()  # other threads read it on streams of their own
+        self._fused, self._look_again = fused, False
+        return fused[1], fused[2]
+
+    def derived_addresses(self) -> tuple[int, ...]:
+        """Where the fused weight and bias are, up to date; nowhere if they are made on every call, or not at all."""
+        if not (is_plain(self.query) and is_plain(self.key) and is_plain(self.value)):
+            return ()
+        weight, bias = self.fused_qkv()
+        kept = self._fused is not None and weight is self._fused[1]
+        return (weight.data_ptr(), bias.data_ptr()) if kept else ()
 
     def train(self, mode: bool = True) -> BertSelfAttention:
-        self._fused = None
+        self._look_again = True
+        if mode:
+            self._fused = None
         return super().train(mode)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -203,12 +225,20 @@ class BertEncoder(nn.Module):
         super().__init__()
         self.layer = nn.ModuleList(BertLayer(config) for _ in range(config.num_hidden_layers))
 
-    def forward(self, x: Tensor, batch: PackedBatch, policy: Policy) -> list[Tensor]:
-        """(T, H) -> the hidden states before the first layer and after each, L + 1 times (T, H)."""
+    def forward(self, x: Tensor, batch: PackedBatch, policy: Policy, keep_states: bool = True) -> list[Tensor]:
+        """(T, H) -> the hidden states before the first layer and after each, L + 1 times (T, H), or the last alone."""
         states = [x]
         for layer in self.layer:
-            states.append(layer(states[-1], batch, policy))
+            x = layer(x, batch, policy)
+            states = [*states, x] if keep_states else [x]
         return states
+
+
+# What a CUDA graph may be captured of: modules whose forwards are known to launch the same kernels every time.
+_CAPTURED = frozenset(
+    (BertEmbeddings, BertEncoder, BertLayer, BertAttention, BertSelfAttention, BertIntermediate, BertAddNorm,
+     nn.ModuleList, nn.Embedding, nn.Linear, nn.LayerNorm, nn.Dropout)
+)  # fmt: skip
 
 
 class BertPooler(nn.Module):
@@ -258,11 +288,10 @@ class BertModel(PreTrainedModel):
         self.embeddings = BertEmbeddings(config)
         self.encoder = BertEncoder(config)
         self.pooler: BertPooler | None = BertPooler(config) if add_pooling_layer else None
+        self.graphs = graphs.Graphs()
+        self._watch: graphs.Watch | None = None
+        self._derived: tuple[Any, Any] = (None, None)
         self.init_weights()
-
-    def train(self, mode: bool = True) -> BertModel:
-        self.quantized_weights.clear()
-        return super().train(mode)
 
     def _report_missing(self, missing: list[str], src: str) -> list[str]:
         pooler = [name for name in missing if name.startswith("pooler.")]
@@ -380,7 +409,7 @@ class BertModel(PreTrainedModel):
             return self._encode_by_reference(
                 batch, keep_states, input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds
             )
-        states = self.encode_packed(batch, ids, types, positions, embeds)
+        states = self.encode_packed(batch, ids, types, positions, embeds, keep_states=keep_states)
         return Encoded(batch, states[-1], states if keep_states else None, None)
 
     def encode_packed(
@@ -391,9 +420,10 @@ class BertModel(PreTrainedModel):
         position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         *,
+        keep_states: bool = False,
         check: bool = True,
     ) -> list[Tensor]:
-        """Packed (T,) ids or (T, H) embeddings -> the L + 1 hidden states, each (T, H).
+        """Packed (T,) ids or (T, H) embeddings -> the last hidden state (T, H) as a list, or all L + 1 (keep_states).
 
         check=False skips the look at the ids' values, which on a GPU waits for it, for callers who have checked.
         """
@@ -405,23 +435,119 @@ class BertModel(PreTrainedModel):
         self._check_embeds(inputs_embeds)
         if check:
             self._check_ids(batch, input_ids, token_type_ids, position_ids)
-        if token_type_ids is None:
-            token_type_ids = torch.zeros_like(batch.position_ids)
         if position_ids is None:
             position_ids = batch.position_ids
+        in_bucket = not torch.compiler.is_compiling() and graphs.bucket_of(batch.n_tokens) is not None
+        if input_ids is not None and in_bucket and self.graph_obstacle() is None:
+            return self._encode_bucket(batch, (input_ids, token_type_ids, position_ids), keep_states)
+        if token_type_ids is None:
+            token_type_ids = torch.zeros_like(batch.position_ids)
+        # Of int64 alone, as in the rows of a bucket: kernels are compiled for the dtype of the ids.
+        words = None if input_ids is None else input_ids.long()
+        return self._encode(words, token_type_ids.long(), position_ids.long(), batch, inputs_embeds, keep_states)
+
+    def _encode(
+        self,
+        input_ids: Tensor | None,
+        token_type_ids: Tensor,
+        position_ids: Tensor,
+        batch: PackedBatch,
+        inputs_embeds: Tensor | None = None,
+        keep_states: bool = False,
+    ) -> list[Tensor]:
         ops.prepare_attention(batch, self.dtype, self.config.head_size, self.policy)
         if self.precision is not None:
             backend = quantized.choose(self)
             if backend != quantized.UNQUANTISED:
-                return quantized.encode(self, backend, batch, input_ids, token_type_ids, position_ids, inputs_embeds)
+                ids = input_ids, token_type_ids, position_ids
+                return quantized.encode(self, backend, batch, *ids, inputs_embeds, keep_states)
         inputs = input_ids, token_type_ids, position_ids, inputs_embeds, self.policy
         if torch.compiler.is_compiling():
-            return self.encoder(self.embeddings(*inputs), batch, self.policy)
+            return self.encoder(self.embeddings(*inputs), batch, self.policy, keep_states)
         try:
-            return self.encoder(self.embeddings(*inputs), batch, self.policy)
+            return self.encoder(self.embeddings(*inputs), batch, self.policy, keep_states)
         except RuntimeError as error:
             self._blame_dtypes(error)
             raise
+
+    # CUDA graphs: see fastbert.graphs.
+
+    @property
+    def cuda_graphs(self) -> bool:
+        """Whether short batches are launched as CUDA graphs, on by default; the results are the same to the bit."""
+        return self.graphs.enabled
+
+    @cuda_graphs.setter
+    def cuda_graphs(self, enabled: bool) -> None:
+        self.graphs.enabled = bool(enabled)
+        if not enabled:
+            self.graphs.clear()
+
+    def train(self, mode: bool = True) -> BertModel:
+        self.quantized_weights.clear()
+        if mode:
+            self.graphs.clear()
+        return super().train(mode)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> BertModel:
+        self.graphs.clear()  # or their memory would stay where the model was
+        return super()._apply(*args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_watch": None, "_derived": (None, None)}
+
+    def graph_obstacle(self) -> str | None:
+        """Why no batch runs in the rows of a bucket, as a CUDA graph or as if it were one, at the moment; or None."""
+        device = self.device
+        if graphs.capturer(device) is None:
+            return f"there are no CUDA graphs on {device}"
+        if torch.is_grad_enabled():
+            return "gradients are on (torch.no_grad or torch.inference_mode turns them off)"
+        if self.graphs_refused() is not None:
+            return self.graphs_refused()
+        # A replica of DataParallel shares what it has with the others, and lasts for one call.
+        if getattr(self, "_is_replica", False):
+            return "the model is a replica of DataParallel"
+        if graphs.observed(device):
+            return "a dispatch mode watches every operation, or another graph is being captured"
+        if self._watch is None or not self._watch.same_modules():
+            self._watch = graphs.Watch((self.embeddings, self.encoder), _CAPTURED)
+        if not self._watch.plain():
+            return "a module of the encoder is an adapter, has hooks or a forward of its own, or is in training mode"
+        why_not = attention.obstacle(self.config.head_size, torch.empty(0, dtype=self.dtype, device=device))
+        decision = dispatch.decide("attention", self.policy, device, why_not)
+        return None if decision.backend == "triton" else f"the backend of attention is {decision.backend!r}"
+
+    def graphs_refused(self) -> str | None:
+        """Why no batch of this model would run as a CUDA graph on any device, or None."""
+        if self.training:
+            return "the model is in training mode"
+        return None if self.precision is None else f"precision={self.precision!r} has no CUDA graphs yet"
+
+    def _encode_bucket(
+        self, batch: PackedBatch, ids: tuple[Tensor, Tensor | None, Tensor], keep_states: bool
+    ) -> list[Tensor]:
+        config = self.config
+        shape = graphs.Shape(batch.device, self.dtype, config.hidden_size, config.head_size, self.policy)
+        if self.graphs.enabled and not keep_states:
+
+            def encode_last(*inputs: Any) -> Tensor:
+                return self._encode(*inputs)[-1]
+
+            last = self.graphs.run(encode_last, batch, ids, shape, self._weights)  # None where it does not fit
+            if last is not None:
+                return [last]
+
+        encode = functools.partial(self._encode, keep_states=keep_states)
+        return [state[: batch.n_tokens] for state in graphs.plainly(encode, batch, ids, shape)]
+
+    def _weights(self) -> Any:
+        """Where the weights are that a graph reads, the fused ones too, and how often they were written to."""
+        assert self._watch is not None
+        state = self._watch.state()
+        if state != self._derived[0] or self._watch.looks_again():
+            self._derived = state, self._watch.derived()
+        return self._derived
 
     def _check_ids(
         self, batch: PackedBatch, input_ids: Tensor | None, token_type_ids: Tensor | None, position_ids: Tensor | None

@@ -140,8 +140,9 @@ def encode(
     token_type_ids: Tensor,
     position_ids: Tensor,
     inputs_embeds: Tensor | None,
+    keep_states: bool = False,
 ) -> list[Tensor]:
-    """As BertEncoder after BertEmbeddings: the L + 1 hidden states, each (T, H). backend: what `choose` gave."""
+    """As BertEncoder after BertEmbeddings: the L + 1 hidden states, each (T, H), or the last. backend: of `choose`."""
     policy, precision = Policy(backend, strict=True), model.precision
     assert precision is not None
     of, layers, turned = model.quantized_weights.get, layers_of(model), precision == "int8"
@@ -168,7 +169,7 @@ def encode(
             x, q = ops.quantized.bias_residual_layer_norm(y, bias, x, *after, precision, policy=policy)
         else:  # nobody multiplies it in 8 bits
             x = ops.bias_residual_layer_norm(y, bias, x, *after, policy=policy)
-        states.append(x)
+        states = [*states, x] if keep_states else [x]
     return states
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import bisect
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -174,7 +174,7 @@ def _kernel(
     if seq_ids is None:
         seq_ids = sequence_ids(cu_seqlens, qkv.shape[0])
     if work_list is None:
-        work_list = _work_list(cu_seqlens_cpu, qkv.dtype, qkv.shape[1] // (3 * num_heads), qkv.device)
+        work_list = _work_list(cu_seqlens_cpu, qkv.dtype, qkv.shape[1] // (3 * num_heads), qkv.device).to(qkv.device)
     qkv = qkv if qkv.stride(-1) == 1 else qkv.contiguous()
     return varlen_attention_forward(qkv, cu_seqlens, seq_ids, work_list, num_heads, scale, quantized)
 
@@ -227,11 +227,12 @@ def obstacle(head_size: int, qkv: torch.Tensor, dropout_p: float = 0.0) -> str |
 def _work_list(
     cu_seqlens_cpu: torch.Tensor, dtype: torch.dtype, head_size: int, device: torch.device, share: bool = True
 ) -> torch.Tensor:
+    """(W, 4) int32, on the CPU, for the block sizes of the device."""
     from fastbert_kernels import launch
     from fastbert_kernels.attention import build_work_list
 
     block_q = launch.attention_config(dtype, head_size, launch.arch(device)).block_sizes["BLOCK_Q"]
-    return build_work_list(cu_seqlens_cpu.tolist(), block_q, share).to(device, non_blocking=True)
+    return build_work_list(cu_seqlens_cpu.tolist(), block_q, share)
 
 
 def _plan_key(dtype: torch.dtype, head_size: int, policy: Policy) -> tuple[Any, ...]:
@@ -242,11 +243,47 @@ def _triton_plan(
     batch: PackedBatch, dtype: torch.dtype, head_size: int, policy: Policy
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(seq_ids, work_list), made once a batch."""
-    share = not policy.batch_invariant
-    return batch.plan(
-        _plan_key(dtype, head_size, policy),
-        lambda: (batch.seq_ids, _work_list(batch.cu_seqlens_cpu, dtype, head_size, batch.device, share)),
-    )
+
+    def make() -> tuple[torch.Tensor, torch.Tensor]:
+        share = not policy.batch_invariant
+        work_list = _work_list(batch.cu_seqlens_cpu, dtype, head_size, batch.device, share)
+        return batch.seq_ids, work_list.to(batch.device, non_blocking=True)
+
+    return batch.plan(_plan_key(dtype, head_size, policy), make)
+
+
+def in_more_rows(
+    batch: PackedBatch, position_ids: torch.Tensor, qkv_dtype: torch.dtype, head_size: int, policy: Policy
+) -> PackedBatch:
+    """The same sequences, with their plan for the triton backend, in the rows of position_ids, the last ones empty.
+
+    What attention gives for the empty rows is undefined.
+    """
+    plan = _triton_plan(batch, qkv_dtype, head_size, policy)
+    return replace(batch, position_ids=position_ids, _plans={_plan_key(qkv_dtype, head_size, policy): plan})
+
+
+def with_plan(
+    batch: PackedBatch, qkv_dtype: torch.dtype, head_size: int, policy: Policy, *plan: torch.Tensor
+) -> PackedBatch:
+    """The batch with a plan that the caller keeps for the triton backend: seq_ids (T,) and work_list (W, 4), int32.
+
+    Tiles of no rows, `0, 0, 0, 0`, may fill the work list up.
+    """
+    return replace(batch, _plans={_plan_key(qkv_dtype, head_size, policy): plan})
+
+
+def host_work_list(batch: PackedBatch, qkv_dtype: torch.dtype, head_size: int, policy: Policy) -> torch.Tensor:
+    """The work list that the triton backend makes for the batch, (W, 4) int32, on the CPU."""
+    return _work_list(batch.cu_seqlens_cpu, qkv_dtype, head_size, batch.device, not policy.batch_invariant)
+
+
+def max_tiles(n_tokens: int, qkv_dtype: torch.dtype, head_size: int, device: torch.device) -> int:
+    """The longest work list that n_tokens tokens can have where neighbours share tiles."""
+    from fastbert_kernels import attention, launch
+
+    block_q = launch.attention_config(qkv_dtype, head_size, launch.arch(device)).block_sizes["BLOCK_Q"]
+    return attention.max_tiles(n_tokens, block_q)
 
 
 @untraced

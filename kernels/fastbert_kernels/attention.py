@@ -90,7 +90,7 @@ def _attend(
     return acc, row_sum, row_max
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["cu_seqlens_ptr"])  # a caller's, which may start anywhere
 def _varlen_attention_kernel(
     q_ptr,  # (T, N, D)
     k_ptr,  # (T, N, D)
@@ -115,6 +115,8 @@ def _varlen_attention_kernel(
     head = tl.program_id(1)
     first_row = tl.load(work_list_ptr + 4 * tile)
     end_row = tl.load(work_list_ptr + 4 * tile + 1)
+    if end_row == first_row:  # what fills a work list of fixed length up
+        return
     first_seq = tl.load(work_list_ptr + 4 * tile + 2)
     end_seq = tl.load(work_list_ptr + 4 * tile + 3)
     first_key = tl.load(cu_seqlens_ptr + first_seq)
@@ -185,6 +187,20 @@ def build_work_list(cu_seqlens: Sequence[int], block_q: int, share: bool = True)
     return torch.tensor(tiles, dtype=torch.int32).reshape(-1, 4)
 
 
+def max_tiles(n_tokens: int, block_q: int) -> int:
+    """The most tiles that `build_work_list` makes of n_tokens tokens, however they are cut into sequences.
+
+    Let Q be block_q. A sequence of k >= 2 tiles has at least (k - 1) Q + 1 tokens. A shared tile ends where the
+    next sequence does not fit: together with the tile after it, if that is shared too, it has more than Q tokens.
+    So count, from the start, a shared tile with what follows it: two shared ones, 2 tiles, at least Q + 1 tokens; a
+    shared one and a long sequence, k + 1 tiles, at least (k - 1) Q + 2 tokens, most tiles a token at k = 2; a long
+    sequence by itself, k tiles, at least (k - 1) Q + 1 tokens. The most is 3 tiles in Q + 2 tokens (lengths 1,
+    Q + 1, 1, Q + 1, ...). Only the last shared tile may be left over, with one token or more: at most
+    1 + 3 (n_tokens - 1) / (Q + 2) tiles.
+    """
+    return 0 if n_tokens == 0 else min(n_tokens, 1 + 3 * (n_tokens - 1) // (block_q + 2))
+
+
 def varlen_attention_forward(
     qkv: torch.Tensor,
     cu_seqlens: torch.Tensor,
@@ -201,8 +217,8 @@ def varlen_attention_forward(
     in 8 bits and a scale a row and head, as `quantize` says; then the first is returned, and nothing else written.
 
     cu_seqlens (B + 1,), seq_ids (T,) and work_list (W, 4), all int32 and on qkv's device; the work list must have been
-    built for the BLOCK_Q of `config`, which is by default what `launch.attention_config` gives. qkv needs unit stride
-    along its last axis.
+    built for the BLOCK_Q of `config`, which is by default what `launch.attention_config` gives. Tiles of no rows in it
+    cost next to nothing, and rows that no tile holds are left as they are. qkv needs unit stride along its last axis.
     """
     n_rows, hidden_size = qkv.shape[0], qkv.shape[1] // 3
     head_size = hidden_size // num_heads

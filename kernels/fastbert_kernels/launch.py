@@ -18,7 +18,7 @@ import torch
 import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fastbert_kernels import interpreter, tables
+from fastbert_kernels import disk_cache, events, interpreter, tables
 
 MIN_ARCH = 80
 MIN_HEAD_SIZE, MAX_HEAD_SIZE = 16, 128
@@ -45,6 +45,8 @@ class Launch:
     config: dict[str, int]
     arguments: dict[str, Any]
 
+
+events.listen()
 
 _recorded: list[Launch] | None = None
 _recorded_arch: int | None = None
@@ -88,18 +90,29 @@ def empty(shape: tuple[int, ...], *, like: torch.Tensor, dtype: torch.dtype | No
 
 
 def run(kernel: Any, grid: tuple[int, ...], config: dict[str, int], **arguments: Any) -> None:
-    """Launches the kernel on the device of its tensors, whichever device is current."""
+    """Launches the kernel on the device of its tensors, whichever device is current.
+
+    Where Triton's cache on disk cannot be used, this process goes on with a folder of its own: `disk_cache`.
+    """
     if _recorded is not None:
         _recorded.append(Launch(kernel, grid, config, arguments))
         return
     # A tensor descriptor has its tensor as `base`.
     tensors = (a.base if isinstance(a, TensorDescriptor) else a for a in arguments.values())
     device = next(t.device for t in tensors if isinstance(t, torch.Tensor))
-    # FP fusion is named because its default differs between Triton versions, and with it the bits of the results.
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
-            kernel[grid](**arguments, **config, enable_fp_fusion=True)
+            _launch(kernel, grid, config, arguments)
     else:
+        _launch(kernel, grid, config, arguments)
+
+
+def _launch(kernel: Any, grid: tuple[int, ...], config: dict[str, int], arguments: dict[str, Any]) -> None:
+    # FP fusion is named because its default differs between Triton versions, and with it the bits of the results.
+    try:
+        kernel[grid](**arguments, **config, enable_fp_fusion=True)
+    except OSError as error:
+        disk_cache.replace(error)
         kernel[grid](**arguments, **config, enable_fp_fusion=True)
 
 

@@ -28,7 +28,7 @@ from fastbert_kernels import launch
 MODES = ("cls", "mean", "max", "weighted_mean", "last", "mean_sqrt_len")
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["cu_seqlens_ptr"])  # a caller's, which may start anywhere
 def _pool_kernel(
     hidden_ptr,  # (T, H)
     cu_seqlens_ptr,  # (B + 1,)

@@ -1,0 +1,485 @@
+"""CUDA graphs of the encoder by token count, so that a short batch costs its kernels and not their launches.
+
+A layer is seven kernels of a few microseconds each on a short batch, and the host needs longer than that to
+launch one. A CUDA graph launches all of them at once, but replays what was captured: the same kernels, at the
+same shapes, on the same memory. Therefore:
+
+Buckets. A batch of T tokens runs in T' >= T rows, T' the next of `BUCKETS`: steps of 32 up to 1,024, then a
+sixteenth of the power of two below, up to 16,384; above 512 rows, less than 1/16 of them are padding. Rows of
+padding have id, position and segment 0. Nothing of theirs reaches another row, since attention reads rows through
+the work list alone and everything else works row by row. They are never returned.
+
+With or without. Below the largest bucket the plain path runs in T' rows as well: the same kernels at the same
+shapes, so results with graphs and without are the same to the bit. Above it, both run in exactly T rows, and
+without a graph.
+
+Static memory. A graph reads ids, cu_seqlens, seq_ids and the work list of attention in buffers that all buckets of
+one octave share, and leaves its result in one. The work list has as many tiles as T' tokens can ever need
+(fastbert_kernels.attention.max_tiles), the rest of them empty. What does not fit, more than T' sequences (empty
+ones, then) or more tiles, takes the plain path. The result is copied out before anybody else may replay: what a
+caller holds is his. Intermediate memory comes from one pool that all graphs of a model share, for no two of them
+run at a time.
+
+What ends a graph. It reads weights at their addresses, and some that are derived from them, such as the fused QKV
+matrix. Before each replay the addresses and PyTorch's counts of writes are compared (`Watch`): where one differs,
+all graphs are dropped, and captured again when they are next needed; so they are by train(), to() and another
+policy. Hooks, adapters, patched forwards, training mode, gradients, autocast, torch.compile and dispatch modes such
+as FlopCounterMode take the plain path, in exactly T rows.
+
+How many. `MAX_GRAPHS` for a model; beyond, the one that was not used for longest goes. A bucket is captured at its
+first use. `fastbert.warmup` captures ahead, and from then on no batch makes a capture: one whose bucket has no
+graph takes the plain path.
+
+Threads and streams. A lock is held from the writing of the inputs to the launch of the copy of the result, all of
+which happen on the caller's current stream; a caller on another stream first waits, on the device, for that copy.
+Captures are one at a time in the process; CUDA does not let another thread synchronise the whole device during one,
+so a program of several threads had better warm up before it starts them.
+
+`Capturer` is all that knows of CUDA. In tests another stands for it, which runs the function again instead.
+"""
+
+from __future__ import annotations
+
+import bisect
+import logging
+import sys
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass, fields
+from itertools import chain, repeat
+from operator import attrgetter, contains, itemgetter
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fastbert.ops import BackendError, Policy, attention
+from fastbert.varlen import PackedBatch
+
+logger = logging.getLogger("fastbert")
+
+LARGEST = 16384
+MAX_GRAPHS = 128
+
+
+def _bucket_sizes() -> tuple[int, ...]:
+    sizes, size = [], 0
+    while size < LARGEST:
+        octave = 1 << (size.bit_length() - 1) if size else 1  # the largest power of two <= size
+        size += max(32, octave // 16)
+        sizes.append(size)
+    return tuple(sizes)
+
+
+BUCKETS = _bucket_sizes()
+
+
+def bucket_of(n_tokens: int) -> int | None:
+    """The rows in which a batch of n_tokens runs: the next of BUCKETS, None above the largest and for 0."""
+    if not 0 < n_tokens <= LARGEST:
+        return None
+    return BUCKETS[bisect.bisect_left(BUCKETS, n_tokens)]
+
+
+@dataclass(frozen=True)
+class CompileEvents:
+    """What has stalled a launch in this process so far, or, as the difference of two, in between.
+
+    compilations: Triton kernels of this library compiled. loads: those found compiled in Triton's cache on disk, and
+    loaded. captures: CUDA graphs captured. tunings: block sizes measured.
+    """
+
+    compilations: int = 0
+    loads: int = 0
+    captures: int = 0
+    tunings: int = 0
+
+    @property
+    def total(self) -> int:
+        return self.compilations + self.loads + self.captures + self.tunings
+
+    def __sub__(self, earlier: CompileEvents) -> CompileEvents:
+        return CompileEvents(*(getattr(self, f.name) - getattr(earlier, f.name) for f in fields(self)))
+
+
+_captures = 0
+# One capture at a time in a process: torch.cuda.graph. Captures are also counted under it.
+_capturing = threading.Lock()
+
+
+def compile_events() -> CompileEvents:
+    """Counts of compilations, loads of compiled kernels, captures and tunings since the process started.
+
+    After `fastbert.warmup(model)` no batch of any lengths adds to them. Imports no compiler.
+    """
+    kernels = sys.modules.get("fastbert_kernels.events")  # without it, no kernel was launched
+    return CompileEvents(captures=_captures, **(kernels.counts() if kernels is not None else {}))
+
+
+class Replayable(Protocol):
+    def replay(self) -> None: ...
+
+
+class Capturer(Protocol):
+    """The device's side of graphs. `function` works on static memory alone, and returns nothing."""
+
+    def begin(self, memory: Sequence[Tensor]) -> None:
+        """Makes the current stream wait for the last `end`; it is about to use the static memory."""
+
+    def end(self) -> None:
+        """Marks where the current stream is done with the static memory."""
+
+    def finish(self) -> None:
+        """Waits, on the host, for the last `end`: what was captured may go."""
+
+    def capture(self, function: Callable[[], None]) -> Replayable:
+        """Captures what the function launches; whether it also runs is open. Errors are RuntimeErrors."""
+
+
+class CudaCapturer:
+    """Captures as PyTorch's notes on CUDA semantics say: first run on a side stream, then captured on another."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._last: tuple[torch.cuda.Stream, torch.cuda.Event] | None = None
+        self._streams: tuple[torch.cuda.Stream, torch.cuda.Stream] | None = None
+        self._pool: Any = None
+
+    def begin(self, memory: Sequence[Tensor]) -> None:
+        stream = torch.cuda.current_stream(self.device)
+        if self._last is not None and self._last[0] != stream:
+            stream.wait_event(self._last[1])
+        for tensor in memory:
+            tensor.record_stream(stream)  # should the model go while this stream still works
+
+    def end(self) -> None:
+        stream = torch.cuda.current_stream(self.device)
+        event = torch.cuda.Event() if self._last is None else self._last[1]
+        event.record(stream)
+        self._last = stream, event
+
+    def finish(self) -> None:
+        if self._last is not None:
+            self._last[1].synchronize()
+
+    def capture(self, function: Callable[[], None]) -> Replayable:
+        with torch.cuda.device(self.device):
+            before = torch.cuda.current_stream()
+            if self._streams is None:
+                self._streams = torch.cuda.Stream(), torch.cuda.Stream()
+                self._pool = torch.cuda.graph_pool_handle()
+            aside, capturing = self._streams
+            try:
+                # Whatever is made at a first use (modules, handles, workspaces) is made here, outside of the capture.
+                aside.wait_stream(before)
+                with torch.cuda.stream(aside):
+                    function()
+                before.wait_stream(aside)
+                graph = torch.cuda.CUDAGraph()
+                # The stream is always the same, as a shared pool wants it. Other threads may allocate meanwhile.
+                with torch.cuda.graph(graph, self._pool, capturing, capture_error_mode="thread_local"):
+                    function()
+            finally:
+                torch.cuda.set_stream(before)  # a capture that fails leaves its own stream current
+        return graph
+
+
+def capturer(device: torch.device) -> Capturer | None:
+    """What captures graphs on this device, None where nothing does. There, batches are not padded to buckets either."""
+    return CudaCapturer(device) if device.type == "cuda" and torch.version.hip is None else None
+
+
+class Watch:
+    """Whether modules are as they were: children, hooks, forwards, mode; and where their parameters lie.
+
+    Looked at before every replay, so it keeps the dictionaries that hold these things, and asks no module.
+    """
+
+    def __init__(self, roots: Iterable[nn.Module], kinds: Collection[type[nn.Module]]) -> None:
+        modules = [module for root in roots for module in root.modules()]
+        self._children = tuple((module._modules, dict(module._modules)) for module in modules if module._modules)
+        self._parameters = tuple(module._parameters for module in modules if module._parameters)
+        self._dicts = tuple(module.__dict__ for module in modules)
+        self._deriving: tuple[Any, ...] = tuple(module for module in modules if "_look_again" in module.__dict__)
+        self._hooks = tuple(
+            hooks
+            for module in modules
+            for hooks in (
+                module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
+            )
+        )  # fmt: skip
+        self._known = all(type(module) in kinds for module in modules)
+
+    def same_modules(self) -> bool:
+        """Whether no module was replaced, added or removed."""
+        return all(children == before for children, before in self._children)
+
+    def plain(self) -> bool:
+        """Whether every module is of a known kind and in eval mode, and nobody listens to or patches one."""
+        return (
+            self._known
+            and not any(self._hooks)
+            and not any(map(itemgetter("training"), self._dicts))
+            and not any(map(contains, self._dicts, repeat("forward")))
+        )
+
+    def looks_again(self) -> bool:
+        """Whether a module was asked to make what it derives from its weights anew (`_look_again`)."""
+        return any(module.__dict__["_look_again"] for module in self._deriving)
+
+    def derived(self) -> list[tuple[int, ...]]:
+        """Where that is, up to date, of every module that has the attribute `_look_again`."""
+        return [module.derived_addresses() for module in self._deriving]
+
+    def state(self) -> tuple[list[int], list[int]]:
+        """Of every parameter where it is, and how often it was written to, as far as PyTorch counts that."""
+        found = [p for p in chain.from_iterable(map(dict.values, self._parameters)) if p is not None]
+        try:
+            versions = list(map(attrgetter("_version"), found))
+        except RuntimeError:  # inference tensors have none
+            versions = [-1 if p.is_inference() else p._version for p in found]
+        return list(map(Tensor.data_ptr, found)), versions
+
+
+class _Buffers:
+    """The static memory of the buckets of one octave, up to `capacity` rows."""
+
+    def __init__(self, capacity: int, n_tiles: int, hidden_size: int, dtype: torch.dtype, device: torch.device) -> None:
+        # Integers of attention, in one copy from the host: work list, seq_ids and cu_seqlens, each 16-byte aligned.
+        self.integers = torch.zeros(4 * n_tiles + 2 * capacity + 1, dtype=torch.int32, device=device)
+        self.ids = torch.zeros(3, capacity, dtype=torch.int64, device=device)  # of words, segments and positions
+        self.out = torch.zeros(capacity, hidden_size, dtype=dtype, device=device)
+
+    def views(self, bucket: int, n_tiles: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Work list (W, 4), seq_ids (T',) and cu_seqlens (T' + 1,) of a bucket."""
+        parts = self.integers[: 4 * n_tiles + 2 * bucket + 1].split([4 * n_tiles, bucket, bucket + 1])
+        return parts[0].view(n_tiles, 4), parts[1], parts[2]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a model's graphs have in common."""
+
+    device: torch.device
+    dtype: torch.dtype
+    hidden_size: int
+    head_size: int
+    policy: Policy
+
+
+# (input_ids, token_type_ids, position_ids, batch) -> the last hidden state, (rows, H)
+Forward = Callable[[Tensor, Tensor, Tensor, PackedBatch], Tensor]
+
+
+class Graphs:
+    """The graphs of one model on one device. `enabled` is the user's switch."""
+
+    def __init__(self) -> None:
+        self.enabled = True
+        self.lock = threading.RLock()
+        self.limit = MAX_GRAPHS
+        self._capturer: Capturer | None = None
+        self.clear()
+
+    def clear(self) -> None:
+        """Forgets everything that was captured; the next use captures again, also after a warm-up."""
+        with self.lock:
+            if self._capturer is not None:
+                self._capturer.finish()
+            self.frozen = False
+            self._graphs: OrderedDict[Any, Replayable] = OrderedDict()
+            self._buffers: dict[int, _Buffers] = {}
+            self._capturer = None
+            self._shape: Shape | None = None
+            self._state: Any = None
+            self._failed = False
+
+    def thaw(self) -> None:
+        """Captures again at first use, also where that failed before."""
+        with self.lock:
+            self.frozen = self._failed = False
+
+    def freeze(self) -> None:
+        """No captures any more: a bucket without a graph takes the plain path. Ends with the graphs, in `clear`."""
+        with self.lock:
+            self.frozen = True
+
+    def __len__(self) -> int:
+        return len(self._graphs)
+
+    def captured(self) -> tuple[int, ...]:
+        """The buckets for which there is a graph."""
+        with self.lock:
+            return tuple(sorted({bucket for bucket, _ in self._graphs}))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"enabled": self.enabled, "limit": self.limit}  # a copy of a model captures graphs of its own
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__()  # type: ignore[misc]
+        self.__dict__.update(state)
+
+    def run(
+        self,
+        forward: Forward,
+        batch: PackedBatch,
+        ids: tuple[Tensor, Tensor | None, Tensor],
+        shape: Shape,
+        state: Callable[[], Any],
+    ) -> Tensor | None:
+        """The last hidden state, (T, H), of a batch of 1 to LARGEST tokens; None where it must take the plain path.
+
+        ids: words, segments (None: 0) and positions, each (T,). state: what the graphs depend on besides the shape;
+        where it differs from the last time, they are dropped.
+        """
+        bucket = bucket_of(batch.n_tokens)
+        if bucket is None or batch.batch_size > bucket:
+            return None
+        with self.lock:
+            found = state()
+            if shape != self._shape or found != self._state:
+                if self._shape is not None:
+                    self.clear()
+                self._shape, self._state = shape, found
+            if self._capturer is None:
+                self._capturer = capturer(shape.device)
+            key = bucket, _switches()
+            missing = key not in self._graphs
+            if self._failed or self._capturer is None or (missing and self.frozen):
+                return None
+            tiles = attention.host_work_list(batch, shape.dtype, shape.head_size, shape.policy)
+            if tiles.shape[0] > _max_tiles(bucket, shape):  # of neighbours that do not share tiles
+                return None
+            capacity = 1 << (bucket - 1).bit_length()
+            buffers = self._buffers.get(capacity)
+            if buffers is None:
+                buffers = self._buffers[capacity] = self._make_buffers(capacity, shape)
+            self._capturer.begin((buffers.integers, buffers.ids, buffers.out))
+            try:
+                if missing and not self._capture(forward, buffers, bucket, batch, shape):
+                    return None
+                _fill(buffers, bucket, _max_tiles(bucket, shape), tiles, batch, ids)
+                self._graphs.move_to_end(key)
+                self._graphs[key].replay()
+                return buffers.out[: batch.n_tokens].clone()
+            finally:
+                self._capturer.end()
+
+    @staticmethod
+    def _make_buffers(capacity: int, shape: Shape) -> _Buffers:
+        with torch.inference_mode(False):  # or nobody could write to them outside of inference mode
+            return _Buffers(capacity, _max_tiles(capacity, shape), shape.hidden_size, shape.dtype, shape.device)
+
+    def _capture(self, forward: Forward, buffers: _Buffers, bucket: int, batch: PackedBatch, shape: Shape) -> bool:
+        """Captures the bucket's graph; False if it cannot be done."""
+        capacity = buffers.out.shape[0]
+        # A capture may run what it captures, at shapes whose views lie elsewhere: on no tiles and on ids that are 0.
+        buffers.integers.zero_()
+        buffers.ids.zero_()
+        # An octave's largest graph comes first: the others then find its intermediate memory in the pool, where each
+        # that is larger than those before it would else need new memory, and leave theirs to nobody.
+        missing = [size for size in dict.fromkeys((capacity, bucket)) if (size, _switches()) not in self._graphs]
+        try:
+            for size in missing:
+                self._graphs[size, _switches()] = self._capture_one(forward, buffers, size, batch, shape)
+        except BackendError:  # a strict policy's, which the plain path would raise as well
+            raise
+        except RuntimeError as error:
+            self._failed = True
+            self._graphs.clear()
+            logger.warning(
+                "CUDA graphs: capturing one of %d tokens failed, so kernels are launched one by one from now on: %s",
+                bucket, error,
+            )  # fmt: skip
+            return False
+        while len(self._graphs) > self.limit:
+            self._graphs.popitem(last=False)
+        return True
+
+    def _capture_one(
+        self, forward: Forward, buffers: _Buffers, bucket: int, batch: PackedBatch, shape: Shape
+    ) -> Replayable:
+        global _captures
+        assert self._capturer is not None
+        n_tiles = _max_tiles(bucket, shape)
+        work_list, seq_ids, cu_seqlens = buffers.views(bucket, n_tiles)
+        words, segments, positions = (row[:bucket] for row in buffers.ids)
+        static = PackedBatch(
+            cu_seqlens=cu_seqlens,
+            cu_seqlens_cpu=batch.cu_seqlens_cpu,  # which the kernels never look at
+            position_ids=positions,
+            batch_size=bucket,
+            padded_length=bucket,
+        )
+        static = attention.with_plan(static, shape.dtype, shape.head_size, shape.policy, seq_ids, work_list)
+
+        def function() -> None:
+            buffers.out[:bucket].copy_(forward(words, segments, positions, static))
+
+        with _capturing:
+            graph = self._capturer.capture(function)
+            _captures += 1
+        return graph
+
+
+def _max_tiles(bucket: int, shape: Shape) -> int:
+    return attention.max_tiles(bucket, shape.dtype, shape.head_size, shape.device)
+
+
+def _fill(
+    buffers: _Buffers,
+    bucket: int,
+    n_tiles: int,
+    tiles: Tensor,
+    batch: PackedBatch,
+    ids: tuple[Tensor, Tensor | None, Tensor],
+) -> None:
+    """Writes a batch where the bucket's graph reads it, on the current stream."""
+    n_tokens, n_seqs = batch.n_tokens, batch.batch_size
+    n_integers = 4 * n_tiles + bucket + n_seqs + 1
+    integers = torch.zeros(n_integers, dtype=torch.int32, device="cpu", pin_memory=buffers.integers.is_cuda)
+    offsets = batch.cu_seqlens_cpu.numpy()
+    work_list, seq_ids, cu_seqlens = np.split(integers.numpy(), [4 * n_tiles, 4 * n_tiles + bucket])
+    work_list[: tiles.numel()] = tiles.numpy().ravel()
+    seq_ids[:n_tokens] = np.repeat(np.arange(n_seqs, dtype=np.int32), np.diff(offsets))
+    cu_seqlens[:] = offsets
+    buffers.integers[:n_integers].copy_(integers, non_blocking=True)
+    for row, values in zip(buffers.ids, ids, strict=True):
+        if values is None:
+            row[:bucket].zero_()
+        else:
+            row[:n_tokens].copy_(values)
+    buffers.ids[:, n_tokens:bucket].zero_()
+
+
+def _switches() -> tuple[Any, ...]:
+    """PyTorch's switches that change which kernels run."""
+    matmul = torch.backends.cuda.matmul
+    # As in fastbert_kernels.launch.dot_precision.
+    tf32 = matmul.fp32_precision == "tf32" if hasattr(matmul, "fp32_precision") else matmul.allow_tf32
+    return tf32, matmul.allow_bf16_reduced_precision_reduction, matmul.allow_fp16_reduced_precision_reduction
+
+
+def plainly(
+    forward: Callable[[Tensor, Tensor, Tensor, PackedBatch], Any],
+    batch: PackedBatch,
+    ids: tuple[Tensor, Tensor | None, Tensor],
+    shape: Shape,
+) -> Any:
+    """`forward` on the rows of the batch's bucket, as a graph would run it; the rows of padding are still there."""
+    bucket = bucket_of(batch.n_tokens)
+    assert bucket is not None
+    words, segments, positions = (torch.zeros(bucket, dtype=torch.int64, device=shape.device) for _ in range(3))
+    for row, values in zip((words, segments, positions), ids, strict=True):
+        if values is not None:
+            row[: batch.n_tokens].copy_(values)
+    padded = attention.in_more_rows(batch, positions, shape.dtype, shape.head_size, shape.policy)
+    return forward(words, segments, positions, padded)
+
+
+def observed(device: torch.device) -> bool:
+    """Whether somebody watches the operations one by one, as FlopCounterMode does, or captures a graph himself."""
+    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    return capturing or torch._C._len_torch_dispatch_stack() > 0

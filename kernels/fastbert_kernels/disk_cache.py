@@ -1,0 +1,67 @@
+"""Where compiled kernels are kept, and what happens where that place cannot be used.
+
+Triton keeps every kernel it compiles in TRITON_CACHE_DIR (by default ~/.triton/cache), under a hash of the kernel's
+source, specialisation and options, Triton's own version, ptxas' and the GPU's architecture, so that a second process
+only loads it. Nothing of ours enters that key that differs between processes. Where the folder cannot be written (a
+full or read-only disk, no home), Triton raises OSError: this process then goes on with a folder of its own.
+"""
+
+from __future__ import annotations
+
+import atexit
+import errno
+import logging
+import os
+import shutil
+import tempfile
+import threading
+from pathlib import Path
+
+import triton
+
+logger = logging.getLogger("fastbert")
+
+# What the operating system says of a place that cannot be written, or not any more.
+_UNUSABLE = frozenset(
+    getattr(errno, name)
+    for name in ("ENOSPC", "EDQUOT", "EROFS", "EACCES", "EPERM", "ENOTDIR", "EEXIST", "ENOENT", "EIO", "ELOOP")
+    if hasattr(errno, name)
+)
+_lock = threading.Lock()
+_own: str | None = None  # the folder of this process, once it needed one
+
+
+def replace(error: OSError) -> None:
+    """Moves Triton's cache to a temporary folder after an error, which is logged; raises the error if it is another.
+
+    Raises it too where Triton already uses that folder.
+    """
+    global _own
+    with _lock:
+        place = triton.knobs.cache.dir
+        if error.errno not in _UNUSABLE or place == _own or not _concerns(error, place):
+            raise error
+        if _own is None:
+            try:
+                _own = tempfile.mkdtemp(prefix="fastbert-triton-")
+            except OSError as other:
+                raise OSError(
+                    error.errno,
+                    f"Triton's cache {place} cannot be used ({error}), nor a temporary folder ({other}); "
+                    "set TRITON_CACHE_DIR to a folder with free space",
+                ) from error
+            atexit.register(shutil.rmtree, _own, ignore_errors=True)
+        triton.knobs.cache.dir = _own
+    logger.warning(
+        "Triton's cache of compiled kernels, %s, cannot be used (%s): this process keeps them in %s instead, and the "
+        "next one compiles them again; set TRITON_CACHE_DIR to a folder with free space",
+        place, error.strerror or error, _own,
+    )  # fmt: skip
+
+
+def _concerns(error: OSError, place: str | None) -> bool:
+    """Whether the error is of the cache: it names a path in it or above it, or, as a failed write does, none."""
+    if error.filename is None or place is None:
+        return True
+    path, folder = Path(os.fsdecode(error.filename)), Path(place)
+    return path.is_relative_to(folder) or folder.is_relative_to(path)
