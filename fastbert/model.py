@@ -5,6 +5,7 @@ Module and parameter names are those of transformers, so that weights, PEFT targ
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import logging
 from dataclasses import dataclass
@@ -444,7 +445,14 @@ class BertModel(PreTrainedModel):
             token_type_ids = torch.zeros_like(batch.position_ids)
         # Of int64 alone, as in the rows of a bucket: kernels are compiled for the dtype of the ids.
         words = None if input_ids is None else input_ids.long()
-        return self._encode(words, token_type_ids.long(), position_ids.long(), batch, inputs_embeds, keep_states)
+        inputs = words, token_type_ids.long(), position_ids.long(), inputs_embeds
+        n_tokens = batch.n_tokens
+        n_rows = ops.onednn.rows_for(n_tokens) if self._packs_weights() else n_tokens
+        words, segments, positions, embeds = (varlen.in_more_rows(t, n_rows) for t in inputs)
+        if n_rows > n_tokens:
+            batch = dataclasses.replace(batch, position_ids=positions, _plans={})
+        states = self._encode(words, segments, positions, batch, embeds, keep_states)
+        return states if n_rows == n_tokens else [state[:n_tokens] for state in states]
 
     def _encode(
         self,
@@ -510,13 +518,25 @@ class BertModel(PreTrainedModel):
             return "the model is a replica of DataParallel"
         if graphs.observed(device):
             return "a dispatch mode watches every operation, or another graph is being captured"
-        if self._watch is None or not self._watch.same_modules():
-            self._watch = graphs.Watch((self.embeddings, self.encoder), _CAPTURED)
-        if not self._watch.plain():
+        if not self._plain_modules():
             return "a module of the encoder is an adapter, has hooks or a forward of its own, or is in training mode"
         why_not = attention.obstacle(self.config.head_size, torch.empty(0, dtype=self.dtype, device=device))
         decision = dispatch.decide("attention", self.policy, device, why_not)
         return None if decision.backend == "triton" else f"the backend of attention is {decision.backend!r}"
+
+    def _plain_modules(self) -> bool:
+        """Whether nobody listens to a module of the encoder, or has put another in its place."""
+        if self._watch is None or not self._watch.same_modules():
+            self._watch = graphs.Watch((self.embeddings, self.encoder), _CAPTURED)
+        return self._watch.plain()
+
+    def _packs_weights(self) -> bool:
+        """Whether the linears of the encoder are oneDNN's, and nobody would see that they compute rows of padding."""
+        if self.device.type != "cpu" or torch.compiler.is_compiling() or torch.is_grad_enabled():
+            return False
+        decision = dispatch.decide("linear", self.policy, self.device, None)
+        usable = decision.backend == "cpu" and ops.onednn.unavailable(self.dtype) is None
+        return usable and not graphs.observed(self.device) and self._plain_modules()
 
     def graphs_refused(self) -> str | None:
         """Why no batch of this model would run as a CUDA graph on any device, or None."""

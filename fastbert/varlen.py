@@ -127,6 +127,15 @@ def from_cu_seqlens(cu_seqlens: torch.Tensor, n_tokens: int, device: torch.devic
     )
 
 
+def in_more_rows(x: Any, n_rows: int) -> Any:
+    """A tensor (T, ...) -> (n_rows, ...), the last ones zeros; the same one, or None, where there is nothing to do."""
+    if x is None or x.shape[0] == n_rows:
+        return x
+    out = x.new_zeros(n_rows, *x.shape[1:])
+    out[: x.shape[0]] = x
+    return out
+
+
 def pack(x: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
     """(B, S, ...) -> (T, ...): the rows where tokens are."""
     flat = x.reshape(-1, *x.shape[2:])

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from fastbert import BertConfig, BertModel
 from fastbert.ops import onednn
 from helpers import assert_as_accurate, guarded
 
@@ -136,3 +137,58 @@ def test_obstacles(monkeypatch):
         assert "switched off" in onednn.obstacle(x, weight, bias)
     monkeypatch.setattr(onednn, "_missing", lambda: "planted")
     assert onednn.obstacle(x, weight, bias) == "planted"
+
+
+def test_rows_are_few_sizes():
+    """Rows cut off, an eighth more than needed, or a size for every batch."""
+    found = [onednn.rows_for(n) for n in range(4097)]
+    assert found[0] == 0 and all(rows >= n and rows - n < max(8, n / 8) for n, rows in enumerate(found))
+    assert len(set(found)) < 60
+    assert found[64:66] == [64, 72] and found[2048] == 2048
+
+
+def small_model():
+    config = BertConfig(
+        vocab_size=50, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
+        max_position_embeddings=32,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    return BertModel(config, backend="cpu").eval()
+
+
+@pytest.mark.parametrize("lengths", [[3], [1, 20, 9, 9, 0, 25], [8]])
+def test_model_in_more_rows(lengths, monkeypatch):
+    """Rows of padding that reach a text, or are returned; a token count that oneDNN meets as it came."""
+    model, n_tokens = small_model(), sum(lengths)
+    ids, cu_seqlens = torch.arange(n_tokens) % 50, torch.tensor([0, *lengths]).cumsum(0).int()
+    rows = set()
+    plain = onednn.linear
+    monkeypatch.setattr(onednn, "linear", lambda x, *rest, **more: rows.add(x.shape[0]) or plain(x, *rest, **more))
+    with torch.no_grad():
+        ours = model.forward_packed(ids, cu_seqlens)
+        assert rows == {onednn.rows_for(n_tokens)} and ours.shape == (n_tokens, 32)
+        seen = []
+        hook = model.encoder.layer[0].register_forward_hook(lambda module, inputs, out: seen.append(out.shape[0]))
+        torch.testing.assert_close(model.forward_packed(ids, cu_seqlens), ours)
+        hook.remove()
+        assert seen == [n_tokens]
+        with torch.backends.mkldnn.flags(enabled=False):
+            torch.testing.assert_close(model.forward_packed(ids, cu_seqlens), ours)
+    rows.clear()
+    torch.testing.assert_close(model.forward_packed(ids, cu_seqlens).detach(), ours)
+    assert not rows  # with gradients
+
+
+def test_eval_forgets_what_was_packed():
+    """Results of weights as they were before someone wrote to them through `.data`."""
+    model = small_model()
+    ids, cu_seqlens = torch.arange(9), torch.tensor([0, 9], dtype=torch.int32)
+    with torch.no_grad():
+        before = model.forward_packed(ids, cu_seqlens)
+        for parameter in model.parameters():
+            parameter.data.mul_(1.1)
+        after = model.eval().forward_packed(ids, cu_seqlens)
+        with torch.backends.mkldnn.flags(enabled=False):
+            expected = model.forward_packed(ids, cu_seqlens)
+    torch.testing.assert_close(after, expected)
+    assert not torch.allclose(after, before)

@@ -116,7 +116,9 @@ def _grouped(
         out = out.transpose(1, 2).reshape(n_rows, hidden_size)
         outs.append(out if group.places is None else out.index_select(0, group.places))
     out = outs[0] if len(outs) == 1 else torch.cat(outs)
-    return out if ungroup is None else out.index_select(0, ungroup)
+    out = out if ungroup is None else out.index_select(0, ungroup)
+    # Rows that belong to no sequence fill the last ones up.
+    return out if out.shape[0] == qkv.shape[0] else F.pad(out, (0, 0, 0, qkv.shape[0] - out.shape[0]))
 
 
 def _eager(

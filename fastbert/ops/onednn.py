@@ -101,6 +101,16 @@ def linear(
     return out
 
 
+def rows_for(n_rows: int) -> int:
+    """The number of rows to compute n_rows in, padded: steps of 8, above 64 an eighth of the power of two below.
+
+    oneDNN makes a program for each number of rows, which takes a millisecond and 100 KB; of arbitrary token counts
+    there would be no end.
+    """
+    step = max(8, (1 << (n_rows - 1).bit_length()) // 16)
+    return -(-n_rows // step) * step
+
+
 def forget(weights: Iterable[torch.Tensor]) -> None:
     """Packs these anew when they are next used: they may have been written to through `.data`, which nothing counts."""
     for weight in weights:
