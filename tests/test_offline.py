@@ -167,8 +167,7 @@ def test_planting_is_not_the_fault(faults):
 
 
 def test_specializes_as_the_jit_does(tmp_path):
-    """A report on other kernels than those that run, without a launch's alignment, constants or options; a GEMM that
-    compiles anew for a number of tokens, or for each linear of a layer."""
+    """A report on other kernels than those that run; a GEMM that compiles anew for a number of tokens or a K."""
     done = run("-c", SPECIALIZE, cache=tmp_path)
     assert done.returncode == 0, done.stderr
 
