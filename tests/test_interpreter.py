@@ -29,3 +29,25 @@ def test_bfloat16_widening():
     bits = np.arange(2**16, dtype=np.uint16)
     expected = torch.from_numpy(bits.astype(np.int16)).view(torch.bfloat16).float()
     assert torch.equal(torch.from_numpy(interpreter._to_float32(bits)).view(torch.int32), expected.view(torch.int32))
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16], ids=["float32", "float16"])
+@pytest.mark.parametrize("shape", [(64, 16, 128), (128, 32, 16)], ids=str)
+def test_dot_sums_every_row_alike(shape, dtype):
+    """A row of a product whose bits depend on where in its tile it stands, which on tensor cores they do not."""
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    (m, k, n), kind = shape, {np.float32: tl.float32, np.float16: tl.float16}[dtype]
+    rng = np.random.default_rng(0)
+    a, b, acc = (rng.standard_normal(size).astype(t) for size, t in (((m, k), dtype), ((k, n), dtype), ((m, n), "f4")))
+    order = rng.permutation(m)
+
+    def dot(rows):
+        handles = TensorHandle(a[rows], kind), TensorHandle(b, kind), TensorHandle(acc[rows], tl.float32)
+        return InterpreterBuilder().create_dot(*handles, None, 0).data
+
+    out = dot(np.arange(m))
+    assert (dot(order) == out[order]).all()
+    expected = a.astype(np.float64) @ b.astype(np.float64) + acc
+    assert np.abs(out - expected).max() < 1e-5 and out.dtype == np.float32

@@ -124,6 +124,7 @@ def test_default_kernels_of_hopper(tmp_path):
         assert kernel["arch"] == 90 and kernel["dtype"] == "bf16" and kernel["findings"] == []
         assert row.split()[1] == kernel["op"] and row.endswith("  ok")
         assert 0 < kernel["registers"] <= 255 and kernel["shared"] <= kernel["shared_limit"] == 227 * 1024
+        assert ("UTMALDG" in kernel["async_copies"]) == (kernel["op"] == "linear")  # copies by descriptor
         assert ("HGMMA" in kernel["tensor_cores"]) == ("HGMMA:" in row) == (kernel["op"] in ("linear", "attention"))
     assert f"{len(kernels)} kernels, at most {max(k['registers'] for k in kernels)} registers, 0 with" in done.stdout
 
@@ -167,8 +168,7 @@ def test_planting_is_not_the_fault(faults):
 
 
 def test_specializes_as_the_jit_does(tmp_path):
-    """A report on other kernels than those that run, without a launch's alignment, constants or options; a GEMM that
-    compiles anew for a number of tokens, or for each linear of a layer."""
+    """A report on other kernels than those that run; a GEMM that compiles anew for a number of tokens or a K."""
     done = run("-c", SPECIALIZE, cache=tmp_path)
     assert done.returncode == 0, done.stderr
 

@@ -168,6 +168,26 @@ def test_table_chooses_the_gemm(table, device, monkeypatch):
     assert_as_accurate("residual through the GEMM", out, eager, expected)
 
 
+def test_remembered_choice_follows_the_table(table, device, monkeypatch):
+    """A choice remembered for a GPU, where it is asked for at each call, that outlasts the table it came from."""
+    from fastbert.ops import dispatch
+    from fastbert_kernels import launch
+
+    gpu, arch = torch.device("cuda", 0), launch.arch(device)
+    monkeypatch.setattr(dispatch, "triton_unavailable", lambda device: None)
+    monkeypatch.setattr(launch, "arch", lambda device: arch)
+    module = sys.modules[gemm_kernel.__module__]
+
+    def ours(backend="auto"):
+        return module._takes_our_gemm(torch.bfloat16, "none", 32, 16, False, gpu, backend, False, None)
+
+    for kernel in ("linear", "cublas", "linear"):
+        table({"float16/32x16/none": {"kernel": kernel}})
+        assert ours() is ours() is (kernel == "linear")
+        assert not ours("torch") and not ours("cpu")
+    module._remembered.cache_clear()
+
+
 def test_gradients_through_the_residual(table, device):
     """A backward pass that loses the residual's gradient where the GEMM adds it."""
     table({"float32/24x20/residual": {"kernel": "linear"}})

@@ -101,13 +101,15 @@ def test_where_it_is_taken(device, poisoned, monkeypatch):
     x, weight, _, _ = inputs(20, 64, 40, torch.bfloat16, device)
     persistent, pointers = ["_linear_persistent_kernel"], ["_linear_kernel"]
     wide = torch.zeros(20, 67, dtype=x.dtype, device=device)[:, :64].copy_(x)
+    wide_weight = torch.zeros(40, 67, dtype=x.dtype, device=device)[:, :64].copy_(weight)
     odd_rows = torch.zeros(39, 64, dtype=x.dtype, device=device).copy_(weight[:39])
     for arch, rows, matrix, expected in (
         (90, x, weight, persistent),
         (100, x, weight, persistent),
         (80, x, weight, pointers),
         (89, x, weight, pointers),
-        (90, wide, weight, pointers),
+        (90, wide, weight, persistent),  # copied
+        (90, x, wide_weight, pointers),
         (90, x, odd_rows, pointers),  # rows of the output are 78 bytes
         (90, x.float(), weight.float(), pointers),
     ):
@@ -122,9 +124,12 @@ def test_where_rows_begin_does_not_matter(device, monkeypatch):
     x, weight, _, _ = inputs(20, 64, 40, torch.bfloat16, device)
     shifted = torch.zeros(20 * 64 + 3, dtype=x.dtype, device=device)[3:].view(20, 64).copy_(x)
     assert describable(x) and not describable(shifted)
+    lone = torch.as_strided(x[:1], (1, 64), (3, 1))  # a single row, whose stride says nothing
     for arch in (80, 90):
         (names, out), (names_shifted, out_shifted) = (taken(monkeypatch, rows, weight, arch) for rows in (x, shifted))
         assert names == names_shifted and torch.equal(out, out_shifted)
+        lone_names, lone_out = taken(monkeypatch, lone, weight, arch)
+        assert lone_names == names and torch.equal(lone_out[0], out[0])
 
 
 def test_rows_are_the_same_wherever_they_stand(device):

@@ -6,6 +6,7 @@ import errno
 import json
 import logging
 import re
+import time
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -120,6 +121,16 @@ def test_every_candidate_of_a_layer_is_right(capsys, device):
     outcomes = tune.tune(jobs(), device, [64], timer=clock(lambda name, call: 1.0), say=lambda text: None)
     for outcome in outcomes:
         assert outcome.rejected == {} and list(outcome.seconds) == list(outcome.job.candidates)
+
+
+def test_the_clock(device, monkeypatch):
+    """A clock that times one candidate for another, or none."""
+    monkeypatch.setattr(tune, "ROUNDS", 3)
+    runs = {str(n): (lambda n=n: time.sleep(n / 1000)) for n in (1, 4)}
+    seconds = tune.cuda_timer(runs, torch.device("cpu"))
+    assert 0.001 <= seconds["1"] < 0.004 <= seconds["4"]
+    (outcome,) = tune.tune([job("none", [Candidate("cublas"), SMALL])], device, [16], say=lambda text: None)
+    assert all(len(found) == 1 and found[0] > 0 for found in outcome.seconds.values()) and len(outcome.seconds) == 2
 
 
 @pytest.mark.gpu

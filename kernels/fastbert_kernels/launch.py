@@ -232,6 +232,11 @@ def quantized_linear_config(dtype: torch.dtype, group: int | None, for_arch: int
 
 def attention_config(dtype: torch.dtype, head_size: int, for_arch: int) -> Config:
     """Tile of the attention: BLOCK_Q query rows, BLOCK_K keys a step, the head size padded to BLOCK_D."""
+    return _attention(dtype, head_size, for_arch, _recorded is not None, tables.generation)
+
+
+@functools.cache
+def _attention(dtype: torch.dtype, head_size: int, for_arch: int, shipped_only: bool, generation: int) -> Config:
     block_d = max(MIN_HEAD_SIZE, triton.next_power_of_2(head_size))
     config = _required("attention", (attention_key(dtype, head_size),), for_arch)
     return Config({**config.block_sizes, "BLOCK_D": block_d}, config.source)

@@ -91,24 +91,24 @@ def linear_forward(
 ) -> torch.Tensor:
     """(T, K) -> (T, M) in x's dtype; activation "none", "gelu" or "gelu_tanh". Tensors need unit stride along rows.
 
-    Takes the kernel that launch.gemm names. Where a weight's or a row's alignment rules tensor descriptors out, that is
-    this file's.
+    Takes the kernel that launch.gemm names, or this file's where the weight's alignment rules tensor descriptors out.
     """
     shape = x.shape[1], weight.shape[0]
     out = launch.empty((x.shape[0], weight.shape[0]), like=x)
     if x.shape[0] == 0:
         return out
-    if x.data_ptr() % ALIGNMENT:
-        # The kernel, its specialisation and with them the bits must not depend on where in memory the rows begin.
-        x = x.clone(memory_format=torch.contiguous_format)
     epilogue_name = activation if residual is None else "residual"
     arch = launch.arch(x.device)
     gemm = launch.gemm(x.dtype, arch, shape, epilogue_name)
     config = gemm.config.block_sizes
+    # Rows at odd addresses are copied: which kernel runs, in which specialisation, and with them the bits, must not
+    # depend on where the rows lie, but on the weight alone.
     if gemm.ours == "linear_persistent":
-        if describable(x) and describable(weight) and describable(out):
+        if describable(weight) and describable(out):
+            x = x if describable(x) else x.clone(memory_format=torch.contiguous_format)
             return linear_persistent_forward(x, weight, bias, activation, residual, config, out)
         config = launch.linear_config(x.dtype, arch, shape, epilogue_name).block_sizes
+    x = x.clone(memory_format=torch.contiguous_format) if x.data_ptr() % ALIGNMENT else x
     return linear_pointer_forward(x, weight, bias, activation, residual, config, out)
 
 

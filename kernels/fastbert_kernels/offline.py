@@ -64,12 +64,12 @@ ASYNC_COPY = re.compile(r"LDGSTS|UTMALDG|UBLKCP")
 INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?\w+\s+)?([A-Z][A-Z0-9_]*)", re.MULTILINE)
 
 COVERAGE = """\
-default  every kernel on every architecture. bf16: the three models with each linear of a layer (where a
-         persistent kernel is the default, for base also the other one), LayerNorm, embedding
-         and mean pooling with normalisation; for base also LayerNorm and embedding without their optional inputs and
-         the other pooling modes; attention with head sizes 16, 32, 64, 80 and 128. fp32 and fp16: linear and attention
-         of base and minilm, and on sm_80 and sm_90 the other kernels, of base. fp8 (from sm_89 on) and int8: each
-         linear of a layer of the three models, and LayerNorm, embedding and attention that quantise.
+default  every kernel on every architecture. bf16: the three models with each linear of a layer (where a persistent
+         kernel is the default, for base also the other one), LayerNorm, embedding and mean pooling with normalisation;
+         for base also LayerNorm and embedding without their optional inputs and the other pooling modes; attention
+         with head sizes 16, 32, 64, 80 and 128. fp32 and fp16: linear and attention of base and minilm, and on sm_80
+         and sm_90 the other kernels, of base. fp8 (from sm_89 on) and int8: each linear of a layer of the three models, and
+         LayerNorm, embedding and attention that quantise.
 --all    every dtype, TF32 too, every combination of optional inputs, activations and pooling modes, int32 ids, head
          sizes 24 and 48, and a model whose sizes divide by nothing ("odd")."""
 

@@ -25,6 +25,7 @@ import json
 import logging
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,7 @@ logger = logging.getLogger("fastbert")
 
 generation = 0  # counts how often tables were forgotten, for caches of what was found in them
 _chosen: Path | None = None  # what use_table was given
+_to_call: set[Callable[[], Any]] = set()  # when tables are forgotten
 
 
 def cache_folder() -> Path:
@@ -128,12 +130,19 @@ def use_table(path: str | os.PathLike[str] | None) -> None:
     forget()
 
 
+def on_forget(call: Callable[[], Any]) -> None:
+    """Has `call` called whenever tables are forgotten, for caches outside of this package. Once each, however often."""
+    _to_call.add(call)
+
+
 def forget() -> None:
     """Reads tables anew when they are next asked for."""
     global generation
     generation += 1
     for cached in (read_table, _users_table, shipped_table, find):
         cached.cache_clear()
+    for call in tuple(_to_call):
+        call()
 
 
 @functools.cache
