@@ -22,6 +22,7 @@ from fastbert import BertModel, reference
 from fastbert.bench.engines import TRANSFORMERS_ENGINES, Batch, Engine, Packed, Padded, Source
 from fastbert.bench.exact import covered
 from fastbert.bench.peers import OURS, Peer
+from fastbert.ops.quantized import device_obstacle
 
 N_INPUTS = 2  # sets of ids, which rotate
 
@@ -121,6 +122,29 @@ class FastBertPacked(FastBert, Packed):
         return self.model.forward_packed(ids, cu_seqlens)
 
 
+class FastBertInt8(FastBertPacked):
+    """forward_packed with the encoder's linears in int8. backend: strict, so that nothing else is timed in its name."""
+
+    name, precision, backend = f"{OURS} int8", "int8", "triton"
+
+    def __init__(self, *args: Any, **settings: Any) -> None:
+        super().__init__(*args, **settings)
+        self.dtype = self.precision
+
+    def available(self) -> str | None:
+        return device_obstacle(self.precision, self.source.device)
+
+    def load(self) -> None:
+        source, how = self.source, {"precision": self.precision, "backend": self.backend, "strict": True}
+        self.model = BertModel.from_pretrained(source.folder, dtype=source.dtype, device=source.device, **how)
+
+
+class FastBertFp8(FastBertInt8):
+    """The same in fp8."""
+
+    name, precision = f"{OURS} fp8", "fp8"
+
+
 class FastBertPadded(FastBert, Padded):
     """In the place of transformers' model: padded batches in and out."""
 
@@ -170,6 +194,8 @@ class Hidden(Peer):
 def model_peers(task: ModelTask) -> list[Hidden]:
     """fastbert, transformers eager and all others that are tried on the task's device and in its dtype."""
     engines = [FastBertPacked, *TRANSFORMERS_ENGINES, FastBertPadded, *peers_torch.engines(task.source.device)]
+    if task.source.device.type == "cuda" and task.source.dtype.itemsize == 2:
+        engines += [FastBertInt8, FastBertFp8]
     if task.source.device.type == "cpu":
         engines += peers_cpu.engines(task.source.dtype)
     return [Hidden(task, engine) for engine in engines]

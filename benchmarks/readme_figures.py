@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from fastbert.bench.measure import geometric_mean
+from fastbert.bench.peers import OURS
 from fastbert.bench.report import markdown_table, markdown_text
 from fastbert.bench.results import OK, Results, Row
 from fastbert.bench.tables import NOT_GIVEN, Contest, Line, Table, contests, short_dtype, si, source, times
@@ -22,6 +23,7 @@ from fastbert.checkpoint import write_text
 
 START, END = "<!-- benchmarks:start -->", "<!-- benchmarks:end -->"
 DEVICE_TYPES = {"cuda": "GPU", "cpu": "CPU"}
+IN_8_BITS = (f"{OURS} int8", f"{OURS} fp8")  # fastbert in another precision is no peer of itself
 LEFT_OUT = ("kernel", "start")  # suites whose name begins so: single operations, and what happens once
 HEADER = ("", "fastbert, valid tokens/s", "faster than the fastest peer", "than the median peer")
 
@@ -82,7 +84,8 @@ def _line(name: str, group: Sequence[Contest]) -> Line:
     over_median: list[float] = []
     best: Counter[str] = Counter()
     for contest in group:
-        ratios = {contest.name_of(row): row.speedup for row in contest.peers if row.speedup is not None}
+        others = [row for row in contest.peers if row.competitor not in IN_8_BITS]
+        ratios = {contest.name_of(row): row.speedup for row in others if row.speedup is not None}
         if ratios:
             closest = min(ratios, key=lambda peer: ratios[peer])
             best[closest] += 1

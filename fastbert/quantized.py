@@ -58,7 +58,11 @@ class QuantizedWeights:
         if kept is None or kept[0] != state:
             with torch.inference_mode(False), torch.no_grad():
                 # The aliases keep a replaced parameter's memory from its successor, which would then look the same.
-                kept = self._kept[name] = state, [p.detach() for p in parameters], make()
+                made = make()
+                device = weights[0].device
+                if device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
+                    torch.cuda.current_stream(device).synchronize()  # other threads read it on streams of their own
+                kept = self._kept[name] = state, [p.detach() for p in parameters], made
         return kept[2]
 
     def __reduce__(self) -> Any:
@@ -99,6 +103,7 @@ def decide(
     return Decision(OP, UNQUANTISED, reason)
 
 
+@untraced
 def choose(model: BertModel) -> str:
     """`decide` for the model as it is, with the fallback logged once, or raised as BackendError under strict."""
     if model.training:
@@ -115,20 +120,34 @@ def choose(model: BertModel) -> str:
 
 def _altered(model: BertModel) -> str | None:
     """Which part of the encoder is an adapter or has hooks, so that its parameters cannot stand for it, or None."""
-    from fastbert.model import is_bare, is_plain
+    from fastbert.model import is_bare
 
-    for i, layer in enumerate(layers_of(model)):
-        attention, up, down = layer.attention, layer.intermediate, layer.output
-        part = attention.self
-        linears = part.query, part.key, part.value, attention.output.dense, up.dense, down.dense
-        blocks = layer, attention, part, attention.output, up, down
-        if not (all(map(is_plain, linears)) and all(is_bare(m, type(m)) for m in blocks)):
-            return f"a part of encoder.layer.{i} is an adapter, has hooks or has no bias"
     for name in ("embeddings", "encoder"):
         module = getattr(model, name)
         if not is_bare(module, type(module)):
             return f"{name} has hooks"
+    for i, layer in enumerate(layers_of(model)):
+        if not _is_own(layer):
+            return f"a part of encoder.layer.{i} is an adapter, has hooks or has no bias"
     return None
+
+
+def _is_own(module: nn.Module) -> bool:
+    """Whether a block of fastbert.model is as it was made. By its dictionaries: this runs for every batch, and a
+    module's attributes are slow."""
+    from fastbert.model import is_bare
+
+    if type(module).__module__ != "fastbert.model" or not is_bare(module, type(module)):
+        return False
+    children: Any = module._modules.values()
+    for child in children:
+        kind = type(child)
+        if kind is nn.Linear:
+            if not is_bare(child, nn.Linear) or child._parameters["bias"] is None:
+                return False
+        elif kind not in (nn.LayerNorm, nn.Dropout) and not _is_own(child):  # of these two, no path runs hooks
+            return False
+    return True
 
 
 @untraced

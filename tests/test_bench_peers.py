@@ -208,6 +208,18 @@ def test_every_model_peer_is_right(folder, dtype):
     assert rows[Eager.name].extra["padding_waste"] == pytest.approx(1 - task.n_tokens / (4 * 40 + 18 + 1))
 
 
+@pytest.mark.parametrize("engine", [peers_model.FastBertInt8, peers_model.FastBertFp8])
+def test_8_bit_engines_are_right(folder, engine, monkeypatch):
+    """An 8-bit row that is not fastbert's 8-bit model, or that is beyond what a peer in 8 bits may be off."""
+    monkeypatch.setattr(engine, "backend", "torch")
+    task = peers_model.ModelTask(folder, LENGTHS, dtype="bfloat16", device="cpu")
+    peer = peers_model.Hidden(task, engine)
+    assert peer.available() is None and peer.dtype == engine.precision and peer.name == f"fastbert {engine.precision}"
+    peer.prepare()
+    assert peer.engine.model.precision == engine.precision and peer.engine.model.policy.strict
+    assert 1e-3 < rms_error(peer.output(), task.reference().float()) < 0.1
+
+
 def test_inputs_of_the_model_level_rotate(folder):
     """A peer that sees the same ids in every round."""
     task = peers_model.ModelTask(folder, [(5, 5)], dtype="float32", device="cpu")

@@ -191,6 +191,27 @@ def test_8_bit_kernels(tmp_path):
     assert sorted(ops) == ["attention", "embedding", "layer_norm", *["quantized_linear"] * 4]
 
 
+def test_float8_sums_outside_the_tensor_cores(tmp_path):
+    """A compiler that takes the sums of float8 products back into tensor cores that lose bits (Ada, Hopper)."""
+    script = """
+import torch, triton
+from triton.backends.compiler import GPUTarget
+from fastbert_kernels import launch, offline, quantized_linear
+for arch, outside in ((89, True), (90, True), (120, False)):
+    x, weight = (torch.empty(n, 512, dtype=torch.float8_e4m3fn) for n in (64, 256))
+    with launch.recording(arch) as launches:
+        scale = torch.empty(64, 1), torch.empty(256)
+        quantized_linear.quantized_linear_forward(x, scale[0], 512, weight, scale[1], None, "none", torch.bfloat16)
+    source, options = offline.specialize(launches[0], GPUTarget("cuda", arch, 32))
+    ir = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options).asm["ttgir"]
+    dots = [line for line in ir.splitlines() if "dot %" in line]
+    from_zero = ["%cst" in line.partition("dot %")[2].split(":")[0] for line in dots]
+    assert dots and all(zero == outside for zero in from_zero), (arch, dots)
+"""
+    done = run("-c", script, cache=tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
 def test_8_bit_kernels_need_8_bit_instructions(tmp_path):
     """A check that takes a 16-bit tensor-core instruction for an 8-bit one."""
     script = """

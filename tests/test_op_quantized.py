@@ -206,6 +206,18 @@ def test_linear(n_rows, k, n_cols, group, precision, activation, device, poisone
     poisoned.check()
 
 
+@pytest.mark.parametrize("last", [0, 200])
+@pytest.mark.parametrize("group", [None, 64])
+def test_sums_inside_and_outside(last, group, device, monkeypatch):
+    """A scale applied twice, or not at all, on GPUs whose float8 sums are, or are not, left to the tensor cores."""
+    from fastbert_kernels import launch
+
+    monkeypatch.setattr(launch, "LAST_ARCH_WITH_SHORT_FLOAT8_SUMS", last)
+    x, weight, bias = operands(20, 320, 40, group, "fp8", device)
+    ours = Q.linear(x, weight, bias, torch.float32, policy=TRITON)
+    assert rms_error(ours, exact_product(x, weight, bias, "none")) <= (2**-12 if device.type == "cuda" else 1e-6)
+
+
 def test_int8_sums_are_exact(device):
     """Sums that lose bits: the largest products, over the K of BERT-large's last linear."""
     x = torch.full((3, 4096), 127, dtype=torch.int8, device=device)

@@ -299,6 +299,18 @@ def test_compiled_model(backend: str, device: torch.device) -> None:
         model.encoder.layer[0].output.dense.weight.mul_(-1)
 
 
+@pytest.mark.parametrize("backend", ["triton", "torch", "cpu"])
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_exported_model(precision: str, backend: str, device: torch.device) -> None:
+    """A model that cannot be exported, or that is exported for one mask only."""
+    model = BertModel(config(), backend=backend, precision=precision).eval().to(device)
+    ids, mask = inputs(device)
+    program = torch.export.export(model, (ids, mask), strict=False)
+    mask[1, 2:] = 0
+    exported, expected = program.module()(ids, mask), model(ids, mask)
+    assert torch.allclose(exported.last_hidden_state, expected.last_hidden_state, atol=1e-5)
+
+
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_explain_is_what_is_launched(

@@ -207,7 +207,10 @@ def varlen_attention(
     why_not = attention.obstacle(head_size, qkv)
     plan: tuple[Tensor | None, Tensor | None] = None, None
     on_device = why_not or device_obstacle(precision, qkv.device)
-    if dispatch.decide("attention", policy, qkv.device, on_device).backend == "triton":
+    # A tracer finds the plan if `prepare_attention` made it; otherwise the operation makes one when it runs.
+    key = attention._plan_key(qkv.dtype, head_size, policy)
+    planned = not torch.compiler.is_compiling() or batch.has_plan(key)
+    if planned and dispatch.decide("attention", policy, qkv.device, on_device).backend == "triton":
         plan = attention._triton_plan(batch, qkv.dtype, head_size, policy)
     arguments = qkv, batch.cu_seqlens, batch.cu_seqlens_cpu, *plan, num_heads, head_size**-0.5, precision
     data, scale = _run("attention", precision, policy, why_not, _Q_ATTENTION, *arguments)
@@ -331,8 +334,9 @@ def _attention_kernel(*arguments: Any) -> tuple[Tensor, Tensor]:
 
 
 def _attention_twin(*arguments: Any) -> tuple[Tensor, Tensor]:
-    num_heads, precision = arguments[5], arguments[-1]
-    out = attention._eager(*arguments[:-1])
+    qkv, _, cu_seqlens_cpu, _, _, num_heads, scale, precision = arguments
+    # An operation of its own, as a tracer cannot look at the lengths on the host.
+    out = torch.ops.fastbert.grouped_attention(qkv, cu_seqlens_cpu, num_heads, scale)
     q = quantize(out, precision, out.shape[1] // num_heads)
     return q.data, q.scale
 

@@ -22,6 +22,8 @@ from fastbert_kernels import disk_cache, events, interpreter, tables
 
 MIN_ARCH = 80
 MIN_HEAD_SIZE, MAX_HEAD_SIZE = 16, 128
+# Tensor cores up to here keep about 14 bits of a sum of float8 products; see `quantized_linear`.
+LAST_ARCH_WITH_SHORT_FLOAT8_SUMS = 90
 
 # Shared memory that one thread block may use, in bytes: CUDA C++ Programming Guide, "Technical specifications per
 # compute capability", maximum amount of shared memory per thread block.

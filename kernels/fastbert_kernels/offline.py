@@ -68,8 +68,9 @@ default  every kernel on every architecture. bf16: the three models with each li
          kernel is the default, for base also the other one), LayerNorm, embedding and mean pooling with normalisation;
          for base also LayerNorm and embedding without their optional inputs and the other pooling modes; attention
          with head sizes 16, 32, 64, 80 and 128. fp32 and fp16: linear and attention of base and minilm, and on sm_80
-         and sm_90 the other kernels, of base. fp8 (from sm_89 on) and int8: each linear of a layer of the three models, and
-         LayerNorm, embedding and attention that quantise.
+         and sm_90 the other kernels, of base. fp8 (from sm_89 on) and int8: each linear of a layer of base and minilm,
+         and LayerNorm, embedding and attention that quantise; on sm_80 and sm_90 also those of large, and a linear
+         after heads of 80.
 --all    every dtype, TF32 too, every combination of optional inputs, activations and pooling modes, int32 ids, head
          sizes 24 and 48, and a model whose sizes divide by nothing ("odd")."""
 
@@ -238,7 +239,8 @@ def eight_bit_cases(dtype: str) -> Iterator[Case]:
     for model, (h, i, n_heads) in MODELS.items():
         if model == "odd":
             continue
-        case = partial(Case, model=model, dtype=dtype, archs=None)
+        archs = frozenset({80, 90}) if model == "large" else None
+        case = partial(Case, model=model, dtype=dtype, archs=archs)
         d, x, weight = h // n_heads, tensor(n_rows, h), tensor(h)
         for name, n_cols, k, group, bias, activation, again in (
             ("qkv", 3 * h, h, h, tensor(3 * h), "none", False),
@@ -263,6 +265,13 @@ def eight_bit_cases(dtype: str) -> Iterator[Case]:
         yield case("embedding", variant="ids", call=call)
         arguments = tensor(n_rows, 3 * h), cu_seqlens, ids32, work_list, n_heads, 0.125, eight_bit(n_rows, h, n_heads)
         yield case("attention", variant=f"D{d}", call=partial(attention.varlen_attention_forward, *arguments))
+    for head_size in (48, 80):  # groups that are no step of K
+        k = 4 * head_size
+        operand, (data, scale) = eight_bit(n_rows, k, 4), eight_bit(256, k)
+        heads = *operand, head_size, data, scale.flatten(), None, "none", torch.bfloat16
+        call = partial(quantized_linear.quantized_linear_forward, *heads)
+        some = frozenset({80, 90}) if head_size == 80 else frozenset[int]()
+        yield Case("quantized_linear", "extra", dtype, f"out of D{head_size}", some, call)
 
 
 def plan(archs: Iterable[int], chosen: Iterable[Case]) -> list[Kernel]:

@@ -7,11 +7,12 @@ float32, one a row and group of `group` neighbouring columns (the last may be na
 in fp32 / bf16 / fp16, or 8-bit again with scales (T, ceil(M / 128)), one a row and group of 128 columns.
 
 int8 products are summed in int32, exactly: over all of K where a row has one scale, else over a group. float8 products
-are summed in float32 by the tensor cores, which on Hopper keep about 14 bits of the sum: so over at most BLOCK_K, and
-those sums are added outside of them. FLOPs: 2 * T * M * K; bytes: T * K + M * K + T * M at least, half of 16-bit ones.
+are summed by the tensor cores, which up to Hopper keep about 14 bits of the sum: there over at most BLOCK_K, and those
+sums are added outside of them, in float32. They are scaled first, because Triton would turn a bare `sums + dot(x, w)`
+into a sum inside. FLOPs: 2 * T * M * K; bytes: T * K + M * K + T * M at least, half of 16-bit ones.
 
 Source: DeepSeek-AI, "DeepSeek-V3 Technical Report", 2024, arXiv:2412.19437, section 3.3 (sums outside, group scales);
-the order of the tiles is that of `linear`.
+Zhang et al., "SageAttention2", 2024, arXiv:2411.10958 (14 bits on Ada too); the order of the tiles is that of `linear`.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ def _quantized_linear_kernel(
     HAS_BIAS: tl.constexpr,
     ACTIVATION: tl.constexpr,
     INT8: tl.constexpr,
+    SUM_OUTSIDE: tl.constexpr,
     QUANTIZE: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLS: tl.constexpr,
@@ -70,6 +72,7 @@ def _quantized_linear_kernel(
     weight_ptrs = weight_ptr + weight_rows[None, :] * K + k_offs[:, None]  # (BLOCK_K, BLOCK_COLS)
     x_scale_ptrs = x_scale_ptr + x_rows * N_GROUPS
 
+    row_scale = tl.load(x_scale_ptrs)
     sums = tl.zeros((BLOCK_ROWS, BLOCK_COLS), dtype=tl.int32 if INT8 and N_GROUPS == 1 else tl.float32)
     for k_start in range(0, K, STEP):
         if K % STEP == 0 and STEP == BLOCK_K:
@@ -80,18 +83,17 @@ def _quantized_linear_kernel(
             x = tl.load(x_ptrs, mask=k_mask[None, :], other=0.0)
             weight = tl.load(weight_ptrs, mask=k_mask[:, None], other=0.0)
         if N_GROUPS > 1:
-            scale = tl.load(x_scale_ptrs + k_start // GROUP)
-            sums += tl.dot(x, weight).to(tl.float32) * scale[:, None]
-        elif INT8:
-            sums = tl.dot(x, weight, sums, out_dtype=tl.int32)
+            row_scale = tl.load(x_scale_ptrs + k_start // GROUP)
+        if N_GROUPS > 1 or SUM_OUTSIDE:
+            sums += tl.dot(x, weight).to(tl.float32) * row_scale[:, None]
         else:
-            sums += tl.dot(x, weight)
+            sums = tl.dot(x, weight, sums, out_dtype=tl.int32 if INT8 else tl.float32)
         x_ptrs += STEP
         weight_ptrs += STEP
 
     out = sums.to(tl.float32) * tl.load(weight_scale_ptr + col_offs, mask=col_offs < n_cols, other=0.0)[None, :]
-    if N_GROUPS == 1:
-        out *= tl.load(x_scale_ptrs)[:, None]
+    if N_GROUPS == 1 and not SUM_OUTSIDE:
+        out *= row_scale[:, None]
     if HAS_BIAS:
         out += tl.load(bias_ptr + col_offs, mask=col_offs < n_cols, other=0.0).to(tl.float32)[None, :]
     out = activate(out, ACTIVATION)
@@ -150,6 +152,7 @@ def quantized_linear_forward(
         HAS_BIAS=bias is not None,
         ACTIVATION=activation,
         INT8=x.dtype == torch.int8,
+        SUM_OUTSIDE=x.dtype != torch.int8 and arch <= launch.LAST_ARCH_WITH_SHORT_FLOAT8_SUMS,
         QUANTIZE=out_scale is not None,
     )
     return out
