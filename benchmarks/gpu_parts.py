@@ -129,13 +129,14 @@ def tuned_table(options: Options, device: torch.device, seconds: float) -> int:
     name, arch = torch.cuda.get_device_name(device), launch.arch(device)
     tokens = tune_jobs.TOKENS[:1] if options.quick else tune_jobs.TOKENS
     jobs = tune_jobs.jobs(tune_jobs.default_models(), [torch.bfloat16], arch)
-    path, deadline, outcomes = options.out / tables.file_name(name), Deadline(seconds), []
+    # In a folder of its own: it is no result file.
+    path, deadline, outcomes = options.out / "tuned" / tables.file_name(name), Deadline(seconds), []
     for job in jobs:
         if deadline.left <= 0:
             break
         outcomes += tune.tune([job], device, tokens, say=_say)
         tune.write(tune.table_of(outcomes, name, arch, tokens), path)
-    recorder.note(tuned_table=path.name, tuned_shapes=f"{len(outcomes)} of {len(jobs)}")
+    recorder.note(tuned_table=f"tuned/{path.name}", tuned_shapes=f"{len(outcomes)} of {len(jobs)}")
     return int(len(outcomes) < len(jobs) or any(outcome.best() is None for outcome in outcomes))
 
 

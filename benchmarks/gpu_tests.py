@@ -28,7 +28,9 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "linear": ("tests/test_op_linear.py", "tests/test_op_linear_persistent.py"),
     "batch_invariant": ("tests/test_batch_invariant.py",),
     "tune": ("tests/test_tune.py",),
-    "text": ("tests/test_sentence.py", "-k", "kernels or gpu"),
+    "quantized": ("tests/test_op_quantized.py", "tests/test_quantized.py"),
+    "memory": ("tests/test_memory.py",),
+    "text": ("tests/test_sentence.py", "tests/test_sentence_run.py", "-k", "kernels or gpu"),
     "dispatch": ("tests/test_dispatch.py", "tests/test_launch.py", "tests/test_ops_compile.py"),
 }
 SELECTION = ("-m", "gpu or not slow")

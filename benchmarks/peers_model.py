@@ -126,6 +126,7 @@ class FastBertInt8(FastBertPacked):
     """forward_packed with the encoder's linears in int8. backend: strict, so that nothing else is timed in its name."""
 
     name, precision, backend = f"{OURS} int8", "int8", "triton"
+    needs = ("quantized",)
 
     def __init__(self, *args: Any, **settings: Any) -> None:
         super().__init__(*args, **settings)
@@ -160,7 +161,7 @@ class Hidden(Peer):
     def __init__(self, task: ModelTask, engine: type[Engine], **settings: Any) -> None:
         self.task = task
         self.engine = engine(task.source, varied=task.varied, **settings)
-        self.name, self.dtype = self.engine.name, self.engine.dtype
+        self.name, self.dtype, self.needs = self.engine.name, self.engine.dtype, self.engine.needs
         self.inputs: list[list[Batch]] = []
 
     def available(self) -> str | None:

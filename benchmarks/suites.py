@@ -142,7 +142,8 @@ def run_case(
         return Outcome([_row(case, OURS, status=FAILED, detail=f"{type(error).__name__}: {error}"[:300])])
     timing = {"rounds": 30 if device.type == "cuda" else 7, "min_rounds": 3, "max_seconds": max_seconds}
     timing |= built.timing | ({"rounds": 2, "min_rounds": 2} if quick else {})
-    peers = built.peers[:QUICK_PEERS] if quick else built.peers
+    peers = [_if_tested(peer, refused or {}) for peer in built.peers]
+    peers = peers[:QUICK_PEERS] if quick else peers
     rows = contest(
         peers,
         lambda peer: _row(case, peer.name, peer.dtype, extra=dict(built.extra)),
@@ -158,6 +159,11 @@ def run_case(
         for row in rows:
             built.work.fill(row, ceilings or {})
     return Outcome(rows, peers[0] if rows[0].status == OK else None)
+
+
+def _if_tested(peer: Peer, refused: Mapping[str, str]) -> Peer:
+    reason = next((refused[name] for name in peer.needs if name in refused), None)
+    return peer if reason is None else LeftOut(peer.name, f"not timed: {reason}")
 
 
 def tidy(device: torch.device) -> None:

@@ -95,6 +95,17 @@ def test_refuses_speeds_of_what_failed_its_tests():
     assert run_case(case_of(*peers), CPU, refused={"pooling": "x"}).rows[0].status == OK
 
 
+def test_a_competitor_of_ours_that_failed_its_tests_has_no_speed():
+    """fastbert in 8 bits timed though its tests failed, or all of fastbert refused for it."""
+    eight_bit = Fake("fastbert int8", 0.001)
+    eight_bit.needs = ("quantized",)
+    case = case_of(Fake("fastbert", 0.001), Fake("eager", 0.001), eight_bit)
+    rows = {row.competitor: row for row in run_case(case, CPU, refused={"quantized": "planted"}).rows}
+    assert rows["fastbert"].status == OK and rows["fastbert int8"].status == MISSING
+    assert rows["fastbert int8"].detail == "not timed: planted"
+    assert run_case(case, CPU, refused={"gelu": "planted"}).rows[2].status == OK
+
+
 def test_wrong_fastbert_has_no_speed_and_no_second_timing():
     """A benchmark that goes on to time a fastbert whose output is wrong."""
     ours = Fake(OURS, factor=1.1)

@@ -76,10 +76,12 @@ class Engine:
     """One program in one setting. Subclasses set `name` and fill in `load`, `batch`, `compute` and `valid`.
 
     pool: None for hidden states. varied: whether the sequences of a batch differ in length. dtype: what it computes
-    in. warmups: runs of a batch until it takes its usual time. batch_sizes: worth trying, by type of device.
+    in. warmups: runs of a batch until it takes its usual time. batch_sizes: worth trying, by type of device. needs: as
+    of a Peer.
     """
 
     name: str
+    needs: tuple[str, ...] = ()
     warmups = 1
     batch_sizes: ClassVar[dict[str, tuple[int, ...]]] = {"cpu": (8, 32), "cuda": (64, 256, 1024)}
 

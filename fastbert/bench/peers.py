@@ -24,10 +24,11 @@ OURS = "fastbert"
 class Peer:
     """One competitor in one setting. Subclasses set `name` and fill in the three methods.
 
-    dtype: what it computes in, None where that is the contest's.
+    dtype: what it computes in, None where that is the contest's. needs: of ours, what must have passed its tests.
     """
 
     name: str
+    needs: tuple[str, ...] = ()
     dtype: str | None = None
 
     def available(self) -> str | None:
