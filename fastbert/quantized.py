@@ -1,7 +1,14 @@
 """The encoder of a BertModel on 8-bit operands, for `precision="fp8"` and `precision="int8"`.
 
 Linears multiply 8-bit activations by 8-bit weights; attention's own products, LayerNorm and the residual stay in the
-model's dtype. Every operand is quantised by the kernel that makes it. T tokens, H hidden, I intermediate.
+model's dtype. Every operand is quantised by the kernel that makes it. T tokens, H hidden.
+
+fp8 needs a GPU of compute capability 8.9 or newer, int8 one of 8.0. Where there are no 8-bit kernels (a CPU, an older
+GPU, sizes or an activation that they do not take, an adapter or a hook inside) the unquantised path runs: it is logged
+once, `explain` shows it, and under strict=True it raises BackendError. backend="torch" instead emulates the same
+quantisation in plain PyTorch, on any device. The parameters are kept, with the 8-bit weights beside them.
+
+int8 is the more exact of the two: benchmarks/NOTES.md has the figures.
 """
 
 from __future__ import annotations
@@ -57,11 +64,11 @@ class QuantizedWeights:
         kept = self._kept.get(name)
         if kept is None or kept[0] != state:
             with torch.inference_mode(False), torch.no_grad():
-                # The aliases keep a replaced parameter's memory from its successor, which would then look the same.
                 made = make()
                 device = weights[0].device
                 if device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
                     torch.cuda.current_stream(device).synchronize()  # other threads read it on streams of their own
+                # The aliases keep a replaced parameter's memory from its successor, which would then look the same.
                 kept = self._kept[name] = state, [p.detach() for p in parameters], made
         return kept[2]
 

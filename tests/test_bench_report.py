@@ -486,6 +486,13 @@ def test_readme_section():
     assert "9.00" not in text and "7.00" not in text and "(benchmarks/results/a-new/)" in text
 
 
+def test_readme_does_not_compare_fastbert_with_itself():
+    """fastbert in 8 bits as the fastest peer of fastbert in 16."""
+    alone = readme_figures.section({Path("x"): results(contest(ratios={"eager": 2.0}))})
+    ratios = {"eager": 2.0, "fastbert int8": 0.6, "fastbert fp8": 0.5}
+    assert readme_figures.section({Path("x"): results(contest(ratios=ratios))}) == alone
+
+
 def test_readme_section_with_fastbert_failing():
     """A workload that fastbert failed dropped from the count."""
     failed = [Row("model", "S512 b8", "fastbert", "bfloat16", FAILED, "planted")]
