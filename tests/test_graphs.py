@@ -504,9 +504,9 @@ def test_float32_precision(stand_in: StandIn, device: torch.device) -> None:
 
 
 def test_no_padding_where_there_are_no_graphs() -> None:
-    """Catches rows of padding on a CPU, where they would only cost."""
+    """Catches rows of a bucket in plain PyTorch, where they would only cost."""
     model = make(torch.device("cpu"))
-    model.policy = Policy("cpu")
+    model.policy = Policy("torch")
     rows: list[int] = []
     encode_rows = model._encode
     model._encode = lambda ids, *rest, **options: rows.append(len(ids)) or encode_rows(ids, *rest, **options)

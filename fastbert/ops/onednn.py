@@ -7,7 +7,8 @@ other makers. The operations are `torch.ops.mkldnn`: names internal to PyTorch, 
 where they are missing the caller takes F.linear.
 
 oneDNN adds up a float32 product over all of K in one chain, whose rounding error grows with K and is about twice that
-of F.linear at K = 3072. Here K is cut into pieces, each added to the sum of those before it.
+of F.linear at K = 3072. Here K is cut into pieces, each added to the sum of those before it. For up to three rows
+F.linear has more than one chain for each sum, and is taken instead.
 """
 
 from __future__ import annotations
@@ -17,11 +18,11 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch.utils.weak import WeakIdKeyDictionary
 
-# float32: the length of a chain of sums, and the longest that is taken whole to have GELU applied in the same pass.
-PIECE, PIECE_BEFORE_GELU = 256, 384
+# float32: the longest chain of sums, so that the error stays within the numerical policy; a GELU passes more of it on.
+PIECE, PIECE_BEFORE_GELU = 384, 256
+LEAST_ROWS = 4
 UNARY = {"none": ("none", ""), "gelu": ("gelu", "none"), "gelu_tanh": ("gelu", "tanh"), "relu": ("relu", "")}
 
 # Weight -> its state when packed, an alias that keeps its memory from being given to a successor, and the pieces.
@@ -49,6 +50,8 @@ def obstacle(x: torch.Tensor, weight: torch.Tensor, *others: torch.Tensor | None
     tensors = [x, weight, *(t for t in others if t is not None)]
     if any(t.device.type != "cpu" for t in tensors):
         return f"the tensors are on {x.device}"
+    if x.shape[0] < LEAST_ROWS:
+        return f"fewer than {LEAST_ROWS} rows"
     if torch.compiler.is_compiling():
         return "torch.compile fuses F.linear itself"
     if any(t.dtype != x.dtype for t in tensors) or torch.is_autocast_enabled("cpu"):
@@ -84,7 +87,7 @@ def linear(
     residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """(T, K), (M, K), (M,) -> (T, M) in x's dtype. activation: a key of UNARY; residual: (T, M), only without one."""
-    pieces = _pieces(weight, whole_to=PIECE_BEFORE_GELU if activation != "none" else PIECE)
+    pieces = _pieces(weight, PIECE if activation == "none" else PIECE_BEFORE_GELU)
     ops: Any = torch.ops.mkldnn
     x = x if x.stride(-1) == 1 else x.contiguous()
     start = pieces[0][0]
@@ -97,7 +100,8 @@ def linear(
         out = ops._linear_pointwise.binary(x[:, start:end], out, piece, None, "add")
         start = end
     if len(pieces) > 1 and activation != "none":
-        out = F.relu(out) if activation == "relu" else F.gelu(out, approximate=UNARY[activation][1])
+        aten: Any = torch.ops.aten
+        out = aten.relu_(out) if activation == "relu" else aten.gelu_(out, approximate=UNARY[activation][1])
     return out
 
 
@@ -107,6 +111,8 @@ def rows_for(n_rows: int) -> int:
     oneDNN makes a program for each number of rows, which takes a millisecond and 100 KB; of arbitrary token counts
     there would be no end.
     """
+    if n_rows < LEAST_ROWS:
+        return n_rows
     step = max(8, (1 << (n_rows - 1).bit_length()) // 16)
     return -(-n_rows // step) * step
 
@@ -117,26 +123,24 @@ def forget(weights: Iterable[torch.Tensor]) -> None:
         _packed.pop(weight, None)
 
 
-def _pieces(weight: torch.Tensor, whole_to: int) -> list[tuple[int, torch.Tensor]]:
-    """Packed slices of the weight along K, each with where it ends."""
-    state = weight.data_ptr(), weight._version, weight.dtype, weight.shape, whole_to
+def _pieces(weight: torch.Tensor, longest: int) -> list[tuple[int, torch.Tensor]]:
+    """Packed slices of the weight along K, in float32 of at most `longest`, each with where it ends."""
+    state = weight.data_ptr(), weight._version, weight.dtype, weight.shape, longest
     found = _packed.get(weight)
     if found is not None and found[0] == state:
         return found[2]
     k_size = weight.shape[1]
     with torch.inference_mode(False), torch.no_grad():
         pieces = []
-        for start, end in _cuts(k_size, k_size if weight.dtype != torch.float32 else whole_to):
+        for start, end in _cuts(k_size, longest) if weight.dtype == torch.float32 else [(0, k_size)]:
             part = weight.detach()[:, start:end].contiguous()
             pieces.append((end, torch.ops.mkldnn._reorder_linear_weight(part, None)))
         _packed[weight] = state, weight.detach(), pieces
     return pieces
 
 
-def _cuts(k_size: int, whole_to: int) -> list[tuple[int, int]]:
-    """The fewest pieces of at most PIECE, as even as multiples of 16 allow; one where k_size is at most whole_to."""
-    if k_size <= max(whole_to, PIECE):
-        return [(0, k_size)]
-    n_pieces = -(-k_size // PIECE)
+def _cuts(k_size: int, longest: int) -> list[tuple[int, int]]:
+    """The fewest pieces of at most `longest`, as even as multiples of 16 allow."""
+    n_pieces = -(-k_size // longest)
     step = -(-k_size // n_pieces // 16) * 16
     return [(start, min(start + step, k_size)) for start in range(0, k_size, step)]
