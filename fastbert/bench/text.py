@@ -341,10 +341,13 @@ def text_encoders(task: TextTask) -> list[TextEncoder]:
 
 
 class Throughput(Peer):
-    """All texts of the task at once. The output is that of the texts which `TextTask.reference` covers."""
+    """All texts of the task at once. The output is that of the texts which `TextTask.reference` covers.
 
-    def __init__(self, encoder: TextEncoder) -> None:
-        self.encoder, self.task = encoder, encoder.task
+    memory: whether there is time for a process of its own, in which to measure that.
+    """
+
+    def __init__(self, encoder: TextEncoder, memory: bool = True) -> None:
+        self.encoder, self.task, self.memory = encoder, encoder.task, memory
         self.name, self.dtype = encoder.name, encoder.dtype
 
     def available(self) -> str | None:
@@ -367,7 +370,7 @@ class Throughput(Peer):
         return self.encoder.facts()
 
     def peak_bytes(self) -> int | None:
-        return None if memory.unavailable() else memory.peak_of(self.encoder)
+        return memory.peak_of(self.encoder) if self.memory and memory.unavailable() is None else None
 
 
 class Latency(Peer):
