@@ -78,6 +78,9 @@ class FusedONNXRuntime(ONNXRuntime):
         return super().available() or missing("onnx")
 
     def graph(self) -> str:
+        path = workdir() / f"{_key(self.source)}-fused.onnx"
+        if path.exists():
+            return str(path)
         from onnxruntime.transformers import optimizer
 
         logging.getLogger("onnxruntime").setLevel(logging.ERROR)
@@ -92,9 +95,8 @@ class FusedONNXRuntime(ONNXRuntime):
         found = model.get_fused_operator_statistics()
         if found["Attention"] != config.num_hidden_layers:
             raise RuntimeError(f"fused {found['Attention']} attentions of {config.num_hidden_layers}")
-        path = str(workdir() / f"{_key(self.source)}-fused.onnx")
-        model.save_model_to_file(path)
-        return path
+        model.save_model_to_file(str(path))
+        return str(path)
 
 
 class OpenVINO(CPURuntime):

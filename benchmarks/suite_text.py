@@ -29,7 +29,7 @@ from fastbert.demo import fast_at_bfloat16
 
 SUITE = "text"
 THROUGHPUT, LATENCY = "throughput", "latency"
-N_TEXTS = {"cpu": 40, "cuda": 100_000}  # at most; there are some thousands
+N_TEXTS = {"cpu": 32, "cuda": 100_000}  # at most; there are some thousands
 DTYPES = {"cpu": ("float32", "bfloat16"), "cuda": ("bfloat16", "float16")}
 SETTINGS = ((THROUGHPUT, "docstrings", 2.0), (LATENCY, "short docstrings, one at a time", 1.0))  # and their weights
 # On a CPU a process each, which takes several seconds: in one dtype, and of what most would use.

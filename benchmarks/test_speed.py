@@ -26,7 +26,7 @@ from fastbert.bench.peers import OURS, Peer
 from fastbert.bench.results import OK, Row
 
 QUICK_CASES = 3
-START_SECONDS = 60.0  # for the fresh processes of all competitors
+START_SECONDS = 30.0  # for the fresh processes of all competitors
 SECONDS = 1.0  # of pytest-benchmark's own timing of a case, about
 
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import bisect
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,58 +16,29 @@ from fastbert.varlen import PackedBatch, sequence_ids
 
 KERNELS = {
     "triton": "fastbert_kernels.attention",
-    "torch": "torch.nn.functional.scaled_dot_product_attention, sequences of similar length together",
+    "torch": "torch.nn.functional.scaled_dot_product_attention, sequences of equal length together",
 }
 
 # One group of sequences of equal length: (sequences, length, their rows), the rows a slice where they are neighbours.
 Group = tuple[int, int, "slice | torch.Tensor"]
 
 
-@dataclass(frozen=True)
-class PaddedGroup:
-    """Sequences of similar length, padded to `length`, the longest of them, for attention alone.
-
-    rows: where their tokens are. places: (tokens,) where those go among n_seqs * length rows; mask: (n_seqs, 1, 1,
-    length) bool, true at tokens; both None where all are of one length.
-    """
-
-    n_seqs: int
-    length: int
-    rows: slice | torch.Tensor
-    places: torch.Tensor | None = None
-    mask: torch.Tensor | None = None
-
-
-def group_by_similar_length(
-    cu_seqlens_cpu: torch.Tensor, device: torch.device
-) -> tuple[list[PaddedGroup], torch.Tensor | None]:
-    """Groups of sequences that an eighth of their length, or 8 tokens, make equal, and the row order that undoes it.
-
-    Short texts in one product cost less padded than one by one; the padding is of attention, a few percent of the work.
-    """
+def group_by_length(cu_seqlens_cpu: torch.Tensor, device: torch.device) -> tuple[list[Group], torch.Tensor | None]:
+    """Groups of sequences of equal length, and the row order that undoes the grouping (None where it is unchanged)."""
     lengths = cu_seqlens_cpu.diff().long()
     order = torch.argsort(lengths, stable=True)
     order = order[lengths[order] > 0]
-    starts, ordered = cu_seqlens_cpu[:-1].long()[order], lengths[order].tolist()
-    groups: list[PaddedGroup] = []
+    groups: list[Group] = []
     all_rows = []
-    first = 0
-    while first < len(ordered):
-        last = bisect.bisect_right(ordered, ordered[first] + max(8, ordered[first] // 8), lo=first)
-        here, longest, n_seqs = torch.tensor(ordered[first:last]), ordered[last - 1], last - first
-        ends = here.cumsum(0)
-        steps = torch.arange(int(ends[-1])) - torch.repeat_interleave(ends - here, here)  # a token's place in its text
-        rows = torch.repeat_interleave(starts[first:last], here) + steps
+    distinct, counts = torch.unique_consecutive(lengths[order], return_counts=True)
+    for length, n_seqs in zip(distinct.tolist(), counts.tolist(), strict=True):
+        starts = cu_seqlens_cpu[:-1].long()[order[:n_seqs]]
+        order = order[n_seqs:]
+        rows = (starts[:, None] + torch.arange(length)).flatten()
         all_rows.append(rows)
-        neighbours = bool((rows.diff() == 1).all())
-        where = slice(int(rows[0]), int(rows[0]) + len(rows)) if neighbours else rows.to(device)
-        if ordered[first] == longest:
-            groups.append(PaddedGroup(n_seqs, longest, where))
-        else:
-            places = torch.repeat_interleave(torch.arange(n_seqs) * longest, here) + steps
-            mask = (torch.arange(longest) < here[:, None])[:, None, None]
-            groups.append(PaddedGroup(n_seqs, longest, where, places.to(device), mask.to(device)))
-        first = last
+        first = int(starts[0])
+        neighbours = bool((starts == first + length * torch.arange(n_seqs)).all())
+        groups.append((n_seqs, length, slice(first, first + n_seqs * length) if neighbours else rows.to(device)))
     if not groups:
         return [], None
     rows = torch.cat(all_rows)
@@ -76,26 +46,9 @@ def group_by_similar_length(
     return groups, None if in_order else torch.argsort(rows).to(device)
 
 
-def group_by_length(cu_seqlens_cpu: torch.Tensor, device: torch.device) -> list[Group]:
-    """Groups of sequences of equal length."""
-    lengths = cu_seqlens_cpu.diff().long()
-    order = torch.argsort(lengths, stable=True)
-    order = order[lengths[order] > 0]
-    groups: list[Group] = []
-    distinct, counts = torch.unique_consecutive(lengths[order], return_counts=True)
-    for length, n_seqs in zip(distinct.tolist(), counts.tolist(), strict=True):
-        starts = cu_seqlens_cpu[:-1].long()[order[:n_seqs]]
-        order = order[n_seqs:]
-        first = int(starts[0])
-        neighbours = bool((starts == first + length * torch.arange(n_seqs)).all())
-        rows = (starts[:, None] + torch.arange(length)).flatten()
-        groups.append((n_seqs, length, slice(first, first + n_seqs * length) if neighbours else rows.to(device)))
-    return groups
-
-
 def _grouped(
     qkv: torch.Tensor,
-    groups: list[PaddedGroup],
+    groups: list[Group],
     ungroup: torch.Tensor | None,
     num_heads: int,
     scale: float,
@@ -105,16 +58,12 @@ def _grouped(
     if not groups:
         return qkv[:, :hidden_size].clone()
     outs = []
-    for group in groups:
-        n_rows = group.n_seqs * group.length
-        part = qkv[group.rows] if isinstance(group.rows, slice) else qkv.index_select(0, group.rows)
-        if group.places is not None:
-            part = part.new_zeros(n_rows, 3 * hidden_size).index_copy(0, group.places, part)
-        part = part.view(group.n_seqs, group.length, 3, num_heads, hidden_size // num_heads)
+    for n_seqs, length, rows in groups:
+        part = qkv[rows] if isinstance(rows, slice) else qkv.index_select(0, rows)
+        part = part.view(n_seqs, length, 3, num_heads, hidden_size // num_heads)
         q, k, v = part.permute(2, 0, 3, 1, 4)  # each (sequences, N, length, D)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=group.mask, dropout_p=dropout_p, scale=scale)
-        out = out.transpose(1, 2).reshape(n_rows, hidden_size)
-        outs.append(out if group.places is None else out.index_select(0, group.places))
+        out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, scale=scale)
+        outs.append(out.transpose(1, 2).reshape(n_seqs * length, hidden_size))
     out = outs[0] if len(outs) == 1 else torch.cat(outs)
     out = out if ungroup is None else out.index_select(0, ungroup)
     # Rows that belong to no sequence fill the last ones up.
@@ -136,7 +85,7 @@ def _eager(
 def _grouped_from_lengths(
     qkv: torch.Tensor, cu_seqlens_cpu: torch.Tensor, num_heads: int, scale: float
 ) -> torch.Tensor:
-    return _grouped(qkv, *group_by_similar_length(cu_seqlens_cpu, qkv.device), num_heads, scale)
+    return _grouped(qkv, *group_by_length(cu_seqlens_cpu, qkv.device), num_heads, scale)
 
 
 def _grouped_backward(
@@ -149,7 +98,7 @@ def _grouped_backward(
     head_size = qkv.shape[1] // (3 * num_heads)
     compute_dtype = torch.promote_types(qkv.dtype, torch.float32)
     out = torch.empty_like(qkv)
-    for n_seqs, length, rows in group_by_length(cu_seqlens_cpu, qkv.device):
+    for n_seqs, length, rows in group_by_length(cu_seqlens_cpu, qkv.device)[0]:
         part = qkv[rows].to(compute_dtype).view(n_seqs, length, 3, num_heads, head_size)
         q, k, v = part.permute(2, 0, 3, 1, 4)  # each (sequences, N, length, D)
         d_out = grad[rows].to(compute_dtype).view(n_seqs, length, num_heads, head_size).transpose(1, 2)
@@ -330,5 +279,5 @@ def varlen_attention(
         )
     if tracing and dropout_p == 0.0:
         return torch.ops.fastbert.grouped_attention(qkv, batch.cu_seqlens_cpu, num_heads, scale)
-    groups, ungroup = batch.plan("groups", lambda: group_by_similar_length(batch.cu_seqlens_cpu, batch.device))
+    groups, ungroup = batch.plan("groups", lambda: group_by_length(batch.cu_seqlens_cpu, batch.device))
     return _grouped(qkv, groups, ungroup, num_heads, scale, dropout_p)
