@@ -420,7 +420,7 @@ def test_part_of_the_gpu_run(tmp_path, monkeypatch, device):
     run, timer = tune.tune, clock(lambda name, i: float(len(name)))
     monkeypatch.setattr(tune, "tune", lambda j, device, n, say: run(j, device, n, timer=timer, say=say))
     assert gpu_parts.run("tune", options, 60.0) == 0
-    made = tables.read_table_for(tmp_path / "test-gpu-80gb.json", GPU, ARCH)
+    made = tables.read_table_for(tmp_path / "tuned" / "test-gpu-80gb.json", GPU, ARCH)
     assert len(made["gemm"]) == 4 and len(made["attention"]) == 1 and not tables.cache_folder().exists()
     assert Results.load(tmp_path / "tune.json").notes["tuned_shapes"] == "5 of 5"
     assert gpu_parts.run("tune", options, 0.0) == 1

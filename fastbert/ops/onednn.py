@@ -50,10 +50,10 @@ def obstacle(x: torch.Tensor, weight: torch.Tensor, *others: torch.Tensor | None
     tensors = [x, weight, *(t for t in others if t is not None)]
     if any(t.device.type != "cpu" for t in tensors):
         return f"the tensors are on {x.device}"
-    if x.shape[0] < LEAST_ROWS:
-        return f"fewer than {LEAST_ROWS} rows"
     if torch.compiler.is_compiling():
         return "torch.compile fuses F.linear itself"
+    if x.shape[0] < LEAST_ROWS:
+        return f"fewer than {LEAST_ROWS} rows"
     if any(t.dtype != x.dtype for t in tensors) or torch.is_autocast_enabled("cpu"):
         return "mixed dtypes"
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
