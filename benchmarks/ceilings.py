@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -76,16 +77,21 @@ def _packed_product(x: torch.Tensor, weight: torch.Tensor) -> Callable[[int], ob
 
 
 def cached(device: torch.device, folder: Path, *, quick: bool = False) -> dict[str, float]:
-    """The ceilings in the folder's file if it is of this device, else measured now and written there."""
+    """The ceilings in the folder's file if it is of this device and commit, else measured now and written there."""
     path = folder / FILE
     now = environment(device)
     if path.exists():
         before = Results.load(path)
-        if before.environment.get("device") == now["device"] and before.ceilings:
+        if _origin(before.environment) == _origin(now) and before.ceilings:
             return before.ceilings
     results = Results(now, ceilings=measure(device, quick=quick))
     results.save(path)
     return results.ceilings
+
+
+def _origin(found: dict[str, Any]) -> tuple[Any, str]:
+    """The device, and the commit, since another may measure otherwise; results that are written make it "-dirty"."""
+    return found.get("device"), str(found.get("commit")).removesuffix("-dirty")
 
 
 def _seconds(run: Callable[[int], object], device: torch.device) -> float:

@@ -233,7 +233,7 @@ class Schedule:
     def turn(self, case: Case) -> Iterator[float | None]:
         """The seconds that a case, one of `cases`, has for its rounds of timing; None if it should not begin.
 
-        Half of its share: the other half is for loading, compiling and checking, which no limit stops. It should not
+        A third of its share: the rest is for loading, compiling and checking, which no limit stops. It should not
         begin when the time is up, or when one like it took twice as long as there is left.
         """
         share = max(0.0, self.deadline.left) * case.weight / sum(waiting.weight for waiting in self._waiting)
@@ -243,7 +243,7 @@ class Schedule:
             yield None
             return
         started = self.deadline.clock()
-        yield share / 2
+        yield share / 3
         self._longest[kind] = max(self._longest.get(kind, 0.0), self.deadline.clock() - started)
 
 

@@ -216,10 +216,10 @@ def test_schedule_shares_what_is_left_by_weight():
     cases = [dataclasses.replace(case, workload=f"w{i}", weight=weight) for i, weight in enumerate((1.0, 2.0, 1.0))]
     schedule = Schedule(cases, Deadline(60.0, clock=lambda: now[0]))
     with schedule.turn(cases[0]) as seconds:
-        assert seconds == 60 * 1 / 4 / 2
+        assert seconds == 60 * 1 / 4 / 3
         now[0] += 12.0
     with schedule.turn(cases[1]) as seconds:
-        assert seconds == 48 * 2 / 3 / 2
+        assert seconds == 48 * 2 / 3 / 3
         now[0] += 43.0
     with schedule.turn(cases[2]) as seconds:
         assert seconds is None  # five seconds left, and one like it took 43
@@ -256,11 +256,12 @@ def test_ceilings_are_measured_once(tmp_path, monkeypatch):
     calls = []
     monkeypatch.setattr(ceilings, "measure", lambda device, quick: calls.append(1) or found)
     assert ceilings.cached(CPU, tmp_path) == ceilings.cached(CPU, tmp_path) == found and len(calls) == 1
-    other = Results.load(tmp_path / ceilings.FILE)
-    other.environment["device"] = "another"
-    other.save(tmp_path / ceilings.FILE)
-    ceilings.cached(CPU, tmp_path)
-    assert len(calls) == 2
+    for n, (key, value) in enumerate((("device", "another"), ("commit", "0123456789")), start=2):
+        other = Results.load(tmp_path / ceilings.FILE)
+        other.environment[key] = value
+        other.save(tmp_path / ceilings.FILE)
+        ceilings.cached(CPU, tmp_path)
+        assert len(calls) == n
 
 
 def test_cold_start_times_processes(tmp_path, monkeypatch):
