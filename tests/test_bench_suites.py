@@ -203,7 +203,7 @@ def test_time_budget_and_file_after_each_case(tmp_path, monkeypatch):
     monkeypatch.setattr(suites, "run_case", taking_ten_seconds)
     cases = [case_of(Fake(OURS), Fake("eager"), workload=f"w{i}") for i in range(5)]
     run_cases(cases, CPU, Recorder(path, CPU), deadline=Deadline(27.0, clock=lambda: now[0]))
-    assert kept == [0, 1, 2] and limits == [27 / 5 / 2, 17 / 4 / 2, 7 / 3 / 2]
+    assert kept == [0, 1, 2] and limits == [27 / 5 / 3, 17 / 4 / 3, 7 / 3 / 3]
     results = Results.load(path)
     assert [row.workload for row in results.rows] == ["w0", "w1", "w2"]
     assert results.notes["not_reached"] == [case.name for case in cases[3:]]
