@@ -456,10 +456,14 @@ def _fill(
 
 def _switches() -> tuple[Any, ...]:
     """PyTorch's switches that change which kernels run."""
+    from fastbert_kernels import launch
+
     matmul = torch.backends.cuda.matmul
-    # As in fastbert_kernels.launch.dot_precision.
-    tf32 = matmul.fp32_precision == "tf32" if hasattr(matmul, "fp32_precision") else matmul.allow_tf32
-    return tf32, matmul.allow_bf16_reduced_precision_reduction, matmul.allow_fp16_reduced_precision_reduction
+    return (
+        launch.dot_precision(torch.float32),
+        matmul.allow_bf16_reduced_precision_reduction,
+        matmul.allow_fp16_reduced_precision_reduction,
+    )
 
 
 def plainly(

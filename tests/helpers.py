@@ -5,11 +5,13 @@ from __future__ import annotations
 import importlib.util
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastbert.bench import texts
 
@@ -104,3 +106,19 @@ class Outputs:
 def cu_seqlens_of(lengths: Sequence[int], device: torch.device | str = "cpu") -> Tensor:
     """(B + 1,) int32 offsets of sequences of these lengths."""
     return torch.tensor([0, *lengths]).cumsum(0).to(device, torch.int32)
+
+
+def operations_called(function: Callable[..., Any], tensors: Sequence[Tensor]) -> list[tuple[Any, tuple[Any, ...]]]:
+    """The operations of this library that function(*tensors) calls, at least one, each with its arguments."""
+    seen: list[tuple[Any, tuple[Any, ...]]] = []
+
+    class Spy(TorchDispatchMode):
+        def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if op.namespace == "fastbert":
+                seen.append((op, args))
+            return op(*args, **(kwargs or {}))
+
+    with Spy(), torch.no_grad():
+        function(*tensors)
+    assert seen
+    return seen

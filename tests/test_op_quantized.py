@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from fastbert import ops, varlen
 from fastbert.ops import BackendError, Policy, dispatch
 from fastbert.ops import quantized as Q
-from helpers import assert_as_accurate, cu_seqlens_of, rms_error
+from helpers import assert_as_accurate, cu_seqlens_of, operations_called, rms_error
 
 TRITON, TORCH = Policy("triton", strict=True), Policy("torch")
 PRECISIONS = ("fp8", "int8")
@@ -387,16 +387,5 @@ def test_compile(name, device):
 def test_opcheck(name, device):
     """A schema or a fake implementation that breaks PyTorch's rules for operators."""
     function, tensors = calls(device)[name]
-    seen = []
-
-    class Spy(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
-            if op.namespace == "fastbert":
-                seen.append((op, args))
-            return op(*args, **(kwargs or {}))
-
-    with Spy(), torch.no_grad():
-        function(*tensors)
-    assert seen
-    for op, args in seen:
+    for op, args in operations_called(function, tensors):
         torch.library.opcheck(op, args, test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"))

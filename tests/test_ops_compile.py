@@ -7,7 +7,7 @@ import torch
 
 from fastbert import BertConfig, BertModel, ops, varlen
 from fastbert.ops import Policy
-from helpers import cu_seqlens_of, rms_error
+from helpers import cu_seqlens_of, operations_called, rms_error
 
 TRITON = Policy("triton", strict=True)
 H, N = 32, 2
@@ -106,18 +106,7 @@ def test_export(name, device):
 def test_opcheck(name, device):
     """A schema, fake implementation or autograd registration that breaks PyTorch's rules for operators."""
     function, tensors = cases(device)[name]
-    seen = []
-
-    class Spy(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
-            if op.namespace == "fastbert":
-                seen.append((op, args))
-            return op(*args, **(kwargs or {}))
-
-    with Spy(), torch.no_grad():
-        function(*tensors)
-    assert seen
-    for op, args in seen:
+    for op, args in operations_called(function, tensors):
         torch.library.opcheck(op, args)
 
 
