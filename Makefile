@@ -1,4 +1,5 @@
-# Everything runs in .venv, made on the first use and brought up to date when setup.py or constraints.txt changes.
+# Everything runs in .venv, made on the first use and brought up to date when setup.py, constraints.txt or the C++ kernels
+# change.
 PYTHON ?= python3
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
@@ -81,7 +82,7 @@ $(VENV)/bin/python:
 
 # pip shows its progress in a terminal and stays quiet in a log. PyTorch goes first, because whether it brings Triton
 # decides which Triton is installed.
-$(VENV)/.%-stamp: setup.py constraints.txt | $(VENV)/bin/python
+$(VENV)/.%-stamp: setup.py constraints.txt $(wildcard kernels/fastbert_kernels/cpu/*.cpp kernels/fastbert_kernels/cpu/*.h) | $(VENV)/bin/python
 	@echo "Installing fastbert[$*] and its dependencies into $(VENV) (the first time this downloads PyTorch: minutes)"
 	@test -t 1 || quiet=--quiet; set -e; \
 	$(PIP) install $$quiet --constraint constraints.txt torch; \

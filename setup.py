@@ -1,9 +1,12 @@
 """All metadata of the distribution; pyproject.toml names the build system and configures the tools."""
 
+import platform
 import re
+import sys
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
 
@@ -15,6 +18,46 @@ def read_version() -> str:
     if match is None:
         raise RuntimeError(f'{path} holds no line of the form __version__ = "1.2.3"')
     return match.group(1)
+
+
+# The C++ kernels of fastbert_kernels.cpu: the same sources for each instruction set, of which the one that fits the
+# processor is loaded. They use nothing of Python, so that one build does for all versions of it, and they are optional:
+# without a compiler, the installation goes on, and PyTorch's operations take their place.
+CPU_KERNELS = "kernels/fastbert_kernels/cpu"
+AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mprefer-vector-width=512"]
+INSTRUCTIONS = {
+    "avx2": ["-mavx2", "-mfma"],
+    "avx512": AVX512,
+    "avx512_bf16": [*AVX512, "-mavx512bf16"],
+}
+# Products and sums may fuse; nothing else is reordered, and NaN and infinity keep their meaning.
+FLAGS = ["-O3", "-g0", "-std=c++17", "-fopenmp", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math",
+         "-fno-exceptions", "-fno-rtti", "-fvisibility=hidden", "-Wno-maybe-uninitialized"]  # fmt: skip
+
+
+class BuildKernels(build_ext):
+    """Gives the libraries a name with a dot, "avx2.x86_64.so", which nobody takes for a module to import."""
+
+    def get_ext_filename(self, fullname: str) -> str:
+        return f"{fullname.replace('.', '/')}.{platform.machine()}.so"
+
+
+def cpu_kernels() -> list[Extension]:
+    if sys.platform != "linux" or platform.machine() != "x86_64":
+        return []
+    return [
+        Extension(
+            f"fastbert_kernels.cpu.{name}",
+            [f"{CPU_KERNELS}/attention.cpp", f"{CPU_KERNELS}/linear.cpp"],
+            depends=[f"{CPU_KERNELS}/vector.h"],
+            extra_compile_args=[*FLAGS, *flags],
+            extra_link_args=["-fopenmp", "-s"],
+            language="c++",
+            py_limited_api=True,
+            optional=True,
+        )
+        for name, flags in INSTRUCTIONS.items()
+    ]
 
 
 TRANSFORMERS = "transformers>=5.11"  # earlier 5.x fail beside a folder named kernels/, see CONTRIBUTING.md
@@ -53,6 +96,9 @@ setup(
         *find_packages("kernels", include=["fastbert_kernels", "fastbert_kernels.*"]),
     ],
     package_dir={"fastbert_kernels": "kernels/fastbert_kernels"},
+    ext_modules=cpu_kernels(),
+    cmdclass={"build_ext": BuildKernels},
+    options={"bdist_wheel": {"py_limited_api": "cp310"}},
     package_data={"fastbert": ["py.typed"], "fastbert_kernels": ["py.typed", "tuned/*.json"]},
     install_requires=[
         "torch>=2.8",

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from fastbert import graphs, quantized
-from fastbert.model import BertAddNorm, BertLayer, BertModel, BertPooler, is_bare, is_plain
-from fastbert.ops import Policy, attention, dispatch, embedding, gelu, layer_norm, onednn, pooling
+from fastbert.model import BertAddNorm, BertLayer, BertModel, BertPooler, BertSelfAttention, is_bare, is_plain
+from fastbert.ops import Policy, attention, dispatch, embedding, gelu, layer_norm, packed_linear, pooling
 from fastbert.ops.dispatch import Decision
 from fastbert.ops.linear import KERNELS as LINEAR_KERNELS
 from fastbert.ops.linear import gemm_kernel
@@ -31,10 +31,11 @@ from fastbert.ops.quantized import OUT_GROUP
 from fastbert.pretrained import PreTrainedModel, resolve_dtype
 from fastbert.sentence import SentenceEncoder
 from fastbert.sentence_layout import POOLING_MODES, Normalize
+from fastbert_kernels import cpu
 
 __all__ = ["OpReport", "Report", "explain"]
 
-PACKED = "oneDNN, where no gradients are needed"
+PACKED = "where no gradients are needed"
 _MODULE = "module"  # stands for a backend where a module is called as it is
 
 
@@ -339,11 +340,24 @@ class _Explainer:
         why_not = attention.obstacle(d, self.hidden, part.dropout.p if part.training else 0.0)
         shapes = f"(T, {3 * h}) -> (T, {h}), {n_heads} heads of {d}"
         config = ("attention_config", self.dtype, d)
-        yield self.row("attention.self", shapes, self.decide("attention", why_not), attention.KERNELS, config)
+        yield self.attention_row(shapes, self.decide("attention", why_not), config, part)
         yield from self.add_norm("attention.output", layer.attention.output, h)
         up = layer.intermediate
         yield from self.dense("intermediate.dense", up.dense, up.activation, f"(T, {h}) -> (T, {i})", i)
         yield from self.add_norm("output", layer.output, i)
+
+    def attention_row(
+        self, shapes: str, decision: Decision, config: tuple[Any, ...], part: BertSelfAttention
+    ) -> OpReport:
+        """The row of varlen_attention: on the cpu backend the C++ kernel, or why not."""
+        row = self.row("attention.self", shapes, decision, attention.KERNELS, config)
+        if decision.backend != "cpu":
+            return row
+        dropout_p = part.dropout.p if part.training else 0.0
+        why_not = attention.cpu_obstacle(self.config.head_size, self.hidden, dropout_p)
+        if why_not is None:
+            return dataclasses.replace(row, kernel=f"fastbert_kernels.cpu, {cpu.instructions()}")
+        return dataclasses.replace(row, source=f"PyTorch's: {why_not}")
 
     def add_norm(self, name: str, part: BertAddNorm, in_features: int) -> Iterator[OpReport]:
         """LayerNorm(dropout(dense(x)) + residual), as fastbert.model.BertAddNorm does it."""
@@ -389,7 +403,8 @@ class _Explainer:
         elif plain and not on_triton:
             row = self.row(name, both, decision, LINEAR_KERNELS, ())
             if self.packs(decision):
-                yield dataclasses.replace(row, source=PACKED)
+                kernel = str(packed_linear.kernel(self.dtype))
+                yield dataclasses.replace(row, kernel=kernel, source=PACKED)
                 return
             applied = "torch.nn.functional.relu" if activation == "relu" else "torch.nn.functional.gelu"
             yield dataclasses.replace(row, kernel=f"{LINEAR_KERNELS['torch']}, {applied}")
@@ -497,8 +512,8 @@ class _Explainer:
         )
 
     def packs(self, decision: Decision) -> bool:
-        """Whether oneDNN multiplies, as fastbert.ops.linear asks."""
-        return decision.backend == "cpu" and onednn.unavailable(self.dtype) is None
+        """Whether the weights are packed, as fastbert.ops.linear asks."""
+        return decision.backend == "cpu" and packed_linear.unavailable(self.dtype) is None
 
     def gemm_shape(self, module: nn.Module) -> tuple[int, int]:
         """(K, M) of the product; that of the three projections, which are one, if the module is the first of them."""
@@ -533,7 +548,8 @@ class _Explainer:
                 return self.our_gemm(name, shapes, decision, module, "none", choice)
             source = choice
         if self.packs(decision):
-            return OpReport("linear", name, shapes, decision.backend, LINEAR_KERNELS["cpu"], source=PACKED)
+            kernel = str(packed_linear.kernel(self.dtype))
+            return OpReport("linear", name, shapes, decision.backend, kernel, source=PACKED)
         kernel = LINEAR_KERNELS["torch"] + (" (cuBLAS)" if self.device.type == "cuda" else "")
         refused = library is None and self.policy.batch_invariant
         why_not = decision.reason if refused else None

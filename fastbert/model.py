@@ -447,7 +447,7 @@ class BertModel(PreTrainedModel):
         words = None if input_ids is None else input_ids.long()
         inputs = words, token_type_ids.long(), position_ids.long(), inputs_embeds
         n_tokens = batch.n_tokens
-        n_rows = ops.onednn.rows_for(n_tokens) if self._packs_weights() else n_tokens
+        n_rows = ops.packed_linear.rows_for(n_tokens, self.dtype) if self._packs_weights() else n_tokens
         words, segments, positions, embeds = (varlen.in_more_rows(t, n_rows) for t in inputs)
         if n_rows > n_tokens:
             batch = dataclasses.replace(batch, position_ids=positions, _plans={})
@@ -531,11 +531,11 @@ class BertModel(PreTrainedModel):
         return self._watch.plain()
 
     def _packs_weights(self) -> bool:
-        """Whether the linears of the encoder are oneDNN's, and nobody would see that they compute rows of padding."""
+        """Whether the encoder's linears have packed weights, and nobody would see that they compute rows of padding."""
         if self.device.type != "cpu" or torch.compiler.is_compiling() or torch.is_grad_enabled():
             return False
         decision = dispatch.decide("linear", self.policy, self.device, None)
-        usable = decision.backend == "cpu" and ops.onednn.unavailable(self.dtype) is None
+        usable = decision.backend == "cpu" and ops.packed_linear.unavailable(self.dtype) is None
         return usable and not graphs.observed(self.device) and self._plain_modules()
 
     def graphs_refused(self) -> str | None:

@@ -17,8 +17,9 @@ from torch import nn
 import fastbert
 from fastbert import BertConfig, BertModel, heads
 from fastbert.explain import Report, explain
-from fastbert.ops import dispatch, onednn
+from fastbert.ops import dispatch, onednn, packed_linear
 from fastbert.sentence_layout import Dense, Normalize
+from fastbert_kernels import cpu
 from helpers import source_env
 
 HEADS = [
@@ -96,7 +97,8 @@ def test_rows_are_the_decisions_of_a_forward(
 
 
 def test_cpu_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches a missing operation, a wrong order or a reason where there was no fallback, on the CPU without oneDNN."""
+    """Catches a missing operation, a wrong order or a reason without a fallback, on PyTorch's CPU operations."""
+    monkeypatch.setattr(cpu, "unavailable", lambda: "planted")
     monkeypatch.setattr(onednn, "unavailable", lambda dtype: "planted")
     report = explain(BertModel(config()).eval())
     ops = ["linear", "attention", "linear", "layer_norm", "linear", "linear", "layer_norm"]
@@ -110,12 +112,23 @@ def test_cpu_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (report.model, report.device, report.dtype, report.backend) == ("BertModel", "cpu", "float32", "auto")
 
 
-@pytest.mark.skipif(onednn.unavailable(torch.float32) is not None, reason="this PyTorch has no oneDNN")
-def test_cpu_rows_of_onednn() -> None:
-    """Catches a product named as PyTorch's that oneDNN takes, or a residual added where it is not."""
+@pytest.mark.parametrize("kernels", ["C++", "oneDNN"])
+def test_cpu_rows_of_packed_weights(kernels: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a product or an attention named as PyTorch's where it is not, a residual added where it is not."""
+    if kernels == "oneDNN":
+        monkeypatch.setattr(cpu, "unavailable", lambda: "planted")
+    if packed_linear.unavailable(torch.float32) is not None or (kernels == "C++" and cpu.unavailable() is not None):
+        pytest.skip(f"{packed_linear.unavailable(torch.float32)}, {cpu.unavailable()}")
     rows = explain(BertModel(config()).eval()).rows
     products = [row for row in rows if row.op == "linear"]
-    assert {row.kernel for row in products} == {"torch.ops.mkldnn._linear_pointwise, weights packed"}
+    named = {
+        "C++": f"fastbert_kernels.cpu, {cpu.instructions()}, weights packed",
+        "oneDNN": "torch.ops.mkldnn._linear_pointwise, weights packed",
+    }
+    assert {row.kernel for row in products} == {named[kernels]}
+    (attention,) = (row for row in rows if row.op == "attention")
+    assert attention.kernel.startswith("fastbert_kernels.cpu, AVX") == (kernels == "C++")
+    assert (attention.source == "PyTorch's: planted") == (kernels == "oneDNN")
     assert products[1].shapes == "(T, 32) -> (T, 32), + bias + residual"
     assert [row.shapes for row in rows if row.op == "layer_norm"] == ["(T, 32) -> (T, 32)"] * 2
     double = explain(BertModel(config()).double().eval()).rows
@@ -367,7 +380,7 @@ def test_function_and_module_share_a_name(first: str) -> None:
             "assert type(fastbert.explain(model)) is E and type(fastbert.verify(model)) is V",
             "assert list(inspect.signature(fastbert.explain).parameters)[0] == 'model'",
             "assert list(inspect.signature(fastbert.verify).parameters)[0] == 'model_or_path'",
-            "assert 'fastbert_kernels' not in sys.modules, 'nothing here needs a kernel'",
+            "assert not {'triton', 'fastbert_kernels.launch'} & set(sys.modules), 'nothing here needs a Triton kernel'",
         ]
     )
     env = source_env(TRITON_INTERPRET="0", CUDA_VISIBLE_DEVICES="")

@@ -22,6 +22,8 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
+from fastbert_kernels import cpu
+
 ROOT = Path(__file__).resolve().parent.parent
 NOT_SOURCE = {"build", "dist", "__pycache__"}
 CALLERS_OWN = {"PYTHONPATH", "PYTHONHOME", "TRITON_INTERPRET", "USE_HUB_KERNELS"}
@@ -74,7 +76,7 @@ def wheel() -> Iterator[Path]:
             if path.is_file():
                 shutil.copy(path, copy)
             elif path.name in ("fastbert", "kernels", "tests", "benchmarks"):
-                shutil.copytree(path, copy / path.name, ignore=shutil.ignore_patterns(*NOT_SOURCE))
+                shutil.copytree(path, copy / path.name, ignore=shutil.ignore_patterns(*NOT_SOURCE, "*.so"))
         tuned = copy / "kernels" / "fastbert_kernels" / "tuned"
         tuned.mkdir(exist_ok=True)
         (tuned / "planted_by_test.json").write_text("{}\n", encoding="utf-8")
@@ -108,6 +110,16 @@ def test_wheel_holds_the_two_packages_and_nothing_else(wheel: Path) -> None:
     assert {"fastbert/py.typed", "fastbert_kernels/py.typed"} <= expected
     assert expected - names == set()
     assert "fastbert_kernels/tuned/planted_by_test.json" in names
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None or cpu.unavailable() is not None, reason="no C++ kernels here")
+def test_wheel_holds_the_kernels_for_cpus(wheel: Path) -> None:
+    """Catches sources left out of the sdist, which an optional extension forgives, and a wheel for one Python alone."""
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+    assert {f"fastbert_kernels/cpu/{name}.x86_64.so" for name in cpu.VARIANTS} <= names
+    assert wheel.name.split("-")[2:4] == ["cp310", "abi3"]
 
 
 @pytest.mark.slow

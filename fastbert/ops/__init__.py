@@ -8,7 +8,7 @@ from fastbert.ops.embedding import check_ids, embedding_layer_norm
 from fastbert.ops.gelu import ACTIVATIONS, bias_gelu
 from fastbert.ops.layer_norm import bias_residual_layer_norm
 from fastbert.ops.linear import linear, linear_residual_layer_norm
-from fastbert.ops.onednn import forget as forget_packed
+from fastbert.ops.packed_linear import forget as forget_packed
 from fastbert.ops.pooling import pool
 
 __all__ = [

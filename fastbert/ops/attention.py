@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from fastbert.ops import dispatch
 from fastbert.ops.dispatch import AUTO, Policy
 from fastbert.ops.library import register
-from fastbert.tracing import untraced
+from fastbert.tracing import constant, untraced
 from fastbert.varlen import PackedBatch, sequence_ids
+from fastbert_kernels import cpu
 
 KERNELS = {
     "triton": "fastbert_kernels.attention",
@@ -168,6 +169,36 @@ register(
 )
 
 
+register(
+    "cpu_attention(Tensor qkv, Tensor cu_seqlens_cpu, int num_heads, float scale) -> Tensor",
+    kernel=lambda *args: _compiled(*args),
+    eager=lambda *args: _compiled(*args),
+    fake=_fake,
+    backward=_grouped_op_backward,
+)
+
+
+def _compiled(qkv: torch.Tensor, cu_seqlens_cpu: torch.Tensor, num_heads: int, scale: float) -> torch.Tensor:
+    qkv = qkv if qkv.stride(-1) == 1 else qkv.contiguous()
+    return cpu.varlen_attention_forward(qkv, cu_seqlens_cpu, num_heads, scale)
+
+
+def cpu_obstacle(head_size: int, qkv: torch.Tensor, dropout_p: float = 0.0) -> str | None:
+    """Why the cpu backend takes PyTorch's attention and not the C++ kernel, or None."""
+    if qkv.dtype not in (torch.float32, torch.bfloat16):
+        return f"there is no C++ kernel for {qkv.dtype}"
+    if head_size % 16 or head_size > 256:
+        return f"head size {head_size} is no multiple of 16 up to 256"
+    if dropout_p > 0.0:
+        return "dropout"
+    return _kernels_unavailable()
+
+
+@constant
+def _kernels_unavailable() -> str | None:
+    return cpu.unavailable()
+
+
 def obstacle(head_size: int, qkv: torch.Tensor, dropout_p: float = 0.0) -> str | None:
     """Why the triton backend cannot run this, or None."""
     if not 16 <= head_size <= 128:
@@ -268,7 +299,8 @@ def varlen_attention(
     scale = head_size**-0.5 if scale is None else scale
     why_not = obstacle(head_size, qkv, dropout_p)
     tracing = torch.compiler.is_compiling()
-    if dispatch.choose("attention", policy.backend, policy.strict, qkv.device, why_not) == "triton":
+    backend = dispatch.choose("attention", policy.backend, policy.strict, qkv.device, why_not)
+    if backend == "triton":
         # A tracer finds the plan if `prepare` made it; otherwise the operation makes one when it runs.
         unplanned = tracing and not batch.has_plan(_plan_key(qkv.dtype, head_size, policy))
         if unplanned and policy.batch_invariant:
@@ -277,6 +309,11 @@ def varlen_attention(
         return torch.ops.fastbert.varlen_attention(
             qkv, batch.cu_seqlens, batch.cu_seqlens_cpu, seq_ids, work_list, num_heads, scale
         )
+    if backend == "cpu" and cpu_obstacle(head_size, qkv, dropout_p) is None:
+        plain = type(qkv) is torch.Tensor and not (torch.is_grad_enabled() and qkv.requires_grad)
+        direct = plain and not tracing and torch._C._len_torch_dispatch_stack() == 0
+        run = _compiled if direct else torch.ops.fastbert.cpu_attention  # less to go through, for a short text
+        return run(qkv, batch.cu_seqlens_cpu, num_heads, scale)
     if tracing and dropout_p == 0.0:
         return torch.ops.fastbert.grouped_attention(qkv, batch.cu_seqlens_cpu, num_heads, scale)
     groups, ungroup = batch.plan("groups", lambda: group_by_length(batch.cu_seqlens_cpu, batch.device))

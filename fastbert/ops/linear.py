@@ -7,14 +7,13 @@ import functools
 import torch
 import torch.nn.functional as F
 
-from fastbert.ops import dispatch, gelu, layer_norm, onednn
+from fastbert.ops import dispatch, gelu, layer_norm, packed_linear
 from fastbert.ops.dispatch import AUTO, Policy
 from fastbert.ops.library import register
 from fastbert.tracing import constant
 
 KERNELS = {
     "triton": "fastbert_kernels.linear",
-    "cpu": "torch.ops.mkldnn._linear_pointwise, weights packed",
     "torch": "torch.nn.functional.linear",
 }
 
@@ -133,13 +132,13 @@ def _ours(
     return _takes_our_gemm(x.dtype, activation, k_size, n_cols, residual, x.device, *how)
 
 
-def _onednn(
+def _packed(
     policy: Policy, obstacle: str | None, x: torch.Tensor, weight: torch.Tensor, *others: torch.Tensor | None
 ) -> bool:
-    """Whether the backend is "cpu" and oneDNN takes the product. obstacle: why the triton backend cannot run it."""
+    """Whether the backend is "cpu" and its weight is packed. obstacle: why the triton backend cannot run it."""
     if x.device.type != "cpu" or dispatch.decide("linear", policy, x.device, obstacle).backend != "cpu":
         return False
-    return onednn.obstacle(x, weight, *others) is None
+    return packed_linear.obstacle(x, weight, *others) is None
 
 
 def linear(
@@ -160,12 +159,12 @@ def linear(
     if activation == "none":
         if _ours(x, weight, activation, False, policy, why_not):
             return torch.ops.fastbert.linear(x, weight, bias, activation)
-        if _onednn(policy, why_not, x, weight, bias):
-            return onednn.linear(x, weight, bias)
+        if _packed(policy, why_not, x, weight, bias):
+            return packed_linear.linear(x, weight, bias)
         return F.linear(x, weight, bias)  # on every other backend: see gemm_kernel
     if dispatch.choose("linear", policy.backend, policy.strict, x.device, why_not) != "triton":
-        if activation in onednn.UNARY and _onednn(policy, why_not, x, weight, bias):
-            return onednn.linear(x, weight, bias, activation)
+        if activation in packed_linear.ACTIVATIONS and _packed(policy, why_not, x, weight, bias):
+            return packed_linear.linear(x, weight, bias, activation)
         return _eager(x, weight, bias, activation)
     if _ours(x, weight, activation, False, policy, why_not):
         return torch.ops.fastbert.linear(x, weight, bias, activation)
@@ -187,8 +186,8 @@ def linear_residual_layer_norm(
     """LayerNorm(dropout(x @ weight^T + bias) + residual) * ln_weight + ln_bias.
 
     x: (T, K), weight: (H, K), bias: (H,) or None, residual: (T, H), ln_weight, ln_bias: (H,). Returns (T, H). Where the
-    GEMM is ours, or oneDNN's, it adds bias and residual; where only the LayerNorm kernel runs, that does; elsewhere the
-    GEMM adds the bias.
+    GEMM is ours, or the weight packed, it adds bias and residual; where only the LayerNorm kernel runs, that does;
+    elsewhere the GEMM adds the bias.
     """
     _check(x, weight, bias)
     why_not = layer_norm.obstacle(weight.shape[0], x, weight, bias, residual, ln_weight, ln_bias, dropout_p=dropout_p)
@@ -196,8 +195,8 @@ def linear_residual_layer_norm(
     if fused and _ours(x, weight, "none", True, policy, why_not):
         y = torch.ops.fastbert.linear(x, weight, bias, "none", residual)
         return layer_norm.bias_residual_layer_norm(y, None, None, ln_weight, ln_bias, eps, policy=policy)
-    if not fused and dropout_p == 0.0 and _onednn(policy, why_not, x, weight, bias, residual):
-        y = onednn.linear(x, weight, bias, residual=residual)
+    if not fused and dropout_p == 0.0 and _packed(policy, why_not, x, weight, bias, residual):
+        y = packed_linear.linear(x, weight, bias, residual=residual)
         return layer_norm.bias_residual_layer_norm(y, None, None, ln_weight, ln_bias, eps, policy=policy)
     y = F.linear(x, weight, None if fused else bias)
     return layer_norm.bias_residual_layer_norm(

@@ -1,0 +1,99 @@
+"""Linear layers of the cpu backend, with each weight kept in the layout that the product reads.
+
+    out = activation(x @ weight^T + bias),    or    out = x @ weight^T + bias + residual
+
+PyTorch's F.linear lays the weight out anew on every call, or, in float32, takes MKL, which is slow on processors of
+other makers. float32 runs in the C++ kernel of `fastbert_kernels.cpu` where that is there, else, as bfloat16 does, in
+oneDNN. What neither can do the caller gives to F.linear.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch.utils.weak import WeakIdKeyDictionary
+
+from fastbert.ops import onednn
+from fastbert_kernels import cpu
+
+LEAST_ROWS = 4  # up to three rows F.linear has more than one chain for each sum, and is the more exact one
+ACTIVATIONS = tuple(onednn.UNARY)
+
+# Weight -> its state when packed, an alias that keeps its memory from being given to a successor, the packed.
+_packed: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+def obstacle(x: torch.Tensor, weight: torch.Tensor, *others: torch.Tensor | None) -> str | None:
+    """Why these operands, of one dtype, on the cpu backend, have no product with a packed weight; or None."""
+    tensors = [x, weight, *(t for t in others if t is not None)]
+    if any(t.device.type != "cpu" for t in tensors):
+        return f"the tensors are on {x.device}"
+    if torch.compiler.is_compiling():
+        return "torch.compile fuses F.linear itself"
+    if x.shape[0] < LEAST_ROWS:
+        return f"fewer than {LEAST_ROWS} rows"
+    if any(t.dtype != x.dtype for t in tensors) or torch.is_autocast_enabled("cpu"):
+        return "mixed dtypes"
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        return "gradients are needed"
+    if any(type(t) not in (torch.Tensor, torch.nn.Parameter) for t in tensors) or weight.is_inference():
+        return "the weight is no plain tensor, whose changes are counted"
+    return unavailable(x.dtype)
+
+
+def unavailable(dtype: torch.dtype) -> str | None:
+    """Why no weight of this dtype is packed on this processor, or None."""
+    return None if _native(dtype) else onednn.unavailable(dtype)
+
+
+def kernel(dtype: torch.dtype) -> str | None:
+    """What multiplies by packed weights of this dtype, in words; None where nothing does."""
+    if _native(dtype):
+        return f"fastbert_kernels.cpu, {cpu.instructions()}, weights packed"
+    return None if onednn.unavailable(dtype) else "torch.ops.mkldnn._linear_pointwise, weights packed"
+
+
+def _native(dtype: torch.dtype) -> bool:
+    return dtype == torch.float32 and cpu.unavailable() is None
+
+
+def rows_for(n_rows: int, dtype: torch.dtype) -> int:
+    """The number of rows to compute n_rows in, padded where each number of rows costs oneDNN a program."""
+    return n_rows if _native(dtype) or n_rows < LEAST_ROWS else onednn.rows_for(n_rows)
+
+
+def linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    activation: str = "none",
+    residual: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """(T, K), (M, K), (M,) -> (T, M) in x's dtype. activation: one of ACTIVATIONS, "none" with a residual (T, M)."""
+    x = x if x.stride(-1) == 1 else x.contiguous()
+    residual = residual if residual is None or residual.stride(-1) == 1 else residual.contiguous()
+    if _native(x.dtype):
+        packed = _kept(weight, "cpu", cpu.pack_weight)
+        bias = bias if bias is None or bias.stride(0) == 1 else bias.contiguous()
+        return cpu.linear_forward(x, packed, weight.shape[0], bias, activation, residual)
+    longest = onednn.PIECE if activation == "none" else onednn.PIECE_BEFORE_GELU
+    return onednn.linear(x, _kept(weight, longest, lambda w: onednn.pack(w, longest)), bias, activation, residual)
+
+
+def forget(weights: Iterable[torch.Tensor]) -> None:
+    """Packs these anew when they are next used: they may have been written to through `.data`, which nothing counts."""
+    for weight in weights:
+        _packed.pop(weight, None)
+
+
+def _kept(weight: torch.Tensor, layout: Any, pack: Any) -> Any:
+    state = weight.data_ptr(), weight._version, weight.dtype, weight.shape, layout
+    found = _packed.get(weight)
+    if found is not None and found[0] == state:
+        return found[2]
+    with torch.inference_mode(False), torch.no_grad():
+        packed = pack(weight.detach())
+        _packed[weight] = state, weight.detach(), packed
+    return packed
