@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastbert import graphs, quantized
+from fastbert import cpu_encoder, graphs, quantized
 from fastbert.model import BertAddNorm, BertLayer, BertModel, BertPooler, BertSelfAttention, is_bare, is_plain
 from fastbert.ops import Policy, attention, dispatch, embedding, gelu, layer_norm, packed_linear, pooling
 from fastbert.ops.dispatch import Decision
@@ -145,6 +145,7 @@ def explain(
         instead = "running raises BackendError" if policy.strict else "the slow reference path runs instead"
         notes.append(f"config.output_attentions is set, and fused attention keeps no probabilities: {instead}")
     notes += _launch_notes(rows, inner, where)
+    notes += _one_call(inner, policy, where, dtype)
     if dtype == torch.float32 and where.type == "cuda":
         notes.append(f"float32 multiplies in {float32_precision()}: PyTorch's own switch")
     return Report(
@@ -184,6 +185,19 @@ def _launch_notes(rows: Iterable[OpReport], model: PreTrainedModel, device: torc
         why_not = "the model's cuda_graphs is False"
     inside = f"a batch of up to {graphs.LARGEST} tokens is one launch, without gradients"
     yield f"CUDA graphs: {inside if why_not is None else f'none: {why_not}'}"
+
+
+def _one_call(model: PreTrainedModel, policy: Policy, device: torch.device, dtype: torch.dtype) -> Iterator[str]:
+    """Whether the encoder's operations on a CPU run in one call."""
+    if device.type != "cpu":
+        return
+    bert = backbone(model)
+    why_not = cpu_encoder.obstacle(model.config, dtype, policy, device)
+    if why_not is None and bert.device == device and bert.dtype == dtype:
+        with torch.no_grad():
+            why_not = bert.cpu_encoder_obstacle()
+    inside = "without gradients, the encoder's operations run in one call of fastbert_kernels.cpu"
+    yield f"one call: {inside if why_not is None else f'no: {why_not}'}"
 
 
 def find_model(model: Any) -> PreTrainedModel:

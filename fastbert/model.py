@@ -14,7 +14,7 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor, nn
 
-from fastbert import graphs, ops, quantized, reference, varlen
+from fastbert import cpu_encoder, graphs, ops, quantized, reference, varlen
 from fastbert.config import BertConfig
 from fastbert.ops import Policy, attention, dispatch
 from fastbert.outputs import BaseModelOutputWithPooling
@@ -290,6 +290,7 @@ class BertModel(PreTrainedModel):
         self.encoder = BertEncoder(config)
         self.pooler: BertPooler | None = BertPooler(config) if add_pooling_layer else None
         self.graphs = graphs.Graphs()
+        self.cpu_encoder = cpu_encoder.CpuEncoder()
         self._watch: graphs.Watch | None = None
         self._derived: tuple[Any, Any] = (None, None)
         self.init_weights()
@@ -445,7 +446,14 @@ class BertModel(PreTrainedModel):
             token_type_ids = torch.zeros_like(batch.position_ids)
         # Of int64 alone, as in the rows of a bucket: kernels are compiled for the dtype of the ids.
         words = None if input_ids is None else input_ids.long()
-        inputs = words, token_type_ids.long(), position_ids.long(), inputs_embeds
+        segments, positions = token_type_ids.long(), position_ids.long()
+        if words is not None and not keep_states and self.cpu_encoder_obstacle(batch.n_tokens) is None:
+            config, attend = self.config, BertSelfAttention.fused_qkv
+            make = functools.partial(cpu_encoder.gather, self.embeddings, self.encoder.layer, config, attend)
+            weights = self.cpu_encoder.weights(self._weights(), make)
+            if weights is not None:
+                return [self.cpu_encoder.run(weights, batch, (words, segments, positions), self.dtype)]
+        inputs = words, segments, positions, inputs_embeds
         n_tokens = batch.n_tokens
         n_rows = ops.packed_linear.rows_for(n_tokens, self.dtype) if self._packs_weights() else n_tokens
         words, segments, positions, embeds = (varlen.in_more_rows(t, n_rows) for t in inputs)
@@ -493,6 +501,7 @@ class BertModel(PreTrainedModel):
 
     def train(self, mode: bool = True) -> BertModel:
         self.quantized_weights.clear()
+        self.cpu_encoder.clear()
         if mode:
             self.graphs.clear()
         return super().train(mode)
@@ -530,6 +539,11 @@ class BertModel(PreTrainedModel):
             self._watch = graphs.Watch((self.embeddings, self.encoder), _CAPTURED)
         return self._watch.plain()
 
+    def all_in_eval_mode(self) -> bool:
+        """Whether every module is known to be in eval mode; False where that would have to be asked of each."""
+        pooler = self.pooler
+        return not self.training and (pooler is None or not pooler.training) and self._plain_modules()
+
     def _packs_weights(self) -> bool:
         """Whether the encoder's linears have packed weights, and nobody would see that they compute rows of padding."""
         if self.device.type != "cpu" or torch.compiler.is_compiling() or torch.is_grad_enabled():
@@ -537,6 +551,27 @@ class BertModel(PreTrainedModel):
         decision = dispatch.decide("linear", self.policy, self.device, None)
         usable = decision.backend == "cpu" and ops.packed_linear.unavailable(self.dtype) is None
         return usable and not graphs.observed(self.device) and self._plain_modules()
+
+    def cpu_encoder_obstacle(self, n_rows: int | None = None) -> str | None:
+        """Why the encoder does not run in one call of a C++ kernel at the moment, on so many tokens; or None."""
+        if torch.compiler.is_compiling():
+            return "torch.compile traces the operations"
+        why_not = cpu_encoder.obstacle(self.config, self.dtype, self.policy, self.device)
+        if why_not is not None:
+            return why_not
+        if n_rows is not None and not self.cpu_encoder.takes_rows(n_rows, self.dtype):
+            return f"{n_rows} tokens are better run operation by operation"
+        if self.precision is not None:
+            return f"precision={self.precision!r}"
+        if torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters()):
+            return "gradients are on (torch.no_grad or torch.inference_mode turns them off)"
+        if torch.is_autocast_enabled("cpu"):
+            return "autocast is on"
+        if getattr(self, "_is_replica", False) or graphs.observed(self.device):
+            return "a dispatch mode watches every operation"
+        if not self._plain_modules():
+            return "a module of the encoder is an adapter, has hooks or a forward of its own, or is in training mode"
+        return None
 
     def graphs_refused(self) -> str | None:
         """Why no batch of this model would run as a CUDA graph on any device, or None."""

@@ -328,11 +328,17 @@ class SentenceEncoder(nn.Module):
         return -torch.cdist(a, b, p=2.0 if self.similarity_fn_name == "euclidean" else 1.0)
 
     def _run(self, texts: Iterable[str], request: Request) -> Iterator[Any]:
-        if any(module.training for module in self.modules()):  # eval() drops what was made of the weights
+        if self._in_training():  # eval() drops what was made of the weights
             self.eval()
         run = Run(self, request)
         self.last_timings = run.timings
         return run.windows(texts)
+
+    def _in_training(self) -> bool:
+        """Whether a module is; without asking each of the encoder, which would take as long as a short text."""
+        if self.model.all_in_eval_mode():
+            return self.training or any(module.training for module in self.tail.modules())
+        return any(module.training for module in self.modules())
 
     def _prompt(self, prompt: str | None, prompt_name: str | None) -> str:
         if prompt is None:

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 import fastbert
-from fastbert import BertConfig, BertModel, heads
+from fastbert import BertConfig, BertModel, cpu_encoder, heads
 from fastbert.explain import Report, explain
 from fastbert.ops import dispatch, onednn, packed_linear
 from fastbert.sentence_layout import Dense, Normalize
@@ -68,6 +68,7 @@ def test_rows_are_the_decisions_of_a_forward(
     """Catches a report that differs from what the operations decide, or launch, when the model runs."""
     from fastbert_kernels import launch
 
+    monkeypatch.setattr(cpu_encoder, "obstacle", lambda *args: "planted")  # operation by operation
     model = head(config(num_hidden_layers=1, hidden_act=activation), backend=backend).eval().to(device, dtype)
     report = explain(model)
     decided, launched = set(), []
@@ -110,6 +111,18 @@ def test_cpu_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     assert report.rows[1].shapes == "(T, 32) -> (T, 96), + bias"
     assert report.rows[5].kernel == "torch.nn.functional.linear, torch.nn.functional.gelu"
     assert (report.model, report.device, report.dtype, report.backend) == ("BertModel", "cpu", "float32", "auto")
+
+
+@pytest.mark.skipif(cpu.unavailable() is not None, reason=str(cpu.unavailable()))
+def test_cpu_encoder_is_explained() -> None:
+    """Catches an encoder said to run in one call that does not, or not said where it does."""
+    model = BertModel(config()).eval()
+    assert "one call: without gradients, the encoder's operations run in one call" in str(explain(model))
+    assert "one call: no: the backend is 'torch'" in str(explain(model, backend="torch"))
+    assert "one call: no: the C++ kernels do not multiply torch.float64" in str(explain(model, dtype="float64"))
+    model.train()
+    assert "one call: no: a module of the encoder" in str(explain(model))
+    assert "one call" not in str(explain(model, arch=90))
 
 
 @pytest.mark.parametrize("kernels", ["C++", "oneDNN"])

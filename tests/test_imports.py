@@ -22,7 +22,7 @@ LAYERS: list[set[str]] = [
     {"_version", "tracing", "config", "checkpoint", "text_io", "tokenizer", "wordpiece", "varlen"},
     {"reference"},
     {"ops"},
-    {"graphs"},
+    {"graphs", "cpu_encoder"},
     {"pretrained", "quantized", "model", "heads", "outputs"},
     {"sentence", "sentence_layout", "sentence_run"},
     {"adapters"},

@@ -3,8 +3,8 @@
     out = activation(x @ weight^T + bias),    or    out = x @ weight^T + bias + residual
 
 PyTorch's F.linear lays the weight out anew on every call, or, in float32, takes MKL, which is slow on processors of
-other makers. float32 runs in the C++ kernel of `fastbert_kernels.cpu` where that is there, else, as bfloat16 does, in
-oneDNN. What neither can do the caller gives to F.linear.
+other makers. The C++ kernel of `fastbert_kernels.cpu` is taken where it is there, but for bfloat16 where the processor
+has matrix units, and oneDNN else. What neither can do the caller gives to F.linear.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def kernel(dtype: torch.dtype) -> str | None:
 
 
 def _native(dtype: torch.dtype) -> bool:
-    return dtype == torch.float32 and cpu.unavailable() is None
+    return cpu.multiplies(dtype) and not (dtype == torch.bfloat16 and cpu.has_amx())
 
 
 def rows_for(n_rows: int, dtype: torch.dtype) -> int:
@@ -74,12 +74,17 @@ def linear(
     """(T, K), (M, K), (M,) -> (T, M) in x's dtype. activation: one of ACTIVATIONS, "none" with a residual (T, M)."""
     x = x if x.stride(-1) == 1 else x.contiguous()
     residual = residual if residual is None or residual.stride(-1) == 1 else residual.contiguous()
-    if _native(x.dtype):
-        packed = _kept(weight, "cpu", cpu.pack_weight)
+    if _native(x.dtype) and (x.dtype == torch.float32 or x.shape[1] % 2 == 0):
+        packed = packed_by_kernel(weight)
         bias = bias if bias is None or bias.stride(0) == 1 else bias.contiguous()
         return cpu.linear_forward(x, packed, weight.shape[0], bias, activation, residual)
     longest = onednn.PIECE if activation == "none" else onednn.PIECE_BEFORE_GELU
     return onednn.linear(x, _kept(weight, longest, lambda w: onednn.pack(w, longest)), bias, activation, residual)
+
+
+def packed_by_kernel(weight: torch.Tensor) -> torch.Tensor:
+    """The weight as `fastbert_kernels.cpu` reads it, kept until it changes."""
+    return _kept(weight, "cpu", cpu.pack_weight)
 
 
 def forget(weights: Iterable[torch.Tensor]) -> None:

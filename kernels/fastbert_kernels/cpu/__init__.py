@@ -1,9 +1,8 @@
 """Kernels for CPUs, in C++: what PyTorch's own operations are slow at on packed tokens.
 
-`attention.cpp` and `linear.cpp` are compiled when fastbert is installed, once for each instruction set in VARIANTS,
-into libraries that know nothing of Python or PyTorch: memory comes in by address, and threads are those of PyTorch's
-OpenMP. Where no compiler was there, or the processor lacks AVX2, `unavailable` says so, and the caller takes PyTorch's
-operations.
+The sources are compiled when fastbert is installed, once for each instruction set in VARIANTS, into libraries that know
+nothing of Python or PyTorch: memory comes in by address, and threads are those of PyTorch's OpenMP. Where no compiler
+was there, or the processor lacks AVX2, `unavailable` says so, and the caller takes PyTorch's operations.
 
 `python setup.py build_ext --inplace` compiles them in a checkout; an editable installation has done so.
 """
@@ -13,6 +12,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import platform
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ VARIANTS = {
     "avx512": ("AVX-512", {"avx512f", "avx512bw", "avx512dq", "avx512vl"}),
     "avx2": ("AVX2", {"avx2", "fma"}),
 }
+MAX_HIDDEN = 4096
 ACTIVATIONS = {"none": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3}
 
 
@@ -67,14 +68,15 @@ def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
         attention = getattr(library, f"fastbert_attention_{dtype}")
         attention.argtypes = [pointer, size, size, pointer, size, size, size, ctypes.c_float, pointer, size]
         attention.restype = ctypes.c_int
-    library.fastbert_packed_floats.argtypes = [size, size]
-    library.fastbert_packed_floats.restype = size
-    library.fastbert_pack_float32.argtypes = [pointer, size, size, size, pointer]
-    library.fastbert_pack_float32.restype = None
-    library.fastbert_linear_float32.argtypes = [
-        pointer, size, pointer, pointer, pointer, size, pointer, size, size, size, size, size
-    ]  # fmt: skip
-    library.fastbert_linear_float32.restype = None
+    library.fastbert_packed_size.argtypes = [size, size]
+    library.fastbert_packed_size.restype = size
+    for dtype in ("float32", "bfloat16") if hasattr(library, "fastbert_linear_bfloat16") else ("float32",):
+        pack, linear, encode = (getattr(library, f"fastbert_{name}_{dtype}") for name in ("pack", "linear", "encode"))
+        pack.argtypes = [pointer, size, size, size, pointer]
+        linear.argtypes = [pointer, size, pointer, pointer, pointer, size, pointer, size, size, size, size, size]
+        encode.argtypes = [*[pointer] * 5, size, *[pointer] * 3, *[size] * 6, ctypes.c_float]
+        pack.restype = linear.restype = None
+        encode.restype = ctypes.c_int
     return library
 
 
@@ -88,6 +90,23 @@ def instructions() -> str | None:
     """The instruction set of the kernels that run, in words: "AVX2"; None where none do."""
     library, name = _load()
     return None if library is None else VARIANTS[name][0]
+
+
+def multiplies(dtype: torch.dtype) -> bool:
+    """Whether `linear_forward` and `encoder_forward` take this dtype: float32, and bfloat16 with its instructions."""
+    if unavailable() is not None:
+        return False
+    return dtype == torch.float32 or (dtype == torch.bfloat16 and _load()[1].endswith("bf16"))
+
+
+@functools.cache
+def has_amx() -> bool:
+    """Whether the processor has matrix units, which multiply bfloat16 several times as fast as these kernels."""
+    return "amx_bf16" in _processor_flags()
+
+
+def _function(name: str, dtype: torch.dtype) -> Any:
+    return getattr(_load()[0], f"fastbert_{name}_{str(dtype).removeprefix('torch.')}")
 
 
 def empty(shape: tuple[int, ...], *, like: torch.Tensor) -> torch.Tensor:
@@ -106,24 +125,26 @@ def varlen_attention_forward(
     n_tokens, hidden_size = qkv.shape[0], qkv.shape[1] // 3
     out = empty((n_tokens, hidden_size), like=qkv)
     offsets = cu_seqlens_cpu.contiguous()
-    run = getattr(_load()[0], f"fastbert_attention_{str(qkv.dtype).removeprefix('torch.')}")
-    status = run(
+    status = _function("attention", qkv.dtype)(
         qkv.data_ptr(), qkv.stride(0), n_tokens, offsets.data_ptr(), len(offsets) - 1, num_heads,
         hidden_size // num_heads, scale, out.data_ptr(), hidden_size,
     )  # fmt: skip
+    _check(status, n_tokens)
+    return out
+
+
+def _check(status: int, n_tokens: int) -> None:
     if status == 1:
         raise MemoryError("attention: no memory for the keys and values of a sequence")
     if status == 2:
         raise ValueError(f"cu_seqlens: expected offsets from 0 to {n_tokens} that never decrease")
-    return out
 
 
 def pack_weight(weight: torch.Tensor) -> torch.Tensor:
-    """(M, K) float32 -> the same in the order in which `linear_forward` reads it."""
+    """(M, K), of a dtype that `multiplies` -> the same in the order in which `linear_forward` reads it."""
     weight = weight if weight.stride(-1) == 1 else weight.contiguous()
-    library = _load()[0]
-    packed = torch.empty(library.fastbert_packed_floats(*weight.shape))
-    library.fastbert_pack_float32(weight.data_ptr(), weight.stride(0), *weight.shape, packed.data_ptr())
+    packed = torch.empty(_load()[0].fastbert_packed_size(*weight.shape), dtype=weight.dtype)
+    _function("pack", weight.dtype)(weight.data_ptr(), weight.stride(0), *weight.shape, packed.data_ptr())
     return packed
 
 
@@ -135,14 +156,71 @@ def linear_forward(
     activation: str = "none",
     residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """activation(x @ weight^T + bias) + residual, all float32, rows contiguous.
+    """activation(x @ weight^T + bias) + residual, all of one dtype that `multiplies`, rows contiguous.
 
-    x: (T, K); packed: of a weight (M = n_columns, K); bias: (M,); residual: (T, M); activation: a key of ACTIVATIONS.
+    x: (T, K), K even in bfloat16; packed: of a weight (M = n_columns, K); bias: (M,); residual: (T, M); activation: a
+    key of ACTIVATIONS. Returns (T, M).
     """
     out = empty((x.shape[0], n_columns), like=x)
-    _load()[0].fastbert_linear_float32(
+    _function("linear", x.dtype)(
         x.data_ptr(), x.stride(0), packed.data_ptr(), None if bias is None else bias.data_ptr(),
         None if residual is None else residual.data_ptr(), 0 if residual is None else residual.stride(0),
         out.data_ptr(), n_columns, x.shape[0], x.shape[1], n_columns, ACTIVATIONS[activation],
     )  # fmt: skip
     return out
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """The weights of an encoder, all of one dtype that `multiplies`, as `encoder_forward` reads them.
+
+    embeddings: word, token type and position table, weight and bias of the LayerNorm, or none, for embeddings that are
+    made elsewhere. layers: twelve tensors each: packed weight and bias of the fused query, key and value, and of the
+    output projection, weight and bias of a LayerNorm, then the same of the two linears that follow and the last
+    LayerNorm. All contiguous. hidden_size: at most MAX_HIDDEN, and head size a multiple of 16.
+    """
+
+    embeddings: tuple[torch.Tensor, ...]
+    layers: tuple[tuple[torch.Tensor, ...], ...]
+    hidden_size: int
+    intermediate_size: int
+    num_heads: int
+    activation: str
+    eps: float
+
+    @functools.cached_property
+    def addresses(self) -> tuple[Any, Any]:
+        """Of the embeddings and of the layers' tensors, one after the other."""
+        flat = [tensor for layer in self.layers for tensor in layer]
+        embeddings, layers = (
+            (ctypes.c_void_p * len(ts))(*(t.data_ptr() for t in ts)) for ts in (self.embeddings, flat)
+        )
+        return embeddings, layers
+
+    def workspace_size(self, n_tokens: int) -> int:
+        """How many elements `encoder_forward` needs beside its output."""
+        return n_tokens * (5 * self.hidden_size + self.intermediate_size)
+
+
+def encoder_forward(
+    encoder: Encoder,
+    ids: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None,
+    x: torch.Tensor,
+    cu_seqlens_cpu: torch.Tensor,
+    workspace: torch.Tensor,
+) -> torch.Tensor:
+    """Embeddings and layers over packed tokens, into x, (T, H), which is returned.
+
+    ids: words, token types and positions, (T,) int64, contiguous and within their tables; None where x holds the
+    embeddings. cu_seqlens_cpu: (B + 1,) int32. workspace: as many elements as workspace_size says, of x's dtype.
+    """
+    embeddings, layers = encoder.addresses
+    offsets = cu_seqlens_cpu.contiguous()
+    pointers = (None, None, None) if ids is None else [t.data_ptr() for t in ids]
+    status = _function("encode", x.dtype)(
+        *pointers, embeddings, offsets.data_ptr(), len(offsets) - 1, layers, x.data_ptr(), workspace.data_ptr(),
+        x.shape[0], encoder.hidden_size, encoder.intermediate_size, encoder.num_heads, len(encoder.layers),
+        ACTIVATIONS[encoder.activation], encoder.eps,
+    )  # fmt: skip
+    _check(status, x.shape[0])
+    return x

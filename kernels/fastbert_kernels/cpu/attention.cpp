@@ -13,9 +13,9 @@
 //
 // and takes ROWS queries at a time: their scores with all L keys stay in the L1 cache, so the softmax needs one pass.
 // Bytes moved, from and to main memory: 4 * N * D elements a token.
-#include <stdlib.h>
+#include "attention.h"
 
-#include "vector.h"
+#include <stdlib.h>
 
 namespace {
 
@@ -25,71 +25,37 @@ constexpr int64_t CHUNK = 32 * ROWS;
 constexpr int64_t PIECE = 128;  // the longest chain of sums over values, so that its rounding does not grow with L
 constexpr float LOG2_E = 1.44269504f;
 
-template <bool CONDITION, typename A, typename B>
-struct Pick { typedef A type; };
-template <typename A, typename B>
-struct Pick<false, A, B> { typedef B type; };
-
 struct Task {
     int64_t first, length, chunk;  // a sequence, and its queries from chunk on
-};
-
-struct Shape {
-    int64_t row_stride, n_heads, head_size, out_stride;
-    float scale;
 };
 
 struct Scratch {
     float *keys, *values, *queries, *scores;
 };
 
-INLINE int64_t up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
-
-INLINE vf multiply_add(vf sum, vf x, vf y) { return x * y + sum; }
-
-#ifdef __AVX512BF16__
-// sum + x[0] y[0] + x[1] y[1] in each lane, x and y pairs of bfloat16.
-INLINE vf multiply_add(vf sum, vi x, vi y) {
-    return (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)x, (__m512bh)y);
-}
-#endif
-
-INLINE vf splat_of(const float* p) { return splat(*p); }
-INLINE vi splat_of(const int32_t* p) { return *p - (vi){}; }
-
-// sums[i][j] += sum over k < n of x_i[k] * y[k][j]; x_i[k] at x[i] + k, y[k][j] at y + k * y_stride + j * y_step.
-template <int N, typename V, typename E>
-INLINE void products(vf (&sums)[ROWS][N], const E* const* x, const E* y, int64_t n, int64_t y_stride, int64_t y_step) {
-    for (int64_t k = 0; k < n; k++) {
-        V right[N];
-        for (int j = 0; j < N; j++) right[j] = load<V>(y + k * y_stride + j * y_step);
-        for (int i = 0; i < ROWS; i++) {
-            V left = splat_of(x[i] + k);
-            for (int j = 0; j < N; j++) sums[i][j] = multiply_add(sums[i][j], left, right[j]);
-        }
-    }
-}
+INLINE int64_t up(int64_t n, int64_t step) { return over(n, step) * step; }
 
 // scores[i][N * VL] = scale * q_i k^T for N blocks of keys.
-template <int N, typename V, typename E>
-INLINE void scores_of(float* scores, int64_t stride, const E* const* queries, const E* keys, int64_t depth, float scale) {
+template <int N, typename O>
+INLINE void scores_of(float* scores, int64_t stride, const typename O::E* const* queries, const typename O::E* keys,
+                      int64_t depth, float scale) {
     vf sums[ROWS][N] = {};
-    products<N, V>(sums, queries, keys, depth, VL, depth * VL);
+    products<ROWS, N, O>(sums, queries, keys, depth, VL, depth * VL);
     for (int i = 0; i < ROWS; i++)
         for (int j = 0; j < N; j++) store(scores + i * stride + j * VL, sums[i][j] * scale);
 }
 
 // out_i[N * VL] = p_i v / total_i for N vectors of a head's elements, i < n_rows.
-template <int N, typename V, typename T, typename E>
-INLINE void outputs_of(T* out, int64_t stride, const float* totals, const E* const* p, const E* values, int64_t n_values,
-                       int64_t head_size, int n_rows) {
+template <int N, typename O, typename T>
+INLINE void outputs_of(T* out, int64_t stride, const float* totals, const typename O::E* const* p,
+                       const typename O::E* values, int64_t n_values, int64_t head_size, int n_rows) {
     vf sums[ROWS][N] = {};
     for (int64_t start = 0; start < n_values; start += PIECE) {
-        const int64_t n = n_values - start < PIECE ? n_values - start : PIECE;
-        const E* from[ROWS];
+        const int64_t n = least(n_values - start, PIECE);
+        const typename O::E* from[ROWS];
         for (int i = 0; i < ROWS; i++) from[i] = p[i] + start;
         vf part[ROWS][N] = {};
-        products<N, V>(part, from, values + start * head_size, n, head_size, VL);
+        products<ROWS, N, O>(part, from, values + start * head_size, n, head_size, VL);
         for (int i = 0; i < ROWS; i++)
             for (int j = 0; j < N; j++) sums[i][j] += part[i][j];
     }
@@ -106,26 +72,26 @@ INLINE void outputs_of(T* out, int64_t stride, const float* totals, const E* con
         else { constexpr int N = 1; __VA_ARGS__; at += N; }                \
     }
 
-template <bool PAIRS, typename T, typename E>
-INLINE void pack_keys(E* keys, const T* k, int64_t length, int64_t n_blocks, int64_t depth, int64_t row_stride) {
+template <typename O, typename T>
+INLINE void pack_keys(typename O::E* keys, const T* k, int64_t length, int64_t n_blocks, int64_t depth, int64_t row_stride) {
     for (int64_t block = 0; block < n_blocks; block++)
         for (int64_t d = 0; d < depth; d += VL) {
             vi tile[VL] = {};
             for (int64_t i = 0; i < VL && block * VL + i < length; i++) {
-                const T* key = k + (block * VL + i) * row_stride + (PAIRS ? 2 : 1) * d;
-                tile[i] = PAIRS ? load<vi>(key) : (vi)to_floats(key);  // past the head: the next one, or the values
+                const T* key = k + (block * VL + i) * row_stride + O::SIZE * d;
+                tile[i] = O::SIZE == 2 ? load<vi>(key) : (vi)to_floats(key);  // past the head: the next one, or the values
             }
             transpose(tile);
             for (int64_t j = 0; j < VL && d + j < depth; j++) store(keys + (block * depth + d + j) * VL, tile[j]);
         }
 }
 
-template <bool PAIRS, typename T, typename E>
-INLINE void pack_values(E* values, const T* v, int64_t length, int64_t size, int64_t row_stride) {
-    for (int64_t i = 0; i < length; i += PAIRS ? 2 : 1)
+template <typename O, typename T>
+INLINE void pack_values(typename O::E* values, const T* v, int64_t length, int64_t size, int64_t row_stride) {
+    for (int64_t i = 0; i < length; i += O::SIZE)
         for (int64_t d = 0; d < size; d += VL, values += VL) {
             const T* value = v + i * row_stride + d;
-            if (PAIRS) {
+            if (O::SIZE == 2) {
                 vi low = __builtin_convertvector(load<vh>(value), vi), high = {};
                 if (i + 1 < length) high = __builtin_convertvector(load<vh>(value + row_stride), vi);
                 store(values, low | high << 16);
@@ -152,21 +118,21 @@ INLINE float softmax(float* scores, int64_t length, int64_t padded) {
     return sum(total);
 }
 
-template <typename T, bool PAIRS>
-INLINE void run(const T* qkv, T* out, const Shape& shape, const Task& task, int64_t head, const Scratch& scratch) {
-    typedef typename Pick<PAIRS, int32_t, float>::type E;  // what the products read: pairs of bfloat16, or floats
-    typedef typename Pick<PAIRS, vi, vf>::type V;
+template <typename T, typename O>
+INLINE void run(const T* qkv, T* out, const Heads& shape, const Task& task, int64_t head, const Scratch& scratch) {
+    typedef typename O::E E;
+    constexpr bool PAIRS = O::SIZE == 2;
     const int64_t size = shape.head_size, width = shape.n_heads * size, length = task.length;
-    const int64_t n_blocks = up(length, VL) / VL, padded = n_blocks * VL;
-    const int64_t depth = PAIRS ? size / 2 : size, n_values = PAIRS ? (length + 1) / 2 : length;
+    const int64_t n_blocks = over(length, VL), padded = n_blocks * VL;
+    const int64_t depth = size / O::SIZE, n_values = over(length, O::SIZE);
     const T* q = qkv + task.first * shape.row_stride + head * size;
     E *keys = (E*)scratch.keys, *values = (E*)scratch.values;
-    pack_keys<PAIRS>(keys, q + width, length, n_blocks, depth, shape.row_stride);
-    pack_values<PAIRS>(values, q + 2 * width, length, size, shape.row_stride);
+    pack_keys<O>(keys, q + width, length, n_blocks, depth, shape.row_stride);
+    pack_values<O>(values, q + 2 * width, length, size, shape.row_stride);
 
-    const int64_t end = task.chunk + CHUNK < length ? task.chunk + CHUNK : length;
+    const int64_t end = least(task.chunk + CHUNK, length);
     for (int64_t row = task.chunk; row < end; row += ROWS) {
-        const int n_rows = end - row < ROWS ? (int)(end - row) : ROWS;
+        const int n_rows = (int)least(end - row, ROWS);
         const E *queries[ROWS], *p[ROWS];
         float totals[ROWS];
         for (int i = 0; i < ROWS; i++) {
@@ -179,23 +145,23 @@ INLINE void run(const T* qkv, T* out, const Shape& shape, const Task& task, int6
                 queries[i] = (const E*)(scratch.queries + i * size);
             }
         }
-        IN_VECTORS(n_blocks, at, scores_of<N, V>(scratch.scores + at * VL, padded, queries, keys + at * depth * VL, depth,
+        IN_VECTORS(n_blocks, at, scores_of<N, O>(scratch.scores + at * VL, padded, queries, keys + at * depth * VL, depth,
                                                  shape.scale))
         for (int i = 0; i < n_rows; i++) totals[i] = softmax<PAIRS>(scratch.scores + i * padded, length, padded);
         T* outs = out + (task.first + row) * shape.out_stride + head * size;
-        IN_VECTORS(size / VL, at, outputs_of<N, V>(outs + at * VL, shape.out_stride, totals, p, values + at * VL, n_values,
+        IN_VECTORS(size / VL, at, outputs_of<N, O>(outs + at * VL, shape.out_stride, totals, p, values + at * VL, n_values,
                                                    size, n_rows))
     }
 }
 
-template <typename T, bool PAIRS>
-int attention(const T* qkv, int64_t n_rows, const int32_t* cu_seqlens, int64_t n_seqs, T* out, const Shape& shape) {
+template <typename T, typename O>
+int run_all(const T* qkv, int64_t n_rows, const int32_t* cu_seqlens, int64_t n_seqs, T* out, const Heads& shape) {
     int64_t n_tasks = 0, longest = 0;
     if (n_seqs < 0 || cu_seqlens[0] != 0) return 2;
     for (int64_t b = 0; b < n_seqs; b++) {
         const int64_t length = (int64_t)cu_seqlens[b + 1] - cu_seqlens[b];
         if (length < 0 || cu_seqlens[b + 1] > n_rows) return 2;
-        n_tasks += up(length, CHUNK) / CHUNK;
+        n_tasks += over(length, CHUNK);
         longest = length > longest ? length : longest;
     }
     for (int64_t row = cu_seqlens[n_seqs]; row < n_rows; row++)
@@ -219,7 +185,7 @@ int attention(const T* qkv, int64_t n_rows, const int32_t* cu_seqlens, int64_t n
 #pragma omp for schedule(dynamic)
         for (int64_t i = 0; i < n_tasks * shape.n_heads; i++)
             if (memory != NULL)
-                run<T, PAIRS>(qkv, out, shape, tasks[i / shape.n_heads], i % shape.n_heads, scratch);
+                run<T, O>(qkv, out, shape, tasks[i / shape.n_heads], i % shape.n_heads, scratch);
         free(memory);
     }
     free(tasks);
@@ -228,21 +194,22 @@ int attention(const T* qkv, int64_t n_rows, const int32_t* cu_seqlens, int64_t n
 
 }  // namespace
 
-// Each returns 0, 1 where there is too little memory, 2 where cu_seqlens does not go from 0 to at most n_rows. Rows beyond
-// the last sequence become 0. Strides in elements; the last axis is contiguous.
+int attention(const float* qkv, int64_t n_rows, const int32_t* cu_seqlens, int64_t n_seqs, float* out, const Heads& heads) {
+    return run_all<float, Floats>(qkv, n_rows, cu_seqlens, n_seqs, out, heads);
+}
+
+int attention(const bf16* qkv, int64_t n_rows, const int32_t* cu_seqlens, int64_t n_seqs, bf16* out, const Heads& heads) {
+    return run_all<bf16, BFloat16Operands>(qkv, n_rows, cu_seqlens, n_seqs, out, heads);
+}
+
 EXPORT int fastbert_attention_float32(const float* qkv, int64_t row_stride, int64_t n_rows, const int32_t* cu_seqlens,
-                                          int64_t n_seqs, int64_t n_heads, int64_t head_size, float scale, float* out,
-                                          int64_t out_stride) {
-    return attention<float, false>(qkv, n_rows, cu_seqlens, n_seqs, out, {row_stride, n_heads, head_size, out_stride, scale});
+                                      int64_t n_seqs, int64_t n_heads, int64_t head_size, float scale, float* out,
+                                      int64_t out_stride) {
+    return attention(qkv, n_rows, cu_seqlens, n_seqs, out, {row_stride, n_heads, head_size, out_stride, scale});
 }
 
 EXPORT int fastbert_attention_bfloat16(const bf16* qkv, int64_t row_stride, int64_t n_rows, const int32_t* cu_seqlens,
-                                           int64_t n_seqs, int64_t n_heads, int64_t head_size, float scale, bf16* out,
-                                           int64_t out_stride) {
-#ifdef __AVX512BF16__
-    constexpr bool PAIRS = true;
-#else
-    constexpr bool PAIRS = false;
-#endif
-    return attention<bf16, PAIRS>(qkv, n_rows, cu_seqlens, n_seqs, out, {row_stride, n_heads, head_size, out_stride, scale});
+                                       int64_t n_seqs, int64_t n_heads, int64_t head_size, float scale, bf16* out,
+                                       int64_t out_stride) {
+    return attention(qkv, n_rows, cu_seqlens, n_seqs, out, {row_stride, n_heads, head_size, out_stride, scale});
 }

@@ -1,17 +1,18 @@
-// A float32 linear layer with what follows it, on CPUs.
+// A linear layer with what follows it, on CPUs.
 //
 //     out = activation(x @ weight^T + bias) + residual
 //
-// x: (T, K), weight: (M, K), bias: (M,), residual, out: (T, M), all float32. The weight is packed once, in panels of
-// COLUMNS of its rows, laid out [panel][K][COLUMNS] and filled up with zeros.
+// x: (T, K), weight: (M, K), bias: (M,), residual, out: (T, M), all float32 or all bfloat16; sums are float32. The weight
+// is packed once, in panels of COLUMNS of its rows, laid out [panel][K][COLUMNS] and filled up with zeros; bfloat16 in
+// pairs along K.
 //
 // A tile is ROWS x COLUMNS of out: sums in registers, over a PIECE of K at a time. Each piece is added to those before it,
 // so that rounding errors grow with K / PIECE + PIECE, not with K: a library that keeps one chain of sums for all of K is
 // less exact. A task is a few row blocks by a few panels, whose weights stay in the L2 cache.
-// FLOPs: 2 T K M. Bytes, at least: 4 (T K + M K + T M).
-#include <omp.h>
+// FLOPs: 2 T K M. Bytes, at least: those of x, weight and out, once.
+#include "linear.h"
 
-#include "vector.h"
+#include <omp.h>
 
 namespace {
 
@@ -19,18 +20,8 @@ constexpr int VECTORS = VL == 16 ? 3 : 2;
 constexpr int COLUMNS = VECTORS * VL;
 constexpr int ROWS = VL == 16 ? 8 : 6;
 constexpr int64_t PIECE = 128;
-constexpr int64_t PANEL_FLOATS = 1 << 16, ROW_FLOATS = 1 << 15;  // of a task's weights and rows: 256 and 128 KiB
-constexpr int64_t TASKS = 4;                                     // at least, for each thread
-
-enum Activation { NONE, GELU, GELU_TANH, RELU };
-
-struct Call {
-    const float *x, *weight, *bias, *residual;
-    float* out;
-    int64_t x_stride, residual_stride, out_stride;
-    int64_t n_rows, k_size, n_columns;
-    int64_t activation;
-};
+constexpr int64_t PANEL_BYTES = 1 << 18, ROW_BYTES = 1 << 17;  // of a task's weights and rows
+constexpr int64_t TASKS = 4;                                    // at least, for each thread
 
 // x (1 + erf(x / sqrt(2))) / 2 = max(x, 0) - |x| erfc(|x| / sqrt(2)) / 2. log2(erfc) on [0, 5] is a polynomial of degree
 // 10, fitted to the error of erfc itself: of the GELU of normal numbers 3e-8 (RMS over RMS), where PyTorch's has 6e-8.
@@ -66,98 +57,119 @@ INLINE vf activate(vf x, int64_t activation) {
 }
 
 // What follows the product. n_of(j): how many columns of vector j are there, VL or more for all of them.
-template <int R, typename N>
-INLINE void finish(const Call& call, const vf (&sums)[R][VECTORS], int64_t row, int64_t column, N n_of) {
+template <typename T, int R, typename N>
+INLINE void finish(const Linear<T>& call, const vf (&sums)[R][VECTORS], int64_t row, int64_t column, N n_of) {
     for (int j = 0; j < VECTORS; j++, column += VL) {
-        const int n = n_of(j);
-        const vf bias = call.bias == NULL ? vf{} : load_some(call.bias + column, n);
+        const int64_t n = n_of(j);
+        const vf bias = call.bias == NULL ? vf{} : to_floats(call.bias + column, n);
         for (int i = 0; i < R; i++) {
             vf y = activate(sums[i][j] + bias, call.activation);
-            if (call.residual != NULL) y += load_some(call.residual + (row + i) * call.residual_stride + column, n);
-            store_some(call.out + (row + i) * call.out_stride + column, y, n);
+            if (call.residual != NULL) y += to_floats(call.residual + (row + i) * call.residual_stride + column, n);
+            from_floats(call.out + (row + i) * call.out_stride + column, y, n);
         }
     }
 }
 
-template <int R>
-INLINE void tile(const Call& call, int64_t row, int64_t panel) {
+template <typename T, typename O, int R>
+void tile(const Linear<T>& call, int64_t row, int64_t panel) {
+    typedef typename O::E E;
+    const int64_t depth = over(call.k_size, O::SIZE);
+    const E* weight = (const E*)call.weight + panel * COLUMNS * depth;
     vf sums[R][VECTORS];
-    const float* x = call.x + row * call.x_stride;
-    const float* weight = call.weight + panel * COLUMNS * call.k_size;
-    for (int64_t start = 0; start == 0 || start < call.k_size; start += PIECE) {
-        const int64_t end = start + PIECE < call.k_size ? start + PIECE : call.k_size;
+    for (int64_t start = 0; start == 0 || start < depth; start += PIECE) {
+        const E* x[R];
+        for (int i = 0; i < R; i++) x[i] = (const E*)(call.x + (row + i) * call.x_stride) + start;
         vf part[R][VECTORS] = {};
-        for (int64_t k = start; k < end; k++) {
-            vf right[VECTORS];
-            for (int j = 0; j < VECTORS; j++) right[j] = load<vf>(weight + k * COLUMNS + j * VL);
-            for (int i = 0; i < R; i++) {
-                const vf left = splat(x[i * call.x_stride + k]);
-                for (int j = 0; j < VECTORS; j++) part[i][j] = left * right[j] + part[i][j];
-            }
-        }
+        products<R, VECTORS, O>(part, x, weight + start * COLUMNS, least(depth - start, PIECE), COLUMNS, VL);
         for (int i = 0; i < R; i++)
             for (int j = 0; j < VECTORS; j++) sums[i][j] = start == 0 ? part[i][j] : sums[i][j] + part[i][j];
     }
     const int64_t column = panel * COLUMNS, left = call.n_columns - column;
     if (left >= COLUMNS)
-        finish<R>(call, sums, row, column, [](int) { return VL; });
+        finish<T, R>(call, sums, row, column, [](int) { return VL; });
     else
-        finish<R>(call, sums, row, column, [left](int j) { return (int)(left - j * VL); });
+        finish<T, R>(call, sums, row, column, [left](int j) { return left - j * VL; });
 }
 
-typedef void (*Tile)(const Call&, int64_t, int64_t);
-
-template <int R>
-void tile_of(const Call& call, int64_t row, int64_t panel) { tile<R>(call, row, panel); }
-
-constexpr Tile TILES[] = {
-    NULL, tile_of<1>, tile_of<2>, tile_of<3>, tile_of<4>, tile_of<5>, tile_of<6>,
-#if VL == 16
-    tile_of<7>, tile_of<8>, tile_of<9>, tile_of<10>, tile_of<11>, tile_of<12>,
-#endif
-};
-
-INLINE int64_t over(int64_t n, int64_t step) { return (n + step - 1) / step; }
 INLINE int64_t at_least_1(int64_t n) { return n < 1 ? 1 : n; }
 
-}  // namespace
-
-EXPORT int64_t fastbert_packed_floats(int64_t n_columns, int64_t k_size) {
-    return over(n_columns, COLUMNS) * COLUMNS * k_size;
-}
-
-EXPORT void fastbert_pack_float32(const float* weight, int64_t stride, int64_t n_columns, int64_t k_size, float* packed) {
-#pragma omp parallel for schedule(static)
-    for (int64_t panel = 0; panel < over(n_columns, COLUMNS); panel++)
-        for (int64_t k = 0; k < k_size; k++)
-            for (int64_t j = 0; j < COLUMNS; j++) {
-                const int64_t column = panel * COLUMNS + j;
-                packed[(panel * k_size + k) * COLUMNS + j] = column < n_columns ? weight[column * stride + k] : 0.0f;
-            }
-}
-
-// activation: 0 none, 1 GELU, 2 its tanh approximation, 3 ReLU. Strides in elements.
-EXPORT void fastbert_linear_float32(const float* x, int64_t x_stride, const float* weight, const float* bias,
-                                        const float* residual, int64_t residual_stride, float* out, int64_t out_stride,
-                                        int64_t n_rows, int64_t k_size, int64_t n_columns, int64_t activation) {
-    const Call call = {x, weight, bias, residual, out, x_stride, residual_stride, out_stride, n_rows, k_size, n_columns,
-                       activation};
-    const int64_t n_blocks = over(n_rows, ROWS), n_panels = over(n_columns, COLUMNS);
-    int64_t panels = at_least_1(PANEL_FLOATS / (COLUMNS * at_least_1(k_size)));  // of a task
-    int64_t blocks = at_least_1(ROW_FLOATS / (ROWS * at_least_1(k_size)));
+template <typename T, typename O>
+void run(const Linear<T>& call) {
+    typedef void (*Tile)(const Linear<T>&, int64_t, int64_t);
+    static const Tile tiles[] = {
+        NULL, tile<T, O, 1>, tile<T, O, 2>, tile<T, O, 3>, tile<T, O, 4>, tile<T, O, 5>, tile<T, O, 6>,
+#if VL == 16
+        tile<T, O, 7>, tile<T, O, 8>,
+#endif
+    };
+    const int64_t n_blocks = over(call.n_rows, ROWS), n_panels = over(call.n_columns, COLUMNS);
+    const int64_t k_bytes = at_least_1(call.k_size * sizeof(T));
+    int64_t panels = at_least_1(PANEL_BYTES / (COLUMNS * k_bytes)), blocks = at_least_1(ROW_BYTES / (ROWS * k_bytes));
     const int64_t wanted = TASKS * omp_get_max_threads();
     while (over(n_panels, panels) * over(n_blocks, blocks) < wanted && (panels > 1 || blocks > 1))
-        (panels == 1 || blocks * ROWS >= panels * COLUMNS ? blocks : panels) /= 2;
+        (panels == 1 || (blocks > 1 && blocks * ROWS >= panels * COLUMNS) ? blocks : panels) /= 2;
     const int64_t n_across = over(n_panels, panels), n_down = over(n_blocks, blocks);
     panels = over(n_panels, at_least_1(n_across));  // of equal size
     blocks = over(n_blocks, at_least_1(n_down));
 #pragma omp parallel for schedule(dynamic)
     for (int64_t task = 0; task < n_across * n_down; task++) {
         const int64_t first_block = task % n_down * blocks, first_panel = task / n_down * panels;
-        for (int64_t b = first_block; b < first_block + blocks && b < n_blocks; b++) {
-            const int64_t left = n_rows - b * ROWS;
-            const Tile run = TILES[left < ROWS ? left : ROWS];
-            for (int64_t p = first_panel; p < first_panel + panels && p < n_panels; p++) run(call, b * ROWS, p);
+        for (int64_t b = first_block; b < least(first_block + blocks, n_blocks); b++) {
+            const Tile run_tile = tiles[least(call.n_rows - b * ROWS, ROWS)];
+            for (int64_t p = first_panel; p < least(first_panel + panels, n_panels); p++) run_tile(call, b * ROWS, p);
         }
     }
 }
+
+template <typename T, typename O>
+void pack(const T* weight, int64_t stride, int64_t n_columns, int64_t k_size, T* packed) {
+    const int64_t padded = over(k_size, O::SIZE) * O::SIZE;
+#pragma omp parallel for schedule(static)
+    for (int64_t panel = 0; panel < over(n_columns, COLUMNS); panel++)
+        for (int64_t j = 0; j < COLUMNS; j++) {
+            const int64_t column = panel * COLUMNS + j;
+            T* to = packed + panel * COLUMNS * padded + j * O::SIZE;
+            for (int64_t k = 0; k < padded; k++)
+                to[k / O::SIZE * COLUMNS * O::SIZE + k % O::SIZE] =
+                    column < n_columns && k < k_size ? weight[column * stride + k] : 0;
+        }
+}
+
+}  // namespace
+
+void linear(const Linear<float>& call) { run<float, Floats>(call); }
+
+#ifdef __AVX512BF16__
+void linear(const Linear<bf16>& call) { run<bf16, Pairs>(call); }
+#endif
+
+// The number of elements in a packed weight.
+EXPORT int64_t fastbert_packed_size(int64_t n_columns, int64_t k_size) {
+    return over(n_columns, COLUMNS) * COLUMNS * over(k_size, 2) * 2;
+}
+
+EXPORT void fastbert_pack_float32(const float* weight, int64_t stride, int64_t n_columns, int64_t k_size, float* packed) {
+    pack<float, Floats>(weight, stride, n_columns, k_size, packed);
+}
+
+// activation: one of enum Activation. Strides in elements; the last axis is contiguous.
+EXPORT void fastbert_linear_float32(const float* x, int64_t x_stride, const float* weight, const float* bias,
+                                    const float* residual, int64_t residual_stride, float* out, int64_t out_stride,
+                                    int64_t n_rows, int64_t k_size, int64_t n_columns, int64_t activation) {
+    linear(Linear<float>{x, weight, bias, residual, out, x_stride, residual_stride, out_stride, n_rows, k_size, n_columns,
+                         activation});
+}
+
+#ifdef __AVX512BF16__
+EXPORT void fastbert_pack_bfloat16(const bf16* weight, int64_t stride, int64_t n_columns, int64_t k_size, bf16* packed) {
+    pack<bf16, Pairs>(weight, stride, n_columns, k_size, packed);
+}
+
+// As fastbert_linear_float32; k_size even.
+EXPORT void fastbert_linear_bfloat16(const bf16* x, int64_t x_stride, const bf16* weight, const bf16* bias,
+                                     const bf16* residual, int64_t residual_stride, bf16* out, int64_t out_stride,
+                                     int64_t n_rows, int64_t k_size, int64_t n_columns, int64_t activation) {
+    linear(Linear<bf16>{x, weight, bias, residual, out, x_stride, residual_stride, out_stride, n_rows, k_size, n_columns,
+                        activation});
+}
+#endif

@@ -21,6 +21,9 @@ typedef int32_t vi __attribute__((vector_size(4 * VL)));
 typedef uint16_t vh __attribute__((vector_size(2 * VL)));  // VL elements of bfloat16
 typedef uint16_t bf16;
 
+INLINE int64_t over(int64_t n, int64_t step) { return (n + step - 1) / step; }
+INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
 template <typename V, typename E>
 INLINE V load(const E* p) {
     V v;
@@ -31,19 +34,6 @@ INLINE V load(const E* p) {
 template <typename V, typename E>
 INLINE void store(E* p, V v) {
     memcpy(p, &v, sizeof v);
-}
-
-// The first n floats at p, 0 in the other lanes; all for n of VL or more, none below 1.
-INLINE vf load_some(const float* p, int n) {
-    vf x = {};
-    if (n >= VL) return load<vf>(p);
-    if (n > 0) memcpy(&x, p, n * sizeof(float));
-    return x;
-}
-
-INLINE void store_some(float* p, vf x, int n) {
-    if (n >= VL) store(p, x);
-    else if (n > 0) memcpy(p, &x, n * sizeof(float));
 }
 
 INLINE vf splat(float x) { return x - (vf){}; }
@@ -60,6 +50,23 @@ INLINE void from_floats(bf16* p, vf x) {
     vi rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
     store(p, __builtin_convertvector(x == x ? rounded : (bits >> 16) | 0x40, vh));
 #endif
+}
+
+// The first n elements at p as floats, 0 in the other lanes, and back; all for n of VL or more, none below 1.
+template <typename T>
+INLINE vf to_floats(const T* p, int64_t n) {
+    if (n >= VL) return to_floats(p);
+    T some[VL] = {};
+    if (n > 0) memcpy(some, p, n * sizeof(T));
+    return to_floats(some);
+}
+
+template <typename T>
+INLINE void from_floats(T* p, vf x, int64_t n) {
+    if (n >= VL) return from_floats(p, x);
+    T some[VL];
+    from_floats(some, x);
+    if (n > 0) memcpy(p, some, n * sizeof(T));
 }
 
 INLINE vf max(vf a, vf b) { return a > b ? a : b; }
@@ -124,5 +131,50 @@ INLINE void transpose(vi* rows) {
 #endif
         }
         for (int i = 0; i < VL; i++) rows[i] = next[i];
+    }
+}
+
+// What products read: floats, or, where the processor multiplies them, pairs of bfloat16.
+struct Floats {
+    typedef float E;
+    typedef vf V;
+    static constexpr int SIZE = 1;  // elements in an E
+};
+
+struct Pairs {
+    typedef int32_t E;
+    typedef vi V;
+    static constexpr int SIZE = 2;
+};
+
+#ifdef __AVX512BF16__
+typedef Pairs BFloat16Operands;
+#else
+typedef Floats BFloat16Operands;  // made floats first
+#endif
+
+INLINE vf splat_of(const float* p) { return splat(*p); }
+INLINE vi splat_of(const int32_t* p) { return *p - (vi){}; }
+
+INLINE vf multiply_add(vf sum, vf x, vf y) { return x * y + sum; }
+
+#ifdef __AVX512BF16__
+// sum + x[0] y[0] + x[1] y[1] in each lane.
+INLINE vf multiply_add(vf sum, vi x, vi y) {
+    return (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)x, (__m512bh)y);
+}
+#endif
+
+// sums[i][j] += sum over k < n of x_i[k] * y[k][j]; x_i[k] at x[i] + k, y[k][j] at y + k * y_stride + j * y_step.
+template <int ROWS, int N, typename O>
+INLINE void products(vf (&sums)[ROWS][N], const typename O::E* const* x, const typename O::E* y, int64_t n,
+                     int64_t y_stride, int64_t y_step) {
+    for (int64_t k = 0; k < n; k++) {
+        typename O::V right[N];
+        for (int j = 0; j < N; j++) right[j] = load<typename O::V>(y + k * y_stride + j * y_step);
+        for (int i = 0; i < ROWS; i++) {
+            const typename O::V left = splat_of(x[i] + k);
+            for (int j = 0; j < N; j++) sums[i][j] = multiply_add(sums[i][j], left, right[j]);
+        }
     }
 }

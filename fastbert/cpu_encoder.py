@@ -1,0 +1,125 @@
+"""A model's encoder in one call of a C++ kernel, on CPUs, for inference.
+
+A short text on a CPU waits for Python more than for the processor: a hundred operations, each checked, dispatched and
+given memory. Where nothing of that is needed, since no gradient is wanted, no module is an adapter, and nobody listens
+or wants the states in between, `CpuEncoder` runs it all at once. Elsewhere the model runs operation by operation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastbert import ops
+from fastbert.ops import attention, dispatch, packed_linear
+from fastbert.varlen import PackedBatch
+from fastbert_kernels import cpu
+
+# A processor with matrix units runs more bfloat16 rows than these faster in oneDNN.
+ROWS_WITHOUT_AMX = 64
+# Workspaces kept for the next batch: memory that is new to the process costs a page fault every 4 KiB.
+MOST_KEPT, LARGEST_KEPT = 2, 64 * 2**20  # how many, bytes
+
+
+def obstacle(config: Any, dtype: torch.dtype, policy: ops.Policy, device: torch.device) -> str | None:
+    """Why models of this configuration run operation by operation on this device, whatever their state; or None."""
+    if device.type != "cpu":
+        return f"the model is on {device}"
+    decision = dispatch.decide("linear", policy, device, None)
+    if decision.backend != "cpu":
+        return f"the backend is {decision.backend!r}"
+    if not cpu.multiplies(dtype):
+        return cpu.unavailable() or f"the C++ kernels do not multiply {dtype} on this processor"
+    if config.hidden_size > cpu.MAX_HIDDEN:
+        return f"hidden size {config.hidden_size} is above {cpu.MAX_HIDDEN}"
+    if config.hidden_size % 2 or config.intermediate_size % 2:
+        return "hidden or intermediate size is odd"
+    if ops.ACTIVATIONS.get(config.hidden_act) not in cpu.ACTIVATIONS:
+        return f"there is no C++ kernel for {config.hidden_act!r}"
+    return attention.cpu_obstacle(config.head_size, torch.empty(0, dtype=dtype))
+
+
+class CpuEncoder:
+    """Keeps the weights as the kernel reads them, until `key` says that they changed."""
+
+    def __init__(self) -> None:
+        self._kept: tuple[Any, cpu.Encoder | None] = (None, None)
+        self._workspaces: list[Tensor] = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_kept": (None, None), "_workspaces": []}
+
+    def clear(self) -> None:
+        """Takes the weights anew when it next runs."""
+        self._kept = (None, None)
+        self._workspaces = []
+
+    def takes_rows(self, n_rows: int, dtype: torch.dtype) -> bool:
+        """Whether so many rows are best here."""
+        if n_rows < packed_linear.LEAST_ROWS:
+            return False
+        return not (dtype == torch.bfloat16 and n_rows > ROWS_WITHOUT_AMX and cpu.has_amx())
+
+    def weights(self, key: Any, make: Callable[[], cpu.Encoder | None]) -> cpu.Encoder | None:
+        """What `make` made, the last time that the key changed."""
+        kept = self._kept
+        if kept[0] is None or kept[0] != key:
+            kept = self._kept = key, make()
+        return kept[1]
+
+    def run(
+        self, weights: cpu.Encoder, batch: PackedBatch, ids: tuple[Tensor, Tensor, Tensor], dtype: torch.dtype
+    ) -> Tensor:
+        """Words, token types and positions, (T,) int64 within their tables -> the last hidden state, (T, H)."""
+        n_tokens = batch.n_tokens
+        size = weights.workspace_size(n_tokens)
+        try:
+            workspace = self._workspaces.pop()  # another thread may have taken it
+        except IndexError:
+            workspace = torch.empty(0, dtype=dtype)
+        if workspace.numel() < size or workspace.dtype != dtype:
+            workspace = torch.empty(size, dtype=dtype)
+        x = torch.empty(n_tokens, weights.hidden_size, dtype=dtype)
+        words, types, positions = (t.contiguous() for t in ids)
+        cpu.encoder_forward(weights, (words, types, positions), x, batch.cu_seqlens_cpu, workspace)
+        if len(self._workspaces) < MOST_KEPT and workspace.nbytes <= LARGEST_KEPT:
+            self._workspaces.append(workspace)
+        return x
+
+
+def gather(embeddings: Any, layers: Any, config: Any, fused_qkv: Callable[[Any], Any]) -> cpu.Encoder | None:
+    """The weights of plain modules, packed; None where they are not of one dtype, in order and on the CPU."""
+    norms = [embeddings.LayerNorm]
+    tables = [embeddings.word_embeddings, embeddings.token_type_embeddings, embeddings.position_embeddings]
+    read: list[Any] = [*(table.weight for table in tables), embeddings.LayerNorm.weight, embeddings.LayerNorm.bias]
+    gathered = []
+    for layer in layers:
+        parts = layer.attention.output.dense, layer.intermediate.dense, layer.output.dense
+        norms += [layer.attention.output.LayerNorm, layer.output.LayerNorm]
+        weight, bias = fused_qkv(layer.attention.self)
+        out, up, down = ((part.weight, part.bias) for part in parts)
+        norm, last = ((n.weight, n.bias) for n in norms[-2:])
+        gathered.append((weight, bias, *out, *norm, *up, *down, *last))
+    everything = read + [t for layer in gathered for t in layer]
+    dtype = read[0].dtype
+    if any(t is None or t.dtype != dtype or t.device.type != "cpu" or not t.is_contiguous() for t in everything):
+        return None
+    if any(t.is_inference() for t in everything) or len({norm.eps for norm in norms}) > 1:
+        return None
+    activations = {layer.intermediate.activation for layer in layers}
+    packed = [
+        tuple(packed_linear.packed_by_kernel(t) if i in (0, 2, 6, 8) else t.detach() for i, t in enumerate(layer))
+        for layer in gathered
+    ]
+    return cpu.Encoder(
+        embeddings=tuple(t.detach() for t in read),
+        layers=tuple(packed),
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
+        num_heads=config.num_attention_heads,
+        activation=activations.pop() if activations else "none",
+        eps=norms[0].eps,
+    )

@@ -1,0 +1,19 @@
+// What linear.cpp offers to the other kernels.
+#pragma once
+
+#include "vector.h"
+
+enum Activation { NONE, GELU, GELU_TANH, RELU };
+
+// out = activation(x @ weight^T + bias) + residual. bias and residual may be NULL; weight is packed.
+template <typename T>
+struct Linear {
+    const T *x, *weight, *bias, *residual;
+    T* out;
+    int64_t x_stride, residual_stride, out_stride;
+    int64_t n_rows, k_size, n_columns;
+    int64_t activation;
+};
+
+void linear(const Linear<float>& call);
+void linear(const Linear<bf16>& call);  // where the processor multiplies bfloat16
