@@ -138,7 +138,7 @@ class Padded(Engine):
         lengths = [len(row) for row in rows]
         width = max(lengths)
         if len(set(lengths)) > 1:
-            width = min(-(-width // self.pad_to) * self.pad_to, self.source.config.max_position_embeddings)
+            width = min(-(-width // self.pad_to) * self.pad_to, self.source.config.max_length)
         ids, mask = np.zeros((len(rows), width), np.int64), np.zeros((len(rows), width), np.int64)
         for i, row in enumerate(rows):
             ids[i, : len(row)] = row
