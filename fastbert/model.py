@@ -302,6 +302,8 @@ class BertModel(PreTrainedModel):
         self.encoder = BertEncoder(config)
         has_pooler = add_pooling_layer and config.family.pooler
         self.pooler: BertPooler | None = BertPooler(config) if has_pooler else None
+        # The padding id, where positions count from it by default.
+        self._counted_from = config.pad_token_id if config.family.positions == AFTER_PADDING else None
         self.graphs = graphs.Graphs()
         self._watch: graphs.Watch | None = None
         self._derived: tuple[Any, Any] = (None, None)
@@ -415,12 +417,11 @@ class BertModel(PreTrainedModel):
                 raise ValueError(f"position_ids: expected shape {shape}, got {tuple(position_ids.shape)}")
             position_ids = position_ids.expand(shape)
         self._check_embeds(inputs_embeds)
-        if position_ids is None and self._counts_after_padding():
+        if position_ids is None and self._counted_from is not None:
             if input_ids is not None:
-                position_ids = varlen.positions_after_padding(input_ids, self._pad_id())  # ids at padding may count
+                position_ids = varlen.positions_after_padding(input_ids, self._counted_from)  # also ids at padding
             else:
-                columns = torch.arange(shape[1], device=given.device) + self.config.position_offset
-                position_ids = columns.expand(shape)
+                position_ids = (torch.arange(shape[1], device=given.device) + self._counted_from + 1).expand(shape)
 
         if attention_mask is not None:
             batch = varlen.unpad(attention_mask)
@@ -459,11 +460,11 @@ class BertModel(PreTrainedModel):
             if tensor is not None and tensor.shape != (batch.n_tokens,):
                 raise ValueError(f"{name}: expected shape ({batch.n_tokens},), got {tuple(tensor.shape)}")
         self._check_embeds(inputs_embeds)
-        if position_ids is None and self._counts_after_padding():
+        if position_ids is None and self._counted_from is not None:
             if input_ids is None:
-                position_ids = batch.position_ids + self.config.position_offset
+                position_ids = batch.position_ids + self._counted_from + 1
             else:
-                position_ids = varlen.positions_after_padding(input_ids, self._pad_id(), batch)
+                position_ids = varlen.positions_after_padding(input_ids, self._counted_from, batch)
         if check:
             self._check_ids(batch, input_ids, token_type_ids, position_ids)
         if position_ids is None:
@@ -514,12 +515,6 @@ class BertModel(PreTrainedModel):
     def _embed(self, *inputs: Any) -> Tensor:  # ids, types and positions, or embeddings -> (T, H)
         x = self.embeddings(*inputs, self.policy)
         return x if self.embeddings_project is None else dense(self.embeddings_project, x, self.policy)
-
-    def _counts_after_padding(self) -> bool:
-        return self.config.family.positions == AFTER_PADDING
-
-    def _pad_id(self) -> int:
-        return self.config.position_offset - 1
 
     # CUDA graphs: see fastbert.graphs.
 

@@ -1,4 +1,4 @@
-"""Models of transformers of every family with random weights, and our twins of them: for the tests of fastbert.families."""
+"""Models of transformers of every family with random weights, and our twins of them: for the tests of families."""
 
 from __future__ import annotations
 
