@@ -136,8 +136,8 @@ def positions_after_padding(input_ids: torch.Tensor, pad_id: int, batch: PackedB
     counted = input_ids != pad_id
     numbers = counted.cumsum(-1)
     if batch is not None:  # of one long row: what the sequences before have counted goes
-        before = torch.nn.functional.pad(numbers, (1, 0))[batch.cu_seqlens[:-1].long()]  # (B,)
-        numbers = numbers - before[batch.seq_ids.long()]
+        before = torch.nn.functional.pad(numbers, (1, 0)).index_select(0, batch.cu_seqlens[:-1])  # (B,)
+        numbers = numbers - before.index_select(0, batch.seq_ids)
     return numbers * counted + pad_id
 
 

@@ -36,12 +36,13 @@ class Source:
         return BertConfig.from_pretrained(self.folder)
 
     def transformers(self, attention: str = "sdpa", dtype: torch.dtype | None = None) -> Any:
-        """transformers' BertModel, without its pooler, in eval mode. dtype: another one than the source's."""
+        """transformers' model, without its pooler, in eval mode. dtype: another one than the source's."""
         import transformers
 
         quiet()
+        without_pooler = {"add_pooling_layer": False} if self.config.family.pooler else {}
         model = transformers.AutoModel.from_pretrained(
-            self.folder, dtype=dtype or self.dtype, attn_implementation=attention, add_pooling_layer=False
+            self.folder, dtype=dtype or self.dtype, attn_implementation=attention, **without_pooler
         )
         return model.to(self.device).eval()
 
@@ -183,7 +184,7 @@ class Packed(Engine):
 
 
 class Transformers(Padded):
-    """transformers' BertModel, as it is."""
+    """transformers' model, as it is."""
 
     attention: str
 
