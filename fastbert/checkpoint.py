@@ -53,6 +53,8 @@ _ROWS = {
     "token_type_embeddings.weight": "type_vocab_size",
     "classifier.weight": "num_labels",
     "classifier.bias": "num_labels",
+    "classifier.out_proj.weight": "num_labels",
+    "classifier.out_proj.bias": "num_labels",
 }
 _MISMATCHES_LISTED = 10
 

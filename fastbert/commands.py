@@ -21,6 +21,7 @@ from fastbert import heads, text_io
 from fastbert._version import __version__
 from fastbert.checkpoint import resolve
 from fastbert.config import BertConfig
+from fastbert.families import our_class
 from fastbert.model import BertModel
 from fastbert.ops import dispatch
 from fastbert.pretrained import PreTrainedModel, listed
@@ -142,12 +143,13 @@ def info(args: argparse.Namespace) -> None:
         what = f"SentenceEncoder, vectors of {model.get_embedding_dimension()}, {model.max_seq_length} tokens a text"
         bert = model.model
     else:
-        named = (BertConfig.from_pretrained(folder).architectures or ["BertModel"])[0]
+        named = our_class((BertConfig.from_pretrained(folder).architectures or ["BertModel"])[0])
         cls = getattr(heads, named) if named in HEADS else BertModel
         model = bert = cls.from_pretrained(args.model, **_how(args))
         what = type(model).__name__
     config, n_parameters = bert.config, sum(p.numel() for p in model.parameters())
     shape = f"{config.num_hidden_layers} layers, hidden {config.hidden_size}, {config.num_attention_heads} heads"
+    what += "" if config.model_type == "bert" else f", model type {config.model_type}"
     print(f"\n{'checkpoint':<23}{args.model}\n{'':<23}{what}\n{'':<23}{shape}, {n_parameters:,} parameters")
     if bert.missing_names:
         print(f"{'':<23}lacks {listed(bert.missing_names)}")
@@ -272,7 +274,7 @@ def _with_head(cls: type[Model], head: str, args: argparse.Namespace) -> tuple[M
     if model.missing_names:
         raise ValueError(f"{args.model}: has no {head} head: it lacks {listed(model.missing_names)}")
     tokenizer = Tokenizer.from_pretrained(args.model, revision=args.revision)
-    limit, positions = tokenizer.model_max_length, model.config.max_position_embeddings
+    limit, positions = tokenizer.model_max_length, model.config.max_length
     tokenizer.model_max_length = positions if limit is None else min(limit, positions)
     return model, tokenizer
 

@@ -1,4 +1,4 @@
-"""BertConfig: the shape and settings of a BERT model, read from and written to transformers' ``config.json``."""
+"""BertConfig: shape and settings of a model of BERT's family, from and to transformers' ``config.json``."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from fastbert.checkpoint import read_json, resolve, write_text
+from fastbert.families import AFTER_PADDING, Family, family_of
 
 logger = logging.getLogger("fastbert")
 
@@ -47,6 +48,10 @@ _UNSUPPORTED = {
 class BertConfig:
     """Shape and settings of a BERT model, with the names and defaults of transformers' ``BertConfig``.
 
+    ``model_type`` names the table of fastbert.families that the model follows; whatever names its ``config.json`` has,
+    the fields keep these. ``embedding_size``: width of the embeddings where the family projects them (ELECTRA), None
+    for ``hidden_size``. The defaults here are BERT's; ``from_dict`` fills in those of the family.
+
     ``dtype`` is the name of the dtype the checkpoint was stored in ("float32", "bfloat16", "float16", "float64") or
     None. ``hidden_act`` is "gelu" (erf form; "gelu_python" is taken as another name of it), "gelu_new" or
     "gelu_pytorch_tanh" (tanh form) or "relu". ``id2label`` maps class index to name; ``num_labels`` and ``label2id``
@@ -75,9 +80,13 @@ class BertConfig:
     id2label: dict[int, str] = field(default_factory=lambda: _default_labels(2))
     dtype: str | None = None
     architectures: list[str] | None = None
+    model_type: str = "bert"
+    embedding_size: int | None = None
     extra: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        for name, value in self.family.fixed.items():
+            setattr(self, name, value)
         if self.hidden_act == "gelu_python":
             self.hidden_act = "gelu"
         if self.dtype is not None:
@@ -101,8 +110,32 @@ class BertConfig:
         """The size of one attention head, ``hidden_size / num_attention_heads``."""
         return self.hidden_size // self.num_attention_heads
 
+    @property
+    def family(self) -> Family:
+        """The table of fastbert.families that the model follows."""
+        return family_of(self.model_type)
+
+    @property
+    def embedding_width(self) -> int:
+        """The width of the embedding tables."""
+        width = self.embedding_size if self.family.projection else None
+        return self.hidden_size if width is None else width
+
+    @property
+    def position_offset(self) -> int:
+        """The position of a text's first token."""
+        if self.family.positions != AFTER_PADDING:
+            return 0
+        return (self.pad_token_id or 0) + 1  # never None: see `validate`
+
+    @property
+    def max_length(self) -> int:
+        """Tokens of the longest text: positions of the table that are left from the first on."""
+        return self.max_position_embeddings - self.position_offset
+
     def validate(self) -> None:
         """Raise ValueError if a field holds what no BERT has or what fastbert does not compute."""
+        family = self.family
         for name in _SIZES:
             value = getattr(self, name)
             _expect(_is_int(value) and value > 0, name, value, "a positive whole number")
@@ -121,6 +154,14 @@ class BertConfig:
         # As for torch.nn.Embedding, a negative index counts from the end.
         fits = pad is None or (_is_int(pad) and -self.vocab_size <= pad < self.vocab_size)
         _expect(fits, "pad_token_id", pad, f"None or a token id below vocab_size ({self.vocab_size})")
+        if family.positions == AFTER_PADDING:
+            fits = pad is not None and _is_int(pad) and pad >= 0
+            _expect(fits, "pad_token_id", pad, "a token id, 0 or more: positions begin after it")
+            positions, least = self.max_position_embeddings, f"more than pad_token_id + 1 ({self.position_offset})"
+            _expect(positions > self.position_offset, "max_position_embeddings", positions, least)
+        width = self.embedding_size
+        fits = not family.projection or width is None or (_is_int(width) and width > 0)
+        _expect(fits, "embedding_size", width, "None or a positive whole number")
         tie = self.tie_word_embeddings
         _expect(isinstance(tie, bool), "tie_word_embeddings", tie, "True or False")
         _expect_one_of("hidden_act", self.hidden_act, HIDDEN_ACTS)
@@ -147,22 +188,22 @@ class BertConfig:
         """A config from the content of a ``config.json``; ``overrides`` win over it.
 
         ``num_labels=n`` is taken too: it keeps the labels of ``d`` if there are n of them and otherwise names them
-        LABEL_0, LABEL_1 and so on. "torch_dtype" is read as the old name of "dtype". Other unknown keys of ``d`` are
-        kept in ``extra``.
+        LABEL_0, LABEL_1 and so on. "torch_dtype" is read as the old name of "dtype". "model_type" (default "bert") says
+        which family's names and defaults hold. Other unknown keys of ``d`` are kept in ``extra``.
 
         Raises TypeError for an override that is no setting of BERT and no key of ``d``, ValueError for a bad value.
         """
+        model_type = overrides.get("model_type", d.get("model_type"))
+        family = family_of("bert" if model_type is None else model_type)
+        overrides = family.config_names(overrides)
         accepted = _FIELDS | _DERIVED | _UNSUPPORTED.keys() | _OUTPUTS | {"position_embedding_type"} | d.keys()
         unknown = sorted(overrides.keys() - accepted)
         if unknown:
             names = ", ".join(sorted(_FIELDS))
             raise TypeError(f"unknown config override {', '.join(unknown)}; expected one of num_labels, {names}")
-        stored, wanted = _modern(d), _modern(overrides)
-        values = {**stored, **wanted}
+        stored, wanted = _modern(family.config(d)), _modern(overrides)
+        values = {**stored, **wanted, "model_type": family.model_type}
 
-        model_type = values.pop("model_type", None)
-        if model_type not in (None, "bert"):
-            raise ValueError(f"model_type: got {model_type!r}, but only BERT ('bert') is supported")
         num_labels = values.pop("num_labels", None)
         if num_labels is not None and "id2label" not in wanted:
             _expect(_is_int(num_labels) and num_labels > 0, "num_labels", num_labels, "a positive whole number")
@@ -175,17 +216,19 @@ class BertConfig:
         """The content of a ``config.json`` that ``from_dict`` and transformers read, ``extra`` included."""
         values = dataclasses.asdict(self)
         values = {**values.pop("extra"), **values}
-        for name in ("dtype", "problem_type", "architectures"):
+        if self.family.projection:
+            values["embedding_size"] = self.embedding_width
+        for name in ("dtype", "problem_type", "architectures", "embedding_size"):
             if values[name] is None:
                 del values[name]
-        return {**values, "label2id": self.label2id, "model_type": "bert"}
+        return self.family.config_to_theirs({**values, "label2id": self.label2id})
 
     @classmethod
     def from_pretrained(cls, src: str | os.PathLike[str], **overrides: Any) -> BertConfig:
         """A config from a local folder, a ``config.json`` file or a hub id; ``overrides`` as in ``from_dict``.
 
         Raises FileNotFoundError if there is no such file, TypeError for an unknown override, ValueError if the file is
-        not a JSON object, describes another model than BERT, or asks for what is not supported. Messages name the file.
+        not a JSON object, describes a model that is not covered, or asks for what is not. Messages name the file.
         """
         if isinstance(src, (str, os.PathLike)) and os.path.isfile(os.path.expanduser(src)):
             path = Path(src).expanduser()
@@ -209,7 +252,7 @@ class BertConfig:
 
 _FIELDS = frozenset(f.name for f in dataclasses.fields(BertConfig)) - {"extra"}
 # Keys of a config.json that fields and properties express.
-_DERIVED = frozenset(("num_labels", "label2id", "torch_dtype", "model_type"))
+_DERIVED = frozenset(("num_labels", "label2id", "torch_dtype"))
 # Settings of transformers that say what a model returns; kept in `extra`, where the models look for them.
 _OUTPUTS = frozenset(("output_attentions", "output_hidden_states", "return_dict"))
 
@@ -246,7 +289,7 @@ def _check_is_bert(d: Mapping[str, Any]) -> None:
     if not is_bert:
         raise ValueError(
             f"no model_type, expected 'bert' (architectures: {architectures!r}, "
-            f"hidden_size: {d.get('hidden_size')!r}); only BERT is supported"
+            f"hidden_size: {d.get('hidden_size')!r}), which an old BERT alone may lack"
         )
 
 

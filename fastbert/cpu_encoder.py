@@ -35,8 +35,8 @@ def obstacle(config: Any, dtype: torch.dtype, policy: ops.Policy, device: torch.
         return cpu.unavailable() or f"the C++ kernels do not multiply {dtype} on this processor"
     if config.hidden_size > cpu.MAX_HIDDEN:
         return f"hidden size {config.hidden_size} is above {cpu.MAX_HIDDEN}"
-    if config.hidden_size % 2 or config.intermediate_size % 2:
-        return "hidden or intermediate size is odd"
+    if dtype == torch.bfloat16 and config.intermediate_size % 2:  # which is multiplied in pairs
+        return f"intermediate size {config.intermediate_size} is odd"
     if ops.ACTIVATIONS.get(config.hidden_act) not in cpu.ACTIVATIONS:
         return f"there is no C++ kernel for {config.hidden_act!r}"
     return attention.cpu_obstacle(config.head_size, torch.empty(0, dtype=dtype))
@@ -71,10 +71,17 @@ class CpuEncoder:
         return kept[1]
 
     def run(
-        self, weights: cpu.Encoder, batch: PackedBatch, ids: tuple[Tensor, Tensor, Tensor], dtype: torch.dtype
+        self,
+        weights: cpu.Encoder,
+        batch: PackedBatch,
+        ids: tuple[Tensor, Tensor | None, Tensor] | None,
+        embedded: Tensor | None = None,
     ) -> Tensor:
-        """Words, token types and positions, (T,) int64 within their tables -> the last hidden state, (T, H)."""
-        n_tokens = batch.n_tokens
+        """Words, token types and positions, (T,) int64 within their tables -> the last hidden state, (T, H).
+
+        Where ids is None, embedded, (T, H), takes their place, and is written to.
+        """
+        n_tokens, dtype = batch.n_tokens, weights.layers[0][0].dtype
         size = weights.workspace_size(n_tokens)
         try:
             workspace = self._workspaces.pop()  # another thread may have taken it
@@ -82,19 +89,28 @@ class CpuEncoder:
             workspace = torch.empty(0, dtype=dtype)
         if workspace.numel() < size or workspace.dtype != dtype:
             workspace = torch.empty(size, dtype=dtype)
-        x = torch.empty(n_tokens, weights.hidden_size, dtype=dtype)
-        words, types, positions = (t.contiguous() for t in ids)
-        cpu.encoder_forward(weights, (words, types, positions), x, batch.cu_seqlens_cpu, workspace)
+        if ids is not None:
+            words, types, positions = ids
+            ids = words.contiguous(), None if types is None else types.contiguous(), positions.contiguous()
+        x = torch.empty(n_tokens, weights.hidden_size, dtype=dtype) if embedded is None else embedded.contiguous()
+        cpu.encoder_forward(weights, ids, x, batch.cu_seqlens_cpu, workspace)
         if len(self._workspaces) < MOST_KEPT and workspace.nbytes <= LARGEST_KEPT:
             self._workspaces.append(workspace)
         return x
 
 
 def gather(embeddings: Any, layers: Any, config: Any, fused_qkv: Callable[[Any], Any]) -> cpu.Encoder | None:
-    """The weights of plain modules, packed; None where they are not of one dtype, in order and on the CPU."""
-    norms = [embeddings.LayerNorm]
-    tables = [embeddings.word_embeddings, embeddings.token_type_embeddings, embeddings.position_embeddings]
-    read: list[Any] = [*(table.weight for table in tables), embeddings.LayerNorm.weight, embeddings.LayerNorm.bias]
+    """The weights of plain modules, packed; None where they are not of one dtype, in order and on the CPU.
+
+    embeddings: None where they are made elsewhere.
+    """
+    norms: list[Any] = []
+    read: list[Any] = []
+    if embeddings is not None:
+        types, norm = embeddings.token_type_embeddings, embeddings.LayerNorm
+        read = [embeddings.word_embeddings.weight, None if types is None else types.weight]
+        read += [embeddings.position_embeddings.weight, norm.weight, norm.bias]
+        norms = [norm]
     gathered = []
     for layer in layers:
         parts = layer.attention.output.dense, layer.intermediate.dense, layer.output.dense
@@ -103,8 +119,10 @@ def gather(embeddings: Any, layers: Any, config: Any, fused_qkv: Callable[[Any],
         out, up, down = ((part.weight, part.bias) for part in parts)
         norm, last = ((n.weight, n.bias) for n in norms[-2:])
         gathered.append((weight, bias, *out, *norm, *up, *down, *last))
-    everything = read + [t for layer in gathered for t in layer]
-    dtype = read[0].dtype
+    if not gathered:
+        return None
+    everything = [t for i, t in enumerate(read) if i != 1 or t is not None] + [t for layer in gathered for t in layer]
+    dtype = everything[0].dtype
     if any(t is None or t.dtype != dtype or t.device.type != "cpu" or not t.is_contiguous() for t in everything):
         return None
     if any(t.is_inference() for t in everything) or len({norm.eps for norm in norms}) > 1:
@@ -115,11 +133,11 @@ def gather(embeddings: Any, layers: Any, config: Any, fused_qkv: Callable[[Any],
         for layer in gathered
     ]
     return cpu.Encoder(
-        embeddings=tuple(t.detach() for t in read),
+        embeddings=tuple(None if t is None else t.detach() for t in read),
         layers=tuple(packed),
         hidden_size=config.hidden_size,
         intermediate_size=config.intermediate_size,
         num_heads=config.num_attention_heads,
-        activation=activations.pop() if activations else "none",
+        activation=activations.pop(),
         eps=norms[0].eps,
     )

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from fastbert import cpu_encoder, graphs, quantized
+from fastbert.heads import FirstTokenHead
 from fastbert.model import BertAddNorm, BertLayer, BertModel, BertPooler, BertSelfAttention, is_bare, is_plain
 from fastbert.ops import Policy, attention, dispatch, embedding, gelu, layer_norm, packed_linear, pooling
 from fastbert.ops.dispatch import Decision
@@ -166,7 +167,7 @@ def _launch_notes(rows: Iterable[OpReport], model: PreTrainedModel, device: torc
     n_layers, in_layers, others = model.config.num_hidden_layers, 0, 0
     for row in rows:
         _, in_layer, name = row.module.partition("encoder.layer.")
-        if not in_layer and row.op != "embedding":
+        if not in_layer and row.op != "embedding" and not row.module.endswith("embeddings_project"):
             continue
         if row.launches is None:
             return
@@ -290,17 +291,23 @@ class _Explainer:
             yield from self.head(prefix_of(self.model, given))
 
     def embeddings(self, name: str, bert: BertModel) -> Iterator[OpReport]:
-        part, h, shapes = bert.embeddings, self.config.hidden_size, f"(T,) ids -> (T, {self.config.hidden_size})"
+        part, h = bert.embeddings, self.config.embedding_width
+        shapes = f"(T,) ids -> (T, {h})"
         words: nn.Module = part.word_embeddings
         bare = is_bare(words, nn.Embedding)
         if not bare:
             reason = "the module is called as it is: it is an adapter, or has hooks"
             yield OpReport("embedding", f"{name}.word_embeddings", shapes, _MODULE, _class_of(words), reason=reason)
-        tables = [table.weight for table in (part.token_type_embeddings, part.position_embeddings)]
+        tables = [part.position_embeddings.weight]
+        if part.token_type_embeddings is not None:
+            tables.append(part.token_type_embeddings.weight)
         tables.append(part.word_embeddings.weight if bare else self.hidden)
         operands = map(self.operand, (*tables, part.LayerNorm.weight, part.LayerNorm.bias))
         decision = self.decide("embedding", embedding.obstacle(h, *operands))
         yield self.row(name, shapes, decision, embedding.KERNELS, ("rowwise_config", h))
+        if bert.embeddings_project is not None:
+            shapes = f"(T, {h}) -> (T, {self.config.hidden_size}), + bias"
+            yield self.gemm(f"{name}_project", bert.embeddings_project, shapes)
 
     def encoder(self, name: str, bert: BertModel) -> Iterator[OpReport]:
         """The layers, neighbours that run alike together."""
@@ -397,7 +404,7 @@ class _Explainer:
         yield dataclasses.replace(norm, shapes=f"{norm.shapes}, {'+ bias ' if bias_later else ''}+ residual")
 
     def norm(self, name: str, norm: nn.LayerNorm, tensors: list[Tensor], dropout_p: float = 0.0) -> OpReport:
-        h = self.config.hidden_size
+        h = norm.weight.shape[0]
         operands = map(self.operand, (*tensors, norm.weight, norm.bias))
         why_not = layer_norm.obstacle(h, self.hidden, *operands, dropout_p=dropout_p)
         decision = self.decide("layer_norm", why_not)
@@ -452,20 +459,34 @@ class _Explainer:
                 yield OpReport(name, f"tail.{i}", shapes, _MODULE, _class_of(module))
 
     def head(self, prefix: str) -> Iterator[OpReport]:
-        h = self.config.hidden_size
+        h, e = self.config.hidden_size, self.config.embedding_width
         modules: dict[str, Any] = dict(self.model.named_modules())
         name = "cls.predictions.transform"
         if name in modules:
             dense, norm, activation = modules[f"{name}.dense"], modules[f"{name}.LayerNorm"], modules[name].activation
-            yield from self.dense(f"{prefix}{name}.dense", dense, activation, f"(T, {h}) -> (T, {h})", h)
+            yield from self.dense(f"{prefix}{name}.dense", dense, activation, f"(T, {h}) -> (T, {e})", e)
             yield self.norm(f"{prefix}{name}.LayerNorm", norm, [])
+        if isinstance(modules.get("classifier"), FirstTokenHead):
+            yield from self.first_token(f"{prefix}classifier", modules["classifier"])
+            return
         # Without a pooler, the classifier and the two outputs of question answering are of tokens.
         pooled = "B" if backbone(self.model).pooler is not None else "T"
         rows = {"cls.predictions.decoder": "T", "cls.seq_relationship": "B", "classifier": pooled, "qa_outputs": pooled}
         for name, n in rows.items():
             if name in modules:
                 width = getattr(modules[name], "out_features", "?")
-                yield self.gemm(f"{prefix}{name}", modules[name], f"({n}, {h}) -> ({n}, {width}), + bias")
+                columns = e if name == "cls.predictions.decoder" else h
+                yield self.gemm(f"{prefix}{name}", modules[name], f"({n}, {columns}) -> ({n}, {width}), + bias")
+
+    def first_token(self, name: str, head: FirstTokenHead) -> Iterator[OpReport]:
+        h, width = self.config.hidden_size, getattr(head.out_proj, "out_features", "?")
+        yield self.pool(name, "cls")
+        shapes = f"(B, {h}) -> (B, {h})"
+        if head.activation == "gelu":
+            yield from self.dense(f"{name}.dense", head.dense, "gelu", shapes, h)
+        else:
+            yield self.gemm(f"{name}.dense", head.dense, f"{shapes}, + bias, then {head.activation}")
+        yield self.gemm(f"{name}.out_proj", head.out_proj, f"(B, {h}) -> (B, {width}), + bias")
 
     def operand(self, tensor: Tensor | None) -> Any:
         """What the tensor would be on the device and in the dtype asked about."""

@@ -1,5 +1,6 @@
 """The seven BERT models with heads: pre-training, masked LM, next sentence, classification, choice, tokens, answers.
 
+Where another family has the same head, or one that differs as its `Head` in fastbert.families says, the class is it.
 Arguments, outputs and losses are those of transformers, with two differences that follow from packing: per-token logits
 are zero at padding positions, and padding positions enter no loss.
 """
@@ -16,7 +17,8 @@ from torch import Tensor, nn
 from fastbert import ops, outputs, varlen
 from fastbert.checkpoint import Match
 from fastbert.config import BertConfig
-from fastbert.model import BertModel, dense, wants_dict
+from fastbert.families import Head
+from fastbert.model import BertModel, Encoded, dense, wants_dict
 from fastbert.ops import Policy
 from fastbert.pretrained import PreTrainedModel
 
@@ -28,11 +30,11 @@ logger = logging.getLogger("fastbert")
 class BertPredictionHeadTransform(nn.Module):
     def __init__(self, config: BertConfig) -> None:
         super().__init__()
-        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
-        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.activation = ops.ACTIVATIONS[config.hidden_act]
+        self.dense = nn.Linear(config.hidden_size, config.embedding_width)
+        self.LayerNorm = nn.LayerNorm(config.embedding_width, eps=config.layer_norm_eps)
+        self.activation = ops.ACTIVATIONS[config.family.head("MaskedLM").activation or config.hidden_act]
 
-    def forward(self, x: Tensor, policy: Policy) -> Tensor:  # (T, H) -> (T, H)
+    def forward(self, x: Tensor, policy: Policy) -> Tensor:  # (T, H) -> (T, E)
         norm = self.LayerNorm
         x = dense(self.dense, x, policy, self.activation)
         return ops.bias_residual_layer_norm(x, None, None, norm.weight, norm.bias, norm.eps, policy=policy)
@@ -42,7 +44,7 @@ class BertLMPredictionHead(nn.Module):
     def __init__(self, config: BertConfig) -> None:
         super().__init__()
         self.transform = BertPredictionHeadTransform(config)
-        self.decoder = nn.Linear(config.hidden_size, config.vocab_size)
+        self.decoder = nn.Linear(config.embedding_width, config.vocab_size)
         self.bias = nn.Parameter(torch.zeros(config.vocab_size))
 
     def forward(self, x: Tensor, policy: Policy) -> Tensor:  # (T, H) -> (T, V)
@@ -68,11 +70,38 @@ class BertPreTrainingHeads(nn.Module):
         self.seq_relationship = nn.Linear(config.hidden_size, 2)
 
 
+class FirstTokenHead(nn.Module):
+    """Classes of a whole sequence from its first token, through a dense layer of the head's own.
+
+    What RoBERTa, DistilBERT and ELECTRA have in the place of BERT's pooler and classifier.
+    """
+
+    def __init__(self, config: BertConfig, head: Head, dropout: nn.Module, n_outputs: int) -> None:
+        super().__init__()
+        assert head.activation is not None
+        self.activation, self.dropout_first = head.activation, head.dropout_first
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.dropout = dropout
+        self.out_proj = nn.Linear(config.hidden_size, n_outputs)
+
+    def forward(self, encoded: Encoded, policy: Policy) -> Tensor:  # -> (B, n_outputs)
+        x = ops.pool(encoded.last_hidden_state, encoded.batch.cu_seqlens, "cls", policy=policy)
+        if self.dropout_first:
+            x = self.dropout(x)
+        if self.activation == "gelu":
+            x = dense(self.dense, x, policy, "gelu")
+        else:
+            x = dense(self.dense, x, policy)
+            x = torch.tanh(x) if self.activation == "tanh" else torch.relu(x)
+        return dense(self.out_proj, self.dropout(x), policy)
+
+
 class _WithHead(PreTrainedModel):
     """A BertModel under `bert`, and a head beside it."""
 
-    pooler = True
+    task: str
     cls: Any
+    classifier: Any
 
     def __init__(
         self, config: BertConfig, *, backend: str = "auto", strict: bool = False, batch_invariant: bool = False,
@@ -82,12 +111,16 @@ class _WithHead(PreTrainedModel):
             "backend": backend, "strict": strict, "batch_invariant": batch_invariant, "precision": precision,
         }  # fmt: skip
         super().__init__(config, **how)
-        self.bert = BertModel(config, add_pooling_layer=self.pooler, **how)
+        self.bert = BertModel(config, add_pooling_layer=self._head.pooler, **how)
         self.add_head(config)
         self.init_weights()
 
     def add_head(self, config: BertConfig) -> None:
         raise NotImplementedError
+
+    @property
+    def _head(self) -> Head:
+        return self.config.family.head(self.task)
 
     @property
     def cuda_graphs(self) -> bool:
@@ -104,9 +137,15 @@ class _WithHead(PreTrainedModel):
     def _output(self, output: outputs.ModelOutput, return_dict: bool | None) -> Any:
         return output if wants_dict(self.config, return_dict) else output.to_tuple()
 
+    def _dropout(self, config: BertConfig) -> nn.Module:
+        for name in self._head.dropout:
+            p = getattr(config, name, None) if hasattr(config, name) else config.extra.get(name)
+            if p is not None:
+                return nn.Dropout(p)
+        return nn.Identity()
+
     def _add_classifier(self, config: BertConfig, n_outputs: int) -> None:
-        dropout = config.hidden_dropout_prob if config.classifier_dropout is None else config.classifier_dropout
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = self._dropout(config)
         self.classifier = nn.Linear(config.hidden_size, n_outputs)
 
 
@@ -175,6 +214,8 @@ def _check_labels(name: str, labels: Tensor, *shapes: tuple[int, ...]) -> None:
 class BertForPreTraining(_WithDecoder):
     """Masked-token and next-sentence prediction together."""
 
+    task = "PreTraining"
+
     def add_head(self, config: BertConfig) -> None:
         self.cls = BertPreTrainingHeads(config)
 
@@ -218,7 +259,7 @@ class BertForPreTraining(_WithDecoder):
 class BertForMaskedLM(_WithDecoder):
     """Masked-token prediction."""
 
-    pooler = False
+    task = "MaskedLM"
 
     def add_head(self, config: BertConfig) -> None:
         self.cls = BertOnlyMLMHead(config)
@@ -253,6 +294,8 @@ class BertForMaskedLM(_WithDecoder):
 class BertForNextSentencePrediction(_WithHead):
     """Whether the second sentence of a pair follows the first. Logit 0 = is next, logit 1 = random."""
 
+    task = "NextSentencePrediction"
+
     def add_head(self, config: BertConfig) -> None:
         self.cls = BertOnlyNSPHead(config)
 
@@ -282,8 +325,13 @@ class BertForNextSentencePrediction(_WithHead):
 class BertForSequenceClassification(_WithHead):
     """Classification of, or regression on, a whole sequence."""
 
+    task = "SequenceClassification"
+
     def add_head(self, config: BertConfig) -> None:
-        self._add_classifier(config, config.num_labels)
+        if self._head.activation is None:
+            self._add_classifier(config, config.num_labels)
+        else:
+            self.classifier = FirstTokenHead(config, self._head, self._dropout(config), config.num_labels)
 
     def forward(
         self,
@@ -306,7 +354,10 @@ class BertForSequenceClassification(_WithHead):
             input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, output_attentions,
             output_hidden_states,
         )  # fmt: skip
-        logits = dense(self.classifier, self.dropout(self.bert.pool(encoded)), self.policy)
+        if self._head.activation is None:
+            logits = dense(self.classifier, self.dropout(self.bert.pool(encoded)), self.policy)
+        else:
+            logits = self.classifier(encoded, self.policy)
         output = outputs.SequenceClassifierOutput(loss=self._loss(logits, labels), logits=logits, **encoded.rest())
         return self._output(output, return_dict)
 
@@ -333,6 +384,8 @@ class BertForSequenceClassification(_WithHead):
 
 class BertForMultipleChoice(_WithHead):
     """Which of C sequences answers best."""
+
+    task = "MultipleChoice"
 
     def add_head(self, config: BertConfig) -> None:
         self._add_classifier(config, 1)
@@ -368,7 +421,7 @@ class BertForMultipleChoice(_WithHead):
 class BertForTokenClassification(_WithHead):
     """A class for every token."""
 
-    pooler = False
+    task = "TokenClassification"
 
     def add_head(self, config: BertConfig) -> None:
         self._add_classifier(config, config.num_labels)
@@ -403,11 +456,12 @@ class BertForTokenClassification(_WithHead):
 class BertForQuestionAnswering(_WithHead):
     """Where an answer starts and ends."""
 
-    pooler = False
+    task = "QuestionAnswering"
 
     def add_head(self, config: BertConfig) -> None:
         if config.num_labels != 2:
             raise ValueError(f"num_labels: question answering has 2 (start and end), got {config.num_labels}")
+        self.dropout = self._dropout(config)
         self.qa_outputs = nn.Linear(config.hidden_size, 2)
 
     def forward(
@@ -432,7 +486,7 @@ class BertForQuestionAnswering(_WithHead):
             input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, output_attentions,
             output_hidden_states,
         )  # fmt: skip
-        packed = dense(self.qa_outputs, encoded.last_hidden_state, self.policy)  # (T, 2)
+        packed = dense(self.qa_outputs, self.dropout(encoded.last_hidden_state), self.policy)  # (T, 2)
         start_logits, end_logits = varlen.pad(packed, encoded.batch).unbind(-1)  # (B, S)
         loss = None
         if start_positions is not None and end_positions is not None:

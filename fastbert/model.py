@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from fastbert import cpu_encoder, graphs, ops, quantized, reference, varlen
 from fastbert.config import BertConfig
+from fastbert.families import AFTER_PADDING
 from fastbert.ops import Policy, attention, dispatch
 from fastbert.outputs import BaseModelOutputWithPooling
 from fastbert.pretrained import PreTrainedModel, listed
@@ -56,24 +57,25 @@ def as_it_is(module: nn.Module, x: Any, policy: Policy) -> Tensor:
 class BertEmbeddings(nn.Module):
     def __init__(self, config: BertConfig) -> None:
         super().__init__()
-        self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id)
-        self.position_embeddings = nn.Embedding(config.max_position_embeddings, config.hidden_size)
-        self.token_type_embeddings = nn.Embedding(config.type_vocab_size, config.hidden_size)
-        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        width = config.embedding_width  # E, which is H but where the family projects
+        self.word_embeddings = nn.Embedding(config.vocab_size, width, padding_idx=config.pad_token_id)
+        self.position_embeddings = nn.Embedding(config.max_position_embeddings, width)
+        self.token_type_embeddings = nn.Embedding(config.type_vocab_size, width) if config.family.token_types else None
+        self.LayerNorm = nn.LayerNorm(width, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(
         self,
         input_ids: Tensor | None,  # (T,)
-        token_type_ids: Tensor,  # (T,)
+        token_type_ids: Tensor | None,  # (T,)
         position_ids: Tensor,  # (T,)
-        inputs_embeds: Tensor | None,  # (T, H)
+        inputs_embeds: Tensor | None,  # (T, E)
         policy: Policy,
-    ) -> Tensor:  # (T, H)
+    ) -> Tensor:  # (T, E)
         input_ids, words, *rest = self.operands(input_ids, inputs_embeds, policy)
         return ops.embedding_layer_norm(
             input_ids,
-            token_type_ids,
+            None if self.token_type_embeddings is None else token_type_ids,
             position_ids,
             words,
             *rest,
@@ -83,15 +85,20 @@ class BertEmbeddings(nn.Module):
             policy=policy,
         )
 
+    @property
+    def n_token_types(self) -> int:
+        """How many segments there are; one, without a table, in a model that knows none."""
+        return 1 if self.token_type_embeddings is None else self.token_type_embeddings.num_embeddings
+
     def operands(self, input_ids: Tensor | None, inputs_embeds: Tensor | None, policy: Policy) -> tuple[Any, ...]:
-        """Ids, and the words' table (V, H), or no ids and the words themselves (T, H); the other parameters; eps."""
+        """Ids, and the words' table (V, E), or no ids and the words themselves (T, E); the other parameters; eps."""
         words: Any = self.word_embeddings
         if input_ids is not None and not is_bare(words, nn.Embedding):
             input_ids, inputs_embeds = None, as_it_is(words, input_ids, policy)
         return (
             input_ids,
             words.weight if inputs_embeds is None else inputs_embeds,
-            self.token_type_embeddings.weight,
+            None if self.token_type_embeddings is None else self.token_type_embeddings.weight,
             self.position_embeddings.weight,
             self.LayerNorm.weight,
             self.LayerNorm.bias,
@@ -271,6 +278,9 @@ class Encoded:
 class BertModel(PreTrainedModel):
     """The BERT encoder: token ids in, one vector a token out, and the pooled [CLS] vector.
 
+    Also that of its family, as config.model_type says (fastbert.families): the modules and their names are BERT's, the
+    pooler is there where the family has one, and default positions are the family's.
+
     Source: Devlin et al., "BERT: Pre-training of Deep Bidirectional Transformers", 2018, arXiv:1810.04805.
     """
 
@@ -287,8 +297,13 @@ class BertModel(PreTrainedModel):
         super().__init__(config, backend=backend, strict=strict, batch_invariant=batch_invariant, precision=precision)
         self.quantized_weights = quantized.QuantizedWeights()
         self.embeddings = BertEmbeddings(config)
+        width, hidden_size = config.embedding_width, config.hidden_size
+        self.embeddings_project = nn.Linear(width, hidden_size) if width != hidden_size else None
         self.encoder = BertEncoder(config)
-        self.pooler: BertPooler | None = BertPooler(config) if add_pooling_layer else None
+        has_pooler = add_pooling_layer and config.family.pooler
+        self.pooler: BertPooler | None = BertPooler(config) if has_pooler else None
+        # The padding id, where positions count from it by default.
+        self._counted_from = config.pad_token_id if config.family.positions == AFTER_PADDING else None
         self.graphs = graphs.Graphs()
         self.cpu_encoder = cpu_encoder.CpuEncoder()
         self._watch: graphs.Watch | None = None
@@ -298,7 +313,8 @@ class BertModel(PreTrainedModel):
     def _report_missing(self, missing: list[str], src: str) -> list[str]:
         pooler = [name for name in missing if name.startswith("pooler.")]
         if pooler:
-            logger.warning("%s: the checkpoint lacks %s: pooler_output will be None", src, listed(pooler))
+            theirs = listed([self.config.family.to_theirs(name) for name in pooler])
+            logger.warning("%s: the checkpoint lacks %s: pooler_output will be None", src, theirs)
             self.pooler = None
         return super()._report_missing([name for name in missing if name not in pooler], src)
 
@@ -321,6 +337,10 @@ class BertModel(PreTrainedModel):
         return_dict: bool | None = None,
     ) -> BaseModelOutputWithPooling | tuple[Tensor, ...]:
         """input_ids: (B, S) int, or inputs_embeds: (B, S, H); the others (B, S); attention_mask nonzero at tokens.
+
+        position_ids: the column index by default; in RoBERTa's family the padding id + 1 and up, counted over the ids
+        that are not the padding id, as in transformers, or without ids over the columns. ELECTRA's inputs_embeds are
+        as wide as its embedding_size. Token types are 0 in a model without segments.
 
         Returns last_hidden_state (B, S, H), zeros at padding positions, and pooler_output (B, H), from the first token
         that the mask leaves in each row. hidden_states and attentions on request; attentions take the slow reference
@@ -346,7 +366,8 @@ class BertModel(PreTrainedModel):
     ) -> Tensor:
         """(T,) ids of B sequences one after the other -> (T, H).
 
-        cu_seqlens: (B + 1,) int32, starts at 0, ends at T. position_ids count from 0 in each sequence by default.
+        cu_seqlens: (B + 1,) int32, starts at 0, ends at T. position_ids count from 0 in each sequence by default, in
+        RoBERTa's family from the padding id + 1, over the ids that are not the padding id.
         """
         self._check_tensors(input_ids=input_ids)
         if input_ids.dim() != 1:
@@ -397,6 +418,11 @@ class BertModel(PreTrainedModel):
                 raise ValueError(f"position_ids: expected shape {shape}, got {tuple(position_ids.shape)}")
             position_ids = position_ids.expand(shape)
         self._check_embeds(inputs_embeds)
+        if position_ids is None and self._counted_from is not None:
+            if input_ids is not None:
+                position_ids = varlen.positions_after_padding(input_ids, self._counted_from)  # also ids at padding
+            else:
+                position_ids = (torch.arange(shape[1], device=given.device) + self._counted_from + 1).expand(shape)
 
         if attention_mask is not None:
             batch = varlen.unpad(attention_mask)
@@ -435,6 +461,11 @@ class BertModel(PreTrainedModel):
             if tensor is not None and tensor.shape != (batch.n_tokens,):
                 raise ValueError(f"{name}: expected shape ({batch.n_tokens},), got {tuple(tensor.shape)}")
         self._check_embeds(inputs_embeds)
+        if position_ids is None and self._counted_from is not None:
+            if input_ids is None:
+                position_ids = batch.position_ids + self._counted_from + 1
+            else:
+                position_ids = varlen.positions_after_padding(input_ids, self._counted_from, batch)
         if check:
             self._check_ids(batch, input_ids, token_type_ids, position_ids)
         if position_ids is None:
@@ -442,18 +473,18 @@ class BertModel(PreTrainedModel):
         in_bucket = not torch.compiler.is_compiling() and graphs.bucket_of(batch.n_tokens) is not None
         if input_ids is not None and in_bucket and self.graph_obstacle() is None:
             return self._encode_bucket(batch, (input_ids, token_type_ids, position_ids), keep_states)
-        if token_type_ids is None:
+        if self.embeddings.token_type_embeddings is None:
+            token_type_ids = None
+        elif token_type_ids is None:
             token_type_ids = torch.zeros_like(batch.position_ids)
         # Of int64 alone, as in the rows of a bucket: kernels are compiled for the dtype of the ids.
         words = None if input_ids is None else input_ids.long()
-        segments, positions = token_type_ids.long(), position_ids.long()
+        types, positions = None if token_type_ids is None else token_type_ids.long(), position_ids.long()
         if words is not None and not keep_states and self.cpu_encoder_obstacle(batch.n_tokens) is None:
-            config, attend = self.config, BertSelfAttention.fused_qkv
-            make = functools.partial(cpu_encoder.gather, self.embeddings, self.encoder.layer, config, attend)
-            weights = self.cpu_encoder.weights(self._weights(), make)
-            if weights is not None:
-                return [self.cpu_encoder.run(weights, batch, (words, segments, positions), self.dtype)]
-        inputs = words, segments, positions, inputs_embeds
+            last = self._encode_in_one_call(batch, words, types, positions)
+            if last is not None:
+                return [last]
+        inputs = words, types, positions, inputs_embeds
         n_tokens = batch.n_tokens
         n_rows = ops.packed_linear.rows_for(n_tokens, self.dtype) if self._packs_weights() else n_tokens
         words, segments, positions, embeds = (varlen.in_more_rows(t, n_rows) for t in inputs)
@@ -465,7 +496,7 @@ class BertModel(PreTrainedModel):
     def _encode(
         self,
         input_ids: Tensor | None,
-        token_type_ids: Tensor,
+        token_type_ids: Tensor | None,
         position_ids: Tensor,
         batch: PackedBatch,
         inputs_embeds: Tensor | None = None,
@@ -477,14 +508,32 @@ class BertModel(PreTrainedModel):
             if backend != quantized.UNQUANTISED:
                 ids = input_ids, token_type_ids, position_ids
                 return quantized.encode(self, backend, batch, *ids, inputs_embeds, keep_states)
-        inputs = input_ids, token_type_ids, position_ids, inputs_embeds, self.policy
+        inputs = input_ids, token_type_ids, position_ids, inputs_embeds
         if torch.compiler.is_compiling():
-            return self.encoder(self.embeddings(*inputs), batch, self.policy, keep_states)
+            return self.encoder(self._embed(*inputs), batch, self.policy, keep_states)
         try:
-            return self.encoder(self.embeddings(*inputs), batch, self.policy, keep_states)
+            return self.encoder(self._embed(*inputs), batch, self.policy, keep_states)
         except RuntimeError as error:
             self._blame_dtypes(error)
             raise
+
+    def _encode_in_one_call(
+        self, batch: PackedBatch, words: Tensor, types: Tensor | None, positions: Tensor
+    ) -> Tensor | None:
+        """The last hidden state (T, H), from a C++ kernel; None where the weights are not as it needs them."""
+        layers, project = self.encoder.layer, self.embeddings_project
+        gather = functools.partial(cpu_encoder.gather, layers=layers, fused_qkv=BertSelfAttention.fused_qkv)
+        make = functools.partial(gather, self.embeddings if project is None else None, config=self.config)
+        weights = self.cpu_encoder.weights(self._weights(), make)
+        if weights is None:
+            return None
+        if project is None:
+            return self.cpu_encoder.run(weights, batch, (words, types, positions))
+        return self.cpu_encoder.run(weights, batch, None, self._embed(words, types, positions, None))
+
+    def _embed(self, *inputs: Any) -> Tensor:  # ids, types and positions, or embeddings -> (T, H)
+        x = self.embeddings(*inputs, self.policy)
+        return x if self.embeddings_project is None else dense(self.embeddings_project, x, self.policy)
 
     # CUDA graphs: see fastbert.graphs.
 
@@ -536,7 +585,8 @@ class BertModel(PreTrainedModel):
     def _plain_modules(self) -> bool:
         """Whether nobody listens to a module of the encoder, or has put another in its place."""
         if self._watch is None or not self._watch.same_modules():
-            self._watch = graphs.Watch((self.embeddings, self.encoder), _CAPTURED)
+            parts = self.embeddings, self.embeddings_project, self.encoder
+            self._watch = graphs.Watch([part for part in parts if part is not None], _CAPTURED)
         return self._watch.plain()
 
     def all_in_eval_mode(self) -> bool:
@@ -614,7 +664,7 @@ class BertModel(PreTrainedModel):
             position_ids = batch.position_ids
         ops.check_ids(
             input_ids=(input_ids, n_words),
-            token_type_ids=(token_type_ids, self.embeddings.token_type_embeddings.num_embeddings),
+            token_type_ids=(token_type_ids, self.embeddings.n_token_types),
             position_ids=(position_ids, n_positions),
         )
 
@@ -623,9 +673,10 @@ class BertModel(PreTrainedModel):
             return
         if embeds.dtype != self.dtype:
             raise TypeError(f"inputs_embeds: expected the model's dtype {self.dtype}, got {embeds.dtype}")
-        if embeds.shape[-1] != self.config.hidden_size:
-            came, expected = tuple(embeds.shape), self.config.hidden_size
-            raise ValueError(f"inputs_embeds: expected {expected} (hidden_size) in the last dimension, got {came}")
+        if embeds.shape[-1] != self.config.embedding_width:
+            came, expected = tuple(embeds.shape), self.config.embedding_width
+            name = "hidden_size" if self.embeddings_project is None else "embedding_size"
+            raise ValueError(f"inputs_embeds: expected {expected} ({name}) in the last dimension, got {came}")
 
     def _encode_by_reference(self, batch: PackedBatch, keep_states: bool, *inputs: Tensor | None) -> Encoded:
         backend, reason = self.policy.backend, "fused attention keeps no probabilities"

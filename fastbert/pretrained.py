@@ -29,9 +29,13 @@ class PreTrainedModel(nn.Module):
     `precision`: None, or "fp8" or "int8", in which the linears of the encoder multiply (fastbert.quantized); the
     parameters, which are kept and saved as they are, then require no gradients. `missing_names`: the weights that
     from_pretrained did not find in the checkpoint and started afresh.
+
+    What a checkpoint of another family calls things is translated by its table (fastbert.families) when it is read and
+    when it is written.
     """
 
     base_prefix = "bert."
+    task: str | None = None  # what follows "For" in the class name of a model with a head
     cuda_graphs: Any  # bool: a property of the models
 
     def __init__(
@@ -149,9 +153,11 @@ class PreTrainedModel(nn.Module):
 
     def _load(self, state: Mapping[str, Tensor], dtype: torch.dtype, device: torch.device, src: str) -> None:
         expected = self.state_dict()
+        state, stored = self._translated(state)
         matched = checkpoint.match(state, {name: t.shape for name, t in expected.items()}, base_prefix=self.base_prefix)
         if matched.unexpected:
-            logger.info("%s: %s does not use %s", src, type(self).__name__, listed(matched.unexpected))
+            unused = [stored[name] for name in matched.unexpected]
+            logger.info("%s: %s does not use %s", src, type(self).__name__, listed(unused))
         self._settle_ties(matched, src)
         missing = [name for name in matched.missing if name not in self.tied_names()]
         missing = self.missing_names = self._report_missing(missing, src)
@@ -161,25 +167,43 @@ class PreTrainedModel(nn.Module):
         self.tie_weights()
         self.config.dtype = str(dtype).removeprefix("torch.")
 
+    def _translated(self, state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """A checkpoint's tensors under our names, and what they are stored as."""
+        stored: dict[str, str] = {}
+        for name in state:
+            ours = self.config.family.state_to_ours(name, self.task)
+            stored[name if ours in stored else ours] = name
+        return {ours: state[name] for ours, name in stored.items()}, stored
+
+    def _stored_names(self, names: list[str]) -> list[str]:
+        """What a checkpoint of the family calls these parameters of ours."""
+        return [self.config.family.state_to_theirs(name, self.task) for name in names]
+
     def _report_missing(self, missing: list[str], src: str) -> list[str]:
         """Raises for weights no model can do without, warns of the rest; returns the names to start afresh."""
-        backbone = [name for name in missing if name.removeprefix("bert.").startswith(("embeddings.", "encoder."))]
+        parts = "embeddings.", "embeddings_project.", "encoder."
+        backbone = [name for name in missing if name.removeprefix("bert.").startswith(parts)]
         if backbone:
-            raise ValueError(f"{src}: the checkpoint lacks {listed(backbone)}, which {type(self).__name__} needs")
+            names = listed(self._stored_names(backbone))
+            raise ValueError(f"{src}: the checkpoint lacks {names}, which {type(self).__name__} needs")
         if missing:
-            logger.warning(
-                "%s: the checkpoint lacks %s: freshly initialised, and to be trained before use", src, listed(missing)
-            )
+            names = listed(self._stored_names(missing))
+            logger.warning("%s: the checkpoint lacks %s: freshly initialised, and to be trained before use", src, names)
         return missing
 
     def save_pretrained(self, folder: str | os.PathLike[str], *, max_shard_size: int = 5 * 2**30) -> None:
-        """Writes config.json and safetensors that transformers and fastbert read. max_shard_size in bytes."""
+        """Writes config.json and safetensors that transformers and fastbert read, under the family's names.
+
+        max_shard_size in bytes.
+        """
         os.makedirs(folder, exist_ok=True)
-        self.config.architectures = [type(self).__name__]
+        family = self.config.family
+        self.config.architectures = [family.class_name(type(self).__name__)]
         self.config.dtype = str(self.dtype).removeprefix("torch.")
         self.config.save_pretrained(folder)
         left_out = self.tied_names()
-        state = {name: tensor for name, tensor in self.state_dict().items() if name not in left_out}
+        kept = {name: tensor for name, tensor in self.state_dict().items() if name not in left_out}
+        state = {family.state_to_theirs(name, self.task): tensor for name, tensor in kept.items()}
         checkpoint.write_state_dict(state, folder, max_shard_size=max_shard_size)
 
 

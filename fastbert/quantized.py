@@ -129,6 +129,8 @@ def _altered(model: BertModel) -> str | None:
     """Which part of the encoder is an adapter or has hooks, so that its parameters cannot stand for it, or None."""
     from fastbert.model import is_bare
 
+    if model.embeddings_project is not None:
+        return "the embeddings are projected, and there is no 8-bit kernel for that"
     for name in ("embeddings", "encoder"):
         module = getattr(model, name)
         if not is_bare(module, type(module)):
@@ -163,7 +165,7 @@ def encode(
     backend: str,
     batch: PackedBatch,
     input_ids: Tensor | None,
-    token_type_ids: Tensor,
+    token_type_ids: Tensor | None,
     position_ids: Tensor,
     inputs_embeds: Tensor | None,
     keep_states: bool = False,

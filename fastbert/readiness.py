@@ -100,10 +100,10 @@ def _capture(bert: BertModel, max_tokens: int) -> tuple[int, ...]:
 
 
 def _run(bert: BertModel, n_tokens: int) -> None:
-    """A batch of n_tokens, in texts of as many as the model has positions."""
+    """A batch of n_tokens, in texts of as many as the model reads."""
     ids = torch.zeros(n_tokens, dtype=torch.int64, device=bert.device)
-    n_positions = bert.embeddings.position_embeddings.num_embeddings
-    bert.forward_packed(ids, torch.tensor([*range(0, n_tokens, n_positions), n_tokens], dtype=torch.int32))
+    longest = bert.embeddings.position_embeddings.num_embeddings - bert.config.position_offset
+    bert.forward_packed(ids, torch.tensor([*range(0, n_tokens, longest), n_tokens], dtype=torch.int32))
 
 
 def _run_rest(model: Any, inner: PreTrainedModel) -> None:

@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from fastbert.families import COLUMN, family_of
+
 if TYPE_CHECKING:
     from fastbert.config import BertConfig
 
@@ -39,6 +41,16 @@ TASKS = (
     "token_classification",
     "question_answering",
 )
+# task -> what follows "For" in the name of its class
+_CLASSES = {
+    "pre_training": "PreTraining",
+    "masked_lm": "MaskedLM",
+    "next_sentence": "NextSentencePrediction",
+    "sequence_classification": "SequenceClassification",
+    "multiple_choice": "MultipleChoice",
+    "token_classification": "TokenClassification",
+    "question_answering": "QuestionAnswering",
+}
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
@@ -103,7 +115,7 @@ def embedding_layer_norm(
     position_ids: Tensor,
     word: Tensor,
     position: Tensor,
-    token_type: Tensor,
+    token_type: Tensor | None,
     weight: Tensor,
     bias: Tensor,
     eps: float,
@@ -113,11 +125,12 @@ def embedding_layer_norm(
 
     The ids have one shape, (T,) or (B, S), or broadcast to it. `inputs_embeds` (..., H), if given, stands in for the
     word rows and `input_ids` is ignored; `token_type_ids` None means type 0 everywhere. The tables are (V, H),
-    (positions, H) and (types, H); weight and bias (H,) are the LayerNorm's.
+    (positions, H) and (types, H), the last None in a model without segments; weight and bias (H,) are the LayerNorm's.
     """
-    words = word[input_ids] if inputs_embeds is None else inputs_embeds
-    types = token_type[0] if token_type_ids is None else token_type[token_type_ids]
-    return layer_norm(words + types + position[position_ids], weight, bias, eps)
+    x = word[input_ids] if inputs_embeds is None else inputs_embeds
+    if token_type is not None:
+        x = x + (token_type[0] if token_type_ids is None else token_type[token_type_ids])
+    return layer_norm(x + position[position_ids], weight, bias, eps)
 
 
 def varlen_attention(qkv: Tensor, cu_seqlens: Tensor, num_heads: int, scale: float | None = None) -> Tensor:
@@ -194,16 +207,19 @@ def bert(
     dtype: torch.dtype = torch.float64,
     output_attentions: bool = True,
 ) -> BertReference:
-    """The BERT encoder without dropout. Devlin et al., arXiv:1810.04805.
+    """The BERT encoder, or one of its family, without dropout. Devlin et al., arXiv:1810.04805.
 
-    `params` maps transformers' state-dict names, each behind `prefix` ("bert." under a head), to tensors, which are
-    cast to `dtype` as they are used, on the device where the inputs are too. Inputs: `input_ids` (B, S) or
-    `inputs_embeds` (B, S, H), one of them; `attention_mask` (B, S), nonzero = valid, default all valid;
-    `token_type_ids` and `position_ids` (B, S) or broadcasting to it, default 0 and the column index.
+    `params` maps the state-dict names of fastbert.model, which are those of transformers' BERT, each behind `prefix`
+    ("bert." under a head), to tensors, which are cast to `dtype` as they are used, on the device where the inputs are
+    too. Inputs: `input_ids` (B, S) or `inputs_embeds` (B, S, H), one of them; `attention_mask` (B, S), nonzero = valid,
+    default all valid; `token_type_ids` and `position_ids` (B, S) or broadcasting to it, default 0 and
+    `default_positions`. Where the params have an `embeddings_project`, the embeddings go through it (Clark et al.,
+    "ELECTRA", arXiv:2003.10555).
 
-    Whatever stands at a padding position changes nothing: no output depends on it, and the row there is zero in
-    every hidden state, as are the rows and columns of the attentions. The pooler reads the first valid token of each
-    row, or a zero vector where there is none. `output_attentions=False` saves the memory of the attentions.
+    Whatever stands at a padding position changes nothing but RoBERTa's default positions after it: no output depends
+    on it, and the row there is zero in every hidden state, as are the rows and columns of the attentions. The pooler
+    reads the first valid token of each row, or a zero vector where there is none. `output_attentions=False` saves the
+    memory of the attentions.
 
     Raises ValueError for both or neither of input_ids and inputs_embeds, for a mask of another shape and for an
     unknown hidden_act; KeyError naming a missing parameter.
@@ -225,7 +241,7 @@ def bert(
     both_valid = valid[:, None, :, None] & valid[:, None, None, :]  # (B, 1, S, S): query, key
 
     if position_ids is None:
-        position_ids = torch.arange(valid.shape[1], device=valid.device)
+        position_ids = default_positions(config, input_ids, valid.shape, valid.device)
     if token_type_ids is None:
         token_type_ids = torch.zeros_like(position_ids)
     x = embedding_layer_norm(
@@ -234,12 +250,15 @@ def bert(
         position_ids.expand_as(valid).masked_fill(~valid, 0),
         p("embeddings.word_embeddings.weight"),
         p("embeddings.position_embeddings.weight"),
-        p("embeddings.token_type_embeddings.weight"),
+        p("embeddings.token_type_embeddings.weight") if family_of(config.model_type).token_types else None,
         p("embeddings.LayerNorm.weight"),
         p("embeddings.LayerNorm.bias"),
         config.layer_norm_eps,
         None if inputs_embeds is None else inputs_embeds.to(dtype).masked_fill(padding, 0),
-    ).masked_fill(padding, 0)
+    )
+    if f"{prefix}embeddings_project.weight" in params:
+        x = dense("embeddings_project", x)
+    x = x.masked_fill(padding, 0)
 
     hidden_states, attentions = [x], []
     for i in range(config.num_hidden_layers):
@@ -268,6 +287,23 @@ def bert(
     return BertReference(x, pooled, tuple(hidden_states), tuple(attentions))
 
 
+def default_positions(config: BertConfig, input_ids: Tensor | None, shape: torch.Size, device: torch.device) -> Tensor:
+    """Positions of tokens where none are given, (B, S) or broadcasting to it; shape: (B, S).
+
+    BERT's are the column index. RoBERTa's begin at the padding id + 1 and count on, in each row, for every id that is
+    not the padding id, whatever the mask says; one that is has the padding id as its position. Without ids every column
+    counts. Source: make_positions of fairseq, create_position_ids_from_input_ids of transformers.
+    """
+    columns = torch.arange(shape[1], device=device)
+    if family_of(config.model_type).positions == COLUMN:
+        return columns
+    assert config.pad_token_id is not None
+    if input_ids is None:
+        return columns + config.pad_token_id + 1
+    counts = input_ids != config.pad_token_id
+    return counts.cumsum(dim=1) * counts + config.pad_token_id
+
+
 def head(
     task: str,
     params: Mapping[str, Tensor],
@@ -280,7 +316,7 @@ def head(
     *,
     dtype: torch.dtype = torch.float64,
 ) -> dict[str, Tensor]:
-    """The logits of BERT with one of its seven heads, under the field names of the library's output classes.
+    """The logits of BERT, or one of its family, with one of its seven heads, under the field names of our outputs.
 
     task                      result
     "pre_training"            prediction_logits (B, S, V), seq_relationship_logits (B, 2)
@@ -293,7 +329,7 @@ def head(
 
     Arguments as in `bert`, with the encoder's parameters behind "bert.". Logits at padding positions are zero. The
     language model's decoder is `cls.predictions.decoder` where `params` has it, else the word embeddings with
-    `cls.predictions.bias`. Raises what `bert` does, and ValueError for another task.
+    `cls.predictions.bias`. Raises what `bert` does, and ValueError for another task, or one that the family lacks.
     """
     if task not in TASKS:
         raise ValueError(f"task: got {task!r}, expected one of {', '.join(TASKS)}")
@@ -301,13 +337,15 @@ def head(
     def dense(name: str, x: Tensor, activation: str | None = None) -> Tensor:
         return linear(x, params[f"{name}.weight"].to(dtype), params[f"{name}.bias"].to(dtype), activation)
 
+    family_head = family_of(config.model_type).head(_CLASSES[task])
+
     def pooled() -> Tensor:
         if encoded.pooler_output is None:
             raise KeyError(f"bert.pooler.dense.weight: missing from params, needed for {task}")
         return encoded.pooler_output
 
     def vocabulary(x: Tensor) -> Tensor:
-        x = dense("cls.predictions.transform.dense", x, _activation(config))
+        x = dense("cls.predictions.transform.dense", x, family_head.activation or _activation(config))
         norm = "cls.predictions.transform.LayerNorm"
         x = layer_norm(x, params[f"{norm}.weight"].to(dtype), params[f"{norm}.bias"].to(dtype), config.layer_norm_eps)
         weight = params.get("cls.predictions.decoder.weight", params["bert.embeddings.word_embeddings.weight"])
@@ -334,6 +372,15 @@ def head(
         return {"logits": vocabulary(tokens)}
     if task == "next_sentence":
         return {"logits": dense("cls.seq_relationship", pooled())}
+    if task == "sequence_classification" and family_head.activation is not None:  # RoBERTa's and others'
+        valid = ~padding[:, :, 0]
+        is_first = valid & (valid.cumsum(dim=1) == 1)
+        first = tokens.masked_fill(~is_first[:, :, None], 0).sum(dim=1)
+        if family_head.activation == "tanh":
+            first = torch.tanh(dense("classifier.dense", first))
+        else:
+            first = dense("classifier.dense", first, family_head.activation)
+        return {"logits": dense("classifier.out_proj", first)}
     if task == "sequence_classification":
         return {"logits": dense("classifier", pooled())}
     if task == "multiple_choice":

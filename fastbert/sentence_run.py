@@ -187,7 +187,7 @@ class Run:
         embeddings = self.encoder.model.embeddings
         ops.check_ids(
             input_ids=(tokens.input_ids, embeddings.word_embeddings.num_embeddings),
-            token_type_ids=(tokens.token_type_ids, embeddings.token_type_embeddings.num_embeddings),
+            token_type_ids=(tokens.token_type_ids, embeddings.n_token_types),
         )
         self.n_texts += len(window)
         self.n_truncated += tokens.n_truncated

@@ -1,6 +1,6 @@
-"""Text to token ids and back: BERT's WordPiece on the ``tokenizers`` library.
+"""Text to token ids and back, on the ``tokenizers`` library: BERT's WordPiece, and what a tokenizer.json holds.
 
-For one folder the ids are those of transformers' BertTokenizer. Truncation and padding are done here, on arrays, and
+For one folder the ids are those of transformers' tokenizer. Truncation and padding are done here, on arrays, and
 not by the Rust object, where both are state: threads that share a tokenizer may differ in ``max_length``, and the
 tokens that are cut can be counted. ``B`` sequences, ``S`` longest sequence, ``T`` packed tokens.
 """
@@ -103,7 +103,8 @@ class Tokenizer:
         """Internal: use ``from_pretrained`` or ``train``."""
         rust = self._rust = source.rust
         self._as_bert = source.as_bert
-        self._templates = (_template(rust.encode("a")), _template(rust.encode("a", "a")))
+        self._segments = source.segments
+        self._templates = tuple(_template(rust.encode(*texts), source.segments) for texts in (("a",), ("a", "a")))
         self.vocab_size = max(rust.get_vocab().values()) + 1
         for name, value in source.settings.items():
             setattr(self, name, value)
@@ -123,8 +124,11 @@ class Tokenizer:
         Reads ``tokenizer.json`` if it is there, else ``vocab.txt``; beside it ``tokenizer_config.json``,
         ``special_tokens_map.json`` and ``added_tokens.json``. As in transformers, ``do_lower_case`` (default True),
         ``strip_accents`` (None: as lowercase) and ``tokenize_chinese_chars`` (True) of the config win over the
-        normalizer stored in ``tokenizer.json``, unless ``tokenizer_class`` is none of BERT's. Truncation and padding
-        stored there are not applied.
+        normalizer stored in ``tokenizer.json``, unless ``tokenizer_class`` is none of BERT's: the byte-level BPE of
+        RoBERTa and the Unigram of XLM-RoBERTa and CamemBERT are taken as ``tokenizer.json`` has them, post-processor
+        included. Without a ``tokenizer_class``, ``model_type`` of ``config.json`` says which. Truncation and padding
+        stored there are not applied. Where transformers gives no segment ids (by ``model_input_names`` of the config,
+        or by its class, for RoBERTa's kin and DistilBERT) they are all 0.
 
         ``overrides`` replace values of the config: these three, ``model_max_length``, ``padding_side``,
         ``truncation_side``, ``cls_token``, ``sep_token``, ``unk_token``, ``pad_token``, ``mask_token``. The last two
@@ -180,6 +184,8 @@ class Tokenizer:
         flags = {i: {flag: getattr(token, flag) for flag in TOKEN_FIELDS} for i, token in added}
         config = {"tokenizer_class": "BertTokenizer" if self._as_bert else "PreTrainedTokenizerFast", **names}
         config["added_tokens_decoder"] = flags
+        if not self._segments:
+            config["model_input_names"] = ["input_ids", "attention_mask"]
         config |= {name: getattr(self, name) for name in SETTINGS if getattr(self, name) is not None}
         if self._as_bert:
             normalizer = self._rust.normalizer
@@ -415,11 +421,12 @@ def _truncate(full: np.ndarray, limit: int, n_special: int, truncation: bool | s
     return np.where(excess > 0, kept, full)
 
 
-def _template(probe: Any) -> _Template:
-    """The template behind an encoding, whatever kind of post-processor made it."""
+def _template(probe: Any, segments: bool) -> _Template:
+    """The template behind an encoding, whatever kind of post-processor made it; without segments, all ids of them 0."""
     source = np.array([-1 if source is None else source for source in probe.sequence_ids])
     first = (source < 0) | (np.diff(source, prepend=-2) != 0)  # the first token of each piece
-    return _Template(source[first], np.array(probe.ids)[first], np.array(probe.type_ids)[first])
+    types = np.array(probe.type_ids)[first]
+    return _Template(source[first], np.array(probe.ids)[first], types if segments else np.zeros_like(types))
 
 
 def _as_list(texts: Any, name: str) -> list[str]:

@@ -2,6 +2,7 @@
 
 A batch is unpadded once, at the edge of the model; every layer runs on (T, H); outputs are padded once, if at all.
 Position is the column index, as in transformers: left-padded rows and masks with holes keep their column positions.
+RoBERTa's family counts otherwise: `positions_after_padding`.
 """
 
 from __future__ import annotations
@@ -125,6 +126,19 @@ def from_cu_seqlens(cu_seqlens: torch.Tensor, n_tokens: int, device: torch.devic
         batch_size=cu_seqlens.shape[0] - 1,
         padded_length=int(lengths.max()) if lengths.numel() else 0,
     )
+
+
+def positions_after_padding(input_ids: torch.Tensor, pad_id: int, batch: PackedBatch | None = None) -> torch.Tensor:
+    """RoBERTa's positions of ids, padded (B, S) or packed (T,) with their batch, in int64.
+
+    In each sequence the ids that are not pad_id count from pad_id + 1 on; one that is has pad_id as its position.
+    """
+    counted = input_ids != pad_id
+    numbers = counted.cumsum(-1)
+    if batch is not None:  # of one long row: what the sequences before have counted goes
+        before = torch.nn.functional.pad(numbers, (1, 0)).index_select(0, batch.cu_seqlens[:-1])  # (B,)
+        numbers = numbers - before.index_select(0, batch.seq_ids)
+    return numbers * counted + pad_id
 
 
 def in_more_rows(x: Any, n_rows: int) -> Any:

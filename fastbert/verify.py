@@ -291,7 +291,7 @@ Row = tuple[Tensor, Tensor]  # ids and segment ids of one text, (n,) int64 on th
 
 
 def _rows(texts: Any, tokenizer: Tokenizer | None, bert: BertModel, notes: list[str]) -> list[Row]:
-    n_positions = bert.embeddings.position_embeddings.num_embeddings
+    n_positions = bert.embeddings.position_embeddings.num_embeddings - bert.config.position_offset
     if texts is None and tokenizer is None:
         notes.append("no tokenizer: random token ids instead of texts")
         return _random_rows(bert, n_positions)
@@ -321,7 +321,7 @@ def _ids_of(item: Any) -> Tensor:
 
 def _random_rows(bert: BertModel, n_positions: int) -> list[Row]:
     generator = torch.Generator().manual_seed(0)
-    n_ids, n_types = bert.config.vocab_size, bert.config.type_vocab_size
+    n_ids, n_types = bert.config.vocab_size, bert.embeddings.n_token_types
     rows = []
     for n in (min(length, n_positions) for length in _LENGTHS):
         ids = torch.randint(n_ids, (n,), generator=generator)
@@ -456,13 +456,17 @@ def _eager(parameters: Mapping[str, Tensor], config: BertConfig, ids: Tensor, ma
 
     def norm(name: str, x: Tensor) -> Tensor:
         weight, bias = parameters[f"{name}.LayerNorm.weight"], parameters[f"{name}.LayerNorm.bias"]
-        return F.layer_norm(x, (config.hidden_size,), weight, bias, config.layer_norm_eps)
+        return F.layer_norm(x, x.shape[-1:], weight, bias, config.layer_norm_eps)
 
     activation = reference.ACTIVATIONS[config.hidden_act]
     approximate = "tanh" if activation == "gelu_tanh" else "none"
-    tables = [parameters[f"embeddings.{what}_embeddings.weight"] for what in ("word", "token_type", "position")]
-    x = F.embedding(ids, tables[0]) + F.embedding(kinds, tables[1]) + tables[2][: ids.shape[1]]
-    states = [norm("embeddings", x)]
+    table = "embeddings.{}_embeddings.weight".format
+    x = F.embedding(ids, parameters[table("word")])
+    if table("token_type") in parameters:
+        x = x + F.embedding(kinds, parameters[table("token_type")])
+    positions = reference.default_positions(config, ids, ids.shape, ids.device)
+    x = norm("embeddings", x + F.embedding(positions, parameters[table("position")]))
+    states = [linear("embeddings_project", x) if "embeddings_project.weight" in parameters else x]
     away = (mask == 0)[:, None, None, :]  # (B, 1, 1, S)
     for i in range(config.num_hidden_layers):
         x, at = states[-1], f"encoder.layer.{i}"

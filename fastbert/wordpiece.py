@@ -16,6 +16,7 @@ from tokenizers import Tokenizer as RustTokenizer
 from tokenizers.models import WordPiece
 
 from fastbert.checkpoint import read_json, resolve
+from fastbert.families import FAMILIES, Family
 
 logger = logging.getLogger("fastbert")
 
@@ -42,6 +43,7 @@ class Source(NamedTuple):
     names: dict[str, str | None]  # keys: NAMES
     settings: dict[str, Any]  # keys: SETTINGS
     as_bert: bool  # vocabulary and casing options say all there is to know, as for transformers' BertTokenizer
+    segments: bool = True  # whether the second text of a pair has segment id 1, where the post-processor says so
 
 
 def load(src: str | os.PathLike[str], revision: str | None, overrides: dict[str, Any]) -> Source:
@@ -62,13 +64,16 @@ def load(src: str | os.PathLike[str], revision: str | None, overrides: dict[str,
     if added is None:  # else the config is complete, and transformers ignores the other places
         config = config | special_map
     options = config | overrides
-    names = {name: options.get(name, default) for name, default in NAMES.items()}
+    of_model = _family_of_model(file.parent)
+    name = config.get("tokenizer_class") or _read_json(file.with_name("config.json")).get("tokenizer_class")
+    kind = (name or of_model.tokenizer).removesuffix("Fast").removesuffix("Tokenizer")
+    family = next((family for family in FAMILIES.values() if family.tokenizer == kind), of_model)
+    names = {name: options.get(name, family.special_tokens.get(name, default)) for name, default in NAMES.items()}
     contents = {name: token["content"] if isinstance(token, dict) else token for name, token in names.items()}
     if added is None:
         added = {i: {"content": token, "special": token in contents.values()} for token, i in legacy.items()}
         added |= {token["id"]: token for token in stored.get("added_tokens", [])}
 
-    kind = (config.get("tokenizer_class") or "BertTokenizer").removesuffix("Fast").removesuffix("Tokenizer")
     model = stored.get("model", {})
     as_bert = kind in _BERT_KINDS and model.get("type", "WordPiece") == "WordPiece"
     if as_bert:
@@ -78,7 +83,7 @@ def load(src: str | os.PathLike[str], revision: str | None, overrides: dict[str,
         casing: dict[str, Any] = {name: options.get(name, default) for name, default in CASING.items()}
         rust = _bert_pipeline(vocab, contents["unk_token"] or "", **casing)
     elif not stored:
-        name = config["tokenizer_class"]
+        name = config.get("tokenizer_class") or f"{kind}Tokenizer"
         raise FileNotFoundError(f"{file.parent}: tokenizer_class {name!r} needs a tokenizer.json, not a vocab.txt")
     elif given := sorted(set(overrides) & set(CASING)):
         raise ValueError(f"{given[0]}: cannot be changed, as {file} is not BERT's and is used as it stands")
@@ -97,7 +102,15 @@ def load(src: str | os.PathLike[str], revision: str | None, overrides: dict[str,
         raise ValueError(f"model_max_length: got {limit!r}, expected a positive int or None")
     settings = {"model_max_length": None if limit is None or limit >= _NO_LIMIT else int(limit)}
     settings |= {name: one_of(name, options.get(name, "right"), "right", "left") for name in SETTINGS[1:]}
-    return Source(rust, contents, settings, as_bert)
+    inputs = options.get("model_input_names")
+    segments = family.segments if inputs is None else "token_type_ids" in inputs
+    return Source(rust, contents, settings, as_bert, segments)
+
+
+def _family_of_model(folder: Path) -> Family:
+    """That of the model beside the tokenizer; BERT where there is none, or one that is not covered."""
+    model_type = _read_json(folder / "config.json").get("model_type")
+    return FAMILIES.get(model_type, FAMILIES["bert"]) if isinstance(model_type, str) else FAMILIES["bert"]
 
 
 def learn(

@@ -142,7 +142,10 @@ def test_more_layers_than_the_checkpoint_has(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"model_type": "roberta"}, "model_type: got 'roberta', but only BERT ('bert') is supported"),
+        (
+            {"model_type": "mpnet"},
+            "model_type: got 'mpnet', expected one of bert, camembert, distilbert, electra, roberta, xlm-roberta",
+        ),
         (
             {"position_embedding_type": "relative_key"},
             "position_embedding_type: got 'relative_key', but only 'absolute' is supported",

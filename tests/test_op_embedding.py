@@ -65,6 +65,33 @@ def test_kernel_with_inputs_embeds(dtype, device, poisoned):
     poisoned.check()
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_kernel_without_segments(dtype, device, poisoned):
+    """A model without segments that reads a table which is not there, or adds a row of another."""
+    ids, (word, _, position), norm = inputs(67, 96, dtype, device)
+    given = guarded(ids[0]), None, guarded(ids[2]), guarded(word, 3), None, guarded(position, 3), *norm, 1e-12
+    ours = ops.embedding_layer_norm(*given, policy=TRITON)
+    eager = F.layer_norm(word[ids[0]] + position[ids[2]], (96,), *norm, 1e-12)
+    doubles = word.double(), position.double(), None, *(t.double() for t in norm)
+    expected = reference.embedding_layer_norm(ids[0], None, ids[2], *doubles, 1e-12)
+    assert_as_accurate("without segments", ours, eager, expected)
+    assert_as_accurate("plain", ops.embedding_layer_norm(*given, policy=Policy("torch")), eager, expected)
+    poisoned.check()
+
+
+def test_gradients_without_segments(device):
+    """A backward pass that counts its inputs by a table that is not there."""
+    ids, (word, _, position), norm = inputs(12, 16, torch.float32, device)
+    grads = []
+    for policy in (TRITON, Policy("torch")):
+        leaves = [t.clone().requires_grad_() for t in (word, position, *norm)]
+        given = leaves[0], None, *leaves[1:]
+        ops.embedding_layer_norm(ids[0], None, ids[2], *given, 1e-5, policy=policy).pow(3).sum().backward()
+        grads.append([leaf.grad for leaf in leaves])
+    for ours, theirs in zip(*grads, strict=True):
+        assert rms_error(ours, theirs) < 1e-5
+
+
 @pytest.mark.parametrize("backend", ["cpu", "torch"])
 def test_plain_path(backend):
     """A table left out of the plain path."""
@@ -108,6 +135,8 @@ def test_needs_exactly_one_input():
         ops.embedding_layer_norm(*ids, *tables, *norm, 1e-5, inputs_embeds=torch.randn(4, 16))
     with pytest.raises(ValueError, match="exactly one"):
         ops.embedding_layer_norm(None, ids[1], ids[2], *tables, *norm, 1e-5)
+    with pytest.raises(ValueError, match="token_type, token_type_ids: expected both or neither"):
+        ops.embedding_layer_norm(ids[0], None, ids[2], *tables, *norm, 1e-5)
     with pytest.raises(ValueError, match=r"inputs_embeds: expected shape \(4, 16\), got \(4, 8\)"):
         ops.embedding_layer_norm(None, ids[1], ids[2], *tables, *norm, 1e-5, inputs_embeds=torch.randn(4, 8))
 

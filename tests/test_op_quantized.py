@@ -136,14 +136,15 @@ def test_layer_norm_quantises_what_it_stores(h, precision, dtype, device, poison
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_embedding_quantises_what_it_stores(precision, dtype, device, poisoned):
-    """As for LayerNorm, with ids and with given embeddings."""
+    """As for LayerNorm, with ids, with given embeddings, and without segments."""
     h = 96
     ids = [torch.randint(0, size, (T,), device=device) for size in (50, 2, 30)]
     tables = [randn(size, h, dtype=dtype, device=device) for size in (50, 2, 30)]
     norm = [torch.randn(h).to(device, dtype) for _ in range(2)]
     embeds = randn(T, h, dtype=dtype, device=device)
-    for first, words in ((ids[0], tables[0]), (None, embeds)):
-        arguments = first, *ids[1:], words, *tables[1:], *norm, 1e-12
+    for first, words, types in ((ids[0], tables[0], ids[1]), (None, embeds, ids[1]), (ids[0], tables[0], None)):
+        segments = None if types is None else tables[1]
+        arguments = first, types, ids[2], words, segments, tables[2], *norm, 1e-12
         out, q = Q.embedding_layer_norm(*arguments, precision, policy=TRITON)
         given = {"inputs_embeds": embeds} if first is None else {}
         assert torch.equal(out, ops.embedding_layer_norm(*arguments, policy=TRITON, **given))

@@ -36,12 +36,13 @@ class Source:
         return BertConfig.from_pretrained(self.folder)
 
     def transformers(self, attention: str = "sdpa", dtype: torch.dtype | None = None) -> Any:
-        """transformers' BertModel, without its pooler, in eval mode. dtype: another one than the source's."""
+        """transformers' model, without its pooler, in eval mode. dtype: another one than the source's."""
         import transformers
 
         quiet()
+        without_pooler = {"add_pooling_layer": False} if self.config.family.pooler else {}
         model = transformers.AutoModel.from_pretrained(
-            self.folder, dtype=dtype or self.dtype, attn_implementation=attention, add_pooling_layer=False
+            self.folder, dtype=dtype or self.dtype, attn_implementation=attention, **without_pooler
         )
         return model.to(self.device).eval()
 
@@ -138,7 +139,7 @@ class Padded(Engine):
         lengths = [len(row) for row in rows]
         width = max(lengths)
         if len(set(lengths)) > 1:
-            width = min(-(-width // self.pad_to) * self.pad_to, self.source.config.max_position_embeddings)
+            width = min(-(-width // self.pad_to) * self.pad_to, self.source.config.max_length)
         ids, mask = np.zeros((len(rows), width), np.int64), np.zeros((len(rows), width), np.int64)
         for i, row in enumerate(rows):
             ids[i, : len(row)] = row
@@ -183,7 +184,7 @@ class Packed(Engine):
 
 
 class Transformers(Padded):
-    """transformers' BertModel, as it is."""
+    """transformers' model, as it is."""
 
     attention: str
 

@@ -18,10 +18,10 @@ KERNELS = {
 
 def _eager(
     input_ids: torch.Tensor | None,
-    token_type_ids: torch.Tensor,
+    token_type_ids: torch.Tensor | None,
     position_ids: torch.Tensor,
     word: torch.Tensor,
-    token_type: torch.Tensor,
+    token_type: torch.Tensor | None,
     position: torch.Tensor,
     weight: torch.Tensor,
     ln_bias: torch.Tensor,
@@ -29,16 +29,18 @@ def _eager(
     padding_idx: int | None,
 ) -> torch.Tensor:
     x = word if input_ids is None else F.embedding(input_ids, word, padding_idx)
-    x = x + F.embedding(token_type_ids, token_type) + F.embedding(position_ids, position)
+    if token_type is not None and token_type_ids is not None:
+        x = x + F.embedding(token_type_ids, token_type)
+    x = x + F.embedding(position_ids, position)
     return F.layer_norm(x, (x.shape[-1],), weight, ln_bias, eps)
 
 
 def _kernel(
     input_ids: torch.Tensor | None,
-    token_type_ids: torch.Tensor,
+    token_type_ids: torch.Tensor | None,
     position_ids: torch.Tensor,
     word: torch.Tensor,
-    token_type: torch.Tensor,
+    token_type: torch.Tensor | None,
     position: torch.Tensor,
     weight: torch.Tensor,
     ln_bias: torch.Tensor,
@@ -48,13 +50,15 @@ def _kernel(
 ) -> torch.Tensor:
     from fastbert_kernels.embedding import embedding_layer_norm_forward
 
-    word, token_type, position = (t if t.stride(-1) == 1 else t.contiguous() for t in (word, token_type, position))
+    word, position = (t if t.stride(-1) == 1 else t.contiguous() for t in (word, position))
+    if token_type is not None and token_type.stride(-1) != 1:
+        token_type = token_type.contiguous()
     if input_ids is None and word.data_ptr() % 16:
         # How wide the loads are, and with it the order of LayerNorm's sums, must not depend on where the rows begin.
         word = word.clone()
     return embedding_layer_norm_forward(
         None if input_ids is None else input_ids.contiguous(),
-        token_type_ids.contiguous(),
+        None if token_type_ids is None else token_type_ids.contiguous(),
         position_ids.contiguous(),
         word,
         token_type,
@@ -67,8 +71,8 @@ def _kernel(
 
 
 register(
-    "embedding_layer_norm(Tensor? input_ids, Tensor token_type_ids, Tensor position_ids, Tensor word, "
-    "Tensor token_type, Tensor position, Tensor weight, Tensor ln_bias, float eps, int? padding_idx) -> Tensor",
+    "embedding_layer_norm(Tensor? input_ids, Tensor? token_type_ids, Tensor position_ids, Tensor word, "
+    "Tensor? token_type, Tensor position, Tensor weight, Tensor ln_bias, float eps, int? padding_idx) -> Tensor",
     kernel=_kernel,
     eager=_eager,
     fake=lambda input_ids, token_type_ids, position_ids, word, *rest: word.new_empty(
@@ -84,10 +88,10 @@ def obstacle(hidden_size: int, *tensors: torch.Tensor | None) -> str | None:
 
 def embedding_layer_norm(
     input_ids: torch.Tensor | None,
-    token_type_ids: torch.Tensor,
+    token_type_ids: torch.Tensor | None,
     position_ids: torch.Tensor,
     word: torch.Tensor,
-    token_type: torch.Tensor,
+    token_type: torch.Tensor | None,
     position: torch.Tensor,
     weight: torch.Tensor,
     ln_bias: torch.Tensor,
@@ -102,9 +106,12 @@ def embedding_layer_norm(
 
     Ids: (T,), int32 or int64; they are not checked against the tables here, `check_ids` does that. Tables: word (V, H),
     token_type (types, H), position (P, H); weight, ln_bias: (H,). inputs_embeds, (T, H), stands for word[input_ids]
-    where input_ids is None. padding_idx: the word whose row gets no gradient. Returns (T, H) in the tables' dtype.
+    where input_ids is None. token_type and token_type_ids None: a model without segments, and no such term.
+    padding_idx: the word whose row gets no gradient. Returns (T, H) in the tables' dtype.
     """
     hidden_size = word.shape[1]
+    if (token_type is None) != (token_type_ids is None):
+        raise ValueError("token_type, token_type_ids: expected both or neither")
     if (input_ids is None) == (inputs_embeds is None):
         raise ValueError("input_ids, inputs_embeds: expected exactly one of the two")
     if inputs_embeds is not None and inputs_embeds.shape != (position_ids.shape[0], hidden_size):

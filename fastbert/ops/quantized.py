@@ -171,10 +171,10 @@ def bias_residual_layer_norm(
 
 def embedding_layer_norm(
     input_ids: Tensor | None,
-    token_type_ids: Tensor,
+    token_type_ids: Tensor | None,
     position_ids: Tensor,
     word: Tensor,
-    token_type: Tensor,
+    token_type: Tensor | None,
     position: Tensor,
     weight: Tensor,
     ln_bias: Tensor,
@@ -185,9 +185,11 @@ def embedding_layer_norm(
 ) -> tuple[Tensor, Quantized]:
     """`ops.embedding_layer_norm`, and beside it the same rows in 8 bits, one scale a row (int8: rotated).
 
-    Without input_ids, word is the embeddings themselves, (T, H).
+    Without input_ids, word is the embeddings themselves, (T, H); without token_type there are no segments.
     """
     tables = word, token_type, position, weight, ln_bias
+    if token_type is None:
+        token_type_ids = None
     arguments = input_ids, token_type_ids, position_ids, *tables, eps, precision
     _check_width(word.shape[1], precision)
     why_not = embedding.obstacle(word.shape[1], *tables)
@@ -371,8 +373,8 @@ _Q_LAYER_NORM = _register(
     lambda x, *rest: (x.new_empty(x.shape), *_fake_8_bit(x, x.shape[0], x.shape[1], 1, DTYPES[rest[-1]])),
 )
 _Q_EMBEDDING = _register(
-    "embedding_layer_norm_quantized(Tensor? input_ids, Tensor token_type_ids, Tensor position_ids, Tensor word, "
-    "Tensor token_type, Tensor position, Tensor weight, Tensor ln_bias, float eps, str precision) "
+    "embedding_layer_norm_quantized(Tensor? input_ids, Tensor? token_type_ids, Tensor position_ids, Tensor word, "
+    "Tensor? token_type, Tensor position, Tensor weight, Tensor ln_bias, float eps, str precision) "
     "-> (Tensor, Tensor, Tensor)",
     _embedding_kernel,
     lambda *args: _normalized(embedding._eager(*[*args[:-1], None]), args[-1]),

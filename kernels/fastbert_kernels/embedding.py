@@ -3,7 +3,8 @@
     out[t] = LayerNorm(word[input_ids[t]] + token_type[token_type_ids[t]] + position[position_ids[t]])
 
 Ids: (T,), int32 or int64. Tables: word (V, H), position (P, H), token_type (2, H); weight, ln_bias (H,);
-fp32 / bf16 / fp16; out (T, H). Without input_ids the word rows are given directly as word = inputs_embeds (T, H).
+fp32 / bf16 / fp16; out (T, H). Without input_ids the word rows are given directly as word = inputs_embeds (T, H);
+without a token_type table (DistilBERT has none) its term and its ids are left out.
 Arithmetic in float32, one rounding. Bytes moved: T * H elements read (the small tables stay in cache), T * H written.
 Ids are not checked here; a caller checks them on the host before. A row's bits do not depend on the batch, as in
 layer_norm.py: its sum is elementwise, and its LayerNorm that of a whole row.
@@ -27,10 +28,10 @@ IDS = ("input_ids_ptr", "token_type_ids_ptr", "position_ids_ptr")
 @triton.jit(do_not_specialize=["n_rows"], do_not_specialize_on_alignment=IDS)
 def _embedding_layer_norm_kernel(
     input_ids_ptr,  # (T,) or None
-    token_type_ids_ptr,  # (T,)
+    token_type_ids_ptr,  # (T,) or None
     position_ids_ptr,  # (T,)
     word_ptr,  # (V, H), or (T, H) without input ids
-    token_type_ptr,  # (2, H)
+    token_type_ptr,  # (2, H) or None
     position_ptr,  # (P, H)
     weight_ptr,  # (H,)
     ln_bias_ptr,  # (H,)
@@ -45,6 +46,7 @@ def _embedding_layer_norm_kernel(
     eps,
     N_COLS: tl.constexpr,
     HAS_INPUT_IDS: tl.constexpr,
+    HAS_TOKEN_TYPES: tl.constexpr,
     QUANTIZE: tl.constexpr,
     INT8: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
@@ -60,14 +62,15 @@ def _embedding_layer_norm_kernel(
         word_rows = tl.load(input_ids_ptr + row_offs, mask=row_mask, other=0).to(tl.int64)
     else:
         word_rows = row_offs
-    token_type_rows = tl.load(token_type_ids_ptr + row_offs, mask=row_mask, other=0).to(tl.int64)
     position_rows = tl.load(position_ids_ptr + row_offs, mask=row_mask, other=0).to(tl.int64)
 
     word_offs = word_rows[:, None] * word_row_stride + col_offs[None, :]
-    token_type_offs = token_type_rows[:, None] * token_type_row_stride + col_offs[None, :]
     position_offs = position_rows[:, None] * position_row_stride + col_offs[None, :]
     x = tl.load(word_ptr + word_offs, mask=mask, other=0.0).to(tl.float32)
-    x += tl.load(token_type_ptr + token_type_offs, mask=mask, other=0.0).to(tl.float32)
+    if HAS_TOKEN_TYPES:
+        token_type_rows = tl.load(token_type_ids_ptr + row_offs, mask=row_mask, other=0).to(tl.int64)
+        token_type_offs = token_type_rows[:, None] * token_type_row_stride + col_offs[None, :]
+        x += tl.load(token_type_ptr + token_type_offs, mask=mask, other=0.0).to(tl.float32)
     x += tl.load(position_ptr + position_offs, mask=mask, other=0.0).to(tl.float32)
 
     weight = tl.load(weight_ptr + col_offs, mask=col_offs < N_COLS, other=0.0).to(tl.float32)
@@ -85,10 +88,10 @@ def _embedding_layer_norm_kernel(
 
 def embedding_layer_norm_forward(
     input_ids: torch.Tensor | None,
-    token_type_ids: torch.Tensor,
+    token_type_ids: torch.Tensor | None,
     position_ids: torch.Tensor,
     word: torch.Tensor,
-    token_type: torch.Tensor,
+    token_type: torch.Tensor | None,
     position: torch.Tensor,
     weight: torch.Tensor,
     ln_bias: torch.Tensor,
@@ -97,6 +100,7 @@ def embedding_layer_norm_forward(
 ) -> torch.Tensor:
     """(T,) ids -> (T, H) in the tables' dtype. Without input_ids, word is (T, H) and taken row by row.
 
+    token_type None: no segments, whatever token_type_ids says.
     quantized: buffers to fill with the same rows in 8 bits, as for `bias_residual_layer_norm_forward`.
     """
     n_rows, n_cols = position_ids.shape[0], word.shape[1]
@@ -110,7 +114,7 @@ def embedding_layer_norm_forward(
         (triton.cdiv(n_rows, config["BLOCK_ROWS"]),),
         config,
         input_ids_ptr=input_ids,
-        token_type_ids_ptr=token_type_ids,
+        token_type_ids_ptr=token_type_ids if token_type is not None else None,
         position_ids_ptr=position_ids,
         word_ptr=word,
         token_type_ptr=token_type,
@@ -122,12 +126,13 @@ def embedding_layer_norm_forward(
         q_scale_ptr=quantized[1] if quantized is not None else None,
         n_rows=n_rows,
         word_row_stride=word.stride(0),
-        token_type_row_stride=token_type.stride(0),
+        token_type_row_stride=token_type.stride(0) if token_type is not None else 0,
         position_row_stride=position.stride(0),
         out_row_stride=out.stride(0),
         eps=eps,
         N_COLS=n_cols,
         HAS_INPUT_IDS=input_ids is not None,
+        HAS_TOKEN_TYPES=token_type is not None,
         QUANTIZE=quantized is not None,
         INT8=quantized is not None and quantized[0].dtype == torch.int8,
     )

@@ -199,15 +199,16 @@ def cases(dtype: str) -> Iterator[Case]:
                 variant, archs = activation + ("" if bias is not None else "-bias"), nowhere if bias is None else rows
                 call = partial(gelu.bias_gelu_forward, tensor(n_rows, i), bias, activation)
                 yield case("gelu", variant=variant, archs=archs, call=call)
-        for variant, input_ids, other_ids, archs in (
-            ("ids", ids, ids, rows),
-            ("int32 ids", ids32, ids32, nowhere),
-            ("embeds", None, ids, more),
+        for variant, input_ids, types, positions, archs in (
+            ("ids", ids, ids, ids, rows),
+            ("int32 ids", ids32, ids32, ids32, nowhere),
+            ("embeds", None, ids, ids, more),
+            ("without segments", ids, None, ids, more),
         ):
             word = x if input_ids is None else tensor(1000, h)
-            tables = word, tensor(2, h), tensor(512, h)
+            tables = word, None if types is None else tensor(2, h), tensor(512, h)
             call = partial(
-                embedding.embedding_layer_norm_forward, input_ids, other_ids, other_ids, *tables, weight, weight, 1e-12
+                embedding.embedding_layer_norm_forward, input_ids, types, positions, *tables, weight, weight, 1e-12
             )
             yield case("embedding", variant=variant, archs=archs, call=call)
         for mode in pooling.MODES if model != "large" else ("mean",):

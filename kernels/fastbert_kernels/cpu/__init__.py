@@ -170,17 +170,21 @@ def linear_forward(
     return out
 
 
+def _address(tensor: torch.Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
 @dataclass(frozen=True)
 class Encoder:
     """The weights of an encoder, all of one dtype that `multiplies`, as `encoder_forward` reads them.
 
-    embeddings: word, token type and position table, weight and bias of the LayerNorm, or none, for embeddings that are
-    made elsewhere. layers: twelve tensors each: packed weight and bias of the fused query, key and value, and of the
+    embeddings: word, token type (or None) and position table, weight and bias of the LayerNorm; or nothing, where
+    they are made elsewhere. layers: twelve tensors each: packed weight, bias of fused query, key and value, and of the
     output projection, weight and bias of a LayerNorm, then the same of the two linears that follow and the last
     LayerNorm. All contiguous. hidden_size: at most MAX_HIDDEN, and head size a multiple of 16.
     """
 
-    embeddings: tuple[torch.Tensor, ...]
+    embeddings: tuple[torch.Tensor | None, ...]
     layers: tuple[tuple[torch.Tensor, ...], ...]
     hidden_size: int
     intermediate_size: int
@@ -189,13 +193,10 @@ class Encoder:
     eps: float
 
     @functools.cached_property
-    def addresses(self) -> tuple[Any, Any]:
+    def addresses(self) -> tuple[Any, ...]:
         """Of the embeddings and of the layers' tensors, one after the other."""
         flat = [tensor for layer in self.layers for tensor in layer]
-        embeddings, layers = (
-            (ctypes.c_void_p * len(ts))(*(t.data_ptr() for t in ts)) for ts in (self.embeddings, flat)
-        )
-        return embeddings, layers
+        return tuple((ctypes.c_void_p * len(some))(*map(_address, some)) for some in (self.embeddings, flat))
 
     def workspace_size(self, n_tokens: int) -> int:
         """How many elements `encoder_forward` needs beside its output."""
@@ -204,19 +205,19 @@ class Encoder:
 
 def encoder_forward(
     encoder: Encoder,
-    ids: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None,
+    ids: tuple[torch.Tensor, torch.Tensor | None, torch.Tensor] | None,
     x: torch.Tensor,
     cu_seqlens_cpu: torch.Tensor,
     workspace: torch.Tensor,
 ) -> torch.Tensor:
     """Embeddings and layers over packed tokens, into x, (T, H), which is returned.
 
-    ids: words, token types and positions, (T,) int64, contiguous and within their tables; None where x holds the
-    embeddings. cu_seqlens_cpu: (B + 1,) int32. workspace: as many elements as workspace_size says, of x's dtype.
+    ids: words, token types (or None) and positions, (T,) int64, contiguous and within their tables; None where x holds
+    the embeddings. cu_seqlens_cpu: (B + 1,) int32. workspace: as many elements as workspace_size says, of x's dtype.
     """
     embeddings, layers = encoder.addresses
     offsets = cu_seqlens_cpu.contiguous()
-    pointers = (None, None, None) if ids is None else [t.data_ptr() for t in ids]
+    pointers = map(_address, (None, None, None) if ids is None else ids)
     status = _function("encode", x.dtype)(
         *pointers, embeddings, offsets.data_ptr(), len(offsets) - 1, layers, x.data_ptr(), workspace.data_ptr(),
         x.shape[0], encoder.hidden_size, encoder.intermediate_size, encoder.num_heads, len(encoder.layers),

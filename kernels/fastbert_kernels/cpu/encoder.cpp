@@ -65,9 +65,11 @@ void embed(const int64_t* ids, const int64_t* types, const int64_t* positions, c
         float row[MAX_HIDDEN];
 #pragma omp for schedule(static)
         for (int64_t r = 0; r < sizes.n_rows; r++) {
-            const T *a = words + ids[r] * n, *b = type_table + types[r] * n, *c = position_table + positions[r] * n;
+            const T *a = words + ids[r] * n, *b = position_table + positions[r] * n;
+            const T* c = type_table == NULL ? NULL : type_table + types[r] * n;
             const auto total = [=](int64_t j) {
-                return to_floats(a + j, n - j) + to_floats(b + j, n - j) + to_floats(c + j, n - j);
+                const vf both = to_floats(a + j, n - j) + to_floats(b + j, n - j);
+                return c == NULL ? both : both + to_floats(c + j, n - j);
             };
             normalize(total, x + r * n, weight, bias, n, sizes.eps, row);
         }
@@ -76,7 +78,7 @@ void embed(const int64_t* ids, const int64_t* types, const int64_t* positions, c
 
 }  // namespace
 
-// ids, types, positions: (T,). embeddings: word, token type and position table, weight and bias of the LayerNorm. layers: of
+// ids, types, positions: (T,). embeddings: word, token type (or NULL) and position table, weight and bias of the LayerNorm. layers: of
 // each, what Layer names, the four weights packed, in order. x: (T, H), becomes the last hidden state; where ids is NULL
 // it holds the embeddings. workspace: (T, 5 H + I). H is at most MAX_HIDDEN. 0, or what `attention` returns.
 #define ENCODER(name, T)                                                                                              \

@@ -1,0 +1,95 @@
+"""Models of transformers of every family with random weights, and our twins of them: for the tests of families."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+
+import fastbert
+from fastbert.families import FAMILIES
+from model_cases import BATCH, LENGTH, POSITIONS, VOCAB, generator, mask, randomise
+
+OTHERS = ("roberta", "xlm-roberta", "camembert", "distilbert", "electra")
+# One for each way of being different: positions, segments and names, projection.
+KINDS = ("roberta", "distilbert", "electra")
+SIZES = {"hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 2, "intermediate_size": 37}
+DISTILBERT_SIZES = {"dim": 32, "n_heads": 2, "n_layers": 2, "hidden_dim": 37}
+
+
+def head_names(model_type: str) -> list[str]:
+    """Our classes that the family has, but for the bare model."""
+    return [f"BertFor{task}" for task in FAMILIES[model_type].heads]
+
+
+WITH_HEADS = [(model_type, name) for model_type in OTHERS for name in head_names(model_type)]
+
+
+def their_class(model_type: str, name: str) -> Any:
+    return getattr(transformers, FAMILIES[model_type].class_name(name))
+
+
+def config_of_transformers(model_type: str, name: str = "BertModel", **options: Any) -> Any:
+    family = FAMILIES[model_type]
+    settings: dict[str, Any] = {
+        "vocab_size": VOCAB,
+        "max_position_embeddings": POSITIONS,
+        "num_labels": 2 if "Question" in name else 3,
+        "attn_implementation": "eager",
+        **(DISTILBERT_SIZES if model_type == "distilbert" else SIZES),
+    }
+    if family.projection:
+        settings["embedding_size"] = 24
+    if model_type == "xlm-roberta":
+        settings["pad_token_id"] = 5  # positions count from it: not from a 1 that stands in the code
+    return their_class(model_type, name).config_class(**{**settings, **options})
+
+
+@functools.cache
+def theirs(model_type: str, name: str = "BertModel", **options: Any) -> Any:
+    """transformers' model in float64, in eval mode, every parameter random. Cached: `copy.deepcopy` before a change."""
+    model = their_class(model_type, name)(config_of_transformers(model_type, name, **options)).double().eval()
+    randomise(model)
+    with torch.no_grad():
+        for parameter_name, parameter in model.named_parameters():
+            if parameter_name.endswith("layer_norm.weight"):
+                parameter.add_(1.0)  # which `randomise` knows under BERT's names alone
+    return model
+
+
+def our_state(model: Any, task: str | None = None) -> dict[str, Tensor]:
+    """The state dict of a model of transformers under our names."""
+    family = FAMILIES[model.config.model_type]
+    return {family.state_to_ours(name, task): tensor for name, tensor in model.state_dict().items()}
+
+
+def twin(model: Any, name: str = "BertModel", dtype: torch.dtype = torch.float64, **how: Any) -> Any:
+    """Our model with the weights of a model of transformers, rounded to dtype."""
+    config = fastbert.BertConfig.from_dict(model.config.to_dict())
+    device = how.pop("device", "cpu")
+    ours = getattr(fastbert, name)(config, **{"backend": "cpu", "strict": True, **how}).to(device, dtype)
+    state = our_state(model, getattr(ours, "task", None))
+    if "cls.predictions.bias" in ours.state_dict():
+        state.setdefault("cls.predictions.decoder.bias", state["cls.predictions.bias"])
+    ours.load_state_dict(state)
+    return ours.eval()
+
+
+def make_batch(model_type: str, kind: str = "right", padded: bool = True) -> dict[str, Any]:
+    """Ids and mask. padded: the padding id stands wherever the mask has no token; it may stand at a token as well."""
+    ids = torch.randint(VOCAB, (BATCH, LENGTH), generator=generator(3))
+    attention_mask = mask(kind)
+    if padded and attention_mask is not None:
+        pad = config_of_transformers(model_type).pad_token_id
+        ids = ids.masked_fill(attention_mask == 0, pad)
+    return {"input_ids": ids, "attention_mask": attention_mask}
+
+
+def run(model: Any, batch: dict[str, Any], **options: Any) -> Any:
+    """The model's output, without gradients, with the batch on its device."""
+    on_device = {name: t.to(model.device) if isinstance(t, Tensor) else t for name, t in batch.items()}
+    with torch.no_grad():
+        return model(**on_device, **options)
