@@ -20,11 +20,11 @@ ones, then) or more tiles, takes the plain path. The result is copied out before
 caller holds is his. Intermediate memory comes from one pool that all graphs of a model share, for no two of them
 run at a time.
 
-What ends a graph. It reads weights at their addresses, and some that are derived from them, such as the fused QKV
-matrix. Before each replay the addresses and PyTorch's counts of writes are compared (`Watch`): where one differs,
-all graphs are dropped, and captured again when they are next needed; so they are by train(), to() and another
-policy. Hooks, adapters, patched forwards, training mode, gradients, autocast, torch.compile and dispatch modes such
-as FlopCounterMode take the plain path, in exactly T rows.
+What ends a graph. It reads weights at their addresses, and some that are derived from them: the fused QKV matrix, or
+8-bit weights (fastbert.derived). Before each replay the addresses and PyTorch's counts of writes are compared
+(`Watch`): where one differs, all graphs are dropped, and captured again when they are next needed; so they are by
+train(), to() and another policy or precision. Hooks, adapters, patched forwards, training mode, gradients, autocast,
+torch.compile and dispatch modes such as FlopCounterMode take the plain path, in exactly T rows.
 
 How many. `MAX_GRAPHS` for a model; beyond, the one that was not used for longest goes. A bucket is captured at its
 first use. `fastbert.warmup` captures ahead, and from then on no batch makes a capture: one whose bucket has no
@@ -55,6 +55,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fastbert.derived import Derived
 from fastbert.ops import BackendError, Policy, attention
 from fastbert.varlen import PackedBatch
 
@@ -202,7 +203,9 @@ class Watch:
         self._children = tuple((module._modules, dict(module._modules)) for module in modules if module._modules)
         self._parameters = tuple(module._parameters for module in modules if module._parameters)
         self._dicts = tuple(module.__dict__ for module in modules)
-        self._deriving: tuple[Any, ...] = tuple(module for module in modules if "_look_again" in module.__dict__)
+        self._deriving: tuple[Any, ...] = tuple(
+            module for module in modules if isinstance(module.__dict__.get("derived"), Derived)
+        )
         self._hooks = tuple(
             hooks
             for module in modules
@@ -225,12 +228,12 @@ class Watch:
             and not any(map(contains, self._dicts, repeat("forward")))
         )
 
-    def looks_again(self) -> bool:
-        """Whether a module was asked to make what it derives from its weights anew (`_look_again`)."""
-        return any(module.__dict__["_look_again"] for module in self._deriving)
+    def changes(self) -> list[int]:
+        """How often what the modules derive from their weights has changed, or was asked to."""
+        return [module.__dict__["derived"].changes for module in self._deriving]
 
     def derived(self) -> list[tuple[int, ...]]:
-        """Where that is, up to date, of every module that has the attribute `_look_again`."""
+        """Where that is, up to date, of every module that has a `derived`."""
         return [module.derived_addresses() for module in self._deriving]
 
     def state(self) -> tuple[list[int], list[int]]:
