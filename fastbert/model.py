@@ -529,9 +529,7 @@ class BertModel(PreTrainedModel):
 
     def graphs_refused(self) -> str | None:
         """Why no batch of this model would run as a CUDA graph on any device, or None."""
-        if self.training:
-            return "the model is in training mode"
-        return None if self.precision is None else f"precision={self.precision!r} has no CUDA graphs yet"
+        return "the model is in training mode" if self.training else None
 
     def _encode_bucket(
         self, batch: PackedBatch, ids: tuple[Tensor, Tensor | None, Tensor], keep_states: bool
