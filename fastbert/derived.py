@@ -90,7 +90,7 @@ class Derived:
             return entry.tensors  # another thread has just made them
         with torch.inference_mode(False), torch.no_grad():
             tensors = make()
-            if entry is not None and looks_same and list(map(_form, entry.tensors)) == list(map(_form, tensors)):
+            if entry is not None and looks_same and _alike(entry.tensors, tensors):
                 for kept, fresh in zip(entry.tensors, tensors, strict=True):
                     kept.data.copy_(fresh)
                 tensors = entry.tensors
@@ -114,5 +114,11 @@ class Derived:
         return type(self), ()
 
 
-def _form(tensor: Tensor) -> tuple[Any, ...]:
-    return tensor.shape, tensor.dtype, tensor.device
+def _alike(tensors: tuple[Tensor, ...], others: tuple[Tensor, ...]) -> bool:
+    """Whether the one's numbers fit where the other's are. Those in a layout of a library's own stay where they are."""
+
+    def form(tensor: Tensor) -> tuple[Any, ...]:
+        return tensor.shape, tensor.dtype, tensor.device, tensor.layout
+
+    strided = all(tensor.layout == torch.strided for tensor in tensors)
+    return strided and list(map(form, tensors)) == list(map(form, others))

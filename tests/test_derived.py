@@ -101,6 +101,24 @@ def test_another_form_is_not_written_in_place() -> None:
     assert case.get()[0].shape == (6, 2) and first[0].shape == (4, 3)
 
 
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this PyTorch has no oneDNN")
+def test_packed_tensors() -> None:
+    """A mechanism that cannot keep what has no address: weights in oneDNN's own layout."""
+    derived, weight, x = Derived(), nn.Parameter(torch.ones(8, 16)), torch.ones(4, 16)
+
+    def product() -> Tensor:
+        ops: Any = torch.ops.mkldnn
+        with torch.no_grad():
+            (packed,) = derived.get("w", [weight], lambda: (ops._reorder_linear_weight(weight.detach(), None),), "key")
+            assert derived.get("w", [weight], lambda: (), "key")[0] is packed
+            return ops._linear_pointwise(x, packed, None, "none", [], "")
+
+    assert (product() == 16).all()
+    weight.data.mul_(2.0)
+    derived.look_again()
+    assert (product() == 32).all()
+
+
 def test_clear_and_copies() -> None:
     """Catches memory that stays after clear, or that copies and pickles carry along or share."""
     case = Case()
