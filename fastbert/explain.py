@@ -360,8 +360,13 @@ class _Explainer:
         n_heads, d = self.config.num_attention_heads, self.config.head_size
         why_not = attention.obstacle(d, self.hidden, part.dropout.p if part.training else 0.0)
         shapes = f"(T, {3 * h}) -> (T, {h}), {n_heads} heads of {d}"
-        config = ("attention_config", self.dtype, d)
-        yield self.attention_row(shapes, self.decide("attention", why_not), config, part)
+        decision = self.decide("attention", why_not)
+        row = self.attention_row(shapes, decision, ("attention_config", self.dtype, d), part)
+        yield row
+        short = self.short_texts(d) if row.backend == "triton" and self.policy.batch_invariant else None
+        if short is not None:
+            shapes = f"{shapes}, of texts of up to {short[0]['BLOCK_K']} tokens"
+            yield dataclasses.replace(row, shapes=shapes, block_sizes=short[0], source=short[1])
         yield from self.add_norm("attention.output", layer.attention.output, h)
         up = layer.intermediate
         yield from self.dense("intermediate.dense", up.dense, up.activation, f"(T, {h}) -> (T, {i})", i)
@@ -532,6 +537,14 @@ class _Explainer:
         if isinstance(found, launch.Config):
             return dict(found.block_sizes), found.source
         return dict(found), f"formula of fastbert_kernels.launch.{config}"
+
+    def short_texts(self, head_size: int) -> tuple[dict[str, int], str] | None:
+        """Block sizes, and their source, of attention's second launch, for short texts; None where there is none."""
+        from fastbert_kernels import launch
+
+        arch = launch.arch(self.device) if self.arch is None else self.arch
+        found = launch.short_attention_config(self.dtype, head_size, arch)
+        return None if found is None else (dict(found.block_sizes), found.source)
 
     def our_gemm(
         self, name: str, shapes: str, decision: Decision, module: nn.Module, epilogue: str, choice: str | None

@@ -15,16 +15,16 @@ without a graph.
 
 Static memory. A graph reads ids, cu_seqlens, seq_ids and the work list of attention in buffers that all buckets of
 one octave share, and leaves its result in one. The work list has as many tiles as T' tokens can ever need
-(fastbert_kernels.attention.max_tiles), the rest of them empty. What does not fit, more than T' sequences (empty
-ones, then) or more tiles, takes the plain path. The result is copied out before anybody else may replay: what a
-caller holds is his. Intermediate memory comes from one pool that all graphs of a model share, for no two of them
-run at a time.
+(fastbert_kernels.attention.max_tiles), the rest of them empty; in batch-invariant mode there is a second one, for short
+texts. What does not fit, more than T' sequences (empty ones, then) or more tiles, takes the plain path. The result is
+copied out before anybody else may replay: what a caller holds is his. Intermediate memory comes from one pool that all
+graphs of a model share, for no two of them run at a time.
 
-What ends a graph. It reads weights at their addresses, and some that are derived from them, such as the fused QKV
-matrix. Before each replay the addresses and PyTorch's counts of writes are compared (`Watch`): where one differs,
-all graphs are dropped, and captured again when they are next needed; so they are by train(), to() and another
-policy. Hooks, adapters, patched forwards, training mode, gradients, autocast, torch.compile and dispatch modes such
-as FlopCounterMode take the plain path, in exactly T rows.
+What ends a graph. It reads weights at their addresses, and some that are derived from them: the fused QKV matrix, or
+8-bit weights (fastbert.derived). Before each replay the addresses and PyTorch's counts of writes are compared
+(`Watch`): where one differs, all graphs are dropped, and captured again when they are next needed; so they are by
+train(), to() and another policy or precision. Hooks, adapters, patched forwards, training mode, gradients, autocast,
+torch.compile and dispatch modes such as FlopCounterMode take the plain path, in exactly T rows.
 
 How many. `MAX_GRAPHS` for a model; beyond, the one that was not used for longest goes. A bucket is captured at its
 first use. `fastbert.warmup` captures ahead, and from then on no batch makes a capture: one whose bucket has no
@@ -55,6 +55,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fastbert.derived import Derived
 from fastbert.ops import BackendError, Policy, attention
 from fastbert.varlen import PackedBatch
 
@@ -202,7 +203,9 @@ class Watch:
         self._children = tuple((module._modules, dict(module._modules)) for module in modules if module._modules)
         self._parameters = tuple(module._parameters for module in modules if module._parameters)
         self._dicts = tuple(module.__dict__ for module in modules)
-        self._deriving: tuple[Any, ...] = tuple(module for module in modules if "_look_again" in module.__dict__)
+        self._deriving: tuple[Any, ...] = tuple(
+            module for module in modules if isinstance(module.__dict__.get("derived"), Derived)
+        )
         self._hooks = tuple(
             hooks
             for module in modules
@@ -225,12 +228,12 @@ class Watch:
             and not any(map(contains, self._dicts, repeat("forward")))
         )
 
-    def looks_again(self) -> bool:
-        """Whether a module was asked to make what it derives from its weights anew (`_look_again`)."""
-        return any(module.__dict__["_look_again"] for module in self._deriving)
+    def changes(self) -> list[int]:
+        """How often what the modules derive from their weights has changed, or was asked to."""
+        return [module.__dict__["derived"].changes for module in self._deriving]
 
     def derived(self) -> list[tuple[int, ...]]:
-        """Where that is, up to date, of every module that has the attribute `_look_again`."""
+        """Where that is, up to date, of every module that has a `derived`."""
         return [module.derived_addresses() for module in self._deriving]
 
     def state(self) -> tuple[list[int], list[int]]:
@@ -247,13 +250,13 @@ class _Buffers:
     """The static memory of the buckets of one octave, up to `capacity` rows."""
 
     def __init__(self, capacity: int, n_tiles: int, hidden_size: int, dtype: torch.dtype, device: torch.device) -> None:
-        # Integers of attention, in one copy from the host: work list, seq_ids and cu_seqlens, each 16-byte aligned.
+        # Integers of attention, in one copy from the host: work lists, seq_ids and cu_seqlens, each 16-byte aligned.
         self.integers = torch.zeros(4 * n_tiles + 2 * capacity + 1, dtype=torch.int32, device=device)
         self.ids = torch.zeros(3, capacity, dtype=torch.int64, device=device)  # of words, segments and positions
         self.out = torch.zeros(capacity, hidden_size, dtype=dtype, device=device)
 
     def views(self, bucket: int, n_tiles: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Work list (W, 4), seq_ids (T',) and cu_seqlens (T' + 1,) of a bucket."""
+        """Work lists (W, 4), one after the other, seq_ids (T',) and cu_seqlens (T' + 1,) of a bucket."""
         parts = self.integers[: 4 * n_tiles + 2 * bucket + 1].split([4 * n_tiles, bucket, bucket + 1])
         return parts[0].view(n_tiles, 4), parts[1], parts[2]
 
@@ -349,8 +352,8 @@ class Graphs:
             missing = key not in self._graphs
             if self._failed or self._capturer is None or (missing and self.frozen):
                 return None
-            tiles = attention.host_work_list(batch, shape.dtype, shape.head_size, shape.policy)
-            if tiles.shape[0] > _max_tiles(bucket, shape):  # of neighbours that do not share tiles
+            tiles = _tiles(batch, bucket, shape)
+            if tiles is None:
                 return None
             capacity = 1 << (bucket - 1).bit_length()
             buffers = self._buffers.get(capacity)
@@ -360,7 +363,7 @@ class Graphs:
             try:
                 if missing and not self._capture(forward, buffers, bucket, batch, shape):
                     return None
-                _fill(buffers, bucket, _max_tiles(bucket, shape), tiles, batch, ids)
+                _fill(buffers, bucket, tiles, batch, ids)
                 self._graphs.move_to_end(key)
                 self._graphs[key].replay()
                 return buffers.out[: batch.n_tokens].clone()
@@ -370,7 +373,7 @@ class Graphs:
     @staticmethod
     def _make_buffers(capacity: int, shape: Shape) -> _Buffers:
         with torch.inference_mode(False):  # or nobody could write to them outside of inference mode
-            return _Buffers(capacity, _max_tiles(capacity, shape), shape.hidden_size, shape.dtype, shape.device)
+            return _Buffers(capacity, sum(_max_tiles(capacity, shape)), shape.hidden_size, shape.dtype, shape.device)
 
     def _capture(self, forward: Forward, buffers: _Buffers, bucket: int, batch: PackedBatch, shape: Shape) -> bool:
         """Captures the bucket's graph; False if it cannot be done."""
@@ -404,7 +407,8 @@ class Graphs:
         global _captures
         assert self._capturer is not None
         n_tiles = _max_tiles(bucket, shape)
-        work_list, seq_ids, cu_seqlens = buffers.views(bucket, n_tiles)
+        work_lists, seq_ids, cu_seqlens = buffers.views(bucket, sum(n_tiles))
+        work_list, *short_lists = work_lists.split(n_tiles)
         words, segments, positions = (row[:bucket] for row in buffers.ids)
         static = PackedBatch(
             cu_seqlens=cu_seqlens,
@@ -413,7 +417,8 @@ class Graphs:
             batch_size=bucket,
             padded_length=bucket,
         )
-        static = attention.with_plan(static, shape.dtype, shape.head_size, shape.policy, seq_ids, work_list)
+        plan = seq_ids, work_list, short_lists[0] if short_lists else None
+        static = attention.with_plan(static, shape.dtype, shape.head_size, shape.policy, plan)
 
         def function() -> None:
             buffers.out[:bucket].copy_(forward(words, segments, positions, static))
@@ -424,25 +429,39 @@ class Graphs:
         return graph
 
 
-def _max_tiles(bucket: int, shape: Shape) -> int:
-    return attention.max_tiles(bucket, shape.dtype, shape.head_size, shape.device)
+def _max_tiles(bucket: int, shape: Shape) -> list[int]:
+    """The lengths of the bucket's static work lists: one, or two where short sequences have their own."""
+    lengths = attention.max_tiles(bucket, shape.dtype, shape.head_size, shape.device, shape.policy)
+    return [length for length in lengths if length is not None]
+
+
+def _tiles(batch: PackedBatch, bucket: int, shape: Shape) -> Tensor | None:
+    """The batch's work lists, each filled up to its static length, (W, 4) on the CPU; None where one is too long."""
+    lists = attention.host_work_lists(batch, shape.dtype, shape.head_size, shape.policy)
+    n_tiles = _max_tiles(bucket, shape)
+    out, start = torch.zeros(sum(n_tiles), 4, dtype=torch.int32, device="cpu"), 0
+    for tiles, length in zip([tiles for tiles in lists if tiles is not None], n_tiles, strict=True):
+        if tiles.shape[0] > length:  # of neighbours that do not share tiles
+            return None
+        out[start : start + tiles.shape[0]] = tiles
+        start += length
+    return out
 
 
 def _fill(
     buffers: _Buffers,
     bucket: int,
-    n_tiles: int,
     tiles: Tensor,
     batch: PackedBatch,
     ids: tuple[Tensor, Tensor | None, Tensor],
 ) -> None:
     """Writes a batch where the bucket's graph reads it, on the current stream."""
-    n_tokens, n_seqs = batch.n_tokens, batch.batch_size
+    n_tokens, n_seqs, n_tiles = batch.n_tokens, batch.batch_size, tiles.shape[0]
     n_integers = 4 * n_tiles + bucket + n_seqs + 1
     integers = torch.zeros(n_integers, dtype=torch.int32, device="cpu", pin_memory=buffers.integers.is_cuda)
     offsets = batch.cu_seqlens_cpu.numpy()
-    work_list, seq_ids, cu_seqlens = np.split(integers.numpy(), [4 * n_tiles, 4 * n_tiles + bucket])
-    work_list[: tiles.numel()] = tiles.numpy().ravel()
+    work_lists, seq_ids, cu_seqlens = np.split(integers.numpy(), [4 * n_tiles, 4 * n_tiles + bucket])
+    work_lists[:] = tiles.numpy().ravel()
     seq_ids[:n_tokens] = np.repeat(np.arange(n_seqs, dtype=np.int32), np.diff(offsets))
     cu_seqlens[:] = offsets
     buffers.integers[:n_integers].copy_(integers, non_blocking=True)

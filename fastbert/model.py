@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from fastbert import cpu_encoder, graphs, ops, quantized, reference, varlen
 from fastbert.config import BertConfig
+from fastbert.derived import Derived
 from fastbert.families import AFTER_PADDING
 from fastbert.ops import Policy, attention, dispatch
 from fastbert.outputs import BaseModelOutputWithPooling
@@ -114,14 +115,12 @@ class BertSelfAttention(nn.Module):
         self.key = nn.Linear(config.hidden_size, config.hidden_size)
         self.value = nn.Linear(config.hidden_size, config.hidden_size)
         self.dropout = nn.Dropout(config.attention_probs_dropout_prob)
-        self._fused: tuple[Any, Tensor, Tensor] | None = None
-        self._look_again = False
+        self.derived = Derived()
 
     def fused_qkv(self) -> tuple[Tensor, Tensor]:
         """The three projections as one weight (3H, H) and bias (3H,), kept until one of the six parameters changes.
 
-        PyTorch keeps no count of writes through `.data`: after those, train() or eval() makes this look again. After
-        eval() the numbers are written to where they were, since a CUDA graph may read them there.
+        After a write through `.data`, which PyTorch does not count, train() or eval() makes this look again.
         """
         linears = (self.query, self.key, self.value)
         weights: list[Tensor] = [linear.weight for linear in linears]
@@ -129,44 +128,27 @@ class BertSelfAttention(nn.Module):
         parameters = weights + biases
         if any(p.dtype != parameters[0].dtype for p in parameters):
             raise RuntimeError(f"query, key, value: expected one dtype, got {[p.dtype for p in parameters]}")
-        tracked = torch.is_grad_enabled() and any(p.requires_grad for p in parameters)
-        if tracked or torch.compiler.is_compiling() or any(p.is_inference() for p in parameters):
-            return torch.cat(weights), torch.cat(biases)
-        state = [(p.data_ptr(), p._version, p.dtype, p.device) for p in parameters]
-        fused = self._fused
-        if fused is not None and fused[0][0] == state and not self._look_again:
-            return fused[1], fused[2]
-        with torch.inference_mode(False), torch.no_grad():
-            if fused is not None and fused[0][0] == state:
-                torch.cat(weights, out=fused[1].data)
-                torch.cat(biases, out=fused[2].data)
-                ops.forget_packed((fused[1],))
-            else:
-                # The aliases keep the memory of a parameter that is replaced from being given to its successor, which
-                # would then look the same.
-                aliases = [p.detach() for p in parameters]
-                fused = (state, aliases), torch.cat(weights), torch.cat(biases)
-        if fused[1].is_cuda and not torch.cuda.is_current_stream_capturing():
-            torch.cuda.current_stream(fused[1].device).synchronize()  # other threads read it on streams of their own
-        self._fused, self._look_again = fused, False
-        return fused[1], fused[2]
+        fused: Any = self.derived.get("qkv", parameters, lambda: (torch.cat(weights), torch.cat(biases)))
+        return fused
 
     def derived_addresses(self) -> tuple[int, ...]:
         """Where the fused weight and bias are, up to date; nowhere if they are made on every call, or not at all."""
         if not (is_plain(self.query) and is_plain(self.key) and is_plain(self.value)):
             return ()
-        weight, bias = self.fused_qkv()
-        kept = self._fused is not None and weight is self._fused[1]
-        return (weight.data_ptr(), bias.data_ptr()) if kept else ()
+        return self.derived.addresses("qkv", self.fused_qkv())
 
     def train(self, mode: bool = True) -> BertSelfAttention:
-        self._look_again = True
+        ops.forget_packed(self.derived.tensors())  # packed from what is about to be written anew
         if mode:
-            self._fused = None
+            self.derived.clear()
+        else:
+            self.derived.look_again()
         return super().train(mode)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_fused": None}
+    def _replicate_for_data_parallel(self) -> BertSelfAttention:
+        replica: Any = super()._replicate_for_data_parallel()
+        replica.derived = Derived()  # its parameters are others
+        return replica
 
     def forward(self, x: Tensor, batch: PackedBatch, policy: Policy) -> Tensor:  # (T, H) -> (T, H)
         if is_plain(self.query) and is_plain(self.key) and is_plain(self.value):
@@ -307,7 +289,7 @@ class BertModel(PreTrainedModel):
         self.graphs = graphs.Graphs()
         self.cpu_encoder = cpu_encoder.CpuEncoder()
         self._watch: graphs.Watch | None = None
-        self._derived: tuple[Any, Any] = (None, None)
+        self._addresses: tuple[Any, Any] = (None, None)
         self.init_weights()
 
     def _report_missing(self, missing: list[str], src: str) -> list[str]:
@@ -524,7 +506,8 @@ class BertModel(PreTrainedModel):
         layers, project = self.encoder.layer, self.embeddings_project
         gather = functools.partial(cpu_encoder.gather, layers=layers, fused_qkv=BertSelfAttention.fused_qkv)
         make = functools.partial(gather, self.embeddings if project is None else None, config=self.config)
-        weights = self.cpu_encoder.weights(self._weights(), make)
+        self._weights()
+        weights = self.cpu_encoder.weights(self._addresses[0], make)
         if weights is None:
             return None
         if project is None:
@@ -549,10 +532,12 @@ class BertModel(PreTrainedModel):
             self.graphs.clear()
 
     def train(self, mode: bool = True) -> BertModel:
-        self.quantized_weights.clear()
         self.cpu_encoder.clear()
         if mode:
+            self.quantized_weights.clear()
             self.graphs.clear()
+        else:
+            self.quantized_weights.look_again()
         return super().train(mode)
 
     def _apply(self, *args: Any, **kwargs: Any) -> BertModel:
@@ -560,7 +545,12 @@ class BertModel(PreTrainedModel):
         return super()._apply(*args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_watch": None, "_derived": (None, None)}
+        return {**self.__dict__, "_watch": None, "_addresses": (None, None)}
+
+    def _replicate_for_data_parallel(self) -> BertModel:
+        replica: Any = super()._replicate_for_data_parallel()
+        replica.quantized_weights = quantized.QuantizedWeights()  # its parameters are others
+        return replica
 
     def graph_obstacle(self) -> str | None:
         """Why no batch runs in the rows of a bucket, as a CUDA graph or as if it were one, at the moment; or None."""
@@ -625,9 +615,7 @@ class BertModel(PreTrainedModel):
 
     def graphs_refused(self) -> str | None:
         """Why no batch of this model would run as a CUDA graph on any device, or None."""
-        if self.training:
-            return "the model is in training mode"
-        return None if self.precision is None else f"precision={self.precision!r} has no CUDA graphs yet"
+        return "the model is in training mode" if self.training else None
 
     def _encode_bucket(
         self, batch: PackedBatch, ids: tuple[Tensor, Tensor | None, Tensor], keep_states: bool
@@ -647,12 +635,16 @@ class BertModel(PreTrainedModel):
         return [state[: batch.n_tokens] for state in graphs.plainly(encode, batch, ids, shape)]
 
     def _weights(self) -> Any:
-        """Where the weights are that a graph reads, the fused ones too, and how often they were written to."""
+        """Where the weights are that a graph reads, derived ones too, and how often they were written to."""
         assert self._watch is not None
-        state = self._watch.state()
-        if state != self._derived[0] or self._watch.looks_again():
-            self._derived = state, self._watch.derived()
-        return self._derived
+        state = self._watch.state(), self.precision
+        # Read before the addresses are: what changes meanwhile is looked at the next time.
+        found = state, self._watch.changes(), self.quantized_weights.changes
+        if found != self._addresses[0]:
+            in_8_bits = self.precision is not None and quantized.choose(self) != quantized.UNQUANTISED
+            derived = quantized.addresses(self) if in_8_bits else self._watch.derived()
+            self._addresses = found, (state, derived)
+        return self._addresses[1]
 
     def _check_ids(
         self, batch: PackedBatch, input_ids: Tensor | None, token_type_ids: Tensor | None, position_ids: Tensor | None

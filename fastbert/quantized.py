@@ -13,12 +13,14 @@ int8 is the more exact of the two: benchmarks/NOTES.md has the figures.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from fastbert import ops
+from fastbert.derived import Derived
 from fastbert.ops import BackendError, Policy, dispatch
 from fastbert.ops.dispatch import Decision
 from fastbert.ops.quantized import Quantized
@@ -33,47 +35,30 @@ OP = "8-bit encoder"
 UNQUANTISED = "unquantised"
 
 
-class QuantizedWeights:
-    """8-bit weights derived from linears, kept until a parameter changes, as BertSelfAttention.fused_qkv does.
+class QuantizedWeights(Derived):
+    """8-bit weights derived from linears, kept until a parameter changes."""
 
-    PyTorch keeps no count of writes through `.data`: after those, train() or eval() makes this look again.
-    """
-
-    def __init__(self) -> None:
-        self._kept: dict[str, tuple[Any, Any, tuple[Quantized, Tensor]]] = {}
-
-    def clear(self) -> None:
-        self._kept.clear()
-
-    def get(self, name: str, precision: str, *linears: nn.Linear, rotated: bool) -> tuple[Quantized, Tensor]:
+    def of(self, precision: str, name: str, linears: Sequence[nn.Linear], rotated: bool) -> tuple[Quantized, Tensor]:
         """The linears as one: their weights one above the other, with a scale a row, and their biases.
 
         name: what they are kept under. rotated: whether their input is.
         """
+        data, scale, bias = self._tensors(precision, name, linears, rotated)
+        return Quantized(data, scale, data.shape[1]), bias
+
+    def addresses_of(self, precision: str, name: str, linears: Sequence[nn.Linear], rotated: bool) -> tuple[int, ...]:
+        """Where data, scales and biases are, up to date; nowhere if they are made on every call."""
+        return self.addresses(name, self._tensors(precision, name, linears, rotated))
+
+    def _tensors(self, precision: str, name: str, linears: Sequence[nn.Linear], rotated: bool) -> tuple[Tensor, ...]:
         weights: list[Tensor] = [linear.weight for linear in linears]
         biases: list[Tensor] = [linear.bias for linear in linears]
-        parameters = weights + biases
 
-        def make() -> tuple[Quantized, Tensor]:
+        def make() -> tuple[Tensor, ...]:
             weight = ops.quantized.quantize_weight(torch.cat(weights), precision, rotated=rotated)
-            return weight, torch.cat(biases)
+            return weight.data, weight.scale, torch.cat(biases)
 
-        if torch.compiler.is_compiling() or any(p.is_inference() for p in parameters):
-            return make()
-        state = precision, [(p.data_ptr(), p._version, p.dtype, p.device) for p in parameters]
-        kept = self._kept.get(name)
-        if kept is None or kept[0] != state:
-            with torch.inference_mode(False), torch.no_grad():
-                made = make()
-                device = weights[0].device
-                if device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
-                    torch.cuda.current_stream(device).synchronize()  # other threads read it on streams of their own
-                # The aliases keep a replaced parameter's memory from its successor, which would then look the same.
-                kept = self._kept[name] = state, [p.detach() for p in parameters], made
-        return kept[2]
-
-    def __reduce__(self) -> Any:
-        return QuantizedWeights, ()
+        return self.get(name, weights + biases, make, (precision, rotated))
 
 
 def layers_of(model: BertModel) -> list[BertLayer]:
@@ -173,7 +158,7 @@ def encode(
     """As BertEncoder after BertEmbeddings: the L + 1 hidden states, each (T, H), or the last. backend: of `choose`."""
     policy, precision = Policy(backend, strict=True), model.precision
     assert precision is not None
-    of, layers, turned = model.quantized_weights.get, layers_of(model), precision == "int8"
+    weights, layers = model.quantized_weights, layers_of(model)
     _refuse_gradients(model, inputs_embeds)
     operands = model.embeddings.operands(input_ids, inputs_embeds, model.policy)
     words: list[Any] = [operands[0], token_type_ids, position_ids, *operands[1:], precision]
@@ -181,16 +166,17 @@ def encode(
     states = [x]
     for i, layer in enumerate(layers):
         part, add, up, down = layer.attention.self, layer.attention.output, layer.intermediate, layer.output
-        weight, bias = of(f"{i}.qkv", precision, part.query, part.key, part.value, rotated=turned)
+        of_qkv, of_out, of_up, of_down = (weights.of(precision, *which) for which in _linears(i, layer, precision))
+        weight, bias = of_qkv
         qkv = ops.quantized.linear(q, weight, bias, x.dtype, policy=policy)
         context = ops.quantized.varlen_attention(qkv, batch, part.num_heads, precision, policy=policy)
-        weight, bias = of(f"{i}.out", precision, add.dense, rotated=False)
+        weight, bias = of_out
         y = ops.quantized.linear(context, weight, None, x.dtype, policy=policy)
         after = add.LayerNorm.weight, add.LayerNorm.bias, add.LayerNorm.eps
         x, q = ops.quantized.bias_residual_layer_norm(y, bias, x, *after, precision, policy=policy)
-        weight, bias = of(f"{i}.up", precision, up.dense, rotated=turned)
+        weight, bias = of_up
         inner = ops.quantized.linear_quantized(q, weight, bias, up.activation, policy=policy)
-        weight, bias = of(f"{i}.down", precision, down.dense, rotated=False)
+        weight, bias = of_down
         y = ops.quantized.linear(inner, weight, None, x.dtype, policy=policy)
         after = down.LayerNorm.weight, down.LayerNorm.bias, down.LayerNorm.eps
         if i + 1 < len(layers):
@@ -199,6 +185,29 @@ def encode(
             x = ops.bias_residual_layer_norm(y, bias, x, *after, policy=policy)
         states = [*states, x] if keep_states else [x]
     return states
+
+
+def _linears(i: int, layer: BertLayer, precision: str) -> list[tuple[str, tuple[nn.Linear, ...], bool]]:
+    """The four products of a layer: a name, the linears that are multiplied as one, whether their input is rotated."""
+    part, turned = layer.attention.self, precision == "int8"
+    return [
+        (f"{i}.qkv", (part.query, part.key, part.value), turned),
+        (f"{i}.out", (layer.attention.output.dense,), False),
+        (f"{i}.up", (layer.intermediate.dense,), turned),
+        (f"{i}.down", (layer.output.dense,), False),
+    ]
+
+
+@untraced
+def addresses(model: BertModel) -> list[tuple[int, ...]]:
+    """Where the 8-bit weights of every layer are kept, up to date: what a CUDA graph of the model reads."""
+    weights, precision = model.quantized_weights, model.precision
+    assert precision is not None
+    return [
+        weights.addresses_of(precision, *which)
+        for i, layer in enumerate(layers_of(model))
+        for which in _linears(i, layer, precision)
+    ]
 
 
 def _refuse_gradients(model: BertModel, inputs_embeds: Tensor | None) -> None:

@@ -19,7 +19,18 @@ LAZY = {"triton", "transformers", "sentence_transformers", "huggingface_hub", "t
 # A name is a module or a sub-package of fastbert; `__init__` is `import fastbert` itself.
 LAYERS: list[set[str]] = [
     {"fastbert_kernels"},
-    {"_version", "tracing", "families", "config", "checkpoint", "text_io", "tokenizer", "wordpiece", "varlen"},
+    {
+        "_version",
+        "tracing",
+        "derived",
+        "families",
+        "config",
+        "checkpoint",
+        "text_io",
+        "tokenizer",
+        "wordpiece",
+        "varlen",
+    },
     {"reference"},
     {"ops"},
     {"graphs", "cpu_encoder"},

@@ -208,7 +208,8 @@ target, dtype = GPUTarget("cuda", 90, 32), torch.bfloat16
 config = fastbert.BertConfig(
     vocab_size=101, hidden_size=96, num_hidden_layers=1, num_attention_heads=3, intermediate_size=128
 )
-model = fastbert.BertForMaskedLM(config, backend="triton", strict=True).eval().to(dtype)
+how = {"batch_invariant": True} if "batch_invariant" in sys.argv else {"backend": "triton", "strict": True}
+model = fastbert.BertForMaskedLM(config, **how).eval().to(dtype)
 
 
 def keys(lengths, offset=0, ids_dtype=torch.int64):
@@ -238,12 +239,13 @@ print(json.dumps([sorted(names), sorted(name for name, *_ in later - first)]))
 """
 
 
-def test_nothing_of_a_batch_makes_a_kernel(tmp_path: Path) -> None:
+@pytest.mark.parametrize("mode", ["default", "batch_invariant"])
+def test_nothing_of_a_batch_makes_a_kernel(mode: str, tmp_path: Path) -> None:
     """Catches a specialisation on a length, a count, an alignment or a dtype that changes from batch to batch.
 
     Token counts, sequences and work lists of 1, of multiples of 16 and of neither; ids of either dtype, anywhere.
     """
-    names, new = run(KEYS, cache=tmp_path, PYTHONPATH=os.pathsep.join([source_env()["PYTHONPATH"], "tests"]))
+    names, new = run(KEYS, mode, cache=tmp_path, PYTHONPATH=os.pathsep.join([source_env()["PYTHONPATH"], "tests"]))
     assert len(names) >= 5, names
     assert not new, f"compiled for one batch and not for another: {new}"
 

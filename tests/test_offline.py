@@ -125,7 +125,9 @@ def test_default_kernels_of_hopper(tmp_path):
         assert row.split()[1] == kernel["op"] and row.endswith("  ok")
         assert 0 < kernel["registers"] <= 255 and kernel["shared"] <= kernel["shared_limit"] == 227 * 1024
         assert ("UTMALDG" in kernel["async_copies"]) == (kernel["op"] == "linear")  # copies by descriptor
-        assert ("HGMMA" in kernel["tensor_cores"]) == ("HGMMA:" in row) == (kernel["op"] in ("linear", "attention"))
+        is_wide = kernel["op"] == "linear" or kernel["config"].get("BLOCK_Q", 0) >= 64  # rows, as wgmma wants
+        assert ("HGMMA" in kernel["tensor_cores"]) == ("HGMMA:" in row) == is_wide
+        assert bool(kernel["tensor_cores"]) == (kernel["op"] in ("linear", "attention"))
     assert f"{len(kernels)} kernels, at most {max(k['registers'] for k in kernels)} registers, 0 with" in done.stdout
 
 

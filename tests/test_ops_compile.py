@@ -10,6 +10,7 @@ from fastbert.ops import Policy
 from helpers import cu_seqlens_of, operations_called, rms_error
 
 TRITON = Policy("triton", strict=True)
+INVARIANT = Policy(batch_invariant=True)
 H, N = 32, 2
 LENGTHS = [5, 1, 20, 9]
 BATCH = {}
@@ -32,7 +33,8 @@ def cases(device):
     ids = [torch.randint(0, size, (n,), device=device) for size in (50, 2, 30)]
     cu_seqlens = cu_seqlens_of(LENGTHS, device)
     batch = batch_on(device)
-    ops.prepare_attention(batch, torch.float32, H // N, TRITON)
+    for policy in (TRITON, INVARIANT):
+        ops.prepare_attention(batch, torch.float32, H // N, policy)
     return {
         "layer_norm": (
             lambda x, r, b, w, lb: ops.bias_residual_layer_norm(x, b, r, w, lb, 1e-5, policy=TRITON),
@@ -49,6 +51,10 @@ def cases(device):
             (*ids, rand(50, H), rand(2, H), rand(30, H), ln_weight, ln_bias),
         ),
         "attention": (lambda qkv: ops.varlen_attention(qkv, batch, N, policy=TRITON), (rand(n, 3 * H),)),
+        "attention, two work lists": (
+            lambda qkv: ops.varlen_attention(qkv, batch, N, policy=INVARIANT),
+            (rand(n, 3 * H),),
+        ),
         "attention, not prepared": (
             lambda qkv, cu, cu_cpu: torch.ops.fastbert.varlen_attention(qkv, cu, cu_cpu, None, None, N, 0.25),
             (rand(n, 3 * H), batch.cu_seqlens, batch.cu_seqlens_cpu),

@@ -79,6 +79,7 @@ def _eager(
     work_list: torch.Tensor | None,
     num_heads: int,
     scale: float,
+    short_list: torch.Tensor | None = None,
 ) -> torch.Tensor:
     return _grouped_from_lengths(qkv, cu_seqlens_cpu, num_heads, scale)
 
@@ -119,6 +120,7 @@ def _kernel(
     work_list: torch.Tensor | None,
     num_heads: int,
     scale: float,
+    short_list: torch.Tensor | None = None,
     quantized: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> torch.Tensor:
     from fastbert_kernels.attention import varlen_attention_forward
@@ -126,15 +128,18 @@ def _kernel(
     if seq_ids is None:
         seq_ids = sequence_ids(cu_seqlens, qkv.shape[0])
     if work_list is None:
-        work_list = _work_list(cu_seqlens_cpu, qkv.dtype, qkv.shape[1] // (3 * num_heads), qkv.device).to(qkv.device)
+        head_size = qkv.shape[1] // (3 * num_heads)
+        work_list = _work_lists(cu_seqlens_cpu, qkv.dtype, head_size, qkv.device, share=True)[0].to(qkv.device)
     qkv = qkv if qkv.stride(-1) == 1 else qkv.contiguous()
-    return varlen_attention_forward(qkv, cu_seqlens, seq_ids, work_list, num_heads, scale, quantized)
+    return varlen_attention_forward(
+        qkv, cu_seqlens, seq_ids, work_list, num_heads, scale, quantized, short_list=short_list
+    )
 
 
 def _backward(grad: torch.Tensor, qkv: torch.Tensor, *rest: Any) -> tuple[torch.Tensor | None, ...]:
-    _, cu_seqlens_cpu, _, _, num_heads, scale = rest
+    _, cu_seqlens_cpu, _, _, num_heads, scale, *_ = rest
     d_qkv = torch.ops.fastbert.varlen_attention_backward(grad, qkv, cu_seqlens_cpu, num_heads, scale)
-    return d_qkv, None, None, None, None, None, None
+    return d_qkv, *(None for _ in rest)
 
 
 def _grouped_op_backward(grad: torch.Tensor, *inputs: Any) -> tuple[torch.Tensor | None, ...]:
@@ -147,7 +152,7 @@ def _fake(qkv: torch.Tensor, *rest: Any) -> torch.Tensor:
 
 register(
     "varlen_attention(Tensor qkv, Tensor cu_seqlens, Tensor cu_seqlens_cpu, Tensor? seq_ids, Tensor? work_list, "
-    "int num_heads, float scale) -> Tensor",
+    "int num_heads, float scale, Tensor? short_list=None) -> Tensor",
     kernel=_kernel,
     eager=_eager,
     fake=_fake,
@@ -206,30 +211,39 @@ def obstacle(head_size: int, qkv: torch.Tensor, dropout_p: float = 0.0) -> str |
     return dispatch.dtype_obstacle(qkv) or dispatch.dropout_obstacle(dropout_p)
 
 
-def _work_list(
-    cu_seqlens_cpu: torch.Tensor, dtype: torch.dtype, head_size: int, device: torch.device, share: bool = True
-) -> torch.Tensor:
-    """(W, 4) int32, on the CPU, for the block sizes of the device."""
+# (seq_ids (T,), work list (W, 4), that of short sequences (W', 4) or None), int32: what the kernel needs of a batch.
+Plan = tuple[torch.Tensor, torch.Tensor, "torch.Tensor | None"]
+
+
+def _work_lists(
+    cu_seqlens_cpu: torch.Tensor, dtype: torch.dtype, head_size: int, device: torch.device, share: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """(W, 4) and, where sequences share no tile, (W', 4) of short ones; int32, on the CPU, for the device's tiles."""
     from fastbert_kernels import launch
     from fastbert_kernels.attention import build_work_list
 
-    block_q = launch.attention_config(dtype, head_size, launch.arch(device)).block_sizes["BLOCK_Q"]
-    return build_work_list(cu_seqlens_cpu.tolist(), block_q, share)
+    offsets, arch = cu_seqlens_cpu.tolist(), launch.arch(device)
+    block_q = launch.attention_config(dtype, head_size, arch).block_sizes["BLOCK_Q"]
+    short = None if share else launch.short_attention_config(dtype, head_size, arch)
+    if short is None:
+        return build_work_list(offsets, block_q, share), None
+    longest = short.block_sizes["BLOCK_K"]
+    long_list = build_work_list(offsets, block_q, False, longer_than=longest)
+    return long_list, build_work_list(offsets, short.block_sizes["BLOCK_Q"], False, up_to=longest)
 
 
 def _plan_key(dtype: torch.dtype, head_size: int, policy: Policy) -> tuple[Any, ...]:
     return "triton attention", dtype, head_size, policy.batch_invariant
 
 
-def _triton_plan(
-    batch: PackedBatch, dtype: torch.dtype, head_size: int, policy: Policy
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(seq_ids, work_list), made once a batch."""
+def _triton_plan(batch: PackedBatch, dtype: torch.dtype, head_size: int, policy: Policy) -> Plan:
+    """What the kernel needs, made once a batch."""
 
-    def make() -> tuple[torch.Tensor, torch.Tensor]:
-        share = not policy.batch_invariant
-        work_list = _work_list(batch.cu_seqlens_cpu, dtype, head_size, batch.device, share)
-        return batch.seq_ids, work_list.to(batch.device, non_blocking=True)
+    def make() -> Plan:
+        work_list, short_list = host_work_lists(batch, dtype, head_size, policy)
+        if short_list is not None:
+            short_list = short_list.to(batch.device, non_blocking=True)
+        return batch.seq_ids, work_list.to(batch.device, non_blocking=True), short_list
 
     return batch.plan(_plan_key(dtype, head_size, policy), make)
 
@@ -245,27 +259,31 @@ def in_more_rows(
     return replace(batch, position_ids=position_ids, _plans={_plan_key(qkv_dtype, head_size, policy): plan})
 
 
-def with_plan(
-    batch: PackedBatch, qkv_dtype: torch.dtype, head_size: int, policy: Policy, *plan: torch.Tensor
-) -> PackedBatch:
-    """The batch with a plan that the caller keeps for the triton backend: seq_ids (T,) and work_list (W, 4), int32.
-
-    Tiles of no rows, `0, 0, 0, 0`, may fill the work list up.
-    """
+def with_plan(batch: PackedBatch, qkv_dtype: torch.dtype, head_size: int, policy: Policy, plan: Plan) -> PackedBatch:
+    """The batch with a plan that the caller keeps for the triton backend. Tiles of no rows may fill its lists up."""
     return replace(batch, _plans={_plan_key(qkv_dtype, head_size, policy): plan})
 
 
-def host_work_list(batch: PackedBatch, qkv_dtype: torch.dtype, head_size: int, policy: Policy) -> torch.Tensor:
-    """The work list that the triton backend makes for the batch, (W, 4) int32, on the CPU."""
-    return _work_list(batch.cu_seqlens_cpu, qkv_dtype, head_size, batch.device, not policy.batch_invariant)
+def host_work_lists(
+    batch: PackedBatch, qkv_dtype: torch.dtype, head_size: int, policy: Policy
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The work lists that the triton backend makes for the batch, (W, 4) int32, on the CPU: all or long, and short."""
+    return _work_lists(batch.cu_seqlens_cpu, qkv_dtype, head_size, batch.device, not policy.batch_invariant)
 
 
-def max_tiles(n_tokens: int, qkv_dtype: torch.dtype, head_size: int, device: torch.device) -> int:
-    """The longest work list that n_tokens tokens can have where neighbours share tiles."""
+def max_tiles(
+    n_tokens: int, qkv_dtype: torch.dtype, head_size: int, device: torch.device, policy: Policy
+) -> tuple[int, int | None]:
+    """How long static work lists for n_tokens tokens are; None where there is no list of short sequences.
+
+    No batch needs a longer one where neighbours share tiles. Where they share none, ones of a few tokens each may.
+    """
     from fastbert_kernels import attention, launch
 
-    block_q = launch.attention_config(qkv_dtype, head_size, launch.arch(device)).block_sizes["BLOCK_Q"]
-    return attention.max_tiles(n_tokens, block_q)
+    arch = launch.arch(device)
+    block_q = launch.attention_config(qkv_dtype, head_size, arch).block_sizes["BLOCK_Q"]
+    short = launch.short_attention_config(qkv_dtype, head_size, arch) if policy.batch_invariant else None
+    return attention.max_tiles(n_tokens, block_q), None if short is None else attention.max_short_tiles(n_tokens)
 
 
 @untraced
@@ -305,9 +323,10 @@ def varlen_attention(
         unplanned = tracing and not batch.has_plan(_plan_key(qkv.dtype, head_size, policy))
         if unplanned and policy.batch_invariant:
             raise dispatch.BackendError("batch_invariant: a traced model needs the batch's plan: see prepare_attention")
-        seq_ids, work_list = (None, None) if unplanned else _triton_plan(batch, qkv.dtype, head_size, policy)
+        plan = None, None, None
+        seq_ids, work_list, short_list = plan if unplanned else _triton_plan(batch, qkv.dtype, head_size, policy)
         return torch.ops.fastbert.varlen_attention(
-            qkv, batch.cu_seqlens, batch.cu_seqlens_cpu, seq_ids, work_list, num_heads, scale
+            qkv, batch.cu_seqlens, batch.cu_seqlens_cpu, seq_ids, work_list, num_heads, scale, short_list
         )
     if backend == "cpu" and cpu_obstacle(head_size, qkv, dropout_p) is None:
         plain = type(qkv) is torch.Tensor and not (torch.is_grad_enabled() and qkv.requires_grad)

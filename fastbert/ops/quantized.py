@@ -213,7 +213,7 @@ def varlen_attention(
     key = attention._plan_key(qkv.dtype, head_size, policy)
     planned = not torch.compiler.is_compiling() or batch.has_plan(key)
     if planned and dispatch.decide("attention", policy, qkv.device, on_device).backend == "triton":
-        plan = attention._triton_plan(batch, qkv.dtype, head_size, policy)
+        plan = attention._triton_plan(batch, qkv.dtype, head_size, policy)[:2]
     arguments = qkv, batch.cu_seqlens, batch.cu_seqlens_cpu, *plan, num_heads, head_size**-0.5, precision
     data, scale = _run("attention", precision, policy, why_not, _Q_ATTENTION, *arguments)
     return Quantized(data, scale, head_size)
@@ -330,7 +330,7 @@ def _attention_kernel(*arguments: Any) -> tuple[Tensor, Tensor]:
     *rest, precision = arguments
     qkv, num_heads = rest[0], rest[5]
     buffers = _buffers(qkv, qkv.shape[1] // 3, num_heads, DTYPES[precision])
-    rest.append(buffers)
+    rest += [None, buffers]  # no list of short sequences
     attention._kernel(*rest)
     return buffers
 

@@ -18,7 +18,9 @@ reach the texts that share its tile.
 Where every sequence starts a tile of its own (`share=False` in the work list), a row's bits do not depend on the other
 sequences: it stands in the same place of its tile whatever the batch, its keys come in the same blocks, counted from
 the first of its sequence, and the same ones are masked. In a shared tile the blocks begin at the first key of another
-sequence, so sums are split elsewhere.
+sequence, so sums are split elsewhere. Sequences that are much shorter than BLOCK_Q then go into a list of their own
+(`short_list`), in tiles of 16 rows and with all their keys in one block. Which list that is depends on a sequence's own
+length and nothing else.
 
 Source: Dao, "FlashAttention-2", 2023, arXiv:2307.08691; online softmax after Milakov and Gimelshein, arXiv:1805.02867.
 """
@@ -90,6 +92,35 @@ def _attend(
     return acc, row_sum, row_max
 
 
+@triton.jit
+def _attend_once(
+    q,  # (BLOCK_Q, BLOCK_D)
+    k_block_ptr,  # (BLOCK_D, BLOCK_K)
+    v_block_ptr,  # (BLOCK_K, BLOCK_D)
+    key_start,
+    key_end,
+    row_first_key,  # (BLOCK_Q,)
+    row_end_key,  # (BLOCK_Q,)
+    kv_row_stride,
+    scale_log2,
+    d_mask,  # (BLOCK_D,)
+    INPUT_PRECISION: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """`_attend` of all keys, which are in one block: the same bits, without a running maximum and what it rescales."""
+    keys = key_start + tl.arange(0, BLOCK_K)
+    key_mask = keys < key_end
+    start = key_start.to(tl.int64) * kv_row_stride
+    k = tl.load(k_block_ptr + start, mask=d_mask[:, None] & key_mask[None, :], other=0.0)
+    v = tl.load(v_block_ptr + start, mask=key_mask[:, None] & d_mask[None, :], other=0.0)
+    scores = tl.dot(q, k, input_precision=INPUT_PRECISION)
+    own = (keys[None, :] >= row_first_key[:, None]) & (keys[None, :] < row_end_key[:, None])
+    scores = tl.where(own, scores, float("-inf"))
+    row_max = tl.maximum(tl.max(scores, axis=1) * scale_log2, LOWEST)
+    p = tl.exp2(scores * scale_log2 - row_max[:, None])
+    return tl.dot(p.to(v.dtype), v, input_precision=INPUT_PRECISION), tl.sum(p, axis=1)
+
+
 @triton.jit(do_not_specialize_on_alignment=["cu_seqlens_ptr"])  # a caller's, which may start anywhere
 def _varlen_attention_kernel(
     q_ptr,  # (T, N, D)
@@ -106,6 +137,7 @@ def _varlen_attention_kernel(
     HEAD_SIZE: tl.constexpr,
     QUANTIZE: tl.constexpr,
     INT8: tl.constexpr,
+    ONE_BLOCK: tl.constexpr,  # whether no tile of the work list has more than BLOCK_K keys
     INPUT_PRECISION: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -136,22 +168,28 @@ def _varlen_attention_kernel(
     k_block_ptr = k_ptr + key_offs[None, :] + d_offs[:, None]
     v_block_ptr = v_ptr + key_offs[:, None] + d_offs[None, :]
 
-    acc = tl.zeros((BLOCK_Q, BLOCK_D), dtype=tl.float32)
-    row_sum = tl.zeros((BLOCK_Q,), dtype=tl.float32)
-    row_max = tl.full((BLOCK_Q,), LOWEST, dtype=tl.float32)
+    if ONE_BLOCK:
+        acc, row_sum = _attend_once(
+            q, k_block_ptr, v_block_ptr, first_key, end_key, row_first_key, row_end_key, qkv_row_stride, scale_log2,
+            d_mask, INPUT_PRECISION, BLOCK_K,
+        )  # fmt: skip
+    else:
+        acc = tl.zeros((BLOCK_Q, BLOCK_D), dtype=tl.float32)
+        row_sum = tl.zeros((BLOCK_Q,), dtype=tl.float32)
+        row_max = tl.full((BLOCK_Q,), LOWEST, dtype=tl.float32)
 
-    # Only one sequence: whole blocks of keys need no mask. Several: every block does.
-    end_unmasked = first_key
-    if end_seq - first_seq == 1:
-        end_unmasked = first_key + (end_key - first_key) // BLOCK_K * BLOCK_K
-    acc, row_sum, row_max = _attend(
-        q, k_block_ptr, v_block_ptr, first_key, end_unmasked, row_first_key, row_end_key, qkv_row_stride, scale_log2,
-        d_mask, acc, row_sum, row_max, False, BLOCK_D != HEAD_SIZE, INPUT_PRECISION, BLOCK_K,
-    )  # fmt: skip
-    acc, row_sum, row_max = _attend(
-        q, k_block_ptr, v_block_ptr, end_unmasked, end_key, row_first_key, row_end_key, qkv_row_stride, scale_log2,
-        d_mask, acc, row_sum, row_max, True, BLOCK_D != HEAD_SIZE, INPUT_PRECISION, BLOCK_K,
-    )  # fmt: skip
+        # Only one sequence: whole blocks of keys need no mask. Several: every block does.
+        end_unmasked = first_key
+        if end_seq - first_seq == 1:
+            end_unmasked = first_key + (end_key - first_key) // BLOCK_K * BLOCK_K
+        acc, row_sum, row_max = _attend(
+            q, k_block_ptr, v_block_ptr, first_key, end_unmasked, row_first_key, row_end_key, qkv_row_stride,
+            scale_log2, d_mask, acc, row_sum, row_max, False, BLOCK_D != HEAD_SIZE, INPUT_PRECISION, BLOCK_K,
+        )  # fmt: skip
+        acc, row_sum, row_max = _attend(
+            q, k_block_ptr, v_block_ptr, end_unmasked, end_key, row_first_key, row_end_key, qkv_row_stride,
+            scale_log2, d_mask, acc, row_sum, row_max, True, BLOCK_D != HEAD_SIZE, INPUT_PRECISION, BLOCK_K,
+        )  # fmt: skip
 
     out = acc / tl.where(row_mask, row_sum, 1.0)[:, None]
     out_offs = rows.to(tl.int64)[:, None] * out_row_stride + head * HEAD_SIZE + d_offs[None, :]
@@ -162,12 +200,15 @@ def _varlen_attention_kernel(
     tl.store(out_ptr + out_offs, out.to(out_ptr.dtype.element_ty), mask=out_mask)
 
 
-def build_work_list(cu_seqlens: Sequence[int], block_q: int, share: bool = True) -> torch.Tensor:
+def build_work_list(
+    cu_seqlens: Sequence[int], block_q: int, share: bool = True, longer_than: int = 0, up_to: int | None = None
+) -> torch.Tensor:
     """The tiles of a batch: (W, 4) int32 on the CPU, each `first row, end row, first sequence, end sequence`.
 
     cu_seqlens are host integers. Sequences longer than block_q are cut into slices of block_q rows; runs of neighbours
     that fit a tile together share one, unless share is False. Sequences of length 0 get no rows. Tiles with the most
-    keys come first, so that the last programs to run are short ones.
+    keys come first, so that the last programs to run are short ones. longer_than, up_to: only sequences of more and of
+    at most so many tokens are in it; share must be False.
     """
     tiles: list[tuple[int, int, int, int]] = []
     n_seqs = len(cu_seqlens) - 1
@@ -175,7 +216,9 @@ def build_work_list(cu_seqlens: Sequence[int], block_q: int, share: bool = True)
     while seq < n_seqs:
         start, end = cu_seqlens[seq], cu_seqlens[seq + 1]
         next_seq = seq + 1
-        if end - start > block_q:
+        if end - start <= longer_than or (up_to is not None and end - start > up_to):
+            pass
+        elif end - start > block_q:
             tiles += [(row, min(row + block_q, end), seq, next_seq) for row in range(start, end, block_q)]
         else:
             while share and next_seq < n_seqs and cu_seqlens[next_seq + 1] - start <= block_q:
@@ -185,6 +228,14 @@ def build_work_list(cu_seqlens: Sequence[int], block_q: int, share: bool = True)
         seq = next_seq
     tiles.sort(key=lambda tile: cu_seqlens[tile[2]] - cu_seqlens[tile[3]])
     return torch.tensor(tiles, dtype=torch.int32).reshape(-1, 4)
+
+
+def max_short_tiles(n_tokens: int) -> int:
+    """How long a static list of the tiles of short sequences is: one for 4 tokens.
+
+    A sequence of 17 tokens has 2 tiles, 8.5 tokens each; only many texts of a few tokens need more than that.
+    """
+    return -(-n_tokens // 4)
 
 
 def max_tiles(n_tokens: int, block_q: int) -> int:
@@ -210,6 +261,7 @@ def varlen_attention_forward(
     scale: float,
     quantized: tuple[torch.Tensor, torch.Tensor] | None = None,
     config: dict[str, int] | None = None,
+    short_list: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """(T, 3 * N * D), laid out [q | k | v], -> (T, N * D) in the same dtype.
 
@@ -219,31 +271,43 @@ def varlen_attention_forward(
     cu_seqlens (B + 1,), seq_ids (T,) and work_list (W, 4), all int32 and on qkv's device; the work list must have been
     built for the BLOCK_Q of `config`, which is by default what `launch.attention_config` gives. Tiles of no rows in it
     cost next to nothing, and rows that no tile holds are left as they are. qkv needs unit stride along its last axis.
+
+    short_list: more tiles, of sequences of at most BLOCK_K of `launch.short_attention_config` tokens, built for its
+    BLOCK_Q; a second launch, also of an empty list, so that no later batch is the first to compile it.
     """
     n_rows, hidden_size = qkv.shape[0], qkv.shape[1] // 3
     head_size = hidden_size // num_heads
     out = launch.empty((n_rows, hidden_size), like=qkv) if quantized is None else quantized[0]
     if n_rows == 0:
         return out
-    # Grid: every tile of the work list, for every head.
-    launch.run(
-        _varlen_attention_kernel,
-        (work_list.shape[0], num_heads),
-        config or launch.attention_config(qkv.dtype, head_size, launch.arch(qkv.device)).block_sizes,
-        q_ptr=qkv,
-        k_ptr=qkv[:, hidden_size:],
-        v_ptr=qkv[:, 2 * hidden_size :],
-        out_ptr=out,
-        out_scale_ptr=quantized[1] if quantized is not None else None,
-        work_list_ptr=work_list,
-        seq_ids_ptr=seq_ids,
-        cu_seqlens_ptr=cu_seqlens,
-        qkv_row_stride=qkv.stride(0),
-        out_row_stride=out.stride(0),
-        scale_log2=scale * LOG2_E.value,
-        HEAD_SIZE=head_size,
-        QUANTIZE=quantized is not None,
-        INT8=out.dtype == torch.int8,
-        INPUT_PRECISION=launch.dot_precision(qkv.dtype),
-    )
+    for_arch = launch.arch(qkv.device)
+    config = config or launch.attention_config(qkv.dtype, head_size, for_arch).block_sizes
+    lists = [(work_list, config, False)]
+    if short_list is not None:
+        short = launch.short_attention_config(qkv.dtype, head_size, for_arch)
+        assert short is not None, "this tile has no smaller one for short sequences"
+        lists.append((short_list, short.block_sizes, True))
+    # Grid: every tile of a work list, for every head.
+    for tiles, block_sizes, one_block in lists:
+        launch.run(
+            _varlen_attention_kernel,
+            (tiles.shape[0], num_heads),
+            block_sizes,
+            q_ptr=qkv,
+            k_ptr=qkv[:, hidden_size:],
+            v_ptr=qkv[:, 2 * hidden_size :],
+            out_ptr=out,
+            out_scale_ptr=quantized[1] if quantized is not None else None,
+            work_list_ptr=tiles,
+            seq_ids_ptr=seq_ids,
+            cu_seqlens_ptr=cu_seqlens,
+            qkv_row_stride=qkv.stride(0),
+            out_row_stride=out.stride(0),
+            scale_log2=scale * LOG2_E.value,
+            HEAD_SIZE=head_size,
+            QUANTIZE=quantized is not None,
+            INT8=out.dtype == torch.int8,
+            ONE_BLOCK=one_block,
+            INPUT_PRECISION=launch.dot_precision(qkv.dtype),
+        )
     return out

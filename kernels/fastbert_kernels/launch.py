@@ -244,6 +244,35 @@ def _attention(dtype: torch.dtype, head_size: int, for_arch: int, shipped_only: 
     return Config({**config.block_sizes, "BLOCK_D": block_d}, config.source)
 
 
+SHORT_BLOCK_Q, MAX_SHORT = 16, 64  # the fewest rows that tl.dot takes; the most keys in one block
+
+
+def short_attention_config(dtype: torch.dtype, head_size: int, for_arch: int) -> Config | None:
+    """Tile of sequences that share none and are short: 16 query rows, all keys in one block of BLOCK_K.
+
+    Short are those of at most BLOCK_K tokens, which is half of `attention_config`'s BLOCK_Q: up to there, tiles of 16
+    rows hold fewer rows of nothing. None where BLOCK_Q is too small for that.
+    """
+    return _short_attention(dtype, head_size, for_arch, _recorded is not None, tables.generation)
+
+
+@functools.cache
+def _short_attention(
+    dtype: torch.dtype, head_size: int, for_arch: int, shipped_only: bool, generation: int
+) -> Config | None:
+    whole = _attention(dtype, head_size, for_arch, shipped_only, generation)
+    block_q, block_d = whole.block_sizes["BLOCK_Q"], whole.block_sizes["BLOCK_D"]
+    block_k = min(MAX_SHORT, block_q // 2)
+    if block_k < SHORT_BLOCK_Q:
+        return None
+    # As few as hold the tile without spills (offline report): a program is too short to gain by more. IEEE float32,
+    # whose products are multiply-adds, holds all operands in registers.
+    num_warps = max(1, block_d // 32 if dtype == torch.float32 else block_k * block_d // 4096)
+    block_sizes = {"BLOCK_Q": SHORT_BLOCK_Q, "BLOCK_K": block_k, "num_warps": num_warps, "num_stages": 1}
+    source = f"formula of fastbert_kernels.launch.short_attention_config, for BLOCK_Q={block_q} of {whole.source}"
+    return Config({**block_sizes, "BLOCK_D": block_d}, source)
+
+
 def attention_key(dtype: torch.dtype, head_size: int) -> str:
     """The key of attention in a table: "float16/64"; head sizes that are padded to one tile share it."""
     return f"{dtype_class(dtype)}/{max(MIN_HEAD_SIZE, triton.next_power_of_2(head_size))}"

@@ -67,10 +67,10 @@ COVERAGE = """\
 default  every kernel on every architecture. bf16: the three models with each linear of a layer (where a persistent
          kernel is the default, for base also the other one), LayerNorm, embedding and mean pooling with normalisation;
          for base also LayerNorm and embedding without their optional inputs and the other pooling modes; attention
-         with head sizes 16, 32, 64, 80 and 128. fp32 and fp16: linear and attention of base and minilm, and on sm_80
-         and sm_90 the other kernels, of base. fp8 (from sm_89 on) and int8: each linear of a layer of base and minilm,
-         and LayerNorm, embedding and attention that quantise; on sm_80 and sm_90 also those of large, and a linear
-         after heads of 80.
+         with head sizes 16, 32, 64, 80 and 128, each also with the tile of batch-invariant mode's short texts. fp32 and
+         fp16: linear and attention of base and minilm, and on sm_80 and sm_90 the other kernels, of base. fp8 (from
+         sm_89 on) and int8: each linear of a layer of base and minilm, and LayerNorm, embedding and attention that
+         quantise; on sm_80 and sm_90 also those of large, and a linear after heads of 80.
 --all    every dtype, TF32 too, every combination of optional inputs, activations and pooling modes, int32 ids, head
          sizes 24 and 48, and a model whose sizes divide by nothing ("odd")."""
 
@@ -150,7 +150,8 @@ def cases(dtype: str) -> Iterator[Case]:
 
     def attend(n_heads: int, head_size: int) -> Callable[[], object]:
         qkv = tensor(n_rows, 3 * n_heads * head_size)
-        return partial(attention.varlen_attention_forward, qkv, cu_seqlens, ids32, work_list, n_heads, 0.125)
+        arguments = qkv, cu_seqlens, ids32, work_list, n_heads, 0.125
+        return partial(attention.varlen_attention_forward, *arguments, short_list=work_list)  # two kernels
 
     for model, (h, i, n_heads) in MODELS.items():
         case = partial(Case, model=model, dtype=dtype)
