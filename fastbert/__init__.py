@@ -31,8 +31,10 @@ if TYPE_CHECKING:
     from fastbert.model import BertModel
     from fastbert.ops import BackendError
     from fastbert.readiness import warmup
+    from fastbert.search import semantic_search
     from fastbert.sentence import SentenceEncoder
     from fastbert.tokenizer import Tokenizer
+    from fastbert.vectors import quantize_embeddings
     from fastbert.verify import verify
 
 # Public name -> the module that holds it, imported when the name is first used, so that `import fastbert` is quick.
@@ -51,6 +53,8 @@ _PUBLIC = {
     "Tokenizer": "fastbert.tokenizer",
     "compile_events": "fastbert.graphs",
     "explain": "fastbert.explain",
+    "quantize_embeddings": "fastbert.vectors",
+    "semantic_search": "fastbert.search",
     "verify": "fastbert.verify",
     "warmup": "fastbert.readiness",
 }
@@ -71,6 +75,8 @@ __all__ = [
     "__version__",
     "compile_events",
     "explain",
+    "quantize_embeddings",
+    "semantic_search",
     "verify",
     "warmup",
 ]

@@ -24,7 +24,7 @@ LAYERS: list[set[str]] = [
     {"ops"},
     {"graphs"},
     {"pretrained", "quantized", "model", "heads", "outputs"},
-    {"sentence", "sentence_layout", "sentence_run"},
+    {"sentence", "sentence_layout", "sentence_run", "vectors", "search", "search_corpus", "cross_encoder"},
     {"adapters"},
     {"verify", "explain", "readiness"},
     {"training"},
