@@ -17,6 +17,7 @@ from fastbert._version import __version__
 
 if TYPE_CHECKING:
     from fastbert.config import BertConfig
+    from fastbert.cross_encoder import CrossEncoder
     from fastbert.explain import explain
     from fastbert.graphs import compile_events
     from fastbert.heads import (
@@ -49,6 +50,7 @@ _PUBLIC = {
     "BertForSequenceClassification": "fastbert.heads",
     "BertForTokenClassification": "fastbert.heads",
     "BertModel": "fastbert.model",
+    "CrossEncoder": "fastbert.cross_encoder",
     "SentenceEncoder": "fastbert.sentence",
     "Tokenizer": "fastbert.tokenizer",
     "compile_events": "fastbert.graphs",
@@ -70,6 +72,7 @@ __all__ = [
     "BertForSequenceClassification",
     "BertForTokenClassification",
     "BertModel",
+    "CrossEncoder",
     "SentenceEncoder",
     "Tokenizer",
     "__version__",

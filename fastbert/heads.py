@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from fastbert import ops, outputs, varlen
 from fastbert.checkpoint import Match
 from fastbert.config import BertConfig
-from fastbert.model import BertModel, dense, wants_dict
+from fastbert.model import BertModel, Encoded, dense, wants_dict
 from fastbert.ops import Policy
 from fastbert.pretrained import PreTrainedModel
 
@@ -306,9 +306,13 @@ class BertForSequenceClassification(_WithHead):
             input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, output_attentions,
             output_hidden_states,
         )  # fmt: skip
-        logits = dense(self.classifier, self.dropout(self.bert.pool(encoded)), self.policy)
+        logits = self.classify(encoded)
         output = outputs.SequenceClassifierOutput(loss=self._loss(logits, labels), logits=logits, **encoded.rest())
         return self._output(output, return_dict)
+
+    def classify(self, encoded: Encoded) -> Tensor:
+        """The logits (B, num_labels) of what the encoder made of packed tokens."""
+        return dense(self.classifier, self.dropout(self.bert.pool(encoded)), self.policy)
 
     def _loss(self, logits: Tensor, labels: Tensor | None) -> Tensor | None:
         if labels is None:
