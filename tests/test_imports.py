@@ -26,11 +26,11 @@ LAYERS: list[set[str]] = [
     {"pretrained", "quantized", "model", "heads", "outputs"},
     {"sentence", "sentence_layout", "sentence_run", "vectors", "search", "search_corpus", "cross_encoder"},
     {"adapters"},
-    {"verify", "explain", "readiness"},
+    {"verify", "verify_report", "verify_run", "verify_page", "drawing", "explain", "readiness"},
     {"training"},
     {"__init__"},
     {"bench", "tune", "tune_jobs"},
-    {"cli", "commands", "demo", "__main__"},
+    {"cli", "cli_options", "cli_retrieval", "commands", "commands_retrieval", "demo", "__main__"},
 ]
 
 
