@@ -22,6 +22,7 @@ from fastbert.wordpiece import one_of
 
 QUERIES, ROWS = 256, 32768  # scored at once, by default
 SPARE = 32  # candidates kept beyond k, and at least as many as k: they make a second look rare
+LEAST_NORM = 1e-15  # of numbers whose squares float32 holds
 GATHERED = 2**23  # float64 numbers held at once where candidates are scored anew
 
 Found = tuple[np.ndarray, np.ndarray]  # scores (Q, k) float64 and ids (Q, k) int64, the best first
@@ -128,11 +129,11 @@ class _Search:
             norms = np.minimum(norms, 1.0)
         self.queries = queries
         self.on_device = torch.from_numpy(queries.astype(np.float32)).to(corpus.device)
-        # |float32 score - score| <= slack: dim products and sums, and the roundings of both operands before them.
+        # |float32 score - score| <= slack: dim products and sums, as many in a norm, and the roundings before them.
         eps = np.finfo(np.float32).eps
         if corpus.device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32:
             eps += 2.0**-10
-        self.slack = norms * (queries.shape[1] + 8) * eps
+        self.slack = norms * (2 * queries.shape[1] + 8) * eps
         self.largest = 1.0 if self.cosine else 0.0  # norm of a row
 
     def run(self) -> Found:
@@ -154,12 +155,14 @@ class _Search:
         """(start, rows in float32), of length 1 for cosines; zeros stay zeros."""
         for start in range(0, self.corpus.n, self.corpus_chunk):
             rows = self.corpus.chunk(start, min(start + self.corpus_chunk, self.corpus.n))
-            norms = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
-            bad = ~norms.isfinite()
-            if bad.any():
-                raise ValueError(f"corpus_embeddings: row {start + int(bad.nonzero()[0])} is not finite")
+            norms = torch.linalg.vector_norm(rows, dim=1)
+            if not bool(((norms > LEAST_NORM) & norms.isfinite()).all()):  # or squares overflow, or underflow
+                norms = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
+                bad = ~norms.isfinite()
+                if bad.any():
+                    raise ValueError(f"corpus_embeddings: row {start + int(bad.nonzero()[0])} is not finite")
             if self.cosine:
-                rows = rows / norms.where(norms != 0, 1.0).float()[:, None]
+                rows = rows / norms.where(norms != 0, 1.0).to(rows)[:, None]
             else:
                 self.largest = max(self.largest, float(norms.max()))
             yield start, rows

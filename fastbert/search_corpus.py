@@ -87,7 +87,7 @@ def corpus_of(
     if not hasattr(given, "dtype") or len(given.shape) != 2:
         shape = tuple(getattr(given, "shape", ()))
         raise ValueError(f"corpus_embeddings: expected shape (N, dim), got {type(given).__name__} of {shape}")
-    dtype, columns = str(given.dtype).removeprefix("torch."), given.shape[1]
+    dtype, columns = getattr(given.dtype, "name", str(given.dtype)).removeprefix("torch."), given.shape[1]
     floats = queries.dtype.kind == "f"
     if precision is None:
         precision = "float32" if dtype.startswith(("float", "bfloat")) else _guessed(dtype, columns, width, floats)
@@ -121,5 +121,6 @@ def _guessed(dtype: str, columns: int, width: int, floats: bool) -> str:
 
 
 def _tensor(part: np.ndarray) -> Tensor:
-    """A copy: a memory-mapped array is read-only, which tensors cannot be."""
-    return torch.from_numpy(np.array(part, order="C"))
+    """A view where there can be one: a memory-mapped array is read-only, which tensors cannot be."""
+    usable = part.flags.writeable and part.flags.c_contiguous and part.dtype.isnative
+    return torch.from_numpy(part if usable else np.array(part, dtype=part.dtype.newbyteorder("="), order="C"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import inspect
 import json
 import logging
@@ -16,6 +17,10 @@ from torch import nn
 
 from fastbert import BertConfig, BertForSequenceClassification, BertModel, CrossEncoder, Tokenizer, cross_encoder
 
+NEEDS_6 = pytest.mark.skipif(
+    int(importlib.metadata.version("sentence-transformers").split(".")[0]) < 6,
+    reason="what is compared is as in sentence-transformers 6",
+)
 TEXTS = [
     "the river is wide and slow",
     "a",
@@ -149,6 +154,7 @@ def test_rank(one: Path, three: Path, encoder: CrossEncoder) -> None:
         CrossEncoder.from_pretrained(three, device="cpu").rank("a", ["b"])
 
 
+@NEEDS_6
 def test_folders_of_sentence_transformers(one: Path, tmp_path: Path) -> None:
     """Catches a folder of version 6, with modules.json, that is not read, and settings in it that are not followed."""
     other = theirs(one, activation_fn=nn.Tanh(), prompts={"query": "query: "}, default_prompt_name="query")
@@ -266,6 +272,7 @@ def test_bad_arguments(one: Path, encoder: CrossEncoder) -> None:
         CrossEncoder(encoder.model, encoder.tokenizer, default_prompt_name="query")
 
 
+@NEEDS_6
 @pytest.mark.parametrize("name", ["predict", "rank"])
 def test_signature_is_that_of_sentence_transformers(name: str) -> None:
     """Catches an argument in another place or under another name than where callers of theirs put it."""

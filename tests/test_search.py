@@ -92,7 +92,16 @@ def test_the_second_look_is_rare(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not looks
 
 
-@pytest.mark.parametrize("kind", ["memmap", "fortran", "float64", "float16", "tensor", "float16 tensor", "bfloat16"])
+def test_numbers_whose_squares_overflow() -> None:
+    """Catches a row taken for infinite, and tiny or huge numbers whose cosine is lost."""
+    corpus = random(60, 13, seed=1)
+    check(random(3, 13), corpus * np.float32(1e25), 5, "cosine")
+    check(random(3, 13) * np.float32(1e-25), corpus * np.float32(1e-25), 5, "cosine")
+
+
+@pytest.mark.parametrize(
+    "kind", ["memmap", "fortran", "big endian", "float64", "float16", "tensor", "float16 tensor", "bfloat16"]
+)
 def test_kinds_of_corpus(kind: str, tmp_path: Path) -> None:
     """Catches a kind of matrix that is not read, is read as a whole, or is compared in 16 bits."""
     corpus: Any = random(60, 13, seed=1)
@@ -101,6 +110,8 @@ def test_kinds_of_corpus(kind: str, tmp_path: Path) -> None:
         corpus = np.load(tmp_path / "corpus.npy", mmap_mode="r")
     elif kind == "fortran":
         corpus = np.asfortranarray(corpus)
+    elif kind == "big endian":
+        corpus = corpus.astype(">f4")
     elif kind in ("float16", "float64"):
         corpus = corpus.astype(kind)
     else:

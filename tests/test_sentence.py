@@ -327,7 +327,9 @@ def test_do_lower_case(tmp_path: Path) -> None:
     assert_close(SentenceEncoder.from_pretrained(tmp_path / "again", device="cpu").encode(texts), ours.encode(texts))
 
 
-@pytest.mark.parametrize("modes", ["mean", "cls", ("max", "lasttoken", "mean_sqrt_len_tokens")])
+@pytest.mark.parametrize(
+    "modes", ["mean", "cls", "weightedmean", ("mean", "weightedmean"), ("max", "lasttoken", "mean_sqrt_len_tokens")]
+)
 def test_prompts(plain: Path, tmp_path: Path, modes: Any) -> None:
     """Catches a prompt that is not put in front, and prompt tokens pooled where the settings leave them out."""
     model, tokenizer = BertModel.from_pretrained(plain), Tokenizer.from_pretrained(plain)
@@ -345,12 +347,15 @@ def test_prompts(plain: Path, tmp_path: Path, modes: Any) -> None:
         ours.encode(texts, prompt_name="nope")
 
 
-def test_prompt_left_out_of_weighted_mean_is_refused(encoder: SentenceEncoder) -> None:
-    """Catches weights that would count from the wrong token."""
-    encoder.pooling = Pooling("weightedmean", include_prompt=False)
-    with pytest.raises(ValueError, match="prompt: weightedmean"):
-        encoder.encode("boats", prompt="query: ")
-    encoder.encode("boats")
+def test_prompt_left_out_of_a_normalised_weighted_mean(plain: Path, tmp_path: Path) -> None:
+    """Catches a normalisation before the weights are put right."""
+    model, tokenizer = BertModel.from_pretrained(plain), Tokenizer.from_pretrained(plain)
+    pooling = Pooling("weightedmean", include_prompt=False)
+    ours = SentenceEncoder(model, tokenizer, pooling, [Normalize()])
+    ours.save_pretrained(tmp_path)
+    texts = [text for text in TEXTS if text]
+    assert_close(ours.encode(texts, prompt="query: "), theirs(tmp_path).encode(texts, prompt="query: "))
+    assert np.isfinite(ours.encode(["", *texts], prompt="query: ")).all()
 
 
 @pytest.mark.parametrize(

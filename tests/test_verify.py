@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 import json
 import logging
 import math
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -499,14 +501,13 @@ def test_page(model: BertModel, monkeypatch: pytest.MonkeyPatch) -> None:
                 assert opened.pop() == tag
 
     Parser().feed(page)
-    assert not opened and page.count("<svg") == 3
+    drawn = importlib.util.find_spec("matplotlib") is not None
+    assert not opened and page.count("<svg") == (3 if drawn else 0)
     assert "encoder.layer.1 is the first that is wrong" in page and "FAILED" in page and "4 texts, 27 tokens" in page
     for state in report.states:
         assert f'<th scope="row">{state.name}</th>' in page
-    hidden = dict.fromkeys(["matplotlib", "matplotlib.figure"])
     with monkeypatch.context() as context:
-        for name in hidden:
-            context.setitem(__import__("sys").modules, name, None)
+        context.setitem(sys.modules, "matplotlib", None)
         assert "matplotlib is not installed" in report.to_html()
     with torch.no_grad():
         model.encoder.layer[0].output.dense.bias[0] = math.nan
