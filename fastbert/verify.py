@@ -9,6 +9,7 @@ import os
 import sys
 import types
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from fastbert.explain import backbone, find_model, float32_precision, prefix_of
 from fastbert.model import BertModel
 from fastbert.sentence import SentenceEncoder
 from fastbert.tokenizer import Tokenizer
+from fastbert.verify_ends import ends_of
 from fastbert.verify_report import (
     BOUND_WITHOUT_EAGER,
     ErrorReport,
@@ -75,18 +77,19 @@ def verify(
 ) -> Report:
     """Checks a model on your texts: its weights are finite, and every layer is as accurate as plain PyTorch.
 
-    model_or_path: a BertModel, a model with a head (of which the encoder is run, and all weights are looked at) or a
-    SentenceEncoder; or a folder or hub id to load, with the last four arguments as for `BertModel.from_pretrained`.
+    model_or_path: a BertModel, a model with a head, a SentenceEncoder or a CrossEncoder; or a folder or hub id to load
+    a BertModel from, with the last four arguments as for `BertModel.from_pretrained`.
     texts: strings, or lists of token ids; a dozen built-in texts by default, and random ids where there is no
     tokenizer. Texts longer than the model's positions are cut, and the report says so. tokenizer: by default that of
-    the folder or of the SentenceEncoder.
+    the folder or of the encoder.
 
-    For every hidden state, the pooled output and a SentenceEncoder's vectors, error = RMS of (ours - float64 reference)
-    over RMS of the reference. It may be 1.25 times the error of plain PyTorch in the model's dtype (of vectors, twice)
-    plus half an ulp, and for a single text 4 times that. Each part is also looked at alone, given the input that it
-    had, where its error may be 1.5 times plain PyTorch's in 16 bits, else twice (for what is one row a text three
-    times): so a fault is put down to where it is, and does not drown in the rounding of the layers before. `vectors`
-    says how near the texts' vectors come to the reference's, and whether their neighbours change places.
+    For every hidden state, the pooled output, and a head's logits or a SentenceEncoder's vectors, error = RMS of
+    (ours - float64 reference) over RMS of the reference. It may be 1.25 times the error of plain PyTorch in the model's
+    dtype (of logits of tokens and of vectors, twice) plus half an ulp, and for a single text 4 times that. Each part is
+    also looked at alone, given the input that it had, where its error may be 1.5 times plain PyTorch's in 16 bits, else
+    twice (for what is one row a text 3 times; for a few logits a text, where chance rules, more, and they are judged
+    alone only): so a fault is put down to where it is, and does not drown in the rounding of the layers before.
+    `vectors` says how near the texts' vectors come to the reference's, and whether their neighbours change places.
 
     Nothing about the model changes; it runs in eval mode, whatever its mode is. Of a model that runs in 8 bits
     (precision="fp8" or "int8"), plain PyTorch is the emulation of the same quantisation, and `quantized` says what that
@@ -105,8 +108,11 @@ def verify(
     weights = tuple(_bad_weights(model))
     found = verify_run.Findings(())
     if not weights:
-        encoder = model if isinstance(model, SentenceEncoder) else None
-        found = verify_run.compare(bert, rows, prefix_of(bert, model), encoder)
+        inner = find_model(model)
+        ends = ends_of(model if isinstance(model, SentenceEncoder) else inner, bert, "")
+        outer = prefix_of(inner, model)
+        named = [replace(end, name=end.name if end.is_vectors else outer + end.name) for end in ends]
+        found = verify_run.compare(bert, rows, prefix_of(bert, model), named, model)
         if any(math.isnan(state.eager_error) for state in found.states):
             notes.append(f"plain PyTorch is not finite in {bert.dtype}; the bound there is {BOUND_WITHOUT_EAGER}")
     if bert.dtype == torch.float32 and bert.device.type == "cuda":

@@ -21,9 +21,10 @@ NO_FIGURES = "There are no figures because matplotlib is not installed (pip inst
 METHOD = (
     "error: RMS of the difference to the float64 reference over RMS of the reference, over all texts. eager's: that of "
     "plain PyTorch in the same dtype on the same tokens. times: the one over the other.",
-    "bound: 1.25 times eager's, of vectors twice, plus half a unit in the last place; for a single text 4 times that.",
+    "bound: 1.25 times eager's, of vectors and logits of tokens twice, plus half a unit in the last place; for a "
+    "single text 4 times that. Of a few logits a text chance makes what it likes, and there is none.",
     "alone: of what a part makes of the input that it had, against what the reference makes of the same input; at most "
-    "1.5 times eager's in 16 bits, else 2 times; 3 times where a text has one row.",
+    "1.5 times eager's in 16 bits, else 2 times; 3 times where a text has one row, more where that is a few logits.",
 )
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1f2328; --back: #ffffff; --rule: #d1d9e0; --bad: #b3261e; }

@@ -81,6 +81,7 @@ def _times(times: float) -> str:
 class StateReport(ErrorReport):
     """The output of one part of the model, beside the float64 reference of all that leads to it.
 
+    A head that gives a handful of numbers a text is judged alone: its bound here is infinite.
     alone: the error that this part adds: of what it makes of the input that it had, against what the reference and
     plain PyTorch make of the same input. None for the embeddings, which have no part before them, and in 8 bits.
     Cosines to the reference: the worst of any token; of texts, the mean over their tokens, the worst, the 1st

@@ -5,8 +5,9 @@ B sequences of n tokens, S the longest, H hidden, N heads, D head size, L layers
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,9 +19,7 @@ from fastbert import quantized, reference
 from fastbert.config import BertConfig
 from fastbert.model import BertModel
 from fastbert.ops import Policy
-from fastbert.sentence import SentenceEncoder
-from fastbert.sentence_layout import POOLING_MODES
-from fastbert.sentence_run import Request, Run
+from fastbert.verify_ends import End
 from fastbert.verify_report import (
     BOUND_IN_FLOAT64,
     BOUND_WITHOUT_EAGER,
@@ -29,7 +28,6 @@ from fastbert.verify_report import (
     FACTOR_ALONE_32,
     FACTOR_ALONE_FEW,
     FACTOR_OF_ONE_TEXT,
-    FACTOR_OF_VECTORS,
     ErrorReport,
     QuantizedReport,
     StateReport,
@@ -39,6 +37,8 @@ from fastbert.verify_report import (
 # Of the texts that run together: the model's in the order given, so that lengths mix; the reference's by length.
 MODEL_ROWS, MODEL_TOKENS = 64, 8192
 REFERENCE_ROWS, REFERENCE_TOKENS = 16, 1024
+# Where a head gives a number for every token of the vocabulary.
+DECODER_TOKENS = 1024
 # Texts whose neighbours are compared: every text with every other.
 MOST_COMPARED = 2000
 
@@ -54,55 +54,55 @@ class Findings:
 
 
 @torch.no_grad()
-def compare(bert: BertModel, rows: list[Row], prefix: str, encoder: SentenceEncoder | None = None) -> Findings:
-    """Runs the model, the reference and eager, and compares every state, the pooled output and an encoder's vectors."""
+def compare(bert: BertModel, rows: list[Row], prefix: str, ends: Sequence[End] = (), model: Any = None) -> Findings:
+    """Runs the model, the reference and eager, and compares every state, the pooled output and what follows.
+
+    model: that `ends` belong to, the encoder by default.
+    """
     in_8_bits = bert.precision is not None and _runs_in_8_bits(bert)
     n_layers = len(bert.encoder.layer)
     names = [f"{prefix}embeddings", *(f"{prefix}encoder.layer.{i}" for i in range(n_layers))]
-    names += [f"{prefix}pooler"] * (bert.pooler is not None) + ["vectors"] * (encoder is not None)
+    names += [f"{prefix}pooler"] * (bert.pooler is not None) + [end.name for end in ends]
     measures, alone = (torch.zeros(len(names), len(rows), 5, dtype=torch.float64) for _ in range(2))
     vectors: list[list[Any]] = [[None] * len(rows) for _ in range(3)]  # ours, the reference's, eager's
+    of_encoder = bool(ends) and ends[-1].is_vectors
     parameters = dict(bert.named_parameters())
     on_cpu = {name: parameter.cpu() for name, parameter in parameters.items()}
-    modes = {module: module.training for module in (encoder or bert).modules()}
+    modes = {module: module.training for module in (model or bert).modules()}
+    at_once = DECODER_TOKENS if any(end.name.endswith("cls.predictions") for end in ends) else MODEL_TOKENS
     try:
         for module in modes:  # not eval(), which renews fused weights that this is to find out of date
             module.training = False
-        for chunk in _chunks(range(len(rows)), rows, MODEL_ROWS, MODEL_TOKENS):
+        for chunk in _chunks(range(len(rows)), rows, MODEL_ROWS, at_once):
             given = [rows[i] for i in chunk]
-            ours = _run(bert, given, encoder)
-            emulated = _run_emulation(bert, given, encoder) if in_8_bits else []
+            ours = _run(bert, given, ends)
+            emulated = _run_emulation(bert, given, ends) if in_8_bits else []
             by_length = sorted(range(len(chunk)), key=lambda j: len(given[j][0]))
             for group in _chunks(by_length, given, REFERENCE_ROWS, REFERENCE_TOKENS):
                 sizes = [len(given[j][0]) for j in group]
                 inputs = _padded([given[j] for j in group])
-                exact = _reference(on_cpu, bert, inputs, sizes, encoder)
+                exact = _reference(on_cpu, bert, inputs, sizes, ends)
                 if in_8_bits:
                     plain = [[state[j] for j in group] for state in emulated]
                 else:
                     on_device = tuple(x.to(bert.device) for x in inputs)
-                    plain = _finished(_eager(parameters, bert.config, *on_device), sizes, bert, encoder)
+                    plain = _finished(_eager(parameters, bert.config, *on_device), sizes, bert, ends)
                 mine = [[state[j] for j in group] for state in ours]
                 places = [chunk[j] for j in group]
                 for s, (a, b, c) in enumerate(zip(mine, plain, exact, strict=True)):
                     for place, *parts in zip(places, a, b, c, strict=True):
                         measures[s, place] = _measure(*parts)
                 if not in_8_bits:
-                    _measure_alone(alone, places, bert, (parameters, on_cpu), inputs[1], mine, encoder)
+                    _measure_alone(alone, places, bert, (parameters, on_cpu), inputs[1], mine, ends)
                 for k, states in enumerate((mine, exact, plain)):
-                    for place, state in zip(places, states[-1] if encoder else states[n_layers], strict=True):
+                    for place, state in zip(places, states[-1] if of_encoder else states[n_layers], strict=True):
                         vectors[k][place] = state.double().sum(0).cpu() / max(len(state), 1)
     finally:
         for module, mode in modes.items():
             module.training = mode
-    found = []
-    for s, name in enumerate(names):
-        factor = FACTOR_ALONE_FEW if s > n_layers else FACTOR_ALONE_32 if bert.dtype.itemsize > 2 else FACTOR_ALONE_16
-        by_itself = None if in_8_bits or s == 0 else _errors(alone[s], bert.dtype, factor)
-        whole = _errors(measures[s], bert.dtype, factor=FACTOR_OF_VECTORS if name == "vectors" else FACTOR)
-        found.append(_report(name, measures[s], whole, by_itself))
+    found = [_judged(names, measures, alone, s, bert, ends, in_8_bits) for s in range(len(names))]
     stacked = [torch.stack(kind) for kind in vectors]
-    what = "encode's" if encoder else "the mean of the last hidden states"
+    what = "encode's" if of_encoder else "the mean of the last hidden states"
     finite = all(bool(kind.isfinite().all()) for kind in stacked)
     compared = _vector_report(what, *stacked) if finite else None
     coarse = None
@@ -112,14 +112,35 @@ def compare(bert: BertModel, rows: list[Row], prefix: str, encoder: SentenceEnco
     return Findings(tuple(found), compared, coarse)
 
 
+def _judged(
+    names: Sequence[str], measures: Tensor, alone: Tensor, s: int, bert: BertModel, ends: Sequence[End], in_8_bits: bool
+) -> StateReport:
+    """The report of state s, with the bounds that hold for what it is."""
+    end = ends[s - len(names)] if s >= len(names) - len(ends) else None
+    few = end is not None and end.few is not None
+    if end is not None:
+        factor, factor_alone = end.factor(measures.shape[1]), max(FACTOR_ALONE_FEW, end.factor(measures.shape[1]))
+    else:
+        factor, factor_alone = FACTOR, FACTOR_ALONE_32 if bert.dtype.itemsize > 2 else FACTOR_ALONE_16
+        if s > len(bert.encoder.layer):
+            factor_alone = FACTOR_ALONE_FEW
+    whole = _errors(measures[s], bert.dtype, factor=factor, each_text=not few)
+    if few:  # by chance plain PyTorch's error is a thirtieth of ours as well as thirty times it: only alone it tells
+        whole = dataclasses.replace(whole, bound=math.inf)
+    by_itself = None
+    if s > 0 and not in_8_bits:
+        by_itself = _errors(alone[s], bert.dtype, factor_alone, each_text=not few)
+    return _report(names[s], measures[s], whole, by_itself)
+
+
 def _runs_in_8_bits(bert: BertModel) -> bool:
     """Whether a model with a precision takes the 8-bit path, and not the unquantised one that it falls back to."""
     decision = quantized.decide(bert, bert.policy, bert.device, bert.dtype)
     return decision.backend != quantized.UNQUANTISED
 
 
-def _run(bert: BertModel, rows: list[Row], encoder: SentenceEncoder | None) -> Parts:
-    """The model's hidden states, then its pooled output, then the vectors."""
+def _run(bert: BertModel, rows: list[Row], ends: Sequence[End]) -> Parts:
+    """The model's hidden states, then its pooled output, then what follows."""
     ids, mask, kinds = (x.to(bert.device) for x in _padded(rows))
     encoded = bert.encode(ids, mask, kinds, output_attentions=False, output_hidden_states=True)
     sizes = [len(row) for row, _ in rows]
@@ -127,25 +148,25 @@ def _run(bert: BertModel, rows: list[Row], encoder: SentenceEncoder | None) -> P
     pooled = bert.pool(encoded)
     if pooled is not None:
         states.append(pooled.split(1))
-    if encoder is not None:
-        states.append(Run(encoder, Request())._pool(encoded.last_hidden_state, encoded.batch).split(1))
+    for end in ends:
+        made = end.run(encoded)
+        states.append(made.split(sizes if end.tokens and not end.is_vectors else 1))
     return states
 
 
-def _run_emulation(bert: BertModel, rows: list[Row], encoder: SentenceEncoder | None) -> Parts:
+def _run_emulation(bert: BertModel, rows: list[Row], ends: Sequence[End]) -> Parts:
     """`_run` of the same quantisation in plain PyTorch, with weights quantised anew."""
     policy, weights = bert.policy, bert.quantized_weights
     bert.policy, bert.quantized_weights = Policy("torch"), quantized.QuantizedWeights()
     try:
-        return _run(bert, rows, encoder)
+        return _run(bert, rows, ends)
     finally:
         bert.policy, bert.quantized_weights = policy, weights
 
 
 def _reference(
-    parameters: Mapping[str, Tensor], bert: BertModel, inputs: tuple[Tensor, ...], sizes: list[int],
-    encoder: SentenceEncoder | None,
-) -> Parts:  # fmt: skip
+    parameters: Mapping[str, Tensor], bert: BertModel, inputs: tuple[Tensor, ...], sizes: list[int], ends: Sequence[End]
+) -> Parts:
     """The same in float64."""
     try:
         exact = reference.bert(parameters, bert.config, *inputs, output_attentions=False)
@@ -153,46 +174,32 @@ def _reference(
         hint = "adapters have to be merged into the weights first"
         raise ValueError(f"model: expected a parameter {error.args[0]}; {hint}") from error
     pooled = () if exact.pooler_output is None else (exact.pooler_output[:, None],)
-    return _finished([*exact.hidden_states, *pooled], sizes, bert, encoder)
+    return _finished([*exact.hidden_states, *pooled], sizes, bert, ends)
 
 
-def _finished(states: list[Tensor], sizes: list[int], bert: BertModel, encoder: SentenceEncoder | None) -> Parts:
-    """Padded states (B, S, H) and the pooled output -> the parts of the texts, with the vectors at the end."""
+def _finished(states: list[Tensor], sizes: list[int], bert: BertModel, ends: Sequence[End]) -> Parts:
+    """Padded states (B, S, H) and the pooled output -> the parts of the texts, with what follows at the end."""
     n_states = len(bert.encoder.layer) + 1
     parts: Parts = [[row[:n] for row, n in zip(state, sizes, strict=True)] for state in states[:n_states]]
     parts += [list(state) for state in states[n_states:]]
-    if encoder is not None:
-        parts.append(_vectors(encoder, parts[n_states - 1]))
-    return parts
-
-
-def _vectors(encoder: SentenceEncoder, tokens: list[Tensor]) -> list[Tensor]:
-    """What the encoder makes of the last hidden states of texts, (n, H) each, in plain PyTorch: (1, dim) each."""
-    hidden = torch.cat(tokens)
-    hidden = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
-    cu_seqlens = torch.tensor([0, *(len(part) for part in tokens)]).cumsum(0)
-    modes = [POOLING_MODES[mode] for mode in encoder.pooling.modes]
-    x = torch.cat([reference.pool(hidden, cu_seqlens, mode) for mode in modes], dim=1)
-    for module in encoder.tail:
-        x = module(x)
-    return list(x[:, : encoder.truncate_dim].split(1))
+    return parts + [end.parts(parts[n_states - 1 if end.tokens else n_states]) for end in ends]
 
 
 def _measure_alone(
     measures: Tensor, places: list[int], bert: BertModel, weights: tuple[Mapping[str, Tensor], ...], mask: Tensor,
-    ours: Parts, encoder: SentenceEncoder | None,
+    ours: Parts, ends: Sequence[End],
 ) -> None:  # fmt: skip
     """Of every part but the embeddings, what it makes of the input it had, beside eager and the reference."""
     config, n_layers = bert.config, len(bert.encoder.layer)
     sizes = [len(part) for part in ours[0]]
     for s in range(1, len(ours)):
-        before = ours[min(s - 1, n_layers)]
+        end = ends[s - len(ours)] if s >= len(ours) - len(ends) else None
+        takes = min(s - 1, n_layers) if end is None else n_layers if end.tokens else n_layers + 1
+        before = ours[takes]
         if not all(bool(part.isfinite().all()) for part in before):
             continue  # what follows from NaN is not this part's doing
-        if s > n_layers and encoder is not None and s == len(ours) - 1:
-            made = [
-                _vectors(encoder, [part.to(bert.device, dtype) for part in before]) for dtype in (None, torch.double)
-            ]
+        if end is not None:
+            made = [end.parts(before), end.parts([part.double() for part in before])]
         else:
             x = _stack(before, mask.shape[1])
             kinds = (x, weights[0], mask.to(x.device)), (x.cpu().double(), weights[1], mask)
@@ -304,10 +311,13 @@ def _cosine(x: Tensor, y: Tensor) -> Tensor:
     return torch.where((x == y).all(-1), 1.0, F.cosine_similarity(x, y, dim=-1))
 
 
-def _errors(measures: Tensor, dtype: torch.dtype, alone: float | None = None, factor: float = FACTOR) -> ErrorReport:
+def _errors(
+    measures: Tensor, dtype: torch.dtype, alone: float | None = None, factor: float = FACTOR, each_text: bool = True
+) -> ErrorReport:
     """measures: (texts, 5), as _measure gives them.
 
-    factor: how many times eager's error the model may have, a floor apart; alone: the same of a part alone.
+    factor: how many times eager's error the model may have, a floor apart; alone: the same of a part alone. each_text:
+    whether every text has a bound of its own; a few numbers, near zero perhaps, say too little for that.
     """
     errors, eager_errors = _relative(measures[:, 0], measures[:, 2]), _relative(measures[:, 1], measures[:, 2])
     totals = measures[:, :3].sum(0)
@@ -320,8 +330,8 @@ def _errors(measures: Tensor, dtype: torch.dtype, alone: float | None = None, fa
     else:
         bound, eager_error = BOUND_WITHOUT_EAGER, math.nan
     own = (alone or factor) * eager_errors.nan_to_num(0.0, posinf=0.0) + floor
-    bounds = FACTOR_OF_ONE_TEXT * own.clamp(min=bound)
-    worst = int((errors / bounds).nan_to_num(torch.inf).argmax())
+    bounds = FACTOR_OF_ONE_TEXT * own.clamp(min=bound) if each_text else torch.full_like(errors, math.inf)
+    worst = int((errors / bounds if each_text else errors).nan_to_num(torch.inf).argmax())
     finite = bool(measures[:, 0].isfinite().all())
     return ErrorReport(finite, error, eager_error, bound, worst, float(errors[worst]), float(bounds[worst]))
 

@@ -31,6 +31,7 @@ LAYERS: list[set[str]] = [
         "verify_report",
         "verify_run",
         "verify_page",
+        "verify_ends",
         "drawing",
         "explain",
         "explain_costs",

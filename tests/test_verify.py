@@ -7,6 +7,7 @@ import inspect
 import json
 import logging
 import math
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +18,16 @@ import torch
 from torch import Tensor, nn
 
 import fastbert
-from fastbert import BertConfig, BertForSequenceClassification, BertModel, Tokenizer, ops, reference, verify_run
+from fastbert import (
+    BertConfig,
+    BertForSequenceClassification,
+    BertModel,
+    Tokenizer,
+    ops,
+    reference,
+    verify_ends,
+    verify_run,
+)
 from fastbert.sentence_layout import Dense
 from fastbert.verify import DEFAULT_TEXTS, verify
 from fastbert.verify_run import _eager
@@ -293,6 +303,13 @@ def test_sentence_encoder(tokenizer: Tokenizer) -> None:
     assert verify(encoder).problems == ["tail.0.linear.bias: 1 NaN of 5 values"]
 
 
+def test_cross_encoder(tokenizer: Tokenizer) -> None:
+    """Catches a CrossEncoder whose tokenizer or head is not found."""
+    model = BertForSequenceClassification(config(vocab_size=tokenizer.vocab_size, id2label={0: "score"})).eval()
+    report = verify(fastbert.CrossEncoder(model, tokenizer), ["One.", "Two."])
+    assert report.ok and [s.name for s in report.states][-2:] == ["model.bert.pooler", "model.classifier"]
+
+
 class Adapter(nn.Module):
     """Stands for an adapter that took a linear's place, and its parameters other names."""
 
@@ -477,6 +494,65 @@ def test_vectors_and_their_neighbours(tokenizer: Tokenizer, monkeypatch: pytest.
     wrong = verify(encoder, texts)
     assert wrong.problems[0].startswith("vectors is the first that is wrong")
     assert wrong.vectors is not None and wrong.vectors.cosine[0] < v.cosine[0]
+
+
+HEADS = {
+    "BertForPreTraining": ["bert.pooler", "cls.seq_relationship", "cls.predictions"],
+    "BertForMaskedLM": ["bert.encoder.layer.1", "cls.predictions"],
+    "BertForNextSentencePrediction": ["bert.pooler", "cls.seq_relationship"],
+    "BertForSequenceClassification": ["bert.pooler", "classifier"],
+    "BertForMultipleChoice": ["bert.pooler", "classifier"],
+    "BertForTokenClassification": ["bert.encoder.layer.1", "classifier"],
+    "BertForQuestionAnswering": ["bert.encoder.layer.1", "qa_outputs"],
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", HEADS)
+def test_logits_of_heads(name: str, dtype: torch.dtype, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a head that is not looked at, is looked at in the wrong place, or raises a false alarm."""
+    model = getattr(fastbert, name)(config()).eval().to(device, dtype)
+    report = verify(model, IDS)
+    assert report.ok, str(report)
+    assert [state.name for state in report.states][-len(HEADS[name]) :] == HEADS[name]
+    last = report.states[-1]
+    assert last.eager_error > 0 and last.alone is not None
+    task = re.sub(r"(?<!^)(?=[A-Z])", "_", name.removeprefix("BertFor")).lower().replace("masked_l_m", "masked_lm")
+    task = task.replace("next_sentence_prediction", "next_sentence").replace("pre_training", "pre_training")
+    rows = verify_run._padded([(torch.tensor(ids), torch.zeros(len(ids), dtype=torch.int64)) for ids in IDS])
+    inputs = tuple(x[:, None] for x in rows) if task == "multiple_choice" else rows
+    parameters = {n: p.detach().cpu().double() for n, p in model.named_parameters()}
+    parameters |= {n: p for n, p in parameters.items() if not n.startswith("bert.")}
+    expected = reference.head(task, parameters, model.config, *inputs)
+    with torch.no_grad():
+        states = verify_run._reference(
+            {n.removeprefix("bert."): p for n, p in parameters.items()}, model.bert, rows, [len(i) for i in IDS],
+            list(verify_ends.ends_of(model, model.bert, "")),
+        )  # fmt: skip
+    logits = next(iter(expected.values())) if "qa_outputs" not in HEADS[name] else torch.stack([*expected.values()], -1)
+    if task == "multiple_choice":
+        logits = logits.view(4, 1)
+    for i, ids in enumerate(IDS):
+        row = logits[i, : len(ids)] if logits.dim() == 3 else logits[i : i + 1]
+        torch.testing.assert_close(states[-1][i], row, rtol=1e-9, atol=1e-11)
+
+    if dtype == torch.float32:
+        place = dict(model.named_modules())[HEADS[name][-1]]
+        place = getattr(place, "decoder", place)
+        place.register_forward_hook(lambda module, given, out: off_by(1e-2, out))
+        wrong = verify(model, IDS)
+        assert wrong.problems and wrong.problems[0].startswith(f"{HEADS[name][-1]} is the first that is wrong")
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_few_logits_raise_no_alarm(seed: int, device: torch.device) -> None:
+    """Catches a bound for a single logit of a few texts that chance alone goes beyond."""
+    torch.manual_seed(seed)
+    for dtype in (torch.float32, torch.bfloat16):
+        model = BertForSequenceClassification(config(id2label={0: "a"})).eval().to(device, dtype)
+        for texts in (IDS, IDS[:1], [torch.randint(101, (n,)).tolist() for n in (3, 9, 27, 5, 14)]):
+            last = verify(model, texts).states[-1]
+            assert last.ok and last.name == "classifier" and last.bound == math.inf, last
 
 
 def test_page(model: BertModel, monkeypatch: pytest.MonkeyPatch) -> None:
