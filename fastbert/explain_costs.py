@@ -81,6 +81,8 @@ def lengths_of(batch: Any, model: nn.Module, tokenizer: Tokenizer | None) -> tup
 
     batch: as `explain` takes it. Raises TypeError or ValueError for what is no batch.
     """
+    if isinstance(batch, tuple) and len(batch) == 2 and all(isinstance(t, Tensor) and t.ndim >= 2 for t in batch):
+        batch = {"input_ids": batch[0], "attention_mask": batch[1]}
     if isinstance(batch, Mapping):
         mask = batch.get("attention_mask")
         if isinstance(mask, (Tensor, np.ndarray)):
@@ -98,7 +100,7 @@ def lengths_of(batch: Any, model: nn.Module, tokenizer: Tokenizer | None) -> tup
     items = [batch] if isinstance(batch, str) else _listed(batch)
     if items and all(isinstance(item, str) for item in items):
         return _of_texts(items, model, tokenizer)
-    if items and all(isinstance(item, (list, tuple, np.ndarray, Tensor)) for item in items):
+    if items and all(isinstance(item, (list, tuple)) or getattr(item, "ndim", 0) == 1 for item in items):
         return [len(item) for item in items], 0, 0
     if not all(isinstance(n, (int, np.integer)) and not isinstance(n, bool) and n >= 0 for n in items):
         raise TypeError(

@@ -56,10 +56,8 @@ def prefix_of(module: nn.Module, inside: nn.Module) -> str:
 
 
 def float32_precision() -> str:
-    """How CUDA multiplies float32, as PyTorch's switch says; from PyTorch 2.9 on it has a new name."""
-    matmul = torch.backends.cuda.matmul
-    tf32 = matmul.fp32_precision == "tf32" if hasattr(matmul, "fp32_precision") else matmul.allow_tf32
-    return "TF32" if tf32 else "IEEE float32"
+    """How CUDA multiplies float32, as PyTorch's switch says."""
+    return "TF32" if dispatch.tf32_allowed() else "IEEE float32"
 
 
 @dataclass(frozen=True)

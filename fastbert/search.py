@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastbert.ops import dispatch
 from fastbert.search_corpus import BINARY, Corpus, corpus_of
 from fastbert.vectors import as_floats
 from fastbert.wordpiece import one_of
@@ -112,6 +113,13 @@ def _norms(rows: np.ndarray) -> np.ndarray:
     return np.sqrt((rows * rows).sum(-1))
 
 
+def _product_error(dim: int, device: torch.device) -> float:
+    """How far a float32 product of two vectors of length 1 can be off."""
+    # Products and sums, as many in a norm, and the roundings before them; TF32 rounds both operands to 11 bits.
+    tf32 = 2.0**-9 if device.type == "cuda" and dispatch.tf32_allowed() else 0.0
+    return (2 * dim + 8) * float(np.finfo(np.float32).eps) + tf32
+
+
 class _Search:
     """A search over rows that stand for numbers."""
 
@@ -129,11 +137,8 @@ class _Search:
             norms = np.minimum(norms, 1.0)
         self.queries = queries
         self.on_device = torch.from_numpy(queries.astype(np.float32)).to(corpus.device)
-        # |float32 score - score| <= slack: dim products and sums, as many in a norm, and the roundings before them.
-        eps = np.finfo(np.float32).eps
-        if corpus.device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32:
-            eps += 2.0**-10
-        self.slack = norms * (2 * queries.shape[1] + 8) * eps
+        # |float32 score - score| <= slack * the norm of the row
+        self.slack = norms * _product_error(queries.shape[1], corpus.device)
         self.largest = 1.0 if self.cosine else 0.0  # norm of a row
 
     def run(self) -> Found:

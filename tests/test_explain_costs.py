@@ -52,6 +52,7 @@ BATCHES: dict[str, Any] = {
     "ids": [[7] * n for n in LENGTHS],
     "tensors of ids": [torch.ones(n, dtype=torch.int64) for n in LENGTHS],
     "mask": {"input_ids": torch.ones(5, 20), "attention_mask": mask()},
+    "tuple with a mask": (torch.ones(5, 20), mask()),
     "mask of an array": {"attention_mask": mask().numpy()},
     "lists": {"input_ids": [[7] * n for n in LENGTHS], "attention_mask": [[1] * n for n in LENGTHS]},
 }
@@ -197,6 +198,7 @@ def test_report_as_text_and_json(model: BertModel) -> None:
         ([1.5], TypeError, "batch: expected texts"),
         ([-1], TypeError, "batch: expected texts"),
         ([True], TypeError, "batch: expected texts"),
+        ([torch.ones(5, 20), mask()], TypeError, "batch: expected texts"),
         ({"labels": 3}, TypeError, "batch: got NoneType"),
         (["a text"], ValueError, "tokenizer: needed for texts"),
     ],

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import fastbert
-from fastbert import search
+from fastbert import search, search_corpus
 from fastbert.search import semantic_search
 from fastbert.vectors import quantize_embeddings
 
@@ -80,6 +80,19 @@ def test_small_whole_numbers(data: st.DataObject) -> None:
     numbers = np.random.default_rng(seed).integers(-1, 2, (n + 3, dim)).astype(np.float32)
     chunks = {"query_chunk_size": data.draw(st.integers(1, 4)), "corpus_chunk_size": data.draw(st.integers(1, 40))}
     check(numbers[:3], numbers[3:], data.draw(st.integers(1, 50)), "dot", **chunks)
+
+
+@pytest.mark.parametrize("score", ["cosine", "dot"])
+def test_a_coarser_first_pass_finds_the_same(score: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches rows that a less exact product, as in TF32, puts behind the ones kept, and that stay lost."""
+    right, looks = search_corpus.Corpus.chunk, []
+    second = search._Search._second_pass
+    monkeypatch.setattr(search_corpus.Corpus, "chunk", lambda self, *at: right(self, *at).bfloat16().float())
+    monkeypatch.setattr(search, "_product_error", lambda dim, device: 2.0**-7)
+    monkeypatch.setattr(search._Search, "_second_pass", lambda *args: (looks.append(1), second(*args)))
+    corpus = random(1, 24) + 0.02 * random(3000, 24, seed=1)
+    check(random(6, 24, seed=2), corpus, 10, score, corpus_chunk_size=700)
+    assert looks
 
 
 def test_the_second_look_is_rare(monkeypatch: pytest.MonkeyPatch) -> None:
