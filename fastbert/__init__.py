@@ -17,6 +17,7 @@ from fastbert._version import __version__
 
 if TYPE_CHECKING:
     from fastbert.config import BertConfig
+    from fastbert.cross_encoder import CrossEncoder
     from fastbert.explain import explain
     from fastbert.graphs import compile_events
     from fastbert.heads import (
@@ -31,8 +32,10 @@ if TYPE_CHECKING:
     from fastbert.model import BertModel
     from fastbert.ops import BackendError
     from fastbert.readiness import warmup
+    from fastbert.search import semantic_search
     from fastbert.sentence import SentenceEncoder
     from fastbert.tokenizer import Tokenizer
+    from fastbert.vectors import quantize_embeddings
     from fastbert.verify import verify
 
 # Public name -> the module that holds it, imported when the name is first used, so that `import fastbert` is quick.
@@ -47,10 +50,13 @@ _PUBLIC = {
     "BertForSequenceClassification": "fastbert.heads",
     "BertForTokenClassification": "fastbert.heads",
     "BertModel": "fastbert.model",
+    "CrossEncoder": "fastbert.cross_encoder",
     "SentenceEncoder": "fastbert.sentence",
     "Tokenizer": "fastbert.tokenizer",
     "compile_events": "fastbert.graphs",
     "explain": "fastbert.explain",
+    "quantize_embeddings": "fastbert.vectors",
+    "semantic_search": "fastbert.search",
     "verify": "fastbert.verify",
     "warmup": "fastbert.readiness",
 }
@@ -66,11 +72,14 @@ __all__ = [
     "BertForSequenceClassification",
     "BertForTokenClassification",
     "BertModel",
+    "CrossEncoder",
     "SentenceEncoder",
     "Tokenizer",
     "__version__",
     "compile_events",
     "explain",
+    "quantize_embeddings",
+    "semantic_search",
     "verify",
     "warmup",
 ]

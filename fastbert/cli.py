@@ -6,6 +6,7 @@ Exit codes: 0 done, 1 error, 2 wrong usage, 130 interrupted, 141 the reader of s
 from __future__ import annotations
 
 import argparse
+import importlib
 import logging
 import os
 import sys
@@ -13,9 +14,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from fastbert import cli_retrieval
 from fastbert._version import __version__
-
-MINILM = "sentence-transformers/all-MiniLM-L6-v2"
+from fastbert.cli_options import MINILM, add, add_field, add_messages, add_parser, positive
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -30,12 +31,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         args.usage_error("expected texts or --file, one of the two")
     if args.command == "tune" and args.arch is not None and not args.dry_run:
         args.usage_error("--arch goes with --dry-run")
+    cli_retrieval.check(args)
     with _messages(args.verbose):
         try:
             # Not before: with --help and --version nobody waits for PyTorch.
-            from fastbert import commands
-
-            code: int | None = getattr(commands, args.command.replace("-", "_"))(args)
+            module = importlib.import_module(getattr(args, "module", "fastbert.commands"))
+            code: int | None = getattr(module, args.command.replace("-", "_"))(args)
             sys.stdout.flush()
             return code or 0
         except BrokenPipeError:
@@ -96,65 +97,26 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"fastbert {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for add in (
+    for add_command in (
         _add_embed,
         _add_similarity,
+        cli_retrieval.add_search,
+        cli_retrieval.add_rerank,
         _add_fill_mask,
         _add_next_sentence,
         _add_classify,
         _add_info,
+        cli_retrieval.add_verify,
         _add_bench,
         _add_tune,
         _add_demo,
     ):
-        add(commands)
+        add_command(commands)
     return parser
-
-
-def _add(commands: Any, name: str, summary: str, epilog: str, *, model: bool = True) -> argparse.ArgumentParser:
-    """A subcommand with the options that all share. model: whether --model must be given."""
-    parser = _add_parser(commands, name, summary, epilog)
-    group = parser.add_argument_group("model")
-    group.add_argument("--model", required=model, metavar="FOLDER", help="folder in Hugging Face layout, or hub id")
-    group.add_argument("--revision", help="branch, tag or commit of a hub id")
-    group.add_argument("--dtype", default="auto", help="float32, bfloat16 or float16 (default: the checkpoint's)")
-    group.add_argument("--device", help="cpu, cuda, cuda:1 (default: the GPU if there is one)")
-    group.add_argument(
-        "--backend", default="auto", choices=("auto", "triton", "cpu", "torch"), help="default: %(default)s"
-    )
-    group.add_argument("--precision", choices=("fp8", "int8"), help="linears on 8-bit operands (needs a GPU)")
-    group.add_argument("--strict", action="store_true", help="an error where the backend cannot do something")
-    _add_messages(parser)
-    return parser
-
-
-def _add_parser(commands: Any, name: str, summary: str, epilog: str) -> argparse.ArgumentParser:
-    """A subcommand without options."""
-    parser = commands.add_parser(
-        name,
-        help=summary,
-        description=summary[0].upper() + summary[1:] + ".",
-        epilog=epilog,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.set_defaults(usage_error=parser.error)
-    return parser
-
-
-def _add_messages(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("messages")
-    group.add_argument("-v", "--verbose", action="store_true", help="say more on standard error")
-    group.add_argument("--debug", action="store_true", help="show the traceback of an error")
-
-
-def _add_field(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--field", metavar="NAME", help="the lines are JSON objects, with the text under this name (.jsonl: text)"
-    )
 
 
 def _add_embed(commands: Any) -> None:
-    parser = _add(
+    parser = add(
         commands,
         "embed",
         "vectors of texts, one a line",
@@ -171,16 +133,16 @@ examples:
     parser.add_argument(
         "-o", "--output", required=True, help="file that ends in .npy or .jsonl; - is JSONL on standard output"
     )
-    _add_field(parser)
+    add_field(parser)
     parser.add_argument("--normalize", action="store_true", help="vectors of length 1")
-    parser.add_argument("--max-length", type=_positive, metavar="N", help="tokens of a text that are read")
-    parser.add_argument("--batch-tokens", type=_positive, metavar="N", help="tokens in a batch")
+    parser.add_argument("--max-length", type=positive, metavar="N", help="tokens of a text that are read")
+    parser.add_argument("--batch-tokens", type=positive, metavar="N", help="tokens in a batch")
     parser.add_argument("--prompt", help="goes in front of each text")
     parser.add_argument("--prompt-name", metavar="NAME", help="the same, by its name in the model's settings")
 
 
 def _add_similarity(commands: Any) -> None:
-    parser = _add(
+    parser = add(
         commands,
         "similarity",
         "cosine of two texts, or the lines of a file nearest to a text",
@@ -193,12 +155,12 @@ examples:
     )
     parser.add_argument("texts", nargs="+", metavar="TEXT", help="two texts, or one with --file")
     parser.add_argument("--file", dest="input", help="texts to search, one a line; - is standard input")
-    _add_field(parser)
-    parser.add_argument("--top-k", type=_positive, default=5, metavar="N", help="default: %(default)s")
+    add_field(parser)
+    parser.add_argument("--top-k", type=positive, default=5, metavar="N", help="default: %(default)s")
 
 
 def _add_fill_mask(commands: Any) -> None:
-    parser = _add(
+    parser = add(
         commands,
         "fill-mask",
         "the likeliest tokens for every [MASK] of a text",
@@ -208,11 +170,11 @@ example:
   fastbert fill-mask "Paris is the [MASK] of France." --model google-bert/bert-base-uncased""",
     )
     parser.add_argument("text", help="with [MASK] in it, once or several times")
-    parser.add_argument("--top-k", type=_positive, default=5, metavar="N", help="default: %(default)s")
+    parser.add_argument("--top-k", type=positive, default=5, metavar="N", help="default: %(default)s")
 
 
 def _add_next_sentence(commands: Any) -> None:
-    parser = _add(
+    parser = add(
         commands,
         "next-sentence",
         "whether a second sentence follows a first",
@@ -226,7 +188,7 @@ example:
 
 
 def _add_classify(commands: Any) -> None:
-    parser = _add(
+    parser = add(
         commands,
         "classify",
         "the class of each text",
@@ -239,12 +201,12 @@ examples:
     )
     parser.add_argument("texts", nargs="*", metavar="TEXT", help="texts, if there is no --file")
     parser.add_argument("--file", dest="input", help="texts, one a line; - is standard input")
-    _add_field(parser)
-    parser.add_argument("--top-k", type=_positive, metavar="N", help="labels in a line (default: all)")
+    add_field(parser)
+    parser.add_argument("--top-k", type=positive, metavar="N", help="labels in a line (default: all)")
 
 
 def _add_info(commands: Any) -> None:
-    _add(
+    add(
         commands,
         "info",
         "versions, devices and, with --model, what would run each operation, and why",
@@ -258,15 +220,15 @@ def _add_info(commands: Any) -> None:
 def _add_bench(commands: Any) -> None:
     from fastbert.bench import run
 
-    parser = _add_parser(
+    parser = add_parser(
         commands, "bench", "fastbert beside what you would use instead, on your model, texts and device", run.EPILOG
     )
     run.add_arguments(parser)
-    _add_messages(parser)
+    add_messages(parser)
 
 
 def _add_tune(commands: Any) -> None:
-    parser = _add_parser(
+    parser = add_parser(
         commands,
         "tune",
         "times the kernels on this GPU for the shapes of your models, and keeps the fastest in a table",
@@ -278,7 +240,7 @@ examples:
   fastbert tune ./my-model --dry-run     what would be timed""",
     )
     parser.add_argument("models", nargs="*", metavar="MODEL", help="folders in Hugging Face layout, or hub ids")
-    parser.add_argument("--tokens", nargs="+", type=_positive, metavar="N", help="tokens to time at")
+    parser.add_argument("--tokens", nargs="+", type=positive, metavar="N", help="tokens to time at")
     parser.add_argument(
         "--dtype", nargs="+", choices=("bfloat16", "float16", "float32"), default=["bfloat16"],
         help="bfloat16 and float16 share a table's entries (default: bfloat16)",
@@ -288,14 +250,14 @@ examples:
     parser.add_argument("--out", metavar="FILE", help="write the table here and not into the cache")
     parser.add_argument("--dry-run", action="store_true", help="print what would be timed, and time nothing")
     parser.add_argument(
-        "--arch", type=_positive, metavar="N", help="with --dry-run: as on this compute capability, 90 for 9.0"
+        "--arch", type=positive, metavar="N", help="with --dry-run: as on this compute capability, 90 for 9.0"
     )
     parser.add_argument("--check", metavar="FILE", help="only say whether this table is one for this GPU")
-    _add_messages(parser)
+    add_messages(parser)
 
 
 def _add_demo(commands: Any) -> None:
-    parser = _add(
+    parser = add(
         commands,
         "demo",
         "neighbours, error against float64, and speed beside transformers, on real weights",
@@ -305,11 +267,4 @@ example:
   fastbert demo""",
         model=False,
     )
-    parser.add_argument("--texts", type=_positive, metavar="N", help="texts to time (default: what takes seconds)")
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"expected a positive whole number, got {text}")
-    return value
+    parser.add_argument("--texts", type=positive, metavar="N", help="texts to time (default: what takes seconds)")

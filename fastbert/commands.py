@@ -137,16 +137,11 @@ def info(args: argparse.Namespace) -> None:
 
     from fastbert.explain import explain
 
-    folder = resolve(args.model, revision=args.revision)
-    if (folder / "modules.json").is_file():
-        model: Any = _encoder(args)
-        what = f"SentenceEncoder, vectors of {model.get_embedding_dimension()}, {model.max_seq_length} tokens a text"
-        bert = model.model
-    else:
-        named = our_class((BertConfig.from_pretrained(folder).architectures or ["BertModel"])[0])
-        cls = getattr(heads, named) if named in HEADS else BertModel
-        model = bert = cls.from_pretrained(args.model, **_how(args))
-        what = type(model).__name__
+    model, _ = any_model(args)
+    bert: Any = model.model if isinstance(model, SentenceEncoder) else model
+    what = type(model).__name__
+    if isinstance(model, SentenceEncoder):
+        what += f", vectors of {model.get_embedding_dimension()}, {model.max_seq_length} tokens a text"
     config, n_parameters = bert.config, sum(p.numel() for p in model.parameters())
     shape = f"{config.num_hidden_layers} layers, hidden {config.hidden_size}, {config.num_attention_heads} heads"
     what += "" if config.model_type == "bert" else f", model type {config.model_type}"
@@ -154,6 +149,16 @@ def info(args: argparse.Namespace) -> None:
     if bert.missing_names:
         print(f"{'':<23}lacks {listed(bert.missing_names)}")
     print(f"\n{explain(model)}")
+
+
+def any_model(args: argparse.Namespace) -> tuple[torch.nn.Module, Path]:
+    """A SentenceEncoder, or the class that the checkpoint names, and the folder of a hub id."""
+    folder = resolve(args.model, revision=args.revision)
+    modules = folder / "modules.json"
+    if modules.is_file() and "Pooling" in modules.read_text(encoding="utf-8"):
+        return _encoder(args), folder
+    named = our_class((BertConfig.from_pretrained(folder).architectures or ["BertModel"])[0])
+    return (getattr(heads, named) if named in HEADS else BertModel).from_pretrained(args.model, **_how(args)), folder
 
 
 def bench(args: argparse.Namespace) -> int:

@@ -354,12 +354,15 @@ class BertForSequenceClassification(_WithHead):
             input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, output_attentions,
             output_hidden_states,
         )  # fmt: skip
-        if self._head.activation is None:
-            logits = dense(self.classifier, self.dropout(self.bert.pool(encoded)), self.policy)
-        else:
-            logits = self.classifier(encoded, self.policy)
+        logits = self.classify(encoded)
         output = outputs.SequenceClassifierOutput(loss=self._loss(logits, labels), logits=logits, **encoded.rest())
         return self._output(output, return_dict)
+
+    def classify(self, encoded: Encoded) -> Tensor:
+        """The logits (B, num_labels) of what the encoder made of packed tokens."""
+        if self._head.activation is not None:
+            return self.classifier(encoded, self.policy)
+        return dense(self.classifier, self.dropout(self.bert.pool(encoded)), self.policy)
 
     def _loss(self, logits: Tensor, labels: Tensor | None) -> Tensor | None:
         if labels is None:

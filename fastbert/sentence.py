@@ -12,10 +12,9 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastbert import checkpoint, sentence_layout
+from fastbert import checkpoint, sentence_layout, vectors
 from fastbert.model import BertModel
 from fastbert.sentence_layout import Layout, Pooling
 from fastbert.sentence_run import Request, Run, Timings
@@ -24,8 +23,6 @@ from fastbert.wordpiece import check_text, one_of
 
 logger = logging.getLogger("fastbert")
 
-SIMILARITIES = ("cosine", "dot", "euclidean", "manhattan")
-_PRECISIONS = ("float32", "binary", "ubinary")
 _OUTPUT_VALUES = ("sentence_embedding", "token_embeddings", None)
 
 
@@ -65,7 +62,7 @@ class SentenceEncoder(nn.Module):
         self.default_prompt_name = default_prompt_name
         if default_prompt_name is not None and default_prompt_name not in self.prompts:
             raise ValueError(f"default_prompt_name: got {default_prompt_name!r}, expected one of {list(self.prompts)}")
-        self.similarity_fn_name = one_of("similarity_fn_name", similarity_fn_name or "cosine", *SIMILARITIES)
+        self.similarity_fn_name = one_of("similarity_fn_name", similarity_fn_name or "cosine", *vectors.SIMILARITIES)
         self.truncate_dim = _positive("truncate_dim", truncate_dim)
         self.token_budget = _positive("token_budget", token_budget)
         self.last_timings: Timings | None = None  # where the time of the last call went
@@ -192,7 +189,7 @@ class SentenceEncoder(nn.Module):
         batch_size: int | None = None,
         show_progress_bar: bool | None = None,
         output_value: str | None = "sentence_embedding",
-        precision: str = "float32",
+        precision: str | None = "float32",
         convert_to_numpy: bool = True,
         convert_to_tensor: bool = False,
         device: str | torch.device | None = None,
@@ -202,6 +199,8 @@ class SentenceEncoder(nn.Module):
         chunk_size: None = None,
         *,
         inputs: str | Iterable[str] | None = None,
+        ranges: Any = None,
+        calibration_embeddings: Any = None,
     ) -> Any:
         """The vectors of texts; arguments and results are those of SentenceTransformer.encode.
 
@@ -211,8 +210,9 @@ class SentenceEncoder(nn.Module):
         encoder there.
 
         Returns a (dim,) vector for a str, else (n, dim) float32: an array, a tensor on the model's device with
-        convert_to_tensor, a list of vectors with convert_to_numpy=False. precision "binary" and "ubinary" pack signs,
-        8 to a byte, into int8 or uint8 (n, ceil(dim / 8)). output_value "token_embeddings": a list of (tokens, H)
+        convert_to_tensor, a list of vectors with convert_to_numpy=False. precision "int8", "uint8", "binary" and
+        "ubinary": on the host, as `fastbert.quantize_embeddings` makes them, which ranges and calibration_embeddings
+        are for. output_value "token_embeddings": a list of (tokens, H)
         tensors; None: a list of dicts with ids, token vectors and the vector of the text.
 
         Texts longer than max_seq_length are cut, and one warning counts texts and tokens. Raises TypeError for what is
@@ -227,9 +227,10 @@ class SentenceEncoder(nn.Module):
         if pool is not None or chunk_size is not None or isinstance(device, (list, tuple)):
             raise ValueError("pool, chunk_size, device: encoding in several processes is not supported")
         one_of("output_value", output_value, *_OUTPUT_VALUES)
+        precision = precision or "float32"
         if precision != "float32" and output_value != "sentence_embedding":
             raise ValueError(f"precision: got {precision!r} for output_value {output_value!r}, expected 'float32'")
-        one_of("precision", precision, *_PRECISIONS)
+        one_of("precision", precision, *vectors.PRECISIONS)
         if show_progress_bar is None:
             show_progress_bar = logger.getEffectiveLevel() in (logging.INFO, logging.DEBUG)
         if device is not None:
@@ -255,16 +256,16 @@ class SentenceEncoder(nn.Module):
                 torch.empty(0, self._width(request), dtype=dtype, device="cpu" if request.on_host else self.device)
             ]
         # Pinned memory, which vectors from a GPU lie in, is too dear to be kept by whoever holds the result.
-        vectors = windows[0] if len(windows) == 1 and not windows[0].is_pinned() else torch.cat(windows)
+        made = windows[0] if len(windows) == 1 and not windows[0].is_pinned() else torch.cat(windows)
         if precision != "float32":
-            vectors = torch.from_numpy(_signs(vectors.numpy(), precision))
+            made = torch.from_numpy(vectors.quantize_embeddings(made, precision, ranges, calibration_embeddings))
         if single:
-            vectors = vectors[0]
+            made = made[0]
         if convert_to_tensor:
-            return vectors
+            return made
         if convert_to_numpy:
-            return vectors.numpy()
-        return vectors if single else list(vectors)
+            return made.numpy()
+        return made if single else list(made)
 
     def encode_query(
         self, sentences: str | Iterable[str], prompt_name: str | None = None, prompt: str | None = None,
@@ -320,12 +321,24 @@ class SentenceEncoder(nn.Module):
 
         "cosine", "dot", "euclidean" and "manhattan"; the last two are distances with their sign changed.
         """
-        a, b = (_as_matrix(vectors) for vectors in (embeddings1, embeddings2))
-        if self.similarity_fn_name == "cosine":
-            return F.normalize(a, dim=1) @ F.normalize(b, dim=1).T
-        if self.similarity_fn_name == "dot":
-            return a @ b.T
-        return -torch.cdist(a, b, p=2.0 if self.similarity_fn_name == "euclidean" else 1.0)
+        return vectors.similarity(embeddings1, embeddings2, self.similarity_fn_name)
+
+    def similarity_pairwise(self, embeddings1: Any, embeddings2: Any) -> Tensor:
+        """(n, dim) and (n, dim) vectors -> (n,): of each with its fellow, by the same function."""
+        return vectors.similarity_pairwise(embeddings1, embeddings2, self.similarity_fn_name)
+
+    @contextmanager
+    def truncate_embeddings(self, truncate_dim: int | None) -> Iterator[None]:
+        """Within it, `encode` gives the first truncate_dim numbers of each vector (Matryoshka)."""
+        before, self.truncate_dim = self.truncate_dim, _positive("truncate_dim", truncate_dim)
+        try:
+            yield
+        finally:
+            self.truncate_dim = before
+
+    def set_pooling_include_prompt(self, include_prompt: bool) -> None:
+        """Whether pooling takes the tokens of the prompt too; INSTRUCTOR models leave them out."""
+        self.pooling = replace(self.pooling, include_prompt=include_prompt)
 
     def _run(self, texts: Iterable[str], request: Request) -> Iterator[Any]:
         if self._in_training():  # eval() drops what was made of the weights
@@ -368,25 +381,12 @@ class SentenceEncoder(nn.Module):
         return self._dimension if request.truncate_dim is None else min(self._dimension, request.truncate_dim)
 
 
-def _signs(vectors: np.ndarray, precision: str) -> np.ndarray:
-    bits = np.packbits(vectors > 0, axis=-1)
-    return bits if precision == "ubinary" else (bits.astype(np.int16) - 128).astype(np.int8)
-
-
 def _as_iterable(texts: Any) -> Iterable[str]:
     if isinstance(texts, str):
         return [texts]
     if isinstance(texts, (bytes, dict)) or not isinstance(texts, Iterable):
         raise TypeError(f"sentences: got {type(texts).__name__}, expected a str or an iterable of str")
     return texts
-
-
-def _as_matrix(vectors: Any) -> Tensor:
-    if isinstance(vectors, (list, tuple)) and vectors and isinstance(vectors[0], Tensor):
-        vectors = torch.stack(list(vectors))
-    matrix = torch.as_tensor(np.asarray(vectors) if isinstance(vectors, (list, tuple)) else vectors)
-    matrix = matrix if matrix.dtype == torch.float64 else matrix.float()
-    return matrix[None] if matrix.dim() == 1 else matrix
 
 
 @contextmanager

@@ -203,6 +203,28 @@ def read(folder: Path) -> Layout | None:
     return layout
 
 
+def read_cross_encoder(folder: Path) -> tuple[Layout, str | None]:
+    """The layout of a cross-encoder's folder, and the path of its activation function, if it names one.
+
+    Without modules.json, as sentence-transformers wrote it before 6.0, config.json has that path. Raises as `read`.
+    """
+    if (folder / MODULES).is_file():
+        entries = _read_modules(folder / MODULES)
+        kinds = [kind for kind, _ in entries]
+        if kinds != ["Transformer"]:
+            raise ValueError(f"{folder / MODULES}: expected a Transformer alone, got {', '.join(kinds)}")
+        layout = Layout(entries[0][1])
+        _read_transformer(layout, "sequence-classification", "scores")
+        path = _read_settings(layout, folder / SETTINGS, "CrossEncoder").get("activation_fn")
+    else:
+        layout, path = Layout(folder), None
+    config = checkpoint.read_json(layout.transformer / "config.json")
+    stored = config.get("sentence_transformers")
+    if path is None and isinstance(stored, dict):
+        path = stored.get("activation_fn")
+    return layout, path or config.get("sbert_ce_default_activation_function")
+
+
 def _read_modules(file: Path) -> list[tuple[str, Path]]:
     """(kind, folder) of each module."""
     try:
@@ -288,10 +310,10 @@ def _load(module: nn.Module, folder: Path) -> None:
     module.load_state_dict(state, assign=True)
 
 
-def _read_transformer(layout: Layout) -> None:
+def _read_transformer(layout: Layout, task: str = "feature-extraction", output_name: str = "token_embeddings") -> None:
     file = layout.transformer / TRANSFORMER_CONFIG
     config = checkpoint.read_json(file) if file.is_file() else {}
-    for key, expected in (("transformer_task", "feature-extraction"), ("module_output_name", "token_embeddings")):
+    for key, expected in (("transformer_task", task), ("module_output_name", output_name)):
         if config.get(key) not in (None, expected):
             raise ValueError(f"{file}: {key} is {config[key]!r}, but only {expected!r} is supported")
     for key in _UNSUPPORTED_TRANSFORMER:
@@ -307,15 +329,16 @@ def _read_transformer(layout: Layout) -> None:
     layout.do_lower_case = bool(config.get("do_lower_case"))
 
 
-def _read_settings(layout: Layout, file: Path) -> None:
+def _read_settings(layout: Layout, file: Path, expected: str = "SentenceTransformer") -> dict[str, Any]:
     config = checkpoint.read_json(file) if file.is_file() else {}
-    kind = config.get("model_type", "SentenceTransformer")
-    if kind != "SentenceTransformer":
-        raise ValueError(f"{file}: model_type is {kind!r}, but only 'SentenceTransformer' is supported")
+    kind = config.get("model_type", expected)
+    if kind != expected:
+        raise ValueError(f"{file}: model_type is {kind!r}, but only {expected!r} is supported")
     layout.prompts = {name: prompt or "" for name, prompt in (config.get("prompts") or {}).items()}
     layout.default_prompt_name = config.get("default_prompt_name")
     layout.similarity_fn_name = config.get("similarity_fn_name")
     layout.truncate_dim = config.get("truncate_dim")
+    return config
 
 
 def lowercasing(tokenizer: Tokenizer, folder: Path) -> Tokenizer:

@@ -116,8 +116,6 @@ class Run:
         pooling, prompt = self.encoder.pooling, self.request.prompt
         if not prompt or pooling.include_prompt:
             return 0
-        if "weightedmean" in pooling.modes:
-            raise ValueError("prompt: weightedmean pooling that leaves the prompt out is not supported")
         ids = self.encoder.tokenizer.encode_packed([prompt], max_length=self.limit, warn=False).input_ids
         return len(ids) - int(ids[-1].item() in self.encoder.tokenizer.all_special_ids)
 
@@ -267,12 +265,20 @@ class Run:
         normalize = request.normalize and request.output_value is not None
         if normalize and request.truncate_dim is None:
             tail, normalize = [*tail, Normalize()], False
-        fused = len(pooling.modes) == 1 and bool(tail) and isinstance(tail[0], Normalize)
+        late = self.skip > 0 and "weightedmean" in pooling.modes
+        fused = len(pooling.modes) == 1 and bool(tail) and isinstance(tail[0], Normalize) and not late
         dtype, policy = torch.promote_types(hidden.dtype, torch.float32), self.encoder.model.policy
         pooled = [
             ops.pool(hidden, cu_seqlens, POOLING_MODES[mode], normalize=fused, out_dtype=dtype, policy=policy)
             for mode in pooling.modes
         ]
+        if late:
+            # Weights count on from the prompt's tokens: skip + 1, skip + 2, ..., which sum to n (skip + (n + 1) / 2).
+            half = (cu_seqlens.diff().to(dtype)[:, None] + 1) / 2
+            mean = ops.pool(hidden, cu_seqlens, "mean", out_dtype=dtype, policy=policy)
+            for place, mode in enumerate(pooling.modes):
+                if mode == "weightedmean":
+                    pooled[place] = (self.skip * mean + half * pooled[place]) / (self.skip + half)
         x = pooled[0] if len(pooled) == 1 else torch.cat(pooled, dim=1)
         for module in tail[1:] if fused else tail:
             x = apply(module, x, policy)

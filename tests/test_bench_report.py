@@ -12,7 +12,8 @@ from urllib.parse import unquote
 
 import pytest
 
-from fastbert.bench import drawing, plots, tables
+from fastbert import drawing
+from fastbert.bench import plots, tables
 from fastbert.bench.measure import Ratio, Timing
 from fastbert.bench.report import NO_FIGURES, render_terminal, write_report
 from fastbert.bench.results import FAILED, MISSING, WRONG, Results, Row

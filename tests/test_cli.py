@@ -36,7 +36,10 @@ from fastbert.cli import main
 from fastbert.sentence_layout import Normalize
 from helpers import source_env
 
-COMMANDS = ("embed", "similarity", "fill-mask", "next-sentence", "classify", "info", "tune", "demo")
+COMMANDS = (
+    "embed", "similarity", "search", "rerank", "fill-mask", "next-sentence", "classify", "info", "verify", "tune",
+    "demo",
+)  # fmt: skip
 TEXTS = ["a river is wide", "", "small boats cross the river", "fish", "a river is wide and slow", "Fish!"]
 
 
@@ -116,6 +119,16 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         ["classify", "--model", "m"],
         ["classify", "text", "--file", "f", "--model", "m"],
         ["info", "--backend", "fast"],
+        ["search", "a query", "--model", "m"],
+        ["search", "--file", "f", "--model", "m"],
+        ["search", "a query", "--queries", "q", "--file", "f", "--model", "m"],
+        ["rerank", "a query", "--model", "m"],
+        ["rerank", "--file", "f", "--model", "m"],
+        ["rerank", "a query", "--hits", "h", "--model", "m"],
+        ["rerank", "a query", "--file", "f", "--hits", "h", "--model", "m"],
+        ["rerank", "--model", "m"],
+        ["verify"],
+        ["verify", "m", "--limit", "0"],
     ],
     ids=" ".join,
 )

@@ -406,5 +406,5 @@ def test_public_name() -> None:
     model = BertModel(config())
     assert fastbert.explain(model) == explain(model)
     assert list(inspect.signature(fastbert.explain).parameters) == [
-        "model", "device", "dtype", "backend", "strict", "arch",
+        "model", "batch", "device", "dtype", "backend", "strict", "arch", "tokenizer",
     ]  # fmt: skip

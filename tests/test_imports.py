@@ -35,13 +35,25 @@ LAYERS: list[set[str]] = [
     {"ops"},
     {"graphs", "cpu_encoder"},
     {"pretrained", "quantized", "model", "heads", "outputs"},
-    {"sentence", "sentence_layout", "sentence_run"},
+    {"sentence", "sentence_layout", "sentence_run", "vectors", "search", "search_corpus", "cross_encoder"},
     {"adapters"},
-    {"verify", "explain", "readiness"},
+    {
+        "verify",
+        "verify_report",
+        "verify_run",
+        "verify_page",
+        "verify_ends",
+        "drawing",
+        "explain",
+        "explain_costs",
+        "explain_ops",
+        "explain_report",
+        "readiness",
+    },
     {"training"},
     {"__init__"},
     {"bench", "tune", "tune_jobs"},
-    {"cli", "commands", "demo", "__main__"},
+    {"cli", "cli_options", "cli_retrieval", "commands", "commands_retrieval", "demo", "__main__"},
 ]
 
 

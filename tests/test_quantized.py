@@ -392,16 +392,20 @@ def test_verify_holds_the_figures_to_their_bounds() -> None:
 
 def test_figures_of_verify() -> None:
     """A cosine of the wrong percentile, or a rank correlation of something else than the order of the others."""
-    from fastbert.verify import _quantized_report
+    from fastbert.verify_run import _vector_report
 
     angles = torch.tensor([0.0, 0.1, 0.3, 0.7, 1.5], dtype=torch.float64)
     exact = torch.stack([angles.cos(), angles.sin()], 1)
-    assert _quantized_report("fp8", 3 * exact, exact).spearman == pytest.approx(1)
-    report = _quantized_report("int8", exact[[0, 1, 2, 4, 3]], exact)
-    assert report.cosine_p1 == pytest.approx(float(torch.cos(angles[4] - angles[3])), abs=1e-3)
+    same = _vector_report("", 3 * exact, exact, exact)
+    assert same.spearman == pytest.approx(1) and same.same_nearest == same.same_nearest_10 == 1
+    report = _vector_report("", exact[[0, 1, 2, 4, 3]], exact, exact)
+    assert report.eager_spearman == pytest.approx(1) and report.eager_cosine == (1, 1, 1, 1)
+    assert report.cosine[1] == pytest.approx(float(torch.cos(angles[4] - angles[3])), abs=1e-3)
     # For 0, 1 and 2, two of four others change places: 1 - 6 * 2 / (4 * 15) = 0.8. For 3 and 4 the farthest becomes the
     # nearest, or the other way round, and the rest move by one: 1 - 6 * (9 + 3) / (4 * 15) = -0.2.
     assert report.spearman == pytest.approx((3 * 0.8 - 2 * 0.2) / 5)
+    # Nearest: of 0 it stays 1, of 1 it stays 0, of 2 it stays 1; of 3 it was 2 and is 2's farthest, of 4 the reverse.
+    assert report.same_nearest == pytest.approx(0.6) and report.same_nearest_10 == 1
 
 
 # What is asked, and what fp8 reaches of it with its 3 bits of mantissa: benchmarks/NOTES.md.

@@ -327,7 +327,9 @@ def test_do_lower_case(tmp_path: Path) -> None:
     assert_close(SentenceEncoder.from_pretrained(tmp_path / "again", device="cpu").encode(texts), ours.encode(texts))
 
 
-@pytest.mark.parametrize("modes", ["mean", "cls", ("max", "lasttoken", "mean_sqrt_len_tokens")])
+@pytest.mark.parametrize(
+    "modes", ["mean", "cls", "weightedmean", ("mean", "weightedmean"), ("max", "lasttoken", "mean_sqrt_len_tokens")]
+)
 def test_prompts(plain: Path, tmp_path: Path, modes: Any) -> None:
     """Catches a prompt that is not put in front, and prompt tokens pooled where the settings leave them out."""
     model, tokenizer = BertModel.from_pretrained(plain), Tokenizer.from_pretrained(plain)
@@ -345,12 +347,15 @@ def test_prompts(plain: Path, tmp_path: Path, modes: Any) -> None:
         ours.encode(texts, prompt_name="nope")
 
 
-def test_prompt_left_out_of_weighted_mean_is_refused(encoder: SentenceEncoder) -> None:
-    """Catches weights that would count from the wrong token."""
-    encoder.pooling = Pooling("weightedmean", include_prompt=False)
-    with pytest.raises(ValueError, match="prompt: weightedmean"):
-        encoder.encode("boats", prompt="query: ")
-    encoder.encode("boats")
+def test_prompt_left_out_of_a_normalised_weighted_mean(plain: Path, tmp_path: Path) -> None:
+    """Catches a normalisation before the weights are put right."""
+    model, tokenizer = BertModel.from_pretrained(plain), Tokenizer.from_pretrained(plain)
+    pooling = Pooling("weightedmean", include_prompt=False)
+    ours = SentenceEncoder(model, tokenizer, pooling, [Normalize()])
+    ours.save_pretrained(tmp_path)
+    texts = [text for text in TEXTS if text]
+    assert_close(ours.encode(texts, prompt="query: "), theirs(tmp_path).encode(texts, prompt="query: "))
+    assert np.isfinite(ours.encode(["", *texts], prompt="query: ")).all()
 
 
 @pytest.mark.parametrize(
@@ -364,6 +369,7 @@ def test_prompt_left_out_of_weighted_mean_is_refused(encoder: SentenceEncoder) -
         {"truncate_dim": 5, "normalize_embeddings": True},
         {"output_value": "token_embeddings"},
         {"precision": "binary"},
+        {"precision": None},
         {"precision": "ubinary", "convert_to_tensor": True},
         {"precision": "ubinary", "convert_to_numpy": False},
     ],
@@ -408,7 +414,7 @@ def test_signature_is_that_of_sentence_transformers() -> None:
         ({"pool": {}}, "several processes"),
         ({"chunk_size": 5}, "several processes"),
         ({"device": ["cpu", "cpu"]}, "several processes"),
-        ({"precision": "int8"}, "precision: got 'int8', expected one of 'float32', 'binary', 'ubinary'"),
+        ({"precision": "int4"}, "precision: got 'int4', expected one of 'float32', 'int8', 'uint8', 'binary'"),
         ({"precision": "binary", "output_value": None}, "precision: got 'binary'"),
         ({"output_value": "vectors"}, "output_value: got 'vectors'"),
         ({"batch_size": 0}, "batch_size: got 0"),
@@ -439,6 +445,13 @@ def test_similarity(plain: Path, encoder: SentenceEncoder, name: str) -> None:
     vectors = encoder.encode(TEXTS)
     assert_close(encoder.similarity(vectors, vectors[:3]), other.similarity(vectors, vectors[:3]), 1e-4)
     assert encoder.similarity(vectors[0], list(torch.from_numpy(vectors))).shape == (1, len(TEXTS))
+    for a, b in ((vectors, vectors[::-1].copy()), (torch.from_numpy(vectors), list(torch.from_numpy(vectors)))):
+        assert_close(encoder.similarity_pairwise(a, b), other.similarity_pairwise(a, b), 1e-4)
+    with pytest.raises(ValueError, match=r"embeddings2: expected shape \(8, 32\), as embeddings1, got \(3, 32\)"):
+        encoder.similarity_pairwise(vectors, vectors[:3])
+    encoder.similarity_fn_name = "chebyshev"
+    with pytest.raises(ValueError, match="similarity_fn_name: got 'chebyshev'"):
+        encoder.similarity(vectors, vectors)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
@@ -568,6 +581,19 @@ def test_truncate_dim_of_the_settings(plain: Path, tmp_path: Path, encoder: Sent
     assert again.get_embedding_dimension() == again.get_sentence_embedding_dimension() == 6
     assert_close(again.encode(TEXTS), theirs(tmp_path).encode(TEXTS))
     assert again.encode(TEXTS, truncate_dim=50).shape == (len(TEXTS), 32)
+    with again.truncate_embeddings(4):
+        assert again.get_embedding_dimension() == 4 and again.encode(TEXTS).shape == (len(TEXTS), 4)
+    assert again.truncate_dim == 6
+
+
+def test_pooling_can_leave_the_prompt_out(plain: Path, encoder: SentenceEncoder) -> None:
+    """Catches a change that sentence-transformers makes to its pooling, and that ours does not follow."""
+    other = theirs(plain)
+    for include in (False, True):
+        encoder.set_pooling_include_prompt(include)
+        other.set_pooling_include_prompt(include)
+        texts = [text for text in TEXTS if text]
+        assert_close(encoder.encode(texts, prompt="query: "), other.encode(texts, prompt="query: "))
 
 
 def test_layout_of_a_plain_folder(plain: Path) -> None:

@@ -12,7 +12,6 @@ import statistics
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import TypeVar
 
-from fastbert.bench.drawing import BLUE, GREY, ORANGE, Bar, Plot, bars, lines, parts_of
 from fastbert.bench.peers import OURS
 from fastbert.bench.results import OK, Results, Row
 from fastbert.bench.tables import (
@@ -29,6 +28,7 @@ from fastbert.bench.tables import (
     suites,
     times,
 )
+from fastbert.drawing import BLUE, GREY, ORANGE, Bar, Plot, bars, lines, parts_of
 
 K = TypeVar("K", bound=Hashable)
 
@@ -161,7 +161,7 @@ def _throughput(group: Sequence[Contest], foot: str, along: str, panel: str) -> 
             noted = foot + _without_a_point(absent, part, along, panel)
             name = f"{_heading(members[0])} {dtype} by {along}" + (f" {k + 1}" if k else "")
             panels = {at: points[at] for at in part}
-            found.append(lines(members[0].suite, name, title, panels, competitors(members), axes, noted))
+            found.append(lines(members[0].suite, name, title, panels, competitors(members), axes, noted, OURS))
     return found
 
 

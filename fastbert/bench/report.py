@@ -21,7 +21,6 @@ from typing import Any
 from urllib.parse import quote
 
 from fastbert.bench import plots
-from fastbert.bench.drawing import Plot
 from fastbert.bench.peers import OURS
 from fastbert.bench.results import OK, Results
 from fastbert.bench.tables import (
@@ -36,6 +35,7 @@ from fastbert.bench.tables import (
     summary_table,
 )
 from fastbert.checkpoint import write_text
+from fastbert.drawing import Plot
 
 METHOD = (
     "All competitors are prepared and warmed up, then timed in turn within one process: each once a round, in an order "

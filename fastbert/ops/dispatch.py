@@ -153,3 +153,9 @@ def dropout_obstacle(dropout_p: float) -> str | None:
 def hidden_size_obstacle(hidden_size: int) -> str | None:
     """Why the row-wise kernels cannot take rows of this size, or None."""
     return f"hidden size {hidden_size} is above 4096" if hidden_size > 4096 else None
+
+
+def tf32_allowed() -> bool:
+    """Whether CUDA may multiply float32 in TF32, as PyTorch's switch says; from PyTorch 2.9 on it has a new name."""
+    matmul = torch.backends.cuda.matmul
+    return matmul.fp32_precision == "tf32" if hasattr(matmul, "fp32_precision") else matmul.allow_tf32

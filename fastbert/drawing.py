@@ -1,4 +1,4 @@
-"""Figures as such: grids of bars, lines, and their rendering as SVG and PNG. What they show is up to plots.py.
+"""Figures as such: grids of bars, lines, and their rendering as SVG and PNG. What they show is up to who calls.
 
 matplotlib is imported when a figure is drawn, and its global state is left alone. As SVG a figure has no background and
 takes the text colour of the page, light or dark; its text is text. As PNG it is on white.
@@ -15,8 +15,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
-
-from fastbert.bench.peers import OURS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -192,7 +190,7 @@ def _draw_bars(
     height += 0.15 * max(head.count("\n") for head in heads)
     longest = max(len(line) for label in labels for line in label.splitlines() or [""])
     figure = Figure()
-    _frame(figure, title, foot, max(6.4, 0.4 + LETTER * longest + PANEL_WIDTH * len(panels)), height)
+    frame(figure, title, foot, max(6.4, 0.4 + LETTER * longest + PANEL_WIDTH * len(panels)), height)
     axes: list[Axes] = list(figure.subplots(1, len(panels), sharey=True, squeeze=False)[0])
     start = 1.0 if scale.log else 0.0
     for j, (axis_of_panel, head) in enumerate(zip(axes, heads, strict=True)):
@@ -252,16 +250,22 @@ def lines(
     names: Sequence[str],
     axes: tuple[str, str, str],
     foot: str,
+    ours: str,
 ) -> Plot:
-    """A panel a key, a line a competitor, y from zero. axes: what x is, what the panels are, the unit of y."""
+    """A panel a key, a line a competitor, y from zero; `ours` stands out.
+
+    axes: what x is, what the panels are, the unit of y.
+    """
     _, panel, unit = axes
     heading = f"{title} ({panel} {', '.join(f'{at:g}' for at in panels)})"
     drawn = [name for name in names if any(name in found for found in panels.values())]
     alt = f"Line chart. {heading}: {unit} of {', '.join(drawn)}. {foot}. The tables hold the numbers."
-    return Plot(suite, _file_name(name), heading, alt, partial(_draw_lines, title, panels, drawn, axes, foot))
+    return Plot(suite, _file_name(name), heading, alt, partial(_draw_lines, title, panels, drawn, axes, foot, ours))
 
 
-def _draw_lines(title: str, panels: Lines, names: Sequence[str], axes: tuple[str, str, str], foot: str) -> Figure:
+def _draw_lines(
+    title: str, panels: Lines, names: Sequence[str], axes: tuple[str, str, str], foot: str, our_name: str
+) -> Figure:
     from matplotlib.figure import Figure
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
@@ -274,7 +278,7 @@ def _draw_lines(title: str, panels: Lines, names: Sequence[str], axes: tuple[str
     columns = max(1, min(len(names), int(width / (0.6 + LETTER * max(map(len, names))))))
     figure = Figure()
     legend_height = 0.1 + 0.19 * math.ceil(len(names) / columns)
-    top = _frame(figure, title, foot, width, 3.4, legend_height)
+    top = frame(figure, title, foot, width, 3.4, legend_height)
     grid: list[Axes] = list(figure.subplots(1, len(panels), sharey=True, squeeze=False)[0])
     handles: dict[str, Any] = {}
     for axis, (at, found) in zip(grid, panels.items(), strict=True):
@@ -282,7 +286,7 @@ def _draw_lines(title: str, panels: Lines, names: Sequence[str], axes: tuple[str
         for k, name in enumerate(names):
             if name not in found:
                 continue
-            ours = name == OURS
+            ours = name == our_name
             there = {x: (y / factor, spread / factor) for x, y, spread in found[name]}
             # NaN where there is no point: no line is drawn across it.
             ys, spreads = zip(*(there.get(x, (math.nan, math.nan)) for x in xs), strict=True)
@@ -320,7 +324,7 @@ def _draw_lines(title: str, panels: Lines, names: Sequence[str], axes: tuple[str
     return figure
 
 
-def _frame(figure: Figure, title: str, foot: str, width: float, height: float, legend_height: float = 0.0) -> float:
+def frame(figure: Figure, title: str, foot: str, width: float, height: float, legend_height: float = 0.0) -> float:
     """Sizes the figure, its axes `height` inches: title above, then room for a legend; below where it was measured.
 
     Returns where the axes end at the top, as a share of the whole height.
