@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from fastbert._version import __version__
 
 if TYPE_CHECKING:
+    from fastbert.adapters import accelerate, restore
     from fastbert.config import BertConfig
     from fastbert.explain import explain
     from fastbert.graphs import compile_events
@@ -49,8 +50,10 @@ _PUBLIC = {
     "BertModel": "fastbert.model",
     "SentenceEncoder": "fastbert.sentence",
     "Tokenizer": "fastbert.tokenizer",
+    "accelerate": "fastbert.adapters",
     "compile_events": "fastbert.graphs",
     "explain": "fastbert.explain",
+    "restore": "fastbert.adapters",
     "verify": "fastbert.verify",
     "warmup": "fastbert.readiness",
 }
@@ -69,8 +72,10 @@ __all__ = [
     "SentenceEncoder",
     "Tokenizer",
     "__version__",
+    "accelerate",
     "compile_events",
     "explain",
+    "restore",
     "verify",
     "warmup",
 ]
