@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastbert import graphs, quantized
+from fastbert import adapters, graphs, quantized
 from fastbert.model import BertAddNorm, BertLayer, BertModel, BertPooler, is_bare, is_plain
 from fastbert.ops import Policy, attention, dispatch, embedding, gelu, layer_norm, onednn, pooling
 from fastbert.ops.dispatch import Decision
@@ -71,7 +71,10 @@ class OpReport:
 
 @dataclass(frozen=True)
 class Report:
-    """What `explain` found: the operations in the order in which they run. `str(report)` is a table."""
+    """What `explain` found: the operations in the order in which they run. `str(report)` is a table.
+
+    calls: of an accelerated model, how many ran here ("fastbert") and how many by the original code, by reason.
+    """
 
     model: str
     device: str
@@ -82,6 +85,7 @@ class Report:
     notes: tuple[str, ...] = ()
     batch_invariant: bool = False
     precision: str | None = None
+    calls: dict[str, int] = dataclasses.field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """The same as dicts, lists, strings, numbers and None, for JSON."""
@@ -115,14 +119,19 @@ def explain(
 ) -> Report:
     """Which backend and kernel would run each operation of the model, with which block sizes, and why.
 
-    model: a BertModel, a model with a head, a SentenceEncoder, or a module that wraps one. Its device, dtype, backend,
+    model: a BertModel, a model with a head, a SentenceEncoder, a module that wraps one, or an accelerated model of
+    another library, of which the report has the encoder and the counts of calls. Its device, dtype, backend,
     strictness and training mode count, and autocast where it is on; the keywords ask what would be if the first four
     were others. arch: compute capability of a GPU as one integer, 90 for 9.0, which need not be there.
 
     Raises TypeError for what is no such model, ValueError for a device that is not there or an argument that is none.
     Neither raises nor logs because of a fallback: under strict, `raises` of its row says that running would.
     """
-    inner = find_model(model)
+    try:
+        inner = find_model(model)
+    except adapters.Unsupported:
+        return _unfollowed(model)
+    given = model if inner in adapters.modules(model) else inner  # of an accelerated model, its encoder on our side
     wanted = inner.policy
     policy = Policy(
         wanted.backend if backend is None else backend,
@@ -132,7 +141,7 @@ def explain(
     where = _device(inner.device if device is None and arch is None else torch.device(device or "cuda"), arch)
     cast = None if dtype is None else resolve_dtype(dtype, inner.config, {})
     explainer = _Explainer(inner, policy, where, cast, arch)
-    rows = tuple(explainer.rows(model))
+    rows = tuple(explainer.rows(given))
     dtype = inner.dtype if cast is None else cast
     notes = []
     if explainer.eight_bit is not None and explainer.eight_bit.reason is not None:
@@ -146,6 +155,9 @@ def explain(
     notes += _launch_notes(rows, inner, where)
     if dtype == torch.float32 and where.type == "cuda":
         notes.append(f"float32 multiplies in {float32_precision()}: PyTorch's own switch")
+    calls = adapters.counts(model)
+    if given is not model:
+        notes += _call_notes(model)
     return Report(
         model=type(model).__name__,
         device=str(where) if arch is None else f"{where} of compute capability {arch / 10}",
@@ -156,7 +168,24 @@ def explain(
         notes=tuple(notes),
         batch_invariant=policy.batch_invariant,
         precision=inner.precision,
+        calls=calls,
     )
+
+
+def _call_notes(model: Any) -> Iterator[str]:
+    """Of an accelerated model: where its calls ran, and what is in the way of the next one."""
+    done = ", ".join(f"{n} {reason}" for reason, n in adapters.counts(model).items())
+    yield f"accelerated: calls by fastbert and, by reason, as before: {done or 'none yet'}"
+    if (why_not := adapters.obstacle(model)) is not None:
+        yield f"at the moment every call runs as before: {why_not}"
+
+
+def _unfollowed(model: Any) -> Report:
+    """Of an accelerated model that always runs as before."""
+    parameter = next(p for module in adapters.modules(model) for p in module.parameters())
+    where, dtype = str(parameter.device), str(parameter.dtype).removeprefix("torch.")
+    notes, name = tuple(_call_notes(model)), type(model).__name__
+    return Report(name, where, dtype, "none", False, (), notes, calls=adapters.counts(model))
 
 
 def _launch_notes(rows: Iterable[OpReport], model: PreTrainedModel, device: torch.device) -> Iterator[str]:
@@ -186,12 +215,15 @@ def _launch_notes(rows: Iterable[OpReport], model: PreTrainedModel, device: torc
 
 
 def find_model(model: Any) -> PreTrainedModel:
-    """The model of this library that was given, or that is inside: of a SentenceEncoder or of a wrapper module."""
-    if isinstance(model, nn.Module):
-        for module in model.modules():
-            if isinstance(module, PreTrainedModel):
-                return module
-    expected = "a BertModel, a model with a head or a SentenceEncoder"
+    """The model of this library that was given, or that is inside: of a SentenceEncoder, of a wrapper module, or of an
+    accelerated model, whose encoder has one that shares its parameters."""
+    for module in adapters.modules(model):
+        if isinstance(module, PreTrainedModel):
+            return module
+    encoder = adapters.encoder_in(model)
+    if encoder is not None:
+        return encoder
+    expected = "a BertModel, a model with a head, a SentenceEncoder or an accelerated model"
     raise TypeError(f"model: expected {expected}, got {type(model).__name__}")
 
 

@@ -1,5 +1,16 @@
 """For models of other libraries: `accelerate` and `restore`, and attention for transformers' other encoders."""
 
-from fastbert.adapters.swap import accelerate, counts, restore
+from fastbert.adapters.attention import register_attention
+from fastbert.adapters.live import Unsupported
+from fastbert.adapters.swap import accelerate, counts, encoder_in, modules, obstacle, restore
 
-__all__ = ["accelerate", "counts", "restore"]
+__all__ = [
+    "Unsupported",
+    "accelerate",
+    "counts",
+    "encoder_in",
+    "modules",
+    "obstacle",
+    "register_attention",
+    "restore",
+]

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from fastbert import varlen
 from fastbert.adapters import versions
 from fastbert.adapters.live import LiveEncoder, Options, Unsupported
-from fastbert.adapters.mapping import Mapping
+from fastbert.adapters.mapping import COVERED, Mapping
 from fastbert.ops import BackendError
 from fastbert.tracing import untraced
 
@@ -33,16 +33,35 @@ _SETTINGS = ("output_attentions", "output_hidden_states", "return_dict")
 _IGNORED = ("use_cache", "num_items_in_batch")
 
 
-class State:
-    """What an accelerated module carries: the options, the counts by reason, and what is made at the first call.
+class Counted:
+    """The options of an accelerated module, and how many of its calls ran where. subject: what is counted, in words."""
+
+    def __init__(self, options: Options, subject: str) -> None:
+        self.options, self.subject = options, subject
+        self.counts: Counter[str] = Counter()
+
+    def forget(self) -> None:
+        """What is derived from the modules is made anew at the next call."""
+
+    def decline(self, reason: str) -> None:
+        """Counts a call of the original code; logs each reason once. Raises BackendError under strict."""
+        if self.options.strict:
+            raise BackendError(f"accelerate: {self.subject} would have to run as it was, and strict=True: {reason}")
+        if reason not in self.counts:
+            logger.warning("accelerate: %s runs as it was before: %s", self.subject, reason)
+        self.counts[reason] += 1
+
+
+class State(Counted):
+    """What an accelerated encoder carries: the options, the counts, and what is made at the first call.
 
     A copy, or what a pickle gives, has the options alone.
     """
 
     def __init__(self, options: Options, mapping: Mapping) -> None:
-        self.options, self.mapping = options, mapping
-        self.counts: Counter[str] = Counter()
-        self._encoder: LiveEncoder | Unsupported | None = None
+        super().__init__(options, f"{mapping.model}.forward")
+        self.mapping = mapping
+        self._encoder: LiveEncoder | None = None
         self._stale = False
         self._lock = threading.RLock()
 
@@ -63,10 +82,10 @@ class State:
     def encoder(self, live: nn.Module) -> LiveEncoder:
         """Of the live model as it is. Raises Unsupported."""
         found = self._encoder
-        if not isinstance(found, LiveEncoder) or not found.is_current() or self._stale:
+        if found is None or not found.is_current() or self._stale:
             with self._lock:
                 found = self._encoder
-                if not isinstance(found, LiveEncoder) or not found.is_current():
+                if found is None or not found.is_current():
                     found = self._encoder = LiveEncoder(live, self.mapping, self.options)
                     found.look_again()
                 elif self._stale:
@@ -74,18 +93,8 @@ class State:
                 self._stale = False
         return found
 
-    def decline(self, reason: str) -> None:
-        """Counts a call of the original forward; logs each reason once. Raises BackendError under strict."""
-        if self.options.strict:
-            raise BackendError(f"accelerate: the original forward would have to run, and strict=True: {reason}")
-        if reason not in self.counts:
-            logger.warning("accelerate: %s runs by its original forward: %s", self.mapping.model, reason)
-        self.counts[reason] += 1
-
 
 def _fresh_state(options: Options, module: str) -> State:
-    from fastbert.adapters.mapping import COVERED
-
     return State(options, next(mapping for mapping in COVERED if mapping.module == module))
 
 
@@ -109,30 +118,36 @@ def _forward(live: nn.Module, state: State, original: Any, args: tuple[Any, ...]
     names = parameter_names(original)
     call = {**dict(zip(names, args, strict=False)), **kwargs}
     clash = len(args) > len(names) or len(call) < len(args) + len(kwargs)  # the original raises TypeError
-    reason = "arguments that do not fit" if clash else _obstacle(live, state, call)
-    encoder = None
+    reason = "arguments that do not fit" if clash else _obstacle(live, call)
     if reason is None:
         try:
             encoder = state.encoder(live)
             reason = encoder.obstacle()
         except Unsupported as error:
             reason = str(error)
-    if reason is not None or encoder is None:
-        state.decline(reason or "")
+    if reason is not None:
+        state.decline(reason)
         return original(live, *args, **kwargs)
     state.counts[OURS] += 1
     return _run(live, encoder, call)
 
 
-def _obstacle(live: nn.Module, state: State, call: dict[str, Any]) -> str | None:
-    """What in the call, or in the state of the whole model, we do not do; or None."""
+def model_obstacle(live: nn.Module) -> str | None:
+    """What in the state of the whole model we do not do, or None."""
     if getattr(live, "_is_replica", False):
         return "a replica of DataParallel"
     if live.training:
         return "training mode (kernels with dropout and gradients are not here yet)"
-    config: Any = live.config
-    if getattr(config, "is_decoder", False) or getattr(config, "is_causal", False):
+    if getattr(live.config, "is_decoder", False) or getattr(live.config, "is_causal", False):
         return "decoder mode"
+    return None
+
+
+def _obstacle(live: nn.Module, call: dict[str, Any]) -> str | None:
+    """What in the call, or in the state of the whole model, we do not do; or None."""
+    if (reason := model_obstacle(live)) is not None:
+        return reason
+    config: Any = live.config
     for name, value in call.items():
         if value is None or value is False or name in _INPUTS or name in _SETTINGS or name in _IGNORED:
             continue
@@ -168,7 +183,8 @@ def _input_obstacle(live: nn.Module, call: dict[str, Any]) -> str | None:
         fits = tuple(value.shape[:2]) == shape or (name == "position_ids" and tuple(value.shape) == (1, shape[1]))
         if not fits:
             return f"{name} of another shape than the input"
-    if embeds is not None and (embeds.dtype != weight.dtype or embeds.shape[-1] != live.config.hidden_size):
+    config: Any = live.config
+    if embeds is not None and (embeds.dtype != weight.dtype or embeds.shape[-1] != config.hidden_size):
         return "inputs_embeds of another dtype or width than the model's"
     if any(t.dtype not in (torch.int64, torch.int32) for n, t in given.items() if n.endswith("_ids")):
         return "ids that are not int64 or int32"
@@ -176,7 +192,8 @@ def _input_obstacle(live: nn.Module, call: dict[str, Any]) -> str | None:
 
 
 def _run(live: nn.Module, encoder: LiveEncoder, call: dict[str, Any]) -> Any:
-    config, model = live.config, encoder.model
+    model = encoder.model
+    config: Any = live.config
     keep_states = bool(versions.flag(call, config, "output_hidden_states"))
     inputs = {name: call.get(name) for name in _INPUTS}
     encoded = model.encode(**inputs, output_attentions=False, output_hidden_states=keep_states)

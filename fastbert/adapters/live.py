@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastbert import ops
 from fastbert.adapters import versions
 from fastbert.adapters.mapping import Mapping
 from fastbert.model import BertModel
@@ -36,7 +35,7 @@ class Options:
         return Policy(self.backend, self.strict)
 
 
-class Unsupported(Exception):
+class Unsupported(ValueError):
     """Why a live model cannot be followed."""
 
 
@@ -62,7 +61,7 @@ class LiveEncoder:
             with_pooler = getattr(live, "pooler", None) is not None
             model = BertModel(config, with_pooler, backend=options.backend, strict=options.strict)
         model.cuda_graphs = options.cuda_graphs
-        model.eval()  # before the live modules are in it, whose mode is not ours to set
+        model.eval()  # while the live modules are not in it
         direct: list[nn.Module] = []  # whose parameters we read
         looked_at = list(containers.values())
         for ours, theirs in leaves:
@@ -74,7 +73,7 @@ class LiveEncoder:
             model.get_submodule(parent)._modules[name] = leaf
         for i, layer in enumerate(layers):
             looked_at.append(_check_layer(f"{mapping.layers}.{i}", layer, mapping, live.config))
-        self.model = model
+        self.model, self._leaves = model, tuple(_get(live, theirs) for _, theirs in leaves)
         self._children = tuple((m._modules, dict(m._modules)) for m in (live, *containers.values()))
         self._dicts = tuple(module.__dict__ for module in looked_at)
         self._hooks = tuple(hooks for module in looked_at for hooks in _hooks_of(module))
@@ -92,7 +91,7 @@ class LiveEncoder:
             return "a module inside is in training mode"
         if any(map(contains, self._dicts, repeat("forward"))):
             return "a module inside has a forward of its own"
-        if any(self._hooks) and not all(map(versions.is_recorder, _callables(self._hooks))):
+        if any(self._hooks) and not all(map(versions.is_harmless, _callables(self._hooks))):
             return "a module inside has hooks"
         parameters = [p for p in chain.from_iterable(map(dict.values, self._parameters)) if p is not None]
         if not all(kind is nn.Parameter or kind is Tensor for kind in set(map(type, parameters))):
@@ -116,10 +115,10 @@ class LiveEncoder:
 
     def look_again(self) -> None:
         """Makes what is derived from the weights anew: they may have been written to through `.data`."""
-        for module in self.model.modules():
-            if "_look_again" in module.__dict__:
-                module.__dict__["_look_again"] = True
-        ops.forget_packed(self.model.parameters())
+        modes = [(module, module.training) for leaf in self._leaves for module in leaf.modules()]
+        self.model.eval()  # which does that, and reaches the live modules, whose mode is not ours to set
+        for module, mode in modes:
+            module.training = mode
 
 
 def _get(module: nn.Module, path: str) -> Any:

@@ -97,6 +97,11 @@ def find(kind: type) -> Mapping | None:
     return None
 
 
+def is_sentence_transformer(kind: type) -> bool:
+    """Whether it is exactly SentenceTransformer of sentence-transformers."""
+    return kind.__module__.split(".")[0] == "sentence_transformers" and kind.__name__ == "SentenceTransformer"
+
+
 def covered() -> str:
     """The covered classes in words, for messages."""
     names = ", ".join(mapping.model for mapping in COVERED)

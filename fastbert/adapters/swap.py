@@ -8,15 +8,15 @@ pickled as objects of the original class that are to be accelerated again.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections import Counter
 from typing import Any, TypeVar
 
-import torch
 from torch import nn
 
 from fastbert.adapters import calls, mapping
-from fastbert.adapters.calls import State
-from fastbert.adapters.live import Options
+from fastbert.adapters.calls import Counted, State
+from fastbert.adapters.live import Options, Unsupported
+from fastbert.model import BertModel
 
 Model = TypeVar("Model")
 STATE = "_fastbert"  # in the __dict__ of an accelerated module
@@ -50,6 +50,10 @@ class AcceleratedEncoder(Accelerated):
         return super()._apply(*args, **kwargs)  # type: ignore[misc]
 
 
+class AcceleratedSentences(Accelerated):
+    """Before SentenceTransformer in the order of methods."""
+
+
 originals: dict[type, tuple[type, str]] = {}  # a derived class -> the original, and the name of the mixin
 _derived: dict[tuple[type, str], type] = {}
 
@@ -76,7 +80,7 @@ def derive(original: type, mixin: type, method: str, replacement: Any) -> type:
 
 def _blank(original: type, mixin: str) -> Any:
     """An object of the derived class, for pickle and copy to fill."""
-    kind: Any = derive_encoder(original)
+    kind: Any = derive_encoder(original) if mixin == AcceleratedEncoder.__name__ else derive_sentences(original)
     return kind.__new__(kind)
 
 
@@ -84,11 +88,21 @@ def derive_encoder(original: type) -> type:
     return derive(original, AcceleratedEncoder, "forward", calls.forward)
 
 
-def parts(model: Any) -> Iterator[nn.Module]:
-    """The accelerated modules in a module, in what wraps one (a pipeline), or none."""
+def derive_sentences(original: type) -> type:
+    from fastbert.adapters import sentences
+
+    return derive(original, AcceleratedSentences, "encode", sentences.encode)
+
+
+def modules(model: Any) -> list[nn.Module]:
+    """All modules of a module or of what wraps one (a pipeline); none of anything else."""
     root = _module_of(model)
-    if root is not None:
-        yield from (module for module in root.modules() if STATE in module.__dict__)
+    return [] if root is None else list(root.modules())
+
+
+def parts(model: Any) -> list[nn.Module]:
+    """The accelerated modules among them."""
+    return [module for module in modules(model) if STATE in module.__dict__]
 
 
 def _module_of(model: Any) -> nn.Module | None:
@@ -120,7 +134,7 @@ def accelerate(model: Model, *, backend: str = "auto", strict: bool = False, cud
     found = False
     for module in list(root.modules()):
         state = module.__dict__.get(STATE)
-        if isinstance(state, State):
+        if isinstance(state, Counted):
             found = True
             if state.options != options:
                 state.options = options
@@ -132,15 +146,20 @@ def accelerate(model: Model, *, backend: str = "auto", strict: bool = False, cud
             module.__class__ = derive_encoder(type(module))
             module.__dict__[STATE] = State(options, family)
     if not found:
-        raise ValueError(
-            f"model: found no encoder to accelerate in {type(model).__name__}; covered: {mapping.covered()}"
-        )
+        name = type(model).__name__
+        raise ValueError(f"model: found no encoder to accelerate in {name}; covered: {mapping.covered()}")
+    for module in list(root.modules()):
+        if mapping.is_sentence_transformer(type(module)) and STATE not in module.__dict__:
+            from fastbert.adapters.sentences import SentenceState
+
+            module.__class__ = derive_sentences(type(module))
+            module.__dict__[STATE] = SentenceState(options)
     return model
 
 
 def restore(model: Model) -> Model:
     """Undoes `accelerate`, in copies and unpickled models too, and gives the same object back."""
-    for module in list(parts(model)):
+    for module in parts(model):
         original = originals.get(type(module))
         if original is None:
             name = f"{type(module).__module__}.{type(module).__qualname__}"
@@ -152,14 +171,35 @@ def restore(model: Model) -> Model:
 
 def counts(model: Any) -> dict[str, int]:
     """How many calls ran here ("fastbert"), and how many by the original code, by reason."""
-    total: dict[str, int] = {}
+    total: Counter[str] = Counter()
     for module in parts(model):
-        for reason, n in module.__dict__[STATE].counts.items():
-            total[reason] = total.get(reason, 0) + n
-    return total
+        total.update(module.__dict__[STATE].counts)
+    return dict(total)
 
 
-@torch.no_grad()
-def encoder_of(module: nn.Module) -> Any:
-    """Our BertModel on the modules of an accelerated encoder. Raises fastbert.adapters.live.Unsupported."""
-    return module.__dict__[STATE].encoder(module).model
+def encoder_in(model: Any) -> BertModel | None:
+    """Our BertModel on the modules of the first accelerated encoder in a model; None where there is none.
+
+    Raises Unsupported where that encoder cannot be followed, and every call of it runs as before.
+    """
+    found = _first(model)
+    return None if found is None else found[1].encoder(found[0]).model
+
+
+def obstacle(model: Any) -> str | None:
+    """Why a call of the first accelerated encoder would run as before, in the state it is in, whatever the inputs."""
+    found = _first(model)
+    if found is None:
+        return None
+    try:
+        return calls.model_obstacle(found[0]) or found[1].encoder(found[0]).obstacle()
+    except Unsupported as error:
+        return str(error)
+
+
+def _first(model: Any) -> tuple[nn.Module, State] | None:
+    for module in parts(model):
+        state = module.__dict__[STATE]
+        if isinstance(state, State):
+            return module, state
+    return None

@@ -37,11 +37,15 @@ def flag(call: Mapping[str, Any], config: Any, name: str) -> Any:
     return value
 
 
-def is_recorder(hook: Callable[..., Any]) -> bool:
-    """Whether a forward hook is one that 5.x installs for good when hidden states or attentions are first asked for.
+def is_harmless(hook: Callable[..., Any]) -> bool:
+    """Whether a forward hook is one of transformers' own that asks nothing of our path.
 
-    It does nothing but in a call of the original forward.
+    5.x installs recorders for good when hidden states or attentions are first asked for; they do nothing but in a call
+    of the original forward. Gradient checkpointing has the word embeddings' output require gradients (in 5.x always,
+    before with PEFT); embeddings with a hook are called, so it does.
     """
+    if getattr(hook, "__qualname__", "").endswith("make_inputs_require_grads"):
+        return True
     return getattr(hook, "__module__", "").startswith("transformers.utils.")
 
 
@@ -55,8 +59,37 @@ def attention_interfaces() -> tuple[Any, Any] | None:
 
 
 def pooling_modes(pooling: Any) -> tuple[str, ...]:
-    """The modes of a Pooling module: one attribute from sentence-transformers 6 on, a flag each before."""
+    """The modes of a Pooling of sentence-transformers, in the order of its output: a flag each before version 6."""
+    flags = {
+        "cls": "pooling_mode_cls_token",
+        "max": "pooling_mode_max_tokens",
+        "mean": "pooling_mode_mean_tokens",
+        "mean_sqrt_len_tokens": "pooling_mode_mean_sqrt_len_tokens",
+        "weightedmean": "pooling_mode_weightedmean_tokens",
+        "lasttoken": "pooling_mode_lasttoken",
+    }
     modes = getattr(pooling, "pooling_mode", None)
     if modes is None:
-        modes = pooling.get_pooling_mode_str().split("+")
+        return tuple(mode for mode, flag in flags.items() if getattr(pooling, flag))
     return (modes,) if isinstance(modes, str) else tuple(modes)
+
+
+def preprocess(transformer: Any, texts: list[str]) -> Any:
+    """What the Transformer module of sentence-transformers makes of texts; `tokenize` before version 6."""
+    modern = hasattr(transformer, "preprocess")
+    return transformer.preprocess(texts) if modern else transformer.tokenize(texts)
+
+
+def cleaned(transformer: Any, texts: list[str]) -> list[str]:
+    """The texts as they go to the tokenizer: stripped, and lower-cased on request, before version 6."""
+    if hasattr(transformer, "preprocess"):
+        return texts
+    return [text.strip().lower() if transformer.do_lower_case else text.strip() for text in texts]
+
+
+def query_length(mask_arguments: Mapping[str, Any]) -> int | None:
+    """Of the arguments of a mask function: `q_length`, which the first 5.x gave as the length of `cache_position`."""
+    length = mask_arguments.get("q_length")
+    if length is None and mask_arguments.get("cache_position") is not None:
+        length = mask_arguments["cache_position"].shape[0]
+    return length if isinstance(length, int) else None
