@@ -250,7 +250,7 @@ def test_a_part_in_training_mode_runs_as_before() -> None:
     _, model = pair(dtype=torch.float32)
     model.encoder.layer[1].output.dropout.train()
     assert not torch.equal(run(model, make_batch())[0], run(model, make_batch())[0])
-    assert counts(model) == {"a module inside is in training mode": 2}
+    assert counts(model) == {"dropout inside is in training mode": 2}
 
 
 def test_gradients_in_eval_mode() -> None:

@@ -63,18 +63,22 @@ class LiveEncoder:
         model.cuda_graphs = options.cuda_graphs
         model.eval()  # while the live modules are not in it
         direct: list[nn.Module] = []  # whose parameters we read
+        dropping: list[nn.Module] = [_get(live, f"{mapping.layers}.{i}.{mapping.heads}") for i in range(len(layers))]
         looked_at = list(containers.values())
         for ours, theirs in leaves:
             parent, _, name = ours.rpartition(".")
             expected, leaf = model.get_submodule(ours), _get(live, theirs)
             if _reads(ours, theirs, expected, leaf):
                 direct.append(leaf)
+            if isinstance(leaf, nn.Dropout):
+                dropping.append(leaf)
             looked_at.append(leaf)
             model.get_submodule(parent)._modules[name] = leaf
         for i, layer in enumerate(layers):
             looked_at.append(_check_layer(f"{mapping.layers}.{i}", layer, mapping, live.config))
         self.model, self._leaves = model, tuple(_get(live, theirs) for _, theirs in leaves)
         self._children = tuple((m._modules, dict(m._modules)) for m in (live, *containers.values()))
+        self._dropping = tuple(module.__dict__ for module in dropping)  # of the others no mode counts
         self._dicts = tuple(module.__dict__ for module in looked_at)
         self._hooks = tuple(hooks for module in looked_at for hooks in _hooks_of(module))
         self._parameters = tuple(module._parameters for module in direct if module._parameters)
@@ -87,8 +91,8 @@ class LiveEncoder:
 
     def obstacle(self) -> str | None:
         """Why our path must not stand in for the original forward in the state the modules are in, or None."""
-        if any(map(itemgetter("training"), self._dicts)):
-            return "a module inside is in training mode"
+        if any(map(itemgetter("training"), self._dropping)):
+            return "dropout inside is in training mode"
         if any(map(contains, self._dicts, repeat("forward"))):
             return "a module inside has a forward of its own"
         if any(self._hooks) and not all(map(versions.is_harmless, _callables(self._hooks))):

@@ -222,9 +222,7 @@ class _Plan:
         """(n, dim) vectors in the form that was asked for."""
         found: Any = vectors
         if self.precision != "float32":
-            from sentence_transformers.quantization import quantize_embeddings
-
-            found = quantize_embeddings(vectors.cpu().numpy(), precision=self.precision)
+            found = versions.quantize_embeddings(vectors.cpu().numpy(), self.precision)
         if self.to_tensor:
             found = torch.as_tensor(found)
         elif self.to_numpy and isinstance(found, Tensor):
@@ -263,8 +261,9 @@ def _pipeline(live: Any, state: SentenceState, prompted: bool) -> Pipeline:
     modes = versions.pooling_modes(pooling)
     if not modes or not set(modes) <= POOLING_MODES.keys():
         raise Unsupported(f"pooling by {modes}")
-    if prompted and not pooling.include_prompt and "weightedmean" in modes:
-        raise Unsupported("weightedmean pooling that leaves the prompt out")
+    if prompted and not pooling.include_prompt:
+        if "weightedmean" in modes or ("cls" in modes and versions.takes_prompt_for_cls(pooling)):
+            raise Unsupported(f"pooling by {', '.join(modes)} that leaves the prompt out")
     embeddings = encoder.model.embeddings
     limit = transformer.max_seq_length
     if limit is None or limit > embeddings.position_embeddings.num_embeddings:

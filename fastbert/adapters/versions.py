@@ -74,6 +74,26 @@ def pooling_modes(pooling: Any) -> tuple[str, ...]:
     return (modes,) if isinstance(modes, str) else tuple(modes)
 
 
+def takes_prompt_for_cls(pooling: Any) -> bool:
+    """Whether "cls" pooling takes the first token of all where it is to leave the prompt out, as before version 6."""
+    import torch
+
+    place = pooling_modes(pooling).index("cls")
+    width = pooling.pooling_output_dimension // len(pooling_modes(pooling))
+    tokens = torch.arange(3.0)[None, :, None].expand(1, 3, width)
+    features = {"token_embeddings": tokens, "attention_mask": torch.ones(1, 3, dtype=torch.int64), "prompt_length": 1}
+    return bool(pooling(features)["sentence_embedding"][0, place * width] == 0)
+
+
+def quantize_embeddings(vectors: Any, precision: str) -> Any:
+    """That of sentence-transformers, which moved it in version 6."""
+    try:
+        from sentence_transformers.util.quantization import quantize_embeddings as quantize
+    except ImportError:
+        from sentence_transformers.quantization import quantize_embeddings as quantize
+    return quantize(vectors, precision=precision)
+
+
 def preprocess(transformer: Any, texts: list[str]) -> Any:
     """What the Transformer module of sentence-transformers makes of texts; `tokenize` before version 6."""
     modern = hasattr(transformer, "preprocess")

@@ -1,0 +1,380 @@
+"""What becomes of an accelerated model in use: moved, cast, edited, adapted, wrapped, compiled, traced."""
+
+from __future__ import annotations
+
+import copy
+import threading
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor, nn
+
+import fastbert
+from fastbert.adapters import counts
+from helpers import assert_as_accurate
+from model_cases import LENGTH, VOCAB, assert_close, in_dtype, make_batch, run, theirs, valid_of, weighted_sum
+
+ROWS = valid_of(make_batch("right")["attention_mask"])
+
+
+def accelerated(name: str = "BertModel", dtype: torch.dtype = torch.float64) -> Any:
+    """A random tiny model, accelerated, that has run once: everything that is kept is there."""
+    model = fastbert.accelerate(in_dtype(theirs(name), dtype))
+    run(model, make_batch())
+    return model
+
+
+def check(model: Any, expected: int | dict[str, int], bound: float = 1e-10) -> None:
+    """The model gives what it would give restored; expected: how many calls ran here, or all counts."""
+    output = run(model, make_batch("right"))[0]
+    before = counts(model)
+    restored = run(fastbert.restore(copy.deepcopy(model)), make_batch("right"))[0]
+    if output.shape[:2] == ROWS.shape:
+        output, restored = output[ROWS], restored[ROWS]
+    assert_close("accelerated and restored", output, restored, bound)
+    assert before == ({"fastbert": expected} if isinstance(expected, int) else expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("way", ["to", "method"])
+def test_casts(dtype: torch.dtype, way: str) -> None:
+    """Catches weights of the old dtype that are kept, and one dtype for another."""
+    model = accelerated()
+    reference = run(fastbert.restore(in_dtype(copy.deepcopy(model), dtype).double()), make_batch())[0]
+    method = {torch.float32: model.float, torch.bfloat16: model.bfloat16, torch.float16: model.half}[dtype]
+    model = model.to(dtype) if way == "to" else method()
+    output = run(model, make_batch())[0]
+    eager = run(fastbert.restore(copy.deepcopy(model)), make_batch())[0]
+    assert_as_accurate("cast", output[ROWS], eager[ROWS], reference[ROWS])
+    assert counts(model) == {"fastbert": 2}
+
+
+def test_autocast_gives_the_dtypes_of_before() -> None:
+    """Catches outputs of another dtype under autocast than transformers gives."""
+    model = accelerated(dtype=torch.float32)
+    reference = run(fastbert.restore(copy.deepcopy(model)).double(), make_batch())[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        output, eager = run(model, make_batch())[0], run(fastbert.restore(copy.deepcopy(model)), make_batch())[0]
+    assert output.dtype == eager.dtype
+    assert_as_accurate("autocast", output[ROWS], eager[ROWS], reference[ROWS])
+
+
+def test_weights_are_edited_in_place_and_replaced() -> None:
+    """Catches a fused matrix or a packed weight that outlives the numbers it was made of."""
+    model = accelerated()
+    attention = model.encoder.layer[0].attention.self
+    with torch.no_grad():
+        attention.query.weight.mul_(2)
+    check(model, 2)
+    model.load_state_dict(copy.deepcopy(theirs("BertModel", initializer_range=0.5).state_dict()))
+    check(model, 3)
+    attention.key = nn.Linear(32, 32, dtype=torch.float64)
+    check(model, 4)
+    attention.value.weight = nn.Parameter(torch.randn(32, 32, dtype=torch.float64))
+    check(model, 5)
+    attention.value.weight.data.mul_(3)  # which nothing counts
+    model.eval()
+    check(model, 6)
+    attention.query.weight.requires_grad_(False).data += 1
+    model.train().eval()
+    check(model, 7)
+
+
+def test_eval_leaves_the_mode_of_adapters_alone() -> None:
+    """Catches a look at the weights that switches off what somebody has switched on inside an adapter."""
+    model = accelerated()
+    adapter = Lora(model.encoder.layer[0].output.dense)
+    model.encoder.layer[0].output.dense = adapter.eval()
+    model.eval()
+    adapter.base.train()
+    run(model, make_batch())
+    assert adapter.base.training
+
+
+def test_layers_are_dropped_and_parts_replaced_by_unknown_ones() -> None:
+    """Catches layers that still run after they were removed, and a foreign module that is passed over."""
+    model = accelerated()
+    model.encoder.layer = model.encoder.layer[:1]
+    check(model, 2)
+    assert len(run(model, make_batch(), output_hidden_states=True).hidden_states) == 2
+
+    class Twice(nn.Module):
+        def forward(self, x: Tensor, *rest: Tensor) -> Tensor:
+            return 2 * x
+
+    places = ("encoder.layer.0.output", "LayerNorm"), ("encoder.layer.0.attention", "output"), ("", "pooler")
+    for path, name in places:
+        model = accelerated()
+        setattr(model.get_submodule(path), name, Twice())
+        run(model, make_batch())
+        reason = f"{path}.{name}".lstrip(".")
+        assert any(reason in key for key in counts(model)), counts(model)
+        check(model, {**counts(model), list(counts(model))[-1]: 2}, bound=0.0)
+
+
+def test_hooks_and_patched_forwards_inside_are_seen() -> None:
+    """Catches a hook that no longer fires, or fires on packed tokens where it expects (B, S, H)."""
+    for path in (
+        "encoder",
+        "encoder.layer.1",
+        "encoder.layer.0.attention.self.query",
+        "embeddings.LayerNorm",
+        "pooler",
+    ):
+        model = accelerated()
+        shapes: list[Any] = []
+        handle = model.get_submodule(path).register_forward_hook(lambda m, x, y, s=shapes: s.append(x[0].dim()))
+        run(model, make_batch())
+        assert shapes == [3]
+        handle.remove()
+        run(model, make_batch())
+        assert counts(model) == {"fastbert": 2, "a module inside has hooks": 1}
+    model = accelerated()
+    fired: list[Any] = []
+    model.register_forward_hook(lambda *_: fired.append(1))
+    model.register_forward_pre_hook(lambda *_: fired.append(2))
+    run(model, make_batch())
+    assert fired == [2, 1] and counts(model) == {"fastbert": 2}  # around the whole model they fire as ever
+    layer = model.encoder.layer[0]
+    layer.forward = layer.forward
+    run(model, make_batch())
+    assert counts(model)["a module inside has a forward of its own"] == 1
+
+
+def test_default_ids_that_were_changed() -> None:
+    """Catches buffers of default positions and types that the original reads and we do not."""
+    for name in ("position_ids", "token_type_ids"):
+        model = accelerated()
+        getattr(model.embeddings, name).add_(1)
+        run(model, make_batch())
+        assert counts(model) == {"fastbert": 1, f"embeddings.{name} is not what a new model has": 1}
+
+
+@pytest.mark.parametrize("name", ["BertModel", "BertForMaskedLM", "BertForPreTraining"])
+def test_embeddings_are_resized_and_stay_tied(name: str) -> None:
+    """Catches ids of new words refused, or an encoder that reads the table of before."""
+    model = accelerated(name)
+    model.resize_token_embeddings(VOCAB + 7)
+    embeddings = model.get_input_embeddings()
+    assert embeddings.num_embeddings == VOCAB + 7
+    if name != "BertModel":
+        assert model.get_output_embeddings().weight is embeddings.weight
+    batch = {**make_batch("none"), "input_ids": torch.full((4, LENGTH), VOCAB + 6)}
+    output, expected = run(model, batch)[0], run(fastbert.restore(copy.deepcopy(model)), batch)[0]
+    assert_close("new words", output, expected)
+    assert counts(model) == {"fastbert": 2}
+    with pytest.raises(IndexError, match="input_ids"):
+        run(model, {"input_ids": torch.tensor([[VOCAB + 7]])})
+    model.set_input_embeddings(nn.Embedding(VOCAB, 32, dtype=torch.float64))
+    inner = getattr(model, "bert", model)
+    assert_close("set", run(inner, make_batch("none"))[0], run(fastbert.restore(inner), make_batch("none"))[0])
+
+
+class Lora(nn.Module):
+    """x W^T + b + s x A^T B^T: what PEFT puts in the place of a linear, written by hand."""
+
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__()
+        self.base = base.requires_grad_(False)
+        self.a = nn.Parameter(torch.randn(4, base.in_features, dtype=base.weight.dtype))
+        self.b = nn.Parameter(torch.randn(base.out_features, 4, dtype=base.weight.dtype))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) + 0.1 * (x @ self.a.T @ self.b.T)
+
+    def merged(self) -> nn.Linear:
+        self.base.weight.data += 0.1 * self.b @ self.a
+        return self.base
+
+
+def test_low_rank_adapters_live_and_merged() -> None:
+    """Catches an adapter that is passed over, trained without gradients, or merged into weights that are not read."""
+    model = accelerated()
+    places = [(layer.attention.self, name) for layer in model.encoder.layer for name in ("query", "value")]
+    for place, name in places:
+        setattr(place, name, Lora(getattr(place, name)).eval())
+    check(model, 2)
+
+    gradients = []
+    for each in (model, fastbert.restore(copy.deepcopy(model))):
+        weighted_sum({"tokens": each(**make_batch("right")).last_hidden_state[ROWS]}).backward()
+        gradients.append({name: p.grad for name, p in each.named_parameters() if p.grad is not None})
+    assert any(".a" in name for name in gradients[0])
+    for name, gradient in gradients[1].items():
+        if not name.endswith("key.bias"):  # which shifts all scores alike: its gradient is rounding
+            assert_close(name, gradients[0][name], gradient, 1e-8)
+
+    for place, name in places:
+        setattr(place, name, getattr(place, name).merged())
+    model.eval()
+    check(model, 4)
+
+
+def test_peft(tmp_path: Any) -> None:
+    """Catches what PEFT does beyond a module put in another's place: wrapping, saving, loading, merging, disabling."""
+    peft = pytest.importorskip("peft", reason="PEFT is not installed")
+    config = peft.LoraConfig(r=4, target_modules=["query", "value"], init_lora_weights=False)
+    tuned = peft.get_peft_model(accelerated(), config).double().eval()
+    batch = make_batch("right")
+    inner = tuned.get_base_model()
+    assert_close("live", run(tuned, batch)[0][ROWS], run(fastbert.restore(copy.deepcopy(tuned)), batch)[0][ROWS])
+    with tuned.disable_adapter():
+        off = run(tuned, batch)[0]
+    assert_close("off", off[ROWS], run(theirs(), batch)[0][ROWS])
+    tuned.save_pretrained(tmp_path)
+
+    loaded = peft.PeftModel.from_pretrained(accelerated(), tmp_path).double()
+    live = run(loaded, batch)[0]
+    assert_close("loaded", live[ROWS], run(tuned, batch)[0][ROWS])
+    merged = loaded.merge_and_unload()
+    assert_close("merged", run(merged, batch)[0][ROWS], live[ROWS])
+    assert set(counts(merged)) == {"fastbert"} and counts(inner)["fastbert"] >= 3
+    at_once = peft.PeftModel.from_pretrained(accelerated(), tmp_path).double().merge_and_unload()
+    assert_close("merged at once", run(at_once, batch)[0][ROWS], live[ROWS])
+
+    by_transformers = accelerated()
+    by_transformers.add_adapter(config)
+    by_transformers.double().eval()
+    check(by_transformers, 2)
+
+
+def test_data_parallel() -> None:
+    """Catches a wrapper around the model, or its replicas, that give something else."""
+    model = accelerated("BertForSequenceClassification")
+    wrapped = nn.DataParallel(model)
+    with torch.no_grad():
+        assert torch.equal(wrapped(**make_batch())[0], run(model, make_batch())[0])
+    assert fastbert.restore(fastbert.accelerate(wrapped)) is wrapped
+    model = accelerated()
+    replica = model._replicate_for_data_parallel()
+    replica._modules = dict(model._modules)  # torch.nn.parallel.replicate puts copies on other GPUs here
+    assert replica._is_replica
+    with torch.no_grad():
+        found = replica(**make_batch("right"))[0]
+    assert_close("replica", found[ROWS], run(model, make_batch("right"))[0][ROWS])
+    assert counts(model) == {"fastbert": 2, "a replica of DataParallel": 1}
+
+
+def test_compiled_around() -> None:
+    """Catches torch.compile that fails on our forward, or fixes the packing of its first batch."""
+    model = accelerated("BertForSequenceClassification")
+    compiled = torch.compile(model, backend="eager")
+    for kind in ("right", "left", "right"):
+        with torch.no_grad():
+            output = compiled(**make_batch(kind)).logits
+        assert_close(kind, output, run(model, make_batch(kind)).logits)
+    assert counts(model)["fastbert"] == 7 and len(counts(model)) == 1
+
+
+def test_traced_and_exported() -> None:
+    """Catches a trace in which the packing of one batch is fixed for all."""
+    model = accelerated(dtype=torch.float32)
+    inputs = {name: make_batch("right")[name] for name in ("input_ids", "attention_mask")}
+    other = {**inputs, "attention_mask": make_batch("left")["attention_mask"]}
+    with torch.no_grad():
+        traced = torch.jit.trace(model, tuple(inputs.values()), strict=False, check_trace=False)
+        expected = run(fastbert.restore(copy.deepcopy(model)), other)[0]
+        assert_close("traced", traced(*other.values())["last_hidden_state"], expected, 1e-5)
+        exported = torch.export.export(model, (), inputs).module()
+        assert_close("exported", exported(**other)["last_hidden_state"], expected, 1e-5)
+    assert counts(model) == {"fastbert": 1}
+
+
+def test_parameters_of_a_functional_call() -> None:
+    """Catches weights that are looked up where they were, and not in the modules."""
+    model = accelerated()
+    parameters = {name: (p * 1.5).detach() for name, p in model.named_parameters()}
+    args = (make_batch("none")["input_ids"],)
+    with torch.no_grad():
+        ours = torch.func.functional_call(model, parameters, args)[0]
+        expected = torch.func.functional_call(fastbert.restore(copy.deepcopy(model)), parameters, args)[0]
+    assert_close("functional_call", ours, expected)
+
+
+def test_threads() -> None:
+    """Catches two threads that build what is kept at once, and mix it up."""
+    model = fastbert.accelerate(in_dtype(theirs(), torch.float64))
+    expected = run(fastbert.restore(copy.deepcopy(model)), make_batch("none"))[0]
+    found: list[Tensor] = []
+    threads = [threading.Thread(target=lambda: found.append(run(model, make_batch("none"))[0])) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 4
+    for output in found:
+        assert_close("thread", output, expected)
+
+
+def test_mixed_dtypes_run_as_before() -> None:
+    """Catches an error where the original promotes dtypes."""
+    model = accelerated(dtype=torch.bfloat16)
+    model.encoder.layer[1].output.LayerNorm.float()
+    check(model, {"fastbert": 1, "parameters are of more than one dtype": 1}, bound=0.0)
+
+
+def test_explain_and_warmup() -> None:
+    """Catches a report that does not know of the encoder inside, or of why calls run as before."""
+    model = accelerated("BertForMaskedLM", dtype=torch.float32)
+    run(model, make_batch(), output_attentions=True)
+    report = fastbert.explain(model)
+    assert report.calls == {"fastbert": 1, "attentions are requested": 1}
+    assert "1 fastbert, 1 attentions are requested" in str(report) and report.model == "BertForMaskedLM"
+    assert {row.op for row in report.rows} >= {"embedding", "linear", "attention", "layer_norm"}
+    model.train()
+    assert "at the moment every call runs as before: training mode" in str(fastbert.explain(model))
+    model.eval()
+    assert fastbert.warmup(model).model == "BertForMaskedLM"
+    assert str(fastbert.explain(model, arch=90, dtype="bfloat16")).count("triton") > 3
+    fastbert.restore(model)
+    with pytest.raises(TypeError, match="accelerated"):
+        fastbert.explain(model)
+
+
+def test_backend_and_options() -> None:
+    """Catches options that are dropped, by accelerate, by a second one, or by a copy."""
+    model = accelerated(dtype=torch.float32)
+    for backend in ("torch", "cpu"):
+        fastbert.accelerate(model, backend=backend, cuda_graphs=False)
+        twin = copy.deepcopy(model)
+        for each in (model, twin):
+            report = fastbert.explain(each)
+            assert report.backend == backend and {row.backend for row in report.rows} == {backend}
+            state = each.__dict__["_fastbert"]
+            assert not state.encoder(each).model.cuda_graphs
+
+
+def test_pipelines(minilm: Any) -> None:
+    """Catches a pipeline that refuses the model by its class, or reads something else of its output."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(minilm)
+    config = transformers.BertConfig(vocab_size=len(tokenizer), hidden_size=32, num_attention_heads=2,
+                                     num_hidden_layers=1, intermediate_size=37)  # fmt: skip
+    jobs = {
+        "feature-extraction": ("BertModel", "a text of some words"),
+        "text-classification": ("BertForSequenceClassification", "a text of some words"),
+        "fill-mask": ("BertForMaskedLM", "Paris is the [MASK] of France."),
+    }
+    for task, (name, text) in jobs.items():
+        model = getattr(transformers, name)(config).eval()
+        pipe = transformers.pipeline(task, model=model, tokenizer=tokenizer)
+        expected = pipe([text, text + " And more."], batch_size=2)
+        assert fastbert.accelerate(pipe) is pipe
+        found = pipe([text, text + " And more."], batch_size=2)
+        again = transformers.pipeline(task, model=model, tokenizer=tokenizer)(text)
+        if task == "feature-extraction":  # gives rows of padding, too, which are zeros from us
+            found, expected = found[1], expected[1]
+        assert numbers(found) == pytest.approx(numbers(expected), rel=1e-4, abs=1e-5)
+        assert numbers(again) == numbers(pipe(text))
+        assert set(counts(pipe)) == {"fastbert"}
+        assert fastbert.restore(pipe) is pipe and counts(model) == {}
+
+
+def numbers(found: Any) -> list[float]:
+    """All numbers in what a pipeline gave."""
+    if isinstance(found, dict):
+        return [found["score"]]
+    if isinstance(found, (list, tuple)):
+        return [number for item in found for number in numbers(item)]
+    return [found]
