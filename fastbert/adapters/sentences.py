@@ -261,9 +261,9 @@ def _pipeline(live: Any, state: SentenceState, prompted: bool) -> Pipeline:
     modes = versions.pooling_modes(pooling)
     if not modes or not set(modes) <= POOLING_MODES.keys():
         raise Unsupported(f"pooling by {modes}")
-    if prompted and not pooling.include_prompt:
-        if "weightedmean" in modes or ("cls" in modes and versions.takes_prompt_for_cls(pooling)):
-            raise Unsupported(f"pooling by {', '.join(modes)} that leaves the prompt out")
+    without_prompt = prompted and not pooling.include_prompt
+    if without_prompt and ("weightedmean" in modes or ("cls" in modes and versions.takes_prompt_for_cls(pooling))):
+        raise Unsupported(f"pooling by {', '.join(modes)} that leaves the prompt out")
     embeddings = encoder.model.embeddings
     limit = transformer.max_seq_length
     if limit is None or limit > embeddings.position_embeddings.num_embeddings:
