@@ -38,7 +38,7 @@ def test_the_installed_version() -> None:
 
 
 def test_covered_classes_are_there() -> None:
-    """Catches a class that this version has under another name: nothing would be accelerated, or every call deferred."""
+    """Catches a class that has another name here: nothing would be accelerated, or every call deferred."""
     import importlib
 
     for mapping in COVERED:
