@@ -378,3 +378,10 @@ def numbers(found: Any) -> list[float]:
     if isinstance(found, (list, tuple)):
         return [number for item in found for number in numbers(item)]
     return [found]
+
+
+def test_verify(minilm: Any) -> None:
+    """Catches a model whose error cannot be measured once it is accelerated."""
+    model = fastbert.accelerate(transformers.AutoModel.from_pretrained(minilm).eval())
+    report = fastbert.verify(model, [[101, 7592, 2088, 102], [101, 7592, 102]])
+    assert report.ok and "BertModel" in str(report)

@@ -144,12 +144,14 @@ def test_other_methods_are_packed_too(real: SentenceTransformer) -> None:
     assert counts(model) == {"fastbert": 2}
     assert inspect.signature(model.encode) == inspect.signature(original.encode)
     name = next(iter(inspect.signature(model.encode).parameters))
+    assert_alike(model.encode(np.array(documents)), original.encode(np.array(documents)))
+    assert_alike(model.encode(tuple(documents)), original.encode(tuple(documents)))
     assert_alike(model.encode(**{name: documents}), original.encode(documents))
 
 
 DEFERRED: dict[str, tuple[dict[str, Any], str]] = {
     "all outputs": ({"output_value": None}, "output_value=None"),
-    "pairs": ({"texts": [("a", "b"), ("c", "d")]}, "inputs that are not a list of str"),
+    "pairs": ({"texts": [("a", "b"), ("c", "d")]}, "inputs that are not all str"),
 }
 
 

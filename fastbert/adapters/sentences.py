@@ -78,11 +78,15 @@ class LiveTokenizer:
     def encode_packed(self, texts: list[str], *, max_length: int | None = None, warn: bool = True) -> PackedEncoding:
         texts = versions.cleaned(self.transformer, texts)
         how = {"padding": False, "truncation": "longest_first", "max_length": self.limit}
-        if getattr(self.theirs, "is_fast", False):
+        rust = self.theirs.backend_tokenizer if getattr(self.theirs, "is_fast", False) else None
+        ids: Any = None
+        types: Any = None
+        if rust is not None:
             self.theirs(texts[:1], **how)  # sets the truncation of the Rust object, as any call does
-            encodings = self.theirs.backend_tokenizer.encode_batch(texts)
-            ids, types = [e.ids for e in encodings], [e.type_ids for e in encodings]
-        else:
+            encodings = rust.encode_batch(texts)
+            if rust.padding is None:  # or another thread's call has set it meanwhile
+                ids, types = [e.ids for e in encodings], [e.type_ids for e in encodings]
+        if ids is None:
             found = self.theirs(texts, **how)
             ids, types = found["input_ids"], found.get("token_type_ids")
         if "token_type_ids" not in self.theirs.model_input_names or types is None:
@@ -167,10 +171,11 @@ class _Plan:
         if self.output_value not in ("sentence_embedding", "token_embeddings"):
             raise Unsupported(f"output_value={self.output_value!r}")
         self.single = isinstance(texts, str)
-        texts = [texts] if self.single else texts.tolist() if isinstance(texts, np.ndarray) else texts
-        if not isinstance(texts, (list, tuple)) or not all(type(text) is str for text in texts):
-            raise Unsupported("inputs that are not a list of str")
-        self.texts = texts
+        if not self.single and (isinstance(texts, (dict, Tensor)) or not hasattr(texts, "__len__")):
+            raise Unsupported(f"inputs in a {type(texts).__name__}")
+        self.texts: list[str] = [texts] if self.single else getattr(texts, "tolist", lambda: list(texts))()
+        if not all(type(text) is str for text in self.texts):
+            raise Unsupported("inputs that are not all str")
         prompt, prompt_name = call.get("prompt"), call.get("prompt_name")
         if prompt is None:
             prompt_name = live.default_prompt_name if prompt_name is None else prompt_name
@@ -238,7 +243,7 @@ def _pipeline(live: Any, state: SentenceState, prompted: bool) -> Pipeline:
     kinds = [_kind(module) for module in modules]
     if kinds[:2] != ["Transformer", "Pooling"] or not set(kinds[2:]) <= {"Dense", "LayerNorm", "Dropout", "Normalize"}:
         raise Unsupported(f"a pipeline of {', '.join(kinds)}")
-    for module in (live, *modules):
+    for module in (live, *modules, getattr(modules[0], "auto_model", live)):
         if module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__:
             raise Unsupported("a module has hooks or a forward of its own")
     if getattr(live, "_distributed_inference", None) is not None or getattr(live, "_placement_is_delegated", False):
@@ -253,10 +258,8 @@ def _pipeline(live: Any, state: SentenceState, prompted: bool) -> Pipeline:
     inner = bert.__dict__.get(STATE)
     if not isinstance(inner, State):
         raise Unsupported(f"its model is a {type(bert).__name__}, which is not accelerated")
-    if getattr(bert.config, "is_decoder", False) or getattr(bert.config, "is_causal", False):
-        raise Unsupported("decoder mode")
     encoder = inner.encoder(bert)
-    if (reason := encoder.obstacle()) is not None:
+    if (reason := calls.model_obstacle(bert) or encoder.obstacle()) is not None:
         raise Unsupported(reason)
     modes = versions.pooling_modes(pooling)
     if not modes or not set(modes) <= POOLING_MODES.keys():
