@@ -7,7 +7,10 @@ import copy
 import inspect
 import io
 import logging
+import os
 import pickle
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +22,7 @@ from torch import Tensor, nn
 import fastbert
 from fastbert.adapters import counts, versions
 from fastbert.adapters.live import LiveEncoder
-from helpers import assert_as_accurate
+from helpers import assert_as_accurate, source_env
 from model_cases import (
     FLOAT64_BOUND,
     HEADS,
@@ -343,4 +346,27 @@ def test_save_and_load(tmp_path: Path) -> None:
         for key, value in loaded.state_dict().items():
             assert torch.equal(value, given.state_dict()[key]), key
     again = type(model.bert).from_pretrained(tmp_path / "base")
-    assert_close("its own class", run(again, make_batch("none"))[0], run(original.bert, make_batch("none"))[0], 1e-6)
+    for n_calls in (0, 1):  # first as it is
+        assert_close("its class", run(again, make_batch("none"))[0], run(original.bert, make_batch("none"))[0], 1e-6)
+        assert sum(counts(again).values()) == n_calls
+        fastbert.accelerate(again)
+    assert type(fastbert.restore(again)) is transformers.BertModel
+    assert type(fastbert.restore(type(model.bert)(model.config))) is transformers.BertModel
+
+
+def test_plugin_for_tests_of_others(tmp_path: Path) -> None:
+    """Catches a plugin that accelerates nothing, so that transformers' own tests would say nothing of us."""
+    (tmp_path / "test_theirs.py").write_text(
+        "import torch, transformers\n"
+        "def test_it():\n"
+        "    config = transformers.BertConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2)\n"
+        "    model = transformers.BertForMaskedLM(config).eval()\n"
+        "    assert model(torch.ones(1, 3, dtype=torch.long)).logits.shape[1] == 3\n"
+    )
+    env = source_env()
+    env["PYTHONPATH"] += os.pathsep + os.path.dirname(__file__) + os.pathsep + os.environ.get("PYTHONPATH", "")
+    command = [sys.executable, "-c", "import sys, pytest; sys.exit(pytest.main(sys.argv[1:]))"]
+    options = ["-p", "accelerate_every_bert", "-q", "-p", "no:cacheprovider", str(tmp_path)]
+    done = subprocess.run(command + options, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "1 fastbert" in done.stdout

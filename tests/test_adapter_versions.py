@@ -90,6 +90,16 @@ def test_hooks_of_transformers_itself() -> None:
     assert hooks and all(map(versions.is_harmless, hooks))
 
 
+def test_forwards_put_back() -> None:
+    """Catches a module that 5.0 has recorded taken for one with a forward of its own, and the reverse."""
+    one, other = torch.nn.Tanh(), torch.nn.Tanh()
+    one.forward = one.forward
+    assert versions.is_own_forward(one)
+    for foreign in (other.forward, lambda x: x):
+        one.forward = foreign
+        assert not versions.is_own_forward(one)
+
+
 def test_interfaces_of_attention(major: int) -> None:
     """Catches a registration in 4.x, whose encoders do not read it."""
     if major > MAJOR:

@@ -108,6 +108,8 @@ def test_what_is_not_plain_goes_to_sdpa(case: str, caplog: pytest.LogCaptureFixt
     """Catches dropout, a mask of pairs, causality or windows that are passed over in silence."""
     attention_mask: Any = mask()
     if case == "windows":
+        if not hasattr(transformers.models.modernbert.modeling_modernbert, "ALL_ATTENTION_FUNCTIONS"):
+            pytest.skip("ModernBERT of this version does not read the interface")
         model = model_of("ModernBert", pad_token_id=0, local_attention=4, global_attn_every_n_layers=2,
                          eos_token_id=1, bos_token_id=1, cls_token_id=1, sep_token_id=1)  # fmt: skip
     else:

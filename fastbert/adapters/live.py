@@ -79,7 +79,7 @@ class LiveEncoder:
         self.model, self._leaves = model, tuple(_get(live, theirs) for _, theirs in leaves)
         self._children = tuple((m._modules, dict(m._modules)) for m in (live, *containers.values()))
         self._dropping = tuple(module.__dict__ for module in dropping)  # of the others no mode counts
-        self._dicts = tuple(module.__dict__ for module in looked_at)
+        self._looked_at, self._dicts = tuple(looked_at), tuple(module.__dict__ for module in looked_at)
         self._hooks = tuple(hooks for module in looked_at for hooks in _hooks_of(module))
         self._parameters = tuple(module._parameters for module in direct if module._parameters)
         self._buffers = _default_ids(live)
@@ -93,7 +93,7 @@ class LiveEncoder:
         """Why our path must not stand in for the original forward in the state the modules are in, or None."""
         if any(map(itemgetter("training"), self._dropping)):
             return "dropout inside is in training mode"
-        if any(map(contains, self._dicts, repeat("forward"))):
+        if any(map(contains, self._dicts, repeat("forward"))) and not self._own_forwards():
             return "a module inside has a forward of its own"
         if any(self._hooks) and not all(map(versions.is_harmless, _callables(self._hooks))):
             return "a module inside has hooks"
@@ -105,6 +105,9 @@ class LiveEncoder:
         if len(set(map(attrgetter("device"), parameters))) > 1:
             return "parameters are on more than one device"
         return self._buffer_obstacle()
+
+    def _own_forwards(self) -> bool:
+        return all(versions.is_own_forward(m) for m in self._looked_at if "forward" in m.__dict__)
 
     def _buffer_obstacle(self) -> str | None:
         """5.x takes default ids from buffers, which anyone may have written to."""

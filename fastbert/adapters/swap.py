@@ -140,33 +140,42 @@ def accelerate(model: Model, *, backend: str = "auto", strict: bool = False, cud
                 state.options = options
                 state.forget()
             continue
-        family = mapping.find(type(module))
+        kind = _original(module)
+        family = mapping.find(kind)
         if family is not None:
             found = True
-            module.__class__ = derive_encoder(type(module))
+            module.__class__ = derive_encoder(kind)
             module.__dict__[STATE] = State(options, family)
     if not found:
         name = type(model).__name__
         raise ValueError(f"model: found no encoder to accelerate in {name}; covered: {mapping.covered()}")
     for module in list(root.modules()):
-        if mapping.is_sentence_transformer(type(module)) and STATE not in module.__dict__:
+        kind = _original(module)
+        if mapping.is_sentence_transformer(kind) and STATE not in module.__dict__:
             from fastbert.adapters.sentences import SentenceState
 
-            module.__class__ = derive_sentences(type(module))
+            module.__class__ = derive_sentences(kind)
             module.__dict__[STATE] = SentenceState(options)
     return model
 
 
 def restore(model: Model) -> Model:
     """Undoes `accelerate`, in copies and unpickled models too, and gives the same object back."""
-    for module in parts(model):
-        original = originals.get(type(module))
-        if original is None:
-            name = f"{type(module).__module__}.{type(module).__qualname__}"
+    for module in modules(model):
+        kind = type(module)
+        if kind in originals:
+            module.__class__ = originals[kind][0]
+        elif STATE in module.__dict__:
+            name = f"{kind.__module__}.{kind.__qualname__}"
             raise ValueError(f"model: {name} was derived from the accelerated class; undo that first")
-        module.__class__ = original[0]
-        del module.__dict__[STATE]
+        module.__dict__.pop(STATE, None)
     return model
+
+
+def _original(module: nn.Module) -> type:
+    """The module's class, or what that was derived from: `type(accelerated)(config)` has no state."""
+    kind = type(module)
+    return originals[kind][0] if kind in originals else kind
 
 
 def counts(model: Any) -> dict[str, int]:

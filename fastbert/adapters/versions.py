@@ -49,6 +49,13 @@ def is_harmless(hook: Callable[..., Any]) -> bool:
     return getattr(hook, "__module__", "").startswith("transformers.utils.")
 
 
+def is_own_forward(module: Any) -> bool:
+    """Whether a forward in a module's own dictionary is that of its class: 5.0 puts it back so after recording."""
+    forward: Any = module.__dict__["forward"]
+    kind: Any = type(module)
+    return getattr(forward, "__self__", None) is module and forward.__func__ is kind.forward
+
+
 def attention_interfaces() -> tuple[Any, Any] | None:
     """(AttentionInterface, AttentionMaskInterface) where encoders read both, from 5.0 on; else None."""
     if transformers_version()[0] < 5:
