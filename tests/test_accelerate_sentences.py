@@ -19,6 +19,8 @@ from torch import Tensor
 
 import fastbert
 from fastbert.adapters import counts, versions
+from fastbert.adapters.live import LiveEncoder
+from fastbert.adapters.swap import parts
 from helpers import docstrings
 
 try:
@@ -259,5 +261,31 @@ def test_cross_encoder(tiny_folder: Path) -> None:
     assert_alike(model.predict(pairs), scores)
     assert [rank["corpus_id"] for rank in model.rank("a query", TEXTS, top_k=3)] == [r["corpus_id"] for r in ranks]
     assert set(counts(model)) == {"fastbert"}
+    assert inspect.signature(type(model).predict) == inspect.signature(sentence_transformers.CrossEncoder.predict)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert_alike(twin.predict(pairs), scores)
+        assert type(fastbert.restore(twin)) is sentence_transformers.CrossEncoder
+
+    encoder = next(encoder for part in parts(model) if (encoder := getattr(part, "encoder", None)) is not None)
+    weight = encoder.layer[0].output.dense.weight
+    weight.data.mul_(-1.0)
+    model.eval()  # tells of a write that nothing counts; the eval() of predict does not drop that
+    changed = model.predict(pairs)
     fastbert.restore(model)
-    assert_alike(model.predict(pairs), scores, 0.0)
+    assert_alike(changed, model.predict(pairs))
+    assert not np.allclose(changed, scores)
+
+
+def test_predict_keeps_what_is_made_of_the_weights(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches weights that are packed anew in every call, because predict calls eval()."""
+    looks = []
+    monkeypatch.setattr(LiveEncoder, "look_again", lambda self: looks.append(1))
+    model = fastbert.accelerate(sentence_transformers.CrossEncoder(str(tiny_folder), device="cpu"))
+    for _ in range(3):
+        model.predict([("a", "b")])
+    assert len(looks) == 1
+    model.eval()
+    model.predict([("a", "b")])
+    model.train()
+    model.predict([("a", "b")])
+    assert len(looks) == 3

@@ -25,6 +25,7 @@ from fastbert.tracing import untraced
 
 logger = logging.getLogger("fastbert")
 
+STATE = "_fastbert"  # in the __dict__ of an accelerated module
 OURS = "fastbert"  # what a call that ran here is counted as
 
 _INPUTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds")
@@ -63,6 +64,7 @@ class State(Counted):
         self.mapping = mapping
         self._encoder: LiveEncoder | None = None
         self._stale = False
+        self.settled = False  # while a caller is known to call eval() for nothing
         self._lock = threading.RLock()
 
     def __reduce__(self) -> Any:
@@ -77,7 +79,7 @@ class State(Counted):
 
     def look_again(self) -> None:
         """What is derived from the weights is made anew at the next call."""
-        self._stale = True
+        self._stale = self._stale or not self.settled
 
     def encoder(self, live: nn.Module) -> LiveEncoder:
         """Of the live model as it is. Raises Unsupported."""
@@ -92,6 +94,32 @@ class State(Counted):
                     found.look_again()
                 self._stale = False
         return found
+
+
+class ScoreState(Counted):
+    """What an accelerated CrossEncoder carries. A copy has the options alone."""
+
+    def __init__(self, options: Options) -> None:
+        super().__init__(options, "CrossEncoder.predict")
+
+    def __reduce__(self) -> Any:
+        return ScoreState, (self.options,)
+
+    def __deepcopy__(self, memo: Any) -> ScoreState:
+        return ScoreState(self.options)
+
+
+def predict(live: nn.Module, state: Counted, original: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """CrossEncoder.predict, whose eval() of a model in eval mode shall not renew what is made of the weights."""
+    inner = [found for module in live.modules() if isinstance(found := module.__dict__.get(STATE), State)]
+    settled = not any(module.training for module in live.modules())
+    for each in inner:
+        each.settled = settled
+    try:
+        return original(live, *args, **kwargs)
+    finally:
+        for each in inner:
+            each.settled = False
 
 
 def _fresh_state(options: Options, module: str) -> State:

@@ -97,9 +97,9 @@ def find(kind: type) -> Mapping | None:
     return None
 
 
-def is_sentence_transformer(kind: type) -> bool:
-    """Whether it is exactly SentenceTransformer of sentence-transformers."""
-    return kind.__module__.split(".")[0] == "sentence_transformers" and kind.__name__ == "SentenceTransformer"
+def is_of_sentences(kind: type, name: str) -> bool:
+    """Whether it is exactly the class of that name of sentence-transformers, such as "SentenceTransformer"."""
+    return kind.__module__.split(".")[0] == "sentence_transformers" and kind.__name__ == name
 
 
 def covered() -> str:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from fastbert.adapters import calls, versions
-from fastbert.adapters.calls import OURS, Counted, State
+from fastbert.adapters.calls import OURS, STATE, Counted, State
 from fastbert.adapters.live import Options, Unsupported
 from fastbert.model import BertModel
 from fastbert.sentence_layout import POOLING_MODES, Normalize, Pooling
@@ -27,7 +27,6 @@ from fastbert.tokenizer import PackedEncoding
 logger = logging.getLogger("fastbert")
 
 PACKAGE = "sentence_transformers"
-STATE = "_fastbert"
 _PRECISIONS = ("float32", "int8", "uint8", "binary", "ubinary")
 _PROBES = ["  A caf\u00e9, IN   Paris ", "word " * 600, "1"]
 

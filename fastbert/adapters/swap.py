@@ -14,12 +14,11 @@ from typing import Any, TypeVar
 from torch import nn
 
 from fastbert.adapters import calls, mapping
-from fastbert.adapters.calls import Counted, State
+from fastbert.adapters.calls import STATE, Counted, ScoreState, State
 from fastbert.adapters.live import Options, Unsupported
 from fastbert.model import BertModel
 
 Model = TypeVar("Model")
-STATE = "_fastbert"  # in the __dict__ of an accelerated module
 
 
 class Accelerated:
@@ -54,6 +53,10 @@ class AcceleratedSentences(Accelerated):
     """Before SentenceTransformer in the order of methods."""
 
 
+class AcceleratedScores(Accelerated):
+    """Before CrossEncoder in the order of methods."""
+
+
 originals: dict[type, tuple[type, str]] = {}  # a derived class -> the original, and the name of the mixin
 _derived: dict[tuple[type, str], type] = {}
 
@@ -80,7 +83,12 @@ def derive(original: type, mixin: type, method: str, replacement: Any) -> type:
 
 def _blank(original: type, mixin: str) -> Any:
     """An object of the derived class, for pickle and copy to fill."""
-    kind: Any = derive_encoder(original) if mixin == AcceleratedEncoder.__name__ else derive_sentences(original)
+    derived = {
+        AcceleratedEncoder.__name__: derive_encoder,
+        AcceleratedSentences.__name__: derive_sentences,
+        AcceleratedScores.__name__: derive_scores,
+    }
+    kind: Any = derived[mixin](original)
     return kind.__new__(kind)
 
 
@@ -92,6 +100,10 @@ def derive_sentences(original: type) -> type:
     from fastbert.adapters import sentences
 
     return derive(original, AcceleratedSentences, "encode", sentences.encode)
+
+
+def derive_scores(original: type) -> type:
+    return derive(original, AcceleratedScores, "predict", calls.predict)
 
 
 def modules(model: Any) -> list[nn.Module]:
@@ -151,11 +163,16 @@ def accelerate(model: Model, *, backend: str = "auto", strict: bool = False, cud
         raise ValueError(f"model: found no encoder to accelerate in {name}; covered: {mapping.covered()}")
     for module in list(root.modules()):
         kind = _original(module)
-        if mapping.is_sentence_transformer(kind) and STATE not in module.__dict__:
+        if STATE in module.__dict__:
+            continue
+        if mapping.is_of_sentences(kind, "SentenceTransformer"):
             from fastbert.adapters.sentences import SentenceState
 
             module.__class__ = derive_sentences(kind)
             module.__dict__[STATE] = SentenceState(options)
+        elif mapping.is_of_sentences(kind, "CrossEncoder"):
+            module.__class__ = derive_scores(kind)
+            module.__dict__[STATE] = ScoreState(options)
     return model
 
 
