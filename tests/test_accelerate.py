@@ -7,11 +7,9 @@ import copy
 import inspect
 import io
 import logging
-import os
 import pickle
-import subprocess
-import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,7 +20,7 @@ from torch import Tensor, nn
 import fastbert
 from fastbert.adapters import counts, versions
 from fastbert.adapters.live import LiveEncoder
-from helpers import assert_as_accurate, source_env
+from helpers import assert_as_accurate
 from model_cases import (
     FLOAT64_BOUND,
     HEADS,
@@ -354,19 +352,15 @@ def test_save_and_load(tmp_path: Path) -> None:
     assert type(fastbert.restore(type(model.bert)(model.config))) is transformers.BertModel
 
 
-def test_plugin_for_tests_of_others(tmp_path: Path) -> None:
+def test_plugin_for_tests_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a plugin that accelerates nothing, so that transformers' own tests would say nothing of us."""
-    (tmp_path / "test_theirs.py").write_text(
-        "import torch, transformers\n"
-        "def test_it():\n"
-        "    config = transformers.BertConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2)\n"
-        "    model = transformers.BertForMaskedLM(config).eval()\n"
-        "    assert model(torch.ones(1, 3, dtype=torch.long)).logits.shape[1] == 3\n"
-    )
-    env = source_env()
-    env["PYTHONPATH"] += os.pathsep + os.path.dirname(__file__) + os.pathsep + os.environ.get("PYTHONPATH", "")
-    command = [sys.executable, "-c", "import sys, pytest; sys.exit(pytest.main(sys.argv[1:]))"]
-    options = ["-p", "accelerate_every_bert", "-q", "-p", "no:cacheprovider", str(tmp_path)]
-    done = subprocess.run(command + options, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "1 fastbert" in done.stdout
+    import accelerate_every_bert
+
+    monkeypatch.setattr(transformers.BertModel, "__init__", transformers.BertModel.__init__)  # put back afterwards
+    accelerate_every_bert.pytest_configure()
+    model = transformers.BertForMaskedLM(theirs().config).eval()
+    run(model, make_batch())
+    assert counts(model) == {"fastbert": 1}
+    lines: list[str] = []
+    accelerate_every_bert.pytest_terminal_summary(SimpleNamespace(section=lines.append, write_line=lines.append))
+    assert lines[1].split() == ["1", "fastbert"]

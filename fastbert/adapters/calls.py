@@ -157,7 +157,7 @@ def _forward(live: nn.Module, state: State, original: Any, args: tuple[Any, ...]
         state.decline(reason)
         return original(live, *args, **kwargs)
     state.counts[OURS] += 1
-    return _run(live, encoder, call)
+    return _run(live, state.mapping, encoder, call)
 
 
 def model_obstacle(live: nn.Module) -> str | None:
@@ -219,7 +219,7 @@ def _input_obstacle(live: nn.Module, call: dict[str, Any]) -> str | None:
     return None
 
 
-def _run(live: nn.Module, encoder: LiveEncoder, call: dict[str, Any]) -> Any:
+def _run(live: nn.Module, mapping: Mapping, encoder: LiveEncoder, call: dict[str, Any]) -> Any:
     model = encoder.model
     config: Any = live.config
     keep_states = bool(versions.flag(call, config, "output_hidden_states"))
@@ -229,7 +229,9 @@ def _run(live: nn.Module, encoder: LiveEncoder, call: dict[str, Any]) -> Any:
     states = None
     if encoded.hidden_states is not None:
         states = (*(varlen.pad(state, encoded.batch) for state in encoded.hidden_states[:-1]), last)
-    output = _output_class()(last_hidden_state=last, pooler_output=model.pool(encoded), hidden_states=states)
+    output = _output_class(mapping.output)(
+        last_hidden_state=last, pooler_output=model.pool(encoded), hidden_states=states
+    )
     wanted = call.get("return_dict")
     if wanted is None:
         wanted = getattr(config, "return_dict", True)
@@ -237,6 +239,5 @@ def _run(live: nn.Module, encoder: LiveEncoder, call: dict[str, Any]) -> Any:
 
 
 @functools.cache
-def _output_class() -> Any:
-    module = importlib.import_module("transformers.modeling_outputs")
-    return module.BaseModelOutputWithPoolingAndCrossAttentions
+def _output_class(name: str) -> Any:
+    return getattr(importlib.import_module("transformers.modeling_outputs"), name)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from fastbert.adapters import versions
 from fastbert.adapters.mapping import Mapping
+from fastbert.config import BertConfig
 from fastbert.model import BertModel
 from fastbert.ops import Policy
 
@@ -75,14 +76,15 @@ class LiveEncoder:
             looked_at.append(leaf)
             model.get_submodule(parent)._modules[name] = leaf
         for i, layer in enumerate(layers):
-            looked_at.append(_check_layer(f"{mapping.layers}.{i}", layer, mapping, live.config))
+            path = f"{mapping.layers}.{i}"
+            looked_at.append(_check_layer(path, layer, mapping, config, getattr(live.config, mapping.hidden_act)))
         self.model, self._leaves = model, tuple(_get(live, theirs) for _, theirs in leaves)
         self._children = tuple((m._modules, dict(m._modules)) for m in (live, *containers.values()))
         self._dropping = tuple(module.__dict__ for module in dropping)  # of the others no mode counts
         self._looked_at, self._dicts = tuple(looked_at), tuple(module.__dict__ for module in looked_at)
         self._hooks = tuple(hooks for module in looked_at for hooks in _hooks_of(module))
         self._parameters = tuple(module._parameters for module in direct if module._parameters)
-        self._buffers = _default_ids(live)
+        self._buffers = _default_ids(live, mapping)
         self._buffers_checked: Any = None
 
     def is_current(self) -> bool:
@@ -111,12 +113,15 @@ class LiveEncoder:
 
     def _buffer_obstacle(self) -> str | None:
         """5.x takes default ids from buffers, which anyone may have written to."""
-        state = [(t.data_ptr(), 0 if t.is_inference() else t._version) for t in self._buffers.values()]
+        found = [
+            (path, buffers[name], kind) for path, buffers, name, kind in self._buffers if buffers.get(name) is not None
+        ]
+        state = [(t.data_ptr(), 0 if t.is_inference() else t._version, t.shape) for _, t, _ in found]
         if state != self._buffers_checked:
-            for name, tensor in self._buffers.items():
-                expected = torch.arange(tensor.shape[-1], device=tensor.device) if name == "position_ids" else 0
+            for path, tensor, kind in found:
+                expected = torch.arange(tensor.shape[-1], device=tensor.device) if kind == "columns" else 0
                 if tensor.device.type == "meta" or not bool((tensor == expected).all()):
-                    return f"embeddings.{name} is not what a new model has"
+                    return f"{path} is not what a new model has"
             self._buffers_checked = state
         return None
 
@@ -145,8 +150,9 @@ def _containers(live: nn.Module, mapping: Mapping, leaves: list[str]) -> dict[st
         names = leaf.split(".")
         for i, name in enumerate(names):
             paths.setdefault(".".join(names[:i]), set()).add(name)
-    if "pooler" in paths:
-        paths["pooler"].add("activation")
+    tanh, _, name = mapping.tanh.rpartition(".")
+    if tanh in paths:
+        paths[tanh].add(name)
     for path, known in paths.items():
         children = (_get(live, path) if path else live)._modules
         if unknown := [name for name, child in children.items() if name not in known and child is not None]:
@@ -159,8 +165,9 @@ def _check_container(path: str, module: nn.Module, mapping: Mapping) -> None:
     known = kind.__module__ == mapping.module and kind.__name__ in mapping.containers
     if not known and not (path == mapping.layers and kind is nn.ModuleList):
         raise Unsupported(f"{path} is a {kind.__module__}.{kind.__qualname__}")
-    if path == "pooler" and type(module._modules["activation"]) is not nn.Tanh:
-        raise Unsupported("pooler.activation is not Tanh")
+    tanh, _, name = mapping.tanh.rpartition(".")
+    if path == tanh and type(module._modules.get(name)) is not nn.Tanh:
+        raise Unsupported(f"{mapping.tanh} is not Tanh")
 
 
 def _reads(ours: str, theirs: str, expected: nn.Module, leaf: nn.Module) -> bool:
@@ -182,25 +189,26 @@ def _reads(ours: str, theirs: str, expected: nn.Module, leaf: nn.Module) -> bool
     raise Unsupported(f"{theirs} is a {kind.__qualname__}")
 
 
-def _check_layer(path: str, layer: nn.Module, mapping: Mapping, config: Any) -> nn.Module:
-    """The activation of a layer, if that and its attention are what the config says."""
+def _check_layer(path: str, layer: nn.Module, mapping: Mapping, config: BertConfig, name: str) -> nn.Module:
+    """The activation of a layer, if that is the one of this name, and its attention what the config says."""
     from transformers.activations import ACT2FN
 
     activation: nn.Module = _get(layer, mapping.activation)
-    if type(activation) is not type(ACT2FN[config.hidden_act]):
-        raise Unsupported(f"{path}.{mapping.activation} is not {config.hidden_act!r}, which the config names")
+    if type(activation) is not type(ACT2FN[name]):
+        raise Unsupported(f"{path}.{mapping.activation} is not {name!r}, which the config names")
     attention = _get(layer, mapping.heads)
     if getattr(attention, mapping.n_heads) != config.num_attention_heads:
         raise Unsupported(f"{path}: heads were pruned")
     scaling = getattr(attention, "scaling", None)
-    if scaling is not None and scaling != (config.hidden_size // config.num_attention_heads) ** -0.5:
+    if scaling is not None and scaling != config.head_size**-0.5:
         raise Unsupported(f"{path}.{mapping.heads}.scaling was changed")
     return activation
 
 
-def _default_ids(live: nn.Module) -> dict[str, Tensor]:
-    buffers = _get(live, "embeddings")._buffers
-    return {name: buffers[name] for name in ("position_ids", "token_type_ids") if buffers.get(name) is not None}
+def _default_ids(live: nn.Module, mapping: Mapping) -> list[tuple[str, dict[str, Any], str, str]]:
+    """(path, the buffers that it is one of, its name there, what it is to hold)"""
+    split = [(path, *path.rpartition(".")[::2], kind) for path, kind in mapping.buffers.items()]
+    return [(path, _get(live, parent)._buffers, name, kind) for path, parent, name, kind in split]
 
 
 def _hooks_of(module: nn.Module) -> tuple[Any, ...]:

@@ -27,9 +27,11 @@ class Mapping:
 
     module, model: the Python module of the library, and the class in it whose forward is replaced. containers: the
     other classes in it that may stand around the leaves: what their forwards do is what ours do instead. outside,
-    layer: path of a leaf of ours -> of theirs. layers: their ModuleList. activation, heads: in a layer, the module that
-    activates, and the module whose attribute `n_heads` is the number of heads. config: their config as ours; raises
-    ValueError for what we do not compute.
+    pooler, layer: path of a leaf of ours -> of theirs. tanh: what activates in the pooler. layers: their ModuleList.
+    activation, heads: in a layer, the module that activates, and the one whose attribute `n_heads` is the number of
+    heads. hidden_act: the config's key for that activation. buffers: path of a buffer with default ids -> what they
+    are, "columns" or "zeros". output: the class that forward returns. config: their config as ours; raises ValueError
+    for what we do not compute.
     """
 
     module: str
@@ -37,11 +39,15 @@ class Mapping:
     containers: frozenset[str]
     outside: Names[str, str]
     pooler: Names[str, str]
+    tanh: str
     layers: str
     layer: Names[str, str]
     activation: str
     heads: str
     n_heads: str
+    hidden_act: str
+    buffers: Names[str, str]
+    output: str
     config: Callable[[Any], BertConfig]
 
     def leaves(self, live: nn.Module, n_layers: int) -> Iterator[tuple[str, str]]:
@@ -73,6 +79,7 @@ BERT = Mapping(
         "embeddings", ("word_embeddings", "position_embeddings", "token_type_embeddings", "LayerNorm", "dropout")
     ),
     pooler=_named("pooler", ("dense",)),
+    tanh="pooler.activation",
     layers="encoder.layer",
     layer={
         **_named("attention.self", ("query", "key", "value", "dropout")),
@@ -83,6 +90,9 @@ BERT = Mapping(
     activation="intermediate.intermediate_act_fn",
     heads="attention.self",
     n_heads="num_attention_heads",
+    hidden_act="hidden_act",
+    buffers={"embeddings.position_ids": "columns", "embeddings.token_type_ids": "zeros"},
+    output="BaseModelOutputWithPoolingAndCrossAttentions",
     config=_bert_config,
 )  # fmt: skip
 
