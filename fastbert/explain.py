@@ -223,7 +223,7 @@ def find_model(model: Any) -> PreTrainedModel:
     encoder = adapters.encoder_in(model)
     if encoder is not None:
         return encoder
-    expected = "a BertModel, a model with a head, a SentenceEncoder or an accelerated model"
+    expected = "a BertModel, a model with a head or a SentenceEncoder, or an accelerated model"
     raise TypeError(f"model: expected {expected}, got {type(model).__name__}")
 
 

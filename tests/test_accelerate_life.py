@@ -84,6 +84,17 @@ def test_weights_are_edited_in_place_and_replaced() -> None:
     check(model, 7)
 
 
+def test_moves_that_move_nothing_keep_everything() -> None:
+    """Catches a `.to(device)` in every call, as of CrossEncoder, that throws graphs and packed weights away."""
+    model = accelerated("BertForMaskedLM")
+    state = model.bert.__dict__["_fastbert"]
+    before = state.encoder(model.bert)
+    model.to("cpu").to(torch.float64)
+    assert state.encoder(model.bert) is before
+    model.to(torch.float32)
+    assert state.encoder(model.bert) is not before
+
+
 def test_eval_leaves_the_mode_of_adapters_alone() -> None:
     """Catches a look at the weights that switches off what somebody has switched on inside an adapter."""
     model = accelerated()

@@ -111,15 +111,15 @@ class ScoreState(Counted):
 
 def predict(live: nn.Module, state: Counted, original: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """CrossEncoder.predict, whose eval() of a model in eval mode shall not renew what is made of the weights."""
-    inner = [found for module in live.modules() if isinstance(found := module.__dict__.get(STATE), State)]
-    settled = not any(module.training for module in live.modules())
-    for each in inner:
-        each.settled = settled
+    inner = [(module, module.__dict__[STATE]) for module in live.modules() if STATE in module.__dict__]
+    inner = [(module, found) for module, found in inner if isinstance(found, State)]
+    for module, found in inner:
+        found.settled = not any(part.training for part in module.modules())
     try:
         return original(live, *args, **kwargs)
     finally:
-        for each in inner:
-            each.settled = False
+        for _, found in inner:
+            found.settled = False
 
 
 def _fresh_state(options: Options, module: str) -> State:

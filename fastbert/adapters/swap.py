@@ -11,6 +11,7 @@ import functools
 from collections import Counter
 from typing import Any, TypeVar
 
+import torch
 from torch import nn
 
 from fastbert.adapters import calls, mapping
@@ -43,10 +44,19 @@ class AcceleratedEncoder(Accelerated):
         return super().train(mode)  # type: ignore[misc]
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        before = self._places()
+        applied = super()._apply(*args, **kwargs)  # type: ignore[misc]
         state = self.__dict__.get(STATE)
-        if state is not None:
+        if state is not None and self._places() != before:  # `.to(device)` is often called for nothing
             state.forget()
-        return super()._apply(*args, **kwargs)  # type: ignore[misc]
+        return applied
+
+    def _places(self) -> list[tuple[int, torch.dtype, torch.device]]:
+        parameters: Any = self.parameters()  # type: ignore[attr-defined]
+        try:
+            return [(p.data_ptr(), p.dtype, p.device) for p in parameters]
+        except RuntimeError:  # tensors without memory, on which nothing runs here
+            return []
 
 
 class AcceleratedSentences(Accelerated):
