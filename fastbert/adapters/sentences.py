@@ -202,12 +202,11 @@ class _Plan:
         on_host = self.output_value == "sentence_embedding" and (self.to_numpy or self.precision != "float32")
         with _progress(self.show, len(self.texts)) as progress:
             request = Request(
-                self.prompt,
-                None,
-                self.output_value,
-                self.normalize,
-                self.truncate_dim,
-                self.single,
+                prompt=self.prompt,
+                output_value=self.output_value,
+                normalize=self.normalize,
+                truncate_dim=self.truncate_dim,
+                single=self.single,
                 on_host=on_host,
                 progress=progress,
             )
