@@ -157,7 +157,7 @@ def explain(
         notes.append(f"float32 multiplies in {float32_precision()}: PyTorch's own switch")
     calls = adapters.counts(model)
     if given is not model:
-        notes += _call_notes(model)
+        notes += adapters.notes(model)
     return Report(
         model=type(model).__name__,
         device=str(where) if arch is None else f"{where} of compute capability {arch / 10}",
@@ -172,19 +172,11 @@ def explain(
     )
 
 
-def _call_notes(model: Any) -> Iterator[str]:
-    """Of an accelerated model: where its calls ran, and what is in the way of the next one."""
-    done = ", ".join(f"{n} {reason}" for reason, n in adapters.counts(model).items())
-    yield f"accelerated: calls by fastbert and, by reason, as before: {done or 'none yet'}"
-    if (why_not := adapters.obstacle(model)) is not None:
-        yield f"at the moment every call runs as before: {why_not}"
-
-
 def _unfollowed(model: Any) -> Report:
     """Of an accelerated model that always runs as before."""
     parameter = next(p for module in adapters.modules(model) for p in module.parameters())
     where, dtype = str(parameter.device), str(parameter.dtype).removeprefix("torch.")
-    notes, name = tuple(_call_notes(model)), type(model).__name__
+    notes, name = tuple(adapters.notes(model)), type(model).__name__
     return Report(name, where, dtype, "none", False, (), notes, calls=adapters.counts(model))
 
 

@@ -2,7 +2,7 @@
 
 from fastbert.adapters.attention import register_attention
 from fastbert.adapters.live import Unsupported
-from fastbert.adapters.swap import accelerate, counts, encoder_in, modules, obstacle, restore
+from fastbert.adapters.swap import accelerate, counts, encoder_in, modules, notes, obstacle, restore
 
 __all__ = [
     "Unsupported",
@@ -10,6 +10,7 @@ __all__ = [
     "counts",
     "encoder_in",
     "modules",
+    "notes",
     "obstacle",
     "register_attention",
     "restore",

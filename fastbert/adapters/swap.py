@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
+from collections.abc import Iterator
 from typing import Any, TypeVar
 
 import torch
@@ -231,6 +232,14 @@ def obstacle(model: Any) -> str | None:
         return calls.model_obstacle(found[0]) or found[1].encoder(found[0]).obstacle()
     except Unsupported as error:
         return str(error)
+
+
+def notes(model: Any) -> Iterator[str]:
+    """In words, for a report: where the calls of an accelerated model ran, and what is in the way of the next one."""
+    done = ", ".join(f"{n} {reason}" for reason, n in counts(model).items())
+    yield f"accelerated: calls by fastbert and, by reason, as before: {done or 'none yet'}"
+    if (why_not := obstacle(model)) is not None:
+        yield f"at the moment every call runs as before: {why_not}"
 
 
 def _first(model: Any) -> tuple[nn.Module, State] | None:
