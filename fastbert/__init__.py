@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from fastbert._version import __version__
 
 if TYPE_CHECKING:
+    from fastbert.adapters import accelerate, restore
     from fastbert.config import BertConfig
     from fastbert.cross_encoder import CrossEncoder
     from fastbert.explain import explain
@@ -53,9 +54,11 @@ _PUBLIC = {
     "CrossEncoder": "fastbert.cross_encoder",
     "SentenceEncoder": "fastbert.sentence",
     "Tokenizer": "fastbert.tokenizer",
+    "accelerate": "fastbert.adapters",
     "compile_events": "fastbert.graphs",
     "explain": "fastbert.explain",
     "quantize_embeddings": "fastbert.vectors",
+    "restore": "fastbert.adapters",
     "semantic_search": "fastbert.search",
     "verify": "fastbert.verify",
     "warmup": "fastbert.readiness",
@@ -76,9 +79,11 @@ __all__ = [
     "SentenceEncoder",
     "Tokenizer",
     "__version__",
+    "accelerate",
     "compile_events",
     "explain",
     "quantize_embeddings",
+    "restore",
     "semantic_search",
     "verify",
     "warmup",

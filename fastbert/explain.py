@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from fastbert import cpu_encoder, explain_costs, graphs
+from fastbert import adapters, cpu_encoder, explain_costs, graphs
 from fastbert.explain_costs import BatchReport
 from fastbert.explain_ops import Explainer, backbone, find_model, float32_precision, prefix_of
 from fastbert.explain_report import OpReport, Report
@@ -46,7 +46,8 @@ def explain(
 ) -> Report:
     """Which backend and kernel would run each operation of the model, with which block sizes, and why.
 
-    model: a BertModel, a model with a head, a SentenceEncoder, or a module that wraps one. Its device, dtype, backend,
+    model: a BertModel, a model with a head, a SentenceEncoder, a module that wraps one, or an accelerated model of
+    another library, of which the report has the encoder and the counts of calls. Its device, dtype, backend,
     strictness and training mode count, and autocast where it is on; the keywords ask what would be if the first four
     were others. arch: compute capability of a GPU as one integer, 90 for 9.0, which need not be there.
 
@@ -59,7 +60,11 @@ def explain(
     is none.
     Neither raises nor logs because of a fallback: under strict, `raises` of its row says that running would.
     """
-    inner = find_model(model)
+    try:
+        inner = find_model(model)
+    except adapters.Unsupported:
+        return _unfollowed(model)
+    given = model if inner in adapters.modules(model) else inner  # of an accelerated model, its encoder on our side
     wanted = inner.policy
     policy = Policy(
         wanted.backend if backend is None else backend,
@@ -69,7 +74,7 @@ def explain(
     where = _device(inner.device if device is None and arch is None else torch.device(device or "cuda"), arch)
     cast = None if dtype is None else resolve_dtype(dtype, inner.config, {})
     explainer = Explainer(inner, policy, where, cast, arch)
-    rows = tuple(explainer.rows(model))
+    rows = tuple(explainer.rows(given))
     dtype = inner.dtype if cast is None else cast
     costs = None
     if batch is not None:
@@ -90,6 +95,9 @@ def explain(
     notes += _one_call(inner, policy, where, dtype)
     if dtype == torch.float32 and where.type == "cuda":
         notes.append(f"float32 multiplies in {float32_precision()}: PyTorch's own switch")
+    calls = adapters.counts(model)
+    if given is not model:
+        notes += adapters.notes(model)
     return Report(
         model=type(model).__name__,
         device=str(where) if arch is None else f"{where} of compute capability {arch / 10}",
@@ -101,7 +109,16 @@ def explain(
         batch_invariant=policy.batch_invariant,
         precision=inner.precision,
         batch=costs,
+        calls=calls,
     )
+
+
+def _unfollowed(model: Any) -> Report:
+    """Of an accelerated model that always runs as before."""
+    parameter = next(p for module in adapters.modules(model) for p in module.parameters())
+    where, dtype = str(parameter.device), str(parameter.dtype).removeprefix("torch.")
+    notes, name = tuple(adapters.notes(model)), type(model).__name__
+    return Report(name, where, dtype, "none", False, (), notes, calls=adapters.counts(model))
 
 
 def _launch_notes(rows: Iterable[OpReport], model: PreTrainedModel, device: torch.device) -> Iterator[str]:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastbert import quantized
+from fastbert import adapters, quantized
 from fastbert.explain_report import MODULE, OpReport
 from fastbert.heads import FirstTokenHead
 from fastbert.model import BertAddNorm, BertLayer, BertModel, BertPooler, BertSelfAttention, is_bare, is_plain
@@ -35,12 +35,15 @@ PACKED = "where no gradients are needed"
 
 
 def find_model(model: Any) -> PreTrainedModel:
-    """The model of this library that was given, or that is inside: of a SentenceEncoder or of a wrapper module."""
-    if isinstance(model, nn.Module):
-        for module in model.modules():
-            if isinstance(module, PreTrainedModel):
-                return module
-    expected = "a BertModel, a model with a head or a SentenceEncoder"
+    """The model of this library that was given, or that is inside: of a SentenceEncoder, of a wrapper module, or of an
+    accelerated model, whose encoder has one that shares its parameters."""
+    for module in adapters.modules(model):
+        if isinstance(module, PreTrainedModel):
+            return module
+    encoder = adapters.encoder_in(model)
+    if encoder is not None:
+        return encoder
+    expected = "a BertModel, a model with a head or a SentenceEncoder, or an accelerated model"
     raise TypeError(f"model: expected {expected}, got {type(model).__name__}")
 
 

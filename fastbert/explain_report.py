@@ -57,7 +57,10 @@ class OpReport:
 
 @dataclass(frozen=True)
 class Report:
-    """What `explain` found: the operations in the order in which they run. `str(report)` is a table."""
+    """What `explain` found: the operations in the order in which they run. `str(report)` is a table.
+
+    calls: of an accelerated model, how many ran here ("fastbert") and how many by the original code, by reason.
+    """
 
     model: str
     device: str
@@ -69,6 +72,7 @@ class Report:
     batch_invariant: bool = False
     precision: str | None = None
     batch: BatchReport | None = None
+    calls: dict[str, int] = dataclasses.field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """The same as dicts, lists, strings, numbers and None, for JSON."""

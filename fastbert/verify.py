@@ -102,6 +102,8 @@ def verify(
     notes: list[str] = []
     model, name, tokenizer = _model_of(model_or_path, tokenizer, dtype, device, backend, strict)
     bert = backbone(find_model(model))
+    if isinstance(model, nn.Module) and bert not in model.modules():  # an accelerated model of another library
+        model = bert
     if bert.device.type == "meta":
         raise ValueError("model: its parameters are on 'meta', where they have no values")
     rows = _rows(texts, tokenizer, bert, notes)

@@ -1,0 +1,17 @@
+"""For models of other libraries: `accelerate` and `restore`, and attention for transformers' other encoders."""
+
+from fastbert.adapters.attention import register_attention
+from fastbert.adapters.live import Unsupported
+from fastbert.adapters.swap import accelerate, counts, encoder_in, modules, notes, obstacle, restore
+
+__all__ = [
+    "Unsupported",
+    "accelerate",
+    "counts",
+    "encoder_in",
+    "modules",
+    "notes",
+    "obstacle",
+    "register_attention",
+    "restore",
+]
