@@ -21,7 +21,8 @@ def add(commands: Any, name: str, summary: str, epilog: str, *, model: bool = Tr
 def add_how(group: Any) -> None:
     """How a model is loaded."""
     group.add_argument("--revision", help="branch, tag or commit of a hub id")
-    group.add_argument("--dtype", default="auto", help="float32, bfloat16 or float16 (default: the checkpoint's)")
+    choice = "the checkpoint's, and of vectors and scores on a CPU bfloat16 where it has that in hardware"
+    group.add_argument("--dtype", default="auto", help=f"float32, bfloat16 or float16 (default: {choice})")
     group.add_argument("--device", help="cpu, cuda, cuda:1 (default: the GPU if there is one)")
     group.add_argument(
         "--backend", default="auto", choices=("auto", "triton", "cpu", "torch"), help="default: %(default)s"

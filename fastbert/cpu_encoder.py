@@ -42,6 +42,32 @@ def obstacle(config: Any, dtype: torch.dtype, policy: ops.Policy, device: torch.
     return attention.cpu_obstacle(config.head_size, torch.empty(0, dtype=dtype))
 
 
+def multiplies_bfloat16() -> bool:
+    """Whether this processor has bfloat16 in hardware, and something here that makes use of it."""
+    return cpu.multiplies(torch.bfloat16) or (cpu.has_amx() and packed_linear.unavailable(torch.bfloat16) is None)
+
+
+def narrow(model: Any, asked: Any) -> None:
+    """For inference on a CPU that has bfloat16 in hardware: a float32 model becomes bfloat16 if dtype="auto" was asked.
+
+    A model that is to be trained, or saved, stays as it is stored: only encoders of text call this.
+    """
+    policy, stored = model.policy, model.dtype
+    if (
+        asked != "auto"
+        or stored != torch.float32
+        or model.device.type != "cpu"
+        or policy.backend not in ("auto", "cpu")
+    ):
+        return
+    if policy.batch_invariant or model.precision is not None or not multiplies_bfloat16():
+        return
+    model.to(torch.bfloat16)
+    model.dtype_choice = (
+        "dtype='auto' took bfloat16, which this processor has in hardware; dtype='float32' keeps it exact"
+    )
+
+
 class CpuEncoder:
     """Keeps the weights as the kernel reads them, until `key` says that they changed."""
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastbert import checkpoint, ops, sentence_layout, varlen
+from fastbert import checkpoint, cpu_encoder, ops, sentence_layout, varlen
 from fastbert.heads import BertForSequenceClassification
 from fastbert.model import Encoded
 from fastbert.sentence import _positive, _progress_bar
@@ -83,7 +83,8 @@ class CrossEncoder(nn.Module):
         """Loads a folder or hub id with a classification head, saved by sentence-transformers or transformers.
 
         activation_fn: by default what the checkpoint names, if it is one of `ACTIVATIONS`; a name outside torch is left
-        aside with a warning. device: the GPU if there is one, else the CPU. The others are arguments of
+        aside with a warning. device: the GPU if there is one, else the CPU. dtype: as for
+        SentenceEncoder.from_pretrained. The others are arguments of
         BertForSequenceClassification.from_pretrained. Raises what that does, and ValueError for a checkpoint without
         the head, or with a module or setting that is not supported.
         """
@@ -92,6 +93,7 @@ class CrossEncoder(nn.Module):
         if device is None:
             device = "cuda" if torch.cuda.is_available() else "cpu"
         model = BertForSequenceClassification.from_pretrained(layout.transformer, dtype=dtype, device=device, **how)
+        cpu_encoder.narrow(model, dtype)
         if model.missing_names:
             raise ValueError(f"{src}: has no classification head: it lacks {', '.join(model.missing_names)}")
         tokenizer = Tokenizer.from_pretrained(layout.transformer)

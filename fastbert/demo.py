@@ -104,7 +104,7 @@ def run(
     _say(
         f"\nError of the {len(SENTENCES)} vectors against the reference in float64, with the weights of the checkpoint"
     )
-    exact = reference_vectors(SentenceEncoder.from_pretrained(folder, device="cpu"), SENTENCES)
+    exact = reference_vectors(SentenceEncoder.from_pretrained(folder, device="cpu", backend="torch"), SENTENCES)
     for name, one in encoders.items():
         ours = torch.from_numpy(one.encode(list(SENTENCES))).double()
         rms = ((ours - exact).square().mean() / exact.square().mean()).sqrt().item()

@@ -95,6 +95,8 @@ def explain(
     notes += _one_call(inner, policy, where, dtype)
     if dtype == torch.float32 and where.type == "cuda":
         notes.append(f"float32 multiplies in {float32_precision()}: PyTorch's own switch")
+    if inner.dtype_choice is not None and cast is None:
+        notes.append(inner.dtype_choice)
     calls = adapters.counts(model)
     if given is not model:
         notes += adapters.notes(model)

@@ -37,6 +37,7 @@ class PreTrainedModel(nn.Module):
     base_prefix = "bert."
     task: str | None = None  # what follows "For" in the class name of a model with a head
     cuda_graphs: Any  # bool: a property of the models
+    dtype_choice: str | None = None  # why the dtype is not the checkpoint's, where nobody asked for another
 
     def __init__(
         self,
@@ -196,6 +197,8 @@ class PreTrainedModel(nn.Module):
 
         max_shard_size in bytes.
         """
+        if self.dtype_choice is not None:
+            logger.warning("save_pretrained: writes %s weights: %s", self.dtype, self.dtype_choice)
         os.makedirs(folder, exist_ok=True)
         family = self.config.family
         self.config.architectures = [family.class_name(type(self).__name__)]

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastbert import checkpoint, sentence_layout, vectors
+from fastbert import checkpoint, cpu_encoder, sentence_layout, vectors
 from fastbert.model import BertModel
 from fastbert.sentence_layout import Layout, Pooling
 from fastbert.sentence_run import Request, Run, Timings
@@ -86,9 +86,10 @@ class SentenceEncoder(nn.Module):
     ) -> SentenceEncoder:
         """Loads a sentence-transformers folder or hub id, or a plain BERT checkpoint, which gets mean pooling.
 
-        device: the GPU if there is one, else the CPU. The other arguments are those of BertModel.from_pretrained and
-        of SentenceEncoder. Raises what BertModel.from_pretrained does, and ValueError for a module or a setting of the
-        folder that is not supported.
+        device: the GPU if there is one, else the CPU. dtype: "auto" is the checkpoint's, but bfloat16 for float32 on a
+        CPU that has it in hardware. The other arguments are those of BertModel.from_pretrained and of SentenceEncoder.
+        Raises what BertModel.from_pretrained does, and ValueError for a module or a setting of the folder that is not
+        supported.
         """
         folder = checkpoint.resolve(src, revision=revision)
         layout = sentence_layout.read(folder)
@@ -107,6 +108,7 @@ class SentenceEncoder(nn.Module):
             precision=precision,
             **config_overrides,
         )
+        cpu_encoder.narrow(model, dtype)
         tokenizer = Tokenizer.from_pretrained(layout.transformer)
         if layout.do_lower_case:
             tokenizer = sentence_layout.lowercasing(tokenizer, layout.transformer)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _dtypes_do_not_depend_on_the_processor() -> Iterator[None]:
+    """dtype="auto" means the checkpoint's everywhere but in its own tests."""
+    from fastbert import cpu_encoder
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cpu_encoder, "multiplies_bfloat16", lambda: False)
+        yield
 
 
 @pytest.fixture(autouse=True)

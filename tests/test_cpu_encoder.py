@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fastbert import BertConfig, BertForTokenClassification, BertModel, SentenceEncoder, cpu_encoder
+from fastbert.explain import explain
 from fastbert_kernels import cpu
 from helpers import assert_as_accurate, cu_seqlens_of, docstrings, minilm_folder
 
@@ -268,3 +269,19 @@ def test_one_thread() -> None:
         assert torch.equal(encode(model, [40, 9]), expected)
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("has_it", [True, False])
+def test_dtype_auto_of_encoders(has_it: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Any, caplog: Any) -> None:
+    """Catches bfloat16 where it is slow, where float32 was asked for, in a model to be trained, or without a word."""
+    monkeypatch.setattr(cpu_encoder, "multiplies_bfloat16", lambda: has_it)
+    folder = str(minilm_folder())
+    encoder = SentenceEncoder.from_pretrained(folder, device="cpu")
+    assert encoder.dtype == (torch.bfloat16 if has_it else torch.float32)
+    assert ("dtype='auto' took bfloat16" in str(explain(encoder))) == has_it
+    for how in ({"dtype": "float32"}, {"backend": "torch"}):
+        exact = SentenceEncoder.from_pretrained(folder, device="cpu", **how)
+        assert exact.dtype == torch.float32 and "took bfloat16" not in str(explain(exact))
+    assert BertModel.from_pretrained(folder).dtype == torch.float32
+    encoder.save_pretrained(tmp_path)
+    assert ("writes torch.bfloat16 weights" in caplog.text) == has_it

@@ -61,7 +61,7 @@ class TextTask:
         self.layout = sentence_layout.read(self.folder) or sentence_layout.Layout(self.folder)
         self.backend = backend
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        self.exact = SentenceEncoder.from_pretrained(self.folder, device="cpu")  # with the weights as they are stored
+        self.exact = SentenceEncoder.from_pretrained(self.folder, device="cpu", backend="torch")  # in the dtype stored
         self.max_seq_length = self.exact.max_seq_length
         self.stored_dtype = str(self.exact.dtype).removeprefix("torch.")
         self.dtype = self.stored_dtype if dtype == "auto" else dtype
