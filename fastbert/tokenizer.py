@@ -325,7 +325,9 @@ class Tokenizer:
         n_truncated = n_truncated_tokens = 0
         for start in range(0, len(sides[0]), _CHUNK):
             chunk = [text for side in sides for text in side[start : start + _CHUNK]]
-            encoded = self._rust.encode_batch_fast(chunk, add_special_tokens=False)
+            # The library's threads are not PyTorch's, and as many as there are cores: whoever allows one gets one.
+            at_once = [[text] for text in chunk] if torch.get_num_threads() == 1 else [chunk]
+            encoded = [one for few in at_once for one in self._rust.encode_batch_fast(few, add_special_tokens=False)]
             full = np.fromiter(map(len, encoded), np.int64, len(encoded)).reshape(len(sides), -1)  # (1 or 2, rows)
             kept = full if limit is None else _truncate(full, limit, n_special, truncation, start)
             cut = (full - kept).sum(0)

@@ -669,3 +669,19 @@ def test_loading_logs_and_changes_nothing(minilm: Path, caplog: pytest.LogCaptur
     with caplog.at_level(logging.DEBUG, logger="fastbert"):
         Tokenizer.from_pretrained(str(minilm))
     assert not caplog.records
+
+
+def test_one_thread_of_pytorch_is_one_thread(minilm: Path) -> None:
+    """Catches the tokenizer's own threads where PyTorch is allowed one, in servers with a process for each core."""
+    tokenizer, texts = Tokenizer.from_pretrained(minilm), docstrings(200) * 8
+    expected = tokenizer.encode_packed(texts, warn=False).input_ids
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        started, used = time.perf_counter(), time.process_time()
+        found = tokenizer.encode_packed(texts, warn=False).input_ids
+        cores = (time.process_time() - used) / (time.perf_counter() - started)
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(found, expected)
+    assert cores < 1.3
