@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from fastbert import graphs
 from fastbert.explain_report import OpReport, amount
 from fastbert.model import BertModel
-from fastbert.ops import onednn
+from fastbert.ops import packed_linear
 from fastbert.sentence import SentenceEncoder
 from fastbert.sentence_run import TOKEN_BUDGET, batches
 from fastbert.tokenizer import Tokenizer
@@ -169,7 +169,7 @@ def _rows_computed(lengths: Sequence[int], model: nn.Module, bert: BertModel) ->
         parts = [sum(ordered[a:b]) for a, b in batches(np.cumsum(ordered), budget, None)]
     with torch.no_grad():
         if bert._packs_weights():
-            return sum(map(onednn.rows_for, parts))
+            return sum(packed_linear.rows_for(n, bert.dtype) for n in parts)
         if bert.device.type == "cuda" and bert.graph_obstacle() is None:
             return sum(graphs.bucket_of(n) or n for n in parts)
     return sum(parts)

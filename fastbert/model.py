@@ -506,7 +506,11 @@ class BertModel(PreTrainedModel):
         layers, project = self.encoder.layer, self.embeddings_project
         gather = functools.partial(cpu_encoder.gather, layers=layers, fused_qkv=BertSelfAttention.fused_qkv)
         make = functools.partial(gather, self.embeddings if project is None else None, config=self.config)
-        self._weights()
+        try:
+            self._weights()
+        except RuntimeError as error:
+            self._blame_dtypes(error)
+            raise
         weights = self.cpu_encoder.weights(self._addresses[0], make)
         if weights is None:
             return None

@@ -122,6 +122,7 @@ def verify(
     return Report(
         name, str(bert.device), str(bert.dtype).removeprefix("torch."), bert.policy.backend, len(rows),
         sum(len(ids) for ids, _ in rows), weights, found.states, tuple(notes), found.quantized, found.vectors,
+        found.last,
     )  # fmt: skip
 
 

@@ -173,7 +173,8 @@ class Report:
 
     weights: parameters that are not finite; where there are any, nothing was run and `states` is empty.
     states: the embeddings, each layer, the pooler if there is one, and what a SentenceEncoder makes of them.
-    vectors: cosines and neighbours of the texts. quantized: of a model that runs in 8 bits.
+    vectors: cosines and neighbours of the texts. quantized: of a model that runs in 8 bits. last: the last hidden state
+    where nobody asks for the others, which then runs by a CUDA graph, or on a CPU in one call.
     """
 
     model: str
@@ -187,10 +188,15 @@ class Report:
     notes: tuple[str, ...] = ()
     quantized: QuantizedReport | None = None
     vectors: VectorReport | None = None
+    last: StateReport | None = None
 
     @property
     def ok(self) -> bool:
-        return not self.weights and all(state.ok for state in self.states) and not self._too_coarse
+        return not self.weights and all(state.ok for state in self._all) and not self._too_coarse
+
+    @property
+    def _all(self) -> list[StateReport]:
+        return [*self.states, *([] if self.last is None else [self.last])]
 
     @property
     def _too_coarse(self) -> list[str]:
@@ -203,13 +209,14 @@ class Report:
     @property
     def problems(self) -> list[str]:
         """What is wrong, in words: every parameter that is not finite, or the first part of the model that is off."""
-        wrong = [f"{state.name} is the first that is wrong: {state.problem}" for state in self.states if not state.ok]
+        wrong = [f"{state.name} is the first that is wrong: {state.problem}" for state in self._all if not state.ok]
         return [*map(str, self.weights), *wrong[:1], *self._too_coarse]
 
     def to_dict(self) -> dict[str, Any]:
         """The same as dicts, lists, strings, numbers and None (for NaN and infinity), for JSON."""
         values = _for_json(dataclasses.asdict(self))
-        for given, state in zip(values["states"], self.states, strict=True):
+        given_states = values["states"] + ([] if self.last is None else [values["last"]])
+        for given, state in zip(given_states, self._all, strict=True):
             given |= {"ok": state.ok, "problem": state.problem, "times_eager": _for_json(state.times_eager)}
             if state.alone is not None:
                 given["alone"]["times_eager"] = _for_json(state.alone.times_eager)
@@ -225,7 +232,7 @@ class Report:
         """The states, a line each, the heading first."""
         heading = "output", "error", "eager's", "times", "bound", "alone, times", "worst token cosine"
         lines: list[tuple[str, ...]] = [(*heading, "worst sentence cosine", "")]
-        for s in self.states:
+        for s in self._all:
             alone = "" if s.alone is None else _figure(s.alone.times_eager, ".2f")
             lines.append(
                 (

@@ -51,6 +51,7 @@ class Findings:
     states: tuple[StateReport, ...]
     vectors: VectorReport | None = None
     quantized: QuantizedReport | None = None
+    last: StateReport | None = None
 
 
 @torch.no_grad()
@@ -104,8 +105,6 @@ def compare(bert: BertModel, rows: list[Row], prefix: str, ends: Sequence[End] =
         for module, mode in modes.items():
             module.training = mode
     found = [_judged(names, measures, alone, s, bert, ends, in_8_bits) for s in range(len(names))]
-    errors = _errors(as_it_runs, bert.dtype)
-    found.append(_report(f"{prefix}last_hidden_state, without the others", as_it_runs, errors, None))
     stacked = [torch.stack(kind) for kind in vectors]
     what = "encode's" if of_encoder else "the mean of the last hidden states"
     finite = all(bool(kind.isfinite().all()) for kind in stacked)
@@ -114,7 +113,9 @@ def compare(bert: BertModel, rows: list[Row], prefix: str, ends: Sequence[End] =
     if in_8_bits:
         figures = (math.nan, math.nan) if compared is None else (compared.cosine[1], compared.spearman)
         coarse = QuantizedReport(bert.precision or "", len(rows), *figures)
-    return Findings(tuple(found), compared, coarse)
+    direct_error = _errors(as_it_runs, bert.dtype)
+    last = _report("the last hidden state, as it runs by itself", as_it_runs, direct_error, None)
+    return Findings(tuple(found), compared, coarse, last)
 
 
 def _judged(

@@ -13,13 +13,14 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastbert
-from fastbert import BertConfig, BertModel, SentenceEncoder, Tokenizer, heads
+from fastbert import BertConfig, BertModel, SentenceEncoder, Tokenizer, cpu_encoder, heads
 from fastbert.explain import explain
 from fastbert.explain_costs import cost, lengths_of
 from fastbert.explain_report import amount
-from fastbert.ops import onednn
+from fastbert.ops import packed_linear
 from fastbert.sentence_layout import Dense, LayerNorm, Normalize
 from fastbert.verify_run import _eager
+from fastbert_kernels import cpu
 
 LENGTHS = [5, 17, 1, 0, 9]
 
@@ -151,9 +152,14 @@ def test_attention_that_is_launched_twice_is_counted_once(model: BertModel) -> N
     assert cost(row, LENGTHS, 32, 5, 4)[0] == few.flops + both.flops
 
 
-@pytest.mark.skipif(onednn.unavailable(torch.float32) is not None, reason="needs oneDNN's linears")
-def test_rows_that_are_computed() -> None:
-    """Catches rows that oneDNN is given beyond the tokens and that the report hides."""
+@pytest.mark.parametrize("kernels", ["C++", "oneDNN"])
+def test_rows_that_are_computed(kernels: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches rows that oneDNN is given beyond the tokens and that the report hides, or says of the C++ kernels."""
+    if kernels == "oneDNN":
+        monkeypatch.setattr(cpu, "unavailable", lambda: "planted")
+    if packed_linear.unavailable(torch.float32) is not None or (kernels == "C++" and cpu.unavailable() is not None):
+        pytest.skip(f"{packed_linear.unavailable(torch.float32)}, {cpu.unavailable()}")
+    monkeypatch.setattr(cpu_encoder, "obstacle", lambda *args: "planted")  # operation by operation
     model = BertModel(config()).eval()
     seen: list[int] = []
     run = model.embeddings.forward
@@ -168,7 +174,7 @@ def test_rows_that_are_computed() -> None:
             ops, "linear_residual_layer_norm", lambda x, *a, **k: (seen.append(len(x)), right(x, *a, **k))[1]
         )
         model.forward_packed(torch.ones(107, dtype=torch.int64).clamp(max=100), torch.tensor([0, 40, 80, 107]))
-    assert run is not None and set(seen) == {batch.rows}
+    assert run is not None and set(seen) == {batch.rows} == {107 if kernels == "C++" else 112}
 
 
 def test_report_as_text_and_json(model: BertModel) -> None:

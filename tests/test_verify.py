@@ -31,6 +31,7 @@ from fastbert import (
 from fastbert.sentence_layout import Dense
 from fastbert.verify import DEFAULT_TEXTS, verify
 from fastbert.verify_run import _eager
+from fastbert_kernels import cpu
 from helpers import docstrings
 
 IDS = [[2, 17, 33, 3], [2, 3], [2, *range(20, 36), 3], [2, 50, 3]]
@@ -588,3 +589,20 @@ def test_page(model: BertModel, monkeypatch: pytest.MonkeyPatch) -> None:
     with torch.no_grad():
         model.encoder.layer[0].output.dense.bias[0] = math.nan
     assert "1 NaN of 32 values" in verify(model, IDS).to_html()
+
+
+@pytest.mark.skipif(cpu.unavailable() is not None, reason=str(cpu.unavailable()))
+def test_fault_of_what_runs_where_nobody_asks_for_states(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a model verified operation by operation alone, where users get the encoder that runs in one call."""
+    model = BertModel(
+        BertConfig(
+            vocab_size=99, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
+            max_position_embeddings=40,
+        )
+    ).eval()  # fmt: skip
+    assert verify(model).ok
+    right = cpu.encoder_forward
+    monkeypatch.setattr(cpu, "encoder_forward", lambda *args: right(*args).mul_(1.01))
+    report = verify(model)
+    assert not report.ok and all(state.ok for state in report.states)
+    assert "the last hidden state, as it runs by itself" in report.problems[0]
