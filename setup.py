@@ -48,7 +48,7 @@ def cpu_kernels() -> list[Extension]:
     return [
         Extension(
             f"fastbert_kernels.cpu.{name}",
-            [f"{CPU_KERNELS}/{name}.cpp" for name in ("attention", "encoder", "linear")],
+            [f"{CPU_KERNELS}/{name}.cpp" for name in ("attention", "encoder", "linear", "pooling")],
             depends=[f"{CPU_KERNELS}/{name}.h" for name in ("attention", "layer_norm", "linear", "vector")],
             extra_compile_args=[*FLAGS, *flags],
             extra_link_args=["-fopenmp", "-s"],

@@ -261,7 +261,11 @@ class Explainer:
     def pool(self, name: str, what: str) -> OpReport:
         h = self.config.hidden_size
         decision = self.decide("pooling", pooling.obstacle(h, self.hidden))
-        return self.row(name, f"(T, {h}) -> (B, {h}), {what}", decision, pooling.KERNELS, ("pooling_config", h))
+        row = self.row(name, f"(T, {h}) -> (B, {h}), {what}", decision, pooling.KERNELS, ("pooling_config", h))
+        means = what.split(",")[0].split(" ")[0] in pooling.MEANS and what.endswith("in float32")
+        if decision.backend == "cpu" and means and pooling.cpu_obstacle(self.hidden.dtype) is None:
+            return dataclasses.replace(row, kernel=f"fastbert_kernels.cpu, {cpu.instructions()}", source=PACKED)
+        return row
 
     def pooler(self, name: str, pooler: BertPooler) -> Iterator[OpReport]:
         h = self.config.hidden_size

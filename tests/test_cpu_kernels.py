@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fastbert.ops import Policy, attention, varlen_attention
+from fastbert.ops import Policy, attention, pool, varlen_attention
 from fastbert.varlen import from_cu_seqlens
 from fastbert_kernels import cpu
 from helpers import Outputs, assert_as_accurate, cu_seqlens_of, docstrings, guarded, minilm_folder, source_env
@@ -152,6 +152,34 @@ def test_gelu_over_its_whole_range(activation, variant):
     ours = cpu.linear_forward(x, identity, 1, None, activation)
     exact = ACTIVATED[activation](x.double())
     torch.testing.assert_close(ours.double(), exact, rtol=3e-6, atol=1e-7, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("mode", ["mean", "mean_sqrt_len"])
+@pytest.mark.parametrize("width", [1, 7, 48, 100])
+def test_pooling_is_as_accurate_as_eager(width, mode, normalize, dtype, variant):
+    """Rows of a neighbour, lanes beyond the row, a long text that loses its tail, an empty one that is not zero."""
+    lengths = [1, 0, 5, 33, 900, 2]
+    hidden = (1 + torch.randn(sum(lengths), width)).to(dtype)
+    how = {"normalize": normalize, "out_dtype": torch.float32}
+    offsets = cu_seqlens_of(lengths)
+    exact = pool(hidden.double(), offsets, mode, normalize=normalize, policy=Policy("torch"))
+    eager = pool(hidden, offsets, mode, policy=Policy("torch"), **how)
+    ours = pool(guarded(hidden, extra_columns=5), offsets, mode, policy=Policy("cpu"), **how)
+    assert_as_accurate(mode, ours, eager, exact)
+    assert ours[1].abs().max() == 0
+
+
+def test_pooling_of_what_the_kernel_does_not_take():
+    """Gradients that are lost, or another dtype than was asked for."""
+    hidden, offsets = torch.randn(6, 8, requires_grad=True), cu_seqlens_of([2, 4])
+    pool(hidden, offsets, policy=Policy("cpu")).sum().backward()
+    assert hidden.grad is not None
+    assert pool(hidden.detach().bfloat16(), offsets, policy=Policy("cpu")).dtype == torch.bfloat16
+    for offsets in ([0, 9], [0, 4, 2], [1, 6]):
+        with pytest.raises(ValueError, match="cu_seqlens"):
+            cpu.pool_forward(torch.randn(6, 8), torch.tensor(offsets, dtype=torch.int32))
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])

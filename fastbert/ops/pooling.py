@@ -8,9 +8,11 @@ import torch.nn.functional as F
 from fastbert.ops import dispatch
 from fastbert.ops.dispatch import AUTO, Policy
 from fastbert.ops.library import register
+from fastbert_kernels import cpu
 
 KERNELS = {"triton": "fastbert_kernels.pooling", "torch": "sum or segment_reduce, index_select"}
 
+MEANS = ("mean", "mean_sqrt_len")
 MODES = ("cls", "mean", "max", "weighted_mean", "last", "mean_sqrt_len")
 
 
@@ -75,6 +77,23 @@ def obstacle(hidden_size: int, hidden: torch.Tensor) -> str | None:
     return dispatch.dtype_obstacle(hidden) or dispatch.hidden_size_obstacle(hidden_size)
 
 
+def cpu_obstacle(dtype: torch.dtype) -> str | None:
+    """Why the cpu backend takes PyTorch's operations for means in float32, and not the C++ kernel, or None."""
+    if dtype not in (torch.float32, torch.bfloat16):
+        return f"there is no C++ kernel for {dtype}"
+    return cpu.unavailable()
+
+
+def _compiled(hidden: torch.Tensor, cu_seqlens: torch.Tensor, mode: str, out_dtype: torch.dtype) -> bool:
+    """Whether the C++ kernel takes it: means in float32, without gradients or anyone who watches."""
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0 or type(hidden) is not torch.Tensor:
+        return False
+    if torch.is_grad_enabled() and hidden.requires_grad:
+        return False
+    dtypes = out_dtype == torch.float32 and cu_seqlens.dtype == torch.int32
+    return dtypes and mode in MEANS and cpu_obstacle(hidden.dtype) is None
+
+
 def pool(
     hidden: torch.Tensor,
     cu_seqlens: torch.Tensor,
@@ -94,6 +113,10 @@ def pool(
         raise ValueError(f"mode: expected one of {', '.join(MODES)}, got {mode!r}")
     out_dtype = hidden.dtype if out_dtype is None else out_dtype
     why_not = obstacle(hidden.shape[1], hidden)
-    if dispatch.choose("pooling", policy.backend, policy.strict, hidden.device, why_not) == "triton":
+    backend = dispatch.choose("pooling", policy.backend, policy.strict, hidden.device, why_not)
+    if backend == "triton":
         return torch.ops.fastbert.pool(hidden, cu_seqlens, mode, normalize, out_dtype)
+    if backend == "cpu" and _compiled(hidden, cu_seqlens, mode, out_dtype):
+        hidden = hidden if hidden.stride(-1) == 1 else hidden.contiguous()
+        return cpu.pool_forward(hidden, cu_seqlens, mode, normalize)
     return _eager(hidden, cu_seqlens, mode, normalize, out_dtype)

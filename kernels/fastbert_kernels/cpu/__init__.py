@@ -68,6 +68,9 @@ def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
         attention = getattr(library, f"fastbert_attention_{dtype}")
         attention.argtypes = [pointer, size, size, pointer, size, size, size, ctypes.c_float, pointer, size]
         attention.restype = ctypes.c_int
+        pool = getattr(library, f"fastbert_pool_{dtype}")
+        pool.argtypes = [pointer, size, pointer, size, size, ctypes.c_int, ctypes.c_int, pointer]
+        pool.restype = None
     library.fastbert_packed_size.argtypes = [size, size]
     library.fastbert_packed_size.restype = size
     for dtype in ("float32", "bfloat16") if hasattr(library, "fastbert_linear_bfloat16") else ("float32",):
@@ -138,6 +141,26 @@ def _check(status: int, n_tokens: int) -> None:
         raise MemoryError("attention: no memory for the keys and values of a sequence")
     if status == 2:
         raise ValueError(f"cu_seqlens: expected offsets from 0 to {n_tokens} that never decrease")
+
+
+def pool_forward(
+    hidden: torch.Tensor, cu_seqlens: torch.Tensor, mode: str = "mean", normalize: bool = False
+) -> torch.Tensor:
+    """The mean of each sequence's rows, or with mode "mean_sqrt_len" their sum over the root of how many there are.
+
+    hidden: (T, H), float32 or bfloat16, rows contiguous. cu_seqlens: (B + 1,) int32 on the CPU, from 0 to at most T.
+    normalize: to length 1. Returns (B, H) float32.
+    """
+    offsets = cu_seqlens.contiguous()
+    lengths = offsets.diff()
+    if offsets[0] != 0 or bool((lengths < 0).any()) or offsets[-1] > hidden.shape[0]:
+        raise ValueError(f"cu_seqlens: expected offsets from 0 to {hidden.shape[0]} that never decrease")
+    out = torch.empty(len(offsets) - 1, hidden.shape[1])
+    _function("pool", hidden.dtype)(
+        hidden.data_ptr(), hidden.stride(0), offsets.data_ptr(), len(offsets) - 1, hidden.shape[1],
+        mode == "mean_sqrt_len", normalize, out.data_ptr(),
+    )  # fmt: skip
+    return out
 
 
 def pack_weight(weight: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,52 @@
+// The mean of each sequence's rows, on CPUs, with optional L2 normalisation.
+//
+//     out = sum(rows) / n  or  sum(rows) / sqrt(n),    then  out / max(||out||_2, 1e-12)  if wanted
+//
+// hidden: (T, H), float32 or bfloat16; cu_seqlens: (B + 1,) int32; out: (B, H) float32, zeros for a sequence of length 0.
+// Rows are added up PIECE at a time, so that a long text does not lose its tail.
+// Bytes moved: T * H elements in, 4 * B * H out.
+#include "vector.h"
+
+namespace {
+
+constexpr int64_t PIECE = 16;
+
+template <typename T>
+void pool(const T* hidden, int64_t row_stride, const int32_t* cu_seqlens, int64_t n_seqs, int64_t size, bool root,
+          bool unit, float* out) {
+#pragma omp parallel for schedule(dynamic)
+    for (int64_t b = 0; b < n_seqs; b++) {
+        const int64_t first = cu_seqlens[b], last = cu_seqlens[b + 1], n = last - first;
+        const float divisor = n <= 0 ? 1.0f : root ? sqrtf((float)n) : (float)n;
+        float* to = out + b * size;
+        vf squares = {};
+        for (int64_t j = 0; j < size; j += VL) {
+            vf total = {};
+            for (int64_t start = first; start < last; start += PIECE) {
+                vf part = {};
+                for (int64_t row = start; row < least(start + PIECE, last); row++)
+                    part += to_floats(hidden + row * row_stride + j, size - j);
+                total += part;
+            }
+            total /= divisor;
+            squares += total * total;  // 0 in lanes beyond the row
+            from_floats(to + j, total, size - j);
+        }
+        if (!unit) continue;
+        const float norm = sqrtf(sum(squares)), length = norm < 1e-12f ? 1e-12f : norm;
+        for (int64_t j = 0; j < size; j++) to[j] /= length;
+    }
+}
+
+}  // namespace
+
+// root: divide by the root of the length. unit: normalise. The caller has checked cu_seqlens.
+EXPORT void fastbert_pool_float32(const float* hidden, int64_t row_stride, const int32_t* cu_seqlens, int64_t n_seqs,
+                                  int64_t size, int root, int unit, float* out) {
+    pool(hidden, row_stride, cu_seqlens, n_seqs, size, root, unit, out);
+}
+
+EXPORT void fastbert_pool_bfloat16(const bf16* hidden, int64_t row_stride, const int32_t* cu_seqlens, int64_t n_seqs,
+                                   int64_t size, int root, int unit, float* out) {
+    pool(hidden, row_stride, cu_seqlens, n_seqs, size, root, unit, out);
+}
