@@ -296,6 +296,8 @@ def test_positions_count_from_the_id_that_the_module_has() -> None:
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_any_attention_of_transformers(model_type: str, attention: str) -> None:
     """Catches a class of attention, of 4.x, that is not known."""
+    if attention == "sdpa" and not their_class(model_type, "BertModel")._supports_sdpa:
+        pytest.skip("ELECTRA of transformers 4 has no such attention")
     _, model = pair(model_type, attn_implementation=attention)
     assert_same(model, theirs(model_type))
     assert counts(model) == {"fastbert": 1}
