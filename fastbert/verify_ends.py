@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastbert import reference
-from fastbert.adapters.sentences import Pipeline
+from fastbert.adapters.sentences import Pipeline, Step
 from fastbert.model import BertModel, Encoded, dense
 from fastbert.sentence import SentenceEncoder
 from fastbert.sentence_layout import POOLING_MODES
@@ -102,6 +102,7 @@ def _vectors(encoder: SentenceEncoder | Pipeline, tokens: Sequence[Tensor]) -> T
     hidden = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
     cu_seqlens = torch.tensor([0, *(len(part) for part in tokens)]).cumsum(0)
     x = torch.cat([reference.pool(hidden, cu_seqlens, POOLING_MODES[mode]) for mode in encoder.pooling.modes], dim=1)
-    for module in encoder.tail:
-        x = (module.in_dtype(x.dtype) if hasattr(module, "in_dtype") else module)(x)
+    tail: Any = encoder.tail
+    for module in tail:
+        x = (module.in_dtype(x.dtype) if isinstance(module, Step) else module)(x)
     return x[:, : encoder.truncate_dim]

@@ -106,7 +106,7 @@ class LiveTokenizer:
         return PackedEncoding(input_ids, token_type_ids, torch.from_numpy(ends), 0, 0)
 
 
-class _Step:
+class Step:
     """A live module after the pooling, as a function of vectors: (B, K) -> (B, M), in the dtype of its parameters."""
 
     def __init__(self, module: nn.Module) -> None:
@@ -117,9 +117,9 @@ class _Step:
         out: Tensor = self.module({"sentence_embedding": x.to(dtype)})["sentence_embedding"]
         return out.to(x.dtype)
 
-    def in_dtype(self, dtype: torch.dtype) -> _Step:
+    def in_dtype(self, dtype: torch.dtype) -> Step:
         """The same with weights in that dtype, for a reference."""
-        return _Step(copy.deepcopy(self.module).to(dtype))
+        return Step(copy.deepcopy(self.module).to(dtype))
 
 
 @dataclass
@@ -288,7 +288,7 @@ def _pipeline(live: Any, state: SentenceState, prompted: bool) -> Pipeline:
         raise Unsupported("its word embeddings are an adapter")
     tokenizer = LiveTokenizer(transformer.tokenizer, limit, partial(versions.cleaned, transformer))
     state.check_tokens(transformer, tokenizer)
-    steps: list[Any] = [Normalize() if _kind(module) == "Normalize" else _Step(module) for module in tail]
+    steps: list[Any] = [Normalize() if _kind(module) == "Normalize" else Step(module) for module in tail]
     steps = [step for step, module in zip(steps, tail, strict=True) if _kind(module) != "Dropout"]
     return Pipeline(encoder.model, tokenizer, Pooling(modes, pooling.include_prompt), steps, limit, live.truncate_dim)
 
