@@ -74,6 +74,8 @@ def test_heads_stay_as_they_are(model_type: str, name: str) -> None:
     original, model = pair(model_type, name)
     batch = make_batch(model_type, "right")
     if name == "BertForMultipleChoice":
+        if getattr(original.base_model, "pooler", "") is None:
+            pytest.skip("transformers 5.0 makes it without the pooler that it reads, and fails by itself")
         batch = {key: value.unflatten(0, (2, 2)) for key, value in batch.items()}
     output, expected = (run(each, batch, output_hidden_states=True) for each in (model, original))
     assert type(output) is type(expected) and list(output.keys()) == list(expected.keys())
