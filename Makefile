@@ -10,7 +10,8 @@ BASELINE ?=
 # A version of transformers to run the tests of the adapters against, in a .venv of its own.
 TRANSFORMERS ?=
 ADAPTER_TESTS := tests/test_accelerate.py tests/test_accelerate_life.py tests/test_accelerate_wrapped.py \
-    tests/test_accelerate_sentences.py tests/test_attention_interface.py tests/test_adapter_versions.py
+    tests/test_accelerate_sentences.py tests/test_accelerate_family.py tests/test_accelerate_family_text.py \
+    tests/test_accelerate_cpu.py tests/test_attention_interface.py tests/test_adapter_versions.py
 
 VENV := .venv
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check

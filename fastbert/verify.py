@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastbert import checkpoint, verify_run
+from fastbert import adapters, checkpoint, verify_run
+from fastbert.adapters.sentences import LiveTokenizer, Pipeline, pipeline_in
 from fastbert.explain import backbone, find_model, float32_precision, prefix_of
 from fastbert.model import BertModel
 from fastbert.sentence import SentenceEncoder
@@ -69,7 +70,7 @@ def verify(
     model_or_path: Any,
     texts: Iterable[str] | Iterable[Sequence[int]] | None = None,
     *,
-    tokenizer: Tokenizer | None = None,
+    tokenizer: Any = None,
     dtype: str | torch.dtype | None = None,
     device: str | torch.device | None = None,
     backend: str | None = None,
@@ -77,11 +78,12 @@ def verify(
 ) -> Report:
     """Checks a model on your texts: its weights are finite, and every layer is as accurate as plain PyTorch.
 
-    model_or_path: a BertModel, a model with a head, a SentenceEncoder or a CrossEncoder; or a folder or hub id to load
-    a BertModel from, with the last four arguments as for `BertModel.from_pretrained`.
+    model_or_path: a BertModel, a model with a head, a SentenceEncoder or a CrossEncoder; an accelerated model of
+    another library, of which the encoder is checked, and the vectors of a SentenceTransformer; or a folder or hub id to
+    load a BertModel from, with the last four arguments as for `BertModel.from_pretrained`.
     texts: strings, or lists of token ids; a dozen built-in texts by default, and random ids where there is no
-    tokenizer. Texts longer than the model's positions are cut, and the report says so. tokenizer: by default that of
-    the folder or of the encoder.
+    tokenizer. Texts longer than the model's positions are cut, and the report says so. tokenizer: ours or one of
+    transformers, by default that of the folder or of the encoder.
 
     For every hidden state, the pooled output, and a head's logits or a SentenceEncoder's vectors, error = RMS of
     (ours - float64 reference) over RMS of the reference. It may be 1.25 times the error of plain PyTorch in the model's
@@ -102,16 +104,22 @@ def verify(
     notes: list[str] = []
     model, name, tokenizer = _model_of(model_or_path, tokenizer, dtype, device, backend, strict)
     bert = backbone(find_model(model))
-    if isinstance(model, nn.Module) and bert not in model.modules():  # an accelerated model of another library
+    pipeline: Pipeline | None = None
+    with_weights = model
+    if isinstance(model, SentenceEncoder) or bert in adapters.modules(model):
+        tokenizer = _usable(tokenizer)
+    else:  # an accelerated model of another library
+        pipeline, tokenizer = _live(model, tokenizer, notes)
+        with_weights = model if isinstance(model, nn.Module) else bert
         model = bert
     if bert.device.type == "meta":
         raise ValueError("model: its parameters are on 'meta', where they have no values")
     rows = _rows(texts, tokenizer, bert, notes)
-    weights = tuple(_bad_weights(model))
+    weights = tuple(_bad_weights(with_weights))
     found = verify_run.Findings(())
     if not weights:
         inner = find_model(model)
-        ends = ends_of(model if isinstance(model, SentenceEncoder) else inner, bert, "")
+        ends = ends_of(pipeline or (model if isinstance(model, SentenceEncoder) else inner), bert, "")
         outer = prefix_of(inner, model)
         named = [replace(end, name=end.name if end.is_vectors else outer + end.name) for end in ends]
         found = verify_run.compare(bert, rows, prefix_of(bert, model), named, model)
@@ -127,8 +135,8 @@ def verify(
 
 
 def _model_of(
-    given: Any, tokenizer: Tokenizer | None, dtype: Any, device: Any, backend: Any, strict: Any
-) -> tuple[nn.Module, str, Tokenizer | None]:
+    given: Any, tokenizer: Any, dtype: Any, device: Any, backend: Any, strict: Any
+) -> tuple[nn.Module, str, Any]:
     """The model, its name for the report, and its tokenizer."""
     overrides = {"dtype": dtype, "device": device, "backend": backend, "strict": strict}
     overrides = {name: value for name, value in overrides.items() if value is not None}
@@ -155,7 +163,29 @@ def _transformer_folder(folder: Path) -> Path:
         raise ValueError(f"{file}: expected a list of modules with idx and path: {error!r}") from error
 
 
-def _rows(texts: Any, tokenizer: Tokenizer | None, bert: BertModel, notes: list[str]) -> list[Row]:
+def _live(model: Any, tokenizer: Any, notes: list[str]) -> tuple[Pipeline | None, Tokenizer | LiveTokenizer | None]:
+    """Of an accelerated model: what makes vectors of its states, if it is a SentenceTransformer, and its tokenizer."""
+    pipeline = None
+    try:
+        pipeline = pipeline_in(model)
+    except adapters.Unsupported as error:
+        notes.append(f"vectors were not looked at: encode runs as it was before: {error}")
+    if pipeline is not None and tokenizer is getattr(model, "tokenizer", None):
+        return pipeline, pipeline.tokenizer
+    return pipeline, _usable(tokenizer)
+
+
+def _usable(tokenizer: Any) -> Tokenizer | LiveTokenizer | None:
+    """Ours as it is, one of transformers packing. Raises TypeError for anything else."""
+    if tokenizer is None or isinstance(tokenizer, Tokenizer):
+        return tokenizer
+    if not (callable(tokenizer) and hasattr(tokenizer, "model_input_names")):
+        expected = "a fastbert.Tokenizer or one of transformers"
+        raise TypeError(f"tokenizer: expected {expected}, got {type(tokenizer).__name__}")
+    return LiveTokenizer(tokenizer, tokenizer.model_max_length)
+
+
+def _rows(texts: Any, tokenizer: Tokenizer | LiveTokenizer | None, bert: BertModel, notes: list[str]) -> list[Row]:
     n_positions = bert.embeddings.position_embeddings.num_embeddings - bert.config.position_offset
     if texts is None and tokenizer is None:
         notes.append("no tokenizer: random token ids instead of texts")
@@ -172,6 +202,8 @@ def _rows(texts: Any, tokenizer: Tokenizer | None, bert: BertModel, notes: list[
     if packed.n_truncated:
         notes.append(f"{packed.n_truncated} texts were cut to {limit} tokens, by {packed.n_truncated_tokens} in all")
     sizes = packed.cu_seqlens.diff().tolist()
+    if isinstance(tokenizer, LiveTokenizer) and limit in sizes:
+        notes.append(f"texts of {limit} tokens, the most there are: {sizes.count(limit)}; what was longer was cut")
     return list(zip(packed.input_ids.split(sizes), packed.token_type_ids.split(sizes), strict=True))
 
 

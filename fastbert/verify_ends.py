@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastbert import reference
+from fastbert.adapters.sentences import Pipeline, Step
 from fastbert.model import BertModel, Encoded, dense
 from fastbert.sentence import SentenceEncoder
 from fastbert.sentence_layout import POOLING_MODES
@@ -50,10 +51,11 @@ class End:
         return FACTOR_OF_VECTORS + (SCATTER / (n_texts * self.few) ** 0.5 if self.few is not None else 0.0)
 
 
-def ends_of(model: nn.Module, bert: BertModel, prefix: str) -> Iterator[End]:
+def ends_of(model: nn.Module | Pipeline, bert: BertModel, prefix: str) -> Iterator[End]:
     """What follows the encoder in the model; nothing for a head that is not made as BERT's are."""
-    if isinstance(model, SentenceEncoder):
-        run = Run(model, Request())
+    if isinstance(model, (SentenceEncoder, Pipeline)):
+        encoder: Any = model
+        run = Run(encoder, Request(truncate_dim=model.truncate_dim))
         yield End("vectors", True, lambda e: run._pool(e.last_hidden_state, e.batch), lambda x: _vectors(model, x))
         return
     modules = {name: module for name, module in model.named_modules() if name.startswith(prefix)}
@@ -94,12 +96,13 @@ def _words(predictions: Any, bert: BertModel, x: Tensor) -> Tensor:
     return _linear(predictions.decoder, x)
 
 
-def _vectors(encoder: SentenceEncoder, tokens: Sequence[Tensor]) -> Tensor:
+def _vectors(encoder: SentenceEncoder | Pipeline, tokens: Sequence[Tensor]) -> Tensor:
     """What the encoder makes of the last hidden states of texts, (n, H) each: (texts, dim)."""
     hidden = torch.cat(list(tokens))
     hidden = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
     cu_seqlens = torch.tensor([0, *(len(part) for part in tokens)]).cumsum(0)
     x = torch.cat([reference.pool(hidden, cu_seqlens, POOLING_MODES[mode]) for mode in encoder.pooling.modes], dim=1)
-    for module in encoder.tail:
-        x = module(x)
+    tail: Any = encoder.tail
+    for module in tail:
+        x = (module.in_dtype(x.dtype) if isinstance(module, Step) else module)(x)
     return x[:, : encoder.truncate_dim]

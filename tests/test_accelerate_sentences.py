@@ -130,11 +130,15 @@ def test_every_pooling(tiny_folder: Path, mode: Any) -> None:
 
 def test_prompts_that_pooling_leaves_out(tiny_folder: Path) -> None:
     """Catches prompt tokens that are pooled, or others that are not."""
-    for mode in ("mean", "cls", "weightedmean"):
+    for mode in MODES:
         original, model = both(tiny(tiny_folder, modules.Dropout(0.1), pooling=mode, include_prompt=False))
-        assert_alike(model.encode(TEXTS[3:], prompt="find: "), original.encode(TEXTS[3:], prompt="find: "))
-        packed = mode == "mean" or (mode == "cls" and not versions.takes_prompt_for_cls(original[1]))
-        assert (f"pooling by {mode} that leaves the prompt out" in counts(model)) != packed
+        for options in ({}, {"normalize_embeddings": True}):
+            found, expected = (each.encode(TEXTS[3:], prompt="find: ", **options) for each in (model, original))
+            assert_alike(found, expected)
+        if mode == "cls" and versions.takes_prompt_for_cls(original[1]):
+            assert counts(model)[f"pooling by {mode} that leaves the prompt out"] == 2
+        else:
+            assert counts(model) == {"fastbert": 2}
 
 
 def test_other_methods_are_packed_too(real: SentenceTransformer) -> None:

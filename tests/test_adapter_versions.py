@@ -45,8 +45,9 @@ def test_covered_classes_are_there() -> None:
         module = importlib.import_module(mapping.module)
         assert find(getattr(module, mapping.model)) is mapping
         missing = {name for name in mapping.containers if not hasattr(module, name)}
-        assert missing <= {"BertSdpaSelfAttention"}, missing  # of 4.x alone
-        assert MAJOR >= 5 or not missing
+        in_4 = {"MultiHeadSelfAttention", "DistilBertSdpaAttention", f"{mapping.family.classes}SdpaSelfAttention"}
+        assert missing <= (in_4 if MAJOR >= 5 else {"DistilBertSelfAttention"}), missing
+        assert hasattr(importlib.import_module("transformers.modeling_outputs"), mapping.output)
 
 
 def test_tuples_of_a_model_without_pooler(major: int) -> None:
@@ -54,6 +55,7 @@ def test_tuples_of_a_model_without_pooler(major: int) -> None:
     output = SimpleNamespace(pooler_output=None, to_tuple=lambda: (1, 2))
     assert versions.tuple_of(output) == ((1, None, 2) if major == 4 else (1, 2))
     assert versions.tuple_of(SimpleNamespace(pooler_output=3, to_tuple=lambda: (1, 3))) == (1, 3)
+    assert versions.tuple_of(SimpleNamespace(to_tuple=lambda: (1, 2))) == (1, 2)  # of a family without poolers
     config = theirs().config
     model = transformers.BertModel(config, add_pooling_layer=False).eval()
     if major == MAJOR:

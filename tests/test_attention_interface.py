@@ -22,6 +22,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "Bert": SIZES,
     "Roberta": {**SIZES, "max_position_embeddings": 40},
     "Electra": {**SIZES, "embedding_size": 16},
+    "Albert": {**SIZES, "embedding_size": 16},
     "DistilBert": {"dim": 32, "n_layers": 2, "n_heads": 2, "hidden_dim": 37},
 }
 

@@ -12,88 +12,18 @@ import torch
 import transformers
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer import modules
-from tokenizers import AddedToken, decoders, normalizers, pre_tokenizers, processors, trainers
-from tokenizers import Tokenizer as RustTokenizer
-from tokenizers.models import BPE, Unigram
 
 import fastbert
-from family_cases import DISTILBERT_SIZES, SIZES
+from family_text_cases import KINDS, NAMES, PAIRS, TEXTS, make_folders
 from fastbert import BertConfig, BertForMaskedLM, BertForSequenceClassification, BertModel, SentenceEncoder, Tokenizer
 from fastbert.cli import main
 from fastbert.sentence_layout import Normalize
 from model_cases import assert_close
 
-TEXTS = [
-    "the river is wide and slow",
-    "a",
-    "",
-    "small boats cross the river every morning, and in the evening they come back full of fish",
-    "  Every   evening: Übermaß, 한국어 \N{SNOWMAN}!",
-    "boats <mask> boats </s> boats <pad> fish",
-]
-PAIRS = ["is it wide?", "", "b", "fish and boats", "no", "a <mask> river"]
-SPECIAL = ["<s>", "<pad>", "</s>", "<unk>"]
-NAMES = {"cls_token": "<s>", "sep_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>", "mask_token": "<mask>"}
-
-
-def byte_level() -> RustTokenizer:
-    """RoBERTa's: byte-level BPE, and its own post-processor."""
-    rust = RustTokenizer(BPE())
-    rust.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    rust.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=320, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
-    )
-    rust.train_from_iterator([*TEXTS, *PAIRS] * 3, trainer)
-    rust.add_special_tokens([AddedToken("<mask>", lstrip=True)])
-    rust.post_processor = processors.RobertaProcessing(("</s>", 2), ("<s>", 0), trim_offsets=True)
-    return rust
-
-
-def unigram() -> RustTokenizer:
-    """XLM-RoBERTa's and CamemBERT's: Unigram on words with a sign for the space, and a template."""
-    rust = RustTokenizer(Unigram())
-    rust.normalizer = normalizers.NFKC()
-    rust.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace()])
-    rust.decoder = decoders.Metaspace()
-    trainer = trainers.UnigramTrainer(vocab_size=120, special_tokens=SPECIAL, unk_token="<unk>", show_progress=False)
-    rust.train_from_iterator([*TEXTS, *PAIRS] * 3, trainer)
-    rust.add_special_tokens([AddedToken("<mask>", lstrip=True)])
-    rust.post_processor = processors.TemplateProcessing(
-        single="<s> $A </s>", pair="<s> $A </s> </s> $B </s>", special_tokens=[("<s>", 0), ("</s>", 2)]
-    )
-    return rust
-
-
-KINDS = {"roberta": byte_level, "xlm-roberta": unigram, "camembert": unigram}
-
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Of each model type a folder with a tokenizer and a random model: plain checkpoints of transformers."""
-    made = {}
-    torch.manual_seed(0)
-    for model_type in (*KINDS, "distilbert", "electra"):
-        folder = made[model_type] = tmp_path_factory.mktemp(model_type)
-        if model_type in KINDS:
-            rust = KINDS[model_type]()
-            rust.save(str(folder / "tokenizer.json"))
-            (folder / "tokenizer_config.json").write_text(json.dumps({"model_max_length": 512}))
-            vocab_size = rust.get_vocab_size()
-        else:
-            tokenizer = Tokenizer.train([*TEXTS, *PAIRS] * 3, vocab_size=120)
-            vocab_size = tokenizer.vocab_size
-            tokenizer.save_pretrained(folder)
-            name = {"distilbert": "DistilBertTokenizer", "electra": "ElectraTokenizer"}[model_type]
-            config = json.loads((folder / "tokenizer_config.json").read_text())
-            (folder / "tokenizer_config.json").write_text(json.dumps({**config, "tokenizer_class": name}))
-        sizes = DISTILBERT_SIZES if model_type == "distilbert" else SIZES
-        config = transformers.AutoConfig.for_model(
-            model_type, vocab_size=vocab_size, max_position_embeddings=26, initializer_range=0.3, **sizes
-        )
-        transformers.AutoModel.from_config(config).save_pretrained(folder)
-    return made
+    return make_folders(tmp_path_factory.mktemp("families"))
 
 
 def their_tokenizer(folder: Path) -> Any:

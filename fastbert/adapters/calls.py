@@ -56,22 +56,23 @@ class Counted:
 class State(Counted):
     """What an accelerated encoder carries: the options, the counts, and what is made at the first call.
 
-    A copy, or what a pickle gives, has the options alone.
+    reads_first: whether a head around it reads the first column, padding or not. A copy, or what a pickle gives, has
+    that and the options alone.
     """
 
-    def __init__(self, options: Options, mapping: Mapping) -> None:
+    def __init__(self, options: Options, mapping: Mapping, reads_first: bool = False) -> None:
         super().__init__(options, f"{mapping.model}.forward")
-        self.mapping = mapping
+        self.mapping, self.reads_first = mapping, reads_first
         self._encoder: LiveEncoder | None = None
         self._stale = False
         self.settled = False  # while a caller is known to call eval() for nothing
         self._lock = threading.RLock()
 
     def __reduce__(self) -> Any:
-        return _fresh_state, (self.options, self.mapping.module)
+        return _fresh_state, (self.options, self.mapping.module, self.reads_first)
 
     def __deepcopy__(self, memo: Any) -> State:
-        return State(self.options, self.mapping)
+        return State(self.options, self.mapping, self.reads_first)
 
     def forget(self) -> None:
         """What is derived from the modules is made anew at the next call."""
@@ -122,8 +123,8 @@ def predict(live: nn.Module, state: Counted, original: Any, args: tuple[Any, ...
             found.settled = False
 
 
-def _fresh_state(options: Options, module: str) -> State:
-    return State(options, next(mapping for mapping in COVERED if mapping.module == module))
+def _fresh_state(options: Options, module: str, reads_first: bool) -> State:
+    return State(options, next(mapping for mapping in COVERED if mapping.module == module), reads_first)
 
 
 @functools.cache
@@ -146,7 +147,7 @@ def _forward(live: nn.Module, state: State, original: Any, args: tuple[Any, ...]
     names = parameter_names(original)
     call = {**dict(zip(names, args, strict=False)), **kwargs}
     clash = len(args) > len(names) or len(call) < len(args) + len(kwargs)  # the original raises TypeError
-    reason = "arguments that do not fit" if clash else _obstacle(live, call)
+    reason = "arguments that do not fit" if clash else _obstacle(live, state, call, names)
     if reason is None:
         try:
             encoder = state.encoder(live)
@@ -171,23 +172,24 @@ def model_obstacle(live: nn.Module) -> str | None:
     return None
 
 
-def _obstacle(live: nn.Module, call: dict[str, Any]) -> str | None:
-    """What in the call, or in the state of the whole model, we do not do; or None."""
+def _obstacle(live: nn.Module, state: State, call: dict[str, Any], names: tuple[str, ...]) -> str | None:
+    """names: of forward's arguments. What in the call, or in the state of the whole model, we do not do; or None."""
     if (reason := model_obstacle(live)) is not None:
         return reason
     config: Any = live.config
     for name, value in call.items():
-        if value is None or value is False or name in _INPUTS or name in _SETTINGS or name in _IGNORED:
+        known = (name in _INPUTS and name in names) or name in _SETTINGS or name in _IGNORED
+        if known or value is None or value is False:
             continue
         return f"the argument {name}"
     if versions.flag(call, config, "output_attentions"):
         return "attentions are requested"
     if not isinstance(versions.flag(call, config, "output_hidden_states"), (bool, type(None))):
         return "single hidden states are requested"
-    return _input_obstacle(live, call)
+    return _input_obstacle(live, state, call)
 
 
-def _input_obstacle(live: nn.Module, call: dict[str, Any]) -> str | None:
+def _input_obstacle(live: nn.Module, state: State, call: dict[str, Any]) -> str | None:
     given = {name: call[name] for name in _INPUTS if call.get(name) is not None}
     if not all(type(value) in (Tensor, nn.Parameter) for value in given.values()):
         return "inputs that are no plain tensors"
@@ -207,12 +209,14 @@ def _input_obstacle(live: nn.Module, call: dict[str, Any]) -> str | None:
             return f"a {mask.dim()}-D attention_mask"
         if mask.is_floating_point() and not bool(((mask == 0) | (mask == 1)).all()):
             return "an attention_mask of other numbers than 0 and 1"
+        if state.reads_first and not bool(mask[:, :1].all()):
+            return "padding in the first column, which the head reads"
     for name, value in given.items():
         fits = tuple(value.shape[:2]) == shape or (name == "position_ids" and tuple(value.shape) == (1, shape[1]))
         if not fits:
             return f"{name} of another shape than the input"
-    config: Any = live.config
-    if embeds is not None and (embeds.dtype != weight.dtype or embeds.shape[-1] != config.hidden_size):
+    width = state.mapping.embedding_width(live.config)
+    if embeds is not None and (embeds.dtype != weight.dtype or embeds.shape[-1] != width):
         return "inputs_embeds of another dtype or width than the model's"
     if any(t.dtype not in (torch.int64, torch.int32) for n, t in given.items() if n.endswith("_ids")):
         return "ids that are not int64 or int32"
@@ -229,9 +233,8 @@ def _run(live: nn.Module, mapping: Mapping, encoder: LiveEncoder, call: dict[str
     states = None
     if encoded.hidden_states is not None:
         states = (*(varlen.pad(state, encoded.batch) for state in encoded.hidden_states[:-1]), last)
-    output = _output_class(mapping.output)(
-        last_hidden_state=last, pooler_output=model.pool(encoded), hidden_states=states
-    )
+    pooled = {"pooler_output": model.pool(encoded)} if mapping.family.pooler else {}
+    output = _output_class(mapping.output)(last_hidden_state=last, **pooled, hidden_states=states)
     wanted = call.get("return_dict")
     if wanted is None:
         wanted = getattr(config, "return_dict", True)

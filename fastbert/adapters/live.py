@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import chain, repeat
 from operator import attrgetter, contains, itemgetter
 from typing import Any
@@ -47,20 +48,20 @@ class LiveEncoder:
     """
 
     def __init__(self, live: nn.Module, mapping: Mapping, options: Options) -> None:
+        layers: Any = _get(live, mapping.layers)
+        embeddings = _get(live, "embeddings")
         try:
-            config = mapping.config(live.config)
+            config = replace(mapping.config(live.config, embeddings), num_hidden_layers=len(layers))
         except ValueError as error:
             raise Unsupported(f"the config: {error}") from error
-        layers: Any = _get(live, mapping.layers)
-        config = replace(config, num_hidden_layers=len(layers))
-        leaves = list(mapping.leaves(live, len(layers)))
+        with torch.device("meta"):
+            with_pooler = getattr(live, "pooler", None) is not None
+            model = BertModel(config, with_pooler, backend=options.backend, strict=options.strict)
+        leaves = list(mapping.leaves(model))
         containers = _containers(live, mapping, [theirs for _, theirs in leaves])
         for path, module in containers.items():
             _check_container(path, module, mapping)
 
-        with torch.device("meta"):
-            with_pooler = getattr(live, "pooler", None) is not None
-            model = BertModel(config, with_pooler, backend=options.backend, strict=options.strict)
         model.cuda_graphs = options.cuda_graphs
         model.eval()  # while the live modules are not in it
         direct: list[nn.Module] = []  # whose parameters we read
@@ -79,6 +80,8 @@ class LiveEncoder:
             path = f"{mapping.layers}.{i}"
             looked_at.append(_check_layer(path, layer, mapping, config, getattr(live.config, mapping.hidden_act)))
         self.model, self._leaves = model, tuple(_get(live, theirs) for _, theirs in leaves)
+        self._counted_from = mapping.counted_from(embeddings)
+        self._count_from = partial(mapping.counted_from, embeddings)
         self._children = tuple((m._modules, dict(m._modules)) for m in (live, *containers.values()))
         self._dropping = tuple(module.__dict__ for module in dropping)  # of the others no mode counts
         self._looked_at, self._dicts = tuple(looked_at), tuple(module.__dict__ for module in looked_at)
@@ -88,8 +91,9 @@ class LiveEncoder:
         self._buffers_checked: Any = None
 
     def is_current(self) -> bool:
-        """Whether no module of the live model was replaced, added or removed."""
-        return all(children == before for children, before in self._children)
+        """Whether no module of the live model was replaced, added or removed, and positions count from the same id."""
+        same_modules = all(children == before for children, before in self._children)
+        return same_modules and self._count_from() == self._counted_from
 
     def obstacle(self) -> str | None:
         """Why our path must not stand in for the original forward in the state the modules are in, or None."""

@@ -1,102 +1,148 @@
 """Which classes of other libraries are covered, and where in them the parts of an encoder of ours lie.
 
-The only place that knows names of another library's modules. A family more is a `Mapping` more.
+Names of parameters and settings are those of fastbert.families. What no checkpoint has, and no table there can say, is
+here: classes, dropouts, activations, buffers, outputs. A family more is a `Mapping` more.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from collections.abc import Mapping as Names
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
 
 from fastbert.config import BertConfig
-
-_NORMED = ("dense", "LayerNorm", "dropout")
-
-
-def _named(prefix: str, names: tuple[str, ...]) -> dict[str, str]:
-    return {f"{prefix}.{name}": f"{prefix}.{name}" for name in names}
+from fastbert.families import AFTER_PADDING, FAMILIES, Family
+from fastbert.model import BertModel
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Mapping:
-    """One family. Paths are dotted; those of a layer are relative to it.
+    """One family of transformers. Paths are dotted; those of a layer are relative to it.
 
-    module, model: the Python module of the library, and the class in it whose forward is replaced. containers: the
-    other classes in it that may stand around the leaves: what their forwards do is what ours do instead. outside,
-    pooler, layer: path of a leaf of ours -> of theirs. tanh: what activates in the pooler. layers: their ModuleList.
-    activation, heads: in a layer, the module that activates, and the one whose attribute `n_heads` is the number of
-    heads. hidden_act: the config's key for that activation. buffers: path of a buffer with default ids -> what they
-    are, "columns" or "zeros". output: the class that forward returns. config: their config as ours; raises ValueError
-    for what we do not compute.
+    module: the Python module of transformers. containers: the classes in it that may stand around the leaves, the
+    model's aside: what their forwards do is what ours do instead. dropouts: in a layer, path of a dropout of ours -> of
+    theirs; those of ours that are not named drop nothing in a model in eval mode. activation: in a layer, the module
+    that activates. heads: in a layer, the attention, which has the number of heads as an attribute. buffers: path of a
+    buffer with default ids -> what they are, "columns" or "zeros". output: the class that forward returns.
     """
 
+    family: Family
     module: str
-    model: str
     containers: frozenset[str]
-    outside: Names[str, str]
-    pooler: Names[str, str]
-    tanh: str
-    layers: str
-    layer: Names[str, str]
+    dropouts: Names[str, str]
     activation: str
     heads: str
-    n_heads: str
-    hidden_act: str
     buffers: Names[str, str]
     output: str
-    config: Callable[[Any], BertConfig]
+    tanh: str = "pooler.activation"
 
-    def leaves(self, live: nn.Module, n_layers: int) -> Iterator[tuple[str, str]]:
-        """(path of ours, path of theirs) of every leaf."""
-        yield from self.outside.items()
-        if getattr(live, "pooler", None) is not None:
-            yield from self.pooler.items()
-        for i in range(n_layers):
-            for ours, theirs in self.layer.items():
-                yield f"encoder.layer.{i}.{ours}", f"{self.layers}.{i}.{theirs}"
+    @property
+    def model(self) -> str:
+        """The class whose forward is replaced."""
+        return self.family.class_name("BertModel")
+
+    @property
+    def layers(self) -> str:
+        """Path of the ModuleList of layers."""
+        return self.family.to_theirs("encoder.layer")
+
+    @property
+    def n_heads(self) -> str:
+        """What the config and the attention call the number of heads."""
+        return self._setting("num_attention_heads")
+
+    @property
+    def hidden_act(self) -> str:
+        """What the config calls the activation."""
+        return self._setting("hidden_act")
+
+    def _setting(self, ours: str) -> str:
+        return next(iter(self.family.config_to_theirs({ours: None})))
+
+    def leaves(self, ours: BertModel) -> Iterator[tuple[str, str]]:
+        """(path in our model, path in theirs) of every module without children that they have."""
+        for path, module in ours.named_modules():
+            if next(module.children(), None) is not None or isinstance(module, nn.ModuleList):
+                continue
+            start, _, layer_and_name = path.partition("encoder.layer.")
+            if not isinstance(module, nn.Dropout) or start:
+                yield path, self.family.to_theirs(path)
+                continue
+            i, _, name = layer_and_name.partition(".")
+            if name in self.dropouts:
+                yield path, f"{self.layers}.{i}.{self.dropouts[name]}"
+
+    def config(self, config: Any, embeddings: nn.Module) -> BertConfig:
+        """That of a live model, as ours. Raises ValueError for what we do not compute."""
+        if not isinstance(getattr(config, self.hidden_act), str):
+            raise ValueError(f"{self.hidden_act}: got a function, expected a name")
+        if getattr(config, "chunk_size_feed_forward", 0):
+            raise ValueError(f"chunk_size_feed_forward: got {config.chunk_size_feed_forward}, expected 0")
+        ours = BertConfig.from_dict(config.to_dict())
+        counted_from = self.counted_from(embeddings)
+        return ours if counted_from is None else replace(ours, pad_token_id=counted_from)
+
+    def counted_from(self, embeddings: nn.Module) -> int | None:
+        """The padding id, where default positions count from it: that of the module which does, not of the config."""
+        found: int | None = getattr(embeddings, "padding_idx", None)
+        return found if self.family.positions == AFTER_PADDING else None
+
+    def embedding_width(self, config: Any) -> int:
+        """Of inputs_embeds."""
+        width: int = config.embedding_size if self.family.projection else config.hidden_size
+        return width
 
 
-def _bert_config(config: Any) -> BertConfig:
-    if not isinstance(config.hidden_act, str):
-        raise ValueError("hidden_act: got a function, expected a name")
-    if getattr(config, "chunk_size_feed_forward", 0):
-        raise ValueError(f"chunk_size_feed_forward: got {config.chunk_size_feed_forward}, expected 0")
-    return BertConfig.from_dict(config.to_dict())
+# In 4.x the class of attention goes by the implementation: the second one is SDPA's.
+_OF_BERT = ("Embeddings", "Encoder", "Layer", "Attention", "SelfAttention", "SdpaSelfAttention", "SelfOutput",
+            "Intermediate", "Output", "Pooler")  # fmt: skip
+_COLUMNS, _ZEROS = {"embeddings.position_ids": "columns"}, {"embeddings.token_type_ids": "zeros"}
 
 
-BERT = Mapping(
-    module="transformers.models.bert.modeling_bert",
-    model="BertModel",
-    containers=frozenset(
-        ("BertEmbeddings", "BertEncoder", "BertLayer", "BertAttention", "BertSelfAttention", "BertSdpaSelfAttention",
-         "BertSelfOutput", "BertIntermediate", "BertOutput", "BertPooler")
+def _like_bert(
+    model_type: str, folder: str, buffers: Names[str, str], output: str, without: tuple[str, ...] = ()
+) -> Mapping:
+    """Of files that are copies of BERT's."""
+    family = FAMILIES[model_type]
+    return Mapping(
+        family=family,
+        module=f"transformers.models.{folder}.modeling_{folder}",
+        containers=frozenset(family.classes + name for name in _OF_BERT if name not in without),
+        dropouts={name: name for name in ("attention.self.dropout", "attention.output.dropout", "output.dropout")},
+        activation="intermediate.intermediate_act_fn",
+        heads="attention.self",
+        buffers=buffers,
+        output=output,
+    )
+
+
+_POOLED = "BaseModelOutputWithPoolingAndCrossAttentions"
+
+COVERED = (
+    _like_bert("bert", "bert", {**_COLUMNS, **_ZEROS}, _POOLED),
+    # Positions come from the ids, not from the buffer.
+    _like_bert("roberta", "roberta", _ZEROS, _POOLED),
+    _like_bert("xlm-roberta", "xlm_roberta", _ZEROS, _POOLED),
+    _like_bert("camembert", "camembert", _ZEROS, _POOLED),
+    Mapping(
+        family=FAMILIES["distilbert"],
+        module="transformers.models.distilbert.modeling_distilbert",
+        containers=frozenset(
+            ("Embeddings", "Transformer", "TransformerBlock", "FFN", "DistilBertSelfAttention",
+             "MultiHeadSelfAttention", "DistilBertSdpaAttention")
+        ),
+        dropouts={"attention.self.dropout": "attention.dropout", "output.dropout": "ffn.dropout"},
+        activation="ffn.activation",
+        heads="attention",
+        buffers=_COLUMNS,
+        output="BaseModelOutput",
     ),
-    outside=_named(
-        "embeddings", ("word_embeddings", "position_embeddings", "token_type_embeddings", "LayerNorm", "dropout")
-    ),
-    pooler=_named("pooler", ("dense",)),
-    tanh="pooler.activation",
-    layers="encoder.layer",
-    layer={
-        **_named("attention.self", ("query", "key", "value", "dropout")),
-        **_named("attention.output", _NORMED),
-        **_named("intermediate", ("dense",)),
-        **_named("output", _NORMED),
-    },
-    activation="intermediate.intermediate_act_fn",
-    heads="attention.self",
-    n_heads="num_attention_heads",
-    hidden_act="hidden_act",
-    buffers={"embeddings.position_ids": "columns", "embeddings.token_type_ids": "zeros"},
-    output="BaseModelOutputWithPoolingAndCrossAttentions",
-    config=_bert_config,
+    _like_bert("electra", "electra", {**_COLUMNS, **_ZEROS}, "BaseModelOutputWithPastAndCrossAttentions",
+               without=("SdpaSelfAttention", "Pooler")),
 )  # fmt: skip
-
-COVERED = (BERT,)
 
 
 def find(kind: type) -> Mapping | None:
@@ -105,6 +151,23 @@ def find(kind: type) -> Mapping | None:
         if kind.__module__ == mapping.module and kind.__name__ == mapping.model:
             return mapping
     return None
+
+
+def reads_first(kind: type) -> bool:
+    """Whether it is a head, or derived from one, that reads the first column of the hidden states for the sequence.
+
+    There transformers has what padding attends to, where a text is padded on the left, and we have zeros. (BERT's heads
+    read the pooler, which takes the first token.)
+    """
+    for mapping in COVERED:
+        heads = mapping.family.heads
+        tasks = [
+            task for task in ("SequenceClassification", "MultipleChoice") if not (task in heads and heads[task].pooler)
+        ]
+        names = [f"{mapping.family.classes}For{task}" for task in tasks]
+        if any(base.__module__ == mapping.module and base.__name__ in names for base in kind.__mro__):
+            return True
+    return False
 
 
 def is_of_sentences(kind: type, name: str) -> bool:
@@ -116,6 +179,6 @@ def covered() -> str:
     """The covered classes in words, for messages."""
     names = ", ".join(mapping.model for mapping in COVERED)
     return (
-        f"{names} of transformers, models and pipelines with one of them inside (BertFor..., AutoModel), "
-        "SentenceTransformer and CrossEncoder"
+        f"{names} of transformers, models and pipelines with one of them inside (BertFor..., RobertaFor..., "
+        "AutoModel), SentenceTransformer and CrossEncoder"
     )

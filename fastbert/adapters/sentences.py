@@ -6,10 +6,12 @@ What else there is, and what `encode` is asked for besides vectors or token vect
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -63,11 +65,18 @@ class SentenceState(Counted):
 
 
 class LiveTokenizer:
-    """The live tokenizer, with what `Run` asks of ours: packed rows, truncated by the tokenizer itself."""
+    """A tokenizer of transformers, with what `Run` and `verify` ask of ours: packed rows, truncated by itself.
 
-    def __init__(self, transformer: Any) -> None:
-        self.transformer, self.theirs = transformer, transformer.tokenizer
-        self.limit = transformer.max_seq_length
+    limit: tokens of a text, at most. cleaned: what becomes of texts before the tokenizer sees them.
+    """
+
+    def __init__(self, theirs: Any, limit: int, cleaned: Callable[[list[str]], list[str]] = list) -> None:
+        self.theirs, self.limit, self.cleaned = theirs, limit, cleaned
+
+    @property
+    def model_max_length(self) -> int:
+        """The limit, under the name of our tokenizer."""
+        return self.limit
 
     @property
     def all_special_ids(self) -> list[int]:
@@ -75,8 +84,9 @@ class LiveTokenizer:
         return ids
 
     def encode_packed(self, texts: list[str], *, max_length: int | None = None, warn: bool = True) -> PackedEncoding:
-        texts = versions.cleaned(self.transformer, texts)
-        how = {"padding": False, "truncation": "longest_first", "max_length": self.limit}
+        texts = self.cleaned(texts)
+        limit = self.limit if max_length is None else min(max_length, self.limit)
+        how = {"padding": False, "truncation": "longest_first", "max_length": limit}
         rust = self.theirs.backend_tokenizer if getattr(self.theirs, "is_fast", False) else None
         ids: Any = None
         types: Any = None
@@ -96,7 +106,7 @@ class LiveTokenizer:
         return PackedEncoding(input_ids, token_type_ids, torch.from_numpy(ends), 0, 0)
 
 
-class _Step:
+class Step:
     """A live module after the pooling, as a function of vectors: (B, K) -> (B, M), in the dtype of its parameters."""
 
     def __init__(self, module: nn.Module) -> None:
@@ -107,16 +117,21 @@ class _Step:
         out: Tensor = self.module({"sentence_embedding": x.to(dtype)})["sentence_embedding"]
         return out.to(x.dtype)
 
+    def in_dtype(self, dtype: torch.dtype) -> Step:
+        """The same with weights in that dtype, for a reference."""
+        return Step(copy.deepcopy(self.module).to(dtype))
+
 
 @dataclass
 class Pipeline:
-    """What `Run` asks of a SentenceEncoder, made of the live modules for one call."""
+    """What `Run` and `verify` ask of a SentenceEncoder, made of the live modules for one call."""
 
     model: BertModel
     tokenizer: LiveTokenizer
     pooling: Pooling
     tail: list[Callable[[Tensor], Tensor]]
     max_seq_length: int
+    truncate_dim: int | None = None
     token_budget: int | None = None
 
     @property
@@ -262,20 +277,26 @@ def _pipeline(live: Any, state: SentenceState, prompted: bool) -> Pipeline:
     modes = versions.pooling_modes(pooling)
     if not modes or not set(modes) <= POOLING_MODES.keys():
         raise Unsupported(f"pooling by {modes}")
-    without_prompt = prompted and not pooling.include_prompt
-    if without_prompt and ("weightedmean" in modes or ("cls" in modes and versions.takes_prompt_for_cls(pooling))):
+    if prompted and not pooling.include_prompt and "cls" in modes and versions.takes_prompt_for_cls(pooling):
         raise Unsupported(f"pooling by {', '.join(modes)} that leaves the prompt out")
     embeddings = encoder.model.embeddings
     limit = transformer.max_seq_length
-    if limit is None or limit > embeddings.position_embeddings.num_embeddings:
+    n_positions = embeddings.position_embeddings.num_embeddings - encoder.model.config.position_offset
+    if limit is None or limit > n_positions:
         raise Unsupported(f"max_seq_length is {limit}")
     if not hasattr(embeddings.word_embeddings, "num_embeddings"):
         raise Unsupported("its word embeddings are an adapter")
-    tokenizer = LiveTokenizer(transformer)
+    tokenizer = LiveTokenizer(transformer.tokenizer, limit, partial(versions.cleaned, transformer))
     state.check_tokens(transformer, tokenizer)
-    steps: list[Any] = [Normalize() if _kind(module) == "Normalize" else _Step(module) for module in tail]
+    steps: list[Any] = [Normalize() if _kind(module) == "Normalize" else Step(module) for module in tail]
     steps = [step for step, module in zip(steps, tail, strict=True) if _kind(module) != "Dropout"]
-    return Pipeline(encoder.model, tokenizer, Pooling(modes, pooling.include_prompt), steps, limit)
+    return Pipeline(encoder.model, tokenizer, Pooling(modes, pooling.include_prompt), steps, limit, live.truncate_dim)
+
+
+def pipeline_in(model: Any) -> Pipeline | None:
+    """What `encode` of an accelerated SentenceTransformer would run; None for anything else. Raises Unsupported."""
+    state = model.__dict__.get(STATE) if isinstance(model, nn.Module) else None
+    return _pipeline(model, state, False) if isinstance(state, SentenceState) else None
 
 
 def _check_transformer(transformer: Any) -> None:

@@ -22,9 +22,12 @@ def transformers_version() -> tuple[int, int]:
 
 
 def tuple_of(output: Any) -> tuple[Any, ...]:
-    """What BertModel.forward returns for return_dict=False. 4.x kept a missing pooler as None, 5.x leaves it out."""
+    """What forward returns for return_dict=False. 4.x kept a missing pooler as None, 5.x leaves it out.
+
+    Outputs of a family without poolers have no such field, and no None.
+    """
     found: tuple[Any, ...] = output.to_tuple()
-    if transformers_version()[0] >= 5 or output.pooler_output is not None:
+    if transformers_version()[0] >= 5 or getattr(output, "pooler_output", MISSING) is not None:
         return found
     return found[0], None, *found[1:]
 
