@@ -19,6 +19,7 @@ from fastbert.config import BertConfig
 from fastbert.ops import Policy, attention, dispatch
 from fastbert.outputs import BaseModelOutputWithPooling
 from fastbert.pretrained import PreTrainedModel, listed
+from fastbert.tracing import untraced
 from fastbert.varlen import PackedBatch
 
 logger = logging.getLogger("fastbert")
@@ -453,6 +454,8 @@ class BertModel(PreTrainedModel):
             weights = self.cpu_encoder.weights(self._weights(), make)
             if weights is not None:
                 return [self.cpu_encoder.run(weights, batch, (words, segments, positions), self.dtype)]
+        if self.precision is not None and self.device.type == "cpu" and quantized.choose(self) == "cpu":
+            return self._encode_in_int8(batch, words, segments, positions, inputs_embeds, keep_states)
         inputs = words, segments, positions, inputs_embeds
         n_tokens = batch.n_tokens
         n_rows = ops.packed_linear.rows_for(n_tokens, self.dtype) if self._packs_weights() else n_tokens
@@ -461,6 +464,31 @@ class BertModel(PreTrainedModel):
             batch = dataclasses.replace(batch, position_ids=positions, _plans={})
         states = self._encode(words, segments, positions, batch, embeds, keep_states)
         return states if n_rows == n_tokens else [state[:n_tokens] for state in states]
+
+    @untraced
+    def _encode_in_int8(
+        self,
+        batch: PackedBatch,
+        words: Tensor | None,
+        segments: Tensor,
+        positions: Tensor,
+        inputs_embeds: Tensor | None,
+        keep_states: bool,
+    ) -> list[Tensor]:
+        """By the C++ kernels for CPUs, where `quantized.choose` says so."""
+        quantized._refuse_gradients(self, inputs_embeds)
+        if words is None:
+            given: Any = self.embeddings(None, segments, positions, inputs_embeds, self.policy)
+        else:
+            given = words, segments, positions
+        weights = self._int8_weights()
+        return self.cpu_encoder.run_int8(weights, batch, given, self.dtype, keep_states)
+
+    def _int8_weights(self) -> Any:
+        """The 8-bit weights of the C++ kernels, made anew where a parameter has changed; None where they cannot be."""
+        config, attend = self.config, BertSelfAttention.fused_qkv
+        make = functools.partial(cpu_encoder.gather, self.embeddings, self.encoder.layer, config, attend, int8=True)
+        return self.cpu_encoder.weights(("int8", self._weights()), make)
 
     def _encode(
         self,
@@ -565,6 +593,22 @@ class BertModel(PreTrainedModel):
             return f"precision={self.precision!r}"
         if torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters()):
             return "gradients are on (torch.no_grad or torch.inference_mode turns them off)"
+        return self._unlike_one_call()
+
+    def int8_obstacle(self, device: torch.device, dtype: torch.dtype) -> str | None:
+        """Why precision="int8" does not run in the C++ kernels for CPUs on this device, in this dtype; or None."""
+        if torch.compiler.is_compiling():
+            return "torch.export traces the operations"
+        why_not = cpu_encoder.int8_obstacle(self.config, dtype)
+        if why_not is not None or self.device != device or self.dtype != dtype:
+            return why_not
+        why_not = self._unlike_one_call()
+        if why_not is None and self._int8_weights() is None:
+            return "the parameters are not of one dtype and contiguous, or the LayerNorms differ in eps"
+        return why_not
+
+    def _unlike_one_call(self) -> str | None:
+        """Why the operations could not run as one at the moment without a difference that somebody sees; or None."""
         if torch.is_autocast_enabled("cpu"):
             return "autocast is on"
         if getattr(self, "_is_replica", False) or graphs.observed(self.device):

@@ -106,6 +106,9 @@ def decide(
     decision = dispatch.decide(OP, policy, device, None)
     if decision.backend == "triton" or policy.backend == "torch":
         return Decision(OP, decision.backend)
+    if precision == "int8" and decision.backend == "cpu":
+        why_not = model.int8_obstacle(device, dtype)
+        return Decision(OP, UNQUANTISED, why_not) if why_not else Decision(OP, "cpu", decision.reason)
     reason = decision.reason or f"there are no 8-bit kernels for backend {decision.backend!r} on {device.type!r}"
     return Decision(OP, UNQUANTISED, reason)
 
