@@ -21,6 +21,16 @@ INLINE vf gelu(vf x) {
     return max(x, vf{}) - 0.5f * size * exp2<true>(q * t);
 }
 
+// The same to 1e-6, for what is rounded to 8 bits: a polynomial of degree 5.
+INLINE vf gelu_to_8_bits(vf x) {
+    vf t = min(abs(x) * 0.70710678f, splat(5.0f));
+    vf q = splat(-2.7611228e-03f) * t + 2.8794874e-02f;
+    q = q * t - 1.4749295e-01f;
+    q = q * t - 9.191917e-01f;
+    q = q * t - 1.6277606f;
+    return max(vf{}, x) - 0.70710678f * t * exp2<false, false>(q * t);
+}
+
 // x / (1 + exp(-2 u)),  u = sqrt(2 / pi) (x + 0.044715 x^3): (1 + tanh(u)) / 2 is a logistic function.
 INLINE vf gelu_tanh(vf x) {
     vf u = x * (0.79788456f + 0.03567741f * x * x);

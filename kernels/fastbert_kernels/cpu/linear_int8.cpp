@@ -26,25 +26,9 @@ constexpr int COLUMNS = VECTORS * VL;
 constexpr int ROWS = 8;
 constexpr int64_t GROUP = 8;  // blocks of rows that a task multiplies by a panel
 
-template <int R, typename T, typename O>
-void tile(const LinearInt8<T, O>& call, int64_t row, int64_t panel) {
-    const int64_t depth = over(call.k_size, STEP_INT8), column = panel * COLUMNS;
-    const int8_t* weight = call.weight + column * depth * STEP_INT8;
-    const uint8_t* x[R];
-    for (int i = 0; i < R; i++) x[i] = call.x + (row + i) * call.x_stride;
-    __m512i sums[R][VECTORS];
-    for (int i = 0; i < R; i++)
-        for (int j = 0; j < VECTORS; j++) sums[i][j] = _mm512_setzero_si512();
-    for (int64_t k = 0; k < depth; k++) {
-        __m512i right[VECTORS];
-        for (int j = 0; j < VECTORS; j++) right[j] = _mm512_loadu_si512(weight + (k * COLUMNS + j * VL) * STEP_INT8);
-        for (int i = 0; i < R; i++) {
-            int32_t four;
-            memcpy(&four, x[i] + k * STEP_INT8, sizeof four);
-            const __m512i left = _mm512_set1_epi32(four);
-            for (int j = 0; j < VECTORS; j++) sums[i][j] = _mm512_dpbusd_epi32(sums[i][j], left, right[j]);
-        }
-    }
+// What follows the product.
+template <int R, typename T, typename O, typename F>
+INLINE void finish(const LinearInt8<T, O>& call, const vi (&sums)[R][VECTORS], int64_t row, int64_t column, F activated) {
     const int64_t padded = over(call.n_columns, COLUMNS) * COLUMNS;
     for (int j = 0; j < VECTORS; j++) {
         const int64_t at = column + j * VL, n = call.n_columns - at;
@@ -52,11 +36,44 @@ void tile(const LinearInt8<T, O>& call, int64_t row, int64_t panel) {
         const vf bias = load<vf>(call.columns + 2 * padded + at);
         for (int i = 0; i < R; i++) {
             const Affine affine = call.affine[row + i];
-            const vf product = __builtin_convertvector((vi)sums[i][j], vf) * scale;
-            vf y = activate(product * affine.scale + (per_low * affine.low + bias), call.activation);
+            const vf product = __builtin_convertvector(sums[i][j], vf) * scale;
+            vf y = activated(product * affine.scale + (per_low * affine.low + bias));
             if (call.residual != NULL) y += to_floats(call.residual + (row + i) * call.residual_stride + at, n);
             from_floats(call.out + (row + i) * call.out_stride + at, y, n);
         }
+    }
+}
+
+template <int R, typename T, typename O>
+void tile(const LinearInt8<T, O>& call, int64_t row, int64_t panel) {
+    const int64_t depth = over(call.k_size, STEP_INT8), column = panel * COLUMNS;
+    vi sums[R][VECTORS];  // in memory, where the loops below want it: in registers it would be `part`
+    {
+        const int8_t* weight = call.weight + column * depth * STEP_INT8;
+        const uint8_t* x[R];
+        for (int i = 0; i < R; i++) x[i] = call.x + (row + i) * call.x_stride;
+        vi part[R][VECTORS] = {};
+        for (int64_t k = 0; k < depth; k++) {
+            vi right[VECTORS];
+            for (int j = 0; j < VECTORS; j++) right[j] = load<vi>(weight + (k * COLUMNS + j * VL) * STEP_INT8);
+#pragma GCC unroll 8
+            for (int i = 0; i < R; i++) {
+                const vi left = load<int32_t>(x[i] + k * STEP_INT8) - vi{};
+#pragma GCC unroll 3
+                for (int j = 0; j < VECTORS; j++)
+                    part[i][j] = (vi)_mm512_dpbusd_epi32((__m512i)part[i][j], (__m512i)left, (__m512i)right[j]);
+            }
+        }
+#pragma GCC unroll 8
+        for (int i = 0; i < R; i++)
+#pragma GCC unroll 3
+            for (int j = 0; j < VECTORS; j++) sums[i][j] = part[i][j];
+    }
+    switch (call.activation) {
+        case GELU: return finish<R>(call, sums, row, column, [](vf x) { return gelu_to_8_bits(x); });
+        case GELU_TANH: return finish<R>(call, sums, row, column, [](vf x) { return gelu_tanh(x); });
+        case RELU: return finish<R>(call, sums, row, column, [](vf x) { return x < 0.0f ? vf{} : x; });
+        default: return finish<R>(call, sums, row, column, [](vf x) { return x; });
     }
 }
 

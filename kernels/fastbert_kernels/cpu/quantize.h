@@ -37,9 +37,11 @@ INLINE Affine affine_of(vf least_of, vf largest_of, vf total, float* inverse) {
     return {all - all == 0.0f ? scale : NAN, low};
 }
 
+// Rounds to nearest, ties to even.
 INLINE void to_bytes(uint8_t* q, vf x, float low, float inverse, int64_t n) {
     const __m512i whole = _mm512_cvtps_epi32((__m512)((x - low) * inverse));
-    _mm512_mask_cvtusepi32_storeu_epi8(q, n >= VL ? 0xffff : (1 << n) - 1, whole);
+    const __m128i bytes = _mm512_cvtusepi32_epi8(whole);
+    memcpy(q, &bytes, n >= VL ? VL : n);
 }
 
 // n elements, a multiple of ROTATION, at `row` in floats; they are replaced by the rotated ones.
