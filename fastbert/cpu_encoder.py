@@ -4,8 +4,8 @@ A short text on a CPU waits for Python more than for the processor: a hundred op
 given memory. Where nothing of that is needed, since no gradient is wanted, no module is an adapter, and nobody listens
 or wants the states in between, `CpuEncoder` runs it all at once. Elsewhere the model runs operation by operation.
 
-With precision="int8" its linears multiply 8-bit operands, on processors with AVX-512 VNNI: weights with a scale for each
-output channel, rows with a scale and an offset each. That path gives the states in between as well.
+With precision="int8" its linears multiply 8-bit operands, on processors with AVX-512 VNNI: weights with a scale for
+each output channel, rows with a scale and an offset each. That path gives the states in between as well.
 """
 
 from __future__ import annotations
@@ -133,8 +133,10 @@ class CpuEncoder:
 
 
 def gather(embeddings: Any, layers: Any, config: Any, fused_qkv: Callable[[Any], Any], int8: bool = False) -> Any:
-    """The weights of plain modules, packed, as a cpu.Encoder, or a cpu.Int8Encoder where int8 says so; None where they are
-    not of one dtype, in order and on the CPU."""
+    """The weights of plain modules, packed; None where they are not of one dtype, in order and on the CPU.
+
+    int8: as a cpu.Int8Encoder, not a cpu.Encoder.
+    """
     norms = [embeddings.LayerNorm]
     tables = [embeddings.word_embeddings, embeddings.token_type_embeddings, embeddings.position_embeddings]
     read: list[Any] = [*(table.weight for table in tables), embeddings.LayerNorm.weight, embeddings.LayerNorm.bias]

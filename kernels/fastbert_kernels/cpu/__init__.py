@@ -262,8 +262,10 @@ def encoder_forward(
 
 @dataclass(frozen=True)
 class Int8Weight:
-    """A weight (M, K) as `linear_int8_forward` reads it. columns: (3, M, filled up) float32: scales, scales times the
-    sums of the rows, bias."""
+    """A weight (M, K) as `linear_int8_forward` reads it.
+
+    columns: (3, M, filled up) float32: scales, scales times the sums of the rows, bias.
+    """
 
     packed: torch.Tensor
     columns: torch.Tensor
@@ -305,7 +307,7 @@ def linear_int8_forward(
     activation: str = "none",
     residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """activation(x @ weight^T + bias) + residual in dtype, float32 or bfloat16, for x ~ affine[:, 0] * q + affine[:, 1].
+    """activation(x @ weight^T + bias) + residual in dtype, for x = affine[:, 0] * q + affine[:, 1].
 
     q: (T, K) uint8, its row stride a multiple of 4; affine: (T, 2) float32; residual: (T, M) in dtype. Returns (T, M).
     """
@@ -321,9 +323,11 @@ def linear_int8_forward(
 
 @dataclass(frozen=True)
 class Int8Encoder:
-    """The weights of an encoder as `encoder_int8_forward` reads them: those of `Encoder`, but that each packed weight and
-    its bias are an Int8Weight, rotated for query, key and value, the output projection and the linear after it. Hidden
-    and intermediate size are multiples of 32."""
+    """The weights of an encoder as `encoder_int8_forward` reads them.
+
+    They are those of `Encoder`, but that each packed weight and its bias are an Int8Weight, rotated for query, key and
+    value, the output projection and the linear after it. Hidden and intermediate size are multiples of 32.
+    """
 
     embeddings: tuple[torch.Tensor, ...]
     layers: tuple[tuple[torch.Tensor | Int8Weight, ...], ...]
