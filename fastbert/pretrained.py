@@ -130,10 +130,11 @@ class PreTrainedModel(nn.Module):
         from compute capability 8.9 on) or "int8" (from 8.0 on, and on CPUs with AVX-512 VNNI) lets the encoder's
         linears multiply 8-bit operands, for inference; see fastbert.quantized for what happens where there are no
         kernels for it. cuda_graphs: on a GPU, launch short batches as CUDA graphs, which gives the same results.
-        config_overrides: fields of BertConfig, and num_labels. Weights that a checkpoint lacks are reported by name in a warning: a pooler is left out of a
-        BertModel (pooler_output is None), a head starts with fresh weights (`missing_names` has their names). Raises
-        FileNotFoundError where there is no checkpoint, ValueError where it does not fit the config or lacks weights of
-        the encoder, BackendError for batch_invariant on a device without the kernels.
+        config_overrides: fields of BertConfig, and num_labels. Weights that a checkpoint lacks are reported by name in
+        a warning: a pooler is left out of a BertModel (pooler_output is None), a head starts with fresh weights
+        (`missing_names` has their names). Raises FileNotFoundError where there is no checkpoint, ValueError where it
+        does not fit the config or lacks weights of the encoder, BackendError for batch_invariant on a device without
+        the kernels.
         """
         device = torch.device("cpu") if device is None else torch.device(device)
         check_batch_invariant(Policy(backend, strict, batch_invariant), device)
