@@ -448,14 +448,14 @@ class BertModel(PreTrainedModel):
         # Of int64 alone, as in the rows of a bucket: kernels are compiled for the dtype of the ids.
         words = None if input_ids is None else input_ids.long()
         segments, positions = token_type_ids.long(), position_ids.long()
+        if self.precision is not None and self.device.type == "cpu" and quantized.choose(self) == "cpu":
+            return self._encode_in_int8(batch, words, segments, positions, inputs_embeds, keep_states)
         if words is not None and not keep_states and self.cpu_encoder_obstacle(batch.n_tokens) is None:
             config, attend = self.config, BertSelfAttention.fused_qkv
             make = functools.partial(cpu_encoder.gather, self.embeddings, self.encoder.layer, config, attend)
             weights = self.cpu_encoder.weights(self._weights(), make)
             if weights is not None:
                 return [self.cpu_encoder.run(weights, batch, (words, segments, positions), self.dtype)]
-        if self.precision is not None and self.device.type == "cpu" and quantized.choose(self) == "cpu":
-            return self._encode_in_int8(batch, words, segments, positions, inputs_embeds, keep_states)
         inputs = words, segments, positions, inputs_embeds
         n_tokens = batch.n_tokens
         n_rows = ops.packed_linear.rows_for(n_tokens, self.dtype) if self._packs_weights() else n_tokens
@@ -590,7 +590,9 @@ class BertModel(PreTrainedModel):
         if n_rows is not None and not self.cpu_encoder.takes_rows(n_rows, self.dtype):
             return f"{n_rows} tokens are better run operation by operation"
         if self.precision is not None:
-            return f"precision={self.precision!r}"
+            decision = quantized.decide(self, self.policy, self.device, self.dtype)
+            if decision.backend != quantized.UNQUANTISED:
+                return f"precision={self.precision!r}"
         if torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters()):
             return "gradients are on (torch.no_grad or torch.inference_mode turns them off)"
         return self._unlike_one_call()
