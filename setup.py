@@ -24,11 +24,14 @@ def read_version() -> str:
 # processor is loaded. They use nothing of Python, so that one build does for all versions of it, and they are optional:
 # without a compiler, the installation goes on, and PyTorch's operations take their place.
 CPU_KERNELS = "kernels/fastbert_kernels/cpu"
+CPU_SOURCES = ("attention", "encoder", "encoder_int8", "linear", "linear_int8", "pooling")
+CPU_HEADERS = ("activations", "attention", "layer_norm", "linear", "linear_int8", "quantize", "vector")
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mprefer-vector-width=512"]
 INSTRUCTIONS = {
     "avx2": ["-mavx2", "-mfma"],
     "avx512": AVX512,
-    "avx512_bf16": [*AVX512, "-mavx512bf16"],
+    "avx512_vnni": [*AVX512, "-mavx512vnni"],
+    "avx512_bf16": [*AVX512, "-mavx512vnni", "-mavx512bf16"],
 }
 # Products and sums may fuse; nothing else is reordered, and NaN and infinity keep their meaning.
 FLAGS = ["-O3", "-g0", "-std=c++17", "-fopenmp", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math",
@@ -48,8 +51,8 @@ def cpu_kernels() -> list[Extension]:
     return [
         Extension(
             f"fastbert_kernels.cpu.{name}",
-            [f"{CPU_KERNELS}/{name}.cpp" for name in ("attention", "encoder", "linear", "pooling")],
-            depends=[f"{CPU_KERNELS}/{name}.h" for name in ("attention", "layer_norm", "linear", "vector")],
+            [f"{CPU_KERNELS}/{name}.cpp" for name in CPU_SOURCES],
+            depends=[f"{CPU_KERNELS}/{name}.h" for name in CPU_HEADERS],
             extra_compile_args=[*FLAGS, *flags],
             extra_link_args=["-fopenmp", "-s"],
             language="c++",

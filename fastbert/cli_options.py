@@ -27,7 +27,7 @@ def add_how(group: Any) -> None:
     group.add_argument(
         "--backend", default="auto", choices=("auto", "triton", "cpu", "torch"), help="default: %(default)s"
     )
-    group.add_argument("--precision", choices=("fp8", "int8"), help="linears on 8-bit operands (needs a GPU)")
+    group.add_argument("--precision", choices=("fp8", "int8"), help="linears on 8-bit operands: GPUs; int8 on CPUs too")
     group.add_argument("--strict", action="store_true", help="an error where the backend cannot do something")
 
 

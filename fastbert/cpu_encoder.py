@@ -3,6 +3,9 @@
 A short text on a CPU waits for Python more than for the processor: a hundred operations, each checked, dispatched and
 given memory. Where nothing of that is needed, since no gradient is wanted, no module is an adapter, and nobody listens
 or wants the states in between, `CpuEncoder` runs it all at once. Elsewhere the model runs operation by operation.
+
+With precision="int8" its linears multiply 8-bit operands, on processors with AVX-512 VNNI: weights with a scale for
+each output channel, rows with a scale and an offset each. That path gives the states in between as well.
 """
 
 from __future__ import annotations
@@ -52,27 +55,33 @@ def narrow(model: Any, asked: Any) -> None:
 
     A model that is to be trained, or saved, stays as it is stored: only encoders of text call this.
     """
-    policy, stored = model.policy, model.dtype
-    if (
-        asked != "auto"
-        or stored != torch.float32
-        or model.device.type != "cpu"
-        or policy.backend not in ("auto", "cpu")
-    ):
+    policy = model.policy
+    if asked != "auto" or model.dtype != torch.float32 or model.device.type != "cpu":
         return
-    if policy.batch_invariant or model.precision is not None or not multiplies_bfloat16():
+    if policy.backend not in ("auto", "cpu") or policy.batch_invariant or model.precision is not None:
         return
-    model.to(torch.bfloat16)
-    model.dtype_choice = (
-        "dtype='auto' took bfloat16, which this processor has in hardware; dtype='float32' keeps it exact"
-    )
+    if multiplies_bfloat16():
+        model.to(torch.bfloat16)
+        why = "dtype='auto' took bfloat16, which this processor has in hardware"
+        model.dtype_choice = f"{why}; dtype='float32' is exact"
+
+
+def int8_obstacle(config: Any, dtype: torch.dtype) -> str | None:
+    """Why models of this configuration have no 8-bit kernels on this CPU, whatever their state; or None.
+
+    Beside what fastbert.ops.quantized.obstacle says of the sizes.
+    """
+    why_not = cpu.no_int8()
+    if why_not is None and dtype not in (torch.float32, torch.bfloat16):
+        why_not = f"the C++ kernels do not multiply 8-bit operands for models in {dtype}"
+    return why_not or attention.cpu_obstacle(config.head_size, torch.empty(0, dtype=dtype))
 
 
 class CpuEncoder:
     """Keeps the weights as the kernel reads them, until `key` says that they changed."""
 
     def __init__(self) -> None:
-        self._kept: tuple[Any, cpu.Encoder | None] = (None, None)
+        self._kept: tuple[Any, Any] = (None, None)
         self._workspaces: list[Tensor] = []
 
     def __getstate__(self) -> dict[str, Any]:
@@ -89,7 +98,11 @@ class CpuEncoder:
             return False
         return not (dtype == torch.bfloat16 and n_rows > ROWS_WITHOUT_AMX and cpu.has_amx())
 
-    def weights(self, key: Any, make: Callable[[], cpu.Encoder | None]) -> cpu.Encoder | None:
+    def keeps(self, key: Any) -> bool:
+        """Whether what is kept was made for this key."""
+        return self._kept[0] == key
+
+    def weights(self, key: Any, make: Callable[[], Any]) -> Any:
         """What `make` made, the last time that the key changed."""
         kept = self._kept
         if kept[0] is None or kept[0] != key:
@@ -107,28 +120,60 @@ class CpuEncoder:
 
         Where ids is None, embedded, (T, H), takes their place, and is written to.
         """
-        n_tokens, dtype = batch.n_tokens, weights.layers[0][0].dtype
-        size = weights.workspace_size(n_tokens)
+        dtype = weights.layers[0][0].dtype
+        x = torch.empty(batch.n_tokens, weights.hidden_size, dtype=dtype) if embedded is None else embedded.contiguous()
+        workspace = self._take(weights.workspace_size(batch.n_tokens), dtype)
+        cpu.encoder_forward(weights, _contiguous(ids), x, batch.cu_seqlens_cpu, workspace)
+        self._keep(workspace)
+        return x
+
+    def run_int8(
+        self,
+        weights: cpu.Int8Encoder,
+        batch: PackedBatch,
+        given: tuple[Tensor, Tensor | None, Tensor] | Tensor,
+        dtype: torch.dtype,
+        keep_states: bool,
+    ) -> list[Tensor]:
+        """Words, token types and positions as for `run`, or the embeddings (T, H) -> the last hidden state (T, H) as a
+        list, or all L + 1 of them."""
+        n_states = len(weights.layers) + 1 if keep_states else 1
+        states = torch.empty(n_states, batch.n_tokens, weights.hidden_size, dtype=dtype)
+        ids = None
+        if isinstance(given, Tensor):
+            states[0] = given
+        else:
+            ids = _contiguous(given)
+        workspace = self._take(weights.workspace_size(batch.n_tokens, dtype), torch.uint8)
+        cpu.encoder_int8_forward(weights, ids, states, batch.cu_seqlens_cpu, workspace)
+        self._keep(workspace)
+        return list(states)
+
+    def _take(self, size: int, dtype: torch.dtype) -> Tensor:
         try:
             workspace = self._workspaces.pop()  # another thread may have taken it
         except IndexError:
             workspace = torch.empty(0, dtype=dtype)
         if workspace.numel() < size or workspace.dtype != dtype:
             workspace = torch.empty(size, dtype=dtype)
-        if ids is not None:
-            words, types, positions = ids
-            ids = words.contiguous(), None if types is None else types.contiguous(), positions.contiguous()
-        x = torch.empty(n_tokens, weights.hidden_size, dtype=dtype) if embedded is None else embedded.contiguous()
-        cpu.encoder_forward(weights, ids, x, batch.cu_seqlens_cpu, workspace)
+        return workspace
+
+    def _keep(self, workspace: Tensor) -> None:
         if len(self._workspaces) < MOST_KEPT and workspace.nbytes <= LARGEST_KEPT:
             self._workspaces.append(workspace)
-        return x
 
 
-def gather(embeddings: Any, layers: Any, config: Any, fused_qkv: Callable[[Any], Any]) -> cpu.Encoder | None:
+def _contiguous(ids: tuple[Tensor, Tensor | None, Tensor] | None) -> tuple[Tensor, Tensor | None, Tensor] | None:
+    if ids is None:
+        return None
+    words, types, positions = ids
+    return words.contiguous(), None if types is None else types.contiguous(), positions.contiguous()
+
+
+def gather(embeddings: Any, layers: Any, config: Any, fused_qkv: Callable[[Any], Any], int8: bool = False) -> Any:
     """The weights of plain modules, packed; None where they are not of one dtype, in order and on the CPU.
 
-    embeddings: None where they are made elsewhere.
+    embeddings: None where they are made elsewhere. int8: as a cpu.Int8Encoder, not a cpu.Encoder.
     """
     norms: list[Any] = []
     read: list[Any] = []
@@ -154,16 +199,26 @@ def gather(embeddings: Any, layers: Any, config: Any, fused_qkv: Callable[[Any],
     if any(t.is_inference() for t in everything) or len({norm.eps for norm in norms}) > 1:
         return None
     activations = {layer.intermediate.activation for layer in layers}
-    packed = [
-        tuple(packed_linear.packed_by_kernel(t) if i in (0, 2, 6, 8) else t.detach() for i, t in enumerate(layer))
-        for layer in gathered
-    ]
-    return cpu.Encoder(
+    return (cpu.Int8Encoder if int8 else cpu.Encoder)(
         embeddings=tuple(None if t is None else t.detach() for t in read),
-        layers=tuple(packed),
+        layers=tuple(_in_8_bits(layer) if int8 else _packed(layer) for layer in gathered),
         hidden_size=config.hidden_size,
         intermediate_size=config.intermediate_size,
         num_heads=config.num_attention_heads,
         activation=activations.pop(),
         eps=norms[0].eps,
     )
+
+
+def _packed(layer: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return tuple(packed_linear.packed_by_kernel(t) if i in (0, 2, 6, 8) else t.detach() for i, t in enumerate(layer))
+
+
+def _in_8_bits(layer: tuple[Tensor, ...]) -> tuple[Any, ...]:
+    """Each of the four weights and the bias after it as one."""
+    with torch.inference_mode(False), torch.no_grad():
+        made: list[Any] = [t.detach() for t in layer]
+        for i, rotated in ((8, False), (6, True), (2, True), (0, True)):  # GELU's rows are not rotated
+            q = ops.quantized.quantize_weight(made[i], "int8", rotated=rotated)
+            made[i : i + 2] = [cpu.pack_int8(q.data, q.scale[:, 0], made[i + 1].float())]
+    return tuple(made)

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from fastbert import adapters, cpu_encoder, explain_costs, graphs
+from fastbert import adapters, cpu_encoder, explain_costs, graphs, quantized
 from fastbert.explain_costs import BatchReport
 from fastbert.explain_ops import Explainer, backbone, find_model, float32_precision, prefix_of
 from fastbert.explain_report import OpReport, Report
@@ -84,7 +84,9 @@ def explain(
         )  # fmt: skip
     notes = []
     if explainer.eight_bit is not None and explainer.eight_bit.reason is not None:
-        instead = "running raises BackendError" if policy.strict else "falls back to the unquantised path"
+        unquantised = explainer.eight_bit.backend == quantized.UNQUANTISED
+        instead = "falls back to the unquantised path" if unquantised else "falls back to the C++ kernels for CPUs"
+        instead = "running raises BackendError" if policy.strict else instead
         notes.append(f"precision {inner.precision!r}: {instead}: {explainer.eight_bit.reason}")
     if inner.precision is not None and inner.training:
         notes.append(f"precision {inner.precision!r} is for inference: running in training mode raises RuntimeError")
@@ -92,7 +94,8 @@ def explain(
         instead = "running raises BackendError" if policy.strict else "the slow reference path runs instead"
         notes.append(f"config.output_attentions is set, and fused attention keeps no probabilities: {instead}")
     notes += _launch_notes(rows, inner, where)
-    notes += _one_call(inner, policy, where, dtype)
+    in_int8 = explainer.eight_bit is not None and explainer.eight_bit.backend == "cpu"
+    notes += _one_call(inner, policy, where, dtype, in_int8)
     if dtype == torch.float32 and where.type == "cuda":
         notes.append(f"float32 multiplies in {float32_precision()}: PyTorch's own switch")
     if inner.dtype_choice is not None and cast is None:
@@ -149,13 +152,15 @@ def _launch_notes(rows: Iterable[OpReport], model: PreTrainedModel, device: torc
     yield f"CUDA graphs: {inside if why_not is None else f'none: {why_not}'}"
 
 
-def _one_call(model: PreTrainedModel, policy: Policy, device: torch.device, dtype: torch.dtype) -> Iterator[str]:
-    """Whether the encoder's operations on a CPU run in one call."""
+def _one_call(
+    model: PreTrainedModel, policy: Policy, device: torch.device, dtype: torch.dtype, in_int8: bool
+) -> Iterator[str]:
+    """Whether the encoder's operations on a CPU run in one call. in_int8: as precision="int8" runs there."""
     if device.type != "cpu":
         return
     bert = backbone(model)
-    why_not = cpu_encoder.obstacle(model.config, dtype, policy, device)
-    if why_not is None and bert.device == device and bert.dtype == dtype:
+    why_not = None if in_int8 else cpu_encoder.obstacle(model.config, dtype, policy, device)
+    if not in_int8 and why_not is None and bert.device == device and bert.dtype == dtype:
         with torch.no_grad():
             why_not = bert.cpu_encoder_obstacle()
     inside = "without gradients, the encoder's operations run in one call of fastbert_kernels.cpu"

@@ -143,7 +143,10 @@ class Explainer:
         layers = f"{prefix}encoder.layer.{f'0-{last}' if last else '0'}"
 
         def row(op: str, module: str, shapes: str, kernels: Mapping[str, str], *sizes: Any) -> OpReport:
-            return self.row(module, shapes, Decision(op, backend), kernels, sizes)
+            found = self.row(module, shapes, Decision(op, backend), kernels, sizes)
+            if backend != "cpu":
+                return found
+            return dataclasses.replace(found, kernel=f"fastbert_kernels.cpu, {cpu.instructions()}")
 
         def gemm(module: str, shapes: str, group: int | None) -> OpReport:
             sizes = "quantized_linear_config", QUANTIZED_DTYPES[precision], group

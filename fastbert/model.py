@@ -21,6 +21,7 @@ from fastbert.families import AFTER_PADDING
 from fastbert.ops import Policy, attention, dispatch
 from fastbert.outputs import BaseModelOutputWithPooling
 from fastbert.pretrained import PreTrainedModel, listed
+from fastbert.tracing import untraced
 from fastbert.varlen import PackedBatch
 
 logger = logging.getLogger("fastbert")
@@ -462,6 +463,8 @@ class BertModel(PreTrainedModel):
         # Of int64 alone, as in the rows of a bucket: kernels are compiled for the dtype of the ids.
         words = None if input_ids is None else input_ids.long()
         types, positions = None if token_type_ids is None else token_type_ids.long(), position_ids.long()
+        if self.precision is not None and self.device.type == "cpu" and quantized.choose(self) == "cpu":
+            return self._encode_in_int8(batch, words, types, positions, inputs_embeds, keep_states)
         if words is not None and not keep_states and self.cpu_encoder_obstacle(batch.n_tokens) is None:
             last = self._encode_in_one_call(batch, words, types, positions)
             if last is not None:
@@ -474,6 +477,41 @@ class BertModel(PreTrainedModel):
             batch = dataclasses.replace(batch, position_ids=positions, _plans={})
         states = self._encode(words, segments, positions, batch, embeds, keep_states)
         return states if n_rows == n_tokens else [state[:n_tokens] for state in states]
+
+    @untraced
+    def _encode_in_int8(
+        self,
+        batch: PackedBatch,
+        words: Tensor | None,
+        segments: Tensor | None,
+        positions: Tensor,
+        inputs_embeds: Tensor | None,
+        keep_states: bool,
+    ) -> list[Tensor]:
+        """By the C++ kernels for CPUs, where `quantized.choose` says so."""
+        quantized._refuse_gradients(self, inputs_embeds)
+        if words is None:
+            given: Any = self.embeddings(None, segments, positions, inputs_embeds, self.policy)
+        else:
+            given = words, segments, positions
+        weights = self._int8_weights()
+        return self.cpu_encoder.run_int8(weights, batch, given, self.dtype, keep_states)
+
+    def _int8_weights(self) -> Any:
+        """The 8-bit weights of the C++ kernels, made anew where a parameter has changed; None where they cannot be."""
+        config, attend = self.config, BertSelfAttention.fused_qkv
+        make = functools.partial(cpu_encoder.gather, self.embeddings, self.encoder.layer, config, attend, int8=True)
+        return self.cpu_encoder.weights(self._cpu_key("int8"), make)
+
+    def _cpu_key(self, kind: str) -> Any:
+        """What changes with the weights that the C++ kernels read."""
+        assert self._watch is not None
+        state = self._watch.state()
+        key = kind, state, self._watch.changes()
+        if not self.cpu_encoder.keeps(key):
+            self._watch.derived()  # which is a change, too
+            key = kind, state, self._watch.changes()
+        return key
 
     def _encode(
         self,
@@ -507,11 +545,11 @@ class BertModel(PreTrainedModel):
         gather = functools.partial(cpu_encoder.gather, layers=layers, fused_qkv=BertSelfAttention.fused_qkv)
         make = functools.partial(gather, self.embeddings if project is None else None, config=self.config)
         try:
-            self._weights()
+            key = self._cpu_key("unquantised")
         except RuntimeError as error:
             self._blame_dtypes(error)
             raise
-        weights = self.cpu_encoder.weights(self._addresses[0], make)
+        weights = self.cpu_encoder.weights(key, make)
         if weights is None:
             return None
         if project is None:
@@ -606,9 +644,27 @@ class BertModel(PreTrainedModel):
         if n_rows is not None and not self.cpu_encoder.takes_rows(n_rows, self.dtype):
             return f"{n_rows} tokens are better run operation by operation"
         if self.precision is not None:
-            return f"precision={self.precision!r}"
+            decision = quantized.decide(self, self.policy, self.device, self.dtype)
+            if decision.backend != quantized.UNQUANTISED:
+                return f"precision={self.precision!r}"
         if torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters()):
             return "gradients are on (torch.no_grad or torch.inference_mode turns them off)"
+        return self._unlike_one_call()
+
+    def int8_obstacle(self, device: torch.device, dtype: torch.dtype) -> str | None:
+        """Why precision="int8" does not run in the C++ kernels for CPUs on this device, in this dtype; or None."""
+        if torch.compiler.is_compiling():
+            return "torch.export traces the operations"
+        why_not = cpu_encoder.int8_obstacle(self.config, dtype)
+        if why_not is not None or self.device != device or self.dtype != dtype:
+            return why_not
+        why_not = self._unlike_one_call()
+        if why_not is None and self._int8_weights() is None:
+            return "the parameters are not of one dtype and contiguous, or the LayerNorms differ in eps"
+        return why_not
+
+    def _unlike_one_call(self) -> str | None:
+        """Why the operations could not run as one at the moment without a difference that somebody sees; or None."""
         if torch.is_autocast_enabled("cpu"):
             return "autocast is on"
         if getattr(self, "_is_replica", False) or graphs.observed(self.device):

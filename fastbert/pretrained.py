@@ -132,13 +132,14 @@ class PreTrainedModel(nn.Module):
 
         dtype: "auto" takes the checkpoint's. device: the CPU by default. batch_invariant: a text's output is the same
         to the bit alone, in any batch and in any order; on the Triton kernels only, and strict. precision: "fp8" (GPUs
-        from compute capability 8.9 on) or "int8" (from 8.0 on) lets the encoder's linears multiply 8-bit operands, for
-        inference; see fastbert.quantized for what happens where there are no kernels for it. cuda_graphs: on a GPU,
-        launch short batches as CUDA graphs, which gives the same results. config_overrides: fields of BertConfig, and
-        num_labels. Weights that a checkpoint lacks are reported by name in a warning: a pooler is left out of a
-        BertModel (pooler_output is None), a head starts with fresh weights (`missing_names` has their names). Raises
-        FileNotFoundError where there is no checkpoint, ValueError where it does not fit the config or lacks weights of
-        the encoder, BackendError for batch_invariant on a device without the kernels.
+        from compute capability 8.9 on) or "int8" (from 8.0 on, and on CPUs with AVX-512 VNNI) lets the encoder's
+        linears multiply 8-bit operands, for inference; see fastbert.quantized for what happens where there are no
+        kernels for it. cuda_graphs: on a GPU, launch short batches as CUDA graphs, which gives the same results.
+        config_overrides: fields of BertConfig, and num_labels. Weights that a checkpoint lacks are reported by name in
+        a warning: a pooler is left out of a BertModel (pooler_output is None), a head starts with fresh weights
+        (`missing_names` has their names). Raises FileNotFoundError where there is no checkpoint, ValueError where it
+        does not fit the config or lacks weights of the encoder, BackendError for batch_invariant on a device without
+        the kernels.
         """
         device = torch.device("cpu") if device is None else torch.device(device)
         check_batch_invariant(Policy(backend, strict, batch_invariant), device)

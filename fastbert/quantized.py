@@ -3,10 +3,11 @@
 Linears multiply 8-bit activations by 8-bit weights; attention's own products, LayerNorm and the residual stay in the
 model's dtype. Every operand is quantised by the kernel that makes it. T tokens, H hidden.
 
-fp8 needs a GPU of compute capability 8.9 or newer, int8 one of 8.0. Where there are no 8-bit kernels (a CPU, an older
-GPU, sizes or an activation that they do not take, an adapter or a hook inside) the unquantised path runs: it is logged
-once, `explain` shows it, and under strict=True it raises BackendError. backend="torch" instead emulates the same
-quantisation in plain PyTorch, on any device. The parameters are kept, with the 8-bit weights beside them.
+fp8 needs a GPU of compute capability 8.9 or newer, int8 one of 8.0, or a CPU with AVX-512 VNNI (fastbert.cpu_encoder,
+which quantises its own way). Where there are no 8-bit kernels (other CPUs, an older GPU, sizes or an activation that
+they do not take, an adapter or a hook inside) the unquantised path runs: it is logged once, `explain` shows it, and
+under strict=True it raises BackendError. backend="torch" instead emulates the same quantisation in plain PyTorch, on
+any device. The parameters are kept, with the 8-bit weights beside them.
 
 int8 is the more exact of the two: benchmarks/NOTES.md has the figures.
 """
@@ -70,7 +71,7 @@ def layers_of(model: BertModel) -> list[BertLayer]:
 def decide(
     model: BertModel, policy: Policy, device: torch.device, dtype: torch.dtype, arch: int | None = None
 ) -> Decision:
-    """What would run the encoder in its precision: "triton", "torch" (the emulation) or "unquantised", and why.
+    """What would run the encoder in its precision: "triton", "cpu", "torch" (the emulation) or "unquantised", and why.
 
     The emulation, in plain PyTorch, is what backend="torch" asks for: it shows on any device what the kernels would
     give. Where there is no 8-bit kernel, any other backend takes the unquantised path, which is faster there and more
@@ -91,6 +92,9 @@ def decide(
     decision = dispatch.decide(OP, policy, device, None)
     if decision.backend == "triton" or policy.backend == "torch":
         return Decision(OP, decision.backend)
+    if precision == "int8" and decision.backend == "cpu":
+        why_not = model.int8_obstacle(device, dtype)
+        return Decision(OP, UNQUANTISED, why_not) if why_not else Decision(OP, "cpu", decision.reason)
     reason = decision.reason or f"there are no 8-bit kernels for backend {decision.backend!r} on {device.type!r}"
     return Decision(OP, UNQUANTISED, reason)
 

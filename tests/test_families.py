@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 import transformers
 
 import fastbert
@@ -26,6 +27,7 @@ from family_cases import (
 )
 from fastbert import graphs, reference
 from fastbert.families import FAMILIES, family_of, our_class
+from fastbert_kernels import cpu
 from helpers import assert_as_accurate, cu_seqlens_of
 from model_cases import BATCH, LENGTH, MASKS, POSITIONS, VOCAB, assert_close, first_tokens, in_dtype, randn, valid_of
 from test_graphs import StandIn
@@ -370,3 +372,20 @@ def test_json_of_others_stays_json(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({**config.to_dict(), "embedding_size": 16}))
     read = fastbert.BertConfig.from_pretrained(tmp_path)
     assert read.embedding_width == 32 and read.to_dict()["embedding_size"] == 16
+
+
+@pytest.mark.skipif(cpu.no_int8() is not None, reason=str(cpu.no_int8()))
+@pytest.mark.parametrize("model_type", ["roberta", "distilbert"])
+def test_int8_on_a_cpu(model_type: str) -> None:
+    """Catches a table of token types read where there is none, or positions of BERT, in the 8-bit encoder."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "num_attention_heads": 2, "intermediate_size": 96, "num_hidden_layers": 2}
+    config = fastbert.BertConfig(vocab_size=99, max_position_embeddings=40, model_type=model_type, **sizes)
+    exact = fastbert.BertModel(config, backend="cpu").eval()
+    ours = fastbert.BertModel(config, backend="cpu", precision="int8").eval()
+    ours.load_state_dict(exact.state_dict())
+    ids = torch.randint(5, 99, (3, 20))
+    with torch.no_grad():
+        a, b = ours(ids).last_hidden_state, exact(ids).last_hidden_state
+    assert fastbert.explain(ours).rows[1].op == "quantized_linear"
+    assert not torch.equal(a, b) and F.cosine_similarity(a, b, dim=-1).min() > 0.99

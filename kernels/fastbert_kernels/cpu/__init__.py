@@ -18,10 +18,12 @@ from typing import Any
 
 import torch
 
+AVX512 = ("avx512f", "avx512bw", "avx512dq", "avx512vl")
 # Name of the library, the instructions it was compiled for and this processor's names for them. The best comes first.
 VARIANTS = {
-    "avx512_bf16": ("AVX-512 with bfloat16", {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16"}),
-    "avx512": ("AVX-512", {"avx512f", "avx512bw", "avx512dq", "avx512vl"}),
+    "avx512_bf16": ("AVX-512 with bfloat16", {*AVX512, "avx512_vnni", "avx512_bf16"}),
+    "avx512_vnni": ("AVX-512 with VNNI", {*AVX512, "avx512_vnni"}),
+    "avx512": ("AVX-512", {*AVX512}),
     "avx2": ("AVX2", {"avx2", "fma"}),
 }
 MAX_HIDDEN = 4096
@@ -80,7 +82,31 @@ def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
         encode.argtypes = [*[pointer] * 5, size, *[pointer] * 3, *[size] * 6, ctypes.c_float]
         pack.restype = linear.restype = None
         encode.restype = ctypes.c_int
+    if hasattr(library, "fastbert_pack_int8"):
+        _declare_int8(library)
     return library
+
+
+def _declare_int8(library: ctypes.CDLL) -> None:
+    pointer, size = ctypes.c_void_p, ctypes.c_int64
+    library.fastbert_packed_size_int8.argtypes = [size, size]
+    library.fastbert_padded_columns_int8.argtypes = [size]
+    library.fastbert_packed_size_int8.restype = library.fastbert_padded_columns_int8.restype = size
+    library.fastbert_pack_int8.argtypes = [pointer, size, size, pointer]
+    library.fastbert_pack_int8.restype = None
+    for dtype in ("float32", "bfloat16"):
+        quantize, linear, encode, encode_bytes = (
+            getattr(library, f"fastbert_{name}")
+            for name in (
+                f"quantize_{dtype}", f"linear_int8_{dtype}", f"encode_int8_{dtype}", f"encode_int8_{dtype}_bytes",
+            )
+        )  # fmt: skip
+        quantize.argtypes = [pointer, size, size, size, size, pointer, size, pointer]
+        linear.argtypes = [pointer, size, *[pointer] * 4, size, pointer, *[size] * 5]
+        encode_bytes.argtypes = [size] * 3
+        encode.argtypes = [*[pointer] * 5, size, *[pointer] * 2, size, pointer, *[size] * 7, ctypes.c_float]
+        quantize.restype = linear.restype = None
+        encode_bytes.restype, encode.restype = size, ctypes.c_int
 
 
 def unavailable() -> str | None:
@@ -100,6 +126,14 @@ def multiplies(dtype: torch.dtype) -> bool:
     if unavailable() is not None:
         return False
     return dtype == torch.float32 or (dtype == torch.bfloat16 and _load()[1].endswith("bf16"))
+
+
+def no_int8() -> str | None:
+    """Why nothing here multiplies 8-bit operands, or None: it takes AVX-512 VNNI."""
+    if unavailable() is not None:
+        return unavailable()
+    compiled = hasattr(_load()[0], "fastbert_pack_int8")
+    return None if compiled else "the processor, or ATEN_CPU_CAPABILITY, has no AVX-512 VNNI"
 
 
 @functools.cache
@@ -248,3 +282,118 @@ def encoder_forward(
     )  # fmt: skip
     _check(status, x.shape[0])
     return x
+
+
+@dataclass(frozen=True)
+class Int8Weight:
+    """A weight (M, K) as `linear_int8_forward` reads it.
+
+    columns: (3, M, filled up) float32: scales, scales times the sums of the rows, bias.
+    """
+
+    packed: torch.Tensor
+    columns: torch.Tensor
+    shape: tuple[int, int]
+
+
+def pack_int8(data: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None) -> Int8Weight:
+    """data: (M, K) int8, -127 to 127; scale: (M,) float32; bias: (M,) or None. K at most 66,000."""
+    library, (n_columns, k) = _load()[0], data.shape
+    data = data.contiguous()
+    packed = torch.empty(library.fastbert_packed_size_int8(n_columns, k), dtype=torch.int8)
+    library.fastbert_pack_int8(data.data_ptr(), n_columns, k, packed.data_ptr())
+    columns = torch.zeros(3, library.fastbert_padded_columns_int8(n_columns))
+    columns[0, :n_columns] = scale
+    columns[1, :n_columns] = scale * data.sum(1, dtype=torch.int64)
+    if bias is not None:
+        columns[2, :n_columns] = bias
+    return Int8Weight(packed, columns, (n_columns, k))
+
+
+def quantize_forward(x: torch.Tensor, rotated: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+    """x: (T, K) float32 or bfloat16, rows contiguous -> q (T, K) uint8, affine (T, 2) float32: x ~ affine[:, 0] * q +
+    affine[:, 1]. rotated: of x times the Hadamard matrix in blocks of 32 columns, K a multiple of 32 up to MAX_HIDDEN.
+    """
+    n_rows, k = x.shape
+    # Products read rows in steps of four.
+    q = torch.empty((n_rows, -(-k // 4) * 4), dtype=torch.uint8)
+    affine = empty((n_rows, 2), like=x.new_empty(0, dtype=torch.float32))
+    function = _function("quantize", x.dtype)
+    function(x.data_ptr(), x.stride(0), n_rows, k, rotated, q.data_ptr(), q.stride(0), affine.data_ptr())
+    return q[:, :k], affine
+
+
+def linear_int8_forward(
+    q: torch.Tensor,
+    affine: torch.Tensor,
+    weight: Int8Weight,
+    dtype: torch.dtype,
+    activation: str = "none",
+    residual: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """activation(x @ weight^T + bias) + residual in dtype, for x = affine[:, 0] * q + affine[:, 1].
+
+    q: (T, K) uint8, its row stride a multiple of 4; affine: (T, 2) float32; residual: (T, M) in dtype. Returns (T, M).
+    """
+    (n_columns, k), n_rows = weight.shape, q.shape[0]
+    out = empty((n_rows, n_columns), like=affine.new_empty(0, dtype=dtype))
+    _function("linear_int8", dtype)(
+        q.data_ptr(), q.stride(0), affine.data_ptr(), weight.packed.data_ptr(), weight.columns.data_ptr(),
+        None if residual is None else residual.data_ptr(), 0 if residual is None else residual.stride(0),
+        out.data_ptr(), n_columns, n_rows, k, n_columns, ACTIVATIONS[activation],
+    )  # fmt: skip
+    return out
+
+
+@dataclass(frozen=True)
+class Int8Encoder:
+    """The weights of an encoder as `encoder_int8_forward` reads them.
+
+    They are those of `Encoder`, but that each packed weight and its bias are an Int8Weight, rotated for query, key and
+    value, the output projection and the linear after it. Hidden and intermediate size are multiples of 32.
+    """
+
+    embeddings: tuple[torch.Tensor | None, ...]
+    layers: tuple[tuple[torch.Tensor | Int8Weight, ...], ...]
+    hidden_size: int
+    intermediate_size: int
+    num_heads: int
+    activation: str
+    eps: float
+
+    @functools.cached_property
+    def addresses(self) -> tuple[Any, ...]:
+        """Of the embeddings and of the layers' tensors, one after the other."""
+        flat: list[Any] = []
+        for item in (item for layer in self.layers for item in layer):
+            flat += (item.packed, item.columns) if isinstance(item, Int8Weight) else (item,)
+        return tuple((ctypes.c_void_p * len(some))(*map(_address, some)) for some in (self.embeddings, flat))
+
+    def workspace_size(self, n_tokens: int, dtype: torch.dtype) -> int:
+        """How many bytes `encoder_int8_forward` needs beside its output, with as many threads as there are now."""
+        function = getattr(_load()[0], f"fastbert_encode_int8_{str(dtype).removeprefix('torch.')}_bytes")
+        return function(n_tokens, self.hidden_size, self.intermediate_size)
+
+
+def encoder_int8_forward(
+    encoder: Int8Encoder,
+    ids: tuple[torch.Tensor, torch.Tensor | None, torch.Tensor] | None,
+    states: torch.Tensor,
+    cu_seqlens_cpu: torch.Tensor,
+    workspace: torch.Tensor,
+) -> torch.Tensor:
+    """As `encoder_forward`, into states: (1, T, H), the last hidden state, or (L + 1, T, H), all of them, contiguous.
+
+    Where ids is None, states[0] holds the embeddings. workspace: uint8, as many as workspace_size says. Returns states.
+    """
+    embeddings, layers = encoder.addresses
+    offsets = cu_seqlens_cpu.contiguous()
+    pointers = map(_address, (None, None, None) if ids is None else ids)
+    status = _function("encode_int8", states.dtype)(
+        *pointers, embeddings, offsets.data_ptr(), len(offsets) - 1, layers, states.data_ptr(),
+        0 if len(states) == 1 else states.stride(0), workspace.data_ptr(), workspace.numel(), states.shape[1],
+        encoder.hidden_size, encoder.intermediate_size, encoder.num_heads, len(encoder.layers),
+        ACTIVATIONS[encoder.activation], encoder.eps,
+    )  # fmt: skip
+    _check(status, states.shape[1])
+    return states

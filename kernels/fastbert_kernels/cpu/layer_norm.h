@@ -6,7 +6,7 @@
 
 constexpr int64_t MAX_HIDDEN = 4096;
 
-// row: room for MAX_HIDDEN floats.
+// row: room for MAX_HIDDEN floats, which then holds what `out` does before it is rounded.
 template <typename Read, typename T>
 INLINE void normalize(Read x, T* out, const T* weight, const T* bias, int64_t n, float eps, float* row) {
     vf total = {};
@@ -26,6 +26,7 @@ INLINE void normalize(Read x, T* out, const T* weight, const T* bias, int64_t n,
     const float factor = 1.0f / sqrtf(sum(squares) / n + eps);
     for (int64_t j = 0; j < n; j += VL) {
         vf y = (load<vf>(row + j) - mean) * factor * to_floats(weight + j, n - j) + to_floats(bias + j, n - j);
+        store(row + j, y);
         from_floats(out + j, y, n - j);
     }
 }

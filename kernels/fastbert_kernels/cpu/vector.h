@@ -73,9 +73,10 @@ INLINE vf max(vf a, vf b) { return a > b ? a : b; }
 INLINE vf min(vf a, vf b) { return a < b ? a : b; }
 INLINE vf abs(vf x) { return (vf)((vi)x & 0x7fffffff); }
 
-// 2^x. EXACT: to 1.5 ulp; otherwise to 3e-6, for what is rounded to bfloat16. 0 below 2^-126; NaN for NaN.
+// 2^x. EXACT: to 1.5 ulp; otherwise to 3e-6, for what is rounded to bfloat16. 0 below 2^-126, unless no x is (FLUSH false);
+// NaN for NaN.
 // 2^x = 2^n 2^f with n = round(x); 2^f by a minimax polynomial of degree 6 or 4.
-template <bool EXACT>
+template <bool EXACT, bool FLUSH = true>
 INLINE vf exp2(vf x) {
 #ifdef __AVX512F__
     vf n = (vf)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
@@ -97,6 +98,7 @@ INLINE vf exp2(vf x) {
     p = p * f + 1.0f;
 #ifdef __AVX512F__
     p = (vf)_mm512_scalef_ps((__m512)p, (__m512)n);
+    if (!FLUSH) return p;
     return x < -126.0f ? (vf){} : p;
 #else
     vf scale = (vf)((__builtin_convertvector(max(min(n, splat(127.0f)), splat(-126.0f)), vi) + 127) << 23);
@@ -104,16 +106,28 @@ INLINE vf exp2(vf x) {
 #endif
 }
 
+// f of all lanes, halved step by step: one lane after the other would take VL waits.
+template <typename F>
+INLINE float of_lanes(vf x, F f) {
+#if VL == 16
+    x = f(x, __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7));
+    x = f(x, __builtin_shufflevector(x, x, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11));
+    x = f(x, __builtin_shufflevector(x, x, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13));
+    x = f(x, __builtin_shufflevector(x, x, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14));
+#else
+    x = f(x, __builtin_shufflevector(x, x, 4, 5, 6, 7, 0, 1, 2, 3));
+    x = f(x, __builtin_shufflevector(x, x, 2, 3, 0, 1, 6, 7, 4, 5));
+    x = f(x, __builtin_shufflevector(x, x, 1, 0, 3, 2, 5, 4, 7, 6));
+#endif
+    return x[0];
+}
+
 INLINE float sum(vf x) {
-    float total = 0.0f;
-    for (int i = 0; i < VL; i++) total += x[i];
-    return total;
+    return of_lanes(x, [](vf a, vf b) { return a + b; });
 }
 
 INLINE float largest(vf x) {
-    float found = x[0];
-    for (int i = 1; i < VL; i++) found = x[i] > found ? x[i] : found;
-    return found;
+    return of_lanes(x, [](vf a, vf b) { return max(a, b); });
 }
 
 // Rows become columns: VL vectors of VL 32-bit lanes, in log2(VL) perfect shuffles of vectors i and i + VL / 2.

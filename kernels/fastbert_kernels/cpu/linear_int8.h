@@ -1,0 +1,41 @@
+// What linear_int8.cpp offers to the other kernels, where the processor has VNNI.
+#pragma once
+
+#include "linear.h"
+
+// A row of unsigned 8-bit numbers q stands for scale * q + low.
+struct Affine {
+    float scale, low;
+};
+
+// out = activation(x @ weight^T + bias) + residual; see linear_int8.cpp. residual may be NULL.
+template <typename T, typename O>
+struct LinearInt8 {
+    const uint8_t* x;
+    const Affine* affine;  // of x's rows
+    const int8_t* weight;  // packed
+    const float* columns;  // see linear_int8.cpp
+    const T* residual;
+    O* out;
+    int64_t x_stride, residual_stride, out_stride;
+    int64_t n_rows, k_size, n_columns;
+    int64_t activation;
+};
+
+// f(i) for all i < n; by all threads if `together`, each i by one of them.
+template <typename F>
+INLINE void each(int64_t n, bool together, F f) {
+    if (together) {
+#pragma omp parallel for schedule(dynamic)
+        for (int64_t i = 0; i < n; i++) f(i);
+    } else {
+        for (int64_t i = 0; i < n; i++) f(i);
+    }
+}
+
+void linear_int8(const LinearInt8<float, float>& call, bool together);
+void linear_int8(const LinearInt8<bf16, bf16>& call, bool together);
+void linear_int8(const LinearInt8<bf16, float>& call, bool together);
+
+// Rows of x are read past their end up to a multiple of this, and need no value there.
+constexpr int64_t STEP_INT8 = 4;
