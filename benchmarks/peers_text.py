@@ -5,8 +5,29 @@ from __future__ import annotations
 import peers_cpu
 import peers_torch
 
+from fastbert import SentenceEncoder
 from fastbert.bench import text
-from fastbert.bench.text import Pooled, TextEncoder, TextTask
+from fastbert.bench.peers import OURS
+from fastbert.bench.text import FastBert, Pooled, TextEncoder, TextTask
+from fastbert_kernels import cpu
+
+
+class FastBertInt8(FastBert):
+    """SentenceEncoder with linears in int8, on a CPU; strict, so that nothing else is timed in its name."""
+
+    name = f"{OURS} int8"
+
+    def __init__(self, task: TextTask) -> None:
+        super().__init__(task)
+        self.dtype = "int8"
+
+    def available(self) -> str | None:
+        return cpu.no_int8()
+
+    def load(self) -> None:
+        task = self.task
+        how = {"dtype": task.dtype, "device": task.device, "precision": "int8", "strict": True}
+        self.encoder = SentenceEncoder.from_pretrained(task.folder, **how)
 
 
 def text_encoders(task: TextTask) -> list[TextEncoder]:
@@ -14,4 +35,5 @@ def text_encoders(task: TextTask) -> list[TextEncoder]:
     engines = [*peers_torch.engines(task.device)]
     if task.device.type == "cpu":
         engines += peers_cpu.engines(task.source.dtype)
-    return [*text.text_encoders(task), *(Pooled(task, engine) for engine in engines)]
+    in_8_bits = [FastBertInt8(task)] if task.device.type == "cpu" and task.dtype == "bfloat16" else []
+    return [*text.text_encoders(task), *in_8_bits, *(Pooled(task, engine) for engine in engines)]

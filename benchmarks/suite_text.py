@@ -30,6 +30,7 @@ from fastbert.demo import fast_at_bfloat16
 SUITE = "text"
 THROUGHPUT, LATENCY = "throughput", "latency"
 N_TEXTS = {"cpu": 32, "cuda": 100_000}  # at most; there are some thousands
+N_TEXTS_LONG = {"cpu": 600, "cuda": 100_000}  # in runs of LONG_MINUTES and more
 DTYPES = {"cpu": ("float32", "bfloat16"), "cuda": ("bfloat16", "float16")}
 SETTINGS = ((THROUGHPUT, "docstrings", 2.0), (LATENCY, "short docstrings, one at a time", 1.0))  # and their weights
 # On a CPU a process each, which takes several seconds: in one dtype, and of what most would use.
@@ -51,7 +52,7 @@ def cases(device_type: str, model: Path | None = None, *, long: bool = False) ->
             dtype,
             device_type,
             ("text", "model"),
-            functools.partial(build, setting, dtype, model, long or device_type == "cpu"),
+            functools.partial(build, setting, dtype, model, long),
             setting=setting,
             weight=weight,
             keep=setting == THROUGHPUT,
@@ -62,8 +63,9 @@ def cases(device_type: str, model: Path | None = None, *, long: bool = False) ->
     ]
 
 
-def build(setting: str, dtype: str, model: Path | None, compiled: bool, device: torch.device) -> Built:
-    task, encoders = prepared(dtype, model, device)
+def build(setting: str, dtype: str, model: Path | None, long: bool, device: torch.device) -> Built:
+    compiled = long or device.type == "cpu"
+    task, encoders = prepared(dtype, model, device, (N_TEXTS_LONG if long else N_TEXTS)[device.type])
     texts = task.short_texts()
     peers: list[Peer] = []
     for encoder in encoders:
@@ -83,7 +85,7 @@ def build(setting: str, dtype: str, model: Path | None, compiled: bool, device: 
 
 
 @functools.lru_cache(maxsize=1)  # throughput and latency of one dtype use the same loaded models
-def prepared(dtype: str, model: Path | None, device: torch.device) -> tuple[TextTask, list[TextEncoder]]:
-    texts = spread(docstrings(), N_TEXTS[device.type])
+def prepared(dtype: str, model: Path | None, device: torch.device, n_texts: int) -> tuple[TextTask, list[TextEncoder]]:
+    texts = spread(docstrings(), n_texts)
     task = TextTask(models.text_model(model), texts, dtype=dtype, device=device)
     return task, text_encoders(task)
