@@ -105,7 +105,7 @@ class CpuEncoder:
     def weights(self, key: Any, make: Callable[[], Any]) -> Any:
         """What `make` made, the last time that the key changed."""
         kept = self._kept
-        if kept[0] is None or kept[0] != key:
+        if kept[0] != key:
             kept = self._kept = key, make()
         return kept[1]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import os
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastbert.bench import texts
+from fastbert_kernels import cpu
 
 GUARD = 64  # elements of guard band on either side
 INT_GUARD = 0x3FFFFFFF  # what guards integers: far outside any table
@@ -122,3 +124,34 @@ def operations_called(function: Callable[..., Any], tensors: Sequence[Tensor]) -
         function(*tensors)
     assert seen
     return seen
+
+
+def tokens_of_calls(monkeypatch: Any) -> list[int]:
+    """The number of tokens of each call of the C++ kernel for whole encoders, from now on."""
+    seen: list[int] = []
+    plain = cpu.encoder_forward
+
+    def note(*args: Any) -> Tensor:
+        seen.append(args[2].shape[0])
+        return plain(*args)
+
+    monkeypatch.setattr(cpu, "encoder_forward", note)
+    return seen
+
+
+def assert_same_in_threads(encode: Callable[[int], Tensor], n_threads: int, times: int) -> None:
+    """encode(seed) gives the same bits in n_threads threads at once, each with its seed, as it gave one by one."""
+    expected = [encode(seed) for seed in range(n_threads)]
+    wrong: list[int] = []
+
+    def work(seed: int) -> None:
+        for _ in range(times):
+            if not torch.equal(encode(seed), expected[seed]):
+                wrong.append(seed)
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(n_threads)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong

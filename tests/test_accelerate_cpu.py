@@ -17,7 +17,7 @@ from family_cases import KINDS
 from fastbert.adapters import counts, encoder_in
 from fastbert.families import FAMILIES
 from fastbert_kernels import cpu
-from helpers import assert_as_accurate, docstrings
+from helpers import assert_as_accurate, docstrings, tokens_of_calls
 
 pytestmark = pytest.mark.skipif(cpu.unavailable() is not None, reason=str(cpu.unavailable()))
 
@@ -28,16 +28,7 @@ MASK = (torch.arange(20) < torch.tensor([20, 7, 12])[:, None]).long()
 
 @pytest.fixture
 def runs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The number of tokens of each call of the kernel."""
-    seen: list[int] = []
-    plain = cpu.encoder_forward
-
-    def note(*args: Any) -> Tensor:
-        seen.append(args[2].shape[0])
-        return plain(*args)
-
-    monkeypatch.setattr(cpu, "encoder_forward", note)
-    return seen
+    return tokens_of_calls(monkeypatch)
 
 
 def make(model_type: str = "bert", name: str = "BertModel") -> Any:

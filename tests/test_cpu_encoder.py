@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import pickle
-import threading
 from typing import Any
 
 import pytest
@@ -14,7 +13,14 @@ from torch import Tensor, nn
 from fastbert import BertConfig, BertForTokenClassification, BertModel, SentenceEncoder, cpu_encoder
 from fastbert.explain import explain
 from fastbert_kernels import cpu
-from helpers import assert_as_accurate, cu_seqlens_of, docstrings, minilm_folder
+from helpers import (
+    assert_as_accurate,
+    assert_same_in_threads,
+    cu_seqlens_of,
+    docstrings,
+    minilm_folder,
+    tokens_of_calls,
+)
 
 pytestmark = pytest.mark.skipif(cpu.unavailable() is not None, reason=str(cpu.unavailable()))
 
@@ -48,16 +54,7 @@ def encode(model: BertModel, lengths: list[int], seed: int = 0) -> Tensor:
 
 @pytest.fixture
 def runs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The number of tokens of each call of the kernel."""
-    seen: list[int] = []
-    plain = cpu.encoder_forward
-
-    def note(*args: Any) -> Tensor:
-        seen.append(args[2].shape[0])
-        return plain(*args)
-
-    monkeypatch.setattr(cpu, "encoder_forward", note)
-    return seen
+    return tokens_of_calls(monkeypatch)
 
 
 def skip_without(dtype: torch.dtype) -> None:
@@ -221,20 +218,7 @@ def test_heads_and_copies(runs: list[int]) -> None:
 def test_threads_share_a_model() -> None:
     """Catches two threads in one workspace."""
     model = make()
-    expected = {seed: encode(model, [40, 9, 30], seed) for seed in range(8)}
-    wrong: list[int] = []
-
-    def work(seed: int) -> None:
-        for _ in range(20):
-            if not torch.equal(encode(model, [40, 9, 30], seed), expected[seed]):
-                wrong.append(seed)
-
-    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not wrong
+    assert_same_in_threads(lambda seed: encode(model, [40, 9, 30], seed), 8, 20)
 
 
 def test_workspaces_do_not_pile_up() -> None:

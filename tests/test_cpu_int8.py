@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import logging
 import pickle
-import threading
 from typing import Any
 
 import pytest
@@ -19,7 +18,16 @@ from fastbert.ops import dispatch
 from fastbert.ops.quantized import rotate
 from fastbert.verify import verify
 from fastbert_kernels import cpu
-from helpers import Outputs, assert_as_accurate, cu_seqlens_of, docstrings, guarded, minilm_folder, rms_error
+from helpers import (
+    Outputs,
+    assert_as_accurate,
+    assert_same_in_threads,
+    cu_seqlens_of,
+    docstrings,
+    guarded,
+    minilm_folder,
+    rms_error,
+)
 
 pytestmark = pytest.mark.skipif(cpu.no_int8() is not None, reason=str(cpu.no_int8()))
 
@@ -248,20 +256,7 @@ def test_follows_the_weights() -> None:
 def test_threads_share_a_model() -> None:
     """Two threads in one workspace."""
     model = make()
-    expected = {seed: encode(model, [40, 9, 30], seed) for seed in range(6)}
-    wrong: list[int] = []
-
-    def work(seed: int) -> None:
-        for _ in range(10):
-            if not torch.equal(encode(model, [40, 9, 30], seed), expected[seed]):
-                wrong.append(seed)
-
-    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(6)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not wrong
+    assert_same_in_threads(lambda seed: encode(model, [40, 9, 30], seed), 6, 10)
 
 
 def test_stands_aside_with_a_word(runs: list[int], caplog: pytest.LogCaptureFixture) -> None:

@@ -329,9 +329,9 @@ def varlen_attention(
             qkv, batch.cu_seqlens, batch.cu_seqlens_cpu, seq_ids, work_list, num_heads, scale, short_list
         )
     if backend == "cpu" and cpu_obstacle(head_size, qkv, dropout_p) is None:
-        plain = type(qkv) is torch.Tensor and not (torch.is_grad_enabled() and qkv.requires_grad)
-        direct = plain and not tracing and torch._C._len_torch_dispatch_stack() == 0
-        run = _compiled if direct else torch.ops.fastbert.cpu_attention  # less to go through, for a short text
+        run = (
+            _compiled if dispatch.direct(qkv) else torch.ops.fastbert.cpu_attention
+        )  # less to go through, for a short text
         return run(qkv, batch.cu_seqlens_cpu, num_heads, scale)
     if tracing and dropout_p == 0.0:
         return torch.ops.fastbert.grouped_attention(qkv, batch.cu_seqlens_cpu, num_heads, scale)

@@ -150,6 +150,13 @@ def dropout_obstacle(dropout_p: float) -> str | None:
     return f"dropout (p = {dropout_p}) has no Triton kernel yet" if dropout_p > 0.0 else None
 
 
+def direct(x: torch.Tensor) -> bool:
+    """Whether a C++ kernel may be given x's address: nobody traces, watches, or wants gradients of what comes of it."""
+    if torch.compiler.is_compiling() or type(x) is not torch.Tensor or torch._C._len_torch_dispatch_stack() > 0:
+        return False
+    return not (torch.is_grad_enabled() and x.requires_grad)
+
+
 def hidden_size_obstacle(hidden_size: int) -> str | None:
     """Why the row-wise kernels cannot take rows of this size, or None."""
     return f"hidden size {hidden_size} is above 4096" if hidden_size > 4096 else None

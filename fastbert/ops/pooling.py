@@ -86,9 +86,7 @@ def cpu_obstacle(dtype: torch.dtype) -> str | None:
 
 def _compiled(hidden: torch.Tensor, cu_seqlens: torch.Tensor, mode: str, out_dtype: torch.dtype) -> bool:
     """Whether the C++ kernel takes it: means in float32, without gradients or anyone who watches."""
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0 or type(hidden) is not torch.Tensor:
-        return False
-    if torch.is_grad_enabled() and hidden.requires_grad:
+    if not dispatch.direct(hidden):
         return False
     dtypes = out_dtype == torch.float32 and cu_seqlens.dtype == torch.int32
     return dtypes and mode in MEANS and cpu_obstacle(hidden.dtype) is None

@@ -146,6 +146,10 @@ def _function(name: str, dtype: torch.dtype) -> Any:
     return getattr(_load()[0], f"fastbert_{name}_{str(dtype).removeprefix('torch.')}")
 
 
+def _address(tensor: torch.Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
 def empty(shape: tuple[int, ...], *, like: torch.Tensor) -> torch.Tensor:
     """What a kernel writes its output to."""
     return torch.empty(shape, dtype=like.dtype)
@@ -220,15 +224,11 @@ def linear_forward(
     """
     out = empty((x.shape[0], n_columns), like=x)
     _function("linear", x.dtype)(
-        x.data_ptr(), x.stride(0), packed.data_ptr(), None if bias is None else bias.data_ptr(),
-        None if residual is None else residual.data_ptr(), 0 if residual is None else residual.stride(0),
+        x.data_ptr(), x.stride(0), packed.data_ptr(), _address(bias),
+        _address(residual), 0 if residual is None else residual.stride(0),
         out.data_ptr(), n_columns, x.shape[0], x.shape[1], n_columns, ACTIVATIONS[activation],
     )  # fmt: skip
     return out
-
-
-def _address(tensor: torch.Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
 
 
 @dataclass(frozen=True)
@@ -339,7 +339,7 @@ def linear_int8_forward(
     out = empty((n_rows, n_columns), like=affine.new_empty(0, dtype=dtype))
     _function("linear_int8", dtype)(
         q.data_ptr(), q.stride(0), affine.data_ptr(), weight.packed.data_ptr(), weight.columns.data_ptr(),
-        None if residual is None else residual.data_ptr(), 0 if residual is None else residual.stride(0),
+        _address(residual), 0 if residual is None else residual.stride(0),
         out.data_ptr(), n_columns, n_rows, k, n_columns, ACTIVATIONS[activation],
     )  # fmt: skip
     return out
