@@ -21,7 +21,7 @@ INLINE vf gelu(vf x) {
     return max(x, vf{}) - 0.5f * size * exp2<true>(q * t);
 }
 
-// The same to 1e-6, for what is rounded to 8 bits: a polynomial of degree 5.
+// The same to 1e-6, for what is rounded to bfloat16 or 8 bits: a polynomial of degree 5.
 INLINE vf gelu_to_8_bits(vf x) {
     vf t = min(abs(x) * 0.70710678f, splat(5.0f));
     vf q = splat(-2.7611228e-03f) * t + 2.8794874e-02f;
@@ -37,9 +37,11 @@ INLINE vf gelu_tanh(vf x) {
     return x / (1.0f + exp2<true>(min(u * -2.8853901f, splat(127.0f))));
 }
 
+// T: what the result is rounded to.
+template <typename T>
 INLINE vf activate(vf x, int64_t activation) {
     switch (activation) {
-        case GELU: return gelu(x);
+        case GELU: return sizeof(T) == sizeof(float) ? gelu(x) : gelu_to_8_bits(x);
         case GELU_TANH: return gelu_tanh(x);
         case RELU: return x < 0.0f ? vf{} : x;
         default: return x;

@@ -25,10 +25,6 @@ constexpr int64_t CHUNK = 32 * ROWS;
 constexpr int64_t PIECE = 128;  // the longest chain of sums over values, so that its rounding does not grow with L
 constexpr float LOG2_E = 1.44269504f;
 
-struct Task {
-    int64_t first, length, chunk;  // a sequence, and its queries from chunk on
-};
-
 struct Scratch {
     float *keys, *values, *queries, *scores;
 };
@@ -119,7 +115,7 @@ INLINE float softmax(float* scores, int64_t length, int64_t padded) {
 }
 
 template <typename T, typename O>
-INLINE void run(const T* qkv, T* out, const Heads& shape, const Task& task, int64_t head, const Scratch& scratch) {
+INLINE void run(const T* qkv, T* out, const Heads& shape, const AttentionPlan::Task& task, int64_t head, const Scratch& scratch) {
     typedef typename O::E E;
     constexpr bool PAIRS = O::SIZE == 2;
     const int64_t size = shape.head_size, width = shape.n_heads * size, length = task.length;
@@ -155,61 +151,70 @@ INLINE void run(const T* qkv, T* out, const Heads& shape, const Task& task, int6
 }
 
 template <typename T, typename O>
-int run_all(const T* qkv, int64_t n_rows, const int32_t* cu_seqlens, int64_t n_seqs, T* out, const Heads& shape) {
-    int64_t n_tasks = 0, longest = 0;
-    if (n_seqs < 0 || cu_seqlens[0] != 0) return 2;
+void run_all(const T* qkv, T* out, const Heads& shape, const AttentionPlan& plan, const Team& team) {
+    const int64_t size = shape.head_size, n_heads = shape.n_heads, n_tasks = plan.n_tasks * n_heads;
+    float* memory = plan.scratch(team.id);
+    const Scratch scratch = {memory, memory + plan.padded * size, memory + 2 * plan.padded * size,
+                             memory + 2 * plan.padded * size + ROWS * size};
+    team.each(n_tasks + plan.n_rows - plan.n_tokens, [&](int64_t i) {
+        if (i < n_tasks)
+            run<T, O>(qkv, out, shape, plan.tasks[i / n_heads], i % n_heads, scratch);
+        else  // a row that no sequence has
+            memset(out + (plan.n_tokens + i - n_tasks) * shape.out_stride, 0, n_heads * size * sizeof(T));
+    });
+}
+
+}  // namespace
+
+AttentionPlan::AttentionPlan(const int32_t* cu_seqlens, int64_t n_seqs, int64_t n_rows, int64_t head_size)
+    : n_rows(n_rows), status(2) {
+    int64_t longest = 0;
+    if (n_seqs < 0 || cu_seqlens[0] != 0) return;
     for (int64_t b = 0; b < n_seqs; b++) {
         const int64_t length = (int64_t)cu_seqlens[b + 1] - cu_seqlens[b];
-        if (length < 0 || cu_seqlens[b + 1] > n_rows) return 2;
+        if (length < 0 || cu_seqlens[b + 1] > n_rows) return;
         n_tasks += over(length, CHUNK);
         longest = length > longest ? length : longest;
     }
-    for (int64_t row = cu_seqlens[n_seqs]; row < n_rows; row++)
-        memset(out + row * shape.out_stride, 0, shape.n_heads * shape.head_size * sizeof(T));
-    if (n_tasks == 0) return 0;
-    Task* tasks = (Task*)malloc(n_tasks * sizeof(Task));
-    if (tasks == NULL) return 1;
+    n_tokens = cu_seqlens[n_seqs];
+    padded = up(longest, VL);
+    scratch_size = up(2 * padded * head_size + ROWS * (head_size + padded), 64 / sizeof(float));
+    status = 0;
+    if (n_tasks == 0) return;
+    tasks = (Task*)malloc(n_tasks * sizeof(Task));
+    memory = (float*)aligned_alloc(64, omp_get_max_threads() * scratch_size * sizeof(float));
+    status = tasks == NULL || memory == NULL;
+    if (status != 0) return;
     Task* task = tasks;
     for (int64_t b = 0; b < n_seqs; b++) {
         const int64_t first = cu_seqlens[b], length = cu_seqlens[b + 1] - first;
         for (int64_t chunk = 0; chunk < length; chunk += CHUNK) *task++ = {first, length, chunk};
     }
-    const int64_t padded = up(longest, VL), size = shape.head_size;
-    int failed = 0;
-#pragma omp parallel reduction(| : failed)
-    {
-        float* memory = (float*)aligned_alloc(64, up((2 * padded * size + ROWS * (size + padded)) * sizeof(float), 64));
-        const Scratch scratch = {memory, memory + padded * size, memory + 2 * padded * size,
-                                 memory + 2 * padded * size + ROWS * size};
-        failed |= memory == NULL;
-#pragma omp for schedule(dynamic)
-        for (int64_t i = 0; i < n_tasks * shape.n_heads; i++)
-            if (memory != NULL)
-                run<T, O>(qkv, out, shape, tasks[i / shape.n_heads], i % shape.n_heads, scratch);
-        free(memory);
-    }
+}
+
+AttentionPlan::~AttentionPlan() {
     free(tasks);
-    return failed;
+    free(memory);
 }
 
-}  // namespace
-
-int attention(const float* qkv, int64_t n_rows, const int32_t* cu_seqlens, int64_t n_seqs, float* out, const Heads& heads) {
-    return run_all<float, Floats>(qkv, n_rows, cu_seqlens, n_seqs, out, heads);
+void attention(const float* qkv, float* out, const Heads& heads, const AttentionPlan& plan, const Team& team) {
+    run_all<float, Floats>(qkv, out, heads, plan, team);
 }
 
-int attention(const bf16* qkv, int64_t n_rows, const int32_t* cu_seqlens, int64_t n_seqs, bf16* out, const Heads& heads) {
-    return run_all<bf16, BFloat16Operands>(qkv, n_rows, cu_seqlens, n_seqs, out, heads);
+void attention(const bf16* qkv, bf16* out, const Heads& heads, const AttentionPlan& plan, const Team& team) {
+    run_all<bf16, BFloat16Operands>(qkv, out, heads, plan, team);
 }
 
-EXPORT int fastbert_attention_float32(const float* qkv, int64_t row_stride, int64_t n_rows, const int32_t* cu_seqlens,
-                                      int64_t n_seqs, int64_t n_heads, int64_t head_size, float scale, float* out,
-                                      int64_t out_stride) {
-    return attention(qkv, n_rows, cu_seqlens, n_seqs, out, {row_stride, n_heads, head_size, out_stride, scale});
-}
+#define ATTENTION(name, T)                                                                                            \
+    EXPORT int name(const T* qkv, int64_t row_stride, int64_t n_rows, const int32_t* cu_seqlens, int64_t n_seqs,       \
+                    int64_t n_heads, int64_t head_size, float scale, T* out, int64_t out_stride) {                     \
+        const AttentionPlan plan(cu_seqlens, n_seqs, n_rows, head_size);                                               \
+        if (plan.status != 0) return plan.status;                                                                      \
+        in_parallel([&](const Team& team) {                                                                            \
+            attention(qkv, out, {row_stride, n_heads, head_size, out_stride, scale}, plan, team);                      \
+        });                                                                                                            \
+        return 0;                                                                                                      \
+    }
 
-EXPORT int fastbert_attention_bfloat16(const bf16* qkv, int64_t row_stride, int64_t n_rows, const int32_t* cu_seqlens,
-                                       int64_t n_seqs, int64_t n_heads, int64_t head_size, float scale, bf16* out,
-                                       int64_t out_stride) {
-    return attention(qkv, n_rows, cu_seqlens, n_seqs, out, {row_stride, n_heads, head_size, out_stride, scale});
-}
+ATTENTION(fastbert_attention_float32, float)
+ATTENTION(fastbert_attention_bfloat16, bf16)

@@ -1,14 +1,33 @@
 // What attention.cpp offers to the other kernels.
 #pragma once
 
-#include "vector.h"
+#include "team.h"
 
 struct Heads {
     int64_t row_stride, n_heads, head_size, out_stride;  // of qkv and out, in elements
     float scale;
 };
 
-// qkv: (n_rows, 3 * N * D), cu_seqlens: (n_seqs + 1,) -> out: (n_rows, N * D); see attention.cpp. 0, or 1 where there is
-// too little memory, or 2 where cu_seqlens does not go from 0 to at most n_rows.
-int attention(const float* qkv, int64_t n_rows, const int32_t* cu_seqlens, int64_t n_seqs, float* out, const Heads& heads);
-int attention(const bf16* qkv, int64_t n_rows, const int32_t* cu_seqlens, int64_t n_seqs, bf16* out, const Heads& heads);
+// What attention does with one batch, in whichever layer: its tasks, and memory for each thread.
+class AttentionPlan {
+   public:
+    struct Task {
+        int64_t first, length, chunk;  // a sequence, and its queries from chunk on
+    };
+    Task* tasks = NULL;
+    int64_t n_tasks = 0, n_tokens = 0, n_rows, padded = 0;  // padded: the longest sequence, in whole vectors
+    int status;  // 0, or 1 where there is too little memory, or 2 where cu_seqlens does not go from 0 to at most n_rows
+
+    AttentionPlan(const int32_t* cu_seqlens, int64_t n_seqs, int64_t n_rows, int64_t head_size);
+    ~AttentionPlan();
+    AttentionPlan(const AttentionPlan&) = delete;
+    float* scratch(int thread) const { return memory + thread * scratch_size; }
+
+   private:
+    float* memory = NULL;
+    int64_t scratch_size = 0;
+};
+
+// qkv: (n_rows, 3 * N * D) -> out: (n_rows, N * D); see attention.cpp. The plan's status is 0.
+void attention(const float* qkv, float* out, const Heads& heads, const AttentionPlan& plan, const Team& team);
+void attention(const bf16* qkv, bf16* out, const Heads& heads, const AttentionPlan& plan, const Team& team);

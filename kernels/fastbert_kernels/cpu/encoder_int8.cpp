@@ -6,9 +6,6 @@
 // All but attention works on each row for itself, so a thread takes a chunk of rows from attention's result to the next
 // layer's query, key and value. What lies between stays in its cache, and a layer costs two waits for the other threads.
 // Few rows make too few chunks: then all threads work on the linears of a single one.
-#include <omp.h>
-#include <stdlib.h>
-
 #include "attention.h"
 #include "layer_norm.h"
 #include "quantize.h"
@@ -90,8 +87,8 @@ struct Scratch {
 template <typename T>
 struct Encoder {
     const Sizes& sizes;
-    const Chunks<T>& chunks;
     T *qkv, *context;
+    const Team& team;  // of a chunk: one thread, or all
 
     // out[n] = activation(q W^T + bias) + residual, of the rows that scratch holds.
     template <typename O>
@@ -99,15 +96,15 @@ struct Encoder {
                 int64_t activation) const {
         linear_int8(LinearInt8<T, O>{s.q, s.affine, w.packed, w.columns, residual, out, lines(k), columns, columns, n, k,
                                      columns, activation},
-                    chunks.together);
+                    team);
     }
 
     // Rows of floats, (n, H), through LayerNorm into out, and quantised into scratch.
     template <typename Read>
     void norm(const Scratch<T>& s, Read read, const T* weight, const T* bias, T* out, int64_t n, bool quantised) const {
         const int64_t h = sizes.hidden;
-        each(n, chunks.together, [=](int64_t r) {
-            float row[MAX_HIDDEN];
+        float row[MAX_HIDDEN];
+        team.share(n, [&](int64_t r) {
             normalize([&](int64_t j) { return read(r, j); }, out + r * h, weight, bias, h, sizes.eps, row);
             if (quantised) s.affine[r] = quantize_rotated(row, h, s.q + r * lines(h));
         });
@@ -115,8 +112,8 @@ struct Encoder {
 
     void quantize_rows(const Scratch<T>& s, const T* x, int64_t n) const {
         const int64_t h = sizes.hidden;
-        each(n, chunks.together, [=](int64_t r) {
-            float row[MAX_HIDDEN];
+        float row[MAX_HIDDEN];
+        team.share(n, [&](int64_t r) {
             for (int64_t j = 0; j < h; j += VL) store(row + j, to_floats(x + r * h + j));
             s.affine[r] = quantize_rotated(row, h, s.q + r * lines(h));
         });
@@ -131,8 +128,8 @@ struct Encoder {
         linear(s, layer.out, x + first * h, s.sum, n, h, h, NONE);
         norm(s, read, layer.norm, layer.norm_bias, s.a, n, true);
         linear(s, layer.up, (const T*)NULL, s.up, n, h, inner, sizes.activation);
-        each(n, chunks.together,
-             [=](int64_t r) { s.affine[r] = quantize(s.up + r * inner, inner, s.q + r * lines(inner)); });
+        team.share(n,
+             [&](int64_t r) { s.affine[r] = quantize(s.up + r * inner, inner, s.q + r * lines(inner)); });
         linear(s, layer.down, s.a, s.sum, n, inner, h, NONE);
         norm(s, read, layer.last_norm, layer.last_norm_bias, y + first * h, n, next != NULL);
         if (next != NULL) project(s, *next, first, n);
@@ -144,18 +141,17 @@ struct Encoder {
     }
 };
 
-// f(scratch, first row, number of rows) for every chunk.
+// f(encoder, scratch, first row, number of rows) for every chunk, by one thread or by all together.
 template <typename T, typename F>
-INLINE void each_chunk(const Chunks<T>& chunks, const Sizes& sizes, char* memory, F f) {
-    const int64_t bytes = chunks.bytes(sizes);
-    if (chunks.together) return f(Scratch<T>(memory, chunks, sizes), (int64_t)0, sizes.n_rows);
-#pragma omp parallel num_threads((int)chunks.n_threads)
-    {
-        const Scratch<T> scratch(memory + omp_get_thread_num() * bytes, chunks, sizes);
-#pragma omp for schedule(dynamic)
-        for (int64_t i = 0; i < chunks.n; i++)
-            f(scratch, i * chunks.size, least(chunks.size, sizes.n_rows - i * chunks.size));
-    }
+INLINE void each_chunk(const Chunks<T>& chunks, const Sizes& sizes, char* memory, T* qkv, T* context, const Team& team, F f) {
+    if (chunks.together)
+        return f(Encoder<T>{sizes, qkv, context, team}, Scratch<T>(memory, chunks, sizes), (int64_t)0, sizes.n_rows);
+    const Team alone;
+    const Encoder<T> encoder = {sizes, qkv, context, alone};
+    const Scratch<T> scratch(memory + team.id * chunks.bytes(sizes), chunks, sizes);
+    team.each(chunks.n, [&](int64_t i) {
+        f(encoder, scratch, i * chunks.size, least(chunks.size, sizes.n_rows - i * chunks.size));
+    });
 }
 
 template <typename T>
@@ -176,30 +172,34 @@ int encode(const int64_t* ids, const int64_t* types, const int64_t* positions, c
     workspace = (char*)lines((int64_t)workspace);
     T *qkv = (T*)workspace, *context = qkv + t * 3 * h;
     char* memory = workspace + lines(t * 4 * h * sizeof(T));
-    const Encoder<T> encoder = {sizes, chunks, qkv, context};
     const bool some = sizes.n_layers > 0;
-    each_chunk(chunks, sizes, memory, [&](const Scratch<T>& s, int64_t first, int64_t n) {
-        if (ids != NULL) {
-            const auto total = [&](int64_t r, int64_t j) {
-                const T *a = embeddings[0] + ids[first + r] * h, *b = embeddings[2] + positions[first + r] * h;
-                const vf both = to_floats(a + j) + to_floats(b + j);
-                return embeddings[1] == NULL ? both : both + to_floats(embeddings[1] + types[first + r] * h + j);
-            };
-            encoder.norm(s, total, embeddings[3], embeddings[4], x + first * h, n, some);
-        } else if (some) {
-            encoder.quantize_rows(s, x + first * h, n);
-        }
-        if (some) encoder.project(s, layers[0], first, n);
-    });
-    const float scale = 1.0f / sqrtf((float)(h / sizes.n_heads));
-    for (int64_t i = 0; i < sizes.n_layers; i++, x += step) {
-        const int status = attention(qkv, t, cu_seqlens, n_seqs, context, {3 * h, sizes.n_heads, h / sizes.n_heads, h, scale});
-        if (status != 0) return status;
-        const Layer<T>* next = i + 1 < sizes.n_layers ? layers + i + 1 : NULL;
-        each_chunk(chunks, sizes, memory, [&](const Scratch<T>& s, int64_t first, int64_t n) {
-            encoder.rest(s, layers[i], next, x, x + step, first, n);
+    const AttentionPlan plan(cu_seqlens, n_seqs, t, h / sizes.n_heads);
+    if (plan.status != 0) return plan.status;
+    const Heads heads = {3 * h, sizes.n_heads, h / sizes.n_heads, h, 1.0f / sqrtf((float)(h / sizes.n_heads))};
+    in_parallel([&](const Team& team) {
+        const auto in_chunks = [&](auto f) { each_chunk(chunks, sizes, memory, qkv, context, team, f); };
+        in_chunks([&](const Encoder<T>& encoder, const Scratch<T>& s, int64_t first, int64_t n) {
+            if (ids != NULL) {
+                const auto total = [&](int64_t r, int64_t j) {
+                    const T *a = embeddings[0] + ids[first + r] * h, *b = embeddings[2] + positions[first + r] * h;
+                    const vf both = to_floats(a + j) + to_floats(b + j);
+                    return embeddings[1] == NULL ? both : both + to_floats(embeddings[1] + types[first + r] * h + j);
+                };
+                encoder.norm(s, total, embeddings[3], embeddings[4], x + first * h, n, some);
+            } else if (some) {
+                encoder.quantize_rows(s, x + first * h, n);
+            }
+            if (some) encoder.project(s, layers[0], first, n);
         });
-    }
+        T* state = x;
+        for (int64_t i = 0; i < sizes.n_layers; i++, state += step) {
+            attention(qkv, context, heads, plan, team);
+            const Layer<T>* next = i + 1 < sizes.n_layers ? layers + i + 1 : NULL;
+            in_chunks([&](const Encoder<T>& encoder, const Scratch<T>& s, int64_t first, int64_t n) {
+                encoder.rest(s, layers[i], next, state, state + step, first, n);
+            });
+        }
+    });
     return 0;
 }
 

@@ -9,85 +9,111 @@
 // A tile is ROWS x COLUMNS of out: sums in registers, over a PIECE of K at a time. Each piece is added to those before it,
 // so that rounding errors grow with K / PIECE + PIECE, not with K: a library that keeps one chain of sums for all of K is
 // less exact. A task is a few row blocks by a few panels, whose weights stay in the L2 cache.
+//
+// The threads of a team (team.h) take the tasks.
 // FLOPs: 2 T K M. Bytes, at least: those of x, weight and out, once.
 #include "linear.h"
 
 #include "activations.h"
-
-#include <omp.h>
 
 namespace {
 
 constexpr int VECTORS = VL == 16 ? 3 : 2;
 constexpr int COLUMNS = VECTORS * VL;
 constexpr int ROWS = VL == 16 ? 8 : 6;
-constexpr int64_t PIECE = 128;
+constexpr int64_t PIECE = 128;  // of float32; bfloat16 is less exact than any chain of its products
+constexpr int AHEAD = 40;        // steps of K: few rows wait for weights that no cache near them holds
+constexpr int ANY = -1;         // an activation that is known at run time only
 constexpr int64_t PANEL_BYTES = 1 << 18, ROW_BYTES = 1 << 17;  // of a task's weights and rows
 constexpr int64_t TASKS = 4;                                    // at least, for each thread
 
 // What follows the product. n_of(j): how many columns of vector j are there, VL or more for all of them.
-template <typename T, int R, typename N>
+template <typename T, int A, int R, typename N>
 INLINE void finish(const Linear<T>& call, const vf (&sums)[R][VECTORS], int64_t row, int64_t column, N n_of) {
     for (int j = 0; j < VECTORS; j++, column += VL) {
         const int64_t n = n_of(j);
         const vf bias = call.bias == NULL ? vf{} : to_floats(call.bias + column, n);
         for (int i = 0; i < R; i++) {
-            vf y = activate(sums[i][j] + bias, call.activation);
+            vf y = activate<T>(sums[i][j] + bias, A == ANY ? call.activation : A);
             if (call.residual != NULL) y += to_floats(call.residual + (row + i) * call.residual_stride + column, n);
             from_floats(call.out + (row + i) * call.out_stride + column, y, n);
         }
     }
 }
 
-template <typename T, typename O, int R>
+// What `finish` reads and writes comes into the cache while the tile is multiplied.
+template <typename T, int R>
+INLINE void fetch_ends(const Linear<T>& call, int64_t row, int64_t column) {
+    constexpr int64_t LINE = 64 / sizeof(T);
+    for (int i = 0; i < R; i++)
+        for (int64_t j = 0; j < COLUMNS; j += LINE) {
+            __builtin_prefetch(call.out + (row + i) * call.out_stride + column + j, 1);
+            if (call.residual != NULL) __builtin_prefetch(call.residual + (row + i) * call.residual_stride + column + j);
+        }
+}
+
+template <typename T, typename O, int A, int R>
 void tile(const Linear<T>& call, int64_t row, int64_t panel) {
     typedef typename O::E E;
     const int64_t depth = over(call.k_size, O::SIZE);
     const E* weight = (const E*)call.weight + panel * COLUMNS * depth;
+    const int64_t piece = O::SIZE == 1 ? PIECE : depth;
+    const E* x[R];
+    for (int i = 0; i < R; i++) x[i] = (const E*)(call.x + (row + i) * call.x_stride);
+    fetch_ends<T, R>(call, row, panel * COLUMNS);
     vf sums[R][VECTORS];
-    for (int64_t start = 0; start == 0 || start < depth; start += PIECE) {
-        const E* x[R];
-        for (int i = 0; i < R; i++) x[i] = (const E*)(call.x + (row + i) * call.x_stride) + start;
+    for (int64_t start = 0; start == 0 || start < depth; start += piece) {
         vf part[R][VECTORS] = {};
-        products<R, VECTORS, O>(part, x, weight + start * COLUMNS, least(depth - start, PIECE), COLUMNS, VL);
+        products<R, VECTORS, O, AHEAD>(part, x, weight + start * COLUMNS, least(depth - start, piece), COLUMNS, VL);
+        for (int i = 0; i < R; i++) x[i] += piece;
         for (int i = 0; i < R; i++)
             for (int j = 0; j < VECTORS; j++) sums[i][j] = start == 0 ? part[i][j] : sums[i][j] + part[i][j];
     }
     const int64_t column = panel * COLUMNS, left = call.n_columns - column;
     if (left >= COLUMNS)
-        finish<T, R>(call, sums, row, column, [](int) { return VL; });
+        finish<T, A, R>(call, sums, row, column, [](int) { return VL; });
     else
-        finish<T, R>(call, sums, row, column, [left](int j) { return left - j * VL; });
+        finish<T, A, R>(call, sums, row, column, [left](int j) { return left - j * VL; });
 }
 
 INLINE int64_t at_least_1(int64_t n) { return n < 1 ? 1 : n; }
 
-template <typename T, typename O>
-void run(const Linear<T>& call) {
-    typedef void (*Tile)(const Linear<T>&, int64_t, int64_t);
-    static const Tile tiles[] = {
-        NULL, tile<T, O, 1>, tile<T, O, 2>, tile<T, O, 3>, tile<T, O, 4>, tile<T, O, 5>, tile<T, O, 6>,
+template <typename T>
+using Tile = void (*)(const Linear<T>&, int64_t, int64_t);
+
+// By number of rows.
+template <typename T, typename O, int A>
+const Tile<T>* tiles_with() {
+    static const Tile<T> tiles[] = {
+        NULL, tile<T, O, A, 1>, tile<T, O, A, 2>, tile<T, O, A, 3>, tile<T, O, A, 4>, tile<T, O, A, 5>, tile<T, O, A, 6>,
 #if VL == 16
-        tile<T, O, 7>, tile<T, O, 8>,
+        tile<T, O, A, 7>, tile<T, O, A, 8>,
 #endif
     };
+    return tiles;
+}
+
+template <typename T, typename O>
+void run(const Linear<T>& call, const Team& team) {
+    const Tile<T>* tiles = call.activation == NONE   ? tiles_with<T, O, NONE>()
+                           : call.activation == GELU ? tiles_with<T, O, GELU>()
+                                                     : tiles_with<T, O, ANY>();
     const int64_t n_blocks = over(call.n_rows, ROWS), n_panels = over(call.n_columns, COLUMNS);
     const int64_t k_bytes = at_least_1(call.k_size * sizeof(T));
     int64_t panels = at_least_1(PANEL_BYTES / (COLUMNS * k_bytes)), blocks = at_least_1(ROW_BYTES / (ROWS * k_bytes));
-    const int64_t wanted = TASKS * omp_get_max_threads();
+    const int64_t wanted = TASKS * team.size;
     while (over(n_panels, panels) * over(n_blocks, blocks) < wanted && (panels > 1 || blocks > 1))
         (panels == 1 || (blocks > 1 && blocks * ROWS >= panels * COLUMNS) ? blocks : panels) /= 2;
     const int64_t n_across = over(n_panels, panels), n_down = over(n_blocks, blocks);
     panels = over(n_panels, at_least_1(n_across));  // of equal size
     blocks = over(n_blocks, at_least_1(n_down));
-#pragma omp parallel for schedule(dynamic)
-    for (int64_t task = 0; task < n_across * n_down; task++) {
+    team.each(n_across * n_down, [&](int64_t task) {
         const int64_t first_block = task % n_down * blocks, first_panel = task / n_down * panels;
         for (int64_t b = first_block; b < least(first_block + blocks, n_blocks); b++) {
-            const Tile run_tile = tiles[least(call.n_rows - b * ROWS, ROWS)];
+            const Tile<T> run_tile = tiles[least(call.n_rows - b * ROWS, ROWS)];
             for (int64_t p = first_panel; p < least(first_panel + panels, n_panels); p++) run_tile(call, b * ROWS, p);
         }
-    }
+    });
 }
 
 template <typename T, typename O>
@@ -106,10 +132,10 @@ void pack(const T* weight, int64_t stride, int64_t n_columns, int64_t k_size, T*
 
 }  // namespace
 
-void linear(const Linear<float>& call) { run<float, Floats>(call); }
+void linear(const Linear<float>& call, const Team& team) { run<float, Floats>(call, team); }
 
 #ifdef __AVX512BF16__
-void linear(const Linear<bf16>& call) { run<bf16, Pairs>(call); }
+void linear(const Linear<bf16>& call, const Team& team) { run<bf16, Pairs>(call, team); }
 #endif
 
 // The number of elements in a packed weight.
@@ -117,28 +143,22 @@ EXPORT int64_t fastbert_packed_size(int64_t n_columns, int64_t k_size) {
     return over(n_columns, COLUMNS) * COLUMNS * over(k_size, 2) * 2;
 }
 
-EXPORT void fastbert_pack_float32(const float* weight, int64_t stride, int64_t n_columns, int64_t k_size, float* packed) {
-    pack<float, Floats>(weight, stride, n_columns, k_size, packed);
-}
+// weight: (n_columns, k_size); activation: one of enum Activation. Strides in elements; the last axis is contiguous.
+// k_size is even in bfloat16.
+#define LINEAR(dtype, T, O)                                                                                             \
+    EXPORT void fastbert_pack_##dtype(const T* weight, int64_t stride, int64_t n_columns, int64_t k_size, T* packed) {   \
+        pack<T, O>(weight, stride, n_columns, k_size, packed);                                                           \
+    }                                                                                                                    \
+    EXPORT void fastbert_linear_##dtype(const T* x, int64_t x_stride, const T* weight, const T* bias, const T* residual, \
+                                        int64_t residual_stride, T* out, int64_t out_stride, int64_t n_rows,             \
+                                        int64_t k_size, int64_t n_columns, int64_t activation) {                         \
+        in_parallel([&](const Team& team) {                                                                              \
+            linear(Linear<T>{x, weight, bias, residual, out, x_stride, residual_stride, out_stride, n_rows, k_size,      \
+                             n_columns, activation}, team);                                                              \
+        });                                                                                                              \
+    }
 
-// activation: one of enum Activation. Strides in elements; the last axis is contiguous.
-EXPORT void fastbert_linear_float32(const float* x, int64_t x_stride, const float* weight, const float* bias,
-                                    const float* residual, int64_t residual_stride, float* out, int64_t out_stride,
-                                    int64_t n_rows, int64_t k_size, int64_t n_columns, int64_t activation) {
-    linear(Linear<float>{x, weight, bias, residual, out, x_stride, residual_stride, out_stride, n_rows, k_size, n_columns,
-                         activation});
-}
-
+LINEAR(float32, float, Floats)
 #ifdef __AVX512BF16__
-EXPORT void fastbert_pack_bfloat16(const bf16* weight, int64_t stride, int64_t n_columns, int64_t k_size, bf16* packed) {
-    pack<bf16, Pairs>(weight, stride, n_columns, k_size, packed);
-}
-
-// As fastbert_linear_float32; k_size even.
-EXPORT void fastbert_linear_bfloat16(const bf16* x, int64_t x_stride, const bf16* weight, const bf16* bias,
-                                     const bf16* residual, int64_t residual_stride, bf16* out, int64_t out_stride,
-                                     int64_t n_rows, int64_t k_size, int64_t n_columns, int64_t activation) {
-    linear(Linear<bf16>{x, weight, bias, residual, out, x_stride, residual_stride, out_stride, n_rows, k_size, n_columns,
-                        activation});
-}
+LINEAR(bfloat16, bf16, Pairs)
 #endif

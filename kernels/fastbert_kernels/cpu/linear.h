@@ -1,7 +1,7 @@
 // What linear.cpp offers to the other kernels.
 #pragma once
 
-#include "vector.h"
+#include "team.h"
 
 enum Activation { NONE, GELU, GELU_TANH, RELU };
 
@@ -15,5 +15,5 @@ struct Linear {
     int64_t activation;
 };
 
-void linear(const Linear<float>& call);
-void linear(const Linear<bf16>& call);  // where the processor multiplies bfloat16
+void linear(const Linear<float>& call, const Team& team);
+void linear(const Linear<bf16>& call, const Team& team);  // where the processor multiplies bfloat16

@@ -78,12 +78,12 @@ void tile(const LinearInt8<T, O>& call, int64_t row, int64_t panel) {
 }
 
 template <typename T, typename O>
-void run(const LinearInt8<T, O>& call, bool together) {
+void run(const LinearInt8<T, O>& call, const Team& team) {
     typedef void (*Tile)(const LinearInt8<T, O>&, int64_t, int64_t);
     static const Tile tiles[] = {NULL, tile<1, T, O>, tile<2, T, O>, tile<3, T, O>, tile<4, T, O>,
                                  tile<5, T, O>, tile<6, T, O>, tile<7, T, O>, tile<8, T, O>};
     const int64_t n_blocks = over(call.n_rows, ROWS), n_groups = over(n_blocks, GROUP);
-    each(over(call.n_columns, COLUMNS) * n_groups, together, [&](int64_t task) {
+    team.each(over(call.n_columns, COLUMNS) * n_groups, [&](int64_t task) {
         const int64_t panel = task / n_groups, first = task % n_groups * GROUP;
         for (int64_t b = first; b < least(first + GROUP, n_blocks); b++)
             tiles[least(call.n_rows - b * ROWS, ROWS)](call, b * ROWS, panel);
@@ -92,9 +92,9 @@ void run(const LinearInt8<T, O>& call, bool together) {
 
 template <typename T>
 void quantize_all(const T* x, int64_t stride, int64_t n_rows, int64_t n, bool rotated, uint8_t* q, int64_t q_stride,
-                  Affine* affine) {
-    each(n_rows, true, [=](int64_t r) {
-        float row[MAX_ROTATED];
+                  Affine* affine, const Team& team) {
+    float row[MAX_ROTATED];
+    team.share(n_rows, [&](int64_t r) {
         if (rotated) {
             for (int64_t j = 0; j < n; j += VL) store(row + j, to_floats(x + r * stride + j));
             affine[r] = quantize_rotated(row, n, q + r * q_stride);
@@ -106,9 +106,9 @@ void quantize_all(const T* x, int64_t stride, int64_t n_rows, int64_t n, bool ro
 
 }  // namespace
 
-void linear_int8(const LinearInt8<float, float>& call, bool together) { run(call, together); }
-void linear_int8(const LinearInt8<bf16, bf16>& call, bool together) { run(call, together); }
-void linear_int8(const LinearInt8<bf16, float>& call, bool together) { run(call, together); }
+void linear_int8(const LinearInt8<float, float>& call, const Team& team) { run(call, team); }
+void linear_int8(const LinearInt8<bf16, bf16>& call, const Team& team) { run(call, team); }
+void linear_int8(const LinearInt8<bf16, float>& call, const Team& team) { run(call, team); }
 
 // The number of elements in a packed weight.
 EXPORT int64_t fastbert_packed_size_int8(int64_t n_columns, int64_t k_size) {
@@ -121,7 +121,8 @@ EXPORT int64_t fastbert_padded_columns_int8(int64_t n_columns) { return over(n_c
 // weight: (n_columns, k_size), contiguous.
 EXPORT void fastbert_pack_int8(const int8_t* weight, int64_t n_columns, int64_t k_size, int8_t* packed) {
     const int64_t padded = over(k_size, STEP_INT8) * STEP_INT8;
-    each(over(n_columns, COLUMNS), true, [=](int64_t panel) {
+#pragma omp parallel for schedule(static)
+    for (int64_t panel = 0; panel < over(n_columns, COLUMNS); panel++)
         for (int64_t j = 0; j < COLUMNS; j++) {
             const int64_t column = panel * COLUMNS + j;
             int8_t* to = packed + panel * COLUMNS * padded + j * STEP_INT8;
@@ -129,7 +130,6 @@ EXPORT void fastbert_pack_int8(const int8_t* weight, int64_t n_columns, int64_t 
                 to[k / STEP_INT8 * COLUMNS * STEP_INT8 + k % STEP_INT8] =
                     column < n_columns && k < k_size ? weight[column * k_size + k] : 0;
         }
-    });
 }
 
 // x: (n_rows, n) -> q: (n_rows, n) and a scale and an offset for each row. rotated: n is a multiple of ROTATION, at most
@@ -137,7 +137,9 @@ EXPORT void fastbert_pack_int8(const int8_t* weight, int64_t n_columns, int64_t 
 #define QUANTIZE(name, T)                                                                                           \
     EXPORT void name(const T* x, int64_t stride, int64_t n_rows, int64_t n, int64_t rotated, uint8_t* q,            \
                      int64_t q_stride, Affine* affine) {                                                            \
-        quantize_all(x, stride, n_rows, n, rotated != 0, q, q_stride, affine);                                      \
+        in_parallel([&](const Team& team) {                                                                         \
+            quantize_all(x, stride, n_rows, n, rotated != 0, q, q_stride, affine, team);                            \
+        });                                                                                                         \
     }
 
 QUANTIZE(fastbert_quantize_float32, float)
@@ -147,9 +149,10 @@ QUANTIZE(fastbert_quantize_bfloat16, bf16)
     EXPORT void name(const uint8_t* x, int64_t x_stride, const Affine* affine, const int8_t* weight,                 \
                      const float* columns, const T* residual, int64_t residual_stride, T* out, int64_t out_stride,   \
                      int64_t n_rows, int64_t k_size, int64_t n_columns, int64_t activation) {                        \
-        linear_int8(LinearInt8<T, T>{x, affine, weight, columns, residual, out, x_stride, residual_stride,           \
-                                     out_stride, n_rows, k_size, n_columns, activation},                             \
-                    true);                                                                                           \
+        in_parallel([&](const Team& team) {                                                                          \
+            linear_int8(LinearInt8<T, T>{x, affine, weight, columns, residual, out, x_stride, residual_stride,       \
+                                         out_stride, n_rows, k_size, n_columns, activation}, team);                  \
+        });                                                                                                          \
     }
 
 LINEAR_INT8(fastbert_linear_int8_float32, float)

@@ -22,20 +22,9 @@ struct LinearInt8 {
     int64_t activation;
 };
 
-// f(i) for all i < n; by all threads if `together`, each i by one of them.
-template <typename F>
-INLINE void each(int64_t n, bool together, F f) {
-    if (together) {
-#pragma omp parallel for schedule(dynamic)
-        for (int64_t i = 0; i < n; i++) f(i);
-    } else {
-        for (int64_t i = 0; i < n; i++) f(i);
-    }
-}
-
-void linear_int8(const LinearInt8<float, float>& call, bool together);
-void linear_int8(const LinearInt8<bf16, bf16>& call, bool together);
-void linear_int8(const LinearInt8<bf16, float>& call, bool together);
+void linear_int8(const LinearInt8<float, float>& call, const Team& team);
+void linear_int8(const LinearInt8<bf16, bf16>& call, const Team& team);
+void linear_int8(const LinearInt8<bf16, float>& call, const Team& team);
 
 // Rows of x are read past their end up to a multiple of this, and need no value there.
 constexpr int64_t STEP_INT8 = 4;

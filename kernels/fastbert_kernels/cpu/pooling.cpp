@@ -10,11 +10,13 @@
 namespace {
 
 constexpr int64_t PIECE = 16;
+constexpr int64_t ALONE_BELOW = 1 << 16;  // elements, which take one thread less time than to wake another
 
 template <typename T>
 void pool(const T* hidden, int64_t row_stride, const int32_t* cu_seqlens, int64_t n_seqs, int64_t size, bool root,
           bool unit, float* out) {
-#pragma omp parallel for schedule(dynamic)
+    const bool many = n_seqs > 1 && cu_seqlens[n_seqs] * size >= ALONE_BELOW;
+#pragma omp parallel for schedule(dynamic) if (many)
     for (int64_t b = 0; b < n_seqs; b++) {
         const int64_t first = cu_seqlens[b], last = cu_seqlens[b + 1], n = last - first;
         const float divisor = n <= 0 ? 1.0f : root ? sqrtf((float)n) : (float)n;
