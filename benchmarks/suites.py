@@ -103,8 +103,8 @@ class Case:
 class LeftOut(Peer):
     """A competitor that is not part of a contest, and says so."""
 
-    def __init__(self, name: str, reason: str) -> None:
-        self.name, self.reason = name, reason
+    def __init__(self, name: str, reason: str, dtype: str | None = None) -> None:
+        self.name, self.reason, self.dtype = name, reason, dtype
 
     def available(self) -> str | None:
         return self.reason

@@ -248,12 +248,13 @@ def test_bert_base_from_text(small_base, monkeypatch):
     """A case that cannot be built, competes on other texts, keeps its models in memory, or lacks its labels."""
     monkeypatch.setattr(suite_text, "fast_at_bfloat16", lambda device: True)
     for long, n_texts in ((False, suite_text.N_TEXTS_BASE), (True, 40)):
-        case = suite_text.cases("cpu", long=long)[-1]
+        case = next(case for case in suite_text.cases("cpu", long=long) if case.model == suite_text.BASE)
         built = case.build(CPU)
         assert suite_text.prepared.cache_info().currsize == 0
         assert built.items == n_texts and built.timing["min_rounds"] == 2
         left_out = [peer.name for peer in built.peers if isinstance(peer, suites.LeftOut)]
         assert left_out == ([] if long else [Compiled.name, SentenceTransformers.name])
+        assert [peer.dtype for peer in built.peers if peer.name == SentenceTransformers.name] == ["float32"]
         running = [peer for peer in built.peers if peer.name not in left_out]
         assert not any(peer.memory for peer in running)
         assert {peer.encoder.batch_size for peer in running if peer.encoder.batch_sizes} == {suite_text.BASE_BATCH}
