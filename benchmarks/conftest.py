@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from session import Session
-from suites import results_folder
+from suites import Case, results_folder
 
 from fastbert.ops import dispatch
 
@@ -26,6 +26,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--bench-model", type=Path, help="checkpoint for the text suite (all-MiniLM-L6-v2 if installed)")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: (case := case_of(item)) is not None and case.late)
+
+
+def case_of(item: pytest.Item) -> Case | None:
+    """The case that a test was collected for; None of `test_start`."""
+    spec = getattr(item, "callspec", None)
+    return None if spec is None else spec.params.get("case")
+
+
 @pytest.fixture(scope="session")
 def bench_device(request: pytest.FixtureRequest) -> torch.device:
     if dispatch.interpreting():
@@ -37,8 +47,7 @@ def bench_device(request: pytest.FixtureRequest) -> torch.device:
 @pytest.fixture(scope="session")
 def session(request: pytest.FixtureRequest, bench_device: torch.device) -> Session:
     options = request.config.option
-    specs = [spec for spec in (getattr(item, "callspec", None) for item in request.session.items) if spec is not None]
-    cases = [case for case in (spec.params.get("case") for spec in specs) if case is not None]
+    cases = [case for case in map(case_of, request.session.items) if case is not None]
     # A quick look is no result.
     folder = options.results or (QUICK if options.quick else results_folder(bench_device))
     return Session(

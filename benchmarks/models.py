@@ -22,6 +22,9 @@ CONFIGS = {
     "MiniLM": BertConfig(hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536),
 }
 VOCAB_SIZE = 8000  # of a vocabulary trained here, where no real one is at hand
+# The attention of a new BERT is next to a plain mean: a competitor without queries would pass its check. With these
+# weights three times as large scores vary like a trained model's, and it is off by more than any bound.
+SHARPER = 3.0
 
 
 def flops(config: BertConfig, lengths: Iterable[int]) -> float:
@@ -36,9 +39,17 @@ def flops(config: BertConfig, lengths: Iterable[int]) -> float:
 
 
 def random_model(name: str, **overrides: int) -> BertModel:
-    """BertModel of a shape in CONFIGS with seeded random weights, float32, on the CPU, in eval mode."""
+    """BertModel of a shape in CONFIGS with seeded random weights, float32, on the CPU, in eval mode.
+
+    As BERT is initialised, but for the weights of queries and keys, which are SHARPER times as large.
+    """
     torch.manual_seed(0)
-    return BertModel(dataclasses.replace(CONFIGS[name], **overrides), add_pooling_layer=False).eval()
+    model = BertModel(dataclasses.replace(CONFIGS[name], **overrides), add_pooling_layer=False).eval()
+    with torch.no_grad():
+        for layer in model.encoder.layer:
+            layer.attention.self.query.weight.mul_(SHARPER)
+            layer.attention.self.key.weight.mul_(SHARPER)
+    return model
 
 
 @functools.cache
@@ -51,10 +62,15 @@ def workdir() -> Path:
 
 @functools.cache
 def random_folder(name: str, **overrides: int) -> Path:
-    """A checkpoint of `random_model`."""
-    folder = workdir() / "-".join([name, *(f"{key}-{value}" for key, value in overrides.items())])
-    random_model(name, **overrides).save_pretrained(folder)
+    """A checkpoint of `random_model`: that of `random_text_model`, if it is there."""
+    folder = _random_folder(name, overrides)
+    if not folder.exists():
+        random_model(name, **overrides).save_pretrained(folder)
     return folder
+
+
+def _random_folder(name: str, overrides: dict[str, int]) -> Path:
+    return workdir() / "-".join([name, *(f"{key}-{value}" for key, value in overrides.items())])
 
 
 def minilm_folder() -> Path | None:
@@ -83,4 +99,18 @@ def text_model(given: Path | None = None) -> Path:
     model = random_model("MiniLM", vocab_size=tokenizer.vocab_size)
     folder = workdir() / "MiniLM-text"
     SentenceEncoder(model, tokenizer, "mean").save_pretrained(folder)
+    return folder
+
+
+@functools.cache
+def random_text_model(name: str) -> Path:
+    """The folder of a sentence encoder: `random_model(name)` behind the tokenizer of `text_model()`, mean pooling.
+
+    With MiniLM's vocabulary it is that of `random_folder(name)` too, so that competitors convert the model once.
+    """
+    tokenizer = SentenceEncoder.from_pretrained(text_model(), device="cpu").tokenizer
+    fits = tokenizer.vocab_size == CONFIGS[name].vocab_size
+    sizes = {} if fits else {"vocab_size": tokenizer.vocab_size}
+    folder = _random_folder(name, sizes)
+    SentenceEncoder(random_model(name, **sizes), tokenizer, "mean").save_pretrained(folder)
     return folder

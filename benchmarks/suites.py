@@ -77,7 +77,8 @@ class Case:
     """One workload of one suite, built only when it runs.
 
     needs: the operations whose tests must have passed. weight: its share of the time, beside the other cases'. keep:
-    whether the next case uses what this one loaded and compiled.
+    whether the next case uses what this one loaded and compiled. scale: how long it takes, by experience, beside the
+    longest case of its suite with another model; None where nothing is known. late: after the cases of all suites.
     """
 
     suite: str
@@ -90,6 +91,8 @@ class Case:
     setting: str = ""
     weight: float = 1.0
     keep: bool = False
+    scale: float | None = None
+    late: bool = False
 
     @property
     def name(self) -> str:
@@ -100,8 +103,8 @@ class Case:
 class LeftOut(Peer):
     """A competitor that is not part of a contest, and says so."""
 
-    def __init__(self, name: str, reason: str) -> None:
-        self.name, self.reason = name, reason
+    def __init__(self, name: str, reason: str, dtype: str | None = None) -> None:
+        self.name, self.reason, self.dtype = name, reason, dtype
 
     def available(self) -> str | None:
         return self.reason
@@ -234,12 +237,15 @@ class Schedule:
         """The seconds that a case, one of `cases`, has for its rounds of timing; None if it should not begin.
 
         A third of its share: the rest is for loading, compiling and checking, which no limit stops. It should not
-        begin when the time is up, or when one like it took twice as long as there is left.
+        begin when the time is up, when one like it took twice as long as there is left, or when by its scale it
+        would take longer than that.
         """
         share = max(0.0, self.deadline.left) * case.weight / sum(waiting.weight for waiting in self._waiting)
         self._waiting.remove(case)
         kind = case.suite, case.model
-        if self.deadline.left <= self._longest.get(kind, 0.0) / 2:
+        others = [seconds for (suite, model), seconds in self._longest.items() if suite == kind[0] and model != kind[1]]
+        needed = max(self._longest.get(kind, 0.0) / 2, (case.scale or 0.0) * max(others, default=0.0))
+        if self.deadline.left <= needed:
             yield None
             return
         started = self.deadline.clock()

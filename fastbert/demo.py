@@ -14,7 +14,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from fastbert import checkpoint, sentence_layout
+from fastbert import checkpoint, cpu_encoder, sentence_layout
 from fastbert.bench.exact import reference_vectors
 from fastbert.bench.texts import docstrings, spread
 from fastbert.explain import explain
@@ -114,12 +114,10 @@ def run(
 
 
 def fast_at_bfloat16(device: torch.device) -> bool:
-    """Whether the device multiplies bfloat16 matrices faster than float32 ones."""
+    """Whether the device multiplies bfloat16 matrices faster than float32 ones: on a CPU what dtype="auto" goes by."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
-    cpuinfo = Path("/proc/cpuinfo")
-    flags = cpuinfo.read_text().split() if cpuinfo.is_file() else []
-    return "amx_bf16" in flags or "avx512_bf16" in flags
+    return cpu_encoder.multiplies_bfloat16()
 
 
 def _weights() -> Path:

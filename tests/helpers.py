@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fastbert import BertConfig, Tokenizer
 from fastbert.bench import texts
 from fastbert_kernels import cpu
 
@@ -40,6 +41,18 @@ def docstrings(n: int) -> list[str]:
     found = texts.docstrings()
     assert len(found) >= n, f"only {len(found)} docstrings"
     return texts.spread(found, n)
+
+
+def tiny_bert(
+    texts: Sequence[str], vocab_size: int, *, lowercase: bool = True, **changes: Any
+) -> tuple[BertConfig, Tokenizer]:
+    """A BERT of hidden 32 with two layers and 40 positions, and a tokenizer for it, trained on the texts."""
+    tokenizer = Tokenizer.train(texts, vocab_size=vocab_size, lowercase=lowercase)
+    settings: dict[str, Any] = {
+        "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48,
+        "max_position_embeddings": 40, "initializer_range": 0.3,
+    }  # fmt: skip
+    return BertConfig(vocab_size=tokenizer.vocab_size, **(settings | changes)), tokenizer
 
 
 def rms_error(ours: Tensor, reference: Tensor) -> float:

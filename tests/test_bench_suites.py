@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import importlib.util
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -27,8 +30,11 @@ import suites  # noqa: E402
 from session import Session  # noqa: E402
 from suites import Built, Case, Deadline, Recorder, Schedule, Work, run_case, run_cases  # noqa: E402
 
+from fastbert.bench.engines import Compiled  # noqa: E402
+from fastbert.bench.measure import rms_error  # noqa: E402
 from fastbert.bench.peers import OURS, Peer  # noqa: E402
 from fastbert.bench.results import FAILED, MISSING, OK, WRONG, Results, Row  # noqa: E402
+from fastbert.bench.text import SentenceTransformers  # noqa: E402
 
 CPU = torch.device("cpu")
 CEILINGS = {ceilings.COPY: 10.0, ceilings.matmul_key("float32"): 0.1}
@@ -190,6 +196,122 @@ def test_every_case_has_its_own_name():
         assert len(set(names)) == len(names) > 0
 
 
+def test_bert_base_from_text_comes_last(monkeypatch):
+    """BERT-base in place of MiniLM in a quick look, where a model was given or on a GPU, or another dtype left out."""
+    monkeypatch.setattr(suite_text, "fast_at_bfloat16", lambda device: True)
+    for long in (False, True):
+        found = suite_text.cases("cpu", long=long)
+        base = [case for case in found if case.model == suite_text.BASE]
+        assert found[4:] == base and {case.model for case in found[:4]} == {models.text_model_name()}
+        assert [(case.dtype, case.setting) for case in base] == [
+            ("bfloat16", suite_text.THROUGHPUT), ("float32", suite_text.THROUGHPUT),
+        ]  # fmt: skip
+        assert [case.late for case in base] == [False, True]
+    assert len(suite_text.cases("cpu", Path("given"))) == len(suite_text.cases("cuda")) == 4
+    monkeypatch.setattr(suite_text, "fast_at_bfloat16", lambda device: False)
+    assert [(case.model, case.dtype, case.late) for case in suite_text.cases("cpu")][2:] == [
+        (suite_text.BASE, "float32", False)
+    ]
+
+
+def test_late_cases_run_after_all_suites():
+    """A case that is the first to be left out in a short run, and takes its time before the others."""
+    spec = importlib.util.spec_from_file_location("benchmarks_conftest", ROOT / "benchmarks" / "conftest.py")
+    conftest = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(conftest)
+    case = case_of(Fake(OURS), Fake("eager"))
+    late = dataclasses.replace(case, late=True)
+    items = [SimpleNamespace(callspec=SimpleNamespace(params={"case": one})) for one in (case, late, case)]
+    without = SimpleNamespace()
+    ordered = [*items, without]
+    conftest.pytest_collection_modifyitems(ordered)
+    assert ordered == [items[0], items[2], without, items[1]]
+
+
+@pytest.fixture
+def small_base(monkeypatch, tmp_path):
+    """BERT-base in small, in a folder of its own, and a few short texts."""
+    monkeypatch.setitem(models.CONFIGS, suite_text.BASE, dataclasses.replace(
+        models.CONFIGS[suite_text.BASE], hidden_size=64, num_hidden_layers=2, num_attention_heads=4,
+        intermediate_size=96,
+    ))  # fmt: skip
+    monkeypatch.setattr(models, "workdir", lambda: tmp_path)
+    monkeypatch.setattr(suite_text, "docstrings", lambda: [f"text {i}" + " and more" * i for i in range(40)])
+    caches = models.random_folder, models.random_text_model, suite_text.all_texts, suite_text.prepared
+    for function in caches:
+        function.cache_clear()
+    yield
+    for function in caches:
+        function.cache_clear()
+
+
+def test_bert_base_from_text(small_base, monkeypatch):
+    """A case that cannot be built, competes on other texts, keeps its models in memory, or lacks its labels."""
+    monkeypatch.setattr(suite_text, "fast_at_bfloat16", lambda device: True)
+    for long, n_texts in ((False, suite_text.N_TEXTS_BASE), (True, 40)):
+        case = next(case for case in suite_text.cases("cpu", long=long) if case.model == suite_text.BASE)
+        built = case.build(CPU)
+        assert suite_text.prepared.cache_info().currsize == 0
+        assert built.items == n_texts and built.timing["min_rounds"] == 2
+        left_out = [peer.name for peer in built.peers if isinstance(peer, suites.LeftOut)]
+        assert left_out == ([] if long else [Compiled.name, SentenceTransformers.name])
+        assert [peer.dtype for peer in built.peers if peer.name == SentenceTransformers.name] == ["float32"]
+        running = [peer for peer in built.peers if peer.name not in left_out]
+        assert not any(peer.memory for peer in running)
+        assert {peer.encoder.batch_size for peer in running if peer.encoder.batch_sizes} == {suite_text.BASE_BATCH}
+    rows = run_case(dataclasses.replace(case, build=lambda device: built), CPU, quick=True, max_seconds=0.0).rows
+    assert [(row.competitor, row.status, row.detail) for row in rows if row.status != OK] == []
+    assert {(row.extra["model"], row.workload, row.items) for row in rows} == {("BERT-base", "docstrings", 40)}
+
+
+def test_models_level_shares_the_folder_of_the_text_level(small_base):
+    """ONNX exports of BERT-base made twice in a run, or weights that depend on which suite came first."""
+    folder = models.random_text_model(suite_text.BASE)
+    weights = (folder / "model.safetensors").read_bytes()
+    written = (folder / "model.safetensors").stat().st_mtime_ns
+    assert models.random_folder(suite_text.BASE) == folder
+    assert (folder / "model.safetensors").stat().st_mtime_ns == written and (folder / "modules.json").exists()
+    other = models.random_folder(suite_text.BASE, max_position_embeddings=600)
+    assert other != folder and not (other / "modules.json").exists()
+    models.random_model(suite_text.BASE).save_pretrained(folder / "again")
+    assert (folder / "again" / "model.safetensors").read_bytes() == weights
+
+
+def test_faults_show_in_random_models():
+    """Random weights with which a competitor is right that has no queries, masks, positions or a layer too few."""
+
+    base = models.random_model("BERT-base", vocab_size=500)
+
+    def vectors(fault=None, masked=True):
+        model = base if fault is None else copy.deepcopy(base)
+        with torch.no_grad():
+            if fault is not None:
+                fault(model)
+            hidden = model(input_ids=ids, attention_mask=mask if masked else None).last_hidden_state
+        return (hidden * mask[:, :, None]).sum(1) / mask.sum(1, keepdim=True)
+
+    lengths = torch.tensor([[30], [11], [19], [5]])
+    mask = (torch.arange(30) < lengths).long()
+    ids = torch.randint(1, 500, mask.shape, generator=torch.Generator().manual_seed(2)) * mask
+    right = vectors()
+    loosest = 0.1  # of any competitor: bound_of
+
+    def without_queries(model):
+        for layer in model.encoder.layer:
+            layer.attention.self.query.weight.zero_()
+
+    def without_positions(model):
+        model.embeddings.position_embeddings.weight.zero_()
+
+    def without_a_layer(model):
+        del model.encoder.layer[7]
+
+    assert rms_error(right.roll(1, 0), right) > 2 * loosest, "texts are too much alike"
+    assert rms_error(vectors(masked=False), right) > 2 * loosest
+    for fault in (without_queries, without_positions, without_a_layer):
+        assert rms_error(vectors(fault), right) > 2 * loosest, fault.__name__
+
+
 def test_time_budget_and_file_after_each_case(tmp_path, monkeypatch):
     """A run that overshoots its time, or keeps nothing until its end."""
     now, path, kept, limits = [0.0], tmp_path / "r.json", [], []
@@ -223,6 +345,19 @@ def test_schedule_shares_what_is_left_by_weight():
         now[0] += 43.0
     with schedule.turn(cases[2]) as seconds:
         assert seconds is None  # five seconds left, and one like it took 43
+
+
+def test_schedule_knows_how_long_other_models_take():
+    """A large model begun with no time left for it, because none of its cases has run; or MiniLM left out for it."""
+    now = [0.0]
+    case = dataclasses.replace(case_of(Fake(OURS), Fake("eager")), model="small")
+    cases = [case, *(dataclasses.replace(case, model="large", scale=scale) for scale in (5.0, 1.5, 9.0)), case]
+    schedule = Schedule(cases, Deadline(100.0, clock=lambda: now[0]))
+    seconds = (20.0, None, 40.0, None, 5.0)
+    for one, expected in zip(cases, seconds, strict=True):
+        with schedule.turn(one) as share:
+            assert (share is None) == (expected is None), one
+            now[0] += expected or 0.0
 
 
 def test_session_of_pytest_stops_and_says_what_is_missing(tmp_path, monkeypatch):

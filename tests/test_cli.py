@@ -20,7 +20,6 @@ import pytest
 import torch
 
 from fastbert import (
-    BertConfig,
     BertForMaskedLM,
     BertForNextSentencePrediction,
     BertForSequenceClassification,
@@ -34,7 +33,7 @@ from fastbert import (
 )
 from fastbert.cli import main
 from fastbert.sentence_layout import Normalize
-from helpers import source_env
+from helpers import source_env, tiny_bert
 
 COMMANDS = (
     "embed", "similarity", "search", "rerank", "fill-mask", "next-sentence", "classify", "info", "verify", "tune",
@@ -48,11 +47,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     """Folders with tiny random models: sentence encoder, three heads."""
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("models")
-    tokenizer = Tokenizer.train([*TEXTS, "query: boats"] * 3, vocab_size=90)
-    config = BertConfig(
-        vocab_size=tokenizer.vocab_size, hidden_size=32, num_hidden_layers=1, num_attention_heads=2,
-        intermediate_size=40, max_position_embeddings=24, initializer_range=0.3,
-    )  # fmt: skip
+    texts = [*TEXTS, "query: boats"] * 3
+    config, tokenizer = tiny_bert(texts, 90, num_hidden_layers=1, max_position_embeddings=24)
     SentenceEncoder(BertModel(config), tokenizer, "mean", [Normalize()], prompts={"query": "query: "}).save_pretrained(
         folder / "sentence"
     )

@@ -14,16 +14,15 @@ import pytest
 import torch
 
 from fastbert import (
-    BertConfig,
     BertForSequenceClassification,
     BertModel,
     CrossEncoder,
     SentenceEncoder,
-    Tokenizer,
     semantic_search,
 )
 from fastbert.cli import main
 from fastbert.sentence_layout import Normalize
+from helpers import tiny_bert
 
 TEXTS = ["a river is wide", "", "small boats cross the river", "fish", "a river is wide and slow", "Fish!"]
 QUERIES = ["which river?", "boats"]
@@ -34,11 +33,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     """Folders with tiny random models: sentence encoder, cross-encoders, a plain model without a tokenizer."""
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("models")
-    tokenizer = Tokenizer.train([*TEXTS, *QUERIES, "query: document: boats"] * 3, vocab_size=100)
-    config = BertConfig(
-        vocab_size=tokenizer.vocab_size, hidden_size=32, num_hidden_layers=1, num_attention_heads=2,
-        intermediate_size=40, max_position_embeddings=24, initializer_range=0.3,
-    )  # fmt: skip
+    texts = [*TEXTS, *QUERIES, "query: document: boats"] * 3
+    config, tokenizer = tiny_bert(texts, 100, num_hidden_layers=1, max_position_embeddings=24)
     prompts = {"query": "query: ", "document": "document: "}
     SentenceEncoder(BertModel(config), tokenizer, "mean", [Normalize()], prompts=prompts).save_pretrained(
         folder / "sentence"

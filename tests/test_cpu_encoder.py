@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastbert import BertConfig, BertForTokenClassification, BertModel, SentenceEncoder, cpu_encoder
+from fastbert.demo import fast_at_bfloat16
 from fastbert.explain import explain
 from fastbert_kernels import cpu
 from helpers import (
@@ -257,7 +258,9 @@ def test_one_thread() -> None:
 
 @pytest.mark.parametrize("has_it", [True, False])
 def test_dtype_auto_of_encoders(has_it: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Any, caplog: Any) -> None:
-    """Catches bfloat16 where it is slow, where float32 was asked for, in a model to be trained, or without a word."""
+    """Catches bfloat16 where it is slow, where float32 was asked for, in a model to be trained, or without a word; and
+    a demo and benchmarks that think otherwise.
+    """
     monkeypatch.setattr(cpu_encoder, "multiplies_bfloat16", lambda: has_it)
     folder = str(minilm_folder())
     encoder = SentenceEncoder.from_pretrained(folder, device="cpu")
@@ -267,5 +270,6 @@ def test_dtype_auto_of_encoders(has_it: bool, monkeypatch: pytest.MonkeyPatch, t
         exact = SentenceEncoder.from_pretrained(folder, device="cpu", **how)
         assert exact.dtype == torch.float32 and "took bfloat16" not in str(explain(exact))
     assert BertModel.from_pretrained(folder).dtype == torch.float32
+    assert fast_at_bfloat16(torch.device("cpu")) == has_it
     encoder.save_pretrained(tmp_path)
     assert ("writes torch.bfloat16 weights" in caplog.text) == has_it

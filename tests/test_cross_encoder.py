@@ -15,7 +15,8 @@ import pytest
 import torch
 from torch import nn
 
-from fastbert import BertConfig, BertForSequenceClassification, BertModel, CrossEncoder, Tokenizer, cross_encoder
+from fastbert import BertForSequenceClassification, BertModel, CrossEncoder, cross_encoder
+from helpers import tiny_bert
 
 NEEDS_6 = pytest.mark.skipif(
     int(importlib.metadata.version("sentence-transformers").split(".")[0]) < 6,
@@ -35,13 +36,9 @@ PAIRS = [(a, b) for a in TEXTS for b in TEXTS]
 def tiny(folder: Path, n_labels: int = 1, **extra: Any) -> Path:
     """A checkpoint with random weights: hidden 32, two layers, 40 positions, no limit in the tokenizer."""
     torch.manual_seed(0)
-    tokenizer = Tokenizer.train([*TEXTS, "query: what?"] * 3, vocab_size=150)
+    labels = {i: f"LABEL_{i}" for i in range(n_labels)}
+    config, tokenizer = tiny_bert([*TEXTS, "query: what?"] * 3, 150, id2label=labels, extra=extra)
     tokenizer.save_pretrained(folder)
-    config = BertConfig(
-        vocab_size=tokenizer.vocab_size, hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
-        intermediate_size=48, max_position_embeddings=40, initializer_range=0.3,
-        id2label={i: f"LABEL_{i}" for i in range(n_labels)}, extra=extra,
-    )  # fmt: skip
     BertForSequenceClassification(config).save_pretrained(folder)
     return folder
 

@@ -16,7 +16,7 @@ import torch
 
 from fastbert import BertConfig, BertModel, SentenceEncoder, Tokenizer, sentence_layout, sentence_run
 from fastbert.sentence_layout import Dense, Dropout, LayerNorm, Normalize, Pooling
-from helpers import docstrings
+from helpers import docstrings, tiny_bert
 
 TEXTS = [
     "the river is wide and slow",
@@ -33,14 +33,8 @@ TEXTS = [
 def tiny(folder: Path, *, lowercase: bool = True, seed: int = 0) -> Path:
     """A plain BERT checkpoint with random weights and a vocabulary of its own: hidden 32, two layers."""
     torch.manual_seed(seed)
-    tokenizer = Tokenizer.train(
-        [*TEXTS, "A River Is Wide", "query: passage: "] * 3, vocab_size=150, lowercase=lowercase
-    )
+    config, tokenizer = tiny_bert([*TEXTS, "A River Is Wide", "query: passage: "] * 3, 150, lowercase=lowercase)
     tokenizer.save_pretrained(folder)
-    config = BertConfig(
-        vocab_size=tokenizer.vocab_size, hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
-        intermediate_size=48, max_position_embeddings=40, initializer_range=0.3,
-    )  # fmt: skip
     BertModel(config).save_pretrained(folder)
     return folder
 

@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 import torch
 
-from fastbert import BertConfig, BertModel, SentenceEncoder, Tokenizer, sentence_run
+from fastbert import BertModel, SentenceEncoder, sentence_run
 from fastbert.sentence_run import Run, Timings
+from helpers import tiny_bert
 
 TEXTS = [f"text {i}" + " and more of it" * (i % 5) for i in range(23)]
 
@@ -22,18 +23,9 @@ TEXTS = [f"text {i}" + " and more of it" * (i % 5) for i in range(23)]
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("plain")
-    tokenizer = Tokenizer.train(TEXTS, vocab_size=80)
+    config, tokenizer = tiny_bert(TEXTS, 80, num_hidden_layers=1, max_position_embeddings=64)
     tokenizer.save_pretrained(folder)
-    BertModel(
-        BertConfig(
-            vocab_size=tokenizer.vocab_size,
-            hidden_size=32,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            intermediate_size=48,
-            max_position_embeddings=64,
-        )  # fmt: skip
-    ).save_pretrained(folder)
+    BertModel(config).save_pretrained(folder)
     return folder
 
 

@@ -13,8 +13,9 @@ import torch
 from sentence_transformers.util import quantize_embeddings as theirs
 
 import fastbert
-from fastbert import SentenceEncoder, Tokenizer
+from fastbert import SentenceEncoder
 from fastbert.vectors import quantize_embeddings
+from helpers import tiny_bert
 
 NEEDS_6 = pytest.mark.skipif(
     int(importlib.metadata.version("sentence-transformers").split(".")[0]) < 6,
@@ -85,11 +86,7 @@ def test_what_cannot_be_quantised() -> None:
 @pytest.fixture(scope="module")
 def encoder() -> SentenceEncoder:
     texts = [f"{a} {b}" for a in ("river", "boat", "fish", "old") for b in ("wide", "slow", "small", "new", "red")]
-    tokenizer = Tokenizer.train(texts, vocab_size=80, min_frequency=1)
-    config = fastbert.BertConfig(
-        vocab_size=tokenizer.vocab_size, hidden_size=32, num_hidden_layers=1, num_attention_heads=2,
-        intermediate_size=40, max_position_embeddings=24, initializer_range=0.3,
-    )  # fmt: skip
+    config, tokenizer = tiny_bert(texts, 80)
     return SentenceEncoder(fastbert.BertModel(config), tokenizer, "mean")
 
 
