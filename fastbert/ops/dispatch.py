@@ -104,10 +104,10 @@ def check_batch_invariant(policy: Policy, device: torch.device, precision: str |
             reason = cpu.no_int8()
     elif precision is not None:
         kernels, reason = "C++ kernels for CPUs", f"of those in 8 bits no others promise it, and the device is {device}"
+    elif policy.backend == "cpu":
+        kernels, reason = "Triton kernels", f"backend 'cpu' was asked for, and the device is {device}"
     else:
         kernels, reason = "Triton kernels", triton_unavailable(device)
-        if policy.backend == "cpu":
-            reason = f"backend 'cpu' was asked for, and the device is {device}"
     if reason is not None:
         raise BackendError(
             f"batch_invariant: needs the {kernels}, because the bits of PyTorch's matrix products depend on the "
