@@ -1,9 +1,9 @@
 """Which backend runs an operation, and why.
 
 `triton`: the kernels of fastbert_kernels, on CUDA devices (and on the CPU under Triton's interpreter, for tests).
-`cpu`: PyTorch on packed tokens, for CPUs. `torch`: the same in plain PyTorch on any device. `auto` takes triton on CUDA
-and cpu on CPUs. What the chosen backend cannot do raises under `strict`; otherwise another one does it, and the reason
-is logged once.
+`cpu`: PyTorch on packed tokens, for CPUs, and C++ kernels where there are some. `torch`: the same in plain PyTorch on
+any device. `auto` takes triton on CUDA and cpu on CPUs. What the chosen backend cannot do raises under `strict`;
+otherwise another one does it, and the reason is logged once.
 """
 
 from __future__ import annotations

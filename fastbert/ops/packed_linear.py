@@ -27,12 +27,14 @@ _packed: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 def obstacle(x: torch.Tensor, weight: torch.Tensor, *others: torch.Tensor | None) -> str | None:
     """Why these operands, of one dtype, on the cpu backend, have no product with a packed weight; or None."""
+    why_not = _operands_obstacle(x, weight, others)
+    if why_not is not None:
+        return why_not
     if x.shape[0] < LEAST_ROWS:
         return f"fewer than {LEAST_ROWS} rows"
-    why_not = _operands_obstacle(x, weight, others)
-    if why_not is None and weight.is_inference():
-        why_not = "the weight is no plain tensor, whose changes are counted"
-    return why_not or unavailable(x.dtype)
+    if weight.is_inference():
+        return "the weight is no plain tensor, whose changes are counted"
+    return unavailable(x.dtype)
 
 
 def _operands_obstacle(x: torch.Tensor, weight: torch.Tensor, others: tuple[torch.Tensor | None, ...]) -> str | None:
