@@ -34,9 +34,9 @@ _SEVERAL = "pool, chunk_size, device: scoring in several processes is not suppor
 class CrossEncoder(nn.Module):
     """A BERT model with a classification head that scores pairs of texts, and its tokenizer.
 
-    activation_fn: on the logits in float32, (B, num_labels); by default a sigmoid for one label, and nothing for
-    several. prompts, default_prompt_name: what goes in front of first texts. token_budget: tokens in a batch, by
-    default 16384 on a GPU and 2048 on a CPU.
+    activation_fn: on the logits in float32, (B, num_labels), or with a batch-invariant model on a CPU on those of each
+    pair alone; by default a sigmoid for one label, and nothing for several. prompts, default_prompt_name: what goes in
+    front of first texts. token_budget: tokens in a batch, by default 16384 on a GPU and 2048 on a CPU.
     """
 
     model: BertForSequenceClassification

@@ -502,6 +502,8 @@ def test_refused_sizes() -> None:
     ids = torch.ones(1, 9, dtype=torch.int64)
     with pytest.raises(BackendError, match="batch_invariant: attention: head size 24 is no multiple"), torch.no_grad():
         make(hidden_size=48)(ids)
+    config = BertConfig(**{**SIZES, "hidden_size": 48})
+    assert "head size 24 is no multiple" in str(cpu_encoder.invariant_obstacle(config, torch.float32))
     skip_without(torch.bfloat16)
     config = BertConfig(**{**SIZES, "intermediate_size": 97})
     assert "there are 97 features" in str(cpu_encoder.invariant_obstacle(config, torch.bfloat16))

@@ -147,9 +147,10 @@ def pool(
     backend = dispatch.choose("pooling", policy.backend, policy.strict, hidden.device, why_not)
     if backend == "triton":
         return torch.ops.fastbert.pool(hidden, cu_seqlens, mode, normalize, out_dtype)
-    dispatch.check_invariant("pooling", policy, backend, invariant_obstacle(hidden, mode, normalize))
-    if policy.batch_invariant and not (mode in EXACT and not normalize):
-        return _invariant(hidden, cu_seqlens.int(), mode, normalize, out_dtype)
+    if policy.batch_invariant:
+        dispatch.check_invariant("pooling", policy, backend, invariant_obstacle(hidden, mode, normalize))
+        if mode not in EXACT or normalize:
+            return _invariant(hidden, cu_seqlens.int(), mode, normalize, out_dtype)
     if backend == "cpu" and _compiled(hidden, cu_seqlens, mode, out_dtype):
         return cpu.pool_forward(_rows(hidden), cu_seqlens, mode, normalize)
     return _eager(hidden, cu_seqlens, mode, normalize, out_dtype)
