@@ -50,6 +50,15 @@ def multiplies_bfloat16() -> bool:
     return cpu.multiplies(torch.bfloat16) or (cpu.has_amx() and packed_linear.unavailable(torch.bfloat16) is None)
 
 
+def invariant_obstacle(config: Any, dtype: torch.dtype) -> str | None:
+    """Why models of this configuration are not batch-invariant on this CPU, by one call or by operations; or None."""
+    for size in {config.embedding_width, config.hidden_size, config.intermediate_size}:
+        why_not = packed_linear.no_invariant_product(dtype, size)
+        if why_not is not None:
+            return why_not
+    return attention.cpu_obstacle(config.head_size, torch.empty(0, dtype=dtype))
+
+
 def narrow(model: Any, asked: Any) -> None:
     """For inference on a CPU that has bfloat16 in hardware: a float32 model becomes bfloat16 if dtype="auto" was asked.
 
@@ -58,7 +67,9 @@ def narrow(model: Any, asked: Any) -> None:
     policy = model.policy
     if asked != "auto" or model.dtype != torch.float32 or model.device.type != "cpu":
         return
-    if policy.backend not in ("auto", "cpu") or policy.batch_invariant or model.precision is not None:
+    if policy.backend not in ("auto", "cpu") or model.precision is not None:
+        return
+    if policy.batch_invariant and invariant_obstacle(model.config, torch.bfloat16) is not None:
         return
     if multiplies_bfloat16():
         model.to(torch.bfloat16)

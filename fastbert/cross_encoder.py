@@ -34,9 +34,9 @@ _SEVERAL = "pool, chunk_size, device: scoring in several processes is not suppor
 class CrossEncoder(nn.Module):
     """A BERT model with a classification head that scores pairs of texts, and its tokenizer.
 
-    activation_fn: on the logits in float32, (B, num_labels); by default a sigmoid for one label, and nothing for
-    several. prompts, default_prompt_name: what goes in front of first texts. token_budget: tokens in a batch, by
-    default 16384 on a GPU and 2048 on a CPU.
+    activation_fn: on the logits in float32, (B, num_labels), or with a batch-invariant model on a CPU on those of each
+    pair alone; by default a sigmoid for one label, and nothing for several. prompts, default_prompt_name: what goes in
+    front of first texts. token_budget: tokens in a batch, by default 16384 on a GPU and 2048 on a CPU.
     """
 
     model: BertForSequenceClassification
@@ -226,11 +226,12 @@ class CrossEncoder(nn.Module):
                 n_cut, n_tokens_cut = n_cut + tokens.n_truncated, n_tokens_cut + tokens.n_truncated_tokens
                 parts.append(self._logits(tokens, batch_size, progress))
             scores = torch.cat(parts)
-            scores = (self.activation_fn if activation_fn is None else activation_fn)(scores)
+            activate, policy = self.activation_fn if activation_fn is None else activation_fn, self.model.policy
+            scores = ops.elementwise(activate, scores, policy=policy)
             if self.num_labels == 1 and scores.dim() > 1:
                 scores = scores.squeeze(-1)
             if apply_softmax and scores.dim() > 1:
-                scores = scores.softmax(1)
+                scores = ops.elementwise(lambda rows: rows.softmax(1), scores, policy=policy)
         if n_cut:
             logger.warning(
                 "predict: %d of %d pairs were longer than max_seq_length = %d and truncated: %d tokens cut",

@@ -96,6 +96,8 @@ def explain(
     notes += _launch_notes(rows, inner, where)
     in_int8 = explainer.eight_bit is not None and explainer.eight_bit.backend == "cpu"
     notes += _one_call(inner, policy, where, dtype, in_int8)
+    if policy.batch_invariant and where.type == "cpu" and policy.backend != "triton":
+        notes.append("batch_invariant on a CPU is for inference: with gradients running raises BackendError")
     if dtype == torch.float32 and where.type == "cuda":
         notes.append(f"float32 multiplies in {float32_precision()}: PyTorch's own switch")
     if inner.dtype_choice is not None and cast is None:

@@ -204,7 +204,7 @@ class Explainer:
         why_not = attention.cpu_obstacle(self.config.head_size, self.hidden, dropout_p)
         if why_not is None:
             return dataclasses.replace(row, kernel=f"fastbert_kernels.cpu, {cpu.instructions()}")
-        return dataclasses.replace(row, source=f"PyTorch's: {why_not}")
+        return self.refused(dataclasses.replace(row, source=f"PyTorch's: {why_not}"), why_not)
 
     def add_norm(self, name: str, part: BertAddNorm, in_features: int) -> Iterator[OpReport]:
         """LayerNorm(dropout(dense(x)) + residual), as fastbert.model.BertAddNorm does it."""
@@ -234,7 +234,8 @@ class Explainer:
         operands = map(self.operand, (*tensors, norm.weight, norm.bias))
         why_not = layer_norm.obstacle(h, self.hidden, *operands, dropout_p=dropout_p)
         decision = self.decide("layer_norm", why_not)
-        return self.row(name, f"(T, {h}) -> (T, {h})", decision, layer_norm.KERNELS, ("rowwise_config", h))
+        row = self.row(name, f"(T, {h}) -> (T, {h})", decision, layer_norm.KERNELS, ("rowwise_config", h))
+        return self.refused(row, dispatch.training_obstacle(dropout_p))
 
     def dense(self, name: str, module: nn.Module, activation: str, shapes: str, width: int) -> Iterator[OpReport]:
         """activation(module(x)) for an activation that is not "none", as fastbert.model.dense does it."""
@@ -249,12 +250,13 @@ class Explainer:
             yield self.our_gemm(name, both, decision, module, activation, choice)
         elif plain and not on_triton:
             row = self.row(name, both, decision, LINEAR_KERNELS, ())
-            if self.packs(decision):
-                kernel = str(packed_linear.kernel(self.dtype))
+            if self.packs(decision, module):
+                kernel = str(packed_linear.kernel(self.dtype, self.policy.batch_invariant))
                 yield dataclasses.replace(row, kernel=kernel, source=PACKED)
                 return
             applied = "torch.nn.functional.relu" if activation == "relu" else "torch.nn.functional.gelu"
-            yield dataclasses.replace(row, kernel=f"{LINEAR_KERNELS['torch']}, {applied}")
+            row = dataclasses.replace(row, kernel=f"{LINEAR_KERNELS['torch']}, {applied}")
+            yield self.refused(row, self.no_product(module))
         else:
             yield self.gemm(name, module, shapes if plain else f"{shapes}, + bias", (choice,))
             shapes = f"(T, {width}) -> (T, {width}), {'+ bias, ' * plain}{activation}"
@@ -265,10 +267,14 @@ class Explainer:
         h = self.config.hidden_size
         decision = self.decide("pooling", pooling.obstacle(h, self.hidden))
         row = self.row(name, f"(T, {h}) -> (B, {h}), {what}", decision, pooling.KERNELS, ("pooling_config", h))
-        means = what.split(",")[0].split(" ")[0] in pooling.MEANS and what.endswith("in float32")
-        if decision.backend == "cpu" and means and pooling.cpu_obstacle(self.hidden.dtype) is None:
+        mode, sums = what.split(",")[0].split(" ")[0], what.endswith("in float32")
+        exact = mode in pooling.EXACT and "normalized" not in what
+        if decision.backend != "cpu" or not sums or exact:
+            return row
+        why_not = pooling.cpu_obstacle(self.hidden.dtype)
+        if why_not is None and (mode in pooling.MEANS or self.policy.batch_invariant):
             return dataclasses.replace(row, kernel=f"fastbert_kernels.cpu, {cpu.instructions()}", source=PACKED)
-        return row
+        return self.refused(row, why_not)
 
     def pooler(self, name: str, pooler: BertPooler) -> Iterator[OpReport]:
         h = self.config.hidden_size
@@ -287,7 +293,11 @@ class Explainer:
             name, shapes = type(module).__name__.lower(), f"(B, {before}) -> (B, {width})"
             kernels = {"dense": LINEAR_KERNELS, "layernorm": layer_norm.KERNELS, "normalize": pooling.KERNELS}
             if self.policy.batch_invariant and name in kernels:  # as fastbert.sentence_layout.apply does it
-                yield OpReport(name, f"tail.{i}", shapes, "triton", kernels[name]["triton"])
+                on_cpu = self.device.type == "cpu" and self.policy.backend != "triton"
+                kernel = f"fastbert_kernels.cpu, {cpu.instructions()}" if on_cpu else kernels[name]["triton"]
+                if on_cpu and name == "layernorm":
+                    kernel = layer_norm.KERNELS["torch"]
+                yield OpReport(name, f"tail.{i}", shapes, "cpu" if on_cpu else "triton", kernel)
             else:
                 yield OpReport(name, f"tail.{i}", shapes, MODULE, _class_of(module))
 
@@ -387,9 +397,21 @@ class Explainer:
             decision.op, name, shapes, decision.backend, kernel, block_sizes=sizes, source=source, launches=1
         )
 
-    def packs(self, decision: Decision) -> bool:
+    def packs(self, decision: Decision, module: nn.Module) -> bool:
         """Whether the weights are packed, as fastbert.ops.linear asks."""
+        if self.policy.batch_invariant:
+            return decision.backend == "cpu" and self.no_product(module) is None
         return decision.backend == "cpu" and packed_linear.unavailable(self.dtype) is None
+
+    def no_product(self, module: nn.Module) -> str | None:
+        """Why a batch-invariant policy has no kernel for this linear on a CPU, or None."""
+        return packed_linear.no_invariant_product(self.dtype, self.gemm_shape(module)[0])
+
+    def refused(self, row: OpReport, why_not: str | None) -> OpReport:
+        """The row, which raises where the policy is batch-invariant and its op not, on the cpu backend."""
+        if why_not is None or not self.policy.batch_invariant or row.backend == "triton":
+            return row
+        return dataclasses.replace(row, reason=f"batch_invariant: {why_not}", raises=True)
 
     def gemm_shape(self, module: nn.Module) -> tuple[int, int]:
         """(K, M) of the product; that of the three projections, which are one, if the module is the first of them."""
@@ -423,17 +445,18 @@ class Explainer:
             if which == "fastbert":
                 return self.our_gemm(name, shapes, decision, module, "none", choice)
             source = choice
-        if self.packs(decision):
-            kernel = str(packed_linear.kernel(self.dtype))
+        if self.packs(decision, module):
+            kernel = str(packed_linear.kernel(self.dtype, self.policy.batch_invariant))
             return OpReport("linear", name, shapes, decision.backend, kernel, source=PACKED)
         kernel = LINEAR_KERNELS["torch"] + (" (cuBLAS)" if self.device.type == "cuda" else "")
         refused = library is None and self.policy.batch_invariant
         why_not = decision.reason if refused else None
         launches = 1 if decision.backend == "triton" else None
-        return OpReport(
+        row = OpReport(
             "linear", name, shapes, decision.backend, kernel, source=source, launches=launches, reason=why_not,
             raises=refused,
         )  # fmt: skip
+        return self.refused(row, self.no_product(module)) if decision.backend == "cpu" else row
 
 
 def _class_of(module: nn.Module) -> str:

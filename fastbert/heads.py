@@ -92,7 +92,8 @@ class FirstTokenHead(nn.Module):
             x = dense(self.dense, x, policy, "gelu")
         else:
             x = dense(self.dense, x, policy)
-            x = torch.tanh(x) if self.activation == "tanh" else torch.relu(x)
+            activate = torch.tanh if self.activation == "tanh" else torch.relu
+            x = ops.elementwise(activate, x, policy=policy)
         return dense(self.out_proj, self.dropout(x), policy)
 
 

@@ -239,7 +239,8 @@ class BertPooler(nn.Module):
 
     def forward(self, x: Tensor, batch: PackedBatch, policy: Policy) -> Tensor:
         """(T, H) -> (B, H): tanh of a linear of each sequence's first token, which is zeros where there is none."""
-        return torch.tanh(dense(self.dense, ops.pool(x, batch.cu_seqlens, "cls", policy=policy), policy))
+        x = dense(self.dense, ops.pool(x, batch.cu_seqlens, "cls", policy=policy), policy)
+        return ops.elementwise(torch.tanh, x, policy=policy)
 
 
 @dataclass
@@ -471,7 +472,8 @@ class BertModel(PreTrainedModel):
                 return [last]
         inputs = words, types, positions, inputs_embeds
         n_tokens = batch.n_tokens
-        n_rows = ops.packed_linear.rows_for(n_tokens, self.dtype) if self._packs_weights() else n_tokens
+        padded = self._packs_weights() and not self.policy.batch_invariant  # for oneDNN, which that mode does not take
+        n_rows = ops.packed_linear.rows_for(n_tokens, self.dtype) if padded else n_tokens
         words, segments, positions, embeds = (varlen.in_more_rows(t, n_rows) for t in inputs)
         if n_rows > n_tokens:
             batch = dataclasses.replace(batch, position_ids=positions, _plans={})
@@ -641,7 +643,8 @@ class BertModel(PreTrainedModel):
         why_not = cpu_encoder.obstacle(self.config, self.dtype, self.policy, self.device)
         if why_not is not None:
             return why_not
-        if n_rows is not None and not self.cpu_encoder.takes_rows(n_rows, self.dtype):
+        choosy = not self.policy.batch_invariant  # that takes the same code for any number of rows
+        if choosy and n_rows is not None and not self.cpu_encoder.takes_rows(n_rows, self.dtype):
             return f"{n_rows} tokens are better run operation by operation"
         if self.precision is not None:
             decision = quantized.decide(self, self.policy, self.device, self.dtype)

@@ -10,9 +10,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from fastbert import checkpoint, ops
+from fastbert import checkpoint, cpu_encoder, ops
 from fastbert.config import DTYPES, BertConfig
-from fastbert.ops import Policy
+from fastbert.ops import BackendError, Policy
 from fastbert.ops.dispatch import check_batch_invariant
 from fastbert.ops.quantized import check_precision
 
@@ -25,7 +25,9 @@ class PreTrainedModel(nn.Module):
     """Loading, saving and settings that BertModel and the models with heads share.
 
     `backend` ("auto", "triton", "cpu", "torch") and `strict` say what may run the operations: fastbert.ops.dispatch.
-    `batch_invariant`: a text's output is the same to the bit alone, in any batch and in any order.
+    `batch_invariant`: a text's output is the same to the bit alone, in any batch and in any order, on the
+    Triton kernels and, with any number of threads too, on the C++ kernels for CPUs; what they cannot run raises
+    BackendError.
     `precision`: None, or "fp8" or "int8", in which the linears of the encoder multiply (fastbert.quantized); the
     parameters, which are kept and saved as they are, then require no gradients. `missing_names`: the weights that
     from_pretrained did not find in the checkpoint and started afresh.
@@ -52,8 +54,8 @@ class PreTrainedModel(nn.Module):
         self.config = config
         self.policy = Policy(backend, strict, batch_invariant)
         self.precision = check_precision(precision)
-        if batch_invariant and precision is not None:
-            raise ValueError(f"batch_invariant: not supported together with precision={precision!r}")
+        if batch_invariant and (precision == "fp8" or (precision is not None and backend == "triton")):
+            raise ValueError(f"batch_invariant: not supported together with precision={precision!r} on Triton kernels")
         self.missing_names: list[str] = []
 
     @property
@@ -131,22 +133,27 @@ class PreTrainedModel(nn.Module):
         """Loads a checkpoint in Hugging Face layout, from a local folder or a hub id; the model is in eval mode.
 
         dtype: "auto" takes the checkpoint's. device: the CPU by default. batch_invariant: a text's output is the same
-        to the bit alone, in any batch and in any order; on the Triton kernels only, and strict. precision: "fp8" (GPUs
+        to the bit alone, in any batch and in any order; on the Triton kernels, and on CPUs without gradients where the
+        C++ kernels do all sums, in float32, bfloat16 and precision="int8"; and strict. precision: "fp8" (GPUs
         from compute capability 8.9 on) or "int8" (from 8.0 on, and on CPUs with AVX-512 VNNI) lets the encoder's
         linears multiply 8-bit operands, for inference; see fastbert.quantized for what happens where there are no
         kernels for it. cuda_graphs: on a GPU, launch short batches as CUDA graphs, which gives the same results.
         config_overrides: fields of BertConfig, and num_labels. Weights that a checkpoint lacks are reported by name in
         a warning: a pooler is left out of a BertModel (pooler_output is None), a head starts with fresh weights
         (`missing_names` has their names). Raises FileNotFoundError where there is no checkpoint, ValueError where it
-        does not fit the config or lacks weights of the encoder, BackendError for batch_invariant on a device without
-        the kernels.
+        does not fit the config or lacks weights of the encoder, BackendError for batch_invariant where there are no
+        kernels for the device, the dtype or the sizes of the model.
         """
         device = torch.device("cpu") if device is None else torch.device(device)
-        check_batch_invariant(Policy(backend, strict, batch_invariant), device)
+        check_batch_invariant(Policy(backend, strict, batch_invariant), device, precision)
         folder = checkpoint.resolve(src, revision=revision)
         config = BertConfig.from_pretrained(folder, **config_overrides)
         state = checkpoint.read_state_dict(folder)
         dtype = resolve_dtype(dtype, config, state)
+        if batch_invariant and device.type == "cpu" and backend != "triton":
+            why_not = cpu_encoder.invariant_obstacle(config, dtype)
+            if why_not is not None:
+                raise BackendError(f"batch_invariant: {why_not}")
         with torch.device("meta"):
             model = cls(config, backend=backend, strict=strict, batch_invariant=batch_invariant, precision=precision)
         model._load(state, dtype, device, str(src))

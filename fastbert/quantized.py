@@ -85,6 +85,8 @@ def decide(
     why_not = ops.quantized.obstacle(*sizes, activation, dtype, device) or _altered(model)
     if why_not is None and policy.backend != "torch":
         why_not = ops.quantized.device_obstacle(precision, device, arch)
+    if why_not is None and policy.batch_invariant and (device.type != "cpu" or policy.backend == "triton"):
+        why_not = "batch_invariant: of the 8-bit kernels, only those in C++ for CPUs promise it"
     if why_not is not None:
         return Decision(OP, UNQUANTISED, why_not)
     if arch is not None and policy.backend in ("auto", "triton"):

@@ -120,7 +120,7 @@ class Normalize(nn.Module):
 def apply(module: nn.Module, x: Tensor, policy: Policy) -> Tensor:
     """module(x) on sentence vectors (B, K); where the policy is batch-invariant, on kernels that are.
 
-    PyTorch's sums over a row on a GPU may depend on the number of rows, those of norms as well as those of products.
+    PyTorch's sums over a row may depend on the number of rows, those of norms as well as those of products.
     Raises BackendError for a module that is not known to be batch-invariant.
     """
     if not policy.batch_invariant or isinstance(module, nn.Dropout):
@@ -128,7 +128,7 @@ def apply(module: nn.Module, x: Tensor, policy: Policy) -> Tensor:
     if isinstance(module, Dense):
         weight, bias = module.linear.weight, module.linear.bias
         out = ops.linear(x, weight.to(x), None if bias is None else bias.to(x), policy=policy)
-        return _ACTIVATIONS[module.activation](out)
+        return ops.elementwise(_ACTIVATIONS[module.activation], out, policy=policy)
     if isinstance(module, LayerNorm):
         norm = module.norm
         return ops.bias_residual_layer_norm(x, None, None, norm.weight.to(x), norm.bias.to(x), norm.eps, policy=policy)

@@ -23,7 +23,7 @@ from test_op_attention import DTYPES, LENGTHS, check
 __all__ = ["stand_in"]  # a fixture
 pytestmark = pytest.mark.filterwarnings("ignore:(overflow|invalid value|divide by zero):RuntimeWarning")
 
-INVARIANT = Policy(batch_invariant=True)
+INVARIANT = Policy("triton", batch_invariant=True)
 ARCHS = (80, 86, 89, 90, 100, 120)
 
 

@@ -1,4 +1,7 @@
-"""Batch invariance: a text's bits are the same alone, in any batch and in any order."""
+"""Batch invariance on the Triton kernels: a text's bits are the same alone, in any batch and in any order.
+
+On the C++ kernels for CPUs: test_batch_invariant_cpu.py.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,8 @@ from fastbert.ops import BackendError, Policy, dispatch
 from fastbert.sentence_layout import Dense, Dropout, LayerNorm, Normalize, apply
 from helpers import assert_as_accurate, cu_seqlens_of, rms_error
 
-INVARIANT = Policy(batch_invariant=True)
+MODE = {"backend": "triton", "batch_invariant": True}
+INVARIANT = Policy(**MODE)
 BATCHINGS = 200
 
 
@@ -56,7 +60,7 @@ def assert_invariant(model, lengths, batchings):
 def test_bits_do_not_depend_on_the_batch(dtype, longest, device):
     """A tile, a key block or a library GEMM that is cut by what else is in the batch: 200 random batchings in all."""
     settings = config(hidden_size=16, num_attention_heads=1, intermediate_size=40)
-    model = BertModel(settings, batch_invariant=True).to(device, dtype).eval()
+    model = BertModel(settings, **MODE).to(device, dtype).eval()
     alone = assert_invariant(model, [1, 3, 20, 33, longest], BATCHINGS // 2)
     assert all(torch.isfinite(out).all() for out in alone)
 
@@ -82,7 +86,7 @@ def test_a_shared_tile_would_not_do(device):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_within_the_usual_error(dtype, device):
     """Another attention or GEMM that is invariant and wrong, or less exact for the residual that it adds."""
-    model = BertModel(config(num_hidden_layers=2), batch_invariant=True).to(device, dtype).eval()
+    model = BertModel(config(num_hidden_layers=2), **MODE).to(device, dtype).eval()
     ids = torch.randint(0, 120, (3, 40), device=device)
     outs = {}
     for name, backend_dtype in (("eager", dtype), ("exact", torch.float64)):
@@ -100,7 +104,7 @@ def test_within_the_usual_error(dtype, device):
 def test_heads(name, device, monkeypatch):
     """A pooler, a decoder or a classifier that still takes PyTorch's GEMM."""
     cls = getattr(heads, name)
-    model = cls(config(), batch_invariant=True).to(device).eval()
+    model = cls(config(), **MODE).to(device).eval()
     refuse = pytest.fail
     monkeypatch.setattr(nn.functional, "linear", lambda *args: refuse("a linear of PyTorch's"))
     shape = (2, 2, 6) if name == "BertForMultipleChoice" else (3, 6)
@@ -130,7 +134,7 @@ def test_after_the_pooling(make, device):
 
 def test_sentence_encoder(minilm, device):
     """A sentence encoder that drops the mode, or whose normalisation depends on the batch."""
-    encoder = SentenceEncoder.from_pretrained(minilm, device=device, batch_invariant=True, num_hidden_layers=1)
+    encoder = SentenceEncoder.from_pretrained(minilm, device=device, num_hidden_layers=1, **MODE)
     assert encoder.model.policy == INVARIANT
     texts = ["A cat sleeps.", "Rain.", "The committee adjourned before lunch."]
     for normalize in (False, True):
@@ -144,10 +148,10 @@ def test_refused_without_the_kernels(minilm, monkeypatch):
     monkeypatch.setattr(dispatch, "interpreting", lambda: False)
     for cls in (BertModel, BertForMaskedLM, SentenceEncoder):
         with pytest.raises(BackendError, match="batch_invariant: needs the Triton kernels.*the tensors are on the CPU"):
-            cls.from_pretrained(minilm, device="cpu", batch_invariant=True)
-    with pytest.raises(ValueError, match="batch_invariant: expected backend 'auto' or 'triton', got 'cpu'"):
-        BertModel.from_pretrained(minilm, backend="cpu", batch_invariant=True)
-    model = BertModel(config(), batch_invariant=True).eval()  # and one that was moved to where there are none
+            cls.from_pretrained(minilm, device="cpu", **MODE)
+    with pytest.raises(ValueError, match="batch_invariant: expected backend 'auto', 'triton' or 'cpu', got 'torch'"):
+        BertModel.from_pretrained(minilm, backend="torch", batch_invariant=True)
+    model = BertModel(config(), **MODE).eval()  # one that was moved
     with pytest.raises(BackendError, match="strict=True: the tensors are on the CPU"):
         model(torch.ones(1, 4, dtype=torch.int64))
 
@@ -157,17 +161,17 @@ def test_refused_where_a_module_is_called_as_it_is(device):
     ids = torch.ones(1, 4, dtype=torch.int64, device=device)
     for path in ("encoder.layer.0.output.dense", "encoder.layer.0.attention.self.key", "pooler.dense",
                  "embeddings.word_embeddings"):  # fmt: skip
-        model = BertModel(config(), batch_invariant=True).to(device).eval()
+        model = BertModel(config(), **MODE).to(device).eval()
         model.get_submodule(path).register_forward_hook(lambda *args: None)
         with pytest.raises(BackendError, match="batch_invariant: a (Linear|Embedding) that is an adapter or has hooks"):
             model(ids)
     with pytest.raises(BackendError, match="strict=True"):
-        BertModel(config(), batch_invariant=True).to(device).eval()(ids, output_attentions=True)
+        BertModel(config(), **MODE).to(device).eval()(ids, output_attentions=True)
 
 
 def test_embeddings_at_an_odd_address(device):
     """Embeddings given as a view, whose loads are narrower and whose sums are in another order than those of a copy."""
-    model = BertModel(config(), batch_invariant=True).to(device).eval()
+    model = BertModel(config(), **MODE).to(device).eval()
     embeds = torch.randn(2, 5, 32, device=device)
     shifted = torch.zeros(2 * 5 * 32 + 1, device=device)[1:].view(2, 5, 32).copy_(embeds)
     assert shifted.data_ptr() % 16
@@ -186,7 +190,7 @@ def test_embeddings_at_an_odd_address(device):
 
 def test_explain_of_a_sentence_encoder(minilm):
     """Modules after the pooling that are shown as called when kernels do their work."""
-    encoder = SentenceEncoder.from_pretrained(minilm, device="cpu", batch_invariant=True, num_hidden_layers=1)
+    encoder = SentenceEncoder.from_pretrained(minilm, device="cpu", num_hidden_layers=1, **MODE)
     encoder.tail.extend([Dense(384, 20), Dropout()])
     rows = {row.module: row for row in explain(encoder, arch=90).rows if row.module.startswith("tail.")}
     assert [(row.module, row.backend) for row in rows.values()] == [("tail.1", "triton"), ("tail.2", "module")]
@@ -218,7 +222,7 @@ def test_explain_shows_the_mode():
 
 def test_traced_without_a_plan(device):
     """An exported model whose attention quietly shares tiles."""
-    model = BertModel(config(), batch_invariant=True).to(device).eval()
+    model = BertModel(config(), **MODE).to(device).eval()
     ids = torch.ones(1, 4, dtype=torch.int64, device=device)
     with pytest.raises(Exception, match="batch_invariant: a traced model needs the batch's plan"):
         torch.export.export(model, (ids,), strict=False)

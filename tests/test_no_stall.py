@@ -208,7 +208,7 @@ target, dtype = GPUTarget("cuda", 90, 32), torch.bfloat16
 config = fastbert.BertConfig(
     vocab_size=101, hidden_size=96, num_hidden_layers=1, num_attention_heads=3, intermediate_size=128
 )
-how = {"batch_invariant": True} if "batch_invariant" in sys.argv else {"backend": "triton", "strict": True}
+how = {"backend": "triton", "strict": True, "batch_invariant": "batch_invariant" in sys.argv}
 model = fastbert.BertForMaskedLM(config, **how).eval().to(dtype)
 
 

@@ -328,7 +328,9 @@ def varlen_attention(
         return torch.ops.fastbert.varlen_attention(
             qkv, batch.cu_seqlens, batch.cu_seqlens_cpu, seq_ids, work_list, num_heads, scale, short_list
         )
-    if backend == "cpu" and cpu_obstacle(head_size, qkv, dropout_p) is None:
+    no_kernel = cpu_obstacle(head_size, qkv, dropout_p) if backend == "cpu" else None
+    dispatch.check_invariant("attention", policy, backend, no_kernel)
+    if backend == "cpu" and no_kernel is None:
         run = (
             _compiled if dispatch.direct(qkv) else torch.ops.fastbert.cpu_attention
         )  # less to go through, for a short text

@@ -1,9 +1,9 @@
 """Which backend runs an operation, and why.
 
 `triton`: the kernels of fastbert_kernels, on CUDA devices (and on the CPU under Triton's interpreter, for tests).
-`cpu`: PyTorch on packed tokens, for CPUs. `torch`: the same in plain PyTorch on any device. `auto` takes triton on CUDA
-and cpu on CPUs. What the chosen backend cannot do raises under `strict`; otherwise another one does it, and the reason
-is logged once.
+`cpu`: PyTorch on packed tokens, for CPUs, and C++ kernels where there are some. `torch`: the same in plain PyTorch on
+any device. `auto` takes triton on CUDA and cpu on CPUs. What the chosen backend cannot do raises under `strict`;
+otherwise another one does it, and the reason is logged once.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 
 from fastbert.tracing import constant
+from fastbert_kernels import cpu
 
 logger = logging.getLogger("fastbert")
 
@@ -31,8 +32,8 @@ class BackendError(RuntimeError):
 class Policy:
     """What the user asked for: a backend, and whether another may step in (`strict=False`).
 
-    batch_invariant: a row's bits must not depend on the rows beside it. Only the Triton kernels promise that, so it
-    means the backend "triton", and strict.
+    batch_invariant: a row's bits must not depend on the rows beside it. Only the Triton kernels promise that, and on
+    CPUs the C++ kernels, so that it excludes the backend "torch", and is strict.
     """
 
     backend: str = "auto"
@@ -43,9 +44,8 @@ class Policy:
         if self.backend not in BACKENDS:
             raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {self.backend!r}")
         if self.batch_invariant:
-            if self.backend not in ("auto", "triton"):
-                raise ValueError(f"batch_invariant: expected backend 'auto' or 'triton', got {self.backend!r}")
-            object.__setattr__(self, "backend", "triton")
+            if self.backend == "torch":
+                raise ValueError("batch_invariant: expected backend 'auto', 'triton' or 'cpu', got 'torch'")
             object.__setattr__(self, "strict", True)
 
 
@@ -94,14 +94,43 @@ def _log_once(op: str, wanted: str, taken: str, reason: str) -> None:
     logger.warning("%s: backend %r falls back to %r: %s", op, wanted, taken, reason)
 
 
-def check_batch_invariant(policy: Policy, device: torch.device) -> None:
-    """Raises BackendError if the policy asks for batch invariance and the device has no Triton kernels."""
-    reason = triton_unavailable(device) if policy.batch_invariant else None
+def check_batch_invariant(policy: Policy, device: torch.device, precision: str | None = None) -> None:
+    """Raises BackendError if the policy asks for batch invariance and the device has no kernels that promise it."""
+    if not policy.batch_invariant:
+        return
+    if device.type == "cpu" and policy.backend != "triton":
+        kernels, reason = "C++ kernels for CPUs", cpu.unavailable()
+        if reason is None and precision is not None:
+            reason = cpu.no_int8()
+    elif precision is not None:
+        kernels, reason = "C++ kernels for CPUs", f"of those in 8 bits no others promise it, and the device is {device}"
+    elif policy.backend == "cpu":
+        kernels, reason = "Triton kernels", f"backend 'cpu' was asked for, and the device is {device}"
+    else:
+        kernels, reason = "Triton kernels", triton_unavailable(device)
     if reason is not None:
         raise BackendError(
-            f"batch_invariant: needs the Triton kernels, because the bits of PyTorch's matrix products depend on the "
+            f"batch_invariant: needs the {kernels}, because the bits of PyTorch's matrix products depend on the "
             f"number of rows: {reason}"
         )
+
+
+def check_invariant(op: str, policy: Policy, backend: str, obstacle: str | None = None) -> None:
+    """Raises BackendError if the policy asks for batch invariance, and `backend`, not "triton", cannot promise it.
+
+    obstacle: why the C++ kernels cannot run this call, or PyTorch where it promises it too; or None.
+    """
+    if policy.batch_invariant:
+        reason = obstacle if backend == "cpu" else "the tensors are on no GPU and no CPU"
+        if torch.compiler.is_compiling():
+            reason = "torch.compile and torch.export would make operations of their own of it"
+        if reason is not None:
+            _refuse(f"batch_invariant: {op}: {reason}")
+
+
+@constant  # a compiler that met a mere exception would go on without the function
+def _refuse(why: str) -> None:
+    raise BackendError(why)
 
 
 def interpreting() -> bool:
@@ -148,6 +177,11 @@ def dtype_obstacle(*tensors: torch.Tensor | None) -> str | None:
 def dropout_obstacle(dropout_p: float) -> str | None:
     """Why the triton backend cannot drop out, or None."""
     return f"dropout (p = {dropout_p}) has no Triton kernel yet" if dropout_p > 0.0 else None
+
+
+def training_obstacle(dropout_p: float) -> str | None:
+    """Why a batch-invariant policy refuses to drop out, or None."""
+    return f"dropout (p = {dropout_p}) is drawn for a whole batch" if dropout_p > 0.0 else None
 
 
 def direct(x: torch.Tensor) -> bool:

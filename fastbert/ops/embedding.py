@@ -120,8 +120,11 @@ def embedding_layer_norm(
     words = word if inputs_embeds is None else inputs_embeds
     why_not = obstacle(hidden_size, words, token_type, position, weight, ln_bias)
     run = _eager
-    if dispatch.choose("embedding", policy.backend, policy.strict, words.device, why_not) == "triton":
+    backend = dispatch.choose("embedding", policy.backend, policy.strict, words.device, why_not)
+    if backend == "triton":
         run = torch.ops.fastbert.embedding_layer_norm
+    else:  # whose rows PyTorch on CPUs takes alone: see layer_norm
+        dispatch.check_invariant("embedding", policy, backend, dispatch.training_obstacle(dropout_p))
     out = run(input_ids, token_type_ids, position_ids, words, token_type, position, weight, ln_bias, eps, padding_idx)
     return F.dropout(out, dropout_p) if dropout_p > 0.0 else out
 

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 
 from fastbert.ops import dispatch
 from fastbert.ops.dispatch import AUTO, Policy
+from fastbert.ops.elementwise import elementwise
 from fastbert.ops.library import register
 
 KERNELS = {"triton": "fastbert_kernels.gelu", "torch": "add, torch.nn.functional.gelu"}
@@ -65,6 +66,8 @@ def bias_gelu(
     if bias is not None and bias.shape != (x.shape[-1],):
         raise ValueError(f"bias: expected shape ({x.shape[-1]},), got {tuple(bias.shape)}")
     why_not = dispatch.dtype_obstacle(x, bias) or activation_obstacle(activation)
-    if dispatch.choose("bias_gelu", policy.backend, policy.strict, x.device, why_not) == "triton":
+    backend = dispatch.choose("bias_gelu", policy.backend, policy.strict, x.device, why_not)
+    if backend == "triton":
         return torch.ops.fastbert.bias_gelu(x, bias, activation)
-    return _eager(x, bias, activation)
+    dispatch.check_invariant("bias_gelu", policy, backend)
+    return elementwise(lambda x: _eager(x, bias, activation), x, policy=policy)

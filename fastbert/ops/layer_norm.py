@@ -87,6 +87,9 @@ def bias_residual_layer_norm(
     if residual is not None and residual.shape != x.shape:
         raise ValueError(f"residual: expected the shape of x, {tuple(x.shape)}, got {tuple(residual.shape)}")
     why_not = obstacle(hidden_size, x, bias, residual, weight, ln_bias, dropout_p=dropout_p)
-    if dispatch.choose("layer_norm", policy.backend, policy.strict, x.device, why_not) == "triton":
+    backend = dispatch.choose("layer_norm", policy.backend, policy.strict, x.device, why_not)
+    if backend == "triton":
         return torch.ops.fastbert.bias_residual_layer_norm(x, bias, residual, weight, ln_bias, eps)
+    # PyTorch's LayerNorm on CPUs takes each row alone, and sums have one result wherever they stand.
+    dispatch.check_invariant("layer_norm", policy, backend, dispatch.training_obstacle(dropout_p))
     return _eager(x, bias, residual, weight, ln_bias, eps, dropout_p)

@@ -136,6 +136,10 @@ def _packed(
     policy: Policy, obstacle: str | None, x: torch.Tensor, weight: torch.Tensor, *others: torch.Tensor | None
 ) -> bool:
     """Whether the backend is "cpu" and its weight is packed. obstacle: why the triton backend cannot run it."""
+    if policy.batch_invariant:
+        backend = dispatch.decide("linear", policy, x.device, obstacle).backend
+        dispatch.check_invariant("linear", policy, backend, packed_linear.invariant_obstacle(x, weight, *others))
+        return True
     if x.device.type != "cpu" or dispatch.decide("linear", policy, x.device, obstacle).backend != "cpu":
         return False
     return packed_linear.obstacle(x, weight, *others) is None
@@ -160,11 +164,11 @@ def linear(
         if _ours(x, weight, activation, False, policy, why_not):
             return torch.ops.fastbert.linear(x, weight, bias, activation)
         if _packed(policy, why_not, x, weight, bias):
-            return packed_linear.linear(x, weight, bias)
+            return packed_linear.linear(x, weight, bias, batch_invariant=policy.batch_invariant)
         return F.linear(x, weight, bias)  # on every other backend: see gemm_kernel
     if dispatch.choose("linear", policy.backend, policy.strict, x.device, why_not) != "triton":
         if activation in packed_linear.ACTIVATIONS and _packed(policy, why_not, x, weight, bias):
-            return packed_linear.linear(x, weight, bias, activation)
+            return packed_linear.linear(x, weight, bias, activation, batch_invariant=policy.batch_invariant)
         return _eager(x, weight, bias, activation)
     if _ours(x, weight, activation, False, policy, why_not):
         return torch.ops.fastbert.linear(x, weight, bias, activation)
@@ -191,12 +195,15 @@ def linear_residual_layer_norm(
     """
     _check(x, weight, bias)
     why_not = layer_norm.obstacle(weight.shape[0], x, weight, bias, residual, ln_weight, ln_bias, dropout_p=dropout_p)
-    fused = dispatch.choose("layer_norm", policy.backend, policy.strict, x.device, why_not) == "triton"
+    backend = dispatch.choose("layer_norm", policy.backend, policy.strict, x.device, why_not)
+    fused = backend == "triton"
+    if not fused:
+        dispatch.check_invariant("layer_norm", policy, backend, dispatch.training_obstacle(dropout_p))
     if fused and _ours(x, weight, "none", True, policy, why_not):
         y = torch.ops.fastbert.linear(x, weight, bias, "none", residual)
         return layer_norm.bias_residual_layer_norm(y, None, None, ln_weight, ln_bias, eps, policy=policy)
     if not fused and dropout_p == 0.0 and _packed(policy, why_not, x, weight, bias, residual):
-        y = packed_linear.linear(x, weight, bias, residual=residual)
+        y = packed_linear.linear(x, weight, bias, residual=residual, batch_invariant=policy.batch_invariant)
         return layer_norm.bias_residual_layer_norm(y, None, None, ln_weight, ln_bias, eps, policy=policy)
     y = F.linear(x, weight, None if fused else bias)
     return layer_norm.bias_residual_layer_norm(

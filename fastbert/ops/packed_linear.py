@@ -27,20 +27,46 @@ _packed: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 def obstacle(x: torch.Tensor, weight: torch.Tensor, *others: torch.Tensor | None) -> str | None:
     """Why these operands, of one dtype, on the cpu backend, have no product with a packed weight; or None."""
+    why_not = _operands_obstacle(x, weight, others)
+    if why_not is not None:
+        return why_not
+    if x.shape[0] < LEAST_ROWS:
+        return f"fewer than {LEAST_ROWS} rows"
+    if weight.is_inference():
+        return "the weight is no plain tensor, whose changes are counted"
+    return unavailable(x.dtype)
+
+
+def _operands_obstacle(x: torch.Tensor, weight: torch.Tensor, others: tuple[torch.Tensor | None, ...]) -> str | None:
     tensors = [x, weight, *(t for t in others if t is not None)]
     if any(t.device.type != "cpu" for t in tensors):
         return f"the tensors are on {x.device}"
     if torch.compiler.is_compiling():
         return "torch.compile fuses F.linear itself"
-    if x.shape[0] < LEAST_ROWS:
-        return f"fewer than {LEAST_ROWS} rows"
     if any(t.dtype != x.dtype for t in tensors) or torch.is_autocast_enabled("cpu"):
         return "mixed dtypes"
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-        return "gradients are needed"
-    if any(type(t) not in (torch.Tensor, torch.nn.Parameter) for t in tensors) or weight.is_inference():
+        return "gradients are needed (torch.no_grad or torch.inference_mode turns them off)"
+    if any(type(t) not in (torch.Tensor, torch.nn.Parameter) for t in tensors):
         return "the weight is no plain tensor, whose changes are counted"
-    return unavailable(x.dtype)
+    return None
+
+
+def invariant_obstacle(x: torch.Tensor, weight: torch.Tensor, *others: torch.Tensor | None) -> str | None:
+    """Why these operands have no product whose rows have the same bits beside any others, however many; or None.
+
+    That is the C++ kernel's: oneDNN and F.linear choose their code by the number of rows.
+    """
+    return _operands_obstacle(x, weight, others) or no_invariant_product(x.dtype, weight.shape[1])
+
+
+def no_invariant_product(dtype: torch.dtype, k_size: int) -> str | None:
+    """Why a weight (M, k_size) of this dtype has no such product on this processor, or None."""
+    if not cpu.multiplies(dtype):
+        why_not = f"the C++ kernels ({cpu.instructions()}) do not multiply {dtype} on this processor"
+        return cpu.unavailable() or why_not
+    odd = dtype == torch.bfloat16 and k_size % 2
+    return f"the C++ kernels multiply bfloat16 in pairs, and there are {k_size} features" if odd else None
 
 
 def unavailable(dtype: torch.dtype) -> str | None:
@@ -48,9 +74,9 @@ def unavailable(dtype: torch.dtype) -> str | None:
     return None if _native(dtype) else onednn.unavailable(dtype)
 
 
-def kernel(dtype: torch.dtype) -> str | None:
+def kernel(dtype: torch.dtype, batch_invariant: bool = False) -> str | None:
     """What multiplies by packed weights of this dtype, in words; None where nothing does."""
-    if _native(dtype):
+    if batch_invariant or _native(dtype):
         return f"fastbert_kernels.cpu, {cpu.instructions()}, weights packed"
     return None if onednn.unavailable(dtype) else "torch.ops.mkldnn._linear_pointwise, weights packed"
 
@@ -70,11 +96,16 @@ def linear(
     bias: torch.Tensor | None,
     activation: str = "none",
     residual: torch.Tensor | None = None,
+    *,
+    batch_invariant: bool = False,
 ) -> torch.Tensor:
-    """(T, K), (M, K), (M,) -> (T, M) in x's dtype. activation: one of ACTIVATIONS, "none" with a residual (T, M)."""
+    """(T, K), (M, K), (M,) -> (T, M) in x's dtype. activation: one of ACTIVATIONS, "none" with a residual (T, M).
+
+    batch_invariant: by the C++ kernel, for operands that have no `invariant_obstacle`.
+    """
     x = x if x.stride(-1) == 1 else x.contiguous()
     residual = residual if residual is None or residual.stride(-1) == 1 else residual.contiguous()
-    if _native(x.dtype) and (x.dtype == torch.float32 or x.shape[1] % 2 == 0):
+    if batch_invariant or (_native(x.dtype) and (x.dtype == torch.float32 or x.shape[1] % 2 == 0)):
         packed = packed_by_kernel(weight)
         bias = bias if bias is None or bias.stride(0) == 1 else bias.contiguous()
         return cpu.linear_forward(x, packed, weight.shape[0], bias, activation, residual)
@@ -83,7 +114,9 @@ def linear(
 
 
 def packed_by_kernel(weight: torch.Tensor) -> torch.Tensor:
-    """The weight as `fastbert_kernels.cpu` reads it, kept until it changes."""
+    """The weight as `fastbert_kernels.cpu` reads it, kept until it changes; made anew where changes are not counted."""
+    if weight.is_inference():
+        return cpu.pack_weight(weight)
     return _kept(weight, "cpu", cpu.pack_weight)
 
 

@@ -13,6 +13,7 @@ from fastbert_kernels import cpu
 KERNELS = {"triton": "fastbert_kernels.pooling", "torch": "sum or segment_reduce, index_select"}
 
 MEANS = ("mean", "mean_sqrt_len")
+EXACT = ("cls", "max", "last")  # which round nothing
 MODES = ("cls", "mean", "max", "weighted_mean", "last", "mean_sqrt_len")
 
 
@@ -92,6 +93,38 @@ def _compiled(hidden: torch.Tensor, cu_seqlens: torch.Tensor, mode: str, out_dty
     return dtypes and mode in MEANS and cpu_obstacle(hidden.dtype) is None
 
 
+def _invariant(
+    hidden: torch.Tensor, cu_seqlens: torch.Tensor, mode: str, normalize: bool, out_dtype: torch.dtype
+) -> torch.Tensor:
+    """On CPUs, with all sums in the C++ kernel: PyTorch's depend on how many rows there are, and on the threads."""
+    if mode in MEANS:
+        return cpu.pool_forward(_rows(hidden), cu_seqlens, mode, normalize).to(out_dtype)
+    if mode == "weighted_mean":
+        ends = cu_seqlens.long()
+        starts = torch.repeat_interleave(ends[:-1], ends.diff(), output_size=hidden.shape[0])
+        places = torch.arange(1, hidden.shape[0] + 1) - starts
+        weighted = hidden.float() * places.float()[:, None]
+        pooled = cpu.pool_forward(weighted, cu_seqlens, "mean") / ((ends.diff()[:, None] + 1) / 2)
+    else:
+        pooled = _eager(hidden, cu_seqlens, mode, False, torch.float32)
+    if normalize:
+        one_row_each = torch.arange(len(pooled) + 1, dtype=torch.int32)
+        pooled = cpu.pool_forward(_rows(pooled), one_row_each, "mean", True)
+    return pooled.to(out_dtype)
+
+
+def invariant_obstacle(hidden: torch.Tensor, mode: str, normalize: bool) -> str | None:
+    """Why the cpu backend cannot pool each sequence to the same bits beside any others, or None."""
+    if mode in EXACT and not normalize:
+        return None
+    why_not = cpu_obstacle(hidden.dtype)
+    return why_not or (None if dispatch.direct(hidden) else "gradients are needed, or somebody watches the operations")
+
+
+def _rows(hidden: torch.Tensor) -> torch.Tensor:
+    return hidden if hidden.stride(-1) == 1 else hidden.contiguous()
+
+
 def pool(
     hidden: torch.Tensor,
     cu_seqlens: torch.Tensor,
@@ -114,7 +147,10 @@ def pool(
     backend = dispatch.choose("pooling", policy.backend, policy.strict, hidden.device, why_not)
     if backend == "triton":
         return torch.ops.fastbert.pool(hidden, cu_seqlens, mode, normalize, out_dtype)
+    if policy.batch_invariant:
+        dispatch.check_invariant("pooling", policy, backend, invariant_obstacle(hidden, mode, normalize))
+        if mode not in EXACT or normalize:
+            return _invariant(hidden, cu_seqlens.int(), mode, normalize, out_dtype)
     if backend == "cpu" and _compiled(hidden, cu_seqlens, mode, out_dtype):
-        hidden = hidden if hidden.stride(-1) == 1 else hidden.contiguous()
-        return cpu.pool_forward(hidden, cu_seqlens, mode, normalize)
+        return cpu.pool_forward(_rows(hidden), cu_seqlens, mode, normalize)
     return _eager(hidden, cu_seqlens, mode, normalize, out_dtype)

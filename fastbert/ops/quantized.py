@@ -222,6 +222,10 @@ def varlen_attention(
 def _run(op: str, precision: str, policy: Policy, obstacle: str | None, functions: tuple[Any, Any], *args: Any) -> Any:
     """The kernel, or its twin where an obstacle is in its way."""
     check_precision(precision)
+    if policy.batch_invariant:
+        raise dispatch.BackendError(
+            f"batch_invariant: {op}: neither the kernels in {precision} nor their twins promise it"
+        )
     tensors = [a for a in args if isinstance(a, Tensor)]
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         raise RuntimeError(f"{op}: {precision} is for inference and has no gradient: use torch.no_grad()")

@@ -170,7 +170,12 @@ typedef Floats BFloat16Operands;  // made floats first
 INLINE vf splat_of(const float* p) { return splat(*p); }
 INLINE vi splat_of(const int32_t* p) { return *p - (vi){}; }
 
-INLINE vf multiply_add(vf sum, vf x, vf y) { return x * y + sum; }
+// Fused by name: a compiler that may choose could fuse them in the tile of one number of rows, and not in another's.
+#ifdef __AVX512F__
+INLINE vf multiply_add(vf sum, vf x, vf y) { return (vf)_mm512_fmadd_ps((__m512)x, (__m512)y, (__m512)sum); }
+#else
+INLINE vf multiply_add(vf sum, vf x, vf y) { return (vf)_mm256_fmadd_ps((__m256)x, (__m256)y, (__m256)sum); }
+#endif
 
 #ifdef __AVX512BF16__
 // sum + x[0] y[0] + x[1] y[1] in each lane.

@@ -1,0 +1,22 @@
+"""Functions of PyTorch's on each element, or each row, of what an op gave."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from fastbert.ops.dispatch import AUTO, Policy
+
+
+def elementwise(
+    function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, *, policy: Policy = AUTO
+) -> torch.Tensor:
+    """function(x). x: (B, K); the function works on rows of any number, and on each as if it were the only one.
+
+    On CPUs PyTorch takes the last elements of a thread's share one at a time, by another formula than whole vectors, so
+    that the last bit of a sigmoid depends on where its row lies. There a batch-invariant policy gives it single rows.
+    """
+    if not policy.batch_invariant or x.device.type != "cpu" or len(x) == 0:
+        return function(x)
+    return torch.cat([function(row.clone()) for row in x.split(1)])  # copied, to memory that is aligned alike
