@@ -87,6 +87,11 @@ class BertEmbeddings(nn.Module):
             policy=policy,
         )
 
+    def check_ids(self, input_ids: Tensor, token_type_ids: Tensor) -> None:
+        """Raises IndexError where one of them is beyond its table."""
+        n_words = self.word_embeddings.num_embeddings
+        ops.check_ids(input_ids=(input_ids, n_words), token_type_ids=(token_type_ids, self.n_token_types))
+
     @property
     def n_token_types(self) -> int:
         """How many segments there are; one, without a table, in a model that knows none."""
@@ -499,19 +504,27 @@ class BertModel(PreTrainedModel):
 
     def _int8_weights(self) -> Any:
         """The 8-bit weights of the C++ kernels, made anew where a parameter has changed; None where they cannot be."""
-        config, attend = self.config, BertSelfAttention.fused_qkv
-        make = functools.partial(cpu_encoder.gather, self.embeddings, self.encoder.layer, config, attend, int8=True)
-        return self.cpu_encoder.weights(self._cpu_key("int8"), make)
+        return self._cpu_weights(True)
 
-    def _cpu_key(self, kind: str) -> Any:
-        """What changes with the weights that the C++ kernels read."""
-        assert self._watch is not None
-        state = self._watch.state()
-        key = kind, state, self._watch.changes()
-        if not self.cpu_encoder.keeps(key):
-            self._watch.derived()  # which is a change, too
-            key = kind, state, self._watch.changes()
-        return key
+    def _cpu_weights(self, int8: bool) -> Any:
+        """The weights as the C++ kernels read them, made anew where a parameter has changed; None where they cannot be.
+
+        The embeddings are among them but where the family projects, and 8-bit weights are wanted or not.
+        """
+        watch = self._watch
+        assert watch is not None
+        state = watch.state()
+
+        def renewed() -> Any:
+            watch.derived()  # which is a change, too
+            return int8, state, watch.changes()
+
+        def make() -> Any:
+            embeddings = self.embeddings if int8 or self.embeddings_project is None else None
+            attend = BertSelfAttention.fused_qkv
+            return cpu_encoder.gather(embeddings, self.encoder.layer, self.config, attend, int8=int8)
+
+        return self.cpu_encoder.weights((int8, state, watch.changes()), renewed, make)
 
     def _encode(
         self,
@@ -541,18 +554,14 @@ class BertModel(PreTrainedModel):
         self, batch: PackedBatch, words: Tensor, types: Tensor | None, positions: Tensor
     ) -> Tensor | None:
         """The last hidden state (T, H), from a C++ kernel; None where the weights are not as it needs them."""
-        layers, project = self.encoder.layer, self.embeddings_project
-        gather = functools.partial(cpu_encoder.gather, layers=layers, fused_qkv=BertSelfAttention.fused_qkv)
-        make = functools.partial(gather, self.embeddings if project is None else None, config=self.config)
         try:
-            key = self._cpu_key("unquantised")
+            weights = self._cpu_weights(False)
         except RuntimeError as error:
             self._blame_dtypes(error)
             raise
-        weights = self.cpu_encoder.weights(key, make)
         if weights is None:
             return None
-        if project is None:
+        if self.embeddings_project is None:
             return self.cpu_encoder.run(weights, batch, (words, types, positions))
         return self.cpu_encoder.run(weights, batch, None, self._embed(words, types, positions, None))
 

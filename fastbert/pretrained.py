@@ -58,11 +58,11 @@ class PreTrainedModel(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return next(self.parameters()).device
+        return first_parameter(self).device
 
     @property
     def dtype(self) -> torch.dtype:
-        return next(self.parameters()).dtype
+        return first_parameter(self).dtype
 
     def _check_tensors(self, **tensors: Tensor | None) -> None:
         device = self.device
@@ -224,6 +224,25 @@ def resolve_dtype(dtype: str | torch.dtype, config: BertConfig, state: Mapping[s
     if not isinstance(resolved, torch.dtype) or str(resolved).removeprefix("torch.") not in DTYPES:
         raise ValueError(f"dtype: expected 'auto' or one of {', '.join(DTYPES)}, got {dtype!r}")
     return resolved
+
+
+def first_parameter(module: nn.Module) -> Tensor:
+    """What next(module.parameters()) gives or raises, without a generator for each module on the way, and names."""
+    found = _first_parameter(module)
+    if found is None:
+        raise StopIteration
+    return found
+
+
+def _first_parameter(module: nn.Module) -> Tensor | None:
+    for parameter in module._parameters.values():
+        if parameter is not None:
+            return parameter
+    for child in module._modules.values():
+        found = None if child is None else _first_parameter(child)
+        if found is not None:
+            return found
+    return None
 
 
 def listed(names: list[str], most: int = 10) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -247,8 +247,8 @@ class SentenceEncoder(nn.Module):
             on_host=convert_to_numpy and not convert_to_tensor or precision != "float32",
         )
         total = 1 if single else len(texts) if hasattr(texts, "__len__") else None
-        with _progress_bar(show_progress_bar, total) as progress:
-            windows = list(self._run(_as_iterable(texts), replace(request, progress=progress)))
+        with _progress_bar(show_progress_bar, total) as request.progress:
+            windows = list(self._run(_as_iterable(texts), request))
         if output_value != "sentence_embedding":
             items = [item for window in windows for item in window]
             return items[0] if single else items
@@ -261,13 +261,11 @@ class SentenceEncoder(nn.Module):
         made = windows[0] if len(windows) == 1 and not windows[0].is_pinned() else torch.cat(windows)
         if precision != "float32":
             made = torch.from_numpy(vectors.quantize_embeddings(made, precision, ranges, calibration_embeddings))
+        if convert_to_numpy and not convert_to_tensor:
+            return made.numpy()[0] if single else made.numpy()
         if single:
-            made = made[0]
-        if convert_to_tensor:
-            return made
-        if convert_to_numpy:
-            return made.numpy()
-        return made if single else list(made)
+            return made[0]
+        return made if convert_to_tensor else list(made)
 
     def encode_query(
         self, sentences: str | Iterable[str], prompt_name: str | None = None, prompt: str | None = None,
@@ -391,11 +389,12 @@ def _as_iterable(texts: Any) -> Iterable[str]:
     return texts
 
 
+def _progress_bar(show: bool, total: int | None) -> AbstractContextManager[Callable[[int], Any] | None]:
+    return _shown_progress_bar(total) if show else nullcontext()
+
+
 @contextmanager
-def _progress_bar(show: bool, total: int | None) -> Iterator[Callable[[int], Any] | None]:
-    if not show:
-        yield None
-        return
+def _shown_progress_bar(total: int | None) -> Iterator[Callable[[int], Any]]:
     from tqdm import tqdm
 
     with tqdm(total=total, desc="Encoding", unit="text") as bar:

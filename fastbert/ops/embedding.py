@@ -141,7 +141,9 @@ def check_ids(**ids: tuple[torch.Tensor | None, int]) -> None:
     present = {name: (t, size) for name, (t, size) in present.items() if t.numel() > 0}
     if not present:
         return
-    bounds = torch.stack([end.long() for t, _ in present.values() for end in t.aminmax()]).tolist()
+    ends = [end for t, _ in present.values() for end in t.aminmax()]
+    on_host = all(end.device.type == "cpu" for end in ends)
+    bounds = [end.item() for end in ends] if on_host else torch.stack([end.long() for end in ends]).tolist()
     for i, (name, (_, size)) in enumerate(present.items()):
         low, high = bounds[2 * i], bounds[2 * i + 1]
         if low < 0 or high >= size:
