@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from fastbert import checkpoint, cpu_encoder, sentence_layout
 from fastbert.heads import BertForSequenceClassification
 from fastbert.model import Encoded
+from fastbert.pretrained import any_in_training
 from fastbert.sentence import _positive, _progress_bar
 from fastbert.sentence_run import TOKEN_BUDGET, WINDOW, in_batches
 from fastbert.tokenizer import PackedEncoding, Tokenizer
@@ -212,7 +213,7 @@ class CrossEncoder(nn.Module):
             show_progress_bar = logger.getEffectiveLevel() in (logging.INFO, logging.DEBUG)
         if device is not None:
             self.to(device)
-        if any(module.training for module in self.modules()):
+        if any_in_training(self):
             self.eval()
         firsts, seconds = [front + pair[0] for pair in pairs], [pair[1] for pair in pairs]
         n_cut = n_tokens_cut = 0

@@ -20,7 +20,7 @@ from fastbert.derived import Derived
 from fastbert.families import AFTER_PADDING
 from fastbert.ops import Policy, attention, dispatch
 from fastbert.outputs import BaseModelOutputWithPooling
-from fastbert.pretrained import PreTrainedModel, listed
+from fastbert.pretrained import PreTrainedModel, first_parameter, listed
 from fastbert.tracing import untraced
 from fastbert.varlen import PackedBatch
 
@@ -647,18 +647,20 @@ class BertModel(PreTrainedModel):
         """Why the encoder does not run in one call of a C++ kernel at the moment, on so many tokens; or None."""
         if torch.compiler.is_compiling():
             return "torch.compile traces the operations"
-        why_not = cpu_encoder.obstacle(self.config, self.dtype, self.policy, self.device)
+        parameter = first_parameter(self)
+        dtype, device = parameter.dtype, parameter.device
+        why_not = cpu_encoder.obstacle(self.config, dtype, self.policy, device)
         if why_not is not None:
             return why_not
-        if n_rows is not None and not self.cpu_encoder.takes_rows(n_rows, self.dtype):
+        if n_rows is not None and not self.cpu_encoder.takes_rows(n_rows, dtype):
             return f"{n_rows} tokens are better run operation by operation"
         if self.precision is not None:
-            decision = quantized.decide(self, self.policy, self.device, self.dtype)
+            decision = quantized.decide(self, self.policy, device, dtype)
             if decision.backend != quantized.UNQUANTISED:
                 return f"precision={self.precision!r}"
         if torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters()):
             return "gradients are on (torch.no_grad or torch.inference_mode turns them off)"
-        return self._unlike_one_call()
+        return self._unlike_one_call(device)
 
     def int8_obstacle(self, device: torch.device, dtype: torch.dtype) -> str | None:
         """Why precision="int8" does not run in the C++ kernels for CPUs on this device, in this dtype; or None."""
@@ -667,16 +669,16 @@ class BertModel(PreTrainedModel):
         why_not = cpu_encoder.int8_obstacle(self.config, dtype)
         if why_not is not None or self.device != device or self.dtype != dtype:
             return why_not
-        why_not = self._unlike_one_call()
+        why_not = self._unlike_one_call(device)
         if why_not is None and self._int8_weights() is None:
             return "the parameters are not of one dtype and contiguous, or the LayerNorms differ in eps"
         return why_not
 
-    def _unlike_one_call(self) -> str | None:
+    def _unlike_one_call(self, device: torch.device) -> str | None:
         """Why the operations could not run as one at the moment without a difference that somebody sees; or None."""
         if torch.is_autocast_enabled("cpu"):
             return "autocast is on"
-        if getattr(self, "_is_replica", False) or graphs.observed(self.device):
+        if getattr(self, "_is_replica", False) or graphs.observed(device):
             return "a dispatch mode watches every operation"
         if not self._plain_modules():
             return "a module of the encoder is an adapter, has hooks or a forward of its own, or is in training mode"

@@ -245,6 +245,12 @@ def _first_parameter(module: nn.Module) -> Tensor | None:
     return None
 
 
+def any_in_training(module: nn.Module) -> bool:
+    """Whether the module or one below it is in training mode; module.modules() would start a generator for each."""
+    children = module._modules.values()
+    return module.training or any([child is not None and any_in_training(child) for child in children])
+
+
 def listed(names: list[str], most: int = 10) -> str:
     """The names in a row, for a message."""
     shown = ", ".join(names[:most])

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from fastbert import checkpoint, cpu_encoder, sentence_layout, vectors
 from fastbert.model import BertModel
+from fastbert.pretrained import any_in_training
 from fastbert.sentence_layout import Layout, Pooling
 from fastbert.sentence_run import Request, Run, Timings
 from fastbert.tokenizer import Tokenizer
@@ -344,14 +345,14 @@ class SentenceEncoder(nn.Module):
         if self._in_training():  # eval() drops what was made of the weights
             self.eval()
         run = Run(self, request)
-        self.last_timings = run.timings
+        self.__dict__["last_timings"] = run.timings  # nn.Module asks of each attribute whether it is a parameter
         return run.windows(texts)
 
     def _in_training(self) -> bool:
         """Whether a module is; without asking each of the encoder, which would take as long as a short text."""
         if self.model.all_in_eval_mode():
-            return self.training or any(module.training for module in self.tail.modules())
-        return any(module.training for module in self.modules())
+            return self.training or any_in_training(self.tail)
+        return any_in_training(self)
 
     def _prompt(self, prompt: str | None, prompt_name: str | None) -> str:
         if prompt is None:

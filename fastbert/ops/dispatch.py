@@ -69,12 +69,17 @@ def decide(op: str, policy: Policy, device: torch.device, obstacle: str | None) 
     return Decision(op, *_decided(policy.backend, device, obstacle))
 
 
+def wants_triton(backend: str, device: torch.device) -> bool:
+    """Whether this choice of backend makes it the triton backend, unless there is an obstacle: else none matters."""
+    return backend == "triton" or (backend == "auto" and device.type == "cuda")
+
+
 def _decided(wanted: str, device: torch.device, obstacle: str | None) -> tuple[str, str | None]:
     """The backend and the reason of a Decision."""
     elsewhere = "cpu" if device.type == "cpu" else "torch"
-    if wanted == "auto":
-        wanted = "triton" if device.type == "cuda" else elsewhere
-    if wanted == "triton":
+    if wanted == "auto" and device.type != "cuda":
+        wanted = elsewhere
+    if wants_triton(wanted, device):
         reason = triton_unavailable(device) or obstacle
         return ("triton", None) if reason is None else (elsewhere, reason)
     if wanted == "cpu" and device.type != "cpu":

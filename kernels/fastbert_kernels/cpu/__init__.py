@@ -73,6 +73,8 @@ def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
         pool = getattr(library, f"fastbert_pool_{dtype}")
         pool.argtypes = [pointer, size, size, pointer, size, size, ctypes.c_int, ctypes.c_int, pointer]
         pool.restype = ctypes.c_int
+    library.fastbert_ids_outside.argtypes = [pointer, size, size]
+    library.fastbert_ids_outside.restype = ctypes.c_int
     library.fastbert_packed_size.argtypes = [size, size]
     library.fastbert_packed_size.restype = size
     for dtype in ("float32", "bfloat16") if hasattr(library, "fastbert_linear_bfloat16") else ("float32",):
@@ -184,6 +186,11 @@ def _check(status: int, n_tokens: int) -> None:
         raise MemoryError("attention: no memory for the keys and values of a sequence")
     if status == 2:
         raise ValueError(f"cu_seqlens: expected offsets from 0 to {n_tokens} that never decrease")
+
+
+def ids_outside(ids: torch.Tensor, size: int) -> bool:
+    """Whether one of the ids, int64 and contiguous, is below 0 or not below size."""
+    return bool(_load()[0].fastbert_ids_outside(ids.data_ptr(), ids.numel(), size))
 
 
 def pool_forward(
