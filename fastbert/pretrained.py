@@ -228,27 +228,29 @@ def resolve_dtype(dtype: str | torch.dtype, config: BertConfig, state: Mapping[s
 
 def first_parameter(module: nn.Module) -> Tensor:
     """What next(module.parameters()) gives or raises, without a generator for each module on the way, and names."""
-    found = _first_parameter(module)
-    if found is None:
-        raise StopIteration
-    return found
-
-
-def _first_parameter(module: nn.Module) -> Tensor | None:
-    for parameter in module._parameters.values():
-        if parameter is not None:
-            return parameter
-    for child in module._modules.values():
-        found = None if child is None else _first_parameter(child)
-        if found is not None:
-            return found
-    return None
+    waiting: list[nn.Module | None] = [module]
+    while waiting:
+        one = waiting.pop()
+        if one is None:
+            continue
+        for parameter in one._parameters.values():
+            if parameter is not None:
+                return parameter
+        waiting += reversed(one._modules.values())
+    raise StopIteration
 
 
 def any_in_training(module: nn.Module) -> bool:
     """Whether the module or one below it is in training mode; module.modules() would start a generator for each."""
-    children = module._modules.values()
-    return module.training or any([child is not None and any_in_training(child) for child in children])
+    waiting: list[nn.Module | None] = [module]
+    while waiting:
+        one = waiting.pop()
+        if one is None:
+            continue
+        if one.training:
+            return True
+        waiting += one._modules.values()
+    return False
 
 
 def listed(names: list[str], most: int = 10) -> str:
