@@ -239,10 +239,11 @@ class Watch:
 
     def state(self) -> tuple[list[int], list[int]]:
         """Of every parameter where it is, and how often it was written to, as far as PyTorch counts that."""
-        found = [p for p in chain.from_iterable(map(dict.values, self._parameters)) if p is not None]
+        found: list[Any] = list(chain.from_iterable(map(dict.values, self._parameters)))
         try:
             versions = list(map(attrgetter("_version"), found))
-        except RuntimeError:  # inference tensors have none
+        except (RuntimeError, AttributeError):  # inference tensors have none, and a parameter may be None
+            found = [p for p in found if p is not None]
             versions = [-1 if p.is_inference() else p._version for p in found]
         return list(map(Tensor.data_ptr, found)), versions
 

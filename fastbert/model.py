@@ -95,7 +95,8 @@ class BertEmbeddings(nn.Module):
     @property
     def n_token_types(self) -> int:
         """How many segments there are; one, without a table, in a model that knows none."""
-        return 1 if self.token_type_embeddings is None else self.token_type_embeddings.num_embeddings
+        table = self.token_type_embeddings
+        return 1 if table is None else table.num_embeddings
 
     def operands(self, input_ids: Tensor | None, inputs_embeds: Tensor | None, policy: Policy) -> tuple[Any, ...]:
         """Ids, and the words' table (V, E), or no ids and the words themselves (T, E); the other parameters; eps."""

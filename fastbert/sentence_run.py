@@ -310,11 +310,9 @@ def in_batches(
         start, end = ends[first] - lengths[first], ends[last - 1]
         batch = varlen.from_lengths(lengths[first:last], device)
         here = (ids, types) if last - first == len(order) else (ids[start:end], types[start:end])
-        ids_here, types_here = here
-        yield (
-            order[first:last], batch,
-            ids_here.to(device, non_blocking=True), types_here.to(device, non_blocking=True),
-        )  # fmt: skip
+        if device.type != "cpu":
+            here = here[0].to(device, non_blocking=True), here[1].to(device, non_blocking=True)
+        yield order[first:last], batch, *here
 
 
 def _gathered(

@@ -129,11 +129,14 @@ def from_lengths(lengths: Sequence[int], device: torch.device) -> PackedBatch:
     positions = np.arange(offsets[-1], dtype=np.int64)
     if len(lengths) > 1:
         positions -= np.repeat(offsets[:-1], lengths)
-    cu_seqlens, position_ids = torch.from_numpy(offsets), torch.from_numpy(positions)
+    cu_seqlens_cpu = cu_seqlens = torch.from_numpy(offsets)
+    position_ids = torch.from_numpy(positions)
+    if device.type != "cpu":
+        cu_seqlens, position_ids = (t.to(device, non_blocking=True) for t in (cu_seqlens, position_ids))
     return PackedBatch(
-        cu_seqlens=cu_seqlens.to(device, non_blocking=True),
-        cu_seqlens_cpu=cu_seqlens,
-        position_ids=position_ids.to(device, non_blocking=True),
+        cu_seqlens=cu_seqlens,
+        cu_seqlens_cpu=cu_seqlens_cpu,
+        position_ids=position_ids,
         batch_size=len(lengths),
         padded_length=max(lengths, default=0),
     )
