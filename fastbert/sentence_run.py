@@ -22,6 +22,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate, islice
 from operator import sub
 from typing import TYPE_CHECKING, Any
@@ -206,14 +207,14 @@ class Run:
                     made = self._pool(hidden, batch)
                 else:
                     made = self._items(hidden, batch, *ids)
-            # Out of inference mode: callers may use the vectors in autograd.
             if not isinstance(made, Tensor):
                 for place, item in zip(places, made, strict=True):
                     items[place] = item
             elif len(places) == n_texts and places == list(range(n_texts)):
-                vectors = made.contiguous() if request.on_host else made.clone()
+                vectors = made.contiguous() if request.on_host else _for_autograd(made.clone)
             else:
-                vectors = made.new_empty(n_texts, made.shape[1]) if vectors is None else vectors
+                if vectors is None:
+                    vectors = _for_autograd(partial(made.new_empty, (n_texts, made.shape[1])))
                 rows = torch.from_numpy(np.array(places))
                 vectors.index_copy_(0, rows.to(self.device, non_blocking=True), made)
             if request.progress is not None:
@@ -270,6 +271,12 @@ class Run:
         if request.truncate_dim is not None:
             x = x[:, : request.truncate_dim]
         return apply(Normalize(), x, policy) if normalize else x
+
+
+def _for_autograd(make: Callable[[], Tensor]) -> Tensor:
+    """A tensor that callers may use in autograd, also if they call from inference mode."""
+    with torch.inference_mode(False):
+        return make()
 
 
 class _Result:

@@ -107,6 +107,8 @@ def test_vectors_are_the_callers(texts: Any) -> None:
     encoder, weight = make(), torch.ones(32, requires_grad=True)
     (encoder.encode(texts, convert_to_tensor=True) * weight).sum().backward()
     assert weight.grad is not None and weight.grad.abs().sum() > 0
+    with torch.inference_mode():
+        assert not encoder.encode(texts, convert_to_tensor=True).is_inference()
     array = encoder.encode(texts, truncate_dim=7)
     assert array.flags.c_contiguous and array.flags.writeable and array.shape[-1] == 7
     before = array.copy()
@@ -200,8 +202,8 @@ def _tail(encoder: SentenceEncoder) -> None:
         tail.linear.weight.mul_(2)
 
 
-CHANGES = (_in_place, _embedding_in_place, _other_data, _other_parameter, _other_module, _no_bias, _other_layer, _state_dict,
-           _training, _uncounted, _adapter, _hook, _hook_before, _patched, _tail)  # fmt: skip
+CHANGES = (_in_place, _embedding_in_place, _other_data, _other_parameter, _other_module, _no_bias, _other_layer,
+           _state_dict, _training, _uncounted, _adapter, _hook, _hook_before, _patched, _tail)  # fmt: skip
 
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
