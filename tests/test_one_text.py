@@ -248,6 +248,29 @@ def test_ids_beyond_the_table() -> None:
     assert cpu.unavailable() is not None or cpu.ids_outside(torch.tensor([3]), 3)
 
 
+@COMPILED
+@pytest.mark.parametrize("name", cpu.VARIANTS)
+def test_ids_in_each_instruction_set(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a loop that reads one id too many, or leaves one out, in the library for another processor."""
+    monkeypatch.setattr(cpu, "VARIANTS", {name: cpu.VARIANTS[name]})
+    cpu._load.cache_clear()
+    try:
+        if cpu.unavailable() is not None:
+            pytest.skip(str(cpu.unavailable()))
+        for n in range(40):
+            ids = torch.full((n + 2,), -7)  # guards, which are outside
+            ids[1:-1] = torch.arange(n) % 5
+            within = ids[1:-1]
+            assert not cpu.ids_outside(within, 5)
+            for place in range(n):
+                for bad in (5, -1, 2**62):
+                    changed = ids.clone()
+                    changed[1 + place] = bad
+                    assert cpu.ids_outside(changed[1:-1], 5)
+    finally:
+        cpu._load.cache_clear()
+
+
 @pytest.mark.parametrize("lengths", [[], [0], [5], [3, 0, 4], [1] * 9], ids=str)
 def test_batches_of_known_lengths(lengths: list[int]) -> None:
     """Catches offsets, positions or sizes that differ from those of the offsets that a caller gives."""
