@@ -31,9 +31,9 @@ def obstacle(config: Any, dtype: torch.dtype, policy: ops.Policy, device: torch.
     """Why models of this configuration run operation by operation on this device, whatever their state; or None."""
     if device.type != "cpu":
         return f"the model is on {device}"
-    decision = dispatch.decide("linear", policy, device, None)
-    if decision.backend != "cpu":
-        return f"the backend is {decision.backend!r}"
+    backend = dispatch.decide("linear", policy, device, None).backend
+    if backend != "cpu":
+        return f"the backend is {backend!r}"
     if not cpu.multiplies(dtype):
         return cpu.unavailable() or f"the C++ kernels do not multiply {dtype} on this processor"
     if config.hidden_size > cpu.MAX_HIDDEN:
@@ -109,15 +109,11 @@ class CpuEncoder:
             return False
         return not (dtype == torch.bfloat16 and n_rows > ROWS_WITHOUT_AMX and cpu.has_amx())
 
-    def keeps(self, key: Any) -> bool:
-        """Whether what is kept was made for this key."""
-        return self._kept[0] == key
-
-    def weights(self, key: Any, make: Callable[[], Any]) -> Any:
-        """What `make` made, the last time that the key changed."""
+    def weights(self, key: Any, renewed: Callable[[], Any], make: Callable[[], Any]) -> Any:
+        """What `make` made, the last time that the key changed. renewed: gives the key under which that is kept."""
         kept = self._kept
         if kept[0] != key:
-            kept = self._kept = key, make()
+            kept = self._kept = renewed(), make()
         return kept[1]
 
     def run(
@@ -131,7 +127,7 @@ class CpuEncoder:
 
         Where ids is None, embedded, (T, H), takes their place, and is written to.
         """
-        dtype = weights.layers[0][0].dtype
+        dtype = weights.dtype
         x = torch.empty(batch.n_tokens, weights.hidden_size, dtype=dtype) if embedded is None else embedded.contiguous()
         workspace = self._take(weights.workspace_size(batch.n_tokens), dtype)
         cpu.encoder_forward(weights, _contiguous(ids), x, batch.cu_seqlens_cpu, workspace)

@@ -11,11 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastbert import checkpoint, cpu_encoder, ops, sentence_layout, varlen
+from fastbert import checkpoint, cpu_encoder, sentence_layout
 from fastbert.heads import BertForSequenceClassification
 from fastbert.model import Encoded
+from fastbert.pretrained import any_in_training
 from fastbert.sentence import _positive, _progress_bar
-from fastbert.sentence_run import TOKEN_BUDGET, WINDOW, batches
+from fastbert.sentence_run import TOKEN_BUDGET, WINDOW, in_batches
 from fastbert.tokenizer import PackedEncoding, Tokenizer
 from fastbert.wordpiece import check_text
 
@@ -212,7 +213,7 @@ class CrossEncoder(nn.Module):
             show_progress_bar = logger.getEffectiveLevel() in (logging.INFO, logging.DEBUG)
         if device is not None:
             self.to(device)
-        if any(module.training for module in self.modules()):
+        if any_in_training(self):
             self.eval()
         firsts, seconds = [front + pair[0] for pair in pairs], [pair[1] for pair in pairs]
         n_cut = n_tokens_cut = 0
@@ -289,30 +290,17 @@ class CrossEncoder(nn.Module):
 
     def _logits(self, tokens: PackedEncoding, batch_size: int | None, progress: Callable[[int], Any] | None) -> Tensor:
         """(n, num_labels) in float32 at least, in the order of the pairs; computed in batches of like lengths."""
-        tables = self.model.bert.embeddings
-        ops.check_ids(
-            input_ids=(tokens.input_ids, tables.word_embeddings.num_embeddings),
-            token_type_ids=(tokens.token_type_ids, tables.n_token_types),
-        )
-        offsets = tokens.cu_seqlens.numpy().astype(np.int64)
-        order = np.argsort(-np.diff(offsets), kind="stable")  # longest first: too little memory shows at once
-        lengths = np.diff(offsets)[order]
-        ends = np.cumsum(lengths)
-        rows = torch.from_numpy(np.repeat(offsets[:-1][order] - (ends - lengths), lengths) + np.arange(lengths.sum()))
-        device = self.device
+        bert, device, n_pairs = self.model.bert, self.device, tokens.cu_seqlens.shape[0] - 1
+        bert.embeddings.check_ids(tokens.input_ids, tokens.token_type_ids)
         dtype = torch.promote_types(self.dtype, torch.float32)
-        logits = torch.empty(len(order), self.num_labels, device=device, dtype=dtype)
+        logits = torch.empty(n_pairs, self.num_labels, device=device, dtype=dtype)
         budget = self.token_budget or TOKEN_BUDGET.get(device.type, TOKEN_BUDGET["cuda"])
-        for first, last in batches(ends, budget, batch_size):
-            start, end = int(ends[first] - lengths[first]), int(ends[last - 1])
-            cu_seqlens = torch.from_numpy(np.append(start, ends[first:last]) - start)
-            batch = varlen.from_cu_seqlens(cu_seqlens, end - start, device)
-            ids, types = (t[rows[start:end]].to(device) for t in (tokens.input_ids, tokens.token_type_ids))
-            hidden = self.model.bert.encode_packed(batch, ids, types, check=False)[-1]
+        for places, batch, ids, types in in_batches(tokens, budget, batch_size, device):
+            hidden = bert.encode_packed(batch, ids, types, check=False)[-1]
             scored = self.model.classify(Encoded(batch, hidden, None, None))
-            logits[torch.from_numpy(order[first:last]).to(device)] = scored.to(logits.dtype)
+            logits[torch.from_numpy(np.array(places)).to(device)] = scored.to(logits.dtype)
             if progress is not None:
-                progress(last - first)
+                progress(len(places))
         return logits
 
 

@@ -12,6 +12,7 @@ import dataclasses
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -166,7 +167,7 @@ def _rows_computed(lengths: Sequence[int], model: nn.Module, bert: BertModel) ->
     if isinstance(model, SentenceEncoder):
         ordered = sorted(lengths, reverse=True)
         budget = model.token_budget or TOKEN_BUDGET.get(bert.device.type, TOKEN_BUDGET["cuda"])
-        parts = [sum(ordered[a:b]) for a, b in batches(np.cumsum(ordered), budget, None)]
+        parts = [sum(ordered[a:b]) for a, b in batches(list(accumulate(ordered)), budget, None)]
     with torch.no_grad():
         if bert._packs_weights():
             return sum(packed_linear.rows_for(n, bert.dtype) for n in parts)

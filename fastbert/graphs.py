@@ -200,7 +200,8 @@ class Watch:
 
     def __init__(self, roots: Iterable[nn.Module], kinds: Collection[type[nn.Module]]) -> None:
         modules = [module for root in roots for module in root.modules()]
-        self._children = tuple((module._modules, dict(module._modules)) for module in modules if module._modules)
+        self._children = [module._modules for module in modules if module._modules]
+        self._children_before = [dict(children) for children in self._children]
         self._parameters = tuple(module._parameters for module in modules if module._parameters)
         self._dicts = tuple(module.__dict__ for module in modules)
         self._deriving: tuple[Any, ...] = tuple(
@@ -217,7 +218,7 @@ class Watch:
 
     def same_modules(self) -> bool:
         """Whether no module was replaced, added or removed."""
-        return all(children == before for children, before in self._children)
+        return self._children == self._children_before
 
     def plain(self) -> bool:
         """Whether every module is of a known kind and in eval mode, and nobody listens to or patches one."""
@@ -238,10 +239,11 @@ class Watch:
 
     def state(self) -> tuple[list[int], list[int]]:
         """Of every parameter where it is, and how often it was written to, as far as PyTorch counts that."""
-        found = [p for p in chain.from_iterable(map(dict.values, self._parameters)) if p is not None]
+        found: list[Any] = list(chain.from_iterable(map(dict.values, self._parameters)))
         try:
             versions = list(map(attrgetter("_version"), found))
-        except RuntimeError:  # inference tensors have none
+        except (RuntimeError, AttributeError):  # inference tensors have none, and a parameter may be None
+            found = [p for p in found if p is not None]
             versions = [-1 if p.is_inference() else p._version for p in found]
         return list(map(Tensor.data_ptr, found)), versions
 

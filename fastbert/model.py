@@ -20,7 +20,7 @@ from fastbert.derived import Derived
 from fastbert.families import AFTER_PADDING
 from fastbert.ops import Policy, attention, dispatch
 from fastbert.outputs import BaseModelOutputWithPooling
-from fastbert.pretrained import PreTrainedModel, listed
+from fastbert.pretrained import PreTrainedModel, first_parameter, listed
 from fastbert.tracing import untraced
 from fastbert.varlen import PackedBatch
 
@@ -87,10 +87,16 @@ class BertEmbeddings(nn.Module):
             policy=policy,
         )
 
+    def check_ids(self, input_ids: Tensor, token_type_ids: Tensor) -> None:
+        """Raises IndexError where one of them is beyond its table."""
+        n_words = self.word_embeddings.num_embeddings
+        ops.check_ids(input_ids=(input_ids, n_words), token_type_ids=(token_type_ids, self.n_token_types))
+
     @property
     def n_token_types(self) -> int:
         """How many segments there are; one, without a table, in a model that knows none."""
-        return 1 if self.token_type_embeddings is None else self.token_type_embeddings.num_embeddings
+        table = self.token_type_embeddings
+        return 1 if table is None else table.num_embeddings
 
     def operands(self, input_ids: Tensor | None, inputs_embeds: Tensor | None, policy: Policy) -> tuple[Any, ...]:
         """Ids, and the words' table (V, E), or no ids and the words themselves (T, E); the other parameters; eps."""
@@ -501,19 +507,27 @@ class BertModel(PreTrainedModel):
 
     def _int8_weights(self) -> Any:
         """The 8-bit weights of the C++ kernels, made anew where a parameter has changed; None where they cannot be."""
-        config, attend = self.config, BertSelfAttention.fused_qkv
-        make = functools.partial(cpu_encoder.gather, self.embeddings, self.encoder.layer, config, attend, int8=True)
-        return self.cpu_encoder.weights(self._cpu_key("int8"), make)
+        return self._cpu_weights(True)
 
-    def _cpu_key(self, kind: str) -> Any:
-        """What changes with the weights that the C++ kernels read."""
-        assert self._watch is not None
-        state = self._watch.state()
-        key = kind, state, self._watch.changes()
-        if not self.cpu_encoder.keeps(key):
-            self._watch.derived()  # which is a change, too
-            key = kind, state, self._watch.changes()
-        return key
+    def _cpu_weights(self, int8: bool) -> Any:
+        """The weights as the C++ kernels read them, made anew where a parameter has changed; None where they cannot be.
+
+        The embeddings are among them but where the family projects, and 8-bit weights are wanted or not.
+        """
+        watch = self._watch
+        assert watch is not None
+        state = watch.state()
+
+        def renewed() -> Any:
+            watch.derived()  # which is a change, too
+            return int8, state, watch.changes()
+
+        def make() -> Any:
+            embeddings = self.embeddings if int8 or self.embeddings_project is None else None
+            attend = BertSelfAttention.fused_qkv
+            return cpu_encoder.gather(embeddings, self.encoder.layer, self.config, attend, int8=int8)
+
+        return self.cpu_encoder.weights((int8, state, watch.changes()), renewed, make)
 
     def _encode(
         self,
@@ -543,18 +557,14 @@ class BertModel(PreTrainedModel):
         self, batch: PackedBatch, words: Tensor, types: Tensor | None, positions: Tensor
     ) -> Tensor | None:
         """The last hidden state (T, H), from a C++ kernel; None where the weights are not as it needs them."""
-        layers, project = self.encoder.layer, self.embeddings_project
-        gather = functools.partial(cpu_encoder.gather, layers=layers, fused_qkv=BertSelfAttention.fused_qkv)
-        make = functools.partial(gather, self.embeddings if project is None else None, config=self.config)
         try:
-            key = self._cpu_key("unquantised")
+            weights = self._cpu_weights(False)
         except RuntimeError as error:
             self._blame_dtypes(error)
             raise
-        weights = self.cpu_encoder.weights(key, make)
         if weights is None:
             return None
-        if project is None:
+        if self.embeddings_project is None:
             return self.cpu_encoder.run(weights, batch, (words, types, positions))
         return self.cpu_encoder.run(weights, batch, None, self._embed(words, types, positions, None))
 
@@ -640,19 +650,21 @@ class BertModel(PreTrainedModel):
         """Why the encoder does not run in one call of a C++ kernel at the moment, on so many tokens; or None."""
         if torch.compiler.is_compiling():
             return "torch.compile traces the operations"
-        why_not = cpu_encoder.obstacle(self.config, self.dtype, self.policy, self.device)
+        parameter = first_parameter(self)
+        dtype, device = parameter.dtype, parameter.device
+        why_not = cpu_encoder.obstacle(self.config, dtype, self.policy, device)
         if why_not is not None:
             return why_not
         choosy = not self.policy.batch_invariant  # that takes the same code for any number of rows
-        if choosy and n_rows is not None and not self.cpu_encoder.takes_rows(n_rows, self.dtype):
+        if choosy and n_rows is not None and not self.cpu_encoder.takes_rows(n_rows, dtype):
             return f"{n_rows} tokens are better run operation by operation"
         if self.precision is not None:
-            decision = quantized.decide(self, self.policy, self.device, self.dtype)
+            decision = quantized.decide(self, self.policy, device, dtype)
             if decision.backend != quantized.UNQUANTISED:
                 return f"precision={self.precision!r}"
         if torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters()):
             return "gradients are on (torch.no_grad or torch.inference_mode turns them off)"
-        return self._unlike_one_call()
+        return self._unlike_one_call(device)
 
     def int8_obstacle(self, device: torch.device, dtype: torch.dtype) -> str | None:
         """Why precision="int8" does not run in the C++ kernels for CPUs on this device, in this dtype; or None."""
@@ -661,16 +673,16 @@ class BertModel(PreTrainedModel):
         why_not = cpu_encoder.int8_obstacle(self.config, dtype)
         if why_not is not None or self.device != device or self.dtype != dtype:
             return why_not
-        why_not = self._unlike_one_call()
+        why_not = self._unlike_one_call(device)
         if why_not is None and self._int8_weights() is None:
             return "the parameters are not of one dtype and contiguous, or the LayerNorms differ in eps"
         return why_not
 
-    def _unlike_one_call(self) -> str | None:
+    def _unlike_one_call(self, device: torch.device) -> str | None:
         """Why the operations could not run as one at the moment without a difference that somebody sees; or None."""
         if torch.is_autocast_enabled("cpu"):
             return "autocast is on"
-        if getattr(self, "_is_replica", False) or graphs.observed(self.device):
+        if getattr(self, "_is_replica", False) or graphs.observed(device):
             return "a dispatch mode watches every operation"
         if not self._plain_modules():
             return "a module of the encoder is an adapter, has hooks or a forward of its own, or is in training mode"

@@ -60,11 +60,11 @@ class PreTrainedModel(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return next(self.parameters()).device
+        return first_parameter(self).device
 
     @property
     def dtype(self) -> torch.dtype:
-        return next(self.parameters()).dtype
+        return first_parameter(self).dtype
 
     def _check_tensors(self, **tensors: Tensor | None) -> None:
         device = self.device
@@ -231,6 +231,33 @@ def resolve_dtype(dtype: str | torch.dtype, config: BertConfig, state: Mapping[s
     if not isinstance(resolved, torch.dtype) or str(resolved).removeprefix("torch.") not in DTYPES:
         raise ValueError(f"dtype: expected 'auto' or one of {', '.join(DTYPES)}, got {dtype!r}")
     return resolved
+
+
+def first_parameter(module: nn.Module) -> Tensor:
+    """What next(module.parameters()) gives or raises, without a generator for each module on the way, and names."""
+    waiting: list[nn.Module | None] = [module]
+    while waiting:
+        one = waiting.pop()
+        if one is None:
+            continue
+        for parameter in one._parameters.values():
+            if parameter is not None:
+                return parameter
+        waiting += reversed(one._modules.values())
+    raise StopIteration
+
+
+def any_in_training(module: nn.Module) -> bool:
+    """Whether the module or one below it is in training mode; module.modules() would start a generator for each."""
+    waiting: list[nn.Module | None] = [module]
+    while waiting:
+        one = waiting.pop()
+        if one is None:
+            continue
+        if one.training:
+            return True
+        waiting += one._modules.values()
+    return False
 
 
 def listed(names: list[str], most: int = 10) -> str:

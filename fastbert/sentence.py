@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from fastbert import checkpoint, cpu_encoder, sentence_layout, vectors
 from fastbert.model import BertModel
+from fastbert.pretrained import any_in_training
 from fastbert.sentence_layout import Layout, Pooling
 from fastbert.sentence_run import Request, Run, Timings
 from fastbert.tokenizer import Tokenizer
@@ -247,8 +248,8 @@ class SentenceEncoder(nn.Module):
             on_host=convert_to_numpy and not convert_to_tensor or precision != "float32",
         )
         total = 1 if single else len(texts) if hasattr(texts, "__len__") else None
-        with _progress_bar(show_progress_bar, total) as progress:
-            windows = list(self._run(_as_iterable(texts), replace(request, progress=progress)))
+        with _progress_bar(show_progress_bar, total) as request.progress:
+            windows = list(self._run(_as_iterable(texts), request))
         if output_value != "sentence_embedding":
             items = [item for window in windows for item in window]
             return items[0] if single else items
@@ -261,13 +262,11 @@ class SentenceEncoder(nn.Module):
         made = windows[0] if len(windows) == 1 and not windows[0].is_pinned() else torch.cat(windows)
         if precision != "float32":
             made = torch.from_numpy(vectors.quantize_embeddings(made, precision, ranges, calibration_embeddings))
+        if convert_to_numpy and not convert_to_tensor:
+            return made.numpy()[0] if single else made.numpy()
         if single:
-            made = made[0]
-        if convert_to_tensor:
-            return made
-        if convert_to_numpy:
-            return made.numpy()
-        return made if single else list(made)
+            return made[0]
+        return made if convert_to_tensor else list(made)
 
     def encode_query(
         self, sentences: str | Iterable[str], prompt_name: str | None = None, prompt: str | None = None,
@@ -346,14 +345,14 @@ class SentenceEncoder(nn.Module):
         if self._in_training():  # eval() drops what was made of the weights
             self.eval()
         run = Run(self, request)
-        self.last_timings = run.timings
+        self.__dict__["last_timings"] = run.timings  # nn.Module asks of each attribute whether it is a parameter
         return run.windows(texts)
 
     def _in_training(self) -> bool:
         """Whether a module is; without asking each of the encoder, which would take as long as a short text."""
         if self.model.all_in_eval_mode():
-            return self.training or any(module.training for module in self.tail.modules())
-        return any(module.training for module in self.modules())
+            return self.training or any_in_training(self.tail)
+        return any_in_training(self)
 
     def _prompt(self, prompt: str | None, prompt_name: str | None) -> str:
         if prompt is None:
@@ -391,11 +390,12 @@ def _as_iterable(texts: Any) -> Iterable[str]:
     return texts
 
 
+def _progress_bar(show: bool, total: int | None) -> AbstractContextManager[Callable[[int], Any] | None]:
+    return _shown_progress_bar(total) if show else nullcontext()
+
+
 @contextmanager
-def _progress_bar(show: bool, total: int | None) -> Iterator[Callable[[int], Any] | None]:
-    if not show:
-        yield None
-        return
+def _shown_progress_bar(total: int | None) -> Iterator[Callable[[int], Any]]:
     from tqdm import tqdm
 
     with tqdm(total=total, desc="Encoding", unit="text") as bar:

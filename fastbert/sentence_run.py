@@ -17,11 +17,14 @@ from __future__ import annotations
 
 import logging
 import time
+from bisect import bisect_right
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import islice
+from functools import partial
+from itertools import accumulate, islice
+from operator import sub
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -45,12 +48,12 @@ AHEAD = 2  # windows tokenised, or being tokenised, before the calling thread as
 TOKEN_BUDGET = {"cpu": 2048, "cuda": 16384}
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Request:
     """What one call asks for.
 
     single: one text came, not a list, so that errors name no index. even: windows of WINDOW texts each, but the last.
-    on_host: vectors are to be read on the host.
+    on_host: vectors are to be read on the host, as numbers: they may be inference tensors.
     """
 
     prompt: str = ""
@@ -105,7 +108,8 @@ class Run:
 
     def __init__(self, encoder: SentenceEncoder, request: Request) -> None:
         self.encoder, self.request = encoder, request
-        self.device = encoder.device
+        self.model, self.tail = encoder.model, list(encoder.tail)
+        self.device = self.model.device
         self.limit = encoder.max_seq_length
         self.skip = self._prompt_tokens()
         self.n_texts = self.n_truncated = self.n_truncated_tokens = 0
@@ -182,58 +186,40 @@ class Run:
         prompt = self.request.prompt
         texts = [prompt + text for text in window] if prompt else window
         tokens = self.encoder.tokenizer.encode_packed(texts, max_length=self.limit, warn=False)
-        embeddings = self.encoder.model.embeddings
-        ops.check_ids(
-            input_ids=(tokens.input_ids, embeddings.word_embeddings.num_embeddings),
-            token_type_ids=(tokens.token_type_ids, embeddings.n_token_types),
-        )
+        self.model.embeddings.check_ids(tokens.input_ids, tokens.token_type_ids)
         self.n_texts += len(window)
         self.n_truncated += tokens.n_truncated
         self.n_truncated_tokens += tokens.n_truncated_tokens
-        self.timings.tokens += len(tokens.input_ids)
+        self.timings.tokens += tokens.input_ids.shape[0]
         self.timings.tokenizing += time.perf_counter() - started
         return tokens
 
-    @torch.inference_mode()
     def _compute(self, tokens: PackedEncoding) -> Tensor | list[Any]:
-        offsets = tokens.cu_seqlens.numpy().astype(np.int64)
-        order = np.argsort(-np.diff(offsets), kind="stable")  # longest first: too little memory shows at once
-        lengths = np.diff(offsets)[order]
-        ends = np.cumsum(lengths)
-        ids, types = self._sorted_tokens(tokens, np.repeat(offsets[:-1][order] - (ends - lengths), lengths))
+        request, n_texts = self.request, tokens.cu_seqlens.shape[0] - 1
         vectors: Tensor | None = None
-        items: list[Any] = [None] * len(order)
+        items: list[Any] = [None] * n_texts
+        made: Tensor | list[Any]
         budget = self.encoder.token_budget or TOKEN_BUDGET.get(self.device.type, TOKEN_BUDGET["cuda"])
-        for first, last in batches(ends, budget, self.request.batch_size):
-            start, end = int(ends[first] - lengths[first]), int(ends[last - 1])
-            cu_seqlens = torch.from_numpy(np.append(start, ends[first:last]) - start)
-            batch = varlen.from_cu_seqlens(cu_seqlens, end - start, self.device)
-            here = [t[start:end].to(self.device, non_blocking=True) for t in (ids, types)]
-            hidden = self.encoder.model.encode_packed(batch, *here, check=False)[-1]
-            places = torch.from_numpy(order[first:last])
-            if self.request.output_value == "sentence_embedding":
-                made = self._pool(hidden, batch)
-                if vectors is None:
-                    with torch.inference_mode(False):  # a tensor that callers may use in autograd
-                        vectors = made.new_empty(len(order), made.shape[1])
-                vectors.index_copy_(0, places.to(self.device, non_blocking=True), made)
-            else:
-                found = self._items(hidden, batch, *here)
-                for place, item in zip(places.tolist(), found, strict=True):
+        for places, batch, *ids in in_batches(tokens, budget, request.batch_size, self.device):
+            with torch.inference_mode():
+                hidden = self.model.encode_packed(batch, *ids, check=False)[-1]
+                if request.output_value == "sentence_embedding":
+                    made = self._pool(hidden, batch)
+                else:
+                    made = self._items(hidden, batch, *ids)
+            if not isinstance(made, Tensor):
+                for place, item in zip(places, made, strict=True):
                     items[place] = item
-            if self.request.progress is not None:
-                self.request.progress(last - first)
+            elif len(places) == n_texts and places == list(range(n_texts)):
+                vectors = made.contiguous() if request.on_host else _for_autograd(made.clone)
+            else:
+                if vectors is None:
+                    vectors = _for_autograd(partial(made.new_empty, (n_texts, made.shape[1])))
+                rows = torch.from_numpy(np.array(places))
+                vectors.index_copy_(0, rows.to(self.device, non_blocking=True), made)
+            if request.progress is not None:
+                request.progress(len(places))
         return items if vectors is None else vectors
-
-    def _sorted_tokens(self, tokens: PackedEncoding, shift: np.ndarray) -> tuple[Tensor, Tensor]:
-        """Ids and types, (T,) each, at their place plus `shift`, in memory that a GPU can copy from by itself."""
-        rows = torch.from_numpy(shift + np.arange(len(shift)))
-        pin = self.device.type == "cuda"
-        ids, types = (
-            torch.index_select(t, 0, rows, out=torch.empty(len(rows), dtype=t.dtype, pin_memory=pin))
-            for t in (tokens.input_ids, tokens.token_type_ids)
-        )
-        return ids, types
 
     def _items(self, hidden: Tensor, batch: varlen.PackedBatch, ids: Tensor, types: Tensor) -> list[Any]:
         """What the output values "token_embeddings" and None ask for, a text each."""
@@ -255,7 +241,7 @@ class Run:
 
     def _pool(self, hidden: Tensor, batch: varlen.PackedBatch) -> Tensor:
         """(T, H) -> (B, dim), in float32 at least."""
-        pooling, request, tail = self.encoder.pooling, self.request, list(self.encoder.tail)
+        pooling, request, tail = self.encoder.pooling, self.request, self.tail
         cu_seqlens = batch.cu_seqlens
         if self.skip:
             lengths = (batch.cu_seqlens_cpu.diff() - self.skip).clamp(min=0)
@@ -267,7 +253,7 @@ class Run:
             tail, normalize = [*tail, Normalize()], False
         late = self.skip > 0 and "weightedmean" in pooling.modes
         fused = len(pooling.modes) == 1 and bool(tail) and isinstance(tail[0], Normalize) and not late
-        dtype, policy = torch.promote_types(hidden.dtype, torch.float32), self.encoder.model.policy
+        dtype, policy = torch.promote_types(hidden.dtype, torch.float32), self.model.policy
         pooled = [
             ops.pool(hidden, cu_seqlens, POOLING_MODES[mode], normalize=fused, out_dtype=dtype, policy=policy)
             for mode in pooling.modes
@@ -282,8 +268,15 @@ class Run:
         x = pooled[0] if len(pooled) == 1 else torch.cat(pooled, dim=1)
         for module in tail[1:] if fused else tail:
             x = apply(module, x, policy)
-        x = x[:, : request.truncate_dim]
+        if request.truncate_dim is not None:
+            x = x[:, : request.truncate_dim]
         return apply(Normalize(), x, policy) if normalize else x
+
+
+def _for_autograd(make: Callable[[], Tensor]) -> Tensor:
+    """A tensor that callers may use in autograd, also if they call from inference mode."""
+    with torch.inference_mode(False):
+        return make()
 
 
 class _Result:
@@ -304,7 +297,46 @@ class _Result:
         return self.made
 
 
-def batches(ends: np.ndarray, budget: int, most: int | None) -> Iterator[tuple[int, int]]:
+def in_batches(
+    tokens: PackedEncoding, budget: int, most: int | None, device: torch.device
+) -> Iterator[tuple[list[int], varlen.PackedBatch, Tensor, Tensor]]:
+    """The texts in batches of like lengths, as `batches` cuts them: which they are, and their ids and types, (T,) each.
+
+    The lengths are lists: of one text, NumPy's functions would take longer than everything else here.
+    """
+    offsets = tokens.cu_seqlens.tolist()
+    lengths = list(map(sub, offsets[1:], offsets))
+    # Longest first: too little memory shows at once.
+    order = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
+    ids, types = tokens.input_ids, tokens.token_type_ids
+    if device.type != "cpu" or order != list(range(len(order))):
+        lengths = [lengths[i] for i in order]
+        ids, types = _gathered((ids, types), [offsets[i] for i in order], lengths, device)
+    ends = list(accumulate(lengths))
+    for first, last in batches(ends, budget, most):
+        start, end = ends[first] - lengths[first], ends[last - 1]
+        batch = varlen.from_lengths(lengths[first:last], device)
+        here = (ids, types) if last - first == len(order) else (ids[start:end], types[start:end])
+        if device.type != "cpu":
+            here = here[0].to(device, non_blocking=True), here[1].to(device, non_blocking=True)
+        yield order[first:last], batch, *here
+
+
+def _gathered(
+    tensors: tuple[Tensor, ...], starts: list[int], lengths: list[int], device: torch.device
+) -> Iterator[Tensor]:
+    """Tensors (T,) with their texts in another order, in memory that a GPU can copy from by itself.
+
+    starts, lengths: of the texts in that order, where each begins in the tensors.
+    """
+    ends = np.cumsum(lengths)
+    rows = torch.from_numpy(np.repeat(starts - (ends - lengths), lengths) + np.arange(ends[-1]))
+    for t in tensors:
+        out = torch.empty(len(rows), dtype=t.dtype, pin_memory=device.type == "cuda")
+        yield torch.index_select(t, 0, rows, out=out)
+
+
+def batches(ends: Sequence[int], budget: int, most: int | None) -> Iterator[tuple[int, int]]:
     """(first, last) of runs of texts that have at most `budget` tokens and `most` texts, or of a single text.
 
     ends: (n,) how many tokens there are up to the end of each text.
@@ -312,7 +344,7 @@ def batches(ends: np.ndarray, budget: int, most: int | None) -> Iterator[tuple[i
     first = 0
     while first < len(ends):
         before = ends[first - 1] if first else 0
-        last = max(int(np.searchsorted(ends, before + budget, side="right")), first + 1)
+        last = max(bisect_right(ends, before + budget), first + 1)
         last = last if most is None else min(last, first + most)
         yield first, last
         first = last

@@ -12,7 +12,7 @@ import logging
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import accumulate, chain, repeat
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -59,18 +59,18 @@ class PackedEncoding:
     n_truncated_tokens: int  # tokens they lost
 
 
-class _Template(NamedTuple):
-    """The P pieces of a sequence, such as [CLS] A [SEP]; arrays (P,)."""
+class _Piece(NamedTuple):
+    """A piece of a sequence, such as each of [CLS] A [SEP]."""
 
-    source: np.ndarray  # 0: first text, 1: second text, -1: one special token
-    ids: np.ndarray  # of the special token
-    types: np.ndarray  # segment ids
+    source: int  # 0: first text, 1: second text, -1: one special token
+    ids: list[int]  # the special token, or nothing
+    type: int  # segment id
 
 
 class _Rows(NamedTuple):
     ids: np.ndarray  # (T,)
     types: np.ndarray  # (T,)
-    lengths: np.ndarray  # (B,)
+    lengths: list[int]  # (B,)
     n_truncated: int
     n_truncated_tokens: int
     limit: int | None
@@ -104,7 +104,9 @@ class Tokenizer:
         rust = self._rust = source.rust
         self._as_bert = source.as_bert
         self._segments = source.segments
+        # Of a text and of a pair, with special tokens and without.
         self._templates = tuple(_template(rust.encode(*texts), source.segments) for texts in (("a",), ("a", "a")))
+        self._bare = tuple(tuple(piece for piece in pieces if piece.source >= 0) for pieces in self._templates)
         self.vocab_size = max(rust.get_vocab().values()) + 1
         for name, value in source.settings.items():
             setattr(self, name, value)
@@ -211,7 +213,7 @@ class Tokenizer:
 
     def num_special_tokens(self, pair: bool) -> int:
         """How many special tokens a text gets, or a pair."""
-        return int((self._templates[pair].source < 0).sum())
+        return len(self._templates[pair]) - len(self._bare[pair])
 
     def __call__(
         self,
@@ -245,7 +247,7 @@ class Tokenizer:
                 return Encoding(arrays)
             lists = {name: array.tolist() for name, array in arrays.items()}
         else:
-            spans = list(zip(np.cumsum(rows.lengths).tolist(), rows.lengths.tolist(), strict=True))
+            spans = list(zip(accumulate(rows.lengths), rows.lengths, strict=True))
             flat = {"input_ids": rows.ids, "token_type_ids": rows.types, "attention_mask": np.ones_like(rows.ids)}
             lists = {name: [array[end - n : end].tolist() for end, n in spans] for name, array in flat.items()}
         return Encoding({name: value[0] for name, value in lists.items()} if isinstance(texts, str) else lists)
@@ -265,11 +267,10 @@ class Tokenizer:
         ``warn=False``: no warning about cut texts; the counts are in the result.
         """
         rows = self._encode(texts, pairs, truncation, max_length, add_special_tokens, warn)
-        if len(rows.ids) > np.iinfo(np.int32).max:
+        if len(rows.ids) >= 2**31:
             raise ValueError(f"texts: got {len(rows.ids)} tokens in all, expected fewer than 2**31")
-        cu_seqlens = np.zeros(len(rows.lengths) + 1, np.int32)
-        np.cumsum(rows.lengths, out=cu_seqlens[1:])
-        ids, types, cu = (torch.from_numpy(array) for array in (rows.ids, rows.types, cu_seqlens))
+        cu_seqlens = np.array([0, *accumulate(rows.lengths)], np.int32)
+        ids, types, cu = map(torch.from_numpy, (rows.ids, rows.types, cu_seqlens))
         return PackedEncoding(ids, types, cu, rows.n_truncated, rows.n_truncated_tokens)
 
     def tokenize(self, text: str) -> list[str]:
@@ -313,67 +314,83 @@ class Tokenizer:
         one_of("truncation", truncation, True, False, "longest_first", "only_first", "only_second")
         if truncation == "only_second" and pairs is None:
             raise ValueError("truncation: got 'only_second' without pairs")
-        template = self._templates[len(sides) - 1]
-        if not special:
-            template = _Template(*(array[template.source >= 0] for array in template))
-        n_special = int((template.source < 0).sum())
+        template = (self._templates if special else self._bare)[len(sides) - 1]
+        n_special = len(template) - len(sides)
         limit = self.model_max_length if max_length is None else max_length
         if limit is not None and not (isinstance(limit, (int, np.integer)) and limit >= n_special):
             raise ValueError(f"max_length: got {limit!r}, expected None or an int >= {n_special}, the special tokens")
 
-        parts: list[tuple[np.ndarray, ...]] = [(np.empty(0, np.int64),) * 3]
+        # There may be one text: counts stay lists, for each of NumPy's functions costs more than all of its tokens.
+        parts: list[tuple[np.ndarray, np.ndarray]] = []
+        lengths: list[int] = []
         n_truncated = n_truncated_tokens = 0
         for start in range(0, len(sides[0]), _CHUNK):
             chunk = [text for side in sides for text in side[start : start + _CHUNK]]
             # The library's threads are not PyTorch's, and as many as there are cores: whoever allows one gets one.
             at_once = [[text] for text in chunk] if torch.get_num_threads() == 1 else [chunk]
             encoded = [one for few in at_once for one in self._rust.encode_batch_fast(few, add_special_tokens=False)]
-            full = np.fromiter(map(len, encoded), np.int64, len(encoded)).reshape(len(sides), -1)  # (1 or 2, rows)
-            kept = full if limit is None else _truncate(full, limit, n_special, truncation, start)
-            cut = (full - kept).sum(0)
-            n_truncated += int((cut > 0).sum())
-            n_truncated_tokens += int(cut.sum())
-            parts.append(self._assemble(template, encoded, kept))
+            counts = list(map(len, encoded))
+            n_rows = len(chunk) // len(sides)
+            kept = [counts[i : i + n_rows] for i in range(0, len(chunk), n_rows)]  # of first texts, of second texts
+            totals = [n_special + sum(row) for row in zip(*kept, strict=True)]
+            if limit is not None and max(totals) > limit:
+                n_truncated += sum(total > limit for total in totals)
+                kept = _truncate(np.array(kept), limit, n_special, truncation, start).tolist()
+                before, totals = sum(totals), [n_special + sum(row) for row in zip(*kept, strict=True)]
+                n_truncated_tokens += before - sum(totals)
+            parts.append(self._assemble(template, encoded, kept, sum(totals)))
+            lengths += totals
         if n_truncated and warn and max_length is None:
             logger.warning(
                 f"{n_truncated} of {len(sides[0])} texts were longer than model_max_length={limit} and truncated: "
                 f"{n_truncated_tokens} tokens cut. Pass max_length= to set the limit yourself."
             )
-        ids, types, lengths = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+        if len(parts) != 1:
+            parts.append((np.empty(0, np.int64),) * 2)
+            ids, types = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+        else:
+            ids, types = parts[0]
         return _Rows(ids, types, lengths, n_truncated, n_truncated_tokens, limit)
 
-    def _assemble(self, template: _Template, encoded: list[Any], kept: np.ndarray) -> tuple[np.ndarray, ...]:
-        """Ids, types (tokens,) and lengths (rows,); ``encoded`` holds all first texts, then all second ones."""
-        n_rows = kept.shape[1]
-        sources = [source for source in template.source.tolist() if source >= 0]
+    def _assemble(
+        self, template: tuple[_Piece, ...], encoded: list[Any], kept: list[list[int]], n_tokens: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Ids and types, (tokens,); ``encoded`` holds all first texts, then all second ones."""
+        n_rows = len(kept[0])
         from_left = one_of("truncation_side", self.truncation_side, "right", "left") == "left"
 
-        def texts() -> Iterator[list[int]]:
-            counts = kept.tolist()
+        def pieces() -> Iterator[list[int]]:
             for row in range(n_rows):
-                for source in sources:
-                    ids, n = encoded[source * n_rows + row].ids, counts[source][row]
-                    yield ids[len(ids) - n :] if from_left else ids[:n]
+                for source, ids, _ in template:
+                    if source >= 0:
+                        ids, n = encoded[source * n_rows + row].ids, kept[source][row]
+                        ids = ids[len(ids) - n :] if from_left else ids[:n]
+                    yield ids
 
-        sizes = np.where(template.source[:, None] < 0, 1, kept[template.source])  # (P, rows)
-        piece = np.repeat(np.tile(np.arange(len(sizes)), n_rows), sizes.T.ravel())  # of each token
-        ids = template.ids[piece]
-        ids[template.source[piece] >= 0] = np.fromiter(chain.from_iterable(texts()), np.int64, int(kept.sum()))
-        return ids, template.types[piece], sizes.sum(0)
+        def types() -> Iterator[Iterator[int]]:
+            for row in range(n_rows):
+                for source, _, type_ in template:
+                    yield repeat(type_, 1 if source < 0 else kept[source][row])
+
+        ids = np.fromiter(chain.from_iterable(pieces()), np.int64, n_tokens)
+        if not any(piece.type for piece in template):
+            return ids, np.zeros(n_tokens, np.int64)
+        return ids, np.fromiter(chain.from_iterable(types()), np.int64, n_tokens)
 
     def _pad(self, rows: _Rows, padding: bool | str) -> dict[str, np.ndarray]:
         """The rows as arrays (B, S)."""
-        width = int(rows.lengths.max(initial=0))
+        lengths = np.array(rows.lengths, np.int64)
+        width = int(lengths.max(initial=0))
         if padding == "max_length":
             if rows.limit is None:
                 raise ValueError("padding: got 'max_length', but neither max_length nor model_max_length is set")
             width = rows.limit
-        elif not padding and (rows.lengths != width).any():
-            raise ValueError(f"return_tensors: rows have {rows.lengths.min()} to {width} tokens; pass padding=True")
+        elif not padding and (lengths != width).any():
+            raise ValueError(f"return_tensors: rows have {lengths.min()} to {width} tokens; pass padding=True")
         if padding and self.pad_token_id is None:
             raise ValueError(f"padding: got {padding!r}, but this tokenizer has no pad_token")
         side = one_of("padding_side", self.padding_side, "right", "left")
-        mask = np.arange(width) < rows.lengths[:, None]
+        mask = np.arange(width) < lengths[:, None]
         mask = mask if side == "right" else mask[:, ::-1]
         ids, types = np.full(mask.shape, self.pad_token_id or 0, np.int64), np.zeros(mask.shape, np.int64)
         ids[mask], types[mask] = rows.ids, rows.types
@@ -392,8 +409,6 @@ def _truncate(full: np.ndarray, limit: int, n_special: int, truncation: bool | s
     """How many tokens of each text stay, (1 or 2, rows), by the rules of ``tokenizers``."""
     budget = limit - n_special
     excess = np.maximum(full.sum(0) - budget, 0)
-    if not excess.any():
-        return full
     if not truncation:
         row = int(excess.argmax())
         raise ValueError(
@@ -423,12 +438,15 @@ def _truncate(full: np.ndarray, limit: int, n_special: int, truncation: bool | s
     return np.where(excess > 0, kept, full)
 
 
-def _template(probe: Any, segments: bool) -> _Template:
-    """The template behind an encoding, whatever kind of post-processor made it; without segments, all ids of them 0."""
-    source = np.array([-1 if source is None else source for source in probe.sequence_ids])
-    first = (source < 0) | (np.diff(source, prepend=-2) != 0)  # the first token of each piece
-    types = np.array(probe.type_ids)[first]
-    return _Template(source[first], np.array(probe.ids)[first], types if segments else np.zeros_like(types))
+def _template(probe: Any, segments: bool) -> tuple[_Piece, ...]:
+    """The template behind an encoding, whatever kind of post-processor made it; without segments, all types are 0."""
+    pieces: list[_Piece] = []
+    for source, token, type_ in zip(probe.sequence_ids, probe.ids, probe.type_ids, strict=True):
+        if source is None:
+            pieces.append(_Piece(-1, [token], type_ * segments))
+        elif not pieces or pieces[-1].source != source:  # the first token of a text
+            pieces.append(_Piece(source, [], type_ * segments))
+    return tuple(pieces)
 
 
 def _as_list(texts: Any, name: str) -> list[str]:

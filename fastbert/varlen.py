@@ -7,10 +7,13 @@ RoBERTa's family counts otherwise: `positions_after_padding`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
+from operator import sub
 from typing import Any
 
+import numpy as np
 import torch
 
 from fastbert.tracing import untraced
@@ -110,21 +113,32 @@ def from_cu_seqlens(cu_seqlens: torch.Tensor, n_tokens: int, device: torch.devic
         raise TypeError(f"cu_seqlens: expected dtype int32, got {cu_seqlens.dtype}")
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
         raise ValueError(f"cu_seqlens: expected shape (B + 1,), got {tuple(cu_seqlens.shape)}")
-    offsets = cu_seqlens.to("cpu", torch.int64)
-    lengths = offsets.diff()
-    if int(offsets[0]) != 0 or int(offsets[-1]) != n_tokens or bool((lengths < 0).any()):
+    offsets = cu_seqlens.tolist()
+    lengths = list(map(sub, offsets[1:], offsets))
+    if offsets[0] != 0 or offsets[-1] != n_tokens or min(lengths, default=0) < 0:
         raise ValueError(
             f"cu_seqlens: expected offsets that start at 0, never decrease and end at T = {n_tokens}, "
-            f"got {offsets.tolist() if cu_seqlens.shape[0] <= 9 else f'{offsets[:4].tolist()} ...'}"
+            f"got {offsets if len(offsets) <= 9 else f'{offsets[:4]} ...'}"
         )
-    starts = torch.repeat_interleave(offsets[:-1], lengths, output_size=n_tokens)
-    cu_seqlens_cpu = offsets.int()
+    return from_lengths(lengths, device)
+
+
+def from_lengths(lengths: Sequence[int], device: torch.device) -> PackedBatch:
+    """The packing of sequences of these lengths, none of them negative; positions count from 0 in each."""
+    offsets = np.array([0, *accumulate(lengths)], np.int32)
+    positions = np.arange(offsets[-1], dtype=np.int64)
+    if len(lengths) > 1:
+        positions -= np.repeat(offsets[:-1], lengths)
+    cu_seqlens_cpu = cu_seqlens = torch.from_numpy(offsets)
+    position_ids = torch.from_numpy(positions)
+    if device.type != "cpu":
+        cu_seqlens, position_ids = (t.to(device, non_blocking=True) for t in (cu_seqlens, position_ids))
     return PackedBatch(
-        cu_seqlens=cu_seqlens_cpu.to(device, non_blocking=True),
+        cu_seqlens=cu_seqlens,
         cu_seqlens_cpu=cu_seqlens_cpu,
-        position_ids=(torch.arange(n_tokens) - starts).to(device, non_blocking=True),
-        batch_size=cu_seqlens.shape[0] - 1,
-        padded_length=int(lengths.max()) if lengths.numel() else 0,
+        position_ids=position_ids,
+        batch_size=len(lengths),
+        padded_length=max(lengths, default=0),
     )
 
 

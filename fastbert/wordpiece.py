@@ -271,6 +271,7 @@ def check_text(text: Any, name: str) -> None:
 
 
 def one_of(name: str, value: Any, *expected: Any) -> Any:
-    if not any(type(value) is type(choice) and value == choice for choice in expected):
-        raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(map(repr, expected))}")
-    return value
+    for choice in expected:
+        if type(value) is type(choice) and value == choice:
+            return value
+    raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(map(repr, expected))}")

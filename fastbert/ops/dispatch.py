@@ -66,27 +66,36 @@ def decide(op: str, policy: Policy, device: torch.device, obstacle: str | None) 
 
     Does not raise or log; `choose` does.
     """
+    return Decision(op, *_decided(policy.backend, device, obstacle))
+
+
+def wants_triton(backend: str, device: torch.device) -> bool:
+    """Whether this choice of backend makes it the triton backend, unless there is an obstacle: else none matters."""
+    return backend == "triton" or (backend == "auto" and device.type == "cuda")
+
+
+def _decided(wanted: str, device: torch.device, obstacle: str | None) -> tuple[str, str | None]:
+    """The backend and the reason of a Decision."""
     elsewhere = "cpu" if device.type == "cpu" else "torch"
-    wanted = policy.backend
-    if wanted == "auto":
-        wanted = "triton" if device.type == "cuda" else elsewhere
-    if wanted == "triton":
+    if wanted == "auto" and device.type != "cuda":
+        wanted = elsewhere
+    if wants_triton(wanted, device):
         reason = triton_unavailable(device) or obstacle
-        return Decision(op, "triton") if reason is None else Decision(op, elsewhere, reason)
+        return ("triton", None) if reason is None else (elsewhere, reason)
     if wanted == "cpu" and device.type != "cpu":
-        return Decision(op, "torch", f"the tensors are on {device}")
-    return Decision(op, wanted)
+        return "torch", f"the tensors are on {device}"
+    return wanted, None
 
 
 @constant
 def choose(op: str, backend: str, strict: bool, device: torch.device, obstacle: str | None) -> str:
     """`decide`, with the fallback logged once, or raised as BackendError under strict. Returns the backend's name."""
-    decision = decide(op, Policy(backend, strict), device, obstacle)
-    if decision.reason is not None:
+    taken, reason = _decided(backend, device, obstacle)
+    if reason is not None:
         if strict:
-            raise BackendError(f"{op}: the backend {backend!r} cannot run it, and strict=True: {decision.reason}")
-        _log_once(op, backend, decision.backend, decision.reason)
-    return decision.backend
+            raise BackendError(f"{op}: the backend {backend!r} cannot run it, and strict=True: {reason}")
+        _log_once(op, backend, taken, reason)
+    return taken
 
 
 @functools.cache

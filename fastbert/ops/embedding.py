@@ -9,6 +9,7 @@ from fastbert.ops import dispatch
 from fastbert.ops.dispatch import AUTO, Policy
 from fastbert.ops.library import register
 from fastbert.tracing import untraced
+from fastbert_kernels import cpu
 
 KERNELS = {
     "triton": "fastbert_kernels.embedding",
@@ -129,6 +130,13 @@ def embedding_layer_norm(
     return F.dropout(out, dropout_p) if dropout_p > 0.0 else out
 
 
+def _seen_within(ids: torch.Tensor, size: int) -> bool:
+    """Whether there are none, or the C++ kernel for CPUs could look, and saw none outside of the table."""
+    if ids.device.type != "cpu" or ids.dtype != torch.int64 or not ids.is_contiguous():
+        return ids.numel() == 0
+    return ids.numel() == 0 or (dispatch.direct(ids) and cpu.unavailable() is None and not cpu.ids_outside(ids, size))
+
+
 @untraced
 def check_ids(**ids: tuple[torch.Tensor | None, int]) -> None:
     """Raises IndexError where an id lies outside its table; name=(ids, table size). One look at the device for all.
@@ -141,7 +149,7 @@ def check_ids(**ids: tuple[torch.Tensor | None, int]) -> None:
             raise TypeError(f"{name}: expected dtype int64 or int32, got {tensor.dtype}")
     if torch.compiler.is_exporting():
         return
-    present = {name: (t, size) for name, (t, size) in present.items() if t.numel() > 0}
+    present = {name: (t, size) for name, (t, size) in present.items() if not _seen_within(t, size)}
     if not present:
         return
     bounds = torch.stack([end.long() for t, _ in present.values() for end in t.aminmax()]).tolist()

@@ -143,7 +143,7 @@ def pool(
     if mode not in MODES:
         raise ValueError(f"mode: expected one of {', '.join(MODES)}, got {mode!r}")
     out_dtype = hidden.dtype if out_dtype is None else out_dtype
-    why_not = obstacle(hidden.shape[1], hidden)
+    why_not = obstacle(hidden.shape[1], hidden) if dispatch.wants_triton(policy.backend, hidden.device) else None
     backend = dispatch.choose("pooling", policy.backend, policy.strict, hidden.device, why_not)
     if backend == "triton":
         return torch.ops.fastbert.pool(hidden, cu_seqlens, mode, normalize, out_dtype)

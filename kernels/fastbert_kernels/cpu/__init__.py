@@ -71,8 +71,10 @@ def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
         attention.argtypes = [pointer, size, size, pointer, size, size, size, ctypes.c_float, pointer, size]
         attention.restype = ctypes.c_int
         pool = getattr(library, f"fastbert_pool_{dtype}")
-        pool.argtypes = [pointer, size, pointer, size, size, ctypes.c_int, ctypes.c_int, pointer]
-        pool.restype = None
+        pool.argtypes = [pointer, size, size, pointer, size, size, ctypes.c_int, ctypes.c_int, pointer]
+        pool.restype = ctypes.c_int
+    library.fastbert_ids_outside.argtypes = [pointer, size, size]
+    library.fastbert_ids_outside.restype = ctypes.c_int
     library.fastbert_packed_size.argtypes = [size, size]
     library.fastbert_packed_size.restype = size
     for dtype in ("float32", "bfloat16") if hasattr(library, "fastbert_linear_bfloat16") else ("float32",):
@@ -143,7 +145,12 @@ def has_amx() -> bool:
 
 
 def _function(name: str, dtype: torch.dtype) -> Any:
-    return getattr(_load()[0], f"fastbert_{name}_{str(dtype).removeprefix('torch.')}")
+    return _function_of(_load()[0], name, dtype)
+
+
+@functools.lru_cache(64)
+def _function_of(library: Any, name: str, dtype: torch.dtype) -> Any:
+    return getattr(library, f"fastbert_{name}_{str(dtype).removeprefix('torch.')}")
 
 
 def _address(tensor: torch.Tensor | None) -> int | None:
@@ -181,23 +188,26 @@ def _check(status: int, n_tokens: int) -> None:
         raise ValueError(f"cu_seqlens: expected offsets from 0 to {n_tokens} that never decrease")
 
 
+def ids_outside(ids: torch.Tensor, size: int) -> bool:
+    """Whether one of the ids, int64 and contiguous, is below 0 or not below size."""
+    return bool(_load()[0].fastbert_ids_outside(ids.data_ptr(), ids.numel(), size))
+
+
 def pool_forward(
     hidden: torch.Tensor, cu_seqlens: torch.Tensor, mode: str = "mean", normalize: bool = False
 ) -> torch.Tensor:
     """The mean of each sequence's rows, or with mode "mean_sqrt_len" their sum over the root of how many there are.
 
     hidden: (T, H), float32 or bfloat16, rows contiguous. cu_seqlens: (B + 1,) int32 on the CPU, from 0 to at most T.
-    normalize: to length 1. Returns (B, H) float32.
+    normalize: to length 1. Returns (B, H) float32. Raises ValueError for other offsets.
     """
-    offsets = cu_seqlens.contiguous()
-    lengths = offsets.diff()
-    if offsets[0] != 0 or bool((lengths < 0).any()) or offsets[-1] > hidden.shape[0]:
-        raise ValueError(f"cu_seqlens: expected offsets from 0 to {hidden.shape[0]} that never decrease")
-    out = torch.empty(len(offsets) - 1, hidden.shape[1])
-    _function("pool", hidden.dtype)(
-        hidden.data_ptr(), hidden.stride(0), offsets.data_ptr(), len(offsets) - 1, hidden.shape[1],
+    offsets, (n_rows, size), n_seqs = cu_seqlens.contiguous(), hidden.shape, cu_seqlens.shape[0] - 1
+    out = torch.empty(n_seqs, size)
+    status = _function("pool", hidden.dtype)(
+        hidden.data_ptr(), hidden.stride(0), n_rows, offsets.data_ptr(), n_seqs, size,
         mode == "mean_sqrt_len", normalize, out.data_ptr(),
     )  # fmt: skip
+    _check(status, n_rows)
     return out
 
 
@@ -255,6 +265,16 @@ class Encoder:
         flat = [tensor for layer in self.layers for tensor in layer]
         return tuple((ctypes.c_void_p * len(some))(*map(_address, some)) for some in (self.embeddings, flat))
 
+    @functools.cached_property
+    def dtype(self) -> torch.dtype:
+        return self.layers[0][0].dtype
+
+    @functools.cached_property
+    def settings(self) -> tuple[Any, ...]:
+        """What follows the number of rows in a call of the kernel."""
+        sizes = self.hidden_size, self.intermediate_size, self.num_heads, len(self.layers)
+        return *sizes, ACTIVATIONS[self.activation], self.eps
+
     def workspace_size(self, n_tokens: int) -> int:
         """How many elements `encoder_forward` needs beside its output."""
         return n_tokens * (5 * self.hidden_size + self.intermediate_size)
@@ -273,14 +293,13 @@ def encoder_forward(
     the embeddings. cu_seqlens_cpu: (B + 1,) int32. workspace: as many elements as workspace_size says, of x's dtype.
     """
     embeddings, layers = encoder.addresses
-    offsets = cu_seqlens_cpu.contiguous()
+    offsets, n_rows = cu_seqlens_cpu.contiguous(), x.shape[0]
     pointers = map(_address, (None, None, None) if ids is None else ids)
     status = _function("encode", x.dtype)(
-        *pointers, embeddings, offsets.data_ptr(), len(offsets) - 1, layers, x.data_ptr(), workspace.data_ptr(),
-        x.shape[0], encoder.hidden_size, encoder.intermediate_size, encoder.num_heads, len(encoder.layers),
-        ACTIVATIONS[encoder.activation], encoder.eps,
+        *pointers, embeddings, offsets.data_ptr(), offsets.shape[0] - 1, layers, x.data_ptr(), workspace.data_ptr(),
+        n_rows, *encoder.settings,
     )  # fmt: skip
-    _check(status, x.shape[0])
+    _check(status, n_rows)
     return x
 
 

@@ -40,15 +40,24 @@ void pool(const T* hidden, int64_t row_stride, const int32_t* cu_seqlens, int64_
     }
 }
 
+bool in_order(const int32_t* cu_seqlens, int64_t n_seqs, int64_t n_rows) {
+    if (cu_seqlens[0] != 0 || cu_seqlens[n_seqs] > n_rows) return false;
+    for (int64_t b = 0; b < n_seqs; b++)
+        if (cu_seqlens[b] > cu_seqlens[b + 1]) return false;
+    return true;
+}
+
 }  // namespace
 
-// root: divide by the root of the length. unit: normalise. The caller has checked cu_seqlens.
-EXPORT void fastbert_pool_float32(const float* hidden, int64_t row_stride, const int32_t* cu_seqlens, int64_t n_seqs,
-                                  int64_t size, int root, int unit, float* out) {
-    pool(hidden, row_stride, cu_seqlens, n_seqs, size, root, unit, out);
-}
+// root: divide by the root of the length. unit: normalise. 0; or 2, with nothing done, where cu_seqlens are no offsets from
+// 0 to at most n_rows that never decrease.
+#define POOL(name, T)                                                                                                   \
+    EXPORT int name(const T* hidden, int64_t row_stride, int64_t n_rows, const int32_t* cu_seqlens, int64_t n_seqs,     \
+                    int64_t size, int root, int unit, float* out) {                                                     \
+        if (!in_order(cu_seqlens, n_seqs, n_rows)) return 2;                                                            \
+        pool(hidden, row_stride, cu_seqlens, n_seqs, size, root, unit, out);                                            \
+        return 0;                                                                                                       \
+    }
 
-EXPORT void fastbert_pool_bfloat16(const bf16* hidden, int64_t row_stride, const int32_t* cu_seqlens, int64_t n_seqs,
-                                   int64_t size, int root, int unit, float* out) {
-    pool(hidden, row_stride, cu_seqlens, n_seqs, size, root, unit, out);
-}
+POOL(fastbert_pool_float32, float)
+POOL(fastbert_pool_bfloat16, bf16)
