@@ -61,7 +61,7 @@ print(json.dumps(results))
 SPECIALIZE = """
 import torch
 from triton.backends.compiler import GPUTarget
-from fastbert_kernels import launch, linear, offline
+from fastbert_kernels import launch, linear, offline, quantized_linear
 
 for n_cols in (96, 90):
     x, weight = torch.empty(64, 32, dtype=torch.bfloat16), torch.empty(n_cols, 32, dtype=torch.bfloat16)
@@ -95,6 +95,17 @@ for arch in (80, 90):
             source, options = offline.specialize(launches[0], GPUTarget("cuda", arch, 32))
             kernels.add((source.hash(), str(options)))
     assert len(kernels) == 1, (arch, len(kernels))
+
+kernels = set()
+for n_rows in (1, 2, 16, 17, 4096):
+    for k, m in ((384, 1152), (768, 2304), (1024, 3072)):
+        x, weight = (torch.empty(shape, dtype=torch.float8_e4m3fn) for shape in ((n_rows, k), (m, k)))
+        given = x, torch.empty(n_rows, 1), k, weight, torch.empty(m), None, "none", torch.bfloat16
+        with launch.recording(90) as launches:
+            quantized_linear.quantized_linear_forward(*given)
+        source, options = offline.specialize(launches[0], GPUTarget("cuda", 90, 32))
+        kernels.add((source.hash(), str(options)))
+assert len(kernels) == 1, len(kernels)
 """
 
 
