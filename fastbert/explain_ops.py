@@ -159,8 +159,8 @@ class Explainer:
             arch = launch.arch(self.device) if self.arch is None else self.arch
             how = launch.quantized_gemm(dtype, arch, shape, group, dtype if again else self.dtype)
             source = "; ".join(filter(None, (how.choice_source, how.config.source)))
-            kernel, sizes = f"fastbert_kernels.{how.ours}", dict(how.config.block_sizes)
-            return dataclasses.replace(found, kernel=kernel, block_sizes=sizes, source=source)
+            kernel, tile = f"fastbert_kernels.{how.ours}", dict(how.config.block_sizes)
+            return dataclasses.replace(found, kernel=kernel, block_sizes=tile, source=source)
 
         rowwise = "rowwise_config", h
         ids = f"(T,) ids -> (T, {h}) and {q}"

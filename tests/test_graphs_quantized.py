@@ -43,7 +43,12 @@ def make_8_bit(device: torch.device, precision: str = "int8", dtype: torch.dtype
 
 @pytest.mark.parametrize(
     ("precision", "dtype", "arch"),
-    [("fp8", torch.float32, 80), ("int8", torch.float32, 80), ("int8", torch.bfloat16, 80), ("fp8", torch.bfloat16, 90)],
+    [
+        ("fp8", torch.float32, 80),
+        ("int8", torch.float32, 80),
+        ("int8", torch.bfloat16, 80),
+        ("fp8", torch.bfloat16, 90),
+    ],
     ids=str,
 )
 def test_same_bits_with_graphs_and_without(

@@ -141,7 +141,7 @@ def test_candidates_of_8_bit_linears(arch):
 
 @pytest.mark.parametrize(("precision", "arch"), [("fp8", 90), ("int8", 90), ("int8", ARCH)])
 def test_8_bit_linears(precision, arch, monkeypatch, device):
-    """A candidate that computes something else than the model does; a choice that is not gone by, or for another GPU."""
+    """A candidate that computes something else than the model does; a choice that is not gone by."""
     config = BertConfig(hidden_size=32, intermediate_size=160, num_attention_heads=1)
     monkeypatch.setattr(launch, "arch", lambda device: arch)
     monkeypatch.setattr(tables, "gpus", lambda: [(GPU, arch)])

@@ -132,7 +132,7 @@ def quantized_linear_forward(
     config = gemm.config.block_sizes
     if gemm.ours == "quantized_linear_persistent":
         if describable(weight) and describable(out):
-            # Rows at odd addresses are copied, so that which kernel runs, and with it the bits, follows from the weight.
+            # Rows at odd addresses are copied: which kernel runs, and with it the bits, follows from the weight.
             x = x if describable(x) else x.clone(memory_format=torch.contiguous_format)
             return quantized_linear_persistent_forward(
                 x, x_scale, group, weight, weight_scale, bias, activation, config, out, out_scale,

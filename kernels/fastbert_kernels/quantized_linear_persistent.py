@@ -4,14 +4,14 @@
 
 Operands, results, scales, FLOPs and bytes are those of quantized_linear.py, and so is the order in which a row's sums
 are added up: given the same BLOCK_K, the same bits. Tiles are loaded and stored by the tensor memory accelerator, as in
-linear_persistent.py, of which this is the 8-bit kin: one program per multiprocessor takes tile after tile, and the loads
-of the next one are under way during the epilogue. K and M must be such that rows are multiples of 16 bytes, and a group
-of columns that share a scale a whole number of steps of K; what does not fit is left to the other kernel.
+linear_persistent.py, of which this is the 8-bit kin: one program per multiprocessor takes tile after tile, and loads of
+the next one are under way during the epilogue. K and M must be such that rows are multiples of 16 bytes, and a group of
+columns that share a scale a whole number of steps of K; what does not fit is left to the other kernel.
 
-Where sums are added up outside of the tensor cores, a thread holds the tile's sums and the product of one step. A tile of
-128 x 256, which L2 can feed (48 bytes a clock at the full rate of Hopper's tensor cores, where 128 x 128 wants 64), would
-take all of its registers for that. So such a tile is worked on in two parts of PART_COLS columns with one product at a
-time, and the first part's product is added while the tensor cores work on the second:
+Where sums are added up outside of the tensor cores, a thread holds the tile's sums and the product of one step, which
+for a tile of 128 x 256 takes all of its registers. That tile asks L2 for 48 bytes a clock where Hopper's tensor cores
+run at their full rate, one of 128 x 128 for 64. So it is worked on in two parts of PART_COLS columns with one product at
+a time, and the first part's product is added while the tensor cores work on the second:
 
     tensor cores    x @ weight[0]^T | x @ weight[1]^T | next step ...
     sums                            | part 0          | part 1 ...
