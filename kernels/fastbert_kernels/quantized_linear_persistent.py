@@ -10,8 +10,8 @@ columns that share a scale a whole number of steps of K; what does not fit is le
 
 Where sums are added up outside of the tensor cores, a thread holds the tile's sums and the product of one step, which
 for a tile of 128 x 256 takes all of its registers. That tile asks L2 for 48 bytes a clock where Hopper's tensor cores
-run at their full rate, one of 128 x 128 for 64. So it is worked on in two parts of PART_COLS columns with one product at
-a time, and the first part's product is added while the tensor cores work on the second:
+run at their full rate, one of 128 x 128 for 64. So it is worked on in two parts of PART_COLS columns with one product
+at a time, and some of the first part's product is added while the tensor cores work on the second:
 
     tensor cores    x @ weight[0]^T | x @ weight[1]^T | next step ...
     sums                            | part 0          | part 1 ...
@@ -132,8 +132,8 @@ def _quantized_linear_persistent_kernel(
             if BLOCK_COLS > PART_COLS:
                 more_weight = weight_desc.load([col + PART_COLS, k_block * BLOCK_K])
             if SCALED:
-                # Of rows with one scale it is always the same, and loaded all the same: kept over the loop, it would
-                # go through every stage of the pipeline, and the wide tile's registers spill.
+                # Of rows with one scale it is always the same, and loaded all the same: kept over the loop, it makes
+                # the wide tile's registers spill (offline report).
                 row_scale = next_scale
                 group = tl.minimum((k_block + 1) // STEPS, n_groups - 1) if STEPS > 0 else 0
                 next_scale = tl.load(x_scale_ptrs + group)
