@@ -55,7 +55,7 @@ def guard(q):
     return q._replace(data=data[1:-1], scale=scale[1:-1])
 
 
-@pytest.mark.parametrize(("activation", "with_bias"), [("none", True), ("gelu", True), ("gelu_tanh", False)])
+@pytest.mark.parametrize(("activation", "with_bias"), [("gelu", True), ("none", False)])
 @pytest.mark.parametrize("tile", [TILE, WIDE], ids=["one part", "two parts"])
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize(("n_rows", "k", "n_cols", "group"), SHAPES)
@@ -65,7 +65,7 @@ def test_kernel(n_rows, k, n_cols, group, precision, tile, activation, with_bias
     bias = bias if with_bias else torch.zeros_like(bias)
     given = guard(x), guard(weight), guarded(bias) if with_bias else None
     expected = exact_product(x, weight, bias, activation)
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype in (torch.float32, torch.bfloat16) if activation == "none" else (torch.float32,):
         for sum_outside in {precision == "fp8", False}:
             ours = persistent(*given, activation, dtype, tile, sum_outside)
             if precision == "fp8" and device.type == "cuda":  # Hopper's tensor cores keep 14 bits of a sum
