@@ -17,6 +17,7 @@ import gpu_tests
 import models
 import suite_kernels
 import suite_model
+import suite_quantized
 import suite_start
 import suite_text
 import torch
@@ -25,6 +26,7 @@ from suites import LONG_MINUTES, Case, Deadline, Recorder, read_notes, run_cases
 from fastbert import tune, tune_jobs
 from fastbert.bench.peers import OURS
 from fastbert.bench.results import FAILED, OK, Row
+from fastbert.ops import quantized
 
 if TYPE_CHECKING:
     from gpu import Options
@@ -53,6 +55,13 @@ def compile_kernels(options: Options, device: torch.device, seconds: float) -> i
         before = time.monotonic()
         suite_kernels.warm(device, model, dtype)
         taken[f"{model} {dtype}"] = round(time.monotonic() - before, 2)
+    for precision in _precisions(device):
+        if deadline.left <= 0:
+            break
+        before = time.monotonic()
+        for model in {model: None for model, _, timed in suite_quantized.CUDA_ROUNDS if timed == precision}:
+            suite_quantized.warm(device, model, precision)
+        taken[f"8-bit linears in {precision}"] = round(time.monotonic() - before, 2)
     total = round(time.monotonic() - started, 2)
     recorder.note(cold_compilation_seconds=total, cold_compilation_of_each=taken)
     _say(f"cold compilation of the kernels took {total:.0f} s")
@@ -76,7 +85,10 @@ def measure_ceilings(options: Options, device: torch.device, seconds: float) -> 
 
 
 def kernels(options: Options, device: torch.device, seconds: float) -> int:
-    return _suite("kernels", suite_kernels.cases(device.type), options, device, seconds)
+    cases = suite_kernels.cases(device.type)
+    n_first = len(cases) // len(suite_kernels.CUDA_ROUNDS)  # one model's in 16 bits come before all in 8 bits
+    cases = [*cases[:n_first], *suite_quantized.cases(device.type), *cases[n_first:]]
+    return _suite("kernels", cases, options, device, seconds)
 
 
 def model(options: Options, device: torch.device, seconds: float) -> int:
@@ -128,7 +140,7 @@ def tuned_table(options: Options, device: torch.device, seconds: float) -> int:
 
     name, arch = torch.cuda.get_device_name(device), launch.arch(device)
     tokens = tune_jobs.TOKENS[:1] if options.quick else tune_jobs.TOKENS
-    jobs = tune_jobs.jobs(tune_jobs.default_models(), [torch.bfloat16], arch)
+    jobs = tune_jobs.jobs(tune_jobs.default_models(), [torch.bfloat16], arch, precisions=_precisions(device))
     # In a folder of its own: it is no result file.
     path, deadline, outcomes = options.out / "tuned" / tables.file_name(name), Deadline(seconds), []
     for job in jobs:
@@ -177,6 +189,13 @@ def _suite(
     run_cases(cases, device, recorder, deadline=deadline, refused=refused, quick=options.quick, say=_say)
     ours = [row for row in recorder.results.rows if row.competitor == OURS]
     return int(any(row.status != OK for row in ours))
+
+
+def _precisions(device: torch.device) -> list[str]:
+    """The 8-bit precisions in which this GPU multiplies; none on a CPU."""
+    if device.type != "cuda":
+        return []
+    return [name for name in quantized.PRECISIONS if quantized.device_obstacle(name, device) is None]
 
 
 def _say(text: str) -> None:

@@ -22,13 +22,13 @@ OPS = ("attention", "embedding", "gelu", "layer_norm", "linear", "pooling")
 # What is tested -> pytest's arguments. The first are the longest, so that they start first.
 GROUPS: dict[str, tuple[str, ...]] = {
     "model": ("tests/test_model.py",),
-    "graphs": ("tests/test_graphs.py",),
+    "graphs": ("tests/test_graphs.py", "tests/test_graphs_quantized.py"),
     "stalls": ("tests/test_no_stall.py",),
     **{op: (f"tests/test_op_{op}.py",) for op in OPS},
     "linear": ("tests/test_op_linear.py", "tests/test_op_linear_persistent.py"),
     "batch_invariant": ("tests/test_batch_invariant.py",),
     "tune": ("tests/test_tune.py",),
-    "quantized": ("tests/test_op_quantized.py", "tests/test_quantized.py"),
+    "quantized": ("tests/test_op_quantized.py", "tests/test_op_quantized_persistent.py", "tests/test_quantized.py"),
     "memory": ("tests/test_memory.py",),
     "text": ("tests/test_sentence.py", "tests/test_sentence_run.py", "-k", "kernels or gpu"),
     "dispatch": ("tests/test_dispatch.py", "tests/test_launch.py", "tests/test_ops_compile.py"),

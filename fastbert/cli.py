@@ -245,6 +245,9 @@ examples:
         "--dtype", nargs="+", choices=("bfloat16", "float16", "float32"), default=["bfloat16"],
         help="bfloat16 and float16 share a table's entries (default: bfloat16)",
     )  # fmt: skip
+    parser.add_argument(
+        "--precision", nargs="+", choices=("fp8", "int8"), default=(), help="8-bit linears too, on GPUs that have them"
+    )
     parser.add_argument("--only", nargs="+", choices=("gemm", "attention"), default=(), help="one of the two")
     parser.add_argument("--device", help="cuda, cuda:1 (default: the current GPU)")
     parser.add_argument("--out", metavar="FILE", help="write the table here and not into the cache")

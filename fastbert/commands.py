@@ -190,7 +190,7 @@ def tune(args: argparse.Namespace) -> int | None:
         tables.read_table_for(Path(args.check), name, arch)
         print(f"{args.check}: a table for this GPU, {name}")
         return None
-    jobs = tune_jobs.jobs(models, [getattr(torch, dtype) for dtype in args.dtype], arch, args.only)
+    jobs = tune_jobs.jobs(models, [getattr(torch, dtype) for dtype in args.dtype], arch, args.only, args.precision)
     path = Path(args.out) if args.out is not None else tables.cache_folder() / tables.file_name(name)
     if args.dry_run:
         print(f"{name}: {len(jobs)} shapes, each at {', '.join(map(str, tokens))} tokens")

@@ -148,24 +148,36 @@ class Explainer:
                 return found
             return dataclasses.replace(found, kernel=f"fastbert_kernels.cpu, {cpu.instructions()}")
 
-        def gemm(module: str, shapes: str, group: int | None) -> OpReport:
-            sizes = "quantized_linear_config", QUANTIZED_DTYPES[precision], group
-            return row("quantized_linear", f"{layers}.{module}", shapes, QUANTIZED_KERNELS, *sizes)
+        def gemm(module: str, shapes: str, shape: tuple[int, int], group: int | None, again: bool = False) -> OpReport:
+            dtype = QUANTIZED_DTYPES[precision]
+            sizes = "quantized_linear_config", dtype, group
+            found = row("quantized_linear", f"{layers}.{module}", shapes, QUANTIZED_KERNELS, *sizes)
+            if backend != "triton":
+                return found
+            from fastbert_kernels import launch
+
+            arch = launch.arch(self.device) if self.arch is None else self.arch
+            how = launch.quantized_gemm(dtype, arch, shape, group, dtype if again else self.dtype)
+            source = "; ".join(filter(None, (how.choice_source, how.config.source)))
+            kernel, tile = f"fastbert_kernels.{how.ours}", dict(how.config.block_sizes)
+            return dataclasses.replace(found, kernel=kernel, block_sizes=tile, source=source)
 
         rowwise = "rowwise_config", h
         ids = f"(T,) ids -> (T, {h}) and {q}"
         yield row("embedding", f"{prefix}embeddings", ids, embedding.KERNELS, *rowwise)
-        yield gemm("attention.self.query+key+value", f"{q} -> (T, {3 * h}), + bias", None)
+        yield gemm("attention.self.query+key+value", f"{q} -> (T, {3 * h}), + bias", (h, 3 * h), None)
         shapes = f"(T, {3 * h}) -> {q}, {config.num_attention_heads} heads of {d}"
         sizes = "attention_config", self.dtype, d
         yield row("attention", f"{layers}.attention.self", shapes, attention.KERNELS, *sizes)
-        yield gemm("attention.output.dense", f"{q} -> (T, {h})", d if d < h else None)
+        yield gemm("attention.output.dense", f"{q} -> (T, {h})", (h, h), d if d < h else None)
         shapes = f"(T, {h}) -> (T, {h}) and {q}, + bias + residual"
         yield row("layer_norm", f"{layers}.attention.output.LayerNorm", shapes, layer_norm.KERNELS, *rowwise)
         activation = quantized.layers_of(bert)[0].intermediate.activation
-        yield gemm("intermediate.dense", f"{q} -> (T, {i}) {precision}, + bias, {activation}", None)
-        yield gemm("output.dense", f"(T, {i}) {precision} -> (T, {h})", OUT_GROUP if i > OUT_GROUP else None)
-        shapes = shapes.replace(q, f"{q} (the last layer's without)")
+        shapes = f"{q} -> (T, {i}) {precision}, + bias, {activation}"
+        yield gemm("intermediate.dense", shapes, (h, i), None, again=True)
+        group = OUT_GROUP if i > OUT_GROUP else None
+        yield gemm("output.dense", f"(T, {i}) {precision} -> (T, {h})", (i, h), group)
+        shapes = f"(T, {h}) -> (T, {h}) and {q} (the last layer's without), + bias + residual"
         yield row("layer_norm", f"{layers}.output.LayerNorm", shapes, layer_norm.KERNELS, *rowwise)
 
     def layer(self, layer: BertLayer) -> Iterator[OpReport]:

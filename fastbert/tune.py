@@ -50,7 +50,9 @@ class Outcome:
     def __str__(self) -> str:
         lines = [f"{self.job.what}, {self.job.op} {self.job.key}"]
         best = self.best()
-        for candidate in filter(None, (self.best("cublas"), self.best("linear", "linear_persistent", "attention"))):
+        firsts = (("cublas",), ("linear", "linear_persistent", "attention"), ("quantized_linear",),
+                  ("quantized_linear_persistent",))  # fmt: skip
+        for candidate in filter(None, (self.best(*kernels) for kernels in firsts)):
             times = " ".join(f"{1e6 * seconds:.1f}" for seconds in self.seconds[candidate])
             lines.append(f"  {'*' if candidate == best else ' '} {times} us  {candidate}")
         lines += [f"    left out: {candidate}: {reason}" for candidate, reason in self.rejected.items()]
@@ -103,11 +105,11 @@ def _check(outcome: Outcome, device: torch.device) -> list[Candidate]:
     """The candidates that run and are as accurate as the policy wants: 1.25 times eager PyTorch and half an ulp."""
     work = Work(outcome.job, CHECK_TOKENS, device)
     exact = work.exact()
-    bound = 1.25 * measure.rms_error(work.eager(), exact) + 0.5 * torch.finfo(outcome.job.dtype).eps
+    bound = 1.25 * measure.rms_error(work.eager(), exact) + 0.5 * torch.finfo(outcome.job.out_dtype).eps
     right = []
     for candidate in outcome.job.candidates:
         try:
-            error = measure.rms_error(work.call(candidate)(), exact)
+            error = measure.rms_error(work.result(candidate), exact)
         except Exception as problem:  # a compiler or a driver may refuse a tile in many ways; the others go on
             outcome.rejected[candidate] = f"{type(problem).__name__}: {(str(problem).strip().splitlines() or [''])[-1]}"
             continue
@@ -140,7 +142,7 @@ def table_of(
         "date": date or datetime.date.today().isoformat(),
         "source": f"{made_by}, geometric mean over {', '.join(map(str, tokens))} tokens",
     }
-    for op in ("linear", "linear_persistent", "gemm", "attention"):
+    for op in ("linear", "linear_persistent", "gemm", *tables.QUANTIZED_GEMMS, "quantized_gemm", "attention"):
         table[op] = dict((before or {}).get(op, {}))
     for outcome in outcomes:
         key, best = outcome.job.key, outcome.best()
@@ -149,6 +151,13 @@ def table_of(
         if outcome.job.op == "attention":
             table["attention"][key] = best.sizes
             continue
+        if outcome.job.op == "quantized_gemm":
+            for op in tables.QUANTIZED_GEMMS:
+                table[op].pop(key, None)
+            table[best.kernel][key] = best.sizes
+            times = _microseconds(outcome, (outcome.best(kernel) for kernel in tables.QUANTIZED_GEMMS))
+            table["quantized_gemm"][key] = {"kernel": best.kernel, "microseconds": times}
+            continue
         ours = outcome.best("linear", "linear_persistent")
         entry: dict[str, Any] = {"kernel": best.kernel}
         for op in ("linear", "linear_persistent"):
@@ -156,14 +165,17 @@ def table_of(
         if ours is not None:
             entry["ours"] = ours.kernel
             table[ours.kernel][key] = ours.sizes
-        timed = (outcome.best("cublas"), ours)
-        entry["microseconds"] = {
-            candidate.kernel: [round(1e6 * seconds, 2) for seconds in outcome.seconds[candidate]]
-            for candidate in timed
-            if candidate is not None
-        }
+        entry["microseconds"] = _microseconds(outcome, (outcome.best("cublas"), ours))
         table["gemm"][key] = entry
     return table
+
+
+def _microseconds(outcome: Outcome, timed: Iterable[Candidate | None]) -> dict[str, list[float]]:
+    return {
+        candidate.kernel: [round(1e6 * seconds, 2) for seconds in outcome.seconds[candidate]]
+        for candidate in timed
+        if candidate is not None
+    }
 
 
 def earlier(path: Path, device_name: str, arch: int) -> dict[str, Any] | None:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fastbert import reference
 from fastbert.config import BertConfig
+from fastbert.ops import quantized
 
 # Sizes of all-MiniLM-L6-v2 and of BERT-base and -large: what is tuned where no model is named.
 DEFAULT_MODELS = {"MiniLM": (384, 1536, 12), "BERT-base": (768, 3072, 12), "BERT-large": (1024, 4096, 16)}
@@ -35,6 +36,13 @@ _ATTENTION_TILES = (  # BLOCK_Q, BLOCK_K, num_warps, num_stages
     (128, 64, 8, 2), (128, 64, 8, 3), (128, 64, 4, 2), (128, 64, 4, 3), (128, 32, 4, 3), (128, 128, 8, 2),
     (64, 64, 4, 2), (64, 64, 4, 3), (64, 32, 4, 3), (64, 128, 4, 2),
 )  # fmt: skip
+_TILES_8BIT = (
+    (128, 128, 128, 8, 3), (128, 128, 64, 8, 4), (64, 128, 128, 4, 3), (128, 64, 128, 4, 3), (64, 128, 64, 4, 4),
+)  # fmt: skip
+_PERSISTENT_TILES_8BIT = (
+    (128, 256, 128, 8, 3), (128, 128, 128, 8, 4), (128, 128, 128, 8, 3), (128, 256, 64, 8, 4), (128, 128, 64, 8, 4),
+    (64, 128, 128, 4, 4), (64, 256, 128, 8, 3),
+)  # fmt: skip
 WARP_SPECIALIZED_ARCH = 90  # the one architecture on which a descriptor loop may be warp-specialised
 
 Call = Callable[[], Tensor]
@@ -42,7 +50,7 @@ Call = Callable[[], Tensor]
 
 @dataclass(frozen=True)
 class Candidate:
-    """A kernel, one of fastbert_kernels.tables.GEMMS or "attention", and its tile (empty for cuBLAS)."""
+    """A kernel, of fastbert_kernels.tables.GEMMS or QUANTIZED_GEMMS or "attention", and its tile (empty for cuBLAS)."""
 
     kernel: str
     tile: tuple[tuple[str, int], ...] = ()
@@ -57,9 +65,10 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Job:
-    """One entry of a table to be. op: "gemm" or "attention"; key: the entry's. what: in words, for people.
+    """One entry of a table to be. op: "gemm", "quantized_gemm" or "attention"; key: the entry's. what: for people.
 
-    sizes: (K, M) of a GEMM, whose epilogue is "none", "gelu" or "residual"; (number of heads, D) of attention.
+    sizes: (K, M) of a GEMM, whose epilogue is "none", "gelu" or "residual"; (number of heads, D) of attention. group:
+    columns of a quantised operand that share a scale, None where a row has one; with "gelu" the result is quantised.
     """
 
     op: str
@@ -69,12 +78,25 @@ class Job:
     sizes: tuple[int, int]
     epilogue: str
     candidates: tuple[Candidate, ...]
+    group: int | None = None
+
+    @property
+    def out_dtype(self) -> torch.dtype:
+        """In which results are compared: of a quantised one what it stands for."""
+        return torch.bfloat16 if self.dtype.itemsize == 1 else self.dtype
 
 
 def jobs(
-    models: Iterable[tuple[str, BertConfig]], dtypes: Sequence[torch.dtype], arch: int, only: Sequence[str] = ()
+    models: Iterable[tuple[str, BertConfig]],
+    dtypes: Sequence[torch.dtype],
+    arch: int,
+    only: Sequence[str] = (),
+    precisions: Sequence[str] = (),
 ) -> list[Job]:
-    """The jobs of the models, each shape once. only: "gemm" or "attention"; both by default."""
+    """The jobs of the models, each shape once. only: "gemm" or "attention"; both by default.
+
+    precisions: "fp8", "int8" or both, whose linears are timed too, where the architecture can multiply in them.
+    """
     from fastbert_kernels import launch
 
     found: dict[tuple[str, str], Job] = {}
@@ -94,7 +116,28 @@ def jobs(
                 sizes = (config.num_attention_heads, d)
                 job = Job("attention", key, f"{name} attention", dtype, sizes, "none", candidates)
                 found.setdefault((job.op, key), job)
+        for precision in precisions if not only or "gemm" in only else ():
+            cuda, sizes_of = torch.device("cuda"), (h, i, d)
+            if quantized.device_obstacle(precision, cuda, arch) is not None:
+                continue
+            for job in _quantized_jobs(name, sizes_of, quantized.DTYPES[precision], arch):
+                found.setdefault((job.op, job.key), job)
     return list(found.values())
+
+
+def _quantized_jobs(name: str, model: tuple[int, int, int], dtype: torch.dtype, arch: int) -> Iterator[Job]:
+    """The four 8-bit linears of a layer; model: H, I, D."""
+    from fastbert_kernels import launch
+
+    h, i, d = model
+    for what, shape, group, epilogue in (
+        ("QKV", (h, 3 * h), None, "none"), ("attention output", (h, h), d if d < h else None, "none"),
+        ("up", (h, i), None, "gelu"),
+        ("down", (i, h), quantized.OUT_GROUP if i > quantized.OUT_GROUP else None, "none"),
+    ):  # fmt: skip
+        key = launch.quantized_gemm_key(dtype, shape, group, epilogue == "gelu")
+        candidates = tuple(_quantized_candidates(dtype, arch, shape, group, epilogue == "gelu"))
+        yield Job("quantized_gemm", key, f"{name} {what}", dtype, shape, epilogue, candidates, group)
 
 
 def default_models() -> list[tuple[str, BertConfig]]:
@@ -128,6 +171,43 @@ def _gemm_candidates(dtype: torch.dtype, arch: int, shape: tuple[int, int], epil
         for sizes in persistent
         if _fits(sizes, dtype, arch, staged_outputs=2 if epilogue == "residual" else 1)
         and _leaves_registers(sizes, epilogue)
+    )
+
+
+def _quantized_candidates(
+    dtype: torch.dtype, arch: int, shape: tuple[int, int], group: int | None, quantizes: bool
+) -> Iterator[Candidate]:
+    """The tiles that tables give now, then others that fit, first of the kernel on pointers."""
+    from fastbert_kernels import launch
+
+    def whole_steps(sizes: dict[str, int]) -> dict[str, int]:
+        if group is None or group % sizes["BLOCK_K"] == 0:
+            return sizes
+        return {**sizes, "BLOCK_K": max(32, 1 << (group - 1).bit_length())}
+
+    how = dtype, group, arch, shape, quantizes
+    pointer = [launch.quantized_linear_config(*how).block_sizes, *map(whole_steps, map(_gemm_tile, _TILES_8BIT))]
+    yield from dict.fromkeys(
+        _candidate("quantized_linear", sizes)
+        for sizes in pointer
+        if _fits(sizes, dtype, arch) and (not quantizes or sizes["BLOCK_COLS"] == quantized.OUT_GROUP)
+    )
+    descriptors = launch.quantized_linear_persistent_config(*how)
+    out_size = 1 if quantizes else 2
+    if descriptors is None or shape[0] % 16 or shape[1] * out_size % 16:
+        return
+    tiles = [{**whole_steps(_gemm_tile(tile)), "WARP_SPECIALIZE": 0} for tile in _PERSISTENT_TILES_8BIT]
+    if arch != WARP_SPECIALIZED_ARCH:  # elsewhere the tile of two parts spills
+        tiles = [sizes for sizes in tiles if sizes["BLOCK_COLS"] == quantized.OUT_GROUP]
+    persistent = [descriptors.block_sizes, *tiles]
+    if arch == WARP_SPECIALIZED_ARCH:
+        square = [sizes for sizes in persistent if sizes["BLOCK_ROWS"] == sizes["BLOCK_COLS"] == 128]
+        persistent += [{**sizes, "WARP_SPECIALIZE": 1} for sizes in square]
+    yield from dict.fromkeys(
+        _candidate("quantized_linear_persistent", sizes)
+        for sizes in persistent
+        if _fits(sizes, dtype, arch, staged_outputs=out_size, staged_cols=quantized.OUT_GROUP)
+        and (group is None or group % sizes["BLOCK_K"] == 0)
     )
 
 
@@ -174,10 +254,16 @@ def _shared_memory(arch: int) -> int:
     return launch.SHARED_MEMORY[max(known for known in launch.SHARED_MEMORY if known <= arch)]
 
 
-def _fits(sizes: dict[str, int], dtype: torch.dtype, arch: int, staged_outputs: int = 0) -> bool:
-    """Whether the operands of all stages fit into shared memory, and the tiles of output that are staged there."""
+def _fits(
+    sizes: dict[str, int], dtype: torch.dtype, arch: int, staged_outputs: int = 0, staged_cols: int | None = None
+) -> bool:
+    """Whether the operands of all stages fit into shared memory, and the tiles of output that are staged there.
+
+    staged_outputs: how many, in elements of dtype; staged_cols: of how many columns at most.
+    """
     rows, cols = sizes["BLOCK_ROWS"], sizes["BLOCK_COLS"]
-    elements = sizes["num_stages"] * (rows + cols) * sizes["BLOCK_K"] + staged_outputs * rows * cols
+    staged = staged_outputs * rows * min(cols, staged_cols or cols)
+    elements = sizes["num_stages"] * (rows + cols) * sizes["BLOCK_K"] + staged
     return elements * dtype.itemsize <= _shared_memory(arch)
 
 
@@ -187,7 +273,15 @@ class Work:
     def __init__(self, job: Job, n_tokens: int, device: torch.device, seed: int = 0) -> None:
         self.job, self.n_tokens, self.device = job, n_tokens, device
         self.generator = torch.Generator().manual_seed(seed)
-        if job.op == "gemm":
+        if job.op == "quantized_gemm":
+            k, m = job.sizes
+            precision = "int8" if job.dtype == torch.int8 else "fp8"
+            self.x = self._random(n_tokens, k)
+            self.weight, self.bias = self._random(m, k, scale=k**-0.5), self._random(m)
+            self.q_x = quantized.quantize(self.x, precision, job.group)
+            self.q_weight = quantized.quantize_weight(self.weight, precision)
+            self.out_scale: Tensor | None = None
+        elif job.op == "gemm":
             k, m = job.sizes
             self.x = self._random(n_tokens, k)
             self.weight, self.bias = self._random(m, k, scale=k**-0.5), self._random(m)
@@ -203,12 +297,14 @@ class Work:
             self.cu_seqlens = _offsets(n_tokens)
 
     def _random(self, *shape: int, scale: float = 1.0) -> Tensor:
-        return (torch.randn(*shape, generator=self.generator) * scale).to(self.device, self.job.dtype)
+        return (torch.randn(*shape, generator=self.generator) * scale).to(self.device, self.job.out_dtype)
 
     def call(self, candidate: Candidate) -> Call:
         """The candidate on these inputs, with all that follows from the choice: a GELU or LayerNorm of its own."""
         if self.job.op == "attention":
             return self._attention(candidate)
+        if self.job.op == "quantized_gemm":
+            return self._quantized(candidate)
         return self._cublas() if candidate.kernel == "cublas" else self._ours(candidate)
 
     def _cublas(self) -> Call:
@@ -242,6 +338,32 @@ class Work:
 
         return run
 
+    def _quantized(self, candidate: Candidate) -> Call:
+        from fastbert_kernels import launch
+        from fastbert_kernels.quantized_linear import quantized_linear_pointer_forward, sums_outside
+        from fastbert_kernels.quantized_linear_persistent import quantized_linear_persistent_forward
+
+        on_descriptors = candidate.kernel == "quantized_linear_persistent"
+        forward = quantized_linear_persistent_forward if on_descriptors else quantized_linear_pointer_forward
+        x, weight, again = self.q_x, self.q_weight, self.job.epilogue == "gelu"
+        given = *x, weight.data, weight.scale.flatten(), self.bias, self.job.epilogue, candidate.sizes
+        n_rows, n_cols = x.data.shape[0], weight.data.shape[0]
+        outside = sums_outside(x.data.dtype, launch.arch(self.device))
+
+        def run() -> Tensor:
+            out = x.data.new_empty(n_rows, n_cols, dtype=None if again else self.job.out_dtype)
+            self.out_scale = x.scale.new_empty(n_rows, -(-n_cols // quantized.OUT_GROUP)) if again else None
+            return forward(*given, out, self.out_scale, outside)
+
+        return run
+
+    def result(self, candidate: Candidate) -> Tensor:
+        """What the candidate computes; of 8-bit results what they stand for."""
+        out = self.call(candidate)()
+        if self.job.op != "quantized_gemm" or self.out_scale is None:
+            return out
+        return quantized.dequantize(quantized.Quantized(out, self.out_scale, min(quantized.OUT_GROUP, out.shape[1])))
+
     def _attention(self, candidate: Candidate) -> Call:
         from fastbert.varlen import sequence_ids
         from fastbert_kernels import launch
@@ -258,11 +380,21 @@ class Work:
 
     def eager(self) -> Tensor:
         """Plain PyTorch in the same dtype, whose error bounds that of every candidate."""
+        if self.job.op == "quantized_gemm":
+            y = self._plain_quantized(torch.float32)
+            if self.job.epilogue == "gelu":
+                return quantized.dequantize(quantized.quantize(y, self.q_x.precision, quantized.OUT_GROUP))
+            return y.to(self.job.out_dtype)
         return self._plain(self.job.dtype)
 
     def exact(self) -> Tensor:
-        """The same in float64."""
-        return self._plain(torch.float64)
+        """The same in float64; of 8-bit operands, with a result that is not quantised."""
+        return self._plain_quantized(torch.float64) if self.job.op == "quantized_gemm" else self._plain(torch.float64)
+
+    def _plain_quantized(self, dtype: torch.dtype) -> Tensor:
+        x, weight = (quantized.dequantize(q).to(dtype) for q in (self.q_x, self.q_weight))
+        y = F.linear(x, weight, self.bias.to(dtype))
+        return F.gelu(y) if self.job.epilogue == "gelu" else y
 
     def _plain(self, dtype: torch.dtype) -> Tensor:
         if self.job.op == "attention":

@@ -24,12 +24,14 @@ import kernel_ops  # noqa: E402
 import models  # noqa: E402
 import suite_kernels  # noqa: E402
 import suite_model  # noqa: E402
+import suite_quantized  # noqa: E402
 import suite_start  # noqa: E402
 import suite_text  # noqa: E402
 import suites  # noqa: E402
 from session import Session  # noqa: E402
 from suites import Built, Case, Deadline, Recorder, Schedule, Work, run_case, run_cases  # noqa: E402
 
+from fastbert.bench import measure  # noqa: E402
 from fastbert.bench.engines import Compiled  # noqa: E402
 from fastbert.bench.measure import rms_error  # noqa: E402
 from fastbert.bench.peers import OURS, Peer  # noqa: E402
@@ -169,6 +171,24 @@ def test_kernel_cases_compare_the_same_function(name, lengths):
     assert built.work.n_bytes > 0
 
 
+@pytest.mark.parametrize("precision", ["fp8", "int8"])
+@pytest.mark.parametrize("name", suite_quantized.linears(1, 1, 1))
+def test_8_bit_cases_compare_the_same_function(name, precision):
+    """A competitor of an 8-bit linear that computes something else, or work that is miscounted."""
+    linear = suite_quantized.linears(64, 160, 2)[name]
+    built = suite_quantized.build(linear, 200, precision, CPU)
+    case = Case("kernels", "w", "m", precision, "cpu", (), lambda device: built)
+    rows = rows_of(case, quick=True, max_seconds=0.0)
+    assert rows[OURS].status == rows[suite_kernels.EAGER].status == rows["bf16, F.linear"].status == OK, rows
+    assert rows[OURS].rate > 0 and built.work.flops == 2 * 200 * linear.k * linear.m
+    for peer in built.peers:
+        if peer.available() is None:
+            error = measure.rms_error(peer.output(), built.reference)
+            assert error < (0.05 if linear.gelu or peer.name.startswith("bf16") else 0.01), peer.name
+    libraries = [peer for peer in built.peers if peer.name.startswith("torch._")]
+    assert libraries and all(peer.available() for peer in libraries) == (precision == "fp8" or linear.group is not None)
+
+
 def test_work_of_kernels():
     """Bytes or operations miscounted: by hand, for 5 tokens of H = 4, I = 8 in 16 bits."""
     shape = kernel_ops.Shape(4, 8, 2, (2, 3), torch.bfloat16, CPU)
@@ -192,7 +212,11 @@ def test_kernel_lengths_fill_the_tokens():
 def test_every_case_has_its_own_name():
     """Two cases that a report or a baseline cannot tell apart."""
     for device_type in "cpu", "cuda":
-        names = [case.name for suite in (suite_kernels, suite_model, suite_text) for case in suite.cases(device_type)]
+        names = [
+            case.name
+            for suite in (suite_kernels, suite_quantized, suite_model, suite_text)
+            for case in suite.cases(device_type)
+        ]
         assert len(set(names)) == len(names) > 0
 
 

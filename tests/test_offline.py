@@ -61,7 +61,7 @@ print(json.dumps(results))
 SPECIALIZE = """
 import torch
 from triton.backends.compiler import GPUTarget
-from fastbert_kernels import launch, linear, offline
+from fastbert_kernels import launch, linear, offline, quantized_linear
 
 for n_cols in (96, 90):
     x, weight = torch.empty(64, 32, dtype=torch.bfloat16), torch.empty(n_cols, 32, dtype=torch.bfloat16)
@@ -95,6 +95,17 @@ for arch in (80, 90):
             source, options = offline.specialize(launches[0], GPUTarget("cuda", arch, 32))
             kernels.add((source.hash(), str(options)))
     assert len(kernels) == 1, (arch, len(kernels))
+
+kernels = set()
+for n_rows in (1, 2, 16, 17, 4096):
+    for k, m in ((384, 1152), (768, 2304), (1024, 3072)):
+        x, weight = (torch.empty(shape, dtype=torch.float8_e4m3fn) for shape in ((n_rows, k), (m, k)))
+        given = x, torch.empty(n_rows, 1), k, weight, torch.empty(m), None, "none", torch.bfloat16
+        with launch.recording(90) as launches:
+            quantized_linear.quantized_linear_forward(*given)
+        source, options = offline.specialize(launches[0], GPUTarget("cuda", 90, 32))
+        kernels.add((source.hash(), str(options)))
+assert len(kernels) == 1, len(kernels)
 """
 
 
@@ -189,6 +200,7 @@ def test_8_bit_kernels(tmp_path):
         assert kernel["findings"] == [] and kernel["local_loads"] == kernel["local_stores"] == 0
         if kernel["op"] == "quantized_linear":
             assert set(kernel["tensor_cores"]) == {wanted[kernel["arch"], kernel["dtype"]]}
+            assert set(kernel["async_copies"]) == {"UTMALDG" if kernel["arch"] == 90 else "LDGSTS"}
     ops = [k["op"] for k in kernels if k["dtype"] == "fp8"]
     assert sorted(ops) == ["attention", "embedding", "layer_norm", *["quantized_linear"] * 4]
 
@@ -199,11 +211,18 @@ def test_float8_sums_outside_the_tensor_cores(tmp_path):
 import torch, triton
 from triton.backends.compiler import GPUTarget
 from fastbert_kernels import launch, offline, quantized_linear
-for arch, outside in ((89, True), (90, True), (120, False)):
+for arch, outside, by_pointers in ((89, True, False), (90, True, False), (90, True, True), (120, False, False)):
     x, weight = (torch.empty(n, 512, dtype=torch.float8_e4m3fn) for n in (64, 256))
     with launch.recording(arch) as launches:
         scale = torch.empty(64, 1), torch.empty(256)
-        quantized_linear.quantized_linear_forward(x, scale[0], 512, weight, scale[1], None, "none", torch.bfloat16)
+        given = x, scale[0], 512, weight, scale[1], None, "none"
+        if by_pointers:
+            config = launch.quantized_linear_config(x.dtype, None, arch).block_sizes
+            out = torch.empty(64, 256, dtype=torch.bfloat16)
+            quantized_linear.quantized_linear_pointer_forward(*given, config, out, None, True)
+        else:
+            quantized_linear.quantized_linear_forward(*given, torch.bfloat16)
+    assert ("x_desc" in launches[0].arguments) == (arch == 90 and not by_pointers)
     source, options = offline.specialize(launches[0], GPUTarget("cuda", arch, 32))
     ir = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options).asm["ttgir"]
     dots = [line for line in ir.splitlines() if "dot %" in line]

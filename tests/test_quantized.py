@@ -316,13 +316,17 @@ def test_exported_model(precision: str, backend: str, device: torch.device) -> N
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("dtype", "arch"), [(torch.float32, 80), (torch.bfloat16, 80), (torch.bfloat16, 90)])
 def test_explain_is_what_is_launched(
-    dtype: torch.dtype, precision: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype, arch: int, precision: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A report of other kernels or block sizes than those that run."""
+    """A report of other kernels or block sizes than those that run, also where GEMMs are on tensor descriptors."""
     from fastbert_kernels import launch
 
+    if device.type == "cpu":
+        monkeypatch.setattr(launch, "arch", lambda device: arch)
+    elif launch.arch(device) != arch:
+        pytest.skip("this GPU is another")
     model = BertModel(config(num_hidden_layers=1), backend="triton", precision=precision).eval().to(device, dtype)
     launched: list[Any] = []
     real_run = launch.run

@@ -116,6 +116,58 @@ def test_candidates(arch, dtype):
         assert any(c.sizes.get("WARP_SPECIALIZE") for c in candidates) == (arch == 90 and dtype.itemsize == 2)
 
 
+@pytest.mark.parametrize("arch", sorted(launch.SHARED_MEMORY))
+def test_candidates_of_8_bit_linears(arch):
+    """A comparison without today's kernel and tile, descriptors where there are none, or fp8 on a GPU without it."""
+    found = tune_jobs.jobs(tune_jobs.default_models(), [], arch, precisions=("fp8", "int8"))
+    classes = {"int8"} | ({"float8"} if arch >= 89 else set())
+    assert {j.key.split("/")[0] for j in found} == classes and {j.op for j in found} == {"quantized_gemm"}
+    assert len(found) == 12 * len(classes)
+    for job in found:
+        assert len(set(job.candidates)) == len(job.candidates) > 3
+        persistent = arch == 90 or (arch == 100 and job.dtype != torch.int8)
+        kernels = {"quantized_linear"} | ({"quantized_linear_persistent"} if persistent else set())
+        assert {c.kernel for c in job.candidates} == kernels
+        out_dtype = job.dtype if job.epilogue == "gelu" else torch.bfloat16
+        ours = launch.quantized_gemm(job.dtype, arch, job.sizes, job.group, out_dtype)
+        assert ours.ours == ("quantized_linear_persistent" if persistent else "quantized_linear")
+        assert Candidate(ours.ours, tuple(sorted(ours.config.block_sizes.items()))) in job.candidates
+        for candidate in job.candidates:
+            step = candidate.sizes["BLOCK_K"]
+            assert job.group is None or job.group % step == 0 or step == 32
+            assert job.epilogue != "gelu" or candidate.sizes["BLOCK_COLS"] % 128 == 0
+        assert any(c.sizes.get("WARP_SPECIALIZE") for c in job.candidates) == (arch == 90)
+
+
+@pytest.mark.parametrize(("precision", "arch"), [("fp8", 90), ("int8", 90), ("int8", ARCH)])
+def test_8_bit_linears(precision, arch, monkeypatch, device):
+    """A candidate that computes something else than the model does; a choice that is not gone by."""
+    config = BertConfig(hidden_size=32, intermediate_size=160, num_attention_heads=1)
+    monkeypatch.setattr(launch, "arch", lambda device: arch)
+    monkeypatch.setattr(tables, "gpus", lambda: [(GPU, arch)])
+    found = tune_jobs.jobs([("tiny", config)], [], arch, precisions=[precision])
+    first = "quantized_linear"  # the slower one without a table
+    timer = clock(lambda name, call: 1.0 if name.startswith(f"{first} ") else 2.0)
+    outcomes = tune.tune(found, device, [40], timer=timer, say=lambda text: None)
+    for outcome in outcomes:
+        assert outcome.rejected == {} and list(outcome.seconds) == list(outcome.job.candidates)
+        assert "quantized_linear" in str(outcome)
+    made = tune.table_of(outcomes, GPU, arch, [40], date="2026-01-02")
+    tune.write(made, tables.cache_folder() / tables.file_name(GPU))
+    assert len(made["quantized_gemm"]) == len(made[first]) == 4 and made["gemm"] == {}
+    for job in found:
+        out_dtype = job.dtype if job.epilogue == "gelu" else torch.bfloat16
+        chosen = launch.quantized_gemm(job.dtype, arch, job.sizes, job.group, out_dtype)
+        assert (chosen.choice, chosen.ours) == (first, first) and "measured on" in chosen.choice_source
+        assert chosen.config.block_sizes == made[first][job.key]
+    report = explain(BertModel(config, precision=precision).eval(), arch=arch, dtype="bfloat16")
+    rows = [row for row in report.rows if row.op == "quantized_linear"]
+    assert {row.kernel for row in rows} == {f"fastbert_kernels.{first}"}
+    assert all(row.source.count("measured on Test GPU") == 2 for row in rows)
+    again = tune.table_of(outcomes[:1], GPU, arch, [40], before=made)
+    assert again["quantized_gemm"] == made["quantized_gemm"]
+
+
 def test_every_candidate_of_a_layer_is_right(capsys, device):
     """A way of running a candidate that computes something else than the model does, in any op."""
     outcomes = tune.tune(jobs(), device, [64], timer=clock(lambda name, call: 1.0), say=lambda text: None)

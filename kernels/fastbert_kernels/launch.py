@@ -219,17 +219,77 @@ def _gemm(
     return Gemm(entry.get("kernel"), source, "linear", linear_config(dtype, for_arch, shape, epilogue))
 
 
-def quantized_linear_config(dtype: torch.dtype, group: int | None, for_arch: int) -> Config:
+def quantized_linear_config(
+    dtype: torch.dtype,
+    group: int | None,
+    for_arch: int,
+    shape: tuple[int, int] | None = None,
+    quantizes: bool = False,
+) -> Config:
     """Tile of the 8-bit GEMM. group: columns of x that share a scale, None where a row has one.
 
-    A step of BLOCK_K lies within a group: where the table's does not, it is made to hold one (at least the 32 that the
-    tensor cores take).
+    shape: (K, M), if the table may know it; quantizes: whether the result is in 8 bits too. A step of BLOCK_K lies
+    within a group: where the table's does not, it is made to hold one (at least the 32 that the tensor cores take).
     """
-    config = _required("quantized_linear", ("int8" if dtype == torch.int8 else "float8",), for_arch)
+    config = _required("quantized_linear", _quantized_keys(dtype, shape, group, quantizes), for_arch)
+    return _within_groups(config, group)
+
+
+def quantized_linear_persistent_config(
+    dtype: torch.dtype,
+    group: int | None,
+    for_arch: int,
+    shape: tuple[int, int] | None = None,
+    quantizes: bool = False,
+) -> Config | None:
+    """The same for the persistent 8-bit GEMM; None where the architecture, the dtype or the group has none."""
+    config = _from_tables("quantized_linear_persistent", _quantized_keys(dtype, shape, group, quantizes), for_arch)
+    if config is None:
+        return None
+    config = _within_groups(config, group)
+    # A descriptor's block cannot end where a group does, if that is in the middle of it.
+    return None if group is not None and group % config.block_sizes["BLOCK_K"] else config
+
+
+def _within_groups(config: Config, group: int | None) -> Config:
     block_sizes = dict(config.block_sizes)
     if group is not None and group % block_sizes["BLOCK_K"]:
         block_sizes["BLOCK_K"] = max(32, triton.next_power_of_2(group))
     return Config(block_sizes, config.source)
+
+
+def quantized_gemm(
+    dtype: torch.dtype, for_arch: int, shape: tuple[int, int], group: int | None, out_dtype: torch.dtype
+) -> Gemm:
+    """How to multiply 8-bit operands, x (T, K) by weight (M, K), shape = (K, M): ours is one of QUANTIZED_GEMMS.
+
+    out_dtype: of the result; 8 bits for one that is quantised.
+    """
+    return _quantized_gemm(dtype, for_arch, shape, group, out_dtype, _recorded is not None, tables.generation)
+
+
+@functools.cache
+def _quantized_gemm(
+    dtype: torch.dtype,
+    for_arch: int,
+    shape: tuple[int, int],
+    group: int | None,
+    out_dtype: torch.dtype,
+    shipped_only: bool,
+    generation: int,
+) -> Gemm:
+    quantizes = out_dtype.itemsize == 1
+    key = quantized_gemm_key(dtype, shape, group, quantizes)
+    found = tables.find("quantized_gemm", (key,), for_arch, shipped_only)
+    entry, source = ({}, None) if found is None else found
+    persistent = quantized_linear_persistent_config(dtype, group, for_arch, shape, quantizes)
+    # Tensor descriptors want rows of a multiple of 16 bytes, of both operands and of the result.
+    if shape[0] % 16 or shape[1] * out_dtype.itemsize % 16:
+        persistent = None
+    if persistent is not None and entry.get("kernel") != "quantized_linear":
+        return Gemm(entry.get("kernel"), source, "quantized_linear_persistent", persistent)
+    pointers = quantized_linear_config(dtype, group, for_arch, shape, quantizes)
+    return Gemm(entry.get("kernel"), source, "quantized_linear", pointers)
 
 
 def attention_config(dtype: torch.dtype, head_size: int, for_arch: int) -> Config:
@@ -286,6 +346,24 @@ def dtype_class(dtype: torch.dtype) -> str:
 def gemm_key(dtype: torch.dtype, shape: tuple[int, int], epilogue: str) -> str:
     """The key of one GEMM in a table: "float16/768x3072/gelu"."""
     return f"{dtype_class(dtype)}/{shape[0]}x{shape[1]}/{EPILOGUES[epilogue]}"
+
+
+def quantized_class(dtype: torch.dtype) -> str:
+    """How tables call an 8-bit dtype."""
+    return "int8" if dtype == torch.int8 else "float8"
+
+
+def quantized_gemm_key(dtype: torch.dtype, shape: tuple[int, int], group: int | None, quantizes: bool) -> str:
+    """The key of one 8-bit GEMM in a table: "float8/768x3072/row-quantized", "int8/3072x768/group128"."""
+    scales = "row" if group is None else f"group{group}"
+    return f"{quantized_class(dtype)}/{shape[0]}x{shape[1]}/{scales}{'-quantized' if quantizes else ''}"
+
+
+def _quantized_keys(
+    dtype: torch.dtype, shape: tuple[int, int] | None, group: int | None, quantizes: bool
+) -> tuple[str, ...]:
+    own = () if shape is None else (quantized_gemm_key(dtype, shape, group, quantizes),)
+    return (*own, quantized_class(dtype))
 
 
 def _gemm_keys(dtype: torch.dtype, shape: tuple[int, int] | None, epilogue: str) -> tuple[str, ...]:

@@ -69,8 +69,9 @@ default  every kernel on every architecture. bf16: the three models with each li
          for base also LayerNorm and embedding without their optional inputs and the other pooling modes; attention
          with head sizes 16, 32, 64, 80 and 128, each also with the tile of batch-invariant mode's short texts. fp32 and
          fp16: linear and attention of base and minilm, and on sm_80 and sm_90 the other kernels, of base. fp8 (from
-         sm_89 on) and int8: each linear of a layer of base and minilm, and LayerNorm, embedding and attention that
-         quantise; on sm_80 and sm_90 also those of large, and a linear after heads of 80.
+         sm_89 on) and int8: each linear of a layer of base and minilm (where a persistent kernel is the default, for
+         base also the other one), and LayerNorm, embedding and attention that quantise; on sm_80 and sm_90 also those
+         of large, and a linear after heads of 80.
 --all    every dtype, TF32 too, every combination of optional inputs, activations and pooling modes, int32 ids, head
          sizes 24 and 48, and a model whose sizes divide by nothing ("odd")."""
 
@@ -258,6 +259,10 @@ def eight_bit_cases(dtype: str) -> Iterator[Case]:
                 *(*operand, group, matrix[0], matrix[1].flatten(), bias, activation, to, out_scale),
             )
             yield case("quantized_linear", variant=name, call=call)
+            # Where quantized_linear_forward takes the persistent kernel, the other one is for what has no descriptor.
+            fallback = frozenset({90, 100}) if name in ("qkv", "up+gelu") and model == "base" else frozenset[int]()
+            call = partial(_pointer_kernel_8_bit, call)
+            yield Case("quantized_linear", model, dtype, f"{name} by pointers", fallback, call)
         call = partial(
             layer_norm.bias_residual_layer_norm_forward, x, weight, x, weight, weight, 1e-12, eight_bit(n_rows, h)
         )
@@ -298,6 +303,17 @@ def _pointer_kernel(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, a
     arch, shape = launch.arch(x.device), (x.shape[1], weight.shape[0])
     config = launch.linear_config(x.dtype, arch, shape, activation).block_sizes
     return linear.linear_pointer_forward(x, weight, bias, activation, None, config, x.new_empty(len(x), len(weight)))
+
+
+def _pointer_kernel_8_bit(call: partial[torch.Tensor]) -> torch.Tensor:
+    """The call of quantized_linear_forward by its own kernel, whatever the tables say."""
+    x, x_scale, group, weight, weight_scale, bias, activation, dtype, out_scale = call.args
+    arch = launch.arch(x.device)
+    config = launch.quantized_linear_config(x.dtype, group if group < x.shape[1] else None, arch).block_sizes
+    return quantized_linear.quantized_linear_pointer_forward(
+        x, x_scale, group, weight, weight_scale, bias, activation, config,
+        torch.empty((len(x), len(weight)), dtype=dtype), out_scale, quantized_linear.sums_outside(x.dtype, arch),
+    )  # fmt: skip
 
 
 @contextmanager

@@ -22,10 +22,10 @@ import triton
 import triton.language as tl
 
 from fastbert_kernels import launch
-from fastbert_kernels.gelu import activate
+from fastbert_kernels.linear_persistent import describable
 from fastbert_kernels.quantize import quantize_rows
-
-OUT_GROUP = 128  # columns of a quantised result that share a scale: those of one tile
+from fastbert_kernels.quantized_linear_persistent import quantized_linear_persistent_forward
+from fastbert_kernels.quantized_tile import OUT_GROUP, scaled_epilogue
 
 
 @triton.jit(do_not_specialize=["n_rows"])
@@ -91,15 +91,13 @@ def _quantized_linear_kernel(
         x_ptrs += STEP
         weight_ptrs += STEP
 
-    out = sums.to(tl.float32) * tl.load(weight_scale_ptr + col_offs, mask=col_offs < n_cols, other=0.0)[None, :]
-    if N_GROUPS == 1 and not SUM_OUTSIDE:
-        out *= row_scale[:, None]
-    if HAS_BIAS:
-        out += tl.load(bias_ptr + col_offs, mask=col_offs < n_cols, other=0.0).to(tl.float32)[None, :]
-    out = activate(out, ACTIVATION)
+    out = scaled_epilogue(
+        sums, row_scale, weight_scale_ptr, bias_ptr, col_offs, n_cols, N_GROUPS == 1 and not SUM_OUTSIDE, HAS_BIAS,
+        ACTIVATION,
+    )  # fmt: skip
     out_offs = row_offs.to(tl.int64)[:, None] * n_cols + col_offs[None, :]
     mask = (row_offs < n_rows)[:, None] & (col_offs < n_cols)[None, :]
-    if QUANTIZE:  # columns past the end are 0: their scale is, their bias is, and so is GELU of 0
+    if QUANTIZE:
         q, scale = quantize_rows(out, INT8)
         tl.store(out_ptr + out_offs, q, mask=mask)
         tl.store(out_scale_ptr + row_offs.to(tl.int64) * n_col_blocks + col_block, scale, mask=row_offs < n_rows)
@@ -121,15 +119,52 @@ def quantized_linear_forward(
     """(T, K) -> (T, M) in dtype. activation: "none", "gelu" or "gelu_tanh". group: columns of x that share a scale.
 
     out_scale: a buffer (T, ceil(M / OUT_GROUP)) float32 for the scales of a quantised result, in which case dtype is
-    x's. All tensors are contiguous.
+    x's. All tensors are contiguous. Takes the kernel that launch.quantized_gemm names, or this file's where the
+    weight's address rules tensor descriptors out.
     """
     n_rows, k = x.shape
     n_cols = weight.shape[0]
     out = launch.empty((n_rows, n_cols), like=x, dtype=dtype)
     if n_rows == 0:
         return out
-    arch = launch.arch(x.device)
-    config = launch.quantized_linear_config(x.dtype, group if group < k else None, arch).block_sizes
+    arch, grouped = launch.arch(x.device), group if group < k else None
+    gemm = launch.quantized_gemm(x.dtype, arch, (k, n_cols), grouped, dtype)
+    config = gemm.config.block_sizes
+    if gemm.ours == "quantized_linear_persistent":
+        if describable(weight) and describable(out):
+            # Rows at odd addresses are copied: which kernel runs, and with it the bits, follows from the weight.
+            x = x if describable(x) else x.clone(memory_format=torch.contiguous_format)
+            return quantized_linear_persistent_forward(
+                x, x_scale, group, weight, weight_scale, bias, activation, config, out, out_scale,
+                sums_outside(x.dtype, arch),
+            )  # fmt: skip
+        config = launch.quantized_linear_config(x.dtype, grouped, arch, (k, n_cols), out_scale is not None).block_sizes
+    return quantized_linear_pointer_forward(
+        x, x_scale, group, weight, weight_scale, bias, activation, config, out, out_scale, sums_outside(x.dtype, arch)
+    )
+
+
+def sums_outside(dtype: torch.dtype, arch: int) -> bool:
+    """Whether the tensor cores of the architecture add up products of the dtype too coarsely."""
+    return dtype != torch.int8 and arch <= launch.LAST_ARCH_WITH_SHORT_FLOAT8_SUMS
+
+
+def quantized_linear_pointer_forward(
+    x: torch.Tensor,
+    x_scale: torch.Tensor,
+    group: int,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    activation: str,
+    config: dict[str, int],
+    out: torch.Tensor,
+    out_scale: torch.Tensor | None,
+    sum_outside: bool,
+) -> torch.Tensor:
+    """Fills out, (T, M) with T > 0, and out_scale, by the kernel of this file; config is the tile."""
+    n_rows, k = x.shape
+    n_cols = weight.shape[0]
     if out_scale is not None and config["BLOCK_COLS"] != OUT_GROUP:
         raise ValueError(f"a quantised result needs tiles of {OUT_GROUP} columns, the table has {config['BLOCK_COLS']}")
     # Grid: one program per output tile, on one axis so that the kernel can order them.
@@ -152,7 +187,7 @@ def quantized_linear_forward(
         HAS_BIAS=bias is not None,
         ACTIVATION=activation,
         INT8=x.dtype == torch.int8,
-        SUM_OUTSIDE=x.dtype != torch.int8 and arch <= launch.LAST_ARCH_WITH_SHORT_FLOAT8_SUMS,
+        SUM_OUTSIDE=sum_outside,
         QUANTIZE=out_scale is not None,
     )
     return out

@@ -7,13 +7,17 @@ A table is JSON:
       "linear": {"float16": {"BLOCK_ROWS": 128, ...}, "float16/768x3072/gelu": {...}},
       "linear_persistent": {...},
       "gemm": {"float16/768x3072/gelu": {"kernel": "cublas", "ours": "linear_persistent"}},
+      "quantized_linear": {"float8": {"BLOCK_ROWS": 128, ...}, "float8/768x3072/row-quantized": {...}},
+      "quantized_linear_persistent": {...},
+      "quantized_gemm": {"float8/768x3072/row-quantized": {"kernel": "quantized_linear"}},
       "attention": {"float16/64": {"BLOCK_Q": 128, ...}}
     }
 
 `device` and `date` are null where nothing was timed. Keys: a class of dtypes ("float16" for bf16 and fp16, "float32"),
 for a GEMM then K x M and what its epilogue does, for attention the head size of the tile. The number of tokens is in
 none. `gemm` names the faster kernel, and the faster of ours for where cuBLAS may not be taken; a shape without an entry
-is left to heuristics.
+is left to heuristics. 8-bit linears ("float8", "int8") have K x M and which columns share a scale; without an entry in
+`quantized_gemm` they take the persistent kernel wherever there is a tile for it.
 
 The user's table, in the cache folder under the name of the GPU, goes before the one that ships.
 """
@@ -34,6 +38,7 @@ import torch
 TABLE_VERSION = 1
 TABLE_FOLDER = Path(__file__).parent / "tuned"
 GEMMS = ("cublas", "linear", "linear_persistent")
+QUANTIZED_GEMMS = ("quantized_linear", "quantized_linear_persistent")
 # What each entry must say; more is allowed.
 _TILE = {"num_warps", "num_stages"}
 _GEMM_TILE = _TILE | {"BLOCK_ROWS", "BLOCK_COLS", "BLOCK_K", "GROUP_ROWS"}
@@ -41,6 +46,7 @@ REQUIRED = {
     "linear": _GEMM_TILE,
     "linear_persistent": _GEMM_TILE,
     "quantized_linear": _GEMM_TILE,
+    "quantized_linear_persistent": _GEMM_TILE,
     "attention": _TILE | {"BLOCK_Q", "BLOCK_K"},
 }
 
@@ -80,7 +86,7 @@ def read_table(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path}: not a readable table of block sizes: {error}") from error
     if not isinstance(table, dict) or table.get("version") != TABLE_VERSION:
         raise ValueError(f"{path}: expected a table of block sizes of version {TABLE_VERSION}")
-    for op in (*REQUIRED, "gemm"):
+    for op in (*REQUIRED, "gemm", "quantized_gemm"):
         for key, entry in _object(path, op, table.get(op, {})).items():
             _check_entry(path, op, key, _object(path, f"{op} -> {key}", entry))
     return table
@@ -96,6 +102,9 @@ def _check_entry(path: Path, op: str, key: str, entry: dict[str, Any]) -> None:
     if op == "gemm":
         if entry.get("kernel") not in GEMMS or entry.get("ours", "linear") not in GEMMS[1:]:
             raise ValueError(f"{path}: gemm -> {key}: expected kernel of {GEMMS} and ours of {GEMMS[1:]}, got {entry}")
+    elif op == "quantized_gemm":
+        if entry.get("kernel") not in QUANTIZED_GEMMS:
+            raise ValueError(f"{path}: {op} -> {key}: expected kernel of {QUANTIZED_GEMMS}, got {entry}")
     elif missing := REQUIRED[op] - entry.keys():
         raise ValueError(f"{path}: {op} -> {key}: lacks {', '.join(sorted(missing))}")
     elif wrong := [name for name, size in entry.items() if isinstance(size, bool) or not isinstance(size, int)]:
