@@ -31,6 +31,31 @@ struct Scratch {
 
 INLINE int64_t up(int64_t n, int64_t step) { return over(n, step) * step; }
 
+// Scores beyond the first n are those of no key.
+INLINE vf cut(vf scores, int64_t n) {
+    vf lanes = {};
+    for (int j = 0; j < VL; j++) lanes[j] = (float)j;
+    return lanes < splat((float)n) ? scores : splat(-INFINITY);
+}
+
+// scores, (padded,) -> probabilities times their sum, which is returned; as bfloat16 in the first half if PAIRS. Those
+// of keys from length on are 0.
+template <bool PAIRS>
+INLINE float softmax(float* scores, int64_t length, int64_t padded) {
+    const int64_t last = padded - VL;
+    const vf end = cut(load<vf>(scores + last), length - last);
+    store(scores + last, end);
+    vf high = end, total = {};
+    for (int64_t j = 0; j < last; j += VL) high = max(high, load<vf>(scores + j));
+    const float top = largest(high);
+    for (int64_t j = 0; j < padded; j += VL) {
+        vf p = exp2<!PAIRS>((load<vf>(scores + j) - top) * LOG2_E);
+        total += p;
+        if (PAIRS) from_floats((bf16*)scores + j, p); else store(scores + j, p);
+    }
+    return sum(total);
+}
+
 // scores[i][N * VL] = scale * q_i k^T for N blocks of keys.
 template <int N, typename O>
 INLINE void scores_of(float* scores, int64_t stride, const typename O::E* const* queries, const typename O::E* keys,
@@ -39,6 +64,30 @@ INLINE void scores_of(float* scores, int64_t stride, const typename O::E* const*
     products<ROWS, N, O>(sums, queries, keys, depth, VL, depth * VL);
     for (int i = 0; i < ROWS; i++)
         for (int j = 0; j < N; j++) store(scores + i * stride + j * VL, sums[i][j] * scale);
+}
+
+// Both at once where N blocks are all the keys: the scores stay in registers. totals: sums of the probabilities.
+template <int N, typename O>
+INLINE void probabilities_of(float* p, int64_t stride, const typename O::E* const* queries, const typename O::E* keys,
+                             int64_t depth, float scale, int64_t length, float* totals) {
+    constexpr bool PAIRS = O::SIZE == 2;
+    vf sums[ROWS][N] = {};
+    products<ROWS, N, O>(sums, queries, keys, depth, VL, depth * VL);
+#pragma GCC unroll 6
+    for (int i = 0; i < ROWS; i++) {
+        for (int j = 0; j < N; j++) sums[i][j] *= scale;
+        sums[i][N - 1] = cut(sums[i][N - 1], length - (N - 1) * VL);
+        vf high = sums[i][0], total = {};
+        for (int j = 1; j < N; j++) high = max(high, sums[i][j]);
+        const float top = largest(high);
+#pragma GCC unroll 4
+        for (int j = 0; j < N; j++) {
+            const vf e = exp2<!PAIRS>((sums[i][j] - top) * LOG2_E);
+            total += e;
+            if (PAIRS) from_floats((bf16*)(p + i * stride) + j * VL, e); else store(p + i * stride + j * VL, e);
+        }
+        totals[i] = sum(total);
+    }
 }
 
 // out_i[N * VL] = p_i v / total_i for N vectors of a head's elements, i < n_rows.
@@ -97,23 +146,6 @@ INLINE void pack_values(typename O::E* values, const T* v, int64_t length, int64
         }
 }
 
-// scores, (padded,) -> probabilities times their sum, which is returned; as bfloat16 in the first half if PAIRS. Those
-// of keys from length on are 0.
-template <bool PAIRS>
-INLINE float softmax(float* scores, int64_t length, int64_t padded) {
-    for (int64_t j = length; j < padded; j++) scores[j] = -INFINITY;
-    vf high = load<vf>(scores);
-    for (int64_t j = VL; j < padded; j += VL) high = max(high, load<vf>(scores + j));
-    const float top = largest(high);
-    vf total = {};
-    for (int64_t j = 0; j < padded; j += VL) {
-        vf p = exp2<!PAIRS>((load<vf>(scores + j) - top) * LOG2_E);
-        total += p;
-        if (PAIRS) from_floats((bf16*)scores + j, p); else store(scores + j, p);
-    }
-    return sum(total);
-}
-
 template <typename T, typename O>
 INLINE void run(const T* qkv, T* out, const Heads& shape, const AttentionPlan::Task& task, int64_t head, const Scratch& scratch) {
     typedef typename O::E E;
@@ -141,9 +173,21 @@ INLINE void run(const T* qkv, T* out, const Heads& shape, const AttentionPlan::T
                 queries[i] = (const E*)(scratch.queries + i * size);
             }
         }
-        IN_VECTORS(n_blocks, at, scores_of<N, O>(scratch.scores + at * VL, padded, queries, keys + at * depth * VL, depth,
-                                                 shape.scale))
-        for (int i = 0; i < n_rows; i++) totals[i] = softmax<PAIRS>(scratch.scores + i * padded, length, padded);
+#define ALL_KEYS(N) \
+    probabilities_of<N, O>(scratch.scores, padded, queries, keys, depth, shape.scale, length, totals)
+        if (n_blocks == 1) {
+            ALL_KEYS(1);
+        } else if (n_blocks == 2) {
+            ALL_KEYS(2);
+        } else if (VECTORS == 4 && n_blocks == 3) {
+            ALL_KEYS(3);
+        } else if (VECTORS == 4 && n_blocks == 4) {
+            ALL_KEYS(4);
+        } else {
+            IN_VECTORS(n_blocks, at, scores_of<N, O>(scratch.scores + at * VL, padded, queries, keys + at * depth * VL,
+                                                     depth, shape.scale))
+            for (int i = 0; i < n_rows; i++) totals[i] = softmax<PAIRS>(scratch.scores + i * padded, length, padded);
+        }
         T* outs = out + (task.first + row) * shape.out_stride + head * size;
         IN_VECTORS(size / VL, at, outputs_of<N, O>(outs + at * VL, shape.out_stride, totals, p, values + at * VL, n_values,
                                                    size, n_rows))
