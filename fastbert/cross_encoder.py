@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastbert import checkpoint, cpu_encoder, sentence_layout
+from fastbert import checkpoint, cpu_encoder, ops, sentence_layout
 from fastbert.heads import BertForSequenceClassification
 from fastbert.model import Encoded
 from fastbert.pretrained import any_in_training
