@@ -14,6 +14,7 @@ ADAPTER_TESTS := tests/test_accelerate.py tests/test_accelerate_life.py tests/te
     tests/test_accelerate_cpu.py tests/test_attention_interface.py tests/test_adapter_versions.py
 
 VENV := .venv
+CPP := $(wildcard kernels/fastbert_kernels/cpu/*.cpp kernels/fastbert_kernels/cpu/*.h)
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 # A CUDA build of PyTorch brings the Triton that it was built with; beside a CPU build this one is installed.
 TRITON_FOR_CPU := triton==3.6.0; sys_platform == "linux"
@@ -73,14 +74,16 @@ bench-compare: $(VENV)/.bench-stamp ## compare the newest results with committed
 	@test -n "$(RESULTS)" || { echo "error: no results yet; make bench leaves some" >&2; exit 1; }
 	$(VENV)/bin/python benchmarks/compare.py $(BASELINE) $(RESULTS)
 
-lint: $(VENV)/.test-stamp ## ruff check, ruff format --check, mypy
+lint: $(VENV)/.test-stamp ## ruff check, ruff format --check, clang-format, mypy
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/clang-format --dry-run --Werror $(CPP)
 	$(VENV)/bin/mypy
 
 format: $(VENV)/.test-stamp ## sort the imports and format the code
 	$(VENV)/bin/ruff check --select I --fix .
 	$(VENV)/bin/ruff format .
+	$(VENV)/bin/clang-format -i $(CPP)
 
 clean: ## remove caches and build outputs; .venv stays
 	rm -rf build dist *.egg-info .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
@@ -103,7 +106,7 @@ $(VENV)/bin/python:
 
 # pip shows its progress in a terminal and stays quiet in a log. PyTorch goes first, because whether it brings Triton
 # decides which Triton is installed.
-$(VENV)/.%-stamp: setup.py constraints.txt $(wildcard kernels/fastbert_kernels/cpu/*.cpp kernels/fastbert_kernels/cpu/*.h) | $(VENV)/bin/python
+$(VENV)/.%-stamp: setup.py constraints.txt $(CPP) | $(VENV)/bin/python
 	@echo "Installing fastbert[$*] and its dependencies into $(VENV) (the first time this downloads PyTorch: minutes)"
 	@test -t 1 || quiet=--quiet; set -e; \
 	$(PIP) install $$quiet --constraint constraints.txt torch; \

@@ -124,6 +124,7 @@ setup(
             "build>=1.2",
             "setuptools>=77",
             "wheel>=0.43",
+            "clang-format>=20",
             "ruff>=0.12",
             "mypy>=1.15",
         ],

@@ -3,8 +3,9 @@
 
 #include "linear.h"
 
-// x (1 + erf(x / sqrt(2))) / 2 = max(x, 0) - |x| erfc(|x| / sqrt(2)) / 2. log2(erfc) on [0, 5] is a polynomial of degree
-// 10, fitted to the error of erfc itself: of the GELU of normal numbers 3e-8 (RMS over RMS), where PyTorch's has 6e-8.
+// x (1 + erf(x / sqrt(2))) / 2 = max(x, 0) - |x| erfc(|x| / sqrt(2)) / 2. log2(erfc) on [0, 5] is a polynomial of
+// degree 10, fitted to the error of erfc itself: of the GELU of normal numbers 3e-8 (RMS over RMS), where PyTorch's has
+// 6e-8.
 INLINE vf gelu(vf x) {
     vf size = min(abs(x), splat(7.0710678f));  // beyond, what is subtracted is 0 beside x
     size = x == x ? size : x;

@@ -2,14 +2,14 @@
 //
 //     out = softmax(scale q k^T) v    within each sequence and head
 //
-// qkv: (T, 3 * N * D), laid out [q | k | v], each (N, D), in float32 or bfloat16. cu_seqlens: (B + 1,) int32.
-// out: (T, N * D). Statistics, softmax and sums are float32. bfloat16 products take VDPBF16PS where the processor has it,
-// and then the probabilities are rounded to bfloat16, as in the Triton kernel; elsewhere they are float32 products.
+// qkv: (T, 3 * N * D), laid out [q | k | v], each (N, D), in float32 or bfloat16. cu_seqlens: (B + 1,) int32. out: (T,
+// N * D). Statistics, softmax and sums are float32. bfloat16 products take VDPBF16PS where the processor has it, and
+// then the probabilities are rounded to bfloat16, as in the Triton kernel; elsewhere they are float32 products.
 //
 // A task is one head of up to CHUNK queries of one sequence. It packs the keys and values of the sequence once:
 //
-//     keys     [block of VL keys][D][VL]     a vector holds one element of VL keys       (pairs of elements in bfloat16)
-//     values   [L][D]                        a vector holds VL elements of one value     (pairs of values in bfloat16)
+//     keys     [block of VL keys][D][VL]     a vector holds one element of VL keys     (pairs of elements in bfloat16)
+//     values   [L][D]                        a vector holds VL elements of one value   (pairs of values in bfloat16)
 //
 // and takes ROWS queries at a time: their scores with all L keys stay in the L1 cache, so the softmax needs one pass.
 // Bytes moved, from and to main memory: 4 * N * D elements a token.
@@ -19,7 +19,7 @@
 
 namespace {
 
-constexpr int ROWS = 6;               // queries at a time
+constexpr int ROWS = 6;                    // queries at a time
 constexpr int VECTORS = VL == 16 ? 4 : 2;  // of sums in registers, for each of them
 constexpr int64_t CHUNK = 32 * ROWS;
 constexpr int64_t PIECE = 128;  // the longest chain of sums over values, so that its rounding does not grow with L
@@ -51,7 +51,8 @@ INLINE float softmax(float* scores, int64_t length, int64_t padded) {
     for (int64_t j = 0; j < padded; j += VL) {
         vf p = exp2<!PAIRS>((load<vf>(scores + j) - top) * LOG2_E);
         total += p;
-        if (PAIRS) from_floats((bf16*)scores + j, p); else store(scores + j, p);
+        if (PAIRS) from_floats((bf16*)scores + j, p);
+        else store(scores + j, p);
     }
     return sum(total);
 }
@@ -84,7 +85,8 @@ INLINE void probabilities_of(float* p, int64_t stride, const typename O::E* cons
         for (int j = 0; j < N; j++) {
             const vf e = exp2<!PAIRS>((sums[i][j] - top) * LOG2_E);
             total += e;
-            if (PAIRS) from_floats((bf16*)(p + i * stride) + j * VL, e); else store(p + i * stride + j * VL, e);
+            if (PAIRS) from_floats((bf16*)(p + i * stride) + j * VL, e);
+            else store(p + i * stride + j * VL, e);
         }
         totals[i] = sum(total);
     }
@@ -109,22 +111,34 @@ INLINE void outputs_of(T* out, int64_t stride, const float* totals, const typena
 }
 
 // Statements for n_vectors vectors, N of them at a time from `at` on.
-#define IN_VECTORS(n_vectors, at, ...)                                     \
-    for (int64_t at = 0; at < (n_vectors);) {                              \
-        int64_t left = (n_vectors) - at;                                   \
-        if (left >= VECTORS) { constexpr int N = VECTORS; __VA_ARGS__; at += N; } \
-        else if (left >= 2) { constexpr int N = 2; __VA_ARGS__; at += N; } \
-        else { constexpr int N = 1; __VA_ARGS__; at += N; }                \
+#define IN_VECTORS(n_vectors, at, ...)        \
+    for (int64_t at = 0; at < (n_vectors);) { \
+        int64_t left = (n_vectors) - at;      \
+        if (left >= VECTORS) {                \
+            constexpr int N = VECTORS;        \
+            __VA_ARGS__;                      \
+            at += N;                          \
+        } else if (left >= 2) {               \
+            constexpr int N = 2;              \
+            __VA_ARGS__;                      \
+            at += N;                          \
+        } else {                              \
+            constexpr int N = 1;              \
+            __VA_ARGS__;                      \
+            at += N;                          \
+        }                                     \
     }
 
 template <typename O, typename T>
-INLINE void pack_keys(typename O::E* keys, const T* k, int64_t length, int64_t n_blocks, int64_t depth, int64_t row_stride) {
+INLINE void pack_keys(typename O::E* keys, const T* k, int64_t length, int64_t n_blocks, int64_t depth,
+                      int64_t row_stride) {
     for (int64_t block = 0; block < n_blocks; block++)
         for (int64_t d = 0; d < depth; d += VL) {
             vi tile[VL] = {};
             for (int64_t i = 0; i < VL && block * VL + i < length; i++) {
                 const T* key = k + (block * VL + i) * row_stride + O::SIZE * d;
-                tile[i] = O::SIZE == 2 ? load<vi>(key) : (vi)to_floats(key);  // past the head: the next one, or the values
+                tile[i] =
+                    O::SIZE == 2 ? load<vi>(key) : (vi)to_floats(key);  // past the head: the next one, or the values
             }
             transpose(tile);
             for (int64_t j = 0; j < VL && d + j < depth; j++) store(keys + (block * depth + d + j) * VL, tile[j]);
@@ -147,7 +161,8 @@ INLINE void pack_values(typename O::E* values, const T* v, int64_t length, int64
 }
 
 template <typename T, typename O>
-INLINE void run(const T* qkv, T* out, const Heads& shape, const AttentionPlan::Task& task, int64_t head, const Scratch& scratch) {
+INLINE void run(const T* qkv, T* out, const Heads& shape, const AttentionPlan::Task& task, int64_t head,
+                const Scratch& scratch) {
     typedef typename O::E E;
     constexpr bool PAIRS = O::SIZE == 2;
     const int64_t size = shape.head_size, width = shape.n_heads * size, length = task.length;
@@ -173,8 +188,7 @@ INLINE void run(const T* qkv, T* out, const Heads& shape, const AttentionPlan::T
                 queries[i] = (const E*)(scratch.queries + i * size);
             }
         }
-#define ALL_KEYS(N) \
-    probabilities_of<N, O>(scratch.scores, padded, queries, keys, depth, shape.scale, length, totals)
+#define ALL_KEYS(N) probabilities_of<N, O>(scratch.scores, padded, queries, keys, depth, shape.scale, length, totals)
         if (n_blocks == 1) {
             ALL_KEYS(1);
         } else if (n_blocks == 2) {
@@ -184,13 +198,15 @@ INLINE void run(const T* qkv, T* out, const Heads& shape, const AttentionPlan::T
         } else if (VECTORS == 4 && n_blocks == 4) {
             ALL_KEYS(4);
         } else {
-            IN_VECTORS(n_blocks, at, scores_of<N, O>(scratch.scores + at * VL, padded, queries, keys + at * depth * VL,
-                                                     depth, shape.scale))
+            IN_VECTORS(
+                n_blocks, at,
+                scores_of<N, O>(scratch.scores + at * VL, padded, queries, keys + at * depth * VL, depth, shape.scale))
             for (int i = 0; i < n_rows; i++) totals[i] = softmax<PAIRS>(scratch.scores + i * padded, length, padded);
         }
         T* outs = out + (task.first + row) * shape.out_stride + head * size;
-        IN_VECTORS(size / VL, at, outputs_of<N, O>(outs + at * VL, shape.out_stride, totals, p, values + at * VL, n_values,
-                                                   size, n_rows))
+        IN_VECTORS(
+            size / VL, at,
+            outputs_of<N, O>(outs + at * VL, shape.out_stride, totals, p, values + at * VL, n_values, size, n_rows))
     }
 }
 
@@ -201,8 +217,7 @@ void run_all(const T* qkv, T* out, const Heads& shape, const AttentionPlan& plan
     const Scratch scratch = {memory, memory + plan.padded * size, memory + 2 * plan.padded * size,
                              memory + 2 * plan.padded * size + ROWS * size};
     team.each(n_tasks + plan.n_rows - plan.n_tokens, [&](int64_t i) {
-        if (i < n_tasks)
-            run<T, O>(qkv, out, shape, plan.tasks[i / n_heads], i % n_heads, scratch);
+        if (i < n_tasks) run<T, O>(qkv, out, shape, plan.tasks[i / n_heads], i % n_heads, scratch);
         else  // a row that no sequence has
             memset(out + (plan.n_tokens + i - n_tasks) * shape.out_stride, 0, n_heads * size * sizeof(T));
     });
@@ -249,15 +264,15 @@ void attention(const bf16* qkv, bf16* out, const Heads& heads, const AttentionPl
     run_all<bf16, BFloat16Operands>(qkv, out, heads, plan, team);
 }
 
-#define ATTENTION(name, T)                                                                                            \
-    EXPORT int name(const T* qkv, int64_t row_stride, int64_t n_rows, const int32_t* cu_seqlens, int64_t n_seqs,       \
-                    int64_t n_heads, int64_t head_size, float scale, T* out, int64_t out_stride) {                     \
-        const AttentionPlan plan(cu_seqlens, n_seqs, n_rows, head_size);                                               \
-        if (plan.status != 0) return plan.status;                                                                      \
-        in_parallel([&](const Team& team) {                                                                            \
-            attention(qkv, out, {row_stride, n_heads, head_size, out_stride, scale}, plan, team);                      \
-        });                                                                                                            \
-        return 0;                                                                                                      \
+#define ATTENTION(name, T)                                                                                       \
+    EXPORT int name(const T* qkv, int64_t row_stride, int64_t n_rows, const int32_t* cu_seqlens, int64_t n_seqs, \
+                    int64_t n_heads, int64_t head_size, float scale, T* out, int64_t out_stride) {               \
+        const AttentionPlan plan(cu_seqlens, n_seqs, n_rows, head_size);                                         \
+        if (plan.status != 0) return plan.status;                                                                \
+        in_parallel([&](const Team& team) {                                                                      \
+            attention(qkv, out, {row_stride, n_heads, head_size, out_stride, scale}, plan, team);                \
+        });                                                                                                      \
+        return 0;                                                                                                \
     }
 
 ATTENTION(fastbert_attention_float32, float)

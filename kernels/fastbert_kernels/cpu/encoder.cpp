@@ -4,8 +4,9 @@
 //     each layer:   a = LayerNorm(attention(x W_qkv + b) W_out + b + x)
 //                   x = LayerNorm(act(a W_up + b) W_down + b + a)
 //
-// Short texts wait for what goes on between operations, not for the operations: from Python, some hundred calls, each with
-// its checks and its allocation. Here there is one call, one workspace and one parallel region (team.h). The operations are those of the other files.
+// Short texts wait for what goes on between operations, not for the operations: from Python, some hundred calls, each
+// with its checks and its allocation. Here there is one call, one workspace and one parallel region (team.h). The
+// operations are those of the other files.
 #include "attention.h"
 #include "layer_norm.h"
 #include "linear.h"
@@ -35,7 +36,8 @@ void layer_norm(T* x, const T* weight, const T* bias, const Sizes& sizes, const 
 
 // x through one layer. workspace: (T, 5 H + I).
 template <typename T>
-void run_layer(const Layer<T>& layer, T* x, T* workspace, const AttentionPlan& plan, const Sizes& sizes, const Team& team) {
+void run_layer(const Layer<T>& layer, T* x, T* workspace, const AttentionPlan& plan, const Sizes& sizes,
+               const Team& team) {
     const int64_t t = sizes.n_rows, h = sizes.hidden, inner = sizes.intermediate, head_size = h / sizes.n_heads;
     T *qkv = workspace, *context = qkv + t * 3 * h, *a = context + t * h, *up = a + t * h;
     linear(Linear<T>{x, layer.qkv, layer.qkv_bias, NULL, qkv, h, 0, 3 * h, t, h, 3 * h, NONE}, team);
@@ -66,10 +68,11 @@ void embed(const int64_t* ids, const int64_t* types, const int64_t* positions, c
 
 }  // namespace
 
-// ids, types, positions: (T,). embeddings: word, token type (or NULL) and position table, weight and bias of the LayerNorm.
-// layers: of each, what Layer names, the four weights packed, in order. x: (T, H), becomes the last hidden state; where ids
-// is NULL it holds the embeddings. workspace: (T, 5 H + I). H is at most MAX_HIDDEN. Returns the status of AttentionPlan.
-#define ENCODER(name, T)                                                                                              \
+// ids, types, positions: (T,). embeddings: word, token type (or NULL) and position table, weight and bias of the
+// LayerNorm. layers: of each, what Layer names, the four weights packed, in order. x: (T, H), becomes the last hidden
+// state; where ids is NULL it holds the embeddings. workspace: (T, 5 H + I). H is at most MAX_HIDDEN. Returns the
+// status of AttentionPlan.
+#define ENCODER(name, T)                                                                                               \
     EXPORT int name(const int64_t* ids, const int64_t* types, const int64_t* positions, const T* const* embeddings,    \
                     const int32_t* cu_seqlens, int64_t n_seqs, const void* layers, T* x, T* workspace, int64_t n_rows, \
                     int64_t hidden, int64_t intermediate, int64_t n_heads, int64_t n_layers, int64_t activation,       \

@@ -1,11 +1,12 @@
 // A whole encoder in one call with linears on 8-bit operands, on CPUs with AVX-512 VNNI.
 //
-// The arithmetic is that of encoder.cpp but for the linears, each of which multiplies rows that are quantised just before
-// (quantize.h; linear_int8.cpp). Rows that LayerNorm or attention gives are rotated first, and the weight as well.
+// The arithmetic is that of encoder.cpp but for the linears, each of which multiplies rows that are quantised just
+// before (quantize.h; linear_int8.cpp). Rows that LayerNorm or attention gives are rotated first, and the weight as
+// well.
 //
 // All but attention works on each row for itself, so a thread takes a chunk of rows from attention's result to the next
-// layer's query, key and value. What lies between stays in its cache, and a layer costs two waits for the other threads.
-// Few rows make too few chunks: then all threads work on the linears of a single one.
+// layer's query, key and value. What lies between stays in its cache, and a layer costs two waits for the other
+// threads. Few rows make too few chunks: then all threads work on the linears of a single one.
 #include "attention.h"
 #include "layer_norm.h"
 #include "quantize.h"
@@ -14,10 +15,10 @@
 
 namespace {
 
-constexpr int64_t MOST_ROWS = 64;          // in a chunk
-constexpr int64_t INNER_BYTES = 1 << 18;   // of a chunk's activations
-constexpr int64_t TOGETHER_BELOW = 16;     // rows for each thread
-constexpr int64_t LINE = 64;               // bytes
+constexpr int64_t MOST_ROWS = 64;         // in a chunk
+constexpr int64_t INNER_BYTES = 1 << 18;  // of a chunk's activations
+constexpr int64_t TOGETHER_BELOW = 16;    // rows for each thread
+constexpr int64_t LINE = 64;              // bytes
 
 struct Weight {
     const int8_t* packed;
@@ -94,8 +95,8 @@ struct Encoder {
     template <typename O>
     void linear(const Scratch<T>& s, const Weight& w, const T* residual, O* out, int64_t n, int64_t k, int64_t columns,
                 int64_t activation) const {
-        linear_int8(LinearInt8<T, O>{s.q, s.affine, w.packed, w.columns, residual, out, lines(k), columns, columns, n, k,
-                                     columns, activation},
+        linear_int8(LinearInt8<T, O>{s.q, s.affine, w.packed, w.columns, residual, out, lines(k), columns, columns, n,
+                                     k, columns, activation},
                     team);
     }
 
@@ -128,8 +129,7 @@ struct Encoder {
         linear(s, layer.out, x + first * h, s.sum, n, h, h, NONE);
         norm(s, read, layer.norm, layer.norm_bias, s.a, n, true);
         linear(s, layer.up, (const T*)NULL, s.up, n, h, inner, sizes.activation);
-        team.share(n,
-             [&](int64_t r) { s.affine[r] = quantize(s.up + r * inner, inner, s.q + r * lines(inner)); });
+        team.share(n, [&](int64_t r) { s.affine[r] = quantize(s.up + r * inner, inner, s.q + r * lines(inner)); });
         linear(s, layer.down, s.a, s.sum, n, inner, h, NONE);
         norm(s, read, layer.last_norm, layer.last_norm_bias, y + first * h, n, next != NULL);
         if (next != NULL) project(s, *next, first, n);
@@ -143,7 +143,8 @@ struct Encoder {
 
 // f(encoder, scratch, first row, number of rows) for every chunk, by one thread or by all together.
 template <typename T, typename F>
-INLINE void each_chunk(const Chunks<T>& chunks, const Sizes& sizes, char* memory, T* qkv, T* context, const Team& team, F f) {
+INLINE void each_chunk(const Chunks<T>& chunks, const Sizes& sizes, char* memory, T* qkv, T* context, const Team& team,
+                       F f) {
     if (chunks.together)
         return f(Encoder<T>{sizes, qkv, context, team}, Scratch<T>(memory, chunks, sizes), (int64_t)0, sizes.n_rows);
     const Team alone;
@@ -206,18 +207,18 @@ int encode(const int64_t* ids, const int64_t* types, const int64_t* positions, c
 }  // namespace
 
 // As in encoder.cpp, but that a weight is two pointers, the packed numbers and `columns` (linear_int8.cpp), H and I are
-// multiples of ROTATION, and x is the state before the first layer: that after layer i goes to x + (i + 1) * step elements,
-// which with step 0 is x. workspace: n_bytes, at least what _bytes gives in the same thread.
-#define ENCODER(name, T)                                                                                               \
-    EXPORT int64_t name##_bytes(int64_t n_rows, int64_t hidden, int64_t intermediate) {                                \
-        return bytes_for<T>({n_rows, hidden, intermediate, 1, 1, 0, 0.0f});                                            \
-    }                                                                                                                  \
-    EXPORT int name(const int64_t* ids, const int64_t* types, const int64_t* positions, const T* const* embeddings,     \
-                    const int32_t* cu_seqlens, int64_t n_seqs, const void* layers, T* x, int64_t step, char* workspace, \
-                    int64_t n_bytes, int64_t n_rows, int64_t hidden, int64_t intermediate, int64_t n_heads,             \
-                    int64_t n_layers, int64_t activation, float eps) {                                                  \
-        return encode<T>(ids, types, positions, embeddings, cu_seqlens, n_seqs, (const Layer<T>*)layers, x, step,       \
-                         workspace, n_bytes, {n_rows, hidden, intermediate, n_heads, n_layers, activation, eps});       \
+// multiples of ROTATION, and x is the state before the first layer: that after layer i goes to x + (i + 1) * step
+// elements, which with step 0 is x. workspace: n_bytes, at least what _bytes gives in the same thread.
+#define ENCODER(name, T)                                                                                            \
+    EXPORT int64_t name##_bytes(int64_t n_rows, int64_t hidden, int64_t intermediate) {                             \
+        return bytes_for<T>({n_rows, hidden, intermediate, 1, 1, 0, 0.0f});                                         \
+    }                                                                                                               \
+    EXPORT int name(const int64_t* ids, const int64_t* types, const int64_t* positions, const T* const* embeddings, \
+                    const int32_t* cu_seqlens, int64_t n_seqs, const void* layers, T* x, int64_t step,              \
+                    char* workspace, int64_t n_bytes, int64_t n_rows, int64_t hidden, int64_t intermediate,         \
+                    int64_t n_heads, int64_t n_layers, int64_t activation, float eps) {                             \
+        return encode<T>(ids, types, positions, embeddings, cu_seqlens, n_seqs, (const Layer<T>*)layers, x, step,   \
+                         workspace, n_bytes, {n_rows, hidden, intermediate, n_heads, n_layers, activation, eps});   \
     }
 
 ENCODER(fastbert_encode_int8_float32, float)

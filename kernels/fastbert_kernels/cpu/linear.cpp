@@ -2,13 +2,13 @@
 //
 //     out = activation(x @ weight^T + bias) + residual
 //
-// x: (T, K), weight: (M, K), bias: (M,), residual, out: (T, M), all float32 or all bfloat16; sums are float32. The weight
-// is packed once, in panels of COLUMNS of its rows, laid out [panel][K][COLUMNS] and filled up with zeros; bfloat16 in
-// pairs along K.
+// x: (T, K), weight: (M, K), bias: (M,), residual, out: (T, M), all float32 or all bfloat16; sums are float32. The
+// weight is packed once, in panels of COLUMNS of its rows, laid out [panel][K][COLUMNS] and filled up with zeros;
+// bfloat16 in pairs along K.
 //
-// A tile is ROWS x COLUMNS of out: sums in registers, over a PIECE of K at a time. Each piece is added to those before it,
-// so that rounding errors grow with K / PIECE + PIECE, not with K: a library that keeps one chain of sums for all of K is
-// less exact. A task is a few row blocks by a few panels, whose weights stay in the L2 cache.
+// A tile is ROWS x COLUMNS of out: sums in registers, over a PIECE of K at a time. Each piece is added to those before
+// it, so that rounding errors grow with K / PIECE + PIECE, not with K: a library that keeps one chain of sums for all
+// of K is less exact. A task is a few row blocks by a few panels, whose weights stay in the L2 cache.
 //
 // The threads of a team (team.h) take the tasks.
 // FLOPs: 2 T K M. Bytes, at least: those of x, weight and out, once.
@@ -22,10 +22,10 @@ constexpr int VECTORS = VL == 16 ? 3 : 2;
 constexpr int COLUMNS = VECTORS * VL;
 constexpr int ROWS = VL == 16 ? 8 : 6;
 constexpr int64_t PIECE = 128;  // of float32; bfloat16 is less exact than any chain of its products
-constexpr int AHEAD = 40;        // steps of K: few rows wait for weights that no cache near them holds
+constexpr int AHEAD = 40;       // steps of K: few rows wait for weights that no cache near them holds
 constexpr int ANY = -1;         // an activation that is known at run time only
 constexpr int64_t PANEL_BYTES = 1 << 18, ROW_BYTES = 1 << 17;  // of a task's weights and rows
-constexpr int64_t TASKS = 4;                                    // at least, for each thread
+constexpr int64_t TASKS = 4;                                   // at least, for each thread
 
 // What follows the product. n_of(j): how many columns of vector j are there, VL or more for all of them.
 template <typename T, int A, int R, typename N>
@@ -48,7 +48,8 @@ INLINE void fetch_ends(const Linear<T>& call, int64_t row, int64_t column) {
     for (int i = 0; i < R; i++)
         for (int64_t j = 0; j < COLUMNS; j += LINE) {
             __builtin_prefetch(call.out + (row + i) * call.out_stride + column + j, 1);
-            if (call.residual != NULL) __builtin_prefetch(call.residual + (row + i) * call.residual_stride + column + j);
+            if (call.residual != NULL)
+                __builtin_prefetch(call.residual + (row + i) * call.residual_stride + column + j);
         }
 }
 
@@ -70,10 +71,8 @@ void tile(const Linear<T>& call, int64_t row, int64_t panel) {
             for (int j = 0; j < VECTORS; j++) sums[i][j] = start == 0 ? part[i][j] : sums[i][j] + part[i][j];
     }
     const int64_t column = panel * COLUMNS, left = call.n_columns - column;
-    if (left >= COLUMNS)
-        finish<T, A, R>(call, sums, row, column, [](int) { return VL; });
-    else
-        finish<T, A, R>(call, sums, row, column, [left](int j) { return left - j * VL; });
+    if (left >= COLUMNS) finish<T, A, R>(call, sums, row, column, [](int) { return VL; });
+    else finish<T, A, R>(call, sums, row, column, [left](int j) { return left - j * VL; });
 }
 
 INLINE int64_t at_least_1(int64_t n) { return n < 1 ? 1 : n; }
@@ -85,9 +84,16 @@ using Tile = void (*)(const Linear<T>&, int64_t, int64_t);
 template <typename T, typename O, int A>
 const Tile<T>* tiles_with() {
     static const Tile<T> tiles[] = {
-        NULL, tile<T, O, A, 1>, tile<T, O, A, 2>, tile<T, O, A, 3>, tile<T, O, A, 4>, tile<T, O, A, 5>, tile<T, O, A, 6>,
+        NULL,
+        tile<T, O, A, 1>,
+        tile<T, O, A, 2>,
+        tile<T, O, A, 3>,
+        tile<T, O, A, 4>,
+        tile<T, O, A, 5>,
+        tile<T, O, A, 6>,
 #if VL == 16
-        tile<T, O, A, 7>, tile<T, O, A, 8>,
+        tile<T, O, A, 7>,
+        tile<T, O, A, 8>,
 #endif
     };
     return tiles;
@@ -145,17 +151,18 @@ EXPORT int64_t fastbert_packed_size(int64_t n_columns, int64_t k_size) {
 
 // weight: (n_columns, k_size); activation: one of enum Activation. Strides in elements; the last axis is contiguous.
 // k_size is even in bfloat16.
-#define LINEAR(dtype, T, O)                                                                                             \
-    EXPORT void fastbert_pack_##dtype(const T* weight, int64_t stride, int64_t n_columns, int64_t k_size, T* packed) {   \
-        pack<T, O>(weight, stride, n_columns, k_size, packed);                                                           \
-    }                                                                                                                    \
-    EXPORT void fastbert_linear_##dtype(const T* x, int64_t x_stride, const T* weight, const T* bias, const T* residual, \
-                                        int64_t residual_stride, T* out, int64_t out_stride, int64_t n_rows,             \
-                                        int64_t k_size, int64_t n_columns, int64_t activation) {                         \
-        in_parallel([&](const Team& team) {                                                                              \
-            linear(Linear<T>{x, weight, bias, residual, out, x_stride, residual_stride, out_stride, n_rows, k_size,      \
-                             n_columns, activation}, team);                                                              \
-        });                                                                                                              \
+#define LINEAR(dtype, T, O)                                                                                            \
+    EXPORT void fastbert_pack_##dtype(const T* weight, int64_t stride, int64_t n_columns, int64_t k_size, T* packed) { \
+        pack<T, O>(weight, stride, n_columns, k_size, packed);                                                         \
+    }                                                                                                                  \
+    EXPORT void fastbert_linear_##dtype(const T* x, int64_t x_stride, const T* weight, const T* bias,                  \
+                                        const T* residual, int64_t residual_stride, T* out, int64_t out_stride,        \
+                                        int64_t n_rows, int64_t k_size, int64_t n_columns, int64_t activation) {       \
+        in_parallel([&](const Team& team) {                                                                            \
+            linear(Linear<T>{x, weight, bias, residual, out, x_stride, residual_stride, out_stride, n_rows, k_size,    \
+                             n_columns, activation},                                                                   \
+                   team);                                                                                              \
+        });                                                                                                            \
     }
 
 LINEAR(float32, float, Floats)

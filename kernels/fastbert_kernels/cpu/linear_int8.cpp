@@ -2,9 +2,9 @@
 //
 //     out = activation(x @ weight^T + bias) + residual
 //
-// x: (T, K), unsigned 8-bit with a scale and an offset for each row (quantize.h); weight: (M, K), signed 8-bit with a scale
-// for each of its rows; residual, out: (T, M), float32 or bfloat16. Sums are int32 and exact: no element of x and weight
-// makes more than 255 * 127, so that K may be 66,000. With the sum of each row of the weight,
+// x: (T, K), unsigned 8-bit with a scale and an offset for each row (quantize.h); weight: (M, K), signed 8-bit with a
+// scale for each of its rows; residual, out: (T, M), float32 or bfloat16. Sums are int32 and exact: no element of x and
+// weight makes more than 255 * 127, so that K may be 66,000. With the sum of each row of the weight,
 //
 //     x @ weight^T = scale[t] * w_scale[m] * sum(q[t] w[m]) + low[t] * w_scale[m] * sum(w[m])
 //
@@ -28,7 +28,8 @@ constexpr int64_t GROUP = 8;  // blocks of rows that a task multiplies by a pane
 
 // What follows the product.
 template <int R, typename T, typename O, typename F>
-INLINE void finish(const LinearInt8<T, O>& call, const vi (&sums)[R][VECTORS], int64_t row, int64_t column, F activated) {
+INLINE void finish(const LinearInt8<T, O>& call, const vi (&sums)[R][VECTORS], int64_t row, int64_t column,
+                   F activated) {
     const int64_t padded = over(call.n_columns, COLUMNS) * COLUMNS;
     for (int j = 0; j < VECTORS; j++) {
         const int64_t at = column + j * VL, n = call.n_columns - at;
@@ -80,7 +81,7 @@ void tile(const LinearInt8<T, O>& call, int64_t row, int64_t panel) {
 template <typename T, typename O>
 void run(const LinearInt8<T, O>& call, const Team& team) {
     typedef void (*Tile)(const LinearInt8<T, O>&, int64_t, int64_t);
-    static const Tile tiles[] = {NULL, tile<1, T, O>, tile<2, T, O>, tile<3, T, O>, tile<4, T, O>,
+    static const Tile tiles[] = {NULL,          tile<1, T, O>, tile<2, T, O>, tile<3, T, O>, tile<4, T, O>,
                                  tile<5, T, O>, tile<6, T, O>, tile<7, T, O>, tile<8, T, O>};
     const int64_t n_blocks = over(call.n_rows, ROWS), n_groups = over(n_blocks, GROUP);
     team.each(over(call.n_columns, COLUMNS) * n_groups, [&](int64_t task) {
@@ -132,27 +133,27 @@ EXPORT void fastbert_pack_int8(const int8_t* weight, int64_t n_columns, int64_t 
         }
 }
 
-// x: (n_rows, n) -> q: (n_rows, n) and a scale and an offset for each row. rotated: n is a multiple of ROTATION, at most
-// MAX_ROTATED. Strides in elements.
-#define QUANTIZE(name, T)                                                                                           \
-    EXPORT void name(const T* x, int64_t stride, int64_t n_rows, int64_t n, int64_t rotated, uint8_t* q,            \
-                     int64_t q_stride, Affine* affine) {                                                            \
-        in_parallel([&](const Team& team) {                                                                         \
-            quantize_all(x, stride, n_rows, n, rotated != 0, q, q_stride, affine, team);                            \
-        });                                                                                                         \
+// x: (n_rows, n) -> q: (n_rows, n) and a scale and an offset for each row. rotated: n is a multiple of ROTATION, at
+// most MAX_ROTATED. Strides in elements.
+#define QUANTIZE(name, T)                                                                                            \
+    EXPORT void name(const T* x, int64_t stride, int64_t n_rows, int64_t n, int64_t rotated, uint8_t* q,             \
+                     int64_t q_stride, Affine* affine) {                                                             \
+        in_parallel(                                                                                                 \
+            [&](const Team& team) { quantize_all(x, stride, n_rows, n, rotated != 0, q, q_stride, affine, team); }); \
     }
 
 QUANTIZE(fastbert_quantize_float32, float)
 QUANTIZE(fastbert_quantize_bfloat16, bf16)
 
-#define LINEAR_INT8(name, T)                                                                                         \
-    EXPORT void name(const uint8_t* x, int64_t x_stride, const Affine* affine, const int8_t* weight,                 \
-                     const float* columns, const T* residual, int64_t residual_stride, T* out, int64_t out_stride,   \
-                     int64_t n_rows, int64_t k_size, int64_t n_columns, int64_t activation) {                        \
-        in_parallel([&](const Team& team) {                                                                          \
-            linear_int8(LinearInt8<T, T>{x, affine, weight, columns, residual, out, x_stride, residual_stride,       \
-                                         out_stride, n_rows, k_size, n_columns, activation}, team);                  \
-        });                                                                                                          \
+#define LINEAR_INT8(name, T)                                                                                       \
+    EXPORT void name(const uint8_t* x, int64_t x_stride, const Affine* affine, const int8_t* weight,               \
+                     const float* columns, const T* residual, int64_t residual_stride, T* out, int64_t out_stride, \
+                     int64_t n_rows, int64_t k_size, int64_t n_columns, int64_t activation) {                      \
+        in_parallel([&](const Team& team) {                                                                        \
+            linear_int8(LinearInt8<T, T>{x, affine, weight, columns, residual, out, x_stride, residual_stride,     \
+                                         out_stride, n_rows, k_size, n_columns, activation},                       \
+                        team);                                                                                     \
+        });                                                                                                        \
     }
 
 LINEAR_INT8(fastbert_linear_int8_float32, float)

@@ -2,7 +2,7 @@
 //
 //     out = sum(rows) / n  or  sum(rows) / sqrt(n),    then  out / max(||out||_2, 1e-12)  if wanted
 //
-// hidden: (T, H), float32 or bfloat16; cu_seqlens: (B + 1,) int32; out: (B, H) float32, zeros for a sequence of length 0.
+// hidden: (T, H), float32 or bfloat16; cu_seqlens: (B + 1,) int32; out: (B, H) float32, zeros for one of length 0.
 // Rows are added up PIECE at a time, so that a long text does not lose its tail.
 // Bytes moved: T * H elements in, 4 * B * H out.
 #include "vector.h"
@@ -49,14 +49,14 @@ bool in_order(const int32_t* cu_seqlens, int64_t n_seqs, int64_t n_rows) {
 
 }  // namespace
 
-// root: divide by the root of the length. unit: normalise. 0; or 2, with nothing done, where cu_seqlens are no offsets from
-// 0 to at most n_rows that never decrease.
-#define POOL(name, T)                                                                                                   \
-    EXPORT int name(const T* hidden, int64_t row_stride, int64_t n_rows, const int32_t* cu_seqlens, int64_t n_seqs,     \
-                    int64_t size, int root, int unit, float* out) {                                                     \
-        if (!in_order(cu_seqlens, n_seqs, n_rows)) return 2;                                                            \
-        pool(hidden, row_stride, cu_seqlens, n_seqs, size, root, unit, out);                                            \
-        return 0;                                                                                                       \
+// root: divide by the root of the length. unit: normalise. 0; or 2, with nothing done, where cu_seqlens are no offsets
+// from 0 to at most n_rows that never decrease.
+#define POOL(name, T)                                                                                               \
+    EXPORT int name(const T* hidden, int64_t row_stride, int64_t n_rows, const int32_t* cu_seqlens, int64_t n_seqs, \
+                    int64_t size, int root, int unit, float* out) {                                                 \
+        if (!in_order(cu_seqlens, n_seqs, n_rows)) return 2;                                                        \
+        pool(hidden, row_stride, cu_seqlens, n_seqs, size, root, unit, out);                                        \
+        return 0;                                                                                                   \
     }
 
 POOL(fastbert_pool_float32, float)

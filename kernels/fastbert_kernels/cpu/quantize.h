@@ -1,5 +1,5 @@
-// A row of floats in unsigned 8-bit numbers, x ~ scale * q + low, where q is 0 at the row's least element and 255 at its
-// largest. Asymmetric: what a GELU gives lies on one side of 0, and would leave half of a symmetric range unused.
+// A row of floats in unsigned 8-bit numbers, x ~ scale * q + low, where q is 0 at the row's least element and 255 at
+// its largest. Asymmetric: what a GELU gives lies on one side of 0, and would leave half of a symmetric range unused.
 #pragma once
 
 #include "linear_int8.h"
@@ -8,8 +8,8 @@ constexpr int64_t ROTATION = 32;  // elements in a block of the rotation
 constexpr int64_t MAX_ROTATED = 4096;
 
 // x @ H for the Hadamard matrix H of ROTATION rows, H[i][j] = -1 where i & j has an odd number of bits, else 1. A few
-// channels of what LayerNorm gives are several times as large as the others, and would make the step coarse for all; the
-// rotation spreads them. low, high: elements 0 to 15, and 16 to 31.
+// channels of what LayerNorm gives are several times as large as the others, and would make the step coarse for all;
+// the rotation spreads them. low, high: elements 0 to 15, and 16 to 31.
 #if VL == 16
 INLINE vf butterflies(vf x) {
     const vf odd = {1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1};

@@ -57,7 +57,8 @@ class Team {
             return;
         }
         for (int i = 0; shared->turn.load(std::memory_order_acquire) == turn; i++)
-            if (i < SPINS) _mm_pause(); else sched_yield();
+            if (i < SPINS) _mm_pause();
+            else sched_yield();
     }
 };
 

@@ -73,8 +73,8 @@ INLINE vf max(vf a, vf b) { return a > b ? a : b; }
 INLINE vf min(vf a, vf b) { return a < b ? a : b; }
 INLINE vf abs(vf x) { return (vf)((vi)x & 0x7fffffff); }
 
-// 2^x. EXACT: to 1.5 ulp; otherwise to 3e-6, for what is rounded to bfloat16. 0 below 2^-126, unless no x is (FLUSH false);
-// NaN for NaN.
+// 2^x. EXACT: to 1.5 ulp; otherwise to 3e-6, for what is rounded to bfloat16. 0 below 2^-126, unless no x is (FLUSH
+// false); NaN for NaN.
 // 2^x = 2^n 2^f with n = round(x); 2^f by a minimax polynomial of degree 6 or 4.
 template <bool EXACT, bool FLUSH = true>
 INLINE vf exp2(vf x) {
@@ -138,7 +138,8 @@ INLINE void transpose(vi* rows) {
             vi a = rows[i], b = rows[i + VL / 2];
 #if VL == 16
             next[2 * i] = __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
-            next[2 * i + 1] = __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+            next[2 * i + 1] =
+                __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
 #else
             next[2 * i] = __builtin_shufflevector(a, b, 0, 8, 1, 9, 2, 10, 3, 11);
             next[2 * i + 1] = __builtin_shufflevector(a, b, 4, 12, 5, 13, 6, 14, 7, 15);
@@ -179,9 +180,7 @@ INLINE vf multiply_add(vf sum, vf x, vf y) { return (vf)_mm256_fmadd_ps((__m256)
 
 #ifdef __AVX512BF16__
 // sum + x[0] y[0] + x[1] y[1] in each lane.
-INLINE vf multiply_add(vf sum, vi x, vi y) {
-    return (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)x, (__m512bh)y);
-}
+INLINE vf multiply_add(vf sum, vi x, vi y) { return (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)x, (__m512bh)y); }
 #endif
 
 // sums[i][j] += sum over k < n of x_i[k] * y[k][j]; x_i[k] at x[i] + k, y[k][j] at y + k * y_stride + j * y_step.
