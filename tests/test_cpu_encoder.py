@@ -245,13 +245,19 @@ def test_real_weights(dtype: torch.dtype, runs: list[int]) -> None:
     assert_as_accurate("vectors", vectors["ours"], vectors["eager"], vectors["exact"])
 
 
-def test_one_thread() -> None:
-    """Catches work that is done only where there is a second thread."""
-    model, before = make(), torch.get_num_threads()
-    expected = encode(model, [40, 9])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_any_number_of_threads(threads: int, dtype: torch.dtype) -> None:
+    """Catches an operation that begins before the one in front of it has ended in all threads, also where there are more
+    of them than processors, and work that is left to a second thread.
+    """
+    skip_without(dtype)
+    model, before = make(dtype, num_hidden_layers=6), torch.get_num_threads()
+    expected = [encode(model, lengths) for lengths in LENGTHS]
     try:
-        torch.set_num_threads(1)
-        assert torch.equal(encode(model, [40, 9]), expected)
+        torch.set_num_threads(threads)
+        for _ in range(10):
+            assert all(torch.equal(encode(model, lengths), e) for lengths, e in zip(LENGTHS, expected, strict=True))
     finally:
         torch.set_num_threads(before)
 
