@@ -131,7 +131,7 @@ def from_lengths(lengths: Sequence[int], device: torch.device) -> PackedBatch:
         positions -= np.repeat(offsets[:-1], lengths)
     cu_seqlens_cpu = cu_seqlens = torch.from_numpy(offsets)
     position_ids = torch.from_numpy(positions)
-    if device.type != "cpu":
+    if torch.device(device).type != "cpu":
         cu_seqlens, position_ids = (t.to(device, non_blocking=True) for t in (cu_seqlens, position_ids))
     return PackedBatch(
         cu_seqlens=cu_seqlens,
