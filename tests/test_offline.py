@@ -233,6 +233,26 @@ for arch, outside, by_pointers in ((89, True, False), (90, True, False), (90, Tr
     assert done.returncode == 0, done.stderr
 
 
+def test_gelu_of_16_bits_is_short(tmp_path):
+    """An erf, a slow path of exp2 for subnormals, a division, or a maximum that drops NaN, in a 16-bit epilogue."""
+    script = """
+import torch, triton
+from triton.backends.compiler import GPUTarget
+from fastbert_kernels import gelu, launch, offline
+for arch in (80, 90):
+    with launch.recording(arch) as launches:
+        gelu.bias_gelu_forward(torch.empty(64, 768, dtype=torch.bfloat16), None, "gelu")
+    source, options = offline.specialize(launches[0], GPUTarget("cuda", arch, 32))
+    ptx = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options).asm["ptx"]
+    count = lambda name: sum(line.split()[:1] == [name] for line in ptx.splitlines())
+    n = count("ex2.approx.ftz.f32")
+    assert n > 0 and n == count("max.NaN.f32") == count("min.f32"), arch
+    assert "rcp" not in ptx and "div" not in ptx and "copysign" not in ptx and "setp.g" not in ptx, arch
+"""
+    done = run("-c", script, cache=tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
 def test_8_bit_kernels_need_8_bit_instructions(tmp_path):
     """A check that takes a 16-bit tensor-core instruction for an 8-bit one."""
     script = """
