@@ -233,6 +233,50 @@ for arch, outside, by_pointers in ((89, True, False), (90, True, False), (90, Tr
     assert done.returncode == 0, done.stderr
 
 
+def test_gelu_of_16_bits_is_short(tmp_path):
+    """An erf, a slow path of exp2 for subnormals, a division, or a maximum that drops NaN, in a 16-bit epilogue."""
+    script = """
+import torch, triton
+from triton.backends.compiler import GPUTarget
+from fastbert_kernels import gelu, launch, offline
+for arch in (80, 90):
+    with launch.recording(arch) as launches:
+        gelu.bias_gelu_forward(torch.empty(64, 768, dtype=torch.bfloat16), None, "gelu")
+    source, options = offline.specialize(launches[0], GPUTarget("cuda", arch, 32))
+    ptx = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options).asm["ptx"]
+    count = lambda name: sum(line.split()[:1] == [name] for line in ptx.splitlines())
+    n = count("ex2.approx.ftz.f32")
+    assert n > 0 and n == count("max.NaN.f32") == count("min.f32"), arch
+    assert "rcp" not in ptx and "div" not in ptx and "copysign" not in ptx and "setp.g" not in ptx, arch
+"""
+    done = run("-c", script, cache=tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
+def test_gelu_leaves_registers_of_wide_tiles(tmp_path):
+    """A spill in tiles of 128 sums a thread with GELU, which `fastbert tune` times in 16 bits."""
+    script = """
+import torch, triton
+from fastbert import tune_jobs
+from fastbert_kernels import launch, linear, linear_persistent, offline
+bf16, fp16 = torch.bfloat16, torch.float16
+for arch, dtype, activation in ((80, bf16, "gelu_tanh"), (80, fp16, "gelu"), (90, fp16, "gelu")):
+    x, weight, out = (torch.empty(shape, dtype=dtype) for shape in ((64, 768), (3072, 768), (64, 3072)))
+    found = [c for c in tune_jobs._gemm_candidates(dtype, arch, (768, 3072), "gelu") if c.tile]
+    kernel = "linear" if arch == 80 else "linear_persistent"
+    wide = (c.sizes for c in found if c.kernel == kernel and c.sizes["BLOCK_COLS"] == 256)
+    sizes = next(sizes for sizes in wide if sizes["BLOCK_ROWS"] == 128)
+    forward = linear.linear_pointer_forward if arch == 80 else linear_persistent.linear_persistent_forward
+    with launch.recording(arch) as launches:
+        forward(x, weight, weight.new_empty(3072), activation, None, sizes, out)
+    source, options = offline.specialize(launches[0], offline.GPUTarget("cuda", arch, 32))
+    result = offline.compile_kernel(offline.Kernel(arch, "linear", "bf16", sizes, source, options))
+    assert result.findings == [] and not result.spills and result.tensor_cores, (arch, result)
+"""
+    done = run("-c", script, cache=tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
 def test_8_bit_kernels_need_8_bit_instructions(tmp_path):
     """A check that takes a 16-bit tensor-core instruction for an 8-bit one."""
     script = """

@@ -50,6 +50,38 @@ def test_extremes(activation, device):
     assert torch.equal(out.cpu(), torch.tensor([[0.0, 0.0, 0.0, 0.0, 50.0, 1e4]]))
 
 
+# The largest error in units of the result's last place, where the result is larger than so much.
+IN_16_BITS = {torch.bfloat16: (0.56, 1e-7), torch.float16: (0.52, 0.0)}
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # numpy, of NaN
+@pytest.mark.parametrize("dtype", IN_16_BITS, ids=str)
+def test_every_input_of_16_bits(dtype, device):
+    """A polynomial that errs somewhere: in the negative tail, at its cut-off, at infinity, for subnormals."""
+    x = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)
+    out = ops.bias_gelu(x.view(256, 256).to(device), None, "gelu", policy=TRITON).cpu().flatten().double()
+    x = x.double()
+    assert torch.equal(out.isnan(), x.isnan())
+    assert out[x == float("inf")].item() == float("inf") and out[x == -float("inf")].item() == 0.0
+    x, out = x[x.isfinite()], out[x.isfinite()]
+    expected = x * torch.special.log_ndtr(x).exp()
+    error, (ulps, least) = (out - expected).abs(), IN_16_BITS[dtype]
+    binade = torch.ldexp(torch.ones_like(x), torch.frexp(expected).exponent - 1)
+    ulp = binade.clamp(min=torch.finfo(dtype).smallest_normal) * torch.finfo(dtype).eps
+    large = expected.abs() > least
+    assert (error / ulp)[large].max() <= ulps
+    assert error[~large].max() <= 1e-9
+    assert (out[x < -15.0] == 0.0).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_nan_in_a_row(dtype, device):
+    """A NaN that a maximum or minimum makes a number of: on a GPU they do, where they are not told to keep it."""
+    x = torch.tensor([[1.0, float("nan"), -1.0]], dtype=dtype, device=device)
+    for activation in APPROXIMATE:
+        assert ops.bias_gelu(x, None, activation, policy=TRITON).isnan().tolist() == [[False, True, False]]
+
+
 def test_erf_is_not_tanh(device):
     """One form standing in for the other: they differ by up to 4.7e-4."""
     x = torch.linspace(-4, 4, 1001, device=device)[None]

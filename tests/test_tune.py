@@ -114,6 +114,9 @@ def test_candidates(arch, dtype):
         ours = launch.gemm(dtype, arch, found.sizes, found.epilogue)
         assert Candidate(ours.ours, tuple(sorted(ours.config.block_sizes.items()))) in candidates
         assert any(c.sizes.get("WARP_SPECIALIZE") for c in candidates) == (arch == 90 and dtype.itemsize == 2)
+        # Whether epilogues have a tile of which each thread holds 128 sums.
+        sums = {c.sizes["BLOCK_ROWS"] * c.sizes["BLOCK_COLS"] // (32 * c.sizes["num_warps"]) for c in candidates[1:]}
+        assert (max(sums) >= 128) == (dtype.itemsize == 2 and found.epilogue != "residual")
 
 
 @pytest.mark.parametrize("arch", sorted(launch.SHARED_MEMORY))

@@ -191,7 +191,7 @@ def _varlen_attention_kernel(
             scale_log2, d_mask, acc, row_sum, row_max, True, BLOCK_D != HEAD_SIZE, INPUT_PRECISION, BLOCK_K,
         )  # fmt: skip
 
-    out = acc / tl.where(row_mask, row_sum, 1.0)[:, None]
+    out = acc * (1.0 / tl.where(row_mask, row_sum, 1.0))[:, None]  # one division a row, not one an element
     out_offs = rows.to(tl.int64)[:, None] * out_row_stride + head * HEAD_SIZE + d_offs[None, :]
     out_mask = row_mask[:, None] & d_mask[None, :]
     if QUANTIZE:  # what the store would have rounded to; columns past the head are 0, as those of v are

@@ -76,7 +76,7 @@ def _linear_kernel(
     mask = (row_offs < n_rows)[:, None] & (col_offs < n_cols)[None, :]
     out = epilogue(
         acc, bias_ptr, residual_ptr, row_offs, col_offs, mask, n_cols, residual_row_stride, HAS_BIAS, ACTIVATION,
-        HAS_RESIDUAL,
+        HAS_RESIDUAL, out_ptr.dtype.element_ty,
     )  # fmt: skip
     out_offs = row_offs.to(tl.int64)[:, None] * out_row_stride + col_offs[None, :]
     tl.store(out_ptr + out_offs, out.to(out_ptr.dtype.element_ty), mask=mask)

@@ -70,7 +70,7 @@ def _linear_persistent_kernel(
         mask = (row_offs < n_rows)[:, None] & (col_offs < n_cols)[None, :]
         out = epilogue(
             acc, bias_ptr, residual_ptr, row_offs, col_offs, mask, n_cols, residual_row_stride, HAS_BIAS, ACTIVATION,
-            HAS_RESIDUAL,
+            HAS_RESIDUAL, out_desc.dtype,
         )  # fmt: skip
         out_desc.store([row, col], out.to(out_desc.dtype))
 

@@ -32,11 +32,12 @@ def epilogue(
     HAS_BIAS: tl.constexpr,
     ACTIVATION: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
+    DTYPE: tl.constexpr,  # of the output
 ):
     """activation(acc + bias) + residual, in float32."""
     if HAS_BIAS:
         acc += tl.load(bias_ptr + col_offs, mask=col_offs < n_cols, other=0.0).to(tl.float32)[None, :]
-    out = activate(acc, ACTIVATION)
+    out = activate(acc, ACTIVATION, DTYPE)
     if HAS_RESIDUAL:
         residual_offs = row_offs.to(tl.int64)[:, None] * residual_row_stride + col_offs[None, :]
         out += tl.load(residual_ptr + residual_offs, mask=mask, other=0.0).to(tl.float32)

@@ -93,7 +93,7 @@ def _quantized_linear_kernel(
 
     out = scaled_epilogue(
         sums, row_scale, weight_scale_ptr, bias_ptr, col_offs, n_cols, N_GROUPS == 1 and not SUM_OUTSIDE, HAS_BIAS,
-        ACTIVATION,
+        ACTIVATION, out_ptr.dtype.element_ty,
     )  # fmt: skip
     out_offs = row_offs.to(tl.int64)[:, None] * n_cols + col_offs[None, :]
     mask = (row_offs < n_rows)[:, None] & (col_offs < n_cols)[None, :]

@@ -68,7 +68,7 @@ def _store(
     """The epilogue of the part of a tile that begins at (row, col)."""
     col_offs = col + tl.arange(0, PART_COLS)
     out = scaled_epilogue(
-        sums, row_scale, weight_scale_ptr, bias_ptr, col_offs, n_cols, not SCALED, HAS_BIAS, ACTIVATION
+        sums, row_scale, weight_scale_ptr, bias_ptr, col_offs, n_cols, not SCALED, HAS_BIAS, ACTIVATION, out_desc.dtype
     )
     if QUANTIZE:
         q, scale = quantize_rows(out, INT8)

@@ -21,6 +21,7 @@ def scaled_epilogue(
     ROW_SCALE: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    DTYPE: tl.constexpr,  # of the output
 ):
     """activation(sums * weight_scale * row_scale + bias), in float32. Columns past the end are 0, as GELU of 0 is."""
     out = sums.to(tl.float32) * tl.load(weight_scale_ptr + col_offs, mask=col_offs < n_cols, other=0.0)[None, :]
@@ -28,4 +29,4 @@ def scaled_epilogue(
         out *= row_scale[:, None]
     if HAS_BIAS:
         out += tl.load(bias_ptr + col_offs, mask=col_offs < n_cols, other=0.0).to(tl.float32)[None, :]
-    return activate(out, ACTIVATION)
+    return activate(out, ACTIVATION, DTYPE)
