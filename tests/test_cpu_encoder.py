@@ -248,8 +248,8 @@ def test_real_weights(dtype: torch.dtype, runs: list[int]) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("threads", [1, 2, 5])
 def test_any_number_of_threads(threads: int, dtype: torch.dtype) -> None:
-    """Catches an operation that begins before the one in front of it has ended in all threads, also where there are more
-    of them than processors, and work that is left to a second thread.
+    """Catches an operation that begins before the one in front of it has ended in all threads, also where they are more
+    than the processors, and work that is left to a second thread.
     """
     skip_without(dtype)
     model, before = make(dtype, num_hidden_layers=6), torch.get_num_threads()
