@@ -90,7 +90,7 @@ def cached(device: torch.device, folder: Path, *, quick: bool = False) -> dict[s
 
 
 def _origin(found: dict[str, Any]) -> tuple[Any, str]:
-    """The device, and the commit, since another may measure otherwise; results that are written make it "-dirty"."""
+    """The device, and the commit, since another may measure otherwise; also of results that called it "-dirty"."""
     return found.get("device"), str(found.get("commit")).removesuffix("-dirty")
 
 

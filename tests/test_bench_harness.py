@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import time
 
 import pytest
 import torch
 
-from fastbert.bench import measure
+from fastbert.bench import measure, results
 from fastbert.bench.measure import Timing
 from fastbert.bench.peers import OURS, Peer, contest
 from fastbert.bench.results import FAILED, MISSING, OK, WRONG, Results, Row, environment
@@ -183,3 +184,28 @@ def test_interrupted_save_leaves_the_old_file(tmp_path, monkeypatch):
     with pytest.raises(ZeroDivisionError):
         Results({}, [Row("s", "w", "c", "d")]).save(path)
     assert path.read_text() == before
+
+
+def test_commit_of_the_sources(tmp_path, monkeypatch):
+    """Results that call the sources changed because a run wrote results over committed ones, or hide that they are."""
+
+    def git(*args):
+        who = ["-c", "user.name=n", "-c", "user.email=e@example.org"]
+        done = subprocess.run(["git", "-C", str(tmp_path), *who, *args], check=True, capture_output=True, text=True)
+        return done.stdout.strip()
+
+    source = tmp_path / "fastbert" / "bench" / "results.py"
+    result = tmp_path / "benchmarks" / "results" / "r.json"
+    for path in (source, result, tmp_path / "setup.py"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("1")
+    git("init", "--quiet")
+    git("add", "--all")
+    git("commit", "--quiet", "--message", "m")
+    monkeypatch.setattr(results, "__file__", str(source))
+    name = git("rev-parse", "--short=10", "HEAD")
+    result.write_text("2")
+    (tmp_path / "new.txt").write_text("not of the sources yet")
+    assert results.commit() == name
+    source.write_text("2")
+    assert results.commit() == f"{name}-dirty"

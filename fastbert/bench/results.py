@@ -170,16 +170,24 @@ def cpu_name() -> str:
 
 
 def commit() -> str | None:
-    """Of the sources this runs from, "-dirty" where they differ from it; None outside a git checkout."""
+    """Of the sources this runs from, "-dirty" where they differ from it; None outside a git checkout.
+
+    Committed results are no sources: a run writes its own over those of an earlier one.
+    """
     root = Path(__file__).resolve().parent.parent.parent
     if not (root / "setup.py").exists():
         return None
+
+    def git(*args: str) -> str:
+        command = ["git", "-C", str(root), *args]
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+
     try:
-        args = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=10", "--exclude=*"]
-        done = subprocess.run(args, capture_output=True, text=True, timeout=10, check=True)
+        name = git("describe", "--always", "--abbrev=10", "--exclude=*")
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":(exclude)benchmarks/results")
     except (OSError, subprocess.SubprocessError):
         return os.environ.get("FASTBERT_COMMIT")
-    return done.stdout.strip()
+    return f"{name}-dirty" if changed else name
 
 
 def _version(package: str) -> str | None:
