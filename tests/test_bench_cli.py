@@ -100,6 +100,7 @@ def test_own_texts_in_a_report(name, folder, tmp_path):
 
 def test_package_that_is_not_installed_is_a_row(folder, tmp_path, monkeypatch, capsys):
     """A competitor left out of the table in silence."""
+    monkeypatch.setenv("COLUMNS", "140")
     monkeypatch.setattr("fastbert.bench.text.missing", lambda package: f"the package {package} is not installed")
     assert run(folder, *FEW, "--no-latency", "--out", tmp_path / "r.json") == 0
     rows = Results.load(tmp_path / "r.json").rows

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import sys
 import time
 import types
@@ -110,10 +111,16 @@ class Hungry(FastBert):
 
 
 class Broken(FastBert):
+    """fastbert, but in another process an error."""
+
     name = "broken"
 
+    def __init__(self, task):
+        super().__init__(task)
+        self.process = os.getpid()
+
     def load(self):
-        if sys.argv[0] == "-c":  # as the process of its own was started
+        if os.getpid() != self.process:
             raise ValueError("planted")
         super().load()
 
