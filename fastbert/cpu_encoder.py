@@ -23,6 +23,9 @@ from fastbert_kernels import cpu
 
 # A processor with matrix units runs more bfloat16 rows than these faster in oneDNN.
 ROWS_WITHOUT_AMX = 64
+# In float32 F.linear is the more exact one on up to three rows (packed_linear.LEAST_ROWS), below this hidden size by
+# more than the numerical policy allows.
+EXACT_FROM = 320
 # Workspaces kept for the next batch: memory that is new to the process costs a page fault every 4 KiB.
 MOST_KEPT, LARGEST_KEPT = 2, 64 * 2**20  # how many, bytes
 
@@ -103,9 +106,11 @@ class CpuEncoder:
         self._kept = (None, None)
         self._workspaces = []
 
-    def takes_rows(self, n_rows: int, dtype: torch.dtype) -> bool:
+    def takes_rows(self, n_rows: int, dtype: torch.dtype, hidden_size: int) -> bool:
         """Whether so many rows are best here."""
-        if n_rows < packed_linear.LEAST_ROWS:
+        if n_rows == 0:
+            return False
+        if dtype == torch.float32 and n_rows < packed_linear.LEAST_ROWS and hidden_size < EXACT_FROM:
             return False
         return not (dtype == torch.bfloat16 and n_rows > ROWS_WITHOUT_AMX and cpu.has_amx())
 

@@ -656,7 +656,8 @@ class BertModel(PreTrainedModel):
         if why_not is not None:
             return why_not
         choosy = not self.policy.batch_invariant  # that takes the same code for any number of rows
-        if choosy and n_rows is not None and not self.cpu_encoder.takes_rows(n_rows, dtype):
+        hidden_size = self.config.hidden_size
+        if choosy and n_rows is not None and not self.cpu_encoder.takes_rows(n_rows, dtype, hidden_size):
             return f"{n_rows} tokens are better run operation by operation"
         if self.precision is not None:
             decision = quantized.decide(self, self.policy, device, dtype)

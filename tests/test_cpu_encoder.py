@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastbert import BertConfig, BertForTokenClassification, BertModel, SentenceEncoder, cpu_encoder
+from fastbert.cpu_encoder import CpuEncoder
 from fastbert.demo import fast_at_bfloat16
 from fastbert.explain import explain
 from fastbert_kernels import cpu
@@ -182,9 +183,9 @@ def test_bfloat16_with_matrix_units(monkeypatch: pytest.MonkeyPatch) -> None:
     encoder = cpu_encoder.CpuEncoder()
     for has_amx in (False, True):
         monkeypatch.setattr(cpu, "has_amx", lambda has_amx=has_amx: has_amx)
-        assert encoder.takes_rows(cpu_encoder.ROWS_WITHOUT_AMX, torch.bfloat16)
-        assert encoder.takes_rows(4000, torch.bfloat16) != has_amx
-        assert encoder.takes_rows(4000, torch.float32)
+        assert encoder.takes_rows(cpu_encoder.ROWS_WITHOUT_AMX, torch.bfloat16, 64)
+        assert encoder.takes_rows(4000, torch.bfloat16, 64) != has_amx
+        assert encoder.takes_rows(4000, torch.float32, 64)
 
 
 def test_positions_and_ids_of_any_kind(runs: list[int]) -> None:
@@ -243,6 +244,34 @@ def test_real_weights(dtype: torch.dtype, runs: list[int]) -> None:
         vectors[name] = encoder.encode(texts, convert_to_tensor=True)
     assert runs
     assert_as_accurate("vectors", vectors["ours"], vectors["eager"], vectors["exact"])
+
+
+@pytest.mark.parametrize("k", [cpu_encoder.EXACT_FROM, 384, 768, 1536])
+def test_few_rows_are_exact(k: int) -> None:
+    """Catches rows that are taken although F.linear is more exact than the policy allows, or that need not be left."""
+    torch.manual_seed(k)
+    weight, bias = torch.randn(384, k) / k**0.5, torch.randn(384)
+    x = torch.randn(60, k)
+    exact = nn.functional.linear(x.double(), weight.double(), bias.double())
+    packed = cpu.pack_weight(weight)
+    ours = torch.cat([cpu.linear_forward(rows, packed, 384, bias) for rows in x.split(3)])
+    eager = torch.cat([nn.functional.linear(rows, weight, bias) for rows in x.split(3)])
+    assert_as_accurate("linear", ours, eager, exact)
+    takes_rows = CpuEncoder().takes_rows
+    assert takes_rows(3, torch.float32, k) and not takes_rows(3, torch.float32, cpu_encoder.EXACT_FROM - 1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("text", ["", "python", "two words"])
+def test_a_word_alone(text: str, dtype: torch.dtype, runs: list[int]) -> None:
+    """Catches a query of a single word that runs operation by operation, in ten times the time, or inexactly."""
+    skip_without(dtype)
+    vectors = []
+    for kind, backend in ((dtype, "auto"), (dtype, "torch"), (torch.float64, "torch")):
+        encoder = SentenceEncoder.from_pretrained(str(minilm_folder()), dtype=kind, backend=backend)
+        vectors.append(encoder.encode(text, convert_to_tensor=True))
+    assert len(runs) == 1 and runs[0] <= 4
+    assert_as_accurate("vector", *vectors)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
