@@ -23,7 +23,7 @@ INLINE vf gelu(vf x) {
 }
 
 // The same to 1e-6, for what is rounded to bfloat16 or 8 bits: a polynomial of degree 5.
-INLINE vf gelu_to_8_bits(vf x) {
+INLINE vf gelu_rounded(vf x) {
     vf t = min(abs(x) * 0.70710678f, splat(5.0f));
     vf q = splat(-2.7611228e-03f) * t + 2.8794874e-02f;
     q = q * t - 1.4749295e-01f;
@@ -42,7 +42,7 @@ INLINE vf gelu_tanh(vf x) {
 template <typename T>
 INLINE vf activate(vf x, int64_t activation) {
     switch (activation) {
-        case GELU: return sizeof(T) == sizeof(float) ? gelu(x) : gelu_to_8_bits(x);
+        case GELU: return sizeof(T) == sizeof(float) ? gelu(x) : gelu_rounded(x);
         case GELU_TANH: return gelu_tanh(x);
         case RELU: return x < 0.0f ? vf{} : x;
         default: return x;

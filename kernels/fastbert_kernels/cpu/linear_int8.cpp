@@ -71,7 +71,7 @@ void tile(const LinearInt8<T, O>& call, int64_t row, int64_t panel) {
             for (int j = 0; j < VECTORS; j++) sums[i][j] = part[i][j];
     }
     switch (call.activation) {
-        case GELU: return finish<R>(call, sums, row, column, [](vf x) { return gelu_to_8_bits(x); });
+        case GELU: return finish<R>(call, sums, row, column, [](vf x) { return gelu_rounded(x); });
         case GELU_TANH: return finish<R>(call, sums, row, column, [](vf x) { return gelu_tanh(x); });
         case RELU: return finish<R>(call, sums, row, column, [](vf x) { return x < 0.0f ? vf{} : x; });
         default: return finish<R>(call, sums, row, column, [](vf x) { return x; });
