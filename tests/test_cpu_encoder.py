@@ -264,7 +264,7 @@ def test_few_rows_are_exact(k: int) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("text", ["", "python", "two words"])
 def test_a_word_alone(text: str, dtype: torch.dtype, runs: list[int]) -> None:
-    """Catches a query of a single word that runs operation by operation, in ten times the time, or inexactly."""
+    """Catches a query of a single word that runs operation by operation, which is far slower, or inexactly."""
     skip_without(dtype)
     vectors = []
     for kind, backend in ((dtype, "auto"), (dtype, "torch"), (torch.float64, "torch")):
