@@ -6,7 +6,8 @@ import importlib.util
 import math
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -139,16 +140,29 @@ def operations_called(function: Callable[..., Any], tensors: Sequence[Tensor]) -
     return seen
 
 
-def tokens_of_calls(monkeypatch: Any) -> list[int]:
-    """The number of tokens of each call of the C++ kernel for whole encoders, from now on."""
+@contextmanager
+def only_variant(name: str) -> Iterator[None]:
+    """The C++ kernels of this name in cpu.VARIANTS, as if they were the best, or the reason why they do not run."""
+    before = cpu.VARIANTS
+    cpu.VARIANTS = {name: before[name]}
+    cpu._load.cache_clear()
+    try:
+        yield
+    finally:
+        cpu.VARIANTS = before
+        cpu._load.cache_clear()
+
+
+def tokens_of_calls(monkeypatch: Any, kernel: str = "encoder_forward") -> list[int]:
+    """The number of tokens of each call of a C++ kernel for whole encoders, from now on."""
     seen: list[int] = []
-    plain = cpu.encoder_forward
+    plain = getattr(cpu, kernel)
 
     def note(*args: Any) -> Tensor:
-        seen.append(args[2].shape[0])
+        seen.append(args[2].shape[-2])  # (T, H), or (states, T, H)
         return plain(*args)
 
-    monkeypatch.setattr(cpu, "encoder_forward", note)
+    monkeypatch.setattr(cpu, kernel, note)
     return seen
 
 

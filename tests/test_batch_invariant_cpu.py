@@ -37,7 +37,7 @@ from fastbert.ops.pooling import MODES
 from fastbert.sentence_layout import _ACTIVATIONS, Dense, Dropout, LayerNorm, Normalize, apply
 from fastbert.varlen import from_cu_seqlens
 from fastbert_kernels import cpu
-from helpers import assert_as_accurate, cu_seqlens_of, docstrings, rms_error, source_env
+from helpers import assert_as_accurate, cu_seqlens_of, docstrings, only_variant, rms_error, source_env
 
 pytestmark = pytest.mark.skipif(cpu.unavailable() is not None, reason=str(cpu.unavailable()))
 
@@ -89,17 +89,13 @@ def _threads() -> Iterator[None]:
 
 
 @pytest.fixture(params=list(cpu.VARIANTS))
-def variant(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+def variant(request: pytest.FixtureRequest) -> Iterator[str]:
     """Each library that was compiled and that the processor can run, as if it were the best."""
-    name = request.param
-    monkeypatch.setattr(cpu, "VARIANTS", {name: cpu.VARIANTS[name]})
-    cpu._load.cache_clear()
-    why_not = cpu.unavailable()
-    if why_not is None:
-        yield name
-    cpu._load.cache_clear()
-    if why_not is not None:
-        pytest.skip(f"{name}: {why_not}")
+    with only_variant(request.param):
+        why_not = cpu.unavailable()
+        if why_not is not None:
+            pytest.skip(f"{request.param}: {why_not}")
+        yield request.param
 
 
 def assert_rows_are_alone(function: Callable[[slice], Tensor]) -> None:
@@ -482,19 +478,15 @@ def test_refused_in_other_dtypes(dtype: torch.dtype, backend: str, minilm: Path)
         model(torch.ones(1, 9, dtype=torch.int64))
 
 
-def test_refused_without_bfloat16(minilm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_refused_without_bfloat16(minilm: Path) -> None:
     """oneDNN or PyTorch for bfloat16 on a processor without its instructions."""
-    monkeypatch.setattr(cpu, "VARIANTS", {"avx2": cpu.VARIANTS["avx2"]})
-    cpu._load.cache_clear()
-    try:
+    with only_variant("avx2"):
         with pytest.raises(
             BackendError, match="batch_invariant: the C.. kernels .AVX2. do not multiply torch.bfloat16"
         ):
             BertModel.from_pretrained(minilm, dtype="bfloat16", batch_invariant=True)
         with pytest.raises(BackendError, match="linear: .*do not multiply torch.bfloat16"), torch.no_grad():
             make(torch.bfloat16)(torch.ones(1, 9, dtype=torch.int64))
-    finally:
-        cpu._load.cache_clear()
 
 
 def test_refused_sizes() -> None:

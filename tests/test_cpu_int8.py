@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import pickle
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -26,7 +27,9 @@ from helpers import (
     docstrings,
     guarded,
     minilm_folder,
+    only_variant,
     rms_error,
+    tokens_of_calls,
 )
 
 pytestmark = pytest.mark.skipif(cpu.no_int8() is not None, reason=str(cpu.no_int8()))
@@ -46,17 +49,13 @@ LENGTHS = ([1], [4], [1, 20, 9, 9, 0, 25], [130, 3, 64], [400, 7])
 
 
 @pytest.fixture(params=[name for name in cpu.VARIANTS if name.startswith("avx512_")])
-def variant(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
+def variant(request: pytest.FixtureRequest) -> Iterator[str]:
     """Each library with these kernels, as if it were the best."""
-    name = request.param
-    monkeypatch.setattr(cpu, "VARIANTS", {name: cpu.VARIANTS[name]})
-    cpu._load.cache_clear()
-    why_not = cpu.no_int8()
-    if why_not is None:
-        yield name
-    cpu._load.cache_clear()
-    if why_not is not None:
-        pytest.skip(f"{name}: {why_not}")
+    with only_variant(request.param):
+        why_not = cpu.no_int8()
+        if why_not is not None:
+            pytest.skip(f"{request.param}: {why_not}")
+        yield request.param
 
 
 @pytest.fixture
@@ -168,16 +167,7 @@ def encode(model: BertModel, lengths: list[int], seed: int = 0) -> Tensor:
 
 @pytest.fixture
 def runs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The number of tokens of each call of the kernel."""
-    seen: list[int] = []
-    plain = cpu.encoder_int8_forward
-
-    def note(*args: Any) -> Tensor:
-        seen.append(args[2].shape[1])
-        return plain(*args)
-
-    monkeypatch.setattr(cpu, "encoder_int8_forward", note)
-    return seen
+    return tokens_of_calls(monkeypatch, "encoder_int8_forward")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

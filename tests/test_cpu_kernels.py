@@ -15,7 +15,16 @@ import torch.nn.functional as F
 from fastbert.ops import Policy, attention, pool, varlen_attention
 from fastbert.varlen import from_cu_seqlens
 from fastbert_kernels import cpu
-from helpers import Outputs, assert_as_accurate, cu_seqlens_of, docstrings, guarded, minilm_folder, source_env
+from helpers import (
+    Outputs,
+    assert_as_accurate,
+    cu_seqlens_of,
+    docstrings,
+    guarded,
+    minilm_folder,
+    only_variant,
+    source_env,
+)
 
 CPU = torch.device("cpu")
 LENGTHS = ([1], [2, 1, 0, 3, 5, 7], [16, 17, 15, 33], [130, 6, 12], [193, 400], [5] * 40)
@@ -28,16 +37,12 @@ ACTIVATED = {
 
 
 @pytest.fixture(params=list(cpu.VARIANTS))
-def variant(request, monkeypatch):
+def variant(request):
     """Each library that was compiled and that the processor can run, as if it were the best."""
-    name = request.param
-    monkeypatch.setattr(cpu, "VARIANTS", {name: cpu.VARIANTS[name]})
-    cpu._load.cache_clear()
-    if cpu.unavailable() is not None:
-        cpu._load.cache_clear()
-        pytest.skip(f"{name}: {cpu.unavailable()}")
-    yield name
-    cpu._load.cache_clear()
+    with only_variant(request.param):
+        if cpu.unavailable() is not None:
+            pytest.skip(f"{request.param}: {cpu.unavailable()}")
+        yield request.param
 
 
 @pytest.fixture

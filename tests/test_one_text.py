@@ -17,7 +17,7 @@ from fastbert.heads import BertForSequenceClassification
 from fastbert.pretrained import any_in_training, first_parameter
 from fastbert.sentence_layout import Dense, Normalize
 from fastbert_kernels import cpu
-from helpers import cu_seqlens_of, tokens_of_calls
+from helpers import cu_seqlens_of, only_variant, tokens_of_calls
 
 COMPILED = pytest.mark.skipif(cpu.unavailable() is not None, reason=str(cpu.unavailable()))
 TEXTS = ["how to sort a list of numbers", "a list", "numbers and more of it", "list of a list", "", "more to sort"]
@@ -250,11 +250,9 @@ def test_ids_beyond_the_table() -> None:
 
 @COMPILED
 @pytest.mark.parametrize("name", cpu.VARIANTS)
-def test_ids_in_each_instruction_set(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ids_in_each_instruction_set(name: str) -> None:
     """Catches a loop that reads one id too many, or leaves one out, in the library for another processor."""
-    monkeypatch.setattr(cpu, "VARIANTS", {name: cpu.VARIANTS[name]})
-    cpu._load.cache_clear()
-    try:
+    with only_variant(name):
         if cpu.unavailable() is not None:
             pytest.skip(str(cpu.unavailable()))
         for n in range(40):
@@ -267,8 +265,6 @@ def test_ids_in_each_instruction_set(name: str, monkeypatch: pytest.MonkeyPatch)
                     changed = ids.clone()
                     changed[1 + place] = bad
                     assert cpu.ids_outside(changed[1:-1], 5)
-    finally:
-        cpu._load.cache_clear()
 
 
 @pytest.mark.parametrize("lengths", [[], [0], [5], [3, 0, 4], [1] * 9], ids=str)

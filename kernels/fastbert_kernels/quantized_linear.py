@@ -129,19 +129,18 @@ def quantized_linear_forward(
         return out
     arch, grouped = launch.arch(x.device), group if group < k else None
     gemm = launch.quantized_gemm(x.dtype, arch, (k, n_cols), grouped, dtype)
-    config = gemm.config.block_sizes
+    forward, config = quantized_linear_pointer_forward, gemm.config
     if gemm.ours == "quantized_linear_persistent":
         if describable(weight) and describable(out):
+            forward = quantized_linear_persistent_forward
             # Rows at odd addresses are copied: which kernel runs, and with it the bits, follows from the weight.
             x = x if describable(x) else x.clone(memory_format=torch.contiguous_format)
-            return quantized_linear_persistent_forward(
-                x, x_scale, group, weight, weight_scale, bias, activation, config, out, out_scale,
-                sums_outside(x.dtype, arch),
-            )  # fmt: skip
-        config = launch.quantized_linear_config(x.dtype, grouped, arch, (k, n_cols), out_scale is not None).block_sizes
-    return quantized_linear_pointer_forward(
-        x, x_scale, group, weight, weight_scale, bias, activation, config, out, out_scale, sums_outside(x.dtype, arch)
-    )
+        else:
+            config = launch.quantized_linear_config(x.dtype, grouped, arch, (k, n_cols), out_scale is not None)
+    return forward(
+        x, x_scale, group, weight, weight_scale, bias, activation, config.block_sizes, out, out_scale,
+        sums_outside(x.dtype, arch),
+    )  # fmt: skip
 
 
 def sums_outside(dtype: torch.dtype, arch: int) -> bool:

@@ -242,17 +242,9 @@ def linear_forward(
 
 
 @dataclass(frozen=True)
-class Encoder:
-    """The weights of an encoder, all of one dtype that `multiplies`, as `encoder_forward` reads them.
-
-    embeddings: word, token type (or None) and position table, weight and bias of the LayerNorm; or nothing, where
-    they are made elsewhere. layers: twelve tensors each: packed weight, bias of fused query, key and value, and of the
-    output projection, weight and bias of a LayerNorm, then the same of the two linears that follow and the last
-    LayerNorm. All contiguous. hidden_size: at most MAX_HIDDEN, and head size a multiple of 16.
-    """
-
+class _Encoder:
     embeddings: tuple[torch.Tensor | None, ...]
-    layers: tuple[tuple[torch.Tensor, ...], ...]
+    layers: tuple[tuple[Any, ...], ...]  # of tensors, and of Int8Weight
     hidden_size: int
     intermediate_size: int
     num_heads: int
@@ -262,18 +254,31 @@ class Encoder:
     @functools.cached_property
     def addresses(self) -> tuple[Any, ...]:
         """Of the embeddings and of the layers' tensors, one after the other."""
-        flat = [tensor for layer in self.layers for tensor in layer]
+        flat: list[torch.Tensor] = []
+        for item in (item for layer in self.layers for item in layer):
+            flat += (item.packed, item.columns) if isinstance(item, Int8Weight) else (item,)
         return tuple((ctypes.c_void_p * len(some))(*map(_address, some)) for some in (self.embeddings, flat))
-
-    @functools.cached_property
-    def dtype(self) -> torch.dtype:
-        return self.layers[0][0].dtype
 
     @functools.cached_property
     def settings(self) -> tuple[Any, ...]:
         """What follows the number of rows in a call of the kernel."""
         sizes = self.hidden_size, self.intermediate_size, self.num_heads, len(self.layers)
         return *sizes, ACTIVATIONS[self.activation], self.eps
+
+
+@dataclass(frozen=True)
+class Encoder(_Encoder):
+    """The weights of an encoder, all of one dtype that `multiplies`, as `encoder_forward` reads them.
+
+    embeddings: word, token type (or None) and position table, weight and bias of the LayerNorm; or nothing, where
+    they are made elsewhere. layers: twelve tensors each: packed weight, bias of fused query, key and value, and of the
+    output projection, weight and bias of a LayerNorm, then the same of the two linears that follow and the last
+    LayerNorm. All contiguous. hidden_size: at most MAX_HIDDEN, and head size a multiple of 16.
+    """
+
+    @functools.cached_property
+    def dtype(self) -> torch.dtype:
+        return self.layers[0][0].dtype
 
     def workspace_size(self, n_tokens: int) -> int:
         """How many elements `encoder_forward` needs beside its output."""
@@ -365,28 +370,12 @@ def linear_int8_forward(
 
 
 @dataclass(frozen=True)
-class Int8Encoder:
+class Int8Encoder(_Encoder):
     """The weights of an encoder as `encoder_int8_forward` reads them.
 
     They are those of `Encoder`, but that each packed weight and its bias are an Int8Weight, rotated for query, key and
     value, the output projection and the linear after it. Hidden and intermediate size are multiples of 32.
     """
-
-    embeddings: tuple[torch.Tensor | None, ...]
-    layers: tuple[tuple[torch.Tensor | Int8Weight, ...], ...]
-    hidden_size: int
-    intermediate_size: int
-    num_heads: int
-    activation: str
-    eps: float
-
-    @functools.cached_property
-    def addresses(self) -> tuple[Any, ...]:
-        """Of the embeddings and of the layers' tensors, one after the other."""
-        flat: list[Any] = []
-        for item in (item for layer in self.layers for item in layer):
-            flat += (item.packed, item.columns) if isinstance(item, Int8Weight) else (item,)
-        return tuple((ctypes.c_void_p * len(some))(*map(_address, some)) for some in (self.embeddings, flat))
 
     def workspace_size(self, n_tokens: int, dtype: torch.dtype) -> int:
         """How many bytes `encoder_int8_forward` needs beside its output, with as many threads as there are now."""
@@ -411,8 +400,7 @@ def encoder_int8_forward(
     status = _function("encode_int8", states.dtype)(
         *pointers, embeddings, offsets.data_ptr(), len(offsets) - 1, layers, states.data_ptr(),
         0 if len(states) == 1 else states.stride(0), workspace.data_ptr(), workspace.numel(), states.shape[1],
-        encoder.hidden_size, encoder.intermediate_size, encoder.num_heads, len(encoder.layers),
-        ACTIVATIONS[encoder.activation], encoder.eps,
+        *encoder.settings,
     )  # fmt: skip
     _check(status, states.shape[1])
     return states
