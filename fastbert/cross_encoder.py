@@ -292,6 +292,7 @@ class CrossEncoder(nn.Module):
         """(n, num_labels) in float32 at least, in the order of the pairs; computed in batches of like lengths."""
         bert, device, n_pairs = self.model.bert, self.device, tokens.cu_seqlens.shape[0] - 1
         bert.embeddings.check_ids(tokens.input_ids, tokens.token_type_ids)
+        bert.follow_weights()
         dtype = torch.promote_types(self.dtype, torch.float32)
         logits = torch.empty(n_pairs, self.num_labels, device=device, dtype=dtype)
         budget = self.token_budget or TOKEN_BUDGET.get(device.type, TOKEN_BUDGET["cuda"])

@@ -1,7 +1,8 @@
 """Tensors derived from parameters, and kept: a fused QKV matrix, 8-bit weights. The one mechanism for all of them.
 
-What is kept follows its parameters. Each use compares their addresses, PyTorch's counts of writes, dtypes and devices.
-PyTorch keeps no count of writes through `.data`: for those `look_again` asks for everything to be made anew.
+What is kept follows its parameters. Each use compares their addresses, PyTorch's counts of writes, dtypes and devices,
+and looks for writes that PyTorch does not count (fastbert.silent_writes); on a GPU, where a look at numbers waits, the
+model does that once a call. `look_again` asks for everything to be made anew.
 
 Others may hold the addresses of what is kept, as CUDA graphs do. Where only `look_again` asks, the new numbers are
 therefore written to where the old ones were; where the parameters are others, so is the memory, and `changes` counts
@@ -22,6 +23,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastbert import silent_writes
+from fastbert.silent_writes import Writes
+
+# Called with tensors whose numbers have been written anew in their old memory.
+_on_rewrite: list[Callable[[Sequence[Tensor]], None]] = []
+
+
+def on_rewrite(listener: Callable[[Sequence[Tensor]], None]) -> None:
+    """Calls the listener with kept tensors that have been written anew where they were, from now on."""
+    _on_rewrite.append(listener)
+
 
 @dataclass(eq=False)
 class _Entry:
@@ -30,6 +42,11 @@ class _Entry:
     aliases: tuple[Tensor, ...]
     tensors: tuple[Tensor, ...]
     asked: int
+    writes: Writes
+
+    def fits(self, state: Any, asked: int, parameters: Sequence[Tensor]) -> bool:
+        """Whether it is what would be made now."""
+        return self.asked == asked and self.state == state and self.writes.none_since(parameters)
 
 
 class Derived:
@@ -74,7 +91,7 @@ class Derived:
             return make()
         state = key, [(p.data_ptr(), p._version, p.dtype, p.device) for p in parameters]
         entry = self._entries.get(name)
-        if entry is not None and entry.asked == self._asked and entry.state == state:
+        if entry is not None and entry.fits(state, self._asked, parameters):
             return entry.tensors
         if parameters[0].is_cuda and torch.cuda.is_current_stream_capturing():
             return make()
@@ -85,19 +102,22 @@ class Derived:
         self, name: str, parameters: Sequence[Tensor], make: Callable[[], tuple[Tensor, ...]], state: Any
     ) -> tuple[Tensor, ...]:
         entry, asked = self._entries.get(name), self._asked
-        looks_same = entry is not None and entry.state == state
-        if entry is not None and looks_same and entry.asked == asked:
+        if entry is not None and entry.fits(state, asked, parameters):
             return entry.tensors  # another thread has just made them
         with torch.inference_mode(False), torch.no_grad():
+            aliases = tuple(p.detach() for p in parameters)
+            # Before the parameters are read. On a GPU a look at numbers waits: there the model looks.
+            writes = Writes(parameters, sampled=not any(silent_writes.waits(p.device) for p in parameters))
             tensors = make()
-            if entry is not None and looks_same and _alike(entry.tensors, tensors):
+            if entry is not None and entry.state == state and _alike(entry.tensors, tensors):
                 for kept, fresh in zip(entry.tensors, tensors, strict=True):
                     kept.data.copy_(fresh)
                 tensors = entry.tensors
-            aliases = tuple(p.detach() for p in parameters)
+                for listener in _on_rewrite:
+                    listener(tensors)
         if tensors[0].is_cuda:
             torch.cuda.current_stream(tensors[0].device).synchronize()  # others read it on streams of their own
-        self._entries[name] = _Entry(state, aliases, tensors, asked)
+        self._entries[name] = _Entry(state, aliases, tensors, asked, writes)
         self.changes += 1
         return tensors
 

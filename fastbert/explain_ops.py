@@ -413,7 +413,7 @@ class Explainer:
         """Whether the weights are packed, as fastbert.ops.linear asks."""
         if self.policy.batch_invariant:
             return decision.backend == "cpu" and self.no_product(module) is None
-        return decision.backend == "cpu" and packed_linear.unavailable(self.dtype) is None
+        return decision.backend == "cpu" and not module.training and packed_linear.unavailable(self.dtype) is None
 
     def no_product(self, module: nn.Module) -> str | None:
         """Why a batch-invariant policy has no kernel for this linear on a CPU, or None."""

@@ -57,6 +57,7 @@ from torch import Tensor, nn
 
 from fastbert.derived import Derived
 from fastbert.ops import BackendError, Policy, attention
+from fastbert.silent_writes import Writes
 from fastbert.varlen import PackedBatch
 
 logger = logging.getLogger("fastbert")
@@ -215,6 +216,8 @@ class Watch:
             )
         )  # fmt: skip
         self._known = all(type(module) in kinds for module in modules)
+        self._writes: tuple[Any, Writes] | None = None
+        self._n_silent_writes = 0
 
     def same_modules(self) -> bool:
         """Whether no module was replaced, added or removed."""
@@ -233,6 +236,11 @@ class Watch:
         """How often what the modules derive from their weights has changed, or was asked to."""
         return [module.__dict__["derived"].changes for module in self._deriving]
 
+    def look_again(self) -> None:
+        """Makes what the modules derive from their weights anew when it is next used."""
+        for module in self._deriving:
+            module.__dict__["derived"].look_again()
+
     def derived(self) -> list[tuple[int, ...]]:
         """Where that is, up to date, of every module that has a `derived`."""
         return [module.derived_addresses() for module in self._deriving]
@@ -246,6 +254,18 @@ class Watch:
             found = [p for p in found if p is not None]
             versions = [-1 if p.is_inference() else p._version for p in found]
         return list(map(Tensor.data_ptr, found)), versions
+
+    def silent_writes(self, state: tuple[list[int], list[int]]) -> int:
+        """How often parameters were seen to have been written to without PyTorch's count. state: what `state` gives.
+
+        On a GPU this waits for it.
+        """
+        kept = self._writes
+        parameters = [p for p in chain.from_iterable(map(dict.values, self._parameters)) if p is not None]
+        if kept is None or kept[0] != state or not kept[1].none_since(parameters):
+            self._n_silent_writes += kept is not None and kept[0] == state
+            self._writes = state, Writes(parameters)
+        return self._n_silent_writes
 
 
 class _Buffers:

@@ -14,7 +14,7 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor, nn
 
-from fastbert import cpu_encoder, graphs, ops, quantized, reference, varlen
+from fastbert import cpu_encoder, graphs, ops, quantized, reference, silent_writes, varlen
 from fastbert.config import BertConfig
 from fastbert.derived import Derived
 from fastbert.families import AFTER_PADDING
@@ -41,7 +41,7 @@ def is_plain(linear: nn.Module) -> TypeGuard[nn.Linear]:
 def dense(module: nn.Module, x: Any, policy: Policy, activation: str = "none") -> Tensor:
     """activation(module(x)), fused where the module is a plain linear. (T, K) -> (T, M)"""
     if is_plain(module):
-        return ops.linear(x, module.weight, module.bias, activation, policy=policy)
+        return ops.linear(x, module.weight, module.bias, activation, policy=policy, keep=not module.training)
     x = as_it_is(module, x, policy)
     return x if activation == "none" else ops.bias_gelu(x, None, activation, policy=policy)
 
@@ -127,7 +127,7 @@ class BertSelfAttention(nn.Module):
     def fused_qkv(self) -> tuple[Tensor, Tensor]:
         """The three projections as one weight (3H, H) and bias (3H,), kept until one of the six parameters changes.
 
-        After a write through `.data`, which PyTorch does not count, train() or eval() makes this look again.
+        In training mode nothing is kept. train() and eval() make it anew: fastbert.silent_writes says what else does.
         """
         linears = (self.query, self.key, self.value)
         weights: list[Tensor] = [linear.weight for linear in linears]
@@ -135,6 +135,8 @@ class BertSelfAttention(nn.Module):
         parameters = weights + biases
         if any(p.dtype != parameters[0].dtype for p in parameters):
             raise RuntimeError(f"query, key, value: expected one dtype, got {[p.dtype for p in parameters]}")
+        if self.training:
+            return torch.cat(weights), torch.cat(biases)
         fused: Any = self.derived.get("qkv", parameters, lambda: (torch.cat(weights), torch.cat(biases)))
         return fused
 
@@ -159,7 +161,7 @@ class BertSelfAttention(nn.Module):
 
     def forward(self, x: Tensor, batch: PackedBatch, policy: Policy) -> Tensor:  # (T, H) -> (T, H)
         if is_plain(self.query) and is_plain(self.key) and is_plain(self.value):
-            qkv = ops.linear(x, *self.fused_qkv(), policy=policy)  # (T, 3H)
+            qkv = ops.linear(x, *self.fused_qkv(), policy=policy, keep=not self.training)  # (T, 3H)
         else:
             qkv = torch.cat([as_it_is(part, x, policy) for part in (self.query, self.key, self.value)], dim=-1)
         dropout_p = self.dropout.p if self.training else 0.0
@@ -180,7 +182,9 @@ class BertAddNorm(nn.Module):
         after = residual, norm.weight, norm.bias, norm.eps
         if is_plain(self.dense):
             weight, bias = self.dense.weight, self.dense.bias
-            return ops.linear_residual_layer_norm(x, weight, bias, *after, dropout_p=dropout_p, policy=policy)
+            return ops.linear_residual_layer_norm(
+                x, weight, bias, *after, dropout_p=dropout_p, policy=policy, keep=not self.training
+            )
         x = as_it_is(self.dense, x, policy)
         return ops.bias_residual_layer_norm(x, None, *after, dropout_p=dropout_p, policy=policy)
 
@@ -298,6 +302,7 @@ class BertModel(PreTrainedModel):
         self.cpu_encoder = cpu_encoder.CpuEncoder()
         self._watch: graphs.Watch | None = None
         self._addresses: tuple[Any, Any] = (None, None)
+        self._n_silent_writes = 0
         self.init_weights()
 
     def _report_missing(self, missing: list[str], src: str) -> list[str]:
@@ -443,7 +448,8 @@ class BertModel(PreTrainedModel):
     ) -> list[Tensor]:
         """Packed (T,) ids or (T, H) embeddings -> the last hidden state (T, H) as a list, or all L + 1 (keep_states).
 
-        check=False skips the look at the ids' values, which on a GPU waits for it, for callers who have checked.
+        check=False skips the looks at the ids' values and at the weights, which on a GPU wait for it, for callers who
+        have checked and called `follow_weights`.
         """
         ids = {"input_ids": input_ids, "token_type_ids": token_type_ids, "position_ids": position_ids}
         self._check_tensors(**ids, inputs_embeds=inputs_embeds)
@@ -458,6 +464,7 @@ class BertModel(PreTrainedModel):
                 position_ids = varlen.positions_after_padding(input_ids, self._counted_from, batch)
         if check:
             self._check_ids(batch, input_ids, token_type_ids, position_ids)
+            self.follow_weights()
         if position_ids is None:
             position_ids = batch.position_ids
         in_bucket = not torch.compiler.is_compiling() and graphs.bucket_of(batch.n_tokens) is not None
@@ -517,17 +524,18 @@ class BertModel(PreTrainedModel):
         watch = self._watch
         assert watch is not None
         state = watch.state()
+        n_silent_writes = watch.silent_writes(state)
 
         def renewed() -> Any:
             watch.derived()  # which is a change, too
-            return int8, state, watch.changes()
+            return int8, state, n_silent_writes, watch.changes()
 
         def make() -> Any:
             embeddings = self.embeddings if int8 or self.embeddings_project is None else None
             attend = BertSelfAttention.fused_qkv
             return cpu_encoder.gather(embeddings, self.encoder.layer, self.config, attend, int8=int8)
 
-        return self.cpu_encoder.weights((int8, state, watch.changes()), renewed, make)
+        return self.cpu_encoder.weights((int8, state, n_silent_writes, watch.changes()), renewed, make)
 
     def _encode(
         self,
@@ -631,7 +639,26 @@ class BertModel(PreTrainedModel):
         if self._watch is None or not self._watch.same_modules():
             parts = self.embeddings, self.embeddings_project, self.encoder
             self._watch = graphs.Watch([part for part in parts if part is not None], _CAPTURED)
+            self._n_silent_writes = 0
         return self._watch.plain()
+
+    def follow_weights(self) -> None:
+        """Makes what is derived from weights anew where they were written to without PyTorch's count.
+
+        On a GPU, where this waits for it, callers of `encode_packed` with check=False call it once for all batches. On
+        a CPU it does nothing, since each use looks.
+        """
+        device = self.device
+        if not silent_writes.waits(device) or torch.compiler.is_compiling() or graphs.observed(device):
+            return
+        self._plain_modules()  # which sees to `_watch`
+        watch = self._watch
+        assert watch is not None
+        n_silent_writes = watch.silent_writes(watch.state())
+        if n_silent_writes != self._n_silent_writes:
+            self._n_silent_writes = n_silent_writes
+            watch.look_again()
+            self.quantized_weights.look_again()
 
     def all_in_eval_mode(self) -> bool:
         """Whether every module is known to be in eval mode; False where that would have to be asked of each."""
@@ -714,8 +741,10 @@ class BertModel(PreTrainedModel):
         """Where the weights are that a graph reads, derived ones too, and how often they were written to."""
         assert self._watch is not None
         state = self._watch.state(), self.precision
+        looked = silent_writes.waits(self.device)  # in `follow_weights`
+        n_silent_writes = 0 if looked else self._watch.silent_writes(state[0])
         # Read before the addresses are: what changes meanwhile is looked at the next time.
-        found = state, self._watch.changes(), self.quantized_weights.changes
+        found = state, n_silent_writes, self._watch.changes(), self.quantized_weights.changes
         if found != self._addresses[0]:
             in_8_bits = self.precision is not None and quantized.choose(self) != quantized.UNQUANTISED
             derived = quantized.addresses(self) if in_8_bits else self._watch.derived()

@@ -200,6 +200,7 @@ class Run:
         items: list[Any] = [None] * n_texts
         made: Tensor | list[Any]
         budget = self.encoder.token_budget or TOKEN_BUDGET.get(self.device.type, TOKEN_BUDGET["cuda"])
+        self.model.follow_weights()
         for places, batch, *ids in in_batches(tokens, budget, request.batch_size, self.device):
             with torch.inference_mode():
                 hidden = self.model.encode_packed(batch, *ids, check=False)[-1]

@@ -65,18 +65,31 @@ def test_kept_and_renewed() -> None:
     assert case.get("another") is not after and case.made == 6
 
 
-def test_look_again_writes_where_it_was() -> None:
-    """Catches new numbers in new memory, which a CUDA graph does not read, or old numbers after look_again."""
+def test_silent_writes_are_seen() -> None:
+    """Catches old numbers after a write that PyTorch does not count, or new memory, which a graph does not read."""
     case = Case()
     first = case.get()
     at, changes = pointers(first), case.derived.changes
     case.parameters[1].data.mul_(4.0)
-    assert case.get() is first and (first[0] == torch.tensor([0.0, 0, 1, 1])[:, None]).all(), "counted after all"
+    again = case.get()
+    assert again is first and pointers(again) == at and case.made == 2 and case.derived.changes > changes
+    assert (first[0] == torch.tensor([0.0, 0, 4, 4])[:, None]).all() and (first[1] == 4).all()
+    assert case.get() is first and case.made == 2, "makes it anew more than once"
+
+
+def test_look_again_writes_where_it_was() -> None:
+    """Catches new numbers in new memory, which a CUDA graph does not read, or old numbers after look_again."""
+    case = Case()
+    case.parameters[:] = [nn.Parameter(torch.zeros(64, 64)) for _ in range(2)]
+    first = case.get()
+    at, changes = pointers(first), case.derived.changes
+    case.parameters[1].data[1, 2] = 4.0
+    assert case.get() is first and case.made == 1, "one number is beside the sample"
     case.derived.look_again()
     assert case.derived.changes > changes
     again = case.get()
     assert again is first and pointers(again) == at and case.made == 2
-    assert (first[0] == torch.tensor([0.0, 0, 4, 4])[:, None]).all() and (first[1] == 4).all()
+    assert first[0][65, 2] == 4 and first[1][1, 2] == 4
     assert case.get() is first and case.made == 2, "looks again more than once"
 
 

@@ -23,6 +23,7 @@ LAYERS: list[set[str]] = [
         "_version",
         "tracing",
         "derived",
+        "silent_writes",
         "families",
         "config",
         "checkpoint",

@@ -133,14 +133,19 @@ def _ours(
 
 
 def _packed(
-    policy: Policy, obstacle: str | None, x: torch.Tensor, weight: torch.Tensor, *others: torch.Tensor | None
+    policy: Policy,
+    keep: bool,
+    obstacle: str | None,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    *others: torch.Tensor | None,
 ) -> bool:
     """Whether the backend is "cpu" and its weight is packed. obstacle: why the triton backend cannot run it."""
     if policy.batch_invariant:
         backend = dispatch.decide("linear", policy, x.device, obstacle).backend
         dispatch.check_invariant("linear", policy, backend, packed_linear.invariant_obstacle(x, weight, *others))
         return True
-    if x.device.type != "cpu" or dispatch.decide("linear", policy, x.device, obstacle).backend != "cpu":
+    if not keep or x.device.type != "cpu" or dispatch.decide("linear", policy, x.device, obstacle).backend != "cpu":
         return False
     return packed_linear.obstacle(x, weight, *others) is None
 
@@ -152,23 +157,25 @@ def linear(
     activation: str = "none",
     *,
     policy: Policy = AUTO,
+    keep: bool = True,
 ) -> torch.Tensor:
     """activation(x @ weight^T + bias). x: (T, K), weight: (M, K), bias: (M,) or None, of one floating dtype.
 
-    activation: "none", "gelu" (erf), "gelu_tanh" or "relu". Returns (T, M) in x's dtype. Raises ValueError for shapes
-    that do not fit, BackendError under a strict policy.
+    activation: "none", "gelu" (erf), "gelu_tanh" or "relu". keep: whether a packed copy of the weight may be kept,
+    which a module in training mode does not want. Returns (T, M) in x's dtype. Raises ValueError for shapes that do not
+    fit, BackendError under a strict policy.
     """
     _check(x, weight, bias)
     why_not = dispatch.dtype_obstacle(x, weight, bias) or gelu.activation_obstacle(activation)
     if activation == "none":
         if _ours(x, weight, activation, False, policy, why_not):
             return torch.ops.fastbert.linear(x, weight, bias, activation)
-        if _packed(policy, why_not, x, weight, bias):
-            return packed_linear.linear(x, weight, bias, batch_invariant=policy.batch_invariant)
+        if _packed(policy, keep, why_not, x, weight, bias):
+            return packed_linear.linear(x, weight, bias, batch_invariant=policy.batch_invariant, keep=keep)
         return F.linear(x, weight, bias)  # on every other backend: see gemm_kernel
     if dispatch.choose("linear", policy.backend, policy.strict, x.device, why_not) != "triton":
-        if activation in packed_linear.ACTIVATIONS and _packed(policy, why_not, x, weight, bias):
-            return packed_linear.linear(x, weight, bias, activation, batch_invariant=policy.batch_invariant)
+        if activation in packed_linear.ACTIVATIONS and _packed(policy, keep, why_not, x, weight, bias):
+            return packed_linear.linear(x, weight, bias, activation, batch_invariant=policy.batch_invariant, keep=keep)
         return _eager(x, weight, bias, activation)
     if _ours(x, weight, activation, False, policy, why_not):
         return torch.ops.fastbert.linear(x, weight, bias, activation)
@@ -186,10 +193,12 @@ def linear_residual_layer_norm(
     *,
     dropout_p: float = 0.0,
     policy: Policy = AUTO,
+    keep: bool = True,
 ) -> torch.Tensor:
     """LayerNorm(dropout(x @ weight^T + bias) + residual) * ln_weight + ln_bias.
 
-    x: (T, K), weight: (H, K), bias: (H,) or None, residual: (T, H), ln_weight, ln_bias: (H,). Returns (T, H). Where the
+    x: (T, K), weight: (H, K), bias: (H,) or None, residual: (T, H), ln_weight, ln_bias: (H,). keep: as in `linear`.
+    Returns (T, H). Where the
     GEMM is ours, or the weight packed, it adds bias and residual; where only the LayerNorm kernel runs, that does;
     elsewhere the GEMM adds the bias.
     """
@@ -202,8 +211,8 @@ def linear_residual_layer_norm(
     if fused and _ours(x, weight, "none", True, policy, why_not):
         y = torch.ops.fastbert.linear(x, weight, bias, "none", residual)
         return layer_norm.bias_residual_layer_norm(y, None, None, ln_weight, ln_bias, eps, policy=policy)
-    if not fused and dropout_p == 0.0 and _packed(policy, why_not, x, weight, bias, residual):
-        y = packed_linear.linear(x, weight, bias, residual=residual, batch_invariant=policy.batch_invariant)
+    if not fused and dropout_p == 0.0 and _packed(policy, keep, why_not, x, weight, bias, residual):
+        y = packed_linear.linear(x, weight, bias, residual=residual, batch_invariant=policy.batch_invariant, keep=keep)
         return layer_norm.bias_residual_layer_norm(y, None, None, ln_weight, ln_bias, eps, policy=policy)
     y = F.linear(x, weight, None if fused else bias)
     return layer_norm.bias_residual_layer_norm(

@@ -15,13 +15,16 @@ from typing import Any
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
+from fastbert.derived import on_rewrite
 from fastbert.ops import onednn
+from fastbert.silent_writes import Writes
 from fastbert_kernels import cpu
 
 LEAST_ROWS = 4  # up to three rows F.linear has more than one chain for each sum, and is the more exact one
 ACTIVATIONS = tuple(onednn.UNARY)
 
-# Weight -> its state when packed, an alias that keeps its memory from being given to a successor, the packed.
+# Weight -> its state when packed, what it was written with, an alias that keeps its memory from being given to a
+# successor, the packed.
 _packed: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
@@ -98,15 +101,16 @@ def linear(
     residual: torch.Tensor | None = None,
     *,
     batch_invariant: bool = False,
+    keep: bool = True,
 ) -> torch.Tensor:
     """(T, K), (M, K), (M,) -> (T, M) in x's dtype. activation: one of ACTIVATIONS, "none" with a residual (T, M).
 
-    batch_invariant: by the C++ kernel, for operands that have no `invariant_obstacle`.
+    batch_invariant: by the C++ kernel, for operands that have no `invariant_obstacle`. keep: the packed weight.
     """
     x = x if x.stride(-1) == 1 else x.contiguous()
     residual = residual if residual is None or residual.stride(-1) == 1 else residual.contiguous()
     if batch_invariant or (_native(x.dtype) and (x.dtype == torch.float32 or x.shape[1] % 2 == 0)):
-        packed = packed_by_kernel(weight)
+        packed = packed_by_kernel(weight) if keep else cpu.pack_weight(weight.detach())
         bias = bias if bias is None or bias.stride(0) == 1 else bias.contiguous()
         return cpu.linear_forward(x, packed, weight.shape[0], bias, activation, residual)
     longest = onednn.PIECE if activation == "none" else onednn.PIECE_BEFORE_GELU
@@ -126,12 +130,16 @@ def forget(weights: Iterable[torch.Tensor]) -> None:
         _packed.pop(weight, None)
 
 
+on_rewrite(forget)
+
+
 def _kept(weight: torch.Tensor, layout: Any, pack: Any) -> Any:
     state = weight.data_ptr(), weight._version, weight.dtype, weight.shape, layout
-    found = _packed.get(weight)
-    if found is not None and found[0] == state:
-        return found[2]
+    kept = _packed.get(weight)
+    if kept is not None and kept[0] == state and kept[1].none_since([weight]):
+        return kept[3]
     with torch.inference_mode(False), torch.no_grad():
-        packed = pack(weight.detach())
-        _packed[weight] = state, weight.detach(), packed
+        alias, writes = weight.detach(), Writes([weight])
+        packed = pack(alias)
+        _packed[weight] = state, writes, alias, packed
     return packed

@@ -75,6 +75,8 @@ def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
         pool.restype = ctypes.c_int
     library.fastbert_ids_outside.argtypes = [pointer, size, size]
     library.fastbert_ids_outside.restype = ctypes.c_int
+    library.fastbert_digest.argtypes = [pointer, size, size]
+    library.fastbert_digest.restype = ctypes.c_uint64
     library.fastbert_packed_size.argtypes = [size, size]
     library.fastbert_packed_size.restype = size
     for dtype in ("float32", "bfloat16") if hasattr(library, "fastbert_linear_bfloat16") else ("float32",):
@@ -191,6 +193,15 @@ def _check(status: int, n_tokens: int) -> None:
 def ids_outside(ids: torch.Tensor, size: int) -> bool:
     """Whether one of the ids, int64 and contiguous, is below 0 or not below size."""
     return bool(_load()[0].fastbert_ids_outside(ids.data_ptr(), ids.numel(), size))
+
+
+def digest(addresses: int, n_words: int, word_size: int) -> int:
+    """A number that differs where one of n_words words differs, whose addresses, uint64, lie at `addresses`.
+
+    word_size: bytes of a word, 1, 2, 4 or 8.
+    """
+    found: int = _load()[0].fastbert_digest(addresses, n_words, word_size)
+    return found
 
 
 def pool_forward(

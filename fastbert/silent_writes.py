@@ -1,0 +1,164 @@
+"""Writes to weights that PyTorch does not count: by fused optimizers, through `.data`, NumPy views, other processes.
+
+Two signs show them. A hook that PyTorch calls after every step of an optimizer notes whose parameters it was. A sample
+of numbers of each tensor, spread over it, is compared with what it was before. A write that leaves every number of the
+sample alone (one row of a matrix through `.data`, say) cannot be seen so: `eval()` of the model makes everything anew.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from itertools import repeat
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from fastbert_kernels import cpu
+
+# Numbers looked at in one tensor.
+OF_MATRIX, OF_VECTOR = 16, 4
+_WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_GOLDEN = (math.sqrt(5) - 1) / 2
+
+_n_steps = 0
+_stepped: dict[int, int] = {}  # id of a parameter -> the last step that wrote it; an id that is reused does no harm
+
+
+def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    global _n_steps
+    _n_steps += 1
+    ids = (id(parameter) for group in optimizer.param_groups for parameter in group["params"])
+    _stepped.update(dict.fromkeys(ids, _n_steps))
+
+
+register_optimizer_step_post_hook(_after_step)
+
+
+def waits(device: torch.device) -> bool:
+    """Whether a look at a number on this device waits for it, so that a model looks once a call and not at each use."""
+    return device.type not in ("cpu", "meta")
+
+
+def _last_step(parameters: Iterable[Tensor]) -> int:
+    """The number of the last optimizer step that wrote one of the parameters; 0 where none has."""
+    return max(map(_stepped.get, map(id, parameters), repeat(0)), default=0)
+
+
+class Samples:
+    """A sample of the numbers of tensors, for `digest` to read again and again.
+
+    The tensors' memory must be where it was: the caller compares `data_ptr` before each digest. What is no dense tensor
+    with memory is left out.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        with torch.no_grad():
+            words = [_words(tensor) for tensor in tensors if _is_dense(tensor)]
+        on_host = [word for word in words if _on_host(word)]
+        # Addresses and how many, by the size of a word; the tensors keep the memory behind the addresses.
+        self._addresses = [
+            (np.concatenate(parts), size)
+            for size in _WORDS
+            if (parts := [_addresses(word) for word in on_host if word.element_size() == size])
+        ]
+        self._calls = [(array.ctypes.data, len(array), size) for array, size in self._addresses]
+        self._words = on_host
+        elsewhere = [word for word in words if not _on_host(word)]
+        self._elsewhere = {
+            key: [_view(word) for word in elsewhere if (word.dtype, word.device) == key]
+            for key in {(word.dtype, word.device) for word in elsewhere}
+        }
+
+    def digest(self) -> Any:
+        """A value that differs where one of the numbers does. For tensors on a GPU this waits for it."""
+        if cpu.unavailable() is None:
+            found: list[Any] = [cpu.digest(*call) for call in self._calls]
+        else:
+            found = [word.numpy().flat[_places(word)].tobytes() for word in self._words]
+        for parts in self._elsewhere.values():
+            found.append(torch.cat(parts).cpu().numpy().tobytes())
+        return found
+
+
+class Writes:
+    """What a look at parameters found, to tell later whether they were written to without PyTorch's count.
+
+    PyTorch's counts and the addresses are the caller's to compare first. sampled: whether numbers are looked at.
+    """
+
+    def __init__(self, parameters: Sequence[Tensor], sampled: bool = True) -> None:
+        self._seen_steps = _n_steps
+        self._last_step = _last_step(parameters)
+        self._samples = Samples(parameters if sampled else ())
+        self._digest = self._samples.digest()
+
+    def none_since(self, parameters: Sequence[Tensor]) -> bool:
+        """Whether nobody has written to the same parameters since, as far as that can be seen."""
+        n_steps = _n_steps
+        if self._seen_steps != n_steps:
+            if _last_step(parameters) > self._last_step:
+                return False
+            self._seen_steps = n_steps
+        return bool(self._samples.digest() == self._digest)
+
+
+def _on_host(tensor: Tensor) -> bool:
+    return tensor.device.type == "cpu"
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    plain = type(tensor) in (Tensor, torch.nn.Parameter) and tensor.layout == torch.strided
+    return plain and not tensor.is_meta and tensor.numel() > 0 and not tensor.is_quantized
+
+
+def _words(tensor: Tensor) -> Tensor:
+    """The same memory as whole numbers, which NumPy knows and of which each is equal to itself."""
+    tensor = tensor.detach()
+    return torch.view_as_real(tensor).view(torch.int64) if tensor.is_complex() else tensor.view(_word_of(tensor))
+
+
+def _word_of(tensor: Tensor) -> torch.dtype:
+    return _WORDS[tensor.element_size()]
+
+
+def _step(tensor: Tensor) -> tuple[int, int]:
+    """How many numbers are looked at, and how many lie from one to the next; rows and columns differ each time."""
+    n_numbers = tensor.numel()
+    n_samples = min(n_numbers, OF_MATRIX if tensor.dim() > 1 else OF_VECTOR)
+    step = n_numbers // n_samples
+    width = tensor.shape[-1] if tensor.dim() else 1
+    spread = math.floor((math.floor(step / width - _GOLDEN) + _GOLDEN) * width)
+    if spread > 0.8 * step:
+        return n_samples, spread
+    while step > 1 and math.gcd(step, width) > 1:
+        step -= 1
+    return n_samples, step
+
+
+def _places(tensor: Tensor) -> np.ndarray:
+    """(n,) int64: which numbers are looked at, counted in the order of the tensor's rows."""
+    n_samples, step = _step(tensor)
+    return np.arange(n_samples, dtype=np.int64) * step
+
+
+def _addresses(tensor: Tensor) -> np.ndarray:
+    """(n,) uint64: where the numbers lie that are looked at."""
+    places = np.unravel_index(_places(tensor), tuple(tensor.shape)) if tensor.dim() else ()
+    offsets = sum(
+        (place * stride for place, stride in zip(places, tensor.stride(), strict=True)), np.zeros(1, np.int64)
+    )
+    return (tensor.data_ptr() + offsets * tensor.element_size()).astype(np.uint64)
+
+
+def _view(tensor: Tensor) -> Tensor:
+    """(n,): a view of the numbers that are looked at; of a tensor whose rows have gaps, of its first row alone."""
+    if not tensor.is_contiguous() and tensor.dim() == 2:
+        tensor = tensor.t()
+    while not tensor.is_contiguous() and tensor.dim() > 1:
+        tensor = tensor[0]
+    n_samples, step = _step(tensor)
+    return tensor.as_strided((n_samples,), (step * (tensor.stride(-1) if tensor.dim() else 1),))
