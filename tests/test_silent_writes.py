@@ -76,7 +76,7 @@ def _one_head(model: nn.Module) -> None:
 WRITES: dict[str, Callable[[nn.Module], None]] = {
     "AdamW": _step(torch.optim.AdamW),
     "AdamW fused": _step(torch.optim.AdamW, fused=True),
-    "SGD fused": _step(torch.optim.SGD, 1.0, fused=True),
+    "SGD fused": _step(torch.optim.SGD, 100.0, fused=True),
     "Adagrad fused": _step(torch.optim.Adagrad, fused=True),
     "small step fused": _step(torch.optim.AdamW, 1e-5, fused=True),
     ".data": _ema,
