@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fastbert import tracing
 from fastbert.adapters import calls, versions
 from fastbert.adapters.calls import OURS, STATE, Counted, State
 from fastbert.adapters.live import Options, Unsupported
@@ -148,6 +149,8 @@ def encode(live: Any, state: SentenceState, original: Any, args: tuple[Any, ...]
     if clash or _is_wrong(live, texts, call):
         return original(live, *args, **kwargs)  # which raises, or has nothing to do
     try:
+        if (reason := tracing.observed()) is not None:
+            raise Unsupported(reason)
         plan = _Plan(live, texts, call)
         if any(module.training for module in live.modules()):
             live.eval()
