@@ -27,6 +27,7 @@ Function = TypeVar("Function", bound=Callable)
 
 # The tensors whose numbers are where their address says.
 PLAIN = (torch.Tensor, torch.nn.Parameter)
+_TRANSFORM = "a transform of torch.func (grad, jvp, vmap ...) is at work"
 # The modes of PyTorch's own that run a program on something else than numbers.
 _INFRA = tuple(
     key
@@ -60,6 +61,8 @@ def transformed(*tensors: Any) -> str | None:
     they pass through our operations, and leave what reads values alone.
     """
     if torch.compiler.is_compiling():
+        if torch._C._are_functorch_transforms_active():
+            return _TRANSFORM
         return "torch.onnx.export records the operations" if _exports_to_onnx() else None
     reason = _at_work(False)
     return _unusual(tensors) if reason is None else reason
@@ -79,7 +82,7 @@ def observed(*tensors: Any) -> str | None:
 def differentiated() -> bool:
     """Whether a transform of torch.func or forward-mode AD is at work, for which PyTorch's fused attention has no rule."""
     if torch.compiler.is_compiling():
-        return False
+        return bool(torch._C._are_functorch_transforms_active())
     return torch._C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0
 
 
@@ -119,7 +122,7 @@ def _at_work(modes: bool) -> str | None:
     if torch._C._get_tracing_state() is not None:
         return "torch.jit.trace records the operations"
     if torch._C._functorch.maybe_current_level() is not None:
-        return "a transform of torch.func (grad, jvp, vmap ...) is at work"
+        return _TRANSFORM
     if forward_ad._current_level >= 0:
         return "forward-mode AD is on"
     if n_modes and (name := _infra_mode()) is not None:
@@ -154,10 +157,10 @@ def _unusual(tensors: tuple[Any, ...]) -> str | None:
     return None
 
 
-@untraced
 def note(what: str, reason: str) -> None:
     """Logs once that `what` takes plain operations of PyTorch on padded rows."""
-    _note_once(what, reason)
+    if not torch.compiler.is_compiling():
+        _note_once(what, reason)
 
 
 @functools.cache

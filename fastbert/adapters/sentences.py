@@ -284,8 +284,7 @@ def _pipeline(live: Any, state: SentenceState, prompted: bool) -> Pipeline:
         raise Unsupported(f"pooling by {', '.join(modes)} that leaves the prompt out")
     embeddings = encoder.model.embeddings
     limit = transformer.max_seq_length
-    n_positions = embeddings.position_embeddings.num_embeddings - encoder.model.config.position_offset
-    if limit is None or limit > n_positions:
+    if limit is None or limit > encoder.model.longest_text:
         raise Unsupported(f"max_seq_length is {limit}")
     if not hasattr(embeddings.word_embeddings, "num_embeddings"):
         raise Unsupported("its word embeddings are an adapter")
