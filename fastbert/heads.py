@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastbert import ops, outputs, varlen
+from fastbert import ops, outputs, tracing, varlen
 from fastbert.checkpoint import Match
 from fastbert.config import BertConfig
 from fastbert.families import Head
@@ -208,7 +208,7 @@ def class_loss(logits: Tensor, labels: Tensor | None, name: str = "labels") -> T
 
 
 def _check_labels(name: str, labels: Tensor, *shapes: tuple[int, ...]) -> None:
-    if tuple(labels.shape) not in shapes:
+    if all(tracing.differ(tuple(labels.shape), shape) for shape in shapes):
         raise ValueError(f"{name}: expected shape {shapes[0]}, got {tuple(labels.shape)}")
 
 

@@ -48,9 +48,7 @@ def register(
         with torch.enable_grad():
             output = eager(*inputs)
         grads: list[torch.Tensor | None] = [None] * len(inputs)
-        given = torch.autograd.grad(
-            output, [inputs[i] for i in wanted], grad, allow_unused=True, create_graph=again
-        )
+        given = torch.autograd.grad(output, [inputs[i] for i in wanted], grad, allow_unused=True, create_graph=again)
         for i, g in zip(wanted, given, strict=True):
             grads[i] = g
         return tuple(grads)
