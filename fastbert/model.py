@@ -519,7 +519,7 @@ class BertModel(PreTrainedModel):
         inputs_embeds: Tensor | None,
         keep_states: bool,
     ) -> list[Tensor]:
-        """In a `varlen.in_place` batch, whose values nobody may look at. As encode_packed, for each of its B * S rows."""
+        """encode_packed of a `varlen.in_place` batch, on its B * S rows, whose values nobody may look at."""
         positions = batch.position_ids if positions is None else positions
         types = torch.zeros_like(batch.position_ids) if types is None else types
         words = None if words is None else words.long()

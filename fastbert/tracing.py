@@ -80,7 +80,7 @@ def observed(*tensors: Any) -> str | None:
 
 
 def differentiated() -> bool:
-    """Whether a transform of torch.func or forward-mode AD is at work, for which PyTorch's fused attention has no rule."""
+    """Whether a transform of torch.func or forward-mode AD is at work: PyTorch's fused attention has no rule for it."""
     if torch.compiler.is_compiling():
         return bool(torch._C._are_functorch_transforms_active())
     return torch._C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0

@@ -231,4 +231,6 @@ def first_rows(x: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
 
 def _like(valid: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """(B, S) -> (B, S, 1, ...), with as many dimensions as x."""
-    return valid[(..., *[None] * (x.dim() - 2))]
+    for _ in range(x.dim() - 2):
+        valid = valid.unsqueeze(-1)
+    return valid

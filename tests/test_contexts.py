@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import warnings
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map
 
 from fastbert import BertConfig, BertModel, heads, ops, tracing, varlen
 from helpers import rms_error
@@ -42,10 +44,13 @@ KINDS = {
     "BertModel": lambda: make(),
     "another head size": lambda: make(num_attention_heads=4),
     "roberta": lambda: make(model_type="roberta", pad_token_id=1),
-    **{name: (lambda kind=getattr(heads, name): make(kind)) for name in (
-        "BertForPreTraining", "BertForMaskedLM", "BertForNextSentencePrediction", "BertForSequenceClassification",
-        "BertForTokenClassification", "BertForQuestionAnswering",
-    )},
+    **{
+        name: functools.partial(make, getattr(heads, name))
+        for name in (
+            "BertForPreTraining", "BertForMaskedLM", "BertForNextSentencePrediction", "BertForSequenceClassification",
+            "BertForTokenClassification", "BertForQuestionAnswering",
+        )
+    },
 }  # fmt: skip
 
 
@@ -384,3 +389,32 @@ def test_deterministic_and_anomaly_modes():
             model(IDS, MASK)[0].pow(3).sum().backward()
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+class Wrapped(Tensor):
+    """A tensor whose numbers are inside of it, as those of torchao and DTensor are."""
+
+    inner: Tensor
+
+    @staticmethod
+    def __new__(cls, inner: Tensor) -> Wrapped:
+        made: Any = Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype, device=inner.device)
+        made.inner = inner
+        return made
+
+    @classmethod
+    def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        args, kwargs = tree_map(lambda x: x.inner if isinstance(x, Wrapped) else x, (args, kwargs or {}))
+        out = function(*args, **kwargs)
+        keeps = function in (torch.ops.aten.detach.default, torch.ops.aten.t.default, torch.ops.aten.alias.default)
+        return Wrapped(out) if keeps else out
+
+
+def test_weights_of_another_kind():
+    """Catches the address of a weight whose numbers are elsewhere."""
+    model = make()
+    expected = model(IDS, MASK)
+    for linear in [module for module in model.modules() if isinstance(module, nn.Linear)]:
+        linear.weight = nn.Parameter(Wrapped(linear.weight.detach()), requires_grad=False)
+    with torch.no_grad():
+        alike(model(IDS, MASK), expected)

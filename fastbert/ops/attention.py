@@ -346,9 +346,9 @@ def varlen_attention(
     Returns (T, N * D) in qkv's dtype. Raises ValueError for shapes that do not fit.
     """
     if batch.valid is not None:
-        why_not = tracing.transformed(qkv) or "the batch keeps the rows of its padding"
-        dispatch.choose("attention", policy.backend, policy.strict, qkv.device, why_not)
-        dispatch.check_invariant("attention", policy, "cpu", why_not)
+        in_place = tracing.transformed(qkv) or "the batch keeps the rows of its padding"
+        dispatch.choose("attention", policy.backend, policy.strict, qkv.device, in_place)
+        dispatch.check_invariant("attention", policy, "cpu", in_place)
         return _in_place(qkv, batch, num_heads, scale, dropout_p)
     if qkv.dim() != 2 or qkv.shape[1] % (3 * num_heads) or qkv.shape[0] != batch.n_tokens:
         expected = f"(T, 3 * N * D) with T = {batch.n_tokens} and N = {num_heads}"

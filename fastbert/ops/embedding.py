@@ -142,8 +142,7 @@ def _seen_within(ids: torch.Tensor, size: int) -> bool:
 def check_ids(**ids: tuple[torch.Tensor | None, int]) -> None:
     """Raises IndexError where an id lies outside its table; name=(ids, table size). One look at the device for all.
 
-    Raises TypeError for ids that are not integers. A program that is exported, traced or transformed does not look at the
-    values.
+    Raises TypeError for ids that are not integers. No program that is exported, traced or transformed looks at values.
     """
     present = {name: (t, size) for name, (t, size) in ids.items() if t is not None}
     for name, (tensor, _) in present.items():
