@@ -279,7 +279,7 @@ def _with_head(cls: type[Model], head: str, args: argparse.Namespace) -> tuple[M
     if model.missing_names:
         raise ValueError(f"{args.model}: has no {head} head: it lacks {listed(model.missing_names)}")
     tokenizer = Tokenizer.from_pretrained(args.model, revision=args.revision)
-    limit, positions = tokenizer.model_max_length, model.config.max_length
+    limit, positions = tokenizer.model_max_length, model.longest_text
     tokenizer.model_max_length = positions if limit is None else min(limit, positions)
     return model, tokenizer
 

@@ -45,7 +45,7 @@ def obstacle(config: Any, dtype: torch.dtype, policy: ops.Policy, device: torch.
         return f"intermediate size {config.intermediate_size} is odd"
     if ops.ACTIVATIONS.get(config.hidden_act) not in cpu.ACTIVATIONS:
         return f"there is no C++ kernel for {config.hidden_act!r}"
-    return attention.cpu_obstacle(config.head_size, torch.empty(0, dtype=dtype))
+    return attention.cpu_obstacle(config.head_size, torch.empty(0, dtype=dtype, device="cpu"))
 
 
 def multiplies_bfloat16() -> bool:
@@ -59,7 +59,7 @@ def invariant_obstacle(config: Any, dtype: torch.dtype) -> str | None:
         why_not = packed_linear.no_invariant_product(dtype, size)
         if why_not is not None:
             return why_not
-    return attention.cpu_obstacle(config.head_size, torch.empty(0, dtype=dtype))
+    return attention.cpu_obstacle(config.head_size, torch.empty(0, dtype=dtype, device="cpu"))
 
 
 def narrow(model: Any, asked: Any) -> None:
@@ -88,7 +88,7 @@ def int8_obstacle(config: Any, dtype: torch.dtype) -> str | None:
     why_not = cpu.no_int8()
     if why_not is None and dtype not in (torch.float32, torch.bfloat16):
         why_not = f"the C++ kernels do not multiply 8-bit operands for models in {dtype}"
-    return why_not or attention.cpu_obstacle(config.head_size, torch.empty(0, dtype=dtype))
+    return why_not or attention.cpu_obstacle(config.head_size, torch.empty(0, dtype=dtype, device="cpu"))
 
 
 class CpuEncoder:
@@ -133,7 +133,9 @@ class CpuEncoder:
         Where ids is None, embedded, (T, H), takes their place, and is written to.
         """
         dtype = weights.dtype
-        x = torch.empty(batch.n_tokens, weights.hidden_size, dtype=dtype) if embedded is None else embedded.contiguous()
+        if embedded is None:
+            embedded = torch.empty(batch.n_tokens, weights.hidden_size, dtype=dtype, device="cpu")
+        x = embedded.contiguous()
         workspace = self._take(weights.workspace_size(batch.n_tokens), dtype)
         cpu.encoder_forward(weights, _contiguous(ids), x, batch.cu_seqlens_cpu, workspace)
         self._keep(workspace)
@@ -150,7 +152,7 @@ class CpuEncoder:
         """Words, token types and positions as for `run`, or the embeddings (T, H) -> the last hidden state (T, H) as a
         list, or all L + 1 of them."""
         n_states = len(weights.layers) + 1 if keep_states else 1
-        states = torch.empty(n_states, batch.n_tokens, weights.hidden_size, dtype=dtype)
+        states = torch.empty(n_states, batch.n_tokens, weights.hidden_size, dtype=dtype, device="cpu")
         ids = None
         if isinstance(given, Tensor):
             states[0] = given
@@ -165,9 +167,9 @@ class CpuEncoder:
         try:
             workspace = self._workspaces.pop()  # another thread may have taken it
         except IndexError:
-            workspace = torch.empty(0, dtype=dtype)
+            workspace = torch.empty(0, dtype=dtype, device="cpu")
         if workspace.numel() < size or workspace.dtype != dtype:
-            workspace = torch.empty(size, dtype=dtype)
+            workspace = torch.empty(size, dtype=dtype, device="cpu")
         return workspace
 
     def _keep(self, workspace: Tensor) -> None:

@@ -152,12 +152,12 @@ class CrossEncoder(nn.Module):
     @property
     def max_seq_length(self) -> int:
         """Tokens of a pair that are read, special tokens included; at most the model's positions."""
-        limit, positions = self.tokenizer.model_max_length, self.model.config.max_length
+        limit, positions = self.tokenizer.model_max_length, self.model.longest_text
         return positions if limit is None else min(limit, positions)
 
     @max_seq_length.setter
     def max_seq_length(self, value: int) -> None:
-        positions = self.model.config.max_length
+        positions = self.model.longest_text
         if _positive("max_length", value) is None or value > positions:
             raise ValueError(f"max_length: got {value}, but the model has {positions} positions")
         self.tokenizer.model_max_length = value
@@ -217,7 +217,7 @@ class CrossEncoder(nn.Module):
             self.eval()
         firsts, seconds = [front + pair[0] for pair in pairs], [pair[1] for pair in pairs]
         n_cut = n_tokens_cut = 0
-        parts = [torch.empty(0, self.num_labels, device=self.device)]
+        parts = [torch.empty(0, self.num_labels, dtype=torch.float32, device=self.device)]
         with torch.inference_mode(), _progress_bar(show_progress_bar, len(pairs)) as progress:
             for start in range(0, len(pairs), WINDOW):
                 tokens = self.tokenizer.encode_packed(

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastbert import silent_writes
+from fastbert import silent_writes, tracing
 from fastbert.silent_writes import Writes
 
 # Called with tensors whose numbers have been written anew in their old memory.
@@ -84,7 +84,7 @@ class Derived:
         name: what it is kept under. key: what else it depends on. On a GPU it is complete when this returns, on
         whichever stream it is read then.
         """
-        if torch.compiler.is_compiling():
+        if tracing.observed() is not None:
             return make()
         tracked = torch.is_grad_enabled() and any(p.requires_grad for p in parameters)
         if tracked or any(p.is_inference() for p in parameters):

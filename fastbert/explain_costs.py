@@ -126,7 +126,7 @@ def _of_texts(texts: list[str], model: nn.Module, tokenizer: Tokenizer | None) -
     tokenizer = getattr(model, "tokenizer", None) if tokenizer is None else tokenizer
     if tokenizer is None:
         raise ValueError("tokenizer: needed for texts; pass tokenizer=, or lengths, or token ids")
-    positions = next(m for m in model.modules() if isinstance(m, BertModel)).config.max_position_embeddings
+    positions = next(m for m in model.modules() if isinstance(m, BertModel)).longest_text
     limit = min(positions, tokenizer.model_max_length or positions)
     packed = tokenizer.encode_packed(texts, max_length=limit, warn=False)
     return packed.cu_seqlens.diff().tolist(), 0, packed.n_truncated

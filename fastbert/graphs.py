@@ -55,6 +55,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fastbert import tracing
 from fastbert.derived import Derived
 from fastbert.ops import BackendError, Policy, attention
 from fastbert.silent_writes import Writes
@@ -231,6 +232,10 @@ class Watch:
             and not any(map(itemgetter("training"), self._dicts))
             and not any(map(contains, self._dicts, repeat("forward")))
         )
+
+    def kinds(self) -> set[type]:
+        """The types of all parameters."""
+        return set(map(type, chain.from_iterable(map(dict.values, self._parameters))))
 
     def changes(self) -> list[int]:
         """How often what the modules derive from their weights has changed, or was asked to."""
@@ -524,7 +529,8 @@ def plainly(
     return forward(words, segments, positions, padded)
 
 
-def observed(device: torch.device) -> bool:
-    """Whether somebody watches the operations one by one, as FlopCounterMode does, or captures a graph himself."""
-    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-    return capturing or torch._C._len_torch_dispatch_stack() > 0
+def observed(device: torch.device) -> str | None:
+    """Why the operations must run one by one: somebody watches them (`tracing.observed`), or captures a graph."""
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        return "another CUDA graph is being captured"
+    return tracing.observed()

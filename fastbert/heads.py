@@ -14,11 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastbert import ops, outputs, varlen
+from fastbert import ops, outputs, tracing, varlen
 from fastbert.checkpoint import Match
 from fastbert.config import BertConfig
 from fastbert.families import Head
-from fastbert.model import BertModel, Encoded, dense, wants_dict
+from fastbert.model import BertModel, Encoded, dense, first_rows, wants_dict
 from fastbert.ops import Policy
 from fastbert.pretrained import PreTrainedModel
 
@@ -85,7 +85,7 @@ class FirstTokenHead(nn.Module):
         self.out_proj = nn.Linear(config.hidden_size, n_outputs)
 
     def forward(self, encoded: Encoded, policy: Policy) -> Tensor:  # -> (B, n_outputs)
-        x = ops.pool(encoded.last_hidden_state, encoded.batch.cu_seqlens, "cls", policy=policy)
+        x = first_rows(encoded.last_hidden_state, encoded.batch, policy)
         if self.dropout_first:
             x = self.dropout(x)
         if self.activation == "gelu":
@@ -196,7 +196,7 @@ def token_loss(logits: Tensor, labels: Tensor | None, batch: varlen.PackedBatch)
     if labels is None:
         return None
     _check_labels("labels", labels, (batch.batch_size, batch.padded_length))
-    return F.cross_entropy(logits, varlen.pack(labels, batch).long(), ignore_index=IGNORED)
+    return F.cross_entropy(logits, varlen.pack(labels, batch, IGNORED).long(), ignore_index=IGNORED)
 
 
 def class_loss(logits: Tensor, labels: Tensor | None, name: str = "labels") -> Tensor | None:
@@ -208,7 +208,7 @@ def class_loss(logits: Tensor, labels: Tensor | None, name: str = "labels") -> T
 
 
 def _check_labels(name: str, labels: Tensor, *shapes: tuple[int, ...]) -> None:
-    if tuple(labels.shape) not in shapes:
+    if all(tracing.differ(tuple(labels.shape), shape) for shape in shapes):
         raise ValueError(f"{name}: expected shape {shapes[0]}, got {tuple(labels.shape)}")
 
 

@@ -14,7 +14,7 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor, nn
 
-from fastbert import cpu_encoder, graphs, ops, quantized, reference, silent_writes, varlen
+from fastbert import cpu_encoder, graphs, ops, quantized, reference, silent_writes, tracing, varlen
 from fastbert.config import BertConfig
 from fastbert.derived import Derived
 from fastbert.families import AFTER_PADDING
@@ -34,8 +34,10 @@ def is_bare(module: nn.Module, kind: type[nn.Module]) -> bool:
 
 
 def is_plain(linear: nn.Module) -> TypeGuard[nn.Linear]:
-    """Whether the module is a bare nn.Linear with a bias."""
-    return is_bare(linear, nn.Linear) and linear.bias is not None
+    """Whether the module is a bare nn.Linear with a bias, and its weight no tensor of another kind."""
+    if not is_bare(linear, nn.Linear) or linear.bias is None:
+        return False
+    return type(linear.weight) in tracing.PLAIN or torch.compiler.is_compiling()
 
 
 def dense(module: nn.Module, x: Any, policy: Policy, activation: str = "none") -> Tensor:
@@ -242,6 +244,17 @@ _CAPTURED = frozenset(
 )  # fmt: skip
 
 
+def first_rows(x: Tensor, batch: PackedBatch, policy: Policy) -> Tensor:
+    """(T, H) -> (B, H): each sequence's first token, zeros where there is none."""
+    if batch.valid is not None:
+        return varlen.first_rows(x, batch)
+    return ops.pool(x, batch.cu_seqlens, "cls", policy=policy)
+
+
+# The types that an entry of a module's parameters may have, for code that takes their addresses.
+_KINDS = frozenset((*tracing.PLAIN, type(None)))
+
+
 class BertPooler(nn.Module):
     def __init__(self, config: BertConfig) -> None:
         super().__init__()
@@ -249,7 +262,7 @@ class BertPooler(nn.Module):
 
     def forward(self, x: Tensor, batch: PackedBatch, policy: Policy) -> Tensor:
         """(T, H) -> (B, H): tanh of a linear of each sequence's first token, which is zeros where there is none."""
-        x = dense(self.dense, ops.pool(x, batch.cu_seqlens, "cls", policy=policy), policy)
+        x = dense(self.dense, first_rows(x, batch, policy), policy)
         return ops.elementwise(torch.tanh, x, policy=policy)
 
 
@@ -405,11 +418,12 @@ class BertModel(PreTrainedModel):
             raise ValueError(f"{name}: expected shape {expected}, got {tuple(given.shape)}")
         shape = tuple(given.shape[:2])
         for other, tensor in (("attention_mask", attention_mask), ("token_type_ids", token_type_ids)):
-            if tensor is not None and tuple(tensor.shape) != shape:
+            if tensor is not None and tracing.differ(tuple(tensor.shape), shape):
                 hint = " (masks of pairs of tokens are not supported)" if tensor.dim() > 2 else ""
                 raise ValueError(f"{other}: expected shape {shape} as {name}, got {tuple(tensor.shape)}{hint}")
         if position_ids is not None:
-            if tuple(position_ids.shape) not in (shape, (1, shape[1])):
+            came = tuple(position_ids.shape)
+            if tracing.differ(came, shape) and tracing.differ(came, (1, shape[1])):
                 raise ValueError(f"position_ids: expected shape {shape}, got {tuple(position_ids.shape)}")
             position_ids = position_ids.expand(shape)
         self._check_embeds(inputs_embeds)
@@ -419,7 +433,10 @@ class BertModel(PreTrainedModel):
             else:
                 position_ids = (torch.arange(shape[1], device=given.device) + self._counted_from + 1).expand(shape)
 
-        if attention_mask is not None:
+        transformed = tracing.transformed(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
+        if transformed is not None:
+            batch = varlen.in_place(given, attention_mask)
+        elif attention_mask is not None:
             batch = varlen.unpad(attention_mask)
         else:
             batch = varlen.without_padding(shape[0], shape[1], given.device)
@@ -428,11 +445,18 @@ class BertModel(PreTrainedModel):
             for t in (input_ids, token_type_ids, position_ids, inputs_embeds)
         )
         if keep_attentions:
-            self._check_ids(batch, ids, types, positions)
+            if transformed is None:
+                self._check_ids(batch, ids, types, positions)
             return self._encode_by_reference(
                 batch, keep_states, input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds
             )
-        states = self.encode_packed(batch, ids, types, positions, embeds, keep_states=keep_states)
+        if transformed is not None:
+            tracing.note(type(self).__name__, transformed)
+            if self.precision is not None:
+                quantized.choose(self, transformed)
+            states = self._encode_in_place(batch, ids, types, positions, embeds, keep_states)
+        else:
+            states = self.encode_packed(batch, ids, types, positions, embeds, keep_states=keep_states)
         return Encoded(batch, states[-1], states if keep_states else None, None)
 
     def encode_packed(
@@ -493,6 +517,22 @@ class BertModel(PreTrainedModel):
         states = self._encode(words, segments, positions, batch, embeds, keep_states)
         return states if n_rows == n_tokens else [state[:n_tokens] for state in states]
 
+    def _encode_in_place(
+        self,
+        batch: PackedBatch,
+        words: Tensor | None,
+        types: Tensor | None,
+        positions: Tensor | None,
+        inputs_embeds: Tensor | None,
+        keep_states: bool,
+    ) -> list[Tensor]:
+        """encode_packed of a `varlen.in_place` batch, on its B * S rows, whose values nobody may look at."""
+        positions = batch.position_ids if positions is None else positions
+        types = torch.zeros_like(batch.position_ids) if types is None else types
+        words = None if words is None else words.long()
+        segments = None if self.embeddings.token_type_embeddings is None else types.long()
+        return self._encode(words, segments, positions.long(), batch, inputs_embeds, keep_states)
+
     @untraced
     def _encode_in_int8(
         self,
@@ -546,14 +586,15 @@ class BertModel(PreTrainedModel):
         inputs_embeds: Tensor | None = None,
         keep_states: bool = False,
     ) -> list[Tensor]:
-        ops.prepare_attention(batch, self.dtype, self.config.head_size, self.policy)
-        if self.precision is not None:
+        if batch.valid is None:
+            ops.prepare_attention(batch, self.dtype, self.config.head_size, self.policy)
+        if self.precision is not None and batch.valid is None:
             backend = quantized.choose(self)
             if backend != quantized.UNQUANTISED:
                 ids = input_ids, token_type_ids, position_ids
                 return quantized.encode(self, backend, batch, *ids, inputs_embeds, keep_states)
         inputs = input_ids, token_type_ids, position_ids, inputs_embeds
-        if torch.compiler.is_compiling():
+        if batch.valid is not None or torch.compiler.is_compiling():
             return self.encoder(self._embed(*inputs), batch, self.policy, keep_states)
         try:
             return self.encoder(self._embed(*inputs), batch, self.policy, keep_states)
@@ -626,8 +667,8 @@ class BertModel(PreTrainedModel):
         # A replica of DataParallel shares what it has with the others, and lasts for one call.
         if getattr(self, "_is_replica", False):
             return "the model is a replica of DataParallel"
-        if graphs.observed(device):
-            return "a dispatch mode watches every operation, or another graph is being captured"
+        if (observer := graphs.observed(device)) is not None:
+            return observer
         if not self._plain_modules():
             return "a module of the encoder is an adapter, has hooks or a forward of its own, or is in training mode"
         why_not = attention.obstacle(self.config.head_size, torch.empty(0, dtype=self.dtype, device=device))
@@ -660,6 +701,11 @@ class BertModel(PreTrainedModel):
             watch.look_again()
             self.quantized_weights.look_again()
 
+    def _plain_parameters(self) -> bool:
+        """Whether the encoder's parameters are tensors whose numbers are at their address. After `_plain_modules`."""
+        assert self._watch is not None
+        return self._watch.kinds() <= _KINDS
+
     def all_in_eval_mode(self) -> bool:
         """Whether every module is known to be in eval mode; False where that would have to be asked of each."""
         pooler = self.pooler
@@ -667,16 +713,16 @@ class BertModel(PreTrainedModel):
 
     def _packs_weights(self) -> bool:
         """Whether the encoder's linears have packed weights, and nobody would see that they compute rows of padding."""
-        if self.device.type != "cpu" or torch.compiler.is_compiling() or torch.is_grad_enabled():
+        if self.device.type != "cpu" or torch.is_grad_enabled() or tracing.observed() is not None:
             return False
         decision = dispatch.decide("linear", self.policy, self.device, None)
         usable = decision.backend == "cpu" and ops.packed_linear.unavailable(self.dtype) is None
-        return usable and not graphs.observed(self.device) and self._plain_modules()
+        return usable and self._plain_modules() and self._plain_parameters()
 
     def cpu_encoder_obstacle(self, n_rows: int | None = None) -> str | None:
         """Why the encoder does not run in one call of a C++ kernel at the moment, on so many tokens; or None."""
         if torch.compiler.is_compiling():
-            return "torch.compile traces the operations"
+            return tracing.observed()
         parameter = first_parameter(self)
         dtype, device = parameter.dtype, parameter.device
         why_not = cpu_encoder.obstacle(self.config, dtype, self.policy, device)
@@ -697,7 +743,7 @@ class BertModel(PreTrainedModel):
     def int8_obstacle(self, device: torch.device, dtype: torch.dtype) -> str | None:
         """Why precision="int8" does not run in the C++ kernels for CPUs on this device, in this dtype; or None."""
         if torch.compiler.is_compiling():
-            return "torch.export traces the operations"
+            return tracing.observed()
         why_not = cpu_encoder.int8_obstacle(self.config, dtype)
         if why_not is not None or self.device != device or self.dtype != dtype:
             return why_not
@@ -710,11 +756,13 @@ class BertModel(PreTrainedModel):
         """Why the operations could not run as one at the moment without a difference that somebody sees; or None."""
         if torch.is_autocast_enabled("cpu"):
             return "autocast is on"
-        if getattr(self, "_is_replica", False) or graphs.observed(device):
-            return "a dispatch mode watches every operation"
+        if getattr(self, "_is_replica", False):
+            return "the model is a replica of DataParallel"
+        if (observer := graphs.observed(device)) is not None:
+            return observer
         if not self._plain_modules():
             return "a module of the encoder is an adapter, has hooks or a forward of its own, or is in training mode"
-        return None
+        return None if self._plain_parameters() else "a parameter is a tensor of another kind"
 
     def graphs_refused(self) -> str | None:
         """Why no batch of this model would run as a CUDA graph on any device, or None."""
@@ -770,7 +818,7 @@ class BertModel(PreTrainedModel):
             return
         if embeds.dtype != self.dtype:
             raise TypeError(f"inputs_embeds: expected the model's dtype {self.dtype}, got {embeds.dtype}")
-        if embeds.shape[-1] != self.config.embedding_width:
+        if tracing.differ(embeds.shape[-1], self.config.embedding_width):
             came, expected = tuple(embeds.shape), self.config.embedding_width
             name = "hidden_size" if self.embeddings_project is None else "embedding_size"
             raise ValueError(f"inputs_embeds: expected {expected} ({name}) in the last dimension, got {came}")

@@ -66,11 +66,24 @@ class PreTrainedModel(nn.Module):
     def dtype(self) -> torch.dtype:
         return first_parameter(self).dtype
 
+    @property
+    def longest_text(self) -> int:
+        """The tokens of the longest text that the model reads: its table's positions from a text's first one on."""
+        encoder: Any = getattr(self, "bert", self)
+        table = encoder.embeddings.position_embeddings
+        n_positions: int = getattr(table, "num_embeddings", self.config.max_position_embeddings)  # not in an adapter
+        return n_positions - self.config.position_offset
+
     def _check_tensors(self, **tensors: Tensor | None) -> None:
         device = self.device
         for name, tensor in tensors.items():
             if tensor is None:
                 continue
+            if isinstance(tensor, torch.fx.Proxy):
+                raise TypeError(
+                    f"{name}: expected a tensor, got a Proxy of torch.fx.symbolic_trace, which cannot follow a model; "
+                    "torch.export.export, make_fx of torch.fx.experimental.proxy_tensor and torch.jit.trace can"
+                )
             if not isinstance(tensor, Tensor):
                 raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
             if tensor.device != device:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from fastbert import ops
+from fastbert import ops, tracing
 from fastbert.derived import Derived
 from fastbert.ops import BackendError, Policy, dispatch
 from fastbert.ops.dispatch import Decision
@@ -69,13 +69,18 @@ def layers_of(model: BertModel) -> list[BertLayer]:
 
 
 def decide(
-    model: BertModel, policy: Policy, device: torch.device, dtype: torch.dtype, arch: int | None = None
+    model: BertModel,
+    policy: Policy,
+    device: torch.device,
+    dtype: torch.dtype,
+    arch: int | None = None,
+    transformed: str | None = None,
 ) -> Decision:
     """What would run the encoder in its precision: "triton", "cpu", "torch" (the emulation) or "unquantised", and why.
 
     The emulation, in plain PyTorch, is what backend="torch" asks for: it shows on any device what the kernels would
     give. Where there is no 8-bit kernel, any other backend takes the unquantised path, which is faster there and more
-    exact. arch: that of a GPU which need not be there.
+    exact. arch: that of a GPU which need not be there. transformed: what `tracing.transformed` says of the inputs.
     """
     precision = model.precision
     assert precision is not None
@@ -87,6 +92,7 @@ def decide(
         why_not = ops.quantized.device_obstacle(precision, device, arch)
     if why_not is None and policy.batch_invariant and (device.type != "cpu" or policy.backend == "triton"):
         why_not = "batch_invariant: of the 8-bit kernels, only those in C++ for CPUs promise it"
+    why_not = why_not or transformed or tracing.transformed()
     if why_not is not None:
         return Decision(OP, UNQUANTISED, why_not)
     if arch is not None and policy.backend in ("auto", "triton"):
@@ -102,12 +108,12 @@ def decide(
 
 
 @untraced
-def choose(model: BertModel) -> str:
+def choose(model: BertModel, transformed: str | None = None) -> str:
     """`decide` for the model as it is, with the fallback logged once, or raised as BackendError under strict."""
     if model.training:
         raise RuntimeError(f"precision={model.precision!r} is for inference: call eval() before the model")
     policy = model.policy
-    decision = decide(model, policy, model.device, model.dtype)
+    decision = decide(model, policy, model.device, model.dtype, transformed=transformed)
     if decision.reason is not None:
         if policy.strict:
             wanted = f"precision={model.precision!r}: the backend {policy.backend!r} cannot run it, and strict=True"

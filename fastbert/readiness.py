@@ -102,8 +102,8 @@ def _capture(bert: BertModel, max_tokens: int) -> tuple[int, ...]:
 def _run(bert: BertModel, n_tokens: int) -> None:
     """A batch of n_tokens, in texts of as many as the model reads."""
     ids = torch.zeros(n_tokens, dtype=torch.int64, device=bert.device)
-    longest = bert.embeddings.position_embeddings.num_embeddings - bert.config.position_offset
-    bert.forward_packed(ids, torch.tensor([*range(0, n_tokens, longest), n_tokens], dtype=torch.int32))
+    longest = bert.longest_text
+    bert.forward_packed(ids, torch.tensor([*range(0, n_tokens, longest), n_tokens], dtype=torch.int32, device="cpu"))
 
 
 def _run_rest(model: Any, inner: PreTrainedModel) -> None:

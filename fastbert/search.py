@@ -175,7 +175,7 @@ class _Search:
     def _first_pass(self) -> tuple[np.ndarray, np.ndarray]:
         """The `kept` best of each query by their float32 scores, in no order: scores and ids (Q, kept)."""
         n_queries, device = len(self.queries), self.corpus.device
-        best = torch.full((n_queries, self.kept), -torch.inf, device=device)
+        best = torch.full((n_queries, self.kept), -torch.inf, dtype=torch.float32, device=device)
         ids = torch.full((n_queries, self.kept), -1, dtype=torch.int64, device=device)
         for start, rows in self._chunks():
             for q in range(0, n_queries, self.query_chunk):

@@ -114,7 +114,7 @@ class SentenceEncoder(nn.Module):
         if layout.do_lower_case:
             tokenizer = sentence_layout.lowercasing(tokenizer, layout.transformer)
         if layout.max_seq_length is not None:
-            positions = model.config.max_length
+            positions = model.longest_text
             if layout.max_seq_length > positions:
                 logger.warning("%s: max_seq_length is %d, the model has %d positions: taking %d", src,
                                layout.max_seq_length, positions, positions)  # fmt: skip
@@ -153,12 +153,12 @@ class SentenceEncoder(nn.Module):
     @property
     def max_seq_length(self) -> int:
         """Tokens of a text that are read, special tokens included; at most the model's positions."""
-        limit, positions = self.tokenizer.model_max_length, self.model.config.max_length
+        limit, positions = self.tokenizer.model_max_length, self.model.longest_text
         return positions if limit is None else min(limit, positions)
 
     @max_seq_length.setter
     def max_seq_length(self, value: int | None) -> None:
-        positions = self.model.config.max_length
+        positions = self.model.longest_text
         value = _positive("max_seq_length", value)
         if value is not None and value > positions:
             raise ValueError(f"max_seq_length: got {value}, but the model has {positions} positions")

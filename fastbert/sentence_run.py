@@ -287,7 +287,7 @@ class _Result:
         self.made, self.copied = made, None
         if on_host and isinstance(made, Tensor) and made.is_cuda:
             # Now, not when they are read: a copy then would wait for the window after this one.
-            self.made = torch.empty(made.shape, dtype=made.dtype, pin_memory=True)
+            self.made = torch.empty(made.shape, dtype=made.dtype, device="cpu", pin_memory=True)
             self.made.copy_(made, non_blocking=True)
             self.copied = torch.cuda.Event()
             self.copied.record(torch.cuda.current_stream(made.device))
@@ -333,7 +333,7 @@ def _gathered(
     ends = np.cumsum(lengths)
     rows = torch.from_numpy(np.repeat(starts - (ends - lengths), lengths) + np.arange(ends[-1]))
     for t in tensors:
-        out = torch.empty(len(rows), dtype=t.dtype, pin_memory=device.type == "cuda")
+        out = torch.empty(len(rows), dtype=t.dtype, device="cpu", pin_memory=device.type == "cuda")
         yield torch.index_select(t, 0, rows, out=out)
 
 

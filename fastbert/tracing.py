@@ -1,14 +1,39 @@
-"""What torch.compile should not look into, said without importing the compiler, which takes more than a second."""
+"""Who looks at the operations while they run: compilers, tracers, transforms, modes. Imports no compiler.
+
+Two questions are asked in the whole library before it leaves PyTorch's dispatcher, and both are answered here:
+
+`transformed`: does somebody run the program on something else than numbers, so that no value may be read on the host?
+A tracer would keep it for ever, a transform of torch.func has none. Our registered operations have no rule for these
+either. A model then takes plain operations of PyTorch on padded rows (`varlen.in_place`).
+
+`observed`: must every operation go through the dispatcher? So it is in all of these cases, under torch.compile, and
+where a mode counts or changes operations. Then no C++ kernel runs past the dispatcher, and nothing made of weights is
+kept.
+"""
 
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
+import torch.autograd.forward_ad as forward_ad
+
+logger = logging.getLogger("fastbert")
 
 Function = TypeVar("Function", bound=Callable)
+
+# The tensors whose numbers are where their address says.
+PLAIN = (torch.Tensor, torch.nn.Parameter)
+_TRANSFORM = "a transform of torch.func (grad, jvp, vmap ...) is at work"
+# The modes of PyTorch's own that run a program on something else than numbers.
+_INFRA = tuple(
+    key
+    for name in ("FAKE", "FUNCTIONAL", "PROXY")
+    if (key := getattr(torch._C._TorchDispatchModeKey, name, None)) is not None
+)
 
 
 def untraced(function: Function) -> Function:
@@ -27,3 +52,117 @@ def constant(function: Function) -> Function:
     """`torch.compiler.assume_constant_result`: the call is made while tracing, and its result is part of the graph."""
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
+
+
+def transformed(*tensors: Any) -> str | None:
+    """Why no value may be read on the host, and no operation of ours may run; or None.
+
+    tensors: inputs, whose kind counts too; None among them is skipped. torch.compile and torch.export are no reason:
+    they pass through our operations, and leave what reads values alone.
+    """
+    if torch.compiler.is_compiling():
+        if torch._C._are_functorch_transforms_active():
+            return _TRANSFORM
+        return "torch.onnx.export records the operations" if _exports_to_onnx() else None
+    reason = _at_work(False)
+    return _unusual(tensors) if reason is None else reason
+
+
+def observed(*tensors: Any) -> str | None:
+    """Why every operation must go through PyTorch's dispatcher, in which no kept tensor may take part; or None.
+
+    tensors: as for `transformed`.
+    """
+    if torch.compiler.is_compiling():
+        return "torch.compile or torch.export traces the operations"
+    reason = _at_work(True)
+    return _unusual(tensors) if reason is None else reason
+
+
+def differentiated() -> bool:
+    """Whether a transform of torch.func or forward-mode AD is at work: PyTorch's fused attention has no rule for it."""
+    if torch.compiler.is_compiling():
+        return bool(torch._C._are_functorch_transforms_active())
+    return torch._C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0
+
+
+def differ(shape: Any, expected: Any) -> bool:
+    """Whether a shape, or a size, is not the expected one. torch.jit.trace, whose sizes are tensors, is not asked."""
+    if not torch.compiler.is_compiling() and torch._C._get_tracing_state() is not None:
+        return False
+    return bool(shape != expected)
+
+
+def recorded(*tensors: Any) -> bool:
+    """Whether a tracer writes the operations down, for a program that runs later: nothing may be counted or logged."""
+    if torch.compiler.is_compiling():
+        return torch.compiler.is_exporting() or _exports_to_onnx()
+    if torch._C._get_tracing_state() is not None or _exports_to_onnx():
+        return True
+    if torch._C._len_torch_dispatch_stack() > 0 and _infra_mode() is not None:
+        return True
+    return any(isinstance(tensor, torch.fx.Proxy) for tensor in tensors)
+
+
+def _exports_to_onnx() -> bool:
+    return torch.onnx.is_in_onnx_export()
+
+
+def _at_work(modes: bool) -> str | None:
+    """The reason that lies in the thread's state. modes: whether modes that see real numbers count."""
+    n_modes, n_function_modes = torch._C._len_torch_dispatch_stack(), torch._C._len_torch_function_stack()
+    if (
+        torch._C._get_tracing_state() is None
+        and torch._C._functorch.maybe_current_level() is None
+        and forward_ad._current_level < 0
+        and n_modes == 0
+        and n_function_modes == 0
+    ):
+        return None
+    if torch._C._get_tracing_state() is not None:
+        return "torch.jit.trace records the operations"
+    if torch._C._functorch.maybe_current_level() is not None:
+        return _TRANSFORM
+    if forward_ad._current_level >= 0:
+        return "forward-mode AD is on"
+    if n_modes and (name := _infra_mode()) is not None:
+        return f"a mode of fake, functional or traced tensors is on ({name})"
+    if not modes:
+        return None
+    if n_modes:
+        return "a dispatch mode watches every operation"
+    for i in range(n_function_modes):
+        mode = torch._C._get_function_stack_at(i)
+        if type(mode) is not torch.utils._device.DeviceContext:  # torch.device(...) and torch.set_default_device
+            return f"a mode of torch functions is on ({type(mode).__name__})"
+    return None
+
+
+def _infra_mode() -> str | None:
+    for key in _INFRA:
+        mode = torch._C._get_dispatch_mode(key)
+        if mode is not None:
+            return type(mode).__name__
+    return None
+
+
+def _unusual(tensors: tuple[Any, ...]) -> str | None:
+    for tensor in tensors:
+        if tensor is None:
+            continue
+        if type(tensor) not in PLAIN:
+            return f"the inputs are no plain tensors ({type(tensor).__name__})"
+        if tensor.is_meta:
+            return "the inputs are on the meta device, without numbers"
+    return None
+
+
+def note(what: str, reason: str) -> None:
+    """Logs once that `what` takes plain operations of PyTorch on padded rows."""
+    if not torch.compiler.is_compiling():
+        _note_once(what, reason)
+
+
+@functools.cache
+def _note_once(what: str, reason: str) -> None:
+    logger.warning("%s: runs in plain operations of PyTorch, on padded rows: %s", what, reason)

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from fastbert import tracing
 from fastbert.tracing import untraced
 
 
@@ -26,6 +27,7 @@ class PackedBatch:
     cu_seqlens: (B + 1,) int32 on the tensors' device, starts at 0, ends at T; sequence b is rows cu_seqlens[b] to
     cu_seqlens[b + 1]. cu_seqlens_cpu: the same on the host. position_ids: (T,) int64, the column each token came from.
     indices: (T,) int64, where each token stands in the flattened (B * S) batch, None if it never was padded.
+    valid: (B, S) bool, where tokens are, in a batch that keeps the rows of its padding (`in_place`); None in any other.
     """
 
     cu_seqlens: torch.Tensor
@@ -34,6 +36,7 @@ class PackedBatch:
     batch_size: int
     padded_length: int
     indices: torch.Tensor | None = None
+    valid: torch.Tensor | None = None
     _plans: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     @property
@@ -73,6 +76,7 @@ def unpad(attention_mask: torch.Tensor) -> PackedBatch:
 
     Holes and left padding are fine. A row without any token becomes a sequence of length 0.
     """
+    _refuse_recording("attention_mask", attention_mask)
     batch_size, padded_length = attention_mask.shape
     valid = attention_mask != 0
     indices = valid.flatten().nonzero().flatten()
@@ -91,13 +95,37 @@ def unpad(attention_mask: torch.Tensor) -> PackedBatch:
 @untraced
 def without_padding(batch_size: int, length: int, device: torch.device) -> PackedBatch:
     """The packing of a (B, S) batch in which every position holds a token; needs no look at a mask."""
-    cu_seqlens_cpu = torch.arange(batch_size + 1, dtype=torch.int32) * length
+    cu_seqlens_cpu = torch.arange(batch_size + 1, dtype=torch.int32, device="cpu") * length
     return PackedBatch(
         cu_seqlens=cu_seqlens_cpu.to(device, non_blocking=True),
         cu_seqlens_cpu=cu_seqlens_cpu,
         position_ids=torch.arange(length, device=device).repeat(batch_size),
         batch_size=batch_size,
         padded_length=length,
+    )
+
+
+def in_place(like: torch.Tensor, attention_mask: torch.Tensor | None) -> PackedBatch:
+    """The packing that packs nothing: T = B * S rows, those of padding among them. like: (B, S, ...).
+
+    For tracers and transforms, which have no values to pack by. Its shapes may be those of a tracer, and stay open;
+    no value is read. Attention masks the padding, `pack` fills it and `pad` clears it.
+    """
+    batch_size, padded_length = like.shape[:2]
+    device = like.device
+    if attention_mask is None:
+        valid = torch.ones(batch_size, padded_length, dtype=torch.bool, device=device)
+    else:
+        valid = attention_mask != 0
+    offsets = torch.arange(batch_size + 1, dtype=torch.int32, device=device) * padded_length
+    positions = torch.arange(padded_length, device=device)
+    return PackedBatch(
+        cu_seqlens=offsets,
+        cu_seqlens_cpu=offsets,  # which nothing reads
+        position_ids=positions.expand(batch_size, padded_length).reshape(-1),
+        batch_size=batch_size,
+        padded_length=padded_length,
+        valid=valid,
     )
 
 
@@ -113,6 +141,7 @@ def from_cu_seqlens(cu_seqlens: torch.Tensor, n_tokens: int, device: torch.devic
         raise TypeError(f"cu_seqlens: expected dtype int32, got {cu_seqlens.dtype}")
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
         raise ValueError(f"cu_seqlens: expected shape (B + 1,), got {tuple(cu_seqlens.shape)}")
+    _refuse_recording("cu_seqlens", cu_seqlens)
     offsets = cu_seqlens.tolist()
     lengths = list(map(sub, offsets[1:], offsets))
     if offsets[0] != 0 or offsets[-1] != n_tokens or min(lengths, default=0) < 0:
@@ -121,6 +150,14 @@ def from_cu_seqlens(cu_seqlens: torch.Tensor, n_tokens: int, device: torch.devic
             f"got {offsets if len(offsets) <= 9 else f'{offsets[:4]} ...'}"
         )
     return from_lengths(lengths, device)
+
+
+def _refuse_recording(name: str, values: torch.Tensor) -> None:
+    if not torch.compiler.is_compiling() and tracing.recorded(values):
+        raise RuntimeError(
+            f"{name}: a batch is packed by its values, which a tracer would keep for every later batch; give a model "
+            "the padded batch (forward), which it traces without packing, or use torch.export or torch.compile"
+        )
 
 
 def from_lengths(lengths: Sequence[int], device: torch.device) -> PackedBatch:
@@ -164,8 +201,10 @@ def in_more_rows(x: Any, n_rows: int) -> Any:
     return out
 
 
-def pack(x: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
-    """(B, S, ...) -> (T, ...): the rows where tokens are."""
+def pack(x: torch.Tensor, batch: PackedBatch, fill: int = 0) -> torch.Tensor:
+    """(B, S, ...) -> (T, ...): the rows where tokens are. fill: what rows of padding hold, in a batch that has some."""
+    if batch.valid is not None:
+        x = x.masked_fill(~_like(batch.valid, x), fill)
     flat = x.reshape(-1, *x.shape[2:])
     return flat if batch.indices is None else flat.index_select(0, batch.indices)
 
@@ -173,7 +212,25 @@ def pack(x: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
 def pad(x: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
     """(T, ...) -> (B, S, ...), zeros at the padding positions."""
     shape = (batch.batch_size, batch.padded_length, *x.shape[1:])
+    if batch.valid is not None:
+        x = x.reshape(shape)
+        return x.masked_fill(~_like(batch.valid, x), 0)
     if batch.indices is None:
         return x.reshape(shape)
     flat = x.new_zeros(batch.batch_size * batch.padded_length, *x.shape[1:])
     return flat.index_copy(0, batch.indices, x).reshape(shape)
+
+
+def first_rows(x: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
+    """(T, H) -> (B, H): the row of each sequence's first token, zeros where there is none, in an `in_place` batch."""
+    assert batch.valid is not None
+    x = x.reshape(batch.batch_size, batch.padded_length, x.shape[-1])
+    is_first = batch.valid & (batch.valid.cumsum(1) == 1)
+    return x.masked_fill(~is_first[:, :, None], 0).sum(1)
+
+
+def _like(valid: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """(B, S) -> (B, S, 1, ...), with as many dimensions as x."""
+    for _ in range(x.dim() - 2):
+        valid = valid.unsqueeze(-1)
+    return valid

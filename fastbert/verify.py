@@ -186,7 +186,7 @@ def _usable(tokenizer: Any) -> Tokenizer | LiveTokenizer | None:
 
 
 def _rows(texts: Any, tokenizer: Tokenizer | LiveTokenizer | None, bert: BertModel, notes: list[str]) -> list[Row]:
-    n_positions = bert.embeddings.position_embeddings.num_embeddings - bert.config.position_offset
+    n_positions = bert.longest_text
     if texts is None and tokenizer is None:
         notes.append("no tokenizer: random token ids instead of texts")
         return _random_rows(bert, n_positions)
@@ -210,7 +210,7 @@ def _rows(texts: Any, tokenizer: Tokenizer | LiveTokenizer | None, bert: BertMod
 def _ids_of(item: Any) -> Tensor:
     if isinstance(item, str):
         raise TypeError("texts: expected strings or lists of token ids, got both")
-    ids = torch.as_tensor(item)
+    ids = torch.as_tensor(item, device="cpu")
     if ids.dim() != 1 or (ids.numel() and (ids.is_floating_point() or ids.dtype == torch.bool)):
         raise TypeError(f"texts: expected strings or lists of token ids, got {ids.dtype} of shape {tuple(ids.shape)}")
     return ids.to("cpu", torch.int64)
@@ -221,8 +221,8 @@ def _random_rows(bert: BertModel, n_positions: int) -> list[Row]:
     n_ids, n_types = bert.config.vocab_size, bert.embeddings.n_token_types
     rows = []
     for n in (min(length, n_positions) for length in _LENGTHS):
-        ids = torch.randint(n_ids, (n,), generator=generator)
-        rows.append((ids, (torch.arange(n) >= n / 2).long().clamp(max=n_types - 1)))
+        ids = torch.randint(n_ids, (n,), generator=generator, device="cpu")
+        rows.append((ids, (torch.arange(n, device="cpu") >= n / 2).long().clamp(max=n_types - 1)))
     return rows
 
 

@@ -100,7 +100,7 @@ def _vectors(encoder: SentenceEncoder | Pipeline, tokens: Sequence[Tensor]) -> T
     """What the encoder makes of the last hidden states of texts, (n, H) each: (texts, dim)."""
     hidden = torch.cat(list(tokens))
     hidden = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
-    cu_seqlens = torch.tensor([0, *(len(part) for part in tokens)]).cumsum(0)
+    cu_seqlens = torch.tensor([0, *(len(part) for part in tokens)], device="cpu").cumsum(0)
     x = torch.cat([reference.pool(hidden, cu_seqlens, POOLING_MODES[mode]) for mode in encoder.pooling.modes], dim=1)
     tail: Any = encoder.tail
     for module in tail:

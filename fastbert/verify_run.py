@@ -64,8 +64,8 @@ def compare(bert: BertModel, rows: list[Row], prefix: str, ends: Sequence[End] =
     n_layers = len(bert.encoder.layer)
     names = [f"{prefix}embeddings", *(f"{prefix}encoder.layer.{i}" for i in range(n_layers))]
     names += [f"{prefix}pooler"] * (bert.pooler is not None) + [end.name for end in ends]
-    measures, alone = (torch.zeros(len(names), len(rows), 5, dtype=torch.float64) for _ in range(2))
-    as_it_runs = torch.zeros(len(rows), 5, dtype=torch.float64)
+    measures, alone = (torch.zeros(len(names), len(rows), 5, dtype=torch.float64, device="cpu") for _ in range(2))
+    as_it_runs = torch.zeros(len(rows), 5, dtype=torch.float64, device="cpu")
     vectors: list[list[Any]] = [[None] * len(rows) for _ in range(3)]  # ours, the reference's, eager's
     of_encoder = bool(ends) and ends[-1].is_vectors
     parameters = dict(bert.named_parameters())
@@ -250,7 +250,7 @@ def _chunks(order: Iterable[int], rows: list[Row], max_rows: int, max_tokens: in
 def _padded(rows: list[Row]) -> tuple[Tensor, Tensor, Tensor]:
     """ids, mask and segment ids, (B, S) on the CPU, padded on the right with zeros; S is at least 1."""
     length = max(1, *(len(ids) for ids, _ in rows))
-    ids, mask, kinds = (torch.zeros(len(rows), length, dtype=torch.int64) for _ in range(3))
+    ids, mask, kinds = (torch.zeros(len(rows), length, dtype=torch.int64, device="cpu") for _ in range(3))
     for b, (row, segments) in enumerate(rows):
         ids[b, : len(row)], mask[b, : len(row)], kinds[b, : len(row)] = row, 1, segments
     return ids, mask, kinds
@@ -319,7 +319,7 @@ def _measure(ours: Tensor, eager: Tensor, exact: Tensor) -> Tensor:
     """Of one text, (n, H): squared errors of ours and eager's, square of the reference, worst cosines. (5,)"""
     ours, eager, exact = (x.cpu().double() for x in (ours, eager, exact))
     if ours.shape[0] == 0:
-        return torch.tensor([0.0, 0.0, 0.0, 1.0, 1.0], dtype=torch.float64)
+        return torch.tensor([0.0, 0.0, 0.0, 1.0, 1.0], dtype=torch.float64, device="cpu")
     squares = [(x - y).square().sum() for x, y in ((ours, exact), (eager, exact), (exact, torch.zeros_like(exact)))]
     return torch.stack([*squares, _cosine(ours, exact).amin(), _cosine(ours.mean(0), exact.mean(0))])
 
@@ -356,7 +356,7 @@ def _errors(
 
 def _report(name: str, measures: Tensor, whole: ErrorReport, alone: ErrorReport | None) -> StateReport:
     token, sentence = measures[:, 3].amin(), measures[:, 4]
-    p1, p50 = sentence.quantile(torch.tensor([0.01, 0.5], dtype=torch.float64)).tolist()
+    p1, p50 = sentence.quantile(torch.tensor([0.01, 0.5], dtype=torch.float64, device="cpu")).tolist()
     cosines = dict(zip(_COSINES, (float(token), float(sentence.amin()), p1, p50), strict=True))
     return StateReport(**vars(whole), name=name, **cosines, alone=alone)
 
@@ -371,7 +371,7 @@ def _relative(squared_error: Tensor, square: Tensor) -> Tensor:
 
 def _vector_report(what: str, ours: Tensor, exact: Tensor, eager: Tensor) -> VectorReport:
     """ours, exact, eager: (texts, dim) float64."""
-    at = torch.tensor([0.0, 0.01, 0.1, 0.5], dtype=torch.float64)
+    at = torch.tensor([0.0, 0.01, 0.1, 0.5], dtype=torch.float64, device="cpu")
     cosines = [tuple(_cosine(x, exact).quantile(at).tolist()) for x in (ours, eager)]
     n = len(exact)
     chosen = torch.linspace(0, n - 1, min(n, MOST_COMPARED)).round().long()

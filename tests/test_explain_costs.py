@@ -215,3 +215,19 @@ def test_what_is_no_batch(batch: Any, kind: type[Exception], message: str, model
         lengths_of(batch, model, None)
     with pytest.raises(kind, match=message):
         explain(model, batch)
+
+
+@pytest.mark.parametrize("model_type", ["bert", "roberta"])
+def test_texts_are_cut_where_the_model_cuts_them(model_type):
+    """Catches a limit that counts RoBERTa's first positions, which no token has, and one that ignores a set table."""
+    texts = ["a b c d " * 40, "a b"]
+    tokenizer = Tokenizer.train(texts, vocab_size=30)
+    padding = {"pad_token_id": 1} if model_type == "roberta" else {}
+    model = BertModel(config(model_type=model_type, vocab_size=tokenizer.vocab_size, **padding), backend="torch").eval()
+    assert model.longest_text == (38 if model_type == "roberta" else 40)
+    assert SentenceEncoder(model, tokenizer).max_seq_length == model.longest_text
+    n_tokens, _, n_cut = lengths_of(texts, model, tokenizer)
+    assert max(n_tokens) == model.longest_text and n_cut == 1
+    model(torch.full((1, max(n_tokens)), 5))
+    with pytest.raises(IndexError):
+        model(torch.full((1, max(n_tokens) + 1), 5))

@@ -10,12 +10,14 @@ import logging
 import threading
 import weakref
 from collections import Counter
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fastbert import ops, varlen
+from fastbert import ops, tracing, varlen
 from fastbert.adapters import versions
 from fastbert.varlen import PackedBatch
 
@@ -72,7 +74,7 @@ def attention_mask(*args: Any, **kwargs: Any) -> Tensor | None:
     if not known or padding is None:
         made: Tensor | None = masking_utils.sdpa_mask(*args, **kwargs)
         return made
-    if kwargs.get("allow_is_bidirectional_skip") and not _tracing() and bool(padding.all()):
+    if kwargs.get("allow_is_bidirectional_skip") and _has_values(padding) and bool(padding.all()):
         return None
     return padding.bool()[:, None, None, :].expand(-1, 1, length, -1)
 
@@ -89,7 +91,7 @@ def attention_forward(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """(B, N, S, D) three times -> (B, S, N, D), and no probabilities: the signature of transformers' interface."""
-    if _tracing():
+    if torch.compiler.is_compiling() or tracing.recorded(query):
         return _sdpa(module, query, key, value, attention_mask, dropout, scaling, is_causal, kwargs)
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     reason = _obstacle(query, key, value, attention_mask, dropout, bool(causal), kwargs)
@@ -110,6 +112,8 @@ def _obstacle(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float, causal: bool, rest: dict[str, Any]
 ) -> str | None:
     """Why it is not plain bidirectional attention, or None."""
+    if (observer := tracing.observed(query, key, value, mask)) is not None:
+        return observer
     if query.shape[2] != key.shape[2]:
         return "queries and keys of different lengths"
     if query.shape != key.shape or query.shape != value.shape:
@@ -123,8 +127,6 @@ def _obstacle(
     for name, value_ in rest.items():
         if value_ is not None and value_ is not False and name not in _HARMLESS:
             return f"the argument {name}"
-    if type(query) is not Tensor:
-        return "a tensor of another kind"
     return None
 
 
@@ -149,11 +151,14 @@ def _sdpa(module: Any, query: Any, key: Any, value: Any, mask: Any, dropout: Any
           rest: dict[str, Any]) -> tuple[Tensor, None]:  # fmt: skip
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-    out: tuple[Tensor, None] = sdpa_attention_forward(
-        module, query, key, value, mask, dropout=dropout, scaling=scaling, is_causal=causal, **rest
-    )
+    # Of PyTorch's implementations only this one has a rule for every transform.
+    plainly = sdpa_kernel(SDPBackend.MATH) if tracing.differentiated() else nullcontext()
+    with plainly:
+        out: tuple[Tensor, None] = sdpa_attention_forward(
+            module, query, key, value, mask, dropout=dropout, scaling=scaling, is_causal=causal, **rest
+        )
     return out
 
 
-def _tracing() -> bool:
-    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+def _has_values(mask: Tensor) -> bool:
+    return not torch.compiler.is_compiling() and tracing.transformed(mask) is None

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastbert import varlen
+from fastbert import tracing, varlen
 from fastbert.adapters import versions
 from fastbert.adapters.live import LiveEncoder, Options, Unsupported
 from fastbert.adapters.mapping import COVERED, Mapping
@@ -137,7 +137,7 @@ def parameter_names(forward: Any) -> tuple[str, ...]:
 
 def forward(live: nn.Module, state: State, original: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The output of `original(live, *args, **kwargs)`, by whichever can."""
-    if torch.jit.is_tracing() or torch.compiler.is_exporting():
+    if tracing.recorded(*args, *kwargs.values()):
         return original(live, *args, **kwargs)  # neither counted nor logged: the tracer would record that
     return _forward(live, state, original, args, kwargs)
 
@@ -174,7 +174,7 @@ def model_obstacle(live: nn.Module) -> str | None:
 
 def _obstacle(live: nn.Module, state: State, call: dict[str, Any], names: tuple[str, ...]) -> str | None:
     """names: of forward's arguments. What in the call, or in the state of the whole model, we do not do; or None."""
-    if (reason := model_obstacle(live)) is not None:
+    if (reason := tracing.observed() or model_obstacle(live)) is not None:
         return reason
     config: Any = live.config
     for name, value in call.items():

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fastbert import tracing
 from fastbert.adapters import calls, versions
 from fastbert.adapters.calls import OURS, STATE, Counted, State
 from fastbert.adapters.live import Options, Unsupported
@@ -148,6 +149,8 @@ def encode(live: Any, state: SentenceState, original: Any, args: tuple[Any, ...]
     if clash or _is_wrong(live, texts, call):
         return original(live, *args, **kwargs)  # which raises, or has nothing to do
     try:
+        if (reason := tracing.observed()) is not None:
+            raise Unsupported(reason)
         plan = _Plan(live, texts, call)
         if any(module.training for module in live.modules()):
             live.eval()
@@ -281,8 +284,7 @@ def _pipeline(live: Any, state: SentenceState, prompted: bool) -> Pipeline:
         raise Unsupported(f"pooling by {', '.join(modes)} that leaves the prompt out")
     embeddings = encoder.model.embeddings
     limit = transformer.max_seq_length
-    n_positions = embeddings.position_embeddings.num_embeddings - encoder.model.config.position_offset
-    if limit is None or limit > n_positions:
+    if limit is None or limit > encoder.model.longest_text:
         raise Unsupported(f"max_seq_length is {limit}")
     if not hasattr(embeddings.word_embeddings, "num_embeddings"):
         raise Unsupported("its word embeddings are an adapter")

@@ -90,8 +90,12 @@ def takes_prompt_for_cls(pooling: Any) -> bool:
 
     place = pooling_modes(pooling).index("cls")
     width = pooling.pooling_output_dimension // len(pooling_modes(pooling))
-    tokens = torch.arange(3.0)[None, :, None].expand(1, 3, width)
-    features = {"token_embeddings": tokens, "attention_mask": torch.ones(1, 3, dtype=torch.int64), "prompt_length": 1}
+    tokens = torch.arange(3.0, device="cpu")[None, :, None].expand(1, 3, width)
+    features = {
+        "token_embeddings": tokens,
+        "attention_mask": torch.ones(1, 3, dtype=torch.int64, device="cpu"),
+        "prompt_length": 1,
+    }
     return bool(pooling(features)["sentence_embedding"][0, place * width] == 0)
 
 

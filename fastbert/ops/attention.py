@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from fastbert import tracing
 from fastbert.ops import dispatch
 from fastbert.ops.dispatch import AUTO, Policy
 from fastbert.ops.library import register
@@ -35,10 +36,10 @@ def group_by_length(cu_seqlens_cpu: torch.Tensor, device: torch.device) -> tuple
     for length, n_seqs in zip(distinct.tolist(), counts.tolist(), strict=True):
         starts = cu_seqlens_cpu[:-1].long()[order[:n_seqs]]
         order = order[n_seqs:]
-        rows = (starts[:, None] + torch.arange(length)).flatten()
+        rows = (starts[:, None] + torch.arange(length, device=starts.device)).flatten()
         all_rows.append(rows)
         first = int(starts[0])
-        neighbours = bool((starts == first + length * torch.arange(n_seqs)).all())
+        neighbours = bool((starts == first + length * torch.arange(n_seqs, device=starts.device)).all())
         groups.append((n_seqs, length, slice(first, first + n_seqs * length) if neighbours else rows.to(device)))
     if not groups:
         return [], None
@@ -63,12 +64,37 @@ def _grouped(
         part = qkv[rows] if isinstance(rows, slice) else qkv.index_select(0, rows)
         part = part.view(n_seqs, length, 3, num_heads, hidden_size // num_heads)
         q, k, v = part.permute(2, 0, 3, 1, 4)  # each (sequences, N, length, D)
-        out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, scale=scale)
+        out = _attention(q, k, v, None, scale, dropout_p)
         outs.append(out.transpose(1, 2).reshape(n_seqs * length, hidden_size))
     out = outs[0] if len(outs) == 1 else torch.cat(outs)
     out = out if ungroup is None else out.index_select(0, ungroup)
     # Rows that belong to no sequence fill the last ones up.
     return out if out.shape[0] == qkv.shape[0] else F.pad(out, (0, 0, 0, qkv.shape[0] - out.shape[0]))
+
+
+def _attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, valid: torch.Tensor | None, scale: float | None, dropout_p: float
+) -> torch.Tensor:
+    """softmax(scale * q k^T) v over the keys that are valid, (B, 1, 1, S) bool. Each (B, N, S, D)."""
+    if not tracing.differentiated():
+        return F.scaled_dot_product_attention(q, k, v, valid, dropout_p=dropout_p, scale=scale)
+    scores = q @ k.transpose(-1, -2) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    if valid is not None:
+        scores = scores.masked_fill(~valid, torch.finfo(scores.dtype).min)
+    return F.dropout(torch.softmax(scores, dim=-1), dropout_p) @ v
+
+
+def _in_place(
+    qkv: torch.Tensor, batch: PackedBatch, num_heads: int, scale: float | None, dropout_p: float
+) -> torch.Tensor:
+    """Attention of a `varlen.in_place` batch, (B * S, 3 * N * D) -> (B * S, N * D), with its padding masked."""
+    assert batch.valid is not None
+    qkv = qkv.reshape(batch.batch_size, batch.padded_length, 3, num_heads, -1)
+    q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind()  # each (B, N, S, D)
+    # A row without tokens attends to all of its padding: what comes of it is finite, and cleared later.
+    valid = batch.valid | ~batch.valid.any(1, keepdim=True)
+    out = _attention(q, k, v, valid[:, None, None, :], scale, dropout_p)
+    return out.transpose(1, 2).flatten(2).flatten(0, 1)
 
 
 def _eager(
@@ -99,7 +125,7 @@ def _grouped_backward(
     """
     head_size = qkv.shape[1] // (3 * num_heads)
     compute_dtype = torch.promote_types(qkv.dtype, torch.float32)
-    out = torch.empty_like(qkv)
+    out = torch.zeros_like(qkv)  # rows that belong to no sequence have no gradient
     for n_seqs, length, rows in group_by_length(cu_seqlens_cpu, qkv.device)[0]:
         part = qkv[rows].to(compute_dtype).view(n_seqs, length, 3, num_heads, head_size)
         q, k, v = part.permute(2, 0, 3, 1, 4)  # each (sequences, N, length, D)
@@ -138,12 +164,19 @@ def _kernel(
 
 def _backward(grad: torch.Tensor, qkv: torch.Tensor, *rest: Any) -> tuple[torch.Tensor | None, ...]:
     _, cu_seqlens_cpu, _, _, num_heads, scale, *_ = rest
-    d_qkv = torch.ops.fastbert.varlen_attention_backward(grad, qkv, cu_seqlens_cpu, num_heads, scale)
-    return d_qkv, *(None for _ in rest)
+    return _qkv_gradient(grad, qkv, cu_seqlens_cpu, num_heads, scale), *(None for _ in rest)
 
 
 def _grouped_op_backward(grad: torch.Tensor, *inputs: Any) -> tuple[torch.Tensor | None, ...]:
-    return torch.ops.fastbert.varlen_attention_backward(grad, *inputs), None, None, None
+    return _qkv_gradient(grad, *inputs), None, None, None
+
+
+def _qkv_gradient(
+    grad: torch.Tensor, qkv: torch.Tensor, cu_seqlens_cpu: torch.Tensor, num_heads: int, scale: float
+) -> torch.Tensor:
+    # The operation has no derivative of its own; what it computes has, where one is wanted (create_graph=True).
+    run = _grouped_backward if torch.is_grad_enabled() else torch.ops.fastbert.varlen_attention_backward
+    return run(grad, qkv, cu_seqlens_cpu, num_heads, scale)
 
 
 def _fake(qkv: torch.Tensor, *rest: Any) -> torch.Tensor:
@@ -196,6 +229,8 @@ def cpu_obstacle(head_size: int, qkv: torch.Tensor, dropout_p: float = 0.0) -> s
         return f"head size {head_size} is no multiple of 16 up to 256"
     if dropout_p > 0.0:
         return "dropout"
+    if (transformed := tracing.transformed(qkv)) is not None:
+        return transformed
     return _kernels_unavailable()
 
 
@@ -310,17 +345,22 @@ def varlen_attention(
     qkv: (T, 3 * N * D), laid out [q | k | v], each (N, D). scale: D^-0.5 by default. dropout_p: of the probabilities.
     Returns (T, N * D) in qkv's dtype. Raises ValueError for shapes that do not fit.
     """
+    if batch.valid is not None:
+        in_place = tracing.transformed(qkv) or "the batch keeps the rows of its padding"
+        dispatch.choose("attention", policy.backend, policy.strict, qkv.device, in_place)
+        dispatch.check_invariant("attention", policy, "cpu", in_place)
+        return _in_place(qkv, batch, num_heads, scale, dropout_p)
     if qkv.dim() != 2 or qkv.shape[1] % (3 * num_heads) or qkv.shape[0] != batch.n_tokens:
         expected = f"(T, 3 * N * D) with T = {batch.n_tokens} and N = {num_heads}"
         raise ValueError(f"qkv: expected shape {expected}, got {tuple(qkv.shape)}")
     head_size = qkv.shape[1] // (3 * num_heads)
     scale = head_size**-0.5 if scale is None else scale
     why_not = obstacle(head_size, qkv, dropout_p)
-    tracing = torch.compiler.is_compiling()
+    compiling = torch.compiler.is_compiling()
     backend = dispatch.choose("attention", policy.backend, policy.strict, qkv.device, why_not)
     if backend == "triton":
         # A tracer finds the plan if `prepare` made it; otherwise the operation makes one when it runs.
-        unplanned = tracing and not batch.has_plan(_plan_key(qkv.dtype, head_size, policy))
+        unplanned = compiling and not batch.has_plan(_plan_key(qkv.dtype, head_size, policy))
         if unplanned and policy.batch_invariant:
             raise dispatch.BackendError("batch_invariant: a traced model needs the batch's plan: see prepare_attention")
         plan = None, None, None
@@ -335,7 +375,8 @@ def varlen_attention(
             _compiled if dispatch.direct(qkv) else torch.ops.fastbert.cpu_attention
         )  # less to go through, for a short text
         return run(qkv, batch.cu_seqlens_cpu, num_heads, scale)
-    if tracing and dropout_p == 0.0:
+    differentiable = torch.is_grad_enabled() and qkv.requires_grad and tracing.transformed(qkv) is None
+    if (compiling or differentiable) and dropout_p == 0.0:  # PyTorch's own has no second derivative
         return torch.ops.fastbert.grouped_attention(qkv, batch.cu_seqlens_cpu, num_heads, scale)
     groups, ungroup = batch.plan("groups", lambda: group_by_length(batch.cu_seqlens_cpu, batch.device))
     return _grouped(qkv, groups, ungroup, num_heads, scale, dropout_p)

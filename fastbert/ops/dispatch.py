@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 import torch
 
+from fastbert import tracing
 from fastbert.tracing import constant
 from fastbert_kernels import cpu
 
@@ -131,8 +132,7 @@ def check_invariant(op: str, policy: Policy, backend: str, obstacle: str | None 
     """
     if policy.batch_invariant:
         reason = obstacle if backend == "cpu" else "the tensors are on no GPU and no CPU"
-        if torch.compiler.is_compiling():
-            reason = "torch.compile and torch.export would make operations of their own of it"
+        reason = tracing.observed() if reason is None or torch.compiler.is_compiling() else reason
         if reason is not None:
             _refuse(f"batch_invariant: {op}: {reason}")
 
@@ -171,16 +171,16 @@ def _gpu_unsupported(index: int) -> str | None:
 
 
 def dtype_obstacle(*tensors: torch.Tensor | None) -> str | None:
-    """Why the triton backend cannot take these dtypes, or None. All given tensors must share one."""
+    """Why the triton backend cannot take these, or None. All given tensors must share one dtype."""
     present = [t for t in tensors if t is not None]
     dtype = present[0].dtype
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"there are no Triton kernels for {dtype}"
     if any(t.dtype != dtype for t in present):
         return f"mixed dtypes: {', '.join(sorted({str(t.dtype) for t in present}))}"
-    if torch.is_autocast_enabled(present[0].device.type):
-        return "autocast is on"
-    return None
+    if (transformed := tracing.transformed(*present)) is not None:
+        return transformed
+    return "autocast is on" if torch.is_autocast_enabled(present[0].device.type) else None
 
 
 def dropout_obstacle(dropout_p: float) -> str | None:
@@ -195,7 +195,7 @@ def training_obstacle(dropout_p: float) -> str | None:
 
 def direct(x: torch.Tensor) -> bool:
     """Whether a C++ kernel may be given x's address: nobody traces, watches, or wants gradients of what comes of it."""
-    if torch.compiler.is_compiling() or type(x) is not torch.Tensor or torch._C._len_torch_dispatch_stack() > 0:
+    if type(x) is not torch.Tensor or tracing.observed() is not None:
         return False
     return not (torch.is_grad_enabled() and x.requires_grad)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from fastbert import tracing
 from fastbert.ops import dispatch
 from fastbert.ops.dispatch import AUTO, Policy
 from fastbert.ops.library import register
@@ -115,7 +116,7 @@ def embedding_layer_norm(
         raise ValueError("token_type, token_type_ids: expected both or neither")
     if (input_ids is None) == (inputs_embeds is None):
         raise ValueError("input_ids, inputs_embeds: expected exactly one of the two")
-    if inputs_embeds is not None and inputs_embeds.shape != (position_ids.shape[0], hidden_size):
+    if inputs_embeds is not None and tracing.differ(inputs_embeds.shape, (position_ids.shape[0], hidden_size)):
         came, expected = tuple(inputs_embeds.shape), (position_ids.shape[0], hidden_size)
         raise ValueError(f"inputs_embeds: expected shape {expected}, got {came}")
     words = word if inputs_embeds is None else inputs_embeds
@@ -141,13 +142,13 @@ def _seen_within(ids: torch.Tensor, size: int) -> bool:
 def check_ids(**ids: tuple[torch.Tensor | None, int]) -> None:
     """Raises IndexError where an id lies outside its table; name=(ids, table size). One look at the device for all.
 
-    Raises TypeError for ids that are not integers. An exported program does not look at the values.
+    Raises TypeError for ids that are not integers. No program that is exported, traced or transformed looks at values.
     """
     present = {name: (t, size) for name, (t, size) in ids.items() if t is not None}
     for name, (tensor, _) in present.items():
         if tensor.dtype not in (torch.int64, torch.int32):
             raise TypeError(f"{name}: expected dtype int64 or int32, got {tensor.dtype}")
-    if torch.compiler.is_exporting():
+    if torch.compiler.is_exporting() or tracing.transformed(*(tensor for tensor, _ in present.values())) is not None:
         return
     present = {name: (t, size) for name, (t, size) in present.items() if not _seen_within(t, size)}
     if not present:

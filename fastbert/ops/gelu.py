@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from fastbert import tracing
 from fastbert.ops import dispatch
 from fastbert.ops.dispatch import AUTO, Policy
 from fastbert.ops.elementwise import elementwise
@@ -63,7 +64,7 @@ def bias_gelu(
     """
     if activation not in ("gelu", "gelu_tanh", "relu"):
         raise ValueError(f"activation: expected 'gelu', 'gelu_tanh' or 'relu', got {activation!r}")
-    if bias is not None and bias.shape != (x.shape[-1],):
+    if bias is not None and tracing.differ(bias.shape, (x.shape[-1],)):
         raise ValueError(f"bias: expected shape ({x.shape[-1]},), got {tuple(bias.shape)}")
     why_not = dispatch.dtype_obstacle(x, bias) or activation_obstacle(activation)
     backend = dispatch.choose("bias_gelu", policy.backend, policy.strict, x.device, why_not)

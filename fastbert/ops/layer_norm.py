@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from fastbert import tracing
 from fastbert.ops import dispatch
 from fastbert.ops.dispatch import AUTO, Policy
 from fastbert.ops.library import register
@@ -82,9 +83,9 @@ def bias_residual_layer_norm(
     """
     hidden_size = x.shape[-1]
     for name, tensor in (("bias", bias), ("weight", weight), ("ln_bias", ln_bias)):
-        if tensor is not None and tensor.shape != (hidden_size,):
+        if tensor is not None and tracing.differ(tensor.shape, (hidden_size,)):
             raise ValueError(f"{name}: expected shape ({hidden_size},), got {tuple(tensor.shape)}")
-    if residual is not None and residual.shape != x.shape:
+    if residual is not None and tracing.differ(residual.shape, x.shape):
         raise ValueError(f"residual: expected the shape of x, {tuple(x.shape)}, got {tuple(residual.shape)}")
     why_not = obstacle(hidden_size, x, bias, residual, weight, ln_bias, dropout_p=dropout_p)
     backend = dispatch.choose("layer_norm", policy.backend, policy.strict, x.device, why_not)

@@ -42,12 +42,13 @@ def register(
         if backward is not None:
             return backward(grad, *inputs)
         wanted = [i for i, needed in enumerate(ctx.needs_input_grad) if needed]
+        again = torch.is_grad_enabled()  # create_graph=True: what comes is differentiated once more
         for i in wanted:
-            inputs[i] = inputs[i].detach().requires_grad_()
+            inputs[i] = inputs[i].view_as(inputs[i]) if again else inputs[i].detach().requires_grad_()
         with torch.enable_grad():
             output = eager(*inputs)
         grads: list[torch.Tensor | None] = [None] * len(inputs)
-        given = torch.autograd.grad(output, [inputs[i] for i in wanted], grad, allow_unused=True)
+        given = torch.autograd.grad(output, [inputs[i] for i in wanted], grad, allow_unused=True, create_graph=again)
         for i, g in zip(wanted, given, strict=True):
             grads[i] = g
         return tuple(grads)

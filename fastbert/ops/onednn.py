@@ -29,7 +29,7 @@ def _missing() -> str | None:
         return "this PyTorch has no oneDNN"
     try:
         with torch.inference_mode(False), torch.no_grad():
-            x = torch.ones(2, 4)
+            x = torch.ones(2, 4, dtype=torch.float32, device="cpu")
             weight = torch.ops.mkldnn._reorder_linear_weight(x, None)
             first = torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
             out = torch.ops.mkldnn._linear_pointwise.binary(x, first, weight, None, "add")

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
+from fastbert import tracing
 from fastbert.derived import on_rewrite
 from fastbert.ops import onednn
 from fastbert.silent_writes import Writes
@@ -44,13 +45,13 @@ def _operands_obstacle(x: torch.Tensor, weight: torch.Tensor, others: tuple[torc
     tensors = [x, weight, *(t for t in others if t is not None)]
     if any(t.device.type != "cpu" for t in tensors):
         return f"the tensors are on {x.device}"
-    if torch.compiler.is_compiling():
-        return "torch.compile fuses F.linear itself"
+    if (observer := tracing.observed()) is not None:
+        return observer
     if any(t.dtype != x.dtype for t in tensors) or torch.is_autocast_enabled("cpu"):
         return "mixed dtypes"
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         return "gradients are needed (torch.no_grad or torch.inference_mode turns them off)"
-    if any(type(t) not in (torch.Tensor, torch.nn.Parameter) for t in tensors):
+    if any(type(t) not in tracing.PLAIN for t in tensors):
         return "the weight is no plain tensor, whose changes are counted"
     return None
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from fastbert import tracing
 from fastbert.ops import dispatch
 from fastbert.ops.dispatch import AUTO, Policy
 from fastbert.ops.library import register
@@ -19,10 +20,19 @@ MODES = ("cls", "mean", "max", "weighted_mean", "last", "mean_sqrt_len")
 
 def _sums(hidden: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
     """(T, H) -> (B, H): the sum over each sequence."""
-    if hidden.device.type == "cpu" and not torch.compiler.is_compiling():
+    if (hidden.device.type == "cpu" and not torch.compiler.is_compiling()) or tracing.transformed(hidden) is not None:
         # On CPUs segment_reduce adds row after row, which loses bits over a long text; sum() adds in a cascade.
+        # It has no rule for transforms either.
         return torch.stack([part.sum(0) for part in hidden.split(offsets.diff().tolist())])
     return torch.segment_reduce(hidden, "sum", offsets=offsets, axis=0)
+
+
+def _maxima(hidden: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+    """(T, H) -> (B, H): the greatest of each column over each sequence; anything for an empty one."""
+    if tracing.transformed(hidden) is None:
+        return torch.segment_reduce(hidden, "max", offsets=offsets, axis=0)
+    parts = hidden.split(offsets.diff().tolist())  # segment_reduce has no rule for transforms
+    return torch.stack([part.amax(0) if part.shape[0] else hidden[0] for part in parts])
 
 
 def _eager(
@@ -39,7 +49,7 @@ def _eager(
         rows = offsets[:-1] if mode == "cls" else offsets[1:] - 1
         pooled = hidden.index_select(0, rows.clamp(0, hidden.shape[0] - 1))
     elif mode == "max":
-        pooled = torch.segment_reduce(hidden, "max", offsets=offsets, axis=0)
+        pooled = _maxima(hidden, offsets)
     else:
         n = lengths.clamp(min=1).to(hidden.dtype)[:, None]
         if mode == "weighted_mean":
@@ -102,13 +112,13 @@ def _invariant(
     if mode == "weighted_mean":
         ends = cu_seqlens.long()
         starts = torch.repeat_interleave(ends[:-1], ends.diff(), output_size=hidden.shape[0])
-        places = torch.arange(1, hidden.shape[0] + 1) - starts
+        places = torch.arange(1, hidden.shape[0] + 1, device=hidden.device) - starts
         weighted = hidden.float() * places.float()[:, None]
         pooled = cpu.pool_forward(weighted, cu_seqlens, "mean") / ((ends.diff()[:, None] + 1) / 2)
     else:
         pooled = _eager(hidden, cu_seqlens, mode, False, torch.float32)
     if normalize:
-        one_row_each = torch.arange(len(pooled) + 1, dtype=torch.int32)
+        one_row_each = torch.arange(len(pooled) + 1, dtype=torch.int32, device=pooled.device)
         pooled = cpu.pool_forward(_rows(pooled), one_row_each, "mean", True)
     return pooled.to(out_dtype)
 

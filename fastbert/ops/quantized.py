@@ -53,7 +53,7 @@ def check_precision(precision: str | None) -> str | None:
 
 def hadamard(n: int, device: torch.device | None = None) -> Tensor:
     """(n, n) float32, n a power of two: H[i, j] = -1 where i & j has an odd number of bits, else 1; H H = n I."""
-    h = torch.ones(1, 1, device=device)
+    h = torch.ones(1, 1, dtype=torch.float32, device="cpu" if device is None else device)
     while h.shape[0] < n:
         h = torch.cat([torch.cat([h, h], 1), torch.cat([h, -h], 1)])
     return h

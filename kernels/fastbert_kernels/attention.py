@@ -227,7 +227,7 @@ def build_work_list(
                 tiles.append((start, cu_seqlens[next_seq], seq, next_seq))
         seq = next_seq
     tiles.sort(key=lambda tile: cu_seqlens[tile[2]] - cu_seqlens[tile[3]])
-    return torch.tensor(tiles, dtype=torch.int32).reshape(-1, 4)
+    return torch.tensor(tiles, dtype=torch.int32, device="cpu").reshape(-1, 4)
 
 
 def max_short_tiles(n_tokens: int) -> int:

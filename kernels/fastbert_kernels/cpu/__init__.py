@@ -161,7 +161,7 @@ def _address(tensor: torch.Tensor | None) -> int | None:
 
 def empty(shape: tuple[int, ...], *, like: torch.Tensor) -> torch.Tensor:
     """What a kernel writes its output to."""
-    return torch.empty(shape, dtype=like.dtype)
+    return torch.empty(shape, dtype=like.dtype, device="cpu")  # whatever the default device is
 
 
 def varlen_attention_forward(
@@ -213,7 +213,7 @@ def pool_forward(
     normalize: to length 1. Returns (B, H) float32. Raises ValueError for other offsets.
     """
     offsets, (n_rows, size), n_seqs = cu_seqlens.contiguous(), hidden.shape, cu_seqlens.shape[0] - 1
-    out = torch.empty(n_seqs, size)
+    out = torch.empty(n_seqs, size, dtype=torch.float32, device="cpu")
     status = _function("pool", hidden.dtype)(
         hidden.data_ptr(), hidden.stride(0), n_rows, offsets.data_ptr(), n_seqs, size,
         mode == "mean_sqrt_len", normalize, out.data_ptr(),
@@ -225,7 +225,7 @@ def pool_forward(
 def pack_weight(weight: torch.Tensor) -> torch.Tensor:
     """(M, K), of a dtype that `multiplies` -> the same in the order in which `linear_forward` reads it."""
     weight = weight if weight.stride(-1) == 1 else weight.contiguous()
-    packed = torch.empty(_load()[0].fastbert_packed_size(*weight.shape), dtype=weight.dtype)
+    packed = torch.empty(_load()[0].fastbert_packed_size(*weight.shape), dtype=weight.dtype, device="cpu")
     _function("pack", weight.dtype)(weight.data_ptr(), weight.stride(0), *weight.shape, packed.data_ptr())
     return packed
 
@@ -335,9 +335,10 @@ def pack_int8(data: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None
     """data: (M, K) int8, -127 to 127; scale: (M,) float32; bias: (M,) or None. K at most 66,000."""
     library, (n_columns, k) = _load()[0], data.shape
     data = data.contiguous()
-    packed = torch.empty(library.fastbert_packed_size_int8(n_columns, k), dtype=torch.int8)
+    packed = torch.empty(library.fastbert_packed_size_int8(n_columns, k), dtype=torch.int8, device="cpu")
     library.fastbert_pack_int8(data.data_ptr(), n_columns, k, packed.data_ptr())
-    columns = torch.zeros(3, library.fastbert_padded_columns_int8(n_columns))
+    n_padded = library.fastbert_padded_columns_int8(n_columns)
+    columns = torch.zeros(3, n_padded, dtype=torch.float32, device="cpu")
     columns[0, :n_columns] = scale
     columns[1, :n_columns] = scale * data.sum(1, dtype=torch.int64)
     if bias is not None:
@@ -351,7 +352,7 @@ def quantize_forward(x: torch.Tensor, rotated: bool = False) -> tuple[torch.Tens
     """
     n_rows, k = x.shape
     # Products read rows in steps of four.
-    q = torch.empty((n_rows, -(-k // 4) * 4), dtype=torch.uint8)
+    q = torch.empty((n_rows, -(-k // 4) * 4), dtype=torch.uint8, device="cpu")
     affine = empty((n_rows, 2), like=x.new_empty(0, dtype=torch.float32))
     function = _function("quantize", x.dtype)
     function(x.data_ptr(), x.stride(0), n_rows, k, rotated, q.data_ptr(), q.stride(0), affine.data_ptr())
