@@ -13,7 +13,7 @@ import uuid
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from fastbert.hub import resolve as resolve
 
 logger = logging.getLogger("fastbert")
 
-_SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
+_SHARD = re.compile(r"-\d{5}-of-\d{5}\.safetensors")  # what follows "model", or "model.fp16"
 
 # Buffers that old transformers versions stored beside the weights.
 _STORED_BUFFER = re.compile(r"(.*\.)?embeddings\.(position_ids|token_type_ids)")
@@ -54,11 +54,13 @@ class Match:
     """A checkpoint's tensors under the names a model expects.
 
     ``missing`` holds names of the model, in its order; ``unexpected`` holds names of the checkpoint, in its order.
+    ``mismatched``, a part of ``missing``: names whose tensor has another shape, that shape and the expected one.
     """
 
     state: dict[str, torch.Tensor]
     missing: list[str]
     unexpected: list[str]
+    mismatched: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = field(default_factory=dict)
 
 
 def read_state_dict(
@@ -187,7 +189,11 @@ def _canonical(state: dict[str, torch.Tensor], path: Path) -> dict[str, torch.Te
 
 
 def match(
-    state: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Size], *, base_prefix: str = "bert."
+    state: Mapping[str, torch.Tensor],
+    expected: Mapping[str, torch.Size],
+    *,
+    base_prefix: str = "bert.",
+    ignore_mismatched: bool = False,
 ) -> Match:
     """Rename a checkpoint's tensors to the names ``expected`` (name to shape) of a model.
 
@@ -196,7 +202,8 @@ def match(
     the other (the same tensor object); a twin the model has no place for is not unexpected if it holds the same
     numbers. A missing ``cls.predictions.decoder.weight`` stays missing: whether it is tied is the model's to know.
 
-    Raises ValueError that lists the tensors whose shape is not the expected one.
+    Raises ValueError that lists the tensors whose shape is not the expected one; with ``ignore_mismatched`` they are
+    left out instead.
     """
     matched = {name: tensor for name, tensor in state.items() if name in expected}
     unexpected: list[str] = []
@@ -215,11 +222,15 @@ def match(
         if twin in unexpected and name in matched and _same(matched[name], state[twin]):
             unexpected.remove(twin)
 
-    _check_shapes(matched, expected)
+    wrong = _mismatched(matched, expected)
+    if wrong and not ignore_mismatched:
+        _refuse_shapes(wrong)
+    matched = {name: tensor for name, tensor in matched.items() if name not in wrong}
     return Match(
         state={name: matched[name] for name in expected if name in matched},
         missing=[name for name in expected if name not in matched],
         unexpected=unexpected,
+        mismatched=wrong,
     )
 
 
@@ -227,14 +238,17 @@ def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
     return a is b or (a.dtype == b.dtype and torch.equal(a, b))
 
 
-def _check_shapes(matched: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Size]) -> None:
-    wrong = {
+def _mismatched(
+    matched: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Size]
+) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
+    return {
         name: (tuple(matched[name].shape), tuple(shape))
         for name, shape in expected.items()
         if name in matched and tuple(matched[name].shape) != tuple(shape)
     }
-    if not wrong:
-        return
+
+
+def _refuse_shapes(wrong: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]]) -> None:
     lines = [f"{len(wrong)} tensor(s) of the checkpoint do not have the shape that the model expects:"]
     listed = list(wrong.items())[:_MISMATCHES_LISTED]
     lines += [f"  {name}: came {came}, expected {want}" for name, (came, want) in listed]
@@ -242,14 +256,18 @@ def _check_shapes(matched: Mapping[str, torch.Tensor], expected: Mapping[str, to
         lines.append(f"  and {len(wrong) - _MISMATCHES_LISTED} more")
     hints: dict[str, str] = {}
     for name, (came, want) in wrong.items():
-        for ending, field in _ROWS.items():
+        for ending, setting in _ROWS.items():
             if name.endswith(ending) and came and want and came[1:] == want[1:]:
-                hints[field] = f"{field}: the checkpoint has {came[0]}, the model {want[0]}"
+                hints[setting] = f"{setting}: the checkpoint has {came[0]}, the model {want[0]}"
     raise ValueError("\n".join(lines + list(hints.values())))
 
 
 def write_state_dict(
-    state: Mapping[str, torch.Tensor], folder: str | os.PathLike[str], *, max_shard_size: int = 5 * 2**30
+    state: Mapping[str, torch.Tensor],
+    folder: str | os.PathLike[str],
+    *,
+    max_shard_size: int = 5 * 2**30,
+    variant: str | None = None,
 ) -> None:
     """Write ``state`` to ``folder`` as safetensors, in the layout of transformers' ``save_pretrained``.
 
@@ -257,7 +275,8 @@ def write_state_dict(
     ``model.safetensors.index.json``. Every name passed is written in full: of tied tensors the caller drops one.
     Everything is written under temporary names first, so that an interrupted save leaves no half-written file under a
     final name and no index over shards of two saves. Safetensors files of a previous save that this one does not
-    replace are removed at the end; ``pytorch_model*.bin``, which readers look at last, is left alone.
+    replace are removed at the end; ``pytorch_model*.bin``, which readers look at last, is left alone. ``variant``: a
+    part of the names, as in `read_state_dict`.
 
     Raises ValueError if ``state`` is empty or ``max_shard_size`` not positive, TypeError for a value that is not a
     dense tensor with data.
@@ -275,11 +294,13 @@ def write_state_dict(
 
     shards = _split(state, max_shard_size)
     sharded = len(shards) > 1
+    single = _varied(SAFETENSORS, variant)
+    stem = single.removesuffix(".safetensors")
     if sharded:
-        paths = [folder / f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
+        paths = [folder / f"{stem}-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
     else:
-        paths = [folder / SAFETENSORS]
-    index = folder / SAFETENSORS_INDEX
+        paths = [folder / single]
+    index = folder / _varied(SAFETENSORS_INDEX, variant)
     with ExitStack() as pending:
         for path, names in zip(paths, shards, strict=True):
             _save_file({name: state[name] for name in names}, pending.enter_context(_replacing(path)))
@@ -295,7 +316,8 @@ def write_state_dict(
         # Before its shards: an index is read ahead of the single file.
         index.unlink(missing_ok=True)
     for path in folder.iterdir():
-        if path not in paths and (path.name == SAFETENSORS or _SHARD.fullmatch(path.name)):
+        is_shard = path.name.startswith(stem) and _SHARD.fullmatch(path.name.removeprefix(stem))
+        if path not in paths and (path.name == single or is_shard):
             path.unlink()
 
 

@@ -7,6 +7,7 @@ are zero at padding positions, and padding positions enter no loss.
 
 from __future__ import annotations
 
+import functools
 import logging
 from typing import Any
 
@@ -18,6 +19,7 @@ from fastbert import ops, outputs, varlen
 from fastbert.checkpoint import Match
 from fastbert.config import BertConfig
 from fastbert.families import Head
+from fastbert.forward_arguments import takes_theirs
 from fastbert.model import BertModel, Encoded, dense, wants_dict
 from fastbert.ops import Policy
 from fastbert.pretrained import PreTrainedModel
@@ -132,9 +134,6 @@ class _WithHead(PreTrainedModel):
     def cuda_graphs(self, enabled: bool) -> None:
         self.bert.cuda_graphs = enabled
 
-    def get_input_embeddings(self) -> nn.Embedding:
-        return self.bert.embeddings.word_embeddings
-
     def _output(self, output: outputs.ModelOutput, return_dict: bool | None) -> Any:
         return output if wants_dict(self.config, return_dict) else output.to_tuple()
 
@@ -167,11 +166,13 @@ class _WithDecoder(_WithHead):
     _untied: frozenset[str] = frozenset()
 
     def tie_weights(self) -> None:
-        for name in self.tied_names():
-            setattr(self.cls.predictions.decoder, name.rpartition(".")[2], self.get_parameter(TIED[name]))
+        for name, other in self.tied_pairs().items():
+            setattr(self.cls.predictions.decoder, name.rpartition(".")[2], self.get_parameter(other))
 
-    def tied_names(self) -> set[str]:
-        return set(TIED) - self._untied if self.config.tie_word_embeddings else set()
+    def tied_pairs(self) -> dict[str, str]:
+        if not self.config.tie_word_embeddings:
+            return {}
+        return {name: other for name, other in TIED.items() if name not in self._untied}
 
     def _settle_ties(self, matched: Match, src: str) -> None:
         state = matched.state
@@ -189,6 +190,18 @@ class _WithDecoder(_WithHead):
 
     def get_output_embeddings(self) -> nn.Module:
         return self.cls.predictions.decoder
+
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        self.cls.predictions.decoder = value
+
+    def _resize_decoder(self, n_words: int, mean_resizing: bool) -> None:
+        head = self.cls.predictions
+        rows = functools.partial(self._more_rows, n_rows=n_words, mean_resizing=mean_resizing)
+        old = head.decoder
+        head.decoder = nn.Linear(old.in_features, n_words, device="meta").train(old.training)
+        head.decoder.weight = nn.Parameter(rows(old.weight), old.weight.requires_grad)
+        head.decoder.bias = nn.Parameter(rows(old.bias), old.bias.requires_grad)
+        head.bias = nn.Parameter(rows(head.bias), head.bias.requires_grad)
 
 
 def token_loss(logits: Tensor, labels: Tensor | None, batch: varlen.PackedBatch) -> Tensor | None:
@@ -220,6 +233,7 @@ class BertForPreTraining(_WithDecoder):
     def add_head(self, config: BertConfig) -> None:
         self.cls = BertPreTrainingHeads(config)
 
+    @takes_theirs
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -265,6 +279,7 @@ class BertForMaskedLM(_WithDecoder):
     def add_head(self, config: BertConfig) -> None:
         self.cls = BertOnlyMLMHead(config)
 
+    @takes_theirs
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -300,6 +315,7 @@ class BertForNextSentencePrediction(_WithHead):
     def add_head(self, config: BertConfig) -> None:
         self.cls = BertOnlyNSPHead(config)
 
+    @takes_theirs
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -334,6 +350,7 @@ class BertForSequenceClassification(_WithHead):
         else:
             self.classifier = FirstTokenHead(config, self._head, self._dropout(config), config.num_labels)
 
+    @takes_theirs
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -394,6 +411,7 @@ class BertForMultipleChoice(_WithHead):
     def add_head(self, config: BertConfig) -> None:
         self._add_classifier(config, 1)
 
+    @takes_theirs
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -430,6 +448,7 @@ class BertForTokenClassification(_WithHead):
     def add_head(self, config: BertConfig) -> None:
         self._add_classifier(config, config.num_labels)
 
+    @takes_theirs
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -468,6 +487,7 @@ class BertForQuestionAnswering(_WithHead):
         self.dropout = self._dropout(config)
         self.qa_outputs = nn.Linear(config.hidden_size, 2)
 
+    @takes_theirs
     def forward(
         self,
         input_ids: Tensor | None = None,

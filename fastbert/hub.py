@@ -58,7 +58,7 @@ def resolve(
     inside = _inside(subfolder)
     path = os.path.expanduser(text)
     if os.path.isdir(path):
-        if revision is not None:
+        if revision not in (None, "main"):  # the one that tools ask for where their user has said nothing
             raise ValueError(f"revision: got {revision!r}, but src {text!r} is a local folder, which has no revisions")
         return _part(Path(path), inside, text)
     if os.path.exists(path):

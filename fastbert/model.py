@@ -13,11 +13,13 @@ from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from fastbert import cpu_encoder, graphs, ops, quantized, reference, varlen
 from fastbert.config import BertConfig
 from fastbert.derived import Derived
 from fastbert.families import AFTER_PADDING
+from fastbert.forward_arguments import takes_theirs
 from fastbert.ops import Policy, attention, dispatch
 from fastbert.outputs import BaseModelOutputWithPooling
 from fastbert.pretrained import PreTrainedModel, first_parameter, listed
@@ -221,12 +223,17 @@ class BertEncoder(nn.Module):
     def __init__(self, config: BertConfig) -> None:
         super().__init__()
         self.layer = nn.ModuleList(BertLayer(config) for _ in range(config.num_hidden_layers))
+        self.gradient_checkpointing = False
+        self.checkpointing: dict[str, Any] = {}  # arguments of torch.utils.checkpoint.checkpoint
 
     def forward(self, x: Tensor, batch: PackedBatch, policy: Policy, keep_states: bool = True) -> list[Tensor]:
         """(T, H) -> the hidden states before the first layer and after each, L + 1 times (T, H), or the last alone."""
         states = [x]
         for layer in self.layer:
-            x = layer(x, batch, policy)
+            if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
+                x = checkpoint(layer, x, batch, policy, **self.checkpointing)
+            else:
+                x = layer(x, batch, policy)
             states = [*states, x] if keep_states else [x]
         return states
 
@@ -274,6 +281,8 @@ class BertModel(PreTrainedModel):
     Source: Devlin et al., "BERT: Pre-training of Deep Bidirectional Transformers", 2018, arXiv:1810.04805.
     """
 
+    _class_arguments = ("add_pooling_layer",)
+
     def __init__(
         self,
         config: BertConfig,
@@ -308,12 +317,7 @@ class BertModel(PreTrainedModel):
             self.pooler = None
         return super()._report_missing([name for name in missing if name not in pooler], src)
 
-    def get_input_embeddings(self) -> nn.Embedding:
-        return self.embeddings.word_embeddings
-
-    def set_input_embeddings(self, value: nn.Embedding) -> None:
-        self.embeddings.word_embeddings = value
-
+    @takes_theirs
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -400,9 +404,13 @@ class BertModel(PreTrainedModel):
             raise ValueError(f"{name}: expected shape {expected}, got {tuple(given.shape)}")
         shape = tuple(given.shape[:2])
         for other, tensor in (("attention_mask", attention_mask), ("token_type_ids", token_type_ids)):
-            if tensor is not None and tuple(tensor.shape) != shape:
+            if tensor is not None and tuple(tensor.shape) not in (shape, (1, shape[1])):
                 hint = " (masks of pairs of tokens are not supported)" if tensor.dim() > 2 else ""
                 raise ValueError(f"{other}: expected shape {shape} as {name}, got {tuple(tensor.shape)}{hint}")
+        if attention_mask is not None and attention_mask.shape[0] != shape[0]:
+            attention_mask = attention_mask.expand(shape)
+        if token_type_ids is not None and token_type_ids.shape[0] != shape[0]:
+            token_type_ids = token_type_ids.expand(shape)
         if position_ids is not None:
             if tuple(position_ids.shape) not in (shape, (1, shape[1])):
                 raise ValueError(f"position_ids: expected shape {shape}, got {tuple(position_ids.shape)}")
