@@ -1,4 +1,4 @@
-"""Arguments that transformers' forwards take besides ours: what asks for nothing is dropped, the rest refused by name."""
+"""Arguments that transformers' forwards take besides ours: dropped where they ask for nothing, or refused."""
 
 from __future__ import annotations
 

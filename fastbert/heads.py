@@ -15,14 +15,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastbert import ops, outputs, varlen
+from fastbert import hooks, ops, outputs, varlen
 from fastbert.checkpoint import Match
 from fastbert.config import BertConfig
 from fastbert.families import Head
 from fastbert.forward_arguments import takes_theirs
-from fastbert.model import BertModel, Encoded, dense, wants_dict
+from fastbert.model import BertModel, Encoded, as_it_is, dense, dropped, encode_by_call, is_plain_norm, wants_dict
 from fastbert.ops import Policy
 from fastbert.pretrained import PreTrainedModel
+from fastbert.varlen import PackedBatch
 
 IGNORED = -100
 
@@ -36,9 +37,14 @@ class BertPredictionHeadTransform(nn.Module):
         self.LayerNorm = nn.LayerNorm(config.embedding_width, eps=config.layer_norm_eps)
         self.activation = ops.ACTIVATIONS[config.family.head("MaskedLM").activation or config.hidden_act]
 
-    def forward(self, x: Tensor, policy: Policy) -> Tensor:  # (T, H) -> (T, E)
+    def forward(self, x: Tensor, policy: Policy = ops.AUTO, batch: PackedBatch | None = None) -> Tensor:
+        """(T, H) -> (T, E)"""
+        if x.dim() == 3:
+            return hooks.on_packed(BertPredictionHeadTransform.forward, self, x)
         norm = self.LayerNorm
-        x = dense(self.dense, x, policy, self.activation)
+        x = dense(self.dense, x, policy, self.activation, batch)
+        if not is_plain_norm(norm):
+            return as_it_is(norm, x, policy, batch)
         return ops.bias_residual_layer_norm(x, None, None, norm.weight, norm.bias, norm.eps, policy=policy)
 
 
@@ -49,8 +55,10 @@ class BertLMPredictionHead(nn.Module):
         self.decoder = nn.Linear(config.embedding_width, config.vocab_size)
         self.bias = nn.Parameter(torch.zeros(config.vocab_size))
 
-    def forward(self, x: Tensor, policy: Policy) -> Tensor:  # (T, H) -> (T, V)
-        return dense(self.decoder, self.transform(x, policy), policy)
+    def forward(self, x: Tensor, policy: Policy = ops.AUTO, batch: Any = None) -> Tensor:  # (T, H) -> (T, V)
+        if x.dim() == 3:
+            return hooks.on_packed(BertLMPredictionHead.forward, self, x)
+        return dense(self.decoder, hooks.call(self.transform, batch, policy, x), policy, batch=batch)
 
 
 class BertOnlyMLMHead(nn.Module):
@@ -58,11 +66,19 @@ class BertOnlyMLMHead(nn.Module):
         super().__init__()
         self.predictions = BertLMPredictionHead(config)
 
+    def forward(self, x: Tensor, policy: Policy = ops.AUTO, batch: Any = None) -> Tensor:  # (T, H) -> (T, V)
+        if x.dim() == 3:
+            return hooks.on_packed(BertOnlyMLMHead.forward, self, x)
+        return hooks.call(self.predictions, batch, policy, x)
+
 
 class BertOnlyNSPHead(nn.Module):
     def __init__(self, config: BertConfig) -> None:
         super().__init__()
         self.seq_relationship = nn.Linear(config.hidden_size, 2)
+
+    def forward(self, pooled: Tensor, policy: Policy = ops.AUTO) -> Tensor:  # (B, H) -> (B, 2)
+        return dense(self.seq_relationship, pooled, policy)
 
 
 class BertPreTrainingHeads(nn.Module):
@@ -70,6 +86,12 @@ class BertPreTrainingHeads(nn.Module):
         super().__init__()
         self.predictions = BertLMPredictionHead(config)
         self.seq_relationship = nn.Linear(config.hidden_size, 2)
+
+    def forward(self, x: Tensor, pooled: Tensor, policy: Policy = ops.AUTO, batch: Any = None) -> tuple[Tensor, Tensor]:
+        """(T, H) and (B, H) -> (T, V) and (B, 2)"""
+        if x.dim() == 3:
+            return hooks.on_packed(BertOnlyMLMHead.forward, self, x), dense(self.seq_relationship, pooled, policy)
+        return hooks.call(self.predictions, batch, policy, x), dense(self.seq_relationship, pooled, policy)
 
 
 class FirstTokenHead(nn.Module):
@@ -86,8 +108,11 @@ class FirstTokenHead(nn.Module):
         self.dropout = dropout
         self.out_proj = nn.Linear(config.hidden_size, n_outputs)
 
-    def forward(self, encoded: Encoded, policy: Policy) -> Tensor:  # -> (B, n_outputs)
-        x = ops.pool(encoded.last_hidden_state, encoded.batch.cu_seqlens, "cls", policy=policy)
+    def forward(self, x: Tensor, batch: Any = None, policy: Policy = ops.AUTO) -> Tensor:
+        """(T, H) -> (B, n_outputs)"""
+        if x.dim() == 3:
+            return hooks.on_packed(FirstTokenHead.forward, self, x, per_token=False)
+        x = ops.pool(x, batch.cu_seqlens, "cls", policy=policy)
         if self.dropout_first:
             x = self.dropout(x)
         if self.activation == "gelu":
@@ -133,6 +158,15 @@ class _WithHead(PreTrainedModel):
     @cuda_graphs.setter
     def cuda_graphs(self, enabled: bool) -> None:
         self.bert.cuda_graphs = enabled
+
+    def _encode(self, *inputs: Any) -> Encoded:
+        """The arguments of BertModel.encode; where somebody listens to the encoder, it is called as a module."""
+        return encode_by_call(self.bert, *inputs) if hooks.listened(self.bert) else self.bert.encode(*inputs)
+
+    def _of_tokens(self, module: nn.Module, encoded: Encoded) -> Tensor:
+        """module(dropout(x)) of each token, (T, H) -> (T, n)."""
+        x = dropped(self.dropout, encoded.last_hidden_state, encoded.batch)
+        return dense(module, x, self.policy, batch=encoded.batch)
 
     def _output(self, output: outputs.ModelOutput, return_dict: bool | None) -> Any:
         return output if wants_dict(self.config, return_dict) else output.to_tuple()
@@ -253,12 +287,13 @@ class BertForPreTraining(_WithDecoder):
         Returns prediction_logits (B, S, V) and seq_relationship_logits (B, 2); the loss is the sum of both, where both
         labels are given.
         """
-        encoded = self.bert.encode(
+        encoded = self._encode(
             input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, output_attentions,
             output_hidden_states,
         )  # fmt: skip
-        logits = self.cls.predictions(encoded.last_hidden_state, self.policy)
-        is_next = dense(self.cls.seq_relationship, self.bert.pool(encoded), self.policy)
+        logits, is_next = hooks.call_with_pooled(
+            self.cls, encoded.batch, self.policy, encoded.last_hidden_state, self.bert.pool(encoded)
+        )
         token = token_loss(logits, labels, encoded.batch)
         sentence = class_loss(is_next, next_sentence_label, "next_sentence_label")
         loss = None if token is None or sentence is None else token + sentence
@@ -294,11 +329,11 @@ class BertForMaskedLM(_WithDecoder):
         return_dict: bool | None = None,
     ) -> outputs.MaskedLMOutput | tuple[Tensor, ...]:
         """labels: (B, S) token ids, -100 where not asked. Returns logits (B, S, V)."""
-        encoded = self.bert.encode(
+        encoded = self._encode(
             input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, output_attentions,
             output_hidden_states,
         )  # fmt: skip
-        logits = self.cls.predictions(encoded.last_hidden_state, self.policy)
+        logits = hooks.call(self.cls, encoded.batch, self.policy, encoded.last_hidden_state)
         output = outputs.MaskedLMOutput(
             loss=token_loss(logits, labels, encoded.batch),
             logits=varlen.pad(logits, encoded.batch),
@@ -330,11 +365,12 @@ class BertForNextSentencePrediction(_WithHead):
         return_dict: bool | None = None,
     ) -> outputs.NextSentencePredictorOutput | tuple[Tensor, ...]:
         """labels: (B,), 0 = is next, 1 = random. Returns logits (B, 2); `p_is_next` of the output: probabilities."""
-        encoded = self.bert.encode(
+        encoded = self._encode(
             input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, output_attentions,
             output_hidden_states,
         )  # fmt: skip
-        logits = dense(self.cls.seq_relationship, self.bert.pool(encoded), self.policy)
+        pooled = self.bert.pool(encoded)
+        logits = self.cls(pooled) if hooks.listened(self.cls) else self.cls(pooled, self.policy)
         output = outputs.NextSentencePredictorOutput(loss=class_loss(logits, labels), logits=logits, **encoded.rest())
         return self._output(output, return_dict)
 
@@ -368,7 +404,7 @@ class BertForSequenceClassification(_WithHead):
 
         Returns logits (B, num_labels).
         """
-        encoded = self.bert.encode(
+        encoded = self._encode(
             input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, output_attentions,
             output_hidden_states,
         )  # fmt: skip
@@ -379,7 +415,7 @@ class BertForSequenceClassification(_WithHead):
     def classify(self, encoded: Encoded) -> Tensor:
         """The logits (B, num_labels) of what the encoder made of packed tokens."""
         if self._head.activation is not None:
-            return self.classifier(encoded, self.policy)
+            return hooks.call(self.classifier, encoded.batch, self.policy, encoded.last_hidden_state)
         return dense(self.classifier, self.dropout(self.bert.pool(encoded)), self.policy)
 
     def _loss(self, logits: Tensor, labels: Tensor | None) -> Tensor | None:
@@ -434,7 +470,7 @@ class BertForMultipleChoice(_WithHead):
             None if t is None else t.flatten(0, 1)
             for t in (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
         )
-        encoded = self.bert.encode(ids, mask, types, positions, embeds, output_attentions, output_hidden_states)
+        encoded = self._encode(ids, mask, types, positions, embeds, output_attentions, output_hidden_states)
         logits = dense(self.classifier, self.dropout(self.bert.pool(encoded)), self.policy).view(given.shape[:2])
         output = outputs.MultipleChoiceModelOutput(loss=class_loss(logits, labels), logits=logits, **encoded.rest())
         return self._output(output, return_dict)
@@ -463,11 +499,11 @@ class BertForTokenClassification(_WithHead):
         return_dict: bool | None = None,
     ) -> outputs.TokenClassifierOutput | tuple[Tensor, ...]:
         """labels: (B, S) classes, -100 where not asked. Returns logits (B, S, num_labels)."""
-        encoded = self.bert.encode(
+        encoded = self._encode(
             input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, output_attentions,
             output_hidden_states,
         )  # fmt: skip
-        logits = dense(self.classifier, self.dropout(encoded.last_hidden_state), self.policy)
+        logits = self._of_tokens(self.classifier, encoded)
         output = outputs.TokenClassifierOutput(
             loss=token_loss(logits, labels, encoded.batch),
             logits=varlen.pad(logits, encoded.batch),
@@ -506,11 +542,11 @@ class BertForQuestionAnswering(_WithHead):
 
         Returns start_logits and end_logits (B, S). The losses are over the tokens of each row, not over its padding.
         """
-        encoded = self.bert.encode(
+        encoded = self._encode(
             input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, output_attentions,
             output_hidden_states,
         )  # fmt: skip
-        packed = dense(self.qa_outputs, self.dropout(encoded.last_hidden_state), self.policy)  # (T, 2)
+        packed = self._of_tokens(self.qa_outputs, encoded)  # (T, 2)
         start_logits, end_logits = varlen.pad(packed, encoded.batch).unbind(-1)  # (B, S)
         loss = None
         if start_positions is not None and end_positions is not None:
