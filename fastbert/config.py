@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from fastbert.activations import ACTIVATIONS
 from fastbert.checkpoint import read_json, resolve, write_text
 from fastbert.config_access import DEFAULTS, UNSUPPORTED, ConfigAccess, refuse_unsupported
 from fastbert.families import AFTER_PADDING, Family, family_of
@@ -21,7 +22,7 @@ from fastbert.families import AFTER_PADDING, Family, family_of
 logger = logging.getLogger("fastbert")
 
 CONFIG_NAME = "config.json"
-HIDDEN_ACTS = ("gelu", "gelu_new", "gelu_pytorch_tanh", "relu")
+HIDDEN_ACTS = tuple(ACTIVATIONS)
 PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
@@ -47,8 +48,10 @@ class BertConfig(ConfigAccess):
 
     ``dtype`` is the name of the dtype the checkpoint was stored in ("float32", "bfloat16", "float16", "float64") or
     None. ``hidden_act`` is "gelu" (erf form; "gelu_python" is taken as another name of it), "gelu_new" or
-    "gelu_pytorch_tanh" (tanh form) or "relu". ``id2label`` maps class index to name; ``num_labels`` and ``label2id``
-    follow from it. ``extra`` keeps what else a ``config.json`` held, so that saving it again loses nothing.
+    "gelu_pytorch_tanh" (tanh form), "relu", or another name of fastbert.activations, for most of which there is no
+    kernel. ``id2label`` maps class index to name; ``num_labels`` and ``label2id`` follow from it, and may be set.
+    ``extra`` keeps what else a ``config.json`` held, so that saving it again loses nothing; its names, and those of
+    transformers, are attributes, too.
 
     Raises ValueError for a value that no BERT has or that fastbert does not compute. After changing fields by hand,
     ``validate()`` repeats these checks.

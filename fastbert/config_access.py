@@ -95,6 +95,8 @@ class ConfigAccess:
         kind = type(self)
         if name == "dtype" and value is not None:
             value = str(value).removeprefix("torch.")  # a torch.dtype prints as "torch.float32"
+        if name == "id2label" and isinstance(value, Mapping) and all(str(key).isdigit() for key in value):
+            value = {int(key): label for key, label in value.items()}  # JSON has strings
         if name in kind.__dict__["__dataclass_fields__"] or name.startswith("_") or hasattr(kind, name):
             object.__setattr__(self, name, value)
         elif name in self.attribute_map:

@@ -103,7 +103,7 @@ def call(module: Any, batch: PackedBatch, policy: Policy, *rows: Tensor, **more:
     """module(*rows, batch=batch, policy=policy), (T, ...) each; of padded tensors alone where it wants those."""
     if not _wants_padding(module):
         return module(*rows, batch=batch, policy=policy, **more)
-    view = _padded_view(batch)
+    view = padded_view(batch)
     token = _under_way.set((batch, policy))
     try:
         output = module(*(varlen.pad(x, view) for x in rows), **more)
@@ -116,7 +116,7 @@ def call_embeddings(module: Any, batch: PackedBatch, policy: Policy, **ids: Tens
     """The rows (T, E) that the embeddings give for packed ids, which are padded where somebody listens."""
     if not _wants_padding(module):
         return module(**ids, batch=batch, policy=policy)
-    view = _padded_view(batch)
+    view = padded_view(batch)
     token = _under_way.set((batch, policy))
     try:
         output = module(**{name: None if x is None else varlen.pad(x, view) for name, x in ids.items()})
@@ -133,7 +133,7 @@ def call_with_pooled(
         return module(x, pooled, batch=batch, policy=policy)
     token = _under_way.set((batch, policy))
     try:
-        tokens, sequences = module(varlen.pad(x, _padded_view(batch)), pooled)
+        tokens, sequences = module(varlen.pad(x, padded_view(batch)), pooled)
     finally:
         _under_way.reset(token)
     return rows_of(tokens, batch), sequences
@@ -141,7 +141,7 @@ def call_with_pooled(
 
 def states_of_encoder(encoder: Any, batch: PackedBatch, policy: Policy, x: Tensor, keep_states: bool) -> list[Tensor]:
     """The encoder's hidden states, all or the last, where somebody listens to it."""
-    view = _padded_view(batch)
+    view = padded_view(batch)
     token = _under_way.set((batch, policy))
     try:
         output = encoder(varlen.pad(x, view), keep_states=keep_states)
@@ -156,7 +156,7 @@ def leaf(module: nn.Module, x: Tensor, batch: PackedBatch | None) -> Any:
     """module(x) for one that knows nothing of packing. x: (T, ...), or (B, ...) without a batch, which stays so."""
     if batch is None or not _wants_padding(module):
         return module(x)
-    return rows_of(module(varlen.pad(x, _padded_view(batch))), batch)
+    return rows_of(module(varlen.pad(x, padded_view(batch))), batch)
 
 
 def on_packed(
@@ -172,7 +172,7 @@ def on_packed(
         first = next(x for x in padded if x is not None)
         under_way = varlen.without_padding(first.shape[0], first.shape[1], first.device), AUTO
     batch, policy = under_way
-    view, shape = _padded_view(batch), (batch.batch_size, batch.padded_length)
+    view, shape = padded_view(batch), (batch.batch_size, batch.padded_length)
     rows = (None if x is None else varlen.pack(x.expand(*shape, *x.shape[2:]), view) for x in padded)
     output = forward(module, *rows, batch=batch, policy=policy, **more)
     if isinstance(output, list):
@@ -186,14 +186,14 @@ def rows_of(output: Any, batch: PackedBatch) -> Any:
         output = output[0]
     if output.dim() < 3:
         return output
-    view = _padded_view(batch)
+    view = padded_view(batch)
     shape = batch.batch_size, batch.padded_length
     if any(n not in (1, wanted) for n, wanted in zip(output.shape[:2], shape, strict=True)):
         raise ValueError(f"output of a hooked module: expected shape {(*shape, '...')}, got {tuple(output.shape)}")
     return varlen.pack(output.expand(*shape, *output.shape[2:]), view)
 
 
-def _padded_view(batch: PackedBatch) -> PackedBatch:
+def padded_view(batch: PackedBatch) -> PackedBatch:
     """The batch, with the places of its tokens in the padded one, which it lacks where it never was padded."""
     if batch.indices is not None or batch.n_tokens == batch.batch_size * batch.padded_length:
         return batch

@@ -29,6 +29,9 @@ from fastbert.varlen import PackedBatch
 logger = logging.getLogger("fastbert")
 
 
+ATTENTIONS = "attentions"  # the plan of a batch whose attention weights are kept
+
+
 def is_bare(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether the module's parameters may be used without calling it: it is no adapter, and has no hook or patch."""
     return type(module) is kind and not hooks.listened(module)
@@ -103,7 +106,7 @@ class BertEmbeddings(nn.Module):
         if position_ids.dim() == 2:
             ids = input_ids, token_type_ids, position_ids, inputs_embeds
             return hooks.on_packed(BertEmbeddings.forward, self, *ids)
-        if not self._plain():
+        if not self.is_plain():
             return self._by_modules(input_ids, token_type_ids, position_ids, inputs_embeds, batch, policy)
         input_ids, words, *rest = self.operands(input_ids, inputs_embeds, policy, batch)
         return ops.embedding_layer_norm(
@@ -118,7 +121,7 @@ class BertEmbeddings(nn.Module):
             policy=policy,
         )
 
-    def _plain(self) -> bool:
+    def is_plain(self) -> bool:
         """Whether all that is called here, the words apart, may be computed without a call."""
         tables = self.position_embeddings, self.token_type_embeddings
         bare = all(table is None or is_bare(table, nn.Embedding) for table in tables)
@@ -219,7 +222,21 @@ class BertSelfAttention(nn.Module):
         else:
             qkv = torch.cat([as_it_is(part, x, policy, batch) for part in (self.query, self.key, self.value)], -1)
         dropout_p = self.dropout.p if self.training else 0.0
+        if batch.has_plan(ATTENTIONS):
+            return self._keeping_weights(qkv, batch, dropout_p)
         return ops.varlen_attention(qkv, batch, self.num_heads, dropout_p=dropout_p, policy=policy)
+
+    def _keeping_weights(self, qkv: Tensor, batch: PackedBatch, dropout_p: float) -> Tensor:
+        """Attention in plain PyTorch, whose weights (B, N, S, S) join the batch's; zeros at rows of padding."""
+        view = hooks.padded_view(batch)
+        q, k, v = varlen.pad(qkv, view).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # (B, N, S, D)
+        token = varlen.pad(torch.ones_like(qkv[:, 0], dtype=torch.bool), view)  # (B, S)
+        scores = (q @ k.transpose(-1, -2)) * q.shape[-1] ** -0.5
+        scores = scores.masked_fill(~token[:, None, None], torch.finfo(scores.dtype).min)
+        weights = torch.softmax(scores, dim=-1) * token[:, None, :, None]
+        batch.plan(ATTENTIONS, list).append(weights)
+        kept = nn.functional.dropout(weights, dropout_p)
+        return varlen.pack((kept @ v).transpose(1, 2).flatten(2), view)
 
 
 class BertAddNorm(nn.Module):
@@ -535,11 +552,14 @@ class BertModel(PreTrainedModel):
         )
         if keep_attentions:
             self._check_ids(batch, ids, types, positions)
-            return self._encode_by_reference(
-                batch, keep_states, input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds
-            )
+            self._accept_reference()
+            if not self._is_altered():
+                return self._encode_by_reference(
+                    batch, keep_states, input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds
+                )
+            weights = batch.plan(ATTENTIONS, list)
         states = self.encode_packed(batch, ids, types, positions, embeds, keep_states=keep_states)
-        return Encoded(batch, states[-1], states if keep_states else None, None)
+        return Encoded(batch, states[-1], states if keep_states else None, tuple(weights) if keep_attentions else None)
 
     def encode_packed(
         self,
@@ -865,13 +885,22 @@ class BertModel(PreTrainedModel):
             name = "hidden_size" if self.embeddings_project is None else "embedding_size"
             raise ValueError(f"inputs_embeds: expected {expected} ({name}) in the last dimension, got {came}")
 
-    def _encode_by_reference(self, batch: PackedBatch, keep_states: bool, *inputs: Tensor | None) -> Encoded:
+    def _is_altered(self) -> bool:
+        """Whether a module of the encoder is an adapter or has hooks, so that its parameters cannot stand for it."""
+        parts: Any = self.embeddings, self.embeddings_project, self.encoder
+        modules = (module for part in parts if part is not None for module in part.modules())
+        return any(type(module) not in _CAPTURED or hooks.listened(module) for module in modules)
+
+    def _accept_reference(self) -> None:
+        """Raises BackendError where nothing but a fused kernel may run; else logs once that none does."""
         backend, reason = self.policy.backend, "fused attention keeps no probabilities"
         if self.policy.strict:
             raise ops.BackendError(
                 f"output_attentions: the backend {backend!r} cannot give them, and strict=True: {reason}"
             )
         _log_reference(backend, reason)
+
+    def _encode_by_reference(self, batch: PackedBatch, keep_states: bool, *inputs: Tensor | None) -> Encoded:
         if self.training and (self.config.hidden_dropout_prob or self.config.attention_probs_dropout_prob):
             logger.warning("output_attentions takes the reference path, which applies no dropout")
         result = reference.bert(
@@ -888,4 +917,4 @@ def _log_reference(backend: str, reason: str) -> None:
 
 def wants_dict(config: BertConfig, return_dict: bool | None) -> bool:
     """Whether to return an output class (the default) or a tuple."""
-    return bool(config.extra.get("return_dict", True)) if return_dict is None else return_dict
+    return config.use_return_dict if return_dict is None else return_dict

@@ -17,6 +17,7 @@ class ModelAccess(nn.Module):
     main_input_name = "input_ids"
     config_class = BertConfig
     framework = "pt"
+    input_modalities = "text"
     accepts_loss_kwargs = False
     supports_gradient_checkpointing = True
     is_parallelizable = False

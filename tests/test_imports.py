@@ -22,6 +22,7 @@ LAYERS: list[set[str]] = [
     {
         "_version",
         "tracing",
+        "activations",
         "derived",
         "families",
         "config",
