@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import json
 import logging
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from fastbert.activations import ACTIVATIONS
 from fastbert.checkpoint import read_json, resolve, write_text
+from fastbert.config_access import DEFAULTS, UNSUPPORTED, ConfigAccess, refuse_unsupported
 from fastbert.families import AFTER_PADDING, Family, family_of
 
 logger = logging.getLogger("fastbert")
 
 CONFIG_NAME = "config.json"
-HIDDEN_ACTS = ("gelu", "gelu_new", "gelu_pytorch_tanh", "relu")
+HIDDEN_ACTS = tuple(ACTIVATIONS)
 PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
@@ -34,18 +37,9 @@ _SIZES = (
 )
 _DROPOUTS = ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout")
 
-# Settings of transformers that change the computation, and what they ask for.
-_UNSUPPORTED = {
-    "is_decoder": "decoder mode is",
-    "add_cross_attention": "cross-attention is",
-    "is_encoder_decoder": "encoder-decoder mode is",
-    "pruned_heads": "pruned attention heads are",
-    "quantization_config": "quantized checkpoints are",
-}
-
 
 @dataclass
-class BertConfig:
+class BertConfig(ConfigAccess):
     """Shape and settings of a BERT model, with the names and defaults of transformers' ``BertConfig``.
 
     ``model_type`` names the table of fastbert.families that the model follows; whatever names its ``config.json`` has,
@@ -54,8 +48,10 @@ class BertConfig:
 
     ``dtype`` is the name of the dtype the checkpoint was stored in ("float32", "bfloat16", "float16", "float64") or
     None. ``hidden_act`` is "gelu" (erf form; "gelu_python" is taken as another name of it), "gelu_new" or
-    "gelu_pytorch_tanh" (tanh form) or "relu". ``id2label`` maps class index to name; ``num_labels`` and ``label2id``
-    follow from it. ``extra`` keeps what else a ``config.json`` held, so that saving it again loses nothing.
+    "gelu_pytorch_tanh" (tanh form), "relu", or another name of fastbert.activations, for most of which there is no
+    kernel. ``id2label`` maps class index to name; ``num_labels`` and ``label2id`` follow from it, and may be set.
+    ``extra`` keeps what else a ``config.json`` held, so that saving it again loses nothing; its names, and those of
+    transformers, are attributes, too.
 
     Raises ValueError for a value that no BERT has or that fastbert does not compute. After changing fields by hand,
     ``validate()`` repeats these checks.
@@ -89,9 +85,6 @@ class BertConfig:
             setattr(self, name, value)
         if self.hidden_act == "gelu_python":
             self.hidden_act = "gelu"
-        if self.dtype is not None:
-            # A torch.dtype prints as "torch.float32".
-            self.dtype = str(self.dtype).removeprefix("torch.")
         self.id2label = _labels(self.id2label)
         self.validate()
 
@@ -100,10 +93,20 @@ class BertConfig:
         """The number of classes of a classification head."""
         return len(self.id2label)
 
+    @num_labels.setter
+    def num_labels(self, value: int) -> None:
+        _expect(_is_int(value) and value > 0, "num_labels", value, "a positive whole number")
+        if value != len(self.id2label):
+            self.id2label = _default_labels(value)
+
     @property
     def label2id(self) -> dict[str, int]:
         """Class name to class index, the inverse of ``id2label``."""
         return {label: index for index, label in self.id2label.items()}
+
+    @label2id.setter
+    def label2id(self, value: Mapping[str, int]) -> None:
+        self.id2label = _labels({index: label for label, index in value.items()})
 
     @property
     def head_size(self) -> int:
@@ -176,12 +179,8 @@ class BertConfig:
         doubled = sorted(self.extra.keys() & (_FIELDS | _DERIVED))
         if doubled:
             raise ValueError(f"extra: holds {', '.join(doubled)}, which fields or properties of the config express")
-        position_type = self.extra.get("position_embedding_type")
-        if position_type not in (None, "absolute"):
-            raise ValueError(f"position_embedding_type: got {position_type!r}, but only 'absolute' is supported")
-        for name, what in _UNSUPPORTED.items():
-            if self.extra.get(name):
-                raise ValueError(f"{name}: got {self.extra[name]!r}, but {what} not supported")
+        for name, value in self.extra.items():
+            refuse_unsupported(name, value)
 
     @classmethod
     def from_dict(cls, d: Mapping[str, Any], **overrides: Any) -> BertConfig:
@@ -195,22 +194,9 @@ class BertConfig:
         """
         model_type = overrides.get("model_type", d.get("model_type"))
         family = family_of("bert" if model_type is None else model_type)
-        overrides = family.config_names(overrides)
-        accepted = _FIELDS | _DERIVED | _UNSUPPORTED.keys() | _OUTPUTS | {"position_embedding_type"} | d.keys()
-        unknown = sorted(overrides.keys() - accepted)
-        if unknown:
-            names = ", ".join(sorted(_FIELDS))
-            raise TypeError(f"unknown config override {', '.join(unknown)}; expected one of num_labels, {names}")
-        stored, wanted = _modern(family.config(d)), _modern(overrides)
-        values = {**stored, **wanted, "model_type": family.model_type}
-
-        num_labels = values.pop("num_labels", None)
-        if num_labels is not None and "id2label" not in wanted:
-            _expect(_is_int(num_labels) and num_labels > 0, "num_labels", num_labels, "a positive whole number")
-            if len(values.get("id2label", ())) != num_labels:
-                values["id2label"] = _default_labels(num_labels)
-        fields = {name: values.pop(name) for name in _FIELDS & values.keys()}
-        return cls(**fields, extra=values)
+        wanted = _named(family, overrides, d.keys())
+        values = {**_modern(family.config(d)), **wanted, "model_type": family.model_type}
+        return cls(**_fields_and_extra(values, "id2label" in wanted))
 
     def to_dict(self) -> dict[str, Any]:
         """The content of a ``config.json`` that ``from_dict`` and transformers read, ``extra`` included."""
@@ -250,11 +236,46 @@ class BertConfig:
         write_text(folder / CONFIG_NAME, text + "\n")
 
 
+_init = BertConfig.__init__
+
+
+@functools.wraps(_init)
+def _init_with_their_names(self: BertConfig, *args: Any, **settings: Any) -> None:
+    """Takes what transformers' configs take besides the fields: num_labels, label2id, output_hidden_states ..."""
+    if settings.keys() - _FIELDS - {"extra"}:
+        extra = settings.pop("extra", {})
+        wanted = _named(family_of(settings.get("model_type", "bert")), settings)
+        settings = _fields_and_extra(wanted, "id2label" in wanted)
+        settings["extra"] = {**extra, **settings["extra"]}
+    _init(self, *args, **settings)
+
+
+BertConfig.__init__ = _init_with_their_names  # type: ignore[method-assign]
+
 _FIELDS = frozenset(f.name for f in dataclasses.fields(BertConfig)) - {"extra"}
 # Keys of a config.json that fields and properties express.
 _DERIVED = frozenset(("num_labels", "label2id", "torch_dtype"))
-# Settings of transformers that say what a model returns; kept in `extra`, where the models look for them.
-_OUTPUTS = frozenset(("output_attentions", "output_hidden_states", "return_dict"))
+
+
+def _named(family: Family, settings: Mapping[str, Any], known: Collection[str] = ()) -> dict[str, Any]:
+    """Settings of the family's or of BERT's names, under BERT's and today's. Raises TypeError for an unknown one."""
+    renamed = family.config_names(settings)
+    unknown = sorted(renamed.keys() - (_FIELDS | _DERIVED | UNSUPPORTED.keys() | DEFAULTS.keys() | set(known)))
+    if unknown:
+        names = ", ".join(sorted(_FIELDS))
+        raise TypeError(f"unknown config override {', '.join(unknown)}; expected one of num_labels, {names}")
+    return _modern(renamed)
+
+
+def _fields_and_extra(values: dict[str, Any], labels_count: bool) -> dict[str, Any]:
+    """Arguments of BertConfig from settings of today's names. labels_count: whether id2label outweighs num_labels."""
+    num_labels = values.pop("num_labels", None)
+    if num_labels is not None and not labels_count:
+        _expect(_is_int(num_labels) and num_labels > 0, "num_labels", num_labels, "a positive whole number")
+        if len(values.get("id2label", ())) != num_labels:
+            values["id2label"] = _default_labels(num_labels)
+    fields = {name: values.pop(name) for name in _FIELDS & values.keys()}
+    return {**fields, "extra": values}
 
 
 def _modern(d: Mapping[str, Any]) -> dict[str, Any]:

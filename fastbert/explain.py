@@ -13,12 +13,12 @@ from typing import Any
 
 import torch
 
-from fastbert import adapters, cpu_encoder, explain_costs, graphs, quantized
+from fastbert import adapters, cpu_encoder, explain_costs, graphs, hooks, quantized
 from fastbert.explain_costs import BatchReport
 from fastbert.explain_ops import Explainer, backbone, find_model, float32_precision, prefix_of
 from fastbert.explain_report import OpReport, Report
 from fastbert.ops import Policy
-from fastbert.pretrained import PreTrainedModel, resolve_dtype
+from fastbert.pretrained import PreTrainedModel, listed, resolve_dtype
 from fastbert.tokenizer import Tokenizer
 
 __all__ = [
@@ -93,6 +93,10 @@ def explain(
     if inner.config.extra.get("output_attentions"):
         instead = "running raises BackendError" if policy.strict else "the slow reference path runs instead"
         notes.append(f"config.output_attentions is set, and fused attention keeps no probabilities: {instead}")
+    listened = list(hooks.names_of_listened(inner))
+    if listened:
+        cost = "rows are padded for them and packed again, which costs time, and nothing is fused there"
+        notes.append(f"{listed(listened)} has hooks or a forward of its own: {cost}")
     notes += _launch_notes(rows, inner, where)
     in_int8 = explainer.eight_bit is not None and explainer.eight_bit.backend == "cpu"
     notes += _one_call(inner, policy, where, dtype, in_int8)

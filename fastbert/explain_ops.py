@@ -16,9 +16,20 @@ import torch
 from torch import Tensor, nn
 
 from fastbert import adapters, quantized
+from fastbert.activations import OTHERS
 from fastbert.explain_report import MODULE, OpReport
 from fastbert.heads import FirstTokenHead
-from fastbert.model import BertAddNorm, BertLayer, BertModel, BertPooler, BertSelfAttention, is_bare, is_plain
+from fastbert.model import (
+    BertAddNorm,
+    BertEmbeddings,
+    BertLayer,
+    BertModel,
+    BertPooler,
+    BertSelfAttention,
+    is_bare,
+    is_plain,
+    is_plain_norm,
+)
 from fastbert.ops import Policy, attention, dispatch, embedding, gelu, layer_norm, packed_linear, pooling
 from fastbert.ops.dispatch import Decision
 from fastbert.ops.linear import KERNELS as LINEAR_KERNELS
@@ -116,16 +127,25 @@ class Explainer:
         if not bare:
             reason = "the module is called as it is: it is an adapter, or has hooks"
             yield OpReport("embedding", f"{name}.word_embeddings", shapes, MODULE, _class_of(words), reason=reason)
+        if not part.is_plain():
+            reason = "a table, the LayerNorm or the dropout is called as it is: it is an adapter, or has hooks"
+            yield OpReport("embedding", name, shapes, MODULE, _class_of(part), reason=reason)
+        else:
+            yield self.fused_embeddings(name, shapes, part, bare)
+        if bert.embeddings_project is not None:
+            shapes = f"(T, {h}) -> (T, {self.config.hidden_size}), + bias"
+            yield self.gemm(f"{name}_project", bert.embeddings_project, shapes)
+
+    def fused_embeddings(self, name: str, shapes: str, part: BertEmbeddings, bare: bool) -> OpReport:
+        """The row of the sum of three tables and its LayerNorm. bare: whether a kernel reads the words' table."""
+        h = self.config.embedding_width
         tables = [part.position_embeddings.weight]
         if part.token_type_embeddings is not None:
             tables.append(part.token_type_embeddings.weight)
         tables.append(part.word_embeddings.weight if bare else self.hidden)
         operands = map(self.operand, (*tables, part.LayerNorm.weight, part.LayerNorm.bias))
         decision = self.decide("embedding", embedding.obstacle(h, *operands))
-        yield self.row(name, shapes, decision, embedding.KERNELS, ("rowwise_config", h))
-        if bert.embeddings_project is not None:
-            shapes = f"(T, {h}) -> (T, {self.config.hidden_size}), + bias"
-            yield self.gemm(f"{name}_project", bert.embeddings_project, shapes)
+        return self.row(name, shapes, decision, embedding.KERNELS, ("rowwise_config", h))
 
     def encoder(self, name: str, bert: BertModel) -> Iterator[OpReport]:
         """The layers, neighbours that run alike together."""
@@ -242,6 +262,9 @@ class Explainer:
         yield dataclasses.replace(norm, shapes=f"{norm.shapes}, {'+ bias ' if bias_later else ''}+ residual")
 
     def norm(self, name: str, norm: nn.LayerNorm, tensors: list[Tensor], dropout_p: float = 0.0) -> OpReport:
+        if not is_plain_norm(norm):
+            reason = "the module is called as it is: it is an adapter, or has hooks"
+            return OpReport("layer_norm", name, "(T, H) -> (T, H)", MODULE, _class_of(norm), reason=reason)
         h = norm.weight.shape[0]
         operands = map(self.operand, (*tensors, norm.weight, norm.bias))
         why_not = layer_norm.obstacle(h, self.hidden, *operands, dropout_p=dropout_p)
@@ -251,6 +274,12 @@ class Explainer:
 
     def dense(self, name: str, module: nn.Module, activation: str, shapes: str, width: int) -> Iterator[OpReport]:
         """activation(module(x)) for an activation that is not "none", as fastbert.model.dense does it."""
+        if activation in OTHERS:
+            yield self.gemm(name, module, f"{shapes}, + bias")
+            decision = self.decide("bias_gelu", gelu.activation_obstacle(activation))
+            row = self.row(name, f"(T, {width}) -> (T, {width})", decision, gelu.KERNELS, ("elementwise_config", width))
+            yield dataclasses.replace(row, shapes=f"{row.shapes}, {activation}", kernel=f"PyTorch's, {activation}")
+            return
         plain = is_plain(module)
         tensors = [module.weight, module.bias] if is_plain(module) else []
         why_not = dispatch.dtype_obstacle(self.hidden, *map(self.operand, tensors))

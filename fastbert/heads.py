@@ -7,6 +7,7 @@ are zero at padding positions, and padding positions enter no loss.
 
 from __future__ import annotations
 
+import functools
 import logging
 from typing import Any
 
@@ -14,13 +15,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastbert import ops, outputs, tracing, varlen
+from fastbert import hooks, ops, outputs, tracing, varlen
 from fastbert.checkpoint import Match
 from fastbert.config import BertConfig
 from fastbert.families import Head
-from fastbert.model import BertModel, Encoded, dense, first_rows, wants_dict
+from fastbert.forward_arguments import takes_theirs
+from fastbert.model import (
+    BertModel,
+    Encoded,
+    as_it_is,
+    dense,
+    dropped,
+    encode_by_call,
+    first_rows,
+    is_plain_norm,
+    wants_dict,
+)
 from fastbert.ops import Policy
 from fastbert.pretrained import PreTrainedModel
+from fastbert.varlen import PackedBatch
 
 IGNORED = -100
 
@@ -34,9 +47,14 @@ class BertPredictionHeadTransform(nn.Module):
         self.LayerNorm = nn.LayerNorm(config.embedding_width, eps=config.layer_norm_eps)
         self.activation = ops.ACTIVATIONS[config.family.head("MaskedLM").activation or config.hidden_act]
 
-    def forward(self, x: Tensor, policy: Policy) -> Tensor:  # (T, H) -> (T, E)
+    def forward(self, x: Tensor, policy: Policy = ops.AUTO, batch: PackedBatch | None = None) -> Tensor:
+        """(T, H) -> (T, E)"""
+        if x.dim() == 3:
+            return hooks.on_packed(BertPredictionHeadTransform.forward, self, x)
         norm = self.LayerNorm
-        x = dense(self.dense, x, policy, self.activation)
+        x = dense(self.dense, x, policy, self.activation, batch)
+        if not is_plain_norm(norm):
+            return as_it_is(norm, x, policy, batch)
         return ops.bias_residual_layer_norm(x, None, None, norm.weight, norm.bias, norm.eps, policy=policy)
 
 
@@ -47,8 +65,10 @@ class BertLMPredictionHead(nn.Module):
         self.decoder = nn.Linear(config.embedding_width, config.vocab_size)
         self.bias = nn.Parameter(torch.zeros(config.vocab_size))
 
-    def forward(self, x: Tensor, policy: Policy) -> Tensor:  # (T, H) -> (T, V)
-        return dense(self.decoder, self.transform(x, policy), policy)
+    def forward(self, x: Tensor, policy: Policy = ops.AUTO, batch: Any = None) -> Tensor:  # (T, H) -> (T, V)
+        if x.dim() == 3:
+            return hooks.on_packed(BertLMPredictionHead.forward, self, x)
+        return dense(self.decoder, hooks.call(self.transform, batch, policy, x), policy, batch=batch)
 
 
 class BertOnlyMLMHead(nn.Module):
@@ -56,11 +76,19 @@ class BertOnlyMLMHead(nn.Module):
         super().__init__()
         self.predictions = BertLMPredictionHead(config)
 
+    def forward(self, x: Tensor, policy: Policy = ops.AUTO, batch: Any = None) -> Tensor:  # (T, H) -> (T, V)
+        if x.dim() == 3:
+            return hooks.on_packed(BertOnlyMLMHead.forward, self, x)
+        return hooks.call(self.predictions, batch, policy, x)
+
 
 class BertOnlyNSPHead(nn.Module):
     def __init__(self, config: BertConfig) -> None:
         super().__init__()
         self.seq_relationship = nn.Linear(config.hidden_size, 2)
+
+    def forward(self, pooled: Tensor, policy: Policy = ops.AUTO) -> Tensor:  # (B, H) -> (B, 2)
+        return dense(self.seq_relationship, pooled, policy)
 
 
 class BertPreTrainingHeads(nn.Module):
@@ -68,6 +96,12 @@ class BertPreTrainingHeads(nn.Module):
         super().__init__()
         self.predictions = BertLMPredictionHead(config)
         self.seq_relationship = nn.Linear(config.hidden_size, 2)
+
+    def forward(self, x: Tensor, pooled: Tensor, policy: Policy = ops.AUTO, batch: Any = None) -> tuple[Tensor, Tensor]:
+        """(T, H) and (B, H) -> (T, V) and (B, 2)"""
+        if x.dim() == 3:
+            return hooks.on_packed(BertOnlyMLMHead.forward, self, x), dense(self.seq_relationship, pooled, policy)
+        return hooks.call(self.predictions, batch, policy, x), dense(self.seq_relationship, pooled, policy)
 
 
 class FirstTokenHead(nn.Module):
@@ -84,8 +118,11 @@ class FirstTokenHead(nn.Module):
         self.dropout = dropout
         self.out_proj = nn.Linear(config.hidden_size, n_outputs)
 
-    def forward(self, encoded: Encoded, policy: Policy) -> Tensor:  # -> (B, n_outputs)
-        x = first_rows(encoded.last_hidden_state, encoded.batch, policy)
+    def forward(self, x: Tensor, batch: Any = None, policy: Policy = ops.AUTO) -> Tensor:
+        """(T, H) -> (B, n_outputs)"""
+        if x.dim() == 3:
+            return hooks.on_packed(FirstTokenHead.forward, self, x, per_token=False)
+        x = first_rows(x, batch, policy)
         if self.dropout_first:
             x = self.dropout(x)
         if self.activation == "gelu":
@@ -132,8 +169,14 @@ class _WithHead(PreTrainedModel):
     def cuda_graphs(self, enabled: bool) -> None:
         self.bert.cuda_graphs = enabled
 
-    def get_input_embeddings(self) -> nn.Embedding:
-        return self.bert.embeddings.word_embeddings
+    def _encode(self, *inputs: Any) -> Encoded:
+        """The arguments of BertModel.encode; where somebody listens to the encoder, it is called as a module."""
+        return encode_by_call(self.bert, *inputs) if hooks.listened(self.bert) else self.bert.encode(*inputs)
+
+    def _of_tokens(self, module: nn.Module, encoded: Encoded) -> Tensor:
+        """module(dropout(x)) of each token, (T, H) -> (T, n)."""
+        x = dropped(self.dropout, encoded.last_hidden_state, encoded.batch)
+        return dense(module, x, self.policy, batch=encoded.batch)
 
     def _output(self, output: outputs.ModelOutput, return_dict: bool | None) -> Any:
         return output if wants_dict(self.config, return_dict) else output.to_tuple()
@@ -167,11 +210,13 @@ class _WithDecoder(_WithHead):
     _untied: frozenset[str] = frozenset()
 
     def tie_weights(self) -> None:
-        for name in self.tied_names():
-            setattr(self.cls.predictions.decoder, name.rpartition(".")[2], self.get_parameter(TIED[name]))
+        for name, other in self.tied_pairs().items():
+            setattr(self.cls.predictions.decoder, name.rpartition(".")[2], self.get_parameter(other))
 
-    def tied_names(self) -> set[str]:
-        return set(TIED) - self._untied if self.config.tie_word_embeddings else set()
+    def tied_pairs(self) -> dict[str, str]:
+        if not self.config.tie_word_embeddings:
+            return {}
+        return {name: other for name, other in TIED.items() if name not in self._untied}
 
     def _settle_ties(self, matched: Match, src: str) -> None:
         state = matched.state
@@ -189,6 +234,18 @@ class _WithDecoder(_WithHead):
 
     def get_output_embeddings(self) -> nn.Module:
         return self.cls.predictions.decoder
+
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        self.cls.predictions.decoder = value
+
+    def _resize_decoder(self, n_words: int, mean_resizing: bool) -> None:
+        head = self.cls.predictions
+        rows = functools.partial(self._more_rows, n_rows=n_words, mean_resizing=mean_resizing)
+        old = head.decoder
+        head.decoder = nn.Linear(old.in_features, n_words, device="meta").train(old.training)
+        head.decoder.weight = nn.Parameter(rows(old.weight), old.weight.requires_grad)
+        head.decoder.bias = nn.Parameter(rows(old.bias), old.bias.requires_grad)
+        head.bias = nn.Parameter(rows(head.bias), head.bias.requires_grad)
 
 
 def token_loss(logits: Tensor, labels: Tensor | None, batch: varlen.PackedBatch) -> Tensor | None:
@@ -220,6 +277,7 @@ class BertForPreTraining(_WithDecoder):
     def add_head(self, config: BertConfig) -> None:
         self.cls = BertPreTrainingHeads(config)
 
+    @takes_theirs
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -239,12 +297,13 @@ class BertForPreTraining(_WithDecoder):
         Returns prediction_logits (B, S, V) and seq_relationship_logits (B, 2); the loss is the sum of both, where both
         labels are given.
         """
-        encoded = self.bert.encode(
+        encoded = self._encode(
             input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, output_attentions,
             output_hidden_states,
         )  # fmt: skip
-        logits = self.cls.predictions(encoded.last_hidden_state, self.policy)
-        is_next = dense(self.cls.seq_relationship, self.bert.pool(encoded), self.policy)
+        logits, is_next = hooks.call_with_pooled(
+            self.cls, encoded.batch, self.policy, encoded.last_hidden_state, self.bert.pool(encoded)
+        )
         token = token_loss(logits, labels, encoded.batch)
         sentence = class_loss(is_next, next_sentence_label, "next_sentence_label")
         loss = None if token is None or sentence is None else token + sentence
@@ -265,6 +324,7 @@ class BertForMaskedLM(_WithDecoder):
     def add_head(self, config: BertConfig) -> None:
         self.cls = BertOnlyMLMHead(config)
 
+    @takes_theirs
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -279,11 +339,11 @@ class BertForMaskedLM(_WithDecoder):
         return_dict: bool | None = None,
     ) -> outputs.MaskedLMOutput | tuple[Tensor, ...]:
         """labels: (B, S) token ids, -100 where not asked. Returns logits (B, S, V)."""
-        encoded = self.bert.encode(
+        encoded = self._encode(
             input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, output_attentions,
             output_hidden_states,
         )  # fmt: skip
-        logits = self.cls.predictions(encoded.last_hidden_state, self.policy)
+        logits = hooks.call(self.cls, encoded.batch, self.policy, encoded.last_hidden_state)
         output = outputs.MaskedLMOutput(
             loss=token_loss(logits, labels, encoded.batch),
             logits=varlen.pad(logits, encoded.batch),
@@ -300,6 +360,7 @@ class BertForNextSentencePrediction(_WithHead):
     def add_head(self, config: BertConfig) -> None:
         self.cls = BertOnlyNSPHead(config)
 
+    @takes_theirs
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -314,11 +375,12 @@ class BertForNextSentencePrediction(_WithHead):
         return_dict: bool | None = None,
     ) -> outputs.NextSentencePredictorOutput | tuple[Tensor, ...]:
         """labels: (B,), 0 = is next, 1 = random. Returns logits (B, 2); `p_is_next` of the output: probabilities."""
-        encoded = self.bert.encode(
+        encoded = self._encode(
             input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, output_attentions,
             output_hidden_states,
         )  # fmt: skip
-        logits = dense(self.cls.seq_relationship, self.bert.pool(encoded), self.policy)
+        pooled = self.bert.pool(encoded)
+        logits = self.cls(pooled) if hooks.listened(self.cls) else self.cls(pooled, self.policy)
         output = outputs.NextSentencePredictorOutput(loss=class_loss(logits, labels), logits=logits, **encoded.rest())
         return self._output(output, return_dict)
 
@@ -334,6 +396,7 @@ class BertForSequenceClassification(_WithHead):
         else:
             self.classifier = FirstTokenHead(config, self._head, self._dropout(config), config.num_labels)
 
+    @takes_theirs
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -351,7 +414,7 @@ class BertForSequenceClassification(_WithHead):
 
         Returns logits (B, num_labels).
         """
-        encoded = self.bert.encode(
+        encoded = self._encode(
             input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, output_attentions,
             output_hidden_states,
         )  # fmt: skip
@@ -362,7 +425,7 @@ class BertForSequenceClassification(_WithHead):
     def classify(self, encoded: Encoded) -> Tensor:
         """The logits (B, num_labels) of what the encoder made of packed tokens."""
         if self._head.activation is not None:
-            return self.classifier(encoded, self.policy)
+            return hooks.call(self.classifier, encoded.batch, self.policy, encoded.last_hidden_state)
         return dense(self.classifier, self.dropout(self.bert.pool(encoded)), self.policy)
 
     def _loss(self, logits: Tensor, labels: Tensor | None) -> Tensor | None:
@@ -394,6 +457,7 @@ class BertForMultipleChoice(_WithHead):
     def add_head(self, config: BertConfig) -> None:
         self._add_classifier(config, 1)
 
+    @takes_theirs
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -416,7 +480,7 @@ class BertForMultipleChoice(_WithHead):
             None if t is None else t.flatten(0, 1)
             for t in (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
         )
-        encoded = self.bert.encode(ids, mask, types, positions, embeds, output_attentions, output_hidden_states)
+        encoded = self._encode(ids, mask, types, positions, embeds, output_attentions, output_hidden_states)
         logits = dense(self.classifier, self.dropout(self.bert.pool(encoded)), self.policy).view(given.shape[:2])
         output = outputs.MultipleChoiceModelOutput(loss=class_loss(logits, labels), logits=logits, **encoded.rest())
         return self._output(output, return_dict)
@@ -430,6 +494,7 @@ class BertForTokenClassification(_WithHead):
     def add_head(self, config: BertConfig) -> None:
         self._add_classifier(config, config.num_labels)
 
+    @takes_theirs
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -444,11 +509,11 @@ class BertForTokenClassification(_WithHead):
         return_dict: bool | None = None,
     ) -> outputs.TokenClassifierOutput | tuple[Tensor, ...]:
         """labels: (B, S) classes, -100 where not asked. Returns logits (B, S, num_labels)."""
-        encoded = self.bert.encode(
+        encoded = self._encode(
             input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, output_attentions,
             output_hidden_states,
         )  # fmt: skip
-        logits = dense(self.classifier, self.dropout(encoded.last_hidden_state), self.policy)
+        logits = self._of_tokens(self.classifier, encoded)
         output = outputs.TokenClassifierOutput(
             loss=token_loss(logits, labels, encoded.batch),
             logits=varlen.pad(logits, encoded.batch),
@@ -468,6 +533,7 @@ class BertForQuestionAnswering(_WithHead):
         self.dropout = self._dropout(config)
         self.qa_outputs = nn.Linear(config.hidden_size, 2)
 
+    @takes_theirs
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -486,11 +552,11 @@ class BertForQuestionAnswering(_WithHead):
 
         Returns start_logits and end_logits (B, S). The losses are over the tokens of each row, not over its padding.
         """
-        encoded = self.bert.encode(
+        encoded = self._encode(
             input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, output_attentions,
             output_hidden_states,
         )  # fmt: skip
-        packed = dense(self.qa_outputs, self.dropout(encoded.last_hidden_state), self.policy)  # (T, 2)
+        packed = self._of_tokens(self.qa_outputs, encoded)  # (T, 2)
         start_logits, end_logits = varlen.pad(packed, encoded.batch).unbind(-1)  # (B, S)
         loss = None
         if start_positions is not None and end_positions is not None:

@@ -13,11 +13,13 @@ from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from fastbert import cpu_encoder, graphs, ops, quantized, reference, silent_writes, tracing, varlen
+from fastbert import cpu_encoder, graphs, hooks, ops, quantized, reference, silent_writes, tracing, varlen
 from fastbert.config import BertConfig
 from fastbert.derived import Derived
 from fastbert.families import AFTER_PADDING
+from fastbert.forward_arguments import takes_theirs
 from fastbert.ops import Policy, attention, dispatch
 from fastbert.outputs import BaseModelOutputWithPooling
 from fastbert.pretrained import PreTrainedModel, first_parameter, listed
@@ -27,10 +29,12 @@ from fastbert.varlen import PackedBatch
 logger = logging.getLogger("fastbert")
 
 
+ATTENTIONS = "attentions"  # the plan of a batch whose attention weights are kept
+
+
 def is_bare(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether the module's parameters may be used without calling it: it is no adapter, and has no hook or patch."""
-    hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
-    return type(module) is kind and not any(hooks) and "forward" not in module.__dict__
+    return type(module) is kind and not hooks.listened(module)
 
 
 def is_plain(linear: nn.Module) -> TypeGuard[nn.Linear]:
@@ -40,22 +44,46 @@ def is_plain(linear: nn.Module) -> TypeGuard[nn.Linear]:
     return type(linear.weight) in tracing.PLAIN or torch.compiler.is_compiling()
 
 
-def dense(module: nn.Module, x: Any, policy: Policy, activation: str = "none") -> Tensor:
-    """activation(module(x)), fused where the module is a plain linear. (T, K) -> (T, M)"""
+def is_plain_norm(norm: nn.Module, dropout: nn.Module | None = None) -> TypeGuard[nn.LayerNorm]:
+    """Whether both are bare, and the LayerNorm has a weight and a bias."""
+    bare = is_bare(norm, nn.LayerNorm) and (dropout is None or is_bare(dropout, nn.Dropout))
+    return bare and norm.weight is not None and norm.bias is not None
+
+
+def dense(
+    module: nn.Module, x: Any, policy: Policy, activation: str = "none", batch: PackedBatch | None = None
+) -> Tensor:
+    """activation(module(x)), fused where the module is a plain linear. (T, K) -> (T, M)
+
+    batch: how the rows lie, for a module that is called with padded ones; None for rows of sequences, (B, K).
+    """
     if is_plain(module):
         return ops.linear(x, module.weight, module.bias, activation, policy=policy, keep=not module.training)
-    x = as_it_is(module, x, policy)
+    x = as_it_is(module, x, policy, batch)
     return x if activation == "none" else ops.bias_gelu(x, None, activation, policy=policy)
 
 
-def as_it_is(module: nn.Module, x: Any, policy: Policy) -> Tensor:
-    """module(x), for what is more than a plain linear or embedding. Nothing is known of its bits."""
+def as_it_is(module: nn.Module, x: Any, policy: Policy, batch: PackedBatch | None) -> Tensor:
+    """module(x), for more than a plain linear or embedding, of whose bits nothing is known. batch: see `dense`."""
     if policy.batch_invariant:
         name = type(module).__name__
         raise ops.BackendError(
             f"batch_invariant: a {name} that is an adapter or has hooks, or no bias, cannot promise it"
         )
-    return module(x)
+    return hooks.leaf(module, x, batch)
+
+
+def dropped(dropout: nn.Module, x: Tensor, batch: PackedBatch | None = None) -> Tensor:
+    """dropout(x), and what somebody put in its place. batch: see `dense`."""
+    return dropout(x) if is_bare(dropout, nn.Dropout) else hooks.leaf(dropout, x, batch)
+
+
+def added_and_normed(
+    norm: nn.Module, dropout: nn.Module, x: Tensor, residual: Tensor | None, policy: Policy, batch: PackedBatch | None
+) -> Tensor:
+    """norm(dropout(x) + residual), by the modules themselves."""
+    x = dropped(dropout, x, batch)
+    return as_it_is(norm, x if residual is None else x + residual, policy, batch)
 
 
 class BertEmbeddings(nn.Module):
@@ -73,10 +101,16 @@ class BertEmbeddings(nn.Module):
         input_ids: Tensor | None,  # (T,)
         token_type_ids: Tensor | None,  # (T,)
         position_ids: Tensor,  # (T,)
-        inputs_embeds: Tensor | None,  # (T, E)
-        policy: Policy,
+        inputs_embeds: Tensor | None = None,  # (T, E)
+        batch: PackedBatch | None = None,
+        policy: Policy = ops.AUTO,
     ) -> Tensor:  # (T, E)
-        input_ids, words, *rest = self.operands(input_ids, inputs_embeds, policy)
+        if position_ids.dim() == 2:
+            ids = input_ids, token_type_ids, position_ids, inputs_embeds
+            return hooks.on_packed(BertEmbeddings.forward, self, *ids)
+        if not self.is_plain():
+            return self._by_modules(input_ids, token_type_ids, position_ids, inputs_embeds, batch, policy)
+        input_ids, words, *rest = self.operands(input_ids, inputs_embeds, policy, batch)
         return ops.embedding_layer_norm(
             input_ids,
             None if self.token_type_embeddings is None else token_type_ids,
@@ -89,6 +123,27 @@ class BertEmbeddings(nn.Module):
             policy=policy,
         )
 
+    def is_plain(self) -> bool:
+        """Whether all that is called here, the words apart, may be computed without a call."""
+        tables = self.position_embeddings, self.token_type_embeddings
+        bare = all(table is None or is_bare(table, nn.Embedding) for table in tables)
+        return bare and is_plain_norm(self.LayerNorm, self.dropout)
+
+    def _by_modules(
+        self,
+        input_ids: Tensor | None,
+        token_type_ids: Tensor | None,
+        position_ids: Tensor,
+        inputs_embeds: Tensor | None,
+        batch: PackedBatch | None,
+        policy: Policy,
+    ) -> Tensor:
+        x = as_it_is(self.word_embeddings, input_ids, policy, batch) if inputs_embeds is None else inputs_embeds
+        if self.token_type_embeddings is not None and token_type_ids is not None:
+            x = x + as_it_is(self.token_type_embeddings, token_type_ids, policy, batch)
+        x = x + as_it_is(self.position_embeddings, position_ids, policy, batch)
+        return dropped(self.dropout, as_it_is(self.LayerNorm, x, policy, batch), batch)
+
     def check_ids(self, input_ids: Tensor, token_type_ids: Tensor) -> None:
         """Raises IndexError where one of them is beyond its table."""
         n_words = self.word_embeddings.num_embeddings
@@ -100,11 +155,13 @@ class BertEmbeddings(nn.Module):
         table = self.token_type_embeddings
         return 1 if table is None else table.num_embeddings
 
-    def operands(self, input_ids: Tensor | None, inputs_embeds: Tensor | None, policy: Policy) -> tuple[Any, ...]:
+    def operands(
+        self, input_ids: Tensor | None, inputs_embeds: Tensor | None, policy: Policy, batch: PackedBatch | None = None
+    ) -> tuple[Any, ...]:
         """Ids, and the words' table (V, E), or no ids and the words themselves (T, E); the other parameters; eps."""
         words: Any = self.word_embeddings
         if input_ids is not None and not is_bare(words, nn.Embedding):
-            input_ids, inputs_embeds = None, as_it_is(words, input_ids, policy)
+            input_ids, inputs_embeds = None, as_it_is(words, input_ids, policy, batch)
         return (
             input_ids,
             words.weight if inputs_embeds is None else inputs_embeds,
@@ -161,13 +218,29 @@ class BertSelfAttention(nn.Module):
         replica.derived = Derived()  # its parameters are others
         return replica
 
-    def forward(self, x: Tensor, batch: PackedBatch, policy: Policy) -> Tensor:  # (T, H) -> (T, H)
+    def forward(self, x: Tensor, batch: Any = None, policy: Policy = ops.AUTO) -> Any:  # (T, H) -> (T, H)
+        if x.dim() == 3:  # as transformers' returns it
+            return hooks.AttentionOutput(hooks.on_packed(BertSelfAttention.forward, self, x))
         if is_plain(self.query) and is_plain(self.key) and is_plain(self.value):
             qkv = ops.linear(x, *self.fused_qkv(), policy=policy, keep=not self.training)  # (T, 3H)
         else:
-            qkv = torch.cat([as_it_is(part, x, policy) for part in (self.query, self.key, self.value)], dim=-1)
+            qkv = torch.cat([as_it_is(part, x, policy, batch) for part in (self.query, self.key, self.value)], -1)
         dropout_p = self.dropout.p if self.training else 0.0
+        if batch.has_plan(ATTENTIONS):
+            return self._keeping_weights(qkv, batch, dropout_p)
         return ops.varlen_attention(qkv, batch, self.num_heads, dropout_p=dropout_p, policy=policy)
+
+    def _keeping_weights(self, qkv: Tensor, batch: PackedBatch, dropout_p: float) -> Tensor:
+        """Attention in plain PyTorch, whose weights (B, N, S, S) join the batch's; zeros at rows of padding."""
+        view = hooks.padded_view(batch)
+        q, k, v = varlen.pad(qkv, view).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # (B, N, S, D)
+        token = varlen.pad(torch.ones_like(qkv[:, 0], dtype=torch.bool), view)  # (B, S)
+        scores = (q @ k.transpose(-1, -2)) * q.shape[-1] ** -0.5
+        scores = scores.masked_fill(~token[:, None, None], torch.finfo(scores.dtype).min)
+        weights = torch.softmax(scores, dim=-1) * token[:, None, :, None]
+        batch.plan(ATTENTIONS, list).append(weights)
+        kept = nn.functional.dropout(weights, dropout_p)
+        return varlen.pack((kept @ v).transpose(1, 2).flatten(2), view)
 
 
 class BertAddNorm(nn.Module):
@@ -179,15 +252,23 @@ class BertAddNorm(nn.Module):
         self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
-    def forward(self, x: Tensor, residual: Tensor, policy: Policy) -> Tensor:  # (T, K), (T, H) -> (T, H)
-        norm, dropout_p = self.LayerNorm, self.dropout.p if self.training else 0.0
+    def forward(
+        self, x: Tensor, residual: Tensor, policy: Policy = ops.AUTO, batch: PackedBatch | None = None
+    ) -> Tensor:  # (T, K), (T, H) -> (T, H)
+        if x.dim() == 3:
+            return hooks.on_packed(BertAddNorm.forward, self, x, residual)
+        norm = self.LayerNorm
+        if not is_plain_norm(norm, self.dropout):
+            x = dense(self.dense, x, policy, batch=batch)
+            return added_and_normed(norm, self.dropout, x, residual, policy, batch)
+        dropout_p = self.dropout.p if self.training else 0.0
         after = residual, norm.weight, norm.bias, norm.eps
         if is_plain(self.dense):
             weight, bias = self.dense.weight, self.dense.bias
             return ops.linear_residual_layer_norm(
                 x, weight, bias, *after, dropout_p=dropout_p, policy=policy, keep=not self.training
             )
-        x = as_it_is(self.dense, x, policy)
+        x = as_it_is(self.dense, x, policy, batch)
         return ops.bias_residual_layer_norm(x, None, *after, dropout_p=dropout_p, policy=policy)
 
 
@@ -197,8 +278,10 @@ class BertAttention(nn.Module):
         self.self = BertSelfAttention(config)
         self.output = BertAddNorm(config.hidden_size, config)
 
-    def forward(self, x: Tensor, batch: PackedBatch, policy: Policy) -> Tensor:
-        return self.output(self.self(x, batch, policy), x, policy)
+    def forward(self, x: Tensor, batch: Any = None, policy: Policy = ops.AUTO) -> Any:  # (T, H) -> (T, H)
+        if x.dim() == 3:  # as transformers' returns it
+            return hooks.AttentionOutput(hooks.on_packed(BertAttention.forward, self, x))
+        return hooks.call(self.output, batch, policy, hooks.call(self.self, batch, policy, x), x)
 
 
 class BertIntermediate(nn.Module):
@@ -207,8 +290,11 @@ class BertIntermediate(nn.Module):
         self.dense = nn.Linear(config.hidden_size, config.intermediate_size)
         self.activation = ops.ACTIVATIONS[config.hidden_act]
 
-    def forward(self, x: Tensor, policy: Policy) -> Tensor:  # (T, H) -> (T, I)
-        return dense(self.dense, x, policy, self.activation)
+    def forward(self, x: Tensor, policy: Policy = ops.AUTO, batch: PackedBatch | None = None) -> Tensor:
+        """(T, H) -> (T, I)"""
+        if x.dim() == 3:
+            return hooks.on_packed(BertIntermediate.forward, self, x)
+        return dense(self.dense, x, policy, self.activation, batch)
 
 
 class BertLayer(nn.Module):
@@ -218,21 +304,34 @@ class BertLayer(nn.Module):
         self.intermediate = BertIntermediate(config)
         self.output = BertAddNorm(config.intermediate_size, config)
 
-    def forward(self, x: Tensor, batch: PackedBatch, policy: Policy) -> Tensor:  # (T, H) -> (T, H)
-        x = self.attention(x, batch, policy)
-        return self.output(self.intermediate(x, policy), x, policy)
+    def forward(self, x: Tensor, batch: Any = None, policy: Policy = ops.AUTO) -> Tensor:  # (T, H) -> (T, H)
+        if x.dim() == 3:
+            return hooks.on_packed(BertLayer.forward, self, x)
+        x = hooks.call(self.attention, batch, policy, x)
+        return hooks.call(self.output, batch, policy, hooks.call(self.intermediate, batch, policy, x), x)
 
 
 class BertEncoder(nn.Module):
     def __init__(self, config: BertConfig) -> None:
         super().__init__()
         self.layer = nn.ModuleList(BertLayer(config) for _ in range(config.num_hidden_layers))
+        self.gradient_checkpointing = False
+        self.checkpointing: dict[str, Any] = {}  # arguments of torch.utils.checkpoint.checkpoint
 
-    def forward(self, x: Tensor, batch: PackedBatch, policy: Policy, keep_states: bool = True) -> list[Tensor]:
-        """(T, H) -> the hidden states before the first layer and after each, L + 1 times (T, H), or the last alone."""
+    def forward(self, x: Tensor, batch: Any = None, policy: Policy = ops.AUTO, keep_states: bool = True) -> Any:
+        """(T, H) -> the hidden states before the first layer and after each, L + 1 times (T, H), or the last alone.
+
+        (B, S, H) -> an output with last_hidden_state and hidden_states.
+        """
+        if x.dim() == 3:
+            padded = hooks.on_packed(BertEncoder.forward, self, x, keep_states=keep_states)
+            return BaseModelOutputWithPooling(padded[-1], hidden_states=tuple(padded) if keep_states else None)
         states = [x]
         for layer in self.layer:
-            x = layer(x, batch, policy)
+            if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
+                x = checkpoint(hooks.call, layer, batch, policy, x, **self.checkpointing)
+            else:
+                x = hooks.call(layer, batch, policy, x)
             states = [*states, x] if keep_states else [x]
         return states
 
@@ -260,8 +359,10 @@ class BertPooler(nn.Module):
         super().__init__()
         self.dense = nn.Linear(config.hidden_size, config.hidden_size)
 
-    def forward(self, x: Tensor, batch: PackedBatch, policy: Policy) -> Tensor:
+    def forward(self, x: Tensor, batch: Any = None, policy: Policy = ops.AUTO) -> Tensor:
         """(T, H) -> (B, H): tanh of a linear of each sequence's first token, which is zeros where there is none."""
+        if x.dim() == 3:
+            return hooks.on_packed(BertPooler.forward, self, x, per_token=False)
         x = dense(self.dense, first_rows(x, batch, policy), policy)
         return ops.elementwise(torch.tanh, x, policy=policy)
 
@@ -274,12 +375,38 @@ class Encoded:
     last_hidden_state: Tensor  # (T, H)
     hidden_states: list[Tensor] | None  # L + 1 times (T, H)
     attentions: tuple[Tensor, ...] | None  # L times (B, N, S, S)
+    pooled: Tensor | None = None  # (B, H), where somebody has pooled already
 
     def rest(self) -> dict[str, Any]:
         """The fields that the outputs of all models share, padded."""
         states = self.hidden_states
         padded = None if states is None else tuple(varlen.pad(state, self.batch) for state in states)
         return {"hidden_states": padded, "attentions": self.attentions}
+
+
+def encode_by_call(
+    bert: Any,
+    input_ids: Tensor | None = None,
+    attention_mask: Tensor | None = None,
+    token_type_ids: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    inputs_embeds: Tensor | None = None,
+    output_attentions: bool | None = None,
+    output_hidden_states: bool | None = None,
+) -> Encoded:
+    """BertModel.encode by a call of the module, so that its hooks see, and may change, its output."""
+    output = bert(
+        input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, output_attentions=output_attentions,
+        output_hidden_states=output_hidden_states, return_dict=True,
+    )  # fmt: skip
+    last = output[0]
+    if attention_mask is None:
+        batch = varlen.without_padding(last.shape[0], last.shape[1], last.device)
+    else:
+        batch = varlen.unpad(attention_mask.expand(last.shape[:2]))
+    states = output.hidden_states
+    rows = None if states is None else [varlen.pack(state, batch) for state in states]
+    return Encoded(batch, varlen.pack(last, batch), rows, output.attentions, output.pooler_output)
 
 
 class BertModel(PreTrainedModel):
@@ -290,6 +417,8 @@ class BertModel(PreTrainedModel):
 
     Source: Devlin et al., "BERT: Pre-training of Deep Bidirectional Transformers", 2018, arXiv:1810.04805.
     """
+
+    _class_arguments = ("add_pooling_layer",)
 
     def __init__(
         self,
@@ -326,12 +455,7 @@ class BertModel(PreTrainedModel):
             self.pooler = None
         return super()._report_missing([name for name in missing if name not in pooler], src)
 
-    def get_input_embeddings(self) -> nn.Embedding:
-        return self.embeddings.word_embeddings
-
-    def set_input_embeddings(self, value: nn.Embedding) -> None:
-        self.embeddings.word_embeddings = value
-
+    @takes_theirs
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -385,9 +509,9 @@ class BertModel(PreTrainedModel):
 
     def pool(self, encoded: Encoded) -> Tensor | None:
         """(B, H), or None without a pooler."""
-        if self.pooler is None:
-            return None
-        return self.pooler(encoded.last_hidden_state, encoded.batch, self.policy)
+        if self.pooler is None or encoded.pooled is not None:
+            return encoded.pooled
+        return hooks.call(self.pooler, encoded.batch, self.policy, encoded.last_hidden_state)
 
     def encode(
         self,
@@ -418,9 +542,15 @@ class BertModel(PreTrainedModel):
             raise ValueError(f"{name}: expected shape {expected}, got {tuple(given.shape)}")
         shape = tuple(given.shape[:2])
         for other, tensor in (("attention_mask", attention_mask), ("token_type_ids", token_type_ids)):
-            if tensor is not None and tracing.differ(tuple(tensor.shape), shape):
+            if tensor is not None and all(
+                tracing.differ(tuple(tensor.shape), expected) for expected in (shape, (1, shape[1]))
+            ):
                 hint = " (masks of pairs of tokens are not supported)" if tensor.dim() > 2 else ""
                 raise ValueError(f"{other}: expected shape {shape} as {name}, got {tuple(tensor.shape)}{hint}")
+        if attention_mask is not None and attention_mask.shape[0] != shape[0]:
+            attention_mask = attention_mask.expand(shape)
+        if token_type_ids is not None and token_type_ids.shape[0] != shape[0]:
+            token_type_ids = token_type_ids.expand(shape)
         if position_ids is not None:
             came = tuple(position_ids.shape)
             if tracing.differ(came, shape) and tracing.differ(came, (1, shape[1])):
@@ -447,9 +577,12 @@ class BertModel(PreTrainedModel):
         if keep_attentions:
             if transformed is None:
                 self._check_ids(batch, ids, types, positions)
-            return self._encode_by_reference(
-                batch, keep_states, input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds
-            )
+            self._accept_reference()
+            if not self._is_altered():
+                return self._encode_by_reference(
+                    batch, keep_states, input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds
+                )
+            weights = batch.plan(ATTENTIONS, list)
         if transformed is not None:
             tracing.note(type(self).__name__, transformed)
             if self.precision is not None:
@@ -457,7 +590,7 @@ class BertModel(PreTrainedModel):
             states = self._encode_in_place(batch, ids, types, positions, embeds, keep_states)
         else:
             states = self.encode_packed(batch, ids, types, positions, embeds, keep_states=keep_states)
-        return Encoded(batch, states[-1], states if keep_states else None, None)
+        return Encoded(batch, states[-1], states if keep_states else None, tuple(weights) if keep_attentions else None)
 
     def encode_packed(
         self,
@@ -546,7 +679,7 @@ class BertModel(PreTrainedModel):
         """By the C++ kernels for CPUs, where `quantized.choose` says so."""
         quantized._refuse_gradients(self, inputs_embeds)
         if words is None:
-            given: Any = self.embeddings(None, segments, positions, inputs_embeds, self.policy)
+            given: Any = self.embeddings(None, segments, positions, inputs_embeds, batch, self.policy)
         else:
             given = words, segments, positions
         weights = self._int8_weights()
@@ -595,12 +728,17 @@ class BertModel(PreTrainedModel):
                 return quantized.encode(self, backend, batch, *ids, inputs_embeds, keep_states)
         inputs = input_ids, token_type_ids, position_ids, inputs_embeds
         if batch.valid is not None or torch.compiler.is_compiling():
-            return self.encoder(self._embed(*inputs), batch, self.policy, keep_states)
+            return self._run_encoder(self._embed(*inputs, batch), batch, keep_states)
         try:
-            return self.encoder(self._embed(*inputs), batch, self.policy, keep_states)
+            return self._run_encoder(self._embed(*inputs, batch), batch, keep_states)
         except RuntimeError as error:
             self._blame_dtypes(error)
             raise
+
+    def _run_encoder(self, x: Tensor, batch: PackedBatch, keep_states: bool) -> list[Tensor]:
+        if not hooks.listened(self.encoder):
+            return self.encoder(x, batch, self.policy, keep_states)
+        return hooks.states_of_encoder(self.encoder, batch, self.policy, x, keep_states)
 
     def _encode_in_one_call(
         self, batch: PackedBatch, words: Tensor, types: Tensor | None, positions: Tensor
@@ -615,11 +753,14 @@ class BertModel(PreTrainedModel):
             return None
         if self.embeddings_project is None:
             return self.cpu_encoder.run(weights, batch, (words, types, positions))
-        return self.cpu_encoder.run(weights, batch, None, self._embed(words, types, positions, None))
+        return self.cpu_encoder.run(weights, batch, None, self._embed(words, types, positions, None, batch))
 
-    def _embed(self, *inputs: Any) -> Tensor:  # ids, types and positions, or embeddings -> (T, H)
-        x = self.embeddings(*inputs, self.policy)
-        return x if self.embeddings_project is None else dense(self.embeddings_project, x, self.policy)
+    def _embed(
+        self, ids: Tensor | None, types: Tensor | None, positions: Tensor, embeds: Tensor | None, batch: PackedBatch
+    ) -> Tensor:  # -> (T, H)
+        inputs = {"input_ids": ids, "token_type_ids": types, "position_ids": positions, "inputs_embeds": embeds}
+        x = hooks.call_embeddings(self.embeddings, batch, self.policy, **inputs)
+        return x if self.embeddings_project is None else dense(self.embeddings_project, x, self.policy, batch=batch)
 
     # CUDA graphs: see fastbert.graphs.
 
@@ -681,7 +822,7 @@ class BertModel(PreTrainedModel):
             parts = self.embeddings, self.embeddings_project, self.encoder
             self._watch = graphs.Watch([part for part in parts if part is not None], _CAPTURED)
             self._n_silent_writes = 0
-        return self._watch.plain()
+        return self._watch.plain() and not hooks.everywhere()
 
     def follow_weights(self) -> None:
         """Makes what is derived from weights anew where they were written to without PyTorch's count.
@@ -823,13 +964,22 @@ class BertModel(PreTrainedModel):
             name = "hidden_size" if self.embeddings_project is None else "embedding_size"
             raise ValueError(f"inputs_embeds: expected {expected} ({name}) in the last dimension, got {came}")
 
-    def _encode_by_reference(self, batch: PackedBatch, keep_states: bool, *inputs: Tensor | None) -> Encoded:
+    def _is_altered(self) -> bool:
+        """Whether a module of the encoder is an adapter or has hooks, so that its parameters cannot stand for it."""
+        parts: Any = self.embeddings, self.embeddings_project, self.encoder
+        modules = (module for part in parts if part is not None for module in part.modules())
+        return any(type(module) not in _CAPTURED or hooks.listened(module) for module in modules)
+
+    def _accept_reference(self) -> None:
+        """Raises BackendError where nothing but a fused kernel may run; else logs once that none does."""
         backend, reason = self.policy.backend, "fused attention keeps no probabilities"
         if self.policy.strict:
             raise ops.BackendError(
                 f"output_attentions: the backend {backend!r} cannot give them, and strict=True: {reason}"
             )
         _log_reference(backend, reason)
+
+    def _encode_by_reference(self, batch: PackedBatch, keep_states: bool, *inputs: Tensor | None) -> Encoded:
         if self.training and (self.config.hidden_dropout_prob or self.config.attention_probs_dropout_prob):
             logger.warning("output_attentions takes the reference path, which applies no dropout")
         result = reference.bert(
@@ -846,4 +996,4 @@ def _log_reference(backend: str, reason: str) -> None:
 
 def wants_dict(config: BertConfig, return_dict: bool | None) -> bool:
     """Whether to return an output class (the default) or a tuple."""
-    return bool(config.extra.get("return_dict", True)) if return_dict is None else return_dict
+    return config.use_return_dict if return_dict is None else return_dict

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections import OrderedDict
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
@@ -12,16 +13,19 @@ from torch import Tensor, nn
 
 from fastbert import checkpoint, cpu_encoder, ops
 from fastbert.config import DTYPES, BertConfig
+from fastbert.loading_arguments import Arguments, check_saving, n_bytes
+from fastbert.model_access import ModelAccess
 from fastbert.ops import BackendError, Policy
 from fastbert.ops.dispatch import check_batch_invariant
 from fastbert.ops.quantized import check_precision
+from fastbert.trainer_saving import install
 
 logger = logging.getLogger("fastbert")
 
 Model = TypeVar("Model", bound="PreTrainedModel")
 
 
-class PreTrainedModel(nn.Module):
+class PreTrainedModel(ModelAccess):
     """Loading, saving and settings that BertModel and the models with heads share.
 
     `backend` ("auto", "triton", "cpu", "torch") and `strict` say what may run the operations: fastbert.ops.dispatch.
@@ -37,6 +41,7 @@ class PreTrainedModel(nn.Module):
     """
 
     base_prefix = "bert."
+    _class_arguments: tuple[str, ...] = ()  # of from_pretrained, for the class alone
     task: str | None = None  # what follows "For" in the class name of a model with a head
     cuda_graphs: Any  # bool: a property of the models
     dtype_choice: str | None = None  # why the dtype is not the checkpoint's, where nobody asked for another
@@ -57,6 +62,9 @@ class PreTrainedModel(nn.Module):
         if batch_invariant and (precision == "fp8" or (precision is not None and backend == "triton")):
             raise ValueError(f"batch_invariant: not supported together with precision={precision!r} on Triton kernels")
         self.missing_names: list[str] = []
+        self.warnings_issued: dict[str, bool] = {}
+        self.name_or_path = config.name_or_path
+        install(PreTrainedModel)
 
     @property
     def device(self) -> torch.device:
@@ -99,9 +107,9 @@ class PreTrainedModel(nn.Module):
     def tie_weights(self) -> None:
         """Makes parameters that the config ties the same tensor. Nothing to tie in a model without a decoder."""
 
-    def tied_names(self) -> set[str]:
-        """State-dict names that are other names for a tied tensor, left out of files."""
-        return set()
+    def tied_pairs(self) -> dict[str, str]:
+        """State-dict names that are other names for a tied tensor, left out of files, and its own name."""
+        return {}
 
     def _settle_ties(self, matched: checkpoint.Match, src: str) -> None:
         """Squares what the config ties with what a checkpoint holds. Nothing to settle in a model without a decoder."""
@@ -131,7 +139,7 @@ class PreTrainedModel(nn.Module):
     @classmethod
     def from_pretrained(
         cls: type[Model],
-        src: str | os.PathLike[str],
+        src: str | os.PathLike[str] | None = None,
         *,
         dtype: str | torch.dtype = "auto",
         device: str | torch.device | None = None,
@@ -140,8 +148,7 @@ class PreTrainedModel(nn.Module):
         batch_invariant: bool = False,
         precision: str | None = None,
         cuda_graphs: bool = True,
-        revision: str | None = None,
-        **config_overrides: Any,
+        **arguments: Any,
     ) -> Model:
         """Loads a checkpoint in Hugging Face layout, from a local folder or a hub id; the model is in eval mode.
 
@@ -151,43 +158,101 @@ class PreTrainedModel(nn.Module):
         from compute capability 8.9 on) or "int8" (from 8.0 on, and on CPUs with AVX-512 VNNI) lets the encoder's
         linears multiply 8-bit operands, for inference; see fastbert.quantized for what happens where there are no
         kernels for it. cuda_graphs: on a GPU, launch short batches as CUDA graphs, which gives the same results.
-        config_overrides: fields of BertConfig, and num_labels. Weights that a checkpoint lacks are reported by name in
-        a warning: a pooler is left out of a BertModel (pooler_output is None), a head starts with fresh weights
-        (`missing_names` has their names). Raises FileNotFoundError where there is no checkpoint, ValueError where it
-        does not fit the config or lacks weights of the encoder, BackendError for batch_invariant where there are no
+
+        arguments: fields of BertConfig and num_labels, which override the checkpoint's; and what from_pretrained of
+        transformers takes (fastbert.loading_arguments): revision, subfolder, cache_dir, token, local_files_only,
+        force_download, use_safetensors, variant, config, state_dict, torch_dtype, device_map (one device),
+        ignore_mismatched_sizes, output_loading_info (returns the model and a dict), add_pooling_layer (BertModel),
+        key_mapping. What of theirs has no effect here is ignored and logged, the rest is refused by name.
+
+        Weights that a checkpoint lacks are reported by name in a warning: a pooler is left out of a BertModel
+        (pooler_output is None), a head starts with fresh weights (`missing_names` has their names). Raises
+        FileNotFoundError where there is no checkpoint, ValueError where it does not fit the config or lacks weights of
+        the encoder, TypeError for an argument that nobody knows, BackendError for batch_invariant where there are no
         kernels for the device, the dtype or the sizes of the model.
         """
-        device = torch.device("cpu") if device is None else torch.device(device)
+        src = arguments.pop("pretrained_model_name_or_path", None) if src is None else src
+        asked = Arguments.of(arguments)
+        unknown = sorted(asked.model.keys() - cls._class_arguments)
+        if unknown:
+            raise TypeError(f"{unknown[0]}: {cls.__name__} has no choice of it, BertModel has")
+        if device is not None and asked.device not in (None, torch.device(device)):
+            raise ValueError(f"device_map: got {asked.device}, and device {device}; expected one of the two")
+        device = asked.device or torch.device("cpu" if device is None else device)
         check_batch_invariant(Policy(backend, strict, batch_invariant), device, precision)
-        folder = checkpoint.resolve(src, revision=revision)
-        config = BertConfig.from_pretrained(folder, **config_overrides)
-        state = checkpoint.read_state_dict(folder)
-        dtype = resolve_dtype(dtype, config, state)
+        folder = None
+        if src is not None or asked.config is None or asked.state_dict is None:
+            folder = checkpoint.resolve(src, weights=asked.state_dict is None, **asked.hub)  # type: ignore[arg-type]
+        config = asked.read_config(folder or "")
+        state = asked.state_dict
+        if state is None:
+            how = {"use_safetensors": asked.hub.get("use_safetensors"), "variant": asked.variant}
+            state = checkpoint.read_state_dict(folder or "", **how)
+        state = asked.renamed(state)
+        dtype = resolve_dtype(asked.dtype if dtype == "auto" and asked.dtype is not None else dtype, config, state)
         if batch_invariant and device.type == "cpu" and backend != "triton":
             why_not = cpu_encoder.invariant_obstacle(config, dtype)
             if why_not is not None:
                 raise BackendError(f"batch_invariant: {why_not}")
+        config.name_or_path = "" if src is None else src
+        how = {"backend": backend, "strict": strict, "batch_invariant": batch_invariant, "precision": precision}
         with torch.device("meta"):
-            model = cls(config, backend=backend, strict=strict, batch_invariant=batch_invariant, precision=precision)
-        model._load(state, dtype, device, str(src))
+            model = cls(config, **asked.model, **how)
+        info = model._load(state, dtype, device, str(src), asked.ignore_mismatched_sizes)
         model.cuda_graphs = cuda_graphs
-        return model.eval()
+        model.eval()
+        return (model, info) if asked.output_loading_info else model  # type: ignore[return-value]
 
-    def _load(self, state: Mapping[str, Tensor], dtype: torch.dtype, device: torch.device, src: str) -> None:
+    def _load(
+        self,
+        state: Mapping[str, Tensor],
+        dtype: torch.dtype,
+        device: torch.device,
+        src: str,
+        ignore_mismatched: bool = False,
+    ) -> dict[str, Any]:
+        """Takes over a checkpoint's tensors; returns what transformers' output_loading_info holds."""
         expected = self.state_dict()
         state, stored = self._translated(state)
-        matched = checkpoint.match(state, {name: t.shape for name, t in expected.items()}, base_prefix=self.base_prefix)
-        if matched.unexpected:
-            unused = [stored[name] for name in matched.unexpected]
+        shapes = {name: t.shape for name, t in expected.items()}
+        matched = checkpoint.match(state, shapes, base_prefix=self.base_prefix, ignore_mismatched=ignore_mismatched)
+        unused = [stored[name] for name in matched.unexpected]
+        if unused:
             logger.info("%s: %s does not use %s", src, type(self).__name__, listed(unused))
         self._settle_ties(matched, src)
-        missing = [name for name in matched.missing if name not in self.tied_names()]
-        missing = self.missing_names = self._report_missing(missing, src)
+        wrong = {name: sizes for name, sizes in matched.mismatched.items() if name in matched.missing}
+        for name, (came, wanted) in wrong.items():
+            logger.warning("%s: %s is %s, not %s: freshly initialised", src, *self._stored_names([name]), came, wanted)
+        missing = [name for name in matched.missing if name not in self.tied_pairs() and name not in wrong]
+        gone = [name for name in missing if name.startswith("pooler.")]
+        missing = self._report_missing(missing, src)
+        self.missing_names = fresh = [*missing, *(name for name in wrong if name not in self.tied_pairs())]
         loaded = {name: t.to(device, dtype) for name, t in matched.state.items()}
-        loaded.update({name: self._fresh(name, expected[name], dtype, device) for name in missing})
-        self.load_state_dict(loaded, strict=False, assign=True)
+        loaded.update({name: self._fresh(name, expected[name], dtype, device) for name in fresh})
+        super().load_state_dict(loaded, strict=False, assign=True)
         self.tie_weights()
         self.config.dtype = str(dtype).removeprefix("torch.")
+        return {
+            "missing_keys": self._stored_names([*missing, *(name for name in gone if name not in missing)]),
+            "unexpected_keys": unused,
+            "mismatched_keys": [(*self._stored_names([name]), *sizes) for name, sizes in wrong.items()],
+            "error_msgs": [],
+        }
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As in PyTorch; names of the family's files are taken too, and files that leave out a tied tensor."""
+        expected = self.state_dict().keys()
+        names = {
+            name: name if name in expected else self.config.family.state_to_ours(name, self.task) for name in state_dict
+        }
+        renamed = any(name != ours for name, ours in names.items())
+        lacking = {name: other for name, other in self.tied_pairs().items() if name not in names.values()}
+        if renamed or lacking:
+            completed = OrderedDict((names[name], tensor) for name, tensor in state_dict.items())
+            completed.update({name: completed[other] for name, other in lacking.items() if other in completed})
+            completed._metadata = getattr(state_dict, "_metadata", None)  # type: ignore[attr-defined]
+            state_dict = completed
+        return super().load_state_dict(state_dict, strict, assign)
 
     def _translated(self, state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
         """A checkpoint's tensors under our names, and what they are stored as."""
@@ -213,22 +278,45 @@ class PreTrainedModel(nn.Module):
             logger.warning("%s: the checkpoint lacks %s: freshly initialised, and to be trained before use", src, names)
         return missing
 
-    def save_pretrained(self, folder: str | os.PathLike[str], *, max_shard_size: int = 5 * 2**30) -> None:
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        is_main_process: bool = True,
+        state_dict: Mapping[str, Tensor] | None = None,
+        *,
+        max_shard_size: int | str = 5 * 2**30,
+        variant: str | None = None,
+        **arguments: Any,
+    ) -> None:
         """Writes config.json and safetensors that transformers and fastbert read, under the family's names.
 
-        max_shard_size in bytes.
+        is_main_process: False writes nothing. state_dict: other tensors under the model's names. max_shard_size: in
+        bytes, or as text ("5GB"). variant: "fp16" writes model.fp16.safetensors. Other arguments of transformers that
+        have no effect are ignored and logged; push_to_hub is refused.
         """
+        check_saving(arguments)
+        limit = n_bytes(max_shard_size)
+        if not is_main_process:
+            return
         if self.dtype_choice is not None:
             logger.warning("save_pretrained: writes %s weights: %s", self.dtype, self.dtype_choice)
-        os.makedirs(folder, exist_ok=True)
-        family = self.config.family
-        self.config.architectures = [family.class_name(type(self).__name__)]
+        state = self.state_for_file(state_dict)
+        self.save_config(save_directory)
+        checkpoint.write_state_dict(state, save_directory, max_shard_size=limit, variant=variant)
+
+    def save_config(self, folder: str | os.PathLike[str]) -> None:
+        """Writes config.json alone."""
+        self.config.architectures = [self.config.family.class_name(type(self).__name__)]
         self.config.dtype = str(self.dtype).removeprefix("torch.")
         self.config.save_pretrained(folder)
-        left_out = self.tied_names()
-        kept = {name: tensor for name, tensor in self.state_dict().items() if name not in left_out}
-        state = {family.state_to_theirs(name, self.task): tensor for name, tensor in kept.items()}
-        checkpoint.write_state_dict(state, folder, max_shard_size=max_shard_size)
+
+    def state_for_file(self, state_dict: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """The state dict, or the given one, under the family's names, without other names of tied tensors."""
+        state = self.state_dict() if state_dict is None else state_dict
+        tied = self.tied_pairs()
+        kept = {name: tensor for name, tensor in state.items() if tied.get(name) not in state}
+        family = self.config.family
+        return {family.state_to_theirs(name, self.task): tensor for name, tensor in kept.items()}
 
 
 def resolve_dtype(dtype: str | torch.dtype, config: BertConfig, state: Mapping[str, Tensor]) -> torch.dtype:

@@ -151,7 +151,10 @@ def _is_own(module: nn.Module) -> bool:
         if kind is nn.Linear:
             if not is_bare(child, nn.Linear) or child._parameters["bias"] is None:
                 return False
-        elif kind not in (nn.LayerNorm, nn.Dropout) and not _is_own(child):  # of these two, no path runs hooks
+        elif kind in (nn.LayerNorm, nn.Dropout):
+            if not is_bare(child, kind):
+                return False
+        elif not _is_own(child):
             return False
     return True
 

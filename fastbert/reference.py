@@ -18,19 +18,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from fastbert.activations import ACTIVATIONS, OTHERS
 from fastbert.families import COLUMN, family_of
 
 if TYPE_CHECKING:
     from fastbert.config import BertConfig
 
-# hidden_act of a configuration -> activation of `linear`
-ACTIVATIONS = {
-    "gelu": "gelu",
-    "gelu_python": "gelu",
-    "gelu_new": "gelu_tanh",
-    "gelu_pytorch_tanh": "gelu_tanh",
-    "relu": "relu",
-}
 POOLING_MODES = ("cls", "mean", "max", "weighted_mean", "last", "mean_sqrt_len")
 TASKS = (
     "pre_training",
@@ -93,7 +86,8 @@ def bias_gelu(x: Tensor, bias: Tensor, approximate: str = "none") -> Tensor:
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str | None = None) -> Tensor:
     """activation(x @ weight^T + bias); x (..., K), weight (M, K), bias (M,) -> (..., M).
 
-    `activation` is None, "gelu" (erf), "gelu_tanh" or "relu"; ValueError for another.
+    `activation` is None, "gelu" (erf), "gelu_tanh", "relu" or one of fastbert.activations.OTHERS; ValueError for
+    another.
     """
     y = x @ weight.T
     if bias is not None:
@@ -106,6 +100,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: st
         return gelu(y, "tanh")
     if activation == "relu":
         return torch.relu(y)
+    if activation in OTHERS:
+        return OTHERS[activation](y)
     raise ValueError(f"activation: got {activation!r}, expected None, 'gelu', 'gelu_tanh' or 'relu'")
 
 

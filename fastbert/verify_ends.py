@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastbert import reference
+from fastbert.activations import activate
 from fastbert.adapters.sentences import Pipeline, Step
 from fastbert.model import BertModel, Encoded, dense
 from fastbert.sentence import SentenceEncoder
@@ -89,8 +90,7 @@ def _words(predictions: Any, bert: BertModel, x: Tensor) -> Tensor:
     """The language model's head: (n, H) -> (n, V)."""
     part, activation = predictions.transform, reference.ACTIVATIONS[bert.config.hidden_act]
     x = _linear(part.dense, x)
-    approximate = "tanh" if activation == "gelu_tanh" else "none"
-    x = F.relu(x) if activation == "relu" else F.gelu(x, approximate=approximate)
+    x = activate(x, activation)
     norm = part.LayerNorm
     x = F.layer_norm(x, norm.normalized_shape, norm.weight.to(x), norm.bias.to(x), norm.eps)
     return _linear(predictions.decoder, x)

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastbert import quantized, reference
+from fastbert.activations import activate
 from fastbert.config import BertConfig
 from fastbert.model import BertModel
 from fastbert.ops import Policy
@@ -291,7 +292,6 @@ def _eager_norm(parameters: Mapping[str, Tensor], config: BertConfig, name: str,
 def _eager_layer(parameters: Mapping[str, Tensor], config: BertConfig, i: int, x: Tensor, mask: Tensor) -> Tensor:
     """Layer i on (B, S, H), in the dtype of x. mask: (B, S), 0 at padding."""
     activation = reference.ACTIVATIONS[config.hidden_act]
-    approximate = "tanh" if activation == "gelu_tanh" else "none"
     at = f"encoder.layer.{i}"
     q, k, v = (
         _eager_linear(parameters, f"{at}.attention.self.{name}", x)
@@ -305,7 +305,7 @@ def _eager_layer(parameters: Mapping[str, Tensor], config: BertConfig, i: int, x
     out = f"{at}.attention.output"
     x = _eager_norm(parameters, config, out, _eager_linear(parameters, f"{out}.dense", context) + x)
     inner = _eager_linear(parameters, f"{at}.intermediate.dense", x)  # (B, S, I)
-    inner = F.relu(inner) if activation == "relu" else F.gelu(inner, approximate=approximate)
+    inner = activate(inner, activation)
     return _eager_norm(parameters, config, f"{at}.output", _eager_linear(parameters, f"{at}.output.dense", inner) + x)
 
 

@@ -192,7 +192,7 @@ def test_what_is_not_known_runs_as_before(case: str, caplog: pytest.LogCaptureFi
     [
         ({"is_decoder": True}, "decoder mode"),
         ({"is_decoder": True, "add_cross_attention": True}, "decoder mode"),
-        ({"hidden_act": "silu"}, "the config: hidden_act"),
+        ({"hidden_act": "prelu"}, "the config: hidden_act"),
         ({"chunk_size_feed_forward": LENGTH}, "the config: chunk_size_feed_forward"),
         ({"position_embedding_type": "relative_key"}, "the config: position_embedding_type"),
     ],

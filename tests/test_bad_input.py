@@ -152,7 +152,7 @@ def test_more_layers_than_the_checkpoint_has(folder: Path) -> None:
         ),
         ({"is_decoder": True}, "is_decoder: got True, but decoder mode is not supported"),
         ({"add_cross_attention": True}, "add_cross_attention: got True, but cross-attention is not supported"),
-        ({"hidden_act": "swish"}, "hidden_act: got 'swish', expected one of gelu, gelu_new, gelu_pytorch_tanh, relu"),
+        ({"hidden_act": "xielu"}, "hidden_act: got 'xielu', expected one of gelu, gelu_new, gelu_pytorch_tanh, relu"),
         ({"num_attention_heads": 5}, "hidden_size: got 32, expected a multiple of num_attention_heads (5)"),
         ({"hidden_size": 0}, "hidden_size: got 0, expected a positive whole number"),
     ],

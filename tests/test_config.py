@@ -234,7 +234,7 @@ def test_harmless_keys_are_kept():
         ({"intermediate_size": "37"}, "intermediate_size: got '37', expected a positive"),
         ({"max_position_embeddings": 1.5}, "max_position_embeddings: got 1.5, expected a positive"),
         ({"type_vocab_size": True}, "type_vocab_size: got True, expected a positive"),
-        ({"hidden_act": "silu"}, "hidden_act: got 'silu', expected one of gelu, gelu_new, gelu_pytorch_tanh, relu"),
+        ({"hidden_act": "prelu"}, "hidden_act: got 'prelu', expected one of gelu, gelu_new, gelu_pytorch_tanh, relu"),
         ({"hidden_act": ["gelu"]}, r"hidden_act: got \['gelu'\], expected one of"),
         ({"problem_type": "ranking"}, "problem_type: got 'ranking', expected one of regression, single_label"),
         ({"hidden_dropout_prob": 1.0}, r"hidden_dropout_prob: got 1.0, expected a probability in \[0, 1\)"),

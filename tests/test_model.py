@@ -896,7 +896,7 @@ def test_backward_hooks_fire(name: str) -> None:
     ours, seen = twin(trainable("tiny")), []
     ours.get_submodule(name).register_full_backward_hook(lambda *args: seen.append(args[2][0].shape))
     ours(**make_batch("none"))[0].sum().backward()
-    assert seen == [(BATCH * LENGTH, 32 if "query" in name else 37)]
+    assert seen == [(BATCH, LENGTH, 32 if "query" in name else 37)]
 
 
 def test_the_fused_matrix_is_kept() -> None:

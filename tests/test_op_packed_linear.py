@@ -194,10 +194,10 @@ def test_model_in_more_rows(lengths, monkeypatch):
         ours = model.forward_packed(ids, cu_seqlens)
         assert rows == {packed_linear.rows_for(n_tokens, torch.float32)} and ours.shape == (n_tokens, 32)
         seen = []
-        hook = model.encoder.layer[0].register_forward_hook(lambda module, inputs, out: seen.append(out.shape[0]))
+        hook = model.encoder.layer[0].register_forward_hook(lambda module, inputs, out: seen.append(out.shape))
         torch.testing.assert_close(model.forward_packed(ids, cu_seqlens), ours)
         hook.remove()
-        assert seen == [n_tokens]
+        assert seen == [(len(lengths), max(lengths), 32)]
         with nothing_packed():
             torch.testing.assert_close(model.forward_packed(ids, cu_seqlens), ours)
     rows.clear()

@@ -198,7 +198,8 @@ def _check_layer(path: str, layer: nn.Module, mapping: Mapping, config: BertConf
     from transformers.activations import ACT2FN
 
     activation: nn.Module = _get(layer, mapping.activation)
-    if type(activation) is not type(ACT2FN[name]):
+    expected = ACT2FN[name]
+    if type(activation) is not type(expected) or _numbers(activation) != _numbers(expected):
         raise Unsupported(f"{path}.{mapping.activation} is not {name!r}, which the config names")
     attention = _get(layer, mapping.heads)
     if getattr(attention, mapping.n_heads) != config.num_attention_heads:
@@ -207,6 +208,12 @@ def _check_layer(path: str, layer: nn.Module, mapping: Mapping, config: BertConf
     if scaling is not None and scaling != config.head_size**-0.5:
         raise Unsupported(f"{path}.{mapping.heads}.scaling was changed")
     return activation
+
+
+def _numbers(module: nn.Module) -> dict[str, Any]:
+    """What a module without parameters was made with: a slope, limits."""
+    values = {name: value for name, value in vars(module).items() if isinstance(value, (int, float, str))}
+    return {name: value for name, value in values.items() if name != "training"}
 
 
 def _default_ids(live: nn.Module, mapping: Mapping) -> list[tuple[str, dict[str, Any], str, str]]:

@@ -3,33 +3,16 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 
 from fastbert import tracing
+from fastbert.activations import ACTIVATIONS as ACTIVATIONS
+from fastbert.activations import OTHERS, activate
 from fastbert.ops import dispatch
 from fastbert.ops.dispatch import AUTO, Policy
 from fastbert.ops.elementwise import elementwise
 from fastbert.ops.library import register
 
 KERNELS = {"triton": "fastbert_kernels.gelu", "torch": "add, torch.nn.functional.gelu"}
-
-# Names of config.hidden_act -> names of activations in this library.
-ACTIVATIONS = {
-    "gelu": "gelu",
-    "gelu_python": "gelu",
-    "gelu_new": "gelu_tanh",
-    "gelu_pytorch_tanh": "gelu_tanh",
-    "relu": "relu",
-}
-
-
-def activate(x: torch.Tensor, activation: str) -> torch.Tensor:
-    """Elementwise, in plain PyTorch: "none", "gelu", "gelu_tanh" or "relu"."""
-    if activation == "none":
-        return x
-    if activation == "relu":
-        return F.relu(x)
-    return F.gelu(x, approximate="tanh" if activation == "gelu_tanh" else "none")
 
 
 def _eager(x: torch.Tensor, bias: torch.Tensor | None, activation: str) -> torch.Tensor:
@@ -58,11 +41,12 @@ def activation_obstacle(activation: str) -> str | None:
 def bias_gelu(
     x: torch.Tensor, bias: torch.Tensor | None, activation: str = "gelu", *, policy: Policy = AUTO
 ) -> torch.Tensor:
-    """activation(x + bias). x: (T, I), bias: (I,) or None; activation "gelu" (erf), "gelu_tanh" or "relu".
+    """activation(x + bias). x: (T, I), bias: (I,) or None; activation "gelu" (erf), "gelu_tanh", "relu" or one of
+    fastbert.activations.OTHERS, for which there is no kernel.
 
     Returns (T, I) in x's dtype. Raises ValueError for a bias that does not fit or an unknown activation.
     """
-    if activation not in ("gelu", "gelu_tanh", "relu"):
+    if activation not in ("gelu", "gelu_tanh", "relu") and activation not in OTHERS:
         raise ValueError(f"activation: expected 'gelu', 'gelu_tanh' or 'relu', got {activation!r}")
     if bias is not None and tracing.differ(bias.shape, (x.shape[-1],)):
         raise ValueError(f"bias: expected shape ({x.shape[-1]},), got {tuple(bias.shape)}")

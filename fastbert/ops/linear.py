@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from fastbert import tracing
+from fastbert.activations import OTHERS
 from fastbert.ops import dispatch, gelu, layer_norm, packed_linear
 from fastbert.ops.dispatch import AUTO, Policy
 from fastbert.ops.library import register
@@ -162,11 +163,13 @@ def linear(
 ) -> torch.Tensor:
     """activation(x @ weight^T + bias). x: (T, K), weight: (M, K), bias: (M,) or None, of one floating dtype.
 
-    activation: "none", "gelu" (erf), "gelu_tanh" or "relu". keep: whether a packed copy of the weight may be kept,
-    which a module in training mode does not want. Returns (T, M) in x's dtype. Raises ValueError for shapes that do not
-    fit, BackendError under a strict policy.
+    activation: "none", "gelu" (erf), "gelu_tanh", "relu" or one of fastbert.activations.OTHERS. keep: whether a packed
+    copy of the weight may be kept, which a module in training mode does not want. Returns (T, M) in x's dtype. Raises
+    ValueError for shapes that do not fit, BackendError under a strict policy.
     """
     _check(x, weight, bias)
+    if activation in OTHERS:
+        return gelu.bias_gelu(linear(x, weight, bias, policy=policy, keep=keep), None, activation, policy=policy)
     why_not = dispatch.dtype_obstacle(x, weight, bias) or gelu.activation_obstacle(activation)
     if activation == "none":
         if _ours(x, weight, activation, False, policy, why_not):
