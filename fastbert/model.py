@@ -38,6 +38,16 @@ def is_plain(linear: nn.Module) -> TypeGuard[nn.Linear]:
     return is_bare(linear, nn.Linear) and linear.bias is not None
 
 
+def scale_and_shift(norm: nn.LayerNorm, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Weight and bias of a LayerNorm, (H,) each: ones and zeros, as `like`, where it has none."""
+    weight: Tensor | None = norm.weight
+    bias: Tensor | None = norm.bias
+    if weight is not None and bias is not None:
+        return weight, bias
+    shape = tuple(norm.normalized_shape)
+    return like.new_ones(shape) if weight is None else weight, like.new_zeros(shape) if bias is None else bias
+
+
 def dense(module: nn.Module, x: Any, policy: Policy, activation: str = "none") -> Tensor:
     """activation(module(x)), fused where the module is a plain linear. (T, K) -> (T, M)"""
     if is_plain(module):
@@ -108,8 +118,7 @@ class BertEmbeddings(nn.Module):
             words.weight if inputs_embeds is None else inputs_embeds,
             None if self.token_type_embeddings is None else self.token_type_embeddings.weight,
             self.position_embeddings.weight,
-            self.LayerNorm.weight,
-            self.LayerNorm.bias,
+            *scale_and_shift(self.LayerNorm, self.position_embeddings.weight),
             self.LayerNorm.eps,
         )
 
@@ -127,15 +136,22 @@ class BertSelfAttention(nn.Module):
     def fused_qkv(self) -> tuple[Tensor, Tensor]:
         """The three projections as one weight (3H, H) and bias (3H,), kept until one of the six parameters changes.
 
+        Of a linear without a bias the bias is zeros.
         After a write through `.data`, which PyTorch does not count, train() or eval() makes this look again.
         """
         linears = (self.query, self.key, self.value)
         weights: list[Tensor] = [linear.weight for linear in linears]
-        biases: list[Tensor] = [linear.bias for linear in linears]
-        parameters = weights + biases
+        biases: list[Tensor | None] = [linear.bias for linear in linears]
+        parameters = weights + [bias for bias in biases if bias is not None]
         if any(p.dtype != parameters[0].dtype for p in parameters):
             raise RuntimeError(f"query, key, value: expected one dtype, got {[p.dtype for p in parameters]}")
-        fused: Any = self.derived.get("qkv", parameters, lambda: (torch.cat(weights), torch.cat(biases)))
+        present = tuple(bias is not None for bias in biases)
+
+        def make() -> tuple[Tensor, Tensor]:
+            filled = [w.new_zeros(w.shape[0]) if b is None else b for w, b in zip(weights, biases, strict=True)]
+            return torch.cat(weights), torch.cat(filled)
+
+        fused: Any = self.derived.get("qkv", parameters, make, present)
         return fused
 
     def derived_addresses(self) -> tuple[int, ...]:
@@ -177,7 +193,7 @@ class BertAddNorm(nn.Module):
 
     def forward(self, x: Tensor, residual: Tensor, policy: Policy) -> Tensor:  # (T, K), (T, H) -> (T, H)
         norm, dropout_p = self.LayerNorm, self.dropout.p if self.training else 0.0
-        after = residual, norm.weight, norm.bias, norm.eps
+        after = residual, *scale_and_shift(norm, residual), norm.eps
         if is_plain(self.dense):
             weight, bias = self.dense.weight, self.dense.bias
             return ops.linear_residual_layer_norm(x, weight, bias, *after, dropout_p=dropout_p, policy=policy)
@@ -380,8 +396,12 @@ class BertModel(PreTrainedModel):
         inputs_embeds: Tensor | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
+        batch: PackedBatch | None = None,
     ) -> Encoded:
-        """forward without the padding at the end: for heads, which work on packed tokens too."""
+        """forward without the padding at the end: for heads, which work on packed tokens too.
+
+        batch: the packing of the attention_mask, where the caller has it already.
+        """
         self._check_tensors(
             input_ids=input_ids, attention_mask=attention_mask, token_type_ids=token_type_ids,
             position_ids=position_ids, inputs_embeds=inputs_embeds,
@@ -414,9 +434,9 @@ class BertModel(PreTrainedModel):
             else:
                 position_ids = (torch.arange(shape[1], device=given.device) + self._counted_from + 1).expand(shape)
 
-        if attention_mask is not None:
+        if batch is None and attention_mask is not None:
             batch = varlen.unpad(attention_mask)
-        else:
+        elif batch is None:
             batch = varlen.without_padding(shape[0], shape[1], given.device)
         ids, types, positions, embeds = (
             None if t is None else varlen.pack(t, batch)
