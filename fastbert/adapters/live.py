@@ -15,11 +15,19 @@ from operator import contains, itemgetter
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fastbert.adapters import versions
 from fastbert.adapters.mapping import Mapping
-from fastbert.adapters.states import Called, Leaf, Parameters, Settings, has_global_hooks, same_function, unexpected_setting
+from fastbert.adapters.states import (
+    Called,
+    Leaf,
+    Parameters,
+    Settings,
+    has_global_hooks,
+    same_function,
+    unexpected_setting,
+)
 from fastbert.config import BertConfig
 from fastbert.model import BertModel
 from fastbert.ops import Policy

@@ -125,7 +125,7 @@ class Leaf:
         """Why its parameters cannot be read as those of a plain module, or None."""
         owned, expected = self.module._parameters, self.like._parameters
         if set(owned) != set(expected):
-            return f"{self.path} has the parameters {', '.join(owned) or 'none'}"
+            return f"{self.path}: its parameters are {', '.join(owned) or 'none'}, expected {', '.join(expected)}"
         for name, ours in expected.items():
             parameter: Any = owned[name]
             if ours is None:
@@ -187,10 +187,9 @@ class Called:
         self._width = like.in_features if isinstance(like, nn.Linear) else None
         self._out = like.out_features if isinstance(like, nn.Linear) else like.embedding_dim
         self._n_ids: Any = getattr(module, "num_embeddings", getattr(like, "num_embeddings", 1))
-        self._asked = type(module).__module__.split(".")[0] == "peft" or type(module).forward in (
-            nn.Linear.forward,
-            nn.Embedding.forward,
-        )
+        forward = getattr(type(module), "forward", None)  # which scripted modules have in their objects
+        by_weight_alone = forward in (nn.Linear.forward, nn.Embedding.forward)
+        self._asked = by_weight_alone or type(module).__module__.split(".")[0] == "peft"
         self._reason: str | None = None
 
     def obstacle(self, like: Tensor) -> str | None:
