@@ -1,4 +1,4 @@
-"""accelerate on modules in odd states: the numbers of before, or the original forward, counted; never an error of ours."""
+"""accelerate on modules in odd states: the numbers of before, or the original forward, counted; no error of ours."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""What may change in a live module while its class stays: parameters, settings, forwards of classes, hooks on everything.
+"""What may change in a live module while its class stays: parameters, settings, forwards, hooks on all modules.
 
-Each check is made before every call, so it compares lists of what C code collects, and looks closer where they differ.
+Each check is made before every call. It compares lists that C code collects, and looks closer where they differ.
 """
 
 from __future__ import annotations

@@ -141,11 +141,11 @@ def accelerate(model: Model, *, backend: str = "auto", strict: bool = False, cud
     model: a `BertModel`, `RobertaModel`, `XLMRobertaModel`, `CamembertModel`, `DistilBertModel` or `ElectraModel` of
     transformers, a `...For...` around one, what an `AutoModel...` gave, a pipeline, a wrapper (PEFT, DataParallel), a
     `SentenceTransformer` or a `CrossEncoder`. Arguments, outputs, state dict and parameters stay; rows of outputs at
-    padding positions are zero, where transformers leaves unspecified values. What is not known (training mode, requested
-    attentions, masks of pairs of tokens, texts padded on the left, caches, decoders, hooks inside ...) goes to the
-    original forward: counted by reason, logged once each,
-    shown by `fastbert.explain(model)`. strict=True makes a BackendError of it. backend: "auto", "triton", "cpu" or
-    "torch". cuda_graphs: on a GPU, launch short batches as CUDA graphs.
+    padding positions are zero, where transformers leaves unspecified values. What is not known (training mode,
+    requested attentions, masks of pairs of tokens, texts padded on the left, caches, decoders, hooks inside ...) goes
+    to the original forward: counted by reason, logged once each, shown by `fastbert.explain(model)`. What raises here
+    runs there, too. strict=True makes a BackendError of it. backend: "auto", "triton", "cpu" or "torch". cuda_graphs:
+    on a GPU, launch short batches as CUDA graphs.
 
     Doing it again changes nothing but the options. `restore` undoes it. Raises TypeError for what is no model,
     ValueError for a model without an encoder that is covered; both say what is.
