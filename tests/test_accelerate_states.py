@@ -213,3 +213,47 @@ def test_our_own_models(name: str, dtype: torch.dtype) -> None:
         if found.shape[:2] == valid.shape:
             found, expected = found[valid], expected[valid]
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5, msg=odd.__name__)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "name", ["no_biases_in_attention", "weight_norm", "quantised_dynamically", "other_eps_everywhere", "pruned",
+             "forward_that_mixes", "layer_norm_without_anything", "tensor_subclass", "hook_on_all_modules",
+             "offloaded_in_part", "weight_is_a_plain_tensor", "compiled_layer", "packed_module", "causal_attention"],
+)  # fmt: skip
+def test_sentence_encoders(name: str, minilm: Any) -> None:
+    """Catches vectors of an odd model that differ, or an error where the original encodes."""
+    st = pytest.importorskip("sentence_transformers", reason="sentence-transformers is not installed")
+    if name.startswith("offloaded"):
+        pytest.importorskip("accelerate", reason="accelerate is not installed")
+    texts = ["a cat", "a longer sentence about the river", "yes"]
+    plain, model = (st.SentenceTransformer(str(minilm), device="cpu") for _ in range(2))
+    fastbert.accelerate(model).encode(texts)
+    vectors = []
+    for each in (plain, model):
+        torch.manual_seed(0)
+        undo = getattr(odd_modules, name)(each[0].auto_model)
+        vectors.append(torch.tensor(each.encode(texts)))
+        if callable(undo):
+            undo()
+    torch.testing.assert_close(vectors[1], vectors[0], rtol=1e-3, atol=1e-4)
+    assert not any("raised" in reason for reason in counts(model))
+
+
+def test_an_error_of_ours_in_encode(minilm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches an error of the packed pipeline that reaches the user of `encode`, and is not counted."""
+    st = pytest.importorskip("sentence_transformers", reason="sentence-transformers is not installed")
+    from fastbert.adapters import sentences
+
+    model = st.SentenceTransformer(str(minilm), device="cpu")
+    expected = torch.tensor(model.encode("a cat"))
+    fastbert.accelerate(model)
+
+    def failing(*args: Any, **kwargs: Any) -> Any:
+        raise KeyError("something")
+
+    monkeypatch.setattr(sentences.Run, "windows", failing)
+    torch.testing.assert_close(torch.tensor(model.encode("a cat")), expected, rtol=1e-4, atol=1e-5)
+    assert counts(model)["our path raised KeyError"] == 1
+    with pytest.raises(KeyError):
+        fastbert.accelerate(model, strict=True).encode("a cat")

@@ -77,7 +77,7 @@ class Settings:
     def __init__(self, modules: Iterable[nn.Module]) -> None:
         modules = list(modules)
         self._modules = modules
-        self._kinds = list(map(type, modules))
+        self._kinds: list[Any] = list(map(type, modules))
         self._classes = list(dict.fromkeys(self._kinds))
         self._forwards = [kind.forward for kind in self._classes]
         named = [(module.__dict__, _settings_of(module)) for module in modules]
