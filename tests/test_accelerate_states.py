@@ -219,13 +219,11 @@ def test_our_own_models(name: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize(
     "name", ["no_biases_in_attention", "weight_norm", "quantised_dynamically", "other_eps_everywhere", "pruned",
              "forward_that_mixes", "layer_norm_without_anything", "tensor_subclass", "hook_on_all_modules",
-             "offloaded_in_part", "weight_is_a_plain_tensor", "compiled_layer", "packed_module", "causal_attention"],
+             "weight_is_a_plain_tensor", "compiled_layer", "packed_module", "causal_attention"],
 )  # fmt: skip
 def test_sentence_encoders(name: str, minilm: Any) -> None:
     """Catches vectors of an odd model that differ, or an error where the original encodes."""
     st = pytest.importorskip("sentence_transformers", reason="sentence-transformers is not installed")
-    if name.startswith("offloaded"):
-        pytest.importorskip("accelerate", reason="accelerate is not installed")
     texts = ["a cat", "a longer sentence about the river", "yes"]
     plain, model = (st.SentenceTransformer(str(minilm), device="cpu") for _ in range(2))
     fastbert.accelerate(model).encode(texts)
