@@ -216,13 +216,15 @@ class Watch:
                 module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
             )
         )  # fmt: skip
-        self._known = all(type(module) in kinds for module in modules)
+        self._modules, self._kinds = modules, list(map(type, modules))
+        self._norms = tuple(module.__dict__ for module in modules if isinstance(module, nn.LayerNorm))
+        self._known = all(kind in kinds for kind in self._kinds)
         self._writes: tuple[Any, Writes] | None = None
         self._n_silent_writes = 0
 
     def same_modules(self) -> bool:
-        """Whether no module was replaced, added or removed."""
-        return self._children == self._children_before
+        """Whether no module was replaced, added, removed or made one of another class."""
+        return self._children == self._children_before and list(map(type, self._modules)) == self._kinds
 
     def plain(self) -> bool:
         """Whether every module is of a known kind and in eval mode, and nobody listens to or patches one."""
@@ -250,15 +252,15 @@ class Watch:
         """Where that is, up to date, of every module that has a `derived`."""
         return [module.derived_addresses() for module in self._deriving]
 
-    def state(self) -> tuple[list[int], list[int]]:
-        """Of every parameter where it is, and how often it was written to, as far as PyTorch counts that."""
+    def state(self) -> tuple[list[int], list[int], list[float]]:
+        """Where every parameter is, and how often it was written to, as far as PyTorch counts that; the norms' eps."""
         found: list[Any] = list(chain.from_iterable(map(dict.values, self._parameters)))
         try:
             versions = list(map(attrgetter("_version"), found))
         except (RuntimeError, AttributeError):  # inference tensors have none, and a parameter may be None
             found = [p for p in found if p is not None]
             versions = [-1 if p.is_inference() else p._version for p in found]
-        return list(map(Tensor.data_ptr, found)), versions
+        return list(map(Tensor.data_ptr, found)), versions, list(map(itemgetter("eps"), self._norms))
 
     def silent_writes(self, state: tuple[list[int], list[int]]) -> int:
         """How often parameters were seen to have been written to without PyTorch's count. state: what `state` gives.

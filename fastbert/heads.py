@@ -252,7 +252,7 @@ def token_loss(logits: Tensor, labels: Tensor | None, batch: varlen.PackedBatch)
     """Mean cross entropy over the tokens whose label is not -100. logits: packed (T, C), labels: padded (B, S)."""
     if labels is None:
         return None
-    _check_labels("labels", labels, (batch.batch_size, batch.padded_length))
+    _check_labels("labels", labels, logits, (batch.batch_size, batch.padded_length))
     return F.cross_entropy(logits, varlen.pack(labels, batch, IGNORED).long(), ignore_index=IGNORED)
 
 
@@ -260,13 +260,18 @@ def class_loss(logits: Tensor, labels: Tensor | None, name: str = "labels") -> T
     """Mean cross entropy. logits: (B, C), labels: (B,) or (B, 1)."""
     if labels is None:
         return None
-    _check_labels(name, labels, (logits.shape[0],), (logits.shape[0], 1))
+    _check_labels(name, labels, logits, (logits.shape[0],), (logits.shape[0], 1))
     return F.cross_entropy(logits, labels.view(-1).long())
 
 
-def _check_labels(name: str, labels: Tensor, *shapes: tuple[int, ...]) -> None:
+def _check_labels(name: str, labels: Tensor, logits: Tensor, *shapes: tuple[int, ...], classes: bool = True) -> None:
+    """Raises ValueError for a shape or a device, TypeError for classes that are no integers."""
     if all(tracing.differ(tuple(labels.shape), shape) for shape in shapes):
         raise ValueError(f"{name}: expected shape {shapes[0]}, got {tuple(labels.shape)}")
+    if labels.device != logits.device:
+        raise ValueError(f"{name}: expected a tensor on the model's device {logits.device}, got {labels.device}")
+    if classes and (labels.is_floating_point() or labels.is_complex()):
+        raise TypeError(f"{name}: expected integers, got {labels.dtype}")
 
 
 class BertForPreTraining(_WithDecoder):
@@ -442,7 +447,8 @@ class BertForSequenceClassification(_WithHead):
         if problem == "single_label_classification":
             return class_loss(logits, labels)
         n, n_labels = logits.shape
-        _check_labels("labels", labels, (n, n_labels), *([(n,)] if n_labels == 1 else []))
+        shapes = [(n, n_labels), (n,)] if n_labels == 1 else [(n, n_labels)]
+        _check_labels("labels", labels, logits, *shapes, classes=False)
         labels = labels.view(n, n_labels).to(logits.dtype)
         if problem == "regression":
             return F.mse_loss(logits, labels)
@@ -572,7 +578,7 @@ class BertForQuestionAnswering(_WithHead):
 
     def _loss(self, logits: Tensor, token: Tensor, positions: Tensor, name: str) -> Tensor:
         n, length = logits.shape
-        _check_labels(name, positions, (n,), (n, 1))
+        _check_labels(name, positions, logits, (n,), (n, 1))
         positions = positions.view(-1).long().clamp(0, length)
         answerable = F.pad(token, (0, 1)).gather(1, positions[:, None])[:, 0]
         positions = positions.masked_fill(~answerable, length)

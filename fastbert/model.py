@@ -50,6 +50,16 @@ def is_plain_norm(norm: nn.Module, dropout: nn.Module | None = None) -> TypeGuar
     return bare and norm.weight is not None and norm.bias is not None
 
 
+def scale_and_shift(norm: nn.LayerNorm, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Weight and bias of a LayerNorm, (H,) each: ones and zeros, as `like`, where it has none."""
+    weight: Tensor | None = norm.weight
+    bias: Tensor | None = norm.bias
+    if weight is not None and bias is not None:
+        return weight, bias
+    shape = tuple(norm.normalized_shape)
+    return like.new_ones(shape) if weight is None else weight, like.new_zeros(shape) if bias is None else bias
+
+
 def dense(
     module: nn.Module, x: Any, policy: Policy, activation: str = "none", batch: PackedBatch | None = None
 ) -> Tensor:
@@ -167,8 +177,7 @@ class BertEmbeddings(nn.Module):
             words.weight if inputs_embeds is None else inputs_embeds,
             None if self.token_type_embeddings is None else self.token_type_embeddings.weight,
             self.position_embeddings.weight,
-            self.LayerNorm.weight,
-            self.LayerNorm.bias,
+            *scale_and_shift(self.LayerNorm, self.position_embeddings.weight),
             self.LayerNorm.eps,
         )
 
@@ -186,17 +195,24 @@ class BertSelfAttention(nn.Module):
     def fused_qkv(self) -> tuple[Tensor, Tensor]:
         """The three projections as one weight (3H, H) and bias (3H,), kept until one of the six parameters changes.
 
-        In training mode nothing is kept. train() and eval() make it anew: fastbert.silent_writes says what else does.
+        The bias of a linear without one is zeros. In training mode nothing is kept. train() and eval() make it anew:
+        fastbert.silent_writes says what else does.
         """
         linears = (self.query, self.key, self.value)
         weights: list[Tensor] = [linear.weight for linear in linears]
-        biases: list[Tensor] = [linear.bias for linear in linears]
-        parameters = weights + biases
+        biases: list[Tensor | None] = [linear.bias for linear in linears]
+        parameters = weights + [bias for bias in biases if bias is not None]
         if any(p.dtype != parameters[0].dtype for p in parameters):
             raise RuntimeError(f"query, key, value: expected one dtype, got {[p.dtype for p in parameters]}")
+        present = tuple(bias is not None for bias in biases)
+
+        def make() -> tuple[Tensor, Tensor]:
+            filled = [w.new_zeros(w.shape[0]) if b is None else b for w, b in zip(weights, biases, strict=True)]
+            return torch.cat(weights), torch.cat(filled)
+
         if self.training:
-            return torch.cat(weights), torch.cat(biases)
-        fused: Any = self.derived.get("qkv", parameters, lambda: (torch.cat(weights), torch.cat(biases)))
+            return make()
+        fused: Any = self.derived.get("qkv", parameters, make, present)
         return fused
 
     def derived_addresses(self) -> tuple[int, ...]:
@@ -522,8 +538,12 @@ class BertModel(PreTrainedModel):
         inputs_embeds: Tensor | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
+        batch: PackedBatch | None = None,
     ) -> Encoded:
-        """forward without the padding at the end: for heads, which work on packed tokens too."""
+        """forward without the padding at the end: for heads, which work on packed tokens too.
+
+        batch: the packing of the attention_mask, where the caller has it already.
+        """
         self._check_tensors(
             input_ids=input_ids, attention_mask=attention_mask, token_type_ids=token_type_ids,
             position_ids=position_ids, inputs_embeds=inputs_embeds,
@@ -566,9 +586,9 @@ class BertModel(PreTrainedModel):
         transformed = tracing.transformed(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
         if transformed is not None:
             batch = varlen.in_place(given, attention_mask)
-        elif attention_mask is not None:
+        elif batch is None and attention_mask is not None:
             batch = varlen.unpad(attention_mask)
-        else:
+        elif batch is None:
             batch = varlen.without_padding(shape[0], shape[1], given.device)
         ids, types, positions, embeds = (
             None if t is None else varlen.pack(t, batch)

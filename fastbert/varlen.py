@@ -28,6 +28,7 @@ class PackedBatch:
     cu_seqlens[b + 1]. cu_seqlens_cpu: the same on the host. position_ids: (T,) int64, the column each token came from.
     indices: (T,) int64, where each token stands in the flattened (B * S) batch, None if it never was padded.
     valid: (B, S) bool, where tokens are, in a batch that keeps the rows of its padding (`in_place`); None in any other.
+    first_column: whether each sequence has a token in the first column, as it has without padding on the left.
     """
 
     cu_seqlens: torch.Tensor
@@ -37,6 +38,7 @@ class PackedBatch:
     padded_length: int
     indices: torch.Tensor | None = None
     valid: torch.Tensor | None = None
+    first_column: bool = True
     _plans: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     @property
@@ -80,15 +82,19 @@ def unpad(attention_mask: torch.Tensor) -> PackedBatch:
     batch_size, padded_length = attention_mask.shape
     valid = attention_mask != 0
     indices = valid.flatten().nonzero().flatten()
-    cu_seqlens = torch.zeros(batch_size + 1, dtype=torch.int32, device=valid.device)
-    torch.cumsum(valid.sum(1), 0, dtype=torch.int32, out=cu_seqlens[1:])
+    # The offsets and, to wait for the device once, how many sequences begin in the first column.
+    counted = torch.zeros(batch_size + 2, dtype=torch.int32, device=valid.device)
+    torch.cumsum(valid.sum(1), 0, dtype=torch.int32, out=counted[1:-1])
+    counted[-1] = valid[:, :1].sum()
+    counted_cpu = counted.cpu()
     return PackedBatch(
-        cu_seqlens=cu_seqlens,
-        cu_seqlens_cpu=cu_seqlens.cpu(),
+        cu_seqlens=counted[:-1],
+        cu_seqlens_cpu=counted_cpu[:-1],
         position_ids=indices % max(padded_length, 1),
         batch_size=batch_size,
         padded_length=padded_length,
         indices=indices,
+        first_column=padded_length == 0 or int(counted_cpu[-1]) == batch_size,
     )
 
 

@@ -124,7 +124,7 @@ def test_compiled_around() -> None:
         with torch.no_grad():
             output = compiled(**make_batch(kind)).logits
         assert_close(kind, output, run(model, make_batch(kind)).logits)
-    assert counts(model)["fastbert"] == 7 and len(counts(model)) == 1
+    assert counts(model) == {"fastbert": 5, "padding in the first column": 2}
 
 
 def test_traced_and_exported() -> None:

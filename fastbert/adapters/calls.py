@@ -10,6 +10,7 @@ import importlib
 import inspect
 import logging
 import threading
+import traceback
 from collections import Counter
 from typing import Any
 
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from fastbert import tracing, varlen
-from fastbert.adapters import versions
+from fastbert.adapters import states, versions
 from fastbert.adapters.live import LiveEncoder, Options, Unsupported
 from fastbert.adapters.mapping import COVERED, Mapping
 from fastbert.ops import BackendError
@@ -44,35 +45,37 @@ class Counted:
     def forget(self) -> None:
         """What is derived from the modules is made anew at the next call."""
 
-    def decline(self, reason: str) -> None:
-        """Counts a call of the original code; logs each reason once. Raises BackendError under strict."""
+    def decline(self, reason: str, error: Exception | None = None) -> None:
+        """Counts a call of the original code; logs each reason once, with the error that led to it.
+
+        Raises BackendError under strict.
+        """
         if self.options.strict:
             raise BackendError(f"accelerate: {self.subject} would have to run as it was, and strict=True: {reason}")
         if reason not in self.counts:
-            logger.warning("accelerate: %s runs as it was before: %s", self.subject, reason)
+            logger.warning("accelerate: %s runs as it was before: %s", self.subject, reason, exc_info=error)
         self.counts[reason] += 1
 
 
 class State(Counted):
     """What an accelerated encoder carries: the options, the counts, and what is made at the first call.
 
-    reads_first: whether a head around it reads the first column, padding or not. A copy, or what a pickle gives, has
-    that and the options alone.
+    A copy, or what a pickle gives, has the options alone.
     """
 
-    def __init__(self, options: Options, mapping: Mapping, reads_first: bool = False) -> None:
+    def __init__(self, options: Options, mapping: Mapping) -> None:
         super().__init__(options, f"{mapping.model}.forward")
-        self.mapping, self.reads_first = mapping, reads_first
+        self.mapping = mapping
         self._encoder: LiveEncoder | None = None
         self._stale = False
         self.settled = False  # while a caller is known to call eval() for nothing
         self._lock = threading.RLock()
 
     def __reduce__(self) -> Any:
-        return _fresh_state, (self.options, self.mapping.module, self.reads_first)
+        return _fresh_state, (self.options, self.mapping.module)
 
     def __deepcopy__(self, memo: Any) -> State:
-        return State(self.options, self.mapping, self.reads_first)
+        return State(self.options, self.mapping)
 
     def forget(self) -> None:
         """What is derived from the modules is made anew at the next call."""
@@ -123,8 +126,8 @@ def predict(live: nn.Module, state: Counted, original: Any, args: tuple[Any, ...
             found.settled = False
 
 
-def _fresh_state(options: Options, module: str, reads_first: bool) -> State:
-    return State(options, next(mapping for mapping in COVERED if mapping.module == module), reads_first)
+def _fresh_state(options: Options, module: str) -> State:
+    return State(options, next(mapping for mapping in COVERED if mapping.module == module))
 
 
 @functools.cache
@@ -147,18 +150,44 @@ def _forward(live: nn.Module, state: State, original: Any, args: tuple[Any, ...]
     names = parameter_names(original)
     call = {**dict(zip(names, args, strict=False)), **kwargs}
     clash = len(args) > len(names) or len(call) < len(args) + len(kwargs)  # the original raises TypeError
-    reason = "arguments that do not fit" if clash else _obstacle(live, state, call, names)
-    if reason is None:
-        try:
+    try:
+        reason = "arguments that do not fit" if clash else _obstacle(live, state, call, names)
+        if reason is None:
             encoder = state.encoder(live)
             reason = encoder.obstacle()
-        except Unsupported as error:
-            reason = str(error)
-    if reason is not None:
-        state.decline(reason)
-        return original(live, *args, **kwargs)
-    state.counts[OURS] += 1
-    return _run(live, state.mapping, encoder, call)
+            if reason is None:
+                return _run(live, state, encoder, call)
+    except Unsupported as error:
+        reason = str(error)
+    except Exception as error:
+        return after_error(error, live, state, original, args, kwargs)
+    state.decline(reason)
+    return original(live, *args, **kwargs)
+
+
+def after_error(
+    error: Exception, live: nn.Module, state: Counted, original: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """What the original code gives, where ours has raised: its own error, if the fault is the caller's.
+
+    Raises `error` where the original must not be tried: under strict, where memory or the device is at an end, and for
+    ids beyond their table, which on a GPU end the process's use of it.
+    """
+    names = {kind.__name__ for kind in type(error).__mro__}
+    at_an_end = names & {"MemoryError", "OutOfMemoryError", "AcceleratorError"} or "CUDA error" in str(error)
+    at_an_end = at_an_end or "alloc" in str(error) and "memory" in str(error)
+    on_cpu = next((p.device.type for p in live.parameters()), "cpu") == "cpu"
+    if state.options.strict or at_an_end or (isinstance(error, IndexError) and not on_cpu):
+        raise error
+    traceback.clear_frames(error.__traceback__)  # which hold what was computed
+    try:
+        output = original(live, *args, **kwargs)
+    except IndexError:
+        if isinstance(error, IndexError):
+            raise error from None  # which names the argument
+        raise
+    state.decline(f"our path raised {type(error).__name__}", error)
+    return output
 
 
 def model_obstacle(live: nn.Module) -> str | None:
@@ -169,7 +198,7 @@ def model_obstacle(live: nn.Module) -> str | None:
         return "training mode (kernels with dropout and gradients are not here yet)"
     if getattr(live.config, "is_decoder", False) or getattr(live.config, "is_causal", False):
         return "decoder mode"
-    return None
+    return states.attention_obstacle(live.config)
 
 
 def _obstacle(live: nn.Module, state: State, call: dict[str, Any], names: tuple[str, ...]) -> str | None:
@@ -209,8 +238,6 @@ def _input_obstacle(live: nn.Module, state: State, call: dict[str, Any]) -> str 
             return f"a {mask.dim()}-D attention_mask"
         if mask.is_floating_point() and not bool(((mask == 0) | (mask == 1)).all()):
             return "an attention_mask of other numbers than 0 and 1"
-        if state.reads_first and not bool(mask[:, :1].all()):
-            return "padding in the first column, which the head reads"
     for name, value in given.items():
         fits = tuple(value.shape[:2]) == shape or (name == "position_ids" and tuple(value.shape) == (1, shape[1]))
         if not fits:
@@ -223,18 +250,27 @@ def _input_obstacle(live: nn.Module, state: State, call: dict[str, Any]) -> str 
     return None
 
 
-def _run(live: nn.Module, mapping: Mapping, encoder: LiveEncoder, call: dict[str, Any]) -> Any:
-    model = encoder.model
+def _run(live: nn.Module, state: State, encoder: LiveEncoder, call: dict[str, Any]) -> Any:
+    """The output, and the call counted. Raises Unsupported where texts are padded on the left.
+
+    There whoever reads the first column finds zeros here, and with the original what padding attends to.
+    """
+    model, mapping = encoder.model, state.mapping
     config: Any = live.config
     keep_states = bool(versions.flag(call, config, "output_hidden_states"))
     inputs = {name: call.get(name) for name in _INPUTS}
-    encoded = model.encode(**inputs, output_attentions=False, output_hidden_states=keep_states)
+    mask = inputs["attention_mask"]
+    batch = None if mask is None else varlen.unpad(mask)
+    if batch is not None and not batch.first_column:
+        raise Unsupported("padding in the first column")
+    encoded = model.encode(**inputs, output_attentions=False, output_hidden_states=keep_states, batch=batch)
     last = varlen.pad(encoded.last_hidden_state, encoded.batch)
-    states = None
+    hidden = None
     if encoded.hidden_states is not None:
-        states = (*(varlen.pad(state, encoded.batch) for state in encoded.hidden_states[:-1]), last)
+        hidden = (*(varlen.pad(x, encoded.batch) for x in encoded.hidden_states[:-1]), last)
     pooled = {"pooler_output": model.pool(encoded)} if mapping.family.pooler else {}
-    output = _output_class(mapping.output)(last_hidden_state=last, **pooled, hidden_states=states)
+    output = _output_class(mapping.output)(last_hidden_state=last, **pooled, hidden_states=hidden)
+    state.counts[OURS] += 1
     wanted = call.get("return_dict")
     if wanted is None:
         wanted = getattr(config, "return_dict", True)

@@ -11,14 +11,23 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain, repeat
-from operator import attrgetter, contains, itemgetter
+from operator import contains, itemgetter
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fastbert.adapters import versions
 from fastbert.adapters.mapping import Mapping
+from fastbert.adapters.states import (
+    Called,
+    Leaf,
+    Parameters,
+    Settings,
+    has_global_hooks,
+    same_function,
+    unexpected_setting,
+)
 from fastbert.config import BertConfig
 from fastbert.model import BertModel
 from fastbert.ops import Policy
@@ -54,6 +63,8 @@ class LiveEncoder:
             config = replace(mapping.config(live.config, embeddings), num_hidden_layers=len(layers))
         except ValueError as error:
             raise Unsupported(f"the config: {error}") from error
+        if mapping.family.pooler and not hasattr(live, "pooler"):
+            raise Unsupported("pooler is not there")
         with torch.device("meta"):
             with_pooler = getattr(live, "pooler", None) is not None
             model = BertModel(config, with_pooler, backend=options.backend, strict=options.strict)
@@ -61,17 +72,21 @@ class LiveEncoder:
         containers = _containers(live, mapping, [theirs for _, theirs in leaves])
         for path, module in containers.items():
             _check_container(path, module, mapping)
+            _check_settings(path, module)
 
         model.cuda_graphs = options.cuda_graphs
         model.eval()  # while the live modules are not in it
-        direct: list[nn.Module] = []  # whose parameters we read
+        direct: list[Leaf] = []
+        called: list[Called] = []
         dropping: list[nn.Module] = [_get(live, f"{mapping.layers}.{i}.{mapping.heads}") for i in range(len(layers))]
         looked_at = list(containers.values())
         for ours, theirs in leaves:
             parent, _, name = ours.rpartition(".")
             expected, leaf = model.get_submodule(ours), _get(live, theirs)
             if _reads(ours, theirs, expected, leaf):
-                direct.append(leaf)
+                direct.append(Leaf(theirs, leaf, expected))
+            elif not isinstance(expected, nn.Dropout):
+                called.append(Called(theirs, leaf, expected))
             if isinstance(leaf, nn.Dropout):
                 dropping.append(leaf)
             looked_at.append(leaf)
@@ -82,18 +97,24 @@ class LiveEncoder:
         self.model, self._leaves = model, tuple(_get(live, theirs) for _, theirs in leaves)
         self._counted_from = mapping.counted_from(embeddings)
         self._count_from = partial(mapping.counted_from, embeddings)
+        self._kinds = list(map(type, self._leaves))
         self._children = tuple((m._modules, dict(m._modules)) for m in (live, *containers.values()))
         self._dropping = tuple(module.__dict__ for module in dropping)  # of the others no mode counts
         self._looked_at, self._dicts = tuple(looked_at), tuple(module.__dict__ for module in looked_at)
         self._hooks = tuple(hooks for module in looked_at for hooks in _hooks_of(module))
-        self._parameters = tuple(module._parameters for module in direct if module._parameters)
+        followed = {id(module.module) for module in called}
+        self._settings = Settings(module for module in looked_at if id(module) not in followed)
+        if (patched := self._settings.patched()) is not None:
+            raise Unsupported(f"{patched}.forward was patched")
+        self._parameters, self._called = Parameters(direct), tuple(called)
         self._buffers = _default_ids(live, mapping)
         self._buffers_checked: Any = None
 
     def is_current(self) -> bool:
-        """Whether no module of the live model was replaced, added or removed, and positions count from the same id."""
+        """Whether no module of the live model was replaced, added, removed or set otherwise than it was."""
         same_modules = all(children == before for children, before in self._children)
-        return same_modules and self._count_from() == self._counted_from
+        same_modules = same_modules and list(map(type, self._leaves)) == self._kinds
+        return same_modules and self._count_from() == self._counted_from and self._settings.unchanged()
 
     def obstacle(self) -> str | None:
         """Why our path must not stand in for the original forward in the state the modules are in, or None."""
@@ -103,13 +124,13 @@ class LiveEncoder:
             return "a module inside has a forward of its own"
         if any(self._hooks) and not all(map(versions.is_harmless, _callables(self._hooks))):
             return "a module inside has hooks"
-        parameters = [p for p in chain.from_iterable(map(dict.values, self._parameters)) if p is not None]
-        if not all(kind is nn.Parameter or kind is Tensor for kind in set(map(type, parameters))):
-            return "parameters are tensors of another kind"
-        if len(set(map(attrgetter("dtype"), parameters))) > 1:
-            return "parameters are of more than one dtype"
-        if len(set(map(attrgetter("device"), parameters))) > 1:
-            return "parameters are on more than one device"
+        if has_global_hooks():
+            return "hooks on all modules"
+        if (reason := self._parameters.obstacle()) is not None:
+            return reason
+        for module in self._called:
+            if (reason := module.obstacle(self.model.embeddings.LayerNorm.weight)) is not None:
+                return reason
         return self._buffer_obstacle()
 
     def _own_forwards(self) -> bool:
@@ -182,10 +203,10 @@ def _reads(ours: str, theirs: str, expected: nn.Module, leaf: nn.Module) -> bool
             raise Unsupported(f"{theirs} is a {kind.__qualname__}")
         return False
     if kind is type(expected):
-        if kind is nn.Embedding and leaf.max_norm is not None:
-            raise Unsupported(f"{theirs} has a max_norm")
-        if kind is nn.LayerNorm and (leaf.weight is None or leaf.bias is None):
-            raise Unsupported(f"{theirs} has no weight or no bias")
+        if kind is nn.Embedding:
+            for name in ("max_norm", "scale_grad_by_freq", "sparse"):
+                if getattr(leaf, name) not in (None, False):
+                    raise Unsupported(f"{theirs} has {name}")
         return True
     # In the place of a linear or of the word embeddings anything that works row by row is called: an adapter.
     if isinstance(expected, nn.Linear) or ours == "embeddings.word_embeddings":
@@ -193,27 +214,27 @@ def _reads(ours: str, theirs: str, expected: nn.Module, leaf: nn.Module) -> bool
     raise Unsupported(f"{theirs} is a {kind.__qualname__}")
 
 
+def _check_settings(path: str, module: nn.Module) -> None:
+    if (setting := unexpected_setting(module)) is not None:
+        raise Unsupported(f"{path} has {setting}")
+
+
 def _check_layer(path: str, layer: nn.Module, mapping: Mapping, config: BertConfig, name: str) -> nn.Module:
     """The activation of a layer, if that is the one of this name, and its attention what the config says."""
     from transformers.activations import ACT2FN
 
     activation: nn.Module = _get(layer, mapping.activation)
-    expected = ACT2FN[name]
-    if type(activation) is not type(expected) or _numbers(activation) != _numbers(expected):
+    if not same_function(activation, ACT2FN[name]):
         raise Unsupported(f"{path}.{mapping.activation} is not {name!r}, which the config names")
     attention = _get(layer, mapping.heads)
     if getattr(attention, mapping.n_heads) != config.num_attention_heads:
         raise Unsupported(f"{path}: heads were pruned")
+    if getattr(attention, "attention_head_size", config.head_size) != config.head_size:
+        raise Unsupported(f"{path}.{mapping.heads}.attention_head_size was changed")
     scaling = getattr(attention, "scaling", None)
     if scaling is not None and scaling != config.head_size**-0.5:
         raise Unsupported(f"{path}.{mapping.heads}.scaling was changed")
     return activation
-
-
-def _numbers(module: nn.Module) -> dict[str, Any]:
-    """What a module without parameters was made with: a slope, limits."""
-    values = {name: value for name, value in vars(module).items() if isinstance(value, (int, float, str))}
-    return {name: value for name, value in values.items() if name != "training"}
 
 
 def _default_ids(live: nn.Module, mapping: Mapping) -> list[tuple[str, dict[str, Any], str, str]]:

@@ -153,23 +153,6 @@ def find(kind: type) -> Mapping | None:
     return None
 
 
-def reads_first(kind: type) -> bool:
-    """Whether it is a head, or derived from one, that reads the first column of the hidden states for the sequence.
-
-    There transformers has what padding attends to, where a text is padded on the left, and we have zeros. (BERT's heads
-    read the pooler, which takes the first token.)
-    """
-    for mapping in COVERED:
-        heads = mapping.family.heads
-        tasks = [
-            task for task in ("SequenceClassification", "MultipleChoice") if not (task in heads and heads[task].pooler)
-        ]
-        names = [f"{mapping.family.classes}For{task}" for task in tasks]
-        if any(base.__module__ == mapping.module and base.__name__ in names for base in kind.__mro__):
-            return True
-    return False
-
-
 def is_of_sentences(kind: type, name: str) -> bool:
     """Whether it is exactly the class of that name of sentence-transformers, such as "SentenceTransformer"."""
     return kind.__module__.split(".")[0] == "sentence_transformers" and kind.__name__ == name

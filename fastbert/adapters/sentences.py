@@ -59,6 +59,8 @@ class SentenceState(Counted):
         mask = theirs["attention_mask"].bool()
         ours = tokenizer.encode_packed(_PROBES)
         types = theirs.get("token_type_ids", torch.zeros_like(theirs["input_ids"]))
+        if not mask[:, 0].all():
+            raise Unsupported("its texts are padded on the left")
         same = torch.equal(theirs["input_ids"][mask], ours.input_ids) and torch.equal(types[mask], ours.token_type_ids)
         if not same:
             raise Unsupported("its texts become tokens in a way that is not known")
@@ -155,11 +157,14 @@ def encode(live: Any, state: SentenceState, original: Any, args: tuple[Any, ...]
         if any(module.training for module in live.modules()):
             live.eval()
         pipeline = _pipeline(live, state, bool(plan.prompt))
+        found = plan.run(pipeline)
     except Unsupported as error:
         state.decline(str(error))
         return original(live, *args, **kwargs)
+    except Exception as error:
+        return calls.after_error(error, live, state, original, args, kwargs)
     state.counts[OURS] += 1
-    return plan.run(pipeline)
+    return found
 
 
 def _is_wrong(live: Any, texts: Any, call: dict[str, Any]) -> bool:
@@ -289,6 +294,8 @@ def _pipeline(live: Any, state: SentenceState, prompted: bool) -> Pipeline:
     if not hasattr(embeddings.word_embeddings, "num_embeddings"):
         raise Unsupported("its word embeddings are an adapter")
     tokenizer = LiveTokenizer(transformer.tokenizer, limit, partial(versions.cleaned, transformer))
+    if getattr(transformer.tokenizer, "padding_side", "right") != "right":  # positions are columns, of a padded batch
+        raise Unsupported("its texts are padded on the left")
     state.check_tokens(transformer, tokenizer)
     steps: list[Any] = [Normalize() if _kind(module) == "Normalize" else Step(module) for module in tail]
     steps = [step for step, module in zip(steps, tail, strict=True) if _kind(module) != "Dropout"]

@@ -141,11 +141,11 @@ def accelerate(model: Model, *, backend: str = "auto", strict: bool = False, cud
     model: a `BertModel`, `RobertaModel`, `XLMRobertaModel`, `CamembertModel`, `DistilBertModel` or `ElectraModel` of
     transformers, a `...For...` around one, what an `AutoModel...` gave, a pipeline, a wrapper (PEFT, DataParallel), a
     `SentenceTransformer` or a `CrossEncoder`. Arguments, outputs, state dict and parameters stay; rows of outputs at
-    padding positions are zero, where transformers leaves unspecified values, and the pooler reads the first token that
-    the mask leaves. What is not known (training mode, requested attentions, masks of pairs
-    of tokens, caches, decoders, hooks inside ...) goes to the original forward: counted by reason, logged once each,
-    shown by `fastbert.explain(model)`. strict=True makes a BackendError of it. backend: "auto", "triton", "cpu" or
-    "torch". cuda_graphs: on a GPU, launch short batches as CUDA graphs.
+    padding positions are zero, where transformers leaves unspecified values. What is not known (training mode,
+    requested attentions, masks of pairs of tokens, texts padded on the left, caches, decoders, hooks inside ...) goes
+    to the original forward: counted by reason, logged once each, shown by `fastbert.explain(model)`. What raises here
+    runs there, too. strict=True makes a BackendError of it. backend: "auto", "triton", "cpu" or "torch". cuda_graphs:
+    on a GPU, launch short batches as CUDA graphs.
 
     Doing it again changes nothing but the options. `restore` undoes it. Raises TypeError for what is no model,
     ValueError for a model without an encoder that is covered; both say what is.
@@ -156,14 +156,10 @@ def accelerate(model: Model, *, backend: str = "auto", strict: bool = False, cud
     if root is None:
         raise TypeError(f"model: got {type(model).__name__}, which is no model; covered: {mapping.covered()}")
     found = False
-    heads = [module for module in root.modules() if mapping.reads_first(_original(module))]
-    under_heads = {id(child) for head in heads for child in head.children()}
     for module in list(root.modules()):
         state = module.__dict__.get(STATE)
         if isinstance(state, Counted):
             found = True
-            if isinstance(state, State):
-                state.reads_first = state.reads_first or id(module) in under_heads
             if state.options != options:
                 state.options = options
                 state.forget()
@@ -173,7 +169,7 @@ def accelerate(model: Model, *, backend: str = "auto", strict: bool = False, cud
         if family is not None:
             found = True
             module.__class__ = derive_encoder(kind)
-            module.__dict__[STATE] = State(options, family, id(module) in under_heads)
+            module.__dict__[STATE] = State(options, family)
     if not found:
         name = type(model).__name__
         raise ValueError(f"model: found no encoder to accelerate in {name}; covered: {mapping.covered()}")
