@@ -68,6 +68,24 @@ def attention_interfaces() -> tuple[Any, Any] | None:
     return AttentionInterface, AttentionMaskInterface
 
 
+def attention_registries(module: Any) -> tuple[tuple[Mapping[str, Any], Mapping[str, Any]], ...]:
+    """Registries that a model's source reads by the name of its attention: (this object's entries, everybody's) each.
+
+    They hold the functions of attention and, from 4.53 on, those of masks. Empty where the source reads none.
+    """
+    interface = getattr(module, "ALL_ATTENTION_FUNCTIONS", None)
+    if interface is None:
+        return ()
+    interfaces = [interface]
+    try:
+        from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+
+        interfaces.append(ALL_MASK_ATTENTION_FUNCTIONS)
+    except ImportError:
+        pass
+    return tuple((getattr(each, "_local_mapping", {}), getattr(each, "_global_mapping", each)) for each in interfaces)
+
+
 def pooling_modes(pooling: Any) -> tuple[str, ...]:
     """The modes of a Pooling of sentence-transformers, in the order of its output: a flag each before version 6."""
     flags = {
