@@ -27,6 +27,7 @@ counts: Counter[str] = Counter()  # of layers' calls: here, or by SDPA, by reaso
 
 # What layers pass on that changes nothing in attention without a cache.
 _HARMLESS = ("position_ids", "use_cache", "is_causal", "num_items_in_batch", "return_dict", "output_hidden_states")
+_BOOLS = "_fastbert_bools"  # an attribute of the masks made here
 _last = threading.local()  # the mask of the layer before, and what was made of it
 
 
@@ -37,6 +38,9 @@ def register_attention() -> str:
     heads, position biases, sliding windows, masks made by the caller, dropout in training, tracing) goes to PyTorch's
     scaled_dot_product_attention; the reason is logged once and counted in `fastbert.adapters.attention.counts`. Outputs
     at padding positions are zero before the next layer adds to them. Raises RuntimeError before transformers 5.0.
+
+    A model whose class does not read the interface (MPNet, MegatronBert, DeBERTa, ...) raises ValueError when it is
+    made or loaded with that name. Code that takes the mask and computes attention itself gets the mask of eager attention.
     """
     interfaces = versions.attention_interfaces()
     if interfaces is None:
@@ -49,17 +53,33 @@ def register_attention() -> str:
     attention_interface, mask_interface = interfaces
     attention_interface.register(NAME, attention_forward)
     mask_interface.register(NAME, attention_mask)
+    versions.check_attention(NAME, _check_class)
     return NAME
 
 
-def attention_mask(*args: Any, **kwargs: Any) -> Tensor | None:
-    """The mask of a batch, as transformers' sdpa_mask makes it: (B, 1, S, S) bool, True where attention goes, or None.
+def _check_class(kind: type) -> None:
+    """Raises ValueError for a class of models that reads no attention interface, and would not run our attention."""
+    if versions.reads_attention_interface(kind):
+        return
+    others = 'attn_implementation="eager"' + (' or "sdpa"' if getattr(kind, "_supports_sdpa", False) else "")
+    raise ValueError(
+        f'attn_implementation="{NAME}": {kind.__name__} has attention of its own, which reads no AttentionInterface of '
+        f"transformers, so fastbert's would never run; take {others}"
+    )
 
-    Where it masks padding alone, it is a view of (B, S) with a stride of 0 along the queries: `attention_forward` knows
-    it by that, and any other function takes it for what it is.
+
+def attention_mask(*args: Any, **kwargs: Any) -> Tensor | None:
+    """The mask of a batch, as transformers' eager_mask makes it, or None where nothing is masked.
+
+    (B, 1, S, S) in the dtype of the model: 0 where attention goes, the dtype's least number elsewhere. Any code can add
+    that to scores, whether or not it reads transformers' attention interface. `attention_forward` takes the mask of
+    bools that is kept beside it: where padding alone is masked, a view of (B, S) with a stride of 0 along the queries.
     """
     from transformers import masking_utils
 
+    if _tracing():
+        traced: Tensor | None = masking_utils.eager_mask(*args, **kwargs)
+        return traced
     padding, length = kwargs.get("attention_mask"), versions.query_length(kwargs)
     known = (
         not args
@@ -69,12 +89,30 @@ def attention_mask(*args: Any, **kwargs: Any) -> Tensor | None:
         and all(isinstance(kwargs.get(name, 0), int) and not kwargs.get(name, 0) for name in ("q_offset", "kv_offset"))
         and (padding is None or tuple(padding.shape) == (kwargs.get("batch_size"), length))
     )
-    if not known or padding is None:
-        made: Tensor | None = masking_utils.sdpa_mask(*args, **kwargs)
-        return made
-    if kwargs.get("allow_is_bidirectional_skip") and not _tracing() and bool(padding.all()):
-        return None
-    return padding.bool()[:, None, None, :].expand(-1, 1, length, -1)
+    if known and padding is not None:
+        if kwargs.get("allow_is_bidirectional_skip") and bool(padding.all()):
+            return None
+        bools: Tensor | None = padding.bool()[:, None, None, :]
+    else:
+        bools = masking_utils.sdpa_mask(*args, **kwargs)
+        if bools is None:  # nothing is masked, or a causal mask that SDPA does not need, and others do
+            alone: Tensor | None = masking_utils.eager_mask(*args, **kwargs)
+            return alone
+    dtype = kwargs.get("dtype", torch.float32)
+    zero, least = (torch.full((), value, dtype=dtype, device=bools.device) for value in (0, torch.finfo(dtype).min))
+    made = torch.where(bools, zero, least).expand(-1, 1, length, -1)
+    made.__dict__[_BOOLS] = bools.expand(-1, 1, length, -1), _version(made)
+    return made
+
+
+def _bools(mask: Tensor | None) -> Tensor | None:
+    """What was kept beside a mask of ours, if nobody has written to that; any other mask as it is."""
+    bools, version = (None, None) if mask is None else mask.__dict__.get(_BOOLS, (None, None))
+    return mask if mask is None or bools is None or version != _version(mask) else bools
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def attention_forward(
@@ -91,6 +129,7 @@ def attention_forward(
     """(B, N, S, D) three times -> (B, S, N, D), and no probabilities: the signature of transformers' interface."""
     if _tracing():
         return _sdpa(module, query, key, value, attention_mask, dropout, scaling, is_causal, kwargs)
+    attention_mask = _bools(attention_mask)
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     reason = _obstacle(query, key, value, attention_mask, dropout, bool(causal), kwargs)
     if reason is not None:

@@ -30,6 +30,7 @@ from fastbert.tokenizer import PackedEncoding
 logger = logging.getLogger("fastbert")
 
 PACKAGE = "sentence_transformers"
+BY_WORKERS = "by the processes of a pool"  # what a call is counted as that others run
 _PRECISIONS = ("float32", "int8", "uint8", "binary", "ubinary")
 # What encode comes to in sentence-transformers, by version, and what our way to vectors leaves out.
 _METHODS = frozenset(("forward", "__call__", "_inference", "preprocess", "tokenize"))
@@ -163,6 +164,9 @@ def encode(live: Any, state: SentenceState, original: Any, args: tuple[Any, ...]
     clash = len(args) > len(names) or len(call) + 1 < len(args) + len(kwargs)
     if clash or _is_wrong(live, texts, call):
         return original(live, *args, **kwargs)  # which raises, or has nothing to do
+    if call.get("pool") is not None or isinstance(call.get("device"), (list, tuple)):
+        state.counts[BY_WORKERS] += 1  # in whose processes the encoder of a copy is accelerated
+        return original(live, *args, **kwargs)
     try:
         plan = _Plan(live, texts, call)
         if any(module.training for module in live.modules()):
