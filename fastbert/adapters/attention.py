@@ -40,7 +40,7 @@ def register_attention() -> str:
     at padding positions are zero before the next layer adds to them. Raises RuntimeError before transformers 5.0.
 
     A model whose class does not read the interface (MPNet, MegatronBert, DeBERTa, ...) raises ValueError when it is
-    made or loaded with that name. Code that takes the mask and computes attention itself gets the mask of eager attention.
+    made or loaded with that name. Code that computes attention itself gets the mask of eager attention.
     """
     interfaces = versions.attention_interfaces()
     if interfaces is None:

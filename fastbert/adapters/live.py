@@ -91,7 +91,7 @@ class LiveEncoder:
         self._parameters = tuple(module._parameters for module in direct if module._parameters)
         self._buffers = _default_ids(live, mapping)
         self._buffers_checked: Any = None
-        self._watch = _watch(live, looked_at, mapping)
+        self._watch = _watch(live, mapping)
 
     def is_current(self) -> bool:
         """Whether no module of the live model was replaced, added or removed, and positions count from the same id."""
@@ -142,9 +142,9 @@ class LiveEncoder:
             module.training = mode
 
 
-def _watch(live: nn.Module, looked_at: list[nn.Module], mapping: Mapping) -> Watch:
-    """Over the classes of the model and of its parts; what is called as it is, such as an adapter, may do anything."""
-    kinds = [mapping.original(type(live)), *map(type, looked_at)]
+def _watch(live: nn.Module, mapping: Mapping) -> Watch:
+    """A watch over the classes of the model and of its parts; one of another library, such as an adapter, is called."""
+    kinds = [mapping.original(type(live)), *map(type, list(live.modules())[1:])]
     known = [kind for kind in kinds if kind.__module__.partition(".")[0] in ("torch", "transformers")]
     return Watch(known, importlib.import_module(mapping.module), live.config)
 
