@@ -7,9 +7,11 @@ gets no mask at all and padding leaks into the tokens. B sequences, S longest, N
 from __future__ import annotations
 
 import logging
+import sys
 import threading
 import weakref
 from collections import Counter
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,7 +29,7 @@ counts: Counter[str] = Counter()  # of layers' calls: here, or by SDPA, by reaso
 
 # What layers pass on that changes nothing in attention without a cache.
 _HARMLESS = ("position_ids", "use_cache", "is_causal", "num_items_in_batch", "return_dict", "output_hidden_states")
-_BOOLS = "_fastbert_bools"  # an attribute of the masks made here
+_MADE = "_fastbert_made"  # an attribute of the masks made here
 _last = threading.local()  # the mask of the layer before, and what was made of it
 
 
@@ -68,47 +70,69 @@ def _check_class(kind: type) -> None:
     )
 
 
+@dataclass
+class _Made:
+    """What is kept beside a mask that was made here.
+
+    bools: (B, 1, S, S), True where attention goes, or None where it goes everywhere. padding: whether it leaves out
+    padding alone, in queries as in keys. version: the mask's count of writes when it was made.
+    """
+
+    bools: Tensor | None
+    padding: bool
+    version: int
+
+
 def attention_mask(*args: Any, **kwargs: Any) -> Tensor | None:
-    """The mask of a batch, as transformers' eager_mask makes it, or None where nothing is masked.
+    """The mask of a batch, as transformers' eager_mask makes it, or None for a causal one that masks nothing.
 
     (B, 1, S, S) in the dtype of the model: 0 where attention goes, the dtype's least number elsewhere. Any code can add
     that to scores, whether or not it reads transformers' attention interface. `attention_forward` takes the mask of
-    bools that is kept beside it: where padding alone is masked, a view of (B, S) with a stride of 0 along the queries.
+    bools that is kept beside it.
     """
     from transformers import masking_utils
 
     if _tracing():
         traced: Tensor | None = masking_utils.eager_mask(*args, **kwargs)
         return traced
-    padding, length = kwargs.get("attention_mask"), versions.query_length(kwargs)
-    known = (
-        not args
-        and kwargs.get("mask_function") is masking_utils.bidirectional_mask_function
-        and length is not None
-        and length == kwargs.get("kv_length")
-        and all(isinstance(kwargs.get(name, 0), int) and not kwargs.get(name, 0) for name in ("q_offset", "kv_offset"))
-        and (padding is None or tuple(padding.shape) == (kwargs.get("batch_size"), length))
-    )
-    if known and padding is not None:
-        if kwargs.get("allow_is_bidirectional_skip") and bool(padding.all()):
-            return None
+    padding, n_seqs, length, n_keys = kwargs.get("attention_mask"), kwargs.get("batch_size"), None, None
+    bidirectional = not args and kwargs.get("mask_function") is masking_utils.bidirectional_mask_function
+    if bidirectional:
+        length, n_keys = versions.query_length(kwargs), kwargs.get("kv_length")
+    offsets = [kwargs.get(name, 0) for name in ("q_offset", "kv_offset")]
+    plain = all(isinstance(offset, int) and not offset for offset in offsets)
+    fits = padding is None or (plain and tuple(padding.shape) == (n_seqs, n_keys))
+    dtype, device = kwargs.get("dtype", torch.float32), kwargs.get("device")
+    skips = padding is None or bool(kwargs.get("allow_is_bidirectional_skip"))
+    if length is not None and fits and skips and (padding is None or bool(padding.all())):
+        # None would do, but not for a layer that takes None for causal attention.
+        full = torch.zeros((), dtype=dtype, device=device if padding is None else padding.device)
+        return _with(full.expand(n_seqs, 1, length, n_keys), None, False)
+    crossing = versions.is_mask_of_other_states(sys._getframe(1))
+    if padding is not None and fits and length is not None and length == n_keys and not crossing:
         bools: Tensor | None = padding.bool()[:, None, None, :]
-    else:
-        bools = masking_utils.sdpa_mask(*args, **kwargs)
-        if bools is None:  # nothing is masked, or a causal mask that SDPA does not need, and others do
-            alone: Tensor | None = masking_utils.eager_mask(*args, **kwargs)
-            return alone
-    dtype = kwargs.get("dtype", torch.float32)
+        return _with(_additive(bools, dtype).expand(-1, 1, length, -1), bools.expand(-1, 1, length, -1), True)
+    bools = masking_utils.sdpa_mask(*args, **kwargs)
+    if bools is None:  # SDPA needs no causal mask here, others do
+        alone: Tensor | None = masking_utils.eager_mask(*args, **kwargs)
+        return alone
+    return _with(_additive(bools, dtype), bools, False)
+
+
+def _additive(bools: Tensor, dtype: torch.dtype) -> Tensor:
     zero, least = (torch.full((), value, dtype=dtype, device=bools.device) for value in (0, torch.finfo(dtype).min))
-    made = torch.where(bools, zero, least).expand(-1, 1, length, -1)
-    made.__dict__[_BOOLS] = bools.expand(-1, 1, length, -1), _version(made)
-    return made
+    return torch.where(bools, zero, least)
 
 
-def _bools(mask: Tensor | None) -> Tensor | None:
-    """What was kept beside a mask of ours, if nobody has written to that; any other mask as it is."""
-    bools, version = (None, None) if mask is None else mask.__dict__.get(_BOOLS, (None, None))
-    return mask if mask is None or bools is None or version != _version(mask) else bools
+def _with(mask: Tensor, bools: Tensor | None, padding: bool) -> Tensor:
+    mask.__dict__[_MADE] = _Made(bools, padding, _version(mask))
+    return mask
+
+
+def _made(mask: Tensor | None) -> _Made | None:
+    """What was kept beside a mask, if it is one of ours and nobody has written to it."""
+    found: _Made | None = None if mask is None else mask.__dict__.get(_MADE)
+    return None if found is None or mask is None or found.version != _version(mask) else found
 
 
 def _version(tensor: Tensor) -> int:
@@ -129,9 +153,13 @@ def attention_forward(
     """(B, N, S, D) three times -> (B, S, N, D), and no probabilities: the signature of transformers' interface."""
     if _tracing():
         return _sdpa(module, query, key, value, attention_mask, dropout, scaling, is_causal, kwargs)
-    attention_mask = _bools(attention_mask)
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    reason = _obstacle(query, key, value, attention_mask, dropout, bool(causal), kwargs)
+    made = _made(attention_mask)
+    if made is not None:
+        attention_mask = made.bools
+        is_causal = causal = False  # the mask says it all
+    of_padding = attention_mask is None or bool(made and made.padding and not _crosses(module))
+    reason = _obstacle(query, key, value, attention_mask, dropout, bool(causal), kwargs, of_padding)
     if reason is not None:
         if reason not in counts:
             logger.warning('attn_implementation="fastbert" falls back to sdpa: %s', reason)
@@ -145,9 +173,8 @@ def attention_forward(
     return varlen.pad(out.view(-1, n_heads, head_size), batch), None
 
 
-def _obstacle(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float, causal: bool, rest: dict[str, Any]
-) -> str | None:
+def _obstacle(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float, causal: bool,
+              rest: dict[str, Any], of_padding: bool = True) -> str | None:  # fmt: skip
     """Why it is not plain bidirectional attention, or None."""
     if query.shape[2] != key.shape[2]:
         return "queries and keys of different lengths"
@@ -157,7 +184,7 @@ def _obstacle(
         return "dropout of the probabilities"
     if mask is None and causal and query.shape[2] > 1:
         return "causal attention"
-    if mask is not None and not _masks_padding(mask, query.shape[0], query.shape[2]):
+    if not of_padding:
         return "a mask of more than padding"
     for name, value_ in rest.items():
         if value_ is not None and value_ is not False and name not in _HARMLESS:
@@ -167,9 +194,9 @@ def _obstacle(
     return None
 
 
-def _masks_padding(mask: Tensor, n_seqs: int, length: int) -> bool:
-    shape_fits = tuple(mask.shape) == (n_seqs, 1, length, length)
-    return mask.dtype == torch.bool and shape_fits and (mask.stride(2) == 0 or length == 1)
+def _crosses(module: Any) -> bool:
+    """Whether it says that it attends to other states than its own, whose padding is not that of the queries."""
+    return "cross" in type(module).__name__.lower() or bool(getattr(module, "is_cross_attention", False))
 
 
 def _packing(mask: Tensor | None, n_seqs: int, length: int, device: torch.device) -> PackedBatch:

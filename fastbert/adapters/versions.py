@@ -116,6 +116,14 @@ def reads_attention_interface(kind: type) -> bool:
     return True
 
 
+def is_mask_of_other_states(maker: Any) -> bool:
+    """Whether a function of transformers' masking_utils makes a mask for cross-attention; maker: its frame.
+
+    It tells mask functions the lengths alone, which may be equal.
+    """
+    return maker.f_locals.get("encoder_hidden_states") is not None
+
+
 def attention_registries(module: Any) -> tuple[tuple[Mapping[str, Any], Mapping[str, Any]], ...]:
     """Registries that a model's source reads by the name of its attention: (this object's entries, everybody's) each.
 
