@@ -95,7 +95,9 @@ def attention_mask(*args: Any, **kwargs: Any) -> Tensor | None:
     if _tracing():
         traced: Tensor | None = masking_utils.eager_mask(*args, **kwargs)
         return traced
-    padding, n_seqs, length, n_keys = kwargs.get("attention_mask"), kwargs.get("batch_size"), None, None
+    padding, n_seqs = kwargs.get("attention_mask"), kwargs.get("batch_size")
+    length: Any = None
+    n_keys: Any = None
     bidirectional = not args and kwargs.get("mask_function") is masking_utils.bidirectional_mask_function
     if bidirectional:
         length, n_keys = versions.query_length(kwargs), kwargs.get("kv_length")
@@ -107,12 +109,12 @@ def attention_mask(*args: Any, **kwargs: Any) -> Tensor | None:
     if length is not None and fits and skips and (padding is None or bool(padding.all())):
         # None would do, but not for a layer that takes None for causal attention.
         full = torch.zeros((), dtype=dtype, device=device if padding is None else padding.device)
-        return _with(full.expand(n_seqs, 1, length, n_keys), None, False)
+        return _with(full.expand(kwargs["batch_size"], 1, length, n_keys), None, False)
     crossing = versions.is_mask_of_other_states(sys._getframe(1))
     if padding is not None and fits and length is not None and length == n_keys and not crossing:
-        bools: Tensor | None = padding.bool()[:, None, None, :]
-        return _with(_additive(bools, dtype).expand(-1, 1, length, -1), bools.expand(-1, 1, length, -1), True)
-    bools = masking_utils.sdpa_mask(*args, **kwargs)
+        row = padding.bool()[:, None, None, :]
+        return _with(_additive(row, dtype).expand(-1, 1, length, -1), row.expand(-1, 1, length, -1), True)
+    bools: Tensor | None = masking_utils.sdpa_mask(*args, **kwargs)
     if bools is None:  # SDPA needs no causal mask here, others do
         alone: Tensor | None = masking_utils.eager_mask(*args, **kwargs)
         return alone

@@ -64,7 +64,7 @@ for _each in _metaclasses.values():
 def _metaclass(original: type) -> type[Derived]:
     theirs = type(original)
     if theirs not in _metaclasses:
-        _metaclasses[theirs] = Derived.__class__(f"Derived{theirs.__name__}", (Derived, theirs), {})
+        _metaclasses[theirs] = type(f"Derived{theirs.__name__}", (Derived, theirs), {})
         copyreg.pickle(_metaclasses[theirs], _reduce_class)
     return _metaclasses[theirs]
 

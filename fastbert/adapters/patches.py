@@ -139,7 +139,8 @@ def _methods(kind: type) -> list[str]:
 
 def _called(methods: Iterable[tuple[type, str]], module: ModuleType) -> list[str]:
     """The functions in a module's namespace that methods of its classes name. (A compiler puts more into it.)"""
-    codes = [getattr(inspect.unwrap(getattr(kind, name, None)), "__code__", None) for kind, name in methods]
+    found: list[Any] = [getattr(kind, name, None) for kind, name in methods]
+    codes = [getattr(inspect.unwrap(method), "__code__", None) for method in found]
     names: set[str] = set()
     while codes:
         code = codes.pop()
