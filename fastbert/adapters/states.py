@@ -72,31 +72,19 @@ def same_function(one: nn.Module, other: nn.Module) -> bool:
 
 
 class Settings:
-    """The plain attributes of modules, and the forwards of their classes, as they were when this was made."""
+    """The plain attributes of modules as they were when this was made."""
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
         modules = list(modules)
         self._modules = modules
         self._kinds: list[Any] = list(map(type, modules))
-        self._classes = list(dict.fromkeys(self._kinds))
-        self._forwards = [kind.forward for kind in self._classes]
         named = [(module.__dict__, _settings_of(module)) for module in modules]
         self._readers = [(itemgetter(*names), values) for values, names in named if names]
         self._values = [read(values) for read, values in self._readers]
 
-    def patched(self) -> str | None:
-        """The name of a class whose forward is not its own, or None."""
-        for kind, forward in zip(self._classes, self._forwards, strict=True):
-            homes = {base.__module__ for base in kind.__mro__}
-            if getattr(forward, "__module__", None) not in homes:
-                return f"{kind.__module__}.{kind.__qualname__}"
-        return None
-
     def unchanged(self) -> bool:
         """Whether all is as it was."""
         if list(map(type, self._modules)) != self._kinds:
-            return False
-        if [kind.forward for kind in self._classes] != self._forwards:
             return False
         try:
             return [read(values) for read, values in self._readers] == self._values
