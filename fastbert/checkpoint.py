@@ -1,4 +1,4 @@
-"""Weights and small files in Hugging Face layout: find the folder, read it, rename it, write it.
+"""Weights and small files in Hugging Face layout: read a folder, rename what it holds, write it.
 
 Knows names and shapes, not models: what a model does about a missing tensor is the model's to decide.
 """
@@ -19,22 +19,12 @@ from typing import Any
 
 import torch
 
+from fastbert.hub import BIN, BIN_INDEX, SAFETENSORS, SAFETENSORS_INDEX
+from fastbert.hub import resolve as resolve
+
 logger = logging.getLogger("fastbert")
 
-SAFETENSORS = "model.safetensors"
-SAFETENSORS_INDEX = "model.safetensors.index.json"
-BIN = "pytorch_model.bin"
-BIN_INDEX = "pytorch_model.bin.index.json"
-
-# "name" or "owner/name". What does not match (a leading "/", "." or "~", a second "/", a space) can only be a path.
-_HUB_ID = re.compile(r"(?!.*(--|\.\.))(?!.*\.git$)(\w([\w.-]*\w)?/)?\w([\w.-]{0,94}\w)?", re.ASCII)
 _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
-
-# fnmatch patterns, in which "*" also matches "/": the files of module subfolders (1_Pooling, 2_Dense) come along.
-_HUB_TEXT = ["*.json", "*.txt"]
-_HUB_SAFETENSORS = ["*.safetensors", "[0-9]*_Dense/pytorch_model.bin"]
-_HUB_BIN = ["pytorch_model*.bin", "[0-9]*_Transformer/pytorch_model*.bin"]
-_HUB_IGNORE = ["onnx/*", "openvino/*", "coreml/*", "checkpoint-*/*"]
 
 # Buffers that old transformers versions stored beside the weights.
 _STORED_BUFFER = re.compile(r"(.*\.)?embeddings\.(position_ids|token_type_ids)")
@@ -71,61 +61,15 @@ class Match:
     unexpected: list[str]
 
 
-def resolve(src: str | os.PathLike[str], *, revision: str | None = None, weights: bool = True) -> Path:
-    """The local folder that ``src`` names, downloaded from the Hugging Face hub if need be.
-
-    A local folder wins. Otherwise a string of the form ``name`` or ``owner/name`` is looked up on the hub (or, with
-    ``HF_HUB_OFFLINE=1``, in the hub's cache); a ``Path`` object and any other string never leave the machine.
-    ``pytorch_model*.bin`` is downloaded only if the repository holds no safetensors; with ``weights=False`` only the
-    ``*.json`` and ``*.txt`` files are.
-
-    Raises FileNotFoundError if there is no such folder and no such hub repository, ValueError if ``src`` is empty or
-    if ``revision`` is given for a local folder, TypeError if ``src`` is neither a string nor a path.
-    """
-    if not isinstance(src, (str, os.PathLike)):
-        raise TypeError(f"src: got {type(src).__name__}, expected a folder (str or Path) or a hub id")
-    text = os.fspath(src)
-    if not text:
-        raise ValueError("src: got an empty string, expected a folder or a hub id")
-    path = os.path.expanduser(text)
-    if os.path.isdir(path):
-        if revision is not None:
-            raise ValueError(f"revision: got {revision!r}, but src {text!r} is a local folder, which has no revisions")
-        return Path(path)
-    if os.path.exists(path):
-        raise FileNotFoundError(f"src {text!r} is a file, expected the folder that holds config.json and the weights")
-    if not isinstance(src, str) or not _HUB_ID.fullmatch(text):
-        raise FileNotFoundError(f"src {text!r}: no such folder, and it is not a hub id ('name' or 'owner/name')")
-    try:
-        return _download(text, revision, weights)
-    except Exception as error:
-        at = "" if revision is None else f" at revision {revision!r}"
-        reason = (str(error).strip() or "no reason given").splitlines()[0]
-        raise FileNotFoundError(
-            f"src {text!r}: no folder of that name in {os.getcwd()}, and no download from the Hugging Face hub{at}: "
-            f"{type(error).__name__}: {reason}"
-        ) from error
-
-
-def _download(repo_id: str, revision: str | None, weights: bool) -> Path:
-    from huggingface_hub import snapshot_download
-
-    patterns = _HUB_TEXT + _HUB_SAFETENSORS if weights else _HUB_TEXT
-    folder = Path(snapshot_download(repo_id, revision=revision, allow_patterns=patterns, ignore_patterns=_HUB_IGNORE))
-    if not weights:
-        return folder
-    for holder in (folder, *folder.glob("*_Transformer")):
-        if (holder / SAFETENSORS).is_file() or (holder / SAFETENSORS_INDEX).is_file():
-            return folder
-    patterns = _HUB_TEXT + _HUB_BIN
-    return Path(snapshot_download(repo_id, revision=revision, allow_patterns=patterns, ignore_patterns=_HUB_IGNORE))
-
-
-def read_state_dict(folder: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
+def read_state_dict(
+    folder: str | os.PathLike[str], *, use_safetensors: bool | None = None, variant: str | None = None
+) -> dict[str, torch.Tensor]:
     """Every weight stored in ``folder``, on the CPU, in its stored dtype, under today's names.
 
     Looks for model.safetensors.index.json, model.safetensors, pytorch_model.bin.index.json and pytorch_model.bin, in
-    this order. ``LayerNorm.gamma`` / ``beta`` become ``weight`` / ``bias``, a leading ``module.`` is removed, stored
+    this order; with ``use_safetensors`` True or False only for the first or the last two. ``variant``: a part of the
+    names, as "fp16" in model.fp16.safetensors and model.safetensors.index.fp16.json.
+    ``LayerNorm.gamma`` / ``beta`` become ``weight`` / ``bias``, a leading ``module.`` is removed, stored
     ``position_ids`` and ``token_type_ids`` buffers are dropped. Pickles are read with ``weights_only=True``. Tensors
     may be private mappings of the file: writing to them does not change it.
 
@@ -136,14 +80,21 @@ def read_state_dict(folder: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is not a folder")
-    for index_name, single_name in ((SAFETENSORS_INDEX, SAFETENSORS), (BIN_INDEX, BIN)):
-        index, single = folder / index_name, folder / single_name
+    formats = [(SAFETENSORS_INDEX, SAFETENSORS)] if use_safetensors is not False else []
+    formats += [(BIN_INDEX, BIN)] if not use_safetensors else []
+    looked_for: list[str] = []
+    for index, single in ((folder / _varied(a, variant), folder / _varied(b, variant)) for a, b in formats):
+        looked_for += [index.name, single.name]
         if index.is_file() and not (single.is_file() and _is_left_over(index)):
             return _canonical(_read_sharded(index), index)
         if single.is_file():
             return _canonical(_read_weights(single), single)
-    looked_for = ", ".join((SAFETENSORS_INDEX, SAFETENSORS, BIN_INDEX, BIN))
-    raise FileNotFoundError(f"no weights in {folder}: looked for {looked_for}")
+    raise FileNotFoundError(f"no weights in {folder}: looked for {', '.join(looked_for)}")
+
+
+def _varied(name: str, variant: str | None) -> str:
+    stem, _, ending = name.rpartition(".")
+    return name if variant is None else f"{stem}.{variant}.{ending}"
 
 
 def _is_left_over(index: Path) -> bool:

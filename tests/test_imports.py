@@ -26,6 +26,7 @@ LAYERS: list[set[str]] = [
         "families",
         "config",
         "checkpoint",
+        "hub",
         "text_io",
         "tokenizer",
         "wordpiece",
