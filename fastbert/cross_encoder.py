@@ -31,7 +31,8 @@ logger = logging.getLogger("fastbert")
 Activation = Callable[[Tensor], Tensor]
 
 # What a checkpoint may name as its activation function, by the last part of the name. Nothing is imported for it.
-ACTIVATIONS: dict[str, type[nn.Module]] = {name: getattr(nn, name) for name in FUNCTIONS}
+# RReLU is left out: outside a module in eval mode it is random.
+ACTIVATIONS: dict[str, type[nn.Module]] = {name: getattr(nn, name) for name in FUNCTIONS if name != "RReLU"}
 _DIMS = {"LogSoftmax": 1, "Softmax": 1, "Softmin": 1}  # which PyTorch would guess, with a warning
 
 
@@ -306,6 +307,14 @@ class CrossEncoder(SentenceTransformersApi):
             found = [{**hit, "text": text} for hit, text in zip(found, documents, strict=True)]
         return sorted(found, key=lambda hit: hit["score"], reverse=True)[:top_k]
 
+    def is_singular_input(self, inputs: Any) -> bool:
+        """Whether `predict` takes it for one pair."""
+        if isinstance(inputs, np.ndarray):
+            return inputs.size > 0 and inputs.ndim < 2
+        if isinstance(inputs, (list, tuple)):
+            return len(inputs) > 0 and not isinstance(inputs[0], (list, tuple))
+        return isinstance(inputs, (str, dict)) or not isinstance(inputs, Iterable)
+
     def _limit(self, processing_kwargs: Any) -> int:
         limit = processing_limit("processing_kwargs", processing_kwargs) or self.max_seq_length
         if limit > self.model.config.max_length:
@@ -346,7 +355,7 @@ def _activation_at(path: str | None, src: Any) -> Activation | None:
         logger.warning("%s: the activation function %r is not one of torch's: taking the default", src, path)
         return None
     name = activation_name(str(path))
-    if name is None:
+    if name is None or name not in ACTIVATIONS:
         raise ValueError(f"{src}: activation_fn is {path!r}, expected one of {', '.join(ACTIVATIONS)} of torch.nn")
     return _activation(name)
 

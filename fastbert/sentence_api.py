@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
-from torch import Tensor, nn
+import numpy as np
+from torch import nn
 
 from fastbert.sentence_inputs import Pair, as_texts
 
@@ -34,6 +35,11 @@ MISSING = {
          "active_adapter", "active_adapters", "get_adapter_state_dict"),
         _PEFT,
     ),
+    **dict.fromkeys(("append", "extend", "insert", "pop"), _PARTS),
+    **dict.fromkeys(("check_peft_compatible_model", "has_peft_compatible_model"), _PEFT),
+    "smart_batching_collate_text_only": _TRAIN,
+    "get_default_activation_fn": "activation_fn is what from_pretrained took from the folder",
+    "clear_placement_cache": "to(device) moves the whole encoder",
     "load": "from_pretrained loads a folder",
     "merge": "merge sentence-transformers' own models, and load what they save",
     "gradient_checkpointing_enable": _TRAIN,
@@ -45,16 +51,16 @@ MISSING = {
 class Evaluations:
     """Where evaluators of sentence-transformers leave their numbers, in the place of its model card.
 
-    metrics: (evaluator, numbers by name, epoch, step) of each evaluation, in order.
+    metrics: (class of the evaluator, numbers by name, epoch, step) of each evaluation, in order.
     """
 
     base_model: str | None = None
 
     def __init__(self) -> None:
-        self.metrics: list[tuple[Any, dict[str, Any], int, int]] = []
+        self.metrics: list[tuple[str, dict[str, Any], int, int]] = []
 
     def set_evaluation_metrics(self, evaluator: Any, metrics: dict[str, Any], epoch: int = 0, step: int = 0) -> None:
-        self.metrics.append((evaluator, dict(metrics), epoch, step))
+        self.metrics.append((type(evaluator).__name__, dict(metrics), epoch, step))
 
     def __getattr__(self, name: str) -> Any:
         raise AttributeError(
@@ -102,6 +108,12 @@ class SentenceTransformersApi(nn.Module):
     def supports(self, modality: Any) -> bool:
         """Whether a modality of sentence-transformers can be encoded: "text" alone."""
         return modality == "text"
+
+    def is_singular_input(self, inputs: Any) -> bool:
+        """Whether `encode` takes it for one text: a str, or a dict of one."""
+        if isinstance(inputs, np.ndarray):
+            return inputs.ndim == 0
+        return isinstance(inputs, (str, dict)) or not isinstance(inputs, Iterable)
 
     @property
     def model_card_data(self) -> Evaluations:
@@ -178,9 +190,3 @@ def passed_over(**arguments: Any) -> None:
     named = sorted(name for name, value in arguments.items() if value)
     if named:
         logger.info("save_pretrained: %s has no effect: safetensors, and no model card, are written", ", ".join(named))
-
-
-def input_from(features: dict[str, Any]) -> tuple[dict[str, Tensor], Tensor]:
-    """What a model takes of `preprocess`'s features, and the attention mask."""
-    names = ("input_ids", "token_type_ids", "attention_mask", "position_ids", "inputs_embeds")
-    return {name: features[name] for name in names if features.get(name) is not None}, features["attention_mask"]
