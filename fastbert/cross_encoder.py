@@ -59,7 +59,7 @@ class CrossEncoder(SentenceTransformersApi):
         token_budget: int | None = None,
     ) -> None:
         super().__init__()
-        if not isinstance(model, BertForSequenceClassification):
+        if isinstance(model, (str, os.PathLike)):
             came = type(model).__name__
             raise TypeError(f"model: got {came}, expected a BertForSequenceClassification; from_pretrained takes names")
         self.model, self.tokenizer = model, tokenizer

@@ -61,7 +61,7 @@ class SentenceEncoder(SentenceTransformersApi):
         token_budget: int | None = None,
     ) -> None:
         super().__init__()
-        if not isinstance(model, BertModel):
+        if isinstance(model, (str, os.PathLike)):
             raise TypeError(f"model: got {type(model).__name__}, expected a BertModel; from_pretrained takes names")
         self.model = model
         self.tokenizer = tokenizer
@@ -252,6 +252,7 @@ class SentenceEncoder(SentenceTransformersApi):
         """
         if (sentences is None) == (inputs is None):
             raise TypeError("sentences: expected a str or an iterable of str")
+        texts: Any
         texts, single = as_texts(inputs if sentences is None else sentences)
         if pool is not None or isinstance(device, (list, tuple)):
             raise ValueError(SEVERAL)

@@ -65,9 +65,18 @@ class Arguments:
             "cache_dir": cache_folder(known["cache_folder"]),
             "token": known["token"],
             "local_files_only": bool(options.pop("local_files_only", False)),
+            "force_download": bool(options.pop("force_download", False)),
+            "subfolder": options.pop("subfolder", None) or "",
         }
-        kwargs = (dict(known[name] or {}) for name in ("model_kwargs", "processor_kwargs", "config_kwargs"))
-        return cls(*kwargs, hub, options)
+        if options.pop("output_loading_info", False):
+            raise TypeError("output_loading_info: got True, but one object is returned here")
+        model, tokenizer, config = (
+            dict(known[name] or {}) for name in ("model_kwargs", "processor_kwargs", "config_kwargs")
+        )
+        # Arguments of transformers' from_pretrained may also come by themselves.
+        for name in options.keys() & (LOADING_HARMLESS | {"torch_dtype", "device_map"}):
+            model.setdefault(name, options.pop(name))
+        return cls(model, tokenizer, config, hub, options)
 
     def folder(self, src: Any, owner: str) -> Path:
         """The local folder of a checkpoint; a name without an owner is one of `owner`'s."""

@@ -188,6 +188,7 @@ def test_dtypes_of_the_settings(folder: Path) -> None:
     assert dtype(model_kwargs={"dtype": torch.float64}) == torch.float64
     assert dtype(model_kwargs={"torch_dtype": "bfloat16"}) == torch.bfloat16
     assert dtype(model_kwargs={"torch_dtype": "bfloat16"}, dtype="float32") == torch.float32
+    assert dtype(torch_dtype="bfloat16", device_map="cpu", attn_implementation="sdpa") == torch.bfloat16
     write(folder / NAMES[0], {"config_args": {"torch_dtype": "float16"}})
     assert dtype() == torch.float16
 
@@ -219,6 +220,10 @@ def test_arguments_of_sentence_transformer(folder: Path, caplog: pytest.LogCaptu
         load(folder, backend="onnx")
     with pytest.raises(ValueError, match="device_map: got .*expected one device"):
         load(folder, model_kwargs={"device_map": {"a": "cpu", "b": "meta"}})
+    with pytest.raises(TypeError, match="output_loading_info: got True"):
+        load(folder, output_loading_info=True)
+    inner = load(folder.parent, subfolder=folder.name, force_download=True, device="cpu")
+    assert np.array_equal(inner.encode(TEXTS), load(folder, device="cpu").encode(TEXTS))
     with pytest.raises(TypeError, match="num_beams"):
         load(folder, num_beams=4)
 
