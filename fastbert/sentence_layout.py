@@ -9,6 +9,7 @@ written, which all versions read.
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,18 +17,33 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from tokenizers import normalizers
-from torch import Tensor, nn
+from torch import nn
 
-from fastbert import checkpoint, ops
+from fastbert import checkpoint
 from fastbert._version import __version__
-from fastbert.ops import Policy
+from fastbert.sentence_modules import ACTIVATIONS as _ACTIVATIONS
+from fastbert.sentence_modules import Dense as Dense
+from fastbert.sentence_modules import Dropout as Dropout
+from fastbert.sentence_modules import LayerNorm as LayerNorm
+from fastbert.sentence_modules import Normalize as Normalize
+from fastbert.sentence_modules import activation_name
+from fastbert.sentence_modules import apply as apply
+from fastbert.sentence_settings import (
+    MODULE_KEYS,
+    MODULES_KEYS,
+    TRANSFORMER_CONFIGS,
+    TransformerSettings,
+    check_keys,
+    check_model_keys,
+    read_transformer,
+)
 from fastbert.tokenizer import Tokenizer
+
+logger = logging.getLogger("fastbert")
 
 MODULES = "modules.json"
 SETTINGS = "config_sentence_transformers.json"
-TRANSFORMER_CONFIG = "sentence_bert_config.json"
 
 # A pooling mode of sentence-transformers -> the mode of fastbert.ops.pool
 POOLING_MODES = {
@@ -47,97 +63,6 @@ _POOLING_FLAGS = {
     "pooling_mode_weightedmean_tokens": "weightedmean",
     "pooling_mode_lasttoken": "lasttoken",
 }
-_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "Tanh": torch.tanh,
-    "Identity": lambda x: x,
-    "ReLU": F.relu,
-    "GELU": F.gelu,
-    "Sigmoid": torch.sigmoid,
-}
-# Settings of a Transformer module that change what it computes, and that are not followed here.
-_UNSUPPORTED_TRANSFORMER = (
-    "query_length", "document_length", "query_expansion", "processing_kwargs", "tokenizer_name_or_path", "model_args",
-    "tokenizer_args", "config_args", "model_kwargs", "processor_kwargs", "config_kwargs",
-)  # fmt: skip
-
-
-class Dense(nn.Module):
-    """activation(x @ weight^T + bias) on sentence vectors, in the dtype of x: (B, K) -> (B, M)."""
-
-    def __init__(self, in_features: int, out_features: int, bias: bool = True, activation: str = "Tanh") -> None:
-        super().__init__()
-        if activation not in _ACTIVATIONS:
-            raise ValueError(f"activation: got {activation!r}, expected one of {', '.join(_ACTIVATIONS)}")
-        self.linear = nn.Linear(in_features, out_features, bias=bias)
-        self.activation = activation
-
-    def forward(self, x: Tensor) -> Tensor:
-        weight, bias = self.linear.weight, self.linear.bias
-        return _ACTIVATIONS[self.activation](F.linear(x, weight.to(x), None if bias is None else bias.to(x)))
-
-    def settings(self) -> dict[str, Any]:
-        place = "linear" if self.activation == "Identity" else "activation"
-        return {
-            "in_features": self.linear.in_features,
-            "out_features": self.linear.out_features,
-            "bias": self.linear.bias is not None,
-            "activation_function": f"torch.nn.modules.{place}.{self.activation}",
-        }
-
-
-class LayerNorm(nn.Module):
-    """LayerNorm of sentence vectors, in the dtype of x: (B, K) -> (B, K)."""
-
-    def __init__(self, dimension: int) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(dimension)
-
-    def forward(self, x: Tensor) -> Tensor:
-        norm = self.norm
-        return F.layer_norm(x, norm.normalized_shape, norm.weight.to(x), norm.bias.to(x), norm.eps)
-
-    def settings(self) -> dict[str, Any]:
-        return {"dimension": self.norm.normalized_shape[0]}
-
-
-class Dropout(nn.Dropout):
-    """Nothing at inference; kept so that a saved folder can be trained on."""
-
-    def settings(self) -> dict[str, Any]:
-        return {"dropout": self.p}
-
-
-class Normalize(nn.Module):
-    """x / max(||x||_2, 1e-12): (B, K) -> (B, K)."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.normalize(x, dim=-1)
-
-    def settings(self) -> dict[str, Any]:
-        return {}
-
-
-def apply(module: nn.Module, x: Tensor, policy: Policy) -> Tensor:
-    """module(x) on sentence vectors (B, K); where the policy is batch-invariant, on kernels that are.
-
-    PyTorch's sums over a row may depend on the number of rows, those of norms as well as those of products.
-    Raises BackendError for a module that is not known to be batch-invariant.
-    """
-    if not policy.batch_invariant or isinstance(module, nn.Dropout):
-        return module(x)
-    if isinstance(module, Dense):
-        weight, bias = module.linear.weight, module.linear.bias
-        out = ops.linear(x, weight.to(x), None if bias is None else bias.to(x), policy=policy)
-        return ops.elementwise(_ACTIVATIONS[module.activation], out, policy=policy)
-    if isinstance(module, LayerNorm):
-        norm = module.norm
-        return ops.bias_residual_layer_norm(x, None, None, norm.weight.to(x), norm.bias.to(x), norm.eps, policy=policy)
-    if isinstance(module, Normalize):
-        one_row_each = torch.arange(x.shape[0] + 1, dtype=torch.int32, device=x.device)
-        return ops.pool(x, one_row_each, "cls", normalize=True, policy=policy)
-    raise ops.BackendError(f"batch_invariant: a module {type(module).__name__} after the pooling cannot promise it")
-
-
 _KINDS = {kind.__name__: kind for kind in (Dense, LayerNorm, Dropout, Normalize)}
 
 
@@ -168,8 +93,7 @@ class Layout:
     """What a folder says of a sentence encoder, but for the BERT model and its tokenizer."""
 
     transformer: Path  # the folder that holds these
-    max_seq_length: int | None = None
-    do_lower_case: bool = False
+    settings: TransformerSettings = field(default_factory=TransformerSettings)
     pooling: Pooling = field(default_factory=Pooling)
     tail: list[nn.Module] = field(default_factory=list)  # what follows pooling
     prompts: dict[str, str] = field(default_factory=dict)
@@ -198,7 +122,7 @@ def read(folder: Path) -> Layout | None:
         if kind not in _KINDS:
             raise ValueError(f"{folder / MODULES}: got a second {kind}, which is not supported")
         layout.tail.append(_read_tail(kind, path))
-    _read_transformer(layout)
+    layout.settings = read_transformer(layout.transformer)
     _read_settings(layout, folder / SETTINGS)
     return layout
 
@@ -214,7 +138,7 @@ def read_cross_encoder(folder: Path) -> tuple[Layout, str | None]:
         if kinds != ["Transformer"]:
             raise ValueError(f"{folder / MODULES}: expected a Transformer alone, got {', '.join(kinds)}")
         layout = Layout(entries[0][1])
-        _read_transformer(layout, "sequence-classification", "scores")
+        layout.settings = read_transformer(layout.transformer, "sequence-classification", "scores", "logits")
         path = _read_settings(layout, folder / SETTINGS, "CrossEncoder").get("activation_fn")
     else:
         layout, path = Layout(folder), None
@@ -244,12 +168,16 @@ def _read_modules(file: Path) -> list[tuple[str, Path]]:
             )
         if os.path.isabs(path) or ".." in Path(path).parts:
             raise ValueError(f"{file}: path {path!r} leads out of the folder")
+        check_keys(file, entry, MODULES_KEYS)
+        if entry.get("kwargs"):
+            logger.warning("%s: %s takes no %s of a call here", file, kind, ", ".join(map(str, entry["kwargs"])))
         modules.append((kind, file.parent / path))
     return modules
 
 
 def _read_pooling(file: Path) -> Pooling:
     config = checkpoint.read_json(file)
+    check_keys(file, config, MODULE_KEYS["Pooling"])
     modes = config.get("pooling_mode")
     if modes is None:
         modes = [mode for flag, mode in _POOLING_FLAGS.items() if config.get(flag)] or ["mean"]
@@ -262,9 +190,12 @@ def _read_pooling(file: Path) -> Pooling:
 def _read_tail(kind: str, folder: Path) -> nn.Module:
     file = folder / "config.json"
     if kind == "Normalize":  # had no settings, and so no folder, in earlier versions
-        _check_names(file, checkpoint.read_json(file) if file.is_file() else {})
+        config = checkpoint.read_json(file) if file.is_file() else {}
+        check_keys(file, config, MODULE_KEYS[kind])
+        _check_names(file, config)
         return Normalize()
     config = checkpoint.read_json(file)
+    check_keys(file, config, MODULE_KEYS[kind])
     try:
         if kind == "Dropout":
             return Dropout(config.get("dropout", 0.2))
@@ -272,10 +203,8 @@ def _read_tail(kind: str, folder: Path) -> nn.Module:
             module: nn.Module = LayerNorm(config["dimension"])
         else:
             _check_names(file, config)
-            if config.get("use_residual"):
-                raise ValueError(f"{file}: use_residual is not supported")
-            sizes = config["in_features"], config["out_features"]
-            module = Dense(*sizes, config.get("bias", True), _activation(file, config))
+            sizes, residual = (config["in_features"], config["out_features"]), bool(config.get("use_residual"))
+            module = Dense(*sizes, config.get("bias", True), _activation(file, config), residual)
     except KeyError as error:
         raise ValueError(f"{file} lacks {error}") from error
     _load(module, folder)
@@ -290,8 +219,8 @@ def _check_names(file: Path, config: Mapping[str, Any]) -> None:
 
 def _activation(file: Path, config: Mapping[str, Any]) -> str:
     path = str(config.get("activation_function", "torch.nn.modules.activation.Tanh"))
-    package, _, name = path.rpartition(".")
-    if not package.startswith("torch.nn") or name not in _ACTIVATIONS:
+    name = activation_name(path)
+    if name is None:
         expected = ", ".join(f"torch.nn.{name}" for name in _ACTIVATIONS)
         raise ValueError(f"{file}: activation_function is {path!r}, but only {expected} are supported")
     return name
@@ -310,27 +239,9 @@ def _load(module: nn.Module, folder: Path) -> None:
     module.load_state_dict(state, assign=True)
 
 
-def _read_transformer(layout: Layout, task: str = "feature-extraction", output_name: str = "token_embeddings") -> None:
-    file = layout.transformer / TRANSFORMER_CONFIG
-    config = checkpoint.read_json(file) if file.is_file() else {}
-    for key, expected in (("transformer_task", task), ("module_output_name", output_name)):
-        if config.get(key) not in (None, expected):
-            raise ValueError(f"{file}: {key} is {config[key]!r}, but only {expected!r} is supported")
-    for key in _UNSUPPORTED_TRANSFORMER:
-        value = config.get(key)
-        if isinstance(value, dict):
-            value = {name: v for name, v in value.items() if name != "trust_remote_code"}
-        if value:
-            raise ValueError(f"{file}: {key} is {value!r}, which is not supported")
-    limit = config.get("max_seq_length")
-    if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
-        raise ValueError(f"{file}: max_seq_length is {limit!r}, expected a positive whole number or null")
-    layout.max_seq_length = limit
-    layout.do_lower_case = bool(config.get("do_lower_case"))
-
-
 def _read_settings(layout: Layout, file: Path, expected: str = "SentenceTransformer") -> dict[str, Any]:
     config = checkpoint.read_json(file) if file.is_file() else {}
+    check_model_keys(file, config)
     kind = config.get("model_type", expected)
     if kind != expected:
         raise ValueError(f"{file}: model_type is {kind!r}, but only {expected!r} is supported")
@@ -360,9 +271,8 @@ def write(folder: Path, hidden_size: int, layout: Layout) -> None:
         file.parent.mkdir(exist_ok=True)
         checkpoint.write_text(file, json.dumps(content, indent=2) + "\n")
 
-    write_json(
-        folder / TRANSFORMER_CONFIG, {"max_seq_length": layout.max_seq_length, "do_lower_case": layout.do_lower_case}
-    )
+    limits = {"max_seq_length": layout.settings.max_seq_length, "do_lower_case": layout.settings.do_lower_case}
+    write_json(folder / TRANSFORMER_CONFIGS[0], limits)
     settings: dict[str, Any] = {
         "model_type": "SentenceTransformer",
         "__version__": {"fastbert": __version__, "pytorch": torch.__version__},

@@ -64,6 +64,7 @@ class Request:
     single: bool = False
     even: bool = False
     on_host: bool = False
+    max_length: int | None = None  # the most tokens of a text, where it is not the encoder's max_seq_length
     progress: Callable[[int], Any] | None = None  # called with the number of texts of each batch
 
 
@@ -110,7 +111,7 @@ class Run:
         self.encoder, self.request = encoder, request
         self.model, self.tail = encoder.model, list(encoder.tail)
         self.device = self.model.device
-        self.limit = encoder.max_seq_length
+        self.limit = request.max_length or encoder.max_seq_length
         self.skip = self._prompt_tokens()
         self.n_texts = self.n_truncated = self.n_truncated_tokens = 0
         self.timings = Timings(overlapped=overlaps(self.device))

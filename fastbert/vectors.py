@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from enum import Enum
 from typing import Any
 
 import numpy as np
@@ -92,6 +93,11 @@ def as_floats(name: str, vectors: Any) -> np.ndarray:
     if array.dtype.kind in "iub" and array.size:
         raise TypeError(f"{name}: expected floating-point vectors, got {array.dtype}")
     return array if array.dtype == np.float64 else array.astype(np.float32, copy=False)
+
+
+def function_name(given: Any) -> Any:
+    """The name of a similarity function: a str as it came, and what a member of an enum stands for."""
+    return given.value if isinstance(given, Enum) else given
 
 
 def similarity(a: Any, b: Any, name: str) -> Tensor:

@@ -21,6 +21,7 @@ from fastbert.adapters.sentences import LiveTokenizer, Pipeline, pipeline_in
 from fastbert.explain import backbone, find_model, float32_precision, prefix_of
 from fastbert.model import BertModel
 from fastbert.sentence import SentenceEncoder
+from fastbert.sentence_names import SENTENCE_TRANSFORMERS, full_name
 from fastbert.tokenizer import Tokenizer
 from fastbert.verify_ends import ends_of
 from fastbert.verify_report import (
@@ -144,7 +145,7 @@ def _model_of(
         if overrides:
             raise ValueError(f"{', '.join(overrides)}: expected only with a path, got a loaded {type(given).__name__}")
         return given, type(given).__name__, getattr(given, "tokenizer", None) if tokenizer is None else tokenizer
-    folder = _transformer_folder(checkpoint.resolve(given))
+    folder = _transformer_folder(checkpoint.resolve(full_name(given, SENTENCE_TRANSFORMERS)))
     model = BertModel.from_pretrained(folder, **overrides)
     if tokenizer is None and any((folder / name).is_file() for name in ("tokenizer.json", "vocab.txt")):
         tokenizer = Tokenizer.from_pretrained(folder)

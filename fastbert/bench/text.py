@@ -27,6 +27,7 @@ from fastbert.bench.peers import OURS, Peer
 from fastbert.bench.texts import spread
 from fastbert.sentence import SentenceEncoder
 from fastbert.sentence_layout import Normalize
+from fastbert.sentence_names import SENTENCE_TRANSFORMERS, full_name
 from fastbert.tokenizer import PackedEncoding
 
 logger = logging.getLogger("fastbert")
@@ -57,7 +58,7 @@ class TextTask:
         backend: str = "auto",
         revision: str | None = None,
     ) -> None:
-        self.folder = checkpoint.resolve(src, revision=revision)
+        self.folder = checkpoint.resolve(full_name(src, SENTENCE_TRANSFORMERS), revision=revision)
         self.layout = sentence_layout.read(self.folder) or sentence_layout.Layout(self.folder)
         self.backend = backend
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -260,7 +261,7 @@ class Pooled(TextEncoder):
     def encode(self, texts: list[str]) -> Tensor:
         if self.task.prompt:
             texts = [self.task.prompt + text for text in texts]
-        if self.task.layout.do_lower_case:
+        if self.task.layout.settings.do_lower_case:
             texts = [text.lower() for text in texts]
         settings = {"return_token_type_ids": False, "return_attention_mask": False}
         made, places, computed, valid = [], [], 0, 0
