@@ -19,13 +19,14 @@ import triton
 import triton.language as tl
 
 from fastbert_kernels import launch
+from fastbert_kernels.jit import jit
 from fastbert_kernels.layer_norm import normalize_rows, quantize_normalized
 
 # A caller's ids may start anywhere in memory: no kernel of its own for those that start at a multiple of 16 bytes.
 IDS = ("input_ids_ptr", "token_type_ids_ptr", "position_ids_ptr")
 
 
-@triton.jit(do_not_specialize=["n_rows"], do_not_specialize_on_alignment=IDS)
+@jit(do_not_specialize=["n_rows"], do_not_specialize_on_alignment=IDS)
 def _embedding_layer_norm_kernel(
     input_ids_ptr,  # (T,) or None
     token_type_ids_ptr,  # (T,) or None

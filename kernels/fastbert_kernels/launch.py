@@ -9,6 +9,7 @@ that arrives while serving can make a kernel compile.
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastbert_kernels import disk_cache, events, interpreter, tables
+from fastbert_kernels.jit import guarded
 
 MIN_ARCH = 80
 MIN_HEAD_SIZE, MAX_HEAD_SIZE = 16, 128
@@ -52,6 +54,7 @@ events.listen()
 
 _recorded: list[Launch] | None = None
 _recorded_arch: int | None = None
+_one_at_a_time = threading.RLock()  # launches of the interpreter, and of kernels that another `jit` made
 
 
 def interpreted() -> bool:
@@ -110,6 +113,14 @@ def run(kernel: Any, grid: tuple[int, ...], config: dict[str, int], **arguments:
 
 
 def _launch(kernel: Any, grid: tuple[int, ...], config: dict[str, int], arguments: dict[str, Any]) -> None:
+    if guarded(kernel):
+        _start(kernel, grid, config, arguments)
+    else:
+        with _one_at_a_time:
+            _start(kernel, grid, config, arguments)
+
+
+def _start(kernel: Any, grid: tuple[int, ...], config: dict[str, int], arguments: dict[str, Any]) -> None:
     # FP fusion is named because its default differs between Triton versions, and with it the bits of the results.
     try:
         kernel[grid](**arguments, **config, enable_fp_fusion=True)

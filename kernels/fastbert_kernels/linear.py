@@ -21,11 +21,12 @@ import triton
 import triton.language as tl
 
 from fastbert_kernels import launch
+from fastbert_kernels.jit import jit
 from fastbert_kernels.linear_persistent import describable, linear_persistent_forward
 from fastbert_kernels.linear_tile import ALIGNMENT, epilogue, tile_of
 
 
-@triton.jit(do_not_specialize=["n_rows"])
+@jit(do_not_specialize=["n_rows"])
 def _linear_kernel(
     x_ptr,  # (T, K)
     weight_ptr,  # (M, K)

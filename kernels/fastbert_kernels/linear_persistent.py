@@ -26,10 +26,11 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastbert_kernels import launch
+from fastbert_kernels.jit import jit
 from fastbert_kernels.linear_tile import ALIGNMENT, epilogue, tile_of
 
 
-@triton.jit(do_not_specialize=["n_rows"])
+@jit(do_not_specialize=["n_rows"])
 def _linear_persistent_kernel(
     x_desc,  # (T, K) in blocks of (BLOCK_ROWS, BLOCK_K)
     weight_desc,  # (M, K) in blocks of (BLOCK_COLS, BLOCK_K)

@@ -20,15 +20,15 @@ Muennighoff, "SGPT", 2022, arXiv:2202.08904.
 from __future__ import annotations
 
 import torch
-import triton
 import triton.language as tl
 
 from fastbert_kernels import launch
+from fastbert_kernels.jit import jit
 
 MODES = ("cls", "mean", "max", "weighted_mean", "last", "mean_sqrt_len")
 
 
-@triton.jit(do_not_specialize_on_alignment=["cu_seqlens_ptr"])  # a caller's, which may start anywhere
+@jit(do_not_specialize_on_alignment=["cu_seqlens_ptr"])  # a caller's, which may start anywhere
 def _pool_kernel(
     hidden_ptr,  # (T, H)
     cu_seqlens_ptr,  # (B + 1,)

@@ -22,13 +22,14 @@ import triton
 import triton.language as tl
 
 from fastbert_kernels import launch
+from fastbert_kernels.jit import jit
 from fastbert_kernels.linear_persistent import describable
 from fastbert_kernels.quantize import quantize_rows
 from fastbert_kernels.quantized_linear_persistent import quantized_linear_persistent_forward
 from fastbert_kernels.quantized_tile import OUT_GROUP, scaled_epilogue
 
 
-@triton.jit(do_not_specialize=["n_rows"])
+@jit(do_not_specialize=["n_rows"])
 def _quantized_linear_kernel(
     x_ptr,  # (T, K)
     x_scale_ptr,  # (T, N_GROUPS)

@@ -30,12 +30,13 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastbert_kernels import launch
+from fastbert_kernels.jit import jit
 from fastbert_kernels.linear_tile import tile_of
 from fastbert_kernels.quantize import quantize_rows
 from fastbert_kernels.quantized_tile import OUT_GROUP, scaled_epilogue
 
 
-@triton.jit
+@jit
 def _multiply_add(sums, x, weight, row_scale, INT8: tl.constexpr, SCALED: tl.constexpr):
     """sums + x @ weight^T, times the rows' scales where SCALED: then the sum is made outside of the tensor cores."""
     if SCALED:
@@ -45,7 +46,7 @@ def _multiply_add(sums, x, weight, row_scale, INT8: tl.constexpr, SCALED: tl.con
         return tl.dot(x, weight.T, sums, out_dtype=sums.dtype)
 
 
-@triton.jit
+@jit
 def _store(
     sums,  # (BLOCK_ROWS, PART_COLS)
     row_scale,  # (BLOCK_ROWS,), of sums that are not scaled yet
@@ -81,7 +82,7 @@ def _store(
         out_desc.store([row, col], out.to(out_desc.dtype))
 
 
-@triton.jit(do_not_specialize=["n_rows", "n_groups"])
+@jit(do_not_specialize=["n_rows", "n_groups"])
 def _quantized_linear_persistent_kernel(
     x_desc,  # (T, K) in blocks of (BLOCK_ROWS, BLOCK_K)
     x_scale_ptr,  # (T, n_groups)
