@@ -127,8 +127,8 @@ def in_threads(dtype, n_devices, apart=0.0):
         thread.join()
 
 in_threads(torch.bfloat16, 1)
-in_threads(torch.float32, 1, apart=0.3)  # another specialisation, which some find compiled and not yet loaded
-in_threads(torch.bfloat16, 2)  # the first one, on another device
+in_threads(torch.float32, 1, apart=0.1)  # another specialisation, which some find compiled and not yet loaded
+in_threads(torch.bfloat16, 2, apart=0.1)  # the first one, on another device, where it is loaded after no time
 in_threads(torch.bfloat16, 2)
 print(json.dumps([errors, stub.launches.count("function"), len(stub.launches), stub.loads, events.counts()]))
 """
