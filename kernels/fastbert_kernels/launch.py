@@ -174,9 +174,25 @@ def elementwise_config(n_cols: int) -> dict[str, int]:
 
 @functools.cache
 def pooling_config(n_cols: int) -> dict[str, int]:
-    """Pooling: whole rows, 8,192 elements a step, so that a few independent loads are in flight."""
+    """Pooling over rows: blocks of 4,096 elements, 32 a thread, UNROLL of them at a time, of 128 columns.
+
+    So few columns for the sake of a few long texts, which would else be read by as few multiprocessors.
+    """
+    block_cols = min(128, triton.next_power_of_2(n_cols))
+    return {
+        "BLOCK_ROWS": 4096 // block_cols,
+        "BLOCK_COLS": block_cols,
+        "UNROLL": 4,
+        "num_warps": 4,
+        "num_stages": 1,
+    }
+
+
+@functools.cache
+def whole_row_config(n_cols: int) -> dict[str, int]:
+    """Kernels whose programs hold one row of the batch's vectors: up to 16 elements a thread."""
     block_cols = triton.next_power_of_2(n_cols)
-    return {"BLOCK_ROWS": max(1, 8192 // block_cols), "BLOCK_COLS": block_cols, "num_warps": 8, "num_stages": 1}
+    return {"BLOCK_COLS": block_cols, "num_warps": max(1, min(8, block_cols // 256)), "num_stages": 1}
 
 
 # What a GEMM may do to its accumulator, as table keys name it: both GELUs cost the same.
