@@ -15,7 +15,6 @@ Source: Devlin et al., "BERT", 2018, arXiv:1810.04805, figure 2.
 from __future__ import annotations
 
 import torch
-import triton
 import triton.language as tl
 
 from fastbert_kernels import launch
@@ -112,7 +111,7 @@ def embedding_layer_norm_forward(
     # Grid: one program per BLOCK_ROWS tokens.
     launch.run(
         _embedding_layer_norm_kernel,
-        (triton.cdiv(n_rows, config["BLOCK_ROWS"]),),
+        (launch.cdiv(n_rows, config["BLOCK_ROWS"]),),
         config,
         input_ids_ptr=input_ids,
         token_type_ids_ptr=token_type_ids if token_type is not None else None,

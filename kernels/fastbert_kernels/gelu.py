@@ -12,7 +12,6 @@ Source: Hendrycks and Gimpel, "Gaussian Error Linear Units", 2016, arXiv:1606.08
 from __future__ import annotations
 
 import torch
-import triton
 import triton.language as tl
 
 from fastbert_kernels import launch
@@ -114,7 +113,7 @@ def bias_gelu_forward(x: torch.Tensor, bias: torch.Tensor | None, activation: st
     # Grid: tiles of BLOCK_ROWS x BLOCK_COLS; rows on axis 0, whose limit is 2^31 - 1 programs.
     launch.run(
         _bias_gelu_kernel,
-        (triton.cdiv(n_rows, config["BLOCK_ROWS"]), triton.cdiv(n_cols, config["BLOCK_COLS"])),
+        (launch.cdiv(n_rows, config["BLOCK_ROWS"]), launch.cdiv(n_cols, config["BLOCK_COLS"])),
         config,
         x_ptr=x,
         bias_ptr=bias,

@@ -15,7 +15,6 @@ Source: Ba, Kiros and Hinton, "Layer Normalization", 2016, arXiv:1607.06450.
 from __future__ import annotations
 
 import torch
-import triton
 import triton.language as tl
 
 from fastbert_kernels import launch
@@ -114,7 +113,7 @@ def bias_residual_layer_norm_forward(
     # Grid: one program per BLOCK_ROWS whole rows.
     launch.run(
         _bias_residual_layer_norm_kernel,
-        (triton.cdiv(n_rows, config["BLOCK_ROWS"]),),
+        (launch.cdiv(n_rows, config["BLOCK_ROWS"]),),
         config,
         x_ptr=x,
         bias_ptr=bias,

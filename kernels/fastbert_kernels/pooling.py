@@ -29,7 +29,6 @@ Muennighoff, "SGPT", 2022, arXiv:2202.08904.
 from __future__ import annotations
 
 import torch
-import triton
 import triton.language as tl
 
 from fastbert_kernels import launch
@@ -159,7 +158,7 @@ def pool_forward(
     # Grid: a program for every sequence and block of columns.
     launch.run(
         _pool_kernel,
-        (n_seqs, triton.cdiv(n_cols, config["BLOCK_COLS"])),
+        (n_seqs, launch.cdiv(n_cols, config["BLOCK_COLS"])),
         {"BLOCK_ROWS": 1, "UNROLL": 1, **config},
         hidden_ptr=hidden,
         cu_seqlens_ptr=cu_seqlens,
