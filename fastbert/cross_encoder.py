@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastbert import ops, sentence_layout
+from fastbert import ops, sentence_layout, varlen
 from fastbert.heads import BertForSequenceClassification
 from fastbert.model import Encoded
 from fastbert.pretrained import any_in_training
@@ -342,7 +342,7 @@ class CrossEncoder(SentenceTransformersApi):
         for places, batch, ids, types in in_batches(tokens, budget, batch_size, device):
             hidden = bert.encode_packed(batch, ids, types, check=False)[-1]
             scored = self.model.classify(Encoded(batch, hidden, None, None))
-            logits[torch.from_numpy(np.array(places)).to(device)] = scored.to(logits.dtype)
+            logits[varlen.to_device(torch.from_numpy(np.array(places)), device)] = scored.to(logits.dtype)
             if progress is not None:
                 progress(len(places))
         return logits

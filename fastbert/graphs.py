@@ -41,6 +41,7 @@ so a program of several threads had better warm up before it starts them.
 from __future__ import annotations
 
 import bisect
+import functools
 import logging
 import sys
 import threading
@@ -141,14 +142,54 @@ class Capturer(Protocol):
         """Captures what the function launches; whether it also runs is open. Errors are RuntimeErrors."""
 
 
+class _Streams:
+    """The streams of one GPU on which this process captures: one to run on before, and one for each living capturer.
+
+    cuBLAS keeps a workspace of up to 32 MiB for every stream it ever saw, and graphs that were captured on a stream
+    write to that stream's workspace when they run. So streams are used again, which bounds the memory, and no two
+    living capturers have the same one, since their graphs may run at the same time.
+    """
+
+    def __init__(self) -> None:
+        self.aside = torch.cuda.Stream()
+        self.known = [self.aside]
+        self.free: list[tuple[torch.cuda.Stream, torch.cuda.Event | None]] = []
+
+    def take(self) -> tuple[torch.cuda.Stream, torch.cuda.Event | None]:
+        """A stream for captures, and when the graphs that were captured on it before have run."""
+        if self.free:
+            return self.free.pop()
+        for _ in range(64):  # PyTorch has 32, and gives them out again from the first
+            stream = torch.cuda.Stream()
+            if stream not in self.known:
+                self.known.append(stream)
+                return stream, None
+        raise RuntimeError(f"each of the {len(self.known)} streams of this GPU is taken by the graphs of another model")
+
+
+@functools.cache
+def _streams(device: int, make: type) -> _Streams:
+    """Those of the current device, whose index `device` is. make: torch.cuda.Stream, for which another may stand."""
+    return _Streams()
+
+
 class CudaCapturer:
-    """Captures as PyTorch's notes on CUDA semantics say: first run on a side stream, then captured on another."""
+    """Captures as PyTorch's notes on CUDA semantics say: first run on a side stream, then captured on another.
+
+    The pool of memory is the capturer's own, since graphs that share one must not run at the same time. Streams are
+    those of the process, see `_Streams`; the one for captures goes back when the capturer does.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._last: tuple[torch.cuda.Stream, torch.cuda.Event] | None = None
-        self._streams: tuple[torch.cuda.Stream, torch.cuda.Stream] | None = None
+        self._streams: _Streams | None = None
+        self._stream: torch.cuda.Stream | None = None
         self._pool: Any = None
+
+    def __del__(self) -> None:
+        if self._streams is not None and self._stream is not None:
+            self._streams.free.append((self._stream, None if self._last is None else self._last[1]))
 
     def begin(self, memory: Sequence[Tensor]) -> None:
         stream = torch.cuda.current_stream(self.device)
@@ -171,9 +212,14 @@ class CudaCapturer:
         with torch.cuda.device(self.device):
             before = torch.cuda.current_stream()
             if self._streams is None:
-                self._streams = torch.cuda.Stream(), torch.cuda.Stream()
+                index = self.device.index if self.device.index is not None else torch.cuda.current_device()
+                self._streams = _streams(index, torch.cuda.Stream)
+            if self._stream is None:
+                self._stream, others_last = self._streams.take()
                 self._pool = torch.cuda.graph_pool_handle()
-            aside, capturing = self._streams
+                if others_last is not None:
+                    before.wait_event(others_last)
+            aside, capturing = self._streams.aside, self._stream
             try:
                 # Whatever is made at a first use (modules, handles, workspaces) is made here, outside of the capture.
                 aside.wait_stream(before)

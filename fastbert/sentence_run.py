@@ -218,7 +218,7 @@ class Run:
                 if vectors is None:
                     vectors = _for_autograd(partial(made.new_empty, (n_texts, made.shape[1])))
                 rows = torch.from_numpy(np.array(places))
-                vectors.index_copy_(0, rows.to(self.device, non_blocking=True), made)
+                vectors.index_copy_(0, varlen.to_device(rows, self.device), made)
             if request.progress is not None:
                 request.progress(len(places))
         return items if vectors is None else vectors
@@ -247,7 +247,8 @@ class Run:
         cu_seqlens = batch.cu_seqlens
         if self.skip:
             lengths = (batch.cu_seqlens_cpu.diff() - self.skip).clamp(min=0)
-            cu_seqlens = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(self.device, torch.int32)
+            offsets = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int()
+            cu_seqlens = varlen.to_device(offsets, self.device)
             hidden = hidden[batch.position_ids >= self.skip]
         # With output_value None sentence-transformers returns what the modules make, never normalised after that.
         normalize = request.normalize and request.output_value is not None
@@ -320,7 +321,7 @@ def in_batches(
         batch = varlen.from_lengths(lengths[first:last], device)
         here = (ids, types) if last - first == len(order) else (ids[start:end], types[start:end])
         if device.type != "cpu":
-            here = here[0].to(device, non_blocking=True), here[1].to(device, non_blocking=True)
+            here = varlen.to_device(here[0], device), varlen.to_device(here[1], device)
         yield order[first:last], batch, *here
 
 

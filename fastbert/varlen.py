@@ -66,10 +66,27 @@ class PackedBatch:
         return key in self._plans
 
 
+def to_device(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
+    """The tensor of the host on the device, which the caller does not wait for; itself where it is there already.
+
+    A GPU copies by itself only from pinned memory. For other memory the driver waits until the stream is idle, unless
+    it is at most 64 kB.
+    """
+    device = torch.device(device)
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
 def sequence_ids(cu_seqlens: torch.Tensor, n_tokens: int) -> torch.Tensor:
     """(T,) int32: the sequence of each token, from (B + 1,) offsets on the same device."""
     sequences = torch.arange(cu_seqlens.shape[0] - 1, dtype=torch.int32, device=cu_seqlens.device)
     return torch.repeat_interleave(sequences, cu_seqlens.diff(), output_size=n_tokens)
+
+
+def within_sequences(rows: torch.Tensor, cu_seqlens: torch.Tensor, seq_ids: torch.Tensor) -> torch.Tensor:
+    """(T,) the place in its sequence of each of the packed rows, in their dtype; all on one device."""
+    return rows - cu_seqlens.index_select(0, seq_ids)
 
 
 @untraced
@@ -101,10 +118,9 @@ def unpad(attention_mask: torch.Tensor) -> PackedBatch:
 @untraced
 def without_padding(batch_size: int, length: int, device: torch.device) -> PackedBatch:
     """The packing of a (B, S) batch in which every position holds a token; needs no look at a mask."""
-    cu_seqlens_cpu = torch.arange(batch_size + 1, dtype=torch.int32, device="cpu") * length
     return PackedBatch(
-        cu_seqlens=cu_seqlens_cpu.to(device, non_blocking=True),
-        cu_seqlens_cpu=cu_seqlens_cpu,
+        cu_seqlens=torch.arange(batch_size + 1, dtype=torch.int32, device=device) * length,
+        cu_seqlens_cpu=torch.arange(batch_size + 1, dtype=torch.int32, device="cpu") * length,
         position_ids=torch.arange(length, device=device).repeat(batch_size),
         batch_size=batch_size,
         padded_length=length,
@@ -169,19 +185,26 @@ def _refuse_recording(name: str, values: torch.Tensor) -> None:
 def from_lengths(lengths: Sequence[int], device: torch.device) -> PackedBatch:
     """The packing of sequences of these lengths, none of them negative; positions count from 0 in each."""
     offsets = np.array([0, *accumulate(lengths)], np.int32)
-    positions = np.arange(offsets[-1], dtype=np.int64)
-    if len(lengths) > 1:
-        positions -= np.repeat(offsets[:-1], lengths)
-    cu_seqlens_cpu = cu_seqlens = torch.from_numpy(offsets)
-    position_ids = torch.from_numpy(positions)
-    if torch.device(device).type != "cpu":
-        cu_seqlens, position_ids = (t.to(device, non_blocking=True) for t in (cu_seqlens, position_ids))
+    cu_seqlens_cpu, n_tokens = torch.from_numpy(offsets), int(offsets[-1])
+    plans: dict[Any, Any] = {}
+    if torch.device(device).type == "cpu":
+        positions = np.arange(n_tokens, dtype=np.int64)
+        if len(lengths) > 1:
+            positions -= np.repeat(offsets[:-1], lengths)
+        cu_seqlens, position_ids = cu_seqlens_cpu, torch.from_numpy(positions)
+    else:
+        cu_seqlens = to_device(cu_seqlens_cpu, device)
+        position_ids = torch.arange(n_tokens, device=device)
+        if len(lengths) > 1:
+            plans["seq_ids"] = sequence_ids(cu_seqlens, n_tokens)
+            position_ids = within_sequences(position_ids, cu_seqlens, plans["seq_ids"])
     return PackedBatch(
         cu_seqlens=cu_seqlens,
         cu_seqlens_cpu=cu_seqlens_cpu,
         position_ids=position_ids,
         batch_size=len(lengths),
         padded_length=max(lengths, default=0),
+        _plans=plans,
     )
 
 

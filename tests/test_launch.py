@@ -76,9 +76,11 @@ def test_measured_table_names_device_and_date(tmp_path, monkeypatch, request):
 @pytest.mark.parametrize("n_cols", [1, 7, 96, 384, 768, 1024, 3000, 4096])
 def test_row_formulas(n_cols):
     """A tile that does not hold a whole row, or has more threads than elements to give them."""
-    for config in (launch.rowwise_config(n_cols), launch.pooling_config(n_cols)):
-        assert config["BLOCK_COLS"] >= n_cols and config["BLOCK_ROWS"] >= 1
+    for config in (launch.rowwise_config(n_cols), launch.whole_row_config(n_cols)):
+        assert config["BLOCK_COLS"] >= n_cols and config.get("BLOCK_ROWS", 1) >= 1
         assert 1 <= config["num_warps"] <= 8
+    config = launch.pooling_config(n_cols)
+    assert config["BLOCK_COLS"] < 2 * n_cols and config["BLOCK_ROWS"] * config["BLOCK_COLS"] == 4096
 
 
 def test_recording_lists_instead_of_running():

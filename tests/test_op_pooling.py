@@ -59,6 +59,29 @@ def test_kernel(mode, normalize, dtype, device, poisoned):
     poisoned.check()
 
 
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("hidden_size", [96, 256])
+def test_kernel_over_long_texts(mode, normalize, hidden_size, device, poisoned):
+    """A block left out or counted twice where several are read at a time, or where those end and single ones begin."""
+    lengths = [128, 300, 127, 129, 0, 256, 1, 33]
+    check(mode, lengths, hidden_size, torch.bfloat16, device, mode, normalize, TRITON)
+    poisoned.check()
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_kernel_gives_a_text_the_same_bits_in_every_batch(mode, normalize, dtype, device):
+    """A block of rows counted from the start of the batch, or a split of columns that follows from the batch."""
+    lengths = [1, 200, 3, 128, 0, 40, 129] + [2] * 30
+    hidden = torch.randn(sum(lengths), 200).to(device, dtype)
+    together = ops.pool(hidden, cu_seqlens_of(lengths, device), mode, normalize=normalize, policy=TRITON)
+    for i, x in enumerate(hidden.split(lengths)[:8]):
+        alone = ops.pool(x, cu_seqlens_of([len(x)], device), mode, normalize=normalize, policy=TRITON)
+        assert torch.equal(alone[0], together[i]), i
+
+
 @pytest.mark.parametrize("hidden_size", [1, 320, 1023, 4096])
 def test_kernel_hidden_sizes(hidden_size, device, poisoned):
     """A tail of the row that enters the norm, or is not written."""

@@ -13,7 +13,7 @@ from fastbert.ops import dispatch
 from fastbert.ops.dispatch import AUTO, Policy
 from fastbert.ops.library import register
 from fastbert.tracing import constant, untraced
-from fastbert.varlen import PackedBatch, sequence_ids
+from fastbert.varlen import PackedBatch, sequence_ids, to_device
 from fastbert_kernels import cpu
 
 KERNELS = {
@@ -40,12 +40,14 @@ def group_by_length(cu_seqlens_cpu: torch.Tensor, device: torch.device) -> tuple
         all_rows.append(rows)
         first = int(starts[0])
         neighbours = bool((starts == first + length * torch.arange(n_seqs, device=starts.device)).all())
-        groups.append((n_seqs, length, slice(first, first + n_seqs * length) if neighbours else rows.to(device)))
+        groups.append(
+            (n_seqs, length, slice(first, first + n_seqs * length) if neighbours else to_device(rows, device))
+        )
     if not groups:
         return [], None
     rows = torch.cat(all_rows)
     in_order = bool((rows[1:] > rows[:-1]).all())
-    return groups, None if in_order else torch.argsort(rows).to(device)
+    return groups, None if in_order else to_device(torch.argsort(rows), device)
 
 
 def _grouped(
@@ -277,8 +279,8 @@ def _triton_plan(batch: PackedBatch, dtype: torch.dtype, head_size: int, policy:
     def make() -> Plan:
         work_list, short_list = host_work_lists(batch, dtype, head_size, policy)
         if short_list is not None:
-            short_list = short_list.to(batch.device, non_blocking=True)
-        return batch.seq_ids, work_list.to(batch.device, non_blocking=True), short_list
+            short_list = to_device(short_list, batch.device)
+        return batch.seq_ids, to_device(work_list, batch.device), short_list
 
     return batch.plan(_plan_key(dtype, head_size, policy), make)
 

@@ -12,6 +12,7 @@ import functools
 import importlib.util
 import logging
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -149,15 +150,20 @@ def interpreting() -> bool:
 
 def triton_unavailable(device: torch.device) -> str | None:
     """Why no Triton kernel can run on this device, or None."""
-    if device.type == "cpu" and not interpreting():
-        return "the tensors are on the CPU, and Triton's interpreter is off (TRITON_INTERPRET=1 turns it on)"
-    if device.type not in ("cpu", "cuda"):
+    if device.type == "cpu":
+        if not interpreting():
+            return "the tensors are on the CPU, and Triton's interpreter is off (TRITON_INTERPRET=1 turns it on)"
+    elif device.type != "cuda":
         return f"there are no Triton kernels for devices of type {device.type!r}"
-    if importlib.util.find_spec("triton") is None:
-        return "the package triton is not installed"
-    if device.type == "cuda":
+    reason = _not_installed(importlib.util.find_spec)
+    if reason is None and device.type == "cuda":
         return _gpu_unsupported(device.index if device.index is not None else torch.cuda.current_device())
-    return None
+    return reason
+
+
+@functools.cache  # every operation asks
+def _not_installed(find_spec: Callable[[str], object]) -> str | None:
+    return "the package triton is not installed" if find_spec("triton") is None else None
 
 
 @functools.cache

@@ -30,10 +30,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import triton
 import triton.language as tl
 
 from fastbert_kernels import launch
+from fastbert_kernels.jit import jit
 from fastbert_kernels.quantize import quantize_rows
 
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -41,7 +41,7 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 LOWEST = tl.constexpr(-1.0e38)
 
 
-@triton.jit
+@jit
 def _attend(
     q,  # (BLOCK_Q, BLOCK_D)
     k_block_ptr,  # (BLOCK_D, BLOCK_K) pointers to keys 0 to BLOCK_K - 1 of the batch
@@ -92,7 +92,7 @@ def _attend(
     return acc, row_sum, row_max
 
 
-@triton.jit
+@jit
 def _attend_once(
     q,  # (BLOCK_Q, BLOCK_D)
     k_block_ptr,  # (BLOCK_D, BLOCK_K)
@@ -121,7 +121,7 @@ def _attend_once(
     return tl.dot(p.to(v.dtype), v, input_precision=INPUT_PRECISION), tl.sum(p, axis=1)
 
 
-@triton.jit(do_not_specialize_on_alignment=["cu_seqlens_ptr"])  # a caller's, which may start anywhere
+@jit(do_not_specialize_on_alignment=["cu_seqlens_ptr"])  # a caller's, which may start anywhere
 def _varlen_attention_kernel(
     q_ptr,  # (T, N, D)
     k_ptr,  # (T, N, D)

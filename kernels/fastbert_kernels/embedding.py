@@ -15,17 +15,17 @@ Source: Devlin et al., "BERT", 2018, arXiv:1810.04805, figure 2.
 from __future__ import annotations
 
 import torch
-import triton
 import triton.language as tl
 
 from fastbert_kernels import launch
+from fastbert_kernels.jit import jit
 from fastbert_kernels.layer_norm import normalize_rows, quantize_normalized
 
 # A caller's ids may start anywhere in memory: no kernel of its own for those that start at a multiple of 16 bytes.
 IDS = ("input_ids_ptr", "token_type_ids_ptr", "position_ids_ptr")
 
 
-@triton.jit(do_not_specialize=["n_rows"], do_not_specialize_on_alignment=IDS)
+@jit(do_not_specialize=["n_rows"], do_not_specialize_on_alignment=IDS)
 def _embedding_layer_norm_kernel(
     input_ids_ptr,  # (T,) or None
     token_type_ids_ptr,  # (T,) or None
@@ -111,7 +111,7 @@ def embedding_layer_norm_forward(
     # Grid: one program per BLOCK_ROWS tokens.
     launch.run(
         _embedding_layer_norm_kernel,
-        (triton.cdiv(n_rows, config["BLOCK_ROWS"]),),
+        (launch.cdiv(n_rows, config["BLOCK_ROWS"]),),
         config,
         input_ids_ptr=input_ids,
         token_type_ids_ptr=token_type_ids if token_type is not None else None,

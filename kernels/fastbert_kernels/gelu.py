@@ -12,10 +12,10 @@ Source: Hendrycks and Gimpel, "Gaussian Error Linear Units", 2016, arXiv:1606.08
 from __future__ import annotations
 
 import torch
-import triton
 import triton.language as tl
 
 from fastbert_kernels import launch
+from fastbert_kernels.jit import jit
 
 SQRT_1_2 = tl.constexpr(0.7071067811865476)
 SQRT_2_OVER_PI = tl.constexpr(0.7978845608028654)
@@ -27,13 +27,13 @@ LOG2_PHI_FP16 = tl.constexpr(
 LOG2_PHI_8 = tl.constexpr((14.0, -4.307371e-4, 6.8083083e-3, -5.1192082e-2, -0.46062142, -1.1505315, -1.0000694))
 
 
-@triton.jit
+@jit
 def gelu_erf(x):
     """Elementwise, float32."""
     return 0.5 * x * (1.0 + tl.erf(x * SQRT_1_2))
 
 
-@triton.jit
+@jit
 def gelu_erf_rounded(x, DTYPE: tl.constexpr):
     """gelu_erf for what is rounded to DTYPE, of 16 bits or fewer: float32, at a quarter of the instructions.
 
@@ -59,14 +59,14 @@ def gelu_erf_rounded(x, DTYPE: tl.constexpr):
     return tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL) - a * tl.exp2(p)
 
 
-@triton.jit
+@jit
 def gelu_tanh(x):
     """Elementwise, float32. (1 + tanh(u)) / 2 = sigmoid(2 u) needs no tanh and loses no bits near u = 0."""
     u = SQRT_2_OVER_PI * (x + 0.044715 * x * x * x)
     return x * tl.sigmoid(2.0 * u)
 
 
-@triton.jit
+@jit
 def activate(x, ACTIVATION: tl.constexpr, DTYPE: tl.constexpr):
     """The epilogue's activation, elementwise on float32: "none", "gelu" or "gelu_tanh". DTYPE: of the result."""
     if ACTIVATION == "gelu":
@@ -76,7 +76,7 @@ def activate(x, ACTIVATION: tl.constexpr, DTYPE: tl.constexpr):
     return x
 
 
-@triton.jit(do_not_specialize=["n_rows"])
+@jit(do_not_specialize=["n_rows"])
 def _bias_gelu_kernel(
     x_ptr,  # (T, I)
     bias_ptr,  # (I,)
@@ -113,7 +113,7 @@ def bias_gelu_forward(x: torch.Tensor, bias: torch.Tensor | None, activation: st
     # Grid: tiles of BLOCK_ROWS x BLOCK_COLS; rows on axis 0, whose limit is 2^31 - 1 programs.
     launch.run(
         _bias_gelu_kernel,
-        (triton.cdiv(n_rows, config["BLOCK_ROWS"]), triton.cdiv(n_cols, config["BLOCK_COLS"])),
+        (launch.cdiv(n_rows, config["BLOCK_ROWS"]), launch.cdiv(n_cols, config["BLOCK_COLS"])),
         config,
         x_ptr=x,
         bias_ptr=bias,

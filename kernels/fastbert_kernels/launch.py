@@ -9,6 +9,7 @@ that arrives while serving can make a kernel compile.
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastbert_kernels import disk_cache, events, interpreter, tables
+from fastbert_kernels.jit import guarded
 
 MIN_ARCH = 80
 MIN_HEAD_SIZE, MAX_HEAD_SIZE = 16, 128
@@ -52,6 +54,7 @@ events.listen()
 
 _recorded: list[Launch] | None = None
 _recorded_arch: int | None = None
+_one_at_a_time = threading.RLock()  # launches of the interpreter, and of kernels that another `jit` made
 
 
 def interpreted() -> bool:
@@ -91,6 +94,11 @@ def empty(shape: tuple[int, ...], *, like: torch.Tensor, dtype: torch.dtype | No
     return torch.empty(shape, device=like.device, dtype=dtype or like.dtype)
 
 
+def cdiv(n: int, block: int) -> int:
+    """How many blocks hold n. `triton.cdiv` is the same, by way of six more Python calls."""
+    return -(-n // block)
+
+
 def run(kernel: Any, grid: tuple[int, ...], config: dict[str, int], **arguments: Any) -> None:
     """Launches the kernel on the device of its tensors, whichever device is current.
 
@@ -99,9 +107,12 @@ def run(kernel: Any, grid: tuple[int, ...], config: dict[str, int], **arguments:
     if _recorded is not None:
         _recorded.append(Launch(kernel, grid, config, arguments))
         return
-    # A tensor descriptor has its tensor as `base`.
-    tensors = (a.base if isinstance(a, TensorDescriptor) else a for a in arguments.values())
-    device = next(t.device for t in tensors if isinstance(t, torch.Tensor))
+    for argument in arguments.values():
+        # A tensor descriptor has its tensor as `base`.
+        tensor = argument.base if isinstance(argument, TensorDescriptor) else argument
+        if isinstance(tensor, torch.Tensor):
+            device = tensor.device
+            break
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
             _launch(kernel, grid, config, arguments)
@@ -110,6 +121,14 @@ def run(kernel: Any, grid: tuple[int, ...], config: dict[str, int], **arguments:
 
 
 def _launch(kernel: Any, grid: tuple[int, ...], config: dict[str, int], arguments: dict[str, Any]) -> None:
+    if guarded(kernel):
+        _start(kernel, grid, config, arguments)
+    else:
+        with _one_at_a_time:
+            _start(kernel, grid, config, arguments)
+
+
+def _start(kernel: Any, grid: tuple[int, ...], config: dict[str, int], arguments: dict[str, Any]) -> None:
     # FP fusion is named because its default differs between Triton versions, and with it the bits of the results.
     try:
         kernel[grid](**arguments, **config, enable_fp_fusion=True)
@@ -163,9 +182,25 @@ def elementwise_config(n_cols: int) -> dict[str, int]:
 
 @functools.cache
 def pooling_config(n_cols: int) -> dict[str, int]:
-    """Pooling: whole rows, 8,192 elements a step, so that a few independent loads are in flight."""
+    """Pooling over rows: blocks of 4,096 elements, 32 a thread, UNROLL of them at a time, of 128 columns.
+
+    So few columns for the sake of a few long texts, which would else be read by as few multiprocessors.
+    """
+    block_cols = min(128, triton.next_power_of_2(n_cols))
+    return {
+        "BLOCK_ROWS": 4096 // block_cols,
+        "BLOCK_COLS": block_cols,
+        "UNROLL": 4,
+        "num_warps": 4,
+        "num_stages": 1,
+    }
+
+
+@functools.cache
+def whole_row_config(n_cols: int) -> dict[str, int]:
+    """Kernels whose programs hold one row of the batch's vectors: up to 16 elements a thread."""
     block_cols = triton.next_power_of_2(n_cols)
-    return {"BLOCK_ROWS": max(1, 8192 // block_cols), "BLOCK_COLS": block_cols, "num_warps": 8, "num_stages": 1}
+    return {"BLOCK_COLS": block_cols, "num_warps": max(1, min(8, block_cols // 256)), "num_stages": 1}
 
 
 # What a GEMM may do to its accumulator, as table keys name it: both GELUs cost the same.

@@ -15,14 +15,14 @@ Source: Ba, Kiros and Hinton, "Layer Normalization", 2016, arXiv:1607.06450.
 from __future__ import annotations
 
 import torch
-import triton
 import triton.language as tl
 
 from fastbert_kernels import launch
+from fastbert_kernels.jit import jit
 from fastbert_kernels.quantize import quantize_rows, rotate_rows
 
 
-@triton.jit
+@jit
 def normalize_rows(x, col_mask, n_cols, eps):
     """Rows of the float32 tile x (rows, cols), masked columns 0, to mean 0 and variance 1; masked columns undefined."""
     mean = tl.sum(x, axis=1) / n_cols
@@ -31,7 +31,7 @@ def normalize_rows(x, col_mask, n_cols, eps):
     return centered * (1.0 / tl.sqrt(variance + eps))[:, None]
 
 
-@triton.jit
+@jit
 def quantize_normalized(x, INT8: tl.constexpr, N_ROWS: tl.constexpr, N_COLS: tl.constexpr):
     """Normalised rows, as they are stored, masked columns 0 -> 8-bit rows and scales; int8 rows are rotated."""
     if INT8:
@@ -42,7 +42,7 @@ def quantize_normalized(x, INT8: tl.constexpr, N_ROWS: tl.constexpr, N_COLS: tl.
     return q, scale
 
 
-@triton.jit(do_not_specialize=["n_rows"])
+@jit(do_not_specialize=["n_rows"])
 def _bias_residual_layer_norm_kernel(
     x_ptr,  # (T, H)
     bias_ptr,  # (H,)
@@ -113,7 +113,7 @@ def bias_residual_layer_norm_forward(
     # Grid: one program per BLOCK_ROWS whole rows.
     launch.run(
         _bias_residual_layer_norm_kernel,
-        (triton.cdiv(n_rows, config["BLOCK_ROWS"]),),
+        (launch.cdiv(n_rows, config["BLOCK_ROWS"]),),
         config,
         x_ptr=x,
         bias_ptr=bias,

@@ -17,15 +17,15 @@ T, each output element is summed over K in the same order wherever in a tile it 
 from __future__ import annotations
 
 import torch
-import triton
 import triton.language as tl
 
 from fastbert_kernels import launch
+from fastbert_kernels.jit import jit
 from fastbert_kernels.linear_persistent import describable, linear_persistent_forward
 from fastbert_kernels.linear_tile import ALIGNMENT, epilogue, tile_of
 
 
-@triton.jit(do_not_specialize=["n_rows"])
+@jit(do_not_specialize=["n_rows"])
 def _linear_kernel(
     x_ptr,  # (T, K)
     weight_ptr,  # (M, K)
@@ -124,7 +124,7 @@ def linear_pointer_forward(
     """Fills out, (T, M) with T > 0, by the kernel of this file; config is the tile."""
     n_rows, k_size = x.shape
     n_cols = weight.shape[0]
-    n_tiles = triton.cdiv(n_rows, config["BLOCK_ROWS"]) * triton.cdiv(n_cols, config["BLOCK_COLS"])
+    n_tiles = launch.cdiv(n_rows, config["BLOCK_ROWS"]) * launch.cdiv(n_cols, config["BLOCK_COLS"])
     # Grid: one program per output tile, on one axis so that the kernel can order them.
     launch.run(
         _linear_kernel,

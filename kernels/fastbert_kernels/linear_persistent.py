@@ -21,15 +21,15 @@ Source: Triton's tutorial "Persistent matmul" (the technique).
 from __future__ import annotations
 
 import torch
-import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastbert_kernels import launch
+from fastbert_kernels.jit import jit
 from fastbert_kernels.linear_tile import ALIGNMENT, epilogue, tile_of
 
 
-@triton.jit(do_not_specialize=["n_rows"])
+@jit(do_not_specialize=["n_rows"])
 def _linear_persistent_kernel(
     x_desc,  # (T, K) in blocks of (BLOCK_ROWS, BLOCK_K)
     weight_desc,  # (M, K) in blocks of (BLOCK_COLS, BLOCK_K)
@@ -81,6 +81,13 @@ def describable(rows: torch.Tensor) -> bool:
     return aligned and rows.stride(1) == 1 and rows.numel() > 0
 
 
+def descriptor(rows: torch.Tensor, block_rows: int, block_cols: int) -> TensorDescriptor:
+    """The tensor descriptor of a `describable` tensor, in blocks; without the checks that its constructor repeats."""
+    made = TensorDescriptor.__new__(TensorDescriptor)  # whose other fields have defaults
+    made.base, made.shape, made.strides, made.block_shape = rows, rows.shape, rows.stride(), [block_rows, block_cols]
+    return made
+
+
 def linear_persistent_forward(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -93,17 +100,17 @@ def linear_persistent_forward(
     """Fills out, (T, M) with T > 0. x, weight and out must be describable; config is the tile."""
     n_rows, k_size = x.shape
     n_cols = weight.shape[0]
-    n_tiles = triton.cdiv(n_rows, config["BLOCK_ROWS"]) * triton.cdiv(n_cols, config["BLOCK_COLS"])
+    n_tiles = launch.cdiv(n_rows, config["BLOCK_ROWS"]) * launch.cdiv(n_cols, config["BLOCK_COLS"])
     # Grid: as many programs as run at once, or one per output tile if those are fewer.
     launch.run(
         _linear_persistent_kernel,
         (min(n_tiles, launch.n_multiprocessors(x.device)),),
         config,
-        x_desc=TensorDescriptor.from_tensor(x, [config["BLOCK_ROWS"], config["BLOCK_K"]]),
-        weight_desc=TensorDescriptor.from_tensor(weight, [config["BLOCK_COLS"], config["BLOCK_K"]]),
+        x_desc=descriptor(x, config["BLOCK_ROWS"], config["BLOCK_K"]),
+        weight_desc=descriptor(weight, config["BLOCK_COLS"], config["BLOCK_K"]),
         bias_ptr=bias,
         residual_ptr=residual,
-        out_desc=TensorDescriptor.from_tensor(out, [config["BLOCK_ROWS"], config["BLOCK_COLS"]]),
+        out_desc=descriptor(out, config["BLOCK_ROWS"], config["BLOCK_COLS"]),
         n_rows=n_rows,
         n_cols=n_cols,
         k_size=k_size,

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import triton
 import triton.language as tl
 
 from fastbert_kernels.gelu import activate
+from fastbert_kernels.jit import jit
 
 ALIGNMENT = 16  # bytes: what wide loads and tensor descriptors want of an address
 
 
-@triton.jit
+@jit
 def tile_of(index, n_row_blocks, n_col_blocks, GROUP_ROWS: tl.constexpr):
     """(row block, column block) of a tile: down the rows of a group, then on to the group's next column."""
     group_size = GROUP_ROWS * n_col_blocks
@@ -19,7 +19,7 @@ def tile_of(index, n_row_blocks, n_col_blocks, GROUP_ROWS: tl.constexpr):
     return first_row_block + (index % group_size) % group_rows, (index % group_size) // group_rows
 
 
-@triton.jit
+@jit
 def epilogue(
     acc,  # (BLOCK_ROWS, BLOCK_COLS) float32
     bias_ptr,  # (M,)

@@ -16,15 +16,16 @@ al., "QuaRot", 2024, arXiv:2404.00456.
 
 from __future__ import annotations
 
-import triton
 import triton.language as tl
+
+from fastbert_kernels.jit import jit
 
 TOP_FLOAT8, TOP_INT8 = tl.constexpr(448.0), tl.constexpr(127.0)
 ROTATION = tl.constexpr(32)  # channels in a block of the rotation
 TINY = tl.constexpr(1e-30)  # rows whose largest magnitude is less count as zeros: its inverse would overflow
 
 
-@triton.jit
+@jit
 def quantize_rows(x, INT8: tl.constexpr):
     """(rows, cols) float32, masked columns 0 -> 8-bit (rows, cols) and float32 scales (rows,)."""
     TOP: tl.constexpr = TOP_INT8 if INT8 else TOP_FLOAT8
@@ -39,7 +40,7 @@ def quantize_rows(x, INT8: tl.constexpr):
     return q, largest * (1.0 / TOP)
 
 
-@triton.jit
+@jit
 def rotate_rows(x, N_ROWS: tl.constexpr, N_COLS: tl.constexpr):
     """x (N_ROWS, N_COLS) times the Hadamard matrix of signs in blocks of ROTATION columns, in float32."""
     i = tl.arange(0, ROTATION)

@@ -18,17 +18,17 @@ Zhang et al., "SageAttention2", 2024, arXiv:2411.10958 (14 bits on Ada too); the
 from __future__ import annotations
 
 import torch
-import triton
 import triton.language as tl
 
 from fastbert_kernels import launch
+from fastbert_kernels.jit import jit
 from fastbert_kernels.linear_persistent import describable
 from fastbert_kernels.quantize import quantize_rows
 from fastbert_kernels.quantized_linear_persistent import quantized_linear_persistent_forward
 from fastbert_kernels.quantized_tile import OUT_GROUP, scaled_epilogue
 
 
-@triton.jit(do_not_specialize=["n_rows"])
+@jit(do_not_specialize=["n_rows"])
 def _quantized_linear_kernel(
     x_ptr,  # (T, K)
     x_scale_ptr,  # (T, N_GROUPS)
@@ -167,7 +167,7 @@ def quantized_linear_pointer_forward(
     if out_scale is not None and config["BLOCK_COLS"] != OUT_GROUP:
         raise ValueError(f"a quantised result needs tiles of {OUT_GROUP} columns, the table has {config['BLOCK_COLS']}")
     # Grid: one program per output tile, on one axis so that the kernel can order them.
-    n_tiles = triton.cdiv(n_rows, config["BLOCK_ROWS"]) * triton.cdiv(n_cols, config["BLOCK_COLS"])
+    n_tiles = launch.cdiv(n_rows, config["BLOCK_ROWS"]) * launch.cdiv(n_cols, config["BLOCK_COLS"])
     launch.run(
         _quantized_linear_kernel,
         (n_tiles,),

@@ -25,17 +25,17 @@ arXiv:2412.19437, section 3.3 (sums of one part while the other is multiplied).
 from __future__ import annotations
 
 import torch
-import triton
 import triton.language as tl
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastbert_kernels import launch
+from fastbert_kernels.jit import jit
+from fastbert_kernels.linear_persistent import descriptor
 from fastbert_kernels.linear_tile import tile_of
 from fastbert_kernels.quantize import quantize_rows
 from fastbert_kernels.quantized_tile import OUT_GROUP, scaled_epilogue
 
 
-@triton.jit
+@jit
 def _multiply_add(sums, x, weight, row_scale, INT8: tl.constexpr, SCALED: tl.constexpr):
     """sums + x @ weight^T, times the rows' scales where SCALED: then the sum is made outside of the tensor cores."""
     if SCALED:
@@ -45,7 +45,7 @@ def _multiply_add(sums, x, weight, row_scale, INT8: tl.constexpr, SCALED: tl.con
         return tl.dot(x, weight.T, sums, out_dtype=sums.dtype)
 
 
-@triton.jit
+@jit
 def _store(
     sums,  # (BLOCK_ROWS, PART_COLS)
     row_scale,  # (BLOCK_ROWS,), of sums that are not scaled yet
@@ -81,7 +81,7 @@ def _store(
         out_desc.store([row, col], out.to(out_desc.dtype))
 
 
-@triton.jit(do_not_specialize=["n_rows", "n_groups"])
+@jit(do_not_specialize=["n_rows", "n_groups"])
 def _quantized_linear_persistent_kernel(
     x_desc,  # (T, K) in blocks of (BLOCK_ROWS, BLOCK_K)
     x_scale_ptr,  # (T, n_groups)
@@ -173,18 +173,18 @@ def quantized_linear_persistent_forward(
     n_cols = weight.shape[0]
     part_cols = min(config["BLOCK_COLS"], OUT_GROUP)
     grouped = group < k_size
-    n_tiles = triton.cdiv(n_rows, config["BLOCK_ROWS"]) * triton.cdiv(n_cols, config["BLOCK_COLS"])
+    n_tiles = launch.cdiv(n_rows, config["BLOCK_ROWS"]) * launch.cdiv(n_cols, config["BLOCK_COLS"])
     # Grid: as many programs as run at once, or one per output tile if those are fewer.
     launch.run(
         _quantized_linear_persistent_kernel,
         (min(n_tiles, launch.n_multiprocessors(x.device)),),
         config,
-        x_desc=TensorDescriptor.from_tensor(x, [config["BLOCK_ROWS"], config["BLOCK_K"]]),
+        x_desc=descriptor(x, config["BLOCK_ROWS"], config["BLOCK_K"]),
         x_scale_ptr=x_scale,
-        weight_desc=TensorDescriptor.from_tensor(weight, [part_cols, config["BLOCK_K"]]),
+        weight_desc=descriptor(weight, part_cols, config["BLOCK_K"]),
         weight_scale_ptr=weight_scale,
         bias_ptr=bias,
-        out_desc=TensorDescriptor.from_tensor(out, [config["BLOCK_ROWS"], part_cols]),
+        out_desc=descriptor(out, config["BLOCK_ROWS"], part_cols),
         out_scale_ptr=out_scale,
         n_rows=n_rows,
         n_cols=n_cols,

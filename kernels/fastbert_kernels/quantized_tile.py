@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import triton
 import triton.language as tl
 
 from fastbert_kernels.gelu import activate
+from fastbert_kernels.jit import jit
 
 OUT_GROUP = 128  # columns of a quantised result that share a scale
 
 
-@triton.jit
+@jit
 def scaled_epilogue(
     sums,  # (rows, cols) float32 or int32
     row_scale,  # (rows,), of sums that are not scaled yet, or None
