@@ -1,11 +1,10 @@
 """What GPUs up to Hopper make of a sum of float8 products, and from it the error that a test may allow there.
 
-Their tensor cores keep 13 bits after the leading one of a sum (DeepSeek-AI, arXiv:2412.19437, section 3.3.2; Zhang et
-al., arXiv:2411.10958, section 3.2: "1 sign, 8 exponent and 13 mantissa bits"). An instruction adds 32 products, which
-are exact, to what it was given: all are cut off below 2^-13 of the largest one's power of two, then added. What is added
-outside of the tensor cores is float32. How instructions are split inside the hardware is not published, which can
-change the number of roundings a few times, and the error by the root of that: tests allow twice the error of this
-arithmetic, and more than that would be another arithmetic.
+Their tensor cores keep 13 bits of a sum after the leading one (DeepSeek-AI, arXiv:2412.19437, section 3.3.2; Zhang et
+al., arXiv:2411.10958). An instruction adds 32 products, which are exact, to what it was given: all are cut off below
+2^-13 of the largest one's power of two, then added. What is added outside of the tensor cores is float32. How the
+hardware splits an instruction is not published; that can change the number of roundings a few times, and the error by
+the root of that. So tests allow twice the error of this arithmetic, and more than that would be another arithmetic.
 """
 
 from __future__ import annotations
