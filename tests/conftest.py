@@ -1,4 +1,10 @@
-"""Shared fixtures. Without a GPU the kernels run under Triton's interpreter, to be set before triton is imported."""
+"""Shared fixtures. Without a GPU the kernels run under Triton's interpreter, to be set before triton is imported.
+
+Two options make a machine without a GPU look like one that has it, as far as it can (`test_as_on_a_gpu.py` uses both):
+
+    pytest --as-arch 90 tests/test_op_linear.py      kernels and block sizes of compute capability 9.0, interpreted
+    pytest --no-interpreter tests                    what needs no GPU must pass without the interpreter as well
+"""
 
 from __future__ import annotations
 
@@ -20,6 +26,24 @@ import helpers  # noqa: E402
 # Examples are drawn the same way in every run, and the interpreter is too slow for a deadline.
 settings.register_profile("fastbert", deadline=None, derandomize=True)
 settings.load_profile("fastbert")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("fastbert")
+    group.addoption("--as-arch", type=int, metavar="N", help="interpret the kernels that compute capability N runs")
+    group.addoption("--no-interpreter", action="store_true", help="leave Triton's interpreter off without a GPU too")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    arch, no_interpreter = config.getoption("--as-arch"), config.getoption("--no-interpreter")
+    if arch is not None and (HAS_GPU or no_interpreter):
+        raise pytest.UsageError("--as-arch is for the interpreter, which is off here")
+    if no_interpreter:
+        os.environ.pop("TRITON_INTERPRET", None)
+    if arch is not None:
+        from fastbert_kernels import launch
+
+        launch.MIN_ARCH = arch
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -46,8 +70,10 @@ def _seed() -> None:
 
 
 @pytest.fixture(scope="session")
-def device() -> torch.device:
+def device(pytestconfig: pytest.Config) -> torch.device:
     """Where the kernels run: the GPU if there is one, else the CPU, under the interpreter."""
+    if not HAS_GPU and pytestconfig.getoption("--no-interpreter"):
+        pytest.skip("needs an NVIDIA GPU: Triton's interpreter is off")
     return torch.device("cuda" if HAS_GPU else "cpu")
 
 

@@ -17,6 +17,12 @@ CPU, CUDA, MPS = torch.device("cpu"), torch.device("cuda", 0), torch.device("mps
 
 
 @pytest.fixture
+def interpreted(monkeypatch):
+    """Tensors on the CPU that kernels could take, as far as dispatch can tell, on a machine with a GPU too."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+
+
+@pytest.fixture
 def a_gpu(monkeypatch):
     """A machine whose GPU can run the kernels, as far as dispatch can tell."""
     monkeypatch.setattr(dispatch, "_gpu_unsupported", lambda index: None)
@@ -69,7 +75,7 @@ def test_cpu_backend_elsewhere():
     assert decision == dispatch.Decision("op", "torch", "the tensors are on cuda:0")
 
 
-def test_fallback_is_logged_once(caplog):
+def test_fallback_is_logged_once(interpreted, caplog):
     """A silent fallback, or one that floods the log."""
     dispatch._log_once.cache_clear()
     x = torch.randn(2, 8, dtype=torch.float64)
@@ -82,7 +88,7 @@ def test_fallback_is_logged_once(caplog):
     ]
 
 
-def test_strict_raises():
+def test_strict_raises(interpreted):
     """A strict policy that falls back."""
     with pytest.raises(
         BackendError, match=r"^bias_gelu: the backend 'triton' cannot run it, and strict=True: there are no"

@@ -124,6 +124,13 @@ def launched(monkeypatch, call):
         return names, call()
 
 
+def our_gemm(dtype, shape, epilogue, device):
+    """The name of the kernel that this architecture takes where the choice is ours."""
+    from fastbert_kernels import launch
+
+    return f"_{launch.gemm(dtype, launch.arch(device), shape, epilogue).ours}_kernel"
+
+
 def test_table_chooses_the_gemm(table, device, monkeypatch):
     """A choice of the table that does not reach the op, or reaches another shape, dtype or epilogue."""
     from fastbert_kernels import launch
@@ -139,16 +146,20 @@ def test_table_chooses_the_gemm(table, device, monkeypatch):
         linear={"float16/32x16/none": tile},
     )
     arch = launch.arch(device)
-    for dtype, activation, k, kernels in (
-        (torch.bfloat16, "none", 32, ["_linear_kernel"]),
-        (torch.bfloat16, "none", 48, []),
-        (torch.bfloat16, "gelu", 32, ["_bias_gelu_kernel"]),
-        (torch.float16, "gelu_tanh", 32, ["_bias_gelu_kernel"]),
-        (torch.bfloat16, "gelu", 48, ["_linear_kernel"]),
-        (torch.float32, "none", 32, []),
-        (torch.float32, "gelu", 32, ["_linear_kernel"]),
+    cublas, ours = False, True
+    for dtype, activation, k, choice in (
+        (torch.bfloat16, "none", 32, ours),
+        (torch.bfloat16, "none", 48, cublas),
+        (torch.bfloat16, "gelu", 32, cublas),
+        (torch.float16, "gelu_tanh", 32, cublas),
+        (torch.bfloat16, "gelu", 48, ours),
+        (torch.float32, "none", 32, cublas),
+        (torch.float32, "gelu", 32, ours),
     ):
         tensors = inputs(4, k, 16, dtype, device)
+        kernels = [] if activation == "none" else ["_bias_gelu_kernel"]
+        if choice is ours:
+            kernels = [our_gemm(dtype, (k, 16), activation, device)]
         names, out = launched(monkeypatch, lambda t=tensors, a=activation: ops.linear(*t, a, policy=TRITON))
         assert names == kernels, (dtype, activation, k)
         check("chosen", tensors, activation, out)
@@ -161,7 +172,7 @@ def test_table_chooses_the_gemm(table, device, monkeypatch):
         monkeypatch,
         lambda: ops.linear_residual_layer_norm(x, weight, bias, residual, norm, norm, 1e-5, policy=TRITON),
     )
-    assert names == ["_linear_kernel", "_bias_residual_layer_norm_kernel"]
+    assert names == [our_gemm(x.dtype, (32, 16), "residual", device), "_bias_residual_layer_norm_kernel"]
     d = [t.double() for t in (x, weight, bias, residual, norm)]
     expected = reference.bias_residual_layer_norm(d[0] @ d[1].T, d[2], d[3], d[4], d[4], 1e-5)
     eager = F.layer_norm(F.linear(x, weight, bias) + residual, (16,), norm, norm, 1e-5)
@@ -232,7 +243,7 @@ def test_gemm_choice(device, monkeypatch):
     )
     for dtype in (torch.bfloat16, torch.float32):
         ops.linear(*inputs(4, 32, 16, dtype, device), "gelu", policy=TRITON)
-    assert launched == ["_linear_kernel", "_bias_gelu_kernel"]
+    assert launched == [our_gemm(torch.bfloat16, (32, 16), "gelu", device), "_bias_gelu_kernel"]
 
 
 @pytest.mark.parametrize(

@@ -471,6 +471,8 @@ def test_part_of_the_gpu_run(tmp_path, monkeypatch, device):
     assert "there is none here" in Results.load(tmp_path / "tune.json").notes["tuned_table"]
     monkeypatch.setattr(tune, "unable", lambda device: None)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: GPU)
+    monkeypatch.setattr(launch, "arch", lambda device: ARCH)
+    monkeypatch.setattr(gpu_parts, "_precisions", lambda device: [])
     monkeypatch.setattr(tune_jobs, "default_models", lambda: [("tiny", CONFIG)])
     run, timer = tune.tune, clock(lambda name, i: float(len(name)))
     monkeypatch.setattr(tune, "tune", lambda j, device, n, say: run(j, device, n, timer=timer, say=say))
