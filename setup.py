@@ -139,6 +139,7 @@ setup(
             "onnxruntime>=1.20",
             "openvino>=2025.0",
             "ctranslate2>=4.5",
+            "nncf>=2.14",  # quantises for OpenVINO
         ],
     },
     entry_points={"console_scripts": ["fastbert = fastbert.cli:main"]},

@@ -123,8 +123,11 @@ class OpenVINO(CPURuntime):
             "INFERENCE_NUM_THREADS": torch.get_num_threads(),
             "INFERENCE_PRECISION_HINT": self.precision,
         }
-        model = core.compile_model(core.read_model(exported(self.source)), "CPU", settings)
-        self.request = model.create_infer_request()
+        self.request = core.compile_model(self.model(core), "CPU", settings).create_infer_request()
+
+    def model(self, core: Any) -> Any:
+        """What is compiled: the exported model in float32."""
+        return core.read_model(exported(self.source))
 
     def run(self, ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
         return self.request.infer([ids, mask], share_inputs=True)[0]

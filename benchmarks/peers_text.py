@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import peers_cpu
+import peers_int8
 import peers_torch
 
 from fastbert import SentenceEncoder
@@ -34,6 +35,6 @@ def text_encoders(task: TextTask) -> list[TextEncoder]:
     """fastbert first, what `fastbert bench` compares it with, and all others for the task's device and dtype."""
     engines = [*peers_torch.engines(task.device)]
     if task.device.type == "cpu":
-        engines += peers_cpu.engines(task.source.dtype)
+        engines += [*peers_cpu.engines(task.source.dtype), *peers_int8.engines(task.source.dtype)]
     in_8_bits = [FastBertInt8(task)] if task.device.type == "cpu" and task.dtype == "bfloat16" else []
     return [*text.text_encoders(task), *in_8_bits, *(Pooled(task, engine) for engine in engines)]

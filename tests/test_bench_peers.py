@@ -26,6 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import peers_cpu  # noqa: E402
+import peers_int8  # noqa: E402
 import peers_model  # noqa: E402
 import peers_text  # noqa: E402
 import peers_torch  # noqa: E402
@@ -274,7 +275,7 @@ def test_reasons_of_what_cannot_run_here(folder, tmp_path):
         assert engine(on_cpu).available() == "needs an NVIDIA GPU"
     on_gpu = Source(folder, torch.float32, torch.device("cuda"))
     assert peers_torch.VarlenAttention(on_gpu).available() == "varlen_attn takes bfloat16 and float16, not float32"
-    for engine in peers_cpu.engines(torch.float32):
+    for engine in (*peers_cpu.engines(torch.float32), *peers_int8.engines(torch.bfloat16)):
         assert engine(on_gpu).available() == "is compared on CPUs only"
     odd = save(tmp_path, num_attention_heads=1, hidden_act="gelu_new")
     found = peers_torch.NestedTransformer(Source(odd, torch.float32, CPU)).available()
@@ -284,7 +285,7 @@ def test_reasons_of_what_cannot_run_here(folder, tmp_path):
 def test_package_that_is_missing_is_named(folder, texts, monkeypatch):
     """A traceback, or a name left out of the table, where an optional package is not installed."""
     there = importlib.util.find_spec
-    names = {"transformers", "sentence_transformers", "onnxruntime", "openvino", "ctranslate2"}
+    names = {"transformers", "sentence_transformers", "onnxruntime", "openvino", "ctranslate2", "zentorch", "nncf"}
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name in names else there(name, *a))
     task = task_of(folder, texts)
     encoders = peers_text.text_encoders(task)
@@ -293,6 +294,19 @@ def test_package_that_is_missing_is_named(folder, texts, monkeypatch):
     packages = "transformers", "sentence-transformers"
     assert {f"the package {package} is not installed" for package in packages} <= reasons
     assert [row.status for row in rows.values()] == [OK] + [MISSING] * (len(rows) - 1)
+
+
+@pytest.mark.parametrize("engine", [peers_int8.ONNXRuntimeInt8, peers_int8.OpenVINOInt8], ids=lambda e: e.__name__)
+def test_int8_of_others_shows_its_accuracy(engine, folder, texts):
+    """Catches a quantised peer that is not quantised, or whose cosine is not beside its speed."""
+    task = task_of(folder, texts, dtype="bfloat16")
+    quantised = Pooled(task, engine)
+    if quantised.available() is not None:
+        pytest.skip(str(quantised.available()))
+    rows = hold([Throughput(e) for e in (FastBert(task), Pooled(task, Eager), quantised)], task.reference(), "bfloat16")
+    row = rows[engine.name]
+    assert row.status == OK and row.dtype == "int8" and row.error > 1e-3
+    assert 0.9 < row.extra["low_cosine"] < rows[OURS].extra["low_cosine"] <= 1
 
 
 def test_backend_that_rejects_says_why(folder):

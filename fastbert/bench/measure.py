@@ -128,6 +128,12 @@ def max_error(ours: torch.Tensor, reference: torch.Tensor) -> float:
     return ((ours - reference).abs().max() / reference.pow(2).mean().sqrt()).item()
 
 
+def low_cosine(ours: torch.Tensor, reference: torch.Tensor) -> float:
+    """The 1st percentile of the cosines between rows of ours and of the reference, (n, dim) both, in float64."""
+    cosines = torch.nn.functional.cosine_similarity(ours.detach().double().cpu(), reference.detach().double().cpu())
+    return cosines.quantile(0.01).item()
+
+
 def geometric_mean(values: Sequence[float]) -> float:
     """Of positive values; NaN of none."""
     return math.exp(statistics.fmean(map(math.log, values))) if values else math.nan

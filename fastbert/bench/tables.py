@@ -8,6 +8,7 @@ A row may carry more than its fields, in `Row.extra`. These keys are read here a
     padding_waste       float  share of a padded batch that is padding, 0 to 1
     flops_per_token     float  gives TFLOP/s where the row has no `rate`
     max_error           float  the largest difference from the reference, over the RMS of the reference
+    low_cosine          float  1st percentile of the cosines between a text's vector and the exact one
     prepare_seconds     float  loading, compiling, moving to the device: once, before the first run
     cold_start_seconds  float  from nothing to the first result, in a fresh process with empty caches
 """
@@ -369,6 +370,7 @@ _COLUMNS: tuple[tuple[str, Callable[[Row], str]], ...] = (
     ("of the ceiling", lambda row: "" if row.ceiling_fraction is None else percent(row.ceiling_fraction)),
     ("error (bound)", _error),
     ("largest error", _extra("max_error", lambda value: f"{value:.2g}")),
+    ("cosine, 1st percentile", _extra("low_cosine", lambda value: f"{value:.4f}")),
     ("peak memory", _memory),
     ("padding", _extra("padding_waste", percent)),
     ("prepare", _extra("prepare_seconds", duration)),

@@ -347,6 +347,8 @@ class Throughput(Peer):
     memory: whether there is time for a process of its own, in which to measure that.
     """
 
+    gives_vectors = True
+
     def __init__(self, encoder: TextEncoder, memory: bool = True) -> None:
         self.encoder, self.task, self.memory = encoder, encoder.task, memory
         self.name, self.dtype = encoder.name, encoder.dtype
@@ -376,6 +378,8 @@ class Throughput(Peer):
 
 class Latency(Peer):
     """One text at a time. The output is that of all `texts`, as `TextTask.vectors` gives it for them."""
+
+    gives_vectors = True
 
     def __init__(self, encoder: TextEncoder, texts: Sequence[str]) -> None:
         self.encoder, self.texts = encoder, list(texts)
