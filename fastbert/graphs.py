@@ -308,7 +308,7 @@ class Watch:
             versions = [-1 if p.is_inference() else p._version for p in found]
         return list(map(Tensor.data_ptr, found)), versions, list(map(itemgetter("eps"), self._norms))
 
-    def silent_writes(self, state: tuple[list[int], list[int]]) -> int:
+    def silent_writes(self, state: tuple[list[Any], ...]) -> int:
         """How often parameters were seen to have been written to without PyTorch's count. state: what `state` gives.
 
         On a GPU this waits for it.

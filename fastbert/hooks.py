@@ -48,7 +48,14 @@ class AttentionOutput(NamedTuple):
     def __mul__(self, other: Any) -> Any:
         raise TypeError("the output of attention is a tuple, as in transformers: its hidden states are output[0]")
 
-    __rmul__ = __add__ = __radd__ = __mul__
+    def __add__(self, other: Any) -> Any:
+        return self * other
+
+    def __rmul__(self, other: Any) -> Any:
+        return self * other
+
+    def __radd__(self, other: Any) -> Any:
+        return self * other
 
 
 def everywhere() -> bool:

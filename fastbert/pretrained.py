@@ -182,12 +182,13 @@ class PreTrainedModel(ModelAccess):
         check_batch_invariant(Policy(backend, strict, batch_invariant), device, precision)
         folder = None
         if src is not None or asked.config is None or asked.state_dict is None:
-            folder = checkpoint.resolve(src, weights=asked.state_dict is None, **asked.hub)  # type: ignore[arg-type]
+            folder = checkpoint.resolve(src, weights=asked.state_dict is None, **asked.hub)
         config = asked.read_config(folder or "")
         state = asked.state_dict
         if state is None:
-            how = {"use_safetensors": asked.hub.get("use_safetensors"), "variant": asked.variant}
-            state = checkpoint.read_state_dict(folder or "", **how)
+            state = checkpoint.read_state_dict(
+                folder or "", use_safetensors=asked.hub.get("use_safetensors"), variant=asked.variant
+            )
         state = asked.renamed(state)
         dtype = resolve_dtype(asked.dtype if dtype == "auto" and asked.dtype is not None else dtype, config, state)
         if batch_invariant and device.type == "cpu" and backend != "triton":
@@ -195,7 +196,9 @@ class PreTrainedModel(ModelAccess):
             if why_not is not None:
                 raise BackendError(f"batch_invariant: {why_not}")
         config.name_or_path = "" if src is None else src
-        how = {"backend": backend, "strict": strict, "batch_invariant": batch_invariant, "precision": precision}
+        how: dict[str, Any] = {
+            "backend": backend, "strict": strict, "batch_invariant": batch_invariant, "precision": precision,
+        }  # fmt: skip
         with torch.device("meta"):
             model = cls(config, **asked.model, **how)
         info = model._load(state, dtype, device, str(src), asked.ignore_mismatched_sizes)
