@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from types import SimpleNamespace
 from typing import Any
 
@@ -146,3 +147,66 @@ def test_quantised_vectors() -> None:
     """Catches the function that moved in version 6, and a warning of its old place."""
     found = versions.quantize_embeddings(torch.eye(8).numpy(), "ubinary")
     assert found.shape == (8, 1) and found.dtype == "uint8"
+
+
+needs_5 = pytest.mark.skipif(MAJOR < 5, reason="encoders of transformers 4 do not read the interface")
+
+
+@needs_5
+def test_checks_of_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a check that is not made, is made of other names, or is put around itself again and again."""
+    kind, checked = transformers.PreTrainedModel, []
+    monkeypatch.setattr(kind, "get_correct_attn_implementation", kind.get_correct_attn_implementation)
+    versions.check_attention("eager", checked.append)
+    once = kind.get_correct_attn_implementation
+    versions.check_attention("eager", checked.append)
+    assert kind.get_correct_attn_implementation is once
+    for name in ("sdpa", "eager"):
+        transformers.BertModel(transformers.BertConfig(hidden_size=12, intermediate_size=9, attn_implementation=name))
+    assert checked == [transformers.BertModel]
+
+
+@needs_5
+def test_classes_that_read_the_attention_interface() -> None:
+    """Catches a class that has attention of its own, and one that is made of parts which read the interface."""
+
+    class Mine(transformers.BertModel):
+        """Of a file without attention."""
+
+    class Other(transformers.MPNetModel):
+        """Of a file without attention."""
+
+    read = (transformers.BertModel, transformers.AlbertForMaskedLM, transformers.EncoderDecoderModel, Mine)
+    assert all(map(versions.reads_attention_interface, read))
+    assert not any(map(versions.reads_attention_interface, (transformers.MPNetModel, transformers.IBertModel, Other)))
+
+
+@needs_5
+def test_masks_of_other_states() -> None:
+    """Catches the mask of cross-attention taken for that of the tokens themselves, where lengths are equal."""
+    from transformers import masking_utils
+
+    found = []
+
+    def mask(*args: Any, **kwargs: Any) -> Any:
+        found.append(versions.is_mask_of_other_states(sys._getframe(1)))
+
+    x = torch.zeros(2, 3, 4)
+    config = transformers.BertConfig(attn_implementation="eager")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(masking_utils.ALL_MASK_ATTENTION_FUNCTIONS._global_mapping, "eager", mask)
+        for states in (None, x):
+            masking_utils.create_bidirectional_mask(
+                config=config, inputs_embeds=x, attention_mask=torch.ones(2, 3), encoder_hidden_states=states
+            )
+    assert found == [False, True]
+
+
+def test_registries_of_attention() -> None:
+    """Catches registries that are not found: a function that somebody has registered would not be seen."""
+    import transformers.models.bert.modeling_bert as module
+
+    registries = versions.attention_registries(module)
+    assert (len(registries) == 2) == (MAJOR >= 5)
+    assert all("sdpa" in {**everywhere, **local} for local, everywhere in registries)
+    assert versions.attention_registries(torch) == ()

@@ -7,9 +7,11 @@ gets no mask at all and padding leaks into the tokens. B sequences, S longest, N
 from __future__ import annotations
 
 import logging
+import sys
 import threading
 import weakref
 from collections import Counter
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,6 +29,7 @@ counts: Counter[str] = Counter()  # of layers' calls: here, or by SDPA, by reaso
 
 # What layers pass on that changes nothing in attention without a cache.
 _HARMLESS = ("position_ids", "use_cache", "is_causal", "num_items_in_batch", "return_dict", "output_hidden_states")
+_MADE = "_fastbert_made"  # an attribute of the masks made here
 _last = threading.local()  # the mask of the layer before, and what was made of it
 
 
@@ -37,6 +40,9 @@ def register_attention() -> str:
     heads, position biases, sliding windows, masks made by the caller, dropout in training, tracing) goes to PyTorch's
     scaled_dot_product_attention; the reason is logged once and counted in `fastbert.adapters.attention.counts`. Outputs
     at padding positions are zero before the next layer adds to them. Raises RuntimeError before transformers 5.0.
+
+    A model whose class does not read the interface (MPNet, MegatronBert, DeBERTa, ...) raises ValueError when it is
+    made or loaded with that name. Code that computes attention itself gets the mask of eager attention.
     """
     interfaces = versions.attention_interfaces()
     if interfaces is None:
@@ -49,32 +55,90 @@ def register_attention() -> str:
     attention_interface, mask_interface = interfaces
     attention_interface.register(NAME, attention_forward)
     mask_interface.register(NAME, attention_mask)
+    versions.check_attention(NAME, _check_class)
     return NAME
 
 
-def attention_mask(*args: Any, **kwargs: Any) -> Tensor | None:
-    """The mask of a batch, as transformers' sdpa_mask makes it: (B, 1, S, S) bool, True where attention goes, or None.
+def _check_class(kind: type) -> None:
+    """Raises ValueError for a class of models that reads no attention interface, and would not run our attention."""
+    if versions.reads_attention_interface(kind):
+        return
+    others = 'attn_implementation="eager"' + (' or "sdpa"' if getattr(kind, "_supports_sdpa", False) else "")
+    raise ValueError(
+        f'attn_implementation="{NAME}": {kind.__name__} has attention of its own, which reads no AttentionInterface of '
+        f"transformers, so fastbert's would never run; take {others}"
+    )
 
-    Where it masks padding alone, it is a view of (B, S) with a stride of 0 along the queries: `attention_forward` knows
-    it by that, and any other function takes it for what it is.
+
+@dataclass
+class _Made:
+    """What is kept beside a mask that was made here.
+
+    bools: (B, 1, S, S), True where attention goes, or None where it goes everywhere. padding: whether it leaves out
+    padding alone, in queries as in keys. version: the mask's count of writes when it was made.
+    """
+
+    bools: Tensor | None
+    padding: bool
+    version: int
+
+
+def attention_mask(*args: Any, **kwargs: Any) -> Tensor | None:
+    """The mask of a batch, as transformers' eager_mask makes it, or None for a causal one that masks nothing.
+
+    (B, 1, S, S) in the dtype of the model: 0 where attention goes, the dtype's least number elsewhere. Any code can add
+    that to scores, whether or not it reads transformers' attention interface. `attention_forward` takes the mask of
+    bools that is kept beside it.
     """
     from transformers import masking_utils
 
-    padding, length = kwargs.get("attention_mask"), versions.query_length(kwargs)
-    known = (
-        not args
-        and kwargs.get("mask_function") is masking_utils.bidirectional_mask_function
-        and length is not None
-        and length == kwargs.get("kv_length")
-        and all(isinstance(kwargs.get(name, 0), int) and not kwargs.get(name, 0) for name in ("q_offset", "kv_offset"))
-        and (padding is None or tuple(padding.shape) == (kwargs.get("batch_size"), length))
-    )
-    if not known or padding is None:
-        made: Tensor | None = masking_utils.sdpa_mask(*args, **kwargs)
-        return made
-    if kwargs.get("allow_is_bidirectional_skip") and not _tracing() and bool(padding.all()):
-        return None
-    return padding.bool()[:, None, None, :].expand(-1, 1, length, -1)
+    if _tracing():
+        traced: Tensor | None = masking_utils.eager_mask(*args, **kwargs)
+        return traced
+    padding, n_seqs = kwargs.get("attention_mask"), kwargs.get("batch_size")
+    length: Any = None
+    n_keys: Any = None
+    bidirectional = not args and kwargs.get("mask_function") is masking_utils.bidirectional_mask_function
+    if bidirectional:
+        length, n_keys = versions.query_length(kwargs), kwargs.get("kv_length")
+    offsets = [kwargs.get(name, 0) for name in ("q_offset", "kv_offset")]
+    plain = all(isinstance(offset, int) and not offset for offset in offsets)
+    fits = padding is None or (plain and tuple(padding.shape) == (n_seqs, n_keys))
+    dtype, device = kwargs.get("dtype", torch.float32), kwargs.get("device")
+    skips = padding is None or bool(kwargs.get("allow_is_bidirectional_skip"))
+    if length is not None and fits and skips and (padding is None or bool(padding.all())):
+        # None would do, but not for a layer that takes None for causal attention.
+        full = torch.zeros((), dtype=dtype, device=device if padding is None else padding.device)
+        return _with(full.expand(kwargs["batch_size"], 1, length, n_keys), None, False)
+    crossing = versions.is_mask_of_other_states(sys._getframe(1))
+    if padding is not None and fits and length is not None and length == n_keys and not crossing:
+        row = padding.bool()[:, None, None, :]
+        return _with(_additive(row, dtype).expand(-1, 1, length, -1), row.expand(-1, 1, length, -1), True)
+    bools: Tensor | None = masking_utils.sdpa_mask(*args, **kwargs)
+    if bools is None:  # SDPA needs no causal mask here, others do
+        alone: Tensor | None = masking_utils.eager_mask(*args, **kwargs)
+        return alone
+    return _with(_additive(bools, dtype), bools, False)
+
+
+def _additive(bools: Tensor, dtype: torch.dtype) -> Tensor:
+    zero, least = (torch.full((), value, dtype=dtype, device=bools.device) for value in (0, torch.finfo(dtype).min))
+    return torch.where(bools, zero, least)
+
+
+def _with(mask: Tensor, bools: Tensor | None, padding: bool) -> Tensor:
+    mask.__dict__[_MADE] = _Made(bools, padding, _version(mask))
+    return mask
+
+
+def _made(mask: Tensor | None) -> _Made | None:
+    """What was kept beside a mask, if it is one of ours and nobody has written to it."""
+    found: _Made | None = None if mask is None else mask.__dict__.get(_MADE)
+    return None if found is None or mask is None or found.version != _version(mask) else found
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def attention_forward(
@@ -92,7 +156,12 @@ def attention_forward(
     if _tracing():
         return _sdpa(module, query, key, value, attention_mask, dropout, scaling, is_causal, kwargs)
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    reason = _obstacle(query, key, value, attention_mask, dropout, bool(causal), kwargs)
+    made = _made(attention_mask)
+    if made is not None:
+        attention_mask = made.bools
+        is_causal = causal = False  # the mask says it all
+    of_padding = attention_mask is None or bool(made and made.padding and not _crosses(module))
+    reason = _obstacle(query, key, value, attention_mask, dropout, bool(causal), kwargs, of_padding)
     if reason is not None:
         if reason not in counts:
             logger.warning('attn_implementation="fastbert" falls back to sdpa: %s', reason)
@@ -106,9 +175,8 @@ def attention_forward(
     return varlen.pad(out.view(-1, n_heads, head_size), batch), None
 
 
-def _obstacle(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float, causal: bool, rest: dict[str, Any]
-) -> str | None:
+def _obstacle(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float, causal: bool,
+              rest: dict[str, Any], of_padding: bool = True) -> str | None:  # fmt: skip
     """Why it is not plain bidirectional attention, or None."""
     if query.shape[2] != key.shape[2]:
         return "queries and keys of different lengths"
@@ -118,7 +186,7 @@ def _obstacle(
         return "dropout of the probabilities"
     if mask is None and causal and query.shape[2] > 1:
         return "causal attention"
-    if mask is not None and not _masks_padding(mask, query.shape[0], query.shape[2]):
+    if not of_padding:
         return "a mask of more than padding"
     for name, value_ in rest.items():
         if value_ is not None and value_ is not False and name not in _HARMLESS:
@@ -128,9 +196,9 @@ def _obstacle(
     return None
 
 
-def _masks_padding(mask: Tensor, n_seqs: int, length: int) -> bool:
-    shape_fits = tuple(mask.shape) == (n_seqs, 1, length, length)
-    return mask.dtype == torch.bool and shape_fits and (mask.stride(2) == 0 or length == 1)
+def _crosses(module: Any) -> bool:
+    """Whether it says that it attends to other states than its own, whose padding is not that of the queries."""
+    return "cross" in type(module).__name__.lower() or bool(getattr(module, "is_cross_attention", False))
 
 
 def _packing(mask: Tensor | None, n_seqs: int, length: int, device: torch.device) -> PackedBatch:

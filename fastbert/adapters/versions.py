@@ -7,6 +7,10 @@ signature of the installed version is taken.
 
 from __future__ import annotations
 
+import functools
+import inspect
+import re
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -66,6 +70,76 @@ def attention_interfaces() -> tuple[Any, Any] | None:
     from transformers import AttentionInterface, AttentionMaskInterface
 
     return AttentionInterface, AttentionMaskInterface
+
+
+def check_attention(name: str, check: Callable[[type], None]) -> None:
+    """Has transformers call `check(class)` before it makes a model with attn_implementation=name. Again does nothing.
+
+    transformers does such checks for its own names alone, in this method; there is nowhere to register one.
+    """
+    from transformers import PreTrainedModel
+
+    before: Any = PreTrainedModel.get_correct_attn_implementation
+    if name in getattr(before, "checked", ()):
+        return
+
+    @functools.wraps(before)
+    def get_correct_attn_implementation(self: Any, requested_attention: Any, *args: Any, **kwargs: Any) -> Any:
+        if requested_attention == name:
+            check(type(self))
+        return before(self, requested_attention, *args, **kwargs)
+
+    get_correct_attn_implementation.checked = (*getattr(before, "checked", ()), name)  # type: ignore[attr-defined]
+    PreTrainedModel.get_correct_attn_implementation = get_correct_attn_implementation
+
+
+@functools.cache
+def reads_attention_interface(kind: type) -> bool:
+    """Whether a class of models takes its attention from transformers' interface, by the source of its modules.
+
+    Neither of the class's flags says that. transformers looks at the source, too, where an implementation is set later.
+    True for a class without attention of its own, whose parts may read the interface.
+    """
+    for base in kind.__mro__:
+        if base.__module__ == "transformers.modeling_utils":
+            break
+        try:
+            source = inspect.getsource(sys.modules[base.__module__])
+        except (KeyError, OSError, TypeError):
+            continue
+        if re.search(r"ATTENTION_CLASSES\[", source):  # by the names that it knows
+            return False
+        if "ALL_ATTENTION_FUNCTIONS" in source:
+            return True
+        if re.search(r"^class \w*Attention\w*\((torch\.)?nn\.Module\):", source, re.MULTILINE):
+            return False
+    return True
+
+
+def is_mask_of_other_states(maker: Any) -> bool:
+    """Whether a function of transformers' masking_utils makes a mask for cross-attention; maker: its frame.
+
+    It tells mask functions the lengths alone, which may be equal.
+    """
+    return maker.f_locals.get("encoder_hidden_states") is not None
+
+
+def attention_registries(module: Any) -> tuple[tuple[Mapping[str, Any], Mapping[str, Any]], ...]:
+    """Registries that a model's source reads by the name of its attention: (this object's entries, everybody's) each.
+
+    They hold the functions of attention and, from 4.53 on, those of masks. Empty where the source reads none.
+    """
+    interface = getattr(module, "ALL_ATTENTION_FUNCTIONS", None)
+    if interface is None:
+        return ()
+    interfaces = [interface]
+    try:
+        from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+
+        interfaces.append(ALL_MASK_ATTENTION_FUNCTIONS)
+    except ImportError:
+        pass
+    return tuple((getattr(each, "_local_mapping", {}), getattr(each, "_global_mapping", each)) for each in interfaces)
 
 
 def pooling_modes(pooling: Any) -> tuple[str, ...]:
