@@ -7,6 +7,7 @@ be followed is a reason to let the original forward do it.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 from fastbert.adapters import versions
 from fastbert.adapters.mapping import Mapping
+from fastbert.adapters.patches import Watch
 from fastbert.config import BertConfig
 from fastbert.model import BertModel
 from fastbert.ops import Policy
@@ -89,6 +91,7 @@ class LiveEncoder:
         self._parameters = tuple(module._parameters for module in direct if module._parameters)
         self._buffers = _default_ids(live, mapping)
         self._buffers_checked: Any = None
+        self._watch = _watch(live, mapping)
 
     def is_current(self) -> bool:
         """Whether no module of the live model was replaced, added or removed, and positions count from the same id."""
@@ -97,6 +100,8 @@ class LiveEncoder:
 
     def obstacle(self) -> str | None:
         """Why our path must not stand in for the original forward in the state the modules are in, or None."""
+        if (patched := self._watch.reason()) is not None:
+            return patched
         if any(map(itemgetter("training"), self._dropping)):
             return "dropout inside is in training mode"
         if any(map(contains, self._dicts, repeat("forward"))) and not self._own_forwards():
@@ -135,6 +140,13 @@ class LiveEncoder:
         self.model.eval()  # which does that, and reaches the live modules, whose mode is not ours to set
         for module, mode in modes:
             module.training = mode
+
+
+def _watch(live: nn.Module, mapping: Mapping) -> Watch:
+    """A watch over the classes of the model and of its parts; one of another library, such as an adapter, is called."""
+    kinds = [mapping.original(type(live)), *map(type, list(live.modules())[1:])]
+    known = [kind for kind in kinds if kind.__module__.partition(".")[0] in ("torch", "transformers")]
+    return Watch(known, importlib.import_module(mapping.module), live.config)
 
 
 def _get(module: nn.Module, path: str) -> Any:

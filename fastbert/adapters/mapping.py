@@ -44,6 +44,14 @@ class Mapping:
         """The class whose forward is replaced."""
         return self.family.class_name("BertModel")
 
+    def covers(self, kind: type) -> bool:
+        """Whether it is the model's class by name and module, as classes of accelerated objects are, too."""
+        return kind.__module__ == self.module and kind.__name__ == self.model
+
+    def original(self, kind: type) -> type:
+        """The library's class, which one of accelerated objects is derived from; else the class itself."""
+        return next((base for base in reversed(kind.__mro__) if self.covers(base)), kind)
+
     @property
     def layers(self) -> str:
         """Path of the ModuleList of layers."""
@@ -76,12 +84,15 @@ class Mapping:
                 yield path, f"{self.layers}.{i}.{self.dropouts[name]}"
 
     def config(self, config: Any, embeddings: nn.Module) -> BertConfig:
-        """That of a live model, as ours. Raises ValueError for what we do not compute."""
+        """That of a live model, as ours. Raises ValueError for what we do not compute.
+
+        The model's class says which family it is of: DPR's config, or a user's, may stand where BERT's does.
+        """
         if not isinstance(getattr(config, self.hidden_act), str):
             raise ValueError(f"{self.hidden_act}: got a function, expected a name")
         if getattr(config, "chunk_size_feed_forward", 0):
             raise ValueError(f"chunk_size_feed_forward: got {config.chunk_size_feed_forward}, expected 0")
-        ours = BertConfig.from_dict(config.to_dict())
+        ours = BertConfig.from_dict({**config.to_dict(), "model_type": self.family.model_type})
         counted_from = self.counted_from(embeddings)
         return ours if counted_from is None else replace(ours, pad_token_id=counted_from)
 
@@ -145,12 +156,18 @@ COVERED = (
 )  # fmt: skip
 
 
+# Models around an encoder of another family's that read the first column.
+_READ_FIRST = ("transformers.models.dpr.modeling_dpr.DPREncoder",)
+
+
 def find(kind: type) -> Mapping | None:
     """The mapping of exactly this class, not of one derived from it, which may compute something else."""
-    for mapping in COVERED:
-        if kind.__module__ == mapping.module and kind.__name__ == mapping.model:
-            return mapping
-    return None
+    return next((mapping for mapping in COVERED if mapping.covers(kind)), None)
+
+
+def derived_from(kind: type) -> Mapping | None:
+    """The mapping of a class that this one is derived from, without being it."""
+    return None if find(kind) else next(filter(None, map(find, kind.__mro__)), None)
 
 
 def reads_first(kind: type) -> bool:
@@ -159,6 +176,8 @@ def reads_first(kind: type) -> bool:
     There transformers has what padding attends to, where a text is padded on the left, and we have zeros. (BERT's heads
     read the pooler, which takes the first token.)
     """
+    if any(f"{base.__module__}.{base.__name__}" in _READ_FIRST for base in kind.__mro__):
+        return True
     for mapping in COVERED:
         heads = mapping.family.heads
         tasks = [

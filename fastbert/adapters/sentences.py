@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from fastbert.adapters import calls, versions
 from fastbert.adapters.calls import OURS, STATE, Counted, State
 from fastbert.adapters.live import Options, Unsupported
+from fastbert.adapters.patches import Watch
 from fastbert.model import BertModel
 from fastbert.sentence_layout import POOLING_MODES, Normalize, Pooling
 from fastbert.sentence_run import TOKEN_BUDGET, Request, Run
@@ -29,7 +30,10 @@ from fastbert.tokenizer import PackedEncoding
 logger = logging.getLogger("fastbert")
 
 PACKAGE = "sentence_transformers"
+BY_WORKERS = "by the processes of a pool"  # what a call is counted as that others run
 _PRECISIONS = ("float32", "int8", "uint8", "binary", "ubinary")
+# What encode comes to in sentence-transformers, by version, and what our way to vectors leaves out.
+_METHODS = frozenset(("forward", "__call__", "_inference", "preprocess", "tokenize"))
 _PROBES = ["  A caf\u00e9, IN   Paris ", "word " * 600, "1"]
 
 
@@ -39,6 +43,7 @@ class SentenceState(Counted):
     def __init__(self, options: Options) -> None:
         super().__init__(options, "SentenceTransformer.encode")
         self._probed: Any = None
+        self._watch: tuple[Any, Watch] | None = None  # the classes of the modules, and the watch over their methods
 
     def __reduce__(self) -> Any:
         return SentenceState, (self.options,)
@@ -48,6 +53,18 @@ class SentenceState(Counted):
 
     def forget(self) -> None:
         self._probed = None
+
+    def check_methods(self, live: nn.Module, modules: list[nn.Module]) -> None:
+        """Raises Unsupported where a method that our way leaves out was patched: of an object or of its class."""
+        kinds = tuple(map(type, modules))
+        if self._watch is None or self._watch[0] != kinds:
+            original = next(kind for kind in reversed(type(live).__mro__) if kind.__name__ == type(live).__name__)
+            self._watch = kinds, Watch((original, *kinds[:2]), names=_METHODS)
+        if (patched := self._watch[1].reason()) is not None:
+            raise Unsupported(patched)
+        for module in (live, *modules[:2]):
+            if not _METHODS.isdisjoint(module.__dict__):
+                raise Unsupported("a module has a method of its own")
 
     def check_tokens(self, transformer: nn.Module, tokenizer: LiveTokenizer) -> None:
         """Compares our way to tokens with theirs, once for each tokenizer and limit. Raises Unsupported."""
@@ -147,6 +164,9 @@ def encode(live: Any, state: SentenceState, original: Any, args: tuple[Any, ...]
     clash = len(args) > len(names) or len(call) + 1 < len(args) + len(kwargs)
     if clash or _is_wrong(live, texts, call):
         return original(live, *args, **kwargs)  # which raises, or has nothing to do
+    if call.get("pool") is not None or isinstance(call.get("device"), (list, tuple)):
+        state.counts[BY_WORKERS] += 1  # in whose processes the encoder of a copy is accelerated
+        return original(live, *args, **kwargs)
     try:
         plan = _Plan(live, texts, call)
         if any(module.training for module in live.modules()):
@@ -259,6 +279,7 @@ def _pipeline(live: Any, state: SentenceState, prompted: bool) -> Pipeline:
     for module in (live, *modules, getattr(modules[0], "auto_model", live)):
         if module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__:
             raise Unsupported("a module has hooks or a forward of its own")
+    state.check_methods(live, modules)
     if getattr(live, "_distributed_inference", None) is not None or getattr(live, "_placement_is_delegated", False):
         raise Unsupported("its modules are placed on several devices")
     transformer, pooling, *tail = modules

@@ -1,0 +1,154 @@
+"""Whether code of another library is what that library wrote: mocks, instrumentation and quick fixes put theirs in.
+
+What stands in for a method or a function of transformers, of sentence-transformers or of PyTorch would not run on our
+path, so the path must not be taken.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import sys
+from collections.abc import Iterable
+from itertools import starmap
+from types import CodeType, FunctionType, ModuleType
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastbert.adapters import versions
+
+# Decorators of PyTorch that methods of sentence-transformers have; transformers' methods have their own alone.
+_DECORATORS = {"sentence_transformers": ("torch.utils._contextlib",)}
+# What may be callable in a module's namespace without being somebody's patch.
+_HARMLESS = (sys.stdlib_module_names | {"torch", "transformers", "numpy", "fastbert"}) - {"unittest"}
+_OF_MODULES = ("__call__", "_call_impl", "_wrapped_call_impl", "__getattr__")  # of nn.Module, in all modules
+# What a forward of transformers may call on the model, by version.
+_OF_MODELS = ("get_extended_attention_mask", "invert_attention_mask", "get_head_mask",
+              "warn_if_padding_and_no_attention_mask")  # fmt: skip
+_HOOKS = tuple(getattr(torch.nn.modules.module, f"_global_{kind}_hooks", {})
+               for kind in ("forward", "forward_pre", "backward", "backward_pre"))  # fmt: skip
+
+
+def is_own(kind: type, name: str) -> bool:
+    """Whether a class has, as its method of that name, the function that its library's source defines there.
+
+    The library's own decorators may stand around the function. True for a method that the class does not have.
+    """
+    for base in kind.__mro__:
+        if name in base.__dict__:
+            return _is_of(base.__dict__[name], base, name)
+    return True
+
+
+def _is_of(function: Any, base: type, name: str) -> bool:
+    if isinstance(function, (staticmethod, classmethod)):
+        function = function.__func__
+    library = base.__module__.partition(".")[0]
+    while type(function) is FunctionType:
+        origin = function.__globals__.get("__name__", "")
+        inner = function.__dict__.get("__wrapped__")
+        if inner is None:
+            named = base is nn.Module or function.__qualname__ == f"{base.__qualname__}.{name}"
+            return named and origin == base.__module__  # nn.Module has its methods under more than one name
+        if origin.partition(".")[0] != library and origin not in _DECORATORS.get(library, ()):
+            return False
+        function = inner
+    return False
+
+
+def _is_harmless(value: Any) -> bool:
+    """Whether a callable in the namespace of a module of transformers is of transformers, of PyTorch or of Python."""
+    while isinstance(value, functools.partial):
+        value = value.func
+    if type(value) is not FunctionType:
+        return type(value).__module__.partition(".")[0] in _HARMLESS
+    while type(value) is FunctionType:
+        if value.__globals__.get("__name__", "").partition(".")[0] not in _HARMLESS:
+            return False
+        value = value.__dict__.get("__wrapped__")
+    return value is None
+
+
+class Watch:
+    """What our path stands in for: methods of classes, functions in a module, functions registered as attention.
+
+    kinds: classes of modules. module: the source of their family. config: that of the model, which names its attention.
+    names: the methods to look at, where they have them; None for all that a forward may call.
+    """
+
+    def __init__(
+        self,
+        kinds: Iterable[type],
+        module: ModuleType | None = None,
+        config: Any = None,
+        names: Iterable[str] | None = None,
+    ) -> None:
+        methods = [(kind, name) for kind in dict.fromkeys(kinds) for name in names or _methods(kind)]
+        self._methods = tuple(dict.fromkeys((*methods, *((nn.Module, name) for name in _OF_MODULES))))
+        self._functions: tuple[tuple[ModuleType, str], ...] = ()
+        self._module = module
+        self._settings: dict[str, Any] = {} if config is None else config.__dict__
+        self._registries = () if module is None else versions.attention_registries(module)
+        self._look_up()
+        self._seen: tuple[Any, ...] = ()
+
+    def reason(self) -> str | None:
+        """Which of it is not its library's, in words; None if all is."""
+        if any(_HOOKS):
+            return "hooks on all modules"
+        if (current := self._current()) == self._seen:
+            return None
+        for kind, method in self._methods:
+            if not is_own(kind, method):
+                return f"{method} of the class {kind.__name__} was patched"
+        if self._module is not None:
+            self._functions = tuple((self._module, name) for name in _called(self._methods, self._module))
+            self._look_up()
+            current = self._current()
+        for module, function in self._functions:
+            if not _is_harmless(getattr(module, function, None)):
+                return f"{function} in {module.__name__} was patched"
+        if not all(map(_is_harmless, current[len(self._looked_up) :])):
+            return f"its attention is {self._attention()!r}, a function that somebody has registered"
+        self._seen = current
+        return None
+
+    def _look_up(self) -> None:
+        self._looked_up = tuple((owner, name, None) for owner, name in (*self._methods, *self._functions))
+
+    def _attention(self) -> Any:
+        return self._settings.get("_attn_implementation_internal")
+
+    def _current(self) -> tuple[Any, ...]:
+        name = self._attention()
+        registered = [local.get(name, everywhere.get(name)) for local, everywhere in self._registries]
+        return (*starmap(getattr, self._looked_up), *registered)
+
+
+def _methods(kind: type) -> list[str]:
+    """forward, and the methods that a class of modules has beside those of nn.Module and PreTrainedModel."""
+    names = {"forward", "__call__", *(name for name in _OF_MODELS if hasattr(kind, name))}
+    for base in kind.__mro__:
+        if base.__module__.startswith("torch.") or base.__name__.endswith("PreTrainedModel"):
+            break
+        names |= {name for name, value in base.__dict__.items() if _is_method(value) and not name.startswith("__")}
+    return sorted(names)
+
+
+def _called(methods: Iterable[tuple[type, str]], module: ModuleType) -> list[str]:
+    """The functions in a module's namespace that methods of its classes name. (A compiler puts more into it.)"""
+    found: list[Any] = [getattr(kind, name, None) for kind, name in methods]
+    codes = [getattr(inspect.unwrap(method), "__code__", None) for method in found]
+    names: set[str] = set()
+    while codes:
+        code = codes.pop()
+        if code is not None:
+            names.update(code.co_names)
+            codes.extend(constant for constant in code.co_consts if isinstance(constant, CodeType))
+    return sorted(name for name in names if _is_method(vars(module).get(name)))
+
+
+def _is_method(value: Any) -> bool:
+    return callable(value) and not isinstance(value, type)
