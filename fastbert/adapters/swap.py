@@ -1,13 +1,13 @@
 """accelerate and restore: the class of the object is exchanged for one derived from it, and nothing else of it.
 
 The derived class has the name and the module of the original, which transformers goes by (architectures in config.json,
-supported models of a pipeline, the recorders of hidden states). It is not found under that name, so its objects are
-pickled as objects of the original class that are to be accelerated again.
+supported models of a pipeline, the recorders of hidden states). `classes.py` makes it, and has pickle find it; its
+objects are pickled as objects of the original class that are to be accelerated again.
 """
 
 from __future__ import annotations
 
-import functools
+import logging
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any, TypeVar
@@ -17,8 +17,11 @@ from torch import nn
 
 from fastbert.adapters import calls, mapping
 from fastbert.adapters.calls import STATE, Counted, ScoreState, State
-from fastbert.adapters.live import Options, Unsupported
+from fastbert.adapters.classes import derive, derivers, originals
+from fastbert.adapters.live import LiveEncoder, Options, Unsupported
 from fastbert.model import BertModel
+
+logger = logging.getLogger("fastbert")
 
 Model = TypeVar("Model")
 
@@ -68,38 +71,9 @@ class AcceleratedScores(Accelerated):
     """Before CrossEncoder in the order of methods."""
 
 
-originals: dict[type, tuple[type, str]] = {}  # a derived class -> the original, and the name of the mixin
-_derived: dict[tuple[type, str], type] = {}
-
-
-def derive(original: type, mixin: type, method: str, replacement: Any) -> type:
-    """The class of accelerated objects of the class `original`: its `method` calls `replacement(self, state, original
-    method, args, kwargs)` where the object has a state. The signature stays."""
-    key = original, mixin.__name__
-    if key not in _derived:
-        before = getattr(original, method)
-
-        @functools.wraps(before)
-        def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-            state = self.__dict__.get(STATE)
-            if state is None:
-                return before(self, *args, **kwargs)
-            return replacement(self, state, before, args, kwargs)
-
-        names = {"__module__": original.__module__, "__qualname__": original.__qualname__, "__doc__": original.__doc__}
-        kind = type(original.__name__, (mixin, original), {method: call, **names})
-        _derived[key], originals[kind] = kind, key
-    return _derived[key]
-
-
 def _blank(original: type, mixin: str) -> Any:
     """An object of the derived class, for pickle and copy to fill."""
-    derived = {
-        AcceleratedEncoder.__name__: derive_encoder,
-        AcceleratedSentences.__name__: derive_sentences,
-        AcceleratedScores.__name__: derive_scores,
-    }
-    kind: Any = derived[mixin](original)
+    kind: Any = derivers[mixin](original)
     return kind.__new__(kind)
 
 
@@ -115,6 +89,11 @@ def derive_sentences(original: type) -> type:
 
 def derive_scores(original: type) -> type:
     return derive(original, AcceleratedScores, "predict", calls.predict)
+
+
+derivers[AcceleratedEncoder.__name__] = derive_encoder
+derivers[AcceleratedSentences.__name__] = derive_sentences
+derivers[AcceleratedScores.__name__] = derive_scores
 
 
 def modules(model: Any) -> list[nn.Module]:
@@ -155,7 +134,8 @@ def accelerate(model: Model, *, backend: str = "auto", strict: bool = False, cud
     root = _module_of(model)
     if root is None:
         raise TypeError(f"model: got {type(model).__name__}, which is no model; covered: {mapping.covered()}")
-    found = False
+    found, before = False, parts(model)
+    passed_over: dict[str, str] = {}  # a class -> the covered one that it is derived from
     heads = [module for module in root.modules() if mapping.reads_first(_original(module))]
     under_heads = {id(child) for head in heads for child in head.children()}
     for module in list(root.modules()):
@@ -174,9 +154,16 @@ def accelerate(model: Model, *, backend: str = "auto", strict: bool = False, cud
             found = True
             module.__class__ = derive_encoder(kind)
             module.__dict__[STATE] = State(options, family, id(module) in under_heads)
+        elif (family := mapping.derived_from(kind)) is not None:
+            passed_over[f"{kind.__module__}.{kind.__qualname__}"] = family.model
+    reasons = "".join(
+        f"; {name} is derived from {covered}, and may compute something else" for name, covered in passed_over.items()
+    )
     if not found:
         name = type(model).__name__
-        raise ValueError(f"model: found no encoder to accelerate in {name}; covered: {mapping.covered()}")
+        raise ValueError(f"model: found no encoder to accelerate in {name}{reasons}; covered: {mapping.covered()}")
+    if reasons:
+        logger.warning("accelerate: runs as it was before, in a part%s", reasons)
     for module in list(root.modules()):
         kind = _original(module)
         if STATE in module.__dict__:
@@ -189,7 +176,31 @@ def accelerate(model: Model, *, backend: str = "auto", strict: bool = False, cud
         elif mapping.is_of_sentences(kind, "CrossEncoder"):
             module.__class__ = derive_scores(kind)
             module.__dict__[STATE] = ScoreState(options)
+    for module in parts(model):
+        if module not in before:
+            _announce(module, module.__dict__[STATE])
     return model
+
+
+def _announce(module: nn.Module, state: Counted) -> None:
+    """Logs why a model would never run here in the state that it is in, so that this is known before it is called.
+
+    Training mode, in which models are made and which passes, is left to the first call.
+    """
+    reason: str | None = None
+    try:
+        if isinstance(state, State) and not module.training:
+            reason = calls.model_obstacle(module) or LiveEncoder(module, state.mapping, state.options).obstacle()
+        elif mapping.is_of_sentences(_original(module), "SentenceTransformer"):
+            from fastbert.adapters.sentences import pipeline_in
+
+            encoders = [part for part in module.modules() if isinstance(part.__dict__.get(STATE), State)]
+            if not any(part.training for part in encoders):
+                pipeline_in(module)
+    except Exception as error:  # what the first call makes of it is its own affair
+        reason = str(error)
+    if reason is not None:
+        logger.warning("accelerate: %s will run as it was before, whatever the inputs: %s", state.subject, reason)
 
 
 def restore(model: Model) -> Model:
