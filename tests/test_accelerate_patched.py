@@ -144,7 +144,6 @@ def test_patches_of_one_object(strict: bool) -> None:
 
 
 def inner_patches() -> dict[str, tuple[Any, str]]:
-    attention = "BertSelfAttention" if versions.transformers_version()[0] >= 5 else "BertSdpaSelfAttention"
     classes = (
         "BertLayer",
         "BertEncoder",
@@ -152,7 +151,7 @@ def inner_patches() -> dict[str, tuple[Any, str]]:
         "BertSelfOutput",
         "BertIntermediate",
         "BertPooler",
-        attention,
+        "BertSelfAttention",
     )
     patches: dict[str, tuple[Any, str]] = {name: (getattr(modeling_bert, name), "forward") for name in classes}
     patches |= {
