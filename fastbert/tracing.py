@@ -57,7 +57,7 @@ def constant(function: Function) -> Function:
 def transformed(*tensors: Any) -> str | None:
     """Why no value may be read on the host, and no operation of ours may run; or None.
 
-    tensors: inputs, whose kind counts too; None among them is skipped. torch.compile and torch.export are no reason:
+    tensors: inputs, whose kind counts too; what is no tensor among them is skipped. torch.compile and torch.export are no reason:
     they pass through our operations, and leave what reads values alone.
     """
     if torch.compiler.is_compiling():
@@ -148,7 +148,7 @@ def _infra_mode() -> str | None:
 
 def _unusual(tensors: tuple[Any, ...]) -> str | None:
     for tensor in tensors:
-        if tensor is None:
+        if not isinstance(tensor, torch.Tensor):  # None, or what explain puts in a tensor's place
             continue
         if type(tensor) not in PLAIN:
             return f"the inputs are no plain tensors ({type(tensor).__name__})"
