@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import warnings
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -57,8 +58,8 @@ def constant(function: Function) -> Function:
 def transformed(*tensors: Any) -> str | None:
     """Why no value may be read on the host, and no operation of ours may run; or None.
 
-    tensors: inputs, whose kind counts too; None among them is skipped. torch.compile and torch.export are no reason:
-    they pass through our operations, and leave what reads values alone.
+    tensors: inputs, whose kind counts too; what is no tensor among them is skipped. torch.compile and torch.export are
+    no reason: they pass through our operations, and leave what reads values alone.
     """
     if torch.compiler.is_compiling():
         if torch._C._are_functorch_transforms_active():
@@ -91,6 +92,15 @@ def differ(shape: Any, expected: Any) -> bool:
     if not torch.compiler.is_compiling() and torch._C._get_tracing_state() is not None:
         return False
     return bool(shape != expected)
+
+
+def length_of(weight: torch.Tensor) -> int:
+    """The size of a vector of parameters, a number where torch.jit.trace would give a tensor: the ONNX exporter asks."""
+    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is None:
+        return weight.shape[0]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", torch.jit.TracerWarning)  # a weight's size stays
+        return int(weight.shape[0])
 
 
 def recorded(*tensors: Any) -> bool:
@@ -148,7 +158,7 @@ def _infra_mode() -> str | None:
 
 def _unusual(tensors: tuple[Any, ...]) -> str | None:
     for tensor in tensors:
-        if tensor is None:
+        if not isinstance(tensor, torch.Tensor):  # None, or what explain puts in a tensor's place
             continue
         if type(tensor) not in PLAIN:
             return f"the inputs are no plain tensors ({type(tensor).__name__})"

@@ -58,7 +58,9 @@ def test_jit_trace(kind, check, gradients, caplog):
         expected = torch.jit.trace(theirs, (IDS, MASK), check_trace=check)
         for a, b in zip(traced(IDS, OTHER), expected(IDS, OTHER), strict=True):
             assert torch.equal(a, b)
-    assert not counts(ours) and "fastbert" not in [record.name for record in caplog.records]
+    ran = counts(ours)  # torch checks a trace against the model itself
+    assert set(ran) <= ({"fastbert"} if check else set())
+    assert "fastbert" not in [record.name for record in caplog.records]
 
 
 @pytest.mark.parametrize("mode", ["fake", "symbolic", "export"])  # with real tensors the original fails

@@ -103,6 +103,14 @@ def test_jit_trace_of_losses_and_states():
     alike(traced(IDS, OTHER, IDS + 1), module(IDS, OTHER, IDS + 1))
 
 
+def test_jit_trace_of_choices():
+    """Catches a number of choices that a trace keeps."""
+    model = make(heads.BertForMultipleChoice)
+    traced = torch.jit.trace(model, (IDS[None], MASK[None]))
+    other = IDS.view(1, 3, 7).repeat(2, 2, 1), OTHER.view(1, 3, 7).repeat(2, 2, 1)
+    alike(traced(*other), model(*other))
+
+
 def test_what_a_tracer_would_keep_is_refused():
     """Catches lengths that a trace of packed rows would keep for every later batch."""
     model, cu_seqlens = make(), torch.tensor([0, 7, 14, 21], dtype=torch.int32)

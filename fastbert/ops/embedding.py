@@ -34,7 +34,7 @@ def _eager(
     if token_type is not None and token_type_ids is not None:
         x = x + F.embedding(token_type_ids, token_type)
     x = x + F.embedding(position_ids, position)
-    return F.layer_norm(x, (x.shape[-1],), weight, ln_bias, eps)
+    return F.layer_norm(x, (tracing.length_of(weight),), weight, ln_bias, eps)
 
 
 def _kernel(

@@ -28,7 +28,7 @@ def _eager(
         x = F.dropout(x, dropout_p)
     if residual is not None:
         x = x + residual
-    return F.layer_norm(x, (x.shape[-1],), weight, ln_bias, eps)
+    return F.layer_norm(x, (tracing.length_of(weight),), weight, ln_bias, eps)
 
 
 def _kernel(
