@@ -114,7 +114,7 @@ class ConfigAccess:
     @property
     def attribute_map(self) -> dict[str, str]:
         """The family's names of settings, and the fields that they stand for."""
-        family: Any = self.family  # type: ignore[attr-defined]
+        family: Any = self.family
         return dict(family.settings)
 
     @property

@@ -48,8 +48,6 @@ class AttentionOutput(NamedTuple):
     def __mul__(self, other: Any) -> Any:
         raise TypeError("the output of attention is a tuple, as in transformers: its hidden states are output[0]")
 
-    __rmul__ = __add__ = __radd__ = __mul__
-
 
 def everywhere() -> bool:
     """Whether somebody listens to all modules of the process; PyTorch's own counters, which want names, are nobody."""

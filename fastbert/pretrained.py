@@ -169,11 +169,11 @@ class PreTrainedModel(ModelAccess):
         check_batch_invariant(Policy(backend, strict, batch_invariant), device, precision)
         folder = None
         if src is not None or asked.config is None or asked.state_dict is None:
-            folder = checkpoint.resolve(src, weights=asked.state_dict is None, **asked.hub)  # type: ignore[arg-type]
+            folder = checkpoint.resolve(src, weights=asked.state_dict is None, **asked.hub)
         config = asked.read_config(folder or "")
         state = asked.state_dict
         if state is None:
-            how = {"use_safetensors": asked.hub.get("use_safetensors"), "variant": asked.variant}
+            how: dict[str, Any] = {"use_safetensors": asked.hub.get("use_safetensors"), "variant": asked.variant}
             state = checkpoint.read_state_dict(folder or "", **how)
         state = asked.renamed(state)
         dtype = resolve_dtype(asked.dtype if dtype == "auto" and asked.dtype is not None else dtype, config, state)

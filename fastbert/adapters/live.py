@@ -213,7 +213,7 @@ def _check_layer(path: str, layer: nn.Module, mapping: Mapping, config: BertConf
 def _numbers(module: nn.Module) -> dict[str, Any]:
     """What a module without parameters was made with: a slope, limits."""
     values = {name: value for name, value in vars(module).items() if isinstance(value, (int, float, str))}
-    return {name: value for name, value in values.items() if name != "training"}
+    return {name: value for name, value in values.items() if name != "training" and not name.startswith("_")}
 
 
 def _default_ids(live: nn.Module, mapping: Mapping) -> list[tuple[str, dict[str, Any], str, str]]:
