@@ -48,15 +48,6 @@ class AttentionOutput(NamedTuple):
     def __mul__(self, other: Any) -> Any:
         raise TypeError("the output of attention is a tuple, as in transformers: its hidden states are output[0]")
 
-    def __add__(self, other: Any) -> Any:
-        return self * other
-
-    def __rmul__(self, other: Any) -> Any:
-        return self * other
-
-    def __radd__(self, other: Any) -> Any:
-        return self * other
-
 
 def everywhere() -> bool:
     """Whether somebody listens to all modules of the process; PyTorch's own counters, which want names, are nobody."""
