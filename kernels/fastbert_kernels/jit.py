@@ -52,7 +52,7 @@ class _Loaded(dict[Any, Any]):
 class _Devices(dict[Any, Any]):
     """What Triton keeps of a kernel for each device, made at its first use; compiled kernels come first in it."""
 
-    def __init__(self, kernel: Any, lock: threading.RLock) -> None:  # type: ignore[valid-type]
+    def __init__(self, kernel: Any, lock: threading.RLock) -> None:
         super().__init__()
         self.kernel, self.lock = kernel, lock
 
