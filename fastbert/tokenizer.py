@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from tokenizers.models import WordPiece
 
+from fastbert import text_windows
 from fastbert.checkpoint import write_text
 from fastbert.tokenizer_files import load
 from fastbert.tokenizer_settings import CASING, FLAGS, NAMES, PREFIX, SETTINGS, clean_up
@@ -27,7 +28,7 @@ from fastbert.wordpiece import TOKEN_FIELDS, Source, check_text, learn, one_of
 
 logger = logging.getLogger("fastbert")
 
-_CHUNK = 2048  # texts handed to Rust at once; bounds the memory of its encodings, some 200 bytes a token
+_CHUNK = text_windows.TEXTS
 
 
 class Encoding(dict[str, Any]):
@@ -76,6 +77,16 @@ class _Rows(NamedTuple):
     n_truncated: int
     n_truncated_tokens: int
     limit: int | None
+
+
+class _Long:
+    """A long text's number of tokens, and the ids of as many at one end as are needed."""
+
+    def __init__(self, ids: list[int], n_tokens: int) -> None:
+        self.ids, self.n_tokens = ids, n_tokens
+
+    def __len__(self) -> int:
+        return self.n_tokens
 
 
 class Tokenizer:
@@ -344,11 +355,9 @@ class Tokenizer:
         parts: list[tuple[np.ndarray, np.ndarray]] = []
         lengths: list[int] = []
         n_truncated = n_truncated_tokens = 0
-        for start in range(0, len(sides[0]), _CHUNK):
-            chunk = [text for side in sides for text in side[start : start + _CHUNK]]
-            # The library's threads are not PyTorch's, and as many as there are cores: whoever allows one gets one.
-            at_once = [[text] for text in chunk] if torch.get_num_threads() == 1 else [chunk]
-            encoded = [one for few in at_once for one in self._rust.encode_batch_fast(few, add_special_tokens=False)]
+        for start, end in text_windows.spans(sides[0], _CHUNK, text_windows.CHARACTERS, *sides[1:]):
+            chunk = [text for side in sides for text in side[start:end]]
+            encoded = self._encoded(chunk, limit)
             counts = list(map(len, encoded))
             n_rows = len(chunk) // len(sides)
             kept = [counts[i : i + n_rows] for i in range(0, len(chunk), n_rows)]  # of first texts, of second texts
@@ -371,6 +380,31 @@ class Tokenizer:
         else:
             ids, types = parts[0]
         return _Rows(ids, types, lengths, n_truncated, n_truncated_tokens, limit)
+
+    def _encoded(self, texts: list[str], limit: int | None) -> list[Any]:
+        """What Rust makes of each text, without special tokens: something with a length, and with `ids`."""
+        if (
+            len(texts) <= 2
+            and max(map(len, texts), default=0) > text_windows.CHARACTERS
+            and text_windows.splits(self._rust)
+        ):
+            return [self._in_pieces(text, limit) for text in texts]
+        # The library's threads are not PyTorch's, and as many as there are cores: whoever allows one gets one.
+        at_once = [[text] for text in texts] if torch.get_num_threads() == 1 else [texts]
+        return [one for few in at_once for one in self._rust.encode_batch_fast(few, add_special_tokens=False)]
+
+    def _in_pieces(self, text: str, limit: int | None) -> _Long:
+        """The tokens of a long text, counted to the end; of the ids those that truncation can leave."""
+        n_tokens, ids = 0, np.empty(0, np.int64)
+        from_left = self.truncation_side == "left"
+        for piece in text_windows.pieces(text, text_windows.CHARACTERS):
+            (encoding,) = self._rust.encode_batch_fast([piece], add_special_tokens=False)
+            n_tokens += len(encoding)
+            if limit is None or from_left or len(ids) < limit:
+                ids = np.concatenate([ids, np.array(encoding.ids, np.int64)])
+            if limit is not None:
+                ids = ids[max(len(ids) - limit, 0) :] if from_left else ids[:limit]
+        return _Long(ids.tolist(), n_tokens)
 
     def _assemble(
         self, template: tuple[_Piece, ...], encoded: list[Any], kept: list[list[int]], n_tokens: int
