@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastbert import ops, sentence_layout, varlen
+from fastbert import ops, sentence_layout, text_windows, varlen
 from fastbert.heads import BertForSequenceClassification
 from fastbert.model import Encoded
 from fastbert.pretrained import any_in_training
@@ -244,15 +244,13 @@ class CrossEncoder(SentenceTransformersApi):
         if not pairs:
             nothing = torch.tensor([], device=self.device)
             return nothing if convert_to_tensor else np.array([]) if convert_to_numpy else []
-        firsts, seconds = [front + pair[0] for pair in pairs], [pair[1] for pair in pairs]
+        firsts, seconds = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
         n_cut = n_tokens_cut = 0
         parts: list[Tensor] = []
         with torch.inference_mode(), _progress_bar(show_progress_bar, len(pairs)) as progress:
-            for start in range(0, len(pairs), WINDOW):
-                tokens = self.tokenizer.encode_packed(
-                    firsts[start : start + WINDOW], seconds[start : start + WINDOW], max_length=limit,
-                    warn=False,
-                )  # fmt: skip
+            for start, end in text_windows.spans(firsts, WINDOW, text_windows.WINDOW_CHARACTERS, seconds):
+                window = [front + text for text in firsts[start:end]] if front else firsts[start:end]
+                tokens = self.tokenizer.encode_packed(window, seconds[start:end], max_length=limit, warn=False)
                 n_cut, n_tokens_cut = n_cut + tokens.n_truncated, n_tokens_cut + tokens.n_truncated_tokens
                 parts.append(self._logits(tokens, batch_size, progress))
             scores = torch.cat(parts)

@@ -328,7 +328,9 @@ class SentenceEncoder(SentenceTransformersApi):
         truncate_dim: int | None = None,
         progress: Callable[[int], Any] | None = None,
     ) -> Iterator[np.ndarray]:
-        """The vectors of more texts than fit in memory: (n, dim) arrays, of 16,384 texts each but the last, in order.
+        """The vectors of more texts than fit in memory: (n, dim) arrays, in order.
+
+        Each is of 16,384 texts but the last, or of fewer that together have 8 million characters.
 
         With a GPU, texts are taken from the iterable up to three windows ahead of what is returned. progress is called
         with the number of texts of each batch. Truncation is counted and warned of at the end; errors are those of

@@ -33,6 +33,7 @@ from torch import Tensor
 
 from fastbert import ops, varlen
 from fastbert.sentence_layout import POOLING_MODES, Normalize, apply
+from fastbert.text_windows import WINDOW_CHARACTERS
 from fastbert.tokenizer import PackedEncoding
 from fastbert.wordpiece import check_text
 
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("fastbert")
 
-WINDOW = 16384  # texts tokenised and sorted at once, at most
+WINDOW = 16384  # texts tokenised and sorted at once, at most; WINDOW_CHARACTERS bounds them, too
 FIRST_WINDOW = 1024  # of a call that overlaps: until it is tokenised the GPU has nothing to do
 AHEAD = 2  # windows tokenised, or being tokenised, before the calling thread asks for them
 # Tokens in a batch. On a CPU, activations of more than a few MB leave its caches and are mapped anew by each op.
@@ -52,8 +53,8 @@ TOKEN_BUDGET = {"cpu": 2048, "cuda": 16384}
 class Request:
     """What one call asks for.
 
-    single: one text came, not a list, so that errors name no index. even: windows of WINDOW texts each, but the last.
-    on_host: vectors are to be read on the host, as numbers: they may be inference tensors.
+    single: one text came, not a list, so that errors name no index. even: windows do not grow to WINDOW texts, but have
+    as many from the first on. on_host: vectors are to be read on the host, as numbers: they may be inference tensors.
     """
 
     prompt: str = ""
@@ -174,11 +175,18 @@ class Run:
             pool.shutdown(cancel_futures=True)
 
     def _cut(self, source: Iterator[str]) -> Iterator[list[str]]:
-        """Windows of texts: of WINDOW each, or growing to that from a first that is soon tokenised."""
+        """Windows of WINDOW texts, or growing to that from a first that is soon tokenised; of long texts, fewer."""
         size = FIRST_WINDOW if self.timings.overlapped and not self.request.even else WINDOW
-        while window := list(islice(source, size)):
+        window: list[str] = []
+        n_characters = 0
+        for text in source:
+            window.append(text)
+            n_characters += len(text) if isinstance(text, str) else 0
+            if len(window) == size or n_characters >= WINDOW_CHARACTERS:
+                yield window
+                window, n_characters, size = [], 0, min(2 * size, WINDOW)
+        if window:
             yield window
-            size = min(2 * size, WINDOW)
 
     def _tokenize(self, window: list[str]) -> PackedEncoding:
         started = time.perf_counter()

@@ -20,12 +20,15 @@ import numpy as np
 import torch
 from tokenizers.models import WordPiece
 
+from fastbert import text_windows
 from fastbert.checkpoint import write_text
-from fastbert.wordpiece import CASING, NAMES, SETTINGS, TOKEN_FIELDS, Source, check_text, learn, load, one_of
+from fastbert.tokenizer_files import load
+from fastbert.tokenizer_settings import CASING, FLAGS, NAMES, PREFIX, SETTINGS, clean_up
+from fastbert.wordpiece import TOKEN_FIELDS, Source, check_text, learn, one_of
 
 logger = logging.getLogger("fastbert")
 
-_CHUNK = 2048  # texts handed to Rust at once; bounds the memory of its encodings, some 200 bytes a token
+_CHUNK = text_windows.TEXTS
 
 
 class Encoding(dict[str, Any]):
@@ -76,6 +79,16 @@ class _Rows(NamedTuple):
     limit: int | None
 
 
+class _Long:
+    """A long text's number of tokens, and the ids of as many at one end as are needed."""
+
+    def __init__(self, ids: list[int], n_tokens: int) -> None:
+        self.ids, self.n_tokens = ids, n_tokens
+
+    def __len__(self) -> int:
+        return self.n_tokens
+
+
 class Tokenizer:
     """The tokenizer of a BERT checkpoint, from ``from_pretrained`` or ``train``. Threads may share it.
 
@@ -98,6 +111,8 @@ class Tokenizer:
     model_max_length: int | None
     padding_side: str
     truncation_side: str
+    split_special_tokens: bool
+    clean_up_tokenization_spaces: bool
 
     def __init__(self, source: Source) -> None:
         """Internal: use ``from_pretrained`` or ``train``."""
@@ -108,11 +123,17 @@ class Tokenizer:
         self._templates = tuple(_template(rust.encode(*texts), source.segments) for texts in (("a",), ("a", "a")))
         self._bare = tuple(tuple(piece for piece in pieces if piece.source >= 0) for pieces in self._templates)
         self.vocab_size = max(rust.get_vocab().values()) + 1
+        self._add_prefix_space = source.add_prefix_space
         for name, value in source.settings.items():
             setattr(self, name, value)
+        rust.encode_special_tokens = self.split_special_tokens
         for name, token in source.names.items():
             setattr(self, name, token)
             setattr(self, f"{name}_id", None if token is None else rust.token_to_id(token))
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._rust.encode_special_tokens = self.split_special_tokens  # which the Rust object forgets in a pickle
 
     def __repr__(self) -> str:
         return f"Tokenizer(vocab_size={self.vocab_size}, model_max_length={self.model_max_length})"
@@ -123,18 +144,19 @@ class Tokenizer:
     ) -> Tokenizer:
         """Load from a local folder, a hub id, or the path of a ``vocab.txt``.
 
-        Reads ``tokenizer.json`` if it is there, else ``vocab.txt``; beside it ``tokenizer_config.json``,
-        ``special_tokens_map.json`` and ``added_tokens.json``. As in transformers, ``do_lower_case`` (default True),
-        ``strip_accents`` (None: as lowercase) and ``tokenize_chinese_chars`` (True) of the config win over the
-        normalizer stored in ``tokenizer.json``, unless ``tokenizer_class`` is none of BERT's: the byte-level BPE of
-        RoBERTa and the Unigram of XLM-RoBERTa and CamemBERT are taken as ``tokenizer.json`` has them, post-processor
-        included. Without a ``tokenizer_class``, ``model_type`` of ``config.json`` says which. Truncation and padding
-        stored there are not applied. Where transformers gives no segment ids (by ``model_input_names`` of the config,
-        or by its class, for RoBERTa's kin and DistilBERT) they are all 0.
+        Reads ``tokenizer.json`` if it is there, else ``vocab.txt``, or RoBERTa's ``vocab.json`` and ``merges.txt``;
+        beside it ``tokenizer_config.json``, ``special_tokens_map.json`` and ``added_tokens.json``. ``tokenizer_class``,
+        or without one ``model_type`` of ``config.json``, says what is done with them, as in transformers 5. The
+        tokenizers of BERT, RoBERTa, XLM-RoBERTa, CamemBERT and their kin are made anew from the vocabulary and from
+        ``do_lower_case`` (True), ``strip_accents`` (None: as lowercase), ``tokenize_chinese_chars`` (True) or
+        ``add_prefix_space`` (False for RoBERTa, else True), whatever else ``tokenizer.json`` says. Of any other class
+        ``tokenizer.json`` is taken as it stands. Of truncation and padding stored there, only the sides are taken.
+        Where transformers gives no segment ids (by ``model_input_names`` of the config, or by its class) they are all
+        0. Keys that are not followed are logged by name, and so are folders that transformers 4 reads in another way.
 
-        ``overrides`` replace values of the config: these three, ``model_max_length``, ``padding_side``,
-        ``truncation_side``, ``cls_token``, ``sep_token``, ``unk_token``, ``pad_token``, ``mask_token``. The last two
-        may be None where the vocabulary has no such token.
+        ``overrides`` replace values of the config: these four, ``model_max_length``, ``padding_side``,
+        ``truncation_side``, ``split_special_tokens``, ``clean_up_tokenization_spaces``, ``cls_token``, ``sep_token``,
+        ``unk_token``, ``pad_token``, ``mask_token``. The last two may be None where the vocabulary has no such token.
 
         Raises FileNotFoundError if neither file is there; ValueError for a file that cannot be read, a special token
         the vocabulary lacks or holds twice, or a bad value; TypeError for an unknown override.
@@ -188,7 +210,12 @@ class Tokenizer:
         config["added_tokens_decoder"] = flags
         if not self._segments:
             config["model_input_names"] = ["input_ids", "attention_mask"]
+        elif not self._as_bert:
+            config["model_input_names"] = ["input_ids", "token_type_ids", "attention_mask"]
         config |= {name: getattr(self, name) for name in SETTINGS if getattr(self, name) is not None}
+        config |= {name: True for name in FLAGS if getattr(self, name)}
+        if self._add_prefix_space is not None:
+            config[PREFIX] = self._add_prefix_space
         if self._as_bert:
             normalizer = self._rust.normalizer
             casing = (normalizer.lowercase, normalizer.strip_accents, normalizer.handle_chinese_chars)
@@ -283,11 +310,15 @@ class Tokenizer:
 
         Raises ValueError for ids outside the vocabulary, TypeError for what is not one row of ints.
         """
-        return self._rust.decode(self._check_ids(ids), skip_special_tokens=skip_special_tokens)
+        return self._cleaned(self._rust.decode(self._check_ids(ids), skip_special_tokens=skip_special_tokens))
 
     def decode_batch(self, batch: Iterable[Any], *, skip_special_tokens: bool = True) -> list[str]:
         """``decode`` of each row."""
-        return self._rust.decode_batch([self._check_ids(ids) for ids in batch], skip_special_tokens=skip_special_tokens)
+        rows = [self._check_ids(ids) for ids in batch]
+        return [self._cleaned(text) for text in self._rust.decode_batch(rows, skip_special_tokens=skip_special_tokens)]
+
+    def _cleaned(self, text: str) -> str:
+        return clean_up(text) if self.clean_up_tokenization_spaces else text
 
     def convert_ids_to_tokens(self, ids: Any) -> Any:
         """The token of an int, else the list of tokens. Ids outside the vocabulary: ValueError."""
@@ -324,11 +355,9 @@ class Tokenizer:
         parts: list[tuple[np.ndarray, np.ndarray]] = []
         lengths: list[int] = []
         n_truncated = n_truncated_tokens = 0
-        for start in range(0, len(sides[0]), _CHUNK):
-            chunk = [text for side in sides for text in side[start : start + _CHUNK]]
-            # The library's threads are not PyTorch's, and as many as there are cores: whoever allows one gets one.
-            at_once = [[text] for text in chunk] if torch.get_num_threads() == 1 else [chunk]
-            encoded = [one for few in at_once for one in self._rust.encode_batch_fast(few, add_special_tokens=False)]
+        for start, end in text_windows.spans(sides[0], _CHUNK, text_windows.CHARACTERS, *sides[1:]):
+            chunk = [text for side in sides for text in side[start:end]]
+            encoded = self._encoded(chunk, limit)
             counts = list(map(len, encoded))
             n_rows = len(chunk) // len(sides)
             kept = [counts[i : i + n_rows] for i in range(0, len(chunk), n_rows)]  # of first texts, of second texts
@@ -351,6 +380,31 @@ class Tokenizer:
         else:
             ids, types = parts[0]
         return _Rows(ids, types, lengths, n_truncated, n_truncated_tokens, limit)
+
+    def _encoded(self, texts: list[str], limit: int | None) -> list[Any]:
+        """What Rust makes of each text, without special tokens: something with a length, and with `ids`."""
+        if (
+            len(texts) <= 2
+            and max(map(len, texts), default=0) > text_windows.CHARACTERS
+            and text_windows.splits(self._rust)
+        ):
+            return [self._in_pieces(text, limit) for text in texts]
+        # The library's threads are not PyTorch's, and as many as there are cores: whoever allows one gets one.
+        at_once = [[text] for text in texts] if torch.get_num_threads() == 1 else [texts]
+        return [one for few in at_once for one in self._rust.encode_batch_fast(few, add_special_tokens=False)]
+
+    def _in_pieces(self, text: str, limit: int | None) -> _Long:
+        """The tokens of a long text, counted to the end; of the ids those that truncation can leave."""
+        n_tokens, ids = 0, np.empty(0, np.int64)
+        from_left = self.truncation_side == "left"
+        for piece in text_windows.pieces(text, text_windows.CHARACTERS):
+            (encoding,) = self._rust.encode_batch_fast([piece], add_special_tokens=False)
+            n_tokens += len(encoding)
+            if limit is None or from_left or len(ids) < limit:
+                ids = np.concatenate([ids, np.array(encoding.ids, np.int64)])
+            if limit is not None:
+                ids = ids[max(len(ids) - limit, 0) :] if from_left else ids[:limit]
+        return _Long(ids.tolist(), n_tokens)
 
     def _assemble(
         self, template: tuple[_Piece, ...], encoded: list[Any], kept: list[list[int]], n_tokens: int

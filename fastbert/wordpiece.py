@@ -1,39 +1,24 @@
-"""The Rust tokenizer inside a ``Tokenizer``: read from a checkpoint's files, or trained."""
+"""BERT's Rust tokenizer, and how it is trained. From the files of a checkpoint: ``tokenizer_files``."""
 
 from __future__ import annotations
 
 import json
 import logging
-import os
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tokenizers import AddedToken, decoders, normalizers, pre_tokenizers, processors, trainers
 from tokenizers import Tokenizer as RustTokenizer
+from tokenizers import decoders, normalizers, pre_tokenizers, processors, trainers
 from tokenizers.models import WordPiece
 
-from fastbert.checkpoint import read_json, resolve
-from fastbert.families import FAMILIES, Family
+from fastbert.tokenizer_settings import FLAGS, NAMES, SETTINGS
 
 logger = logging.getLogger("fastbert")
 
-NAMES = {
-    "pad_token": "[PAD]",
-    "unk_token": "[UNK]",
-    "cls_token": "[CLS]",
-    "sep_token": "[SEP]",
-    "mask_token": "[MASK]",
-}
-CASING = {"do_lower_case": True, "strip_accents": None, "tokenize_chinese_chars": True}
-SETTINGS = ("model_max_length", "padding_side", "truncation_side")
-# Tokenizer classes that transformers builds anew from vocabulary and casing options, whatever else tokenizer.json says.
-# Any other class takes tokenizer.json as it stands.
-_BERT_KINDS = ("Bert", "ConvBert", "DistilBert", "Electra", "LayoutLM", "Lxmert", "MobileBert", "SqueezeBert")
 TOKEN_FIELDS = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")
-_NO_LIMIT = 10**12  # a model_max_length from here on means none; transformers writes 1e30
 
 
 class Source(NamedTuple):
@@ -41,76 +26,10 @@ class Source(NamedTuple):
 
     rust: RustTokenizer  # knows all tokens; neither pads nor truncates
     names: dict[str, str | None]  # keys: NAMES
-    settings: dict[str, Any]  # keys: SETTINGS
+    settings: dict[str, Any]  # keys: SETTINGS, FLAGS
     as_bert: bool  # vocabulary and casing options say all there is to know, as for transformers' BertTokenizer
     segments: bool = True  # whether the second text of a pair has segment id 1, where the post-processor says so
-
-
-def load(src: str | os.PathLike[str], revision: str | None, overrides: dict[str, Any]) -> Source:
-    """See ``Tokenizer.from_pretrained``."""
-    known = (*NAMES, *CASING, *SETTINGS)
-    if unknown := sorted(set(overrides) - set(known)):
-        raise TypeError(f"from_pretrained: got {', '.join(unknown)}, expected only {', '.join(known)}")
-    file = Path(os.path.expanduser(src)) if src else None
-    if file is None or not file.is_file():
-        file = resolve(src, revision=revision, weights=False) / "tokenizer.json"
-    vocab_file = file.with_name("vocab.txt") if file.suffix == ".json" else file
-    stored = {} if file == vocab_file else _read_json(file)
-    config, special_map, legacy = (
-        _read_json(file.with_name(name))
-        for name in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
-    )
-    added = config.get("added_tokens_decoder")
-    if added is None:  # else the config is complete, and transformers ignores the other places
-        config = config | special_map
-    options = config | overrides
-    of_model = _family_of_model(file.parent)
-    name = config.get("tokenizer_class") or _read_json(file.with_name("config.json")).get("tokenizer_class")
-    kind = (name or of_model.tokenizer).removesuffix("Fast").removesuffix("Tokenizer")
-    family = next((family for family in FAMILIES.values() if family.tokenizer == kind), of_model)
-    names = {name: options.get(name, family.special_tokens.get(name, default)) for name, default in NAMES.items()}
-    contents = {name: token["content"] if isinstance(token, dict) else token for name, token in names.items()}
-    if added is None:
-        added = {i: {"content": token, "special": token in contents.values()} for token, i in legacy.items()}
-        added |= {token["id"]: token for token in stored.get("added_tokens", [])}
-
-    model = stored.get("model", {})
-    as_bert = kind in _BERT_KINDS and model.get("type", "WordPiece") == "WordPiece"
-    if as_bert:
-        if stored and not isinstance(model.get("vocab"), dict):
-            raise ValueError(f"{file} holds no vocabulary")
-        vocab = model["vocab"] if stored else _read_vocab(vocab_file, contents)
-        casing: dict[str, Any] = {name: options.get(name, default) for name, default in CASING.items()}
-        rust = _bert_pipeline(vocab, contents["unk_token"] or "", **casing)
-    elif not stored:
-        name = config.get("tokenizer_class") or f"{kind}Tokenizer"
-        raise FileNotFoundError(f"{file.parent}: tokenizer_class {name!r} needs a tokenizer.json, not a vocab.txt")
-    elif given := sorted(set(overrides) & set(CASING)):
-        raise ValueError(f"{given[0]}: cannot be changed, as {file} is not BERT's and is used as it stands")
-    else:
-        try:
-            rust = RustTokenizer.from_file(str(file))
-        except Exception as error:  # tokenizers raises nothing more precise
-            raise ValueError(f"{file} is no tokenizer: {error}") from error
-        rust.no_truncation()
-        rust.no_padding()
-    _add_tokens(rust, file.parent, added, names, options)
-    if as_bert:
-        _set_bert_template(rust, contents["cls_token"], contents["sep_token"])
-    limit = options.get("model_max_length")
-    if limit is not None and not (isinstance(limit, (int, float)) and limit >= 1):
-        raise ValueError(f"model_max_length: got {limit!r}, expected a positive int or None")
-    settings = {"model_max_length": None if limit is None or limit >= _NO_LIMIT else int(limit)}
-    settings |= {name: one_of(name, options.get(name, "right"), "right", "left") for name in SETTINGS[1:]}
-    inputs = options.get("model_input_names")
-    segments = family.segments if inputs is None else "token_type_ids" in inputs
-    return Source(rust, contents, settings, as_bert, segments)
-
-
-def _family_of_model(folder: Path) -> Family:
-    """That of the model beside the tokenizer; BERT where there is none, or one that is not covered."""
-    model_type = _read_json(folder / "config.json").get("model_type")
-    return FAMILIES.get(model_type, FAMILIES["bert"]) if isinstance(model_type, str) else FAMILIES["bert"]
+    add_prefix_space: bool | None = None  # of the pre-tokenizer, where it has it
 
 
 def learn(
@@ -139,7 +58,7 @@ def learn(
                 logger.warning("strip_accents=True takes the Hangul syllables of the training text apart into Jamo")
             elif casing["do_lower_case"]:
                 casing["strip_accents"] = False
-        rust = _bert_pipeline({}, NAMES["unk_token"], **casing)
+        rust = bert_pipeline({}, NAMES["unk_token"], **casing)
         vocab_size = trainer["vocab_size"]
         alphabet = _alphabet(rust, counts, vocab_size // 3 if limit_alphabet is None else limit_alphabet)
         if not alphabet:
@@ -151,13 +70,14 @@ def learn(
         # ties between merges by these numbers. Passed as special tokens, the alphabet has a fixed order.
         texts = map(json.loads, spool) if once else _read_texts(items)
         rust.train_from_iterator(texts, trainers.WordPieceTrainer(limit_alphabet=0, special_tokens=base, **trainer))
-    rust = _bert_pipeline(rust.get_vocab(with_added_tokens=False), NAMES["unk_token"], **casing)
+    rust = bert_pipeline(rust.get_vocab(with_added_tokens=False), NAMES["unk_token"], **casing)
     rust.add_special_tokens(list(special_tokens))
-    _set_bert_template(rust, NAMES["cls_token"], NAMES["sep_token"])
-    return Source(rust, dict(NAMES), dict(zip(SETTINGS, (None, "right", "right"), strict=True)), True)
+    set_bert_template(rust, NAMES["cls_token"], NAMES["sep_token"])
+    settings = dict(zip(SETTINGS, (None, "right", "right"), strict=True)) | dict.fromkeys(FLAGS, False)
+    return Source(rust, dict(NAMES), settings, True)
 
 
-def _bert_pipeline(
+def bert_pipeline(
     vocab: dict[str, int],
     unk: str,
     do_lower_case: bool = True,
@@ -176,57 +96,9 @@ def _bert_pipeline(
     return rust
 
 
-def _set_bert_template(rust: RustTokenizer, *cls_and_sep: str | None) -> None:
+def set_bert_template(rust: RustTokenizer, *cls_and_sep: str | None) -> None:
     cls, sep = ((token, rust.token_to_id(token)) for token in cls_and_sep if token is not None)
     rust.post_processor = processors.BertProcessing(sep, cls)  # type: ignore[arg-type]
-
-
-def _added_token(token: str | dict[str, Any], **flags: bool) -> AddedToken:
-    fields = {"content": token} if isinstance(token, str) else {k: v for k, v in token.items() if k in TOKEN_FIELDS}
-    return AddedToken(**(fields | flags))
-
-
-def _add_tokens(
-    rust: RustTokenizer, folder: Path, added: dict[Any, Any], names: dict[str, Any], options: dict[str, Any]
-) -> None:
-    """Have Rust take as whole tokens: the stored added ones, those in ``names``, extra special ones, in this order."""
-    tokens = {t.content: t for t in (_added_token(added[i]) for i in sorted(added, key=int))}
-    vocab = rust.get_vocab()
-    for name, value in names.items():
-        token = None if value is None else _added_token(value, special=True)
-        if token is None and name in ("pad_token", "mask_token"):
-            continue
-        if token is None or (token.content not in vocab and token.content not in tokens):
-            raise ValueError(f"{name}: got {value!r}, which the vocabulary in {folder} lacks")
-        tokens.setdefault(token.content, token).special = True
-    for key in ("additional_special_tokens", "extra_special_tokens"):
-        extra = options.get(key) or []
-        for value in extra.values() if isinstance(extra, dict) else extra:
-            token = _added_token(value, special=True)
-            tokens.setdefault(token.content, token)
-    rust.add_tokens(list(tokens.values()))
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    return read_json(path) if path.is_file() else {}
-
-
-def _read_vocab(path: Path, names: dict[str, str | None]) -> dict[str, int]:
-    """Token to line number. Of a token that stands twice the last line counts, as everywhere; special ones may not."""
-    if not path.is_file():
-        raise FileNotFoundError(f"no tokenizer in {path.parent}: looked for tokenizer.json and vocab.txt")
-    try:
-        lines = path.read_bytes().decode().split("\n")  # read_text would take a stray \r for a line's end
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8: {error}") from error
-    tokens = [line.rstrip() for line in (lines if lines[-1] else lines[:-1])]
-    for name, token in names.items():
-        if token is not None and tokens.count(token) > 1:
-            raise ValueError(f"{name}: {token!r} stands {tokens.count(token)} times in {path}, expected once")
-    vocab = {token: i for i, token in enumerate(tokens)}
-    if len(vocab) < len(tokens):
-        logger.warning(f"{path}: {len(tokens) - len(vocab)} lines repeat a token; the last of equal lines gives its id")
-    return vocab
 
 
 def _read_texts(items: Iterable[str | Path]) -> Iterator[str]:

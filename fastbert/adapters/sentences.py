@@ -12,13 +12,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastbert import tracing
+from fastbert import text_windows, tracing
 from fastbert.adapters import calls, versions
 from fastbert.adapters.calls import OURS, STATE, Counted, State
 from fastbert.adapters.live import Options, Unsupported
@@ -92,6 +93,10 @@ class LiveTokenizer:
 
     def __init__(self, theirs: Any, limit: int, cleaned: Callable[[list[str]], list[str]] = list) -> None:
         self.theirs, self.limit, self.cleaned = theirs, limit, cleaned
+        self.rust = theirs.backend_tokenizer if getattr(theirs, "is_fast", False) else None
+        self._splits: bool | None = (
+            None  # whether a text may be cut before it is tokenised; asked at the first long one
+        )
 
     @property
     def model_max_length(self) -> int:
@@ -106,24 +111,59 @@ class LiveTokenizer:
     def encode_packed(self, texts: list[str], *, max_length: int | None = None, warn: bool = True) -> PackedEncoding:
         texts = self.cleaned(texts)
         limit = self.limit if max_length is None else min(max_length, self.limit)
+        parts: list[tuple[np.ndarray, np.ndarray]] = [(np.empty(0, np.int64),) * 2]
+        lengths = [0]
+        for first, last in text_windows.spans(texts, text_windows.TEXTS, text_windows.CHARACTERS):
+            ids, types = self._rows(texts[first:last], limit)
+            sizes = list(map(len, ids))
+            flat = [np.fromiter(chain.from_iterable(rows), np.int64, sum(sizes)) for rows in (ids, types)]
+            parts.append((flat[0], flat[1]))
+            lengths += sizes
+        ends = np.cumsum(lengths).astype(np.int32)
+        input_ids, token_type_ids = (torch.from_numpy(np.concatenate(rows)) for rows in zip(*parts, strict=True))
+        return PackedEncoding(input_ids, token_type_ids, torch.from_numpy(ends), 0, 0)
+
+    def _rows(self, texts: list[str], limit: int) -> tuple[list[list[int]], list[list[int]]]:
+        """Ids and segment ids of a few texts. Of long ones Rust sees no more than it takes to fill the limit."""
+        size = 256 + 16 * limit  # characters
+        found = self._whole([self._cut(text, size) for text in texts], limit)
+        # What does not fill the limit is tried again with more of its text.
+        while short := [i for i, row in enumerate(found) if len(row[0]) < limit and self._is_long(texts[i], size)]:
+            size *= 8
+            for i, row in zip(short, self._whole([self._cut(texts[i], size) for i in short], limit), strict=True):
+                found[i] = row
+        ids, types = [row[0] for row in found], [row[1] for row in found]
+        return ids, types
+
+    def _is_long(self, text: str, size: int) -> bool:
+        """Whether it pays to cut the text, and whether that can be done without changing its tokens."""
+        if len(text) <= 2 * size or self.rust is None:
+            return False
+        if self._splits is None:
+            self._splits = text_windows.splits(self.rust)
+        return self._splits
+
+    def _cut(self, text: str, size: int) -> str:
+        return (
+            text_windows.cut(text, size, self.theirs.truncation_side == "left") if self._is_long(text, size) else text
+        )
+
+    def _whole(self, texts: list[str], limit: int) -> list[tuple[list[int], list[int]]]:
+        """(ids, segment ids) of each text, truncated."""
         how = {"padding": False, "truncation": "longest_first", "max_length": limit}
-        rust = self.theirs.backend_tokenizer if getattr(self.theirs, "is_fast", False) else None
         ids: Any = None
         types: Any = None
-        if rust is not None:
-            self.theirs(texts[:1], **how)  # sets the truncation of the Rust object, as any call does
-            encodings = rust.encode_batch(texts)
-            if rust.padding is None:  # or another thread's call has set it meanwhile
+        if self.rust is not None:
+            self.theirs([""], **how)  # sets the truncation of the Rust object, as any call does
+            encodings = self.rust.encode_batch(texts)
+            if self.rust.padding is None:  # or another thread's call has set it meanwhile
                 ids, types = [e.ids for e in encodings], [e.type_ids for e in encodings]
         if ids is None:
             found = self.theirs(texts, **how)
             ids, types = found["input_ids"], found.get("token_type_ids")
         if "token_type_ids" not in self.theirs.model_input_names or types is None:
             types = [[0] * len(row) for row in ids]
-        ends = np.cumsum([0, *map(len, ids)]).astype(np.int32)
-        flat = (np.fromiter((i for row in rows for i in row), np.int64, int(ends[-1])) for rows in (ids, types))
-        input_ids, token_type_ids = map(torch.from_numpy, flat)
-        return PackedEncoding(input_ids, token_type_ids, torch.from_numpy(ends), 0, 0)
+        return list(zip(ids, types, strict=True))
 
 
 class Step:
