@@ -137,7 +137,7 @@ class Table:
         (["a", float("nan")], r"sentences\[1\]: got float, expected str"),
         (np.array([b"a"]), r"sentences\[0\]: got bytes, expected str"),
         (np.array([1.0]), r"sentences\[0\]: got float, expected str"),
-        (Table(), r"sentences: got Table, .*: one of its columns"),
+        pytest.param(Table(), r"sentences: got Table, .*: one of its columns", id="table"),
         (b"a", "sentences: got bytes"),
     ],
     ids=str,
