@@ -95,7 +95,7 @@ def differ(shape: Any, expected: Any) -> bool:
 
 
 def length_of(weight: torch.Tensor) -> int:
-    """The size of a vector of parameters as a number, where torch.jit.trace gives a tensor: ONNX export asks."""
+    """The size of a vector of parameters, an int also under torch.jit.trace: the exporter to ONNX asks for one."""
     if torch.compiler.is_compiling() or torch._C._get_tracing_state() is None:
         return weight.shape[0]
     with warnings.catch_warnings():

@@ -254,7 +254,7 @@ def first_rows(x: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
     """(T, H) -> (B, H): the row of each sequence's first token, zeros where there is none, in an `in_place` batch."""
     assert batch.valid is not None
     x = x.reshape(batch.batch_size, batch.padded_length, x.shape[-1])
-    is_first = batch.valid & (batch.valid.long().cumsum(1) == 1)  # ONNX sums no bools
+    is_first = batch.valid & (batch.valid.long().cumsum(1) == 1)  # in ONNX bools have no sum
     return x.masked_fill(~is_first[:, :, None], 0).sum(1)
 
 
