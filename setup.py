@@ -116,6 +116,7 @@ setup(
         "demo": [MINILM, TRANSFORMERS],
         "test": [
             *PYTEST,
+            "pytest-xdist>=3.5",
             "hypothesis>=6.100",
             TRANSFORMERS,
             SENTENCE_TRANSFORMERS,

@@ -1,16 +1,17 @@
-"""Runs everything on one GPU within a time budget: each part a process of its own, most important first.
+"""Runs tests, measurements and suites on one GPU within a time budget: each part a process, most important first.
 
-    benchmarks/run_gpu.sh --out DIR                          all of it, within 9 minutes
-    benchmarks/run_gpu.sh --out DIR --only kernels model     some parts
+    benchmarks/run_gpu.sh --out DIR                          the parts of PLAN, within 7.5 minutes
+    benchmarks/run_gpu.sh --out DIR --only kernels text      some parts
 
-A part writes its result file as it goes, so that a run that is cut short keeps what it has. What failed its tests is
-not timed. Nothing changes the GPU's clocks.
+What was measured so far is in DIR at any time, in few files (gpu_results.py), so that a run that is cut short keeps
+what it has. Nothing changes the GPU's clocks.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import os
 import shutil
 import signal
@@ -18,29 +19,30 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-PLAN = ("compile", "tests", "ceilings", "kernels", "model", "text", "start")
-# Seconds of a run of nine minutes; what a part leaves over goes to those after it.
+PLAN = ("compile", "tests", "probe", "model")
+# Seconds of a run of seven and a half minutes; what a part leaves over goes to those after it.
 WEIGHTS = {
-    "compile": 35, "tests": 160, "ceilings": 20, "kernels": 90, "model": 110, "text": 50, "start": 60, "tune": 240,
-    "sanitizer": 100,
+    "compile": 35, "tests": 130, "ceilings": 20, "probe": 170, "kernels": 90, "model": 115, "text": 50, "start": 60,
+    "tune": 240, "sanitizer": 100,
 }  # fmt: skip
+MINUTES = 7.5
 EMPTY = {"train": "there is no training yet, so nothing to time"}
 TIMED = ("kernels", "model", "text")  # these need compiled kernels, and ceilings to be compared with
-PARTS = (*PLAN, *EMPTY, "tune", "sanitizer")
-TABLE = "table.txt"
-RESERVE = 5.0  # seconds kept for the table
+PARTS = ("compile", "tests", "ceilings", "probe", "model", "kernels", "text", "start", *EMPTY, "tune", "sanitizer")
+RESERVE = 5.0  # seconds kept for the last files
 GRACE = 10.0  # seconds that a part may take beyond its own before it is ended, and a third of its own besides
+PUBLISH = 10.0  # seconds between two looks at what a running part has
 
 
 @dataclass(frozen=True)
 class Options:
     out: Path
     device: str = "cuda"
-    minutes: float = 9.0
+    minutes: float = MINUTES
     model: Path | None = None
     quick: bool = False
 
@@ -64,13 +66,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if problem is not None:
         print(f"error: {problem}", file=sys.stderr)
         return 2
+    import gpu_results
+
+    from fastbert.bench.results import commit
+
     options.out.mkdir(parents=True, exist_ok=True)
-    for part in plan:
-        for old in (options.out / f"{part}.json", options.out / f"{part}.log"):
-            old.unlink(missing_ok=True)
-    with caches() as environment, interruptible():
-        ended = run_plan(plan, options, environment)
-    print((options.out / TABLE).read_text(), end="")
+    with tempfile.TemporaryDirectory(prefix="fastbert-bench-") as folder, caches() as environment, interruptible():
+        work = Path(folder)
+        gpu_results.resume(options.out, work, plan, commit())
+        ended = run_plan(
+            plan, dataclasses.replace(options, out=work), environment,
+            publish=lambda ended: gpu_results.publish(work, options.out, ended),
+        )  # fmt: skip
+    print((options.out / gpu_results.SUMMARY).read_text(), end="")
     print(f"results in {options.out}")
     return 0 if all(code == 0 for code in ended.values()) else 1
 
@@ -82,8 +90,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         epilog="Example: benchmarks/run_gpu.sh --out results --only tests kernels --minutes 5",
     )
     parser.add_argument("--out", type=Path, metavar="DIR", required=True, help="where results go; made if missing")
-    parser.add_argument("--only", nargs="+", choices=PARTS, metavar="PART", help=f"of {', '.join(PARTS)}")
-    parser.add_argument("--minutes", type=_minutes, default=9.0, help="for all parts together, 9 by default")
+    known = f"of {', '.join(PARTS)}; by default {', '.join(PLAN)}"
+    parser.add_argument("--only", nargs="+", choices=PARTS, metavar="PART", help=known)
+    parser.add_argument("--minutes", type=_minutes, default=MINUTES, help=f"for all parts, {MINUTES} by default")
     parser.add_argument("--model", type=Path, metavar="FOLDER", help="checkpoint for the text suite, else MiniLM's")
     parser.add_argument("--sanitizer", action="store_true", help="run compute-sanitizer on each kernel as well")
     parser.add_argument("--quick", action="store_true", help="few rounds and small workloads, to try the machinery")
@@ -97,7 +106,8 @@ def planned(only: Sequence[str] | None, sanitizer: bool, out: Path) -> list[str]
     """The parts to run, in order: those asked for and what they need that is not in `out` yet."""
     wanted = set(only or PLAN) | ({"sanitizer"} if sanitizer else set())
     if wanted & set(TIMED):
-        wanted |= {"compile"} if (out / "ceilings.json").exists() else {"compile", "ceilings"}
+        # The probe measures the ceilings; so has an earlier run.
+        wanted |= {"compile"} if "probe" in wanted or (out / "results.json").exists() else {"compile", "ceilings"}
     return [part for part in PARTS if part in wanted]
 
 
@@ -118,12 +128,19 @@ def unable(device: str) -> str | None:
 
 
 def run_plan(
-    plan: Sequence[str], options: Options, environment: Mapping[str, str], command: Sequence[str] | None = None
+    plan: Sequence[str],
+    options: Options,
+    environment: Mapping[str, str],
+    command: Sequence[str] | None = None,
+    publish: Callable[[Mapping[str, int]], None] = lambda ended: None,
 ) -> dict[str, int]:
     """Runs the parts one after the other; returns their exit codes, 124 for one cut short, 125 for one not reached.
 
-    command: what starts a part, for tests.
+    options.out: where the parts leave their files. command: what starts a part, for tests. publish: called now and then
+    with the exit codes so far.
     """
+    from gpu_results import ending
+
     started = time.monotonic()
     end = started + 60.0 * options.minutes - RESERVE
     ended: dict[str, int] = {}
@@ -138,10 +155,11 @@ def run_plan(
         _say(started, f"{part}: up to {seconds:.0f} s")
         line = [*(command or (sys.executable, str(Path(__file__).resolve()))), *part_arguments(part, options, seconds)]
         # A part stops by itself when its seconds are up; the rest is for the work it cannot interrupt.
-        ended[part] = run_part(line, environment, min(4 / 3 * seconds + GRACE, end - time.monotonic()))
-        _say(started, f"{part}: {_ending(ended[part])}")
-        write_table(options.out, ended)
-    write_table(options.out, ended)
+        limit = min(4 / 3 * seconds + GRACE, end - time.monotonic())
+        ended[part] = run_part(line, environment, limit, lambda: publish(ended))
+        _say(started, f"{part}: {ending(ended[part])}")
+        publish(ended)
+    publish(ended)
     return ended
 
 
@@ -152,57 +170,29 @@ def part_arguments(part: str, options: Options, seconds: float) -> list[str]:
     return line + (["--quick"] if options.quick else [])
 
 
-def run_part(line: Sequence[str], environment: Mapping[str, str], seconds: float) -> int:
-    """The exit code of a process that is ended, with all it started, after `seconds` (then 124)."""
+def run_part(
+    line: Sequence[str], environment: Mapping[str, str], seconds: float, meanwhile: Callable[[], None] = lambda: None
+) -> int:
+    """The exit code of a process that is ended, with all it started, after `seconds` (then 124).
+
+    meanwhile: called every now and then while it runs.
+    """
     process = subprocess.Popen(line, env={**os.environ, **environment}, start_new_session=True)
+    end = time.monotonic() + seconds
     try:
-        return process.wait(seconds)
-    except subprocess.TimeoutExpired:
-        return 124
+        while True:
+            left = end - time.monotonic()
+            try:
+                return process.wait(max(0.0, min(PUBLISH, left)))
+            except subprocess.TimeoutExpired:
+                if left <= PUBLISH:
+                    return 124
+            meanwhile()
     finally:
         # Its own process group: what it started goes with it, also after an interrupt.
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-
-
-def write_table(out: Path, ended: Mapping[str, int]) -> None:
-    """The short table of these parts' result files, and what did not run to its end."""
-    from report import combined
-
-    from fastbert.bench.report import render_terminal
-    from fastbert.bench.results import Results
-
-    found = {part: Results.load(out / f"{part}.json") for part in ended if (out / f"{part}.json").exists()}
-    lines = []
-    if found:
-        results = combined(found, str(out))
-        lines = [render_terminal(results, width=140, summary_only=True)]
-        lines += [_note(name, value) for name, value in results.notes.items() if value]
-    lines += [f"{part}: {_ending(code)}" for part, code in ended.items() if code != 0]
-    (out / TABLE).write_text("\n".join(lines) + "\n")
-
-
-def _note(name: str, value: object) -> str:
-    if name == "tests: tests" and isinstance(value, dict):
-        return "\n".join(
-            f"tests of {group}: {v['status']}, {v['passed']} passed, {v['failed']} failed, {v['skipped']} skipped"
-            + (f": {v['detail']}" if v["detail"] else "")
-            for group, v in value.items()
-        )
-    if isinstance(value, list):
-        return f"{name}: {len(value)}, the first {value[0]}"
-    return f"{name}: {value}"
-
-
-def _ending(code: int) -> str:
-    known = {
-        0: "done",
-        1: "done, but something failed or was wrong",
-        124: "cut short: over its time",
-        125: "not reached: the time was up",
-    }
-    return known.get(code, f"failed with exit code {code}")
 
 
 @contextlib.contextmanager

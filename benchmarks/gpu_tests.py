@@ -1,42 +1,57 @@
-"""The GPU's tests: one pytest process an operation, so that an error that takes the device with it stays in its own.
+"""The tests on a GPU: one pytest with many processes, which compile side by side and lose CUDA contexts one by one.
 
-What they find decides what may be timed: `refusals` names the operations that failed, and why.
+The plugin gpu_pytest.py chooses the tests, orders them and keeps a record.
+
+What they find decides which operation may be timed: `refusals` names those that failed, and why.
 """
 
 from __future__ import annotations
 
+import importlib.util
+import json
 import os
 import signal
 import subprocess
 import sys
-import time
-import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 OPS = ("attention", "embedding", "gelu", "layer_norm", "linear", "pooling")
-# What is tested -> pytest's arguments. The first are the longest, so that they start first.
+# What is tested -> its test files, in the order of what a run that is cut short should know. Half of all kernels are in
+# 8 bits.
 GROUPS: dict[str, tuple[str, ...]] = {
-    "model": ("tests/test_model.py",),
-    "graphs": ("tests/test_graphs.py", "tests/test_graphs_quantized.py"),
-    "stalls": ("tests/test_no_stall.py",),
     **{op: (f"tests/test_op_{op}.py",) for op in OPS},
+    "attention": ("tests/test_op_attention.py", "tests/test_attention_short.py"),
     "linear": ("tests/test_op_linear.py", "tests/test_op_linear_persistent.py"),
+    "graphs": ("tests/test_graphs.py",),
+    "model": ("tests/test_model.py", "tests/test_heads.py"),
     "batch_invariant": ("tests/test_batch_invariant.py",),
-    "tune": ("tests/test_tune.py",),
-    "quantized": ("tests/test_op_quantized.py", "tests/test_op_quantized_persistent.py", "tests/test_quantized.py"),
-    "memory": ("tests/test_memory.py",),
-    "text": ("tests/test_sentence.py", "tests/test_sentence_run.py", "-k", "kernels or gpu"),
+    "text": ("tests/test_sentence.py", "tests/test_sentence_run.py"),
     "dispatch": ("tests/test_dispatch.py", "tests/test_launch.py", "tests/test_ops_compile.py"),
-}
+    "bad_input": ("tests/test_bad_input.py",),
+    "families": ("tests/test_families.py", "tests/test_pretrained.py", "tests/test_cross_encoder.py",
+                 "tests/test_accelerate_wrapped.py"),
+    "verify": ("tests/test_verify.py", "tests/test_explain.py"),
+    "stalls": ("tests/test_no_stall.py",),
+    "peers": ("tests/test_bench_peers.py",),
+    "memory": ("tests/test_memory.py",),
+    "tune": ("tests/test_tune.py",),
+    "quantized": (
+        "tests/test_op_quantized.py", "tests/test_op_quantized_persistent.py", "tests/test_quantized.py",
+        "tests/test_graphs_quantized.py",
+    ),
+}  # fmt: skip
+REFUSED = (*OPS, "quantized")  # the groups that are an operation of the kernel suite
 SELECTION = ("-m", "gpu or not slow")
 # As the command `pytest` does: `python -m pytest` would put the working folder, with its folder kernels/, on the path.
 PYTEST = "import sys; sys.path[:] = [p for p in sys.path if p]; import pytest; sys.exit(pytest.console_main())"
-GRACE = 10.0  # seconds that pytest has to write its report once it is interrupted
+GRACE = 5.0  # seconds that pytest has to print its failures once it is interrupted
+WORKERS = 14
+LOG = 1_000_000  # characters of pytest's output that are kept, the last ones
 
 PASSED, FAILED, INCOMPLETE = "passed", "failed", "incomplete"
 
@@ -49,8 +64,22 @@ class Verdict:
     passed: int = 0
     failed: int = 0
     skipped: int = 0
-    seconds: float = 0.0
+    missed: int = 0
     detail: str = ""
+
+
+def place(test: str, groups: Mapping[str, Sequence[str]] = GROUPS) -> int:
+    """Where the group of a test stands. Raises ValueError for a test that is in none."""
+    return list(groups).index(group_of(test, groups))
+
+
+def group_of(test: str, groups: Mapping[str, Sequence[str]]) -> str:
+    """The group of a test, which pytest calls "tests/test_x.py::test_y[z]"."""
+    name = Path(test.partition("::")[0]).name
+    for group, files in groups.items():
+        if name in (Path(file).name for file in files):
+            return group
+    raise ValueError(f"{test}: in no group of tests; add its file to gpu_tests.GROUPS")
 
 
 def run(
@@ -61,104 +90,124 @@ def run(
     workers: int | None = None,
     say: Callable[[str], None] = lambda text: None,
 ) -> tuple[dict[str, Verdict], str]:
-    """Runs all groups, some at a time, within `seconds`; returns their verdicts, and the output of those that failed.
+    """Runs all groups within `seconds`, and some more for pytest to end; returns their verdicts and pytest's output.
 
-    folder: for pytest's reports and output.
+    folder: for that output and the record of what ran. workers: processes, 1 for pytest's own alone, which it is where
+    pytest-xdist is not installed.
     """
-    deadline = time.monotonic() + seconds
-    workers = workers or max(1, min(len(groups), (os.cpu_count() or 2) // 2))
-
-    def one(group: str) -> tuple[str, Verdict]:
-        verdict = run_group(group, groups[group], deadline, folder)
-        counts = f"{verdict.passed} passed, {verdict.failed} failed, {verdict.skipped} skipped"
-        say(f"tests of {group}: {verdict.status}, {counts}, {verdict.seconds:.0f} s")
-        return group, verdict
-
-    with ThreadPoolExecutor(workers) as pool:
-        verdicts = dict(pool.map(one, groups))
-    failed = [group for group, verdict in verdicts.items() if verdict.status == FAILED]
-    log = "\n".join(f"==== {group}\n{(folder / f'{group}.log').read_text(errors='replace')}" for group in failed)
-    return verdicts, log
-
-
-def run_group(group: str, arguments: Sequence[str], deadline: float, folder: Path) -> Verdict:
-    """One pytest process, interrupted at the deadline (of time.monotonic)."""
-    started = time.monotonic()
-    if started >= deadline:
-        return Verdict(INCOMPLETE, detail="the time was up before they began")
-    report = folder / f"{group}.xml"
-    options = ["-q", "-p", "no:cacheprovider", "--tb=short", "--maxfail=20", f"--junitxml={report}", *SELECTION]
-    command = [sys.executable, "-c", PYTEST, *options, *arguments]
-    with open(folder / f"{group}.log", "w") as output:
-        process = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT)
-        interrupted = _wait(process, deadline - started)
-    verdict = judge(report, process.returncode, interrupted)
-    verdict.seconds = time.monotonic() - started
-    return verdict
+    record, log = folder / "record.jsonl", folder / "pytest.log"
+    if workers is None:
+        workers = max(1, min(WORKERS, (os.cpu_count() or 2) - 2))
+    spread = []
+    if workers > 1 and importlib.util.find_spec("xdist") is not None:
+        # Two tests ahead at most, so that they run in about the order of the groups.
+        spread = ["-n", str(workers), "--maxschedchunk", "2", "--max-worker-restart", str(4 * workers)]
+    options = ["-q", "-p", "no:cacheprovider", "-p", "no:benchmark", "--tb=short", "-p", "gpu_pytest"]
+    files = [file for files in groups.values() for file in files]
+    options += [f"--record={record}", f"--groups={json.dumps(groups)}"]
+    command = [sys.executable, "-c", PYTEST, *options, *spread, *SELECTION, *files]
+    paths = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "OMP_NUM_THREADS": "1"}
+    with open(log, "w") as output:
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        interrupted = _wait(process, seconds)
+    verdicts = judge(_lines(record), groups, process.returncode, interrupted)
+    for group, verdict in verdicts.items():
+        say(f"tests of {group}: {summary(verdict)}")
+    return verdicts, log.read_text(errors="replace")[-LOG:]
 
 
-def judge(report: Path, returncode: int, interrupted: bool) -> Verdict:
-    """The verdict that a JUnit report and pytest's exit code amount to."""
-    counts = {"passed": 0, "failed": 0, "skipped": 0}
-    first = ""
-    try:
-        cases = list(ElementTree.parse(report).getroot().iter("testcase"))
-    except (OSError, ElementTree.ParseError):
-        if interrupted:
-            return Verdict(INCOMPLETE, detail="stopped when the time was up, and left no report")
-        return Verdict(FAILED, detail=f"pytest ended with exit code {returncode} and left no report")
-    for case in cases:
-        bad = next((child for child in case if child.tag in ("failure", "error")), None)
-        if bad is not None:
-            counts["failed"] += 1
-            lines = (bad.get("message") or "").strip().splitlines()
-            first = first or f"{case.get('name')}: {lines[0] if lines else bad.tag}"[:300]
-        elif case.find("skipped") is not None:
-            counts["skipped"] += 1
-        else:
-            counts["passed"] += 1
+def judge(
+    record: Sequence[Mapping[str, Any]], groups: Mapping[str, Sequence[str]], returncode: int, interrupted: bool
+) -> dict[str, Verdict]:
+    """The verdicts that a record and pytest's exit code amount to; a test with two lines counts as its worse one."""
+    expected: dict[str, set[str]] = {group: set() for group in groups}
+    outcomes: dict[str, dict[str, str]] = {group: {} for group in groups}
+    details: dict[str, str] = {}
+    collected = False
+    for line in record:
+        for test in line.get("collected", ()):
+            collected = True
+            expected[group_of(test, groups)].add(test)
+        if "test" in line:
+            group, test, outcome = group_of(line["test"], groups), line["test"], line["outcome"]
+            if outcomes[group].get(test) != "failed":
+                outcomes[group][test] = outcome
+            if outcome == "failed":
+                details.setdefault(group, f"{test.rpartition('/')[2]}: {line['detail']}"[:300])
+    return {
+        group: _verdict(expected[group], outcomes[group], details.get(group, ""), collected, returncode, interrupted)
+        for group in groups
+    }
+
+
+def _verdict(
+    expected: set[str], outcomes: Mapping[str, str], detail: str, collected: bool, returncode: int, interrupted: bool
+) -> Verdict:
+    counts = {name: sum(found == name for found in outcomes.values()) for name in ("passed", "failed", "skipped")}
+    missed = len(expected - outcomes.keys())
     if counts["failed"]:
-        return Verdict(FAILED, **counts, detail=first)
-    if interrupted:
-        counts["passed"] = max(0, counts["passed"] - 1)  # pytest lists the test that was running without a failure
-        return Verdict(INCOMPLETE, **counts, detail="stopped when the time was up")
-    if returncode != 0:
-        return Verdict(FAILED, **counts, detail=f"pytest ended with exit code {returncode}")
+        return Verdict(FAILED, **counts, missed=missed, detail=detail)
+    if missed or not collected:
+        why = "the time was up" if interrupted else f"pytest ended with exit code {returncode}"
+        return Verdict(
+            INCOMPLETE, **counts, missed=missed, detail=f"{why} before {'the last' if collected else 'any'} test"
+        )
     return Verdict(PASSED, **counts)
 
 
-def refusals(notes: Mapping[str, Any]) -> dict[str, str]:
-    """Operation -> why nothing that needs it is timed, from the notes of the tests' result file.
+def summary(verdict: Verdict) -> str:
+    """A verdict in a line."""
+    counts = f"{verdict.passed} passed, {verdict.failed} failed, {verdict.skipped} skipped"
+    counts += f", {verdict.missed} not reached" if verdict.missed else ""
+    return f"{verdict.status}, {counts}" + (f": {verdict.detail}" if verdict.detail else "")
 
-    A model needs every operation and its graphs, and text needs the model.
-    """
-    verdicts = notes.get("tests", {})
-    refused = {
+
+def failures(notes: Mapping[str, Any]) -> dict[str, str]:
+    """Group -> what failed first, of the groups with a failed test, from the notes of the tests' result file."""
+    return {
         group: f"the tests of {group} failed: {verdict['detail']}"
-        for group, verdict in verdicts.items()
+        for group, verdict in notes.get("tests", {}).items()
         if verdict["status"] == FAILED
     }
-    for whole, parts in (("model", (*OPS, "graphs")), ("text", ("model",))):
-        broken = next((part for part in parts if part in refused), None)
-        if broken is not None:
-            refused.setdefault(whole, refused[broken])
-    return refused
+
+
+def refusals(notes: Mapping[str, Any]) -> dict[str, str]:
+    """Operation -> why it is not timed alone, from the notes of the tests' result file.
+
+    A model and a text's vector are not refused for it: whatever failed, their own output is compared with float64
+    before they are timed. `failures` stand beside them.
+    """
+    return {group: reason for group, reason in failures(notes).items() if group in REFUSED}
 
 
 def as_notes(verdicts: Mapping[str, Verdict]) -> dict[str, Any]:
     return {"tests": {group: asdict(verdict) for group, verdict in verdicts.items()}}
 
 
+def _lines(record: Path) -> list[dict[str, Any]]:
+    """What is in the record, without a last line that was cut short."""
+    found = []
+    for line in record.read_text(encoding="utf-8").splitlines() if record.exists() else ():
+        with suppress(json.JSONDecodeError):
+            found.append(json.loads(line))
+    return found
+
+
 def _wait(process: subprocess.Popen[Any], seconds: float) -> bool:
-    """Waits; true if it had to be interrupted. pytest then still writes the report of what it ran."""
+    """Waits; true if it had to be interrupted. pytest then still prints the failures that it saw."""
+    interrupted = False
     try:
-        process.wait(seconds)
-        return False
+        process.wait(max(0.0, seconds))
     except subprocess.TimeoutExpired:
+        interrupted = True
         process.send_signal(signal.SIGINT)
-    try:
-        process.wait(GRACE)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
-    return True
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(GRACE)
+    # Its own process group: workers that hang in the driver go with it.
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    return interrupted

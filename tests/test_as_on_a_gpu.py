@@ -1,7 +1,7 @@
 """The tests of operations as a machine with a GPU runs them, as far as one without can tell.
 
-The interpreter takes the kernels of compute capability 8.0 otherwise, which are not all that there are; and where there is
-a GPU it is off. Each run is a pytest of its own, since both are settled when Triton is imported.
+The interpreter takes the kernels of compute capability 8.0 otherwise, which are not all that there are; and where there
+is a GPU it is off. Each run is a pytest of its own, since both are settled when Triton is imported.
 """
 
 from __future__ import annotations

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import importlib.util
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -18,8 +17,6 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import ceilings  # noqa: E402
-import gpu  # noqa: E402
-import gpu_tests  # noqa: E402
 import kernel_ops  # noqa: E402
 import models  # noqa: E402
 import suite_kernels  # noqa: E402
@@ -436,149 +433,6 @@ def test_cold_start_times_processes(tmp_path, monkeypatch):
     assert rows[OURS].seconds == rows[OURS].extra["cold_start_seconds"] == 1.0 and rows[OURS].rounds == 2
     assert rows["transformers"].speedup == 3.0
     assert (rows["sentence-transformers"].status, rows["sentence-transformers"].detail) == (FAILED, "planted")
-
-
-JUNIT = '<testsuites><testsuite name="pytest">{}</testsuite></testsuites>'
-GOOD = '<testcase name="test_a" /><testcase name="test_b"><skipped message="no" /></testcase>'
-BAD = '<testcase name="test_c[x]"><failure message="assert 1 == 2&#10;more">...</failure></testcase>'
-
-
-@pytest.mark.parametrize(
-    ("content", "code", "interrupted", "status", "detail"),
-    [
-        (JUNIT.format(GOOD), 0, False, gpu_tests.PASSED, ""),
-        (JUNIT.format(GOOD + BAD), 1, False, gpu_tests.FAILED, "test_c[x]: assert 1 == 2"),
-        (JUNIT.format(GOOD + BAD), 2, True, gpu_tests.FAILED, "test_c[x]: assert 1 == 2"),
-        (JUNIT.format(GOOD), 2, True, gpu_tests.INCOMPLETE, "stopped when the time was up"),
-        (JUNIT.format(GOOD), 3, False, gpu_tests.FAILED, "pytest ended with exit code 3"),
-        (None, -11, False, gpu_tests.FAILED, "pytest ended with exit code -11 and left no report"),
-        (None, -9, True, gpu_tests.INCOMPLETE, "stopped when the time was up, and left no report"),
-    ],
-)
-def test_verdicts(content, code, interrupted, status, detail, tmp_path):
-    """A crash or a failure taken for a pass."""
-    report = tmp_path / "r.xml"
-    if content is not None:
-        report.write_text(content)
-    verdict = gpu_tests.judge(report, code, interrupted)
-    assert (verdict.status, verdict.detail) == (status, detail)
-
-
-def test_a_failed_operation_refuses_the_model_and_text(tmp_path):
-    """A model timed although one of its operations failed, or everything refused for one operation's sake."""
-    verdicts = {
-        "pooling": gpu_tests.Verdict(gpu_tests.PASSED),
-        "linear": gpu_tests.Verdict(gpu_tests.FAILED, detail="d"),
-    }
-    Recorder(tmp_path / "tests.json", CPU).note(**gpu_tests.as_notes(verdicts))
-    refused = gpu_tests.refusals(suites.read_notes(tmp_path / "tests.json"))
-    assert refused == dict.fromkeys(("linear", "model", "text"), "the tests of linear failed: d")
-    assert gpu_tests.refusals(suites.read_notes(tmp_path / "absent.json")) == {}
-    (tmp_path / "tests.json").write_text("{")
-    with pytest.raises(ValueError, match="tests.json"):
-        suites.read_notes(tmp_path / "tests.json")
-
-
-def test_groups_of_tests_exist():
-    """A test file renamed, and its operation timed untested on the GPU."""
-    files = [part for group in gpu_tests.GROUPS.values() for part in group if part.endswith(".py")]
-    assert all((ROOT / name).exists() for name in files)
-    assert {need for op in kernel_ops.OPS.values() for need in op.needs} <= set(gpu_tests.OPS)
-
-
-def test_tests_run_in_processes(tmp_path):
-    """Failures not seen, or one group's failure blamed on another."""
-    for name, body in (("good", "pass"), ("bad", "assert False, 'planted'")):
-        (tmp_path / f"test_{name}.py").write_text(f"def test_first(): pass\ndef test_{name}():\n    {body}\n")
-    groups = {name: (str(tmp_path / f"test_{name}.py"),) for name in ("good", "bad")}
-    verdicts, log = gpu_tests.run(100.0, tmp_path, groups=groups, workers=2)
-    assert verdicts["good"].status == gpu_tests.PASSED and verdicts["good"].passed == 2
-    assert verdicts["bad"].status == gpu_tests.FAILED and "planted" in verdicts["bad"].detail
-    assert "planted" in log and "==== good" not in log
-
-
-def test_hanging_tests_are_stopped(tmp_path):
-    """A test that hangs and eats the whole run, or that loses what the tests before it found."""
-    path = tmp_path / "test_slow.py"
-    path.write_text("import time\ndef test_slow(): time.sleep(100)\n")
-    started = time.monotonic()
-    verdict = gpu_tests.run_group("slow", [str(path)], started + 3.0, tmp_path)
-    assert verdict.status == gpu_tests.INCOMPLETE and verdict.passed == 0
-    assert time.monotonic() - started < 3.0 + gpu_tests.GRACE + 5.0
-
-
-PART = """
-import subprocess, sys, time
-args = dict(zip(sys.argv[1::2], sys.argv[2::2]))
-part, seconds, out = args["--part"], float(args["--seconds"]), args["--out"]
-sys.path[:0] = [{root!r}, {root!r} + "/benchmarks"]
-open(out + "/" + part + ".started", "w").write(str(seconds))
-if part == "tests":
-    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
-    open(out + "/child", "w").write(str(child.pid))
-    time.sleep(60)
-if part == "kernels":
-    import torch
-    from fastbert.bench.results import Results, Row, environment
-    row = Row("kernels", "w", "fastbert", "float32", status="failed", detail="the tests of x failed")
-    Results(environment(torch.device("cpu")), [row]).save(out + "/kernels.json")
-    sys.exit(1)
-"""
-
-
-def test_run_keeps_its_time_and_what_it_has(tmp_path, monkeypatch):
-    """A part that hangs and takes the run with it, leaves processes behind, or costs the others their turn."""
-    script = tmp_path / "part.py"
-    script.write_text(PART.format(root=str(ROOT)))
-    monkeypatch.setattr(gpu, "WEIGHTS", {"tests": 1, "ceilings": 1, "kernels": 40, "model": 1})
-    monkeypatch.setattr(gpu, "GRACE", 3.0)
-    options = gpu.Options(tmp_path, "cpu", minutes=(30.0 + gpu.RESERVE) / 60)
-    started = time.monotonic()
-    plan = ["tests", "ceilings", "kernels", "model"]
-    ended = gpu.run_plan(plan, options, {}, [sys.executable, str(script)])
-    assert time.monotonic() - started < 40.0
-    assert ended == {"tests": 124, "ceilings": 0, "kernels": 1, "model": 0}
-    seconds = {part: float((tmp_path / f"{part}.started").read_text()) for part in plan}
-    assert seconds["tests"] < 1.0 < seconds["kernels"] and sum(seconds[p] for p in plan[:3]) < 31.0
-    child = int((tmp_path / "child").read_text())
-    assert not Path(f"/proc/{child}").exists() or "zombie" in Path(f"/proc/{child}/status").read_text()
-    table = (tmp_path / gpu.TABLE).read_text()
-    assert "the tests of x failed" in table and "tests: cut short: over its time" in table
-    assert gpu.run_plan(["model"], gpu.Options(tmp_path, "cpu", minutes=0.01), {}) == {"model": 125}
-
-
-def test_plan():
-    """Parts that run without the ceilings they are compared with, in the wrong order, or unasked."""
-    nowhere = Path("/nonexistent")
-    assert gpu.planned(None, False, nowhere) == list(gpu.PLAN)
-    assert gpu.planned(["tests"], False, nowhere) == ["tests"]
-    assert gpu.planned(["model", "kernels"], False, nowhere) == ["compile", "ceilings", "kernels", "model"]
-    assert gpu.planned(["tune"], True, nowhere) == ["tune", "sanitizer"]
-
-
-def shell(*arguments, **environment):
-    import os
-
-    script = ROOT / "benchmarks" / "run_gpu.sh"
-    env = {**os.environ, "PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": "", **environment}
-    return subprocess.run(["bash", str(script), *arguments], env=env, capture_output=True, text=True, timeout=120)
-
-
-def test_run_gpu_script(tmp_path):
-    """A script that does not parse, whose help needs a GPU, or that fails without one in a traceback."""
-    script = ROOT / "benchmarks" / "run_gpu.sh"
-    assert subprocess.run(["bash", "-n", str(script)]).returncode == 0
-    done = shell("--help")
-    assert done.returncode == 0 and "--minutes" in done.stdout and "sanitizer" in done.stdout
-    done = shell("--out", str(tmp_path / "out"))
-    assert done.returncode == 2 and done.stderr.startswith("error: no NVIDIA GPU found")
-    assert not (tmp_path / "out").exists()
-    done = shell("--out", str(tmp_path / "out"), "--only", "tune")
-    assert done.returncode == 2 and done.stderr.startswith("error: no NVIDIA GPU found")
-    done = shell("--out", str(tmp_path / "out"), "--only", "train")
-    assert done.returncode == 0 and done.stdout.splitlines() == [f"{k}: {v}" for k, v in gpu.EMPTY.items()]
-    done = shell("--help", PYTHON="/nonexistent/python")
-    assert done.returncode == 2 and "not found" in done.stderr
 
 
 class Benchmark:

@@ -1,0 +1,262 @@
+"""One process, a few minutes: is every kernel right at real sizes, how fast is it, where does a forward lose its time?
+
+    python benchmarks/probe.py --out DIR --seconds 170             on a GPU; run_gpu.sh does it as its part `probe`
+    python benchmarks/probe.py --out DIR --dry                     every line of it in small, on the CPU
+
+What is measured is in SECTIONS, the most important first (probe_models.py, probe_kernels.py). Each piece is a row in
+DIR/probe.json, written at once, with its error against float64; a piece that raises is a row that says so, and the rest
+goes on. Where a kernel takes the CUDA context with it, another process goes on with the next section.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import probe_kernels
+import probe_models
+import torch
+from suites import Deadline, Recorder, Work
+
+from fastbert.bench.measure import interleave, rms_error
+from fastbert.bench.results import FAILED, Results, Row
+
+SUITE = "probe"
+FILE = "probe.json"
+LOST = 3  # exit code: the CUDA context is lost
+ROUNDS, WARMUP = 12, 2
+Run = Callable[[int], Any]
+
+
+class ContextLost(RuntimeError):
+    """Nothing can run on the device any more in this process."""
+
+
+class Probe:
+    """Times and checks pieces. tiny: small sizes and one round each. model: the folder of a MiniLM, or None."""
+
+    def __init__(
+        self,
+        device: torch.device,
+        recorder: Recorder,
+        deadline: Deadline,
+        *,
+        tiny: bool = False,
+        model: Path | None = None,
+        say: Callable[[str], None] = print,
+    ) -> None:
+        self.device, self.recorder, self.deadline = device, recorder, deadline
+        self.tiny, self.model, self.say = tiny, model, say
+        self.section = ""
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.device.type == "cuda"
+
+    @property
+    def is_over(self) -> bool:
+        return self.deadline.left <= 0
+
+    def wait(self) -> None:
+        if self.on_gpu:
+            torch.cuda.synchronize(self.device)
+
+    def add(self, workload: str, name: str, dtype: str = "bfloat16", **fields: Any) -> Row:
+        """A row; what is no field of Row goes into its `extra`."""
+        row = Row(SUITE, f"{self.section}: {workload}", name, dtype)
+        for key, value in fields.items():
+            if key in Row.__dataclass_fields__:
+                setattr(row, key, value)
+            else:
+                row.extra[key] = value
+        self.recorder.add([row])
+        self.say(line(row))
+        return row
+
+    def measure(
+        self,
+        workload: str,
+        name: str,
+        run: Run,
+        *,
+        work: Work | None = None,
+        exact: torch.Tensor | None = None,
+        pick: Callable[[Any], torch.Tensor] = lambda out: out,
+        dtype: str = "bfloat16",
+        **extra: Any,
+    ) -> None:
+        """One row: the median time on the device of run(i), L2 overwritten before each, and its error.
+
+        exact: what pick(run(0)) should be, in float64.
+        """
+
+        def piece() -> None:
+            error = None if exact is None else rms_error(pick(run(0)), exact)
+            rounds = 1 if self.tiny else ROUNDS
+            timing = interleave(
+                {"it": run}, device=self.device, rounds=rounds, warmup=0 if self.tiny else WARMUP, flush_l2=True
+            )["it"]
+            row = Row(SUITE, "", "", dtype, error=error).timed(timing)
+            if work is not None:
+                work.fill(row, self.recorder.results.ceilings)
+            found = {key: getattr(row, key) for key in ("seconds", "spread", "rounds", "error", "rate", "rate_unit")}
+            self.add(workload, name, dtype, ceiling_fraction=row.ceiling_fraction, **found, **extra)
+
+        self.attempt(workload, name, piece, dtype)
+
+    def attempt(self, workload: str, name: str, piece: Callable[[], None], dtype: str = "bfloat16") -> None:
+        """Runs a piece unless the time is up; an error becomes a row. Raises ContextLost where nothing can go on."""
+        if self.is_over:
+            return
+        try:
+            piece()
+            return
+        except Exception as error:
+            # Triton's messages begin with the kernel's source, and end with what is wrong.
+            reason = " ".join(str(error).split())[-200:]
+            self.add(workload, name, dtype, status=FAILED, detail=f"{type(error).__name__}: {reason}")
+        try:
+            self.wait()
+        except RuntimeError as error:
+            raise ContextLost(str(error)) from error
+
+
+@dataclass(frozen=True)
+class Section:
+    """weight: its share of the time, beside the others'."""
+
+    run: Callable[[Probe], None]
+    weight: float
+
+
+SECTIONS = {
+    "ceilings": Section(probe_kernels.measure_ceilings, 12.0),
+    "models": Section(probe_models.measure_models, 45.0),
+    "gemm": Section(probe_kernels.measure_gemms, 35.0),
+    "attention": Section(probe_kernels.measure_attention, 25.0),
+    "profile": Section(probe_models.measure_profile, 20.0),
+    "rows": Section(probe_kernels.measure_rows, 8.0),
+    "8 bits": Section(probe_kernels.measure_eight_bit, 20.0),
+    "copies": Section(probe_kernels.measure_copies, 3.0),
+}
+
+
+def line(row: Row) -> str:
+    """A row in a line."""
+    parts = [f"{row.workload}: {row.competitor}", row.dtype]
+    if row.status == FAILED:
+        return " ".join([*parts, f"FAILED: {row.detail}"])
+    parts += [] if row.seconds is None else [f"{1e6 * row.seconds:.1f} us"]
+    parts += [] if row.rate is None else [f"{row.rate:.4g} {row.rate_unit}"]
+    parts += [] if row.ceiling_fraction is None else [f"({row.ceiling_fraction:.0%} of the ceiling)"]
+    parts += [] if row.tokens_per_second is None else [f"{row.tokens_per_second:,.0f} tokens/s"]
+    parts += [] if row.error is None else [f"error {row.error:.2e}"]
+    parts += [
+        f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in row.extra.items()
+    ]
+    return " ".join(parts)
+
+
+def lines(rows: Sequence[Row]) -> list[str]:
+    """The probe's part of a summary: a heading for each section, and a line for each row."""
+    found: list[str] = []
+    section = ""
+    for row in rows:
+        heading, _, rest = row.workload.partition(": ")
+        if heading != section:
+            section = heading
+            found.append(f"\nprobe, {section}")
+        found.append("  " + line(row).removeprefix(f"{heading}: "))
+    return found
+
+
+def run(
+    out: Path,
+    device: torch.device,
+    seconds: float,
+    *,
+    tiny: bool = False,
+    model: Path | None = None,
+    say: Callable[[str], None] = print,
+    command: Sequence[str] = (sys.executable, str(Path(__file__).resolve())),
+) -> int:
+    """Runs all sections in a process of their own, and after one that lost its context the rest in another.
+
+    Returns an exit code: 1 where a piece failed. command: what starts a process, for tests.
+    """
+    (out / FILE).unlink(missing_ok=True)
+    deadline, left, ended = Deadline(seconds), list(SECTIONS), 0
+    while left and deadline.left > 0:
+        given = ["--out", str(out), "--seconds", f"{deadline.left:.1f}", "--only", *left]
+        given += ["--model", str(model)] if model else []
+        given += ["--dry"] if tiny and device.type == "cpu" else ["--tiny"] if tiny else []
+        code = subprocess.run([*command, *given]).returncode
+        ended = ended or code
+        done = Results.load(out / FILE).notes.get("sections", {}) if (out / FILE).exists() else {}
+        remaining = [name for name in left if name not in done]
+        if code != LOST or remaining == left:
+            break
+        left = remaining
+        say(f"the CUDA context was lost; going on with {', '.join(left) or 'nothing'}")
+    return int(ended != 0)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit code 0: all pieces ran, 1: one failed, 3: the CUDA context was lost."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help=f"where {FILE} goes; rows are added to it"
+    )
+    parser.add_argument("--seconds", type=float, default=170.0)
+    parser.add_argument("--only", nargs="+", metavar="SECTION", help="by default all, the most important first")
+    parser.add_argument(
+        "--model", type=Path, metavar="FOLDER", help="a MiniLM, else the package's, else random weights"
+    )
+    parser.add_argument("--tiny", action="store_true", help="small sizes, one round each")
+    parser.add_argument("--dry", action="store_true", help="the same on the CPU, kernels interpreted")
+    args = parser.parse_args(arguments)
+    if args.dry:
+        os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported, which sections do
+    device = torch.device("cpu" if args.dry else "cuda")
+    unknown = sorted(set(args.only or ()) - set(SECTIONS))
+    if unknown:
+        parser.error(f"--only: got {', '.join(unknown)}, expected some of {', '.join(SECTIONS)}")
+    recorder = Recorder(args.out / FILE, device)
+    if (args.out / FILE).exists():
+        recorder.results = Results.load(args.out / FILE)
+    torch.manual_seed(0)
+    probe = Probe(device, recorder, Deadline(args.seconds), tiny=args.tiny or args.dry, model=args.model)
+    return probe_all(probe, [name for name in SECTIONS if args.only is None or name in args.only])
+
+
+def probe_all(probe: Probe, names: Sequence[str]) -> int:
+    """Runs the sections within their shares of the time; the exit code of `main`."""
+    whole = probe.deadline
+    for number, name in enumerate(names):
+        section = SECTIONS[name]
+        share = section.weight / sum(SECTIONS[later].weight for later in names[number:])
+        probe.section, before = name, whole.left
+        probe.deadline = Deadline(max(0.0, before * share), clock=whole.clock)
+        lost = False
+        try:
+            probe.attempt("all of it", "section", lambda section=section: section.run(probe))
+        except ContextLost as error:
+            lost = True
+            probe.say(f"{name}: {error}")
+        took = {name: round(before - whole.left, 1)}
+        probe.recorder.note(sections={**probe.recorder.results.notes.get("sections", {}), **took})
+        if lost:
+            return LOST
+    return int(any(row.status == FAILED for row in probe.recorder.results.rows))
+
+
+if __name__ == "__main__":
+    code = main()
+    sys.stdout.flush()
+    os._exit(code)  # a lost CUDA context can fail, or hang, in what runs at exit

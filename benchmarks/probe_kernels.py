@@ -1,0 +1,220 @@
+"""What the probe measures of single kernels. T tokens, H hidden, K and M a weight's sizes."""
+
+from __future__ import annotations
+
+import time
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import ceilings
+import suite_kernels
+import suite_quantized
+import torch
+import torch.nn.functional as F
+from probe_models import BF16, first_of
+from suites import Work
+from torch import Tensor
+
+from fastbert import reference, varlen
+from fastbert.bench.results import MISSING
+from fastbert.ops import attention as attention_op
+from fastbert.ops import quantized
+
+if TYPE_CHECKING:
+    from probe import Probe
+
+TOKENS, FEW = 16384, 64  # of a kernel's case; in small
+CHECKED = 256  # rows of a GEMM that are compared with float64
+
+
+def measure_ceilings(probe: Probe) -> None:
+    """The copy and the products that the other numbers are held against; in 8 bits as libraries do them."""
+
+    def usual() -> None:
+        found = ceilings.cached(probe.device, probe.recorder.path.parent, quick=probe.tiny)
+        probe.recorder.results.ceilings |= found
+        for name, value in found.items():
+            *what, unit = name.split()
+            probe.add(" ".join(what), "ceiling", what[-1], rate=value, rate_unit=unit)
+
+    probe.attempt("copy and products", "ceiling", usual)
+    n = 64 if probe.tiny else ceilings.CUDA_SIZE
+    a, b = (torch.randn(n, n, device=probe.device) for _ in range(2))
+    one, work = torch.ones((), device=probe.device), Work(2.0 * n**3)
+    a8, b8 = (x.to(torch.float8_e4m3fn) for x in (a, b))
+
+    def scaled_mm(fast: bool, i: int) -> Tensor:
+        return torch._scaled_mm(a8, b8.t(), one, one, out_dtype=BF16, use_fast_accum=fast)
+
+    for name, fast in (("torch._scaled_mm", False), ("torch._scaled_mm, sums in 14 bits", True)):
+        probe.measure("product", name, partial(scaled_mm, fast), work=work, dtype="fp8")
+    a_int, b_int = (x.mul(30).clamp(-127, 127).to(torch.int8) for x in (a, b))
+    probe.measure("product", "torch._int_mm", lambda i: torch._int_mm(a_int, b_int.t()), work=work, dtype="int8")
+    for dtype in ("fp8", "int8"):
+        rates = [row.rate for row in probe.recorder.results.rows if row.dtype == dtype and row.rate is not None]
+        probe.recorder.results.ceilings |= {ceilings.matmul_key(dtype): max(rates)} if rates else {}
+
+
+# K, M, activation of the linears of BERT-base and BERT-large.
+GEMMS = (
+    (768, 3072, "gelu"), (768, 2304, "none"), (768, 768, "none"), (3072, 768, "none"), (1024, 4096, "gelu"),
+    (4096, 1024, "none"),
+)  # fmt: skip
+# Rows, columns, K, warps, stages of a tile.
+PERSISTENT = (
+    (128, 128, 64, 8, 4), (128, 256, 64, 8, 3), (256, 128, 64, 8, 3), (128, 128, 32, 8, 4), (128, 128, 64, 8, 2),
+)  # fmt: skip
+POINTERS = ((128, 128, 64, 8, 3), (128, 256, 64, 8, 3), (64, 128, 64, 4, 4))
+
+
+def measure_gemms(probe: Probe) -> None:
+    """16-bit linears: cuBLAS without an epilogue, then our kernels with theirs, by tile."""
+    if probe.tiny:
+        measure_gemm(probe, FEW, 64, 128, "gelu")
+        return
+    for n in (TOKENS, 128):
+        for k, m, activation in GEMMS:
+            measure_gemm(probe, n, k, m, activation)
+
+
+def measure_gemm(probe: Probe, n: int, k: int, m: int, activation: str) -> None:
+    from fastbert_kernels import linear, linear_persistent
+
+    x = torch.randn(n, k, device=probe.device).to(BF16)
+    weight = (torch.randn(m, k, device=probe.device) * k**-0.5).to(BF16)
+    bias = torch.randn(m, device=probe.device).to(BF16)
+    plain = F.linear(x[:CHECKED].double(), weight.double(), bias.double())
+    exact = F.gelu(plain) if activation == "gelu" else plain
+    case: dict[str, Any] = {"work": Work(2.0 * n * k * m), "pick": lambda out: out[:CHECKED]}
+    probe.measure(f"{n} x {k} x {m} none", "cuBLAS", lambda i: F.linear(x, weight, bias), exact=plain, **case)
+    out = torch.empty(n, m, device=probe.device, dtype=BF16)
+
+    def run(call: Any, tile: dict[str, int], i: int) -> Tensor:
+        return call(x, weight, bias, activation, None, tile, out)
+
+    for kind, call, tiles in (
+        ("persistent", linear_persistent.linear_persistent_forward, PERSISTENT),
+        ("pointers", linear.linear_pointer_forward, POINTERS),
+    ):
+        for rows, columns, depth, warps, stages in tiles[:1] if probe.tiny else tiles:
+            tile = {"BLOCK_ROWS": rows, "BLOCK_COLS": columns, "BLOCK_K": depth, "GROUP_ROWS": 8}
+            tile |= {"num_warps": warps, "num_stages": stages}
+            tile |= {"WARP_SPECIALIZE": 0} if kind == "persistent" else {}
+            out.fill_(float("nan"))
+            name = f"{kind} {rows}x{columns}x{depth} w{warps} s{stages}"
+            probe.measure(f"{n} x {k} x {m} {activation}", name, partial(run, call, tile), exact=exact, **case)
+
+
+# BLOCK_Q, BLOCK_K, warps, stages.
+ATTENTION = ((128, 64, 8, 2), (128, 64, 8, 3), (128, 128, 8, 2), (64, 64, 4, 3), (64, 64, 4, 2))
+
+
+def measure_attention(probe: Probe) -> None:
+    """Attention in bf16, D = 64, by tile and lengths, beside SDPA; also with the list of tiles that a graph has."""
+    sizes = (FEW, 2, 16) if probe.tiny else (TOKENS, 12, 64)
+    for kind in ("queries", "S32") if probe.tiny else ("S512", "S128", "squad", "queries"):
+        measure_attention_on(probe, kind, *sizes)
+
+
+def measure_attention_on(probe: Probe, kind: str, n: int, heads: int, d: int) -> None:
+    from fastbert_kernels import attention
+
+    lengths = list(suite_kernels.lengths_of(kind, n))
+    batch = varlen.from_lengths(lengths, probe.device)
+    qkv = torch.randn(n, 3 * heads * d, device=probe.device).to(BF16)
+    work = Work(4.0 * heads * d * sum(length * length for length in lengths), 8.0 * n * heads * d)
+    first = first_of(lengths)
+    grouped = attention_op.group_by_length(batch.cu_seqlens_cpu[: len(first) + 1], probe.device)
+    exact = attention_op._grouped(qkv[: sum(first)].double(), *grouped, heads, d**-0.5)
+
+    def run(config: dict[str, int], tiles: Tensor, i: int) -> Tensor:
+        given = qkv, batch.cu_seqlens, batch.seq_ids, tiles, heads, d**-0.5
+        return attention.varlen_attention_forward(*given, config=config)
+
+    for block_q, block_k, warps, stages in ATTENTION[:2] if probe.tiny else ATTENTION:
+        config = {"BLOCK_Q": block_q, "BLOCK_K": block_k, "BLOCK_D": d, "num_warps": warps, "num_stages": stages}
+        tiles = attention.build_work_list(batch.cu_seqlens_cpu.tolist(), block_q)
+        static = torch.zeros(attention.max_tiles(n, block_q), tiles.shape[1], dtype=torch.int32)
+        static[: len(tiles)] = tiles  # most programs of a graph have no rows
+        lists = {"": tiles} | ({", a graph's list": static} if (block_q, stages) == (128, 2) else {})
+        for suffix, listed in lists.items():
+            probe.measure(
+                kind, f"{block_q}x{block_k} w{warps} s{stages}{suffix}", partial(run, config, listed.to(probe.device)),
+                work=work, exact=exact, pick=lambda out: out[: sum(first)], tiles=len(listed),
+            )  # fmt: skip
+    if len(set(lengths)) == 1:
+        q, k, v = qkv.view(len(lengths), lengths[0], 3, heads, d).permute(2, 0, 3, 1, 4)
+        probe.measure(kind, "SDPA", lambda i: F.scaled_dot_product_attention(q, k, v), work=work)
+
+
+def measure_rows(probe: Probe) -> None:
+    """What reads and writes rows: LayerNorm with bias and residual, mean pooling with normalisation."""
+    for h in (64,) if probe.tiny else (384, 768, 1024):
+        measure_rows_of(probe, FEW if probe.tiny else TOKENS, h)
+
+
+def measure_rows_of(probe: Probe, n: int, h: int) -> None:
+    from fastbert_kernels import layer_norm, pooling
+
+    x, residual = (torch.randn(n, h, device=probe.device).to(BF16) for _ in range(2))
+    weight, bias = (torch.randn(h, device=probe.device).to(BF16) for _ in range(2))
+    exact = reference.bias_residual_layer_norm(*(t.double() for t in (x, bias, residual, weight, bias)), 1e-12)
+
+    def norm(i: int) -> Tensor:
+        return layer_norm.bias_residual_layer_norm_forward(x, bias, residual, weight, bias, 1e-12)
+
+    def pool(batch: varlen.PackedBatch, i: int) -> Tensor:
+        return pooling.pool_forward(x, batch.cu_seqlens, "mean", True, torch.float32)
+
+    probe.measure(f"{n} x {h}", "LayerNorm", norm, work=Work(0.0, 6.0 * n * h), exact=exact)
+    for length in (16,) if probe.tiny else (512, 128, n):
+        batch = varlen.from_lengths([length] * (n // length), probe.device)
+        exact = F.normalize(x.double().view(-1, length, h).mean(1), dim=1)
+        name = f"pooling, texts of {length}"
+        probe.measure(f"{n} x {h}", name, partial(pool, batch), work=Work(0.0, 2.0 * n * h), exact=exact)
+    short = varlen.from_lengths([min(n, 512)], probe.device)  # one text, on which a single program works
+    exact = F.normalize(x[: short.n_tokens].double().mean(0, keepdim=True), dim=1)
+    work = Work(0.0, 2.0 * short.n_tokens * h)
+    probe.measure(f"{short.n_tokens} x {h}", "pooling, one text", partial(pool, short), work=work, exact=exact)
+
+
+def measure_eight_bit(probe: Probe) -> None:
+    """The 8-bit linears of BERT-large by both kernels and by libraries, as the kernel suite has them."""
+    sizes = (64, 128, 2) if probe.tiny else suite_kernels.MODELS["BERT-large"]
+    for precision in ("fp8", "int8"):
+        obstacle = quantized.device_obstacle(precision, probe.device)
+        if obstacle is not None:
+            probe.add("all", precision, precision, status=MISSING, detail=obstacle)
+            continue
+        for name, linear in suite_quantized.linears(*sizes).items():
+            probe.attempt(name, "all", partial(measure_eight_bit_linear, probe, name, linear, precision), precision)
+
+
+def measure_eight_bit_linear(probe: Probe, name: str, linear: suite_quantized.Linear, precision: str) -> None:
+    built = suite_quantized.build(linear, FEW if probe.tiny else TOKENS, precision, probe.device)
+    for peer in built.peers:
+        if peer.available() is None and peer.name != suite_kernels.EAGER:
+            case: dict[str, Any] = {"work": built.work, "exact": built.reference, "dtype": precision}
+            probe.measure(name, peer.name, peer.run, pick=partial(_output, peer), **case)
+
+
+def _output(peer: Any, out: Any) -> Tensor:
+    return peer.output()
+
+
+def measure_copies(probe: Probe) -> None:
+    """Whether positions that are copied from the host wait for what the GPU is doing."""
+    for n in (4,) if probe.tiny else (4, 32, 128):
+        probe.attempt(f"{n} texts of 512", "from_lengths", partial(measure_copy, probe, n), "int64")
+
+
+def measure_copy(probe: Probe, n: int) -> None:
+    probe.wait()
+    if probe.on_gpu:
+        torch.cuda._sleep(400_000_000)  # some 0.2 s
+    started = time.perf_counter()
+    varlen.from_lengths([512] * n, probe.device)
+    blocked = time.perf_counter() - started
+    probe.wait()
+    whole = time.perf_counter() - started
+    probe.add(f"{n} texts of 512", "from_lengths", "int64", seconds=blocked, share_of_the_wait=blocked / whole)
