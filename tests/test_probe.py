@@ -35,7 +35,7 @@ def probe_on(tmp_path, seconds=100.0):
 def test_every_piece_in_small(tmp_path):
     """A piece that raises, a kernel that is wrong, or one that is measured and not compared with float64."""
     environment = {**os.environ, "PYTHONPATH": source_env()["PYTHONPATH"], "OMP_NUM_THREADS": "1"}
-    line = [sys.executable, str(ROOT / "benchmarks" / "probe.py"), "--out", str(tmp_path), "--dry"]
+    line = [sys.executable, str(ROOT / "benchmarks" / "probe.py"), "--out", str(tmp_path), "--dry", "--seconds", "3000"]
     done = subprocess.run(line, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     results = Results.load(tmp_path / probe.FILE)
