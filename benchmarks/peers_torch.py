@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fastbert.bench.engines import SDPA, Engine, Packed, Padded
+from fastbert.bench.engines import SDPA, Engine, Packed, Padded, missing
 
 NO_GPU = "needs an NVIDIA GPU"
 HALF = (torch.bfloat16, torch.float16)
@@ -58,6 +58,21 @@ class FlashSDPA(ForcedSDPA):
 class CudnnSDPA(ForcedSDPA):
     name = "transformers cuDNN SDPA"
     backend = SDPBackend.CUDNN_ATTENTION
+
+
+class FlashAttention(SDPA):
+    """transformers with FlashAttention-2, from flash-attn or through PyPI's kernels: without padding in attention."""
+
+    name, attention = "transformers FlashAttention-2", "flash_attention_2"
+    always_masked = True  # without a mask it would have to be told that nothing is padding
+
+    def available(self) -> str | None:
+        if self.source.device.type != "cuda":
+            return NO_GPU
+        if self.source.dtype not in HALF:
+            return f"FlashAttention takes bfloat16 and float16, not {self.dtype}"
+        reasons = [missing(package) for package in ("flash-attn", "kernels")]
+        return super().available() or (f"{reasons[0]}; {reasons[1]}" if all(reasons) else None)
 
 
 class VarlenAttention(Packed):
@@ -139,7 +154,7 @@ class NestedTransformer(Padded):
         return self.encoder(self.embeddings(input_ids=ids), src_key_padding_mask=padding)
 
 
-GPU_ENGINES: tuple[type[Engine], ...] = (FlashSDPA, CudnnSDPA, VarlenAttention, NestedTransformer)
+GPU_ENGINES: tuple[type[Engine], ...] = (FlashSDPA, CudnnSDPA, FlashAttention, VarlenAttention, NestedTransformer)
 CPU_ENGINES: tuple[type[Engine], ...] = (NestedTransformer,)
 
 

@@ -271,7 +271,7 @@ def test_packed_bert_around_varlen_attention(folder, texts, monkeypatch):
 def test_reasons_of_what_cannot_run_here(folder, tmp_path):
     """A competitor for GPUs that fails on a machine without one, or is left out of the table."""
     on_cpu = Source(folder, torch.float32, CPU)
-    for engine in (peers_torch.FlashSDPA, peers_torch.CudnnSDPA, peers_torch.VarlenAttention):
+    for engine in peers_torch.GPU_ENGINES[:-1]:
         assert engine(on_cpu).available() == "needs an NVIDIA GPU"
     on_gpu = Source(folder, torch.float32, torch.device("cuda"))
     assert peers_torch.VarlenAttention(on_gpu).available() == "varlen_attn takes bfloat16 and float16, not float32"
