@@ -18,6 +18,7 @@ from fastbert.activations import ACTIVATIONS
 from fastbert.checkpoint import read_json, resolve, write_text
 from fastbert.config_access import DEFAULTS, UNSUPPORTED, ConfigAccess, refuse_unsupported
 from fastbert.families import AFTER_PADDING, Family, family_of
+from fastbert.hub import ARGUMENTS
 
 logger = logging.getLogger("fastbert")
 
@@ -213,13 +214,17 @@ class BertConfig(ConfigAccess):
     def from_pretrained(cls, src: str | os.PathLike[str], **overrides: Any) -> BertConfig:
         """A config from a local folder, a ``config.json`` file or a hub id; ``overrides`` as in ``from_dict``.
 
+        Among them may be what ``hub.resolve`` takes: revision, subfolder, cache_dir, token, local_files_only,
+        force_download.
+
         Raises FileNotFoundError if there is no such file, TypeError for an unknown override, ValueError if the file is
         not a JSON object, describes a model that is not covered, or asks for what is not. Messages name the file.
         """
+        hub = {name: value for name in ARGUMENTS if (value := overrides.pop(name, None)) is not None}
         if isinstance(src, (str, os.PathLike)) and os.path.isfile(os.path.expanduser(src)):
             path = Path(src).expanduser()
         else:
-            path = resolve(src, weights=False) / CONFIG_NAME
+            path = resolve(src, weights=False, **hub) / CONFIG_NAME
         d = read_json(path)
         try:
             _check_is_bert(d)

@@ -22,6 +22,9 @@ _HUB_SAFETENSORS = ["*.safetensors", "[0-9]*_Dense/pytorch_model.bin"]
 _HUB_BIN = ["pytorch_model*.bin", "[0-9]*_Transformer/pytorch_model*.bin"]
 _HUB_IGNORE = ["onnx/*", "openvino/*", "coreml/*", "checkpoint-*/*"]
 
+# The keyword arguments of `resolve` that transformers' from_pretrained has, too.
+ARGUMENTS = ("revision", "subfolder", "cache_dir", "token", "local_files_only", "force_download", "use_safetensors")
+
 
 def resolve(
     src: str | os.PathLike[str],

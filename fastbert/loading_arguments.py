@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from fastbert.config import BertConfig
+from fastbert.hub import ARGUMENTS as HUB
 from fastbert.hub import resolve
 
 logger = logging.getLogger("fastbert")
 
-HUB = ("revision", "subfolder", "cache_dir", "token", "local_files_only", "force_download", "use_safetensors")
 
 # Arguments that `Arguments.of` gives a meaning to, beside those of the hub.
 TAKEN = (

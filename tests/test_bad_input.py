@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 import fastbert
+from fastbert.config import HIDDEN_ACTS
 from helpers import cu_seqlens_of
 from model_cases import (
     BATCH,
@@ -152,7 +153,7 @@ def test_more_layers_than_the_checkpoint_has(folder: Path) -> None:
         ),
         ({"is_decoder": True}, "is_decoder: got True, but decoder mode is not supported"),
         ({"add_cross_attention": True}, "add_cross_attention: got True, but cross-attention is not supported"),
-        ({"hidden_act": "xielu"}, "hidden_act: got 'xielu', expected one of gelu, gelu_new, gelu_pytorch_tanh, relu"),
+        ({"hidden_act": "xielu"}, f"hidden_act: got 'xielu', expected one of {', '.join(HIDDEN_ACTS)}"),
         ({"num_attention_heads": 5}, "hidden_size: got 32, expected a multiple of num_attention_heads (5)"),
         ({"hidden_size": 0}, "hidden_size: got 0, expected a positive whole number"),
     ],
@@ -255,7 +256,7 @@ def test_what_is_no_tensor(name: str, model: Any, batch: dict[str, Any]) -> None
     [
         ((BATCH, LENGTH - 1), ""),
         ((BATCH - 1, LENGTH), ""),
-        ((1, LENGTH), ""),
+        ((2, LENGTH), ""),
         ((LENGTH,), ""),
         ((LENGTH, BATCH), ""),
         ((BATCH, LENGTH, LENGTH), " (masks of pairs of tokens are not supported)"),
@@ -284,7 +285,7 @@ def test_mask_of_pairs_to_a_head(name: str) -> None:
     [
         ("input_ids", (LENGTH,), "input_ids: expected shape (B, S), got (13,)"),
         ("input_ids", (2, 2, LENGTH), "input_ids: expected shape (B, S), got (2, 2, 13)"),
-        ("token_type_ids", (1, LENGTH), "token_type_ids: expected shape (4, 13) as input_ids, got (1, 13)"),
+        ("token_type_ids", (2, LENGTH), "token_type_ids: expected shape (4, 13) as input_ids, got (2, 13)"),
         ("token_type_ids", (BATCH, 12), "token_type_ids: expected shape (4, 13) as input_ids, got (4, 12)"),
         ("position_ids", (LENGTH,), "position_ids: expected shape (4, 13), got (13,)"),
         ("position_ids", (BATCH, 1), "position_ids: expected shape (4, 13), got (4, 1)"),

@@ -79,6 +79,7 @@ def test_arguments_of_the_hub_with_a_local_folder(folder: Path, tmp_path: Path) 
     fastbert.BertModel.from_pretrained(folder, use_safetensors=True, weights_only=True, use_auth_token=True, **hub)
     model = fastbert.BertModel.from_pretrained(pretrained_model_name_or_path=tmp_path, subfolder="mlm")
     assert model.name_or_path == model.config.name_or_path == str(tmp_path)
+    assert fastbert.BertConfig.from_pretrained(tmp_path, subfolder="mlm", **hub).vocab_size == 50
     with pytest.raises(FileNotFoundError, match=r"looked for pytorch_model.bin.index.json"):
         fastbert.BertModel.from_pretrained(folder, use_safetensors=False)
 
