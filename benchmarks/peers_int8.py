@@ -107,5 +107,5 @@ def calibration(source: Source) -> list[dict[str, np.ndarray]]:
 
 
 def engines(dtype: torch.dtype) -> tuple[type[Engine], ...]:
-    """Those that compete with fastbert in such a dtype."""
+    """The engines that compete with fastbert in a dtype."""
     return (Zentorch,) if dtype == torch.float32 else (Zentorch, ONNXRuntimeInt8, OpenVINOInt8)
