@@ -630,9 +630,10 @@ class BertModel(PreTrainedModel):
         """
         ids = {"input_ids": input_ids, "token_type_ids": token_type_ids, "position_ids": position_ids}
         self._check_tensors(**ids, inputs_embeds=inputs_embeds)
+        n_tokens = batch.n_tokens
         for name, tensor in ids.items():
-            if tensor is not None and tensor.shape != (batch.n_tokens,):
-                raise ValueError(f"{name}: expected shape ({batch.n_tokens},), got {tuple(tensor.shape)}")
+            if tensor is not None and tensor.shape != (n_tokens,):
+                raise ValueError(f"{name}: expected shape ({n_tokens},), got {tuple(tensor.shape)}")
         self._check_embeds(inputs_embeds)
         if position_ids is None and self._counted_from is not None:
             if input_ids is None:
@@ -644,7 +645,7 @@ class BertModel(PreTrainedModel):
             self.follow_weights()
         if position_ids is None:
             position_ids = batch.position_ids
-        in_bucket = not torch.compiler.is_compiling() and graphs.bucket_of(batch.n_tokens) is not None
+        in_bucket = not torch.compiler.is_compiling() and graphs.bucket_of(n_tokens) is not None
         if input_ids is not None and in_bucket and self.graph_obstacle() is None:
             return self._encode_bucket(batch, (input_ids, token_type_ids, position_ids), keep_states)
         if self.embeddings.token_type_embeddings is None:
@@ -656,7 +657,7 @@ class BertModel(PreTrainedModel):
         types, positions = None if token_type_ids is None else token_type_ids.long(), position_ids.long()
         if self.precision is not None and self.device.type == "cpu" and quantized.choose(self) == "cpu":
             return self._encode_in_int8(batch, words, types, positions, inputs_embeds, keep_states)
-        if words is not None and not keep_states and self.cpu_encoder_obstacle(batch.n_tokens) is None:
+        if words is not None and not keep_states and self.cpu_encoder_obstacle(n_tokens) is None:
             last = self._encode_in_one_call(batch, words, types, positions)
             if last is not None:
                 return [last]
@@ -826,7 +827,7 @@ class BertModel(PreTrainedModel):
         if self.graphs_refused() is not None:
             return self.graphs_refused()
         # A replica of DataParallel shares what it has with the others, and lasts for one call.
-        if getattr(self, "_is_replica", False):
+        if self.__dict__.get("_is_replica", False):
             return "the model is a replica of DataParallel"
         if (observer := graphs.observed(device)) is not None:
             return observer
@@ -917,7 +918,7 @@ class BertModel(PreTrainedModel):
         """Why the operations could not run as one at the moment without a difference that somebody sees; or None."""
         if torch.is_autocast_enabled("cpu"):
             return "autocast is on"
-        if getattr(self, "_is_replica", False):
+        if self.__dict__.get("_is_replica", False):
             return "the model is a replica of DataParallel"
         if (observer := graphs.observed(device)) is not None:
             return observer

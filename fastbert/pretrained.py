@@ -77,8 +77,8 @@ class PreTrainedModel(ModelAccess):
     @property
     def longest_text(self) -> int:
         """The tokens of the longest text that the model reads: its table's positions from a text's first one on."""
-        encoder: Any = getattr(self, "bert", self)
-        table = encoder.embeddings.position_embeddings
+        encoder: Any = self._modules.get("bert", self)
+        table = encoder._modules["embeddings"]._modules.get("position_embeddings")
         n_positions: int = getattr(table, "num_embeddings", self.config.max_position_embeddings)  # not in an adapter
         return n_positions - self.config.position_offset
 

@@ -162,7 +162,8 @@ class SentenceEncoder(SentenceTransformersApi):
     @property
     def max_seq_length(self) -> int:
         """Tokens of a text that are read, special tokens included; at most the model's positions."""
-        limit, positions = self.tokenizer.model_max_length, self.model.longest_text
+        model: Any = self._modules["model"]
+        limit, positions = self.tokenizer.model_max_length, model.longest_text
         return positions if limit is None else min(limit, positions)
 
     @max_seq_length.setter
@@ -406,8 +407,10 @@ class SentenceEncoder(SentenceTransformersApi):
 
     def _in_training(self) -> bool:
         """Whether a module is; without asking each of the encoder, which would take as long as a short text."""
-        if self.model.all_in_eval_mode():
-            return self.training or any_in_training(self.tail)
+        model: Any = self._modules["model"]
+        tail: Any = self._modules["tail"]
+        if model.all_in_eval_mode():
+            return self.training or any_in_training(tail)
         return any_in_training(self)
 
     def _prompt(self, prompt: str | None, prompt_name: str | None) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable, Iterator
 from itertools import groupby
 from typing import Any
@@ -74,21 +73,10 @@ def _text(item: Any, where: str) -> str:
 class TextRun(Run):
     """A run in which some texts may be pairs."""
 
-    def _tokenize(self, window: list[str]) -> PackedEncoding:
+    def _encoded(self, window: list[str]) -> PackedEncoding:
         if Pair not in set(map(type, window)):
-            return super()._tokenize(window)
-        started = time.perf_counter()
-        for i, text in enumerate(window, start=self.n_texts):
-            check_text(text, "sentences" if self.request.single else f"sentences[{i}]")
-        parts = list(_packed(self.encoder.tokenizer, window, self.request.prompt, self.limit))
-        tokens = _joined(parts)
-        self.model.embeddings.check_ids(tokens.input_ids, tokens.token_type_ids)
-        self.n_texts += len(window)
-        self.n_truncated += tokens.n_truncated
-        self.n_truncated_tokens += tokens.n_truncated_tokens
-        self.timings.tokens += tokens.input_ids.shape[0]
-        self.timings.tokenizing += time.perf_counter() - started
-        return tokens
+            return super()._encoded(window)
+        return _joined(list(_packed(self.encoder.tokenizer, window, self.request.prompt, self.limit)))
 
 
 def _packed(tokenizer: Tokenizer, window: list[str], prompt: str, limit: int) -> Iterator[PackedEncoding]:

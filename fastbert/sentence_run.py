@@ -31,7 +31,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastbert import ops, varlen
+from fastbert import ops, silent_writes, varlen
 from fastbert.sentence_layout import POOLING_MODES, Normalize, apply
 from fastbert.text_windows import WINDOW_CHARACTERS
 from fastbert.tokenizer import PackedEncoding
@@ -192,9 +192,7 @@ class Run:
         started = time.perf_counter()
         for i, text in enumerate(window, start=self.n_texts):
             check_text(text, "sentences" if self.request.single else f"sentences[{i}]")
-        prompt = self.request.prompt
-        texts = [prompt + text for text in window] if prompt else window
-        tokens = self.encoder.tokenizer.encode_packed(texts, max_length=self.limit, warn=False)
+        tokens = self._encoded(window)
         self.model.embeddings.check_ids(tokens.input_ids, tokens.token_type_ids)
         self.n_texts += len(window)
         self.n_truncated += tokens.n_truncated
@@ -203,13 +201,19 @@ class Run:
         self.timings.tokenizing += time.perf_counter() - started
         return tokens
 
+    def _encoded(self, window: list[str]) -> PackedEncoding:
+        prompt = self.request.prompt
+        texts = [prompt + text for text in window] if prompt else window
+        return self.encoder.tokenizer.encode_packed(texts, max_length=self.limit, warn=False)
+
     def _compute(self, tokens: PackedEncoding) -> Tensor | list[Any]:
         request, n_texts = self.request, tokens.cu_seqlens.shape[0] - 1
         vectors: Tensor | None = None
         items: list[Any] = [None] * n_texts
         made: Tensor | list[Any]
         budget = self.encoder.token_budget or TOKEN_BUDGET.get(self.device.type, TOKEN_BUDGET["cuda"])
-        self.model.follow_weights()
+        if silent_writes.waits(self.device):  # elsewhere each use looks
+            self.model.follow_weights()
         for places, batch, *ids in in_batches(tokens, budget, request.batch_size, self.device):
             with torch.inference_mode():
                 hidden = self.model.encode_packed(batch, *ids, check=False)[-1]

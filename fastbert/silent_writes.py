@@ -67,6 +67,7 @@ class Samples:
         ]
         self._calls = [(array.ctypes.data, len(array), size) for array, size in self._addresses]
         self._words = on_host
+        self._compiled = cpu.unavailable() is None
         elsewhere = [word for word in words if not _on_host(word)]
         self._elsewhere = {
             key: [_view(word) for word in elsewhere if (word.dtype, word.device) == key]
@@ -75,7 +76,7 @@ class Samples:
 
     def digest(self) -> Any:
         """A value that differs where one of the numbers does. For tensors on a GPU this waits for it."""
-        if cpu.unavailable() is None:
+        if self._compiled:
             found: list[Any] = [cpu.digest(*call) for call in self._calls]
         else:
             found = [word.numpy().flat[_places(word)].tobytes() for word in self._words]

@@ -65,8 +65,7 @@ def transformed(*tensors: Any) -> str | None:
         if torch._C._are_functorch_transforms_active():
             return _TRANSFORM
         return "torch.onnx.export records the operations" if _exports_to_onnx() else None
-    reason = _at_work(False)
-    return _unusual(tensors) if reason is None else reason
+    return _reason(False, tensors)
 
 
 def observed(*tensors: Any) -> str | None:
@@ -76,8 +75,7 @@ def observed(*tensors: Any) -> str | None:
     """
     if torch.compiler.is_compiling():
         return "torch.compile or torch.export traces the operations"
-    reason = _at_work(True)
-    return _unusual(tensors) if reason is None else reason
+    return _reason(True, tensors)
 
 
 def differentiated() -> bool:
@@ -118,17 +116,30 @@ def _exports_to_onnx() -> bool:
     return torch.onnx.is_in_onnx_export()
 
 
-def _at_work(modes: bool) -> str | None:
-    """The reason that lies in the thread's state. modes: whether modes that see real numbers count."""
+def _reason(modes: bool, tensors: tuple[Any, ...]) -> str | None:
+    """The reason that lies in the thread's state or in a tensor. modes: whether modes that see real numbers count."""
     n_modes, n_function_modes = torch._C._len_torch_dispatch_stack(), torch._C._len_torch_function_stack()
-    if (
+    quiet = (
         torch._C._get_tracing_state() is None
         and torch._C._functorch.maybe_current_level() is None
         and forward_ad._current_level < 0
         and n_modes == 0
         and n_function_modes == 0
-    ):
-        return None
+    )
+    if not quiet and (reason := _at_work(modes, n_modes, n_function_modes)) is not None:
+        return reason
+    for tensor in tensors:
+        if tensor is None:
+            continue
+        if type(tensor) not in PLAIN:
+            return f"the inputs are no plain tensors ({type(tensor).__name__})"
+        if tensor.is_meta:
+            return "the inputs are on the meta device, without numbers"
+    return None
+
+
+def _at_work(modes: bool, n_modes: int, n_function_modes: int) -> str | None:
+    """The reason that lies in the thread's state."""
     if torch._C._get_tracing_state() is not None:
         return "torch.jit.trace records the operations"
     if torch._C._functorch.maybe_current_level() is not None:
@@ -153,17 +164,6 @@ def _infra_mode() -> str | None:
         mode = torch._C._get_dispatch_mode(key)
         if mode is not None:
             return type(mode).__name__
-    return None
-
-
-def _unusual(tensors: tuple[Any, ...]) -> str | None:
-    for tensor in tensors:
-        if not isinstance(tensor, torch.Tensor):  # None, or what explain puts in a tensor's place
-            continue
-        if type(tensor) not in PLAIN:
-            return f"the inputs are no plain tensors ({type(tensor).__name__})"
-        if tensor.is_meta:
-            return "the inputs are on the meta device, without numbers"
     return None
 
 
