@@ -75,8 +75,8 @@ def _pool_kernel(
 
     if MODE == "cls" or MODE == "last":
         row = start if MODE == "cls" else start + length - 1
-        pooled = tl.load(hidden_ptr + row * hidden_row_stride + col_offs, mask=col_mask & (length > 0), other=0.0)
-        pooled = pooled.to(tl.float32)
+        mask = col_offs < tl.minimum(length, 1) * N_COLS  # nothing of an empty sequence
+        pooled = tl.load(hidden_ptr + row * hidden_row_stride + col_offs, mask=mask, other=0.0).to(tl.float32)
     else:
         EMPTY: tl.constexpr = float("-inf") if MODE == "max" else 0.0
         partial = tl.full((BLOCK_ROWS, BLOCK_COLS), EMPTY, tl.float32)
