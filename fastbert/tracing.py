@@ -55,6 +55,12 @@ def constant(function: Function) -> Function:
     return function
 
 
+@constant
+def _traced_transform() -> bool:
+    """Whether a compiler traces a transform of torch.func. It cannot look into the question itself."""
+    return torch._C._functorch.maybe_current_level() is not None
+
+
 def transformed(*tensors: Any) -> str | None:
     """Why no value may be read on the host, and no operation of ours may run; or None.
 
@@ -62,7 +68,7 @@ def transformed(*tensors: Any) -> str | None:
     no reason: they pass through our operations, and leave what reads values alone.
     """
     if torch.compiler.is_compiling():
-        if torch._C._are_functorch_transforms_active():
+        if _traced_transform():
             return _TRANSFORM
         return "torch.onnx.export records the operations" if _exports_to_onnx() else None
     return _reason(False, tensors)
@@ -81,7 +87,7 @@ def observed(*tensors: Any) -> str | None:
 def differentiated() -> bool:
     """Whether a transform of torch.func or forward-mode AD is at work: PyTorch's fused attention has no rule for it."""
     if torch.compiler.is_compiling():
-        return bool(torch._C._are_functorch_transforms_active())
+        return _traced_transform()
     return torch._C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0
 
 

@@ -133,7 +133,10 @@ def check_invariant(op: str, policy: Policy, backend: str, obstacle: str | None 
     """
     if policy.batch_invariant:
         reason = obstacle if backend == "cpu" else "the tensors are on no GPU and no CPU"
-        reason = tracing.observed() if reason is None or torch.compiler.is_compiling() else reason
+        if torch.compiler.is_compiling():
+            reason = "torch.compile and torch.export would make operations of their own of it"
+        elif reason is None:
+            reason = tracing.observed()
         if reason is not None:
             _refuse(f"batch_invariant: {op}: {reason}")
 
