@@ -567,9 +567,9 @@ class BertModel(PreTrainedModel):
             ):
                 hint = " (masks of pairs of tokens are not supported)" if tensor.dim() > 2 else ""
                 raise ValueError(f"{other}: expected shape {shape} as {name}, got {tuple(tensor.shape)}{hint}")
-        if attention_mask is not None and attention_mask.shape[0] != shape[0]:
+        if attention_mask is not None and tracing.differ(attention_mask.shape[0], shape[0]):
             attention_mask = attention_mask.expand(shape)
-        if token_type_ids is not None and token_type_ids.shape[0] != shape[0]:
+        if token_type_ids is not None and tracing.differ(token_type_ids.shape[0], shape[0]):
             token_type_ids = token_type_ids.expand(shape)
         if position_ids is not None:
             came = tuple(position_ids.shape)

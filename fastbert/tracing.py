@@ -91,11 +91,14 @@ def differentiated() -> bool:
     return torch._C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0
 
 
+def has_sizes() -> bool:
+    """Whether sizes are numbers that can be compared. torch.jit.trace has tensors, which nobody compares."""
+    return torch.compiler.is_compiling() or torch._C._get_tracing_state() is None
+
+
 def differ(shape: Any, expected: Any) -> bool:
-    """Whether a shape, or a size, is not the expected one. torch.jit.trace, whose sizes are tensors, is not asked."""
-    if not torch.compiler.is_compiling() and torch._C._get_tracing_state() is not None:
-        return False
-    return bool(shape != expected)
+    """Whether a shape, or a size, is not the expected one, where sizes can be compared."""
+    return has_sizes() and bool(shape != expected)
 
 
 def length_of(weight: torch.Tensor) -> int:

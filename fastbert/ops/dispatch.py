@@ -185,7 +185,7 @@ def dtype_obstacle(*tensors: torch.Tensor | None) -> str | None:
     dtype = present[0].dtype
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"there are no Triton kernels for {dtype}"
-    if any(t.dtype != dtype for t in present):
+    if len({t.dtype for t in present}) > 1:
         return f"mixed dtypes: {', '.join(sorted({str(t.dtype) for t in present}))}"
     if (transformed := tracing.transformed(*present)) is not None:
         return transformed

@@ -82,11 +82,12 @@ def bias_residual_layer_norm(
     ValueError for shapes that do not fit, BackendError under a strict policy.
     """
     hidden_size = x.shape[-1]
-    for name, tensor in (("bias", bias), ("weight", weight), ("ln_bias", ln_bias)):
-        if tensor is not None and tracing.differ(tensor.shape, (hidden_size,)):
-            raise ValueError(f"{name}: expected shape ({hidden_size},), got {tuple(tensor.shape)}")
-    if residual is not None and tracing.differ(residual.shape, x.shape):
-        raise ValueError(f"residual: expected the shape of x, {tuple(x.shape)}, got {tuple(residual.shape)}")
+    if tracing.has_sizes():
+        for name, tensor in (("bias", bias), ("weight", weight), ("ln_bias", ln_bias)):
+            if tensor is not None and tensor.shape != (hidden_size,):
+                raise ValueError(f"{name}: expected shape ({hidden_size},), got {tuple(tensor.shape)}")
+        if residual is not None and residual.shape != x.shape:
+            raise ValueError(f"residual: expected the shape of x, {tuple(x.shape)}, got {tuple(residual.shape)}")
     why_not = obstacle(hidden_size, x, bias, residual, weight, ln_bias, dropout_p=dropout_p)
     backend = dispatch.choose("layer_norm", policy.backend, policy.strict, x.device, why_not)
     if backend == "triton":

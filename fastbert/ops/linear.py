@@ -225,7 +225,8 @@ def linear_residual_layer_norm(
 
 
 def _check(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
-    if x.dim() != 2 or weight.dim() != 2 or tracing.differ(x.shape[1], weight.shape[1]):
+    known = tracing.has_sizes()
+    if x.dim() != 2 or weight.dim() != 2 or (known and x.shape[1] != weight.shape[1]):
         raise ValueError(f"x, weight: expected (T, K) and (M, K), got {tuple(x.shape)} and {tuple(weight.shape)}")
-    if bias is not None and tracing.differ(bias.shape, (weight.shape[0],)):
+    if bias is not None and known and bias.shape != (weight.shape[0],):
         raise ValueError(f"bias: expected shape ({weight.shape[0]},), got {tuple(bias.shape)}")
