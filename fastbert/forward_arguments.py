@@ -7,6 +7,8 @@ import inspect
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+import torch
+
 Forward = TypeVar("Forward", bound=Callable[..., Any])
 
 # What each asks for where it is not None. The first ones change nothing in an encoder, whatever they say.
@@ -25,7 +27,11 @@ def takes_theirs(forward: Forward) -> Forward:
     """Lets a forward take the arguments of HARMLESS and REFUSED by name; ValueError for one that asks for something."""
 
     @functools.wraps(forward)
-    def call(*args: Any, **arguments: Any) -> Any:
+    def call(self: Any, *args: Any, **arguments: Any) -> Any:
+        if isinstance(arguments, torch.fx.Proxy):
+            raise TypeError(
+                f"torch.fx.symbolic_trace cannot follow a {type(self).__name__}; torch.export and torch.compile can"
+            )
         if not _NAMES.isdisjoint(arguments):
             for name, reason in REFUSED.items():
                 value = arguments.pop(name, None)
@@ -33,8 +39,9 @@ def takes_theirs(forward: Forward) -> Forward:
                     raise ValueError(f"{name}: got a {type(value).__name__}, expected None: {reason}")
             for name in HARMLESS:
                 arguments.pop(name, None)
-        return forward(*args, **arguments)
+        return forward(self, *args, **arguments)
 
+    del call.__wrapped__  # torch.fx would take the inner function's names for those of this one
     # Trainer and PEFT read the names here.
     signature = inspect.signature(forward)
     kind = inspect.Parameter.KEYWORD_ONLY
