@@ -37,6 +37,8 @@ GROUPS: dict[str, tuple[str, ...]] = {
                  "tests/test_accelerate_wrapped.py"),
     "verify": ("tests/test_verify.py", "tests/test_explain.py"),
     "stalls": ("tests/test_no_stall.py",),
+    "host": ("tests/test_contexts.py", "tests/test_copies.py", "tests/test_silent_writes.py", "tests/test_jit.py",
+             "tests/test_graph_streams.py", "tests/test_sentence_inputs.py"),
     "peers": ("tests/test_bench_peers.py",),
     "memory": ("tests/test_memory.py",),
     "tune": ("tests/test_tune.py",),

@@ -308,7 +308,7 @@ class Explainer:
         h = self.config.hidden_size
         decision = self.decide("pooling", pooling.obstacle(h, self.hidden))
         mode, sums = what.split(",")[0].split(" ")[0], what.endswith("in float32")
-        blocks = "whole_row_config" if mode in ("cls", "last") else "pooling_config"
+        blocks = "one_row_pooling_config" if mode in ("cls", "last") else "pooling_config"
         row = self.row(name, f"(T, {h}) -> (B, {h}), {what}", decision, pooling.KERNELS, (blocks, h))
         exact = mode in pooling.EXACT and "normalized" not in what
         if decision.backend != "cpu" or not sums or exact:

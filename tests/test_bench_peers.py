@@ -90,7 +90,8 @@ def test_every_text_peer_is_right(folder, texts, dtype):
         encoders = [encoder for encoder in encoders if encoder.name != Compiled.name]
     rows = hold([Throughput(encoder) for encoder in encoders], task.reference(), dtype, tokens=task.n_tokens)
     for name, row in rows.items():
-        package = {"ONNX": "onnxruntime", "OpenVINO": "openvino", "CTranslate2": "ctranslate2"}.get(name.split()[0])
+        packages = {"ONNX": "onnxruntime", "OpenVINO": "openvino", "CTranslate2": "ctranslate2", "zentorch": "zentorch"}
+        package = packages.get(name.split()[0])
         if row.status == MISSING:
             assert package is not None, f"{name}: {row.detail}"
             assert row.detail.endswith(("is not installed", "on this processor")), f"{name}: {row.detail}"

@@ -94,15 +94,13 @@ def test_changed_weights(change: Callable[[Any], None], stand_in: StandIn, devic
 
 
 def test_writes_that_nobody_counts(stand_in: StandIn, device: torch.device) -> None:
-    """Catches eval() after a write through .data that the 8-bit weights of a graph do not follow, or a new capture."""
+    """Catches a write through .data that the 8-bit weights of a graph do not follow, or a new capture."""
     model = make_8_bit(device)
     before = encode(model, [9, 4])
     at = [t.data_ptr() for t in model.quantized_weights.tensors()]
     assert len(at) == 4 * 3
     for name in ("attention.self.query", "attention.output.dense", "intermediate.dense", "output.dense"):
         model.encoder.layer[0].get_submodule(name).weight.data.mul_(2.0)
-    assert torch.equal(encode(model, [9, 4]), before), "the test writes what somebody counts"
-    model.eval()
     after = encode(model, [9, 4])
     assert torch.equal(after, without_graphs(model, [9, 4])) and not torch.equal(after, before)
     assert stand_in.captures == 1 and at == [t.data_ptr() for t in model.quantized_weights.tensors()]

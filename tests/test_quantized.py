@@ -376,7 +376,8 @@ def test_verify_right_models(precision: str, dtype: torch.dtype, device: torch.d
 def test_verify_finds_what_is_wrong(model: BertModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """Kernels that are off, or weights that stay behind, put down to quantisation."""
     assert verify(model, IDS).ok
-    model.encoder.layer[1].output.dense.weight.data.mul_(1.1)
+    _, scale, _ = model.quantized_weights._entries["1.down"].tensors
+    scale.mul_(1.1)
     assert verify(model, IDS).problems[0].startswith("encoder.layer.1 is the first that is wrong")
     model.eval()
     assert verify(model, IDS).ok

@@ -164,7 +164,7 @@ class LiveEncoder:
 def _watch(live: nn.Module, mapping: Mapping) -> Watch:
     """A watch over the classes of the model and of its parts; one of another library, such as an adapter, is called."""
     kinds = [mapping.original(type(live)), *map(type, list(live.modules())[1:])]
-    known = [kind for kind in kinds if kind.__module__.partition(".")[0] in ("torch", "transformers")]
+    known = [kind for kind in kinds if kind.__module__.startswith(("torch.nn.", "transformers."))]
     return Watch(known, importlib.import_module(mapping.module), live.config)
 
 

@@ -203,6 +203,12 @@ def whole_row_config(n_cols: int) -> dict[str, int]:
     return {"BLOCK_COLS": block_cols, "num_warps": max(1, min(8, block_cols // 256)), "num_stages": 1}
 
 
+@functools.cache
+def one_row_pooling_config(n_cols: int) -> dict[str, int]:
+    """Pooling that takes one row of a sequence, the first or the last."""
+    return {"BLOCK_ROWS": 1, "UNROLL": 1, **whole_row_config(n_cols)}
+
+
 # What a GEMM may do to its accumulator, as table keys name it: both GELUs cost the same.
 EPILOGUES = {"none": "none", "gelu": "gelu", "gelu_tanh": "gelu", "residual": "residual"}
 

@@ -151,7 +151,7 @@ def pool_forward(
     if n_seqs == 0:
         return out
     whole_rows = mode in ONE_ROW
-    config = launch.whole_row_config(n_cols) if whole_rows else launch.pooling_config(n_cols)
+    config = launch.one_row_pooling_config(n_cols) if whole_rows else launch.pooling_config(n_cols)
     # A norm wants the whole row, in float32.
     again = normalize and not whole_rows
     pooled = launch.empty((n_seqs, n_cols), like=hidden, dtype=torch.float32) if again else out
@@ -159,7 +159,7 @@ def pool_forward(
     launch.run(
         _pool_kernel,
         (n_seqs, launch.cdiv(n_cols, config["BLOCK_COLS"])),
-        {"BLOCK_ROWS": 1, "UNROLL": 1, **config},
+        config,
         hidden_ptr=hidden,
         cu_seqlens_ptr=cu_seqlens,
         out_ptr=pooled,
