@@ -22,7 +22,7 @@ from fastbert.sentence_inputs import TextRun, as_texts
 from fastbert.sentence_layout import Layout, Pooling
 from fastbert.sentence_loading import Arguments, load
 from fastbert.sentence_names import SENTENCE_TRANSFORMERS
-from fastbert.sentence_run import Request, Timings
+from fastbert.sentence_run import TWO_PROMPTS, Request, Timings
 from fastbert.sentence_settings import TransformerSettings, processing_limit
 from fastbert.tokenizer import Tokenizer
 from fastbert.wordpiece import check_text, one_of
@@ -422,7 +422,7 @@ class SentenceEncoder(SentenceTransformersApi):
                 raise ValueError(f"prompt_name: got {name!r}, expected one of {list(self.prompts)}")
             return self.prompts[name]
         if prompt_name is not None:
-            logger.warning("encode: got both prompt and prompt_name, and takes prompt")
+            logger.warning(TWO_PROMPTS)
         check_text(prompt, "prompt")
         return prompt
 

@@ -96,6 +96,12 @@ class SentenceTransformersApi(nn.Module):
     def __getitem__(self, index: Any) -> Any:
         raise TypeError(f"{type(self).__name__} is no sequence of modules: {_PARTS}")
 
+    def add_module(self, name: str, module: nn.Module | None) -> None:
+        """Raises TypeError for a module: sentence-transformers would run it last, and nothing here would."""
+        if module is not None:
+            raise TypeError(f"{type(self).__name__} takes no further module, got {name!r}: {_PARTS}")
+        super().add_module(name, module)
+
     @property
     def config(self) -> Any:
         """The BertConfig of the model."""

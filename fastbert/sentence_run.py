@@ -47,6 +47,11 @@ FIRST_WINDOW = 1024  # of a call that overlaps: until it is tokenised the GPU ha
 AHEAD = 2  # windows tokenised, or being tokenised, before the calling thread asks for them
 # Tokens in a batch. On a CPU, activations of more than a few MB leave its caches and are mapped anew by each op.
 TOKEN_BUDGET = {"cpu": 2048, "cuda": 16384}
+# The warning of sentence-transformers, word for word: programs look for it.
+TWO_PROMPTS = (
+    "Provide either a `prompt`, a `prompt_name`, or neither, but not both. "
+    "Ignoring the `prompt_name` in favor of `prompt`."
+)
 
 
 @dataclass(slots=True)

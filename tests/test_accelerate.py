@@ -9,7 +9,6 @@ import io
 import logging
 import pickle
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -352,17 +351,3 @@ def test_save_and_load(tmp_path: Path) -> None:
         fastbert.accelerate(again)
     assert type(fastbert.restore(again)) is transformers.BertModel
     assert type(fastbert.restore(type(model.bert)(model.config))) is transformers.BertModel
-
-
-def test_plugin_for_tests_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches a plugin that accelerates nothing, so that transformers' own tests would say nothing of us."""
-    import accelerate_every_bert
-
-    monkeypatch.setattr(transformers.BertModel, "__init__", transformers.BertModel.__init__)  # put back afterwards
-    accelerate_every_bert.pytest_configure()
-    model = transformers.BertForMaskedLM(theirs().config).eval()
-    run(model, make_batch())
-    assert counts(model) == {"fastbert": 1}
-    lines: list[str] = []
-    accelerate_every_bert.pytest_terminal_summary(SimpleNamespace(section=lines.append, write_line=lines.append))
-    assert lines[1].split() == ["1", "fastbert"]

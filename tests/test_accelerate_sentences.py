@@ -141,6 +141,18 @@ def test_prompts_that_pooling_leaves_out(tiny_folder: Path) -> None:
             assert counts(model) == {"fastbert": 2}
 
 
+def test_two_prompts_are_warned_of_as_before(
+    real: SentenceTransformer, minilm: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Catches a warning in other words than those that programs, and tests of sentence-transformers, look for."""
+    warnings = []
+    for model in (real, fastbert.accelerate(copy.deepcopy(real)), fastbert.SentenceEncoder.from_pretrained(minilm)):
+        caplog.clear()
+        model.encode("A cat.", prompt="a: ", prompt_name="query")
+        warnings.append([record.getMessage() for record in caplog.records])
+    assert len(warnings[0]) == 1 and warnings == [warnings[0]] * 3
+
+
 def test_other_methods_are_packed_too(real: SentenceTransformer) -> None:
     """Catches encode_query, encode_document and similarity that go past the packed encode."""
     original, model = both(real)

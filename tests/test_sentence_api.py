@@ -251,6 +251,9 @@ def test_names_that_are_refused_say_what_to_do(ours: SentenceEncoder, cross: dic
             _ = model.nonsense
         with pytest.raises(TypeError, match="is no sequence of modules: its parts are encoder.model"):
             _ = model[0]
+        model.add_module("nothing", None)
+        with pytest.raises(TypeError, match="takes no further module, got 'norm': its parts are encoder.model"):
+            model.add_module("norm", torch.nn.LayerNorm(3))
     with pytest.raises(TypeError, match="model: got str, expected a BertModel; from_pretrained takes names"):
         SentenceEncoder("all-MiniLM-L6-v2", None)  # type: ignore[arg-type]
 

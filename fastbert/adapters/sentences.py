@@ -26,7 +26,7 @@ from fastbert.adapters.live import Options, Unsupported
 from fastbert.adapters.patches import Watch
 from fastbert.model import BertModel
 from fastbert.sentence_layout import POOLING_MODES, Normalize, Pooling
-from fastbert.sentence_run import TOKEN_BUDGET, Request, Run
+from fastbert.sentence_run import TOKEN_BUDGET, TWO_PROMPTS, Request, Run
 from fastbert.tokenizer import PackedEncoding
 
 logger = logging.getLogger("fastbert")
@@ -263,7 +263,7 @@ class _Plan:
             prompt_name = live.default_prompt_name if prompt_name is None else prompt_name
             prompt = None if prompt_name is None else live.prompts.get(prompt_name)
         elif prompt_name is not None:
-            logger.warning("encode: got both prompt and prompt_name, and takes prompt")
+            logger.warning(TWO_PROMPTS)
         self.prompt = prompt or ""
         self.precision = call.get("precision", "float32") or "float32"
         self.to_tensor = bool(call.get("convert_to_tensor", False))
