@@ -141,6 +141,8 @@ def _reason(modes: bool, tensors: tuple[Any, ...]) -> str | None:
         if tensor is None:
             continue
         if type(tensor) not in PLAIN:
+            if not isinstance(tensor, (torch.Tensor, torch.fx.Proxy)):
+                continue  # what `explain` asks about
             return f"the inputs are no plain tensors ({type(tensor).__name__})"
         if tensor.is_meta:
             return "the inputs are on the meta device, without numbers"

@@ -111,7 +111,7 @@ def unpad(attention_mask: torch.Tensor) -> PackedBatch:
         batch_size=batch_size,
         padded_length=padded_length,
         indices=indices,
-        first_column=padded_length == 0 or int(counted_cpu[-1]) == batch_size,
+        first_column=torch.compiler.is_exporting() or padded_length == 0 or int(counted_cpu[-1]) == batch_size,
     )
 
 

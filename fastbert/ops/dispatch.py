@@ -187,8 +187,7 @@ def dtype_obstacle(*tensors: torch.Tensor | None) -> str | None:
         return f"there are no Triton kernels for {dtype}"
     if len({t.dtype for t in present}) > 1:
         return f"mixed dtypes: {', '.join(sorted({str(t.dtype) for t in present}))}"
-    # `explain` asks about operands that are no tensors.
-    if isinstance(present[0], torch.Tensor) and (transformed := tracing.transformed(*present)) is not None:
+    if (transformed := tracing.transformed(*present)) is not None:
         return transformed
     return "autocast is on" if torch.is_autocast_enabled(present[0].device.type) else None
 
