@@ -2,6 +2,8 @@
 # change.
 PYTHON ?= python3
 PYTEST_ARGS ?=
+# Processes that share the tests, a file each at a time; one thread each, so that they do not wait for one another.
+TEST_JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 BENCH_ARGS ?=
 BENCH_MINUTES ?= 9
 # The newest results of this machine, and those they are compared with.
@@ -29,6 +31,7 @@ help: ## list the targets
 	@echo "Variables:"
 	@echo "  PYTHON         the Python that makes .venv, now $(PYTHON)"
 	@echo "  PYTEST_ARGS    passed on to pytest: make test PYTEST_ARGS='-k tokenizer'"
+	@echo "  TEST_JOBS      processes that share the tests, now $(TEST_JOBS)"
 	@echo "  TRANSFORMERS   a version: make test-transformers TRANSFORMERS=4.57.6"
 	@echo "  BENCH_MINUTES  for all benchmarks together, now $(BENCH_MINUTES)"
 	@echo "  BENCH_ARGS     passed on to pytest: make bench BENCH_ARGS='--quick -k text'"
@@ -41,7 +44,7 @@ demo: $(VENV)/.demo-stamp ## embed sentences with real MiniLM weights, beside tr
 # The kernels run under Triton's interpreter in pytest and through its compiler in the offline report. One process
 # cannot hold both, so the report has its own.
 test: $(VENV)/.test-stamp ## run the tests, compile the kernels offline, lint
-	$(VENV)/bin/pytest $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(VENV)/bin/pytest -n $(TEST_JOBS) --dist loadfile $(PYTEST_ARGS)
 	env -u TRITON_INTERPRET $(VENV)/bin/python -m fastbert_kernels.offline
 	@$(MAKE) --no-print-directory lint
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from fastbert import tracing, varlen
-from fastbert.adapters import states, versions
+from fastbert.adapters import versions
 from fastbert.adapters.live import LiveEncoder, Options, Unsupported
 from fastbert.adapters.mapping import COVERED, Mapping
 from fastbert.ops import BackendError
@@ -198,7 +198,7 @@ def model_obstacle(live: nn.Module) -> str | None:
         return "training mode (kernels with dropout and gradients are not here yet)"
     if getattr(live.config, "is_decoder", False) or getattr(live.config, "is_causal", False):
         return "decoder mode"
-    return states.attention_obstacle(live.config)
+    return None
 
 
 def _obstacle(live: nn.Module, state: State, call: dict[str, Any], names: tuple[str, ...]) -> str | None:

@@ -31,19 +31,11 @@ _EXPECTED = {
     "chunk_size_feed_forward": 0,
     "position_embedding_type": "absolute",
 }
-# What the implementations of attention begin with that transformers brings. A user's own may compute anything.
-_ATTENTIONS = ("eager", "sdpa", "flash_attention_", "flex_attention", "kernels-community/", "fastbert")
 
 
 def has_global_hooks() -> bool:
     """Whether somebody listens to every module there is."""
     return any(_GLOBAL_HOOKS)
-
-
-def attention_obstacle(config: Any) -> str | None:
-    """Why attention is not what ours computes, as the config names it; or None."""
-    name = config.__dict__.get("_attn_implementation_internal")
-    return None if name is None or str(name).startswith(_ATTENTIONS) else f"the attention implementation {name!r}"
 
 
 def unexpected_setting(module: nn.Module) -> str | None:
