@@ -3,7 +3,7 @@
 PYTHON ?= python3
 PYTEST_ARGS ?=
 # Processes that share the tests, a file each at a time; one thread each, so that they do not wait for one another.
-TEST_JOBS ?= $(shell nproc 2>/dev/null || echo 2)
+TEST_JOBS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); [ $$n -gt 8 ] && echo 8 || echo $$n)
 BENCH_ARGS ?=
 BENCH_MINUTES ?= 9
 # The newest results of this machine, and those they are compared with.
