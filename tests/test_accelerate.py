@@ -312,7 +312,7 @@ def test_what_cannot_be_accelerated() -> None:
 def test_copies_are_accelerated_and_can_be_restored(way: str) -> None:
     """Catches a copy that shares modules with the first, runs as before in silence, or cannot be restored."""
     original, model = pair("BertForTokenClassification")
-    for module in model.modules():  # recorders that another test's call has left in the cached model; they have no pickle
+    for module in model.modules():  # recorders that another test's call has left, which have no pickle
         module._forward_hooks.clear()
     run(model, make_batch())
     if way == "deepcopy":
