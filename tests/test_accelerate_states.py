@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import fastbert
 import odd_modules
-from fastbert.adapters import calls, counts
+from fastbert.adapters import calls, counts, versions
 from model_cases import LENGTH, in_dtype, make_batch, run, theirs, valid_of
 
 # Those that our path computes itself: the promise is speed, too.
@@ -26,6 +26,10 @@ FOLLOWED = {
     "weights_not_contiguous", "weights_with_gaps", "other_eps", "other_eps_everywhere", "compiled_in_place",
     "word_embeddings_of_the_user", "frozen", "weights_made_in_inference_mode", "traced_linear",
 }  # fmt: skip
+# What encoders of transformers 4 do not read: both ways to run give the same numbers.
+UNREAD = frozenset(
+    ("other_scaling", "causal_attention", "attention_of_the_user") if versions.attention_interfaces() is None else ()
+)
 
 
 def outcome(odd: Callable[[Any], Any], model: Any) -> tuple[Any, Any]:
@@ -74,7 +78,8 @@ def test_odd_modules(odd: Callable[[Any], Any], when: str) -> None:
             one, other = (t[valid] if t.shape[:2] == valid.shape else t for t in (one, other))
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
     late_config = odd is odd_modules.config_says_otherwise and when == "after"  # which the modules do not read
-    assert (done == {"fastbert"}) == (odd.__name__ in FOLLOWED or late_config), done
+    if odd.__name__ not in UNREAD:
+        assert (done == {"fastbert"}) == (odd.__name__ in FOLLOWED or late_config), done
     assert not any("raised" in reason for reason in done)
 
 
