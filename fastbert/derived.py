@@ -126,7 +126,7 @@ class Derived:
         return [tensor for entry in tuple(self._entries.values()) for tensor in entry.tensors]
 
     def addresses(self, name: str, tensors: tuple[Tensor, ...]) -> tuple[int, ...]:
-        """Where these, which `get` gave, are kept; nowhere if they were made for one use."""
+        """The addresses of tensors that `get` gave and that are kept; none if they were made for one use."""
         entry = self._entries.get(name)
         return tuple(t.data_ptr() for t in tensors) if entry is not None and entry.tensors is tensors else ()
 

@@ -204,7 +204,7 @@ def _crosses(module: Any) -> bool:
 
 
 def _packing(mask: Tensor | None, n_seqs: int, length: int, device: torch.device) -> PackedBatch:
-    """That of the layer before, if it had the same mask: making it looks at the mask, which waits for a GPU."""
+    """The packing of the layer before, if it had the same mask: making one looks at the mask and waits for a GPU."""
     key = n_seqs, length, device, None if mask is None or mask.is_inference() else mask._version, mask is None
     found = getattr(_last, "packing", None)
     if found is not None and found[0] == key and (found[1]() is mask if mask is not None else found[1] is None):

@@ -86,7 +86,7 @@ class State(Counted):
         self._stale = self._stale or not self.settled
 
     def encoder(self, live: nn.Module) -> LiveEncoder:
-        """Of the live model as it is. Raises Unsupported."""
+        """Our encoder on the live model as it is. Raises Unsupported."""
         found = self._encoder
         if found is None or not found.is_current() or self._stale:
             with self._lock:

@@ -26,7 +26,6 @@ from fastbert.adapters.states import (
     Leaf,
     Parameters,
     Settings,
-    has_global_hooks,
     same_function,
     unexpected_setting,
 )
@@ -127,8 +126,6 @@ class LiveEncoder:
             return "a module inside has a forward of its own"
         if any(self._hooks) and not all(map(versions.is_harmless, _callables(self._hooks))):
             return "a module inside has hooks"
-        if has_global_hooks():
-            return "hooks on all modules"
         if (reason := self._parameters.obstacle()) is not None:
             return reason
         for module in self._called:

@@ -1,4 +1,4 @@
-"""What may change in a live module while its class stays: parameters, settings, forwards, hooks on all modules.
+"""What may change in a live module while its class stays: parameters and settings.
 
 Each check is made before every call. It compares lists that C code collects, and looks closer where they differ.
 """
@@ -14,13 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as torch_module
 
-_GLOBAL_HOOKS: tuple[Any, ...] = tuple(
-    getattr(torch_module, name)
-    for name in ("_global_forward_hooks", "_global_forward_pre_hooks", "_global_backward_hooks",
-                 "_global_backward_pre_hooks")
-)  # fmt: skip
 _PLAIN = (bool, int, float, str, tuple, type(None))
 # What these attributes of their modules are where an encoder computes what ours does.
 _EXPECTED = {
@@ -31,11 +25,6 @@ _EXPECTED = {
     "chunk_size_feed_forward": 0,
     "position_embedding_type": "absolute",
 }
-
-
-def has_global_hooks() -> bool:
-    """Whether somebody listens to every module there is."""
-    return any(_GLOBAL_HOOKS)
 
 
 def unexpected_setting(module: nn.Module) -> str | None:
