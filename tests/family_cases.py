@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from typing import Any
 
@@ -48,9 +49,13 @@ def config_of_transformers(model_type: str, name: str = "BertModel", **options: 
     return their_class(model_type, name).config_class(**{**settings, **options})
 
 
-@functools.cache
 def theirs(model_type: str, name: str = "BertModel", **options: Any) -> Any:
-    """transformers' model in float64, in eval mode, every parameter random. Cached: `copy.deepcopy` before a change."""
+    """A model of transformers in float64, in eval mode, with every parameter random; a new copy at each call."""
+    return copy.deepcopy(_theirs(model_type, name, **options))
+
+
+@functools.cache
+def _theirs(model_type: str, name: str, **options: Any) -> Any:
     model = their_class(model_type, name)(config_of_transformers(model_type, name, **options)).double().eval()
     randomise(model)
     with torch.no_grad():

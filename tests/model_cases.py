@@ -60,12 +60,16 @@ def config_of_transformers(name: str = "BertModel", shape: str = "tiny", **optio
     return transformers.BertConfig(**settings)
 
 
-@functools.cache
 def theirs(name: str = "BertModel", shape: str = "tiny", **options: Any) -> transformers.PreTrainedModel:
-    """transformers' model in float64, in eval mode, with eager attention and every parameter random.
+    """A model of transformers in float64, in eval mode, with eager attention and every parameter random.
 
-    Cached, so not to be changed: `copy.deepcopy` it first.
+    Each call returns a copy of its own: a model that has run keeps hooks, which pickle does not read.
     """
+    return copy.deepcopy(_theirs(name, shape, **options))
+
+
+@functools.cache
+def _theirs(name: str, shape: str, **options: Any) -> transformers.PreTrainedModel:
     model = getattr(transformers, name)(config_of_transformers(name, shape, **options)).double().eval()
     randomise(model)
     return model
