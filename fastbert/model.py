@@ -352,8 +352,9 @@ class BertEncoder(nn.Module):
         return states
 
 
-# What a CUDA graph may be captured of: modules whose forwards are known to launch the same kernels every time.
-_CAPTURED = frozenset(
+# The modules of an encoder as it is made. Their forwards launch the same kernels every time, and their parameters stand
+# for them.
+ENCODER_MODULES = frozenset(
     (BertEmbeddings, BertEncoder, BertLayer, BertAttention, BertSelfAttention, BertIntermediate, BertAddNorm,
      nn.ModuleList, nn.Embedding, nn.Linear, nn.LayerNorm, nn.Dropout)
 )  # fmt: skip
@@ -841,7 +842,7 @@ class BertModel(PreTrainedModel):
         """Whether nobody listens to a module of the encoder, or has put another in its place."""
         if self._watch is None or not self._watch.same_modules():
             parts = self.embeddings, self.embeddings_project, self.encoder
-            self._watch = graphs.Watch([part for part in parts if part is not None], _CAPTURED)
+            self._watch = graphs.Watch([part for part in parts if part is not None], ENCODER_MODULES)
             self._n_silent_writes = 0
         return self._watch.plain() and not hooks.everywhere()
 
@@ -989,7 +990,7 @@ class BertModel(PreTrainedModel):
         """Whether a module of the encoder is an adapter or has hooks, so that its parameters cannot stand for it."""
         parts: Any = self.embeddings, self.embeddings_project, self.encoder
         modules = (module for part in parts if part is not None for module in part.modules())
-        return any(type(module) not in _CAPTURED or hooks.listened(module) for module in modules)
+        return any(type(module) not in ENCODER_MODULES or hooks.listened(module) for module in modules)
 
     def _accept_reference(self) -> None:
         """Raises BackendError where nothing but a fused kernel may run; else logs once that none does."""

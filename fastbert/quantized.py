@@ -139,11 +139,13 @@ def _altered(model: BertModel) -> str | None:
 
 
 def _is_own(module: nn.Module) -> bool:
-    """Whether a block of fastbert.model is as it was made. By its dictionaries: this runs for every batch, and a
-    module's attributes are slow."""
-    from fastbert.model import is_bare
+    """Whether a module of the encoder is as it was made.
 
-    if type(module).__module__ != "fastbert.model" or not is_bare(module, type(module)):
+    It reads the dictionaries of modules, since it runs for every batch and a module's attributes are slow.
+    """
+    from fastbert.model import ENCODER_MODULES, is_bare
+
+    if type(module) not in ENCODER_MODULES or not is_bare(module, type(module)):
         return False
     children: Any = module._modules.values()
     for child in children:
