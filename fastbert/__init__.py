@@ -17,7 +17,7 @@ from fastbert._version import __version__
 
 if TYPE_CHECKING:
     from fastbert.adapters import accelerate, restore
-    from fastbert.config import BertConfig
+    from fastbert.checkpoint.config import BertConfig
     from fastbert.cross_encoder import CrossEncoder
     from fastbert.explain import explain
     from fastbert.graphs import compile_events
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 # Public name -> the module that holds it, imported when the name is first used, so that `import fastbert` is quick.
 _PUBLIC = {
     "BackendError": "fastbert.ops",
-    "BertConfig": "fastbert.config",
+    "BertConfig": "fastbert.checkpoint.config",
     "BertForMaskedLM": "fastbert.heads",
     "BertForMultipleChoice": "fastbert.heads",
     "BertForNextSentencePrediction": "fastbert.heads",

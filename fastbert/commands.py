@@ -19,9 +19,9 @@ import torch
 
 from fastbert import heads, text_io
 from fastbert._version import __version__
-from fastbert.checkpoint import resolve
-from fastbert.config import BertConfig
-from fastbert.families import our_class
+from fastbert.checkpoint.config import BertConfig
+from fastbert.checkpoint.families import our_class
+from fastbert.checkpoint.files import resolve
 from fastbert.model import BertModel
 from fastbert.ops import dispatch
 from fastbert.pretrained import PreTrainedModel, listed

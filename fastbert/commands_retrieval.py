@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from fastbert import text_io
-from fastbert.checkpoint import write_text
+from fastbert.checkpoint.files import write_text
 from fastbert.commands import _encoder, _how, _progress, _read, any_model
 from fastbert.cross_encoder import CrossEncoder
 from fastbert.search import semantic_search

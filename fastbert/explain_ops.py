@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fastbert import adapters, quantized
-from fastbert.activations import OTHERS
+from fastbert.checkpoint.activations import OTHERS
 from fastbert.explain_report import MODULE, OpReport
 from fastbert.heads import FirstTokenHead
 from fastbert.model import (

@@ -1,6 +1,6 @@
 """The seven BERT models with heads: pre-training, masked LM, next sentence, classification, choice, tokens, answers.
 
-Where another family has the same head, or one that differs as its `Head` in fastbert.families says, the class is it.
+Where another family has the same head, or one that differs as its `Head` in fastbert.checkpoint.families says, the class is it.
 Arguments, outputs and losses are those of transformers, with two differences that follow from packing: per-token logits
 are zero at padding positions, and padding positions enter no loss.
 """
@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastbert import hooks, ops, outputs, tracing, varlen
-from fastbert.checkpoint import Match
-from fastbert.config import BertConfig
-from fastbert.families import Head
+from fastbert.checkpoint.config import BertConfig
+from fastbert.checkpoint.families import Head
+from fastbert.checkpoint.files import Match
 from fastbert.forward_arguments import takes_theirs
 from fastbert.model import (
     BertModel,

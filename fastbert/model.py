@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fastbert import cpu_encoder, graphs, hooks, ops, quantized, reference, silent_writes, tracing, varlen
-from fastbert.config import BertConfig
+from fastbert.checkpoint.config import BertConfig
+from fastbert.checkpoint.families import AFTER_PADDING
 from fastbert.derived import Derived
-from fastbert.families import AFTER_PADDING
 from fastbert.forward_arguments import takes_theirs
 from fastbert.ops import Policy, attention, dispatch
 from fastbert.outputs import BaseModelOutputWithPooling
@@ -429,7 +429,7 @@ def encode_by_call(
 class BertModel(PreTrainedModel):
     """The BERT encoder: token ids in, one vector a token out, and the pooled [CLS] vector.
 
-    Also that of its family, as config.model_type says (fastbert.families): the modules and their names are BERT's, the
+    Also that of its family, as config.model_type says (fastbert.checkpoint.families): the modules and their names are BERT's, the
     pooler is there where the family has one, and default positions are the family's.
 
     Source: Devlin et al., "BERT: Pre-training of Deep Bidirectional Transformers", 2018, arXiv:1810.04805.

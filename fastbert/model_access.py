@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from fastbert.config import BertConfig
+from fastbert.checkpoint.config import BertConfig
 
 
 class ModelAccess(nn.Module):

@@ -11,9 +11,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from fastbert import checkpoint, cpu_encoder, ops
-from fastbert.config import DTYPES, BertConfig
-from fastbert.loading_arguments import Arguments, check_saving, n_bytes
+from fastbert import cpu_encoder, ops
+from fastbert.checkpoint import files as checkpoint
+from fastbert.checkpoint.config import DTYPES, BertConfig
+from fastbert.checkpoint.loading_arguments import Arguments, check_saving, n_bytes
 from fastbert.model_access import ModelAccess
 from fastbert.ops import BackendError, Policy
 from fastbert.ops.dispatch import check_batch_invariant
@@ -36,7 +37,7 @@ class PreTrainedModel(ModelAccess):
     parameters, which are kept and saved as they are, then require no gradients. `missing_names`: the weights that
     from_pretrained did not find in the checkpoint and started afresh.
 
-    What a checkpoint of another family calls things is translated by its table (fastbert.families) when it is read and
+    What a checkpoint of another family calls things is translated by its table (fastbert.checkpoint.families) when it is read and
     when it is written.
     """
 
@@ -160,7 +161,7 @@ class PreTrainedModel(ModelAccess):
         kernels for it. cuda_graphs: on a GPU, launch short batches as CUDA graphs, which gives the same results.
 
         arguments: fields of BertConfig and num_labels, which override the checkpoint's; and what from_pretrained of
-        transformers takes (fastbert.loading_arguments): revision, subfolder, cache_dir, token, local_files_only,
+        transformers takes (fastbert.checkpoint.loading_arguments): revision, subfolder, cache_dir, token, local_files_only,
         force_download, use_safetensors, variant, config, state_dict, torch_dtype, device_map (one device),
         ignore_mismatched_sizes, output_loading_info (returns the model and a dict), add_pooling_layer (BertModel),
         key_mapping. What of theirs has no effect here is ignored and logged, the rest is refused by name.

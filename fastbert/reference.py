@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from fastbert.activations import ACTIVATIONS, OTHERS
-from fastbert.families import COLUMN, family_of
+from fastbert.checkpoint.activations import ACTIVATIONS, OTHERS
+from fastbert.checkpoint.families import COLUMN, family_of
 
 if TYPE_CHECKING:
-    from fastbert.config import BertConfig
+    from fastbert.checkpoint.config import BertConfig
 
 POOLING_MODES = ("cls", "mean", "max", "weighted_mean", "last", "mean_sqrt_len")
 TASKS = (
@@ -86,7 +86,7 @@ def bias_gelu(x: Tensor, bias: Tensor, approximate: str = "none") -> Tensor:
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str | None = None) -> Tensor:
     """activation(x @ weight^T + bias); x (..., K), weight (M, K), bias (M,) -> (..., M).
 
-    `activation` is None, "gelu" (erf), "gelu_tanh", "relu" or one of fastbert.activations.OTHERS; ValueError for
+    `activation` is None, "gelu" (erf), "gelu_tanh", "relu" or one of fastbert.checkpoint.activations.OTHERS; ValueError for
     another.
     """
     y = x @ weight.T

@@ -20,8 +20,8 @@ import torch
 from tokenizers import normalizers
 from torch import nn
 
-from fastbert import checkpoint
 from fastbert._version import __version__
+from fastbert.checkpoint import files as checkpoint
 from fastbert.sentence_modules import ACTIVATIONS as _ACTIVATIONS
 from fastbert.sentence_modules import Dense as Dense
 from fastbert.sentence_modules import Dropout as Dropout

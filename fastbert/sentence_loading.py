@@ -10,7 +10,8 @@ from typing import Any, TypeVar
 
 import torch
 
-from fastbert import checkpoint, cpu_encoder, sentence_layout
+from fastbert import cpu_encoder, sentence_layout
+from fastbert.checkpoint import files as checkpoint
 from fastbert.pretrained import PreTrainedModel
 from fastbert.sentence_layout import Layout
 from fastbert.sentence_names import cache_folder, full_name

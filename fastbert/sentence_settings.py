@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fastbert import checkpoint
+from fastbert.checkpoint import files as checkpoint
 
 logger = logging.getLogger("fastbert")
 

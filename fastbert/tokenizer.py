@@ -21,7 +21,7 @@ import torch
 from tokenizers.models import WordPiece
 
 from fastbert import text_windows
-from fastbert.checkpoint import write_text
+from fastbert.checkpoint.files import write_text
 from fastbert.tokenizer_files import load
 from fastbert.tokenizer_settings import CASING, FLAGS, NAMES, PREFIX, SETTINGS, clean_up
 from fastbert.wordpiece import TOKEN_FIELDS, Source, check_text, learn, one_of

@@ -20,8 +20,8 @@ from tokenizers import AddedToken, decoders, normalizers, pre_tokenizers, proces
 from tokenizers import Tokenizer as RustTokenizer
 from tokenizers.models import BPE, Unigram
 
-from fastbert.checkpoint import read_json, resolve
-from fastbert.families import FAMILIES, Family
+from fastbert.checkpoint.families import FAMILIES, Family
+from fastbert.checkpoint.files import read_json, resolve
 from fastbert.tokenizer_older import parts_that_differ, prefix_that_differs
 from fastbert.tokenizer_settings import (
     CASING,

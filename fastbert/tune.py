@@ -21,9 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastbert import checkpoint
 from fastbert._version import __version__
 from fastbert.bench import measure
+from fastbert.checkpoint import files as checkpoint
 from fastbert.ops import dispatch
 from fastbert.tune_jobs import Candidate, Job, Work
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastbert import reference
-from fastbert.config import BertConfig
+from fastbert.checkpoint.config import BertConfig
 from fastbert.ops import quantized
 
 # Sizes of all-MiniLM-L6-v2 and of BERT-base and -large: what is tuned where no model is named.

@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastbert import adapters, checkpoint, verify_run
+from fastbert import adapters, verify_run
 from fastbert.adapters.sentences import LiveTokenizer, Pipeline, pipeline_in
+from fastbert.checkpoint import files as checkpoint
 from fastbert.explain import backbone, find_model, float32_precision, prefix_of
 from fastbert.model import BertModel
 from fastbert.sentence import SentenceEncoder

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastbert import reference
-from fastbert.activations import activate
 from fastbert.adapters.sentences import Pipeline, Step
+from fastbert.checkpoint.activations import activate
 from fastbert.model import BertModel, Encoded, dense
 from fastbert.sentence import SentenceEncoder
 from fastbert.sentence_layout import POOLING_MODES

@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastbert import quantized, reference
-from fastbert.activations import activate
-from fastbert.config import BertConfig
+from fastbert.checkpoint.activations import activate
+from fastbert.checkpoint.config import BertConfig
 from fastbert.model import BertModel
 from fastbert.ops import Policy
 from fastbert.verify_ends import End

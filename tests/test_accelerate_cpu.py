@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import fastbert
 from family_cases import KINDS
 from fastbert.adapters import counts, encoder_in
-from fastbert.families import FAMILIES
+from fastbert.checkpoint.families import FAMILIES
 from fastbert_kernels import cpu
 from helpers import assert_as_accurate, docstrings, tokens_of_calls
 

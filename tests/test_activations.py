@@ -8,7 +8,7 @@ import transformers
 from transformers.activations import ACT2FN
 
 import fastbert
-from fastbert.activations import ACTIVATIONS, OTHERS, activate
+from fastbert.checkpoint.activations import ACTIVATIONS, OTHERS, activate
 from fastbert.ops import BackendError
 
 SIZES = {"vocab_size": 50, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import fastbert
-from fastbert.config import HIDDEN_ACTS
+from fastbert.checkpoint.config import HIDDEN_ACTS
 from helpers import cu_seqlens_of
 from model_cases import (
     BATCH,

@@ -18,8 +18,8 @@ import torch
 import transformers
 from safetensors import safe_open
 
-from fastbert import checkpoint
-from fastbert.checkpoint import Match, match, read_json, read_state_dict, resolve, write_state_dict, write_text
+from fastbert.checkpoint import files as checkpoint
+from fastbert.checkpoint.files import Match, match, read_json, read_state_dict, resolve, write_state_dict, write_text
 
 TINY = transformers.BertConfig(
     vocab_size=101,
@@ -267,8 +267,8 @@ def test_offline_in_a_fresh_process(tmp_path):
     code = (
         "import sys, torch\n"
         "before = set(sys.modules)\n"
-        "from fastbert.checkpoint import resolve\n"
-        "import fastbert.config\n"
+        "from fastbert.checkpoint.files import resolve\n"
+        "import fastbert.checkpoint.config\n"
         "lazy = {'transformers', 'huggingface_hub', 'triton', 'safetensors', 'tokenizers', 'tqdm'}\n"
         "print(sorted((set(sys.modules) - before) & lazy))\n"
         "print(resolve('owner/model'))\n"

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from fastbert.checkpoint import read_state_dict, resolve
+from fastbert.checkpoint.files import read_state_dict, resolve
 
 FILES = [
     "config.json",

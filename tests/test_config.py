@@ -12,8 +12,8 @@ import pytest
 import torch
 import transformers
 
-from fastbert import checkpoint
-from fastbert.config import BertConfig
+from fastbert.checkpoint import files as checkpoint
+from fastbert.checkpoint.config import BertConfig
 
 TINY = {"vocab_size": 101, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 37}
 

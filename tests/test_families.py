@@ -26,7 +26,7 @@ from family_cases import (
     twin,
 )
 from fastbert import graphs, reference
-from fastbert.families import FAMILIES, family_of, our_class
+from fastbert.checkpoint.families import FAMILIES, family_of, our_class
 from fastbert_kernels import cpu
 from helpers import assert_as_accurate, cu_seqlens_of
 from model_cases import BATCH, LENGTH, MASKS, POSITIONS, VOCAB, assert_close, first_tokens, in_dtype, randn, valid_of

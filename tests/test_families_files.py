@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 import fastbert
 from family_cases import KINDS, OTHERS, WITH_HEADS, make_batch, run, their_class, theirs, twin
-from fastbert import checkpoint, reference
-from fastbert.families import FAMILIES
+from fastbert import reference
+from fastbert.checkpoint import files as checkpoint
+from fastbert.checkpoint.families import FAMILIES
 from model_cases import BATCH, LENGTH, VOCAB, assert_close, is_zero, valid_of
 
 # (model_type, our class) of every head, and of the bare models

@@ -14,9 +14,18 @@ import torch
 import transformers
 
 import fastbert
+from fastbert.checkpoint.loading_arguments import (
+    _SAVE_IGNORED,
+    _SAVE_REFUSED,
+    HUB,
+    IGNORED,
+    REFUSED,
+    TAKEN,
+    device_of,
+    n_bytes,
+)
 from fastbert.forward_arguments import HARMLESS
 from fastbert.forward_arguments import REFUSED as REFUSED_BY_FORWARD
-from fastbert.loading_arguments import _SAVE_IGNORED, _SAVE_REFUSED, HUB, IGNORED, REFUSED, TAKEN, device_of, n_bytes
 
 SIZES = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 40}
 IDS = torch.arange(5, 15).view(2, 5)

@@ -13,7 +13,7 @@ from sentence_transformers.sentence_transformer.modules import Pooling
 from torch import Tensor
 
 from fastbert import reference
-from fastbert.config import BertConfig
+from fastbert.checkpoint.config import BertConfig
 
 MODEL_BOUND = 1e-10
 OP_BOUND = 1e-12

@@ -29,7 +29,7 @@ from fastbert.adapters.states import (
     same_function,
     unexpected_setting,
 )
-from fastbert.config import BertConfig
+from fastbert.checkpoint.config import BertConfig
 from fastbert.model import BertModel
 from fastbert.ops import Policy
 

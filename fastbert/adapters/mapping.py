@@ -1,6 +1,6 @@
 """Which classes of other libraries are covered, and where in them the parts of an encoder of ours lie.
 
-Names of parameters and settings are those of fastbert.families. What no checkpoint has, and no table there can say, is
+Names of parameters and settings are those of fastbert.checkpoint.families. What no checkpoint has, and no table there can say, is
 here: classes, dropouts, activations, buffers, outputs. A family more is a `Mapping` more.
 """
 
@@ -13,8 +13,8 @@ from typing import Any
 
 from torch import nn
 
-from fastbert.config import BertConfig
-from fastbert.families import AFTER_PADDING, FAMILIES, Family
+from fastbert.checkpoint.config import BertConfig
+from fastbert.checkpoint.families import AFTER_PADDING, FAMILIES, Family
 from fastbert.model import BertModel
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastbert import reference
 from fastbert.bench.texts import spread
-from fastbert.config import BertConfig
+from fastbert.checkpoint.config import BertConfig
 from fastbert.sentence import SentenceEncoder
 from fastbert.sentence_layout import POOLING_MODES
 

@@ -34,7 +34,7 @@ from fastbert.bench.tables import (
     suites,
     summary_table,
 )
-from fastbert.checkpoint import write_text
+from fastbert.checkpoint.files import write_text
 from fastbert.drawing import Plot
 
 METHOD = (

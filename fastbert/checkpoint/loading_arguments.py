@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastbert.config import BertConfig
-from fastbert.hub import ARGUMENTS as HUB
-from fastbert.hub import resolve
+from fastbert.checkpoint.config import BertConfig
+from fastbert.checkpoint.hub import ARGUMENTS as HUB
+from fastbert.checkpoint.hub import resolve
 
 logger = logging.getLogger("fastbert")
 

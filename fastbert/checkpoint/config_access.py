@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastbert.checkpoint import read_json, write_text
+from fastbert.checkpoint.files import read_json, write_text
 
 # What transformers' configs answer where nobody has set anything.
 DEFAULTS: dict[str, Any] = {

@@ -19,8 +19,8 @@ from typing import Any
 
 import torch
 
-from fastbert.hub import BIN, BIN_INDEX, SAFETENSORS, SAFETENSORS_INDEX
-from fastbert.hub import resolve as resolve
+from fastbert.checkpoint.hub import BIN, BIN_INDEX, SAFETENSORS, SAFETENSORS_INDEX
+from fastbert.checkpoint.hub import resolve as resolve
 
 logger = logging.getLogger("fastbert")
 
