@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from fastbert.readiness import warmup
     from fastbert.search import semantic_search
     from fastbert.sentence import SentenceEncoder
-    from fastbert.tokenizer import Tokenizer
+    from fastbert.text.tokenizer import Tokenizer
     from fastbert.vectors import quantize_embeddings
     from fastbert.verify import verify
 
@@ -53,7 +53,7 @@ _PUBLIC = {
     "BertModel": "fastbert.model",
     "CrossEncoder": "fastbert.cross_encoder",
     "SentenceEncoder": "fastbert.sentence",
-    "Tokenizer": "fastbert.tokenizer",
+    "Tokenizer": "fastbert.text.tokenizer",
     "accelerate": "fastbert.adapters",
     "compile_events": "fastbert.graphs",
     "explain": "fastbert.explain",

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from fastbert import heads, text_io
+from fastbert import heads
 from fastbert._version import __version__
 from fastbert.checkpoint.config import BertConfig
 from fastbert.checkpoint.families import our_class
@@ -27,7 +27,8 @@ from fastbert.ops import dispatch
 from fastbert.pretrained import PreTrainedModel, listed
 from fastbert.sentence import SentenceEncoder
 from fastbert.sentence_names import SENTENCE_TRANSFORMERS, full_name
-from fastbert.tokenizer import Tokenizer
+from fastbert.text import files as text_io
+from fastbert.text.tokenizer import Tokenizer
 
 logger = logging.getLogger("fastbert")
 

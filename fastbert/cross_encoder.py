@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastbert import ops, sentence_layout, text_windows, varlen
+from fastbert import ops, sentence_layout, varlen
 from fastbert.heads import BertForSequenceClassification
 from fastbert.model import Encoded
 from fastbert.pretrained import any_in_training
@@ -23,8 +23,9 @@ from fastbert.sentence_modules import activation_name
 from fastbert.sentence_names import CROSS_ENCODER
 from fastbert.sentence_run import TOKEN_BUDGET, WINDOW, in_batches
 from fastbert.sentence_settings import processing_limit
-from fastbert.tokenizer import PackedEncoding, Tokenizer
-from fastbert.wordpiece import check_text
+from fastbert.text import windows as text_windows
+from fastbert.text.tokenizer import PackedEncoding, Tokenizer
+from fastbert.text.wordpiece import check_text
 
 logger = logging.getLogger("fastbert")
 

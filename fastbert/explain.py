@@ -19,7 +19,7 @@ from fastbert.explain_ops import Explainer, backbone, find_model, float32_precis
 from fastbert.explain_report import OpReport, Report
 from fastbert.ops import Policy
 from fastbert.pretrained import PreTrainedModel, listed, resolve_dtype
-from fastbert.tokenizer import Tokenizer
+from fastbert.text.tokenizer import Tokenizer
 
 __all__ = [
     "BatchReport",

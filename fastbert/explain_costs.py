@@ -25,7 +25,7 @@ from fastbert.model import BertModel
 from fastbert.ops import packed_linear
 from fastbert.sentence import SentenceEncoder
 from fastbert.sentence_run import TOKEN_BUDGET, batches
-from fastbert.tokenizer import Tokenizer
+from fastbert.text.tokenizer import Tokenizer
 
 # FLOPs a number that is written; of pooling, that is read.
 PER_NUMBER = {"embedding": 10, "layer_norm": 8, "layernorm": 8, "bias_gelu": 10, "pooling": 1, "normalize": 3}

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastbert.text.wordpiece import one_of
 from fastbert.vectors import PRECISIONS, steps_of
-from fastbert.wordpiece import one_of
 
 BINARY = ("binary", "ubinary")
 

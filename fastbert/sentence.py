@@ -24,8 +24,8 @@ from fastbert.sentence_loading import Arguments, load
 from fastbert.sentence_names import SENTENCE_TRANSFORMERS
 from fastbert.sentence_run import TWO_PROMPTS, Request, Timings
 from fastbert.sentence_settings import TransformerSettings, processing_limit
-from fastbert.tokenizer import Tokenizer
-from fastbert.wordpiece import check_text, one_of
+from fastbert.text.tokenizer import Tokenizer
+from fastbert.text.wordpiece import check_text, one_of
 
 logger = logging.getLogger("fastbert")
 

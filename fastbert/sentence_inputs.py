@@ -10,8 +10,8 @@ import numpy as np
 import torch
 
 from fastbert.sentence_run import Run
-from fastbert.tokenizer import PackedEncoding, Tokenizer
-from fastbert.wordpiece import check_text
+from fastbert.text.tokenizer import PackedEncoding, Tokenizer
+from fastbert.text.wordpiece import check_text
 
 
 class Pair(str):

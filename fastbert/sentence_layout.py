@@ -38,7 +38,7 @@ from fastbert.sentence_settings import (
     check_model_keys,
     read_transformer,
 )
-from fastbert.tokenizer import Tokenizer
+from fastbert.text.tokenizer import Tokenizer
 
 logger = logging.getLogger("fastbert")
 

@@ -16,7 +16,7 @@ from fastbert.pretrained import PreTrainedModel
 from fastbert.sentence_layout import Layout
 from fastbert.sentence_names import cache_folder, full_name
 from fastbert.sentence_settings import LOADING_HARMLESS
-from fastbert.tokenizer import Tokenizer
+from fastbert.text.tokenizer import Tokenizer
 
 logger = logging.getLogger("fastbert")
 

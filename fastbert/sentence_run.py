@@ -33,9 +33,9 @@ from torch import Tensor
 
 from fastbert import ops, silent_writes, varlen
 from fastbert.sentence_layout import POOLING_MODES, Normalize, apply
-from fastbert.text_windows import WINDOW_CHARACTERS
-from fastbert.tokenizer import PackedEncoding
-from fastbert.wordpiece import check_text
+from fastbert.text.tokenizer import PackedEncoding
+from fastbert.text.windows import WINDOW_CHARACTERS
+from fastbert.text.wordpiece import check_text
 
 if TYPE_CHECKING:
     from fastbert.sentence import SentenceEncoder

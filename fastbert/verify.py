@@ -23,7 +23,7 @@ from fastbert.explain import backbone, find_model, float32_precision, prefix_of
 from fastbert.model import BertModel
 from fastbert.sentence import SentenceEncoder
 from fastbert.sentence_names import SENTENCE_TRANSFORMERS, full_name
-from fastbert.tokenizer import Tokenizer
+from fastbert.text.tokenizer import Tokenizer
 from fastbert.verify_ends import ends_of
 from fastbert.verify_report import (
     BOUND_WITHOUT_EAGER,

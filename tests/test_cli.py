@@ -29,10 +29,10 @@ from fastbert import (
     __version__,
     demo,
     sentence_run,
-    text_io,
 )
 from fastbert.cli import main
 from fastbert.sentence_layout import Normalize
+from fastbert.text import files as text_io
 from helpers import source_env, tiny_bert
 
 COMMANDS = (

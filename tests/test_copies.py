@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastbert import ops, sentence_run, varlen
 from fastbert.ops import attention
-from fastbert.tokenizer import PackedEncoding
+from fastbert.text.tokenizer import PackedEncoding
 from helpers import cu_seqlens_of
 
 META = torch.device("meta")

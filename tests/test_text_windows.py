@@ -17,9 +17,10 @@ from tokenizers import AddedToken, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as RustTokenizer
 
 from family_text_cases import KINDS, TEXTS
-from fastbert import Tokenizer, text_windows
+from fastbert import Tokenizer
 from fastbert.adapters.sentences import LiveTokenizer
-from fastbert.text_windows import cut, pieces, place_after, place_before, spans, splits
+from fastbert.text import windows as text_windows
+from fastbert.text.windows import cut, pieces, place_after, place_before, spans, splits
 
 WORDS = [
     "river", "the", "boats", "fish", "a", "A", "7", "12", ".", ",", "'s", "don't", " ", "  ", "\n", "\t", "\u00a0",

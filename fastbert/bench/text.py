@@ -29,7 +29,7 @@ from fastbert.checkpoint import files as checkpoint
 from fastbert.sentence import SentenceEncoder
 from fastbert.sentence_layout import Normalize
 from fastbert.sentence_names import SENTENCE_TRANSFORMERS, full_name
-from fastbert.tokenizer import PackedEncoding
+from fastbert.text.tokenizer import PackedEncoding
 
 logger = logging.getLogger("fastbert")
 

@@ -20,11 +20,11 @@ import numpy as np
 import torch
 from tokenizers.models import WordPiece
 
-from fastbert import text_windows
 from fastbert.checkpoint.files import write_text
-from fastbert.tokenizer_files import load
-from fastbert.tokenizer_settings import CASING, FLAGS, NAMES, PREFIX, SETTINGS, clean_up
-from fastbert.wordpiece import TOKEN_FIELDS, Source, check_text, learn, one_of
+from fastbert.text import windows as text_windows
+from fastbert.text.tokenizer_files import load
+from fastbert.text.tokenizer_settings import CASING, FLAGS, NAMES, PREFIX, SETTINGS, clean_up
+from fastbert.text.wordpiece import TOKEN_FIELDS, Source, check_text, learn, one_of
 
 logger = logging.getLogger("fastbert")
 

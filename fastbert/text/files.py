@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from fastbert.checkpoint.files import _replacing
-from fastbert.wordpiece import check_text
+from fastbert.text.wordpiece import check_text
 
 Write = Callable[[Sequence[str], np.ndarray], None]
 

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer as RustTokenizer
 from tokenizers import decoders, normalizers, pre_tokenizers, processors, trainers
 from tokenizers.models import WordPiece
 
-from fastbert.tokenizer_settings import FLAGS, NAMES, SETTINGS
+from fastbert.text.tokenizer_settings import FLAGS, NAMES, SETTINGS
 
 logger = logging.getLogger("fastbert")
 

@@ -22,8 +22,8 @@ from tokenizers.models import BPE, Unigram
 
 from fastbert.checkpoint.families import FAMILIES, Family
 from fastbert.checkpoint.files import read_json, resolve
-from fastbert.tokenizer_older import parts_that_differ, prefix_that_differs
-from fastbert.tokenizer_settings import (
+from fastbert.text.tokenizer_older import parts_that_differ, prefix_that_differs
+from fastbert.text.tokenizer_settings import (
     CASING,
     FLAGS,
     IN_PYTHON,
@@ -37,7 +37,7 @@ from fastbert.tokenizer_settings import (
     merged,
     tell_unfollowed,
 )
-from fastbert.wordpiece import TOKEN_FIELDS, Source, bert_pipeline, one_of, set_bert_template
+from fastbert.text.wordpiece import TOKEN_FIELDS, Source, bert_pipeline, one_of, set_bert_template
 
 logger = logging.getLogger("fastbert")
 
