@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fastbert import ops
 from fastbert.ops import attention, dispatch, packed_linear
-from fastbert.varlen import PackedBatch
+from fastbert.ops.packing import PackedBatch
 from fastbert_kernels import cpu
 
 # A processor with matrix units runs more bfloat16 rows than these faster in oneDNN.

@@ -11,9 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastbert import ops, sentence_layout, varlen
+from fastbert import ops, sentence_layout
 from fastbert.heads import BertForSequenceClassification
 from fastbert.model import Encoded
+from fastbert.ops import packing
 from fastbert.pretrained import any_in_training
 from fastbert.sentence import _positive, _progress_bar
 from fastbert.sentence_api import SEVERAL, SentenceTransformersApi, passed_over
@@ -341,7 +342,7 @@ class CrossEncoder(SentenceTransformersApi):
         for places, batch, ids, types in in_batches(tokens, budget, batch_size, device):
             hidden = bert.encode_packed(batch, ids, types, check=False)[-1]
             scored = self.model.classify(Encoded(batch, hidden, None, None))
-            logits[varlen.to_device(torch.from_numpy(np.array(places)), device)] = scored.to(logits.dtype)
+            logits[packing.to_device(torch.from_numpy(np.array(places)), device)] = scored.to(logits.dtype)
             if progress is not None:
                 progress(len(places))
         return logits

@@ -21,7 +21,7 @@ copied out before anybody else may replay: what a caller holds is his. Intermedi
 graphs of a model share, for no two of them run at a time.
 
 What ends a graph. It reads weights at their addresses, and some that are derived from them: the fused QKV matrix, or
-8-bit weights (fastbert.derived). Before each replay the addresses and PyTorch's counts of writes are compared
+8-bit weights (fastbert.ops.derived). Before each replay the addresses and PyTorch's counts of writes are compared
 (`Watch`): where one differs, all graphs are dropped, and captured again when they are next needed; so they are by
 train(), to() and another policy or precision. Hooks, adapters, patched forwards, training mode, gradients, autocast,
 torch.compile and dispatch modes such as FlopCounterMode take the plain path, in exactly T rows.
@@ -56,11 +56,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastbert import tracing
-from fastbert.derived import Derived
-from fastbert.ops import BackendError, Policy, attention
-from fastbert.silent_writes import Writes
-from fastbert.varlen import PackedBatch
+from fastbert.ops import BackendError, Policy, attention, tracing
+from fastbert.ops.derived import Derived
+from fastbert.ops.packing import PackedBatch
+from fastbert.ops.silent_writes import Writes
 
 logger = logging.getLogger("fastbert")
 

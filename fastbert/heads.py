@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastbert import hooks, ops, outputs, tracing, varlen
+from fastbert import hooks, ops, outputs
 from fastbert.checkpoint.config import BertConfig
 from fastbert.checkpoint.families import Head
 from fastbert.checkpoint.files import Match
@@ -31,9 +31,9 @@ from fastbert.model import (
     is_plain_norm,
     wants_dict,
 )
-from fastbert.ops import Policy
+from fastbert.ops import Policy, packing, tracing
+from fastbert.ops.packing import PackedBatch
 from fastbert.pretrained import PreTrainedModel
-from fastbert.varlen import PackedBatch
 
 IGNORED = -100
 
@@ -248,12 +248,12 @@ class _WithDecoder(_WithHead):
         head.bias = nn.Parameter(rows(head.bias), head.bias.requires_grad)
 
 
-def token_loss(logits: Tensor, labels: Tensor | None, batch: varlen.PackedBatch) -> Tensor | None:
+def token_loss(logits: Tensor, labels: Tensor | None, batch: packing.PackedBatch) -> Tensor | None:
     """Mean cross entropy over the tokens whose label is not -100. logits: packed (T, C), labels: padded (B, S)."""
     if labels is None:
         return None
     _check_labels("labels", labels, logits, (batch.batch_size, batch.padded_length))
-    return F.cross_entropy(logits, varlen.pack(labels, batch, IGNORED).long(), ignore_index=IGNORED)
+    return F.cross_entropy(logits, packing.pack(labels, batch, IGNORED).long(), ignore_index=IGNORED)
 
 
 def class_loss(logits: Tensor, labels: Tensor | None, name: str = "labels") -> Tensor | None:
@@ -314,7 +314,7 @@ class BertForPreTraining(_WithDecoder):
         loss = None if token is None or sentence is None else token + sentence
         output = outputs.BertForPreTrainingOutput(
             loss=loss,
-            prediction_logits=varlen.pad(logits, encoded.batch),
+            prediction_logits=packing.pad(logits, encoded.batch),
             seq_relationship_logits=is_next,
             **encoded.rest(),
         )
@@ -351,7 +351,7 @@ class BertForMaskedLM(_WithDecoder):
         logits = hooks.call(self.cls, encoded.batch, self.policy, encoded.last_hidden_state)
         output = outputs.MaskedLMOutput(
             loss=token_loss(logits, labels, encoded.batch),
-            logits=varlen.pad(logits, encoded.batch),
+            logits=packing.pad(logits, encoded.batch),
             **encoded.rest(),
         )
         return self._output(output, return_dict)
@@ -522,7 +522,7 @@ class BertForTokenClassification(_WithHead):
         logits = self._of_tokens(self.classifier, encoded)
         output = outputs.TokenClassifierOutput(
             loss=token_loss(logits, labels, encoded.batch),
-            logits=varlen.pad(logits, encoded.batch),
+            logits=packing.pad(logits, encoded.batch),
             **encoded.rest(),
         )
         return self._output(output, return_dict)
@@ -563,10 +563,10 @@ class BertForQuestionAnswering(_WithHead):
             output_hidden_states,
         )  # fmt: skip
         packed = self._of_tokens(self.qa_outputs, encoded)  # (T, 2)
-        start_logits, end_logits = varlen.pad(packed, encoded.batch).unbind(-1)  # (B, S)
+        start_logits, end_logits = packing.pad(packed, encoded.batch).unbind(-1)  # (B, S)
         loss = None
         if start_positions is not None and end_positions is not None:
-            token = varlen.pad(torch.ones_like(packed[:, 0], dtype=torch.bool), encoded.batch)
+            token = packing.pad(torch.ones_like(packed[:, 0], dtype=torch.bool), encoded.batch)
             loss = (
                 self._loss(start_logits, token, start_positions, "start_positions")
                 + self._loss(end_logits, token, end_positions, "end_positions")

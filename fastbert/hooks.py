@@ -18,9 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
-from fastbert import varlen
-from fastbert.ops import AUTO, Policy
-from fastbert.varlen import PackedBatch
+from fastbert.ops import AUTO, Policy, packing
+from fastbert.ops.packing import PackedBatch
 
 _GLOBAL = (
     torch_module._global_forward_hooks,
@@ -104,7 +103,7 @@ def call(module: Any, batch: PackedBatch, policy: Policy, *rows: Tensor, **more:
     view = padded_view(batch)
     token = _under_way.set((batch, policy))
     try:
-        output = module(*(varlen.pad(x, view) for x in rows), **more)
+        output = module(*(packing.pad(x, view) for x in rows), **more)
     finally:
         _under_way.reset(token)
     return rows_of(output, batch)
@@ -117,7 +116,7 @@ def call_embeddings(module: Any, batch: PackedBatch, policy: Policy, **ids: Tens
     view = padded_view(batch)
     token = _under_way.set((batch, policy))
     try:
-        output = module(**{name: None if x is None else varlen.pad(x, view) for name, x in ids.items()})
+        output = module(**{name: None if x is None else packing.pad(x, view) for name, x in ids.items()})
     finally:
         _under_way.reset(token)
     return rows_of(output, batch)
@@ -131,7 +130,7 @@ def call_with_pooled(
         return module(x, pooled, batch=batch, policy=policy)
     token = _under_way.set((batch, policy))
     try:
-        tokens, sequences = module(varlen.pad(x, padded_view(batch)), pooled)
+        tokens, sequences = module(packing.pad(x, padded_view(batch)), pooled)
     finally:
         _under_way.reset(token)
     return rows_of(tokens, batch), sequences
@@ -142,7 +141,7 @@ def states_of_encoder(encoder: Any, batch: PackedBatch, policy: Policy, x: Tenso
     view = padded_view(batch)
     token = _under_way.set((batch, policy))
     try:
-        output = encoder(varlen.pad(x, view), keep_states=keep_states)
+        output = encoder(packing.pad(x, view), keep_states=keep_states)
     finally:
         _under_way.reset(token)
     last = rows_of(output, batch)
@@ -154,7 +153,7 @@ def leaf(module: nn.Module, x: Tensor, batch: PackedBatch | None) -> Any:
     """module(x) for one that knows nothing of packing. x: (T, ...), or (B, ...) without a batch, which stays so."""
     if batch is None or not _wants_padding(module):
         return module(x)
-    return rows_of(module(varlen.pad(x, padded_view(batch))), batch)
+    return rows_of(module(packing.pad(x, padded_view(batch))), batch)
 
 
 def on_packed(
@@ -168,14 +167,14 @@ def on_packed(
     under_way = _under_way.get()
     if under_way is None:
         first = next(x for x in padded if x is not None)
-        under_way = varlen.without_padding(first.shape[0], first.shape[1], first.device), AUTO
+        under_way = packing.without_padding(first.shape[0], first.shape[1], first.device), AUTO
     batch, policy = under_way
     view, shape = padded_view(batch), (batch.batch_size, batch.padded_length)
-    rows = (None if x is None else varlen.pack(x.expand(*shape, *x.shape[2:]), view) for x in padded)
+    rows = (None if x is None else packing.pack(x.expand(*shape, *x.shape[2:]), view) for x in padded)
     output = forward(module, *rows, batch=batch, policy=policy, **more)
     if isinstance(output, list):
-        return [varlen.pad(x, view) for x in output]
-    return varlen.pad(output, view) if per_token else output
+        return [packing.pad(x, view) for x in output]
+    return packing.pad(output, view) if per_token else output
 
 
 def rows_of(output: Any, batch: PackedBatch) -> Any:
@@ -188,7 +187,7 @@ def rows_of(output: Any, batch: PackedBatch) -> Any:
     shape = batch.batch_size, batch.padded_length
     if any(n not in (1, wanted) for n, wanted in zip(output.shape[:2], shape, strict=True)):
         raise ValueError(f"output of a hooked module: expected shape {(*shape, '...')}, got {tuple(output.shape)}")
-    return varlen.pack(output.expand(*shape, *output.shape[2:]), view)
+    return packing.pack(output.expand(*shape, *output.shape[2:]), view)
 
 
 def padded_view(batch: PackedBatch) -> PackedBatch:

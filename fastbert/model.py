@@ -15,16 +15,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from fastbert import cpu_encoder, graphs, hooks, ops, quantized, reference, silent_writes, tracing, varlen
+from fastbert import cpu_encoder, graphs, hooks, ops, quantized, reference
 from fastbert.checkpoint.config import BertConfig
 from fastbert.checkpoint.families import AFTER_PADDING
-from fastbert.derived import Derived
 from fastbert.forward_arguments import takes_theirs
-from fastbert.ops import Policy, attention, dispatch
+from fastbert.ops import Policy, attention, dispatch, packing, silent_writes, tracing
+from fastbert.ops.derived import Derived
+from fastbert.ops.packing import PackedBatch
+from fastbert.ops.tracing import untraced
 from fastbert.outputs import BaseModelOutputWithPooling
 from fastbert.pretrained import PreTrainedModel, first_parameter, listed
-from fastbert.tracing import untraced
-from fastbert.varlen import PackedBatch
 
 logger = logging.getLogger("fastbert")
 
@@ -196,7 +196,7 @@ class BertSelfAttention(nn.Module):
         """The three projections as one weight (3H, H) and bias (3H,), kept until one of the six parameters changes.
 
         The bias of a linear without one is zeros. In training mode nothing is kept. train() and eval() make it anew:
-        fastbert.silent_writes says what else does.
+        fastbert.ops.silent_writes says what else does.
         """
         linears = (self.query, self.key, self.value)
         weights: list[Tensor] = [linear.weight for linear in linears]
@@ -249,14 +249,14 @@ class BertSelfAttention(nn.Module):
     def _keeping_weights(self, qkv: Tensor, batch: PackedBatch, dropout_p: float) -> Tensor:
         """Attention in plain PyTorch, whose weights (B, N, S, S) join the batch's; zeros at rows of padding."""
         view = hooks.padded_view(batch)
-        q, k, v = varlen.pad(qkv, view).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # (B, N, S, D)
-        token = varlen.pad(torch.ones_like(qkv[:, 0], dtype=torch.bool), view)  # (B, S)
+        q, k, v = packing.pad(qkv, view).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # (B, N, S, D)
+        token = packing.pad(torch.ones_like(qkv[:, 0], dtype=torch.bool), view)  # (B, S)
         scores = (q @ k.transpose(-1, -2)) * q.shape[-1] ** -0.5
         scores = scores.masked_fill(~token[:, None, None], torch.finfo(scores.dtype).min)
         weights = torch.softmax(scores, dim=-1) * token[:, None, :, None]
         batch.plan(ATTENTIONS, list).append(weights)
         kept = nn.functional.dropout(weights, dropout_p)
-        return varlen.pack((kept @ v).transpose(1, 2).flatten(2), view)
+        return packing.pack((kept @ v).transpose(1, 2).flatten(2), view)
 
 
 class BertAddNorm(nn.Module):
@@ -363,7 +363,7 @@ ENCODER_MODULES = frozenset(
 def first_rows(x: Tensor, batch: PackedBatch, policy: Policy) -> Tensor:
     """(T, H) -> (B, H): each sequence's first token, zeros where there is none."""
     if batch.valid is not None:
-        return varlen.first_rows(x, batch)
+        return packing.first_rows(x, batch)
     return ops.pool(x, batch.cu_seqlens, "cls", policy=policy)
 
 
@@ -397,7 +397,7 @@ class Encoded:
     def rest(self) -> dict[str, Any]:
         """The fields that the outputs of all models share, padded."""
         states = self.hidden_states
-        padded = None if states is None else tuple(varlen.pad(state, self.batch) for state in states)
+        padded = None if states is None else tuple(packing.pad(state, self.batch) for state in states)
         return {"hidden_states": padded, "attentions": self.attentions}
 
 
@@ -418,12 +418,12 @@ def encode_by_call(
     )  # fmt: skip
     last = output[0]
     if attention_mask is None:
-        batch = varlen.without_padding(last.shape[0], last.shape[1], last.device)
+        batch = packing.without_padding(last.shape[0], last.shape[1], last.device)
     else:
-        batch = varlen.unpad(attention_mask.expand(last.shape[:2]))
+        batch = packing.unpad(attention_mask.expand(last.shape[:2]))
     states = output.hidden_states
-    rows = None if states is None else [varlen.pack(state, batch) for state in states]
-    return Encoded(batch, varlen.pack(last, batch), rows, output.attentions, output.pooler_output)
+    rows = None if states is None else [packing.pack(state, batch) for state in states]
+    return Encoded(batch, packing.pack(last, batch), rows, output.attentions, output.pooler_output)
 
 
 class BertModel(PreTrainedModel):
@@ -500,7 +500,7 @@ class BertModel(PreTrainedModel):
             output_hidden_states,
         )  # fmt: skip
         output = BaseModelOutputWithPooling(
-            last_hidden_state=varlen.pad(encoded.last_hidden_state, encoded.batch),
+            last_hidden_state=packing.pad(encoded.last_hidden_state, encoded.batch),
             pooler_output=self.pool(encoded),
             **encoded.rest(),
         )
@@ -521,7 +521,7 @@ class BertModel(PreTrainedModel):
         self._check_tensors(input_ids=input_ids)
         if input_ids.dim() != 1:
             raise ValueError(f"input_ids: expected shape (T,), got {tuple(input_ids.shape)}")
-        batch = varlen.from_cu_seqlens(cu_seqlens, input_ids.shape[0], self.device)
+        batch = packing.from_cu_seqlens(cu_seqlens, input_ids.shape[0], self.device)
         return self.encode_packed(batch, input_ids, token_type_ids, position_ids)[-1]
 
     def pool(self, encoded: Encoded) -> Tensor | None:
@@ -580,19 +580,19 @@ class BertModel(PreTrainedModel):
         self._check_embeds(inputs_embeds)
         if position_ids is None and self._counted_from is not None:
             if input_ids is not None:
-                position_ids = varlen.positions_after_padding(input_ids, self._counted_from)  # also ids at padding
+                position_ids = packing.positions_after_padding(input_ids, self._counted_from)  # also ids at padding
             else:
                 position_ids = (torch.arange(shape[1], device=given.device) + self._counted_from + 1).expand(shape)
 
         transformed = tracing.transformed(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
         if transformed is not None:
-            batch = varlen.in_place(given, attention_mask)
+            batch = packing.in_place(given, attention_mask)
         elif batch is None and attention_mask is not None:
-            batch = varlen.unpad(attention_mask)
+            batch = packing.unpad(attention_mask)
         elif batch is None:
-            batch = varlen.without_padding(shape[0], shape[1], given.device)
+            batch = packing.without_padding(shape[0], shape[1], given.device)
         ids, types, positions, embeds = (
-            None if t is None else varlen.pack(t, batch)
+            None if t is None else packing.pack(t, batch)
             for t in (input_ids, token_type_ids, position_ids, inputs_embeds)
         )
         if keep_attentions:
@@ -640,7 +640,7 @@ class BertModel(PreTrainedModel):
             if input_ids is None:
                 position_ids = batch.position_ids + self._counted_from + 1
             else:
-                position_ids = varlen.positions_after_padding(input_ids, self._counted_from, batch)
+                position_ids = packing.positions_after_padding(input_ids, self._counted_from, batch)
         if check:
             self._check_ids(batch, input_ids, token_type_ids, position_ids)
             self.follow_weights()
@@ -666,7 +666,7 @@ class BertModel(PreTrainedModel):
         n_tokens = batch.n_tokens
         padded = self._packs_weights() and not self.policy.batch_invariant  # for oneDNN, which that mode does not take
         n_rows = ops.packed_linear.rows_for(n_tokens, self.dtype) if padded else n_tokens
-        words, segments, positions, embeds = (varlen.in_more_rows(t, n_rows) for t in inputs)
+        words, segments, positions, embeds = (packing.in_more_rows(t, n_rows) for t in inputs)
         if n_rows > n_tokens:
             batch = dataclasses.replace(batch, position_ids=positions, _plans={})
         states = self._encode(words, segments, positions, batch, embeds, keep_states)
@@ -1007,7 +1007,7 @@ class BertModel(PreTrainedModel):
         result = reference.bert(
             dict(self.named_parameters(remove_duplicate=False)), self.config, *inputs, dtype=self.dtype
         )
-        states = [varlen.pack(state, batch) for state in result.hidden_states]
+        states = [packing.pack(state, batch) for state in result.hidden_states]
         return Encoded(batch, states[-1], states if keep_states else None, result.attentions)
 
 

@@ -20,13 +20,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from fastbert import ops, tracing
-from fastbert.derived import Derived
-from fastbert.ops import BackendError, Policy, dispatch
+from fastbert import ops
+from fastbert.ops import BackendError, Policy, dispatch, tracing
+from fastbert.ops.derived import Derived
 from fastbert.ops.dispatch import Decision
+from fastbert.ops.packing import PackedBatch
 from fastbert.ops.quantized import Quantized
-from fastbert.tracing import untraced
-from fastbert.varlen import PackedBatch
+from fastbert.ops.tracing import untraced
 
 if TYPE_CHECKING:
     from fastbert.model import BertLayer, BertModel

@@ -14,8 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastbert import sentence_layout, varlen, vectors
+from fastbert import sentence_layout, vectors
 from fastbert.model import BertModel
+from fastbert.ops import packing
 from fastbert.pretrained import any_in_training
 from fastbert.sentence_api import SEVERAL, SentenceTransformersApi, passed_over
 from fastbert.sentence_inputs import TextRun, as_texts
@@ -384,7 +385,7 @@ class SentenceEncoder(SentenceTransformersApi):
         run = TextRun(self, Request(output_value=None))
         if not self.pooling.include_prompt and input.get("prompt_length") is not None:
             run.skip = int(torch.as_tensor(input["prompt_length"]).flatten()[0])
-        batch = varlen.from_lengths((mask != 0).sum(1).tolist(), hidden.device)
+        batch = packing.from_lengths((mask != 0).sum(1).tolist(), hidden.device)
         vectors = run._pool(hidden[mask != 0], batch)
         return {**input, "token_embeddings": hidden, "sentence_embedding": vectors}
 

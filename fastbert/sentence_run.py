@@ -31,7 +31,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastbert import ops, silent_writes, varlen
+from fastbert import ops
+from fastbert.ops import packing, silent_writes
 from fastbert.sentence_layout import POOLING_MODES, Normalize, apply
 from fastbert.text.tokenizer import PackedEncoding
 from fastbert.text.windows import WINDOW_CHARACTERS
@@ -235,12 +236,12 @@ class Run:
                 if vectors is None:
                     vectors = _for_autograd(partial(made.new_empty, (n_texts, made.shape[1])))
                 rows = torch.from_numpy(np.array(places))
-                vectors.index_copy_(0, varlen.to_device(rows, self.device), made)
+                vectors.index_copy_(0, packing.to_device(rows, self.device), made)
             if request.progress is not None:
                 request.progress(len(places))
         return items if vectors is None else vectors
 
-    def _items(self, hidden: Tensor, batch: varlen.PackedBatch, ids: Tensor, types: Tensor) -> list[Any]:
+    def _items(self, hidden: Tensor, batch: packing.PackedBatch, ids: Tensor, types: Tensor) -> list[Any]:
         """What the output values "token_embeddings" and None ask for, a text each."""
         lengths = batch.cu_seqlens_cpu.diff().tolist()
         if self.request.output_value == "token_embeddings":
@@ -258,14 +259,14 @@ class Run:
             )
         ]
 
-    def _pool(self, hidden: Tensor, batch: varlen.PackedBatch) -> Tensor:
+    def _pool(self, hidden: Tensor, batch: packing.PackedBatch) -> Tensor:
         """(T, H) -> (B, dim), in float32 at least."""
         pooling, request, tail = self.encoder.pooling, self.request, self.tail
         cu_seqlens = batch.cu_seqlens
         if self.skip:
             lengths = (batch.cu_seqlens_cpu.diff() - self.skip).clamp(min=0)
             offsets = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int()
-            cu_seqlens = varlen.to_device(offsets, self.device)
+            cu_seqlens = packing.to_device(offsets, self.device)
             hidden = hidden[batch.position_ids >= self.skip]
         # With output_value None sentence-transformers returns what the modules make, never normalised after that.
         normalize = request.normalize and request.output_value is not None
@@ -319,7 +320,7 @@ class _Result:
 
 def in_batches(
     tokens: PackedEncoding, budget: int, most: int | None, device: torch.device
-) -> Iterator[tuple[list[int], varlen.PackedBatch, Tensor, Tensor]]:
+) -> Iterator[tuple[list[int], packing.PackedBatch, Tensor, Tensor]]:
     """The texts in batches of like lengths, as `batches` cuts them: which they are, and their ids and types, (T,) each.
 
     The lengths are lists: of one text, NumPy's functions would take longer than everything else here.
@@ -335,10 +336,10 @@ def in_batches(
     ends = list(accumulate(lengths))
     for first, last in batches(ends, budget, most):
         start, end = ends[first] - lengths[first], ends[last - 1]
-        batch = varlen.from_lengths(lengths[first:last], device)
+        batch = packing.from_lengths(lengths[first:last], device)
         here = (ids, types) if last - first == len(order) else (ids[start:end], types[start:end])
         if device.type != "cpu":
-            here = varlen.to_device(here[0], device), varlen.to_device(here[1], device)
+            here = packing.to_device(here[0], device), packing.to_device(here[1], device)
         yield order[first:last], batch, *here
 
 

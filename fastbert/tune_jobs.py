@@ -368,7 +368,7 @@ class Work:
         return quantized.dequantize(quantized.Quantized(out, self.out_scale, min(quantized.OUT_GROUP, out.shape[1])))
 
     def _attention(self, candidate: Candidate) -> Call:
-        from fastbert.varlen import sequence_ids
+        from fastbert.ops.packing import sequence_ids
         from fastbert_kernels import launch
         from fastbert_kernels.attention import build_work_list, varlen_attention_forward
 

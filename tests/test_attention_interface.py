@@ -85,11 +85,11 @@ def test_padding_does_not_matter() -> None:
 @needs_5
 def test_gradients_and_one_packing_for_all_layers(monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches gradients that stop, and a look at the mask in every layer, which waits for a GPU."""
-    from fastbert import varlen
+    from fastbert.ops import packing
 
     looks = []
-    unpad = varlen.unpad
-    monkeypatch.setattr(varlen, "unpad", lambda m: looks.append(1) or unpad(m))
+    unpad = packing.unpad
+    monkeypatch.setattr(packing, "unpad", lambda m: looks.append(1) or unpad(m))
     model, ids, real = model_of("Roberta"), torch.randint(3, 90, (5, 11)), mask().bool()
     gradients = []
     for name in (register_attention(), "sdpa"):

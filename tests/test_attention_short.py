@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import fastbert
-from fastbert import graphs, ops, varlen
-from fastbert.ops import Policy
+from fastbert import graphs, ops
+from fastbert.ops import Policy, packing
 from helpers import cu_seqlens_of
 from test_graphs import StandIn, encode, make, stand_in
 from test_op_attention import DTYPES, LENGTHS, check
@@ -28,7 +28,7 @@ ARCHS = (80, 86, 89, 90, 100, 120)
 
 
 def attend(qkv: Tensor, lengths: list[int], num_heads: int) -> Tensor:
-    batch = varlen.from_cu_seqlens(cu_seqlens_of(lengths), sum(lengths), qkv.device)
+    batch = packing.from_cu_seqlens(cu_seqlens_of(lengths), sum(lengths), qkv.device)
     return ops.varlen_attention(qkv, batch, num_heads, policy=INVARIANT)
 
 
@@ -59,7 +59,7 @@ def test_one_pass_gives_the_bits_of_the_loop(dtype: torch.dtype, device: torch.d
     most = config.block_sizes["BLOCK_K"]
     lengths = [1, 15, 16, 17, most - 1, most, 0, 3]
     qkv = torch.randn(sum(lengths), 3 * 32, device=device).to(dtype)
-    batch = varlen.from_cu_seqlens(cu_seqlens_of(lengths), sum(lengths), device)
+    batch = packing.from_cu_seqlens(cu_seqlens_of(lengths), sum(lengths), device)
     tiles = build_work_list(cu_seqlens_of(lengths).tolist(), 16, share=False).to(device)
     arguments = qkv, batch.cu_seqlens, batch.seq_ids
     loop = varlen_attention_forward(*arguments, tiles, 2, 0.25, config=config.block_sizes)
@@ -74,7 +74,7 @@ def test_every_row_is_in_one_list(lengths: list[int]) -> None:
     from fastbert_kernels import launch
 
     offsets = cu_seqlens_of(lengths)
-    batch = varlen.from_cu_seqlens(offsets, sum(lengths), torch.device("cpu"))
+    batch = packing.from_cu_seqlens(offsets, sum(lengths), torch.device("cpu"))
     for dtype, head_size in ((torch.bfloat16, 64), (torch.float32, 64)):
         whole = launch.attention_config(dtype, head_size, 80).block_sizes["BLOCK_Q"]
         short = launch.short_attention_config(dtype, head_size, 80)
@@ -232,7 +232,7 @@ def test_what_does_not_fit(stand_in: StandIn, device: torch.device) -> None:
 )
 def test_texts_of_four_tokens_and_more_always_fit(lengths: list[int]) -> None:
     """A batch of ordinary texts that takes the plain path for a static list that is too short."""
-    batch = varlen.from_cu_seqlens(cu_seqlens_of(lengths), sum(lengths), torch.device("cpu"))
+    batch = packing.from_cu_seqlens(cu_seqlens_of(lengths), sum(lengths), torch.device("cpu"))
     for dtype in (torch.bfloat16, torch.float32):
         for head_size in (16, 32, 64, 128):
             shape = graphs.Shape(batch.device, dtype, 4 * head_size, head_size, INVARIANT)

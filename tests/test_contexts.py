@@ -17,7 +17,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
-from fastbert import BertConfig, BertModel, heads, ops, tracing, varlen
+from fastbert import BertConfig, BertModel, heads, ops
+from fastbert.ops import packing, tracing
 from helpers import rms_error
 
 SIZES: dict[str, Any] = {
@@ -117,7 +118,7 @@ def test_what_a_tracer_would_keep_is_refused():
     with pytest.raises(RuntimeError, match="a tracer would keep"):
         torch.jit.trace(lambda ids, ends: model.forward_packed(ids, ends), (IDS.flatten(), cu_seqlens))
     with pytest.raises(RuntimeError, match="a tracer would keep"):
-        torch.jit.trace(lambda mask: varlen.unpad(mask).indices, (MASK,))
+        torch.jit.trace(lambda mask: packing.unpad(mask).indices, (MASK,))
     with pytest.raises(TypeError, match=r"symbolic_trace.*torch\.export"):
         torch.fx.symbolic_trace(model)
 
@@ -228,7 +229,7 @@ def test_gradgradcheck():
 def test_second_derivatives_of_operations(name, device):
     """Catches an operation of ours whose backward pass hides its inputs from a second one."""
     torch.manual_seed(0)
-    batch = varlen.from_lengths([3, 1, 2], device)
+    batch = packing.from_lengths([3, 1, 2], device)
     x, w, v, u = (torch.randn(*shape, device=device) for shape in ((6, 32), (32, 32), (32,), (6, 96)))
     ids = torch.arange(6, device=device)
     functions = {

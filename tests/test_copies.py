@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastbert import ops, sentence_run, varlen
-from fastbert.ops import attention
+from fastbert import ops, sentence_run
+from fastbert.ops import attention, packing
 from fastbert.text.tokenizer import PackedEncoding
 from helpers import cu_seqlens_of
 
@@ -25,7 +25,7 @@ class Copies(TorchDispatchMode):
         super().__init__()
         self.others: list[int] = []
         self.by_us: list[int] = []
-        original = varlen.to_device
+        original = packing.to_device
 
         def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
             before = list(self.others)
@@ -34,7 +34,7 @@ class Copies(TorchDispatchMode):
             self.by_us.append(tensor.numel())
             return moved
 
-        for module in (varlen, attention):
+        for module in (packing, attention):
             monkeypatch.setattr(module, "to_device", to_device)
 
     def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -57,8 +57,8 @@ LENGTHS = [700, 300, 0, 24]
 def test_no_positions_are_copied(copies: Copies) -> None:
     """Catches positions, 8 bytes a token, that are copied to the GPU with every batch, while the host waits."""
     with copies:
-        batch = varlen.from_lengths(LENGTHS, META)
-        again = varlen.from_cu_seqlens(cu_seqlens_of(LENGTHS), sum(LENGTHS), META)
+        batch = packing.from_lengths(LENGTHS, META)
+        again = packing.from_cu_seqlens(cu_seqlens_of(LENGTHS), sum(LENGTHS), META)
     assert batch.position_ids.device == again.position_ids.device == META
     assert batch.position_ids.shape == (1024,) and batch.position_ids.dtype == torch.int64
     assert copies.others == [] and copies.by_us == [5, 5]  # cu_seqlens
@@ -67,7 +67,7 @@ def test_no_positions_are_copied(copies: Copies) -> None:
 def test_nothing_is_copied_for_a_batch_without_padding(copies: Copies) -> None:
     """Catches offsets that are made on the host, though the GPU can count."""
     with copies:
-        batch = varlen.without_padding(4, 256, META)
+        batch = packing.without_padding(4, 256, META)
     assert batch.cu_seqlens.device == META and batch.cu_seqlens.dtype == torch.int32
     assert copies.others == copies.by_us == []
     assert batch.cu_seqlens_cpu.tolist() == [0, 256, 512, 768, 1024]
@@ -78,7 +78,7 @@ def test_work_lists(batch_invariant: bool, copies: Copies) -> None:
     """Catches a work list in memory that the GPU cannot copy from by itself: of a large batch the host would wait."""
     policy = ops.Policy("triton", strict=True, batch_invariant=batch_invariant)
     with copies:
-        batch = varlen.from_lengths(LENGTHS, META)
+        batch = packing.from_lengths(LENGTHS, META)
         attention._triton_plan(batch, torch.bfloat16, 64, policy)
     assert copies.others == [] and len(copies.by_us) == 2 + batch_invariant
 
@@ -106,20 +106,20 @@ def test_to_a_gpu_from_pinned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[Any] = []
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: calls.append("pin") or pinned)
     monkeypatch.setattr(torch.Tensor, "to", lambda tensor, *args, **options: calls.append((tensor, options)) or moved)
-    assert varlen.to_device(torch.zeros(3), "cuda:1") is moved
+    assert packing.to_device(torch.zeros(3), "cuda:1") is moved
     assert calls[0] == "pin" and calls[1][0] is pinned and calls[1][1] == {"non_blocking": True}
     calls.clear()
-    varlen.to_device(torch.zeros(3), "cpu")
+    packing.to_device(torch.zeros(3), "cpu")
     assert "pin" not in calls
 
 
 @given(st.lists(st.integers(0, 9), min_size=1, max_size=9))
 def test_positions_made_on_the_device(lengths: list[int]) -> None:
     """Catches positions that count on into the next sequence, or are of another dtype than those of the host."""
-    expected = varlen.from_lengths(lengths, torch.device("cpu")).position_ids
+    expected = packing.from_lengths(lengths, torch.device("cpu")).position_ids
     cu_seqlens = cu_seqlens_of(lengths)
-    seq_ids = varlen.sequence_ids(cu_seqlens, sum(lengths))
-    ours = varlen.within_sequences(torch.arange(sum(lengths)), cu_seqlens, seq_ids)
+    seq_ids = packing.sequence_ids(cu_seqlens, sum(lengths))
+    ours = packing.within_sequences(torch.arange(sum(lengths)), cu_seqlens, seq_ids)
     assert ours.dtype == expected.dtype == torch.int64 and torch.equal(ours, expected)
 
 
@@ -127,7 +127,7 @@ def test_positions_made_on_the_device(lengths: list[int]) -> None:
 @pytest.mark.parametrize("lengths", [[5], [3, 0, 5], [0, 0], [], [700, 300, 24]], ids=str)
 def test_gpu_batches(lengths: list[int]) -> None:
     """Catches a batch on a GPU that differs from the same one on a CPU."""
-    ours, expected = (varlen.from_lengths(lengths, torch.device(device)) for device in ("cuda", "cpu"))
+    ours, expected = (packing.from_lengths(lengths, torch.device(device)) for device in ("cuda", "cpu"))
     for name in ("cu_seqlens", "cu_seqlens_cpu", "position_ids", "seq_ids"):
         ours_is, expected_is = getattr(ours, name), getattr(expected, name)
         assert ours_is.dtype == expected_is.dtype and torch.equal(ours_is.cpu(), expected_is), name

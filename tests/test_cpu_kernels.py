@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from fastbert.ops import Policy, attention, pool, varlen_attention
-from fastbert.varlen import from_cu_seqlens
+from fastbert.ops.packing import from_cu_seqlens
 from fastbert_kernels import cpu
 from helpers import (
     Outputs,

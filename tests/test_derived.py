@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import fastbert
-from fastbert.derived import Derived
+from fastbert.ops.derived import Derived
 
 
 class Case:

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 import fastbert
 import fastbert.model
-from fastbert import graphs, heads, varlen
-from fastbert.ops import Policy
+from fastbert import graphs, heads
+from fastbert.ops import Policy, packing
 from helpers import cu_seqlens_of, rms_error
 
 # Rows of padding start as whatever is in memory, which the interpreter's numpy remarks on.
@@ -157,7 +157,7 @@ def test_empty_tiles_do_nothing(device: torch.device, poisoned: Any) -> None:
     from fastbert_kernels.attention import build_work_list, varlen_attention_forward
 
     lengths = [3, 70, 2]
-    batch = varlen.from_cu_seqlens(cu_seqlens_of(lengths), sum(lengths), device)
+    batch = packing.from_cu_seqlens(cu_seqlens_of(lengths), sum(lengths), device)
     qkv = torch.randn(sum(lengths), 96, device=device)
     tiles = build_work_list(cu_seqlens_of(lengths).tolist(), 64).to(device)
     full = torch.cat([tiles, torch.zeros(5, 4, dtype=torch.int32, device=device)])
@@ -838,7 +838,7 @@ def test_gpu_a_capture_of_somebody_else(cuda: torch.device) -> None:
     """Catches a graph that is replayed, or captured, inside of a user's own capture."""
     model = real(cuda)
     ids, cu_seqlens = packed([90, 4], cuda)
-    batch = varlen.from_cu_seqlens(cu_seqlens, 94, cuda)
+    batch = packing.from_cu_seqlens(cu_seqlens, 94, cuda)
     segments = torch.zeros_like(ids)
     with torch.no_grad():
         exact = model._encode(ids, segments, batch.position_ids, batch)[-1]

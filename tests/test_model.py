@@ -20,8 +20,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import fastbert
-from fastbert import varlen
-from fastbert.ops import dispatch
+from fastbert.ops import dispatch, packing
 from helpers import assert_as_accurate, cu_seqlens_of, rms_error
 from model_cases import (
     BATCH,
@@ -716,11 +715,11 @@ def test_pack_and_pad_are_inverse(data: st.DataObject) -> None:
     rows, columns = data.draw(st.integers(0, 6)), data.draw(st.integers(0, 9))
     cells = data.draw(st.lists(st.booleans(), min_size=rows * columns, max_size=rows * columns))
     attention_mask = torch.tensor(cells, dtype=torch.bool).reshape(rows, columns)
-    batch = varlen.unpad(attention_mask)
+    batch = packing.unpad(attention_mask)
     x = torch.arange(1.0, rows * columns * 3 + 1).reshape(rows, columns, 3)
-    packed = varlen.pack(x, batch)
+    packed = packing.pack(x, batch)
     assert torch.equal(packed, x[attention_mask])
-    assert torch.equal(varlen.pad(packed, batch), x * attention_mask[:, :, None])
+    assert torch.equal(packing.pad(packed, batch), x * attention_mask[:, :, None])
     assert batch.cu_seqlens.tolist() == [0, *attention_mask.sum(1).cumsum(0).tolist()]
     assert batch.cu_seqlens.dtype == batch.cu_seqlens_cpu.dtype == torch.int32
     assert torch.equal(batch.position_ids, attention_mask.nonzero()[:, 1])

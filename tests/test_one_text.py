@@ -12,8 +12,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fastbert import BertConfig, BertModel, CrossEncoder, SentenceEncoder, Tokenizer, ops, varlen
+from fastbert import BertConfig, BertModel, CrossEncoder, SentenceEncoder, Tokenizer, ops
 from fastbert.heads import BertForSequenceClassification
+from fastbert.ops import packing
 from fastbert.pretrained import any_in_training, first_parameter
 from fastbert.sentence_layout import Dense, Normalize
 from fastbert_kernels import cpu
@@ -272,8 +273,8 @@ def test_batches_of_known_lengths(lengths: list[int]) -> None:
     """Catches offsets, positions or sizes that differ from those of the offsets that a caller gives."""
     device = torch.device("cpu")
     ours, other = (
-        varlen.from_lengths(lengths, device),
-        varlen.from_cu_seqlens(cu_seqlens_of(lengths), sum(lengths), device),
+        packing.from_lengths(lengths, device),
+        packing.from_cu_seqlens(cu_seqlens_of(lengths), sum(lengths), device),
     )
     expected = torch.tensor([i for n in lengths for i in range(n)], dtype=torch.int64)
     for batch in (ours, other):

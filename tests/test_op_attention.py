@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastbert import ops, reference, varlen
-from fastbert.ops import BackendError, Policy
+from fastbert import ops, reference
+from fastbert.ops import BackendError, Policy, packing
 from helpers import assert_as_accurate, cu_seqlens_of, guarded, rms_error
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -41,7 +41,7 @@ def eager_attention(qkv: torch.Tensor, lengths: list[int], num_heads: int, scale
 def check(name, lengths, num_heads, head_size, dtype, device, policy, scale=None, gain=1.0):
     n_tokens, hidden_size = sum(lengths), num_heads * head_size
     qkv = (torch.randn(n_tokens, 3 * hidden_size) * gain).to(device, dtype)
-    batch = varlen.from_cu_seqlens(cu_seqlens_of(lengths), n_tokens, device)
+    batch = packing.from_cu_seqlens(cu_seqlens_of(lengths), n_tokens, device)
     ours = ops.varlen_attention(guarded(qkv, extra_columns=8), batch, num_heads, scale=scale, policy=policy)
     scale = head_size**-0.5 if scale is None else scale
     expected = reference.varlen_attention(qkv.double(), batch.cu_seqlens, num_heads, scale)
@@ -85,7 +85,7 @@ def test_own_scale(device):
 def test_other_sequences_do_not_matter(device):
     """Attention that reaches into a neighbour sharing the tile."""
     lengths = [5, 9, 3, 70, 2]
-    batch = varlen.from_cu_seqlens(cu_seqlens_of(lengths), sum(lengths), device)
+    batch = packing.from_cu_seqlens(cu_seqlens_of(lengths), sum(lengths), device)
     qkv = torch.randn(sum(lengths), 3 * 32, device=device)
     first = ops.varlen_attention(qkv, batch, 2, policy=TRITON)
     changed = qkv.clone()
@@ -143,7 +143,7 @@ def test_work_list_is_built_once_a_batch(device, monkeypatch):
     calls = []
     build = attention.build_work_list
     monkeypatch.setattr(attention, "build_work_list", lambda *args: calls.append(args) or build(*args))
-    batch = varlen.from_cu_seqlens(cu_seqlens_of([4, 30]), 34, device)
+    batch = packing.from_cu_seqlens(cu_seqlens_of([4, 30]), 34, device)
     for _ in range(3):
         ops.varlen_attention(torch.randn(34, 3 * 32, device=device), batch, 2, policy=TRITON)
     assert len(calls) == 1
@@ -152,7 +152,7 @@ def test_work_list_is_built_once_a_batch(device, monkeypatch):
 def test_gradient_under_triton(device):
     """A backward pass that is not the derivative of the forward one."""
     lengths = [5, 0, 17, 3]
-    batch = varlen.from_cu_seqlens(cu_seqlens_of(lengths), sum(lengths), device)
+    batch = packing.from_cu_seqlens(cu_seqlens_of(lengths), sum(lengths), device)
     grads = {}
     for policy in (TRITON, Policy("torch")):
         torch.manual_seed(1)
@@ -173,7 +173,7 @@ def test_gradient_under_triton(device):
 )
 def test_what_the_kernel_cannot_do(head_size, dtype, dropout_p, reason, device, caplog):
     """A silent fallback, or a strict policy that falls back."""
-    batch = varlen.from_cu_seqlens(cu_seqlens_of([6]), 6, device)
+    batch = packing.from_cu_seqlens(cu_seqlens_of([6]), 6, device)
     qkv = torch.randn(6, 3 * 2 * head_size, device=device, dtype=dtype)
     with pytest.raises(BackendError, match=reason):
         ops.varlen_attention(qkv, batch, 2, dropout_p=dropout_p, policy=TRITON)
@@ -184,6 +184,6 @@ def test_what_the_kernel_cannot_do(head_size, dtype, dropout_p, reason, device, 
 @pytest.mark.parametrize("shape", [(6, 100), (5, 192), (6, 3, 64)])
 def test_wrong_shapes(shape):
     """A wrong shape that reaches a kernel."""
-    batch = varlen.from_cu_seqlens(cu_seqlens_of([6]), 6, torch.device("cpu"))
+    batch = packing.from_cu_seqlens(cu_seqlens_of([6]), 6, torch.device("cpu"))
     with pytest.raises(ValueError, match="qkv: expected shape"):
         ops.varlen_attention(torch.randn(shape), batch, 2)

@@ -9,8 +9,8 @@ import triton
 import triton.language as tl
 
 import float8_sums
-from fastbert import ops, varlen
-from fastbert.ops import BackendError, Policy, dispatch
+from fastbert import ops
+from fastbert.ops import BackendError, Policy, dispatch, packing
 from fastbert.ops import quantized as Q
 from fastbert_kernels.gelu import activate
 from helpers import assert_as_accurate, cu_seqlens_of, operations_called, rms_error
@@ -63,7 +63,7 @@ def activated(x, activation):
 
 
 def batch_on(device):
-    return varlen.from_cu_seqlens(cu_seqlens_of(LENGTHS), T, device)
+    return packing.from_cu_seqlens(cu_seqlens_of(LENGTHS), T, device)
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -96,7 +96,7 @@ def test_what_is_not_finite_stays_so(precision, value, device):
         y = Q.linear(q, Q.quantize_weight(weight, precision), None, torch.float32, policy=policy)
         assert not y[1].isfinite().any() and y[[0, 2, 3]].isfinite().all()
         qkv = torch.cat([x, x, x], 1)
-        batch = varlen.from_cu_seqlens(cu_seqlens_of([1, 1, 2]), 4, device)
+        batch = packing.from_cu_seqlens(cu_seqlens_of([1, 1, 2]), 4, device)
         q = Q.varlen_attention(qkv, batch, 2, precision, policy=policy)
         y = Q.linear(q, Q.quantize_weight(weight, precision), None, torch.float32, policy=policy)
         assert not y[1].isfinite().any()
@@ -302,7 +302,7 @@ def test_no_tokens(precision, device):
     x, weight, bias = operands(0, 64, 40, None, precision, device)
     empty = torch.empty(0, 64, device=device)
     norm = torch.ones(64, device=device)
-    batch = varlen.from_cu_seqlens(cu_seqlens_of([0, 0]), 0, device)
+    batch = packing.from_cu_seqlens(cu_seqlens_of([0, 0]), 0, device)
     for policy in (TRITON, TORCH):
         assert Q.linear(x, weight, bias, torch.bfloat16, policy=policy).shape == (0, 40)
         assert Q.linear_quantized(x, weight, bias, "gelu", policy=policy).scale.shape == (0, 1)

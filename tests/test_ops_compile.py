@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastbert import BertConfig, BertModel, ops, varlen
-from fastbert.ops import Policy
+from fastbert import BertConfig, BertModel, ops
+from fastbert.ops import Policy, packing
 from helpers import cu_seqlens_of, operations_called, rms_error
 
 TRITON = Policy("triton", strict=True)
@@ -18,7 +18,7 @@ BATCH = {}
 
 def batch_on(device):
     if device not in BATCH:
-        BATCH[device] = varlen.from_cu_seqlens(cu_seqlens_of(LENGTHS), sum(LENGTHS), device)
+        BATCH[device] = packing.from_cu_seqlens(cu_seqlens_of(LENGTHS), sum(LENGTHS), device)
     return BATCH[device]
 
 
@@ -127,7 +127,7 @@ def test_plain_attention_is_not_traced_by_length(device):
         return ops.varlen_attention(qkv, batch, N, policy=Policy("torch"))
 
     for lengths in ([4, 9], [3, 3, 3], [1, 20]):
-        batch = varlen.from_cu_seqlens(cu_seqlens_of(lengths), sum(lengths), device)
+        batch = packing.from_cu_seqlens(cu_seqlens_of(lengths), sum(lengths), device)
         qkv = torch.randn(sum(lengths), 3 * H, device=device)
         expected = ops.varlen_attention(qkv, batch, N, policy=Policy("torch"))
         assert torch.allclose(run(qkv, batch), expected, atol=1e-6)

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 import fastbert
-from fastbert import graphs, silent_writes
-from fastbert.silent_writes import Samples, Writes
+from fastbert import graphs
+from fastbert.ops import silent_writes
+from fastbert.ops.silent_writes import Samples, Writes
 from fastbert_kernels import cpu
 from model_cases import theirs
 

@@ -17,12 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastbert import tracing, varlen
 from fastbert.adapters import versions
 from fastbert.adapters.live import LiveEncoder, Options, Unsupported
 from fastbert.adapters.mapping import COVERED, Mapping
-from fastbert.ops import BackendError
-from fastbert.tracing import untraced
+from fastbert.ops import BackendError, packing, tracing
+from fastbert.ops.tracing import untraced
 
 logger = logging.getLogger("fastbert")
 
@@ -260,14 +259,14 @@ def _run(live: nn.Module, state: State, encoder: LiveEncoder, call: dict[str, An
     keep_states = bool(versions.flag(call, config, "output_hidden_states"))
     inputs = {name: call.get(name) for name in _INPUTS}
     mask = inputs["attention_mask"]
-    batch = None if mask is None else varlen.unpad(mask)
+    batch = None if mask is None else packing.unpad(mask)
     if batch is not None and not batch.first_column:
         raise Unsupported("padding in the first column")
     encoded = model.encode(**inputs, output_attentions=False, output_hidden_states=keep_states, batch=batch)
-    last = varlen.pad(encoded.last_hidden_state, encoded.batch)
+    last = packing.pad(encoded.last_hidden_state, encoded.batch)
     hidden = None
     if encoded.hidden_states is not None:
-        hidden = (*(varlen.pad(x, encoded.batch) for x in encoded.hidden_states[:-1]), last)
+        hidden = (*(packing.pad(x, encoded.batch) for x in encoded.hidden_states[:-1]), last)
     pooled = {"pooler_output": model.pool(encoded)} if mapping.family.pooler else {}
     output = _output_class(mapping.output)(last_hidden_state=last, **pooled, hidden_states=hidden)
     state.counts[OURS] += 1

@@ -15,7 +15,7 @@ from typing import Any
 
 from fastbert.adapters.calls import STATE
 from fastbert.adapters.patches import is_own
-from fastbert.tracing import untraced
+from fastbert.ops.tracing import untraced
 
 originals: dict[type, tuple[type, str]] = {}  # a derived class -> the original, and the name of the mixin
 derivers: dict[str, Callable[[type], type]] = {}  # the name of a mixin -> what derives a class with it

@@ -19,12 +19,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastbert import tracing
 from fastbert.adapters import calls, versions
 from fastbert.adapters.calls import OURS, STATE, Counted, State
 from fastbert.adapters.live import Options, Unsupported
 from fastbert.adapters.patches import Watch
 from fastbert.model import BertModel
+from fastbert.ops import tracing
 from fastbert.sentence_layout import POOLING_MODES, Normalize, Pooling
 from fastbert.sentence_run import TOKEN_BUDGET, TWO_PROMPTS, Request, Run
 from fastbert.text import windows as text_windows

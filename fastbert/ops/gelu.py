@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from fastbert import tracing
 from fastbert.checkpoint.activations import ACTIVATIONS as ACTIVATIONS
 from fastbert.checkpoint.activations import OTHERS, activate
-from fastbert.ops import dispatch
+from fastbert.ops import dispatch, tracing
 from fastbert.ops.dispatch import AUTO, Policy
 from fastbert.ops.elementwise import elementwise
 from fastbert.ops.library import register

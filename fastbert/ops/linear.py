@@ -7,12 +7,11 @@ import functools
 import torch
 import torch.nn.functional as F
 
-from fastbert import tracing
 from fastbert.checkpoint.activations import OTHERS
-from fastbert.ops import dispatch, gelu, layer_norm, packed_linear
+from fastbert.ops import dispatch, gelu, layer_norm, packed_linear, tracing
 from fastbert.ops.dispatch import AUTO, Policy
 from fastbert.ops.library import register
-from fastbert.tracing import constant
+from fastbert.ops.tracing import constant
 
 KERNELS = {
     "triton": "fastbert_kernels.linear",

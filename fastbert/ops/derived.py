@@ -1,7 +1,7 @@
 """Tensors derived from parameters, and kept: a fused QKV matrix, 8-bit weights. The one mechanism for all of them.
 
 What is kept follows its parameters. Each use compares their addresses, PyTorch's counts of writes, dtypes and devices,
-and looks for writes that PyTorch does not count (fastbert.silent_writes); on a GPU, where a look at numbers waits, the
+and looks for writes that PyTorch does not count (fastbert.ops.silent_writes); on a GPU, where a look at numbers waits, the
 model does that once a call. `look_again` asks for everything to be made anew.
 
 Others may hold the addresses of what is kept, as CUDA graphs do. Where only `look_again` asks, the new numbers are
@@ -23,8 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastbert import silent_writes, tracing
-from fastbert.silent_writes import Writes
+from fastbert.ops import silent_writes, tracing
+from fastbert.ops.silent_writes import Writes
 
 # Called with tensors whose numbers have been written anew in their old memory.
 _on_rewrite: list[Callable[[Sequence[Tensor]], None]] = []

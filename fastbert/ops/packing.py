@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastbert import tracing
-from fastbert.tracing import untraced
+from fastbert.ops import tracing
+from fastbert.ops.tracing import untraced
 
 
 @dataclass(eq=False)
