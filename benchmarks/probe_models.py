@@ -13,8 +13,9 @@ import torch
 from suites import tidy
 from torch import Tensor
 
-from fastbert import BertConfig, BertModel, graphs, reference
+from fastbert import BertConfig, BertModel, reference
 from fastbert.bench.measure import rms_error
+from fastbert.engine import graphs
 from fastbert.ops import packing
 
 if TYPE_CHECKING:

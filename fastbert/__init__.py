@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from fastbert.adapters import accelerate, restore
     from fastbert.checkpoint.config import BertConfig
     from fastbert.cross_encoder import CrossEncoder
+    from fastbert.engine.graphs import compile_events
     from fastbert.explain import explain
-    from fastbert.graphs import compile_events
     from fastbert.heads import (
         BertForMaskedLM,
         BertForMultipleChoice,
@@ -55,7 +55,7 @@ _PUBLIC = {
     "SentenceEncoder": "fastbert.sentence",
     "Tokenizer": "fastbert.text.tokenizer",
     "accelerate": "fastbert.adapters",
-    "compile_events": "fastbert.graphs",
+    "compile_events": "fastbert.engine.graphs",
     "explain": "fastbert.explain",
     "quantize_embeddings": "fastbert.vectors",
     "restore": "fastbert.adapters",

@@ -14,10 +14,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from fastbert import cpu_encoder, sentence_layout
+from fastbert import sentence_layout
 from fastbert.bench.exact import reference_vectors
 from fastbert.bench.texts import docstrings, spread
 from fastbert.checkpoint import files as checkpoint
+from fastbert.engine import cpu_encoder
 from fastbert.explain import explain
 from fastbert.sentence import SentenceEncoder
 from fastbert.sentence_names import SENTENCE_TRANSFORMERS, full_name

@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from fastbert import adapters, cpu_encoder, explain_costs, graphs, hooks, quantized
+from fastbert import adapters, explain_costs
+from fastbert.engine import cpu_encoder, graphs, hooks, quantized
 from fastbert.explain_costs import BatchReport
 from fastbert.explain_ops import Explainer, backbone, find_model, float32_precision, prefix_of
 from fastbert.explain_report import OpReport, Report

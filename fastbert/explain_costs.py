@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastbert import graphs
+from fastbert.engine import graphs
 from fastbert.explain_report import OpReport, amount
 from fastbert.model import BertModel
 from fastbert.ops import packed_linear

@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastbert import adapters, quantized
+from fastbert import adapters
 from fastbert.checkpoint.activations import OTHERS
+from fastbert.engine import quantized
 from fastbert.explain_report import MODULE, OpReport
 from fastbert.heads import FirstTokenHead
 from fastbert.model import (
@@ -156,7 +157,7 @@ class Explainer:
             yield from (dataclasses.replace(row, module=f"{name}.{numbers}.{row.module}") for row in rows)
 
     def quantized(self, prefix: str, bert: BertModel, backend: str) -> Iterator[OpReport]:
-        """Embeddings and layers as fastbert.quantized.encode runs them; all layers run alike."""
+        """Embeddings and layers as fastbert.engine.quantized.encode runs them; all layers run alike."""
         config, precision = self.config, bert.precision or ""
         h, i, d, last = config.hidden_size, config.intermediate_size, config.head_size, config.num_hidden_layers - 1
         q = f"(T, {h}) {precision}"

@@ -15,10 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastbert import hooks, ops, outputs
+from fastbert import ops, outputs
 from fastbert.checkpoint.config import BertConfig
 from fastbert.checkpoint.families import Head
 from fastbert.checkpoint.files import Match
+from fastbert.engine import hooks
 from fastbert.forward_arguments import takes_theirs
 from fastbert.model import (
     BertModel,

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from fastbert import cpu_encoder, graphs, hooks, ops, quantized, reference
+from fastbert import ops, reference
 from fastbert.checkpoint.config import BertConfig
 from fastbert.checkpoint.families import AFTER_PADDING
+from fastbert.engine import cpu_encoder, graphs, hooks, quantized
 from fastbert.forward_arguments import takes_theirs
 from fastbert.ops import Policy, attention, dispatch, packing, silent_writes, tracing
 from fastbert.ops.derived import Derived
@@ -784,7 +785,7 @@ class BertModel(PreTrainedModel):
         x = hooks.call_embeddings(self.embeddings, batch, self.policy, **inputs)
         return x if self.embeddings_project is None else dense(self.embeddings_project, x, self.policy, batch=batch)
 
-    # CUDA graphs: see fastbert.graphs.
+    # CUDA graphs: see fastbert.engine.graphs.
 
     @property
     def cuda_graphs(self) -> bool:

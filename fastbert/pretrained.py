@@ -11,10 +11,11 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from fastbert import cpu_encoder, ops
+from fastbert import ops
 from fastbert.checkpoint import files as checkpoint
 from fastbert.checkpoint.config import DTYPES, BertConfig
 from fastbert.checkpoint.loading_arguments import Arguments, check_saving, n_bytes
+from fastbert.engine import cpu_encoder
 from fastbert.model_access import ModelAccess
 from fastbert.ops import BackendError, Policy
 from fastbert.ops.dispatch import check_batch_invariant
@@ -33,7 +34,7 @@ class PreTrainedModel(ModelAccess):
     `batch_invariant`: a text's output is the same to the bit alone, in any batch and in any order, on the
     Triton kernels and, with any number of threads too, on the C++ kernels for CPUs; what they cannot run raises
     BackendError.
-    `precision`: None, or "fp8" or "int8", in which the linears of the encoder multiply (fastbert.quantized); the
+    `precision`: None, or "fp8" or "int8", in which the linears of the encoder multiply (fastbert.engine.quantized); the
     parameters, which are kept and saved as they are, then require no gradients. `missing_names`: the weights that
     from_pretrained did not find in the checkpoint and started afresh.
 
@@ -157,7 +158,7 @@ class PreTrainedModel(ModelAccess):
         to the bit alone, in any batch and in any order; on the Triton kernels, and on CPUs without gradients where the
         C++ kernels do all sums, in float32, bfloat16 and precision="int8"; and strict. precision: "fp8" (GPUs
         from compute capability 8.9 on) or "int8" (from 8.0 on, and on CPUs with AVX-512 VNNI) lets the encoder's
-        linears multiply 8-bit operands, for inference; see fastbert.quantized for what happens where there are no
+        linears multiply 8-bit operands, for inference; see fastbert.engine.quantized for what happens where there are no
         kernels for it. cuda_graphs: on a GPU, launch short batches as CUDA graphs, which gives the same results.
 
         arguments: fields of BertConfig and num_labels, which override the checkpoint's; and what from_pretrained of

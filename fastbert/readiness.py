@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 
-from fastbert import graphs, sentence_run
+from fastbert import sentence_run
+from fastbert.engine import graphs
+from fastbert.engine.graphs import CompileEvents, compile_events
 from fastbert.explain import backbone, find_model
-from fastbert.graphs import CompileEvents, compile_events
 from fastbert.model import BertModel
 from fastbert.pretrained import PreTrainedModel
 from fastbert.sentence import SentenceEncoder
@@ -50,7 +51,7 @@ def warmup(model: Any, *, max_tokens: int | None = None) -> WarmupReport:
 
     model: a BertModel, a model with a head, a SentenceEncoder, or a module that wraps one; in eval mode, on its
     device. max_tokens: of the largest batch that will come, by default the encoder's token budget, or the largest
-    bucket (fastbert.graphs). Larger batches work too: they are launched kernel by kernel.
+    bucket (fastbert.engine.graphs). Larger batches work too: they are launched kernel by kernel.
 
     Afterwards `fastbert.compile_events()` stays as it is whatever lengths arrive, in inference mode or under no_grad,
     until the model's weights, dtype, device or mode change. On a CPU there is nothing to compile or to capture: a batch

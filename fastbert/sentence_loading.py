@@ -10,8 +10,9 @@ from typing import Any, TypeVar
 
 import torch
 
-from fastbert import cpu_encoder, sentence_layout
+from fastbert import sentence_layout
 from fastbert.checkpoint import files as checkpoint
+from fastbert.engine import cpu_encoder
 from fastbert.pretrained import PreTrainedModel
 from fastbert.sentence_layout import Layout
 from fastbert.sentence_names import cache_folder, full_name

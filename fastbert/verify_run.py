@@ -15,9 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastbert import quantized, reference
+from fastbert import reference
 from fastbert.checkpoint.activations import activate
 from fastbert.checkpoint.config import BertConfig
+from fastbert.engine import quantized
 from fastbert.model import BertModel
 from fastbert.ops import Policy
 from fastbert.verify_ends import End

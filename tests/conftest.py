@@ -57,7 +57,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True, scope="session")
 def _dtypes_do_not_depend_on_the_processor() -> Iterator[None]:
     """dtype="auto" means the checkpoint's everywhere but in its own tests."""
-    from fastbert import cpu_encoder
+    from fastbert.engine import cpu_encoder
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cpu_encoder, "multiplies_bfloat16", lambda: False)

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 import fastbert
 from accelerate_cases import ROWS, accelerated, check
-from fastbert import graphs
 from fastbert.adapters import counts
+from fastbert.engine import graphs
 from helpers import assert_as_accurate
 from model_cases import assert_close, in_dtype, make_batch, run, theirs, weighted_sum
 

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import fastbert
-from fastbert import graphs, ops
+from fastbert import ops
+from fastbert.engine import graphs
 from fastbert.ops import Policy, packing
 from helpers import cu_seqlens_of
 from test_graphs import StandIn, encode, make, stand_in

@@ -27,10 +27,10 @@ from fastbert import (
     CrossEncoder,
     SentenceEncoder,
     Tokenizer,
-    cpu_encoder,
     heads,
     ops,
 )
+from fastbert.engine import cpu_encoder
 from fastbert.explain import explain
 from fastbert.ops import Policy, dispatch, onednn
 from fastbert.ops.packing import from_cu_seqlens

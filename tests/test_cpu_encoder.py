@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fastbert import BertConfig, BertForTokenClassification, BertModel, SentenceEncoder, cpu_encoder
-from fastbert.cpu_encoder import CpuEncoder
+from fastbert import BertConfig, BertForTokenClassification, BertModel, SentenceEncoder
 from fastbert.demo import fast_at_bfloat16
+from fastbert.engine import cpu_encoder
+from fastbert.engine.cpu_encoder import CpuEncoder
 from fastbert.explain import explain
 from fastbert_kernels import cpu
 from helpers import (

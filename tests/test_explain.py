@@ -15,7 +15,8 @@ import torch
 from torch import nn
 
 import fastbert
-from fastbert import BertConfig, BertModel, cpu_encoder, heads
+from fastbert import BertConfig, BertModel, heads
+from fastbert.engine import cpu_encoder
 from fastbert.explain import Report, explain
 from fastbert.ops import dispatch, onednn, packed_linear
 from fastbert.sentence_layout import Dense, Normalize

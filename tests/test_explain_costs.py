@@ -13,7 +13,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastbert
-from fastbert import BertConfig, BertModel, SentenceEncoder, Tokenizer, cpu_encoder, heads
+from fastbert import BertConfig, BertModel, SentenceEncoder, Tokenizer, heads
+from fastbert.engine import cpu_encoder
 from fastbert.explain import explain
 from fastbert.explain_costs import cost, lengths_of
 from fastbert.explain_report import amount

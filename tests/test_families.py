@@ -25,8 +25,9 @@ from family_cases import (
     theirs,
     twin,
 )
-from fastbert import graphs, reference
+from fastbert import reference
 from fastbert.checkpoint.families import FAMILIES, family_of, our_class
+from fastbert.engine import graphs
 from fastbert_kernels import cpu
 from helpers import assert_as_accurate, cu_seqlens_of
 from model_cases import BATCH, LENGTH, MASKS, POSITIONS, VOCAB, assert_close, first_tokens, in_dtype, randn, valid_of

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from fastbert import graphs
+from fastbert.engine import graphs
 
 DEVICE = torch.device("cuda", 0)
 

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 import fastbert
 import fastbert.model
-from fastbert import graphs, heads
+from fastbert import heads
+from fastbert.engine import graphs
 from fastbert.ops import Policy, packing
 from helpers import cu_seqlens_of, rms_error
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import fastbert
-from fastbert import graphs, quantized
+from fastbert.engine import graphs, quantized
 from fastbert.explain import explain
 from fastbert.ops import Policy
 from fastbert.ops import quantized as ops_quantized

@@ -7,8 +7,9 @@ import gc
 import pytest
 import torch
 
-from fastbert import BertConfig, BertModel, graphs
+from fastbert import BertConfig, BertModel
 from fastbert.bench import memory
+from fastbert.engine import graphs
 from helpers import cu_seqlens_of
 
 TINY = {

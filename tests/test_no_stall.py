@@ -17,7 +17,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastbert
-from fastbert import graphs
+from fastbert.engine import graphs
 from helpers import source_env
 from test_graphs import StandIn, cheap, encode, make, packed, random_lengths, stand_in
 

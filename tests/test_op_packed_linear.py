@@ -9,7 +9,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fastbert import BertConfig, BertModel, cpu_encoder
+from fastbert import BertConfig, BertModel
+from fastbert.engine import cpu_encoder
 from fastbert.ops import onednn, packed_linear
 from fastbert_kernels import cpu
 from helpers import assert_as_accurate, guarded

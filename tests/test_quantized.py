@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fastbert
-from fastbert import BackendError, BertConfig, BertModel, SentenceEncoder, heads, ops, quantized
+from fastbert import BackendError, BertConfig, BertModel, SentenceEncoder, heads, ops
+from fastbert.engine import quantized
 from fastbert.explain import explain
 from fastbert.ops import dispatch
 from fastbert.verify import QuantizedReport, verify

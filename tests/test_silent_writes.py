@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import fastbert
-from fastbert import graphs
+from fastbert.engine import graphs
 from fastbert.ops import silent_writes
 from fastbert.ops.silent_writes import Samples, Writes
 from fastbert_kernels import cpu
