@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from fastbert.cross_encoder import CrossEncoder
     from fastbert.engine.graphs import compile_events
     from fastbert.explain import explain
-    from fastbert.heads import (
+    from fastbert.models.bert import BertModel
+    from fastbert.models.heads import (
         BertForMaskedLM,
         BertForMultipleChoice,
         BertForNextSentencePrediction,
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
         BertForSequenceClassification,
         BertForTokenClassification,
     )
-    from fastbert.model import BertModel
     from fastbert.ops import BackendError
     from fastbert.readiness import warmup
     from fastbert.search import semantic_search
@@ -43,14 +43,14 @@ if TYPE_CHECKING:
 _PUBLIC = {
     "BackendError": "fastbert.ops",
     "BertConfig": "fastbert.checkpoint.config",
-    "BertForMaskedLM": "fastbert.heads",
-    "BertForMultipleChoice": "fastbert.heads",
-    "BertForNextSentencePrediction": "fastbert.heads",
-    "BertForPreTraining": "fastbert.heads",
-    "BertForQuestionAnswering": "fastbert.heads",
-    "BertForSequenceClassification": "fastbert.heads",
-    "BertForTokenClassification": "fastbert.heads",
-    "BertModel": "fastbert.model",
+    "BertForMaskedLM": "fastbert.models.heads",
+    "BertForMultipleChoice": "fastbert.models.heads",
+    "BertForNextSentencePrediction": "fastbert.models.heads",
+    "BertForPreTraining": "fastbert.models.heads",
+    "BertForQuestionAnswering": "fastbert.models.heads",
+    "BertForSequenceClassification": "fastbert.models.heads",
+    "BertForTokenClassification": "fastbert.models.heads",
+    "BertModel": "fastbert.models.bert",
     "CrossEncoder": "fastbert.cross_encoder",
     "SentenceEncoder": "fastbert.sentence",
     "Tokenizer": "fastbert.text.tokenizer",

@@ -17,14 +17,14 @@ from typing import Any, TypeVar
 
 import torch
 
-from fastbert import heads
 from fastbert._version import __version__
 from fastbert.checkpoint.config import BertConfig
 from fastbert.checkpoint.families import our_class
 from fastbert.checkpoint.files import resolve
-from fastbert.model import BertModel
+from fastbert.models import heads
+from fastbert.models.bert import BertModel
+from fastbert.models.pretrained import PreTrainedModel, listed
 from fastbert.ops import dispatch
-from fastbert.pretrained import PreTrainedModel, listed
 from fastbert.sentence import SentenceEncoder
 from fastbert.sentence_names import SENTENCE_TRANSFORMERS, full_name
 from fastbert.text import files as text_io

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from fastbert import ops, sentence_layout
-from fastbert.heads import BertForSequenceClassification
-from fastbert.model import Encoded
+from fastbert.models.bert import Encoded
+from fastbert.models.heads import BertForSequenceClassification
+from fastbert.models.pretrained import any_in_training
 from fastbert.ops import packing
-from fastbert.pretrained import any_in_training
 from fastbert.sentence import _positive, _progress_bar
 from fastbert.sentence_api import SEVERAL, SentenceTransformersApi, passed_over
 from fastbert.sentence_loading import Arguments, load

@@ -18,8 +18,8 @@ from fastbert.engine import cpu_encoder, graphs, hooks, quantized
 from fastbert.explain_costs import BatchReport
 from fastbert.explain_ops import Explainer, backbone, find_model, float32_precision, prefix_of
 from fastbert.explain_report import OpReport, Report
+from fastbert.models.pretrained import PreTrainedModel, listed, resolve_dtype
 from fastbert.ops import Policy
-from fastbert.pretrained import PreTrainedModel, listed, resolve_dtype
 from fastbert.text.tokenizer import Tokenizer
 
 __all__ = [

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from fastbert.engine import graphs
 from fastbert.explain_report import OpReport, amount
-from fastbert.model import BertModel
+from fastbert.models.bert import BertModel
 from fastbert.ops import packed_linear
 from fastbert.sentence import SentenceEncoder
 from fastbert.sentence_run import TOKEN_BUDGET, batches

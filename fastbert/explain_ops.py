@@ -19,8 +19,7 @@ from fastbert import adapters
 from fastbert.checkpoint.activations import OTHERS
 from fastbert.engine import quantized
 from fastbert.explain_report import MODULE, OpReport
-from fastbert.heads import FirstTokenHead
-from fastbert.model import (
+from fastbert.models.bert import (
     BertAddNorm,
     BertEmbeddings,
     BertLayer,
@@ -31,6 +30,8 @@ from fastbert.model import (
     is_plain,
     is_plain_norm,
 )
+from fastbert.models.heads import FirstTokenHead
+from fastbert.models.pretrained import PreTrainedModel
 from fastbert.ops import Policy, attention, dispatch, embedding, gelu, layer_norm, packed_linear, pooling
 from fastbert.ops.dispatch import Decision
 from fastbert.ops.linear import KERNELS as LINEAR_KERNELS
@@ -38,7 +39,6 @@ from fastbert.ops.linear import gemm_kernel
 from fastbert.ops.quantized import DTYPES as QUANTIZED_DTYPES
 from fastbert.ops.quantized import KERNELS as QUANTIZED_KERNELS
 from fastbert.ops.quantized import OUT_GROUP
-from fastbert.pretrained import PreTrainedModel
 from fastbert.sentence import SentenceEncoder
 from fastbert.sentence_layout import POOLING_MODES, Normalize
 from fastbert_kernels import cpu
@@ -240,7 +240,7 @@ class Explainer:
         return self.refused(dataclasses.replace(row, source=f"PyTorch's: {why_not}"), why_not)
 
     def add_norm(self, name: str, part: BertAddNorm, in_features: int) -> Iterator[OpReport]:
-        """LayerNorm(dropout(dense(x)) + residual), as fastbert.model.BertAddNorm does it."""
+        """LayerNorm(dropout(dense(x)) + residual), as fastbert.models.bert.BertAddNorm does it."""
         dense: nn.Module = part.dense
         plain = is_plain(dense)
         tensors = [dense.weight, dense.bias] if is_plain(dense) else []
@@ -274,7 +274,7 @@ class Explainer:
         return self.refused(row, dispatch.training_obstacle(dropout_p))
 
     def dense(self, name: str, module: nn.Module, activation: str, shapes: str, width: int) -> Iterator[OpReport]:
-        """activation(module(x)) for an activation that is not "none", as fastbert.model.dense does it."""
+        """activation(module(x)) for an activation that is not "none", as fastbert.models.bert.dense does it."""
         if activation in OTHERS:
             yield self.gemm(name, module, f"{shapes}, + bias")
             decision = self.decide("bias_gelu", gelu.activation_obstacle(activation))

@@ -12,8 +12,8 @@ from fastbert import sentence_run
 from fastbert.engine import graphs
 from fastbert.engine.graphs import CompileEvents, compile_events
 from fastbert.explain import backbone, find_model
-from fastbert.model import BertModel
-from fastbert.pretrained import PreTrainedModel
+from fastbert.models.bert import BertModel
+from fastbert.models.pretrained import PreTrainedModel
 from fastbert.sentence import SentenceEncoder
 
 __all__ = ["WarmupReport", "compile_events", "warmup"]

@@ -205,7 +205,7 @@ def bert(
 ) -> BertReference:
     """The BERT encoder, or one of its family, without dropout. Devlin et al., arXiv:1810.04805.
 
-    `params` maps the state-dict names of fastbert.model, which are those of transformers' BERT, each behind `prefix`
+    `params` maps the state-dict names of fastbert.models.bert, which are those of transformers' BERT, each behind `prefix`
     ("bert." under a head), to tensors, which are cast to `dtype` as they are used, on the device where the inputs are
     too. Inputs: `input_ids` (B, S) or `inputs_embeds` (B, S, H), one of them; `attention_mask` (B, S), nonzero = valid,
     default all valid; `token_type_ids` and `position_ids` (B, S) or broadcasting to it, default 0 and

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from fastbert import sentence_layout, vectors
-from fastbert.model import BertModel
+from fastbert.models.bert import BertModel
+from fastbert.models.pretrained import any_in_training
 from fastbert.ops import packing
-from fastbert.pretrained import any_in_training
 from fastbert.sentence_api import SEVERAL, SentenceTransformersApi, passed_over
 from fastbert.sentence_inputs import TextRun, as_texts
 from fastbert.sentence_layout import Layout, Pooling

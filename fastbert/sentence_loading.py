@@ -13,7 +13,7 @@ import torch
 from fastbert import sentence_layout
 from fastbert.checkpoint import files as checkpoint
 from fastbert.engine import cpu_encoder
-from fastbert.pretrained import PreTrainedModel
+from fastbert.models.pretrained import PreTrainedModel
 from fastbert.sentence_layout import Layout
 from fastbert.sentence_names import cache_folder, full_name
 from fastbert.sentence_settings import LOADING_HARMLESS

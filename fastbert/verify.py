@@ -20,7 +20,7 @@ from fastbert import adapters, verify_run
 from fastbert.adapters.sentences import LiveTokenizer, Pipeline, pipeline_in
 from fastbert.checkpoint import files as checkpoint
 from fastbert.explain import backbone, find_model, float32_precision, prefix_of
-from fastbert.model import BertModel
+from fastbert.models.bert import BertModel
 from fastbert.sentence import SentenceEncoder
 from fastbert.sentence_names import SENTENCE_TRANSFORMERS, full_name
 from fastbert.text.tokenizer import Tokenizer

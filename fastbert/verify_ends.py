@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fastbert import reference
 from fastbert.adapters.sentences import Pipeline, Step
 from fastbert.checkpoint.activations import activate
-from fastbert.model import BertModel, Encoded, dense
+from fastbert.models.bert import BertModel, Encoded, dense
 from fastbert.sentence import SentenceEncoder
 from fastbert.sentence_layout import POOLING_MODES
 from fastbert.sentence_run import Request, Run

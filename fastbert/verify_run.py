@@ -19,7 +19,7 @@ from fastbert import reference
 from fastbert.checkpoint.activations import activate
 from fastbert.checkpoint.config import BertConfig
 from fastbert.engine import quantized
-from fastbert.model import BertModel
+from fastbert.models.bert import BertModel
 from fastbert.ops import Policy
 from fastbert.verify_ends import End
 from fastbert.verify_report import (

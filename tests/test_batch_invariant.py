@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch import nn
 
-from fastbert import BertConfig, BertForMaskedLM, BertForSequenceClassification, BertModel, SentenceEncoder, heads
+from fastbert import BertConfig, BertForMaskedLM, BertForSequenceClassification, BertModel, SentenceEncoder
 from fastbert.explain import explain
+from fastbert.models import heads
 from fastbert.ops import BackendError, Policy, dispatch
 from fastbert.sentence_layout import Dense, Dropout, LayerNorm, Normalize, apply
 from helpers import assert_as_accurate, cu_seqlens_of, rms_error

@@ -27,11 +27,11 @@ from fastbert import (
     CrossEncoder,
     SentenceEncoder,
     Tokenizer,
-    heads,
     ops,
 )
 from fastbert.engine import cpu_encoder
 from fastbert.explain import explain
+from fastbert.models import heads
 from fastbert.ops import Policy, dispatch, onednn
 from fastbert.ops.packing import from_cu_seqlens
 from fastbert.ops.pooling import MODES

@@ -17,7 +17,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
-from fastbert import BertConfig, BertModel, heads, ops
+from fastbert import BertConfig, BertModel, ops
+from fastbert.models import heads
 from fastbert.ops import packing, tracing
 from helpers import rms_error
 

@@ -15,9 +15,10 @@ import torch
 from torch import nn
 
 import fastbert
-from fastbert import BertConfig, BertModel, heads
+from fastbert import BertConfig, BertModel
 from fastbert.engine import cpu_encoder
 from fastbert.explain import Report, explain
+from fastbert.models import heads
 from fastbert.ops import dispatch, onednn, packed_linear
 from fastbert.sentence_layout import Dense, Normalize
 from fastbert_kernels import cpu

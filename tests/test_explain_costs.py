@@ -13,11 +13,12 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastbert
-from fastbert import BertConfig, BertModel, SentenceEncoder, Tokenizer, heads
+from fastbert import BertConfig, BertModel, SentenceEncoder, Tokenizer
 from fastbert.engine import cpu_encoder
 from fastbert.explain import explain
 from fastbert.explain_costs import cost, lengths_of
 from fastbert.explain_report import amount
+from fastbert.models import heads
 from fastbert.ops import packed_linear
 from fastbert.sentence_layout import Dense, LayerNorm, Normalize
 from fastbert.verify_run import _eager

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 import transformers
 
 import fastbert
-import fastbert.model
+import fastbert.models.bert
 from family_cases import (
     KINDS,
     OTHERS,
@@ -211,7 +211,7 @@ def test_positions_outside_the_table(model_type: str, monkeypatch: pytest.Monkey
     assert longest == POSITIONS - (2 if model_type == "roberta" else 0)
     ids = torch.full((1, longest + 1), 7)
     run(ours, {"input_ids": ids[:, 1:]})
-    monkeypatch.setattr(fastbert.model.ops, "embedding_layer_norm", pytest.fail)
+    monkeypatch.setattr(fastbert.models.bert.ops, "embedding_layer_norm", pytest.fail)
     message = f"position_ids: expected values from 0 to {POSITIONS - 1}, got {POSITIONS}"
     with torch.no_grad():
         for mask in (None, torch.ones_like(ids)):

@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import fastbert
-import fastbert.model
-from fastbert import heads
+import fastbert.models.bert
 from fastbert.engine import graphs
+from fastbert.models import heads
 from fastbert.ops import Policy, packing
 from helpers import cu_seqlens_of, rms_error
 
@@ -254,7 +254,7 @@ def test_hidden_states_go_when_they_are_read(device: torch.device, monkeypatch: 
     """Catches memory that grows with the layers: all hidden states kept where only the last was asked for."""
     model = make(device, num_hidden_layers=4)
     states: list[Any] = []
-    forward = fastbert.model.BertLayer.forward
+    forward = fastbert.models.bert.BertLayer.forward
 
     def watched(layer: Any, x: Tensor, batch: Any, policy: Any) -> Tensor:
         assert all(state() is None for state in states[:-1])
@@ -262,7 +262,7 @@ def test_hidden_states_go_when_they_are_read(device: torch.device, monkeypatch: 
         states.append(weakref.ref(out))
         return out
 
-    monkeypatch.setattr(fastbert.model.BertLayer, "forward", watched)
+    monkeypatch.setattr(fastbert.models.bert.BertLayer, "forward", watched)
     encode(model, [9, 4])
     assert len(states) == 4
 

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from fastbert import BertConfig, BertModel, CrossEncoder, SentenceEncoder, Tokenizer, ops
-from fastbert.heads import BertForSequenceClassification
+from fastbert.models.heads import BertForSequenceClassification
+from fastbert.models.pretrained import any_in_training, first_parameter
 from fastbert.ops import packing
-from fastbert.pretrained import any_in_training, first_parameter
 from fastbert.sentence_layout import Dense, Normalize
 from fastbert_kernels import cpu
 from helpers import cu_seqlens_of, only_variant, tokens_of_calls

@@ -13,7 +13,7 @@ import transformers.modeling_outputs
 from torch.utils import _pytree as pytree
 from transformers.models.bert.modeling_bert import BertForPreTrainingOutput as HfPreTrainingOutput
 
-from fastbert import outputs
+from fastbert.models import outputs
 
 NAMES = [
     "BaseModelOutputWithPooling",

@@ -14,9 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fastbert
-from fastbert import BackendError, BertConfig, BertModel, SentenceEncoder, heads, ops
+from fastbert import BackendError, BertConfig, BertModel, SentenceEncoder, ops
 from fastbert.engine import quantized
 from fastbert.explain import explain
+from fastbert.models import heads
 from fastbert.ops import dispatch
 from fastbert.verify import QuantizedReport, verify
 from fastbert_kernels import cpu

@@ -30,7 +30,7 @@ from fastbert.adapters.states import (
     unexpected_setting,
 )
 from fastbert.checkpoint.config import BertConfig
-from fastbert.model import BertModel
+from fastbert.models.bert import BertModel
 from fastbert.ops import Policy
 
 

@@ -15,7 +15,7 @@ from torch import nn
 
 from fastbert.checkpoint.config import BertConfig
 from fastbert.checkpoint.families import AFTER_PADDING, FAMILIES, Family
-from fastbert.model import BertModel
+from fastbert.models.bert import BertModel
 
 
 @dataclass(frozen=True, eq=False)

@@ -23,7 +23,7 @@ from fastbert.adapters import calls, versions
 from fastbert.adapters.calls import OURS, STATE, Counted, State
 from fastbert.adapters.live import Options, Unsupported
 from fastbert.adapters.patches import Watch
-from fastbert.model import BertModel
+from fastbert.models.bert import BertModel
 from fastbert.ops import tracing
 from fastbert.sentence_layout import POOLING_MODES, Normalize, Pooling
 from fastbert.sentence_run import TOKEN_BUDGET, TWO_PROMPTS, Request, Run

@@ -19,7 +19,7 @@ from fastbert.adapters import calls, mapping
 from fastbert.adapters.calls import STATE, Counted, ScoreState, State
 from fastbert.adapters.classes import derive, derivers, originals
 from fastbert.adapters.live import LiveEncoder, Options, Unsupported
-from fastbert.model import BertModel
+from fastbert.models.bert import BertModel
 
 logger = logging.getLogger("fastbert")
 

@@ -1,6 +1,6 @@
 """The encoders that are BERT under other names: one table each of what their files call things, and of what differs.
 
-The modules of fastbert.model serve all of them. A table says what a checkpoint of the family calls a parameter, a
+The modules of fastbert.models.bert serve all of them. A table says what a checkpoint of the family calls a parameter, a
 module or a setting, where its tokens' positions count from, which of BERT's parts it lacks, and how its heads look.
 
 What no table can say yet, and would need code of its own in the model: a relative position bias (MPNet), rotary

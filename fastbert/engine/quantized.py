@@ -29,7 +29,7 @@ from fastbert.ops.quantized import Quantized
 from fastbert.ops.tracing import untraced
 
 if TYPE_CHECKING:
-    from fastbert.model import BertLayer, BertModel
+    from fastbert.models.bert import BertLayer, BertModel
 
 OP = "8-bit encoder"
 # What a Decision calls the unquantised path.
@@ -124,7 +124,7 @@ def choose(model: BertModel, transformed: str | None = None) -> str:
 
 def _altered(model: BertModel) -> str | None:
     """Which part of the encoder is an adapter or has hooks, so that its parameters cannot stand for it, or None."""
-    from fastbert.model import is_bare
+    from fastbert.models.bert import is_bare
 
     if model.embeddings_project is not None:
         return "the embeddings are projected, and there is no 8-bit kernel for that"
@@ -143,7 +143,7 @@ def _is_own(module: nn.Module) -> bool:
 
     It reads the dictionaries of modules, since it runs for every batch and a module's attributes are slow.
     """
-    from fastbert.model import ENCODER_MODULES, is_bare
+    from fastbert.models.bert import ENCODER_MODULES, is_bare
 
     if type(module) not in ENCODER_MODULES or not is_bare(module, type(module)):
         return False

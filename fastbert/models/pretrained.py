@@ -16,11 +16,11 @@ from fastbert.checkpoint import files as checkpoint
 from fastbert.checkpoint.config import DTYPES, BertConfig
 from fastbert.checkpoint.loading_arguments import Arguments, check_saving, n_bytes
 from fastbert.engine import cpu_encoder
-from fastbert.model_access import ModelAccess
+from fastbert.models.access import ModelAccess
+from fastbert.models.trainer_saving import install
 from fastbert.ops import BackendError, Policy
 from fastbert.ops.dispatch import check_batch_invariant
 from fastbert.ops.quantized import check_precision
-from fastbert.trainer_saving import install
 
 logger = logging.getLogger("fastbert")
 

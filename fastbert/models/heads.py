@@ -15,13 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastbert import ops, outputs
+from fastbert import ops
 from fastbert.checkpoint.config import BertConfig
 from fastbert.checkpoint.families import Head
 from fastbert.checkpoint.files import Match
 from fastbert.engine import hooks
-from fastbert.forward_arguments import takes_theirs
-from fastbert.model import (
+from fastbert.models import outputs
+from fastbert.models.bert import (
     BertModel,
     Encoded,
     as_it_is,
@@ -32,9 +32,10 @@ from fastbert.model import (
     is_plain_norm,
     wants_dict,
 )
+from fastbert.models.forward_arguments import takes_theirs
+from fastbert.models.pretrained import PreTrainedModel
 from fastbert.ops import Policy, packing, tracing
 from fastbert.ops.packing import PackedBatch
-from fastbert.pretrained import PreTrainedModel
 
 IGNORED = -100
 

@@ -19,13 +19,13 @@ from fastbert import ops, reference
 from fastbert.checkpoint.config import BertConfig
 from fastbert.checkpoint.families import AFTER_PADDING
 from fastbert.engine import cpu_encoder, graphs, hooks, quantized
-from fastbert.forward_arguments import takes_theirs
+from fastbert.models.forward_arguments import takes_theirs
+from fastbert.models.outputs import BaseModelOutputWithPooling
+from fastbert.models.pretrained import PreTrainedModel, first_parameter, listed
 from fastbert.ops import Policy, attention, dispatch, packing, silent_writes, tracing
 from fastbert.ops.derived import Derived
 from fastbert.ops.packing import PackedBatch
 from fastbert.ops.tracing import untraced
-from fastbert.outputs import BaseModelOutputWithPooling
-from fastbert.pretrained import PreTrainedModel, first_parameter, listed
 
 logger = logging.getLogger("fastbert")
 
