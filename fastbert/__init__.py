@@ -33,10 +33,10 @@ if TYPE_CHECKING:
     )
     from fastbert.ops import BackendError
     from fastbert.readiness import warmup
-    from fastbert.search import semantic_search
     from fastbert.sentence import SentenceEncoder
     from fastbert.text.tokenizer import Tokenizer
-    from fastbert.vectors import quantize_embeddings
+    from fastbert.vectors.quantize import quantize_embeddings
+    from fastbert.vectors.search import semantic_search
     from fastbert.verify import verify
 
 # Public name -> the module that holds it, imported when the name is first used, so that `import fastbert` is quick.
@@ -57,9 +57,9 @@ _PUBLIC = {
     "accelerate": "fastbert.adapters",
     "compile_events": "fastbert.engine.graphs",
     "explain": "fastbert.explain",
-    "quantize_embeddings": "fastbert.vectors",
+    "quantize_embeddings": "fastbert.vectors.quantize",
     "restore": "fastbert.adapters",
-    "semantic_search": "fastbert.search",
+    "semantic_search": "fastbert.vectors.search",
     "verify": "fastbert.verify",
     "warmup": "fastbert.readiness",
 }

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastbert import sentence_layout, vectors
+from fastbert import sentence_layout
 from fastbert.models.bert import BertModel
 from fastbert.models.pretrained import any_in_training
 from fastbert.ops import packing
@@ -27,6 +27,7 @@ from fastbert.sentence_run import TWO_PROMPTS, Request, Timings
 from fastbert.sentence_settings import TransformerSettings, processing_limit
 from fastbert.text.tokenizer import Tokenizer
 from fastbert.text.wordpiece import check_text, one_of
+from fastbert.vectors import quantize as vectors
 
 logger = logging.getLogger("fastbert")
 

@@ -14,9 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import fastbert
-from fastbert import search, search_corpus
-from fastbert.search import semantic_search
-from fastbert.vectors import quantize_embeddings
+from fastbert.vectors import corpus as search_corpus
+from fastbert.vectors import search
+from fastbert.vectors.quantize import quantize_embeddings
+from fastbert.vectors.search import semantic_search
 
 CHUNKS: tuple[dict[str, int], ...] = ({}, {"query_chunk_size": 3, "corpus_chunk_size": 7}, {"corpus_chunk_size": 1})
 

@@ -14,7 +14,7 @@ from sentence_transformers.util import quantize_embeddings as theirs
 
 import fastbert
 from fastbert import SentenceEncoder
-from fastbert.vectors import quantize_embeddings
+from fastbert.vectors.quantize import quantize_embeddings
 from helpers import tiny_bert
 
 NEEDS_6 = pytest.mark.skipif(

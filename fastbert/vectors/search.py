@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from fastbert.ops import dispatch
-from fastbert.search_corpus import BINARY, Corpus, corpus_of
 from fastbert.text.wordpiece import one_of
-from fastbert.vectors import as_floats, function_name
+from fastbert.vectors.corpus import BINARY, Corpus, corpus_of
+from fastbert.vectors.quantize import as_floats, function_name
 
 QUERIES, ROWS = 256, 32768  # scored at once, by default
 SPARE = 32  # candidates kept beyond k, and at least as many as k: they make a second look rare

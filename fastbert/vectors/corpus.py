@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastbert.text.wordpiece import one_of
-from fastbert.vectors import PRECISIONS, steps_of
+from fastbert.vectors.quantize import PRECISIONS, steps_of
 
 BINARY = ("binary", "ubinary")
 
