@@ -18,7 +18,6 @@ from fastbert._version import __version__
 if TYPE_CHECKING:
     from fastbert.adapters import accelerate, restore
     from fastbert.checkpoint.config import BertConfig
-    from fastbert.cross_encoder import CrossEncoder
     from fastbert.engine.graphs import compile_events
     from fastbert.explain import explain
     from fastbert.models.bert import BertModel
@@ -32,8 +31,9 @@ if TYPE_CHECKING:
         BertForTokenClassification,
     )
     from fastbert.ops import BackendError
+    from fastbert.pipelines.cross_encoder import CrossEncoder
+    from fastbert.pipelines.sentence import SentenceEncoder
     from fastbert.readiness import warmup
-    from fastbert.sentence import SentenceEncoder
     from fastbert.text.tokenizer import Tokenizer
     from fastbert.vectors.quantize import quantize_embeddings
     from fastbert.vectors.search import semantic_search
@@ -51,8 +51,8 @@ _PUBLIC = {
     "BertForSequenceClassification": "fastbert.models.heads",
     "BertForTokenClassification": "fastbert.models.heads",
     "BertModel": "fastbert.models.bert",
-    "CrossEncoder": "fastbert.cross_encoder",
-    "SentenceEncoder": "fastbert.sentence",
+    "CrossEncoder": "fastbert.pipelines.cross_encoder",
+    "SentenceEncoder": "fastbert.pipelines.sentence",
     "Tokenizer": "fastbert.text.tokenizer",
     "accelerate": "fastbert.adapters",
     "compile_events": "fastbert.engine.graphs",

@@ -25,8 +25,8 @@ from fastbert.models import heads
 from fastbert.models.bert import BertModel
 from fastbert.models.pretrained import PreTrainedModel, listed
 from fastbert.ops import dispatch
-from fastbert.sentence import SentenceEncoder
-from fastbert.sentence_names import SENTENCE_TRANSFORMERS, full_name
+from fastbert.pipelines.names import SENTENCE_TRANSFORMERS, full_name
+from fastbert.pipelines.sentence import SentenceEncoder
 from fastbert.text import files as text_io
 from fastbert.text.tokenizer import Tokenizer
 

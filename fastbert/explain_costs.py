@@ -23,8 +23,8 @@ from fastbert.engine import graphs
 from fastbert.explain_report import OpReport, amount
 from fastbert.models.bert import BertModel
 from fastbert.ops import packed_linear
-from fastbert.sentence import SentenceEncoder
-from fastbert.sentence_run import TOKEN_BUDGET, batches
+from fastbert.pipelines.run import TOKEN_BUDGET, batches
+from fastbert.pipelines.sentence import SentenceEncoder
 from fastbert.text.tokenizer import Tokenizer
 
 # FLOPs a number that is written; of pooling, that is read.

@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 
-from fastbert import sentence_run
 from fastbert.engine import graphs
 from fastbert.engine.graphs import CompileEvents, compile_events
 from fastbert.explain import backbone, find_model
 from fastbert.models.bert import BertModel
 from fastbert.models.pretrained import PreTrainedModel
-from fastbert.sentence import SentenceEncoder
+from fastbert.pipelines import run as sentence_run
+from fastbert.pipelines.sentence import SentenceEncoder
 
 __all__ = ["WarmupReport", "compile_events", "warmup"]
 

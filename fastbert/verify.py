@@ -21,8 +21,8 @@ from fastbert.adapters.sentences import LiveTokenizer, Pipeline, pipeline_in
 from fastbert.checkpoint import files as checkpoint
 from fastbert.explain import backbone, find_model, float32_precision, prefix_of
 from fastbert.models.bert import BertModel
-from fastbert.sentence import SentenceEncoder
-from fastbert.sentence_names import SENTENCE_TRANSFORMERS, full_name
+from fastbert.pipelines.names import SENTENCE_TRANSFORMERS, full_name
+from fastbert.pipelines.sentence import SentenceEncoder
 from fastbert.text.tokenizer import Tokenizer
 from fastbert.verify_ends import ends_of
 from fastbert.verify_report import (

@@ -14,9 +14,9 @@ from fastbert import reference
 from fastbert.adapters.sentences import Pipeline, Step
 from fastbert.checkpoint.activations import activate
 from fastbert.models.bert import BertModel, Encoded, dense
-from fastbert.sentence import SentenceEncoder
-from fastbert.sentence_layout import POOLING_MODES
-from fastbert.sentence_run import Request, Run
+from fastbert.pipelines.folder import POOLING_MODES
+from fastbert.pipelines.run import Request, Run
+from fastbert.pipelines.sentence import SentenceEncoder
 from fastbert.verify_report import FACTOR_OF_VECTORS
 
 # Of a head that gives few numbers a text: to the square root of how many there are in all.

@@ -35,7 +35,7 @@ from fastbert.models import heads
 from fastbert.ops import Policy, dispatch, onednn
 from fastbert.ops.packing import from_cu_seqlens
 from fastbert.ops.pooling import MODES
-from fastbert.sentence_layout import _ACTIVATIONS, Dense, Dropout, LayerNorm, Normalize, apply
+from fastbert.pipelines.folder import _ACTIVATIONS, Dense, Dropout, LayerNorm, Normalize, apply
 from fastbert_kernels import cpu
 from helpers import assert_as_accurate, cu_seqlens_of, docstrings, only_variant, rms_error, source_env
 

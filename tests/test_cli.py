@@ -28,10 +28,10 @@ from fastbert import (
     Tokenizer,
     __version__,
     demo,
-    sentence_run,
 )
 from fastbert.cli import main
-from fastbert.sentence_layout import Normalize
+from fastbert.pipelines import run as sentence_run
+from fastbert.pipelines.folder import Normalize
 from fastbert.text import files as text_io
 from helpers import source_env, tiny_bert
 

@@ -10,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastbert import ops, sentence_run
+from fastbert import ops
 from fastbert.ops import attention, packing
+from fastbert.pipelines import run as sentence_run
 from fastbert.text.tokenizer import PackedEncoding
 from helpers import cu_seqlens_of
 

@@ -15,7 +15,8 @@ import pytest
 import torch
 from torch import nn
 
-from fastbert import BertForSequenceClassification, BertModel, CrossEncoder, cross_encoder
+from fastbert import BertForSequenceClassification, BertModel, CrossEncoder
+from fastbert.pipelines import cross_encoder
 from helpers import tiny_bert
 
 NEEDS_6 = pytest.mark.skipif(

@@ -20,7 +20,7 @@ from fastbert.engine import cpu_encoder
 from fastbert.explain import Report, explain
 from fastbert.models import heads
 from fastbert.ops import dispatch, onednn, packed_linear
-from fastbert.sentence_layout import Dense, Normalize
+from fastbert.pipelines.folder import Dense, Normalize
 from fastbert_kernels import cpu
 from helpers import source_env
 

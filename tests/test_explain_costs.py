@@ -20,7 +20,7 @@ from fastbert.explain_costs import cost, lengths_of
 from fastbert.explain_report import amount
 from fastbert.models import heads
 from fastbert.ops import packed_linear
-from fastbert.sentence_layout import Dense, LayerNorm, Normalize
+from fastbert.pipelines.folder import Dense, LayerNorm, Normalize
 from fastbert.verify_run import _eager
 from fastbert_kernels import cpu
 

@@ -14,8 +14,10 @@ import numpy as np
 import pytest
 import torch
 
-from fastbert import BertConfig, BertModel, SentenceEncoder, Tokenizer, sentence_layout, sentence_run
-from fastbert.sentence_layout import Dense, Dropout, LayerNorm, Normalize, Pooling
+from fastbert import BertConfig, BertModel, SentenceEncoder, Tokenizer
+from fastbert.pipelines import folder as sentence_layout
+from fastbert.pipelines import run as sentence_run
+from fastbert.pipelines.folder import Dense, Dropout, LayerNorm, Normalize, Pooling
 from helpers import docstrings, tiny_bert
 
 TEXTS = [

@@ -16,8 +16,9 @@ import pytest
 import torch
 from torch import nn
 
-from fastbert import BertForSequenceClassification, BertModel, CrossEncoder, SentenceEncoder, sentence_api
-from fastbert.sentence_layout import Dense, Normalize, Pooling
+from fastbert import BertForSequenceClassification, BertModel, CrossEncoder, SentenceEncoder
+from fastbert.pipelines import api as sentence_api
+from fastbert.pipelines.folder import Dense, Normalize, Pooling
 from helpers import tiny_bert
 
 FIRST = [

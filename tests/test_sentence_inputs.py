@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from fastbert import BertForSequenceClassification, BertModel, CrossEncoder, SentenceEncoder, semantic_search
-from fastbert.sentence_names import CROSS_ENCODER, ORIGINAL_MODELS, SENTENCE_TRANSFORMERS, full_name
+from fastbert.pipelines.names import CROSS_ENCODER, ORIGINAL_MODELS, SENTENCE_TRANSFORMERS, full_name
 from helpers import tiny_bert
 
 TEXTS = ["the river is wide and slow, and small boats cross it", "a fish", "", "fish and more of it"]

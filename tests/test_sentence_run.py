@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 import torch
 
-from fastbert import BertModel, SentenceEncoder, sentence_run
-from fastbert.sentence_run import Run, Timings
+from fastbert import BertModel, SentenceEncoder
+from fastbert.pipelines import run as sentence_run
+from fastbert.pipelines.run import Run, Timings
 from helpers import tiny_bert
 
 TEXTS = [f"text {i}" + " and more of it" * (i % 5) for i in range(23)]

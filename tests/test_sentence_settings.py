@@ -15,9 +15,10 @@ import pytest
 import torch
 from torch import nn
 
-from fastbert import BertForSequenceClassification, BertModel, CrossEncoder, SentenceEncoder, Tokenizer, cross_encoder
-from fastbert import sentence_settings as settings
-from fastbert.sentence_modules import ACTIVATIONS, Dense
+from fastbert import BertForSequenceClassification, BertModel, CrossEncoder, SentenceEncoder, Tokenizer
+from fastbert.pipelines import cross_encoder
+from fastbert.pipelines import settings as settings
+from fastbert.pipelines.modules import ACTIVATIONS, Dense
 from helpers import tiny_bert
 
 TEXTS = ["The River is wide and slow, and Small Boats cross it every morning", "a fish", "", "Fish! and more of it"]

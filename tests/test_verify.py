@@ -28,7 +28,7 @@ from fastbert import (
     verify_ends,
     verify_run,
 )
-from fastbert.sentence_layout import Dense
+from fastbert.pipelines.folder import Dense
 from fastbert.verify import DEFAULT_TEXTS, verify
 from fastbert.verify_run import _eager
 from fastbert_kernels import cpu

@@ -25,8 +25,8 @@ from fastbert.adapters.live import Options, Unsupported
 from fastbert.adapters.patches import Watch
 from fastbert.models.bert import BertModel
 from fastbert.ops import tracing
-from fastbert.sentence_layout import POOLING_MODES, Normalize, Pooling
-from fastbert.sentence_run import TOKEN_BUDGET, TWO_PROMPTS, Request, Run
+from fastbert.pipelines.folder import POOLING_MODES, Normalize, Pooling
+from fastbert.pipelines.run import TOKEN_BUDGET, TWO_PROMPTS, Request, Run
 from fastbert.text import windows as text_windows
 from fastbert.text.tokenizer import PackedEncoding
 

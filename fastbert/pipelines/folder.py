@@ -22,14 +22,14 @@ from torch import nn
 
 from fastbert._version import __version__
 from fastbert.checkpoint import files as checkpoint
-from fastbert.sentence_modules import ACTIVATIONS as _ACTIVATIONS
-from fastbert.sentence_modules import Dense as Dense
-from fastbert.sentence_modules import Dropout as Dropout
-from fastbert.sentence_modules import LayerNorm as LayerNorm
-from fastbert.sentence_modules import Normalize as Normalize
-from fastbert.sentence_modules import activation_name
-from fastbert.sentence_modules import apply as apply
-from fastbert.sentence_settings import (
+from fastbert.pipelines.modules import ACTIVATIONS as _ACTIVATIONS
+from fastbert.pipelines.modules import Dense as Dense
+from fastbert.pipelines.modules import Dropout as Dropout
+from fastbert.pipelines.modules import LayerNorm as LayerNorm
+from fastbert.pipelines.modules import Normalize as Normalize
+from fastbert.pipelines.modules import activation_name
+from fastbert.pipelines.modules import apply as apply
+from fastbert.pipelines.settings import (
     MODULE_KEYS,
     MODULES_KEYS,
     TRANSFORMER_CONFIGS,

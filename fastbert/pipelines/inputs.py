@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastbert.sentence_run import Run
+from fastbert.pipelines.run import Run
 from fastbert.text.tokenizer import PackedEncoding, Tokenizer
 from fastbert.text.wordpiece import check_text
 

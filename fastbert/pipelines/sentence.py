@@ -14,17 +14,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastbert import sentence_layout
 from fastbert.models.bert import BertModel
 from fastbert.models.pretrained import any_in_training
 from fastbert.ops import packing
-from fastbert.sentence_api import SEVERAL, SentenceTransformersApi, passed_over
-from fastbert.sentence_inputs import TextRun, as_texts
-from fastbert.sentence_layout import Layout, Pooling
-from fastbert.sentence_loading import Arguments, load
-from fastbert.sentence_names import SENTENCE_TRANSFORMERS
-from fastbert.sentence_run import TWO_PROMPTS, Request, Timings
-from fastbert.sentence_settings import TransformerSettings, processing_limit
+from fastbert.pipelines import folder as sentence_layout
+from fastbert.pipelines.api import SEVERAL, SentenceTransformersApi, passed_over
+from fastbert.pipelines.folder import Layout, Pooling
+from fastbert.pipelines.inputs import TextRun, as_texts
+from fastbert.pipelines.loading import Arguments, load
+from fastbert.pipelines.names import SENTENCE_TRANSFORMERS
+from fastbert.pipelines.run import TWO_PROMPTS, Request, Timings
+from fastbert.pipelines.settings import TransformerSettings, processing_limit
 from fastbert.text.tokenizer import Tokenizer
 from fastbert.text.wordpiece import check_text, one_of
 from fastbert.vectors import quantize as vectors

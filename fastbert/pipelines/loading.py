@@ -10,13 +10,13 @@ from typing import Any, TypeVar
 
 import torch
 
-from fastbert import sentence_layout
 from fastbert.checkpoint import files as checkpoint
 from fastbert.engine import cpu_encoder
 from fastbert.models.pretrained import PreTrainedModel
-from fastbert.sentence_layout import Layout
-from fastbert.sentence_names import cache_folder, full_name
-from fastbert.sentence_settings import LOADING_HARMLESS
+from fastbert.pipelines import folder as sentence_layout
+from fastbert.pipelines.folder import Layout
+from fastbert.pipelines.names import cache_folder, full_name
+from fastbert.pipelines.settings import LOADING_HARMLESS
 from fastbert.text.tokenizer import Tokenizer
 
 logger = logging.getLogger("fastbert")

@@ -11,19 +11,20 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastbert import ops, sentence_layout
+from fastbert import ops
 from fastbert.models.bert import Encoded
 from fastbert.models.heads import BertForSequenceClassification
 from fastbert.models.pretrained import any_in_training
 from fastbert.ops import packing
-from fastbert.sentence import _positive, _progress_bar
-from fastbert.sentence_api import SEVERAL, SentenceTransformersApi, passed_over
-from fastbert.sentence_loading import Arguments, load
-from fastbert.sentence_modules import ACTIVATIONS as FUNCTIONS
-from fastbert.sentence_modules import activation_name
-from fastbert.sentence_names import CROSS_ENCODER
-from fastbert.sentence_run import TOKEN_BUDGET, WINDOW, in_batches
-from fastbert.sentence_settings import processing_limit
+from fastbert.pipelines import folder as sentence_layout
+from fastbert.pipelines.api import SEVERAL, SentenceTransformersApi, passed_over
+from fastbert.pipelines.loading import Arguments, load
+from fastbert.pipelines.modules import ACTIVATIONS as FUNCTIONS
+from fastbert.pipelines.modules import activation_name
+from fastbert.pipelines.names import CROSS_ENCODER
+from fastbert.pipelines.run import TOKEN_BUDGET, WINDOW, in_batches
+from fastbert.pipelines.sentence import _positive, _progress_bar
+from fastbert.pipelines.settings import processing_limit
 from fastbert.text import windows as text_windows
 from fastbert.text.tokenizer import PackedEncoding, Tokenizer
 from fastbert.text.wordpiece import check_text

@@ -33,13 +33,13 @@ from torch import Tensor
 
 from fastbert import ops
 from fastbert.ops import packing, silent_writes
-from fastbert.sentence_layout import POOLING_MODES, Normalize, apply
+from fastbert.pipelines.folder import POOLING_MODES, Normalize, apply
 from fastbert.text.tokenizer import PackedEncoding
 from fastbert.text.windows import WINDOW_CHARACTERS
 from fastbert.text.wordpiece import check_text
 
 if TYPE_CHECKING:
-    from fastbert.sentence import SentenceEncoder
+    from fastbert.pipelines.sentence import SentenceEncoder
 
 logger = logging.getLogger("fastbert")
 

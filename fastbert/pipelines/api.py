@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from fastbert.sentence_inputs import Pair, as_texts
+from fastbert.pipelines.inputs import Pair, as_texts
 
 logger = logging.getLogger("fastbert")
 
