@@ -19,7 +19,7 @@ from torch import Tensor, nn
 import fastbert
 from accelerate_cases import with_first_column
 from fastbert.adapters import counts, versions
-from fastbert.adapters.live import LiveEncoder
+from fastbert.adapters.live_encoder import LiveEncoder
 from helpers import assert_as_accurate
 from model_cases import (
     FLOAT64_BOUND,

@@ -16,7 +16,7 @@ import fastbert
 from accelerate_cases import with_first_column
 from family_cases import KINDS, OTHERS, WITH_HEADS, make_batch, run, their_class, theirs
 from fastbert.adapters import counts
-from fastbert.adapters.mapping import COVERED
+from fastbert.adapters.covered import COVERED
 from model_cases import (
     LENGTH,
     MASKS,

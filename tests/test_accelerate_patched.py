@@ -22,7 +22,7 @@ from transformers.models.bert import modeling_bert
 import fastbert
 from accelerate_cases import accelerated, check
 from fastbert.adapters import counts, versions
-from fastbert.adapters.mapping import COVERED
+from fastbert.adapters.covered import COVERED
 from fastbert.adapters.patches import Watch, is_own
 from model_cases import make_batch, run, theirs
 

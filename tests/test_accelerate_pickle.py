@@ -20,8 +20,8 @@ from torch import Tensor
 import fastbert
 from accelerate_cases import ROWS, accelerated
 from fastbert.adapters import counts
+from fastbert.adapters.acceleration import AcceleratedEncoder
 from fastbert.adapters.classes import originals
-from fastbert.adapters.swap import AcceleratedEncoder
 from model_cases import make_batch, run
 
 TEXTS = ["A short text.", "", "word " * 90, "Another one, of more words.", "x"]

@@ -19,8 +19,8 @@ from torch import Tensor
 
 import fastbert
 from fastbert.adapters import counts, versions
-from fastbert.adapters.live import LiveEncoder
-from fastbert.adapters.swap import parts
+from fastbert.adapters.acceleration import parts
+from fastbert.adapters.live_encoder import LiveEncoder
 from helpers import docstrings
 
 try:

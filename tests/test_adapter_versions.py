@@ -11,8 +11,9 @@ import pytest
 import torch
 import transformers
 
-from fastbert.adapters import calls, versions
-from fastbert.adapters.mapping import COVERED, find
+from fastbert.adapters import forward as calls
+from fastbert.adapters import versions
+from fastbert.adapters.covered import COVERED, find
 from model_cases import make_batch, run, theirs
 
 MAJOR = versions.transformers_version()[0]

@@ -15,7 +15,7 @@ import make_upstream_hub
 from accelerate_cases import with_first_column
 from family_cases import config_of_transformers, make_batch, run, their_class
 from fastbert.adapters import counts
-from fastbert.adapters.mapping import COVERED
+from fastbert.adapters.covered import COVERED
 
 
 def test_plugin_accelerates_every_covered_class(monkeypatch: pytest.MonkeyPatch) -> None:

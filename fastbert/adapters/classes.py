@@ -13,7 +13,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-from fastbert.adapters.calls import STATE
+from fastbert.adapters.forward import STATE
 from fastbert.adapters.patches import is_own
 from fastbert.ops.tracing import untraced
 
@@ -42,7 +42,7 @@ class DerivedABC(Derived, abc.ABCMeta):
     """The same for originals with abstract methods."""
 
 
-_MIXINS = "fastbert.adapters.swap"
+_MIXINS = "fastbert.adapters.acceleration"
 _metaclasses: dict[type, type[Derived]] = {type: Derived, abc.ABCMeta: DerivedABC}
 
 

@@ -19,9 +19,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastbert.adapters import calls, versions
-from fastbert.adapters.calls import OURS, STATE, Counted, State
-from fastbert.adapters.live import Options, Unsupported
+from fastbert.adapters import forward as calls
+from fastbert.adapters import versions
+from fastbert.adapters.forward import OURS, STATE, Counted, State
+from fastbert.adapters.live_encoder import Options, Unsupported
 from fastbert.adapters.patches import Watch
 from fastbert.models.bert import BertModel
 from fastbert.ops import tracing

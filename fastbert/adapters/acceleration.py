@@ -15,10 +15,11 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from fastbert.adapters import calls, mapping
-from fastbert.adapters.calls import STATE, Counted, ScoreState, State
+from fastbert.adapters import covered as mapping
+from fastbert.adapters import forward as calls
 from fastbert.adapters.classes import derive, derivers, originals
-from fastbert.adapters.live import LiveEncoder, Options, Unsupported
+from fastbert.adapters.forward import STATE, Counted, ScoreState, State
+from fastbert.adapters.live_encoder import LiveEncoder, Options, Unsupported
 from fastbert.models.bert import BertModel
 
 logger = logging.getLogger("fastbert")

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from fastbert.adapters import versions
-from fastbert.adapters.live import LiveEncoder, Options, Unsupported
-from fastbert.adapters.mapping import COVERED, Mapping
+from fastbert.adapters.covered import COVERED, Mapping
+from fastbert.adapters.live_encoder import LiveEncoder, Options, Unsupported
 from fastbert.ops import BackendError, packing, tracing
 from fastbert.ops.tracing import untraced
 

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from fastbert.adapters import versions
-from fastbert.adapters.mapping import Mapping
+from fastbert.adapters.covered import Mapping
 from fastbert.adapters.patches import Watch
 from fastbert.adapters.states import (
     Called,
