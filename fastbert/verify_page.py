@@ -10,7 +10,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from fastbert._version import __version__
-from fastbert.drawing import BLUE, GREY, ORANGE, PALETTE, Plot, frame
+from fastbert.pages.figures import BLUE, GREY, ORANGE, PALETTE, Plot, frame
 from fastbert.verify_report import Report, StateReport
 
 if TYPE_CHECKING:

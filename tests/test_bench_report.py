@@ -12,11 +12,11 @@ from urllib.parse import unquote
 
 import pytest
 
-from fastbert import drawing
 from fastbert.bench import plots, tables
 from fastbert.bench.measure import Ratio, Timing
 from fastbert.bench.report import NO_FIGURES, render_terminal, write_report
 from fastbert.bench.results import FAILED, MISSING, WRONG, Results, Row
+from fastbert.pages import figures as drawing
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT / "benchmarks"))  # where the project's own benchmarks import each other from

@@ -35,7 +35,7 @@ from fastbert.bench.tables import (
     summary_table,
 )
 from fastbert.checkpoint.files import write_text
-from fastbert.drawing import Plot
+from fastbert.pages.figures import Plot
 
 METHOD = (
     "All competitors are prepared and warmed up, then timed in turn within one process: each once a round, in an order "
