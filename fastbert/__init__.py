@@ -18,8 +18,10 @@ from fastbert._version import __version__
 if TYPE_CHECKING:
     from fastbert.adapters import accelerate, restore
     from fastbert.checkpoint.config import BertConfig
+    from fastbert.diagnostics.explain.entry import explain
+    from fastbert.diagnostics.verify.entry import verify
+    from fastbert.diagnostics.warmup import warmup
     from fastbert.engine.graphs import compile_events
-    from fastbert.explain import explain
     from fastbert.models.bert import BertModel
     from fastbert.models.heads import (
         BertForMaskedLM,
@@ -33,11 +35,9 @@ if TYPE_CHECKING:
     from fastbert.ops import BackendError
     from fastbert.pipelines.cross_encoder import CrossEncoder
     from fastbert.pipelines.sentence import SentenceEncoder
-    from fastbert.readiness import warmup
     from fastbert.text.tokenizer import Tokenizer
     from fastbert.vectors.quantize import quantize_embeddings
     from fastbert.vectors.search import semantic_search
-    from fastbert.verify import verify
 
 # Public name -> the module that holds it, imported when the name is first used, so that `import fastbert` is quick.
 _PUBLIC = {
@@ -61,7 +61,7 @@ _PUBLIC = {
     "restore": "fastbert.adapters",
     "semantic_search": "fastbert.vectors.search",
     "verify": "fastbert.verify",
-    "warmup": "fastbert.readiness",
+    "warmup": "fastbert.diagnostics.warmup",
 }
 
 __all__ = [

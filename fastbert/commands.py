@@ -137,7 +137,7 @@ def info(args: argparse.Namespace) -> None:
     if args.model is None:
         return
 
-    from fastbert.explain import explain
+    from fastbert.diagnostics.explain.entry import explain
 
     model, _ = any_model(args)
     bert: Any = model.model if isinstance(model, SentenceEncoder) else model

@@ -15,12 +15,12 @@ import numpy as np
 
 from fastbert.checkpoint.files import write_text
 from fastbert.commands import _encoder, _how, _progress, _read, any_model
+from fastbert.diagnostics.verify.entry import verify as verify_model
 from fastbert.pipelines.cross_encoder import CrossEncoder
 from fastbert.pipelines.sentence import SentenceEncoder
 from fastbert.text import files as text_io
 from fastbert.text.tokenizer import Tokenizer
 from fastbert.vectors.search import semantic_search
-from fastbert.verify import verify as verify_model
 
 QUERIES = 256  # scored at once
 

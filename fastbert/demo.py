@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from fastbert.bench.exact import reference_vectors
 from fastbert.bench.texts import docstrings, spread
 from fastbert.checkpoint import files as checkpoint
+from fastbert.diagnostics.explain.entry import explain
 from fastbert.engine import cpu_encoder
-from fastbert.explain import explain
 from fastbert.pipelines import folder as sentence_layout
 from fastbert.pipelines.names import SENTENCE_TRANSFORMERS, full_name
 from fastbert.pipelines.sentence import SentenceEncoder

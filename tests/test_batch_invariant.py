@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from fastbert import BertConfig, BertForMaskedLM, BertForSequenceClassification, BertModel, SentenceEncoder
-from fastbert.explain import explain
+from fastbert.diagnostics.explain.entry import explain
 from fastbert.models import heads
 from fastbert.ops import BackendError, Policy, dispatch
 from fastbert.pipelines.folder import Dense, Dropout, LayerNorm, Normalize, apply

@@ -29,8 +29,8 @@ from fastbert import (
     Tokenizer,
     ops,
 )
+from fastbert.diagnostics.explain.entry import explain
 from fastbert.engine import cpu_encoder
-from fastbert.explain import explain
 from fastbert.models import heads
 from fastbert.ops import Policy, dispatch, onednn
 from fastbert.ops.packing import from_cu_seqlens

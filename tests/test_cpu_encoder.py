@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from fastbert import BertConfig, BertForTokenClassification, BertModel, SentenceEncoder
 from fastbert.demo import fast_at_bfloat16
+from fastbert.diagnostics.explain.entry import explain
 from fastbert.engine import cpu_encoder
 from fastbert.engine.cpu_encoder import CpuEncoder
-from fastbert.explain import explain
 from fastbert_kernels import cpu
 from helpers import (
     assert_as_accurate,

@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastbert import BackendError, BertConfig, BertForTokenClassification, BertModel, SentenceEncoder
-from fastbert.explain import explain
+from fastbert.diagnostics.explain.entry import explain
+from fastbert.diagnostics.verify.entry import verify
 from fastbert.ops import dispatch
 from fastbert.ops.quantized import rotate
-from fastbert.verify import verify
 from fastbert_kernels import cpu
 from helpers import (
     Outputs,

@@ -16,8 +16,8 @@ from torch import nn
 
 import fastbert
 from fastbert import BertConfig, BertModel
+from fastbert.diagnostics.explain.entry import Report, explain
 from fastbert.engine import cpu_encoder
-from fastbert.explain import Report, explain
 from fastbert.models import heads
 from fastbert.ops import dispatch, onednn, packed_linear
 from fastbert.pipelines.folder import Dense, Normalize

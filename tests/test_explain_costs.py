@@ -14,14 +14,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fastbert
 from fastbert import BertConfig, BertModel, SentenceEncoder, Tokenizer
+from fastbert.diagnostics.explain.costs import cost, lengths_of
+from fastbert.diagnostics.explain.entry import explain
+from fastbert.diagnostics.explain.report import amount
+from fastbert.diagnostics.verify.run import _eager
 from fastbert.engine import cpu_encoder
-from fastbert.explain import explain
-from fastbert.explain_costs import cost, lengths_of
-from fastbert.explain_report import amount
 from fastbert.models import heads
 from fastbert.ops import packed_linear
 from fastbert.pipelines.folder import Dense, LayerNorm, Normalize
-from fastbert.verify_run import _eager
 from fastbert_kernels import cpu
 
 LENGTHS = [5, 17, 1, 0, 9]
@@ -147,7 +147,7 @@ def test_attention_that_is_launched_twice_is_counted_once(model: BertModel) -> N
     """Catches sequences that both the launch for short texts and the other one are charged with."""
     row = next(row for row in explain(model, LENGTHS).rows if row.op == "attention")
     short = dataclasses.replace(row, shapes=f"{row.shapes}, of texts of up to 5 tokens")
-    from fastbert.explain_costs import _costs
+    from fastbert.diagnostics.explain.costs import _costs
 
     (both, few), _ = _costs([row, short], LENGTHS, 32, 4)
     assert few.flops == 3 * 4 * (25 + 1) * 32 and both.flops == 3 * 4 * (17 * 17 + 81) * 32

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import fastbert
+from fastbert.diagnostics.explain.entry import explain
 from fastbert.engine import graphs, quantized
-from fastbert.explain import explain
 from fastbert.ops import Policy
 from fastbert.ops import quantized as ops_quantized
 from helpers import UNUSED_INT8

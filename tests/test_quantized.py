@@ -15,11 +15,11 @@ from torch import Tensor
 
 import fastbert
 from fastbert import BackendError, BertConfig, BertModel, SentenceEncoder, ops
+from fastbert.diagnostics.explain.entry import explain
+from fastbert.diagnostics.verify.entry import QuantizedReport, verify
 from fastbert.engine import quantized
-from fastbert.explain import explain
 from fastbert.models import heads
 from fastbert.ops import dispatch
-from fastbert.verify import QuantizedReport, verify
 from fastbert_kernels import cpu
 from helpers import docstrings, rms_error
 
@@ -403,7 +403,7 @@ def test_verify_holds_the_figures_to_their_bounds() -> None:
 
 def test_figures_of_verify() -> None:
     """A cosine of the wrong percentile, or a rank correlation of something else than the order of the others."""
-    from fastbert.verify_run import _vector_report
+    from fastbert.diagnostics.verify.run import _vector_report
 
     angles = torch.tensor([0.0, 0.1, 0.3, 0.7, 1.5], dtype=torch.float64)
     exact = torch.stack([angles.cos(), angles.sin()], 1)

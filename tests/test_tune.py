@@ -15,7 +15,7 @@ import torch
 
 from fastbert import BertConfig, BertModel, commands, tune, tune_jobs
 from fastbert.cli import main
-from fastbert.explain import explain
+from fastbert.diagnostics.explain.entry import explain
 from fastbert.tune_jobs import Candidate
 from fastbert_kernels import launch, tables
 

@@ -18,19 +18,12 @@ import torch
 from torch import Tensor, nn
 
 import fastbert
-from fastbert import (
-    BertConfig,
-    BertForSequenceClassification,
-    BertModel,
-    Tokenizer,
-    ops,
-    reference,
-    verify_ends,
-    verify_run,
-)
+from fastbert import BertConfig, BertForSequenceClassification, BertModel, Tokenizer, ops, reference
+from fastbert.diagnostics.verify import ends as verify_ends
+from fastbert.diagnostics.verify import run as verify_run
+from fastbert.diagnostics.verify.entry import DEFAULT_TEXTS, verify
+from fastbert.diagnostics.verify.run import _eager
 from fastbert.pipelines.folder import Dense
-from fastbert.verify import DEFAULT_TEXTS, verify
-from fastbert.verify_run import _eager
 from fastbert_kernels import cpu
 from helpers import docstrings
 

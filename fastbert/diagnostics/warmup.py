@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
+from fastbert.diagnostics.explain.entry import backbone, find_model
 from fastbert.engine import graphs
 from fastbert.engine.graphs import CompileEvents, compile_events
-from fastbert.explain import backbone, find_model
 from fastbert.models.bert import BertModel
 from fastbert.models.pretrained import PreTrainedModel
 from fastbert.pipelines import run as sentence_run

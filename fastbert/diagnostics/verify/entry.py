@@ -16,16 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastbert import adapters, verify_run
+from fastbert import adapters
 from fastbert.adapters.sentences import LiveTokenizer, Pipeline, pipeline_in
 from fastbert.checkpoint import files as checkpoint
-from fastbert.explain import backbone, find_model, float32_precision, prefix_of
-from fastbert.models.bert import BertModel
-from fastbert.pipelines.names import SENTENCE_TRANSFORMERS, full_name
-from fastbert.pipelines.sentence import SentenceEncoder
-from fastbert.text.tokenizer import Tokenizer
-from fastbert.verify_ends import ends_of
-from fastbert.verify_report import (
+from fastbert.diagnostics.explain.entry import backbone, find_model, float32_precision, prefix_of
+from fastbert.diagnostics.verify import run as verify_run
+from fastbert.diagnostics.verify.ends import ends_of
+from fastbert.diagnostics.verify.report import (
     BOUND_WITHOUT_EAGER,
     ErrorReport,
     QuantizedReport,
@@ -34,7 +31,11 @@ from fastbert.verify_report import (
     VectorReport,
     WeightReport,
 )
-from fastbert.verify_run import Row
+from fastbert.diagnostics.verify.run import Row
+from fastbert.models.bert import BertModel
+from fastbert.pipelines.names import SENTENCE_TRANSFORMERS, full_name
+from fastbert.pipelines.sentence import SentenceEncoder
+from fastbert.text.tokenizer import Tokenizer
 
 __all__ = [
     "DEFAULT_TEXTS",

@@ -224,7 +224,7 @@ class Report:
 
     def to_html(self) -> str:
         """A page of its own with the tables and, where matplotlib is installed, figures."""
-        from fastbert.verify_page import page
+        from fastbert.diagnostics.verify.page import page
 
         return page(self)
 

@@ -10,8 +10,8 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from fastbert._version import __version__
+from fastbert.diagnostics.verify.report import Report, StateReport
 from fastbert.pages.figures import BLUE, GREY, ORANGE, PALETTE, Plot, frame
-from fastbert.verify_report import Report, StateReport
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -18,11 +18,8 @@ from torch import Tensor
 from fastbert import reference
 from fastbert.checkpoint.activations import activate
 from fastbert.checkpoint.config import BertConfig
-from fastbert.engine import quantized
-from fastbert.models.bert import BertModel
-from fastbert.ops import Policy
-from fastbert.verify_ends import End
-from fastbert.verify_report import (
+from fastbert.diagnostics.verify.ends import End
+from fastbert.diagnostics.verify.report import (
     BOUND_IN_FLOAT64,
     BOUND_WITHOUT_EAGER,
     FACTOR,
@@ -35,6 +32,9 @@ from fastbert.verify_report import (
     StateReport,
     VectorReport,
 )
+from fastbert.engine import quantized
+from fastbert.models.bert import BertModel
+from fastbert.ops import Policy
 
 # Of the texts that run together: the model's in the order given, so that lengths mix; the reference's by length.
 MODEL_ROWS, MODEL_TOKENS = 64, 8192

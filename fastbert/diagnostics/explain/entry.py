@@ -13,11 +13,12 @@ from typing import Any
 
 import torch
 
-from fastbert import adapters, explain_costs
+from fastbert import adapters
+from fastbert.diagnostics.explain import costs as explain_costs
+from fastbert.diagnostics.explain.costs import BatchReport
+from fastbert.diagnostics.explain.operations import Explainer, backbone, find_model, float32_precision, prefix_of
+from fastbert.diagnostics.explain.report import OpReport, Report
 from fastbert.engine import cpu_encoder, graphs, hooks, quantized
-from fastbert.explain_costs import BatchReport
-from fastbert.explain_ops import Explainer, backbone, find_model, float32_precision, prefix_of
-from fastbert.explain_report import OpReport, Report
 from fastbert.models.pretrained import PreTrainedModel, listed, resolve_dtype
 from fastbert.ops import Policy
 from fastbert.text.tokenizer import Tokenizer
@@ -53,7 +54,7 @@ def explain(
     were others. arch: compute capability of a GPU as one integer, 90 for 9.0, which need not be there.
 
     batch: what a batch of yours costs, too: its tokens beside those of a padded one, estimated FLOPs and bytes in all
-    and of each operation (`fastbert.explain_costs` says how they are counted). Texts, for a SentenceEncoder or with a
+    and of each operation (`fastbert.diagnostics.explain.costs` says how they are counted). Texts, for a SentenceEncoder or with a
     tokenizer; lists of token ids; lengths in tokens; a (B, S) tensor of ids, alone or in a tuple with its mask; a
     dict with attention_mask or input_ids.
 

@@ -19,8 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fastbert.diagnostics.explain.report import OpReport, amount
 from fastbert.engine import graphs
-from fastbert.explain_report import OpReport, amount
 from fastbert.models.bert import BertModel
 from fastbert.ops import packed_linear
 from fastbert.pipelines.run import TOKEN_BUDGET, batches

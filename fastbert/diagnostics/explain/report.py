@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fastbert.explain_costs import BatchReport
+    from fastbert.diagnostics.explain.costs import BatchReport
 
 MODULE = "module"  # stands for a backend where a module is called as it is
 

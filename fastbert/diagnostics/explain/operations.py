@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from fastbert import adapters
 from fastbert.checkpoint.activations import OTHERS
+from fastbert.diagnostics.explain.report import MODULE, OpReport
 from fastbert.engine import quantized
-from fastbert.explain_report import MODULE, OpReport
 from fastbert.models.bert import (
     BertAddNorm,
     BertEmbeddings,
