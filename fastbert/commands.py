@@ -171,8 +171,8 @@ def bench(args: argparse.Namespace) -> int:
 
 
 def tune(args: argparse.Namespace) -> int | None:
-    from fastbert import tune as tuning
-    from fastbert import tune_jobs
+    from fastbert.tune import jobs as tune_jobs
+    from fastbert.tune import search as tuning
 
     device = torch.device(args.device or "cuda")
     models = [(name, BertConfig.from_pretrained(resolve(name))) for name in args.models] or tune_jobs.default_models()

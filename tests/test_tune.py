@@ -13,10 +13,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastbert import BertConfig, BertModel, commands, tune, tune_jobs
+from fastbert import BertConfig, BertModel, commands
 from fastbert.cli import main
 from fastbert.diagnostics.explain.entry import explain
-from fastbert.tune_jobs import Candidate
+from fastbert.tune import jobs as tune_jobs
+from fastbert.tune import search as tune
+from fastbert.tune.jobs import Candidate
 from fastbert_kernels import launch, tables
 
 CONFIG = BertConfig(hidden_size=32, intermediate_size=48, num_attention_heads=2, num_hidden_layers=1, vocab_size=50)

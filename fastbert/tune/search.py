@@ -25,7 +25,7 @@ from fastbert._version import __version__
 from fastbert.bench import measure
 from fastbert.checkpoint import files as checkpoint
 from fastbert.ops import dispatch
-from fastbert.tune_jobs import Candidate, Job, Work
+from fastbert.tune.jobs import Candidate, Job, Work
 
 logger = logging.getLogger("fastbert")
 
