@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastbert.bench.peers import OURS, Peer
-from fastbert.demo import fast_at_bfloat16
+from fastbert.cli.demo import fast_at_bfloat16
 from fastbert.ops import packing
 
 SUITE = "kernels"

@@ -27,9 +27,9 @@ from fastbert import (
     SentenceEncoder,
     Tokenizer,
     __version__,
-    demo,
 )
-from fastbert.cli import main
+from fastbert.cli import demo
+from fastbert.cli.main import main
 from fastbert.pipelines import run as sentence_run
 from fastbert.pipelines.folder import Normalize
 from fastbert.text import files as text_io
@@ -451,7 +451,7 @@ def test_demo_says_what_is_not_installed(
 # A shell may have started pytest with SIGINT ignored, and a child would inherit that.
 WITH_SIGINT = (
     "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
-    "from fastbert.cli import main; sys.exit(main(sys.argv[1:]))"
+    "from fastbert.cli.main import main; sys.exit(main(sys.argv[1:]))"
 )
 
 

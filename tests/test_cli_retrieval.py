@@ -20,7 +20,7 @@ from fastbert import (
     SentenceEncoder,
     semantic_search,
 )
-from fastbert.cli import main
+from fastbert.cli.main import main
 from fastbert.pipelines.folder import Normalize
 from helpers import tiny_bert
 

@@ -16,7 +16,7 @@ from sentence_transformers.sentence_transformer import modules
 import fastbert
 from family_text_cases import KINDS, NAMES, PAIRS, TEXTS, make_folders
 from fastbert import BertConfig, BertForMaskedLM, BertForSequenceClassification, BertModel, SentenceEncoder, Tokenizer
-from fastbert.cli import main
+from fastbert.cli.main import main
 from fastbert.pipelines.folder import Normalize
 from model_cases import assert_close
 

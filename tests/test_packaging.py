@@ -174,7 +174,7 @@ def test_wheel_runs_in_a_clean_environment(wheel: Path, wheel_metadata: Message)
         for name, file in result["files"].items():
             assert Path(file).resolve().is_relative_to(scratch / "venv"), f"{name} was imported from {file}"
         assert result["version"] == wheel_metadata["Version"]
-        assert "fastbert.cli" in result["modules"]
+        assert "fastbert.cli.main" in result["modules"]
 
         usage = run([scratch / "venv" / "bin" / "fastbert", "--help"], cwd=scratch)
         assert "usage: fastbert" in usage

@@ -445,7 +445,7 @@ def test_accuracy_on_real_weights(precision: str, minilm: Path, device: torch.de
 
 def test_command_line(minilm: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A --precision that does not reach the model."""
-    from fastbert.cli import main
+    from fastbert.cli.main import main
 
     assert main(["info", "--model", str(minilm), "--precision", "int8", "--backend", "torch", "--device", "cpu"]) == 0
     printed = capsys.readouterr().out

@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastbert import BertConfig, BertModel, commands
-from fastbert.cli import main
+from fastbert import BertConfig, BertModel
+from fastbert.cli import commands
+from fastbert.cli.main import main
 from fastbert.diagnostics.explain.entry import explain
 from fastbert.tune import jobs as tune_jobs
 from fastbert.tune import search as tune

@@ -213,7 +213,7 @@ def tune(args: argparse.Namespace) -> int | None:
 
 
 def demo(args: argparse.Namespace) -> None:
-    from fastbert import demo as demonstration
+    from fastbert.cli import demo as demonstration
 
     demonstration.run(args.model, n_texts=args.texts, **_how(args))
 

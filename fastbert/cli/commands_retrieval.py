@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from fastbert.checkpoint.files import write_text
-from fastbert.commands import _encoder, _how, _progress, _read, any_model
+from fastbert.cli.commands import _encoder, _how, _progress, _read, any_model
 from fastbert.diagnostics.verify.entry import verify as verify_model
 from fastbert.pipelines.cross_encoder import CrossEncoder
 from fastbert.pipelines.sentence import SentenceEncoder

@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from fastbert.cli_options import MINILM, add, add_field, add_how, add_messages, add_parser, positive
+from fastbert.cli.options import MINILM, add, add_field, add_how, add_messages, add_parser, positive
 
-_MODULE = "fastbert.commands_retrieval"
+_MODULE = "fastbert.cli.commands_retrieval"
 
 
 def check(args: argparse.Namespace) -> None:

@@ -14,9 +14,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from fastbert import cli_retrieval
 from fastbert._version import __version__
-from fastbert.cli_options import MINILM, add, add_field, add_messages, add_parser, positive
+from fastbert.cli import retrieval as cli_retrieval
+from fastbert.cli.options import MINILM, add, add_field, add_messages, add_parser, positive
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with _messages(args.verbose):
         try:
             # Not before: with --help and --version nobody waits for PyTorch.
-            module = importlib.import_module(getattr(args, "module", "fastbert.commands"))
+            module = importlib.import_module(getattr(args, "module", "fastbert.cli.commands"))
             code: int | None = getattr(module, args.command.replace("-", "_"))(args)
             sys.stdout.flush()
             return code or 0
