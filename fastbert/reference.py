@@ -86,8 +86,8 @@ def bias_gelu(x: Tensor, bias: Tensor, approximate: str = "none") -> Tensor:
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str | None = None) -> Tensor:
     """activation(x @ weight^T + bias); x (..., K), weight (M, K), bias (M,) -> (..., M).
 
-    `activation` is None, "gelu" (erf), "gelu_tanh", "relu" or one of fastbert.checkpoint.activations.OTHERS; ValueError for
-    another.
+    `activation` is None, "gelu" (erf), "gelu_tanh", "relu" or one of fastbert.checkpoint.activations.OTHERS; ValueError
+    for another.
     """
     y = x @ weight.T
     if bias is not None:
@@ -205,10 +205,10 @@ def bert(
 ) -> BertReference:
     """The BERT encoder, or one of its family, without dropout. Devlin et al., arXiv:1810.04805.
 
-    `params` maps the state-dict names of fastbert.models.bert, which are those of transformers' BERT, each behind `prefix`
-    ("bert." under a head), to tensors, which are cast to `dtype` as they are used, on the device where the inputs are
-    too. Inputs: `input_ids` (B, S) or `inputs_embeds` (B, S, H), one of them; `attention_mask` (B, S), nonzero = valid,
-    default all valid; `token_type_ids` and `position_ids` (B, S) or broadcasting to it, default 0 and
+    `params` maps the state-dict names of fastbert.models.bert, which are those of transformers' BERT, each behind
+    `prefix` ("bert." under a head), to tensors, which are cast to `dtype` as they are used, on the device where the
+    inputs are too. Inputs: `input_ids` (B, S) or `inputs_embeds` (B, S, H), one of them; `attention_mask` (B, S),
+    nonzero = valid, default all valid; `token_type_ids` and `position_ids` (B, S) or broadcasting to it, default 0 and
     `default_positions`. Where the params have an `embeddings_project`, the embeddings go through it (Clark et al.,
     "ELECTRA", arXiv:2003.10555).
 
