@@ -99,11 +99,11 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> helpers.Outputs:
 @pytest.fixture
 def stand_in(monkeypatch: pytest.MonkeyPatch) -> Any:
     """What captures CUDA graphs in the place of a GPU: a `graph_cases.StandIn`."""
-    from fastbert.engine import graphs
+    from fastbert.engine import capture
     from graph_cases import StandIn
 
     capturer = StandIn()
-    monkeypatch.setattr(graphs, "capturer", lambda device: capturer)
+    monkeypatch.setattr(capture, "capturer", lambda device: capturer)
     return capturer
 
 

@@ -295,7 +295,7 @@ def test_cross_encoder(tiny_folder: Path) -> None:
 def test_predict_keeps_what_is_made_of_the_weights(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches weights that are packed anew in every call, because predict calls eval()."""
     looks = []
-    monkeypatch.setattr(LiveEncoder, "look_again", lambda self: looks.append(1))
+    monkeypatch.setattr(LiveEncoder, "invalidate", lambda self: looks.append(1))
     model = fastbert.accelerate(sentence_transformers.CrossEncoder(str(tiny_folder), device="cpu"))
     for _ in range(3):
         model.predict([("a", "b")])

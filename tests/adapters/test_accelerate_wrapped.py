@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import fastbert
 from accelerate_cases import ROWS, accelerated, check
 from fastbert.adapters import counts
-from fastbert.engine import graphs
+from fastbert.engine import capture
 from helpers import assert_as_accurate
 from model_cases import assert_close, in_dtype, make_batch, run, theirs, weighted_sum
 
@@ -228,7 +228,7 @@ def test_kernels_and_graphs(monkeypatch: pytest.MonkeyPatch, device: torch.devic
     """Catches live modules that no graph is captured of, and a graph that replays the weights of before."""
     capturer = Capturer()
     if device.type != "cuda":
-        monkeypatch.setattr(graphs, "capturer", lambda where: capturer)
+        monkeypatch.setattr(capture, "capturer", lambda where: capturer)
     model = fastbert.accelerate(in_dtype(theirs(), torch.float32), backend="triton").to(device)
     batch = {**make_batch("right"), "position_ids": None}
     for change in (1.0, 0.5):

@@ -24,8 +24,8 @@ from fastbert.checkpoint.loading_arguments import (
     device_of,
     n_bytes,
 )
-from fastbert.models.forward_arguments import HARMLESS
-from fastbert.models.forward_arguments import REFUSED as REFUSED_BY_FORWARD
+from fastbert.models.inputs import HARMLESS
+from fastbert.models.inputs import REFUSED as REFUSED_BY_FORWARD
 
 SIZES = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 40}
 IDS = torch.arange(5, 15).view(2, 5)

@@ -19,7 +19,7 @@ from fastbert.diagnostics.explain.entry import explain
 from fastbert.diagnostics.explain.report import amount
 from fastbert.diagnostics.verify.run import _eager
 from fastbert.engine import cpu_encoder
-from fastbert.models import heads
+from fastbert.models import tasks
 from fastbert.ops import packed_linear
 from fastbert.pipelines.folder import Dense, LayerNorm, Normalize
 from fastbert_kernels import cpu
@@ -126,7 +126,7 @@ def test_flops_a_token_of_bert_base(arch: int | None) -> None:
 
 def test_every_operation_has_a_cost() -> None:
     """Catches words in which a row's shapes are told that the estimate cannot read."""
-    for head in (BertModel, heads.BertForPreTraining, heads.BertForQuestionAnswering, heads.BertForMultipleChoice):
+    for head in (BertModel, tasks.BertForPreTraining, tasks.BertForQuestionAnswering, tasks.BertForMultipleChoice):
         for how in ({"backend": "torch"}, {"arch": 90}, {"arch": 90, "dtype": "bfloat16"}):
             for row in explain(head(config()).eval(), LENGTHS, **how).rows:
                 assert row.flops and row.bytes_moved, row
@@ -161,11 +161,11 @@ def test_rows_that_are_computed(kernels: str, monkeypatch: pytest.MonkeyPatch) -
         monkeypatch.setattr(cpu, "unavailable", lambda: "planted")
     if packed_linear.unavailable(torch.float32) is not None or (kernels == "C++" and cpu.unavailable() is not None):
         pytest.skip(f"{packed_linear.unavailable(torch.float32)}, {cpu.unavailable()}")
-    monkeypatch.setattr(cpu_encoder, "obstacle", lambda *args: "planted")  # operation by operation
+    monkeypatch.setattr(cpu_encoder, "obstacles", lambda *args: iter(["planted"]))  # operation by operation
     model = BertModel(config()).eval()
     seen: list[int] = []
     run = model.embeddings.forward
-    model._packs_weights()
+    model.engine.packs_weights(model)
     batch = explain(model, [50, 57]).batch
     assert batch is not None and batch.n_tokens == 107
     with torch.no_grad(), pytest.MonkeyPatch.context() as context:

@@ -13,7 +13,7 @@ from torch import nn
 
 from fastbert import BertConfig, BertForMaskedLM, BertForSequenceClassification, BertModel, SentenceEncoder
 from fastbert.diagnostics.explain.entry import explain
-from fastbert.models import heads
+from fastbert.models import tasks
 from fastbert.ops import BackendError, Policy, dispatch
 from fastbert.pipelines.folder import Dense, Dropout, LayerNorm, Normalize, apply
 from helpers import assert_as_accurate, cu_seqlens_of, rms_error
@@ -101,10 +101,10 @@ def test_within_the_usual_error(dtype, device):
         assert_as_accurate(name, ours[name], outs["eager"][name], outs["exact"][name])
 
 
-@pytest.mark.parametrize("name", sorted(name for name in vars(heads) if name.startswith("BertFor")))
+@pytest.mark.parametrize("name", sorted(name for name in vars(tasks) if name.startswith("BertFor")))
 def test_heads(name, device, monkeypatch):
     """A pooler, a decoder or a classifier that still takes PyTorch's GEMM."""
-    cls = getattr(heads, name)
+    cls = getattr(tasks, name)
     model = cls(config(), **MODE).to(device).eval()
     refuse = pytest.fail
     monkeypatch.setattr(nn.functional, "linear", lambda *args: refuse("a linear of PyTorch's"))

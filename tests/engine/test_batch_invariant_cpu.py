@@ -31,7 +31,7 @@ from fastbert import (
 )
 from fastbert.diagnostics.explain.entry import explain
 from fastbert.engine import cpu_encoder
-from fastbert.models import heads
+from fastbert.models import tasks
 from fastbert.ops import Policy, dispatch, onednn
 from fastbert.ops.packing import from_cu_seqlens
 from fastbert.ops.pooling import MODES
@@ -314,11 +314,11 @@ def test_within_the_usual_error(n_tokens: int, dtype: torch.dtype) -> None:
 
 
 @EACH_KIND
-@pytest.mark.parametrize("name", sorted(name for name in vars(heads) if name.startswith("BertFor")))
+@pytest.mark.parametrize("name", sorted(name for name in vars(tasks) if name.startswith("BertFor")))
 def test_heads(name: str, dtype: torch.dtype, precision: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """A pooler, a decoder or a classifier that takes PyTorch's product, or its tanh of a whole tensor."""
     skip_without(dtype, precision)
-    model = make(dtype, precision, getattr(heads, name))
+    model = make(dtype, precision, getattr(tasks, name))
     monkeypatch.setattr(F, "linear", lambda *args: pytest.fail("a linear of PyTorch's"))
     shape = (5, 3, 6) if name == "BertForMultipleChoice" else (5, 6)
     ids = torch.randint(0, 101, shape)

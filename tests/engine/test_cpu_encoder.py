@@ -14,7 +14,6 @@ from fastbert import BertConfig, BertForTokenClassification, BertModel, Sentence
 from fastbert.cli.demo import fast_at_bfloat16
 from fastbert.diagnostics.explain.entry import explain
 from fastbert.engine import cpu_encoder
-from fastbert.engine.cpu_encoder import CpuEncoder
 from fastbert_kernels import cpu
 from helpers import (
     assert_as_accurate,
@@ -159,6 +158,11 @@ def test_stands_aside(runs: list[int]) -> None:
         assert runs == [14, 14]
 
 
+def obstacles(model: Any, n_tokens: int | None = None) -> list[str]:
+    """Every reason why the model does not run in one call."""
+    return list(model.engine.one_call.obstacles(model, n_tokens, False, False))
+
+
 def test_what_it_cannot_run_is_said() -> None:
     """Catches an obstacle without its reason, or a sub-path for a configuration that the kernel does not know."""
     for changes, reason in (
@@ -168,23 +172,25 @@ def test_what_it_cannot_run_is_said() -> None:
         ({"dtype": torch.bfloat16, "intermediate_size": 33}, "odd" if cpu.multiplies(torch.bfloat16) else "bfloat16"),
     ):
         model = make(**changes)
-        assert reason in str(model.cpu_encoder_obstacle())
+        assert reason in "; ".join(obstacles(model))
         encode(model, [5, 6])
     model = make()
-    assert model.cpu_encoder_obstacle() is not None and "gradients" in model.cpu_encoder_obstacle()
+    assert any("gradients" in obstacle for obstacle in obstacles(model))
     with torch.no_grad():
-        assert model.cpu_encoder_obstacle() is None
-        assert "3 tokens" in model.cpu_encoder_obstacle(3)
+        assert obstacles(model) == []
+        assert "3 tokens" in obstacles(model, 3)[0]
+        model.train()
+        model.encoder.register_forward_hook(lambda *_: None)
+    assert len(obstacles(model, 3)) == 3, "every reason, not the first"
 
 
 def test_bfloat16_with_matrix_units(monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches long batches kept from oneDNN where the processor's matrix units would run them several times as fast."""
-    encoder = cpu_encoder.CpuEncoder()
     for has_amx in (False, True):
         monkeypatch.setattr(cpu, "has_amx", lambda has_amx=has_amx: has_amx)
-        assert encoder.takes_rows(cpu_encoder.ROWS_WITHOUT_AMX, torch.bfloat16, 64)
-        assert encoder.takes_rows(4000, torch.bfloat16, 64) != has_amx
-        assert encoder.takes_rows(4000, torch.float32, 64)
+        assert cpu_encoder.takes_rows(cpu_encoder.ROWS_WITHOUT_AMX, torch.bfloat16, 64)
+        assert cpu_encoder.takes_rows(4000, torch.bfloat16, 64) != has_amx
+        assert cpu_encoder.takes_rows(4000, torch.float32, 64)
 
 
 def test_positions_and_ids_of_any_kind(runs: list[int]) -> None:
@@ -211,7 +217,7 @@ def test_heads_and_copies(runs: list[int]) -> None:
         expected = model(ids).logits
         assert runs == [20]
         for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-            assert other.bert.cpu_encoder._workspaces == []
+            assert other.bert.engine.cpu_encoder._workspaces == []
             torch.testing.assert_close(other(ids).logits, expected)
     assert runs == [20] * 3
 
@@ -227,9 +233,9 @@ def test_workspaces_do_not_pile_up() -> None:
     model = make()
     for n in (10, 150, 30, 200):
         encode(model, [n])
-    assert len(model.cpu_encoder._workspaces) == 1
+    assert len(model.engine.cpu_encoder._workspaces) == 1
     model.eval()
-    assert model.cpu_encoder._workspaces == []
+    assert model.engine.cpu_encoder._workspaces == []
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -256,7 +262,7 @@ def test_few_rows_are_exact(k: int) -> None:
     ours = torch.cat([cpu.linear_forward(rows, packed, 384, bias) for rows in x.split(3)])
     eager = torch.cat([nn.functional.linear(rows, weight, bias) for rows in x.split(3)])
     assert_as_accurate("linear", ours, eager, exact)
-    takes_rows = CpuEncoder().takes_rows
+    takes_rows = cpu_encoder.takes_rows
     assert takes_rows(3, torch.float32, k) and not takes_rows(3, torch.float32, cpu_encoder.EXACT_FROM - 1)
 
 

@@ -19,8 +19,8 @@ from torch import Tensor
 
 import fastbert
 import fastbert.models.bert
-from fastbert.engine import graphs
-from fastbert.models import heads
+from fastbert.engine import PackedInputs, buckets, capture, graphs
+from fastbert.models import tasks
 from fastbert.ops import Policy, packing
 from graph_cases import (
     CHANGES,
@@ -53,20 +53,24 @@ pytestmark = pytest.mark.filterwarnings("ignore:(overflow|invalid value|divide b
 
 def test_buckets() -> None:
     """Catches a bucket that wastes more than it says, or an octave whose memory is not that of a bucket."""
-    assert graphs.BUCKETS[0] == 32 and graphs.BUCKETS[-1] == graphs.LARGEST and len(graphs.BUCKETS) <= graphs.MAX_GRAPHS
-    assert tuple(sorted(set(graphs.BUCKETS))) == graphs.BUCKETS
-    for n_tokens in range(1, graphs.LARGEST + 1):
-        bucket = graphs.bucket_of(n_tokens)
+    assert (
+        buckets.BUCKETS[0] == 32
+        and buckets.BUCKETS[-1] == buckets.LARGEST
+        and len(buckets.BUCKETS) <= graphs.MAX_GRAPHS
+    )
+    assert tuple(sorted(set(buckets.BUCKETS))) == buckets.BUCKETS
+    for n_tokens in range(1, buckets.LARGEST + 1):
+        bucket = buckets.bucket_of(n_tokens)
         assert bucket is not None and bucket >= n_tokens
-        assert 1 << (bucket - 1).bit_length() in graphs.BUCKETS
+        assert 1 << (bucket - 1).bit_length() in buckets.BUCKETS
         assert bucket - n_tokens < 32 or 16 * (bucket - n_tokens) < bucket
-    assert graphs.bucket_of(0) is None and graphs.bucket_of(graphs.LARGEST + 1) is None
+    assert buckets.bucket_of(0) is None and buckets.bucket_of(buckets.LARGEST + 1) is None
 
 
 def test_waste() -> None:
     """Catches buckets whose padding, over token counts that are all as likely, is more than the notes say: 2.1 %."""
-    counts = range(1, graphs.LARGEST + 1)
-    rows = sum(graphs.bucket_of(n) or 0 for n in counts)
+    counts = range(1, buckets.LARGEST + 1)
+    rows = sum(buckets.bucket_of(n) or 0 for n in counts)
     assert rows / sum(counts) - 1 < 0.021
 
 
@@ -74,7 +78,7 @@ def test_token_budget_is_a_bucket() -> None:
     """Catches full batches of SentenceEncoder that are padded to a bucket far above."""
     from fastbert.pipelines.run import TOKEN_BUDGET
 
-    assert TOKEN_BUDGET["cuda"] in graphs.BUCKETS
+    assert TOKEN_BUDGET["cuda"] in buckets.BUCKETS
 
 
 @settings(max_examples=300)
@@ -142,7 +146,7 @@ def test_poisoned_padding(stand_in: StandIn, device: torch.device, monkeypatch: 
 
     model = make(device)
     expected = [encode(model, lengths) for lengths in LENGTHS]
-    model.graphs.clear()
+    model.engine.graphs.clear()
 
     def empty(shape: tuple[int, ...], *, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         return torch.full(shape, float("nan"), device=like.device, dtype=dtype or like.dtype)
@@ -220,7 +224,7 @@ def test_hidden_states_go_when_they_are_read(device: torch.device, monkeypatch: 
 def test_what_does_not_fit(lengths: list[int], stand_in: StandIn, device: torch.device) -> None:
     """Catches a batch written past the static memory."""
     model = make(device)
-    model._encode = lambda ids, types, positions, batch, *rest, **options: [ids[:, None].expand(-1, 32).float()]
+    cheap(model)
     out = encode(model, lengths)
     assert out.shape == (sum(lengths), 32) and stand_in.captures == 0
     assert torch.equal(out[:, 0].long(), packed(lengths, device)[0])
@@ -247,7 +251,7 @@ def test_sequences_with_tiles_of_their_own(
 @pytest.mark.parametrize("head", ["BertForSequenceClassification", "BertForMaskedLM", "BertForQuestionAnswering"])
 def test_heads(head: str, stand_in: StandIn, device: torch.device) -> None:
     """Catches a head that goes around the graphs, or gets rows of padding from them."""
-    model = make(device, kind=getattr(heads, head))
+    model = make(device, kind=getattr(tasks, head))
     ids = packed([6] * 3, device)[0].view(3, 6)
     mask = torch.tensor([[1] * 6, [1] * 2 + [0] * 4, [0] * 6], device=device)
     with torch.no_grad():
@@ -284,7 +288,7 @@ def test_changed_weights(change: Callable[[Any], None], stand_in: StandIn, devic
     change(model)
     after = encode(model, [9, 4])
     assert torch.equal(after, without_graphs(model, [9, 4])) and not torch.equal(after, before)
-    assert stand_in.captures == 2 and len(model.graphs) == 1
+    assert stand_in.captures == 2 and len(model.engine.graphs) == 1
     assert torch.equal(encode(model, [9, 4]), after) and stand_in.captures == 2
 
 
@@ -319,9 +323,9 @@ def test_mode_dtype_and_policy(stand_in: StandIn, device: torch.device) -> None:
         change()
         out = encode(model, [9, 4])
         assert stand_in.captures == captures + 1 and torch.equal(out, without_graphs(model, [9, 4]))
-    assert len(model.graphs) == 1
+    assert len(model.engine.graphs) == 1
     model.train()
-    assert len(model.graphs) == 0
+    assert len(model.engine.graphs) == 0
 
 
 def test_inference_tensors(stand_in: StandIn, device: torch.device) -> None:
@@ -345,7 +349,7 @@ def test_what_no_graph_may_hold(change: Callable[[Any], None], stand_in: StandIn
     changed = change in (add_adapter, add_hook, patch_forward)
     assert (rms_error(after, before) > 0.01) == changed
     with torch.no_grad():
-        assert model.graph_obstacle() is not None
+        assert list(model.engine.bucket_obstacles(model))
 
 
 def test_contexts_that_take_the_plain_path(stand_in: StandIn, device: torch.device) -> None:
@@ -387,8 +391,10 @@ def test_no_padding_where_there_are_no_graphs() -> None:
     model = make(torch.device("cpu"))
     model.policy = Policy("torch")
     rows: list[int] = []
-    encode_rows = model._encode
-    model._encode = lambda ids, *rest, **options: rows.append(len(ids)) or encode_rows(ids, *rest, **options)
+    run = model.engine.modules.run
+    model.engine.modules.run = lambda model, batch, inputs, keep_states: (
+        rows.append(len(inputs.input_ids)) or run(model, batch, inputs, keep_states)
+    )
     encode(model, [9, 4])
     assert rows == [13]
 
@@ -400,14 +406,14 @@ def test_the_pool_is_bounded(stand_in: StandIn, device: torch.device) -> None:
     """Catches graphs or buffers that pile up over batches of random lengths, and a pool that drops the wrong one."""
     model = make(device)
     cheap(model)
-    model.graphs.limit = 5
+    model.engine.graphs.limit = 5
     for seed in range(200):
         lengths = random_lengths(seed, 3000)
         out = encode(model, lengths, seed)
         assert torch.equal(out[:, 0].long(), packed(lengths, device, seed)[0])
-        assert len(model.graphs) <= 5
-        assert graphs.bucket_of(sum(lengths)) in model.graphs.captured(), "the graph that was used last is gone"
-    assert len(model.graphs._buffers) <= 8  # one an octave, from 32 to 4096
+        assert len(model.engine.graphs) <= 5
+        assert buckets.bucket_of(sum(lengths)) in model.engine.graphs.captured(), "the graph that was used last is gone"
+    assert len(model.engine.graphs._buffers) <= 8  # one an octave, from 32 to 4096
     encode(model, [32])
     captures = stand_in.captures
     for n_tokens in (512, 32, 1024, 32, 2048, 32, 4096, 32):
@@ -420,7 +426,7 @@ def test_the_largest_of_an_octave_comes_first(stand_in: StandIn, device: torch.d
     model = make(device)
     rows = cheap(model)
     encode(model, [70])
-    assert model.graphs.captured() == (96, 128) and rows[0] == 128
+    assert model.engine.graphs.captured() == (96, 128) and rows[0] == 128
     encode(model, [100])
     assert stand_in.captures == 2
 
@@ -430,10 +436,10 @@ def test_copies_capture_for_themselves(stand_in: StandIn, device: torch.device) 
     model = make(device)
     expected = encode(model, [9, 4])
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert other.graphs is not model.graphs and len(other.graphs) == 0
+        assert other.engine.graphs is not model.engine.graphs and len(other.engine.graphs) == 0
         assert torch.equal(encode(other, [9, 4]), expected)
     model.cuda_graphs = False
-    assert copy.deepcopy(model).cuda_graphs is False and len(model.graphs) == 0
+    assert copy.deepcopy(model).cuda_graphs is False and len(model.engine.graphs) == 0
 
 
 def test_a_capture_that_fails(
@@ -441,7 +447,7 @@ def test_a_capture_that_fails(
 ) -> None:
     """Catches a crash, silence, or a try at every batch where a driver cannot capture."""
     made = StandIn(RuntimeError("operation not permitted when stream is capturing"))
-    monkeypatch.setattr(graphs, "capturer", lambda device: made)
+    monkeypatch.setattr(capture, "capturer", lambda device: made)
     model = make(device)
     with caplog.at_level(logging.WARNING, "fastbert"):
         first = encode(model, [9, 4])
@@ -480,7 +486,7 @@ def test_threads(stand_in: StandIn, device: torch.device) -> None:
         outs = list(pool.map(lambda case: encode(model, *case), cases))
     for (lengths, seed), out in zip(cases, outs, strict=True):
         assert torch.equal(out[:, 0].long(), packed(lengths, device, seed)[0])
-    assert stand_in.captures == len(model.graphs), "two threads captured the same bucket"
+    assert stand_in.captures == len(model.engine.graphs), "two threads captured the same bucket"
 
 
 def test_two_models_capture_one_at_a_time(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -499,13 +505,13 @@ def test_two_models_capture_one_at_a_time(device: torch.device, monkeypatch: pyt
                 inside[0] -= 1
             return captured
 
-    monkeypatch.setattr(graphs, "capturer", lambda device: Counting())
+    monkeypatch.setattr(capture, "capturer", lambda device: Counting())
     models = [make(device) for _ in range(3)]
     for model in models:
         cheap(model)
     with ThreadPoolExecutor(3) as pool:
         list(pool.map(lambda model: [encode(model, [n]) for n in (20, 50, 100, 180)], models))
-    assert most[0] == 1 and all(len(model.graphs) == 5 for model in models)
+    assert most[0] == 1 and all(len(model.engine.graphs) == 5 for model in models)
 
 
 class FakeStream:
@@ -536,7 +542,7 @@ def test_another_stream_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: current[0])
     monkeypatch.setattr(torch.cuda, "Event", Event)
     memory: Any = Memory()
-    capturer = graphs.CudaCapturer(torch.device("cuda", 0))
+    capturer = capture.CudaCapturer(torch.device("cuda", 0))
     capturer.finish()
     for stream, n_waits in ((streams[0], 0), (streams[0], 0), (streams[1], 1), (streams[1], 1), (streams[0], 2)):
         current[0] = stream
@@ -595,7 +601,7 @@ def test_the_order_of_a_capture(fails: bool, monkeypatch: pytest.MonkeyPatch) ->
     }  # fmt: skip
     for name, fake in fakes.items():
         monkeypatch.setattr(torch.cuda, name, fake)
-    capturer = graphs.CudaCapturer(torch.device("cuda", 0))
+    capturer = capture.CudaCapturer(torch.device("cuda", 0))
     first = ["aside waits for caller's", "aside", "caller's waits for aside", ("pool", "thread_local"), "capturing"]
     for _ in range(2):
         if fails:
@@ -620,7 +626,7 @@ def test_gpu_same_bits(dtype: torch.dtype, cuda: torch.device) -> None:
         expected = without_graphs(model, lengths, seed)
         for _ in range(2):
             assert torch.equal(encode(model, lengths, seed), expected), lengths
-    assert (fastbert.compile_events() - before).captures == len(model.graphs) > 0
+    assert (fastbert.compile_events() - before).captures == len(model.engine.graphs) > 0
 
 
 @pytest.mark.gpu
@@ -689,9 +695,9 @@ def test_gpu_a_capture_of_somebody_else(cuda: torch.device) -> None:
     batch = packing.from_cu_seqlens(cu_seqlens, 94, cuda)
     segments = torch.zeros_like(ids)
     with torch.no_grad():
-        exact = model._encode(ids, segments, batch.position_ids, batch)[-1]
+        exact = model.engine.modules.run(model, batch, PackedInputs(ids, segments, batch.position_ids), False)[-1]
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             out = model.encode_packed(batch, ids, segments, check=False)[-1]
         graph.replay()
-    assert torch.equal(out, exact) and len(model.graphs) == 0
+    assert torch.equal(out, exact) and len(model.engine.graphs) == 0

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from fastbert import BertConfig, BertModel, CrossEncoder, SentenceEncoder, Tokenizer, ops
-from fastbert.models.heads import BertForSequenceClassification
-from fastbert.models.pretrained import any_in_training, first_parameter
+from fastbert.engine.state import first_parameter
+from fastbert.models.pretrained import any_in_training
+from fastbert.models.tasks import BertForSequenceClassification
 from fastbert.ops import packing
 from fastbert.pipelines.folder import Dense, Normalize
 from fastbert_kernels import cpu

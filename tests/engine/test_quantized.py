@@ -18,13 +18,13 @@ from fastbert import BackendError, BertConfig, BertModel, SentenceEncoder, ops
 from fastbert.diagnostics.explain.entry import explain
 from fastbert.diagnostics.verify.entry import QuantizedReport, verify
 from fastbert.engine import quantized
-from fastbert.models import heads
+from fastbert.models import tasks
 from fastbert.ops import dispatch
 from fastbert_kernels import cpu
 from helpers import docstrings, rms_error
 
 PRECISIONS = ("fp8", "int8")
-HEADS = [getattr(heads, name) for name in fastbert.__all__ if name.startswith("BertFor")]
+HEADS = [getattr(tasks, name) for name in fastbert.__all__ if name.startswith("BertFor")]
 IDS = [[2, 17, 33, 3], [2, 3], [2, *range(20, 36), 3], [2, 50, 3]]
 
 
@@ -97,7 +97,7 @@ def test_heads(kind: Any, device: torch.device, tmp_path: Path) -> None:
     assert (ours.precision, bert.precision) == ("int8", "int8")
     assert not any(parameter.requires_grad for parameter in ours.parameters())
     ids, mask = inputs(device)
-    if kind is heads.BertForMultipleChoice:
+    if kind is tasks.BertForMultipleChoice:
         ids, mask = ids.unflatten(0, (2, 2)), mask.unflatten(0, (2, 2))
     output = ours(ids, mask)
     expected = plain.to(device)(ids, mask)
@@ -154,7 +154,7 @@ def test_weights_are_quantised_once(model: BertModel, monkeypatch: pytest.Monkey
         model(ids, mask)
     assert len(made) == 8
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert other.quantized_weights is not model.quantized_weights
+        assert other.engine.eight_bit.weights is not model.engine.eight_bit.weights
         assert torch.equal(other(ids, mask).last_hidden_state, first)
     assert len(made) == 24
 
@@ -208,7 +208,7 @@ def test_unknown_precision(tmp_path: Path) -> None:
     for make in (
         lambda: BertModel(config(), precision="fp4"),
         lambda: BertModel.from_pretrained(tmp_path, precision="fp4"),
-        lambda: heads.BertForMaskedLM.from_pretrained(tmp_path, precision="fp4"),
+        lambda: tasks.BertForMaskedLM.from_pretrained(tmp_path, precision="fp4"),
     ):
         with pytest.raises(ValueError, match=message):
             make()
@@ -378,7 +378,7 @@ def test_verify_right_models(precision: str, dtype: torch.dtype, device: torch.d
 def test_verify_finds_what_is_wrong(model: BertModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """Kernels that are off, or weights that stay behind, put down to quantisation."""
     assert verify(model, IDS).ok
-    _, scale, _ = model.quantized_weights._entries["1.down"].tensors
+    _, scale, _ = model.engine.eight_bit.weights._entries["1.down"].tensors
     scale.mul_(1.1)
     assert verify(model, IDS).problems[0].startswith("encoder.layer.1 is the first that is wrong")
     model.eval()

@@ -251,7 +251,7 @@ def test_output_attentions(kind: str) -> None:
 def test_output_attentions_is_no_silent_fallback(caplog: pytest.LogCaptureFixture) -> None:
     """Fused attention has no probabilities to give: another path serving them unsaid, or under strict."""
     model, batch = theirs(), make_batch("right")
-    from fastbert.models.bert import _log_reference
+    from fastbert.models.attention_weights import _log_reference
 
     _log_reference.cache_clear()
     ours = twin(model, strict=False)

@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
 from fastbert import BertConfig, BertModel, ops
-from fastbert.models import heads
+from fastbert.models import tasks
 from fastbert.ops import packing, tracing
 from helpers import rms_error
 
@@ -47,7 +47,7 @@ KINDS = {
     "another head size": lambda: make(num_attention_heads=4),
     "roberta": lambda: make(model_type="roberta", pad_token_id=1),
     **{
-        name: functools.partial(make, getattr(heads, name))
+        name: functools.partial(make, getattr(tasks, name))
         for name in (
             "BertForPreTraining", "BertForMaskedLM", "BertForNextSentencePrediction", "BertForSequenceClassification",
             "BertForTokenClassification", "BertForQuestionAnswering",
@@ -94,7 +94,7 @@ def test_jit_trace_of_losses_and_states():
     class Losses(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.model = make(heads.BertForMaskedLM)
+            self.model = make(tasks.BertForMaskedLM)
 
         def forward(self, ids: Tensor, mask: Tensor, labels: Tensor) -> Any:
             loss, logits, states = self.model(ids, mask, labels=labels, output_hidden_states=True)
@@ -107,7 +107,7 @@ def test_jit_trace_of_losses_and_states():
 
 def test_jit_trace_of_choices():
     """Catches a number of choices that a trace keeps."""
-    model = make(heads.BertForMultipleChoice)
+    model = make(tasks.BertForMultipleChoice)
     traced = torch.jit.trace(model, (IDS[None], MASK[None]))
     other = IDS.view(1, 3, 7).repeat(2, 2, 1), OTHER.view(1, 3, 7).repeat(2, 2, 1)
     alike(traced(*other), model(*other))
@@ -265,7 +265,7 @@ def test_vmap(gradients):
 
 def test_gradients_of_each_sample():
     """Catches parameters of a transform that are kept, packed or fused."""
-    model = make(heads.BertForSequenceClassification, dtype=torch.float64)
+    model = make(tasks.BertForSequenceClassification, dtype=torch.float64)
     parameters = {name: p.detach() for name, p in model.named_parameters()}
 
     def loss(parameters: dict[str, Tensor], ids: Tensor, mask: Tensor) -> Tensor:

@@ -183,7 +183,7 @@ def small_model():
 @pytest.mark.parametrize("lengths", [[5], [1, 20, 9, 9, 0, 25], [8]])
 def test_model_in_more_rows(lengths, monkeypatch):
     """Rows of padding that reach a text, or are returned; a token count that oneDNN meets as it came."""
-    monkeypatch.setattr(cpu_encoder, "obstacle", lambda *args: "planted")  # which runs no linear of its own
+    monkeypatch.setattr(cpu_encoder, "obstacles", lambda *args: iter(["planted"]))  # which runs no linear of its own
     model, n_tokens = small_model(), sum(lengths)
     ids, cu_seqlens = torch.arange(n_tokens) % 50, torch.tensor([0, *lengths]).cumsum(0).int()
     rows = set()

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import fastbert
-from fastbert.engine import graphs
+from fastbert.engine import capture
 from fastbert.ops import silent_writes
 from fastbert.ops.silent_writes import Samples, Writes
 from fastbert_kernels import cpu
@@ -169,7 +169,7 @@ def test_graph_keeps_its_memory(name: str, monkeypatch: pytest.MonkeyPatch, devi
             captures.append(1)
             return type("Replay", (), {"replay": lambda self: function()})()
 
-    monkeypatch.setattr(graphs, "capturer", lambda device: StandIn())
+    monkeypatch.setattr(capture, "capturer", lambda device: StandIn())
     model = make(backend="triton", strict=True)
     cu_seqlens = torch.tensor([0, 8, 16], dtype=torch.int32)
     check(model, lambda m: m.forward_packed(IDS.flatten(), cu_seqlens), WRITES[name])
@@ -230,10 +230,10 @@ def test_another_model_keeps_what_it_has() -> None:
     teacher, student = make(), make()
     with torch.no_grad():
         teacher(IDS)
-        kept = teacher.cpu_encoder._kept
+        kept = teacher.engine.cpu_encoder._kept
         _step(torch.optim.AdamW, fused=True)(student)
         teacher(IDS)
-    assert teacher.cpu_encoder._kept is kept
+    assert teacher.engine.cpu_encoder._kept is kept
 
 
 def test_eval_follows_what_cannot_be_seen() -> None:
