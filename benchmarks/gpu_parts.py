@@ -25,10 +25,11 @@ import suite_text
 import torch
 from suites import LONG_MINUTES, Case, Deadline, Recorder, read_notes, run_cases
 
-from fastbert import tune, tune_jobs
 from fastbert.bench.peers import OURS
 from fastbert.bench.results import OK
 from fastbert.ops import quantized
+from fastbert.tune import jobs as tune_jobs
+from fastbert.tune import search as tune
 
 if TYPE_CHECKING:
     from gpu import Options

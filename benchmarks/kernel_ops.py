@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from suites import Work
 from torch import Tensor
 
-from fastbert import ops, reference, varlen
-from fastbert.ops import Policy
+from fastbert import ops, reference
+from fastbert.ops import Policy, packing
 
 VOCAB, POSITIONS = 30522, 512
 EPS = 1e-12
@@ -31,13 +31,13 @@ class Shape:
     lengths: tuple[int, ...]
     dtype: torch.dtype
     device: torch.device
-    batch: varlen.PackedBatch = field(init=False)
+    batch: packing.PackedBatch = field(init=False)
     mask: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
         lengths = torch.tensor(self.lengths)
         self.mask = (torch.arange(int(lengths.max())) < lengths[:, None]).to(self.device)
-        self.batch = varlen.unpad(self.mask)
+        self.batch = packing.unpad(self.mask)
 
     @property
     def n_tokens(self) -> int:
@@ -280,7 +280,7 @@ class Attention(Op):
         return self.join(F.scaled_dot_product_attention(*self.split(qkv), attn_mask=mask))
 
     def varlen_attn(self, qkv: Tensor) -> Tensor:
-        from torch.nn.attention import varlen as torch_varlen
+        from torch.nn.attention import packing as torch_varlen
 
         batch, longest = self.shape.batch, max(self.shape.lengths)
         q, k, v = qkv.view(qkv.shape[0], 3, self.shape.heads, -1).unbind(1)

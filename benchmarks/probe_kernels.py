@@ -15,10 +15,10 @@ from probe_models import BF16, first_of
 from suites import Work
 from torch import Tensor
 
-from fastbert import reference, varlen
+from fastbert import reference
 from fastbert.bench.results import MISSING
 from fastbert.ops import attention as attention_op
-from fastbert.ops import quantized
+from fastbert.ops import packing, quantized
 
 if TYPE_CHECKING:
     from probe import Probe
@@ -120,7 +120,7 @@ def measure_attention_on(probe: Probe, kind: str, n: int, heads: int, d: int) ->
     from fastbert_kernels import attention
 
     lengths = list(suite_kernels.lengths_of(kind, n))
-    batch = varlen.from_lengths(lengths, probe.device)
+    batch = packing.from_lengths(lengths, probe.device)
     qkv = torch.randn(n, 3 * heads * d, device=probe.device).to(BF16)
     work = Work(4.0 * heads * d * sum(length * length for length in lengths), 8.0 * n * heads * d)
     first = first_of(lengths)
@@ -163,16 +163,16 @@ def measure_rows_of(probe: Probe, n: int, h: int) -> None:
     def norm(i: int) -> Tensor:
         return layer_norm.bias_residual_layer_norm_forward(x, bias, residual, weight, bias, 1e-12)
 
-    def pool(batch: varlen.PackedBatch, i: int) -> Tensor:
+    def pool(batch: packing.PackedBatch, i: int) -> Tensor:
         return pooling.pool_forward(x, batch.cu_seqlens, "mean", True, torch.float32)
 
     probe.measure(f"{n} x {h}", "LayerNorm", norm, work=Work(0.0, 6.0 * n * h), exact=exact)
     for length in (16,) if probe.tiny else (512, 128, n):
-        batch = varlen.from_lengths([length] * (n // length), probe.device)
+        batch = packing.from_lengths([length] * (n // length), probe.device)
         exact = F.normalize(x.double().view(-1, length, h).mean(1), dim=1)
         name = f"pooling, texts of {length}"
         probe.measure(f"{n} x {h}", name, partial(pool, batch), work=Work(0.0, 2.0 * n * h), exact=exact)
-    short = varlen.from_lengths([min(n, 512)], probe.device)  # one text, on which a single program works
+    short = packing.from_lengths([min(n, 512)], probe.device)  # one text, on which a single program works
     exact = F.normalize(x[: short.n_tokens].double().mean(0, keepdim=True), dim=1)
     work = Work(0.0, 2.0 * short.n_tokens * h)
     probe.measure(f"{short.n_tokens} x {h}", "pooling, one text", partial(pool, short), work=work, exact=exact)
@@ -213,7 +213,7 @@ def measure_copy(probe: Probe, n: int) -> None:
     if probe.on_gpu:
         torch.cuda._sleep(400_000_000)  # some 0.2 s
     started = time.perf_counter()
-    varlen.from_lengths([512] * n, probe.device)
+    packing.from_lengths([512] * n, probe.device)
     blocked = time.perf_counter() - started
     probe.wait()
     whole = time.perf_counter() - started

@@ -13,8 +13,10 @@ import torch
 from suites import tidy
 from torch import Tensor
 
-from fastbert import BertConfig, BertModel, graphs, reference, varlen
+from fastbert import BertConfig, BertModel, reference
 from fastbert.bench.measure import rms_error
+from fastbert.engine import graphs
+from fastbert.ops import packing
 
 if TYPE_CHECKING:
     from probe import Probe
@@ -114,7 +116,7 @@ def timed(probe: Probe, model: Any, lengths: list[int], with_graphs: bool, what:
         return model.forward_packed(ids, cu_seqlens)
 
     def unchecked() -> None:
-        model.encode_packed(varlen.from_lengths(lengths, probe.device), ids, check=False)
+        model.encode_packed(packing.from_lengths(lengths, probe.device), ids, check=False)
 
     error = rms_error(checked()[: sum(first)], exact_states(model, ids, first))
     for _ in range(1 if probe.tiny else 3):

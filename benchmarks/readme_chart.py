@@ -17,7 +17,7 @@ from pathlib import Path
 from fastbert.bench.peers import OURS
 from fastbert.bench.results import OK, Results, Row
 from fastbert.bench.tables import Contest, contests, short_dtype, si, source, times
-from fastbert.drawing import BLUE, GREY, Bar, bars
+from fastbert.pages.figures import BLUE, GREY, Bar, bars
 
 CHART = Path("docs") / "speed.svg"
 INK = "#24292f"

@@ -19,7 +19,7 @@ from fastbert.bench.peers import OURS
 from fastbert.bench.report import markdown_table, markdown_text
 from fastbert.bench.results import OK, Results, Row
 from fastbert.bench.tables import NOT_GIVEN, Contest, Line, Table, contests, short_dtype, si, source, times
-from fastbert.checkpoint import write_text
+from fastbert.checkpoint.files import write_text
 
 START, END = "<!-- benchmarks:start -->", "<!-- benchmarks:end -->"
 DEVICE_TYPES = {"cuda": "GPU", "cpu": "CPU"}

@@ -21,7 +21,7 @@ import readme_figures
 
 from fastbert.bench.report import render_terminal, write_report
 from fastbert.bench.results import Results
-from fastbert.checkpoint import write_text
+from fastbert.checkpoint.files import write_text
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"

@@ -17,9 +17,9 @@ from suites import Built, Case
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fastbert import varlen
 from fastbert.bench.peers import OURS, Peer
-from fastbert.demo import fast_at_bfloat16
+from fastbert.cli.demo import fast_at_bfloat16
+from fastbert.ops import packing
 
 SUITE = "kernels"
 EAGER = "PyTorch eager"
@@ -114,7 +114,7 @@ def build(
     op = op_type(shape)
     weights = op.weights()
     packed = [op.activations() for _ in range(INPUT_SETS)]
-    padded = [tuple(varlen.pad(x, shape.batch) for x in tensors) for tensors in packed]
+    padded = [tuple(packing.pad(x, shape.batch) for x in tensors) for tensors in packed]
     whole = [(*tensors, *weights) for tensors in packed]
     whole_padded = [(*tensors, *weights) for tensors in padded]
 
@@ -129,7 +129,7 @@ def build(
     def pick(out: Tensor) -> Tensor:  # from (T, ...), (B, S, ...) or, per sequence, (B, ...)
         if op.per_sequence:
             return out[checked]
-        return out[rows] if out.shape[0] == shape.n_tokens else varlen.pack(out, shape.batch)[rows]
+        return out[rows] if out.shape[0] == shape.n_tokens else packing.pack(out, shape.batch)[rows]
 
     peers: list[Peer] = [
         Contender(OURS, op.ours, whole, pick),
@@ -214,7 +214,7 @@ def _forced(sdpa: Callable[[Tensor], Tensor], backend: SDPBackend, qkv: Tensor) 
 
 def _no_varlen_attn() -> str | None:
     try:
-        from torch.nn.attention import varlen as _  # noqa: F401
+        from torch.nn.attention import packing as _  # noqa: F401
     except ImportError:
         return f"PyTorch {torch.__version__} has no torch.nn.attention.varlen"
     return None

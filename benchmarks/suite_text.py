@@ -28,7 +28,7 @@ from fastbert.bench.text import (
     TunedSentenceTransformers,
 )
 from fastbert.bench.texts import docstrings, spread
-from fastbert.demo import fast_at_bfloat16
+from fastbert.cli.demo import fast_at_bfloat16
 
 SUITE = "text"
 BASE = "BERT-base"

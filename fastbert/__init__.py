@@ -17,11 +17,13 @@ from fastbert._version import __version__
 
 if TYPE_CHECKING:
     from fastbert.adapters import accelerate, restore
-    from fastbert.config import BertConfig
-    from fastbert.cross_encoder import CrossEncoder
-    from fastbert.explain import explain
-    from fastbert.graphs import compile_events
-    from fastbert.heads import (
+    from fastbert.checkpoint.config import BertConfig
+    from fastbert.diagnostics.explain.entry import explain
+    from fastbert.diagnostics.verify.entry import verify
+    from fastbert.diagnostics.warmup import warmup
+    from fastbert.engine.graphs import compile_events
+    from fastbert.models.bert import BertModel
+    from fastbert.models.heads import (
         BertForMaskedLM,
         BertForMultipleChoice,
         BertForNextSentencePrediction,
@@ -30,38 +32,36 @@ if TYPE_CHECKING:
         BertForSequenceClassification,
         BertForTokenClassification,
     )
-    from fastbert.model import BertModel
     from fastbert.ops import BackendError
-    from fastbert.readiness import warmup
-    from fastbert.search import semantic_search
-    from fastbert.sentence import SentenceEncoder
-    from fastbert.tokenizer import Tokenizer
-    from fastbert.vectors import quantize_embeddings
-    from fastbert.verify import verify
+    from fastbert.pipelines.cross_encoder import CrossEncoder
+    from fastbert.pipelines.sentence import SentenceEncoder
+    from fastbert.text.tokenizer import Tokenizer
+    from fastbert.vectors.quantize import quantize_embeddings
+    from fastbert.vectors.search import semantic_search
 
 # Public name -> the module that holds it, imported when the name is first used, so that `import fastbert` is quick.
 _PUBLIC = {
     "BackendError": "fastbert.ops",
-    "BertConfig": "fastbert.config",
-    "BertForMaskedLM": "fastbert.heads",
-    "BertForMultipleChoice": "fastbert.heads",
-    "BertForNextSentencePrediction": "fastbert.heads",
-    "BertForPreTraining": "fastbert.heads",
-    "BertForQuestionAnswering": "fastbert.heads",
-    "BertForSequenceClassification": "fastbert.heads",
-    "BertForTokenClassification": "fastbert.heads",
-    "BertModel": "fastbert.model",
-    "CrossEncoder": "fastbert.cross_encoder",
-    "SentenceEncoder": "fastbert.sentence",
-    "Tokenizer": "fastbert.tokenizer",
+    "BertConfig": "fastbert.checkpoint.config",
+    "BertForMaskedLM": "fastbert.models.heads",
+    "BertForMultipleChoice": "fastbert.models.heads",
+    "BertForNextSentencePrediction": "fastbert.models.heads",
+    "BertForPreTraining": "fastbert.models.heads",
+    "BertForQuestionAnswering": "fastbert.models.heads",
+    "BertForSequenceClassification": "fastbert.models.heads",
+    "BertForTokenClassification": "fastbert.models.heads",
+    "BertModel": "fastbert.models.bert",
+    "CrossEncoder": "fastbert.pipelines.cross_encoder",
+    "SentenceEncoder": "fastbert.pipelines.sentence",
+    "Tokenizer": "fastbert.text.tokenizer",
     "accelerate": "fastbert.adapters",
-    "compile_events": "fastbert.graphs",
-    "explain": "fastbert.explain",
-    "quantize_embeddings": "fastbert.vectors",
+    "compile_events": "fastbert.engine.graphs",
+    "explain": "fastbert.diagnostics.explain.entry",
+    "quantize_embeddings": "fastbert.vectors.quantize",
     "restore": "fastbert.adapters",
-    "semantic_search": "fastbert.search",
-    "verify": "fastbert.verify",
-    "warmup": "fastbert.readiness",
+    "semantic_search": "fastbert.vectors.search",
+    "verify": "fastbert.diagnostics.verify.entry",
+    "warmup": "fastbert.diagnostics.warmup",
 }
 
 __all__ = [

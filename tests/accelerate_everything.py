@@ -13,8 +13,8 @@ from collections import Counter
 from typing import Any
 
 import fastbert
-from fastbert.adapters.calls import Counted
-from fastbert.adapters.mapping import COVERED
+from fastbert.adapters.covered import COVERED
+from fastbert.adapters.forward import Counted
 
 _counts: list[Counter[str]] = []  # one per accelerated object, copies included
 

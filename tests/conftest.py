@@ -2,7 +2,7 @@
 
 Two options make a machine without a GPU look like one that has it, as far as it can (`test_as_on_a_gpu.py` uses both):
 
-    pytest --as-arch 90 tests/test_op_linear.py      kernels and block sizes of compute capability 9.0, interpreted
+    pytest --as-arch 90 tests/ops/test_op_linear.py      kernels and block sizes of compute capability 9.0, interpreted
     pytest --no-interpreter tests                    what needs no GPU must pass without the interpreter as well
 """
 
@@ -12,6 +12,7 @@ import importlib.util
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -57,7 +58,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True, scope="session")
 def _dtypes_do_not_depend_on_the_processor() -> Iterator[None]:
     """dtype="auto" means the checkpoint's everywhere but in its own tests."""
-    from fastbert import cpu_encoder
+    from fastbert.engine import cpu_encoder
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cpu_encoder, "multiplies_bfloat16", lambda: False)
@@ -93,3 +94,20 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> helpers.Outputs:
     outputs = helpers.Outputs()
     monkeypatch.setattr(launch, "empty", outputs.empty)
     return outputs
+
+
+@pytest.fixture
+def stand_in(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """What captures CUDA graphs in the place of a GPU: a `graph_cases.StandIn`."""
+    from fastbert.engine import graphs
+    from graph_cases import StandIn
+
+    capturer = StandIn()
+    monkeypatch.setattr(graphs, "capturer", lambda device: capturer)
+    return capturer
+
+
+@pytest.fixture
+def cuda() -> torch.device:
+    """The GPU, for tests that are marked `gpu`."""
+    return torch.device("cuda")

@@ -11,7 +11,7 @@ import transformers
 from torch import Tensor
 
 import fastbert
-from fastbert.families import FAMILIES
+from fastbert.checkpoint.families import FAMILIES
 from model_cases import BATCH, LENGTH, POSITIONS, VOCAB, generator, mask, randomise
 
 OTHERS = ("roberta", "xlm-roberta", "camembert", "distilbert", "electra")

@@ -19,9 +19,10 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fastbert import ops, tracing, varlen
+from fastbert import ops
 from fastbert.adapters import versions
-from fastbert.varlen import PackedBatch
+from fastbert.ops import packing, tracing
+from fastbert.ops.packing import PackedBatch
 
 logger = logging.getLogger("fastbert")
 
@@ -172,9 +173,9 @@ def attention_forward(
     counts[OURS] += 1
     n_seqs, n_heads, length, head_size = query.shape
     batch = _packing(attention_mask, n_seqs, length, query.device)
-    rows = [varlen.pack(t.transpose(1, 2), batch).flatten(1) for t in (query, key, value)]  # each (T, N * D)
+    rows = [packing.pack(t.transpose(1, 2), batch).flatten(1) for t in (query, key, value)]  # each (T, N * D)
     out = ops.varlen_attention(torch.cat(rows, dim=1), batch, n_heads, scale=scaling)
-    return varlen.pad(out.view(-1, n_heads, head_size), batch), None
+    return packing.pad(out.view(-1, n_heads, head_size), batch), None
 
 
 def _obstacle(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float, causal: bool,
@@ -210,7 +211,7 @@ def _packing(mask: Tensor | None, n_seqs: int, length: int, device: torch.device
     if found is not None and found[0] == key and (found[1]() is mask if mask is not None else found[1] is None):
         kept: PackedBatch = found[2]
         return kept
-    batch = varlen.without_padding(n_seqs, length, device) if mask is None else varlen.unpad(mask[:, 0, 0])
+    batch = packing.without_padding(n_seqs, length, device) if mask is None else packing.unpad(mask[:, 0, 0])
     _last.packing = key, None if mask is None else weakref.ref(mask), batch
     return batch
 

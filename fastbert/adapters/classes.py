@@ -13,9 +13,9 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-from fastbert.adapters.calls import STATE
+from fastbert.adapters.forward import STATE
 from fastbert.adapters.patches import is_own
-from fastbert.tracing import untraced
+from fastbert.ops.tracing import untraced
 
 originals: dict[type, tuple[type, str]] = {}  # a derived class -> the original, and the name of the mixin
 derivers: dict[str, Callable[[type], type]] = {}  # the name of a mixin -> what derives a class with it
@@ -42,7 +42,7 @@ class DerivedABC(Derived, abc.ABCMeta):
     """The same for originals with abstract methods."""
 
 
-_MIXINS = "fastbert.adapters.swap"
+_MIXINS = "fastbert.adapters.acceleration"
 _metaclasses: dict[type, type[Derived]] = {type: Derived, abc.ABCMeta: DerivedABC}
 
 

@@ -19,15 +19,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastbert import text_windows, tracing
-from fastbert.adapters import calls, versions
-from fastbert.adapters.calls import OURS, STATE, Counted, State
-from fastbert.adapters.live import Options, Unsupported
+from fastbert.adapters import forward as calls
+from fastbert.adapters import versions
+from fastbert.adapters.forward import OURS, STATE, Counted, State
+from fastbert.adapters.live_encoder import Options, Unsupported
 from fastbert.adapters.patches import Watch
-from fastbert.model import BertModel
-from fastbert.sentence_layout import POOLING_MODES, Normalize, Pooling
-from fastbert.sentence_run import TOKEN_BUDGET, TWO_PROMPTS, Request, Run
-from fastbert.tokenizer import PackedEncoding
+from fastbert.models.bert import BertModel
+from fastbert.ops import tracing
+from fastbert.pipelines.folder import POOLING_MODES, Normalize, Pooling
+from fastbert.pipelines.run import TOKEN_BUDGET, TWO_PROMPTS, Request, Run
+from fastbert.text import windows as text_windows
+from fastbert.text.tokenizer import PackedEncoding
 
 logger = logging.getLogger("fastbert")
 

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastbert.config import BertConfig
+from fastbert.checkpoint.config import BertConfig
 
 Batch = tuple[Any, ...]  # what an engine takes, on its device
 

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from fastbert import reference
 from fastbert.bench.texts import spread
-from fastbert.config import BertConfig
-from fastbert.sentence import SentenceEncoder
-from fastbert.sentence_layout import POOLING_MODES
+from fastbert.checkpoint.config import BertConfig
+from fastbert.pipelines.folder import POOLING_MODES
+from fastbert.pipelines.sentence import SentenceEncoder
 
 # At most so many sequences, so many of their tokens, and on a CPU what takes seconds.
 CHECKED, CHECKED_TOKENS, CHECKED_FLOPS = 64, 6000, 4e11

@@ -28,7 +28,7 @@ from fastbert.bench.tables import (
     suites,
     times,
 )
-from fastbert.drawing import BLUE, GREY, ORANGE, Bar, Plot, bars, lines, parts_of
+from fastbert.pages.figures import BLUE, GREY, ORANGE, Bar, Plot, bars, lines, parts_of
 
 K = TypeVar("K", bound=Hashable)
 

@@ -34,8 +34,8 @@ from fastbert.bench.tables import (
     suites,
     summary_table,
 )
-from fastbert.checkpoint import write_text
-from fastbert.drawing import Plot
+from fastbert.checkpoint.files import write_text
+from fastbert.pages.figures import Plot
 
 METHOD = (
     "All competitors are prepared and warmed up, then timed in turn within one process: each once a round, in an order "

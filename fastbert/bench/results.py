@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from fastbert.bench.measure import Ratio, Timing
-from fastbert.checkpoint import write_text
+from fastbert.checkpoint.files import write_text
 
 KIND = "fastbert benchmark"
 VERSION = 1

@@ -19,16 +19,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastbert import checkpoint, sentence_layout
 from fastbert.bench import memory
 from fastbert.bench.engines import TRANSFORMERS_ENGINES, Engine, Pool, Source, missing, quiet
 from fastbert.bench.exact import covered, reference_vectors
 from fastbert.bench.peers import OURS, Peer
 from fastbert.bench.texts import spread
-from fastbert.sentence import SentenceEncoder
-from fastbert.sentence_layout import Normalize
-from fastbert.sentence_names import SENTENCE_TRANSFORMERS, full_name
-from fastbert.tokenizer import PackedEncoding
+from fastbert.checkpoint import files as checkpoint
+from fastbert.pipelines import folder as sentence_layout
+from fastbert.pipelines.folder import Normalize
+from fastbert.pipelines.names import SENTENCE_TRANSFORMERS, full_name
+from fastbert.pipelines.sentence import SentenceEncoder
+from fastbert.text.tokenizer import PackedEncoding
 
 logger = logging.getLogger("fastbert")
 

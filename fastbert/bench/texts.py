@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Sequence
 from typing import TypeVar
 
-from fastbert import text_io
+from fastbert.text import files as text_io
 
 Item = TypeVar("Item")
 

@@ -8,12 +8,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from fastbert import tracing
-from fastbert.ops import dispatch
+from fastbert.ops import dispatch, tracing
 from fastbert.ops.dispatch import AUTO, Policy
 from fastbert.ops.library import register
-from fastbert.tracing import constant, untraced
-from fastbert.varlen import PackedBatch, sequence_ids, to_device
+from fastbert.ops.packing import PackedBatch, sequence_ids, to_device
+from fastbert.ops.tracing import constant, untraced
 from fastbert_kernels import cpu
 
 KERNELS = {

@@ -17,8 +17,8 @@ from dataclasses import dataclass
 
 import torch
 
-from fastbert import tracing
-from fastbert.tracing import constant
+from fastbert.ops import tracing
+from fastbert.ops.tracing import constant
 from fastbert_kernels import cpu
 
 logger = logging.getLogger("fastbert")

@@ -5,11 +5,10 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from fastbert import tracing
-from fastbert.ops import dispatch
+from fastbert.ops import dispatch, tracing
 from fastbert.ops.dispatch import AUTO, Policy
 from fastbert.ops.library import register
-from fastbert.tracing import untraced
+from fastbert.ops.tracing import untraced
 from fastbert_kernels import cpu
 
 KERNELS = {

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from fastbert import tracing
-from fastbert.activations import ACTIVATIONS as ACTIVATIONS
-from fastbert.activations import OTHERS, activate
-from fastbert.ops import dispatch
+from fastbert.checkpoint.activations import ACTIVATIONS as ACTIVATIONS
+from fastbert.checkpoint.activations import OTHERS, activate
+from fastbert.ops import dispatch, tracing
 from fastbert.ops.dispatch import AUTO, Policy
 from fastbert.ops.elementwise import elementwise
 from fastbert.ops.library import register
@@ -42,7 +41,7 @@ def bias_gelu(
     x: torch.Tensor, bias: torch.Tensor | None, activation: str = "gelu", *, policy: Policy = AUTO
 ) -> torch.Tensor:
     """activation(x + bias). x: (T, I), bias: (I,) or None; activation "gelu" (erf), "gelu_tanh", "relu" or one of
-    fastbert.activations.OTHERS, for which there is no kernel.
+    fastbert.checkpoint.activations.OTHERS, for which there is no kernel.
 
     Returns (T, I) in x's dtype. Raises ValueError for a bias that does not fit or an unknown activation.
     """

@@ -7,12 +7,11 @@ import functools
 import torch
 import torch.nn.functional as F
 
-from fastbert import tracing
-from fastbert.activations import OTHERS
-from fastbert.ops import dispatch, gelu, layer_norm, packed_linear
+from fastbert.checkpoint.activations import OTHERS
+from fastbert.ops import dispatch, gelu, layer_norm, packed_linear, tracing
 from fastbert.ops.dispatch import AUTO, Policy
 from fastbert.ops.library import register
-from fastbert.tracing import constant
+from fastbert.ops.tracing import constant
 
 KERNELS = {
     "triton": "fastbert_kernels.linear",
@@ -163,9 +162,9 @@ def linear(
 ) -> torch.Tensor:
     """activation(x @ weight^T + bias). x: (T, K), weight: (M, K), bias: (M,) or None, of one floating dtype.
 
-    activation: "none", "gelu" (erf), "gelu_tanh", "relu" or one of fastbert.activations.OTHERS. keep: whether a packed
-    copy of the weight may be kept, which a module in training mode does not want. Returns (T, M) in x's dtype. Raises
-    ValueError for shapes that do not fit, BackendError under a strict policy.
+    activation: "none", "gelu" (erf), "gelu_tanh", "relu" or one of fastbert.checkpoint.activations.OTHERS. keep:
+    whether a packed copy of the weight may be kept, which a module in training mode does not want. Returns (T, M) in
+    x's dtype. Raises ValueError for shapes that do not fit, BackendError under a strict policy.
     """
     _check(x, weight, bias)
     if activation in OTHERS:

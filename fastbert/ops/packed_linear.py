@@ -15,10 +15,9 @@ from typing import Any
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
-from fastbert import tracing
-from fastbert.derived import on_rewrite
-from fastbert.ops import onednn
-from fastbert.silent_writes import Writes
+from fastbert.ops import onednn, tracing
+from fastbert.ops.derived import on_rewrite
+from fastbert.ops.silent_writes import Writes
 from fastbert_kernels import cpu
 
 LEAST_ROWS = 4  # up to three rows F.linear has more than one chain for each sum, and is the more exact one

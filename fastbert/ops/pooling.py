@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from fastbert import tracing
-from fastbert.ops import dispatch
+from fastbert.ops import dispatch, tracing
 from fastbert.ops.dispatch import AUTO, Policy
 from fastbert.ops.library import register
 from fastbert_kernels import cpu

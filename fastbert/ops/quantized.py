@@ -19,7 +19,7 @@ from torch import Tensor
 from fastbert.ops import attention, dispatch, embedding, gelu, layer_norm
 from fastbert.ops.dispatch import AUTO, Policy
 from fastbert.ops.library import LIBRARY
-from fastbert.varlen import PackedBatch
+from fastbert.ops.packing import PackedBatch
 
 KERNELS = {"triton": "fastbert_kernels.quantized_linear", "torch": "quantised in torch.float32 (emulation)"}
 

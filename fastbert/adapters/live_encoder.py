@@ -1,0 +1,258 @@
+"""A fastbert.BertModel whose leaves are those of a live model of another library: no second copy of the weights.
+
+The live model stays the only owner. Before every call it is looked at: whether its modules are the same, in eval mode,
+without hooks, of one dtype. A module that was replaced (an adapter, resized embeddings) is found and taken; what cannot
+be followed is a reason to let the original forward do it.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import chain, repeat
+from operator import contains, itemgetter
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastbert.adapters import versions
+from fastbert.adapters.covered import Mapping
+from fastbert.adapters.patches import Watch
+from fastbert.adapters.states import (
+    Called,
+    Leaf,
+    Parameters,
+    Settings,
+    same_function,
+    unexpected_setting,
+)
+from fastbert.checkpoint.config import BertConfig
+from fastbert.models.bert import BertModel
+from fastbert.ops import Policy
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the user asked for."""
+
+    backend: str = "auto"
+    strict: bool = False
+    cuda_graphs: bool = True
+
+    @property
+    def policy(self) -> Policy:
+        return Policy(self.backend, self.strict)
+
+
+class Unsupported(ValueError):
+    """Why a live model cannot be followed."""
+
+
+class LiveEncoder:
+    """`model` is ours, on the leaves of `live` as they were when this was made: `is_current` says if they still are.
+
+    Raises Unsupported where something in the live model is not known.
+    """
+
+    def __init__(self, live: nn.Module, mapping: Mapping, options: Options) -> None:
+        layers: Any = _get(live, mapping.layers)
+        embeddings = _get(live, "embeddings")
+        try:
+            config = replace(mapping.config(live.config, embeddings), num_hidden_layers=len(layers))
+        except ValueError as error:
+            raise Unsupported(f"the config: {error}") from error
+        if mapping.family.pooler and not hasattr(live, "pooler"):
+            raise Unsupported("pooler is not there")
+        with torch.device("meta"):
+            with_pooler = getattr(live, "pooler", None) is not None
+            model = BertModel(config, with_pooler, backend=options.backend, strict=options.strict)
+        leaves = list(mapping.leaves(model))
+        containers = _containers(live, mapping, [theirs for _, theirs in leaves])
+        for path, module in containers.items():
+            _check_container(path, module, mapping)
+            _check_settings(path, module)
+
+        model.cuda_graphs = options.cuda_graphs
+        model.eval()  # while the live modules are not in it
+        direct: list[Leaf] = []
+        called: list[Called] = []
+        dropping: list[nn.Module] = [_get(live, f"{mapping.layers}.{i}.{mapping.heads}") for i in range(len(layers))]
+        looked_at = list(containers.values())
+        for ours, theirs in leaves:
+            parent, _, name = ours.rpartition(".")
+            expected, leaf = model.get_submodule(ours), _get(live, theirs)
+            if _reads(ours, theirs, expected, leaf):
+                direct.append(Leaf(theirs, leaf, expected))
+            elif not isinstance(expected, nn.Dropout):
+                called.append(Called(theirs, leaf, expected))
+            if isinstance(leaf, nn.Dropout):
+                dropping.append(leaf)
+            looked_at.append(leaf)
+            model.get_submodule(parent)._modules[name] = leaf
+        for i, layer in enumerate(layers):
+            path = f"{mapping.layers}.{i}"
+            looked_at.append(_check_layer(path, layer, mapping, config, getattr(live.config, mapping.hidden_act)))
+        self.model, self._leaves = model, tuple(_get(live, theirs) for _, theirs in leaves)
+        self._counted_from = mapping.counted_from(embeddings)
+        self._count_from = partial(mapping.counted_from, embeddings)
+        self._kinds = list(map(type, self._leaves))
+        self._children = tuple((m._modules, dict(m._modules)) for m in (live, *containers.values()))
+        self._dropping = tuple(module.__dict__ for module in dropping)  # of the others no mode counts
+        self._looked_at, self._dicts = tuple(looked_at), tuple(module.__dict__ for module in looked_at)
+        self._hooks = tuple(hooks for module in looked_at for hooks in _hooks_of(module))
+        followed = {id(module.module) for module in called}
+        self._settings = Settings(module for module in looked_at if id(module) not in followed)
+        self._parameters, self._called = Parameters(direct), tuple(called)
+        self._buffers = _default_ids(live, mapping)
+        self._buffers_checked: Any = None
+        self._watch = _watch(live, mapping)
+
+    def is_current(self) -> bool:
+        """Whether no module of the live model was replaced, added, removed or set otherwise than it was."""
+        same_modules = all(children == before for children, before in self._children)
+        same_modules = same_modules and list(map(type, self._leaves)) == self._kinds
+        return same_modules and self._count_from() == self._counted_from and self._settings.unchanged()
+
+    def obstacle(self) -> str | None:
+        """Why our path must not stand in for the original forward in the state the modules are in, or None."""
+        if (patched := self._watch.reason()) is not None:
+            return patched
+        if any(map(itemgetter("training"), self._dropping)):
+            return "dropout inside is in training mode"
+        if any(map(contains, self._dicts, repeat("forward"))) and not self._own_forwards():
+            return "a module inside has a forward of its own"
+        if any(self._hooks) and not all(map(versions.is_harmless, _callables(self._hooks))):
+            return "a module inside has hooks"
+        if (reason := self._parameters.obstacle()) is not None:
+            return reason
+        for module in self._called:
+            if (reason := module.obstacle(self.model.embeddings.LayerNorm.weight)) is not None:
+                return reason
+        return self._buffer_obstacle()
+
+    def _own_forwards(self) -> bool:
+        return all(versions.is_own_forward(m) for m in self._looked_at if "forward" in m.__dict__)
+
+    def _buffer_obstacle(self) -> str | None:
+        """5.x takes default ids from buffers, which anyone may have written to."""
+        found = [
+            (path, buffers[name], kind) for path, buffers, name, kind in self._buffers if buffers.get(name) is not None
+        ]
+        state = [(t.data_ptr(), 0 if t.is_inference() else t._version, t.shape) for _, t, _ in found]
+        if state != self._buffers_checked:
+            for path, tensor, kind in found:
+                expected = torch.arange(tensor.shape[-1], device=tensor.device) if kind == "columns" else 0
+                if tensor.device.type == "meta" or not bool((tensor == expected).all()):
+                    return f"{path} is not what a new model has"
+            self._buffers_checked = state
+        return None
+
+    def look_again(self) -> None:
+        """Makes what is derived from the weights anew: they may have been written to through `.data`."""
+        modes = [(module, module.training) for leaf in self._leaves for module in leaf.modules()]
+        self.model.eval()  # which does that, and reaches the live modules, whose mode is not ours to set
+        for module, mode in modes:
+            module.training = mode
+
+
+def _watch(live: nn.Module, mapping: Mapping) -> Watch:
+    """A watch over the classes of the model and of its parts; one of another library, such as an adapter, is called."""
+    kinds = [mapping.original(type(live)), *map(type, list(live.modules())[1:])]
+    known = [kind for kind in kinds if kind.__module__.startswith(("torch.nn.", "transformers."))]
+    return Watch(known, importlib.import_module(mapping.module), live.config)
+
+
+def _get(module: nn.Module, path: str) -> Any:
+    for name in path.split("."):
+        found = module._modules.get(name)
+        if found is None:
+            raise Unsupported(f"{path} is not there")
+        module = found
+    return module
+
+
+def _containers(live: nn.Module, mapping: Mapping, leaves: list[str]) -> dict[str, nn.Module]:
+    """The modules between the root and the leaves, by path. Raises Unsupported if one has a child that is not known."""
+    paths: dict[str, set[str]] = {}  # path -> its children on the way to a leaf
+    activations = [f"{mapping.layers}.{i}.{mapping.activation}" for i in range(len(_get(live, mapping.layers)))]
+    for leaf in (*leaves, *activations):
+        names = leaf.split(".")
+        for i, name in enumerate(names):
+            paths.setdefault(".".join(names[:i]), set()).add(name)
+    tanh, _, name = mapping.tanh.rpartition(".")
+    if tanh in paths:
+        paths[tanh].add(name)
+    for path, known in paths.items():
+        children = (_get(live, path) if path else live)._modules
+        if unknown := [name for name, child in children.items() if name not in known and child is not None]:
+            raise Unsupported(f"{path or 'the model'} has a module {unknown[0]!r}")
+    return {path: _get(live, path) for path in paths if path}
+
+
+def _check_container(path: str, module: nn.Module, mapping: Mapping) -> None:
+    kind = type(module)
+    known = kind.__module__ == mapping.module and kind.__name__ in mapping.containers
+    if not known and not (path == mapping.layers and kind is nn.ModuleList):
+        raise Unsupported(f"{path} is a {kind.__module__}.{kind.__qualname__}")
+    tanh, _, name = mapping.tanh.rpartition(".")
+    if path == tanh and type(module._modules.get(name)) is not nn.Tanh:
+        raise Unsupported(f"{mapping.tanh} is not Tanh")
+
+
+def _reads(ours: str, theirs: str, expected: nn.Module, leaf: nn.Module) -> bool:
+    """Whether our path reads the leaf's parameters; otherwise it calls the leaf, or has no use for it."""
+    kind = type(leaf)
+    if isinstance(expected, nn.Dropout):
+        if kind not in (nn.Dropout, nn.Identity):
+            raise Unsupported(f"{theirs} is a {kind.__qualname__}")
+        return False
+    if kind is type(expected):
+        if kind is nn.Embedding:
+            for name in ("max_norm", "scale_grad_by_freq", "sparse"):
+                if getattr(leaf, name) not in (None, False):
+                    raise Unsupported(f"{theirs} has {name}")
+        return True
+    # In the place of a linear or of the word embeddings anything that works row by row is called: an adapter.
+    if isinstance(expected, nn.Linear) or ours == "embeddings.word_embeddings":
+        return False
+    raise Unsupported(f"{theirs} is a {kind.__qualname__}")
+
+
+def _check_settings(path: str, module: nn.Module) -> None:
+    if (setting := unexpected_setting(module)) is not None:
+        raise Unsupported(f"{path} has {setting}")
+
+
+def _check_layer(path: str, layer: nn.Module, mapping: Mapping, config: BertConfig, name: str) -> nn.Module:
+    """The activation of a layer, if that is the one of this name, and its attention what the config says."""
+    from transformers.activations import ACT2FN
+
+    activation: nn.Module = _get(layer, mapping.activation)
+    if not same_function(activation, ACT2FN[name]):
+        raise Unsupported(f"{path}.{mapping.activation} is not {name!r}, which the config names")
+    attention = _get(layer, mapping.heads)
+    if getattr(attention, mapping.n_heads) != config.num_attention_heads:
+        raise Unsupported(f"{path}: heads were pruned")
+    if getattr(attention, "attention_head_size", config.head_size) != config.head_size:
+        raise Unsupported(f"{path}.{mapping.heads}.attention_head_size was changed")
+    scaling = getattr(attention, "scaling", None)
+    if scaling is not None and scaling != config.head_size**-0.5:
+        raise Unsupported(f"{path}.{mapping.heads}.scaling was changed")
+    return activation
+
+
+def _default_ids(live: nn.Module, mapping: Mapping) -> list[tuple[str, dict[str, Any], str, str]]:
+    """(path, the buffers that it is one of, its name there, what it is to hold)"""
+    split = [(path, *path.rpartition(".")[::2], kind) for path, kind in mapping.buffers.items()]
+    return [(path, _get(live, parent)._buffers, name, kind) for path, parent, name, kind in split]
+
+
+def _hooks_of(module: nn.Module) -> tuple[Any, ...]:
+    return module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
+
+
+def _callables(hooks: tuple[dict[int, Any], ...]) -> Iterator[Any]:
+    return chain.from_iterable(map(dict.values, hooks))

@@ -1,0 +1,235 @@
+"""What a batch costs: tokens and the padding that is not computed, floating-point operations and bytes, by operation.
+
+Estimates from shapes alone. FLOPs: a multiplication and an addition count two; of a product of (T, K) and (K, M)
+2 T K M, of attention over sequences of n_i tokens 4 sum(n_i^2) H, of an activation, a norm or a pooling so many a
+number (`PER_NUMBER`). Bytes: every operand once, as if caches were perfect and the batch were run whole: what is read,
+the weights, what is written.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fastbert.diagnostics.explain.report import OpReport, amount
+from fastbert.engine import graphs
+from fastbert.models.bert import BertModel
+from fastbert.ops import packed_linear
+from fastbert.pipelines.run import TOKEN_BUDGET, batches
+from fastbert.pipelines.sentence import SentenceEncoder
+from fastbert.text.tokenizer import Tokenizer
+
+# FLOPs a number that is written; of pooling, that is read.
+PER_NUMBER = {"embedding": 10, "layer_norm": 8, "layernorm": 8, "bias_gelu": 10, "pooling": 1, "normalize": 3}
+PRODUCTS = ("linear", "quantized_linear", "dense")
+SORTED = 32  # texts that sentence-transformers sorts by length and pads together, by default
+INT64, FLOAT32 = 8, 4
+
+_MATRIX = re.compile(r"\(([TB]), (\d+)\)(?: (int8|fp8))?")
+_LAYERS = re.compile(r"encoder\.layer\.(\d+)(?:-(\d+))?\.")
+_SHORT = re.compile(r"of texts of up to (\d+) tokens")
+
+
+@dataclass(frozen=True)
+class BatchReport:
+    """A batch of sequences, and what it costs without padding and with.
+
+    n_tokens: in all; longest: of one sequence. rows: that are computed, of packed tokens, rounded up where a backend
+    takes some numbers of rows alone. padded_tokens: with every sequence padded to the longest; padded_sorted: sorted by
+    length and padded 32 at a time. flops, bytes_moved: estimates over all operations; padded_flops, padded_bytes: the
+    same if every sequence were padded to the longest. n_truncated: texts that are longer than the model reads.
+    """
+
+    n_sequences: int
+    n_tokens: int
+    longest: int
+    rows: int
+    padded_tokens: int
+    padded_sorted: int
+    flops: int
+    bytes_moved: int
+    padded_flops: int
+    padded_bytes: int
+    n_truncated: int = 0
+
+    @property
+    def padding_avoided(self) -> float:
+        """The share of the padded tokens that is not computed, from 0 to 1."""
+        return 1 - self.rows / self.padded_tokens if self.padded_tokens else 0.0
+
+    def __str__(self) -> str:
+        rows = f", computed in {self.rows:,} rows" if self.rows != self.n_tokens else ""
+        cut = f" ({self.n_truncated} cut)" if self.n_truncated else ""
+        return (
+            f"batch: {self.n_sequences:,} sequences{cut}, {self.n_tokens:,} tokens{rows}; padded to the longest, "
+            f"{self.longest:,}, it would be {self.padded_tokens:,} tokens: {self.padding_avoided:.1%} avoided "
+            f"(sorted and padded {SORTED} at a time: {self.padded_sorted:,})\n"
+            f"estimated: {amount(self.flops)}FLOP, {amount(self.bytes_moved)}B; padded to the longest "
+            f"{amount(self.padded_flops)}FLOP, {amount(self.padded_bytes)}B"
+        )
+
+
+def lengths_of(batch: Any, model: nn.Module, tokenizer: Tokenizer | None) -> tuple[list[int], int, int]:
+    """Tokens of each sequence, the columns that a padded batch has (0 where none came), and how many texts are cut.
+
+    batch: as `explain` takes it. Raises TypeError or ValueError for what is no batch.
+    """
+    if isinstance(batch, tuple) and len(batch) == 2 and all(isinstance(t, Tensor) and t.ndim >= 2 for t in batch):
+        batch = {"input_ids": batch[0], "attention_mask": batch[1]}
+    if isinstance(batch, Mapping):
+        mask = batch.get("attention_mask")
+        if isinstance(mask, (Tensor, np.ndarray)):
+            mask = torch.as_tensor(mask).reshape(-1, mask.shape[-1])
+            return (mask != 0).sum(-1).tolist(), mask.shape[-1], 0
+        if mask is not None:
+            return [sum(1 for valid in row if valid) for row in mask], max(map(len, mask), default=0), 0
+        ids, embeds = batch.get("input_ids"), batch.get("inputs_embeds")
+        batch = embeds[..., 0] if ids is None and embeds is not None else ids
+    if hasattr(batch, "cu_seqlens"):
+        return batch.cu_seqlens.diff().tolist(), 0, 0
+    if isinstance(batch, (Tensor, np.ndarray)) and batch.ndim >= 2:
+        n, width = int(np.prod(batch.shape[:-1])), int(batch.shape[-1])
+        return [width] * n, width, 0
+    items = [batch] if isinstance(batch, str) else _listed(batch)
+    if items and all(isinstance(item, str) for item in items):
+        return _of_texts(items, model, tokenizer)
+    if items and all(isinstance(item, (list, tuple)) or getattr(item, "ndim", 0) == 1 for item in items):
+        return [len(item) for item in items], 0, 0
+    if not all(isinstance(n, (int, np.integer)) and not isinstance(n, bool) and n >= 0 for n in items):
+        raise TypeError(
+            "batch: expected texts, lists of token ids, lengths, or a dict with input_ids or attention_mask"
+        )
+    return [int(n) for n in items], 0, 0
+
+
+def _listed(batch: Any) -> list[Any]:
+    if isinstance(batch, (Tensor, np.ndarray)) and batch.ndim == 1:
+        return batch.tolist()
+    if (
+        isinstance(batch, (bytes, Mapping))
+        or not isinstance(batch, Iterable)
+        or isinstance(batch, (Tensor, np.ndarray))
+    ):
+        raise TypeError(f"batch: got {type(batch).__name__}, expected texts, token ids, lengths, or a dict of tensors")
+    return list(batch)
+
+
+def _of_texts(texts: list[str], model: nn.Module, tokenizer: Tokenizer | None) -> tuple[list[int], int, int]:
+    tokenizer = getattr(model, "tokenizer", None) if tokenizer is None else tokenizer
+    if tokenizer is None:
+        raise ValueError("tokenizer: needed for texts; pass tokenizer=, or lengths, or token ids")
+    positions = next(m for m in model.modules() if isinstance(m, BertModel)).longest_text
+    limit = min(positions, tokenizer.model_max_length or positions)
+    packed = tokenizer.encode_packed(texts, max_length=limit, warn=False)
+    return packed.cu_seqlens.diff().tolist(), 0, packed.n_truncated
+
+
+def with_costs(
+    rows: Sequence[OpReport], batch: Any, model: nn.Module, bert: BertModel, itemsize: int, here: bool,
+    tokenizer: Tokenizer | None,
+) -> tuple[tuple[OpReport, ...], BatchReport]:  # fmt: skip
+    """The operations with what each costs, and the batch. itemsize: of the dtype asked about; here: the model's own
+    device, dtype and backend were asked about, so that rows are rounded up as they will be."""
+    lengths, columns, n_truncated = lengths_of(batch, model, tokenizer)
+    longest = max(lengths, default=0)
+    padded = [columns or longest] * len(lengths)
+    n_rows = _rows_computed(lengths, model, bert) if here else sum(lengths)
+    found, total = _costs(rows, lengths, n_rows, itemsize)
+    _, with_padding = _costs(rows, padded, sum(padded), itemsize)
+    by_length = sorted(lengths, reverse=True)
+    report = BatchReport(
+        n_sequences=len(lengths),
+        n_tokens=sum(lengths),
+        longest=longest,
+        rows=n_rows,
+        padded_tokens=sum(padded),
+        padded_sorted=sum(by_length[i] * len(by_length[i : i + SORTED]) for i in range(0, len(by_length), SORTED)),
+        flops=total[0],
+        bytes_moved=total[1],
+        padded_flops=with_padding[0],
+        padded_bytes=with_padding[1],
+        n_truncated=n_truncated,
+    )
+    return found, report
+
+
+def _rows_computed(lengths: Sequence[int], model: nn.Module, bert: BertModel) -> int:
+    """Rows that the encoder computes: of each batch into which a SentenceEncoder cuts the texts, rounded up."""
+    parts = [sum(lengths)]
+    if isinstance(model, SentenceEncoder):
+        ordered = sorted(lengths, reverse=True)
+        budget = model.token_budget or TOKEN_BUDGET.get(bert.device.type, TOKEN_BUDGET["cuda"])
+        parts = [sum(ordered[a:b]) for a, b in batches(list(accumulate(ordered)), budget, None)]
+    with torch.no_grad():
+        if bert._packs_weights():
+            return sum(packed_linear.rows_for(n, bert.dtype) for n in parts)
+        if bert.device.type == "cuda" and bert.graph_obstacle() is None:
+            return sum(graphs.bucket_of(n) or n for n in parts)
+    return sum(parts)
+
+
+def _costs(
+    rows: Sequence[OpReport], lengths: Sequence[int], n_rows: int, itemsize: int
+) -> tuple[tuple[OpReport, ...], tuple[int, int]]:
+    short = {row.module: int(found[1]) for row in rows if (found := _SHORT.search(row.shapes))}
+    out = []
+    for row in rows:
+        own = _SHORT.search(row.shapes)
+        limit = short.get(row.module)
+        part = [n for n in lengths if limit is None or (n <= limit) == (own is not None)]
+        flops, moved = cost(row, part, n_rows, len(lengths), itemsize)
+        out.append(dataclasses.replace(row, flops=flops, bytes_moved=moved))
+    return tuple(out), (sum(row.flops or 0 for row in out), sum(row.bytes_moved or 0 for row in out))
+
+
+def cost(
+    row: OpReport, lengths: Sequence[int], n_rows: int, n_sequences: int, itemsize: int
+) -> tuple[int | None, int | None]:
+    """FLOPs and bytes of an operation, in all the layers it stands for; None where its shapes say nothing.
+
+    lengths: of the sequences that attention sees; n_rows: packed tokens that are computed.
+    """
+    layers = _LAYERS.search(row.module)
+    times = int(layers[2] or layers[1]) - int(layers[1]) + 1 if layers else 1
+    found = [(kind, int(width), quantised) for kind, width, quantised in _MATRIX.findall(row.shapes)]
+    if not found:
+        return None, None
+    size = FLOAT32 if row.module.startswith("tail.") else itemsize
+    count = {"T": n_rows, "B": n_sequences}
+
+    def numbers(matrix: tuple[str, int, str]) -> int:
+        return count[matrix[0]] * matrix[1]
+
+    def moved(matrix: tuple[str, int, str]) -> int:
+        return numbers(matrix) * (1 if matrix[2] else size)
+
+    before, after = (found[:1], found[1:]) if row.op != "embedding" else ([], found)
+    total_bytes = sum(map(moved, before + after))
+    if row.op in PRODUCTS:
+        k, m = before[0][1], after[0][1]
+        flops = 2 * count[before[0][0]] * k * m
+        total_bytes += k * m * (1 if row.op == "quantized_linear" else size)
+        total_bytes += numbers(after[0]) * size * ("+ residual" in row.shapes)
+    elif row.op == "attention":
+        tokens, width = sum(lengths), after[0][1]
+        flops = 4 * sum(n * n for n in lengths) * width
+        total_bytes = tokens * (before[0][1] + width) * size
+    elif row.op == "embedding":
+        # Ids, segments and positions; of each token a row of the word table, and one of each other table at least.
+        flops = PER_NUMBER["embedding"] * numbers(after[0])
+        total_bytes += 3 * n_rows * INT64 + numbers(after[0]) * size
+    elif row.op == "pooling":
+        flops = PER_NUMBER["pooling"] * numbers(before[0])
+        total_bytes += numbers(after[0]) * (FLOAT32 - size) if "float32" in row.shapes else 0
+    else:
+        flops = PER_NUMBER.get(row.op, 1) * numbers(after[0])
+        total_bytes += numbers(after[0]) * size * ("+ residual" in row.shapes)
+    return times * flops, times * total_bytes

@@ -1,0 +1,102 @@
+"""What `explain` found, and how it reads as text and as JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fastbert.diagnostics.explain.costs import BatchReport
+
+MODULE = "module"  # stands for a backend where a module is called as it is
+
+
+def amount(value: float) -> str:
+    """Three digits and a prefix: 12300 -> "12.3 k"."""
+    for factor, prefix in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= factor:
+            return f"{value / factor:.3g} {prefix}"
+    return f"{value:.3g} "
+
+
+@dataclass(frozen=True)
+class OpReport:
+    """One operation. module: where it stands in the model, equal layers together: "encoder.layer.0-5.output.dense".
+
+    shapes: in words. backend: "triton", "cpu", "torch", or "module" for a module that is called as it is. kernel: what
+    that backend runs. block_sizes: of a Triton kernel, with its warps and stages. source: where the block sizes and the
+    choice of GEMM came from. reason: why it is not the backend asked for, or why the module is called; `raises` says
+    that strict=True makes a BackendError of it. launches: of kernels on a GPU, each time; None where PyTorch decides.
+    flops, bytes_moved: estimates for the batch that was asked about, in all layers of the row together.
+    """
+
+    op: str
+    module: str
+    shapes: str
+    backend: str
+    kernel: str
+    block_sizes: dict[str, int] | None = None
+    source: str | None = None
+    reason: str | None = None
+    raises: bool = False
+    launches: int | None = None
+    flops: int | None = None
+    bytes_moved: int | None = None
+
+    def remarks(self) -> Iterator[str]:
+        if self.reason is not None:
+            fallback = "raises BackendError: " if self.raises else "falls back: "
+            yield self.reason if self.backend == MODULE else fallback + self.reason
+        if self.block_sizes is not None:
+            yield f"{' '.join(f'{name}={size}' for name, size in self.block_sizes.items())}: {self.source}"
+        elif self.source is not None:
+            yield self.source
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `explain` found: the operations in the order in which they run. `str(report)` is a table.
+
+    calls: of an accelerated model, how many ran here ("fastbert") and how many by the original code, by reason.
+    """
+
+    model: str
+    device: str
+    dtype: str
+    backend: str
+    strict: bool
+    rows: tuple[OpReport, ...]
+    notes: tuple[str, ...] = ()
+    batch_invariant: bool = False
+    precision: str | None = None
+    batch: BatchReport | None = None
+    calls: dict[str, int] = dataclasses.field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same as dicts, lists, strings, numbers and None, for JSON."""
+        rows = [dataclasses.asdict(row) for row in self.rows]
+        given = {**dataclasses.asdict(self), "rows": rows, "notes": list(self.notes)}
+        if self.batch is not None:
+            given["batch"]["padding_avoided"] = self.batch.padding_avoided
+        return given
+
+    def __str__(self) -> str:
+        remarks: dict[str, int] = {}  # remark -> its number; what many rows share is printed once
+        costs: tuple[str, ...] = ("FLOP", "bytes") if self.batch is not None else ()
+        table = [("op", "module", "shapes", "backend", "kernel", *costs, "")]
+        for row in self.rows:
+            numbers = [f"[{remarks.setdefault(remark, len(remarks) + 1)}]" for remark in row.remarks()]
+            kernel = row.kernel.replace("torch.nn.functional.", "F.")
+            if self.batch is not None:
+                costs = tuple("" if n is None else amount(n).rstrip() for n in (row.flops, row.bytes_moved))
+            table.append((row.op, row.module, row.shapes, row.backend, kernel, *costs, " ".join(numbers)))
+        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in table]
+        head = f"{self.model} on {self.device}, {self.dtype}, backend {self.backend!r}{', strict' * self.strict}"
+        head += ", batch-invariant" * self.batch_invariant
+        head += f", precision {self.precision!r}" if self.precision is not None else ""
+        numbered = [f"[{number}] {remark}" for remark, number in remarks.items()]
+        batch = [] if self.batch is None else [str(self.batch)]
+        return "\n".join([head, "", *(line.rstrip() for line in lines), "", *numbered, *batch, *self.notes]).rstrip()

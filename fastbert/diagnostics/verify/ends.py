@@ -1,0 +1,108 @@
+"""What comes after the encoder: a SentenceEncoder's vectors, the logits of a head; ours, and in plain PyTorch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastbert import reference
+from fastbert.adapters.sentences import Pipeline, Step
+from fastbert.checkpoint.activations import ACTIVATIONS, activate
+from fastbert.diagnostics.verify.report import FACTOR_OF_VECTORS
+from fastbert.models.bert import BertModel, Encoded, dense
+from fastbert.pipelines.folder import POOLING_MODES
+from fastbert.pipelines.run import Request, Run
+from fastbert.pipelines.sentence import SentenceEncoder
+
+# Of a head that gives few numbers a text: to the square root of how many there are in all.
+SCATTER = 10.0
+
+
+@dataclass(frozen=True)
+class End:
+    """name: for the report. tokens: whether it takes last hidden states, and not the pooled output.
+
+    run: the model's own, of packed tokens, (T, C) or (B, C). plain: of what it takes, (rows, H) in any dtype, in plain
+    PyTorch; for vectors the rows of each text, as a list. few: numbers a text, where they are a handful.
+    """
+
+    name: str
+    tokens: bool
+    run: Callable[[Encoded], Tensor]
+    plain: Callable[[Any], Tensor]
+    few: int | None = None
+
+    @property
+    def is_vectors(self) -> bool:
+        return self.name == "vectors"
+
+    def parts(self, states: Sequence[Tensor]) -> list[Tensor]:
+        """`plain` of each text's rows: (n, C) or (1, C) each."""
+        if self.is_vectors:
+            return list(self.plain(states).split(1))
+        return list(self.plain(torch.cat(list(states))).split([len(state) for state in states]))
+
+    def factor(self, n_texts: int) -> float:
+        """How many times plain PyTorch's error this may have: of few numbers chance makes much."""
+        return FACTOR_OF_VECTORS + (SCATTER / (n_texts * self.few) ** 0.5 if self.few is not None else 0.0)
+
+
+def ends_of(model: nn.Module | Pipeline, bert: BertModel, prefix: str) -> Iterator[End]:
+    """What follows the encoder in the model; nothing for a head that is not made as BERT's are."""
+    if isinstance(model, (SentenceEncoder, Pipeline)):
+        encoder: Any = model
+        run = Run(encoder, Request(truncate_dim=model.truncate_dim))
+        yield End("vectors", True, lambda e: run._pool(e.last_hidden_state, e.batch), lambda x: _vectors(model, x))
+        return
+    modules = {name: module for name, module in model.named_modules() if name.startswith(prefix)}
+    for name in ("classifier", "qa_outputs", "cls.seq_relationship"):
+        linear = modules.get(f"{prefix}{name}")
+        if type(linear) is nn.Linear and linear.in_features == bert.config.hidden_size:
+            tokens = name == "qa_outputs" or (name == "classifier" and bert.pooler is None)
+            if tokens or bert.pooler is not None:
+                yield _linear_end(f"{prefix}{name}", linear, bert, tokens)
+    predictions: Any = modules.get(f"{prefix}cls.predictions")
+    if predictions is not None and type(predictions.decoder) is nn.Linear:
+
+        def run_decoder(encoded: Encoded) -> Tensor:
+            return predictions(encoded.last_hidden_state, bert.policy)
+
+        yield End(f"{prefix}cls.predictions", True, run_decoder, lambda x: _words(predictions, bert, x))
+
+
+def _linear_end(name: str, linear: nn.Linear, bert: BertModel, tokens: bool) -> End:
+    def run(encoded: Encoded) -> Tensor:
+        return dense(linear, encoded.last_hidden_state if tokens else bert.pool(encoded), bert.policy)
+
+    return End(name, tokens, run, lambda x: _linear(linear, x), None if tokens else linear.out_features)
+
+
+def _linear(linear: Any, x: Tensor) -> Tensor:
+    return F.linear(x, linear.weight.to(x), linear.bias.to(x))
+
+
+def _words(predictions: Any, bert: BertModel, x: Tensor) -> Tensor:
+    """The language model's head: (n, H) -> (n, V)."""
+    part, activation = predictions.transform, ACTIVATIONS[bert.config.hidden_act]
+    x = _linear(part.dense, x)
+    x = activate(x, activation)
+    norm = part.LayerNorm
+    x = F.layer_norm(x, norm.normalized_shape, norm.weight.to(x), norm.bias.to(x), norm.eps)
+    return _linear(predictions.decoder, x)
+
+
+def _vectors(encoder: SentenceEncoder | Pipeline, tokens: Sequence[Tensor]) -> Tensor:
+    """What the encoder makes of the last hidden states of texts, (n, H) each: (texts, dim)."""
+    hidden = torch.cat(list(tokens))
+    hidden = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
+    cu_seqlens = torch.tensor([0, *(len(part) for part in tokens)], device="cpu").cumsum(0)
+    x = torch.cat([reference.pool(hidden, cu_seqlens, POOLING_MODES[mode]) for mode in encoder.pooling.modes], dim=1)
+    tail: Any = encoder.tail
+    for module in tail:
+        x = (module.in_dtype(x.dtype) if isinstance(module, Step) else module)(x)
+    return x[:, : encoder.truncate_dim]

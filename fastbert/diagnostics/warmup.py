@@ -1,0 +1,119 @@
+"""fastbert.warmup: everything that a first call would stop for, done ahead."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from fastbert.diagnostics.explain.entry import backbone, find_model
+from fastbert.engine import graphs
+from fastbert.engine.graphs import CompileEvents, compile_events
+from fastbert.models.bert import BertModel
+from fastbert.models.pretrained import PreTrainedModel
+from fastbert.pipelines import run as sentence_run
+from fastbert.pipelines.sentence import SentenceEncoder
+
+__all__ = ["WarmupReport", "compile_events", "warmup"]
+
+_TEXT = "One text."
+
+
+@dataclass(frozen=True)
+class WarmupReport:
+    """What `warmup` did. `str(report)` says it in a line or two.
+
+    buckets: token counts for which there is a CUDA graph now. events: what it compiled, loaded and captured. seconds:
+    what that took. notes: why there is no graph, where there is none.
+    """
+
+    model: str
+    device: str
+    buckets: tuple[int, ...]
+    events: CompileEvents
+    seconds: float
+    notes: tuple[str, ...] = field(default=())
+
+    def __str__(self) -> str:
+        compiled, loaded = self.events.compilations, self.events.loads
+        if self.buckets:
+            spread = f"{len(self.buckets)} CUDA graphs, for batches of {self.buckets[0]} to {self.buckets[-1]} tokens"
+        else:
+            spread = "no CUDA graphs"
+        done = f"{spread}; {compiled} kernels compiled, {loaded} loaded from the cache on disk; {self.seconds:.1f} s"
+        return "\n".join([f"{self.model} on {self.device}: {done}", *self.notes])
+
+
+def warmup(model: Any, *, max_tokens: int | None = None) -> WarmupReport:
+    """Compiles the kernels and captures the CUDA graphs of a model, so that no later batch stops for that.
+
+    model: a BertModel, a model with a head, a SentenceEncoder, or a module that wraps one; in eval mode, on its
+    device. max_tokens: of the largest batch that will come, by default the encoder's token budget, or the largest
+    bucket (fastbert.engine.graphs). Larger batches work too: they are launched kernel by kernel.
+
+    Afterwards `fastbert.compile_events()` stays as it is whatever lengths arrive, in inference mode or under no_grad,
+    until the model's weights, dtype, device or mode change. On a CPU there is nothing to compile or to capture: a batch
+    is run, which loads libraries and makes their buffers. Raises TypeError for what is no such model, ValueError for
+    max_tokens.
+    """
+    inner = find_model(model)
+    bert = backbone(inner)
+    if max_tokens is None:
+        max_tokens = graphs.LARGEST
+        if isinstance(model, SentenceEncoder):
+            default = sentence_run.TOKEN_BUDGET
+            max_tokens = model.token_budget or default.get(model.device.type, default["cuda"])
+    if isinstance(max_tokens, bool) or not isinstance(max_tokens, int) or max_tokens < 1:
+        raise ValueError(f"max_tokens: expected a positive whole number, got {max_tokens!r}")
+    before, started = compile_events(), time.perf_counter()
+    captured: tuple[int, ...] = ()
+    with torch.inference_mode():
+        why_not = bert.graph_obstacle()
+        if why_not is None and not bert.cuda_graphs:
+            why_not = "the model's cuda_graphs is False"
+        if why_not is None:
+            captured = _capture(bert, max_tokens)
+            why_not = None if captured else "capturing one failed, and the log has the reason"
+        else:
+            _run(bert, min(max_tokens, graphs.BUCKETS[0]))
+        if bert.device.type == "cuda" and max_tokens > graphs.LARGEST:
+            _run(bert, max_tokens)
+        _run_rest(model, inner)
+    if bert.device.type == "cuda":
+        torch.cuda.synchronize(bert.device)
+    seconds = time.perf_counter() - started
+    name, device = type(model).__name__, str(bert.device)
+    notes = () if why_not is None else (f"No CUDA graphs: {why_not}.",)
+    return WarmupReport(name, device, captured, compile_events() - before, seconds, notes)
+
+
+def _capture(bert: BertModel, max_tokens: int) -> tuple[int, ...]:
+    """Runs every bucket up to that of max_tokens, the largest first: the others then find its memory in the pool."""
+    last = graphs.bucket_of(min(max_tokens, graphs.LARGEST))
+    assert last is not None
+    bert.graphs.thaw()
+    for bucket in reversed(graphs.BUCKETS[: graphs.BUCKETS.index(last) + 1]):
+        _run(bert, bucket)
+    bert.graphs.freeze()
+    return bert.graphs.captured()
+
+
+def _run(bert: BertModel, n_tokens: int) -> None:
+    """A batch of n_tokens, in texts of as many as the model reads."""
+    ids = torch.zeros(n_tokens, dtype=torch.int64, device=bert.device)
+    longest = bert.longest_text
+    bert.forward_packed(ids, torch.tensor([*range(0, n_tokens, longest), n_tokens], dtype=torch.int32, device="cpu"))
+
+
+def _run_rest(model: Any, inner: PreTrainedModel) -> None:
+    """What comes after the encoder: pooling, a head."""
+    if isinstance(model, SentenceEncoder):
+        for normalize in (False, True):
+            model.encode([_TEXT, _TEXT * 2], normalize_embeddings=normalize)
+        return
+    # Two shapes: what is special about a size of one must not be compiled for the first time while serving.
+    for batch_size, length in ((1, 1), (2, 8)):
+        shape = (batch_size, 2, length) if type(inner).__name__ == "BertForMultipleChoice" else (batch_size, length)
+        inner(torch.zeros(shape, dtype=torch.int64, device=inner.device))

@@ -1,0 +1,204 @@
+"""Hooks on a module inside a model see what they see in transformers: padded tensors, (B, S, ...).
+
+Inside, every module works on packed rows, (T, ...). Where somebody listens to one (hooks of any kind, also PyTorch's
+global ones, or a forward that was patched), its inputs are padded before it is called, its forward packs them again,
+and the same the other way round with its output. Rows at padding positions are zero, and what a hook writes there is
+lost. A module that is not ours and may look at more than one row, as a recurrent one in the place of a classifier, is
+called with padded tensors, too.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+
+from fastbert.ops import AUTO, Policy, packing
+from fastbert.ops.packing import PackedBatch
+
+_GLOBAL = (
+    torch_module._global_forward_hooks,
+    torch_module._global_forward_pre_hooks,
+    torch_module._global_backward_hooks,
+    torch_module._global_backward_pre_hooks,
+)
+_ROWWISE = (nn.Linear, nn.Embedding, nn.LayerNorm, nn.Dropout, nn.Identity)
+
+# The batch and the policy of the padded call that is under way.
+_under_way: ContextVar[tuple[PackedBatch, Policy] | None] = ContextVar("fastbert padded call", default=None)
+
+
+class AttentionOutput(NamedTuple):
+    """What attention gives to who listens: padded states (B, S, H), and no weights; a tuple as in transformers."""
+
+    hidden_states: Tensor
+    weights: Tensor | None = None
+
+    @property
+    def shape(self) -> torch.Size:
+        """The shape of the states."""
+        return self.hidden_states.shape
+
+    def __mul__(self, other: Any) -> Any:
+        raise TypeError("the output of attention is a tuple, as in transformers: its hidden states are output[0]")
+
+
+def everywhere() -> bool:
+    """Whether somebody listens to all modules of the process; PyTorch's own counters, which want names, are nobody."""
+    return any(_GLOBAL) and any(not _is_torchs(hook) for hooks in _GLOBAL for hook in hooks.values())
+
+
+def _is_torchs(hook: Any) -> bool:
+    return str(getattr(type(getattr(hook, "__self__", None)), "__module__", "")).startswith("torch.")
+
+
+def listened(module: nn.Module) -> bool:
+    """Whether somebody listens to this module, or has patched its forward."""
+    hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
+    return any(hooks) or "forward" in module.__dict__ or everywhere()
+
+
+def listened_inside(module: nn.Module) -> bool:
+    """Whether somebody listens to the module or to one below it."""
+    waiting: list[nn.Module | None] = [module]
+    while waiting:
+        one = waiting.pop()
+        if one is not None:
+            if listened(one):
+                return True
+            waiting += one._modules.values()
+    return False
+
+
+def names_of_listened(model: nn.Module) -> Iterator[str]:
+    """The names of the modules below the model that somebody listens to, and "all modules" for global hooks."""
+    if everywhere():
+        yield "all modules"
+        return
+    for name, module in model.named_modules():
+        if name and listened(module):
+            yield name
+
+
+def _is_ours(module: nn.Module) -> bool:
+    return type(module).__module__.startswith("fastbert.")
+
+
+def _wants_padding(module: nn.Module) -> bool:
+    if _is_ours(module):
+        return listened(module)
+    rowwise = isinstance(module, _ROWWISE) or type(module).__module__.startswith("peft.")
+    return not rowwise or listened_inside(module)
+
+
+def call(module: Any, batch: PackedBatch, policy: Policy, *rows: Tensor, **more: Any) -> Any:
+    """module(*rows, batch=batch, policy=policy), (T, ...) each; of padded tensors alone where it wants those."""
+    if not _wants_padding(module):
+        return module(*rows, batch=batch, policy=policy, **more)
+    view = padded_view(batch)
+    token = _under_way.set((batch, policy))
+    try:
+        output = module(*(packing.pad(x, view) for x in rows), **more)
+    finally:
+        _under_way.reset(token)
+    return rows_of(output, batch)
+
+
+def call_embeddings(module: Any, batch: PackedBatch, policy: Policy, **ids: Tensor | None) -> Tensor:
+    """The rows (T, E) that the embeddings give for packed ids, which are padded where somebody listens."""
+    if not _wants_padding(module):
+        return module(**ids, batch=batch, policy=policy)
+    view = padded_view(batch)
+    token = _under_way.set((batch, policy))
+    try:
+        output = module(**{name: None if x is None else packing.pad(x, view) for name, x in ids.items()})
+    finally:
+        _under_way.reset(token)
+    return rows_of(output, batch)
+
+
+def call_with_pooled(
+    module: Any, batch: PackedBatch, policy: Policy, x: Tensor, pooled: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """module(x, pooled), (T, H) and (B, H), which gives rows of tokens and of sequences."""
+    if not listened(module):
+        return module(x, pooled, batch=batch, policy=policy)
+    token = _under_way.set((batch, policy))
+    try:
+        tokens, sequences = module(packing.pad(x, padded_view(batch)), pooled)
+    finally:
+        _under_way.reset(token)
+    return rows_of(tokens, batch), sequences
+
+
+def states_of_encoder(encoder: Any, batch: PackedBatch, policy: Policy, x: Tensor, keep_states: bool) -> list[Tensor]:
+    """The encoder's hidden states, all or the last, where somebody listens to it."""
+    view = padded_view(batch)
+    token = _under_way.set((batch, policy))
+    try:
+        output = encoder(packing.pad(x, view), keep_states=keep_states)
+    finally:
+        _under_way.reset(token)
+    last = rows_of(output, batch)
+    states = getattr(output, "hidden_states", None) or ()
+    return [*(rows_of(state, batch) for state in states[:-1]), last]
+
+
+def leaf(module: nn.Module, x: Tensor, batch: PackedBatch | None) -> Any:
+    """module(x) for one that knows nothing of packing. x: (T, ...), or (B, ...) without a batch, which stays so."""
+    if batch is None or not _wants_padding(module):
+        return module(x)
+    return rows_of(module(packing.pad(x, padded_view(batch))), batch)
+
+
+def on_packed(
+    forward: Callable[..., Any], module: nn.Module, *padded: Tensor | None, per_token: bool = True, **more: Any
+) -> Any:
+    """What forward(module, *rows, batch=..., policy=...) gives for the packed rows of padded tensors, padded again.
+
+    per_token: False for an output of one row a sequence, which stays as it is. Called from outside of a model, every
+    position holds a token.
+    """
+    under_way = _under_way.get()
+    if under_way is None:
+        first = next(x for x in padded if x is not None)
+        under_way = packing.without_padding(first.shape[0], first.shape[1], first.device), AUTO
+    batch, policy = under_way
+    view, shape = padded_view(batch), (batch.batch_size, batch.padded_length)
+    rows = (None if x is None else packing.pack(x.expand(*shape, *x.shape[2:]), view) for x in padded)
+    output = forward(module, *rows, batch=batch, policy=policy, **more)
+    if isinstance(output, list):
+        return [packing.pad(x, view) for x in output]
+    return packing.pad(output, view) if per_token else output
+
+
+def rows_of(output: Any, batch: PackedBatch) -> Any:
+    """The packed rows of what a module gave: of a padded tensor, or of the first of several."""
+    if not isinstance(output, Tensor):
+        output = output[0]
+    if output.dim() < 3:
+        return output
+    view = padded_view(batch)
+    shape = batch.batch_size, batch.padded_length
+    if any(n not in (1, wanted) for n, wanted in zip(output.shape[:2], shape, strict=True)):
+        raise ValueError(f"output of a hooked module: expected shape {(*shape, '...')}, got {tuple(output.shape)}")
+    return packing.pack(output.expand(*shape, *output.shape[2:]), view)
+
+
+def padded_view(batch: PackedBatch) -> PackedBatch:
+    """The batch, with the places of its tokens in the padded one, which it lacks where it never was padded."""
+    if batch.indices is not None or batch.n_tokens == batch.batch_size * batch.padded_length:
+        return batch
+
+    def make() -> PackedBatch:
+        starts = batch.cu_seqlens[:-1].long()
+        sequences = batch.seq_ids.long()
+        columns = torch.arange(batch.n_tokens, device=batch.device) - starts.index_select(0, sequences)
+        return dataclasses.replace(batch, indices=sequences * batch.padded_length + columns, _plans={})
+
+    return batch.plan("padded view", make)

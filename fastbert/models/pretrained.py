@@ -1,0 +1,372 @@
+"""What BertModel and the models with heads share: loading, saving, settings."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections import OrderedDict
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from fastbert import ops
+from fastbert.checkpoint import files as checkpoint
+from fastbert.checkpoint.config import DTYPES, BertConfig
+from fastbert.checkpoint.loading_arguments import Arguments, check_saving, n_bytes
+from fastbert.engine import cpu_encoder
+from fastbert.models.access import ModelAccess
+from fastbert.models.trainer_saving import install
+from fastbert.ops import BackendError, Policy
+from fastbert.ops.dispatch import check_batch_invariant
+from fastbert.ops.quantized import check_precision
+
+logger = logging.getLogger("fastbert")
+
+Model = TypeVar("Model", bound="PreTrainedModel")
+
+
+class PreTrainedModel(ModelAccess):
+    """Loading, saving and settings that BertModel and the models with heads share.
+
+    `backend` ("auto", "triton", "cpu", "torch") and `strict` say what may run the operations: fastbert.ops.dispatch.
+    `batch_invariant`: a text's output is the same to the bit alone, in any batch and in any order, on the
+    Triton kernels and, with any number of threads too, on the C++ kernels for CPUs; what they cannot run raises
+    BackendError.
+    `precision`: None, or "fp8" or "int8", in which the linears of the encoder multiply (fastbert.engine.quantized); the
+    parameters, which are kept and saved as they are, then require no gradients. `missing_names`: the weights that
+    from_pretrained did not find in the checkpoint and started afresh.
+
+    What a checkpoint of another family calls things is translated by its table (fastbert.checkpoint.families) when it
+    is read and when it is written.
+    """
+
+    base_prefix = "bert."
+    _class_arguments: tuple[str, ...] = ()  # of from_pretrained, for the class alone
+    task: str | None = None  # what follows "For" in the class name of a model with a head
+    cuda_graphs: Any  # bool: a property of the models
+    dtype_choice: str | None = None  # why the dtype is not the checkpoint's, where nobody asked for another
+
+    def __init__(
+        self,
+        config: BertConfig,
+        *,
+        backend: str = "auto",
+        strict: bool = False,
+        batch_invariant: bool = False,
+        precision: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.policy = Policy(backend, strict, batch_invariant)
+        self.precision = check_precision(precision)
+        if batch_invariant and (precision == "fp8" or (precision is not None and backend == "triton")):
+            raise ValueError(f"batch_invariant: not supported together with precision={precision!r} on Triton kernels")
+        self.missing_names: list[str] = []
+        self.warnings_issued: dict[str, bool] = {}
+        self.name_or_path = config.name_or_path
+        install(PreTrainedModel)
+
+    @property
+    def device(self) -> torch.device:
+        return first_parameter(self).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return first_parameter(self).dtype
+
+    @property
+    def longest_text(self) -> int:
+        """The tokens of the longest text that the model reads: its table's positions from a text's first one on."""
+        encoder: Any = self._modules.get("bert", self)
+        table = encoder._modules["embeddings"]._modules.get("position_embeddings")
+        n_positions: int = getattr(table, "num_embeddings", self.config.max_position_embeddings)  # not in an adapter
+        return n_positions - self.config.position_offset
+
+    def _check_tensors(self, **tensors: Tensor | None) -> None:
+        device = self.device
+        for name, tensor in tensors.items():
+            if tensor is None:
+                continue
+            if isinstance(tensor, torch.fx.Proxy):
+                raise TypeError(
+                    f"{name}: expected a tensor, got a Proxy of torch.fx.symbolic_trace, which cannot follow a model; "
+                    "torch.export.export, make_fx of torch.fx.experimental.proxy_tensor and torch.jit.trace can"
+                )
+            if not isinstance(tensor, Tensor):
+                raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
+            if tensor.device != device:
+                raise ValueError(f"{name}: expected a tensor on the model's device {device}, got {tensor.device}")
+
+    def _blame_dtypes(self, error: RuntimeError) -> None:
+        """Raises TypeError if parameters of different dtypes may be what PyTorch stumbled over."""
+        dtypes = {p.dtype: name for name, p in reversed(list(self.named_parameters()))}  # the first name of each
+        if type(error) is RuntimeError and len(dtypes) > 1:
+            names = ", ".join(f"{name} has {dtype}" for dtype, name in dtypes.items())
+            raise TypeError(f"the model's parameters: expected one dtype, but {names}: {error}") from error
+
+    def tie_weights(self) -> None:
+        """Makes parameters that the config ties the same tensor. Nothing to tie in a model without a decoder."""
+
+    def tied_pairs(self) -> dict[str, str]:
+        """State-dict names that are other names for a tied tensor, left out of files, and its own name."""
+        return {}
+
+    def _settle_ties(self, matched: checkpoint.Match, src: str) -> None:
+        """Squares what the config ties with what a checkpoint holds. Nothing to settle in a model without a decoder."""
+
+    def train(self: Model, mode: bool = True) -> Model:
+        ops.forget_packed(self.parameters())
+        return super().train(mode)
+
+    def init_weights(self) -> None:
+        """Fresh weights as in BERT: normal with standard deviation initializer_range, biases 0, LayerNorm 1 and 0."""
+        for name, parameter in self.named_parameters():
+            parameter.data = self._fresh(name, parameter, parameter.dtype, parameter.device)
+            if self.precision is not None:
+                parameter.requires_grad_(False)
+        self.tie_weights()
+
+    def _fresh(self, name: str, like: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+        if name.endswith("LayerNorm.weight"):
+            return torch.ones(like.shape, dtype=dtype, device=device)
+        fresh = torch.zeros(like.shape, dtype=dtype, device=device)
+        if not name.endswith("bias"):
+            fresh.normal_(0.0, self.config.initializer_range)
+            if name.endswith("word_embeddings.weight") and self.config.pad_token_id is not None:
+                fresh[self.config.pad_token_id] = 0.0
+        return fresh
+
+    @classmethod
+    def from_pretrained(
+        cls: type[Model],
+        src: str | os.PathLike[str] | None = None,
+        *,
+        dtype: str | torch.dtype = "auto",
+        device: str | torch.device | None = None,
+        backend: str = "auto",
+        strict: bool = False,
+        batch_invariant: bool = False,
+        precision: str | None = None,
+        cuda_graphs: bool = True,
+        **arguments: Any,
+    ) -> Model:
+        """Loads a checkpoint in Hugging Face layout, from a local folder or a hub id; the model is in eval mode.
+
+        dtype: "auto" takes the checkpoint's. device: the CPU by default. batch_invariant: a text's output is the same
+        to the bit alone, in any batch and in any order; on the Triton kernels, and on CPUs without gradients where the
+        C++ kernels do all sums, in float32, bfloat16 and precision="int8"; and strict. precision: "fp8" (GPUs from
+        compute capability 8.9 on) or "int8" (from 8.0 on, and on CPUs with AVX-512 VNNI) lets the encoder's linears
+        multiply 8-bit operands, for inference; see fastbert.engine.quantized for what happens where there are no
+        kernels for it. cuda_graphs: on a GPU, launch short batches as CUDA graphs, which gives the same results.
+
+        arguments: fields of BertConfig and num_labels, which override the checkpoint's; and what from_pretrained of
+        transformers takes (fastbert.checkpoint.loading_arguments): revision, subfolder, cache_dir, token,
+        local_files_only, force_download, use_safetensors, variant, config, state_dict, torch_dtype, device_map (one
+        device), ignore_mismatched_sizes, output_loading_info (returns the model and a dict), add_pooling_layer
+        (BertModel), key_mapping. What of theirs has no effect here is ignored and logged, the rest is refused by name.
+
+        Weights that a checkpoint lacks are reported by name in a warning: a pooler is left out of a BertModel
+        (pooler_output is None), a head starts with fresh weights (`missing_names` has their names). Raises
+        FileNotFoundError where there is no checkpoint, ValueError where it does not fit the config or lacks weights of
+        the encoder, TypeError for an argument that nobody knows, BackendError for batch_invariant where there are no
+        kernels for the device, the dtype or the sizes of the model.
+        """
+        src = arguments.pop("pretrained_model_name_or_path", None) if src is None else src
+        asked = Arguments.of(arguments)
+        unknown = sorted(asked.model.keys() - cls._class_arguments)
+        if unknown:
+            raise TypeError(f"{unknown[0]}: {cls.__name__} has no choice of it, BertModel has")
+        if device is not None and asked.device not in (None, torch.device(device)):
+            raise ValueError(f"device_map: got {asked.device}, and device {device}; expected one of the two")
+        device = asked.device or torch.device("cpu" if device is None else device)
+        check_batch_invariant(Policy(backend, strict, batch_invariant), device, precision)
+        folder = None
+        if src is not None or asked.config is None or asked.state_dict is None:
+            folder = checkpoint.resolve(src, weights=asked.state_dict is None, **asked.hub)
+        config = asked.read_config(folder or "")
+        state = asked.state_dict
+        if state is None:
+            state = checkpoint.read_state_dict(
+                folder or "", use_safetensors=asked.hub.get("use_safetensors"), variant=asked.variant
+            )
+        state = asked.renamed(state)
+        dtype = resolve_dtype(asked.dtype if dtype == "auto" and asked.dtype is not None else dtype, config, state)
+        if batch_invariant and device.type == "cpu" and backend != "triton":
+            why_not = cpu_encoder.invariant_obstacle(config, dtype)
+            if why_not is not None:
+                raise BackendError(f"batch_invariant: {why_not}")
+        config.name_or_path = "" if src is None else src
+        how: dict[str, Any] = {
+            "backend": backend, "strict": strict, "batch_invariant": batch_invariant, "precision": precision,
+        }  # fmt: skip
+        with torch.device("meta"):
+            model = cls(config, **asked.model, **how)
+        info = model._load(state, dtype, device, str(src), asked.ignore_mismatched_sizes)
+        model.cuda_graphs = cuda_graphs
+        model.eval()
+        return (model, info) if asked.output_loading_info else model  # type: ignore[return-value]
+
+    def _load(
+        self,
+        state: Mapping[str, Tensor],
+        dtype: torch.dtype,
+        device: torch.device,
+        src: str,
+        ignore_mismatched: bool = False,
+    ) -> dict[str, Any]:
+        """Takes over a checkpoint's tensors; returns what transformers' output_loading_info holds."""
+        expected = self.state_dict()
+        state, stored = self._translated(state)
+        shapes = {name: t.shape for name, t in expected.items()}
+        matched = checkpoint.match(state, shapes, base_prefix=self.base_prefix, ignore_mismatched=ignore_mismatched)
+        unused = [stored[name] for name in matched.unexpected]
+        if unused:
+            logger.info("%s: %s does not use %s", src, type(self).__name__, listed(unused))
+        self._settle_ties(matched, src)
+        wrong = {name: sizes for name, sizes in matched.mismatched.items() if name in matched.missing}
+        for name, (came, wanted) in wrong.items():
+            logger.warning("%s: %s is %s, not %s: freshly initialised", src, *self._stored_names([name]), came, wanted)
+        missing = [name for name in matched.missing if name not in self.tied_pairs() and name not in wrong]
+        gone = [name for name in missing if name.startswith("pooler.")]
+        missing = self._report_missing(missing, src)
+        self.missing_names = fresh = [*missing, *(name for name in wrong if name not in self.tied_pairs())]
+        loaded = {name: t.to(device, dtype) for name, t in matched.state.items()}
+        loaded.update({name: self._fresh(name, expected[name], dtype, device) for name in fresh})
+        super().load_state_dict(loaded, strict=False, assign=True)
+        self.tie_weights()
+        self.config.dtype = str(dtype).removeprefix("torch.")
+        return {
+            "missing_keys": self._stored_names([*missing, *(name for name in gone if name not in missing)]),
+            "unexpected_keys": unused,
+            "mismatched_keys": [(*self._stored_names([name]), *sizes) for name, sizes in wrong.items()],
+            "error_msgs": [],
+        }
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As in PyTorch; names of the family's files are taken too, and files that leave out a tied tensor."""
+        expected = self.state_dict().keys()
+        names = {
+            name: name if name in expected else self.config.family.state_to_ours(name, self.task) for name in state_dict
+        }
+        renamed = any(name != ours for name, ours in names.items())
+        lacking = {name: other for name, other in self.tied_pairs().items() if name not in names.values()}
+        if renamed or lacking:
+            completed = OrderedDict((names[name], tensor) for name, tensor in state_dict.items())
+            completed.update({name: completed[other] for name, other in lacking.items() if other in completed})
+            completed._metadata = getattr(state_dict, "_metadata", None)  # type: ignore[attr-defined]
+            state_dict = completed
+        return super().load_state_dict(state_dict, strict, assign)
+
+    def _translated(self, state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """A checkpoint's tensors under our names, and what they are stored as."""
+        stored: dict[str, str] = {}
+        for name in state:
+            ours = self.config.family.state_to_ours(name, self.task)
+            stored[name if ours in stored else ours] = name
+        return {ours: state[name] for ours, name in stored.items()}, stored
+
+    def _stored_names(self, names: list[str]) -> list[str]:
+        """What a checkpoint of the family calls these parameters of ours."""
+        return [self.config.family.state_to_theirs(name, self.task) for name in names]
+
+    def _report_missing(self, missing: list[str], src: str) -> list[str]:
+        """Raises for weights no model can do without, warns of the rest; returns the names to start afresh."""
+        parts = "embeddings.", "embeddings_project.", "encoder."
+        backbone = [name for name in missing if name.removeprefix("bert.").startswith(parts)]
+        if backbone:
+            names = listed(self._stored_names(backbone))
+            raise ValueError(f"{src}: the checkpoint lacks {names}, which {type(self).__name__} needs")
+        if missing:
+            names = listed(self._stored_names(missing))
+            logger.warning("%s: the checkpoint lacks %s: freshly initialised, and to be trained before use", src, names)
+        return missing
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        is_main_process: bool = True,
+        state_dict: Mapping[str, Tensor] | None = None,
+        *,
+        max_shard_size: int | str = 5 * 2**30,
+        variant: str | None = None,
+        **arguments: Any,
+    ) -> None:
+        """Writes config.json and safetensors that transformers and fastbert read, under the family's names.
+
+        is_main_process: False writes nothing. state_dict: other tensors under the model's names. max_shard_size: in
+        bytes, or as text ("5GB"). variant: "fp16" writes model.fp16.safetensors. Other arguments of transformers that
+        have no effect are ignored and logged; push_to_hub is refused.
+        """
+        check_saving(arguments)
+        limit = n_bytes(max_shard_size)
+        if not is_main_process:
+            return
+        if self.dtype_choice is not None:
+            logger.warning("save_pretrained: writes %s weights: %s", self.dtype, self.dtype_choice)
+        state = self.state_for_file(state_dict)
+        self.save_config(save_directory)
+        checkpoint.write_state_dict(state, save_directory, max_shard_size=limit, variant=variant)
+
+    def save_config(self, folder: str | os.PathLike[str]) -> None:
+        """Writes config.json alone."""
+        self.config.architectures = [self.config.family.class_name(type(self).__name__)]
+        self.config.dtype = str(self.dtype).removeprefix("torch.")
+        self.config.save_pretrained(folder)
+
+    def state_for_file(self, state_dict: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """The state dict, or the given one, under the family's names, without other names of tied tensors."""
+        state = self.state_dict() if state_dict is None else state_dict
+        tied = self.tied_pairs()
+        kept = {name: tensor for name, tensor in state.items() if tied.get(name) not in state}
+        family = self.config.family
+        return {family.state_to_theirs(name, self.task): tensor for name, tensor in kept.items()}
+
+
+def resolve_dtype(dtype: str | torch.dtype, config: BertConfig, state: Mapping[str, Tensor]) -> torch.dtype:
+    """The dtype an argument means: "auto" is the checkpoint's. Raises ValueError for one that no model has."""
+    resolved: Any
+    if isinstance(dtype, torch.dtype):
+        resolved = dtype
+    elif dtype == "auto":
+        stored = next((t.dtype for t in state.values() if t.is_floating_point()), torch.float32)
+        resolved = stored if config.dtype is None else getattr(torch, config.dtype)
+    else:
+        resolved = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else None
+    if not isinstance(resolved, torch.dtype) or str(resolved).removeprefix("torch.") not in DTYPES:
+        raise ValueError(f"dtype: expected 'auto' or one of {', '.join(DTYPES)}, got {dtype!r}")
+    return resolved
+
+
+def first_parameter(module: nn.Module) -> Tensor:
+    """What next(module.parameters()) gives or raises, without a generator for each module on the way, and names."""
+    waiting: list[nn.Module | None] = [module]
+    while waiting:
+        one = waiting.pop()
+        if one is None:
+            continue
+        for parameter in one._parameters.values():
+            if parameter is not None:
+                return parameter
+        waiting += reversed(one._modules.values())
+    raise StopIteration
+
+
+def any_in_training(module: nn.Module) -> bool:
+    """Whether the module or one below it is in training mode; module.modules() would start a generator for each."""
+    waiting: list[nn.Module | None] = [module]
+    while waiting:
+        one = waiting.pop()
+        if one is None:
+            continue
+        if one.training:
+            return True
+        waiting += one._modules.values()
+    return False
+
+
+def listed(names: list[str], most: int = 10) -> str:
+    """The names in a row, for a message."""
+    shown = ", ".join(names[:most])
+    return shown if len(names) <= most else f"{shown} and {len(names) - most} more"

@@ -1,0 +1,144 @@
+"""Tensors derived from parameters, and kept: a fused QKV matrix, 8-bit weights. The one mechanism for all of them.
+
+What is kept follows its parameters. Each use compares their addresses, PyTorch's counts of writes, dtypes and devices,
+and looks for writes that PyTorch does not count (fastbert.ops.silent_writes); on a GPU, where a look at numbers waits,
+the model does that once a call. `look_again` asks for everything to be made anew.
+
+Others may hold the addresses of what is kept, as CUDA graphs do. Where only `look_again` asks, the new numbers are
+therefore written to where the old ones were; where the parameters are others, so is the memory, and `changes` counts
+that, so that whoever holds an address knows when to ask for it again.
+
+Nothing is kept where it would be wrong later: gradients that flow to the parameters, a compiler or an exporter that
+traces, parameters that are inference tensors (which have no count of writes), and a capture of a CUDA graph (in which
+nothing has run yet).
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastbert.ops import silent_writes, tracing
+from fastbert.ops.silent_writes import Writes
+
+# Called with tensors whose numbers have been written anew in their old memory.
+_on_rewrite: list[Callable[[Sequence[Tensor]], None]] = []
+
+
+def on_rewrite(listener: Callable[[Sequence[Tensor]], None]) -> None:
+    """Calls the listener with kept tensors that have been written anew where they were, from now on."""
+    _on_rewrite.append(listener)
+
+
+@dataclass(eq=False)
+class _Entry:
+    state: Any
+    # The memory of a parameter that is replaced would else be given to its successor, which would then look the same.
+    aliases: tuple[Tensor, ...]
+    tensors: tuple[Tensor, ...]
+    asked: int
+    writes: Writes
+
+    def fits(self, state: Any, asked: int, parameters: Sequence[Tensor]) -> bool:
+        """Whether it is what would be made now."""
+        return self.asked == asked and self.state == state and self.writes.none_since(parameters)
+
+
+class Derived:
+    """Kept tensors by name. Copies and pickles of it are empty; threads may share it.
+
+    changes: how often something was made, written or dropped, or was asked to be. While it stands still, and the
+    parameters do, so do the addresses and the numbers.
+    """
+
+    def __init__(self) -> None:
+        self.changes = 0
+        self._asked = 0  # calls of look_again
+        self._entries: dict[str, _Entry] = {}
+        self._lock = threading.Lock()
+
+    def clear(self) -> None:
+        """Drops everything."""
+        self._entries.clear()
+        self.changes += 1
+
+    def look_again(self) -> None:
+        """Makes everything anew when it is next used, in its old memory where the parameters look the same."""
+        self._asked += 1
+        self.changes += 1
+
+    def get(
+        self,
+        name: str,
+        parameters: Sequence[Tensor],
+        make: Callable[[], tuple[Tensor, ...]],
+        key: Hashable = None,
+    ) -> tuple[Tensor, ...]:
+        """What `make` gives, which reads the parameters and nothing else; the same tuple until one of them changes.
+
+        name: what it is kept under. key: what else it depends on. On a GPU it is complete when this returns, on
+        whichever stream it is read then.
+        """
+        if tracing.observed() is not None:
+            return make()
+        tracked = torch.is_grad_enabled() and any(p.requires_grad for p in parameters)
+        if tracked or any(p.is_inference() for p in parameters):
+            return make()
+        state = key, [(p.data_ptr(), p._version, p.dtype, p.device) for p in parameters]
+        entry = self._entries.get(name)
+        if entry is not None and entry.fits(state, self._asked, parameters):
+            return entry.tensors
+        if parameters[0].is_cuda and torch.cuda.is_current_stream_capturing():
+            return make()
+        with self._lock:
+            return self._renewed(name, parameters, make, state)
+
+    def _renewed(
+        self, name: str, parameters: Sequence[Tensor], make: Callable[[], tuple[Tensor, ...]], state: Any
+    ) -> tuple[Tensor, ...]:
+        entry, asked = self._entries.get(name), self._asked
+        if entry is not None and entry.fits(state, asked, parameters):
+            return entry.tensors  # another thread has just made them
+        with torch.inference_mode(False), torch.no_grad():
+            aliases = tuple(p.detach() for p in parameters)
+            # Before the parameters are read. On a GPU a look at numbers waits: there the model looks.
+            writes = Writes(parameters, sampled=not any(silent_writes.waits(p.device) for p in parameters))
+            tensors = make()
+            if entry is not None and entry.state == state and _alike(entry.tensors, tensors):
+                for kept, fresh in zip(entry.tensors, tensors, strict=True):
+                    kept.data.copy_(fresh)
+                tensors = entry.tensors
+                for listener in _on_rewrite:
+                    listener(tensors)
+        if tensors[0].is_cuda:
+            torch.cuda.current_stream(tensors[0].device).synchronize()  # others read it on streams of their own
+        self._entries[name] = _Entry(state, aliases, tensors, asked, writes)
+        self.changes += 1
+        return tensors
+
+    def tensors(self) -> list[Tensor]:
+        """Everything that is kept."""
+        return [tensor for entry in tuple(self._entries.values()) for tensor in entry.tensors]
+
+    def addresses(self, name: str, tensors: tuple[Tensor, ...]) -> tuple[int, ...]:
+        """The addresses of tensors that `get` gave and that are kept; none if they were made for one use."""
+        entry = self._entries.get(name)
+        return tuple(t.data_ptr() for t in tensors) if entry is not None and entry.tensors is tensors else ()
+
+    def __reduce__(self) -> Any:
+        return type(self), ()
+
+
+def _alike(tensors: tuple[Tensor, ...], others: tuple[Tensor, ...]) -> bool:
+    """Whether the one's numbers fit where the other's are. Those in a layout of a library's own stay where they are."""
+
+    def form(tensor: Tensor) -> tuple[Any, ...]:
+        return tensor.shape, tensor.dtype, tensor.device, tensor.layout
+
+    strided = all(tensor.layout == torch.strided for tensor in tensors)
+    return strided and list(map(form, tensors)) == list(map(form, others))

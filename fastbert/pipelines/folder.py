@@ -1,0 +1,305 @@
+"""sentence-transformers folders: what stands around the BERT model in them, read and written.
+
+A folder holds modules.json, which names a Transformer, a Pooling and what follows it (Dense, LayerNorm, Dropout,
+Normalize), a subfolder for each module that has settings, and config_sentence_transformers.json with the prompts. Both
+the names and settings of today's sentence-transformers and those of earlier versions are read; the earlier ones are
+written, which all versions read.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import normalizers
+from torch import nn
+
+from fastbert._version import __version__
+from fastbert.checkpoint import files as checkpoint
+from fastbert.pipelines.modules import ACTIVATIONS as _ACTIVATIONS
+from fastbert.pipelines.modules import Dense as Dense
+from fastbert.pipelines.modules import Dropout as Dropout
+from fastbert.pipelines.modules import LayerNorm as LayerNorm
+from fastbert.pipelines.modules import Normalize as Normalize
+from fastbert.pipelines.modules import activation_name
+from fastbert.pipelines.modules import apply as apply
+from fastbert.pipelines.settings import (
+    MODULE_KEYS,
+    MODULES_KEYS,
+    TRANSFORMER_CONFIGS,
+    TransformerSettings,
+    check_keys,
+    check_model_keys,
+    read_transformer,
+)
+from fastbert.text.tokenizer import Tokenizer
+
+logger = logging.getLogger("fastbert")
+
+MODULES = "modules.json"
+SETTINGS = "config_sentence_transformers.json"
+
+# A pooling mode of sentence-transformers -> the mode of fastbert.ops.pool
+POOLING_MODES = {
+    "cls": "cls",
+    "max": "max",
+    "mean": "mean",
+    "mean_sqrt_len_tokens": "mean_sqrt_len",
+    "weightedmean": "weighted_mean",
+    "lasttoken": "last",
+}
+# The flags that stood for them before, in the order in which several are concatenated.
+_POOLING_FLAGS = {
+    "pooling_mode_cls_token": "cls",
+    "pooling_mode_max_tokens": "max",
+    "pooling_mode_mean_tokens": "mean",
+    "pooling_mode_mean_sqrt_len_tokens": "mean_sqrt_len_tokens",
+    "pooling_mode_weightedmean_tokens": "weightedmean",
+    "pooling_mode_lasttoken": "lasttoken",
+}
+_KINDS = {kind.__name__: kind for kind in (Dense, LayerNorm, Dropout, Normalize)}
+
+
+@dataclass
+class Pooling:
+    """How token vectors become one: a mode of `POOLING_MODES`, or several, concatenated in their order."""
+
+    modes: str | Sequence[str] = ("mean",)
+    include_prompt: bool = True
+
+    def __post_init__(self) -> None:
+        self.modes = (self.modes,) if isinstance(self.modes, str) else tuple(self.modes)
+        if not self.modes or (unknown := [mode for mode in self.modes if mode not in POOLING_MODES]):
+            got = unknown if self.modes else "none"
+            raise ValueError(f"pooling: got {got}, expected at least one of {', '.join(POOLING_MODES)}")
+
+    def settings(self, hidden_size: int) -> dict[str, Any]:
+        """The content of 1_Pooling/config.json: flags where they can say the order, `pooling_mode` elsewhere."""
+        if self.modes == tuple(mode for mode in _POOLING_FLAGS.values() if mode in self.modes):
+            flags = {flag: mode in self.modes for flag, mode in _POOLING_FLAGS.items()}
+            return {"word_embedding_dimension": hidden_size, **flags, "include_prompt": self.include_prompt}
+        modes = {"pooling_mode": list(self.modes), "include_prompt": self.include_prompt}
+        return {"embedding_dimension": hidden_size, **modes}
+
+
+@dataclass
+class Layout:
+    """What a folder says of a sentence encoder, but for the BERT model and its tokenizer."""
+
+    transformer: Path  # the folder that holds these
+    settings: TransformerSettings = field(default_factory=TransformerSettings)
+    pooling: Pooling = field(default_factory=Pooling)
+    tail: list[nn.Module] = field(default_factory=list)  # what follows pooling
+    prompts: dict[str, str] = field(default_factory=dict)
+    default_prompt_name: str | None = None
+    similarity_fn_name: str | None = None
+    truncate_dim: int | None = None
+
+
+def read(folder: Path) -> Layout | None:
+    """The layout of a sentence-transformers folder; None where there is no modules.json.
+
+    Raises ValueError that names the file for a module or a setting that is not supported, FileNotFoundError for a
+    module's missing file.
+    """
+    if not (folder / MODULES).is_file():
+        return None
+    entries = _read_modules(folder / MODULES)
+    (kind, path), *rest = entries
+    if kind != "Transformer" or not rest or rest[0][0] != "Pooling":
+        raise ValueError(
+            f"{folder / MODULES}: expected a Transformer, a Pooling and what follows it, "
+            f"got {', '.join(kind for kind, _ in entries)}"
+        )
+    layout = Layout(path, pooling=_read_pooling(rest[0][1] / "config.json"))
+    for kind, path in rest[1:]:
+        if kind not in _KINDS:
+            raise ValueError(f"{folder / MODULES}: got a second {kind}, which is not supported")
+        layout.tail.append(_read_tail(kind, path))
+    layout.settings = read_transformer(layout.transformer)
+    _read_settings(layout, folder / SETTINGS)
+    return layout
+
+
+def read_cross_encoder(folder: Path) -> tuple[Layout, str | None]:
+    """The layout of a cross-encoder's folder, and the path of its activation function, if it names one.
+
+    Without modules.json, as sentence-transformers wrote it before 6.0, config.json has that path. Raises as `read`.
+    """
+    if (folder / MODULES).is_file():
+        entries = _read_modules(folder / MODULES)
+        kinds = [kind for kind, _ in entries]
+        if kinds != ["Transformer"]:
+            raise ValueError(f"{folder / MODULES}: expected a Transformer alone, got {', '.join(kinds)}")
+        layout = Layout(entries[0][1])
+        layout.settings = read_transformer(layout.transformer, "sequence-classification", "scores", "logits")
+        path = _read_settings(layout, folder / SETTINGS, "CrossEncoder").get("activation_fn")
+    else:
+        layout, path = Layout(folder), None
+    config = checkpoint.read_json(layout.transformer / "config.json")
+    stored = config.get("sentence_transformers")
+    if path is None and isinstance(stored, dict):
+        path = stored.get("activation_fn")
+    return layout, path or config.get("sbert_ce_default_activation_function")
+
+
+def _read_modules(file: Path) -> list[tuple[str, Path]]:
+    """(kind, folder) of each module."""
+    try:
+        entries = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is not valid JSON: {error}") from error
+    if not isinstance(entries, list) or not entries or not all(isinstance(entry, dict) for entry in entries):
+        raise ValueError(f"{file}: expected a list of modules")
+    modules = []
+    for entry in entries:
+        name, path = str(entry.get("type")), str(entry.get("path", ""))
+        package, _, kind = name.rpartition(".")
+        known = ("Transformer", "Pooling", *_KINDS)
+        if package.split(".")[0] != "sentence_transformers" or kind not in known:
+            raise ValueError(
+                f"{file}: the module type {name!r} is not supported, only {', '.join(known)} of sentence_transformers"
+            )
+        if os.path.isabs(path) or ".." in Path(path).parts:
+            raise ValueError(f"{file}: path {path!r} leads out of the folder")
+        check_keys(file, entry, MODULES_KEYS)
+        if entry.get("kwargs"):
+            logger.warning("%s: %s takes no %s of a call here", file, kind, ", ".join(map(str, entry["kwargs"])))
+        modules.append((kind, file.parent / path))
+    return modules
+
+
+def _read_pooling(file: Path) -> Pooling:
+    config = checkpoint.read_json(file)
+    check_keys(file, config, MODULE_KEYS["Pooling"])
+    modes = config.get("pooling_mode")
+    if modes is None:
+        modes = [mode for flag, mode in _POOLING_FLAGS.items() if config.get(flag)] or ["mean"]
+    try:
+        return Pooling(modes, bool(config.get("include_prompt", True)))
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
+
+
+def _read_tail(kind: str, folder: Path) -> nn.Module:
+    file = folder / "config.json"
+    if kind == "Normalize":  # had no settings, and so no folder, in earlier versions
+        config = checkpoint.read_json(file) if file.is_file() else {}
+        check_keys(file, config, MODULE_KEYS[kind])
+        _check_names(file, config)
+        return Normalize()
+    config = checkpoint.read_json(file)
+    check_keys(file, config, MODULE_KEYS[kind])
+    try:
+        if kind == "Dropout":
+            return Dropout(config.get("dropout", 0.2))
+        if kind == "LayerNorm":
+            module: nn.Module = LayerNorm(config["dimension"])
+        else:
+            _check_names(file, config)
+            sizes, residual = (config["in_features"], config["out_features"]), bool(config.get("use_residual"))
+            module = Dense(*sizes, config.get("bias", True), _activation(file, config), residual)
+    except KeyError as error:
+        raise ValueError(f"{file} lacks {error}") from error
+    _load(module, folder)
+    return module
+
+
+def _check_names(file: Path, config: Mapping[str, Any]) -> None:
+    for key in ("module_input_name", "module_output_name"):
+        if config.get(key) not in (None, "sentence_embedding"):
+            raise ValueError(f"{file}: {key} is {config[key]!r}, but only 'sentence_embedding' is supported")
+
+
+def _activation(file: Path, config: Mapping[str, Any]) -> str:
+    path = str(config.get("activation_function", "torch.nn.modules.activation.Tanh"))
+    name = activation_name(path)
+    if name is None:
+        expected = ", ".join(f"torch.nn.{name}" for name in _ACTIVATIONS)
+        raise ValueError(f"{file}: activation_function is {path!r}, but only {expected} are supported")
+    return name
+
+
+def _load(module: nn.Module, folder: Path) -> None:
+    """Loads a module's weights, in float32 at least, the dtype of sentence vectors."""
+    expected = {name: tensor.shape for name, tensor in module.state_dict().items()}
+    try:
+        matched = checkpoint.match(checkpoint.read_state_dict(folder), expected, base_prefix="")
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from error
+    if matched.missing:
+        raise ValueError(f"{folder}: the weights lack {', '.join(matched.missing)}")
+    state = {name: t.to(torch.promote_types(t.dtype, torch.float32)) for name, t in matched.state.items()}
+    module.load_state_dict(state, assign=True)
+
+
+def _read_settings(layout: Layout, file: Path, expected: str = "SentenceTransformer") -> dict[str, Any]:
+    config = checkpoint.read_json(file) if file.is_file() else {}
+    check_model_keys(file, config)
+    kind = config.get("model_type", expected)
+    if kind != expected:
+        raise ValueError(f"{file}: model_type is {kind!r}, but only {expected!r} is supported")
+    layout.prompts = {name: prompt or "" for name, prompt in (config.get("prompts") or {}).items()}
+    layout.default_prompt_name = config.get("default_prompt_name")
+    layout.similarity_fn_name = config.get("similarity_fn_name")
+    layout.truncate_dim = config.get("truncate_dim")
+    return config
+
+
+def lowercasing(tokenizer: Tokenizer, folder: Path) -> Tokenizer:
+    """The tokenizer with lower-casing in front of its normalizer, where that does none; accents stay as they were."""
+    normalizer = tokenizer._rust.normalizer
+    if isinstance(normalizer, normalizers.BertNormalizer):
+        if normalizer.lowercase:
+            return tokenizer
+        return Tokenizer.from_pretrained(folder, do_lower_case=True, strip_accents=bool(normalizer.strip_accents))
+    before = [] if normalizer is None else [normalizer]
+    tokenizer._rust.normalizer = normalizers.Sequence([normalizers.Lowercase(), *before])
+    return tokenizer
+
+
+def write(folder: Path, hidden_size: int, layout: Layout) -> None:
+    """Writes everything in `folder` but the model and the tokenizer; modules.json, which makes it count, last."""
+
+    def write_json(file: Path, content: Any) -> None:
+        file.parent.mkdir(exist_ok=True)
+        checkpoint.write_text(file, json.dumps(content, indent=2) + "\n")
+
+    limits = {"max_seq_length": layout.settings.max_seq_length, "do_lower_case": layout.settings.do_lower_case}
+    write_json(folder / TRANSFORMER_CONFIGS[0], limits)
+    settings: dict[str, Any] = {
+        "model_type": "SentenceTransformer",
+        "__version__": {"fastbert": __version__, "pytorch": torch.__version__},
+        "prompts": layout.prompts,
+        "default_prompt_name": layout.default_prompt_name,
+        "similarity_fn_name": layout.similarity_fn_name,
+    }
+    if layout.truncate_dim is not None:
+        settings["truncate_dim"] = layout.truncate_dim
+    write_json(folder / SETTINGS, settings)
+    write_json(folder / "1_Pooling" / "config.json", layout.pooling.settings(hidden_size))
+    names = ["Transformer", "Pooling", *_write_tail(folder, layout.tail, write_json)]
+    entries = [
+        {"idx": i, "name": str(i), "path": f"{i}_{name}" if i else "", "type": f"sentence_transformers.models.{name}"}
+        for i, name in enumerate(names)
+    ]
+    write_json(folder / MODULES, entries)
+
+
+def _write_tail(folder: Path, tail: Sequence[nn.Module], write_json: Callable[[Path, Any], None]) -> list[str]:
+    names = []
+    for i, module in enumerate(tail, start=2):
+        name = type(module).__name__
+        names.append(name)
+        settings: dict[str, Any] = getattr(module, "settings", dict)()
+        if settings:
+            write_json(folder / f"{i}_{name}" / "config.json", settings)
+        if state := module.state_dict():
+            checkpoint.write_state_dict(state, folder / f"{i}_{name}")
+    return names

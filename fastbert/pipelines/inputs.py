@@ -1,0 +1,102 @@
+"""What may stand for texts: strings, pairs of them, dicts with `text`, in lists, arrays and columns of tables."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from itertools import groupby
+from typing import Any
+
+import numpy as np
+import torch
+
+from fastbert.pipelines.run import Run
+from fastbert.text.tokenizer import PackedEncoding, Tokenizer
+from fastbert.text.wordpiece import check_text
+
+
+class Pair(str):
+    """The first of two texts that are read as one input; `second` is the other."""
+
+    __slots__ = ("second",)
+    second: str
+
+    def __new__(cls, first: str, second: str) -> Pair:
+        pair = super().__new__(cls, first)
+        pair.second = second
+        return pair
+
+
+def as_texts(texts: Any, name: str = "sentences") -> tuple[Iterable[str], bool]:
+    """The texts that came, some of them a `Pair`, and whether one came rather than several.
+
+    Raises TypeError, which names the place, for what is no text; of an iterator, when it gets there.
+    """
+    if isinstance(texts, np.ndarray):
+        texts = texts.tolist()
+    if isinstance(texts, str):
+        return [texts], True
+    if isinstance(texts, dict):
+        return [_text(texts, name)], True
+    if hasattr(texts, "to_pylist"):  # a column of Arrow, whose items are no str
+        texts = texts.to_pylist()
+    if isinstance(texts, bytes) or not isinstance(texts, Iterable):
+        raise TypeError(f"{name}: got {type(texts).__name__}, expected a str or an iterable of str")
+    if hasattr(texts, "columns") or hasattr(texts, "column_names"):
+        # Iterating over one gives the names of its columns, or its rows.
+        raise TypeError(f"{name}: got {type(texts).__name__}, expected a str or an iterable of str: one of its columns")
+    if isinstance(texts, (list, tuple)):
+        if not set(map(type, texts)) <= {str}:
+            texts = [_text(text, f"{name}[{i}]") for i, text in enumerate(texts)]
+        return texts, False
+    return (_text(text, f"{name}[{i}]") for i, text in enumerate(texts)), False
+
+
+def _text(item: Any, where: str) -> str:
+    if isinstance(item, str):
+        return item
+    if isinstance(item, dict):
+        if set(item) != {"text"}:
+            keys = ", ".join(map(repr, item)) or "none"
+            raise TypeError(
+                f"{where}: got dict, expected str, or a dict with the key 'text' alone: its keys are {keys}"
+            )
+        return _text(item["text"], f"{where}['text']")
+    if isinstance(item, (list, tuple)):
+        if len(item) != 2 or not all(isinstance(text, str) for text in item):
+            kinds = ", ".join(type(text).__name__ for text in item[:3])
+            raise TypeError(f"{where}: got {type(item).__name__} of {len(item)} ({kinds}), expected str or two of them")
+        check_text(item[1], f"{where}[1]")
+        return Pair(*item)
+    raise TypeError(f"{where}: got {type(item).__name__}, expected str")
+
+
+class TextRun(Run):
+    """A run in which some texts may be pairs."""
+
+    def _encoded(self, window: list[str]) -> PackedEncoding:
+        if Pair not in set(map(type, window)):
+            return super()._encoded(window)
+        return _joined(list(_packed(self.encoder.tokenizer, window, self.request.prompt, self.limit)))
+
+
+def _packed(tokenizer: Tokenizer, window: list[str], prompt: str, limit: int) -> Iterator[PackedEncoding]:
+    """The tokens of neighbours of one kind, pairs or texts; the prompt stands before the first text of a pair."""
+    for paired, group in groupby(window, lambda text: isinstance(text, Pair)):
+        items: list[Any] = list(group)
+        firsts = [prompt + str(text) for text in items]
+        seconds = [pair.second for pair in items] if paired else None
+        yield tokenizer.encode_packed(firsts, seconds, max_length=limit, warn=False)
+
+
+def _joined(parts: list[PackedEncoding]) -> PackedEncoding:
+    ends, offset = [torch.zeros(1, dtype=torch.int32)], 0
+    for part in parts:
+        ends.append(part.cu_seqlens[1:] + offset)
+        offset += len(part.input_ids)
+    return PackedEncoding(
+        torch.cat([part.input_ids for part in parts]),
+        torch.cat([part.token_type_ids for part in parts]),
+        torch.cat(ends),
+        sum(part.n_truncated for part in parts),
+        sum(part.n_truncated_tokens for part in parts),
+    )

@@ -1,0 +1,123 @@
+"""Texts from files and vectors to files, for the command line. Both stream; no half-written file has its final name."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from fastbert.checkpoint.files import _replacing
+from fastbert.text.wordpiece import check_text
+
+Write = Callable[[Sequence[str], np.ndarray], None]
+
+STDIN = "-"
+FORMATS = (".npy", ".jsonl")
+
+
+def read_texts(path: str, field: str | None = None) -> Iterator[str]:
+    """The lines of a UTF-8 file, empty ones too; "-" is standard input. With `field`, that field of a JSON object each.
+
+    Lines end in LF or CRLF; a byte order mark is left out. Raises ValueError that names file and line for what is not
+    UTF-8, is not an object with a string in that field, or holds half of a UTF-16 pair.
+    """
+    name = "standard input" if path == STDIN else path
+    with nullcontext(sys.stdin.buffer) if path == STDIN else open(path, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            where = f"{name}, line {number}"
+            try:
+                text = line.removesuffix(b"\n").removesuffix(b"\r").decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{where}: not UTF-8: {error.reason} at byte {error.start + 1}") from error
+            if field is not None:
+                text = _field(text, field, where)
+                check_text(text, where)
+            yield text
+
+
+def _field(line: str, field: str, where: str) -> str:
+    try:
+        record = json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"{where}: not JSON: {error}") from error
+    if not isinstance(record, dict) or not isinstance(record.get(field), str):
+        raise ValueError(f"{where}: expected a JSON object with a string under {field!r}")
+    return record[field]
+
+
+def count_lines(path: str) -> int | None:
+    """How many texts `read_texts` will find; None for standard input and what else can be read only once."""
+    if path == STDIN or not stat.S_ISREG(os.stat(path).st_mode):
+        return None
+    lines, last = 0, b"\n"
+    with open(path, "rb") as file:
+        while block := file.read(2**20):
+            lines, last = lines + block.count(b"\n"), block[-1:]
+    return lines + (last != b"\n")
+
+
+def check_output(path: str) -> None:
+    """Raises ValueError or FileNotFoundError for a path that could not be written to in the end."""
+    if path == STDIN:
+        return
+    if Path(path).suffix not in FORMATS:
+        raise ValueError(f"output: got {path!r}, expected a name that ends in {' or '.join(FORMATS)}, or '-'")
+    if not Path(path).parent.is_dir():
+        raise FileNotFoundError(f"output: there is no folder {str(Path(path).parent)!r}")
+    if Path(path).is_dir():
+        raise ValueError(f"output: {path!r} is a folder")
+
+
+@contextmanager
+def open_output(path: str, dimension: int) -> Iterator[Write]:
+    """A function that takes texts and their (n, dimension) float32 vectors; called as often as there are windows.
+
+    A .npy file gets one array; a .jsonl file, or standard output for "-", one object a text: {"text": ..., "embedding":
+    [...]}. The file appears under its name when all is written; before that, an older one stays as it is.
+    """
+    if path == STDIN:
+        yield lambda texts, vectors: _write_jsonl(sys.stdout.write, texts, vectors)
+        sys.stdout.flush()
+        return
+    with _replacing(Path(path)) as temporary:
+        if Path(path).suffix == ".npy":
+            with open(temporary, "wb") as binary, _npy(binary, dimension) as write:
+                yield write
+        else:
+            with open(temporary, "w", encoding="utf-8") as file:
+                yield lambda texts, vectors: _write_jsonl(file.write, texts, vectors)
+
+
+def _write_jsonl(write: Callable[[str], Any], texts: Sequence[str], vectors: np.ndarray) -> None:
+    for text, vector in zip(texts, vectors, strict=True):
+        numbers = ", ".join(f"{x:.9g}" for x in vector.tolist())  # nine digits give the same float32 back
+        write(f'{{"text": {json.dumps(text)}, "embedding": [{numbers}]}}\n')
+
+
+@contextmanager
+def _npy(file: BinaryIO, dimension: int) -> Iterator[Write]:
+    """Rows are appended as they come, and the header, which has room for any number of them, is written at the end."""
+    rows = 0
+
+    def header() -> None:
+        content = {"descr": "<f4", "fortran_order": False, "shape": (rows, dimension)}
+        np.lib.format.write_array_header_1_0(file, content)
+
+    def write(texts: Sequence[str], vectors: np.ndarray) -> None:
+        nonlocal rows
+        file.write(np.ascontiguousarray(vectors, "<f4").tobytes())
+        rows += len(vectors)
+
+    header()
+    size = file.tell()
+    yield write
+    file.seek(0)
+    header()
+    assert file.tell() == size, "numpy's header has outgrown its place"

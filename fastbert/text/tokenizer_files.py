@@ -1,0 +1,376 @@
+"""From the files of a checkpoint to its Rust tokenizer, with the ids of transformers 5.
+
+transformers 5 builds the tokenizers of some classes anew from the vocabulary and the settings of
+tokenizer_config.json, whatever else tokenizer.json says, and so does this module. tokenizer.json of any other class is
+taken as it stands. transformers 4 took more from tokenizer.json: a folder for which that makes a difference is named in
+a warning.
+"""
+
+from __future__ import annotations
+
+import base64
+import logging
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tokenizers import AddedToken, decoders, normalizers, pre_tokenizers, processors
+from tokenizers import Tokenizer as RustTokenizer
+from tokenizers.models import BPE, Unigram
+
+from fastbert.checkpoint.families import FAMILIES, Family
+from fastbert.checkpoint.files import read_json, resolve
+from fastbert.text.tokenizer_older import parts_that_differ, prefix_that_differs
+from fastbert.text.tokenizer_settings import (
+    CASING,
+    FLAGS,
+    IN_PYTHON,
+    NAMED,
+    NAMES,
+    PREFIX,
+    SETTINGS,
+    flags_of,
+    is_own_token,
+    limit_of,
+    merged,
+    tell_unfollowed,
+)
+from fastbert.text.wordpiece import TOKEN_FIELDS, Source, bert_pipeline, one_of, set_bert_template
+
+logger = logging.getLogger("fastbert")
+
+# Classes that are built anew, without "Tokenizer" and "Fast", and the type of their model in tokenizer.json.
+_BERT_KINDS = ("Bert", "ConvBert", "DistilBert", "Electra", "LayoutLM", "Lxmert", "MobileBert", "SqueezeBert",
+               "DPRContextEncoder", "DPRQuestionEncoder", "DPRReader")  # fmt: skip
+_ROBERTA_KINDS = ("Roberta", "Longformer", "LED", "Bart")
+_UNIGRAM_KINDS = ("XLMRoberta", "Camembert")
+_GENERIC = ("PreTrained", "TokenizersBackend")  # classes that take a tokenizer.json as it stands
+_MODELS = {
+    **dict.fromkeys(_BERT_KINDS, "WordPiece"),
+    **dict.fromkeys(_ROBERTA_KINDS, "BPE"),
+    **dict.fromkeys(_UNIGRAM_KINDS, "Unigram"),
+}
+_NO_SEGMENTS = ("DistilBert", "DPRReader", *_ROBERTA_KINDS, *_UNIGRAM_KINDS)
+_ROBERTA_NAMES = {
+    "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "sep_token": "</s>", "pad_token": "<pad>",
+    "cls_token": "<s>", "mask_token": "<mask>",
+}  # fmt: skip
+_CAMEMBERT_EXTRA = ["<s>NOTUSED", "</s>NOTUSED", "<unk>NOTUSED"]
+
+
+def load(src: str | os.PathLike[str], revision: str | None, overrides: dict[str, Any]) -> Source:
+    """See ``Tokenizer.from_pretrained``."""
+    known = (*NAMES, *CASING, *SETTINGS, *FLAGS, PREFIX)
+    if unknown := sorted(set(overrides) - set(known)):
+        raise TypeError(f"from_pretrained: got {', '.join(unknown)}, expected only {', '.join(known)}")
+    file = Path(os.path.expanduser(src)) if src else None
+    if file is None or not file.is_file():
+        file = resolve(src, revision=revision, weights=False) / "tokenizer.json"
+    return _Folder(file, overrides).source()
+
+
+class _Folder:
+    """The files beside a tokenizer.json or a vocab.txt, and what they say together."""
+
+    def __init__(self, file: Path, overrides: dict[str, Any]) -> None:
+        self.folder, self.overrides = file.parent, overrides
+        config, special_map, self.legacy, model = (
+            _read_json(file.with_name(name))
+            for name in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "config.json")
+        )
+        if file.suffix == ".json" and (versioned := _versioned(config.get("fast_tokenizer_files"))):
+            file = file.with_name(versioned)
+        self.file, self.vocab_file = file, file.with_name("vocab.txt") if file.suffix == ".json" else file
+        self.stored = {} if file == self.vocab_file else _read_json(file)
+        if config:
+            tell_unfollowed(config, file.with_name("tokenizer_config.json"))
+        self.decoder = config.get("added_tokens_decoder")
+        self.unknown = 3  # the id of <unk> in XLM-RoBERTa's vocabulary, whatever it holds
+        self.options = {**merged(config, special_map), **overrides}
+
+        family = _family_of(model.get("model_type"))
+        self.class_name = (
+            config.get("tokenizer_class") or model.get("tokenizer_class") or f"{family.tokenizer}Tokenizer"
+        )
+        self.kind = self.class_name.removesuffix("Fast").removesuffix("Tokenizer")
+        self.family = next((found for found in FAMILIES.values() if found.tokenizer == self.kind), family)
+        if self.kind in IN_PYTHON or self.class_name == "BertTokenizerLegacy":
+            raise ValueError(f"{self.folder}: tokenizer_class {self.class_name!r} runs in Python and is not supported")
+        self.model_type = self.stored.get("model", {}).get("type") or _model_type(self.stored.get("model", {}))
+        self.anew = self.kind in _MODELS and (not self.stored or self.model_type == _MODELS[self.kind])
+        if not self.anew and self.kind not in _GENERIC:
+            logger.warning(
+                "%s: no rules are known for tokenizer_class %r: tokenizer.json, with a %s, is taken as it stands",
+                self.folder, self.class_name, self.model_type,
+            )  # fmt: skip
+
+    def source(self) -> Source:
+        """Raises as ``Tokenizer.from_pretrained``."""
+        padding, truncation = self.stored.get("padding") or {}, self.stored.get("truncation") or {}
+        sides = {"padding_side": padding.get("direction"), "truncation_side": truncation.get("direction")}
+        defaults = {name: side.lower() for name, side in sides.items() if isinstance(side, str)}
+        names = self._names(padding.get("pad_token"))
+        contents = {name: _content(names.get(name)) for name in NAMED}
+        rust = self._rust(contents)
+        self._check_names(rust, names)
+        rust.add_tokens(self._tokens(names))
+        self._set_template(rust, contents)
+        self._tell_older(rust)
+        settings = {"model_max_length": limit_of(self.options), **flags_of(self.options)}
+        if isinstance(rust.model, BPE) and not self.options.get(
+            f"{FLAGS[1]}_for_bpe_even_though_it_will_corrupt_output"
+        ):
+            settings[FLAGS[1]] = False
+        for name in SETTINGS[1:]:
+            settings[name] = one_of(name, self.options.get(name, defaults.get(name, "right")), "right", "left")
+        public = {name: contents[name] for name in NAMES}
+        for name in NAMES:  # for reading alone, where no file names them: no token of a text becomes special by it
+            fallback = self.family.special_tokens.get(name, NAMES[name])
+            if public[name] is None and name not in self.options and rust.token_to_id(fallback) is not None:
+                public[name] = fallback
+        for name in ("unk_token", "cls_token", "sep_token"):
+            if public[name] is None:
+                raise ValueError(f"{name}: got None, which the vocabulary in {self.folder} lacks")
+        as_bert = self.anew and self.kind in _BERT_KINDS
+        prefix = None if as_bert else _prefix_of(rust)
+        return Source(rust, public, settings, as_bert, self._segments(rust), prefix)
+
+    # Names and tokens
+
+    def _names(self, stored_pad: str | None) -> dict[str, Any]:
+        """The special tokens that have a name, in the order in which transformers adds them; a str or a dict each."""
+        if not self.anew:
+            defaults = {"pad_token": stored_pad}
+        else:
+            defaults = dict(NAMES) if self.kind in _BERT_KINDS else dict(_ROBERTA_NAMES)
+        names = {name: self.options.get(name, defaults.get(name)) for name in NAMED}
+        if self.anew and self.kind == "Camembert" and isinstance(names["mask_token"], str):
+            names["mask_token"] = {"content": names["mask_token"], "lstrip": True}
+        own = {key: value for key, value in self.options.items() if is_own_token(key, value)}
+        return names | own | self.options["model_specific_special_tokens"]
+
+    def _tokens(self, names: Mapping[str, Any]) -> list[AddedToken]:
+        """What Rust is to take as whole tokens: the stored ones by id, those with a name, the extra special ones."""
+        extra = self.options["extra_special_tokens"]
+        if extra is None:
+            extra = _CAMEMBERT_EXTRA if self.anew and self.kind == "Camembert" else []
+        added = self.decoder
+        if added is None:
+            explicit = {_content(self.options.get(name)) for name in NAMED} | {_content(token) for token in extra}
+            added = {
+                i: {"content": token, "special": token in explicit, "normalized": token not in explicit}
+                for token, i in self.legacy.items()
+            }
+            added |= {token["id"]: token for token in self.stored.get("added_tokens", [])}
+        tokens = {token.content: token for token in (_added_token(added[i]) for i in sorted(added, key=int))}
+        for value in names.values():
+            if value is not None:
+                token = _added_token(value, special=True)
+                tokens.setdefault(token.content, token).special = True
+        for value in extra:
+            token = _added_token(value, special=True)
+            tokens.setdefault(token.content, token)
+        return list(tokens.values())
+
+    def _check_names(self, rust: RustTokenizer, names: Mapping[str, Any]) -> None:
+        """Raises ValueError for a token that the vocabulary lacks: transformers gives it an id past the model's."""
+        stored = [*(self.decoder or {}).values(), *self.stored.get("added_tokens", [])]
+        known = {_content(token) for token in stored} | set(self.legacy)
+        for name in NAMES:
+            value = names.get(name)
+            optional = name in ("pad_token", "mask_token") or not self.anew
+            if value is None and optional:
+                continue
+            content = _content(value)
+            if content is None or (rust.token_to_id(content) is None and content not in known):
+                raise ValueError(f"{name}: got {value!r}, which the vocabulary in {self.folder} lacks")
+
+    def _segments(self, rust: RustTokenizer) -> bool:
+        """Whether the second text of a pair has segment id 1, where the post-processor says so."""
+        inputs = self.options.get("model_input_names")
+        if inputs is not None:
+            return "token_type_ids" in inputs
+        if self.kind in _MODELS:
+            return self.kind not in _NO_SEGMENTS and self.family.segments
+        if self.family.segments and any(rust.encode("a", "a").type_ids):
+            logger.warning(
+                "%s: a pair has no segment ids, as in transformers 5: tokenizer_class %r has none unless "
+                "model_input_names names token_type_ids; transformers 4 gives them",
+                self.folder, self.class_name,
+            )  # fmt: skip
+        return False
+
+    def _tell_older(self, rust: RustTokenizer) -> None:
+        """Log what transformers 4 takes from tokenizer.json and transformers 5 does not, or the other way round."""
+        if not self.stored:
+            return
+        if self.anew:
+            try:
+                parts = parts_that_differ(self.stored, rust, self.options, self.unknown)
+            except ValueError as error:
+                raise ValueError(f"{self.file} is {error}") from error
+            if parts:
+                logger.warning(
+                    "%s: its %s: as %s of transformers 5 has it; transformers 4 takes that from tokenizer.json, which "
+                    "has another, and ids may differ", self.folder, " and ".join(parts), self.class_name,
+                )  # fmt: skip
+        elif prefix_that_differs(rust, self.options):
+            logger.warning(
+                "%s: its pre_tokenizer: as tokenizer.json has it, like transformers 5; transformers 4 takes "
+                "add_prefix_space=%s from the config", self.folder, bool(self.options.get(PREFIX, False)),
+            )  # fmt: skip
+
+    # The Rust object
+
+    def _rust(self, contents: Mapping[str, str | None]) -> RustTokenizer:
+        options, model = self.options, self.stored.get("model", {})
+        casing: dict[str, Any] = {name: options.get(name, default) for name, default in CASING.items()}
+        if self.anew and self.kind in _BERT_KINDS:
+            if self.stored and not isinstance(model.get("vocab"), dict):
+                raise ValueError(f"{self.file} holds no vocabulary")
+            vocab = model["vocab"] if self.stored else _read_vocab(self.vocab_file, contents)
+            rust = bert_pipeline(vocab, contents["unk_token"] or "", **casing)
+        elif given := sorted(set(self.overrides) & set(CASING)):
+            raise ValueError(f"{given[0]}: cannot be changed, as {self.file} is not BERT's and is used as it stands")
+        elif self.anew and (self.stored or self.kind in _ROBERTA_KINDS):
+            rust = self._byte_level(model) if self.kind in _ROBERTA_KINDS else self._unigram(model, contents)
+        elif not self.stored:
+            raise FileNotFoundError(
+                f"{self.folder}: tokenizer_class {self.class_name!r} needs a tokenizer.json, not a vocab.txt"
+            )
+        else:
+            try:
+                rust = RustTokenizer.from_file(str(self.file))
+            except Exception as error:  # tokenizers raises nothing more precise
+                raise ValueError(f"{self.file} is no tokenizer: {error}") from error
+            rust.no_truncation()
+            rust.no_padding()
+        if PREFIX in self.overrides and (not self.anew or self.kind in _BERT_KINDS):
+            raise ValueError(f"{PREFIX}: cannot be changed for tokenizer_class {self.class_name!r}")
+        return rust
+
+    def _byte_level(self, model: Mapping[str, Any]) -> RustTokenizer:
+        """RoBERTa's, of tokenizer.json or of vocab.json and merges.txt."""
+        if self.stored:
+            pairs = (pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"])
+            vocab, merges = model["vocab"], [(first, second) for first, second in pairs]
+        else:
+            paths = [self.file.with_name(name) for name in ("vocab.json", "merges.txt")]
+            if not all(path.is_file() for path in paths):
+                raise FileNotFoundError(
+                    f"{self.folder}: tokenizer_class {self.class_name!r} needs a tokenizer.json, or vocab.json and "
+                    "merges.txt, not a vocab.txt"
+                )
+            vocab, merges = BPE.read_file(*map(str, paths))
+        rust = RustTokenizer(
+            BPE(vocab, merges, dropout=None, continuing_subword_prefix="", end_of_word_suffix="", fuse_unk=False)
+        )
+        rust.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=bool(self.options.get(PREFIX, False)))
+        rust.decoder = decoders.ByteLevel()
+        return rust
+
+    def _unigram(self, model: Mapping[str, Any], contents: Mapping[str, str | None]) -> RustTokenizer:
+        """XLM-RoBERTa's and CamemBERT's. Of the stored normalizer only the table of SentencePiece is taken."""
+        vocab = [(token, score) for token, score in model["vocab"]]
+        if self.kind == "Camembert":
+            self.unknown = next((i for i, (token, _) in enumerate(vocab) if token == contents["unk_token"]), 0)
+        rust = RustTokenizer(Unigram(vocab, unk_id=self.unknown, byte_fallback=False))
+        for step in _steps(self.stored.get("normalizer"), "normalizers"):
+            if step.get("type") == "Precompiled":
+                rust.normalizer = normalizers.Precompiled(base64.b64decode(step["precompiled_charsmap"]))
+                break
+        scheme = "always" if self.options.get(PREFIX, True) else "never"
+        space = pre_tokenizers.Metaspace(replacement="\u2581", prepend_scheme=scheme)
+        rust.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), space])
+        rust.decoder = decoders.Metaspace(replacement="\u2581", prepend_scheme=scheme)
+        return rust
+
+    def _set_template(self, rust: RustTokenizer, contents: Mapping[str, Any]) -> None:
+        """The special tokens around a text and a pair, as the class has them."""
+        if not self.anew:
+            return
+        if self.kind in _BERT_KINDS:
+            set_bert_template(rust, contents["cls_token"], contents["sep_token"])
+            return
+        names = ("cls_token", "sep_token") if self.kind in _ROBERTA_KINDS else ("bos_token", "eos_token")
+        ends: list[tuple[str, int]] = []
+        for name in names:
+            token = contents[name]
+            token_id = None if token is None else rust.token_to_id(token)
+            if token is None or token_id is None:
+                raise ValueError(f"{name}: got {token!r}, which the vocabulary in {self.folder} lacks")
+            ends.append((token, token_id))
+        first, last = ends
+        if self.kind in _ROBERTA_KINDS:
+            prefix = bool(self.options.get(PREFIX, False))
+            rust.post_processor = processors.RobertaProcessing(last, first, True, prefix)
+        else:
+            rust.post_processor = processors.TemplateProcessing(
+                single=[first[0], "$A", last[0]],
+                pair=[first[0], "$A", last[0], last[0], "$B", last[0]],
+                special_tokens=[first, last],
+            )
+
+
+def _family_of(model_type: Any) -> Family:
+    """The table of a model type; BERT's where there is none, or one that is not covered."""
+    return FAMILIES.get(model_type, FAMILIES["bert"]) if isinstance(model_type, str) else FAMILIES["bert"]
+
+
+def _versioned(files: Any) -> str | None:
+    """The newest of the tokenizer files of several versions of transformers."""
+    numbered = [name for name in files or [] if re.fullmatch(r"tokenizer\.\d[\d.]*\.json", name)]
+    return max(numbered, key=lambda name: [int(part) for part in re.findall(r"\d+", name)], default=None)
+
+
+def _model_type(model: Mapping[str, Any]) -> str | None:
+    """The type of a model in an old tokenizer.json, which does not say."""
+    if "merges" in model:
+        return "BPE"
+    vocab = model.get("vocab")
+    return "Unigram" if isinstance(vocab, list) else "WordPiece" if isinstance(vocab, dict) else None
+
+
+def _steps(component: Any, key: str) -> list[dict[str, Any]]:
+    """The parts of a normalizer or pre-tokenizer of tokenizer.json, which may be a sequence."""
+    if not isinstance(component, dict):
+        return []
+    return list(component[key]) if component.get("type") == "Sequence" else [component]
+
+
+def _prefix_of(rust: RustTokenizer) -> bool | None:
+    """add_prefix_space of the pre-tokenizer, None where it has none: transformers 4 sets it to what a config says."""
+    return getattr(rust.pre_tokenizer, PREFIX, None)
+
+
+def _content(token: Any) -> str | None:
+    return token["content"] if isinstance(token, dict) else token
+
+
+def _added_token(token: str | dict[str, Any], **flags: bool) -> AddedToken:
+    fields = {"content": token} if isinstance(token, str) else {k: v for k, v in token.items() if k in TOKEN_FIELDS}
+    return AddedToken(**(fields | flags))
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    return read_json(path) if path.is_file() else {}
+
+
+def _read_vocab(path: Path, names: Mapping[str, str | None]) -> dict[str, int]:
+    """Token to line number. Of a token that stands twice the last line counts, as everywhere; special ones may not."""
+    if not path.is_file():
+        raise FileNotFoundError(f"no tokenizer in {path.parent}: looked for tokenizer.json and vocab.txt")
+    try:
+        lines = path.read_bytes().decode().split("\n")  # read_text would take a stray \r for a line's end
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8: {error}") from error
+    tokens = [line.rstrip() for line in (lines if lines[-1] else lines[:-1])]
+    for name, token in names.items():
+        if token is not None and tokens.count(token) > 1:
+            raise ValueError(f"{name}: {token!r} stands {tokens.count(token)} times in {path}, expected once")
+    vocab = {token: i for i, token in enumerate(tokens)}
+    if len(vocab) < len(tokens):
+        logger.warning(f"{path}: {len(tokens) - len(vocab)} lines repeat a token; the last of equal lines gives its id")
+    return vocab

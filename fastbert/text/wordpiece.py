@@ -1,0 +1,149 @@
+"""BERT's Rust tokenizer, and how it is trained. From the files of a checkpoint: ``tokenizer_files``."""
+
+from __future__ import annotations
+
+import json
+import logging
+import tempfile
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tokenizers import Tokenizer as RustTokenizer
+from tokenizers import decoders, normalizers, pre_tokenizers, processors, trainers
+from tokenizers.models import WordPiece
+
+from fastbert.text.tokenizer_settings import FLAGS, NAMES, SETTINGS
+
+logger = logging.getLogger("fastbert")
+
+TOKEN_FIELDS = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")
+
+
+class Source(NamedTuple):
+    """What a Tokenizer is made of."""
+
+    rust: RustTokenizer  # knows all tokens; neither pads nor truncates
+    names: dict[str, str | None]  # keys: NAMES
+    settings: dict[str, Any]  # keys: SETTINGS, FLAGS
+    as_bert: bool  # vocabulary and casing options say all there is to know, as for transformers' BertTokenizer
+    segments: bool = True  # whether the second text of a pair has segment id 1, where the post-processor says so
+    add_prefix_space: bool | None = None  # of the pre-tokenizer, where it has it
+
+
+def learn(
+    texts_or_files: Iterable[str | Path] | Path,
+    casing: dict[str, Any],
+    special_tokens: Sequence[str],
+    limit_alphabet: int | None,
+    trainer: dict[str, Any],
+) -> Source:
+    """See ``Tokenizer.train``; ``trainer`` has vocab_size, min_frequency and show_progress."""
+    if isinstance(texts_or_files, (str, bytes)):
+        raise TypeError(f"texts_or_files: got a single {type(texts_or_files).__name__}, expected texts or Paths")
+    if missing := [token for token in NAMES.values() if token not in special_tokens]:
+        raise ValueError(f"special_tokens: got {list(special_tokens)}, expected {', '.join(missing)} among them")
+    items = [texts_or_files] if isinstance(texts_or_files, Path) else texts_or_files
+    once = iter(items) is items
+    counts: Counter[str] = Counter()
+    with tempfile.TemporaryFile("w+", encoding="utf-8") as spool:
+        for text in _read_texts(items):
+            counts.update(text)
+            if once:
+                spool.write(json.dumps(text) + "\n")
+        spool.seek(0)
+        if any("\uac00" <= character <= "\ud7a3" for character in counts):
+            if casing["strip_accents"]:
+                logger.warning("strip_accents=True takes the Hangul syllables of the training text apart into Jamo")
+            elif casing["do_lower_case"]:
+                casing["strip_accents"] = False
+        rust = bert_pipeline({}, NAMES["unk_token"], **casing)
+        vocab_size = trainer["vocab_size"]
+        alphabet = _alphabet(rust, counts, vocab_size // 3 if limit_alphabet is None else limit_alphabet)
+        if not alphabet:
+            raise ValueError("texts_or_files: got no text to train on")
+        base = [*dict.fromkeys(special_tokens), *alphabet]
+        if len(base) > vocab_size:
+            raise ValueError(f"vocab_size: got {vocab_size}, but special tokens and alphabet are {len(base)}")
+        # Left to itself, the trainer numbers the alphabet in the order of a randomly seeded hash map, and breaks
+        # ties between merges by these numbers. Passed as special tokens, the alphabet has a fixed order.
+        texts = map(json.loads, spool) if once else _read_texts(items)
+        rust.train_from_iterator(texts, trainers.WordPieceTrainer(limit_alphabet=0, special_tokens=base, **trainer))
+    rust = bert_pipeline(rust.get_vocab(with_added_tokens=False), NAMES["unk_token"], **casing)
+    rust.add_special_tokens(list(special_tokens))
+    set_bert_template(rust, NAMES["cls_token"], NAMES["sep_token"])
+    settings = dict(zip(SETTINGS, (None, "right", "right"), strict=True)) | dict.fromkeys(FLAGS, False)
+    return Source(rust, dict(NAMES), settings, True)
+
+
+def bert_pipeline(
+    vocab: dict[str, int],
+    unk: str,
+    do_lower_case: bool = True,
+    strip_accents: bool | None = None,
+    tokenize_chinese_chars: bool = True,
+) -> RustTokenizer:
+    rust = RustTokenizer(WordPiece(vocab, unk_token=unk))
+    rust.normalizer = normalizers.BertNormalizer(
+        clean_text=True,
+        handle_chinese_chars=tokenize_chinese_chars,
+        strip_accents=strip_accents,
+        lowercase=do_lower_case,
+    )
+    rust.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    rust.decoder = decoders.WordPiece(prefix="##")
+    return rust
+
+
+def set_bert_template(rust: RustTokenizer, *cls_and_sep: str | None) -> None:
+    cls, sep = ((token, rust.token_to_id(token)) for token in cls_and_sep if token is not None)
+    rust.post_processor = processors.BertProcessing(sep, cls)  # type: ignore[arg-type]
+
+
+def _read_texts(items: Iterable[str | Path]) -> Iterator[str]:
+    """The texts among the items, and the lines of the files."""
+    for i, item in enumerate(items):
+        if not isinstance(item, Path):
+            check_text(item, f"texts_or_files[{i}]")
+            yield item
+            continue
+        with item.open(encoding="utf-8") as lines:
+            try:
+                yield from lines
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{item} is not UTF-8: {error}") from error
+
+
+def _alphabet(rust: RustTokenizer, counts: Counter[str], limit: int) -> list[str]:
+    """The most frequent characters after normalisation, sorted, then those that can continue a word, with ##."""
+
+    def words(text: str) -> list[str]:
+        return [word for word, _ in rust.pre_tokenizer.pre_tokenize_str(rust.normalizer.normalize_str(text))]
+
+    normalized: Counter[str] = Counter()
+    for character, n in counts.items():
+        for word in words(character):
+            normalized.update(dict.fromkeys(word, n))
+    kept = sorted(sorted(normalized, key=lambda character: (-normalized[character], character))[:limit])
+    return kept + [f"##{character}" for character in kept if len(words("a" + character)) == 1]
+
+
+def check_text(text: Any, name: str) -> None:
+    if not isinstance(text, str):
+        raise TypeError(f"{name}: got {type(text).__name__}, expected str")
+    try:
+        _ = text.isascii() or text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{name}: lone surrogate U+{ord(text[error.start]):04X} at character {error.start}, half of a UTF-16 pair "
+            "and not a character. To join halves that belong together and replace the others by U+FFFD: "
+            "text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace')"
+        ) from None
+
+
+def one_of(name: str, value: Any, *expected: Any) -> Any:
+    for choice in expected:
+        if type(value) is type(choice) and value == choice:
+            return value
+    raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(map(repr, expected))}")
