@@ -20,8 +20,10 @@ from typing import Any
 
 from pages import Block, blocks
 
-WORDS = "red green blue one two three fast slow rain sun".split()
-TEXTS = [f"A {WORDS[i % 10]} text of {WORDS[i * 3 % 10]} words, number {i}." + " And more." * (i % 5) for i in range(40)]
+WORDS = ["red", "green", "blue", "one", "two", "three", "fast", "slow", "rain", "sun"]
+TEXTS = [
+    f"A {WORDS[i % 10]} text of {WORDS[i * 3 % 10]} words, number {i}." + " And more." * (i % 5) for i in range(40)
+]
 FILES = {"texts.txt": TEXTS, "queries.txt": TEXTS[:3], "reviews.txt": TEXTS[:5]}
 SETTINGS: dict[str, Any] = {"num_hidden_layers": 2, "intermediate_size": 512}
 
