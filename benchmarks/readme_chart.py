@@ -14,6 +14,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from readme_figures import OURS_TOO
+
 from fastbert.bench.peers import OURS
 from fastbert.bench.results import OK, Results, Row
 from fastbert.bench.tables import Contest, contests, short_dtype, si, source, times
@@ -45,7 +47,7 @@ class Headline:
     def workload(self) -> str:
         """What all of them encode: the head of the chart's one panel."""
         ours = self.contest.ours
-        counts = "" if ours is None else f", {ours.items} texts of {ours.tokens:,} tokens"
+        counts = "" if ours is None else f", {ours.items} texts with {ours.tokens:,} tokens in all"
         return f"{self.contest.workload}{counts}, {short_dtype(self.contest.dtype)}"
 
     def lines(self) -> list[str]:
@@ -72,7 +74,7 @@ class Headline:
         first = f"![{self.title}. {'; '.join(self.lines())}.]({CHART.as_posix()})"
         if ours is None or ours.tokens_per_second is None:
             return first
-        peers = [row for row in self.rows if row.competitor != OURS and row.speedup is not None]
+        peers = [row for row in self.rows if row.competitor not in (OURS, *OURS_TOO) and row.speedup is not None]
         if not peers:
             return first
         nearest = min(peers, key=lambda row: row.speedup or 0.0)

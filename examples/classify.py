@@ -29,7 +29,7 @@ model.config.id2label = dict(enumerate(TRAIN))
 batch = tokenizer([text for texts in TRAIN.values() for text in texts], padding=True, return_tensors="pt")
 labels = torch.tensor([i for i, texts in enumerate(TRAIN.values()) for _ in texts])
 optimizer = torch.optim.AdamW(model.parameters(), lr=2e-4)
-for _ in range(20):
+for _ in range(12):
     loss = model(**batch, labels=labels).loss
     loss.backward()
     optimizer.step()

@@ -1,7 +1,8 @@
 """Runs the code blocks of pages in a process of its own, and writes what failed as JSON.
 
-Usage: `python run_blocks.py FOLDER OUT PAGE ...`. FOLDER is the working directory and holds a cache of the model hub
-(HF_HOME=FOLDER/hub). The models that the pages name are made there first, and so are the user's files.
+Usage: `python run_blocks.py FOLDER OUT MINILM PAGE ...`. FOLDER is the working directory. The models that the pages
+name are made first, in a cache of the model hub (HF_HOME) and in FOLDER, and so are the user's files. MINILM is the
+folder of the real weights.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pages import Block, blocks
+from docs_pages import Block, blocks
 
 WORDS = ["red", "green", "blue", "one", "two", "three", "fast", "slow", "rain", "sun"]
 TEXTS = [

@@ -10,13 +10,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import docs_pages as pages
 import pytest
 
 import helpers
-
-sys.path.append(str(Path(__file__).parent))
-
-import pages  # noqa: E402
 
 MOST_NOT_RUN = 5  # installing twice, two commands that take minutes or rewrite a page, other libraries' tests
 RUN = [page for page in pages.PAGES if any(not block.not_run for block in pages.blocks(page))]
@@ -28,7 +25,9 @@ def failures(minilm: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
     folder = tmp_path_factory.mktemp("blocks")
     out = folder / "failures.json"
     script = Path(__file__).parent / "run_blocks.py"
-    env = helpers.source_env(HF_HOME=str(folder / "hub"), HF_HUB_OFFLINE="1", XDG_CACHE_HOME=str(folder / "cache"))
+    env = helpers.source_env(
+        HF_HOME=str(folder / "hub"), HF_HUB_OFFLINE="1", CUDA_VISIBLE_DEVICES="", XDG_CACHE_HOME=str(folder / "cache")
+    )
     env.pop("TRITON_INTERPRET", None)
     done = subprocess.run(
         [sys.executable, script, folder, out, minilm, *RUN], env=env, capture_output=True, text=True, timeout=1200

@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import re
-import sys
 from pathlib import Path
 
+import docs_pages as pages
 import pytest
-
-sys.path.append(str(Path(__file__).parent))
-
-import pages  # noqa: E402
 
 LONGEST_README = 160
 LINK = re.compile(r"(?<!\\)\]\(([^)\s]+)\)")

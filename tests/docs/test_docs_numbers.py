@@ -79,10 +79,19 @@ def test_headline_is_the_newest_contest_of_throughput():
     text = {"suite": "text", "setting": "throughput", "model": "MiniLM"}
     old = results(contest(ratios={"eager": 9.0}, **text), date="2025-01-01 00:00 UTC")
     latency = contest("text", setting="latency", ratios={"eager": 7.0})
-    new = results(contest(ratios={"eager": 5.0}), latency, contest(ratios={"slow": 2.0, "fast": 0.5}, **text))
+    new = results(
+        contest(ratios={"eager": 5.0}),
+        latency,
+        contest(ratios={"slow": 2.0, "fast": 0.5, "fastbert int8": 0.4}, **text),
+    )
     newest = results(contest(), date="2026-03-01 00:00 UTC")
     headline = readme_chart.headline({Path("a"): newest, Path("b"): new, Path("c"): old})
-    lines = ["fast: 2.05 M tokens/s", "fastbert: 1.02 M tokens/s", "slow: 512 k tokens/s"]
+    lines = [
+        "fastbert int8: 2.56 M tokens/s",
+        "fast: 2.05 M tokens/s",
+        "fastbert: 1.02 M tokens/s",
+        "slow: 512 k tokens/s",
+    ]
     assert headline.lines() == lines
     caption = headline.caption()
     assert "0.50× as many as the fastest other, fast." in caption and "Planted H100, 2026-02-01" in caption

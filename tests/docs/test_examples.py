@@ -26,7 +26,7 @@ PRINTS = {  # a line, or a part of one, that shows that the script did what it i
 
 def run(name: str, *arguments: str | Path) -> str:
     """Standard output of a script that must succeed, in a process of its own."""
-    env = helpers.source_env(HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1")
+    env = helpers.source_env(HF_HUB_OFFLINE="1", CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1")
     env.pop("TRITON_INTERPRET", None)
     command = [sys.executable, EXAMPLES / f"{name}.py", *arguments]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
