@@ -53,7 +53,6 @@ LONG: set[str] = {
     "kernels/fastbert_kernels/offline.py",
 }
 LONG_TESTS: set[str] = {
-    "tests/bench/test_bench_report.py",
     "tests/checkpoint/test_checkpoint.py",
     "tests/cli/test_cli.py",
     "tests/diagnostics/test_verify.py",
