@@ -21,6 +21,7 @@ LAYERS: list[set[str]] = [
     {"fastbert_kernels"},
     {
         "_version",
+        "fastbert",
         "tracing",
         "activations",
         "derived",
