@@ -22,7 +22,7 @@ def read_version() -> str:
 
 
 # The C++ kernels of fastbert_kernels.cpu: the same sources for each instruction set, of which the one that fits the
-# processor is loaded. They use nothing of Python and PyTorch, so that one build does for all versions of both, and they are
+# processor is loaded. They use nothing of Python and PyTorch, so that one build does for all versions of both. They are
 # optional: without a compiler, the installation goes on, and PyTorch's operations take their place.
 CPU_KERNELS = "kernels/fastbert_kernels/cpu"
 CPU_SOURCES = ("attention", "encoder", "encoder_int8", "ids", "linear", "linear_int8", "pooling", "samples")

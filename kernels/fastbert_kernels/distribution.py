@@ -1,7 +1,8 @@
 """The check that the package `fastbert` is the one of the distribution fastbert-engine.
 
-On PyPI the distribution `fastbert` is another project. It installs a package `fastbert` too, so pip lets the two overwrite
-each other's files without a word. The check lies in this package, because the other project has none of this name.
+On PyPI the distribution `fastbert` is another project. It installs a package `fastbert` too, so pip lets the two
+overwrite each other's files without a word. The check lies in this package, because the other project has none of this
+name.
 
 What each state leads to:
 
