@@ -1,0 +1,274 @@
+"""BERT and its heads as the reference computes them, on padded (B, S) inputs, without dropout."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from fastbert.checkpoint.activations import ACTIVATIONS
+from fastbert.checkpoint.families import COLUMN, family_of
+from fastbert.reference.ops import (
+    embedding_layer_norm,
+    layer_norm,
+    linear,
+)
+
+if TYPE_CHECKING:
+    from fastbert.checkpoint.config import BertConfig
+
+TASKS = (
+    "pre_training",
+    "masked_lm",
+    "next_sentence",
+    "sequence_classification",
+    "multiple_choice",
+    "token_classification",
+    "question_answering",
+)
+# task -> what follows "For" in the name of its class
+_CLASSES = {
+    "pre_training": "PreTraining",
+    "masked_lm": "MaskedLM",
+    "next_sentence": "NextSentencePrediction",
+    "sequence_classification": "SequenceClassification",
+    "multiple_choice": "MultipleChoice",
+    "token_classification": "TokenClassification",
+    "question_answering": "QuestionAnswering",
+}
+
+
+@dataclass(frozen=True)
+class BertReference:
+    """What `bert` returns. Rows at padding positions are zero everywhere."""
+
+    last_hidden_state: Tensor  # (B, S, H)
+    pooler_output: Tensor | None  # (B, H), None without a pooler
+    hidden_states: tuple[Tensor, ...]  # L+1 of (B, S, H): the embeddings, then each layer
+    attentions: tuple[Tensor, ...]  # L of (B, N, S, S), or () when not asked for
+
+
+def bert(
+    params: Mapping[str, Tensor],
+    config: BertConfig,
+    input_ids: Tensor | None = None,
+    attention_mask: Tensor | None = None,
+    token_type_ids: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    inputs_embeds: Tensor | None = None,
+    *,
+    prefix: str = "",
+    dtype: torch.dtype = torch.float64,
+    output_attentions: bool = True,
+) -> BertReference:
+    """The BERT encoder, or one of its family, without dropout. Devlin et al., arXiv:1810.04805.
+
+    `params` maps the state-dict names of fastbert.models.bert, which are those of transformers' BERT, each behind
+    `prefix` ("bert." under a head), to tensors, which are cast to `dtype` as they are used, on the device where the
+    inputs are too. Inputs: `input_ids` (B, S) or `inputs_embeds` (B, S, H), one of them; `attention_mask` (B, S),
+    nonzero = valid, default all valid; `token_type_ids` and `position_ids` (B, S) or broadcasting to it, default 0 and
+    `default_positions`. Where the params have an `embeddings_project`, the embeddings go through it (Clark et al.,
+    "ELECTRA", arXiv:2003.10555).
+
+    Whatever stands at a padding position changes nothing but RoBERTa's default positions after it: no output depends
+    on it, and the row there is zero in every hidden state, as are the rows and columns of the attentions. The pooler
+    reads the first valid token of each row, or a zero vector where there is none. `output_attentions=False` saves the
+    memory of the attentions.
+
+    Raises ValueError for both or neither of input_ids and inputs_embeds, for a mask of another shape and for an
+    unknown hidden_act; KeyError naming a missing parameter.
+    """
+
+    def p(name: str) -> Tensor:
+        return params[prefix + name].to(dtype)
+
+    def dense(name: str, x: Tensor, activation: str | None = None) -> Tensor:
+        return linear(x, p(f"{name}.weight"), p(f"{name}.bias"), activation)
+
+    def add_norm(name: str, x: Tensor, residual: Tensor) -> Tensor:
+        norm = f"{name}.LayerNorm"
+        return layer_norm(x + residual, p(f"{norm}.weight"), p(f"{norm}.bias"), config.layer_norm_eps)
+
+    activation = _activation(config)
+    valid = _valid_tokens(input_ids, inputs_embeds, attention_mask)  # (B, S)
+    padding = ~valid[:, :, None]  # (B, S, 1)
+    both_valid = valid[:, None, :, None] & valid[:, None, None, :]  # (B, 1, S, S): query, key
+
+    if position_ids is None:
+        position_ids = default_positions(config, input_ids, valid.shape, valid.device)
+    if token_type_ids is None:
+        token_type_ids = torch.zeros_like(position_ids)
+    x = embedding_layer_norm(
+        None if input_ids is None else input_ids.masked_fill(~valid, 0),
+        token_type_ids.expand_as(valid).masked_fill(~valid, 0),
+        position_ids.expand_as(valid).masked_fill(~valid, 0),
+        p("embeddings.word_embeddings.weight"),
+        p("embeddings.position_embeddings.weight"),
+        p("embeddings.token_type_embeddings.weight") if family_of(config.model_type).token_types else None,
+        p("embeddings.LayerNorm.weight"),
+        p("embeddings.LayerNorm.bias"),
+        config.layer_norm_eps,
+        None if inputs_embeds is None else inputs_embeds.to(dtype).masked_fill(padding, 0),
+    )
+    if f"{prefix}embeddings_project.weight" in params:
+        x = dense("embeddings_project", x)
+    x = x.masked_fill(padding, 0)
+
+    hidden_states, attentions = [x], []
+    for i in range(config.num_hidden_layers):
+        layer = f"encoder.layer.{i}"
+        q, k, v = (
+            dense(f"{layer}.attention.self.{name}", x).unflatten(-1, (config.num_attention_heads, -1)).transpose(1, 2)
+            for name in ("query", "key", "value")
+        )  # (B, N, S, D)
+        scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
+        # The lowest finite number, not -inf: a query at padding has no valid key, and its softmax stays finite so.
+        scores = scores.masked_fill(~both_valid, torch.finfo(dtype).min)
+        probabilities = torch.softmax(scores, dim=-1).masked_fill(~both_valid, 0)
+        context = (probabilities @ v).transpose(1, 2).flatten(2)  # (B, S, H)
+        x = add_norm(f"{layer}.attention.output", dense(f"{layer}.attention.output.dense", context), x)
+        inner = dense(f"{layer}.intermediate.dense", x, activation)  # (B, S, I)
+        x = add_norm(f"{layer}.output", dense(f"{layer}.output.dense", inner), x).masked_fill(padding, 0)
+        hidden_states.append(x)
+        if output_attentions:
+            attentions.append(probabilities)
+
+    pooled = None
+    if f"{prefix}pooler.dense.weight" in params:
+        is_first = valid & (valid.cumsum(dim=1) == 1)
+        first = x.masked_fill(~is_first[:, :, None], 0).sum(dim=1)  # (B, H)
+        pooled = torch.tanh(dense("pooler.dense", first))
+    return BertReference(x, pooled, tuple(hidden_states), tuple(attentions))
+
+
+def default_positions(config: BertConfig, input_ids: Tensor | None, shape: torch.Size, device: torch.device) -> Tensor:
+    """Positions of tokens where none are given, (B, S) or broadcasting to it; shape: (B, S).
+
+    BERT's are the column index. RoBERTa's begin at the padding id + 1 and count on, in each row, for every id that is
+    not the padding id, whatever the mask says; one that is has the padding id as its position. Without ids every column
+    counts. Source: make_positions of fairseq, create_position_ids_from_input_ids of transformers.
+    """
+    columns = torch.arange(shape[1], device=device)
+    if family_of(config.model_type).positions == COLUMN:
+        return columns
+    assert config.pad_token_id is not None
+    if input_ids is None:
+        return columns + config.pad_token_id + 1
+    counts = input_ids != config.pad_token_id
+    return counts.cumsum(dim=1) * counts + config.pad_token_id
+
+
+def head(
+    task: str,
+    params: Mapping[str, Tensor],
+    config: BertConfig,
+    input_ids: Tensor | None = None,
+    attention_mask: Tensor | None = None,
+    token_type_ids: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    inputs_embeds: Tensor | None = None,
+    *,
+    dtype: torch.dtype = torch.float64,
+) -> dict[str, Tensor]:
+    """The logits of BERT, or one of its family, with one of its seven heads, under the field names of our outputs.
+
+    task                      result
+    "pre_training"            prediction_logits (B, S, V), seq_relationship_logits (B, 2)
+    "masked_lm"               logits (B, S, V)
+    "next_sentence"           logits (B, 2): 0 = is next, 1 = random
+    "sequence_classification" logits (B, labels)
+    "multiple_choice"         logits (B, choices); every input carries the choices: (B, choices, S)
+    "token_classification"    logits (B, S, labels)
+    "question_answering"      start_logits (B, S), end_logits (B, S)
+
+    Arguments as in `bert`, with the encoder's parameters behind "bert.". Logits at padding positions are zero. The
+    language model's decoder is `cls.predictions.decoder` where `params` has it, else the word embeddings with
+    `cls.predictions.bias`. Raises what `bert` does, and ValueError for another task, or one that the family lacks.
+    """
+    if task not in TASKS:
+        raise ValueError(f"task: got {task!r}, expected one of {', '.join(TASKS)}")
+
+    def dense(name: str, x: Tensor, activation: str | None = None) -> Tensor:
+        return linear(x, params[f"{name}.weight"].to(dtype), params[f"{name}.bias"].to(dtype), activation)
+
+    family_head = family_of(config.model_type).head(_CLASSES[task])
+
+    def pooled() -> Tensor:
+        if encoded.pooler_output is None:
+            raise KeyError(f"bert.pooler.dense.weight: missing from params, needed for {task}")
+        return encoded.pooler_output
+
+    def vocabulary(x: Tensor) -> Tensor:
+        x = dense("cls.predictions.transform.dense", x, family_head.activation or _activation(config))
+        norm = "cls.predictions.transform.LayerNorm"
+        x = layer_norm(x, params[f"{norm}.weight"].to(dtype), params[f"{norm}.bias"].to(dtype), config.layer_norm_eps)
+        weight = params.get("cls.predictions.decoder.weight", params["bert.embeddings.word_embeddings.weight"])
+        bias = params.get("cls.predictions.decoder.bias")
+        bias = params["cls.predictions.bias"] if bias is None else bias
+        return linear(x, weight.to(dtype), bias.to(dtype)).masked_fill(padding, 0)
+
+    choices: tuple[int, ...] = ()
+    if task == "multiple_choice":
+        choices = _first_given(input_ids, inputs_embeds).shape[:2]
+        input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds = (
+            x if x is None or x.dim() < 3 else x.flatten(0, 1)
+            for x in (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
+        )
+    inputs = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
+    encoded = bert(params, config, *inputs, prefix="bert.", dtype=dtype, output_attentions=False)
+    tokens = encoded.last_hidden_state
+    padding = ~_valid_tokens(input_ids, inputs_embeds, attention_mask)[:, :, None]
+
+    if task == "pre_training":
+        next_sentence = dense("cls.seq_relationship", pooled())
+        return {"prediction_logits": vocabulary(tokens), "seq_relationship_logits": next_sentence}
+    if task == "masked_lm":
+        return {"logits": vocabulary(tokens)}
+    if task == "next_sentence":
+        return {"logits": dense("cls.seq_relationship", pooled())}
+    if task == "sequence_classification" and family_head.activation is not None:  # RoBERTa's and others'
+        valid = ~padding[:, :, 0]
+        is_first = valid & (valid.cumsum(dim=1) == 1)
+        first = tokens.masked_fill(~is_first[:, :, None], 0).sum(dim=1)
+        if family_head.activation == "tanh":
+            first = torch.tanh(dense("classifier.dense", first))
+        else:
+            first = dense("classifier.dense", first, family_head.activation)
+        return {"logits": dense("classifier.out_proj", first)}
+    if task == "sequence_classification":
+        return {"logits": dense("classifier", pooled())}
+    if task == "multiple_choice":
+        return {"logits": dense("classifier", pooled()).reshape(choices)}
+    if task == "token_classification":
+        return {"logits": dense("classifier", tokens).masked_fill(padding, 0)}
+    start, end = dense("qa_outputs", tokens).masked_fill(padding, 0).unbind(dim=-1)
+    return {"start_logits": start, "end_logits": end}
+
+
+def _activation(config: BertConfig) -> str:
+    if config.hidden_act not in ACTIVATIONS:
+        raise ValueError(f"hidden_act: got {config.hidden_act!r}, expected one of {', '.join(ACTIVATIONS)}")
+    return ACTIVATIONS[config.hidden_act]
+
+
+def _first_given(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
+    if input_ids is not None and inputs_embeds is None:
+        return input_ids
+    if inputs_embeds is not None and input_ids is None:
+        return inputs_embeds
+    got = "neither" if input_ids is None else "both"
+    raise ValueError(f"input_ids, inputs_embeds: got {got}, expected exactly one of them")
+
+
+def _valid_tokens(input_ids: Tensor | None, inputs_embeds: Tensor | None, attention_mask: Tensor | None) -> Tensor:
+    """(B, S) bool, true at valid positions."""
+    given = _first_given(input_ids, inputs_embeds)
+    if attention_mask is None:
+        return torch.ones(given.shape[:2], dtype=torch.bool, device=given.device)
+    if attention_mask.shape != given.shape[:2]:
+        got, expected = tuple(attention_mask.shape), tuple(given.shape[:2])
+        raise ValueError(f"attention_mask: got shape {got}, expected {expected}")
+    return attention_mask != 0

@@ -1,0 +1,486 @@
+"""`fastbert tune` with a clock that is not one: what is timed, chosen, written, and gone by afterwards."""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import re
+import time
+from contextlib import nullcontext
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastbert import BertConfig, BertModel
+from fastbert.cli import commands
+from fastbert.cli.main import main
+from fastbert.diagnostics.explain.entry import explain
+from fastbert.tune import jobs as tune_jobs
+from fastbert.tune import search as tune
+from fastbert.tune.jobs import Candidate
+from fastbert_kernels import launch, tables
+
+CONFIG = BertConfig(hidden_size=32, intermediate_size=48, num_attention_heads=2, num_hidden_layers=1, vocab_size=50)
+GPU, ARCH = "Test GPU 80GB", 80
+TILE = {"BLOCK_ROWS": 64, "BLOCK_COLS": 32, "BLOCK_K": 32, "GROUP_ROWS": 4, "num_warps": 4, "num_stages": 2}
+SMALL = Candidate("linear", tuple(sorted(TILE.items())))
+
+
+@pytest.fixture(autouse=True)
+def machine(tmp_path, monkeypatch):
+    """A machine with one GPU, by its tables, and an empty cache; `machine(...)` makes it another."""
+
+    def change(*gpus):
+        monkeypatch.setattr(tables, "gpus", lambda: list(gpus))
+        tables.use_table(None)
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    change((GPU, ARCH))
+    yield change
+    monkeypatch.undo()
+    tables.use_table(None)
+
+
+def jobs(**changes):
+    return tune_jobs.jobs([("tiny", CONFIG)], [torch.bfloat16], **{"arch": ARCH, **changes})
+
+
+def job(epilogue, candidates):
+    """One GEMM of the tiny model with a few candidates."""
+    (found,) = [j for j in jobs(only=["gemm"]) if j.epilogue == epilogue and j.sizes != (48, 32)]
+    return tune_jobs.Job(found.op, found.key, found.what, found.dtype, found.sizes, epilogue, tuple(candidates))
+
+
+def clock(seconds):
+    """A timer that gives each candidate `seconds(name, number of calls before)`, and runs nothing."""
+    calls = []
+
+    def timer(runs, device):
+        calls.append(list(runs))
+        return {name: seconds(name, len(calls) - 1) for name in runs}
+
+    return timer
+
+
+def table(**changes):
+    found = {"version": 1, "arch": ARCH, "device": GPU, "date": "2026-01-02", "source": "a test"}
+    entries = {
+        "linear": {"float16/32x96/none": TILE},
+        "gemm": {
+            "float16/32x96/none": {"kernel": "linear", "ours": "linear"},
+            "float16/32x48/gelu": {"kernel": "cublas"},
+        },
+    }
+    return {**found, **entries, **changes}
+
+
+def cache(content, name=GPU):
+    path = tables.cache_folder() / tables.file_name(name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    tables.forget()
+    return path
+
+
+def test_jobs():
+    """A shape of a layer that is not tuned, one that is tuned twice, or a key with a number of tokens in it."""
+    found = jobs()
+    assert [(j.op, j.key) for j in found] == [
+        ("gemm", "float16/32x96/none"),
+        ("gemm", "float16/32x32/residual"),
+        ("gemm", "float16/32x48/gelu"),
+        ("gemm", "float16/48x32/residual"),
+        ("attention", "float16/16"),
+    ]
+    assert len(tune_jobs.jobs([("a", CONFIG), ("b", CONFIG)], [torch.bfloat16, torch.float16], ARCH)) == len(found)
+    assert len(tune_jobs.jobs(tune_jobs.default_models(), [torch.bfloat16, torch.float32], 90)) == 2 * (3 * 4 + 2)
+    assert {j.op for j in jobs(only=["attention"])} == {"attention"}
+
+
+@pytest.mark.parametrize("arch", sorted(launch.SHARED_MEMORY))
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_candidates(arch, dtype):
+    """A comparison without cuBLAS or today's tile, a tile twice, or descriptors where there are none."""
+    for found in tune_jobs.jobs(tune_jobs.default_models(), [dtype], arch):
+        candidates = found.candidates
+        assert len(set(candidates)) == len(candidates) > 3
+        kernels = {c.kernel for c in candidates}
+        if found.op == "attention":
+            today = launch.attention_config(dtype, found.sizes[1], arch).block_sizes
+            assert candidates[0].sizes == {k: v for k, v in today.items() if k != "BLOCK_D"}
+            continue
+        assert kernels == {"cublas", "linear"} | (
+            {"linear_persistent"} if arch in (90, 100) and dtype.itemsize == 2 else set()
+        )
+        ours = launch.gemm(dtype, arch, found.sizes, found.epilogue)
+        assert Candidate(ours.ours, tuple(sorted(ours.config.block_sizes.items()))) in candidates
+        assert any(c.sizes.get("WARP_SPECIALIZE") for c in candidates) == (arch == 90 and dtype.itemsize == 2)
+        # Whether epilogues have a tile of which each thread holds 128 sums.
+        sums = {c.sizes["BLOCK_ROWS"] * c.sizes["BLOCK_COLS"] // (32 * c.sizes["num_warps"]) for c in candidates[1:]}
+        assert (max(sums) >= 128) == (dtype.itemsize == 2 and found.epilogue != "residual")
+
+
+@pytest.mark.parametrize("arch", sorted(launch.SHARED_MEMORY))
+def test_candidates_of_8_bit_linears(arch):
+    """A comparison without today's kernel and tile, descriptors where there are none, or fp8 on a GPU without it."""
+    found = tune_jobs.jobs(tune_jobs.default_models(), [], arch, precisions=("fp8", "int8"))
+    classes = {"int8"} | ({"float8"} if arch >= 89 else set())
+    assert {j.key.split("/")[0] for j in found} == classes and {j.op for j in found} == {"quantized_gemm"}
+    assert len(found) == 12 * len(classes)
+    for job in found:
+        assert len(set(job.candidates)) == len(job.candidates) > 3
+        persistent = arch == 90 or (arch == 100 and job.dtype != torch.int8)
+        kernels = {"quantized_linear"} | ({"quantized_linear_persistent"} if persistent else set())
+        assert {c.kernel for c in job.candidates} == kernels
+        out_dtype = job.dtype if job.epilogue == "gelu" else torch.bfloat16
+        ours = launch.quantized_gemm(job.dtype, arch, job.sizes, job.group, out_dtype)
+        assert ours.ours == ("quantized_linear_persistent" if persistent else "quantized_linear")
+        assert Candidate(ours.ours, tuple(sorted(ours.config.block_sizes.items()))) in job.candidates
+        for candidate in job.candidates:
+            step = candidate.sizes["BLOCK_K"]
+            assert job.group is None or job.group % step == 0 or step == 32
+            assert job.epilogue != "gelu" or candidate.sizes["BLOCK_COLS"] % 128 == 0
+        assert any(c.sizes.get("WARP_SPECIALIZE") for c in job.candidates) == (arch == 90)
+
+
+@pytest.mark.parametrize(("precision", "arch"), [("fp8", 90), ("int8", 90), ("int8", ARCH)])
+def test_8_bit_linears(precision, arch, monkeypatch, device):
+    """A candidate that computes something else than the model does; a choice that is not gone by."""
+    config = BertConfig(hidden_size=32, intermediate_size=160, num_attention_heads=1)
+    monkeypatch.setattr(launch, "arch", lambda device: arch)
+    monkeypatch.setattr(tables, "gpus", lambda: [(GPU, arch)])
+    found = tune_jobs.jobs([("tiny", config)], [], arch, precisions=[precision])
+    first = "quantized_linear"  # the slower one without a table
+    timer = clock(lambda name, call: 1.0 if name.startswith(f"{first} ") else 2.0)
+    outcomes = tune.tune(found, device, [40], timer=timer, say=lambda text: None)
+    for outcome in outcomes:
+        assert outcome.rejected == {} and list(outcome.seconds) == list(outcome.job.candidates)
+        assert "quantized_linear" in str(outcome)
+    made = tune.table_of(outcomes, GPU, arch, [40], date="2026-01-02")
+    tune.write(made, tables.cache_folder() / tables.file_name(GPU))
+    assert len(made["quantized_gemm"]) == len(made[first]) == 4 and made["gemm"] == {}
+    for job in found:
+        out_dtype = job.dtype if job.epilogue == "gelu" else torch.bfloat16
+        chosen = launch.quantized_gemm(job.dtype, arch, job.sizes, job.group, out_dtype)
+        assert (chosen.choice, chosen.ours) == (first, first) and "measured on" in chosen.choice_source
+        assert chosen.config.block_sizes == made[first][job.key]
+    report = explain(BertModel(config, precision=precision).eval(), arch=arch, dtype="bfloat16")
+    rows = [row for row in report.rows if row.op == "quantized_linear"]
+    assert {row.kernel for row in rows} == {f"fastbert_kernels.{first}"}
+    assert all(row.source.count("measured on Test GPU") == 2 for row in rows)
+    again = tune.table_of(outcomes[:1], GPU, arch, [40], before=made)
+    assert again["quantized_gemm"] == made["quantized_gemm"]
+
+
+def test_every_candidate_of_a_layer_is_right(capsys, device):
+    """A way of running a candidate that computes something else than the model does, in any op."""
+    outcomes = tune.tune(jobs(), device, [64], timer=clock(lambda name, call: 1.0), say=lambda text: None)
+    for outcome in outcomes:
+        assert outcome.rejected == {} and list(outcome.seconds) == list(outcome.job.candidates)
+
+
+def test_the_clock(device, monkeypatch):
+    """A clock that times one candidate for another, or none."""
+    monkeypatch.setattr(tune, "ROUNDS", 3)
+    runs = {str(n): (lambda n=n: time.sleep(n / 1000)) for n in (1, 4)}
+    seconds = tune.cuda_timer(runs, torch.device("cpu"))
+    assert 0.001 <= seconds["1"] < 0.004 <= seconds["4"]
+    (outcome,) = tune.tune([job("none", [Candidate("cublas"), SMALL])], device, [16], say=lambda text: None)
+    assert all(len(found) == 1 and found[0] > 0 for found in outcome.seconds.values()) and len(outcome.seconds) == 2
+
+
+@pytest.mark.gpu
+def test_on_a_gpu():
+    """A candidate that the GPU refuses, or a clock that gives nothing."""
+    arch = launch.arch(torch.device("cuda"))
+    config = BertConfig(hidden_size=384, intermediate_size=1536, num_attention_heads=12)
+    found = tune_jobs.jobs([("MiniLM", config)], [torch.bfloat16], arch)
+    for outcome in tune.tune(found, torch.device("cuda"), [256], say=lambda text: None):
+        assert outcome.best() is not None and all(seconds[0] > 0 for seconds in outcome.seconds.values())
+        assert not any(reason.startswith("wrong") for reason in outcome.rejected.values())
+
+
+def test_choice_over_numbers_of_tokens(device):
+    """A choice by one number of tokens, or by the sum, in which the largest alone counts."""
+    # Twice as fast at the two small sizes, a third slower at the large one.
+    times = {"cublas": (2e-6, 4e-6, 3e-4), str(SMALL): (1e-6, 2e-6, 4e-4)}
+    (outcome,) = tune.tune(
+        [job("none", [Candidate("cublas"), SMALL])], device, [16, 32, 48], timer=clock(lambda n, i: times[n][i]),
+        say=lambda text: None,
+    )  # fmt: skip
+    assert outcome.best() == SMALL and outcome.best("cublas") == Candidate("cublas")
+    assert outcome.seconds[SMALL] == [1e-6, 2e-6, 4e-4]
+    made = tune.table_of([outcome], GPU, ARCH, [16, 32, 48], date="2026-01-02")
+    entry = made["gemm"]["float16/32x96/none"]
+    assert entry == {
+        "kernel": "linear", "ours": "linear",
+        "microseconds": {"cublas": [2.0, 4.0, 300.0], "linear": [1.0, 2.0, 400.0]},
+    }  # fmt: skip
+    assert made["linear"] == {"float16/32x96/none": TILE}
+    assert (made["device"], made["arch"], made["date"]) == (GPU, ARCH, "2026-01-02") and "tokens" in made["source"]
+
+
+def test_wrong_and_failing_candidates_are_left_out(monkeypatch, device):
+    """A kernel that is fastest because it is wrong, or one broken tile that ends the command."""
+    tiles = {n: Candidate("linear", tuple(sorted({**TILE, "GROUP_ROWS": n}.items()))) for n in (1, 2, 4)}
+    call = tune_jobs.Work.call
+
+    def planted(self, candidate):
+        run = call(self, candidate)
+        if candidate == tiles[1]:
+            return lambda: run() * 1.02
+        return (
+            run if candidate != tiles[2] else lambda: (_ for _ in ()).throw(RuntimeError("no room\nout of resources"))
+        )
+
+    monkeypatch.setattr(tune_jobs.Work, "call", planted)
+    said = []
+    (outcome,) = tune.tune(
+        [job("gelu", [Candidate("cublas"), *tiles.values()])], device, [16],
+        timer=clock(lambda n, i: 1.0 if n == "cublas" else 0.5), say=said.append,
+    )  # fmt: skip
+    assert list(outcome.seconds) == [Candidate("cublas"), tiles[4]] and outcome.best() == tiles[4]
+    assert outcome.rejected[tiles[1]].startswith("wrong: error 0.0") and "bound" in outcome.rejected[tiles[1]]
+    assert outcome.rejected[tiles[2]] == "RuntimeError: out of resources"
+    assert "left out" in said[0]
+
+
+def test_table_is_gone_by(monkeypatch, device):
+    """A table that is written and not read, or read for another shape; a report that does not show its source."""
+    times = {"cublas": 3.0, str(SMALL): 2.0}
+    outcomes = tune.tune(
+        [job("none", [Candidate("cublas"), SMALL]), job("gelu", [Candidate("cublas"), SMALL])], device, [16, 32],
+        timer=clock(lambda n, i: times[n] if i < 2 else 1.0 / times[n]), say=lambda text: None,
+    )  # fmt: skip
+    before = launch.gemm(torch.bfloat16, ARCH, (32, 96), "none")
+    path = tables.cache_folder() / tables.file_name(GPU)
+    tune.write(tune.table_of(outcomes, GPU, ARCH, [16, 32], date="2026-01-02"), path)
+    assert path.name == "test-gpu-80gb.json" and before.choice is None
+    found = launch.gemm(torch.bfloat16, ARCH, (32, 96), "none")
+    assert (found.choice, found.ours, found.config.block_sizes) == ("linear", "linear", TILE)
+    assert found.choice_source == f"{path} (measured on {GPU}, 2026-01-02)"
+    # cuBLAS was the faster one here; ours is known all the same, for where cuBLAS may not be taken.
+    found = launch.gemm(torch.float16, ARCH, (32, 48), "gelu_tanh")
+    assert (found.choice, found.config.block_sizes) == ("cublas", TILE)
+    assert launch.gemm(torch.bfloat16, ARCH, (32, 97), "none").config.block_sizes != TILE
+    assert launch.gemm(torch.float32, ARCH, (32, 96), "none").choice is None
+    report = explain(BertModel(CONFIG).eval(), arch=ARCH, dtype="bfloat16")
+    rows = {row.module: row for row in report.rows if row.op == "linear"}
+    qkv, up = rows["encoder.layer.0.attention.self.query+key+value"], rows["encoder.layer.0.intermediate.dense"]
+    assert (qkv.kernel, qkv.block_sizes) == ("fastbert_kernels.linear", TILE) and str(path) in qkv.source
+    assert "cuBLAS" in up.kernel and "measured on Test GPU" in up.source
+    with launch.recording(ARCH):
+        assert "tuned/sm_80.json" in launch.linear_config(torch.bfloat16, ARCH, (32, 96)).source
+
+
+def test_attention_table(device):
+    """A tile of the attention that is timed but not taken."""
+    (found,) = jobs(only=["attention"])
+    fastest = found.candidates[3]
+    (outcome,) = tune.tune(
+        [found], device, [64], timer=clock(lambda n, i: 1.0 if n == str(fastest) else 2.0), say=lambda text: None
+    )
+    tune.write(tune.table_of([outcome], GPU, ARCH, [64]), tables.cache_folder() / tables.file_name(GPU))
+    assert launch.attention_config(torch.float16, 16, ARCH).block_sizes == {**fastest.sizes, "BLOCK_D": 16}
+    assert "sm_80.json" in launch.attention_config(torch.float16, 64, ARCH).source
+
+
+def test_earlier_shapes_stay(caplog, device):
+    """A second run, for another model, that forgets the first; a broken table that stops the command."""
+    (outcome,) = tune.tune(
+        [job("gelu", [Candidate("cublas"), SMALL])], device, [16], timer=clock(lambda n, i: 1.0), say=lambda text: None
+    )
+    path = cache(table())
+    made = tune.table_of([outcome], GPU, ARCH, [16], before=tune.earlier(path, GPU, ARCH))
+    assert made["linear"]["float16/32x96/none"] == TILE and set(made["gemm"]) == set(table()["gemm"])
+    assert made["gemm"]["float16/32x48/gelu"] != table()["gemm"]["float16/32x48/gelu"]
+    for content in ("{", table(device="Another GPU"), table(version=0)):
+        caplog.clear()
+        assert tune.earlier(cache(content), GPU, ARCH) is None
+        assert str(path) in caplog.text and "it will be replaced" in caplog.text
+    path.unlink()
+    assert tune.earlier(path, GPU, ARCH) is None
+
+
+BAD = {
+    "not a readable table": "{",
+    "expected a table of block sizes of version 1": {**table(), "version": 99},
+    "made for Another GPU (sm_80), but this GPU is Test GPU 80GB (sm_80)": table(device="Another GPU"),
+    "made for Test GPU 80GB (sm_90)": table(arch=90),
+    "linear: expected an object": table(linear=[]),
+    "linear -> x: lacks BLOCK_COLS": table(linear={"x": {k: 1 for k in TILE if k != "BLOCK_COLS"}}),
+    "linear -> x: expected whole numbers, got BLOCK_K = '32'": table(linear={"x": {**TILE, "BLOCK_K": "32"}}),
+    "gemm -> x: expected kernel of": table(gemm={"x": {"kernel": "mkl"}}),
+}
+
+
+@pytest.mark.parametrize("problem", BAD)
+def test_bad_table_in_the_cache(problem, caplog):
+    """A broken table in the cache that stops a model, or is left without a word."""
+    path = cache(BAD[problem])
+    with caplog.at_level(logging.WARNING, "fastbert"):
+        assert "tuned/sm_80.json" in launch.linear_config(torch.bfloat16, ARCH).source
+        launch.attention_config(torch.bfloat16, 64, ARCH)
+    (record,) = caplog.records
+    assert str(path) in record.getMessage() and problem in record.getMessage()
+    assert "taking the table that ships" in record.getMessage()
+
+
+@pytest.mark.parametrize("problem", BAD)
+def test_bad_table_that_was_named(problem, tmp_path):
+    """A table that the user names and that is quietly not taken."""
+    path = tmp_path / "mine.json"
+    path.write_text(BAD[problem] if isinstance(BAD[problem], str) else json.dumps(BAD[problem]))
+    with pytest.raises(ValueError, match=re.escape(str(path))) as error:
+        tune.use_table(path)
+    assert problem.partition(", but")[0] in str(error.value)
+    assert "tuned/sm_80.json" in launch.linear_config(torch.bfloat16, ARCH).source
+    with pytest.raises(ValueError, match="not a readable table"):
+        tune.use_table(tmp_path / "missing.json")
+
+
+def test_named_table_goes_before_the_cache(tmp_path):
+    """A table in the cache that wins over the one that the user named."""
+    cache(table())
+    path = tmp_path / "mine.json"
+    path.write_text(json.dumps(table(linear={"float16": {**TILE, "GROUP_ROWS": 7}}, gemm={})))
+    tune.use_table(str(path))
+    assert launch.linear_config(torch.bfloat16, ARCH, (32, 96)).block_sizes["GROUP_ROWS"] == 7
+    tune.use_table(None)
+    assert launch.linear_config(torch.bfloat16, ARCH, (32, 96)).block_sizes == TILE
+
+
+def test_whose_table(machine, caplog):
+    """Another GPU's table that is taken, or one of two different GPUs that are told apart by nothing."""
+    cache(table())
+    assert launch.linear_config(torch.bfloat16, ARCH, (32, 96)).block_sizes == TILE
+    assert "sm_90.json" in launch.linear_config(torch.bfloat16, 90, (32, 96)).source
+    machine(("Another GPU", ARCH))
+    assert "sm_80.json" in launch.linear_config(torch.bfloat16, ARCH, (32, 96)).source
+    machine()
+    assert "sm_80.json" in launch.linear_config(torch.bfloat16, ARCH, (32, 96)).source
+    machine((GPU, ARCH), (GPU, ARCH), ("Old GPU", 75))
+    assert launch.linear_config(torch.bfloat16, ARCH, (32, 96)).block_sizes == TILE
+    assert not caplog.records
+    machine((GPU, ARCH), ("Another GPU", ARCH))
+    assert "sm_80.json" in launch.linear_config(torch.bfloat16, ARCH, (32, 96)).source
+    assert "different GPUs of sm_80" in caplog.text
+
+
+def test_cache_folder(monkeypatch):
+    """A cache that does not follow the XDG base directory specification."""
+    monkeypatch.setenv("HOME", "/home/someone")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/elsewhere")
+    assert tables.cache_folder() == Path("/elsewhere/fastbert/tuned")
+    for value in ("", "relative"):
+        monkeypatch.setenv("XDG_CACHE_HOME", value)
+        assert tables.cache_folder() == Path("/home/someone/.cache/fastbert/tuned")
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert tables.cache_folder() == Path("/home/someone/.cache/fastbert/tuned")
+
+
+def test_full_disk(monkeypatch):
+    """A full cache disk that leaves half a table, or loses the old one, or is found out after minutes of timing."""
+    path = cache(table())
+    content = path.read_text()
+
+    def full(self, *args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    for attempt, text in (
+        (lambda: tune.write(table(date="2027-01-01"), path), "cannot be written .No space left on device.*unchanged"),
+        (lambda: tune.check_writable(path), "No space left on device.*nothing was measured"),
+    ):
+        with pytest.raises(OSError, match=text) as error:
+            attempt()
+        assert error.value.filename == str(path) and error.value.errno == errno.ENOSPC
+    assert path.read_text() == content and list(path.parent.iterdir()) == [path]
+
+
+def test_command_without_a_gpu(monkeypatch, capsys):
+    """A command that tunes a CPU, passes without a GPU, or does not say why."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for argv in ([], ["--dry-run"], ["--device", "cpu"], ["--device", "cuda:1"]):
+        assert main(["tune", *argv]) == 2
+        out, err = capsys.readouterr()
+        assert out == "" and "there is nothing to tune here: tables are of NVIDIA GPUs, and there is none here" in err
+    with pytest.raises(SystemExit) as stop:
+        main(["tune", "--arch", "90"])
+    assert stop.value.code == 2 and "--arch goes with --dry-run" in capsys.readouterr().err
+
+
+def test_dry_run(capsys):
+    """A dry run that leaves out what would be timed, or writes."""
+    assert main(["tune", "--dry-run", "--arch", "90", "--tokens", "64", "128", "--only", "gemm"]) == 0
+    out = capsys.readouterr().out
+    assert "compute capability 9.0: 12 shapes, each at 64, 128 tokens" in out
+    assert "BERT-base up, gemm float16/768x3072/gelu: " in out and "\n  cublas\n" in out and "WARP_SPECIALIZE=1" in out
+    assert str(tables.cache_folder()) in out and not tables.cache_folder().exists()
+
+
+def test_command(tmp_path, monkeypatch, capsys, device):
+    """A command that loses the model's shapes or its options on the way to the table."""
+    monkeypatch.setattr(tune, "unable", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: GPU)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    monkeypatch.setattr(launch, "arch", lambda device: ARCH)
+    run = tune.tune
+    monkeypatch.setattr(
+        tune, "tune", lambda j, where, n: run(j, device, n, timer=clock(lambda name, i: float(len(name))))
+    )
+    BertModel(CONFIG).save_pretrained(tmp_path / "model")
+    assert (
+        main(["tune", str(tmp_path / "model"), "--only", "gemm", "--tokens", "16", "--out", str(tmp_path / "t.json")])
+        == 0
+    )
+    out = capsys.readouterr().out
+    assert "float16/32x96/none" in out and f"written: {tmp_path / 't.json'}" in out
+    made = tables.read_table_for(tmp_path / "t.json", GPU, ARCH)
+    assert len(made["gemm"]) == 4 and made["attention"] == {} and not tables.cache_folder().exists()
+    assert main(["tune", str(tmp_path / "model"), "--only", "attention", "--tokens", "16"]) == 0
+    assert set(tables.read_table_for(tables.cache_folder() / "test-gpu-80gb.json", GPU, ARCH)["attention"]) == {
+        "float16/16"
+    }
+    assert main(["tune", "--check", str(tmp_path / "t.json")]) == 0 and GPU in capsys.readouterr().out
+    (tmp_path / "t.json").write_text(json.dumps(table(device="Another GPU")))
+    assert main(["tune", "--check", str(tmp_path / "t.json")]) == 1
+    assert f"{tmp_path / 't.json'}: made for Another GPU" in capsys.readouterr().err
+    assert commands.tune  # the name that the command line looks up
+
+
+def test_no_tuning_at_run_time(monkeypatch, device):
+    """A model that times anything by itself."""
+    monkeypatch.setattr(tune.measure, "interleave", lambda *args, **kwargs: pytest.fail("timed at run time"))
+    model = BertModel(CONFIG, backend="triton").to(device).eval()
+    for n in (1, 7):
+        model(torch.ones(1, n, dtype=torch.int64, device=device))
+    assert not tables.cache_folder().exists()
+
+
+def test_part_of_the_gpu_run(tmp_path, monkeypatch, device):
+    """A run on a GPU that tunes nothing, writes into the user's cache, or does not stop when its time is up."""
+    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[2] / "benchmarks"))
+    import gpu
+    import gpu_parts
+
+    from fastbert.bench.results import Results
+
+    options = gpu.Options(tmp_path, device.type, quick=True)
+    monkeypatch.setattr(tune, "unable", lambda device: "there is none here")
+    assert gpu_parts.run("tune", options, 60.0) == 0
+    assert "there is none here" in Results.load(tmp_path / "tune.json").notes["tuned_table"]
+    monkeypatch.setattr(tune, "unable", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: GPU)
+    monkeypatch.setattr(launch, "arch", lambda device: ARCH)
+    monkeypatch.setattr(gpu_parts, "_precisions", lambda device: [])
+    monkeypatch.setattr(tune_jobs, "default_models", lambda: [("tiny", CONFIG)])
+    run, timer = tune.tune, clock(lambda name, i: float(len(name)))
+    monkeypatch.setattr(tune, "tune", lambda j, device, n, say: run(j, device, n, timer=timer, say=say))
+    assert gpu_parts.run("tune", options, 60.0) == 0
+    made = tables.read_table_for(tmp_path / "tuned" / "test-gpu-80gb.json", GPU, ARCH)
+    assert len(made["gemm"]) == 4 and len(made["attention"]) == 1 and not tables.cache_folder().exists()
+    assert Results.load(tmp_path / "tune.json").notes["tuned_shapes"] == "5 of 5"
+    assert gpu_parts.run("tune", options, 0.0) == 1
