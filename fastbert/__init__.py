@@ -14,6 +14,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from fastbert._version import __version__
+from fastbert_kernels.distribution import check_installed
 
 if TYPE_CHECKING:
     from fastbert.adapters import accelerate, restore
@@ -88,6 +89,9 @@ __all__ = [
     "verify",
     "warmup",
 ]
+
+
+check_installed(__path__[0])
 
 
 def __getattr__(name: str) -> Any:

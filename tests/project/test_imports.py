@@ -19,7 +19,7 @@ LAZY = {"triton", "transformers", "sentence_transformers", "huggingface_hub", "t
 # A name is a module or a sub-package of fastbert; `__init__` is `import fastbert` itself.
 LAYERS: list[set[str]] = [
     {"fastbert_kernels"},
-    {"_version"},
+    {"_version", "fastbert"},
     {"checkpoint"},
     {"text"},
     {"reference"},
