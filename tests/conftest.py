@@ -23,6 +23,7 @@ if not HAS_GPU:
     os.environ["TRITON_INTERPRET"] = "1"
 
 import helpers  # noqa: E402
+from fastbert_kernels import cpu  # noqa: E402
 
 # Examples are drawn the same way in every run, and the interpreter is too slow for a deadline.
 settings.register_profile("fastbert", deadline=None, derandomize=True)
@@ -94,6 +95,16 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> helpers.Outputs:
     outputs = helpers.Outputs()
     monkeypatch.setattr(launch, "empty", outputs.empty)
     return outputs
+
+
+@pytest.fixture(params=list(cpu.VARIANTS))
+def variant(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each library of C++ kernels that was compiled and that the processor can run, as if it were the best."""
+    with helpers.only_variant(request.param):
+        why_not = cpu.unavailable()
+        if why_not is not None:
+            pytest.skip(f"{request.param}: {why_not}")
+        yield request.param
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import os
+import re
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -35,6 +36,11 @@ def source_env(**changes: str) -> dict[str, str]:
     """The environment for a process of its own that imports both packages from the sources."""
     root = Path(__file__).parent.parent
     return {**os.environ, "PYTHONPATH": os.pathsep.join([str(root), str(root / "kernels")]), **changes}
+
+
+def exactly(message: str) -> str:
+    """A pattern that this message alone matches, for pytest.raises."""
+    return f"^{re.escape(message)}$"
 
 
 def docstrings(n: int) -> list[str]:

@@ -12,10 +12,10 @@ import transformers
 from torch import Tensor, nn
 
 import fastbert
-import odd_modules
 from fastbert.adapters import counts, versions
 from fastbert.adapters import forward as calls
 from model_cases import LENGTH, in_dtype, make_batch, run, theirs, valid_of
+from odd_cases import ODD
 
 # Those that our path computes itself: the promise is speed, too.
 FOLLOWED = {
@@ -50,7 +50,7 @@ def outcome(odd: Callable[[Any], Any], model: Any) -> tuple[Any, Any]:
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("when", ["before", "after"])
-@pytest.mark.parametrize("odd", odd_modules.ODD, ids=lambda odd: odd.__name__)
+@pytest.mark.parametrize("odd", list(ODD.values()), ids=list(ODD))
 def test_odd_modules(odd: Callable[[Any], Any], when: str) -> None:
     """Catches an error where the original runs, other numbers in silence, and a change that is not seen."""
     if odd.__name__.startswith("offloaded"):
@@ -78,7 +78,7 @@ def test_odd_modules(odd: Callable[[Any], Any], when: str) -> None:
         if not other.is_meta:
             one, other = (t[valid] if t.shape[:2] == valid.shape else t for t in (one, other))
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
-    late_config = odd is odd_modules.config_says_otherwise and when == "after"  # which the modules do not read
+    late_config = odd is ODD["config_says_otherwise"] and when == "after"  # which the modules do not read
     if odd.__name__ not in UNREAD:
         assert (done == {"fastbert"}) == (odd.__name__ in FOLLOWED or late_config), done
     assert not any("raised" in reason for reason in done)
@@ -86,7 +86,7 @@ def test_odd_modules(odd: Callable[[Any], Any], when: str) -> None:
 
 def test_many_odd_modules() -> None:
     """Catches a list that shrinks."""
-    assert len(odd_modules.ODD) >= 80 and {odd.__name__ for odd in odd_modules.ODD} >= FOLLOWED
+    assert len(ODD) >= 80 and ODD.keys() >= FOLLOWED
 
 
 def test_states_that_come_and_go() -> None:
@@ -200,13 +200,13 @@ def test_offloaded_to_the_disk(tmp_path: Any) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_our_own_models(name: str, dtype: torch.dtype) -> None:
     """Catches the AttributeError of a bias or a weight that is None, of the C++ encoder as of the operations."""
-    oddities = [odd for odd in odd_modules.ODD if odd.__name__.startswith(("no_", "layer_norm_without", "other_eps"))]
-    oddities += [odd_modules.embedding_norm_without_weight, odd_modules.query_is_key, odd_modules.weight_norm]
-    oddities += [odd_modules.weights_with_gaps, odd_modules.parametrized_bias, odd_modules.one_layer_for_all]
+    names = [odd for odd in ODD if odd.startswith(("no_", "layer_norm_without", "other_eps"))]
+    names += ["embedding_norm_without_weight", "query_is_key", "weight_norm"]
+    names += ["weights_with_gaps", "parametrized_bias", "one_layer_for_all"]
     batch = make_batch("right")
     valid = valid_of(batch["attention_mask"])
-    for odd in oddities:
-        if odd is odd_modules.no_bias_in_pooler and name != "BertModel":
+    for odd in (ODD[each] for each in names):
+        if odd is ODD["no_bias_in_pooler"] and name != "BertModel":
             continue
         original = in_dtype(theirs(name), dtype)
         ours = getattr(fastbert, name)(fastbert.BertConfig.from_dict(original.config.to_dict())).to(dtype).eval()
@@ -236,7 +236,7 @@ def test_sentence_encoders(name: str, minilm: Any) -> None:
     vectors = []
     for each in (plain, model):
         torch.manual_seed(0)
-        undo = getattr(odd_modules, name)(each[0].auto_model)
+        undo = ODD[name](each[0].auto_model)
         vectors.append(torch.tensor(each.encode(texts)))
         if callable(undo):
             undo()

@@ -22,7 +22,6 @@ from helpers import (
     docstrings,
     guarded,
     minilm_folder,
-    only_variant,
     source_env,
 )
 
@@ -34,15 +33,6 @@ ACTIVATED = {
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
     "relu": F.relu,
 }
-
-
-@pytest.fixture(params=list(cpu.VARIANTS))
-def variant(request):
-    """Each library that was compiled and that the processor can run, as if it were the best."""
-    with only_variant(request.param):
-        if cpu.unavailable() is not None:
-            pytest.skip(f"{request.param}: {cpu.unavailable()}")
-        yield request.param
 
 
 @pytest.fixture

@@ -39,7 +39,7 @@ LAYERS: list[set[str]] = [
     {"cli", "__main__"},
 ]
 # Files that were too long, or imported one another, when this test was written. Both lists may only shrink.
-LONGEST = 400
+LONGEST, LONGEST_TEST = 400, 500
 LONG: set[str] = {
     "fastbert/adapters/sentences.py",
     "fastbert/bench/text.py",
@@ -54,21 +54,6 @@ LONG: set[str] = {
     "kernels/fastbert_kernels/cpu/__init__.py",
     "kernels/fastbert_kernels/launch.py",
     "kernels/fastbert_kernels/offline.py",
-}
-LONG_TESTS: set[str] = {
-    "tests/bench/test_bench_report.py",
-    "tests/checkpoint/test_checkpoint.py",
-    "tests/cli/test_cli.py",
-    "tests/diagnostics/test_verify.py",
-    "tests/engine/test_batch_invariant_cpu.py",
-    "tests/engine/test_graphs.py",
-    "tests/models/test_bad_input.py",
-    "tests/models/test_model.py",
-    "tests/models/test_pretrained.py",
-    "tests/odd_modules.py",
-    "tests/pipelines/test_sentence.py",
-    "tests/reference/test_reference.py",
-    "tests/text/test_tokenizer.py",
 }
 CIRCLES: list[set[str]] = [
     {"fastbert.engine.quantized", "fastbert.models.bert"},
@@ -308,7 +293,7 @@ def test_no_file_is_long() -> None:
 def test_no_test_file_is_long() -> None:
     """Catches a test file of more than 500 lines."""
     names = {path.relative_to(ROOT).as_posix(): n_lines(path) for path in sorted((ROOT / "tests").rglob("*.py"))}
-    assert {name: lines for name, lines in names.items() if lines > 500 and name not in LONG_TESTS} == {}
+    assert {name: lines for name, lines in names.items() if lines > LONGEST_TEST} == {}
 
 
 def test_tests_mirror_the_packages() -> None:
