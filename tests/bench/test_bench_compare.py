@@ -24,7 +24,7 @@ def verdicts(before, after, **options):
 
 
 def test_slower_ratio_is_a_regression():
-    """A fall beyond the threshold and the intervals that goes unnoticed, or the machine's speed taken for ours."""
+    """Catches a fall beyond threshold and intervals that goes unnoticed, or a slower machine taken for a slower us."""
     before = [contest(workload="a", ratios={"eager": 2.0, "flash": 1.0})]
     after = [contest(workload="a", ratios={"eager": 1.7, "flash": 1.3}, ours=0.5)]
     assert verdicts(before, after) == {"a fastbert": "same", "a eager": "slower", "a flash": "faster"}
@@ -32,7 +32,7 @@ def test_slower_ratio_is_a_regression():
 
 @pytest.mark.parametrize(("ratio", "threshold"), [(1.85, 0.05), (1.7, 0.2), (2.0, 0.1)])
 def test_within_interval_or_threshold_is_none(ratio, threshold):
-    """Noise reported as a regression: intervals of 5 % either way that overlap, or a fall below the threshold."""
+    """Catches noise reported as a regression: intervals that overlap, or a fall below the threshold."""
     found = verdicts([contest()], [contest(ratios={"eager": ratio})], threshold=threshold)
     assert found["S128 b8 eager"] == "same"
 
@@ -48,7 +48,7 @@ def test_within_interval_or_threshold_is_none(ratio, threshold):
     ],
 )
 def test_what_no_longer_runs(competitor, status, verdict):
-    """A competitor that broke passing for one that is as fast as before; a package not installed blamed on us."""
+    """Catches a broken competitor that passes as one of the same speed, or a missing package blamed on fastbert."""
     after = contest()
     for row in after:
         if row.competitor == competitor or competitor == "fastbert":
@@ -61,7 +61,7 @@ def test_what_no_longer_runs(competitor, status, verdict):
 
 
 def test_dtypes_models_and_settings_are_compared_each_with_itself():
-    """The ratio in bf16 compared with that in fp32, or of another model."""
+    """Catches a ratio in bf16 compared with one in fp32, or with that of another model."""
     one, two = contest(ratios={"eager": 4.0}), contest(ratios={"eager": 2.0}, dtype="float32")
     three = contest(ratios={"eager": 1.0}, model="MiniLM", setting="latency")
     assert set(verdicts([one, two, three], [three, two, one]).values()) == {"same"}
@@ -69,7 +69,7 @@ def test_dtypes_models_and_settings_are_compared_each_with_itself():
 
 
 def test_exit_codes(tmp_path, capsys):
-    """A regression that lets a build pass, or a comparison across device types that says nothing."""
+    """Catches a regression that lets a build pass, or a comparison across device types that says nothing."""
     paths = {name: tmp_path / f"{name}.json" for name in ("base", "slow", "cpu", "other")}
     results(contest()).save(paths["base"])
     results(contest(ratios={"eager": 1.0})).save(paths["slow"])
@@ -95,7 +95,7 @@ def test_exit_codes(tmp_path, capsys):
 
 
 def test_baseline_is_the_newest_committed_one_of_the_device(tmp_path, monkeypatch, capsys):
-    """New results compared with themselves, with another machine's, with older ones than need be, or not at all."""
+    """Catches results compared with themselves, with another machine's, with older ones than need be, or not at all."""
     folder = tmp_path / "results"
     slow, fast = contest(ratios={"eager": 1.0}), contest(ratios={"eager": 3.0})
     results(slow, date="2026-01-01 00:00 UTC").save(folder / "old" / "model.json")

@@ -64,7 +64,7 @@ def by_length(broken=("OpenVINO",)):
 
 
 def test_html_refers_to_nothing_outside(tmp_path):
-    """A page that needs a network, that a planted tag breaks, or whose figures share ids."""
+    """Catches a page that needs a network, that a planted tag breaks, or whose figures share ids."""
     pytest.importorskip("matplotlib", reason="figures need matplotlib, which comes with the extra 'bench'")
     found = by_length(broken=BROKEN)
     write_report(found, tmp_path / "r.html", title="a <title>")
@@ -83,7 +83,7 @@ def test_html_refers_to_nothing_outside(tmp_path):
 
 
 def test_every_figure_says_where_and_when_and_its_unit():
-    """A figure that nobody can place, an axis without a unit, or a peer that vanishes from a figure."""
+    """Catches a figure that nobody can place, an axis without a unit, or a peer that vanishes from a figure."""
     pytest.importorskip("matplotlib", reason="figures need matplotlib, which comes with the extra 'bench'")
     drawn = {plot.name: plot.svg() for plot in plots.figures(by_length())}
     units = {
@@ -102,7 +102,7 @@ def test_every_figure_says_where_and_when_and_its_unit():
 
 
 def test_figures_of_results_full_of_holes():
-    """A figure of nothing, a crash on a row without numbers, or a status missing from among the bars."""
+    """Catches an empty figure, a crash on a row without numbers, or a status missing among the bars."""
     pytest.importorskip("matplotlib", reason="figures need matplotlib, which comes with the extra 'bench'")
     assert plots.figures(Results({})) == []
     assert plots.figures(results([Row("s", "w", "fastbert", "float32", FAILED, "x")])) == []
@@ -113,7 +113,7 @@ def test_figures_of_results_full_of_holes():
 
 
 def test_colours_can_be_seen_on_white_and_on_black():
-    """A colour that vanishes in the light or in the dark page."""
+    """Catches a colour that vanishes in the light or in the dark page."""
 
     def luminance(colour):
         parts = (int(colour[k : k + 2], 16) / 255 for k in (1, 3, 5))
@@ -127,7 +127,7 @@ def test_colours_can_be_seen_on_white_and_on_black():
 
 
 def test_markdown_has_its_figures_beside_it(tmp_path):
-    """Links to figures that are not there, figures of a former report left, or other people's files removed."""
+    """Catches links to figures that are not there, figures of a former report left, or other people's files removed."""
     pytest.importorskip("matplotlib", reason="figures need matplotlib, which comes with the extra 'bench'")
     path, folder = tmp_path / "my report.md", tmp_path / "my report-figures"
     write_report(results(*by_length_contests(1)), path)
@@ -146,7 +146,7 @@ def by_length_contests(ratio):
 
 
 def test_without_matplotlib_there_are_tables(tmp_path, monkeypatch):
-    """A report that needs matplotlib, or is silent about what it lacks."""
+    """Catches a report that needs matplotlib, or is silent about what it lacks."""
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     for name in ("r.html", "r.md"):
         write_report(by_length(), tmp_path / name)
@@ -157,7 +157,7 @@ def test_without_matplotlib_there_are_tables(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", ["report.pdf", "report"])
 def test_unknown_kind_of_report(name, tmp_path):
-    """A report of another kind written under a name that promises something else."""
+    """Catches a report of another kind written under a name that promises something else."""
     with pytest.raises(ValueError, match=rf"path: got '.*{name}', expected a name that ends in \.md or \.html"):
         write_report(results(contest()), tmp_path / name)
     assert not list(tmp_path.iterdir())
@@ -165,7 +165,7 @@ def test_unknown_kind_of_report(name, tmp_path):
 
 @pytest.mark.parametrize("name", ["r.html", "r.md"])
 def test_interrupted_report_leaves_the_old_one(name, tmp_path, monkeypatch):
-    """Half a page under the final name, or an old page that has lost its figures."""
+    """Catches half a page under the final name, or an old page that has lost its figures."""
     one = drawing.Plot("model", "one", "one", "one", lambda: None)
     monkeypatch.setattr(plots, "figures", lambda found: [one])
     monkeypatch.setattr(drawing.Plot, "svg", lambda self: "<svg></svg>")
@@ -184,7 +184,7 @@ def test_interrupted_report_leaves_the_old_one(name, tmp_path, monkeypatch):
 
 
 def test_folder_is_read_as_one(tmp_path):
-    """Rows of one file only, notes that overwrite each other, or a second commit that is hidden."""
+    """Catches rows of one file only, notes that overwrite each other, or a second commit that is hidden."""
     one, two = results(contest("model")), results(contest("text"), date="2026-02-02 01:00 UTC", commit="abcdef")
     one.notes, two.notes = {"seconds": 1}, {"seconds": 2}
     two.environment["packages"] |= {"torch": "2.12.0"}
@@ -198,7 +198,7 @@ def test_folder_is_read_as_one(tmp_path):
 
 
 def test_truncated_file_is_refused_by_name(tmp_path, capsys):
-    """A page of half a folder: the file that is cut short passed over in silence."""
+    """Catches a page of half a folder, where a file that is cut short is passed over in silence."""
     results(contest()).save(tmp_path / "model.json")
     text = (tmp_path / "model.json").read_text()
     (tmp_path / "text.json").write_text(text[: len(text) // 2])
@@ -210,7 +210,7 @@ def test_truncated_file_is_refused_by_name(tmp_path, capsys):
 
 
 def test_folder_of_two_devices_is_refused(tmp_path):
-    """Two machines in one table."""
+    """Catches the results of two machines in one table."""
     results(contest()).save(tmp_path / "a.json")
     results(contest(), device="Another").save(tmp_path / "b.json")
     with pytest.raises(ValueError, match=r"different devices: Planted H100 in a.json, Another in b.json"):
@@ -218,7 +218,7 @@ def test_folder_of_two_devices_is_refused(tmp_path):
 
 
 def test_page_of_a_folder(tmp_path, monkeypatch, capsys):
-    """No page beside the results, or one without the environment, the ceilings or the method."""
+    """Catches no page beside the results, or one without the environment, the ceilings or the method."""
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     (tmp_path / "empty").mkdir()
     assert page.main([str(tmp_path / "empty")]) == 1 and "no result files" in capsys.readouterr().err

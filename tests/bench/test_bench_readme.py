@@ -17,7 +17,7 @@ import report as page  # noqa: E402
 
 
 def test_readme_is_what_the_committed_results_give():
-    """Figures in the README that were edited by hand, or that are older than the results."""
+    """Catches figures in the README that were edited by hand, or that are older than the results."""
     found = {folder: page.load(folder) for folder in readme_figures.committed(page.RESULTS)}
     assert readme_figures.written(ROOT / "README.md") == readme_figures.section(found), (
         "run `python benchmarks/report.py --readme`"
@@ -25,7 +25,7 @@ def test_readme_is_what_the_committed_results_give():
 
 
 def test_readme_section():
-    """A device that was not measured left out, older results shown, or the strongest peer left unnamed."""
+    """Catches a device that was not measured left out, older results shown, or the strongest peer left unnamed."""
     assert readme_figures.section({}) == "**GPU**: not measured yet.\n\n**CPU**: not measured yet."
     old = results(contest(ratios={"eager": 9.0}), date="2025-01-01 00:00 UTC")
     kernels = contest("kernels", ratios={"eager": 7.0})
@@ -38,14 +38,14 @@ def test_readme_section():
 
 
 def test_readme_does_not_compare_fastbert_with_itself():
-    """fastbert in 8 bits as the fastest peer of fastbert in 16."""
+    """Catches fastbert in 8 bits named as the fastest peer of fastbert in 16."""
     alone = readme_figures.section({Path("x"): results(contest(ratios={"eager": 2.0}))})
     ratios = {"eager": 2.0, "fastbert int8": 0.6, "fastbert fp8": 0.5}
     assert readme_figures.section({Path("x"): results(contest(ratios=ratios))}) == alone
 
 
 def test_readme_section_with_fastbert_failing():
-    """A workload that fastbert failed dropped from the count."""
+    """Catches a workload that fastbert failed and that is dropped from the count."""
     failed = [Row("model", "S512 b8", "fastbert", "bfloat16", FAILED, "planted")]
     text = readme_figures.section({Path("x"): results(contest(), failed)})
     assert "| model · bf16 | 1.02 M; 1 failed | 2.00×: eager (1 of 2 workloads) | 2.00× |" in text
@@ -54,7 +54,7 @@ def test_readme_section_with_fastbert_failing():
 
 
 def test_readme_is_rewritten_between_the_markers(tmp_path):
-    """Text around the figures lost, or a README without markers silently left as it is."""
+    """Catches text around the figures that is lost, or a README without markers that is silently left as it is."""
     readme = tmp_path / "README.md"
     readme.write_text(f"before\n{readme_figures.START}{readme_figures.END}\nafter\n")
     for text in ("one", "two"):

@@ -13,7 +13,7 @@ from fastbert.bench.results import FAILED, WRONG, Results, Row
 
 
 def test_terminal_shows_numbers_and_reasons():
-    """A column that is lost, or a competitor that did not run left blank, at zero, or without its reason."""
+    """Catches a column that is lost, or a competitor that did not run left blank, at zero, or without its reason."""
     rows = contest(ratios={"eager": 1.84, "flash": 0.8}, broken=BROKEN, model="BERT-base", padding_waste=0.25)
     rows[0].peak_bytes = 3 * 2**30
     text = render_terminal(results(rows), width=200)
@@ -29,7 +29,7 @@ def test_terminal_shows_numbers_and_reasons():
 
 
 def test_terminal_keeps_to_its_width():
-    """Lines that a narrow terminal breaks, or columns that are dropped to fit."""
+    """Catches lines that a narrow terminal breaks, or columns that are dropped to fit."""
     rows = contest(broken=BROKEN, model="BERT-base", padding_waste=0.25, prepare_seconds=1.0, cold_start_seconds=2.0)
     text = render_terminal(results(rows), width=80)
     assert max(map(len, text.splitlines())) <= 80
@@ -39,7 +39,7 @@ def test_terminal_keeps_to_its_width():
 
 
 def test_no_speedup_where_fastbert_is_wrong():
-    """Speed-ups, or blanks, in a contest that fastbert itself did not finish."""
+    """Catches speed-ups, or blanks, in a contest that fastbert itself did not finish."""
     rows = contest()
     rows[0] = Row("model", "S128 b8", "fastbert", "bfloat16", WRONG, "error 1 above the bound 0.1")
     rows[1].speedup = None
@@ -48,13 +48,13 @@ def test_no_speedup_where_fastbert_is_wrong():
 
 
 def test_case_that_failed_as_a_whole():
-    """A table without columns when the only row is a failure."""
+    """Catches a table without columns when the only row is a failure."""
     rows = [Row("model", "S128 b8", "fastbert", "bfloat16", FAILED, "not timed: its tests failed")]
     assert "failed: not timed: its tests failed" in render_terminal(results(rows), width=100)
 
 
 def test_same_peers_in_another_dtype_are_another_contest():
-    """Rows of two contests in one table, or a peer's own dtype hidden."""
+    """Catches rows of two contests in one table, or a peer whose own dtype is hidden."""
     first, second = contest(ratios={"eager": 2.0, "int8": 1.5}), contest(ratios={"eager": 3.0}, dtype="float32")
     first[2].dtype = "int8"
     found = tables.contests(first + second)
@@ -63,7 +63,7 @@ def test_same_peers_in_another_dtype_are_another_contest():
 
 
 def test_summary_holds_means_per_setting_and_every_reason():
-    """A mean over throughput and latency together, or a failed peer that counts as if it had run."""
+    """Catches a mean over throughput and latency together, or a failed peer that counts as if it had run."""
     rows = contest("text", "a", {"eager": 2.0}, setting="throughput", broken=["compiled"])
     rows += contest("text", "b", {"eager": 8.0, "compiled": 3.0}, setting="throughput")
     rows += contest("text", "a", {"eager": 5.0}, setting="latency", broken=["compiled"])
@@ -90,17 +90,17 @@ def test_summary_holds_means_per_setting_and_every_reason():
     ],
 )
 def test_forms_of_numbers(form, value, text):
-    """A unit off by a factor, or 1,000 k where 1 M is meant."""
+    """Catches a unit off by a factor, or 1,000 k where 1 M is meant."""
     assert form(value) == text
 
 
 def test_ceiling_that_could_not_be_measured():
-    """A crash on a ceiling that is not a number, which a result file holds as null."""
+    """Catches a crash on a ceiling that is not a number, which a result file holds as null."""
     found = Results(environment(), contest(), {"copy GB/s": None})
     assert "copy GB/s unknown" in render_terminal(found, width=160)
 
 
 def test_percentiles_need_rounds():
-    """A 99th percentile of three rounds, or none where latency was asked for."""
+    """Catches a 99th percentile of three rounds, or none where latency was asked for."""
     assert "p95" not in render_terminal(results(contest()), width=200)
     assert "1.00 ms / 1.01 ms / 1.01 ms" in render_terminal(results(contest(setting="latency")), width=200)

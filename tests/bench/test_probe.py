@@ -33,7 +33,7 @@ def probe_on(tmp_path, seconds=100.0):
 
 @pytest.mark.slow
 def test_every_piece_in_small(tmp_path):
-    """A piece that raises, a kernel that is wrong, or one that is measured and not compared with float64."""
+    """Catches a piece that raises, a kernel that is wrong, or one that is measured and not compared with float64."""
     environment = {**os.environ, "PYTHONPATH": source_env()["PYTHONPATH"], "OMP_NUM_THREADS": "1"}
     line = [sys.executable, str(ROOT / "benchmarks" / "probe.py"), "--out", str(tmp_path), "--dry", "--seconds", "3000"]
     done = subprocess.run(line, env=environment, capture_output=True, text=True, timeout=600)
@@ -58,7 +58,7 @@ def test_every_piece_in_small(tmp_path):
 
 
 def test_an_error_is_a_row(tmp_path):
-    """An error that ends the probe, a piece that is begun after its time, or a row without what was counted."""
+    """Catches an error that ends the probe, a piece begun after its time, or a row without what was counted."""
     found, said = probe_on(tmp_path)
     found.section = "s"
 
@@ -78,7 +78,7 @@ def test_an_error_is_a_row(tmp_path):
 
 
 def test_sections_share_the_time(tmp_path, monkeypatch):
-    """A section that takes the time of the others, or one that raises and ends the probe."""
+    """Catches a section that takes the time of the others, or one that raises and ends the probe."""
     found, _ = probe_on(tmp_path, seconds=90.0)
     shares = []
     sections = {
@@ -114,7 +114,7 @@ sys.exit(probe.main(sys.argv[1:]))
 
 
 def test_a_lost_context_costs_one_section(tmp_path):
-    """A kernel that reads where it may not, and with it all that was to be measured after it."""
+    """Catches a kernel that reads where it may not and takes all later measurements with it."""
     script = tmp_path / "planted.py"
     script.write_text(PLANTED.format(root=str(ROOT)))
     said = []
@@ -129,14 +129,14 @@ def test_a_lost_context_costs_one_section(tmp_path):
 
 
 def test_unknown_section(tmp_path, capsys):
-    """A misspelt section that is taken for all of them, or for none."""
+    """Catches a misspelt section that is taken for all of them, or for none."""
     with pytest.raises(SystemExit):
         probe.main(["--out", str(tmp_path), "--dry", "--only", "gems"])
     assert "--only: got gems, expected some of ceilings, models, gemm" in capsys.readouterr().err
 
 
 def test_cases_of_models():
-    """A model or a precision that no GPU run measures, or two cases with one name."""
+    """Catches a model or a precision that no GPU run measures, or two cases with one name."""
     cases = probe_models.model_cases(tiny=False)
     assert {name for name, _, _ in cases} == {"BERT-base", "BERT-large", "MiniLM"}
     assert {precision for _, precision, _ in cases} == {None, "fp8", "int8"}

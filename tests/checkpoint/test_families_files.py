@@ -56,7 +56,7 @@ def labels(name: str) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize(("model_type", "name"), WITH_HEADS)
 def test_logits_match_transformers(model_type: str, name: str) -> None:
-    """A head's layer left out, of another activation or width, or one that reads what another family's head reads."""
+    """Catches a head's layer left out, of another activation or width, or one that reads another family's input."""
     model = theirs(model_type, name)
     ours, batch = twin(model, name), head_batch(model_type, name)
     valid = valid_of(make_batch(model_type)["attention_mask"])
@@ -71,7 +71,7 @@ def test_logits_match_transformers(model_type: str, name: str) -> None:
 
 @pytest.mark.parametrize(("model_type", "name"), WITH_HEADS)
 def test_losses_match_transformers(model_type: str, name: str) -> None:
-    """A loss of the logits that another head would give, or a head that a gradient does not reach."""
+    """Catches a loss of the logits of another head, or a head that a gradient does not reach."""
     model = copy.deepcopy(theirs(model_type, name))
     ours, batch = twin(model, name), head_batch(model_type, name, "none") | labels(name)
     mine, other = ours(**batch), model(**batch)
@@ -94,7 +94,7 @@ def test_losses_match_transformers(model_type: str, name: str) -> None:
 
 @pytest.mark.parametrize(("model_type", "name"), WITH_HEADS)
 def test_dropout_is_the_familys(model_type: str, name: str) -> None:
-    """A head that drops out with a probability that the family's class does not use, or not at all, in training."""
+    """Catches a head that drops out in training with another probability than the family's class, or not at all."""
     distinct = {"hidden_dropout_prob": 0.11, "attention_probs_dropout_prob": 0.22, "classifier_dropout": 0.33}
     if model_type == "distilbert":
         distinct = {"dropout": 0.11, "attention_dropout": 0.22, "seq_classif_dropout": 0.33, "qa_dropout": 0.44}
@@ -112,7 +112,7 @@ def test_dropout_is_the_familys(model_type: str, name: str) -> None:
      ("electra", "BertForPreTraining")],
 )  # fmt: skip
 def test_head_that_is_not_covered(model_type: str, name: str, tmp_path: Path) -> None:
-    """A head of BERT's form on a family that has another or none, started afresh as if it were only untrained."""
+    """Catches a head of BERT's form started afresh on a family that has another head or none."""
     theirs(model_type).save_pretrained(tmp_path)
     message = f"^{name}: not covered for model_type '{model_type}', which has BertForMaskedLM, BertForSequenceClassif"
     with pytest.raises(ValueError, match=message):
@@ -120,7 +120,7 @@ def test_head_that_is_not_covered(model_type: str, name: str, tmp_path: Path) ->
 
 
 def test_first_token_is_the_first_that_the_mask_leaves() -> None:
-    """A classifier that reads padding in a left-padded batch."""
+    """Catches a classifier that reads padding in a left-padded batch."""
     ours = twin(theirs("roberta", "BertForSequenceClassification"), "BertForSequenceClassification")
     left, right = make_batch("roberta", "left"), make_batch("roberta", "right")
     ids = torch.stack([torch.cat([row[pad], row[~pad]]) for row, pad in zip(
@@ -143,7 +143,7 @@ def assert_same(mine: Any, other: Any, name: str, model_type: str) -> None:
     [*((*case, True) for case in EVERY), *((model_type, "BertForMaskedLM", False) for model_type in OTHERS)],
 )
 def test_round_trip(model_type: str, name: str, tie: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """A weight that is lost, cast, renamed or started afresh on the way from transformers to us and back."""
+    """Catches a weight that is lost, cast, renamed or started afresh on the way from transformers to us and back."""
     model = theirs(model_type, name, tie_word_embeddings=tie)
     model.save_pretrained(tmp_path / "theirs")
     ours = getattr(fastbert, name).from_pretrained(tmp_path / "theirs")
@@ -167,7 +167,7 @@ def test_round_trip(model_type: str, name: str, tie: bool, tmp_path: Path, caplo
 
 @pytest.mark.parametrize("model_type", KINDS)
 def test_forms_of_a_checkpoint(model_type: str, tmp_path: Path) -> None:
-    """Names with the head's prefix, shards, or a pickle, that a table is not applied to."""
+    """Catches names with the head's prefix, shards, or a pickle that the family's table is not applied to."""
     model = theirs(model_type, "BertForTokenClassification")
     base = model.base_model
     model.save_pretrained(tmp_path / "prefix")
@@ -187,7 +187,7 @@ def test_forms_of_a_checkpoint(model_type: str, tmp_path: Path) -> None:
 
 
 def test_what_a_checkpoint_lacks_has_its_own_name(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Weights reported under names that are not in the file, where the user looks for them in vain."""
+    """Catches weights reported under names that are not in the file, where the user looks for them in vain."""
     theirs("distilbert").save_pretrained(tmp_path)
     with caplog.at_level(logging.INFO, "fastbert"):
         ours = fastbert.BertForSequenceClassification.from_pretrained(tmp_path)
@@ -210,7 +210,7 @@ def test_what_a_checkpoint_lacks_has_its_own_name(tmp_path: Path, caplog: pytest
 
 
 def test_missing_projection_is_an_error(tmp_path: Path) -> None:
-    """A projection of random numbers between trained embeddings and trained layers."""
+    """Catches a projection of random numbers between trained embeddings and trained layers."""
     theirs("electra").save_pretrained(tmp_path)
     file = tmp_path / checkpoint.SAFETENSORS
     state = {name: t for name, t in load_file(file).items() if "embeddings_project" not in name}
@@ -222,7 +222,7 @@ def test_missing_projection_is_an_error(tmp_path: Path) -> None:
 
 
 def test_number_of_labels_of_another_head(tmp_path: Path) -> None:
-    """A classifier of other classes: the message must name the setting for a head of two layers too."""
+    """Catches a message on the number of classes that does not name the setting for a head of two layers."""
     theirs("xlm-roberta", "BertForSequenceClassification").save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="num_labels: the checkpoint has 3, the model 5"):
         fastbert.BertForSequenceClassification.from_pretrained(tmp_path, num_labels=5)

@@ -25,7 +25,7 @@ def shapes(state):
 
 
 def test_match_exact(mlm):
-    """Equal names in, equal names out, in the model's order, whatever the order of the file."""
+    """Catches equal names that are not matched, or that come in the order of the file instead of the model's."""
     state = mlm.state_dict()
     shuffled = dict(reversed(list(state.items())))
     result = match(shuffled, shapes(state))
@@ -36,7 +36,7 @@ def test_match_exact(mlm):
 
 
 def test_match_prefix_both_ways(mlm):
-    """A head's checkpoint into the bare model, the bare model's checkpoint into a head."""
+    """Catches a head's checkpoint that does not go into the bare model, or a bare one that does not go into a head."""
     head = mlm.state_dict()
     base = mlm.bert.state_dict()
     into_base = match(head, shapes(base))
@@ -49,21 +49,21 @@ def test_match_prefix_both_ways(mlm):
 
 
 def test_match_other_prefix():
-    """The prefix is an argument, and only a whole prefix counts."""
+    """Catches a prefix argument that is ignored, or a name taken for a prefixed one because it begins alike."""
     state = {"base.a": torch.zeros(1), "baseb": torch.zeros(1)}
     result = match(state, {"a": torch.Size([1]), "b": torch.Size([1])}, base_prefix="base.")
     assert list(result.state) == ["a"] and result.missing == ["b"] and result.unexpected == ["baseb"]
 
 
 def test_match_exact_name_wins_over_prefix():
-    """A checkpoint with both forms of a name: the exact one is taken, the other one reported."""
+    """Catches a prefixed name that wins over the exact one in the same checkpoint, or that is not reported."""
     state = {"bert.a": torch.zeros(1), "a": torch.ones(1)}
     result = match(state, {"a": torch.Size([1])})
     assert result.state["a"] is state["a"] and result.unexpected == ["bert.a"]
 
 
 def test_match_missing_pooler_is_named(mlm):
-    """A missing pooler must be reported by the model's names."""
+    """Catches a missing pooler that is not reported by the model's names."""
     expected = shapes(transformers.BertModel(TINY).state_dict())
     assert match(mlm.state_dict(), expected).missing == ["pooler.dense.weight", "pooler.dense.bias"]
 
@@ -76,7 +76,7 @@ def test_match_missing_pooler_is_named(mlm):
     ],
 )
 def test_match_bias_twins(mlm, stored, lacking):
-    """Checkpoints store one of the decoder's two bias names; a model may expect one or both."""
+    """Catches a decoder's bias that is lost because the checkpoint stores the other one of its two names."""
     state = mlm.state_dict()
     del state[lacking]
     result = match(state, shapes(mlm.state_dict()))
@@ -94,7 +94,7 @@ def test_match_bias_twins(mlm, stored, lacking):
 
 
 def test_match_bias_twins_that_differ():
-    """Two different biases cannot be one parameter: the one without a place is reported."""
+    """Catches two different biases taken for one parameter without a report of the one that has no place."""
     state = {"cls.predictions.bias": torch.zeros(2), "cls.predictions.decoder.bias": torch.ones(2)}
     result = match(state, {"cls.predictions.bias": torch.Size([2])})
     assert result.unexpected == ["cls.predictions.decoder.bias"]
@@ -103,19 +103,19 @@ def test_match_bias_twins_that_differ():
 
 
 def test_match_leaves_the_decoder_weight_to_the_model(mlm):
-    """Tying is decided by the config, which match does not see."""
+    """Catches a decoder weight that is tied by match, which does not see the config."""
     state = mlm.state_dict()
     del state["cls.predictions.decoder.weight"]
     assert match(state, shapes(mlm.state_dict())).missing == ["cls.predictions.decoder.weight"]
 
 
 def test_match_does_not_fill_from_a_base_checkpoint(mlm):
-    """A checkpoint without a head has no bias to fill from."""
+    """Catches a bias that is filled in from a checkpoint without a head."""
     assert "cls.predictions.bias" in match(mlm.bert.state_dict(), shapes(mlm.state_dict())).missing
 
 
 def test_match_lists_every_shape(mlm):
-    """All mismatches in one message, by the model's names, with the setting that explains them."""
+    """Catches a mismatch left out of the message, or one without the setting that explains it."""
     config = transformers.BertConfig.from_dict({**TINY.to_dict(), "vocab_size": 7})
     with pytest.raises(ValueError) as raised:
         match(mlm.state_dict(), shapes(transformers.BertForMaskedLM(config).state_dict()))
@@ -138,7 +138,7 @@ def test_match_lists_every_shape(mlm):
     ],
 )
 def test_match_hints(setting, value, hint):
-    """The setting that explains a mismatch must be named."""
+    """Catches a mismatch whose message does not name the setting that explains it."""
     came = transformers.BertForSequenceClassification(TINY).state_dict()
     config = transformers.BertConfig.from_dict(TINY.to_dict())
     setattr(config, setting, value)
@@ -149,7 +149,7 @@ def test_match_hints(setting, value, hint):
 
 
 def test_match_caps_the_list_and_hints_only_what_it_knows():
-    """A wrong hidden size touches every tensor: ten are listed, the rest counted, and no setting is blamed wrongly."""
+    """Catches a list of every tensor for a wrong hidden size, or a setting that is blamed wrongly."""
     came = {f"layer.{i}.weight": torch.zeros(3, 2) for i in range(14)} | {"word_embeddings.weight": torch.zeros(9, 2)}
     expected = {name: torch.Size([5, 4]) for name in came}
     with pytest.raises(ValueError) as raised:
@@ -160,7 +160,7 @@ def test_match_caps_the_list_and_hints_only_what_it_knows():
 
 
 def test_match_checks_filled_and_renamed_tensors():
-    """A tensor that got its name by prefix or by its twin must have the right shape too."""
+    """Catches a wrong shape of a tensor that got its name by prefix or by its twin."""
     state = {"bert.a": torch.zeros(2), "cls.predictions.bias": torch.zeros(3)}
     expected = {"a": torch.Size([1]), "cls.predictions.decoder.bias": torch.Size([4])}
     with pytest.raises(ValueError) as raised:
@@ -170,6 +170,6 @@ def test_match_checks_filled_and_renamed_tensors():
 
 
 def test_match_scalar_against_vector():
-    """A 0-d tensor has no rows to compare and must still be reported."""
+    """Catches a 0-d tensor, which has no rows to compare, that is not reported."""
     with pytest.raises(ValueError, match=r"classifier\.bias: came \(\), expected \(2,\)$"):
         match({"classifier.bias": torch.tensor(1.0)}, {"classifier.bias": torch.Size([2])})

@@ -24,7 +24,7 @@ def state():
 
 
 def test_missing_weights(tmp_path):
-    """The message names the folder and every file that would have done."""
+    """Catches a message that does not name the folder and every file that would have done."""
     with pytest.raises(FileNotFoundError) as raised:
         read_state_dict(tmp_path)
     assert str(raised.value) == (
@@ -37,7 +37,7 @@ def test_missing_weights(tmp_path):
 
 @pytest.mark.parametrize("keep", [0, 4, 100, 0.5, 0.999])
 def test_truncated_safetensors(tmp_path, mlm, keep):
-    """A download that broke off must be named, wherever it was cut, not read as a short file."""
+    """Catches a download that broke off and that is read as a short file, or not named."""
     mlm.save_pretrained(tmp_path)
     path = tmp_path / "model.safetensors"
     size = path.stat().st_size
@@ -48,7 +48,7 @@ def test_truncated_safetensors(tmp_path, mlm, keep):
 
 
 def test_corrupt_safetensors(tmp_path):
-    """Bytes that are no safetensors file must be named."""
+    """Catches bytes that are no safetensors file and that are not named."""
     (tmp_path / "model.safetensors").write_bytes(bytes(range(256)) * 40)
     with pytest.raises(ValueError, match=r"model\.safetensors is truncated or not a safetensors file: "):
         read_state_dict(tmp_path)
@@ -57,7 +57,7 @@ def test_corrupt_safetensors(tmp_path):
 @pytest.mark.parametrize("legacy", [False, True])
 @pytest.mark.parametrize("keep", [0, 1, 0.5, 0.99])
 def test_truncated_bin(tmp_path, mlm, keep, legacy):
-    """The same for pickles in both of torch's formats."""
+    """Catches a truncated pickle, in either of torch's formats, that is not named."""
     path = tmp_path / "pytorch_model.bin"
     torch.save(mlm.state_dict(), path, _use_new_zipfile_serialization=not legacy)
     os.truncate(path, int(path.stat().st_size * keep) if keep < 1 else keep)
@@ -74,7 +74,7 @@ class Payload:
 
 
 def test_bin_runs_no_code(tmp_path, monkeypatch):
-    """A malicious pickle must be refused, not run."""
+    """Catches a malicious pickle that is run."""
     monkeypatch.chdir(tmp_path)
     torch.save({"a": Payload()}, tmp_path / "pytorch_model.bin")
     with pytest.raises(ValueError, match=r"holds tensors alone \(weights_only=True\)"):
@@ -92,14 +92,14 @@ def test_bin_runs_no_code(tmp_path, monkeypatch):
     ],
 )
 def test_bin_that_is_no_state_dict(tmp_path, content, message):
-    """A training checkpoint under the name of the weights must say what it holds."""
+    """Catches a training checkpoint under the name of the weights whose error does not say what it holds."""
     torch.save(content, tmp_path / "pytorch_model.bin")
     with pytest.raises(ValueError, match=message):
         read_state_dict(tmp_path)
 
 
 def test_missing_shard(tmp_path, mlm):
-    """Every shard that is not there must be named, with the index that names it."""
+    """Catches a missing shard that is not named together with the index that names it."""
     mlm.save_pretrained(tmp_path, max_shard_size="20KB")
     lost = sorted(tmp_path.glob("model-*.safetensors"))[1]
     lost.unlink()
@@ -109,7 +109,7 @@ def test_missing_shard(tmp_path, mlm):
 
 
 def test_truncated_shard(tmp_path, mlm):
-    """The shard at fault must be named, not the index."""
+    """Catches a broken shard whose error names the index instead."""
     mlm.save_pretrained(tmp_path, max_shard_size="20KB")
     shard = sorted(tmp_path.glob("model-*.safetensors"))[1]
     os.truncate(shard, shard.stat().st_size // 2)
@@ -118,7 +118,7 @@ def test_truncated_shard(tmp_path, mlm):
 
 
 def test_shard_that_lacks_a_tensor(tmp_path, state):
-    """Index and shard of two different saves must not pass as one checkpoint."""
+    """Catches index and shard of two different saves that pass as one checkpoint."""
     write_state_dict(state, tmp_path, max_shard_size=100)
     index = tmp_path / "model.safetensors.index.json"
     content = json.loads(index.read_text())
@@ -144,7 +144,7 @@ def test_shard_that_lacks_a_tensor(tmp_path, state):
     ],
 )
 def test_broken_index(tmp_path, content, message):
-    """A broken index must be named; one that points outside the folder must not be followed."""
+    """Catches a broken index that is not named, or one that points outside the folder and is followed."""
     (tmp_path / "model.safetensors.index.json").write_text(content)
     with pytest.raises(ValueError, match=message) as raised:
         read_state_dict(tmp_path)
@@ -153,7 +153,7 @@ def test_broken_index(tmp_path, content, message):
 
 @pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
 def test_lfs_pointer(tmp_path, name):
-    """A repository cloned without Git LFS holds pointers, which deserve a better message than 'corrupt'."""
+    """Catches a Git LFS pointer that is called corrupt instead of a pointer."""
     pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
     (tmp_path / name).write_text(pointer)
     with pytest.raises(ValueError, match=f"{name} is a Git LFS pointer, not the weights"):

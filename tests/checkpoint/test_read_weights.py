@@ -25,14 +25,14 @@ def state():
 
 
 def test_reads_what_transformers_saves(tmp_path, mlm):
-    """Names, dtypes and numbers of a checkpoint of transformers; tied tensors are stored once."""
+    """Catches a name, dtype or number of transformers' checkpoint that changes, or a tied tensor that is read twice."""
     mlm.save_pretrained(tmp_path)
     stored = {k: v for k, v in mlm.state_dict().items() if not k.startswith("cls.predictions.decoder.")}
     assert_same(read_state_dict(tmp_path), stored)
 
 
 def test_reads_shards_of_transformers(tmp_path, mlm):
-    """Every shard must be read, each tensor once."""
+    """Catches a shard that is not read, or a tensor that is read twice."""
     mlm.save_pretrained(tmp_path, max_shard_size="20KB")
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
     stored = {k: v for k, v in mlm.state_dict().items() if not k.startswith("cls.predictions.decoder.")}
@@ -40,14 +40,14 @@ def test_reads_shards_of_transformers(tmp_path, mlm):
 
 
 def test_half_precision_keeps_its_dtype(tmp_path, mlm):
-    """Casting is the model's job: the stored dtype must come through."""
+    """Catches a stored dtype that reading casts, which is the model's job."""
     transformers.BertModel(TINY).to(torch.bfloat16).save_pretrained(tmp_path)
     assert {tensor.dtype for tensor in read_state_dict(tmp_path).values()} == {torch.bfloat16}
 
 
 @pytest.mark.parametrize("legacy", [False, True])
 def test_old_bin(tmp_path, mlm, legacy):
-    """gamma / beta, stored position_ids, parameters, tied copies and torch's old file format, as in 2019."""
+    """Catches a file of 2019 that does not load: gamma, beta, stored position_ids, tied copies, torch's old format."""
     state = mlm.state_dict(keep_vars=True)
     old = {
         k.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): v
@@ -61,7 +61,7 @@ def test_old_bin(tmp_path, mlm, legacy):
 
 
 def test_bare_and_parallel_names(tmp_path):
-    """The prefix of DataParallel and buffers at the top level must be recognised; other names are left as they are."""
+    """Catches DataParallel's prefix or a buffer at the top level that is not recognised, or another name changed."""
     stored = {
         "module.embeddings.LayerNorm.gamma": torch.ones(2),
         "module.embeddings.position_ids": torch.arange(3),
@@ -76,7 +76,7 @@ def test_bare_and_parallel_names(tmp_path):
 
 
 def test_two_names_of_one_tensor(tmp_path):
-    """Old and new name of a tensor in one file: neither may win in silence."""
+    """Catches an old and a new name of one tensor in a file, of which one wins in silence."""
     stored = {"LayerNorm.gamma": torch.ones(2), "LayerNorm.weight": torch.zeros(2)}
     safetensors.torch.save_file(stored, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match=r"model.safetensors holds both LayerNorm.* and LayerNorm.*, two names of one"):
@@ -84,7 +84,7 @@ def test_two_names_of_one_tensor(tmp_path):
 
 
 def test_bin_shards(tmp_path, state):
-    """Sharded pickles are read through their index."""
+    """Catches sharded pickles that are not read through their index."""
     names = list(state)
     parts = {"pytorch_model-00001-of-00002.bin": names[:2], "pytorch_model-00002-of-00002.bin": names[2:]}
     for file, part in parts.items():
@@ -98,7 +98,7 @@ def test_bin_shards(tmp_path, state):
 
 
 def test_order_of_formats(tmp_path):
-    """Safetensors come before pickles, and a sharded checkpoint before a single file of the same format."""
+    """Catches pickles that win over safetensors, or a single file that wins over shards of the same format."""
     torch.save({"a": torch.tensor([1.0])}, tmp_path / "pytorch_model.bin")
     assert read_state_dict(tmp_path)["a"] == 1
     torch.save({"a": torch.tensor([2.0])}, tmp_path / "shard.bin")
@@ -112,7 +112,7 @@ def test_order_of_formats(tmp_path):
 
 
 def test_left_over_index(tmp_path, mlm, caplog):
-    """Saving one file over shards, transformers leaves the index behind: the single file is the right one."""
+    """Catches a stale index that wins over the single file that transformers saved over its shards."""
     transformers.BertModel(TINY).save_pretrained(tmp_path, max_shard_size="20KB")
     mlm.save_pretrained(tmp_path)
     assert (tmp_path / "model.safetensors.index.json").exists()
@@ -122,7 +122,7 @@ def test_left_over_index(tmp_path, mlm, caplog):
 
 
 def test_writing_to_what_was_read_leaves_the_file_alone(tmp_path, state):
-    """Files are mapped: in-place training on the tensors must not reach the disk."""
+    """Catches in-place training on mapped tensors that reaches the file on the disk."""
     write_state_dict(state, tmp_path / "st")
     (tmp_path / "bin").mkdir()
     torch.save(state, tmp_path / "bin/pytorch_model.bin")

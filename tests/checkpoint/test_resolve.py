@@ -41,7 +41,7 @@ def hub(monkeypatch, tmp_path):
 
 
 def test_local_folder_wins_over_the_hub(tmp_path, monkeypatch, hub):
-    """A folder named like a hub id must be used, whatever kind of path names it."""
+    """Catches a folder named like a hub id that is not used, for some kind of path."""
     (tmp_path / "owner/model").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -75,7 +75,7 @@ def test_local_folder_wins_over_the_hub(tmp_path, monkeypatch, hub):
     ],
 )
 def test_what_is_no_hub_id_stays_here(tmp_path, monkeypatch, hub, src):
-    """A mistyped path must not be sent to the hub."""
+    """Catches a mistyped path that is sent to the hub."""
     monkeypatch.chdir(tmp_path)
     if src == ".":
         assert resolve(src).samefile(tmp_path)
@@ -87,7 +87,7 @@ def test_what_is_no_hub_id_stays_here(tmp_path, monkeypatch, hub, src):
 
 
 def test_a_file_is_not_a_folder(tmp_path, monkeypatch, hub):
-    """The name of an existing file must not be sent to the hub."""
+    """Catches the name of an existing file that is sent to the hub."""
     monkeypatch.chdir(tmp_path)
     Path("weights").touch()
     with pytest.raises(FileNotFoundError, match="src 'weights' is a file, expected the folder"):
@@ -96,7 +96,7 @@ def test_a_file_is_not_a_folder(tmp_path, monkeypatch, hub):
 
 
 def test_bad_src():
-    """An empty string means the current folder to pathlib and must not mean it here."""
+    """Catches an empty string that means the current folder, as it does to pathlib."""
     with pytest.raises(ValueError, match="src: got an empty string"):
         resolve("")
     with pytest.raises(TypeError, match="src: got NoneType, expected a folder"):
@@ -105,14 +105,14 @@ def test_bad_src():
 
 @pytest.mark.parametrize("src", ["bert-base-uncased", "google-bert/bert-base-uncased", "a/b.c_d-1", "x"])
 def test_hub_id(hub, src):
-    """A hub id must be passed on as it is, with its revision."""
+    """Catches a hub id or a revision that is changed on its way to the hub."""
     hub.files = ["config.json", "model.safetensors"]
     assert resolve(src, revision="v2") == hub.folder
     assert [(call["repo_id"], call["revision"]) for call in hub.calls] == [(src, "v2")]
 
 
 def test_bin_is_not_downloaded_beside_safetensors(hub):
-    """Weights in formats that nothing reads would double the download."""
+    """Catches a download that is twice as large for weights in formats that nothing reads."""
     hub.files = [
         "config.json",
         "vocab.txt",
@@ -147,28 +147,28 @@ def test_bin_is_not_downloaded_beside_safetensors(hub):
     ],
 )
 def test_bin_is_downloaded_where_there_is_no_safetensors(hub, weights):
-    """An old repository must load too."""
+    """Catches an old repository, without safetensors, that does not load."""
     hub.files = ["config.json", "flax_model.msgpack", "training_args.bin", *weights]
     resolve("owner/model")
     assert hub.downloaded() == sorted(["config.json", *weights])
 
 
 def test_sharded_safetensors_need_no_bin(hub):
-    """The index, not only the single file, shows that the repository has safetensors."""
+    """Catches a repository of sharded safetensors that counts as one without."""
     hub.files = ["model.safetensors.index.json", "model-00001-of-00001.safetensors", "pytorch_model.bin"]
     resolve("owner/model")
     assert "pytorch_model.bin" not in hub.downloaded()
 
 
 def test_no_weights_asked_for(hub):
-    """Reading a tokenizer or a config must not fetch weights."""
+    """Catches a tokenizer or a config whose reading fetches weights."""
     hub.files = ["config.json", "vocab.txt", "model.safetensors", "pytorch_model.bin"]
     resolve("owner/model", weights=False)
     assert hub.downloaded() == ["config.json", "vocab.txt"]
 
 
 def test_hub_error_is_chained(monkeypatch, tmp_path):
-    """Neither folder nor repository: the message says what was tried and the hub's own error is kept."""
+    """Catches a message that does not say what was tried, or that loses the hub's own error."""
 
     class RepositoryGone(Exception):
         pass
@@ -188,13 +188,13 @@ def test_hub_error_is_chained(monkeypatch, tmp_path):
 
 
 def test_revision_of_a_local_folder_is_refused(tmp_path):
-    """A revision that nothing looks at would load other weights than asked for."""
+    """Catches a revision of a local folder that is ignored, so that other weights load than were asked for."""
     with pytest.raises(ValueError, match="revision: got 'v1', but src .* is a local folder"):
         resolve(tmp_path, revision="v1")
 
 
 def test_offline_in_a_fresh_process(tmp_path):
-    """With HF_HUB_OFFLINE=1 the hub's cache is read and a miss is an error; the hub's client is not imported before."""
+    """Catches HF_HUB_OFFLINE=1 that does not read the hub's cache, or the hub's client imported before it is needed."""
     repo = tmp_path / "hub/models--owner--model"
     snapshot = repo / "snapshots" / ("0" * 40)
     snapshot.mkdir(parents=True)

@@ -9,7 +9,7 @@ from fastbert.checkpoint.files import read_json, write_text
 
 
 def test_read_json(tmp_path):
-    """An object comes back; anything else is an error that names the file."""
+    """Catches a file that holds no JSON object and is read, or an error that does not name the file."""
     path = tmp_path / "x.json"
     with pytest.raises(FileNotFoundError, match=r"x\.json not found"):
         read_json(path)
@@ -23,7 +23,7 @@ def test_read_json(tmp_path):
 
 
 def test_write_text(tmp_path, monkeypatch):
-    """A failed write keeps the old text and leaves no temporary file."""
+    """Catches a failed write that loses the old text or leaves a temporary file."""
     path = tmp_path / "x.txt"
     write_text(path, "å\n")
     assert path.read_bytes() == "å\n".encode()

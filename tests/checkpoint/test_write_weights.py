@@ -29,7 +29,7 @@ def state():
 
 
 def test_write_read_round_trip(tmp_path, state):
-    """One file, marked as PyTorch's, that gives the same tensors back; the folder is made."""
+    """Catches a tensor that does not come back, a file without PyTorch's mark, or a folder that is not made."""
     folder = tmp_path / "a/b"
     write_state_dict(state, folder)
     assert files(folder) == ["model.safetensors"]
@@ -43,7 +43,7 @@ def test_write_read_round_trip(tmp_path, state):
 
 @pytest.mark.parametrize("max_shard_size", [1, 100, 200, 284, 285, 10**6])
 def test_write_shards(tmp_path, state, max_shard_size):
-    """Shards must keep to the size, except for one tensor above it, and hold every tensor once."""
+    """Catches a shard above the size with more than one tensor, or a tensor that is stored twice or not at all."""
     total = sum(tensor.nbytes for tensor in state.values())
     write_state_dict(state, tmp_path, max_shard_size=max_shard_size)
     assert_same(read_state_dict(tmp_path), state)
@@ -63,7 +63,7 @@ def test_write_shards(tmp_path, state, max_shard_size):
 
 @pytest.mark.parametrize("max_shard_size", [5 * 2**30, 20_000])
 def test_transformers_reads_what_we_write(tmp_path, mlm, max_shard_size):
-    """The way back: transformers must find every tensor under its own name."""
+    """Catches a tensor that transformers does not find under its own name."""
     state = mlm.state_dict()
     del state["cls.predictions.decoder.weight"], state["cls.predictions.decoder.bias"]
     write_state_dict(state, tmp_path, max_shard_size=max_shard_size)
@@ -74,7 +74,7 @@ def test_transformers_reads_what_we_write(tmp_path, mlm, max_shard_size):
 
 
 def test_write_tensors_that_share_or_stride(tmp_path):
-    """Slices of a fused matrix, a transpose, an expanded row and one tensor twice must be written whole, once each."""
+    """Catches slices, a transpose, an expanded row or one tensor under two names that are not written whole."""
     fused = torch.arange(24.0).reshape(6, 4)
     state = {
         "q": fused[:2],
@@ -91,7 +91,7 @@ def test_write_tensors_that_share_or_stride(tmp_path):
 
 
 def test_save_over_the_files_that_were_read(tmp_path, state):
-    """Tensors mapped from the very file that is replaced must survive the save."""
+    """Catches tensors mapped from the very file that is replaced and that do not survive the save."""
     write_state_dict(state, tmp_path)
     read = read_state_dict(tmp_path)
     write_state_dict(read, tmp_path)
@@ -101,7 +101,7 @@ def test_save_over_the_files_that_were_read(tmp_path, state):
 
 
 def test_stale_files_are_removed(tmp_path, state):
-    """Files of a previous save would be mixed with the new ones; files that are not ours must stay."""
+    """Catches files of an earlier save that are mixed with the new ones, or files of others that are removed."""
     others = ["pytorch_model.bin", "model.onnx", "adapter_model.safetensors", "model-final.safetensors", "config.json"]
     for name in others:
         (tmp_path / name).touch()
@@ -117,7 +117,7 @@ def test_stale_files_are_removed(tmp_path, state):
 
 @pytest.mark.parametrize("max_shard_size", [100, 10**6])
 def test_interrupted_while_writing(tmp_path, state, monkeypatch, max_shard_size):
-    """A save that breaks off while writing must leave the old checkpoint and nothing else."""
+    """Catches a save that breaks off while writing and leaves something else than the old checkpoint."""
     write_state_dict(state, tmp_path, max_shard_size=max_shard_size)
     before = files(tmp_path)
     save_file = safetensors.torch.save_file
@@ -138,7 +138,7 @@ def test_interrupted_while_writing(tmp_path, state, monkeypatch, max_shard_size)
 
 
 def test_interrupted_while_renaming(tmp_path, state, monkeypatch):
-    """Between the renames of two shards a reader must find old, new or nothing, never a mixture."""
+    """Catches a mixture of old and new shards that a reader finds between two renames."""
     new = {name: tensor + 1 for name, tensor in state.items()}
     count = len(set(_weight_files(tmp_path / "probe", state)))
     for old_size, new_size in ((100, 100), (100, 10**6), (10**6, 100), (1, 100)):
@@ -180,14 +180,14 @@ def _weight_files(folder: Path, state) -> list[str]:
     ],
 )
 def test_write_refuses_what_has_no_data(tmp_path, value, message):
-    """A meta tensor or a number must be named before any file is touched."""
+    """Catches a meta tensor or a number that is not named before a file is touched."""
     with pytest.raises(TypeError, match=message):
         write_state_dict({"a": torch.zeros(1), "x": value}, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 def test_write_refuses_nonsense(tmp_path):
-    """An empty state would delete the old weights; a size of zero has no meaning."""
+    """Catches an empty state that deletes the old weights, or a shard size of zero."""
     with pytest.raises(ValueError, match="state: got no tensors"):
         write_state_dict({}, tmp_path)
     with pytest.raises(ValueError, match="max_shard_size: got 0, expected a positive number of bytes"):

@@ -51,7 +51,7 @@ def _threads() -> Iterator[None]:
 def test_bits_do_not_depend_on_the_batch(
     keep_states: bool, dtype: torch.dtype, precision: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A switch on the number of rows, a product of PyTorch's or oneDNN's: 200 random batchings of each path."""
+    """Catches a switch on the number of rows, or a product of PyTorch's or oneDNN's, on either path."""
     skip_without(dtype, precision)
     for module, name in ((F, "linear"), (onednn, "linear")):
         monkeypatch.setattr(module, name, lambda *args: pytest.fail("a linear of PyTorch's or oneDNN's"))
@@ -59,7 +59,7 @@ def test_bits_do_not_depend_on_the_batch(
 
 
 def test_what_the_mode_changes() -> None:
-    """A test that could not fail: without the mode the linears of few rows are PyTorch's, whose sums are others."""
+    """Catches tests of the mode that cannot fail, because the bits are the same without it."""
     with pytest.raises(AssertionError, match="differs in the batch"):
         assert_invariant(make(how={}), 20)
 
@@ -67,7 +67,7 @@ def test_what_the_mode_changes() -> None:
 @EACH_KIND
 @pytest.mark.parametrize("keep_states", [False, True], ids=["one call", "operations"])
 def test_without_the_mode_within_the_bound(keep_states: bool, dtype: torch.dtype, precision: str | None) -> None:
-    """Without the mode, a text that is less exact alone than in a batch, or the other way round."""
+    """Catches a text that, without the mode, is less exact alone than in a batch or the other way round."""
     skip_without(dtype, precision)
     model, eager, exact = (make(*how) for how in ((dtype, precision, BertModel, {}), (dtype, None, BertModel, TORCH),
                                                   (torch.float64, None, BertModel, TORCH)))  # fmt: skip
@@ -87,7 +87,7 @@ def test_without_the_mode_within_the_bound(keep_states: bool, dtype: torch.dtype
 
 
 def test_on_a_processor_with_amx(monkeypatch: pytest.MonkeyPatch) -> None:
-    """oneDNN, which multiplies bfloat16 there in tiles for each number of rows, and one call for short texts alone."""
+    """Catches oneDNN's tiles for each number of rows, or one call for short texts alone, on a processor with AMX."""
     skip_without(torch.bfloat16)
     monkeypatch.setattr(cpu, "has_amx", lambda: True)
     monkeypatch.setattr(onednn, "linear", lambda *args: pytest.fail("a linear of oneDNN's"))
@@ -97,13 +97,13 @@ def test_on_a_processor_with_amx(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("keep_states", [False, True], ids=["one call", "operations"])
 def test_each_instruction_set(keep_states: bool, variant: str) -> None:
-    """An encoder whose bits depend on the batch in the library for a processor with fewer instructions."""
+    """Catches an encoder whose bits depend on the batch in the library for a processor with fewer instructions."""
     assert_invariant(make(), 20, keep_states)
 
 
 @pytest.mark.parametrize("hidden_act", ["relu", "gelu_new"])
 def test_other_activations(hidden_act: str) -> None:
-    """An activation that PyTorch applies to a whole tensor."""
+    """Catches an activation that PyTorch applies to a whole tensor."""
     for keep_states in (False, True):
         assert_invariant(make(hidden_act=hidden_act), 20, keep_states)
 
@@ -111,7 +111,7 @@ def test_other_activations(hidden_act: str) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("n_tokens", [1, 2, 3, 40])
 def test_within_the_usual_error(n_tokens: int, dtype: torch.dtype) -> None:
-    """Products of few rows, which PyTorch adds up in more chains, that are less exact than the policy wants."""
+    """Catches products of few rows, which PyTorch adds up in more chains, that are less exact than the policy wants."""
     skip_without(dtype)
     text = [torch.randint(0, 101, (n_tokens,))]
     eager, exact = make(dtype, how=TORCH), make(torch.float64, how=TORCH)
@@ -124,7 +124,7 @@ def test_within_the_usual_error(n_tokens: int, dtype: torch.dtype) -> None:
 @EACH_KIND
 @pytest.mark.parametrize("name", sorted(name for name in vars(heads) if name.startswith("BertFor")))
 def test_heads(name: str, dtype: torch.dtype, precision: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A pooler, a decoder or a classifier that takes PyTorch's product, or its tanh of a whole tensor."""
+    """Catches a pooler, a decoder or a classifier that takes PyTorch's product, or its tanh of a whole tensor."""
     skip_without(dtype, precision)
     model = make(dtype, precision, getattr(heads, name))
     monkeypatch.setattr(F, "linear", lambda *args: pytest.fail("a linear of PyTorch's"))
@@ -140,7 +140,7 @@ def test_heads(name: str, dtype: torch.dtype, precision: str | None, monkeypatch
 @pytest.mark.parametrize("family", ["roberta", "distilbert", "electra"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_heads_of_the_family(family: str, dtype: torch.dtype) -> None:
-    """A classifier of its own, with a tanh or a GELU, and embeddings that are projected."""
+    """Catches a family's own classifier, with a tanh or a GELU, or projected embeddings, that depend on the batch."""
     skip_without(dtype)
     sizes: dict[str, Any] = {"model_type": family}
     if family == "electra":
@@ -154,7 +154,7 @@ def test_heads_of_the_family(family: str, dtype: torch.dtype) -> None:
 
 @EACH_KIND
 def test_sentence_encoder(dtype: torch.dtype, precision: str | None, minilm: Path) -> None:
-    """A sentence encoder whose vectors depend on the batch, its order, the token budget or the threads."""
+    """Catches a sentence encoder whose vectors depend on the batch, its order, the token budget or the threads."""
     skip_without(dtype, precision)
     how: dict[str, Any] = {"dtype": dtype, "precision": precision, "device": "cpu", "num_hidden_layers": 2}
     encoder = SentenceEncoder.from_pretrained(minilm, batch_invariant=True, **how)
@@ -171,7 +171,7 @@ def test_sentence_encoder(dtype: torch.dtype, precision: str | None, minilm: Pat
 
 
 def test_auto_takes_bfloat16(minilm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """float32 for nothing where bfloat16 is batch-invariant, and bfloat16 where it is not."""
+    """Catches float32 taken where bfloat16 is batch-invariant, or bfloat16 where it is not."""
     monkeypatch.setattr(cpu_encoder, "multiplies_bfloat16", lambda: True)
     monkeypatch.setattr(cpu, "multiplies", lambda dtype: dtype in DTYPES)
     how: dict[str, Any] = {"device": "cpu", "num_hidden_layers": 1, "batch_invariant": True}
@@ -183,7 +183,7 @@ def test_auto_takes_bfloat16(minilm: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 @pytest.mark.parametrize("n_labels", [1, 3])
 def test_cross_encoder(n_labels: int) -> None:
-    """Scores whose sigmoid or softmax depends on the place among the others."""
+    """Catches scores whose sigmoid or softmax depends on the place among the others."""
     texts = ["the river is wide", "a", "boats cross the river every morning, and come back full of fish", "Fish!"]
     tokenizer = Tokenizer.train(texts * 3, vocab_size=101)
     labels = {i: f"LABEL_{i}" for i in range(n_labels)}
@@ -217,7 +217,7 @@ except fastbert.BackendError as error:
 
 @pytest.mark.parametrize("allowed", ["avx2", "default"])
 def test_processors_with_less(allowed: str, minilm: Path) -> None:
-    """A PyTorch that depends on the rows in its code for fewer instructions, and the mode without any kernel."""
+    """Catches a PyTorch whose code for fewer instructions depends on the rows, or the mode without any kernel."""
     env = source_env(ATEN_CPU_CAPABILITY=allowed)
     command = [sys.executable, "-c", RUN, str(minilm)]
     root = Path(__file__).resolve().parents[2]

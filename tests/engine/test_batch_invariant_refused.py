@@ -37,7 +37,7 @@ def _threads() -> Iterator[None]:
 
 
 def test_refused_without_the_kernels(minilm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A promise on PyTorch's own products, whose bits depend on the number of rows."""
+    """Catches a promise that rests on PyTorch's own products, whose bits depend on the number of rows."""
     ready = make(), make(precision="int8")
     monkeypatch.setattr(cpu, "_load", lambda: (None, "the C++ kernels were not compiled"))
     for cls in (BertModel, SentenceEncoder):
@@ -55,7 +55,7 @@ def test_refused_without_the_kernels(minilm: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_refused_without_vnni(minilm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The unquantised path, or the emulation, in the place of 8-bit kernels that are not there."""
+    """Catches the unquantised path, or the emulation, taken in the place of missing 8-bit kernels."""
     monkeypatch.setattr(cpu, "no_int8", lambda: "the processor has no AVX-512 VNNI")
     with pytest.raises(BackendError, match="batch_invariant: needs the C.. kernels for CPUs.*no AVX-512 VNNI"):
         BertModel.from_pretrained(minilm, batch_invariant=True, precision="int8")
@@ -66,7 +66,7 @@ def test_refused_without_vnni(minilm: Path, monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.parametrize("backend", ["auto", "cpu"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float64], ids=str)
 def test_refused_in_other_dtypes(dtype: torch.dtype, backend: str, minilm: Path) -> None:
-    """PyTorch's products in a dtype that the kernels do not have."""
+    """Catches PyTorch's products taken in a dtype that the kernels do not have."""
     with pytest.raises(BackendError, match=f"batch_invariant: the C.. kernels .* do not multiply {dtype}"):
         BertModel.from_pretrained(minilm, dtype=dtype, backend=backend, batch_invariant=True)
     model = make(how={"batch_invariant": True, "backend": backend}).to(dtype)
@@ -75,7 +75,7 @@ def test_refused_in_other_dtypes(dtype: torch.dtype, backend: str, minilm: Path)
 
 
 def test_refused_without_bfloat16(minilm: Path) -> None:
-    """oneDNN or PyTorch for bfloat16 on a processor without its instructions."""
+    """Catches oneDNN or PyTorch taken for bfloat16 on a processor without its instructions."""
     with only_variant("avx2"):
         with pytest.raises(
             BackendError, match="batch_invariant: the C.. kernels .AVX2. do not multiply torch.bfloat16"
@@ -86,7 +86,7 @@ def test_refused_without_bfloat16(minilm: Path) -> None:
 
 
 def test_refused_sizes() -> None:
-    """PyTorch's attention or product for a size that the kernels do not have."""
+    """Catches PyTorch's attention or product taken for a size that the kernels do not have."""
     ids = torch.ones(1, 9, dtype=torch.int64)
     with pytest.raises(BackendError, match="batch_invariant: attention: head size 24 is no multiple"), torch.no_grad():
         make(hidden_size=48)(ids)
@@ -101,7 +101,7 @@ def test_refused_sizes() -> None:
 
 
 def test_refused_in_training() -> None:
-    """Gradients, which go through PyTorch's products, and dropout, which is drawn for a batch."""
+    """Catches accepted gradients, which go through PyTorch's products, or dropout, which is drawn for a batch."""
     ids, model = torch.ones(1, 9, dtype=torch.int64), make()
     with pytest.raises(BackendError, match="batch_invariant: linear: gradients are needed .torch.no_grad"):
         model(ids)
@@ -119,14 +119,14 @@ def test_refused_in_training() -> None:
 
 
 def test_refused_under_autocast() -> None:
-    """Products that autocast makes PyTorch's in bfloat16."""
+    """Catches products that autocast hands to PyTorch in bfloat16."""
     ids, model, refused = torch.ones(1, 9, dtype=torch.int64), make(), "batch_invariant: linear: mixed dtypes"
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16), pytest.raises(BackendError, match=refused):
         model(ids)
 
 
 def test_refused_where_a_module_is_called_as_it_is() -> None:
-    """An adapter or a hook whose bits nothing is known of, and attention weights by the slow reference."""
+    """Catches an adapter, a hook or attention weights accepted though nothing is known of their bits."""
     ids = torch.ones(1, 4, dtype=torch.int64)
     for path in ("encoder.layer.0.output.dense", "encoder.layer.0.attention.self.key", "pooler.dense",
                  "embeddings.word_embeddings"):  # fmt: skip
@@ -143,7 +143,7 @@ def test_refused_where_a_module_is_called_as_it_is() -> None:
 
 @pytest.mark.parametrize("how", [{"precision": "fp8"}, {"precision": "int8", "backend": "triton"}], ids=str)
 def test_refused_in_8_bits_of_triton(how: dict[str, str]) -> None:
-    """8-bit kernels of which nobody has promised anything, and their emulation in PyTorch."""
+    """Catches 8-bit kernels of Triton, or their emulation, accepted though nobody has promised anything of them."""
     with pytest.raises(ValueError, match="batch_invariant: not supported together with precision="):
         BertModel(BertConfig(**SIZES), batch_invariant=True, **how)
     q, weight = (ops.quantized.quantize(torch.randn(9, 64), how["precision"]) for _ in range(2))
@@ -156,7 +156,7 @@ def test_refused_in_8_bits_of_triton(how: dict[str, str]) -> None:
 
 
 def test_refused_when_traced() -> None:
-    """A compiled or exported program, whose sums are what the compiler makes of them."""
+    """Catches a compiled or exported program that is accepted, whose sums are what the compiler makes of them."""
     ids, model = torch.ones(1, 9, dtype=torch.int64), make()
     refused = "batch_invariant: embedding: torch.compile and torch.export would"
     with pytest.raises(Exception, match=refused):
@@ -166,7 +166,7 @@ def test_refused_when_traced() -> None:
 
 
 def test_refused_elsewhere() -> None:
-    """A backend that is PyTorch under another name, and devices without any kernel."""
+    """Catches the mode accepted for a backend that is PyTorch under another name, or for devices without any kernel."""
     with pytest.raises(ValueError, match="batch_invariant: expected backend 'auto', 'triton' or 'cpu', got 'torch'"):
         Policy("torch", batch_invariant=True)
     there = torch.device("mps")
@@ -185,7 +185,7 @@ def test_refused_elsewhere() -> None:
 
 
 def test_explain_shows_the_mode() -> None:
-    """A report that shows PyTorch's products, or nothing of what is refused."""
+    """Catches a report that shows PyTorch's products, or that does not show what is refused."""
     model = make(kind=BertForTokenClassification)
     report = explain(model)
     assert report.batch_invariant and report.strict and not any(row.raises for row in report.rows)
@@ -203,7 +203,7 @@ def test_explain_shows_the_mode() -> None:
 
 
 def test_explain_of_a_sentence_encoder(minilm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Modules after the pooling that are shown as called, or oneDNN on a processor with AMX."""
+    """Catches modules after the pooling that are shown as called, or oneDNN shown on a processor with AMX."""
     encoder = SentenceEncoder.from_pretrained(minilm, device="cpu", batch_invariant=True, num_hidden_layers=1)
     encoder.tail.extend([Dense(384, 20), Dropout()])
     rows = {row.module: row for row in explain(encoder).rows}

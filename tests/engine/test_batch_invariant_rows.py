@@ -50,7 +50,7 @@ def assert_rows_are_alone(function: Callable[[slice], Tensor]) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("k", "n_columns"), [(6, 2), (64, 131), (300, 33), (1536, 50)])
 def test_rows_of_a_linear(k: int, n_columns: int, dtype: torch.dtype, variant: str) -> None:
-    """A tile for few rows that adds up in another order, or fuses other products and sums, than that for many."""
+    """Catches a tile for few rows that adds up in another order than that for many, or fuses other steps."""
     skip_without(dtype)
     x, residual = torch.randn(ROWS, k).to(dtype), torch.randn(ROWS, n_columns).to(dtype)
     weight, bias = cpu.pack_weight(torch.randn(n_columns, k).to(dtype)), torch.randn(n_columns).to(dtype)
@@ -65,7 +65,7 @@ def test_rows_of_a_linear(k: int, n_columns: int, dtype: torch.dtype, variant: s
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("k", "n_columns"), [(64, 131), (1536, 50)])
 def test_rows_of_a_linear_in_8_bits(k: int, n_columns: int, dtype: torch.dtype, variant: str) -> None:
-    """A row whose scale, or whose share of the sums, comes from other rows."""
+    """Catches a row whose scale, or whose share of the sums, comes from other rows."""
     if cpu.no_int8() is not None:
         pytest.skip(str(cpu.no_int8()))
     x, residual = torch.randn(ROWS, k).to(dtype), torch.randn(ROWS, n_columns).to(dtype)
@@ -83,7 +83,7 @@ def test_rows_of_a_linear_in_8_bits(k: int, n_columns: int, dtype: torch.dtype, 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("head_size", [16, 48, 64])
 def test_sequences_of_attention(head_size: int, dtype: torch.dtype, variant: str) -> None:
-    """Queries or keys that are packed with a neighbour's, and a task cut by how many there are."""
+    """Catches queries or keys that are packed with a neighbour's, or a task that is cut by the number of sequences."""
     lengths = [1, 2, 7, 16, 17, 40, 0, 193, 250]
     qkv = torch.randn(sum(lengths), 3 * 2 * head_size).to(dtype)
     alone = [cpu.varlen_attention_forward(part, cu_seqlens_of([n]), 2, 0.2)
@@ -97,7 +97,7 @@ def test_sequences_of_attention(head_size: int, dtype: torch.dtype, variant: str
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("size", [33, 384])
 def test_sequences_of_the_pooling(size: int, dtype: torch.dtype, variant: str) -> None:
-    """A mean whose partial sums start anywhere but at the text's first row; PyTorch's norms of a vector or of many."""
+    """Catches partial sums of a mean that do not start at the text's first row, or PyTorch's norm of many vectors."""
     lengths = [1, 2, 0, 15, 16, 17, 40, 100]
     hidden, each = torch.randn(sum(lengths), size).to(dtype), torch.tensor(lengths)
     for mode in MODES:
@@ -118,7 +118,7 @@ def test_sequences_of_the_pooling(size: int, dtype: torch.dtype, variant: str) -
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("size", [16, 33, 384, 1000])
 def test_rows_of_what_pytorch_runs(size: int, dtype: torch.dtype) -> None:
-    """A PyTorch whose LayerNorm, or what it makes of embeddings, depends on how many rows there are."""
+    """Catches a PyTorch whose LayerNorm or embeddings depend on the number of rows."""
     x, residual, bias, ln_weight, ln_bias = (
         torch.randn(*shape, size).to(dtype) for shape in ((ROWS,), (ROWS,), (), (), ())
     )
@@ -139,7 +139,7 @@ def test_rows_of_what_pytorch_runs(size: int, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("name", ["Tanh", "GELU", "Sigmoid", "softmax"])
 @pytest.mark.parametrize("size", [1, 3, 33])
 def test_rows_of_functions(size: int, name: str) -> None:
-    """The last elements of a tensor, which PyTorch computes one at a time and by another formula than whole vectors."""
+    """Catches the last elements of a tensor, which PyTorch computes by another formula than whole vectors."""
     function = (lambda x: x.softmax(1)) if name == "softmax" else _ACTIVATIONS[name]
     x = torch.randn(ROWS, size)
     assert_rows_are_alone(lambda rows: ops.elementwise(function, x[rows], policy=INVARIANT))
@@ -155,7 +155,7 @@ def test_rows_of_functions(size: int, name: str) -> None:
     ids=[*_ACTIVATIONS, "Dense without bias", "LayerNorm", "Normalize", "Dropout"],
 )  # fmt: skip
 def test_after_the_pooling(make_module: Callable[[], nn.Module]) -> None:
-    """A module of a sentence encoder whose rows PyTorch computes together."""
+    """Catches a module of a sentence encoder whose rows PyTorch computes together."""
     module = make_module().eval()
     x = torch.randn(ROWS, 48)
     with torch.inference_mode():

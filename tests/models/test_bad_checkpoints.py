@@ -27,14 +27,14 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_no_such_folder(tmp_path: Path) -> None:
-    """A mistyped path sent to the hub, or an error that does not name it."""
+    """Catches a mistyped path sent to the hub, or an error that does not name it."""
     with pytest.raises(FileNotFoundError, match=r"nowhere.*: no such folder, and it is not a hub id"):
         fastbert.BertModel.from_pretrained(tmp_path / "nowhere")
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_missing_weights_file(name: str, folder: Path) -> None:
-    """A model of fresh weights where a folder holds a config alone."""
+    """Catches a model of fresh weights for a folder that holds a config alone."""
     (folder / WEIGHTS).unlink()
     with pytest.raises(FileNotFoundError, match=exactly(f"no weights in {folder}: looked for {LOOKED_FOR}")):
         getattr(fastbert, name).from_pretrained(folder)
@@ -44,7 +44,7 @@ LOOKED_FOR = "model.safetensors.index.json, model.safetensors, pytorch_model.bin
 
 
 def test_missing_config_file(folder: Path) -> None:
-    """Weights without a config taken for BERT-base."""
+    """Catches weights without a config that are taken for BERT-base."""
     (folder / "config.json").unlink()
     with pytest.raises(FileNotFoundError, match=exactly(f"{folder / 'config.json'} not found")):
         fastbert.BertModel.from_pretrained(folder)
@@ -52,7 +52,7 @@ def test_missing_config_file(folder: Path) -> None:
 
 @pytest.mark.parametrize("keep", [0, 7, 100, -1])
 def test_truncated_weights_file(keep: int, folder: Path) -> None:
-    """A download that broke off, wherever, read as far as it goes."""
+    """Catches a download that broke off and that is read as far as it goes."""
     content = (folder / WEIGHTS).read_bytes()
     (folder / WEIGHTS).write_bytes(content[:keep])
     with pytest.raises(ValueError, match=rf"^{folder / WEIGHTS} is truncated or not a safetensors file"):
@@ -86,7 +86,7 @@ def edit(folder: Path, **settings: Any) -> None:
     ],
 )
 def test_wrong_shape_for_the_config(settings: dict[str, int], lines: list[str], folder: Path) -> None:
-    """Weights cut or filled up to the config's shape, or an error that does not name the tensor."""
+    """Catches weights cut or filled up to the config's shape, or an error that does not name the tensor."""
     edit(folder, **settings)
     with pytest.raises(
         ValueError, match=r"tensor\(s\) of the checkpoint do not have the shape that the model expects:"
@@ -97,7 +97,7 @@ def test_wrong_shape_for_the_config(settings: dict[str, int], lines: list[str], 
 
 
 def test_more_layers_than_the_checkpoint_has(folder: Path) -> None:
-    """Layers of random numbers on top of trained ones."""
+    """Catches layers of random numbers on top of trained ones."""
     edit(folder, num_hidden_layers=3)
     with pytest.raises(
         ValueError, match=r"the checkpoint lacks encoder\.layer\.2\.attention\.self\.query\.weight, .* more"
@@ -124,14 +124,14 @@ def test_more_layers_than_the_checkpoint_has(folder: Path) -> None:
     ],
 )
 def test_unsupported_config(settings: dict[str, Any], message: str, folder: Path) -> None:
-    """A model that is not BERT, or a BERT that we do not compute, loaded and computed as something else."""
+    """Catches a model that is not BERT, or a BERT that we do not compute, that loads as something else."""
     edit(folder, **settings)
     with pytest.raises(ValueError, match=exactly(f"{folder / 'config.json'}: {message}")):
         fastbert.BertModel.from_pretrained(folder)
 
 
 def test_unknown_backend(folder: Path) -> None:
-    """A misspelt backend taken for "auto"."""
+    """Catches a misspelt backend taken for "auto"."""
     message = exactly("backend: expected one of auto, triton, cpu, torch, got 'cuda'")
     with pytest.raises(ValueError, match=message):
         fastbert.BertModel.from_pretrained(folder, backend="cuda")

@@ -49,7 +49,7 @@ def batch() -> dict[str, Any]:
 def test_ids_outside_their_table(
     name: str, size: int, backend: str, device: torch.device, batch: dict[str, Any]
 ) -> None:
-    """An id outside its table that reaches a kernel, which would read foreign memory."""
+    """Catches an id outside its table that reaches a kernel, which would read foreign memory."""
     ours = twin(theirs(), torch.float32, backend, device if backend == "triton" else "cpu")
     for wrong in (size, 10**9, -1, -100):
         bad = batch[name].clone()
@@ -63,7 +63,7 @@ def test_ids_outside_their_table(
 
 @pytest.mark.parametrize("wrong", [-1, -100, VOCAB, 2**40])
 def test_ids_outside_at_padding_are_ignored(wrong: int, model: Any, batch: dict[str, Any]) -> None:
-    """-1 or -100 as padding id, as collators have it, refused or read."""
+    """Catches -1 or -100 at padding, as collators have it, that is refused or read."""
     padding = ~valid_of(batch["attention_mask"])
     dirty = {**batch, "input_ids": batch["input_ids"].masked_fill(padding, wrong)}
     assert torch.equal(run(model, dirty)[0], run(model, batch)[0])
@@ -73,7 +73,7 @@ def test_ids_outside_at_padding_are_ignored(wrong: int, model: Any, batch: dict[
 
 @pytest.mark.parametrize("options", [{}, {"output_attentions": True}])
 def test_ids_are_checked_on_the_reference_path_too(options: dict[str, bool], batch: dict[str, Any]) -> None:
-    """output_attentions, which takes another path, skipping the checks: negative ids would count from the end."""
+    """Catches output_attentions skipping the checks, so that negative ids count from the end."""
     ours = twin(theirs(), torch.float32, strict=False)
     for name in ("input_ids", "token_type_ids", "position_ids"):
         with pytest.raises(IndexError, match=rf"^{name}: expected values from 0 to \d+, got -1$"):
@@ -81,7 +81,7 @@ def test_ids_are_checked_on_the_reference_path_too(options: dict[str, bool], bat
 
 
 def test_longer_than_the_position_table(model: Any) -> None:
-    """A text that is too long, cut or wrapped around in silence; tokens alone count, not padding."""
+    """Catches a text that is too long and is cut or wrapped around in silence, or padding that counts as tokens."""
     message = exactly(f"position_ids: expected values from 0 to {POSITIONS - 1}, got {POSITIONS}")
     ids = torch.ones(1, POSITIONS + 1, dtype=torch.long)
     for mask in (None, torch.ones_like(ids)):
@@ -99,14 +99,14 @@ def test_longer_than_the_position_table(model: Any) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.bool, torch.uint8, torch.int16])
 @pytest.mark.parametrize("name", ["input_ids", "token_type_ids", "position_ids"])
 def test_ids_of_the_wrong_dtype(name: str, dtype: torch.dtype, model: Any, batch: dict[str, Any]) -> None:
-    """Ids that are no whole numbers, or too small to hold a vocabulary, rounded or cast in silence."""
+    """Catches ids that are no whole numbers, or too small to hold a vocabulary, rounded or cast in silence."""
     with pytest.raises(TypeError, match=exactly(f"{name}: expected dtype int64 or int32, got {dtype}")):
         run(model, {**batch, name: torch.ones(BATCH, LENGTH, dtype=dtype)})
 
 
 @pytest.mark.parametrize("name", ["input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds"])
 def test_what_is_no_tensor(name: str, model: Any, batch: dict[str, Any]) -> None:
-    """A list, as a tokenizer gives it: an AttributeError from within would not say which argument."""
+    """Catches a list that ends in an AttributeError which does not say which argument it was."""
     if name == "inputs_embeds":
         batch = {}
     with pytest.raises(TypeError, match=exactly(f"{name}: expected a tensor, got list")):
@@ -127,7 +127,7 @@ def test_what_is_no_tensor(name: str, model: Any, batch: dict[str, Any]) -> None
     ],
 )
 def test_mask_of_the_wrong_shape(shape: tuple[int, ...], hint: str, model: Any, batch: dict[str, Any]) -> None:
-    """A mask that broadcasts, or a 3-D one whose pairs would be dropped in silence."""
+    """Catches a mask that broadcasts, or a 3-D one whose pairs are dropped in silence."""
     message = f"attention_mask: expected shape ({BATCH}, {LENGTH}) as input_ids, got {shape}{hint}"
     with pytest.raises(ValueError, match=exactly(message)):
         run(model, {**batch, "attention_mask": torch.ones(shape)})
@@ -135,7 +135,7 @@ def test_mask_of_the_wrong_shape(shape: tuple[int, ...], hint: str, model: Any, 
 
 @pytest.mark.parametrize("name", HEADS)
 def test_mask_of_pairs_to_a_head(name: str) -> None:
-    """A head that reshapes a 3-D mask on its way to the encoder."""
+    """Catches a head that reshapes a 3-D mask on its way to the encoder."""
     batch = make_batch("none", name)
     shape = batch["input_ids"].shape
     batch["attention_mask"] = torch.ones(*shape, shape[-1])
@@ -158,7 +158,7 @@ def test_mask_of_pairs_to_a_head(name: str) -> None:
 def test_ids_of_the_wrong_shape(
     name: str, shape: tuple[int, ...], message: str, model: Any, batch: dict[str, Any]
 ) -> None:
-    """Ids that broadcast against one another in silence."""
+    """Catches ids that broadcast against one another in silence."""
     with pytest.raises(ValueError, match=exactly(message)):
         run(model, {**batch, name: torch.ones(shape, dtype=torch.long)})
 
@@ -186,14 +186,14 @@ def test_ids_of_the_wrong_shape(
     ],
 )
 def test_bad_inputs_embeds(embeds: Tensor, error: type[Exception], message: str, options: dict[str, bool]) -> None:
-    """Embeddings of another dtype cast in silence, or of another size broadcast."""
+    """Catches embeddings of another dtype cast in silence, or of another size broadcast."""
     with pytest.raises(error, match=exactly(message)):
         run(twin(theirs(), torch.float32, strict=False), {"inputs_embeds": embeds}, **options)
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_both_or_neither_of_ids_and_embeds(name: str) -> None:
-    """One of two contradicting inputs ignored, or a crash on None."""
+    """Catches one of two contradicting inputs ignored, or a crash on None."""
     ours = twin(theirs(name), torch.float32)
     batch = make_batch("right", name)
     embeds = randn(*batch["input_ids"].shape, 32, dtype=torch.float32)
@@ -209,7 +209,7 @@ def test_both_or_neither_of_ids_and_embeds(name: str) -> None:
 # Devices and dtypes
 @pytest.mark.parametrize("name", ["input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds"])
 def test_tensor_on_another_device(name: str, model: Any, batch: dict[str, Any]) -> None:
-    """A tensor left on another device, copied in silence on every call, or read as if it were here."""
+    """Catches a tensor left on another device, copied in silence on every call, or read as if it were here."""
     if name == "inputs_embeds":
         batch = {**batch, "input_ids": None, name: randn(BATCH, LENGTH, 32, dtype=torch.float32)}
     message = f"{name}: expected a tensor on the model's device cpu, got meta"
@@ -221,7 +221,7 @@ def test_tensor_on_another_device(name: str, model: Any, batch: dict[str, Any]) 
 
 @pytest.mark.gpu
 def test_tensor_on_the_cpu_for_a_model_on_the_gpu(device: torch.device, batch: dict[str, Any]) -> None:
-    """The same with the device that it will be in practice."""
+    """Catches a tensor on the CPU that a model on a GPU copies or reads in silence."""
     ours = twin(theirs(), torch.float32, "auto", device)
     for name in batch:
         mixed = {**to_device(batch, device), name: batch[name]}
@@ -244,7 +244,7 @@ PARTS = {
 @pytest.mark.parametrize("grad", [False, True])
 @pytest.mark.parametrize("part", PARTS)
 def test_model_of_mixed_dtypes(part: str, grad: bool, batch: dict[str, Any]) -> None:
-    """A part that .double() was called on alone: promoted in silence, or an error that does not name it."""
+    """Catches a part that .double() was called on alone and that is promoted in silence or not named."""
     model = in_dtype(twin(theirs()), torch.float32)
     model.get_submodule(part).double()
     with torch.set_grad_enabled(grad), pytest.raises(TypeError) as error:
@@ -256,7 +256,7 @@ def test_model_of_mixed_dtypes(part: str, grad: bool, batch: dict[str, Any]) -> 
 
 # Backends that cannot
 def test_strict_backend_that_cannot(device: torch.device, batch: dict[str, Any]) -> None:
-    """A strict backend that steps aside all the same."""
+    """Catches a strict backend that steps aside all the same."""
     with pytest.raises(fastbert.BackendError) as error:
         run(twin(theirs(), torch.float64, "triton", device), batch)
     assert str(error.value) == (
@@ -271,7 +271,7 @@ def test_strict_backend_that_cannot(device: torch.device, batch: dict[str, Any])
 
 
 def test_triton_on_a_cpu_without_the_interpreter(monkeypatch: pytest.MonkeyPatch, batch: dict[str, Any]) -> None:
-    """Kernels asked for where there is no GPU: under strict an error that says so."""
+    """Catches kernels asked for without a GPU that give, under strict, no error that says so."""
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     with pytest.raises(fastbert.BackendError, match="the tensors are on the CPU, and Triton's interpreter is off"):
         run(twin(theirs(), torch.float32, "triton"), batch)
@@ -279,6 +279,6 @@ def test_triton_on_a_cpu_without_the_interpreter(monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.gpu
 def test_cpu_backend_on_a_gpu(device: torch.device, batch: dict[str, Any]) -> None:
-    """The "cpu" backend computing on a GPU under strict."""
+    """Catches the "cpu" backend computing on a GPU under strict."""
     with pytest.raises(fastbert.BackendError, match="'cpu' cannot run it, and strict=True: the tensors are on cuda"):
         run(twin(theirs(), torch.float32, "cpu", device), batch)

@@ -40,7 +40,7 @@ def model() -> Any:
     ],
 )
 def test_bad_cu_seqlens(cu_seqlens: Any, error: type[Exception], message: str, model: Any) -> None:
-    """Offsets that would send a kernel outside of its tensors, or lose or double tokens."""
+    """Catches offsets that would send a kernel outside of its tensors, or lose or double tokens."""
     if message.startswith("at"):
         message = f"cu_seqlens: expected offsets that start at 0, never decrease and end {message}"
     with pytest.raises(error, match=exactly(message)):
@@ -67,7 +67,7 @@ def test_bad_cu_seqlens(cu_seqlens: Any, error: type[Exception], message: str, m
     ],
 )
 def test_bad_packed_input(arguments: dict[str, Any], error: type[Exception], message: str, model: Any) -> None:
-    """The checks of forward missing from forward_packed."""
+    """Catches the checks of forward missing from forward_packed."""
     given = {"input_ids": torch.ones(12, dtype=torch.long), **arguments}
     with pytest.raises(error, match=exactly(message)):
         model.forward_packed(cu_seqlens=cu_seqlens_of([5, 7]), **given)

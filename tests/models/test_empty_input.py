@@ -21,7 +21,7 @@ from model_cases import (
 @pytest.mark.parametrize(("rows", "columns"), [(0, 5), (3, 0), (0, 0)])
 @pytest.mark.parametrize("name", MODELS)
 def test_empty_batch(name: str, rows: int, columns: int, backend: str, device: torch.device) -> None:
-    """A crash or NaN on a batch without rows or columns, with a mask or without."""
+    """Catches a crash or NaN on a batch without rows or columns, with a mask or without."""
     at = torch.device("cpu") if backend == "cpu" else device
     ours = twin(theirs(name), torch.float32, backend, at)
     shape = (rows, 2, columns) if name == "BertForMultipleChoice" else (rows, columns)
@@ -43,7 +43,7 @@ def test_empty_batch(name: str, rows: int, columns: int, backend: str, device: t
 
 
 def test_empty_batch_on_the_reference_path() -> None:
-    """output_attentions on a batch without rows or columns."""
+    """Catches a crash with output_attentions on a batch without rows or columns."""
     ours = twin(theirs(), strict=False)
     for rows, columns in ((0, 5), (3, 0)):
         output = run(ours, {"input_ids": torch.zeros(rows, columns, dtype=torch.long)}, output_attentions=True)
@@ -52,7 +52,7 @@ def test_empty_batch_on_the_reference_path() -> None:
 
 
 def test_empty_batch_trains() -> None:
-    """A backward pass that crashes, or gives NaN, where a batch turned out empty."""
+    """Catches a backward pass that crashes, or gives NaN, where a batch turned out empty."""
     ours = twin(theirs()).train()
     for module in ours.modules():
         if isinstance(module, torch.nn.Dropout):
@@ -63,7 +63,7 @@ def test_empty_batch_trains() -> None:
 
 @pytest.mark.parametrize("backend", ["cpu", "triton"])
 def test_empty_packed_input(backend: str, device: torch.device) -> None:
-    """No sequences, or sequences without tokens, crashing."""
+    """Catches a crash on no sequences, or on sequences without tokens."""
     ours = twin(theirs(), torch.float32, backend, device if backend == "triton" else "cpu")
     ids = torch.ones(0, dtype=torch.long, device=ours.device)
     for lengths in ([], [0], [0, 0, 0]):

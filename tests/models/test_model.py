@@ -50,7 +50,7 @@ def assert_matches(ours: Any, model: Any, batch: dict[str, Any]) -> None:
 @pytest.mark.parametrize("kind", MASKS)
 @pytest.mark.parametrize("shape", ["base", "large", "minilm", "96x3", "320x5"])
 def test_float64_matches_transformers(shape: str, kind: str, backend: str, device: torch.device) -> None:
-    """A wrong step anywhere in the encoder or pooler, and a mask, type or position that lands on the wrong token."""
+    """Catches a wrong step in the encoder or pooler, or a mask, type or position that lands on the wrong token."""
     model = theirs("BertModel", shape)
     assert_matches(twin(model, backend=backend, device=place(backend, device)), model, make_batch(kind))
 
@@ -73,7 +73,7 @@ def assert_accurate(model: Any, ours: Any, batch: dict[str, Any]) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", ["base", "large", "minilm", "96x3", "320x5"])
 def test_lower_precision_is_as_accurate(shape: str, dtype: torch.dtype, backend: str, device: torch.device) -> None:
-    """A sum, a softmax or a statistic that is kept in less precision than transformers keeps it."""
+    """Catches a sum, a softmax or a statistic that is kept in less precision than transformers keeps it."""
     model = theirs("BertModel", shape)
     assert_accurate(model, twin(model, dtype, backend, place(backend, device)), make_batch("right"))
 
@@ -93,7 +93,7 @@ def test_lower_precision_is_as_accurate(shape: str, dtype: torch.dtype, backend:
     ],
 )
 def test_kernels_are_as_accurate(shape: str, dtype: torch.dtype, kind: str, device: torch.device, poisoned) -> None:
-    """Kernels that are right one by one but are fed the wrong thing, or leave part of an output unwritten."""
+    """Catches kernels that are right one by one but are fed the wrong thing, or leave part of an output unwritten."""
     model = theirs("BertModel", shape)
     assert_accurate(model, twin(model, dtype, "triton", device), make_batch(kind))
     poisoned.check()
@@ -101,13 +101,13 @@ def test_kernels_are_as_accurate(shape: str, dtype: torch.dtype, kind: str, devi
 
 @pytest.mark.parametrize("hidden_act", ["gelu", "gelu_new", "gelu_pytorch_tanh", "relu"])
 def test_hidden_act(hidden_act: str) -> None:
-    """The erf and the tanh form exchanged."""
+    """Catches the erf and the tanh form of GELU exchanged."""
     model = theirs("BertModel", "tiny", hidden_act=hidden_act)
     assert_matches(twin(model), model, make_batch("right"))
 
 
 def test_layer_norm_eps() -> None:
-    """An epsilon that is not the config's, in any of the LayerNorms."""
+    """Catches an epsilon that is not the config's, in any of the LayerNorms."""
     model = theirs("BertModel", "tiny", layer_norm_eps=0.05)
     assert_matches(twin(model), model, make_batch("right"))
 
@@ -117,7 +117,7 @@ def test_layer_norm_eps() -> None:
 )
 @pytest.mark.parametrize("kind", ["none", "left", "holes"])
 def test_defaults_of_types_and_positions(given: tuple[str, ...], kind: str) -> None:
-    """Positions that packing renumbered: the default is the column, also behind padding and holes."""
+    """Catches positions that packing renumbered, where the default is the column, also behind padding and holes."""
     model = theirs()
     batch = make_batch(kind)
     batch = {n: t for n, t in batch.items() if n in ("input_ids", "attention_mask", *given)}
@@ -125,7 +125,7 @@ def test_defaults_of_types_and_positions(given: tuple[str, ...], kind: str) -> N
 
 
 def test_positions_of_one_row() -> None:
-    """(1, S) positions, which transformers takes for every row, refused or misread."""
+    """Catches (1, S) positions, which transformers takes for every row, refused or misread."""
     model = theirs()
     batch = make_batch("right")
     batch["position_ids"] = batch["position_ids"][:1]
@@ -134,7 +134,7 @@ def test_positions_of_one_row() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int32, torch.float32, torch.float16, torch.float64])
 def test_mask_dtypes(dtype: torch.dtype) -> None:
-    """A mask whose dtype changes its meaning."""
+    """Catches a mask whose dtype changes its meaning."""
     ours, batch = twin(theirs()), make_batch("holes")
     expected = run(ours, batch)
     same = run(ours, {**batch, "attention_mask": batch["attention_mask"].to(dtype)})
@@ -145,7 +145,7 @@ def test_mask_dtypes(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
 @pytest.mark.parametrize("backend", ["cpu", "triton"])
 def test_id_dtypes(backend: str, dtype: torch.dtype, device: torch.device) -> None:
-    """int32 ids, or ids of mixed dtypes, read as something else."""
+    """Catches int32 ids, or ids of mixed dtypes, read as something else."""
     ours, batch = twin(theirs(), torch.float32, backend, place(backend, device)), make_batch("right")
     expected = run(ours, batch)
     for names in (("input_ids",), ("token_type_ids", "position_ids"), ("input_ids", "token_type_ids", "position_ids")):
@@ -154,7 +154,7 @@ def test_id_dtypes(backend: str, dtype: torch.dtype, device: torch.device) -> No
 
 
 def test_a_mask_of_ones_is_no_mask() -> None:
-    """The path that looks at no mask computing something else."""
+    """Catches the path that looks at no mask computing something else."""
     ours, batch = twin(theirs()), make_batch("none")
     ones = torch.ones(BATCH, LENGTH, dtype=torch.long)
     assert torch.equal(run(ours, batch)[0], run(ours, {**batch, "attention_mask": ones})[0])
@@ -162,7 +162,7 @@ def test_a_mask_of_ones_is_no_mask() -> None:
 
 @pytest.mark.parametrize("kind", ["none", "holes"])
 def test_strided_inputs(kind: str) -> None:
-    """Inputs that are views, such as a transpose or every second column, read as if they were contiguous."""
+    """Catches inputs that are views, such as a transpose or every second column, read as if they were contiguous."""
     ours, batch = twin(theirs()), make_batch(kind)
     expected = run(ours, batch)
     views = {
@@ -175,7 +175,7 @@ def test_strided_inputs(kind: str) -> None:
 @pytest.mark.parametrize("kind", ["none", "right", "holes"])
 @pytest.mark.parametrize("backend", ["cpu", "triton"])
 def test_inputs_embeds(kind: str, backend: str, device: torch.device) -> None:
-    """inputs_embeds that skip a part of the embeddings, or take rows at padding for tokens."""
+    """Catches inputs_embeds that skip a part of the embeddings, or take rows at padding for tokens."""
     model = theirs()
     batch = make_batch(kind) | {"inputs_embeds": randn(BATCH, LENGTH, 32)}
     del batch["input_ids"]
@@ -192,7 +192,7 @@ def test_inputs_embeds(kind: str, backend: str, device: torch.device) -> None:
 
 
 def test_inputs_embeds_of_the_ids() -> None:
-    """get_input_embeddings giving another table than the model reads."""
+    """Catches get_input_embeddings giving another table than the model reads."""
     ours, batch = twin(theirs()), make_batch("right")
     embeds = ours.get_input_embeddings()(batch["input_ids"])
     expected = run(ours, batch)
@@ -207,7 +207,7 @@ def without_decoder(keys: Iterable[str]) -> list[str]:
 
 @pytest.mark.parametrize("kind", MASKS)
 def test_output_attentions(kind: str) -> None:
-    """Attentions that are not the probabilities the model computed, or that differ in shape from transformers'."""
+    """Catches attentions that are not the model's probabilities, or that differ in shape from transformers'."""
     model, batch = theirs(), make_batch(kind)
     valid = valid_of(batch["attention_mask"])
     ours = twin(model, strict=False)
@@ -228,7 +228,7 @@ def test_output_attentions(kind: str) -> None:
 
 
 def test_output_attentions_is_no_silent_fallback(caplog: pytest.LogCaptureFixture) -> None:
-    """Fused attention has no probabilities to give: another path serving them unsaid, or under strict."""
+    """Catches another path that gives attentions without a word, or under strict."""
     model, batch = theirs(), make_batch("right")
     from fastbert.models.bert import _log_reference
 
@@ -248,7 +248,7 @@ def test_output_attentions_is_no_silent_fallback(caplog: pytest.LogCaptureFixtur
 @pytest.mark.parametrize("hidden", [False, True])
 @pytest.mark.parametrize("attentions", [False, True])
 def test_output_forms(attentions: bool, hidden: bool) -> None:
-    """Keys or a tuple of another order or length than transformers', or a key present that was not asked for."""
+    """Catches keys or a tuple of another order or length than transformers', or a key that was not asked for."""
     model, batch = theirs(), make_batch("none")
     ours = twin(model, strict=False)
     options = {"output_attentions": attentions, "output_hidden_states": hidden}
@@ -267,7 +267,7 @@ def test_output_forms(attentions: bool, hidden: bool) -> None:
 
 
 def test_output_settings_of_the_config() -> None:
-    """output_hidden_states, output_attentions and return_dict of a config.json ignored."""
+    """Catches output_hidden_states, output_attentions and return_dict of a config.json ignored."""
     config = fastbert.BertConfig.from_dict(
         {**theirs().config.to_dict(), "output_hidden_states": True, "output_attentions": True, "return_dict": False}
     )
@@ -280,7 +280,7 @@ def test_output_settings_of_the_config() -> None:
 
 
 def test_order_of_arguments() -> None:
-    """Positional arguments in another order than transformers'."""
+    """Catches positional arguments in another order than transformers'."""
     names = ["input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds"]
     for cls in (fastbert.BertModel, transformers.BertModel):
         assert list(inspect.signature(cls.forward).parameters)[1:6] == names
@@ -291,7 +291,7 @@ def test_order_of_arguments() -> None:
 @pytest.mark.parametrize("backend", ["cpu", "triton"])
 @pytest.mark.parametrize("kind", ["right", "left", "holes", "zero_row"])
 def test_nothing_is_read_at_padding(kind: str, backend: str, device: torch.device) -> None:
-    """What stands at padding, an id outside the vocabulary or a NaN, reaching an output or raising."""
+    """Catches a value at padding, an id outside the vocabulary or a NaN, that reaches an output or raises."""
     ours = twin(theirs(), torch.float32, backend, place(backend, device))
     clean = make_batch(kind)
     padding = ~valid_of(clean["attention_mask"])
@@ -309,7 +309,7 @@ def test_nothing_is_read_at_padding(kind: str, backend: str, device: torch.devic
 
 @pytest.mark.parametrize("kind", ["left", "holes"])
 def test_a_padded_row_is_the_row_alone(kind: str) -> None:
-    """A row that changes with the padding around it, or a pooler that reads padding in column 0."""
+    """Catches a row that changes with the padding around it, or a pooler that reads padding in column 0."""
     model = theirs()
     ours, batch = twin(model), make_batch(kind)
     output = run(ours, batch)
@@ -324,7 +324,7 @@ def test_a_padded_row_is_the_row_alone(kind: str) -> None:
 
 
 def test_an_empty_row_is_finite_and_alone() -> None:
-    """NaN from a softmax over nothing, or an empty row that touches the others."""
+    """Catches NaN from a softmax over nothing, or an empty row that touches the others."""
     ours = twin(theirs())
     expected, output = run(ours, make_batch("right")), run(ours, make_batch("zero_row"))
     others = torch.tensor([0, 2, 3])
@@ -336,7 +336,7 @@ def test_an_empty_row_is_finite_and_alone() -> None:
 
 
 def test_without_pooler() -> None:
-    """add_pooling_layer=False leaving a pooler, or a None in the tuple."""
+    """Catches add_pooling_layer=False leaving a pooler, or a None in the tuple."""
     model = theirs()
     ours = fastbert.BertModel(fastbert.BertConfig.from_dict(model.config.to_dict()), add_pooling_layer=False).double()
     bare = transformers.BertModel(model.config, add_pooling_layer=False).double().eval()
@@ -349,7 +349,7 @@ def test_without_pooler() -> None:
 
 
 def test_first_tokens_helper() -> None:
-    """The expectation of the pooler being wrong: it must be the first valid token, and zeros without one."""
+    """Catches a wrong expectation of the pooler, which is to take the first valid token, and zeros without one."""
     hidden, valid = randn(BATCH, LENGTH, 2), valid_of(mask("holes")).clone()
     valid[3] = False
     rows = [hidden[b, int(valid[b].nonzero()[0])] for b in range(3)]
@@ -357,7 +357,7 @@ def test_first_tokens_helper() -> None:
 
 
 def test_fresh_weights() -> None:
-    """Fresh weights that are not BERT's: a wrong spread, LayerNorms that are not 1 and 0, a [PAD] row that is not 0."""
+    """Catches fresh weights of a wrong spread, LayerNorms that are not 1 and 0, or a [PAD] row that is not 0."""
     config = fastbert.BertConfig.from_dict(theirs("BertModel", "96x3").config.to_dict() | {"initializer_range": 0.05})
     model = fastbert.BertModel(config)
     for name, parameter in model.named_parameters():

@@ -24,7 +24,7 @@ from model_cases import (
 
 @pytest.mark.parametrize(("compiler", "backend"), [("eager", "cpu"), ("aot_eager", "triton")])
 def test_compiled_is_the_same(compiler: str, backend: str, device: torch.device) -> None:
-    """A shape, a mask or a length that a compiled model keeps from the batch before."""
+    """Catches a shape, a mask or a length that a compiled model keeps from the batch before."""
     model = theirs("BertModel", "tiny", num_hidden_layers=1)
     ours = twin(model, torch.float32, backend, place(backend, device))
     compiled = torch.compile(ours, backend=compiler)
@@ -39,7 +39,7 @@ def test_compiled_is_the_same(compiler: str, backend: str, device: torch.device)
 
 
 def test_compiled_trains() -> None:
-    """A compiled model whose gradients are not those of the model."""
+    """Catches a compiled model whose gradients are not those of the model."""
     model = trainable("tiny", num_hidden_layers=1)
     ours, batch = twin(model), make_batch("right")
     try:
@@ -53,7 +53,7 @@ def test_compiled_trains() -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler for the CPU")
 def test_inductor_is_the_same() -> None:
-    """Code that inductor generates for the plain path computing something else."""
+    """Catches code that inductor generates for the plain path computing something else."""
     model = theirs("BertModel", "tiny", num_hidden_layers=1)
     ours = twin(model, torch.float32)
     compiled = torch.compile(ours)

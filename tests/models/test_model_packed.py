@@ -80,7 +80,7 @@ one_long = st.builds(
 @settings(deadline=None, max_examples=40)
 @given(st.one_of(short_lengths, many_ones, edge_lengths, one_long))
 def test_packed_matches_transformers(long_model: Any, lengths: list[int]) -> None:
-    """Lengths at which a token is lost, doubled or sees a neighbouring sequence."""
+    """Catches lengths at which a token is lost, doubled or sees a neighbouring sequence."""
     packed_matches(long_model, lengths)
 
 
@@ -90,13 +90,13 @@ def test_packed_matches_transformers(long_model: Any, lengths: list[int]) -> Non
     ids=str,
 )
 def test_packed_lengths(long_model: Any, lengths: list[int]) -> None:
-    """The lengths that break packings, named, whatever hypothesis draws."""
+    """Catches a token that is lost, doubled or sees a neighbour, at the lengths that break packings."""
     packed_matches(long_model, lengths)
 
 
 @pytest.mark.parametrize("lengths", [[511, 1, 0, 2], [1] * 40, [0, 17, 130, 0], [64, 63, 65]], ids=str)
 def test_packed_kernels_are_as_accurate(long_model: Any, lengths: list[int], device: torch.device) -> None:
-    """The same for the kernels, whose tiles hold several short sequences or part of a long one."""
+    """Catches kernels that err where a tile holds several short sequences or part of a long one."""
     batch = padded_batch(lengths)
     valid = batch["attention_mask"] != 0
     ours, eager = twin(long_model, torch.float32, "triton", device), in_dtype(long_model, torch.float32, device)
@@ -112,7 +112,7 @@ def test_packed_kernels_are_as_accurate(long_model: Any, lengths: list[int], dev
 
 @pytest.mark.parametrize("backend", ["cpu", "triton"])
 def test_packed_is_each_sequence_alone(backend: str, device: torch.device) -> None:
-    """A sequence that changes with its neighbours, beyond rounding."""
+    """Catches a sequence that changes with its neighbours, beyond rounding."""
     model, lengths = theirs(), [5, 0, 1, 17, 1, 33]
     at = place(backend, device)
     ours = twin(model, torch.float32, backend, at)
@@ -128,7 +128,7 @@ def test_packed_is_each_sequence_alone(backend: str, device: torch.device) -> No
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
 @pytest.mark.parametrize("backend", ["cpu", "triton"])
 def test_cu_seqlens_dtype_and_device(backend: str, dtype: torch.dtype, device: torch.device) -> None:
-    """Offsets that must be of one dtype or on one device, though from_cu_seqlens promises both."""
+    """Catches offsets that must be of one dtype or on one device, though from_cu_seqlens promises both."""
     at = place(backend, device)
     ours = twin(theirs(), torch.float32, backend, at)
     ids = torch.randint(VOCAB, (12,), device=at)
@@ -140,7 +140,7 @@ def test_cu_seqlens_dtype_and_device(backend: str, dtype: torch.dtype, device: t
 
 
 def test_packed_positions_and_types() -> None:
-    """Explicit positions or types that packed execution ignores."""
+    """Catches explicit positions or types that packed execution ignores."""
     ours, batch = twin(theirs()), make_batch("holes")
     valid = valid_of(batch["attention_mask"])
     packed = ours.forward_packed(
@@ -153,7 +153,7 @@ def test_packed_positions_and_types() -> None:
 
 
 def test_packed_trains() -> None:
-    """forward_packed without a graph, or with gradients of its own."""
+    """Catches forward_packed without a graph, or with gradients of its own."""
     model, batch = trainable("tiny"), make_batch("right")
     ours, padded = twin(model), twin(model)
     valid = valid_of(batch["attention_mask"])
@@ -167,7 +167,7 @@ def test_packed_trains() -> None:
 @settings(deadline=None, max_examples=60)
 @given(st.data())
 def test_pack_and_pad_are_inverse(data: st.DataObject) -> None:
-    """A token that lands in another row or column on its way through packing."""
+    """Catches a token that lands in another row or column on its way through packing."""
     rows, columns = data.draw(st.integers(0, 6)), data.draw(st.integers(0, 9))
     cells = data.draw(st.lists(st.booleans(), min_size=rows * columns, max_size=rows * columns))
     attention_mask = torch.tensor(cells, dtype=torch.bool).reshape(rows, columns)

@@ -36,7 +36,7 @@ from model_cases import (
 @pytest.mark.parametrize("kind", ["none", "right", "holes"])
 @pytest.mark.parametrize("shape", ["minilm", "96x3"])
 def test_gradients_match_transformers(shape: str, kind: str) -> None:
-    """A forward that is right with a backward that is not, for any parameter."""
+    """Catches a forward that is right with a backward that is not, for any parameter."""
     model, batch = trainable(shape), make_batch(kind)
     ours = twin(model)
     assert ours.training
@@ -45,7 +45,7 @@ def test_gradients_match_transformers(shape: str, kind: str) -> None:
 
 
 def test_gradients_of_the_reference_path() -> None:
-    """output_attentions cutting the graph: its path must train too."""
+    """Catches output_attentions that cuts the graph, though its path must train too."""
     model, batch = trainable("tiny"), make_batch("right")
     ours = twin(model, strict=False)
     both_with_gradients(ours, [model], batch, output_attentions=True)
@@ -53,7 +53,7 @@ def test_gradients_of_the_reference_path() -> None:
 
 
 def test_gradients_of_inputs_embeds() -> None:
-    """No gradient, or one at padding, for inputs_embeds."""
+    """Catches no gradient, or one at padding, for inputs_embeds."""
     model, batch = trainable("tiny"), make_batch("holes")
     embeds = randn(BATCH, LENGTH, 32)
     gradients = []
@@ -66,7 +66,7 @@ def test_gradients_of_inputs_embeds() -> None:
 
 
 def test_gradients_of_an_empty_row_are_finite() -> None:
-    """NaN flowing back from a row without tokens."""
+    """Catches NaN flowing back from a row without tokens."""
     ours = twin(trainable("tiny"))
     output = ours(**make_batch("zero_row"))
     (output.last_hidden_state.square().sum() + output.pooler_output.square().sum()).backward()
@@ -76,7 +76,7 @@ def test_gradients_of_an_empty_row_are_finite() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("backend", ["cpu", "torch", "triton"])
 def test_gradients_are_as_accurate(backend: str, dtype: torch.dtype, device: torch.device) -> None:
-    """A backward pass that recomputes or sums in less precision than transformers'."""
+    """Catches a backward pass that recomputes or sums in less precision than transformers'."""
     model, batch = trainable("tiny" if backend == "triton" else "96x3"), make_batch("right")
     at = place(backend, device)
     ours, eager = twin(model, dtype, backend, at), in_dtype(model, dtype, at)
@@ -87,7 +87,7 @@ def test_gradients_are_as_accurate(backend: str, dtype: torch.dtype, device: tor
 
 @pytest.mark.parametrize("frozen", ["embeddings", "encoder.layer.0", "query", "pooler"])
 def test_frozen_parameters(frozen: str) -> None:
-    """A frozen part that stops the gradient of the parts below it, or that gets one."""
+    """Catches a frozen part that stops the gradient of the parts below it, or that gets one."""
     model, batch = trainable("tiny"), make_batch("right")
     ours = twin(model)
     for each in (model, ours):
@@ -98,7 +98,7 @@ def test_frozen_parameters(frozen: str) -> None:
 
 
 def test_padding_id_gets_no_gradient() -> None:
-    """A [PAD] that the mask leaves in: nn.Embedding's padding_idx keeps its row as it is, in transformers."""
+    """Catches a gradient for the row of nn.Embedding's padding_idx where the mask leaves a [PAD] in."""
     model, batch = trainable("tiny"), make_batch("none")
     batch["input_ids"][:, 5:] = 0
     ours = twin(model)
@@ -107,7 +107,7 @@ def test_padding_id_gets_no_gradient() -> None:
 
 
 def test_gradient_modes_agree() -> None:
-    """A fused weight that is made differently, or not remade, with gradients on, off or in inference mode."""
+    """Catches a fused weight that is made differently, or not remade, with gradients on, off or in inference mode."""
     model, batch = theirs(), make_batch("right")
     ours = twin(model)
     expected = run(model, batch)[0][valid_of(batch["attention_mask"])]
@@ -135,7 +135,7 @@ def moments(model: Any, ids: Tensor, n: int) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize(("hidden", "attention"), [(0.3, 0.0), (0.0, 0.4), (0.1, 0.1)])
 def test_dropout_has_the_moments_of_transformers(hidden: float, attention: float) -> None:
-    """A dropout that is missing, in the wrong place, of the wrong probability or not rescaled."""
+    """Catches a dropout that is missing, in the wrong place, of the wrong probability or not rescaled."""
     model = theirs("BertModel", "tiny", hidden_dropout_prob=hidden, attention_probs_dropout_prob=attention)
     training = in_dtype(model, torch.float32).train()
     ours = twin(training, torch.float32)
@@ -149,7 +149,7 @@ def test_dropout_has_the_moments_of_transformers(hidden: float, attention: float
 
 
 def test_dropout_differs_between_calls_and_not_in_eval() -> None:
-    """Dropout that is the same on every call, or that runs in eval mode."""
+    """Catches dropout that is the same on every call, or that runs in eval mode."""
     ours, batch = twin(theirs()), make_batch("right")
     expected = run(ours, batch)[0]
     ours.train()
@@ -163,7 +163,7 @@ def test_dropout_differs_between_calls_and_not_in_eval() -> None:
 
 
 def test_dropout_falls_back_aloud(device: torch.device, caplog: pytest.LogCaptureFixture) -> None:
-    """Kernels without dropout that skip it, or hand over to another backend without a word."""
+    """Catches kernels without dropout that skip it, or hand over to another backend without a word."""
     model, batch = copy.deepcopy(theirs()).train(), make_batch("right")
     ours = twin(model, torch.float32, "triton", device, strict=False)
     dispatch._log_once.cache_clear()
@@ -182,7 +182,7 @@ def test_dropout_falls_back_aloud(device: torch.device, caplog: pytest.LogCaptur
 
 
 def test_dropout_beside_attentions_warns(caplog: pytest.LogCaptureFixture) -> None:
-    """The reference path drops nothing out: that must be said in training."""
+    """Catches training on the reference path, which applies no dropout, without a warning."""
     ours = twin(copy.deepcopy(theirs()).train(), strict=False)
     with caplog.at_level(logging.WARNING, "fastbert"):
         run(ours, make_batch(), output_attentions=True)
@@ -190,7 +190,7 @@ def test_dropout_beside_attentions_warns(caplog: pytest.LogCaptureFixture) -> No
 
 
 def test_autocast_is_as_accurate(device: torch.device, caplog: pytest.LogCaptureFixture) -> None:
-    """Kernels that take autocast's mixture of dtypes for one dtype, or a fallback that is not logged."""
+    """Catches kernels that take autocast's mixture of dtypes for one dtype, or a fallback that is not logged."""
     model, batch = theirs("BertModel", "96x3"), make_batch("right")
     valid = valid_of(batch["attention_mask"])
     ours = twin(model, torch.float32, "triton", device, strict=False)

@@ -143,7 +143,7 @@ ELSEWHERE = {
 
 @pytest.mark.parametrize("change", [*CHANGES, *ELSEWHERE])
 def test_weights_follow_changes(change: str) -> None:
-    """A fused matrix, or a module used without being called, that does not notice a change to what it was made from."""
+    """Catches a fused matrix, or a module used without a call, that does not notice a change to its parameters."""
     apply = {**CHANGES, **ELSEWHERE}[change]
     model, batch = copy.deepcopy(theirs()), make_batch("right")
     ours = twin(model)
@@ -161,7 +161,7 @@ def test_weights_follow_changes(change: str) -> None:
 
 
 def test_new_parameters_in_old_memory() -> None:
-    """A new parameter in the memory of the one it replaces: the same address and version, other numbers.
+    """Catches a new parameter that is taken for the old one, in whose memory it lies, with the same version.
 
     Whether the allocator places it there is chance, hence the many tries.
     """
@@ -176,7 +176,7 @@ def test_new_parameters_in_old_memory() -> None:
 
 
 def test_removed_hook() -> None:
-    """The fused path not coming back, or coming back stale, when a hook goes."""
+    """Catches the fused path not coming back, or coming back stale, when a hook goes."""
     ours, batch = twin(theirs()), make_batch("right")
     before = run(ours, batch)[0]
     handle = attention(ours).query.register_forward_hook(lambda *args: args[2] * 2)
@@ -190,7 +190,7 @@ def test_removed_hook() -> None:
 
 @pytest.mark.parametrize("name", ["encoder.layer.1.attention.self.query", "encoder.layer.0.intermediate.dense"])
 def test_backward_hooks_fire(name: str) -> None:
-    """A linear whose weight is used without calling it, though somebody listens to its gradients."""
+    """Catches a linear whose weight is used without calling it, though somebody listens to its gradients."""
     ours, seen = twin(trainable("tiny")), []
     ours.get_submodule(name).register_full_backward_hook(lambda *args: seen.append(args[2][0].shape))
     ours(**make_batch("none"))[0].sum().backward()
@@ -198,7 +198,7 @@ def test_backward_hooks_fire(name: str) -> None:
 
 
 def test_the_fused_matrix_is_kept() -> None:
-    """A fused matrix that is made anew on every call, which would cost more than it saves."""
+    """Catches a fused matrix that is made anew on every call, which would cost more than it saves."""
     ours, batch = twin(theirs()), make_batch("right")
     run(ours, batch)
     first = attention(ours).derived.tensors()
@@ -214,7 +214,7 @@ def copies(model: Any) -> list[Any]:
 
 
 def test_copies_are_independent() -> None:
-    """deepcopy, pickle or torch.save failing on the fused matrix, carrying it along, or sharing it with the copy."""
+    """Catches deepcopy, pickle or torch.save that fails on the fused matrix, carries it along, or shares it."""
     ours, batch = twin(theirs()), make_batch("right")
     expected = run(ours, batch)[0]
     assert len(pickle.dumps(ours)) <= len(pickle.dumps(twin(theirs()))) + 1000

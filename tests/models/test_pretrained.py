@@ -55,7 +55,7 @@ def saved(tmp_path: Path) -> Any:
 @pytest.mark.parametrize("tie", [True, False])
 @pytest.mark.parametrize("name", MODELS)
 def test_state_dict_names_are_those_of_transformers(name: str, tie: bool) -> None:
-    """A parameter or buffer of another name or shape, which no checkpoint, adapter or optimiser group would find."""
+    """Catches a parameter or buffer of another name or shape, which no checkpoint, adapter or optimiser finds."""
     model = theirs(name, "tiny", tie_word_embeddings=tie)
     config = fastbert.BertConfig.from_dict(model.config.to_dict())
     ours = our_class(name)(config).double()
@@ -71,7 +71,7 @@ def test_state_dict_names_are_those_of_transformers(name: str, tie: bool) -> Non
 @pytest.mark.parametrize("tie", [True, False])
 @pytest.mark.parametrize("name", MODELS)
 def test_round_trip(name: str, tie: bool, saved: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """A weight that is lost, cast, renamed or started afresh on the way from transformers to us and back."""
+    """Catches a weight that is lost, cast, renamed or started afresh on the way from transformers to us and back."""
     model = theirs(name, "tiny", tie_word_embeddings=tie)
     ours = our_class(name).from_pretrained(saved(name, tie_word_embeddings=tie))
     assert not ours.training and ours.dtype == torch.float64 and ours.missing_names == []
@@ -94,7 +94,7 @@ def test_round_trip(name: str, tie: bool, saved: Any, tmp_path: Path, caplog: py
 
 @pytest.mark.parametrize("name", HEADS)
 def test_config_round_trip(name: str, saved: Any, tmp_path: Path) -> None:
-    """Labels, dropout or a setting of others that saving loses, or a wrong architecture."""
+    """Catches labels, dropout or a setting of others that saving loses, or a wrong architecture."""
     folder = saved(name, classifier_dropout=0.25, problem_type="regression")
     edit(folder, id2label={"0": "no", "1": "yes"}, label2id={"no": 0, "yes": 1}, a_setting_of_others=[1, 2])
     edit_weights(folder, drop=("classifier",))
@@ -108,7 +108,7 @@ def test_config_round_trip(name: str, saved: Any, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["BertModel", "BertForPreTraining"])
 def test_shards(name: str, saved: Any, tmp_path: Path) -> None:
-    """A tensor that is lost between shards, theirs or ours."""
+    """Catches a tensor that is lost between shards, theirs or ours."""
     model, theirs_folder = theirs(name), tmp_path / "theirs"
     model.save_pretrained(theirs_folder, max_shard_size="20KB")
     assert len(list(theirs_folder.glob("model-*.safetensors"))) > 2
@@ -122,7 +122,7 @@ def test_shards(name: str, saved: Any, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["BertModel", "BertForPreTraining"])
 def test_pickled_weights(name: str, saved: Any) -> None:
-    """pytorch_model.bin, with its tied copies, gamma and beta, and the stored position_ids of older versions."""
+    """Catches a pytorch_model.bin that does not load for its tied copies, gamma and beta, or stored position_ids."""
     model, folder = theirs(name), saved(name)
     (folder / WEIGHTS).unlink()
     prefix = "" if name == "BertModel" else "bert."
@@ -138,7 +138,7 @@ def test_pickled_weights(name: str, saved: Any) -> None:
 
 
 def test_saving_over_the_checkpoint_that_was_loaded(saved: Any) -> None:
-    """Weights that are mapped from the file they are saved over."""
+    """Catches weights that are lost because they are mapped from the file they are saved over."""
     folder = saved("BertForMaskedLM")
     ours = fastbert.BertForMaskedLM.from_pretrained(folder)
     with torch.no_grad():
@@ -151,7 +151,7 @@ def test_saving_over_the_checkpoint_that_was_loaded(saved: Any) -> None:
 
 
 def test_loaded_weights_are_independent(saved: Any) -> None:
-    """Training one model moving another that was loaded from the same file, or the file."""
+    """Catches training that moves another model loaded from the same file, or the file."""
     folder = saved()
     first, second = (fastbert.BertModel.from_pretrained(folder) for _ in range(2))
     with torch.no_grad():
@@ -163,7 +163,7 @@ def test_loaded_weights_are_independent(saved: Any) -> None:
 
 
 def test_a_trained_model_is_saved_as_it_is(saved: Any, tmp_path: Path) -> None:
-    """Saving in training mode or after a step writing something else than the weights that computed."""
+    """Catches a save in training mode or after a step that writes other weights than those that computed."""
     ours = fastbert.BertForMaskedLM.from_pretrained(saved("BertForMaskedLM")).train()
     optimizer = torch.optim.SGD(ours.parameters(), lr=0.1)
     batch = make_batch("none")
@@ -186,7 +186,7 @@ def test_a_trained_model_is_saved_as_it_is(saved: Any, tmp_path: Path) -> None:
     ],
 )
 def test_dtype(dtype: Any, expected: torch.dtype, saved: Any, tmp_path: Path) -> None:
-    """A parameter left in another dtype, or a saved config.json that does not say which dtype the file has."""
+    """Catches a parameter left in another dtype, or a saved config.json that does not say which dtype the file has."""
     ours = fastbert.BertForSequenceClassification.from_pretrained(saved("BertForSequenceClassification"), dtype=dtype)
     assert {p.dtype for p in ours.parameters()} == {expected} and ours.dtype == expected
     model = theirs("BertForSequenceClassification")
@@ -199,7 +199,7 @@ def test_dtype(dtype: Any, expected: torch.dtype, saved: Any, tmp_path: Path) ->
 
 
 def test_output_settings_are_config_overrides(tmp_path):
-    """transformers' `from_pretrained(..., output_hidden_states=True)` refused as an unknown setting."""
+    """Catches transformers' `from_pretrained(..., output_hidden_states=True)` refused as an unknown setting."""
     fastbert.BertModel(fastbert.BertConfig(vocab_size=20, hidden_size=16, num_hidden_layers=1, num_attention_heads=1,
                                            intermediate_size=20)).save_pretrained(tmp_path)  # fmt: skip
     model = fastbert.BertModel.from_pretrained(tmp_path, output_hidden_states=True, return_dict=False)
@@ -208,7 +208,7 @@ def test_output_settings_are_config_overrides(tmp_path):
 
 
 def test_saved_dtype_after_a_cast(saved: Any, tmp_path: Path) -> None:
-    """A config.json that names the dtype that was loaded, and would undo a cast at the next load."""
+    """Catches a config.json that names the dtype that was loaded, and would undo a cast at the next load."""
     fastbert.BertModel.from_pretrained(saved()).to(torch.bfloat16).save_pretrained(tmp_path / "ours")
     for cls in (fastbert.BertModel, transformers.BertModel):
         assert cls.from_pretrained(tmp_path / "ours", dtype="auto").dtype == torch.bfloat16
@@ -216,7 +216,7 @@ def test_saved_dtype_after_a_cast(saved: Any, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("config_dtype", [None, "bfloat16"])
 def test_auto_dtype_without_and_against_the_config(config_dtype: str | None, saved: Any) -> None:
-    """ "auto" that reads the stored dtype although the config names one, or float32 although the file has another."""
+    """Catches "auto" that reads the stored dtype against the config's, or float32 although the file has another."""
     folder = saved()
     edit(folder, dtype=config_dtype)
     ours = fastbert.BertModel.from_pretrained(folder)
@@ -226,14 +226,14 @@ def test_auto_dtype_without_and_against_the_config(config_dtype: str | None, sav
 
 @pytest.mark.parametrize("dtype", ["int8", torch.int64, "half a float", "Tensor", 16, None, "", torch.float8_e4m3fn])
 def test_bad_dtype(dtype: Any, saved: Any) -> None:
-    """A dtype that no model computes in, taken or met with an AttributeError."""
+    """Catches a dtype that no model computes in, taken or met with an AttributeError."""
     message = rf"^dtype: expected 'auto' or one of float32, bfloat16, float16, float64, got {dtype!r}$"
     with pytest.raises(ValueError, match=message):
         fastbert.BertModel.from_pretrained(saved(), dtype=dtype)
 
 
 def test_device_and_backend(saved: Any, device: torch.device) -> None:
-    """device, backend or strict of from_pretrained not reaching the model."""
+    """Catches device, backend or strict of from_pretrained not reaching the model."""
     folder = saved("BertForTokenClassification")
     ours = fastbert.BertForTokenClassification.from_pretrained(
         folder, dtype="float32", device=device, backend="triton", strict=True
@@ -246,7 +246,7 @@ def test_device_and_backend(saved: Any, device: torch.device) -> None:
 
 
 def test_path_forms(saved: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A folder that must be a string, a Path, absolute or relative."""
+    """Catches a folder that is not found as a string, as a Path, absolute or relative."""
     folder = saved()
     monkeypatch.chdir(folder.parent)
     for src in (folder, str(folder), f"{folder}/", folder.name, Path(folder.name)):
@@ -255,7 +255,7 @@ def test_path_forms(saved: Any, monkeypatch: pytest.MonkeyPatch) -> None:
 
 # Overrides of the config
 def test_config_overrides(saved: Any) -> None:
-    """An override that reaches the config and not the model, or changes the weights."""
+    """Catches an override that reaches the config and not the model, or changes the weights."""
     ours = fastbert.BertForSequenceClassification.from_pretrained(
         saved("BertForSequenceClassification"),
         hidden_dropout_prob=0.5,
@@ -272,7 +272,7 @@ def test_config_overrides(saved: Any) -> None:
 
 @pytest.mark.parametrize("name", ["BertForSequenceClassification", "BertForTokenClassification"])
 def test_other_number_of_labels(name: str, saved: Any) -> None:
-    """num_labels=5 on a checkpoint with 3: a head of random numbers, or one cut to fit, in silence."""
+    """Catches num_labels=5 on a checkpoint with 3 that gives a random or a cut head in silence."""
     with pytest.raises(ValueError) as error:
         our_class(name).from_pretrained(saved(name), num_labels=5)
     assert "classifier.weight: came (3, 32), expected (5, 32)" in str(error.value)
@@ -280,19 +280,19 @@ def test_other_number_of_labels(name: str, saved: Any) -> None:
 
 
 def test_num_labels_without_a_head(saved: Any) -> None:
-    """num_labels not reaching a head that the checkpoint has no weights for: the way to start a fine-tuning."""
+    """Catches num_labels that does not reach a head without weights, the way to start a fine-tuning."""
     ours = fastbert.BertForSequenceClassification.from_pretrained(saved(), num_labels=5)
     assert ours.classifier.weight.shape == (5, 32) and ours.config.num_labels == 5
 
 
 def test_unknown_override(saved: Any) -> None:
-    """A misspelt setting ignored in silence."""
+    """Catches a misspelt setting ignored in silence."""
     with pytest.raises(TypeError, match="unknown config override hiden_size; expected one of num_labels,"):
         fastbert.BertModel.from_pretrained(saved(), hiden_size=64)
 
 
 def test_real_weights(minilm: Path) -> None:
-    """A real checkpoint, in transformers' current layout, that loads into another model than transformers'."""
+    """Catches a real checkpoint, in transformers' current layout, that loads into another model than transformers'."""
     ours = fastbert.BertModel.from_pretrained(minilm)
     model = transformers.BertModel.from_pretrained(minilm, attn_implementation="eager").eval()
     assert ours.missing_names == []

@@ -59,7 +59,7 @@ def untied_in_file(folder: Path, names: tuple[str, ...]) -> None:
 def test_a_decoder_that_differs_is_not_tied(
     name: str, names: tuple[str, ...], saved: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The config ties, the file holds two tensors: transformers then keeps both, and so must the logits and a save."""
+    """Catches a decoder tied by the config though the file holds two tensors, which transformers keeps apart."""
     folder = saved(name)
     untied_in_file(folder, names)
     model = their_class(name).from_pretrained(folder, dtype="auto").eval()
@@ -85,7 +85,7 @@ def test_a_decoder_that_differs_is_not_tied(
 )
 @pytest.mark.parametrize("name", WITH_DECODER)
 def test_a_tie_works_from_either_side(name: str, drop: tuple[str, ...], saved: Any) -> None:
-    """A file that keeps a tied tensor under the decoder's name alone."""
+    """Catches a tied tensor that is lost because the file keeps it under the decoder's name alone."""
     folder = saved(name)
     untied_in_file(folder, ("weight", "bias"))
     edit_weights(folder, drop=drop)
@@ -96,7 +96,7 @@ def test_a_tie_works_from_either_side(name: str, drop: tuple[str, ...], saved: A
 
 
 def test_one_bias_of_an_untied_decoder(saved: Any) -> None:
-    """Checkpoints of transformers 4 hold the decoder's one bias as cls.predictions.bias, also without the tie."""
+    """Catches an untied decoder's bias that is lost because transformers 4 stores it as cls.predictions.bias."""
     folder = saved("BertForMaskedLM", tie_word_embeddings=False)
     edit_weights(folder, drop=("cls.predictions.decoder.bias",))
     ours = fastbert.BertForMaskedLM.from_pretrained(folder)
@@ -107,7 +107,7 @@ def test_one_bias_of_an_untied_decoder(saved: Any) -> None:
 
 
 def test_tied_weights_stay_tied(saved: Any, tmp_path: Path) -> None:
-    """Two copies of the largest matrix, in memory, in the file or after a cast."""
+    """Catches two copies of the largest matrix, in memory, in the file or after a cast."""
     ours = fastbert.BertForMaskedLM.from_pretrained(saved("BertForMaskedLM"))
     for model in (ours, ours.to(torch.bfloat16), copy.deepcopy(ours), ours.float()):
         assert model.cls.predictions.decoder.weight is model.get_input_embeddings().weight
@@ -143,7 +143,7 @@ HEAD_WEIGHTS = {
 
 @pytest.mark.parametrize("name", HEADS)
 def test_headless_checkpoint_into_a_head(name: str, saved: Any, caplog: pytest.LogCaptureFixture) -> None:
-    """A head of random numbers that nobody was told of, or an encoder that is not the checkpoint's."""
+    """Catches a head of random numbers that nobody was told of, or an encoder that is not the checkpoint's."""
     settings = {"num_labels": 2} if name == "BertForQuestionAnswering" else {}
     ours = our_class(name).from_pretrained(saved(), **settings)
     assert sorted(ours.missing_names) == sorted(HEAD_WEIGHTS[name])
@@ -169,7 +169,7 @@ def test_headless_checkpoint_into_a_head(name: str, saved: Any, caplog: pytest.L
 def test_checkpoint_without_pooler_into_a_head_that_needs_one(
     name: str, saved: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A pooler of random numbers under a head, unsaid."""
+    """Catches a pooler of random numbers under a head, unsaid."""
     ours = our_class(name).from_pretrained(saved("BertForMaskedLM"))
     assert ours.missing_names[:2] == ["bert.pooler.dense.weight", "bert.pooler.dense.bias"]
     assert "bert.pooler.dense.weight, bert.pooler.dense.bias" in warnings_of(caplog)[0]
@@ -179,7 +179,7 @@ def test_checkpoint_without_pooler_into_a_head_that_needs_one(
 def test_checkpoint_without_pooler_into_bert_model(
     saved: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A pooler_output of random numbers; what was left out is no fresh weight, and a save keeps it out."""
+    """Catches a pooler_output of random numbers, or a pooler that was left out and is saved."""
     ours = fastbert.BertModel.from_pretrained(saved("BertForMaskedLM"))
     assert ours.pooler is None and ours.missing_names == []
     (warning,) = warnings_of(caplog)
@@ -194,7 +194,7 @@ def test_checkpoint_without_pooler_into_bert_model(
 
 @pytest.mark.parametrize("name", HEADS)
 def test_head_checkpoint_into_bert_model(name: str, saved: Any) -> None:
-    """The prefix of a head's checkpoint in the way."""
+    """Catches the prefix of a head's checkpoint in the way of the bare model."""
     ours = fastbert.BertModel.from_pretrained(saved(name))
     expected = theirs(name).bert.state_dict()
     assert_same_state(ours.state_dict(), dict(expected))
@@ -212,7 +212,7 @@ def test_head_checkpoint_into_bert_model(name: str, saved: Any) -> None:
     ],
 )
 def test_checkpoint_without_an_encoder_weight(lost: str, prefix: str, saved: Any) -> None:
-    """A part of the encoder filled with random numbers: no warning would be enough."""
+    """Catches a part of the encoder filled with random numbers, for which no warning would be enough."""
     name = "BertForSequenceClassification" if prefix else "BertModel"
     folder = saved(name)
     edit_weights(folder, drop=(prefix + lost,))
@@ -221,7 +221,7 @@ def test_checkpoint_without_an_encoder_weight(lost: str, prefix: str, saved: Any
 
 
 def test_weights_of_no_use_are_logged(saved: Any, caplog: pytest.LogCaptureFixture) -> None:
-    """Weights left unread, unsaid: a misnamed one would be lost in silence."""
+    """Catches weights left unread without a word, among them a misnamed one."""
     folder = saved("BertForPreTraining")
     edit_weights(folder, an_odd__weight=torch.zeros(3))
     with caplog.at_level(logging.INFO, "fastbert"):
@@ -231,6 +231,6 @@ def test_weights_of_no_use_are_logged(saved: Any, caplog: pytest.LogCaptureFixtu
 
 
 def test_a_fresh_model_has_no_missing_names() -> None:
-    """missing_names absent from models that were not loaded."""
+    """Catches missing_names absent from models that were not loaded."""
     for name in MODELS:
         assert twin(theirs(name)).missing_names == []

@@ -73,7 +73,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, tuple[s
 
 @pytest.mark.parametrize("name", RUNS)
 def test_operations(name: str, runs: dict[str, tuple[subprocess.Popen[bytes], Path]]) -> None:
-    """A kernel, a choice or a test of another architecture that is wrong, or that takes the interpreter for granted."""
+    """Catches a kernel, a choice or a test that is wrong on another architecture, or that needs the interpreter."""
     process, log = runs[name]
     code = process.wait(600)
     lines = log.read_text().splitlines()

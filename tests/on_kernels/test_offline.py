@@ -122,7 +122,7 @@ def report(*arguments: str, cache: Path, **changes: str) -> subprocess.Completed
 
 @pytest.mark.slow
 def test_default_kernels_of_hopper(tmp_path):
-    """A kernel that spills or misses wgmma on sm_90; a report that loses rows or says something else in its JSON."""
+    """Catches a kernel that spills or misses wgmma on sm_90, or a report whose text and JSON differ."""
     path = tmp_path / "report.json"
     arguments = "--arch", "90", "--model", "minilm", "--dtype", "bf16", "--json", str(path)
     done = report(*arguments, cache=tmp_path / "cache")
@@ -167,7 +167,7 @@ def faults(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, str
     ],
 )
 def test_planted_faults_are_found(faults, fault, finding):
-    """A check that cannot fail: each fault must end in exit code 1, with the kernel and the reason named."""
+    """Catches a check that cannot fail: a planted fault without exit code 1, or without kernel and reason."""
     code, output = faults[fault]
     assert code == 1, output
     assert finding in output
@@ -175,20 +175,20 @@ def test_planted_faults_are_found(faults, fault, finding):
 
 @pytest.mark.slow
 def test_planting_is_not_the_fault(faults):
-    """Planted faults that are found only because the planting itself breaks something."""
+    """Catches planted faults that are found only because the planting itself breaks something."""
     code, output = faults["none"]
     assert code == 0, output
 
 
 def test_specializes_as_the_jit_does(tmp_path):
-    """A report on other kernels than those that run; a GEMM that compiles anew for a number of tokens or a K."""
+    """Catches a report on other kernels than those that run, or a GEMM compiled anew for each token count or K."""
     done = run("-c", SPECIALIZE, cache=tmp_path)
     assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.slow
 def test_8_bit_kernels(tmp_path):
-    """8-bit linears that multiply in 16 bits, or fp8 compiled for a GPU that has none."""
+    """Catches 8-bit linears that multiply in 16 bits, or fp8 compiled for a GPU that has none."""
     path = tmp_path / "report.json"
     arguments = "--arch", "86", "90", "--model", "minilm", "--dtype", "fp8", "int8", "--json", str(path)
     done = report(*arguments, cache=tmp_path / "cache")
@@ -206,7 +206,7 @@ def test_8_bit_kernels(tmp_path):
 
 
 def test_float8_sums_outside_the_tensor_cores(tmp_path):
-    """A compiler that takes the sums of float8 products back into tensor cores that lose bits (Ada, Hopper)."""
+    """Catches a compiler that takes the sums of float8 products back into tensor cores that lose bits (Ada, Hopper)."""
     script = """
 import torch, triton
 from triton.backends.compiler import GPUTarget
@@ -234,7 +234,7 @@ for arch, outside, by_pointers in ((89, True, False), (90, True, False), (90, Tr
 
 
 def test_gelu_of_16_bits_is_short(tmp_path):
-    """An erf, a slow path of exp2 for subnormals, a division, or a maximum that drops NaN, in a 16-bit epilogue."""
+    """Catches an erf, a slow exp2 for subnormals, a division, or a maximum that drops NaN, in a 16-bit epilogue."""
     script = """
 import torch, triton
 from triton.backends.compiler import GPUTarget
@@ -254,7 +254,7 @@ for arch in (80, 90):
 
 
 def test_gelu_leaves_registers_of_wide_tiles(tmp_path):
-    """A spill in tiles of 128 sums a thread with GELU, which `fastbert tune` times in 16 bits."""
+    """Catches a spill in tiles of 128 sums a thread with GELU, which `fastbert tune` times in 16 bits."""
     script = """
 import torch, triton
 from fastbert import tune_jobs
@@ -278,7 +278,7 @@ for arch, dtype, activation in ((80, bf16, "gelu_tanh"), (80, fp16, "gelu"), (90
 
 
 def test_8_bit_kernels_need_8_bit_instructions(tmp_path):
-    """A check that takes a 16-bit tensor-core instruction for an 8-bit one."""
+    """Catches a check that takes a 16-bit tensor-core instruction for an 8-bit one."""
     script = """
 from fastbert_kernels import offline
 for name, found in (("HGMMA", True), ("QGMMA", False), ("IGMMA", False), ("UTCQMMA", False), ("IMMA", False)):
@@ -291,7 +291,7 @@ for name, found in (("HGMMA", True), ("QGMMA", False), ("IGMMA", False), ("UTCQM
 
 
 def test_needs_the_interpreter_off(tmp_path):
-    """A report of the interpreter, which compiles nothing."""
+    """Catches a report made under the interpreter, which compiles nothing."""
     done = report("--arch", "90", cache=tmp_path, TRITON_INTERPRET="1")
     assert done.returncode == 2 and "TRITON_INTERPRET is set; unset it" in done.stderr, done.stdout + done.stderr
 
@@ -305,7 +305,7 @@ USAGE_ERRORS = {
 
 
 def test_usage_errors(tmp_path):
-    """A report that passes without having compiled what was asked for."""
+    """Catches a report that passes without having compiled what was asked for."""
     script = f"""
 from fastbert_kernels import offline
 for arguments in {list(USAGE_ERRORS.values())}:

@@ -116,7 +116,7 @@ def test_another_form_is_not_written_in_place() -> None:
 
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this PyTorch has no oneDNN")
 def test_packed_tensors() -> None:
-    """A mechanism that cannot keep what has no address: weights in oneDNN's own layout."""
+    """Catches a mechanism that cannot keep what has no address, such as weights in oneDNN's own layout."""
     derived, weight, x = Derived(), nn.Parameter(torch.ones(8, 16)), torch.ones(4, 16)
 
     def product() -> Tensor:

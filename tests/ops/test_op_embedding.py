@@ -44,7 +44,7 @@ def check(name, ids, tables, norm, policy, embeds=None):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("hidden_size", [7, 96, 320, 768, 1023, 4096])
 def test_kernel(hidden_size, dtype, device, poisoned):
-    """A gather from the wrong row or table, or a tail of the row left out."""
+    """Catches a gather from the wrong row or table, or a tail of the row left out."""
     check(f"H{hidden_size}", *inputs(6, hidden_size, dtype, device), TRITON)
     poisoned.check()
 
@@ -52,14 +52,14 @@ def test_kernel(hidden_size, dtype, device, poisoned):
 @pytest.mark.parametrize("n_tokens", [0, 1, 5, 67])
 @pytest.mark.parametrize("id_dtype", [torch.int32, torch.int64])
 def test_kernel_tokens_and_id_dtypes(n_tokens, id_dtype, device, poisoned):
-    """Ids read with the wrong width, or a last block of tokens that is cut off."""
+    """Catches ids read with the wrong width, or a last block of tokens that is cut off."""
     check(f"T{n_tokens}", *inputs(n_tokens, 48, torch.float32, device, id_dtype), TRITON)
     poisoned.check()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_kernel_with_inputs_embeds(dtype, device, poisoned):
-    """Embeddings given directly that are looked up by id all the same."""
+    """Catches embeddings given directly that are looked up by id all the same."""
     ids, tables, norm = inputs(9, 48, dtype, device)
     check("inputs_embeds", ids, tables, norm, TRITON, torch.randn(9, 48).to(device, dtype))
     poisoned.check()
@@ -67,7 +67,7 @@ def test_kernel_with_inputs_embeds(dtype, device, poisoned):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_kernel_without_segments(dtype, device, poisoned):
-    """A model without segments that reads a table which is not there, or adds a row of another."""
+    """Catches a model without segments that reads a missing table, or adds a row of another one."""
     ids, (word, _, position), norm = inputs(67, 96, dtype, device)
     given = guarded(ids[0]), None, guarded(ids[2]), guarded(word, 3), None, guarded(position, 3), *norm, 1e-12
     ours = ops.embedding_layer_norm(*given, policy=TRITON)
@@ -80,7 +80,7 @@ def test_kernel_without_segments(dtype, device, poisoned):
 
 
 def test_gradients_without_segments(device):
-    """A backward pass that counts its inputs by a table that is not there."""
+    """Catches a backward pass that counts its inputs by a table that is not there."""
     ids, (word, _, position), norm = inputs(12, 16, torch.float32, device)
     grads = []
     for policy in (TRITON, Policy("torch")):
@@ -94,7 +94,7 @@ def test_gradients_without_segments(device):
 
 @pytest.mark.parametrize("backend", ["cpu", "torch"])
 def test_plain_path(backend):
-    """A table left out of the plain path."""
+    """Catches a table left out of the plain path."""
     cpu = torch.device("cpu")
     ids, tables, norm = inputs(9, 48, torch.float64, cpu)
     check(backend, ids, tables, norm, Policy(backend))
@@ -102,7 +102,7 @@ def test_plain_path(backend):
 
 
 def test_gradients_under_triton(device):
-    """A backward pass that misses a table."""
+    """Catches a backward pass that misses a table."""
     ids, tables, norm = inputs(12, 16, torch.float32, device)
     grads = []
     for policy in (TRITON, Policy("torch")):
@@ -115,7 +115,7 @@ def test_gradients_under_triton(device):
 
 @pytest.mark.parametrize("backend", ["triton", "torch"])
 def test_padding_idx_gets_no_gradient(backend, device):
-    """A pad token whose embedding is trained, unlike torch.nn.Embedding's."""
+    """Catches a pad token whose embedding is trained, unlike torch.nn.Embedding's."""
     ids, tables, norm = inputs(12, 16, torch.float32, device)
     ids[0][3:5] = 7
     word = tables[0].clone().requires_grad_()
@@ -129,7 +129,7 @@ def test_padding_idx_gets_no_gradient(backend, device):
 
 
 def test_needs_exactly_one_input():
-    """Both or neither of ids and embeddings, one of them ignored in silence."""
+    """Catches both or neither of ids and embeddings, with one of them ignored in silence."""
     ids, tables, norm = inputs(4, 16, torch.float32, torch.device("cpu"))
     with pytest.raises(ValueError, match="input_ids, inputs_embeds: expected exactly one of the two"):
         ops.embedding_layer_norm(*ids, *tables, *norm, 1e-5, inputs_embeds=torch.randn(4, 16))
@@ -144,7 +144,7 @@ def test_needs_exactly_one_input():
 @pytest.mark.parametrize(("bad", "shown"), [(-1, "-1"), (10, "10")])
 @pytest.mark.parametrize("name", ["input_ids", "position_ids"])
 def test_check_ids(name, bad, shown):
-    """An id outside its table that reaches a kernel, or a message that names the wrong argument."""
+    """Catches an id outside its table that reaches a kernel, or a message that names the wrong argument."""
     ids = {"input_ids": torch.tensor([0, 9]), "position_ids": torch.tensor([3], dtype=torch.int32)}
     ops.check_ids(**{key: (t, 10) for key, t in ids.items()}, token_type_ids=(None, 2))
     ids[name][-1] = bad
@@ -153,7 +153,7 @@ def test_check_ids(name, bad, shown):
 
 
 def test_check_ids_dtype_and_empty():
-    """Float ids that are truncated in silence; an empty batch that has no minimum."""
+    """Catches float ids that are truncated in silence, or a crash on an empty batch, which has no minimum."""
     with pytest.raises(TypeError, match="input_ids: expected dtype int64 or int32, got torch.float32"):
         ops.check_ids(input_ids=(torch.zeros(2), 10))
     ops.check_ids(input_ids=(torch.empty(0, dtype=torch.int64), 10))

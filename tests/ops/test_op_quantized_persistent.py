@@ -63,7 +63,7 @@ def guard(q):
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize(("n_rows", "k", "n_cols", "group"), SHAPES)
 def test_kernel(n_rows, k, n_cols, group, precision, tile, activation, with_bias, device, poisoned):
-    """A scale of another group or step, a tail of K, an edge of a descriptor, or a part of a tile that is left out."""
+    """Catches a scale of another group or step, or a tail of K, an edge or a part of a tile left out."""
     x, weight, bias = operands(n_rows, k, n_cols, group, precision, device)
     bias = bias if with_bias else torch.zeros_like(bias)
     given = guard(x), guard(weight), guarded(bias) if with_bias else None
@@ -85,7 +85,7 @@ def test_kernel(n_rows, k, n_cols, group, precision, tile, activation, with_bias
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("group", [None, 64])
 def test_bits_of_the_other_kernel(group, precision, tile, device):
-    """Sums that are added up, or scaled, in another order than the kernel's on pointers."""
+    """Catches sums that are added up, or scaled, in another order than the kernel's on pointers."""
     if device.type == "cuda":
         pytest.skip("instructions of another shape may add up in another order")
     x, weight, bias = operands(70, 192, 272, group, precision, device)
@@ -100,7 +100,7 @@ def test_bits_of_the_other_kernel(group, precision, tile, device):
 @pytest.mark.parametrize("tile", [ONE_PART, WIDE], ids=["one part", "two parts"])
 @pytest.mark.parametrize(("n_cols", "activation"), [(128, "none"), (144, "gelu"), (384, "gelu_tanh"), (272, "gelu")])
 def test_quantises_what_it_would_store(n_cols, activation, tile, precision, device, poisoned):
-    """A scale of columns past the end, at another part's place, or written by a part that lies past the end."""
+    """Catches a scale of columns past the end, at another part's place, or written by a part past the end."""
     x, weight, bias = operands(40, 64, n_cols, None, precision, device)
     n_groups = -(-n_cols // 128)
     data = launch.empty((40, n_cols), like=x.data)
@@ -113,7 +113,7 @@ def test_quantises_what_it_would_store(n_cols, activation, tile, precision, devi
 
 
 def test_visits_every_tile(device, poisoned, monkeypatch):
-    """A tile that no program takes, or two do, where the tiles are no multiple of the programs."""
+    """Catches a tile that no program takes, or two do, where the tiles are no multiple of the programs."""
     x, weight, bias = operands(100, 32, 272, None, "int8", device)
     expected = exact_product(x, weight, bias, "none")
     for n_programs in (1, 3, 1000):
@@ -155,7 +155,7 @@ POINTERS, DESCRIPTORS = ["_quantized_linear_kernel"], ["_quantized_linear_persis
     ],
 )
 def test_where_it_is_taken(arch, precision, k, n_cols, group, expected, device, poisoned, monkeypatch):
-    """A descriptor on a GPU that has none, or for what has no descriptor, or a fallback that is wrong."""
+    """Catches a descriptor on a GPU that has none, or for what has no descriptor, or a fallback that is wrong."""
     x, weight, _ = operands(20, k, n_cols, group, precision, device)
     names, out = taken(monkeypatch, x, weight, arch)
     assert names == expected
@@ -165,7 +165,7 @@ def test_where_it_is_taken(arch, precision, k, n_cols, group, expected, device, 
 
 
 def test_where_operands_begin(device, monkeypatch):
-    """Rows at an odd address that take another kernel, and so other bits, than the same rows elsewhere."""
+    """Catches rows at an odd address that take another kernel, and so other bits, than the same rows elsewhere."""
     x, weight, _ = operands(20, 64, 48, None, "int8", device)
 
     def shifted(q):
@@ -180,7 +180,7 @@ def test_where_operands_begin(device, monkeypatch):
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_rows_are_the_same_wherever_they_stand(precision, device):
-    """A tile, or a program's place in the loop, that enters a row's bits."""
+    """Catches a tile, or a program's place in the loop, that enters a row's bits."""
     x, weight, bias = operands(90, 128, 272, 64, precision, device)
     how = bias, "gelu", torch.bfloat16, WIDE, precision == "fp8"
     out = persistent(x, weight, *how)
@@ -190,7 +190,7 @@ def test_rows_are_the_same_wherever_they_stand(precision, device):
 
 
 def test_tables_choose(monkeypatch):
-    """A choice of a table that is not gone by, or a tile of another shape, group or result."""
+    """Catches a choice of a table that is not followed, or a tile of another shape, group or result."""
     fp8, none = torch.float8_e4m3fn, torch.bfloat16
     tile = {**TILE, "GROUP_ROWS": 7}
     made = {
@@ -226,7 +226,7 @@ def test_tables_choose(monkeypatch):
 @pytest.mark.parametrize("warp_specialize", [0, 1])
 @pytest.mark.parametrize("n_cols_of_a_tile", [128, 256])
 def test_on_a_gpu(n_cols_of_a_tile, warp_specialize, precision):
-    """Numbers of the compiled kernel, of which the interpreter sees neither the pipeline nor the copies."""
+    """Catches wrong numbers of the compiled kernel, whose pipeline and copies the interpreter does not see."""
     device, arch = torch.device("cuda"), launch.arch(torch.device("cuda"))
     if Q.device_obstacle(precision, device) is not None or (precision == "int8" and arch != 90):
         pytest.skip("this kernel is not taken in this precision here")

@@ -114,7 +114,7 @@ def run_hf(model, **inputs):
 @pytest.mark.parametrize("kind", ["none", "right", "left", "holes"])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_bert_matches_transformers(shape: str, kind: str) -> None:
-    """Would catch any wrong step of the encoder or the pooler, and a mask that is read wrongly."""
+    """Catches any wrong step of the encoder or the pooler, and a mask that is read wrongly."""
     model, config = make(transformers.BertModel, shape)
     inputs = make_inputs(kind)
     ours = reference.bert(model.state_dict(), config, **inputs)
@@ -123,7 +123,7 @@ def test_bert_matches_transformers(shape: str, kind: str) -> None:
 
 @pytest.mark.parametrize("hidden_act", ["gelu", "gelu_python", "gelu_new", "gelu_pytorch_tanh", "relu"])
 def test_hidden_act(hidden_act: str) -> None:
-    """Would catch erf and tanh exchanged, or an activation missing from the encoder or the language-model head."""
+    """Catches erf and tanh exchanged, or an activation missing from the encoder or the language-model head."""
     model, config = make(transformers.BertForMaskedLM, "96x3", hidden_act=hidden_act)
     inputs = make_inputs("right")
     valid = valid_rows(inputs["attention_mask"])
@@ -136,7 +136,7 @@ def test_hidden_act(hidden_act: str) -> None:
 @pytest.mark.parametrize("left_out", [("token_type_ids",), ("position_ids",), ("token_type_ids", "position_ids")])
 @pytest.mark.parametrize("embeds", [False, True])
 def test_inputs_left_out(left_out: tuple[str, ...], embeds: bool) -> None:
-    """Would catch wrong defaults of positions and types, and inputs_embeds that skip a part of the embeddings."""
+    """Catches wrong defaults of positions and types, and inputs_embeds that skip a part of the embeddings."""
     model, config = make(transformers.BertModel)
     inputs = make_inputs("holes", config.hidden_size if embeds else None)
     inputs = {name: value for name, value in inputs.items() if name not in left_out}
@@ -145,7 +145,7 @@ def test_inputs_left_out(left_out: tuple[str, ...], embeds: bool) -> None:
 
 
 def test_position_ids_of_one_row() -> None:
-    """Would catch (1, S) positions, which transformers broadcasts, being refused or misread."""
+    """Catches (1, S) positions, which transformers broadcasts, that are refused or misread."""
     model, config = make(transformers.BertModel)
     inputs = make_inputs("right")
     inputs["position_ids"] = inputs["position_ids"][:1]
@@ -154,7 +154,7 @@ def test_position_ids_of_one_row() -> None:
 
 
 def test_layer_norm_eps() -> None:
-    """Would catch an epsilon that is not the configuration's, in any of the LayerNorms."""
+    """Catches an epsilon that is not the configuration's, in any of the LayerNorms."""
     model, config = make(transformers.BertForMaskedLM, layer_norm_eps=0.05)
     inputs = make_inputs("none")
     ours = reference.head("masked_lm", model.state_dict(), config, **inputs)["logits"]
@@ -163,7 +163,7 @@ def test_layer_norm_eps() -> None:
 
 @pytest.mark.parametrize("convert", [Tensor.bool, Tensor.int, Tensor.float, Tensor.half])
 def test_mask_dtypes(convert) -> None:
-    """Would catch a mask whose dtype changes its meaning."""
+    """Catches a mask whose dtype changes its meaning."""
     model, config = make(transformers.BertModel)
     inputs = make_inputs("holes")
     expected = reference.bert(model.state_dict(), config, **inputs)
@@ -174,7 +174,7 @@ def test_mask_dtypes(convert) -> None:
 
 @pytest.mark.parametrize("kind", ["left", "holes"])
 def test_padded_row_is_the_row_alone(kind: str) -> None:
-    """Would catch renumbered positions, or a pooler that reads column 0 where that is padding."""
+    """Catches renumbered positions, or a pooler that reads column 0 where that is padding."""
     model, config = make(transformers.BertModel)
     inputs = make_inputs(kind)
     del inputs["position_ids"]
@@ -189,7 +189,7 @@ def test_padded_row_is_the_row_alone(kind: str) -> None:
 
 @pytest.mark.parametrize("embeds", [False, True])
 def test_nothing_is_read_at_padding(embeds: bool) -> None:
-    """Would catch a value at padding, an id outside the vocabulary or a NaN, reaching an output or a gradient."""
+    """Catches a value at padding, an id outside the vocabulary or a NaN, reaching an output or a gradient."""
     model, config = make(transformers.BertModel)
     clean = make_inputs("holes", config.hidden_size if embeds else None)
     padding = ~valid_rows(clean["attention_mask"])
@@ -208,7 +208,7 @@ def test_nothing_is_read_at_padding(embeds: bool) -> None:
 
 
 def test_all_zero_mask_row() -> None:
-    """Would catch NaN from a softmax over nothing, forward or backward, and a masked row touching the others."""
+    """Catches NaN from a softmax over nothing, forward or backward, and a masked row touching the others."""
     model, config = make(transformers.BertForPreTraining)
     inputs = make_inputs("right")
     kept = torch.tensor([True, False, True, True])
@@ -231,7 +231,7 @@ def test_all_zero_mask_row() -> None:
 
 @pytest.mark.parametrize(("batch", "length"), [(0, 5), (3, 0), (0, 0)])
 def test_empty_batch_and_empty_rows(batch: int, length: int) -> None:
-    """Would catch a crash on a batch without rows or without columns."""
+    """Catches a crash on a batch without rows or without columns."""
     model, config = make(transformers.BertForPreTraining)
     ids = torch.zeros(batch, length, dtype=torch.long)
     ours = reference.head("pre_training", model.state_dict(), config, ids)
@@ -241,7 +241,7 @@ def test_empty_batch_and_empty_rows(batch: int, length: int) -> None:
 
 
 def test_gradients_match_transformers() -> None:
-    """Would catch a forward that is right with a gradient that is not: what gradients of our ops are judged by."""
+    """Catches a right forward with a wrong gradient, by which the gradients of our operations are judged."""
     model, config = make(transformers.BertForPreTraining, "96x3")
     inputs = make_inputs("right")
     valid = valid_rows(inputs["attention_mask"])
@@ -273,7 +273,7 @@ def test_gradients_match_transformers() -> None:
 @pytest.mark.parametrize("shape", ["64x4", "96x3"])
 @pytest.mark.parametrize("task", HEADS)
 def test_heads_match_transformers(task: str, shape: str, kind: str) -> None:
-    """Would catch a wrong step in a head, a field under another name, or logits left at padding positions."""
+    """Catches a wrong step in a head, a field under another name, or logits left at padding positions."""
     model, config = make(HEADS[task], shape)
     inputs = make_inputs(kind)
     if task == "multiple_choice":
@@ -292,7 +292,7 @@ def test_heads_match_transformers(task: str, shape: str, kind: str) -> None:
 
 
 def test_multiple_choice_of_embeddings() -> None:
-    """Would catch (B, choices, S, H) embeddings folded along the wrong dimensions."""
+    """Catches (B, choices, S, H) embeddings folded along the wrong dimensions."""
     model, config = make(transformers.BertForMultipleChoice)
     inputs = {n: x.unflatten(0, (2, 2)) for n, x in make_inputs("right", config.hidden_size).items()}
     ours = reference.head("multiple_choice", model.state_dict(), config, **inputs)["logits"]
@@ -301,7 +301,7 @@ def test_multiple_choice_of_embeddings() -> None:
 
 
 def test_untied_decoder() -> None:
-    """Would catch the word embeddings, or the unused bias beside the decoder's, used under an untied decoder."""
+    """Catches the word embeddings, or the unused bias beside the decoder's, used under an untied decoder."""
     model, config = make(transformers.BertForMaskedLM, tie_word_embeddings=False)
     assert not torch.equal(model.cls.predictions.decoder.weight, model.bert.embeddings.word_embeddings.weight)
     inputs = make_inputs("none")
@@ -310,7 +310,7 @@ def test_untied_decoder() -> None:
 
 
 def test_tied_decoder_left_out() -> None:
-    """Would catch a checkpoint without the tied tensors, as safetensors files are, being refused or misread."""
+    """Catches a checkpoint without the tied tensors, as safetensors files are, that is refused or misread."""
     model, config = make(transformers.BertForMaskedLM)
     params = {name: value for name, value in model.state_dict().items() if "decoder" not in name}
     inputs = make_inputs("none")
@@ -319,7 +319,7 @@ def test_tied_decoder_left_out() -> None:
 
 
 def test_without_pooler() -> None:
-    """Would catch a crash on a model without a pooler, or a head that pools regardless."""
+    """Catches a crash on a model without a pooler, or a head that pools regardless."""
     model, config = make(transformers.BertForTokenClassification)
     params, inputs = model.state_dict(), make_inputs("none")
     assert reference.bert(params, config, **inputs, prefix="bert.").pooler_output is None
@@ -329,7 +329,7 @@ def test_without_pooler() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_other_dtypes(dtype: torch.dtype) -> None:
-    """Would catch a step that leaves the asked dtype, or weights of another dtype not being cast."""
+    """Catches a step that leaves the asked dtype, or weights of another dtype that are not cast."""
     model, config = make(transformers.BertModel)
     inputs = make_inputs("holes")
     exact = reference.bert(model.state_dict(), config, **inputs)
@@ -339,14 +339,14 @@ def test_other_dtypes(dtype: torch.dtype) -> None:
 
 
 def test_attentions_on_request() -> None:
-    """Would catch attentions kept, at (B, N, S, S) a layer, when nobody wants them."""
+    """Catches attentions kept, at (B, N, S, S) a layer, when nobody wants them."""
     model, config = make(transformers.BertModel)
     ours = reference.bert(model.state_dict(), config, **make_inputs("none"), output_attentions=False)
     assert ours.attentions == () and len(ours.hidden_states) == config.num_hidden_layers + 1
 
 
 def test_bad_arguments() -> None:
-    """Would catch a message that does not say which argument was wrong, what came and what was expected."""
+    """Catches a message that does not say which argument was wrong, what came and what was expected."""
     model, config = make(transformers.BertModel)
     params, ids = model.state_dict(), torch.zeros(2, 5, dtype=torch.long)
     with pytest.raises(ValueError, match="got neither"):

@@ -18,7 +18,7 @@ OP_BOUND = 1e-12
 @pytest.mark.parametrize("hidden", [1, 97, 768, 1023])
 @pytest.mark.parametrize("eps", [1e-12, 1e-2])
 def test_layer_norm(hidden: int, eps: float) -> None:
-    """Would catch a variance divided by n - 1 or an epsilon outside the root."""
+    """Catches a variance divided by n - 1 or an epsilon outside the root."""
     x, weight, bias = 3 * randn(7, hidden) + 5, randn(hidden, seed=1), randn(hidden, seed=2)
     assert error(reference.layer_norm(x, weight, bias, eps), F.layer_norm(x, (hidden,), weight, bias, eps)) < OP_BOUND
 
@@ -26,7 +26,7 @@ def test_layer_norm(hidden: int, eps: float) -> None:
 @pytest.mark.parametrize("with_bias", [False, True])
 @pytest.mark.parametrize("with_residual", [False, True])
 def test_bias_residual_layer_norm(with_bias: bool, with_residual: bool) -> None:
-    """Would catch an addend left out, or added after the norm."""
+    """Catches an addend left out, or added after the norm."""
     x, residual, bias, weight, ln_bias = randn(9, 33), randn(9, 33, seed=1), *randn(3, 33, seed=2)
     total = x + bias * with_bias + residual * with_residual
     ours = reference.bias_residual_layer_norm(
@@ -37,21 +37,21 @@ def test_bias_residual_layer_norm(with_bias: bool, with_residual: bool) -> None:
 
 @pytest.mark.parametrize("approximate", ["none", "tanh"])
 def test_gelu(approximate: str) -> None:
-    """Would catch the wrong form of GELU, or a bias added to its result."""
+    """Catches the wrong form of GELU, or a bias added to its result."""
     x, bias = 4 * randn(50, 31), randn(31, seed=1)
     assert error(reference.gelu(x, approximate), F.gelu(x, approximate=approximate)) < OP_BOUND
     assert error(reference.bias_gelu(x, bias, approximate), F.gelu(x + bias, approximate=approximate)) < OP_BOUND
 
 
 def test_gelu_tail() -> None:
-    """Would catch cancellation in the left tail, where 1 + erf(x) has no digits left."""
+    """Catches cancellation in the left tail, where 1 + erf(x) has no digits left."""
     x = torch.linspace(-30, -5, 26, dtype=torch.float64)
     expected = torch.tensor([v * 0.5 * math.erfc(-v / math.sqrt(2)) for v in x.tolist()], dtype=torch.float64)
     torch.testing.assert_close(reference.gelu(x), expected, rtol=1e-12, atol=0)
 
 
 def test_linear() -> None:
-    """Would catch an untransposed weight, or an activation taken before the bias."""
+    """Catches an untransposed weight, or an activation taken before the bias."""
     x, weight, bias = randn(3, 5, 17), randn(29, 17, seed=1), randn(29, seed=2)
     plain = F.linear(x, weight, bias)
     assert error(reference.linear(x, weight), F.linear(x, weight)) < OP_BOUND
@@ -65,7 +65,7 @@ def test_linear() -> None:
 @pytest.mark.parametrize("types", [False, True])
 @pytest.mark.parametrize("embeds", [False, True])
 def test_embedding_layer_norm(lead: tuple[int, ...], types: bool, embeds: bool) -> None:
-    """Would catch a table left out or looked up with another's ids."""
+    """Catches a table left out or looked up with another's ids."""
     word, position, token_type = randn(20, 16), randn(12, 16, seed=1), randn(2, 16, seed=2)
     weight, bias = randn(2, 16, seed=3)
     ids, positions, type_ids = (torch.randint(n, lead, generator=generator(n)) for n in (20, 12, 2))
@@ -90,7 +90,7 @@ def test_embedding_layer_norm(lead: tuple[int, ...], types: bool, embeds: bool) 
 @pytest.mark.parametrize("scale", [None, 0.3])
 @pytest.mark.parametrize(("heads", "size"), [(1, 16), (3, 32), (5, 64), (2, 7)])
 def test_varlen_attention(heads: int, size: int, scale: float | None) -> None:
-    """Would catch attention across sequences, a wrong head layout, or a crash on an empty sequence."""
+    """Catches attention across sequences, a wrong head layout, or a crash on an empty sequence."""
     lengths = [0, 1, 7, 0, 33, 2, 0]
     hidden = heads * size
     qkv = randn(sum(lengths), 3 * hidden)
@@ -106,7 +106,7 @@ def test_varlen_attention(heads: int, size: int, scale: float | None) -> None:
 
 @pytest.mark.parametrize("lengths", [[], [0], [0, 0]])
 def test_packed_ops_without_tokens(lengths: list[int]) -> None:
-    """Would catch a crash on no tokens and on no sequences."""
+    """Catches a crash on no tokens and on no sequences."""
     cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int()
     assert reference.varlen_attention(randn(0, 24), cu_seqlens, 2).shape == (0, 8)
     for mode in reference.POOLING_MODES:
@@ -127,7 +127,7 @@ def test_packed_ops_without_tokens(lengths: list[int]) -> None:
     ],
 )
 def test_pool_matches_sentence_transformers(mode: str, theirs: str, normalize: bool) -> None:
-    """Would catch a wrong formula of a mode, or a sequence's vector in another's place after an empty one."""
+    """Catches a wrong formula of a mode, or a sequence's vector in another's place after an empty one."""
     lengths = torch.tensor([4, 1, 9, 2])
     padded = randn(4, 9, 11)
     valid = torch.arange(9)[None] < lengths[:, None]
@@ -143,7 +143,7 @@ def test_pool_matches_sentence_transformers(mode: str, theirs: str, normalize: b
 
 @pytest.mark.parametrize("mode", reference.POOLING_MODES)
 def test_pool_gradient_is_finite(mode: str) -> None:
-    """Would catch a NaN gradient from normalising the zero vector of an empty sequence."""
+    """Catches a NaN gradient from normalising the zero vector of an empty sequence."""
     hidden = randn(5, 6).requires_grad_()
     reference.pool(hidden, torch.tensor([0, 0, 2, 5, 5]), mode, normalize=True).square().sum().backward()
     assert hidden.grad.isfinite().all()
@@ -151,7 +151,7 @@ def test_pool_gradient_is_finite(mode: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_ops_keep_their_dtype(dtype: torch.dtype) -> None:
-    """Would catch an op that promotes its inputs, and so would judge others by a dtype nobody asked for."""
+    """Catches an operation that promotes its inputs, and so judges others by a dtype that nobody asked for."""
     x, w, cu = randn(6, 12).to(dtype), randn(12, seed=1).to(dtype), torch.tensor([0, 2, 6]).int()
     outputs = [
         reference.bias_residual_layer_norm(x, w, x, w, w, 1e-12),

@@ -44,7 +44,7 @@ def texts() -> list[str]:
 
 
 def test_ids_are_those_of_transformers(ours: Tokenizer, theirs: BertTokenizerFast, texts: list[str]) -> None:
-    """Would catch any difference in cleaning, splitting, word pieces, special tokens or default truncation."""
+    """Catches any difference in cleaning, splitting, word pieces, special tokens or default truncation."""
     assert_same_ids(ours, theirs, texts)
     assert ours(texts, add_special_tokens=False) == {
         key: value for key, value in theirs(texts, truncation=True, add_special_tokens=False).items() if key in KEYS
@@ -68,7 +68,7 @@ def test_pair_truncation_is_that_of_transformers(
     side: str,
     special: bool,
 ) -> None:
-    """Would catch a wrong split of the budget between two texts, odd budgets, ties and impossible limits included."""
+    """Catches a wrong split of the budget between two texts, odd budgets, ties and impossible limits included."""
     ours, theirs = adjustable
     first = [" ".join(map(str, range(n))) for n, _ in lengths]
     second = [" ".join(map(str, range(n, 0, -1))) for _, n in lengths]
@@ -95,7 +95,7 @@ def test_pair_truncation_is_that_of_transformers(
 def test_padding_is_that_of_transformers(
     adjustable: tuple[Tokenizer, BertTokenizerFast], texts: list[str], side: str, padding: bool | str, kind: str | None
 ) -> None:
-    """Would catch a wrong pad id, segment id or mask at padding, on either side, in each kind of result."""
+    """Catches a wrong pad id, segment id or mask at padding, on either side, in each kind of result."""
     ours, theirs = adjustable
     ours.truncation_side = theirs.truncation_side = "right"
     ours.padding_side = theirs.padding_side = side
@@ -111,7 +111,7 @@ def test_padding_is_that_of_transformers(
 
 
 def test_results_have_the_shape_of_the_input(ours: Tokenizer) -> None:
-    """Would catch a batch dimension too many or too few, and an empty batch or text that crashes."""
+    """Catches a batch dimension too many or too few, and an empty batch or text that crashes."""
     assert ours("") == {"input_ids": [101, 102], "token_type_ids": [0, 0], "attention_mask": [1, 1]}
     assert ours([""])["input_ids"] == [[101, 102]]
     assert ours("a", "b")["token_type_ids"] == [0, 0, 0, 1, 1]
@@ -130,7 +130,7 @@ def test_results_have_the_shape_of_the_input(ours: Tokenizer) -> None:
 
 
 def test_packed_rows_are_the_unpadded_rows(ours: Tokenizer, texts: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Would catch rows out of order, offsets off by one, wrong dtypes, and a seam between chunks."""
+    """Catches rows out of order, offsets off by one, wrong dtypes, and a seam between chunks."""
     monkeypatch.setattr("fastbert.text.tokenizer._CHUNK", 7)
     for second in (None, texts[::-1]):
         rows = ours(texts, second, max_length=60)
@@ -145,14 +145,14 @@ def test_packed_rows_are_the_unpadded_rows(ours: Tokenizer, texts: list[str], mo
 
 
 def test_truncation_stored_in_tokenizer_json_is_not_applied(ours: Tokenizer) -> None:
-    """Would catch the 128 tokens of padding and truncation that MiniLM's tokenizer.json asks for."""
+    """Catches the 128 tokens of padding and truncation that MiniLM's tokenizer.json asks for."""
     assert len(ours("a " * 300)["input_ids"]) == 302
     assert len(ours("a")["input_ids"]) == 3
     assert ours.model_max_length == 512
 
 
 def test_threads_with_different_limits_do_not_interfere(ours: Tokenizer, texts: list[str]) -> None:
-    """Would catch truncation or padding kept as state of the shared Rust tokenizer."""
+    """Catches truncation or padding kept as state of the shared Rust tokenizer."""
     texts = texts[:120]
     limits = [5, 17, 64, 200] * 8
     expected = {limit: ours(texts, max_length=limit)["input_ids"] for limit in set(limits)}
@@ -162,7 +162,7 @@ def test_threads_with_different_limits_do_not_interfere(ours: Tokenizer, texts: 
 
 
 def test_cut_tokens_are_counted_in_one_warning(ours: Tokenizer, caplog: pytest.LogCaptureFixture) -> None:
-    """Would catch silent truncation, a warning per text, wrong counts, and a warning where the caller set the limit."""
+    """Catches silent truncation, a warning per text, wrong counts, and a warning where the caller set the limit."""
     batch = ["a " * 600, "short", "b " * 511]
     for encode in (ours, ours.encode_packed):
         caplog.clear()
@@ -179,7 +179,7 @@ def test_cut_tokens_are_counted_in_one_warning(ours: Tokenizer, caplog: pytest.L
 
 
 def test_no_truncation_names_the_text_that_is_too_long(ours: Tokenizer) -> None:
-    """Would catch a limit ignored, or an error that does not say which of many texts and how long it is."""
+    """Catches a limit ignored, or an error that does not say which of many texts and how long it is."""
     with pytest.raises(ValueError, match=r"texts\[2\] has 613 tokens, expected at most 512"):
         ours(["a", "b", "c " * 611], truncation=False)
     with pytest.raises(ValueError, match=r"texts\[1\] has 9 tokens, expected at most 8"):
@@ -188,7 +188,7 @@ def test_no_truncation_names_the_text_that_is_too_long(ours: Tokenizer) -> None:
 
 
 def test_a_megabyte_in_one_text_takes_seconds(ours: Tokenizer) -> None:
-    """Would catch quadratic time in text length, for ordinary text and for the worst of each kind."""
+    """Catches quadratic time in text length, for ordinary text and for the worst of each kind."""
     for text, length in (
         ("hello world " * 90_000, 180_002),
         ("x" * 1_000_000, 3),
@@ -206,7 +206,7 @@ def test_a_megabyte_in_one_text_takes_seconds(ours: Tokenizer) -> None:
 # Bad input
 @pytest.mark.parametrize("text", ["ok \ud800 x", "ab\udcff", "\ud83d\ude00"])
 def test_lone_surrogates_are_refused_with_a_recipe_that_works(ours: Tokenizer, text: str) -> None:
-    """Would catch surrogates replaced in silence, an error without the place, and advice that does not help."""
+    """Catches surrogates replaced in silence, an error without the place, and advice that does not help."""
     at = re.search("[\ud800-\udfff]", text)
     assert at is not None
     code = f"U\\+{ord(at[0]):04X}"
@@ -224,7 +224,7 @@ def test_lone_surrogates_are_refused_with_a_recipe_that_works(ours: Tokenizer, t
 
 
 def test_nul_and_control_characters_are_removed(ours: Tokenizer) -> None:
-    """Would catch a NUL that ends or splits a text: BERT's clean_text drops it."""
+    """Catches a NUL that ends or splits a text, where BERT's clean_text drops it."""
     assert ours("he\x00llo \x00world\x00") == ours("hello world")
     assert ours("\x00") == ours("")
 
@@ -263,14 +263,14 @@ def test_nul_and_control_characters_are_removed(ours: Tokenizer) -> None:
 def test_bad_arguments_are_named(
     ours: Tokenizer, call: Callable[[Tokenizer], Any], error: type[Exception], message: str
 ) -> None:
-    """Would catch an error from deep inside Rust or numpy that does not name the argument and what came."""
+    """Catches an error from deep inside Rust or numpy that does not name the argument and what came."""
     with pytest.raises(error, match=message):
         call(ours)
 
 
 # Results and back
 def test_encoding_gives_attributes_moves_and_unpacks(ours: Tokenizer) -> None:
-    """Would catch an Encoding that cannot stand for transformers' BatchEncoding in `model(**encoding.to(device))`."""
+    """Catches an Encoding that cannot stand for transformers' BatchEncoding in `model(**encoding.to(device))`."""
     encoding = ours(["a", "b"], return_tensors="pt")
     assert encoding.input_ids is encoding["input_ids"]
     assert {**encoding}.keys() == set(KEYS)
@@ -282,7 +282,7 @@ def test_encoding_gives_attributes_moves_and_unpacks(ours: Tokenizer) -> None:
 
 
 def test_decoding_is_that_of_transformers(ours: Tokenizer, theirs: BertTokenizerFast, texts: list[str]) -> None:
-    """Would catch other rules for ##, spaces or special tokens on the way back, for lists, arrays and tensors."""
+    """Catches other rules for ##, spaces or special tokens on the way back, for lists, arrays and tensors."""
     rows = ours(texts)["input_ids"]
     for skip in (True, False):
         expected = [theirs.decode(row, skip_special_tokens=skip) for row in rows]
@@ -294,7 +294,7 @@ def test_decoding_is_that_of_transformers(ours: Tokenizer, theirs: BertTokenizer
 
 
 def test_tokens_and_ids_convert(ours: Tokenizer, theirs: BertTokenizerFast) -> None:
-    """Would catch special tokens, sizes and unknown tokens that differ from transformers'."""
+    """Catches special tokens, sizes and unknown tokens that differ from transformers'."""
     for name in ("cls", "sep", "pad", "mask", "unk"):
         assert getattr(ours, f"{name}_token") == getattr(theirs, f"{name}_token")
         assert getattr(ours, f"{name}_token_id") == getattr(theirs, f"{name}_token_id")
@@ -309,7 +309,7 @@ def test_tokens_and_ids_convert(ours: Tokenizer, theirs: BertTokenizerFast) -> N
 
 
 def test_pickled_tokenizer_works(ours: Tokenizer) -> None:
-    """Would catch state that worker processes of a DataLoader cannot receive."""
+    """Catches state that worker processes of a DataLoader cannot receive."""
     again = pickle.loads(pickle.dumps(ours))
     assert again("Hello world", "pair") == ours("Hello world", "pair")
     assert again.model_max_length == 512

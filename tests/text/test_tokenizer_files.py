@@ -72,7 +72,7 @@ def copy_files(source: Path, target: Path, *names: str, **config: Any) -> Path:
 def test_options_of_the_config_act_as_in_transformers(
     minilm: Path, tmp_path: Path, texts: list[str], names: tuple[str, ...], config: dict[str, Any]
 ) -> None:
-    """Would catch tokenizer.json's normalizer winning over the config, ignored options, and other defaults."""
+    """Catches tokenizer.json's normalizer winning over the config, ignored options, and other defaults."""
     copy_files(minilm, tmp_path, *names, **config)
     ours, theirs = Tokenizer.from_pretrained(tmp_path), BertTokenizerFast.from_pretrained(tmp_path)
     batch = [*NASTY, *texts[:20], "a [unused3] b <new> c DomainWord d domainword LOWERED [unused7][unused2] Café"]
@@ -84,7 +84,7 @@ def test_options_of_the_config_act_as_in_transformers(
 
 
 def test_older_files_for_special_and_added_tokens_are_read(minilm: Path, tmp_path: Path) -> None:
-    """Would catch special_tokens_map.json or added_tokens.json ignored where the config is an old one."""
+    """Catches special_tokens_map.json or added_tokens.json ignored where the config is an old one."""
     copy_files(minilm, tmp_path, "vocab.txt", mask_token="[unused9]")
     mask = {"content": "[MASK]", "lstrip": True, "rstrip": False, "single_word": False, "normalized": False}
     (tmp_path / "special_tokens_map.json").write_text(json.dumps({"mask_token": mask, "sep_token": "[unused8]"}))
@@ -96,7 +96,7 @@ def test_older_files_for_special_and_added_tokens_are_read(minilm: Path, tmp_pat
 
 
 def test_other_tokenizer_classes_take_tokenizer_json_as_it_stands(minilm: Path, tmp_path: Path) -> None:
-    """Would catch BERT's pipeline forced on a tokenizer.json that says otherwise and whose class is not BERT's."""
+    """Catches BERT's pipeline forced on a tokenizer.json that says otherwise and whose class is not BERT's."""
     inputs = list(KEYS)  # transformers 5 gives this class no segment ids of itself
     copy_files(
         minilm, tmp_path, "tokenizer.json", "config.json", tokenizer_class="PreTrainedTokenizerFast",
@@ -126,7 +126,7 @@ def test_other_tokenizer_classes_take_tokenizer_json_as_it_stands(minilm: Path, 
 
 
 def test_overrides_win_over_the_files(minilm: Path) -> None:
-    """Would catch an override that is dropped, or a misspelt one that passes."""
+    """Catches an override that is dropped, or a misspelt one that passes."""
     cased = Tokenizer.from_pretrained(minilm, do_lower_case=False, model_max_length=6, padding_side="left")
     assert cased.tokenize("Hello hello") == ["[UNK]", "hello"]
     assert cased(["a b c d e f", ""], padding=True)["input_ids"][1] == [0, 0, 0, 0, 101, 102]
@@ -142,7 +142,7 @@ def test_overrides_win_over_the_files(minilm: Path) -> None:
 
 
 def test_missing_files_are_named(tmp_path: Path) -> None:
-    """Would catch an error that does not tell the folder and what was looked for."""
+    """Catches an error that does not tell the folder and what was looked for."""
     with pytest.raises(FileNotFoundError, match="looked for tokenizer.json and vocab.txt") as error:
         Tokenizer.from_pretrained(tmp_path)
     assert str(tmp_path) in str(error.value)
@@ -156,7 +156,7 @@ def write_vocab(path: Path, *tokens: str) -> Path:
 
 
 def test_vocab_txt_is_checked(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Would catch special tokens that are absent or ambiguous, and ids shifted by odd lines of vocab.txt."""
+    """Catches special tokens that are absent or ambiguous, and ids shifted by odd lines of vocab.txt."""
     path = tmp_path / "my_vocab.txt"
     ours = Tokenizer.from_pretrained(write_vocab(path, *FIVE, "a", "x\u2028\ry", "", "b"))
     assert ours("A b")["input_ids"] == [2, 5, 8, 3]
@@ -185,7 +185,7 @@ def test_vocab_txt_is_checked(tmp_path: Path, caplog: pytest.LogCaptureFixture) 
 
 
 def test_broken_json_is_named(minilm: Path, tmp_path: Path) -> None:
-    """Would catch a half-written tokenizer.json that gives an error without a file name."""
+    """Catches a half-written tokenizer.json that gives an error without a file name."""
     file = tmp_path / "tokenizer.json"
     for content, message in (("{", "JSON"), ("[]", "JSON"), ('{"model": {"type": "WordPiece"}}', "no vocabulary")):
         file.write_text(content)
@@ -201,7 +201,7 @@ def test_broken_json_is_named(minilm: Path, tmp_path: Path) -> None:
 def test_saved_tokenizers_load_here_and_in_transformers(
     request: pytest.FixtureRequest, tmp_path: Path, texts: list[str], which: str
 ) -> None:
-    """Would catch a saved file that lacks or contradicts something, for each of the ways to load the folder."""
+    """Catches a saved file that lacks or contradicts something, for each of the ways to load the folder."""
     saved: Tokenizer = request.getfixturevalue(which)
     saved.save_pretrained(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {
@@ -227,7 +227,7 @@ def test_saved_tokenizers_load_here_and_in_transformers(
 
 
 def test_loading_logs_and_changes_nothing(minilm: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Would catch noise on an ordinary checkpoint."""
+    """Catches noise on an ordinary checkpoint."""
     with caplog.at_level(logging.DEBUG, logger="fastbert"):
         Tokenizer.from_pretrained(str(minilm))
     assert not caplog.records

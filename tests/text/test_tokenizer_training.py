@@ -29,7 +29,7 @@ def syllables(text: str) -> str:
 
 
 def test_hangul_survives_a_round_trip(korean: Tokenizer) -> None:
-    """Would catch accent stripping in a vocabulary learned from Korean text: it decomposes Hangul."""
+    """Catches a vocabulary learned from Korean text with accents stripped, which decomposes Hangul."""
     vocab = korean.get_vocab()
     assert any(SYLLABLE.search(token) for token in vocab)
     assert not any(JAMO.search(token) for token in vocab)
@@ -43,7 +43,7 @@ def test_hangul_survives_a_round_trip(korean: Tokenizer) -> None:
 
 
 def test_stripping_accents_would_decompose_hangul(caplog: pytest.LogCaptureFixture) -> None:
-    """Would catch the option being overruled or obeyed in silence, and shows what it does to Korean."""
+    """Catches strip_accents=True that is overruled, or that decomposes Korean without a warning."""
     stripped = Tokenizer.train(KOREAN * 3, vocab_size=600, strip_accents=True)
     assert "strip_accents=True" in caplog.text and "Hangul" in caplog.text
     assert any(JAMO.search(token) for token in stripped.get_vocab())
@@ -53,7 +53,7 @@ def test_stripping_accents_would_decompose_hangul(caplog: pytest.LogCaptureFixtu
 
 
 def test_accents_follow_lowercase_without_hangul(caplog: pytest.LogCaptureFixture) -> None:
-    """Would catch accents kept in uncased training, stripped in cased, and Hangul missed in a stream's last text."""
+    """Catches accents kept in uncased training, stripped in cased, and Hangul missed in a stream's last text."""
     english = ["Café naïve Ångström"] * 5
     cases: list[tuple[list[str], dict[str, Any], str]] = [
         (english, {}, "cafe"),
@@ -69,7 +69,7 @@ def test_accents_follow_lowercase_without_hangul(caplog: pytest.LogCaptureFixtur
 
 
 def test_training_is_deterministic_for_every_kind_of_source(tmp_path: Path) -> None:
-    """Would catch the random order of the trainer's hash maps, and sources that are not read as the same texts."""
+    """Catches the random order of the trainer's hash maps, and sources that are not read as the same texts."""
     lines = [line for text in docstrings(150) for line in text.splitlines() if line.strip()] + KOREAN
     first, second = tmp_path / "a.txt", tmp_path / "b.txt"
     first.write_text("\n".join(lines[:1000]), encoding="utf-8")
@@ -88,7 +88,7 @@ def test_training_is_deterministic_for_every_kind_of_source(tmp_path: Path) -> N
 
 
 def test_alphabet_is_limited_to_the_most_frequent_characters() -> None:
-    """Would catch rare characters that crowd out words, ties broken at random, and marks that get a useless ## twin."""
+    """Catches rare characters that crowd out words, ties broken at random, and marks that get a useless ## twin."""
     corpus, special = ["aaaa bbbb cc dd . 漢"] * 2, [*FIVE, "<x>"]
     trained = Tokenizer.train(corpus, vocab_size=40, limit_alphabet=3, special_tokens=special)
     assert trained.convert_ids_to_tokens(range(12)) == [*special, "a", "b", "c", "##a", "##b", "##c"]
@@ -99,7 +99,7 @@ def test_alphabet_is_limited_to_the_most_frequent_characters() -> None:
 
 
 def test_training_refuses_what_it_cannot_use(tmp_path: Path) -> None:
-    """Would catch a path taken for a text's characters, a vocabulary larger than asked, and unclear errors."""
+    """Catches a path taken for a text's characters, a vocabulary larger than asked, and unclear errors."""
     latin = tmp_path / "latin1.txt"
     latin.write_bytes("Café\n".encode("latin-1"))
     cases: list[tuple[Any, dict[str, Any], type[Exception], str]] = [
@@ -119,7 +119,7 @@ def test_training_refuses_what_it_cannot_use(tmp_path: Path) -> None:
 
 
 def test_trained_tokenizer_is_complete(korean: Tokenizer) -> None:
-    """Would catch a trained tokenizer without template, decoder or special ids."""
+    """Catches a trained tokenizer without template, decoder or special ids."""
     assert korean("서울", "dog")["input_ids"][0] == korean.cls_token_id == 2
     assert korean("서울", "dog")["token_type_ids"][-1] == 1
     assert [korean.pad_token_id, korean.unk_token_id, korean.sep_token_id, korean.mask_token_id] == [0, 1, 3, 4]

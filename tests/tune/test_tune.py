@@ -85,7 +85,7 @@ def cache(content, name=GPU):
 
 
 def test_jobs():
-    """A shape of a layer that is not tuned, one that is tuned twice, or a key with a number of tokens in it."""
+    """Catches a shape of a layer that is not tuned, one that is tuned twice, or a key with a number of tokens in it."""
     found = jobs()
     assert [(j.op, j.key) for j in found] == [
         ("gemm", "float16/32x96/none"),
@@ -102,7 +102,7 @@ def test_jobs():
 @pytest.mark.parametrize("arch", sorted(launch.SHARED_MEMORY))
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_candidates(arch, dtype):
-    """A comparison without cuBLAS or today's tile, a tile twice, or descriptors where there are none."""
+    """Catches a comparison without cuBLAS or today's tile, a tile twice, or descriptors where there are none."""
     for found in tune_jobs.jobs(tune_jobs.default_models(), [dtype], arch):
         candidates = found.candidates
         assert len(set(candidates)) == len(candidates) > 3
@@ -124,7 +124,7 @@ def test_candidates(arch, dtype):
 
 @pytest.mark.parametrize("arch", sorted(launch.SHARED_MEMORY))
 def test_candidates_of_8_bit_linears(arch):
-    """A comparison without today's kernel and tile, descriptors where there are none, or fp8 on a GPU without it."""
+    """Catches a comparison without today's kernel and tile, or descriptors or fp8 on a GPU without them."""
     found = tune_jobs.jobs(tune_jobs.default_models(), [], arch, precisions=("fp8", "int8"))
     classes = {"int8"} | ({"float8"} if arch >= 89 else set())
     assert {j.key.split("/")[0] for j in found} == classes and {j.op for j in found} == {"quantized_gemm"}
@@ -147,7 +147,7 @@ def test_candidates_of_8_bit_linears(arch):
 
 @pytest.mark.parametrize(("precision", "arch"), [("fp8", 90), ("int8", 90), ("int8", ARCH)])
 def test_8_bit_linears(precision, arch, monkeypatch, device):
-    """A candidate that computes something else than the model does; a choice that is not gone by."""
+    """Catches a candidate that computes something else than the model does, or a choice that is not followed."""
     config = BertConfig(hidden_size=32, intermediate_size=160, num_attention_heads=1)
     monkeypatch.setattr(launch, "arch", lambda device: arch)
     monkeypatch.setattr(tables, "gpus", lambda: [(GPU, arch)])
@@ -175,14 +175,14 @@ def test_8_bit_linears(precision, arch, monkeypatch, device):
 
 
 def test_every_candidate_of_a_layer_is_right(capsys, device):
-    """A way of running a candidate that computes something else than the model does, in any op."""
+    """Catches a way of running a candidate that computes something else than the model does, in any op."""
     outcomes = tune.tune(jobs(), device, [64], timer=clock(lambda name, call: 1.0), say=lambda text: None)
     for outcome in outcomes:
         assert outcome.rejected == {} and list(outcome.seconds) == list(outcome.job.candidates)
 
 
 def test_the_clock(device, monkeypatch):
-    """A clock that times one candidate for another, or none."""
+    """Catches a clock that times another candidate, or none."""
     monkeypatch.setattr(tune, "ROUNDS", 3)
     runs = {str(n): (lambda n=n: time.sleep(n / 1000)) for n in (1, 4)}
     seconds = tune.cuda_timer(runs, torch.device("cpu"))
@@ -193,7 +193,7 @@ def test_the_clock(device, monkeypatch):
 
 @pytest.mark.gpu
 def test_on_a_gpu():
-    """A candidate that the GPU refuses, or a clock that gives nothing."""
+    """Catches a candidate that the GPU refuses, or a clock that gives nothing."""
     arch = launch.arch(torch.device("cuda"))
     config = BertConfig(hidden_size=384, intermediate_size=1536, num_attention_heads=12)
     found = tune_jobs.jobs([("MiniLM", config)], [torch.bfloat16], arch)
@@ -203,7 +203,7 @@ def test_on_a_gpu():
 
 
 def test_choice_over_numbers_of_tokens(device):
-    """A choice by one number of tokens, or by the sum, in which the largest alone counts."""
+    """Catches a choice by one number of tokens, or by the sum, in which the largest alone counts."""
     # Twice as fast at the two small sizes, a third slower at the large one.
     times = {"cublas": (2e-6, 4e-6, 3e-4), str(SMALL): (1e-6, 2e-6, 4e-4)}
     (outcome,) = tune.tune(
@@ -223,7 +223,7 @@ def test_choice_over_numbers_of_tokens(device):
 
 
 def test_wrong_and_failing_candidates_are_left_out(monkeypatch, device):
-    """A kernel that is fastest because it is wrong, or one broken tile that ends the command."""
+    """Catches a kernel that is fastest because it is wrong, or one broken tile that ends the command."""
     tiles = {n: Candidate("linear", tuple(sorted({**TILE, "GROUP_ROWS": n}.items()))) for n in (1, 2, 4)}
     call = tune_jobs.Work.call
 
@@ -248,7 +248,7 @@ def test_wrong_and_failing_candidates_are_left_out(monkeypatch, device):
 
 
 def test_table_is_gone_by(monkeypatch, device):
-    """A table that is written and not read, or read for another shape; a report that does not show its source."""
+    """Catches a table that is written and not read, or read for another shape, or a report without its source."""
     times = {"cublas": 3.0, str(SMALL): 2.0}
     outcomes = tune.tune(
         [job("none", [Candidate("cublas"), SMALL]), job("gelu", [Candidate("cublas"), SMALL])], device, [16, 32],
@@ -276,7 +276,7 @@ def test_table_is_gone_by(monkeypatch, device):
 
 
 def test_attention_table(device):
-    """A tile of the attention that is timed but not taken."""
+    """Catches a tile of the attention that is timed but not taken."""
     (found,) = jobs(only=["attention"])
     fastest = found.candidates[3]
     (outcome,) = tune.tune(
@@ -288,7 +288,7 @@ def test_attention_table(device):
 
 
 def test_earlier_shapes_stay(caplog, device):
-    """A second run, for another model, that forgets the first; a broken table that stops the command."""
+    """Catches a second run, for another model, that forgets the first, or a broken table that stops the command."""
     (outcome,) = tune.tune(
         [job("gelu", [Candidate("cublas"), SMALL])], device, [16], timer=clock(lambda n, i: 1.0), say=lambda text: None
     )
@@ -318,7 +318,7 @@ BAD = {
 
 @pytest.mark.parametrize("problem", BAD)
 def test_bad_table_in_the_cache(problem, caplog):
-    """A broken table in the cache that stops a model, or is left without a word."""
+    """Catches a broken table in the cache that stops a model, or is left without a word."""
     path = cache(BAD[problem])
     with caplog.at_level(logging.WARNING, "fastbert"):
         assert "tuned/sm_80.json" in launch.linear_config(torch.bfloat16, ARCH).source
@@ -330,7 +330,7 @@ def test_bad_table_in_the_cache(problem, caplog):
 
 @pytest.mark.parametrize("problem", BAD)
 def test_bad_table_that_was_named(problem, tmp_path):
-    """A table that the user names and that is quietly not taken."""
+    """Catches a table that the user names and that is ignored without a word."""
     path = tmp_path / "mine.json"
     path.write_text(BAD[problem] if isinstance(BAD[problem], str) else json.dumps(BAD[problem]))
     with pytest.raises(ValueError, match=re.escape(str(path))) as error:
@@ -342,7 +342,7 @@ def test_bad_table_that_was_named(problem, tmp_path):
 
 
 def test_named_table_goes_before_the_cache(tmp_path):
-    """A table in the cache that wins over the one that the user named."""
+    """Catches a table in the cache that wins over the one that the user named."""
     cache(table())
     path = tmp_path / "mine.json"
     path.write_text(json.dumps(table(linear={"float16": {**TILE, "GROUP_ROWS": 7}}, gemm={})))
@@ -353,7 +353,7 @@ def test_named_table_goes_before_the_cache(tmp_path):
 
 
 def test_whose_table(machine, caplog):
-    """Another GPU's table that is taken, or one of two different GPUs that are told apart by nothing."""
+    """Catches a table of another GPU that is taken, or two different GPUs that nothing tells apart."""
     cache(table())
     assert launch.linear_config(torch.bfloat16, ARCH, (32, 96)).block_sizes == TILE
     assert "sm_90.json" in launch.linear_config(torch.bfloat16, 90, (32, 96)).source
@@ -370,7 +370,7 @@ def test_whose_table(machine, caplog):
 
 
 def test_cache_folder(monkeypatch):
-    """A cache that does not follow the XDG base directory specification."""
+    """Catches a cache that does not follow the XDG base directory specification."""
     monkeypatch.setenv("HOME", "/home/someone")
     monkeypatch.setenv("XDG_CACHE_HOME", "/elsewhere")
     assert tables.cache_folder() == Path("/elsewhere/fastbert/tuned")
@@ -382,7 +382,7 @@ def test_cache_folder(monkeypatch):
 
 
 def test_full_disk(monkeypatch):
-    """A full cache disk that leaves half a table, or loses the old one, or is found out after minutes of timing."""
+    """Catches a full disk that leaves half a table, loses the old one, or is found out after minutes of timing."""
     path = cache(table())
     content = path.read_text()
 
@@ -401,7 +401,7 @@ def test_full_disk(monkeypatch):
 
 
 def test_command_without_a_gpu(monkeypatch, capsys):
-    """A command that tunes a CPU, passes without a GPU, or does not say why."""
+    """Catches a command that tunes a CPU, passes without a GPU, or does not say why."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for argv in ([], ["--dry-run"], ["--device", "cpu"], ["--device", "cuda:1"]):
         assert main(["tune", *argv]) == 2
@@ -413,7 +413,7 @@ def test_command_without_a_gpu(monkeypatch, capsys):
 
 
 def test_dry_run(capsys):
-    """A dry run that leaves out what would be timed, or writes."""
+    """Catches a dry run that leaves out what would be timed, or writes."""
     assert main(["tune", "--dry-run", "--arch", "90", "--tokens", "64", "128", "--only", "gemm"]) == 0
     out = capsys.readouterr().out
     assert "compute capability 9.0: 12 shapes, each at 64, 128 tokens" in out
@@ -422,7 +422,7 @@ def test_dry_run(capsys):
 
 
 def test_command(tmp_path, monkeypatch, capsys, device):
-    """A command that loses the model's shapes or its options on the way to the table."""
+    """Catches a command that loses the model's shapes or its options on the way to the table."""
     monkeypatch.setattr(tune, "unable", lambda device: None)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: GPU)
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
@@ -452,7 +452,7 @@ def test_command(tmp_path, monkeypatch, capsys, device):
 
 
 def test_no_tuning_at_run_time(monkeypatch, device):
-    """A model that times anything by itself."""
+    """Catches a model that times anything by itself."""
     monkeypatch.setattr(tune.measure, "interleave", lambda *args, **kwargs: pytest.fail("timed at run time"))
     model = BertModel(CONFIG, backend="triton").to(device).eval()
     for n in (1, 7):
@@ -461,7 +461,7 @@ def test_no_tuning_at_run_time(monkeypatch, device):
 
 
 def test_part_of_the_gpu_run(tmp_path, monkeypatch, device):
-    """A run on a GPU that tunes nothing, writes into the user's cache, or does not stop when its time is up."""
+    """Catches a run on a GPU that tunes nothing, writes into the user's cache, or does not stop when its time is up."""
     monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[2] / "benchmarks"))
     import gpu
     import gpu_parts
