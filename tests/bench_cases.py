@@ -1,4 +1,4 @@
-"""Made-up results of benchmarks, for the tests of reports and comparisons."""
+"""The tests of reports and comparisons share made-up results of benchmarks."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def environment(kind="cuda", device="Planted H100", date="2026-02-01 12:30 UTC",
 
 
 def contest(suite="model", workload="S128 b8", ratios=None, *, dtype="bfloat16", ours=0.001, broken=(), **extra):
-    """fastbert's row, one a peer with the ratio it should show, and those that did not run."""
+    """The row of fastbert, one row a peer with the ratio that it should show, and rows of those that did not run."""
     rows = [Row(suite, workload, "fastbert", dtype, error=3e-3, bound=4e-3, extra=dict(extra))]
     for name, ratio in (ratios or {"eager": 2.0}).items():
         rows.append(Row(suite, workload, name, dtype, error=4e-3, bound=0.1, extra=dict(extra)))

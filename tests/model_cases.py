@@ -1,4 +1,4 @@
-"""Models of transformers with random weights, our twins of them, and batches: for the tests of whole models."""
+"""The tests of whole models share random models of transformers, our twins of them, and batches."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Everything that users do to a live BertModel, by name: the functions of odd_weights.py and odd_modules.py."""
+"""ODD holds everything that users do to a live BertModel, by name: the functions of two modules."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Things that users do to the modules of a live BertModel: each function does one to the model that it is given."""
+"""Each function does to the modules of a live BertModel what some user does."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Scaled(nn.Linear):
 
 
 class OfBatches(nn.Linear):
-    """One that takes (B, S, K) alone."""
+    """A linear that takes (B, S, K) alone."""
 
     def forward(self, x: Tensor) -> Tensor:
         batch_size, length, _ = x.shape
@@ -28,14 +28,14 @@ class OfBatches(nn.Linear):
 
 
 class Mixing(nn.Linear):
-    """One that mixes the tokens of a text."""
+    """A linear that mixes the tokens of a text."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x + 0.1 * x.mean(-2, keepdim=True))
 
 
 class Packed(nn.Module):
-    """One whose weight is 8-bit integers of another shape, beside scales."""
+    """A module whose weight is 8-bit integers of another shape, beside scales."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
@@ -51,14 +51,14 @@ class Packed(nn.Module):
 
 
 class PackedLinear(nn.Linear):
-    """The same as a linear, as bitsandbytes has it."""
+    """A linear with such a weight, as bitsandbytes has it."""
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight.view(self.out_features, self.in_features).to(x.dtype) * self.scale, self.bias)
 
 
 class Wrapper(nn.Module):
-    """Around a layer, as FSDP and others put one."""
+    """A module around a layer, as FSDP and others put one."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()

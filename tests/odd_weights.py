@@ -1,4 +1,4 @@
-"""Things that users do to the weights of a live BertModel: each function does one to the model that it is given."""
+"""Each function does to the weights of a live BertModel what some user does."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checkpoints on disk for the tests of from_pretrained, and what compares models with transformers'."""
+"""The tests of from_pretrained share checkpoints on disk and a comparison with transformers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Random numbers and the error measure for the tests of the reference."""
+"""The tests of the reference share random numbers and the error measure."""
 
 from __future__ import annotations
 

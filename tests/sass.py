@@ -1,4 +1,4 @@
-"""The loops of compiled kernels, as nvdisasm shows them. For processes without TRITON_INTERPRET."""
+"""The loops of compiled kernels are read as nvdisasm shows them, in processes without TRITON_INTERPRET."""
 
 from __future__ import annotations
 

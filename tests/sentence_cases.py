@@ -1,4 +1,4 @@
-"""Texts and tiny checkpoints for the tests of SentenceEncoder, beside sentence-transformers."""
+"""The tests of SentenceEncoder share texts and tiny checkpoints."""
 
 from __future__ import annotations
 

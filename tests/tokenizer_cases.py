@@ -1,4 +1,4 @@
-"""Texts for the tests of the tokenizer, and its comparison with transformers'."""
+"""The tests of the tokenizer share texts and a comparison with transformers' tokenizer."""
 
 from __future__ import annotations
 

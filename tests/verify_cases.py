@@ -1,4 +1,4 @@
-"""Small models for the tests of verify, and faults to plant in them."""
+"""The tests of verify share small models and faults to plant in them."""
 
 from __future__ import annotations
 

@@ -1,5 +1,7 @@
-"""accelerate and restore on live models of transformers: same object, same outputs, weights shared, and what is not
-known left to the original forward, counted and logged once."""
+"""accelerate and restore keep a live model of transformers: the same object, outputs and shared weights.
+
+What they do not know is left to the original forward, counted and logged once.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Accelerated models where the operations are traced, transformed, differentiated again or watched: the original's."""
+"""Accelerated models do what the original does when they are traced, transformed or watched."""
 
 from __future__ import annotations
 

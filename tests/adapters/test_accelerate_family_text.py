@@ -1,4 +1,4 @@
-"""SentenceTransformer and CrossEncoder around models of BERT's family, accelerated; and verify of what was."""
+"""SentenceTransformer and CrossEncoder around models of BERT's family are accelerated, and verify reads them."""
 
 from __future__ import annotations
 

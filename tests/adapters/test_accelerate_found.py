@@ -1,4 +1,4 @@
-"""Which encoders accelerate takes, by their modules; and what it says at once of those that would never run here."""
+"""accelerate finds encoders by their modules, and says at once which ones would never run in our code."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Texts padded on the left: accelerated encoders and what is around them give what they gave before, and count it."""
+"""Texts padded on the left give what they gave before accelerate, and are counted."""
 
 from __future__ import annotations
 

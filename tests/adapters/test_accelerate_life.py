@@ -1,4 +1,4 @@
-"""What becomes of an accelerated model in use: moved, cast, edited, its parts replaced, hooked, resized."""
+"""An accelerated model in use is moved, cast, edited, hooked and resized, and its numbers follow."""
 
 from __future__ import annotations
 

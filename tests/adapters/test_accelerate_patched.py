@@ -1,4 +1,4 @@
-"""Methods and functions of other libraries that somebody has patched: theirs run, before and after accelerate."""
+"""Methods and functions that somebody has patched run as patched, before and after accelerate."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Foreign(nn.Module):
 
 
 def wrapper(before: Callable[..., Any]) -> Callable[..., Any]:
-    """As instrumentation does it: the name and the signature of the original."""
+    """Wraps a function as instrumentation does it, with the name and the signature of the original."""
 
     @functools.wraps(before)
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -58,7 +58,7 @@ def wrapper(before: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class Proxy:
-    """As wrapt's FunctionWrapper: everything of the original but the call."""
+    """Has everything of the original but the call, as wrapt's FunctionWrapper."""
 
     def __init__(self, wrapped: Any) -> None:
         self.__wrapped__ = wrapped

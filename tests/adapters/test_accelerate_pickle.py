@@ -1,4 +1,4 @@
-"""Classes, methods and objects of accelerated models in pickles and in other processes: found, and fast there."""
+"""Accelerated models pass through pickles and into other processes, and are accelerated there."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ TEXTS = ["A short text.", "", "word " * 90, "Another one, of more words.", "x"]
 
 
 def dumps_in_python(value: Any) -> bytes:
-    """By the pickler that is written in Python."""
+    """Pickles by the pickler that is written in Python."""
     buffer = io.BytesIO()
     pickle._Pickler(buffer).dump(value)  # type: ignore[attr-defined]
     return buffer.getvalue()
@@ -132,7 +132,7 @@ def test_from_pretrained_of_the_class(tmp_path: Path) -> None:
 
 
 def in_a_process(model: Any, bound: Any, kind: type, queue: Any) -> None:
-    """What stands in another process: the outputs, the counts, whether the class is the object's, and its name."""
+    """The outputs, the counts, whether the class is the object's, and its name, in another process."""
     with torch.no_grad():
         output = bound(**make_batch("right"))[0]
     same = kind is type(model) is type(bound.__self__) and kind in originals

@@ -1,4 +1,4 @@
-"""SentenceTransformer.encode and CrossEncoder after accelerate: packed, with arguments, order and dtypes of before."""
+"""SentenceTransformer.encode and CrossEncoder keep arguments, order and dtypes after accelerate, and run packed."""
 
 from __future__ import annotations
 

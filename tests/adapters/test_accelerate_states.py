@@ -1,4 +1,4 @@
-"""accelerate on modules in odd states: the numbers of before, or the original forward, counted; no error of ours."""
+"""Modules in odd states give the numbers of before, or their original forward runs and is counted."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Around and inside an accelerated model: adapters, wrappers, compilers, threads, pipelines, kernels and graphs."""
+"""Adapters, wrappers, compilers, threads, pipelines and graphs work around and inside an accelerated model."""
 
 from __future__ import annotations
 

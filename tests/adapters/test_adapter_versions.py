@@ -1,4 +1,4 @@
-"""What differs between versions of transformers and sentence-transformers: one test for each entry of versions.py."""
+"""Each entry of versions.py, a difference between versions of other libraries, has a test of its own."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MAJOR = versions.transformers_version()[0]
 
 @pytest.fixture(params=[4, 5])
 def major(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
-    """Both sides of a difference, whatever is installed."""
+    """Takes both sides of a difference, whatever is installed."""
     monkeypatch.setattr(versions, "transformers_version", lambda: (request.param, 0))
     number: int = request.param
     return number

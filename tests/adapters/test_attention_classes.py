@@ -1,4 +1,4 @@
-"""attn_implementation="fastbert" over many models of transformers: refused by name, or the numbers of eager."""
+"""attn_implementation="fastbert" refuses a model of transformers by name, or gives the numbers of eager."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def config_of(name: str, implementation: str) -> Any:
 
 
 def pair(name: str) -> tuple[Any, Any]:
-    """With eager attention, and by the name of ours: the same weights."""
+    """The same weights with eager attention and with ours."""
     kind = getattr(transformers, name)
     register_attention()
     plain, ours = (kind(config_of(name, each)).eval() for each in ("eager", "fastbert"))
@@ -105,7 +105,7 @@ def pair(name: str) -> tuple[Any, Any]:
 
 
 def compare(name: str, plain: Any, ours: Any) -> None:
-    """At the real tokens, with padding on the right, on the left and none."""
+    """Compares at the real tokens, with padding on the right, on the left and none."""
     ids = torch.randint(5, VOCAB, (B, S), generator=torch.Generator().manual_seed(0))
     right = (torch.arange(S)[None] < torch.tensor([10, 4, 1])[:, None]).long()
     decodes = "decoder_input_ids" in inspect.signature(plain.forward).parameters

@@ -1,4 +1,4 @@
-"""attn_implementation="fastbert": other encoders give what they give with SDPA, and padding stays out."""
+"""Other encoders give with attn_implementation="fastbert" what they give with SDPA, and padding stays out."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`fastbert bench` from its arguments to the table and the files."""
+"""`fastbert bench` turns its arguments into a table and files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The harness itself: a planted sleep shows as the ratio it should be, a planted wrong output is caught."""
+"""The harness shows a planted sleep as the ratio it should be, and catches a planted wrong output."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CPU = torch.device("cpu")
 
 
 class Sleeper(Peer):
-    """Sleeps, and returns the reference times a factor."""
+    """A peer that sleeps, and returns the reference times a factor."""
 
     def __init__(self, name, seconds=0.002, factor=1.0, missing=None, fail_in=None):
         self.name, self.seconds, self.factor, self.missing, self.fail_in = name, seconds, factor, missing, fail_in

@@ -1,4 +1,4 @@
-"""The competitors: each computes what the reference does, on exactly the texts and sequences that it covers."""
+"""Each competitor computes what the reference does, on exactly the texts and sequences that it covers."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def task_of(folder, texts, dtype="float32"):
 
 
 def hold(peers, reference, dtype, **timing):
-    """Rows by competitor, of which those that could run are right."""
+    """The rows by competitor, after a check that those that could run are right."""
     rows = contest(
         peers, lambda peer: Row("test", "tiny", peer.name, peer.dtype or dtype), reference,
         device=CPU, eager=Eager.name, **{"rounds": 2, "warmup": 0, **timing},
@@ -103,7 +103,7 @@ def test_every_text_peer_is_right(folder, texts, dtype):
 
 
 class Hungry(FastBert):
-    """fastbert and 400 MB; or, where it fails, an error."""
+    """fastbert with 400 MB more, or an error where it fails."""
 
     name = "hungry"
 
@@ -113,7 +113,7 @@ class Hungry(FastBert):
 
 
 class Broken(FastBert):
-    """fastbert, but in another process an error."""
+    """fastbert that raises an error in another process."""
 
     name = "broken"
 
@@ -247,7 +247,7 @@ def test_sequences_beyond_the_positions_are_refused(folder):
 
 
 def attend(q, k, v, cu_q, cu_k, max_q, max_k):
-    """varlen_attn, a sequence at a time."""
+    """Runs varlen_attn a sequence at a time."""
     assert torch.equal(cu_q, cu_k) and max_q == max_k == int(cu_q.diff().max()) and cu_q.dtype == torch.int32
     bounds = zip(cu_q[:-1].tolist(), cu_q[1:].tolist(), strict=True)
     parts = [[x[start:end].transpose(0, 1)[None] for x in (q, k, v)] for start, end in bounds]
@@ -317,7 +317,7 @@ def test_backend_that_rejects_says_why(folder):
 
 
 class Sleeper(TextEncoder):
-    """Takes its time by the batch size, and has no memory for large ones."""
+    """A peer that takes its time by the batch size, and has no memory for large batches."""
 
     batch_sizes = (1, 4, 8, 64)
     seconds = {1: 0.05, 4: 0.001, 8: 0.05}

@@ -1,4 +1,4 @@
-"""The project's own suites, in small and on the CPU, mostly with competitors that are not there."""
+"""The project's own suites run in small on a CPU, mostly with stand-ins for competitors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""benchmarks/run_gpu.sh and its parts: the tests on a GPU, the time it keeps, the few files it leaves."""
+"""benchmarks/run_gpu.sh runs the tests on a GPU, keeps its time and leaves few files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""benchmarks/probe.py: every line of it in small, what it does with errors, and with a CUDA context that is lost."""
+"""benchmarks/probe.py runs in small, and survives errors and a lost CUDA context."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""BertConfig: defaults, reading, writing, and what it refuses."""
+"""BertConfig has transformers' defaults, is read and written, and refuses what it cannot describe."""
 
 from __future__ import annotations
 

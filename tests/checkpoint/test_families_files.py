@@ -1,4 +1,4 @@
-"""Heads and checkpoints of BERT's family: logits, losses, dropout, files of transformers read and written."""
+"""Heads and checkpoints of BERT's family give transformers' numbers, and are read and written in its files."""
 
 from __future__ import annotations
 

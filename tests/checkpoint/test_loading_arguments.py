@@ -1,4 +1,4 @@
-"""The arguments of transformers' from_pretrained, save_pretrained and forward, name by name."""
+"""Every argument of transformers' from_pretrained, save_pretrained and forward is taken or refused by name."""
 
 from __future__ import annotations
 

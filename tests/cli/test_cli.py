@@ -1,4 +1,4 @@
-"""The command `fastbert`: its help, its messages, its exit codes, and what an interruption leaves."""
+"""The command `fastbert` has help, clear messages and exit codes, and leaves nothing behind when interrupted."""
 
 from __future__ import annotations
 

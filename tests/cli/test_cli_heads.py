@@ -1,4 +1,4 @@
-"""The subcommands similarity, fill-mask, next-sentence and classify."""
+"""The subcommands similarity, fill-mask, next-sentence and classify print what the models give."""
 
 from __future__ import annotations
 

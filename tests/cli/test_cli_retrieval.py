@@ -1,4 +1,4 @@
-"""The subcommands search, rerank and verify."""
+"""The subcommands search, rerank and verify print what the library gives."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""explain: what it says is what runs, and asking runs nothing."""
+"""explain says what runs, and runs nothing itself."""
 
 from __future__ import annotations
 

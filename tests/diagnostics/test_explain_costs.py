@@ -1,4 +1,4 @@
-"""explain with a batch: the padding avoided, and FLOPs and bytes that follow from the shapes."""
+"""explain with a batch counts the padding avoided, and FLOPs and bytes that follow from the shapes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""No stall while serving: warm-up, the counter of compilations, what kernels specialise on, the cache on disk."""
+"""Serving does not stall: warm-up compiles everything, compilations are counted, and the cache on disk is used."""
 
 from __future__ import annotations
 
@@ -256,7 +256,7 @@ def triton_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 
 class Kernel:
-    """Stands for a compiled kernel: `launch` is called with the folder of Triton's cache."""
+    """A stand-in for a compiled kernel: `launch` is called with the folder of Triton's cache."""
 
     def __init__(self, launch: Callable[[str], None]) -> None:
         self.launch, self.launches = launch, 0
@@ -272,7 +272,7 @@ class Kernel:
 
 
 def put(folder: str) -> None:
-    """What Triton does first to compile a kernel."""
+    """Does what Triton does first to compile a kernel."""
     from triton.runtime.cache import FileCacheManager
 
     FileCacheManager("a kernel").put("source", "a.source")

@@ -27,7 +27,7 @@ def model(device: torch.device) -> BertModel:
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
-    """Of some 300 tokens, trained on the built-in texts."""
+    """A tokenizer of some 300 tokens, trained on the built-in texts."""
     return Tokenizer.train(list(DEFAULT_TEXTS), vocab_size=300, min_frequency=1)
 
 

@@ -1,4 +1,4 @@
-"""Batch invariance on the Triton kernels: a text's bits are the same alone, in any batch and in any order.
+"""A text has the same bits alone, in any batch and in any order on the Triton kernels.
 
 On the C++ kernels for CPUs: test_batch_invariant_cpu.py.
 """

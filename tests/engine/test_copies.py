@@ -1,4 +1,7 @@
-"""What goes from the host to a GPU: little, and from memory that a GPU copies by itself. "meta" stands for one."""
+"""Little is copied from the host to a GPU, and from memory that a GPU reads by itself.
+
+The device "meta" stands for a GPU.
+"""
 
 from __future__ import annotations
 

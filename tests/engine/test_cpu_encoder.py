@@ -1,4 +1,4 @@
-"""The encoder in one call of a C++ kernel: what it gives, and when it stands aside."""
+"""The encoder runs in one call of a C++ kernel, or stands aside where it must."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""precision="int8" on CPUs: the C++ kernels beside exact arithmetic, and the encoder that they make up."""
+"""precision="int8" on CPUs has exact kernels, and the encoder that they make up is as accurate as its emulation."""
 
 from __future__ import annotations
 

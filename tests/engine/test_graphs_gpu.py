@@ -1,4 +1,4 @@
-"""CUDA graphs on a GPU: bits, memory, threads and changed weights."""
+"""CUDA graphs on a GPU keep bits and memory, with threads and with changed weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""CUDA graphs of models with 8-bit weights, with the stand-in of test_graphs.py where there is no GPU."""
+"""CUDA graphs hold models with 8-bit weights; a stand-in captures where there is no GPU."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Memory: what an encoder needs at its peak, and that it does not grow while batches of all lengths go by."""
+"""An encoder's memory has a known peak, and does not grow while batches of all lengths go by."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One text on a CPU: few calls around the encoder, the bits of a batch, and weights whose changes are noticed."""
+"""One text on a CPU takes few calls, has the bits of a batch, and follows changed weights."""
 
 from __future__ import annotations
 

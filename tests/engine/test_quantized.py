@@ -1,4 +1,4 @@
-"""Models with precision="fp8" and "int8": the path through the model, its weights, its fallbacks, and its accuracy."""
+"""Models with precision="fp8" and "int8" are accurate, follow their weights, and fall back with a reason."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Encoders of BERT's family against transformers: tables, config.json, hidden states, positions, numbers, graphs."""
+"""Encoders of BERT's family give what transformers gives: config.json, hidden states, positions, graphs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Text through models of BERT's family: their tokenizers, sentence vectors, cross-encoders, the command line."""
+"""Models of BERT's family read text: tokenizers, sentence vectors, cross-encoders, the command line."""
 
 from __future__ import annotations
 

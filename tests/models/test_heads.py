@@ -1,4 +1,4 @@
-"""The seven models with heads against transformers: logits, output classes, losses, gradients, labels."""
+"""The seven models with heads give what transformers gives: logits, output classes, losses, gradients."""
 
 from __future__ import annotations
 

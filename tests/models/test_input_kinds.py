@@ -1,4 +1,4 @@
-"""Ids, masks, positions and labels in other dtypes and layouts, and on other devices: right, or a clear error."""
+"""Inputs in other dtypes and layouts, and on other devices, give the right result or a clear error."""
 
 from __future__ import annotations
 

@@ -72,7 +72,7 @@ class EmbeddingAdapter(Adapter):
 
 
 def patch_forward(module: nn.Module) -> None:
-    """As accelerate does to move weights between devices."""
+    """Patches a forward as accelerate does it to move weights between devices."""
     plain = module.forward
     module.forward = lambda x: plain(x) * 1.5
 

@@ -1,4 +1,4 @@
-"""The output classes against those of transformers."""
+"""The output classes are read, built and copied as those of transformers."""
 
 from __future__ import annotations
 

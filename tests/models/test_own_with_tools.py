@@ -1,4 +1,4 @@
-"""Our own models in the hands of transformers' Trainer and pipelines, and of PEFT."""
+"""Our own models work in transformers' Trainer and pipelines, and in PEFT."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Batch-invariant attention of short texts: tiles of 16 rows, all keys in one block, in a launch of their own."""
+"""Batch-invariant attention takes short texts in tiles of 16 rows, in a launch of their own."""
 
 from __future__ import annotations
 

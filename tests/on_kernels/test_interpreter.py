@@ -1,4 +1,4 @@
-"""What is mended in Triton's interpreter is what the hardware does."""
+"""What we mend in Triton's interpreter does what the hardware does."""
 
 from __future__ import annotations
 

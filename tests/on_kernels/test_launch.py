@@ -1,4 +1,4 @@
-"""Block sizes, tables, recording and the launch itself."""
+"""Launches take block sizes from tables, can be recorded, and run on the device of their tensors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The offline compile report: what it says of good kernels, and that it notices bad ones.
+"""The offline compile report passes good kernels and notices bad ones.
 
 It runs in processes of its own, without TRITON_INTERPRET: one process cannot hold both interpreter and compiler.
 """

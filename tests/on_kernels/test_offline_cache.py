@@ -1,4 +1,4 @@
-"""The offline compile as a preparation: what it leaves in Triton's cache is what launches look for there.
+"""The offline compile leaves in Triton's cache what launches look for there.
 
 A driver that launches nothing stands for the GPU, so that Triton's own launch looks up and loads the compiled kernels.
 """

@@ -1,4 +1,4 @@
-"""What the compiler made of the loops of kernels, where it decides the speed: seen in the instructions, with no GPU."""
+"""The loops of compiled kernels have the instructions that decide their speed, as seen without a GPU."""
 
 from __future__ import annotations
 

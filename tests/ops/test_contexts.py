@@ -1,4 +1,4 @@
-"""Our own models where the operations are traced, transformed, differentiated again or watched."""
+"""Our own models work when their operations are traced, transformed, differentiated again or watched."""
 
 from __future__ import annotations
 

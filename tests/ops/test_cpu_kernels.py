@@ -1,4 +1,4 @@
-"""The C++ kernels for CPUs, in each instruction set that this processor has."""
+"""The C++ kernels for CPUs are right in each instruction set that this processor has."""
 
 from __future__ import annotations
 

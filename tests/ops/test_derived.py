@@ -1,4 +1,4 @@
-"""Tensors derived from parameters: when they are kept, made anew, written in place, and dropped."""
+"""Tensors derived from parameters are kept, made anew, written in place, and dropped."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which backend runs an operation, and what is said about it."""
+"""Dispatch chooses the backend that runs an operation, and says why."""
 
 from __future__ import annotations
 

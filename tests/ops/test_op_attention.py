@@ -1,4 +1,4 @@
-"""Varlen attention: the Triton kernel, the grouped PyTorch path, and the work list."""
+"""Varlen attention is right in the Triton kernel, in the grouped PyTorch path and in its work list."""
 
 from __future__ import annotations
 

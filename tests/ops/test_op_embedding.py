@@ -1,4 +1,4 @@
-"""Embedding + LayerNorm, and the check of ids."""
+"""Embedding + LayerNorm is right in the kernel and the plain path, and ids are checked."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""bias + GELU."""
+"""bias + GELU is right in the kernel and the plain path."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""bias + residual + LayerNorm."""
+"""bias + residual + LayerNorm is right in the kernel and the plain path."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Linear layers with their epilogues, and linear + residual + LayerNorm."""
+"""Linear layers are right with each epilogue, and so is linear + residual + LayerNorm."""
 
 from __future__ import annotations
 

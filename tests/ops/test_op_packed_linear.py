@@ -1,4 +1,4 @@
-"""Linears of the cpu backend with packed weights: the C++ kernel, and oneDNN."""
+"""Linears of the cpu backend are right with packed weights, in the C++ kernel and in oneDNN."""
 
 from __future__ import annotations
 
@@ -165,7 +165,7 @@ def test_rows_are_few_sizes(product):
 
 @contextlib.contextmanager
 def nothing_packed():
-    """Linears as PyTorch runs them."""
+    """Lets linears run as PyTorch runs them."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(packed_linear, "unavailable", lambda dtype: "planted")
         yield

@@ -1,4 +1,4 @@
-"""Pooling and L2 normalisation."""
+"""Pooling and L2 normalisation are right in the kernel and the plain path."""
 
 from __future__ import annotations
 

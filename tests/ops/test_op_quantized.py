@@ -1,4 +1,4 @@
-"""8-bit operations: the rounding, the kernels that quantise, and the linear that multiplies 8-bit operands."""
+"""8-bit operations are right: the rounding, the kernels that quantise, and the linear on 8-bit operands."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Weights written in ways that PyTorch does not count: everything that is derived from them follows."""
+"""What is derived from weights follows writes that PyTorch does not count."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def _one_bias(model: nn.Module) -> None:
 
 
 def _one_head(model: nn.Module) -> None:
-    """As an ablation does it: the rows of one of four heads."""
+    """Writes to the rows of one of four heads, as an ablation does it."""
     model.get_submodule("encoder.layer.0.attention.self.value").weight.data[16:32] = 0.0
 
 

@@ -1,4 +1,4 @@
-"""CrossEncoder: scores of pairs, beside sentence-transformers."""
+"""CrossEncoder gives pairs the scores of sentence-transformers."""
 
 from __future__ import annotations
 

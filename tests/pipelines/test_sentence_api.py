@@ -1,4 +1,4 @@
-"""The rest of sentence-transformers' interface: evaluators and tools that take a model, features, names refused."""
+"""The rest of sentence-transformers' interface works: evaluators, tools that take a model, refused names."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def theirs(folder: Path) -> Any:
 
 @pytest.fixture(scope="module")
 def cross(tmp_path_factory: pytest.TempPathFactory) -> dict[int, tuple[CrossEncoder, Any]]:
-    """Ours and theirs, by the number of labels."""
+    """Our cross-encoder and theirs, by the number of labels."""
     from sentence_transformers import CrossEncoder as Theirs
 
     made = {}

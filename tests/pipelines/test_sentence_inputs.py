@@ -1,4 +1,4 @@
-"""Names and inputs of sentence-transformers: short names, pairs, dicts, columns, prompts without a prompt."""
+"""Names and inputs of sentence-transformers are taken: short names, pairs, dicts, columns, prompts."""
 
 from __future__ import annotations
 

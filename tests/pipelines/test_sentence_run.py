@@ -1,4 +1,4 @@
-"""Tokenizing beside computing: the pipeline of SentenceEncoder.encode, on a CPU that is made to overlap."""
+"""SentenceEncoder.encode tokenises beside computing, here on a CPU that is made to overlap."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def encoder(folder: Path) -> SentenceEncoder:
 
 @pytest.fixture
 def overlapped(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As with a GPU: windows of 2, 4, 8, 8, ... texts."""
+    """Makes windows of 2, 4, 8, 8, ... texts, as with a GPU."""
     monkeypatch.setattr(sentence_run, "overlaps", lambda device: True)
     monkeypatch.setattr(sentence_run, "FIRST_WINDOW", 2)
     monkeypatch.setattr(sentence_run, "WINDOW", 8)

@@ -1,4 +1,4 @@
-"""Settings of sentence-transformers folders, key by key: followed as there, or refused by name."""
+"""Each setting of a sentence-transformers folder is followed as there, or refused by name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Imports: `import fastbert` is light and needs no Triton, and modules import from one direction only."""
+"""`import fastbert` is light and needs no Triton, modules import in one direction, and files are short."""
 
 from __future__ import annotations
 

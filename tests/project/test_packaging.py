@@ -1,4 +1,4 @@
-"""The distribution: what a wheel holds, whether it runs where nothing else is installed, and PyPI's `kernels`."""
+"""A wheel holds what it should and runs by itself, and nothing imports PyPI's `kernels`."""
 
 from __future__ import annotations
 

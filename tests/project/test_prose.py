@@ -64,12 +64,8 @@ def test_a_fragment_is_recognised() -> None:
         'def g():\n    """A function."""\ndef h(): ...\n'
     )
     assert fragments(source) == ["line 1: Of modules.", "line 2: As a class.", "line 4: Where it is."]
-    assert unclear_tests(
-        'def test_a():\n    """Catches it."""\ndef test_b():\n    """A b."""\ndef test_c(): ...\n'
-    ) == [
-        "test_b",
-        "test_c",
-    ]
+    tests = 'def test_a():\n    """Catches it."""\ndef test_b():\n    """A b."""\ndef test_c(): ...\n'
+    assert unclear_tests(tests) == ["test_b", "test_c"]
 
 
 @pytest.mark.parametrize("path", TESTS, ids=lambda path: path.relative_to(ROOT).as_posix())

@@ -1,4 +1,4 @@
-"""Long texts: in pieces, cut before they are tokenised, a few at once; always with the tokens of the whole text."""
+"""Long texts are cut and tokenised in pieces, and have the tokens of the whole text."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Settings of a tokenizer's folder, key by key: the ids of transformers' AutoTokenizer, or a refusal by name."""
+"""Each setting of a tokenizer's folder gives the ids of AutoTokenizer, or is refused by name."""
 
 from __future__ import annotations
 

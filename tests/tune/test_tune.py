@@ -1,4 +1,4 @@
-"""`fastbert tune` with a clock that is not one: what is timed, chosen, written, and gone by afterwards."""
+"""`fastbert tune` times candidates, here with a made-up clock, and models follow the table that it writes."""
 
 from __future__ import annotations
 

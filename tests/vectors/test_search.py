@@ -1,4 +1,4 @@
-"""Semantic search: the order of a float64 brute force, whatever the chunks, the dtype and the ties."""
+"""Semantic search gives the order of a float64 brute force, whatever the chunks, the dtype and the ties."""
 
 from __future__ import annotations
 

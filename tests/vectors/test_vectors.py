@@ -1,4 +1,4 @@
-"""Vectors in fewer bits: the numbers of sentence-transformers, from the same ranges, with the same warning."""
+"""Vectors in fewer bits have the numbers of sentence-transformers, from the same ranges."""
 
 from __future__ import annotations
 
