@@ -71,11 +71,11 @@ def our_state(model: Any, task: str | None = None) -> dict[str, Tensor]:
     return {family.state_to_ours(name, task): tensor for name, tensor in model.state_dict().items()}
 
 
-def twin(model: Any, name: str = "BertModel", dtype: torch.dtype = torch.float64, **how: Any) -> Any:
+def twin(model: Any, name: str = "BertModel", dtype: torch.dtype = torch.float64, **options: Any) -> Any:
     """Our model with the weights of a model of transformers, rounded to dtype."""
     config = fastbert.BertConfig.from_dict(model.config.to_dict())
-    device = how.pop("device", "cpu")
-    ours = getattr(fastbert, name)(config, **{"backend": "cpu", "strict": True, **how}).to(device, dtype)
+    device = options.pop("device", "cpu")
+    ours = getattr(fastbert, name)(config, **{"backend": "cpu", "strict": True, **options}).to(device, dtype)
     state = our_state(model, getattr(ours, "task", None))
     if "cls.predictions.bias" in ours.state_dict():
         state.setdefault("cls.predictions.decoder.bias", state["cls.predictions.bias"])

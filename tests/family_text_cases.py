@@ -62,10 +62,10 @@ KINDS = {"roberta": byte_level, "xlm-roberta": unigram, "camembert": unigram}
 
 def make_folders(parent: Path) -> dict[str, Path]:
     """A folder for each model type with a tokenizer and a random model: plain checkpoints of transformers."""
-    made = {}
+    folders = {}
     torch.manual_seed(0)
     for model_type in (*KINDS, "distilbert", "electra"):
-        folder = made[model_type] = parent / model_type
+        folder = folders[model_type] = parent / model_type
         folder.mkdir()
         if model_type in KINDS:
             rust = KINDS[model_type]()
@@ -84,4 +84,4 @@ def make_folders(parent: Path) -> dict[str, Path]:
             model_type, vocab_size=vocab_size, max_position_embeddings=26, initializer_range=0.3, **sizes
         )
         transformers.AutoModel.from_config(config).save_pretrained(folder)
-    return made
+    return folders

@@ -45,9 +45,9 @@ def exactly(message: str) -> str:
 
 def docstrings(n: int) -> list[str]:
     """n different docstrings of the standard library, in a fixed order: real English text of very mixed length."""
-    found = texts.docstrings()
-    assert len(found) >= n, f"only {len(found)} docstrings"
-    return texts.spread(found, n)
+    all_texts = texts.docstrings()
+    assert len(all_texts) >= n, f"only {len(all_texts)} docstrings"
+    return texts.spread(all_texts, n)
 
 
 def tiny_bert(

@@ -39,12 +39,12 @@ def make(
     dtype: torch.dtype = torch.float32,
     precision: str | None = None,
     kind: Any = BertModel,
-    how: Any = None,
+    options: Any = None,
     **sizes: Any,
 ) -> Any:
     """A batch-invariant model, or one with `options`, with weights that make rows differ."""
     torch.manual_seed(1)
-    model = kind(BertConfig(**{**SIZES, **sizes}), **({"batch_invariant": True} if how is None else how),
+    model = kind(BertConfig(**{**SIZES, **sizes}), **({"batch_invariant": True} if options is None else options),
                  precision=precision)  # fmt: skip
     for parameter in model.parameters():
         parameter.data.normal_(0.0, 0.3)

@@ -32,7 +32,7 @@ FIVE = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
 def assert_same_ids(ours: Tokenizer, theirs: Any, texts: list[str], **options: Any) -> None:
     expected = theirs(texts, truncation=True, **options)
-    found = ours(texts, **options)
-    for text, a, b in zip(texts, found["input_ids"], expected["input_ids"], strict=True):
+    encoding = ours(texts, **options)
+    for text, a, b in zip(texts, encoding["input_ids"], expected["input_ids"], strict=True):
         assert a == b, f"{text[:80]!r}: {ours.convert_ids_to_tokens(a)[:40]}"
-    assert found == {key: expected[key] for key in KEYS}
+    assert encoding == {key: expected[key] for key in KEYS}

@@ -345,9 +345,9 @@ def test_save_and_load(tmp_path: Path) -> None:
     for folder, name in (("head", "BertForPreTraining"), ("base", "BertModel")):
         loaded = getattr(transformers, name).from_pretrained(tmp_path / folder)
         assert loaded.config.architectures == [name] and counts(loaded) == {}
-        given = model if folder == "head" else model.bert
+        encoder = model if folder == "head" else model.bert
         for key, value in loaded.state_dict().items():
-            assert torch.equal(value, given.state_dict()[key]), key
+            assert torch.equal(value, encoder.state_dict()[key]), key
     again = type(model.bert).from_pretrained(tmp_path / "base")
     for n_calls in (0, 1):  # first as it is
         assert_close("its class", run(again, make_batch("none"))[0], run(original.bert, make_batch("none"))[0], 1e-6)

@@ -35,8 +35,8 @@ def test_what_the_libraries_wrote_is_their_own() -> None:
     """Catches a method of an installed version taken for a patch: no call would be fast."""
     for mapping in COVERED:
         module = importlib.import_module(mapping.module)
-        kinds = [getattr(module, name) for name in (mapping.model, *mapping.containers) if hasattr(module, name)]
-        assert Watch([*kinds, nn.Linear, nn.LayerNorm, nn.Embedding, nn.Dropout], module).reason() is None
+        classes = [getattr(module, name) for name in (mapping.model, *mapping.containers) if hasattr(module, name)]
+        assert Watch([*classes, nn.Linear, nn.LayerNorm, nn.Embedding, nn.Dropout], module).reason() is None
     assert is_own(SentenceTransformer, "encode") and is_own(nn.Module, "__call__")
 
 
@@ -96,14 +96,14 @@ def test_a_patched_forward(name: str, order: str) -> None:
     with mock.patch.object(kind, "forward", PATCHES[name]):
         if order == "patched before":
             fastbert.accelerate(model)
-        expected, found = run(fresh(), batch), run(model, batch)
-    assert type(found) is type(expected)
+        expected, output = run(fresh(), batch), run(model, batch)
+    assert type(output) is type(expected)
     if not isinstance(expected, (str, tuple)):
-        assert torch.equal(found[0], expected[0])
+        assert torch.equal(output[0], expected[0])
     elif isinstance(expected, tuple):
-        assert found[1] == "seen"
+        assert output[1] == "seen"
     elif isinstance(expected, str):
-        assert found == "theirs"
+        assert output == "theirs"
     calls = int(order == "patched between calls")
     assert counts(model) == {**({"fastbert": 1} if calls else {}), "forward of the class BertModel was patched": 1}
     check(model, {**counts(model), "fastbert": calls + 1})
@@ -262,12 +262,12 @@ def test_patches_of_sentence_transformers(name: str, of: str, minilm: Path) -> N
 
     def owner(live: Any) -> Any:
         transformer = live[0]
-        found = {"model": live, "transformer": transformer, "pooling": live[1], "encoder": transformer.auto_model,
+        owners = {"model": live, "transformer": transformer, "pooling": live[1], "encoder": transformer.auto_model,
                  "layer": transformer.auto_model.encoder.layer[0]}[SENTENCES[name][0]]  # fmt: skip
-        return found if of == "object" else type(found)
+        return owners if of == "object" else type(owners)
 
     with counted(owner(plain) if of == "class" else owner(model), SENTENCES[name][1]) as calls:
-        found = model.encode(["one", "two texts"])
-    assert calls and abs(found - expected).max() < 2e-6
+        vectors = model.encode(["one", "two texts"])
+    assert calls and abs(vectors - expected).max() < 2e-6
     before = counts(model)["fastbert"]
     assert abs(model.encode(["one", "two texts"]) - expected).max() == 0 and counts(model)["fastbert"] == before + 1

@@ -66,8 +66,8 @@ def test_odd_modules(odd: Callable[[Any], Any], when: str) -> None:
         fastbert.accelerate(model)
         return undo
 
-    found, ours = outcome(late if when == "before" else odd, model)
-    assert found is expected, ours
+    kind, ours = outcome(late if when == "before" else odd, model)
+    assert kind is expected, ours
     done = {reason for reason, n in counts(model).items() if n > before.get(reason, 0)}
     if isinstance(numbers, str):
         assert ours == numbers
@@ -155,13 +155,13 @@ def test_the_errors_of_users() -> None:
         {"input_ids": ids, "unknown_argument": object()}, {},
     ]  # fmt: skip
     for inputs in wrong:
-        kinds = []
+        outcomes = []
         for each in (original, model):
             try:
-                kinds.append(type(run(each, inputs)))
+                outcomes.append(type(run(each, inputs)))
             except Exception as error:
-                kinds.append(type(error))
-        assert kinds[0] is kinds[1], inputs.keys()
+                outcomes.append(type(error))
+        assert outcomes[0] is outcomes[1], inputs.keys()
     assert not any("raised" in reason for reason in counts(model))
 
 
@@ -215,10 +215,10 @@ def test_our_own_models(name: str, dtype: torch.dtype) -> None:
         for each in (original, ours):
             torch.manual_seed(0)
             odd(each.base_model if isinstance(each, transformers.PreTrainedModel) else getattr(each, "bert", each))
-        found, expected = run(ours, batch)[0], run(original, batch)[0]
-        if found.shape[:2] == valid.shape:
-            found, expected = found[valid], expected[valid]
-        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5, msg=odd.__name__)
+        output, expected = run(ours, batch)[0], run(original, batch)[0]
+        if output.shape[:2] == valid.shape:
+            output, expected = output[valid], expected[valid]
+        torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-5, msg=odd.__name__)
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -131,9 +131,9 @@ def test_cls_without_the_prompt() -> None:
     """Catches the two meanings of "cls" pooling that leaves a prompt out taken for one."""
     from sentence_transformers.models import Pooling  # under a new name from 6 on, and found under this one as well
 
-    found = versions.takes_prompt_for_cls(Pooling(8, "cls", include_prompt=False))
+    takes_prompt = versions.takes_prompt_for_cls(Pooling(8, "cls", include_prompt=False))
     modern = hasattr(Pooling(8, "cls"), "pooling_mode")
-    assert found != modern
+    assert takes_prompt != modern
 
 
 def test_texts_become_features() -> None:
@@ -146,8 +146,8 @@ def test_texts_become_features() -> None:
 
 def test_quantised_vectors() -> None:
     """Catches the function that moved in version 6, and a warning of its old place."""
-    found = versions.quantize_embeddings(torch.eye(8).numpy(), "ubinary")
-    assert found.shape == (8, 1) and found.dtype == "uint8"
+    vectors = versions.quantize_embeddings(torch.eye(8).numpy(), "ubinary")
+    assert vectors.shape == (8, 1) and vectors.dtype == "uint8"
 
 
 needs_5 = pytest.mark.skipif(MAJOR < 5, reason="encoders of transformers 4 do not read the interface")
@@ -187,10 +187,10 @@ def test_masks_of_other_states() -> None:
     """Catches the mask of cross-attention taken for that of the tokens themselves, where lengths are equal."""
     from transformers import masking_utils
 
-    found = []
+    outputs = []
 
     def mask(*args: Any, **kwargs: Any) -> Any:
-        found.append(versions.is_mask_of_other_states(sys._getframe(1)))
+        outputs.append(versions.is_mask_of_other_states(sys._getframe(1)))
 
     x = torch.zeros(2, 3, 4)
     config = transformers.BertConfig(attn_implementation="eager")
@@ -200,7 +200,7 @@ def test_masks_of_other_states() -> None:
             masking_utils.create_bidirectional_mask(
                 config=config, inputs_embeds=x, attention_mask=torch.ones(2, 3), encoder_hidden_states=states
             )
-    assert found == [False, True]
+    assert outputs == [False, True]
 
 
 def test_registries_of_attention() -> None:

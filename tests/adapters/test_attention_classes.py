@@ -112,9 +112,9 @@ def compare(name: str, plain: Any, ours: Any) -> None:
     for mask in (right, right.flip(1), torch.ones_like(right), None):
         batch = {"input_ids": ids, "attention_mask": mask, **({"decoder_input_ids": ids} if decodes else {})}
         with torch.no_grad():
-            expected, found = (each(**batch)[0] for each in (plain, ours))
+            expected, output = (each(**batch)[0] for each in (plain, ours))
         real = torch.ones(B, S, dtype=torch.bool) if decodes or mask is None else mask.bool()
-        assert_close(name, found[:, :S][real], expected[:, :S][real], 2e-5)
+        assert_close(name, output[:, :S][real], expected[:, :S][real], 2e-5)
 
 
 @pytest.mark.parametrize("name", READ)
@@ -213,9 +213,9 @@ def test_parts_of_a_model() -> None:
     batch = {"input_ids": torch.tensor([[5, 6, 7], [5, 6, 1]]), "attention_mask": torch.tensor([[1, 1, 1], [1, 1, 0]]),
              "pixel_values": torch.randn(2, 3, 8, 8, dtype=torch.float64)}  # fmt: skip
     with torch.no_grad():
-        found, expected = ours(**batch), plain(**batch)
-    assert_close("text", found.text_embeds, expected.text_embeds)
-    assert_close("vision", found.image_embeds, expected.image_embeds, 1e-7)
+        output, expected = ours(**batch), plain(**batch)
+    assert_close("text", output.text_embeds, expected.text_embeds)
+    assert_close("vision", output.image_embeds, expected.image_embeds, 1e-7)
     assert attention.counts == {"fastbert": 2}
 
 
@@ -254,7 +254,12 @@ def test_a_mask_that_was_written_to() -> None:
         attention_mask=torch.tensor([[True, True, True], [True, True, False]]),
     )  # fmt: skip
     assert mask is not None and mask.shape == (2, 1, 3, 3) and mask[1, 0, 0, 2] == torch.finfo(torch.float32).min
-    made = attention._made(mask)
-    assert made is not None and made.padding and made.bools is not None and made.bools.stride(2) == 0
+    mask_facts = attention._made(mask)
+    assert (
+        mask_facts is not None
+        and mask_facts.padding
+        and mask_facts.bools is not None
+        and mask_facts.bools.stride(2) == 0
+    )
     mask[:, :, :1, 0].fill_(-1.0)
     assert attention._made(mask) is None and attention._made(mask + 1) is None

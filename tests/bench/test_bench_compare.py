@@ -19,8 +19,8 @@ import compare  # noqa: E402
 
 
 def verdicts(before, after, **options):
-    found = compare.compare(results(*before), results(*after), **options)
-    return {f"{change.key[2]} {change.competitor}": change.verdict for change in found}
+    changes = compare.compare(results(*before), results(*after), **options)
+    return {f"{change.key[2]} {change.competitor}": change.verdict for change in changes}
 
 
 def test_slower_ratio_is_a_regression():
@@ -33,8 +33,8 @@ def test_slower_ratio_is_a_regression():
 @pytest.mark.parametrize(("ratio", "threshold"), [(1.85, 0.05), (1.7, 0.2), (2.0, 0.1)])
 def test_within_interval_or_threshold_is_none(ratio, threshold):
     """Catches noise reported as a regression: intervals that overlap, or a fall below the threshold."""
-    found = verdicts([contest()], [contest(ratios={"eager": ratio})], threshold=threshold)
-    assert found["S128 b8 eager"] == "same"
+    verdict_of = verdicts([contest()], [contest(ratios={"eager": ratio})], threshold=threshold)
+    assert verdict_of["S128 b8 eager"] == "same"
 
 
 @pytest.mark.parametrize(
@@ -55,9 +55,9 @@ def test_what_no_longer_runs(competitor, status, verdict):
             row.speedup = None
         if row.competitor == competitor:
             row.status, row.detail = status, "planted"
-    found = verdicts([contest()], [after])
-    assert found[f"S128 b8 {competitor}"] == verdict
-    assert competitor == "eager" or found["S128 b8 eager"] == "no ratio"
+    verdict_of = verdicts([contest()], [after])
+    assert verdict_of[f"S128 b8 {competitor}"] == verdict
+    assert competitor == "eager" or verdict_of["S128 b8 eager"] == "no ratio"
 
 
 def test_dtypes_models_and_settings_are_compared_each_with_itself():

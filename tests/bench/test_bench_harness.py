@@ -47,7 +47,7 @@ def hold(*peers, **timing):
 
     reference = torch.arange(1.0, 9.0, dtype=torch.float64)
     rows = contest(peers, row, reference, device=CPU, eager=peers[1].name, **{"rounds": 7, "tokens": 100, **timing})
-    return {found.competitor: found for found in rows}
+    return {each.competitor: each for each in rows}
 
 
 def test_planted_sleep_shows_as_its_ratio():
@@ -141,20 +141,20 @@ def test_statistics():
 
 def test_results_round_trip(tmp_path):
     """Catches a field lost on the way to the file, or NaN that is not JSON."""
-    found = Results(environment(CPU), [Row("s", "w", "c", "float32", error=float("nan"), extra={"a": 1})], {"x": 2.0})
-    found.save(tmp_path / "r.json")
+    saved = Results(environment(CPU), [Row("s", "w", "c", "float32", error=float("nan"), extra={"a": 1})], {"x": 2.0})
+    saved.save(tmp_path / "r.json")
     back = Results.load(tmp_path / "r.json")
-    assert back.environment == found.environment and back.ceilings == found.ceilings
+    assert back.environment == saved.environment and back.ceilings == saved.ceilings
     assert back.rows == [Row("s", "w", "c", "float32", error=None, extra={"a": 1})]
 
 
 def test_environment_names_the_machine():
     """Catches a result that nobody can place: without device, versions, commit or date."""
-    found = environment(CPU)
+    facts = environment(CPU)
     assert (
-        found["device"] and found["packages"]["torch"] == torch.__version__.split("+")[0] or found["packages"]["torch"]
+        facts["device"] and facts["packages"]["torch"] == torch.__version__.split("+")[0] or facts["packages"]["torch"]
     )
-    assert found["date"].endswith("UTC") and found["threads"] >= 1
+    assert facts["date"].endswith("UTC") and facts["threads"] >= 1
 
 
 @pytest.mark.parametrize(

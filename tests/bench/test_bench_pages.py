@@ -34,8 +34,8 @@ class Page(HTMLParser):
         assert self.open == []
 
     def handle_starttag(self, tag, attrs):
-        found = dict(attrs)
-        self.ids += [found["id"]] if "id" in found else []
+        values = dict(attrs)
+        self.ids += [values["id"]] if "id" in values else []
         self.resources += [v for k, v in attrs if k in ("src", "href", "xlink:href", "srcset", "data", "action")]
         if tag not in self.VOID:
             self.open.append(tag)
@@ -54,20 +54,20 @@ class Page(HTMLParser):
 
 def by_length(broken=("OpenVINO",)):
     """Two contests, with all that figures are made of."""
-    found = []
+    contests = []
     for length in (128, 512):
         extra = {"model": "BERT-base", "length": length, "batch": 8, "prepare_seconds": 1.5, "cold_start_seconds": 3.0}
-        found.append(contest(workload=f"S{length} b8", ratios={"eager": 2.0, "flash": 0.5}, broken=broken, **extra))
-        for row in found[-1][:3]:
+        contests.append(contest(workload=f"S{length} b8", ratios={"eager": 2.0, "flash": 0.5}, broken=broken, **extra))
+        for row in contests[-1][:3]:
             row.peak_bytes, row.ceiling_fraction = 2**29, 0.75
-    return results(*found)
+    return results(*contests)
 
 
 def test_html_refers_to_nothing_outside(tmp_path):
     """Catches a page that needs a network, that a planted tag breaks, or whose figures share ids."""
     pytest.importorskip("matplotlib", reason="figures need matplotlib, which comes with the extra 'bench'")
-    found = by_length(broken=BROKEN)
-    write_report(found, tmp_path / "r.html", title="a <title>")
+    results_by_length = by_length(broken=BROKEN)
+    write_report(results_by_length, tmp_path / "r.html", title="a <title>")
     text = (tmp_path / "r.html").read_text(encoding="utf-8")
     assert [p.name for p in tmp_path.iterdir()] == ["r.html"]
     parsed = Page(text)
@@ -167,7 +167,7 @@ def test_unknown_kind_of_report(name, tmp_path):
 def test_interrupted_report_leaves_the_old_one(name, tmp_path, monkeypatch):
     """Catches half a page under the final name, or an old page that has lost its figures."""
     one = drawing.Plot("model", "one", "one", "one", lambda: None)
-    monkeypatch.setattr(plots, "figures", lambda found: [one])
+    monkeypatch.setattr(plots, "figures", lambda each: [one])
     monkeypatch.setattr(drawing.Plot, "svg", lambda self: "<svg></svg>")
     monkeypatch.setattr(drawing.Plot, "png", lambda self: b"old")
     write_report(results(contest()), tmp_path / name)
@@ -190,11 +190,11 @@ def test_folder_is_read_as_one(tmp_path):
     two.environment["packages"] |= {"torch": "2.12.0"}
     one.save(tmp_path / "model.json")
     two.save(tmp_path / "text.json")
-    found = page.load(tmp_path)
-    assert [row.suite for row in found.rows] == ["model", "model", "text", "text"]
-    assert found.notes == {"model: seconds": 1, "text: seconds": 2}
-    assert found.environment["commit"] == "0123456789 / abcdef" and found.environment["date"].startswith("2026-02-02")
-    assert found.environment["packages"]["torch"] == "2.11.0 / 2.12.0"
+    loaded = page.load(tmp_path)
+    assert [row.suite for row in loaded.rows] == ["model", "model", "text", "text"]
+    assert loaded.notes == {"model: seconds": 1, "text: seconds": 2}
+    assert loaded.environment["commit"] == "0123456789 / abcdef" and loaded.environment["date"].startswith("2026-02-02")
+    assert loaded.environment["packages"]["torch"] == "2.11.0 / 2.12.0"
 
 
 def test_truncated_file_is_refused_by_name(tmp_path, capsys):

@@ -177,9 +177,9 @@ def test_prompt_and_lower_case_reach_every_peer(texts, tmp_path):
 def test_reference_is_that_of_the_encoder_in_float64(folder, texts):
     """Catches a reference in another order, or with other tokens, pooling or modules than the encoder's."""
     encoder = fastbert.SentenceEncoder.from_pretrained(folder, dtype="float64")
-    found = exact.reference_vectors(encoder, texts, batch_size=5)
-    assert found.dtype == torch.float64
-    assert rms_error(torch.from_numpy(encoder.encode(texts)), found) < 1e-10
+    vectors = exact.reference_vectors(encoder, texts, batch_size=5)
+    assert vectors.dtype == torch.float64
+    assert rms_error(torch.from_numpy(encoder.encode(texts)), vectors) < 1e-10
 
 
 def test_what_the_reference_covers_is_bounded():
@@ -279,8 +279,8 @@ def test_reasons_of_what_cannot_run_here(folder, tmp_path):
     for engine in (*peers_cpu.engines(torch.float32), *peers_int8.engines(torch.bfloat16)):
         assert engine(on_gpu).available() == "is compared on CPUs only"
     odd = save(tmp_path, num_attention_heads=1, hidden_act="gelu_new")
-    found = peers_torch.NestedTransformer(Source(odd, torch.float32, CPU)).available()
-    assert found == "the fast path has gelu and relu, not gelu_new"
+    reason = peers_torch.NestedTransformer(Source(odd, torch.float32, CPU)).available()
+    assert reason == "the fast path has gelu and relu, not gelu_new"
 
 
 def test_package_that_is_missing_is_named(folder, texts, monkeypatch):

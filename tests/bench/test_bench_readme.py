@@ -18,8 +18,8 @@ import report as page  # noqa: E402
 
 def test_readme_is_what_the_committed_results_give():
     """Catches figures in the README that were edited by hand, or that are older than the results."""
-    found = {folder: page.load(folder) for folder in readme_figures.committed(page.RESULTS)}
-    assert readme_figures.written(ROOT / "README.md") == readme_figures.section(found), (
+    committed = {folder: page.load(folder) for folder in readme_figures.committed(page.RESULTS)}
+    assert readme_figures.written(ROOT / "README.md") == readme_figures.section(committed), (
         "run `python benchmarks/report.py --readme`"
     )
 

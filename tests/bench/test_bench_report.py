@@ -57,9 +57,9 @@ def test_same_peers_in_another_dtype_are_another_contest():
     """Catches rows of two contests in one table, or a peer whose own dtype is hidden."""
     first, second = contest(ratios={"eager": 2.0, "int8": 1.5}), contest(ratios={"eager": 3.0}, dtype="float32")
     first[2].dtype = "int8"
-    found = tables.contests(first + second)
-    assert [(c.dtype, len(c.rows)) for c in found] == [("bfloat16", 3), ("float32", 2)]
-    assert found[0].name_of(first[2]) == "int8 (int8)" and found[0].name_of(first[1]) == "eager"
+    contests = tables.contests(first + second)
+    assert [(c.dtype, len(c.rows)) for c in contests] == [("bfloat16", 3), ("float32", 2)]
+    assert contests[0].name_of(first[2]) == "int8 (int8)" and contests[0].name_of(first[1]) == "eager"
 
 
 def test_summary_holds_means_per_setting_and_every_reason():
@@ -96,8 +96,8 @@ def test_forms_of_numbers(form, value, text):
 
 def test_ceiling_that_could_not_be_measured():
     """Catches a crash on a ceiling that is not a number, which a result file holds as null."""
-    found = Results(environment(), contest(), {"copy GB/s": None})
-    assert "copy GB/s unknown" in render_terminal(found, width=160)
+    unmeasured = Results(environment(), contest(), {"copy GB/s": None})
+    assert "copy GB/s unknown" in render_terminal(unmeasured, width=160)
 
 
 def test_percentiles_need_rounds():

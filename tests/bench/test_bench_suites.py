@@ -221,9 +221,9 @@ def test_bert_base_from_text_comes_last(monkeypatch):
     """Catches BERT-base timed in a quick look, with a given model or on a GPU, or another dtype left out."""
     monkeypatch.setattr(suite_text, "fast_at_bfloat16", lambda device: True)
     for long in (False, True):
-        found = suite_text.cases("cpu", long=long)
-        base = [case for case in found if case.model == suite_text.BASE]
-        assert found[4:] == base and {case.model for case in found[:4]} == {models.text_model_name()}
+        cases = suite_text.cases("cpu", long=long)
+        base = [case for case in cases if case.model == suite_text.BASE]
+        assert cases[4:] == base and {case.model for case in cases[:4]} == {models.text_model_name()}
         assert [(case.dtype, case.setting) for case in base] == [
             ("bfloat16", suite_text.THROUGHPUT), ("float32", suite_text.THROUGHPUT),
         ]  # fmt: skip
@@ -406,12 +406,12 @@ def test_documents_variable_over_fixed(tmp_path):
 
 def test_ceilings_are_measured_once(tmp_path, monkeypatch):
     """Catches ceilings of zero, measured anew for each suite, or taken over from another machine."""
-    found = ceilings.measure(CPU, quick=True, size=64)
-    assert set(found) == {ceilings.COPY, ceilings.matmul_key("float32"), ceilings.matmul_key("bfloat16")}
-    assert all(value > 0 for value in found.values())
+    measured = ceilings.measure(CPU, quick=True, size=64)
+    assert set(measured) == {ceilings.COPY, ceilings.matmul_key("float32"), ceilings.matmul_key("bfloat16")}
+    assert all(value > 0 for value in measured.values())
     calls = []
-    monkeypatch.setattr(ceilings, "measure", lambda device, quick: calls.append(1) or found)
-    assert ceilings.cached(CPU, tmp_path) == ceilings.cached(CPU, tmp_path) == found and len(calls) == 1
+    monkeypatch.setattr(ceilings, "measure", lambda device, quick: calls.append(1) or measured)
+    assert ceilings.cached(CPU, tmp_path) == ceilings.cached(CPU, tmp_path) == measured and len(calls) == 1
     for n, (key, value) in enumerate((("device", "another"), ("commit", "0123456789")), start=2):
         other = Results.load(tmp_path / ceilings.FILE)
         other.environment[key] = value

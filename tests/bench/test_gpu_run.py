@@ -77,7 +77,7 @@ def test_a_failed_operation_is_refused_alone(tmp_path, monkeypatch):
     assert list(gpu_tests.failures(notes)) == ["linear", "stalls"]
     seen = {}
     monkeypatch.setattr(gpu_parts.ceilings, "cached", lambda *args, **kwargs: {})
-    monkeypatch.setattr(gpu_parts, "run_cases", lambda cases, device, recorder, **how: seen.update(how))
+    monkeypatch.setattr(gpu_parts, "run_cases", lambda cases, device, recorder, **options: seen.update(options))
     for part, refused in (("kernels", gpu_tests.refusals(notes)), ("model", {}), ("text", {})):
         assert gpu_parts.run(part, gpu.Options(tmp_path, "cpu"), 1.0) == 0
         assert seen["refused"] == refused
@@ -103,10 +103,10 @@ def test_every_test_of_the_device_is_in_a_group():
     assert all((ROOT / name).exists() for files in gpu_tests.GROUPS.values() for name in files)
     done = pytest_process("-p", "gpu_pytest", "--collect-only", "-q", "tests")  # gpu_tests.place raises otherwise
     assert done.returncode == 0, done.stdout[-3000:]
-    found = [line for line in done.stdout.splitlines() if "::" in line]
-    groups = [gpu_tests.group_of(line, gpu_tests.GROUPS) for line in found]
-    assert len(found) > 800 and list(dict.fromkeys(groups)) == list(gpu_tests.GROUPS)
-    assert not any("test_wrong_shapes" in line for line in found), "one that never touches the device"
+    tests = [line for line in done.stdout.splitlines() if "::" in line]
+    groups = [gpu_tests.group_of(line, gpu_tests.GROUPS) for line in tests]
+    assert len(tests) > 800 and list(dict.fromkeys(groups)) == list(gpu_tests.GROUPS)
+    assert not any("test_wrong_shapes" in line for line in tests), "one that never touches the device"
 
 
 def pytest_process(*arguments, **changes):
@@ -229,8 +229,8 @@ def test_few_files_hold_all_of_it(tmp_path):
         results("probe", ("gemm: 1 x 2 x 3", "a tile", "bfloat16")),
         results("model", ("w", OURS, "bfloat16"), ("w", "eager", "bfloat16"), not_reached=["x", "y"]),
     ])  # fmt: skip
-    for part, found in parts.items():
-        found.save(work / f"{part}.json")
+    for part, result in parts.items():
+        result.save(work / f"{part}.json")
     gpu_results.publish(work, out, {"compile": 0, "tests": 1, "model": 124})
     assert sorted(str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()) == [
         "results.json", "summary.txt", "tests.log", "tuned/test-gpu.json",
@@ -242,8 +242,8 @@ def test_few_files_hold_all_of_it(tmp_path):
     whole = report.load(out)
     assert len(whole.rows) == 3 and whole.ceilings == {"copy GB/s": 2.0}
     again = gpu_results.separated(Results.load(out / "results.json"))
-    assert {part: (found.rows, found.ceilings, found.notes) for part, found in again.items()} == {
-        part: (found.rows, found.ceilings, found.notes) for part, found in parts.items()
+    assert {part: (result.rows, result.ceilings, result.notes) for part, result in again.items()} == {
+        part: (result.rows, result.ceilings, result.notes) for part, result in parts.items()
     }
 
 

@@ -59,18 +59,18 @@ def test_every_piece_in_small(tmp_path):
 
 def test_an_error_is_a_row(tmp_path):
     """Catches an error that ends the probe, a piece begun after its time, or a row without what was counted."""
-    found, said = probe_on(tmp_path)
-    found.section = "s"
+    outcome, said = probe_on(tmp_path)
+    outcome.section = "s"
 
     def fail(i):
         raise ValueError("the source of a kernel\nand what is wrong")
 
-    found.measure("w", "bad", fail)
+    outcome.measure("w", "bad", fail)
     exact = torch.ones(3, dtype=torch.float64)
-    found.recorder.results.ceilings["copy GB/s"] = 1.0
-    found.measure("w", "good", lambda i: torch.full((3,), 1.5), exact=exact, work=Work(n_bytes=1e6), tiles=7)
-    found.deadline = Deadline(-1.0)
-    found.measure("w", "late", fail)
+    outcome.recorder.results.ceilings["copy GB/s"] = 1.0
+    outcome.measure("w", "good", lambda i: torch.full((3,), 1.5), exact=exact, work=Work(n_bytes=1e6), tiles=7)
+    outcome.deadline = Deadline(-1.0)
+    outcome.measure("w", "late", fail)
     bad, good = Results.load(tmp_path / probe.FILE).rows
     assert (bad.status, bad.detail) == (FAILED, "ValueError: the source of a kernel and what is wrong")
     assert good.error == 0.5 and good.rate > 0 and good.extra == {"tiles": 7} and good.workload == "s: w"
@@ -79,7 +79,7 @@ def test_an_error_is_a_row(tmp_path):
 
 def test_sections_share_the_time(tmp_path, monkeypatch):
     """Catches a section that takes the time of the others, or one that raises and ends the probe."""
-    found, _ = probe_on(tmp_path, seconds=90.0)
+    outcome, _ = probe_on(tmp_path, seconds=90.0)
     shares = []
     sections = {
         "a": probe.Section(lambda probe: shares.append(probe.deadline.left), 1.0),
@@ -87,7 +87,7 @@ def test_sections_share_the_time(tmp_path, monkeypatch):
         "c": probe.Section(lambda probe: shares.append(probe.deadline.left), 1.0),
     }
     monkeypatch.setattr(probe, "SECTIONS", sections)
-    assert probe.probe_all(found, list(sections)) == 1
+    assert probe.probe_all(outcome, list(sections)) == 1
     assert shares[0] == pytest.approx(30.0, abs=3.0) and shares[1] == pytest.approx(90.0, abs=5.0)
     results = Results.load(tmp_path / probe.FILE)
     assert list(results.notes["sections"]) == ["a", "b", "c"] and "ZeroDivisionError" in results.rows[0].detail

@@ -120,12 +120,12 @@ def test_config_and_state_dict(folder: Path) -> None:
     state = fastbert.BertForMaskedLM.from_pretrained(folder).state_dict()
     doubled = {name: 2 * tensor for name, tensor in state.items()}
     config = transformers.BertConfig(**SIZES, num_labels=7)
-    for given in (config, fastbert.BertConfig.from_dict(config.to_dict()), folder, str(folder / "config.json")):
-        model = fastbert.BertForMaskedLM.from_pretrained(folder, config=given, state_dict=doubled)
+    for source in (config, fastbert.BertConfig.from_dict(config.to_dict()), folder, str(folder / "config.json")):
+        model = fastbert.BertForMaskedLM.from_pretrained(folder, config=source, state_dict=doubled)
         assert torch.equal(
             model.bert.encoder.layer[0].output.dense.weight, doubled["bert.encoder.layer.0.output.dense.weight"]
         )
-        assert model.config.num_labels == (7 if given in (config,) or hasattr(given, "extra") else 2)
+        assert model.config.num_labels == (7 if source in (config,) or hasattr(source, "extra") else 2)
     bare = fastbert.BertForMaskedLM.from_pretrained(None, config=config, state_dict=state, hidden_dropout_prob=0.25)
     assert bare.config.hidden_dropout_prob == 0.25
     with pytest.raises(TypeError, match="config: expected a config, a folder or a hub id, got int"):

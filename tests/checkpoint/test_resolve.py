@@ -216,8 +216,8 @@ def test_offline_in_a_fresh_process(tmp_path):
     env = {**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     env.pop("HF_HUB_CACHE", None)
     run = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
-    imported, found, error = run.stdout.splitlines()
+    imported, resolved, error = run.stdout.splitlines()
     assert imported == "[]"
-    assert Path(found) == snapshot
+    assert Path(resolved) == snapshot
     assert error.startswith("src 'owner/absent': no folder of that name in ")
     assert "LocalEntryNotFoundError" in error

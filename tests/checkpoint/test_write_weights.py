@@ -160,10 +160,10 @@ def test_interrupted_while_renaming(tmp_path, state, monkeypatch):
                 except KeyboardInterrupt:
                     assert not [name for name in files(folder) if name.endswith(".tmp")]
             try:
-                found = read_state_dict(folder)
+                read = read_state_dict(folder)
             except FileNotFoundError:
                 continue
-            assert any(all(torch.equal(found[name], whole[name]) for name in state) for whole in (state, new))
+            assert any(all(torch.equal(read[name], whole[name]) for name in state) for whole in (state, new))
 
 
 def _weight_files(folder: Path, state) -> list[str]:

@@ -291,11 +291,11 @@ def test_heads(head: Any) -> None:
     """Catches a linear of a head that the report lacks, or gives a wrong shape."""
     model = head(config(num_hidden_layers=1)).eval()
     report = explain(model)
-    found = {row.module.removesuffix(".query+key+value") for row in report.rows if row.op == "linear"}
+    modules = {row.module.removesuffix(".query+key+value") for row in report.rows if row.op == "linear"}
     expected = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     apart = ("query", "key", "value")
     expected = {name.rpartition(".")[0] if name.endswith(apart) else name for name in expected}
-    assert found == expected
+    assert modules == expected
     assert bool(rows_of(report, "pooling")) == (model.bert.pooler is not None)
     last = report.rows[-1]
     in_rows = "T" if head in (heads.BertForMaskedLM, *HEADS[-2:]) else "B"

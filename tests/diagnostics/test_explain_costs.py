@@ -127,8 +127,8 @@ def test_flops_a_token_of_bert_base(arch: int | None) -> None:
 def test_every_operation_has_a_cost() -> None:
     """Catches words in which a row's shapes are told that the estimate cannot read."""
     for head in (BertModel, heads.BertForPreTraining, heads.BertForQuestionAnswering, heads.BertForMultipleChoice):
-        for how in ({"backend": "torch"}, {"arch": 90}, {"arch": 90, "dtype": "bfloat16"}):
-            for row in explain(head(config()).eval(), LENGTHS, **how).rows:
+        for options in ({"backend": "torch"}, {"arch": 90}, {"arch": 90, "dtype": "bfloat16"}):
+            for row in explain(head(config()).eval(), LENGTHS, **options).rows:
                 assert row.flops and row.bytes_moved, row
     for precision in ("int8", "fp8"):
         eight = BertModel(config(intermediate_size=64), precision=precision).eval()

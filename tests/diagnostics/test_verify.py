@@ -67,11 +67,11 @@ def test_eager_is_bert(hidden_act: str) -> None:
     model = BertModel(config(hidden_act=hidden_act)).double()
     ids, mask = torch.randint(101, (3, 7)), torch.ones(3, 7, dtype=torch.int64)
     mask[1, 4:], mask[2] = 0, 0
-    kinds = torch.randint(2, (3, 7))
+    token_type_ids = torch.randint(2, (3, 7))
     parameters = dict(model.named_parameters())
     with torch.no_grad():
-        exact = reference.bert(parameters, model.config, ids, mask, kinds)
-        *states, pooled = _eager(parameters, model.config, ids, mask, kinds)
+        exact = reference.bert(parameters, model.config, ids, mask, token_type_ids)
+        *states, pooled = _eager(parameters, model.config, ids, mask, token_type_ids)
     for state, expected in zip(states, exact.hidden_states, strict=True):
         torch.testing.assert_close(state[mask == 1], expected[mask == 1], rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(pooled[:, 0], exact.pooler_output, rtol=1e-12, atol=1e-12)
@@ -159,8 +159,8 @@ def test_paths(tokenizer: Tokenizer, tmp_path: Path, caplog: pytest.LogCaptureFi
     inside = tmp_path / "sentence" / "0_Transformer"
     model.save_pretrained(inside)
     tokenizer.save_pretrained(inside)
-    kinds = [("1_Pooling", "Pooling"), ("0_Transformer", "Transformer")]
-    modules = [{"idx": int(path[0]), "path": path, "type": f"sentence_transformers.models.{k}"} for path, k in kinds]
+    names = [("1_Pooling", "Pooling"), ("0_Transformer", "Transformer")]
+    modules = [{"idx": int(path[0]), "path": path, "type": f"sentence_transformers.models.{k}"} for path, k in names]
     (tmp_path / "sentence" / "modules.json").write_text(json.dumps(modules))
     report = verify(str(tmp_path / "sentence"), ["One.", "Two."], dtype="bfloat16", backend="torch")
     assert report.ok and (report.dtype, report.backend, report.n_texts) == ("bfloat16", "torch", 2)

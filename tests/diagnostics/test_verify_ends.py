@@ -121,7 +121,7 @@ def test_logits_of_heads(name: str, dtype: torch.dtype, device: torch.device, mo
     if dtype == torch.float32:
         place = dict(model.named_modules())[HEADS[name][-1]]
         place = getattr(place, "decoder", place)
-        place.register_forward_hook(lambda module, given, out: off_by(1e-2, out))
+        place.register_forward_hook(lambda module, args, out: off_by(1e-2, out))
         wrong = verify(model, IDS)
         assert wrong.problems and wrong.problems[0].startswith(f"{HEADS[name][-1]} is the first that is wrong")
 

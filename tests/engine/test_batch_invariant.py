@@ -181,7 +181,7 @@ def test_embeddings_at_an_odd_address(device):
     seen, run = [], launch.run
     launch.run = lambda *args, **kwargs: seen.append(kwargs) or run(*args, **kwargs)
     try:
-        outs = [model(inputs_embeds=given).last_hidden_state for given in (embeds, shifted)]
+        outs = [model(inputs_embeds=inputs).last_hidden_state for inputs in (embeds, shifted)]
     finally:
         launch.run = run
     assert torch.equal(*outs)

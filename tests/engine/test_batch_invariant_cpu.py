@@ -61,7 +61,7 @@ def test_bits_do_not_depend_on_the_batch(
 def test_what_the_mode_changes() -> None:
     """Catches tests of the mode that cannot fail, because the bits are the same without it."""
     with pytest.raises(AssertionError, match="differs in the batch"):
-        assert_invariant(make(how={}), 20)
+        assert_invariant(make(options={}), 20)
 
 
 @EACH_KIND
@@ -69,8 +69,8 @@ def test_what_the_mode_changes() -> None:
 def test_without_the_mode_within_the_bound(keep_states: bool, dtype: torch.dtype, precision: str | None) -> None:
     """Catches a text that, without the mode, is less exact alone than in a batch or the other way round."""
     skip_without(dtype, precision)
-    model, eager, exact = (make(*how) for how in ((dtype, precision, BertModel, {}), (dtype, None, BertModel, TORCH),
-                                                  (torch.float64, None, BertModel, TORCH)))  # fmt: skip
+    model, eager = make(dtype, precision, BertModel, {}), make(dtype, None, BertModel, TORCH)
+    exact = make(torch.float64, None, BertModel, TORCH)
     exact.load_state_dict(eager.state_dict())
     texts = [torch.randint(0, 101, (n,)) for n in LENGTHS]
 
@@ -79,11 +79,11 @@ def test_without_the_mode_within_the_bound(keep_states: bool, dtype: torch.dtype
 
     alone = torch.cat([run(model, [text]) for text in texts])
     backwards = [run(model, [*texts[::-1], text])[-own:] for text, own in ((t, len(run(model, [t]))) for t in texts)]
-    for found in (alone, run(model, texts), torch.cat(backwards)):
+    for states in (alone, run(model, texts), torch.cat(backwards)):
         if precision is not None:  # whose linears are the same to the bit anyway, the pooler's left aside
-            assert torch.equal(found, alone)
+            assert torch.equal(states, alone)
         else:
-            assert_as_accurate("hidden states", found, run(eager, texts), run(exact, texts))
+            assert_as_accurate("hidden states", states, run(eager, texts), run(exact, texts))
 
 
 def test_on_a_processor_with_amx(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -114,7 +114,7 @@ def test_within_the_usual_error(n_tokens: int, dtype: torch.dtype) -> None:
     """Catches products of few rows, which PyTorch adds up in more chains, that are less exact than the policy wants."""
     skip_without(dtype)
     text = [torch.randint(0, 101, (n_tokens,))]
-    eager, exact = make(dtype, how=TORCH), make(torch.float64, how=TORCH)
+    eager, exact = make(dtype, options=TORCH), make(torch.float64, options=TORCH)
     exact.load_state_dict(eager.state_dict())
     for keep_states in (False, True):
         ours, theirs, reference = (run_packed(model, text, keep_states)[0] for model in (make(dtype), eager, exact))
@@ -156,8 +156,8 @@ def test_heads_of_the_family(family: str, dtype: torch.dtype) -> None:
 def test_sentence_encoder(dtype: torch.dtype, precision: str | None, minilm: Path) -> None:
     """Catches a sentence encoder whose vectors depend on the batch, its order, the token budget or the threads."""
     skip_without(dtype, precision)
-    how: dict[str, Any] = {"dtype": dtype, "precision": precision, "device": "cpu", "num_hidden_layers": 2}
-    encoder = SentenceEncoder.from_pretrained(minilm, batch_invariant=True, **how)
+    options: dict[str, Any] = {"dtype": dtype, "precision": precision, "device": "cpu", "num_hidden_layers": 2}
+    encoder = SentenceEncoder.from_pretrained(minilm, batch_invariant=True, **options)
     texts = ["", "Rain.", *docstrings(6)]
     for modes in ("mean", ("cls", "weightedmean", "max", "lasttoken", "mean_sqrt_len_tokens")):
         encoder.pooling.modes = (modes,) if isinstance(modes, str) else modes
@@ -174,11 +174,11 @@ def test_auto_takes_bfloat16(minilm: Path, monkeypatch: pytest.MonkeyPatch) -> N
     """Catches float32 taken where bfloat16 is batch-invariant, or bfloat16 where it is not."""
     monkeypatch.setattr(cpu_encoder, "multiplies_bfloat16", lambda: True)
     monkeypatch.setattr(cpu, "multiplies", lambda dtype: dtype in DTYPES)
-    how: dict[str, Any] = {"device": "cpu", "num_hidden_layers": 1, "batch_invariant": True}
-    assert SentenceEncoder.from_pretrained(minilm, **how).dtype == torch.bfloat16
-    assert SentenceEncoder.from_pretrained(minilm, dtype="float32", **how).dtype == torch.float32
+    options: dict[str, Any] = {"device": "cpu", "num_hidden_layers": 1, "batch_invariant": True}
+    assert SentenceEncoder.from_pretrained(minilm, **options).dtype == torch.bfloat16
+    assert SentenceEncoder.from_pretrained(minilm, dtype="float32", **options).dtype == torch.float32
     monkeypatch.setattr(cpu, "multiplies", lambda dtype: dtype == torch.float32)  # oneDNN on AMX alone has bfloat16
-    assert SentenceEncoder.from_pretrained(minilm, **how).dtype == torch.float32
+    assert SentenceEncoder.from_pretrained(minilm, **options).dtype == torch.float32
 
 
 @pytest.mark.parametrize("n_labels", [1, 3])

@@ -41,11 +41,11 @@ def test_refused_without_the_kernels(minilm: Path, monkeypatch: pytest.MonkeyPat
     ready = make(), make(precision="int8")
     monkeypatch.setattr(cpu, "_load", lambda: (None, "the C++ kernels were not compiled"))
     for cls in (BertModel, SentenceEncoder):
-        for how in ({}, {"backend": "cpu"}, {"precision": "int8"}):
+        for options in ({}, {"backend": "cpu"}, {"precision": "int8"}):
             with pytest.raises(
                 BackendError, match="needs the C.. kernels for CPUs.*: the C.. kernels were not compiled"
             ):
-                cls.from_pretrained(minilm, device="cpu", batch_invariant=True, **how)
+                cls.from_pretrained(minilm, device="cpu", batch_invariant=True, **options)
     ids = torch.ones(1, 9, dtype=torch.int64)
     for model in ready:
         with pytest.raises(BackendError, match="were not compiled"), torch.no_grad():
@@ -69,7 +69,7 @@ def test_refused_in_other_dtypes(dtype: torch.dtype, backend: str, minilm: Path)
     """Catches PyTorch's products taken in a dtype that the kernels do not have."""
     with pytest.raises(BackendError, match=f"batch_invariant: the C.. kernels .* do not multiply {dtype}"):
         BertModel.from_pretrained(minilm, dtype=dtype, backend=backend, batch_invariant=True)
-    model = make(how={"batch_invariant": True, "backend": backend}).to(dtype)
+    model = make(options={"batch_invariant": True, "backend": backend}).to(dtype)
     with pytest.raises(BackendError, match=f"batch_invariant: linear: .* do not multiply {dtype}"), torch.no_grad():
         model(torch.ones(1, 9, dtype=torch.int64))
 
@@ -141,15 +141,15 @@ def test_refused_where_a_module_is_called_as_it_is() -> None:
         make()(ids, output_attentions=True)
 
 
-@pytest.mark.parametrize("how", [{"precision": "fp8"}, {"precision": "int8", "backend": "triton"}], ids=str)
-def test_refused_in_8_bits_of_triton(how: dict[str, str]) -> None:
+@pytest.mark.parametrize("options", [{"precision": "fp8"}, {"precision": "int8", "backend": "triton"}], ids=str)
+def test_refused_in_8_bits_of_triton(options: dict[str, str]) -> None:
     """Catches 8-bit kernels of Triton, or their emulation, accepted though nobody has promised anything of them."""
     with pytest.raises(ValueError, match="batch_invariant: not supported together with precision="):
-        BertModel(BertConfig(**SIZES), batch_invariant=True, **how)
-    q, weight = (ops.quantized.quantize(torch.randn(9, 64), how["precision"]) for _ in range(2))
+        BertModel(BertConfig(**SIZES), batch_invariant=True, **options)
+    q, weight = (ops.quantized.quantize(torch.randn(9, 64), options["precision"]) for _ in range(2))
     with pytest.raises(BackendError, match="batch_invariant: linear: neither the kernels in"):
         ops.quantized.linear(q, weight, None, torch.float32, policy=Policy(batch_invariant=True))
-    model = make(precision="int8", how={"batch_invariant": True, "backend": "cpu"})
+    model = make(precision="int8", options={"batch_invariant": True, "backend": "cpu"})
     model.policy = Policy("triton", batch_invariant=True)  # as it would be on a GPU
     with pytest.raises(BackendError, match="only those in C.. for CPUs promise it"), torch.no_grad():
         model(torch.ones(1, 9, dtype=torch.int64))
@@ -176,12 +176,12 @@ def test_refused_elsewhere() -> None:
     policy = Policy("cpu", batch_invariant=True)
     with pytest.raises(BackendError, match="strict=True: the tensors are on mps"):
         dispatch.choose("linear", policy.backend, policy.strict, there, None)
-    for how, why in (
+    for options, why in (
         ({"backend": "cpu"}, "backend 'cpu' was asked for"),
         ({"precision": "int8"}, "in 8 bits no others"),
     ):
         with pytest.raises(BackendError, match=why):
-            BertModel.from_pretrained("nowhere", device="cuda", batch_invariant=True, **how)
+            BertModel.from_pretrained("nowhere", device="cuda", batch_invariant=True, **options)
 
 
 def test_explain_shows_the_mode() -> None:

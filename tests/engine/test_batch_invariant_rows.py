@@ -77,7 +77,7 @@ def test_rows_of_a_linear_in_8_bits(k: int, n_columns: int, dtype: torch.dtype, 
         return cpu.linear_int8_forward(q, affine, weight, dtype, activation, residual[rows])
 
     for activation, rotated in (("none", True), ("gelu", False), ("gelu_tanh", True), ("relu", False)):
-        assert_rows_are_alone(lambda rows, how=(activation, rotated): multiply(rows, *how))
+        assert_rows_are_alone(lambda rows, arguments=(activation, rotated): multiply(rows, *arguments))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -102,13 +102,13 @@ def test_sequences_of_the_pooling(size: int, dtype: torch.dtype, variant: str) -
     hidden, each = torch.randn(sum(lengths), size).to(dtype), torch.tensor(lengths)
     for mode in MODES:
         for normalize in (False, True):
-            how: dict[str, Any] = {"normalize": normalize, "out_dtype": torch.float32, "policy": INVARIANT}
-            alone = [ops.pool(part, cu_seqlens_of([len(part)]), mode, **how) for part in hidden.split(lengths)]
+            options: dict[str, Any] = {"normalize": normalize, "out_dtype": torch.float32, "policy": INVARIANT}
+            alone = [ops.pool(part, cu_seqlens_of([len(part)]), mode, **options) for part in hidden.split(lengths)]
             for n_threads in (1, 2):
                 torch.set_num_threads(n_threads)
-                together = ops.pool(hidden, cu_seqlens_of(lengths), mode, **how)
+                together = ops.pool(hidden, cu_seqlens_of(lengths), mode, **options)
                 assert torch.equal(together, torch.cat(alone)), mode
-            theirs = {**how, "policy": Policy("torch")}
+            theirs = {**options, "policy": Policy("torch")}
             exact = ops.pool(hidden.double(), cu_seqlens_of(lengths), mode, **{**theirs, "out_dtype": torch.float64})
             eager = ops.pool(hidden, cu_seqlens_of(lengths), mode, **theirs)
             assert_as_accurate(f"pooling {mode}", together[each > 0], eager[each > 0], exact[each > 0])
@@ -124,16 +124,16 @@ def test_rows_of_what_pytorch_runs(size: int, dtype: torch.dtype) -> None:
     )
     words, types, positions = (torch.randn(n, size).to(dtype) for n in (50, 2, 40))
     ids, type_ids, places = (torch.randint(n, (ROWS,)) for n in (50, 2, 40))
-    how = {"policy": INVARIANT}
+    options = {"policy": INVARIANT}
     assert_rows_are_alone(
-        lambda rows: ops.bias_residual_layer_norm(x[rows], bias, residual[rows], ln_weight, ln_bias, 1e-12, **how)
+        lambda rows: ops.bias_residual_layer_norm(x[rows], bias, residual[rows], ln_weight, ln_bias, 1e-12, **options)
     )
     assert_rows_are_alone(
         lambda rows: ops.embedding_layer_norm(
-            ids[rows], type_ids[rows], places[rows], words, types, positions, ln_weight, ln_bias, 1e-12, **how
+            ids[rows], type_ids[rows], places[rows], words, types, positions, ln_weight, ln_bias, 1e-12, **options
         )
     )
-    assert_rows_are_alone(lambda rows: ops.bias_gelu(x[rows], bias, **how))
+    assert_rows_are_alone(lambda rows: ops.bias_gelu(x[rows], bias, **options))
 
 
 @pytest.mark.parametrize("name", ["Tanh", "GELU", "Sigmoid", "softmax"])

@@ -193,8 +193,8 @@ def test_positions_and_ids_of_any_kind(runs: list[int]) -> None:
     mask = torch.tensor([[0] * 4 + [1] * 8, [1] * 12, [1, 0] * 6])
     plain = make(backend="torch")
     with torch.no_grad():
-        for given in (ids, ids.int(), ids.t().contiguous().t()):
-            ours, theirs = model(given, mask, 1 - mask), plain(given, mask, 1 - mask)
+        for layout in (ids, ids.int(), ids.t().contiguous().t()):
+            ours, theirs = model(layout, mask, 1 - mask), plain(layout, mask, 1 - mask)
             torch.testing.assert_close(ours.last_hidden_state, theirs.last_hidden_state, rtol=1e-4, atol=1e-4)
             torch.testing.assert_close(ours.pooler_output, theirs.pooler_output, rtol=1e-4, atol=1e-4)
         with pytest.raises(IndexError):
@@ -300,8 +300,8 @@ def test_dtype_auto_of_encoders(has_it: bool, monkeypatch: pytest.MonkeyPatch, t
     encoder = SentenceEncoder.from_pretrained(folder, device="cpu")
     assert encoder.dtype == (torch.bfloat16 if has_it else torch.float32)
     assert ("dtype='auto' took bfloat16" in str(explain(encoder))) == has_it
-    for how in ({"dtype": "float32"}, {"backend": "torch"}):
-        exact = SentenceEncoder.from_pretrained(folder, device="cpu", **how)
+    for options in ({"dtype": "float32"}, {"backend": "torch"}):
+        exact = SentenceEncoder.from_pretrained(folder, device="cpu", **options)
         assert exact.dtype == torch.float32 and "took bfloat16" not in str(explain(exact))
     assert BertModel.from_pretrained(folder).dtype == torch.float32
     assert fast_at_bfloat16(torch.device("cpu")) == has_it

@@ -61,9 +61,9 @@ def variant(request: pytest.FixtureRequest) -> Iterator[str]:
 @pytest.fixture
 def outputs(monkeypatch: pytest.MonkeyPatch) -> Outputs:
     """Outputs full of NaN, between guard bands."""
-    made = Outputs()
-    monkeypatch.setattr(cpu, "empty", made.empty)
-    return made
+    buffers = Outputs()
+    monkeypatch.setattr(cpu, "empty", buffers.empty)
+    return buffers
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -75,10 +75,10 @@ def test_quantised_rows(n_rows: int, k: int, rotated: bool, dtype: torch.dtype, 
     x = (torch.randn(n_rows, k) + 3).to(dtype)
     q, affine = cpu.quantize_forward(guarded(x, extra_columns=9), rotated)
     x = rotate(x) if rotated else x.float()
-    found = q.double() * affine[:, :1].double() + affine[:, 1:].double()
+    restored = q.double() * affine[:, :1].double() + affine[:, 1:].double()
     if n_rows:
         step = (x.amax(1, keepdim=True) - x.amin(1, keepdim=True)) / 255
-        assert ((found - x).abs() <= 0.501 * step + 1e-5 * x.abs().amax()).all()
+        assert ((restored - x).abs() <= 0.501 * step + 1e-5 * x.abs().amax()).all()
         assert (q.amin(1) == 0).all() and (k == 1 or (q.amax(1) == 255).all())
         outputs.check()
 
@@ -148,10 +148,10 @@ def test_gelu_over_its_whole_range(variant: str) -> None:
 
 def make(dtype: torch.dtype = torch.float32, kind: Any = BertModel, **changes: Any) -> Any:
     """A model in int8. changes: of the configuration, or backend, strict, precision."""
-    how = {"backend": "cpu", "precision": "int8"}
-    how.update({name: changes.pop(name) for name in ("backend", "strict", "precision") if name in changes})
+    options = {"backend": "cpu", "precision": "int8"}
+    options.update({name: changes.pop(name) for name in ("backend", "strict", "precision") if name in changes})
     torch.manual_seed(1)
-    model = kind(BertConfig(**{**SIZES, **changes}), **how)
+    model = kind(BertConfig(**{**SIZES, **changes}), **options)
     for parameter in model.parameters():
         parameter.data.normal_(0.0, 0.2)
     return model.eval().to(dtype)

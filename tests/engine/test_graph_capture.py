@@ -33,15 +33,15 @@ def test_a_capture_that_fails(
     device: torch.device, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Catches a crash, silence, or a try at every batch where a driver cannot capture."""
-    made = StandIn(RuntimeError("operation not permitted when stream is capturing"))
-    monkeypatch.setattr(graphs, "capturer", lambda device: made)
+    stand_in = StandIn(RuntimeError("operation not permitted when stream is capturing"))
+    monkeypatch.setattr(graphs, "capturer", lambda device: stand_in)
     model = make(device)
     with caplog.at_level(logging.WARNING, "fastbert"):
         first = encode(model, [9, 4])
         assert torch.equal(encode(model, [9, 4]), first)
     assert len(caplog.records) == 1 and "operation not permitted" in caplog.text
-    made.error = None
-    assert torch.equal(first, without_graphs(model, [9, 4])) and made.captures == 0
+    stand_in.error = None
+    assert torch.equal(first, without_graphs(model, [9, 4])) and stand_in.captures == 0
     report = fastbert.warmup(model, max_tokens=40)
     assert report.buckets == (32, 64) and not report.notes
 

@@ -71,13 +71,13 @@ def test_segments_positions_and_dtypes(stand_in: StandIn, device: torch.device) 
     segments, positions = torch.arange(14, device=device) % 2, torch.arange(14, device=device).flip(0)
     plain = encode(model, [5, 9])
     with torch.no_grad():
-        given = model.forward_packed(ids, cu_seqlens, segments, positions)
+        explicit = model.forward_packed(ids, cu_seqlens, segments, positions)
         narrow = model.forward_packed(ids.int(), cu_seqlens, segments.int(), positions.int())
         again = model.forward_packed(ids, cu_seqlens)
         model.cuda_graphs = False
         expected = model.forward_packed(ids, cu_seqlens, segments, positions)
-    assert torch.equal(given, expected) and torch.equal(narrow, expected)
-    assert torch.equal(again, plain) and not torch.equal(given, plain)
+    assert torch.equal(explicit, expected) and torch.equal(narrow, expected)
+    assert torch.equal(again, plain) and not torch.equal(explicit, plain)
 
 
 def test_a_result_stays_as_it_is(stand_in: StandIn, device: torch.device) -> None:

@@ -50,7 +50,7 @@ def inputs(device: Any = "cpu") -> tuple[Tensor, Tensor]:
 
 def twins(kind: Any, device: Any, dtype: torch.dtype, *settings: dict[str, Any], **changes: Any) -> list[Any]:
     """Models of one kind with equal weights, one for each settings."""
-    models = [kind(config(**changes), **how) for how in settings]
+    models = [kind(config(**changes), **options) for options in settings]
     for model in models[1:]:
         model.load_state_dict(models[0].state_dict())
     return [model.eval().to(device, dtype) for model in models]
@@ -68,9 +68,9 @@ def test_kernels_give_what_the_emulation_does(
     sizes: dict[str, int], precision: str, dtype: torch.dtype, device: torch.device
 ) -> None:
     """Catches an operand in the wrong place, a weight of another layer, or an emulation unlike the kernels."""
-    how = {"strict": True, "precision": precision}
+    options = {"strict": True, "precision": precision}
     plain, emulated, ours = twins(
-        BertModel, device, dtype, {}, {"backend": "torch", **how}, {"backend": "triton", **how}, **sizes
+        BertModel, device, dtype, {}, {"backend": "torch", **options}, {"backend": "triton", **options}, **sizes
     )
     with torch.no_grad():
         expected = plain.to(torch.float64)(*inputs(device), output_hidden_states=True).hidden_states
@@ -132,31 +132,31 @@ def test_nothing_to_do(precision: str, backend: str, device: torch.device) -> No
 
 
 def weights_made(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    made: list[Any] = []
+    calls: list[Any] = []
     right = ops.quantized.quantize_weight
 
     def quantize_weight(*args: Any, **kwargs: Any) -> Any:
-        made.append(args)
+        calls.append(args)
         return right(*args, **kwargs)
 
     monkeypatch.setattr(ops.quantized, "quantize_weight", quantize_weight)
-    return made
+    return calls
 
 
 def test_weights_are_quantised_once(model: BertModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a model that quantises its weights for every batch, or keeps them through pickle and copies."""
-    made = weights_made(monkeypatch)
+    calls = weights_made(monkeypatch)
     ids, mask = inputs(model.device)
     first = model(ids, mask).last_hidden_state
-    assert len(made) == 2 * 4
-    assert torch.equal(model(ids, mask).last_hidden_state, first) and len(made) == 8
+    assert len(calls) == 2 * 4
+    assert torch.equal(model(ids, mask).last_hidden_state, first) and len(calls) == 8
     with torch.inference_mode():
         model(ids, mask)
-    assert len(made) == 8
+    assert len(calls) == 8
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert other.quantized_weights is not model.quantized_weights
         assert torch.equal(other(ids, mask).last_hidden_state, first)
-    assert len(made) == 24
+    assert len(calls) == 24
 
 
 @pytest.mark.parametrize("name", ["attention.self.key", "attention.output.dense", "intermediate.dense", "output.dense"])
@@ -258,8 +258,8 @@ def test_cpu_takes_the_unquantised_path(
 def test_sizes_without_kernels(sizes: dict[str, Any], reason: str, device: torch.device) -> None:
     """Catches a model of sizes that the kernels cannot take and that crashes or is quantised otherwise."""
     for backend in ("triton", "torch"):
-        how = {"backend": backend, "precision": "int8"}
-        plain, ours = twins(BertModel, device, torch.float32, {"backend": backend}, how, **sizes)
+        options = {"backend": backend, "precision": "int8"}
+        plain, ours = twins(BertModel, device, torch.float32, {"backend": backend}, options, **sizes)
         with torch.no_grad():
             states = [m(*inputs(device)).last_hidden_state for m in (ours, plain)]
         assert torch.equal(*states)
@@ -430,10 +430,10 @@ def test_accuracy_on_real_weights(precision: str, minilm: Path, device: torch.de
     texts = docstrings(300)
     backend = "triton" if device.type == "cuda" else "torch"
     vectors = [
-        SentenceEncoder.from_pretrained(minilm, dtype="float32", device=device, backend=backend, **how).encode(
+        SentenceEncoder.from_pretrained(minilm, dtype="float32", device=device, backend=backend, **options).encode(
             texts, convert_to_tensor=True
         )
-        for how in ({}, {"precision": precision})
+        for options in ({}, {"precision": precision})
     ]
     cosine = F.cosine_similarity(*vectors).quantile(0.01)
     others = ~torch.eye(len(texts), dtype=torch.bool, device=device)

@@ -68,6 +68,6 @@ def test_bad_cu_seqlens(cu_seqlens: Any, error: type[Exception], message: str, m
 )
 def test_bad_packed_input(arguments: dict[str, Any], error: type[Exception], message: str, model: Any) -> None:
     """Catches the checks of forward missing from forward_packed."""
-    given = {"input_ids": torch.ones(12, dtype=torch.long), **arguments}
+    inputs = {"input_ids": torch.ones(12, dtype=torch.long), **arguments}
     with pytest.raises(error, match=exactly(message)):
-        model.forward_packed(cu_seqlens=cu_seqlens_of([5, 7]), **given)
+        model.forward_packed(cu_seqlens=cu_seqlens_of([5, 7]), **inputs)

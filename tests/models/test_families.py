@@ -60,11 +60,11 @@ def test_module_paths(model_type: str) -> None:
     """Catches a path of a linear, an embedding or a LayerNorm that leads to no module, or to one of another kind."""
     family, model = FAMILIES[model_type], theirs(model_type)
     ours = dict(fastbert.BertModel(fastbert.BertConfig.from_dict(model.config.to_dict())).named_modules())
-    kinds = torch.nn.Linear, torch.nn.Embedding, torch.nn.LayerNorm
-    found = {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
-    for name, module in found.items():
+    classes = torch.nn.Linear, torch.nn.Embedding, torch.nn.LayerNorm
+    modules = {name: module for name, module in model.named_modules() if isinstance(module, classes)}
+    for name, module in modules.items():
         assert type(ours[family.to_ours(name)]) is type(module), name
-    assert {family.to_theirs(name) for name, module in ours.items() if isinstance(module, kinds)} == set(found)
+    assert {family.to_theirs(name) for name, module in ours.items() if isinstance(module, classes)} == set(modules)
 
 
 def test_paths_of_a_table() -> None:
@@ -187,8 +187,8 @@ def test_given_positions_embeds_and_types(model_type: str) -> None:
         assert_matches(ours, model, {**batch, "token_type_ids": types})
     assert torch.equal(run(ours, {**batch, "token_type_ids": types * 0})[0], run(ours, batch)[0])
     embeds = randn(BATCH, LENGTH, 24 if model_type == "electra" else 32)
-    given = {"inputs_embeds": embeds, "attention_mask": batch["attention_mask"]}
-    assert_matches(ours, model, given)
+    inputs = {"inputs_embeds": embeds, "attention_mask": batch["attention_mask"]}
+    assert_matches(ours, model, inputs)
 
 
 @pytest.mark.parametrize("model_type", KINDS)
@@ -300,9 +300,9 @@ def test_gradients(model_type: str) -> None:
 
 @pytest.fixture
 def stand_in(monkeypatch: pytest.MonkeyPatch) -> StandIn:
-    made = StandIn()
-    monkeypatch.setattr(graphs, "capturer", lambda device: made)
-    return made
+    capturer = StandIn()
+    monkeypatch.setattr(graphs, "capturer", lambda device: capturer)
+    return capturer
 
 
 @pytest.mark.filterwarnings("ignore:(overflow|invalid value|divide by zero):RuntimeWarning")

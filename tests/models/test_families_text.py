@@ -46,8 +46,8 @@ def test_ids_are_those_of_transformers(model_type: str, folders: dict[str, Path]
     for side in ("right", "left"):
         ours.padding_side = ours.truncation_side = theirs.padding_side = theirs.truncation_side = side
         options: dict[str, Any] = {"padding": True, "truncation": True, "max_length": 9, "return_tensors": "pt"}
-        for given in ((TEXTS,), (TEXTS, PAIRS)):
-            mine, other = ours(*given, **options), theirs(*given, **options)
+        for texts in ((TEXTS,), (TEXTS, PAIRS)):
+            mine, other = ours(*texts, **options), theirs(*texts, **options)
             for name in ("input_ids", "attention_mask"):
                 assert torch.equal(mine[name], other[name])
             assert not mine.token_type_ids.any()
@@ -58,8 +58,8 @@ def test_ids_are_those_of_transformers(model_type: str, folders: dict[str, Path]
 def test_packed_ids(model_type: str, folders: dict[str, Path]) -> None:
     """Catches the two separators of a pair taken for one, or a packed row that differs from the padded one."""
     ours = Tokenizer.from_pretrained(folders[model_type])
-    for given in ((TEXTS,), (TEXTS, PAIRS)):
-        packed, rows = ours.encode_packed(*given), ours(*given).input_ids
+    for texts in ((TEXTS,), (TEXTS, PAIRS)):
+        packed, rows = ours.encode_packed(*texts), ours(*texts).input_ids
         assert packed.input_ids.tolist() == [i for row in rows for i in row]
         assert packed.cu_seqlens.diff().tolist() == [len(row) for row in rows]
 

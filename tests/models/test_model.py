@@ -113,14 +113,14 @@ def test_layer_norm_eps() -> None:
 
 
 @pytest.mark.parametrize(
-    "given", [("token_type_ids",), ("position_ids",), ()], ids=["without positions", "without types", "neither"]
+    "names", [("token_type_ids",), ("position_ids",), ()], ids=["without positions", "without types", "neither"]
 )
 @pytest.mark.parametrize("kind", ["none", "left", "holes"])
-def test_defaults_of_types_and_positions(given: tuple[str, ...], kind: str) -> None:
+def test_defaults_of_types_and_positions(names: tuple[str, ...], kind: str) -> None:
     """Catches positions that packing renumbered, where the default is the column, also behind padding and holes."""
     model = theirs()
     batch = make_batch(kind)
-    batch = {n: t for n, t in batch.items() if n in ("input_ids", "attention_mask", *given)}
+    batch = {n: t for n, t in batch.items() if n in ("input_ids", "attention_mask", *names)}
     assert_matches(twin(model), model, batch)
 
 

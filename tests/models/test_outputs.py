@@ -226,15 +226,15 @@ class MakesOutput(torch.nn.Module):
 
 
 class TakesOutput(torch.nn.Module):
-    def forward(self, given: outputs.MaskedLMOutput) -> tuple[torch.Tensor, ...]:
-        assert "loss" not in given and len(given) == 2
-        return outputs.TokenClassifierOutput(logits=given.logits * 2 + given.hidden_states[0]).to_tuple()
+    def forward(self, output: outputs.MaskedLMOutput) -> tuple[torch.Tensor, ...]:
+        assert "loss" not in output and len(output) == 2
+        return outputs.TokenClassifierOutput(logits=output.logits * 2 + output.hidden_states[0]).to_tuple()
 
 
 def test_compile_and_export() -> None:
     """Catches an output that breaks the graph of torch.compile, or that torch.export cannot return or save."""
     x = torch.ones(3)
-    made = MakesOutput()(x)
+    own = MakesOutput()(x)
     programs = [torch.compile(MakesOutput(), fullgraph=True, backend="eager")]
     exported = torch.export.export(MakesOutput(), (x,))
     file = io.BytesIO()
@@ -244,14 +244,14 @@ def test_compile_and_export() -> None:
     for program in programs:
         again = program(x)
         assert type(again) is outputs.MaskedLMOutput
-        assert list(again) == list(made) == ["logits", "hidden_states", "loss"]
-        assert torch.equal(again.loss, made.loss) and torch.equal(again[0], made[0])
-    given = outputs.MaskedLMOutput(logits=x, hidden_states=(x,))
+        assert list(again) == list(own) == ["logits", "hidden_states", "loss"]
+        assert torch.equal(again.loss, own.loss) and torch.equal(again[0], own[0])
+    output = outputs.MaskedLMOutput(logits=x, hidden_states=(x,))
     for program in (
         torch.compile(TakesOutput(), fullgraph=True, backend="eager"),
-        torch.export.export(TakesOutput(), (given,)).module(),
+        torch.export.export(TakesOutput(), (output,)).module(),
     ):
-        assert torch.equal(program(given)[0], 3 * x)
+        assert torch.equal(program(output)[0], 3 * x)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])

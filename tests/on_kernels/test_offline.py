@@ -100,9 +100,9 @@ kernels = set()
 for n_rows in (1, 2, 16, 17, 4096):
     for k, m in ((384, 1152), (768, 2304), (1024, 3072)):
         x, weight = (torch.empty(shape, dtype=torch.float8_e4m3fn) for shape in ((n_rows, k), (m, k)))
-        given = x, torch.empty(n_rows, 1), k, weight, torch.empty(m), None, "none", torch.bfloat16
+        arguments = x, torch.empty(n_rows, 1), k, weight, torch.empty(m), None, "none", torch.bfloat16
         with launch.recording(90) as launches:
-            quantized_linear.quantized_linear_forward(*given)
+            quantized_linear.quantized_linear_forward(*arguments)
         source, options = offline.specialize(launches[0], GPUTarget("cuda", 90, 32))
         kernels.add((source.hash(), str(options)))
 assert len(kernels) == 1, len(kernels)
@@ -215,13 +215,13 @@ for arch, outside, by_pointers in ((89, True, False), (90, True, False), (90, Tr
     x, weight = (torch.empty(n, 512, dtype=torch.float8_e4m3fn) for n in (64, 256))
     with launch.recording(arch) as launches:
         scale = torch.empty(64, 1), torch.empty(256)
-        given = x, scale[0], 512, weight, scale[1], None, "none"
+        arguments = x, scale[0], 512, weight, scale[1], None, "none"
         if by_pointers:
             config = launch.quantized_linear_config(x.dtype, None, arch).block_sizes
             out = torch.empty(64, 256, dtype=torch.bfloat16)
-            quantized_linear.quantized_linear_pointer_forward(*given, config, out, None, True)
+            quantized_linear.quantized_linear_pointer_forward(*arguments, config, out, None, True)
         else:
-            quantized_linear.quantized_linear_forward(*given, torch.bfloat16)
+            quantized_linear.quantized_linear_forward(*arguments, torch.bfloat16)
     assert ("x_desc" in launches[0].arguments) == (arch == 90 and not by_pointers)
     source, options = offline.specialize(launches[0], GPUTarget("cuda", arch, 32))
     ir = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options).asm["ttgir"]

@@ -27,8 +27,8 @@ print(json.dumps(found))
 @pytest.mark.parametrize("arch", [80, 86, 89, 90, 120])
 def test_attention_copies_ahead(arch: int, tmp_path: Path) -> None:
     """Catches a step of attention that waits for the copies which it has just begun, so that none is under way."""
-    found: dict[str, Any] = run(ATTENTION, str(arch), cache=tmp_path)
-    for variant, loops in found.items():
+    loops_of: dict[str, Any] = run(ATTENTION, str(arch), cache=tmp_path)
+    for variant, loops in loops_of.items():
         assert len(loops) == 2, variant  # with and without a mask
         for copies, loads, waits in loops:
             assert copies > 0 and loads == 0, (variant, "keys and values go around the registers")
@@ -55,9 +55,9 @@ print(json.dumps(found))
 @pytest.mark.slow
 def test_pooling_reduces_after_its_loops(tmp_path: Path) -> None:
     """Catches threads that exchange sums, or wait for each other, at every block of rows instead of once at the end."""
-    found: dict[str, Any] = run(POOLING, cache=tmp_path)
-    assert len(found) == 12
-    for name, loops in found.items():
+    loops_of: dict[str, Any] = run(POOLING, cache=tmp_path)
+    assert len(loops_of) == 12
+    for name, loops in loops_of.items():
         assert len(loops) == 2, name  # of several blocks at a time, and of what is left
         for barriers, shuffles, loads, stores, reads in loops:
             assert barriers == shuffles == loads == stores == 0, name

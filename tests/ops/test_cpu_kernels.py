@@ -38,9 +38,9 @@ ACTIVATED = {
 @pytest.fixture
 def outputs(monkeypatch):
     """Outputs full of NaN, between guard bands."""
-    made = Outputs()
-    monkeypatch.setattr(cpu, "empty", made.empty)
-    return made
+    buffers = Outputs()
+    monkeypatch.setattr(cpu, "empty", buffers.empty)
+    return buffers
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no compiler")
@@ -157,11 +157,11 @@ def test_pooling_is_as_accurate_as_eager(width, mode, normalize, dtype, variant)
     """Catches rows of a neighbour, lanes beyond the row, a lost tail, or a text without tokens that is not zero."""
     lengths = [1, 0, 5, 33, 900, 2]
     hidden = (1 + torch.randn(sum(lengths), width)).to(dtype)
-    how = {"normalize": normalize, "out_dtype": torch.float32}
+    options = {"normalize": normalize, "out_dtype": torch.float32}
     offsets = cu_seqlens_of(lengths)
     exact = pool(hidden.double(), offsets, mode, normalize=normalize, policy=Policy("torch"))
-    eager = pool(hidden, offsets, mode, policy=Policy("torch"), **how)
-    ours = pool(guarded(hidden, extra_columns=5), offsets, mode, policy=Policy("cpu"), **how)
+    eager = pool(hidden, offsets, mode, policy=Policy("torch"), **options)
+    ours = pool(guarded(hidden, extra_columns=5), offsets, mode, policy=Policy("cpu"), **options)
     assert_as_accurate(mode, ours, eager, exact)
     assert ours[1].abs().max() == 0
 
@@ -218,12 +218,12 @@ def test_gradients_of_attention(dtype):
     torch.manual_seed(0)
     qkv, grad = torch.randn(30, 3 * 64).to(dtype), torch.randn(30, 64).to(dtype)
     batch = from_cu_seqlens(cu_seqlens_of([9, 21]), 30, CPU)
-    found = {}
+    gradients = {}
     for name, backend, leaf in (("ours", "cpu", qkv), ("eager", "torch", qkv), ("exact", "torch", qkv.double())):
         leaf = leaf.clone().requires_grad_()
         varlen_attention(leaf, batch, 2, policy=Policy(backend)).backward(grad.to(leaf.dtype))
-        found[name] = leaf.grad
-    assert_as_accurate("gradient", found["ours"], found["eager"], found["exact"])
+        gradients[name] = leaf.grad
+    assert_as_accurate("gradient", gradients["ours"], gradients["eager"], gradients["exact"])
 
 
 # Each line: the instruction sets that ATen and oneDNN may use, as if the processor had no others.
@@ -248,8 +248,8 @@ def test_processors_with_less(allowed, instructions):
     command = [sys.executable, "-c", ENCODE, str(minilm_folder()), json.dumps(texts)]
     done = subprocess.run(command, env=source_env(**allowed), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    found, vectors = json.loads(done.stdout.splitlines()[-1])
-    assert found == (None if cpu.unavailable() is not None else instructions)
+    facts, vectors = json.loads(done.stdout.splitlines()[-1])
+    assert facts == (None if cpu.unavailable() is not None else instructions)
     assert vectors["auto"][1] == "torch.float32"
     from fastbert import SentenceEncoder
 

@@ -25,10 +25,10 @@ def inputs(n_tokens, hidden_size, dtype, device, id_dtype=torch.int64):
 def check(name, ids, tables, norm, policy, embeds=None):
     word, token_type, position = tables
     wide = [guarded(t, extra_columns=3) for t in tables]
-    given = None if embeds is None else guarded(embeds, extra_columns=2)
+    arguments = None if embeds is None else guarded(embeds, extra_columns=2)
     input_ids = None if embeds is not None else guarded(ids[0])
     ours = ops.embedding_layer_norm(
-        input_ids, guarded(ids[1]), guarded(ids[2]), *wide, *norm, 1e-12, inputs_embeds=given, policy=policy
+        input_ids, guarded(ids[1]), guarded(ids[2]), *wide, *norm, 1e-12, inputs_embeds=arguments, policy=policy
     )
     words = word[ids[0].long()] if embeds is None else embeds
     eager = words + F.embedding(ids[1], token_type) + F.embedding(ids[2], position)
@@ -69,13 +69,13 @@ def test_kernel_with_inputs_embeds(dtype, device, poisoned):
 def test_kernel_without_segments(dtype, device, poisoned):
     """Catches a model without segments that reads a missing table, or adds a row of another one."""
     ids, (word, _, position), norm = inputs(67, 96, dtype, device)
-    given = guarded(ids[0]), None, guarded(ids[2]), guarded(word, 3), None, guarded(position, 3), *norm, 1e-12
-    ours = ops.embedding_layer_norm(*given, policy=TRITON)
+    arguments = guarded(ids[0]), None, guarded(ids[2]), guarded(word, 3), None, guarded(position, 3), *norm, 1e-12
+    ours = ops.embedding_layer_norm(*arguments, policy=TRITON)
     eager = F.layer_norm(word[ids[0]] + position[ids[2]], (96,), *norm, 1e-12)
     doubles = word.double(), position.double(), None, *(t.double() for t in norm)
     expected = reference.embedding_layer_norm(ids[0], None, ids[2], *doubles, 1e-12)
     assert_as_accurate("without segments", ours, eager, expected)
-    assert_as_accurate("plain", ops.embedding_layer_norm(*given, policy=Policy("torch")), eager, expected)
+    assert_as_accurate("plain", ops.embedding_layer_norm(*arguments, policy=Policy("torch")), eager, expected)
     poisoned.check()
 
 
@@ -85,8 +85,8 @@ def test_gradients_without_segments(device):
     grads = []
     for policy in (TRITON, Policy("torch")):
         leaves = [t.clone().requires_grad_() for t in (word, position, *norm)]
-        given = leaves[0], None, *leaves[1:]
-        ops.embedding_layer_norm(ids[0], None, ids[2], *given, 1e-5, policy=policy).pow(3).sum().backward()
+        arguments = leaves[0], None, *leaves[1:]
+        ops.embedding_layer_norm(ids[0], None, ids[2], *arguments, 1e-5, policy=policy).pow(3).sum().backward()
         grads.append([leaf.grad for leaf in leaves])
     for ours, theirs in zip(*grads, strict=True):
         assert rms_error(ours, theirs) < 1e-5

@@ -16,8 +16,8 @@ APPROXIMATE = {"gelu": "none", "gelu_tanh": "tanh"}
 
 
 def check(name, x, bias, activation, policy):
-    given = None if bias is None else guarded(bias)
-    ours = ops.bias_gelu(guarded(x, extra_columns=5), given, activation, policy=policy)
+    guarded_bias = None if bias is None else guarded(bias)
+    ours = ops.bias_gelu(guarded(x, extra_columns=5), guarded_bias, activation, policy=policy)
     zero = torch.zeros(x.shape[1], dtype=x.dtype, device=x.device)
     summed = x.double() + (zero if bias is None else bias).double()
     expected = reference.gelu(summed, APPROXIMATE[activation])

@@ -62,10 +62,10 @@ def test_kernel_with_residual(n_rows, k, n_cols, dtype, with_bias, device, poiso
     x, weight, bias = inputs(n_rows, k, n_cols, dtype, device)
     bias = bias if with_bias else None
     residual = torch.randn(n_rows, n_cols).to(device, dtype)
-    given = (x, weight, bias, residual)
-    inside = [None if t is None else guarded(t, extra_columns=3) for t in given]
+    operands = (x, weight, bias, residual)
+    inside = [None if t is None else guarded(t, extra_columns=3) for t in operands]
     ours = torch.ops.fastbert.linear(inside[0], inside[1], inside[2], "none", inside[3])
-    d = [None if t is None else t.double() for t in given]
+    d = [None if t is None else t.double() for t in operands]
     expected = reference.linear(d[0], d[1], d[2], None) + d[3]
     assert_as_accurate("residual", ours, F.linear(x, weight, bias) + residual, expected)
     poisoned.check()

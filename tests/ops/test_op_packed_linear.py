@@ -32,8 +32,8 @@ def product(request, monkeypatch):
 
 def inputs(n_rows, k, n_cols, dtype=torch.float32):
     torch.manual_seed(0)
-    made = torch.randn(n_rows, k), torch.randn(n_cols, k) / k**0.5, torch.randn(n_cols), torch.randn(n_rows, n_cols)
-    return [t.to(dtype) for t in made]
+    tensors = torch.randn(n_rows, k), torch.randn(n_cols, k) / k**0.5, torch.randn(n_cols), torch.randn(n_rows, n_cols)
+    return [t.to(dtype) for t in tensors]
 
 
 def activated(x, activation):
@@ -155,12 +155,12 @@ def test_rows_are_few_sizes(product):
     if product == "C++":
         assert packed_linear.rows_for(1001, torch.float32) == 1001
         return
-    found = [packed_linear.rows_for(n, torch.float32) for n in range(4097)]
-    assert found[:6] == [0, 1, 2, 3, 8, 8] and all(
-        rows >= n and rows - n < max(8, n / 8) for n, rows in enumerate(found)
+    sizes = [packed_linear.rows_for(n, torch.float32) for n in range(4097)]
+    assert sizes[:6] == [0, 1, 2, 3, 8, 8] and all(
+        rows >= n and rows - n < max(8, n / 8) for n, rows in enumerate(sizes)
     )
-    assert len(set(found)) <= 60
-    assert found[64:66] == [64, 72] and found[2048] == 2048
+    assert len(set(sizes)) <= 60
+    assert sizes[64:66] == [64, 72] and sizes[2048] == 2048
 
 
 @contextlib.contextmanager

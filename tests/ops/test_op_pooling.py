@@ -44,8 +44,8 @@ def eager_pool(hidden, lengths, mode, normalize):
 def check(name, lengths, hidden_size, dtype, device, mode, normalize, policy):
     hidden = torch.randn(sum(lengths), hidden_size).to(device, dtype) - 0.3
     cu_seqlens = cu_seqlens_of(lengths, device)
-    given = guarded(hidden, extra_columns=5), guarded(cu_seqlens)
-    ours = ops.pool(*given, mode, normalize=normalize, policy=policy)
+    inputs = guarded(hidden, extra_columns=5), guarded(cu_seqlens)
+    ours = ops.pool(*inputs, mode, normalize=normalize, policy=policy)
     expected = reference.pool(hidden.double(), cu_seqlens, mode, normalize)
     assert_as_accurate(name, ours, eager_pool(hidden, lengths, mode, normalize), expected)
 

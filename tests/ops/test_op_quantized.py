@@ -142,8 +142,8 @@ def test_layer_norm_quantises_what_it_stores(h, precision, dtype, device, poison
     """Catches 8-bit rows that are not those of the residual beside them, or another residual than in 16 bits."""
     x, residual = (randn(T, h, dtype=dtype, device=device) for _ in range(2))
     bias, weight, ln_bias = (torch.randn(h).to(device, dtype) for _ in range(3))
-    for given in ((bias, residual), (None, None)):
-        arguments = x, *given, weight, ln_bias, 1e-12
+    for extra in ((bias, residual), (None, None)):
+        arguments = x, *extra, weight, ln_bias, 1e-12
         out, q = Q.bias_residual_layer_norm(*arguments, precision, policy=TRITON)
         assert torch.equal(out, ops.bias_residual_layer_norm(*arguments, policy=TRITON))
         assert_same_8_bit("layer_norm", q, Q.quantize(out, precision, rotated=precision == "int8"))
@@ -163,8 +163,8 @@ def test_embedding_quantises_what_it_stores(precision, dtype, device, poisoned):
         segments = None if types is None else tables[1]
         arguments = first, types, ids[2], words, segments, tables[2], *norm, 1e-12
         out, q = Q.embedding_layer_norm(*arguments, precision, policy=TRITON)
-        given = {"inputs_embeds": embeds} if first is None else {}
-        assert torch.equal(out, ops.embedding_layer_norm(*arguments, policy=TRITON, **given))
+        extra = {"inputs_embeds": embeds} if first is None else {}
+        assert torch.equal(out, ops.embedding_layer_norm(*arguments, policy=TRITON, **extra))
         assert_same_8_bit("embedding", q, Q.quantize(out, precision, rotated=precision == "int8"))
     poisoned.check()
 

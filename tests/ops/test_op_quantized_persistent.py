@@ -40,8 +40,8 @@ def arguments(x, weight, bias, activation="none"):
 def persistent(x, weight, bias, activation, dtype, tile, sum_outside):
     out = launch.empty((x.data.shape[0], weight.data.shape[0]), like=x.data, dtype=dtype)
     config = {**tile, "WARP_SPECIALIZE": 0}
-    given = arguments(x, weight, bias, activation)
-    return quantized_linear_persistent_forward(*given, config, out, None, sum_outside)
+    inputs = arguments(x, weight, bias, activation)
+    return quantized_linear_persistent_forward(*inputs, config, out, None, sum_outside)
 
 
 def by_pointers(x, weight, bias, activation, dtype, tile, sum_outside):
@@ -66,11 +66,11 @@ def test_kernel(n_rows, k, n_cols, group, precision, tile, activation, with_bias
     """Catches a scale of another group or step, or a tail of K, an edge or a part of a tile left out."""
     x, weight, bias = operands(n_rows, k, n_cols, group, precision, device)
     bias = bias if with_bias else torch.zeros_like(bias)
-    given = guard(x), guard(weight), guarded(bias) if with_bias else None
+    inputs = guard(x), guard(weight), guarded(bias) if with_bias else None
     expected = exact_product(x, weight, bias, activation)
     for dtype in (torch.float32, torch.bfloat16) if activation == "none" else (torch.float32,):
         for sum_outside in {precision == "fp8", False}:
-            ours = persistent(*given, activation, dtype, tile, sum_outside)
+            ours = persistent(*inputs, activation, dtype, tile, sum_outside)
             if precision == "fp8" and float8_sums.are_short(device):
                 step = tile["BLOCK_K"] if sum_outside else None
                 bound = float8_sums.bound(x, weight, bias, lambda y: exact_activation(y, activation), step)
@@ -91,9 +91,9 @@ def test_bits_of_the_other_kernel(group, precision, tile, device):
     x, weight, bias = operands(70, 192, 272, group, precision, device)
     theirs = ONE_PART if tile is WIDE else TILE  # numpy, too, adds up in an order that depends on the width
     for sum_outside in {precision == "fp8", False}:
-        how = bias, "gelu", torch.float32
-        ours = persistent(x, weight, *how, tile, sum_outside)
-        assert torch.equal(ours, by_pointers(x, weight, *how, theirs, sum_outside))
+        rest = bias, "gelu", torch.float32
+        ours = persistent(x, weight, *rest, tile, sum_outside)
+        assert torch.equal(ours, by_pointers(x, weight, *rest, theirs, sum_outside))
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -105,8 +105,8 @@ def test_quantises_what_it_would_store(n_cols, activation, tile, precision, devi
     n_groups = -(-n_cols // 128)
     data = launch.empty((40, n_cols), like=x.data)
     scale = launch.empty((40, n_groups), like=x.scale)
-    given, config = arguments(x, weight, bias, activation), {**tile, "WARP_SPECIALIZE": 0}
-    quantized_linear_persistent_forward(*given, config, data, scale, precision == "fp8")
+    inputs, config = arguments(x, weight, bias, activation), {**tile, "WARP_SPECIALIZE": 0}
+    quantized_linear_persistent_forward(*inputs, config, data, scale, precision == "fp8")
     poisoned.check()
     y = persistent(x, weight, bias, activation, torch.float32, tile, precision == "fp8")
     assert_same_8_bit("linear", Q.Quantized(data, scale, 128), Q.quantize(y, precision, 128))
@@ -182,18 +182,18 @@ def test_where_operands_begin(device, monkeypatch):
 def test_rows_are_the_same_wherever_they_stand(precision, device):
     """Catches a tile, or a program's place in the loop, that enters a row's bits."""
     x, weight, bias = operands(90, 128, 272, 64, precision, device)
-    how = bias, "gelu", torch.bfloat16, WIDE, precision == "fp8"
-    out = persistent(x, weight, *how)
+    rest = bias, "gelu", torch.bfloat16, WIDE, precision == "fp8"
+    out = persistent(x, weight, *rest)
     for order in (torch.arange(90).flip(0), torch.randperm(90)[:37], torch.tensor([5])):
         part = x._replace(data=x.data[order], scale=x.scale[order])
-        assert torch.equal(persistent(part, weight, *how), out[order])
+        assert torch.equal(persistent(part, weight, *rest), out[order])
 
 
 def test_tables_choose(monkeypatch):
     """Catches a choice of a table that is not followed, or a tile of another shape, group or result."""
     fp8, none = torch.float8_e4m3fn, torch.bfloat16
     tile = {**TILE, "GROUP_ROWS": 7}
-    made = {
+    tables_by_key = {
         "quantized_linear/float8/768x768/group64": tile,
         "quantized_gemm/float8/768x768/group64": {"kernel": "quantized_linear"},
         "quantized_linear_persistent/float8/768x3072/row-quantized": {**tile, "BLOCK_COLS": 128},
@@ -201,9 +201,9 @@ def test_tables_choose(monkeypatch):
     find = launch.tables.find
 
     def planted(op, keys, *rest):
-        entries = (made[f"{op}/{key}"] for key in keys if f"{op}/{key}" in made)
-        found = next(entries, None)
-        return find(op, keys, *rest) if found is None else (found, "planted")
+        entries = (tables_by_key[f"{op}/{key}"] for key in keys if f"{op}/{key}" in tables_by_key)
+        entry = next(entries, None)
+        return find(op, keys, *rest) if entry is None else (entry, "planted")
 
     monkeypatch.setattr(launch.tables, "find", planted)
     launch._quantized_gemm.cache_clear()
@@ -239,13 +239,13 @@ def test_on_a_gpu(n_cols_of_a_tile, warp_specialize, precision):
         x, weight, bias = operands(n_rows, k, n_cols, group, precision, device)
         config = {**sizes, "BLOCK_K": group or 128, "WARP_SPECIALIZE": warp_specialize}
         out = torch.full((n_rows, n_cols), float("nan"), device=device)
-        given = arguments(x, weight, bias, "gelu")
-        quantized_linear_persistent_forward(*given, config, out, None, outside)
+        inputs = arguments(x, weight, bias, "gelu")
+        quantized_linear_persistent_forward(*inputs, config, out, None, outside)
         bound = 2**-12
         if precision == "fp8" and float8_sums.are_short(device):
             finish = functools.partial(exact_activation, activation="gelu")
             bound = float8_sums.bound(x, weight, bias, finish, config["BLOCK_K"])
         assert rms_error(out, exact_product(x, weight, bias, "gelu")) <= bound
         data, scale = torch.empty_like(out, dtype=x.data.dtype), x.scale.new_empty(n_rows, -(-n_cols // 128))
-        quantized_linear_persistent_forward(*given, config, data, scale, outside)
+        quantized_linear_persistent_forward(*inputs, config, data, scale, outside)
         assert_same_8_bit("linear", Q.Quantized(data, scale, 128), Q.quantize(out, precision, 128))

@@ -92,8 +92,8 @@ WRITES: dict[str, Callable[[nn.Module], None]] = {
 
 
 def first(output: Any) -> Tensor:
-    found: Tensor = output if isinstance(output, Tensor) else output[0]
-    return found
+    tensor: Tensor = output if isinstance(output, Tensor) else output[0]
+    return tensor
 
 
 def make(kind: Any = fastbert.BertModel, **options: Any) -> Any:
@@ -195,7 +195,7 @@ def test_gradient_caching_in_training_mode() -> None:
             assert torch.equal(now, copy.deepcopy(model)(IDS)[0])
         _step(torch.optim.AdamW, fused=True)(model)
     derived = [part.derived for part in model.modules() if hasattr(part, "derived")]
-    assert len(derived) == 2 and all(found.tensors() == [] for found in derived)
+    assert len(derived) == 2 and all(each.tensors() == [] for each in derived)
 
 
 def test_nothing_is_packed_in_training_mode() -> None:
@@ -214,8 +214,8 @@ def _sentence_encoder(backend: str = "auto") -> fastbert.SentenceEncoder:
 
 
 def _vectors(encoder: Any) -> Tensor:
-    found: Tensor = encoder.encode(["how to sort", "a list"], convert_to_tensor=True)
-    return found
+    vectors: Tensor = encoder.encode(["how to sort", "a list"], convert_to_tensor=True)
+    return vectors
 
 
 @pytest.mark.parametrize("name", [".data", "NumPy", "down"])

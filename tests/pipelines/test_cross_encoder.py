@@ -59,10 +59,10 @@ def encoder(one: Path) -> CrossEncoder:
     return CrossEncoder.from_pretrained(one, device="cpu")
 
 
-def theirs(folder: Path, **how: Any) -> Any:
+def theirs(folder: Path, **options: Any) -> Any:
     from sentence_transformers import CrossEncoder as Theirs
 
-    return Theirs(str(folder), device="cpu", local_files_only=True, **how)
+    return Theirs(str(folder), device="cpu", local_files_only=True, **options)
 
 
 def assert_close(ours: Any, expected: Any, tolerance: float = 5e-6) -> None:
@@ -141,8 +141,11 @@ def test_rank(one: Path, three: Path, encoder: CrossEncoder) -> None:
     """Catches another order, form or number of results than CrossEncoder.rank gives."""
     other = theirs(one)
     documents = [*TEXTS, TEXTS[0]]  # equal scores stay in order
-    for how in ({}, {"top_k": 3}, {"return_documents": True}, {"activation_fn": nn.Identity(), "top_k": 99}):
-        ours, expected = encoder.rank("which boats?", documents, **how), other.rank("which boats?", documents, **how)
+    for options in ({}, {"top_k": 3}, {"return_documents": True}, {"activation_fn": nn.Identity(), "top_k": 99}):
+        ours, expected = (
+            encoder.rank("which boats?", documents, **options),
+            other.rank("which boats?", documents, **options),
+        )
         assert [list(hit) for hit in ours] == [list(hit) for hit in expected]
         for hit, want in zip(ours, expected, strict=True):
             assert (hit["corpus_id"], hit.get("text")) == (want["corpus_id"], want.get("text"))

@@ -233,13 +233,13 @@ def test_kernels_import_torch_and_triton_alone(path: Path) -> None:
     allowed = {"fastbert_kernels", "torch", "triton", *sys.stdlib_module_names}
     if path.name == "interpreter.py":
         allowed.add("numpy")  # which Triton's interpreter runs on
-    found = set()
+    packages = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
-            found |= {alias.name.split(".")[0] for alias in node.names}
+            packages |= {alias.name.split(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
-            found.add(node.module.split(".")[0])
-    assert found <= allowed, f"{path.name} imports {sorted(found - allowed)}"
+            packages.add(node.module.split(".")[0])
+    assert packages <= allowed, f"{path.name} imports {sorted(packages - allowed)}"
 
 
 def circles(edges: dict[str, set[str]]) -> list[set[str]]:
@@ -255,8 +255,8 @@ def circles(edges: dict[str, set[str]]) -> list[set[str]]:
         return seen
 
     reach = {module: reached(module) for module in edges}
-    found = {frozenset(other for other in reach[m] if m in reach[other]) for m in edges if m in reach[m]}
-    return [set(each) for each in sorted(found, key=sorted)]
+    groups = {frozenset(other for other in reach[m] if m in reach[other]) for m in edges if m in reach[m]}
+    return [set(each) for each in sorted(groups, key=sorted)]
 
 
 def test_a_circle_is_recognised() -> None:

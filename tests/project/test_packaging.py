@@ -55,15 +55,15 @@ def scratch_dir() -> Iterator[Path]:
 
 def source_files() -> list[Path]:
     """Every Python file of the checkout, outside hidden folders, environments and build outputs."""
-    found = []
+    paths = []
     for folder, subfolders, names in os.walk(ROOT):
         subfolders[:] = [
             name
             for name in subfolders
             if not name.startswith(".") and name not in NOT_SOURCE and not Path(folder, name, "pyvenv.cfg").exists()
         ]
-        found += [Path(folder, name) for name in names if name.endswith(".py")]
-    return sorted(found)
+        paths += [Path(folder, name) for name in names if name.endswith(".py")]
+    return sorted(paths)
 
 
 @pytest.fixture(scope="module")

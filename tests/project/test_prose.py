@@ -78,5 +78,5 @@ def test_tests_say_what_they_catch(path: Path) -> None:
 def test_docstrings_are_sentences(place: str) -> None:
     """Catches a docstring that opens with a fragment, such as "Of ..." or "Where ..."."""
     files = sorted(PLACES[place].rglob("*.py"))
-    found = {path.relative_to(ROOT).as_posix(): fragments(path.read_text(encoding="utf-8")) for path in files}
-    assert {name: lines for name, lines in found.items() if lines} == {}
+    lines_of = {path.relative_to(ROOT).as_posix(): fragments(path.read_text(encoding="utf-8")) for path in files}
+    assert {name: lines for name, lines in lines_of.items() if lines} == {}

@@ -69,8 +69,8 @@ def test_embedding_layer_norm(lead: tuple[int, ...], types: bool, embeds: bool) 
     word, position, token_type = randn(20, 16), randn(12, 16, seed=1), randn(2, 16, seed=2)
     weight, bias = randn(2, 16, seed=3)
     ids, positions, type_ids = (torch.randint(n, lead, generator=generator(n)) for n in (20, 12, 2))
-    given = randn(*lead, 16, seed=4)
-    total = given if embeds else F.embedding(ids, word)
+    inputs_embeds = randn(*lead, 16, seed=4)
+    total = inputs_embeds if embeds else F.embedding(ids, word)
     total = total + F.embedding(positions, position) + F.embedding(type_ids * types, token_type)
     ours = reference.embedding_layer_norm(
         None if embeds else ids,
@@ -82,7 +82,7 @@ def test_embedding_layer_norm(lead: tuple[int, ...], types: bool, embeds: bool) 
         weight,
         bias,
         1e-12,
-        given if embeds else None,
+        inputs_embeds if embeds else None,
     )
     assert error(ours, F.layer_norm(total, (16,), weight, bias, 1e-12)) < OP_BOUND
 

@@ -42,9 +42,9 @@ def other(pre_tokenizer: Any, normalizer: Any = None) -> RustTokenizer:
     return rust
 
 
-def byte_level(**how: Any) -> RustTokenizer:
+def byte_level(**options: Any) -> RustTokenizer:
     rust = KINDS["roberta"]()
-    rust.pre_tokenizer = pre_tokenizers.ByteLevel(**how)
+    rust.pre_tokenizer = pre_tokenizers.ByteLevel(**options)
     return rust
 
 
@@ -78,11 +78,11 @@ ADDED = [
 
 @pytest.fixture(scope="module")
 def rusts(minilm: Path) -> dict[str, RustTokenizer]:
-    made = {name: build(minilm) for name, build in BUILD.items()}
-    for rust in made.values():
+    tokenizers = {name: build(minilm) for name, build in BUILD.items()}
+    for rust in tokenizers.values():
         rust.add_tokens(ADDED)
         assert splits(rust)
-    return made
+    return tokenizers
 
 
 def ids_of(rust: RustTokenizer, texts: list[str]) -> list[int]:
@@ -184,9 +184,9 @@ def test_long_texts_here(side: str, limit: int | None, minilm: Path, monkeypatch
     expected = [tokenizer.encode_packed(LONG), tokenizer.encode_packed(LONG, pairs)]
     only = tokenizer.encode_packed(LONG, ["fish"] * len(LONG), truncation="only_first", max_length=90)
     monkeypatch.setattr(text_windows, "CHARACTERS", 40)
-    found = [tokenizer.encode_packed(LONG), tokenizer.encode_packed(LONG, pairs)]
-    found.append(tokenizer.encode_packed(LONG, ["fish"] * len(LONG), truncation="only_first", max_length=90))
-    for a, b in zip(found, [*expected, only], strict=True):
+    packed = [tokenizer.encode_packed(LONG), tokenizer.encode_packed(LONG, pairs)]
+    packed.append(tokenizer.encode_packed(LONG, ["fish"] * len(LONG), truncation="only_first", max_length=90))
+    for a, b in zip(packed, [*expected, only], strict=True):
         assert a.input_ids.tolist() == b.input_ids.tolist() and a.cu_seqlens.tolist() == b.cu_seqlens.tolist()
         assert a.token_type_ids.tolist() == b.token_type_ids.tolist()
         assert (a.n_truncated, a.n_truncated_tokens) == (b.n_truncated, b.n_truncated_tokens)
@@ -205,9 +205,9 @@ def test_long_texts_of_a_live_tokenizer(side: str, limit: int, minilm: Path, mon
     live = LiveTokenizer(theirs, limit)
     whole = live._whole
     monkeypatch.setattr(live, "_whole", lambda texts, limit: sizes.extend(map(len, texts)) or whole(texts, limit))
-    found = live.encode_packed(texts)
-    offsets = found.cu_seqlens.tolist()
-    assert [found.input_ids[a:b].tolist() for a, b in zip(offsets, offsets[1:], strict=False)] == expected
+    packed = live.encode_packed(texts)
+    offsets = packed.cu_seqlens.tolist()
+    assert [packed.input_ids[a:b].tolist() for a, b in zip(offsets, offsets[1:], strict=False)] == expected
     assert sizes[0] < len(texts[0]) or limit == 100
 
 

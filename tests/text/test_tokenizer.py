@@ -101,13 +101,13 @@ def test_padding_is_that_of_transformers(
     ours.padding_side = theirs.padding_side = side
     options: dict[str, Any] = {"padding": padding, "max_length": 40, "truncation": True, "return_tensors": kind}
     for batch in (texts[::25], texts[0]):
-        found, expected = ours(batch, **options), theirs(batch, **options)
-        assert tuple(found) == KEYS
+        encoding, expected = ours(batch, **options), theirs(batch, **options)
+        assert tuple(encoding) == KEYS
         for key in KEYS:
-            assert type(found[key]) is type(expected[key])
-            assert np.array_equal(np.asarray(found[key]), np.asarray(expected[key])), key
+            assert type(encoding[key]) is type(expected[key])
+            assert np.array_equal(np.asarray(encoding[key]), np.asarray(expected[key])), key
             if kind is not None:
-                assert str(found[key].dtype).removeprefix("torch.") == "int64"
+                assert str(encoding[key].dtype).removeprefix("torch.") == "int64"
 
 
 def test_results_have_the_shape_of_the_input(ours: Tokenizer) -> None:
@@ -157,8 +157,8 @@ def test_threads_with_different_limits_do_not_interfere(ours: Tokenizer, texts: 
     limits = [5, 17, 64, 200] * 8
     expected = {limit: ours(texts, max_length=limit)["input_ids"] for limit in set(limits)}
     with ThreadPoolExecutor(4) as pool:
-        for limit, found in zip(limits, pool.map(lambda n: ours(texts, max_length=n), limits), strict=True):
-            assert found["input_ids"] == expected[limit]
+        for limit, encoding in zip(limits, pool.map(lambda n: ours(texts, max_length=n), limits), strict=True):
+            assert encoding["input_ids"] == expected[limit]
 
 
 def test_cut_tokens_are_counted_in_one_warning(ours: Tokenizer, caplog: pytest.LogCaptureFixture) -> None:
@@ -323,9 +323,9 @@ def test_one_thread_of_pytorch_is_one_thread(minilm: Path) -> None:
     try:
         torch.set_num_threads(1)
         started, used = time.perf_counter(), time.process_time()
-        found = tokenizer.encode_packed(texts, warn=False).input_ids
+        input_ids = tokenizer.encode_packed(texts, warn=False).input_ids
         cores = (time.process_time() - used) / (time.perf_counter() - started)
     finally:
         torch.set_num_threads(before)
-    assert torch.equal(found, expected)
+    assert torch.equal(input_ids, expected)
     assert cores < 1.3
