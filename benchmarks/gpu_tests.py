@@ -53,7 +53,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "stalls": _files("diagnostics/no_stall"),
     "host": _files(
         "ops/contexts",
-        "engine/copies",
+        "ops/copies",
         "ops/silent_writes",
         "on_kernels/jit",
         "engine/graph_streams",

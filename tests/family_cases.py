@@ -98,3 +98,11 @@ def run(model: Any, batch: dict[str, Any], **options: Any) -> Any:
     on_device = {name: t.to(model.device) if isinstance(t, Tensor) else t for name, t in batch.items()}
     with torch.no_grad():
         return model(**on_device, **options)
+
+
+def head_batch(model_type: str, name: str, kind: str = "right") -> dict[str, Any]:
+    """A batch for this head: two choices of two rows for multiple choice."""
+    batch = make_batch(model_type, kind)
+    if name != "BertForMultipleChoice":
+        return batch
+    return {n: None if t is None else t.unflatten(0, (2, BATCH // 2)) for n, t in batch.items()}

@@ -18,7 +18,6 @@ from fastbert import (
 )
 from fastbert.cli.main import main
 from fastbert.pipelines import run as sentence_run
-from fastbert.text import files as text_io
 
 
 @pytest.fixture(scope="module")
@@ -92,14 +91,6 @@ def test_progress_bar_on_a_terminal(
     assert main(["embed", str(text_file), "--model", models.sentence, "-o", output, "--device", "cpu"]) == 0
     out, err = capsys.readouterr()
     assert out == "" and f"{len(TEXTS)}/{len(TEXTS)}" in err
-
-
-@pytest.mark.parametrize(("content", "n"), [(b"", 0), (b"a", 1), (b"a\n", 1), (b"\n\n", 2), (b"a\nb", 2)])
-def test_count_lines(tmp_path: Path, content: bytes, n: int) -> None:
-    """Catches a count that differs from the number of texts that are read."""
-    file = tmp_path / "texts"
-    file.write_bytes(content)
-    assert text_io.count_lines(str(file)) == n == len(list(text_io.read_texts(str(file))))
 
 
 def test_embed_options(models: SimpleNamespace, text_file: Path, tmp_path: Path) -> None:
