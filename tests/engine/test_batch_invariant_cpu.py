@@ -1,6 +1,7 @@
 """A text has the same bits alone, in any batch, in any order and with any number of threads on a CPU.
 
-On the Triton kernels: test_batch_invariant.py."""
+On the Triton kernels: test_batch_invariant.py.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
 """CUDA graphs give the bits of the plain path.
 
-Without a GPU a stand-in captures: it runs the function again where a graph replays."""
+Without a GPU a stand-in captures: it runs the function again where a graph replays.
+"""
 
 from __future__ import annotations
 
