@@ -210,7 +210,7 @@ def test_configs_that_are_not_known(options: dict[str, Any], reason: str) -> Non
 
 
 def test_hidden_states_after_attentions() -> None:
-    """Catches the hooks that transformers installs when outputs are first recorded, taken for the user's."""
+    """Catches transformers' own hooks, installed when outputs are first recorded, taken for the user's."""
     original, model = pair()
     run(model, make_batch(), output_attentions=True, output_hidden_states=True)
     output = assert_same(model, original, output_hidden_states=True)

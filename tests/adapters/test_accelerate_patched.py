@@ -121,7 +121,7 @@ def test_strict_refuses_a_patched_forward() -> None:
 
 
 def test_patched_in_training_mode() -> None:
-    """Catches the frozen original in the calls that are not ours anyway."""
+    """Catches the original run in the place of the patch in calls that are not ours anyway."""
     model = fastbert.accelerate(fresh()).train()
     with mock.patch.object(transformers.BertModel, "forward", lambda *_, **__: "theirs"):
         assert run(model, make_batch()) == "theirs"
@@ -209,7 +209,7 @@ def test_patched_functions_of_the_source() -> None:
 
 @pytest.mark.skipif(versions.attention_interfaces() is None, reason="encoders of transformers 4 do not read it")
 def test_an_attention_that_somebody_has_registered(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches a function of attention, such as one with a bias, that our path leaves out: another number."""
+    """Catches a registered function of attention, such as one with a bias, that our path leaves out."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
     from transformers.masking_utils import sdpa_mask
@@ -229,7 +229,7 @@ def test_an_attention_that_somebody_has_registered(monkeypatch: pytest.MonkeyPat
 
 
 def test_hooks_on_all_modules() -> None:
-    """Catches hooks that PyTorch calls for every module, and that our path has no modules for."""
+    """Catches hooks that PyTorch calls for every module and that our path, which calls no modules, leaves out."""
     model, names = accelerated(), []
     handle = nn.modules.module.register_module_forward_hook(lambda module, *_: names.append(type(module).__name__))
     run(model, make_batch())

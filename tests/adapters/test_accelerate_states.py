@@ -85,7 +85,7 @@ def test_odd_modules(odd: Callable[[Any], Any], when: str) -> None:
 
 
 def test_many_odd_modules() -> None:
-    """Catches a list that shrinks."""
+    """Catches a list of odd modules that shrinks."""
     assert len(ODD) >= 80 and ODD.keys() >= FOLLOWED
 
 
@@ -199,7 +199,7 @@ def test_offloaded_to_the_disk(tmp_path: Any) -> None:
 @pytest.mark.parametrize("name", ["BertModel", "BertForMaskedLM", "BertForSequenceClassification"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_our_own_models(name: str, dtype: torch.dtype) -> None:
-    """Catches the AttributeError of a bias or a weight that is None, of the C++ encoder as of the operations."""
+    """Catches an AttributeError for a bias or a weight that is None, in the C++ encoder or in the operations."""
     names = [odd for odd in ODD if odd.startswith(("no_", "layer_norm_without", "other_eps"))]
     names += ["embedding_norm_without_weight", "query_is_key", "weight_norm"]
     names += ["weights_with_gaps", "parametrized_bias", "one_layer_for_all"]

@@ -72,7 +72,7 @@ def test_low_rank_adapters_live_and_merged() -> None:
 
 
 def test_peft(tmp_path: Any) -> None:
-    """Catches what PEFT does beyond a module put in another's place: wrapping, saving, loading, merging, disabling."""
+    """Catches a use of PEFT that fails or changes numbers: wrapping, saving, loading, merging, disabling."""
     peft = pytest.importorskip("peft", reason="PEFT is not installed")
     config = peft.LoraConfig(r=4, target_modules=["query", "value"], init_lora_weights=False)
     tuned = peft.get_peft_model(accelerated(), config).double().eval()

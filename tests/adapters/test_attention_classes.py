@@ -134,10 +134,7 @@ def test_what_does_not_read_it_is_refused_by_name(name: str) -> None:
 
 @pytest.mark.parametrize("name", OWN)
 def test_attention_of_their_own_gets_the_mask_of_eager(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches a mask of bools that a model adds to its scores: padding is attended to, off by 0.9 in MPNet.
-
-    No class that reads no interface gets past the check; code that is not seen to read none could.
-    """
+    """Catches a mask of bools that a model adds to its scores, so that it attends to padding."""
     monkeypatch.setattr(versions, "reads_attention_interface", lambda kind: True)
     try:
         plain, ours = pair(name)
@@ -148,7 +145,7 @@ def test_attention_of_their_own_gets_the_mask_of_eager(name: str, monkeypatch: p
 
 
 def test_cross_attention_of_equal_lengths() -> None:
-    """Catches the padding of an encoder's states taken for that of a decoder's tokens: their rows became zeros."""
+    """Catches the padding of an encoder's states taken for that of a decoder's tokens, whose rows become zeros."""
     name = register_attention()
     plain, ours = (
         transformers.BertLMHeadModel(

@@ -156,7 +156,7 @@ def test_demo(models: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, capsys: 
 
 
 def test_demo_runs_the_same_job_as_transformers(models: SimpleNamespace) -> None:
-    """Catches a peer that is timed on other work: its vectors must be ours."""
+    """Catches a peer that is timed on other work, so that its vectors are not ours."""
     encoder = SentenceEncoder.from_pretrained(models.sentence, device="cpu")
     vectors = demo._transformers(Path(models.sentence), encoder)(TEXTS * 10)
     np.testing.assert_allclose(vectors, encoder.encode(TEXTS * 10), atol=1e-5)

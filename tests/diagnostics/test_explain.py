@@ -303,7 +303,7 @@ def test_heads(head: Any) -> None:
 
 
 def test_wrapped_models_are_found() -> None:
-    """Catches a wrapper, such as an adapter library's, whose model is not seen; and an explanation of anything else."""
+    """Catches a wrapper, such as an adapter library's, whose model is not seen, or an explanation of anything else."""
     inner = heads.BertForMaskedLM(config())
     report = explain(nn.Sequential(nn.Identity(), inner))
     assert report.model == "Sequential"

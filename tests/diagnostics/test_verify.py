@@ -63,7 +63,7 @@ def test_real_weights(minilm: Path, dtype: torch.dtype, device: torch.device) ->
 
 @pytest.mark.parametrize("hidden_act", ["gelu", "gelu_new", "relu"])
 def test_eager_is_bert(hidden_act: str) -> None:
-    """Catches a wrong plain PyTorch, which would make the bound too wide to find anything."""
+    """Catches a wrong plain PyTorch, which makes the bound too wide to find anything."""
     model = BertModel(config(hidden_act=hidden_act)).double()
     ids, mask = torch.randint(101, (3, 7)), torch.ones(3, 7, dtype=torch.int64)
     mask[1, 4:], mask[2] = 0, 0
@@ -101,7 +101,7 @@ def test_without_tokenizer(model: BertModel) -> None:
 
 @pytest.mark.parametrize("texts", [[[]], [[], [2, 3], []], [[2]] * 70, torch.randint(101, (3, 5))])
 def test_shapes_of_batches(model: BertModel, texts: Any) -> None:
-    """Catches a crash or an alarm for texts without tokens, more texts than a batch takes, and ids in a tensor."""
+    """Catches a crash or an alarm for texts without tokens, for many texts, or for ids in a tensor."""
     report = verify(model, texts)
     assert report.ok and report.n_texts == len(texts), str(report)
     if report.n_tokens == 0:

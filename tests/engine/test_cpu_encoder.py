@@ -70,7 +70,7 @@ def skip_without(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("activation", ["gelu", "gelu_new", "relu"])
 @pytest.mark.parametrize("lengths", LENGTHS, ids=str)
 def test_as_accurate_as_eager(lengths: list[int], activation: str, dtype: torch.dtype, runs: list[int]) -> None:
-    """Catches weights in the wrong order, a residual or an activation left out, a workspace whose parts overlap."""
+    """Catches weights in the wrong order, a residual or an activation left out, or a workspace whose parts overlap."""
     skip_without(dtype)
     model, eager = make(dtype, hidden_act=activation), make(dtype, "torch", hidden_act=activation)
     exact = encode(copy.deepcopy(eager).double(), lengths)
@@ -178,7 +178,7 @@ def test_what_it_cannot_run_is_said() -> None:
 
 
 def test_bfloat16_with_matrix_units(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches long batches kept from oneDNN where the processor's matrix units would run them several times as fast."""
+    """Catches long batches kept from oneDNN where the processor's matrix units run them several times as fast."""
     encoder = cpu_encoder.CpuEncoder()
     for has_amx in (False, True):
         monkeypatch.setattr(cpu, "has_amx", lambda has_amx=has_amx: has_amx)

@@ -43,7 +43,7 @@ def test_changed_weights(change: Callable[[Any], None], stand_in: StandIn, devic
 
 
 def test_writes_that_nobody_counts(stand_in: StandIn, device: torch.device) -> None:
-    """Catches eval() after a write through .data that the fused matrix of a graph does not follow, or a new capture."""
+    """Catches a fused matrix that does not follow eval() after a write through .data, or a new capture for it."""
     model = make(device)
     encode(model, [9, 4])
     for name in ("query", "key", "value"):
@@ -90,7 +90,7 @@ def test_inference_tensors(stand_in: StandIn, device: torch.device) -> None:
 
 @pytest.mark.parametrize("change", UNSUITABLE, ids=lambda change: change.__name__)
 def test_what_no_graph_may_hold(change: Callable[[Any], None], stand_in: StandIn, device: torch.device) -> None:
-    """Catches code that a replay would leave out."""
+    """Catches a graph of a model whose own code a replay would leave out."""
     model = make(device)
     before = encode(model, [9, 4])
     change(model)

@@ -86,7 +86,7 @@ def test_every_way_gives_the_same_bits(text: str) -> None:
 @pytest.mark.parametrize("batch_size", [None, 2])
 @pytest.mark.parametrize("output_value", ["sentence_embedding", "token_embeddings", None])
 def test_order_of_texts(output_value: Any, batch_size: int | None) -> None:
-    """Catches texts that come sorted, of which nothing is gathered, and get another's tokens or another's place."""
+    """Catches texts that come sorted, of which nothing is gathered, and that get another's tokens or place."""
     encoder, options = make(), {"output_value": output_value, "batch_size": batch_size, "convert_to_numpy": False}
     lengths = [len(TOKENIZER(text)["input_ids"]) for text in TEXTS]
     down = sorted(range(len(TEXTS)), key=lengths.__getitem__, reverse=True)
@@ -232,7 +232,7 @@ def test_training_mode_ends(place: str, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_ids_beyond_the_table() -> None:
-    """Catches ids that the kernel would read beyond its table with: an end of the range, or one among many."""
+    """Catches ids beyond the table that the kernel would read with: one end of the range, or one among many."""
     encoder = make(vocab_size=20)
     with pytest.raises(IndexError, match="input_ids: expected values from 0 to 19, got"):
         encoder.encode(TEXT)
@@ -284,7 +284,7 @@ def test_batches_of_known_lengths(lengths: list[int]) -> None:
 
 
 def test_first_parameter_and_modes() -> None:
-    """Catches another parameter than the first, or a mode that is overlooked: children and parameters may be None."""
+    """Catches another parameter than the first, or a mode that is overlooked, where children may be None."""
     inner = nn.Sequential(nn.Dropout(), nn.Linear(2, 3, bias=False), nn.LayerNorm(3, elementwise_affine=False))
     inner.register_module("nothing", None)
     inner.register_parameter("none", None)

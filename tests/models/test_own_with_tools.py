@@ -264,7 +264,7 @@ def test_pipelines(tmp_path: Path) -> None:
 
 
 def test_feature_extraction_pipeline(tmp_path: Path) -> None:
-    """Catches tuples that this pipeline, which copies our outputs into plain dicts, cannot take either."""
+    """Catches outputs that this pipeline, which copies them into plain dicts, cannot take."""
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"w{i}" for i in range(45))]
     (tmp_path / "vocab.txt").write_text("\n".join(words))
     tokenizer = transformers.BertTokenizerFast(vocab_file=str(tmp_path / "vocab.txt"))

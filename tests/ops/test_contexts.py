@@ -84,7 +84,7 @@ def test_jit_trace(kind, masked, check, gradients):
 
 
 def test_jit_trace_warns_of_nothing():
-    """Catches a look at a traced shape or value: torch warns that it is kept."""
+    """Catches a look at a traced shape or value, of which torch warns."""
     with warnings.catch_warnings():
         warnings.simplefilter("error", torch.jit.TracerWarning)
         torch.jit.trace(make(), (IDS, MASK))
@@ -256,7 +256,7 @@ def test_second_derivatives_of_operations(name, device):
 
 @pytest.mark.parametrize("gradients", [True, False])
 def test_vmap(gradients):
-    """Catches ids and masks whose values are read where vmap has many of them."""
+    """Catches a read of ids or masks while vmap has many of them."""
     model = make()
     with torch.set_grad_enabled(gradients):
         output = vmap(lambda ids, mask: model(ids[None], mask[None])[0][0])(IDS, MASK)
@@ -311,7 +311,7 @@ def test_functional_call():
 
 
 def test_padding_that_is_not_packed_away():
-    """Catches what stands at padding: ids beyond the table, NaN, rows without a token."""
+    """Catches padding that reaches an output where it is not packed away: odd ids, NaN, rows without a token."""
     model = make()
     embeds = torch.randn(3, 7, 32)
     spoiled, bad = embeds.masked_fill(MASK[:, :, None] == 0, torch.nan), IDS.masked_fill(MASK == 0, 999)
@@ -383,7 +383,7 @@ def test_default_device_and_dtype(change, backend, precision):
 
 
 def test_strict_and_invariant_policies_refuse():
-    """Catches a promise that plain operations cannot keep."""
+    """Catches a promise of a policy that plain operations cannot keep."""
     with pytest.raises(ops.BackendError, match=r"torch\.jit\.trace"):
         torch.jit.trace(make(batch_invariant=True), (IDS, MASK))
     strict, on_cpu = make(backend="triton", strict=True), make(backend="cpu", strict=True)
@@ -393,7 +393,7 @@ def test_strict_and_invariant_policies_refuse():
 
 
 def test_deterministic_and_anomaly_modes():
-    """Catches an operation without a deterministic kind, and a NaN in a backward pass."""
+    """Catches an operation without a deterministic kind, or a NaN in a backward pass."""
     model = make()
     torch.use_deterministic_algorithms(True)
     try:
@@ -423,7 +423,7 @@ class Wrapped(Tensor):
 
 
 def test_weights_of_another_kind():
-    """Catches the address of a weight whose numbers are elsewhere."""
+    """Catches a kernel that gets the address of a weight whose numbers are elsewhere."""
     model = make()
     expected = model(IDS, MASK)
     for linear in [module for module in model.modules() if isinstance(module, nn.Linear)]:

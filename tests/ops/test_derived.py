@@ -37,7 +37,7 @@ def pointers(tensors: tuple[Tensor, ...]) -> tuple[int, ...]:
 
 
 def test_kept_and_renewed() -> None:
-    """Catches what is made for every use, or kept although a parameter, its dtype, its place or the key changed."""
+    """Catches a tensor that is made for every use, or kept although a parameter or the key changed."""
     case = Case()
     first = case.get()
     assert case.get() is first and case.n_made == 1
@@ -146,7 +146,7 @@ def test_clear_and_copies() -> None:
 
 
 def test_what_is_never_kept() -> None:
-    """Catches a kept tensor without its gradient, or one of inference tensors, whose writes nobody counts."""
+    """Catches a kept tensor that lost its gradient, or one of inference tensors, whose writes nobody counts."""
     case = Case()
     tracked = case.derived.get("a", case.parameters, case.make)
     assert tracked[0].requires_grad and case.derived.tensors() == []
@@ -174,7 +174,7 @@ def test_memory_of_a_parameter_that_is_gone() -> None:
 
 
 def test_threads_make_it_once() -> None:
-    """Catches two threads that each make what is missing: the one's goes while a graph reads it, or memory doubles."""
+    """Catches two threads that each make what is missing, so that memory doubles or one goes while a graph reads it."""
     case, together = Case(), threading.Barrier(6)
     make = case.make
 
@@ -200,7 +200,7 @@ class OnGpu(torch.Tensor):
 
 @pytest.mark.parametrize("capturing", [False, True])
 def test_other_streams(capturing: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches what another stream reads half written, or what is kept of a capture, in which nothing has run."""
+    """Catches a tensor that another stream reads half written, or that is kept from a capture that has not run."""
     waits: list[Any] = []
 
     class Stream:

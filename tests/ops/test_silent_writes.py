@@ -142,7 +142,7 @@ def test_8_bits(name: str) -> None:
 
 @pytest.mark.parametrize("name", [".data", "NumPy", "down", "head"])
 def test_emulation_of_8_bits(name: str) -> None:
-    """Catches kept 8-bit weights of the emulation, and of the Triton kernels, whose they are as well."""
+    """Catches 8-bit weights of the emulation, or of the Triton kernels, that outlive a write."""
     check(make(precision="int8", backend="torch"), lambda m: m(IDS)[0], WRITES[name])
 
 
@@ -237,7 +237,7 @@ def test_another_model_keeps_what_it_has() -> None:
 
 
 def test_eval_follows_what_cannot_be_seen() -> None:
-    """Catches one number, written beside the sample, that the documented call does not bring in."""
+    """Catches one number, written beside the sample, that eval() does not bring in."""
     model = make()
     value: Any = model.encoder.layer[0].attention.self.value
     with torch.no_grad():
@@ -291,7 +291,7 @@ def test_what_has_no_numbers_is_left_out() -> None:
 
 
 def test_samples_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches a sample of tensors on a GPU that misses a write; here they only say that they are there."""
+    """Catches a sample of tensors on a GPU that misses a write, with tensors that only say they are there."""
     monkeypatch.setattr(silent_writes, "_on_host", lambda tensor: False)
     tensors = [torch.zeros(40, 24), torch.zeros(5), torch.zeros(24, 40).t(), torch.zeros(6, dtype=torch.bfloat16)]
     samples = Samples(tensors)

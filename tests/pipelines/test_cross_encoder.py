@@ -228,7 +228,7 @@ def test_a_missing_head_is_refused(one: Path, tmp_path: Path) -> None:
 
 
 def test_inputs_of_other_kinds(encoder: CrossEncoder) -> None:
-    """Catches inputs that need a length, arrays of pairs, the name of earlier versions, and no pairs at all."""
+    """Catches inputs that are refused: without a length, arrays of pairs, the earlier name, or no pairs at all."""
     expected = encoder.predict(PAIRS)
     for pairs in (iter(PAIRS), np.array(PAIRS), np.array(PAIRS, dtype=object), tuple(PAIRS)):
         assert_close(encoder.predict(pairs), expected)

@@ -63,7 +63,7 @@ def test_single_list_and_order(encoder: SentenceEncoder) -> None:
     "make", [tuple, iter, lambda texts: (t for t in texts), np.array, lambda texts: np.array(texts, dtype=object)]
 )
 def test_any_iterable_of_str(encoder: SentenceEncoder, make: Any) -> None:
-    """Catches inputs that need a length or an index, and numpy's own kinds of str."""
+    """Catches inputs that need a length or an index, or numpy's own kinds of str refused."""
     assert_close(encoder.encode(make(TEXTS)), encoder.encode(TEXTS))
 
 
@@ -146,7 +146,7 @@ def test_nothing_to_encode(plain: Path, encoder: SentenceEncoder) -> None:
 
 
 def test_odd_texts(encoder: SentenceEncoder) -> None:
-    """Catches a crash or NaN on an empty text, NUL, a megabyte of one word, which is one [UNK], and one of many."""
+    """Catches a crash or NaN on an empty text, on NUL, or on a megabyte of one word or of many."""
     vectors = encoder.encode(["", "\0", "a" * 2**20, "fish " * 200_000])
     assert np.isfinite(vectors).all()
     assert_close(vectors[0], vectors[1])

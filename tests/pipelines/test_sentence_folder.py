@@ -56,7 +56,7 @@ def test_saved_folder_loads_in_sentence_transformers(plain: Path, tmp_path: Path
 
 
 def test_earlier_names_and_pickled_dense(plain: Path, tmp_path: Path) -> None:
-    """Catches a folder of earlier versions: model in 0_Transformer, pytorch_model.bin, settings without a prompt."""
+    """Catches a folder of earlier versions, with 0_Transformer and pytorch_model.bin, that is not read."""
     torch.manual_seed(1)
     dense = Dense(64, 6)
     write(tmp_path / "modules.json", modules("0_Transformer:Transformer", "1_Pooling:Pooling", "2_Dense:Dense"))

@@ -127,7 +127,7 @@ def test_unsupported_arguments(encoder: SentenceEncoder, arguments: dict[str, An
 
 
 def test_inputs_is_another_name_for_sentences(encoder: SentenceEncoder) -> None:
-    """Catches callers of sentence-transformers 6, which calls the texts `inputs`."""
+    """Catches the name `inputs`, which sentence-transformers 6 has for the texts, refused."""
     assert_close(encoder.encode(inputs=TEXTS), encoder.encode(sentences=TEXTS))
     for arguments in ({}, {"sentences": "a", "inputs": "b"}):
         with pytest.raises(TypeError, match="^sentences: expected"):
@@ -184,7 +184,7 @@ def test_truncate_dim_of_the_settings(plain: Path, tmp_path: Path, encoder: Sent
 
 
 def test_pooling_can_leave_the_prompt_out(plain: Path, encoder: SentenceEncoder) -> None:
-    """Catches a change that sentence-transformers makes to its pooling, and that ours does not follow."""
+    """Catches a change that sentence-transformers makes to its pooling and that ours does not follow."""
     other = theirs(plain)
     for include in (False, True):
         encoder.set_pooling_include_prompt(include)

@@ -80,7 +80,7 @@ def run_python(code: str) -> str:
 
 
 def test_models_need_no_compiler() -> None:
-    """Catches a decorator of torch.compiler at import time: torch._dynamo, and Triton with it, takes over a second."""
+    """Catches a decorator of torch.compiler at import time, which takes over a second for Triton and more."""
     code = "import sys, fastbert; fastbert.BertModel; print(sorted({'torch._dynamo', 'triton'} & set(sys.modules)))"
     assert run_python(code).strip() == "[]"
 
@@ -266,7 +266,7 @@ def test_a_circle_is_recognised() -> None:
 
 
 def test_no_files_import_one_another() -> None:
-    """Catches a circle among files: neither can be read, tested or moved without the other."""
+    """Catches a circle among files, none of which can be read, tested or moved without the others."""
     edges: dict[str, set[str]] = {}
     for path in FILES:
         module = module_name(path)

@@ -122,7 +122,7 @@ def test_pieces_have_the_tokens_of_the_whole(
 @settings(max_examples=200, deadline=None)
 @given(text=st.text(st.characters(exclude_categories=["Cs"]) | st.sampled_from(" abc1'\u0301"), max_size=80))
 def test_pieces_of_any_text(name: str, rusts: dict[str, RustTokenizer], text: str) -> None:
-    """Catches a character of Unicode that nobody thought of."""
+    """Catches a character of Unicode at which a text is cut wrongly."""
     assert ids_of(rusts[name], list(pieces(text, 1))) == ids_of(rusts[name], [text])
 
 
@@ -212,7 +212,7 @@ def test_long_texts_of_a_live_tokenizer(side: str, limit: int, minilm: Path, mon
 
 
 def test_short_texts_go_to_rust_as_before(minilm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches more calls than before for texts of a usual length, which would not keep the threads busy."""
+    """Catches more calls than before for texts of a usual length, which keep the threads idle."""
     tokenizer = Tokenizer.from_pretrained(minilm)
     sizes: list[int] = []
     encoded = tokenizer._encoded
@@ -254,7 +254,7 @@ print(megabytes("VmHWM") - before)
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak of memory is read from Linux's /proc")
 @pytest.mark.parametrize("which", ["encoder", "accelerated", "cross-encoder"])
 def test_memory_does_not_grow_with_long_texts(which: str) -> None:
-    """Catches the tokens of whole documents kept until they are cut: 160 to 380 MB for 250 of 40 kB, now 45 to 60."""
+    """Catches the tokens of whole documents kept until they are cut: 160 MB and more for 250 of 40 kB."""
     done = subprocess.run([sys.executable, "-c", MEMORY, which], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     assert float(done.stdout) < 120

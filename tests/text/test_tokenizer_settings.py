@@ -241,7 +241,7 @@ def test_older_files(name: str, with_decoder: bool, folders: dict[str, Path], tm
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_sides_stored_in_tokenizer_json(name: str, folders: dict[str, Path], tmp_path: Path) -> None:
-    """Catches the sides of stored truncation and padding, which are defaults; the rest is not applied."""
+    """Catches stored sides of truncation and padding that are ignored, or the rest of them applied."""
     rust = RustTokenizer.from_file(str(folders[name] / "tokenizer.json"))
     rust.enable_truncation(5, direction="left")
     rust.enable_padding(direction="left", pad_id=3, pad_token="a", pad_type_id=1, length=9)
@@ -268,7 +268,7 @@ def pieces_of(name: str) -> list[dict[str, Any]]:
 def test_tokenizer_json_that_says_otherwise(
     name: str, part: int, folders: dict[str, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Catches a pipeline of tokenizer.json that transformers 5 does not take; transformers 4 did, which is logged."""
+    """Catches a pipeline of tokenizer.json taken where transformers 5 does not, or without a word where 4 did."""
     change = pieces_of(name)[part]
     stored = {**json.loads((folders[name] / "tokenizer.json").read_text()), **change}
     folder = copied(folders[name], tmp_path, {}, tokenizer=stored)
@@ -321,7 +321,7 @@ def test_the_newest_of_several_tokenizer_files(folders: dict[str, Path], tmp_pat
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_settings_together(name: str, folders: dict[str, Path], tmp_path: Path) -> None:
-    """Catches settings that are right one by one and act upon each other."""
+    """Catches settings that are right one by one and that spoil each other together."""
     draw = random.Random(name)
     keys = [
         key

@@ -96,7 +96,7 @@ def encoder() -> SentenceEncoder:
 @NEEDS_6
 @pytest.mark.parametrize("precision", ["int8", "uint8"])
 def test_encode(encoder: SentenceEncoder, precision: str, tmp_path: Path) -> None:
-    """Catches `encode` in 8 bits unlike SentenceTransformer.encode, and ranges that do not reach the quantisation."""
+    """Catches `encode` in 8 bits unlike SentenceTransformer.encode, or ranges that do not reach the quantisation."""
     from sentence_transformers import SentenceTransformer
 
     encoder.save_pretrained(tmp_path)
