@@ -382,8 +382,11 @@ def test_explain_changes_nothing() -> None:
 
 @pytest.mark.parametrize("first", ["module", "function"])
 def test_function_and_module_share_a_name(first: str) -> None:
-    """Catches `fastbert.explain(...)` failing after something imported the module `fastbert.explain`."""
-    modules = "from fastbert.explain import Report as E\nfrom fastbert.verify import Report as V"
+    """Catches `fastbert.explain(...)` failing after something imported the package of that name."""
+    modules = (
+        "from fastbert.diagnostics.explain.report import Report as E\n"
+        "from fastbert.diagnostics.verify.report import Report as V"
+    )
     functions = "assert callable(fastbert.explain) and callable(fastbert.verify)"
     code = "\n".join(
         [

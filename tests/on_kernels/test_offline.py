@@ -257,7 +257,7 @@ def test_gelu_leaves_registers_of_wide_tiles(tmp_path):
     """Catches a spill in tiles of 128 sums a thread with GELU, which `fastbert tune` times in 16 bits."""
     script = """
 import torch, triton
-from fastbert import tune_jobs
+from fastbert.tune import jobs as tune_jobs
 from fastbert_kernels import launch, linear, linear_persistent, offline
 bf16, fp16 = torch.bfloat16, torch.float16
 for arch, dtype, activation in ((80, bf16, "gelu_tanh"), (80, fp16, "gelu"), (90, fp16, "gelu")):
