@@ -108,6 +108,14 @@ def variant(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 @pytest.fixture
+def number_of_threads() -> Iterator[None]:
+    """Gives PyTorch the number of threads back that it had before the test."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
 def stand_in(monkeypatch: pytest.MonkeyPatch) -> Any:
     """A `graph_cases.StandIn`, which captures CUDA graphs in the place of a GPU."""
     from fastbert.engine import graphs

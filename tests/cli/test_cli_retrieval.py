@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from cli_cases import TEXTS, fails
 from fastbert import (
     BertForSequenceClassification,
     BertModel,
@@ -24,7 +25,6 @@ from fastbert.cli.main import main
 from fastbert.pipelines.folder import Normalize
 from helpers import tiny_bert
 
-TEXTS = ["a river is wide", "", "small boats cross the river", "fish", "a river is wide and slow", "Fish!"]
 QUERIES = ["which river?", "boats"]
 
 
@@ -62,13 +62,6 @@ def queries(tmp_path: Path) -> str:
 def run(capsys: pytest.CaptureFixture[str], *argv: str) -> list[dict[str, Any]]:
     assert main([*argv, "--device", "cpu"]) == 0
     return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-
-
-def fails(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
-    assert main([*argv, "--device", "cpu"]) == 1
-    out, err = capsys.readouterr()
-    assert out == "" and err.startswith("fastbert: error: ") and err.count("\n") == 1, err
-    return err.removeprefix("fastbert: error: ").rstrip("\n")
 
 
 def test_search(

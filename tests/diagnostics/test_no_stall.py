@@ -198,15 +198,15 @@ target, dtype = GPUTarget("cuda", 90, 32), torch.bfloat16
 config = fastbert.BertConfig(
     vocab_size=101, hidden_size=96, num_hidden_layers=1, num_attention_heads=3, intermediate_size=128
 )
-how = {"backend": "triton", "strict": True, "batch_invariant": "batch_invariant" in sys.argv}
-model = fastbert.BertForMaskedLM(config, **how).eval().to(dtype)
+settings = {"backend": "triton", "strict": True, "batch_invariant": "batch_invariant" in sys.argv}
+model = fastbert.BertForMaskedLM(config, **settings).eval().to(dtype)
 
 
 def keys(lengths, offset=0, ids_dtype=torch.int64):
     n = sum(lengths)
     memory = torch.zeros(n + offset, dtype=ids_dtype)  # ids that start anywhere in memory
     cu_seqlens = torch.cat([torch.zeros(offset, dtype=torch.int32), cu_seqlens_of(lengths)])[offset:]
-    found = set()
+    all_keys = set()
     with launch.recording(90) as launches, torch.no_grad():
         hidden = model.bert.forward_packed(memory[offset:], cu_seqlens, memory[offset:], memory[offset:])
         ops.pool(hidden, cu_seqlens, "mean", normalize=True, out_dtype=torch.float32, policy=model.policy)
@@ -214,8 +214,8 @@ def keys(lengths, offset=0, ids_dtype=torch.int64):
         model(torch.zeros(len(lengths), max(lengths), dtype=ids_dtype))
     for recorded in launches:
         source, options = offline.specialize(recorded, target)
-        found.add((recorded.kernel.fn.__name__, source.hash(), str(options)))
-    return found
+        all_keys.add((recorded.kernel.fn.__name__, source.hash(), str(options)))
+    return all_keys
 
 
 first = keys([8, 8])

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,10 @@ from fastbert_kernels import cpu
 from helpers import assert_as_accurate, docstrings, source_env
 from invariance_cases import DTYPES, LENGTHS, SIZES, assert_invariant, make, run_packed, skip_without
 
-pytestmark = pytest.mark.skipif(cpu.unavailable() is not None, reason=str(cpu.unavailable()))
+pytestmark = [
+    pytest.mark.skipif(cpu.unavailable() is not None, reason=str(cpu.unavailable())),
+    pytest.mark.usefixtures("number_of_threads"),
+]
 
 
 BATCHINGS = 200
@@ -38,13 +40,6 @@ BATCHINGS = 200
 KINDS = [(torch.float32, None), (torch.bfloat16, None), (torch.float32, "int8"), (torch.bfloat16, "int8")]
 TORCH = {"backend": "torch"}
 EACH_KIND = pytest.mark.parametrize(("dtype", "precision"), KINDS, ids=str)
-
-
-@pytest.fixture(autouse=True)
-def _threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 @EACH_KIND

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -26,14 +25,10 @@ from fastbert_kernels import cpu
 from helpers import cu_seqlens_of, only_variant
 from invariance_cases import CPU, INVARIANT, SIZES, make, skip_without
 
-pytestmark = pytest.mark.skipif(cpu.unavailable() is not None, reason=str(cpu.unavailable()))
-
-
-@pytest.fixture(autouse=True)
-def _threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
+pytestmark = [
+    pytest.mark.skipif(cpu.unavailable() is not None, reason=str(cpu.unavailable())),
+    pytest.mark.usefixtures("number_of_threads"),
+]
 
 
 def test_refused_without_the_kernels(minilm: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -262,9 +262,9 @@ from fastbert_kernels import launch, linear, linear_persistent, offline
 bf16, fp16 = torch.bfloat16, torch.float16
 for arch, dtype, activation in ((80, bf16, "gelu_tanh"), (80, fp16, "gelu"), (90, fp16, "gelu")):
     x, weight, out = (torch.empty(shape, dtype=dtype) for shape in ((64, 768), (3072, 768), (64, 3072)))
-    found = [c for c in tune_jobs._gemm_candidates(dtype, arch, (768, 3072), "gelu") if c.tile]
+    candidates = [c for c in tune_jobs._gemm_candidates(dtype, arch, (768, 3072), "gelu") if c.tile]
     kernel = "linear" if arch == 80 else "linear_persistent"
-    wide = (c.sizes for c in found if c.kernel == kernel and c.sizes["BLOCK_COLS"] == 256)
+    wide = (c.sizes for c in candidates if c.kernel == kernel and c.sizes["BLOCK_COLS"] == 256)
     sizes = next(sizes for sizes in wide if sizes["BLOCK_ROWS"] == 128)
     forward = linear.linear_pointer_forward if arch == 80 else linear_persistent.linear_persistent_forward
     with launch.recording(arch) as launches:
@@ -281,10 +281,10 @@ def test_8_bit_kernels_need_8_bit_instructions(tmp_path):
     """Catches a check that takes a 16-bit tensor-core instruction for an 8-bit one."""
     script = """
 from fastbert_kernels import offline
-for name, found in (("HGMMA", True), ("QGMMA", False), ("IGMMA", False), ("UTCQMMA", False), ("IMMA", False)):
+for name, expected in (("HGMMA", True), ("QGMMA", False), ("IGMMA", False), ("UTCQMMA", False), ("IMMA", False)):
     kernel = offline.Kernel(90, "quantized_linear", "fp8", {}, None, {})
     findings = offline._findings(kernel, offline.Result(tensor_cores={name: 1}), 0)
-    assert bool(findings) == found, (name, findings)
+    assert bool(findings) == expected, (name, findings)
 """
     done = run("-c", script, cache=tmp_path)
     assert done.returncode == 0, done.stderr

@@ -13,13 +13,13 @@ ATTENTION = """
 import json, sys
 import sass
 
-found = {}
+loops_of = {}
 for model, variant in (("extra", "D16"), ("minilm", "D32"), ("base", "D64"), ("extra", "D80"), ("extra", "D128")):
     kernel, _ = sass.planned(int(sys.argv[1]), "bf16", "attention", model, variant)
-    found[variant] = [
+    loops_of[variant] = [
         [sass.counts(body, "LDGSTS"), sass.counts(body, "LDG.E"), sass.waits(body)] for body in sass.loops(kernel)
     ]
-print(json.dumps(found))
+print(json.dumps(loops_of))
 """
 
 
@@ -40,15 +40,15 @@ POOLING = """
 import json, sys
 import sass
 
-found = {}
+loops_of = {}
 for arch in (80, 90):
     for dtype in ("bf16", "fp32"):
         for mode in ("mean", "max", "weighted_mean"):
             (kernel,) = sass.planned(arch, dtype, "pooling", "base", mode)
             loops = sass.loops(kernel)
             names = "BAR", "SHFL", "LDS", "STS", "LDG.E.128"
-            found[f"{arch} {dtype} {mode}"] = [[sass.counts(body, name) for name in names] for body in loops]
-print(json.dumps(found))
+            loops_of[f"{arch} {dtype} {mode}"] = [[sass.counts(body, name) for name in names] for body in loops]
+print(json.dumps(loops_of))
 """
 
 

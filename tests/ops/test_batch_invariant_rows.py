@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -20,18 +20,14 @@ from fastbert_kernels import cpu
 from helpers import assert_as_accurate, cu_seqlens_of, rms_error
 from invariance_cases import DTYPES, INVARIANT, skip_without
 
-pytestmark = pytest.mark.skipif(cpu.unavailable() is not None, reason=str(cpu.unavailable()))
+pytestmark = [
+    pytest.mark.skipif(cpu.unavailable() is not None, reason=str(cpu.unavailable())),
+    pytest.mark.usefixtures("number_of_threads"),
+]
 
 
 ROWS = 300  # of which any 1 to MOST are to have the same bits alone
 MOST = 40
-
-
-@pytest.fixture(autouse=True)
-def _threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 def assert_rows_are_alone(function: Callable[[slice], Tensor]) -> None:
