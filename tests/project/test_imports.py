@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -274,6 +276,28 @@ def test_no_files_import_one_another() -> None:
         names = {name for _, name in imported(path.read_text(encoding="utf-8"), package, MODULES)}
         edges[module] = {name for name in names if name in MODULES} - {module}
     assert [circle for circle in circles(edges) if circle not in CIRCLES] == []
+
+
+def missing_names(text: str) -> list[str]:
+    """The imports from our packages, in code and in strings of code, that name nothing."""
+    missing = []
+    for module, names in re.findall(r"from (fastbert(?:_kernels)?(?:\.\w+)*) import \(?([\w ,]+)", text):
+        for name in (each.split()[0] for each in names.split(",") if each.strip()):
+            try:
+                if not hasattr(importlib.import_module(module), name):
+                    importlib.import_module(f"{module}.{name}")
+            except ImportError:
+                missing.append(f"{module}: {name}")
+    return missing
+
+
+def test_imports_in_strings_name_something() -> None:
+    """Catches code for another process, in a string of a test, that imports a module or a name which has moved."""
+    wrong = "code = 'from fastbert import " + "nothing, ops as o\\nfrom fastbert." + "gone import here'"
+    assert missing_names(wrong) == ["fastbert: nothing", "fastbert.gone: here"]
+    paths = [path for folder in ("tests", "benchmarks") for path in sorted((ROOT / folder).rglob("*.py"))]
+    missing = {path.relative_to(ROOT).as_posix(): missing_names(path.read_text(encoding="utf-8")) for path in paths}
+    assert {name: names for name, names in missing.items() if names} == {}
 
 
 SOURCES = [*FILES, *sorted((ROOT / "benchmarks").rglob("*.py")), *sorted((ROOT / "examples").rglob("*.py"))]
