@@ -159,7 +159,9 @@ def cheap(model: Any) -> list[int]:
     """Replaces the encoder by a copy of the ids; returns the list of the row counts of its calls."""
     rows: list[int] = []
 
-    def encode_cheaply(ids: Tensor, types: Any, positions: Any, batch: Any, *rest: Any, **options: Any) -> list[Tensor]:
+    def encode_cheaply(
+        ids: Tensor, token_type_ids: Any, positions: Any, batch: Any, *rest: Any, **options: Any
+    ) -> list[Tensor]:
         rows.append(ids.shape[0])
         return [ids[:, None].expand(-1, 32).to(model.dtype)]
 

@@ -232,9 +232,9 @@ def test_masks_of_one_row() -> None:
     theirs = transformers.BertModel(transformers.BertConfig(**SIZES)).eval()
     ours = fastbert.BertModel(fastbert.BertConfig(**SIZES)).eval()
     ours.load_state_dict(theirs.state_dict())
-    mask, types = torch.tensor([[1, 1, 1, 1, 0]]), torch.tensor([[0, 0, 1, 1, 1]])
-    expected = theirs(IDS, attention_mask=mask.expand(2, 5), token_type_ids=types)[0][:, :4]
-    came = ours(IDS, attention_mask=mask, token_type_ids=types)[0][:, :4]
+    mask, token_type_ids = torch.tensor([[1, 1, 1, 1, 0]]), torch.tensor([[0, 0, 1, 1, 1]])
+    expected = theirs(IDS, attention_mask=mask.expand(2, 5), token_type_ids=token_type_ids)[0][:, :4]
+    came = ours(IDS, attention_mask=mask, token_type_ids=token_type_ids)[0][:, :4]
     torch.testing.assert_close(came, expected, rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match=re.escape("attention_mask: expected shape (2, 5) as input_ids, got (2, 4)")):
         ours(IDS, attention_mask=torch.ones(2, 4))

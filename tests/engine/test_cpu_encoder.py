@@ -131,31 +131,35 @@ def test_follows_the_weights(runs: list[int]) -> None:
 def test_stands_aside(runs: list[int]) -> None:
     """Catches gradients, hooks, states, adapters, autocast or dropout that are passed over."""
     model = make()
-    ids, cu_seqlens, types = inputs([9, 5])
+    ids, cu_seqlens, token_type_ids = inputs([9, 5])
     expected = encode(model, [9, 5])
     assert runs == [14]
-    model.forward_packed(ids, cu_seqlens, types).sum().backward()
+    model.forward_packed(ids, cu_seqlens, token_type_ids).sum().backward()
     assert model.encoder.layer[0].output.dense.weight.grad is not None
     with torch.no_grad():
         seen: list[Any] = []
         hook = model.encoder.layer[1].register_forward_hook(lambda *args: seen.append(args))
-        torch.testing.assert_close(model.forward_packed(ids, cu_seqlens, types), expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            model.forward_packed(ids, cu_seqlens, token_type_ids), expected, rtol=1e-4, atol=1e-4
+        )
         assert len(seen) == 1
         hook.remove()
         assert len(model(ids[None], output_hidden_states=True).hidden_states) == 3
         with torch.autocast("cpu", torch.bfloat16):
-            model.forward_packed(ids, cu_seqlens, types)
-        model.forward_packed(ids[:3], cu_seqlens_of([3]), types[:3])  # too few rows to be as exact as PyTorch
+            model.forward_packed(ids, cu_seqlens, token_type_ids)
+        model.forward_packed(ids[:3], cu_seqlens_of([3]), token_type_ids[:3])  # too few rows to be as exact as PyTorch
         plain = model.encoder.layer[0].output.dense
         model.encoder.layer[0].output.dense = nn.Sequential(plain)
-        torch.testing.assert_close(model.forward_packed(ids, cu_seqlens, types), expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            model.forward_packed(ids, cu_seqlens, token_type_ids), expected, rtol=1e-4, atol=1e-4
+        )
         model.encoder.layer[0].output.dense = plain
         model.encoder.layer[0].output.LayerNorm.eps = 1e-3
-        model.train().forward_packed(ids, cu_seqlens, types)
+        model.train().forward_packed(ids, cu_seqlens, token_type_ids)
         assert runs == [14]
         model.eval()
         model.encoder.layer[0].output.LayerNorm.eps = model.config.layer_norm_eps
-        model.forward_packed(ids, cu_seqlens, types)
+        model.forward_packed(ids, cu_seqlens, token_type_ids)
         assert runs == [14, 14]
 
 

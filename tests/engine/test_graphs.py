@@ -69,14 +69,14 @@ def test_segments_positions_and_dtypes(stand_in: StandIn, device: torch.device) 
     """Catches given segments or positions that a graph ignores, keeps for the next batch, or reads as another dtype."""
     model = make(device)
     ids, cu_seqlens = packed([5, 9], device)
-    segments, positions = torch.arange(14, device=device) % 2, torch.arange(14, device=device).flip(0)
+    token_type_ids, positions = torch.arange(14, device=device) % 2, torch.arange(14, device=device).flip(0)
     plain = encode(model, [5, 9])
     with torch.no_grad():
-        explicit = model.forward_packed(ids, cu_seqlens, segments, positions)
-        narrow = model.forward_packed(ids.int(), cu_seqlens, segments.int(), positions.int())
+        explicit = model.forward_packed(ids, cu_seqlens, token_type_ids, positions)
+        narrow = model.forward_packed(ids.int(), cu_seqlens, token_type_ids.int(), positions.int())
         again = model.forward_packed(ids, cu_seqlens)
         model.cuda_graphs = False
-        expected = model.forward_packed(ids, cu_seqlens, segments, positions)
+        expected = model.forward_packed(ids, cu_seqlens, token_type_ids, positions)
     assert torch.equal(explicit, expected) and torch.equal(narrow, expected)
     assert torch.equal(again, plain) and not torch.equal(explicit, plain)
 
@@ -132,7 +132,9 @@ def test_hidden_states_go_when_they_are_read(device: torch.device, monkeypatch: 
 def test_what_does_not_fit(lengths: list[int], stand_in: StandIn, device: torch.device) -> None:
     """Catches a batch written past the static memory."""
     model = make(device)
-    model._encode = lambda ids, types, positions, batch, *rest, **options: [ids[:, None].expand(-1, 32).float()]
+    model._encode = lambda ids, token_type_ids, positions, batch, *rest, **options: [
+        ids[:, None].expand(-1, 32).float()
+    ]
     out = encode(model, lengths)
     assert out.shape == (sum(lengths), 32) and stand_in.captures == 0
     assert torch.equal(out[:, 0].long(), packed(lengths, device)[0])

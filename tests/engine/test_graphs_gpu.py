@@ -104,11 +104,11 @@ def test_gpu_a_capture_of_somebody_else(cuda: torch.device) -> None:
     model = real(cuda)
     ids, cu_seqlens = packed([90, 4], cuda)
     batch = packing.from_cu_seqlens(cu_seqlens, 94, cuda)
-    segments = torch.zeros_like(ids)
+    token_type_ids = torch.zeros_like(ids)
     with torch.no_grad():
-        exact = model._encode(ids, segments, batch.position_ids, batch)[-1]
+        exact = model._encode(ids, token_type_ids, batch.position_ids, batch)[-1]
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            out = model.encode_packed(batch, ids, segments, check=False)[-1]
+            out = model.encode_packed(batch, ids, token_type_ids, check=False)[-1]
         graph.replay()
     assert torch.equal(out, exact) and len(model.graphs) == 0

@@ -180,12 +180,12 @@ def test_given_positions_embeds_and_types(model_type: str) -> None:
     batch = make_batch(model_type, "holes")
     columns = torch.randperm(POSITIONS)[:LENGTH].expand(BATCH, -1)
     assert_matches(ours, model, {**batch, "position_ids": columns})
-    types = torch.zeros(BATCH, LENGTH, dtype=torch.long)
+    token_type_ids = torch.zeros(BATCH, LENGTH, dtype=torch.long)
     if model_type == "electra":
-        types[:, 4:] = 1
+        token_type_ids[:, 4:] = 1
     if model_type != "distilbert":
-        assert_matches(ours, model, {**batch, "token_type_ids": types})
-    assert torch.equal(run(ours, {**batch, "token_type_ids": types * 0})[0], run(ours, batch)[0])
+        assert_matches(ours, model, {**batch, "token_type_ids": token_type_ids})
+    assert torch.equal(run(ours, {**batch, "token_type_ids": token_type_ids * 0})[0], run(ours, batch)[0])
     embeds = randn(BATCH, LENGTH, 24 if model_type == "electra" else 32)
     inputs = {"inputs_embeds": embeds, "attention_mask": batch["attention_mask"]}
     assert_matches(ours, model, inputs)

@@ -104,9 +104,9 @@ def test_packed_kernels_are_as_accurate(long_model: Any, lengths: list[int], dev
     batch = {n: t[filled] for n, t in batch.items()}
     reference = in_dtype(in_dtype(long_model, torch.float32), torch.float64)
     other, expected = (run(each, batch).last_hidden_state.cpu()[valid[filled]] for each in (eager, reference))
-    input_ids, types = (batch[n][valid[filled]].to(device) for n in ("input_ids", "token_type_ids"))
+    input_ids, token_type_ids = (batch[n][valid[filled]].to(device) for n in ("input_ids", "token_type_ids"))
     with torch.no_grad():
-        packed = ours.forward_packed(input_ids, cu_seqlens_of(lengths, device), types)
+        packed = ours.forward_packed(input_ids, cu_seqlens_of(lengths, device), token_type_ids)
     assert_as_accurate("packed", packed.cpu(), other, expected)
 
 
@@ -157,8 +157,8 @@ def test_packed_trains() -> None:
     model, batch = trainable("tiny"), make_batch("right")
     ours, padded = twin(model), twin(model)
     valid = valid_of(batch["attention_mask"])
-    input_ids, types, positions = (batch[n][valid] for n in ("input_ids", "token_type_ids", "position_ids"))
-    packed = ours.forward_packed(input_ids, cu_seqlens_of([13, 9, 1, 5]), types, positions)
+    input_ids, token_type_ids, positions = (batch[n][valid] for n in ("input_ids", "token_type_ids", "position_ids"))
+    packed = ours.forward_packed(input_ids, cu_seqlens_of([13, 9, 1, 5]), token_type_ids, positions)
     weighted_sum({"hidden": packed}).backward()
     weighted_sum({"hidden": padded(**batch).last_hidden_state[valid]}).backward()
     assert_gradients(ours, padded, GRADIENT_BOUND)

@@ -159,9 +159,13 @@ def test_embedding_quantises_what_it_stores(precision, dtype, device, poisoned):
     tables = [randn(size, h, dtype=dtype, device=device) for size in (50, 2, 30)]
     norm = [torch.randn(h).to(device, dtype) for _ in range(2)]
     embeds = randn(T, h, dtype=dtype, device=device)
-    for first, words, types in ((ids[0], tables[0], ids[1]), (None, embeds, ids[1]), (ids[0], tables[0], None)):
-        segments = None if types is None else tables[1]
-        arguments = first, types, ids[2], words, segments, tables[2], *norm, 1e-12
+    for first, words, token_type_ids in (
+        (ids[0], tables[0], ids[1]),
+        (None, embeds, ids[1]),
+        (ids[0], tables[0], None),
+    ):
+        segments = None if token_type_ids is None else tables[1]
+        arguments = first, token_type_ids, ids[2], words, segments, tables[2], *norm, 1e-12
         out, q = Q.embedding_layer_norm(*arguments, precision, policy=TRITON)
         extra = {"inputs_embeds": embeds} if first is None else {}
         assert torch.equal(out, ops.embedding_layer_norm(*arguments, policy=TRITON, **extra))
