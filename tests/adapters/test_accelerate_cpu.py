@@ -1,4 +1,4 @@
-"""The one call of a C++ kernel on CPUs, under an accelerated model: when it runs, and that it follows the weights."""
+"""An accelerated model on a CPU runs in one call of a C++ kernel, and that call follows the weights."""
 
 from __future__ import annotations
 

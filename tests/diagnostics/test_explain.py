@@ -1,4 +1,4 @@
-"""explain: what it says is what runs, and asking runs nothing."""
+"""explain says what runs, and runs nothing itself."""
 
 from __future__ import annotations
 
@@ -291,11 +291,11 @@ def test_heads(head: Any) -> None:
     """Catches a linear of a head that the report lacks, or gives a wrong shape."""
     model = head(config(num_hidden_layers=1)).eval()
     report = explain(model)
-    found = {row.module.removesuffix(".query+key+value") for row in report.rows if row.op == "linear"}
+    modules = {row.module.removesuffix(".query+key+value") for row in report.rows if row.op == "linear"}
     expected = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     apart = ("query", "key", "value")
     expected = {name.rpartition(".")[0] if name.endswith(apart) else name for name in expected}
-    assert found == expected
+    assert modules == expected
     assert bool(rows_of(report, "pooling")) == (model.bert.pooler is not None)
     last = report.rows[-1]
     in_rows = "T" if head in (tasks.BertForMaskedLM, *HEADS[-2:]) else "B"
@@ -303,7 +303,7 @@ def test_heads(head: Any) -> None:
 
 
 def test_wrapped_models_are_found() -> None:
-    """Catches a wrapper, such as an adapter library's, whose model is not seen; and an explanation of anything else."""
+    """Catches a wrapper, such as an adapter library's, whose model is not seen, or an explanation of anything else."""
     inner = tasks.BertForMaskedLM(config())
     report = explain(nn.Sequential(nn.Identity(), inner))
     assert report.model == "Sequential"
@@ -382,8 +382,11 @@ def test_explain_changes_nothing() -> None:
 
 @pytest.mark.parametrize("first", ["module", "function"])
 def test_function_and_module_share_a_name(first: str) -> None:
-    """Catches `fastbert.explain(...)` failing after something imported the module `fastbert.explain`."""
-    modules = "from fastbert.explain import Report as E\nfrom fastbert.verify import Report as V"
+    """Catches `fastbert.explain(...)` failing after something imported the package of that name."""
+    modules = (
+        "from fastbert.diagnostics.explain.report import Report as E\n"
+        "from fastbert.diagnostics.verify.report import Report as V"
+    )
     functions = "assert callable(fastbert.explain) and callable(fastbert.verify)"
     code = "\n".join(
         [

@@ -1,4 +1,4 @@
-"""No stall while serving: warm-up, the counter of compilations, what kernels specialise on, the cache on disk."""
+"""Serving does not stall: warm-up compiles everything, compilations are counted, and the cache on disk is used."""
 
 from __future__ import annotations
 
@@ -188,7 +188,8 @@ def test_a_second_process_compiles_nothing(tmp_path: Path) -> None:
 
 KEYS = """
 import json, sys, torch, fastbert
-from fastbert import graphs, ops
+from fastbert import ops
+from fastbert.engine import graphs
 from fastbert.ops import dispatch
 from fastbert_kernels import launch, offline
 from fastbert_kernels.offline import GPUTarget
@@ -199,15 +200,15 @@ target, dtype = GPUTarget("cuda", 90, 32), torch.bfloat16
 config = fastbert.BertConfig(
     vocab_size=101, hidden_size=96, num_hidden_layers=1, num_attention_heads=3, intermediate_size=128
 )
-how = {"backend": "triton", "strict": True, "batch_invariant": "batch_invariant" in sys.argv}
-model = fastbert.BertForMaskedLM(config, **how).eval().to(dtype)
+settings = {"backend": "triton", "strict": True, "batch_invariant": "batch_invariant" in sys.argv}
+model = fastbert.BertForMaskedLM(config, **settings).eval().to(dtype)
 
 
 def keys(lengths, offset=0, ids_dtype=torch.int64):
     n = sum(lengths)
     memory = torch.zeros(n + offset, dtype=ids_dtype)  # ids that start anywhere in memory
     cu_seqlens = torch.cat([torch.zeros(offset, dtype=torch.int32), cu_seqlens_of(lengths)])[offset:]
-    found = set()
+    all_keys = set()
     with launch.recording(90) as launches, torch.no_grad():
         hidden = model.bert.forward_packed(memory[offset:], cu_seqlens, memory[offset:], memory[offset:])
         ops.pool(hidden, cu_seqlens, "mean", normalize=True, out_dtype=torch.float32, policy=model.policy)
@@ -215,8 +216,8 @@ def keys(lengths, offset=0, ids_dtype=torch.int64):
         model(torch.zeros(len(lengths), max(lengths), dtype=ids_dtype))
     for recorded in launches:
         source, options = offline.specialize(recorded, target)
-        found.add((recorded.kernel.fn.__name__, source.hash(), str(options)))
-    return found
+        all_keys.add((recorded.kernel.fn.__name__, source.hash(), str(options)))
+    return all_keys
 
 
 first = keys([8, 8])
@@ -258,7 +259,7 @@ def triton_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 
 class Kernel:
-    """Stands for a compiled kernel: `launch` is called with the folder of Triton's cache."""
+    """A stand-in for a compiled kernel: `launch` is called with the folder of Triton's cache."""
 
     def __init__(self, launch: Callable[[str], None]) -> None:
         self.launch, self.launches = launch, 0
@@ -274,7 +275,7 @@ class Kernel:
 
 
 def put(folder: str) -> None:
-    """What Triton does first to compile a kernel."""
+    """Does what Triton does first to compile a kernel."""
     from triton.runtime.cache import FileCacheManager
 
     FileCacheManager("a kernel").put("source", "a.source")

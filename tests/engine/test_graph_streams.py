@@ -1,4 +1,4 @@
-"""The streams and pools of memory that captures take from CUDA, seen with stand-ins for torch.cuda's classes."""
+"""Captures take streams and pools of memory from CUDA in order, as stand-ins for torch.cuda's classes show."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> Cuda:
 
 
 def use(capturer: capture.CudaCapturer) -> None:
-    """What `Graphs.run` does around a capture and a replay."""
+    """Does what `Graphs.run` does around a capture and a replay."""
     capturer.begin([])
     capturer.capture(lambda: None)
     capturer.end()

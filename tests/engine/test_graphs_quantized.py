@@ -1,4 +1,4 @@
-"""CUDA graphs of models with 8-bit weights, with the stand-in of test_graphs.py where there is no GPU."""
+"""CUDA graphs hold models with 8-bit weights; a stand-in captures where there is no GPU."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_same_bits_with_graphs_and_without(
     device: torch.device,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Catches static inputs that differ from the plain path's, and memory that nobody wrote that reaches a text."""
+    """Catches static inputs that differ from the plain path's, or unwritten memory that reaches a text."""
     from fastbert_kernels import launch
 
     if device.type == "cpu":  # 90: linears on tensor descriptors
@@ -140,7 +140,7 @@ def test_another_precision(other: str | None, stand_in: StandIn, device: torch.d
 
 @pytest.mark.parametrize("change", UNSUITABLE, ids=lambda change: change.__name__)
 def test_what_no_graph_may_hold(change: Callable[[Any], None], stand_in: StandIn, device: torch.device) -> None:
-    """Catches code that a replay would leave out."""
+    """Catches a graph of a model whose own code a replay would leave out."""
     model = make_8_bit(device)
     model.encoder.layer.append(make(device).encoder.layer[1].requires_grad_(False))
     model.policy = Policy("triton")

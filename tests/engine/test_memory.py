@@ -1,4 +1,4 @@
-"""Memory: what an encoder needs at its peak, and that it does not grow while batches of all lengths go by."""
+"""An encoder's memory has a known peak, and does not grow while batches of all lengths go by."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_no_growth_over_ten_thousand_batches(cuda_graphs: bool) -> None:
 
 @pytest.mark.skipif(memory.unavailable() is not None, reason=str(memory.unavailable()))
 def test_no_growth_on_a_cpu() -> None:
-    """Catches the same on a CPU, where oneDNN keeps a program of some 100 KB for each number of rows it meets."""
+    """Catches memory that grows on a CPU, where oneDNN keeps a program for each number of rows that it meets."""
     model = BertModel(BertConfig(**TINY), backend="cpu").eval()
     draw = torch.Generator().manual_seed(0)
     for _ in range(600):

@@ -1,4 +1,4 @@
-"""The distribution: what a wheel holds, whether it runs where nothing else is installed, and PyPI's `kernels`."""
+"""A wheel holds what it should and runs by itself, and nothing imports PyPI's `kernels`."""
 
 from __future__ import annotations
 
@@ -62,15 +62,15 @@ def scratch_dir() -> Iterator[Path]:
 
 def source_files() -> list[Path]:
     """Every Python file of the checkout, outside hidden folders, environments and build outputs."""
-    found = []
+    paths = []
     for folder, subfolders, names in os.walk(ROOT):
         subfolders[:] = [
             name
             for name in subfolders
             if not name.startswith(".") and name not in NOT_SOURCE and not Path(folder, name, "pyvenv.cfg").exists()
         ]
-        found += [Path(folder, name) for name in names if name.endswith(".py")]
-    return sorted(found)
+        paths += [Path(folder, name) for name in names if name.endswith(".py")]
+    return sorted(paths)
 
 
 @pytest.fixture(scope="module")
@@ -334,7 +334,7 @@ def test_transformers_imports_from_the_root_with_pypi_kernels(
 
 @pytest.mark.slow
 def test_a_regular_package_kernels_would_be_noticed(pypi_kernels: Path, accepted_version: str, tmp_path: Path) -> None:
-    """Catches a probe that proves nothing: where `kernels/` has an `__init__.py`, the same import must fail."""
+    """Catches a probe that proves nothing, because it passes where `kernels/` has an `__init__.py`."""
     (tmp_path / "kernels").mkdir()
     (tmp_path / "kernels" / "__init__.py").touch()
     with pytest.raises(AssertionError, match="ImportError"):
