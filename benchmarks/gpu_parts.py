@@ -28,8 +28,8 @@ import models
 from fastbert.bench.peers import OURS
 from fastbert.bench.results import OK
 from fastbert.ops import quantized
-from fastbert.tune import jobs as tune_jobs
-from fastbert.tune import search as tune
+from fastbert.tune import search
+from fastbert.tune.jobs import TOKENS, default_models, jobs_of
 
 if TYPE_CHECKING:
     from gpu import Options
@@ -165,22 +165,22 @@ def start(options: Options, device: torch.device, seconds: float) -> int:
 def tuned_table(options: Options, device: torch.device, seconds: float) -> int:
     """The table that `fastbert tune` would make for this GPU, in the folder of the results and not in the cache."""
     recorder = Recorder(options.out / "tune.json", device)
-    why_not = tune.unable(device)
-    if why_not is not None:
-        recorder.note(tuned_table=f"not made: {why_not}")
+    obstacle = search.device_obstacle(device)
+    if obstacle is not None:
+        recorder.note(tuned_table=f"not made: {obstacle}")
         return 0
     from fastbert_kernels import launch, tables
 
     name, arch = torch.cuda.get_device_name(device), launch.arch(device)
-    tokens = tune_jobs.TOKENS[:1] if options.quick else tune_jobs.TOKENS
-    jobs = tune_jobs.jobs(tune_jobs.default_models(), [torch.bfloat16], arch, precisions=_precisions(device))
+    tokens = TOKENS[:1] if options.quick else TOKENS
+    jobs = jobs_of(default_models(), [torch.bfloat16], arch, precisions=_precisions(device))
     # In a folder of its own: it is no result file.
     path, deadline, outcomes = options.out / "tuned" / tables.file_name(name), Deadline(seconds), []
     for job in jobs:
         if deadline.left <= 0:
             break
-        outcomes += tune.tune([job], device, tokens, say=_say)
-        tune.write(tune.table_of(outcomes, name, arch, tokens), path)
+        outcomes += search.tune([job], device, tokens, say=_say)
+        search.write(search.table_of(outcomes, name, arch, tokens), path)
     recorder.note(tuned_table=f"tuned/{path.name}", tuned_shapes=f"{len(outcomes)} of {len(jobs)}")
     return int(len(outcomes) < len(jobs) or any(outcome.best() is None for outcome in outcomes))
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastbert.bench.engines import Engine, Padded, Source, missing
+from fastbert.bench.engines import Engine, Padded, Source, package_obstacle
 
 INPUTS, OUTPUT = ("input_ids", "attention_mask"), "last_hidden_state"
 OPSET = 17
@@ -33,10 +33,10 @@ class CPURuntime(Padded):
         super().__init__(*args, **settings)
         self.dtype = self.computes_in
 
-    def available(self) -> str | None:
+    def obstacle(self) -> str | None:
         if self.source.device.type != "cpu":
             return "is compared on CPUs only"
-        return missing(self.package) or super().available()
+        return package_obstacle(self.package) or super().obstacle()
 
     def run(self, ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
         """(B, S) int64, twice -> (B, S, H) float32."""
@@ -74,8 +74,8 @@ class FusedONNXRuntime(ONNXRuntime):
 
     name = "ONNX Runtime fused"
 
-    def available(self) -> str | None:
-        return super().available() or missing("onnx")
+    def obstacle(self) -> str | None:
+        return super().obstacle() or package_obstacle("onnx")
 
     def graph(self) -> str:
         path = workdir() / f"{_key(self.source)}-fused.onnx"
@@ -105,8 +105,8 @@ class OpenVINO(CPURuntime):
     name, package = "OpenVINO", "openvino"
     precision, capability = "f32", "FP32"
 
-    def available(self) -> str | None:
-        reason = super().available()
+    def obstacle(self) -> str | None:
+        reason = super().obstacle()
         if reason is None:
             import openvino
 
@@ -143,8 +143,8 @@ class CTranslate2(CPURuntime):
     name, package = "CTranslate2", "ctranslate2"
     compute_type = "float32"
 
-    def available(self) -> str | None:
-        reason = super().available()
+    def obstacle(self) -> str | None:
+        reason = super().obstacle()
         if reason is None and self.compute_type not in _ctranslate2().get_supported_compute_types("cpu"):
             reason = f"CTranslate2 has no {self.compute_type} on this processor"
         return reason

@@ -15,7 +15,7 @@ import torch
 from peers_cpu import INPUTS, OpenVINO, exported, workdir
 
 from fastbert import Tokenizer
-from fastbert.bench.engines import Compiled, Engine, Source, missing
+from fastbert.bench.engines import Compiled, Engine, Source, package_obstacle
 from fastbert.bench.texts import docstrings, spread
 from fastbert_kernels import cpu
 
@@ -29,8 +29,8 @@ class ONNXRuntimeInt8(peers_cpu.ONNXRuntime):
 
     name, computes_in = "ONNX Runtime int8", "int8"
 
-    def available(self) -> str | None:
-        return super().available() or missing("onnx")
+    def obstacle(self) -> str | None:
+        return super().obstacle() or package_obstacle("onnx")
 
     def graph(self) -> str:
         path = workdir() / f"{peers_cpu._key(self.source)}-int8.onnx"
@@ -52,8 +52,8 @@ class OpenVINOInt8(OpenVINO):
 
     name, computes_in = "OpenVINO int8", "int8"
 
-    def available(self) -> str | None:
-        return super().available() or missing("nncf")
+    def obstacle(self) -> str | None:
+        return super().obstacle() or package_obstacle("nncf")
 
     def model(self, core: Any) -> Any:
         path = workdir() / f"{peers_cpu._key(self.source)}-int8.xml"
@@ -81,10 +81,10 @@ class Zentorch(Compiled):
 
     name, package = "zentorch", "zentorch"
 
-    def available(self) -> str | None:
+    def obstacle(self) -> str | None:
         if self.source.device.type != "cpu":
             return "is compared on CPUs only"
-        reason = missing(self.package) or super().available()
+        reason = package_obstacle(self.package) or super().obstacle()
         if reason is None:
             try:
                 import zentorch  # noqa: F401

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fastbert import BertModel, reference
 from fastbert.bench.engines import TRANSFORMERS_ENGINES, Batch, Engine, Packed, Padded, Source
-from fastbert.bench.exact import covered
+from fastbert.bench.exact import choose_checked
 from fastbert.bench.peers import OURS, Peer
 from fastbert.ops.quantized import device_obstacle
 
@@ -80,7 +80,7 @@ class ModelTask:
         places = [(b, i) for b, lengths in enumerate(self.batches) for i in range(len(lengths))]
         lengths = [self.batches[b][i] for b, i in places]
         found: list[list[int]] = [[] for _ in self.batches]
-        for b, i in (places[k] for k in covered(lengths, self.source.config, self.source.device)):
+        for b, i in (places[k] for k in choose_checked(lengths, self.source.config, self.source.device)):
             found[b].append(i)
         return found
 
@@ -101,7 +101,7 @@ class ModelTask:
 class FastBert(Engine):
     """fastbert.BertModel."""
 
-    def available(self) -> str | None:
+    def obstacle(self) -> str | None:
         return None
 
     def load(self) -> None:
@@ -132,7 +132,7 @@ class FastBertInt8(FastBertPacked):
         super().__init__(*args, **settings)
         self.dtype = self.precision
 
-    def available(self) -> str | None:
+    def obstacle(self) -> str | None:
         return device_obstacle(self.precision, self.source.device)
 
     def load(self) -> None:
@@ -164,8 +164,8 @@ class Hidden(Peer):
         self.name, self.dtype, self.needs = self.engine.name, self.engine.dtype, self.engine.needs
         self.inputs: list[list[Batch]] = []
 
-    def available(self) -> str | None:
-        return self.engine.available()
+    def obstacle(self) -> str | None:
+        return self.engine.obstacle()
 
     def prepare(self) -> None:
         self.engine.load()

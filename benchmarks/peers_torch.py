@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fastbert.bench.engines import SDPA, Engine, Packed, Padded, missing
+from fastbert.bench.engines import SDPA, Engine, Packed, Padded, package_obstacle
 
 NO_GPU = "needs an NVIDIA GPU"
 HALF = (torch.bfloat16, torch.float16)
@@ -22,10 +22,10 @@ class ForcedSDPA(SDPA):
 
     backend: SDPBackend
 
-    def available(self) -> str | None:
+    def obstacle(self) -> str | None:
         if self.source.device.type != "cuda":
             return NO_GPU
-        return super().available() or self._rejected()
+        return super().obstacle() or self._rejected()
 
     def _rejected(self) -> str | None:
         """Why the backend does not take such queries, with a mask where batches have padding; None if it does."""
@@ -66,13 +66,13 @@ class FlashAttention(SDPA):
     name, attention = "transformers FlashAttention-2", "flash_attention_2"
     always_masked = True  # without a mask it would have to be told that nothing is padding
 
-    def available(self) -> str | None:
+    def obstacle(self) -> str | None:
         if self.source.device.type != "cuda":
             return NO_GPU
         if self.source.dtype not in HALF:
             return f"FlashAttention takes bfloat16 and float16, not {self.dtype}"
-        reasons = [missing(package) for package in ("flash-attn", "kernels")]
-        return super().available() or (f"{reasons[0]}; {reasons[1]}" if all(reasons) else None)
+        reasons = [package_obstacle(package) for package in ("flash-attn", "kernels")]
+        return super().obstacle() or (f"{reasons[0]}; {reasons[1]}" if all(reasons) else None)
 
 
 class VarlenAttention(Packed):
@@ -80,7 +80,7 @@ class VarlenAttention(Packed):
 
     name = "PyTorch varlen_attn"
 
-    def available(self) -> str | None:
+    def obstacle(self) -> str | None:
         if self.source.device.type != "cuda":
             return NO_GPU
         if self.source.dtype not in HALF:
@@ -89,7 +89,7 @@ class VarlenAttention(Packed):
             from torch.nn.attention import varlen  # noqa: F401
         except ImportError:
             return f"PyTorch {torch.__version__} has no torch.nn.attention.varlen"
-        return super().available()
+        return super().obstacle()
 
     def load(self) -> None:
         from torch.nn.attention.varlen import varlen_attn
@@ -117,13 +117,13 @@ class NestedTransformer(Padded):
 
     name = "PyTorch nn.TransformerEncoder"
 
-    def available(self) -> str | None:
+    def obstacle(self) -> str | None:
         config = self.source.config
         if config.hidden_act not in ("gelu", "relu"):
             return f"the fast path has gelu and relu, not {config.hidden_act}"
         if config.num_attention_heads % 2:
             return f"the fast path needs an even number of heads, not {config.num_attention_heads}"
-        return super().available()
+        return super().obstacle()
 
     def load(self) -> None:
         model, config = self.source.transformers(), self.source.config

@@ -193,7 +193,7 @@ def measure_eight_bit(probe: Probe) -> None:
 def measure_eight_bit_linear(probe: Probe, name: str, linear: suite_quantized.Linear, precision: str) -> None:
     built = suite_quantized.build(linear, FEW if probe.tiny else TOKENS, precision, probe.device)
     for peer in built.peers:
-        if peer.available() is None and peer.name != suite_kernels.EAGER:
+        if peer.obstacle() is None and peer.name != suite_kernels.EAGER:
             case: dict[str, Any] = {"work": built.work, "exact": built.reference, "dtype": precision}
             probe.measure(name, peer.name, peer.run, pick=partial(_output, peer), **case)
 

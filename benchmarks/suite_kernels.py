@@ -17,8 +17,8 @@ from suites import Built, Case
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from fastbert.bench.devices import fast_at_bfloat16
 from fastbert.bench.peers import OURS, Peer
-from fastbert.cli.demo import fast_at_bfloat16
 from fastbert.ops import packing
 
 SUITE = "kernels"
@@ -60,7 +60,7 @@ class Contender(Peer):
         self.name = name
         self._run, self._sets, self._pick, self._missing, self._compiled = run, sets, pick, missing, compiled
 
-    def available(self) -> str | None:
+    def obstacle(self) -> str | None:
         return self._missing
 
     def prepare(self) -> None:

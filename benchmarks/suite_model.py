@@ -17,9 +17,9 @@ from suites import Built, Case, LeftOut, Work
 from workloads import Workload
 
 import models
+from fastbert.bench.devices import fast_at_bfloat16
 from fastbert.bench.engines import EAGER, Compiled
 from fastbert.bench.peers import OURS, Peer
-from fastbert.cli.demo import fast_at_bfloat16
 
 SUITE = "model"
 FEW_DOCUMENTS = 2048  # of workload (d), where a run is short: tokens a second are the same, the time is a quarter

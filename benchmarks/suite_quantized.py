@@ -169,7 +169,7 @@ def warm(device: torch.device, model: str, precision: str) -> None:
     """Runs each 8-bit linear of a model once on a few tokens, by both kernels, which compiles them."""
     for linear in linears(*MODELS[model]).values():
         for peer in build(linear, 64, precision, device).peers:
-            if peer.name.startswith(OURS) and peer.available() is None:
+            if peer.name.startswith(OURS) and peer.obstacle() is None:
                 peer.prepare()
     if device.type == "cuda":
         torch.cuda.synchronize(device)

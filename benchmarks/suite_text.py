@@ -17,18 +17,13 @@ from peers_text import text_encoders
 from suites import LONG_MINUTES, Built, Case, LeftOut, Work
 
 import models
+from fastbert.bench.devices import fast_at_bfloat16
 from fastbert.bench.engines import EAGER, SDPA, Compiled
 from fastbert.bench.peers import OURS, Peer
-from fastbert.bench.text import (
-    Latency,
-    SentenceTransformers,
-    TextEncoder,
-    TextTask,
-    Throughput,
-    TunedSentenceTransformers,
-)
+from fastbert.bench.text_encoders import SentenceTransformers, TextEncoder, TunedSentenceTransformers
+from fastbert.bench.text_peers import Latency, Throughput
+from fastbert.bench.text_task import TextTask
 from fastbert.bench.texts import docstrings, spread
-from fastbert.cli.demo import fast_at_bfloat16
 
 SUITE = "text"
 BASE = "BERT-base"

@@ -106,7 +106,7 @@ class LeftOut(Peer):
     def __init__(self, name: str, reason: str, dtype: str | None = None) -> None:
         self.name, self.reason, self.dtype = name, reason, dtype
 
-    def available(self) -> str | None:
+    def obstacle(self) -> str | None:
         return self.reason
 
 

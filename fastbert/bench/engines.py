@@ -39,7 +39,7 @@ class Source:
         """transformers' model, without its pooler, in eval mode. dtype: another one than the source's."""
         import transformers
 
-        quiet()
+        silence_transformers()
         without_pooler = {"add_pooling_layer": False} if self.config.family.pooler else {}
         model = transformers.AutoModel.from_pretrained(
             self.folder, dtype=dtype or self.dtype, attn_implementation=attention, **without_pooler
@@ -90,9 +90,9 @@ class Engine:
         self.source, self.pool, self.varied = source, pool, varied
         self.dtype = str(source.dtype).removeprefix("torch.")
 
-    def available(self) -> str | None:
+    def obstacle(self) -> str | None:
         """None, or why this engine cannot run here."""
-        return missing("transformers")
+        return package_obstacle("transformers")
 
     def load(self) -> None:
         """Makes the engine ready to take batches."""
@@ -242,7 +242,7 @@ class Compiled(SDPA):
         return out if self.pool is None else out.clone()  # the next replay overwrites it
 
 
-def quiet() -> None:
+def silence_transformers() -> None:
     """Keeps transformers' progress bars and notes about unused weights off the terminal."""
     import transformers
 
@@ -250,7 +250,7 @@ def quiet() -> None:
     transformers.utils.logging.disable_progress_bar()
 
 
-def missing(package: str) -> str | None:
+def package_obstacle(package: str) -> str | None:
     """Why a package cannot be used, None if it is installed."""
     if importlib.util.find_spec(package.replace("-", "_")) is None:
         return f"the package {package} is not installed"

@@ -18,7 +18,7 @@ from fastbert.pipelines.sentence import SentenceEncoder
 CHECKED, CHECKED_TOKENS, CHECKED_FLOPS = 64, 6000, 4e11
 
 
-def covered(lengths: Sequence[int], config: BertConfig, device: torch.device) -> list[int]:
+def choose_checked(lengths: Sequence[int], config: BertConfig, device: torch.device) -> list[int]:
     """Which of the sequences to check: of every length, and not too many for float64. In order of length."""
     budget = float(CHECKED_TOKENS)
     if device.type == "cpu":

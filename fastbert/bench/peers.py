@@ -33,7 +33,7 @@ class Peer:
     needs: tuple[str, ...] = ()
     dtype: str | None = None
 
-    def available(self) -> str | None:
+    def obstacle(self) -> str | None:
         """None, or why this peer cannot run here (a package, a device, a feature that is missing)."""
         return None
 
@@ -81,7 +81,7 @@ def contest(
     rows = {peer.name: row(peer) for peer in peers}
     able: list[Peer] = []
     for peer in peers:
-        reason = peer.available()
+        reason = peer.obstacle()
         if reason is not None:
             rows[peer.name].status, rows[peer.name].detail = MISSING, reason
             continue

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 from torch import Tensor, nn
 
@@ -112,9 +113,25 @@ class Block:
         return ["pre_norm", *names] if self.pre_norm else names
 
     def products(self) -> dict[str, tuple[Linear, ...]]:
-        """The matrix products of the layer by name: the linears that are multiplied as one."""
+        """The matrix products of the layer by name: the linears that are multiplied as one. See `product_shapes`."""
         up = (self.up,) if self.gate is None else (self.up, self.gate)
         return {"qkv": (self.query, self.key, self.value), "out": (self.out,), "up": up, "down": (self.down,)}
+
+
+class Sizes(Protocol):
+    """A configuration, as far as the sizes of a layer go."""
+
+    @property
+    def hidden_size(self) -> int: ...
+
+    @property
+    def intermediate_size(self) -> int: ...
+
+
+def product_shapes(config: Sizes) -> dict[str, tuple[int, int]]:
+    """The shapes (M, K) of the weights in `Block.products`, without a gate, for layers that are not built yet."""
+    h, i = config.hidden_size, config.intermediate_size
+    return {"qkv": (3 * h, h), "out": (h, h), "up": (i, h), "down": (h, i)}
 
 
 def feature_obstacles(features: list[str], supported: frozenset[str], engine: str) -> Iterator[str]:

@@ -44,19 +44,16 @@ LAYERS: list[set[str]] = [
 LONGEST, LONGEST_TEST = 400, 500
 LONG: set[str] = {
     "fastbert/adapters/sentences.py",
-    "fastbert/bench/text.py",
     "fastbert/diagnostics/explain/operations.py",
     "fastbert/diagnostics/verify/run.py",
     "fastbert/pipelines/sentence.py",
     "fastbert/text/tokenizer.py",
-    "fastbert/tune/jobs.py",
     "kernels/fastbert_kernels/cpu/__init__.py",
     "kernels/fastbert_kernels/launch.py",
     "kernels/fastbert_kernels/offline.py",
 }
 CIRCLES: list[set[str]] = [
     {"fastbert.pipelines.api", "fastbert.pipelines.inputs", "fastbert.pipelines.run", "fastbert.pipelines.sentence"},
-    {"fastbert.bench.memory", "fastbert.bench.text"},
     {"fastbert.diagnostics.explain.costs", "fastbert.diagnostics.explain.report"},
     {"fastbert.diagnostics.verify.page", "fastbert.diagnostics.verify.report"},
 ]

@@ -1,142 +1,26 @@
-"""From strings to vectors: what one would use, the reference, and the peers of the two settings.
-
-A TextEncoder turns texts into vectors; `Throughput` times it on all texts of a task, `Latency` on one text at a time.
-"""
+"""Text encoders are ways to turn texts into vectors: fastbert's, and what one would use instead."""
 
 from __future__ import annotations
 
 import copy
-import functools
-import logging
 import math
-import os
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fastbert.bench import memory
-from fastbert.bench.engines import TRANSFORMERS_ENGINES, Engine, Pool, Source, missing, quiet
-from fastbert.bench.exact import covered, reference_vectors
-from fastbert.bench.peers import OURS, Peer
+from fastbert.bench.engines import TRANSFORMERS_ENGINES, Engine, Pool, package_obstacle, silence_transformers
+from fastbert.bench.peers import OURS
+from fastbert.bench.text_task import TextTask
 from fastbert.bench.texts import spread
-from fastbert.checkpoint import files as checkpoint
-from fastbert.pipelines import folder as sentence_layout
 from fastbert.pipelines.folder import Normalize
-from fastbert.pipelines.names import SENTENCE_TRANSFORMERS, full_name
 from fastbert.pipelines.sentence import SentenceEncoder
-from fastbert.text.tokenizer import PackedEncoding
 
-logger = logging.getLogger("fastbert")
-
-DTYPES = ("float32", "bfloat16", "float16")
 WINDOW = 4096  # texts that padded peers tokenise and sort at once: a GPU computes one window during the next
 SAMPLE = {"cpu": 48, "cuda": 2048}  # texts on which batch sizes are tried
-FEW = 16  # texts of a first run
-
-SHORT_TEXTS, SHORT_TOKENS = 32, 32  # of the latency setting: how many texts, and of how many tokens at most
-
-
-class TextTask:
-    """A sentence encoder and texts for it.
-
-    src: a sentence-transformers folder, a plain BERT checkpoint or a hub id, as for SentenceEncoder. dtype: "auto" is
-    that of the checkpoint. device: the GPU if there is one. Raises what SentenceEncoder.from_pretrained does, and
-    ValueError where there is no text, for another dtype and for a prompt that pooling leaves out.
-    """
-
-    def __init__(
-        self,
-        src: str | os.PathLike[str],
-        texts: Sequence[str],
-        *,
-        dtype: str = "auto",
-        device: str | torch.device | None = None,
-        backend: str = "auto",
-        revision: str | None = None,
-    ) -> None:
-        self.folder = checkpoint.resolve(full_name(src, SENTENCE_TRANSFORMERS), revision=revision)
-        self.layout = sentence_layout.read(self.folder) or sentence_layout.Layout(self.folder)
-        self.backend = backend
-        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        self.exact = SentenceEncoder.from_pretrained(self.folder, device="cpu", backend="torch")  # in the dtype stored
-        self.max_seq_length = self.exact.max_seq_length
-        self.stored_dtype = str(self.exact.dtype).removeprefix("torch.")
-        self.dtype = self.stored_dtype if dtype == "auto" else dtype
-        if self.dtype not in DTYPES:
-            raise ValueError(f"dtype: got {self.dtype!r}, expected one of {', '.join(DTYPES)}")
-        name = self.exact.default_prompt_name
-        self.prompt = "" if name is None else self.exact.prompts[name]
-        if self.prompt and not self.exact.pooling.include_prompt:
-            raise ValueError(f"{src}: its default prompt is left out of pooling, which is not supported here")
-        self.use(texts)
-
-    def use(self, texts: Sequence[str]) -> None:
-        """Takes other texts. n_cut: how many of them are longer than what the model reads."""
-        if not texts:
-            raise ValueError("texts: expected at least one")
-        self.texts = list(texts)
-        packed = self._tokens(self.texts)
-        self.lengths, self.n_cut = packed.cu_seqlens.diff().numpy(), packed.n_truncated
-        self.__dict__.pop("checked", None)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """What encoders need of it, without the reference's model."""
-        return {name: value for name, value in self.__dict__.items() if name not in ("exact", "checked")}
-
-    @property
-    def source(self) -> Source:
-        return Source(self.layout.transformer, getattr(torch, self.dtype), self.device)
-
-    @property
-    def n_tokens(self) -> int:
-        """Valid tokens of all texts, special tokens included."""
-        return int(self.lengths.sum())
-
-    def token_lengths(self, texts: Sequence[str]) -> np.ndarray:
-        """(n,) tokens that the model reads of each text."""
-        return self._tokens(texts).cu_seqlens.diff().numpy()
-
-    def _tokens(self, texts: Sequence[str]) -> PackedEncoding:
-        texts = [self.prompt + text for text in texts]
-        return self.exact.tokenizer.encode_packed(texts, max_length=self.max_seq_length, warn=False)
-
-    @functools.cached_property
-    def checked(self) -> list[int]:
-        """Which texts the reference covers."""
-        return covered(self.lengths.tolist(), self.exact.model.config, self.device)
-
-    def reference(self) -> Tensor:
-        """The (n, dim) float64 vectors of the checked texts."""
-        return self.vectors([self.texts[i] for i in self.checked])
-
-    def vectors(self, texts: Sequence[str]) -> Tensor:
-        """The (n, dim) float64 vectors of any texts, with the weights as the checkpoint stores them."""
-        return reference_vectors(self.exact, [self.prompt + text for text in texts], self.device)
-
-    def short_texts(self) -> list[str]:
-        """A few texts of up to 32 tokens for the latency setting; the shortest there are, where all are longer."""
-        by_length = np.argsort(self.lengths, kind="stable")
-        n_short = int((self.lengths <= SHORT_TOKENS).sum()) or math.ceil(len(by_length) / 10)
-        return [self.texts[i] for i in spread(by_length[:n_short].tolist(), SHORT_TEXTS)]
-
-
-@contextmanager
-def untold() -> Iterator[None]:
-    """Without the warnings that TextTask has given, and those that every run would give again."""
-
-    def news(record: logging.LogRecord) -> bool:
-        return not any(part in str(record.msg) for part in ("truncated", "so mean pooling"))
-
-    logger.addFilter(news)
-    try:
-        yield
-    finally:
-        logger.removeFilter(news)
 
 
 class TextEncoder:
@@ -156,7 +40,7 @@ class TextEncoder:
         self.batch_size: int | None = None
         self._loaded = False
 
-    def available(self) -> str | None:
+    def obstacle(self) -> str | None:
         return None
 
     def load(self) -> None:
@@ -244,17 +128,17 @@ class Pooled(TextEncoder):
     def _sizes(self) -> tuple[int, ...]:
         return self.engine.batch_sizes.get(self.task.device.type, self.engine.batch_sizes["cpu"])
 
-    def available(self) -> str | None:
+    def obstacle(self) -> str | None:
         modes, tail = self.task.layout.pooling.modes, self.task.layout.tail
         if modes not in (("mean",), ("cls",)) or [type(module) for module in tail] not in ([], [Normalize]):
             after = "".join(f", {type(module).__name__}" for module in tail)
             return f"this checkpoint pools by {', '.join(modes)}{after}; here is only mean or cls, and normalising"
-        return missing("transformers") or self.engine.available()
+        return package_obstacle("transformers") or self.engine.obstacle()
 
     def load(self) -> None:
         import transformers
 
-        quiet()
+        silence_transformers()
         self.tokenizer = transformers.AutoTokenizer.from_pretrained(self.task.layout.transformer)
         self.engine.load()
         self.warmups = self.engine.warmups
@@ -297,14 +181,14 @@ class SentenceTransformers(TextEncoder):
         super().__init__(task)
         self.dtype = task.stored_dtype
 
-    def available(self) -> str | None:
-        return missing("sentence-transformers")
+    def obstacle(self) -> str | None:
+        return package_obstacle("sentence-transformers")
 
     def load(self) -> None:
         self._load()
 
     def _load(self, **settings: Any) -> None:
-        quiet()
+        silence_transformers()
         from sentence_transformers import SentenceTransformer
 
         self.model = SentenceTransformer(str(self.task.folder), device=str(self.task.device), **settings)
@@ -328,7 +212,7 @@ class TunedSentenceTransformers(SentenceTransformers):
 
     def load(self) -> None:
         dtype, on_gpu = self.task.source.dtype, self.task.device.type == "cuda"
-        flash = on_gpu and dtype != torch.float32 and missing("flash-attn") is None
+        flash = on_gpu and dtype != torch.float32 and package_obstacle("flash-attn") is None
         self._load(model_kwargs={"dtype": dtype, "attn_implementation": "flash_attention_2" if flash else "sdpa"})
 
     def encode(self, texts: list[str]) -> Tensor:
@@ -340,64 +224,3 @@ def text_encoders(task: TextTask) -> list[TextEncoder]:
     """fastbert, and what needs no package but transformers and sentence-transformers."""
     engines = [Pooled(task, engine) for engine in TRANSFORMERS_ENGINES]
     return [FastBert(task), *engines, SentenceTransformers(task), TunedSentenceTransformers(task)]
-
-
-class Throughput(Peer):
-    """All texts of the task at once. The output is that of the texts which `TextTask.reference` covers.
-
-    memory: whether there is time for a process of its own, in which to measure that.
-    """
-
-    gives_vectors = True
-
-    def __init__(self, encoder: TextEncoder, memory: bool = True) -> None:
-        self.encoder, self.task, self.memory = encoder, encoder.task, memory
-        self.name, self.dtype = encoder.name, encoder.dtype
-
-    def available(self) -> str | None:
-        return self.encoder.available()
-
-    def prepare(self) -> None:
-        self.encoder.prepare()
-        self.encoder.encode(spread(self.task.texts, FEW))  # which compiles what is to be compiled
-
-    def run(self, i: int) -> Tensor:
-        return self.encoder.encode(self.task.texts)
-
-    def output(self) -> Tensor:
-        self.encoder.choose_batch_size()
-        for _ in range(self.encoder.warmups - 1):
-            self.run(0)
-        return self.run(0)[torch.tensor(self.task.checked)]
-
-    def facts(self) -> dict[str, Any]:
-        return self.encoder.facts()
-
-    def peak_bytes(self) -> int | None:
-        return memory.peak_of(self.encoder) if self.memory and memory.unavailable() is None else None
-
-
-class Latency(Peer):
-    """One text at a time. The output is that of all `texts`, as `TextTask.vectors` gives it for them."""
-
-    gives_vectors = True
-
-    def __init__(self, encoder: TextEncoder, texts: Sequence[str]) -> None:
-        self.encoder, self.texts = encoder, list(texts)
-        self.name, self.dtype = encoder.name, encoder.dtype
-
-    def available(self) -> str | None:
-        return self.encoder.available()
-
-    def prepare(self) -> None:
-        self.encoder.prepare()
-        self.run(0)
-
-    def run(self, i: int) -> Tensor:
-        return self.encoder.encode([self.texts[i % len(self.texts)]])
-
-    def output(self) -> Tensor:
-        for _ in range(self.encoder.warmups - 1):
-            for i in range(len(self.texts)):
-                self.run(i)
-        return torch.cat([self.run(i) for i in range(len(self.texts))])
