@@ -46,7 +46,7 @@ class ModelOutput(OrderedDict[str, Any]):
         raise TypeError(f"{type(self).__name__}: not a dataclass; make instances of a subclass that is one")
 
     def __post_init__(self) -> None:
-        # The generated __init__ has set every field through __setattr__; what is left is items that came in one argument.
+        # The generated __init__ has set every field; what is left is items that came in one argument.
         first_name = next(iter(self.__dataclass_fields__))
         first = getattr(self, first_name)
         if isinstance(first, (Mapping, Iterator, list, tuple)) and list(self) == [first_name]:
