@@ -11,8 +11,7 @@ RESULTS ?= $(shell ls -td benchmarks/results/*/ 2>/dev/null | head -n 1)
 BASELINE ?=
 # A version of transformers to run the tests of the adapters against, in a .venv of its own.
 TRANSFORMERS ?=
-ADAPTER_TESTS := $(wildcard tests/test_accelerate*.py) tests/test_attention_interface.py tests/test_attention_classes.py \
-    tests/test_adapter_versions.py
+ADAPTER_TESTS := $(wildcard tests/adapters/test_a*.py)
 
 VENV := .venv
 CPP := $(wildcard kernels/fastbert_kernels/cpu/*.cpp kernels/fastbert_kernels/cpu/*.h)

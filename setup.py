@@ -142,5 +142,5 @@ setup(
             "nncf>=2.14",  # quantises for OpenVINO
         ],
     },
-    entry_points={"console_scripts": ["fastbert = fastbert.cli.main:main"]},
+    entry_points={"console_scripts": ["fastbert = fastbert.cli:main"]},
 )

@@ -1,6 +1,6 @@
 """A pytest plugin for the tests on a GPU: only those that touch it, the most telling first, each on record at once.
 
-    pytest -p gpu_pytest --record FILE tests/test_op_linear.py ...
+    pytest -p gpu_pytest --record FILE tests/ops/test_op_linear.py ...
 
 FILE gets a line of JSON for what was collected, and one for each test that ended, so that a run that is cut short keeps
 what it found. Under pytest-xdist a worker that has lost its CUDA context ends, and another takes its place.

@@ -21,32 +21,45 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 OPS = ("attention", "embedding", "gelu", "layer_norm", "linear", "pooling")
+
+
+def _files(*names: str) -> tuple[str, ...]:
+    """Paths of test files: "ops/op_gelu" is tests/ops/test_op_gelu.py."""
+    return tuple(f"tests/{folder}/test_{name}.py" for folder, _, name in (each.partition("/") for each in names))
+
+
 # What is tested -> its test files, in the order of what a run that is cut short should know. Half of all kernels are in
 # 8 bits.
 GROUPS: dict[str, tuple[str, ...]] = {
-    **{op: (f"tests/test_op_{op}.py",) for op in OPS},
-    "attention": ("tests/test_op_attention.py", "tests/test_attention_short.py"),
-    "linear": ("tests/test_op_linear.py", "tests/test_op_linear_persistent.py"),
-    "graphs": ("tests/test_graphs.py",),
-    "model": ("tests/test_model.py", "tests/test_heads.py"),
-    "batch_invariant": ("tests/test_batch_invariant.py",),
-    "text": ("tests/test_sentence.py", "tests/test_sentence_run.py"),
-    "dispatch": ("tests/test_dispatch.py", "tests/test_launch.py", "tests/test_ops_compile.py"),
-    "bad_input": ("tests/test_bad_input.py",),
-    "families": ("tests/test_families.py", "tests/test_pretrained.py", "tests/test_cross_encoder.py",
-                 "tests/test_accelerate_wrapped.py"),
-    "verify": ("tests/test_verify.py", "tests/test_explain.py"),
-    "stalls": ("tests/test_no_stall.py",),
-    "host": ("tests/test_contexts.py", "tests/test_copies.py", "tests/test_silent_writes.py", "tests/test_jit.py",
-             "tests/test_graph_streams.py", "tests/test_sentence_inputs.py"),
-    "peers": ("tests/test_bench_peers.py",),
-    "memory": ("tests/test_memory.py",),
-    "tune": ("tests/test_tune.py",),
-    "quantized": (
-        "tests/test_op_quantized.py", "tests/test_op_quantized_persistent.py", "tests/test_quantized.py",
-        "tests/test_graphs_quantized.py",
+    **{op: _files(f"ops/op_{op}") for op in OPS},
+    "attention": _files("ops/op_attention", "on_kernels/attention_short"),
+    "linear": _files("ops/op_linear", "ops/op_linear_persistent"),
+    "graphs": _files("engine/graphs"),
+    "model": _files("models/model", "models/heads"),
+    "batch_invariant": _files("engine/batch_invariant"),
+    "text": _files("pipelines/sentence", "pipelines/sentence_run"),
+    "dispatch": _files("ops/dispatch", "on_kernels/launch", "ops/ops_compile"),
+    "bad_input": _files("models/bad_input"),
+    "families": _files(
+        "models/families", "models/pretrained", "pipelines/cross_encoder", "adapters/accelerate_wrapped"
     ),
-}  # fmt: skip
+    "verify": _files("diagnostics/verify", "diagnostics/explain"),
+    "stalls": _files("diagnostics/no_stall"),
+    "host": _files(
+        "ops/contexts",
+        "engine/copies",
+        "ops/silent_writes",
+        "on_kernels/jit",
+        "engine/graph_streams",
+        "pipelines/sentence_inputs",
+    ),
+    "peers": _files("bench/bench_peers"),
+    "memory": _files("engine/memory"),
+    "tune": _files("tune/tune"),
+    "quantized": _files(
+        "ops/op_quantized", "ops/op_quantized_persistent", "engine/quantized", "engine/graphs_quantized"
+    ),
+}
 REFUSED = (*OPS, "quantized")  # the groups that are an operation of the kernel suite
 SELECTION = ("-m", "gpu or not slow")
 # As the command `pytest` does: `python -m pytest` would put the working folder, with its folder kernels/, on the path.

@@ -56,11 +56,11 @@ _PUBLIC = {
     "Tokenizer": "fastbert.text.tokenizer",
     "accelerate": "fastbert.adapters",
     "compile_events": "fastbert.engine.graphs",
-    "explain": "fastbert.explain",
+    "explain": "fastbert.diagnostics.explain.entry",
     "quantize_embeddings": "fastbert.vectors.quantize",
     "restore": "fastbert.adapters",
     "semantic_search": "fastbert.vectors.search",
-    "verify": "fastbert.verify",
+    "verify": "fastbert.diagnostics.verify.entry",
     "warmup": "fastbert.diagnostics.warmup",
 }
 

@@ -2,7 +2,7 @@
 
 import sys
 
-from fastbert.cli.main import main
+from fastbert.cli import main
 
 if __name__ == "__main__":
     sys.exit(main())

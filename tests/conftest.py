@@ -2,7 +2,7 @@
 
 Two options make a machine without a GPU look like one that has it, as far as it can (`test_as_on_a_gpu.py` uses both):
 
-    pytest --as-arch 90 tests/test_op_linear.py      kernels and block sizes of compute capability 9.0, interpreted
+    pytest --as-arch 90 tests/ops/test_op_linear.py      kernels and block sizes of compute capability 9.0, interpreted
     pytest --no-interpreter tests                    what needs no GPU must pass without the interpreter as well
 """
 
@@ -12,6 +12,7 @@ import importlib.util
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -93,3 +94,20 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> helpers.Outputs:
     outputs = helpers.Outputs()
     monkeypatch.setattr(launch, "empty", outputs.empty)
     return outputs
+
+
+@pytest.fixture
+def stand_in(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """What captures CUDA graphs in the place of a GPU: a `graph_cases.StandIn`."""
+    from fastbert.engine import graphs
+    from graph_cases import StandIn
+
+    capturer = StandIn()
+    monkeypatch.setattr(graphs, "capturer", lambda device: capturer)
+    return capturer
+
+
+@pytest.fixture
+def cuda() -> torch.device:
+    """The GPU, for tests that are marked `gpu`."""
+    return torch.device("cuda")

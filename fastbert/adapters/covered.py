@@ -1,7 +1,7 @@
 """Which classes of other libraries are covered, and where in them the parts of an encoder of ours lie.
 
-Names of parameters and settings are those of fastbert.checkpoint.families. What no checkpoint has, and no table there can say, is
-here: classes, dropouts, activations, buffers, outputs. A family more is a `Mapping` more.
+Names of parameters and settings are those of fastbert.checkpoint.families. What no checkpoint has, and no table there
+can say, is here: classes, dropouts, activations, buffers, outputs. A family more is a `Mapping` more.
 """
 
 from __future__ import annotations

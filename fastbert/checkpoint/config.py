@@ -43,14 +43,14 @@ _DROPOUTS = ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_
 class BertConfig(ConfigAccess):
     """Shape and settings of a BERT model, with the names and defaults of transformers' ``BertConfig``.
 
-    ``model_type`` names the table of fastbert.checkpoint.families that the model follows; whatever names its ``config.json`` has,
-    the fields keep these. ``embedding_size``: width of the embeddings where the family projects them (ELECTRA), None
-    for ``hidden_size``. The defaults here are BERT's; ``from_dict`` fills in those of the family.
+    ``model_type`` names the table of fastbert.checkpoint.families that the model follows; whatever names its
+    ``config.json`` has, the fields keep these. ``embedding_size``: width of the embeddings where the family projects
+    them (ELECTRA), None for ``hidden_size``. The defaults here are BERT's; ``from_dict`` fills in those of the family.
 
     ``dtype`` is the name of the dtype the checkpoint was stored in ("float32", "bfloat16", "float16", "float64") or
     None. ``hidden_act`` is "gelu" (erf form; "gelu_python" is taken as another name of it), "gelu_new" or
-    "gelu_pytorch_tanh" (tanh form), "relu", or another name of fastbert.checkpoint.activations, for most of which there is no
-    kernel. ``id2label`` maps class index to name; ``num_labels`` and ``label2id`` follow from it, and may be set.
+    "gelu_pytorch_tanh" (tanh form), "relu", or another name of fastbert.checkpoint.activations, for most of which there
+    is no kernel. ``id2label`` maps class index to name; ``num_labels`` and ``label2id`` follow from it, and may be set.
     ``extra`` keeps what else a ``config.json`` held, so that saving it again loses nothing; its names, and those of
     transformers, are attributes, too.
 

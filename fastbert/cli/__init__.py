@@ -1,0 +1,3 @@
+"""The command `fastbert`; `main` is what runs it."""
+
+from fastbert.cli.main import main as main

@@ -1,0 +1,1 @@
+"""Reports on a model: explain, verify and warm-up."""

@@ -3,11 +3,11 @@
 Linears multiply 8-bit activations by 8-bit weights; attention's own products, LayerNorm and the residual stay in the
 model's dtype. Every operand is quantised by the kernel that makes it. T tokens, H hidden.
 
-fp8 needs a GPU of compute capability 8.9 or newer, int8 one of 8.0, or a CPU with AVX-512 VNNI (fastbert.engine.cpu_encoder,
-which quantises its own way). Where there are no 8-bit kernels (other CPUs, an older GPU, sizes or an activation that
-they do not take, an adapter or a hook inside) the unquantised path runs: it is logged once, `explain` shows it, and
-under strict=True it raises BackendError. backend="torch" instead emulates the same quantisation in plain PyTorch, on
-any device. The parameters are kept, with the 8-bit weights beside them.
+fp8 needs a GPU of compute capability 8.9 or newer, int8 one of 8.0, or a CPU with AVX-512 VNNI
+(fastbert.engine.cpu_encoder, which quantises its own way). Where there are no 8-bit kernels (other CPUs, an older GPU,
+sizes or an activation that they do not take, an adapter or a hook inside) the unquantised path runs: it is logged once,
+`explain` shows it, and under strict=True it raises BackendError. backend="torch" instead emulates the same quantisation
+in plain PyTorch, on any device. The parameters are kept, with the 8-bit weights beside them.
 
 int8 is the more exact of the two: benchmarks/NOTES.md has the figures.
 """

@@ -430,8 +430,8 @@ def encode_by_call(
 class BertModel(PreTrainedModel):
     """The BERT encoder: token ids in, one vector a token out, and the pooled [CLS] vector.
 
-    Also that of its family, as config.model_type says (fastbert.checkpoint.families): the modules and their names are BERT's, the
-    pooler is there where the family has one, and default positions are the family's.
+    Also that of its family, as config.model_type says (fastbert.checkpoint.families): the modules and their names are
+    BERT's, the pooler is there where the family has one, and default positions are the family's.
 
     Source: Devlin et al., "BERT: Pre-training of Deep Bidirectional Transformers", 2018, arXiv:1810.04805.
     """

@@ -1,8 +1,8 @@
 """The seven BERT models with heads: pre-training, masked LM, next sentence, classification, choice, tokens, answers.
 
-Where another family has the same head, or one that differs as its `Head` in fastbert.checkpoint.families says, the class is it.
-Arguments, outputs and losses are those of transformers, with two differences that follow from packing: per-token logits
-are zero at padding positions, and padding positions enter no loss.
+Where another family has the same head, or one that differs as its `Head` in fastbert.checkpoint.families says, the
+class is it. Arguments, outputs and losses are those of transformers, with two differences that follow from packing:
+per-token logits are zero at padding positions, and padding positions enter no loss.
 """
 
 from __future__ import annotations

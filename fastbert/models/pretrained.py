@@ -38,8 +38,8 @@ class PreTrainedModel(ModelAccess):
     parameters, which are kept and saved as they are, then require no gradients. `missing_names`: the weights that
     from_pretrained did not find in the checkpoint and started afresh.
 
-    What a checkpoint of another family calls things is translated by its table (fastbert.checkpoint.families) when it is read and
-    when it is written.
+    What a checkpoint of another family calls things is translated by its table (fastbert.checkpoint.families) when it
+    is read and when it is written.
     """
 
     base_prefix = "bert."
@@ -156,16 +156,16 @@ class PreTrainedModel(ModelAccess):
 
         dtype: "auto" takes the checkpoint's. device: the CPU by default. batch_invariant: a text's output is the same
         to the bit alone, in any batch and in any order; on the Triton kernels, and on CPUs without gradients where the
-        C++ kernels do all sums, in float32, bfloat16 and precision="int8"; and strict. precision: "fp8" (GPUs
-        from compute capability 8.9 on) or "int8" (from 8.0 on, and on CPUs with AVX-512 VNNI) lets the encoder's
-        linears multiply 8-bit operands, for inference; see fastbert.engine.quantized for what happens where there are no
+        C++ kernels do all sums, in float32, bfloat16 and precision="int8"; and strict. precision: "fp8" (GPUs from
+        compute capability 8.9 on) or "int8" (from 8.0 on, and on CPUs with AVX-512 VNNI) lets the encoder's linears
+        multiply 8-bit operands, for inference; see fastbert.engine.quantized for what happens where there are no
         kernels for it. cuda_graphs: on a GPU, launch short batches as CUDA graphs, which gives the same results.
 
         arguments: fields of BertConfig and num_labels, which override the checkpoint's; and what from_pretrained of
-        transformers takes (fastbert.checkpoint.loading_arguments): revision, subfolder, cache_dir, token, local_files_only,
-        force_download, use_safetensors, variant, config, state_dict, torch_dtype, device_map (one device),
-        ignore_mismatched_sizes, output_loading_info (returns the model and a dict), add_pooling_layer (BertModel),
-        key_mapping. What of theirs has no effect here is ignored and logged, the rest is refused by name.
+        transformers takes (fastbert.checkpoint.loading_arguments): revision, subfolder, cache_dir, token,
+        local_files_only, force_download, use_safetensors, variant, config, state_dict, torch_dtype, device_map (one
+        device), ignore_mismatched_sizes, output_loading_info (returns the model and a dict), add_pooling_layer
+        (BertModel), key_mapping. What of theirs has no effect here is ignored and logged, the rest is refused by name.
 
         Weights that a checkpoint lacks are reported by name in a warning: a pooler is left out of a BertModel
         (pooler_output is None), a head starts with fresh weights (`missing_names` has their names). Raises

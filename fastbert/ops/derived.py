@@ -1,8 +1,8 @@
 """Tensors derived from parameters, and kept: a fused QKV matrix, 8-bit weights. The one mechanism for all of them.
 
 What is kept follows its parameters. Each use compares their addresses, PyTorch's counts of writes, dtypes and devices,
-and looks for writes that PyTorch does not count (fastbert.ops.silent_writes); on a GPU, where a look at numbers waits, the
-model does that once a call. `look_again` asks for everything to be made anew.
+and looks for writes that PyTorch does not count (fastbert.ops.silent_writes); on a GPU, where a look at numbers waits,
+the model does that once a call. `look_again` asks for everything to be made anew.
 
 Others may hold the addresses of what is kept, as CUDA graphs do. Where only `look_again` asks, the new numbers are
 therefore written to where the old ones were; where the parameters are others, so is the memory, and `changes` counts

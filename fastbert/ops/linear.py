@@ -162,9 +162,9 @@ def linear(
 ) -> torch.Tensor:
     """activation(x @ weight^T + bias). x: (T, K), weight: (M, K), bias: (M,) or None, of one floating dtype.
 
-    activation: "none", "gelu" (erf), "gelu_tanh", "relu" or one of fastbert.checkpoint.activations.OTHERS. keep: whether a packed
-    copy of the weight may be kept, which a module in training mode does not want. Returns (T, M) in x's dtype. Raises
-    ValueError for shapes that do not fit, BackendError under a strict policy.
+    activation: "none", "gelu" (erf), "gelu_tanh", "relu" or one of fastbert.checkpoint.activations.OTHERS. keep:
+    whether a packed copy of the weight may be kept, which a module in training mode does not want. Returns (T, M) in
+    x's dtype. Raises ValueError for shapes that do not fit, BackendError under a strict policy.
     """
     _check(x, weight, bias)
     if activation in OTHERS:

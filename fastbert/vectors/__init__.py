@@ -1,0 +1,1 @@
+"""Embeddings after the encoder: quantization and exact search."""

@@ -1,0 +1,1 @@
+"""fastbert.explain: what runs each part of a model, and why."""

@@ -54,9 +54,9 @@ def explain(
     were others. arch: compute capability of a GPU as one integer, 90 for 9.0, which need not be there.
 
     batch: what a batch of yours costs, too: its tokens beside those of a padded one, estimated FLOPs and bytes in all
-    and of each operation (`fastbert.diagnostics.explain.costs` says how they are counted). Texts, for a SentenceEncoder or with a
-    tokenizer; lists of token ids; lengths in tokens; a (B, S) tensor of ids, alone or in a tuple with its mask; a
-    dict with attention_mask or input_ids.
+    and of each operation (`fastbert.diagnostics.explain.costs` says how they are counted). Texts, for a SentenceEncoder
+    or with a tokenizer; lists of token ids; lengths in tokens; a (B, S) tensor of ids, alone or in a tuple with its
+    mask; a dict with attention_mask or input_ids.
 
     Raises TypeError for what is no such model or batch, ValueError for a device that is not there or an argument that
     is none.

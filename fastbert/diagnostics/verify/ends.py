@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fastbert import reference
 from fastbert.adapters.sentences import Pipeline, Step
-from fastbert.checkpoint.activations import activate
+from fastbert.checkpoint.activations import ACTIVATIONS, activate
 from fastbert.diagnostics.verify.report import FACTOR_OF_VECTORS
 from fastbert.models.bert import BertModel, Encoded, dense
 from fastbert.pipelines.folder import POOLING_MODES
@@ -88,7 +88,7 @@ def _linear(linear: Any, x: Tensor) -> Tensor:
 
 def _words(predictions: Any, bert: BertModel, x: Tensor) -> Tensor:
     """The language model's head: (n, H) -> (n, V)."""
-    part, activation = predictions.transform, reference.ACTIVATIONS[bert.config.hidden_act]
+    part, activation = predictions.transform, ACTIVATIONS[bert.config.hidden_act]
     x = _linear(part.dense, x)
     x = activate(x, activation)
     norm = part.LayerNorm

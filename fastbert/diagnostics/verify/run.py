@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastbert import reference
-from fastbert.checkpoint.activations import activate
+from fastbert.checkpoint.activations import ACTIVATIONS, activate
 from fastbert.checkpoint.config import BertConfig
 from fastbert.diagnostics.verify.ends import End
 from fastbert.diagnostics.verify.report import (
@@ -292,7 +292,7 @@ def _eager_norm(parameters: Mapping[str, Tensor], config: BertConfig, name: str,
 
 def _eager_layer(parameters: Mapping[str, Tensor], config: BertConfig, i: int, x: Tensor, mask: Tensor) -> Tensor:
     """Layer i on (B, S, H), in the dtype of x. mask: (B, S), 0 at padding."""
-    activation = reference.ACTIVATIONS[config.hidden_act]
+    activation = ACTIVATIONS[config.hidden_act]
     at = f"encoder.layer.{i}"
     q, k, v = (
         _eager_linear(parameters, f"{at}.attention.self.{name}", x)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from test_jit import run
+from process_cases import run_beside_tests as run
 
 ATTENTION = """
 import json, sys

@@ -22,7 +22,7 @@ from fastbert.bench.text import FastBert, Latency, Pooled, TextEncoder, TextTask
 from fastbert.pipelines.folder import Normalize
 from helpers import docstrings, rms_error
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import peers_cpu  # noqa: E402

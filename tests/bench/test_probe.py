@@ -12,7 +12,7 @@ import torch
 
 from helpers import source_env
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import probe  # noqa: E402

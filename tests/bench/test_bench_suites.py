@@ -13,12 +13,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import ceilings  # noqa: E402
 import kernel_ops  # noqa: E402
-import models  # noqa: E402
 import suite_kernels  # noqa: E402
 import suite_model  # noqa: E402
 import suite_quantized  # noqa: E402
@@ -28,6 +27,7 @@ import suites  # noqa: E402
 from session import Session  # noqa: E402
 from suites import Built, Case, Deadline, Recorder, Schedule, Work, run_case, run_cases  # noqa: E402
 
+import models  # noqa: E402
 from fastbert.bench import measure  # noqa: E402
 from fastbert.bench.engines import Compiled  # noqa: E402
 from fastbert.bench.measure import rms_error  # noqa: E402

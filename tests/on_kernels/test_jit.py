@@ -5,7 +5,6 @@ In processes of their own, without the interpreter, as on a GPU machine; a drive
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 from pathlib import Path
@@ -13,20 +12,13 @@ from typing import Any
 
 import torch
 
-from helpers import source_env
-from test_no_stall import run as run_in
+from process_cases import run_beside_tests as run
 
 MODULES = sorted(
     path.stem
-    for path in (Path(__file__).parent.parent / "kernels" / "fastbert_kernels").glob("*.py")
+    for path in (Path(__file__).resolve().parents[2] / "kernels" / "fastbert_kernels").glob("*.py")
     if "\n@jit" in path.read_text()
 )
-
-
-def run(code: str, *arguments: str, cache: Path) -> Any:
-    """What `code`, which may import from tests/, prints as JSON."""
-    path = os.pathsep.join([source_env()["PYTHONPATH"], str(Path(__file__).parent)])
-    return run_in(code, *arguments, cache=cache, PYTHONPATH=path)
 
 
 HASH = """
@@ -97,7 +89,7 @@ print(json.dumps(sorted(name for name, _ in attention._varlen_attention_kernel.u
 
 def test_all_kernels_are_made_by_our_decorator() -> None:
     """Catches a new kernel under @triton.jit, whose key depends on the others and whose first launch is not guarded."""
-    folder = Path(__file__).parent.parent / "kernels" / "fastbert_kernels"
+    folder = Path(__file__).resolve().parents[2] / "kernels" / "fastbert_kernels"
     assert [path.name for path in folder.glob("*.py") if "\n@triton.jit" in path.read_text()] == []
     assert {"attention", "gelu", "layer_norm", "pooling", "quantize"} <= set(MODULES)
 

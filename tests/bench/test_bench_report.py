@@ -18,7 +18,7 @@ from fastbert.bench.report import NO_FIGURES, render_terminal, write_report
 from fastbert.bench.results import FAILED, MISSING, WRONG, Results, Row
 from fastbert.pages import figures as drawing
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.append(str(ROOT / "benchmarks"))  # where the project's own benchmarks import each other from
 
 import baseline  # noqa: E402

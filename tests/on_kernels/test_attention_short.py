@@ -14,14 +14,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import fastbert
+from attention_cases import DTYPES, LENGTHS, check
 from fastbert import ops
 from fastbert.engine import graphs
 from fastbert.ops import Policy, packing
+from graph_cases import StandIn, encode, make
 from helpers import cu_seqlens_of
-from test_graphs import StandIn, encode, make, stand_in
-from test_op_attention import DTYPES, LENGTHS, check
 
-__all__ = ["stand_in"]  # a fixture
 pytestmark = pytest.mark.filterwarnings("ignore:(overflow|invalid value|divide by zero):RuntimeWarning")
 
 INVARIANT = Policy("triton", batch_invariant=True)

@@ -18,22 +18,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastbert
 from fastbert.engine import graphs
+from graph_cases import StandIn, cheap, encode, make, packed, random_lengths
 from helpers import source_env
-from test_graphs import StandIn, cheap, encode, make, packed, random_lengths, stand_in
+from process_cases import run
 
-__all__ = ["stand_in"]  # a fixture
 pytestmark = pytest.mark.filterwarnings("ignore:(overflow|invalid value|divide by zero):RuntimeWarning")
-
-
-def run(code: str, *arguments: str, cache: Path, **env: str) -> Any:
-    """What `code` prints as JSON, in a process of its own that compiles: the interpreter is off."""
-    environment = source_env(TRITON_CACHE_DIR=str(cache), **env)
-    environment.pop("TRITON_INTERPRET", None)
-    done = subprocess.run(
-        [sys.executable, "-c", code, *arguments], env=environment, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
 
 
 # Warm-up
@@ -429,7 +418,7 @@ def test_gpu_after_warmup_nothing_happens() -> None:
 
 SERVE = """
 import json, torch, fastbert
-from test_graphs import encode, make
+from graph_cases import encode, make
 model = make(torch.device("cuda"), torch.bfloat16)
 encode(model, [9, 4])
 events = fastbert.compile_events()

@@ -13,8 +13,7 @@ from fastbert.diagnostics.explain.entry import explain
 from fastbert.engine import graphs, quantized
 from fastbert.ops import Policy
 from fastbert.ops import quantized as ops_quantized
-from helpers import UNUSED_INT8
-from test_graphs import (
+from graph_cases import (
     CHANGES,
     UNSUITABLE,
     StandIn,
@@ -23,12 +22,11 @@ from test_graphs import (
     make,
     random_lengths,
     real,
-    stand_in,
     take_a_bias,
     without_graphs,
 )
+from helpers import UNUSED_INT8
 
-__all__ = ["stand_in"]  # a fixture
 pytestmark = pytest.mark.filterwarnings("ignore:(overflow|invalid value|divide by zero):RuntimeWarning")
 
 PRECISIONS = ("fp8", "int8")

@@ -107,7 +107,7 @@ Trainer(model=model, args=TrainingArguments(output_dir=out, report_to=[], use_cp
 import os
 assert {{"config.json", "model.safetensors"}} <= set(os.listdir(out)), os.listdir(out)
 """
-    root = Path(__file__).resolve().parent.parent
+    root = Path(__file__).resolve().parents[2]
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(root), str(root / "kernels")])}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

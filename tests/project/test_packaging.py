@@ -24,7 +24,7 @@ from packaging.requirements import Requirement
 
 from fastbert_kernels import cpu
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 NOT_SOURCE = {"build", "dist", "__pycache__"}
 CALLERS_OWN = {"PYTHONPATH", "PYTHONHOME", "TRITON_INTERPRET", "USE_HUB_KERNELS"}
 PIP = ["-m", "pip", "--disable-pip-version-check", "--quiet"]

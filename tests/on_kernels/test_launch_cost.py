@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from test_jit import run
+from process_cases import run_beside_tests as run
 
 COUNT = """
 import collections, importlib.util, json, sys, torch, stub_driver

@@ -6,6 +6,7 @@ import functools
 
 import pytest
 import torch
+from test_op_quantized import PRECISIONS, TORCH, assert_same_8_bit, exact_activation, exact_product, operands
 
 import float8_sums
 from fastbert.ops import quantized as Q
@@ -13,7 +14,6 @@ from fastbert_kernels import launch
 from fastbert_kernels.quantized_linear import quantized_linear_forward, quantized_linear_pointer_forward
 from fastbert_kernels.quantized_linear_persistent import quantized_linear_persistent_forward
 from helpers import assert_as_accurate, guarded, rms_error
-from test_op_quantized import PRECISIONS, TORCH, assert_same_8_bit, exact_activation, exact_product, operands
 
 TILE = {"BLOCK_ROWS": 32, "BLOCK_COLS": 32, "BLOCK_K": 32, "GROUP_ROWS": 2, "num_warps": 4, "num_stages": 2}
 WIDE = {**TILE, "BLOCK_COLS": 256}  # worked on in two parts

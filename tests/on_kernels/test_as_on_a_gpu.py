@@ -15,14 +15,24 @@ import pytest
 
 from helpers import source_env
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif("config.getoption('--as-arch') or config.getoption('--no-interpreter')", reason="is such a run"),
 ]
-OPS = ["tests/test_attention_short.py", *(str(p.relative_to(ROOT)) for p in sorted(ROOT.glob("tests/test_op_*.py")))]
+OPS = [
+    "tests/on_kernels/test_attention_short.py",
+    *(str(p.relative_to(ROOT)) for p in sorted(ROOT.glob("tests/ops/test_op_*.py"))),
+]
 LINEARS = [path for path in OPS if "linear" in path or "quantized" in path]  # all that differs on Blackwell
-OTHERS = [f"tests/test_{name}.py" for name in ("batch_invariant", "dispatch", "launch", "memory", "quantized", "tune")]
+OTHERS = [
+    "tests/engine/test_batch_invariant.py",
+    "tests/engine/test_memory.py",
+    "tests/engine/test_quantized.py",
+    "tests/on_kernels/test_launch.py",
+    "tests/ops/test_dispatch.py",
+    "tests/tune/test_tune.py",
+]
 RUNS = {
     "sm_90": ["--as-arch", "90", *OPS],
     "sm_100": ["--as-arch", "100", *LINEARS],

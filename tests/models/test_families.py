@@ -29,9 +29,9 @@ from fastbert import reference
 from fastbert.checkpoint.families import FAMILIES, family_of, our_class
 from fastbert.engine import graphs
 from fastbert_kernels import cpu
+from graph_cases import StandIn
 from helpers import assert_as_accurate, cu_seqlens_of
 from model_cases import BATCH, LENGTH, MASKS, POSITIONS, VOCAB, assert_close, first_tokens, in_dtype, randn, valid_of
-from test_graphs import StandIn
 
 # Tables
 

@@ -462,7 +462,7 @@ def test_no_tuning_at_run_time(monkeypatch, device):
 
 def test_part_of_the_gpu_run(tmp_path, monkeypatch, device):
     """A run on a GPU that tunes nothing, writes into the user's cache, or does not stop when its time is up."""
-    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "benchmarks"))
+    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[2] / "benchmarks"))
     import gpu
     import gpu_parts
 

@@ -1,0 +1,37 @@
+"""The oracle: BERT and each of its fused operations in short, plain PyTorch.
+
+Every other path of the library is judged by this package, and this package by transformers in float64. It is written
+to be read: padded `(B, S)` layout for the model, plain loops over sequences for packed operations, no fused operation
+and no device code. Any float dtype works; float64 is what numbers are judged by. In 16-bit dtypes each intermediate is
+rounded. It shares no code with fastbert.ops.
+"""
+
+from fastbert.reference.bert import TASKS, BertReference, bert, default_positions, head
+from fastbert.reference.ops import (
+    POOLING_MODES,
+    bias_gelu,
+    bias_residual_layer_norm,
+    embedding_layer_norm,
+    gelu,
+    layer_norm,
+    linear,
+    pool,
+    varlen_attention,
+)
+
+__all__ = [
+    "POOLING_MODES",
+    "TASKS",
+    "BertReference",
+    "bert",
+    "bias_gelu",
+    "bias_residual_layer_norm",
+    "default_positions",
+    "embedding_layer_norm",
+    "gelu",
+    "head",
+    "layer_norm",
+    "linear",
+    "pool",
+    "varlen_attention",
+]
