@@ -14,7 +14,7 @@ import torch
 
 from helpers import source_env
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.append(str(ROOT / "benchmarks"))  # where the project's own benchmarks import each other from
 
 import bits_recording  # noqa: E402
