@@ -101,9 +101,6 @@ class OneCall(_InOneCall):
     int8 = False
 
     def obstacles(self, model: Any, n_tokens: int | None, keep_states: bool, embedded: bool) -> Iterator[str]:
-        if torch.compiler.is_compiling():
-            yield str(tracing.observed())
-            return
         parameter = first_parameter(model)
         dtype, device, config = parameter.dtype, parameter.device, model.config
         possible = True

@@ -23,7 +23,7 @@ from fastbert.engine.cpu_encoder import CpuEncoder
 from fastbert.engine.graphs import Graphs, Shape
 from fastbert.engine.interface import Arithmetic, EncoderModel, PackedInputs
 from fastbert.engine.quantized import UNQUANTISED, EightBit
-from fastbert.engine.state import GRADIENTS, TRAINING, EncoderState
+from fastbert.engine.state import GRADIENTS, TRAINING, EncoderState, first_parameter
 from fastbert.ops import attention, dispatch, packing, silent_writes, tracing
 from fastbert.ops.packing import PackedBatch
 
@@ -63,8 +63,13 @@ class Engine:
         once, or raises BackendError under a strict policy.
         """
         embedded, n_tokens = inputs.input_ids is None, batch.n_tokens
-        fits = not embedded and not torch.compiler.is_compiling() and bucket_of(n_tokens) is not None
-        if fits and next(self.bucket_obstacles(model), None) is None:
+        if (
+            not embedded
+            and not torch.compiler.is_compiling()
+            and bucket_of(n_tokens) is not None
+            and capture.capturer(first_parameter(model).device) is not None
+            and next(self.bucket_obstacles(model), None) is None
+        ):
             return self._run_in_bucket(model, batch, inputs, keep_states)
         inputs = _as_int64(model, batch, inputs)
         arithmetic = self.choose_arithmetic(model, n_tokens, keep_states, embedded)

@@ -128,7 +128,8 @@ class EncoderModel(PreTrainedModel):
         for name, tensor in ids.items():
             if tensor is not None and tensor.shape != (n_tokens,):
                 raise ValueError(f"{name}: expected shape ({n_tokens},), got {tuple(tensor.shape)}")
-        check_embeds(inputs_embeds, self)
+        if inputs_embeds is not None:
+            check_embeds(inputs_embeds, self)
         if position_ids is None and self.counted_from is not None:
             if input_ids is None:
                 position_ids = batch.position_ids + self.counted_from + 1
