@@ -11,7 +11,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import ceilings
 import gpu_tests
@@ -22,6 +22,7 @@ import suite_quantized
 import suite_start
 import suite_text
 import torch
+from gpu_options import Options
 from suites import LONG_MINUTES, Case, Deadline, Recorder, read_notes, run_cases
 
 import models
@@ -30,9 +31,6 @@ from fastbert.bench.results import OK
 from fastbert.ops import quantized
 from fastbert.tune import search
 from fastbert.tune.jobs import TOKENS, default_models, jobs_of
-
-if TYPE_CHECKING:
-    from gpu import Options
 
 # What is compiled ahead: all that the suites time.
 COMPILED = (

@@ -17,11 +17,12 @@ from torch import Tensor
 
 from fastbert import reference
 from fastbert.bench.results import MISSING
+from fastbert.engine.block import product_shapes
 from fastbert.ops import attention as attention_op
 from fastbert.ops import packing, quantized
 
 if TYPE_CHECKING:
-    from probe import Probe
+    from probe_pieces import Probe
 
 TOKENS, FEW = 16384, 64  # of a kernel's case; in small
 CHECKED = 256  # rows of a GEMM that are compared with float64
@@ -55,10 +56,10 @@ def measure_ceilings(probe: Probe) -> None:
         probe.recorder.results.ceilings |= {ceilings.matmul_key(dtype): max(rates)} if rates else {}
 
 
-# K, M, activation of the linears of BERT-base and BERT-large.
+# Model, product of a layer and activation of each linear.
 GEMMS = (
-    (768, 3072, "gelu"), (768, 2304, "none"), (768, 768, "none"), (3072, 768, "none"), (1024, 4096, "gelu"),
-    (4096, 1024, "none"),
+    ("BERT-base", "up", "gelu"), ("BERT-base", "qkv", "none"), ("BERT-base", "out", "none"),
+    ("BERT-base", "down", "none"), ("BERT-large", "up", "gelu"), ("BERT-large", "down", "none"),
 )  # fmt: skip
 # Rows, columns, K, warps, stages of a tile.
 PERSISTENT = (
@@ -73,7 +74,8 @@ def measure_gemms(probe: Probe) -> None:
         measure_gemm(probe, FEW, 64, 128, "gelu")
         return
     for n in (TOKENS, 128):
-        for k, m, activation in GEMMS:
+        for model, product, activation in GEMMS:
+            m, k = product_shapes(*suite_kernels.MODELS[model][:2])[product]
             measure_gemm(probe, n, k, m, activation)
 
 

@@ -19,7 +19,7 @@ from fastbert.engine import buckets
 from fastbert.ops import packing
 
 if TYPE_CHECKING:
-    from probe import Probe
+    from probe_pieces import Probe
 
 BF16 = torch.bfloat16
 FIRST = 600  # tokens of the first sequences of a batch, which are compared with float64

@@ -17,6 +17,7 @@ from suites import Built, Case, Work
 from torch import Tensor
 
 from fastbert.bench.peers import OURS, Peer
+from fastbert.engine.block import product_shapes
 from fastbert.ops import Policy, quantized
 from fastbert.ops.quantized import OUT_GROUP, Quantized
 
@@ -40,12 +41,18 @@ class Linear(NamedTuple):
 
 
 def linears(hidden: int, inner: int, heads: int) -> dict[str, Linear]:
-    """Those of a layer by name."""
+    """The linears of a layer by name, the most important first."""
+    shapes = product_shapes(hidden, inner)
+
+    def linear(product: str, group: int | None = None, gelu: bool = False) -> Linear:
+        m, k = shapes[product]
+        return Linear(k, m, group, gelu)
+
     return {
-        "QKV": Linear(hidden, 3 * hidden, None, False),
-        "down": Linear(inner, hidden, OUT_GROUP, False),
-        "up + GELU": Linear(hidden, inner, None, True),
-        "attention output": Linear(hidden, hidden, hidden // heads, False),
+        "QKV": linear("qkv"),
+        "down": linear("down", OUT_GROUP),
+        "up + GELU": linear("up", gelu=True),
+        "attention output": linear("out", hidden // heads),
     }
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Protocol
 
 from torch import Tensor, nn
 
@@ -118,19 +117,9 @@ class Block:
         return {"qkv": (self.query, self.key, self.value), "out": (self.out,), "up": up, "down": (self.down,)}
 
 
-class Sizes(Protocol):
-    """A configuration, as far as the sizes of a layer go."""
-
-    @property
-    def hidden_size(self) -> int: ...
-
-    @property
-    def intermediate_size(self) -> int: ...
-
-
-def product_shapes(config: Sizes) -> dict[str, tuple[int, int]]:
-    """The shapes (M, K) of the weights in `Block.products`, without a gate, for layers that are not built yet."""
-    h, i = config.hidden_size, config.intermediate_size
+def product_shapes(hidden_size: int, intermediate_size: int) -> dict[str, tuple[int, int]]:
+    """The shapes (M, K) of the weights in `Block.products`, without a gate, for layers that are not built."""
+    h, i = hidden_size, intermediate_size
     return {"qkv": (3 * h, h), "out": (h, h), "up": (i, h), "down": (h, i)}
 
 

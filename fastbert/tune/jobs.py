@@ -77,7 +77,7 @@ def _gemm_jobs(name: str, config: BertConfig, dtype: torch.dtype, arch: int) -> 
     """The four linears of a layer in 16 or 32 bits."""
     from fastbert_kernels import launch
 
-    for product, (m, k) in product_shapes(config).items():
+    for product, (m, k) in product_shapes(config.hidden_size, config.intermediate_size).items():
         epilogue = EPILOGUES[product]
         key = launch.gemm_key(dtype, (k, m), epilogue)
         candidates = tuple(gemm_candidates(dtype, arch, (k, m), epilogue))
@@ -101,7 +101,7 @@ def _quantized_jobs(name: str, config: BertConfig, dtype: torch.dtype, arch: int
 
     # Columns that share a scale: of a head in the attention's output, of a group that "up" wrote; else those of a row.
     groups: dict[str, int] = {"out": config.head_size, "down": quantized.OUT_GROUP}
-    for product, (m, k) in product_shapes(config).items():
+    for product, (m, k) in product_shapes(config.hidden_size, config.intermediate_size).items():
         group = groups.get(product)
         if group is not None and group >= k:
             group = None

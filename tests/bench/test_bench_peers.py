@@ -261,7 +261,7 @@ def test_packed_bert_around_varlen_attention(folder, texts, monkeypatch):
     """Catches a mistake in the packed model that would otherwise show on a GPU alone."""
     module = types.SimpleNamespace(varlen_attn=attend)
     monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", module)
-    monkeypatch.setattr(peers_torch.VarlenAttention, "available", Engine.available)
+    monkeypatch.setattr(peers_torch.VarlenAttention, "obstacle", Engine.obstacle)
     model_task = peers_model.ModelTask(folder, LENGTHS, dtype="float32", device="cpu")
     engines = peers_model.FastBertPacked, Eager, peers_torch.VarlenAttention
     hold([peers_model.Hidden(model_task, engine) for engine in engines], model_task.reference(), "float32")

@@ -462,12 +462,12 @@ def test_no_tuning_at_run_time(monkeypatch, device):
 def test_part_of_the_gpu_run(tmp_path, monkeypatch, device):
     """Catches a run on a GPU that tunes nothing, writes into the user's cache, or does not stop when its time is up."""
     monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[2] / "benchmarks"))
-    import gpu
+    import gpu_options
     import gpu_parts
 
     from fastbert.bench.results import Results
 
-    options = gpu.Options(tmp_path, device.type, quick=True)
+    options = gpu_options.Options(tmp_path, device.type, quick=True)
     monkeypatch.setattr(search, "device_obstacle", lambda device: "there is none here")
     assert gpu_parts.run("tune", options, 60.0) == 0
     assert "there is none here" in Results.load(tmp_path / "tune.json").notes["tuned_table"]
