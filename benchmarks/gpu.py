@@ -103,7 +103,7 @@ def planned(only: Sequence[str] | None, sanitizer: bool, out: Path) -> list[str]
 
 
 def device_obstacle(device: str) -> str | None:
-    """Why nothing can run here, or None."""
+    """The reason why nothing can run here, or None."""
     try:
         import torch
     except ImportError:

@@ -1,4 +1,4 @@
-"""The parts of a run on a GPU, each in a process of its own (see gpu.py). They take the device: a CPU will do."""
+"""Each function here is a part of a run on a GPU, in a process of its own (see gpu.py). A CPU will do as the device."""
 
 from __future__ import annotations
 
@@ -63,9 +63,11 @@ def compile_kernels(options: Options, device: torch.device, seconds: float) -> i
         started = time.monotonic()
         warm()
         taken[name] = round(time.monotonic() - started, 2)
-    found = {what: n - before[what] for what, n in events.counts().items()}
-    recorder.note(seconds_of_each_model=taken, kernels_found_compiled=found["loads"], left=found["compilations"])
-    _say(f"{found['loads']} kernels of the suites were compiled ahead, {found['compilations']} were not")
+    new_events = {what: n - before[what] for what, n in events.counts().items()}
+    recorder.note(
+        seconds_of_each_model=taken, kernels_found_compiled=new_events["loads"], left=new_events["compilations"]
+    )
+    _say(f"{new_events['loads']} kernels of the suites were compiled ahead, {new_events['compilations']} were not")
     return 0
 
 
@@ -91,7 +93,7 @@ def compile_ahead(arch: int, seconds: float, only: Sequence[str] = ()) -> str:
 
 
 def _warmups(device: torch.device) -> Iterator[tuple[str, Callable[[], None]]]:
-    """What is to be compiled, by name, and the call that does it where that has not been done yet."""
+    """The names of what is to be compiled, and calls that compile it unless that has been done."""
     for model, dtype in COMPILED:
         yield f"{model} {dtype}", functools.partial(suite_kernels.warm, device, model, dtype)
     for precision in _precisions(device):
@@ -212,8 +214,8 @@ def _suite(
 ) -> int:
     """Runs the cases of a suite into its result file; exit code 1 if fastbert itself failed or was wrong somewhere."""
     deadline = Deadline(seconds)
-    found = ceilings.cached(device, options.out, quick=options.quick)
-    recorder = Recorder(options.out / f"{part}.json", device, found)
+    known_ceilings = ceilings.cached(device, options.out, quick=options.quick)
+    recorder = Recorder(options.out / f"{part}.json", device, known_ceilings)
     tested = read_notes(options.out / "tests.json")
     recorder.note(**notes, tests="run before" if tested else "not run", **_remarks(tested))
     # Beside a model and a text the failed tests are a remark: both are checked against float64 before they are timed.

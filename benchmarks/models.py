@@ -91,8 +91,7 @@ def text_model_name(own_folder: Path | None = None) -> str:
 def text_model(own_folder: Path | None = None) -> Path:
     """The folder of a sentence encoder: the user's own one, else the real MiniLM.
 
-    Where there is neither, it has MiniLM's shape, random weights, and a vocabulary trained on docstrings of the standard
-    library.
+    Without either, it has MiniLM's shape, random weights, and a vocabulary trained on docstrings.
     """
     folder = own_folder or minilm_folder()
     if folder is not None:

@@ -1,4 +1,4 @@
-"""From token ids to hidden states: the task, its reference, and the peers: fastbert and engines.
+"""Peers of the model level go from token ids to hidden states. The task and its reference are here too.
 
 All take the same ids, already on the device, each in its own form: packed, or padded batch by batch.
 """
@@ -62,7 +62,7 @@ class ModelTask:
 
     @property
     def varied(self) -> bool:
-        """Whether some batch needs padding, or batches differ in shape: then it is no single shape."""
+        """True if some batch needs padding, or batches differ in shape."""
         return len({(len(lengths), n) for lengths in self.batches for n in lengths}) > 1
 
     @functools.cached_property
@@ -76,13 +76,13 @@ class ModelTask:
 
     @functools.cached_property
     def checked(self) -> list[list[int]]:
-        """For each batch, the sequences of it that the reference covers."""
+        """The sequences of each batch that the reference covers."""
         places = [(b, i) for b, lengths in enumerate(self.batches) for i in range(len(lengths))]
         lengths = [self.batches[b][i] for b, i in places]
-        found: list[list[int]] = [[] for _ in self.batches]
+        numbers: list[list[int]] = [[] for _ in self.batches]
         for b, i in (places[k] for k in choose_checked(lengths, self.source.config, self.source.device)):
-            found[b].append(i)
-        return found
+            numbers[b].append(i)
+        return numbers
 
     @torch.no_grad()
     def reference(self) -> Tensor:
@@ -136,18 +136,18 @@ class FastBertInt8(FastBertPacked):
         return device_obstacle(self.precision, self.source.device)
 
     def load(self) -> None:
-        source, how = self.source, {"precision": self.precision, "backend": self.backend, "strict": True}
-        self.model = BertModel.from_pretrained(source.folder, dtype=source.dtype, device=source.device, **how)
+        source, arguments = self.source, {"precision": self.precision, "backend": self.backend, "strict": True}
+        self.model = BertModel.from_pretrained(source.folder, dtype=source.dtype, device=source.device, **arguments)
 
 
 class FastBertFp8(FastBertInt8):
-    """The same in fp8."""
+    """`FastBertInt8` in fp8."""
 
     name, precision = f"{OURS} fp8", "fp8"
 
 
 class FastBertPadded(FastBert, Padded):
-    """In the place of transformers' model: padded batches in and out."""
+    """fastbert in the place of transformers' model, with padded batches in and out."""
 
     name = "fastbert padded"
 

@@ -1,4 +1,4 @@
-"""What the suites share: cases, the one way to run a case, what its work costs at least, and where results go."""
+"""The suites share cases, the way to run one, what its work costs at least, and where results go."""
 
 from __future__ import annotations
 

@@ -140,19 +140,19 @@ def _name(device: torch.device) -> str:
 
 def _backends(encoder: SentenceEncoder) -> str:
     """Backends with the operations that each runs: "cpu (embedding, linear)"."""
-    found: dict[str, dict[str, None]] = {}
+    names_of: dict[str, dict[str, None]] = {}
     for row in explain(encoder).rows:
-        found.setdefault(row.backend, {})[row.op] = None
-    return ", ".join(f"{backend} ({', '.join(names)})" for backend, names in found.items())
+        names_of.setdefault(row.backend, {})[row.op] = None
+    return ", ".join(f"{backend} ({', '.join(names)})" for backend, names in names_of.items())
 
 
 def _compare(folder: Path, encoders: dict[str, SentenceEncoder], n_texts: int | None) -> None:
     """Times the encoders and transformers in turns, from texts to vectors on the host."""
     encoder = next(iter(encoders.values()))
-    found = docstrings()
-    lengths = encoder.tokenizer.encode_packed(found, max_length=10**6, warn=False).cu_seqlens.diff().tolist()
-    found = [text for text, length in zip(found, lengths, strict=True) if length <= encoder.max_seq_length]
-    texts = spread(found, n_texts or _affordable(encoder, found))
+    all_texts = docstrings()
+    lengths = encoder.tokenizer.encode_packed(all_texts, max_length=10**6, warn=False).cu_seqlens.diff().tolist()
+    fitting = [text for text, length in zip(all_texts, lengths, strict=True) if length <= encoder.max_seq_length]
+    texts = spread(fitting, n_texts or _affordable(encoder, fitting))
     n_tokens = encoder.tokenizer.encode_packed(texts, max_length=10**6, warn=False).input_ids.shape[0]
     _say(f"\nThroughput on {len(texts)} docstrings, {n_tokens / len(texts):.0f} tokens on average, from text to vector")
     if importlib.util.find_spec("transformers") is None:
@@ -180,9 +180,9 @@ def _compare(folder: Path, encoders: dict[str, SentenceEncoder], n_texts: int | 
             _say(f"  {name:<10}{who:<14}{shown:<26}{tokens:,.0f}")
 
 
-def _affordable(encoder: SentenceEncoder, found: list[str]) -> int:
-    """How many texts take about `SECONDS`."""
-    few = spread(found, 16)
+def _affordable(encoder: SentenceEncoder, texts: list[str]) -> int:
+    """The number of texts that take about `SECONDS`."""
+    few = spread(texts, 16)
     encoder.encode(few)
     start = time.perf_counter()
     encoder.encode(few)
@@ -190,7 +190,7 @@ def _affordable(encoder: SentenceEncoder, found: list[str]) -> int:
 
 
 def _transformers(folder: Path, encoder: SentenceEncoder) -> Callable[[list[str]], np.ndarray]:
-    """The same job by transformers: the batches that sentence-transformers makes, mean pooling, vectors on the host."""
+    """A function that encodes by transformers: batches of sentence-transformers, mean pooling, vectors on the host."""
     import transformers
 
     transformers.utils.logging.set_verbosity_error()

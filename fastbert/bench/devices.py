@@ -21,7 +21,7 @@ def choose_device(name: str | None) -> torch.device:
 
 
 def fast_at_bfloat16(device: torch.device) -> bool:
-    """Whether the device multiplies bfloat16 matrices faster than float32 ones: on a CPU what dtype="auto" goes by."""
+    """True if the device multiplies bfloat16 matrices faster than float32 ones. On a CPU dtype="auto" goes by it."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     return cpu_encoder.multiplies_bfloat16()

@@ -21,7 +21,7 @@ CHILD = "import sys; sys.path[:] = [p for p in sys.path if p]; from fastbert.ben
 
 
 class Encoder(Protocol):
-    """What the fresh process runs; it must be picklable."""
+    """The fresh process runs this; it must be picklable."""
 
     batch_size: int | None
 
@@ -31,7 +31,7 @@ class Encoder(Protocol):
 
 
 def peak_obstacle() -> str | None:
-    """Why no process here can tell its own peak memory, or None."""
+    """The reason why no process here can tell its own peak memory, or None."""
     return None if STATUS.exists() else f"needs {STATUS}, which only Linux has"
 
 

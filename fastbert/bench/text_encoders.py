@@ -26,8 +26,8 @@ SAMPLE = {"cpu": 48, "cuda": 2048}  # texts on which batch sizes are tried
 class TextEncoder:
     """One way to turn texts into vectors. Subclasses set `name` and fill in `load` and `encode`.
 
-    dtype: that of the computation. batch_size: None where there is none to choose. unloaded: once prepared, what it was
-    before: another process can start from there.
+    dtype: that of the computation. batch_size: None where there is none to choose. unloaded: a copy from before `load`,
+    from which another process can start.
     """
 
     name: str
@@ -51,18 +51,18 @@ class TextEncoder:
         raise NotImplementedError
 
     def facts(self) -> dict[str, Any]:
-        """Of the last texts encoded: what `Peer.facts` gives."""
+        """Entries for `Peer.facts`, of the texts encoded last."""
         return {} if self.batch_size is None else {"batch_size": self.batch_size}
 
     def prepare(self) -> None:
-        """`load`, once."""
+        """Calls `load`, once."""
         if not self._loaded:
             self.unloaded = copy.deepcopy(self)
             self.load()
             self._loaded = True
 
     def choose_batch_size(self) -> None:
-        """Takes the one of batch_sizes that is fastest on a sample of the task's texts."""
+        """Chooses the one of batch_sizes that is fastest on a sample of the task's texts."""
         device = self.task.device
         if self.batch_size is not None or not self.batch_sizes:
             return
@@ -88,7 +88,7 @@ class TextEncoder:
 
 
 def seconds_of(encode: Callable[[list[str]], Any], texts: list[str]) -> float:
-    """How long that takes."""
+    """The seconds that encoding takes."""
     started = time.perf_counter()
     encode(texts)
     return time.perf_counter() - started
@@ -149,21 +149,21 @@ class Pooled(TextEncoder):
         if self.task.layout.settings.do_lower_case:
             texts = [text.lower() for text in texts]
         settings = {"return_token_type_ids": False, "return_attention_mask": False}
-        made, places, computed, valid = [], [], 0, 0
+        parts, places, n_computed, n_valid = [], [], 0, 0
         for first in range(0, len(texts), WINDOW):
             window = texts[first : first + WINDOW]
-            found = self.tokenizer(window, truncation=True, max_length=self.task.max_seq_length, **settings)
-            rows = [np.array(ids, np.int64) for ids in found["input_ids"]]
+            encoding = self.tokenizer(window, truncation=True, max_length=self.task.max_seq_length, **settings)
+            rows = [np.array(ids, np.int64) for ids in encoding["input_ids"]]
             order = np.array(sorted(range(len(rows)), key=lambda i: -len(rows[i])))
             n_batches = math.ceil(len(rows) / (self.batch_size or len(rows)))
             for part in np.array_split(order, n_batches):
                 batch = self.engine.batch([rows[i] for i in part])
-                made.append(self.engine.compute(*batch))
-                computed += self.engine.positions(batch)
+                parts.append(self.engine.compute(*batch))
+                n_computed += self.engine.positions(batch)
             places.append(first + order)
-            valid += sum(map(len, rows))
-        vectors = torch.cat(made).cpu()
-        self._waste = 1.0 - valid / computed
+            n_valid += sum(map(len, rows))
+        vectors = torch.cat(parts).cpu()
+        self._waste = 1.0 - n_valid / n_computed
         result = torch.empty_like(vectors)
         result[torch.from_numpy(np.concatenate(places))] = vectors
         return result[:, : self.task.layout.truncate_dim]
@@ -198,7 +198,7 @@ class SentenceTransformers(TextEncoder):
 
 
 class TunedSentenceTransformers(SentenceTransformers):
-    """In the task's dtype, with the best of a few batch sizes, and results that leave a GPU only at the end.
+    """sentence-transformers in the task's dtype and the best of a few batch sizes; results leave a GPU at the end.
 
     With SDPA, or with flash-attn, where that is installed and can run: then sentence-transformers leaves out padding.
     """

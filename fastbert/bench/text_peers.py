@@ -17,7 +17,7 @@ FEW = 16  # texts of a first run
 
 
 class Throughput(Peer):
-    """All texts of the task are encoded at once. The output has the texts that `TextTask.reference` covers.
+    """The texts of the task are encoded all at once. The output has the texts that `TextTask.reference` covers.
 
     with_memory: whether there is time for a process of its own, in which to measure that.
     """

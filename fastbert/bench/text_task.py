@@ -73,7 +73,7 @@ class TextTask:
         self.__dict__.pop("checked", None)
 
     def __getstate__(self) -> dict[str, Any]:
-        """What encoders need of it, without the reference's model."""
+        """The state that encoders need, without the reference's model."""
         return {name: value for name, value in self.__dict__.items() if name not in ("exact", "checked")}
 
     @property
@@ -95,7 +95,7 @@ class TextTask:
 
     @functools.cached_property
     def checked(self) -> list[int]:
-        """Which texts the reference covers."""
+        """The numbers of the texts that the reference covers."""
         return choose_checked(self.lengths.tolist(), self.exact.model.config, self.device)
 
     def reference(self) -> Tensor:
@@ -107,7 +107,7 @@ class TextTask:
         return reference_vectors(self.exact, [self.prompt + text for text in texts], self.device)
 
     def short_texts(self) -> list[str]:
-        """A few texts of up to 32 tokens for the latency setting; the shortest there are, where all are longer."""
+        """A few texts of up to 32 tokens for the latency setting, or the shortest if all are longer."""
         by_length = np.argsort(self.lengths, kind="stable")
         n_short = int((self.lengths <= SHORT_TOKENS).sum()) or math.ceil(len(by_length) / 10)
         return [self.texts[i] for i in spread(by_length[:n_short].tolist(), SHORT_TEXTS)]

@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _describe(error: Exception) -> str:
-    """What went wrong; with the type of the error, where the message was not written for people."""
+    """The message of an error, with its type where it was not written for people."""
     text = str(error).strip()
     if isinstance(error, OSError) and error.strerror is not None:
         return f"{error.strerror}: {error.filename}" if error.filename else error.strerror

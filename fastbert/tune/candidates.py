@@ -129,7 +129,7 @@ def _gemm_tile(tile: tuple[int, int, int, int, int]) -> dict[str, int]:
 
 
 def _leaves_registers(sizes: dict[str, int], dtype: torch.dtype, epilogue: str) -> bool:
-    """Whether the accumulator leaves an epilogue enough of a thread's 255 registers.
+    """True if the accumulator leaves an epilogue enough of a thread's 255 registers.
 
     One that takes half of them spills, except with the short GELU of 16 bits. This was seen in the offline compile, on
     sm_80, 89 and 90; GELU of 16 bits also on 100 and 120.
@@ -173,9 +173,9 @@ def _shared_memory(arch: int) -> int:
 def _fits(
     sizes: dict[str, int], dtype: torch.dtype, arch: int, staged_outputs: int = 0, staged_cols: int | None = None
 ) -> bool:
-    """Whether the operands of all stages fit into shared memory, and the tiles of output that are staged there.
+    """True if the operands of all stages fit into shared memory, and the tiles of output that are staged there.
 
-    staged_outputs: how many, in elements of dtype; staged_cols: of how many columns at most.
+    staged_outputs: elements of dtype that an element of the output takes there. staged_cols: columns at most.
     """
     rows, cols = sizes["BLOCK_ROWS"], sizes["BLOCK_COLS"]
     staged = staged_outputs * rows * min(cols, staged_cols or cols)

@@ -65,7 +65,7 @@ class Outcome:
 
 
 def device_obstacle(device: torch.device) -> str | None:
-    """Why there is nothing to tune on this device, or None."""
+    """The reason why there is nothing to tune on this device, or None."""
     if device.type != "cuda":
         return "tables are of NVIDIA GPUs, and there is none here" if device.type == "cpu" else f"got {device}"
     if not torch.cuda.is_available():
