@@ -18,7 +18,7 @@ from fastbert.bench.measure import geometric_mean
 from fastbert.bench.peers import OURS
 from fastbert.bench.report import markdown_table, markdown_text
 from fastbert.bench.results import OK, Results, Row
-from fastbert.bench.tables import NOT_GIVEN, Contest, Line, Table, contests, short_dtype, si, source, times
+from fastbert.bench.tables import NO_VALUE, Contest, Line, Table, contests, short_dtype, si, source, times
 from fastbert.checkpoint.files import write_text
 
 START, END = "<!-- benchmarks:start -->", "<!-- benchmarks:end -->"
@@ -111,7 +111,7 @@ def _speeds(group: Sequence[Contest]) -> str:
     ends = list(dict.fromkeys(si(speed) for speed in (speeds[:1] + speeds[-1:])))
     others = Counter(row.status for row in ours if row.status != OK)
     parts = [" to ".join(ends), *(f"{count} {status}" for status, count in others.items())]
-    return "; ".join(filter(None, parts)) or NOT_GIVEN
+    return "; ".join(filter(None, parts)) or NO_VALUE
 
 
 def committed(results: Path) -> list[Path]:

@@ -17,7 +17,7 @@ from fastbert import BertConfig, BertModel, SentenceEncoder, Tokenizer
 from fastbert.diagnostics.explain.costs import cost, lengths_of
 from fastbert.diagnostics.explain.entry import explain
 from fastbert.diagnostics.explain.report import amount
-from fastbert.diagnostics.verify.run import _eager
+from fastbert.diagnostics.verify.eager import eager_bert
 from fastbert.engine import cpu_encoder
 from fastbert.models import heads
 from fastbert.ops import packed_linear
@@ -102,7 +102,7 @@ def test_flops_are_those_that_pytorch_counts(hidden: int) -> None:
     model = BertModel(config(hidden_size=hidden), backend="torch").eval()
     ids = torch.ones(3, 11, dtype=torch.int64)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        _eager(dict(model.named_parameters()), model.config, ids, torch.ones_like(ids), torch.zeros_like(ids))
+        eager_bert(dict(model.named_parameters()), model.config, ids, torch.ones_like(ids), torch.zeros_like(ids))
     rows = explain(model, ids).rows
     assert sum(row.flops or 0 for row in rows if row.op in ("linear", "attention")) == counter.get_total_flops()
 

@@ -20,9 +20,10 @@ from torch import Tensor, nn
 import fastbert
 from fastbert import BertConfig, BertForSequenceClassification, BertModel, Tokenizer, ops, reference
 from fastbert.diagnostics.verify import ends as verify_ends
+from fastbert.diagnostics.verify import measures
 from fastbert.diagnostics.verify import run as verify_run
+from fastbert.diagnostics.verify.eager import eager_bert
 from fastbert.diagnostics.verify.entry import DEFAULT_TEXTS, verify
-from fastbert.diagnostics.verify.run import _eager
 from fastbert.pipelines.folder import Dense
 from fastbert_kernels import cpu
 from helpers import docstrings
@@ -106,7 +107,7 @@ def test_eager_is_bert(hidden_act: str) -> None:
     parameters = dict(model.named_parameters())
     with torch.no_grad():
         exact = reference.bert(parameters, model.config, ids, mask, kinds)
-        *states, pooled = _eager(parameters, model.config, ids, mask, kinds)
+        *states, pooled = eager_bert(parameters, model.config, ids, mask, kinds)
     for state, expected in zip(states, exact.hidden_states, strict=True):
         torch.testing.assert_close(state[mask == 1], expected[mask == 1], rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(pooled[:, 0], exact.pooler_output, rtol=1e-12, atol=1e-12)
@@ -239,9 +240,9 @@ def test_bounds_where_eager_gives_none(model: BertModel, monkeypatch: pytest.Mon
     """Catches an infinite or a zero bound where plain PyTorch overflows or is the reference itself."""
     double = verify(BertModel(config()).double(), IDS)
     assert double.ok and {state.bound for state in double.states} == {1e-10}
-    right = _eager
+    right = eager_bert
     overflowing = lambda *args: [state * math.inf for state in right(*args)]  # noqa: E731
-    monkeypatch.setattr(verify_run, "_eager", overflowing)
+    monkeypatch.setattr(verify_run, "eager_bert", overflowing)
     report = verify(model, IDS)
     assert report.ok and {state.bound for state in report.states} == {0.0447}
     assert any("plain PyTorch is not finite" in note for note in report.notes)
@@ -353,9 +354,9 @@ def test_report_as_text_and_json(model: BertModel) -> None:
     d = report.to_dict()
     assert json.loads(json.dumps(d, allow_nan=False)) == d
     assert d["ok"] is True and [state["name"] for state in d["states"]][0] == "embeddings"
-    lines = str(report).split("\n\n")[1].splitlines()
-    column = lines[0].index("bound")
-    assert all(line[column - 1] == " " != line[column] for line in lines)
+    lines = str(report).split("\n\n")[0].splitlines()[1:]
+    end = next(line for line in lines if "error ÷" in line).index("error ÷") + len("error ÷")
+    assert all(line[end - 1] != " " == line[end] for line in lines[2:])
     assert "4 texts, 27 tokens: ok" in str(report)
     assert list(inspect.signature(fastbert.verify).parameters)[:3] == ["model_or_path", "texts", "tokenizer"]
 
@@ -462,7 +463,7 @@ def test_errors_of_parts_alone(model: BertModel) -> None:
     for state in report.states[1:]:
         assert state.alone is not None and 0 < state.alone.error <= state.alone.bound
         assert state.times_eager == state.error / state.eager_error
-    assert "alone, times" in str(report)
+    assert "part alone: error ÷ eager's" in report.table().header
     assert report.to_dict()["states"][1]["alone"]["times_eager"] == report.states[1].alone.times_eager  # type: ignore
 
 
@@ -476,7 +477,7 @@ def test_vectors_and_their_neighbours(tokenizer: Tokenizer, monkeypatch: pytest.
     assert report.ok and report.states[-1].name == "vectors" and v is not None and v.what == "encode's"
     assert v.n_texts == v.n_compared == len(texts) and v.spearman > 0.999 and v.same_nearest == 1
     assert 0.9999999 < v.cosine[0] <= v.cosine[1] <= v.cosine[2] <= v.cosine[3] <= 1.0000001
-    monkeypatch.setattr(verify_run, "MOST_COMPARED", 4)
+    monkeypatch.setattr(measures, "MOST_COMPARED", 4)
     fewer = verify(encoder, texts).vectors
     assert fewer is not None and fewer.n_compared == 4
     assert verify(bert, IDS[:2]).to_dict()["vectors"]["spearman"] is None

@@ -13,14 +13,11 @@ from torch import Tensor, nn
 from fastbert import reference
 from fastbert.adapters.sentences import Pipeline, Step
 from fastbert.checkpoint.activations import ACTIVATIONS, activate
-from fastbert.diagnostics.verify.report import FACTOR_OF_VECTORS
+from fastbert.diagnostics.verify.bounds import FACTOR_OF_VECTORS, SCATTER
 from fastbert.models.bert import BertModel, Encoded, dense
 from fastbert.pipelines.folder import POOLING_MODES
 from fastbert.pipelines.run import Request, Run
 from fastbert.pipelines.sentence import SentenceEncoder
-
-# Of a head that gives few numbers a text: to the square root of how many there are in all.
-SCATTER = 10.0
 
 
 @dataclass(frozen=True)

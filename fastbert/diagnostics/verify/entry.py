@@ -20,18 +20,17 @@ from fastbert import adapters
 from fastbert.adapters.sentences import LiveTokenizer, Pipeline, pipeline_in
 from fastbert.checkpoint import files as checkpoint
 from fastbert.diagnostics.explain.entry import backbone, find_model, float32_precision, prefix_of
-from fastbert.diagnostics.verify import run as verify_run
+from fastbert.diagnostics.verify.bounds import BOUND_WITHOUT_EAGER
 from fastbert.diagnostics.verify.ends import ends_of
-from fastbert.diagnostics.verify.report import (
-    BOUND_WITHOUT_EAGER,
+from fastbert.diagnostics.verify.findings import (
     ErrorReport,
     QuantizedReport,
-    Report,
     StateReport,
     VectorReport,
     WeightReport,
 )
-from fastbert.diagnostics.verify.run import Row
+from fastbert.diagnostics.verify.report import Report
+from fastbert.diagnostics.verify.run import Comparison, Row, compare
 from fastbert.models.bert import BertModel
 from fastbert.pipelines.names import SENTENCE_TRANSFORMERS, full_name
 from fastbert.pipelines.sentence import SentenceEncoder
@@ -119,21 +118,21 @@ def verify(
         raise ValueError("model: its parameters are on 'meta', where they have no values")
     rows = _rows(texts, tokenizer, bert, notes)
     weights = tuple(_bad_weights(with_weights))
-    found = verify_run.Findings(())
+    comparison = Comparison(())
     if not weights:
         inner = find_model(model)
         ends = ends_of(pipeline or (model if isinstance(model, SentenceEncoder) else inner), bert, "")
         outer = prefix_of(inner, model)
         named = [replace(end, name=end.name if end.is_vectors else outer + end.name) for end in ends]
-        found = verify_run.compare(bert, rows, prefix_of(bert, model), named, model)
-        if any(math.isnan(state.eager_error) for state in found.states):
+        comparison = compare(bert, rows, prefix_of(bert, model), named, model)
+        if any(math.isnan(state.eager_error) for state in comparison.states):
             notes.append(f"plain PyTorch is not finite in {bert.dtype}; the bound there is {BOUND_WITHOUT_EAGER}")
     if bert.dtype == torch.float32 and bert.device.type == "cuda":
         notes.append(f"float32 multiplies in {float32_precision()}, the model and plain PyTorch: PyTorch's own switch")
     return Report(
         name, str(bert.device), str(bert.dtype).removeprefix("torch."), bert.policy.backend, len(rows),
-        sum(len(ids) for ids, _ in rows), weights, found.states, tuple(notes), found.quantized, found.vectors,
-        found.last,
+        sum(len(ids) for ids, _ in rows), weights, comparison.states, tuple(notes), comparison.quantized,
+        comparison.vectors, comparison.last,
     )  # fmt: skip
 
 
@@ -203,7 +202,8 @@ def _rows(texts: Any, tokenizer: Tokenizer | LiveTokenizer | None, bert: BertMod
     limit = min(n_positions, tokenizer.model_max_length or n_positions)
     packed = tokenizer.encode_packed(given, max_length=limit, warn=False)
     if packed.n_truncated:
-        notes.append(f"{packed.n_truncated} texts were cut to {limit} tokens, by {packed.n_truncated_tokens} in all")
+        texts_cut = "1 text was" if packed.n_truncated == 1 else f"{packed.n_truncated} texts were"
+        notes.append(f"{texts_cut} cut to {limit} tokens, by {packed.n_truncated_tokens} in all")
     sizes = packed.cu_seqlens.diff().tolist()
     if isinstance(tokenizer, LiveTokenizer) and limit in sizes:
         notes.append(f"texts of {limit} tokens, the most there are: {sizes.count(limit)}; what was longer was cut")
