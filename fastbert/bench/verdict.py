@@ -27,7 +27,7 @@ def verdict(results: Results, notes: Sequence[str] = ()) -> Verdict:
     ratios = [row.speedup for row in map(_nearest, members) if row is not None and row.speedup is not None]
     return Verdict(
         " ".join([*_faults_sentence(faults, len(members)), *_speed_sentences(members, ratios)]),
-        good=bool(members) and not faults and (not ratios or geometric_mean(ratios) >= 1),
+        good=any(contest.ours for contest in members) and not faults and (not ratios or geometric_mean(ratios) >= 1),
         points=_faults_listed(faults),
         picture=_picture(members) if ratios or faults else None,
         notes=tuple(notes),
@@ -55,7 +55,7 @@ def _speed_sentences(members: Sequence[Contest], ratios: Sequence[float]) -> lis
     if not members:
         return ["There are no rows."]
     if all(contest.ours is None for contest in members):
-        return [f"fastbert did not take part in any of {_workloads(len(members))}."]
+        return ["fastbert did not take part."]
     if not ratios:
         return ["No other competitor was timed beside fastbert, so there is no ratio."]
     colours = [bar.colour for row in map(_nearest, members) if row and isinstance(bar := ratio_bar(row), Bar)]
