@@ -86,7 +86,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a reader learns first. sentence: the whole of it; word: a label before it, if there is one.
+    """The verdict is the first thing that a reader learns. sentence: all of it. word: a label before it, if any.
 
     points: the faults, one by one. notes: what the reader must know beside it.
     """

@@ -137,7 +137,7 @@ def _judged(
 
 
 def _runs_in_8_bits(bert: BertModel) -> bool:
-    """Whether a model with a precision takes the 8-bit path, and not the unquantised one that it falls back to."""
+    """Tells whether a model with a precision takes the 8-bit path, and not the unquantised one as a fallback."""
     decision = quantized.decide(bert, bert.policy, bert.device, bert.dtype)
     return decision.backend != quantized.UNQUANTISED
 
