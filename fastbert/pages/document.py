@@ -80,7 +80,7 @@ class Picture:
         unit: of the bars. source: where and when they were measured, which every figure says.
         """
         cells = {(i, 0): bar for i, bar in enumerate(self.bars)}
-        plots = bars("", self.name, self.title, self.names, [""], cells, unit, f"{source}\n{self.foot}", log=self.log)
+        plots = bars("", self.name, self.title, self.names, [self.line], cells, unit, f"{source}\n{self.foot}", log=self.log)
         return plots[0] if plots else None
 
 
