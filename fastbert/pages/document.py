@@ -80,7 +80,8 @@ class Picture:
         unit: of the bars. source: where and when they were measured, which every figure says.
         """
         cells = {(i, 0): bar for i, bar in enumerate(self.bars)}
-        plots = bars("", self.name, self.title, self.names, [self.line], cells, unit, f"{source}\n{self.foot}", log=self.log)
+        foot = f"{source}\n{self.foot}"
+        plots = bars("", self.name, self.title, self.names, [self.line], cells, unit, foot, log=self.log)
         return plots[0] if plots else None
 
 
