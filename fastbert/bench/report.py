@@ -33,10 +33,7 @@ from fastbert.checkpoint.files import write_text
 from fastbert.pages import html, markdown
 from fastbert.pages.document import NO_FIGURES, Block, Fold, Page, Section, Table, facts
 from fastbert.pages.figures import Plot
-from fastbert.pages.markdown import markdown_table, markdown_text
 from fastbert.pages.terminal import plain_table
-
-__all__ = ["markdown_table", "markdown_text", "plain_table", "render_terminal", "write_report"]
 
 METHOD = (
     "All competitors are prepared and warmed up, then timed in turn within one process: each once a round, in an order "
