@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections import Counter
 from collections.abc import Callable, Sequence
 
@@ -90,8 +89,17 @@ def _picture(members: Sequence[Contest]) -> Picture:
     if len(groups) < len(members):
         title += ", geometric means"
     foot = "Whiskers: 95 % interval. Blue: fastbert is faster, orange: slower, grey: the interval holds 1."
-    bars = tuple(_bar(group) for group in groups.values())
-    return Picture("verdict", title, tuple(groups), bars, "1×: equally fast", foot, log=True)
+    bars = tuple(map(_bar, groups.values()))
+    remarks = tuple(map(_remark, groups.values()))
+    return Picture("verdict", title, tuple(groups), bars, "1×: equally fast", foot, log=True, remarks=remarks)
+
+
+def _remark(group: Sequence[Contest]) -> str:
+    """The name of the fastest other competitor, or the number of workloads that share a bar."""
+    rows = [(contest, row) for contest in group if (row := _nearest(contest)) is not None]
+    if len(group) > 1:
+        return f"in {_workloads(len(rows))}"
+    return rows[0][0].name_of(rows[0][1]) if rows else ""
 
 
 def _bar(group: Sequence[Contest]) -> Bar | str:
@@ -99,12 +107,10 @@ def _bar(group: Sequence[Contest]) -> Bar | str:
     if faults:
         status, count = faults.most_common(1)[0]
         return f"fastbert {status}" + (f", {count} of {len(group)}" if len(group) > 1 else "")
-    rows = [(contest, row) for contest in group if (row := _nearest(contest)) is not None]
+    rows = [row for contest in group if (row := _nearest(contest)) is not None]
     if not rows:
         return "no other"
     if len(group) == 1:
-        contest, row = rows[0]
-        bar = ratio_bar(row)
-        return dataclasses.replace(bar, label=f"{bar.label} {contest.name_of(row)}") if isinstance(bar, Bar) else bar
-    mean = geometric_mean([row.speedup for _, row in rows if row.speedup is not None])
-    return Bar(mean, f"{times(mean)} in {_workloads(len(rows))}", BLUE if mean >= 1 else ORANGE)
+        return ratio_bar(rows[0])
+    mean = geometric_mean([row.speedup for row in rows if row.speedup is not None])
+    return Bar(mean, times(mean), BLUE if mean >= 1 else ORANGE)

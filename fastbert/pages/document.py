@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import zip_longest
 
 from fastbert.pages.figures import Bar, Plot, bars
 
@@ -62,8 +63,9 @@ Block = Text | Fold | Table | Plot
 class Picture:
     """The one picture beside a verdict: a bar for each name, and a line at 1 that the bars are read against.
 
-    bars: a text stands where a name has no bar. line: the label of the line at 1. log: the bars are ratios, which start
-    at that line; otherwise they start at 0. foot: how to read it. An HTML page draws it without matplotlib.
+    bars: a text stands where a name has no bar. remarks: a few words for each bar, beside its label. line: the label of
+    the line at 1. log: the bars are ratios, which start at that line; otherwise they start at 0. foot: a text that says
+    what the bars mean. An HTML page draws the picture without matplotlib.
     """
 
     name: str
@@ -73,6 +75,7 @@ class Picture:
     line: str
     foot: str
     log: bool = False
+    remarks: tuple[str, ...] = ()
 
     def plot(self, unit: str, source: str) -> Plot | None:
         """The same as a figure of matplotlib, None where no name has a bar.
@@ -81,7 +84,8 @@ class Picture:
         """
         cells = {(i, 0): bar for i, bar in enumerate(self.bars)}
         foot = f"{source}\n{self.foot}"
-        plots = bars("", self.name, self.title, self.names, [self.line], cells, unit, foot, log=self.log)
+        names = [": ".join(filter(None, pair)) for pair in zip_longest(self.names, self.remarks)]
+        plots = bars("", self.name, self.title, names, [self.line], cells, unit, foot, log=self.log)
         return plots[0] if plots else None
 
 

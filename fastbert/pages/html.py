@@ -8,6 +8,7 @@ from __future__ import annotations
 import html
 import math
 from collections.abc import Iterable
+from itertools import zip_longest
 
 from fastbert.pages.document import OK, Block, Fold, Line, Page, Picture, Section, Table, Text, Verdict
 from fastbert.pages.figures import Bar
@@ -44,6 +45,7 @@ h2 { margin: 3rem 0 1rem; padding-bottom: 0.3rem; border-bottom: 1px solid var(-
   print-color-adjust: exact; -webkit-print-color-adjust: exact; }
 .whisker { position: absolute; top: 50%; height: 0; border-top: 1.5px solid var(--ink); }
 .line { position: absolute; top: 0; bottom: 0; border-left: 1.5px dashed var(--ink); }
+.remark { color: var(--soft); }
 .axis .track { height: 1.3rem; } .axis .line { top: auto; height: 0.3rem; }
 .axis em { position: absolute; bottom: 0.3rem; color: var(--soft); font-style: normal; font-size: 0.8rem;
   white-space: nowrap; }
@@ -73,6 +75,7 @@ summary { cursor: pointer; color: var(--soft); }
 @media print {
   @page { margin: 12mm; } body { max-width: none; padding: 0; font-size: 10pt; }
   .scroll, .plot { overflow: visible; } .plot svg { min-width: 0; } table { font-size: 6.5pt; }
+  .sentence { font-size: 12pt; } .bars { font-size: 8pt; } .track { height: 1.3rem; }
   th, td { padding: 0.15rem 0.3rem; white-space: normal; } tbody th { min-width: 7rem; }
   thead th { overflow-wrap: anywhere; }
   tr, figure, .verdict { break-inside: avoid; } h2, caption, summary { break-after: avoid; }
@@ -164,8 +167,8 @@ def _picture(picture: Picture) -> str:
     scale = _Scale(picture)
     rows = "".join(
         f'<li><span class="name">{_text(name)}</span><span class="track">{scale.marks(bar)}</span>'
-        f'<span class="value">{_value(bar)}</span></li>'
-        for name, bar in zip(picture.names, picture.bars, strict=True)
+        f'<span class="value">{_value(bar, remark)}</span></li>'
+        for name, bar, remark in zip_longest(picture.names, picture.bars, picture.remarks, fillvalue="")
     )
     return (
         f'<figure class="picture"><figcaption>{_text(picture.title)}</figcaption>\n'
@@ -173,8 +176,9 @@ def _picture(picture: Picture) -> str:
     )
 
 
-def _value(bar: Bar | str) -> str:
-    return _text(bar.label) if isinstance(bar, Bar) else f'<span class="status">{_text(bar)}</span>'
+def _value(bar: Bar | str, remark: str) -> str:
+    value = _text(bar.label) if isinstance(bar, Bar) else f'<span class="status">{_text(bar)}</span>'
+    return f'{value} <span class="remark">{_text(remark)}</span>' if remark else value
 
 
 class _Scale:
