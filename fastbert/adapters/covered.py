@@ -14,7 +14,8 @@ from typing import Any
 from torch import nn
 
 from fastbert.checkpoint.config import BertConfig
-from fastbert.checkpoint.families import AFTER_PADDING, FAMILIES, Family
+from fastbert.checkpoint.families import FAMILIES
+from fastbert.checkpoint.family import AFTER_PADDING, Family
 from fastbert.models.bert import BertModel
 
 

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fastbert import ops, reference
 from fastbert.checkpoint.config import BertConfig
-from fastbert.checkpoint.families import AFTER_PADDING
+from fastbert.checkpoint.family import AFTER_PADDING
 from fastbert.engine import cpu_encoder, graphs, hooks, quantized
 from fastbert.models.forward_arguments import takes_theirs
 from fastbert.models.outputs import BaseModelOutputWithPooling

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from fastbert import ops
 from fastbert.checkpoint.config import BertConfig
-from fastbert.checkpoint.families import Head
-from fastbert.checkpoint.files import Match
+from fastbert.checkpoint.family import Head
+from fastbert.checkpoint.match import Match
 from fastbert.engine import hooks
 from fastbert.models import outputs
 from fastbert.models.bert import (

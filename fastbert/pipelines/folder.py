@@ -21,7 +21,9 @@ from tokenizers import normalizers
 from torch import nn
 
 from fastbert._version import __version__
-from fastbert.checkpoint import files as checkpoint
+from fastbert.checkpoint.files import read_json, write_text
+from fastbert.checkpoint.match import match
+from fastbert.checkpoint.weights import read_state_dict, write_state_dict
 from fastbert.pipelines.modules import ACTIVATIONS as _ACTIVATIONS
 from fastbert.pipelines.modules import Dense as Dense
 from fastbert.pipelines.modules import Dropout as Dropout
@@ -142,7 +144,7 @@ def read_cross_encoder(folder: Path) -> tuple[Layout, str | None]:
         path = _read_settings(layout, folder / SETTINGS, "CrossEncoder").get("activation_fn")
     else:
         layout, path = Layout(folder), None
-    config = checkpoint.read_json(layout.transformer / "config.json")
+    config = read_json(layout.transformer / "config.json")
     stored = config.get("sentence_transformers")
     if path is None and isinstance(stored, dict):
         path = stored.get("activation_fn")
@@ -176,7 +178,7 @@ def _read_modules(file: Path) -> list[tuple[str, Path]]:
 
 
 def _read_pooling(file: Path) -> Pooling:
-    config = checkpoint.read_json(file)
+    config = read_json(file)
     check_keys(file, config, MODULE_KEYS["Pooling"])
     modes = config.get("pooling_mode")
     if modes is None:
@@ -190,11 +192,11 @@ def _read_pooling(file: Path) -> Pooling:
 def _read_tail(kind: str, folder: Path) -> nn.Module:
     file = folder / "config.json"
     if kind == "Normalize":  # had no settings, and so no folder, in earlier versions
-        config = checkpoint.read_json(file) if file.is_file() else {}
+        config = read_json(file) if file.is_file() else {}
         check_keys(file, config, MODULE_KEYS[kind])
         _check_names(file, config)
         return Normalize()
-    config = checkpoint.read_json(file)
+    config = read_json(file)
     check_keys(file, config, MODULE_KEYS[kind])
     try:
         if kind == "Dropout":
@@ -230,7 +232,7 @@ def _load(module: nn.Module, folder: Path) -> None:
     """Loads a module's weights, in float32 at least, the dtype of sentence vectors."""
     expected = {name: tensor.shape for name, tensor in module.state_dict().items()}
     try:
-        matched = checkpoint.match(checkpoint.read_state_dict(folder), expected, base_prefix="")
+        matched = match(read_state_dict(folder), expected, base_prefix="")
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from error
     if matched.missing:
@@ -240,7 +242,7 @@ def _load(module: nn.Module, folder: Path) -> None:
 
 
 def _read_settings(layout: Layout, file: Path, expected: str = "SentenceTransformer") -> dict[str, Any]:
-    config = checkpoint.read_json(file) if file.is_file() else {}
+    config = read_json(file) if file.is_file() else {}
     check_model_keys(file, config)
     kind = config.get("model_type", expected)
     if kind != expected:
@@ -269,7 +271,7 @@ def write(folder: Path, hidden_size: int, layout: Layout) -> None:
 
     def write_json(file: Path, content: Any) -> None:
         file.parent.mkdir(exist_ok=True)
-        checkpoint.write_text(file, json.dumps(content, indent=2) + "\n")
+        write_text(file, json.dumps(content, indent=2) + "\n")
 
     limits = {"max_seq_length": layout.settings.max_seq_length, "do_lower_case": layout.settings.do_lower_case}
     write_json(folder / TRANSFORMER_CONFIGS[0], limits)
@@ -301,5 +303,5 @@ def _write_tail(folder: Path, tail: Sequence[nn.Module], write_json: Callable[[P
         if settings:
             write_json(folder / f"{i}_{name}" / "config.json", settings)
         if state := module.state_dict():
-            checkpoint.write_state_dict(state, folder / f"{i}_{name}")
+            write_state_dict(state, folder / f"{i}_{name}")
     return names

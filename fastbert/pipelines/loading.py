@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from fastbert.checkpoint import files as checkpoint
+from fastbert.checkpoint.folder import resolve
 from fastbert.engine import cpu_encoder
 from fastbert.models.pretrained import PreTrainedModel
 from fastbert.pipelines import folder as sentence_layout
@@ -42,7 +42,7 @@ class Arguments:
     model: dict[str, Any] = field(default_factory=dict)
     tokenizer: dict[str, Any] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
-    hub: dict[str, Any] = field(default_factory=dict)  # of checkpoint.resolve
+    hub: dict[str, Any] = field(default_factory=dict)  # Arguments of folder.resolve.
     others: dict[str, Any] = field(default_factory=dict)  # of the model's from_pretrained
 
     @classmethod
@@ -82,7 +82,7 @@ class Arguments:
 
     def folder(self, src: Any, owner: str) -> Path:
         """The local folder of a checkpoint; a name without an owner is one of `owner`'s."""
-        return checkpoint.resolve(full_name(src, owner), **self.hub)
+        return resolve(full_name(src, owner), **self.hub)
 
 
 def load(

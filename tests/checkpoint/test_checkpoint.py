@@ -18,8 +18,10 @@ import torch
 import transformers
 from safetensors import safe_open
 
-from fastbert.checkpoint import files as checkpoint
-from fastbert.checkpoint.files import Match, match, read_json, read_state_dict, resolve, write_state_dict, write_text
+from fastbert.checkpoint.files import read_json, write_text
+from fastbert.checkpoint.folder import resolve
+from fastbert.checkpoint.match import Match, match
+from fastbert.checkpoint.weights import read_state_dict, write_state_dict
 
 TINY = transformers.BertConfig(
     vocab_size=101,
@@ -267,7 +269,7 @@ def test_offline_in_a_fresh_process(tmp_path):
     code = (
         "import sys, torch\n"
         "before = set(sys.modules)\n"
-        "from fastbert.checkpoint.files import resolve\n"
+        "from fastbert.checkpoint.folder import resolve\n"
         "import fastbert.checkpoint.config\n"
         "lazy = {'transformers', 'huggingface_hub', 'triton', 'safetensors', 'tokenizers', 'tqdm'}\n"
         "print(sorted((set(sys.modules) - before) & lazy))\n"
@@ -816,7 +818,7 @@ def test_interrupted_while_renaming(tmp_path, state, monkeypatch):
                 replace(source, target)
 
             with monkeypatch.context() as patch:
-                patch.setattr(checkpoint.os, "replace", replace)
+                patch.setattr(os, "replace", replace)
                 try:
                     write_state_dict(new, folder, max_shard_size=new_size)
                 except KeyboardInterrupt:

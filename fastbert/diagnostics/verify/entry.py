@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from fastbert import adapters
 from fastbert.adapters.sentences import LiveTokenizer, Pipeline, pipeline_in
-from fastbert.checkpoint import files as checkpoint
+from fastbert.checkpoint.folder import resolve
 from fastbert.diagnostics.explain.entry import backbone, find_model, float32_precision, prefix_of
 from fastbert.diagnostics.verify import run as verify_run
 from fastbert.diagnostics.verify.ends import ends_of
@@ -147,7 +147,7 @@ def _model_of(
         if overrides:
             raise ValueError(f"{', '.join(overrides)}: expected only with a path, got a loaded {type(given).__name__}")
         return given, type(given).__name__, getattr(given, "tokenizer", None) if tokenizer is None else tokenizer
-    folder = _transformer_folder(checkpoint.resolve(full_name(given, SENTENCE_TRANSFORMERS)))
+    folder = _transformer_folder(resolve(full_name(given, SENTENCE_TRANSFORMERS)))
     model = BertModel.from_pretrained(folder, **overrides)
     if tokenizer is None and any((folder / name).is_file() for name in ("tokenizer.json", "vocab.txt")):
         tokenizer = Tokenizer.from_pretrained(folder)
