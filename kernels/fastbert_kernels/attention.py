@@ -32,7 +32,7 @@ from collections.abc import Sequence
 import torch
 import triton.language as tl
 
-from fastbert_kernels import launch
+from fastbert_kernels import configs, launch
 from fastbert_kernels.jit import jit
 from fastbert_kernels.quantize import quantize_rows
 
@@ -269,10 +269,10 @@ def varlen_attention_forward(
     in 8 bits and a scale a row and head, as `quantize` says; then the first is returned, and nothing else written.
 
     cu_seqlens (B + 1,), seq_ids (T,) and work_list (W, 4), all int32 and on qkv's device; the work list must have been
-    built for the BLOCK_Q of `config`, which is by default what `launch.attention_config` gives. Tiles of no rows in it
+    built for the BLOCK_Q of `config`, which is by default what `configs.attention_config` gives. Tiles of no rows in it
     cost next to nothing, and rows that no tile holds are left as they are. qkv needs unit stride along its last axis.
 
-    short_list: more tiles, of sequences of at most BLOCK_K of `launch.short_attention_config` tokens, built for its
+    short_list: more tiles, of sequences of at most BLOCK_K of `configs.short_attention_config` tokens, built for its
     BLOCK_Q; a second launch, also of an empty list, so that no later batch is the first to compile it.
     """
     n_rows, hidden_size = qkv.shape[0], qkv.shape[1] // 3
@@ -281,10 +281,10 @@ def varlen_attention_forward(
     if n_rows == 0:
         return out
     for_arch = launch.arch(qkv.device)
-    config = config or launch.attention_config(qkv.dtype, head_size, for_arch).block_sizes
+    config = config or configs.attention_config(qkv.dtype, head_size, for_arch).block_sizes
     lists = [(work_list, config, False)]
     if short_list is not None:
-        short = launch.short_attention_config(qkv.dtype, head_size, for_arch)
+        short = configs.short_attention_config(qkv.dtype, head_size, for_arch)
         assert short is not None, "this tile has no smaller one for short sequences"
         lists.append((short_list, short.block_sizes, True))
     # Grid: every tile of a work list, for every head.

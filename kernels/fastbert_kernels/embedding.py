@@ -17,7 +17,7 @@ from __future__ import annotations
 import torch
 import triton.language as tl
 
-from fastbert_kernels import launch
+from fastbert_kernels import configs, launch
 from fastbert_kernels.jit import jit
 from fastbert_kernels.layer_norm import normalize_rows, quantize_normalized
 
@@ -107,7 +107,7 @@ def embedding_layer_norm_forward(
     out = launch.empty((n_rows, n_cols), like=word)
     if n_rows == 0:
         return out
-    config = launch.rowwise_config(n_cols)
+    config = configs.rowwise_config(n_cols)
     # Grid: one program per BLOCK_ROWS tokens.
     launch.run(
         _embedding_layer_norm_kernel,

@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 import triton.language as tl
 
-from fastbert_kernels import launch
+from fastbert_kernels import configs, launch
 from fastbert_kernels.jit import jit
 
 SQRT_1_2 = tl.constexpr(0.7071067811865476)
@@ -109,7 +109,7 @@ def bias_gelu_forward(x: torch.Tensor, bias: torch.Tensor | None, activation: st
     out = launch.empty((n_rows, n_cols), like=x)
     if n_rows == 0:
         return out
-    config = launch.elementwise_config(n_cols)
+    config = configs.elementwise_config(n_cols)
     # Grid: tiles of BLOCK_ROWS x BLOCK_COLS; rows on axis 0, whose limit is 2^31 - 1 programs.
     launch.run(
         _bias_gelu_kernel,

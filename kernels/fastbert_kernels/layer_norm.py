@@ -17,7 +17,7 @@ from __future__ import annotations
 import torch
 import triton.language as tl
 
-from fastbert_kernels import launch
+from fastbert_kernels import configs, launch
 from fastbert_kernels.jit import jit
 from fastbert_kernels.quantize import quantize_rows, rotate_rows
 
@@ -109,7 +109,7 @@ def bias_residual_layer_norm_forward(
     out = launch.empty((n_rows, n_cols), like=x)
     if n_rows == 0:
         return out
-    config = launch.rowwise_config(n_cols)
+    config = configs.rowwise_config(n_cols)
     # Grid: one program per BLOCK_ROWS whole rows.
     launch.run(
         _bias_residual_layer_norm_kernel,

@@ -41,7 +41,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
-from fastbert_kernels import attention, embedding, gelu, launch, layer_norm, linear, pooling, quantized_linear
+from fastbert_kernels import attention, configs, embedding, gelu, launch, layer_norm, linear, pooling, quantized_linear
 
 # (H, I, N). "odd" has rows that no vector load can read and a K that is no multiple of any block.
 MODELS = {"base": (768, 3072, 12), "large": (1024, 4096, 16), "minilm": (384, 1536, 12), "odd": (90, 250, 3)}
@@ -301,7 +301,7 @@ def plan(archs: Iterable[int], chosen: Iterable[Case]) -> list[Kernel]:
 
 def _pointer_kernel(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, activation: str) -> torch.Tensor:
     arch, shape = launch.arch(x.device), (x.shape[1], weight.shape[0])
-    config = launch.linear_config(x.dtype, arch, shape, activation).block_sizes
+    config = configs.linear_config(x.dtype, arch, shape, activation).block_sizes
     return linear.linear_pointer_forward(x, weight, bias, activation, None, config, x.new_empty(len(x), len(weight)))
 
 
@@ -309,7 +309,7 @@ def _pointer_kernel_8_bit(call: partial[torch.Tensor]) -> torch.Tensor:
     """The call of quantized_linear_forward by its own kernel, whatever the tables say."""
     x, x_scale, group, weight, weight_scale, bias, activation, dtype, out_scale = call.args
     arch = launch.arch(x.device)
-    config = launch.quantized_linear_config(x.dtype, group if group < x.shape[1] else None, arch).block_sizes
+    config = configs.quantized_linear_config(x.dtype, group if group < x.shape[1] else None, arch).block_sizes
     return quantized_linear.quantized_linear_pointer_forward(
         x, x_scale, group, weight, weight_scale, bias, activation, config,
         torch.empty((len(x), len(weight)), dtype=dtype), out_scale, quantized_linear.sums_outside(x.dtype, arch),

@@ -186,7 +186,8 @@ def test_a_second_process_compiles_nothing(tmp_path: Path) -> None:
 
 KEYS = """
 import json, sys, torch, fastbert
-from fastbert import graphs, ops
+from fastbert import ops
+from fastbert.engine import graphs
 from fastbert.ops import dispatch
 from fastbert_kernels import launch, offline
 from fastbert_kernels.offline import GPUTarget

@@ -38,8 +38,7 @@ class Driver:
 launched = []
 driver.set_active(Driver())
 import fastbert
-from fastbert import varlen
-from fastbert.ops import dispatch
+from fastbert.ops import dispatch, packing
 from fastbert_kernels import events, launch
 from fastbert_kernels.pooling import pool_forward
 
@@ -55,7 +54,7 @@ with torch.inference_mode():
         model = fastbert.BertModel(config, add_pooling_layer=False, **settings).to(torch.bfloat16).eval()
         model.cuda_graphs = False
         states = model.forward_packed(ids, cu_seqlens)
-    batch = varlen.from_lengths(lengths, torch.device("cpu"))
+    batch = packing.from_lengths(lengths, torch.device("cpu"))
     pool_forward(states, batch.cu_seqlens, "mean", True, torch.float32)
 print(json.dumps({**events.counts(), "launches": len(launched)}))
 """
