@@ -257,6 +257,7 @@ def test_gelu_leaves_registers_of_wide_tiles(tmp_path):
     """A spill in tiles of 128 sums a thread with GELU, which `fastbert tune` times in 16 bits."""
     script = """
 import torch, triton
+from triton.backends.compiler import GPUTarget
 from fastbert.tune import jobs as tune_jobs
 from fastbert_kernels import launch, linear, linear_persistent, offline
 bf16, fp16 = torch.bfloat16, torch.float16
@@ -269,7 +270,7 @@ for arch, dtype, activation in ((80, bf16, "gelu_tanh"), (80, fp16, "gelu"), (90
     forward = linear.linear_pointer_forward if arch == 80 else linear_persistent.linear_persistent_forward
     with launch.recording(arch) as launches:
         forward(x, weight, weight.new_empty(3072), activation, None, sizes, out)
-    source, options = offline.specialize(launches[0], offline.GPUTarget("cuda", arch, 32))
+    source, options = offline.specialize(launches[0], GPUTarget("cuda", arch, 32))
     result = offline.compile_kernel(offline.Kernel(arch, "linear", "bf16", sizes, source, options))
     assert result.findings == [] and not result.spills and result.tensor_cores, (arch, result)
 """
@@ -281,9 +282,10 @@ def test_8_bit_kernels_need_8_bit_instructions(tmp_path):
     """A check that takes a 16-bit tensor-core instruction for an 8-bit one."""
     script = """
 from fastbert_kernels import offline
+from fastbert_kernels.offline.compiling import findings_of
 for name, found in (("HGMMA", True), ("QGMMA", False), ("IGMMA", False), ("UTCQMMA", False), ("IMMA", False)):
     kernel = offline.Kernel(90, "quantized_linear", "fp8", {}, None, {})
-    findings = offline._findings(kernel, offline.Result(tensor_cores={name: 1}), 0)
+    findings = findings_of(kernel, offline.Result(tensor_cores={name: 1}), 0)
     assert bool(findings) == found, (name, findings)
 """
     done = run("-c", script, cache=tmp_path)

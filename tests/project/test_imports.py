@@ -52,7 +52,6 @@ LONG: set[str] = {
     "fastbert/text/tokenizer.py",
     "fastbert/tune/jobs.py",
     "kernels/fastbert_kernels/cpu/__init__.py",
-    "kernels/fastbert_kernels/offline.py",
 }
 LONG_TESTS: set[str] = {
     "tests/bench/test_bench_report.py",
