@@ -101,7 +101,7 @@ def test_rows_are_the_decisions_of_a_forward(
 
 def test_cpu_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a missing operation, a wrong order or a reason without a fallback, on PyTorch's CPU operations."""
-    monkeypatch.setattr(cpu, "unavailable", lambda: "planted")
+    monkeypatch.setattr(cpu.library, "load", lambda: (None, "planted"))
     monkeypatch.setattr(onednn, "unavailable", lambda dtype: "planted")
     report = explain(BertModel(config()).eval())
     ops = ["linear", "attention", "linear", "layer_norm", "linear", "linear", "layer_norm"]
@@ -131,7 +131,7 @@ def test_cpu_encoder_is_explained() -> None:
 def test_cpu_rows_of_packed_weights(kernels: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a product or an attention named as PyTorch's where it is not, a residual added where it is not."""
     if kernels == "oneDNN":
-        monkeypatch.setattr(cpu, "unavailable", lambda: "planted")
+        monkeypatch.setattr(cpu.library, "load", lambda: (None, "planted"))
     if packed_linear.unavailable(torch.float32) is not None or (kernels == "C++" and cpu.unavailable() is not None):
         pytest.skip(f"{packed_linear.unavailable(torch.float32)}, {cpu.unavailable()}")
     rows = explain(BertModel(config()).eval()).rows

@@ -443,7 +443,7 @@ def test_processors_with_less(allowed: str, minilm: Path) -> None:
 def test_refused_without_the_kernels(minilm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A promise on PyTorch's own products, whose bits depend on the number of rows."""
     ready = make(), make(precision="int8")
-    monkeypatch.setattr(cpu, "_load", lambda: (None, "the C++ kernels were not compiled"))
+    monkeypatch.setattr(cpu.library, "load", lambda: (None, "the C++ kernels were not compiled"))
     for cls in (BertModel, SentenceEncoder):
         for how in ({}, {"backend": "cpu"}, {"precision": "int8"}):
             with pytest.raises(

@@ -62,7 +62,7 @@ def variant(request: pytest.FixtureRequest) -> Iterator[str]:
 def outputs(monkeypatch: pytest.MonkeyPatch) -> Outputs:
     """Outputs full of NaN, between guard bands."""
     made = Outputs()
-    monkeypatch.setattr(cpu, "empty", made.empty)
+    monkeypatch.setattr(cpu.library, "empty", made.empty)
     return made
 
 
@@ -275,10 +275,10 @@ def test_stands_aside_with_a_word(runs: list[int], caplog: pytest.LogCaptureFixt
 @pytest.mark.parametrize("missing", ["avx512_vnni", "avx512f"])
 def test_processors_without_vnni(missing: str, monkeypatch: pytest.MonkeyPatch, request: Any) -> None:
     """A call of a kernel that the library has not."""
-    request.addfinalizer(cpu._load.cache_clear)
-    flags = cpu._processor_flags() - {missing}
-    monkeypatch.setattr(cpu, "_processor_flags", lambda: flags)
-    cpu._load.cache_clear()
+    request.addfinalizer(cpu.library.load.cache_clear)
+    flags = cpu.library.processor_flags() - {missing}
+    monkeypatch.setattr(cpu.library, "processor_flags", lambda: flags)
+    cpu.library.load.cache_clear()
     assert "no AVX-512 VNNI" in str(cpu.no_int8())
     torch.testing.assert_close(encode(make(), [9, 5]), encode(make(precision=None), [9, 5]), rtol=1e-4, atol=1e-4)
     assert any("no AVX-512 VNNI" in note for note in explain(make()).notes)

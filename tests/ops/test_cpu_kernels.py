@@ -49,7 +49,7 @@ def variant(request):
 def outputs(monkeypatch):
     """Outputs full of NaN, between guard bands."""
     made = Outputs()
-    monkeypatch.setattr(cpu, "empty", made.empty)
+    monkeypatch.setattr(cpu.library, "empty", made.empty)
     return made
 
 
@@ -57,7 +57,7 @@ def outputs(monkeypatch):
 @pytest.mark.skipif(not os.path.exists("/proc/cpuinfo"), reason="no Linux")
 def test_kernels_were_compiled():
     """Kernels that no longer compile: an optional extension fails without a word, and PyTorch takes its place."""
-    if not cpu._processor_flags() >= cpu.VARIANTS["avx2"][1]:
+    if not cpu.library.processor_flags() >= cpu.VARIANTS["avx2"][1]:
         pytest.skip("the processor has no AVX2")
     assert cpu.unavailable() is None, "python setup.py build_ext --inplace compiles them"
 
@@ -214,7 +214,7 @@ def test_what_the_kernel_does_not_take_runs_elsewhere(monkeypatch):
         assert attention.cpu_obstacle(head_size, qkv) is not None
         ours, plain = (varlen_attention(qkv, batch, 1, policy=Policy(backend)) for backend in ("cpu", "torch"))
         assert torch.equal(ours, plain)
-    monkeypatch.setattr(cpu, "unavailable", lambda: "planted")
+    monkeypatch.setattr(cpu.library, "load", lambda: (None, "planted"))
     qkv = torch.randn(7, 3 * 32)
     ours, plain = (varlen_attention(qkv, batch, 1, policy=Policy(backend)) for backend in ("cpu", "torch"))
     assert torch.equal(ours, plain) and attention.cpu_obstacle(32, qkv) == "planted"

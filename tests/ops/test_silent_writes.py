@@ -180,7 +180,7 @@ def test_graph_keeps_its_memory(name: str, monkeypatch: pytest.MonkeyPatch, devi
 def test_where_a_look_waits(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches weights on a GPU, looked at once a call and not at each use, that are not followed."""
     monkeypatch.setattr(silent_writes, "waits", lambda device: True)
-    monkeypatch.setattr(cpu, "unavailable", lambda: "as on a GPU")
+    monkeypatch.setattr(cpu.library, "load", lambda: (None, "as on a GPU"))
     check(make(backend="torch"), lambda m: m(IDS)[0], WRITES[name])
     encoder = _sentence_encoder("torch")
     check(encoder, _vectors, WRITES[name], encoder.model) if name != "AdamW fused" else None
@@ -257,7 +257,7 @@ def test_eval_follows_what_cannot_be_seen() -> None:
 def test_samples(dtype: torch.dtype, compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a number that is looked at somewhere else than where it lies, or a NaN that is never what it was."""
     if not compiled:
-        monkeypatch.setattr(cpu, "unavailable", lambda: "not compiled")
+        monkeypatch.setattr(cpu.library, "load", lambda: (None, "not compiled"))
     tensors = [torch.zeros(shape).to(dtype) for shape in ((), (1,), (7,), (3, 5), (40, 24), (0, 4), (2, 3, 4))]
     tensors += [torch.zeros(24, 40).to(dtype).t(), torch.zeros(64, 64).to(dtype)[::2, 1::3]]
     if dtype.is_floating_point and dtype.itemsize > 1:

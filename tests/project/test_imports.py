@@ -51,7 +51,6 @@ LONG: set[str] = {
     "fastbert/pipelines/sentence.py",
     "fastbert/text/tokenizer.py",
     "fastbert/tune/jobs.py",
-    "kernels/fastbert_kernels/cpu/__init__.py",
 }
 LONG_TESTS: set[str] = {
     "tests/bench/test_bench_report.py",
