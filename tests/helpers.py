@@ -142,7 +142,7 @@ def operations_called(function: Callable[..., Any], tensors: Sequence[Tensor]) -
 
 @contextmanager
 def only_variant(name: str) -> Iterator[None]:
-    """The C++ kernels of this name in cpu.library.VARIANTS, as if they were the best, or the reason why they do not run."""
+    """Runs the C++ kernels of this name in VARIANTS as if they were the best; says why where they do not run."""
     before = cpu.library.VARIANTS
     cpu.library.VARIANTS = {name: before[name]}
     cpu.library.load.cache_clear()
