@@ -26,7 +26,7 @@ from fastbert.bench.peers import OURS, Peer
 from fastbert.bench.texts import spread
 from fastbert.checkpoint import files as checkpoint
 from fastbert.pipelines import folder as sentence_layout
-from fastbert.pipelines.folder import Normalize
+from fastbert.pipelines.modules import Normalize
 from fastbert.pipelines.names import SENTENCE_TRANSFORMERS, full_name
 from fastbert.pipelines.sentence import SentenceEncoder
 from fastbert.text.tokenizer import PackedEncoding

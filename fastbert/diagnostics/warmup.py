@@ -13,7 +13,7 @@ from fastbert.engine import graphs
 from fastbert.engine.graphs import CompileEvents, compile_events
 from fastbert.models.bert import BertModel
 from fastbert.models.pretrained import PreTrainedModel
-from fastbert.pipelines import run as sentence_run
+from fastbert.pipelines.batching import default_token_budget
 from fastbert.pipelines.sentence import SentenceEncoder
 
 __all__ = ["WarmupReport", "compile_events", "warmup"]
@@ -63,8 +63,7 @@ def warmup(model: Any, *, max_tokens: int | None = None) -> WarmupReport:
     if max_tokens is None:
         max_tokens = graphs.LARGEST
         if isinstance(model, SentenceEncoder):
-            default = sentence_run.TOKEN_BUDGET
-            max_tokens = model.token_budget or default.get(model.device.type, default["cuda"])
+            max_tokens = model.token_budget or default_token_budget(model.device)
     if isinstance(max_tokens, bool) or not isinstance(max_tokens, int) or max_tokens < 1:
         raise ValueError(f"max_tokens: expected a positive whole number, got {max_tokens!r}")
     before, started = compile_events(), time.perf_counter()

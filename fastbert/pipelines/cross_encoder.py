@@ -12,21 +12,20 @@ import torch
 from torch import Tensor, nn
 
 from fastbert import ops
-from fastbert.models.bert import Encoded
 from fastbert.models.heads import BertForSequenceClassification
 from fastbert.models.pretrained import any_in_training
-from fastbert.ops import packing
 from fastbert.pipelines import folder as sentence_layout
 from fastbert.pipelines.api import SEVERAL, SentenceTransformersApi, passed_over
 from fastbert.pipelines.loading import Arguments, load
 from fastbert.pipelines.modules import ACTIVATIONS as FUNCTIONS
 from fastbert.pipelines.modules import activation_name
 from fastbert.pipelines.names import CROSS_ENCODER
-from fastbert.pipelines.run import TOKEN_BUDGET, WINDOW, in_batches
+from fastbert.pipelines.pipeline import Pipeline
+from fastbert.pipelines.run import WINDOW, logits
 from fastbert.pipelines.sentence import _positive, _progress_bar
 from fastbert.pipelines.settings import processing_limit
 from fastbert.text import windows as text_windows
-from fastbert.text.tokenizer import PackedEncoding, Tokenizer
+from fastbert.text.tokenizer import Tokenizer
 from fastbert.text.wordpiece import check_text
 
 logger = logging.getLogger("fastbert")
@@ -189,6 +188,19 @@ class CrossEncoder(SentenceTransformersApi):
     max_length = max_seq_length  # its name in sentence-transformers before 6.0
 
     @property
+    def pipeline(self) -> Pipeline:
+        """What `predict` runs, up to the activation function: the parts of the encoder, as they are now."""
+        return Pipeline(
+            self.model.bert,
+            self.tokenizer,
+            self.max_seq_length,
+            head=self.model.classify,
+            prompts=self.prompts,
+            default_prompt_name=self.default_prompt_name,
+            token_budget=self.token_budget,
+        )
+
+    @property
     def device(self) -> torch.device:
         return self.model.device
 
@@ -247,6 +259,7 @@ class CrossEncoder(SentenceTransformersApi):
         if not pairs:
             nothing = torch.tensor([], device=self.device)
             return nothing if convert_to_tensor else np.array([]) if convert_to_numpy else []
+        pipeline = self.pipeline
         firsts, seconds = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
         n_cut = n_tokens_cut = 0
         parts: list[Tensor] = []
@@ -255,7 +268,7 @@ class CrossEncoder(SentenceTransformersApi):
                 window = [front + text for text in firsts[start:end]] if front else firsts[start:end]
                 tokens = self.tokenizer.encode_packed(window, seconds[start:end], max_length=limit, warn=False)
                 n_cut, n_tokens_cut = n_cut + tokens.n_truncated, n_tokens_cut + tokens.n_truncated_tokens
-                parts.append(self._logits(tokens, batch_size, progress))
+                parts.append(logits(pipeline, tokens, batch_size, progress))
             scores = torch.cat(parts)
             activate, policy = self.activation_fn if activation_fn is None else activation_fn, self.model.policy
             scores = ops.elementwise(activate, scores, policy=policy)
@@ -331,22 +344,6 @@ class CrossEncoder(SentenceTransformersApi):
         prompt = self.prompts[name or ""] if prompt is None else prompt
         check_text(prompt, "prompt")
         return prompt
-
-    def _logits(self, tokens: PackedEncoding, batch_size: int | None, progress: Callable[[int], Any] | None) -> Tensor:
-        """(n, num_labels) in float32 at least, in the order of the pairs; computed in batches of like lengths."""
-        bert, device, n_pairs = self.model.bert, self.device, tokens.cu_seqlens.shape[0] - 1
-        bert.embeddings.check_ids(tokens.input_ids, tokens.token_type_ids)
-        bert.follow_weights()
-        dtype = torch.promote_types(self.dtype, torch.float32)
-        logits = torch.empty(n_pairs, self.num_labels, device=device, dtype=dtype)
-        budget = self.token_budget or TOKEN_BUDGET.get(device.type, TOKEN_BUDGET["cuda"])
-        for places, batch, ids, types in in_batches(tokens, budget, batch_size, device):
-            hidden = bert.encode_packed(batch, ids, types, check=False)[-1]
-            scored = self.model.classify(Encoded(batch, hidden, None, None))
-            logits[packing.to_device(torch.from_numpy(np.array(places)), device)] = scored.to(logits.dtype)
-            if progress is not None:
-                progress(len(places))
-        return logits
 
 
 def _activation_at(path: str | None, src: Any) -> Activation | None:

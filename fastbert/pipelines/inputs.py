@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from itertools import groupby
 from typing import Any
 
 import numpy as np
 import torch
 
-from fastbert.pipelines.run import Run
-from fastbert.text.tokenizer import PackedEncoding, Tokenizer
+from fastbert.pipelines.pipeline import PackingTokenizer
+from fastbert.text.tokenizer import PackedEncoding
 from fastbert.text.wordpiece import check_text
 
 
@@ -70,22 +70,18 @@ def _text(item: Any, where: str) -> str:
     raise TypeError(f"{where}: got {type(item).__name__}, expected str")
 
 
-class TextRun(Run):
-    """A run in which some texts may be pairs."""
-
-    def _encoded(self, window: list[str]) -> PackedEncoding:
-        if Pair not in set(map(type, window)):
-            return super()._encoded(window)
-        return _joined(list(_packed(self.encoder.tokenizer, window, self.request.prompt, self.limit)))
-
-
-def _packed(tokenizer: Tokenizer, window: list[str], prompt: str, limit: int) -> Iterator[PackedEncoding]:
-    """The tokens of neighbours of one kind, pairs or texts; the prompt stands before the first text of a pair."""
-    for paired, group in groupby(window, lambda text: isinstance(text, Pair)):
+def encode_texts(tokenizer: PackingTokenizer, texts: list[str], prompt: str, max_length: int) -> PackedEncoding:
+    """Encodes texts, some of which may be a `Pair`, end to end; the prompt stands before the first text of a pair."""
+    if Pair not in set(map(type, texts)):
+        prompted = [prompt + text for text in texts] if prompt else texts
+        return tokenizer.encode_packed(prompted, max_length=max_length, warn=False)
+    parts = []
+    for paired, group in groupby(texts, lambda text: isinstance(text, Pair)):
         items: list[Any] = list(group)
         firsts = [prompt + str(text) for text in items]
         seconds = [pair.second for pair in items] if paired else None
-        yield tokenizer.encode_packed(firsts, seconds, max_length=limit, warn=False)
+        parts.append(tokenizer.encode_packed(firsts, seconds, max_length=max_length, warn=False))
+    return _joined(parts)
 
 
 def _joined(parts: list[PackedEncoding]) -> PackedEncoding:

@@ -133,7 +133,7 @@ class Normalize(nn.Module):
         return {}
 
 
-def apply(module: nn.Module, x: Tensor, policy: Policy) -> Tensor:
+def apply(module: Callable[[Tensor], Tensor], x: Tensor, policy: Policy) -> Tensor:
     """module(x) on sentence vectors (B, K); where the policy is batch-invariant, on kernels that are.
 
     PyTorch's sums over a row may depend on the number of rows, those of norms as well as those of products.

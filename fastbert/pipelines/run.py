@@ -17,37 +17,33 @@ from __future__ import annotations
 
 import logging
 import time
-from bisect import bisect_right
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from itertools import accumulate, islice
-from operator import sub
-from typing import TYPE_CHECKING, Any
+from itertools import islice
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fastbert import ops
+from fastbert.models.bert import Encoded
 from fastbert.ops import packing, silent_writes
-from fastbert.pipelines.folder import POOLING_MODES, Normalize, apply
+from fastbert.pipelines.batching import default_token_budget, in_batches
+from fastbert.pipelines.inputs import encode_texts
+from fastbert.pipelines.pipeline import Pipeline
+from fastbert.pipelines.pooling import sentence_vectors
 from fastbert.text.tokenizer import PackedEncoding
 from fastbert.text.windows import WINDOW_CHARACTERS
 from fastbert.text.wordpiece import check_text
-
-if TYPE_CHECKING:
-    from fastbert.pipelines.sentence import SentenceEncoder
 
 logger = logging.getLogger("fastbert")
 
 WINDOW = 16384  # texts tokenised and sorted at once, at most; WINDOW_CHARACTERS bounds them, too
 FIRST_WINDOW = 1024  # of a call that overlaps: until it is tokenised the GPU has nothing to do
 AHEAD = 2  # windows tokenised, or being tokenised, before the calling thread asks for them
-# Tokens in a batch. On a CPU, activations of more than a few MB leave its caches and are mapped anew by each op.
-TOKEN_BUDGET = {"cpu": 2048, "cuda": 16384}
 # The warning of sentence-transformers, word for word: programs look for it.
 TWO_PROMPTS = (
     "Provide either a `prompt`, a `prompt_name`, or neither, but not both. "
@@ -114,22 +110,30 @@ def overlaps(device: torch.device) -> bool:
 class Run:
     """`windows` does the work; the counters say what was cut, `timings` where the time went."""
 
-    def __init__(self, encoder: SentenceEncoder, request: Request) -> None:
-        self.encoder, self.request = encoder, request
-        self.model, self.tail = encoder.model, list(encoder.tail)
+    def __init__(self, pipeline: Pipeline, request: Request) -> None:
+        self.pipeline, self.request = pipeline, request
+        self.model = pipeline.model
         self.device = self.model.device
-        self.limit = request.max_length or encoder.max_seq_length
-        self.skip = self._prompt_tokens()
+        self.limit = request.max_length or pipeline.max_seq_length
+        self.n_prompt_tokens = self._prompt_tokens()
+        # With output_value None sentence-transformers returns what the modules make, never normalised after that.
+        self._vectors = partial(
+            sentence_vectors,
+            pipeline,
+            n_prompt_tokens=self.n_prompt_tokens,
+            normalize=request.normalize and request.output_value is not None,
+            truncate_dim=request.truncate_dim,
+        )
         self.n_texts = self.n_truncated = self.n_truncated_tokens = 0
         self.timings = Timings(overlapped=overlaps(self.device))
 
     def _prompt_tokens(self) -> int:
-        """How many tokens at the start of each text pooling leaves out."""
-        pooling, prompt = self.encoder.pooling, self.request.prompt
-        if not prompt or pooling.include_prompt:
+        """The number of tokens at the start of each text that pooling leaves out."""
+        pooling, prompt = self.pipeline.pooling, self.request.prompt
+        if not prompt or pooling is None or pooling.include_prompt:
             return 0
-        ids = self.encoder.tokenizer.encode_packed([prompt], max_length=self.limit, warn=False).input_ids
-        return len(ids) - int(ids[-1].item() in self.encoder.tokenizer.all_special_ids)
+        ids = self.pipeline.tokenizer.encode_packed([prompt], max_length=self.limit, warn=False).input_ids
+        return len(ids) - int(ids[-1].item() in self.pipeline.tokenizer.all_special_ids)
 
     def windows(self, texts: Iterable[str]) -> Iterator[Any]:
         """The result of each window: (n, dim) vectors, or a list for other output values."""
@@ -198,7 +202,7 @@ class Run:
         started = time.perf_counter()
         for i, text in enumerate(window, start=self.n_texts):
             check_text(text, "sentences" if self.request.single else f"sentences[{i}]")
-        tokens = self._encoded(window)
+        tokens = encode_texts(self.pipeline.tokenizer, window, self.request.prompt, self.limit)
         self.model.embeddings.check_ids(tokens.input_ids, tokens.token_type_ids)
         self.n_texts += len(window)
         self.n_truncated += tokens.n_truncated
@@ -207,91 +211,79 @@ class Run:
         self.timings.tokenizing += time.perf_counter() - started
         return tokens
 
-    def _encoded(self, window: list[str]) -> PackedEncoding:
-        prompt = self.request.prompt
-        texts = [prompt + text for text in window] if prompt else window
-        return self.encoder.tokenizer.encode_packed(texts, max_length=self.limit, warn=False)
-
     def _compute(self, tokens: PackedEncoding) -> Tensor | list[Any]:
         request, n_texts = self.request, tokens.cu_seqlens.shape[0] - 1
         vectors: Tensor | None = None
         items: list[Any] = [None] * n_texts
-        made: Tensor | list[Any]
-        budget = self.encoder.token_budget or TOKEN_BUDGET.get(self.device.type, TOKEN_BUDGET["cuda"])
+        results: Tensor | list[Any]
+        token_budget = self.pipeline.token_budget or default_token_budget(self.device)
         if silent_writes.waits(self.device):  # elsewhere each use looks
             self.model.follow_weights()
-        for places, batch, *ids in in_batches(tokens, budget, request.batch_size, self.device):
+        for places, batch, *ids in in_batches(tokens, token_budget, request.batch_size, self.device):
             with torch.inference_mode():
                 hidden = self.model.encode_packed(batch, *ids, check=False)[-1]
                 if request.output_value == "sentence_embedding":
-                    made = self._pool(hidden, batch)
+                    results = self._vectors(hidden, batch)
                 else:
-                    made = self._items(hidden, batch, *ids)
-            if not isinstance(made, Tensor):
-                for place, item in zip(places, made, strict=True):
+                    results = self._items(hidden, batch, *ids)
+            if not isinstance(results, Tensor):
+                for place, item in zip(places, results, strict=True):
                     items[place] = item
             elif len(places) == n_texts and places == list(range(n_texts)):
-                vectors = made.contiguous() if request.on_host else _for_autograd(made.clone)
+                vectors = results.contiguous() if request.on_host else _for_autograd(results.clone)
             else:
                 if vectors is None:
-                    vectors = _for_autograd(partial(made.new_empty, (n_texts, made.shape[1])))
+                    vectors = _for_autograd(partial(results.new_empty, (n_texts, results.shape[1])))
                 rows = torch.from_numpy(np.array(places))
-                vectors.index_copy_(0, packing.to_device(rows, self.device), made)
+                vectors.index_copy_(0, packing.to_device(rows, self.device), results)
             if request.progress is not None:
                 request.progress(len(places))
         return items if vectors is None else vectors
 
-    def _items(self, hidden: Tensor, batch: packing.PackedBatch, ids: Tensor, types: Tensor) -> list[Any]:
+    def _items(
+        self, hidden: Tensor, batch: packing.PackedBatch, input_ids: Tensor, token_type_ids: Tensor
+    ) -> list[Any]:
         """What the output values "token_embeddings" and None ask for, a text each."""
         lengths = batch.cu_seqlens_cpu.diff().tolist()
         if self.request.output_value == "token_embeddings":
             return list(hidden.split(lengths))
+        rows = zip(
+            input_ids.split(lengths),
+            token_type_ids.split(lengths),
+            hidden.split(lengths),
+            self._vectors(hidden, batch),
+            strict=True,
+        )
         return [
             {
                 "input_ids": text_ids,
-                "token_type_ids": text_types,
+                "token_type_ids": text_type_ids,
                 "attention_mask": torch.ones_like(text_ids),
                 "token_embeddings": states,
                 "sentence_embedding": vector,
             }
-            for text_ids, text_types, states, vector in zip(
-                ids.split(lengths), types.split(lengths), hidden.split(lengths), self._pool(hidden, batch), strict=True
-            )
+            for text_ids, text_type_ids, states, vector in rows
         ]
 
-    def _pool(self, hidden: Tensor, batch: packing.PackedBatch) -> Tensor:
-        """(T, H) -> (B, dim), in float32 at least."""
-        pooling, request, tail = self.encoder.pooling, self.request, self.tail
-        cu_seqlens = batch.cu_seqlens
-        if self.skip:
-            lengths = (batch.cu_seqlens_cpu.diff() - self.skip).clamp(min=0)
-            offsets = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int()
-            cu_seqlens = packing.to_device(offsets, self.device)
-            hidden = hidden[batch.position_ids >= self.skip]
-        # With output_value None sentence-transformers returns what the modules make, never normalised after that.
-        normalize = request.normalize and request.output_value is not None
-        if normalize and request.truncate_dim is None:
-            tail, normalize = [*tail, Normalize()], False
-        late = self.skip > 0 and "weightedmean" in pooling.modes
-        fused = len(pooling.modes) == 1 and bool(tail) and isinstance(tail[0], Normalize) and not late
-        dtype, policy = torch.promote_types(hidden.dtype, torch.float32), self.model.policy
-        pooled = [
-            ops.pool(hidden, cu_seqlens, POOLING_MODES[mode], normalize=fused, out_dtype=dtype, policy=policy)
-            for mode in pooling.modes
-        ]
-        if late:
-            # Weights count on from the prompt's tokens: skip + 1, skip + 2, ..., which sum to n (skip + (n + 1) / 2).
-            half = (cu_seqlens.diff().to(dtype)[:, None] + 1) / 2
-            mean = ops.pool(hidden, cu_seqlens, "mean", out_dtype=dtype, policy=policy)
-            for place, mode in enumerate(pooling.modes):
-                if mode == "weightedmean":
-                    pooled[place] = (self.skip * mean + half * pooled[place]) / (self.skip + half)
-        x = pooled[0] if len(pooled) == 1 else torch.cat(pooled, dim=1)
-        for module in tail[1:] if fused else tail:
-            x = apply(module, x, policy)
-        if request.truncate_dim is not None:
-            x = x[:, : request.truncate_dim]
-        return apply(Normalize(), x, policy) if normalize else x
+
+def logits(
+    pipeline: Pipeline, tokens: PackedEncoding, batch_size: int | None, progress: Callable[[int], Any] | None
+) -> Tensor:
+    """What the head of a pipeline gives for inputs: (n, num_labels), in float32 at least, in their order."""
+    bert, device, n_pairs = pipeline.model, pipeline.device, tokens.cu_seqlens.shape[0] - 1
+    assert pipeline.head is not None, "a pipeline without a head gives no logits"
+    bert.embeddings.check_ids(tokens.input_ids, tokens.token_type_ids)
+    bert.follow_weights()
+    dtype = torch.promote_types(bert.dtype, torch.float32)
+    result = torch.empty(n_pairs, bert.config.num_labels, device=device, dtype=dtype)
+    token_budget = pipeline.token_budget or default_token_budget(device)
+    for places, batch, input_ids, token_type_ids in in_batches(tokens, token_budget, batch_size, device):
+        hidden = bert.encode_packed(batch, input_ids, token_type_ids, check=False)[-1]
+        scores = pipeline.head(Encoded(batch, hidden, None, None))
+        result[packing.to_device(torch.from_numpy(np.array(places)), device)] = scores.to(dtype)
+        if progress is not None:
+            progress(len(places))
+    return result
 
 
 def _for_autograd(make: Callable[[], Tensor]) -> Tensor:
@@ -316,56 +308,3 @@ class _Result:
         if self.copied is not None:
             self.copied.synchronize()
         return self.made
-
-
-def in_batches(
-    tokens: PackedEncoding, budget: int, most: int | None, device: torch.device
-) -> Iterator[tuple[list[int], packing.PackedBatch, Tensor, Tensor]]:
-    """The texts in batches of like lengths, as `batches` cuts them: which they are, and their ids and types, (T,) each.
-
-    The lengths are lists: of one text, NumPy's functions would take longer than everything else here.
-    """
-    offsets = tokens.cu_seqlens.tolist()
-    lengths = list(map(sub, offsets[1:], offsets))
-    # Longest first: too little memory shows at once.
-    order = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
-    ids, types = tokens.input_ids, tokens.token_type_ids
-    if device.type != "cpu" or order != list(range(len(order))):
-        lengths = [lengths[i] for i in order]
-        ids, types = _gathered((ids, types), [offsets[i] for i in order], lengths, device)
-    ends = list(accumulate(lengths))
-    for first, last in batches(ends, budget, most):
-        start, end = ends[first] - lengths[first], ends[last - 1]
-        batch = packing.from_lengths(lengths[first:last], device)
-        here = (ids, types) if last - first == len(order) else (ids[start:end], types[start:end])
-        if device.type != "cpu":
-            here = packing.to_device(here[0], device), packing.to_device(here[1], device)
-        yield order[first:last], batch, *here
-
-
-def _gathered(
-    tensors: tuple[Tensor, ...], starts: list[int], lengths: list[int], device: torch.device
-) -> Iterator[Tensor]:
-    """Tensors (T,) with their texts in another order, in memory that a GPU can copy from by itself.
-
-    starts, lengths: of the texts in that order, where each begins in the tensors.
-    """
-    ends = np.cumsum(lengths)
-    rows = torch.from_numpy(np.repeat(starts - (ends - lengths), lengths) + np.arange(ends[-1]))
-    for t in tensors:
-        out = torch.empty(len(rows), dtype=t.dtype, device="cpu", pin_memory=device.type == "cuda")
-        yield torch.index_select(t, 0, rows, out=out)
-
-
-def batches(ends: Sequence[int], budget: int, most: int | None) -> Iterator[tuple[int, int]]:
-    """(first, last) of runs of texts that have at most `budget` tokens and `most` texts, or of a single text.
-
-    ends: (n,) how many tokens there are up to the end of each text.
-    """
-    first = 0
-    while first < len(ends):
-        before = ends[first - 1] if first else 0
-        last = max(bisect_right(ends, before + budget), first + 1)
-        last = last if most is None else min(last, first + most)
-        yield first, last
-        first = last

@@ -19,11 +19,13 @@ from fastbert.models.pretrained import any_in_training
 from fastbert.ops import packing
 from fastbert.pipelines import folder as sentence_layout
 from fastbert.pipelines.api import SEVERAL, SentenceTransformersApi, passed_over
-from fastbert.pipelines.folder import Layout, Pooling
-from fastbert.pipelines.inputs import TextRun, as_texts
+from fastbert.pipelines.folder import Layout
+from fastbert.pipelines.inputs import as_texts
 from fastbert.pipelines.loading import Arguments, load
 from fastbert.pipelines.names import SENTENCE_TRANSFORMERS
-from fastbert.pipelines.run import TWO_PROMPTS, Request, Timings
+from fastbert.pipelines.pipeline import Pipeline, Pooling
+from fastbert.pipelines.pooling import sentence_vectors
+from fastbert.pipelines.run import TWO_PROMPTS, Request, Run, Timings
 from fastbert.pipelines.settings import TransformerSettings, processing_limit
 from fastbert.text.tokenizer import Tokenizer
 from fastbert.text.wordpiece import check_text, one_of
@@ -175,6 +177,22 @@ class SentenceEncoder(SentenceTransformersApi):
         if value is not None and value > positions:
             raise ValueError(f"max_seq_length: got {value}, but the model has {positions} positions")
         self.tokenizer.model_max_length = positions if value is None else value
+
+    @property
+    def pipeline(self) -> Pipeline:
+        """What `encode` runs: the parts of the encoder, as they are now."""
+        modules: Any = self._modules  # nn.Module's way to a module takes a call of a Python function each
+        return Pipeline(
+            modules["model"],
+            self.tokenizer,
+            self.max_seq_length,
+            self.pooling,
+            tuple(modules["tail"]._modules.values()),
+            prompts=self.prompts,
+            default_prompt_name=self.default_prompt_name,
+            truncate_dim=self.truncate_dim,
+            token_budget=self.token_budget,
+        )
 
     @property
     def device(self) -> torch.device:
@@ -383,11 +401,11 @@ class SentenceEncoder(SentenceTransformersApi):
         hidden = self.model(**{name: input[name] for name in names if input.get(name) is not None}).last_hidden_state
         mask = input.get("attention_mask")
         mask = torch.ones(hidden.shape[:2], dtype=torch.int64, device=hidden.device) if mask is None else mask
-        run = TextRun(self, Request(output_value=None))
+        n_prompt_tokens = 0
         if not self.pooling.include_prompt and input.get("prompt_length") is not None:
-            run.skip = int(torch.as_tensor(input["prompt_length"]).flatten()[0])
+            n_prompt_tokens = int(torch.as_tensor(input["prompt_length"]).flatten()[0])
         batch = packing.from_lengths((mask != 0).sum(1).tolist(), hidden.device)
-        vectors = run._pool(hidden[mask != 0], batch)
+        vectors = sentence_vectors(self.pipeline, hidden[mask != 0], batch, n_prompt_tokens=n_prompt_tokens)
         return {**input, "token_embeddings": hidden, "sentence_embedding": vectors}
 
     def set_pooling_include_prompt(self, include_prompt: bool) -> None:
@@ -397,7 +415,7 @@ class SentenceEncoder(SentenceTransformersApi):
     def _run(self, texts: Iterable[str], request: Request) -> Iterator[Any]:
         if self._in_training():  # eval() drops what was made of the weights
             self.eval()
-        run = TextRun(self, request)
+        run = Run(self.pipeline, request)
         self.__dict__["last_timings"] = run.timings  # nn.Module asks of each attribute whether it is a parameter
         return run.windows(texts)
 

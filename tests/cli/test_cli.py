@@ -31,7 +31,7 @@ from fastbert import (
 from fastbert.cli import demo
 from fastbert.cli.main import main
 from fastbert.pipelines import run as sentence_run
-from fastbert.pipelines.folder import Normalize
+from fastbert.pipelines.modules import Normalize
 from fastbert.text import files as text_io
 from helpers import source_env, tiny_bert
 

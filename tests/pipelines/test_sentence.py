@@ -15,9 +15,11 @@ import pytest
 import torch
 
 from fastbert import BertConfig, BertModel, SentenceEncoder, Tokenizer
+from fastbert.pipelines import batching
 from fastbert.pipelines import folder as sentence_layout
 from fastbert.pipelines import run as sentence_run
-from fastbert.pipelines.folder import Dense, Dropout, LayerNorm, Normalize, Pooling
+from fastbert.pipelines.modules import Dense, Dropout, LayerNorm, Normalize
+from fastbert.pipelines.pipeline import Pooling
 from helpers import docstrings, tiny_bert
 
 TEXTS = [
@@ -133,9 +135,9 @@ def test_batches_are_packed_and_within_the_budget(
 def test_batches_cover_all_texts_once() -> None:
     """Catches a text lost or doubled where a batch is cut: too long for the budget, of length 0, at the very limit."""
     ends = np.cumsum([50, 10, 10, 5, 5, 0, 0])
-    assert list(sentence_run.batches(ends, 20, None)) == [(0, 1), (1, 3), (3, 7)]
-    assert list(sentence_run.batches(ends, 20, 2)) == [(0, 1), (1, 3), (3, 5), (5, 7)]
-    assert list(sentence_run.batches(np.cumsum([]), 20, None)) == []
+    assert list(batching.batches(ends, 20, None)) == [(0, 1), (1, 3), (3, 7)]
+    assert list(batching.batches(ends, 20, 2)) == [(0, 1), (1, 3), (3, 5), (5, 7)]
+    assert list(batching.batches(np.cumsum([]), 20, None)) == []
 
 
 def test_windows(encoder: SentenceEncoder, monkeypatch: pytest.MonkeyPatch) -> None:

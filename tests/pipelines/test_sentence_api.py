@@ -18,7 +18,8 @@ from torch import nn
 
 from fastbert import BertForSequenceClassification, BertModel, CrossEncoder, SentenceEncoder
 from fastbert.pipelines import api as sentence_api
-from fastbert.pipelines.folder import Dense, Normalize, Pooling
+from fastbert.pipelines.modules import Dense, Normalize
+from fastbert.pipelines.pipeline import Pooling
 from helpers import tiny_bert
 
 FIRST = [

@@ -72,7 +72,6 @@ LONG_TESTS: set[str] = {
 }
 CIRCLES: list[set[str]] = [
     {"fastbert.engine.quantized", "fastbert.models.bert"},
-    {"fastbert.pipelines.api", "fastbert.pipelines.inputs", "fastbert.pipelines.run", "fastbert.pipelines.sentence"},
     {"fastbert.bench.memory", "fastbert.bench.text"},
     {"fastbert.diagnostics.explain.costs", "fastbert.diagnostics.explain.report"},
     {"fastbert.diagnostics.verify.page", "fastbert.diagnostics.verify.report"},
