@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from fastbert.checks import positive
 from fastbert.diagnostics.explain.entry import backbone, find_model
 from fastbert.engine import graphs
 from fastbert.engine.graphs import CompileEvents, compile_events
@@ -64,8 +65,7 @@ def warmup(model: Any, *, max_tokens: int | None = None) -> WarmupReport:
         max_tokens = graphs.LARGEST
         if isinstance(model, SentenceEncoder):
             max_tokens = model.token_budget or default_token_budget(model.device)
-    if isinstance(max_tokens, bool) or not isinstance(max_tokens, int) or max_tokens < 1:
-        raise ValueError(f"max_tokens: expected a positive whole number, got {max_tokens!r}")
+    max_tokens = positive("max_tokens", max_tokens)
     before, started = compile_events(), time.perf_counter()
     captured: tuple[int, ...] = ()
     with torch.inference_mode():

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fastbert import ops
+from fastbert.checks import check_text, positive_or_none
 from fastbert.models.heads import BertForSequenceClassification
 from fastbert.models.pretrained import any_in_training
 from fastbert.pipelines import folder as sentence_layout
@@ -22,11 +23,10 @@ from fastbert.pipelines.modules import activation_name
 from fastbert.pipelines.names import CROSS_ENCODER
 from fastbert.pipelines.pipeline import Pipeline
 from fastbert.pipelines.run import WINDOW, logits
-from fastbert.pipelines.sentence import _positive, _progress_bar
+from fastbert.pipelines.sentence import _progress_bar
 from fastbert.pipelines.settings import processing_limit
 from fastbert.text import windows as text_windows
 from fastbert.text.tokenizer import Tokenizer
-from fastbert.text.wordpiece import check_text
 
 logger = logging.getLogger("fastbert")
 
@@ -74,7 +74,7 @@ class CrossEncoder(SentenceTransformersApi):
         if default_prompt_name is not None and default_prompt_name not in self.prompts:
             raise ValueError(f"default_prompt_name: got {default_prompt_name!r}, expected one of {list(self.prompts)}")
         self.default_prompt_name = default_prompt_name
-        self.token_budget = _positive("token_budget", token_budget)
+        self.token_budget = positive_or_none("token_budget", token_budget)
         self.eval()
 
     @classmethod
@@ -181,7 +181,7 @@ class CrossEncoder(SentenceTransformersApi):
     @max_seq_length.setter
     def max_seq_length(self, value: int) -> None:
         positions = self.model.longest_text
-        if _positive("max_length", value) is None or value > positions:
+        if positive_or_none("max_length", value) is None or value > positions:
             raise ValueError(f"max_length: got {value}, but the model has {positions} positions")
         self.tokenizer.model_max_length = value
 
@@ -247,7 +247,7 @@ class CrossEncoder(SentenceTransformersApi):
         if pool is not None or isinstance(device, (list, tuple)):
             raise ValueError(SEVERAL)
         pairs, single = _as_pairs(sentences if inputs is None else inputs)
-        batch_size = _positive("batch_size", batch_size)
+        batch_size = positive_or_none("batch_size", batch_size)
         front = self._prompt(prompt, prompt_name)
         if show_progress_bar is None:
             show_progress_bar = logger.getEffectiveLevel() in (logging.INFO, logging.DEBUG)
@@ -342,7 +342,7 @@ class CrossEncoder(SentenceTransformersApi):
         if prompt is None and name not in self.prompts:
             raise ValueError(f"prompt_name: got {name!r}, expected one of {list(self.prompts)}")
         prompt = self.prompts[name or ""] if prompt is None else prompt
-        check_text(prompt, "prompt")
+        check_text("prompt", prompt)
         return prompt
 
 
@@ -378,5 +378,5 @@ def _as_pairs(given: Any) -> tuple[list[Any], bool]:
             came = f"{len(pair)} texts" if isinstance(pair, (list, tuple)) else type(pair).__name__
             raise TypeError(f"{where}: got {came}, expected a pair of texts")
         for j in (0, 1):
-            check_text(pair[j], f"{where}[{j}]")
+            check_text(f"{where}[{j}]", pair[j])
     return pairs, single

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from fastbert.checks import check_text
 from fastbert.pipelines.pipeline import PackingTokenizer
 from fastbert.text.tokenizer import PackedEncoding
-from fastbert.text.wordpiece import check_text
 
 
 class Pair(str):
@@ -65,7 +65,7 @@ def _text(item: Any, where: str) -> str:
         if len(item) != 2 or not all(isinstance(text, str) for text in item):
             kinds = ", ".join(type(text).__name__ for text in item[:3])
             raise TypeError(f"{where}: got {type(item).__name__} of {len(item)} ({kinds}), expected str or two of them")
-        check_text(item[1], f"{where}[1]")
+        check_text(f"{where}[1]", item[1])
         return Pair(*item)
     raise TypeError(f"{where}: got {type(item).__name__}, expected str")
 

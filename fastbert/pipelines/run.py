@@ -29,6 +29,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastbert.checks import check_text
 from fastbert.models.bert import Encoded
 from fastbert.ops import packing, silent_writes
 from fastbert.pipelines.batching import default_token_budget, in_batches
@@ -37,7 +38,6 @@ from fastbert.pipelines.pipeline import Pipeline
 from fastbert.pipelines.pooling import sentence_vectors
 from fastbert.text.tokenizer import PackedEncoding
 from fastbert.text.windows import WINDOW_CHARACTERS
-from fastbert.text.wordpiece import check_text
 
 logger = logging.getLogger("fastbert")
 
@@ -201,7 +201,7 @@ class Run:
     def _tokenize(self, window: list[str]) -> PackedEncoding:
         started = time.perf_counter()
         for i, text in enumerate(window, start=self.n_texts):
-            check_text(text, "sentences" if self.request.single else f"sentences[{i}]")
+            check_text("sentences" if self.request.single else f"sentences[{i}]", text)
         tokens = encode_texts(self.pipeline.tokenizer, window, self.request.prompt, self.limit)
         self.model.embeddings.check_ids(tokens.input_ids, tokens.token_type_ids)
         self.n_texts += len(window)

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fastbert.checks import check_text, one_of, positive_or_none
 from fastbert.models.bert import BertModel
 from fastbert.models.pretrained import any_in_training
 from fastbert.ops import packing
@@ -28,7 +29,6 @@ from fastbert.pipelines.pooling import sentence_vectors
 from fastbert.pipelines.run import TWO_PROMPTS, Request, Run, Timings
 from fastbert.pipelines.settings import TransformerSettings, processing_limit
 from fastbert.text.tokenizer import Tokenizer
-from fastbert.text.wordpiece import check_text, one_of
 from fastbert.vectors import quantize as vectors
 
 logger = logging.getLogger("fastbert")
@@ -76,8 +76,8 @@ class SentenceEncoder(SentenceTransformersApi):
         if default_prompt_name is not None and default_prompt_name not in self.prompts:
             raise ValueError(f"default_prompt_name: got {default_prompt_name!r}, expected one of {list(self.prompts)}")
         self.similarity_fn_name = similarity_fn_name
-        self.truncate_dim = _positive("truncate_dim", truncate_dim)
-        self.token_budget = _positive("token_budget", token_budget)
+        self.truncate_dim = positive_or_none("truncate_dim", truncate_dim)
+        self.token_budget = positive_or_none("token_budget", token_budget)
         self.last_timings: Timings | None = None  # where the time of the last call went
         self._dimension = self._check_sizes()
         self.eval()
@@ -173,7 +173,7 @@ class SentenceEncoder(SentenceTransformersApi):
     @max_seq_length.setter
     def max_seq_length(self, value: int | None) -> None:
         positions = self.model.longest_text
-        value = _positive("max_seq_length", value)
+        value = positive_or_none("max_seq_length", value)
         if value is not None and value > positions:
             raise ValueError(f"max_seq_length: got {value}, but the model has {positions} positions")
         self.tokenizer.model_max_length = positions if value is None else value
@@ -288,10 +288,10 @@ class SentenceEncoder(SentenceTransformersApi):
             self.to(device)
         request = Request(
             self._prompt(prompt, prompt_name),
-            _positive("batch_size", batch_size),
+            positive_or_none("batch_size", batch_size),
             output_value,
             normalize_embeddings,
-            self.truncate_dim if truncate_dim is None else _positive("truncate_dim", truncate_dim),
+            self.truncate_dim if truncate_dim is None else positive_or_none("truncate_dim", truncate_dim),
             single,
             on_host=convert_to_numpy and not convert_to_tensor or precision != "float32",
             max_length=None if processing_kwargs is None else self._limit(processing_kwargs),
@@ -357,7 +357,7 @@ class SentenceEncoder(SentenceTransformersApi):
         with the number of texts of each batch. Truncation is counted and warned of at the end; errors are those of
         `encode`.
         """
-        truncate_dim = self.truncate_dim if truncate_dim is None else _positive("truncate_dim", truncate_dim)
+        truncate_dim = self.truncate_dim if truncate_dim is None else positive_or_none("truncate_dim", truncate_dim)
         request = Request(
             self._prompt(prompt, prompt_name),
             normalize=normalize_embeddings,
@@ -383,7 +383,7 @@ class SentenceEncoder(SentenceTransformersApi):
     @contextmanager
     def truncate_embeddings(self, truncate_dim: int | None) -> Iterator[None]:
         """Within it, `encode` gives the first truncate_dim numbers of each vector (Matryoshka)."""
-        before, self.truncate_dim = self.truncate_dim, _positive("truncate_dim", truncate_dim)
+        before, self.truncate_dim = self.truncate_dim, positive_or_none("truncate_dim", truncate_dim)
         try:
             yield
         finally:
@@ -443,7 +443,7 @@ class SentenceEncoder(SentenceTransformersApi):
             return self.prompts[name]
         if prompt_name is not None:
             logger.warning(TWO_PROMPTS)
-        check_text(prompt, "prompt")
+        check_text("prompt", prompt)
         return prompt
 
     def _check_sizes(self) -> int:
@@ -468,9 +468,3 @@ def _shown_progress_bar(total: int | None) -> Iterator[Callable[[int], Any]]:
 
     with tqdm(total=total, desc="Encoding", unit="text") as bar:
         yield bar.update
-
-
-def _positive(name: str, value: int | None) -> int | None:
-    if value is not None and (isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1):
-        raise ValueError(f"{name}: got {value!r}, expected a positive whole number or None")
-    return value

@@ -21,10 +21,11 @@ import torch
 from tokenizers.models import WordPiece
 
 from fastbert.checkpoint.files import write_text
+from fastbert.checks import check_text, one_of
 from fastbert.text import windows as text_windows
 from fastbert.text.tokenizer_files import load
 from fastbert.text.tokenizer_settings import CASING, FLAGS, NAMES, PREFIX, SETTINGS, clean_up
-from fastbert.text.wordpiece import TOKEN_FIELDS, Source, check_text, learn, one_of
+from fastbert.text.wordpiece import TOKEN_FIELDS, Source, learn
 
 logger = logging.getLogger("fastbert")
 
@@ -302,7 +303,7 @@ class Tokenizer:
 
     def tokenize(self, text: str) -> list[str]:
         """The word pieces of a text, without special tokens, not truncated."""
-        check_text(text, "text")
+        check_text("text", text)
         return self._rust.encode(text, add_special_tokens=False).tokens
 
     def decode(self, ids: Any, *, skip_special_tokens: bool = True) -> str:
@@ -508,5 +509,5 @@ def _as_list(texts: Any, name: str) -> list[str]:
         raise TypeError(f"{name}: got {type(texts).__name__}, expected a str or a sequence of str")
     texts = [texts] if isinstance(texts, str) else list(texts)
     for i, text in enumerate(texts):
-        check_text(text, f"{name}[{i}]")
+        check_text(f"{name}[{i}]", text)
     return texts

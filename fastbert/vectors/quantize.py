@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastbert.text.wordpiece import one_of
+from fastbert.checks import one_of
 
 logger = logging.getLogger("fastbert")
 

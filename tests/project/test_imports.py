@@ -20,6 +20,7 @@ LAZY = {"triton", "transformers", "sentence_transformers", "huggingface_hub", "t
 LAYERS: list[set[str]] = [
     {"fastbert_kernels"},
     {"_version"},
+    {"checks"},
     {"checkpoint"},
     {"text"},
     {"reference"},
