@@ -29,7 +29,7 @@ from fastbert.pipelines.batching import default_token_budget
 from fastbert.pipelines.modules import Normalize
 from fastbert.pipelines.pipeline import POOLING_MODES, Pipeline, Pooling
 from fastbert.pipelines.run import TWO_PROMPTS, Request, Run
-from fastbert.text import windows as text_windows
+from fastbert.text import windows
 from fastbert.text.tokenizer import PackedEncoding
 
 logger = logging.getLogger("fastbert")
@@ -126,7 +126,7 @@ class LiveTokenizer:
         limit = self.limit if max_length is None else min(max_length, self.limit)
         parts: list[tuple[np.ndarray, np.ndarray]] = [(np.empty(0, np.int64),) * 2]
         lengths = [0]
-        for first, last in text_windows.spans(texts, text_windows.TEXTS, text_windows.CHARACTERS):
+        for first, last in windows.spans(texts, windows.TEXTS, windows.CHARACTERS):
             ids, types = self._rows(texts[first:last], limit)
             sizes = list(map(len, ids))
             flat = [np.fromiter(chain.from_iterable(rows), np.int64, sum(sizes)) for rows in (ids, types)]
@@ -153,13 +153,11 @@ class LiveTokenizer:
         if len(text) <= 2 * size or self.rust is None:
             return False
         if self._splits is None:
-            self._splits = text_windows.splits(self.rust)
+            self._splits = windows.splits(self.rust)
         return self._splits
 
     def _cut(self, text: str, size: int) -> str:
-        return (
-            text_windows.cut(text, size, self.theirs.truncation_side == "left") if self._is_long(text, size) else text
-        )
+        return windows.cut(text, size, self.theirs.truncation_side == "left") if self._is_long(text, size) else text
 
     def _whole(self, texts: list[str], limit: int) -> list[tuple[list[int], list[int]]]:
         """(ids, segment ids) of each text, truncated."""

@@ -303,7 +303,7 @@ def write_state_dict(
     index = folder / _varied(SAFETENSORS_INDEX, variant)
     with ExitStack() as pending:
         for path, names in zip(paths, shards, strict=True):
-            _save_file({name: state[name] for name in names}, pending.enter_context(_replacing(path)))
+            _save_file({name: state[name] for name in names}, pending.enter_context(replacing(path)))
         if sharded and any(path.exists() for path in paths):
             # Until the new index is there, no reader may take old and new shards of the same names for one set.
             index.unlink(missing_ok=True)
@@ -364,12 +364,12 @@ def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
     """Write a UTF-8 text file whole or not at all: ``path`` holds the old content or the new, never a part."""
-    with _replacing(Path(path)) as temporary:
+    with replacing(Path(path)) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 @contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path) -> Iterator[Path]:
     """A temporary name in the folder of ``path``. It takes the place of ``path`` at the end, or goes if that fails."""
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:

@@ -21,7 +21,7 @@ from tokenizers import normalizers
 from torch import nn
 
 from fastbert._version import __version__
-from fastbert.checkpoint import files as checkpoint
+from fastbert.checkpoint.files import match, read_json, read_state_dict, write_state_dict, write_text
 from fastbert.pipelines.modules import ACTIVATIONS, Dense, Dropout, LayerNorm, Normalize, activation_name
 from fastbert.pipelines.pipeline import Pooling
 from fastbert.pipelines.settings import (
@@ -66,7 +66,7 @@ class Layout:
     truncate_dim: int | None = None
 
 
-def read(folder: Path) -> Layout | None:
+def read_layout(folder: Path) -> Layout | None:
     """The layout of a sentence-transformers folder; None where there is no modules.json.
 
     Raises ValueError that names the file for a module or a setting that is not supported, FileNotFoundError for a
@@ -91,10 +91,11 @@ def read(folder: Path) -> Layout | None:
     return layout
 
 
-def read_cross_encoder(folder: Path) -> tuple[Layout, str | None]:
+def read_cross_encoder_layout(folder: Path) -> tuple[Layout, str | None]:
     """The layout of a cross-encoder's folder, and the path of its activation function, if it names one.
 
-    Without modules.json, as sentence-transformers wrote it before 6.0, config.json has that path. Raises as `read`.
+    Without modules.json, as sentence-transformers wrote it before 6.0, config.json has that path. Raises what
+    `read_layout` does.
     """
     if (folder / MODULES).is_file():
         entries = _read_modules(folder / MODULES)
@@ -106,7 +107,7 @@ def read_cross_encoder(folder: Path) -> tuple[Layout, str | None]:
         path = _read_settings(layout, folder / SETTINGS, "CrossEncoder").get("activation_fn")
     else:
         layout, path = Layout(folder), None
-    config = checkpoint.read_json(layout.transformer / "config.json")
+    config = read_json(layout.transformer / "config.json")
     stored = config.get("sentence_transformers")
     if path is None and isinstance(stored, dict):
         path = stored.get("activation_fn")
@@ -140,7 +141,7 @@ def _read_modules(file: Path) -> list[tuple[str, Path]]:
 
 
 def _read_pooling(file: Path) -> Pooling:
-    config = checkpoint.read_json(file)
+    config = read_json(file)
     check_keys(file, config, MODULE_KEYS["Pooling"])
     modes = config.get("pooling_mode")
     if modes is None:
@@ -154,11 +155,11 @@ def _read_pooling(file: Path) -> Pooling:
 def _read_tail(kind: str, folder: Path) -> nn.Module:
     file = folder / "config.json"
     if kind == "Normalize":  # had no settings, and so no folder, in earlier versions
-        config = checkpoint.read_json(file) if file.is_file() else {}
+        config = read_json(file) if file.is_file() else {}
         check_keys(file, config, MODULE_KEYS[kind])
         _check_names(file, config)
         return Normalize()
-    config = checkpoint.read_json(file)
+    config = read_json(file)
     check_keys(file, config, MODULE_KEYS[kind])
     try:
         if kind == "Dropout":
@@ -194,7 +195,7 @@ def _load(module: nn.Module, folder: Path) -> None:
     """Loads a module's weights, in float32 at least, the dtype of sentence vectors."""
     expected = {name: tensor.shape for name, tensor in module.state_dict().items()}
     try:
-        matched = checkpoint.match(checkpoint.read_state_dict(folder), expected, base_prefix="")
+        matched = match(read_state_dict(folder), expected, base_prefix="")
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from error
     if matched.missing:
@@ -204,7 +205,7 @@ def _load(module: nn.Module, folder: Path) -> None:
 
 
 def _read_settings(layout: Layout, file: Path, expected: str = "SentenceTransformer") -> dict[str, Any]:
-    config = checkpoint.read_json(file) if file.is_file() else {}
+    config = read_json(file) if file.is_file() else {}
     check_model_keys(file, config)
     kind = config.get("model_type", expected)
     if kind != expected:
@@ -237,12 +238,12 @@ def _pooling_settings(pooling: Pooling, hidden_size: int) -> dict[str, Any]:
     return {"embedding_dimension": hidden_size, **modes}
 
 
-def write(folder: Path, hidden_size: int, layout: Layout) -> None:
+def write_layout(folder: Path, hidden_size: int, layout: Layout) -> None:
     """Writes everything in `folder` but the model and the tokenizer; modules.json, which makes it count, last."""
 
     def write_json(file: Path, content: Any) -> None:
         file.parent.mkdir(exist_ok=True)
-        checkpoint.write_text(file, json.dumps(content, indent=2) + "\n")
+        write_text(file, json.dumps(content, indent=2) + "\n")
 
     limits = {"max_seq_length": layout.settings.max_seq_length, "do_lower_case": layout.settings.do_lower_case}
     write_json(folder / TRANSFORMER_CONFIGS[0], limits)
@@ -274,5 +275,5 @@ def _write_tail(folder: Path, tail: Sequence[nn.Module], write_json: Callable[[P
         if settings:
             write_json(folder / f"{i}_{name}" / "config.json", settings)
         if state := module.state_dict():
-            checkpoint.write_state_dict(state, folder / f"{i}_{name}")
+            write_state_dict(state, folder / f"{i}_{name}")
     return names

@@ -18,18 +18,18 @@ from fastbert.checks import check_text, one_of, positive_or_none
 from fastbert.models.bert import BertModel
 from fastbert.models.pretrained import any_in_training
 from fastbert.ops import packing
-from fastbert.pipelines import folder as sentence_layout
 from fastbert.pipelines.api import SEVERAL, SentenceTransformersApi, passed_over
-from fastbert.pipelines.folder import Layout
+from fastbert.pipelines.folder import MODULES, Layout, read_layout, write_layout
 from fastbert.pipelines.inputs import as_texts
-from fastbert.pipelines.loading import Arguments, load
+from fastbert.pipelines.load import Arguments, load
 from fastbert.pipelines.names import SENTENCE_TRANSFORMERS
 from fastbert.pipelines.pipeline import Pipeline, Pooling
 from fastbert.pipelines.pooling import sentence_vectors
 from fastbert.pipelines.run import TWO_PROMPTS, Request, Run, Timings
 from fastbert.pipelines.settings import TransformerSettings, processing_limit
 from fastbert.text.tokenizer import Tokenizer
-from fastbert.vectors import quantize as vectors
+from fastbert.vectors.quantize import PRECISIONS, quantize_embeddings
+from fastbert.vectors.similarity import SIMILARITIES, function_name, pairwise_similarity, similarity_matrix
 
 logger = logging.getLogger("fastbert")
 
@@ -115,9 +115,9 @@ class SentenceEncoder(SentenceTransformersApi):
         """
         arguments = Arguments.of(options, revision)
         folder = arguments.folder(src, SENTENCE_TRANSFORMERS)
-        layout = sentence_layout.read(folder)
+        layout = read_layout(folder)
         if layout is None:
-            logger.warning("%s: no %s, so mean pooling without normalisation", src, sentence_layout.MODULES)
+            logger.warning("%s: no %s, so mean pooling without normalisation", src, MODULES)
             layout = Layout(folder)
         model, tokenizer = load(
             BertModel, layout, src, arguments, dtype, device, backend=backend, strict=strict,
@@ -161,7 +161,7 @@ class SentenceEncoder(SentenceTransformersApi):
             similarity_fn_name=self.similarity_fn_name,
             truncate_dim=self.truncate_dim,
         )
-        sentence_layout.write(folder, self.model.config.hidden_size, layout)
+        write_layout(folder, self.model.config.hidden_size, layout)
 
     @property
     def max_seq_length(self) -> int:
@@ -213,8 +213,8 @@ class SentenceEncoder(SentenceTransformersApi):
 
     @similarity_fn_name.setter
     def similarity_fn_name(self, name: Any) -> None:
-        name = vectors.function_name(name) or "cosine"
-        self._similarity_fn_name = one_of("similarity_fn_name", name, *vectors.SIMILARITIES)
+        name = function_name(name) or "cosine"
+        self._similarity_fn_name = one_of("similarity_fn_name", name, *SIMILARITIES)
 
     def __len__(self) -> int:
         return 2 + len(self.tail)
@@ -281,7 +281,7 @@ class SentenceEncoder(SentenceTransformersApi):
         precision = precision or "float32"
         if precision != "float32" and output_value != "sentence_embedding":
             raise ValueError(f"precision: got {precision!r} for output_value {output_value!r}, expected 'float32'")
-        one_of("precision", precision, *vectors.PRECISIONS)
+        one_of("precision", precision, *PRECISIONS)
         if show_progress_bar is None:
             show_progress_bar = logger.getEffectiveLevel() in (logging.INFO, logging.DEBUG)
         if device is not None:
@@ -311,7 +311,7 @@ class SentenceEncoder(SentenceTransformersApi):
         # Pinned memory, which vectors from a GPU lie in, is too dear to be kept by whoever holds the result.
         made = windows[0] if len(windows) == 1 and not windows[0].is_pinned() else torch.cat(windows)
         if precision != "float32":
-            made = torch.from_numpy(vectors.quantize_embeddings(made, precision, ranges, calibration_embeddings))
+            made = torch.from_numpy(quantize_embeddings(made, precision, ranges, calibration_embeddings))
         if convert_to_numpy and not convert_to_tensor:
             return made.numpy()[0] if single else made.numpy()
         if single:
@@ -374,11 +374,11 @@ class SentenceEncoder(SentenceTransformersApi):
 
         "cosine", "dot", "euclidean" and "manhattan"; the last two are distances with their sign changed.
         """
-        return vectors.similarity(embeddings1, embeddings2, self.similarity_fn_name)
+        return similarity_matrix(embeddings1, embeddings2, self.similarity_fn_name)
 
     def similarity_pairwise(self, embeddings1: Any, embeddings2: Any) -> Tensor:
         """(n, dim) and (n, dim) vectors -> (n,): of each with its fellow, by the same function."""
-        return vectors.similarity_pairwise(embeddings1, embeddings2, self.similarity_fn_name)
+        return pairwise_similarity(embeddings1, embeddings2, self.similarity_fn_name)
 
     @contextmanager
     def truncate_embeddings(self, truncate_dim: int | None) -> Iterator[None]:

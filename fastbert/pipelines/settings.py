@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fastbert.checkpoint import files as checkpoint
+from fastbert.checkpoint.files import read_json
 
 logger = logging.getLogger("fastbert")
 
@@ -87,7 +87,7 @@ def read_transformer(
     """
     file, content = None, {}
     for name in TRANSFORMER_CONFIGS:
-        if (folder / name).is_file() and (content := checkpoint.read_json(folder / name)):
+        if (folder / name).is_file() and (content := read_json(folder / name)):
             file = folder / name
             break
     if file is None:

@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from fastbert.checkpoint.files import _replacing
+from fastbert.checkpoint.files import replacing
 from fastbert.checks import check_text
 
 Write = Callable[[Sequence[str], np.ndarray], None]
@@ -86,7 +86,7 @@ def open_output(path: str, dimension: int) -> Iterator[Write]:
         yield lambda texts, vectors: _write_jsonl(sys.stdout.write, texts, vectors)
         sys.stdout.flush()
         return
-    with _replacing(Path(path)) as temporary:
+    with replacing(Path(path)) as temporary:
         if Path(path).suffix == ".npy":
             with open(temporary, "wb") as binary, _npy(binary, dimension) as write:
                 yield write

@@ -19,7 +19,8 @@ from torch import Tensor
 from fastbert.checks import one_of, positive
 from fastbert.ops import dispatch
 from fastbert.vectors.corpus import BINARY, Corpus, corpus_of
-from fastbert.vectors.quantize import as_floats, function_name
+from fastbert.vectors.quantize import as_floats
+from fastbert.vectors.similarity import function_name
 
 QUERIES, ROWS = 256, 32768  # scored at once, by default
 SPARE = 32  # candidates kept beyond k, and at least as many as k: they make a second look rare

@@ -15,7 +15,7 @@ from tokenizers import decoders, normalizers, pre_tokenizers, processors, traine
 from tokenizers.models import WordPiece
 
 from fastbert.checks import check_text
-from fastbert.text.tokenizer_settings import FLAGS, NAMES, SETTINGS
+from fastbert.text.settings import FLAGS, NAMES, SETTINGS
 
 logger = logging.getLogger("fastbert")
 

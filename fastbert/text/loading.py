@@ -23,8 +23,7 @@ from tokenizers.models import BPE, Unigram
 from fastbert.checkpoint.families import FAMILIES, Family
 from fastbert.checkpoint.files import read_json, resolve
 from fastbert.checks import one_of
-from fastbert.text.tokenizer_older import parts_that_differ, prefix_that_differs
-from fastbert.text.tokenizer_settings import (
+from fastbert.text.settings import (
     CASING,
     FLAGS,
     IN_PYTHON,
@@ -38,7 +37,8 @@ from fastbert.text.tokenizer_settings import (
     merged,
     tell_unfollowed,
 )
-from fastbert.text.wordpiece import TOKEN_FIELDS, Source, bert_pipeline, set_bert_template
+from fastbert.text.transformers4 import parts_that_differ, prefix_that_differs
+from fastbert.text.vocabulary import TOKEN_FIELDS, Source, bert_pipeline, set_bert_template
 
 logger = logging.getLogger("fastbert")
 

@@ -15,17 +15,16 @@ from fastbert import ops
 from fastbert.checks import check_text, positive_or_none
 from fastbert.models.heads import BertForSequenceClassification
 from fastbert.models.pretrained import any_in_training
-from fastbert.pipelines import folder as sentence_layout
 from fastbert.pipelines.api import SEVERAL, SentenceTransformersApi, passed_over
-from fastbert.pipelines.loading import Arguments, load
-from fastbert.pipelines.modules import ACTIVATIONS as FUNCTIONS
-from fastbert.pipelines.modules import activation_name
+from fastbert.pipelines.folder import read_cross_encoder_layout
+from fastbert.pipelines.load import Arguments, load
+from fastbert.pipelines.modules import ACTIVATIONS, activation_name
 from fastbert.pipelines.names import CROSS_ENCODER
 from fastbert.pipelines.pipeline import Pipeline
 from fastbert.pipelines.run import WINDOW, logits
 from fastbert.pipelines.sentence import _progress_bar
 from fastbert.pipelines.settings import processing_limit
-from fastbert.text import windows as text_windows
+from fastbert.text import windows
 from fastbert.text.tokenizer import Tokenizer
 
 logger = logging.getLogger("fastbert")
@@ -34,7 +33,7 @@ Activation = Callable[[Tensor], Tensor]
 
 # What a checkpoint may name as its activation function, by the last part of the name. Nothing is imported for it.
 # RReLU is left out: outside a module in eval mode it is random.
-ACTIVATIONS: dict[str, type[nn.Module]] = {name: getattr(nn, name) for name in FUNCTIONS if name != "RReLU"}
+ACTIVATION_CLASSES: dict[str, type[nn.Module]] = {name: getattr(nn, name) for name in ACTIVATIONS if name != "RReLU"}
 _DIMS = {"LogSoftmax": 1, "Softmax": 1, "Softmin": 1}  # which PyTorch would guess, with a warning
 
 
@@ -98,8 +97,8 @@ class CrossEncoder(SentenceTransformersApi):
         """Loads a folder or hub id with a classification head, saved by sentence-transformers or transformers.
 
         A name without an owner, as "ms-marco-MiniLM-L6-v2", is one of the owner "cross-encoder", as in
-        sentence-transformers. activation_fn: by default what the checkpoint names, if it is one of `ACTIVATIONS`; a
-        name outside torch is left aside with a warning. device: the GPU if there is one, else the CPU. dtype, options:
+        sentence-transformers. activation_fn: by default what the checkpoint names, if it is one of
+        `ACTIVATION_CLASSES`; a name outside torch is left aside with a warning. device: the GPU if there is one, else the CPU. dtype, options:
         as for SentenceEncoder.from_pretrained, and the arguments of BertForSequenceClassification.from_pretrained.
         Raises what that does, TypeError for an argument that is not supported, and ValueError for a checkpoint without
         the head, or with a module or setting that is not supported.
@@ -107,7 +106,7 @@ class CrossEncoder(SentenceTransformersApi):
         if activation_fn is None:
             activation_fn = options.pop("default_activation_function", None)
         arguments = Arguments.of(options, revision)
-        layout, path = sentence_layout.read_cross_encoder(arguments.folder(src, CROSS_ENCODER))
+        layout, path = read_cross_encoder_layout(arguments.folder(src, CROSS_ENCODER))
         if num_labels is not None:
             arguments.config["num_labels"] = num_labels
         model, tokenizer = load(
@@ -134,14 +133,14 @@ class CrossEncoder(SentenceTransformersApi):
         """Writes a folder that sentence-transformers and fastbert load to the same scores.
 
         The other arguments are those of CrossEncoder.save_pretrained, and have no effect. Raises ValueError for an
-        activation function that is not one of `ACTIVATIONS`, or is made with arguments of its own, or for prompts: a
-        folder that all versions of sentence-transformers read has no place for them.
+        activation function that is not one of `ACTIVATION_CLASSES`, or is made with arguments of its own, or for prompts:
+        a folder that all versions of sentence-transformers read has no place for them.
         """
         passed_over(create_model_card=create_model_card, safe_serialization=not safe_serialization)
         kind = type(self.activation_fn)
-        if ACTIVATIONS.get(kind.__name__) is not kind:
+        if ACTIVATION_CLASSES.get(kind.__name__) is not kind:
             raise ValueError(
-                f"activation_fn: got {kind.__name__}, expected one of {', '.join(ACTIVATIONS)} of torch.nn"
+                f"activation_fn: got {kind.__name__}, expected one of {', '.join(ACTIVATION_CLASSES)} of torch.nn"
             )
         if str(self.activation_fn) not in (str(kind()), str(_activation(kind.__name__))):
             raise ValueError(f"activation_fn: got {self.activation_fn}, whose arguments could not be saved")
@@ -264,7 +263,7 @@ class CrossEncoder(SentenceTransformersApi):
         n_cut = n_tokens_cut = 0
         parts: list[Tensor] = []
         with torch.inference_mode(), _progress_bar(show_progress_bar, len(pairs)) as progress:
-            for start, end in text_windows.spans(firsts, WINDOW, text_windows.WINDOW_CHARACTERS, seconds):
+            for start, end in windows.spans(firsts, WINDOW, windows.WINDOW_CHARACTERS, seconds):
                 window = [front + text for text in firsts[start:end]] if front else firsts[start:end]
                 tokens = self.tokenizer.encode_packed(window, seconds[start:end], max_length=limit, warn=False)
                 n_cut, n_tokens_cut = n_cut + tokens.n_truncated, n_tokens_cut + tokens.n_truncated_tokens
@@ -354,13 +353,15 @@ def _activation_at(path: str | None, src: Any) -> Activation | None:
         logger.warning("%s: the activation function %r is not one of torch's: taking the default", src, path)
         return None
     name = activation_name(str(path))
-    if name is None or name not in ACTIVATIONS:
-        raise ValueError(f"{src}: activation_fn is {path!r}, expected one of {', '.join(ACTIVATIONS)} of torch.nn")
+    if name is None or name not in ACTIVATION_CLASSES:
+        raise ValueError(
+            f"{src}: activation_fn is {path!r}, expected one of {', '.join(ACTIVATION_CLASSES)} of torch.nn"
+        )
     return _activation(name)
 
 
 def _activation(name: str) -> nn.Module:
-    return ACTIVATIONS[name](**({"dim": _DIMS[name]} if name in _DIMS else {}))
+    return ACTIVATION_CLASSES[name](**({"dim": _DIMS[name]} if name in _DIMS else {}))
 
 
 def _as_pairs(given: Any) -> tuple[list[Any], bool]:
