@@ -25,10 +25,11 @@ from fastbert.adapters.forward import OURS, STATE, Counted, State
 from fastbert.adapters.live_encoder import Options, Unsupported
 from fastbert.adapters.patches import Watch
 from fastbert.ops import tracing
+from fastbert.pipelines.api import TWO_PROMPTS
 from fastbert.pipelines.batching import default_token_budget
 from fastbert.pipelines.modules import Normalize
 from fastbert.pipelines.pipeline import POOLING_MODES, Pipeline, Pooling
-from fastbert.pipelines.run import TWO_PROMPTS, Request, Run
+from fastbert.pipelines.run import Request, Run
 from fastbert.text import windows
 from fastbert.text.tokenizer import PackedEncoding
 

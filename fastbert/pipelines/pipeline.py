@@ -1,7 +1,7 @@
-"""A pipeline is the data that leads from text to vectors or scores: a model, its tokenizer and what follows the model.
+"""A pipeline is data: the model, its tokenizer and the steps after the model that lead from text to vectors or scores.
 
-SentenceEncoder, CrossEncoder and the adapters make one. `run`, `pooling` and `verify` take one, and ask nothing else of
-whoever made it.
+SentenceEncoder, CrossEncoder and the adapters make one. `run`, `pooling` and `verify` take one, and need nothing else
+of its maker.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ VectorModule = Callable[[Tensor], Tensor]  # (B, K) -> (B, M)
 
 @dataclass
 class Pooling:
-    """Pooling makes one vector of token vectors: by a mode of `POOLING_MODES`, or by several, concatenated in order.
+    """A Pooling names the modes by which token vectors become one vector; several vectors are concatenated.
 
-    include_prompt: whether the tokens of the prompt count.
+    modes: keys of `POOLING_MODES`. include_prompt: whether the tokens of the prompt count.
     """
 
     modes: str | Sequence[str] = ("mean",)
@@ -47,7 +47,7 @@ class Pooling:
 
 
 class PackingTokenizer(Protocol):
-    """A tokenizer as a pipeline uses it: fastbert's own, or one of transformers behind the same methods."""
+    """A PackingTokenizer is fastbert's own tokenizer, or one of transformers behind the same methods."""
 
     @property
     def all_special_ids(self) -> list[int]: ...
@@ -67,12 +67,12 @@ class PackingTokenizer(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Pipeline:
-    """A tokenizer, an encoder, and either pooling with the modules after it, or a head.
+    """A Pipeline has a tokenizer, an encoder, and either pooling with the modules after it, or a head.
 
     model: the encoder. max_seq_length: tokens of a text or a pair that are read, special tokens included. tail: modules
-    on sentence vectors, (B, K) -> (B, M), after the pooling. head: what an encoded batch gives instead of vectors,
-    (B, num_labels). prompts: texts by name, to stand in front of an input. truncate_dim: how many numbers of a vector
-    are kept. token_budget: tokens in a batch, None for the default of the device.
+    on sentence vectors after the pooling, (B, K) -> (B, M). head: makes logits (B, num_labels) of an encoded batch.
+    prompts: texts by name, to stand in front of an input. truncate_dim: how many numbers of a vector are kept.
+    token_budget: tokens in a batch, None for the default of the device.
     """
 
     model: BertModel
@@ -88,4 +88,5 @@ class Pipeline:
 
     @property
     def device(self) -> torch.device:
+        """Returns the device of the model."""
         return self.model.device

@@ -1,4 +1,4 @@
-"""Token vectors become sentence vectors: by the pooling of a pipeline and the modules after it."""
+"""Pooling, and the modules of a pipeline after it, make sentence vectors of token vectors."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ def sentence_vectors(
     normalize: bool = False,
     truncate_dim: int | None = None,
 ) -> Tensor:
-    """The vectors of a batch: hidden (T, H) -> (B, dim), in float32 at least.
+    """Returns the vectors of a packed batch: hidden (T, H) -> (B, dim), in float32 at least.
 
-    n_prompt_tokens: tokens at the start of each text that are left out. normalize: also where no module does so, after
-    truncate_dim has cut the vectors.
+    n_prompt_tokens: tokens at the start of each text that are left out. normalize: whether to normalise also where no
+    module does so, after truncate_dim has cut the vectors.
     """
     pooling, tail = pipeline.pooling, pipeline.tail
     assert pooling is not None, "a pipeline with a head gives no vectors"
@@ -56,3 +56,10 @@ def sentence_vectors(
     if truncate_dim is not None:
         vectors = vectors[:, :truncate_dim]
     return apply(Normalize(), vectors, policy) if normalize else vectors
+
+
+def vectors_of_padded(pipeline: Pipeline, hidden: Tensor, mask: Tensor | None, n_prompt_tokens: int) -> Tensor:
+    """Returns the vectors of a padded batch: hidden (B, S, H), mask (B, S) or None -> (B, dim)."""
+    mask = torch.ones(hidden.shape[:2], dtype=torch.int64, device=hidden.device) if mask is None else mask
+    batch = packing.from_lengths((mask != 0).sum(1).tolist(), hidden.device)
+    return sentence_vectors(pipeline, hidden[mask != 0], batch, n_prompt_tokens=n_prompt_tokens)

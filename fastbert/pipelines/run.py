@@ -1,16 +1,6 @@
-"""One call of a SentenceEncoder: windows of texts, batches of tokens, pooling.
+"""A run is one call of a pipeline: windows of texts become tokens, and batches of them become vectors or logits.
 
-Texts are tokenised a window at a time, sorted by length within the window, cut into batches by a budget of tokens, run
-packed, pooled in float32 and put back in the order in which they came.
-
-With a GPU three things go on at once: a thread tokenises the windows to come, the calling thread launches the work of
-one window, and the GPU computes the one before and copies its vectors to the host. Nothing waits for the GPU but who
-reads a window's vectors. On a CPU they take turns, since both want all cores.
-
-    tokenise   | 0 | 1  |  2  |   3   |
-    launch         |0|  |1|   |2|     |3|
-    GPU             |  0  |   1  |   2    |    3   |
-    read                  0      1        2        3
+README.md shows how tokenizing and computing overlap.
 """
 
 from __future__ import annotations
@@ -33,9 +23,10 @@ from fastbert.checks import check_text
 from fastbert.models.bert import Encoded
 from fastbert.ops import packing, silent_writes
 from fastbert.pipelines.batching import default_token_budget, in_batches
-from fastbert.pipelines.inputs import encode_texts
+from fastbert.pipelines.inputs import encode_texts, n_prompt_tokens
 from fastbert.pipelines.pipeline import Pipeline
 from fastbert.pipelines.pooling import sentence_vectors
+from fastbert.pipelines.progress import Progress
 from fastbert.text.tokenizer import PackedEncoding
 from fastbert.text.windows import WINDOW_CHARACTERS
 
@@ -44,19 +35,15 @@ logger = logging.getLogger("fastbert")
 WINDOW = 16384  # texts tokenised and sorted at once, at most; WINDOW_CHARACTERS bounds them, too
 FIRST_WINDOW = 1024  # of a call that overlaps: until it is tokenised the GPU has nothing to do
 AHEAD = 2  # windows tokenised, or being tokenised, before the calling thread asks for them
-# The warning of sentence-transformers, word for word: programs look for it.
-TWO_PROMPTS = (
-    "Provide either a `prompt`, a `prompt_name`, or neither, but not both. "
-    "Ignoring the `prompt_name` in favor of `prompt`."
-)
 
 
 @dataclass(slots=True)
 class Request:
-    """What one call asks for.
+    """A Request holds the arguments of one call.
 
     single: one text came, not a list, so that errors name no index. even: windows do not grow to WINDOW texts, but have
-    as many from the first on. on_host: vectors are to be read on the host, as numbers: they may be inference tensors.
+    as many from the first on. on_host: vectors are read on the host, as numbers, so that they may be inference tensors.
+    max_length: the most tokens of a text, where it is not the pipeline's max_seq_length.
     """
 
     prompt: str = ""
@@ -67,16 +54,16 @@ class Request:
     single: bool = False
     even: bool = False
     on_host: bool = False
-    max_length: int | None = None  # the most tokens of a text, where it is not the encoder's max_seq_length
-    progress: Callable[[int], Any] | None = None  # called with the number of texts of each batch
+    max_length: int | None = None
+    progress: Progress | None = None
 
 
 @dataclass
 class Timings:
-    """Where the time of one call went, in seconds.
+    """Timings say where the time of one call went, in seconds.
 
-    overlapped: tokenizing went on in a thread beside the rest; waiting_for_tokens is then how long the calling thread
-    had to wait for it, and waiting_for_device how long for vectors.
+    overlapped: tokenizing went on in a thread beside the rest. Then waiting_for_tokens and waiting_for_device are how
+    long the calling thread had to wait for tokens and for vectors.
     """
 
     texts: int = 0
@@ -89,54 +76,48 @@ class Timings:
 
     @property
     def bottleneck(self) -> str:
-        """ "tokenizing" or "model": which of the two the other waits for, or, where they take turns, takes longer."""
+        """Names what takes longer, "tokenizing" or "model"; where they overlap, the one that the other waits for."""
         if self.overlapped:
             return "tokenizing" if self.waiting_for_tokens > self.waiting_for_device else "model"
         return "tokenizing" if self.tokenizing > self.total / 2 else "model"
 
     def __str__(self) -> str:
-        said = f"{self.texts:,} texts, {self.tokens:,} tokens in {self.total:.3g} s, {self.tokenizing:.3g} s tokenizing"
+        text = f"{self.texts:,} texts, {self.tokens:,} tokens in {self.total:.3g} s, {self.tokenizing:.3g} s tokenizing"
         if self.overlapped:
             waits = f"{self.waiting_for_tokens:.3g} s for tokens and {self.waiting_for_device:.3g} s for the device"
-            said += f" in a thread beside it; waited {waits}"
-        return f"{said}; the bottleneck is {'tokenizing' if self.bottleneck == 'tokenizing' else 'the model'}"
+            text += f" in a thread beside it; waited {waits}"
+        return f"{text}; the bottleneck is {'tokenizing' if self.bottleneck == 'tokenizing' else 'the model'}"
 
 
 def overlaps(device: torch.device) -> bool:
-    """Whether tokenizing and computing go on at once."""
+    """Tells whether tokenizing and computing go on at once."""
     return device.type == "cuda"
 
 
 class Run:
-    """`windows` does the work; the counters say what was cut, `timings` where the time went."""
+    """A Run is one call of a pipeline. `windows` does the work, and `timings` says afterwards where the time went."""
 
     def __init__(self, pipeline: Pipeline, request: Request) -> None:
         self.pipeline, self.request = pipeline, request
         self.model = pipeline.model
         self.device = self.model.device
         self.limit = request.max_length or pipeline.max_seq_length
-        self.n_prompt_tokens = self._prompt_tokens()
+        pooling, left_out = pipeline.pooling, 0  # tokens at the start of each text
+        if request.prompt and pooling is not None and not pooling.include_prompt:
+            left_out = n_prompt_tokens(pipeline.tokenizer, request.prompt, self.limit)
         # With output_value None sentence-transformers returns what the modules make, never normalised after that.
         self._vectors = partial(
             sentence_vectors,
             pipeline,
-            n_prompt_tokens=self.n_prompt_tokens,
+            n_prompt_tokens=left_out,
             normalize=request.normalize and request.output_value is not None,
             truncate_dim=request.truncate_dim,
         )
         self.n_texts = self.n_truncated = self.n_truncated_tokens = 0
         self.timings = Timings(overlapped=overlaps(self.device))
 
-    def _prompt_tokens(self) -> int:
-        """The number of tokens at the start of each text that pooling leaves out."""
-        pooling, prompt = self.pipeline.pooling, self.request.prompt
-        if not prompt or pooling is None or pooling.include_prompt:
-            return 0
-        ids = self.pipeline.tokenizer.encode_packed([prompt], max_length=self.limit, warn=False).input_ids
-        return len(ids) - int(ids[-1].item() in self.pipeline.tokenizer.all_special_ids)
-
     def windows(self, texts: Iterable[str]) -> Iterator[Any]:
-        """The result of each window: (n, dim) vectors, or a list for other output values."""
+        """Yields the result of each window: (n, dim) vectors, or a list for other output values."""
         started = time.perf_counter()
         waiting: _Result | None = None
         for tokens in self._tokenized(iter(texts)):
@@ -144,7 +125,7 @@ class Run:
             if not self.timings.overlapped:
                 yield result.get()
                 continue
-            # Whoever reads a window waits for the device: let that have the next one to go on with.
+            # Whoever reads a window waits for the device, which shall have the next window to go on with.
             if waiting is not None:
                 yield self._read(waiting)
             waiting = result
@@ -159,18 +140,20 @@ class Run:
             )  # fmt: skip
 
     def _read(self, result: _Result) -> Any:
+        """Waits for the device, and counts how long."""
         started = time.perf_counter()
-        found = result.get()
+        output = result.get()
         self.timings.waiting_for_device += time.perf_counter() - started
-        return found
+        return output
 
     def _tokenized(self, source: Iterator[str]) -> Iterator[PackedEncoding]:
-        """The tokens of each window, in order. The calling thread takes the texts from the source; it may be theirs."""
+        """Yields the tokens of each window, in order. Texts are taken from the source in the calling thread."""
         windows = self._cut(source)
         if not self.timings.overlapped:
             yield from map(self._tokenize, windows)
             return
-        pool = ThreadPoolExecutor(1, "fastbert-tokenizer")  # one: windows are counted and checked in their order
+        # In one thread: windows are counted and checked in their order.
+        pool = ThreadPoolExecutor(1, "fastbert-tokenizer")
         futures: deque[Future[PackedEncoding]] = deque()
         try:
             while True:
@@ -185,7 +168,7 @@ class Run:
             pool.shutdown(cancel_futures=True)
 
     def _cut(self, source: Iterator[str]) -> Iterator[list[str]]:
-        """Windows of WINDOW texts, or growing to that from a first that is soon tokenised; of long texts, fewer."""
+        """Yields windows of at most WINDOW texts. Where tokenizing overlaps, a small first one is soon tokenised."""
         size = FIRST_WINDOW if self.timings.overlapped and not self.request.even else WINDOW
         window: list[str] = []
         n_characters = 0
@@ -199,6 +182,7 @@ class Run:
             yield window
 
     def _tokenize(self, window: list[str]) -> PackedEncoding:
+        """Checks and encodes the texts of a window, and counts what was cut."""
         started = time.perf_counter()
         for i, text in enumerate(window, start=self.n_texts):
             check_text("sentences" if self.request.single else f"sentences[{i}]", text)
@@ -212,6 +196,7 @@ class Run:
         return tokens
 
     def _compute(self, tokens: PackedEncoding) -> Tensor | list[Any]:
+        """Returns the vectors of a window, or its items, in the order of its texts."""
         request, n_texts = self.request, tokens.cu_seqlens.shape[0] - 1
         vectors: Tensor | None = None
         items: list[Any] = [None] * n_texts
@@ -243,7 +228,7 @@ class Run:
     def _items(
         self, hidden: Tensor, batch: packing.PackedBatch, input_ids: Tensor, token_type_ids: Tensor
     ) -> list[Any]:
-        """What the output values "token_embeddings" and None ask for, a text each."""
+        """Returns an item for each text, as the output values "token_embeddings" and None ask for it."""
         lengths = batch.cu_seqlens_cpu.diff().tolist()
         if self.request.output_value == "token_embeddings":
             return list(hidden.split(lengths))
@@ -266,10 +251,8 @@ class Run:
         ]
 
 
-def logits(
-    pipeline: Pipeline, tokens: PackedEncoding, batch_size: int | None, progress: Callable[[int], Any] | None
-) -> Tensor:
-    """What the head of a pipeline gives for inputs: (n, num_labels), in float32 at least, in their order."""
+def logits(pipeline: Pipeline, tokens: PackedEncoding, batch_size: int | None, progress: Progress | None) -> Tensor:
+    """Returns what the head of a pipeline gives for inputs: (n, num_labels), in float32 at least, in their order."""
     bert, device, n_pairs = pipeline.model, pipeline.device, tokens.cu_seqlens.shape[0] - 1
     assert pipeline.head is not None, "a pipeline without a head gives no logits"
     bert.embeddings.check_ids(tokens.input_ids, tokens.token_type_ids)
@@ -287,24 +270,25 @@ def logits(
 
 
 def _for_autograd(make: Callable[[], Tensor]) -> Tensor:
-    """A tensor that callers may use in autograd, also if they call from inference mode."""
+    """Makes a tensor that callers may use in autograd, also if they call from inference mode."""
     with torch.inference_mode(False):
         return make()
 
 
 class _Result:
-    """What a window gave. Vectors that are to be read on the host are already on their way there."""
+    """A _Result holds what a window gave. Vectors that are read on the host are already on their way there."""
 
-    def __init__(self, made: Tensor | list[Any], on_host: bool) -> None:
-        self.made, self.copied = made, None
-        if on_host and isinstance(made, Tensor) and made.is_cuda:
-            # Now, not when they are read: a copy then would wait for the window after this one.
-            self.made = torch.empty(made.shape, dtype=made.dtype, device="cpu", pin_memory=True)
-            self.made.copy_(made, non_blocking=True)
+    def __init__(self, output: Tensor | list[Any], on_host: bool) -> None:
+        self.output, self.copied = output, None
+        if on_host and isinstance(output, Tensor) and output.is_cuda:
+            # The copy starts now: one that starts when it is read would wait for the window after this one.
+            self.output = torch.empty(output.shape, dtype=output.dtype, device="cpu", pin_memory=True)
+            self.output.copy_(output, non_blocking=True)
             self.copied = torch.cuda.Event()
-            self.copied.record(torch.cuda.current_stream(made.device))
+            self.copied.record(torch.cuda.current_stream(output.device))
 
     def get(self) -> Any:
+        """Returns the output, once it is where it will be read."""
         if self.copied is not None:
             self.copied.synchronize()
-        return self.made
+        return self.output

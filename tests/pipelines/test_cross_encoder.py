@@ -264,7 +264,7 @@ def test_bad_arguments(one: Path, encoder: CrossEncoder) -> None:
         encoder.predict(PAIRS, batch_size=0)
     with pytest.raises(TypeError, match="inputs: expected"):
         encoder.predict()
-    with pytest.raises(ValueError, match="max_length: got 41, but the model has 40 positions"):
+    with pytest.raises(ValueError, match="max_seq_length: got 41, but the model has 40 positions"):
         CrossEncoder.from_pretrained(one, device="cpu", max_length=41)
     with pytest.raises(ValueError, match="default_prompt_name: got 'query'"):
         CrossEncoder(encoder.model, encoder.tokenizer, default_prompt_name="query")
