@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -24,11 +24,13 @@ from fastbert.adapters import versions
 from fastbert.adapters.forward import OURS, STATE, Counted, State
 from fastbert.adapters.live_encoder import Options, Unsupported
 from fastbert.adapters.patches import Watch
-from fastbert.models.bert import BertModel
 from fastbert.ops import tracing
-from fastbert.pipelines.folder import POOLING_MODES, Normalize, Pooling
-from fastbert.pipelines.run import TOKEN_BUDGET, TWO_PROMPTS, Request, Run
-from fastbert.text import windows as text_windows
+from fastbert.pipelines.api import TWO_PROMPTS
+from fastbert.pipelines.batching import default_token_budget
+from fastbert.pipelines.modules import Normalize
+from fastbert.pipelines.pipeline import POOLING_MODES, Pipeline, Pooling
+from fastbert.pipelines.run import Request, Run
+from fastbert.text import windows
 from fastbert.text.tokenizer import PackedEncoding
 
 logger = logging.getLogger("fastbert")
@@ -110,12 +112,22 @@ class LiveTokenizer:
         ids: list[int] = self.theirs.all_special_ids
         return ids
 
-    def encode_packed(self, texts: list[str], *, max_length: int | None = None, warn: bool = True) -> PackedEncoding:
-        texts = self.cleaned(texts)
+    def encode_packed(
+        self,
+        texts: Sequence[str],
+        pairs: Sequence[str] | None = None,
+        *,
+        max_length: int | None = None,
+        warn: bool = True,
+    ) -> PackedEncoding:
+        """The tokens of texts, packed, as our tokenizer gives them. Raises Unsupported for pairs."""
+        if pairs is not None:
+            raise Unsupported("pairs of texts")
+        texts = self.cleaned(list(texts))
         limit = self.limit if max_length is None else min(max_length, self.limit)
         parts: list[tuple[np.ndarray, np.ndarray]] = [(np.empty(0, np.int64),) * 2]
         lengths = [0]
-        for first, last in text_windows.spans(texts, text_windows.TEXTS, text_windows.CHARACTERS):
+        for first, last in windows.spans(texts, windows.TEXTS, windows.CHARACTERS):
             ids, types = self._rows(texts[first:last], limit)
             sizes = list(map(len, ids))
             flat = [np.fromiter(chain.from_iterable(rows), np.int64, sum(sizes)) for rows in (ids, types)]
@@ -142,13 +154,11 @@ class LiveTokenizer:
         if len(text) <= 2 * size or self.rust is None:
             return False
         if self._splits is None:
-            self._splits = text_windows.splits(self.rust)
+            self._splits = windows.splits(self.rust)
         return self._splits
 
     def _cut(self, text: str, size: int) -> str:
-        return (
-            text_windows.cut(text, size, self.theirs.truncation_side == "left") if self._is_long(text, size) else text
-        )
+        return windows.cut(text, size, self.theirs.truncation_side == "left") if self._is_long(text, size) else text
 
     def _whole(self, texts: list[str], limit: int) -> list[tuple[list[int], list[int]]]:
         """(ids, segment ids) of each text, truncated."""
@@ -182,23 +192,6 @@ class Step:
     def in_dtype(self, dtype: torch.dtype) -> Step:
         """The same with weights in that dtype, for a reference."""
         return Step(copy.deepcopy(self.module).to(dtype))
-
-
-@dataclass
-class Pipeline:
-    """What `Run` and `verify` ask of a SentenceEncoder, made of the live modules for one call."""
-
-    model: BertModel
-    tokenizer: LiveTokenizer
-    pooling: Pooling
-    tail: list[Callable[[Tensor], Tensor]]
-    max_seq_length: int
-    truncate_dim: int | None = None
-    token_budget: int | None = None
-
-    @property
-    def device(self) -> torch.device:
-        return self.model.device
 
 
 def encode(live: Any, state: SentenceState, original: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -282,8 +275,8 @@ class _Plan:
     def run(self, pipeline: Pipeline) -> Any:
         if self.batch_size is not None:
             # The most tokens that the original would hold at once, which is what the caller knows to fit.
-            default = TOKEN_BUDGET.get(pipeline.device.type, TOKEN_BUDGET["cuda"])
-            pipeline.token_budget = min(self.batch_size * pipeline.max_seq_length, default)
+            most = min(self.batch_size * pipeline.max_seq_length, default_token_budget(pipeline.device))
+            pipeline = replace(pipeline, token_budget=most)
         on_host = self.output_value == "sentence_embedding" and (self.to_numpy or self.precision != "float32")
         with _progress(self.show, len(self.texts)) as progress:
             request = Request(
@@ -295,8 +288,7 @@ class _Plan:
                 on_host=on_host,
                 progress=progress,
             )
-            encoder: Any = pipeline
-            windows = list(Run(encoder, request).windows(self.texts))
+            windows = list(Run(pipeline, request).windows(self.texts))
         if self.output_value == "token_embeddings":
             items = [item for window in windows for item in window]
             return items[0] if self.single else items
@@ -360,9 +352,15 @@ def _pipeline(live: Any, state: SentenceState, prompted: bool) -> Pipeline:
     if getattr(transformer.tokenizer, "padding_side", "right") != "right":  # positions are columns, of a padded batch
         raise Unsupported("its texts are padded on the left")
     state.check_tokens(transformer, tokenizer)
-    steps: list[Any] = [Normalize() if _kind(module) == "Normalize" else Step(module) for module in tail]
-    steps = [step for step, module in zip(steps, tail, strict=True) if _kind(module) != "Dropout"]
-    return Pipeline(encoder.model, tokenizer, Pooling(modes, pooling.include_prompt), steps, limit, live.truncate_dim)
+    kept = [module for module in tail if _kind(module) != "Dropout"]
+    return Pipeline(
+        encoder.model,
+        tokenizer,
+        limit,
+        Pooling(modes, pooling.include_prompt),
+        tuple(Normalize() if _kind(module) == "Normalize" else Step(module) for module in kept),
+        truncate_dim=live.truncate_dim,
+    )
 
 
 def pipeline_in(model: Any) -> Pipeline | None:

@@ -20,6 +20,7 @@ from fastbert.checkpoint.families import family_of
 from fastbert.checkpoint.family import AFTER_PADDING, Family
 from fastbert.checkpoint.files import read_json, write_text
 from fastbert.checkpoint.folder import ARGUMENTS, resolve
+from fastbert.checks import expect
 
 logger = logging.getLogger("fastbert")
 
@@ -100,7 +101,7 @@ class BertConfig(ConfigAccess):
 
     @num_labels.setter
     def num_labels(self, value: int) -> None:
-        _expect(_is_int(value) and value > 0, "num_labels", value, "a positive whole number")
+        expect(_is_int(value) and value > 0, "num_labels", value, "a positive whole number")
         if value != len(self.id2label):
             self.id2label = _default_labels(value)
 
@@ -146,7 +147,7 @@ class BertConfig(ConfigAccess):
         family = self.family
         for name in _SIZES:
             value = getattr(self, name)
-            _expect(_is_int(value) and value > 0, name, value, "a positive whole number")
+            expect(_is_int(value) and value > 0, name, value, "a positive whole number")
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"hidden_size: got {self.hidden_size}, expected a multiple of "
@@ -155,23 +156,23 @@ class BertConfig(ConfigAccess):
         for name in _DROPOUTS:
             value = getattr(self, name)
             if value is not None or name != "classifier_dropout":
-                _expect(_is_number(value) and 0 <= value < 1, name, value, "a probability in [0, 1)")
+                expect(_is_number(value) and 0 <= value < 1, name, value, "a probability in [0, 1)")
         eps, spread, pad = self.layer_norm_eps, self.initializer_range, self.pad_token_id
-        _expect(_is_number(eps) and eps > 0, "layer_norm_eps", eps, "a positive number")
-        _expect(_is_number(spread) and spread >= 0, "initializer_range", spread, "a number, 0 or more")
+        expect(_is_number(eps) and eps > 0, "layer_norm_eps", eps, "a positive number")
+        expect(_is_number(spread) and spread >= 0, "initializer_range", spread, "a number, 0 or more")
         # As for torch.nn.Embedding, a negative index counts from the end.
         fits = pad is None or (_is_int(pad) and -self.vocab_size <= pad < self.vocab_size)
-        _expect(fits, "pad_token_id", pad, f"None or a token id below vocab_size ({self.vocab_size})")
+        expect(fits, "pad_token_id", pad, f"None or a token id below vocab_size ({self.vocab_size})")
         if family.positions == AFTER_PADDING:
             fits = pad is not None and _is_int(pad) and pad >= 0
-            _expect(fits, "pad_token_id", pad, "a token id, 0 or more: positions begin after it")
+            expect(fits, "pad_token_id", pad, "a token id, 0 or more: positions begin after it")
             positions, least = self.max_position_embeddings, f"more than pad_token_id + 1 ({self.position_offset})"
-            _expect(positions > self.position_offset, "max_position_embeddings", positions, least)
+            expect(positions > self.position_offset, "max_position_embeddings", positions, least)
         width = self.embedding_size
         fits = not family.projection or width is None or (_is_int(width) and width > 0)
-        _expect(fits, "embedding_size", width, "None or a positive whole number")
+        expect(fits, "embedding_size", width, "None or a positive whole number")
         tie = self.tie_word_embeddings
-        _expect(isinstance(tie, bool), "tie_word_embeddings", tie, "True or False")
+        expect(isinstance(tie, bool), "tie_word_embeddings", tie, "True or False")
         _expect_one_of("hidden_act", self.hidden_act, HIDDEN_ACTS)
         if self.problem_type is not None:
             _expect_one_of("problem_type", self.problem_type, PROBLEM_TYPES)
@@ -179,8 +180,8 @@ class BertConfig(ConfigAccess):
             _expect_one_of("dtype", self.dtype, DTYPES)
         names = self.architectures
         is_names = names is None or (isinstance(names, list) and all(isinstance(name, str) for name in names))
-        _expect(is_names, "architectures", names, "None or a list of class names")
-        _expect(isinstance(self.extra, dict), "extra", self.extra, "a dict")
+        expect(is_names, "architectures", names, "None or a list of class names")
+        expect(isinstance(self.extra, dict), "extra", self.extra, "a dict")
         doubled = sorted(self.extra.keys() & (_FIELDS | _DERIVED))
         if doubled:
             raise ValueError(f"extra: holds {', '.join(doubled)}, which fields or properties of the config express")
@@ -287,7 +288,7 @@ def _fields_and_extra(values: dict[str, Any], labels_count: bool) -> dict[str, A
     """
     num_labels = values.pop("num_labels", None)
     if num_labels is not None and not labels_count:
-        _expect(_is_int(num_labels) and num_labels > 0, "num_labels", num_labels, "a positive whole number")
+        expect(_is_int(num_labels) and num_labels > 0, "num_labels", num_labels, "a positive whole number")
         if len(values.get("id2label", ())) != num_labels:
             values["id2label"] = _default_labels(num_labels)
     fields = {name: values.pop(name) for name in _FIELDS & values.keys()}
@@ -303,7 +304,7 @@ def _modern(d: Mapping[str, Any]) -> dict[str, Any]:
 
     id2label, label2id = values.pop("id2label", None), values.pop("label2id", None)
     if id2label is None and label2id:
-        _expect(isinstance(label2id, Mapping), "label2id", label2id, "label names to class indices")
+        expect(isinstance(label2id, Mapping), "label2id", label2id, "label names to class indices")
         id2label = {index: label for label, index in label2id.items()}
     if id2label is not None:
         values["id2label"] = _labels(id2label)
@@ -336,7 +337,7 @@ def _default_labels(n: int) -> dict[int, str]:
 
 def _labels(id2label: Any) -> dict[int, str]:
     """Returns ``id2label`` with whole numbers as keys, which are strings in JSON."""
-    _expect(isinstance(id2label, Mapping) and len(id2label) > 0, "id2label", id2label, "class indices to label names")
+    expect(isinstance(id2label, Mapping) and len(id2label) > 0, "id2label", id2label, "class indices to label names")
     try:
         return {int(index): str(label) for index, label in id2label.items()}
     except (TypeError, ValueError) as error:
@@ -351,10 +352,5 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _expect(holds: bool, name: str, value: Any, expected: str) -> None:
-    if not holds:
-        raise ValueError(f"{name}: got {value!r}, expected {expected}")
-
-
 def _expect_one_of(name: str, value: Any, supported: tuple[str, ...]) -> None:
-    _expect(value in supported, name, value, f"one of {', '.join(supported)}")
+    expect(value in supported, name, value, f"one of {', '.join(supported)}")

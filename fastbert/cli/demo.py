@@ -19,7 +19,7 @@ from fastbert.bench.texts import docstrings, spread
 from fastbert.checkpoint.folder import resolve
 from fastbert.diagnostics.explain.entry import explain
 from fastbert.engine import cpu_encoder
-from fastbert.pipelines import folder as sentence_layout
+from fastbert.pipelines.folder import read_layout
 from fastbert.pipelines.names import SENTENCE_TRANSFORMERS, full_name
 from fastbert.pipelines.sentence import SentenceEncoder
 
@@ -202,7 +202,7 @@ def _transformers(folder: Path, encoder: SentenceEncoder) -> Callable[[list[str]
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    layout = sentence_layout.read(folder)
+    layout = read_layout(folder)
     source = folder if layout is None else layout.transformer
     tokenizer = transformers.AutoTokenizer.from_pretrained(source)
     model = transformers.AutoModel.from_pretrained(source, dtype=encoder.dtype, attn_implementation="sdpa")

@@ -24,13 +24,8 @@ from fastbert._version import __version__
 from fastbert.checkpoint.files import read_json, write_text
 from fastbert.checkpoint.match import match
 from fastbert.checkpoint.weights import read_state_dict, write_state_dict
-from fastbert.pipelines.modules import ACTIVATIONS as _ACTIVATIONS
-from fastbert.pipelines.modules import Dense as Dense
-from fastbert.pipelines.modules import Dropout as Dropout
-from fastbert.pipelines.modules import LayerNorm as LayerNorm
-from fastbert.pipelines.modules import Normalize as Normalize
-from fastbert.pipelines.modules import activation_name
-from fastbert.pipelines.modules import apply as apply
+from fastbert.pipelines.modules import ACTIVATIONS, Dense, Dropout, LayerNorm, Normalize, activation_name
+from fastbert.pipelines.pipeline import Pooling
 from fastbert.pipelines.settings import (
     MODULE_KEYS,
     MODULES_KEYS,
@@ -47,16 +42,7 @@ logger = logging.getLogger("fastbert")
 MODULES = "modules.json"
 SETTINGS = "config_sentence_transformers.json"
 
-# A pooling mode of sentence-transformers -> the mode of fastbert.ops.pool
-POOLING_MODES = {
-    "cls": "cls",
-    "max": "max",
-    "mean": "mean",
-    "mean_sqrt_len_tokens": "mean_sqrt_len",
-    "weightedmean": "weighted_mean",
-    "lasttoken": "last",
-}
-# The flags that stood for them before, in the order in which several are concatenated.
+# The flags that stood for pooling modes before, in the order in which several are concatenated.
 _POOLING_FLAGS = {
     "pooling_mode_cls_token": "cls",
     "pooling_mode_max_tokens": "max",
@@ -66,28 +52,6 @@ _POOLING_FLAGS = {
     "pooling_mode_lasttoken": "lasttoken",
 }
 _KINDS = {kind.__name__: kind for kind in (Dense, LayerNorm, Dropout, Normalize)}
-
-
-@dataclass
-class Pooling:
-    """How token vectors become one: a mode of `POOLING_MODES`, or several, concatenated in their order."""
-
-    modes: str | Sequence[str] = ("mean",)
-    include_prompt: bool = True
-
-    def __post_init__(self) -> None:
-        self.modes = (self.modes,) if isinstance(self.modes, str) else tuple(self.modes)
-        if not self.modes or (unknown := [mode for mode in self.modes if mode not in POOLING_MODES]):
-            got = unknown if self.modes else "none"
-            raise ValueError(f"pooling: got {got}, expected at least one of {', '.join(POOLING_MODES)}")
-
-    def settings(self, hidden_size: int) -> dict[str, Any]:
-        """The content of 1_Pooling/config.json: flags where they can say the order, `pooling_mode` elsewhere."""
-        if self.modes == tuple(mode for mode in _POOLING_FLAGS.values() if mode in self.modes):
-            flags = {flag: mode in self.modes for flag, mode in _POOLING_FLAGS.items()}
-            return {"word_embedding_dimension": hidden_size, **flags, "include_prompt": self.include_prompt}
-        modes = {"pooling_mode": list(self.modes), "include_prompt": self.include_prompt}
-        return {"embedding_dimension": hidden_size, **modes}
 
 
 @dataclass
@@ -104,7 +68,7 @@ class Layout:
     truncate_dim: int | None = None
 
 
-def read(folder: Path) -> Layout | None:
+def read_layout(folder: Path) -> Layout | None:
     """The layout of a sentence-transformers folder; None where there is no modules.json.
 
     Raises ValueError that names the file for a module or a setting that is not supported, FileNotFoundError for a
@@ -129,10 +93,11 @@ def read(folder: Path) -> Layout | None:
     return layout
 
 
-def read_cross_encoder(folder: Path) -> tuple[Layout, str | None]:
+def read_cross_encoder_layout(folder: Path) -> tuple[Layout, str | None]:
     """The layout of a cross-encoder's folder, and the path of its activation function, if it names one.
 
-    Without modules.json, as sentence-transformers wrote it before 6.0, config.json has that path. Raises as `read`.
+    Without modules.json, as sentence-transformers wrote it before 6.0, config.json has that path. Raises what
+    `read_layout` does.
     """
     if (folder / MODULES).is_file():
         entries = _read_modules(folder / MODULES)
@@ -223,7 +188,7 @@ def _activation(file: Path, config: Mapping[str, Any]) -> str:
     path = str(config.get("activation_function", "torch.nn.modules.activation.Tanh"))
     name = activation_name(path)
     if name is None:
-        expected = ", ".join(f"torch.nn.{name}" for name in _ACTIVATIONS)
+        expected = ", ".join(f"torch.nn.{name}" for name in ACTIVATIONS)
         raise ValueError(f"{file}: activation_function is {path!r}, but only {expected} are supported")
     return name
 
@@ -266,7 +231,16 @@ def lowercasing(tokenizer: Tokenizer, folder: Path) -> Tokenizer:
     return tokenizer
 
 
-def write(folder: Path, hidden_size: int, layout: Layout) -> None:
+def _pooling_settings(pooling: Pooling, hidden_size: int) -> dict[str, Any]:
+    """The content of 1_Pooling/config.json: flags where they can say the order, `pooling_mode` elsewhere."""
+    if pooling.modes == tuple(mode for mode in _POOLING_FLAGS.values() if mode in pooling.modes):
+        flags = {flag: mode in pooling.modes for flag, mode in _POOLING_FLAGS.items()}
+        return {"word_embedding_dimension": hidden_size, **flags, "include_prompt": pooling.include_prompt}
+    modes = {"pooling_mode": list(pooling.modes), "include_prompt": pooling.include_prompt}
+    return {"embedding_dimension": hidden_size, **modes}
+
+
+def write_layout(folder: Path, hidden_size: int, layout: Layout) -> None:
     """Writes everything in `folder` but the model and the tokenizer; modules.json, which makes it count, last."""
 
     def write_json(file: Path, content: Any) -> None:
@@ -285,7 +259,7 @@ def write(folder: Path, hidden_size: int, layout: Layout) -> None:
     if layout.truncate_dim is not None:
         settings["truncate_dim"] = layout.truncate_dim
     write_json(folder / SETTINGS, settings)
-    write_json(folder / "1_Pooling" / "config.json", layout.pooling.settings(hidden_size))
+    write_json(folder / "1_Pooling" / "config.json", _pooling_settings(layout.pooling, hidden_size))
     names = ["Transformer", "Pooling", *_write_tail(folder, layout.tail, write_json)]
     entries = [
         {"idx": i, "name": str(i), "path": f"{i}_{name}" if i else "", "type": f"sentence_transformers.models.{name}"}

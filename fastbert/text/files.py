@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from fastbert.checkpoint.files import replacing
-from fastbert.text.wordpiece import check_text
+from fastbert.checks import check_text
 
 Write = Callable[[Sequence[str], np.ndarray], None]
 
@@ -38,7 +38,7 @@ def read_texts(path: str, field: str | None = None) -> Iterator[str]:
                 raise ValueError(f"{where}: not UTF-8: {error.reason} at byte {error.start + 1}") from error
             if field is not None:
                 text = _field(text, field, where)
-                check_text(text, where)
+                check_text(where, text)
             yield text
 
 

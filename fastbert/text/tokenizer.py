@@ -21,14 +21,15 @@ import torch
 from tokenizers.models import WordPiece
 
 from fastbert.checkpoint.files import write_text
-from fastbert.text import windows as text_windows
-from fastbert.text.tokenizer_files import load
-from fastbert.text.tokenizer_settings import CASING, FLAGS, NAMES, PREFIX, SETTINGS, clean_up
-from fastbert.text.wordpiece import TOKEN_FIELDS, Source, check_text, learn, one_of
+from fastbert.checks import check_text, one_of
+from fastbert.text import windows
+from fastbert.text.loading import load
+from fastbert.text.settings import CASING, FLAGS, NAMES, PREFIX, SETTINGS, clean_up
+from fastbert.text.vocabulary import TOKEN_FIELDS, Source, learn
 
 logger = logging.getLogger("fastbert")
 
-_CHUNK = text_windows.TEXTS
+_CHUNK = windows.TEXTS
 
 
 class Encoding(dict[str, Any]):
@@ -302,7 +303,7 @@ class Tokenizer:
 
     def tokenize(self, text: str) -> list[str]:
         """The word pieces of a text, without special tokens, not truncated."""
-        check_text(text, "text")
+        check_text("text", text)
         return self._rust.encode(text, add_special_tokens=False).tokens
 
     def decode(self, ids: Any, *, skip_special_tokens: bool = True) -> str:
@@ -355,7 +356,7 @@ class Tokenizer:
         parts: list[tuple[np.ndarray, np.ndarray]] = []
         lengths: list[int] = []
         n_truncated = n_truncated_tokens = 0
-        for start, end in text_windows.spans(sides[0], _CHUNK, text_windows.CHARACTERS, *sides[1:]):
+        for start, end in windows.spans(sides[0], _CHUNK, windows.CHARACTERS, *sides[1:]):
             chunk = [text for side in sides for text in side[start:end]]
             encoded = self._encoded(chunk, limit)
             counts = list(map(len, encoded))
@@ -383,11 +384,7 @@ class Tokenizer:
 
     def _encoded(self, texts: list[str], limit: int | None) -> list[Any]:
         """What Rust makes of each text, without special tokens: something with a length, and with `ids`."""
-        if (
-            len(texts) <= 2
-            and max(map(len, texts), default=0) > text_windows.CHARACTERS
-            and text_windows.splits(self._rust)
-        ):
+        if len(texts) <= 2 and max(map(len, texts), default=0) > windows.CHARACTERS and windows.splits(self._rust):
             return [self._in_pieces(text, limit) for text in texts]
         # The library's threads are not PyTorch's, and as many as there are cores: whoever allows one gets one.
         at_once = [[text] for text in texts] if torch.get_num_threads() == 1 else [texts]
@@ -397,7 +394,7 @@ class Tokenizer:
         """The tokens of a long text, counted to the end; of the ids those that truncation can leave."""
         n_tokens, ids = 0, np.empty(0, np.int64)
         from_left = self.truncation_side == "left"
-        for piece in text_windows.pieces(text, text_windows.CHARACTERS):
+        for piece in windows.pieces(text, windows.CHARACTERS):
             (encoding,) = self._rust.encode_batch_fast([piece], add_special_tokens=False)
             n_tokens += len(encoding)
             if limit is None or from_left or len(ids) < limit:
@@ -508,5 +505,5 @@ def _as_list(texts: Any, name: str) -> list[str]:
         raise TypeError(f"{name}: got {type(texts).__name__}, expected a str or a sequence of str")
     texts = [texts] if isinstance(texts, str) else list(texts)
     for i, text in enumerate(texts):
-        check_text(text, f"{name}[{i}]")
+        check_text(f"{name}[{i}]", text)
     return texts

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastbert.text.wordpiece import one_of
+from fastbert.checks import one_of
 from fastbert.vectors.quantize import PRECISIONS, steps_of
 
 BINARY = ("binary", "ubinary")

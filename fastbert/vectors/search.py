@@ -16,10 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastbert.checks import one_of, positive
 from fastbert.ops import dispatch
-from fastbert.text.wordpiece import one_of
 from fastbert.vectors.corpus import BINARY, Corpus, corpus_of
-from fastbert.vectors.quantize import as_floats, function_name
+from fastbert.vectors.quantize import as_floats
+from fastbert.vectors.similarity import function_name
 
 QUERIES, ROWS = 256, 32768  # scored at once, by default
 SPARE = 32  # candidates kept beyond k, and at least as many as k: they make a second look rare
@@ -68,8 +69,7 @@ def semantic_search(
     one_of("score", score, "cosine", "dot")
     sizes = {"top_k": top_k, "query_chunk_size": query_chunk_size, "corpus_chunk_size": corpus_chunk_size}
     for name, size in {**sizes, "rescore_multiplier": rescore_multiplier}.items():
-        if isinstance(size, bool) or not isinstance(size, (int, np.integer)) or size < 1:
-            raise ValueError(f"{name}: got {size!r}, expected a positive whole number")
+        positive(name, size)
     where = _device(corpus_embeddings, query_embeddings) if device is None else torch.device(device)
     given, width = _matrix("query_embeddings", query_embeddings)
     corpus = corpus_of(corpus_embeddings, given, width, corpus_precision, ranges, where)

@@ -30,9 +30,9 @@ from fastbert import (
 )
 from fastbert.cli import demo
 from fastbert.cli.main import main
-from fastbert.pipelines import run as sentence_run
-from fastbert.pipelines.folder import Normalize
-from fastbert.text import files as text_io
+from fastbert.pipelines.modules import Normalize
+from fastbert.pipelines.run import WINDOW
+from fastbert.text.files import count_lines, read_texts
 from helpers import source_env, tiny_bert
 
 COMMANDS = (
@@ -140,7 +140,7 @@ def test_embed_to_npy(
     models: SimpleNamespace, text_file: Path, monkeypatch: pytest.MonkeyPatch, window: int, tmp_path: Path
 ) -> None:
     """Catches rows lost between windows, empty lines left out, and an array that NumPy does not read."""
-    monkeypatch.setattr(sentence_run, "WINDOW", window)
+    monkeypatch.setattr("fastbert.pipelines.run.WINDOW", window)
     output = tmp_path / "vectors.npy"
     assert main(["embed", str(text_file), "--model", models.sentence, "-o", str(output), "--device", "cpu"]) == 0
     vectors = np.load(output)
@@ -197,7 +197,7 @@ def test_count_lines(tmp_path: Path, content: bytes, n: int) -> None:
     """Catches a count that differs from the number of texts that are read."""
     file = tmp_path / "texts"
     file.write_bytes(content)
-    assert text_io.count_lines(str(file)) == n == len(list(text_io.read_texts(str(file))))
+    assert count_lines(str(file)) == n == len(list(read_texts(str(file))))
 
 
 def test_embed_options(models: SimpleNamespace, text_file: Path, tmp_path: Path) -> None:
@@ -232,7 +232,7 @@ def test_truncation_is_told_once(
     models: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Catches a warning for each window, or none."""
-    monkeypatch.setattr(sentence_run, "WINDOW", 2)
+    monkeypatch.setattr("fastbert.pipelines.run.WINDOW", 2)
     feed(monkeypatch, b"fish " * 100 + b"\nfish\nfish\nfish\n" + b"fish " * 30)
     assert main(["embed", "--model", models.sentence, "-o", str(tmp_path / "x.npy"), "--device", "cpu"]) == 0
     warning = "fastbert: warning: encode: 2 of 5 texts were longer than max_seq_length = 24 and truncated: "
@@ -269,7 +269,7 @@ def test_failure_half_way_keeps_the_old_file(
     models: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Catches an output file that looks finished after an error in a later window, and temporary files left over."""
-    monkeypatch.setattr(sentence_run, "WINDOW", 2)
+    monkeypatch.setattr("fastbert.pipelines.run.WINDOW", 2)
     source = tmp_path / "texts.txt"
     source.write_bytes(b"fish\n" * 9 + b"\xff\n")
     for name in ("vectors.npy", "vectors.jsonl"):
@@ -465,7 +465,7 @@ def test_killed_half_way(models: SimpleNamespace, tmp_path: Path, kind: str) -> 
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=source_env(),
     )  # fmt: skip
     assert process.stdin is not None
-    process.stdin.write(b"fish\n" * (2 * sentence_run.WINDOW + 1))
+    process.stdin.write(b"fish\n" * (2 * WINDOW + 1))
     process.stdin.flush()  # and not closed: the command waits for more, with one window of two written
     deadline = time.monotonic() + 60
     while not any(path.stat().st_size > 10_000 for path in tmp_path.glob(".vectors.npy.*")):

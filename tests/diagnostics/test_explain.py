@@ -20,7 +20,7 @@ from fastbert.diagnostics.explain.entry import Report, explain
 from fastbert.engine import cpu_encoder
 from fastbert.models import heads
 from fastbert.ops import dispatch, onednn, packed_linear
-from fastbert.pipelines.folder import Dense, Normalize
+from fastbert.pipelines.modules import Dense, Normalize
 from fastbert_kernels import cpu
 from helpers import source_env
 

@@ -21,7 +21,7 @@ from fastbert.diagnostics.verify.run import _eager
 from fastbert.engine import cpu_encoder
 from fastbert.models import heads
 from fastbert.ops import packed_linear
-from fastbert.pipelines.folder import Dense, LayerNorm, Normalize
+from fastbert.pipelines.modules import Dense, LayerNorm, Normalize
 from fastbert_kernels import cpu
 
 LENGTHS = [5, 17, 1, 0, 9]

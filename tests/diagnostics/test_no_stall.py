@@ -114,7 +114,7 @@ def test_warmup_says_why_there_are_no_graphs(stand_in: StandIn, device: torch.de
 @pytest.mark.parametrize("max_tokens", [0, -1, 1.5, True, "all"])
 def test_bad_max_tokens(max_tokens: Any) -> None:
     """Catches a bad argument that surfaces as an error about something else."""
-    with pytest.raises(ValueError, match="max_tokens: expected a positive whole number"):
+    with pytest.raises(ValueError, match=f"max_tokens: got {max_tokens!r}, expected a positive whole number"):
         fastbert.warmup(make(torch.device("cpu")), max_tokens=max_tokens)
 
 

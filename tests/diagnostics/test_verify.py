@@ -23,7 +23,7 @@ from fastbert.diagnostics.verify import ends as verify_ends
 from fastbert.diagnostics.verify import run as verify_run
 from fastbert.diagnostics.verify.entry import DEFAULT_TEXTS, verify
 from fastbert.diagnostics.verify.run import _eager
-from fastbert.pipelines.folder import Dense
+from fastbert.pipelines.modules import Dense
 from fastbert_kernels import cpu
 from helpers import docstrings
 

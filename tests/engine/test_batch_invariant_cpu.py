@@ -35,7 +35,7 @@ from fastbert.models import heads
 from fastbert.ops import Policy, dispatch, onednn
 from fastbert.ops.packing import from_cu_seqlens
 from fastbert.ops.pooling import MODES
-from fastbert.pipelines.folder import _ACTIVATIONS, Dense, Dropout, LayerNorm, Normalize, apply
+from fastbert.pipelines.modules import ACTIVATIONS, Dense, Dropout, LayerNorm, Normalize, apply
 from fastbert_kernels import cpu
 from helpers import assert_as_accurate, cu_seqlens_of, docstrings, only_variant, rms_error, source_env
 
@@ -204,7 +204,7 @@ def test_rows_of_what_pytorch_runs(size: int, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("size", [1, 3, 33])
 def test_rows_of_functions(size: int, name: str) -> None:
     """The last elements of a tensor, which PyTorch computes one at a time and by another formula than whole vectors."""
-    function = (lambda x: x.softmax(1)) if name == "softmax" else _ACTIVATIONS[name]
+    function = (lambda x: x.softmax(1)) if name == "softmax" else ACTIVATIONS[name]
     x = torch.randn(ROWS, size)
     assert_rows_are_alone(lambda rows: ops.elementwise(function, x[rows], policy=INVARIANT))
     torch.testing.assert_close(ops.elementwise(function, x, policy=INVARIANT), function(x), rtol=1e-5, atol=1e-6)
@@ -346,9 +346,9 @@ def test_heads_of_the_family(family: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize(
     "make_module",
-    [*(lambda name=name: Dense(48, 20, activation=name) for name in _ACTIVATIONS), lambda: Dense(48, 20, bias=False),
+    [*(lambda name=name: Dense(48, 20, activation=name) for name in ACTIVATIONS), lambda: Dense(48, 20, bias=False),
      lambda: LayerNorm(48), Normalize, Dropout],
-    ids=[*_ACTIVATIONS, "Dense without bias", "LayerNorm", "Normalize", "Dropout"],
+    ids=[*ACTIVATIONS, "Dense without bias", "LayerNorm", "Normalize", "Dropout"],
 )  # fmt: skip
 def test_after_the_pooling(make_module: Callable[[], nn.Module]) -> None:
     """A module of a sentence encoder whose rows PyTorch computes together."""

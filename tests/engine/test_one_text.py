@@ -16,7 +16,7 @@ from fastbert import BertConfig, BertModel, CrossEncoder, SentenceEncoder, Token
 from fastbert.models.heads import BertForSequenceClassification
 from fastbert.models.pretrained import any_in_training, first_parameter
 from fastbert.ops import packing
-from fastbert.pipelines.folder import Dense, Normalize
+from fastbert.pipelines.modules import Dense, Normalize
 from fastbert_kernels import cpu
 from helpers import cu_seqlens_of, only_variant, tokens_of_calls
 

@@ -20,6 +20,7 @@ LAZY = {"triton", "transformers", "sentence_transformers", "huggingface_hub", "t
 LAYERS: list[set[str]] = [
     {"fastbert_kernels"},
     {"_version"},
+    {"checks"},
     {"checkpoint"},
     {"text"},
     {"reference"},
@@ -48,7 +49,6 @@ LONG: set[str] = {
     "fastbert/engine/graphs.py",
     "fastbert/models/bert.py",
     "fastbert/models/heads.py",
-    "fastbert/pipelines/sentence.py",
     "fastbert/text/tokenizer.py",
     "fastbert/tune/jobs.py",
 }
@@ -69,7 +69,6 @@ LONG_TESTS: set[str] = {
 }
 CIRCLES: list[set[str]] = [
     {"fastbert.engine.quantized", "fastbert.models.bert"},
-    {"fastbert.pipelines.api", "fastbert.pipelines.inputs", "fastbert.pipelines.run", "fastbert.pipelines.sentence"},
     {"fastbert.bench.memory", "fastbert.bench.text"},
     {"fastbert.diagnostics.explain.costs", "fastbert.diagnostics.explain.report"},
     {"fastbert.diagnostics.verify.page", "fastbert.diagnostics.verify.report"},

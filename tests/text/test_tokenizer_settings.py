@@ -16,7 +16,7 @@ from tokenizers import normalizers, pre_tokenizers, processors
 
 from family_text_cases import KINDS, PAIRS, TEXTS
 from fastbert import Tokenizer
-from fastbert.text.tokenizer_settings import FOLLOWED, NO_EFFECT, TOLD
+from fastbert.text.settings import FOLLOWED, NO_EFFECT, TOLD
 
 FAMILIES = {
     "bert": "BertTokenizer",

@@ -39,7 +39,8 @@ from fastbert.ops.linear import gemm_kernel
 from fastbert.ops.quantized import DTYPES as QUANTIZED_DTYPES
 from fastbert.ops.quantized import KERNELS as QUANTIZED_KERNELS
 from fastbert.ops.quantized import OUT_GROUP
-from fastbert.pipelines.folder import POOLING_MODES, Normalize
+from fastbert.pipelines.modules import Normalize
+from fastbert.pipelines.pipeline import POOLING_MODES
 from fastbert.pipelines.sentence import SentenceEncoder
 from fastbert_kernels import cpu
 
@@ -335,7 +336,7 @@ class Explainer:
             before, width = width, settings.get("out_features", width)
             name, shapes = type(module).__name__.lower(), f"(B, {before}) -> (B, {width})"
             kernels = {"dense": LINEAR_KERNELS, "layernorm": layer_norm.KERNELS, "normalize": pooling.KERNELS}
-            if self.policy.batch_invariant and name in kernels:  # as fastbert.pipelines.folder.apply does it
+            if self.policy.batch_invariant and name in kernels:  # as fastbert.pipelines.modules.apply does it
                 on_cpu = self.device.type == "cpu" and self.policy.backend != "triton"
                 kernel = f"fastbert_kernels.cpu, {cpu.instructions()}" if on_cpu else kernels[name]["triton"]
                 if on_cpu and name == "layernorm":

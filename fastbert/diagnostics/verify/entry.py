@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from fastbert import adapters
-from fastbert.adapters.sentences import LiveTokenizer, Pipeline, pipeline_in
+from fastbert.adapters.sentences import LiveTokenizer, pipeline_in
 from fastbert.checkpoint.folder import resolve
 from fastbert.diagnostics.explain.entry import backbone, find_model, float32_precision, prefix_of
 from fastbert.diagnostics.verify import run as verify_run
@@ -34,6 +34,7 @@ from fastbert.diagnostics.verify.report import (
 from fastbert.diagnostics.verify.run import Row
 from fastbert.models.bert import BertModel
 from fastbert.pipelines.names import SENTENCE_TRANSFORMERS, full_name
+from fastbert.pipelines.pipeline import PackingTokenizer, Pipeline
 from fastbert.pipelines.sentence import SentenceEncoder
 from fastbert.text.tokenizer import Tokenizer
 
@@ -166,7 +167,7 @@ def _transformer_folder(folder: Path) -> Path:
         raise ValueError(f"{file}: expected a list of modules with idx and path: {error!r}") from error
 
 
-def _live(model: Any, tokenizer: Any, notes: list[str]) -> tuple[Pipeline | None, Tokenizer | LiveTokenizer | None]:
+def _live(model: Any, tokenizer: Any, notes: list[str]) -> tuple[Pipeline | None, PackingTokenizer | None]:
     """Of an accelerated model: what makes vectors of its states, if it is a SentenceTransformer, and its tokenizer."""
     pipeline = None
     try:
@@ -188,7 +189,7 @@ def _usable(tokenizer: Any) -> Tokenizer | LiveTokenizer | None:
     return LiveTokenizer(tokenizer, tokenizer.model_max_length)
 
 
-def _rows(texts: Any, tokenizer: Tokenizer | LiveTokenizer | None, bert: BertModel, notes: list[str]) -> list[Row]:
+def _rows(texts: Any, tokenizer: PackingTokenizer | None, bert: BertModel, notes: list[str]) -> list[Row]:
     n_positions = bert.longest_text
     if texts is None and tokenizer is None:
         notes.append("no tokenizer: random token ids instead of texts")

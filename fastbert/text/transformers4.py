@@ -10,7 +10,7 @@ from tokenizers import Tokenizer as RustTokenizer
 from tokenizers import pre_tokenizers
 from tokenizers.models import BPE
 
-from fastbert.text.tokenizer_settings import CASING, PREFIX
+from fastbert.text.settings import CASING, PREFIX
 
 # What the models made anew have. A key that tokenizer.json lacks has this value, too.
 _MODELS: dict[str, dict[str, tuple[Any, ...]]] = {

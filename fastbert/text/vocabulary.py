@@ -14,7 +14,8 @@ from tokenizers import Tokenizer as RustTokenizer
 from tokenizers import decoders, normalizers, pre_tokenizers, processors, trainers
 from tokenizers.models import WordPiece
 
-from fastbert.text.tokenizer_settings import FLAGS, NAMES, SETTINGS
+from fastbert.checks import check_text
+from fastbert.text.settings import FLAGS, NAMES, SETTINGS
 
 logger = logging.getLogger("fastbert")
 
@@ -105,7 +106,7 @@ def _read_texts(items: Iterable[str | Path]) -> Iterator[str]:
     """The texts among the items, and the lines of the files."""
     for i, item in enumerate(items):
         if not isinstance(item, Path):
-            check_text(item, f"texts_or_files[{i}]")
+            check_text(f"texts_or_files[{i}]", item)
             yield item
             continue
         with item.open(encoding="utf-8") as lines:
@@ -127,23 +128,3 @@ def _alphabet(rust: RustTokenizer, counts: Counter[str], limit: int) -> list[str
             normalized.update(dict.fromkeys(word, n))
     kept = sorted(sorted(normalized, key=lambda character: (-normalized[character], character))[:limit])
     return kept + [f"##{character}" for character in kept if len(words("a" + character)) == 1]
-
-
-def check_text(text: Any, name: str) -> None:
-    if not isinstance(text, str):
-        raise TypeError(f"{name}: got {type(text).__name__}, expected str")
-    try:
-        _ = text.isascii() or text.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(
-            f"{name}: lone surrogate U+{ord(text[error.start]):04X} at character {error.start}, half of a UTF-16 pair "
-            "and not a character. To join halves that belong together and replace the others by U+FFFD: "
-            "text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace')"
-        ) from None
-
-
-def one_of(name: str, value: Any, *expected: Any) -> Any:
-    for choice in expected:
-        if type(value) is type(choice) and value == choice:
-            return value
-    raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(map(repr, expected))}")

@@ -24,8 +24,8 @@ from fastbert.checkpoint.families import FAMILIES
 from fastbert.checkpoint.family import Family
 from fastbert.checkpoint.files import read_json
 from fastbert.checkpoint.folder import resolve
-from fastbert.text.tokenizer_older import parts_that_differ, prefix_that_differs
-from fastbert.text.tokenizer_settings import (
+from fastbert.checks import one_of
+from fastbert.text.settings import (
     CASING,
     FLAGS,
     IN_PYTHON,
@@ -39,7 +39,8 @@ from fastbert.text.tokenizer_settings import (
     merged,
     tell_unfollowed,
 )
-from fastbert.text.wordpiece import TOKEN_FIELDS, Source, bert_pipeline, one_of, set_bert_template
+from fastbert.text.transformers4 import parts_that_differ, prefix_that_differs
+from fastbert.text.vocabulary import TOKEN_FIELDS, Source, bert_pipeline, set_bert_template
 
 logger = logging.getLogger("fastbert")
 

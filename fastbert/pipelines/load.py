@@ -13,8 +13,7 @@ import torch
 from fastbert.checkpoint.folder import resolve
 from fastbert.engine import cpu_encoder
 from fastbert.models.pretrained import PreTrainedModel
-from fastbert.pipelines import folder as sentence_layout
-from fastbert.pipelines.folder import Layout
+from fastbert.pipelines.folder import Layout, lowercasing
 from fastbert.pipelines.names import cache_folder, full_name
 from fastbert.pipelines.settings import LOADING_HARMLESS
 from fastbert.text.tokenizer import Tokenizer
@@ -42,7 +41,7 @@ class Arguments:
     model: dict[str, Any] = field(default_factory=dict)
     tokenizer: dict[str, Any] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
-    hub: dict[str, Any] = field(default_factory=dict)  # Arguments of folder.resolve.
+    hub: dict[str, Any] = field(default_factory=dict)  # arguments of `resolve`
     others: dict[str, Any] = field(default_factory=dict)  # of the model's from_pretrained
 
     @classmethod
@@ -139,7 +138,7 @@ def _tokenizer(layout: Layout, arguments: Arguments, src: Any, positions: int) -
             raise TypeError(f"processor_kwargs: {error}") from error
         raise ValueError(f"{settings.file}: tokenizer_args: {error}") from error
     if settings.do_lower_case:
-        tokenizer = sentence_layout.lowercasing(tokenizer, layout.transformer)
+        tokenizer = lowercasing(tokenizer, layout.transformer)
     if limit is not None:
         if limit > positions:
             logger.warning("%s: max_seq_length is %d, the model has %d positions: taking %d", src, limit, positions,
