@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastbert import reference
-from fastbert.adapters.sentences import Step
+from fastbert.adapters.live_pipeline import Step
 from fastbert.checkpoint.activations import ACTIVATIONS, activate
 from fastbert.diagnostics.verify.report import FACTOR_OF_VECTORS
 from fastbert.models.bert import BertModel, Encoded, dense

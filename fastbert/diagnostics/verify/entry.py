@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from fastbert import adapters
-from fastbert.adapters.sentences import LiveTokenizer, pipeline_in
+from fastbert.adapters.live_pipeline import pipeline_in
+from fastbert.adapters.live_tokenizer import LiveTokenizer
 from fastbert.checkpoint.folder import resolve
 from fastbert.diagnostics.explain.entry import backbone, find_model, float32_precision, prefix_of
 from fastbert.diagnostics.verify import run as verify_run
