@@ -31,7 +31,7 @@ from fastbert.pipelines.modules import Normalize
 from fastbert.pipelines.pipeline import POOLING_MODES, Pipeline, Pooling
 from fastbert.pipelines.run import Request, Run
 from fastbert.text import windows
-from fastbert.text.tokenizer import PackedEncoding
+from fastbert.text.encoding import PackedEncoding
 
 logger = logging.getLogger("fastbert")
 

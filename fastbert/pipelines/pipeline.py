@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fastbert.models.bert import BertModel, Encoded
-from fastbert.text.tokenizer import PackedEncoding
+from fastbert.text.encoding import PackedEncoding
 
 # A pooling mode of sentence-transformers -> the mode of fastbert.ops.pool
 POOLING_MODES = {

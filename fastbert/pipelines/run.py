@@ -27,7 +27,7 @@ from fastbert.pipelines.inputs import encode_texts, n_prompt_tokens
 from fastbert.pipelines.pipeline import Pipeline
 from fastbert.pipelines.pooling import sentence_vectors
 from fastbert.pipelines.progress import Progress
-from fastbert.text.tokenizer import PackedEncoding
+from fastbert.text.encoding import PackedEncoding
 from fastbert.text.windows import WINDOW_CHARACTERS
 
 logger = logging.getLogger("fastbert")

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fastbert import ops
 from fastbert.ops import attention, packing
 from fastbert.pipelines.batching import in_batches
-from fastbert.text.tokenizer import PackedEncoding
+from fastbert.text.encoding import PackedEncoding
 from helpers import cu_seqlens_of
 
 META = torch.device("meta")

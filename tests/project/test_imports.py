@@ -49,7 +49,6 @@ LONG: set[str] = {
     "fastbert/engine/graphs.py",
     "fastbert/models/bert.py",
     "fastbert/models/heads.py",
-    "fastbert/text/tokenizer.py",
     "fastbert/tune/jobs.py",
     "kernels/fastbert_kernels/cpu/__init__.py",
     "kernels/fastbert_kernels/launch.py",
