@@ -44,8 +44,8 @@ class Tokenizer:
     """A Tokenizer comes from ``from_pretrained`` or from ``train``. Threads may share it.
 
     ``vocab_size`` is the highest id + 1, the number of rows that an embedding table needs. ``model_max_length`` (in
-    tokens, None for no limit), ``padding_side`` and ``truncation_side`` ("right" or "left") may be set at any time. The special
-    tokens and their ids are for reading.
+    tokens, None for no limit), ``padding_side`` and ``truncation_side`` ("right" or "left") may be set at any time. The
+    special tokens and their ids are for reading.
     """
 
     vocab_size: int
@@ -263,8 +263,8 @@ class Tokenizer:
     def decode(self, ids: Any, *, skip_special_tokens: bool = True) -> str:
         """Returns the text of ids in a sequence, a 1-D array or a 1-D tensor.
 
-        Pieces are joined, and no space is put before punctuation. Raises ValueError for ids outside
-        the vocabulary, and TypeError for anything but one row of ints.
+        Pieces are joined, and no space is put before punctuation. Raises ValueError for ids outside the vocabulary, and
+        TypeError for anything but one row of ints.
         """
         return self._cleaned(self._rust.decode(self._check_ids(ids), skip_special_tokens=skip_special_tokens))
 
@@ -365,6 +365,7 @@ class Tokenizer:
 
 
 def _as_list(texts: Any, name: str) -> list[str]:
+    """Returns the texts as a list. Raises TypeError or ValueError for an item that is no text."""
     if isinstance(texts, (bytes, dict)) or not isinstance(texts, Iterable):
         raise TypeError(f"{name}: got {type(texts).__name__}, expected a str or a sequence of str")
     texts = [texts] if isinstance(texts, str) else list(texts)
