@@ -125,7 +125,7 @@ def load(
     loaded = kind.from_pretrained(
         layout.transformer, dtype=dtype, device=device, **model_options, **{**overrides, **arguments.others}
     )
-    cpu_encoder.narrow(loaded, dtype)
+    cpu_encoder.choose_cpu_dtype(loaded, dtype)
     return loaded, _load_tokenizer(layout, arguments, src, loaded.longest_text)
 
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from fastbert.checks import check_text
-from fastbert.models.bert import Encoded
+from fastbert.models.encoded import Encoded
 from fastbert.ops import packing, silent_writes
 from fastbert.pipelines.batching import default_token_budget, in_batches
 from fastbert.pipelines.inputs import encode_texts, n_prompt_tokens
