@@ -45,7 +45,7 @@ class Modules:
 
 
 class _InOneCall:
-    """What the two C++ encoders share: the weights, packed for them, and the modules that they stand for."""
+    """The base of the two C++ encoders, which read packed weights and stand for the modules of a model."""
 
     int8: bool
 
@@ -101,9 +101,6 @@ class OneCall(_InOneCall):
     int8 = False
 
     def obstacles(self, model: Any, n_tokens: int | None, keep_states: bool, embedded: bool) -> Iterator[str]:
-        if torch.compiler.is_compiling():
-            yield str(tracing.observed())
-            return
         parameter = first_parameter(model)
         dtype, device, config = parameter.dtype, parameter.device, model.config
         possible = True

@@ -23,13 +23,13 @@ from fastbert.engine.cpu_encoder import CpuEncoder
 from fastbert.engine.graphs import Graphs, Shape
 from fastbert.engine.interface import Arithmetic, EncoderModel, PackedInputs
 from fastbert.engine.quantized import UNQUANTISED, EightBit
-from fastbert.engine.state import GRADIENTS, TRAINING, EncoderState
+from fastbert.engine.state import GRADIENTS, TRAINING, EncoderState, first_parameter
 from fastbert.ops import attention, dispatch, packing, silent_writes, tracing
 from fastbert.ops.packing import PackedBatch
 
 
 class Engine:
-    """What runs one model's encoder, and what is kept for that. The model is an argument of each call.
+    """An engine runs one model's encoder, and keeps what that needs. The model is an argument of each call.
 
     state: the model's modules and weights as they were last seen. graphs: its CUDA graphs. eight_bit, cpu_encoder: the
     weights that are derived for them.
@@ -63,8 +63,13 @@ class Engine:
         once, or raises BackendError under a strict policy.
         """
         embedded, n_tokens = inputs.input_ids is None, batch.n_tokens
-        fits = not embedded and not torch.compiler.is_compiling() and bucket_of(n_tokens) is not None
-        if fits and next(self.bucket_obstacles(model), None) is None:
+        if (
+            not embedded
+            and not torch.compiler.is_compiling()
+            and bucket_of(n_tokens) is not None
+            and capture.capturer(first_parameter(model).device) is not None
+            and next(self.bucket_obstacles(model), None) is None
+        ):
             return self._run_in_bucket(model, batch, inputs, keep_states)
         inputs = _as_int64(model, batch, inputs)
         arithmetic = self.choose_arithmetic(model, n_tokens, keep_states, embedded)
@@ -152,7 +157,7 @@ class Engine:
         return n_tokens
 
     def packs_weights(self, model: EncoderModel) -> bool:
-        """Whether the encoder's linears have packed weights, and nobody would see that they compute rows of padding."""
+        """Tells whether linears have packed weights, and nobody would see that they compute rows of padding."""
         if model.device.type != "cpu" or torch.is_grad_enabled() or tracing.observed() is not None:
             return False
         decision = dispatch.decide("linear", model.policy, model.device, None)
@@ -220,7 +225,7 @@ class Engine:
         return self.graphs.captured() if not obstacles else (), obstacles
 
     def graph_key(self, model: EncoderModel) -> Any:
-        """What a CUDA graph depends on beside its shape: where the weights are, derived ones too, and their writes."""
+        """Returns what a CUDA graph depends on: where the weights are, derived ones too, and their writes."""
         snapshot = self.state.snapshot
         assert snapshot is not None
         state = snapshot.state(), model.precision
