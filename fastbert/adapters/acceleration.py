@@ -46,7 +46,7 @@ class AcceleratedEncoder(Accelerated):
     def train(self, mode: bool = True) -> Any:
         state = self.__dict__.get(STATE)
         if state is not None:
-            state.forget() if mode else state.mark_stale()
+            state.forget() if mode else state.invalidate()
         return super().train(mode)  # type: ignore[misc]
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from fastbert.adapters import versions
 from fastbert.adapters.live_encoder import LiveEncoder, Unsupported
 from fastbert.adapters.state import OURS, AcceleratedState, EncoderState
+from fastbert.models.inputs import Inputs
 from fastbert.ops import packing, tracing
 from fastbert.ops.tracing import untraced
 
@@ -167,7 +168,7 @@ def _run(live: nn.Module, state: EncoderState, encoder: LiveEncoder, call: dict[
     batch = None if mask is None else packing.unpad(mask)
     if batch is not None and not batch.first_column:
         raise Unsupported("padding in the first column")
-    encoded = model.encode(**inputs, output_attentions=False, output_hidden_states=keep_states, batch=batch)
+    encoded = model.encode(Inputs(**inputs, output_attentions=False, output_hidden_states=keep_states), batch)
     last = packing.pad(encoded.last_hidden_state, encoded.batch)
     hidden = None
     if encoded.hidden_states is not None:

@@ -151,7 +151,7 @@ class LiveEncoder:
             self._buffers_checked = state
         return None
 
-    def look_again(self) -> None:
+    def invalidate(self) -> None:
         """Makes the tensors derived from weights anew: the weights may have been written to through `.data`."""
         modes = [(module, module.training) for leaf in self._leaves for module in leaf.modules()]
         self.model.eval()  # It does that, and reaches the live modules, whose mode must stay.

@@ -11,7 +11,7 @@ import torch
 
 from fastbert.adapters.live_encoder import Unsupported
 from fastbert.text import windows
-from fastbert.text.tokenizer import PackedEncoding
+from fastbert.text.encoding import PackedEncoding
 
 
 class LiveTokenizer:

@@ -68,7 +68,7 @@ class EncoderState(AcceleratedState):
         """Drops what was made of the modules. The next call makes it anew."""
         self._encoder = None
 
-    def mark_stale(self) -> None:
+    def invalidate(self) -> None:
         """Has the next call make anew what is made of the weights."""
         self._stale = self._stale or not self.settled
 
@@ -80,9 +80,9 @@ class EncoderState(AcceleratedState):
                 encoder = self._encoder
                 if encoder is None or not encoder.is_current():
                     encoder = self._encoder = LiveEncoder(live, self.mapping, self.options)
-                    encoder.look_again()
+                    encoder.invalidate()
                 elif self._stale:
-                    encoder.look_again()
+                    encoder.invalidate()
                 self._stale = False
         return encoder
 

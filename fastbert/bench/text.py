@@ -29,7 +29,7 @@ from fastbert.pipelines.folder import Layout, read_layout
 from fastbert.pipelines.modules import Normalize
 from fastbert.pipelines.names import SENTENCE_TRANSFORMERS, full_name
 from fastbert.pipelines.sentence import SentenceEncoder
-from fastbert.text.tokenizer import PackedEncoding
+from fastbert.text.encoding import PackedEncoding
 
 logger = logging.getLogger("fastbert")
 

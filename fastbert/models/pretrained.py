@@ -1,4 +1,4 @@
-"""What BertModel and the models with heads share: loading, saving, settings."""
+"""Loading, saving and settings, which BertModel and the models with heads share."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from fastbert.checkpoint.folder import resolve
 from fastbert.checkpoint.loading_arguments import Arguments, check_saving, n_bytes
 from fastbert.checkpoint.match import Match, match
 from fastbert.checkpoint.weights import read_state_dict, write_state_dict
-from fastbert.engine import cpu_encoder
+from fastbert.engine import Options, cpu_encoder
+from fastbert.engine.state import first_parameter
 from fastbert.models.access import ModelAccess
 from fastbert.models.trainer_saving import install
-from fastbert.ops import BackendError, Policy
+from fastbert.ops import BackendError
 from fastbert.ops.dispatch import check_batch_invariant
-from fastbert.ops.quantized import check_precision
 
 logger = logging.getLogger("fastbert")
 
@@ -32,13 +32,10 @@ Model = TypeVar("Model", bound="PreTrainedModel")
 class PreTrainedModel(ModelAccess):
     """Loading, saving and settings that BertModel and the models with heads share.
 
-    `backend` ("auto", "triton", "cpu", "torch") and `strict` say what may run the operations: fastbert.ops.dispatch.
-    `batch_invariant`: a text's output is the same to the bit alone, in any batch and in any order, on the
-    Triton kernels and, with any number of threads too, on the C++ kernels for CPUs; what they cannot run raises
-    BackendError.
-    `precision`: None, or "fp8" or "int8", in which the linears of the encoder multiply (fastbert.engine.quantized); the
-    parameters, which are kept and saved as they are, then require no gradients. `missing_names`: the weights that
-    from_pretrained did not find in the checkpoint and started afresh.
+    settings: the fields of `Options`, by name; `options` of a model is what it has now. `policy`: its backend, strict
+    and batch_invariant, as the operations take them. With a `precision`, the parameters, which are kept and saved as
+    they are, require no gradients. `missing_names`: the weights that from_pretrained did not find in the checkpoint and
+    started afresh.
 
     What a checkpoint of another family calls things is translated by its table (fastbert.checkpoint.families) when it
     is read and when it is written.
@@ -50,25 +47,22 @@ class PreTrainedModel(ModelAccess):
     cuda_graphs: Any  # bool: a property of the models
     dtype_choice: str | None = None  # why the dtype is not the checkpoint's, where nobody asked for another
 
-    def __init__(
-        self,
-        config: BertConfig,
-        *,
-        backend: str = "auto",
-        strict: bool = False,
-        batch_invariant: bool = False,
-        precision: str | None = None,
-    ) -> None:
+    def __init__(self, config: BertConfig, options: Options | None = None, **settings: Any) -> None:
         super().__init__()
+        options = Options.of(options, settings)
         self.config = config
-        self.policy = Policy(backend, strict, batch_invariant)
-        self.precision = check_precision(precision)
-        if batch_invariant and (precision == "fp8" or (precision is not None and backend == "triton")):
-            raise ValueError(f"batch_invariant: not supported together with precision={precision!r} on Triton kernels")
+        self.policy = options.policy
+        self.precision = options.precision
         self.missing_names: list[str] = []
         self.warnings_issued: dict[str, bool] = {}
         self.name_or_path = config.name_or_path
         install(PreTrainedModel)
+
+    @property
+    def options(self) -> Options:
+        """The choices about how the model runs."""
+        policy = self.policy
+        return Options(policy.backend, policy.strict, policy.batch_invariant, self.precision, self.cuda_graphs)
 
     @property
     def device(self) -> torch.device:
@@ -101,7 +95,7 @@ class PreTrainedModel(ModelAccess):
             if tensor.device != device:
                 raise ValueError(f"{name}: expected a tensor on the model's device {device}, got {tensor.device}")
 
-    def _blame_dtypes(self, error: RuntimeError) -> None:
+    def blame_dtypes(self, error: RuntimeError) -> None:
         """Raises TypeError if parameters of different dtypes may be what PyTorch stumbled over."""
         dtypes = {p.dtype: name for name, p in reversed(list(self.named_parameters()))}  # the first name of each
         if type(error) is RuntimeError and len(dtypes) > 1:
@@ -183,7 +177,8 @@ class PreTrainedModel(ModelAccess):
         if device is not None and asked.device not in (None, torch.device(device)):
             raise ValueError(f"device_map: got {asked.device}, and device {device}; expected one of the two")
         device = asked.device or torch.device("cpu" if device is None else device)
-        check_batch_invariant(Policy(backend, strict, batch_invariant), device, precision)
+        options = Options(backend, strict, batch_invariant, precision, cuda_graphs)
+        check_batch_invariant(options.policy, device, precision)
         folder = None
         if src is not None or asked.config is None or asked.state_dict is None:
             folder = resolve(src, weights=asked.state_dict is None, **asked.hub)
@@ -196,17 +191,13 @@ class PreTrainedModel(ModelAccess):
         state = asked.renamed(state)
         dtype = resolve_dtype(asked.dtype if dtype == "auto" and asked.dtype is not None else dtype, config, state)
         if batch_invariant and device.type == "cpu" and backend != "triton":
-            why_not = cpu_encoder.invariant_obstacle(config, dtype)
-            if why_not is not None:
-                raise BackendError(f"batch_invariant: {why_not}")
+            obstacle = cpu_encoder.invariant_obstacle(config, dtype)
+            if obstacle is not None:
+                raise BackendError(f"batch_invariant: {obstacle}")
         config.name_or_path = "" if src is None else src
-        how: dict[str, Any] = {
-            "backend": backend, "strict": strict, "batch_invariant": batch_invariant, "precision": precision,
-        }  # fmt: skip
         with torch.device("meta"):
-            model = cls(config, **asked.model, **how)
+            model = cls(config, **asked.model, options=options)
         info = model._load(state, dtype, device, str(src), asked.ignore_mismatched_sizes)
-        model.cuda_graphs = cuda_graphs
         model.eval()
         return (model, info) if asked.output_loading_info else model  # type: ignore[return-value]
 
@@ -247,7 +238,7 @@ class PreTrainedModel(ModelAccess):
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """As in PyTorch; names of the family's files are taken too, and files that leave out a tied tensor."""
+        """Does what PyTorch's does; it also takes the family's names, and files that leave out a tied tensor."""
         expected = self.state_dict().keys()
         names = {
             name: name if name in expected else self.config.family.state_to_ours(name, self.task) for name in state_dict
@@ -270,7 +261,7 @@ class PreTrainedModel(ModelAccess):
         return {ours: state[name] for ours, name in stored.items()}, stored
 
     def _stored_names(self, names: list[str]) -> list[str]:
-        """What a checkpoint of the family calls these parameters of ours."""
+        """Returns what a checkpoint of the family calls these parameters of ours."""
         return [self.config.family.state_to_theirs(name, self.task) for name in names]
 
     def _report_missing(self, missing: list[str], src: str) -> list[str]:
@@ -341,22 +332,8 @@ def resolve_dtype(dtype: str | torch.dtype, config: BertConfig, state: Mapping[s
     return resolved
 
 
-def first_parameter(module: nn.Module) -> Tensor:
-    """What next(module.parameters()) gives or raises, without a generator for each module on the way, and names."""
-    waiting: list[nn.Module | None] = [module]
-    while waiting:
-        one = waiting.pop()
-        if one is None:
-            continue
-        for parameter in one._parameters.values():
-            if parameter is not None:
-                return parameter
-        waiting += reversed(one._modules.values())
-    raise StopIteration
-
-
 def any_in_training(module: nn.Module) -> bool:
-    """Whether the module or one below it is in training mode; module.modules() would start a generator for each."""
+    """Tells whether the module or one below it is in training mode, without a generator for each."""
     waiting: list[nn.Module | None] = [module]
     while waiting:
         one = waiting.pop()

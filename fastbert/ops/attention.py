@@ -284,7 +284,7 @@ def _triton_plan(batch: PackedBatch, dtype: torch.dtype, head_size: int, policy:
     return batch.plan(_plan_key(dtype, head_size, policy), make)
 
 
-def in_more_rows(
+def batch_in_rows(
     batch: PackedBatch, position_ids: torch.Tensor, qkv_dtype: torch.dtype, head_size: int, policy: Policy
 ) -> PackedBatch:
     """The same sequences, with their plan for the triton backend, in the rows of position_ids, the last ones empty.

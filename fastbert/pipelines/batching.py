@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastbert.ops import packing
-from fastbert.text.tokenizer import PackedEncoding
+from fastbert.text.encoding import PackedEncoding
 
 # Tokens in a batch. On a CPU, activations of more than a few MB leave its caches and are mapped anew by each op.
 TOKEN_BUDGET = {"cpu": 2048, "cuda": 16384}

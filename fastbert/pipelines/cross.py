@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from fastbert import ops
 from fastbert.checks import check_text, positive_or_none
-from fastbert.models.heads import BertForSequenceClassification
 from fastbert.models.pretrained import any_in_training
+from fastbert.models.tasks import BertForSequenceClassification
 from fastbert.pipelines.api import SEVERAL_DEVICES, SentenceTransformersApi, log_unused
 from fastbert.pipelines.folder import read_cross_encoder_layout
 from fastbert.pipelines.load import Arguments, load

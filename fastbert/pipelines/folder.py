@@ -1,8 +1,8 @@
-"""sentence-transformers folders: what stands around the BERT model in them, read and written.
+"""This module reads and writes sentence-transformers' folders, but for the model and the tokenizer in them.
 
 A folder holds modules.json, which names a Transformer, a Pooling and what follows it (Dense, LayerNorm, Dropout,
-Normalize), a subfolder for each module that has settings, and config_sentence_transformers.json with the prompts. Both
-the names and settings of today's sentence-transformers and those of earlier versions are read; the earlier ones are
+Normalize). It has a subfolder for each module that has settings, and config_sentence_transformers.json with the
+prompts. The names and settings of today's sentence-transformers and of earlier versions are read. The earlier ones are
 written, which all versions read.
 """
 
@@ -42,7 +42,7 @@ logger = logging.getLogger("fastbert")
 MODULES = "modules.json"
 SETTINGS = "config_sentence_transformers.json"
 
-# The flags that stood for pooling modes before, in the order in which several are concatenated.
+# The flags of pooling modes in earlier versions, in the order in which the vectors of several are concatenated.
 _POOLING_FLAGS = {
     "pooling_mode_cls_token": "cls",
     "pooling_mode_max_tokens": "max",
@@ -51,14 +51,14 @@ _POOLING_FLAGS = {
     "pooling_mode_weightedmean_tokens": "weightedmean",
     "pooling_mode_lasttoken": "lasttoken",
 }
-_KINDS = {kind.__name__: kind for kind in (Dense, LayerNorm, Dropout, Normalize)}
+_TAIL_MODULES = ("Dense", "LayerNorm", "Dropout", "Normalize")
 
 
 @dataclass
 class Layout:
-    """What a folder says of a sentence encoder, but for the BERT model and its tokenizer."""
+    """A Layout holds what a folder says of a sentence encoder, but for the model and its tokenizer."""
 
-    transformer: Path  # the folder that holds these
+    transformer: Path  # the folder of the model and the tokenizer
     settings: TransformerSettings = field(default_factory=TransformerSettings)
     pooling: Pooling = field(default_factory=Pooling)
     tail: list[nn.Module] = field(default_factory=list)  # what follows pooling
@@ -69,9 +69,9 @@ class Layout:
 
 
 def read_layout(folder: Path) -> Layout | None:
-    """The layout of a sentence-transformers folder; None where there is no modules.json.
+    """Reads the layout of a sentence-transformers folder. Returns None where there is no modules.json.
 
-    Raises ValueError that names the file for a module or a setting that is not supported, FileNotFoundError for a
+    Raises ValueError with the file for a module or a setting that is not supported, and FileNotFoundError for a
     module's missing file.
     """
     if not (folder / MODULES).is_file():
@@ -85,7 +85,7 @@ def read_layout(folder: Path) -> Layout | None:
         )
     layout = Layout(path, pooling=_read_pooling(rest[0][1] / "config.json"))
     for kind, path in rest[1:]:
-        if kind not in _KINDS:
+        if kind not in _TAIL_MODULES:
             raise ValueError(f"{folder / MODULES}: got a second {kind}, which is not supported")
         layout.tail.append(_read_tail(kind, path))
     layout.settings = read_transformer(layout.transformer)
@@ -94,10 +94,10 @@ def read_layout(folder: Path) -> Layout | None:
 
 
 def read_cross_encoder_layout(folder: Path) -> tuple[Layout, str | None]:
-    """The layout of a cross-encoder's folder, and the path of its activation function, if it names one.
+    """Reads the layout of a cross-encoder's folder, and the path of its activation function, if it names one.
 
-    Without modules.json, as sentence-transformers wrote it before 6.0, config.json has that path. Raises what
-    `read_layout` does.
+    Before 6.0 sentence-transformers wrote no modules.json; then config.json has that path. Errors are those of
+    `read_layout`.
     """
     if (folder / MODULES).is_file():
         entries = _read_modules(folder / MODULES)
@@ -117,7 +117,7 @@ def read_cross_encoder_layout(folder: Path) -> tuple[Layout, str | None]:
 
 
 def _read_modules(file: Path) -> list[tuple[str, Path]]:
-    """(kind, folder) of each module."""
+    """Returns (class, folder) of each module."""
     try:
         entries = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -128,7 +128,7 @@ def _read_modules(file: Path) -> list[tuple[str, Path]]:
     for entry in entries:
         name, path = str(entry.get("type")), str(entry.get("path", ""))
         package, _, kind = name.rpartition(".")
-        known = ("Transformer", "Pooling", *_KINDS)
+        known = ("Transformer", "Pooling", *_TAIL_MODULES)
         if package.split(".")[0] != "sentence_transformers" or kind not in known:
             raise ValueError(
                 f"{file}: the module type {name!r} is not supported, only {', '.join(known)} of sentence_transformers"
@@ -143,6 +143,7 @@ def _read_modules(file: Path) -> list[tuple[str, Path]]:
 
 
 def _read_pooling(file: Path) -> Pooling:
+    """Reads the settings of a Pooling, in the words of today or as flags."""
     config = read_json(file)
     check_keys(file, config, MODULE_KEYS["Pooling"])
     modes = config.get("pooling_mode")
@@ -155,8 +156,9 @@ def _read_pooling(file: Path) -> Pooling:
 
 
 def _read_tail(kind: str, folder: Path) -> nn.Module:
+    """Reads one of _TAIL_MODULES, with its weights."""
     file = folder / "config.json"
-    if kind == "Normalize":  # had no settings, and so no folder, in earlier versions
+    if kind == "Normalize":  # earlier versions wrote no settings for it, and so no folder
         config = read_json(file) if file.is_file() else {}
         check_keys(file, config, MODULE_KEYS[kind])
         _check_names(file, config)
@@ -179,6 +181,7 @@ def _read_tail(kind: str, folder: Path) -> nn.Module:
 
 
 def _check_names(file: Path, config: Mapping[str, Any]) -> None:
+    """Raises ValueError for a module that reads or writes something else than sentence vectors."""
     for key in ("module_input_name", "module_output_name"):
         if config.get(key) not in (None, "sentence_embedding"):
             raise ValueError(f"{file}: {key} is {config[key]!r}, but only 'sentence_embedding' is supported")
@@ -194,7 +197,7 @@ def _activation(file: Path, config: Mapping[str, Any]) -> str:
 
 
 def _load(module: nn.Module, folder: Path) -> None:
-    """Loads a module's weights, in float32 at least, the dtype of sentence vectors."""
+    """Loads a module's weights in float32 at least, which is the dtype of sentence vectors."""
     expected = {name: tensor.shape for name, tensor in module.state_dict().items()}
     try:
         matched = match(read_state_dict(folder), expected, base_prefix="")
@@ -220,7 +223,7 @@ def _read_settings(layout: Layout, file: Path, expected: str = "SentenceTransfor
 
 
 def lowercasing(tokenizer: Tokenizer, folder: Path) -> Tokenizer:
-    """The tokenizer with lower-casing in front of its normalizer, where that does none; accents stay as they were."""
+    """Returns the tokenizer with lower-casing before its normalizer, unless that lower-cases. Accents stay."""
     normalizer = tokenizer._rust.normalizer
     if isinstance(normalizer, normalizers.BertNormalizer):
         if normalizer.lowercase:
@@ -232,7 +235,7 @@ def lowercasing(tokenizer: Tokenizer, folder: Path) -> Tokenizer:
 
 
 def _pooling_settings(pooling: Pooling, hidden_size: int) -> dict[str, Any]:
-    """The content of 1_Pooling/config.json: flags where they can say the order, `pooling_mode` elsewhere."""
+    """Returns the content of 1_Pooling/config.json: flags where they can say the order, `pooling_mode` elsewhere."""
     if pooling.modes == tuple(mode for mode in _POOLING_FLAGS.values() if mode in pooling.modes):
         flags = {flag: mode in pooling.modes for flag, mode in _POOLING_FLAGS.items()}
         return {"word_embedding_dimension": hidden_size, **flags, "include_prompt": pooling.include_prompt}
@@ -241,7 +244,7 @@ def _pooling_settings(pooling: Pooling, hidden_size: int) -> dict[str, Any]:
 
 
 def write_layout(folder: Path, hidden_size: int, layout: Layout) -> None:
-    """Writes everything in `folder` but the model and the tokenizer; modules.json, which makes it count, last."""
+    """Writes everything in `folder` but the model and the tokenizer. modules.json, which makes it count, comes last."""
 
     def write_json(file: Path, content: Any) -> None:
         file.parent.mkdir(exist_ok=True)

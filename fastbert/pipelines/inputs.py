@@ -11,7 +11,7 @@ import torch
 
 from fastbert.checks import check_text
 from fastbert.pipelines.pipeline import PackingTokenizer
-from fastbert.text.tokenizer import PackedEncoding
+from fastbert.text.encoding import PackedEncoding
 
 
 class Pair(str):

@@ -13,8 +13,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from fastbert.models.bert import BertModel, Encoded
-from fastbert.text.tokenizer import PackedEncoding
+from fastbert.models.bert import BertModel
+from fastbert.models.encoded import Encoded
+from fastbert.text.encoding import PackedEncoding
 
 # A pooling mode of sentence-transformers -> the mode of fastbert.ops.pool
 POOLING_MODES = {

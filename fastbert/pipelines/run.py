@@ -20,14 +20,14 @@ import torch
 from torch import Tensor
 
 from fastbert.checks import check_text
-from fastbert.models.bert import Encoded
+from fastbert.models.encoded import Encoded
 from fastbert.ops import packing, silent_writes
 from fastbert.pipelines.batching import default_token_budget, in_batches
 from fastbert.pipelines.inputs import encode_texts, n_prompt_tokens
 from fastbert.pipelines.pipeline import Pipeline
 from fastbert.pipelines.pooling import sentence_vectors
 from fastbert.pipelines.progress import Progress
-from fastbert.text.tokenizer import PackedEncoding
+from fastbert.text.encoding import PackedEncoding
 from fastbert.text.windows import WINDOW_CHARACTERS
 
 logger = logging.getLogger("fastbert")

@@ -20,16 +20,16 @@ ENOUGH = 100  # vectors from which ranges are taken without a warning
 def quantize_embeddings(
     embeddings: Any, precision: str, ranges: Any = None, calibration_embeddings: Any = None
 ) -> np.ndarray:
-    """Vectors with fewer bits a number; arguments and numbers are those of sentence-transformers' function.
+    """Gives vectors fewer bits a number. Arguments and numbers are those of sentence-transformers' function.
 
     embeddings: (n, dim) or (dim,) floats, as an array, a tensor or a list of vectors. precision "int8", "uint8": each
-    dimension in 256 steps between its least and its greatest value, (n, dim). These come from ranges, (2, dim), or from
-    calibration_embeddings, (m, dim), or else from the vectors themselves, with a warning where they are few: then
-    vectors of another call cannot be compared with these. "binary" and "ubinary": signs, 8 to a byte, as int8 or uint8
-    (n, ceil(dim / 8)). "float32": as they are.
+    dimension in 256 steps between its least and its greatest value, (n, dim). These values come from ranges, (2, dim),
+    or from calibration_embeddings, (m, dim), or else from the vectors themselves, with a warning where they are few.
+    Vectors of another call cannot be compared with such vectors. precision "binary", "ubinary": signs, 8 to a byte,
+    as int8 or uint8, (n, ceil(dim / 8)). precision "float32": as they are.
 
-    Raises TypeError for vectors that are whole numbers already; ValueError for another precision, for NaN, for ranges
-    of another shape, and for a single vector where there is nothing to take ranges from.
+    Raises TypeError for vectors that are whole numbers already. Raises ValueError for another precision, for NaN, for
+    ranges of another shape, and for a single vector where there is nothing to take ranges from.
     """
     one_of("precision", precision, *PRECISIONS)
     vectors = as_floats("embeddings", embeddings)
@@ -46,10 +46,10 @@ def quantize_embeddings(
 
 
 def _ranges(vectors: np.ndarray, precision: str, ranges: Any, calibration: Any) -> Any:
-    """(2, dim): the least and the greatest value of each dimension."""
+    """Returns the least and the greatest value of each dimension, (2, dim)."""
     if ranges is not None:
         return ranges
-    given = vectors if calibration is None else as_floats("calibration_embeddings", calibration)
+    sample = vectors if calibration is None else as_floats("calibration_embeddings", calibration)
     if calibration is None:
         if vectors.ndim == 1 or len(vectors) == 1:
             raise ValueError(
@@ -61,15 +61,15 @@ def _ranges(vectors: np.ndarray, precision: str, ranges: Any, calibration: Any) 
                 "precision %r takes its ranges from %d vectors alone: more, ranges or calibration_embeddings make it "
                 "stable", precision, len(vectors),
             )  # fmt: skip
-    if given.ndim != 2 or (len(given) == 0 and len(vectors)):
-        raise ValueError(f"calibration_embeddings: expected shape (m, {vectors.shape[-1]}), got {given.shape}")
-    if len(given) == 0:
-        return np.zeros((2, given.shape[1]), np.float32)
-    return np.vstack((given.min(axis=0), given.max(axis=0)))
+    if sample.ndim != 2 or (len(sample) == 0 and len(vectors)):
+        raise ValueError(f"calibration_embeddings: expected shape (m, {vectors.shape[-1]}), got {sample.shape}")
+    if len(sample) == 0:
+        return np.zeros((2, sample.shape[1]), np.float32)
+    return np.vstack((sample.min(axis=0), sample.max(axis=0)))
 
 
 def steps_of(ranges: Any, dim: int) -> tuple[np.ndarray, np.ndarray]:
-    """(2, dim) ranges -> where the 256 steps of each dimension start, and how far apart they are: (dim,) float32."""
+    """Returns where the 256 steps of each dimension start, and how far apart they are: (2, dim) -> (dim,) float32."""
     ranges = np.asarray(as_floats("ranges", ranges), dtype=np.float32)
     if ranges.shape != (2, dim):
         raise ValueError(f"ranges: expected shape (2, {dim}), least and greatest values, got {ranges.shape}")
@@ -80,7 +80,7 @@ def steps_of(ranges: Any, dim: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def as_floats(name: str, vectors: Any) -> np.ndarray:
-    """An array, a tensor, or a list of either -> an array of float32, or of float64 where that came."""
+    """Returns an array, a tensor or a list of either as an array of float32, or of float64 where that came."""
     if isinstance(vectors, (list, tuple)) and vectors and isinstance(vectors[0], Tensor):
         vectors = torch.stack(list(vectors))
     if isinstance(vectors, Tensor):

@@ -1,4 +1,4 @@
-"""How alike two vectors are, by one of four functions."""
+"""Similarity says how alike two vectors are, by one of four functions."""
 
 from __future__ import annotations
 
@@ -15,13 +15,16 @@ from fastbert.checks import one_of
 SIMILARITIES = ("cosine", "dot", "euclidean", "manhattan")
 
 
-def function_name(given: Any) -> Any:
-    """The name of a similarity function: a str as it came, and what a member of an enum stands for."""
-    return given.value if isinstance(given, Enum) else given
+def function_name(function: Any) -> Any:
+    """Returns the name of a similarity function, which comes as a str or as a member of an enum."""
+    return function.value if isinstance(function, Enum) else function
 
 
 def similarity_matrix(a: Any, b: Any, name: str) -> Tensor:
-    """(n, dim) and (m, dim) -> (n, m). name: "cosine", "dot", or a distance with its sign changed."""
+    """Compares each vector with each: (n, dim) and (m, dim) -> (n, m).
+
+    name: "cosine", "dot", or "euclidean" and "manhattan", which are distances with their sign changed.
+    """
     one_of("similarity_fn_name", name, *SIMILARITIES)
     x, y = as_matrix(a), as_matrix(b)
     if name == "cosine":
@@ -32,7 +35,7 @@ def similarity_matrix(a: Any, b: Any, name: str) -> Tensor:
 
 
 def pairwise_similarity(a: Any, b: Any, name: str) -> Tensor:
-    """(n, dim) and (n, dim) -> (n,): each with its fellow."""
+    """Compares each vector with its partner: (n, dim) and (n, dim) -> (n,)."""
     one_of("similarity_fn_name", name, *SIMILARITIES)
     x, y = as_matrix(a), as_matrix(b)
     if x.shape != y.shape:
@@ -45,7 +48,7 @@ def pairwise_similarity(a: Any, b: Any, name: str) -> Tensor:
 
 
 def as_matrix(vectors: Any) -> Tensor:
-    """A vector, or several as an array, a tensor or a list, -> (n, dim) float32, or float64 where that came."""
+    """Returns one vector or several, in any form, as (n, dim) in float32, or in float64 where that came."""
     if isinstance(vectors, (list, tuple)) and vectors and isinstance(vectors[0], Tensor):
         vectors = torch.stack(list(vectors))
     matrix = torch.as_tensor(np.asarray(vectors) if isinstance(vectors, (list, tuple)) else vectors)

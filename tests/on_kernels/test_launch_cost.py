@@ -1,4 +1,4 @@
-"""What an operation costs the host on its way to a launch, in Python calls, on a driver that launches nothing."""
+"""An operation makes few Python calls on its way to a launch, on a driver that launches nothing."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ print(json.dumps(counts))
 
 @pytest.fixture(scope="module")
 def counts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, dict[str, int]]]:
-    """Of each operation how many Python calls it makes, and of what, when it is called for the third time."""
+    """The Python calls of each operation, and of what, when it is called for the third time."""
     return run(COUNT, cache=tmp_path_factory.mktemp("cache"))
 
 

@@ -20,9 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from fastbert.diagnostics.explain.report import OpReport, amount
-from fastbert.engine import graphs
 from fastbert.models.bert import BertModel
-from fastbert.ops import packed_linear
 from fastbert.pipelines.batching import batches, default_token_budget
 from fastbert.pipelines.sentence import SentenceEncoder
 from fastbert.text.tokenizer import Tokenizer
@@ -169,11 +167,7 @@ def _rows_computed(lengths: Sequence[int], model: nn.Module, bert: BertModel) ->
         budget = model.token_budget or default_token_budget(bert.device)
         parts = [sum(ordered[a:b]) for a, b in batches(list(accumulate(ordered)), budget, None)]
     with torch.no_grad():
-        if bert._packs_weights():
-            return sum(packed_linear.rows_for(n, bert.dtype) for n in parts)
-        if bert.device.type == "cuda" and bert.graph_obstacle() is None:
-            return sum(graphs.bucket_of(n) or n for n in parts)
-    return sum(parts)
+        return sum(bert.engine.rows_of(bert, n_tokens) for n_tokens in parts)
 
 
 def _costs(

@@ -18,7 +18,8 @@ from fastbert.diagnostics.explain import costs as explain_costs
 from fastbert.diagnostics.explain.costs import BatchReport
 from fastbert.diagnostics.explain.operations import Explainer, backbone, find_model, float32_precision, prefix_of
 from fastbert.diagnostics.explain.report import OpReport, Report
-from fastbert.engine import cpu_encoder, graphs, hooks, quantized
+from fastbert.engine import buckets, quantized
+from fastbert.engine.listeners import names_of_listened
 from fastbert.models.pretrained import PreTrainedModel, listed, resolve_dtype
 from fastbert.ops import Policy
 from fastbert.text.tokenizer import Tokenizer
@@ -95,7 +96,7 @@ def explain(
     if inner.config.extra.get("output_attentions"):
         instead = "running raises BackendError" if policy.strict else "the slow reference path runs instead"
         notes.append(f"config.output_attentions is set, and fused attention keeps no probabilities: {instead}")
-    listened = list(hooks.names_of_listened(inner))
+    listened = list(names_of_listened(inner))
     if listened:
         cost = "rows are padded for them and packed again, which costs time, and nothing is fused there"
         notes.append(f"{listed(listened)} has hooks or a forward of its own: {cost}")
@@ -153,11 +154,9 @@ def _launch_notes(rows: Iterable[OpReport], model: PreTrainedModel, device: torc
         return
     with torch.no_grad():
         bert = backbone(model)
-        why_not = bert.graph_obstacle() if bert.device == device else bert.graphs_refused()
-    if why_not is None and not bert.cuda_graphs:
-        why_not = "the model's cuda_graphs is False"
-    inside = f"a batch of up to {graphs.LARGEST} tokens is one launch, without gradients"
-    yield f"CUDA graphs: {inside if why_not is None else f'none: {why_not}'}"
+        obstacles = "; ".join(bert.engine.graph_obstacles(bert, device))
+    inside = f"a batch of up to {buckets.LARGEST} tokens is one launch, without gradients"
+    yield f"CUDA graphs: {f'none: {obstacles}' if obstacles else inside}"
 
 
 def _one_call(
@@ -167,12 +166,10 @@ def _one_call(
     if device.type != "cpu":
         return
     bert = backbone(model)
-    why_not = None if in_int8 else cpu_encoder.obstacle(model.config, dtype, policy, device)
-    if not in_int8 and why_not is None and bert.device == device and bert.dtype == dtype:
-        with torch.no_grad():
-            why_not = bert.cpu_encoder_obstacle()
+    with torch.no_grad():
+        obstacles = "" if in_int8 else "; ".join(bert.engine.one_call_obstacles(bert, policy, device, dtype))
     inside = "without gradients, the encoder's operations run in one call of fastbert_kernels.cpu"
-    yield f"one call: {inside if why_not is None else f'no: {why_not}'}"
+    yield f"one call: {f'no: {obstacles}' if obstacles else inside}"
 
 
 def _device(device: torch.device, arch: int | None) -> torch.device:

@@ -19,17 +19,9 @@ from fastbert import adapters
 from fastbert.checkpoint.activations import OTHERS
 from fastbert.diagnostics.explain.report import MODULE, OpReport
 from fastbert.engine import quantized
-from fastbert.models.bert import (
-    BertAddNorm,
-    BertEmbeddings,
-    BertLayer,
-    BertModel,
-    BertPooler,
-    BertSelfAttention,
-    is_bare,
-    is_plain,
-    is_plain_norm,
-)
+from fastbert.engine.listeners import is_bare, is_plain, is_plain_norm
+from fastbert.models.bert import BertAddNorm, BertLayer, BertModel, BertPooler, BertSelfAttention
+from fastbert.models.embeddings import BertEmbeddings
 from fastbert.models.heads import FirstTokenHead
 from fastbert.models.pretrained import PreTrainedModel
 from fastbert.ops import Policy, attention, dispatch, embedding, gelu, layer_norm, packed_linear, pooling
@@ -194,7 +186,7 @@ class Explainer:
         yield gemm("attention.output.dense", f"{q} -> (T, {h})", (h, h), d if d < h else None)
         shapes = f"(T, {h}) -> (T, {h}) and {q}, + bias + residual"
         yield row("layer_norm", f"{layers}.attention.output.LayerNorm", shapes, layer_norm.KERNELS, *rowwise)
-        activation = quantized.layers_of(bert)[0].intermediate.activation
+        activation = next(bert.blocks()).activation
         shapes = f"{q} -> (T, {i}) {precision}, + bias, {activation}"
         yield gemm("intermediate.dense", shapes, (h, i), None, again=True)
         group = OUT_GROUP if i > OUT_GROUP else None

@@ -14,7 +14,9 @@ from fastbert import reference
 from fastbert.adapters.live_pipeline import Step
 from fastbert.checkpoint.activations import ACTIVATIONS, activate
 from fastbert.diagnostics.verify.report import FACTOR_OF_VECTORS
-from fastbert.models.bert import BertModel, Encoded, dense
+from fastbert.models.bert import BertModel
+from fastbert.models.encoded import Encoded
+from fastbert.models.modules import dense
 from fastbert.pipelines.pipeline import POOLING_MODES, Pipeline
 from fastbert.pipelines.pooling import sentence_vectors
 from fastbert.pipelines.sentence import SentenceEncoder

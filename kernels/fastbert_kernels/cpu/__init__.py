@@ -7,7 +7,16 @@ was there, or the processor lacks AVX2, `unavailable` says so, and the caller ta
 `python setup.py build_ext --inplace` compiles them in a checkout. An editable installation has done so.
 """
 
-from fastbert_kernels.cpu.encoder import MAX_HIDDEN, Encoder, Int8Encoder, encoder_forward, encoder_int8_forward
+from fastbert_kernels.cpu.encoder import (
+    MAX_HIDDEN,
+    Encoder,
+    EncoderLayer,
+    EncoderTables,
+    Int8Encoder,
+    Int8EncoderLayer,
+    encoder_forward,
+    encoder_int8_forward,
+)
 from fastbert_kernels.cpu.int8 import Int8Weight, linear_int8_forward, pack_int8, quantize_forward
 from fastbert_kernels.cpu.library import VARIANTS, has_amx, instructions, multiplies, no_int8, unavailable
 from fastbert_kernels.cpu.operations import (
@@ -21,8 +30,8 @@ from fastbert_kernels.cpu.operations import (
 )
 
 __all__ = [
-    "ACTIVATIONS", "MAX_HIDDEN", "VARIANTS", "Encoder", "Int8Encoder", "Int8Weight", "digest", "encoder_forward",
-    "encoder_int8_forward", "has_amx", "ids_outside", "instructions", "linear_forward", "linear_int8_forward",
-    "multiplies", "no_int8", "pack_int8", "pack_weight", "pool_forward", "quantize_forward", "unavailable",
-    "varlen_attention_forward",
+    "ACTIVATIONS", "MAX_HIDDEN", "VARIANTS", "Encoder", "EncoderLayer", "EncoderTables", "Int8Encoder",
+    "Int8EncoderLayer", "Int8Weight", "digest", "encoder_forward", "encoder_int8_forward", "has_amx", "ids_outside",
+    "instructions", "linear_forward", "linear_int8_forward", "multiplies", "no_int8", "pack_int8", "pack_weight",
+    "pool_forward", "quantize_forward", "unavailable", "varlen_attention_forward",
 ]  # fmt: skip

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -16,14 +16,52 @@ from fastbert_kernels.cpu.operations import ACTIVATIONS
 MAX_HIDDEN = 4096
 
 
+class EncoderTables(NamedTuple):
+    """`EncoderTables` hold the embeddings of an encoder in the order in which the C++ kernel reads them."""
+
+    words: torch.Tensor
+    token_types: torch.Tensor | None  # None for an encoder without token types.
+    positions: torch.Tensor
+    norm_weight: torch.Tensor
+    norm_bias: torch.Tensor
+
+
+class EncoderLayer(NamedTuple):
+    """An `EncoderLayer` is a layer in the order in which the C++ kernel reads it."""
+
+    qkv: torch.Tensor  # A packed weight, as are out, up and down.
+    qkv_bias: torch.Tensor
+    out: torch.Tensor
+    out_bias: torch.Tensor
+    attention_norm_weight: torch.Tensor
+    attention_norm_bias: torch.Tensor
+    up: torch.Tensor
+    up_bias: torch.Tensor
+    down: torch.Tensor
+    down_bias: torch.Tensor
+    output_norm_weight: torch.Tensor
+    output_norm_bias: torch.Tensor
+
+
+class Int8EncoderLayer(NamedTuple):
+    """An `Int8EncoderLayer` is a layer in the order in which the 8-bit C++ kernel reads it."""
+
+    qkv: Int8Weight  # Rotated, as are out and up.
+    out: Int8Weight
+    attention_norm_weight: torch.Tensor
+    attention_norm_bias: torch.Tensor
+    up: Int8Weight
+    down: Int8Weight
+    output_norm_weight: torch.Tensor
+    output_norm_bias: torch.Tensor
+
+
 @dataclass(frozen=True)
 class _Encoder:
     """An `_Encoder` holds the weights and sizes of an encoder, and their addresses."""
 
-    # Word, token type (or None) and position table, weight and bias of the LayerNorm. Empty where the caller makes the
-    # embeddings.
-    embeddings: tuple[torch.Tensor | None, ...]
-    layers: tuple[tuple[Any, ...], ...]  # Tensors and Int8Weights, all contiguous.
+    embeddings: EncoderTables | tuple[()]  # () where the caller makes the embeddings.
+    layers: tuple[Any, ...]  # EncoderLayers or Int8EncoderLayers. All tensors are contiguous.
     hidden_size: int
     intermediate_size: int
     num_heads: int
@@ -50,16 +88,13 @@ class _Encoder:
 class Encoder(_Encoder):
     """An `Encoder` holds weights of one dtype that `multiplies`, as `encoder_forward` reads them.
 
-    A layer has twelve tensors. The first six are the packed weight and the bias of fused query, key and value, the
-    packed weight and the bias of the output projection, and the weight and the bias of a LayerNorm. The next six are
-    the same of the two linears that follow, and of the last LayerNorm. hidden_size is at most MAX_HIDDEN, and the head
-    size is a multiple of 16.
+    hidden_size is at most MAX_HIDDEN, and the head size is a multiple of 16.
     """
 
     @functools.cached_property
     def dtype(self) -> torch.dtype:
         """Returns the dtype of the weights."""
-        return self.layers[0][0].dtype
+        return self.layers[0].qkv.dtype
 
     def workspace_size(self, n_tokens: int) -> int:
         """Counts the elements that `encoder_forward` needs beside its output."""
@@ -94,9 +129,7 @@ def encoder_forward(
 class Int8Encoder(_Encoder):
     """An `Int8Encoder` holds weights as `encoder_int8_forward` reads them.
 
-    They are those of `Encoder`, with one Int8Weight in the place of each packed weight and its bias. The weights of
-    query, key and value, of the output projection and of the linear after it are rotated. Hidden and intermediate size
-    are multiples of 32.
+    Hidden and intermediate size are multiples of 32.
     """
 
     def workspace_size(self, n_tokens: int, dtype: torch.dtype) -> int:

@@ -29,7 +29,7 @@ def load() -> tuple[Any, str]:
     usable = [name for name, (_, needed) in VARIANTS.items() if needed <= flags]
     if not usable:
         return None, "the processor, or ATEN_CPU_CAPABILITY, has no AVX2"
-    obstacle = "the C++ kernels were not compiled when fastbert was installed"
+    obstacle = "this installation has no C++ kernels: they were not compiled, or its wheel is the one for all platforms"
     for name in usable:
         path = Path(__file__).with_name(f"{name}.x86_64.so")
         if not path.is_file():
