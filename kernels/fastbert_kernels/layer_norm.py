@@ -1,4 +1,4 @@
-"""Bias + residual + LayerNorm in one pass.
+"""This kernel adds a bias and a residual, then applies LayerNorm, in one pass.
 
     out = (x' - mean(x')) / sqrt(var(x') + eps) * weight + ln_bias,    x' = x + bias + residual
 
@@ -100,7 +100,7 @@ def bias_residual_layer_norm_forward(
     eps: float,
     quantized: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> torch.Tensor:
-    """(T, H) -> (T, H) in x's dtype. x and residual need unit stride along H.
+    """Normalises x + bias + residual: (T, H) -> (T, H) in x's dtype. x and residual need unit stride along H.
 
     quantized: buffers (T, H), float8_e4m3fn or int8, and (T, 1) float32, both contiguous, to fill with the same rows in
     8 bits (int8: rotated) and their scales, as `quantize` says.

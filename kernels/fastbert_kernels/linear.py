@@ -1,4 +1,4 @@
-"""Linear layer with bias, GELU and residual in the GEMM's epilogue.
+"""This kernel is a linear layer with bias, GELU and residual in the GEMM's epilogue.
 
     out = activation(x @ weight^T + bias) + residual
 
@@ -89,7 +89,7 @@ def linear_forward(
     activation: str,
     residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """(T, K) -> (T, M) in x's dtype; activation "none", "gelu" or "gelu_tanh". Tensors need unit stride along rows.
+    """Multiplies (T, K) -> (T, M) in x's dtype; activation "none", "gelu" or "gelu_tanh". Tensors have unit row stride.
 
     Takes the kernel that configs.gemm names, or this file's where the weight's alignment rules tensor descriptors out.
     """

@@ -1,4 +1,4 @@
-"""Pooling of each packed sequence to one vector, with optional L2 normalisation, in one pass.
+"""This kernel pools each packed sequence to one vector, with optional L2 normalisation, in one pass.
 
     cls            x_0
     last           x_{n-1}
@@ -145,7 +145,7 @@ def _normalize_kernel(
 def pool_forward(
     hidden: torch.Tensor, cu_seqlens: torch.Tensor, mode: str, normalize: bool, out_dtype: torch.dtype
 ) -> torch.Tensor:
-    """(T, H) -> (B, H) in out_dtype. hidden needs unit stride along H."""
+    """Pools (T, H) -> (B, H) in out_dtype. hidden needs unit stride along H."""
     n_seqs, n_cols = cu_seqlens.shape[0] - 1, hidden.shape[1]
     out = launch.empty((n_seqs, n_cols), like=hidden, dtype=out_dtype)
     if n_seqs == 0:

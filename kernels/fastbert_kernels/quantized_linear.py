@@ -1,4 +1,4 @@
-"""Linear layer on 8-bit operands, with bias and GELU in the epilogue, which may also quantise the result.
+"""This kernel is a linear layer on 8-bit operands, with bias and GELU in the epilogue, which may quantise the result.
 
     out = activation((x * x_scale) @ (weight * weight_scale)^T + bias)
 
@@ -116,7 +116,7 @@ def quantized_linear_forward(
     dtype: torch.dtype,
     out_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """(T, K) -> (T, M) in dtype. activation: "none", "gelu" or "gelu_tanh". group: columns of x that share a scale.
+    """Maps (T, K) to (T, M) in dtype. activation: "none", "gelu" or "gelu_tanh". group: columns of x with one scale.
 
     out_scale: a buffer (T, ceil(M / OUT_GROUP)) float32 for the scales of a quantised result, in which case dtype is
     x's. All tensors are contiguous. Takes the kernel that configs.quantized_gemm names, or this file's where the
@@ -144,7 +144,7 @@ def quantized_linear_forward(
 
 
 def sums_outside(dtype: torch.dtype, arch: int) -> bool:
-    """Whether the tensor cores of the architecture add up products of the dtype too coarsely."""
+    """Says whether the tensor cores of the architecture add up products of the dtype too coarsely."""
     return dtype != torch.int8 and arch <= launch.LAST_ARCH_WITH_SHORT_FLOAT8_SUMS
 
 
