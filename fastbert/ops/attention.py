@@ -237,7 +237,7 @@ def cpu_obstacle(head_size: int, qkv: torch.Tensor, dropout_p: float = 0.0) -> s
 
 @constant
 def _kernels_unavailable() -> str | None:
-    return cpu.unavailable()
+    return cpu.obstacle()
 
 
 def obstacle(head_size: int, qkv: torch.Tensor, dropout_p: float = 0.0) -> str | None:

@@ -115,7 +115,7 @@ def test_cpu_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (report.model, report.device, report.dtype, report.backend) == ("BertModel", "cpu", "float32", "auto")
 
 
-@pytest.mark.skipif(cpu.unavailable() is not None, reason=str(cpu.unavailable()))
+@pytest.mark.skipif(cpu.obstacle() is not None, reason=str(cpu.obstacle()))
 def test_cpu_encoder_is_explained() -> None:
     """Catches an encoder said to run in one call that does not, or not said where it does."""
     model = BertModel(config()).eval()
@@ -132,8 +132,8 @@ def test_cpu_rows_of_packed_weights(kernels: str, monkeypatch: pytest.MonkeyPatc
     """Catches a product or an attention named as PyTorch's where it is not, a residual added where it is not."""
     if kernels == "oneDNN":
         monkeypatch.setattr(cpu.library, "load", lambda: (None, "planted"))
-    if packed_linear.unavailable(torch.float32) is not None or (kernels == "C++" and cpu.unavailable() is not None):
-        pytest.skip(f"{packed_linear.unavailable(torch.float32)}, {cpu.unavailable()}")
+    if packed_linear.unavailable(torch.float32) is not None or (kernels == "C++" and cpu.obstacle() is not None):
+        pytest.skip(f"{packed_linear.unavailable(torch.float32)}, {cpu.obstacle()}")
     rows = explain(BertModel(config()).eval()).rows
     products = [row for row in rows if row.op == "linear"]
     named = {

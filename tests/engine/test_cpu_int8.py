@@ -32,7 +32,7 @@ from helpers import (
     tokens_of_calls,
 )
 
-pytestmark = pytest.mark.skipif(cpu.no_int8() is not None, reason=str(cpu.no_int8()))
+pytestmark = pytest.mark.skipif(cpu.int8_obstacle() is not None, reason=str(cpu.int8_obstacle()))
 
 ACTIVATED = {
     "none": lambda x: x,
@@ -52,7 +52,7 @@ LENGTHS = ([1], [4], [1, 20, 9, 9, 0, 25], [130, 3, 64], [400, 7])
 def variant(request: pytest.FixtureRequest) -> Iterator[str]:
     """Each library with these kernels, as if it were the best."""
     with only_variant(request.param):
-        why_not = cpu.no_int8()
+        why_not = cpu.int8_obstacle()
         if why_not is not None:
             pytest.skip(f"{request.param}: {why_not}")
         yield request.param
@@ -279,7 +279,7 @@ def test_processors_without_vnni(missing: str, monkeypatch: pytest.MonkeyPatch, 
     flags = cpu.library.processor_flags() - {missing}
     monkeypatch.setattr(cpu.library, "processor_flags", lambda: flags)
     cpu.library.load.cache_clear()
-    assert "no AVX-512 VNNI" in str(cpu.no_int8())
+    assert "no AVX-512 VNNI" in str(cpu.int8_obstacle())
     torch.testing.assert_close(encode(make(), [9, 5]), encode(make(precision=None), [9, 5]), rtol=1e-4, atol=1e-4)
     assert any("no AVX-512 VNNI" in note for note in explain(make()).notes)
     with pytest.raises(BackendError, match="no AVX-512 VNNI"):

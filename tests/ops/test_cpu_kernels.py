@@ -49,7 +49,7 @@ def test_kernels_were_compiled():
     """Catches kernels that no longer compile, unnoticed because PyTorch takes their place without a word."""
     if not cpu.library.processor_flags() >= cpu.VARIANTS["avx2"][1]:
         pytest.skip("the processor has no AVX2")
-    assert cpu.unavailable() is None, "python setup.py build_ext --inplace compiles them"
+    assert cpu.obstacle() is None, "python setup.py build_ext --inplace compiles them"
 
 
 def exact_attention(qkv, batch, num_heads, scale=None):
@@ -214,7 +214,7 @@ def test_what_the_kernel_does_not_take_runs_elsewhere(monkeypatch):
 def test_gradients_of_attention(dtype):
     """Catches gradients that stop at a kernel which autograd knows nothing of."""
     if attention.cpu_obstacle(32, torch.empty(0, dtype=dtype)) is not None:
-        pytest.skip(str(cpu.unavailable()))
+        pytest.skip(str(cpu.obstacle()))
     torch.manual_seed(0)
     qkv, grad = torch.randn(30, 3 * 64).to(dtype), torch.randn(30, 64).to(dtype)
     batch = from_cu_seqlens(cu_seqlens_of([9, 21]), 30, CPU)
@@ -249,7 +249,7 @@ def test_processors_with_less(allowed, instructions):
     done = subprocess.run(command, env=source_env(**allowed), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     facts, vectors = json.loads(done.stdout.splitlines()[-1])
-    assert facts == (None if cpu.unavailable() is not None else instructions)
+    assert facts == (None if cpu.obstacle() is not None else instructions)
     assert vectors["auto"][1] == "torch.float32"
     from fastbert import SentenceEncoder
 

@@ -25,8 +25,8 @@ def product(request, monkeypatch):
         monkeypatch.setattr(cpu.library, "load", lambda: (None, "planted"))
         if onednn._missing() is not None:
             pytest.skip(onednn._missing())
-    elif cpu.unavailable() is not None:
-        pytest.skip(cpu.unavailable())
+    elif cpu.obstacle() is not None:
+        pytest.skip(cpu.obstacle())
     return request.param
 
 

@@ -18,7 +18,7 @@ from fastbert.ops.silent_writes import Samples, Writes
 from fastbert_kernels import cpu
 from model_cases import theirs
 
-COMPILED = pytest.mark.skipif(cpu.unavailable() is not None, reason=str(cpu.unavailable()))
+COMPILED = pytest.mark.skipif(cpu.obstacle() is not None, reason=str(cpu.obstacle()))
 SIZES: dict[str, Any] = {
     "vocab_size": 100, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128,
     "max_position_embeddings": 32, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0,
@@ -133,7 +133,7 @@ def test_accelerated_model(write: Callable[[nn.Module], None]) -> None:
     check(model, lambda m: m(IDS)[0], write)
 
 
-@pytest.mark.skipif(cpu.no_int8() is not None, reason=str(cpu.no_int8()))
+@pytest.mark.skipif(cpu.int8_obstacle() is not None, reason=str(cpu.int8_obstacle()))
 @pytest.mark.parametrize("name", [".data", "NumPy", "down", "bias", "head"])
 def test_8_bits(name: str) -> None:
     """Catches 8-bit weights of the C++ kernels that are those of before the write."""

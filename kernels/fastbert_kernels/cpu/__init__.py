@@ -2,7 +2,7 @@
 
 The sources are compiled when fastbert is installed, once for each instruction set in VARIANTS. The libraries know
 nothing of Python or PyTorch: memory comes in by address, and threads are those of PyTorch's OpenMP. Where no compiler
-was there, or the processor lacks AVX2, `unavailable` says so, and the caller takes PyTorch's operations.
+was there, or the processor lacks AVX2, `obstacle` says so, and the caller takes PyTorch's operations.
 
 `python setup.py build_ext --inplace` compiles them in a checkout. An editable installation has done so.
 """
@@ -18,7 +18,7 @@ from fastbert_kernels.cpu.encoder import (
     encoder_int8_forward,
 )
 from fastbert_kernels.cpu.int8 import Int8Weight, linear_int8_forward, pack_int8, quantize_forward
-from fastbert_kernels.cpu.library import VARIANTS, has_amx, instructions, multiplies, no_int8, unavailable
+from fastbert_kernels.cpu.library import VARIANTS, has_amx, instructions, int8_obstacle, multiplies, obstacle
 from fastbert_kernels.cpu.operations import (
     ACTIVATIONS,
     digest,
@@ -32,6 +32,6 @@ from fastbert_kernels.cpu.operations import (
 __all__ = [
     "ACTIVATIONS", "MAX_HIDDEN", "VARIANTS", "Encoder", "EncoderLayer", "EncoderTables", "Int8Encoder",
     "Int8EncoderLayer", "Int8Weight", "digest", "encoder_forward", "encoder_int8_forward", "has_amx", "ids_outside",
-    "instructions", "linear_forward", "linear_int8_forward", "multiplies", "no_int8", "pack_int8", "pack_weight",
-    "pool_forward", "quantize_forward", "unavailable", "varlen_attention_forward",
+    "instructions", "int8_obstacle", "linear_forward", "linear_int8_forward", "multiplies", "obstacle", "pack_int8",
+    "pack_weight", "pool_forward", "quantize_forward", "varlen_attention_forward",
 ]  # fmt: skip

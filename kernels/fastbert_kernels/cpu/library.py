@@ -29,7 +29,9 @@ def load() -> tuple[Any, str]:
     usable = [name for name, (_, needed) in VARIANTS.items() if needed <= flags]
     if not usable:
         return None, "the processor, or ATEN_CPU_CAPABILITY, has no AVX2"
-    obstacle = "this installation has no C++ kernels: they were not compiled, or its wheel is the one for all platforms"
+    library_obstacle = (
+        "this installation has no C++ kernels: they were not compiled, or its wheel is the one for all platforms"
+    )
     for name in usable:
         path = Path(__file__).with_name(f"{name}.x86_64.so")
         if not path.is_file():
@@ -37,8 +39,8 @@ def load() -> tuple[Any, str]:
         try:
             return _declared(ctypes.CDLL(str(path))), name
         except (OSError, AttributeError) as error:
-            obstacle = f"{path.name} does not load: {error}"
-    return None, obstacle
+            library_obstacle = f"{path.name} does not load: {error}"
+    return None, library_obstacle
 
 
 def processor_flags() -> set[str]:
@@ -104,7 +106,7 @@ def _declare_int8(library: ctypes.CDLL) -> None:
         encode_bytes.restype, encode.restype = size, ctypes.c_int
 
 
-def unavailable() -> str | None:
+def obstacle() -> str | None:
     """Says why this process has no C++ kernels, or returns None where it has."""
     library, name_or_obstacle = load()
     return name_or_obstacle if library is None else None
@@ -118,15 +120,15 @@ def instructions() -> str | None:
 
 def multiplies(dtype: torch.dtype) -> bool:
     """Says whether `linear_forward` and `encoder_forward` take a dtype: float32, and bfloat16 with its instructions."""
-    if unavailable() is not None:
+    if obstacle() is not None:
         return False
     return dtype == torch.float32 or (dtype == torch.bfloat16 and load()[1].endswith("bf16"))
 
 
-def no_int8() -> str | None:
+def int8_obstacle() -> str | None:
     """Says why no kernel multiplies 8-bit operands, which takes AVX-512 VNNI, or returns None where one does."""
-    if unavailable() is not None:
-        return unavailable()
+    if obstacle() is not None:
+        return obstacle()
     compiled = hasattr(load()[0], "fastbert_pack_int8")
     return None if compiled else "the processor, or ATEN_CPU_CAPABILITY, has no AVX-512 VNNI"
 
