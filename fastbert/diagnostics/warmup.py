@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 
+from fastbert.checks import positive
 from fastbert.diagnostics.explain.entry import backbone, find_model
 from fastbert.engine import buckets
 from fastbert.engine.events import CompileEvents, compile_events
 from fastbert.models.pretrained import PreTrainedModel
-from fastbert.pipelines import run as sentence_run
+from fastbert.pipelines.batching import default_token_budget
 from fastbert.pipelines.sentence import SentenceEncoder
 
 __all__ = ["WarmupReport", "compile_events", "warmup"]
@@ -63,10 +64,8 @@ def warmup(model: Any, *, max_tokens: int | None = None) -> WarmupReport:
     if max_tokens is None:
         max_tokens = buckets.LARGEST
         if isinstance(model, SentenceEncoder):
-            default = sentence_run.TOKEN_BUDGET
-            max_tokens = model.token_budget or default.get(model.device.type, default["cuda"])
-    if isinstance(max_tokens, bool) or not isinstance(max_tokens, int) or max_tokens < 1:
-        raise ValueError(f"max_tokens: expected a positive whole number, got {max_tokens!r}")
+            max_tokens = model.token_budget or default_token_budget(model.device)
+    max_tokens = positive("max_tokens", max_tokens)
     before, started = compile_events(), time.perf_counter()
     with torch.inference_mode():
         captured, obstacles = bert.engine.prepare(bert, max_tokens)

@@ -22,7 +22,7 @@ from fastbert import (
     semantic_search,
 )
 from fastbert.cli.main import main
-from fastbert.pipelines.folder import Normalize
+from fastbert.pipelines.modules import Normalize
 from helpers import tiny_bert
 
 QUERIES = ["which river?", "boats"]

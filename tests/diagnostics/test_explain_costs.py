@@ -21,7 +21,7 @@ from fastbert.diagnostics.verify.eager import eager_bert
 from fastbert.engine import cpu_encoder
 from fastbert.models import tasks
 from fastbert.ops import packed_linear
-from fastbert.pipelines.folder import Dense, LayerNorm, Normalize
+from fastbert.pipelines.modules import Dense, LayerNorm, Normalize
 from fastbert_kernels import cpu
 
 LENGTHS = [5, 17, 1, 0, 9]
@@ -158,9 +158,9 @@ def test_attention_that_is_launched_twice_is_counted_once(model: BertModel) -> N
 def test_rows_that_are_computed(kernels: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches rows that oneDNN is given beyond the tokens and that the report hides, or says of the C++ kernels."""
     if kernels == "oneDNN":
-        monkeypatch.setattr(cpu, "unavailable", lambda: "planted")
-    if packed_linear.unavailable(torch.float32) is not None or (kernels == "C++" and cpu.unavailable() is not None):
-        pytest.skip(f"{packed_linear.unavailable(torch.float32)}, {cpu.unavailable()}")
+        monkeypatch.setattr(cpu.library, "load", lambda: (None, "planted"))
+    if packed_linear.unavailable(torch.float32) is not None or (kernels == "C++" and cpu.obstacle() is not None):
+        pytest.skip(f"{packed_linear.unavailable(torch.float32)}, {cpu.obstacle()}")
     monkeypatch.setattr(cpu_encoder, "obstacles", lambda *args: iter(["planted"]))  # operation by operation
     model = BertModel(config()).eval()
     seen: list[int] = []

@@ -18,7 +18,7 @@ from fastbert import BertForSequenceClassification, BertModel, Tokenizer, refere
 from fastbert.diagnostics.verify import run as verify_run
 from fastbert.diagnostics.verify.eager import eager_bert
 from fastbert.diagnostics.verify.entry import DEFAULT_TEXTS, verify
-from fastbert.pipelines.folder import Dense
+from fastbert.pipelines.modules import Dense
 from helpers import docstrings
 from verify_cases import IDS, config, wrong_in_layer
 

@@ -17,7 +17,7 @@ from fastbert.diagnostics.verify import ends as verify_ends
 from fastbert.diagnostics.verify import measures
 from fastbert.diagnostics.verify import run as verify_run
 from fastbert.diagnostics.verify.entry import DEFAULT_TEXTS, verify
-from fastbert.pipelines.folder import Dense
+from fastbert.pipelines.modules import Dense
 from verify_cases import IDS, config, off_by, wrong_in_layer
 
 

@@ -228,7 +228,7 @@ def test_cpu_takes_the_unquantised_path(
 ) -> None:
     """Catches a slow emulation or a silent fallback where there is no 8-bit kernel, or strict that does not raise."""
     monkeypatch.setattr(dispatch, "interpreting", lambda: False)
-    monkeypatch.setattr(cpu, "no_int8", lambda: "planted")
+    monkeypatch.setattr(cpu, "int8_obstacle", lambda: "planted")
     dispatch._log_once.cache_clear()
     plain, ours, strict = twins(
         BertModel, "cpu", torch.float32, {"backend": "cpu"}, {"backend": backend, "precision": precision},

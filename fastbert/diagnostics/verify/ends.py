@@ -14,14 +14,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastbert import reference
-from fastbert.adapters.sentences import Pipeline, Step
+from fastbert.adapters.live_pipeline import Step
 from fastbert.checkpoint.activations import ACTIVATIONS, activate
 from fastbert.diagnostics.verify.bounds import FACTOR_OF_VECTORS, SCATTER
 from fastbert.models.bert import BertModel
 from fastbert.models.encoded import Encoded
 from fastbert.models.modules import dense
-from fastbert.pipelines.folder import POOLING_MODES
-from fastbert.pipelines.run import Request, Run
+from fastbert.pipelines.pipeline import POOLING_MODES, Pipeline
+from fastbert.pipelines.pooling import sentence_vectors
 from fastbert.pipelines.sentence import SentenceEncoder
 
 
@@ -57,11 +57,11 @@ class End:
 
 def ends_of(model: nn.Module | Pipeline, bert: BertModel, prefix: str) -> Iterator[End]:
     """What follows the encoder in the model; nothing for a head that is not made as BERT's are."""
-    if isinstance(model, (SentenceEncoder, Pipeline)):
-        encoder: Any = model
-        run = Run(encoder, Request(truncate_dim=model.truncate_dim))
-        yield End("vectors", True, lambda e: run._pool(e.last_hidden_state, e.batch), lambda x: _vectors(model, x))
+    pipeline = model.pipeline if isinstance(model, SentenceEncoder) else model
+    if isinstance(pipeline, Pipeline):
+        yield _vectors_end(pipeline)
         return
+    assert isinstance(model, nn.Module)
     modules = {name: module for name, module in model.named_modules() if name.startswith(prefix)}
     for name in ("classifier", "qa_outputs", "cls.seq_relationship"):
         linear = modules.get(f"{prefix}{name}")
@@ -76,6 +76,14 @@ def ends_of(model: nn.Module | Pipeline, bert: BertModel, prefix: str) -> Iterat
             return predictions(encoded.last_hidden_state, bert.policy)
 
         yield End(f"{prefix}cls.predictions", True, run_decoder, lambda x: _words(predictions, bert, x))
+
+
+def _vectors_end(pipeline: Pipeline) -> End:
+    def run(encoded: Encoded) -> Tensor:
+        states, truncate_dim = encoded.last_hidden_state, pipeline.truncate_dim
+        return sentence_vectors(pipeline, states, encoded.batch, truncate_dim=truncate_dim)
+
+    return End("vectors", True, run, lambda states: _vectors(pipeline, states))
 
 
 def _linear_end(name: str, linear: nn.Linear, bert: BertModel, tokens: bool) -> End:
@@ -99,13 +107,13 @@ def _words(predictions: Any, bert: BertModel, x: Tensor) -> Tensor:
     return _linear(predictions.decoder, x)
 
 
-def _vectors(encoder: SentenceEncoder | Pipeline, tokens: Sequence[Tensor]) -> Tensor:
-    """What the encoder makes of the last hidden states of texts, (n, H) each: (texts, dim)."""
+def _vectors(pipeline: Pipeline, tokens: Sequence[Tensor]) -> Tensor:
+    """What the pipeline makes of the last hidden states of texts, (n, H) each: (texts, dim)."""
     hidden = torch.cat(list(tokens))
     hidden = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
     cu_seqlens = torch.tensor([0, *(len(part) for part in tokens)], device="cpu").cumsum(0)
-    x = torch.cat([reference.pool(hidden, cu_seqlens, POOLING_MODES[mode]) for mode in encoder.pooling.modes], dim=1)
-    tail: Any = encoder.tail
-    for module in tail:
+    modes = pipeline.pooling.modes if pipeline.pooling is not None else ()
+    x = torch.cat([reference.pool(hidden, cu_seqlens, POOLING_MODES[mode]) for mode in modes], dim=1)
+    for module in pipeline.tail:
         x = (module.in_dtype(x.dtype) if isinstance(module, Step) else module)(x)
-    return x[:, : encoder.truncate_dim]
+    return x[:, : pipeline.truncate_dim]

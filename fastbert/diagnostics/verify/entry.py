@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from fastbert import adapters
-from fastbert.adapters.sentences import LiveTokenizer, Pipeline, pipeline_in
-from fastbert.checkpoint import files as checkpoint
+from fastbert.adapters.live_pipeline import pipeline_in
+from fastbert.adapters.live_tokenizer import LiveTokenizer
+from fastbert.checkpoint.folder import resolve
 from fastbert.diagnostics.explain.entry import backbone, find_model, float32_precision, prefix_of
 from fastbert.diagnostics.verify.bounds import BOUND_WITHOUT_EAGER
 from fastbert.diagnostics.verify.ends import ends_of
@@ -30,6 +31,7 @@ from fastbert.diagnostics.verify.report import Report
 from fastbert.diagnostics.verify.run import Comparison, Row, compare
 from fastbert.models.bert import BertModel
 from fastbert.pipelines.names import SENTENCE_TRANSFORMERS, full_name
+from fastbert.pipelines.pipeline import PackingTokenizer, Pipeline
 from fastbert.pipelines.sentence import SentenceEncoder
 from fastbert.text.tokenizer import Tokenizer
 
@@ -147,7 +149,7 @@ def _model_of(
         if overrides:
             raise ValueError(f"{', '.join(overrides)}: expected only with a path, got a loaded {kind}")
         return model_or_path, kind, getattr(model_or_path, "tokenizer", None) if tokenizer is None else tokenizer
-    folder = _transformer_folder(checkpoint.resolve(full_name(model_or_path, SENTENCE_TRANSFORMERS)))
+    folder = _transformer_folder(resolve(full_name(model_or_path, SENTENCE_TRANSFORMERS)))
     model = BertModel.from_pretrained(folder, **overrides)
     if tokenizer is None and any((folder / name).is_file() for name in ("tokenizer.json", "vocab.txt")):
         tokenizer = Tokenizer.from_pretrained(folder)
@@ -166,7 +168,7 @@ def _transformer_folder(folder: Path) -> Path:
         raise ValueError(f"{file}: expected a list of modules with idx and path: {error!r}") from error
 
 
-def _live(model: Any, tokenizer: Any, notes: list[str]) -> tuple[Pipeline | None, Tokenizer | LiveTokenizer | None]:
+def _live(model: Any, tokenizer: Any, notes: list[str]) -> tuple[Pipeline | None, PackingTokenizer | None]:
     """The tokenizer of an accelerated model and, for a SentenceTransformer, the pipeline that follows its states."""
     pipeline = None
     try:
@@ -188,7 +190,7 @@ def _usable(tokenizer: Any) -> Tokenizer | LiveTokenizer | None:
     return LiveTokenizer(tokenizer, tokenizer.model_max_length)
 
 
-def _rows(texts: Any, tokenizer: Tokenizer | LiveTokenizer | None, bert: BertModel, notes: list[str]) -> list[Row]:
+def _rows(texts: Any, tokenizer: PackingTokenizer | None, bert: BertModel, notes: list[str]) -> list[Row]:
     n_positions = bert.longest_text
     if texts is None and tokenizer is None:
         notes.append("no tokenizer: random token ids instead of texts")
