@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 
 import ceilings
 import gpu_tests
-import models
 import probe
 import suite_kernels
 import suite_model
@@ -25,6 +24,7 @@ import suite_text
 import torch
 from suites import LONG_MINUTES, Case, Deadline, Recorder, read_notes, run_cases
 
+import models
 from fastbert.bench.peers import OURS
 from fastbert.bench.results import OK
 from fastbert.ops import quantized

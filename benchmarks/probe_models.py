@@ -7,12 +7,12 @@ import time
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import models
 import suite_kernels
 import torch
 from suites import tidy
 from torch import Tensor
 
+import models
 from fastbert import BertConfig, BertModel, reference
 from fastbert.bench.measure import rms_error
 from fastbert.engine import graphs

@@ -10,13 +10,13 @@ import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import models
 import torch
 import workloads
 from peers_model import Hidden, ModelTask, model_peers
 from suites import Built, Case, LeftOut, Work
 from workloads import Workload
 
+import models
 from fastbert.bench.engines import EAGER, Compiled
 from fastbert.bench.peers import OURS, Peer
 from fastbert.cli.demo import fast_at_bfloat16

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import models
 import torch
 from peers_text import text_encoders
 from suites import LONG_MINUTES, Built, Case, LeftOut, Work
 
+import models
 from fastbert.bench.engines import EAGER, SDPA, Compiled
 from fastbert.bench.peers import OURS, Peer
 from fastbert.bench.text import (

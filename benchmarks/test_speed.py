@@ -12,7 +12,6 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-import models
 import pytest
 import suite_kernels
 import suite_model
@@ -22,6 +21,7 @@ import torch
 from session import TIME_UP, Session
 from suites import LONG_MINUTES, Case, tidy
 
+import models
 from fastbert.bench.peers import OURS, Peer
 from fastbert.bench.results import OK, Row
 

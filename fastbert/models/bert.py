@@ -22,7 +22,7 @@ from fastbert.engine import cpu_encoder, graphs, hooks, quantized
 from fastbert.models.forward_arguments import takes_theirs
 from fastbert.models.outputs import BaseModelOutputWithPooling
 from fastbert.models.pretrained import PreTrainedModel, first_parameter, listed
-from fastbert.ops import Policy, attention, dispatch, packing, silent_writes, tracing
+from fastbert.ops import Policy, attention, dispatch, packing, recording, silent_writes, tracing
 from fastbert.ops.derived import Derived
 from fastbert.ops.packing import PackedBatch
 from fastbert.ops.tracing import untraced
@@ -78,9 +78,9 @@ def as_it_is(module: nn.Module, x: Any, policy: Policy, batch: PackedBatch | Non
     """module(x), for more than a plain linear or embedding, of whose bits nothing is known. batch: see `dense`."""
     if policy.batch_invariant:
         name = type(module).__name__
-        raise ops.BackendError(
-            f"batch_invariant: a {name} that is an adapter or has hooks, or no bias, cannot promise it"
-        )
+        dispatch.refuse("", f"a {name} that is an adapter or has hooks, or no bias, cannot promise it")
+    if recording.on and (output := recording.call(module, x)) is not None:
+        return output
     return hooks.leaf(module, x, batch)
 
 

@@ -364,7 +364,11 @@ def varlen_attention(
         dispatch.check_invariant("attention", policy, backend, no_kernel)
     if recording.on:
         shape = qkv.shape[0], qkv.shape[1] // 3
-        facts = {"heads": num_heads, "compiled_obstacle": no_kernel, "shared_tiles": not policy.batch_invariant}
+        facts: dict[str, Any] = {
+            "heads": num_heads,
+            "compiled_obstacle": no_kernel,
+            "shared_tiles": not policy.batch_invariant,
+        }
         if recording.note("attention", backend, qkv.shape, shape, qkv.dtype, **facts):
             return qkv.new_zeros(shape)
     if backend == "triton":

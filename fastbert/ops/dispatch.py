@@ -144,9 +144,9 @@ def check_invariant(op: str, policy: Policy, backend: str, obstacle: str | None 
 
 
 def refuse(op: str, reason: str) -> None:
-    """Raises BackendError, since a batch-invariant policy does not allow the operation."""
+    """Raises BackendError, since a batch-invariant policy does not allow the operation, or a module's call (op "")."""
     if not (recording.on and recording.note_refusal(op, f"batch_invariant: {reason}")):
-        _raise(f"batch_invariant: {op}: {reason}")
+        _raise(f"batch_invariant: {op}: {reason}" if op else f"batch_invariant: {reason}")
 
 
 @constant  # a compiler that met a mere exception would go on without the function

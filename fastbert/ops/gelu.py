@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from fastbert.checkpoint.activations import ACTIVATIONS as ACTIVATIONS
@@ -54,7 +56,7 @@ def bias_gelu(
     if backend != "triton":
         dispatch.check_invariant("bias_gelu", policy, backend)
     if recording.on:
-        facts = {"bias": bias is not None, "activation": activation}
+        facts: dict[str, Any] = {"bias": bias is not None, "activation": activation}
         if recording.note("bias_gelu", backend, x.shape, x.shape, x.dtype, **facts):
             return torch.empty_like(x)
     if backend == "triton":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 
@@ -92,7 +94,7 @@ def bias_residual_layer_norm(
     if backend != "triton":  # PyTorch's on CPUs takes each row alone, and sums have one result wherever they stand
         dispatch.check_invariant("layer_norm", policy, backend, dispatch.training_obstacle(dropout_p))
     if recording.on:
-        facts = {"bias": bias is not None, "residual": residual is not None}
+        facts: dict[str, Any] = {"bias": bias is not None, "residual": residual is not None}
         if recording.note("layer_norm", backend, x.shape, x.shape, x.dtype, weight, **facts):
             return torch.empty_like(x)
     if backend == "triton":

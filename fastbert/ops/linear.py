@@ -177,8 +177,10 @@ def linear(
         backend = dispatch.choose("linear", policy.backend, policy.strict, x.device, why_not)
     if backend in (None, "triton") and _ours(x, weight, activation, False, policy, why_not):
         product = "fastbert"
-    elif backend != "triton" and activation in packed_linear.ACTIVATIONS and _packed(
-        policy, keep, why_not, x, weight, bias
+    elif (
+        backend != "triton"
+        and activation in packed_linear.ACTIVATIONS
+        and _packed(policy, keep, why_not, x, weight, bias)
     ):
         product = "packed"
     else:
@@ -269,7 +271,9 @@ def linear_residual_layer_norm(
     else:
         product = "library"
     inside = bias if product != "library" or not fused else None
-    if recording.on and _note(product, policy, why_not, x, weight, inside, residual=True, choice=fused):
+    if recording.on and _note(
+        product, policy, dispatch.dtype_obstacle(x, weight, bias), x, weight, inside, residual=True, choice=fused
+    ):
         y = x.new_zeros(x.shape[0], weight.shape[0])
     elif product == "fastbert":
         y = torch.ops.fastbert.linear(x, weight, bias, "none", residual)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 
@@ -168,7 +170,7 @@ def pool(
             kernel = "torch"
     if recording.on:
         shape = cu_seqlens.shape[0] - 1, hidden.shape[1]
-        facts = {"kernel": kernel, "mode": mode, "normalize": normalize, "out_dtype": asked_dtype}
+        facts: dict[str, Any] = {"kernel": kernel, "mode": mode, "normalize": normalize, "out_dtype": asked_dtype}
         if recording.note("pooling", backend, hidden.shape, shape, hidden.dtype, **facts):
             return hidden.new_zeros(shape, dtype=out_dtype)
     if kernel == "triton":

@@ -240,9 +240,7 @@ def _check(x: Quantized, weight: Quantized, bias: Tensor | None) -> None:
         raise ValueError(f"bias: expected shape ({weight.data.shape[0]},), got {tuple(bias.shape)}")
 
 
-def _register(
-    schema: str, kernel: Callable[..., Any], twin: Callable[..., Any], fake: Callable[..., Any]
-) -> Functions:
+def _register(schema: str, kernel: Callable[..., Any], twin: Callable[..., Any], fake: Callable[..., Any]) -> Functions:
     """`library.register` for several outputs and no gradient."""
     name = schema.partition("(")[0]
     LIBRARY.define(schema, tags=torch.Tag.pt2_compliant_tag)

@@ -69,10 +69,14 @@ class Recorder:
     def add(
         self, op: str, backend: str, before: Shape | None, after: Shape, dtype: torch.dtype, weight: Any, facts: Any
     ) -> None:
-        reason, raises = self._reasons.pop(op, (None, False))
+        reason, raises = self.take_reason(op)
         module = self.names.get(id(weight), self.place)
         before = None if before is None else tuple(before)
         self.records.append(Record(op, backend, reason, raises, before, tuple(after), dtype, facts, module))
+
+    def take_reason(self, op: str) -> tuple[str | None, bool]:
+        """The reason that was kept for the operation, and whether it raises."""
+        return self._reasons.pop(op, (None, False))
 
     def set_reason(self, op: str, reason: str | None, raises: bool) -> None:
         """Keeps the reason for the next record of the operation."""

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastbert import ops
-from fastbert.ops import Policy
+from fastbert.ops import Policy, dispatch, recording
 
 # A class of torch.nn, made without arguments -> what it does at inference. The last three work on rows.
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -139,7 +139,11 @@ def apply(module: nn.Module, x: Tensor, policy: Policy) -> Tensor:
     PyTorch's sums over a row may depend on the number of rows, those of norms as well as those of products.
     Raises BackendError for a module that is not known to be batch-invariant.
     """
+    if recording.on:
+        recording.enter(module)
     if not policy.batch_invariant or isinstance(module, nn.Dropout):
+        if recording.on and (output := recording.call(module, x)) is not None:
+            return output
         return module(x)
     if isinstance(module, Dense):
         return module.invariant(x, policy)
@@ -147,6 +151,7 @@ def apply(module: nn.Module, x: Tensor, policy: Policy) -> Tensor:
         norm = module.norm
         return ops.bias_residual_layer_norm(x, None, None, norm.weight.to(x), norm.bias.to(x), norm.eps, policy=policy)
     if isinstance(module, Normalize):
-        one_row_each = torch.arange(x.shape[0] + 1, dtype=torch.int32, device=x.device)
+        one_row_each = torch.arange(x.shape[0] + 1, out=x.new_empty(x.shape[0] + 1, dtype=torch.int32))
         return ops.pool(x, one_row_each, "cls", normalize=True, policy=policy)
-    raise ops.BackendError(f"batch_invariant: a module {type(module).__name__} after the pooling cannot promise it")
+    dispatch.refuse("", f"a module {type(module).__name__} after the pooling cannot promise it")
+    return module(x)

@@ -317,34 +317,6 @@ def test_exported_model(precision: str, backend: str, device: torch.device) -> N
     assert torch.allclose(exported.last_hidden_state, expected.last_hidden_state, atol=1e-5)
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize(("dtype", "arch"), [(torch.float32, 80), (torch.bfloat16, 80), (torch.bfloat16, 90)])
-def test_explain_is_what_is_launched(
-    dtype: torch.dtype, arch: int, precision: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A report of other kernels or block sizes than those that run, also where GEMMs are on tensor descriptors."""
-    from fastbert_kernels import launch
-
-    if device.type == "cpu":
-        monkeypatch.setattr(launch, "arch", lambda device: arch)
-    elif launch.arch(device) != arch:
-        pytest.skip("this GPU is another")
-    model = BertModel(config(num_hidden_layers=1), backend="triton", precision=precision).eval().to(device, dtype)
-    launched: list[Any] = []
-    real_run = launch.run
-
-    def run(kernel: Any, grid: Any, sizes: dict[str, int], **arguments: Any) -> None:
-        launched.append((kernel.fn.__module__, sizes))
-        real_run(kernel, grid, sizes, **arguments)
-
-    monkeypatch.setattr(launch, "run", run)
-    report = explain(model)
-    model(*inputs(device))
-    assert [(row.kernel, row.block_sizes) for row in report.rows if row.block_sizes is not None] == launched
-    assert report.precision == precision and f"precision '{precision}'" in str(report)
-    assert sum(row.op == "quantized_linear" for row in report.rows) == 4
-
-
 def test_explain_other_gpus() -> None:
     """fp8 promised for a GPU that cannot multiply it, and a note missing in training mode."""
     fp8, int8 = (BertModel(config(), precision=precision).eval() for precision in PRECISIONS)

@@ -43,7 +43,6 @@ LONGEST = 400
 LONG: set[str] = {
     "fastbert/adapters/sentences.py",
     "fastbert/bench/text.py",
-    "fastbert/diagnostics/explain/operations.py",
     "fastbert/diagnostics/verify/run.py",
     "fastbert/engine/graphs.py",
     "fastbert/models/bert.py",
@@ -74,7 +73,6 @@ CIRCLES: list[set[str]] = [
     {"fastbert.engine.quantized", "fastbert.models.bert"},
     {"fastbert.pipelines.api", "fastbert.pipelines.inputs", "fastbert.pipelines.run", "fastbert.pipelines.sentence"},
     {"fastbert.bench.memory", "fastbert.bench.text"},
-    {"fastbert.diagnostics.explain.costs", "fastbert.diagnostics.explain.report"},
     {"fastbert.diagnostics.verify.page", "fastbert.diagnostics.verify.report"},
 ]
 UPWARD = {"fastbert.engine.quantized"}  # modules with such an import; empty once the engines know models by a Protocol
