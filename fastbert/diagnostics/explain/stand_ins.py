@@ -122,7 +122,7 @@ def _named(cls: Any) -> type[nn.Module]:
 
 def stand_in_for(module: Any, name: str, dry: DryRun, config: BertConfig, parent: type | None = None) -> Any:
     """A module like this one on stand-ins, with everything below it. name: what the report calls it."""
-    cls = _own_class(module)
+    cls: Any = _own_class(module)
     if cls is None:
         return _leaf(module, name, dry, config, parent)
     clone: Any = _empty_like(module, cls if cls is nn.ModuleList else _named(cls))
