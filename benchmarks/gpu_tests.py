@@ -34,20 +34,26 @@ GROUPS: dict[str, tuple[str, ...]] = {
     **{op: _files(f"ops/op_{op}") for op in OPS},
     "attention": _files("ops/op_attention", "on_kernels/attention_short"),
     "linear": _files("ops/op_linear", "ops/op_linear_persistent"),
-    "graphs": _files("engine/graphs"),
-    "model": _files("models/model", "models/heads"),
+    "graphs": _files(
+        "engine/graphs", "engine/graph_buckets", "engine/graph_validity", "engine/graph_capture", "engine/graphs_gpu"
+    ),
+    "model": _files(
+        "models/model", "models/model_training", "models/model_packed", "models/model_compile", "models/heads"
+    ),
     "batch_invariant": _files("engine/batch_invariant"),
     "text": _files("pipelines/sentence", "pipelines/sentence_run"),
     "dispatch": _files("ops/dispatch", "on_kernels/launch", "ops/ops_compile"),
-    "bad_input": _files("models/bad_input"),
+    "bad_input": _files("models/bad_input", "models/empty_input"),
     "families": _files(
         "models/families", "models/pretrained", "pipelines/cross_encoder", "adapters/accelerate_wrapped"
     ),
-    "verify": _files("diagnostics/verify", "diagnostics/explain"),
+    "verify": _files(
+        "diagnostics/verify", "diagnostics/verify_faults", "diagnostics/verify_ends", "diagnostics/explain"
+    ),
     "stalls": _files("diagnostics/no_stall"),
     "host": _files(
         "ops/contexts",
-        "engine/copies",
+        "ops/copies",
         "ops/silent_writes",
         "on_kernels/jit",
         "engine/graph_streams",

@@ -15,7 +15,7 @@ from torch import Tensor
 import models
 from fastbert import BertConfig, BertModel, reference
 from fastbert.bench.measure import rms_error
-from fastbert.engine import graphs
+from fastbert.engine import buckets
 from fastbert.ops import packing
 
 if TYPE_CHECKING:
@@ -94,7 +94,7 @@ def measure_model(probe: Probe, name: str, precision: str | None, batches: list[
     for lengths in batches:
         what = batch_name(name, lengths)
         for label, with_graphs in (("graphs", True), ("plain", False)):
-            if not with_graphs or sum(lengths) <= graphs.LARGEST:
+            if not with_graphs or sum(lengths) <= buckets.LARGEST:
                 piece = partial(timed, probe, model, lengths, with_graphs, what, label)
                 probe.attempt(what, label, piece, precision or "bfloat16")
 
@@ -140,7 +140,8 @@ def timed(probe: Probe, model: Any, lengths: list[int], with_graphs: bool, what:
     each = (time.perf_counter() - started) / count
     probe.add(
         what, label, model.precision or "bfloat16", seconds=each, tokens=n, tokens_per_second=n / each, error=error,
-        latency_us=1e6 * statistics.median(latencies), host_us=1e6 * statistics.median(hosts), graphs=len(model.graphs),
+        latency_us=1e6 * statistics.median(latencies), host_us=1e6 * statistics.median(hosts),
+        graphs=len(model.engine.graphs),
     )  # fmt: skip
 
 

@@ -1,9 +1,9 @@
-"""The figures of the README: a short table a type of device, made of the newest results in benchmarks/results/.
+"""The numbers of docs/numbers.md: a short table for each type of device, from the newest committed results.
 
     python benchmarks/report.py --readme
 
-rewrites what stands between the two markers in README.md. A test compares that text with what the committed results
-give, so no figure gets there by hand.
+rewrites what stands between the two markers in docs/numbers.md, and in README.md the caption of its chart
+(readme_chart.py). Tests compare both with what the committed results give, so no number gets there by hand.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def _device(title: str, folder: Path, results: Results) -> str:
         if not contest.suite.startswith(LEFT_OUT):
             key = contest.suite, contest.model, contest.setting, short_dtype(contest.dtype)
             groups.setdefault(key, []).append(contest)
-    page = f"benchmarks/results/{folder.name}/" + ("index.md" if (folder / "index.md").exists() else "")
+    page = f"../benchmarks/results/{folder.name}/" + ("index.md" if (folder / "index.md").exists() else "")
     heading = f"{title}: {source(results.environment)}"
     if not groups:
         return f"**{heading}**: single operations only, [all numbers]({page})."
@@ -125,22 +125,22 @@ def committed(results: Path) -> list[Path]:
     return sorted({file.parent for file in files if file.exists()})
 
 
-def rewrite(readme: Path, text: str) -> None:
+def rewrite(page: Path, text: str) -> None:
     """Puts the text between the markers."""
-    before, _, after = _parts(readme)
-    write_text(readme, f"{before}{START}\n{text}\n{END}{after}")
+    before, _, after = _parts(page)
+    write_text(page, f"{before}{START}\n{text}\n{END}{after}")
 
 
-def written(readme: Path) -> str:
+def written(page: Path) -> str:
     """What stands between the markers now."""
-    return _parts(readme)[1].strip("\n")
+    return _parts(page)[1].strip("\n")
 
 
-def _parts(readme: Path) -> tuple[str, str, str]:
+def _parts(page: Path) -> tuple[str, str, str]:
     """Before, between and after the markers. Raises ValueError if the file has not each of them once, in order."""
-    content = readme.read_text(encoding="utf-8")
+    content = page.read_text(encoding="utf-8")
     before, start, rest = content.partition(START)
     found, end, after = rest.partition(END)
     if not start or not end or START in rest or END in before + after:
-        raise ValueError(f"{readme}: expected {START} and, after it, {END}, once each")
+        raise ValueError(f"{page}: expected {START} and, after it, {END}, once each")
     return before, found, after

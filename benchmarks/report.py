@@ -1,9 +1,9 @@
-"""The page of a folder of results, and the figures of the README.
+"""The page of a folder of results, and the numbers and the chart of the README and of docs/.
 
     python benchmarks/report.py                                 the newest folder in benchmarks/results
     python benchmarks/report.py benchmarks/results/FOLDER       index.md and index.html in that folder
     python benchmarks/report.py FOLDER --out page.html          only that page
-    python benchmarks/report.py --readme                        rewrites the figures of README.md
+    python benchmarks/report.py --readme                        rewrites docs/numbers.md, docs/speed.svg and README.md
 
 A folder holds the JSON files of one device: benchmarks/results/<device>-<date>/.
 """
@@ -12,14 +12,16 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import readme_chart
 import readme_figures
 
 from fastbert.bench.report import render_terminal, write_report
 from fastbert.bench.results import Results
+from fastbert.checkpoint.files import write_text
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -96,18 +98,32 @@ def write_pages(results: Results, out: Path) -> list[Path]:
     return pages
 
 
+def write_readme(root: Path, found: Mapping[Path, Results]) -> list[Path]:
+    """The table of docs/numbers.md, the chart docs/speed.svg and its caption in README.md. Gives the files written."""
+    numbers, chart, readme = root / "docs" / "numbers.md", root / readme_chart.CHART, root / "README.md"
+    readme_figures.rewrite(numbers, readme_figures.section(found))
+    headline = readme_chart.headline(found)
+    if headline is None:
+        return [numbers]
+    write_text(chart, headline.svg())
+    readme_figures.rewrite(readme, headline.caption())
+    return [numbers, chart, readme]
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit codes: 0 written, 1 something is wrong with the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", nargs="?", type=Path, metavar="RESULTS_DIR", help="default: the newest folder")
     parser.add_argument("--out", type=Path, metavar="PATH", help="page (.md, .html) or folder; default: RESULTS_DIR")
-    parser.add_argument("--readme", action="store_true", help="rewrite README.md's figures from benchmarks/results/*/")
+    parser.add_argument(
+        "--readme", action="store_true", help="rewrite the numbers and the chart of README.md and docs/"
+    )
     parser.add_argument("--terminal", action="store_true", help="print the ratios, write nothing")
     args = parser.parse_args(argv)
     try:
         if args.readme:
-            readme_figures.rewrite(ROOT / "README.md", readme_figures.section(folders()))
-            print("README.md")
+            for path in write_readme(ROOT, folders()):
+                print(path.relative_to(ROOT))
             if args.results is None and args.out is None and not args.terminal:
                 return 0
         folder = args.results or newest()

@@ -14,6 +14,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from fastbert._version import __version__
+from fastbert_kernels.distribution import check_installed
 
 if TYPE_CHECKING:
     from fastbert.adapters import accelerate, restore
@@ -21,9 +22,9 @@ if TYPE_CHECKING:
     from fastbert.diagnostics.explain.entry import explain
     from fastbert.diagnostics.verify.entry import verify
     from fastbert.diagnostics.warmup import warmup
-    from fastbert.engine.graphs import compile_events
+    from fastbert.engine.events import compile_events
     from fastbert.models.bert import BertModel
-    from fastbert.models.heads import (
+    from fastbert.models.tasks import (
         BertForMaskedLM,
         BertForMultipleChoice,
         BertForNextSentencePrediction,
@@ -43,19 +44,19 @@ if TYPE_CHECKING:
 _PUBLIC = {
     "BackendError": "fastbert.ops",
     "BertConfig": "fastbert.checkpoint.config",
-    "BertForMaskedLM": "fastbert.models.heads",
-    "BertForMultipleChoice": "fastbert.models.heads",
-    "BertForNextSentencePrediction": "fastbert.models.heads",
-    "BertForPreTraining": "fastbert.models.heads",
-    "BertForQuestionAnswering": "fastbert.models.heads",
-    "BertForSequenceClassification": "fastbert.models.heads",
-    "BertForTokenClassification": "fastbert.models.heads",
+    "BertForMaskedLM": "fastbert.models.tasks",
+    "BertForMultipleChoice": "fastbert.models.tasks",
+    "BertForNextSentencePrediction": "fastbert.models.tasks",
+    "BertForPreTraining": "fastbert.models.tasks",
+    "BertForQuestionAnswering": "fastbert.models.tasks",
+    "BertForSequenceClassification": "fastbert.models.tasks",
+    "BertForTokenClassification": "fastbert.models.tasks",
     "BertModel": "fastbert.models.bert",
     "CrossEncoder": "fastbert.pipelines.cross_encoder",
     "SentenceEncoder": "fastbert.pipelines.sentence",
     "Tokenizer": "fastbert.text.tokenizer",
     "accelerate": "fastbert.adapters",
-    "compile_events": "fastbert.engine.graphs",
+    "compile_events": "fastbert.engine.events",
     "explain": "fastbert.diagnostics.explain.entry",
     "quantize_embeddings": "fastbert.vectors.quantize",
     "restore": "fastbert.adapters",
@@ -88,6 +89,9 @@ __all__ = [
     "verify",
     "warmup",
 ]
+
+
+check_installed(__path__[0])
 
 
 def __getattr__(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""Accelerated random models, and a check against what they give restored: for the tests of accelerate."""
+"""The tests of accelerate share random models and a check against what a model gives restored."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ ROWS = valid_of(make_batch("right")["attention_mask"])
 
 
 def accelerated(name: str = "BertModel", dtype: torch.dtype = torch.float64) -> Any:
-    """A random tiny model, accelerated, that has run once: everything that is kept is there."""
+    """A random tiny model that is accelerated and has run once, so that all that is kept is there."""
     model = fastbert.accelerate(in_dtype(theirs(name), dtype))
     run(model, make_batch())
     return model

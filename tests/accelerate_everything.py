@@ -1,4 +1,4 @@
-"""A plugin for pytest, `-p accelerate_everything`: all that `fastbert.accelerate` covers is accelerated as it is made.
+"""This plugin for pytest, `-p accelerate_everything`, accelerates whatever `fastbert.accelerate` covers.
 
 With it the unmodified tests of transformers, sentence-transformers and PEFT meet accelerated models. See
 docs/upstream-tests.md.

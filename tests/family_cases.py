@@ -1,4 +1,4 @@
-"""Models of transformers of every family with random weights, and our twins of them: for the tests of families."""
+"""The tests of families share random models of transformers of every family, and our twins of them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ DISTILBERT_SIZES = {"dim": 32, "n_heads": 2, "n_layers": 2, "hidden_dim": 37}
 
 
 def head_names(model_type: str) -> list[str]:
-    """Our classes that the family has, but for the bare model."""
+    """The names of our classes that the family has, but for the bare model."""
     return [f"BertFor{task}" for task in FAMILIES[model_type].heads]
 
 
@@ -71,11 +71,11 @@ def our_state(model: Any, task: str | None = None) -> dict[str, Tensor]:
     return {family.state_to_ours(name, task): tensor for name, tensor in model.state_dict().items()}
 
 
-def twin(model: Any, name: str = "BertModel", dtype: torch.dtype = torch.float64, **how: Any) -> Any:
+def twin(model: Any, name: str = "BertModel", dtype: torch.dtype = torch.float64, **options: Any) -> Any:
     """Our model with the weights of a model of transformers, rounded to dtype."""
     config = fastbert.BertConfig.from_dict(model.config.to_dict())
-    device = how.pop("device", "cpu")
-    ours = getattr(fastbert, name)(config, **{"backend": "cpu", "strict": True, **how}).to(device, dtype)
+    device = options.pop("device", "cpu")
+    ours = getattr(fastbert, name)(config, **{"backend": "cpu", "strict": True, **options}).to(device, dtype)
     state = our_state(model, getattr(ours, "task", None))
     if "cls.predictions.bias" in ours.state_dict():
         state.setdefault("cls.predictions.decoder.bias", state["cls.predictions.bias"])
@@ -98,3 +98,11 @@ def run(model: Any, batch: dict[str, Any], **options: Any) -> Any:
     on_device = {name: t.to(model.device) if isinstance(t, Tensor) else t for name, t in batch.items()}
     with torch.no_grad():
         return model(**on_device, **options)
+
+
+def head_batch(model_type: str, name: str, kind: str = "right") -> dict[str, Any]:
+    """A batch for this head: two choices of two rows for multiple choice."""
+    batch = make_batch(model_type, kind)
+    if name != "BertForMultipleChoice":
+        return batch
+    return {n: None if t is None else t.unflatten(0, (2, BATCH // 2)) for n, t in batch.items()}

@@ -1,4 +1,4 @@
-"""Tokenizers of BERT's family, trained here, with random models: for the tests of families on text."""
+"""The tests of families on text share tokenizers, trained on a few texts, and random models."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ NAMES = {"cls_token": "<s>", "sep_token": "</s>", "pad_token": "<pad>", "unk_tok
 
 
 def byte_level() -> RustTokenizer:
-    """RoBERTa's: byte-level BPE, and its own post-processor."""
+    """RoBERTa's tokenizer: byte-level BPE with its own post-processor."""
     rust = RustTokenizer(BPE())
     rust.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     rust.decoder = decoders.ByteLevel()
@@ -43,7 +43,7 @@ def byte_level() -> RustTokenizer:
 
 
 def unigram() -> RustTokenizer:
-    """XLM-RoBERTa's and CamemBERT's: Unigram on words with a sign for the space, and a template."""
+    """The tokenizer of XLM-RoBERTa and CamemBERT: Unigram on words with a sign for the space, and a template."""
     rust = RustTokenizer(Unigram())
     rust.normalizer = normalizers.NFKC()
     rust.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace()])
@@ -61,11 +61,11 @@ KINDS = {"roberta": byte_level, "xlm-roberta": unigram, "camembert": unigram}
 
 
 def make_folders(parent: Path) -> dict[str, Path]:
-    """Of each model type a folder with a tokenizer and a random model: plain checkpoints of transformers."""
-    made = {}
+    """A folder for each model type with a tokenizer and a random model: plain checkpoints of transformers."""
+    folders = {}
     torch.manual_seed(0)
     for model_type in (*KINDS, "distilbert", "electra"):
-        folder = made[model_type] = parent / model_type
+        folder = folders[model_type] = parent / model_type
         folder.mkdir()
         if model_type in KINDS:
             rust = KINDS[model_type]()
@@ -84,4 +84,4 @@ def make_folders(parent: Path) -> dict[str, Path]:
             model_type, vocab_size=vocab_size, max_position_embeddings=26, initializer_range=0.3, **sizes
         )
         transformers.AutoModel.from_config(config).save_pretrained(folder)
-    return made
+    return folders

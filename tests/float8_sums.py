@@ -1,4 +1,4 @@
-"""What GPUs up to Hopper make of a sum of float8 products, and from it the error that a test may allow there.
+"""GPUs up to Hopper cut off bits in sums of float8 products; this arithmetic gives the error that a test may allow.
 
 Their tensor cores keep 13 bits of a sum after the leading one (DeepSeek-AI, arXiv:2412.19437, section 3.3.2; Zhang et
 al., arXiv:2411.10958). An instruction adds 32 products, which are exact, to what it was given: all are cut off below

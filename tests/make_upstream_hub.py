@@ -1,4 +1,4 @@
-"""Fills a cache of huggingface_hub with stand-ins for the models that the tests of other libraries download.
+"""This script fills a cache of huggingface_hub with stand-ins for models that other libraries' tests download.
 
 Usage: `python make_upstream_hub.py FOLDER`, then run those tests with HF_HOME=FOLDER and HF_HUB_OFFLINE=1. The
 stand-ins have the names and the sizes of the originals. Their weights are corners of those of the packaged
@@ -37,7 +37,7 @@ class Hub:
         self.weights = transformers.BertModel.from_pretrained(minilm_folder()).state_dict()
 
     def folder(self, name: str) -> Path:
-        """Where the cache has the one snapshot of this model."""
+        """The place in the cache of the one snapshot of this model."""
         top, commit = self.home / "hub" / f"models--{name.replace('/', '--')}", "0" * 40
         (top / "refs").mkdir(parents=True, exist_ok=True)
         (top / "refs" / "main").write_text(commit)
@@ -45,7 +45,7 @@ class Hub:
         return top / "snapshots" / commit
 
     def add(self, name: str, model: Any, tokenizer: Any) -> Path:
-        """A model of transformers with its tokenizer. Gives the folder."""
+        """Adds a model of transformers with its tokenizer, and returns the folder."""
         with torch.no_grad():
             for key, parameter in model.named_parameters():
                 trained = self.weights.get(key.partition(".")[2] if key not in self.weights else key)
@@ -62,7 +62,7 @@ class Hub:
 
 
 def byte_level_tokenizer() -> Any:
-    """One of RoBERTa's kind, trained on English."""
+    """A tokenizer of RoBERTa's kind, trained on English."""
     tokenizer = tokenizers.ByteLevelBPETokenizer()
     special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
     tokenizer.train_from_iterator(docstrings(500), vocab_size=1024, special_tokens=special, show_progress=False)

@@ -1,4 +1,4 @@
-"""Models of transformers with random weights, our twins of them, and batches: for the tests of whole models."""
+"""The tests of whole models share random models of transformers, our twins of them, and batches."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from helpers import rms_error
 
 BATCH, LENGTH = 4, 13
 VOCAB, POSITIONS, TYPES, LABELS = 101, 40, 3, 3
-FLOAT64_BOUND = 1e-10
+FLOAT64_BOUND, GRADIENT_BOUND = 1e-10, 1e-9
 
 # Real shapes with few layers, and shapes that no kernel's block size divides.
 SHAPES: dict[str, dict[str, Any]] = {
@@ -220,3 +220,34 @@ def assert_gradients_as_accurate(ours: Any, eager: Any, reference: Any) -> None:
     our_error, eager_error = rms_error(scaled(ours), expected), rms_error(scaled(eager), expected)
     bound = 1.25 * eager_error + 0.5 * torch.finfo(ours.dtype).eps
     assert our_error <= bound, f"gradients: error {our_error:.3g}, eager has {eager_error:.3g}, bound {bound:.3g}"
+
+
+def place(backend: str, device: torch.device) -> torch.device:
+    """The "cpu" backend is for the CPU; the others run where the kernels run."""
+    return torch.device("cpu") if backend == "cpu" else device
+
+
+def both_with_gradients(ours: Any, models: list[Any], batch: dict[str, Any], **options: Any) -> None:
+    """Backpropagates one scalar, in which every valid element counts, through each model."""
+    valid = valid_of(batch["attention_mask"])
+    for model in (ours, *models):
+        output = model(**to_device(batch, model.device), **options)
+        hidden = output.last_hidden_state
+        first = valid[:, :1].to(hidden.device)
+        weighted_sum({"hidden": hidden[valid.to(hidden.device)], "pooled": output.pooler_output * first}).backward()
+
+
+def trainable(shape: str, **options: Any) -> Any:
+    """transformers' model in training mode, without dropout."""
+    none = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    return copy.deepcopy(theirs("BertModel", shape, **none, **options)).train()
+
+
+def attention_of(model: Any, i: int = 0) -> Any:
+    """The attention of layer i, with its query, key and value."""
+    return model.encoder.layer[i].attention.self
+
+
+def output_of(model: Any, i: int = 0) -> Any:
+    """The end of layer i: dense, dropout and LayerNorm."""
+    return model.encoder.layer[i].output

@@ -1,4 +1,4 @@
-"""Things that users do to the modules of a live BertModel: each function does one to the model that it is given."""
+"""Each function does to the modules of a live BertModel what some user does."""
 
 from __future__ import annotations
 
@@ -8,15 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.utils import parametrizations, prune
 
-
-def _attention(model: Any, i: int = 0) -> Any:
-    return model.encoder.layer[i].attention.self
-
-
-def _output(model: Any, i: int = 0) -> Any:
-    return model.encoder.layer[i].output
+from model_cases import attention_of, output_of
 
 
 class Scaled(nn.Linear):
@@ -27,7 +20,7 @@ class Scaled(nn.Linear):
 
 
 class OfBatches(nn.Linear):
-    """One that takes (B, S, K) alone."""
+    """A linear that takes (B, S, K) alone."""
 
     def forward(self, x: Tensor) -> Tensor:
         batch_size, length, _ = x.shape
@@ -35,14 +28,14 @@ class OfBatches(nn.Linear):
 
 
 class Mixing(nn.Linear):
-    """One that mixes the tokens of a text."""
+    """A linear that mixes the tokens of a text."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x + 0.1 * x.mean(-2, keepdim=True))
 
 
 class Packed(nn.Module):
-    """One whose weight is 8-bit integers of another shape, beside scales."""
+    """A module whose weight is 8-bit integers of another shape, beside scales."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
@@ -58,14 +51,14 @@ class Packed(nn.Module):
 
 
 class PackedLinear(nn.Linear):
-    """The same as a linear, as bitsandbytes has it."""
+    """A linear with such a weight, as bitsandbytes has it."""
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight.view(self.out_features, self.in_features).to(x.dtype) * self.scale, self.bias)
 
 
 class Wrapper(nn.Module):
-    """Around a layer, as FSDP and others put one."""
+    """A module around a layer, as FSDP and others put one."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
@@ -75,117 +68,12 @@ class Wrapper(nn.Module):
         return self.module(*args, **kwargs)
 
 
-class Tagged(Tensor):
-    """A subclass of tensors that changes nothing."""
-
-
-def no_query_bias(model: Any) -> None:
-    _attention(model).query.bias = None
-
-
-def no_key_bias_in_the_last_layer(model: Any) -> None:
-    _attention(model, -1).key.bias = None
-
-
-def no_biases_in_attention(model: Any) -> None:
-    for layer in model.encoder.layer:
-        for part in (layer.attention.self.query, layer.attention.self.key, layer.attention.self.value):
-            part.bias = None
-
-
-def linears_made_without_bias(model: Any) -> None:
-    for layer in model.encoder.layer:
-        bare = nn.Linear(layer.intermediate.dense.in_features, layer.intermediate.dense.out_features, bias=False)
-        bare.weight = layer.intermediate.dense.weight
-        layer.intermediate.dense = bare
-
-
-def no_bias_in_intermediate(model: Any) -> None:
-    model.encoder.layer[0].intermediate.dense.bias = None
-
-
-def no_bias_in_outputs(model: Any) -> None:
-    _output(model).dense.bias = None
-    model.encoder.layer[1].attention.output.dense.bias = None
-
-
-def no_bias_in_pooler(model: Any) -> None:
-    model.pooler.dense.bias = None
-
-
-def no_bias_anywhere(model: Any) -> None:
-    for module in model.modules():
-        if isinstance(module, (nn.Linear, nn.LayerNorm)):
-            module.bias = None
-
-
-def layer_norm_without_bias(model: Any) -> None:
-    _output(model).LayerNorm.bias = None
-
-
-def layer_norm_without_anything(model: Any) -> None:
-    norm = _output(model).LayerNorm
-    _output(model).LayerNorm = nn.LayerNorm(norm.normalized_shape, norm.eps, elementwise_affine=False)
-
-
-def embedding_norm_without_weight(model: Any) -> None:
-    model.embeddings.LayerNorm.weight = None
-
-
 def layer_norm_of_another_class(model: Any) -> None:
-    _output(model).LayerNorm = nn.RMSNorm(model.config.hidden_size, eps=1e-5)
+    output_of(model).LayerNorm = nn.RMSNorm(model.config.hidden_size, eps=1e-5)
 
 
 def layer_norm_is_identity(model: Any) -> None:
-    _output(model).LayerNorm = nn.Identity()
-
-
-def weight_norm(model: Any) -> None:
-    parametrizations.weight_norm(_attention(model).query)
-    with torch.no_grad():
-        _attention(model).query.parametrizations.weight.original0.mul_(1.5)
-
-
-def spectral_norm(model: Any) -> None:
-    parametrizations.spectral_norm(_output(model).dense)
-
-
-def orthogonal(model: Any) -> None:
-    parametrizations.orthogonal(_attention(model).value)
-
-
-def parametrized_bias(model: Any) -> None:
-    nn.utils.parametrize.register_parametrization(_attention(model).key, "bias", nn.Tanh())
-
-
-def parametrized_norm(model: Any) -> None:
-    nn.utils.parametrize.register_parametrization(_output(model).LayerNorm, "weight", nn.Tanh())
-
-
-def parametrized_words(model: Any) -> None:
-    nn.utils.parametrize.register_parametrization(model.embeddings.word_embeddings, "weight", nn.Tanh())
-
-
-def parametrized_positions(model: Any) -> None:
-    nn.utils.parametrize.register_parametrization(model.embeddings.position_embeddings, "weight", nn.Tanh())
-
-
-def old_weight_norm(model: Any) -> None:
-    nn.utils.weight_norm(_attention(model).query)
-
-
-def old_spectral_norm(model: Any) -> None:
-    nn.utils.spectral_norm(_attention(model).query)
-    _attention(model).query.eval()
-
-
-def pruned(model: Any) -> None:
-    prune.l1_unstructured(_output(model).dense, "weight", amount=0.5)
-
-
-def pruned_for_good(model: Any) -> None:
-    prune.random_unstructured(_attention(model).key, "weight", amount=0.5)
-    prune.remove(_attention(model).key, "weight")
+    output_of(model).LayerNorm = nn.Identity()
 
 
 def quantised_dynamically(model: Any) -> None:
@@ -199,36 +87,32 @@ def packed_module(model: Any) -> None:
 
 
 def packed_linear(model: Any) -> None:
-    packed = Packed(_output(model).dense)
-    linear = _output(model).dense
+    packed = Packed(output_of(model).dense)
+    linear = output_of(model).dense
     linear.__class__ = PackedLinear
     linear.weight = packed.weight
     linear.register_buffer("scale", packed.scale)
 
 
-def half_a_layer(model: Any) -> None:
-    _output(model).dense.half()
-
-
 def subclass_with_a_forward(model: Any) -> None:
-    _attention(model).value.__class__ = Scaled
+    attention_of(model).value.__class__ = Scaled
 
 
 def forward_of_batches(model: Any) -> None:
-    _attention(model).value.__class__ = OfBatches
+    attention_of(model).value.__class__ = OfBatches
 
 
 def forward_that_mixes(model: Any) -> None:
-    _output(model).dense.__class__ = Mixing
+    output_of(model).dense.__class__ = Mixing
 
 
 def patched_forward(model: Any) -> None:
-    linear = _output(model).dense
+    linear = output_of(model).dense
     linear.forward = types.MethodType(lambda self, x: F.linear(x, 2 * self.weight, self.bias), linear)
 
 
 def patched_attention(model: Any) -> None:
-    attention = _attention(model)
+    attention = attention_of(model)
     before = attention.forward
     attention.forward = lambda *args, **kwargs: tuple(2 * t if t is not None else t for t in before(*args, **kwargs))
 
@@ -241,11 +125,11 @@ def hook_on_all_modules(model: Any) -> Any:
 
 
 def hook_that_changes(model: Any) -> None:
-    _output(model).dense.register_forward_pre_hook(lambda module, args: (args[0] * 2,))
+    output_of(model).dense.register_forward_pre_hook(lambda module, args: (args[0] * 2,))
 
 
 def query_is_key(model: Any) -> None:
-    _attention(model).key = _attention(model).query
+    attention_of(model).key = attention_of(model).query
 
 
 def one_layer_for_all(model: Any) -> None:
@@ -253,13 +137,9 @@ def one_layer_for_all(model: Any) -> None:
 
 
 def shared_linears_and_norms(model: Any) -> None:
-    _output(model, 1).LayerNorm = _output(model, 0).LayerNorm
-    _output(model, 1).dense = _output(model, 0).dense
-    model.encoder.layer[0].attention.output.LayerNorm = _output(model, 0).LayerNorm
-
-
-def shared_parameters(model: Any) -> None:
-    _attention(model, 1).query.weight = _attention(model, 0).key.weight
+    output_of(model, 1).LayerNorm = output_of(model, 0).LayerNorm
+    output_of(model, 1).dense = output_of(model, 0).dense
+    model.encoder.layer[0].attention.output.LayerNorm = output_of(model, 0).LayerNorm
 
 
 def linear_is_identity(model: Any) -> None:
@@ -267,7 +147,7 @@ def linear_is_identity(model: Any) -> None:
 
 
 def dropout_is_identity(model: Any) -> None:
-    _output(model).dropout = nn.Identity()
+    output_of(model).dropout = nn.Identity()
 
 
 def pooler_is_identity(model: Any) -> None:
@@ -283,7 +163,7 @@ def pooler_is_deleted(model: Any) -> None:
 
 
 def dropout_is_deleted(model: Any) -> None:
-    del _output(model).dropout
+    del output_of(model).dropout
 
 
 def attention_of_another_class(model: Any) -> None:
@@ -295,7 +175,7 @@ def wrapped_layer(model: Any) -> None:
 
 
 def wrapped_linear(model: Any) -> None:
-    _output(model).dense = nn.Sequential(_output(model).dense, nn.Identity())
+    output_of(model).dense = nn.Sequential(output_of(model).dense, nn.Identity())
 
 
 def fewer_layers(model: Any) -> None:
@@ -307,64 +187,14 @@ def layers_in_a_sequential(model: Any) -> None:
 
 
 def lazy_linear(model: Any) -> None:
-    before = _output(model).dense
+    before = output_of(model).dense
     lazy = nn.LazyLinear(before.out_features)
-    _output(model).dense = lazy
+    output_of(model).dense = lazy
     torch.manual_seed(0)
 
 
-def weight_is_a_plain_tensor(model: Any) -> None:
-    linear = _output(model).dense
-    weight = linear.weight.detach() * 1.5
-    del linear.weight
-    linear.weight = weight
-
-
-def weight_is_a_buffer(model: Any) -> None:
-    linear = _attention(model).query
-    weight = linear.weight.detach() * 1.5
-    del linear.weight
-    linear.register_buffer("weight", weight)
-
-
-def bias_is_deleted(model: Any) -> None:
-    del _output(model).dense.bias
-
-
-def weight_is_none(model: Any) -> None:
-    _output(model).dense.weight = None
-
-
-def tensor_subclass(model: Any) -> None:
-    linear = _output(model).dense
-    linear.weight = nn.Parameter(linear.weight.detach().as_subclass(Tagged))
-
-
-def weights_not_contiguous(model: Any) -> None:
-    for linear in (_attention(model).query, _output(model).dense):
-        linear.weight = nn.Parameter(linear.weight.detach().t().contiguous().t())
-
-
-def weights_with_gaps(model: Any) -> None:
-    linear = _output(model).dense
-    wide = linear.weight.new_zeros(linear.weight.shape[0], 2 * linear.weight.shape[1])
-    wide[:, ::2] = linear.weight.detach()
-    linear.weight = nn.Parameter(wide[:, ::2])
-
-
-def weights_made_in_inference_mode(model: Any) -> None:
-    with torch.inference_mode():
-        for module in (_attention(model).query, _output(model).dense, _output(model).LayerNorm):
-            module.weight = nn.Parameter(module.weight * 1.5, requires_grad=False)
-
-
-def sparse_weight(model: Any) -> None:
-    linear = _output(model).dense
-    linear.weight = nn.Parameter(linear.weight.detach().to_sparse_csr(), requires_grad=False)
-
-
 def other_eps(model: Any) -> None:
-    _output(model).LayerNorm.eps = 0.5
+    output_of(model).LayerNorm.eps = 0.5
 
 
 def other_eps_everywhere(model: Any) -> None:
@@ -381,12 +211,12 @@ def other_number_of_heads(model: Any) -> None:
 
 
 def other_scaling(model: Any) -> None:
-    _attention(model).scaling = 1.0
+    attention_of(model).scaling = 1.0
 
 
 def causal_attention(model: Any) -> None:
     model.config._attn_implementation = "sdpa"
-    _attention(model).is_causal = True
+    attention_of(model).is_causal = True
 
 
 def other_activation(model: Any) -> None:
@@ -418,35 +248,25 @@ def attention_of_the_user(model: Any) -> None:
 
 
 def scripted_linear(model: Any) -> None:
-    _output(model).dense = torch.jit.script(_output(model).dense)
+    output_of(model).dense = torch.jit.script(output_of(model).dense)
 
 
 def traced_linear(model: Any) -> None:
     width = model.config.intermediate_size
-    _output(model).dense = torch.jit.trace(_output(model).dense, torch.zeros(2, 3, width))
+    output_of(model).dense = torch.jit.trace(output_of(model).dense, torch.zeros(2, 3, width))
 
 
 def compiled_linear(model: Any) -> None:
-    _output(model).dense = torch.compile(_output(model).dense, backend="eager")
+    output_of(model).dense = torch.compile(output_of(model).dense, backend="eager")
 
 
 def compiled_in_place(model: Any) -> None:
-    _output(model).dense.compile(backend="eager")
+    output_of(model).dense.compile(backend="eager")
     model.encoder.layer[0].compile(backend="eager")
 
 
 def compiled_layer(model: Any) -> None:
     model.encoder.layer[0] = torch.compile(model.encoder.layer[0], backend="eager")
-
-
-def embeddings_with_max_norm(model: Any) -> None:
-    model.embeddings.word_embeddings.max_norm = 1.0
-
-
-def more_words_than_it_says(model: Any) -> None:
-    words = model.embeddings.word_embeddings
-    words.weight = nn.Parameter(torch.cat([words.weight.detach(), words.weight.new_ones(5, words.embedding_dim)]))
-    words.num_embeddings = 2
 
 
 def word_embeddings_of_the_user(model: Any) -> None:
@@ -465,37 +285,6 @@ def word_embeddings_in_a_sequence(model: Any) -> None:
     model.embeddings.word_embeddings.__class__ = Shifted
 
 
-def frozen(model: Any) -> None:
-    model.requires_grad_(False)
-
-
-def on_the_meta_device(model: Any) -> None:
-    model.to("meta")
-
-
-def partly_on_the_meta_device(model: Any) -> None:
-    _output(model).dense.to("meta")
-
-
-def offloaded(model: Any) -> None:
-    from accelerate import cpu_offload
-
-    cpu_offload(model, execution_device=torch.device("cpu"))
-
-
-def offloaded_in_part(model: Any) -> None:
-    from accelerate import cpu_offload
-
-    cpu_offload(model.encoder.layer[0], execution_device=torch.device("cpu"))
-
-
-def offloaded_linear_with_hook(model: Any) -> None:
-    from accelerate.hooks import AlignDevicesHook, add_hook_to_module
-
-    hook = AlignDevicesHook(execution_device="cpu", offload=True)
-    add_hook_to_module(_output(model).dense, hook)
-
-
 def other_decoder_flag(model: Any) -> None:
     model.config.is_decoder = True
 
@@ -506,29 +295,9 @@ def config_says_otherwise(model: Any) -> None:
     model.config.layer_norm_eps = 0.5
 
 
-def default_types_are_ones(model: Any) -> None:
-    model.embeddings.token_type_ids.fill_(1)
-
-
-def dtype_of_the_embeddings(model: Any) -> None:
-    model.embeddings.word_embeddings.half()
-
-
-def parameters_of_integers(model: Any) -> None:
-    with torch.no_grad():
-        _output(model).dense.bias = nn.Parameter(torch.ones(model.config.hidden_size).long(), requires_grad=False)
-
-
 def user_raises_in_a_module(model: Any) -> None:
     class Refusing(nn.Linear):
         def forward(self, x: Tensor) -> Tensor:
             raise KeyError("the user's own")
 
-    _output(model).dense.__class__ = Refusing
-
-
-ODD = [
-    value
-    for name, value in list(globals().items())
-    if isinstance(value, types.FunctionType) and value.__module__ == __name__ and not name.startswith("_")
-]
+    output_of(model).dense.__class__ = Refusing

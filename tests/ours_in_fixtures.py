@@ -1,4 +1,4 @@
-"""A plugin for pytest, `-p ours_in_fixtures`: the fixtures of sentence-transformers' tests give encoders of fastbert.
+"""This plugin for pytest, `-p ours_in_fixtures`, puts our encoders into sentence-transformers' fixtures.
 
 It shows what code written for SentenceTransformer and CrossEncoder meets in SentenceEncoder and CrossEncoder:
 docs/upstream-tests.md.

@@ -1,4 +1,4 @@
-"""A plugin for pytest, `-p peft_offline`: PEFT's tests ask the hub for no model, not even at its first use.
+"""This plugin for pytest, `-p peft_offline`, keeps PEFT's tests from asking the hub for a model.
 
 They turn HF_HUB_OFFLINE off then, and wait for a network that may not be there: docs/upstream-tests.md.
 """

@@ -1,4 +1,4 @@
-"""Code in a process of its own, which compiles kernels where the tests interpret them."""
+"""Code runs in a process of its own that compiles kernels, where the tests interpret them."""
 
 from __future__ import annotations
 

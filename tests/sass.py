@@ -1,4 +1,4 @@
-"""The loops of compiled kernels, as nvdisasm shows them. For processes without TRITON_INTERPRET."""
+"""The loops of compiled kernels are read as nvdisasm shows them, in processes without TRITON_INTERPRET."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ def loops(kernel: offline.Kernel) -> list[list[str]]:
         file.write(compiled.asm["cubin"])
         file.flush()
         text = offline._tool("nvdisasm", "-c", "-ndf", file.name)
-    found = []
+    bodies = []
     for label in LABEL.finditer(text):
         back = re.search(rf"BRA[^;]*`\({re.escape(label[1])}\)", text[label.end() :])
         if back is None:
             continue
         body = text[label.end() : label.end() + back.end()] + " ;"
         if not any(re.search(rf"BRA[^;]*`\({re.escape(inner)}\)", body) for inner in LABEL.findall(body)):
-            found.append(CODE.findall(body))
-    return [body for body in found if len(body) > 1]  # kernels end with a jump to itself
+            bodies.append(CODE.findall(body))
+    return [body for body in bodies if len(body) > 1]  # kernels end with a jump to itself
 
 
 def waits(body: list[str]) -> list[int]:

@@ -1,4 +1,4 @@
-"""A driver for Triton that loads and launches nothing, so that the path to a launch runs without a GPU.
+"""This driver for Triton loads and launches nothing, so that the path to a launch runs without a GPU.
 
 Kernels are compiled for sm_90. For processes without TRITON_INTERPRET: `install()` before the first launch.
 """
@@ -15,7 +15,7 @@ from triton.runtime import driver
 
 
 class Driver:
-    """Stands for `triton.runtime.driver.active`. `loads` are the kernels loaded, `launches` the functions launched."""
+    """A stand-in for `triton.runtime.driver.active` that keeps the kernels loaded and the functions launched."""
 
     def __init__(self, seconds_to_load: float = 0.0) -> None:
         self.seconds_to_load = seconds_to_load
@@ -62,7 +62,7 @@ class Driver:
 
 
 def install(seconds_to_load: float = 0.0) -> Driver:
-    """Makes one the active driver. CPU tensors then stand for those of a GPU of compute capability 9.0."""
+    """Makes such a driver the active one. CPU tensors then stand for those of a GPU of compute capability 9.0."""
     from fastbert.ops import dispatch
     from fastbert_kernels import launch
 

@@ -45,7 +45,7 @@ class AcceleratedEncoder(Accelerated):
     def train(self, mode: bool = True) -> Any:
         state = self.__dict__.get(STATE)
         if state is not None:
-            state.forget() if mode else state.look_again()
+            state.forget() if mode else state.invalidate()
         return super().train(mode)  # type: ignore[misc]
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:

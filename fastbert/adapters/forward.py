@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from fastbert.adapters import versions
 from fastbert.adapters.covered import COVERED, Mapping
 from fastbert.adapters.live_encoder import LiveEncoder, Options, Unsupported
+from fastbert.models.inputs import Inputs
 from fastbert.ops import BackendError, packing, tracing
 from fastbert.ops.tracing import untraced
 
@@ -80,7 +81,7 @@ class State(Counted):
         """What is derived from the modules is made anew at the next call."""
         self._encoder = None
 
-    def look_again(self) -> None:
+    def invalidate(self) -> None:
         """What is derived from the weights is made anew at the next call."""
         self._stale = self._stale or not self.settled
 
@@ -92,9 +93,9 @@ class State(Counted):
                 found = self._encoder
                 if found is None or not found.is_current():
                     found = self._encoder = LiveEncoder(live, self.mapping, self.options)
-                    found.look_again()
+                    found.invalidate()
                 elif self._stale:
-                    found.look_again()
+                    found.invalidate()
                 self._stale = False
         return found
 
@@ -262,7 +263,7 @@ def _run(live: nn.Module, state: State, encoder: LiveEncoder, call: dict[str, An
     batch = None if mask is None else packing.unpad(mask)
     if batch is not None and not batch.first_column:
         raise Unsupported("padding in the first column")
-    encoded = model.encode(**inputs, output_attentions=False, output_hidden_states=keep_states, batch=batch)
+    encoded = model.encode(Inputs(**inputs, output_attentions=False, output_hidden_states=keep_states), batch)
     last = packing.pad(encoded.last_hidden_state, encoded.batch)
     hidden = None
     if encoded.hidden_states is not None:

@@ -150,7 +150,7 @@ class LiveEncoder:
             self._buffers_checked = state
         return None
 
-    def look_again(self) -> None:
+    def invalidate(self) -> None:
         """Makes what is derived from the weights anew: they may have been written to through `.data`."""
         modes = [(module, module.training) for leaf in self._leaves for module in leaf.modules()]
         self.model.eval()  # which does that, and reaches the live modules, whose mode is not ours to set

@@ -21,7 +21,7 @@ from fastbert._version import __version__
 from fastbert.checkpoint.config import BertConfig
 from fastbert.checkpoint.families import our_class
 from fastbert.checkpoint.files import resolve
-from fastbert.models import heads
+from fastbert.models import tasks
 from fastbert.models.bert import BertModel
 from fastbert.models.pretrained import PreTrainedModel, listed
 from fastbert.ops import dispatch
@@ -35,7 +35,7 @@ logger = logging.getLogger("fastbert")
 Model = TypeVar("Model", bound=PreTrainedModel)
 
 CLASSIFY_BATCH = 64
-HEADS = {name for name in vars(heads) if name.startswith("BertFor")}
+HEADS = {name for name in vars(tasks) if name.startswith("BertFor")}
 
 
 def embed(args: argparse.Namespace) -> None:
@@ -79,7 +79,7 @@ def similarity(args: argparse.Namespace) -> None:
 
 
 def fill_mask(args: argparse.Namespace) -> None:
-    model, tokenizer = _with_head(heads.BertForMaskedLM, "masked-language-model", args)
+    model, tokenizer = _with_head(tasks.BertForMaskedLM, "masked-language-model", args)
     if tokenizer.mask_token is None:
         raise ValueError(f"{args.model}: the tokenizer has no mask token")
     encoding = tokenizer([args.text], return_tensors="pt").to(model.device)
@@ -100,7 +100,7 @@ def fill_mask(args: argparse.Namespace) -> None:
 
 
 def next_sentence(args: argparse.Namespace) -> None:
-    model, tokenizer = _with_head(heads.BertForNextSentencePrediction, "next-sentence", args)
+    model, tokenizer = _with_head(tasks.BertForNextSentencePrediction, "next-sentence", args)
     encoding = tokenizer([args.first], [args.second], return_tensors="pt").to(model.device)
     with torch.inference_mode():
         p_is_next = model(**encoding).p_is_next.item()
@@ -109,7 +109,7 @@ def next_sentence(args: argparse.Namespace) -> None:
 
 def classify(args: argparse.Namespace) -> None:
     texts = iter(args.texts) if args.input is None else _read(args)
-    model, tokenizer = _with_head(heads.BertForSequenceClassification, "classification", args)
+    model, tokenizer = _with_head(tasks.BertForSequenceClassification, "classification", args)
     labels, problem = model.config.id2label, model.config.problem_type
     regression = problem == "regression" or (problem is None and len(labels) == 1)
     while batch := list(islice(texts, CLASSIFY_BATCH)):
@@ -161,7 +161,7 @@ def any_model(args: argparse.Namespace) -> tuple[torch.nn.Module, Path]:
     if modules.is_file() and "Pooling" in modules.read_text(encoding="utf-8"):
         return _encoder(args), folder
     named = our_class((BertConfig.from_pretrained(folder).architectures or ["BertModel"])[0])
-    return (getattr(heads, named) if named in HEADS else BertModel).from_pretrained(name, **_how(args)), folder
+    return (getattr(tasks, named) if named in HEADS else BertModel).from_pretrained(name, **_how(args)), folder
 
 
 def bench(args: argparse.Namespace) -> int:

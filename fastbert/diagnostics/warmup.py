@@ -9,9 +9,8 @@ from typing import Any
 import torch
 
 from fastbert.diagnostics.explain.entry import backbone, find_model
-from fastbert.engine import graphs
-from fastbert.engine.graphs import CompileEvents, compile_events
-from fastbert.models.bert import BertModel
+from fastbert.engine import buckets
+from fastbert.engine.events import CompileEvents, compile_events
 from fastbert.models.pretrained import PreTrainedModel
 from fastbert.pipelines import run as sentence_run
 from fastbert.pipelines.sentence import SentenceEncoder
@@ -61,50 +60,22 @@ def warmup(model: Any, *, max_tokens: int | None = None) -> WarmupReport:
     inner = find_model(model)
     bert = backbone(inner)
     if max_tokens is None:
-        max_tokens = graphs.LARGEST
+        max_tokens = buckets.LARGEST
         if isinstance(model, SentenceEncoder):
             default = sentence_run.TOKEN_BUDGET
             max_tokens = model.token_budget or default.get(model.device.type, default["cuda"])
     if isinstance(max_tokens, bool) or not isinstance(max_tokens, int) or max_tokens < 1:
         raise ValueError(f"max_tokens: expected a positive whole number, got {max_tokens!r}")
     before, started = compile_events(), time.perf_counter()
-    captured: tuple[int, ...] = ()
     with torch.inference_mode():
-        why_not = bert.graph_obstacle()
-        if why_not is None and not bert.cuda_graphs:
-            why_not = "the model's cuda_graphs is False"
-        if why_not is None:
-            captured = _capture(bert, max_tokens)
-            why_not = None if captured else "capturing one failed, and the log has the reason"
-        else:
-            _run(bert, min(max_tokens, graphs.BUCKETS[0]))
-        if bert.device.type == "cuda" and max_tokens > graphs.LARGEST:
-            _run(bert, max_tokens)
+        captured, obstacles = bert.engine.prepare(bert, max_tokens)
         _run_rest(model, inner)
     if bert.device.type == "cuda":
         torch.cuda.synchronize(bert.device)
     seconds = time.perf_counter() - started
     name, device = type(model).__name__, str(bert.device)
-    notes = () if why_not is None else (f"No CUDA graphs: {why_not}.",)
+    notes = (f"No CUDA graphs: {'; '.join(obstacles)}.",) if obstacles else ()
     return WarmupReport(name, device, captured, compile_events() - before, seconds, notes)
-
-
-def _capture(bert: BertModel, max_tokens: int) -> tuple[int, ...]:
-    """Runs every bucket up to that of max_tokens, the largest first: the others then find its memory in the pool."""
-    last = graphs.bucket_of(min(max_tokens, graphs.LARGEST))
-    assert last is not None
-    bert.graphs.thaw()
-    for bucket in reversed(graphs.BUCKETS[: graphs.BUCKETS.index(last) + 1]):
-        _run(bert, bucket)
-    bert.graphs.freeze()
-    return bert.graphs.captured()
-
-
-def _run(bert: BertModel, n_tokens: int) -> None:
-    """A batch of n_tokens, in texts of as many as the model reads."""
-    ids = torch.zeros(n_tokens, dtype=torch.int64, device=bert.device)
-    longest = bert.longest_text
-    bert.forward_packed(ids, torch.tensor([*range(0, n_tokens, longest), n_tokens], dtype=torch.int32, device="cpu"))
 
 
 def _run_rest(model: Any, inner: PreTrainedModel) -> None:

@@ -1,1 +1,11 @@
-"""How an encoder runs: the arithmetic, and the launch around it. README.md here says how to add one."""
+"""How an encoder runs: the arithmetic, and the launch around it. README.md beside this file says how to add one.
+
+`Engine` is the one door for models; what it needs of them is in `interface`.
+"""
+
+from fastbert.engine.block import Block, EmbeddingTables, Linear, Norm
+from fastbert.engine.choose import Engine
+from fastbert.engine.interface import PackedInputs
+from fastbert.engine.options import Options
+
+__all__ = ["Block", "EmbeddingTables", "Engine", "Linear", "Norm", "Options", "PackedInputs"]

@@ -10,13 +10,15 @@ each output channel, rows with a scale and an offset each. That path gives the s
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastbert import ops
+from fastbert.engine.block import Block, EmbeddingTables
+from fastbert.engine.interface import PackedInputs
 from fastbert.ops import attention, dispatch, packed_linear
 from fastbert.ops.packing import PackedBatch
 from fastbert_kernels import cpu
@@ -30,22 +32,26 @@ EXACT_FROM = 320
 MOST_KEPT, LARGEST_KEPT = 2, 64 * 2**20  # how many, bytes
 
 
-def obstacle(config: Any, dtype: torch.dtype, policy: ops.Policy, device: torch.device) -> str | None:
-    """Why models of this configuration run operation by operation on this device, whatever their state; or None."""
+def obstacles(config: Any, dtype: torch.dtype, policy: ops.Policy, device: torch.device) -> Iterator[str]:
+    """Every reason why models of this configuration run operation by operation on this device, whatever their state."""
     if device.type != "cpu":
-        return f"the model is on {device}"
+        yield f"the model is on {device}"
+        return
     backend = dispatch.decide("linear", policy, device, None).backend
     if backend != "cpu":
-        return f"the backend is {backend!r}"
+        yield f"the backend is {backend!r}"
+        return
     if not cpu.multiplies(dtype):
-        return cpu.unavailable() or f"the C++ kernels do not multiply {dtype} on this processor"
+        yield cpu.unavailable() or f"the C++ kernels do not multiply {dtype} on this processor"
     if config.hidden_size > cpu.MAX_HIDDEN:
-        return f"hidden size {config.hidden_size} is above {cpu.MAX_HIDDEN}"
+        yield f"hidden size {config.hidden_size} is above {cpu.MAX_HIDDEN}"
     if dtype == torch.bfloat16 and config.intermediate_size % 2:  # which is multiplied in pairs
-        return f"intermediate size {config.intermediate_size} is odd"
+        yield f"intermediate size {config.intermediate_size} is odd"
     if ops.ACTIVATIONS.get(config.hidden_act) not in cpu.ACTIVATIONS:
-        return f"there is no C++ kernel for {config.hidden_act!r}"
-    return attention.cpu_obstacle(config.head_size, torch.empty(0, dtype=dtype, device="cpu"))
+        yield f"there is no C++ kernel for {config.hidden_act!r}"
+    obstacle = attention.cpu_obstacle(config.head_size, torch.empty(0, dtype=dtype, device="cpu"))
+    if obstacle is not None:
+        yield obstacle
 
 
 def multiplies_bfloat16() -> bool:
@@ -62,8 +68,8 @@ def invariant_obstacle(config: Any, dtype: torch.dtype) -> str | None:
     return attention.cpu_obstacle(config.head_size, torch.empty(0, dtype=dtype, device="cpu"))
 
 
-def narrow(model: Any, asked: Any) -> None:
-    """For inference on a CPU that has bfloat16 in hardware: a float32 model becomes bfloat16 if dtype="auto" was asked.
+def choose_cpu_dtype(model: Any, asked: Any) -> None:
+    """Makes a float32 model bfloat16 for inference, on a CPU that has it in hardware, if dtype="auto" was asked.
 
     A model that is to be trained, or saved, stays as it is stored: only encoders of text call this.
     """
@@ -76,23 +82,36 @@ def narrow(model: Any, asked: Any) -> None:
         return
     if multiplies_bfloat16():
         model.to(torch.bfloat16)
-        why = "dtype='auto' took bfloat16, which this processor has in hardware"
-        model.dtype_choice = f"{why}; dtype='float32' is exact"
+        reason = "dtype='auto' took bfloat16, which this processor has in hardware"
+        model.dtype_choice = f"{reason}; dtype='float32' is exact"
 
 
-def int8_obstacle(config: Any, dtype: torch.dtype) -> str | None:
-    """Why models of this configuration have no 8-bit kernels on this CPU, whatever their state; or None.
+def int8_obstacles(config: Any, dtype: torch.dtype) -> Iterator[str]:
+    """Every reason why models of this configuration have no 8-bit kernels on this CPU, whatever their state.
 
-    Beside what fastbert.ops.quantized.obstacle says of the sizes.
+    What fastbert.ops.quantized says of the sizes comes beside it.
     """
-    why_not = cpu.no_int8()
-    if why_not is None and dtype not in (torch.float32, torch.bfloat16):
-        why_not = f"the C++ kernels do not multiply 8-bit operands for models in {dtype}"
-    return why_not or attention.cpu_obstacle(config.head_size, torch.empty(0, dtype=dtype, device="cpu"))
+    no_int8 = cpu.no_int8()
+    if no_int8 is not None:
+        yield no_int8
+    elif dtype not in (torch.float32, torch.bfloat16):
+        yield f"the C++ kernels do not multiply 8-bit operands for models in {dtype}"
+    obstacle = attention.cpu_obstacle(config.head_size, torch.empty(0, dtype=dtype, device="cpu"))
+    if obstacle is not None:
+        yield obstacle
+
+
+def takes_rows(n_rows: int, dtype: torch.dtype, hidden_size: int) -> bool:
+    """Whether so many rows are best run in one call."""
+    if n_rows == 0:
+        return False
+    if dtype == torch.float32 and n_rows < packed_linear.LEAST_ROWS and hidden_size < EXACT_FROM:
+        return False
+    return not (dtype == torch.bfloat16 and n_rows > ROWS_WITHOUT_AMX and cpu.has_amx())
 
 
 class CpuEncoder:
-    """Keeps the weights as the kernel reads them, until `key` says that they changed."""
+    """The weights as the kernel reads them, kept until their key says that they changed, and workspaces."""
 
     def __init__(self) -> None:
         self._kept: tuple[Any, Any] = (None, None)
@@ -102,42 +121,30 @@ class CpuEncoder:
         return {"_kept": (None, None), "_workspaces": []}
 
     def clear(self) -> None:
-        """Takes the weights anew when it next runs."""
+        """Drops both: the weights are packed anew when they are next used."""
         self._kept = (None, None)
         self._workspaces = []
 
-    def takes_rows(self, n_rows: int, dtype: torch.dtype, hidden_size: int) -> bool:
-        """Whether so many rows are best here."""
-        if n_rows == 0:
-            return False
-        if dtype == torch.float32 and n_rows < packed_linear.LEAST_ROWS and hidden_size < EXACT_FROM:
-            return False
-        return not (dtype == torch.bfloat16 and n_rows > ROWS_WITHOUT_AMX and cpu.has_amx())
-
     def weights(self, key: Any, renewed: Callable[[], Any], make: Callable[[], Any]) -> Any:
-        """What `make` made, the last time that the key changed. renewed: gives the key under which that is kept."""
+        """Returns what `make` made when the key last changed. renewed: gives the key under which that is kept."""
         kept = self._kept
         if kept[0] != key:
             kept = self._kept = renewed(), make()
         return kept[1]
 
-    def run(
-        self,
-        weights: cpu.Encoder,
-        batch: PackedBatch,
-        ids: tuple[Tensor, Tensor | None, Tensor] | None,
-        embedded: Tensor | None = None,
-    ) -> Tensor:
-        """Words, token types and positions, (T,) int64 within their tables -> the last hidden state, (T, H).
+    def run(self, weights: cpu.Encoder, batch: PackedBatch, inputs: PackedInputs | Tensor) -> Tensor:
+        """Ids, (T,) int64 within their tables, or the embeddings (T, H) -> the last hidden state, (T, H).
 
-        Where ids is None, embedded, (T, H), takes their place, and is written to.
+        The embeddings are written to.
         """
         dtype = weights.dtype
-        if embedded is None:
-            embedded = torch.empty(batch.n_tokens, weights.hidden_size, dtype=dtype, device="cpu")
-        x = embedded.contiguous()
+        if isinstance(inputs, Tensor):
+            ids, x = None, inputs.contiguous()
+        else:
+            ids = _contiguous(inputs)
+            x = torch.empty(batch.n_tokens, weights.hidden_size, dtype=dtype, device="cpu")
         workspace = self._take(weights.workspace_size(batch.n_tokens), dtype)
-        cpu.encoder_forward(weights, _contiguous(ids), x, batch.cu_seqlens_cpu, workspace)
+        cpu.encoder_forward(weights, ids, x, batch.cu_seqlens_cpu, workspace)
         self._keep(workspace)
         return x
 
@@ -145,19 +152,18 @@ class CpuEncoder:
         self,
         weights: cpu.Int8Encoder,
         batch: PackedBatch,
-        given: tuple[Tensor, Tensor | None, Tensor] | Tensor,
+        inputs: PackedInputs | Tensor,
         dtype: torch.dtype,
         keep_states: bool,
     ) -> list[Tensor]:
-        """Words, token types and positions as for `run`, or the embeddings (T, H) -> the last hidden state (T, H) as a
-        list, or all L + 1 of them."""
+        """Ids as for `run`, or embeddings (T, H) -> the last hidden state (T, H) as a list, or all L + 1 of them."""
         n_states = len(weights.layers) + 1 if keep_states else 1
         states = torch.empty(n_states, batch.n_tokens, weights.hidden_size, dtype=dtype, device="cpu")
         ids = None
-        if isinstance(given, Tensor):
-            states[0] = given
+        if isinstance(inputs, Tensor):
+            states[0] = inputs
         else:
-            ids = _contiguous(given)
+            ids = _contiguous(inputs)
         workspace = self._take(weights.workspace_size(batch.n_tokens, dtype), torch.uint8)
         cpu.encoder_int8_forward(weights, ids, states, batch.cu_seqlens_cpu, workspace)
         self._keep(workspace)
@@ -177,62 +183,79 @@ class CpuEncoder:
             self._workspaces.append(workspace)
 
 
-def _contiguous(ids: tuple[Tensor, Tensor | None, Tensor] | None) -> tuple[Tensor, Tensor | None, Tensor] | None:
-    if ids is None:
-        return None
-    words, types, positions = ids
-    return words.contiguous(), None if types is None else types.contiguous(), positions.contiguous()
+def _contiguous(inputs: PackedInputs) -> tuple[Tensor, Tensor | None, Tensor]:
+    input_ids, token_type_ids, position_ids, _ = inputs
+    assert input_ids is not None
+    token_type_ids = None if token_type_ids is None else token_type_ids.contiguous()
+    return input_ids.contiguous(), token_type_ids, position_ids.contiguous()
 
 
-def gather(embeddings: Any, layers: Any, config: Any, fused_qkv: Callable[[Any], Any], int8: bool = False) -> Any:
-    """The weights of plain modules, packed; None where they are not of one dtype, in order and on the CPU.
+def pack_encoder(
+    tables: EmbeddingTables | None, blocks: list[Block], config: Any, int8: bool = False
+) -> cpu.Encoder | cpu.Int8Encoder | None:
+    """The weights packed for the C++ kernels; None where they are not of one dtype, contiguous and on the CPU.
 
-    embeddings: None where they are made elsewhere. int8: as a cpu.Int8Encoder, not a cpu.Encoder.
+    tables: None where the embeddings are made elsewhere. int8: whether the linears' weights are in 8 bits.
     """
-    norms: list[Any] = []
-    read: list[Any] = []
-    if embeddings is not None:
-        types, norm = embeddings.token_type_embeddings, embeddings.LayerNorm
-        read = [embeddings.word_embeddings.weight, None if types is None else types.weight]
-        read += [embeddings.position_embeddings.weight, norm.weight, norm.bias]
-        norms = [norm]
-    gathered = []
-    for layer in layers:
-        parts = layer.attention.output.dense, layer.intermediate.dense, layer.output.dense
-        norms += [layer.attention.output.LayerNorm, layer.output.LayerNorm]
-        weight, bias = fused_qkv(layer.attention.self)
-        out, up, down = ((part.weight, part.bias) for part in parts)
-        norm, last = ((n.weight, n.bias) for n in norms[-2:])
-        gathered.append((weight, bias, *out, *norm, *up, *down, *last))
-    if not gathered:
+    if not blocks:
         return None
-    everything = [t for i, t in enumerate(read) if i != 1 or t is not None] + [t for layer in gathered for t in layer]
-    dtype = everything[0].dtype
-    if any(t is None or t.dtype != dtype or t.device.type != "cpu" or not t.is_contiguous() for t in everything):
+    norms = [norm for block in blocks for norm in (block.attention_norm, block.output_norm)]
+    embeddings: cpu.EncoderTables | tuple[()] = ()
+    if tables is not None:
+        norm = tables.norm
+        norms.insert(0, norm)
+        weight, bias = norm.weight, norm.bias
+        embeddings = cpu.EncoderTables(tables.words, tables.token_types, tables.positions, weight, bias)  # type: ignore[arg-type]
+    layers = [_layer(block) for block in blocks]
+    tensors: list[Any] = [t for layer in layers for t in layer]
+    tensors += [t for i, t in enumerate(embeddings) if i != 1 or t is not None]  # there may be no token types
+    dtype = tensors[0].dtype
+    if any(t is None or t.dtype != dtype or t.device.type != "cpu" or not t.is_contiguous() for t in tensors):
         return None
-    if any(t.is_inference() for t in everything) or len({norm.eps for norm in norms}) > 1:
+    if any(t.is_inference() for t in tensors) or len({norm.eps for norm in norms}) > 1:
         return None
-    activations = {layer.intermediate.activation for layer in layers}
     return (cpu.Int8Encoder if int8 else cpu.Encoder)(
-        embeddings=tuple(None if t is None else t.detach() for t in read),
-        layers=tuple(_in_8_bits(layer) if int8 else _packed(layer) for layer in gathered),
+        embeddings=cpu.EncoderTables(*(None if t is None else t.detach() for t in embeddings)) if embeddings else (),  # type: ignore[arg-type]
+        layers=tuple(_in_8_bits(layer) if int8 else _packed(layer) for layer in layers),
         hidden_size=config.hidden_size,
         intermediate_size=config.intermediate_size,
         num_heads=config.num_attention_heads,
-        activation=activations.pop(),
+        activation=blocks[0].activation,
         eps=norms[0].eps,
     )
 
 
-def _packed(layer: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return tuple(packed_linear.packed_by_kernel(t) if i in (0, 2, 6, 8) else t.detach() for i, t in enumerate(layer))
+def _layer(block: Block) -> cpu.EncoderLayer:
+    """The tensors of a layer as they are, in the order of the kernel."""
+    qkv, out, up, down = block.fuse_qkv(), block.out, block.up, block.down
+    attention_norm, output_norm = block.attention_norm, block.output_norm
+    tensors: Any = (
+        qkv.weight, qkv.bias, out.weight, out.bias, attention_norm.weight, attention_norm.bias,
+        up.weight, up.bias, down.weight, down.bias, output_norm.weight, output_norm.bias,
+    )  # fmt: skip
+    return cpu.EncoderLayer(*tensors)
 
 
-def _in_8_bits(layer: tuple[Tensor, ...]) -> tuple[Any, ...]:
-    """Each of the four weights and the bias after it as one."""
+def _packed(layer: cpu.EncoderLayer) -> cpu.EncoderLayer:
+    pack = packed_linear.packed_by_kernel  # kept beside the parameter itself
+    detached = cpu.EncoderLayer(*(t.detach() for t in layer))
+    return detached._replace(qkv=pack(layer.qkv), out=pack(layer.out), up=pack(layer.up), down=pack(layer.down))
+
+
+def _in_8_bits(layer: cpu.EncoderLayer) -> cpu.Int8EncoderLayer:
+    def pack(weight: Tensor, bias: Tensor, rotated: bool) -> cpu.Int8Weight:
+        q = ops.quantized.quantize_weight(weight, "int8", rotated=rotated)
+        return cpu.pack_int8(q.data, q.scale[:, 0], bias.float())
+
     with torch.inference_mode(False), torch.no_grad():
-        made: list[Any] = [t.detach() for t in layer]
-        for i, rotated in ((8, False), (6, True), (2, True), (0, True)):  # GELU's rows are not rotated
-            q = ops.quantized.quantize_weight(made[i], "int8", rotated=rotated)
-            made[i : i + 2] = [cpu.pack_int8(q.data, q.scale[:, 0], made[i + 1].float())]
-    return tuple(made)
+        layer = cpu.EncoderLayer(*(t.detach() for t in layer))
+        return cpu.Int8EncoderLayer(
+            qkv=pack(layer.qkv, layer.qkv_bias, True),
+            out=pack(layer.out, layer.out_bias, True),
+            attention_norm_weight=layer.attention_norm_weight,
+            attention_norm_bias=layer.attention_norm_bias,
+            up=pack(layer.up, layer.up_bias, True),
+            down=pack(layer.down, layer.down_bias, False),  # the rows of an activation are not rotated
+            output_norm_weight=layer.output_norm_weight,
+            output_norm_bias=layer.output_norm_bias,
+        )

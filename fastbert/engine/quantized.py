@@ -14,13 +14,16 @@ int8 is the more exact of the two: benchmarks/NOTES.md has the figures.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastbert import ops
+from fastbert.engine.block import Block, Linear, Norm, feature_obstacles
+from fastbert.engine.interface import EncoderModel, PackedInputs
+from fastbert.engine.listeners import is_bare
 from fastbert.ops import BackendError, Policy, dispatch, tracing
 from fastbert.ops.derived import Derived
 from fastbert.ops.dispatch import Decision
@@ -28,32 +31,30 @@ from fastbert.ops.packing import PackedBatch
 from fastbert.ops.quantized import Quantized
 from fastbert.ops.tracing import untraced
 
-if TYPE_CHECKING:
-    from fastbert.models.bert import BertLayer, BertModel
-
 OP = "8-bit encoder"
 # What a Decision calls the unquantised path.
 UNQUANTISED = "unquantised"
+FEATURES: frozenset[str] = frozenset()  # what its layers may have beyond BERT's
 
 
 class QuantizedWeights(Derived):
     """8-bit weights derived from linears, kept until a parameter changes."""
 
-    def of(self, precision: str, name: str, linears: Sequence[nn.Linear], rotated: bool) -> tuple[Quantized, Tensor]:
-        """The linears as one: their weights one above the other, with a scale a row, and their biases.
+    def of(self, precision: str, name: str, linears: Sequence[Linear], rotated: bool) -> tuple[Quantized, Tensor]:
+        """Returns the linears as one: their weights one above the other, with a scale a row, and their biases.
 
         name: what they are kept under. rotated: whether their input is.
         """
         data, scale, bias = self._tensors(precision, name, linears, rotated)
         return Quantized(data, scale, data.shape[1]), bias
 
-    def addresses_of(self, precision: str, name: str, linears: Sequence[nn.Linear], rotated: bool) -> tuple[int, ...]:
-        """Where data, scales and biases are, up to date; nowhere if they are made on every call."""
+    def addresses_of(self, precision: str, name: str, linears: Sequence[Linear], rotated: bool) -> tuple[int, ...]:
+        """Returns where data, scales and biases are, up to date; nothing if they are made on every call."""
         return self.addresses(name, self._tensors(precision, name, linears, rotated))
 
-    def _tensors(self, precision: str, name: str, linears: Sequence[nn.Linear], rotated: bool) -> tuple[Tensor, ...]:
+    def _tensors(self, precision: str, name: str, linears: Sequence[Linear], rotated: bool) -> tuple[Tensor, ...]:
         weights: list[Tensor] = [linear.weight for linear in linears]
-        biases: list[Tensor] = [linear.bias for linear in linears]
+        biases: list[Any] = [linear.bias for linear in linears]
 
         def make() -> tuple[Tensor, ...]:
             weight = ops.quantized.quantize_weight(torch.cat(weights), precision, rotated=rotated)
@@ -62,14 +63,8 @@ class QuantizedWeights(Derived):
         return self.get(name, weights + biases, make, (precision, rotated))
 
 
-def layers_of(model: BertModel) -> list[BertLayer]:
-    """The encoder's layers, with the type that a ModuleList does not keep."""
-    layers: Any = model.encoder.layer
-    return list(layers)
-
-
 def decide(
-    model: BertModel,
+    model: EncoderModel,
     policy: Policy,
     device: torch.device,
     dtype: torch.dtype,
@@ -84,31 +79,32 @@ def decide(
     """
     precision = model.precision
     assert precision is not None
-    config, layers = model.config, layers_of(model)
-    activation = layers[0].intermediate.activation
+    config = model.config
+    activation = ops.ACTIVATIONS[config.hidden_act]
     sizes = config.hidden_size, config.intermediate_size, config.head_size
-    why_not = ops.quantized.obstacle(*sizes, activation, dtype, device) or _altered(model)
-    if why_not is None and policy.backend != "torch":
-        why_not = ops.quantized.device_obstacle(precision, device, arch)
-    if why_not is None and policy.batch_invariant and (device.type != "cpu" or policy.backend == "triton"):
-        why_not = "batch_invariant: of the 8-bit kernels, only those in C++ for CPUs promise it"
-    why_not = why_not or transformed or tracing.transformed()
-    if why_not is not None:
-        return Decision(OP, UNQUANTISED, why_not)
+    obstacles = [ops.quantized.obstacle(*sizes, activation, dtype, device), _altered(model)]
+    if policy.backend != "torch":
+        obstacles.append(ops.quantized.device_obstacle(precision, device, arch))
+    if policy.batch_invariant and (device.type != "cpu" or policy.backend == "triton"):
+        obstacles.append("batch_invariant: of the 8-bit kernels, only those in C++ for CPUs promise it")
+    obstacles.append(transformed or tracing.transformed())
+    reasons = [obstacle for obstacle in obstacles if obstacle is not None]
+    if reasons:
+        return Decision(OP, UNQUANTISED, "; ".join(reasons))
     if arch is not None and policy.backend in ("auto", "triton"):
         return Decision(OP, "triton")
     decision = dispatch.decide(OP, policy, device, None)
     if decision.backend == "triton" or policy.backend == "torch":
         return Decision(OP, decision.backend)
     if precision == "int8" and decision.backend == "cpu":
-        why_not = model.int8_obstacle(device, dtype)
-        return Decision(OP, UNQUANTISED, why_not) if why_not else Decision(OP, "cpu", decision.reason)
+        reasons = list(model.engine.int8_call.kernel_obstacles(model, device, dtype))
+        return Decision(OP, UNQUANTISED, "; ".join(reasons)) if reasons else Decision(OP, "cpu", decision.reason)
     reason = decision.reason or f"there are no 8-bit kernels for backend {decision.backend!r} on {device.type!r}"
     return Decision(OP, UNQUANTISED, reason)
 
 
 @untraced
-def choose(model: BertModel, transformed: str | None = None) -> str:
+def choose(model: EncoderModel, transformed: str | None = None) -> str:
     """`decide` for the model as it is, with the fallback logged once, or raised as BackendError under strict."""
     if model.training:
         raise RuntimeError(f"precision={model.precision!r} is for inference: call eval() before the model")
@@ -122,30 +118,27 @@ def choose(model: BertModel, transformed: str | None = None) -> str:
     return decision.backend
 
 
-def _altered(model: BertModel) -> str | None:
+def _altered(model: EncoderModel) -> str | None:
     """Which part of the encoder is an adapter or has hooks, so that its parameters cannot stand for it, or None."""
-    from fastbert.models.bert import is_bare
-
     if model.embeddings_project is not None:
         return "the embeddings are projected, and there is no 8-bit kernel for that"
     for name in ("embeddings", "encoder"):
         module = getattr(model, name)
         if not is_bare(module, type(module)):
             return f"{name} has hooks"
-    for i, layer in enumerate(layers_of(model)):
-        if not _is_own(layer):
+    for i, layer in enumerate(model.encoder.layer):
+        if not _is_own(layer, model.own_modules):
             return f"a part of encoder.layer.{i} is an adapter, has hooks or has no bias"
-    return None
+    block = next(iter(model.blocks()), None)
+    return None if block is None else next(feature_obstacles(block.features(), FEATURES, "the 8-bit encoder"), None)
 
 
-def _is_own(module: nn.Module) -> bool:
+def _is_own(module: nn.Module, own_modules: frozenset[type[nn.Module]]) -> bool:
     """Whether a module of the encoder is as it was made.
 
     It reads the dictionaries of modules, since it runs for every batch and a module's attributes are slow.
     """
-    from fastbert.models.bert import ENCODER_MODULES, is_bare
-
-    if type(module) not in ENCODER_MODULES or not is_bare(module, type(module)):
+    if type(module) not in own_modules or not is_bare(module, type(module)):
         return False
     children: Any = module._modules.values()
     for child in children:
@@ -156,81 +149,96 @@ def _is_own(module: nn.Module) -> bool:
         elif kind in (nn.LayerNorm, nn.Dropout):
             if not is_bare(child, kind):
                 return False
-        elif not _is_own(child):
+        elif not _is_own(child, own_modules):
             return False
     return True
 
 
-@untraced
-def encode(
-    model: BertModel,
-    backend: str,
-    batch: PackedBatch,
-    input_ids: Tensor | None,
-    token_type_ids: Tensor | None,
-    position_ids: Tensor,
-    inputs_embeds: Tensor | None,
-    keep_states: bool = False,
-) -> list[Tensor]:
-    """As BertEncoder after BertEmbeddings: the L + 1 hidden states, each (T, H), or the last. backend: of `choose`."""
-    policy, precision = Policy(backend, strict=True), model.precision
-    assert precision is not None
-    weights, layers = model.quantized_weights, layers_of(model)
-    _refuse_gradients(model, inputs_embeds)
-    operands = model.embeddings.operands(input_ids, inputs_embeds, model.policy)
-    words: list[Any] = [operands[0], token_type_ids, position_ids, *operands[1:], precision]
-    x, q = ops.quantized.embedding_layer_norm(*words, policy=policy)
-    states = [x]
-    for i, layer in enumerate(layers):
-        part, add, up, down = layer.attention.self, layer.attention.output, layer.intermediate, layer.output
-        of_qkv, of_out, of_up, of_down = (weights.of(precision, *which) for which in _linears(i, layer, precision))
-        weight, bias = of_qkv
-        qkv = ops.quantized.linear(q, weight, bias, x.dtype, policy=policy)
-        context = ops.quantized.varlen_attention(qkv, batch, part.num_heads, precision, policy=policy)
-        weight, bias = of_out
-        y = ops.quantized.linear(context, weight, None, x.dtype, policy=policy)
-        after = add.LayerNorm.weight, add.LayerNorm.bias, add.LayerNorm.eps
-        x, q = ops.quantized.bias_residual_layer_norm(y, bias, x, *after, precision, policy=policy)
-        weight, bias = of_up
-        inner = ops.quantized.linear_quantized(q, weight, bias, up.activation, policy=policy)
-        weight, bias = of_down
-        y = ops.quantized.linear(inner, weight, None, x.dtype, policy=policy)
-        after = down.LayerNorm.weight, down.LayerNorm.bias, down.LayerNorm.eps
-        if i + 1 < len(layers):
-            x, q = ops.quantized.bias_residual_layer_norm(y, bias, x, *after, precision, policy=policy)
-        else:  # nobody multiplies it in 8 bits
-            x = ops.bias_residual_layer_norm(y, bias, x, *after, policy=policy)
-        states = [*states, x] if keep_states else [x]
-    return states
+class EightBit:
+    """The arithmetic of precision="fp8" and "int8" operation by operation: Triton kernels, or their emulation."""
+
+    name = OP
+
+    def __init__(self) -> None:
+        self.weights = QuantizedWeights()
+
+    def obstacles(self, model: Any, n_tokens: int | None, keep_states: bool, embedded: bool) -> Iterator[str]:
+        if model.precision is None:
+            yield "no precision was asked for"
+            return
+        decision = decide(model, model.policy, model.device, model.dtype)
+        if decision.backend == UNQUANTISED:
+            yield str(decision.reason)
+        elif decision.backend == "cpu":
+            yield "the C++ kernels run this precision in one call"
+
+    def prepare(self, model: Any) -> None:
+        self.addresses(model)
+
+    @untraced
+    def run(self, model: Any, batch: PackedBatch, inputs: PackedInputs, keep_states: bool) -> list[Tensor]:
+        backend = "torch" if model.policy.backend == "torch" else "triton"
+        policy, precision, weights = Policy(backend, strict=True), model.precision, self.weights
+        refuse_gradients(model, inputs.inputs_embeds)
+        ops.prepare_attention(batch, model.dtype, model.config.head_size, model.policy)
+        input_ids, tables = model.tables(inputs)
+        weight, bias = tables.norm.filled(tables.positions)
+        x, q = ops.quantized.embedding_layer_norm(
+            input_ids, inputs.token_type_ids, inputs.position_ids, tables.words, tables.token_types, tables.positions,
+            weight, bias, tables.norm.eps, precision, policy=policy,
+        )  # fmt: skip
+        states, blocks = [x], list(model.blocks())
+        for i, block in enumerate(blocks):
+            of_qkv, of_out, of_up, of_down = (weights.of(precision, *which) for which in _linears(i, block, precision))
+            weight, bias = of_qkv
+            qkv = ops.quantized.linear(q, weight, bias, x.dtype, policy=policy)
+            context = ops.quantized.varlen_attention(qkv, batch, block.num_heads, precision, policy=policy)
+            weight, bias = of_out
+            y = ops.quantized.linear(context, weight, None, x.dtype, policy=policy)
+            x, q = ops.quantized.bias_residual_layer_norm(
+                y, bias, x, *_norm(block.attention_norm), precision, policy=policy
+            )
+            weight, bias = of_up
+            inner = ops.quantized.linear_quantized(q, weight, bias, block.activation, policy=policy)
+            weight, bias = of_down
+            y = ops.quantized.linear(inner, weight, None, x.dtype, policy=policy)
+            if i + 1 < len(blocks):
+                x, q = ops.quantized.bias_residual_layer_norm(
+                    y, bias, x, *_norm(block.output_norm), precision, policy=policy
+                )
+            else:  # nobody multiplies it in 8 bits
+                x = ops.bias_residual_layer_norm(y, bias, x, *_norm(block.output_norm), policy=policy)
+            states = [*states, x] if keep_states else [x]
+        return states
+
+    @untraced
+    def addresses(self, model: EncoderModel) -> list[tuple[int, ...]]:
+        """Where the 8-bit weights of every layer are kept, up to date: what a CUDA graph of the model reads."""
+        precision = model.precision
+        assert precision is not None
+        return [
+            self.weights.addresses_of(precision, *which)
+            for i, block in enumerate(model.blocks())
+            for which in _linears(i, block, precision)
+        ]
 
 
-def _linears(i: int, layer: BertLayer, precision: str) -> list[tuple[str, tuple[nn.Linear, ...], bool]]:
+def _norm(norm: Norm) -> tuple[Tensor, Tensor, float]:
+    assert norm.weight is not None and norm.bias is not None
+    return norm.weight, norm.bias, norm.eps
+
+
+def _linears(i: int, block: Block, precision: str) -> list[tuple[str, tuple[Linear, ...], bool]]:
     """The four products of a layer: a name, the linears that are multiplied as one, whether their input is rotated."""
-    part, turned = layer.attention.self, precision == "int8"
-    return [
-        (f"{i}.qkv", (part.query, part.key, part.value), turned),
-        (f"{i}.out", (layer.attention.output.dense,), False),
-        (f"{i}.up", (layer.intermediate.dense,), turned),
-        (f"{i}.down", (layer.output.dense,), False),
-    ]
+    rotated = {"qkv", "up"} if precision == "int8" else set()
+    return [(f"{i}.{name}", linears, name in rotated) for name, linears in block.products().items()]
 
 
-@untraced
-def addresses(model: BertModel) -> list[tuple[int, ...]]:
-    """Where the 8-bit weights of every layer are kept, up to date: what a CUDA graph of the model reads."""
-    weights, precision = model.quantized_weights, model.precision
-    assert precision is not None
-    return [
-        weights.addresses_of(precision, *which)
-        for i, layer in enumerate(layers_of(model))
-        for which in _linears(i, layer, precision)
-    ]
-
-
-def _refuse_gradients(model: BertModel, inputs_embeds: Tensor | None) -> None:
+def refuse_gradients(model: EncoderModel, inputs_embeds: Tensor | None) -> None:
+    """Raises RuntimeError where gradients are asked of an 8-bit encoder."""
     if not torch.is_grad_enabled():
         return
-    given = [] if inputs_embeds is None else [inputs_embeds]
-    if any(t.requires_grad for t in (*given, *model.parameters())):
+    embeds = [] if inputs_embeds is None else [inputs_embeds]
+    if any(t.requires_grad for t in (*embeds, *model.parameters())):
         wanted = f"precision={model.precision!r} is for inference and has no gradient"
         raise RuntimeError(f"{wanted}: use torch.no_grad(), or requires_grad_(False)")

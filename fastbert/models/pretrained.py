@@ -15,12 +15,12 @@ from fastbert import ops
 from fastbert.checkpoint import files as checkpoint
 from fastbert.checkpoint.config import DTYPES, BertConfig
 from fastbert.checkpoint.loading_arguments import Arguments, check_saving, n_bytes
-from fastbert.engine import cpu_encoder
+from fastbert.engine import Options, cpu_encoder
+from fastbert.engine.state import first_parameter
 from fastbert.models.access import ModelAccess
 from fastbert.models.trainer_saving import install
-from fastbert.ops import BackendError, Policy
+from fastbert.ops import BackendError
 from fastbert.ops.dispatch import check_batch_invariant
-from fastbert.ops.quantized import check_precision
 
 logger = logging.getLogger("fastbert")
 
@@ -30,13 +30,10 @@ Model = TypeVar("Model", bound="PreTrainedModel")
 class PreTrainedModel(ModelAccess):
     """Loading, saving and settings that BertModel and the models with heads share.
 
-    `backend` ("auto", "triton", "cpu", "torch") and `strict` say what may run the operations: fastbert.ops.dispatch.
-    `batch_invariant`: a text's output is the same to the bit alone, in any batch and in any order, on the
-    Triton kernels and, with any number of threads too, on the C++ kernels for CPUs; what they cannot run raises
-    BackendError.
-    `precision`: None, or "fp8" or "int8", in which the linears of the encoder multiply (fastbert.engine.quantized); the
-    parameters, which are kept and saved as they are, then require no gradients. `missing_names`: the weights that
-    from_pretrained did not find in the checkpoint and started afresh.
+    settings: the fields of `Options`, by name; `options` of a model is what it has now. `policy`: its backend, strict
+    and batch_invariant, as the operations take them. With a `precision`, the parameters, which are kept and saved as
+    they are, require no gradients. `missing_names`: the weights that from_pretrained did not find in the checkpoint and
+    started afresh.
 
     What a checkpoint of another family calls things is translated by its table (fastbert.checkpoint.families) when it
     is read and when it is written.
@@ -48,25 +45,22 @@ class PreTrainedModel(ModelAccess):
     cuda_graphs: Any  # bool: a property of the models
     dtype_choice: str | None = None  # why the dtype is not the checkpoint's, where nobody asked for another
 
-    def __init__(
-        self,
-        config: BertConfig,
-        *,
-        backend: str = "auto",
-        strict: bool = False,
-        batch_invariant: bool = False,
-        precision: str | None = None,
-    ) -> None:
+    def __init__(self, config: BertConfig, options: Options | None = None, **settings: Any) -> None:
         super().__init__()
+        options = Options.of(options, settings)
         self.config = config
-        self.policy = Policy(backend, strict, batch_invariant)
-        self.precision = check_precision(precision)
-        if batch_invariant and (precision == "fp8" or (precision is not None and backend == "triton")):
-            raise ValueError(f"batch_invariant: not supported together with precision={precision!r} on Triton kernels")
+        self.policy = options.policy
+        self.precision = options.precision
         self.missing_names: list[str] = []
         self.warnings_issued: dict[str, bool] = {}
         self.name_or_path = config.name_or_path
         install(PreTrainedModel)
+
+    @property
+    def options(self) -> Options:
+        """What was chosen about how the model runs."""
+        policy = self.policy
+        return Options(policy.backend, policy.strict, policy.batch_invariant, self.precision, self.cuda_graphs)
 
     @property
     def device(self) -> torch.device:
@@ -99,7 +93,7 @@ class PreTrainedModel(ModelAccess):
             if tensor.device != device:
                 raise ValueError(f"{name}: expected a tensor on the model's device {device}, got {tensor.device}")
 
-    def _blame_dtypes(self, error: RuntimeError) -> None:
+    def blame_dtypes(self, error: RuntimeError) -> None:
         """Raises TypeError if parameters of different dtypes may be what PyTorch stumbled over."""
         dtypes = {p.dtype: name for name, p in reversed(list(self.named_parameters()))}  # the first name of each
         if type(error) is RuntimeError and len(dtypes) > 1:
@@ -181,7 +175,8 @@ class PreTrainedModel(ModelAccess):
         if device is not None and asked.device not in (None, torch.device(device)):
             raise ValueError(f"device_map: got {asked.device}, and device {device}; expected one of the two")
         device = asked.device or torch.device("cpu" if device is None else device)
-        check_batch_invariant(Policy(backend, strict, batch_invariant), device, precision)
+        options = Options(backend, strict, batch_invariant, precision, cuda_graphs)
+        check_batch_invariant(options.policy, device, precision)
         folder = None
         if src is not None or asked.config is None or asked.state_dict is None:
             folder = checkpoint.resolve(src, weights=asked.state_dict is None, **asked.hub)
@@ -198,13 +193,9 @@ class PreTrainedModel(ModelAccess):
             if why_not is not None:
                 raise BackendError(f"batch_invariant: {why_not}")
         config.name_or_path = "" if src is None else src
-        how: dict[str, Any] = {
-            "backend": backend, "strict": strict, "batch_invariant": batch_invariant, "precision": precision,
-        }  # fmt: skip
         with torch.device("meta"):
-            model = cls(config, **asked.model, **how)
+            model = cls(config, **asked.model, options=options)
         info = model._load(state, dtype, device, str(src), asked.ignore_mismatched_sizes)
-        model.cuda_graphs = cuda_graphs
         model.eval()
         return (model, info) if asked.output_loading_info else model  # type: ignore[return-value]
 
@@ -337,20 +328,6 @@ def resolve_dtype(dtype: str | torch.dtype, config: BertConfig, state: Mapping[s
     if not isinstance(resolved, torch.dtype) or str(resolved).removeprefix("torch.") not in DTYPES:
         raise ValueError(f"dtype: expected 'auto' or one of {', '.join(DTYPES)}, got {dtype!r}")
     return resolved
-
-
-def first_parameter(module: nn.Module) -> Tensor:
-    """What next(module.parameters()) gives or raises, without a generator for each module on the way, and names."""
-    waiting: list[nn.Module | None] = [module]
-    while waiting:
-        one = waiting.pop()
-        if one is None:
-            continue
-        for parameter in one._parameters.values():
-            if parameter is not None:
-                return parameter
-        waiting += reversed(one._modules.values())
-    raise StopIteration
 
 
 def any_in_training(module: nn.Module) -> bool:

@@ -284,7 +284,7 @@ def _triton_plan(batch: PackedBatch, dtype: torch.dtype, head_size: int, policy:
     return batch.plan(_plan_key(dtype, head_size, policy), make)
 
 
-def in_more_rows(
+def batch_in_rows(
     batch: PackedBatch, position_ids: torch.Tensor, qkv_dtype: torch.dtype, head_size: int, policy: Policy
 ) -> PackedBatch:
     """The same sequences, with their plan for the triton backend, in the rows of position_ids, the last ones empty.
@@ -325,7 +325,7 @@ def max_tiles(
 @untraced
 def prepare(batch: PackedBatch, qkv_dtype: torch.dtype, head_size: int, policy: Policy = AUTO) -> None:
     """Makes the batch's plan before the layers ask for it, outside of what torch.compile traces."""
-    if torch.compiler.is_exporting():
+    if torch.compiler.is_exporting() or (recording.on and recording.is_dry()):
         return
     why_not = obstacle(head_size, torch.empty(0, dtype=qkv_dtype, device=batch.device))
     if dispatch.decide("attention", policy, batch.device, why_not).backend == "triton":

@@ -2,9 +2,9 @@
 
 What is kept follows its parameters. Each use compares their addresses, PyTorch's counts of writes, dtypes and devices,
 and looks for writes that PyTorch does not count (fastbert.ops.silent_writes); on a GPU, where a look at numbers waits,
-the model does that once a call. `look_again` asks for everything to be made anew.
+the model does that once a call. `invalidate` asks for everything to be made anew.
 
-Others may hold the addresses of what is kept, as CUDA graphs do. Where only `look_again` asks, the new numbers are
+Others may hold the addresses of what is kept, as CUDA graphs do. Where only `invalidate` asks, the new numbers are
 therefore written to where the old ones were; where the parameters are others, so is the memory, and `changes` counts
 that, so that whoever holds an address knows when to ask for it again.
 
@@ -58,7 +58,7 @@ class Derived:
 
     def __init__(self) -> None:
         self.changes = 0
-        self._asked = 0  # calls of look_again
+        self._asked = 0  # calls of invalidate
         self._entries: dict[str, _Entry] = {}
         self._lock = threading.Lock()
 
@@ -67,7 +67,7 @@ class Derived:
         self._entries.clear()
         self.changes += 1
 
-    def look_again(self) -> None:
+    def invalidate(self) -> None:
         """Makes everything anew when it is next used, in its old memory where the parameters look the same."""
         self._asked += 1
         self.changes += 1

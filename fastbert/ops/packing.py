@@ -221,7 +221,7 @@ def positions_after_padding(input_ids: torch.Tensor, pad_id: int, batch: PackedB
     return numbers * counted + pad_id
 
 
-def in_more_rows(x: Any, n_rows: int) -> Any:
+def pad_rows(x: Any, n_rows: int) -> Any:
     """A tensor (T, ...) -> (n_rows, ...), the last ones zeros; the same one, or None, where there is nothing to do."""
     if x is None or x.shape[0] == n_rows:
         return x

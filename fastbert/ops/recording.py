@@ -179,6 +179,12 @@ def enter(module: Any) -> None:
         recorder.place = recorder.names.get(id(module), recorder.place)
 
 
+def is_dry() -> bool:
+    """Whether operations of this thread only decide."""
+    recorder = _current.get()
+    return recorder is not None and recorder.dry
+
+
 def assumed_arch() -> int | None:
     """Returns the compute capability of the GPU that is asked about, which need not be there; None without one."""
     recorder = _current.get()

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from fastbert import ops
-from fastbert.models.bert import Encoded
-from fastbert.models.heads import BertForSequenceClassification
+from fastbert.models.encoded import Encoded
 from fastbert.models.pretrained import any_in_training
+from fastbert.models.tasks import BertForSequenceClassification
 from fastbert.ops import packing
 from fastbert.pipelines import folder as sentence_layout
 from fastbert.pipelines.api import SEVERAL, SentenceTransformersApi, passed_over

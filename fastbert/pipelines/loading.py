@@ -122,7 +122,7 @@ def load(
     loaded = kind.from_pretrained(
         layout.transformer, dtype=dtype, device=device, **how, **{**overrides, **arguments.others}
     )
-    cpu_encoder.narrow(loaded, dtype)
+    cpu_encoder.choose_cpu_dtype(loaded, dtype)
     return loaded, _tokenizer(layout, arguments, src, loaded.longest_text)
 
 

@@ -5,3 +5,7 @@ packed: `(T, H)` for `T` tokens of all sequences one after the other, with `cu_s
 starts at 0, ends at T) marking where each sequence begins. Nothing here validates user input, falls back or
 knows autograd: `fastbert.ops` does that. Importing this package does not import triton; its modules do.
 """
+
+from fastbert_kernels.distribution import check_imported
+
+check_imported()

@@ -1,5 +1,7 @@
-"""accelerate and restore on live models of transformers: same object, same outputs, weights shared, and what is not
-known left to the original forward, counted and logged once."""
+"""accelerate and restore keep a live model of transformers: the same object, outputs and shared weights.
+
+What they do not know is left to the original forward, counted and logged once.
+"""
 
 from __future__ import annotations
 
@@ -208,7 +210,7 @@ def test_configs_that_are_not_known(options: dict[str, Any], reason: str) -> Non
 
 
 def test_hidden_states_after_attentions() -> None:
-    """Catches the hooks that transformers installs when outputs are first recorded, taken for the user's."""
+    """Catches transformers' own hooks, installed when outputs are first recorded, taken for the user's."""
     original, model = pair()
     run(model, make_batch(), output_attentions=True, output_hidden_states=True)
     output = assert_same(model, original, output_hidden_states=True)
@@ -343,9 +345,9 @@ def test_save_and_load(tmp_path: Path) -> None:
     for folder, name in (("head", "BertForPreTraining"), ("base", "BertModel")):
         loaded = getattr(transformers, name).from_pretrained(tmp_path / folder)
         assert loaded.config.architectures == [name] and counts(loaded) == {}
-        given = model if folder == "head" else model.bert
+        encoder = model if folder == "head" else model.bert
         for key, value in loaded.state_dict().items():
-            assert torch.equal(value, given.state_dict()[key]), key
+            assert torch.equal(value, encoder.state_dict()[key]), key
     again = type(model.bert).from_pretrained(tmp_path / "base")
     for n_calls in (0, 1):  # first as it is
         assert_close("its class", run(again, make_batch("none"))[0], run(original.bert, make_batch("none"))[0], 1e-6)

@@ -1,4 +1,4 @@
-"""Accelerated models where the operations are traced, transformed, differentiated again or watched: the original's."""
+"""Accelerated models do what the original does when they are traced, transformed or watched."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ X, T = (torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(seed)) for
 def pair(kind: str = "BertModel", **config: Any) -> tuple[Any, Any]:
     """The original and an accelerated copy."""
     torch.manual_seed(3)
-    made = transformers.BertConfig(**{**SIZES, "attn_implementation": "eager", **config})
-    theirs = getattr(transformers, kind)(made).eval()
+    settings = transformers.BertConfig(**{**SIZES, "attn_implementation": "eager", **config})
+    theirs = getattr(transformers, kind)(settings).eval()
     for parameter in theirs.parameters():
         parameter.data.normal_(0.0, 0.3)
     return theirs, fastbert.accelerate(copy.deepcopy(theirs))
@@ -69,19 +69,19 @@ def test_graphs_and_fake_tensors(mode):
     theirs, ours = pair()
     with torch.no_grad():
         if mode == "export":
-            found = torch.export.export(ours, (IDS, MASK), strict=False).module()(IDS, OTHER)[0]
+            output = torch.export.export(ours, (IDS, MASK), strict=False).module()(IDS, OTHER)[0]
         else:
             graph = make_fx(lambda *args: ours(*args)[0], tracing_mode=mode, _allow_non_fake_inputs=True)
-            found = graph(IDS, MASK)(IDS, OTHER)
-        assert rms_error(found[OTHER == 1], theirs(IDS, OTHER)[0][OTHER == 1]) < 1e-6
+            output = graph(IDS, MASK)(IDS, OTHER)
+        assert rms_error(output[OTHER == 1], theirs(IDS, OTHER)[0][OTHER == 1]) < 1e-6
     with FakeTensorMode(allow_non_fake_inputs=True) as fake:
         assert ours(fake.from_tensor(IDS), fake.from_tensor(MASK))[0].shape == (3, 7, 32)
     assert not counts(ours)
 
 
 def last(model: Any, embeds: Tensor) -> Tensor:
-    found: Tensor = model(inputs_embeds=embeds)[0]
-    return found
+    state: Tensor = model(inputs_embeds=embeds)[0]
+    return state
 
 
 def total(model: Any) -> Any:
@@ -101,8 +101,8 @@ def forward_mode_of_parameters(model: Any) -> Tensor:
 
 def gradient_of_parameters(model: Any) -> Tensor:
     parameters = {name: p.detach() for name, p in model.named_parameters()}
-    found = grad(lambda p: functional_call(model, p, (IDS, MASK))[1].pow(3).sum())(parameters)
-    return torch.cat([g.flatten() for g in found.values()])
+    gradients = grad(lambda p: functional_call(model, p, (IDS, MASK))[1].pow(3).sum())(parameters)
+    return torch.cat([g.flatten() for g in gradients.values()])
 
 
 def ensemble(model: Any) -> Tensor:
@@ -151,8 +151,8 @@ def test_transforms(name, n_heads):
     """Catches a transform that fails, or is silently wrong, where the original runs."""
     theirs, ours = pair(num_attention_heads=n_heads)
     function, as_before = TRANSFORMS[name]
-    found, expected = function(ours).detach(), function(theirs).detach()
-    assert rms_error(found, expected) < (1e-7 if as_before else 1e-5)
+    result, expected = function(ours).detach(), function(theirs).detach()
+    assert rms_error(result, expected) < (1e-7 if as_before else 1e-5)
     reasons = [reason for reason in counts(ours) if reason != "fastbert"]
     assert all("torch.func" in reason or "forward-mode" in reason for reason in reasons)
     assert bool(reasons) == as_before
@@ -176,8 +176,8 @@ def test_modes():
     theirs, ours = pair()
     with torch.no_grad():
         with Doubled():
-            found, expected = ours(IDS, MASK)[0], theirs(IDS, MASK)[0]
-        assert torch.equal(found, expected)
+            output, expected = ours(IDS, MASK)[0], theirs(IDS, MASK)[0]
+        assert torch.equal(output, expected)
         flops = []
         for model in (ours, theirs):
             with FlopCounterMode(display=False) as counter:
@@ -200,12 +200,12 @@ def test_default_device_and_dtype(change):
         else:
             torch.set_default_dtype(change)
         try:
-            found = ours(IDS, MASK)[0]
+            output = ours(IDS, MASK)[0]
         finally:
             torch.set_default_device(None)
             torch.set_default_dtype(before)
     assert counts(ours) == {"fastbert": 1}
-    assert rms_error(found[MASK == 1], expected) < 1e-6
+    assert rms_error(output[MASK == 1], expected) < 1e-6
 
 
 @pytest.mark.skipif(versions.attention_interfaces() is None, reason="transformers 5 has the interface")

@@ -1,4 +1,4 @@
-"""accelerate on the rest of BERT's family: RoBERTa, XLM-RoBERTa, CamemBERT, DistilBERT and ELECTRA of transformers."""
+"""accelerate covers the rest of BERT's family: RoBERTa, XLM-RoBERTa, CamemBERT, DistilBERT and ELECTRA."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def test_heads_that_read_the_first_column(model_type: str) -> None:
         assert counts(each) == {FIRST: 1, "fastbert": 1}
 
     class Mine(their_class(model_type, "BertForSequenceClassification")):  # type: ignore[misc]
-        """Derived from the head."""
+        """A user's class, derived from the head."""
 
     mine = Mine(original.config).double().eval()
     mine.load_state_dict(original.state_dict())

@@ -1,4 +1,4 @@
-"""SentenceTransformer and CrossEncoder around models of BERT's family, accelerated; and verify of what was."""
+"""SentenceTransformer and CrossEncoder around models of BERT's family are accelerated, and verify reads them."""
 
 from __future__ import annotations
 
@@ -49,14 +49,14 @@ def test_sentence_vectors(model_type: str, folders: dict[str, Path]) -> None:
     expected = model.encode(texts), model.encode(texts, prompt="the "), model.encode(texts[0])
     tokens = model.encode(texts, output_value="token_embeddings")
     assert fastbert.accelerate(model) is model
-    found = model.encode(texts), model.encode(texts, prompt="the "), model.encode(texts[0])
-    for ours, theirs in zip(found, expected, strict=True):
+    vectors = model.encode(texts), model.encode(texts, prompt="the "), model.encode(texts[0])
+    for ours, theirs in zip(vectors, expected, strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=5e-6)
     for ours, theirs in zip(model.encode(texts, output_value="token_embeddings"), tokens, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
     assert counts(model) == {"fastbert": 4}
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert np.array_equal(twin.encode(texts), found[0]) and counts(twin) == {"fastbert": 1}
+        assert np.array_equal(twin.encode(texts), vectors[0]) and counts(twin) == {"fastbert": 1}
     fastbert.restore(model)
     np.testing.assert_array_equal(model.encode(texts), expected[0])
 

@@ -1,4 +1,4 @@
-"""Which encoders accelerate takes, by their modules; and what it says at once of those that would never run here."""
+"""accelerate finds encoders by their modules, and says at once which ones would never run in our code."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ class Wrapped(transformers.PreTrainedModel):
         self.post_init()
 
     def forward(self, **batch: Any) -> Tensor:
-        found: Tensor = self.linear(self.inner(**batch).last_hidden_state)
-        return found
+        output: Tensor = self.linear(self.inner(**batch).last_hidden_state)
+        return output
 
 
 def settled(model: Any) -> Any:
@@ -88,10 +88,10 @@ def test_encoders_under_other_configs(name: str) -> None:
     model = settled(models()[name]())
     plain = copy.deepcopy(model)
     fastbert.accelerate(model)
-    found, expected = call(name, model), call(name, plain)
+    output, expected = call(name, model), call(name, plain)
     real = make_batch("right")["attention_mask"].bool()
     key = {"text tower": "text_embeds", "encoder and decoder": "logits"}.get(name, 0)
-    ours, theirs = (each if isinstance(each, Tensor) else each[key] for each in (found, expected))
+    ours, theirs = (each if isinstance(each, Tensor) else each[key] for each in (output, expected))
     if ours.shape[:2] == real.shape:
         ours, theirs = ours[real], theirs[real]
     assert_close(name, ours, theirs)

@@ -1,4 +1,4 @@
-"""Texts padded on the left: accelerated encoders and what is around them give what they gave before, and count it."""
+"""Texts padded on the left give what they gave before accelerate, and are counted."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def test_masks_of_every_dtype_and_none() -> None:
 
 
 def test_one_wait_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches a look at the first column of its own, for which a GPU has to be waited for once more."""
+    """Catches a look at the first column that waits for the GPU once more."""
     model, batch = fastbert.accelerate(copy.deepcopy(theirs("roberta"))), make_batch("roberta", "left")
     run(model, batch)  # which looks at buffers
     looks: list[str] = []

@@ -1,4 +1,4 @@
-"""What becomes of an accelerated model in use: moved, cast, edited, its parts replaced, hooked, resized."""
+"""An accelerated model in use is moved, cast, edited, hooked and resized, and its numbers follow."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_weights_are_edited_in_place_and_replaced() -> None:
 
 
 def test_moves_that_move_nothing_keep_everything() -> None:
-    """Catches a `.to(device)` in every call, as of CrossEncoder, that throws graphs and packed weights away."""
+    """Catches a `.to(device)` that moves nothing, as CrossEncoder calls it, and drops graphs and packed weights."""
     model = accelerated("BertForMaskedLM")
     state = model.bert.__dict__["_fastbert"]
     before = state.encoder(model.bert)

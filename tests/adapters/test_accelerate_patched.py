@@ -1,4 +1,4 @@
-"""Methods and functions of other libraries that somebody has patched: theirs run, before and after accelerate."""
+"""Methods and functions that somebody has patched run as patched, before and after accelerate."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ def test_what_the_libraries_wrote_is_their_own() -> None:
     """Catches a method of an installed version taken for a patch: no call would be fast."""
     for mapping in COVERED:
         module = importlib.import_module(mapping.module)
-        kinds = [getattr(module, name) for name in (mapping.model, *mapping.containers) if hasattr(module, name)]
-        assert Watch([*kinds, nn.Linear, nn.LayerNorm, nn.Embedding, nn.Dropout], module).reason() is None
+        classes = [getattr(module, name) for name in (mapping.model, *mapping.containers) if hasattr(module, name)]
+        assert Watch([*classes, nn.Linear, nn.LayerNorm, nn.Embedding, nn.Dropout], module).reason() is None
     assert is_own(SentenceTransformer, "encode") and is_own(nn.Module, "__call__")
 
 
@@ -48,7 +48,7 @@ class Foreign(nn.Module):
 
 
 def wrapper(before: Callable[..., Any]) -> Callable[..., Any]:
-    """As instrumentation does it: the name and the signature of the original."""
+    """Wraps a function as instrumentation does it, with the name and the signature of the original."""
 
     @functools.wraps(before)
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -58,7 +58,7 @@ def wrapper(before: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class Proxy:
-    """As wrapt's FunctionWrapper: everything of the original but the call."""
+    """Has everything of the original but the call, as wrapt's FunctionWrapper."""
 
     def __init__(self, wrapped: Any) -> None:
         self.__wrapped__ = wrapped
@@ -96,14 +96,14 @@ def test_a_patched_forward(name: str, order: str) -> None:
     with mock.patch.object(kind, "forward", PATCHES[name]):
         if order == "patched before":
             fastbert.accelerate(model)
-        expected, found = run(fresh(), batch), run(model, batch)
-    assert type(found) is type(expected)
+        expected, output = run(fresh(), batch), run(model, batch)
+    assert type(output) is type(expected)
     if not isinstance(expected, (str, tuple)):
-        assert torch.equal(found[0], expected[0])
+        assert torch.equal(output[0], expected[0])
     elif isinstance(expected, tuple):
-        assert found[1] == "seen"
+        assert output[1] == "seen"
     elif isinstance(expected, str):
-        assert found == "theirs"
+        assert output == "theirs"
     calls = int(order == "patched between calls")
     assert counts(model) == {**({"fastbert": 1} if calls else {}), "forward of the class BertModel was patched": 1}
     check(model, {**counts(model), "fastbert": calls + 1})
@@ -121,7 +121,7 @@ def test_strict_refuses_a_patched_forward() -> None:
 
 
 def test_patched_in_training_mode() -> None:
-    """Catches the frozen original in the calls that are not ours anyway."""
+    """Catches the original run in the place of the patch in calls that are not ours anyway."""
     model = fastbert.accelerate(fresh()).train()
     with mock.patch.object(transformers.BertModel, "forward", lambda *_, **__: "theirs"):
         assert run(model, make_batch()) == "theirs"
@@ -209,7 +209,7 @@ def test_patched_functions_of_the_source() -> None:
 
 @pytest.mark.skipif(versions.attention_interfaces() is None, reason="encoders of transformers 4 do not read it")
 def test_an_attention_that_somebody_has_registered(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches a function of attention, such as one with a bias, that our path leaves out: another number."""
+    """Catches a registered function of attention, such as one with a bias, that our path leaves out."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
     from transformers.masking_utils import sdpa_mask
@@ -229,7 +229,7 @@ def test_an_attention_that_somebody_has_registered(monkeypatch: pytest.MonkeyPat
 
 
 def test_hooks_on_all_modules() -> None:
-    """Catches hooks that PyTorch calls for every module, and that our path has no modules for."""
+    """Catches hooks that PyTorch calls for every module and that our path, which calls no modules, leaves out."""
     model, names = accelerated(), []
     handle = nn.modules.module.register_module_forward_hook(lambda module, *_: names.append(type(module).__name__))
     run(model, make_batch())
@@ -262,12 +262,12 @@ def test_patches_of_sentence_transformers(name: str, of: str, minilm: Path) -> N
 
     def owner(live: Any) -> Any:
         transformer = live[0]
-        found = {"model": live, "transformer": transformer, "pooling": live[1], "encoder": transformer.auto_model,
+        owners = {"model": live, "transformer": transformer, "pooling": live[1], "encoder": transformer.auto_model,
                  "layer": transformer.auto_model.encoder.layer[0]}[SENTENCES[name][0]]  # fmt: skip
-        return found if of == "object" else type(found)
+        return owners if of == "object" else type(owners)
 
     with counted(owner(plain) if of == "class" else owner(model), SENTENCES[name][1]) as calls:
-        found = model.encode(["one", "two texts"])
-    assert calls and abs(found - expected).max() < 2e-6
+        vectors = model.encode(["one", "two texts"])
+    assert calls and abs(vectors - expected).max() < 2e-6
     before = counts(model)["fastbert"]
     assert abs(model.encode(["one", "two texts"]) - expected).max() == 0 and counts(model)["fastbert"] == before + 1

@@ -1,4 +1,4 @@
-"""Classes, methods and objects of accelerated models in pickles and in other processes: found, and fast there."""
+"""Accelerated models pass through pickles and into other processes, and are accelerated there."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ TEXTS = ["A short text.", "", "word " * 90, "Another one, of more words.", "x"]
 
 
 def dumps_in_python(value: Any) -> bytes:
-    """By the pickler that is written in Python."""
+    """Pickles by the pickler that is written in Python."""
     buffer = io.BytesIO()
     pickle._Pickler(buffer).dump(value)  # type: ignore[attr-defined]
     return buffer.getvalue()
 
 
 def by_cloudpickle(value: Any) -> bytes:
-    found: bytes = pytest.importorskip("cloudpickle", reason="cloudpickle is not installed").dumps(value)
-    return found
+    data: bytes = pytest.importorskip("cloudpickle", reason="cloudpickle is not installed").dumps(value)
+    return data
 
 
 WAYS: dict[str, Any] = {
@@ -86,8 +86,8 @@ def test_sentence_transformers(way: str, name: str, minilm: Path) -> None:
     kind: Any = type(model)
     method = "encode" if name == "SentenceTransformer" else "predict"
     texts: Any = TEXTS if method == "encode" else [("a", text) for text in TEXTS]
-    bound, found, twin = pickle.loads(WAYS[way]((getattr(model, method), kind, model)))
-    assert found is kind is type(twin) and isinstance(twin, originals[kind][0])
+    bound, cls, twin = pickle.loads(WAYS[way]((getattr(model, method), kind, model)))
+    assert cls is kind is type(twin) and isinstance(twin, originals[kind][0])
     assert np.array_equal(bound(texts), getattr(model, method)(texts))
     assert counts(bound.__self__) == counts(model)
 
@@ -105,8 +105,8 @@ def test_what_is_derived_from_a_derived_class() -> None:
     Found.__qualname__ = "Found"
     assert pickle.loads(pickle.dumps(Found)) is pickle.loads(dumps_in_python(Found)) is Found
     assert issubclass(Found, transformers.BertModel) and issubclass(Found, AcceleratedEncoder)
-    found = Found(model.config).eval()
-    assert found(torch.tensor([[1, 2]]))[0] == "mine"
+    model_again = Found(model.config).eval()
+    assert model_again(torch.tensor([[1, 2]]))[0] == "mine"
     assert type(kind(model.config)) is kind and kind(model.config).config is model.config
 
 
@@ -132,7 +132,7 @@ def test_from_pretrained_of_the_class(tmp_path: Path) -> None:
 
 
 def in_a_process(model: Any, bound: Any, kind: type, queue: Any) -> None:
-    """What stands in another process: the outputs, the counts, whether the class is the object's, and its name."""
+    """The outputs, the counts, whether the class is the object's, and its name, in another process."""
     with torch.no_grad():
         output = bound(**make_batch("right"))[0]
     same = kind is type(model) is type(bound.__self__) and kind in originals
@@ -162,14 +162,14 @@ def test_encode_in_several_processes(way: str, minilm: Path) -> None:
     model = fastbert.accelerate(SentenceTransformer(str(minilm), device="cpu"), strict=True)
     expected = plain.encode(TEXTS)
     if way == "devices":
-        found = model.encode(TEXTS, device=["cpu", "cpu"], chunk_size=2)
+        vectors = model.encode(TEXTS, device=["cpu", "cpu"], chunk_size=2)
     else:
         pool = model.start_multi_process_pool(["cpu"])
-        found = model.encode(TEXTS, pool=pool)
+        vectors = model.encode(TEXTS, pool=pool)
         tensors: Any = model.encode(TEXTS, pool=pool, convert_to_tensor=True, normalize_embeddings=True)
         model.stop_multi_process_pool(pool)
         assert isinstance(tensors, Tensor) and np.allclose(tensors.norm(dim=1), 1, atol=1e-5)
-    assert np.allclose(found, expected, atol=2e-6)
+    assert np.allclose(vectors, expected, atol=2e-6)
     assert np.allclose(model.encode(TEXTS), expected, atol=2e-6)
     assert counts(model)["by the processes of a pool"] >= 1 and len(counts(model)) == 2
 
@@ -180,8 +180,8 @@ def test_predict_in_several_processes(minilm: Path) -> None:
     model = CrossEncoder(str(minilm), device="cpu", num_labels=1)
     pairs = [("a question", text) for text in TEXTS]
     expected = model.predict(pairs)
-    found = fastbert.accelerate(model, strict=True).predict(pairs, device=["cpu"])
-    assert np.allclose(found, expected, atol=2e-6)
+    scores = fastbert.accelerate(model, strict=True).predict(pairs, device=["cpu"])
+    assert np.allclose(scores, expected, atol=2e-6)
 
 
 @pytest.mark.slow
@@ -189,5 +189,5 @@ def test_joblib_sends_a_bound_method(minilm: Path) -> None:
     """Catches a worker of joblib's that cannot be given `model.encode`."""
     joblib = pytest.importorskip("joblib", reason="joblib is not installed")
     model = fastbert.accelerate(SentenceTransformer(str(minilm), device="cpu"))
-    found = joblib.Parallel(n_jobs=2)(joblib.delayed(model.encode)(TEXTS) for _ in range(2))
-    assert all(np.allclose(each, model.encode(TEXTS), atol=2e-6) for each in found)
+    results = joblib.Parallel(n_jobs=2)(joblib.delayed(model.encode)(TEXTS) for _ in range(2))
+    assert all(np.allclose(each, model.encode(TEXTS), atol=2e-6) for each in results)

@@ -1,4 +1,4 @@
-"""SentenceTransformer.encode and CrossEncoder after accelerate: packed, with arguments, order and dtypes of before."""
+"""SentenceTransformer.encode and CrossEncoder keep arguments, order and dtypes after accelerate, and run packed."""
 
 from __future__ import annotations
 
@@ -133,8 +133,8 @@ def test_prompts_that_pooling_leaves_out(tiny_folder: Path) -> None:
     for mode in MODES:
         original, model = both(tiny(tiny_folder, modules.Dropout(0.1), pooling=mode, include_prompt=False))
         for options in ({}, {"normalize_embeddings": True}):
-            found, expected = (each.encode(TEXTS[3:], prompt="find: ", **options) for each in (model, original))
-            assert_alike(found, expected)
+            vectors, expected = (each.encode(TEXTS[3:], prompt="find: ", **options) for each in (model, original))
+            assert_alike(vectors, expected)
         if mode == "cls" and versions.takes_prompt_for_cls(original[1]):
             assert counts(model)[f"pooling by {mode} that leaves the prompt out"] == 2
         else:
@@ -181,12 +181,12 @@ def test_what_is_not_known_runs_as_before(tiny_folder: Path, case: str, caplog: 
     options = dict(options)
     texts = options.pop("texts", TEXTS[:3])
     with caplog.at_level(logging.WARNING, "fastbert"):
-        found, expected = model.encode(texts, **options), original.encode(texts, **options)
+        vectors, expected = model.encode(texts, **options), original.encode(texts, **options)
     if case == "pairs":
-        assert_alike(found, expected)
+        assert_alike(vectors, expected)
     else:
-        assert [set(item) for item in found] == [set(item) for item in expected]
-        assert_alike([item["sentence_embedding"] for item in found], [i["sentence_embedding"] for i in expected])
+        assert [set(item) for item in vectors] == [set(item) for item in expected]
+        assert_alike([item["sentence_embedding"] for item in vectors], [i["sentence_embedding"] for i in expected])
     assert counts(model)[reason] == 1
     assert f"SentenceTransformer.encode runs as it was before: {reason}" in caplog.text
     with pytest.raises(fastbert.BackendError, match="strict"):
@@ -295,7 +295,7 @@ def test_cross_encoder(tiny_folder: Path) -> None:
 def test_predict_keeps_what_is_made_of_the_weights(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches weights that are packed anew in every call, because predict calls eval()."""
     looks = []
-    monkeypatch.setattr(LiveEncoder, "look_again", lambda self: looks.append(1))
+    monkeypatch.setattr(LiveEncoder, "invalidate", lambda self: looks.append(1))
     model = fastbert.accelerate(sentence_transformers.CrossEncoder(str(tiny_folder), device="cpu"))
     for _ in range(3):
         model.predict([("a", "b")])

@@ -1,4 +1,4 @@
-"""accelerate on modules in odd states: the numbers of before, or the original forward, counted; no error of ours."""
+"""Modules in odd states give the numbers of before, or their original forward runs and is counted."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ import transformers
 from torch import Tensor, nn
 
 import fastbert
-import odd_modules
 from fastbert.adapters import counts, versions
 from fastbert.adapters import forward as calls
 from model_cases import LENGTH, in_dtype, make_batch, run, theirs, valid_of
+from odd_cases import ODD
 
 # Those that our path computes itself: the promise is speed, too.
 FOLLOWED = {
@@ -50,7 +50,7 @@ def outcome(odd: Callable[[Any], Any], model: Any) -> tuple[Any, Any]:
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("when", ["before", "after"])
-@pytest.mark.parametrize("odd", odd_modules.ODD, ids=lambda odd: odd.__name__)
+@pytest.mark.parametrize("odd", list(ODD.values()), ids=list(ODD))
 def test_odd_modules(odd: Callable[[Any], Any], when: str) -> None:
     """Catches an error where the original runs, other numbers in silence, and a change that is not seen."""
     if odd.__name__.startswith("offloaded"):
@@ -66,8 +66,8 @@ def test_odd_modules(odd: Callable[[Any], Any], when: str) -> None:
         fastbert.accelerate(model)
         return undo
 
-    found, ours = outcome(late if when == "before" else odd, model)
-    assert found is expected, ours
+    kind, ours = outcome(late if when == "before" else odd, model)
+    assert kind is expected, ours
     done = {reason for reason, n in counts(model).items() if n > before.get(reason, 0)}
     if isinstance(numbers, str):
         assert ours == numbers
@@ -78,15 +78,15 @@ def test_odd_modules(odd: Callable[[Any], Any], when: str) -> None:
         if not other.is_meta:
             one, other = (t[valid] if t.shape[:2] == valid.shape else t for t in (one, other))
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
-    late_config = odd is odd_modules.config_says_otherwise and when == "after"  # which the modules do not read
+    late_config = odd is ODD["config_says_otherwise"] and when == "after"  # which the modules do not read
     if odd.__name__ not in UNREAD:
         assert (done == {"fastbert"}) == (odd.__name__ in FOLLOWED or late_config), done
     assert not any("raised" in reason for reason in done)
 
 
 def test_many_odd_modules() -> None:
-    """Catches a list that shrinks."""
-    assert len(odd_modules.ODD) >= 80 and {odd.__name__ for odd in odd_modules.ODD} >= FOLLOWED
+    """Catches a list of odd modules that shrinks."""
+    assert len(ODD) >= 80 and ODD.keys() >= FOLLOWED
 
 
 def test_states_that_come_and_go() -> None:
@@ -117,7 +117,7 @@ def test_an_error_of_ours(error: Exception, monkeypatch: pytest.MonkeyPatch, cap
     def failing(*args: Any, **kwargs: Any) -> Any:
         raise error
 
-    monkeypatch.setattr(calls.varlen, "pad", failing)
+    monkeypatch.setattr(calls.packing, "pad", failing)
     with caplog.at_level(logging.WARNING, "fastbert"):
         for _ in range(2):
             assert torch.equal(run(model, make_batch("right"))[0], run(original, make_batch("right"))[0])
@@ -137,7 +137,7 @@ def test_memory_at_an_end_is_no_reason_to_go_on(error: Exception, monkeypatch: p
     def failing(*args: Any, **kwargs: Any) -> Any:
         raise error
 
-    monkeypatch.setattr(calls.varlen, "pad", failing)
+    monkeypatch.setattr(calls.packing, "pad", failing)
     with pytest.raises(type(error)):
         run(model, make_batch("right"))
     assert counts(model) == {}
@@ -155,13 +155,13 @@ def test_the_errors_of_users() -> None:
         {"input_ids": ids, "unknown_argument": object()}, {},
     ]  # fmt: skip
     for inputs in wrong:
-        kinds = []
+        outcomes = []
         for each in (original, model):
             try:
-                kinds.append(type(run(each, inputs)))
+                outcomes.append(type(run(each, inputs)))
             except Exception as error:
-                kinds.append(type(error))
-        assert kinds[0] is kinds[1], inputs.keys()
+                outcomes.append(type(error))
+        assert outcomes[0] is outcomes[1], inputs.keys()
     assert not any("raised" in reason for reason in counts(model))
 
 
@@ -199,14 +199,14 @@ def test_offloaded_to_the_disk(tmp_path: Any) -> None:
 @pytest.mark.parametrize("name", ["BertModel", "BertForMaskedLM", "BertForSequenceClassification"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_our_own_models(name: str, dtype: torch.dtype) -> None:
-    """Catches the AttributeError of a bias or a weight that is None, of the C++ encoder as of the operations."""
-    oddities = [odd for odd in odd_modules.ODD if odd.__name__.startswith(("no_", "layer_norm_without", "other_eps"))]
-    oddities += [odd_modules.embedding_norm_without_weight, odd_modules.query_is_key, odd_modules.weight_norm]
-    oddities += [odd_modules.weights_with_gaps, odd_modules.parametrized_bias, odd_modules.one_layer_for_all]
+    """Catches an AttributeError for a bias or a weight that is None, in the C++ encoder or in the operations."""
+    names = [odd for odd in ODD if odd.startswith(("no_", "layer_norm_without", "other_eps"))]
+    names += ["embedding_norm_without_weight", "query_is_key", "weight_norm"]
+    names += ["weights_with_gaps", "parametrized_bias", "one_layer_for_all"]
     batch = make_batch("right")
     valid = valid_of(batch["attention_mask"])
-    for odd in oddities:
-        if odd is odd_modules.no_bias_in_pooler and name != "BertModel":
+    for odd in (ODD[each] for each in names):
+        if odd is ODD["no_bias_in_pooler"] and name != "BertModel":
             continue
         original = in_dtype(theirs(name), dtype)
         ours = getattr(fastbert, name)(fastbert.BertConfig.from_dict(original.config.to_dict())).to(dtype).eval()
@@ -215,10 +215,10 @@ def test_our_own_models(name: str, dtype: torch.dtype) -> None:
         for each in (original, ours):
             torch.manual_seed(0)
             odd(each.base_model if isinstance(each, transformers.PreTrainedModel) else getattr(each, "bert", each))
-        found, expected = run(ours, batch)[0], run(original, batch)[0]
-        if found.shape[:2] == valid.shape:
-            found, expected = found[valid], expected[valid]
-        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5, msg=odd.__name__)
+        output, expected = run(ours, batch)[0], run(original, batch)[0]
+        if output.shape[:2] == valid.shape:
+            output, expected = output[valid], expected[valid]
+        torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-5, msg=odd.__name__)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -236,7 +236,7 @@ def test_sentence_encoders(name: str, minilm: Any) -> None:
     vectors = []
     for each in (plain, model):
         torch.manual_seed(0)
-        undo = getattr(odd_modules, name)(each[0].auto_model)
+        undo = ODD[name](each[0].auto_model)
         vectors.append(torch.tensor(each.encode(texts)))
         if callable(undo):
             undo()

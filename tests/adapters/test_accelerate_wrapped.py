@@ -1,4 +1,4 @@
-"""Around and inside an accelerated model: adapters, wrappers, compilers, threads, pipelines, kernels and graphs."""
+"""Adapters, wrappers, compilers, threads, pipelines and graphs work around and inside an accelerated model."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import fastbert
 from accelerate_cases import ROWS, accelerated, check
 from fastbert.adapters import counts
-from fastbert.engine import graphs
+from fastbert.engine import capture
 from helpers import assert_as_accurate
 from model_cases import assert_close, in_dtype, make_batch, run, theirs, weighted_sum
 
@@ -72,7 +72,7 @@ def test_low_rank_adapters_live_and_merged() -> None:
 
 
 def test_peft(tmp_path: Any) -> None:
-    """Catches what PEFT does beyond a module put in another's place: wrapping, saving, loading, merging, disabling."""
+    """Catches a use of PEFT that fails or changes numbers: wrapping, saving, loading, merging, disabling."""
     peft = pytest.importorskip("peft", reason="PEFT is not installed")
     config = peft.LoraConfig(r=4, target_modules=["query", "value"], init_lora_weights=False)
     tuned = peft.get_peft_model(accelerated(), config).double().eval()
@@ -111,8 +111,8 @@ def test_data_parallel() -> None:
     replica._modules = dict(model._modules)  # torch.nn.parallel.replicate puts copies on other GPUs here
     assert replica._is_replica
     with torch.no_grad():
-        found = replica(**make_batch("right"))[0]
-    assert_close("replica", found[ROWS], run(model, make_batch("right"))[0][ROWS])
+        output = replica(**make_batch("right"))[0]
+    assert_close("replica", output[ROWS], run(model, make_batch("right"))[0][ROWS])
     assert counts(model) == {"fastbert": 2, "a replica of DataParallel": 1}
 
 
@@ -156,14 +156,14 @@ def test_threads() -> None:
     """Catches two threads that build what is kept at once, and mix it up."""
     model = fastbert.accelerate(in_dtype(theirs(), torch.float64))
     expected = run(fastbert.restore(copy.deepcopy(model)), make_batch("none"))[0]
-    found: list[Tensor] = []
-    threads = [threading.Thread(target=lambda: found.append(run(model, make_batch("none"))[0])) for _ in range(4)]
+    outputs: list[Tensor] = []
+    threads = [threading.Thread(target=lambda: outputs.append(run(model, make_batch("none"))[0])) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert len(found) == 4
-    for output in found:
+    assert len(outputs) == 4
+    for output in outputs:
         assert_close("thread", output, expected)
 
 
@@ -182,23 +182,23 @@ def test_pipelines(minilm: Any) -> None:
         pipe = transformers.pipeline(task, model=model, tokenizer=tokenizer)
         expected = pipe([text, text + " And more."], batch_size=2)
         assert fastbert.accelerate(pipe) is pipe
-        found = pipe([text, text + " And more."], batch_size=2)
+        results = pipe([text, text + " And more."], batch_size=2)
         again = transformers.pipeline(task, model=model, tokenizer=tokenizer)(text)
         if task == "feature-extraction":  # gives rows of padding, too, which are zeros from us
-            found, expected = found[1], expected[1]
-        assert numbers(found) == pytest.approx(numbers(expected), rel=1e-4, abs=1e-5)
+            results, expected = results[1], expected[1]
+        assert numbers(results) == pytest.approx(numbers(expected), rel=1e-4, abs=1e-5)
         assert numbers(again) == numbers(pipe(text))
         assert set(counts(pipe)) == {"fastbert"}
         assert fastbert.restore(pipe) is pipe and counts(model) == {}
 
 
-def numbers(found: Any) -> list[float]:
+def numbers(results: Any) -> list[float]:
     """All numbers in what a pipeline gave."""
-    if isinstance(found, dict):
-        return [found["score"]]
-    if isinstance(found, (list, tuple)):
-        return [number for item in found for number in numbers(item)]
-    return [found]
+    if isinstance(results, dict):
+        return [results["score"]]
+    if isinstance(results, (list, tuple)):
+        return [number for item in results for number in numbers(item)]
+    return [results]
 
 
 class Capturer:
@@ -228,7 +228,7 @@ def test_kernels_and_graphs(monkeypatch: pytest.MonkeyPatch, device: torch.devic
     """Catches live modules that no graph is captured of, and a graph that replays the weights of before."""
     capturer = Capturer()
     if device.type != "cuda":
-        monkeypatch.setattr(graphs, "capturer", lambda where: capturer)
+        monkeypatch.setattr(capture, "capturer", lambda where: capturer)
     model = fastbert.accelerate(in_dtype(theirs(), torch.float32), backend="triton").to(device)
     batch = {**make_batch("right"), "position_ids": None}
     for change in (1.0, 0.5):

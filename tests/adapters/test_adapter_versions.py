@@ -1,4 +1,4 @@
-"""What differs between versions of transformers and sentence-transformers: one test for each entry of versions.py."""
+"""Each entry of versions.py, a difference between versions of other libraries, has a test of its own."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MAJOR = versions.transformers_version()[0]
 
 @pytest.fixture(params=[4, 5])
 def major(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
-    """Both sides of a difference, whatever is installed."""
+    """Takes both sides of a difference, whatever is installed."""
     monkeypatch.setattr(versions, "transformers_version", lambda: (request.param, 0))
     number: int = request.param
     return number
@@ -74,7 +74,7 @@ def test_flags_that_are_none(major: int) -> None:
 
 
 def test_order_of_arguments() -> None:
-    """Catches head_mask of 4.x, the fifth argument there, taken for inputs_embeds."""
+    """Catches head_mask, the fifth argument in 4.x, taken for inputs_embeds."""
     names = calls.parameter_names(transformers.BertModel.forward)
     assert names[4] == ("head_mask" if MAJOR < 5 else "inputs_embeds")
 
@@ -105,14 +105,14 @@ def test_forwards_put_back() -> None:
 
 
 def test_interfaces_of_attention(major: int) -> None:
-    """Catches a registration in 4.x, whose encoders do not read it."""
+    """Catches a registration in 4.x, whose encoders do not read it, that passes without an error."""
     if major > MAJOR:
         pytest.skip("transformers 4 is installed")
     assert (versions.attention_interfaces() is None) == (major == 4)
 
 
 def test_lengths_given_to_mask_functions() -> None:
-    """Catches the argument of the first 5.x passed over: every mask would go to SDPA."""
+    """Catches an argument of the first 5.x that is passed over, so that every mask goes to SDPA."""
     assert versions.query_length({"q_length": 7}) == 7
     assert versions.query_length({"cache_position": torch.arange(7)}) == 7
     assert versions.query_length({}) is None
@@ -131,9 +131,9 @@ def test_cls_without_the_prompt() -> None:
     """Catches the two meanings of "cls" pooling that leaves a prompt out taken for one."""
     from sentence_transformers.models import Pooling  # under a new name from 6 on, and found under this one as well
 
-    found = versions.takes_prompt_for_cls(Pooling(8, "cls", include_prompt=False))
+    takes_prompt = versions.takes_prompt_for_cls(Pooling(8, "cls", include_prompt=False))
     modern = hasattr(Pooling(8, "cls"), "pooling_mode")
-    assert found != modern
+    assert takes_prompt != modern
 
 
 def test_texts_become_features() -> None:
@@ -145,9 +145,9 @@ def test_texts_become_features() -> None:
 
 
 def test_quantised_vectors() -> None:
-    """Catches the function that moved in version 6, and a warning of its old place."""
-    found = versions.quantize_embeddings(torch.eye(8).numpy(), "ubinary")
-    assert found.shape == (8, 1) and found.dtype == "uint8"
+    """Catches a function that is not found where version 6 moved it, or a warning about its old place."""
+    vectors = versions.quantize_embeddings(torch.eye(8).numpy(), "ubinary")
+    assert vectors.shape == (8, 1) and vectors.dtype == "uint8"
 
 
 needs_5 = pytest.mark.skipif(MAJOR < 5, reason="encoders of transformers 4 do not read the interface")
@@ -155,7 +155,7 @@ needs_5 = pytest.mark.skipif(MAJOR < 5, reason="encoders of transformers 4 do no
 
 @needs_5
 def test_checks_of_attention(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches a check that is not made, is made of other names, or is put around itself again and again."""
+    """Catches a check that is not made, is made with other names, or is put around itself again and again."""
     kind, checked = transformers.PreTrainedModel, []
     monkeypatch.setattr(kind, "get_correct_attn_implementation", kind.get_correct_attn_implementation)
     versions.check_attention("eager", checked.append)
@@ -169,7 +169,7 @@ def test_checks_of_attention(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @needs_5
 def test_classes_that_read_the_attention_interface() -> None:
-    """Catches a class that has attention of its own, and one that is made of parts which read the interface."""
+    """Catches a class with attention of its own that counts as a reader of the interface, or the reverse."""
 
     class Mine(transformers.BertModel):
         """Of a file without attention."""
@@ -187,10 +187,10 @@ def test_masks_of_other_states() -> None:
     """Catches the mask of cross-attention taken for that of the tokens themselves, where lengths are equal."""
     from transformers import masking_utils
 
-    found = []
+    outputs = []
 
     def mask(*args: Any, **kwargs: Any) -> Any:
-        found.append(versions.is_mask_of_other_states(sys._getframe(1)))
+        outputs.append(versions.is_mask_of_other_states(sys._getframe(1)))
 
     x = torch.zeros(2, 3, 4)
     config = transformers.BertConfig(attn_implementation="eager")
@@ -200,11 +200,11 @@ def test_masks_of_other_states() -> None:
             masking_utils.create_bidirectional_mask(
                 config=config, inputs_embeds=x, attention_mask=torch.ones(2, 3), encoder_hidden_states=states
             )
-    assert found == [False, True]
+    assert outputs == [False, True]
 
 
 def test_registries_of_attention() -> None:
-    """Catches registries that are not found: a function that somebody has registered would not be seen."""
+    """Catches registries that are not found, so that a function somebody has registered is not seen."""
     import transformers.models.bert.modeling_bert as module
 
     registries = versions.attention_registries(module)

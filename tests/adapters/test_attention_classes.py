@@ -1,4 +1,4 @@
-"""attn_implementation="fastbert" over many models of transformers: refused by name, or the numbers of eager."""
+"""attn_implementation="fastbert" refuses a model of transformers by name, or gives the numbers of eager."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def config_of(name: str, implementation: str) -> Any:
 
 
 def pair(name: str) -> tuple[Any, Any]:
-    """With eager attention, and by the name of ours: the same weights."""
+    """The same weights with eager attention and with ours."""
     kind = getattr(transformers, name)
     register_attention()
     plain, ours = (kind(config_of(name, each)).eval() for each in ("eager", "fastbert"))
@@ -105,16 +105,16 @@ def pair(name: str) -> tuple[Any, Any]:
 
 
 def compare(name: str, plain: Any, ours: Any) -> None:
-    """At the real tokens, with padding on the right, on the left and none."""
+    """Compares at the real tokens, with padding on the right, on the left and none."""
     ids = torch.randint(5, VOCAB, (B, S), generator=torch.Generator().manual_seed(0))
     right = (torch.arange(S)[None] < torch.tensor([10, 4, 1])[:, None]).long()
     decodes = "decoder_input_ids" in inspect.signature(plain.forward).parameters
     for mask in (right, right.flip(1), torch.ones_like(right), None):
         batch = {"input_ids": ids, "attention_mask": mask, **({"decoder_input_ids": ids} if decodes else {})}
         with torch.no_grad():
-            expected, found = (each(**batch)[0] for each in (plain, ours))
+            expected, output = (each(**batch)[0] for each in (plain, ours))
         real = torch.ones(B, S, dtype=torch.bool) if decodes or mask is None else mask.bool()
-        assert_close(name, found[:, :S][real], expected[:, :S][real], 2e-5)
+        assert_close(name, output[:, :S][real], expected[:, :S][real], 2e-5)
 
 
 @pytest.mark.parametrize("name", READ)
@@ -134,10 +134,7 @@ def test_what_does_not_read_it_is_refused_by_name(name: str) -> None:
 
 @pytest.mark.parametrize("name", OWN)
 def test_attention_of_their_own_gets_the_mask_of_eager(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches a mask of bools that a model adds to its scores: padding is attended to, off by 0.9 in MPNet.
-
-    No class that reads no interface gets past the check; code that is not seen to read none could.
-    """
+    """Catches a mask of bools that a model adds to its scores, so that it attends to padding."""
     monkeypatch.setattr(versions, "reads_attention_interface", lambda kind: True)
     try:
         plain, ours = pair(name)
@@ -148,7 +145,7 @@ def test_attention_of_their_own_gets_the_mask_of_eager(name: str, monkeypatch: p
 
 
 def test_cross_attention_of_equal_lengths() -> None:
-    """Catches the padding of an encoder's states taken for that of a decoder's tokens: their rows became zeros."""
+    """Catches the padding of an encoder's states taken for that of a decoder's tokens, whose rows become zeros."""
     name = register_attention()
     plain, ours = (
         transformers.BertLMHeadModel(
@@ -213,9 +210,9 @@ def test_parts_of_a_model() -> None:
     batch = {"input_ids": torch.tensor([[5, 6, 7], [5, 6, 1]]), "attention_mask": torch.tensor([[1, 1, 1], [1, 1, 0]]),
              "pixel_values": torch.randn(2, 3, 8, 8, dtype=torch.float64)}  # fmt: skip
     with torch.no_grad():
-        found, expected = ours(**batch), plain(**batch)
-    assert_close("text", found.text_embeds, expected.text_embeds)
-    assert_close("vision", found.image_embeds, expected.image_embeds, 1e-7)
+        output, expected = ours(**batch), plain(**batch)
+    assert_close("text", output.text_embeds, expected.text_embeds)
+    assert_close("vision", output.image_embeds, expected.image_embeds, 1e-7)
     assert attention.counts == {"fastbert": 2}
 
 
@@ -254,7 +251,12 @@ def test_a_mask_that_was_written_to() -> None:
         attention_mask=torch.tensor([[True, True, True], [True, True, False]]),
     )  # fmt: skip
     assert mask is not None and mask.shape == (2, 1, 3, 3) and mask[1, 0, 0, 2] == torch.finfo(torch.float32).min
-    made = attention._made(mask)
-    assert made is not None and made.padding and made.bools is not None and made.bools.stride(2) == 0
+    mask_facts = attention._made(mask)
+    assert (
+        mask_facts is not None
+        and mask_facts.padding
+        and mask_facts.bools is not None
+        and mask_facts.bools.stride(2) == 0
+    )
     mask[:, :, :1, 0].fill_(-1.0)
     assert attention._made(mask) is None and attention._made(mask + 1) is None

@@ -1,4 +1,4 @@
-"""attn_implementation="fastbert": other encoders give what they give with SDPA, and padding stays out."""
+"""Other encoders give with attn_implementation="fastbert" what they give with SDPA, and padding stays out."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_other_encoders(name: str) -> None:
 
 @needs_5
 def test_padding_does_not_matter() -> None:
-    """Catches a mask function that is not registered: what stands at padding then changes tokens."""
+    """Catches a mask function that is not registered, so that what stands at padding changes tokens."""
     model = model_of("Roberta")
     model.set_attn_implementation(register_attention())
     ids = torch.randint(3, 90, (5, 11))
@@ -153,7 +153,7 @@ def test_what_is_not_plain_goes_to_sdpa(case: str, caplog: pytest.LogCaptureFixt
 
 @needs_5
 def test_registering_again() -> None:
-    """Catches a name that transformers takes for flash attention, and a model that is loaded by the name."""
+    """Catches a name that transformers takes for flash attention, or a model that does not load by the name."""
     assert register_attention() == register_attention() == "fastbert"
     config = transformers.BertConfig(**SIZES, vocab_size=99, attn_implementation="fastbert")
     model = transformers.AutoModel.from_config(config, attn_implementation="fastbert").eval()
@@ -164,7 +164,7 @@ def test_registering_again() -> None:
 
 @pytest.mark.skipif(MODERN, reason="transformers 5 has the interface")
 def test_transformers_4_has_no_interface() -> None:
-    """Catches a registration that no encoder reads: models would run by something else in silence."""
+    """Catches a registration that no encoder reads, so that models run by something else in silence."""
     with pytest.raises(RuntimeError, match="needs transformers 5.0"):
         register_attention()
 

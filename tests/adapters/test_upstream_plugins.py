@@ -1,4 +1,4 @@
-"""What runs the tests of other libraries on accelerated models: the plugin, and the stand-ins for models of the hub."""
+"""The plugin and the stand-ins of hub models, which run other libraries' tests on accelerated models, work."""
 
 from __future__ import annotations
 

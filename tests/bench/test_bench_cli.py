@@ -1,4 +1,4 @@
-"""`fastbert bench` from its arguments to the table and the files."""
+"""`fastbert bench` turns its arguments into a table and files."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def run(*args):
 
 
 def test_table_and_files(folder, tmp_path, capsys):
-    """A command that prints no table, writes other rows than it shows, or leaves out throughput or latency."""
+    """Catches a command that prints no table, writes other rows than it shows, or leaves out throughput or latency."""
     assert run(folder, *FEW, "--out", tmp_path / "r.json") == 0
     table = capsys.readouterr().out
     results = Results.load(tmp_path / "r.json")
@@ -78,7 +78,7 @@ def test_table_and_files(folder, tmp_path, capsys):
 
 
 def test_memory_is_that_of_a_process_each(folder, tmp_path, capsys):
-    """Memory left out on a CPU, all competitors' memory taken for one's own, or nothing but the model's counted."""
+    """Catches memory left out on a CPU, that of all competitors shown as one's, or the model's counted alone."""
     options = [option for option in FEW if option != "--no-memory"]
     assert run(folder, *options, "--out", tmp_path / "r.json") == 0
     throughput, latency = Results.load(tmp_path / "r.json").rows[:3], Results.load(tmp_path / "r.json").rows[3:]
@@ -90,7 +90,7 @@ def test_memory_is_that_of_a_process_each(folder, tmp_path, capsys):
 
 @pytest.mark.parametrize("name", ["report.md", "report.html"])
 def test_own_texts_in_a_report(name, folder, tmp_path):
-    """A report that is not written, or of other texts than the file's."""
+    """Catches a report that is not written, or that is about other texts than the file's."""
     texts = tmp_path / "texts.txt"
     texts.write_text("\ufeffOne text.\r\n\n   \nAnother one, a little longer.\nNaïve café.\n", encoding="utf-8")
     assert run(folder, "--texts", texts, *FEW, "--no-latency", "--dtype", "bfloat16", "--out", tmp_path / name) == 0
@@ -99,7 +99,7 @@ def test_own_texts_in_a_report(name, folder, tmp_path):
 
 
 def test_package_that_is_not_installed_is_a_row(folder, tmp_path, monkeypatch, capsys):
-    """A competitor left out of the table in silence."""
+    """Catches a competitor left out of the table in silence."""
     monkeypatch.setenv("COLUMNS", "140")
     monkeypatch.setattr("fastbert.bench.text.missing", lambda package: f"the package {package} is not installed")
     assert run(folder, *FEW, "--no-latency", "--out", tmp_path / "r.json") == 0
@@ -109,7 +109,7 @@ def test_package_that_is_not_installed_is_a_row(folder, tmp_path, monkeypatch, c
 
 
 def test_texts_are_taken_by_pace(folder, monkeypatch):
-    """Half an hour for a large model on a small machine."""
+    """Catches a large model that takes half an hour on a small machine."""
     from fastbert.bench import text
 
     taken = []
@@ -123,7 +123,7 @@ def test_texts_are_taken_by_pace(folder, monkeypatch):
 
 
 def test_wrong_fastbert_is_an_error(folder, monkeypatch, capsys):
-    """Exit code 0, or a speed, although fastbert's own vectors are wrong."""
+    """Catches exit code 0, or a speed, although fastbert's own vectors are wrong."""
     from fastbert.bench.text import FastBert
 
     right = FastBert.encode
@@ -147,7 +147,7 @@ def test_wrong_fastbert_is_an_error(folder, monkeypatch, capsys):
     ],
 )
 def test_bad_arguments(args, error, message, folder, tmp_path, monkeypatch):
-    """An error that comes after minutes of work, or does not say what is wrong."""
+    """Catches an error that comes after minutes of work, or that does not say what is wrong."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     (tmp_path / "blank.txt").write_text("\n  \n")
@@ -160,7 +160,7 @@ def test_bad_arguments(args, error, message, folder, tmp_path, monkeypatch):
     ("content", "message"), [(None, "no such folder"), ("{}", "config.json|weights|model.safetensors")]
 )
 def test_wrong_folder(content, message, tmp_path):
-    """A traceback from deep inside for a folder that holds no model."""
+    """Catches a traceback from deep inside for a folder that holds no model."""
     folder = tmp_path / "model"
     if content is not None:
         folder.mkdir()
@@ -170,14 +170,14 @@ def test_wrong_folder(content, message, tmp_path):
 
 
 def test_interpreter_is_never_timed(folder, monkeypatch):
-    """The speed of Triton's interpreter given as that of the kernels."""
+    """Catches the speed of Triton's interpreter shown as that of the kernels."""
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     with pytest.raises(RuntimeError, match="TRITON_INTERPRET is set: nothing is timed"):
         run(folder, *FEW)
 
 
 def test_help_waits_for_no_import():
-    """Seconds of importing PyTorch before --help."""
+    """Catches --help that waits seconds for the import of PyTorch."""
     code = (
         "import argparse, sys; from fastbert.bench import run; run.add_arguments(argparse.ArgumentParser());"
         "print(sorted({'torch', 'transformers', 'tqdm'} & set(sys.modules)))"

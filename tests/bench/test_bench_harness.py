@@ -1,4 +1,4 @@
-"""The harness itself: a planted sleep shows as the ratio it should be, a planted wrong output is caught."""
+"""The harness shows a planted sleep as the ratio it should be, and catches a planted wrong output."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CPU = torch.device("cpu")
 
 
 class Sleeper(Peer):
-    """Sleeps, and returns the reference times a factor."""
+    """A peer that sleeps, and returns the reference times a factor."""
 
     def __init__(self, name, seconds=0.002, factor=1.0, missing=None, fail_in=None):
         self.name, self.seconds, self.factor, self.missing, self.fail_in = name, seconds, factor, missing, fail_in
@@ -47,11 +47,11 @@ def hold(*peers, **timing):
 
     reference = torch.arange(1.0, 9.0, dtype=torch.float64)
     rows = contest(peers, row, reference, device=CPU, eager=peers[1].name, **{"rounds": 7, "tokens": 100, **timing})
-    return {found.competitor: found for found in rows}
+    return {each.competitor: each for each in rows}
 
 
 def test_planted_sleep_shows_as_its_ratio():
-    """A harness that times something else than the run, or divides the wrong way round."""
+    """Catches a harness that times something else than the run, or divides the wrong way round."""
     rows = hold(Sleeper(OURS, 0.004), Sleeper("eager", 0.012), Sleeper("half", 0.002))
     assert 2.6 < rows["eager"].speedup < 3.2 and rows["eager"].speedup_low <= rows["eager"].speedup
     assert rows["eager"].speedup <= rows["eager"].speedup_high
@@ -61,7 +61,7 @@ def test_planted_sleep_shows_as_its_ratio():
 
 
 def test_planted_wrong_output_is_caught():
-    """A fast peer that computes something else, given a speed."""
+    """Catches a fast peer that computes something else and is given a speed."""
     wrong = Sleeper("wrong", factor=1.02)
     rows = hold(Sleeper(OURS), Sleeper("eager"), wrong)
     assert rows["wrong"].status == WRONG and rows["wrong"].detail == "error 0.02 above the bound 0.01"
@@ -70,7 +70,7 @@ def test_planted_wrong_output_is_caught():
 
 
 def test_fastbert_is_held_to_the_policy():
-    """A bound for fastbert as loose as that for peers."""
+    """Catches a bound for fastbert that is as loose as that for its peers."""
     rows = hold(Sleeper(OURS, factor=1.001), Sleeper("eager", factor=1.0005))
     assert rows[OURS].status == WRONG and rows["eager"].status == OK
     rows = hold(Sleeper(OURS, factor=1.0006), Sleeper("eager", factor=1.0005))
@@ -78,14 +78,14 @@ def test_fastbert_is_held_to_the_policy():
 
 
 def test_nan_is_wrong():
-    """An output of NaN that no comparison rejects."""
+    """Catches an output of NaN that no comparison rejects."""
     rows = hold(Sleeper(OURS), Sleeper("eager"), Sleeper("nan", factor=float("nan")))
     assert rows["nan"].status == WRONG
 
 
 @pytest.mark.parametrize("where", ["prepare", "run"])
 def test_failure_shows_as_such(where):
-    """A peer that raises and takes the others with it, or leaves a blank."""
+    """Catches a peer that raises and takes the others with it, or leaves a blank."""
     rows = hold(Sleeper(OURS), Sleeper("eager"), Sleeper("broken", fail_in=where))
     assert rows["broken"].status == FAILED and rows["broken"].detail == f"RuntimeError: planted in {where}"
     assert rows["broken"].seconds is None
@@ -93,19 +93,19 @@ def test_failure_shows_as_such(where):
 
 
 def test_missing_peer_says_why():
-    """A peer that is not installed left out of the table."""
+    """Catches a peer that is not installed left out of the table."""
     rows = hold(Sleeper(OURS), Sleeper("eager"), Sleeper("absent", missing="the package absent is not installed"))
     assert (rows["absent"].status, rows["absent"].detail) == (MISSING, "the package absent is not installed")
 
 
 def test_wrong_fastbert_compares_with_nobody():
-    """A speed-up of fastbert over others although its own output was wrong."""
+    """Catches a speed-up of fastbert over others although its own output was wrong."""
     rows = hold(Sleeper(OURS, factor=2.0), Sleeper("eager"))
     assert rows[OURS].status == WRONG and rows["eager"].seconds is not None and rows["eager"].speedup is None
 
 
 def test_rounds_are_interleaved_and_inputs_rotate():
-    """Competitors timed one after the other, or always on the same input."""
+    """Catches competitors timed one after the other, or always on the same input."""
     order = []
     runs = {name: lambda i, name=name: order.append((name, i)) for name in "ab"}
     timings = measure.interleave(runs, device=CPU, rounds=4, warmup=0)
@@ -115,7 +115,7 @@ def test_rounds_are_interleaved_and_inputs_rotate():
 
 
 def test_time_limit_keeps_the_least_rounds():
-    """A limit that is ignored, or that leaves a single sample."""
+    """Catches a limit that is ignored, or that leaves a single sample."""
     timings = measure.interleave(
         {"a": lambda i: time.sleep(0.01)}, device=CPU, rounds=50, max_seconds=0.0, min_rounds=3
     )
@@ -123,14 +123,14 @@ def test_time_limit_keeps_the_least_rounds():
 
 
 def test_short_runs_are_repeated():
-    """A run shorter than the clock can tell."""
+    """Catches a run that is too short for the clock."""
     count = []
     timings = measure.interleave({"a": count.append}, device=CPU, rounds=3, warmup=1, min_sample_seconds=1e-3)
     assert len(count) > 100 and timings["a"].median < 1e-4
 
 
 def test_statistics():
-    """Percentiles, spread or intervals computed from the wrong end."""
+    """Catches percentiles, spread or intervals computed from the wrong end."""
     timing = Timing(tuple(float(i) for i in range(1, 101)))
     assert timing.median == 50.5 and timing.percentile(95) == 95.0 and timing.percentile(100) == 100.0
     assert timing.percentile(1) == 1.0 and timing.spread == pytest.approx(0.49, abs=0.01)
@@ -140,21 +140,21 @@ def test_statistics():
 
 
 def test_results_round_trip(tmp_path):
-    """A field lost on the way to the file, or NaN that is not JSON."""
-    found = Results(environment(CPU), [Row("s", "w", "c", "float32", error=float("nan"), extra={"a": 1})], {"x": 2.0})
-    found.save(tmp_path / "r.json")
+    """Catches a field lost on the way to the file, or NaN that is not JSON."""
+    saved = Results(environment(CPU), [Row("s", "w", "c", "float32", error=float("nan"), extra={"a": 1})], {"x": 2.0})
+    saved.save(tmp_path / "r.json")
     back = Results.load(tmp_path / "r.json")
-    assert back.environment == found.environment and back.ceilings == found.ceilings
+    assert back.environment == saved.environment and back.ceilings == saved.ceilings
     assert back.rows == [Row("s", "w", "c", "float32", error=None, extra={"a": 1})]
 
 
 def test_environment_names_the_machine():
-    """A result nobody can place: no device, versions, commit or date."""
-    found = environment(CPU)
+    """Catches a result that nobody can place: without device, versions, commit or date."""
+    facts = environment(CPU)
     assert (
-        found["device"] and found["packages"]["torch"] == torch.__version__.split("+")[0] or found["packages"]["torch"]
+        facts["device"] and facts["packages"]["torch"] == torch.__version__.split("+")[0] or facts["packages"]["torch"]
     )
-    assert found["date"].endswith("UTC") and found["threads"] >= 1
+    assert facts["date"].endswith("UTC") and facts["threads"] >= 1
 
 
 @pytest.mark.parametrize(
@@ -168,7 +168,7 @@ def test_environment_names_the_machine():
     ],
 )
 def test_bad_result_file_is_refused_by_name(content, message, tmp_path):
-    """A result file that is cut short, or of another version, half read."""
+    """Catches a result file of another version, or one that is cut short, read by half."""
     path = tmp_path / "bad.json"
     path.write_text(content)
     with pytest.raises(ValueError, match=f"bad.json: {message}"):
@@ -176,7 +176,7 @@ def test_bad_result_file_is_refused_by_name(content, message, tmp_path):
 
 
 def test_interrupted_save_leaves_the_old_file(tmp_path, monkeypatch):
-    """Half a result file under the final name."""
+    """Catches half a result file under the final name."""
     path = tmp_path / "r.json"
     Results({}, []).save(path)
     before = path.read_text()
@@ -187,7 +187,7 @@ def test_interrupted_save_leaves_the_old_file(tmp_path, monkeypatch):
 
 
 def test_commit_of_the_sources(tmp_path, monkeypatch):
-    """Results that call the sources changed because a run wrote results over committed ones, or hide that they are."""
+    """Catches sources called changed because a run wrote over committed results, or a change that is hidden."""
 
     def git(*args):
         who = ["-c", "user.name=n", "-c", "user.email=e@example.org"]

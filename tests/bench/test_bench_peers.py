@@ -1,4 +1,4 @@
-"""The competitors: each computes what the reference does, on exactly the texts and sequences that it covers."""
+"""Each competitor computes what the reference does, on exactly the texts and sequences that it covers."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def task_of(folder, texts, dtype="float32"):
 
 
 def hold(peers, reference, dtype, **timing):
-    """Rows by competitor, of which those that could run are right."""
+    """The rows by competitor, after a check that those that could run are right."""
     rows = contest(
         peers, lambda peer: Row("test", "tiny", peer.name, peer.dtype or dtype), reference,
         device=CPU, eager=Eager.name, **{"rounds": 2, "warmup": 0, **timing},
@@ -83,7 +83,7 @@ def hold(peers, reference, dtype, **timing):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_every_text_peer_is_right(folder, texts, dtype):
-    """A peer that pools, sorts, pads or converts weights wrongly, or whose vectors come in another order."""
+    """Catches a peer that pools, sorts, pads or converts weights wrongly, or whose vectors come in another order."""
     task = task_of(folder, texts, dtype)
     encoders = peers_text.text_encoders(task)
     if dtype == "bfloat16":  # compiled for one dtype is enough, and takes long
@@ -103,7 +103,7 @@ def test_every_text_peer_is_right(folder, texts, dtype):
 
 
 class Hungry(FastBert):
-    """fastbert and 400 MB; or, where it fails, an error."""
+    """fastbert with 400 MB more, or an error where it fails."""
 
     name = "hungry"
 
@@ -113,7 +113,7 @@ class Hungry(FastBert):
 
 
 class Broken(FastBert):
-    """fastbert, but in another process an error."""
+    """fastbert that raises an error in another process."""
 
     name = "broken"
 
@@ -128,7 +128,7 @@ class Broken(FastBert):
 
 
 def test_peak_memory_of_a_process_of_its_own(folder, texts):
-    """Memory of the process of the contest, or a failure that stops the contest or leaves a blank without a reason."""
+    """Catches the memory of the contest's own process, or a failure that stops the contest or has no reason."""
     task = task_of(folder, texts)
     encoders = [FastBert(task), Hungry(task), Broken(task)]
     eager = Pooled(task, Eager)
@@ -143,7 +143,7 @@ def test_peak_memory_of_a_process_of_its_own(folder, texts):
 
 @pytest.mark.parametrize("pooling", [("cls", False), ("mean", False)])
 def test_pooling_is_that_of_the_folder(pooling, texts, tmp_path):
-    """A peer that pools and normalises as MiniLM wants it, whatever the checkpoint says."""
+    """Catches a peer that pools and normalises as MiniLM wants it, whatever the checkpoint says."""
     task = task_of(save(tmp_path, *pooling, num_hidden_layers=1), texts)
     encoders = [FastBert(task), Pooled(task, Eager)]
     if importlib.util.find_spec("openvino"):  # whose memory a view of its output would share
@@ -152,7 +152,7 @@ def test_pooling_is_that_of_the_folder(pooling, texts, tmp_path):
 
 
 def test_other_pooling_is_said_not_to_be_there(texts, tmp_path):
-    """A peer with mean pooling where the checkpoint has another, called wrong, and not what it is: not written."""
+    """Catches a peer whose pooling does not exist called wrong instead of missing."""
     task = task_of(save(tmp_path, "max"), texts)
     reason = "this checkpoint pools by max, Normalize; here is only mean or cls, and normalising"
     assert Pooled(task, Eager).available() == reason
@@ -160,7 +160,7 @@ def test_other_pooling_is_said_not_to_be_there(texts, tmp_path):
 
 
 def test_prompt_and_lower_case_reach_every_peer(texts, tmp_path):
-    """A default prompt, or the lower-casing of a checkpoint, that only some competitors apply."""
+    """Catches a default prompt, or the lower-casing of a checkpoint, that only some competitors apply."""
     folder = save(tmp_path, lowercase=False, num_hidden_layers=1)
     encoder = fastbert.SentenceEncoder.from_pretrained(folder)
     encoder.prompts, encoder.default_prompt_name = {"say": "say: "}, "say"
@@ -175,15 +175,15 @@ def test_prompt_and_lower_case_reach_every_peer(texts, tmp_path):
 
 
 def test_reference_is_that_of_the_encoder_in_float64(folder, texts):
-    """A reference in another order, or of other tokens, pooling or modules than the encoder's."""
+    """Catches a reference in another order, or with other tokens, pooling or modules than the encoder's."""
     encoder = fastbert.SentenceEncoder.from_pretrained(folder, dtype="float64")
-    found = exact.reference_vectors(encoder, texts, batch_size=5)
-    assert found.dtype == torch.float64
-    assert rms_error(torch.from_numpy(encoder.encode(texts)), found) < 1e-10
+    vectors = exact.reference_vectors(encoder, texts, batch_size=5)
+    assert vectors.dtype == torch.float64
+    assert rms_error(torch.from_numpy(encoder.encode(texts)), vectors) < 1e-10
 
 
 def test_what_the_reference_covers_is_bounded():
-    """Minutes of float64 for long texts or large models, or a check of short texts only."""
+    """Catches minutes of float64 for long texts or large models, or a check of short texts only."""
     base, tiny = fastbert.BertConfig(), fastbert.BertConfig(hidden_size=48, intermediate_size=48)
     lengths = [512] * 500 + [4] * 500
     for config, device, budget in ((base, "cpu", 2400), (base, "cuda", 6000), (tiny, "cpu", 6000)):
@@ -196,7 +196,7 @@ def test_what_the_reference_covers_is_bounded():
 
 
 def test_short_texts_are_the_shortest(folder):
-    """A latency setting that times long texts, or none where all are long."""
+    """Catches a latency setting that times long texts, or none where all are long."""
     long = [text for text in docstrings(60) if len(text) > 300][:5]
     task = task_of(folder, [*long, "One.", "Two."])
     assert sorted(task.short_texts()) == ["One.", "Two."]
@@ -206,7 +206,7 @@ def test_short_texts_are_the_shortest(folder):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_every_model_peer_is_right(folder, dtype):
-    """Hidden states of other tokens than the reference's, or of padding; an engine that mixes sequences up."""
+    """Catches hidden states of other tokens than the reference's, or of padding, or mixed-up sequences."""
     task = peers_model.ModelTask(folder, LENGTHS, dtype=dtype, device="cpu")
     assert task.varied and task.n_tokens == sum(map(sum, LENGTHS)) and task.n_sequences == 7
     peers = [peer for peer in peers_model.model_peers(task) if peer.name != Compiled.name]
@@ -219,7 +219,7 @@ def test_every_model_peer_is_right(folder, dtype):
 
 @pytest.mark.parametrize("engine", [peers_model.FastBertInt8, peers_model.FastBertFp8])
 def test_8_bit_engines_are_right(folder, engine, monkeypatch):
-    """An 8-bit row that is not fastbert's 8-bit model, or that is beyond what a peer in 8 bits may be off."""
+    """Catches an 8-bit row that is not fastbert's 8-bit model, or that errs by more than a peer in 8 bits may."""
     monkeypatch.setattr(engine, "backend", "torch")
     task = peers_model.ModelTask(folder, LENGTHS, dtype="bfloat16", device="cpu")
     peer = peers_model.Hidden(task, engine)
@@ -230,7 +230,7 @@ def test_8_bit_engines_are_right(folder, engine, monkeypatch):
 
 
 def test_inputs_of_the_model_level_rotate(folder):
-    """A peer that sees the same ids in every round."""
+    """Catches a peer that sees the same ids in every round."""
     task = peers_model.ModelTask(folder, [(5, 5)], dtype="float32", device="cpu")
     assert not task.varied
     peer = peers_model.Hidden(task, Eager)
@@ -241,13 +241,13 @@ def test_inputs_of_the_model_level_rotate(folder):
 
 
 def test_sequences_beyond_the_positions_are_refused(folder):
-    """A length that some engines cut, wrap around or crash on."""
+    """Catches a length that some engines cut, wrap around or crash on."""
     with pytest.raises(ValueError, match="batches: got a sequence of 81, but the model has 80 positions"):
         peers_model.ModelTask(folder, [(3, 81)], dtype="float32", device="cpu")
 
 
 def attend(q, k, v, cu_q, cu_k, max_q, max_k):
-    """varlen_attn, a sequence at a time."""
+    """Runs varlen_attn a sequence at a time."""
     assert torch.equal(cu_q, cu_k) and max_q == max_k == int(cu_q.diff().max()) and cu_q.dtype == torch.int32
     bounds = zip(cu_q[:-1].tolist(), cu_q[1:].tolist(), strict=True)
     parts = [[x[start:end].transpose(0, 1)[None] for x in (q, k, v)] for start, end in bounds]
@@ -256,7 +256,7 @@ def attend(q, k, v, cu_q, cu_k, max_q, max_k):
 
 
 def test_packed_bert_around_varlen_attention(folder, texts, monkeypatch):
-    """A mistake in the packed model, which only a GPU would show: the attention itself runs there alone."""
+    """Catches a mistake in the packed model that would otherwise show on a GPU alone."""
     module = types.SimpleNamespace(varlen_attn=attend)
     monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", module)
     monkeypatch.setattr(peers_torch.VarlenAttention, "available", Engine.available)
@@ -270,7 +270,7 @@ def test_packed_bert_around_varlen_attention(folder, texts, monkeypatch):
 
 
 def test_reasons_of_what_cannot_run_here(folder, tmp_path):
-    """A competitor for GPUs that fails on a machine without one, or is left out of the table."""
+    """Catches a competitor for GPUs that fails on a machine without one, or is left out of the table."""
     on_cpu = Source(folder, torch.float32, CPU)
     for engine in peers_torch.GPU_ENGINES[:-1]:
         assert engine(on_cpu).available() == "needs an NVIDIA GPU"
@@ -279,12 +279,12 @@ def test_reasons_of_what_cannot_run_here(folder, tmp_path):
     for engine in (*peers_cpu.engines(torch.float32), *peers_int8.engines(torch.bfloat16)):
         assert engine(on_gpu).available() == "is compared on CPUs only"
     odd = save(tmp_path, num_attention_heads=1, hidden_act="gelu_new")
-    found = peers_torch.NestedTransformer(Source(odd, torch.float32, CPU)).available()
-    assert found == "the fast path has gelu and relu, not gelu_new"
+    reason = peers_torch.NestedTransformer(Source(odd, torch.float32, CPU)).available()
+    assert reason == "the fast path has gelu and relu, not gelu_new"
 
 
 def test_package_that_is_missing_is_named(folder, texts, monkeypatch):
-    """A traceback, or a name left out of the table, where an optional package is not installed."""
+    """Catches a traceback, or a name left out of the table, where an optional package is not installed."""
     there = importlib.util.find_spec
     names = {"transformers", "sentence_transformers", "onnxruntime", "openvino", "ctranslate2", "zentorch", "nncf"}
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name in names else there(name, *a))
@@ -311,13 +311,13 @@ def test_int8_of_others_shows_its_accuracy(engine, folder, texts):
 
 
 def test_backend_that_rejects_says_why(folder):
-    """A forced backend that cannot run, reported as another one's speed or with an empty reason."""
+    """Catches a forced backend that cannot run, reported with the speed of another one or without a reason."""
     engine = peers_torch.CudnnSDPA(Source(folder, torch.float32, CPU))
     assert engine._rejected().startswith("rejected: No viable backend")
 
 
 class Sleeper(TextEncoder):
-    """Takes its time by the batch size, and has no memory for large ones."""
+    """A peer that takes its time by the batch size, and has no memory for large batches."""
 
     batch_sizes = (1, 4, 8, 64)
     seconds = {1: 0.05, 4: 0.001, 8: 0.05}
@@ -335,7 +335,7 @@ class Sleeper(TextEncoder):
 
 
 def test_fastest_batch_size_is_taken(folder, texts):
-    """A competitor held to a bad batch size, or lost to the largest one's need of memory."""
+    """Catches a competitor held to a bad batch size, or lost because its largest batch needs too much memory."""
     encoder = Sleeper(task_of(folder, texts * 4))
     encoder.choose_batch_size()
     assert encoder.batch_size == 4 and set(encoder.tried) == {1, 4, 8, 64}
@@ -348,7 +348,7 @@ def test_fastest_batch_size_is_taken(folder, texts):
 
 
 def test_padded_batches(folder):
-    """A mask that is not the tokens', or a width beyond the model's positions."""
+    """Catches a mask that is not that of the tokens, or a width beyond the model's positions."""
     engine = Padded(Source(folder, torch.float32, CPU))
     rows = [np.arange(1, n + 1) for n in (70, 3)]
     ids, mask = engine.batch(rows)
@@ -363,7 +363,7 @@ def test_padded_batches(folder):
 
 
 def test_cut_texts_are_told_of_once_at_most(folder, caplog):
-    """The same warning in every round of timing."""
+    """Catches a warning that is repeated in every round of timing."""
     task = task_of(folder, ["word " * 500])
     encoder = FastBert(task)
     encoder.prepare()
@@ -378,7 +378,7 @@ def test_cut_texts_are_told_of_once_at_most(folder, caplog):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("lengths", [LENGTHS, ((32, 32), (32, 32))], ids=["varied", "fixed"])
 def test_every_model_peer_is_right_on_a_gpu(folder, lengths, dtype, monkeypatch):
-    """What the same test on the CPU catches, in the peers that need a GPU: masks, graphs, forced backends."""
+    """Catches wrong hidden states of peers that need a GPU: masks, graphs, forced backends."""
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     device = torch.device("cuda")
     task = peers_model.ModelTask(folder, lengths, dtype=dtype, device=device)
@@ -393,7 +393,7 @@ def test_every_model_peer_is_right_on_a_gpu(folder, lengths, dtype, monkeypatch)
 
 @pytest.mark.gpu
 def test_every_text_peer_is_right_on_a_gpu(folder, texts):
-    """What the same test on the CPU catches, in the peers that need a GPU."""
+    """Catches wrong vectors of peers that need a GPU."""
     device = torch.device("cuda")
     task = TextTask(folder, texts, dtype="bfloat16", device=device)
     encoders = peers_text.text_encoders(task)

@@ -1,4 +1,4 @@
-"""The project's own suites, in small and on the CPU, mostly with competitors that are not there."""
+"""The project's own suites run in small on a CPU, mostly with stand-ins for competitors."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def rows_of(case, **options):
 
 
 def test_rows_carry_status_ratio_and_rate():
-    """A row that lost its ratio, its share of the ceiling, its labels, or the reason why a peer did not run."""
+    """Catches a row that lost its ratio, its share of the ceiling, its labels, or the reason why a peer did not run."""
     peers = Fake(OURS, 0.002), Fake("eager", 0.03), Fake("absent", missing="not installed"), Fake("off", factor=1.5)
     rows = rows_of(case_of(*peers, tokens=100, items=4, work=Work(flops=2e6, n_bytes=1e3)))
     assert [(name, row.status) for name, row in rows.items()] == [
@@ -90,7 +90,7 @@ def test_rows_carry_status_ratio_and_rate():
 
 
 def test_refuses_speeds_of_what_failed_its_tests():
-    """A speed for an operation whose tests failed, of fastbert or as a ratio to it."""
+    """Catches a speed, fastbert's or a ratio to it, of an operation whose tests failed."""
     peers = Fake(OURS), Fake("eager")
     outcome = run_case(case_of(*peers, tokens=9), CPU, refused={"attention": "the tests of attention failed: x"})
     assert [row.competitor for row in outcome.rows] == [OURS] and outcome.ours is None
@@ -101,7 +101,7 @@ def test_refuses_speeds_of_what_failed_its_tests():
 
 
 def test_a_competitor_of_ours_that_failed_its_tests_has_no_speed():
-    """fastbert in 8 bits timed though its tests failed, or all of fastbert refused for it."""
+    """Catches fastbert in 8 bits timed though its tests failed, or all of fastbert refused for it."""
     eight_bit = Fake("fastbert int8", 0.001)
     eight_bit.needs = ("quantized",)
     case = case_of(Fake("fastbert", 0.001), Fake("eager", 0.001), eight_bit)
@@ -112,7 +112,7 @@ def test_a_competitor_of_ours_that_failed_its_tests_has_no_speed():
 
 
 def test_wrong_fastbert_has_no_speed_and_no_second_timing():
-    """A benchmark that goes on to time a fastbert whose output is wrong."""
+    """Catches a benchmark that goes on to time a fastbert whose output is wrong."""
     ours = Fake(OURS, factor=1.1)
     outcome = run_case(case_of(ours, Fake("eager"), tokens=9, work=Work(flops=1.0)), CPU, ceilings=CEILINGS)
     assert outcome.rows[0].status == WRONG and outcome.ours is None and ours.ran == 0
@@ -120,14 +120,14 @@ def test_wrong_fastbert_has_no_speed_and_no_second_timing():
 
 
 def test_nothing_is_timed_under_the_interpreter(monkeypatch):
-    """The speed of Triton's interpreter in a table."""
+    """Catches the speed of Triton's interpreter in a table."""
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     row = run_case(case_of(Fake(OURS), Fake("eager")), CPU).rows[0]
     assert row.status == FAILED and "TRITON_INTERPRET" in row.detail and row.seconds is None
 
 
 def test_case_that_cannot_be_built_is_a_row():
-    """Too little memory for one case, and the rest of the run is lost."""
+    """Catches a case without enough memory that ends the whole run."""
 
     def build(device):
         raise torch.OutOfMemoryError("planted")
@@ -137,7 +137,7 @@ def test_case_that_cannot_be_built_is_a_row():
 
 
 def test_least_time_is_that_of_the_tighter_ceiling():
-    """A share of the wrong ceiling, or one where a ceiling is unknown."""
+    """Catches a share of the wrong ceiling, or one where a ceiling is unknown."""
     assert Work(1e9, 1e6).floor("float32", CEILINGS) == pytest.approx(0.01)
     assert Work(1e6, 1e9).floor("float32", CEILINGS) == pytest.approx(0.1)
     assert Work(1e9, 1e6).floor("bfloat16", CEILINGS) is None
@@ -147,7 +147,7 @@ def test_least_time_is_that_of_the_tighter_ceiling():
 
 
 def test_flops_are_those_of_the_formulas():
-    """A factor of two, or an attention term counted wrong: both anchors, and lengths that differ."""
+    """Catches FLOPs off by a factor of two, or an attention term that is counted wrong."""
     base, large = models.CONFIGS["BERT-base"], models.CONFIGS["BERT-large"]
     for length in (128, 512):
         assert models.flops(base, [length] * 3) == pytest.approx(3 * length * (169.9e6 + 36864 * length), rel=1e-3)
@@ -158,7 +158,7 @@ def test_flops_are_those_of_the_formulas():
 @pytest.mark.parametrize("lengths", [(9, 9, 9), (40, 3, 1, 12, 7, 30, 2, 5, 19, 8)], ids=["equal", "unequal"])
 @pytest.mark.parametrize("name", kernel_ops.OPS)
 def test_kernel_cases_compare_the_same_function(name, lengths):
-    """A competitor of the kernel suite that computes something else, or an output picked from the wrong rows."""
+    """Catches a competitor of a kernel that computes something else, or an output picked from the wrong rows."""
     built = suite_kernels.build(kernel_ops.OPS[name], (48, 80, 3), lengths, torch.float32, CPU)
     case = Case("kernels", "w", "m", "float32", "cpu", (), lambda device: built)
     rows = rows_of(case, quick=True, max_seconds=0.0)
@@ -171,7 +171,7 @@ def test_kernel_cases_compare_the_same_function(name, lengths):
 @pytest.mark.parametrize("precision", ["fp8", "int8"])
 @pytest.mark.parametrize("name", suite_quantized.linears(1, 1, 1))
 def test_8_bit_cases_compare_the_same_function(name, precision):
-    """A competitor of an 8-bit linear that computes something else, or work that is miscounted."""
+    """Catches a competitor of an 8-bit linear that computes something else, or work that is miscounted."""
     linear = suite_quantized.linears(64, 160, 2)[name]
     built = suite_quantized.build(linear, 200, precision, CPU)
     case = Case("kernels", "w", "m", precision, "cpu", (), lambda device: built)
@@ -187,7 +187,7 @@ def test_8_bit_cases_compare_the_same_function(name, precision):
 
 
 def test_work_of_kernels():
-    """Bytes or operations miscounted: by hand, for 5 tokens of H = 4, I = 8 in 16 bits."""
+    """Catches bytes or operations that differ from a count by hand for 5 tokens of H = 4, I = 8 in 16 bits."""
     shape = kernel_ops.Shape(4, 8, 2, (2, 3), torch.bfloat16, CPU)
     ops = {name: op(shape) for name, op in kernel_ops.OPS.items()}
     assert ops["layer_norm"].work() == Work(0.0, 2 * (3 * 5 * 4 + 3 * 4))
@@ -200,14 +200,14 @@ def test_work_of_kernels():
 
 
 def test_kernel_lengths_fill_the_tokens():
-    """A GPU case that runs on more or fewer tokens than its name says."""
+    """Catches a GPU case that runs on more or fewer tokens than its name says."""
     for kind in ("S512", "S128", "squad", "queries"):
         for tokens in suite_kernels.CPU_TOKENS, 16384:
             assert sum(suite_kernels.lengths_of(kind, tokens)) == tokens
 
 
 def test_every_case_has_its_own_name():
-    """Two cases that a report or a baseline cannot tell apart."""
+    """Catches two cases that a report or a baseline cannot tell apart."""
     for device_type in "cpu", "cuda":
         names = [
             case.name
@@ -218,12 +218,12 @@ def test_every_case_has_its_own_name():
 
 
 def test_bert_base_from_text_comes_last(monkeypatch):
-    """BERT-base in place of MiniLM in a quick look, where a model was given or on a GPU, or another dtype left out."""
+    """Catches BERT-base timed in a quick look, with a given model or on a GPU, or another dtype left out."""
     monkeypatch.setattr(suite_text, "fast_at_bfloat16", lambda device: True)
     for long in (False, True):
-        found = suite_text.cases("cpu", long=long)
-        base = [case for case in found if case.model == suite_text.BASE]
-        assert found[4:] == base and {case.model for case in found[:4]} == {models.text_model_name()}
+        cases = suite_text.cases("cpu", long=long)
+        base = [case for case in cases if case.model == suite_text.BASE]
+        assert cases[4:] == base and {case.model for case in cases[:4]} == {models.text_model_name()}
         assert [(case.dtype, case.setting) for case in base] == [
             ("bfloat16", suite_text.THROUGHPUT), ("float32", suite_text.THROUGHPUT),
         ]  # fmt: skip
@@ -236,7 +236,7 @@ def test_bert_base_from_text_comes_last(monkeypatch):
 
 
 def test_late_cases_run_after_all_suites():
-    """A case that is the first to be left out in a short run, and takes its time before the others."""
+    """Catches a case that should be left out first in a short run and takes its time before the others."""
     spec = importlib.util.spec_from_file_location("benchmarks_conftest", ROOT / "benchmarks" / "conftest.py")
     conftest = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(conftest)
@@ -267,7 +267,7 @@ def small_base(monkeypatch, tmp_path):
 
 
 def test_bert_base_from_text(small_base, monkeypatch):
-    """A case that cannot be built, competes on other texts, keeps its models in memory, or lacks its labels."""
+    """Catches a case that cannot be built, competes on other texts, keeps its models in memory, or lacks its labels."""
     monkeypatch.setattr(suite_text, "fast_at_bfloat16", lambda device: True)
     for long, n_texts in ((False, suite_text.N_TEXTS_BASE), (True, 40)):
         case = next(case for case in suite_text.cases("cpu", long=long) if case.model == suite_text.BASE)
@@ -286,7 +286,7 @@ def test_bert_base_from_text(small_base, monkeypatch):
 
 
 def test_models_level_shares_the_folder_of_the_text_level(small_base):
-    """ONNX exports of BERT-base made twice in a run, or weights that depend on which suite came first."""
+    """Catches ONNX exports of BERT-base made twice in a run, or weights that depend on which suite came first."""
     folder = models.random_text_model(suite_text.BASE)
     weights = (folder / "model.safetensors").read_bytes()
     written = (folder / "model.safetensors").stat().st_mtime_ns
@@ -299,7 +299,7 @@ def test_models_level_shares_the_folder_of_the_text_level(small_base):
 
 
 def test_faults_show_in_random_models():
-    """Random weights with which a competitor is right that has no queries, masks, positions or a layer too few."""
+    """Catches random weights under which a competitor without queries, masks, positions or a layer passes as right."""
 
     base = models.random_model("BERT-base", vocab_size=500)
 
@@ -334,7 +334,7 @@ def test_faults_show_in_random_models():
 
 
 def test_time_budget_and_file_after_each_case(tmp_path, monkeypatch):
-    """A run that overshoots its time, or keeps nothing until its end."""
+    """Catches a run that overshoots its time, or keeps nothing until its end."""
     now, path, kept, limits = [0.0], tmp_path / "r.json", [], []
 
     def taking_ten_seconds(case, device, *, max_seconds, **rest):
@@ -353,7 +353,7 @@ def test_time_budget_and_file_after_each_case(tmp_path, monkeypatch):
 
 
 def test_schedule_shares_what_is_left_by_weight():
-    """A late case that gets nothing because an early one was quick, or one begun that cannot end in time."""
+    """Catches a late case that gets nothing though an early one was quick, or one begun that cannot end in time."""
     now = [100.0]
     case = case_of(Fake(OURS), Fake("eager"))
     cases = [dataclasses.replace(case, workload=f"w{i}", weight=weight) for i, weight in enumerate((1.0, 2.0, 1.0))]
@@ -369,7 +369,7 @@ def test_schedule_shares_what_is_left_by_weight():
 
 
 def test_schedule_knows_how_long_other_models_take():
-    """A large model begun with no time left for it, because none of its cases has run; or MiniLM left out for it."""
+    """Catches a large model begun with no time left, because none of its cases has run, or MiniLM left out for it."""
     now = [0.0]
     case = dataclasses.replace(case_of(Fake(OURS), Fake("eager")), model="small")
     cases = [case, *(dataclasses.replace(case, model="large", scale=scale) for scale in (5.0, 1.5, 9.0)), case]
@@ -382,7 +382,7 @@ def test_schedule_knows_how_long_other_models_take():
 
 
 def test_session_of_pytest_stops_and_says_what_is_missing(tmp_path, monkeypatch):
-    """`make bench` over its time, or a case left out without a word."""
+    """Catches `make bench` that overruns its time, or a case left out without a word."""
     monkeypatch.setattr(ceilings, "measure", lambda device, quick: CEILINGS)
     case = case_of(Fake(OURS), Fake("eager"))
     session = Session(CPU, tmp_path, 30.0, [case, case], quick=True)
@@ -394,7 +394,7 @@ def test_session_of_pytest_stops_and_says_what_is_missing(tmp_path, monkeypatch)
 
 
 def test_documents_variable_over_fixed(tmp_path):
-    """The ratio of workload (d) the wrong way round, or between different competitors."""
+    """Catches a ratio of workload (d) that is upside down or between different competitors."""
     recorder = Recorder(tmp_path / "r.json", CPU)
     for workload, rates in (("documents fixed", {"a": 100.0, "b": 50.0}), ("documents variable", {"a": 90.0})):
         recorder.add([Row("model", workload, name, "float32", tokens_per_second=x) for name, x in rates.items()])
@@ -405,13 +405,13 @@ def test_documents_variable_over_fixed(tmp_path):
 
 
 def test_ceilings_are_measured_once(tmp_path, monkeypatch):
-    """Ceilings of zero, or measured anew for each suite, or taken over from another machine."""
-    found = ceilings.measure(CPU, quick=True, size=64)
-    assert set(found) == {ceilings.COPY, ceilings.matmul_key("float32"), ceilings.matmul_key("bfloat16")}
-    assert all(value > 0 for value in found.values())
+    """Catches ceilings of zero, measured anew for each suite, or taken over from another machine."""
+    measured = ceilings.measure(CPU, quick=True, size=64)
+    assert set(measured) == {ceilings.COPY, ceilings.matmul_key("float32"), ceilings.matmul_key("bfloat16")}
+    assert all(value > 0 for value in measured.values())
     calls = []
-    monkeypatch.setattr(ceilings, "measure", lambda device, quick: calls.append(1) or found)
-    assert ceilings.cached(CPU, tmp_path) == ceilings.cached(CPU, tmp_path) == found and len(calls) == 1
+    monkeypatch.setattr(ceilings, "measure", lambda device, quick: calls.append(1) or measured)
+    assert ceilings.cached(CPU, tmp_path) == ceilings.cached(CPU, tmp_path) == measured and len(calls) == 1
     for n, (key, value) in enumerate((("device", "another"), ("commit", "0123456789")), start=2):
         other = Results.load(tmp_path / ceilings.FILE)
         other.environment[key] = value
@@ -421,7 +421,7 @@ def test_ceilings_are_measured_once(tmp_path, monkeypatch):
 
 
 def test_cold_start_times_processes(tmp_path, monkeypatch):
-    """A cold start that measures this process, a ratio upside down, or a failing library that takes the rest along."""
+    """Catches a cold start of this process, a ratio upside down, or a failing library that takes the rest along."""
     script = tmp_path / "start.py"
     script.write_text(
         "import json, sys\n"
@@ -446,7 +446,7 @@ class Benchmark:
 
 
 def test_benchmark_of_a_wrong_fastbert_fails(tmp_path, monkeypatch):
-    """pytest-benchmark's table with the speed of a fastbert that is wrong."""
+    """Catches a wrong fastbert whose speed pytest-benchmark shows."""
     import test_speed
 
     monkeypatch.setattr(ceilings, "measure", lambda device, quick: CEILINGS)

@@ -1,4 +1,4 @@
-"""benchmarks/run_gpu.sh and its parts: the tests on a GPU, the time it keeps, the few files it leaves."""
+"""benchmarks/run_gpu.sh runs the tests on a GPU, keeps its time and leaves few files."""
 
 from __future__ import annotations
 
@@ -57,14 +57,14 @@ RAN = {
     ],
 )  # fmt: skip
 def test_verdicts(ran, interrupted, good, bad):
-    """A failure taken for a pass, what was not reached for passed, or one group's failure blamed on another."""
+    """Catches a failure or an unreached test that passes, or one group's failure blamed on another."""
     record = [] if ran is None else [{"collected": COLLECTED}, *(RAN[name] for name in ran)]
     verdicts = gpu_tests.judge(record, FILES, 4, interrupted)
     assert {group: gpu_tests.summary(verdict) for group, verdict in verdicts.items()} == {"good": good, "bad": bad}
 
 
 def test_a_failed_operation_is_refused_alone(tmp_path, monkeypatch):
-    """A model that is not timed for a failed test of anything, or an operation that is though its own tests failed."""
+    """Catches a model left untimed for any failed test, or an operation timed though its own tests failed."""
     verdicts = {
         "pooling": gpu_tests.Verdict(gpu_tests.PASSED),
         "linear": gpu_tests.Verdict(gpu_tests.FAILED, failed=1, detail="d"),
@@ -77,7 +77,7 @@ def test_a_failed_operation_is_refused_alone(tmp_path, monkeypatch):
     assert list(gpu_tests.failures(notes)) == ["linear", "stalls"]
     seen = {}
     monkeypatch.setattr(gpu_parts.ceilings, "cached", lambda *args, **kwargs: {})
-    monkeypatch.setattr(gpu_parts, "run_cases", lambda cases, device, recorder, **how: seen.update(how))
+    monkeypatch.setattr(gpu_parts, "run_cases", lambda cases, device, recorder, **options: seen.update(options))
     for part, refused in (("kernels", gpu_tests.refusals(notes)), ("model", {}), ("text", {})):
         assert gpu_parts.run(part, gpu.Options(tmp_path, "cpu"), 1.0) == 0
         assert seen["refused"] == refused
@@ -91,7 +91,7 @@ def test_a_failed_operation_is_refused_alone(tmp_path, monkeypatch):
 
 
 def test_operations_of_the_suite_are_groups():
-    """An operation that is timed whatever its tests say, because no group has its name."""
+    """Catches an operation that is timed whatever its tests say, because no group has its name."""
     needs = {need for case in suite_kernels.cases("cuda") for need in case.needs}
     assert needs | {need for op in kernel_ops.OPS.values() for need in op.needs} <= set(gpu_tests.REFUSED)
     assert set(gpu_tests.REFUSED) <= set(gpu_tests.GROUPS)
@@ -99,14 +99,14 @@ def test_operations_of_the_suite_are_groups():
 
 @pytest.mark.slow
 def test_every_test_of_the_device_is_in_a_group():
-    """A test of a kernel, in a file that no group names, that no run on a GPU runs; or files that are gone."""
+    """Catches a file of kernel tests that no group names and no run on a GPU has, or a group's file that is gone."""
     assert all((ROOT / name).exists() for files in gpu_tests.GROUPS.values() for name in files)
     done = pytest_process("-p", "gpu_pytest", "--collect-only", "-q", "tests")  # gpu_tests.place raises otherwise
     assert done.returncode == 0, done.stdout[-3000:]
-    found = [line for line in done.stdout.splitlines() if "::" in line]
-    groups = [gpu_tests.group_of(line, gpu_tests.GROUPS) for line in found]
-    assert len(found) > 800 and list(dict.fromkeys(groups)) == list(gpu_tests.GROUPS)
-    assert not any("test_wrong_shapes" in line for line in found), "one that never touches the device"
+    tests = [line for line in done.stdout.splitlines() if "::" in line]
+    groups = [gpu_tests.group_of(line, gpu_tests.GROUPS) for line in tests]
+    assert len(tests) > 800 and list(dict.fromkeys(groups)) == list(gpu_tests.GROUPS)
+    assert not any("test_wrong_shapes" in line for line in tests), "one that never touches the device"
 
 
 def pytest_process(*arguments, **changes):
@@ -147,7 +147,7 @@ def run_tests(tmp_path, seconds=100.0, workers=1, **bodies):
 
 
 def test_tests_run_and_leave_a_record(tmp_path):
-    """Failures not seen or blamed on another group, tests without a device that are run, or a lost output."""
+    """Catches failures not seen or blamed on another group, tests without a device that are run, or a lost output."""
     verdicts, log = run_tests(tmp_path, good="", bad="def test_bad(device): assert 1 == 2, 'planted'")
     assert (verdicts["bad"].passed, verdicts["bad"].failed, verdicts["bad"].skipped) == (1, 2, 1), log
     assert (verdicts["good"].passed, verdicts["good"].failed, verdicts["good"].missed) == (1, 1, 0)
@@ -157,7 +157,7 @@ def test_tests_run_and_leave_a_record(tmp_path):
 
 @pytest.mark.slow
 def test_tests_that_hang_are_stopped(tmp_path):
-    """A test that hangs and eats the whole run, or that loses what the tests before it found."""
+    """Catches a test that hangs and eats the whole run, or that loses what the tests before it found."""
     started = time.monotonic()
     verdicts, _ = run_tests(tmp_path, seconds=15.0, good="", slow=SLOW)
     assert time.monotonic() - started < 15.0 + gpu_tests.GRACE + 5.0
@@ -166,7 +166,7 @@ def test_tests_that_hang_are_stopped(tmp_path):
 
 @pytest.mark.skipif(importlib.util.find_spec("xdist") is None, reason="the package pytest-xdist is not installed")
 def test_tests_in_many_processes(tmp_path):
-    """A process that a test takes with it and that is not replaced, or a record that each of them writes."""
+    """Catches a process that a test ended and that is not replaced, or a record that each process writes."""
     verdicts, log = run_tests(tmp_path, workers=2, crash=CRASH, good="")
     assert verdicts["crash"].failed == 2 and verdicts["crash"].passed == 2 and verdicts["crash"].missed == 0, log
     assert "crashed" in str([line for line in gpu_tests._lines(tmp_path / "record.jsonl") if "test_crash" in str(line)])
@@ -174,7 +174,7 @@ def test_tests_in_many_processes(tmp_path):
 
 
 def test_a_lost_context_ends_the_worker(monkeypatch):
-    """A worker that goes on without CUDA, so that all its later tests fail."""
+    """Catches a worker that goes on without CUDA, so that all its later tests fail."""
     assert not gpu_pytest.lost()
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
@@ -191,7 +191,7 @@ def test_a_lost_context_ends_the_worker(monkeypatch):
 
 
 def test_kernels_are_compiled_ahead(tmp_path, monkeypatch):
-    """A compilation that fills no cache, that takes the run's time without end, or whose findings are not seen."""
+    """Catches a compilation that fills no cache, takes the run's time without end, or whose findings are not seen."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "triton"))
     monkeypatch.setenv("PYTHONPATH", source_env()["PYTHONPATH"])
     only = ("--kernel", "gelu", "--model", "minilm", "--dtype", "bf16")
@@ -215,7 +215,7 @@ def results(part, *rows, ceilings=None, **notes):
 
 
 def test_few_files_hold_all_of_it(tmp_path):
-    """Rows, notes or ceilings lost on the way into the one result file, or more files than eight."""
+    """Catches rows, notes or ceilings lost on the way into the one result file, or more files than eight."""
     work, out = tmp_path / "work", tmp_path / "out"
     (work / "tuned").mkdir(parents=True)
     (work / "tuned" / "test-gpu.json").write_text("{}")
@@ -229,8 +229,8 @@ def test_few_files_hold_all_of_it(tmp_path):
         results("probe", ("gemm: 1 x 2 x 3", "a tile", "bfloat16")),
         results("model", ("w", OURS, "bfloat16"), ("w", "eager", "bfloat16"), not_reached=["x", "y"]),
     ])  # fmt: skip
-    for part, found in parts.items():
-        found.save(work / f"{part}.json")
+    for part, result in parts.items():
+        result.save(work / f"{part}.json")
     gpu_results.publish(work, out, {"compile": 0, "tests": 1, "model": 124})
     assert sorted(str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()) == [
         "results.json", "summary.txt", "tests.log", "tuned/test-gpu.json",
@@ -242,13 +242,13 @@ def test_few_files_hold_all_of_it(tmp_path):
     whole = report.load(out)
     assert len(whole.rows) == 3 and whole.ceilings == {"copy GB/s": 2.0}
     again = gpu_results.separated(Results.load(out / "results.json"))
-    assert {part: (found.rows, found.ceilings, found.notes) for part, found in again.items()} == {
-        part: (found.rows, found.ceilings, found.notes) for part, found in parts.items()
+    assert {part: (result.rows, result.ceilings, result.notes) for part, result in again.items()} == {
+        part: (result.rows, result.ceilings, result.notes) for part, result in parts.items()
     }
 
 
 def test_a_later_run_goes_on_from_the_files(tmp_path):
-    """Results of an earlier part lost by a later run into the same folder, or those of other sources taken over."""
+    """Catches results that a later run into the same folder loses, or that it takes over from other sources."""
     out = tmp_path / "out"
     results("model", ("w", OURS, "bfloat16"), ceilings={"copy GB/s": 2.0})[1].save(out / "results.json")
     (out / "tests.log").write_text("planted\n")
@@ -284,7 +284,7 @@ if part == "kernels":
 
 
 def test_run_keeps_its_time_and_what_it_has(tmp_path, monkeypatch):
-    """A part that hangs and takes the run with it, leaves processes behind, or costs the others their turn."""
+    """Catches a part that hangs and takes the run with it, leaves processes behind, or costs the others their turn."""
     script = tmp_path / "part.py"
     script.write_text(PART.format(root=str(ROOT)))
     monkeypatch.setattr(gpu, "WEIGHTS", {"tests": 1, "ceilings": 1, "kernels": 40, "model": 1})
@@ -315,7 +315,7 @@ def test_run_keeps_its_time_and_what_it_has(tmp_path, monkeypatch):
 
 
 def test_plan():
-    """Parts that run without the ceilings they are compared with, in the wrong order, or unasked."""
+    """Catches parts that run unasked, in the wrong order, or without the ceilings they are compared with."""
     nowhere = Path("/nonexistent")
     assert gpu.planned(None, False, nowhere) == ["compile", "tests", "probe", "model"] == list(gpu.PLAN)
     assert gpu.planned(["tests"], False, nowhere) == ["tests"]
@@ -334,7 +334,7 @@ def shell(*arguments, **environment):
 
 
 def test_run_gpu_script(tmp_path):
-    """A script that does not parse, whose help needs a GPU, or that fails without one in a traceback."""
+    """Catches a script that does not parse, whose help needs a GPU, or that ends in a traceback without one."""
     script = ROOT / "benchmarks" / "run_gpu.sh"
     assert subprocess.run(["bash", "-n", str(script)]).returncode == 0
     done = shell("--help")

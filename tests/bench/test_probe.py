@@ -1,4 +1,4 @@
-"""benchmarks/probe.py: every line of it in small, what it does with errors, and with a CUDA context that is lost."""
+"""benchmarks/probe.py runs in small, and survives errors and a lost CUDA context."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def probe_on(tmp_path, seconds=100.0):
 
 @pytest.mark.slow
 def test_every_piece_in_small(tmp_path):
-    """A piece that raises, a kernel that is wrong, or one that is measured and not compared with float64."""
+    """Catches a piece that raises, a kernel that is wrong, or one that is measured and not compared with float64."""
     environment = {**os.environ, "PYTHONPATH": source_env()["PYTHONPATH"], "OMP_NUM_THREADS": "1"}
     line = [sys.executable, str(ROOT / "benchmarks" / "probe.py"), "--out", str(tmp_path), "--dry", "--seconds", "3000"]
     done = subprocess.run(line, env=environment, capture_output=True, text=True, timeout=600)
@@ -58,19 +58,19 @@ def test_every_piece_in_small(tmp_path):
 
 
 def test_an_error_is_a_row(tmp_path):
-    """An error that ends the probe, a piece that is begun after its time, or a row without what was counted."""
-    found, said = probe_on(tmp_path)
-    found.section = "s"
+    """Catches an error that ends the probe, a piece begun after its time, or a row without what was counted."""
+    outcome, said = probe_on(tmp_path)
+    outcome.section = "s"
 
     def fail(i):
         raise ValueError("the source of a kernel\nand what is wrong")
 
-    found.measure("w", "bad", fail)
+    outcome.measure("w", "bad", fail)
     exact = torch.ones(3, dtype=torch.float64)
-    found.recorder.results.ceilings["copy GB/s"] = 1.0
-    found.measure("w", "good", lambda i: torch.full((3,), 1.5), exact=exact, work=Work(n_bytes=1e6), tiles=7)
-    found.deadline = Deadline(-1.0)
-    found.measure("w", "late", fail)
+    outcome.recorder.results.ceilings["copy GB/s"] = 1.0
+    outcome.measure("w", "good", lambda i: torch.full((3,), 1.5), exact=exact, work=Work(n_bytes=1e6), tiles=7)
+    outcome.deadline = Deadline(-1.0)
+    outcome.measure("w", "late", fail)
     bad, good = Results.load(tmp_path / probe.FILE).rows
     assert (bad.status, bad.detail) == (FAILED, "ValueError: the source of a kernel and what is wrong")
     assert good.error == 0.5 and good.rate > 0 and good.extra == {"tiles": 7} and good.workload == "s: w"
@@ -78,8 +78,8 @@ def test_an_error_is_a_row(tmp_path):
 
 
 def test_sections_share_the_time(tmp_path, monkeypatch):
-    """A section that takes the time of the others, or one that raises and ends the probe."""
-    found, _ = probe_on(tmp_path, seconds=90.0)
+    """Catches a section that takes the time of the others, or one that raises and ends the probe."""
+    outcome, _ = probe_on(tmp_path, seconds=90.0)
     shares = []
     sections = {
         "a": probe.Section(lambda probe: shares.append(probe.deadline.left), 1.0),
@@ -87,7 +87,7 @@ def test_sections_share_the_time(tmp_path, monkeypatch):
         "c": probe.Section(lambda probe: shares.append(probe.deadline.left), 1.0),
     }
     monkeypatch.setattr(probe, "SECTIONS", sections)
-    assert probe.probe_all(found, list(sections)) == 1
+    assert probe.probe_all(outcome, list(sections)) == 1
     assert shares[0] == pytest.approx(30.0, abs=3.0) and shares[1] == pytest.approx(90.0, abs=5.0)
     results = Results.load(tmp_path / probe.FILE)
     assert list(results.notes["sections"]) == ["a", "b", "c"] and "ZeroDivisionError" in results.rows[0].detail
@@ -114,7 +114,7 @@ sys.exit(probe.main(sys.argv[1:]))
 
 
 def test_a_lost_context_costs_one_section(tmp_path):
-    """A kernel that reads where it may not, and with it all that was to be measured after it."""
+    """Catches a kernel that reads where it may not and takes all later measurements with it."""
     script = tmp_path / "planted.py"
     script.write_text(PLANTED.format(root=str(ROOT)))
     said = []
@@ -129,14 +129,14 @@ def test_a_lost_context_costs_one_section(tmp_path):
 
 
 def test_unknown_section(tmp_path, capsys):
-    """A misspelt section that is taken for all of them, or for none."""
+    """Catches a misspelt section that is taken for all of them, or for none."""
     with pytest.raises(SystemExit):
         probe.main(["--out", str(tmp_path), "--dry", "--only", "gems"])
     assert "--only: got gems, expected some of ceilings, models, gemm" in capsys.readouterr().err
 
 
 def test_cases_of_models():
-    """A model or a precision that no GPU run measures, or two cases with one name."""
+    """Catches a model or a precision that no GPU run measures, or two cases with one name."""
     cases = probe_models.model_cases(tiny=False)
     assert {name for name, _, _ in cases} == {"BERT-base", "BERT-large", "MiniLM"}
     assert {precision for _, precision, _ in cases} == {None, "fp8", "int8"}

@@ -1,4 +1,4 @@
-"""Hidden activations that have no kernel: the numbers of transformers, and no promise that they are fused."""
+"""Hidden activations without a kernel give the numbers of transformers, and no promise that they are fused."""
 
 from __future__ import annotations
 

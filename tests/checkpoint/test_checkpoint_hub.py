@@ -1,4 +1,4 @@
-"""What the hub's client is asked for: parts of repositories, formats of weights, and the arguments it takes itself."""
+"""The hub's client is asked for the right parts and formats of a repository, with the right arguments."""
 
 from __future__ import annotations
 

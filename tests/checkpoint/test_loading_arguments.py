@@ -1,4 +1,4 @@
-"""The arguments of transformers' from_pretrained, save_pretrained and forward, name by name."""
+"""Every argument of transformers' from_pretrained, save_pretrained and forward is taken or refused by name."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from fastbert.checkpoint.loading_arguments import (
     device_of,
     n_bytes,
 )
-from fastbert.models.forward_arguments import HARMLESS
-from fastbert.models.forward_arguments import REFUSED as REFUSED_BY_FORWARD
+from fastbert.models.inputs import HARMLESS
+from fastbert.models.inputs import REFUSED as REFUSED_BY_FORWARD
 
 SIZES = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 40}
 IDS = torch.arange(5, 15).view(2, 5)
@@ -120,12 +120,12 @@ def test_config_and_state_dict(folder: Path) -> None:
     state = fastbert.BertForMaskedLM.from_pretrained(folder).state_dict()
     doubled = {name: 2 * tensor for name, tensor in state.items()}
     config = transformers.BertConfig(**SIZES, num_labels=7)
-    for given in (config, fastbert.BertConfig.from_dict(config.to_dict()), folder, str(folder / "config.json")):
-        model = fastbert.BertForMaskedLM.from_pretrained(folder, config=given, state_dict=doubled)
+    for source in (config, fastbert.BertConfig.from_dict(config.to_dict()), folder, str(folder / "config.json")):
+        model = fastbert.BertForMaskedLM.from_pretrained(folder, config=source, state_dict=doubled)
         assert torch.equal(
             model.bert.encoder.layer[0].output.dense.weight, doubled["bert.encoder.layer.0.output.dense.weight"]
         )
-        assert model.config.num_labels == (7 if given in (config,) or hasattr(given, "extra") else 2)
+        assert model.config.num_labels == (7 if source in (config,) or hasattr(source, "extra") else 2)
     bare = fastbert.BertForMaskedLM.from_pretrained(None, config=config, state_dict=state, hidden_dropout_prob=0.25)
     assert bare.config.hidden_dropout_prob == 0.25
     with pytest.raises(TypeError, match="config: expected a config, a folder or a hub id, got int"):
@@ -232,9 +232,9 @@ def test_masks_of_one_row() -> None:
     theirs = transformers.BertModel(transformers.BertConfig(**SIZES)).eval()
     ours = fastbert.BertModel(fastbert.BertConfig(**SIZES)).eval()
     ours.load_state_dict(theirs.state_dict())
-    mask, types = torch.tensor([[1, 1, 1, 1, 0]]), torch.tensor([[0, 0, 1, 1, 1]])
-    expected = theirs(IDS, attention_mask=mask.expand(2, 5), token_type_ids=types)[0][:, :4]
-    came = ours(IDS, attention_mask=mask, token_type_ids=types)[0][:, :4]
+    mask, token_type_ids = torch.tensor([[1, 1, 1, 1, 0]]), torch.tensor([[0, 0, 1, 1, 1]])
+    expected = theirs(IDS, attention_mask=mask.expand(2, 5), token_type_ids=token_type_ids)[0][:, :4]
+    came = ours(IDS, attention_mask=mask, token_type_ids=token_type_ids)[0][:, :4]
     torch.testing.assert_close(came, expected, rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match=re.escape("attention_mask: expected shape (2, 5) as input_ids, got (2, 4)")):
         ours(IDS, attention_mask=torch.ones(2, 4))

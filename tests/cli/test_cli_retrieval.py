@@ -1,4 +1,4 @@
-"""The subcommands search, rerank and verify."""
+"""The subcommands search, rerank and verify print what the library gives."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from cli_cases import TEXTS, fails
 from fastbert import (
     BertForSequenceClassification,
     BertModel,
@@ -24,7 +25,6 @@ from fastbert.cli.main import main
 from fastbert.pipelines.folder import Normalize
 from helpers import tiny_bert
 
-TEXTS = ["a river is wide", "", "small boats cross the river", "fish", "a river is wide and slow", "Fish!"]
 QUERIES = ["which river?", "boats"]
 
 
@@ -64,13 +64,6 @@ def run(capsys: pytest.CaptureFixture[str], *argv: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
 
 
-def fails(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
-    assert main([*argv, "--device", "cpu"]) == 1
-    out, err = capsys.readouterr()
-    assert out == "" and err.startswith("fastbert: error: ") and err.count("\n") == 1, err
-    return err.removeprefix("fastbert: error: ").rstrip("\n")
-
-
 def test_search(
     models: SimpleNamespace, texts: str, queries: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -78,15 +71,15 @@ def test_search(
     encoder = SentenceEncoder.from_pretrained(models.sentence, device="cpu")
     vectors = encoder.encode_document(TEXTS)
     expected = semantic_search(encoder.encode_query(QUERIES), vectors, top_k=3)
-    found = run(capsys, "search", *QUERIES, "--file", texts, "--top-k", "3", "--model", models.sentence)
-    assert [line["query"] for line in found] == QUERIES
-    for line, hits in zip(found, expected, strict=True):
+    lists = run(capsys, "search", *QUERIES, "--file", texts, "--top-k", "3", "--model", models.sentence)
+    assert [line["query"] for line in lists] == QUERIES
+    for line, hits in zip(lists, expected, strict=True):
         assert [hit["text"] for hit in line["hits"]] == [TEXTS[hit["corpus_id"]] for hit in hits]
         assert [hit["score"] for hit in line["hits"]] == pytest.approx([hit["score"] for hit in hits], abs=1e-6)
     np.save(tmp_path / "vectors.npy", vectors)
     matrix = str(tmp_path / "vectors.npy")
     arguments = "search", "--queries", queries, "--vectors", matrix, "--top-k", "3", "--model", models.sentence
-    assert run(capsys, *arguments, "--file", texts) == found
+    assert run(capsys, *arguments, "--file", texts) == lists
     alone = run(capsys, *arguments, "--score", "dot")
     assert [[hit["corpus_id"] for hit in line["hits"]] for line in alone] == [
         [hit["corpus_id"] for hit in hits] for hits in expected
@@ -108,15 +101,15 @@ def test_rerank(
     main(["search", *QUERIES, "--file", texts, "--top-k", "3", "--model", models.sentence, "--device", "cpu"])
     printed = capsys.readouterr().out
     (tmp_path / "hits.jsonl").write_text(printed)
-    found = run(capsys, "rerank", "--hits", str(tmp_path / "hits.jsonl"), "--model", models.cross)
-    for line, before in zip(found, map(json.loads, printed.splitlines()), strict=True):
+    hits = run(capsys, "rerank", "--hits", str(tmp_path / "hits.jsonl"), "--model", models.cross)
+    for line, before in zip(hits, map(json.loads, printed.splitlines()), strict=True):
         documents = [hit["text"] for hit in before["hits"]]
         ranked = encoder.rank(before["query"], documents)
         assert [hit["corpus_id"] for hit in line["hits"]] == [
             before["hits"][r["corpus_id"]]["corpus_id"] for r in ranked
         ]
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(printed.encode())))
-    assert run(capsys, "rerank", "--hits", "-", "--model", models.cross) == found
+    assert run(capsys, "rerank", "--hits", "-", "--model", models.cross) == hits
 
 
 def test_verify(

@@ -1,4 +1,4 @@
-"""explain: what it says is what runs, and asking runs nothing."""
+"""explain says what runs, and runs nothing itself."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from torch import nn
 import fastbert
 from fastbert import BertConfig, BertModel
 from fastbert.diagnostics.explain.entry import Report, explain
-from fastbert.models import heads
+from fastbert.models import tasks
 from fastbert.ops import dispatch, onednn, packed_linear
 from fastbert.pipelines.folder import Dense, Normalize
 from fastbert_kernels import cpu
 from helpers import source_env
 
 HEADS = [
-    heads.BertForPreTraining,
-    heads.BertForMaskedLM,
-    heads.BertForNextSentencePrediction,
-    heads.BertForSequenceClassification,
-    heads.BertForMultipleChoice,
-    heads.BertForTokenClassification,
-    heads.BertForQuestionAnswering,
+    tasks.BertForPreTraining,
+    tasks.BertForMaskedLM,
+    tasks.BertForNextSentencePrediction,
+    tasks.BertForSequenceClassification,
+    tasks.BertForMultipleChoice,
+    tasks.BertForTokenClassification,
+    tasks.BertForQuestionAnswering,
 ]
 
 
@@ -248,20 +248,20 @@ def test_heads(head: Any) -> None:
     """Catches a linear of a head that the report lacks, or gives a wrong shape."""
     model = head(config(num_hidden_layers=1)).eval()
     report = explain(model)
-    found = {row.module.removesuffix(".query+key+value") for row in report.rows if row.op == "linear"}
+    modules = {row.module.removesuffix(".query+key+value") for row in report.rows if row.op == "linear"}
     expected = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     apart = ("query", "key", "value")
     expected = {name.rpartition(".")[0] if name.endswith(apart) else name for name in expected}
-    assert found == expected
+    assert modules == expected
     assert bool(rows_of(report, "pooling")) == (model.bert.pooler is not None)
     last = report.rows[-1]
-    in_rows = "T" if head in (heads.BertForMaskedLM, *HEADS[-2:]) else "B"
+    in_rows = "T" if head in (tasks.BertForMaskedLM, *HEADS[-2:]) else "B"
     assert last.shapes.startswith(f"({in_rows}, 32) -> ({in_rows}, ")
 
 
 def test_wrapped_models_are_found() -> None:
-    """Catches a wrapper, such as an adapter library's, whose model is not seen; and an explanation of anything else."""
-    inner = heads.BertForMaskedLM(config())
+    """Catches a wrapper, such as an adapter library's, whose model is not seen, or an explanation of anything else."""
+    inner = tasks.BertForMaskedLM(config())
     report = explain(nn.Sequential(nn.Identity(), inner))
     assert report.model == "Sequential"
     assert [row.module for row in report.rows] == [f"1.{row.module}" for row in explain(inner).rows]
@@ -339,9 +339,11 @@ def test_explain_changes_nothing() -> None:
 
 @pytest.mark.parametrize("first", ["module", "function"])
 def test_function_and_module_share_a_name(first: str) -> None:
-    """Catches `fastbert.explain(...)` failing after something imported the module `fastbert.explain`."""
-    folder = "fastbert.diagnostics"
-    modules = f"from {folder}.explain.entry import Report as E\nfrom {folder}.verify.entry import Report as V"
+    """Catches `fastbert.explain(...)` failing after something imported the package of that name."""
+    modules = (
+        "from fastbert.diagnostics.explain.report import Report as E\n"
+        "from fastbert.diagnostics.verify.report import Report as V"
+    )
     functions = "assert callable(fastbert.explain) and callable(fastbert.verify)"
     code = "\n".join(
         [

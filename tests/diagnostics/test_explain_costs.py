@@ -1,4 +1,4 @@
-"""explain with a batch: the padding avoided, and FLOPs and bytes that follow from the shapes."""
+"""explain with a batch counts the padding avoided, and FLOPs and bytes that follow from the shapes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from fastbert.diagnostics.explain.entry import explain
 from fastbert.diagnostics.explain.report import amount
 from fastbert.diagnostics.verify.run import _eager
 from fastbert.engine import cpu_encoder
-from fastbert.models import heads
+from fastbert.models import tasks
 from fastbert.ops import packed_linear
 from fastbert.pipelines.folder import Dense, LayerNorm, Normalize
 from fastbert_kernels import cpu
@@ -71,7 +71,7 @@ def test_kinds_of_batch(kind: str, model: BertModel) -> None:
 
 
 def test_padded_ids_without_a_mask(model: BertModel) -> None:
-    """Catches columns that are taken for padding though nothing says so, and choices of multiple choice."""
+    """Catches columns taken for padding though nothing says so, or choices of multiple choice that are miscounted."""
     for ids in (torch.ones(4, 10), {"input_ids": torch.ones(2, 2, 10)}, {"inputs_embeds": torch.ones(4, 10, 32)}):
         batch = explain(model, ids).batch
         assert batch is not None and (batch.n_sequences, batch.n_tokens, batch.padding_avoided) == (4, 40, 0)
@@ -81,7 +81,7 @@ def test_padded_ids_without_a_mask(model: BertModel) -> None:
 
 
 def test_texts() -> None:
-    """Catches texts that are not cut as encode cuts them, and a SentenceEncoder's batches."""
+    """Catches texts that are not cut as encode cuts them, or other batches than a SentenceEncoder's."""
     texts = ["a river", "boats " * 50, "", "the river is wide"]
     tokenizer = Tokenizer.train(texts * 3, vocab_size=60)
     bert = BertModel(config(vocab_size=tokenizer.vocab_size), backend="torch").eval()
@@ -109,7 +109,7 @@ def test_flops_are_those_that_pytorch_counts(hidden: int) -> None:
 
 @pytest.mark.parametrize("arch", [None, 80, 90])
 def test_flops_a_token_of_bert_base(arch: int | None) -> None:
-    """Catches costs that depend on how the operations are cut: BERT-base takes 169.9 M + 36,864 S a token."""
+    """Catches costs of BERT-base that are not 169.9 M + 36,864 S a token, or depend on how operations are cut."""
     with torch.device("meta"):
         model = BertModel(BertConfig(), add_pooling_layer=False).eval()
     where: dict[str, Any] = {"device": "cpu", "backend": "torch"} if arch is None else {"arch": arch}
@@ -126,9 +126,9 @@ def test_flops_a_token_of_bert_base(arch: int | None) -> None:
 
 def test_every_operation_has_a_cost() -> None:
     """Catches words in which a row's shapes are told that the estimate cannot read."""
-    for head in (BertModel, heads.BertForPreTraining, heads.BertForQuestionAnswering, heads.BertForMultipleChoice):
-        for how in ({"backend": "torch"}, {"arch": 90}, {"arch": 90, "dtype": "bfloat16"}):
-            for row in explain(head(config()).eval(), LENGTHS, **how).rows:
+    for head in (BertModel, tasks.BertForPreTraining, tasks.BertForQuestionAnswering, tasks.BertForMultipleChoice):
+        for options in ({"backend": "torch"}, {"arch": 90}, {"arch": 90, "dtype": "bfloat16"}):
+            for row in explain(head(config()).eval(), LENGTHS, **options).rows:
                 assert row.flops and row.bytes_moved, row
     for precision in ("int8", "fp8"):
         eight = BertModel(config(intermediate_size=64), precision=precision).eval()
@@ -144,7 +144,7 @@ def test_every_operation_has_a_cost() -> None:
 
 
 def test_attention_that_is_launched_twice_is_counted_once(model: BertModel) -> None:
-    """Catches sequences that both the launch for short texts and the other one are charged with."""
+    """Catches sequences that are charged to both the launch for short texts and the other one."""
     row = next(row for row in explain(model, LENGTHS).rows if row.op == "attention")
     short = dataclasses.replace(row, shapes=f"{row.shapes}, of texts of up to 5 tokens")
     from fastbert.diagnostics.explain.costs import _costs
@@ -161,11 +161,11 @@ def test_rows_that_are_computed(kernels: str, monkeypatch: pytest.MonkeyPatch) -
         monkeypatch.setattr(cpu, "unavailable", lambda: "planted")
     if packed_linear.unavailable(torch.float32) is not None or (kernels == "C++" and cpu.unavailable() is not None):
         pytest.skip(f"{packed_linear.unavailable(torch.float32)}, {cpu.unavailable()}")
-    monkeypatch.setattr(cpu_encoder, "obstacle", lambda *args: "planted")  # operation by operation
+    monkeypatch.setattr(cpu_encoder, "obstacles", lambda *args: iter(["planted"]))  # operation by operation
     model = BertModel(config()).eval()
     seen: list[int] = []
     run = model.embeddings.forward
-    model._packs_weights()
+    model.engine.packs_weights(model)
     batch = explain(model, [50, 57]).batch
     assert batch is not None and batch.n_tokens == 107
     with torch.no_grad(), pytest.MonkeyPatch.context() as context:

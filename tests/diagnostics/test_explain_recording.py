@@ -17,7 +17,7 @@ from fastbert import BertConfig, BertModel, SentenceEncoder, Tokenizer
 from fastbert.diagnostics.explain import above
 from fastbert.diagnostics.explain.dry_run import N_SEQUENCES, N_TOKENS, Question, dry_run, recorder_for
 from fastbert.engine import cpu_encoder
-from fastbert.models import heads
+from fastbert.models import tasks
 from fastbert.ops import recording
 from fastbert.ops.recording import Record
 from fastbert.pipelines.folder import Dense, Normalize
@@ -54,7 +54,7 @@ def in_letters(records: list[Record]) -> list[Record]:
 def run_of(model: Any) -> list[Record]:
     """What a run of as many sequences records."""
     ids = torch.randint(1, 100, (N_SEQUENCES, N_TOKENS // N_SEQUENCES), device=model.device)
-    if isinstance(model, heads.BertForMultipleChoice):
+    if isinstance(model, tasks.BertForMultipleChoice):
         ids = ids.view(N_SEQUENCES // 2, 2, -1)
     with torch.no_grad(), recording.recorded() as recorder:
         model(ids)
@@ -63,13 +63,13 @@ def run_of(model: Any) -> list[Record]:
 
 @pytest.fixture(autouse=True)
 def operation_by_operation(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu_encoder, "obstacle", lambda *args: "planted")
+    monkeypatch.setattr(cpu_encoder, "obstacles", lambda *args: iter(["planted"]))
 
 
 @pytest.mark.parametrize("settings", [{}, {"batch_invariant": True}], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("backend", ["auto", "triton", "torch"])
-@pytest.mark.parametrize("head", [BertModel, heads.BertForPreTraining, heads.BertForMultipleChoice])
+@pytest.mark.parametrize("head", [BertModel, tasks.BertForPreTraining, tasks.BertForMultipleChoice])
 def test_a_dry_run_records_what_a_run_does(
     head: Any, backend: str, dtype: torch.dtype, settings: dict[str, Any], device: torch.device
 ) -> None:
@@ -94,7 +94,7 @@ def test_families_and_activations(model_type: str, activation: str, device: torc
     changes |= {"embedding_size": 16} if model_type == "electra" else {}
     for backend in ("torch", "triton"):
         settings = config(model_type=model_type, hidden_act=activation, **changes)
-        model = heads.BertForSequenceClassification(settings, backend=backend).eval().to(device)
+        model = tasks.BertForSequenceClassification(settings, backend=backend).eval().to(device)
         assert run_of(model) == records_of_a_dry_run(model)
 
 
@@ -145,7 +145,7 @@ def test_kernels_are_those_that_are_launched(
     elif launch.arch(device) != arch:
         pytest.skip("this GPU is another")
     how = {"backend": "triton", "precision": precision, "batch_invariant": batch_invariant}
-    model = heads.BertForMaskedLM(config(num_hidden_layers=1), **how).eval().to(device, dtype)
+    model = tasks.BertForMaskedLM(config(num_hidden_layers=1), **how).eval().to(device, dtype)
     launched: list[Any] = []
     real_run = launch.run
 
@@ -167,7 +167,7 @@ def boom(*args: Any) -> None:
 @pytest.mark.parametrize("everywhere", [False, True])
 def test_nothing_notices(everywhere: bool, caplog: pytest.LogCaptureFixture) -> None:
     """Catches a dry run that calls hooks or modules of the user, draws random numbers, logs, or leaves something."""
-    model = heads.BertForMaskedLM(config(hidden_act="silu"), backend="triton")
+    model = tasks.BertForMaskedLM(config(hidden_act="silu"), backend="triton")
     model.bert.encoder.layer[0].attention.self.query = nn.Sequential(nn.Linear(32, 32))
     for module in model.modules():
         module.register_forward_hook(boom)

@@ -1,4 +1,4 @@
-"""No stall while serving: warm-up, the counter of compilations, what kernels specialise on, the cache on disk."""
+"""Serving does not stall: warm-up compiles everything, compilations are counted, and the cache on disk is used."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastbert
-from fastbert.engine import graphs
+from fastbert.engine import buckets, events
 from graph_cases import StandIn, cheap, encode, make, packed, random_lengths
 from helpers import source_env
 from process_cases import run
@@ -33,17 +33,19 @@ def test_after_warmup_nothing_happens(stand_in: StandIn, device: torch.device) -
     model = make(device)
     cheap(model)
     report = fastbert.warmup(model, max_tokens=2500)
-    assert report.buckets == tuple(b for b in graphs.BUCKETS if b <= graphs.bucket_of(2500)) + (4096,)
-    assert report.events.captures == stand_in.captures == len(model.graphs) and not report.notes
+    assert report.buckets == tuple(b for b in buckets.BUCKETS if b <= buckets.bucket_of(2500)) + (4096,)
+    assert report.events.captures == stand_in.captures == len(model.engine.graphs) and not report.notes
     before, replays = fastbert.compile_events(), stand_in.replays
-    held, buffers = len(model.graphs), {key: id(value) for key, value in model.graphs._buffers.items()}
+    held, buffers = len(model.engine.graphs), {key: id(value) for key, value in model.engine.graphs._buffers.items()}
     for seed in range(1000):
         lengths = random_lengths(seed, 3000 if seed % 50 else 20000)
         out = encode(model, lengths, seed)
         if seed % 10 == 0:
             assert torch.equal(out[:, 0].long(), packed(lengths, device, seed)[0])
     assert (fastbert.compile_events() - before).total == 0
-    assert held == len(model.graphs) and buffers == {key: id(value) for key, value in model.graphs._buffers.items()}
+    assert held == len(model.engine.graphs) and buffers == {
+        key: id(value) for key, value in model.engine.graphs._buffers.items()
+    }
     assert stand_in.replays - replays > 800
 
 
@@ -51,7 +53,7 @@ def test_without_warmup_they_are_captured_at_first_use(stand_in: StandIn, device
     """Catches a counter that misses captures."""
     model, before = make(device), fastbert.compile_events()
     encode(model, [5])
-    assert fastbert.compile_events() - before == graphs.CompileEvents(captures=1)
+    assert fastbert.compile_events() - before == events.CompileEvents(captures=1)
     encode(model, [7])
     assert (fastbert.compile_events() - before).total == 1
 
@@ -63,11 +65,11 @@ def test_warmup_again_and_after_a_change(stand_in: StandIn, device: torch.device
     first = fastbert.warmup(model, max_tokens=200)
     assert fastbert.warmup(model, max_tokens=200).events.captures == 0
     encode(model, [199] * 2)
-    assert model.graphs.captured() == first.buckets, "a capture after the warm-up"
+    assert model.engine.graphs.captured() == first.buckets, "a capture after the warm-up"
     with torch.no_grad():
         model.encoder.layer[0].output.dense.weight.mul_(2.0)
     encode(model, [20])
-    assert model.graphs.captured() == (32,)
+    assert model.engine.graphs.captured() == (32,)
 
 
 @pytest.mark.parametrize("kind", [None, *(name for name in fastbert.__all__ if name.startswith("BertFor"))])
@@ -186,7 +188,8 @@ def test_a_second_process_compiles_nothing(tmp_path: Path) -> None:
 
 KEYS = """
 import json, sys, torch, fastbert
-from fastbert import graphs, ops
+from fastbert import ops
+from fastbert.engine import graphs
 from fastbert.ops import dispatch
 from fastbert_kernels import launch, offline
 from fastbert_kernels.offline import GPUTarget
@@ -197,15 +200,15 @@ target, dtype = GPUTarget("cuda", 90, 32), torch.bfloat16
 config = fastbert.BertConfig(
     vocab_size=101, hidden_size=96, num_hidden_layers=1, num_attention_heads=3, intermediate_size=128
 )
-how = {"backend": "triton", "strict": True, "batch_invariant": "batch_invariant" in sys.argv}
-model = fastbert.BertForMaskedLM(config, **how).eval().to(dtype)
+settings = {"backend": "triton", "strict": True, "batch_invariant": "batch_invariant" in sys.argv}
+model = fastbert.BertForMaskedLM(config, **settings).eval().to(dtype)
 
 
 def keys(lengths, offset=0, ids_dtype=torch.int64):
     n = sum(lengths)
     memory = torch.zeros(n + offset, dtype=ids_dtype)  # ids that start anywhere in memory
     cu_seqlens = torch.cat([torch.zeros(offset, dtype=torch.int32), cu_seqlens_of(lengths)])[offset:]
-    found = set()
+    all_keys = set()
     with launch.recording(90) as launches, torch.no_grad():
         hidden = model.bert.forward_packed(memory[offset:], cu_seqlens, memory[offset:], memory[offset:])
         ops.pool(hidden, cu_seqlens, "mean", normalize=True, out_dtype=torch.float32, policy=model.policy)
@@ -213,8 +216,8 @@ def keys(lengths, offset=0, ids_dtype=torch.int64):
         model(torch.zeros(len(lengths), max(lengths), dtype=ids_dtype))
     for recorded in launches:
         source, options = offline.specialize(recorded, target)
-        found.add((recorded.kernel.fn.__name__, source.hash(), str(options)))
-    return found
+        all_keys.add((recorded.kernel.fn.__name__, source.hash(), str(options)))
+    return all_keys
 
 
 first = keys([8, 8])
@@ -256,7 +259,7 @@ def triton_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 
 class Kernel:
-    """Stands for a compiled kernel: `launch` is called with the folder of Triton's cache."""
+    """A stand-in for a compiled kernel: `launch` is called with the folder of Triton's cache."""
 
     def __init__(self, launch: Callable[[str], None]) -> None:
         self.launch, self.launches = launch, 0
@@ -272,7 +275,7 @@ class Kernel:
 
 
 def put(folder: str) -> None:
-    """What Triton does first to compile a kernel."""
+    """Does what Triton does first to compile a kernel."""
     from triton.runtime.cache import FileCacheManager
 
     FileCacheManager("a kernel").put("source", "a.source")
@@ -409,7 +412,7 @@ def test_gpu_after_warmup_nothing_happens() -> None:
     """Catches a compilation, a load or a capture in any of 1,000 batches of random lengths after a warm-up."""
     model = make(torch.device("cuda"), torch.bfloat16, hidden_size=256, num_attention_heads=4, intermediate_size=1024)
     report = fastbert.warmup(model)
-    assert report.buckets == graphs.BUCKETS, str(report)
+    assert report.buckets == buckets.BUCKETS, str(report)
     before = fastbert.compile_events()
     for seed in range(1000):
         encode(model, random_lengths(seed, 6000 if seed % 10 else 40000), seed)

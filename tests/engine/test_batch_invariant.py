@@ -1,4 +1,4 @@
-"""Batch invariance on the Triton kernels: a text's bits are the same alone, in any batch and in any order.
+"""A text has the same bits alone, in any batch and in any order on the Triton kernels.
 
 On the C++ kernels for CPUs: test_batch_invariant_cpu.py.
 """
@@ -13,7 +13,7 @@ from torch import nn
 
 from fastbert import BertConfig, BertForMaskedLM, BertForSequenceClassification, BertModel, SentenceEncoder
 from fastbert.diagnostics.explain.entry import explain
-from fastbert.models import heads
+from fastbert.models import tasks
 from fastbert.ops import BackendError, Policy, dispatch
 from fastbert.pipelines.folder import Dense, Dropout, LayerNorm, Normalize, apply
 from helpers import assert_as_accurate, cu_seqlens_of, rms_error
@@ -59,7 +59,7 @@ def assert_invariant(model, lengths, batchings):
 @pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "longest"), [(torch.bfloat16, 130), (torch.float32, 70)], ids=str)
 def test_bits_do_not_depend_on_the_batch(dtype, longest, device):
-    """A tile, a key block or a library GEMM that is cut by what else is in the batch: 200 random batchings in all."""
+    """Catches a tile, a key block or a library GEMM that is cut by what else is in the batch."""
     settings = config(hidden_size=16, num_attention_heads=1, intermediate_size=40)
     model = BertModel(settings, **MODE).to(device, dtype).eval()
     alone = assert_invariant(model, [1, 3, 20, 33, longest], BATCHINGS // 2)
@@ -70,7 +70,7 @@ def test_bits_do_not_depend_on_the_batch(dtype, longest, device):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize(("hidden", "heads_", "layers"), [(384, 12, 6), (768, 12, 4), (1024, 16, 3)])
 def test_bits_on_a_gpu(dtype, hidden, heads_, layers):
-    """The same on the hardware, at real shapes, where tensor cores and reductions have their say."""
+    """Catches bits that depend on the batch on the hardware, at real shapes, with tensor cores and their reductions."""
     sizes = {"hidden_size": hidden, "num_attention_heads": heads_, "intermediate_size": 4 * hidden}
     settings = config(**sizes, num_hidden_layers=layers, vocab_size=30522, max_position_embeddings=512)
     model = BertModel(settings, batch_invariant=True).to("cuda", dtype).eval()
@@ -78,7 +78,7 @@ def test_bits_on_a_gpu(dtype, hidden, heads_, layers):
 
 
 def test_a_shared_tile_would_not_do(device):
-    """A test that could not fail: without the mode, neighbours in a tile change the bits of long-tailed sums."""
+    """Catches tests of the mode that cannot fail, because a tile shared with neighbours gives the same bits anyway."""
     model = BertModel(config(), backend="triton").to(device).eval()
     with pytest.raises(AssertionError, match="differs in the batch"):
         assert_invariant(model, [1, 3, 7, 20, 33], 20)
@@ -86,7 +86,7 @@ def test_a_shared_tile_would_not_do(device):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_within_the_usual_error(dtype, device):
-    """Another attention or GEMM that is invariant and wrong, or less exact for the residual that it adds."""
+    """Catches another attention or GEMM that is invariant and wrong, or less exact for the residual that it adds."""
     model = BertModel(config(num_hidden_layers=2), **MODE).to(device, dtype).eval()
     ids = torch.randint(0, 120, (3, 40), device=device)
     outs = {}
@@ -101,10 +101,10 @@ def test_within_the_usual_error(dtype, device):
         assert_as_accurate(name, ours[name], outs["eager"][name], outs["exact"][name])
 
 
-@pytest.mark.parametrize("name", sorted(name for name in vars(heads) if name.startswith("BertFor")))
+@pytest.mark.parametrize("name", sorted(name for name in vars(tasks) if name.startswith("BertFor")))
 def test_heads(name, device, monkeypatch):
-    """A pooler, a decoder or a classifier that still takes PyTorch's GEMM."""
-    cls = getattr(heads, name)
+    """Catches a pooler, a decoder or a classifier that still takes PyTorch's GEMM."""
+    cls = getattr(tasks, name)
     model = cls(config(), **MODE).to(device).eval()
     refuse = pytest.fail
     monkeypatch.setattr(nn.functional, "linear", lambda *args: refuse("a linear of PyTorch's"))
@@ -121,7 +121,7 @@ def test_heads(name, device, monkeypatch):
     ids=["Dense", "Dense without bias", "LayerNorm", "Normalize", "Dropout"],
 )
 def test_after_the_pooling(make, device):
-    """A module of a sentence encoder whose rows PyTorch sums together, or whose kernel is another function."""
+    """Catches a module of a sentence encoder whose rows PyTorch sums together, or whose kernel is another function."""
     module = make().to(device).eval()
     x = torch.randn(9, 48, device=device)
     with torch.no_grad():
@@ -134,7 +134,7 @@ def test_after_the_pooling(make, device):
 
 
 def test_sentence_encoder(minilm, device):
-    """A sentence encoder that drops the mode, or whose normalisation depends on the batch."""
+    """Catches a sentence encoder that drops the mode, or whose normalisation depends on the batch."""
     encoder = SentenceEncoder.from_pretrained(minilm, device=device, num_hidden_layers=1, **MODE)
     assert encoder.model.policy == INVARIANT
     texts = ["A cat sleeps.", "Rain.", "The committee adjourned before lunch."]
@@ -145,7 +145,7 @@ def test_sentence_encoder(minilm, device):
 
 
 def test_refused_without_the_kernels(minilm, monkeypatch):
-    """A promise on PyTorch's own products, whose bits depend on the number of rows."""
+    """Catches a promise that rests on PyTorch's own products, whose bits depend on the number of rows."""
     monkeypatch.setattr(dispatch, "interpreting", lambda: False)
     for cls in (BertModel, BertForMaskedLM, SentenceEncoder):
         with pytest.raises(BackendError, match="batch_invariant: needs the Triton kernels.*the tensors are on the CPU"):
@@ -158,7 +158,7 @@ def test_refused_without_the_kernels(minilm, monkeypatch):
 
 
 def test_refused_where_a_module_is_called_as_it_is(device):
-    """An adapter or a hook whose bits nothing is known of."""
+    """Catches an adapter or a hook that is accepted though nothing is known of its bits."""
     ids = torch.ones(1, 4, dtype=torch.int64, device=device)
     for path in ("encoder.layer.0.output.dense", "encoder.layer.0.attention.self.key", "pooler.dense",
                  "embeddings.word_embeddings"):  # fmt: skip
@@ -171,7 +171,7 @@ def test_refused_where_a_module_is_called_as_it_is(device):
 
 
 def test_embeddings_at_an_odd_address(device):
-    """Embeddings given as a view, whose loads are narrower and whose sums are in another order than those of a copy."""
+    """Catches embeddings given as a view whose sums are in another order than those of a copy."""
     model = BertModel(config(), **MODE).to(device).eval()
     embeds = torch.randn(2, 5, 32, device=device)
     shifted = torch.zeros(2 * 5 * 32 + 1, device=device)[1:].view(2, 5, 32).copy_(embeds)
@@ -181,7 +181,7 @@ def test_embeddings_at_an_odd_address(device):
     seen, run = [], launch.run
     launch.run = lambda *args, **kwargs: seen.append(kwargs) or run(*args, **kwargs)
     try:
-        outs = [model(inputs_embeds=given).last_hidden_state for given in (embeds, shifted)]
+        outs = [model(inputs_embeds=inputs).last_hidden_state for inputs in (embeds, shifted)]
     finally:
         launch.run = run
     assert torch.equal(*outs)
@@ -190,7 +190,7 @@ def test_embeddings_at_an_odd_address(device):
 
 
 def test_explain_of_a_sentence_encoder(minilm, monkeypatch):
-    """Modules after the pooling that are shown as called when kernels do their work."""
+    """Catches modules after the pooling that are shown as called when kernels do their work."""
     monkeypatch.setenv("TRITON_INTERPRET", "1")  # the mode wants kernels for the CPU; nothing is launched
     encoder = SentenceEncoder.from_pretrained(minilm, device="cpu", num_hidden_layers=1, **MODE)
     encoder.tail.extend([Dense(384, 20), Dropout()])
@@ -200,7 +200,7 @@ def test_explain_of_a_sentence_encoder(minilm, monkeypatch):
 
 
 def test_every_sequence_starts_a_tile():
-    """A work list that shares a tile, loses a row, or cuts a sequence by what stands before it."""
+    """Catches a work list that shares a tile, loses a row, or cuts a sequence by what stands before it."""
     from fastbert_kernels.attention import build_work_list
 
     tiles = build_work_list(cu_seqlens_of([5, 0, 70, 64, 1]).tolist(), 64, share=False).tolist()
@@ -208,7 +208,7 @@ def test_every_sequence_starts_a_tile():
 
 
 def test_explain_shows_the_mode():
-    """A report that shows cuBLAS, or a mode that cannot be seen."""
+    """Catches a report that shows cuBLAS, or a mode that cannot be seen."""
     model = BertForSequenceClassification(config(), batch_invariant=True).eval()
     report = explain(model, arch=90, dtype="bfloat16")
     assert report.batch_invariant and "batch-invariant" in str(report) and report.to_dict()["batch_invariant"]
@@ -223,7 +223,7 @@ def test_explain_shows_the_mode():
 
 
 def test_traced_without_a_plan(device):
-    """An exported model whose attention quietly shares tiles."""
+    """Catches an exported model whose attention quietly shares tiles."""
     model = BertModel(config(), **MODE).to(device).eval()
     ids = torch.ones(1, 4, dtype=torch.int64, device=device)
     with pytest.raises(Exception, match="batch_invariant: a traced model needs the batch's plan"):

@@ -1,4 +1,4 @@
-"""The encoder in one call of a C++ kernel: what it gives, and when it stands aside."""
+"""The encoder runs in one call of a C++ kernel, or stands aside where it must."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from fastbert import BertConfig, BertForTokenClassification, BertModel, Sentence
 from fastbert.cli.demo import fast_at_bfloat16
 from fastbert.diagnostics.explain.entry import explain
 from fastbert.engine import cpu_encoder
-from fastbert.engine.cpu_encoder import CpuEncoder
 from fastbert_kernels import cpu
 from helpers import (
     assert_as_accurate,
@@ -70,7 +69,7 @@ def skip_without(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("activation", ["gelu", "gelu_new", "relu"])
 @pytest.mark.parametrize("lengths", LENGTHS, ids=str)
 def test_as_accurate_as_eager(lengths: list[int], activation: str, dtype: torch.dtype, runs: list[int]) -> None:
-    """Catches weights in the wrong order, a residual or an activation left out, a workspace whose parts overlap."""
+    """Catches weights in the wrong order, a residual or an activation left out, or a workspace whose parts overlap."""
     skip_without(dtype)
     model, eager = make(dtype, hidden_act=activation), make(dtype, "torch", hidden_act=activation)
     exact = encode(copy.deepcopy(eager).double(), lengths)
@@ -131,32 +130,41 @@ def test_follows_the_weights(runs: list[int]) -> None:
 def test_stands_aside(runs: list[int]) -> None:
     """Catches gradients, hooks, states, adapters, autocast or dropout that are passed over."""
     model = make()
-    ids, cu_seqlens, types = inputs([9, 5])
+    ids, cu_seqlens, token_type_ids = inputs([9, 5])
     expected = encode(model, [9, 5])
     assert runs == [14]
-    model.forward_packed(ids, cu_seqlens, types).sum().backward()
+    model.forward_packed(ids, cu_seqlens, token_type_ids).sum().backward()
     assert model.encoder.layer[0].output.dense.weight.grad is not None
     with torch.no_grad():
         seen: list[Any] = []
         hook = model.encoder.layer[1].register_forward_hook(lambda *args: seen.append(args))
-        torch.testing.assert_close(model.forward_packed(ids, cu_seqlens, types), expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            model.forward_packed(ids, cu_seqlens, token_type_ids), expected, rtol=1e-4, atol=1e-4
+        )
         assert len(seen) == 1
         hook.remove()
         assert len(model(ids[None], output_hidden_states=True).hidden_states) == 3
         with torch.autocast("cpu", torch.bfloat16):
-            model.forward_packed(ids, cu_seqlens, types)
-        model.forward_packed(ids[:3], cu_seqlens_of([3]), types[:3])  # too few rows to be as exact as PyTorch
+            model.forward_packed(ids, cu_seqlens, token_type_ids)
+        model.forward_packed(ids[:3], cu_seqlens_of([3]), token_type_ids[:3])  # too few rows to be as exact as PyTorch
         plain = model.encoder.layer[0].output.dense
         model.encoder.layer[0].output.dense = nn.Sequential(plain)
-        torch.testing.assert_close(model.forward_packed(ids, cu_seqlens, types), expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            model.forward_packed(ids, cu_seqlens, token_type_ids), expected, rtol=1e-4, atol=1e-4
+        )
         model.encoder.layer[0].output.dense = plain
         model.encoder.layer[0].output.LayerNorm.eps = 1e-3
-        model.train().forward_packed(ids, cu_seqlens, types)
+        model.train().forward_packed(ids, cu_seqlens, token_type_ids)
         assert runs == [14]
         model.eval()
         model.encoder.layer[0].output.LayerNorm.eps = model.config.layer_norm_eps
-        model.forward_packed(ids, cu_seqlens, types)
+        model.forward_packed(ids, cu_seqlens, token_type_ids)
         assert runs == [14, 14]
+
+
+def obstacles(model: Any, n_tokens: int | None = None) -> list[str]:
+    """Every reason why the model does not run in one call."""
+    return list(model.engine.one_call.obstacles(model, n_tokens, False, False))
 
 
 def test_what_it_cannot_run_is_said() -> None:
@@ -168,23 +176,24 @@ def test_what_it_cannot_run_is_said() -> None:
         ({"dtype": torch.bfloat16, "intermediate_size": 33}, "odd" if cpu.multiplies(torch.bfloat16) else "bfloat16"),
     ):
         model = make(**changes)
-        assert reason in str(model.cpu_encoder_obstacle())
+        assert reason in "; ".join(obstacles(model))
         encode(model, [5, 6])
     model = make()
-    assert model.cpu_encoder_obstacle() is not None and "gradients" in model.cpu_encoder_obstacle()
+    assert any("gradients" in obstacle for obstacle in obstacles(model))
     with torch.no_grad():
-        assert model.cpu_encoder_obstacle() is None
-        assert "3 tokens" in model.cpu_encoder_obstacle(3)
+        assert obstacles(model) == []
+        assert "3 tokens" in obstacles(model, 3)[0]
+        model.encoder.register_forward_hook(lambda *_: None)
+        assert len(obstacles(model, 3)) == 2, "every reason, not the first"
 
 
 def test_bfloat16_with_matrix_units(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches long batches kept from oneDNN where the processor's matrix units would run them several times as fast."""
-    encoder = cpu_encoder.CpuEncoder()
+    """Catches long batches kept from oneDNN where the processor's matrix units run them several times as fast."""
     for has_amx in (False, True):
         monkeypatch.setattr(cpu, "has_amx", lambda has_amx=has_amx: has_amx)
-        assert encoder.takes_rows(cpu_encoder.ROWS_WITHOUT_AMX, torch.bfloat16, 64)
-        assert encoder.takes_rows(4000, torch.bfloat16, 64) != has_amx
-        assert encoder.takes_rows(4000, torch.float32, 64)
+        assert cpu_encoder.takes_rows(cpu_encoder.ROWS_WITHOUT_AMX, torch.bfloat16, 64)
+        assert cpu_encoder.takes_rows(4000, torch.bfloat16, 64) != has_amx
+        assert cpu_encoder.takes_rows(4000, torch.float32, 64)
 
 
 def test_positions_and_ids_of_any_kind(runs: list[int]) -> None:
@@ -193,8 +202,8 @@ def test_positions_and_ids_of_any_kind(runs: list[int]) -> None:
     mask = torch.tensor([[0] * 4 + [1] * 8, [1] * 12, [1, 0] * 6])
     plain = make(backend="torch")
     with torch.no_grad():
-        for given in (ids, ids.int(), ids.t().contiguous().t()):
-            ours, theirs = model(given, mask, 1 - mask), plain(given, mask, 1 - mask)
+        for layout in (ids, ids.int(), ids.t().contiguous().t()):
+            ours, theirs = model(layout, mask, 1 - mask), plain(layout, mask, 1 - mask)
             torch.testing.assert_close(ours.last_hidden_state, theirs.last_hidden_state, rtol=1e-4, atol=1e-4)
             torch.testing.assert_close(ours.pooler_output, theirs.pooler_output, rtol=1e-4, atol=1e-4)
         with pytest.raises(IndexError):
@@ -211,7 +220,7 @@ def test_heads_and_copies(runs: list[int]) -> None:
         expected = model(ids).logits
         assert runs == [20]
         for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-            assert other.bert.cpu_encoder._workspaces == []
+            assert other.bert.engine.cpu_encoder._workspaces == []
             torch.testing.assert_close(other(ids).logits, expected)
     assert runs == [20] * 3
 
@@ -227,9 +236,9 @@ def test_workspaces_do_not_pile_up() -> None:
     model = make()
     for n in (10, 150, 30, 200):
         encode(model, [n])
-    assert len(model.cpu_encoder._workspaces) == 1
+    assert len(model.engine.cpu_encoder._workspaces) == 1
     model.eval()
-    assert model.cpu_encoder._workspaces == []
+    assert model.engine.cpu_encoder._workspaces == []
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -256,7 +265,7 @@ def test_few_rows_are_exact(k: int) -> None:
     ours = torch.cat([cpu.linear_forward(rows, packed, 384, bias) for rows in x.split(3)])
     eager = torch.cat([nn.functional.linear(rows, weight, bias) for rows in x.split(3)])
     assert_as_accurate("linear", ours, eager, exact)
-    takes_rows = CpuEncoder().takes_rows
+    takes_rows = cpu_encoder.takes_rows
     assert takes_rows(3, torch.float32, k) and not takes_rows(3, torch.float32, cpu_encoder.EXACT_FROM - 1)
 
 
@@ -300,8 +309,8 @@ def test_dtype_auto_of_encoders(has_it: bool, monkeypatch: pytest.MonkeyPatch, t
     encoder = SentenceEncoder.from_pretrained(folder, device="cpu")
     assert encoder.dtype == (torch.bfloat16 if has_it else torch.float32)
     assert ("dtype='auto' took bfloat16" in str(explain(encoder))) == has_it
-    for how in ({"dtype": "float32"}, {"backend": "torch"}):
-        exact = SentenceEncoder.from_pretrained(folder, device="cpu", **how)
+    for options in ({"dtype": "float32"}, {"backend": "torch"}):
+        exact = SentenceEncoder.from_pretrained(folder, device="cpu", **options)
         assert exact.dtype == torch.float32 and "took bfloat16" not in str(explain(exact))
     assert BertModel.from_pretrained(folder).dtype == torch.float32
     assert fast_at_bfloat16(torch.device("cpu")) == has_it

@@ -1,4 +1,4 @@
-"""precision="int8" on CPUs: the C++ kernels beside exact arithmetic, and the encoder that they make up."""
+"""precision="int8" on CPUs has exact kernels, and the encoder that they make up is as accurate as its emulation."""
 
 from __future__ import annotations
 
@@ -61,31 +61,31 @@ def variant(request: pytest.FixtureRequest) -> Iterator[str]:
 @pytest.fixture
 def outputs(monkeypatch: pytest.MonkeyPatch) -> Outputs:
     """Outputs full of NaN, between guard bands."""
-    made = Outputs()
-    monkeypatch.setattr(cpu, "empty", made.empty)
-    return made
+    buffers = Outputs()
+    monkeypatch.setattr(cpu, "empty", buffers.empty)
+    return buffers
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("rotated", [False, True])
 @pytest.mark.parametrize(("n_rows", "k"), [(1, 1), (0, 5), (3, 33), (9, 64), (5, 1536)])
 def test_quantised_rows(n_rows: int, k: int, rotated: bool, dtype: torch.dtype, variant: str, outputs: Outputs) -> None:
-    """A step that is too coarse, a rotation in another order, a tail that counts as zeros, a read past the row."""
+    """Catches too coarse a step, a rotation in another order, a tail that counts as zeros, a read past the row."""
     k = -(-k // 32) * 32 if rotated else k
     x = (torch.randn(n_rows, k) + 3).to(dtype)
     q, affine = cpu.quantize_forward(guarded(x, extra_columns=9), rotated)
     x = rotate(x) if rotated else x.float()
-    found = q.double() * affine[:, :1].double() + affine[:, 1:].double()
+    restored = q.double() * affine[:, :1].double() + affine[:, 1:].double()
     if n_rows:
         step = (x.amax(1, keepdim=True) - x.amin(1, keepdim=True)) / 255
-        assert ((found - x).abs() <= 0.501 * step + 1e-5 * x.abs().amax()).all()
+        assert ((restored - x).abs() <= 0.501 * step + 1e-5 * x.abs().amax()).all()
         assert (q.amin(1) == 0).all() and (k == 1 or (q.amax(1) == 255).all())
         outputs.check()
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 def test_rows_that_are_not_finite(bad: float, variant: str) -> None:
-    """A NaN that becomes a number, or that spreads to a neighbour's row."""
+    """Catches a NaN that becomes a number, or that spreads to a neighbour's row."""
     for rotated in (False, True):
         x = torch.randn(3, 64)
         x[1, 7] = bad
@@ -106,7 +106,7 @@ def test_linear_is_exact(
     n_rows: int, k: int, n_cols: int, with_residual: bool, activation: str, dtype: torch.dtype, variant: str,
     outputs: Outputs,
 ) -> None:  # fmt: skip
-    """A sum that saturates or overflows, a tile at the edge, four of K in another order, a column of the padding."""
+    """Catches a sum that overflows, a wrong edge of a tile, four of K in another order, a column of the padding."""
     q = torch.full((n_rows, -(-k // 4) * 4), 201, dtype=torch.uint8)[:, :k]  # what follows K counts for nothing
     q.copy_(torch.randint(256, (n_rows, k)))
     q[: n_rows // 2] = 255
@@ -134,7 +134,7 @@ def test_linear_is_exact(
 
 
 def test_gelu_over_its_whole_range(variant: str) -> None:
-    """A polynomial that leaves its range, a tail that is not 0 or x, a NaN that is lost."""
+    """Catches a polynomial that leaves its range, a tail that is not 0 or x, or a NaN that is lost."""
     ends = torch.tensor([-1e30, -200.0, -20.0, 20.0, 200.0, 1e30, float("inf"), float("nan"), 0.0])
     x = torch.cat([torch.linspace(-12, 12, 20001), ends])
     affine = torch.stack([torch.zeros_like(x), x], 1)
@@ -148,10 +148,10 @@ def test_gelu_over_its_whole_range(variant: str) -> None:
 
 def make(dtype: torch.dtype = torch.float32, kind: Any = BertModel, **changes: Any) -> Any:
     """A model in int8. changes: of the configuration, or backend, strict, precision."""
-    how = {"backend": "cpu", "precision": "int8"}
-    how.update({name: changes.pop(name) for name in ("backend", "strict", "precision") if name in changes})
+    options = {"backend": "cpu", "precision": "int8"}
+    options.update({name: changes.pop(name) for name in ("backend", "strict", "precision") if name in changes})
     torch.manual_seed(1)
-    model = kind(BertConfig(**{**SIZES, **changes}), **how)
+    model = kind(BertConfig(**{**SIZES, **changes}), **options)
     for parameter in model.parameters():
         parameter.data.normal_(0.0, 0.2)
     return model.eval().to(dtype)
@@ -174,7 +174,7 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 @pytest.mark.parametrize("activation", ["gelu", "gelu_new"])
 @pytest.mark.parametrize("lengths", LENGTHS, ids=str)
 def test_no_worse_than_the_emulation(lengths: list[int], activation: str, dtype: torch.dtype, runs: list[int]) -> None:
-    """Weights in the wrong order, a residual or an activation left out, chunks whose memory overlaps."""
+    """Catches weights in the wrong order, a residual or an activation left out, or chunks whose memory overlaps."""
     exact = encode(make(torch.float64, precision=None, backend="torch", hidden_act=activation), lengths)
     emulated = encode(make(dtype, backend="torch", hidden_act=activation), lengths)
     ours = encode(make(dtype, hidden_act=activation), lengths)
@@ -184,7 +184,7 @@ def test_no_worse_than_the_emulation(lengths: list[int], activation: str, dtype:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_text_has_the_same_bits_in_any_batch(dtype: torch.dtype, variant: str) -> None:
-    """A step that another row decides, or arithmetic that depends on the tile, the chunk or the number of threads."""
+    """Catches a step that another row decides, or arithmetic that depends on tile, chunk or number of threads."""
     model, lengths = make(dtype), [33, 1, 200, 7, 64, 90]
     random = torch.Generator().manual_seed(0)
     texts = [torch.randint(1, 101, (n,), generator=random) for n in lengths]
@@ -201,7 +201,7 @@ def test_a_text_has_the_same_bits_in_any_batch(dtype: torch.dtype, variant: str)
 
 
 def test_states_embeddings_and_heads(runs: list[int]) -> None:
-    """States of the wrong layer, embeddings that go around the kernel, a head that does not reach it, copies."""
+    """Catches states of the wrong layer, embeddings or a head that go around the kernel, or shared copies."""
     model, ids = make(), torch.randint(1, 101, (3, 12))
     mask = torch.tensor([[0] * 4 + [1] * 8, [1] * 12, [1, 0] * 6])
     with torch.no_grad():
@@ -222,7 +222,7 @@ def test_states_embeddings_and_heads(runs: list[int]) -> None:
 
 
 def test_follows_the_weights() -> None:
-    """8-bit weights that stay as they were when a parameter is written to, replaced or loaded."""
+    """Catches 8-bit weights that stay as they were when a parameter is written to, replaced or loaded."""
     model = make()
 
     def right() -> None:
@@ -244,13 +244,13 @@ def test_follows_the_weights() -> None:
 
 
 def test_threads_share_a_model() -> None:
-    """Two threads in one workspace."""
+    """Catches two threads that write to one workspace."""
     model = make()
     assert_same_in_threads(lambda seed: encode(model, [40, 9, 30], seed), 6, 10)
 
 
 def test_stands_aside_with_a_word(runs: list[int], caplog: pytest.LogCaptureFixture) -> None:
-    """A hook that never runs, a fallback in silence, a strict model that does not raise."""
+    """Catches a hook that never runs, a fallback in silence, or a strict model that does not raise."""
     model, plain, strict = make(), make(precision=None), make(strict=True)
     dispatch._log_once.cache_clear()
     seen: list[Any] = []
@@ -274,7 +274,7 @@ def test_stands_aside_with_a_word(runs: list[int], caplog: pytest.LogCaptureFixt
 
 @pytest.mark.parametrize("missing", ["avx512_vnni", "avx512f"])
 def test_processors_without_vnni(missing: str, monkeypatch: pytest.MonkeyPatch, request: Any) -> None:
-    """A call of a kernel that the library has not."""
+    """Catches a call of a kernel that the library does not have."""
     request.addfinalizer(cpu._load.cache_clear)
     flags = cpu._processor_flags() - {missing}
     monkeypatch.setattr(cpu, "_processor_flags", lambda: flags)
@@ -287,7 +287,7 @@ def test_processors_without_vnni(missing: str, monkeypatch: pytest.MonkeyPatch, 
 
 
 def test_what_explain_says() -> None:
-    """A report of the unquantised path, or of Triton's kernels, where these run."""
+    """Catches a report of the unquantised path, or of Triton's kernels, where these run."""
     report = explain(make())
     rows = [row for row in report.rows if row.op == "quantized_linear"]
     assert len(rows) == 4 and {row.backend for row in rows} == {"cpu"}
@@ -297,7 +297,7 @@ def test_what_explain_says() -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_accuracy_on_real_weights(dtype: torch.dtype) -> None:
-    """A scheme that turns the vectors of trained weights further than was measured when it was chosen."""
+    """Catches a scheme that turns the vectors of trained weights further than was measured when it was chosen."""
     texts, folder = docstrings(200), str(minilm_folder())
     exact = SentenceEncoder.from_pretrained(folder, dtype="float32").encode(texts, convert_to_tensor=True)
     encoder = SentenceEncoder.from_pretrained(folder, dtype=dtype, precision="int8", backend="cpu")
@@ -306,7 +306,7 @@ def test_accuracy_on_real_weights(dtype: torch.dtype) -> None:
 
 
 def test_verify() -> None:
-    """A false alarm over 8 bits, or a report that is not of the kernels."""
+    """Catches a false alarm over 8 bits, or a report that is not about the kernels."""
     encoder = SentenceEncoder.from_pretrained(str(minilm_folder()), precision="int8", backend="cpu")
     report = verify(encoder, docstrings(30))
     assert report.ok, str(report)

@@ -1,4 +1,4 @@
-"""The streams and pools of memory that captures take from CUDA, seen with stand-ins for torch.cuda's classes."""
+"""Captures take streams and pools of memory from CUDA in order, as stand-ins for torch.cuda's classes show."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from fastbert.engine import graphs
+from fastbert.engine import capture, graphs
 
 DEVICE = torch.device("cuda", 0)
 
@@ -71,8 +71,8 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> Cuda:
     return Cuda(monkeypatch)
 
 
-def use(capturer: graphs.CudaCapturer) -> None:
-    """What `Graphs.run` does around a capture and a replay."""
+def use(capturer: capture.CudaCapturer) -> None:
+    """Does what `Graphs.run` does around a capture and a replay."""
     capturer.begin([])
     capturer.capture(lambda: None)
     capturer.end()
@@ -81,7 +81,7 @@ def use(capturer: graphs.CudaCapturer) -> None:
 def test_a_hundred_new_capturers_take_two_streams(cuda: Cuda) -> None:
     """Catches streams that are made anew after each change of weights, with 32 MiB of workspace each, for ever."""
     for _ in range(100):
-        capturer = graphs.CudaCapturer(DEVICE)
+        capturer = capture.CudaCapturer(DEVICE)
         use(capturer)
         capturer.finish()
         del capturer
@@ -93,7 +93,7 @@ def test_clearing_graphs_takes_no_new_streams(cuda: Cuda) -> None:
     """Catches graphs that keep their capturer when they are dropped, or drop it and its stream with it."""
     model_graphs = graphs.Graphs()
     for _ in range(10):
-        model_graphs._capturer = graphs.CudaCapturer(DEVICE)
+        model_graphs._capturer = capture.CudaCapturer(DEVICE)
         use(model_graphs._capturer)
         model_graphs.clear()
     assert cuda.n_streams == 2
@@ -101,24 +101,24 @@ def test_clearing_graphs_takes_no_new_streams(cuda: Cuda) -> None:
 
 def test_living_capturers_share_no_stream_and_no_pool(cuda: Cuda) -> None:
     """Catches two models whose graphs write to one workspace, or to one pool of memory, when they run at once."""
-    capturers = [graphs.CudaCapturer(DEVICE) for _ in range(31)]
+    capturers = [capture.CudaCapturer(DEVICE) for _ in range(31)]
     for capturer in [*capturers, *reversed(capturers)]:
         use(capturer)
     streams, pools = ({capture[i] for capture in cuda.captures} for i in (0, 1))
     assert len(streams) == len(pools) == 31 and len(set(cuda.captures)) == 31
     with pytest.raises(RuntimeError, match="each of the 32 streams of this GPU is taken"):
-        use(graphs.CudaCapturer(DEVICE))
+        use(capture.CudaCapturer(DEVICE))
     last = capturers.pop()
     del last, capturer
     gc.collect()
-    use(graphs.CudaCapturer(DEVICE))  # there is one again
+    use(capture.CudaCapturer(DEVICE))  # there is one again
 
 
 def test_pools_are_not_used_again(cuda: Cuda) -> None:
     """Catches a capture into a pool that has no graph any more, which PyTorch may have freed."""
     pools = []
     for _ in range(3):
-        capturer = graphs.CudaCapturer(DEVICE)
+        capturer = capture.CudaCapturer(DEVICE)
         use(capturer)
         use(capturer)
         pools += [pool for _, pool in cuda.captures[-2:]]
@@ -128,18 +128,18 @@ def test_pools_are_not_used_again(cuda: Cuda) -> None:
 
 def test_a_stream_is_taken_over_in_order(cuda: Cuda) -> None:
     """Catches a workspace written by a new model's graph while the last one of a model that has gone still runs."""
-    first = graphs.CudaCapturer(DEVICE)
+    first = capture.CudaCapturer(DEVICE)
     use(first)
     assert first._last is not None
     event = first._last[1]
     del first
-    use(graphs.CudaCapturer(DEVICE))
+    use(capture.CudaCapturer(DEVICE))
     assert cuda.waits == [event]
 
 
 def test_devices_have_streams_of_their_own(cuda: Cuda) -> None:
     """Catches a capture on one GPU that takes a stream of another."""
     for index in (0, 1, 0, 1):
-        use(graphs.CudaCapturer(torch.device("cuda", index)))
+        use(capture.CudaCapturer(torch.device("cuda", index)))
     assert cuda.n_streams == 4
     assert [stream for stream, _ in cuda.captures] == [1, 3, 1, 3]

@@ -1,4 +1,4 @@
-"""CUDA graphs of models with 8-bit weights, with the stand-in of test_graphs.py where there is no GPU."""
+"""CUDA graphs hold models with 8-bit weights; a stand-in captures where there is no GPU."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 import fastbert
 from fastbert.diagnostics.explain.entry import explain
-from fastbert.engine import graphs, quantized
+from fastbert.engine import buckets
 from fastbert.ops import Policy
 from fastbert.ops import quantized as ops_quantized
 from graph_cases import (
@@ -57,7 +57,7 @@ def test_same_bits_with_graphs_and_without(
     device: torch.device,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Catches static inputs that differ from the plain path's, and memory that nobody wrote that reaches a text."""
+    """Catches static inputs that differ from the plain path's, or unwritten memory that reaches a text."""
     from fastbert_kernels import launch
 
     if device.type == "cpu":  # 90: linears on tensor descriptors
@@ -72,7 +72,7 @@ def test_same_bits_with_graphs_and_without(
     monkeypatch.setattr(launch, "empty", empty)
     for lengths, right in zip(LENGTHS, expected, strict=True):
         assert torch.equal(encode(model, lengths), right), lengths
-    assert stand_in.replays == len(LENGTHS) and stand_in.captures == len(model.graphs)
+    assert stand_in.replays == len(LENGTHS) and stand_in.captures == len(model.engine.graphs)
     model.precision = None
     assert not torch.equal(encode(model, LENGTHS[-1]), expected[-1]), "nothing was quantised"
 
@@ -87,7 +87,7 @@ def test_changed_weights(change: Callable[[Any], None], stand_in: StandIn, devic
     change(model)
     after = encode(model, [9, 4])
     assert torch.equal(after, without_graphs(model, [9, 4])) and not torch.equal(after, before)
-    assert stand_in.captures == 2 and len(model.graphs) == 1
+    assert stand_in.captures == 2 and len(model.engine.graphs) == 1
     assert torch.equal(encode(model, [9, 4]), after) and stand_in.captures == 2
 
 
@@ -95,13 +95,13 @@ def test_writes_that_nobody_counts(stand_in: StandIn, device: torch.device) -> N
     """Catches a write through .data that the 8-bit weights of a graph do not follow, or a new capture."""
     model = make_8_bit(device)
     before = encode(model, [9, 4])
-    at = [t.data_ptr() for t in model.quantized_weights.tensors()]
+    at = [t.data_ptr() for t in model.engine.eight_bit.weights.tensors()]
     assert len(at) == 4 * 3
     for name in ("attention.self.query", "attention.output.dense", "intermediate.dense", "output.dense"):
         model.encoder.layer[0].get_submodule(name).weight.data.mul_(2.0)
     after = encode(model, [9, 4])
     assert torch.equal(after, without_graphs(model, [9, 4])) and not torch.equal(after, before)
-    assert stand_in.captures == 1 and at == [t.data_ptr() for t in model.quantized_weights.tensors()]
+    assert stand_in.captures == 1 and at == [t.data_ptr() for t in model.engine.eight_bit.weights.tensors()]
     for _ in range(3):
         encode(model.eval(), [9, 4])
     assert stand_in.captures == 1, "a server that calls eval() before each batch captures each time"
@@ -115,15 +115,17 @@ def test_weights_made_elsewhere(stand_in: StandIn, device: torch.device) -> None
     def make_others() -> None:
         model.precision = "fp8"
         with torch.no_grad():
-            quantized.addresses(model)
+            model.engine.eight_bit.addresses(model)
         model.precision = "int8"
 
-    for change in (model.quantized_weights.clear, make_others):
+    for change in (model.engine.eight_bit.weights.clear, make_others):
         change()
         in_the_way = torch.empty(100_000)  # or the new ones might be put where the old ones were
         assert torch.equal(encode(model, [9, 4]), first) and in_the_way is not None
-        _, addresses = model._weights()
-        assert [at for each in addresses for at in each] == [t.data_ptr() for t in model.quantized_weights.tensors()]
+        _, addresses = model.engine.graph_key(model)
+        assert [at for each in addresses for at in each] == [
+            t.data_ptr() for t in model.engine.eight_bit.weights.tensors()
+        ]
 
 
 @pytest.mark.parametrize("other", [None, "fp8"])
@@ -138,7 +140,7 @@ def test_another_precision(other: str | None, stand_in: StandIn, device: torch.d
 
 @pytest.mark.parametrize("change", UNSUITABLE, ids=lambda change: change.__name__)
 def test_what_no_graph_may_hold(change: Callable[[Any], None], stand_in: StandIn, device: torch.device) -> None:
-    """Catches code that a replay would leave out."""
+    """Catches a graph of a model whose own code a replay would leave out."""
     model = make_8_bit(device)
     model.encoder.layer.append(make(device).encoder.layer[1].requires_grad_(False))
     model.policy = Policy("triton")
@@ -154,7 +156,7 @@ def test_inference_tensors(stand_in: StandIn, device: torch.device) -> None:
         model = make_8_bit(device)
         first = encode(model, [9, 4])
         assert torch.equal(encode(model, [9, 4]), first) and stand_in.captures == 1
-        assert model.quantized_weights.tensors() == []
+        assert model.engine.eight_bit.weights.tensors() == []
         model.encoder.layer[0].output.dense.weight.mul_(2.0)
         assert torch.equal(encode(model, [9, 4]), without_graphs(model, [9, 4]))
 
@@ -169,7 +171,10 @@ def test_where_there_are_no_8_bit_kernels(
         encode(model, [9, 4])
     model.policy = Policy("triton")
     before = encode(model, [9, 4])
-    assert model.quantized_weights.tensors() == [] and len(model.encoder.layer[0].attention.self.derived.tensors()) == 2
+    assert (
+        model.engine.eight_bit.weights.tensors() == []
+        and len(model.encoder.layer[0].attention.self.derived.tensors()) == 2
+    )
     model.encoder.layer[0].attention.self.query.weight.data.mul_(2.0)
     model.eval()
     after = encode(model, [9, 4])
@@ -191,7 +196,7 @@ def test_after_warmup_nothing_happens(precision: str, stand_in: StandIn, device:
     model = make_8_bit(device, precision)
     cheap(model)
     report = fastbert.warmup(model, max_tokens=1000)
-    assert report.buckets == tuple(b for b in graphs.BUCKETS if b <= 1024) and not report.notes
+    assert report.buckets == tuple(b for b in buckets.BUCKETS if b <= 1024) and not report.notes
     before, replays = fastbert.compile_events(), stand_in.replays
     for seed in range(300):
         encode(model, random_lengths(seed, 1100), seed)

@@ -1,4 +1,4 @@
-"""Memory: what an encoder needs at its peak, and that it does not grow while batches of all lengths go by."""
+"""An encoder's memory has a known peak, and does not grow while batches of all lengths go by."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 from fastbert import BertConfig, BertModel
 from fastbert.bench import memory
-from fastbert.engine import graphs
+from fastbert.engine import buckets
 from helpers import cu_seqlens_of
 
 TINY = {
@@ -39,7 +39,7 @@ def test_no_growth_over_ten_thousand_batches(cuda_graphs: bool) -> None:
     """Catches graphs, plans, packed weights or buffers that are kept for every length that ever came."""
     model = BertModel(BertConfig(**TINY)).to("cuda", torch.bfloat16).eval()
     model.cuda_graphs = cuda_graphs
-    for n_tokens in graphs.BUCKETS[: graphs.BUCKETS.index(1024) + 1]:  # so that no bucket is captured later
+    for n_tokens in buckets.BUCKETS[: buckets.BUCKETS.index(1024) + 1]:  # so that no bucket is captured later
         encode(model, [min(128, n_tokens - start) for start in range(0, n_tokens, 128)])
     draw = torch.Generator().manual_seed(0)
     for _ in range(1000):
@@ -59,7 +59,7 @@ def test_no_growth_over_ten_thousand_batches(cuda_graphs: bool) -> None:
 
 @pytest.mark.skipif(memory.unavailable() is not None, reason=str(memory.unavailable()))
 def test_no_growth_on_a_cpu() -> None:
-    """Catches the same on a CPU, where oneDNN keeps a program of some 100 KB for each number of rows it meets."""
+    """Catches memory that grows on a CPU, where oneDNN keeps a program for each number of rows that it meets."""
     model = BertModel(BertConfig(**TINY), backend="cpu").eval()
     draw = torch.Generator().manual_seed(0)
     for _ in range(600):

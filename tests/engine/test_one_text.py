@@ -1,4 +1,4 @@
-"""One text on a CPU: few calls around the encoder, the bits of a batch, and weights whose changes are noticed."""
+"""One text on a CPU takes few calls, has the bits of a batch, and follows changed weights."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from fastbert import BertConfig, BertModel, CrossEncoder, SentenceEncoder, Tokenizer, ops
-from fastbert.models.heads import BertForSequenceClassification
-from fastbert.models.pretrained import any_in_training, first_parameter
+from fastbert.engine.state import first_parameter
+from fastbert.models.pretrained import any_in_training
+from fastbert.models.tasks import BertForSequenceClassification
 from fastbert.ops import packing
 from fastbert.pipelines.folder import Dense, Normalize
 from fastbert_kernels import cpu
@@ -86,13 +87,13 @@ def test_every_way_gives_the_same_bits(text: str) -> None:
 @pytest.mark.parametrize("batch_size", [None, 2])
 @pytest.mark.parametrize("output_value", ["sentence_embedding", "token_embeddings", None])
 def test_order_of_texts(output_value: Any, batch_size: int | None) -> None:
-    """Catches texts that come sorted, of which nothing is gathered, and get another's tokens or another's place."""
-    encoder, how = make(), {"output_value": output_value, "batch_size": batch_size, "convert_to_numpy": False}
+    """Catches texts that come sorted, of which nothing is gathered, and that get another's tokens or place."""
+    encoder, options = make(), {"output_value": output_value, "batch_size": batch_size, "convert_to_numpy": False}
     lengths = [len(TOKENIZER(text)["input_ids"]) for text in TEXTS]
     down = sorted(range(len(TEXTS)), key=lengths.__getitem__, reverse=True)
     assert down != list(range(len(TEXTS)))
-    in_order = encoder.encode([TEXTS[i] for i in down], **how)
-    shuffled = encoder.encode(TEXTS, **how)
+    in_order = encoder.encode([TEXTS[i] for i in down], **options)
+    shuffled = encoder.encode(TEXTS, **options)
     for place, i in enumerate(down):
         ours, other = in_order[place], shuffled[i]
         if output_value is None:
@@ -232,7 +233,7 @@ def test_training_mode_ends(place: str, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_ids_beyond_the_table() -> None:
-    """Catches ids that the kernel would read beyond its table with: an end of the range, or one among many."""
+    """Catches ids beyond the table that the kernel would read with: one end of the range, or one among many."""
     encoder = make(vocab_size=20)
     with pytest.raises(IndexError, match="input_ids: expected values from 0 to 19, got"):
         encoder.encode(TEXT)
@@ -243,9 +244,9 @@ def test_ids_beyond_the_table() -> None:
             ops.check_ids(input_ids=(ids, 20))
             for bad in (20, -1, 2**40, -(2**63), 2**63 - 1):
                 ids[place] = bad
-                for given in (ids, torch.stack([ids, ids], 1)[:, 0]):  # in order, and not
+                for some_ids in (ids, torch.stack([ids, ids], 1)[:, 0]):  # in order, and not
                     with pytest.raises(IndexError, match=f"input_ids: expected values from 0 to 19, got {bad}"):
-                        ops.check_ids(input_ids=(given, 20), token_type_ids=(torch.zeros(3, dtype=torch.int64), 2))
+                        ops.check_ids(input_ids=(some_ids, 20), token_type_ids=(torch.zeros(3, dtype=torch.int64), 2))
     assert cpu.unavailable() is not None or cpu.ids_outside(torch.tensor([3]), 3)
 
 
@@ -284,7 +285,7 @@ def test_batches_of_known_lengths(lengths: list[int]) -> None:
 
 
 def test_first_parameter_and_modes() -> None:
-    """Catches another parameter than the first, or a mode that is overlooked: children and parameters may be None."""
+    """Catches another parameter than the first, or a mode that is overlooked, where children may be None."""
     inner = nn.Sequential(nn.Dropout(), nn.Linear(2, 3, bias=False), nn.LayerNorm(3, elementwise_affine=False))
     inner.register_module("nothing", None)
     inner.register_parameter("none", None)

@@ -1,4 +1,4 @@
-"""Models with precision="fp8" and "int8": the path through the model, its weights, its fallbacks, and its accuracy."""
+"""Models with precision="fp8" and "int8" are accurate, follow their weights, and fall back with a reason."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from fastbert import BackendError, BertConfig, BertModel, SentenceEncoder, ops
 from fastbert.diagnostics.explain.entry import explain
 from fastbert.diagnostics.verify.entry import QuantizedReport, verify
 from fastbert.engine import quantized
-from fastbert.models import heads
+from fastbert.models import tasks
 from fastbert.ops import dispatch
 from fastbert_kernels import cpu
 from helpers import docstrings, rms_error
 
 PRECISIONS = ("fp8", "int8")
-HEADS = [getattr(heads, name) for name in fastbert.__all__ if name.startswith("BertFor")]
+HEADS = [getattr(tasks, name) for name in fastbert.__all__ if name.startswith("BertFor")]
 IDS = [[2, 17, 33, 3], [2, 3], [2, *range(20, 36), 3], [2, 50, 3]]
 
 
@@ -50,7 +50,7 @@ def inputs(device: Any = "cpu") -> tuple[Tensor, Tensor]:
 
 def twins(kind: Any, device: Any, dtype: torch.dtype, *settings: dict[str, Any], **changes: Any) -> list[Any]:
     """Models of one kind with equal weights, one for each settings."""
-    models = [kind(config(**changes), **how) for how in settings]
+    models = [kind(config(**changes), **options) for options in settings]
     for model in models[1:]:
         model.load_state_dict(models[0].state_dict())
     return [model.eval().to(device, dtype) for model in models]
@@ -67,10 +67,10 @@ def model(device: torch.device) -> BertModel:
 def test_kernels_give_what_the_emulation_does(
     sizes: dict[str, int], precision: str, dtype: torch.dtype, device: torch.device
 ) -> None:
-    """An operand in the wrong place, a weight of another layer, or an emulation that is not what the kernels do."""
-    how = {"strict": True, "precision": precision}
+    """Catches an operand in the wrong place, a weight of another layer, or an emulation unlike the kernels."""
+    options = {"strict": True, "precision": precision}
     plain, emulated, ours = twins(
-        BertModel, device, dtype, {}, {"backend": "torch", **how}, {"backend": "triton", **how}, **sizes
+        BertModel, device, dtype, {}, {"backend": "torch", **options}, {"backend": "triton", **options}, **sizes
     )
     with torch.no_grad():
         expected = plain.to(torch.float64)(*inputs(device), output_hidden_states=True).hidden_states
@@ -89,7 +89,7 @@ def test_kernels_give_what_the_emulation_does(
 
 @pytest.mark.parametrize("kind", [BertModel, *HEADS], ids=lambda kind: kind.__name__)
 def test_heads(kind: Any, device: torch.device, tmp_path: Path) -> None:
-    """A model that loses precision on the way to its encoder, or saves other weights than it was given."""
+    """Catches a model that loses precision on the way to its encoder, or saves other weights than it was given."""
     plain = kind(config()).eval()
     plain.save_pretrained(tmp_path / "plain")
     ours = kind.from_pretrained(tmp_path / "plain", precision="int8", backend="triton", device=device)
@@ -97,7 +97,7 @@ def test_heads(kind: Any, device: torch.device, tmp_path: Path) -> None:
     assert (ours.precision, bert.precision) == ("int8", "int8")
     assert not any(parameter.requires_grad for parameter in ours.parameters())
     ids, mask = inputs(device)
-    if kind is heads.BertForMultipleChoice:
+    if kind is tasks.BertForMultipleChoice:
         ids, mask = ids.unflatten(0, (2, 2)), mask.unflatten(0, (2, 2))
     output = ours(ids, mask)
     expected = plain.to(device)(ids, mask)
@@ -111,7 +111,7 @@ def test_heads(kind: Any, device: torch.device, tmp_path: Path) -> None:
 
 
 def test_packed(model: BertModel) -> None:
-    """forward_packed, or given embeddings, that go around the 8-bit path."""
+    """Catches forward_packed, or embeddings given by the caller, that go around the 8-bit path."""
     ids, _ = inputs(model.device)
     expected = model(ids).last_hidden_state
     lengths = torch.arange(5, dtype=torch.int32) * 17
@@ -123,7 +123,7 @@ def test_packed(model: BertModel) -> None:
 @pytest.mark.parametrize("backend", ["triton", "torch"])
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_nothing_to_do(precision: str, backend: str, device: torch.device) -> None:
-    """A crash, or NaN, for rows and batches without tokens."""
+    """Catches a crash or NaN for rows and batches without tokens."""
     model = BertModel(config(), backend=backend, precision=precision).eval().to(device)
     ids = torch.zeros(2, 3, dtype=torch.long, device=device)
     output = model(ids, torch.zeros_like(ids))
@@ -132,36 +132,36 @@ def test_nothing_to_do(precision: str, backend: str, device: torch.device) -> No
 
 
 def weights_made(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    made: list[Any] = []
+    calls: list[Any] = []
     right = ops.quantized.quantize_weight
 
     def quantize_weight(*args: Any, **kwargs: Any) -> Any:
-        made.append(args)
+        calls.append(args)
         return right(*args, **kwargs)
 
     monkeypatch.setattr(ops.quantized, "quantize_weight", quantize_weight)
-    return made
+    return calls
 
 
 def test_weights_are_quantised_once(model: BertModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A model that quantises its weights for every batch, or keeps them through pickle and copies."""
-    made = weights_made(monkeypatch)
+    """Catches a model that quantises its weights for every batch, or keeps them through pickle and copies."""
+    calls = weights_made(monkeypatch)
     ids, mask = inputs(model.device)
     first = model(ids, mask).last_hidden_state
-    assert len(made) == 2 * 4
-    assert torch.equal(model(ids, mask).last_hidden_state, first) and len(made) == 8
+    assert len(calls) == 2 * 4
+    assert torch.equal(model(ids, mask).last_hidden_state, first) and len(calls) == 8
     with torch.inference_mode():
         model(ids, mask)
-    assert len(made) == 8
+    assert len(calls) == 8
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert other.quantized_weights is not model.quantized_weights
+        assert other.engine.eight_bit.weights is not model.engine.eight_bit.weights
         assert torch.equal(other(ids, mask).last_hidden_state, first)
-    assert len(made) == 24
+    assert len(calls) == 24
 
 
 @pytest.mark.parametrize("name", ["attention.self.key", "attention.output.dense", "intermediate.dense", "output.dense"])
 def test_weights_follow_their_parameters(model: BertModel, name: str) -> None:
-    """8-bit weights that stay behind when a parameter is changed, replaced, loaded, or written past autograd."""
+    """Catches 8-bit weights that stay behind a parameter that is changed, replaced, loaded, or written silently."""
     ids, mask = inputs(model.device)
     dense = model.encoder.layer[1].get_submodule(name)
 
@@ -182,7 +182,7 @@ def test_weights_follow_their_parameters(model: BertModel, name: str) -> None:
 
 
 def test_training_raises(model: BertModel) -> None:
-    """A quantised model that trains on something else in silence."""
+    """Catches a quantised model that trains on something else in silence."""
     ids, mask = inputs(model.device)
     model.train()
     with pytest.raises(RuntimeError, match=r"precision='int8' is for inference: call eval\(\)"):
@@ -202,13 +202,13 @@ def test_training_raises(model: BertModel) -> None:
 
 
 def test_unknown_precision(tmp_path: Path) -> None:
-    """A precision that is not known and is taken for none."""
+    """Catches an unknown precision that is taken for none."""
     message = "precision: expected one of 'fp8', 'int8' or None, got 'fp4'"
     BertModel(config()).save_pretrained(tmp_path)
     for make in (
         lambda: BertModel(config(), precision="fp4"),
         lambda: BertModel.from_pretrained(tmp_path, precision="fp4"),
-        lambda: heads.BertForMaskedLM.from_pretrained(tmp_path, precision="fp4"),
+        lambda: tasks.BertForMaskedLM.from_pretrained(tmp_path, precision="fp4"),
     ):
         with pytest.raises(ValueError, match=message):
             make()
@@ -226,7 +226,7 @@ def reason_of(model: BertModel, **asked: Any) -> str:
 def test_cpu_takes_the_unquantised_path(
     precision: str, backend: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A slow emulation, or a fallback without a word, where there is no 8-bit kernel; strict that does not raise."""
+    """Catches a slow emulation or a silent fallback where there is no 8-bit kernel, or strict that does not raise."""
     monkeypatch.setattr(dispatch, "interpreting", lambda: False)
     monkeypatch.setattr(cpu, "no_int8", lambda: "planted")
     dispatch._log_once.cache_clear()
@@ -256,10 +256,10 @@ def test_cpu_takes_the_unquantised_path(
     ],
 )
 def test_sizes_without_kernels(sizes: dict[str, Any], reason: str, device: torch.device) -> None:
-    """A model whose sizes the kernels cannot take, and that crashes or is quantised otherwise."""
+    """Catches a model of sizes that the kernels cannot take and that crashes or is quantised otherwise."""
     for backend in ("triton", "torch"):
-        how = {"backend": backend, "precision": "int8"}
-        plain, ours = twins(BertModel, device, torch.float32, {"backend": backend}, how, **sizes)
+        options = {"backend": backend, "precision": "int8"}
+        plain, ours = twins(BertModel, device, torch.float32, {"backend": backend}, options, **sizes)
         with torch.no_grad():
             states = [m(*inputs(device)).last_hidden_state for m in (ours, plain)]
         assert torch.equal(*states)
@@ -267,7 +267,7 @@ def test_sizes_without_kernels(sizes: dict[str, Any], reason: str, device: torch
 
 
 def test_altered_parts_take_the_unquantised_path(model: BertModel) -> None:
-    """A hook that never runs, or an adapter whose weights are left out, because the 8-bit path goes around them."""
+    """Catches a hook that never runs, or an adapter left out, because the 8-bit path goes around them."""
     ids, mask = inputs(model.device)
     calls: list[str] = []
     names = ["encoder", "embeddings", "encoder.layer.1", "encoder.layer.1.attention.self",
@@ -281,20 +281,20 @@ def test_altered_parts_take_the_unquantised_path(model: BertModel) -> None:
 
 
 def test_autocast_takes_the_unquantised_path(model: BertModel) -> None:
-    """8-bit operands where autocast wants to choose dtypes itself."""
+    """Catches 8-bit operands where autocast wants to choose dtypes itself."""
     with torch.autocast(model.device.type, torch.bfloat16):
         assert "autocast is on" in reason_of(model)
 
 
 def test_attentions_take_the_reference(model: BertModel) -> None:
-    """A model with a precision that cannot give attentions any more."""
+    """Catches a model with a precision that cannot give attentions any more."""
     output = model(*inputs(model.device), output_attentions=True)
     assert len(output.attentions) == 2
 
 
 @pytest.mark.parametrize("backend", ["triton", "torch"])
 def test_compiled_model(backend: str, device: torch.device) -> None:
-    """An encoder that a compiler cannot pass, or whose 8-bit weights it freezes."""
+    """Catches an encoder that a compiler cannot pass, or whose 8-bit weights it freezes."""
     model = BertModel(config(), backend=backend, precision="int8").eval().to(device)
     compiled = torch.compile(model, backend="aot_eager")
     ids, mask = inputs(device)
@@ -306,7 +306,7 @@ def test_compiled_model(backend: str, device: torch.device) -> None:
 @pytest.mark.parametrize("backend", ["triton", "torch", "cpu"])
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_exported_model(precision: str, backend: str, device: torch.device) -> None:
-    """A model that cannot be exported, or that is exported for one mask only."""
+    """Catches a model that cannot be exported, or that is exported for one mask only."""
     model = BertModel(config(), backend=backend, precision=precision).eval().to(device)
     ids, mask = inputs(device)
     program = torch.export.export(model, (ids, mask), strict=False)
@@ -318,7 +318,7 @@ def test_exported_model(precision: str, backend: str, device: torch.device) -> N
 
 
 def test_explain_other_gpus() -> None:
-    """fp8 promised for a GPU that cannot multiply it, and a note missing in training mode."""
+    """Catches fp8 promised for a GPU that cannot multiply it, and a note missing in training mode."""
     fp8, int8 = (BertModel(config(), precision=precision).eval() for precision in PRECISIONS)
     assert "fp8 needs compute capability 8.9, and this GPU has 8.0" in reason_of(fp8, arch=80, dtype="bfloat16")
     for model, arch in ((fp8, 89), (fp8, 90), (fp8, 120), (int8, 80), (int8, 86), (int8, 90)):
@@ -336,7 +336,7 @@ def test_explain_other_gpus() -> None:
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_verify_right_models(precision: str, dtype: torch.dtype, device: torch.device) -> None:
-    """A false alarm over the error of 8 bits, and a report without the two figures."""
+    """Catches a false alarm over the error of 8 bits, and a report without the two figures."""
     model = BertModel(config(), backend="triton", precision=precision).eval().to(device, dtype)
     report = verify(model, IDS)
     assert report.ok, str(report)
@@ -348,9 +348,9 @@ def test_verify_right_models(precision: str, dtype: torch.dtype, device: torch.d
 
 
 def test_verify_finds_what_is_wrong(model: BertModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Kernels that are off, or weights that stay behind, put down to quantisation."""
+    """Catches kernels that are off, or weights that stay behind, that are put down to quantisation."""
     assert verify(model, IDS).ok
-    _, scale, _ = model.quantized_weights._entries["1.down"].tensors
+    _, scale, _ = model.engine.eight_bit.weights._entries["1.down"].tensors
     scale.mul_(1.1)
     assert verify(model, IDS).problems[0].startswith("encoder.layer.1 is the first that is wrong")
     model.eval()
@@ -366,7 +366,7 @@ def test_verify_finds_what_is_wrong(model: BertModel, monkeypatch: pytest.Monkey
 
 
 def test_verify_holds_the_figures_to_their_bounds() -> None:
-    """Vectors that quantisation turned too far, or put into another order, and that pass."""
+    """Catches vectors that quantisation turned too far, or put into another order, and that pass."""
     assert QuantizedReport("fp8", 2000, 0.9981, 0.9991).problem is None
     for report in (QuantizedReport("fp8", 2000, 0.9979, 0.9991), QuantizedReport("fp8", 2000, 0.9981, 0.9989)):
         assert report.problem is not None and "expected at least 0.998 and 0.999" in report.problem
@@ -374,7 +374,7 @@ def test_verify_holds_the_figures_to_their_bounds() -> None:
 
 
 def test_figures_of_verify() -> None:
-    """A cosine of the wrong percentile, or a rank correlation of something else than the order of the others."""
+    """Catches a cosine of the wrong percentile, or a rank correlation of something else than the neighbours."""
     from fastbert.diagnostics.verify.run import _vector_report
 
     angles = torch.tensor([0.0, 0.1, 0.3, 0.7, 1.5], dtype=torch.float64)
@@ -398,14 +398,14 @@ BOUNDS = {"int8": (0.998, 0.999), "fp8": (0.995, 0.996)}
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_accuracy_on_real_weights(precision: str, minilm: Path, device: torch.device) -> None:
-    """A scheme that turns vectors or changes the order of neighbours more than was measured when it was chosen."""
+    """Catches a scheme that turns vectors or reorders neighbours more than was measured when it was chosen."""
     texts = docstrings(300)
     backend = "triton" if device.type == "cuda" else "torch"
     vectors = [
-        SentenceEncoder.from_pretrained(minilm, dtype="float32", device=device, backend=backend, **how).encode(
+        SentenceEncoder.from_pretrained(minilm, dtype="float32", device=device, backend=backend, **options).encode(
             texts, convert_to_tensor=True
         )
-        for how in ({}, {"precision": precision})
+        for options in ({}, {"precision": precision})
     ]
     cosine = F.cosine_similarity(*vectors).quantile(0.01)
     others = ~torch.eye(len(texts), dtype=torch.bool, device=device)
@@ -416,7 +416,7 @@ def test_accuracy_on_real_weights(precision: str, minilm: Path, device: torch.de
 
 
 def test_command_line(minilm: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A --precision that does not reach the model."""
+    """Catches a --precision that does not reach the model."""
     from fastbert.cli.main import main
 
     assert main(["info", "--model", str(minilm), "--precision", "int8", "--backend", "torch", "--device", "cpu"]) == 0
@@ -425,5 +425,5 @@ def test_command_line(minilm: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_fallback_name() -> None:
-    """A name for the unquantised path that is also a backend's."""
+    """Catches a name of the unquantised path that is also a backend's."""
     assert quantized.UNQUANTISED not in ops.BACKENDS

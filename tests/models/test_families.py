@@ -1,4 +1,4 @@
-"""Encoders of BERT's family against transformers: tables, config.json, hidden states, positions, numbers, graphs."""
+"""Encoders of BERT's family give what transformers gives: config.json, hidden states, positions, graphs."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from family_cases import (
 )
 from fastbert import reference
 from fastbert.checkpoint.families import FAMILIES, family_of, our_class
-from fastbert.engine import graphs
+from fastbert.engine import capture
 from fastbert_kernels import cpu
 from graph_cases import StandIn
 from helpers import assert_as_accurate, cu_seqlens_of
@@ -37,7 +37,7 @@ from model_cases import BATCH, LENGTH, MASKS, POSITIONS, VOCAB, assert_close, fi
 
 
 def test_what_is_covered_is_listed() -> None:
-    """A model_type without a table that is taken for BERT, or an error that leaves the user to guess."""
+    """Catches a model_type without a table that is taken for BERT, or an error that leaves the user to guess."""
     for model_type in ("mpnet", "modernbert", "Roberta", None, ["bert"]):
         with pytest.raises(ValueError, match="model_type: got .*, expected one of bert, camembert, distilbert, elec"):
             family_of(model_type)  # type: ignore[arg-type]
@@ -47,7 +47,7 @@ def test_what_is_covered_is_listed() -> None:
 
 @pytest.mark.parametrize("model_type", ["bert", *OTHERS])
 def test_names_there_and_back(model_type: str) -> None:
-    """A parameter that changes its place on the way, and a state dict in which one is missing or too many."""
+    """Catches a parameter that changes its place on the way, and a state dict in which one is missing or too many."""
     family, model = FAMILIES[model_type], theirs(model_type)
     for name in model.state_dict():
         assert family.to_theirs(family.to_ours(name)) == name
@@ -57,18 +57,18 @@ def test_names_there_and_back(model_type: str) -> None:
 
 @pytest.mark.parametrize("model_type", ["bert", *OTHERS])
 def test_module_paths(model_type: str) -> None:
-    """A path of a linear, an embedding or a LayerNorm that leads to no module of ours, or to one of another kind."""
+    """Catches a path of a linear, an embedding or a LayerNorm that leads to no module, or to one of another kind."""
     family, model = FAMILIES[model_type], theirs(model_type)
     ours = dict(fastbert.BertModel(fastbert.BertConfig.from_dict(model.config.to_dict())).named_modules())
-    kinds = torch.nn.Linear, torch.nn.Embedding, torch.nn.LayerNorm
-    found = {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
-    for name, module in found.items():
+    classes = torch.nn.Linear, torch.nn.Embedding, torch.nn.LayerNorm
+    modules = {name: module for name, module in model.named_modules() if isinstance(module, classes)}
+    for name, module in modules.items():
         assert type(ours[family.to_ours(name)]) is type(module), name
-    assert {family.to_theirs(name) for name, module in ours.items() if isinstance(module, kinds)} == set(found)
+    assert {family.to_theirs(name) for name, module in ours.items() if isinstance(module, classes)} == set(modules)
 
 
 def test_paths_of_a_table() -> None:
-    """A rule that takes part of a name for the whole, a number of two digits cut in half, or a path left out."""
+    """Catches a rule that takes part of a name for the whole, a number that is cut in half, or a path left out."""
     family = FAMILIES["distilbert"]
     assert (
         family.to_ours("transformer.layer.11.attention.q_lin.weight") == "encoder.layer.11.attention.self.query.weight"
@@ -86,7 +86,7 @@ def test_paths_of_a_table() -> None:
 
 @pytest.mark.parametrize("model_type", OTHERS)
 def test_sparse_config(model_type: str) -> None:
-    """A default of the family that is BERT's here: the padding id, and with it every position; a width; a dropout."""
+    """Catches BERT's default in the place of the family's: the padding id and so every position, a width, a dropout."""
     config = fastbert.BertConfig.from_dict({"model_type": model_type})
     defaults = their_class(model_type, "BertModel").config_class()
     written = config.to_dict()
@@ -98,7 +98,7 @@ def test_sparse_config(model_type: str) -> None:
 
 @pytest.mark.parametrize("model_type", OTHERS)
 def test_config_round_trip(model_type: str, tmp_path: Path) -> None:
-    """A setting that is lost, renamed or made up between transformers' config.json and ours."""
+    """Catches a setting that is lost, renamed or made up between transformers' config.json and ours."""
     before = config_of_transformers(model_type, initializer_range=0.3, a_setting_of_others=[1])
     before.save_pretrained(tmp_path)
     config = fastbert.BertConfig.from_pretrained(tmp_path)
@@ -113,7 +113,7 @@ def test_config_round_trip(model_type: str, tmp_path: Path) -> None:
 
 
 def test_config_overrides() -> None:
-    """Overrides under the family's names refused, or lost beside the file's, and unknown ones accepted."""
+    """Catches overrides under the family's names that are refused or lost, or unknown ones that are accepted."""
     data = config_of_transformers("distilbert").to_dict()
     assert fastbert.BertConfig.from_dict(data, n_layers=1).num_hidden_layers == 1
     assert fastbert.BertConfig.from_dict(data, num_hidden_layers=1).to_dict()["n_layers"] == 1
@@ -130,7 +130,7 @@ def test_config_overrides() -> None:
     ],
 )
 def test_config_without_positions(settings: dict[str, Any], message: str) -> None:
-    """A table without a row for the first token, or no id to count from, found out by an index error."""
+    """Catches a table without a row for the first token, or without a padding id, that ends in an index error."""
     with pytest.raises(ValueError, match=message):
         fastbert.BertConfig.from_dict({"model_type": "roberta", **settings})
 
@@ -158,7 +158,7 @@ def assert_matches(ours: Any, model: Any, batch: dict[str, Any]) -> None:
 @pytest.mark.parametrize("kind", MASKS)
 @pytest.mark.parametrize("model_type", OTHERS)
 def test_float64_matches_transformers(model_type: str, kind: str, padded: bool) -> None:
-    """A part of BERT that the family lacks or has otherwise, and a position that the mask, not the ids, decided."""
+    """Catches a part of BERT that the family lacks or has otherwise, or a position decided by the mask, not the ids."""
     model, batch = theirs(model_type), make_batch(model_type, kind, padded)
     assert_matches(twin(model), model, batch)
     params = dict(twin(model).named_parameters())
@@ -175,25 +175,25 @@ def test_float64_matches_transformers(model_type: str, kind: str, padded: bool) 
 
 @pytest.mark.parametrize("model_type", KINDS)
 def test_given_positions_embeds_and_types(model_type: str) -> None:
-    """Positions of the caller's that are counted anew, embeddings counted by ids that are not there, types mixed up."""
+    """Catches positions of the caller's that are counted anew, embeddings counted by absent ids, or mixed-up types."""
     model, ours = theirs(model_type), twin(theirs(model_type))
     batch = make_batch(model_type, "holes")
     columns = torch.randperm(POSITIONS)[:LENGTH].expand(BATCH, -1)
     assert_matches(ours, model, {**batch, "position_ids": columns})
-    types = torch.zeros(BATCH, LENGTH, dtype=torch.long)
+    token_type_ids = torch.zeros(BATCH, LENGTH, dtype=torch.long)
     if model_type == "electra":
-        types[:, 4:] = 1
+        token_type_ids[:, 4:] = 1
     if model_type != "distilbert":
-        assert_matches(ours, model, {**batch, "token_type_ids": types})
-    assert torch.equal(run(ours, {**batch, "token_type_ids": types * 0})[0], run(ours, batch)[0])
+        assert_matches(ours, model, {**batch, "token_type_ids": token_type_ids})
+    assert torch.equal(run(ours, {**batch, "token_type_ids": token_type_ids * 0})[0], run(ours, batch)[0])
     embeds = randn(BATCH, LENGTH, 24 if model_type == "electra" else 32)
-    given = {"inputs_embeds": embeds, "attention_mask": batch["attention_mask"]}
-    assert_matches(ours, model, given)
+    inputs = {"inputs_embeds": embeds, "attention_mask": batch["attention_mask"]}
+    assert_matches(ours, model, inputs)
 
 
 @pytest.mark.parametrize("model_type", KINDS)
 def test_packed_texts_are_those_texts_alone(model_type: str) -> None:
-    """Positions that go on counting from the text before, or over a padding id within a text."""
+    """Catches positions that go on counting from the text before, or over a padding id within a text."""
     model, ours = theirs(model_type), twin(theirs(model_type))
     lengths = [5, 0, 1, 11]
     ids = torch.randint(VOCAB, (sum(lengths),))
@@ -205,7 +205,7 @@ def test_packed_texts_are_those_texts_alone(model_type: str) -> None:
 
 @pytest.mark.parametrize("model_type", KINDS)
 def test_positions_outside_the_table(model_type: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A text that is longer than the positions that are left after the offset, read from beyond the table."""
+    """Catches a text longer than the positions left after the offset that is read from beyond the table."""
     ours = twin(theirs(model_type))
     longest = ours.config.max_length
     assert longest == POSITIONS - (2 if model_type == "roberta" else 0)
@@ -224,7 +224,7 @@ def test_positions_outside_the_table(model_type: str, monkeypatch: pytest.Monkey
 
 
 def test_one_segment() -> None:
-    """A segment id that a model without segments ignores in silence, or a table of zeros that is saved."""
+    """Catches a segment id that a model without segments ignores in silence, or a table of zeros that is saved."""
     ours = twin(theirs("distilbert"))
     assert ours.embeddings.token_type_embeddings is None
     with pytest.raises(IndexError, match="token_type_ids: expected values from 0 to 0, got 1"):
@@ -232,7 +232,7 @@ def test_one_segment() -> None:
 
 
 def test_embedding_width() -> None:
-    """Embeddings as wide as the layers, taken where the model projects narrower ones, or a needless projection."""
+    """Catches embeddings as wide as the layers where narrower ones are projected, or a needless projection."""
     ours = twin(theirs("electra"))
     with pytest.raises(ValueError, match=r"inputs_embeds: expected 24 \(embedding_size\) in the last dimension"):
         ours(inputs_embeds=randn(1, 3, 32))
@@ -243,7 +243,7 @@ def test_embedding_width() -> None:
 
 @pytest.mark.parametrize("model_type", ["roberta", "electra"])
 def test_output_attentions(model_type: str) -> None:
-    """The reference path with BERT's positions, or without the projection."""
+    """Catches the reference path with BERT's positions, or without the projection."""
     model, batch = theirs(model_type), make_batch(model_type, "left")
     valid = valid_of(batch["attention_mask"])
     mine = run(twin(model, strict=False), batch, output_attentions=True)
@@ -261,7 +261,7 @@ def test_output_attentions(model_type: str) -> None:
 def test_numerical_policy(
     model_type: str, dtype: torch.dtype, backend: str, device: torch.device, poisoned: Any
 ) -> None:
-    """An embedding without segments, or a projection, that is rounded once more than in plain PyTorch."""
+    """Catches an embedding without segments, or a projection, that is rounded once more than in plain PyTorch."""
     model, batch = theirs(model_type), make_batch(model_type, "right")
     valid = valid_of(batch["attention_mask"])
     ours = twin(model, dtype=dtype, backend=backend, device="cpu" if backend == "cpu" else device)
@@ -274,7 +274,7 @@ def test_numerical_policy(
 
 @pytest.mark.parametrize("model_type", KINDS)
 def test_gradients(model_type: str) -> None:
-    """A parameter that is trained on another one's gradient, or on none."""
+    """Catches a parameter that is trained on another one's gradient, or on none."""
     model = copy.deepcopy(theirs(model_type))
     ours, batch = twin(model).train(), make_batch(model_type, "none")
     for module in (*ours.modules(), *model.train().modules()):
@@ -300,15 +300,15 @@ def test_gradients(model_type: str) -> None:
 
 @pytest.fixture
 def stand_in(monkeypatch: pytest.MonkeyPatch) -> StandIn:
-    made = StandIn()
-    monkeypatch.setattr(graphs, "capturer", lambda device: made)
-    return made
+    capturer = StandIn()
+    monkeypatch.setattr(capture, "capturer", lambda device: capturer)
+    return capturer
 
 
 @pytest.mark.filterwarnings("ignore:(overflow|invalid value|divide by zero):RuntimeWarning")
 @pytest.mark.parametrize("model_type", KINDS)
 def test_graphs(model_type: str, stand_in: StandIn, device: torch.device) -> None:
-    """A graph that replays positions, or a projection, of the batch or of the weights it was captured with."""
+    """Catches a graph that replays positions, or a projection, of the batch or of the weights it was captured with."""
     ours = twin(theirs(model_type), dtype=torch.float32, backend="triton", device=device)
 
     def encode(seed: int) -> torch.Tensor:
@@ -331,13 +331,13 @@ def test_graphs(model_type: str, stand_in: StandIn, device: torch.device) -> Non
     assert stand_in.captures == captures + 1 and not torch.equal(changed, before)
     part.register_forward_hook(lambda *_: None)
     with torch.no_grad():
-        assert "has hooks" in (ours.graph_obstacle() or "")
+        assert any("has hooks" in obstacle for obstacle in ours.engine.bucket_obstacles(ours))
     part._forward_hooks.clear()
     assert torch.equal(encode(0), changed)
 
 
 def test_8_bits(device: torch.device) -> None:
-    """A projection that the 8-bit path leaves out, in place of saying that it cannot; segments that are not there."""
+    """Catches a projection that the 8-bit path leaves out without a word, or segments that are not there."""
     settings = {"hidden_size": 64, "intermediate_size": 64}
     model = theirs("electra", embedding_size=32, **settings)
     ours = twin(model, dtype=torch.float32, precision="int8", backend="torch", strict=False)
@@ -356,7 +356,7 @@ def test_8_bits(device: torch.device) -> None:
 
 @pytest.mark.parametrize("model_type", OTHERS)
 def test_verify_and_explain(model_type: str) -> None:
-    """A report that judges a family by BERT's formulas, or that has no row for the projection."""
+    """Catches a report that judges a family by BERT's formulas, or that has no row for the projection."""
     ours = twin(theirs(model_type), dtype=torch.float32, backend="auto", strict=False)
     report = fastbert.verify(ours, [list(range(2, 9)), [1], [5, 1, 5, 1, 7, 8]])
     assert report.ok, str(report)
@@ -368,7 +368,7 @@ def test_verify_and_explain(model_type: str) -> None:
 
 
 def test_json_of_others_stays_json(tmp_path: Path) -> None:
-    """A stray `embedding_size` in a BERT's config.json, which transformers ignores, taken for a projection."""
+    """Catches a stray `embedding_size` in a BERT's config.json, which transformers ignores, taken for a projection."""
     config = fastbert.BertConfig(**{**{"vocab_size": 20}, "hidden_size": 32, "num_attention_heads": 2})
     (tmp_path / "config.json").write_text(json.dumps({**config.to_dict(), "embedding_size": 16}))
     read = fastbert.BertConfig.from_pretrained(tmp_path)

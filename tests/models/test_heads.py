@@ -1,4 +1,4 @@
-"""The seven models with heads against transformers: logits, output classes, losses, gradients, labels."""
+"""The seven models with heads give what transformers gives: logits, output classes, losses, gradients."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def assert_logits_match(mine: Any, other: Any, valid: Tensor, bound: float = FLO
 @pytest.mark.parametrize("shape", ["96x3", "320x5"])
 @pytest.mark.parametrize("name", HEADS)
 def test_float64_matches_transformers(name: str, shape: str, kind: str) -> None:
-    """A wrong step in a head, an output class or key of another name or order, logits left at padding."""
+    """Catches a wrong step in a head, an output class or key of another name or order, or logits left at padding."""
     model, batch = theirs(name, shape), head_batch(name, kind)
     ours = twin(model)
     mine, other = run(ours, batch), run(model, batch)
@@ -110,14 +110,14 @@ def test_float64_matches_transformers(name: str, shape: str, kind: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", HEADS)
 def test_lower_precision_is_as_accurate(name: str, dtype: torch.dtype) -> None:
-    """A head that computes in less precision than transformers' does."""
+    """Catches a head that computes in less precision than transformers' does."""
     assert_head_accurate(name, "96x3", twin(theirs(name, "96x3"), dtype), 256)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", HEADS)
 def test_kernels_are_as_accurate(name: str, dtype: torch.dtype, device: torch.device, poisoned) -> None:
-    """A head that gives the kernels another layout than the encoder does."""
+    """Catches a head that gives the kernels another layout than the encoder does."""
     assert_head_accurate(name, "tiny", twin(theirs(name), dtype, "triton", device), 64)
     poisoned.check()
 
@@ -151,7 +151,7 @@ def assert_head_accurate(name: str, shape: str, ours: Any, n_rows: int) -> None:
 @pytest.mark.parametrize("kind", ["left", "holes", "zero_row"])
 @pytest.mark.parametrize("name", HEADS)
 def test_padding_at_the_start(name: str, kind: str) -> None:
-    """A head that reads column 0 where that is padding: each row must be as it is alone."""
+    """Catches a head that reads column 0 where that is padding."""
     ours, batch = twin(theirs(name)), head_batch(name, kind)
     output = run(ours, batch)
     assert all(value.isfinite().all() for value in output.values())
@@ -172,7 +172,7 @@ def test_padding_at_the_start(name: str, kind: str) -> None:
 
 @pytest.mark.parametrize("name", HEADS)
 def test_hidden_states_and_attentions(name: str) -> None:
-    """A head that drops hidden states or attentions on their way out."""
+    """Catches a head that drops hidden states or attentions on their way out."""
     model, batch = theirs(name), head_batch(name, "none")
     ours = twin(model, strict=False)
     for options in (
@@ -193,7 +193,7 @@ def test_hidden_states_and_attentions(name: str) -> None:
 @pytest.mark.parametrize("with_labels", [False, True])
 @pytest.mark.parametrize("name", HEADS)
 def test_tuples(name: str, with_labels: bool) -> None:
-    """A tuple of another order or length than transformers', or one with a None for the loss that nobody asked for."""
+    """Catches a tuple of another order or length than transformers', or one with a None for an absent loss."""
     model, batch = theirs(name), head_batch(name, "none")
     labels = head_labels(name) if with_labels else {}
     mine = run(twin(model), {**batch, **labels}, return_dict=False, output_hidden_states=True)
@@ -206,7 +206,7 @@ def test_tuples(name: str, with_labels: bool) -> None:
 
 @pytest.mark.parametrize("name", HEADS)
 def test_inputs_embeds(name: str) -> None:
-    """A head that does not pass inputs_embeds on, or loses the choices in its shape."""
+    """Catches a head that does not pass inputs_embeds on, or loses the choices in its shape."""
     model, batch = theirs(name), head_batch(name, "right")
     shape = batch.pop("input_ids").shape
     batch["inputs_embeds"] = randn(*shape, 32)
@@ -215,7 +215,7 @@ def test_inputs_embeds(name: str) -> None:
 
 @pytest.mark.parametrize("hidden_act", ["gelu_new", "gelu_pytorch_tanh", "relu"])
 def test_activation_of_the_language_model_head(hidden_act: str) -> None:
-    """A head's transform that takes erf-GELU whatever the config says."""
+    """Catches a head's transform that takes erf-GELU whatever the config says."""
     model, batch = theirs("BertForMaskedLM", "tiny", hidden_act=hidden_act), head_batch("BertForMaskedLM", "right")
     assert_logits_match(run(twin(model), batch), run(model, batch), head_valid(batch))
 
@@ -223,7 +223,7 @@ def test_activation_of_the_language_model_head(hidden_act: str) -> None:
 @pytest.mark.parametrize("tie", [True, False])
 @pytest.mark.parametrize("name", ["BertForPreTraining", "BertForMaskedLM"])
 def test_decoder(name: str, tie: bool) -> None:
-    """A decoder that is tied against the config, or not tied with it; an untied one has a bias of its own."""
+    """Catches a decoder that is tied against the config, or not tied with it, or an untied one without a bias."""
     model, batch = theirs(name, "tiny", tie_word_embeddings=tie), head_batch(name, "right")
     ours = twin(model)
     predictions = ours.cls.predictions
@@ -245,7 +245,7 @@ def test_decoder(name: str, tie: bool) -> None:
 
 @pytest.mark.parametrize("name", HEADS)
 def test_loss_matches_transformers(name: str) -> None:
-    """A loss of another reduction, sum or ignored label than transformers', where nothing is padded."""
+    """Catches a loss of another reduction, sum or ignored label than transformers', where nothing is padded."""
     model, batch = theirs(name), {**head_batch(name, "none"), **head_labels(name)}
     mine, other = run(twin(model), batch), run(model, batch)
     assert list(mine)[0] == "loss" and list(mine) == list(other)
@@ -278,7 +278,7 @@ def expected_loss(name: str, other: Any, labels: dict[str, Tensor], valid: Tenso
 @pytest.mark.parametrize("kind", ["right", "first_and_holes"])
 @pytest.mark.parametrize("name", HEADS)
 def test_loss_is_over_tokens_alone(name: str, kind: str) -> None:
-    """Padding that enters a loss: its labels, or its logits in the softmax over the positions of an answer."""
+    """Catches padding that enters a loss by its labels, or by its logits in the softmax over an answer's positions."""
     model, labels, batch = theirs(name), head_labels(name), head_batch(name, kind)
     expected = expected_loss(name, run(model, batch), labels, head_valid(batch))
     assert_close("loss", run(twin(model), {**batch, **labels}).loss, expected)
@@ -286,7 +286,7 @@ def test_loss_is_over_tokens_alone(name: str, kind: str) -> None:
 
 @pytest.mark.parametrize("name", ["BertForMaskedLM", "BertForTokenClassification", "BertForPreTraining"])
 def test_labels_at_padding_are_as_good_as_ignored(name: str) -> None:
-    """A loss that changes with what stands at padding, be it no label at all."""
+    """Catches a loss that changes with what stands at padding, even if it is no label at all."""
     ours, labels, batch = twin(theirs(name)), head_labels(name), head_batch(name, "right")
     expected = run(ours, {**batch, **labels}).loss
     for garbage in (-100, -1, 10**6):
@@ -310,7 +310,7 @@ def test_labels_at_padding_are_as_good_as_ignored(name: str) -> None:
     ],
 )
 def test_problem_types(problem: str | None, num_labels: int, labels: Tensor) -> None:
-    """A loss chosen otherwise than transformers chooses it, by the config or by the form of the labels."""
+    """Catches a loss chosen otherwise than transformers chooses it, by the config or by the form of the labels."""
     name = "BertForSequenceClassification"
     model = copy.deepcopy(theirs(name, "tiny", num_labels=num_labels, problem_type=problem))
     ours, batch = twin(model), head_batch(name, "right")
@@ -322,7 +322,7 @@ def test_problem_types(problem: str | None, num_labels: int, labels: Tensor) -> 
 
 
 def test_answers_outside() -> None:
-    """A position above S - 1 or at padding entering the loss, or making it infinite."""
+    """Catches a position above S - 1 or at padding entering the loss, or making it infinite."""
     name = "BertForQuestionAnswering"
     model, batch = theirs(name), head_batch(name, "right")
     ours = twin(model)
@@ -337,7 +337,7 @@ def test_answers_outside() -> None:
 
 
 def test_pretraining_needs_both_labels() -> None:
-    """A loss of half the task: transformers gives one only where both labels are there."""
+    """Catches a loss of half the task, where transformers gives one only with both labels."""
     name = "BertForPreTraining"
     ours, labels, batch = twin(theirs(name)), head_labels(name), head_batch(name, "right")
     for label in labels:
@@ -346,7 +346,7 @@ def test_pretraining_needs_both_labels() -> None:
 
 
 def test_next_sentence_says_is_next() -> None:
-    """p_is_next read from the wrong logit: 0 is "is next" in the checkpoints."""
+    """Catches p_is_next read from the wrong logit: 0 is "is next" in the checkpoints."""
     for name, key in (
         ("BertForNextSentencePrediction", "logits"),
         ("BertForPreTraining", "seq_relationship_logits"),
@@ -365,7 +365,7 @@ def test_next_sentence_says_is_next() -> None:
     ("name", "tie"), [*((name, True) for name in HEADS), ("BertForMaskedLM", False), ("BertForPreTraining", False)]
 )
 def test_gradients_match_transformers(name: str, tie: bool) -> None:
-    """A loss whose gradient is not transformers', through the tie to the word embeddings too."""
+    """Catches a loss whose gradient is not transformers', through the tie to the word embeddings too."""
     model = copy.deepcopy(theirs(name, "tiny", tie_word_embeddings=tie, **NO_DROPOUT)).train()
     batch = {**head_batch(name, "none"), **head_labels(name)}
     ours = twin(model)
@@ -376,7 +376,7 @@ def test_gradients_match_transformers(name: str, tie: bool) -> None:
 
 @pytest.mark.parametrize("name", ["BertForMaskedLM", "BertForTokenClassification", "BertForQuestionAnswering"])
 def test_gradients_of_padded_batches(name: str) -> None:
-    """A loss over tokens alone whose gradient is not its own."""
+    """Catches a loss over tokens alone whose gradient is not its own."""
     model = copy.deepcopy(theirs(name, "tiny", **NO_DROPOUT)).train()
     labels, batch = head_labels(name), head_batch(name, "right")
     ours = twin(model)
@@ -388,7 +388,7 @@ def test_gradients_of_padded_batches(name: str) -> None:
 @pytest.mark.parametrize("backend", ["cpu", "triton"])
 @pytest.mark.parametrize("name", ["BertForPreTraining", "BertForQuestionAnswering"])
 def test_gradients_are_as_accurate(name: str, backend: str, device: torch.device) -> None:
-    """A backward pass of a head that loses precision against transformers'."""
+    """Catches a backward pass of a head that loses precision against transformers'."""
     model = copy.deepcopy(theirs(name, "tiny", **NO_DROPOUT)).train()
     at = torch.device("cpu") if backend == "cpu" else device
     ours, eager = twin(model, torch.float32, backend, at), in_dtype(model, torch.float32, at)
@@ -411,7 +411,7 @@ def test_gradients_are_as_accurate(name: str, backend: str, device: torch.device
     "name", ["BertForSequenceClassification", "BertForTokenClassification", "BertForMultipleChoice"]
 )
 def test_classifier_dropout(name: str, settings: dict[str, float], expected: float) -> None:
-    """classifier_dropout ignored, 0.0 taken for None, or a dropout that runs in eval mode or not in training."""
+    """Catches classifier_dropout that is ignored, whose 0.0 counts as None, or that runs in eval mode."""
     model = theirs(name, "tiny", **settings)
     ours, batch = twin(model), head_batch(name, "right")
     assert ours.dropout.p == model.dropout.p == expected
@@ -428,7 +428,7 @@ def test_classifier_dropout(name: str, settings: dict[str, float], expected: flo
 
 @pytest.mark.parametrize("name", HEADS)
 def test_labels_of_the_wrong_shape(name: str) -> None:
-    """Labels that broadcast, or that fail inside of PyTorch without the name of the argument."""
+    """Catches labels that broadcast, or that fail inside of PyTorch without the name of the argument."""
     ours, batch, labels = twin(theirs(name)), head_batch(name, "right"), head_labels(name)
     for label, tensor in labels.items():
         for wrong in (tensor[:1], tensor[None], torch.cat([tensor, tensor], -1)):
@@ -445,7 +445,7 @@ def test_labels_of_the_wrong_shape(name: str) -> None:
     ],
 )
 def test_regression_labels_of_the_wrong_shape(num_labels: int, labels: Tensor, message: str) -> None:
-    """(4,) against (4, 3) logits: a mean squared error would broadcast in silence."""
+    """Catches (4,) labels against (4, 3) logits, which a mean squared error broadcasts in silence."""
     name = "BertForSequenceClassification"
     ours = twin(theirs(name, "tiny", num_labels=num_labels, problem_type="regression"))
     with pytest.raises(ValueError, match=message):
@@ -453,7 +453,7 @@ def test_regression_labels_of_the_wrong_shape(num_labels: int, labels: Tensor, m
 
 
 def test_question_answering_has_two_labels() -> None:
-    """A checkpoint with three labels, whose third logit would be lost in silence."""
+    """Catches a checkpoint with three labels whose third logit is lost in silence."""
     config = fastbert.BertConfig.from_dict(theirs().config.to_dict() | {"num_labels": 3, "id2label": None})
     with pytest.raises(ValueError, match=r"num_labels: question answering has 2 \(start and end\), got 3"):
         fastbert.BertForQuestionAnswering(config)
@@ -461,13 +461,13 @@ def test_question_answering_has_two_labels() -> None:
 
 @pytest.mark.parametrize("inputs", [{}, {"input_ids": torch.zeros(4, 13).long()}, {"inputs_embeds": torch.zeros(4, 3)}])
 def test_choices_of_the_wrong_shape(inputs: dict[str, Tensor]) -> None:
-    """Choices without their dimension, taken for sequences."""
+    """Catches choices without their dimension, taken for sequences."""
     with pytest.raises(ValueError, match=r"expected shape \(B, C, S\) or \(B, C, S, H\), got"):
         run(twin(theirs("BertForMultipleChoice")), inputs)
 
 
 def test_heads_share_backend_and_strict(device: torch.device, caplog: pytest.LogCaptureFixture) -> None:
-    """A head that keeps backend or strict to itself, so that the encoder below runs on another."""
+    """Catches a head that keeps backend or strict to itself, so that the encoder below runs on another."""
     model = theirs("BertForMaskedLM")
     ours = twin(model, torch.float32, "torch")
     assert ours.policy == ours.bert.policy and ours.policy.backend == "torch" and ours.policy.strict

@@ -1,4 +1,4 @@
-"""Ids, masks, positions and labels in other dtypes and layouts, and on other devices: right, or a clear error."""
+"""Inputs in other dtypes and layouts, and on other devices, give the right result or a clear error."""
 
 from __future__ import annotations
 
@@ -55,8 +55,8 @@ def test_the_same_numbers_in_another_form(name: str) -> None:
         valid = valid_of(batch["attention_mask"])
         expected = call(original, batch)
         for model in (accelerated, ours):
-            found = call(model, batch)
-            one, other = (t[valid] if t.shape[:2] == valid.shape else t for t in (found, expected))
+            result = call(model, batch)
+            one, other = (t[valid] if t.shape[:2] == valid.shape else t for t in (result, expected))
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5, msg=lambda m, what=what: f"{what}: {m}")
         n += 1
     assert counts(accelerated) == {"fastbert": n}
@@ -74,9 +74,9 @@ def test_ids_of_a_wrong_dtype(name: str, argument: str) -> None:
             call(ours, batch)
         with pytest.raises(Exception) as expected:
             call(original, batch)
-        with pytest.raises(type(expected.value)) as found:
+        with pytest.raises(type(expected.value)) as raised:
             call(accelerated, batch)
-        assert str(found.value) == str(expected.value)
+        assert str(raised.value) == str(expected.value)
     assert counts(accelerated) == {"ids that are not int64 or int32": len(WRONG)}
 
 

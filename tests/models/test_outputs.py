@@ -1,4 +1,4 @@
-"""The output classes against those of transformers."""
+"""The output classes are read, built and copied as those of transformers."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def make_fields(cls: type, skip: int = 0) -> dict:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_fields_match_transformers(name: str) -> None:
-    """Would catch a field that is misnamed, misplaced or required."""
+    """Catches a field that is misnamed, misplaced or required."""
     ours, theirs = PAIRS[name]
     assert [field.name for field in fields(ours)] == [field.name for field in fields(theirs)]
     assert all(field.default is None for field in fields(ours))
@@ -52,7 +52,7 @@ def test_fields_match_transformers(name: str) -> None:
 @pytest.mark.parametrize("skip", [0, 1, 3])
 @pytest.mark.parametrize("name", NAMES)
 def test_access_matches_transformers(name: str, skip: int) -> None:
-    """Would catch any difference of reading: by key, integer, slice, iteration, length, membership, unpacking."""
+    """Catches any difference of reading: by key, integer, slice, iteration, length, membership, unpacking."""
     ours, theirs = (cls(**make_fields(cls, skip)) for cls in PAIRS[name])
     values = make_fields(type(ours), skip)
     assert list(ours) == list(theirs) == list(values)
@@ -81,7 +81,7 @@ def test_access_matches_transformers(name: str, skip: int) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_absent_fields(name: str) -> None:
-    """Would catch a None field that is counted, or that is no attribute."""
+    """Catches a None field that is counted, or that is no attribute."""
     for cls in PAIRS[name]:
         output = cls()
         assert output.to_tuple() == () and len(output) == 0
@@ -93,7 +93,7 @@ def test_absent_fields(name: str) -> None:
 
 @BOTH
 def test_positional_arguments(cls: type) -> None:
-    """Would catch an order of construction other than that of transformers."""
+    """Catches an order of construction other than that of transformers."""
     loss, logits = torch.zeros(()), torch.ones(2)
     output = cls(loss, logits)
     assert output.loss is loss and output[1] is logits and list(output) == ["loss", "logits"]
@@ -101,7 +101,7 @@ def test_positional_arguments(cls: type) -> None:
 
 @BOTH
 def test_setting(cls: type) -> None:
-    """Would catch attributes and keys that drift apart, or an order of keys other than that of transformers."""
+    """Catches attributes and keys that drift apart, or an order of keys other than that of transformers."""
     output = cls(logits=torch.ones(2))
     loss, logits, extra = torch.zeros(()), torch.full((2,), 2.0), torch.full((2,), 3.0)
     output.loss = loss
@@ -115,7 +115,7 @@ def test_setting(cls: type) -> None:
 
 
 def test_setting_none_takes_the_key_away() -> None:
-    """Would catch a stale key under a field set to None (transformers keeps it; ours keeps both in step)."""
+    """Catches a stale key under a field set to None, which transformers keeps and we take away."""
     output = outputs.MaskedLMOutput(loss=torch.zeros(()), logits=torch.ones(2))
     output.loss = None
     assert output.loss is None and list(output) == ["logits"]
@@ -129,7 +129,7 @@ def test_setting_none_takes_the_key_away() -> None:
 
 @BOTH
 def test_deletion_is_refused(cls: type) -> None:
-    """Would catch an entry that can be removed where transformers forbids it."""
+    """Catches an entry that can be removed where transformers forbids it."""
     output = cls(logits=torch.ones(2))
     for attempt in (
         lambda: output.__delitem__("logits"),
@@ -143,7 +143,7 @@ def test_deletion_is_refused(cls: type) -> None:
 
 
 def test_other_deletions_are_refused() -> None:
-    """Would catch a way of removing a key that leaves its attribute behind."""
+    """Catches a way of removing a key that leaves its attribute behind."""
     output = outputs.MaskedLMOutput(logits=torch.ones(2))
     output.note = 1
     for attempt in (
@@ -160,7 +160,7 @@ def test_other_deletions_are_refused() -> None:
 
 @BOTH
 def test_built_from_items(cls: type) -> None:
-    """Would catch outputs that DataParallel, accelerate or a Trainer cannot rebuild: type(out)(pairs or mapping)."""
+    """Catches outputs that DataParallel, accelerate or a Trainer cannot rebuild: type(out)(pairs or mapping)."""
     output = cls(logits=torch.ones(2), hidden_states=(torch.ones(1),))
     for items in (
         ((key, output[key]) for key in output),
@@ -177,20 +177,20 @@ def test_built_from_items(cls: type) -> None:
 
 @BOTH
 def test_first_field_that_is_no_items(cls: type) -> None:
-    """Would catch a tensor, number or plain tuple in the first field being taken apart as items."""
+    """Catches a tensor, number or plain tuple in the first field that is taken apart as items."""
     for value in (torch.ones(3, 2), 0.5, "text", (torch.ones(1), torch.ones(1)), [1, 2]):
         output = cls(value)
         assert output.loss is value and output[0] is value and len(output) == 1
 
 
 def test_iterator_that_is_no_items() -> None:
-    """Would catch an iterator in the first field arriving used up."""
+    """Catches an iterator in the first field that arrives used up."""
     assert outputs.MaskedLMOutput(iter([1, 2])).loss == [1, 2]
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_copies_and_pickles(name: str) -> None:
-    """Would catch an output that does not survive pickle or copy, as between processes."""
+    """Catches an output that does not survive pickle or copy, as between processes."""
     output = PAIRS[name][0](**make_fields(PAIRS[name][0], 1))
     output.note = "kept"
     for again in (pickle.loads(pickle.dumps(output)), copy.deepcopy(output), copy.copy(output)):
@@ -203,7 +203,7 @@ def test_copies_and_pickles(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_pytree(name: str) -> None:
-    """Would catch an output that torch sees as one leaf, or rebuilds as another type or with other keys."""
+    """Catches an output that torch sees as one leaf, or rebuilds as another type or with other keys."""
     cls = PAIRS[name][0]
     output = cls(**make_fields(cls, 1))
     leaves, spec = pytree.tree_flatten(output)
@@ -226,15 +226,15 @@ class MakesOutput(torch.nn.Module):
 
 
 class TakesOutput(torch.nn.Module):
-    def forward(self, given: outputs.MaskedLMOutput) -> tuple[torch.Tensor, ...]:
-        assert "loss" not in given and len(given) == 2
-        return outputs.TokenClassifierOutput(logits=given.logits * 2 + given.hidden_states[0]).to_tuple()
+    def forward(self, output: outputs.MaskedLMOutput) -> tuple[torch.Tensor, ...]:
+        assert "loss" not in output and len(output) == 2
+        return outputs.TokenClassifierOutput(logits=output.logits * 2 + output.hidden_states[0]).to_tuple()
 
 
 def test_compile_and_export() -> None:
-    """Would catch an output that breaks the graph of torch.compile, or that torch.export cannot return or save."""
+    """Catches an output that breaks the graph of torch.compile, or that torch.export cannot return or save."""
     x = torch.ones(3)
-    made = MakesOutput()(x)
+    own = MakesOutput()(x)
     programs = [torch.compile(MakesOutput(), fullgraph=True, backend="eager")]
     exported = torch.export.export(MakesOutput(), (x,))
     file = io.BytesIO()
@@ -244,19 +244,19 @@ def test_compile_and_export() -> None:
     for program in programs:
         again = program(x)
         assert type(again) is outputs.MaskedLMOutput
-        assert list(again) == list(made) == ["logits", "hidden_states", "loss"]
-        assert torch.equal(again.loss, made.loss) and torch.equal(again[0], made[0])
-    given = outputs.MaskedLMOutput(logits=x, hidden_states=(x,))
+        assert list(again) == list(own) == ["logits", "hidden_states", "loss"]
+        assert torch.equal(again.loss, own.loss) and torch.equal(again[0], own[0])
+    output = outputs.MaskedLMOutput(logits=x, hidden_states=(x,))
     for program in (
         torch.compile(TakesOutput(), fullgraph=True, backend="eager"),
-        torch.export.export(TakesOutput(), (given,)).module(),
+        torch.export.export(TakesOutput(), (output,)).module(),
     ):
-        assert torch.equal(program(given)[0], 3 * x)
+        assert torch.equal(program(output)[0], 3 * x)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_p_is_next(dtype: torch.dtype) -> None:
-    """Would catch the two classes of the next-sentence head exchanged, or a probability in 16 bits."""
+    """Catches the two classes of the next-sentence head exchanged, or a probability in 16 bits."""
     logits = torch.tensor([[4.0, -1.0], [-3.0, 2.5], [0.0, 0.0], [-1000.0, 1000.0]], dtype=dtype)
     expected = torch.sigmoid((logits[:, 0] - logits[:, 1]).double())
     for output in (
@@ -270,14 +270,14 @@ def test_p_is_next(dtype: torch.dtype) -> None:
 
 
 def test_p_is_next_without_logits() -> None:
-    """Would catch an obscure failure where the logits are absent."""
+    """Catches an obscure failure where the logits are absent."""
     with pytest.raises(AttributeError, match="p_is_next: needs seq_relationship_logits, which is None"):
         _ = outputs.BertForPreTrainingOutput().p_is_next
     assert not hasattr(outputs.NextSentencePredictorOutput(), "p_is_next")
 
 
 def test_subclass_must_be_a_dataclass() -> None:
-    """Would catch a subclass without the decorator, whose fields would be lost in silence."""
+    """Catches a subclass without the decorator, whose fields would be lost in silence."""
 
     class Bare(outputs.ModelOutput):
         logits: torch.Tensor | None = None
@@ -289,7 +289,7 @@ def test_subclass_must_be_a_dataclass() -> None:
 
 
 def test_subclass_of_a_user() -> None:
-    """Would catch a base that only serves the classes of its own file."""
+    """Catches a base class that only serves the classes of its own file."""
 
     @dataclass
     class Scores(outputs.MaskedLMOutput):

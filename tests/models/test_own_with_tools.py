@@ -1,4 +1,4 @@
-"""Our own models in the hands of transformers' Trainer and pipelines, and of PEFT."""
+"""Our own models work in transformers' Trainer and pipelines, and in PEFT."""
 
 from __future__ import annotations
 
@@ -49,8 +49,13 @@ def test_trainer(name: str, family: str, tmp_path: Path) -> None:
     """Catches a checkpoint without config.json, under other names, or that cannot be written, resumed or loaded."""
     settings = {"dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 40} if family == "distilbert" else {}
     model = make(name, model_type=family, max_position_embeddings=40, num_labels=3, pad_token_id=1, **settings)
-    how = {"eval_strategy": "epoch", "save_strategy": "epoch", "num_train_epochs": 2, "load_best_model_at_end": True}
-    trainer = train(model, LABELS[name], tmp_path / "out", **how)
+    arguments = {
+        "eval_strategy": "epoch",
+        "save_strategy": "epoch",
+        "num_train_epochs": 2,
+        "load_best_model_at_end": True,
+    }
+    trainer = train(model, LABELS[name], tmp_path / "out", **arguments)
     trainer.train()
     assert trainer.evaluate()["eval_loss"] >= 0
     checkpoints = sorted((tmp_path / "out").glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
@@ -72,7 +77,7 @@ def test_trainer(name: str, family: str, tmp_path: Path) -> None:
     assert stored.keys() == load_file(tmp_path / "ours/model.safetensors").keys()
 
     resumed = train(
-        make(name, **model.config.to_dict()), LABELS[name], tmp_path / "out", **{**how, "num_train_epochs": 3}
+        make(name, **model.config.to_dict()), LABELS[name], tmp_path / "out", **{**arguments, "num_train_epochs": 3}
     )
     resumed.train(resume_from_checkpoint=str(checkpoints[-1]))
     assert resumed.state.global_step == 6
@@ -251,15 +256,15 @@ def test_pipelines(tmp_path: Path) -> None:
         ours = make(name)
         theirs = getattr(transformers, name)(transformers.BertConfig(**SIZES)).eval()
         theirs.load_state_dict(ours.state_dict())
-        given = [f"{text} [MASK]" for text in texts] if task == "fill-mask" else texts
-        expected, came = (transformers.pipeline(task, model=m, tokenizer=tokenizer)(given) for m in (theirs, ours))
+        inputs = [f"{text} [MASK]" for text in texts] if task == "fill-mask" else texts
+        expected, came = (transformers.pipeline(task, model=m, tokenizer=tokenizer)(inputs) for m in (theirs, ours))
         assert type(came) is type(expected) and len(came) == len(expected)
         if task == "text-classification":
             assert [row["label"] for row in came] == [row["label"] for row in expected]
 
 
 def test_feature_extraction_pipeline(tmp_path: Path) -> None:
-    """Catches tuples that this pipeline, which copies our outputs into plain dicts, cannot take either."""
+    """Catches outputs that this pipeline, which copies them into plain dicts, cannot take."""
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"w{i}" for i in range(45))]
     (tmp_path / "vocab.txt").write_text("\n".join(words))
     tokenizer = transformers.BertTokenizerFast(vocab_file=str(tmp_path / "vocab.txt"))

@@ -1,4 +1,4 @@
-"""The tests of operations as a machine with a GPU runs them, as far as one without can tell.
+"""The tests of operations run as on a machine with a GPU, as far as one without can tell.
 
 The interpreter takes the kernels of compute capability 8.0 otherwise, which are not all that there are; and where there
 is a GPU it is off. Each run is a pytest of its own, since both are settled when Triton is imported.
@@ -44,7 +44,7 @@ PYTEST = "import sys; sys.path[:] = [p for p in sys.path if p]; import pytest; s
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, tuple[subprocess.Popen[bytes], Path]]]:
-    """All of them, side by side: process and output."""
+    """The processes and outputs of all runs, which go side by side."""
     folder, started = tmp_path_factory.mktemp("runs"), {}
     for number, (name, arguments) in enumerate(RUNS.items()):
         log = folder / f"{number}.log"
@@ -73,7 +73,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, tuple[s
 
 @pytest.mark.parametrize("name", RUNS)
 def test_operations(name: str, runs: dict[str, tuple[subprocess.Popen[bytes], Path]]) -> None:
-    """A kernel, a choice or a test of another architecture that is wrong, or that takes the interpreter for granted."""
+    """Catches a kernel, a choice or a test that is wrong on another architecture, or that needs the interpreter."""
     process, log = runs[name]
     code = process.wait(600)
     lines = log.read_text().splitlines()

@@ -1,4 +1,4 @@
-"""Batch-invariant attention of short texts: tiles of 16 rows, all keys in one block, in a launch of their own."""
+"""Batch-invariant attention takes short texts in tiles of 16 rows, in a launch of their own."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch import Tensor
 import fastbert
 from attention_cases import DTYPES, LENGTHS, check
 from fastbert import ops
-from fastbert.engine import graphs
+from fastbert.engine import buckets, graphs
 from fastbert.ops import Policy, packing
 from graph_cases import StandIn, encode, make
 from helpers import cu_seqlens_of
@@ -35,7 +35,7 @@ def attend(qkv: Tensor, lengths: list[int], num_heads: int) -> Tensor:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("case", ["one token", "around a tile", "zero-length rows", "only zero-length rows"])
 def test_at_the_edges(case: str, dtype: torch.dtype, device: torch.device, poisoned: Any) -> None:
-    """A row that is in both lists or in none, a key beyond a text, or a read or write outside of the tensors."""
+    """Catches a row in both lists or in none, a key beyond a text, or a read or write outside of the tensors."""
     check(case, LENGTHS[case], 2, 32, dtype, device, INVARIANT)
     poisoned.check()
 
@@ -43,14 +43,14 @@ def test_at_the_edges(case: str, dtype: torch.dtype, device: torch.device, poiso
 @pytest.mark.parametrize("head_size", [16, 24, 64, 80, 128])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_head_sizes(head_size: int, dtype: torch.dtype, device: torch.device, poisoned: Any) -> None:
-    """Columns of padding of the head that reach a result, or scores so large that exp overflows."""
+    """Catches columns of padding of the head that reach a result, or scores so large that exp overflows."""
     check(f"D{head_size}", [1, 15, 16, 17, 31, 33, 2], 2, head_size, dtype, device, INVARIANT, gain=6.0)
     poisoned.check()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_one_pass_gives_the_bits_of_the_loop(dtype: torch.dtype, device: torch.device) -> None:
-    """A softmax in one pass that is another function than the running one over one block."""
+    """Catches a softmax in one pass that is another function than the running one over one block."""
     from fastbert_kernels import launch
     from fastbert_kernels.attention import build_work_list, varlen_attention_forward
 
@@ -70,7 +70,7 @@ def test_one_pass_gives_the_bits_of_the_loop(dtype: torch.dtype, device: torch.d
 @settings(max_examples=150)
 @given(lengths=st.lists(st.one_of(st.integers(0, 300), st.integers(0, 20), st.integers(60, 70)), max_size=30))
 def test_every_row_is_in_one_list(lengths: list[int]) -> None:
-    """A row in both lists or in none, a tile with more keys than its block, or a list chosen by a neighbour."""
+    """Catches a row in both lists or in none, a tile with more keys than its block, or a list chosen by a neighbour."""
     from fastbert_kernels import launch
 
     offsets = cu_seqlens_of(lengths)
@@ -94,7 +94,7 @@ def test_every_row_is_in_one_list(lengths: list[int]) -> None:
 
 @pytest.mark.parametrize(("dtype", "most"), [(torch.bfloat16, 64), (torch.float32, 32)], ids=str)
 def test_bits_around_the_limit(dtype: torch.dtype, most: int, device: torch.device) -> None:
-    """A text whose tile depends on its neighbours, where the smaller tile begins and where it ends."""
+    """Catches a text whose tile depends on its neighbours, where the smaller tile begins and where it ends."""
     from fastbert_kernels import launch
 
     if device.type == "cpu":
@@ -120,7 +120,7 @@ def products(tiles: Tensor, lengths: list[int], block_q: int, block_k: int) -> i
 @pytest.mark.parametrize("arch", ARCHS)
 @pytest.mark.parametrize("longest", [20, 40, 58, 70])
 def test_short_texts_cost_no_more_products_than_shared_tiles(arch: int, longest: int) -> None:
-    """A tile for short texts with so many rows of nothing that the mode costs more than benchmarks/NOTES.md says."""
+    """Catches a tile for short texts with so many empty rows that the mode costs more than benchmarks/NOTES.md says."""
     from fastbert_kernels import launch
     from fastbert_kernels.attention import build_work_list
 
@@ -140,7 +140,7 @@ def test_short_texts_cost_no_more_products_than_shared_tiles(arch: int, longest:
 
 @pytest.mark.parametrize(("arch", "head_size"), list(itertools.product(ARCHS, (16, 32, 64, 80, 128))))
 def test_configurations(arch: int, head_size: int) -> None:
-    """A tile that tl.dot does not take, or one that a list of it does not fit: keys in more than one block."""
+    """Catches a tile that tl.dot does not take, or one whose keys take more than one block."""
     from fastbert_kernels import launch
 
     for dtype in DTYPES:
@@ -153,7 +153,7 @@ def test_configurations(arch: int, head_size: int) -> None:
 
 
 def test_a_table_with_small_tiles(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
-    """A tuned tile of 16 rows, for which no smaller one is: an error, or a text that is in no list."""
+    """Catches a tuned tile of 16 rows, for which there is no smaller one, that raises or leaves a text in no list."""
     from fastbert_kernels import launch
 
     sizes = {"BLOCK_Q": 16, "BLOCK_K": 16, "BLOCK_D": 16, "num_warps": 1, "num_stages": 1}
@@ -178,7 +178,7 @@ def invariant(device: torch.device, dtype: torch.dtype = torch.float32, **sizes:
 
 @pytest.mark.parametrize("lengths", [[9, 4], [130], [0, 0, 5], [130, 3]], ids=str)
 def test_launches(lengths: list[int], device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A kernel that is left to a later batch to compile, or an explain that does not know of the second launch."""
+    """Catches a kernel left to a later batch to compile, or an explain that does not know the second launch."""
     from fastbert_kernels import launch
 
     model = invariant(device, torch.bfloat16, num_hidden_layers=1)
@@ -205,7 +205,7 @@ FITTING = ([9, 4], [10] * 12, [70, 3, 33, 32])
 
 
 def test_same_bits_with_graphs_and_without(stand_in: StandIn, device: torch.device) -> None:
-    """Short texts whose tiles a graph leaves out, keeps from the batch before, or has no room for."""
+    """Catches short texts whose tiles a graph leaves out, keeps from the batch before, or has no room for."""
     model = invariant(device, num_hidden_layers=1)
     plain = copy.deepcopy(model)
     plain.cuda_graphs = False
@@ -216,7 +216,7 @@ def test_same_bits_with_graphs_and_without(stand_in: StandIn, device: torch.devi
 
 
 def test_what_does_not_fit(stand_in: StandIn, device: torch.device) -> None:
-    """A batch of very short texts written past the static list."""
+    """Catches a batch of very short texts written past the static list."""
     model = invariant(device, num_hidden_layers=1)
     plain = copy.deepcopy(model)
     plain.cuda_graphs = False
@@ -231,10 +231,10 @@ def test_what_does_not_fit(stand_in: StandIn, device: torch.device) -> None:
     )
 )
 def test_texts_of_four_tokens_and_more_always_fit(lengths: list[int]) -> None:
-    """A batch of ordinary texts that takes the plain path for a static list that is too short."""
+    """Catches a batch of ordinary texts that takes the plain path for a static list that is too short."""
     batch = packing.from_cu_seqlens(cu_seqlens_of(lengths), sum(lengths), torch.device("cpu"))
     for dtype in (torch.bfloat16, torch.float32):
         for head_size in (16, 32, 64, 128):
             shape = graphs.Shape(batch.device, dtype, 4 * head_size, head_size, INVARIANT)
-            bucket = graphs.bucket_of(sum(lengths))
+            bucket = buckets.bucket_of(sum(lengths))
             assert bucket is not None and graphs._tiles(batch, bucket, shape) is not None

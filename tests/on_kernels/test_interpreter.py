@@ -1,4 +1,4 @@
-"""What is mended in Triton's interpreter is what the hardware does."""
+"""What we mend in Triton's interpreter does what the hardware does."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ pytestmark = pytest.mark.skipif(not interpreter.ACTIVE, reason="Triton's interpr
 
 
 def test_bfloat16_rounding():
-    """Truncation, or ties that do not go to even: PyTorch's conversion is the yardstick."""
+    """Catches truncation, or ties that do not go to even as in PyTorch's conversion."""
     bits = torch.randint(-(2**31), 2**31, (200_000,), dtype=torch.int64).to(torch.int32)
     ties = torch.arange(0, 2**32, 2**15, dtype=torch.int64).to(torch.int32)
     special = torch.tensor([0.0, -0.0, float("inf"), float("-inf"), 3.4e38, 1e-45, -1e-40]).view(torch.int32)
@@ -25,7 +25,7 @@ def test_bfloat16_rounding():
 
 
 def test_bfloat16_widening():
-    """A bfloat16 that changes when it becomes float32."""
+    """Catches a bfloat16 that changes when it becomes float32."""
     bits = np.arange(2**16, dtype=np.uint16)
     expected = torch.from_numpy(bits.astype(np.int16)).view(torch.bfloat16).float()
     assert torch.equal(torch.from_numpy(interpreter._to_float32(bits)).view(torch.int32), expected.view(torch.int32))
@@ -34,7 +34,7 @@ def test_bfloat16_widening():
 @pytest.mark.parametrize("dtype", [np.float32, np.float16], ids=["float32", "float16"])
 @pytest.mark.parametrize("shape", [(64, 16, 128), (128, 32, 16)], ids=str)
 def test_dot_sums_every_row_alike(shape, dtype):
-    """A row of a product whose bits depend on where in its tile it stands, which on tensor cores they do not."""
+    """Catches a row of a product whose bits depend on its place in the tile, which on tensor cores they do not."""
     import triton.language as tl
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 

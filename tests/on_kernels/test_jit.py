@@ -1,4 +1,4 @@
-"""Kernels as the rest of a process finds them: their keys in Triton's cache, and first launches in several threads.
+"""Kernels have the right keys in Triton's cache, and several threads may launch them first.
 
 In processes of their own, without the interpreter, as on a GPU machine; a driver that launches nothing stands for it.
 """

@@ -1,4 +1,4 @@
-"""Block sizes, tables, recording and the launch itself."""
+"""Launches take block sizes from tables, can be recorded, and run on the device of their tensors."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 @pytest.mark.parametrize("arch", sorted(launch.SHARED_MEMORY))
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_table_answers(arch, dtype):
-    """A table that lacks a head size or a dtype, found out while serving."""
+    """Catches a table that lacks a head size or a dtype, found out while serving."""
     assert f"sm_{arch}.json" in launch.linear_config(dtype, arch).source
     for head_size in range(launch.MIN_HEAD_SIZE, launch.MAX_HEAD_SIZE + 1):
         sizes = launch.attention_config(dtype, head_size, arch).block_sizes
@@ -25,7 +25,7 @@ def test_every_table_answers(arch, dtype):
 
 
 def test_tables_say_where_they_come_from():
-    """A table that passes a guess off as a measurement."""
+    """Catches a table that passes a guess off as a measurement."""
     for path in tables.TABLE_FOLDER.glob("*.json"):
         table = tables.read_table(path)
         assert table["arch"] == int(path.stem.removeprefix("sm_"))
@@ -34,7 +34,7 @@ def test_tables_say_where_they_come_from():
 
 
 def test_nearest_table():
-    """A GPU without a table of its own that gets one of a newer architecture, or an error that names none."""
+    """Catches a GPU without a table of its own that gets one of a newer architecture, or an error that names none."""
     assert "sm_90.json" in launch.linear_config(torch.float16, 90).source
     assert "sm_100.json" in launch.linear_config(torch.float16, 103).source
     assert "sm_120.json" in launch.linear_config(torch.float16, 121).source
@@ -44,7 +44,7 @@ def test_nearest_table():
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"version": 99}', ""])
 def test_bad_table(content, tmp_path):
-    """A table that does not parse, or of another version, half read."""
+    """Catches a table of another version, or one that does not parse, read by half."""
     path = tmp_path / "sm_90.json"
     path.write_text(content)
     with pytest.raises(ValueError, match="sm_90.json: "):
@@ -52,7 +52,7 @@ def test_bad_table(content, tmp_path):
 
 
 def test_measured_table_names_device_and_date(tmp_path, monkeypatch, request):
-    """A report that does not say on what the block sizes were measured."""
+    """Catches a report that does not say on what the block sizes were measured."""
     sizes = {"BLOCK_ROWS": 64, "BLOCK_COLS": 64, "BLOCK_K": 32, "GROUP_ROWS": 8, "num_warps": 4, "num_stages": 3}
     table = {
         "version": 1,
@@ -75,7 +75,7 @@ def test_measured_table_names_device_and_date(tmp_path, monkeypatch, request):
 
 @pytest.mark.parametrize("n_cols", [1, 7, 96, 384, 768, 1024, 3000, 4096])
 def test_row_formulas(n_cols):
-    """A tile that does not hold a whole row, or has more threads than elements to give them."""
+    """Catches a tile that does not hold a whole row, or has more threads than elements to give them."""
     for config in (launch.rowwise_config(n_cols), launch.whole_row_config(n_cols)):
         assert config["BLOCK_COLS"] >= n_cols and config.get("BLOCK_ROWS", 1) >= 1
         assert 1 <= config["num_warps"] <= 8
@@ -84,7 +84,7 @@ def test_row_formulas(n_cols):
 
 
 def test_recording_lists_instead_of_running():
-    """An offline report of something else than what is launched."""
+    """Catches an offline report of something else than what is launched."""
     from fastbert_kernels.gelu import bias_gelu_forward
 
     x = torch.randn(4, 32)
@@ -98,7 +98,7 @@ def test_recording_lists_instead_of_running():
 
 
 def test_tokens_do_not_make_kernels(device):
-    """A token count that enters a block size or a specialisation, so that a new length compiles while serving."""
+    """Catches a token count in a block size or a specialisation, so that a new length compiles while serving."""
     from fastbert_kernels import attention, embedding, gelu, layer_norm, linear
 
     seen = []
@@ -130,7 +130,7 @@ def test_tokens_do_not_make_kernels(device):
 
 @pytest.mark.gpu
 def test_device_of_the_tensors():
-    """A kernel that runs on the current device instead of its tensors' one."""
+    """Catches a kernel that runs on the current device instead of that of its tensors."""
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
     from fastbert_kernels.gelu import bias_gelu_forward

@@ -1,4 +1,4 @@
-"""What an operation costs the host on its way to a launch, in Python calls, on a driver that launches nothing."""
+"""An operation makes few Python calls on its way to a launch, on a driver that launches nothing."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ COUNT = """
 import collections, importlib.util, json, sys, torch, stub_driver
 
 stub_driver.install()
-from fastbert import ops, varlen
+from fastbert import ops
+from fastbert.ops import packing
 
 policy, bf16 = ops.Policy("triton", strict=True), torch.bfloat16
 x, w = torch.empty(128, 768, dtype=bf16), torch.empty(768, dtype=bf16)
 up, bias = torch.empty(3072, 768, dtype=bf16), torch.empty(3072, dtype=bf16)
-qkv, batch = torch.empty(128, 2304, dtype=bf16), varlen.from_lengths([64, 64], torch.device("cpu"))
+qkv, batch = torch.empty(128, 2304, dtype=bf16), packing.from_lengths([64, 64], torch.device("cpu"))
 calls = {
     "layer_norm": lambda: ops.bias_residual_layer_norm(x, w, x, w, w, 1e-12, policy=policy),
     "linear": lambda: ops.linear(x, up, bias, "gelu", policy=policy),
@@ -44,7 +45,7 @@ print(json.dumps(counts))
 
 @pytest.fixture(scope="module")
 def counts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, dict[str, int]]]:
-    """Of each operation how many Python calls it makes, and of what, when it is called for the third time."""
+    """The Python calls of each operation, and of what, when it is called for the third time."""
     return run(COUNT, cache=tmp_path_factory.mktemp("cache"))
 
 

@@ -1,4 +1,4 @@
-"""The offline compile report: what it says of good kernels, and that it notices bad ones.
+"""The offline compile report passes good kernels and notices bad ones.
 
 It runs in processes of its own, without TRITON_INTERPRET: one process cannot hold both interpreter and compiler.
 """
@@ -100,9 +100,9 @@ kernels = set()
 for n_rows in (1, 2, 16, 17, 4096):
     for k, m in ((384, 1152), (768, 2304), (1024, 3072)):
         x, weight = (torch.empty(shape, dtype=torch.float8_e4m3fn) for shape in ((n_rows, k), (m, k)))
-        given = x, torch.empty(n_rows, 1), k, weight, torch.empty(m), None, "none", torch.bfloat16
+        arguments = x, torch.empty(n_rows, 1), k, weight, torch.empty(m), None, "none", torch.bfloat16
         with launch.recording(90) as launches:
-            quantized_linear.quantized_linear_forward(*given)
+            quantized_linear.quantized_linear_forward(*arguments)
         source, options = offline.specialize(launches[0], GPUTarget("cuda", 90, 32))
         kernels.add((source.hash(), str(options)))
 assert len(kernels) == 1, len(kernels)
@@ -122,7 +122,7 @@ def report(*arguments: str, cache: Path, **changes: str) -> subprocess.Completed
 
 @pytest.mark.slow
 def test_default_kernels_of_hopper(tmp_path):
-    """A kernel that spills or misses wgmma on sm_90; a report that loses rows or says something else in its JSON."""
+    """Catches a kernel that spills or misses wgmma on sm_90, or a report whose text and JSON differ."""
     path = tmp_path / "report.json"
     arguments = "--arch", "90", "--model", "minilm", "--dtype", "bf16", "--json", str(path)
     done = report(*arguments, cache=tmp_path / "cache")
@@ -167,7 +167,7 @@ def faults(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, str
     ],
 )
 def test_planted_faults_are_found(faults, fault, finding):
-    """A check that cannot fail: each fault must end in exit code 1, with the kernel and the reason named."""
+    """Catches a check that cannot fail: a planted fault without exit code 1, or without kernel and reason."""
     code, output = faults[fault]
     assert code == 1, output
     assert finding in output
@@ -175,20 +175,20 @@ def test_planted_faults_are_found(faults, fault, finding):
 
 @pytest.mark.slow
 def test_planting_is_not_the_fault(faults):
-    """Planted faults that are found only because the planting itself breaks something."""
+    """Catches planted faults that are found only because the planting itself breaks something."""
     code, output = faults["none"]
     assert code == 0, output
 
 
 def test_specializes_as_the_jit_does(tmp_path):
-    """A report on other kernels than those that run; a GEMM that compiles anew for a number of tokens or a K."""
+    """Catches a report on other kernels than those that run, or a GEMM compiled anew for each token count or K."""
     done = run("-c", SPECIALIZE, cache=tmp_path)
     assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.slow
 def test_8_bit_kernels(tmp_path):
-    """8-bit linears that multiply in 16 bits, or fp8 compiled for a GPU that has none."""
+    """Catches 8-bit linears that multiply in 16 bits, or fp8 compiled for a GPU that has none."""
     path = tmp_path / "report.json"
     arguments = "--arch", "86", "90", "--model", "minilm", "--dtype", "fp8", "int8", "--json", str(path)
     done = report(*arguments, cache=tmp_path / "cache")
@@ -206,7 +206,7 @@ def test_8_bit_kernels(tmp_path):
 
 
 def test_float8_sums_outside_the_tensor_cores(tmp_path):
-    """A compiler that takes the sums of float8 products back into tensor cores that lose bits (Ada, Hopper)."""
+    """Catches a compiler that takes the sums of float8 products back into tensor cores that lose bits (Ada, Hopper)."""
     script = """
 import torch, triton
 from triton.backends.compiler import GPUTarget
@@ -215,13 +215,13 @@ for arch, outside, by_pointers in ((89, True, False), (90, True, False), (90, Tr
     x, weight = (torch.empty(n, 512, dtype=torch.float8_e4m3fn) for n in (64, 256))
     with launch.recording(arch) as launches:
         scale = torch.empty(64, 1), torch.empty(256)
-        given = x, scale[0], 512, weight, scale[1], None, "none"
+        arguments = x, scale[0], 512, weight, scale[1], None, "none"
         if by_pointers:
             config = launch.quantized_linear_config(x.dtype, None, arch).block_sizes
             out = torch.empty(64, 256, dtype=torch.bfloat16)
-            quantized_linear.quantized_linear_pointer_forward(*given, config, out, None, True)
+            quantized_linear.quantized_linear_pointer_forward(*arguments, config, out, None, True)
         else:
-            quantized_linear.quantized_linear_forward(*given, torch.bfloat16)
+            quantized_linear.quantized_linear_forward(*arguments, torch.bfloat16)
     assert ("x_desc" in launches[0].arguments) == (arch == 90 and not by_pointers)
     source, options = offline.specialize(launches[0], GPUTarget("cuda", arch, 32))
     ir = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options).asm["ttgir"]
@@ -234,7 +234,7 @@ for arch, outside, by_pointers in ((89, True, False), (90, True, False), (90, Tr
 
 
 def test_gelu_of_16_bits_is_short(tmp_path):
-    """An erf, a slow path of exp2 for subnormals, a division, or a maximum that drops NaN, in a 16-bit epilogue."""
+    """Catches an erf, a slow exp2 for subnormals, a division, or a maximum that drops NaN, in a 16-bit epilogue."""
     script = """
 import torch, triton
 from triton.backends.compiler import GPUTarget
@@ -254,17 +254,17 @@ for arch in (80, 90):
 
 
 def test_gelu_leaves_registers_of_wide_tiles(tmp_path):
-    """A spill in tiles of 128 sums a thread with GELU, which `fastbert tune` times in 16 bits."""
+    """Catches a spill in tiles of 128 sums a thread with GELU, which `fastbert tune` times in 16 bits."""
     script = """
 import torch, triton
-from fastbert import tune_jobs
+from fastbert.tune import jobs as tune_jobs
 from fastbert_kernels import launch, linear, linear_persistent, offline
 bf16, fp16 = torch.bfloat16, torch.float16
 for arch, dtype, activation in ((80, bf16, "gelu_tanh"), (80, fp16, "gelu"), (90, fp16, "gelu")):
     x, weight, out = (torch.empty(shape, dtype=dtype) for shape in ((64, 768), (3072, 768), (64, 3072)))
-    found = [c for c in tune_jobs._gemm_candidates(dtype, arch, (768, 3072), "gelu") if c.tile]
+    candidates = [c for c in tune_jobs._gemm_candidates(dtype, arch, (768, 3072), "gelu") if c.tile]
     kernel = "linear" if arch == 80 else "linear_persistent"
-    wide = (c.sizes for c in found if c.kernel == kernel and c.sizes["BLOCK_COLS"] == 256)
+    wide = (c.sizes for c in candidates if c.kernel == kernel and c.sizes["BLOCK_COLS"] == 256)
     sizes = next(sizes for sizes in wide if sizes["BLOCK_ROWS"] == 128)
     forward = linear.linear_pointer_forward if arch == 80 else linear_persistent.linear_persistent_forward
     with launch.recording(arch) as launches:
@@ -278,20 +278,20 @@ for arch, dtype, activation in ((80, bf16, "gelu_tanh"), (80, fp16, "gelu"), (90
 
 
 def test_8_bit_kernels_need_8_bit_instructions(tmp_path):
-    """A check that takes a 16-bit tensor-core instruction for an 8-bit one."""
+    """Catches a check that takes a 16-bit tensor-core instruction for an 8-bit one."""
     script = """
 from fastbert_kernels import offline
-for name, found in (("HGMMA", True), ("QGMMA", False), ("IGMMA", False), ("UTCQMMA", False), ("IMMA", False)):
+for name, expected in (("HGMMA", True), ("QGMMA", False), ("IGMMA", False), ("UTCQMMA", False), ("IMMA", False)):
     kernel = offline.Kernel(90, "quantized_linear", "fp8", {}, None, {})
     findings = offline._findings(kernel, offline.Result(tensor_cores={name: 1}), 0)
-    assert bool(findings) == found, (name, findings)
+    assert bool(findings) == expected, (name, findings)
 """
     done = run("-c", script, cache=tmp_path)
     assert done.returncode == 0, done.stderr
 
 
 def test_needs_the_interpreter_off(tmp_path):
-    """A report of the interpreter, which compiles nothing."""
+    """Catches a report made under the interpreter, which compiles nothing."""
     done = report("--arch", "90", cache=tmp_path, TRITON_INTERPRET="1")
     assert done.returncode == 2 and "TRITON_INTERPRET is set; unset it" in done.stderr, done.stdout + done.stderr
 
@@ -305,7 +305,7 @@ USAGE_ERRORS = {
 
 
 def test_usage_errors(tmp_path):
-    """A report that passes without having compiled what was asked for."""
+    """Catches a report that passes without having compiled what was asked for."""
     script = f"""
 from fastbert_kernels import offline
 for arguments in {list(USAGE_ERRORS.values())}:

@@ -1,4 +1,4 @@
-"""The offline compile as a preparation: what it leaves in Triton's cache is what launches look for there.
+"""The offline compile leaves in Triton's cache what launches look for there.
 
 A driver that launches nothing stands for the GPU, so that Triton's own launch looks up and loads the compiled kernels.
 """
@@ -38,8 +38,7 @@ class Driver:
 launched = []
 driver.set_active(Driver())
 import fastbert
-from fastbert import varlen
-from fastbert.ops import dispatch
+from fastbert.ops import dispatch, packing
 from fastbert_kernels import events, launch
 from fastbert_kernels.pooling import pool_forward
 
@@ -55,7 +54,7 @@ with torch.inference_mode():
         model = fastbert.BertModel(config, add_pooling_layer=False, **settings).to(torch.bfloat16).eval()
         model.cuda_graphs = False
         states = model.forward_packed(ids, cu_seqlens)
-    batch = varlen.from_lengths(lengths, torch.device("cpu"))
+    batch = packing.from_lengths(lengths, torch.device("cpu"))
     pool_forward(states, batch.cu_seqlens, "mean", True, torch.float32)
 print(json.dumps({**events.counts(), "launches": len(launched)}))
 """
@@ -75,5 +74,5 @@ def test_launches_find_what_was_compiled_ahead(tmp_path: Path) -> None:
     """Catches a source, signature, alignment, constant or option of a launch that is not the offline compile's."""
     chosen = "--arch", "90", "--model", "minilm", "--dtype", "bf16", "fp8", "--jobs", "2"
     run(tmp_path, "-m", "fastbert_kernels.offline", *chosen)
-    found = json.loads(run(tmp_path, "-c", SERVE).splitlines()[-1])
-    assert found["compilations"] == 0 and found["loads"] >= 12 and found["launches"] > found["loads"], found
+    served = json.loads(run(tmp_path, "-c", SERVE).splitlines()[-1])
+    assert served["compilations"] == 0 and served["loads"] >= 12 and served["launches"] > served["loads"], served

@@ -1,4 +1,4 @@
-"""What the compiler made of the loops of kernels, where it decides the speed: seen in the instructions, with no GPU."""
+"""The loops of compiled kernels have the instructions that decide their speed, as seen without a GPU."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ ATTENTION = """
 import json, sys
 import sass
 
-found = {}
+loops_of = {}
 for model, variant in (("extra", "D16"), ("minilm", "D32"), ("base", "D64"), ("extra", "D80"), ("extra", "D128")):
     kernel, _ = sass.planned(int(sys.argv[1]), "bf16", "attention", model, variant)
-    found[variant] = [
+    loops_of[variant] = [
         [sass.counts(body, "LDGSTS"), sass.counts(body, "LDG.E"), sass.waits(body)] for body in sass.loops(kernel)
     ]
-print(json.dumps(found))
+print(json.dumps(loops_of))
 """
 
 
@@ -27,8 +27,8 @@ print(json.dumps(found))
 @pytest.mark.parametrize("arch", [80, 86, 89, 90, 120])
 def test_attention_copies_ahead(arch: int, tmp_path: Path) -> None:
     """Catches a step of attention that waits for the copies which it has just begun, so that none is under way."""
-    found: dict[str, Any] = run(ATTENTION, str(arch), cache=tmp_path)
-    for variant, loops in found.items():
+    loops_of: dict[str, Any] = run(ATTENTION, str(arch), cache=tmp_path)
+    for variant, loops in loops_of.items():
         assert len(loops) == 2, variant  # with and without a mask
         for copies, loads, waits in loops:
             assert copies > 0 and loads == 0, (variant, "keys and values go around the registers")
@@ -40,24 +40,24 @@ POOLING = """
 import json, sys
 import sass
 
-found = {}
+loops_of = {}
 for arch in (80, 90):
     for dtype in ("bf16", "fp32"):
         for mode in ("mean", "max", "weighted_mean"):
             (kernel,) = sass.planned(arch, dtype, "pooling", "base", mode)
             loops = sass.loops(kernel)
             names = "BAR", "SHFL", "LDS", "STS", "LDG.E.128"
-            found[f"{arch} {dtype} {mode}"] = [[sass.counts(body, name) for name in names] for body in loops]
-print(json.dumps(found))
+            loops_of[f"{arch} {dtype} {mode}"] = [[sass.counts(body, name) for name in names] for body in loops]
+print(json.dumps(loops_of))
 """
 
 
 @pytest.mark.slow
 def test_pooling_reduces_after_its_loops(tmp_path: Path) -> None:
     """Catches threads that exchange sums, or wait for each other, at every block of rows instead of once at the end."""
-    found: dict[str, Any] = run(POOLING, cache=tmp_path)
-    assert len(found) == 12
-    for name, loops in found.items():
+    loops_of: dict[str, Any] = run(POOLING, cache=tmp_path)
+    assert len(loops_of) == 12
+    for name, loops in loops_of.items():
         assert len(loops) == 2, name  # of several blocks at a time, and of what is left
         for barriers, shuffles, loads, stores, reads in loops:
             assert barriers == shuffles == loads == stores == 0, name

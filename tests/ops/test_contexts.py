@@ -1,4 +1,4 @@
-"""Our own models where the operations are traced, transformed, differentiated again or watched."""
+"""Our own models work when their operations are traced, transformed, differentiated again or watched."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
 from fastbert import BertConfig, BertModel, ops
-from fastbert.models import heads
+from fastbert.models import tasks
 from fastbert.ops import packing, tracing
 from helpers import rms_error
 
@@ -32,10 +32,12 @@ OTHER = torch.tensor([[1] * 7, [0, 0, 1, 1, 1, 1, 1], [1, 0, 0, 0, 0, 0, 0]])
 X, T = (torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(seed)) for seed in (1, 2))
 
 
-def make(kind: Any = BertModel, dtype: torch.dtype = torch.float32, **how: Any) -> Any:
+def make(kind: Any = BertModel, dtype: torch.dtype = torch.float32, **options: Any) -> Any:
     torch.manual_seed(3)
-    settings = {name: how.pop(name) for name in ("model_type", "pad_token_id", "num_attention_heads") if name in how}
-    model = kind(BertConfig(**{**SIZES, **settings}), **how).eval()
+    settings = {
+        name: options.pop(name) for name in ("model_type", "pad_token_id", "num_attention_heads") if name in options
+    }
+    model = kind(BertConfig(**{**SIZES, **settings}), **options).eval()
     model.config.extra["return_dict"] = False
     for parameter in model.parameters():
         parameter.data.normal_(0.0, 0.3)
@@ -47,7 +49,7 @@ KINDS = {
     "another head size": lambda: make(num_attention_heads=4),
     "roberta": lambda: make(model_type="roberta", pad_token_id=1),
     **{
-        name: functools.partial(make, getattr(heads, name))
+        name: functools.partial(make, getattr(tasks, name))
         for name in (
             "BertForPreTraining", "BertForMaskedLM", "BertForNextSentencePrediction", "BertForSequenceClassification",
             "BertForTokenClassification", "BertForQuestionAnswering",
@@ -82,7 +84,7 @@ def test_jit_trace(kind, masked, check, gradients):
 
 
 def test_jit_trace_warns_of_nothing():
-    """Catches a look at a traced shape or value: torch warns that it is kept."""
+    """Catches a look at a traced shape or value, of which torch warns."""
     with warnings.catch_warnings():
         warnings.simplefilter("error", torch.jit.TracerWarning)
         torch.jit.trace(make(), (IDS, MASK))
@@ -94,7 +96,7 @@ def test_jit_trace_of_losses_and_states():
     class Losses(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.model = make(heads.BertForMaskedLM)
+            self.model = make(tasks.BertForMaskedLM)
 
         def forward(self, ids: Tensor, mask: Tensor, labels: Tensor) -> Any:
             loss, logits, states = self.model(ids, mask, labels=labels, output_hidden_states=True)
@@ -107,7 +109,7 @@ def test_jit_trace_of_losses_and_states():
 
 def test_jit_trace_of_choices():
     """Catches a number of choices that a trace keeps."""
-    model = make(heads.BertForMultipleChoice)
+    model = make(tasks.BertForMultipleChoice)
     traced = torch.jit.trace(model, (IDS[None], MASK[None]))
     other = IDS.view(1, 3, 7).repeat(2, 2, 1), OTHER.view(1, 3, 7).repeat(2, 2, 1)
     alike(traced(*other), model(*other))
@@ -143,8 +145,8 @@ def test_tensors_without_numbers():
 
 
 def last(model: Any, embeds: Tensor) -> Tensor:
-    found: Tensor = model(inputs_embeds=embeds)[0]
-    return found
+    state: Tensor = model(inputs_embeds=embeds)[0]
+    return state
 
 
 def forward_mode(model: Any) -> Tensor:
@@ -203,20 +205,20 @@ class Plain(nn.Module):
         from fastbert import reference
 
         params = dict(self.model.named_parameters())
-        found = reference.bert(params, self.config, inputs_embeds=inputs_embeds, dtype=self.dtype)
-        return found.last_hidden_state, found.pooler_output
+        states = reference.bert(params, self.config, inputs_embeds=inputs_embeds, dtype=self.dtype)
+        return states.last_hidden_state, states.pooler_output
 
 
-@pytest.mark.parametrize("how", ["auto", "triton", "torch", "float64"])
+@pytest.mark.parametrize("mode", ["auto", "triton", "torch", "float64"])
 @pytest.mark.parametrize("name", DERIVATIVES)
-def test_derivatives(name, how):
+def test_derivatives(name, mode):
     """Catches a derivative that is missing, or that is silently zero or wrong, of first and of second order."""
-    dtype = torch.float64 if how == "float64" else torch.float32
-    model = make(dtype=dtype, backend="auto" if how == "float64" else how)
+    dtype = torch.float64 if mode == "float64" else torch.float32
+    model = make(dtype=dtype, backend="auto" if mode == "float64" else mode)
     exact = make(dtype=torch.float64)
-    found = DERIVATIVES[name](model, X.to(dtype), T.to(dtype))
+    derivative = DERIVATIVES[name](model, X.to(dtype), T.to(dtype))
     expected = DERIVATIVES[name](Plain(exact), X.double(), T.double())
-    assert rms_error(found.detach(), expected.detach()) < (1e-10 if how == "float64" else 2e-5)
+    assert rms_error(derivative.detach(), expected.detach()) < (1e-10 if mode == "float64" else 2e-5)
 
 
 def test_gradgradcheck():
@@ -254,30 +256,30 @@ def test_second_derivatives_of_operations(name, device):
 
 @pytest.mark.parametrize("gradients", [True, False])
 def test_vmap(gradients):
-    """Catches ids and masks whose values are read where vmap has many of them."""
+    """Catches a read of ids or masks while vmap has many of them."""
     model = make()
     with torch.set_grad_enabled(gradients):
-        found = vmap(lambda ids, mask: model(ids[None], mask[None])[0][0])(IDS, MASK)
-        alike([found], [model(IDS, MASK)[0]])
+        output = vmap(lambda ids, mask: model(ids[None], mask[None])[0][0])(IDS, MASK)
+        alike([output], [model(IDS, MASK)[0]])
         compiled = torch.compile(vmap(lambda ids, mask: model(ids[None], mask[None])[0][0]), backend="eager")
         alike([compiled(IDS, MASK)], [model(IDS, MASK)[0]])
 
 
 def test_gradients_of_each_sample():
     """Catches parameters of a transform that are kept, packed or fused."""
-    model = make(heads.BertForSequenceClassification, dtype=torch.float64)
+    model = make(tasks.BertForSequenceClassification, dtype=torch.float64)
     parameters = {name: p.detach() for name, p in model.named_parameters()}
 
     def loss(parameters: dict[str, Tensor], ids: Tensor, mask: Tensor) -> Tensor:
-        found: Tensor = functional_call(model, parameters, (ids[None], mask[None]))[0].pow(3).sum()
-        return found
+        state: Tensor = functional_call(model, parameters, (ids[None], mask[None]))[0].pow(3).sum()
+        return state
 
-    found = vmap(grad(loss), in_dims=(None, 0, 0))(parameters, IDS, MASK)
+    gradients = vmap(grad(loss), in_dims=(None, 0, 0))(parameters, IDS, MASK)
     for i in range(3):
         model.zero_grad()
         model(IDS[i : i + 1], MASK[i : i + 1])[0].pow(3).sum().backward()
-        moved = [name for name in found if not name.endswith("key.bias")]  # whose gradient is rounding alone
-        alike([found[name][i] for name in moved], [model.get_parameter(name).grad for name in moved], 1e-10)
+        moved = [name for name in gradients if not name.endswith("key.bias")]  # whose gradient is rounding alone
+        alike([gradients[name][i] for name in moved], [model.get_parameter(name).grad for name in moved], 1e-10)
 
 
 def test_ensemble():
@@ -286,10 +288,10 @@ def test_ensemble():
     stacked = {name: torch.stack([p.detach(), p.detach() * 1.1]) for name, p in model.named_parameters()}
     other = copy.deepcopy(model)
     with torch.no_grad():
-        found = vmap(lambda parameters: functional_call(model, parameters, (IDS, MASK))[0])(stacked)
+        outputs = vmap(lambda parameters: functional_call(model, parameters, (IDS, MASK))[0])(stacked)
         for parameter in other.parameters():
             parameter.mul_(1.1)
-        alike(found, [model(IDS, MASK)[0], other(IDS, MASK)[0]])
+        alike(outputs, [model(IDS, MASK)[0], other(IDS, MASK)[0]])
 
 
 def test_functional_call():
@@ -299,17 +301,17 @@ def test_functional_call():
     with torch.no_grad():
         for factor in (1.0, 1.1, 1.2, 1.3, 1.0):
             parameters = {name: p.detach() * factor for name, p in model.named_parameters()}
-            found = functional_call(model, parameters, (IDS, MASK))[0]
+            output = functional_call(model, parameters, (IDS, MASK))[0]
             del parameters
             fresh = copy.deepcopy(other)
             for parameter in fresh.parameters():
                 parameter.mul_(factor)
-            alike([found], [fresh(IDS, MASK)[0]])
+            alike([output], [fresh(IDS, MASK)[0]])
         alike([model(IDS, MASK)[0]], [before])
 
 
 def test_padding_that_is_not_packed_away():
-    """Catches what stands at padding: ids beyond the table, NaN, rows without a token."""
+    """Catches padding that reaches an output where it is not packed away: odd ids, NaN, rows without a token."""
     model = make()
     embeds = torch.randn(3, 7, 32)
     spoiled, bad = embeds.masked_fill(MASK[:, :, None] == 0, torch.nan), IDS.masked_fill(MASK == 0, 999)
@@ -372,16 +374,16 @@ def test_default_device_and_dtype(change, backend, precision):
         else:
             torch.set_default_dtype(change)
         try:
-            found = fresh(IDS, MASK)
-            again = ops.pool(found[0].flatten(0, 1), ends, "mean")
+            output = fresh(IDS, MASK)
+            again = ops.pool(output[0].flatten(0, 1), ends, "mean")
         finally:
             torch.set_default_device(None)
             torch.set_default_dtype(before)
-    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True)) and torch.equal(again, vectors)
+    assert all(torch.equal(a, b) for a, b in zip(output, expected, strict=True)) and torch.equal(again, vectors)
 
 
 def test_strict_and_invariant_policies_refuse():
-    """Catches a promise that plain operations cannot keep."""
+    """Catches a promise of a policy that plain operations cannot keep."""
     with pytest.raises(ops.BackendError, match=r"torch\.jit\.trace"):
         torch.jit.trace(make(batch_invariant=True), (IDS, MASK))
     strict, on_cpu = make(backend="triton", strict=True), make(backend="cpu", strict=True)
@@ -391,7 +393,7 @@ def test_strict_and_invariant_policies_refuse():
 
 
 def test_deterministic_and_anomaly_modes():
-    """Catches an operation without a deterministic kind, and a NaN in a backward pass."""
+    """Catches an operation without a deterministic kind, or a NaN in a backward pass."""
     model = make()
     torch.use_deterministic_algorithms(True)
     try:
@@ -408,9 +410,9 @@ class Wrapped(Tensor):
 
     @staticmethod
     def __new__(cls, inner: Tensor) -> Wrapped:
-        made: Any = Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype, device=inner.device)
-        made.inner = inner
-        return made
+        tensor: Any = Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype, device=inner.device)
+        tensor.inner = inner
+        return tensor
 
     @classmethod
     def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -421,7 +423,7 @@ class Wrapped(Tensor):
 
 
 def test_weights_of_another_kind():
-    """Catches the address of a weight whose numbers are elsewhere."""
+    """Catches a kernel that gets the address of a weight whose numbers are elsewhere."""
     model = make()
     expected = model(IDS, MASK)
     for linear in [module for module in model.modules() if isinstance(module, nn.Linear)]:

@@ -1,4 +1,4 @@
-"""The C++ kernels for CPUs, in each instruction set that this processor has."""
+"""The C++ kernels for CPUs are right in each instruction set that this processor has."""
 
 from __future__ import annotations
 
@@ -22,7 +22,6 @@ from helpers import (
     docstrings,
     guarded,
     minilm_folder,
-    only_variant,
     source_env,
 )
 
@@ -36,27 +35,18 @@ ACTIVATED = {
 }
 
 
-@pytest.fixture(params=list(cpu.VARIANTS))
-def variant(request):
-    """Each library that was compiled and that the processor can run, as if it were the best."""
-    with only_variant(request.param):
-        if cpu.unavailable() is not None:
-            pytest.skip(f"{request.param}: {cpu.unavailable()}")
-        yield request.param
-
-
 @pytest.fixture
 def outputs(monkeypatch):
     """Outputs full of NaN, between guard bands."""
-    made = Outputs()
-    monkeypatch.setattr(cpu, "empty", made.empty)
-    return made
+    buffers = Outputs()
+    monkeypatch.setattr(cpu, "empty", buffers.empty)
+    return buffers
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no compiler")
 @pytest.mark.skipif(not os.path.exists("/proc/cpuinfo"), reason="no Linux")
 def test_kernels_were_compiled():
-    """Kernels that no longer compile: an optional extension fails without a word, and PyTorch takes its place."""
+    """Catches kernels that no longer compile, unnoticed because PyTorch takes their place without a word."""
     if not cpu._processor_flags() >= cpu.VARIANTS["avx2"][1]:
         pytest.skip("the processor has no AVX2")
     assert cpu.unavailable() is None, "python setup.py build_ext --inplace compiles them"
@@ -70,7 +60,7 @@ def exact_attention(qkv, batch, num_heads, scale=None):
 @pytest.mark.parametrize(("num_heads", "head_size"), [(3, 16), (12, 32), (2, 48), (2, 64), (1, 80), (1, 128)])
 @pytest.mark.parametrize("lengths", LENGTHS, ids=str)
 def test_attention_is_as_accurate_as_eager(lengths, num_heads, head_size, dtype, variant, outputs):
-    """Keys of a neighbour, of another head or beyond the end, a query left out, sums that lose bits."""
+    """Catches keys of a neighbour, of another head or beyond the end, a query left out, or sums that lose bits."""
     torch.manual_seed(0)
     qkv = torch.randn(sum(lengths), 3 * num_heads * head_size).to(dtype)
     batch = from_cu_seqlens(cu_seqlens_of(lengths), sum(lengths), CPU)
@@ -83,7 +73,7 @@ def test_attention_is_as_accurate_as_eager(lengths, num_heads, head_size, dtype,
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_attention_of_a_very_long_text(dtype, variant):
-    """An error that grows with the number of keys, and queries in the wrong chunk."""
+    """Catches an error that grows with the number of keys, or queries in the wrong chunk."""
     torch.manual_seed(0)
     qkv = torch.randn(3000, 3 * 32).to(dtype)
     batch = from_cu_seqlens(cu_seqlens_of([3000]), 3000, CPU)
@@ -95,7 +85,7 @@ def test_attention_of_a_very_long_text(dtype, variant):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("scale", [0.0, -0.5, 30.0])
 def test_attention_of_any_scale(scale, dtype, variant):
-    """A softmax that overflows, or takes the least score for the largest where the scale is negative."""
+    """Catches a softmax that overflows, or that takes the least score for the largest where the scale is negative."""
     torch.manual_seed(0)
     qkv = (3 * torch.randn(50, 3 * 32)).to(dtype)
     batch = from_cu_seqlens(cu_seqlens_of([20, 30]), 50, CPU)
@@ -106,7 +96,7 @@ def test_attention_of_any_scale(scale, dtype, variant):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_nan_stays_in_its_sequence(dtype, variant):
-    """A NaN that is lost in the softmax, or that reaches a neighbour."""
+    """Catches a NaN that is lost in the softmax, or that reaches a neighbour."""
     qkv = torch.randn(40, 3 * 32).to(dtype)
     qkv[3, 40] = float("nan")  # in a key of the first sequence
     batch = from_cu_seqlens(cu_seqlens_of([18, 22]), 40, CPU)
@@ -115,14 +105,14 @@ def test_nan_stays_in_its_sequence(dtype, variant):
 
 
 def test_rows_beyond_the_last_sequence_are_zero(variant, outputs):
-    """What was in memory before, in rows that fill a batch up."""
+    """Catches old memory left in rows that fill a batch up."""
     out = cpu.varlen_attention_forward(torch.randn(9, 3 * 16), cu_seqlens_of([2, 4]), 1, 0.25)
     assert torch.equal(out[6:], torch.zeros(3, 16)) and out[:6].isfinite().all()
 
 
 @pytest.mark.parametrize("offsets", [[0, 9, 4], [1, 4], [0, 99], [0, 5, 2, 8]])
 def test_offsets_outside_of_the_rows(offsets, variant):
-    """Reads of memory that is not the tensor's."""
+    """Catches reads of memory that is not the tensor's."""
     with pytest.raises(ValueError, match="cu_seqlens: expected offsets from 0 to 8"):
         cpu.varlen_attention_forward(torch.randn(8, 3 * 16), torch.tensor(offsets, dtype=torch.int32), 1, 0.25)
 
@@ -133,7 +123,7 @@ def test_offsets_outside_of_the_rows(offsets, variant):
     ("n_rows", "k", "n_cols"), [(1, 1, 1), (0, 5, 7), (4, 16, 64), (9, 33, 131), (70, 384, 96), (25, 3072, 80)]
 )
 def test_linear_is_as_accurate_as_eager(n_rows, k, n_cols, with_residual, activation, variant, outputs):
-    """A tile at the edge, a column of the padding, a chain of sums over all of K, a wrong polynomial."""
+    """Catches a wrong edge of a tile, a column of the padding, one chain of sums over K, or a wrong polynomial."""
     torch.manual_seed(0)
     x, weight, bias = torch.randn(n_rows, k), torch.randn(n_cols, k) / k**0.5, torch.randn(n_cols)
     residual = torch.randn(n_rows, n_cols) if with_residual else None
@@ -150,7 +140,7 @@ def test_linear_is_as_accurate_as_eager(n_rows, k, n_cols, with_residual, activa
 
 @pytest.mark.parametrize("activation", ["gelu", "gelu_tanh"])
 def test_gelu_over_its_whole_range(activation, variant):
-    """A polynomial that leaves its range, a tail that is not 0 or x, an infinity or a NaN that changes."""
+    """Catches a polynomial that leaves its range, a tail that is not 0 or x, or an infinity or a NaN that changes."""
     ends = torch.tensor([-1e30, -200.0, -20.0, 20.0, 200.0, 1e30, float("inf"), float("nan"), 0.0, -0.0])
     x = torch.cat([torch.linspace(-12, 12, 20001), ends])[:, None]
     identity = cpu.pack_weight(torch.ones(1, 1))
@@ -164,20 +154,20 @@ def test_gelu_over_its_whole_range(activation, variant):
 @pytest.mark.parametrize("mode", ["mean", "mean_sqrt_len"])
 @pytest.mark.parametrize("width", [1, 7, 48, 100])
 def test_pooling_is_as_accurate_as_eager(width, mode, normalize, dtype, variant):
-    """Rows of a neighbour, lanes beyond the row, a long text that loses its tail, an empty one that is not zero."""
+    """Catches rows of a neighbour, lanes beyond the row, a lost tail, or a text without tokens that is not zero."""
     lengths = [1, 0, 5, 33, 900, 2]
     hidden = (1 + torch.randn(sum(lengths), width)).to(dtype)
-    how = {"normalize": normalize, "out_dtype": torch.float32}
+    options = {"normalize": normalize, "out_dtype": torch.float32}
     offsets = cu_seqlens_of(lengths)
     exact = pool(hidden.double(), offsets, mode, normalize=normalize, policy=Policy("torch"))
-    eager = pool(hidden, offsets, mode, policy=Policy("torch"), **how)
-    ours = pool(guarded(hidden, extra_columns=5), offsets, mode, policy=Policy("cpu"), **how)
+    eager = pool(hidden, offsets, mode, policy=Policy("torch"), **options)
+    ours = pool(guarded(hidden, extra_columns=5), offsets, mode, policy=Policy("cpu"), **options)
     assert_as_accurate(mode, ours, eager, exact)
     assert ours[1].abs().max() == 0
 
 
 def test_pooling_of_what_the_kernel_does_not_take():
-    """Gradients that are lost, or another dtype than was asked for."""
+    """Catches gradients that are lost, or another dtype than was asked for."""
     hidden, offsets = torch.randn(6, 8, requires_grad=True), cu_seqlens_of([2, 4])
     pool(hidden, offsets, policy=Policy("cpu")).sum().backward()
     assert hidden.grad is not None
@@ -189,7 +179,7 @@ def test_pooling_of_what_the_kernel_does_not_take():
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_any_number_of_threads(threads, variant):
-    """Bits that depend on the number of threads, and work left undone by fewer of them."""
+    """Catches bits that depend on the number of threads, or work left undone by fewer of them."""
     torch.manual_seed(0)
     qkv, x = torch.randn(300, 3 * 64), torch.randn(60, 100)
     packed, offsets = cpu.pack_weight(torch.randn(200, 100)), cu_seqlens_of([100, 3, 197])
@@ -207,7 +197,7 @@ def test_any_number_of_threads(threads, variant):
 
 
 def test_what_the_kernel_does_not_take_runs_elsewhere(monkeypatch):
-    """A crash, or numbers of another kernel, for a head size, dtype or machine without one."""
+    """Catches a crash, or numbers of another kernel, for a head size, dtype or machine without one."""
     batch = from_cu_seqlens(cu_seqlens_of([3, 4]), 7, CPU)
     for head_size, dtype in ((24, torch.float32), (32, torch.float16), (32, torch.float64)):
         qkv = torch.randn(7, 3 * head_size).to(dtype)
@@ -222,18 +212,18 @@ def test_what_the_kernel_does_not_take_runs_elsewhere(monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_gradients_of_attention(dtype):
-    """Gradients that stop at a kernel which autograd knows nothing of."""
+    """Catches gradients that stop at a kernel which autograd knows nothing of."""
     if attention.cpu_obstacle(32, torch.empty(0, dtype=dtype)) is not None:
         pytest.skip(str(cpu.unavailable()))
     torch.manual_seed(0)
     qkv, grad = torch.randn(30, 3 * 64).to(dtype), torch.randn(30, 64).to(dtype)
     batch = from_cu_seqlens(cu_seqlens_of([9, 21]), 30, CPU)
-    found = {}
+    gradients = {}
     for name, backend, leaf in (("ours", "cpu", qkv), ("eager", "torch", qkv), ("exact", "torch", qkv.double())):
         leaf = leaf.clone().requires_grad_()
         varlen_attention(leaf, batch, 2, policy=Policy(backend)).backward(grad.to(leaf.dtype))
-        found[name] = leaf.grad
-    assert_as_accurate("gradient", found["ours"], found["eager"], found["exact"])
+        gradients[name] = leaf.grad
+    assert_as_accurate("gradient", gradients["ours"], gradients["eager"], gradients["exact"])
 
 
 # Each line: the instruction sets that ATen and oneDNN may use, as if the processor had no others.
@@ -253,13 +243,13 @@ print(json.dumps([cpu.instructions(), vectors]))
 
 @pytest.mark.parametrize(("allowed", "instructions"), [(AVX2_ONLY, "AVX2"), (PLAIN, None)], ids=["avx2", "neither"])
 def test_processors_with_less(allowed, instructions):
-    """An illegal instruction, a bfloat16 that nothing can run, or other numbers, on a processor without AVX-512."""
+    """Catches an illegal instruction, a bfloat16 that nothing can run, or other numbers without AVX-512."""
     texts = docstrings(12)
     command = [sys.executable, "-c", ENCODE, str(minilm_folder()), json.dumps(texts)]
     done = subprocess.run(command, env=source_env(**allowed), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    found, vectors = json.loads(done.stdout.splitlines()[-1])
-    assert found == (None if cpu.unavailable() is not None else instructions)
+    facts, vectors = json.loads(done.stdout.splitlines()[-1])
+    assert facts == (None if cpu.unavailable() is not None else instructions)
     assert vectors["auto"][1] == "torch.float32"
     from fastbert import SentenceEncoder
 

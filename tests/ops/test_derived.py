@@ -1,4 +1,4 @@
-"""Tensors derived from parameters: when they are kept, made anew, written in place, and dropped."""
+"""Tensors derived from parameters are kept, made anew, written in place, and dropped."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ class Case:
     """Two parameters, and what is derived from them: counts how often."""
 
     def __init__(self) -> None:
-        self.derived, self.made = Derived(), 0
+        self.derived, self.n_made = Derived(), 0
         self.parameters: list[Tensor] = [nn.Parameter(torch.full((2, 3), float(i))) for i in range(2)]
 
     def make(self) -> tuple[Tensor, ...]:
-        self.made += 1
+        self.n_made += 1
         return torch.cat(self.parameters), torch.stack(self.parameters).sum(0).bfloat16()
 
     def get(self, key: Any = None) -> tuple[Tensor, ...]:
@@ -37,10 +37,10 @@ def pointers(tensors: tuple[Tensor, ...]) -> tuple[int, ...]:
 
 
 def test_kept_and_renewed() -> None:
-    """Catches what is made for every use, or kept although a parameter, its dtype, its place or the key changed."""
+    """Catches a tensor that is made for every use, or kept although a parameter or the key changed."""
     case = Case()
     first = case.get()
-    assert case.get() is first and case.made == 1
+    assert case.get() is first and case.n_made == 1
     assert case.derived.addresses("a", first) == pointers(first)
 
     def write() -> None:
@@ -60,9 +60,9 @@ def test_kept_and_renewed() -> None:
         before, changes = case.get(), case.derived.changes
         change()
         after = case.get()
-        assert after is not before and case.made == turn + 2 and case.derived.changes > changes
+        assert after is not before and case.n_made == turn + 2 and case.derived.changes > changes
         assert torch.equal(after[0], torch.cat(case.parameters))
-    assert case.get("another") is not after and case.made == 6
+    assert case.get("another") is not after and case.n_made == 6
 
 
 def test_silent_writes_are_seen() -> None:
@@ -72,9 +72,9 @@ def test_silent_writes_are_seen() -> None:
     at, changes = pointers(first), case.derived.changes
     case.parameters[1].data.mul_(4.0)
     again = case.get()
-    assert again is first and pointers(again) == at and case.made == 2 and case.derived.changes > changes
+    assert again is first and pointers(again) == at and case.n_made == 2 and case.derived.changes > changes
     assert (first[0] == torch.tensor([0.0, 0, 4, 4])[:, None]).all() and (first[1] == 4).all()
-    assert case.get() is first and case.made == 2, "makes it anew more than once"
+    assert case.get() is first and case.n_made == 2, "makes it anew more than once"
 
 
 def test_look_again_writes_where_it_was() -> None:
@@ -84,13 +84,13 @@ def test_look_again_writes_where_it_was() -> None:
     first = case.get()
     at, changes = pointers(first), case.derived.changes
     case.parameters[1].data[1, 2] = 4.0
-    assert case.get() is first and case.made == 1, "one number is beside the sample"
+    assert case.get() is first and case.n_made == 1, "one number is beside the sample"
     case.derived.look_again()
     assert case.derived.changes > changes
     again = case.get()
-    assert again is first and pointers(again) == at and case.made == 2
+    assert again is first and pointers(again) == at and case.n_made == 2
     assert first[0][65, 2] == 4 and first[1][1, 2] == 4
-    assert case.get() is first and case.made == 2, "looks again more than once"
+    assert case.get() is first and case.n_made == 2, "looks again more than once"
 
 
 def test_a_write_in_place_ends_no_backward_pass() -> None:
@@ -116,7 +116,7 @@ def test_another_form_is_not_written_in_place() -> None:
 
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this PyTorch has no oneDNN")
 def test_packed_tensors() -> None:
-    """A mechanism that cannot keep what has no address: weights in oneDNN's own layout."""
+    """Catches a mechanism that cannot keep what has no address, such as weights in oneDNN's own layout."""
     derived, weight, x = Derived(), nn.Parameter(torch.ones(8, 16)), torch.ones(4, 16)
 
     def product() -> Tensor:
@@ -146,7 +146,7 @@ def test_clear_and_copies() -> None:
 
 
 def test_what_is_never_kept() -> None:
-    """Catches a kept tensor without its gradient, or one of inference tensors, whose writes nobody counts."""
+    """Catches a kept tensor that lost its gradient, or one of inference tensors, whose writes nobody counts."""
     case = Case()
     tracked = case.derived.get("a", case.parameters, case.make)
     assert tracked[0].requires_grad and case.derived.tensors() == []
@@ -174,7 +174,7 @@ def test_memory_of_a_parameter_that_is_gone() -> None:
 
 
 def test_threads_make_it_once() -> None:
-    """Catches two threads that each make what is missing: the one's goes while a graph reads it, or memory doubles."""
+    """Catches two threads that each make what is missing, so that memory doubles or one goes while a graph reads it."""
     case, together = Case(), threading.Barrier(6)
     make = case.make
 
@@ -189,7 +189,7 @@ def test_threads_make_it_once() -> None:
 
     with ThreadPoolExecutor(6) as pool:
         results = list(pool.map(work, range(6)))
-    assert case.made == 1 and all(result is results[0] for result in results)
+    assert case.n_made == 1 and all(result is results[0] for result in results)
 
 
 class OnGpu(torch.Tensor):
@@ -200,7 +200,7 @@ class OnGpu(torch.Tensor):
 
 @pytest.mark.parametrize("capturing", [False, True])
 def test_other_streams(capturing: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches what another stream reads half written, or what is kept of a capture, in which nothing has run."""
+    """Catches a tensor that another stream reads half written, or that is kept from a capture that has not run."""
     waits: list[Any] = []
 
     class Stream:
@@ -227,4 +227,4 @@ def test_replicas_do_not_share() -> None:
     model = fastbert.BertModel(fastbert.BertConfig(**sizes))
     attention: Any = model.encoder.layer[0].attention.self
     assert attention._replicate_for_data_parallel().derived is not attention.derived
-    assert model._replicate_for_data_parallel().quantized_weights is not model.quantized_weights
+    assert model._replicate_for_data_parallel().engine.eight_bit.weights is not model.engine.eight_bit.weights

@@ -1,4 +1,4 @@
-"""Which backend runs an operation, and what is said about it."""
+"""Dispatch chooses the backend that runs an operation, and says why."""
 
 from __future__ import annotations
 
@@ -29,21 +29,21 @@ def a_gpu(monkeypatch):
 
 
 def test_auto(a_gpu):
-    """The wrong default: Triton on GPUs, the CPU path on CPUs (also under the interpreter), plain PyTorch elsewhere."""
+    """Catches a wrong default: Triton on GPUs, the CPU path on CPUs (interpreter or not), plain PyTorch elsewhere."""
     assert dispatch.decide("op", Policy(), CUDA, None) == dispatch.Decision("op", "triton")
     assert dispatch.decide("op", Policy(), CPU, None) == dispatch.Decision("op", "cpu")
     assert dispatch.decide("op", Policy(), MPS, None) == dispatch.Decision("op", "torch")
 
 
 def test_obstacles_concern_triton_only(a_gpu):
-    """A reason against a Triton kernel that changes what a CPU runs, or none given where it matters."""
+    """Catches a reason against a Triton kernel that changes what a CPU runs, or none given where it matters."""
     assert dispatch.decide("op", Policy(), CPU, "too wide").reason is None
     assert dispatch.decide("op", Policy("torch"), CUDA, "too wide").reason is None
     assert dispatch.decide("op", Policy(), CUDA, "too wide") == dispatch.Decision("op", "torch", "too wide")
 
 
 def test_interpreter_switch(monkeypatch):
-    """Kernels sent to the CPU without the interpreter, which would fail inside Triton."""
+    """Catches kernels sent to the CPU without the interpreter, which fail inside Triton."""
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert dispatch.decide("op", Policy("triton"), CPU, None).backend == "triton"
     monkeypatch.delenv("TRITON_INTERPRET")
@@ -53,7 +53,7 @@ def test_interpreter_switch(monkeypatch):
 
 @pytest.mark.parametrize(("capability", "reason"), [((7, 5), "this GPU has 7.5"), ((8, 0), None), ((12, 0), None)])
 def test_old_gpus(capability, reason, monkeypatch):
-    """Kernels sent to a GPU they were not made for."""
+    """Catches kernels sent to a GPU they were not made for."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
     dispatch._gpu_unsupported.cache_clear()
     decision = dispatch.decide("op", Policy(), CUDA, None)
@@ -63,20 +63,20 @@ def test_old_gpus(capability, reason, monkeypatch):
 
 
 def test_without_triton(monkeypatch):
-    """An ImportError where Triton is not installed, instead of a fallback with its reason."""
+    """Catches an ImportError where Triton is not installed, instead of a fallback with its reason."""
     monkeypatch.setattr(dispatch.importlib.util, "find_spec", lambda name: None)
     decision = dispatch.decide("op", Policy(), CUDA, None)
     assert decision == dispatch.Decision("op", "torch", "the package triton is not installed")
 
 
 def test_cpu_backend_elsewhere():
-    """The CPU backend on tensors that are not on the CPU."""
+    """Catches the CPU backend taken for tensors that are not on the CPU."""
     decision = dispatch.decide("op", Policy("cpu"), CUDA, None)
     assert decision == dispatch.Decision("op", "torch", "the tensors are on cuda:0")
 
 
 def test_fallback_is_logged_once(interpreted, caplog):
-    """A silent fallback, or one that floods the log."""
+    """Catches a silent fallback, or one that floods the log."""
     dispatch._log_once.cache_clear()
     x = torch.randn(2, 8, dtype=torch.float64)
     with caplog.at_level(logging.WARNING, logger="fastbert"):
@@ -89,7 +89,7 @@ def test_fallback_is_logged_once(interpreted, caplog):
 
 
 def test_strict_raises(interpreted):
-    """A strict policy that falls back."""
+    """Catches a strict policy that falls back instead of raising."""
     with pytest.raises(
         BackendError, match=r"^bias_gelu: the backend 'triton' cannot run it, and strict=True: there are no"
     ):
@@ -97,13 +97,13 @@ def test_strict_raises(interpreted):
 
 
 def test_unknown_backend():
-    """A misspelt backend that is taken for auto."""
+    """Catches a misspelt backend that is taken for auto."""
     with pytest.raises(ValueError, match="backend: expected one of auto, triton, cpu, torch, got 'tritn'"):
         Policy("tritn")
 
 
 def test_mixed_dtypes_and_autocast(device):
-    """A kernel that computes with inputs it did not expect."""
+    """Catches a kernel that computes with inputs of dtypes that it does not expect."""
     x, bias = torch.randn(2, 8, device=device), torch.randn(8, device=device, dtype=torch.bfloat16)
     with pytest.raises(BackendError, match="mixed dtypes: torch.bfloat16, torch.float32"):
         ops.bias_gelu(x, bias, "gelu", policy=Policy("triton", strict=True))
@@ -113,7 +113,7 @@ def test_mixed_dtypes_and_autocast(device):
 
 @pytest.mark.gpu
 def test_auto_takes_triton_on_a_gpu(monkeypatch):
-    """A GPU that is there and left to plain PyTorch."""
+    """Catches a GPU that is there but left to plain PyTorch."""
     from fastbert_kernels import launch
 
     launched = []
@@ -125,7 +125,7 @@ def test_auto_takes_triton_on_a_gpu(monkeypatch):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="without a GPU only: what runs there is the plain path")
 def test_registered_ops_run_without_the_interpreter():
-    """torch.ops.fastbert on a CPU that fails, for instance in a program exported on a GPU machine."""
+    """Catches torch.ops.fastbert that fails on a CPU, for instance in a program exported on a GPU machine."""
     script = (
         "import sys, torch, fastbert.ops; x = torch.randn(3, 8);"
         "y = torch.ops.fastbert.bias_gelu(x, None, 'gelu');"

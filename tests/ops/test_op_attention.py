@@ -1,4 +1,4 @@
-"""Varlen attention: the Triton kernel, the grouped PyTorch path, and the work list."""
+"""Varlen attention is right in the Triton kernel, in the grouped PyTorch path and in its work list."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ TRITON = Policy("triton", strict=True)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", LENGTHS)
 def test_kernel_at_the_edges(case, dtype, device, poisoned):
-    """A tile, mask or work-list mistake at lengths where they happen."""
+    """Catches a mistake in tiles, masks or the work list at the lengths where they happen."""
     check(case, LENGTHS[case], 2, 32, dtype, device, TRITON)
     poisoned.check()
 
@@ -26,7 +26,7 @@ def test_kernel_at_the_edges(case, dtype, device, poisoned):
 @pytest.mark.parametrize("head_size", [16, 20, 24, 32, 40, 64, 80, 96, 128])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_kernel_head_sizes(head_size, dtype, device, poisoned):
-    """A head size that is padded to a power of two, or whose table entry is missing or wrong."""
+    """Catches a head size that is padded to a power of two wrongly, or whose table entry is missing or wrong."""
     check(f"D{head_size}", [70, 3, 1, 140], 3, head_size, dtype, device, TRITON)
     poisoned.check()
 
@@ -34,23 +34,23 @@ def test_kernel_head_sizes(head_size, dtype, device, poisoned):
 @settings(max_examples=12)
 @given(lengths=st.lists(st.integers(0, 150), min_size=1, max_size=12), seed=st.integers(0, 2**16))
 def test_kernel_on_random_lengths(lengths, seed, device):
-    """A mix of lengths that nobody thought of."""
+    """Catches a wrong result for a mix of lengths that nobody thought of."""
     torch.manual_seed(seed)
     check(str(lengths), lengths, 2, 16, torch.bfloat16, device, TRITON)
 
 
 def test_large_scores(device):
-    """A softmax that overflows, or loses what a running maximum should keep, where scores reach hundreds."""
+    """Catches a softmax that overflows, or whose running maximum loses digits, where scores reach hundreds."""
     check("large scores", [200, 7, 90], 2, 32, torch.float32, device, TRITON, gain=8.0)
 
 
 def test_own_scale(device):
-    """A softmax scale that the kernel ignores."""
+    """Catches a softmax scale that the kernel ignores."""
     check("scale", [40, 9], 2, 32, torch.float32, device, TRITON, scale=0.7)
 
 
 def test_other_sequences_do_not_matter(device):
-    """Attention that reaches into a neighbour sharing the tile."""
+    """Catches attention that reaches into a neighbour sharing the tile."""
     lengths = [5, 9, 3, 70, 2]
     batch = packing.from_cu_seqlens(cu_seqlens_of(lengths), sum(lengths), device)
     qkv = torch.randn(sum(lengths), 3 * 32, device=device)
@@ -65,21 +65,21 @@ def test_other_sequences_do_not_matter(device):
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
 @pytest.mark.parametrize("case", LENGTHS)
 def test_grouped_path(case, dtype):
-    """A group of equal lengths gathered from, or put back to, the wrong rows."""
+    """Catches a group of equal lengths gathered from, or put back to, the wrong rows."""
     check(case, LENGTHS[case], 2, 24, dtype, torch.device("cpu"), Policy("cpu"))
 
 
 @settings(max_examples=60)
 @given(lengths=st.lists(st.integers(0, 9), max_size=20))
 def test_grouping_undone(lengths):
-    """Rows of scattered equal-length sequences that come back in the wrong order."""
+    """Catches rows of scattered equal-length sequences that come back in the wrong order."""
     check(str(lengths), lengths, 1, 16, torch.float64, torch.device("cpu"), Policy("torch"))
 
 
 @settings(max_examples=200)
 @given(lengths=st.lists(st.integers(0, 300), max_size=30), block_q=st.sampled_from([16, 64, 128]))
 def test_work_list_covers_every_row_once(lengths, block_q):
-    """A row computed twice or never, a tile too tall, or one that mixes part of a sequence with another."""
+    """Catches a row computed twice or never, a tile too tall, or one that mixes part of a sequence with another."""
     from fastbert_kernels.attention import build_work_list
 
     cu_seqlens = cu_seqlens_of(lengths).tolist()
@@ -96,7 +96,7 @@ def test_work_list_covers_every_row_once(lengths, block_q):
 
 
 def test_short_sequences_share_tiles():
-    """Texts of 20 tokens that occupy a tile each."""
+    """Catches texts of 20 tokens that take up a tile each."""
     from fastbert_kernels.attention import build_work_list
 
     tiles = build_work_list(cu_seqlens_of([20] * 60).tolist(), 128)
@@ -104,7 +104,7 @@ def test_short_sequences_share_tiles():
 
 
 def test_work_list_is_built_once_a_batch(device, monkeypatch):
-    """A work list made again for every layer."""
+    """Catches a work list made again for every layer."""
     from fastbert_kernels import attention
 
     calls = []
@@ -117,7 +117,7 @@ def test_work_list_is_built_once_a_batch(device, monkeypatch):
 
 
 def test_gradient_under_triton(device):
-    """A backward pass that is not the derivative of the forward one."""
+    """Catches a backward pass that is not the derivative of the forward one."""
     lengths = [5, 0, 17, 3]
     batch = packing.from_cu_seqlens(cu_seqlens_of(lengths), sum(lengths), device)
     grads = {}
@@ -139,7 +139,7 @@ def test_gradient_under_triton(device):
     ],
 )
 def test_what_the_kernel_cannot_do(head_size, dtype, dropout_p, reason, device, caplog):
-    """A silent fallback, or a strict policy that falls back."""
+    """Catches a silent fallback, or a strict policy that falls back."""
     batch = packing.from_cu_seqlens(cu_seqlens_of([6]), 6, device)
     qkv = torch.randn(6, 3 * 2 * head_size, device=device, dtype=dtype)
     with pytest.raises(BackendError, match=reason):
@@ -150,7 +150,7 @@ def test_what_the_kernel_cannot_do(head_size, dtype, dropout_p, reason, device, 
 
 @pytest.mark.parametrize("shape", [(6, 100), (5, 192), (6, 3, 64)])
 def test_wrong_shapes(shape):
-    """A wrong shape that reaches a kernel."""
+    """Catches a wrong shape that reaches a kernel."""
     batch = packing.from_cu_seqlens(cu_seqlens_of([6]), 6, torch.device("cpu"))
     with pytest.raises(ValueError, match="qkv: expected shape"):
         ops.varlen_attention(torch.randn(shape), batch, 2)

@@ -1,4 +1,4 @@
-"""bias + residual + LayerNorm."""
+"""bias + residual + LayerNorm is right in the kernel and the plain path."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def guard(t):
 @pytest.mark.parametrize("hidden_size", [1, 33, 96, 320, 384, 768, 1023, 1024, 2048, 4096])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_kernel_hidden_sizes(hidden_size, dtype, device, poisoned):
-    """A hidden size whose tail is computed with garbage, left unwritten, or counted into the mean."""
+    """Catches a hidden size whose tail is computed with garbage, left unwritten, or counted into the mean."""
     check(f"H{hidden_size}", inputs(5, hidden_size, dtype, device), 1e-12, TRITON, guard)
     poisoned.check()
 
@@ -45,13 +45,13 @@ def test_kernel_hidden_sizes(hidden_size, dtype, device, poisoned):
 @pytest.mark.parametrize("n_rows", [0, 1, 2, 7, 33])
 @pytest.mark.parametrize(("bias", "residual"), [(True, True), (True, False), (False, True), (False, False)])
 def test_kernel_rows_and_optional_inputs(n_rows, bias, residual, device, poisoned):
-    """A last block of rows that is cut off, or a bias or residual that is read though absent."""
+    """Catches a last block of rows that is cut off, or a bias or residual that is read though absent."""
     check(f"T{n_rows}", inputs(n_rows, 48, torch.float32, device, bias, residual), 1e-5, TRITON, guard)
     poisoned.check()
 
 
 def test_large_mean(device):
-    """A variance computed as E[x^2] - E[x]^2, which cancels where the mean is large.
+    """Catches a variance computed as E[x^2] - E[x]^2, which cancels where the mean is large.
 
     The numbers are whole, their sums below 2^24 and 256 of them, so that their mean is exact in float32, added up in
     any order: else the error would be that of the mean, of which one right order may have twice as much as another.
@@ -62,7 +62,7 @@ def test_large_mean(device):
 
 
 def test_constant_rows(device):
-    """A division by zero where a row has no variance; the result is ln_bias."""
+    """Catches a division by zero where a row has no variance and the result is ln_bias."""
     x, bias, residual, weight, ln_bias = inputs(3, 64, torch.float32, device)
     out = ops.bias_residual_layer_norm(torch.full_like(x, 2.0), None, None, weight, ln_bias, 1e-12, policy=TRITON)
     assert torch.equal(out, ln_bias.expand(3, 64))
@@ -71,13 +71,13 @@ def test_constant_rows(device):
 @pytest.mark.parametrize("backend", ["torch", "cpu"])
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
 def test_plain_path(backend, dtype):
-    """A plain path that adds in another order than the policy allows, or drops an input."""
+    """Catches a plain path that adds in another order than the policy allows, or that drops an input."""
     check(backend, inputs(6, 96, dtype, torch.device("cpu")), 1e-12, Policy(backend))
 
 
 @pytest.mark.parametrize(("bias", "residual"), [(True, True), (False, True), (False, False)])
 def test_gradients_under_triton(bias, residual, device):
-    """A backward pass that is not the derivative of the forward one, for any input."""
+    """Catches a backward pass that is not the derivative of the forward one, for any input."""
     grads = {}
     for policy in (TRITON, Policy("torch")):
         torch.manual_seed(1)
@@ -92,7 +92,7 @@ def test_gradients_under_triton(bias, residual, device):
 
 
 def test_hidden_size_above_4096(device):
-    """A row that does not fit the kernel's one block, computed wrongly instead of refused."""
+    """Catches a row that does not fit the kernel's one block, computed wrongly instead of refused."""
     tensors = inputs(2, 4100, torch.float32, device)
     with pytest.raises(BackendError, match="layer_norm: .*hidden size 4100 is above 4096"):
         ops.bias_residual_layer_norm(*tensors, 1e-5, policy=TRITON)
@@ -100,7 +100,7 @@ def test_hidden_size_above_4096(device):
 
 
 def test_dropout_acts_before_the_residual():
-    """Dropout applied to the residual too, or not at all."""
+    """Catches dropout applied to the residual too, or not at all."""
     x, _, _, weight, ln_bias = inputs(400, 32, torch.float64, torch.device("cpu"))
     residual = torch.full_like(x, 100.0)
     out = ops.bias_residual_layer_norm(x, None, residual, weight, ln_bias, 1e-5, dropout_p=0.5)
@@ -115,7 +115,7 @@ def test_dropout_acts_before_the_residual():
     [(1, (8,), "bias"), (2, (5, 9), "residual"), (3, (8,), "weight"), (4, (10,), "ln_bias")],
 )
 def test_wrong_shapes(index, shape, name):
-    """A wrong shape that broadcasts in silence."""
+    """Catches a wrong shape that broadcasts in silence."""
     tensors = inputs(5, 10 if name == "residual" else 9, torch.float32, torch.device("cpu"))
     tensors[index] = torch.randn(shape)
     with pytest.raises(ValueError, match=f"^{name}: expected"):

@@ -1,4 +1,4 @@
-"""Linear layers with their epilogues, and linear + residual + LayerNorm."""
+"""Linear layers are right with each epilogue, and so is linear + residual + LayerNorm."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def check(name, tensors, activation, ours):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("n_rows", "k", "n_cols"), [(1, 16, 1), (5, 33, 131), (130, 96, 64), (129, 320, 257)])
 def test_kernel(n_rows, k, n_cols, dtype, activation, device, poisoned):
-    """A tile's edge left out, a tail of K read past the row, or an epilogue applied twice or to the wrong column."""
+    """Catches an edge of a tile left out, a tail of K read past the row, or an epilogue of the wrong column."""
     x, weight, bias = inputs(n_rows, k, n_cols, dtype, device)
     guards = guarded(x, extra_columns=7), guarded(weight, extra_columns=5), guarded(bias)
     check(f"{n_rows}x{k}x{n_cols}", (x, weight, bias), activation, torch.ops.fastbert.linear(*guards, activation))
@@ -48,7 +48,7 @@ def test_kernel(n_rows, k, n_cols, dtype, activation, device, poisoned):
 
 
 def test_kernel_without_bias(device, poisoned):
-    """A bias that is read though absent."""
+    """Catches a bias that is read though absent."""
     x, weight, _ = inputs(20, 64, 40, torch.bfloat16, device)
     check("no bias", (x, weight, None), "gelu", torch.ops.fastbert.linear(x, weight, None, "gelu"))
     poisoned.check()
@@ -58,21 +58,21 @@ def test_kernel_without_bias(device, poisoned):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("n_rows", "k", "n_cols"), [(1, 16, 1), (129, 40, 131)])
 def test_kernel_with_residual(n_rows, k, n_cols, dtype, with_bias, device, poisoned):
-    """A residual left out, rounded on the way, read past its edge, or of another row."""
+    """Catches a residual left out, rounded on the way, read past its edge, or of another row."""
     x, weight, bias = inputs(n_rows, k, n_cols, dtype, device)
     bias = bias if with_bias else None
     residual = torch.randn(n_rows, n_cols).to(device, dtype)
-    given = (x, weight, bias, residual)
-    inside = [None if t is None else guarded(t, extra_columns=3) for t in given]
+    operands = (x, weight, bias, residual)
+    inside = [None if t is None else guarded(t, extra_columns=3) for t in operands]
     ours = torch.ops.fastbert.linear(inside[0], inside[1], inside[2], "none", inside[3])
-    d = [None if t is None else t.double() for t in given]
+    d = [None if t is None else t.double() for t in operands]
     expected = reference.linear(d[0], d[1], d[2], None) + d[3]
     assert_as_accurate("residual", ours, F.linear(x, weight, bias) + residual, expected)
     poisoned.check()
 
 
 def test_one_compiled_kernel_for_all_shapes():
-    """A size of a weight that is compiled in, so that each linear of each model compiles a kernel of its own."""
+    """Catches a size of a weight that is compiled in, so that every linear compiles a kernel of its own."""
     from fastbert_kernels import launch
     from fastbert_kernels.linear import linear_forward
 
@@ -132,7 +132,7 @@ def our_gemm(dtype, shape, epilogue, device):
 
 
 def test_table_chooses_the_gemm(table, device, monkeypatch):
-    """A choice of the table that does not reach the op, or reaches another shape, dtype or epilogue."""
+    """Catches a choice of the table that does not reach the op, or reaches another shape, dtype or epilogue."""
     from fastbert_kernels import launch
 
     tile = {"BLOCK_ROWS": 32, "BLOCK_COLS": 16, "BLOCK_K": 16, "GROUP_ROWS": 8, "num_warps": 4, "num_stages": 2}
@@ -180,7 +180,7 @@ def test_table_chooses_the_gemm(table, device, monkeypatch):
 
 
 def test_remembered_choice_follows_the_table(table, device, monkeypatch):
-    """A choice remembered for a GPU, where it is asked for at each call, that outlasts the table it came from."""
+    """Catches a choice remembered for a GPU that outlasts the table it came from."""
     from fastbert.ops import dispatch
     from fastbert_kernels import launch
 
@@ -200,7 +200,7 @@ def test_remembered_choice_follows_the_table(table, device, monkeypatch):
 
 
 def test_gradients_through_the_residual(table, device):
-    """A backward pass that loses the residual's gradient where the GEMM adds it."""
+    """Catches a backward pass that loses the residual's gradient where the GEMM adds it."""
     table({"float32/24x20/residual": {"kernel": "linear"}})
     tensors = [*inputs(6, 24, 20, torch.float32, device), torch.randn(6, 20, device=device)]
     norm = torch.rand(20, device=device)
@@ -214,7 +214,7 @@ def test_gradients_through_the_residual(table, device):
 
 
 def test_kernel_visits_every_tile(device, poisoned):
-    """A grouped tile order that skips or repeats a tile where the groups do not divide the grid."""
+    """Catches a grouped tile order that skips or repeats a tile where the groups do not divide the grid."""
     x, weight, bias = inputs(1300, 16, 300, torch.float16, device)
     check("many tiles", (x, weight, bias), "none", torch.ops.fastbert.linear(x, weight, bias, "none"))
     poisoned.check()
@@ -224,13 +224,13 @@ def test_kernel_visits_every_tile(device, poisoned):
 @pytest.mark.parametrize("backend", ["triton", "cpu", "torch"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_op(backend, dtype, activation, device):
-    """A backend, or a choice of GEMM within one, that loses the bias or the activation."""
+    """Catches a backend, or a choice of GEMM within one, that loses the bias or the activation."""
     tensors = inputs(9, 48, 30, dtype, device if backend == "triton" else torch.device("cpu"))
     check(backend, tensors, activation, ops.linear(*tensors, activation, policy=Policy(backend)))
 
 
 def test_gemm_choice(device, monkeypatch):
-    """An activation in 16 bits that costs a pass of its own, or fp32 through a kernel without tensor cores."""
+    """Catches an activation in 16 bits that costs a pass of its own, or fp32 through a kernel without tensor cores."""
     assert gemm_kernel(torch.bfloat16, "gelu")[0] == "fastbert"
     assert gemm_kernel(torch.float32, "gelu")[0] == "cublas"
     assert gemm_kernel(torch.bfloat16, "none")[0] == "cublas"
@@ -255,7 +255,7 @@ def test_gemm_choice(device, monkeypatch):
     ],
 )
 def test_tf32_only_where_allowed(switch):
-    """fp32 that is quietly TF32, or a switch of PyTorch's that is not read (they cannot be mixed in one process)."""
+    """Catches fp32 that is quietly TF32, or a switch of PyTorch's that is not read."""
     if "fp32_precision" in switch and not hasattr(torch.backends.cuda.matmul, "fp32_precision"):
         pytest.skip("fp32_precision came with PyTorch 2.9")
     script = (
@@ -270,7 +270,7 @@ def test_tf32_only_where_allowed(switch):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("with_bias", [True, False])
 def test_linear_residual_layer_norm(backend, dtype, with_bias, device):
-    """A bias added twice, or by neither of the two kernels."""
+    """Catches a bias added twice, or by neither of the two kernels."""
     device = device if backend == "triton" else torch.device("cpu")
     x, weight, bias = inputs(11, 80, 48, dtype, device)
     bias = bias if with_bias else None
@@ -286,7 +286,7 @@ def test_linear_residual_layer_norm(backend, dtype, with_bias, device):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_gradients_under_triton(dtype, device):
-    """A backward pass that is not the derivative of the forward one, for the input or a parameter."""
+    """Catches a backward pass that is not the derivative of the forward one, for the input or a parameter."""
     tensors = inputs(6, 24, 20, dtype, device)
     grads = []
     for policy in (TRITON, Policy("torch")):
@@ -298,7 +298,7 @@ def test_gradients_under_triton(dtype, device):
 
 
 def test_wrong_shapes():
-    """A wrong shape that reaches a kernel."""
+    """Catches a wrong shape that reaches a kernel."""
     x, weight, bias = inputs(4, 8, 6, torch.float32, torch.device("cpu"))
     with pytest.raises(ValueError, match=r"x, weight: expected \(T, K\) and \(M, K\), got \(4, 8\) and \(6, 7\)"):
         ops.linear(x, weight[:, :7], bias)
@@ -307,7 +307,7 @@ def test_wrong_shapes():
 
 
 def test_strict_refuses_what_has_no_kernel(device):
-    """A strict policy that falls back."""
+    """Catches a strict policy that falls back."""
     x, weight, bias = inputs(4, 8, 6, torch.float64, device)
     with pytest.raises(BackendError, match="linear: .*there are no Triton kernels for torch.float64"):
         ops.linear(x, weight, bias, "gelu", policy=TRITON)

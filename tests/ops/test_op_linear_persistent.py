@@ -1,4 +1,4 @@
-"""The persistent GEMM on tensor descriptors, and when linear_forward takes it."""
+"""The persistent GEMM on tensor descriptors is right, and is taken where it should be."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def check(name, x, weight, bias, activation, residual, ours):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("n_rows", "k", "n_cols"), [(1, 16, 8), (5, 40, 56), (33, 32, 16), (70, 72, 24)])
 def test_kernel(n_rows, k, n_cols, dtype, activation, with_bias, with_residual, device, poisoned):
-    """A read or write past an edge of a descriptor, a tail of K left out, an epilogue of another tile."""
+    """Catches a read or write past an edge of a descriptor, a tail of K left out, an epilogue of another tile."""
     x, weight, bias, residual = inputs(n_rows, k, n_cols, dtype, device)
     bias, residual = bias if with_bias else None, residual if with_residual else None
     out = launch.empty((n_rows, n_cols), like=x)
@@ -59,7 +59,7 @@ def test_kernel(n_rows, k, n_cols, dtype, activation, with_bias, with_residual, 
 
 
 def test_visits_every_tile(device, poisoned, monkeypatch):
-    """A tile that no program takes, or two do, where the tiles are no multiple of the programs."""
+    """Catches a tile that no program takes, or two do, where the tiles are no multiple of the programs."""
     x, weight, bias, _ = inputs(200, 16, 72, torch.float16, device)
     for n_programs in (1, 3, 1000):
         monkeypatch.setattr(launch, "n_multiprocessors", lambda device, n=n_programs: n)
@@ -72,7 +72,7 @@ def test_visits_every_tile(device, poisoned, monkeypatch):
 @pytest.mark.gpu
 @pytest.mark.parametrize("warp_specialize", [0, 1])
 def test_on_a_gpu(warp_specialize):
-    """Numbers of the compiled kernel, of which the interpreter sees neither the pipeline nor the copies."""
+    """Catches wrong numbers of the compiled kernel, whose pipeline and copies the interpreter does not see."""
     if warp_specialize and torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("warp specialisation is an option of compute capability 9.0 alone")
     tile = {**TILE, "BLOCK_ROWS": 128, "BLOCK_COLS": 128, "BLOCK_K": 64, "GROUP_ROWS": 8, "num_warps": 8}
@@ -97,7 +97,7 @@ def taken(monkeypatch, x, weight, arch):
 
 
 def test_where_it_is_taken(device, poisoned, monkeypatch):
-    """A descriptor on a GPU that has none, for what is not aligned or not in 16 bits, or a fallback that is wrong."""
+    """Catches a descriptor on a GPU that has none, for what is not aligned or not in 16 bits, or a wrong fallback."""
     x, weight, _, _ = inputs(20, 64, 40, torch.bfloat16, device)
     persistent, pointers = ["_linear_persistent_kernel"], ["_linear_kernel"]
     wide = torch.zeros(20, 67, dtype=x.dtype, device=device)[:, :64].copy_(x)
@@ -120,7 +120,7 @@ def test_where_it_is_taken(device, poisoned, monkeypatch):
 
 
 def test_where_rows_begin_does_not_matter(device, monkeypatch):
-    """Rows at an odd address that take another kernel, and so other bits, than the same rows elsewhere."""
+    """Catches rows at an odd address that take another kernel, and so other bits, than the same rows elsewhere."""
     x, weight, _, _ = inputs(20, 64, 40, torch.bfloat16, device)
     shifted = torch.zeros(20 * 64 + 3, dtype=x.dtype, device=device)[3:].view(20, 64).copy_(x)
     assert describable(x) and not describable(shifted)
@@ -133,7 +133,7 @@ def test_where_rows_begin_does_not_matter(device, monkeypatch):
 
 
 def test_rows_are_the_same_wherever_they_stand(device):
-    """A tile, or a program's place in the loop, that enters a row's bits."""
+    """Catches a tile, or a program's place in the loop, that enters a row's bits."""
     x, weight, bias, residual = inputs(90, 48, 40, torch.bfloat16, device)
     out = linear_persistent_forward(x, weight, bias, "none", residual, TILE, torch.empty_like(residual))
     for order in (torch.arange(90).flip(0), torch.randperm(90)[:37], torch.tensor([5])):

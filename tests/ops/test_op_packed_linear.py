@@ -1,4 +1,4 @@
-"""Linears of the cpu backend with packed weights: the C++ kernel, and oneDNN."""
+"""Linears of the cpu backend are right with packed weights, in the C++ kernel and in oneDNN."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ def product(request, monkeypatch):
 
 def inputs(n_rows, k, n_cols, dtype=torch.float32):
     torch.manual_seed(0)
-    made = torch.randn(n_rows, k), torch.randn(n_cols, k) / k**0.5, torch.randn(n_cols), torch.randn(n_rows, n_cols)
-    return [t.to(dtype) for t in made]
+    tensors = torch.randn(n_rows, k), torch.randn(n_cols, k) / k**0.5, torch.randn(n_cols), torch.randn(n_rows, n_cols)
+    return [t.to(dtype) for t in tensors]
 
 
 def activated(x, activation):
@@ -52,7 +52,7 @@ def skip_without(dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("n_rows", "k", "n_cols"), [(4, 16, 64), (5, 33, 131), (70, 384, 96), (40, 3072, 80)])
 def test_as_accurate_as_eager(n_rows, k, n_cols, dtype, activation):
-    """Sums in one chain over a long K, a piece of K left out, or an activation applied to each piece or not at all."""
+    """Catches sums in one chain over a long K, a piece of K left out, or an activation applied to each piece."""
     skip_without(dtype)
     x, weight, bias, _ = inputs(n_rows, k, n_cols, dtype)
     exact = activated(F.linear(x.double(), weight.double(), bias.double()), activation)
@@ -65,7 +65,7 @@ def test_as_accurate_as_eager(n_rows, k, n_cols, dtype, activation):
 @pytest.mark.parametrize("k", [64, 1000])
 @pytest.mark.parametrize("with_bias", [True, False])
 def test_residual_is_added_once(k, dtype, with_bias):
-    """A residual that each piece of K adds, or that is written to."""
+    """Catches a residual that each piece of K adds, or that is written to."""
     skip_without(dtype)
     x, weight, bias, residual = inputs(30, k, 50, dtype)
     bias = bias if with_bias else None
@@ -77,14 +77,14 @@ def test_residual_is_added_once(k, dtype, with_bias):
 
 
 def test_no_rows():
-    """An empty batch that crashes."""
+    """Catches an empty batch that crashes."""
     x, weight, bias, residual = inputs(0, 600, 50)
     assert packed_linear.linear(x, weight, bias, "gelu").shape == (0, 50)
     assert packed_linear.linear(x, weight, bias, residual=residual).shape == (0, 50)
 
 
 def test_weights_that_change():
-    """Results of weights that were written to, replaced, or exchanged for others at the same address."""
+    """Catches results of weights that were written to, replaced, or exchanged for others at the same address."""
     x, weight, bias, _ = inputs(3, 8, 4)
     weight = torch.nn.Parameter(weight)
 
@@ -105,7 +105,7 @@ def test_weights_that_change():
 
 
 def test_packed_weights_go_with_their_weight():
-    """Memory that stays after the model is gone."""
+    """Catches memory that stays after the model is gone."""
     gc.collect()  # what other tests left
     n_before = len(packed_linear._packed)
     x, weight, bias, _ = inputs(3, 8, 4)
@@ -117,7 +117,7 @@ def test_packed_weights_go_with_their_weight():
 
 
 def test_pieces_cover_k():
-    """Columns of K lost or doubled where pieces are cut."""
+    """Catches columns of K lost or doubled where pieces are cut."""
     for k in (1, 16, 255, 256, 257, 384, 385, 768, 1000, 3072):
         for longest in (onednn.PIECE, onednn.PIECE_BEFORE_GELU):
             cuts = onednn._cuts(k, longest)
@@ -127,7 +127,7 @@ def test_pieces_cover_k():
 
 
 def test_obstacles(monkeypatch):
-    """Gradients lost, autocast or the user's own switch ignored, a weight packed whose changes are not counted."""
+    """Catches gradients lost, autocast or the user's own switch ignored, or a weight packed that changes uncounted."""
     x, weight, bias, _ = inputs(4, 8, 4)
     assert packed_linear.obstacle(x, weight, bias) is None
     assert "fewer than 4 rows" in packed_linear.obstacle(x[:3], weight, bias)  # where F.linear is more exact
@@ -151,21 +151,21 @@ def test_obstacles(monkeypatch):
 
 
 def test_rows_are_few_sizes(product):
-    """Rows cut off, an eighth more than needed, or a size for every batch where each costs oneDNN a program."""
+    """Catches rows cut off, an eighth more than needed, or a new size, and so a new program, for every batch."""
     if product == "C++":
         assert packed_linear.rows_for(1001, torch.float32) == 1001
         return
-    found = [packed_linear.rows_for(n, torch.float32) for n in range(4097)]
-    assert found[:6] == [0, 1, 2, 3, 8, 8] and all(
-        rows >= n and rows - n < max(8, n / 8) for n, rows in enumerate(found)
+    sizes = [packed_linear.rows_for(n, torch.float32) for n in range(4097)]
+    assert sizes[:6] == [0, 1, 2, 3, 8, 8] and all(
+        rows >= n and rows - n < max(8, n / 8) for n, rows in enumerate(sizes)
     )
-    assert len(set(found)) <= 60
-    assert found[64:66] == [64, 72] and found[2048] == 2048
+    assert len(set(sizes)) <= 60
+    assert sizes[64:66] == [64, 72] and sizes[2048] == 2048
 
 
 @contextlib.contextmanager
 def nothing_packed():
-    """Linears as PyTorch runs them."""
+    """Lets linears run as PyTorch runs them."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(packed_linear, "unavailable", lambda dtype: "planted")
         yield
@@ -182,8 +182,8 @@ def small_model():
 
 @pytest.mark.parametrize("lengths", [[5], [1, 20, 9, 9, 0, 25], [8]])
 def test_model_in_more_rows(lengths, monkeypatch):
-    """Rows of padding that reach a text, or are returned; a token count that oneDNN meets as it came."""
-    monkeypatch.setattr(cpu_encoder, "obstacle", lambda *args: "planted")  # which runs no linear of its own
+    """Catches rows of padding that reach a text or are returned, or a token count that reaches oneDNN unpadded."""
+    monkeypatch.setattr(cpu_encoder, "obstacles", lambda *args: iter(["planted"]))  # which runs no linear of its own
     model, n_tokens = small_model(), sum(lengths)
     ids, cu_seqlens = torch.arange(n_tokens) % 50, torch.tensor([0, *lengths]).cumsum(0).int()
     rows = set()
@@ -207,7 +207,7 @@ def test_model_in_more_rows(lengths, monkeypatch):
 
 
 def test_eval_forgets_what_was_packed():
-    """Results of weights as they were before someone wrote to them through `.data`."""
+    """Catches results of old weights after someone wrote to them through `.data` and called eval()."""
     model = small_model()
     ids, cu_seqlens = torch.arange(9), torch.tensor([0, 9], dtype=torch.int32)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Pooling and L2 normalisation."""
+"""Pooling and L2 normalisation are right in the kernel and the plain path."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ def eager_pool(hidden, lengths, mode, normalize):
 def check(name, lengths, hidden_size, dtype, device, mode, normalize, policy):
     hidden = torch.randn(sum(lengths), hidden_size).to(device, dtype) - 0.3
     cu_seqlens = cu_seqlens_of(lengths, device)
-    given = guarded(hidden, extra_columns=5), guarded(cu_seqlens)
-    ours = ops.pool(*given, mode, normalize=normalize, policy=policy)
+    inputs = guarded(hidden, extra_columns=5), guarded(cu_seqlens)
+    ours = ops.pool(*inputs, mode, normalize=normalize, policy=policy)
     expected = reference.pool(hidden.double(), cu_seqlens, mode, normalize)
     assert_as_accurate(name, ours, eager_pool(hidden, lengths, mode, normalize), expected)
 
@@ -54,7 +54,7 @@ def check(name, lengths, hidden_size, dtype, device, mode, normalize, policy):
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_kernel(mode, normalize, dtype, device, poisoned):
-    """A token of a neighbour pooled, the last block left out, a wrong weight or divisor, NaN for no tokens."""
+    """Catches a neighbour's token pooled, the last block left out, a wrong weight or divisor, or NaN for no tokens."""
     check(mode, LENGTHS, 96, dtype, device, mode, normalize, TRITON)
     poisoned.check()
 
@@ -63,7 +63,7 @@ def test_kernel(mode, normalize, dtype, device, poisoned):
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("hidden_size", [96, 256])
 def test_kernel_over_long_texts(mode, normalize, hidden_size, device, poisoned):
-    """A block left out or counted twice where several are read at a time, or where those end and single ones begin."""
+    """Catches a block left out or counted twice where several are read at a time, or where single ones begin."""
     lengths = [128, 300, 127, 129, 0, 256, 1, 33]
     check(mode, lengths, hidden_size, torch.bfloat16, device, mode, normalize, TRITON)
     poisoned.check()
@@ -73,7 +73,7 @@ def test_kernel_over_long_texts(mode, normalize, hidden_size, device, poisoned):
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_kernel_gives_a_text_the_same_bits_in_every_batch(mode, normalize, dtype, device):
-    """A block of rows counted from the start of the batch, or a split of columns that follows from the batch."""
+    """Catches a block of rows counted from the start of the batch, or columns split by the size of the batch."""
     lengths = [1, 200, 3, 128, 0, 40, 129] + [2] * 30
     hidden = torch.randn(sum(lengths), 200).to(device, dtype)
     together = ops.pool(hidden, cu_seqlens_of(lengths, device), mode, normalize=normalize, policy=TRITON)
@@ -84,13 +84,13 @@ def test_kernel_gives_a_text_the_same_bits_in_every_batch(mode, normalize, dtype
 
 @pytest.mark.parametrize("hidden_size", [1, 320, 1023, 4096])
 def test_kernel_hidden_sizes(hidden_size, device, poisoned):
-    """A tail of the row that enters the norm, or is not written."""
+    """Catches a tail of the row that enters the norm, or is not written."""
     check(f"H{hidden_size}", [5, 1, 9], hidden_size, torch.float32, device, "mean", True, TRITON)
     poisoned.check()
 
 
 def test_no_sequences(device):
-    """An empty batch that launches an empty grid."""
+    """Catches an empty batch that launches an empty grid."""
     out = ops.pool(torch.zeros(0, 32, device=device), cu_seqlens_of([], device), "mean", policy=TRITON)
     assert out.shape == (0, 32)
 
@@ -99,7 +99,7 @@ def test_no_sequences(device):
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
 def test_plain_path(backend, mode, dtype):
-    """A segment sum over the wrong rows, or NaN for no tokens."""
+    """Catches a segment sum over the wrong rows, or NaN for no tokens."""
     for normalize in (False, True):
         check(mode, LENGTHS, 40, dtype, torch.device("cpu"), mode, normalize, Policy(backend))
     empty = ops.pool(torch.zeros(0, 8, dtype=dtype), cu_seqlens_of([0, 0]), mode, policy=Policy(backend))
@@ -108,13 +108,13 @@ def test_plain_path(backend, mode, dtype):
 
 @pytest.mark.parametrize("mode", ["mean", "weighted_mean", "mean_sqrt_len"])
 def test_plain_path_over_long_texts(mode):
-    """A sum that adds row after row, whose rounding errors grow with the length."""
+    """Catches a sum that adds row after row, whose rounding errors grow with the length."""
     check(mode, [384, 350, 300, 512], 384, torch.float32, torch.device("cpu"), mode, False, Policy("cpu"))
 
 
 @pytest.mark.parametrize("backend", ["triton", "torch"])
 def test_float32_out_of_bfloat16(backend, device):
-    """A mean of many bf16 rows that is summed, or returned, in bf16."""
+    """Catches a mean of many bf16 rows that is summed, or returned, in bf16."""
     hidden = torch.randn(300, 32).to(device, torch.bfloat16)
     cu_seqlens = cu_seqlens_of([300], device)
     out = ops.pool(hidden, cu_seqlens, "mean", out_dtype=torch.float32, policy=Policy(backend))
@@ -124,7 +124,7 @@ def test_float32_out_of_bfloat16(backend, device):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_gradients_under_triton(mode, device):
-    """A backward pass that is not the derivative of the forward one."""
+    """Catches a backward pass that is not the derivative of the forward one."""
     hidden, cu_seqlens = torch.randn(sum(LENGTHS), 24, device=device), cu_seqlens_of(LENGTHS, device)
     grads = []
     for policy in (TRITON, Policy("torch")):
@@ -135,7 +135,7 @@ def test_gradients_under_triton(mode, device):
 
 
 def test_bad_arguments(device):
-    """An unknown mode that pools somehow; a row too wide for the kernel computed wrongly instead of refused."""
+    """Catches an unknown mode that pools somehow, or a row too wide for the kernel that is computed wrongly."""
     with pytest.raises(ValueError, match="mode: expected one of cls, mean, .*got 'median'"):
         ops.pool(torch.randn(2, 4), cu_seqlens_of([2]), "median")
     with pytest.raises(BackendError, match="pooling: .*hidden size 5000 is above 4096"):

@@ -1,4 +1,4 @@
-"""8-bit operations: the rounding, the kernels that quantise, and the linear that multiplies 8-bit operands."""
+"""8-bit operations are right: the rounding, the kernels that quantise, and the linear on 8-bit operands."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def batch_on(device):
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize(("k", "group"), [(96, None), (96, 32), (90, 40), (5, 128)])
 def test_rounding(k, group, precision):
-    """A scale of the wrong group, values beyond the top, or an error of more than half a step."""
+    """Catches a scale of the wrong group, values beyond the top, or an error of more than half a step."""
     x = randn(7, k)
     x[2] = 0
     x[3] *= 1e-33
@@ -87,7 +87,7 @@ def test_rounding(k, group, precision):
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_what_is_not_finite_stays_so(precision, value, device):
-    """A NaN or an infinity of one channel that 8 bits turn into an ordinary number."""
+    """Catches a NaN or an infinity of one channel that 8 bits turn into an ordinary number."""
     x, weight = torch.randn(4, 64, device=device), torch.randn(8, 64, device=device)
     x[1, 7] = value
     ones, zeros = torch.ones(64, device=device), torch.zeros(64, device=device)
@@ -103,7 +103,7 @@ def test_what_is_not_finite_stays_so(precision, value, device):
 
 
 def test_rotation_keeps_products():
-    """A rotation whose inverse is not in the weight, or that mixes blocks."""
+    """Catches a rotation whose inverse is not in the weight, or that mixes blocks."""
     x, weight = randn(6, 96).double(), randn(10, 96).double()
     h = Q.hadamard(Q.ROTATION)
     assert torch.equal(h @ h, Q.ROTATION * torch.eye(Q.ROTATION))
@@ -117,7 +117,7 @@ def test_rotation_keeps_products():
 
 
 def test_rotation_is_worth_it():
-    """Rows with one large channel whose other channels int8 leaves with few steps."""
+    """Catches rows with one large channel whose other channels int8 leaves with few steps, in spite of the rotation."""
     x = torch.randn(50, 384)
     x[:, 5] *= 60
     plain = rms_error(Q.dequantize(Q.quantize(x, "int8"))[:, 6:], x[:, 6:])
@@ -127,7 +127,7 @@ def test_rotation_is_worth_it():
 
 
 def test_constants_are_those_of_the_kernels():
-    """A twin with another top, rotation or group than the kernels."""
+    """Catches an emulation with another top, rotation or group than the kernels."""
     from fastbert_kernels import quantize, quantized_linear
 
     assert (quantize.TOP_FLOAT8.value, quantize.TOP_INT8.value) == (Q.TOP[torch.float8_e4m3fn], Q.TOP[torch.int8])
@@ -139,11 +139,11 @@ def test_constants_are_those_of_the_kernels():
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("h", [32, 96, 384])
 def test_layer_norm_quantises_what_it_stores(h, precision, dtype, device, poisoned):
-    """8-bit rows that are not those of the residual beside them, or a residual that is not the unquantised kernel's."""
+    """Catches 8-bit rows that are not those of the residual beside them, or another residual than in 16 bits."""
     x, residual = (randn(T, h, dtype=dtype, device=device) for _ in range(2))
     bias, weight, ln_bias = (torch.randn(h).to(device, dtype) for _ in range(3))
-    for given in ((bias, residual), (None, None)):
-        arguments = x, *given, weight, ln_bias, 1e-12
+    for extra in ((bias, residual), (None, None)):
+        arguments = x, *extra, weight, ln_bias, 1e-12
         out, q = Q.bias_residual_layer_norm(*arguments, precision, policy=TRITON)
         assert torch.equal(out, ops.bias_residual_layer_norm(*arguments, policy=TRITON))
         assert_same_8_bit("layer_norm", q, Q.quantize(out, precision, rotated=precision == "int8"))
@@ -153,18 +153,22 @@ def test_layer_norm_quantises_what_it_stores(h, precision, dtype, device, poison
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_embedding_quantises_what_it_stores(precision, dtype, device, poisoned):
-    """As for LayerNorm, with ids, with given embeddings, and without segments."""
+    """Catches 8-bit rows of embeddings that differ from the rows beside them, by id, given, or without segments."""
     h = 96
     ids = [torch.randint(0, size, (T,), device=device) for size in (50, 2, 30)]
     tables = [randn(size, h, dtype=dtype, device=device) for size in (50, 2, 30)]
     norm = [torch.randn(h).to(device, dtype) for _ in range(2)]
     embeds = randn(T, h, dtype=dtype, device=device)
-    for first, words, types in ((ids[0], tables[0], ids[1]), (None, embeds, ids[1]), (ids[0], tables[0], None)):
-        segments = None if types is None else tables[1]
-        arguments = first, types, ids[2], words, segments, tables[2], *norm, 1e-12
+    for first, words, token_type_ids in (
+        (ids[0], tables[0], ids[1]),
+        (None, embeds, ids[1]),
+        (ids[0], tables[0], None),
+    ):
+        segments = None if token_type_ids is None else tables[1]
+        arguments = first, token_type_ids, ids[2], words, segments, tables[2], *norm, 1e-12
         out, q = Q.embedding_layer_norm(*arguments, precision, policy=TRITON)
-        given = {"inputs_embeds": embeds} if first is None else {}
-        assert torch.equal(out, ops.embedding_layer_norm(*arguments, policy=TRITON, **given))
+        extra = {"inputs_embeds": embeds} if first is None else {}
+        assert torch.equal(out, ops.embedding_layer_norm(*arguments, policy=TRITON, **extra))
         assert_same_8_bit("embedding", q, Q.quantize(out, precision, rotated=precision == "int8"))
     poisoned.check()
 
@@ -173,7 +177,7 @@ def test_embedding_quantises_what_it_stores(precision, dtype, device, poisoned):
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("d", [16, 32, 48, 64])
 def test_attention_quantises_what_it_would_store(d, precision, dtype, device, poisoned):
-    """A scale of another head or row, and padded columns that enter one."""
+    """Catches a scale of another head or row, and padded columns that enter one."""
     qkv = randn(T, 3 * 2 * d, dtype=dtype, device=device)
     batch = batch_on(device)
     q = Q.varlen_attention(qkv, batch, 2, precision, policy=TRITON)
@@ -214,7 +218,7 @@ SHAPES = [  # T, K, M, group
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize(("n_rows", "k", "n_cols", "group"), SHAPES)
 def test_linear(n_rows, k, n_cols, group, precision, activation, device, poisoned):
-    """A scale that meets the wrong group, row or column, a tail of K that counts twice, or an edge that is left out."""
+    """Catches a scale of the wrong group, row or column, a tail of K that counts twice, or an edge left out."""
     x, weight, bias = operands(n_rows, k, n_cols, group, precision, device)
     expected = exact_product(x, weight, bias, activation)
     for dtype in DTYPES:
@@ -232,7 +236,7 @@ def test_linear(n_rows, k, n_cols, group, precision, activation, device, poisone
 @pytest.mark.parametrize("last", [0, 200])
 @pytest.mark.parametrize("group", [None, 64])
 def test_sums_inside_and_outside(last, group, device, monkeypatch):
-    """A scale applied twice, or not at all, on GPUs whose float8 sums are, or are not, left to the tensor cores."""
+    """Catches a scale applied twice or not at all, on GPUs that leave float8 sums to the tensor cores or do not."""
     from fastbert_kernels import launch
 
     monkeypatch.setattr(launch, "LAST_ARCH_WITH_SHORT_FLOAT8_SUMS", last)
@@ -244,7 +248,7 @@ def test_sums_inside_and_outside(last, group, device, monkeypatch):
 
 
 def test_sums_of_short_float8():
-    """An arithmetic of Hopper that is exact, forgets the group or the scale, or is so coarse that all would pass."""
+    """Catches an arithmetic of Hopper that is exact, forgets group or scale, or is so coarse that all would pass."""
     x, weight, bias = operands(20, 320, 40, 64, "fp8", torch.device("cpu"))
     exact = Q.dequantize(x).double() @ Q.dequantize(weight).double().T
     errors = [rms_error(float8_sums.summed(x, weight, step), exact) for step in (32, 64)]
@@ -259,7 +263,7 @@ def test_sums_of_short_float8():
 
 
 def test_int8_sums_are_exact(device):
-    """Sums that lose bits: the largest products, over the K of BERT-large's last linear."""
+    """Catches sums that lose bits for the largest products over the K of BERT-large's last linear."""
     x = torch.full((3, 4096), 127, dtype=torch.int8, device=device)
     weight = torch.full((5, 4096), 127, dtype=torch.int8, device=device)
     weight[1] = -127
@@ -274,7 +278,7 @@ def test_int8_sums_are_exact(device):
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize(("n_cols", "activation"), [(40, "gelu"), (128, "none"), (300, "gelu_tanh"), (257, "gelu")])
 def test_linear_quantises_what_it_would_store(n_cols, activation, precision, device, poisoned):
-    """A scale that counts columns past the end, or lands at another tile's place."""
+    """Catches a scale that counts columns past the end, or lands at another tile's place."""
     x, weight, bias = operands(150, 64, n_cols, None, precision, device)
     q = Q.linear_quantized(x, weight, bias, activation, policy=TRITON)
     poisoned.check()
@@ -284,7 +288,7 @@ def test_linear_quantises_what_it_would_store(n_cols, activation, precision, dev
 
 
 def test_gelu_before_8_bits(device):
-    """A GELU before 8 bits that is off by more than a thousandth of a step, or by more than 1 % of small values."""
+    """Catches a GELU before 8 bits that is off by a thousandth of a step, or by more than 1 % of small values."""
     x = torch.cat([torch.linspace(-20, 20, 40_001), torch.tensor([-float("inf"), -1e30, 1e30])]).to(device)
     out, x = activated(x, "gelu").double(), x.double()
     expected = torch.where(x > 0, x - x * torch.special.log_ndtr(-x).exp(), x * torch.special.log_ndtr(x).exp())
@@ -298,7 +302,7 @@ def test_gelu_before_8_bits(device):
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_no_tokens(precision, device):
-    """A launch without programs."""
+    """Catches a launch without programs."""
     x, weight, bias = operands(0, 64, 40, None, precision, device)
     empty = torch.empty(0, 64, device=device)
     norm = torch.ones(64, device=device)
@@ -314,7 +318,7 @@ def test_no_tokens(precision, device):
 
 
 def test_tokens_do_not_make_kernels():
-    """A token count that enters a block size or a specialisation, so that a new length compiles while serving."""
+    """Catches a token count in a block size or a specialisation, so that a new length compiles while serving."""
     from fastbert_kernels import launch
     from fastbert_kernels.quantized_linear import quantized_linear_forward
 
@@ -341,7 +345,7 @@ def test_tokens_do_not_make_kernels():
     ],
 )
 def test_what_does_not_fit_raises(change, message):
-    """Operands that do not fit and are read past their end, or of two precisions."""
+    """Catches operands that do not fit, or are of two precisions, and are read past their end."""
     x, weight = Q.quantize(torch.randn(5, 64), "int8"), Q.quantize(torch.randn(40, 64), "int8")
     x, weight, bias = change(x, weight)
     with pytest.raises(ValueError, match=message):
@@ -349,7 +353,7 @@ def test_what_does_not_fit_raises(change, message):
 
 
 def test_bad_arguments_raise():
-    """A precision that is not known, rows that cannot be rotated, and shapes that do not fit."""
+    """Catches an unknown precision, rows that cannot be rotated, or shapes that do not fit, that are accepted."""
     x, one = torch.randn(4, 48), torch.ones(48)
     with pytest.raises(ValueError, match="precision: expected one of 'fp8', 'int8' or None, got 'fp4'"):
         Q.bias_residual_layer_norm(x, None, None, one, one, 1e-5, "fp4")
@@ -360,7 +364,7 @@ def test_bad_arguments_raise():
 
 
 def test_no_gradient():
-    """A result without a gradient where one was asked for."""
+    """Catches a result without a gradient where one was asked for."""
     x, one = torch.randn(4, 64, requires_grad=True), torch.ones(64)
     with pytest.raises(RuntimeError, match="layer_norm: int8 is for inference and has no gradient"):
         Q.bias_residual_layer_norm(x, None, None, one, one, 1e-5, "int8")
@@ -369,7 +373,7 @@ def test_no_gradient():
 
 
 def test_devices():
-    """fp8 on a GPU that cannot multiply it; a reason that does not name what is needed."""
+    """Catches fp8 on a GPU that cannot multiply it, or a reason that does not name what is needed."""
     cuda = torch.device("cuda")
     assert Q.device_obstacle("fp8", cuda, 86) == "fp8 needs compute capability 8.9, and this GPU has 8.6"
     assert Q.device_obstacle("int8", cuda, 75) == "int8 needs compute capability 8.0, and this GPU has 7.5"
@@ -378,7 +382,7 @@ def test_devices():
 
 
 def test_strict(monkeypatch):
-    """A strict backend without kernels here that runs the twin in silence."""
+    """Catches a strict backend without kernels that runs the emulation in silence."""
     x, weight = Q.quantize(torch.randn(5, 64), "fp8"), Q.quantize(torch.randn(40, 64), "fp8")
     monkeypatch.setattr(dispatch, "interpreting", lambda: False)
     with pytest.raises(BackendError, match="linear in fp8: .*strict=True"):
@@ -428,7 +432,7 @@ def calls(device):
 
 @pytest.mark.parametrize("name", sorted(calls(torch.device("cpu"))))
 def test_compile(name, device):
-    """A graph break, or a fake implementation that contradicts the kernel."""
+    """Catches a graph break, or a fake implementation that contradicts the kernel."""
     function, tensors = calls(device)[name]
     compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
     with torch.no_grad():
@@ -438,7 +442,7 @@ def test_compile(name, device):
 
 @pytest.mark.parametrize("name", sorted(calls(torch.device("cpu"))))
 def test_opcheck(name, device):
-    """A schema or a fake implementation that breaks PyTorch's rules for operators."""
+    """Catches a schema or a fake implementation that breaks PyTorch's rules for operators."""
     function, tensors = calls(device)[name]
     for op, args in operations_called(function, tensors):
         torch.library.opcheck(op, args, test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"))

@@ -1,4 +1,4 @@
-"""The persistent 8-bit GEMM on tensor descriptors, and when quantized_linear_forward takes it."""
+"""The persistent 8-bit GEMM on tensor descriptors is right, and is taken where it should be."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ def arguments(x, weight, bias, activation="none"):
 def persistent(x, weight, bias, activation, dtype, tile, sum_outside):
     out = launch.empty((x.data.shape[0], weight.data.shape[0]), like=x.data, dtype=dtype)
     config = {**tile, "WARP_SPECIALIZE": 0}
-    given = arguments(x, weight, bias, activation)
-    return quantized_linear_persistent_forward(*given, config, out, None, sum_outside)
+    inputs = arguments(x, weight, bias, activation)
+    return quantized_linear_persistent_forward(*inputs, config, out, None, sum_outside)
 
 
 def by_pointers(x, weight, bias, activation, dtype, tile, sum_outside):
@@ -63,14 +63,14 @@ def guard(q):
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize(("n_rows", "k", "n_cols", "group"), SHAPES)
 def test_kernel(n_rows, k, n_cols, group, precision, tile, activation, with_bias, device, poisoned):
-    """A scale of another group or step, a tail of K, an edge of a descriptor, or a part of a tile that is left out."""
+    """Catches a scale of another group or step, or a tail of K, an edge or a part of a tile left out."""
     x, weight, bias = operands(n_rows, k, n_cols, group, precision, device)
     bias = bias if with_bias else torch.zeros_like(bias)
-    given = guard(x), guard(weight), guarded(bias) if with_bias else None
+    inputs = guard(x), guard(weight), guarded(bias) if with_bias else None
     expected = exact_product(x, weight, bias, activation)
     for dtype in (torch.float32, torch.bfloat16) if activation == "none" else (torch.float32,):
         for sum_outside in {precision == "fp8", False}:
-            ours = persistent(*given, activation, dtype, tile, sum_outside)
+            ours = persistent(*inputs, activation, dtype, tile, sum_outside)
             if precision == "fp8" and float8_sums.are_short(device):
                 step = tile["BLOCK_K"] if sum_outside else None
                 bound = float8_sums.bound(x, weight, bias, lambda y: exact_activation(y, activation), step)
@@ -85,35 +85,35 @@ def test_kernel(n_rows, k, n_cols, group, precision, tile, activation, with_bias
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("group", [None, 64])
 def test_bits_of_the_other_kernel(group, precision, tile, device):
-    """Sums that are added up, or scaled, in another order than the kernel's on pointers."""
+    """Catches sums that are added up, or scaled, in another order than the kernel's on pointers."""
     if device.type == "cuda":
         pytest.skip("instructions of another shape may add up in another order")
     x, weight, bias = operands(70, 192, 272, group, precision, device)
     theirs = ONE_PART if tile is WIDE else TILE  # numpy, too, adds up in an order that depends on the width
     for sum_outside in {precision == "fp8", False}:
-        how = bias, "gelu", torch.float32
-        ours = persistent(x, weight, *how, tile, sum_outside)
-        assert torch.equal(ours, by_pointers(x, weight, *how, theirs, sum_outside))
+        rest = bias, "gelu", torch.float32
+        ours = persistent(x, weight, *rest, tile, sum_outside)
+        assert torch.equal(ours, by_pointers(x, weight, *rest, theirs, sum_outside))
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("tile", [ONE_PART, WIDE], ids=["one part", "two parts"])
 @pytest.mark.parametrize(("n_cols", "activation"), [(128, "none"), (144, "gelu"), (384, "gelu_tanh"), (272, "gelu")])
 def test_quantises_what_it_would_store(n_cols, activation, tile, precision, device, poisoned):
-    """A scale of columns past the end, at another part's place, or written by a part that lies past the end."""
+    """Catches a scale of columns past the end, at another part's place, or written by a part past the end."""
     x, weight, bias = operands(40, 64, n_cols, None, precision, device)
     n_groups = -(-n_cols // 128)
     data = launch.empty((40, n_cols), like=x.data)
     scale = launch.empty((40, n_groups), like=x.scale)
-    given, config = arguments(x, weight, bias, activation), {**tile, "WARP_SPECIALIZE": 0}
-    quantized_linear_persistent_forward(*given, config, data, scale, precision == "fp8")
+    inputs, config = arguments(x, weight, bias, activation), {**tile, "WARP_SPECIALIZE": 0}
+    quantized_linear_persistent_forward(*inputs, config, data, scale, precision == "fp8")
     poisoned.check()
     y = persistent(x, weight, bias, activation, torch.float32, tile, precision == "fp8")
     assert_same_8_bit("linear", Q.Quantized(data, scale, 128), Q.quantize(y, precision, 128))
 
 
 def test_visits_every_tile(device, poisoned, monkeypatch):
-    """A tile that no program takes, or two do, where the tiles are no multiple of the programs."""
+    """Catches a tile that no program takes, or two do, where the tiles are no multiple of the programs."""
     x, weight, bias = operands(100, 32, 272, None, "int8", device)
     expected = exact_product(x, weight, bias, "none")
     for n_programs in (1, 3, 1000):
@@ -155,7 +155,7 @@ POINTERS, DESCRIPTORS = ["_quantized_linear_kernel"], ["_quantized_linear_persis
     ],
 )
 def test_where_it_is_taken(arch, precision, k, n_cols, group, expected, device, poisoned, monkeypatch):
-    """A descriptor on a GPU that has none, or for what has no descriptor, or a fallback that is wrong."""
+    """Catches a descriptor on a GPU that has none, or for what has no descriptor, or a fallback that is wrong."""
     x, weight, _ = operands(20, k, n_cols, group, precision, device)
     names, out = taken(monkeypatch, x, weight, arch)
     assert names == expected
@@ -165,7 +165,7 @@ def test_where_it_is_taken(arch, precision, k, n_cols, group, expected, device, 
 
 
 def test_where_operands_begin(device, monkeypatch):
-    """Rows at an odd address that take another kernel, and so other bits, than the same rows elsewhere."""
+    """Catches rows at an odd address that take another kernel, and so other bits, than the same rows elsewhere."""
     x, weight, _ = operands(20, 64, 48, None, "int8", device)
 
     def shifted(q):
@@ -180,20 +180,20 @@ def test_where_operands_begin(device, monkeypatch):
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_rows_are_the_same_wherever_they_stand(precision, device):
-    """A tile, or a program's place in the loop, that enters a row's bits."""
+    """Catches a tile, or a program's place in the loop, that enters a row's bits."""
     x, weight, bias = operands(90, 128, 272, 64, precision, device)
-    how = bias, "gelu", torch.bfloat16, WIDE, precision == "fp8"
-    out = persistent(x, weight, *how)
+    rest = bias, "gelu", torch.bfloat16, WIDE, precision == "fp8"
+    out = persistent(x, weight, *rest)
     for order in (torch.arange(90).flip(0), torch.randperm(90)[:37], torch.tensor([5])):
         part = x._replace(data=x.data[order], scale=x.scale[order])
-        assert torch.equal(persistent(part, weight, *how), out[order])
+        assert torch.equal(persistent(part, weight, *rest), out[order])
 
 
 def test_tables_choose(monkeypatch):
-    """A choice of a table that is not gone by, or a tile of another shape, group or result."""
+    """Catches a choice of a table that is not followed, or a tile of another shape, group or result."""
     fp8, none = torch.float8_e4m3fn, torch.bfloat16
     tile = {**TILE, "GROUP_ROWS": 7}
-    made = {
+    tables_by_key = {
         "quantized_linear/float8/768x768/group64": tile,
         "quantized_gemm/float8/768x768/group64": {"kernel": "quantized_linear"},
         "quantized_linear_persistent/float8/768x3072/row-quantized": {**tile, "BLOCK_COLS": 128},
@@ -201,9 +201,9 @@ def test_tables_choose(monkeypatch):
     find = launch.tables.find
 
     def planted(op, keys, *rest):
-        entries = (made[f"{op}/{key}"] for key in keys if f"{op}/{key}" in made)
-        found = next(entries, None)
-        return find(op, keys, *rest) if found is None else (found, "planted")
+        entries = (tables_by_key[f"{op}/{key}"] for key in keys if f"{op}/{key}" in tables_by_key)
+        entry = next(entries, None)
+        return find(op, keys, *rest) if entry is None else (entry, "planted")
 
     monkeypatch.setattr(launch.tables, "find", planted)
     launch._quantized_gemm.cache_clear()
@@ -226,7 +226,7 @@ def test_tables_choose(monkeypatch):
 @pytest.mark.parametrize("warp_specialize", [0, 1])
 @pytest.mark.parametrize("n_cols_of_a_tile", [128, 256])
 def test_on_a_gpu(n_cols_of_a_tile, warp_specialize, precision):
-    """Numbers of the compiled kernel, of which the interpreter sees neither the pipeline nor the copies."""
+    """Catches wrong numbers of the compiled kernel, whose pipeline and copies the interpreter does not see."""
     device, arch = torch.device("cuda"), launch.arch(torch.device("cuda"))
     if Q.device_obstacle(precision, device) is not None or (precision == "int8" and arch != 90):
         pytest.skip("this kernel is not taken in this precision here")
@@ -239,13 +239,13 @@ def test_on_a_gpu(n_cols_of_a_tile, warp_specialize, precision):
         x, weight, bias = operands(n_rows, k, n_cols, group, precision, device)
         config = {**sizes, "BLOCK_K": group or 128, "WARP_SPECIALIZE": warp_specialize}
         out = torch.full((n_rows, n_cols), float("nan"), device=device)
-        given = arguments(x, weight, bias, "gelu")
-        quantized_linear_persistent_forward(*given, config, out, None, outside)
+        inputs = arguments(x, weight, bias, "gelu")
+        quantized_linear_persistent_forward(*inputs, config, out, None, outside)
         bound = 2**-12
         if precision == "fp8" and float8_sums.are_short(device):
             finish = functools.partial(exact_activation, activation="gelu")
             bound = float8_sums.bound(x, weight, bias, finish, config["BLOCK_K"])
         assert rms_error(out, exact_product(x, weight, bias, "gelu")) <= bound
         data, scale = torch.empty_like(out, dtype=x.data.dtype), x.scale.new_empty(n_rows, -(-n_cols // 128))
-        quantized_linear_persistent_forward(*given, config, data, scale, outside)
+        quantized_linear_persistent_forward(*inputs, config, data, scale, outside)
         assert_same_8_bit("linear", Q.Quantized(data, scale, 128), Q.quantize(out, precision, 128))

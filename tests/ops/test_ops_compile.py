@@ -72,7 +72,7 @@ NAMES = sorted(cases(torch.device("cpu")))
 
 @pytest.mark.parametrize("name", NAMES)
 def test_compile(name, device):
-    """A graph break, or a fake implementation that contradicts the kernel."""
+    """Catches a graph break, or a fake implementation that contradicts the kernel."""
     function, tensors = cases(device)[name]
     compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
     with torch.no_grad():
@@ -81,7 +81,7 @@ def test_compile(name, device):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_compile_with_gradients(name, device):
-    """A backward pass that cannot be traced, or that gives something else when it is."""
+    """Catches a backward pass that cannot be traced, or that gives something else when it is."""
     function, tensors = cases(device)[name]
     grads = []
     for run in (function, torch.compile(function, backend="aot_eager", fullgraph=True)):
@@ -95,7 +95,7 @@ def test_compile_with_gradients(name, device):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_export(name, device):
-    """An operation that export cannot carry, or that loses an argument on the way."""
+    """Catches an operation that export cannot carry, or that loses an argument on the way."""
     function, tensors = cases(device)[name]
 
     class Module(torch.nn.Module):
@@ -110,14 +110,14 @@ def test_export(name, device):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_opcheck(name, device):
-    """A schema, fake implementation or autograd registration that breaks PyTorch's rules for operators."""
+    """Catches a schema, fake implementation or autograd registration that breaks PyTorch's rules for operators."""
     function, tensors = cases(device)[name]
     for op, args in operations_called(function, tensors):
         torch.library.opcheck(op, args)
 
 
 def test_plain_attention_is_not_traced_by_length(device):
-    """A graph break in plain attention, or a graph that is compiled again for every batch."""
+    """Catches a graph break in plain attention, or a graph that is compiled again for every batch."""
     from torch._dynamo.testing import CompileCounter
 
     counter = CompileCounter()
@@ -136,7 +136,7 @@ def test_plain_attention_is_not_traced_by_length(device):
 
 @pytest.mark.parametrize("backend", ["triton", "cpu"])
 def test_compiled_model_is_one_graph(backend, device):
-    """An encoder that breaks into a graph a layer: breaks belong to packing and checking, at the edge."""
+    """Catches an encoder that breaks into a graph a layer, where only packing and checking at the edge may break it."""
     config = BertConfig(vocab_size=50, hidden_size=H, num_attention_heads=N, num_hidden_layers=3, intermediate_size=48)
     model = BertModel(config, backend=backend).to(device).eval()
     compiled = torch.compile(model, backend="aot_eager")
@@ -154,7 +154,7 @@ def test_compiled_model_is_one_graph(backend, device):
 
 @pytest.mark.parametrize("backend", ["triton", "cpu"])
 def test_exported_model(backend, device):
-    """A model whose packing cannot be exported, or that is exported for one mask only."""
+    """Catches a model whose packing cannot be exported, or that is exported for one mask only."""
     config = BertConfig(vocab_size=50, hidden_size=H, num_attention_heads=N, num_hidden_layers=2, intermediate_size=48)
     model = BertModel(config, backend=backend).to(device).eval()
     ids = torch.randint(0, 50, (3, 12), device=device)
@@ -169,7 +169,7 @@ def test_exported_model(backend, device):
 
 @pytest.mark.slow
 def test_inductor(device):
-    """An operation that the default compiler cannot lower."""
+    """Catches an operation that the default compiler cannot lower."""
     x, bias = torch.randn(4, 16, device=device), torch.randn(16, device=device)
     compiled = torch.compile(lambda x, b: ops.bias_gelu(x * 2, b, "gelu", policy=TRITON) + 1, fullgraph=True)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Weights written in ways that PyTorch does not count: everything that is derived from them follows."""
+"""What is derived from weights follows writes that PyTorch does not count."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import fastbert
-from fastbert.engine import graphs
+from fastbert.engine import capture
 from fastbert.ops import silent_writes
 from fastbert.ops.silent_writes import Samples, Writes
 from fastbert_kernels import cpu
@@ -70,7 +70,7 @@ def _one_bias(model: nn.Module) -> None:
 
 
 def _one_head(model: nn.Module) -> None:
-    """As an ablation does it: the rows of one of four heads."""
+    """Writes to the rows of one of four heads, as an ablation does it."""
     model.get_submodule("encoder.layer.0.attention.self.value").weight.data[16:32] = 0.0
 
 
@@ -92,8 +92,8 @@ WRITES: dict[str, Callable[[nn.Module], None]] = {
 
 
 def first(output: Any) -> Tensor:
-    found: Tensor = output if isinstance(output, Tensor) else output[0]
-    return found
+    tensor: Tensor = output if isinstance(output, Tensor) else output[0]
+    return tensor
 
 
 def make(kind: Any = fastbert.BertModel, **options: Any) -> Any:
@@ -142,7 +142,7 @@ def test_8_bits(name: str) -> None:
 
 @pytest.mark.parametrize("name", [".data", "NumPy", "down", "head"])
 def test_emulation_of_8_bits(name: str) -> None:
-    """Catches kept 8-bit weights of the emulation, and of the Triton kernels, whose they are as well."""
+    """Catches 8-bit weights of the emulation, or of the Triton kernels, that outlive a write."""
     check(make(precision="int8", backend="torch"), lambda m: m(IDS)[0], WRITES[name])
 
 
@@ -169,7 +169,7 @@ def test_graph_keeps_its_memory(name: str, monkeypatch: pytest.MonkeyPatch, devi
             captures.append(1)
             return type("Replay", (), {"replay": lambda self: function()})()
 
-    monkeypatch.setattr(graphs, "capturer", lambda device: StandIn())
+    monkeypatch.setattr(capture, "capturer", lambda device: StandIn())
     model = make(backend="triton", strict=True)
     cu_seqlens = torch.tensor([0, 8, 16], dtype=torch.int32)
     check(model, lambda m: m.forward_packed(IDS.flatten(), cu_seqlens), WRITES[name])
@@ -195,7 +195,7 @@ def test_gradient_caching_in_training_mode() -> None:
             assert torch.equal(now, copy.deepcopy(model)(IDS)[0])
         _step(torch.optim.AdamW, fused=True)(model)
     derived = [part.derived for part in model.modules() if hasattr(part, "derived")]
-    assert len(derived) == 2 and all(found.tensors() == [] for found in derived)
+    assert len(derived) == 2 and all(each.tensors() == [] for each in derived)
 
 
 def test_nothing_is_packed_in_training_mode() -> None:
@@ -214,8 +214,8 @@ def _sentence_encoder(backend: str = "auto") -> fastbert.SentenceEncoder:
 
 
 def _vectors(encoder: Any) -> Tensor:
-    found: Tensor = encoder.encode(["how to sort", "a list"], convert_to_tensor=True)
-    return found
+    vectors: Tensor = encoder.encode(["how to sort", "a list"], convert_to_tensor=True)
+    return vectors
 
 
 @pytest.mark.parametrize("name", [".data", "NumPy", "down"])
@@ -230,14 +230,14 @@ def test_another_model_keeps_what_it_has() -> None:
     teacher, student = make(), make()
     with torch.no_grad():
         teacher(IDS)
-        kept = teacher.cpu_encoder._kept
+        kept = teacher.engine.cpu_encoder._kept
         _step(torch.optim.AdamW, fused=True)(student)
         teacher(IDS)
-    assert teacher.cpu_encoder._kept is kept
+    assert teacher.engine.cpu_encoder._kept is kept
 
 
 def test_eval_follows_what_cannot_be_seen() -> None:
-    """Catches one number, written beside the sample, that the documented call does not bring in."""
+    """Catches one number, written beside the sample, that eval() does not bring in."""
     model = make()
     value: Any = model.encoder.layer[0].attention.self.value
     with torch.no_grad():
@@ -291,7 +291,7 @@ def test_what_has_no_numbers_is_left_out() -> None:
 
 
 def test_samples_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches a sample of tensors on a GPU that misses a write; here they only say that they are there."""
+    """Catches a sample of tensors on a GPU that misses a write, with tensors that only say they are there."""
     monkeypatch.setattr(silent_writes, "_on_host", lambda tensor: False)
     tensors = [torch.zeros(40, 24), torch.zeros(5), torch.zeros(24, 40).t(), torch.zeros(6, dtype=torch.bfloat16)]
     samples = Samples(tensors)

@@ -1,4 +1,4 @@
-"""CrossEncoder: scores of pairs, beside sentence-transformers."""
+"""CrossEncoder gives pairs the scores of sentence-transformers."""
 
 from __future__ import annotations
 
@@ -59,10 +59,10 @@ def encoder(one: Path) -> CrossEncoder:
     return CrossEncoder.from_pretrained(one, device="cpu")
 
 
-def theirs(folder: Path, **how: Any) -> Any:
+def theirs(folder: Path, **options: Any) -> Any:
     from sentence_transformers import CrossEncoder as Theirs
 
-    return Theirs(str(folder), device="cpu", local_files_only=True, **how)
+    return Theirs(str(folder), device="cpu", local_files_only=True, **options)
 
 
 def assert_close(ours: Any, expected: Any, tolerance: float = 5e-6) -> None:
@@ -141,8 +141,11 @@ def test_rank(one: Path, three: Path, encoder: CrossEncoder) -> None:
     """Catches another order, form or number of results than CrossEncoder.rank gives."""
     other = theirs(one)
     documents = [*TEXTS, TEXTS[0]]  # equal scores stay in order
-    for how in ({}, {"top_k": 3}, {"return_documents": True}, {"activation_fn": nn.Identity(), "top_k": 99}):
-        ours, expected = encoder.rank("which boats?", documents, **how), other.rank("which boats?", documents, **how)
+    for options in ({}, {"top_k": 3}, {"return_documents": True}, {"activation_fn": nn.Identity(), "top_k": 99}):
+        ours, expected = (
+            encoder.rank("which boats?", documents, **options),
+            other.rank("which boats?", documents, **options),
+        )
         assert [list(hit) for hit in ours] == [list(hit) for hit in expected]
         for hit, want in zip(ours, expected, strict=True):
             assert (hit["corpus_id"], hit.get("text")) == (want["corpus_id"], want.get("text"))
@@ -225,7 +228,7 @@ def test_a_missing_head_is_refused(one: Path, tmp_path: Path) -> None:
 
 
 def test_inputs_of_other_kinds(encoder: CrossEncoder) -> None:
-    """Catches inputs that need a length, arrays of pairs, the name of earlier versions, and no pairs at all."""
+    """Catches inputs that are refused: without a length, arrays of pairs, the earlier name, or no pairs at all."""
     expected = encoder.predict(PAIRS)
     for pairs in (iter(PAIRS), np.array(PAIRS), np.array(PAIRS, dtype=object), tuple(PAIRS)):
         assert_close(encoder.predict(pairs), expected)

@@ -1,4 +1,4 @@
-"""The rest of sentence-transformers' interface: evaluators and tools that take a model, features, names refused."""
+"""The rest of sentence-transformers' interface works: evaluators, tools that take a model, refused names."""
 
 from __future__ import annotations
 
@@ -60,10 +60,10 @@ def theirs(folder: Path) -> Any:
 
 @pytest.fixture(scope="module")
 def cross(tmp_path_factory: pytest.TempPathFactory) -> dict[int, tuple[CrossEncoder, Any]]:
-    """Ours and theirs, by the number of labels."""
+    """Our cross-encoder and theirs, by the number of labels."""
     from sentence_transformers import CrossEncoder as Theirs
 
-    made = {}
+    encoders = {}
     for n_labels in (1, 3):
         torch.manual_seed(0)
         folder = tmp_path_factory.mktemp("cross")
@@ -71,8 +71,8 @@ def cross(tmp_path_factory: pytest.TempPathFactory) -> dict[int, tuple[CrossEnco
         config, tokenizer = tiny_bert([*FIRST, *SECOND] * 3, 150, id2label=labels)
         tokenizer.save_pretrained(folder)
         BertForSequenceClassification(config).save_pretrained(folder)
-        made[n_labels] = CrossEncoder.from_pretrained(folder, device="cpu"), Theirs(str(folder), device="cpu")
-    return made
+        encoders[n_labels] = CrossEncoder.from_pretrained(folder, device="cpu"), Theirs(str(folder), device="cpu")
+    return encoders
 
 
 def assert_same_numbers(result: dict[str, float], expected: dict[str, float]) -> None:

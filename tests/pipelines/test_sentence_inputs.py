@@ -1,4 +1,4 @@
-"""Names and inputs of sentence-transformers: short names, pairs, dicts, columns, prompts without a prompt."""
+"""Names and inputs of sentence-transformers are taken: short names, pairs, dicts, columns, prompts."""
 
 from __future__ import annotations
 
@@ -192,9 +192,9 @@ def test_similarity_functions(ours: SentenceEncoder, folder: Path, theirs: Any) 
             ours.similarity_pairwise(a, a[::-1].copy()), theirs.similarity_pairwise(a, a[::-1].copy())
         )
         if function is not None:
-            made = SentenceEncoder(ours.model, ours.tokenizer, similarity_fn_name=function)
+            encoder = SentenceEncoder(ours.model, ours.tokenizer, similarity_fn_name=function)
             loaded = SentenceEncoder.from_pretrained(folder, device="cpu", similarity_fn_name=function)
-            assert made.similarity_fn_name == loaded.similarity_fn_name == function.value
+            assert encoder.similarity_fn_name == loaded.similarity_fn_name == function.value
     dot = semantic_search(a, b, score="dot")
     assert semantic_search(a, b, score=SimilarityFunction.DOT_PRODUCT) == dot  # type: ignore[arg-type]
     assert semantic_search(ours.encode([]), b) == []
@@ -238,17 +238,17 @@ def test_names_without_an_owner(tmp_path: Path, folder: Path, cross: Path, monke
     monkeypatch.chdir(tmp_path)
     put(tmp_path / "cache", "sentence-transformers", "tiny-v1", folder)
     put(tmp_path / "cache", "cross-encoder", "tiny-v1", cross)
-    how: dict[str, Any] = {"device": "cpu", "local_files_only": True}
+    options: dict[str, Any] = {"device": "cpu", "local_files_only": True}
     for name in ("tiny-v1", "sentence-transformers/tiny-v1"):
-        encoder = SentenceEncoder.from_pretrained(name, cache_folder=tmp_path / "cache", **how)
+        encoder = SentenceEncoder.from_pretrained(name, cache_folder=tmp_path / "cache", **options)
         assert encoder.model_card_data.base_model == name
-    assert CrossEncoder.from_pretrained("tiny-v1", cache_folder=tmp_path / "cache", **how).num_labels == 1
+    assert CrossEncoder.from_pretrained("tiny-v1", cache_folder=tmp_path / "cache", **options).num_labels == 1
     monkeypatch.setenv("SENTENCE_TRANSFORMERS_HOME", str(tmp_path / "cache"))
-    assert SentenceEncoder.from_pretrained("tiny-v1", **how).encode("a").shape == (32,)
+    assert SentenceEncoder.from_pretrained("tiny-v1", **options).encode("a").shape == (32,)
     with pytest.raises(FileNotFoundError, match="sentence-transformers/tiny-v2"):
-        SentenceEncoder.from_pretrained("tiny-v2", **how)
+        SentenceEncoder.from_pretrained("tiny-v2", **options)
     shutil.copytree(folder, tmp_path / "tiny-v2")
-    assert SentenceEncoder.from_pretrained("tiny-v2", **how).encode("a").shape == (32,)
+    assert SentenceEncoder.from_pretrained("tiny-v2", **options).encode("a").shape == (32,)
 
 
 def test_names_are_those_of_sentence_transformers() -> None:

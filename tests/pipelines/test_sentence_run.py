@@ -1,4 +1,4 @@
-"""Tokenizing beside computing: the pipeline of SentenceEncoder.encode, on a CPU that is made to overlap."""
+"""SentenceEncoder.encode tokenises beside computing, here on a CPU that is made to overlap."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def encoder(folder: Path) -> SentenceEncoder:
 
 @pytest.fixture
 def overlapped(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As with a GPU: windows of 2, 4, 8, 8, ... texts."""
+    """Makes windows of 2, 4, 8, 8, ... texts, as with a GPU."""
     monkeypatch.setattr(sentence_run, "overlaps", lambda device: True)
     monkeypatch.setattr(sentence_run, "FIRST_WINDOW", 2)
     monkeypatch.setattr(sentence_run, "WINDOW", 8)
@@ -75,12 +75,12 @@ def test_tokenizing_runs_ahead_in_a_thread(
 ) -> None:
     """Catches tokenizing in turn with computing, texts taken in a thread that they may not be used in, and reading a
     window before the next one's work is launched."""
-    here, order, taken_in = threading.get_ident(), [], set()
+    this_thread, order, taken_in = threading.get_ident(), [], set()
     second = threading.Event()
     tokenize, compute, read = Run._tokenize, Run._compute, Run._read
 
     def tokenized(self: Run, window: list[str]) -> Any:
-        assert threading.get_ident() != here
+        assert threading.get_ident() != this_thread
         if len(window) == 4:
             second.set()
         return tokenize(self, window)
@@ -101,7 +101,7 @@ def test_tokenizing_runs_ahead_in_a_thread(
 
     encoder.encode(texts())
     assert order == ["compute", *["compute", "read"] * 4, "read"]
-    assert taken_in == {here}
+    assert taken_in == {this_thread}
 
 
 def test_errors_of_the_thread_reach_the_caller(encoder: SentenceEncoder, overlapped: None) -> None:
@@ -125,16 +125,16 @@ def test_timings_name_the_bottleneck(
     with monkeypatch.context() as slow, caplog.at_level(logging.INFO, "fastbert"):
         slow.setattr(Run, "_tokenize", lambda self, window: time.sleep(0.05) or tokenize(self, window))
         encoder.encode(TEXTS, show_progress_bar=False)
-        found = encoder.last_timings
-        assert found is not None and found.bottleneck == "tokenizing" and found.waiting_for_tokens > 0.1
-        assert (found.texts, found.overlapped) == (len(TEXTS), True) and found.tokens > 3 * len(TEXTS)
+        timings = encoder.last_timings
+        assert timings is not None and timings.bottleneck == "tokenizing" and timings.waiting_for_tokens > 0.1
+        assert (timings.texts, timings.overlapped) == (len(TEXTS), True) and timings.tokens > 3 * len(TEXTS)
         assert "the bottleneck is tokenizing" in caplog.text
     monkeypatch.setattr(sentence_run._Result, "get", lambda self: time.sleep(0.05) or get(self))
     encoder.encode(TEXTS)
-    found = encoder.last_timings
-    assert found is not None and found.bottleneck == "model" and found.waiting_for_device > 0.2
-    assert found.total >= found.waiting_for_device
-    assert "the bottleneck is the model" in str(found)
+    timings = encoder.last_timings
+    assert timings is not None and timings.bottleneck == "model" and timings.waiting_for_device > 0.2
+    assert timings.total >= timings.waiting_for_device
+    assert "the bottleneck is the model" in str(timings)
 
 
 def test_taking_turns() -> None:
@@ -146,14 +146,14 @@ def test_taking_turns() -> None:
 def test_two_threads_on_one_encoder(encoder: SentenceEncoder, overlapped: None) -> None:
     """Catches state of a call that lies in the encoder."""
     expected = encoder.encode(TEXTS)
-    found: dict[int, Any] = {}
-    threads = [threading.Thread(target=lambda i=i: found.update({i: encoder.encode(TEXTS)})) for i in range(4)]
+    vectors: dict[int, Any] = {}
+    threads = [threading.Thread(target=lambda i=i: vectors.update({i: encoder.encode(TEXTS)})) for i in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     for i in range(4):
-        np.testing.assert_allclose(found[i], expected, atol=1e-6)
+        np.testing.assert_allclose(vectors[i], expected, atol=1e-6)
 
 
 @pytest.mark.gpu
@@ -164,7 +164,7 @@ def test_nothing_waits_for_the_gpu_but_reading(folder: Path, monkeypatch: pytest
     expected = encoder.encode(TEXTS * 3)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        found = encoder.encode(TEXTS * 3)
+        vectors = encoder.encode(TEXTS * 3)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    np.testing.assert_array_equal(found, expected)
+    np.testing.assert_array_equal(vectors, expected)

@@ -1,4 +1,4 @@
-"""Settings of sentence-transformers folders, key by key: followed as there, or refused by name."""
+"""Each setting of a sentence-transformers folder is followed as there, or refused by name."""
 
 from __future__ import annotations
 
@@ -46,14 +46,14 @@ def write(file: Path, content: Any) -> None:
     file.write_text(json.dumps(content))
 
 
-def theirs(folder: Path, **how: Any) -> Any:
+def theirs(folder: Path, **options: Any) -> Any:
     from sentence_transformers import SentenceTransformer
 
-    return SentenceTransformer(str(folder), device="cpu", local_files_only=True, **how)
+    return SentenceTransformer(str(folder), device="cpu", local_files_only=True, **options)
 
 
-def assert_same(folder: Path, tolerance: float = 3e-6, **how: Any) -> SentenceEncoder:
-    ours, other = SentenceEncoder.from_pretrained(folder, device="cpu", **how), theirs(folder, **how)
+def assert_same(folder: Path, tolerance: float = 3e-6, **options: Any) -> SentenceEncoder:
+    ours, other = SentenceEncoder.from_pretrained(folder, device="cpu", **options), theirs(folder, **options)
     result, expected = ours.encode(TEXTS), other.encode(TEXTS)
     assert result.shape == expected.shape and np.abs(result - expected).max() <= tolerance
     return ours
@@ -182,8 +182,8 @@ def test_dtypes_of_the_settings(folder: Path) -> None:
     """Catches a dtype of the folder, of model_kwargs or of the caller that is not followed, or in another order."""
     write(folder / NAMES[0], {"model_args": {"torch_dtype": "float16"}})
 
-    def dtype(**how: Any) -> torch.dtype:
-        return SentenceEncoder.from_pretrained(folder, device="cpu", **how).dtype
+    def dtype(**options: Any) -> torch.dtype:
+        return SentenceEncoder.from_pretrained(folder, device="cpu", **options).dtype
 
     assert dtype() == torch.float16
     assert dtype(model_kwargs={"dtype": torch.float64}) == torch.float64
@@ -204,9 +204,9 @@ def test_arguments_of_sentence_transformer(folder: Path, caplog: pytest.LogCaptu
         {"tokenizer_kwargs": {"model_max_length": 5}},
         {"config_kwargs": {"hidden_dropout_prob": 0.5}, "token": False, "cache_folder": str(folder)},
     ):
-        how = {key: value for key, value in arguments.items() if key != "local_files_only"}
-        ours = assert_same(folder, **how)
-        other = theirs(folder, **how)
+        options = {key: value for key, value in arguments.items() if key != "local_files_only"}
+        ours = assert_same(folder, **options)
+        other = theirs(folder, **options)
         assert ours.prompts == other.prompts and ours.similarity_fn_name == other.similarity_fn_name
         assert ours.max_seq_length == min(other.max_seq_length, 40)
         assert ours.get_embedding_dimension() == other.get_embedding_dimension()
@@ -287,10 +287,10 @@ def cross(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def their_cross(folder: Path, **how: Any) -> Any:
+def their_cross(folder: Path, **options: Any) -> Any:
     from sentence_transformers import CrossEncoder as Theirs
 
-    return Theirs(str(folder), device="cpu", local_files_only=True, **how)
+    return Theirs(str(folder), device="cpu", local_files_only=True, **options)
 
 
 PAIRS = [(a, b) for a in TEXTS for b in TEXTS]
@@ -323,8 +323,8 @@ def test_settings_of_cross_encoders(cross: Path, tmp_path: Path) -> None:
     write(tmp_path / NAMES[5], {**stored, "processing_kwargs": {"text": {"max_length": 9}}})
     ours, other = CrossEncoder.from_pretrained(tmp_path, device="cpu"), their_cross(tmp_path)
     assert np.abs(ours.predict(PAIRS) - other.predict(PAIRS)).max() < 3e-6
-    how: dict[str, Any] = {"num_labels": 3, "max_length": 8, "model_kwargs": {"torch_dtype": "float32"}}
-    ours, other = CrossEncoder.from_pretrained(cross, device="cpu", **how), their_cross(cross, **how)
+    options: dict[str, Any] = {"num_labels": 3, "max_length": 8, "model_kwargs": {"torch_dtype": "float32"}}
+    ours, other = CrossEncoder.from_pretrained(cross, device="cpu", **options), their_cross(cross, **options)
     assert np.abs(ours.predict(PAIRS) - other.predict(PAIRS)).max() < 3e-6
     write(
         tmp_path / NAMES[5], {**stored, "modality_config": {"text": {"method": "forward", "method_output_name": "x"}}}

@@ -1,4 +1,4 @@
-"""The distribution: what a wheel holds, whether it runs where nothing else is installed, and PyPI's `kernels`."""
+"""A wheel holds what it should and runs by itself, and nothing imports PyPI's `kernels`."""
 
 from __future__ import annotations
 
@@ -23,11 +23,18 @@ import pytest
 from packaging.requirements import Requirement
 
 from fastbert_kernels import cpu
+from helpers import minilm_folder
 
 ROOT = Path(__file__).resolve().parents[2]
+NOT_SHIPPED = {".cpp", ".h", ".so", ".md"}  # libraries have a test of their own, because they may be left out
 NOT_SOURCE = {"build", "dist", "__pycache__"}
 CALLERS_OWN = {"PYTHONPATH", "PYTHONHOME", "TRITON_INTERPRET", "USE_HUB_KERNELS"}
+NO_COMPILER = dict.fromkeys(("CC", "CXX", "LDCXXSHARED"), "/bin/false")
 PIP = ["-m", "pip", "--disable-pip-version-check", "--quiet"]
+
+COMPILED = pytest.mark.skipif(
+    shutil.which("g++") is None or cpu.unavailable() is not None, reason="no compiler, or no processor, for C++ kernels"
+)
 
 
 def run(command: list[str | Path], cwd: Path, **variables: str) -> str:
@@ -55,20 +62,20 @@ def scratch_dir() -> Iterator[Path]:
 
 def source_files() -> list[Path]:
     """Every Python file of the checkout, outside hidden folders, environments and build outputs."""
-    found = []
+    paths = []
     for folder, subfolders, names in os.walk(ROOT):
         subfolders[:] = [
             name
             for name in subfolders
             if not name.startswith(".") and name not in NOT_SOURCE and not Path(folder, name, "pyvenv.cfg").exists()
         ]
-        found += [Path(folder, name) for name in names if name.endswith(".py")]
-    return sorted(found)
+        paths += [Path(folder, name) for name in names if name.endswith(".py")]
+    return sorted(paths)
 
 
 @pytest.fixture(scope="module")
-def wheel() -> Iterator[Path]:
-    """A wheel made from an sdist made from a copy of the checkout, with a tuned table planted in the copy."""
+def built() -> Iterator[Path]:
+    """A folder with an sdist and a wheel made from it. The source is a copy of the checkout with a planted table."""
     with scratch_dir() as scratch:
         copy = scratch / "checkout"
         copy.mkdir()
@@ -82,8 +89,27 @@ def wheel() -> Iterator[Path]:
         (tuned / "planted_by_test.json").write_text("{}\n", encoding="utf-8")
         # This reads and runs the build system of pyproject.toml with the setuptools that the test extra brings.
         run([sys.executable, "-m", "build", "--no-isolation", "--outdir", scratch / "out", copy], cwd=scratch)
-        (built,) = (scratch / "out").glob("*.whl")
-        yield built
+        yield scratch / "out"
+
+
+@pytest.fixture(scope="module")
+def wheel(built: Path) -> Path:
+    """The wheel that the compilers of this machine give."""
+    (path,) = built.glob("*.whl")
+    return path
+
+
+@pytest.fixture(scope="module")
+def wheel_without_kernels(built: Path) -> Iterator[Path]:
+    """The wheel that the same sdist gives where every compiler fails."""
+    (sdist,) = built.glob("*.tar.gz")
+    with scratch_dir() as scratch:
+        run([sys.executable, "-m", "tarfile", "--extract", sdist, scratch], cwd=scratch)
+        (source,) = scratch.iterdir()
+        build = [sys.executable, "-m", "build", "--no-isolation", "--wheel", "--outdir", scratch / "out", source]
+        run(build, cwd=scratch, **NO_COMPILER)
+        (path,) = (scratch / "out").glob("*.whl")
+        yield path
 
 
 @pytest.fixture(scope="module")
@@ -104,29 +130,73 @@ def test_wheel_holds_the_two_packages_and_nothing_else(wheel: Path) -> None:
     expected = {
         path.relative_to(root).as_posix()
         for root, package in ((ROOT, "fastbert"), (ROOT / "kernels", "fastbert_kernels"))
-        for pattern in ("*.py", "py.typed", "*.json")
-        for path in (root / package).rglob(pattern)
+        for path in (root / package).rglob("*")
+        if path.is_file() and path.suffix not in NOT_SHIPPED and "__pycache__" not in path.parts
     }
     assert {"fastbert/py.typed", "fastbert_kernels/py.typed"} <= expected
     assert expected - names == set()
     assert "fastbert_kernels/tuned/planted_by_test.json" in names
 
 
+@COMPILED
 @pytest.mark.slow
-@pytest.mark.skipif(shutil.which("g++") is None or cpu.unavailable() is not None, reason="no C++ kernels here")
 def test_wheel_holds_the_kernels_for_cpus(wheel: Path) -> None:
     """Catches sources left out of the sdist, which an optional extension forgives, and a wheel for one Python alone."""
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
     assert {f"fastbert_kernels/cpu/{name}.x86_64.so" for name in cpu.VARIANTS} <= names
-    assert wheel.name.split("-")[2:4] == ["cp310", "abi3"]
+    assert wheel.name.removesuffix(".whl").split("-")[2:] == ["py3", "none", "linux_x86_64"]
+
+
+@pytest.mark.slow
+def test_wheel_without_a_compiler(wheel: Path, wheel_without_kernels: Path) -> None:
+    """Catches a wheel without kernels that claims a platform, and one that puts its files elsewhere."""
+    assert wheel_without_kernels.name.removesuffix(".whl").split("-")[2:] == ["py3", "none", "any"]
+    with zipfile.ZipFile(wheel) as with_kernels, zipfile.ZipFile(wheel_without_kernels) as archive:
+        expected = {name for name in with_kernels.namelist() if not name.endswith(".so")}
+        assert set(archive.namelist()) == expected
+        (name,) = (name for name in archive.namelist() if name.endswith(".dist-info/WHEEL"))
+        assert "Root-Is-Purelib: true" in archive.read(name).decode("utf-8")
+
+
+ENCODE = """
+import json, sys
+sys.path.insert(0, sys.argv[1])
+import fastbert, fastbert_kernels
+from fastbert_kernels import cpu
+encoder = fastbert.SentenceEncoder.from_pretrained(sys.argv[2])
+print(json.dumps({
+    "files": [fastbert.__file__, fastbert_kernels.__file__],
+    "shape": list(encoder.encode(["A text.", "Another text, which is longer."]).shape),
+    "unavailable": cpu.unavailable(),
+    "explain": str(fastbert.explain(encoder)),
+}))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [pytest.param("wheel", marks=COMPILED), "wheel_without_kernels"])
+def test_wheel_encodes_where_there_is_no_compiler(kind: str, request: pytest.FixtureRequest) -> None:
+    """Catches kernels compiled at the first use, or not loaded from a wheel, and a fallback that gives no reason."""
+    with scratch_dir() as scratch:
+        target = scratch / "site"
+        run([sys.executable, *PIP, "install", "--no-deps", "--target", target, request.getfixturevalue(kind)], scratch)
+        command = [sys.executable, "-c", ENCODE, target, minilm_folder()]
+        result = json.loads(run(command, scratch, **NO_COMPILER, PATH=str(scratch)).splitlines()[-1])
+    assert all(Path(file).is_relative_to(target) for file in result["files"]), result["files"]
+    assert result["shape"] == [2, 384]
+    if kind == "wheel":
+        assert result["unavailable"] is None
+    else:
+        assert "has no C++ kernels" in result["unavailable"]
+        assert result["unavailable"] in result["explain"]
 
 
 @pytest.mark.slow
 def test_wheel_metadata(wheel_metadata: Message) -> None:
     """Catches a version that differs from the package's own, and a test or peer library among the dependencies."""
     version = runpy.run_path(str(ROOT / "fastbert" / "_version.py"))["__version__"]
-    assert (wheel_metadata["Name"], wheel_metadata["Version"]) == ("fastbert", version)
+    assert (wheel_metadata["Name"], wheel_metadata["Version"]) == ("fastbert-engine", version)
     assert wheel_metadata["Requires-Python"] == ">=3.10"
     requirements = [Requirement(line) for line in wheel_metadata.get_all("Requires-Dist")]
     always = {one.name: str(one.marker or "") for one in requirements if "extra" not in str(one.marker)}
@@ -264,7 +334,7 @@ def test_transformers_imports_from_the_root_with_pypi_kernels(
 
 @pytest.mark.slow
 def test_a_regular_package_kernels_would_be_noticed(pypi_kernels: Path, accepted_version: str, tmp_path: Path) -> None:
-    """Catches a probe that proves nothing: where `kernels/` has an `__init__.py`, the same import must fail."""
+    """Catches a probe that proves nothing, because it passes where `kernels/` has an `__init__.py`."""
     (tmp_path / "kernels").mkdir()
     (tmp_path / "kernels" / "__init__.py").touch()
     with pytest.raises(AssertionError, match="ImportError"):

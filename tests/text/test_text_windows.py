@@ -1,4 +1,4 @@
-"""Long texts: in pieces, cut before they are tokenised, a few at once; always with the tokens of the whole text."""
+"""Long texts are cut and tokenised in pieces, and have the tokens of the whole text."""
 
 from __future__ import annotations
 
@@ -42,9 +42,9 @@ def other(pre_tokenizer: Any, normalizer: Any = None) -> RustTokenizer:
     return rust
 
 
-def byte_level(**how: Any) -> RustTokenizer:
+def byte_level(**options: Any) -> RustTokenizer:
     rust = KINDS["roberta"]()
-    rust.pre_tokenizer = pre_tokenizers.ByteLevel(**how)
+    rust.pre_tokenizer = pre_tokenizers.ByteLevel(**options)
     return rust
 
 
@@ -78,11 +78,11 @@ ADDED = [
 
 @pytest.fixture(scope="module")
 def rusts(minilm: Path) -> dict[str, RustTokenizer]:
-    made = {name: build(minilm) for name, build in BUILD.items()}
-    for rust in made.values():
+    tokenizers = {name: build(minilm) for name, build in BUILD.items()}
+    for rust in tokenizers.values():
         rust.add_tokens(ADDED)
         assert splits(rust)
-    return made
+    return tokenizers
 
 
 def ids_of(rust: RustTokenizer, texts: list[str]) -> list[int]:
@@ -122,7 +122,7 @@ def test_pieces_have_the_tokens_of_the_whole(
 @settings(max_examples=200, deadline=None)
 @given(text=st.text(st.characters(exclude_categories=["Cs"]) | st.sampled_from(" abc1'\u0301"), max_size=80))
 def test_pieces_of_any_text(name: str, rusts: dict[str, RustTokenizer], text: str) -> None:
-    """Catches a character of Unicode that nobody thought of."""
+    """Catches a character of Unicode at which a text is cut wrongly."""
     assert ids_of(rusts[name], list(pieces(text, 1))) == ids_of(rusts[name], [text])
 
 
@@ -184,9 +184,9 @@ def test_long_texts_here(side: str, limit: int | None, minilm: Path, monkeypatch
     expected = [tokenizer.encode_packed(LONG), tokenizer.encode_packed(LONG, pairs)]
     only = tokenizer.encode_packed(LONG, ["fish"] * len(LONG), truncation="only_first", max_length=90)
     monkeypatch.setattr(text_windows, "CHARACTERS", 40)
-    found = [tokenizer.encode_packed(LONG), tokenizer.encode_packed(LONG, pairs)]
-    found.append(tokenizer.encode_packed(LONG, ["fish"] * len(LONG), truncation="only_first", max_length=90))
-    for a, b in zip(found, [*expected, only], strict=True):
+    packed = [tokenizer.encode_packed(LONG), tokenizer.encode_packed(LONG, pairs)]
+    packed.append(tokenizer.encode_packed(LONG, ["fish"] * len(LONG), truncation="only_first", max_length=90))
+    for a, b in zip(packed, [*expected, only], strict=True):
         assert a.input_ids.tolist() == b.input_ids.tolist() and a.cu_seqlens.tolist() == b.cu_seqlens.tolist()
         assert a.token_type_ids.tolist() == b.token_type_ids.tolist()
         assert (a.n_truncated, a.n_truncated_tokens) == (b.n_truncated, b.n_truncated_tokens)
@@ -205,14 +205,14 @@ def test_long_texts_of_a_live_tokenizer(side: str, limit: int, minilm: Path, mon
     live = LiveTokenizer(theirs, limit)
     whole = live._whole
     monkeypatch.setattr(live, "_whole", lambda texts, limit: sizes.extend(map(len, texts)) or whole(texts, limit))
-    found = live.encode_packed(texts)
-    offsets = found.cu_seqlens.tolist()
-    assert [found.input_ids[a:b].tolist() for a, b in zip(offsets, offsets[1:], strict=False)] == expected
+    packed = live.encode_packed(texts)
+    offsets = packed.cu_seqlens.tolist()
+    assert [packed.input_ids[a:b].tolist() for a, b in zip(offsets, offsets[1:], strict=False)] == expected
     assert sizes[0] < len(texts[0]) or limit == 100
 
 
 def test_short_texts_go_to_rust_as_before(minilm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches more calls than before for texts of a usual length, which would not keep the threads busy."""
+    """Catches more calls than before for texts of a usual length, which keep the threads idle."""
     tokenizer = Tokenizer.from_pretrained(minilm)
     sizes: list[int] = []
     encoded = tokenizer._encoded
@@ -254,7 +254,7 @@ print(megabytes("VmHWM") - before)
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak of memory is read from Linux's /proc")
 @pytest.mark.parametrize("which", ["encoder", "accelerated", "cross-encoder"])
 def test_memory_does_not_grow_with_long_texts(which: str) -> None:
-    """Catches the tokens of whole documents kept until they are cut: 160 to 380 MB for 250 of 40 kB, now 45 to 60."""
+    """Catches the tokens of whole documents kept until they are cut: 160 MB and more for 250 of 40 kB."""
     done = subprocess.run([sys.executable, "-c", MEMORY, which], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     assert float(done.stdout) < 120

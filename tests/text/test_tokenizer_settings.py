@@ -1,4 +1,4 @@
-"""Settings of a tokenizer's folder, key by key: the ids of transformers' AutoTokenizer, or a refusal by name."""
+"""Each setting of a tokenizer's folder gives the ids of AutoTokenizer, or is refused by name."""
 
 from __future__ import annotations
 
@@ -40,10 +40,10 @@ PROBES = [
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A folder for each of FAMILIES, with tokenizer.json, config.json and the class alone in tokenizer_config.json."""
-    made = {}
+    folder_of = {}
     words = Tokenizer.train([*TEXTS, *PAIRS, "The River [NEW] caf\u00e9"] * 3, vocab_size=150, lowercase=False)
     for name, kind in FAMILIES.items():
-        folder = made[name] = tmp_path_factory.mktemp(name)
+        folder = folder_of[name] = tmp_path_factory.mktemp(name)
         if name in WORDPIECE:
             words.save_pretrained(folder)
             (folder / "special_tokens_map.json").unlink()
@@ -52,7 +52,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         model_type = {"plain": "roberta", "plain-bert": "bert"}.get(name, name)
         (folder / "config.json").write_text(json.dumps({"model_type": model_type}))
         (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": kind}))
-    return made
+    return folder_of
 
 
 def copied(folder: Path, to: Path, config: dict[str, Any], **files: Any) -> Path:
@@ -74,17 +74,17 @@ def assert_same(folder: Path) -> Tokenizer:
     ours.save_pretrained(saved)
     again = Tokenizer.from_pretrained(saved)
     for tokenizer in (ours, again, pickle.loads(pickle.dumps(ours))):
-        for given in ((PROBES,), (PROBES, PROBES[::-1])):
-            expected, found = theirs(*given), tokenizer(*given, truncation=True, max_length=1000)
-            for text, a, b in zip(PROBES, found["input_ids"], expected["input_ids"], strict=True):
+        for arguments in ((PROBES,), (PROBES, PROBES[::-1])):
+            expected, encoding = theirs(*arguments), tokenizer(*arguments, truncation=True, max_length=1000)
+            for text, a, b in zip(PROBES, encoding["input_ids"], expected["input_ids"], strict=True):
                 assert a == b, f"{text!r}: {ours.convert_ids_to_tokens(a)}, not {theirs.convert_ids_to_tokens(b)}"
             if "token_type_ids" in expected:
-                assert found["token_type_ids"] == expected["token_type_ids"]
+                assert encoding["token_type_ids"] == expected["token_type_ids"]
             else:
-                assert not any(i for row in found["token_type_ids"] for i in row)
+                assert not any(i for row in encoding["token_type_ids"] for i in row)
             assert (
-                tokenizer(*given, max_length=9)["input_ids"]
-                == theirs(*given, truncation=True, max_length=9)["input_ids"]
+                tokenizer(*arguments, max_length=9)["input_ids"]
+                == theirs(*arguments, truncation=True, max_length=9)["input_ids"]
             )
         limit = theirs.model_max_length
         assert tokenizer.model_max_length == (None if limit > 1e12 else limit)
@@ -241,7 +241,7 @@ def test_older_files(name: str, with_decoder: bool, folders: dict[str, Path], tm
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_sides_stored_in_tokenizer_json(name: str, folders: dict[str, Path], tmp_path: Path) -> None:
-    """Catches the sides of stored truncation and padding, which are defaults; the rest is not applied."""
+    """Catches stored sides of truncation and padding that are ignored, or the rest of them applied."""
     rust = RustTokenizer.from_file(str(folders[name] / "tokenizer.json"))
     rust.enable_truncation(5, direction="left")
     rust.enable_padding(direction="left", pad_id=3, pad_token="a", pad_type_id=1, length=9)
@@ -268,7 +268,7 @@ def pieces_of(name: str) -> list[dict[str, Any]]:
 def test_tokenizer_json_that_says_otherwise(
     name: str, part: int, folders: dict[str, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Catches a pipeline of tokenizer.json that transformers 5 does not take; transformers 4 did, which is logged."""
+    """Catches a pipeline of tokenizer.json taken where transformers 5 does not, or without a word where 4 did."""
     change = pieces_of(name)[part]
     stored = {**json.loads((folders[name] / "tokenizer.json").read_text()), **change}
     folder = copied(folders[name], tmp_path, {}, tokenizer=stored)
@@ -321,7 +321,7 @@ def test_the_newest_of_several_tokenizer_files(folders: dict[str, Path], tmp_pat
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_settings_together(name: str, folders: dict[str, Path], tmp_path: Path) -> None:
-    """Catches settings that are right one by one and act upon each other."""
+    """Catches settings that are right one by one and that spoil each other together."""
     draw = random.Random(name)
     keys = [
         key

@@ -1,4 +1,4 @@
-"""`fastbert tune` with a clock that is not one: what is timed, chosen, written, and gone by afterwards."""
+"""`fastbert tune` times candidates, here with a made-up clock, and models follow the table that it writes."""
 
 from __future__ import annotations
 
@@ -49,8 +49,10 @@ def jobs(**changes):
 
 def job(epilogue, candidates):
     """One GEMM of the tiny model with a few candidates."""
-    (found,) = [j for j in jobs(only=["gemm"]) if j.epilogue == epilogue and j.sizes != (48, 32)]
-    return tune_jobs.Job(found.op, found.key, found.what, found.dtype, found.sizes, epilogue, tuple(candidates))
+    (only_job,) = [j for j in jobs(only=["gemm"]) if j.epilogue == epilogue and j.sizes != (48, 32)]
+    return tune_jobs.Job(
+        only_job.op, only_job.key, only_job.what, only_job.dtype, only_job.sizes, epilogue, tuple(candidates)
+    )
 
 
 def clock(seconds):
@@ -65,7 +67,7 @@ def clock(seconds):
 
 
 def table(**changes):
-    found = {"version": 1, "arch": ARCH, "device": GPU, "date": "2026-01-02", "source": "a test"}
+    content = {"version": 1, "arch": ARCH, "device": GPU, "date": "2026-01-02", "source": "a test"}
     entries = {
         "linear": {"float16/32x96/none": TILE},
         "gemm": {
@@ -73,7 +75,7 @@ def table(**changes):
             "float16/32x48/gelu": {"kernel": "cublas"},
         },
     }
-    return {**found, **entries, **changes}
+    return {**content, **entries, **changes}
 
 
 def cache(content, name=GPU):
@@ -85,16 +87,16 @@ def cache(content, name=GPU):
 
 
 def test_jobs():
-    """A shape of a layer that is not tuned, one that is tuned twice, or a key with a number of tokens in it."""
-    found = jobs()
-    assert [(j.op, j.key) for j in found] == [
+    """Catches a shape of a layer that is not tuned, one that is tuned twice, or a key with a number of tokens in it."""
+    all_jobs = jobs()
+    assert [(j.op, j.key) for j in all_jobs] == [
         ("gemm", "float16/32x96/none"),
         ("gemm", "float16/32x32/residual"),
         ("gemm", "float16/32x48/gelu"),
         ("gemm", "float16/48x32/residual"),
         ("attention", "float16/16"),
     ]
-    assert len(tune_jobs.jobs([("a", CONFIG), ("b", CONFIG)], [torch.bfloat16, torch.float16], ARCH)) == len(found)
+    assert len(tune_jobs.jobs([("a", CONFIG), ("b", CONFIG)], [torch.bfloat16, torch.float16], ARCH)) == len(all_jobs)
     assert len(tune_jobs.jobs(tune_jobs.default_models(), [torch.bfloat16, torch.float32], 90)) == 2 * (3 * 4 + 2)
     assert {j.op for j in jobs(only=["attention"])} == {"attention"}
 
@@ -102,34 +104,34 @@ def test_jobs():
 @pytest.mark.parametrize("arch", sorted(launch.SHARED_MEMORY))
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_candidates(arch, dtype):
-    """A comparison without cuBLAS or today's tile, a tile twice, or descriptors where there are none."""
-    for found in tune_jobs.jobs(tune_jobs.default_models(), [dtype], arch):
-        candidates = found.candidates
+    """Catches a comparison without cuBLAS or today's tile, a tile twice, or descriptors where there are none."""
+    for each in tune_jobs.jobs(tune_jobs.default_models(), [dtype], arch):
+        candidates = each.candidates
         assert len(set(candidates)) == len(candidates) > 3
         kernels = {c.kernel for c in candidates}
-        if found.op == "attention":
-            today = launch.attention_config(dtype, found.sizes[1], arch).block_sizes
+        if each.op == "attention":
+            today = launch.attention_config(dtype, each.sizes[1], arch).block_sizes
             assert candidates[0].sizes == {k: v for k, v in today.items() if k != "BLOCK_D"}
             continue
         assert kernels == {"cublas", "linear"} | (
             {"linear_persistent"} if arch in (90, 100) and dtype.itemsize == 2 else set()
         )
-        ours = launch.gemm(dtype, arch, found.sizes, found.epilogue)
+        ours = launch.gemm(dtype, arch, each.sizes, each.epilogue)
         assert Candidate(ours.ours, tuple(sorted(ours.config.block_sizes.items()))) in candidates
         assert any(c.sizes.get("WARP_SPECIALIZE") for c in candidates) == (arch == 90 and dtype.itemsize == 2)
         # Whether epilogues have a tile of which each thread holds 128 sums.
         sums = {c.sizes["BLOCK_ROWS"] * c.sizes["BLOCK_COLS"] // (32 * c.sizes["num_warps"]) for c in candidates[1:]}
-        assert (max(sums) >= 128) == (dtype.itemsize == 2 and found.epilogue != "residual")
+        assert (max(sums) >= 128) == (dtype.itemsize == 2 and each.epilogue != "residual")
 
 
 @pytest.mark.parametrize("arch", sorted(launch.SHARED_MEMORY))
 def test_candidates_of_8_bit_linears(arch):
-    """A comparison without today's kernel and tile, descriptors where there are none, or fp8 on a GPU without it."""
-    found = tune_jobs.jobs(tune_jobs.default_models(), [], arch, precisions=("fp8", "int8"))
+    """Catches a comparison without today's kernel and tile, or descriptors or fp8 on a GPU without them."""
+    all_jobs = tune_jobs.jobs(tune_jobs.default_models(), [], arch, precisions=("fp8", "int8"))
     classes = {"int8"} | ({"float8"} if arch >= 89 else set())
-    assert {j.key.split("/")[0] for j in found} == classes and {j.op for j in found} == {"quantized_gemm"}
-    assert len(found) == 12 * len(classes)
-    for job in found:
+    assert {j.key.split("/")[0] for j in all_jobs} == classes and {j.op for j in all_jobs} == {"quantized_gemm"}
+    assert len(all_jobs) == 12 * len(classes)
+    for job in all_jobs:
         assert len(set(job.candidates)) == len(job.candidates) > 3
         persistent = arch == 90 or (arch == 100 and job.dtype != torch.int8)
         kernels = {"quantized_linear"} | ({"quantized_linear_persistent"} if persistent else set())
@@ -147,63 +149,63 @@ def test_candidates_of_8_bit_linears(arch):
 
 @pytest.mark.parametrize(("precision", "arch"), [("fp8", 90), ("int8", 90), ("int8", ARCH)])
 def test_8_bit_linears(precision, arch, monkeypatch, device):
-    """A candidate that computes something else than the model does; a choice that is not gone by."""
+    """Catches a candidate that computes something else than the model does, or a choice that is not followed."""
     config = BertConfig(hidden_size=32, intermediate_size=160, num_attention_heads=1)
     monkeypatch.setattr(launch, "arch", lambda device: arch)
     monkeypatch.setattr(tables, "gpus", lambda: [(GPU, arch)])
-    found = tune_jobs.jobs([("tiny", config)], [], arch, precisions=[precision])
+    all_jobs = tune_jobs.jobs([("tiny", config)], [], arch, precisions=[precision])
     first = "quantized_linear"  # the slower one without a table
     timer = clock(lambda name, call: 1.0 if name.startswith(f"{first} ") else 2.0)
-    outcomes = tune.tune(found, device, [40], timer=timer, say=lambda text: None)
+    outcomes = tune.tune(all_jobs, device, [40], timer=timer, say=lambda text: None)
     for outcome in outcomes:
         assert outcome.rejected == {} and list(outcome.seconds) == list(outcome.job.candidates)
         assert "quantized_linear" in str(outcome)
-    made = tune.table_of(outcomes, GPU, arch, [40], date="2026-01-02")
-    tune.write(made, tables.cache_folder() / tables.file_name(GPU))
-    assert len(made["quantized_gemm"]) == len(made[first]) == 4 and made["gemm"] == {}
-    for job in found:
+    tuned = tune.table_of(outcomes, GPU, arch, [40], date="2026-01-02")
+    tune.write(tuned, tables.cache_folder() / tables.file_name(GPU))
+    assert len(tuned["quantized_gemm"]) == len(tuned[first]) == 4 and tuned["gemm"] == {}
+    for job in all_jobs:
         out_dtype = job.dtype if job.epilogue == "gelu" else torch.bfloat16
         chosen = launch.quantized_gemm(job.dtype, arch, job.sizes, job.group, out_dtype)
         assert (chosen.choice, chosen.ours) == (first, first) and "measured on" in chosen.choice_source
-        assert chosen.config.block_sizes == made[first][job.key]
+        assert chosen.config.block_sizes == tuned[first][job.key]
     report = explain(BertModel(config, precision=precision).eval(), arch=arch, dtype="bfloat16")
     rows = [row for row in report.rows if row.op == "quantized_linear"]
     assert {row.kernel for row in rows} == {f"fastbert_kernels.{first}"}
     assert all(row.source.count("measured on Test GPU") == 2 for row in rows)
-    again = tune.table_of(outcomes[:1], GPU, arch, [40], before=made)
-    assert again["quantized_gemm"] == made["quantized_gemm"]
+    again = tune.table_of(outcomes[:1], GPU, arch, [40], before=tuned)
+    assert again["quantized_gemm"] == tuned["quantized_gemm"]
 
 
 def test_every_candidate_of_a_layer_is_right(capsys, device):
-    """A way of running a candidate that computes something else than the model does, in any op."""
+    """Catches a way of running a candidate that computes something else than the model does, in any op."""
     outcomes = tune.tune(jobs(), device, [64], timer=clock(lambda name, call: 1.0), say=lambda text: None)
     for outcome in outcomes:
         assert outcome.rejected == {} and list(outcome.seconds) == list(outcome.job.candidates)
 
 
 def test_the_clock(device, monkeypatch):
-    """A clock that times one candidate for another, or none."""
+    """Catches a clock that times another candidate, or none."""
     monkeypatch.setattr(tune, "ROUNDS", 3)
     runs = {str(n): (lambda n=n: time.sleep(n / 1000)) for n in (1, 4)}
     seconds = tune.cuda_timer(runs, torch.device("cpu"))
     assert 0.001 <= seconds["1"] < 0.004 <= seconds["4"]
     (outcome,) = tune.tune([job("none", [Candidate("cublas"), SMALL])], device, [16], say=lambda text: None)
-    assert all(len(found) == 1 and found[0] > 0 for found in outcome.seconds.values()) and len(outcome.seconds) == 2
+    assert all(len(times) == 1 and times[0] > 0 for times in outcome.seconds.values()) and len(outcome.seconds) == 2
 
 
 @pytest.mark.gpu
 def test_on_a_gpu():
-    """A candidate that the GPU refuses, or a clock that gives nothing."""
+    """Catches a candidate that the GPU refuses, or a clock that gives nothing."""
     arch = launch.arch(torch.device("cuda"))
     config = BertConfig(hidden_size=384, intermediate_size=1536, num_attention_heads=12)
-    found = tune_jobs.jobs([("MiniLM", config)], [torch.bfloat16], arch)
-    for outcome in tune.tune(found, torch.device("cuda"), [256], say=lambda text: None):
+    all_jobs = tune_jobs.jobs([("MiniLM", config)], [torch.bfloat16], arch)
+    for outcome in tune.tune(all_jobs, torch.device("cuda"), [256], say=lambda text: None):
         assert outcome.best() is not None and all(seconds[0] > 0 for seconds in outcome.seconds.values())
         assert not any(reason.startswith("wrong") for reason in outcome.rejected.values())
 
 
 def test_choice_over_numbers_of_tokens(device):
-    """A choice by one number of tokens, or by the sum, in which the largest alone counts."""
+    """Catches a choice by one number of tokens, or by the sum, in which the largest alone counts."""
     # Twice as fast at the two small sizes, a third slower at the large one.
     times = {"cublas": (2e-6, 4e-6, 3e-4), str(SMALL): (1e-6, 2e-6, 4e-4)}
     (outcome,) = tune.tune(
@@ -212,18 +214,18 @@ def test_choice_over_numbers_of_tokens(device):
     )  # fmt: skip
     assert outcome.best() == SMALL and outcome.best("cublas") == Candidate("cublas")
     assert outcome.seconds[SMALL] == [1e-6, 2e-6, 4e-4]
-    made = tune.table_of([outcome], GPU, ARCH, [16, 32, 48], date="2026-01-02")
-    entry = made["gemm"]["float16/32x96/none"]
+    tuned = tune.table_of([outcome], GPU, ARCH, [16, 32, 48], date="2026-01-02")
+    entry = tuned["gemm"]["float16/32x96/none"]
     assert entry == {
         "kernel": "linear", "ours": "linear",
         "microseconds": {"cublas": [2.0, 4.0, 300.0], "linear": [1.0, 2.0, 400.0]},
     }  # fmt: skip
-    assert made["linear"] == {"float16/32x96/none": TILE}
-    assert (made["device"], made["arch"], made["date"]) == (GPU, ARCH, "2026-01-02") and "tokens" in made["source"]
+    assert tuned["linear"] == {"float16/32x96/none": TILE}
+    assert (tuned["device"], tuned["arch"], tuned["date"]) == (GPU, ARCH, "2026-01-02") and "tokens" in tuned["source"]
 
 
 def test_wrong_and_failing_candidates_are_left_out(monkeypatch, device):
-    """A kernel that is fastest because it is wrong, or one broken tile that ends the command."""
+    """Catches a kernel that is fastest because it is wrong, or one broken tile that ends the command."""
     tiles = {n: Candidate("linear", tuple(sorted({**TILE, "GROUP_ROWS": n}.items()))) for n in (1, 2, 4)}
     call = tune_jobs.Work.call
 
@@ -248,7 +250,7 @@ def test_wrong_and_failing_candidates_are_left_out(monkeypatch, device):
 
 
 def test_table_is_gone_by(monkeypatch, device):
-    """A table that is written and not read, or read for another shape; a report that does not show its source."""
+    """Catches a table that is written and not read, or read for another shape, or a report without its source."""
     times = {"cublas": 3.0, str(SMALL): 2.0}
     outcomes = tune.tune(
         [job("none", [Candidate("cublas"), SMALL]), job("gelu", [Candidate("cublas"), SMALL])], device, [16, 32],
@@ -258,12 +260,12 @@ def test_table_is_gone_by(monkeypatch, device):
     path = tables.cache_folder() / tables.file_name(GPU)
     tune.write(tune.table_of(outcomes, GPU, ARCH, [16, 32], date="2026-01-02"), path)
     assert path.name == "test-gpu-80gb.json" and before.choice is None
-    found = launch.gemm(torch.bfloat16, ARCH, (32, 96), "none")
-    assert (found.choice, found.ours, found.config.block_sizes) == ("linear", "linear", TILE)
-    assert found.choice_source == f"{path} (measured on {GPU}, 2026-01-02)"
+    choice = launch.gemm(torch.bfloat16, ARCH, (32, 96), "none")
+    assert (choice.choice, choice.ours, choice.config.block_sizes) == ("linear", "linear", TILE)
+    assert choice.choice_source == f"{path} (measured on {GPU}, 2026-01-02)"
     # cuBLAS was the faster one here; ours is known all the same, for where cuBLAS may not be taken.
-    found = launch.gemm(torch.float16, ARCH, (32, 48), "gelu_tanh")
-    assert (found.choice, found.config.block_sizes) == ("cublas", TILE)
+    choice = launch.gemm(torch.float16, ARCH, (32, 48), "gelu_tanh")
+    assert (choice.choice, choice.config.block_sizes) == ("cublas", TILE)
     assert launch.gemm(torch.bfloat16, ARCH, (32, 97), "none").config.block_sizes != TILE
     assert launch.gemm(torch.float32, ARCH, (32, 96), "none").choice is None
     report = explain(BertModel(CONFIG).eval(), arch=ARCH, dtype="bfloat16")
@@ -276,11 +278,11 @@ def test_table_is_gone_by(monkeypatch, device):
 
 
 def test_attention_table(device):
-    """A tile of the attention that is timed but not taken."""
-    (found,) = jobs(only=["attention"])
-    fastest = found.candidates[3]
+    """Catches a tile of the attention that is timed but not taken."""
+    (only_job,) = jobs(only=["attention"])
+    fastest = only_job.candidates[3]
     (outcome,) = tune.tune(
-        [found], device, [64], timer=clock(lambda n, i: 1.0 if n == str(fastest) else 2.0), say=lambda text: None
+        [only_job], device, [64], timer=clock(lambda n, i: 1.0 if n == str(fastest) else 2.0), say=lambda text: None
     )
     tune.write(tune.table_of([outcome], GPU, ARCH, [64]), tables.cache_folder() / tables.file_name(GPU))
     assert launch.attention_config(torch.float16, 16, ARCH).block_sizes == {**fastest.sizes, "BLOCK_D": 16}
@@ -288,14 +290,14 @@ def test_attention_table(device):
 
 
 def test_earlier_shapes_stay(caplog, device):
-    """A second run, for another model, that forgets the first; a broken table that stops the command."""
+    """Catches a second run, for another model, that forgets the first, or a broken table that stops the command."""
     (outcome,) = tune.tune(
         [job("gelu", [Candidate("cublas"), SMALL])], device, [16], timer=clock(lambda n, i: 1.0), say=lambda text: None
     )
     path = cache(table())
-    made = tune.table_of([outcome], GPU, ARCH, [16], before=tune.earlier(path, GPU, ARCH))
-    assert made["linear"]["float16/32x96/none"] == TILE and set(made["gemm"]) == set(table()["gemm"])
-    assert made["gemm"]["float16/32x48/gelu"] != table()["gemm"]["float16/32x48/gelu"]
+    tuned = tune.table_of([outcome], GPU, ARCH, [16], before=tune.earlier(path, GPU, ARCH))
+    assert tuned["linear"]["float16/32x96/none"] == TILE and set(tuned["gemm"]) == set(table()["gemm"])
+    assert tuned["gemm"]["float16/32x48/gelu"] != table()["gemm"]["float16/32x48/gelu"]
     for content in ("{", table(device="Another GPU"), table(version=0)):
         caplog.clear()
         assert tune.earlier(cache(content), GPU, ARCH) is None
@@ -318,7 +320,7 @@ BAD = {
 
 @pytest.mark.parametrize("problem", BAD)
 def test_bad_table_in_the_cache(problem, caplog):
-    """A broken table in the cache that stops a model, or is left without a word."""
+    """Catches a broken table in the cache that stops a model, or is left without a word."""
     path = cache(BAD[problem])
     with caplog.at_level(logging.WARNING, "fastbert"):
         assert "tuned/sm_80.json" in launch.linear_config(torch.bfloat16, ARCH).source
@@ -330,7 +332,7 @@ def test_bad_table_in_the_cache(problem, caplog):
 
 @pytest.mark.parametrize("problem", BAD)
 def test_bad_table_that_was_named(problem, tmp_path):
-    """A table that the user names and that is quietly not taken."""
+    """Catches a table that the user names and that is ignored without a word."""
     path = tmp_path / "mine.json"
     path.write_text(BAD[problem] if isinstance(BAD[problem], str) else json.dumps(BAD[problem]))
     with pytest.raises(ValueError, match=re.escape(str(path))) as error:
@@ -342,7 +344,7 @@ def test_bad_table_that_was_named(problem, tmp_path):
 
 
 def test_named_table_goes_before_the_cache(tmp_path):
-    """A table in the cache that wins over the one that the user named."""
+    """Catches a table in the cache that wins over the one that the user named."""
     cache(table())
     path = tmp_path / "mine.json"
     path.write_text(json.dumps(table(linear={"float16": {**TILE, "GROUP_ROWS": 7}}, gemm={})))
@@ -353,7 +355,7 @@ def test_named_table_goes_before_the_cache(tmp_path):
 
 
 def test_whose_table(machine, caplog):
-    """Another GPU's table that is taken, or one of two different GPUs that are told apart by nothing."""
+    """Catches a table of another GPU that is taken, or two different GPUs that nothing tells apart."""
     cache(table())
     assert launch.linear_config(torch.bfloat16, ARCH, (32, 96)).block_sizes == TILE
     assert "sm_90.json" in launch.linear_config(torch.bfloat16, 90, (32, 96)).source
@@ -370,7 +372,7 @@ def test_whose_table(machine, caplog):
 
 
 def test_cache_folder(monkeypatch):
-    """A cache that does not follow the XDG base directory specification."""
+    """Catches a cache that does not follow the XDG base directory specification."""
     monkeypatch.setenv("HOME", "/home/someone")
     monkeypatch.setenv("XDG_CACHE_HOME", "/elsewhere")
     assert tables.cache_folder() == Path("/elsewhere/fastbert/tuned")
@@ -382,7 +384,7 @@ def test_cache_folder(monkeypatch):
 
 
 def test_full_disk(monkeypatch):
-    """A full cache disk that leaves half a table, or loses the old one, or is found out after minutes of timing."""
+    """Catches a full disk that leaves half a table, loses the old one, or is found out after minutes of timing."""
     path = cache(table())
     content = path.read_text()
 
@@ -401,7 +403,7 @@ def test_full_disk(monkeypatch):
 
 
 def test_command_without_a_gpu(monkeypatch, capsys):
-    """A command that tunes a CPU, passes without a GPU, or does not say why."""
+    """Catches a command that tunes a CPU, passes without a GPU, or does not say why."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for argv in ([], ["--dry-run"], ["--device", "cpu"], ["--device", "cuda:1"]):
         assert main(["tune", *argv]) == 2
@@ -413,7 +415,7 @@ def test_command_without_a_gpu(monkeypatch, capsys):
 
 
 def test_dry_run(capsys):
-    """A dry run that leaves out what would be timed, or writes."""
+    """Catches a dry run that leaves out what would be timed, or writes."""
     assert main(["tune", "--dry-run", "--arch", "90", "--tokens", "64", "128", "--only", "gemm"]) == 0
     out = capsys.readouterr().out
     assert "compute capability 9.0: 12 shapes, each at 64, 128 tokens" in out
@@ -422,7 +424,7 @@ def test_dry_run(capsys):
 
 
 def test_command(tmp_path, monkeypatch, capsys, device):
-    """A command that loses the model's shapes or its options on the way to the table."""
+    """Catches a command that loses the model's shapes or its options on the way to the table."""
     monkeypatch.setattr(tune, "unable", lambda device: None)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: GPU)
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
@@ -438,8 +440,8 @@ def test_command(tmp_path, monkeypatch, capsys, device):
     )
     out = capsys.readouterr().out
     assert "float16/32x96/none" in out and f"written: {tmp_path / 't.json'}" in out
-    made = tables.read_table_for(tmp_path / "t.json", GPU, ARCH)
-    assert len(made["gemm"]) == 4 and made["attention"] == {} and not tables.cache_folder().exists()
+    tuned = tables.read_table_for(tmp_path / "t.json", GPU, ARCH)
+    assert len(tuned["gemm"]) == 4 and tuned["attention"] == {} and not tables.cache_folder().exists()
     assert main(["tune", str(tmp_path / "model"), "--only", "attention", "--tokens", "16"]) == 0
     assert set(tables.read_table_for(tables.cache_folder() / "test-gpu-80gb.json", GPU, ARCH)["attention"]) == {
         "float16/16"
@@ -452,7 +454,7 @@ def test_command(tmp_path, monkeypatch, capsys, device):
 
 
 def test_no_tuning_at_run_time(monkeypatch, device):
-    """A model that times anything by itself."""
+    """Catches a model that times anything by itself."""
     monkeypatch.setattr(tune.measure, "interleave", lambda *args, **kwargs: pytest.fail("timed at run time"))
     model = BertModel(CONFIG, backend="triton").to(device).eval()
     for n in (1, 7):
@@ -461,7 +463,7 @@ def test_no_tuning_at_run_time(monkeypatch, device):
 
 
 def test_part_of_the_gpu_run(tmp_path, monkeypatch, device):
-    """A run on a GPU that tunes nothing, writes into the user's cache, or does not stop when its time is up."""
+    """Catches a run on a GPU that tunes nothing, writes into the user's cache, or does not stop when its time is up."""
     monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[2] / "benchmarks"))
     import gpu
     import gpu_parts
@@ -480,7 +482,7 @@ def test_part_of_the_gpu_run(tmp_path, monkeypatch, device):
     run, timer = tune.tune, clock(lambda name, i: float(len(name)))
     monkeypatch.setattr(tune, "tune", lambda j, device, n, say: run(j, device, n, timer=timer, say=say))
     assert gpu_parts.run("tune", options, 60.0) == 0
-    made = tables.read_table_for(tmp_path / "tuned" / "test-gpu-80gb.json", GPU, ARCH)
-    assert len(made["gemm"]) == 4 and len(made["attention"]) == 1 and not tables.cache_folder().exists()
+    tuned = tables.read_table_for(tmp_path / "tuned" / "test-gpu-80gb.json", GPU, ARCH)
+    assert len(tuned["gemm"]) == 4 and len(tuned["attention"]) == 1 and not tables.cache_folder().exists()
     assert Results.load(tmp_path / "tune.json").notes["tuned_shapes"] == "5 of 5"
     assert gpu_parts.run("tune", options, 0.0) == 1

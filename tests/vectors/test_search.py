@@ -1,4 +1,4 @@
-"""Semantic search: the order of a float64 brute force, whatever the chunks, the dtype and the ties."""
+"""Semantic search gives the order of a float64 brute force, whatever the chunks, the dtype and the ties."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ def brute(queries: Any, corpus: Any, k: int, score: str) -> tuple[np.ndarray, np
     return np.take_along_axis(scores, order, 1), order
 
 
-def check(queries: Any, corpus: Any, k: int, score: str, numbers: Any = None, **how: Any) -> None:
-    scores, ids = semantic_search(queries, corpus, top_k=k, score=score, as_arrays=True, **how)
+def check(queries: Any, corpus: Any, k: int, score: str, numbers: Any = None, **options: Any) -> None:
+    scores, ids = semantic_search(queries, corpus, top_k=k, score=score, as_arrays=True, **options)
     expected, order = brute(queries, corpus if numbers is None else numbers, k, score)
     assert scores.dtype == np.float32 and ids.dtype == np.int64
     assert np.array_equal(ids, order)
@@ -157,15 +157,15 @@ def test_memory_is_bounded_by_the_chunks() -> None:
 
 
 @pytest.mark.parametrize("score", ["cosine", "dot"])
-@pytest.mark.parametrize("how", [{}, {"query_chunk_size": 2, "corpus_chunk_size": 7}], ids=str)
-def test_results_of_sentence_transformers(score: str, how: dict[str, int]) -> None:
+@pytest.mark.parametrize("options", [{}, {"query_chunk_size": 2, "corpus_chunk_size": 7}], ids=str)
+def test_results_of_sentence_transformers(score: str, options: dict[str, int]) -> None:
     """Catches another form of result than theirs, or another order or score."""
     from sentence_transformers import util
 
     queries, corpus = random(5, 13), random(60, 13, seed=1)
     function = {"cosine": util.cos_sim, "dot": util.dot_score}[score]
     expected = util.semantic_search(queries, corpus, top_k=7, score_function=function)
-    ours = semantic_search(queries, torch.from_numpy(corpus), top_k=7, score=score, **how)
+    ours = semantic_search(queries, torch.from_numpy(corpus), top_k=7, score=score, **options)
     assert [[hit["corpus_id"] for hit in hits] for hits in ours] == [
         [h["corpus_id"] for h in hits] for hits in expected
     ]
@@ -203,14 +203,14 @@ def test_quantised_corpus(precision: str, score: str) -> None:
 
 @pytest.mark.parametrize("precision", ["binary", "ubinary"])
 @pytest.mark.parametrize("dim", [16, 13])
-@pytest.mark.parametrize("how", [{}, {"query_chunk_size": 2, "corpus_chunk_size": 31}], ids=str)
-def test_binary_corpus(precision: str, dim: int, how: dict[str, Any]) -> None:
+@pytest.mark.parametrize("options", [{}, {"query_chunk_size": 2, "corpus_chunk_size": 31}], ids=str)
+def test_binary_corpus(precision: str, dim: int, options: dict[str, Any]) -> None:
     """Catches bits in another order, padding bits that count, ties of distances in disorder, and rescoring left out."""
     floats, queries = random(300, dim, seed=1), random(6, dim)
     corpus, signs = quantize_embeddings(floats, precision), np.where(floats > 0, 1.0, -1.0)
     distances = (np.where(queries > 0, 1, -1)[:, None] != signs[None]).sum(-1)
     order = np.argsort(distances, axis=1, kind="stable")
-    arguments: dict[str, Any] = {"top_k": 8, "as_arrays": True, **how}
+    arguments: dict[str, Any] = {"top_k": 8, "as_arrays": True, **options}
     scores, ids = semantic_search(queries, corpus, rescore=False, **arguments)
     assert np.array_equal(ids, order[:, :8])
     np.testing.assert_allclose(scores, 1 - 2 * np.take_along_axis(distances, order[:, :8], 1) / dim, rtol=1e-6)
@@ -230,8 +230,8 @@ def test_binary_finds_what_floats_find() -> None:
     """Catches candidates that have nothing to do with the neighbours, which agreement with itself would not show."""
     floats = random(500, 64, seed=1)
     queries = floats[:20] + 0.3 * random(20, 64, seed=2)
-    found = semantic_search(queries, quantize_embeddings(floats, "ubinary"), top_k=1, rescore_embeddings=floats)
-    assert [hits[0]["corpus_id"] for hits in found] == list(range(20))
+    ranked = semantic_search(queries, quantize_embeddings(floats, "ubinary"), top_k=1, rescore_embeddings=floats)
+    assert [hits[0]["corpus_id"] for hits in ranked] == list(range(20))
 
 
 @pytest.mark.parametrize("corpus", [[], np.zeros((0, 4), np.float32), torch.zeros(0, 4), np.zeros((0, 4), np.int8)])

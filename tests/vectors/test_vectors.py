@@ -1,4 +1,4 @@
-"""Vectors in fewer bits: the numbers of sentence-transformers, from the same ranges, with the same warning."""
+"""Vectors in fewer bits have the numbers of sentence-transformers, from the same ranges."""
 
 from __future__ import annotations
 
@@ -39,10 +39,13 @@ def test_numbers_of_sentence_transformers(precision: str, kind: str) -> None:
         "array": lambda x: x, "float64": lambda x: x.astype(np.float64), "tensor": torch.from_numpy, "list": list,
         "list of tensors": lambda x: list(torch.from_numpy(x)), "fortran": np.asfortranarray,
     }  # fmt: skip
-    given, calibration = make[kind](vectors), 2 * random(50, 13, seed=1)
+    embeddings, calibration = make[kind](vectors), 2 * random(50, 13, seed=1)
     ranges = np.stack([calibration.min(0), calibration.max(0)])
     for arguments in ({}, {"ranges": ranges}, {"calibration_embeddings": calibration}):
-        ours, expected = quantize_embeddings(given, precision, **arguments), theirs(given, precision, **arguments)
+        ours, expected = (
+            quantize_embeddings(embeddings, precision, **arguments),
+            theirs(embeddings, precision, **arguments),
+        )
         assert ours.dtype == expected.dtype and np.array_equal(ours, expected)
 
 
@@ -93,7 +96,7 @@ def encoder() -> SentenceEncoder:
 @NEEDS_6
 @pytest.mark.parametrize("precision", ["int8", "uint8"])
 def test_encode(encoder: SentenceEncoder, precision: str, tmp_path: Path) -> None:
-    """Catches `encode` in 8 bits unlike SentenceTransformer.encode, and ranges that do not reach the quantisation."""
+    """Catches `encode` in 8 bits unlike SentenceTransformer.encode, or ranges that do not reach the quantisation."""
     from sentence_transformers import SentenceTransformer
 
     encoder.save_pretrained(tmp_path)
@@ -104,13 +107,13 @@ def test_encode(encoder: SentenceEncoder, precision: str, tmp_path: Path) -> Non
     # A float32 difference in the last bit may fall on the other side of a step.
     assert np.abs(ours.astype(int) - expected.astype(int)).max() <= 1
     assert (ours != expected).mean() < 0.01
-    made = encoder.encode(texts, precision=precision, convert_to_tensor=True)
-    assert isinstance(made, torch.Tensor) and np.array_equal(made.numpy(), ours)
+    packed = encoder.encode(texts, precision=precision, convert_to_tensor=True)
+    assert isinstance(packed, torch.Tensor) and np.array_equal(packed.numpy(), ours)
 
     floats = encoder.encode(texts, normalize_embeddings=True, truncate_dim=8)
     ranges = np.stack([floats.min(0), floats.max(0)])
-    for how in ({"ranges": ranges}, {"calibration_embeddings": floats}):
-        arguments: dict[str, Any] = {"precision": precision, "normalize_embeddings": True, "truncate_dim": 8, **how}
+    for options in ({"ranges": ranges}, {"calibration_embeddings": floats}):
+        arguments: dict[str, Any] = {"precision": precision, "normalize_embeddings": True, "truncate_dim": 8, **options}
         alone = np.stack([encoder.encode(text, **arguments) for text in texts])
         assert np.abs(alone.astype(int) - quantize_embeddings(floats, precision, ranges=ranges)).max() <= 1
     assert encoder.encode([], precision=precision).shape == (0,)

@@ -11,52 +11,48 @@ import torch
 from torch import Tensor, nn
 
 from fastbert.diagnostics.explain.stand_ins import DryRun
-from fastbert.engine import cpu_encoder, graphs, quantized
-from fastbert.models.bert import BertModel, Encoded
+from fastbert.engine import PackedInputs, buckets, quantized
+from fastbert.engine.arithmetic import Modules
+from fastbert.models.bert import BertModel
+from fastbert.models.encoded import Encoded
 from fastbert.models.pretrained import PreTrainedModel
-from fastbert.ops import Policy, attention, packed_linear, recording
+from fastbert.ops import Policy, attention, recording
 from fastbert.ops.dispatch import Decision
 from fastbert.ops.packing import PackedBatch
 from fastbert.ops.quantized import DTYPES, Quantized
 from fastbert.pipelines.run import TOKEN_BUDGET, Request, Run, batches
 from fastbert.pipelines.sentence import SentenceEncoder
 
-# Decided where the model stands
+# Asked of the model itself
 
 
 def eight_bit_decision(
     bert: BertModel, policy: Policy, device: torch.device, dtype: torch.dtype, arch: int | None
 ) -> Decision | None:
-    """What would run the encoder in 8 bits, None where nothing asks for that; the backend UNQUANTISED where nothing
-    does."""
+    """What would run the encoder in 8 bits; None where nothing asks for that."""
     return None if bert.precision is None else quantized.decide(bert, policy, device, dtype, arch)
 
 
 def is_unquantised(decision: Decision | None) -> bool:
+    """Whether the encoder runs in the model's dtype."""
     return decision is None or decision.backend == quantized.UNQUANTISED
 
 
-def graph_obstacle(bert: BertModel, device: torch.device) -> str | None:
-    """Why no batch would run as a CUDA graph on the device, or None."""
+def graph_obstacles(bert: BertModel, device: torch.device) -> list[str]:
+    """Every reason why no batch would run as a CUDA graph on the device."""
     with torch.no_grad():
-        obstacle = bert.graph_obstacle() if bert.device == device else bert.graphs_refused()
-    if obstacle is None and not bert.cuda_graphs:
-        return "the model's cuda_graphs is False"
-    return obstacle
+        return list(bert.engine.graph_obstacles(bert, device))
 
 
 def largest_graph() -> int:
     """The most tokens of a batch that runs as a CUDA graph."""
-    return graphs.LARGEST
+    return buckets.LARGEST
 
 
-def one_call_obstacle(bert: BertModel, policy: Policy, device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why the encoder would not run in one call of a C++ kernel on this CPU, or None."""
-    obstacle = cpu_encoder.obstacle(bert.config, dtype, policy, device)
-    if obstacle is None and bert.device == device and bert.dtype == dtype:
-        with torch.no_grad():
-            return bert.cpu_encoder_obstacle()
-    return obstacle
+def one_call_obstacles(bert: BertModel, policy: Policy, device: torch.device, dtype: torch.dtype) -> list[str]:
+    """Every reason why the encoder would not run in one call of a C++ kernel on this CPU."""
+    with torch.no_grad():
+        return list(bert.engine.one_call_obstacles(bert, policy, device, dtype))
 
 
 def rows_computed(lengths: Sequence[int], model: nn.Module, bert: BertModel) -> int:
@@ -67,11 +63,7 @@ def rows_computed(lengths: Sequence[int], model: nn.Module, bert: BertModel) -> 
         budget = model.token_budget or TOKEN_BUDGET.get(bert.device.type, TOKEN_BUDGET["cuda"])
         parts = [sum(ordered[a:b]) for a, b in batches(list(accumulate(ordered)), budget, None)]
     with torch.no_grad():
-        if bert._packs_weights():
-            return sum(packed_linear.rows_for(n, bert.dtype) for n in parts)
-        if bert.device.type == "cuda" and bert.graph_obstacle() is None:
-            return sum(graphs.bucket_of(n) or n for n in parts)
-    return sum(parts)
+        return sum(bert.engine.rows_of(bert, n_tokens) for n_tokens in parts)
 
 
 # The dry run of what the operations stand in
@@ -81,26 +73,32 @@ def set_policy(model: PreTrainedModel, policy: Policy) -> None:
     model.__dict__["policy"] = policy
 
 
-def run_encoder(bert: Any, dry: DryRun, batch: PackedBatch) -> Tensor:
+def run_encoder(bert: Any, batch: PackedBatch) -> Tensor:
     """The last hidden state of a model of stand-ins, operation by operation."""
-    ids = recording.stand_in((batch.n_tokens,), torch.int64)
-    token_type_ids = None if getattr(bert.embeddings, "token_type_embeddings", None) is None else ids
-    x = bert._embed(ids, token_type_ids, batch.position_ids, None, batch)
-    return bert._run_encoder(x, batch, False)[-1]
+    return Modules().run(bert, batch, _inputs(bert, batch), False)[-1]
 
 
 def run_in_8_bits(bert: Any, dry: DryRun, batch: PackedBatch, backend: str) -> Tensor:
-    """The same on 8-bit operands. backend: that of `eight_bit_decision`; "cpu", whose one call does what the emulation
-    does, is explained by that."""
-    backend = "torch" if backend == "cpu" else backend
-    ids = recording.stand_in((batch.n_tokens,), torch.int64)
-    token_type_ids = None if bert.embeddings.token_type_embeddings is None else ids
-    rows = recording.stand_in((batch.n_tokens,), torch.int32)
-    plan = rows, recording.stand_in((1, 4), torch.int32), None
-    batch = attention.with_plan(batch, dry.dtype, bert.config.head_size, Policy(backend), plan)
-    bert.__dict__["quantized_weights"] = _EightBitWeights(dry)
+    """The same on 8-bit operands.
+
+    backend: that of `eight_bit_decision`. What "cpu" does in one call is told by the operations of the emulation.
+    """
+    policy = bert.policy
+    set_policy(bert, Policy("torch" if backend == "cpu" else backend))
+    plan = recording.stand_in((batch.n_tokens,), torch.int32), recording.stand_in((1, 4), torch.int32), None
+    batch = attention.with_plan(batch, dry.dtype, bert.config.head_size, bert.policy, plan)
+    arithmetic: Any = quantized.EightBit()
+    arithmetic.weights = _EightBitWeights(dry)
     with dry.inside(bert.embeddings.__dict__["place"]):
-        return quantized.encode(bert, backend, batch, ids, token_type_ids, batch.position_ids, None)[-1]
+        hidden = arithmetic.run(bert, batch, _inputs(bert, batch), False)[-1]
+    set_policy(bert, policy)
+    return hidden
+
+
+def _inputs(bert: Any, batch: PackedBatch) -> PackedInputs:
+    ids = recording.stand_in((batch.n_tokens,), torch.int64)
+    has_types = getattr(bert.embeddings, "token_type_embeddings", None) is not None
+    return PackedInputs(ids, ids if has_types else None, batch.position_ids)
 
 
 class _EightBitWeights:

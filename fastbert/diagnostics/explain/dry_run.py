@@ -10,7 +10,7 @@ import torch
 from fastbert.diagnostics.explain import above
 from fastbert.diagnostics.explain.model import backbone, prefix_of
 from fastbert.diagnostics.explain.stand_ins import DryRun, after_pooling, stand_in_for
-from fastbert.models.bert import Encoded
+from fastbert.models.encoded import Encoded
 from fastbert.models.pretrained import PreTrainedModel
 from fastbert.ops import Policy, recording
 from fastbert.ops.dispatch import Decision
@@ -59,7 +59,7 @@ def dry_run(question: Question, dry: DryRun, eight_bit: Decision | None) -> tupl
             above.set_policy(part, question.policy)
         batch = _batch()
         if above.is_unquantised(eight_bit):
-            hidden = above.run_encoder(bert, dry, batch)
+            hidden = above.run_encoder(bert, batch)
         else:
             assert eight_bit is not None
             hidden = above.run_in_8_bits(bert, dry, batch, eight_bit.backend)

@@ -11,7 +11,7 @@ from fastbert.diagnostics.explain import above
 from fastbert.diagnostics.explain.dry_run import Question
 from fastbert.diagnostics.explain.model import backbone, float32_precision
 from fastbert.diagnostics.explain.report import OpReport
-from fastbert.engine import hooks
+from fastbert.engine.listeners import names_of_listened
 from fastbert.models.pretrained import listed
 from fastbert.ops.dispatch import Decision
 
@@ -29,7 +29,7 @@ def notes_of(question: Question, eight_bit: Decision | None, rows: Iterable[OpRe
     if model.config.extra.get("output_attentions"):
         instead = "running raises BackendError" if policy.strict else "the slow reference path runs instead"
         yield f"config.output_attentions is set, and fused attention keeps no probabilities: {instead}"
-    names = list(hooks.names_of_listened(model))
+    names = list(names_of_listened(model))
     if names:
         cost = "rows are padded for them and packed again, which costs time, and nothing is fused there"
         yield f"{listed(names)} has hooks or a forward of its own: {cost}"
@@ -61,16 +61,16 @@ def _launches(question: Question, rows: Iterable[OpReport]) -> Iterator[str]:
             others += row.launches
     yield f"launches: {in_layers / len(layers):.3g} kernels a layer, {in_layers + others} from ids to last hidden state"
     if question.device.type == "cuda":
-        obstacle = above.graph_obstacle(backbone(question.model), question.device)
+        obstacles = "; ".join(above.graph_obstacles(backbone(question.model), question.device))
         inside = f"a batch of up to {above.largest_graph()} tokens is one launch, without gradients"
-        yield f"CUDA graphs: {inside if obstacle is None else f'none: {obstacle}'}"
+        yield f"CUDA graphs: {f'none: {obstacles}' if obstacles else inside}"
 
 
 def _one_call(question: Question, eight_bit: Decision | None) -> str:
     """Whether the encoder's operations on a CPU run in one call."""
-    obstacle = None
+    obstacles = ""
     if eight_bit is None or eight_bit.backend != "cpu":
         bert = backbone(question.model)
-        obstacle = above.one_call_obstacle(bert, question.policy, question.device, question.dtype)
+        obstacles = "; ".join(above.one_call_obstacles(bert, question.policy, question.device, question.dtype))
     inside = "without gradients, the encoder's operations run in one call of fastbert_kernels.cpu"
-    return f"one call: {inside if obstacle is None else f'no: {obstacle}'}"
+    return f"one call: {f'no: {obstacles}' if obstacles else inside}"

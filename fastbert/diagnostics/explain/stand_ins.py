@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from fastbert.checkpoint.config import BertConfig
 from fastbert.diagnostics.explain.report import MODULE
-from fastbert.models.bert import BertSelfAttention, is_bare, is_plain, is_plain_norm
+from fastbert.engine.listeners import is_bare, is_plain, is_plain_norm
+from fastbert.models.bert import BertSelfAttention
 from fastbert.models.pretrained import PreTrainedModel
 from fastbert.ops import Policy, recording
 from fastbert.ops.recording import Record, Recorder

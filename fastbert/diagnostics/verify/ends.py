@@ -14,7 +14,9 @@ from fastbert import reference
 from fastbert.adapters.sentences import Pipeline, Step
 from fastbert.checkpoint.activations import ACTIVATIONS, activate
 from fastbert.diagnostics.verify.report import FACTOR_OF_VECTORS
-from fastbert.models.bert import BertModel, Encoded, dense
+from fastbert.models.bert import BertModel
+from fastbert.models.encoded import Encoded
+from fastbert.models.modules import dense
 from fastbert.pipelines.folder import POOLING_MODES
 from fastbert.pipelines.run import Request, Run
 from fastbert.pipelines.sentence import SentenceEncoder

@@ -34,6 +34,7 @@ from fastbert.diagnostics.verify.report import (
 )
 from fastbert.engine import quantized
 from fastbert.models.bert import BertModel
+from fastbert.models.inputs import Inputs
 from fastbert.ops import Policy
 
 # Of the texts that run together: the model's in the order given, so that lengths mix; the reference's by length.
@@ -150,7 +151,7 @@ def _runs_in_8_bits(bert: BertModel) -> bool:
 def _run(bert: BertModel, rows: list[Row], ends: Sequence[End]) -> Parts:
     """The model's hidden states, then its pooled output, then what follows."""
     ids, mask, kinds = (x.to(bert.device) for x in _padded(rows))
-    encoded = bert.encode(ids, mask, kinds, output_attentions=False, output_hidden_states=True)
+    encoded = bert.encode(Inputs(ids, mask, kinds, output_attentions=False, output_hidden_states=True))
     sizes = [len(row) for row, _ in rows]
     states: Parts = [state.split(sizes) for state in encoded.hidden_states or ()]
     pooled = bert.pool(encoded)
@@ -165,18 +166,18 @@ def _run(bert: BertModel, rows: list[Row], ends: Sequence[End]) -> Parts:
 def _run_directly(bert: BertModel, rows: list[Row]) -> list[Tensor]:
     """The last hidden state as it is computed where nobody asks for the others: in one call, or by a CUDA graph."""
     ids, mask, kinds = (x.to(bert.device) for x in _padded(rows))
-    encoded = bert.encode(ids, mask, kinds, output_attentions=False, output_hidden_states=False)
+    encoded = bert.encode(Inputs(ids, mask, kinds, output_attentions=False, output_hidden_states=False))
     return list(encoded.last_hidden_state.split([len(row) for row, _ in rows]))
 
 
 def _run_emulation(bert: BertModel, rows: list[Row], ends: Sequence[End]) -> Parts:
     """`_run` of the same quantisation in plain PyTorch, with weights quantised anew."""
-    policy, weights = bert.policy, bert.quantized_weights
-    bert.policy, bert.quantized_weights = Policy("torch"), quantized.QuantizedWeights()
+    policy, weights = bert.policy, bert.engine.eight_bit.weights
+    bert.policy, bert.engine.eight_bit.weights = Policy("torch"), quantized.QuantizedWeights()
     try:
         return _run(bert, rows, ends)
     finally:
-        bert.policy, bert.quantized_weights = policy, weights
+        bert.policy, bert.engine.eight_bit.weights = policy, weights
 
 
 def _reference(

@@ -14,7 +14,7 @@ import functools
 import platform
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -39,7 +39,7 @@ def _load() -> tuple[Any, str]:
     usable = [name for name, (_, needed) in VARIANTS.items() if needed <= flags]
     if not usable:
         return None, "the processor, or ATEN_CPU_CAPABILITY, has no AVX2"
-    why = "the C++ kernels were not compiled when fastbert was installed"
+    why = "this installation has no C++ kernels: they were not compiled, or its wheel is the one for all platforms"
     for name in usable:
         path = Path(__file__).with_name(f"{name}.x86_64.so")
         if not path.is_file():
@@ -252,10 +252,50 @@ def linear_forward(
     return out
 
 
+class EncoderTables(NamedTuple):
+    """The embeddings of an encoder in the order in which the C++ kernel reads them. token_types: None without any."""
+
+    words: torch.Tensor
+    token_types: torch.Tensor | None
+    positions: torch.Tensor
+    norm_weight: torch.Tensor
+    norm_bias: torch.Tensor
+
+
+class EncoderLayer(NamedTuple):
+    """A layer in the order in which the C++ kernel reads it. qkv, out, up and down: packed weights."""
+
+    qkv: torch.Tensor
+    qkv_bias: torch.Tensor
+    out: torch.Tensor
+    out_bias: torch.Tensor
+    attention_norm_weight: torch.Tensor
+    attention_norm_bias: torch.Tensor
+    up: torch.Tensor
+    up_bias: torch.Tensor
+    down: torch.Tensor
+    down_bias: torch.Tensor
+    output_norm_weight: torch.Tensor
+    output_norm_bias: torch.Tensor
+
+
+class Int8EncoderLayer(NamedTuple):
+    """A layer in the order in which the 8-bit C++ kernel reads it. qkv, out and up are rotated."""
+
+    qkv: Int8Weight
+    out: Int8Weight
+    attention_norm_weight: torch.Tensor
+    attention_norm_bias: torch.Tensor
+    up: Int8Weight
+    down: Int8Weight
+    output_norm_weight: torch.Tensor
+    output_norm_bias: torch.Tensor
+
+
 @dataclass(frozen=True)
 class _Encoder:
-    embeddings: tuple[torch.Tensor | None, ...]
-    layers: tuple[tuple[Any, ...], ...]  # of tensors, and of Int8Weight
+    embeddings: EncoderTables | tuple[()]
+    layers: tuple[Any, ...]  # EncoderLayer, or Int8EncoderLayer
     hidden_size: int
     intermediate_size: int
     num_heads: int
@@ -281,15 +321,13 @@ class _Encoder:
 class Encoder(_Encoder):
     """The weights of an encoder, all of one dtype that `multiplies`, as `encoder_forward` reads them.
 
-    embeddings: word, token type (or None) and position table, weight and bias of the LayerNorm; or nothing, where
-    they are made elsewhere. layers: twelve tensors each: packed weight, bias of fused query, key and value, and of the
-    output projection, weight and bias of a LayerNorm, then the same of the two linears that follow and the last
-    LayerNorm. All contiguous. hidden_size: at most MAX_HIDDEN, and head size a multiple of 16.
+    embeddings: (), where they are made elsewhere. All tensors are contiguous. hidden_size: at most MAX_HIDDEN, and head
+    size a multiple of 16.
     """
 
     @functools.cached_property
     def dtype(self) -> torch.dtype:
-        return self.layers[0][0].dtype
+        return self.layers[0].qkv.dtype
 
     def workspace_size(self, n_tokens: int) -> int:
         """How many elements `encoder_forward` needs beside its output."""
@@ -385,8 +423,7 @@ def linear_int8_forward(
 class Int8Encoder(_Encoder):
     """The weights of an encoder as `encoder_int8_forward` reads them.
 
-    They are those of `Encoder`, but that each packed weight and its bias are an Int8Weight, rotated for query, key and
-    value, the output projection and the linear after it. Hidden and intermediate size are multiples of 32.
+    Hidden and intermediate size are multiples of 32.
     """
 
     def workspace_size(self, n_tokens: int, dtype: torch.dtype) -> int:

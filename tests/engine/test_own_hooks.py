@@ -1,4 +1,4 @@
-"""Hooks on modules inside our own models: the shapes, the numbers and the gradients of transformers."""
+"""Hooks on modules inside our own models see the shapes, numbers and gradients of transformers."""
 
 from __future__ import annotations
 

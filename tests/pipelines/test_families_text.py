@@ -1,4 +1,4 @@
-"""Text through models of BERT's family: their tokenizers, sentence vectors, cross-encoders, the command line."""
+"""Models of BERT's family read text: tokenizers, sentence vectors, cross-encoders, the command line."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def their_tokenizer(folder: Path) -> Any:
 
 @pytest.mark.parametrize("model_type", KINDS)
 def test_ids_are_those_of_transformers(model_type: str, folders: dict[str, Path]) -> None:
-    """BERT's special tokens, template or normalisation in the place of what tokenizer.json says."""
+    """Catches BERT's special tokens, template or normalisation in the place of what tokenizer.json says."""
     ours, theirs = Tokenizer.from_pretrained(folders[model_type]), their_tokenizer(folders[model_type])
     assert (ours.cls_token_id, ours.pad_token_id, ours.sep_token_id, ours.unk_token_id) == (0, 1, 2, 3)
     assert ours.mask_token == "<mask>" and ours.model_max_length == 512
@@ -46,8 +46,8 @@ def test_ids_are_those_of_transformers(model_type: str, folders: dict[str, Path]
     for side in ("right", "left"):
         ours.padding_side = ours.truncation_side = theirs.padding_side = theirs.truncation_side = side
         options: dict[str, Any] = {"padding": True, "truncation": True, "max_length": 9, "return_tensors": "pt"}
-        for given in ((TEXTS,), (TEXTS, PAIRS)):
-            mine, other = ours(*given, **options), theirs(*given, **options)
+        for texts in ((TEXTS,), (TEXTS, PAIRS)):
+            mine, other = ours(*texts, **options), theirs(*texts, **options)
             for name in ("input_ids", "attention_mask"):
                 assert torch.equal(mine[name], other[name])
             assert not mine.token_type_ids.any()
@@ -56,17 +56,17 @@ def test_ids_are_those_of_transformers(model_type: str, folders: dict[str, Path]
 
 @pytest.mark.parametrize("model_type", KINDS)
 def test_packed_ids(model_type: str, folders: dict[str, Path]) -> None:
-    """The two separators of a pair taken for one, or a packed row that differs from the padded one."""
+    """Catches the two separators of a pair taken for one, or a packed row that differs from the padded one."""
     ours = Tokenizer.from_pretrained(folders[model_type])
-    for given in ((TEXTS,), (TEXTS, PAIRS)):
-        packed, rows = ours.encode_packed(*given), ours(*given).input_ids
+    for texts in ((TEXTS,), (TEXTS, PAIRS)):
+        packed, rows = ours.encode_packed(*texts), ours(*texts).input_ids
         assert packed.input_ids.tolist() == [i for row in rows for i in row]
         assert packed.cu_seqlens.diff().tolist() == [len(row) for row in rows]
 
 
 @pytest.mark.parametrize("model_type", KINDS)
 def test_tokenizer_round_trip(model_type: str, folders: dict[str, Path], tmp_path: Path) -> None:
-    """A special token, a flag such as the mask's, or a template that saving loses."""
+    """Catches a special token, a flag such as the mask's, or a template that saving loses."""
     ours = Tokenizer.from_pretrained(folders[model_type])
     ours.save_pretrained(tmp_path)
     again, theirs = Tokenizer.from_pretrained(tmp_path), transformers.AutoTokenizer.from_pretrained(tmp_path)
@@ -77,7 +77,7 @@ def test_tokenizer_round_trip(model_type: str, folders: dict[str, Path], tmp_pat
 
 @pytest.mark.parametrize("name", ["RobertaTokenizer", "RobertaTokenizerFast"])
 def test_tokenizer_class(name: str, folders: dict[str, Path], tmp_path: Path) -> None:
-    """A class that transformers names in the config, and that we take for BERT's or do not know."""
+    """Catches a class named in transformers' config that we take for BERT's or do not know."""
     (tmp_path / "tokenizer.json").write_bytes((folders["roberta"] / "tokenizer.json").read_bytes())
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": name}))
     expected = transformers.AutoTokenizer.from_pretrained(tmp_path)
@@ -85,14 +85,14 @@ def test_tokenizer_class(name: str, folders: dict[str, Path], tmp_path: Path) ->
 
 
 def test_without_a_tokenizer_json(folders: dict[str, Path], tmp_path: Path) -> None:
-    """A vocabulary of byte pairs that is read as WordPiece."""
+    """Catches a vocabulary of byte pairs that is read as WordPiece."""
     (tmp_path / "config.json").write_bytes((folders["roberta"] / "config.json").read_bytes())
     with pytest.raises(FileNotFoundError, match="tokenizer_class 'RobertaTokenizer' needs a tokenizer.json"):
         Tokenizer.from_pretrained(tmp_path)
 
 
 def test_segments_of_a_pair(folders: dict[str, Path], tmp_path: Path) -> None:
-    """Segment ids for a model that has none, which it refuses, also after saving; and none for one that has them."""
+    """Catches segment ids for a model that has none and refuses them, or none for a model that has them."""
     distilbert, electra = (Tokenizer.from_pretrained(folders[name]) for name in ("distilbert", "electra"))
     assert distilbert("a", "fish").input_ids == electra("a", "fish").input_ids
     assert set(electra("a", "fish").token_type_ids) == {0, 1} and set(distilbert("a", "fish").token_type_ids) == {0}
@@ -119,7 +119,7 @@ def their_encoder(folder: Path, pooling: str) -> Any:
 def test_vectors_agree_with_sentence_transformers(
     model_type: str, pooling: str, folders: dict[str, Path], tmp_path: Path
 ) -> None:
-    """Any error from text to vector: tokens, positions (a text holds <pad>), truncation, pooling, order; and saving."""
+    """Catches any error from text to vector: tokens, positions (a text holds <pad>), truncation, pooling, order."""
     theirs = their_encoder(folders[model_type], pooling)
     theirs.save(str(tmp_path / "theirs"))
     ours = SentenceEncoder.from_pretrained(tmp_path / "theirs", device="cpu")
@@ -136,7 +136,7 @@ def test_vectors_agree_with_sentence_transformers(
 def test_long_texts_are_cut_to_the_positions_that_are_left(
     folders: dict[str, Path], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A text as long as the table, two tokens too long for positions that begin after the padding id."""
+    """Catches a text as long as the table, which is two tokens too long for positions behind the padding id."""
     encoder = SentenceEncoder.from_pretrained(folders["roberta"], device="cpu")
     assert encoder.max_seq_length == 24 and encoder.model.config.max_position_embeddings == 26
     assert np.isfinite(encoder.encode(["boats " * 60])).all()
@@ -146,7 +146,7 @@ def test_long_texts_are_cut_to_the_positions_that_are_left(
 
 
 def test_cross_encoder(folders: dict[str, Path], tmp_path: Path) -> None:
-    """Scores of pairs, as a reranker on XLM-RoBERTa gives them, from wrong separators, positions or segments."""
+    """Catches scores of pairs from wrong separators, positions or segments, as a reranker on XLM-RoBERTa has them."""
     config = transformers.AutoConfig.from_pretrained(folders["xlm-roberta"], num_labels=1)
     model = transformers.XLMRobertaForSequenceClassification(config).eval()
     model.save_pretrained(tmp_path)
@@ -166,7 +166,7 @@ def test_cross_encoder(folders: dict[str, Path], tmp_path: Path) -> None:
 
 
 def test_command_line(folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A subcommand that knows BERT's classes, tokens or positions alone."""
+    """Catches a subcommand that knows BERT's classes, tokens or positions alone."""
     (tmp_path / "texts.txt").write_text("a river\nboats and fish\n" + "boats " * 60 + "\n")
     for model_type, folder in folders.items():
         out = tmp_path / f"{model_type}.npy"
@@ -187,7 +187,7 @@ def test_command_line(folders: dict[str, Path], tmp_path: Path, capsys: pytest.C
 
 
 def test_saved_encoder_of_our_own(folders: dict[str, Path], tmp_path: Path) -> None:
-    """A model made here, not loaded, that is saved as a BERT."""
+    """Catches a model made here, not loaded, that is saved as a BERT."""
     config = BertConfig.from_dict(
         {"model_type": "distilbert"}, vocab_size=Tokenizer.from_pretrained(folders["distilbert"]).vocab_size,
         hidden_size=32, num_attention_heads=2, num_hidden_layers=1, intermediate_size=37, max_position_embeddings=26,

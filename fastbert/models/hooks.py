@@ -10,23 +10,17 @@ called with padded tensors, too.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as torch_module
 
+from fastbert.engine.listeners import listened, listened_inside
 from fastbert.ops import AUTO, Policy, packing
 from fastbert.ops.packing import PackedBatch
 
-_GLOBAL = (
-    torch_module._global_forward_hooks,
-    torch_module._global_forward_pre_hooks,
-    torch_module._global_backward_hooks,
-    torch_module._global_backward_pre_hooks,
-)
 _ROWWISE = (nn.Linear, nn.Embedding, nn.LayerNorm, nn.Dropout, nn.Identity)
 
 # The batch and the policy of the padded call that is under way.
@@ -46,43 +40,6 @@ class AttentionOutput(NamedTuple):
 
     def __mul__(self, other: Any) -> Any:
         raise TypeError("the output of attention is a tuple, as in transformers: its hidden states are output[0]")
-
-
-def everywhere() -> bool:
-    """Whether somebody listens to all modules of the process; PyTorch's own counters, which want names, are nobody."""
-    return any(_GLOBAL) and any(not _is_torchs(hook) for hooks in _GLOBAL for hook in hooks.values())
-
-
-def _is_torchs(hook: Any) -> bool:
-    return str(getattr(type(getattr(hook, "__self__", None)), "__module__", "")).startswith("torch.")
-
-
-def listened(module: nn.Module) -> bool:
-    """Whether somebody listens to this module, or has patched its forward."""
-    hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
-    return any(hooks) or "forward" in module.__dict__ or everywhere()
-
-
-def listened_inside(module: nn.Module) -> bool:
-    """Whether somebody listens to the module or to one below it."""
-    waiting: list[nn.Module | None] = [module]
-    while waiting:
-        one = waiting.pop()
-        if one is not None:
-            if listened(one):
-                return True
-            waiting += one._modules.values()
-    return False
-
-
-def names_of_listened(model: nn.Module) -> Iterator[str]:
-    """The names of the modules below the model that somebody listens to, and "all modules" for global hooks."""
-    if everywhere():
-        yield "all modules"
-        return
-    for name, module in model.named_modules():
-        if name and listened(module):
-            yield name
 
 
 def _is_ours(module: nn.Module) -> bool:

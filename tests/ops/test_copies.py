@@ -1,4 +1,7 @@
-"""What goes from the host to a GPU: little, and from memory that a GPU copies by itself. "meta" stands for one."""
+"""Little is copied from the host to a GPU, and from memory that a GPU reads by itself.
+
+The device "meta" stands for a GPU.
+"""
 
 from __future__ import annotations
 
@@ -76,7 +79,7 @@ def test_nothing_is_copied_for_a_batch_without_padding(copies: Copies) -> None:
 
 @pytest.mark.parametrize("batch_invariant", [False, True])
 def test_work_lists(batch_invariant: bool, copies: Copies) -> None:
-    """Catches a work list in memory that the GPU cannot copy from by itself: of a large batch the host would wait."""
+    """Catches a work list in memory that the GPU cannot copy from by itself, so that the host waits."""
     policy = ops.Policy("triton", strict=True, batch_invariant=batch_invariant)
     with copies:
         batch = packing.from_lengths(LENGTHS, META)
@@ -102,7 +105,7 @@ def test_batches_of_texts(copies: Copies) -> None:
 
 
 def test_to_a_gpu_from_pinned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches a copy that only looks as if nobody waits for it: out of memory that is not pinned."""
+    """Catches a copy out of memory that is not pinned, for which the host waits unnoticed."""
     pinned, moved = torch.zeros(3), torch.ones(3)
     calls: list[Any] = []
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: calls.append("pin") or pinned)

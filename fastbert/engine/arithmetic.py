@@ -1,0 +1,178 @@
+"""The arithmetics of an encoder beside the 8-bit operations: by modules, in one C++ call, and in one 8-bit C++ call."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastbert import ops
+from fastbert.engine import cpu_encoder, quantized
+from fastbert.engine.block import feature_obstacles
+from fastbert.engine.cpu_encoder import CpuEncoder
+from fastbert.engine.interface import PackedInputs
+from fastbert.engine.state import GRADIENTS, EncoderState, first_parameter
+from fastbert.ops import tracing
+from fastbert.ops.packing import PackedBatch
+from fastbert.ops.tracing import untraced
+
+FEATURES: frozenset[str] = frozenset()  # what layers may have beyond BERT's in the C++ kernels
+
+
+class Modules:
+    """Operation by operation: the modules of the model are called one after the other. It runs everything."""
+
+    name = "operation by operation"
+
+    def obstacles(self, model: Any, n_tokens: int | None, keep_states: bool, embedded: bool) -> Iterator[str]:
+        return iter(())
+
+    def prepare(self, model: Any) -> None:
+        """Makes nothing: each operation derives what it needs when it first runs."""
+
+    def run(self, model: Any, batch: PackedBatch, inputs: PackedInputs, keep_states: bool) -> list[Tensor]:
+        if batch.valid is None:
+            ops.prepare_attention(batch, model.dtype, model.config.head_size, model.policy)
+        if batch.valid is not None or torch.compiler.is_compiling():
+            return model.run_layers(model.embed(inputs, batch), batch, keep_states)
+        try:
+            return model.run_layers(model.embed(inputs, batch), batch, keep_states)
+        except RuntimeError as error:
+            model.blame_dtypes(error)
+            raise
+
+
+class _InOneCall:
+    """What the two C++ encoders share: the weights, packed for them, and the modules that they stand for."""
+
+    int8: bool
+
+    def __init__(self, state: EncoderState, encoder: CpuEncoder) -> None:
+        self.state, self.encoder = state, encoder
+
+    def unseen_obstacles(self, model: Any, device: torch.device) -> Iterator[str]:
+        """Every reason why one call would make a difference that somebody sees."""
+        if torch.is_autocast_enabled("cpu"):
+            yield "autocast is on"
+        state, plain = self.state, True
+        for obstacle in state.obstacles(model, device):
+            plain = False
+            yield obstacle
+        if not plain:
+            return
+        if not state.plain_parameters():
+            yield "a parameter is a tensor of another kind"
+        features = state.layer_features(model) if state.features is None else state.features
+        if features:
+            yield from feature_obstacles(features, FEATURES, "the C++ encoder")
+
+    def prepare(self, model: Any) -> None:
+        if self.state.plain_modules(model):
+            self.weights(model)
+
+    def weights(self, model: Any) -> Any:
+        """The weights as the C++ kernels read them, packed anew where a parameter has changed; None if they cannot be.
+
+        The embeddings are among them unless the family projects them.
+        """
+        snapshot = self.state.snapshot
+        assert snapshot is not None
+        state = snapshot.state()
+        n_silent_writes = snapshot.silent_writes(state)
+        int8 = self.int8
+
+        def renewed() -> Any:
+            snapshot.derived_addresses()  # which is a change, too
+            return int8, state, n_silent_writes, snapshot.changes()
+
+        def pack() -> Any:
+            tables = model.tables(None)[1] if int8 or model.embeddings_project is None else None
+            return cpu_encoder.pack_encoder(tables, list(model.blocks()), model.config, int8)
+
+        return self.encoder.weights((int8, state, n_silent_writes, snapshot.changes()), renewed, pack)
+
+
+class OneCall(_InOneCall):
+    """The whole encoder in one call of a C++ kernel, on CPUs, for inference."""
+
+    name = "one C++ call"
+    int8 = False
+
+    def obstacles(self, model: Any, n_tokens: int | None, keep_states: bool, embedded: bool) -> Iterator[str]:
+        parameter = first_parameter(model)
+        dtype, device, config = parameter.dtype, parameter.device, model.config
+        possible = True
+        for obstacle in cpu_encoder.obstacles(config, dtype, model.policy, device):
+            possible = False
+            yield obstacle
+        if not possible:
+            return
+        if keep_states:
+            yield "the hidden states in between are wanted"
+        if embedded:
+            yield "the inputs are embeddings"
+        choosy = not model.policy.batch_invariant  # that takes the same code for any number of rows
+        if choosy and n_tokens is not None and not cpu_encoder.takes_rows(n_tokens, dtype, config.hidden_size):
+            yield f"{n_tokens} tokens are better run operation by operation"
+        if model.precision is not None:
+            decision = quantized.decide(model, model.policy, device, dtype)
+            if decision.backend != quantized.UNQUANTISED:
+                yield f"precision={model.precision!r}"
+        if torch.is_grad_enabled() and any(p.requires_grad for p in model.parameters()):
+            yield GRADIENTS
+        yield from self.unseen_obstacles(model, device)
+
+    def run(self, model: Any, batch: PackedBatch, inputs: PackedInputs, keep_states: bool) -> list[Tensor] | None:
+        try:
+            weights = self.weights(model)
+        except RuntimeError as error:
+            model.blame_dtypes(error)
+            raise
+        if weights is None:
+            return None
+        packed: Any = inputs if model.embeddings_project is None else model.embed(inputs, batch)
+        return [self.encoder.run(weights, batch, packed)]
+
+
+class Int8Call(_InOneCall):
+    """The whole encoder in one call of a C++ kernel that multiplies 8-bit operands, on CPUs, for precision="int8"."""
+
+    name = "one C++ call in int8"
+    int8 = True
+
+    def obstacles(self, model: Any, n_tokens: int | None, keep_states: bool, embedded: bool) -> Iterator[str]:
+        if model.precision is None:
+            yield "no precision was asked for"
+            return
+        decision = quantized.decide(model, model.policy, model.device, model.dtype)
+        if decision.backend == quantized.UNQUANTISED:
+            yield str(decision.reason)
+        elif decision.backend != "cpu":
+            yield f"the backend is {decision.backend!r}"
+
+    def kernel_obstacles(self, model: Any, device: torch.device, dtype: torch.dtype) -> Iterator[str]:
+        """Every reason why the 8-bit C++ kernels do not run the encoder on this device, in this dtype."""
+        if torch.compiler.is_compiling():
+            yield str(tracing.observed())
+            return
+        possible = True
+        for obstacle in cpu_encoder.int8_obstacles(model.config, dtype):
+            possible = False
+            yield obstacle
+        if not possible or model.device != device or model.dtype != dtype:
+            return
+        for obstacle in self.unseen_obstacles(model, device):
+            possible = False
+            yield obstacle
+        if possible and self.weights(model) is None:
+            yield "the parameters are not of one dtype and contiguous, or the LayerNorms differ in eps"
+
+    @untraced
+    def run(self, model: Any, batch: PackedBatch, inputs: PackedInputs, keep_states: bool) -> list[Tensor]:
+        quantized.refuse_gradients(model, inputs.inputs_embeds)
+        packed: Any = inputs
+        if inputs.input_ids is None:
+            packed = model.embed(inputs, batch)
+        return self.encoder.run_int8(self.weights(model), batch, packed, model.dtype, keep_states)

@@ -1,0 +1,124 @@
+"""A layer of an encoder as data: engines, explain, verify and tune read it, and no other description of a layer exists.
+
+Families differ in what a `Block` has beyond BERT's: an engine that lacks it names it as an obstacle.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+# What a layer may have beyond BERT's, and how an obstacle says it.
+FEATURES = {
+    "pre_norm": "layers that normalise their input (pre-norm)",
+    "gate": "a gated activation",
+    "rotary": "rotary positions",
+    "position_bias": "a position bias in attention",
+    "window": "attention within a window",
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Linear:
+    """y = x W^T + b. weight: (M, K). bias: (M,) or None."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+    @classmethod
+    def of(cls, module: nn.Linear) -> Linear:
+        return cls(module.weight, module.bias)
+
+
+@dataclass(frozen=True, eq=False)
+class Norm:
+    """LayerNorm. weight and bias: (H,), or None for ones and zeros."""
+
+    weight: Tensor | None
+    bias: Tensor | None
+    eps: float
+
+    @classmethod
+    def of(cls, module: nn.LayerNorm) -> Norm:
+        return cls(module.weight, module.bias, module.eps)
+
+    def filled(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Weight and bias, (H,) each: ones and zeros, as `like`, where it has none."""
+        weight, bias, size = self.weight, self.bias, like.shape[-1]
+        return (
+            like.new_ones(size) if weight is None else weight,
+            like.new_zeros(size) if bias is None else bias,
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class EmbeddingTables:
+    """The tables whose rows are summed and normalised before the first layer.
+
+    words: (V, E). token_types: (segments, E), None in a family without them. positions: (positions, E).
+    """
+
+    words: Tensor
+    token_types: Tensor | None
+    positions: Tensor
+    norm: Norm
+
+
+@dataclass(frozen=True, eq=False)
+class Block:
+    """One layer: attention and a feed-forward part, each with its residual and its norm.
+
+    query, key, value, out: (H, H). up: (I, H). down: (H, I). fuse_qkv gives query, key and value as one linear,
+    (3H, H), which is kept until one of them changes. gate: (I, H), whose product multiplies the activation's. rotary:
+    the base of the angles. position_bias: (N, S, S), added to the scores. window: tokens on either side that attention
+    reaches.
+    """
+
+    query: Linear
+    key: Linear
+    value: Linear
+    out: Linear
+    attention_norm: Norm
+    up: Linear
+    down: Linear
+    output_norm: Norm
+    activation: str
+    num_heads: int
+    fuse_qkv: Callable[[], Linear]
+    gate: Linear | None = None
+    pre_norm: bool = False
+    rotary: float | None = None
+    position_bias: Tensor | None = None
+    window: int | None = None
+
+    @property
+    def hidden_size(self) -> int:
+        return self.out.weight.shape[0]
+
+    @property
+    def intermediate_size(self) -> int:
+        return self.up.weight.shape[0]
+
+    @property
+    def head_size(self) -> int:
+        return self.hidden_size // self.num_heads
+
+    def features(self) -> list[str]:
+        """The names of FEATURES that this layer has."""
+        values = self.gate, self.rotary, self.position_bias, self.window
+        names = [name for name, value in zip(list(FEATURES)[1:], values, strict=True) if value is not None]
+        return ["pre_norm", *names] if self.pre_norm else names
+
+    def products(self) -> dict[str, tuple[Linear, ...]]:
+        """The matrix products of the layer by name: the linears that are multiplied as one."""
+        up = (self.up,) if self.gate is None else (self.up, self.gate)
+        return {"qkv": (self.query, self.key, self.value), "out": (self.out,), "up": up, "down": (self.down,)}
+
+
+def feature_obstacles(features: list[str], supported: frozenset[str], engine: str) -> Iterator[str]:
+    """Why an engine does not run such layers, one reason for each feature that it lacks."""
+    for name in features:
+        if name not in supported:
+            yield f"the model has {FEATURES[name]}, which {engine} does not have"

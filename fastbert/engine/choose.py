@@ -1,0 +1,281 @@
+"""The engine of a model: it chooses how each batch runs, keeps what that needs, and is the model's one door.
+
+Two choices are made for a batch, and both are made here. The arithmetic is what computes the hidden states: operation
+by operation, in 8 bits, or in one call of a C++ kernel. The launch is what stands around it: as it is, in more rows
+than there are tokens, or as a CUDA graph.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastbert import ops
+from fastbert.engine import capture, cpu_encoder, quantized
+from fastbert.engine.arithmetic import Int8Call, Modules, OneCall
+from fastbert.engine.buckets import BUCKETS, LARGEST, bucket_of
+from fastbert.engine.cpu_encoder import CpuEncoder
+from fastbert.engine.graphs import Graphs, Shape
+from fastbert.engine.interface import Arithmetic, EncoderModel, PackedInputs
+from fastbert.engine.quantized import UNQUANTISED, EightBit
+from fastbert.engine.state import GRADIENTS, TRAINING, EncoderState, first_parameter
+from fastbert.ops import attention, dispatch, packing, silent_writes, tracing
+from fastbert.ops.packing import PackedBatch
+
+
+class Engine:
+    """What runs one model's encoder, and what is kept for that. The model is an argument of each call.
+
+    state: the model's modules and weights as they were last seen. graphs: its CUDA graphs. eight_bit, cpu_encoder: the
+    weights that are derived for them.
+    """
+
+    def __init__(self) -> None:
+        self.state = EncoderState()
+        self.graphs = Graphs()
+        self.cpu_encoder = CpuEncoder()
+        self.eight_bit = EightBit()
+        self.one_call = OneCall(self.state, self.cpu_encoder)
+        self.int8_call = Int8Call(self.state, self.cpu_encoder)
+        self.modules = Modules()
+        self._graph_key: tuple[Any, Any] = (None, None)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"graphs": self.graphs}  # a copy derives and captures for itself
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__()  # type: ignore[misc]
+        self.graphs = state["graphs"]
+
+    # Running
+
+    def run(
+        self, model: EncoderModel, batch: PackedBatch, inputs: PackedInputs, keep_states: bool = False
+    ) -> list[Tensor]:
+        """Runs the encoder on a packed batch.
+
+        Returns the last hidden state (T, H) as a list, or all L + 1 of them. A precision that cannot run is logged
+        once, or raises BackendError under a strict policy.
+        """
+        embedded, n_tokens = inputs.input_ids is None, batch.n_tokens
+        if (
+            not embedded
+            and not torch.compiler.is_compiling()
+            and bucket_of(n_tokens) is not None
+            and capture.capturer(first_parameter(model).device) is not None
+            and next(self.bucket_obstacles(model), None) is None
+        ):
+            return self._run_in_bucket(model, batch, inputs, keep_states)
+        inputs = _as_int64(model, batch, inputs)
+        arithmetic = self.choose_arithmetic(model, n_tokens, keep_states, embedded)
+        if arithmetic is self.modules:
+            return self._run_in_packed_rows(model, batch, inputs, keep_states)
+        states = arithmetic.run(model, batch, inputs, keep_states)
+        return self._run_in_packed_rows(model, batch, inputs, keep_states) if states is None else states
+
+    def run_traced(
+        self, model: EncoderModel, batch: PackedBatch, inputs: PackedInputs, keep_states: bool, transformed: str
+    ) -> list[Tensor]:
+        """Runs the encoder on all B * S rows of a `packing.in_place` batch, whose values nobody may look at.
+
+        transformed: who traces or transforms the operations, which is why no precision but the model's dtype runs.
+        """
+        if model.precision is not None:
+            quantized.choose(model, transformed)  # which logs that, or raises
+        return self.modules.run(model, batch, _as_int64(model, batch, inputs), keep_states)
+
+    # The arithmetic
+
+    def choose_arithmetic(
+        self, model: EncoderModel, n_tokens: int | None = None, keep_states: bool = False, embedded: bool = False
+    ) -> Arithmetic:
+        """Chooses what computes the hidden states of a batch, of any size where n_tokens is None."""
+        if model.precision is not None:
+            backend = quantized.choose(model)
+            if backend == "cpu":
+                return self.int8_call
+            if backend != UNQUANTISED:
+                return self.eight_bit
+        if torch.compiler.is_compiling():
+            return self.modules
+        if next(self.one_call.obstacles(model, n_tokens, keep_states, embedded), None) is None:
+            return self.one_call
+        return self.modules
+
+    def one_call_obstacles(
+        self, model: EncoderModel, policy: ops.Policy, device: torch.device, dtype: torch.dtype
+    ) -> Iterator[str]:
+        """Every reason why the encoder does not run in one call of a C++ kernel, under these settings."""
+        obstacles = list(cpu_encoder.obstacles(model.config, dtype, policy, device))
+        yield from obstacles
+        if not obstacles and model.device == device and model.dtype == dtype:
+            yield from self.one_call.obstacles(model, None, False, False)
+
+    def arithmetic_obstacles(self, model: EncoderModel, n_tokens: int | None = None) -> dict[str, list[str]]:
+        """Every arithmetic by name, the preferred one first, and every reason why it would not run."""
+        preferred: tuple[Arithmetic, ...] = (self.int8_call, self.eight_bit, self.one_call, self.modules)
+        return {each.name: list(each.obstacles(model, n_tokens, False, False)) for each in preferred}
+
+    # The launch
+
+    def bucket_obstacles(self, model: EncoderModel) -> Iterator[str]:
+        """Every reason why no batch runs in the rows of a bucket at the moment, as a CUDA graph or as if it were."""
+        device = model.device
+        if capture.capturer(device) is None:
+            yield f"there are no CUDA graphs on {device}"
+            return
+        if torch.is_grad_enabled():
+            yield GRADIENTS
+        if model.training:
+            yield TRAINING
+        yield from self.state.obstacles(model, device)
+        obstacle = attention.obstacle(model.config.head_size, torch.empty(0, dtype=model.dtype, device=device))
+        decision = dispatch.decide("attention", model.policy, device, obstacle)
+        if decision.backend != "triton":
+            yield f"the backend of attention is {decision.backend!r}"
+
+    def graph_obstacles(self, model: EncoderModel, device: torch.device | None = None) -> Iterator[str]:
+        """Every reason why no batch runs as a CUDA graph. device: if it is not the model's, less can be said."""
+        if device is None or device == model.device:
+            yield from self.bucket_obstacles(model)
+        elif model.training:
+            yield TRAINING
+        if not self.graphs.enabled:
+            yield "the model's cuda_graphs is False"
+
+    def rows_of(self, model: EncoderModel, n_tokens: int) -> int:
+        """The rows that the encoder computes for a batch of so many tokens, those of padding among them."""
+        if self.packs_weights(model):
+            return ops.packed_linear.rows_for(n_tokens, model.dtype)
+        if model.device.type == "cuda" and next(self.bucket_obstacles(model), None) is None:
+            return bucket_of(n_tokens) or n_tokens
+        return n_tokens
+
+    def packs_weights(self, model: EncoderModel) -> bool:
+        """Whether the encoder's linears have packed weights, and nobody would see that they compute rows of padding."""
+        if model.device.type != "cpu" or torch.is_grad_enabled() or tracing.observed() is not None:
+            return False
+        decision = dispatch.decide("linear", model.policy, model.device, None)
+        usable = decision.backend == "cpu" and ops.packed_linear.unavailable(model.dtype) is None
+        return usable and self.state.plain_modules(model) and self.state.plain_parameters()
+
+    def _run_in_packed_rows(
+        self, model: EncoderModel, batch: PackedBatch, inputs: PackedInputs, keep_states: bool
+    ) -> list[Tensor]:
+        """Operation by operation, in the number of rows that oneDNN's packed linears were made for."""
+        n_tokens = n_rows = batch.n_tokens
+        if not model.policy.batch_invariant and self.packs_weights(model):  # which takes no oneDNN
+            n_rows = ops.packed_linear.rows_for(n_tokens, model.dtype)
+        if n_rows == n_tokens:
+            return self.modules.run(model, batch, inputs, keep_states)
+        inputs = PackedInputs(*(packing.pad_rows(x, n_rows) for x in inputs))
+        batch = dataclasses.replace(batch, position_ids=inputs.position_ids, _plans={})
+        return [state[:n_tokens] for state in self.modules.run(model, batch, inputs, keep_states)]
+
+    def _run_in_bucket(
+        self, model: EncoderModel, batch: PackedBatch, inputs: PackedInputs, keep_states: bool
+    ) -> list[Tensor]:
+        """In the rows of the batch's bucket: as a CUDA graph, or by the same kernels launched one by one."""
+        config = model.config
+        shape = Shape(batch.device, model.dtype, config.hidden_size, config.head_size, model.policy)
+        if self.graphs.enabled and not keep_states:
+
+            def encode_last(inputs: PackedInputs, batch: PackedBatch) -> Tensor:
+                return self.operations(model).run(model, batch, inputs, False)[-1]
+
+            key = functools.partial(self.graph_key, model)
+            last = self.graphs.run(encode_last, batch, inputs, shape, key)  # None where it does not fit
+            if last is not None:
+                return [last]
+        n_tokens = batch.n_tokens
+        inputs, batch = in_bucket_rows(batch, inputs, shape)
+        return [state[:n_tokens] for state in self.operations(model).run(model, batch, inputs, keep_states)]
+
+    def operations(self, model: EncoderModel) -> EightBit | Modules:
+        """The arithmetic of kernels that a graph can launch: in 8 bits, or module by module."""
+        in_8_bits = model.precision is not None and quantized.choose(model) != UNQUANTISED
+        return self.eight_bit if in_8_bits else self.modules
+
+    # What is kept
+
+    def prepare(self, model: EncoderModel, max_tokens: int) -> tuple[tuple[int, ...], list[str]]:
+        """Does what batches of up to max_tokens would stop for: derives from weights, compiles, captures CUDA graphs.
+
+        Returns the buckets that have a graph, and every reason why none has.
+        """
+        obstacles = list(self.graph_obstacles(model))
+        self.choose_arithmetic(model).prepare(model)
+        if obstacles:
+            model.run_padding(min(max_tokens, BUCKETS[0]))
+        else:
+            self.graphs.thaw()
+            largest = bucket_of(min(max_tokens, LARGEST))
+            for bucket in (size for size in reversed(BUCKETS) if largest is not None and size <= largest):
+                model.run_padding(bucket)  # the largest first: the others then find its memory in the pool
+            self.graphs.freeze()
+            if not self.graphs.captured():
+                obstacles = ["capturing one failed, and the log has the reason"]
+        if model.device.type == "cuda" and max_tokens > LARGEST:
+            model.run_padding(max_tokens)
+        return self.graphs.captured() if not obstacles else (), obstacles
+
+    def graph_key(self, model: EncoderModel) -> Any:
+        """What a CUDA graph depends on beside its shape: where the weights are, derived ones too, and their writes."""
+        snapshot = self.state.snapshot
+        assert snapshot is not None
+        state = snapshot.state(), model.precision
+        followed = silent_writes.waits(model.device)  # by `follow_weights`
+        n_silent_writes = 0 if followed else snapshot.silent_writes(state[0])
+        # Read before the addresses are: what changes meanwhile is looked at the next time.
+        key = state, n_silent_writes, snapshot.changes(), self.eight_bit.weights.changes
+        if key != self._graph_key[0]:
+            in_8_bits = model.precision is not None and quantized.choose(model) != UNQUANTISED
+            derived = self.eight_bit.addresses(model) if in_8_bits else snapshot.derived_addresses()
+            self._graph_key = key, (state, derived)
+        return self._graph_key[1]
+
+    def follow_weights(self, model: EncoderModel) -> None:
+        """Derives from the weights anew where they were written to without PyTorch's count.
+
+        On a GPU, where this waits for it, callers that run many batches call it once. On a CPU each use looks.
+        """
+        if self.state.written_silently(model):
+            self.eight_bit.weights.invalidate()
+
+    def set_training(self, training: bool) -> None:
+        """Drops what is kept for the other mode, and in eval mode looks at the weights anew."""
+        self.cpu_encoder.clear()
+        if training:
+            self.eight_bit.weights.clear()
+            self.graphs.clear()
+        else:
+            self.eight_bit.weights.invalidate()
+
+
+def _as_int64(model: EncoderModel, batch: PackedBatch, inputs: PackedInputs) -> PackedInputs:
+    """The inputs with ids of int64, as in the rows of a bucket: kernels are compiled for the dtype of the ids."""
+    input_ids, token_type_ids, position_ids, inputs_embeds = inputs
+    if model.embeddings.token_type_embeddings is None:
+        token_type_ids = None
+    elif token_type_ids is None:
+        token_type_ids = torch.zeros_like(batch.position_ids)
+    else:
+        token_type_ids = token_type_ids.long()
+    input_ids = None if input_ids is None else input_ids.long()
+    return PackedInputs(input_ids, token_type_ids, position_ids.long(), inputs_embeds)
+
+
+def in_bucket_rows(batch: PackedBatch, inputs: PackedInputs, shape: Shape) -> tuple[PackedInputs, PackedBatch]:
+    """Ids and batch in the rows of the batch's bucket, as a graph reads them; the rows of padding are zeros."""
+    bucket = bucket_of(batch.n_tokens)
+    assert bucket is not None
+    rows = PackedInputs(*(torch.zeros(bucket, dtype=torch.int64, device=shape.device) for _ in range(3)))
+    for row, ids in zip(rows[:3], inputs[:3], strict=True):
+        if row is not None and ids is not None:
+            row[: batch.n_tokens].copy_(ids)
+    return rows, attention.batch_in_rows(batch, rows.position_ids, shape.dtype, shape.head_size, shape.policy)

@@ -1,0 +1,95 @@
+"""A snapshot of modules: whether they are as they were, and where their parameters lie."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from itertools import chain, repeat
+from operator import attrgetter, contains, itemgetter
+from typing import Any
+
+from torch import Tensor, nn
+
+from fastbert.ops.derived import Derived
+from fastbert.ops.silent_writes import Writes
+
+
+class ModuleSnapshot:
+    """The children, hooks, forwards and modes of modules as they were, and where their parameters lie.
+
+    It is compared before every replay of a graph, so it keeps the dictionaries that hold these
+    things, and asks no module.
+    """
+
+    def __init__(self, roots: Iterable[nn.Module], kinds: Collection[type[nn.Module]]) -> None:
+        modules = [module for root in roots for module in root.modules()]
+        self._children = [module._modules for module in modules if module._modules]
+        self._children_before = [dict(children) for children in self._children]
+        self._parameters = tuple(module._parameters for module in modules if module._parameters)
+        self._dicts = tuple(module.__dict__ for module in modules)
+        self._deriving: tuple[Any, ...] = tuple(
+            module for module in modules if isinstance(module.__dict__.get("derived"), Derived)
+        )
+        self._hooks = tuple(
+            hooks
+            for module in modules
+            for hooks in (
+                module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
+            )
+        )  # fmt: skip
+        self._modules, self._kinds = modules, list(map(type, modules))
+        self._norms = tuple(module.__dict__ for module in modules if isinstance(module, nn.LayerNorm))
+        self._known = all(kind in kinds for kind in self._kinds)
+        self._writes: tuple[Any, Writes] | None = None
+        self._n_silent_writes = 0
+
+    def same_modules(self) -> bool:
+        """Whether no module was replaced, added, removed or made one of another class."""
+        return self._children == self._children_before and list(map(type, self._modules)) == self._kinds
+
+    def plain(self) -> bool:
+        """Whether every module is of a known kind and in eval mode, and nobody listens to or patches one."""
+        return (
+            self._known
+            and not any(self._hooks)
+            and not any(map(itemgetter("training"), self._dicts))
+            and not any(map(contains, self._dicts, repeat("forward")))
+        )
+
+    def parameter_types(self) -> set[type]:
+        """The types of all parameters."""
+        return set(map(type, chain.from_iterable(map(dict.values, self._parameters))))
+
+    def changes(self) -> list[int]:
+        """How often what the modules derive from their weights has changed, or was asked to."""
+        return [module.__dict__["derived"].changes for module in self._deriving]
+
+    def invalidate(self) -> None:
+        """Makes what the modules derive from their weights anew when it is next used."""
+        for module in self._deriving:
+            module.__dict__["derived"].invalidate()
+
+    def derived_addresses(self) -> list[tuple[int, ...]]:
+        """Where that is, up to date, for every module that has a `derived`."""
+        return [module.derived_addresses() for module in self._deriving]
+
+    def state(self) -> tuple[list[int], list[int], list[float]]:
+        """Where every parameter is, and how often it was written to, as far as PyTorch counts that; the norms' eps."""
+        found: list[Any] = list(chain.from_iterable(map(dict.values, self._parameters)))
+        try:
+            versions = list(map(attrgetter("_version"), found))
+        except (RuntimeError, AttributeError):  # inference tensors have none, and a parameter may be None
+            found = [p for p in found if p is not None]
+            versions = [-1 if p.is_inference() else p._version for p in found]
+        return list(map(Tensor.data_ptr, found)), versions, list(map(itemgetter("eps"), self._norms))
+
+    def silent_writes(self, state: tuple[list[Any], ...]) -> int:
+        """How often parameters were seen to have been written to without PyTorch's count. state: what `state` gives.
+
+        On a GPU this waits for it.
+        """
+        kept = self._writes
+        parameters = [p for p in chain.from_iterable(map(dict.values, self._parameters)) if p is not None]
+        if kept is None or kept[0] != state or not kept[1].none_since(parameters):
+            self._n_silent_writes += kept is not None and kept[0] == state
+            self._writes = state, Writes(parameters)
+        return self._n_silent_writes

@@ -1,0 +1,90 @@
+"""What is known of a model's modules and weights, and looked at again before each use."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from fastbert.engine.interface import EncoderModel
+from fastbert.engine.listeners import everywhere, observer_obstacle
+from fastbert.engine.snapshot import ModuleSnapshot
+from fastbert.ops import silent_writes, tracing
+
+GRADIENTS = "gradients are on (torch.no_grad or torch.inference_mode turns them off)"
+TRAINING = "the model is in training mode"
+# The types that an entry of a module's parameters may have, for code that takes their addresses.
+_PLAIN_PARAMETERS = frozenset((*tracing.PLAIN, type(None)))
+
+
+class EncoderState:
+    """The modules of one encoder as they were last seen. snapshot: None before the first look."""
+
+    def __init__(self) -> None:
+        self.snapshot: ModuleSnapshot | None = None
+        self.features: list[str] | None = None  # what layers have beyond BERT's, None before `layer_features`
+        self._n_silent_writes = 0
+
+    def plain_modules(self, model: EncoderModel) -> bool:
+        """Whether nobody listens to a module of the encoder, or has put another in its place; all are in eval mode."""
+        snapshot = self.snapshot
+        if snapshot is None or not snapshot.same_modules():
+            parts: list[nn.Module | None] = [model.embeddings, model.embeddings_project, model.encoder]
+            snapshot = ModuleSnapshot([part for part in parts if part is not None], model.own_modules)
+            self.snapshot, self.features, self._n_silent_writes = snapshot, None, 0
+        return snapshot.plain() and not everywhere()
+
+    def layer_features(self, model: EncoderModel) -> list[str]:
+        """What the layers have beyond BERT's, by the names of `block.FEATURES`. After `plain_modules`."""
+        block = next(iter(model.blocks()), None)
+        self.features = [] if block is None else block.features()
+        return self.features
+
+    def plain_parameters(self) -> bool:
+        """Whether the encoder's parameters are tensors whose numbers are at their address. After `plain_modules`."""
+        assert self.snapshot is not None
+        return self.snapshot.parameter_types() <= _PLAIN_PARAMETERS
+
+    def obstacles(self, model: EncoderModel, device: torch.device) -> Iterator[str]:
+        """Every reason why the operations could not run as one without a difference that somebody sees."""
+        # A replica of DataParallel shares what it has with the others, and lasts for one call.
+        if model.__dict__.get("_is_replica", False):
+            yield "the model is a replica of DataParallel"
+        observer = observer_obstacle(device)
+        if observer is not None:
+            yield observer
+        if not self.plain_modules(model):
+            yield "a module of the encoder is an adapter, has hooks or a forward of its own, or is in training mode"
+
+    def written_silently(self, model: EncoderModel) -> bool:
+        """Whether weights on a GPU were written to without PyTorch's count; then what is derived is made anew.
+
+        It waits for the GPU. On a CPU, where each use looks, it does nothing.
+        """
+        device = model.device
+        if not silent_writes.waits(device) or torch.compiler.is_compiling() or observer_obstacle(device):
+            return False
+        self.plain_modules(model)  # which sees to the snapshot
+        snapshot = self.snapshot
+        assert snapshot is not None
+        n_silent_writes = snapshot.silent_writes(snapshot.state())
+        if n_silent_writes == self._n_silent_writes:
+            return False
+        self._n_silent_writes = n_silent_writes
+        snapshot.invalidate()
+        return True
+
+
+def first_parameter(module: nn.Module) -> Tensor:
+    """Returns or raises what next(module.parameters()) does, without a generator for each module on the way."""
+    waiting: list[nn.Module | None] = [module]
+    while waiting:
+        one = waiting.pop()
+        if one is None:
+            continue
+        for parameter in one._parameters.values():
+            if parameter is not None:
+                return parameter
+        waiting += reversed(one._modules.values())
+    raise StopIteration

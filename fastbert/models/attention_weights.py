@@ -1,0 +1,72 @@
+"""Attention weights on request (`output_attentions`): plain PyTorch computes them, since fused kernels keep none."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastbert import ops, reference
+from fastbert.engine.listeners import listened
+from fastbert.models import hooks
+from fastbert.models.encoded import Encoded
+from fastbert.models.inputs import Inputs
+from fastbert.ops import packing
+from fastbert.ops.packing import PackedBatch
+
+logger = logging.getLogger("fastbert")
+
+PLAN = "attentions"  # the plan of a batch whose attention weights are kept
+
+
+def attend(qkv: Tensor, batch: PackedBatch, num_heads: int, dropout_p: float) -> Tensor:
+    """Attention in plain PyTorch, (T, 3H) -> (T, H); its weights (B, N, S, S) join the batch's.
+
+    They are zeros at rows of padding.
+    """
+    view = hooks.padded_view(batch)
+    q, k, v = packing.pad(qkv, view).unflatten(-1, (3, num_heads, -1)).permute(2, 0, 3, 1, 4)  # (B, N, S, D)
+    token = packing.pad(torch.ones_like(qkv[:, 0], dtype=torch.bool), view)  # (B, S)
+    scores = (q @ k.transpose(-1, -2)) * q.shape[-1] ** -0.5
+    scores = scores.masked_fill(~token[:, None, None], torch.finfo(scores.dtype).min)
+    weights = torch.softmax(scores, dim=-1) * token[:, None, :, None]
+    batch.plan(PLAN, list).append(weights)
+    kept = nn.functional.dropout(weights, dropout_p)
+    return packing.pack((kept @ v).transpose(1, 2).flatten(2), view)
+
+
+def accept_reference(policy: ops.Policy) -> None:
+    """Raises BackendError where nothing but a fused kernel may run; else logs once that none does."""
+    reason = "fused attention keeps no probabilities"
+    if policy.strict:
+        raise ops.BackendError(
+            f"output_attentions: the backend {policy.backend!r} cannot give them, and strict=True: {reason}"
+        )
+    _log_reference(policy.backend, reason)
+
+
+@functools.cache
+def _log_reference(backend: str, reason: str) -> None:
+    logger.warning("output_attentions: backend %r falls back to 'reference': %s", backend, reason)
+
+
+def is_altered(model: Any) -> bool:
+    """Whether a module of the encoder is an adapter or has hooks, so that its parameters cannot stand for it."""
+    parts: Any = model.embeddings, model.embeddings_project, model.encoder
+    modules = (module for part in parts if part is not None for module in part.modules())
+    return any(type(module) not in model.own_modules or listened(module) for module in modules)
+
+
+def encode_by_reference(model: Any, batch: PackedBatch, inputs: Inputs, keep_states: bool) -> Encoded:
+    """The encoder by the reference on padded inputs, in the model's dtype."""
+    config = model.config
+    if model.training and (config.hidden_dropout_prob or config.attention_probs_dropout_prob):
+        logger.warning("output_attentions takes the reference path, which applies no dropout")
+    result = reference.bert(
+        dict(model.named_parameters(remove_duplicate=False)), config, *inputs.tensors(), dtype=model.dtype
+    )
+    states = [packing.pack(state, batch) for state in result.hidden_states]
+    return Encoded(batch, states[-1], states if keep_states else None, result.attentions)

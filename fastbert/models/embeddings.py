@@ -1,0 +1,110 @@
+"""The embeddings of BERT's family: the sum of three tables' rows, normalised."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from fastbert import ops
+from fastbert.checkpoint.config import BertConfig
+from fastbert.engine import EmbeddingTables, Norm
+from fastbert.engine.listeners import is_bare, is_plain_norm
+from fastbert.models import hooks
+from fastbert.models.modules import call_dropout, call_module
+from fastbert.ops import Policy
+from fastbert.ops.packing import PackedBatch
+
+
+class BertEmbeddings(nn.Module):
+    """LayerNorm(word + token type + position)."""
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__()
+        width = config.embedding_width  # E, which is H but where the family projects
+        self.word_embeddings = nn.Embedding(config.vocab_size, width, padding_idx=config.pad_token_id)
+        self.position_embeddings = nn.Embedding(config.max_position_embeddings, width)
+        self.token_type_embeddings = nn.Embedding(config.type_vocab_size, width) if config.family.token_types else None
+        self.LayerNorm = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(
+        self,
+        input_ids: Tensor | None,  # (T,)
+        token_type_ids: Tensor | None,  # (T,)
+        position_ids: Tensor,  # (T,)
+        inputs_embeds: Tensor | None = None,  # (T, E)
+        batch: PackedBatch | None = None,
+        policy: Policy = ops.AUTO,
+    ) -> Tensor:  # (T, E)
+        if position_ids.dim() == 2:
+            ids = input_ids, token_type_ids, position_ids, inputs_embeds
+            return hooks.on_packed(BertEmbeddings.forward, self, *ids)
+        if not self._is_plain():
+            return self._by_modules(input_ids, token_type_ids, position_ids, inputs_embeds, batch, policy)
+        input_ids, tables = self.tables(input_ids, inputs_embeds, policy, batch)
+        return ops.embedding_layer_norm(
+            input_ids,
+            None if self.token_type_embeddings is None else token_type_ids,
+            position_ids,
+            tables.words,
+            tables.token_types,
+            tables.positions,
+            *tables.norm.filled(tables.positions),
+            tables.norm.eps,
+            inputs_embeds=tables.words if input_ids is None else None,
+            padding_idx=None if input_ids is None else self.word_embeddings.padding_idx,
+            dropout_p=self.dropout.p if self.training else 0.0,
+            policy=policy,
+        )
+
+    def tables(
+        self,
+        input_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        policy: Policy = ops.AUTO,
+        batch: PackedBatch | None = None,
+    ) -> tuple[Tensor | None, EmbeddingTables]:
+        """Ids and the tables; or None, and tables whose words are embeddings (T, E): given, or of a module's own."""
+        words: Any = self.word_embeddings
+        if input_ids is not None and not is_bare(words, nn.Embedding):
+            input_ids, inputs_embeds = None, call_module(words, input_ids, policy, batch)
+        token_types = self.token_type_embeddings
+        return input_ids, EmbeddingTables(
+            words=words.weight if inputs_embeds is None else inputs_embeds,
+            token_types=None if token_types is None else token_types.weight,
+            positions=self.position_embeddings.weight,
+            norm=Norm.of(self.LayerNorm),
+        )
+
+    def _is_plain(self) -> bool:
+        """Whether all that is called here, the words apart, may be computed without a call."""
+        tables = self.position_embeddings, self.token_type_embeddings
+        bare = all(table is None or is_bare(table, nn.Embedding) for table in tables)
+        return bare and is_plain_norm(self.LayerNorm, self.dropout)
+
+    def _by_modules(
+        self,
+        input_ids: Tensor | None,
+        token_type_ids: Tensor | None,
+        position_ids: Tensor,
+        inputs_embeds: Tensor | None,
+        batch: PackedBatch | None,
+        policy: Policy,
+    ) -> Tensor:
+        x = call_module(self.word_embeddings, input_ids, policy, batch) if inputs_embeds is None else inputs_embeds
+        if self.token_type_embeddings is not None and token_type_ids is not None:
+            x = x + call_module(self.token_type_embeddings, token_type_ids, policy, batch)
+        x = x + call_module(self.position_embeddings, position_ids, policy, batch)
+        return call_dropout(self.dropout, call_module(self.LayerNorm, x, policy, batch), batch)
+
+    def check_ids(self, input_ids: Tensor, token_type_ids: Tensor) -> None:
+        """Raises IndexError where one of them is beyond its table."""
+        n_words = self.word_embeddings.num_embeddings
+        ops.check_ids(input_ids=(input_ids, n_words), token_type_ids=(token_type_ids, self.n_token_types))
+
+    @property
+    def n_token_types(self) -> int:
+        """How many segments there are; one, without a table, in a model that knows none."""
+        table = self.token_type_embeddings
+        return 1 if table is None else table.num_embeddings

@@ -1,0 +1,240 @@
+"""What every encoder has, whatever its family: padded and packed batches in, hidden states out, run by the engine."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from fastbert import ops
+from fastbert.checkpoint.config import BertConfig
+from fastbert.checkpoint.families import AFTER_PADDING
+from fastbert.engine import Block, EmbeddingTables, Engine, Options, PackedInputs
+from fastbert.engine.listeners import listened
+from fastbert.models import attention_weights, hooks
+from fastbert.models.encoded import Encoded
+from fastbert.models.inputs import Inputs, check_embeds
+from fastbert.models.modules import dense
+from fastbert.models.pretrained import PreTrainedModel, listed
+from fastbert.ops import packing, tracing
+from fastbert.ops.packing import PackedBatch
+
+logger = logging.getLogger("fastbert")
+
+Encoder = TypeVar("Encoder", bound="EncoderModel")
+
+
+class EncoderModel(PreTrainedModel):
+    """An encoder that its family's class describes, and that the engine runs.
+
+    The family's class has `embeddings`, `embeddings_project` (or None), `encoder`, `pooler` (or None), `own_modules`
+    and `blocks`. settings: the fields of `Options` by name.
+    """
+
+    own_modules: frozenset[type[nn.Module]]  # the classes that the encoder is made of, as it is made
+    embeddings: Any
+    embeddings_project: Any
+    encoder: Any
+    pooler: Any
+
+    def __init__(self, config: BertConfig, options: Options | None = None, **settings: Any) -> None:
+        options = Options.of(options, settings)
+        super().__init__(config, options)
+        # The padding id, where positions count from it by default.
+        self.counted_from = config.pad_token_id if config.family.positions == AFTER_PADDING else None
+        self.engine = Engine()
+        self.cuda_graphs = options.cuda_graphs
+
+    def blocks(self) -> Iterator[Block]:
+        """Each layer as data."""
+        raise NotImplementedError
+
+    # Batches
+
+    def encode(self, inputs: Inputs, batch: PackedBatch | None = None) -> Encoded:
+        """Runs a padded batch and keeps the result packed, for heads, which work on packed tokens too.
+
+        batch: the packing of the attention_mask, where the caller has it already.
+        """
+        tensors = inputs.tensors()
+        self._check_tensors(
+            input_ids=tensors[0], attention_mask=tensors[1], token_type_ids=tensors[2], position_ids=tensors[3],
+            inputs_embeds=tensors[4],
+        )  # fmt: skip
+        keep_states = inputs.wants("output_hidden_states", self.config)
+        keep_attentions = inputs.wants("output_attentions", self.config)
+        inputs = inputs.checked(self)
+        transformed = tracing.transformed(*inputs.tensors())
+        if batch is None or transformed is not None:
+            batch = inputs.batch(transformed)
+        input_ids, token_type_ids, position_ids, inputs_embeds = (
+            None if x is None else packing.pack(x, batch)
+            for x in (inputs.input_ids, inputs.token_type_ids, inputs.position_ids, inputs.inputs_embeds)
+        )
+        packed = PackedInputs(input_ids, token_type_ids, position_ids, inputs_embeds)  # type: ignore[arg-type]
+        if keep_attentions:
+            if transformed is None:
+                self._check_ids(batch, packed)
+            attention_weights.accept_reference(self.policy)
+            if not attention_weights.is_altered(self):
+                return attention_weights.encode_by_reference(self, batch, inputs, keep_states)
+            weights = batch.plan(attention_weights.PLAN, list)
+        if transformed is not None:
+            states = self._encode_traced(batch, packed, keep_states, transformed)
+        else:
+            states = self.encode_packed(batch, *packed, keep_states=keep_states)
+        return Encoded(batch, states[-1], states if keep_states else None, tuple(weights) if keep_attentions else None)
+
+    def forward_packed(
+        self,
+        input_ids: Tensor,
+        cu_seqlens: Tensor,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+    ) -> Tensor:
+        """(T,) ids of B sequences one after the other -> (T, H).
+
+        cu_seqlens: (B + 1,) int32, starts at 0, ends at T. position_ids count from 0 in each sequence by default, in
+        RoBERTa's family from the padding id + 1, over the ids that are not the padding id.
+        """
+        self._check_tensors(input_ids=input_ids)
+        if input_ids.dim() != 1:
+            raise ValueError(f"input_ids: expected shape (T,), got {tuple(input_ids.shape)}")
+        batch = packing.from_cu_seqlens(cu_seqlens, input_ids.shape[0], self.device)
+        return self.encode_packed(batch, input_ids, token_type_ids, position_ids)[-1]
+
+    def encode_packed(
+        self,
+        batch: PackedBatch,
+        input_ids: Tensor | None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        *,
+        keep_states: bool = False,
+        check: bool = True,
+    ) -> list[Tensor]:
+        """Packed (T,) ids or (T, H) embeddings -> the last hidden state (T, H) as a list, or all L + 1 (keep_states).
+
+        check=False skips the looks at the ids' values and at the weights, which on a GPU wait for it, for callers who
+        have checked and called `follow_weights`.
+        """
+        ids = {"input_ids": input_ids, "token_type_ids": token_type_ids, "position_ids": position_ids}
+        self._check_tensors(**ids, inputs_embeds=inputs_embeds)
+        n_tokens = batch.n_tokens
+        for name, tensor in ids.items():
+            if tensor is not None and tensor.shape != (n_tokens,):
+                raise ValueError(f"{name}: expected shape ({n_tokens},), got {tuple(tensor.shape)}")
+        if inputs_embeds is not None:
+            check_embeds(inputs_embeds, self)
+        if position_ids is None and self.counted_from is not None:
+            if input_ids is None:
+                position_ids = batch.position_ids + self.counted_from + 1
+            else:
+                position_ids = packing.positions_after_padding(input_ids, self.counted_from, batch)
+        if check:
+            self._check_ids(batch, PackedInputs(input_ids, token_type_ids, position_ids))  # type: ignore[arg-type]
+            self.follow_weights()
+        if position_ids is None:
+            position_ids = batch.position_ids
+        inputs = PackedInputs(input_ids, token_type_ids, position_ids, inputs_embeds)
+        return self.engine.run(self, batch, inputs, keep_states)
+
+    def _encode_traced(
+        self, batch: PackedBatch, inputs: PackedInputs, keep_states: bool, transformed: str
+    ) -> list[Tensor]:
+        """The hidden states of a `packing.in_place` batch. transformed: who traces, for the log."""
+        tracing.note(type(self).__name__, transformed)
+        if inputs.position_ids is None:
+            inputs = inputs._replace(position_ids=batch.position_ids)
+        return self.engine.run_traced(self, batch, inputs, keep_states, transformed)
+
+    # What the engine asks for
+
+    def tables(self, inputs: PackedInputs | None) -> tuple[Tensor | None, EmbeddingTables]:
+        """Ids and the tables of the embeddings: see `BertEmbeddings.tables`."""
+        if inputs is None:
+            return self.embeddings.tables()
+        return self.embeddings.tables(inputs.input_ids, inputs.inputs_embeds, self.policy)
+
+    def embed(self, inputs: PackedInputs, batch: PackedBatch) -> Tensor:
+        """What goes into the first layer, (T, H)."""
+        x = hooks.call_embeddings(self.embeddings, batch, self.policy, **inputs._asdict())
+        return x if self.embeddings_project is None else dense(self.embeddings_project, x, self.policy, batch=batch)
+
+    def run_layers(self, x: Tensor, batch: PackedBatch, keep_states: bool) -> list[Tensor]:
+        """The hidden states before the first layer and after each, or the last alone."""
+        if not listened(self.encoder):
+            return self.encoder(x, batch, self.policy, keep_states)
+        return hooks.states_of_encoder(self.encoder, batch, self.policy, x, keep_states)
+
+    def run_padding(self, n_tokens: int) -> None:
+        """Runs a batch of n_tokens whose values do not matter, in texts of as many as the model reads."""
+        ids = torch.zeros(n_tokens, dtype=torch.int64, device=self.device)
+        offsets = [*range(0, n_tokens, self.longest_text), n_tokens]
+        self.forward_packed(ids, torch.tensor(offsets, dtype=torch.int32, device="cpu"))
+
+    def follow_weights(self) -> None:
+        """Derives from the weights anew where they were written to without PyTorch's count.
+
+        On a GPU, where this waits for it, callers of `encode_packed` with check=False call it once for all batches. On
+        a CPU it does nothing, since each use looks.
+        """
+        self.engine.follow_weights(self)
+
+    def all_in_eval_mode(self) -> bool:
+        """Whether every module is known to be in eval mode; False where that would have to be asked of each."""
+        pooler = self.pooler
+        return not self.training and (pooler is None or not pooler.training) and self.engine.state.plain_modules(self)
+
+    @property
+    def cuda_graphs(self) -> bool:
+        """Whether short batches are launched as CUDA graphs, on by default; the results are the same to the bit."""
+        return self.engine.graphs.enabled
+
+    @cuda_graphs.setter
+    def cuda_graphs(self, enabled: bool) -> None:
+        self.engine.graphs.enabled = bool(enabled)
+        if not enabled:
+            self.engine.graphs.clear()
+
+    # What ends what the engine keeps
+
+    def train(self: Encoder, mode: bool = True) -> Encoder:
+        self.engine.set_training(mode)
+        return super().train(mode)
+
+    def _apply(self: Encoder, *args: Any, **kwargs: Any) -> Encoder:
+        self.engine.graphs.clear()  # or their memory would stay where the model was
+        return super()._apply(*args, **kwargs)
+
+    def _replicate_for_data_parallel(self: Encoder) -> Encoder:
+        replica: Any = super()._replicate_for_data_parallel()
+        replica.engine = Engine()  # its parameters are others
+        return replica
+
+    # Checks
+
+    def _check_ids(self, batch: PackedBatch, inputs: PackedInputs) -> None:
+        # An adapter in the place of the word embeddings need not have their attributes.
+        n_words = getattr(self.embeddings.word_embeddings, "num_embeddings", self.config.vocab_size)
+        n_positions = self.embeddings.position_embeddings.num_embeddings
+        position_ids: Tensor | None = inputs.position_ids
+        if position_ids is None and batch.padded_length > n_positions:
+            position_ids = batch.position_ids
+        ops.check_ids(
+            input_ids=(inputs.input_ids, n_words),
+            token_type_ids=(inputs.token_type_ids, self.embeddings.n_token_types),
+            position_ids=(position_ids, n_positions),
+        )
+
+    def _report_missing(self, missing: list[str], src: str) -> list[str]:
+        pooler = [name for name in missing if name.startswith("pooler.")]
+        if pooler:
+            theirs = listed([self.config.family.to_theirs(name) for name in pooler])
+            logger.warning("%s: the checkpoint lacks %s: pooler_output will be None", src, theirs)
+            self.pooler = None
+        return super()._report_missing([name for name in missing if name not in pooler], src)

@@ -1,0 +1,84 @@
+"""Calls of modules inside a model: fused where nobody would see it, and by the module itself elsewhere."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastbert import ops
+from fastbert.engine.listeners import is_bare, is_plain, is_plain_norm
+from fastbert.models import hooks
+from fastbert.ops import Policy, dispatch, packing, recording
+from fastbert.ops.derived import Derived
+from fastbert.ops.packing import PackedBatch
+
+__all__ = ["add_and_norm", "call_dropout", "call_module", "dense", "first_rows", "fuse", "is_plain", "is_plain_norm"]
+
+
+def dense(
+    module: nn.Module, x: Any, policy: Policy, activation: str = "none", batch: PackedBatch | None = None
+) -> Tensor:
+    """activation(module(x)), fused where the module is a plain linear. (T, K) -> (T, M)
+
+    batch: how the rows lie, for a module that is called with padded ones; None for rows of sequences, (B, K).
+    """
+    if is_plain(module):
+        return ops.linear(x, module.weight, module.bias, activation, policy=policy, keep=not module.training)
+    x = call_module(module, x, policy, batch)
+    return x if activation == "none" else ops.bias_gelu(x, None, activation, policy=policy)
+
+
+def call_module(module: nn.Module, x: Any, policy: Policy, batch: PackedBatch | None) -> Tensor:
+    """module(x), for more than a plain linear or embedding. batch: see `dense`.
+
+    Nothing is known of its bits: raises BackendError under a batch-invariant policy.
+    """
+    if policy.batch_invariant:
+        name = type(module).__name__
+        dispatch.refuse("", f"a {name} that is an adapter or has hooks, or no bias, cannot promise it")
+    if recording.on and (output := recording.call(module, x)) is not None:
+        return output
+    return hooks.leaf(module, x, batch)
+
+
+def call_dropout(dropout: nn.Module, x: Tensor, batch: PackedBatch | None = None) -> Tensor:
+    """dropout(x), by whatever stands in its place. batch: see `dense`."""
+    return dropout(x) if is_bare(dropout, nn.Dropout) else hooks.leaf(dropout, x, batch)
+
+
+def add_and_norm(
+    norm: nn.Module, dropout: nn.Module, x: Tensor, residual: Tensor, policy: Policy, batch: PackedBatch | None
+) -> Tensor:
+    """norm(dropout(x) + residual), by the modules themselves."""
+    return call_module(norm, call_dropout(dropout, x, batch) + residual, policy, batch)
+
+
+def first_rows(x: Tensor, batch: PackedBatch, policy: Policy) -> Tensor:
+    """(T, H) -> (B, H): each sequence's first token, zeros where there is none."""
+    if batch.valid is not None:
+        return packing.first_rows(x, batch)
+    return ops.pool(x, batch.cu_seqlens, "cls", policy=policy)
+
+
+def fuse(linears: dict[str, nn.Linear], key: str, derived: Derived | None) -> tuple[Tensor, Tensor]:
+    """Several linears as one: their weights one above the other, and their biases, zeros where one has none.
+
+    derived: keeps them under the key until a parameter changes; None makes them anew, as in training mode.
+    """
+    weights: list[Tensor] = [linear.weight for linear in linears.values()]
+    biases: list[Tensor | None] = [linear.bias for linear in linears.values()]
+    parameters = weights + [bias for bias in biases if bias is not None]
+    if any(p.dtype != parameters[0].dtype for p in parameters):
+        raise RuntimeError(f"{', '.join(linears)}: expected one dtype, got {[p.dtype for p in parameters]}")
+    present = tuple(bias is not None for bias in biases)
+
+    def make() -> tuple[Tensor, Tensor]:
+        filled = [w.new_zeros(w.shape[0]) if b is None else b for w, b in zip(weights, biases, strict=True)]
+        return torch.cat(weights), torch.cat(filled)
+
+    if derived is None:
+        return make()
+    fused: Any = derived.get(key, parameters, make, present)
+    return fused

@@ -1,0 +1,210 @@
+"""The seven BERT models with heads: pre-training, masked LM, next sentence, classification, choice, tokens, answers.
+
+Where another family has the same head, or one that differs as its `Head` in fastbert.checkpoint.families says, the
+class is it. Arguments, outputs and losses are those of transformers, with two differences that follow from packing:
+per-token logits are zero at padding positions, and padding positions enter no loss. `Inputs` says what the arguments
+are that all forwards share.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from fastbert.checkpoint.config import BertConfig
+from fastbert.engine.listeners import listened
+from fastbert.models import hooks, outputs
+from fastbert.models.encoded import Encoded
+from fastbert.models.heads import BertOnlyMLMHead, BertOnlyNSPHead, BertPreTrainingHeads, FirstTokenHead
+from fastbert.models.inputs import Inputs, takes_inputs
+from fastbert.models.losses import class_loss, sequence_loss, span_loss, token_loss
+from fastbert.models.modules import dense
+from fastbert.models.with_head import ModelWithDecoder, ModelWithHead
+from fastbert.ops import packing
+
+
+class BertForPreTraining(ModelWithDecoder):
+    """Masked-token and next-sentence prediction together."""
+
+    task = "PreTraining"
+
+    def add_head(self, config: BertConfig) -> None:
+        self.cls = BertPreTrainingHeads(config)
+
+    @takes_inputs
+    def forward(
+        self, inputs: Inputs, labels: Tensor | None = None, next_sentence_label: Tensor | None = None
+    ) -> outputs.BertForPreTrainingOutput | tuple[Tensor, ...]:
+        """labels: (B, S) token ids, -100 where not asked; next_sentence_label: (B,), 0 = is next, 1 = random.
+
+        Returns prediction_logits (B, S, V) and seq_relationship_logits (B, 2); the loss is the sum of both, where both
+        labels are given.
+        """
+        encoded = self._encode(inputs)
+        logits, is_next = hooks.call_with_pooled(
+            self.cls, encoded.batch, self.policy, encoded.last_hidden_state, self.bert.pool(encoded)
+        )
+        token = token_loss(logits, labels, encoded.batch)
+        sentence = class_loss(is_next, next_sentence_label, "next_sentence_label")
+        loss = None if token is None or sentence is None else token + sentence
+        output = outputs.BertForPreTrainingOutput(
+            loss=loss,
+            prediction_logits=packing.pad(logits, encoded.batch),
+            seq_relationship_logits=is_next,
+            **encoded.padded(),
+        )
+        return self._output(output, inputs)
+
+
+class BertForMaskedLM(ModelWithDecoder):
+    """Masked-token prediction."""
+
+    task = "MaskedLM"
+
+    def add_head(self, config: BertConfig) -> None:
+        self.cls = BertOnlyMLMHead(config)
+
+    @takes_inputs
+    def forward(self, inputs: Inputs, labels: Tensor | None = None) -> outputs.MaskedLMOutput | tuple[Tensor, ...]:
+        """labels: (B, S) token ids, -100 where not asked. Returns logits (B, S, V)."""
+        encoded = self._encode(inputs)
+        logits = hooks.call(self.cls, encoded.batch, self.policy, encoded.last_hidden_state)
+        output = outputs.MaskedLMOutput(
+            loss=token_loss(logits, labels, encoded.batch),
+            logits=packing.pad(logits, encoded.batch),
+            **encoded.padded(),
+        )
+        return self._output(output, inputs)
+
+
+class BertForNextSentencePrediction(ModelWithHead):
+    """Whether the second sentence of a pair follows the first. Logit 0 = is next, logit 1 = random."""
+
+    task = "NextSentencePrediction"
+
+    def add_head(self, config: BertConfig) -> None:
+        self.cls = BertOnlyNSPHead(config)
+
+    @takes_inputs
+    def forward(
+        self, inputs: Inputs, labels: Tensor | None = None
+    ) -> outputs.NextSentencePredictorOutput | tuple[Tensor, ...]:
+        """labels: (B,), 0 = is next, 1 = random. Returns logits (B, 2); `p_is_next` of the output: probabilities."""
+        encoded = self._encode(inputs)
+        pooled = self.bert.pool(encoded)
+        logits = self.cls(pooled) if listened(self.cls) else self.cls(pooled, self.policy)
+        output = outputs.NextSentencePredictorOutput(loss=class_loss(logits, labels), logits=logits, **encoded.padded())
+        return self._output(output, inputs)
+
+
+class BertForSequenceClassification(ModelWithHead):
+    """Classification of, or regression on, a whole sequence."""
+
+    task = "SequenceClassification"
+
+    def add_head(self, config: BertConfig) -> None:
+        if self._head.activation is None:
+            self._add_classifier(config, config.num_labels)
+        else:
+            self.classifier = FirstTokenHead(config, self._head, self._dropout(config), config.num_labels)
+
+    @takes_inputs
+    def forward(
+        self, inputs: Inputs, labels: Tensor | None = None
+    ) -> outputs.SequenceClassifierOutput | tuple[Tensor, ...]:
+        """labels: (B,) classes, or (B, num_labels) floats; config.problem_type says which loss, or labels' form does.
+
+        Returns logits (B, num_labels).
+        """
+        encoded = self._encode(inputs)
+        logits = self.classify(encoded)
+        loss = sequence_loss(logits, labels, self.config.problem_type, self.config.num_labels)
+        output = outputs.SequenceClassifierOutput(loss=loss, logits=logits, **encoded.padded())
+        return self._output(output, inputs)
+
+    def classify(self, encoded: Encoded) -> Tensor:
+        """The logits (B, num_labels) of what the encoder made of packed tokens."""
+        if self._head.activation is not None:
+            return hooks.call(self.classifier, encoded.batch, self.policy, encoded.last_hidden_state)
+        return dense(self.classifier, self.dropout(self.bert.pool(encoded)), self.policy)
+
+
+class BertForMultipleChoice(ModelWithHead):
+    """Which of C sequences answers best."""
+
+    task = "MultipleChoice"
+
+    def add_head(self, config: BertConfig) -> None:
+        self._add_classifier(config, 1)
+
+    @takes_inputs
+    def forward(
+        self, inputs: Inputs, labels: Tensor | None = None
+    ) -> outputs.MultipleChoiceModelOutput | tuple[Tensor, ...]:
+        """input_ids and the others: (B, C, S); inputs_embeds: (B, C, S, H); labels: (B,). Returns logits (B, C)."""
+        choices = inputs.input_ids if inputs.inputs_embeds is None else inputs.inputs_embeds
+        if choices is None or choices.dim() != (3 if inputs.inputs_embeds is None else 4):
+            came = None if choices is None else tuple(choices.shape)
+            raise ValueError(f"input_ids, inputs_embeds: expected shape (B, C, S) or (B, C, S, H), got {came}")
+        encoded = self._encode(inputs.flattened())
+        logits = dense(self.classifier, self.dropout(self.bert.pool(encoded)), self.policy).view(choices.shape[:2])
+        output = outputs.MultipleChoiceModelOutput(loss=class_loss(logits, labels), logits=logits, **encoded.padded())
+        return self._output(output, inputs)
+
+
+class BertForTokenClassification(ModelWithHead):
+    """A class for every token."""
+
+    task = "TokenClassification"
+
+    def add_head(self, config: BertConfig) -> None:
+        self._add_classifier(config, config.num_labels)
+
+    @takes_inputs
+    def forward(
+        self, inputs: Inputs, labels: Tensor | None = None
+    ) -> outputs.TokenClassifierOutput | tuple[Tensor, ...]:
+        """labels: (B, S) classes, -100 where not asked. Returns logits (B, S, num_labels)."""
+        encoded = self._encode(inputs)
+        logits = self._of_tokens(self.classifier, encoded)
+        output = outputs.TokenClassifierOutput(
+            loss=token_loss(logits, labels, encoded.batch),
+            logits=packing.pad(logits, encoded.batch),
+            **encoded.padded(),
+        )
+        return self._output(output, inputs)
+
+
+class BertForQuestionAnswering(ModelWithHead):
+    """Where an answer starts and ends."""
+
+    task = "QuestionAnswering"
+
+    def add_head(self, config: BertConfig) -> None:
+        if config.num_labels != 2:
+            raise ValueError(f"num_labels: question answering has 2 (start and end), got {config.num_labels}")
+        self.dropout = self._dropout(config)
+        self.qa_outputs = nn.Linear(config.hidden_size, 2)
+
+    @takes_inputs
+    def forward(
+        self, inputs: Inputs, start_positions: Tensor | None = None, end_positions: Tensor | None = None
+    ) -> outputs.QuestionAnsweringModelOutput | tuple[Tensor, ...]:
+        """start_positions, end_positions: (B,) columns; those at padding or above S - 1 enter no loss.
+
+        Returns start_logits and end_logits (B, S). The losses are over the tokens of each row, not over its padding.
+        """
+        encoded = self._encode(inputs)
+        packed = self._of_tokens(self.qa_outputs, encoded)  # (T, 2)
+        start_logits, end_logits = packing.pad(packed, encoded.batch).unbind(-1)  # (B, S)
+        loss = None
+        if start_positions is not None and end_positions is not None:
+            token = packing.pad(torch.ones_like(packed[:, 0], dtype=torch.bool), encoded.batch)
+            loss = (
+                span_loss(start_logits, token, start_positions, "start_positions")
+                + span_loss(end_logits, token, end_positions, "end_positions")
+            ) / 2
+        output = outputs.QuestionAnsweringModelOutput(
+            loss=loss, start_logits=start_logits.contiguous(), end_logits=end_logits.contiguous(), **encoded.padded()
+        )
+        return self._output(output, inputs)

@@ -1,0 +1,134 @@
+"""What the models with heads share: the encoder below, and the decoder's weight that is the embeddings'."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastbert.checkpoint.config import BertConfig
+from fastbert.checkpoint.families import Head
+from fastbert.checkpoint.files import Match
+from fastbert.engine import Options
+from fastbert.engine.listeners import listened
+from fastbert.models import outputs
+from fastbert.models.bert import BertModel
+from fastbert.models.encoded import Encoded, encode_by_call
+from fastbert.models.inputs import Inputs
+from fastbert.models.modules import call_dropout, dense
+from fastbert.models.pretrained import PreTrainedModel
+
+logger = logging.getLogger("fastbert")
+
+
+class ModelWithHead(PreTrainedModel):
+    """A BertModel under `bert`, and a head beside it. settings: the fields of `Options` by name."""
+
+    task: str
+    cls: Any
+    classifier: Any
+
+    def __init__(self, config: BertConfig, options: Options | None = None, **settings: Any) -> None:
+        options = Options.of(options, settings)
+        super().__init__(config, options)
+        self.bert = BertModel(config, self._head.pooler, options)
+        self.add_head(config)
+        self.init_weights()
+
+    def add_head(self, config: BertConfig) -> None:
+        """Adds the modules of the head."""
+        raise NotImplementedError
+
+    @property
+    def _head(self) -> Head:
+        return self.config.family.head(self.task)
+
+    @property
+    def cuda_graphs(self) -> bool:
+        """Whether short batches are launched as CUDA graphs: `BertModel.cuda_graphs`."""
+        return self.bert.cuda_graphs
+
+    @cuda_graphs.setter
+    def cuda_graphs(self, enabled: bool) -> None:
+        self.bert.cuda_graphs = enabled
+
+    def _encode(self, inputs: Inputs) -> Encoded:
+        """BertModel.encode; where somebody listens to the encoder, it is called as a module."""
+        return encode_by_call(self.bert, inputs) if listened(self.bert) else self.bert.encode(inputs)
+
+    def _of_tokens(self, module: nn.Module, encoded: Encoded) -> Tensor:
+        """module(dropout(x)) of each token, (T, H) -> (T, n)."""
+        x = call_dropout(self.dropout, encoded.last_hidden_state, encoded.batch)
+        return dense(module, x, self.policy, batch=encoded.batch)
+
+    def _output(self, output: outputs.ModelOutput, inputs: Inputs) -> Any:
+        return output if inputs.wants_dict(self.config) else output.to_tuple()
+
+    def _dropout(self, config: BertConfig) -> nn.Module:
+        for name in self._head.dropout:
+            p = getattr(config, name, None) if hasattr(config, name) else config.extra.get(name)
+            if p is not None:
+                return nn.Dropout(p)
+        return nn.Identity()
+
+    def _add_classifier(self, config: BertConfig, n_outputs: int) -> None:
+        self.dropout = self._dropout(config)
+        self.classifier = nn.Linear(config.hidden_size, n_outputs)
+
+
+# The decoder's names of tensors that the config ties, and their other names.
+TIED = {
+    "cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight",
+    "cls.predictions.decoder.bias": "cls.predictions.bias",
+}
+
+
+class ModelWithDecoder(ModelWithHead):
+    """A model whose head predicts tokens, with the word embeddings as its weight where the config ties them.
+
+    As in transformers: without the tie the decoder has a bias of its own, and `cls.predictions.bias` is not used; and
+    what a checkpoint holds under both names, with different numbers, is not tied whatever the config says.
+    """
+
+    _untied: frozenset[str] = frozenset()
+
+    def tie_weights(self) -> None:
+        for name, other in self.tied_pairs().items():
+            setattr(self.cls.predictions.decoder, name.rpartition(".")[2], self.get_parameter(other))
+
+    def tied_pairs(self) -> dict[str, str]:
+        if not self.config.tie_word_embeddings:
+            return {}
+        return {name: other for name, other in TIED.items() if name not in self._untied}
+
+    def _settle_ties(self, matched: Match, src: str) -> None:
+        state = matched.state
+        for name, other in TIED.items():
+            mine, others = state.get(name), state.get(other)
+            if not self.config.tie_word_embeddings:
+                if mine is not None and mine is others:  # one bias of an older checkpoint, for two parameters
+                    state[name] = mine.clone()
+            elif mine is not None and others is None:
+                state[other] = mine
+                matched.missing.remove(other)
+            elif mine is not None and others is not None and not torch.equal(mine, others):
+                logger.warning("%s: %s and %s differ, so they are not tied, whatever the config says", src, name, other)
+                self._untied |= {name}
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.cls.predictions.decoder
+
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        self.cls.predictions.decoder = value
+
+    def _resize_decoder(self, n_words: int, mean_resizing: bool) -> None:
+        head = self.cls.predictions
+        rows = functools.partial(self._more_rows, n_rows=n_words, mean_resizing=mean_resizing)
+        old = head.decoder
+        head.decoder = nn.Linear(old.in_features, n_words, device="meta").train(old.training)
+        head.decoder.weight = nn.Parameter(rows(old.weight), old.weight.requires_grad)
+        head.decoder.bias = nn.Parameter(rows(old.bias), old.bias.requires_grad)
+        head.bias = nn.Parameter(rows(head.bias), head.bias.requires_grad)

@@ -1,0 +1,67 @@
+"""The check that the package `fastbert` is the one of the distribution fastbert-engine.
+
+On PyPI the distribution `fastbert` is another project. It installs a package `fastbert` too, so pip lets the two
+overwrite each other's files without a word. The check lies in this package, because the other project has none of this
+name.
+
+What each state leads to:
+
+- Both lie in one folder: an error at `import fastbert`, whichever came last. If the other one came last, its
+  `fastbert/__init__.py` is what Python runs; it imports `fastbert.fastbert`, where ours asks this module.
+- The other one lies earlier on the path, which hides ours (an editable installation is always later than
+  site-packages): nothing of ours runs at `import fastbert`. An error at the first import of `fastbert_kernels`.
+- The other one lies later on the path, as beside a checkout on PYTHONPATH: ours works, and a warning is logged.
+- An installation of ours from the time when the distribution was named `fastbert`: nothing.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import logging
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+logger = logging.getLogger("fastbert")
+
+NAME = "fastbert-engine"
+OTHER = "The distribution 'fastbert' on PyPI is another project, which installs a package of the same name"
+CURE = f"Run `pip uninstall fastbert`, then install {NAME} again with `pip install --force-reinstall --no-deps`"
+
+
+def check_imported() -> None:
+    """Raises ImportError if `fastbert` was imported and is not the package of fastbert-engine."""
+    package = sys.modules.get("fastbert")
+    # Ours sets its version before it imports anything else, and the other project's package has none.
+    if package is not None and not hasattr(package, "__version__"):
+        origin = getattr(package, "__file__", None)
+        folders = ", ".join(map(str, getattr(package, "__path__", ())))
+        source = origin or f"the folder {folders}, which has no __init__.py"
+        raise ImportError(f"`import fastbert` took {source}, not the package of {NAME}. {OTHER}. {CURE}.")
+
+
+def check_installed(package_folder: str) -> None:
+    """Raises ImportError if the other project is installed into the folder that holds ours, and warns of it elsewhere.
+
+    package_folder: the folder of the package `fastbert` that is imported.
+    """
+    site = Path(package_folder).resolve().parent
+    for version, folder in _installations_of_the_other():
+        if folder == site:
+            raise ImportError(f"fastbert {version} and {NAME} are both installed in {site}. {OTHER}. {CURE}.")
+        logger.warning(
+            "%s. Version %s of it is installed in %s; this process takes the package of %s in %s.",
+            OTHER, version, folder, NAME, site,
+        )  # fmt: skip
+
+
+def _installations_of_the_other() -> Iterator[tuple[str, Path]]:
+    """The version and the folder of each distribution on the path that is named `fastbert` and is not ours."""
+    for installed in importlib.metadata.distributions(name="fastbert"):
+        names = (installed.read_text(file) or "" for file in ("top_level.txt", "entry_points.txt"))
+        if not any("fastbert_kernels" in text or "fastbert.cli" in text for text in names):
+            # `installed.version` fails for a folder that has lost its metadata.
+            text = installed.read_text("METADATA") or installed.read_text("PKG-INFO") or ""
+            version = re.search(r"^Version: *(\S+)", text, re.MULTILINE)
+            yield version[1] if version else "(version unknown)", Path(str(installed.locate_file(""))).resolve()

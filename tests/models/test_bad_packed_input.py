@@ -1,0 +1,73 @@
+"""Bad packed input gets an error that names the argument, what came and what was expected."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from helpers import cu_seqlens_of, exactly
+from model_cases import (
+    theirs,
+    twin,
+)
+
+
+@pytest.fixture
+def model() -> Any:
+    """A small BertModel in float32."""
+    return twin(theirs(), torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("cu_seqlens", "error", "message"),
+    [
+        (torch.tensor([1, 5, 12]), ValueError, "at T = 12, got [1, 5, 12]"),
+        (torch.tensor([0, 7, 5, 12]), ValueError, "at T = 12, got [0, 7, 5, 12]"),
+        (torch.tensor([0, 5, 11]), ValueError, "at T = 12, got [0, 5, 11]"),
+        (torch.tensor([0, 5, 13]), ValueError, "at T = 12, got [0, 5, 13]"),
+        (torch.tensor([0, -3, 12]), ValueError, "at T = 12, got [0, -3, 12]"),
+        (torch.tensor([0]), ValueError, "at T = 12, got [0]"),
+        (torch.tensor([0, 2**32 + 12]), ValueError, "at T = 12, got [0, 4294967308]"),
+        (torch.tensor([0, *[1] * 10, 13]), ValueError, "at T = 12, got [0, 1, 1, 1] ..."),
+        (torch.tensor([[0, 12]]), ValueError, "cu_seqlens: expected shape (B + 1,), got (1, 2)"),
+        (torch.tensor(12), ValueError, "cu_seqlens: expected shape (B + 1,), got ()"),
+        (torch.tensor([]).int(), ValueError, "cu_seqlens: expected shape (B + 1,), got (0,)"),
+        (torch.tensor([0.0, 12.0]), TypeError, "cu_seqlens: expected dtype int32, got torch.float32"),
+        (torch.tensor([False, True]), TypeError, "cu_seqlens: expected dtype int32, got torch.bool"),
+        ([0, 12], TypeError, "cu_seqlens: expected a tensor, got list"),
+    ],
+)
+def test_bad_cu_seqlens(cu_seqlens: Any, error: type[Exception], message: str, model: Any) -> None:
+    """Catches offsets that would send a kernel outside of its tensors, or lose or double tokens."""
+    if message.startswith("at"):
+        message = f"cu_seqlens: expected offsets that start at 0, never decrease and end {message}"
+    with pytest.raises(error, match=exactly(message)):
+        model.forward_packed(torch.ones(12, dtype=torch.long), cu_seqlens)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"input_ids": torch.ones(3, 4).long()}, ValueError, "input_ids: expected shape (T,), got (3, 4)"),
+        ({"input_ids": torch.ones(12)}, TypeError, "input_ids: expected dtype int64 or int32, got torch.float32"),
+        ({"input_ids": [1] * 12}, TypeError, "input_ids: expected a tensor, got list"),
+        ({"input_ids": torch.full((12,), 101)}, IndexError, "input_ids: expected values from 0 to 100, got 101"),
+        ({"input_ids": torch.full((12,), -1)}, IndexError, "input_ids: expected values from 0 to 100, got -1"),
+        (
+            {"input_ids": torch.ones(12).long().to("meta")},
+            ValueError,
+            "input_ids: expected a tensor on the model's device cpu, got meta",
+        ),
+        ({"token_type_ids": torch.ones(11).long()}, ValueError, "token_type_ids: expected shape (12,), got (11,)"),
+        ({"token_type_ids": torch.full((12,), 3)}, IndexError, "token_type_ids: expected values from 0 to 2, got 3"),
+        ({"position_ids": torch.ones(1, 12).long()}, ValueError, "position_ids: expected shape (12,), got (1, 12)"),
+        ({"position_ids": torch.full((12,), 40)}, IndexError, "position_ids: expected values from 0 to 39, got 40"),
+    ],
+)
+def test_bad_packed_input(arguments: dict[str, Any], error: type[Exception], message: str, model: Any) -> None:
+    """Catches the checks of forward missing from forward_packed."""
+    inputs = {"input_ids": torch.ones(12, dtype=torch.long), **arguments}
+    with pytest.raises(error, match=exactly(message)):
+        model.forward_packed(cu_seqlens=cu_seqlens_of([5, 7]), **inputs)
