@@ -1,4 +1,4 @@
-"""How an encoder runs: the arithmetic, and the launch around it. README.md beside this file says how to add one.
+"""An engine runs an encoder: the arithmetic, and the launch around it. README.md beside this file says how to add one.
 
 `Engine` is the one door for models; what it needs of them is in `interface`.
 """

@@ -45,7 +45,7 @@ class Modules:
 
 
 class _InOneCall:
-    """What the two C++ encoders share: the weights, packed for them, and the modules that they stand for."""
+    """The base of the two C++ encoders, which read packed weights and stand for the modules of a model."""
 
     int8: bool
 

@@ -57,7 +57,7 @@ class _Streams:
 
 @functools.cache
 def _streams(device: int, make: type) -> _Streams:
-    """Those of the current device, whose index `device` is. make: torch.cuda.Stream, for which another may stand."""
+    """Returns the streams of the current device, whose index is given. make: torch.cuda.Stream, or a stand-in."""
     return _Streams()
 
 
@@ -124,5 +124,5 @@ class CudaCapturer:
 
 
 def capturer(device: torch.device) -> Capturer | None:
-    """What captures graphs on this device, None where nothing does. There, batches are not padded to buckets either."""
+    """Returns what captures graphs on this device, or None; without it, batches are not padded to buckets either."""
     return CudaCapturer(device) if device.type == "cuda" and torch.version.hip is None else None

@@ -29,7 +29,7 @@ from fastbert.ops.packing import PackedBatch
 
 
 class Engine:
-    """What runs one model's encoder, and what is kept for that. The model is an argument of each call.
+    """An engine runs one model's encoder, and keeps what that needs. The model is an argument of each call.
 
     state: the model's modules and weights as they were last seen. graphs: its CUDA graphs. eight_bit, cpu_encoder: the
     weights that are derived for them.
@@ -157,7 +157,7 @@ class Engine:
         return n_tokens
 
     def packs_weights(self, model: EncoderModel) -> bool:
-        """Whether the encoder's linears have packed weights, and nobody would see that they compute rows of padding."""
+        """Tells whether linears have packed weights, and nobody would see that they compute rows of padding."""
         if model.device.type != "cpu" or torch.is_grad_enabled() or tracing.observed() is not None:
             return False
         decision = dispatch.decide("linear", model.policy, model.device, None)
@@ -225,7 +225,7 @@ class Engine:
         return self.graphs.captured() if not obstacles else (), obstacles
 
     def graph_key(self, model: EncoderModel) -> Any:
-        """What a CUDA graph depends on beside its shape: where the weights are, derived ones too, and their writes."""
+        """Returns what a CUDA graph depends on: where the weights are, derived ones too, and their writes."""
         snapshot = self.state.snapshot
         assert snapshot is not None
         state = snapshot.state(), model.precision

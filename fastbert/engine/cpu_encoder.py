@@ -55,16 +55,16 @@ def obstacles(config: Any, dtype: torch.dtype, policy: ops.Policy, device: torch
 
 
 def multiplies_bfloat16() -> bool:
-    """Whether this processor has bfloat16 in hardware, and something here that makes use of it."""
+    """Tells whether this processor has bfloat16 in hardware, and something here that makes use of it."""
     return cpu.multiplies(torch.bfloat16) or (cpu.has_amx() and packed_linear.unavailable(torch.bfloat16) is None)
 
 
 def invariant_obstacle(config: Any, dtype: torch.dtype) -> str | None:
     """Why models of this configuration are not batch-invariant on this CPU, by one call or by operations; or None."""
     for size in {config.embedding_width, config.hidden_size, config.intermediate_size}:
-        why_not = packed_linear.no_invariant_product(dtype, size)
-        if why_not is not None:
-            return why_not
+        obstacle = packed_linear.no_invariant_product(dtype, size)
+        if obstacle is not None:
+            return obstacle
     return attention.cpu_obstacle(config.head_size, torch.empty(0, dtype=dtype, device="cpu"))
 
 
@@ -102,7 +102,7 @@ def int8_obstacles(config: Any, dtype: torch.dtype) -> Iterator[str]:
 
 
 def takes_rows(n_rows: int, dtype: torch.dtype, hidden_size: int) -> bool:
-    """Whether so many rows are best run in one call."""
+    """Tells whether so many rows are best run in one call."""
     if n_rows == 0:
         return False
     if dtype == torch.float32 and n_rows < packed_linear.LEAST_ROWS and hidden_size < EXACT_FROM:

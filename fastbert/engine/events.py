@@ -11,7 +11,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class CompileEvents:
-    """What has stalled a launch in this process so far, or, as the difference of two, in between.
+    """The events that have stalled a launch in this process so far, or, as the difference of two, in between.
 
     compilations: Triton kernels of this library compiled. loads: those found compiled in Triton's cache on disk, and
     loaded. captures: CUDA graphs captured. tunings: block sizes measured.

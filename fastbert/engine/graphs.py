@@ -46,7 +46,7 @@ class _Buffers:
 
 @dataclass(frozen=True)
 class Shape:
-    """What a model's graphs have in common."""
+    """The properties that all graphs of a model share."""
 
     device: torch.device
     dtype: torch.dtype
@@ -124,11 +124,11 @@ class Graphs:
         if bucket is None or batch.batch_size > bucket:
             return None
         with self.lock:
-            found = state()
-            if shape != self._shape or found != self._state:
+            current = state()
+            if shape != self._shape or current != self._state:
                 if self._shape is not None:
                     self.clear()
-                self._shape, self._state = shape, found
+                self._shape, self._state = shape, current
             if self._capturer is None:
                 self._capturer = capture.capturer(shape.device)
             key = bucket, _switches()

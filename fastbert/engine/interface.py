@@ -1,4 +1,4 @@
-"""What an engine knows of a model, and what each arithmetic offers.
+"""This module says what an engine knows of a model, and what each arithmetic offers.
 
 Engines lie below the models: they know a model by the Protocol here, its layers as `Block`s, and a batch as packed ids.
 """
@@ -60,7 +60,7 @@ class EncoderModel(Protocol):
         """
 
     def embed(self, inputs: PackedInputs, batch: PackedBatch) -> Tensor:
-        """What goes into the first layer, (T, H), by the modules themselves."""
+        """Computes the input of the first layer, (T, H), by the modules themselves."""
 
     def blame_dtypes(self, error: RuntimeError) -> None:
         """Raises TypeError if parameters of different dtypes may be what PyTorch stumbled over."""

@@ -20,7 +20,7 @@ _GLOBAL = (
 
 
 def everywhere() -> bool:
-    """Whether somebody listens to all modules of the process; PyTorch's own counters, which want names, are nobody."""
+    """Tells whether somebody listens to all modules of the process; PyTorch's own counters do not count."""
     return any(_GLOBAL) and any(not _is_torchs(hook) for hooks in _GLOBAL for hook in hooks.values())
 
 
@@ -29,13 +29,13 @@ def _is_torchs(hook: Any) -> bool:
 
 
 def listened(module: nn.Module) -> bool:
-    """Whether somebody listens to this module, or has patched its forward."""
+    """Tells whether somebody listens to this module, or has patched its forward."""
     hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
     return any(hooks) or "forward" in module.__dict__ or everywhere()
 
 
 def listened_inside(module: nn.Module) -> bool:
-    """Whether somebody listens to the module or to one below it."""
+    """Tells whether somebody listens to the module or to one below it."""
     waiting: list[nn.Module | None] = [module]
     while waiting:
         one = waiting.pop()
@@ -57,19 +57,19 @@ def names_of_listened(model: nn.Module) -> Iterator[str]:
 
 
 def is_bare(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether the module's parameters may be used without calling it: it is no adapter, and has no hook or patch."""
+    """Tells whether the module's parameters may stand for it: it is no adapter, and has no hook or patch."""
     return type(module) is kind and not listened(module)
 
 
 def is_plain(linear: nn.Module) -> TypeGuard[nn.Linear]:
-    """Whether the module is a bare nn.Linear with a bias, and its weight no tensor of another kind."""
+    """Tells whether the module is a bare nn.Linear with a bias, and its weight no tensor of another kind."""
     if not is_bare(linear, nn.Linear) or linear.bias is None:
         return False
     return type(linear.weight) in tracing.PLAIN or torch.compiler.is_compiling()
 
 
 def is_plain_norm(norm: nn.Module, dropout: nn.Module | None = None) -> TypeGuard[nn.LayerNorm]:
-    """Whether both are bare, and the LayerNorm has a weight and a bias."""
+    """Tells whether both are bare, and the LayerNorm has a weight and a bias."""
     bare = is_bare(norm, nn.LayerNorm) and (dropout is None or is_bare(dropout, nn.Dropout))
     return bare and norm.weight is not None and norm.bias is not None
 

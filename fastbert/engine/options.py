@@ -1,4 +1,4 @@
-"""What a user chooses about how a model runs, in one place."""
+"""The choices of a user about how a model runs, in one place."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Options:
 
     @property
     def policy(self) -> Policy:
-        """What the operations ask for."""
+        """The policy that operations ask for."""
         return Policy(self.backend, self.strict, self.batch_invariant)
 
     @classmethod

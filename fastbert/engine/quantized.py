@@ -71,7 +71,7 @@ def decide(
     arch: int | None = None,
     transformed: str | None = None,
 ) -> Decision:
-    """What would run the encoder in its precision: "triton", "cpu", "torch" (the emulation) or "unquantised", and why.
+    """Decides what runs the encoder in its precision: "triton", "cpu", "torch" (the emulation) or "unquantised".
 
     The emulation, in plain PyTorch, is what backend="torch" asks for: it shows on any device what the kernels would
     give. Where there is no 8-bit kernel, any other backend takes the unquantised path, which is faster there and more
@@ -119,7 +119,7 @@ def choose(model: EncoderModel, transformed: str | None = None) -> str:
 
 
 def _altered(model: EncoderModel) -> str | None:
-    """Which part of the encoder is an adapter or has hooks, so that its parameters cannot stand for it, or None."""
+    """Names a part of the encoder that its parameters cannot stand for, as an adapter or a hook has; or None."""
     if model.embeddings_project is not None:
         return "the embeddings are projected, and there is no 8-bit kernel for that"
     for name in ("embeddings", "encoder"):
@@ -134,7 +134,7 @@ def _altered(model: EncoderModel) -> str | None:
 
 
 def _is_own(module: nn.Module, own_modules: frozenset[type[nn.Module]]) -> bool:
-    """Whether a module of the encoder is as it was made.
+    """Tells whether a module of the encoder is as it was made.
 
     It reads the dictionaries of modules, since it runs for every batch and a module's attributes are slow.
     """
@@ -213,7 +213,7 @@ class EightBit:
 
     @untraced
     def addresses(self, model: EncoderModel) -> list[tuple[int, ...]]:
-        """Where the 8-bit weights of every layer are kept, up to date: what a CUDA graph of the model reads."""
+        """Returns where the 8-bit weights of every layer are kept, up to date: what a CUDA graph of the model reads."""
         precision = model.precision
         assert precision is not None
         return [

@@ -20,7 +20,7 @@ class ModuleSnapshot:
     things, and asks no module.
     """
 
-    def __init__(self, roots: Iterable[nn.Module], kinds: Collection[type[nn.Module]]) -> None:
+    def __init__(self, roots: Iterable[nn.Module], known_types: Collection[type[nn.Module]]) -> None:
         modules = [module for root in roots for module in root.modules()]
         self._children = [module._modules for module in modules if module._modules]
         self._children_before = [dict(children) for children in self._children]
@@ -36,18 +36,18 @@ class ModuleSnapshot:
                 module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
             )
         )  # fmt: skip
-        self._modules, self._kinds = modules, list(map(type, modules))
+        self._modules, self._types = modules, list(map(type, modules))
         self._norms = tuple(module.__dict__ for module in modules if isinstance(module, nn.LayerNorm))
-        self._known = all(kind in kinds for kind in self._kinds)
+        self._known = all(module_type in known_types for module_type in self._types)
         self._writes: tuple[Any, Writes] | None = None
         self._n_silent_writes = 0
 
     def same_modules(self) -> bool:
-        """Whether no module was replaced, added, removed or made one of another class."""
-        return self._children == self._children_before and list(map(type, self._modules)) == self._kinds
+        """Tells whether no module was replaced, added, removed or made one of another class."""
+        return self._children == self._children_before and list(map(type, self._modules)) == self._types
 
     def plain(self) -> bool:
-        """Whether every module is of a known kind and in eval mode, and nobody listens to or patches one."""
+        """Tells whether every module is of a known kind and in eval mode, and nobody listens to or patches one."""
         return (
             self._known
             and not any(self._hooks)
@@ -60,7 +60,7 @@ class ModuleSnapshot:
         return set(map(type, chain.from_iterable(map(dict.values, self._parameters))))
 
     def changes(self) -> list[int]:
-        """How often what the modules derive from their weights has changed, or was asked to."""
+        """Counts how often what the modules derive from their weights has changed, or was asked to."""
         return [module.__dict__["derived"].changes for module in self._deriving]
 
     def invalidate(self) -> None:
@@ -69,21 +69,21 @@ class ModuleSnapshot:
             module.__dict__["derived"].invalidate()
 
     def derived_addresses(self) -> list[tuple[int, ...]]:
-        """Where that is, up to date, for every module that has a `derived`."""
+        """Returns where that is, up to date, for every module that has a `derived`."""
         return [module.derived_addresses() for module in self._deriving]
 
     def state(self) -> tuple[list[int], list[int], list[float]]:
-        """Where every parameter is, and how often it was written to, as far as PyTorch counts that; the norms' eps."""
-        found: list[Any] = list(chain.from_iterable(map(dict.values, self._parameters)))
+        """Returns where each parameter is, how often it was written to as PyTorch counts, and the norms' eps."""
+        parameters: list[Any] = list(chain.from_iterable(map(dict.values, self._parameters)))
         try:
-            versions = list(map(attrgetter("_version"), found))
+            versions = list(map(attrgetter("_version"), parameters))
         except (RuntimeError, AttributeError):  # inference tensors have none, and a parameter may be None
-            found = [p for p in found if p is not None]
-            versions = [-1 if p.is_inference() else p._version for p in found]
-        return list(map(Tensor.data_ptr, found)), versions, list(map(itemgetter("eps"), self._norms))
+            parameters = [p for p in parameters if p is not None]
+            versions = [-1 if p.is_inference() else p._version for p in parameters]
+        return list(map(Tensor.data_ptr, parameters)), versions, list(map(itemgetter("eps"), self._norms))
 
     def silent_writes(self, state: tuple[list[Any], ...]) -> int:
-        """How often parameters were seen to have been written to without PyTorch's count. state: what `state` gives.
+        """Counts how often parameters were seen to have been written to silently. state: what `state` gives.
 
         On a GPU this waits for it.
         """

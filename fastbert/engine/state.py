@@ -1,8 +1,9 @@
-"""What is known of a model's modules and weights, and looked at again before each use."""
+"""The state of a model's modules and weights as it was last seen; it is compared before each use."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +28,7 @@ class EncoderState:
         self._n_silent_writes = 0
 
     def plain_modules(self, model: EncoderModel) -> bool:
-        """Whether nobody listens to a module of the encoder, or has put another in its place; all are in eval mode."""
+        """Tells whether the encoder's modules are its own, in eval mode, and nobody listens to one."""
         snapshot = self.snapshot
         if snapshot is None or not snapshot.same_modules():
             parts: list[nn.Module | None] = [model.embeddings, model.embeddings_project, model.encoder]
@@ -36,13 +37,13 @@ class EncoderState:
         return snapshot.plain() and not everywhere()
 
     def layer_features(self, model: EncoderModel) -> list[str]:
-        """What the layers have beyond BERT's, by the names of `block.FEATURES`. After `plain_modules`."""
+        """Returns what the layers have beyond BERT's, by the names of `block.FEATURES`. After `plain_modules`."""
         block = next(iter(model.blocks()), None)
         self.features = [] if block is None else block.features()
         return self.features
 
     def plain_parameters(self) -> bool:
-        """Whether the encoder's parameters are tensors whose numbers are at their address. After `plain_modules`."""
+        """Tells whether the parameters are tensors whose numbers are at their address. After `plain_modules`."""
         assert self.snapshot is not None
         return self.snapshot.parameter_types() <= _PLAIN_PARAMETERS
 
@@ -58,7 +59,7 @@ class EncoderState:
             yield "a module of the encoder is an adapter, has hooks or a forward of its own, or is in training mode"
 
     def written_silently(self, model: EncoderModel) -> bool:
-        """Whether weights on a GPU were written to without PyTorch's count; then what is derived is made anew.
+        """Tells whether weights on a GPU were written to without PyTorch's count; then what is derived is made anew.
 
         It waits for the GPU. On a CPU, where each use looks, it does nothing.
         """
@@ -76,7 +77,7 @@ class EncoderState:
         return True
 
 
-def first_parameter(module: nn.Module) -> Tensor:
+def first_parameter(module: Any) -> Tensor:
     """Returns or raises what next(module.parameters()) does, without a generator for each module on the way."""
     waiting: list[nn.Module | None] = [module]
     while waiting:

@@ -1,4 +1,4 @@
-"""What transformers' tools ask of a model, beside calling it: embeddings, counts, names, and the like."""
+"""This module answers what transformers' tools ask of a model beside a call: embeddings, counts, names."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ class ModelAccess(nn.Module):
         raise ValueError(f"{type(self).__name__} has no output embeddings")
 
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
-        """How many numbers the parameters hold, a tied one once."""
+        """Returns how many numbers the parameters hold, a tied one once."""
         tables = {id(m.weight) for m in self.modules() if isinstance(m, nn.Embedding)} if exclude_embeddings else set()
         return sum(
             p.numel() for p in self.parameters() if id(p) not in tables and (p.requires_grad or not only_trainable)
@@ -88,7 +88,7 @@ class ModelAccess(nn.Module):
 
     @property
     def is_gradient_checkpointing(self) -> bool:
-        """Whether the layers of the encoder keep no activations."""
+        """Tells whether the layers of the encoder keep no activations."""
         encoder: Any = self.base_model
         return encoder.encoder.gradient_checkpointing
 

@@ -54,7 +54,7 @@ def _log_reference(backend: str, reason: str) -> None:
 
 
 def is_altered(model: Any) -> bool:
-    """Whether a module of the encoder is an adapter or has hooks, so that its parameters cannot stand for it."""
+    """Tells whether a module of the encoder is an adapter or has hooks, so that its parameters cannot stand for it."""
     parts: Any = model.embeddings, model.embeddings_project, model.encoder
     modules = (module for part in parts if part is not None for module in part.modules())
     return any(type(module) not in model.own_modules or listened(module) for module in modules)

@@ -47,7 +47,7 @@ class BertSelfAttention(nn.Module):
         return fuse(linears, "qkv", None if self.training else self.derived)
 
     def derived_addresses(self) -> tuple[int, ...]:
-        """Where the fused weight and bias are, up to date; nowhere if they are made on every call, or not at all."""
+        """Returns where the fused weight and bias are, up to date; () if they are made on every call or not at all."""
         if not (is_plain(self.query) and is_plain(self.key) and is_plain(self.value)):
             return ()
         return self.derived.addresses("qkv", self.fused_qkv())

@@ -78,7 +78,7 @@ class BertEmbeddings(nn.Module):
         )
 
     def _is_plain(self) -> bool:
-        """Whether all that is called here, the words apart, may be computed without a call."""
+        """Tells whether all that is called here, the words apart, may be computed without a call."""
         tables = self.position_embeddings, self.token_type_embeddings
         bare = all(table is None or is_bare(table, nn.Embedding) for table in tables)
         return bare and is_plain_norm(self.LayerNorm, self.dropout)
@@ -105,6 +105,6 @@ class BertEmbeddings(nn.Module):
 
     @property
     def n_token_types(self) -> int:
-        """How many segments there are; one, without a table, in a model that knows none."""
+        """The number of segments; it is one, without a table, in a model that knows none."""
         table = self.token_type_embeddings
         return 1 if table is None else table.num_embeddings

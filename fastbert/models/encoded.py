@@ -1,4 +1,4 @@
-"""What an encoder computed, packed: heads read it."""
+"""The result of an encoder, packed, which heads read."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What every encoder has, whatever its family: padded and packed batches in, hidden states out, run by the engine."""
+"""Every encoder, whatever its family, takes padded and packed batches, which the engine runs."""
 
 from __future__ import annotations
 
@@ -161,7 +161,7 @@ class EncoderModel(PreTrainedModel):
         return self.embeddings.tables(inputs.input_ids, inputs.inputs_embeds, self.policy)
 
     def embed(self, inputs: PackedInputs, batch: PackedBatch) -> Tensor:
-        """What goes into the first layer, (T, H)."""
+        """Computes the input of the first layer, (T, H)."""
         x = hooks.call_embeddings(self.embeddings, batch, self.policy, **inputs._asdict())
         return x if self.embeddings_project is None else dense(self.embeddings_project, x, self.policy, batch=batch)
 
@@ -186,13 +186,13 @@ class EncoderModel(PreTrainedModel):
         self.engine.follow_weights(self)
 
     def all_in_eval_mode(self) -> bool:
-        """Whether every module is known to be in eval mode; False where that would have to be asked of each."""
+        """Tells whether every module is known to be in eval mode; False where that would have to be asked of each."""
         pooler = self.pooler
         return not self.training and (pooler is None or not pooler.training) and self.engine.state.plain_modules(self)
 
     @property
     def cuda_graphs(self) -> bool:
-        """Whether short batches are launched as CUDA graphs, on by default; the results are the same to the bit."""
+        """True where short batches are launched as CUDA graphs, as by default; the results are the same to the bit."""
         return self.engine.graphs.enabled
 
     @cuda_graphs.setter

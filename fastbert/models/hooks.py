@@ -28,7 +28,7 @@ _under_way: ContextVar[tuple[PackedBatch, Policy] | None] = ContextVar("fastbert
 
 
 class AttentionOutput(NamedTuple):
-    """What attention gives to who listens: padded states (B, S, H), and no weights; a tuple as in transformers."""
+    """The output of attention for a hook: padded states (B, S, H) and no weights, in a tuple as in transformers."""
 
     hidden_states: Tensor
     weights: Tensor | None = None
@@ -116,7 +116,7 @@ def leaf(module: nn.Module, x: Tensor, batch: PackedBatch | None) -> Any:
 def on_packed(
     forward: Callable[..., Any], module: nn.Module, *padded: Tensor | None, per_token: bool = True, **more: Any
 ) -> Any:
-    """What forward(module, *rows, batch=..., policy=...) gives for the packed rows of padded tensors, padded again.
+    """Calls forward(module, *rows, batch=..., policy=...) on the packed rows of padded tensors, and pads its output.
 
     per_token: False for an output of one row a sequence, which stays as it is. Called from outside of a model, every
     position holds a token.

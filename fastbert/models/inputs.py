@@ -106,12 +106,12 @@ class Inputs:
         return replace(self, **{name: getattr(self, name).flatten(0, 1) for name in names})
 
     def wants(self, name: str, config: BertConfig) -> bool:
-        """Whether output_attentions or output_hidden_states is wanted, by the argument or else by the config."""
+        """Tells whether output_attentions or output_hidden_states is wanted, by the argument or else by the config."""
         value = getattr(self, name)
         return bool(config.extra.get(name) if value is None else value)
 
     def wants_dict(self, config: BertConfig) -> bool:
-        """Whether to return an output class and no tuple."""
+        """Tells whether to return an output class and no tuple."""
         return config.use_return_dict if self.return_dict is None else self.return_dict
 
 
@@ -172,12 +172,16 @@ def takes_inputs(forward: Callable[..., Any]) -> Callable[..., Any]:
     del call.__wrapped__  # type: ignore[attr-defined]  # torch.fx would take the inner function's names for these
     # Trainer and PEFT read the names here.
     tensor, flag = "Tensor | None", "bool | None"
-    kinds = inspect.Parameter
-    parameters = [kinds("self", kinds.POSITIONAL_OR_KEYWORD)]
-    parameters += [kinds(name, kinds.POSITIONAL_OR_KEYWORD, default=None, annotation=tensor) for name in _POSITIONAL]
+    parameter = inspect.Parameter
+    parameters = [parameter("self", parameter.POSITIONAL_OR_KEYWORD)]
+    parameters += [
+        parameter(name, parameter.POSITIONAL_OR_KEYWORD, default=None, annotation=tensor) for name in _POSITIONAL
+    ]
     parameters += own
-    parameters += [kinds(name, kinds.KEYWORD_ONLY, default=None, annotation=flag) for name in _BY_NAME]
-    parameters += [kinds(name, kinds.KEYWORD_ONLY, default=None, annotation=Any) for name in (*REFUSED, *HARMLESS)]
+    parameters += [parameter(name, parameter.KEYWORD_ONLY, default=None, annotation=flag) for name in _BY_NAME]
+    parameters += [
+        parameter(name, parameter.KEYWORD_ONLY, default=None, annotation=Any) for name in (*REFUSED, *HARMLESS)
+    ]
     returned = inspect.signature(forward).return_annotation
     call.__signature__ = inspect.Signature(parameters, return_annotation=returned)  # type: ignore[attr-defined]
     return call

@@ -1,4 +1,4 @@
-"""What the models return: dataclasses that are also ordered dictionaries, and tuples when indexed by an integer.
+"""Models return dataclasses that are also ordered dictionaries, and tuples when indexed by an integer.
 
 Field names, their order and the access rules are those of transformers, so code written for its outputs works here.
 Letters: `B` sequences, `S` longest sequence, `H` hidden, `N` heads, `L` layers, `V` vocabulary. Logits and hidden
@@ -46,17 +46,17 @@ class ModelOutput(OrderedDict[str, Any]):
         raise TypeError(f"{type(self).__name__}: not a dataclass; make instances of a subclass that is one")
 
     def __post_init__(self) -> None:
-        # The generated __init__ has set every field through __setattr__; what is left is items given in one argument.
+        # The generated __init__ has set every field; what is left is items that came in one argument.
         first_name = next(iter(self.__dataclass_fields__))
         first = getattr(self, first_name)
         if isinstance(first, (Mapping, Iterator, list, tuple)) and list(self) == [first_name]:
-            given = list(first.items()) if isinstance(first, Mapping) else list(first)
-            if all(isinstance(item, (list, tuple)) and len(item) == 2 and isinstance(item[0], str) for item in given):
+            items = list(first.items()) if isinstance(first, Mapping) else list(first)
+            if all(isinstance(item, (list, tuple)) and len(item) == 2 and isinstance(item[0], str) for item in items):
                 setattr(self, first_name, None)
-                for name, value in given:
+                for name, value in items:
                     self[name] = value
             elif isinstance(first, Iterator):
-                setattr(self, first_name, given)
+                setattr(self, first_name, items)
 
     def __getitem__(self, key: str | int | slice) -> Any:
         if isinstance(key, str):

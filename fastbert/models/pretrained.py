@@ -1,4 +1,4 @@
-"""What BertModel and the models with heads share: loading, saving, settings."""
+"""Loading, saving and settings, which BertModel and the models with heads share."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class PreTrainedModel(ModelAccess):
 
     @property
     def options(self) -> Options:
-        """What was chosen about how the model runs."""
+        """The choices about how the model runs."""
         policy = self.policy
         return Options(policy.backend, policy.strict, policy.batch_invariant, self.precision, self.cuda_graphs)
 
@@ -189,9 +189,9 @@ class PreTrainedModel(ModelAccess):
         state = asked.renamed(state)
         dtype = resolve_dtype(asked.dtype if dtype == "auto" and asked.dtype is not None else dtype, config, state)
         if batch_invariant and device.type == "cpu" and backend != "triton":
-            why_not = cpu_encoder.invariant_obstacle(config, dtype)
-            if why_not is not None:
-                raise BackendError(f"batch_invariant: {why_not}")
+            obstacle = cpu_encoder.invariant_obstacle(config, dtype)
+            if obstacle is not None:
+                raise BackendError(f"batch_invariant: {obstacle}")
         config.name_or_path = "" if src is None else src
         with torch.device("meta"):
             model = cls(config, **asked.model, options=options)
@@ -236,7 +236,7 @@ class PreTrainedModel(ModelAccess):
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """As in PyTorch; names of the family's files are taken too, and files that leave out a tied tensor."""
+        """Does what PyTorch's does; it also takes the family's names, and files that leave out a tied tensor."""
         expected = self.state_dict().keys()
         names = {
             name: name if name in expected else self.config.family.state_to_ours(name, self.task) for name in state_dict
@@ -259,7 +259,7 @@ class PreTrainedModel(ModelAccess):
         return {ours: state[name] for ours, name in stored.items()}, stored
 
     def _stored_names(self, names: list[str]) -> list[str]:
-        """What a checkpoint of the family calls these parameters of ours."""
+        """Returns what a checkpoint of the family calls these parameters of ours."""
         return [self.config.family.state_to_theirs(name, self.task) for name in names]
 
     def _report_missing(self, missing: list[str], src: str) -> list[str]:
@@ -331,7 +331,7 @@ def resolve_dtype(dtype: str | torch.dtype, config: BertConfig, state: Mapping[s
 
 
 def any_in_training(module: nn.Module) -> bool:
-    """Whether the module or one below it is in training mode; module.modules() would start a generator for each."""
+    """Tells whether the module or one below it is in training mode, without a generator for each."""
     waiting: list[nn.Module | None] = [module]
     while waiting:
         one = waiting.pop()

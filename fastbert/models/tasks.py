@@ -78,7 +78,7 @@ class BertForMaskedLM(ModelWithDecoder):
 
 
 class BertForNextSentencePrediction(ModelWithHead):
-    """Whether the second sentence of a pair follows the first. Logit 0 = is next, logit 1 = random."""
+    """This model says whether the second sentence of a pair follows the first. Logit 0 = is next, logit 1 = random."""
 
     task = "NextSentencePrediction"
 
@@ -130,7 +130,7 @@ class BertForSequenceClassification(ModelWithHead):
 
 
 class BertForMultipleChoice(ModelWithHead):
-    """Which of C sequences answers best."""
+    """This model chooses the best of C sequences."""
 
     task = "MultipleChoice"
 
@@ -176,7 +176,7 @@ class BertForTokenClassification(ModelWithHead):
 
 
 class BertForQuestionAnswering(ModelWithHead):
-    """Where an answer starts and ends."""
+    """This model finds where an answer starts and ends."""
 
     task = "QuestionAnswering"
 

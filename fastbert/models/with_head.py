@@ -1,4 +1,4 @@
-"""What the models with heads share: the encoder below, and the decoder's weight that is the embeddings'."""
+"""The models with heads share an encoder below, and a decoder whose weight is the embeddings'."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class ModelWithHead(PreTrainedModel):
 
     @property
     def cuda_graphs(self) -> bool:
-        """Whether short batches are launched as CUDA graphs: `BertModel.cuda_graphs`."""
+        """The switch of the encoder: see `BertModel.cuda_graphs`."""
         return self.bert.cuda_graphs
 
     @cuda_graphs.setter

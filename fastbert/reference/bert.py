@@ -43,7 +43,7 @@ _CLASSES = {
 
 @dataclass(frozen=True)
 class BertReference:
-    """What `bert` returns. Rows at padding positions are zero everywhere."""
+    """The result of `bert`. Rows at padding positions are zero everywhere."""
 
     last_hidden_state: Tensor  # (B, S, H)
     pooler_output: Tensor | None  # (B, H), None without a pooler
@@ -212,7 +212,7 @@ def head(
 
     choices: tuple[int, ...] = ()
     if task == "multiple_choice":
-        choices = _first_given(input_ids, inputs_embeds).shape[:2]
+        choices = _ids_or_embeds(input_ids, inputs_embeds).shape[:2]
         input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds = (
             x if x is None or x.dim() < 3 else x.flatten(0, 1)
             for x in (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
@@ -254,7 +254,7 @@ def _activation(config: BertConfig) -> str:
     return ACTIVATIONS[config.hidden_act]
 
 
-def _first_given(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
+def _ids_or_embeds(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
     if input_ids is not None and inputs_embeds is None:
         return input_ids
     if inputs_embeds is not None and input_ids is None:
@@ -265,10 +265,10 @@ def _first_given(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tens
 
 def _valid_tokens(input_ids: Tensor | None, inputs_embeds: Tensor | None, attention_mask: Tensor | None) -> Tensor:
     """(B, S) bool, true at valid positions."""
-    given = _first_given(input_ids, inputs_embeds)
+    first = _ids_or_embeds(input_ids, inputs_embeds)
     if attention_mask is None:
-        return torch.ones(given.shape[:2], dtype=torch.bool, device=given.device)
-    if attention_mask.shape != given.shape[:2]:
-        got, expected = tuple(attention_mask.shape), tuple(given.shape[:2])
+        return torch.ones(first.shape[:2], dtype=torch.bool, device=first.device)
+    if attention_mask.shape != first.shape[:2]:
+        got, expected = tuple(attention_mask.shape), tuple(first.shape[:2])
         raise ValueError(f"attention_mask: got shape {got}, expected {expected}")
     return attention_mask != 0
