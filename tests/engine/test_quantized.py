@@ -317,6 +317,22 @@ def test_exported_model(precision: str, backend: str, device: torch.device) -> N
     assert torch.allclose(exported.last_hidden_state, expected.last_hidden_state, atol=1e-5)
 
 
+@pytest.mark.parametrize("part", ["embeddings.LayerNorm", "embeddings.position_embeddings", "embeddings.dropout"])
+def test_hooks_on_a_part_of_the_embeddings(part: str, device: torch.device) -> None:
+    """Catches a hook that the 8-bit path passes by."""
+    model = BertModel(config(), precision="int8").eval().to(device)
+    model.get_submodule(part).register_forward_hook(lambda *_: None)
+    assert f"{part} is an adapter, has hooks" in reason_of(model, arch=90)
+
+
+def test_layer_norm_without_a_bias() -> None:
+    """Catches a LayerNorm that the 8-bit kernels cannot take, in a layer or before the first."""
+    for name in ("encoder.layer.0.output", "embeddings"):
+        model = BertModel(config(), precision="int8").eval()
+        model.get_submodule(name).LayerNorm = torch.nn.LayerNorm(model.config.hidden_size, bias=False)
+        assert "has no bias" in reason_of(model, arch=90)
+
+
 def test_explain_other_gpus() -> None:
     """Catches fp8 promised for a GPU that cannot multiply it, and a note missing in training mode."""
     fp8, int8 = (BertModel(config(), precision=precision).eval() for precision in PRECISIONS)
