@@ -192,7 +192,7 @@ def test_explain_shows_the_mode() -> None:
     assert all(row.raises == (row.op in ("linear", "attention")) for row in refused.rows)
     assert "batch_invariant: the C++ kernels" in str(refused) and json.dumps(refused.to_dict())
     trained = explain(model.train())
-    assert {row.op for row in trained.rows if row.raises} == {"attention", "layer_norm"}
+    assert {row.op for row in trained.rows if row.raises} == {"embedding", "attention", "layer_norm"}
     on_gpu = explain(make(precision="int8"), arch=90)
     assert any("running raises BackendError: batch_invariant" in note for note in on_gpu.notes)
 

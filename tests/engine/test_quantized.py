@@ -317,32 +317,20 @@ def test_exported_model(precision: str, backend: str, device: torch.device) -> N
     assert torch.allclose(exported.last_hidden_state, expected.last_hidden_state, atol=1e-5)
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize(("dtype", "arch"), [(torch.float32, 80), (torch.bfloat16, 80), (torch.bfloat16, 90)])
-def test_explain_is_what_is_launched(
-    dtype: torch.dtype, arch: int, precision: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Catches a report of other kernels or block sizes than those that run, with tensor descriptors or without."""
-    from fastbert_kernels import launch
+@pytest.mark.parametrize("part", ["embeddings.LayerNorm", "embeddings.position_embeddings", "embeddings.dropout"])
+def test_hooks_on_a_part_of_the_embeddings(part: str, device: torch.device) -> None:
+    """Catches a hook that the 8-bit path passes by."""
+    model = BertModel(config(), precision="int8").eval().to(device)
+    model.get_submodule(part).register_forward_hook(lambda *_: None)
+    assert f"{part} is an adapter, has hooks" in reason_of(model, arch=90)
 
-    if device.type == "cpu":
-        monkeypatch.setattr(launch, "arch", lambda device: arch)
-    elif launch.arch(device) != arch:
-        pytest.skip("this GPU is another")
-    model = BertModel(config(num_hidden_layers=1), backend="triton", precision=precision).eval().to(device, dtype)
-    launched: list[Any] = []
-    real_run = launch.run
 
-    def run(kernel: Any, grid: Any, sizes: dict[str, int], **arguments: Any) -> None:
-        launched.append((kernel.fn.__module__, sizes))
-        real_run(kernel, grid, sizes, **arguments)
-
-    monkeypatch.setattr(launch, "run", run)
-    report = explain(model)
-    model(*inputs(device))
-    assert [(row.kernel, row.block_sizes) for row in report.rows if row.block_sizes is not None] == launched
-    assert report.precision == precision and f"precision '{precision}'" in str(report)
-    assert sum(row.op == "quantized_linear" for row in report.rows) == 4
+def test_layer_norm_without_a_bias() -> None:
+    """Catches a LayerNorm that the 8-bit kernels cannot take, in a layer or before the first."""
+    for name in ("encoder.layer.0.output", "embeddings"):
+        model = BertModel(config(), precision="int8").eval()
+        model.get_submodule(name).LayerNorm = torch.nn.LayerNorm(model.config.hidden_size, bias=False)
+        assert "has no bias" in reason_of(model, arch=90)
 
 
 def test_explain_other_gpus() -> None:

@@ -45,12 +45,10 @@ LAYERS: list[set[str]] = [
 LONGEST, LONGEST_TEST = 400, 500
 LONG: set[str] = {
     "fastbert/bench/text.py",
-    "fastbert/diagnostics/explain/operations.py",
     "fastbert/tune/jobs.py",
 }
 CIRCLES: list[set[str]] = [
     {"fastbert.bench.memory", "fastbert.bench.text"},
-    {"fastbert.diagnostics.explain.costs", "fastbert.diagnostics.explain.report"},
 ]
 
 
