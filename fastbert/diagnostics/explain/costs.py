@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from fastbert.diagnostics.explain.report import OpReport, amount
 from fastbert.models.bert import BertModel
-from fastbert.pipelines.run import TOKEN_BUDGET, batches
+from fastbert.pipelines.batching import batches, default_token_budget
 from fastbert.pipelines.sentence import SentenceEncoder
 from fastbert.text.tokenizer import Tokenizer
 
@@ -164,7 +164,7 @@ def _rows_computed(lengths: Sequence[int], model: nn.Module, bert: BertModel) ->
     parts = [sum(lengths)]
     if isinstance(model, SentenceEncoder):
         ordered = sorted(lengths, reverse=True)
-        budget = model.token_budget or TOKEN_BUDGET.get(bert.device.type, TOKEN_BUDGET["cuda"])
+        budget = model.token_budget or default_token_budget(bert.device)
         parts = [sum(ordered[a:b]) for a, b in batches(list(accumulate(ordered)), budget, None)]
     with torch.no_grad():
         return sum(bert.engine.rows_of(bert, n_tokens) for n_tokens in parts)

@@ -31,7 +31,8 @@ from fastbert.ops.linear import gemm_kernel
 from fastbert.ops.quantized import DTYPES as QUANTIZED_DTYPES
 from fastbert.ops.quantized import KERNELS as QUANTIZED_KERNELS
 from fastbert.ops.quantized import OUT_GROUP
-from fastbert.pipelines.folder import POOLING_MODES, Normalize
+from fastbert.pipelines.modules import Normalize
+from fastbert.pipelines.pipeline import POOLING_MODES
 from fastbert.pipelines.sentence import SentenceEncoder
 from fastbert_kernels import cpu
 
@@ -167,10 +168,10 @@ class Explainer:
             found = row("quantized_linear", f"{layers}.{module}", shapes, QUANTIZED_KERNELS, *sizes)
             if backend != "triton":
                 return found
-            from fastbert_kernels import launch
+            from fastbert_kernels import configs, launch
 
             arch = launch.arch(self.device) if self.arch is None else self.arch
-            how = launch.quantized_gemm(dtype, arch, shape, group, dtype if again else self.dtype)
+            how = configs.quantized_gemm(dtype, arch, shape, group, dtype if again else self.dtype)
             source = "; ".join(filter(None, (how.choice_source, how.config.source)))
             kernel, tile = f"fastbert_kernels.{how.ours}", dict(how.config.block_sizes)
             return dataclasses.replace(found, kernel=kernel, block_sizes=tile, source=source)
@@ -327,7 +328,7 @@ class Explainer:
             before, width = width, settings.get("out_features", width)
             name, shapes = type(module).__name__.lower(), f"(B, {before}) -> (B, {width})"
             kernels = {"dense": LINEAR_KERNELS, "layernorm": layer_norm.KERNELS, "normalize": pooling.KERNELS}
-            if self.policy.batch_invariant and name in kernels:  # as fastbert.pipelines.folder.apply does it
+            if self.policy.batch_invariant and name in kernels:  # as fastbert.pipelines.modules.apply does it
                 on_cpu = self.device.type == "cpu" and self.policy.backend != "triton"
                 kernel = f"fastbert_kernels.cpu, {cpu.instructions()}" if on_cpu else kernels[name]["triton"]
                 if on_cpu and name == "layernorm":
@@ -385,7 +386,7 @@ class Explainer:
     def row(
         self, module: str, shapes: str, decision: Decision, kernels: Mapping[str, str], config: tuple[Any, ...]
     ) -> OpReport:
-        """An op that is dispatched. config: a function of fastbert_kernels.launch, and its arguments but for arch."""
+        """An op that is dispatched. config: a function of fastbert_kernels.configs, and its arguments but for arch."""
         block_sizes, source = self.block_sizes(*config) if decision.backend == "triton" else (None, None)
         return OpReport(
             op=decision.op,
@@ -402,30 +403,30 @@ class Explainer:
 
     def block_sizes(self, config: str, *args: Any) -> tuple[dict[str, int], str]:
         """The block sizes of a kernel, and in words where they came from."""
-        from fastbert_kernels import launch
+        from fastbert_kernels import configs, launch
 
         if config in ("linear_config", "attention_config", "quantized_linear_config"):
             args = (*args, launch.arch(self.device) if self.arch is None else self.arch)
-        found = getattr(launch, config)(*args)
-        if isinstance(found, launch.Config):
+        found = getattr(configs, config)(*args)
+        if isinstance(found, configs.Config):
             return dict(found.block_sizes), found.source
-        return dict(found), f"formula of fastbert_kernels.launch.{config}"
+        return dict(found), f"formula of fastbert_kernels.configs.{config}"
 
     def short_texts(self, head_size: int) -> tuple[dict[str, int], str] | None:
         """Block sizes, and their source, of attention's second launch, for short texts; None where there is none."""
-        from fastbert_kernels import launch
+        from fastbert_kernels import configs, launch
 
         arch = launch.arch(self.device) if self.arch is None else self.arch
-        found = launch.short_attention_config(self.dtype, head_size, arch)
+        found = configs.short_attention_config(self.dtype, head_size, arch)
         return None if found is None else (dict(found.block_sizes), found.source)
 
     def our_gemm(
         self, name: str, shapes: str, decision: Decision, module: nn.Module, epilogue: str, choice: str | None
     ) -> OpReport:
-        from fastbert_kernels import launch
+        from fastbert_kernels import configs, launch
 
         arch = launch.arch(self.device) if self.arch is None else self.arch
-        gemm = launch.gemm(self.dtype, arch, self.gemm_shape(module), epilogue)
+        gemm = configs.gemm(self.dtype, arch, self.gemm_shape(module), epilogue)
         sizes, source = dict(gemm.config.block_sizes), f"{choice}; {gemm.config.source}"
         kernel = f"fastbert_kernels.{gemm.ours}"
         return OpReport(
