@@ -24,7 +24,7 @@ class FastBertInt8(FastBert):
         self.dtype = "int8"
 
     def obstacle(self) -> str | None:
-        return cpu.no_int8()
+        return cpu.int8_obstacle()
 
     def load(self) -> None:
         task = self.task

@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from fastbert.bench.devices import fast_at_bfloat16
 from fastbert.bench.exact import reference_vectors
 from fastbert.bench.texts import docstrings, spread
-from fastbert.checkpoint.files import resolve
+from fastbert.checkpoint.folder import resolve
 from fastbert.diagnostics.explain.entry import explain
-from fastbert.pipelines import folder as sentence_folder
+from fastbert.pipelines.folder import read_layout
 from fastbert.pipelines.names import SENTENCE_TRANSFORMERS, full_name
 from fastbert.pipelines.sentence import SentenceEncoder
 
@@ -195,7 +195,7 @@ def _transformers(folder: Path, encoder: SentenceEncoder) -> Callable[[list[str]
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    layout = sentence_folder.read(folder)
+    layout = read_layout(folder)
     source = folder if layout is None else layout.transformer
     tokenizer = transformers.AutoTokenizer.from_pretrained(source)
     model = transformers.AutoModel.from_pretrained(source, dtype=encoder.dtype, attn_implementation="sdpa")

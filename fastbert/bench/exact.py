@@ -12,7 +12,7 @@ from fastbert import reference
 from fastbert.bench.texts import spread
 from fastbert.checkpoint.config import BertConfig
 from fastbert.engine.block import product_shapes
-from fastbert.pipelines.folder import POOLING_MODES
+from fastbert.pipelines.pipeline import POOLING_MODES
 from fastbert.pipelines.sentence import SentenceEncoder
 
 # At most so many sequences, so many of their tokens, and on a CPU what takes seconds.

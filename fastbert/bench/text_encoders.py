@@ -16,7 +16,7 @@ from fastbert.bench.engines import TRANSFORMERS_ENGINES, Engine, Pool, package_o
 from fastbert.bench.peers import OURS
 from fastbert.bench.text_task import TextTask
 from fastbert.bench.texts import spread
-from fastbert.pipelines.folder import Normalize
+from fastbert.pipelines.modules import Normalize
 from fastbert.pipelines.sentence import SentenceEncoder
 
 WINDOW = 4096  # texts that padded peers tokenise and sort at once: a GPU computes one window during the next

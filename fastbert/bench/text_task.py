@@ -17,11 +17,11 @@ from torch import Tensor
 from fastbert.bench.engines import Source
 from fastbert.bench.exact import choose_checked, reference_vectors
 from fastbert.bench.texts import spread
-from fastbert.checkpoint import files as checkpoint_files
-from fastbert.pipelines import folder as sentence_folder
+from fastbert.checkpoint.folder import resolve
+from fastbert.pipelines.folder import Layout, read_layout
 from fastbert.pipelines.names import SENTENCE_TRANSFORMERS, full_name
 from fastbert.pipelines.sentence import SentenceEncoder
-from fastbert.text.tokenizer import PackedEncoding
+from fastbert.text.encoding import PackedEncoding
 
 logger = logging.getLogger("fastbert")
 
@@ -47,8 +47,8 @@ class TextTask:
         backend: str = "auto",
         revision: str | None = None,
     ) -> None:
-        self.folder = checkpoint_files.resolve(full_name(src, SENTENCE_TRANSFORMERS), revision=revision)
-        self.layout = sentence_folder.read(self.folder) or sentence_folder.Layout(self.folder)
+        self.folder = resolve(full_name(src, SENTENCE_TRANSFORMERS), revision=revision)
+        self.layout = read_layout(self.folder) or Layout(self.folder)
         self.backend = backend
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.exact = SentenceEncoder.from_pretrained(self.folder, device="cpu", backend="torch")  # in the dtype stored

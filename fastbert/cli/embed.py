@@ -40,14 +40,14 @@ examples:
 def run(args: argparse.Namespace) -> None:
     """Encodes the texts window by window and writes each window's vectors."""
     from fastbert.cli import models, texts
-    from fastbert.text import files as text_files
+    from fastbert.text.files import check_output, open_output
 
-    text_files.check_output(args.output)
+    check_output(args.output)
     lines = texts.read(args.input, args.field)
     encoder = models.load_encoder(args)
     queue: deque[str] = deque()
     n_dimensions = encoder.get_embedding_dimension()
-    with texts.progress_bar(args.input) as bar, text_files.open_output(args.output, n_dimensions) as write:
+    with texts.progress_bar(args.input) as bar, open_output(args.output, n_dimensions) as write:
         for vectors in encoder.encode_stream(
             texts.remember(lines, queue),
             prompt_name=args.prompt_name,

@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from fastbert.text import files as text_files
+from fastbert.text.files import STDIN, read_texts
 
 Hit = dict[str, Any]  # corpus_id, score and text
 
@@ -22,14 +22,14 @@ def read_lines(path: str) -> Iterator[tuple[str, list[Hit]]]:
 
     Raises FileNotFoundError at once, and ValueError that names the line where it holds something else.
     """
-    if path != text_files.STDIN and not os.path.exists(path):
+    if path != STDIN and not os.path.exists(path):
         raise FileNotFoundError(f"hits: there is no file {path!r}")
     return _parsed(path)
 
 
 def _parsed(path: str) -> Iterator[tuple[str, list[Hit]]]:
-    for number, line in enumerate(text_files.read_texts(path), start=1):
-        place = f"{'standard input' if path == text_files.STDIN else path}, line {number}"
+    for number, line in enumerate(read_texts(path), start=1):
+        place = f"{'standard input' if path == STDIN else path}, line {number}"
         try:
             record = json.loads(line)
             query, hits = record["query"], record["hits"]

@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> None:
         args.usage_error("expected a query and --file, or --hits")
 
     from fastbert.cli import hits, models, texts
-    from fastbert.pipelines.cross_encoder import CrossEncoder
+    from fastbert.pipelines.cross import CrossEncoder
 
     queries: Iterator[tuple[str, list[Hit]]]
     if args.hits is None:

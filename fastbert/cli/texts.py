@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from fastbert.text import files as text_files
+from fastbert.text.files import STDIN, count_lines, read_texts
 
 
 def read(path: str, field: str | None = None) -> Iterator[str]:
@@ -17,14 +17,14 @@ def read(path: str, field: str | None = None) -> Iterator[str]:
 
     field: the name of the text where the lines are JSON objects; by default "text" in a file that ends in .jsonl.
     """
-    if path == text_files.STDIN:
+    if path == STDIN:
         if sys.stdin is None or sys.stdin.isatty():
             raise ValueError("input: name a file, or pipe texts in, one a line")
     elif not os.path.exists(path):
         raise FileNotFoundError(f"input: there is no file {path!r}")
     if field is None and Path(path).suffix == ".jsonl":
         field = "text"
-    return text_files.read_texts(path, field)
+    return read_texts(path, field)
 
 
 def remember(texts: Iterable[str], queue: deque[str]) -> Iterator[str]:
@@ -39,5 +39,5 @@ def progress_bar(path: str) -> Any:
     from tqdm import tqdm
 
     shown = sys.stderr.isatty()
-    total = text_files.count_lines(path) if shown else None
+    total = count_lines(path) if shown else None
     return tqdm(total=total, unit="text", file=sys.stderr, disable=not shown)

@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
     import torch
 
     from fastbert.checkpoint.config import BertConfig
-    from fastbert.checkpoint.files import resolve
+    from fastbert.checkpoint.folder import resolve
     from fastbert.tune import jobs, search
 
     device = torch.device(args.device or "cuda")

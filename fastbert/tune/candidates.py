@@ -58,17 +58,17 @@ def gemm_candidates(dtype: torch.dtype, arch: int, shape: tuple[int, int], epilo
 
     shape: (K, M). epilogue: "none", "gelu" or "residual".
     """
-    from fastbert_kernels import launch
+    from fastbert_kernels import configs
 
     yield Candidate("cublas")
-    pointer = [launch.linear_config(dtype, arch, shape, epilogue).block_sizes]
+    pointer = [configs.linear_config(dtype, arch, shape, epilogue).block_sizes]
     pointer += map(_gemm_tile, _TILES_32BIT if dtype == torch.float32 else _TILES_16BIT)
     yield from dict.fromkeys(
         _candidate("linear", sizes)
         for sizes in pointer
         if _fits(sizes, dtype, arch) and _leaves_registers(sizes, dtype, epilogue)
     )
-    current = launch.linear_persistent_config(dtype, arch, shape, epilogue)
+    current = configs.linear_persistent_config(dtype, arch, shape, epilogue)
     if current is None or any(size * dtype.itemsize % 16 for size in shape):
         return
     persistent = [current.block_sizes, *({**_gemm_tile(tile), "WARP_SPECIALIZE": 0} for tile in _PERSISTENT_TILES)]
@@ -90,7 +90,7 @@ def quantized_candidates(
 
     shape: (K, M). group: columns of an operand that share a scale. quantizes: whether the result is in 8 bits.
     """
-    from fastbert_kernels import launch
+    from fastbert_kernels import configs
 
     def whole_steps(sizes: dict[str, int]) -> dict[str, int]:
         if group is None or group % sizes["BLOCK_K"] == 0:
@@ -98,13 +98,13 @@ def quantized_candidates(
         return {**sizes, "BLOCK_K": max(32, 1 << (group - 1).bit_length())}
 
     arguments = dtype, group, arch, shape, quantizes
-    pointer = [launch.quantized_linear_config(*arguments).block_sizes, *map(whole_steps, map(_gemm_tile, _TILES_8BIT))]
+    pointer = [configs.quantized_linear_config(*arguments).block_sizes, *map(whole_steps, map(_gemm_tile, _TILES_8BIT))]
     yield from dict.fromkeys(
         _candidate("quantized_linear", sizes)
         for sizes in pointer
         if _fits(sizes, dtype, arch) and (not quantizes or sizes["BLOCK_COLS"] == quantized.OUT_GROUP)
     )
-    descriptors = launch.quantized_linear_persistent_config(*arguments)
+    descriptors = configs.quantized_linear_persistent_config(*arguments)
     out_size = 1 if quantizes else 2
     if descriptors is None or shape[0] % 16 or shape[1] * out_size % 16:
         return
@@ -141,9 +141,9 @@ def _leaves_registers(sizes: dict[str, int], dtype: torch.dtype, epilogue: str) 
 
 def attention_candidates(dtype: torch.dtype, arch: int, head_size: int) -> Iterator[Candidate]:
     """The candidates of attention: the tiles that tables give now, then others that fit."""
-    from fastbert_kernels import launch
+    from fastbert_kernels import configs
 
-    current = launch.attention_config(dtype, head_size, arch).block_sizes
+    current = configs.attention_config(dtype, head_size, arch).block_sizes
     block_d = current["BLOCK_D"]
     names = ("BLOCK_Q", "BLOCK_K", "num_warps", "num_stages")
     sizes_of = [{name: current[name] for name in names}]

@@ -75,29 +75,29 @@ def jobs_of(
 
 def _gemm_jobs(name: str, config: BertConfig, dtype: torch.dtype, arch: int) -> Iterator[Job]:
     """The four linears of a layer in 16 or 32 bits."""
-    from fastbert_kernels import launch
+    from fastbert_kernels import configs
 
     for product, (m, k) in product_shapes(config.hidden_size, config.intermediate_size).items():
         epilogue = EPILOGUES[product]
-        key = launch.gemm_key(dtype, (k, m), epilogue)
+        key = configs.gemm_key(dtype, (k, m), epilogue)
         candidates = tuple(gemm_candidates(dtype, arch, (k, m), epilogue))
         yield Job("gemm", key, f"{name} {TITLES[product]}", dtype, (k, m), epilogue, candidates)
 
 
 def _attention_jobs(name: str, config: BertConfig, dtype: torch.dtype, arch: int) -> Iterator[Job]:
     """The attention of a layer, if its head size has a kernel."""
-    from fastbert_kernels import launch
+    from fastbert_kernels import configs
 
     d = config.head_size
-    if launch.MIN_HEAD_SIZE <= d <= launch.MAX_HEAD_SIZE:
+    if configs.MIN_HEAD_SIZE <= d <= configs.MAX_HEAD_SIZE:
         candidates = tuple(attention_candidates(dtype, arch, d))
-        sizes, key = (config.num_attention_heads, d), launch.attention_key(dtype, d)
+        sizes, key = (config.num_attention_heads, d), configs.attention_key(dtype, d)
         yield Job("attention", key, f"{name} attention", dtype, sizes, "none", candidates)
 
 
 def _quantized_jobs(name: str, config: BertConfig, dtype: torch.dtype, arch: int) -> Iterator[Job]:
     """The four linears of a layer in 8 bits."""
-    from fastbert_kernels import launch
+    from fastbert_kernels import configs
 
     # Columns that share a scale: of a head in the attention's output, of a group that "up" wrote; else those of a row.
     groups: dict[str, int] = {"out": config.head_size, "down": quantized.OUT_GROUP}
@@ -106,7 +106,7 @@ def _quantized_jobs(name: str, config: BertConfig, dtype: torch.dtype, arch: int
         if group is not None and group >= k:
             group = None
         epilogue = "gelu" if product == "up" else "none"
-        key = launch.quantized_gemm_key(dtype, (k, m), group, epilogue == "gelu")
+        key = configs.quantized_gemm_key(dtype, (k, m), group, epilogue == "gelu")
         candidates = tuple(quantized_candidates(dtype, arch, (k, m), group, epilogue == "gelu"))
         yield Job("quantized_gemm", key, f"{name} {TITLES[product]}", dtype, (k, m), epilogue, candidates, group)
 

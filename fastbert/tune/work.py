@@ -119,11 +119,11 @@ class Work:
 
     def _attention(self, candidate: Candidate) -> Call:
         from fastbert.ops.packing import sequence_ids
-        from fastbert_kernels import launch
+        from fastbert_kernels import configs, launch
         from fastbert_kernels.attention import build_work_list, varlen_attention_forward
 
         n_heads, d = self.job.sizes
-        block_d = launch.attention_config(self.job.dtype, d, launch.arch(self.device)).block_sizes["BLOCK_D"]
+        block_d = configs.attention_config(self.job.dtype, d, launch.arch(self.device)).block_sizes["BLOCK_D"]
         sizes = {**candidate.sizes, "BLOCK_D": block_d}
         work_list = build_work_list(self.cu_seqlens, sizes["BLOCK_Q"]).to(self.device)
         cu_seqlens = torch.tensor(self.cu_seqlens, dtype=torch.int32, device=self.device)

@@ -21,7 +21,7 @@ from fastbert.bench.results import MISSING, OK, Row
 from fastbert.bench.text_encoders import FastBert, Pooled, TextEncoder
 from fastbert.bench.text_peers import Latency, Throughput
 from fastbert.bench.text_task import TextTask, known_warnings_hidden
-from fastbert.pipelines.folder import Normalize
+from fastbert.pipelines.modules import Normalize
 from helpers import docstrings, rms_error
 
 ROOT = Path(__file__).resolve().parents[2]

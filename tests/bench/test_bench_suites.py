@@ -278,7 +278,7 @@ def test_bert_base_from_text(small_base, monkeypatch):
         assert left_out == ([] if long else [Compiled.name, SentenceTransformers.name])
         assert [peer.dtype for peer in built.peers if peer.name == SentenceTransformers.name] == ["float32"]
         running = [peer for peer in built.peers if peer.name not in left_out]
-        assert not any(peer.memory for peer in running)
+        assert not any(peer.with_memory for peer in running)
         assert {peer.encoder.batch_size for peer in running if peer.encoder.batch_sizes} == {suite_text.BASE_BATCH}
     rows = run_case(dataclasses.replace(case, build=lambda device: built), CPU, quick=True, max_seconds=0.0).rows
     assert [(row.competitor, row.status, row.detail) for row in rows if row.status != OK] == []

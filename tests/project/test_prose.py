@@ -21,13 +21,19 @@ PLACES = {
 # Places whose docstrings have been gone through. It may only grow.
 CLEAN = {
     "benchmarks",
+    "fastbert/adapters",
     "fastbert/bench",
+    "fastbert/checkpoint",
     "fastbert/cli",
+    "fastbert/engine",
+    "fastbert/fastbert",
+    "fastbert/models",
     "fastbert/ops",
     "fastbert/reference",
     "fastbert/text",
     "fastbert/tune",
     "fastbert/vectors",
+    "kernels",
 }
 
 

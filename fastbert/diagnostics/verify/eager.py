@@ -1,0 +1,88 @@
+"""BERT in plain PyTorch, beside which `verify` puts the model.
+
+It is padded and runs op by op in the dtype of its parameters, as one would write it without this library.
+B sequences, S the longest, H hidden, N heads, D head size, L layers, I intermediate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastbert import reference
+from fastbert.checkpoint.activations import activate
+from fastbert.checkpoint.config import BertConfig
+from fastbert.engine.block import FEATURES, Block, Linear, Norm
+
+
+def eager_bert(
+    parameters: Mapping[str, Tensor],
+    blocks: Iterable[Block],
+    config: BertConfig,
+    input_ids: Tensor,
+    mask: Tensor,
+    token_type_ids: Tensor,
+) -> list[Tensor]:
+    """The L + 1 hidden states, (B, S, H), then the pooled output, (B, 1, H), in the dtype of the parameters.
+
+    Hidden states at padding have no meaning. This is not `reference.bert` in that dtype, which rounds inside its ops
+    too: in bf16 its error is 1.6 times as large.
+    """
+    table = "embeddings.{}_embeddings.weight".format
+    x = F.embedding(input_ids, parameters[table("word")])
+    if table("token_type") in parameters:
+        x = x + F.embedding(token_type_ids, parameters[table("token_type")])
+    positions = reference.default_positions(config, input_ids, input_ids.shape, input_ids.device)
+    x = _norm(parameters, config, "embeddings", x + F.embedding(positions, parameters[table("position")]))
+    projected = "embeddings_project.weight" in parameters
+    states = [_linear(parameters, "embeddings_project", x) if projected else x]
+    for block in blocks:
+        states.append(eager_layer(block, states[-1], mask))
+    if "pooler.dense.weight" in parameters:
+        states.append(eager_pooler(parameters, states[-1], mask))
+    return states
+
+
+def _linear(parameters: Mapping[str, Tensor], name: str, x: Tensor) -> Tensor:
+    return F.linear(x, parameters[f"{name}.weight"].to(x.dtype), parameters[f"{name}.bias"].to(x.dtype))
+
+
+def _norm(parameters: Mapping[str, Tensor], config: BertConfig, name: str, x: Tensor) -> Tensor:
+    weight, bias = (parameters[f"{name}.LayerNorm.{suffix}"].to(x.dtype) for suffix in ("weight", "bias"))
+    return F.layer_norm(x, x.shape[-1:], weight, bias, config.layer_norm_eps)
+
+
+def eager_layer(block: Block, x: Tensor, mask: Tensor) -> Tensor:
+    """The output of a layer for x, (B, S, H), in the dtype of x. mask: (B, S), 0 at padding.
+
+    Raises ValueError for a layer with more than BERT's have.
+    """
+    for feature in block.features():
+        raise ValueError(f"model: verify does not compute {FEATURES[feature]}")
+
+    def linear(part: Linear, x: Tensor) -> Tensor:
+        return F.linear(x, part.weight.to(x.dtype), None if part.bias is None else part.bias.to(x.dtype))
+
+    def norm(part: Norm, x: Tensor) -> Tensor:
+        weight, bias = part.filled(x)
+        return F.layer_norm(x, x.shape[-1:], weight.to(x.dtype), bias.to(x.dtype), part.eps)
+
+    q, k, v = (
+        linear(part, x).unflatten(-1, (block.num_heads, -1)).transpose(1, 2)
+        for part in (block.query, block.key, block.value)
+    )  # (B, N, S, D)
+    padding = (mask == 0)[:, None, None, :]  # (B, 1, 1, S)
+    scores = (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).masked_fill(padding, torch.finfo(x.dtype).min)
+    context = (torch.softmax(scores, dim=-1) @ v).transpose(1, 2).flatten(2)  # (B, S, H)
+    x = norm(block.attention_norm, linear(block.out, context) + x)
+    inner = activate(linear(block.up, x), block.activation)  # (B, S, I)
+    return norm(block.output_norm, linear(block.down, inner) + x)
+
+
+def eager_pooler(parameters: Mapping[str, Tensor], x: Tensor, mask: Tensor) -> Tensor:
+    """The pooled output: (B, S, H) -> (B, 1, H)."""
+    first = x[:, :1] * mask[:, :1, None].to(x.dtype)  # zeros in a row without tokens
+    return torch.tanh(_linear(parameters, "pooler.dense", first))
