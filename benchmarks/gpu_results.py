@@ -19,6 +19,7 @@ from typing import Any
 
 import gpu_tests
 import probe
+import probe_pieces
 from report import combined
 
 from fastbert.bench.report import render_terminal
@@ -84,9 +85,12 @@ def ending(code: int) -> str:
 
 
 def _summary(results: Results) -> list[str]:
-    probed = [row for row in results.rows if row.suite == probe.SUITE]
+    probed = [row for row in results.rows if row.suite == probe_pieces.SUITE]
     contests = Results(
-        results.environment, [row for row in results.rows if row.suite != probe.SUITE], results.ceilings, results.notes
+        results.environment,
+        [row for row in results.rows if row.suite != probe_pieces.SUITE],
+        results.ceilings,
+        results.notes,
     )
     lines = [render_terminal(contests, width=140, summary_only=True)]
     lines += probe.lines(probed)

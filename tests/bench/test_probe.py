@@ -17,6 +17,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import probe  # noqa: E402
 import probe_models  # noqa: E402
+import probe_pieces  # noqa: E402
 from suites import Deadline, Recorder, Work  # noqa: E402
 
 from fastbert.bench.results import FAILED, OK, Results  # noqa: E402
@@ -28,7 +29,9 @@ UNCHECKED = ("ceilings: ", "profile: ", "copies: ")
 
 def probe_on(tmp_path, seconds=100.0):
     said = []
-    return probe.Probe(CPU, Recorder(tmp_path / probe.FILE, CPU), Deadline(seconds), tiny=True, say=said.append), said
+    return probe_pieces.Probe(
+        CPU, Recorder(tmp_path / probe.FILE, CPU), Deadline(seconds), tiny=True, say=said.append
+    ), said
 
 
 @pytest.mark.slow
