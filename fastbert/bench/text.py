@@ -24,7 +24,7 @@ from fastbert.bench.engines import TRANSFORMERS_ENGINES, Engine, Pool, Source, m
 from fastbert.bench.exact import covered, reference_vectors
 from fastbert.bench.peers import OURS, Peer
 from fastbert.bench.texts import spread
-from fastbert.checkpoint import files as checkpoint
+from fastbert.checkpoint.folder import resolve
 from fastbert.pipelines.folder import Layout, read_layout
 from fastbert.pipelines.modules import Normalize
 from fastbert.pipelines.names import SENTENCE_TRANSFORMERS, full_name
@@ -59,7 +59,7 @@ class TextTask:
         backend: str = "auto",
         revision: str | None = None,
     ) -> None:
-        self.folder = checkpoint.resolve(full_name(src, SENTENCE_TRANSFORMERS), revision=revision)
+        self.folder = resolve(full_name(src, SENTENCE_TRANSFORMERS), revision=revision)
         self.layout = read_layout(self.folder) or Layout(self.folder)
         self.backend = backend
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))

@@ -20,7 +20,7 @@ import torch
 from fastbert._version import __version__
 from fastbert.checkpoint.config import BertConfig
 from fastbert.checkpoint.families import our_class
-from fastbert.checkpoint.files import resolve
+from fastbert.checkpoint.folder import resolve
 from fastbert.models import tasks
 from fastbert.models.bert import BertModel
 from fastbert.models.pretrained import PreTrainedModel, listed

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 from fastbert.bench.exact import reference_vectors
 from fastbert.bench.texts import docstrings, spread
-from fastbert.checkpoint import files as checkpoint
+from fastbert.checkpoint.folder import resolve
 from fastbert.diagnostics.explain.entry import explain
 from fastbert.engine import cpu_encoder
 from fastbert.pipelines.folder import read_layout
@@ -88,7 +88,7 @@ def run(
     """
     revision = how.pop("revision", None)
     name = full_name(model, SENTENCE_TRANSFORMERS)
-    folder = _weights() if model is None else checkpoint.resolve(name, revision=revision)
+    folder = _weights() if model is None else resolve(name, revision=revision)
     dtypes = [dtype] if dtype != "auto" else ["float32", *(["bfloat16"] if fast_at_bfloat16(device) else [])]
     encoders = {name: SentenceEncoder.from_pretrained(folder, device=device, dtype=name, **how) for name in dtypes}
     encoder = encoders[dtypes[0]]

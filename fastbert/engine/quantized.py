@@ -129,6 +129,9 @@ def _altered(model: EncoderModel) -> str | None:
     for i, layer in enumerate(model.encoder.layer):
         if not _is_own(layer, model.own_modules):
             return f"a part of encoder.layer.{i} is an adapter, has hooks or has no bias"
+    for name, part in model.embeddings._modules.items():  # words alone may be of a module's own
+        if name != "word_embeddings" and part is not None and not _is_own_leaf(part):
+            return f"embeddings.{name} is an adapter, has hooks or has no bias"
     block = next(iter(model.blocks()), None)
     return None if block is None else next(feature_obstacles(block.features(), FEATURES, "the 8-bit encoder"), None)
 
@@ -142,16 +145,22 @@ def _is_own(module: nn.Module, own_modules: frozenset[type[nn.Module]]) -> bool:
         return False
     children: Any = module._modules.values()
     for child in children:
-        kind = type(child)
-        if kind is nn.Linear:
-            if not is_bare(child, nn.Linear) or child._parameters["bias"] is None:
-                return False
-        elif kind in (nn.LayerNorm, nn.Dropout):
-            if not is_bare(child, kind):
+        if type(child) in _LEAVES:
+            if not _is_own_leaf(child):
                 return False
         elif not _is_own(child, own_modules):
             return False
     return True
+
+
+_LEAVES = frozenset((nn.Linear, nn.LayerNorm, nn.Dropout, nn.Embedding))
+
+
+def _is_own_leaf(module: nn.Module) -> bool:
+    kind = type(module)
+    if kind not in _LEAVES or not is_bare(module, kind):
+        return False
+    return kind not in (nn.Linear, nn.LayerNorm) or None not in module._parameters.values()
 
 
 class EightBit:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from fastbert import ops
 from fastbert.engine.listeners import is_bare, is_plain, is_plain_norm
 from fastbert.models import hooks
-from fastbert.ops import Policy, packing
+from fastbert.ops import Policy, dispatch, packing, recording
 from fastbert.ops.derived import Derived
 from fastbert.ops.packing import PackedBatch
 
@@ -37,9 +37,9 @@ def call_module(module: nn.Module, x: Any, policy: Policy, batch: PackedBatch | 
     """
     if policy.batch_invariant:
         name = type(module).__name__
-        raise ops.BackendError(
-            f"batch_invariant: a {name} that is an adapter or has hooks, or no bias, cannot promise it"
-        )
+        dispatch.refuse("", f"a {name} that is an adapter or has hooks, or no bias, cannot promise it")
+    if recording.on and (output := recording.call(module, x)) is not None:
+        return output
     return hooks.leaf(module, x, batch)
 
 

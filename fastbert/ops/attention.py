@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from fastbert.ops import dispatch, tracing
+from fastbert.ops import dispatch, recording, tracing
 from fastbert.ops.dispatch import AUTO, Policy
 from fastbert.ops.library import register
 from fastbert.ops.packing import PackedBatch, sequence_ids, to_device
@@ -237,7 +237,7 @@ def cpu_obstacle(head_size: int, qkv: torch.Tensor, dropout_p: float = 0.0) -> s
 
 @constant
 def _kernels_unavailable() -> str | None:
-    return cpu.unavailable()
+    return cpu.obstacle()
 
 
 def obstacle(head_size: int, qkv: torch.Tensor, dropout_p: float = 0.0) -> str | None:
@@ -255,12 +255,12 @@ def _work_lists(
     cu_seqlens_cpu: torch.Tensor, dtype: torch.dtype, head_size: int, device: torch.device, share: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """(W, 4) and, where sequences share no tile, (W', 4) of short ones; int32, on the CPU, for the device's tiles."""
-    from fastbert_kernels import launch
+    from fastbert_kernels import configs, launch
     from fastbert_kernels.attention import build_work_list
 
     offsets, arch = cu_seqlens_cpu.tolist(), launch.arch(device)
-    block_q = launch.attention_config(dtype, head_size, arch).block_sizes["BLOCK_Q"]
-    short = None if share else launch.short_attention_config(dtype, head_size, arch)
+    block_q = configs.attention_config(dtype, head_size, arch).block_sizes["BLOCK_Q"]
+    short = None if share else configs.short_attention_config(dtype, head_size, arch)
     if short is None:
         return build_work_list(offsets, block_q, share), None
     longest = short.block_sizes["BLOCK_K"]
@@ -314,18 +314,18 @@ def max_tiles(
 
     No batch needs a longer one where neighbours share tiles. Where they share none, ones of a few tokens each may.
     """
-    from fastbert_kernels import attention, launch
+    from fastbert_kernels import attention, configs, launch
 
     arch = launch.arch(device)
-    block_q = launch.attention_config(qkv_dtype, head_size, arch).block_sizes["BLOCK_Q"]
-    short = launch.short_attention_config(qkv_dtype, head_size, arch) if policy.batch_invariant else None
+    block_q = configs.attention_config(qkv_dtype, head_size, arch).block_sizes["BLOCK_Q"]
+    short = configs.short_attention_config(qkv_dtype, head_size, arch) if policy.batch_invariant else None
     return attention.max_tiles(n_tokens, block_q), None if short is None else attention.max_short_tiles(n_tokens)
 
 
 @untraced
 def prepare(batch: PackedBatch, qkv_dtype: torch.dtype, head_size: int, policy: Policy = AUTO) -> None:
     """Makes the batch's plan before the layers ask for it, outside of what torch.compile traces."""
-    if torch.compiler.is_exporting():
+    if torch.compiler.is_exporting() or (recording.on and recording.is_dry()):
         return
     why_not = obstacle(head_size, torch.empty(0, dtype=qkv_dtype, device=batch.device))
     if dispatch.decide("attention", policy, batch.device, why_not).backend == "triton":
@@ -359,6 +359,18 @@ def varlen_attention(
     why_not = obstacle(head_size, qkv, dropout_p)
     compiling = torch.compiler.is_compiling()
     backend = dispatch.choose("attention", policy.backend, policy.strict, qkv.device, why_not)
+    no_kernel = cpu_obstacle(head_size, qkv, dropout_p) if backend == "cpu" else None
+    if backend != "triton":
+        dispatch.check_invariant("attention", policy, backend, no_kernel)
+    if recording.on:
+        shape = qkv.shape[0], qkv.shape[1] // 3
+        facts: dict[str, Any] = {
+            "heads": num_heads,
+            "compiled_obstacle": no_kernel,
+            "shared_tiles": not policy.batch_invariant,
+        }
+        if recording.note("attention", backend, qkv.shape, shape, qkv.dtype, **facts):
+            return qkv.new_zeros(shape)
     if backend == "triton":
         # A tracer finds the plan if `prepare` made it; otherwise the operation makes one when it runs.
         unplanned = compiling and not batch.has_plan(_plan_key(qkv.dtype, head_size, policy))
@@ -369,8 +381,6 @@ def varlen_attention(
         return torch.ops.fastbert.varlen_attention(
             qkv, batch.cu_seqlens, batch.cu_seqlens_cpu, seq_ids, work_list, num_heads, scale, short_list
         )
-    no_kernel = cpu_obstacle(head_size, qkv, dropout_p) if backend == "cpu" else None
-    dispatch.check_invariant("attention", policy, backend, no_kernel)
     if backend == "cpu" and no_kernel is None:
         run = (
             _compiled if dispatch.direct(qkv) else torch.ops.fastbert.cpu_attention

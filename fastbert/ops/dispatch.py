@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import torch
 
-from fastbert.ops import tracing
+from fastbert.ops import recording, tracing
 from fastbert.ops.tracing import constant
 from fastbert_kernels import cpu
 
@@ -93,6 +93,8 @@ def _decided(wanted: str, device: torch.device, obstacle: str | None) -> tuple[s
 def choose(op: str, backend: str, strict: bool, device: torch.device, obstacle: str | None) -> str:
     """`decide`, with the fallback logged once, or raised as BackendError under strict. Returns the backend's name."""
     taken, reason = _decided(backend, device, obstacle)
+    if recording.on and recording.note_reason(op, reason, strict):
+        return taken
     if reason is not None:
         if strict:
             raise BackendError(f"{op}: the backend {backend!r} cannot run it, and strict=True: {reason}")
@@ -110,9 +112,9 @@ def check_batch_invariant(policy: Policy, device: torch.device, precision: str |
     if not policy.batch_invariant:
         return
     if device.type == "cpu" and policy.backend != "triton":
-        kernels, reason = "C++ kernels for CPUs", cpu.unavailable()
+        kernels, reason = "C++ kernels for CPUs", cpu.obstacle()
         if reason is None and precision is not None:
-            reason = cpu.no_int8()
+            reason = cpu.int8_obstacle()
     elif precision is not None:
         kernels, reason = "C++ kernels for CPUs", f"of those in 8 bits no others promise it, and the device is {device}"
     elif policy.backend == "cpu":
@@ -138,12 +140,18 @@ def check_invariant(op: str, policy: Policy, backend: str, obstacle: str | None 
         elif reason is None:
             reason = tracing.observed()
         if reason is not None:
-            _refuse(f"batch_invariant: {op}: {reason}")
+            refuse(op, reason)
+
+
+def refuse(op: str, reason: str) -> None:
+    """Raises BackendError, since a batch-invariant policy does not allow the operation, or a module's call (op "")."""
+    if not (recording.on and recording.note_refusal(op, f"batch_invariant: {reason}")):
+        _raise(f"batch_invariant: {op}: {reason}" if op else f"batch_invariant: {reason}")
 
 
 @constant  # a compiler that met a mere exception would go on without the function
-def _refuse(why: str) -> None:
-    raise BackendError(why)
+def _raise(message: str) -> None:
+    raise BackendError(message)
 
 
 def interpreting() -> bool:
@@ -153,6 +161,9 @@ def interpreting() -> bool:
 
 def triton_unavailable(device: torch.device) -> str | None:
     """Why no Triton kernel can run on this device, or None."""
+    assumed = recording.assumed_arch() if recording.on else None
+    if assumed is not None and device.type == "cuda":  # which need not be there
+        return _not_installed(importlib.util.find_spec) or _arch_obstacle(assumed)
     if device.type == "cpu":
         if not interpreting():
             return "the tensors are on the CPU, and Triton's interpreter is off (TRITON_INTERPRET=1 turns it on)"
@@ -174,9 +185,19 @@ def _gpu_unsupported(index: int) -> str | None:
     if torch.version.hip is not None:
         return "the kernels are written for NVIDIA GPUs"
     major, minor = torch.cuda.get_device_capability(index)
-    if major < 8:
-        return f"the kernels need compute capability 8.0, and this GPU has {major}.{minor}"
-    return None
+    return _arch_obstacle(10 * major + minor)
+
+
+def _arch_obstacle(arch: int) -> str | None:
+    return None if arch >= 80 else f"the kernels need compute capability 8.0, and this GPU has {arch / 10}"
+
+
+def arch_of(device: torch.device) -> int:
+    """The compute capability of the device as one integer, or that of the GPU that is asked about."""
+    from fastbert_kernels import launch
+
+    assumed = recording.assumed_arch() if recording.on else None
+    return launch.arch(device) if assumed is None else assumed
 
 
 def dtype_obstacle(*tensors: torch.Tensor | None) -> str | None:
@@ -204,7 +225,7 @@ def training_obstacle(dropout_p: float) -> str | None:
 
 def direct(x: torch.Tensor) -> bool:
     """Whether a C++ kernel may be given x's address: nobody traces, watches, or wants gradients of what comes of it."""
-    if type(x) is not torch.Tensor or tracing.observed() is not None:
+    if type(x) not in (torch.Tensor, recording.StandIn) or tracing.observed() is not None:
         return False
     return not (torch.is_grad_enabled() and x.requires_grad)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from fastbert.ops import dispatch, tracing
+from fastbert.ops import dispatch, recording, tracing
 from fastbert.ops.dispatch import AUTO, Policy
 from fastbert.ops.library import register
 from fastbert.ops.tracing import untraced
@@ -126,6 +126,9 @@ def embedding_layer_norm(
         run = torch.ops.fastbert.embedding_layer_norm
     else:  # whose rows PyTorch on CPUs takes alone: see layer_norm
         dispatch.check_invariant("embedding", policy, backend, dispatch.training_obstacle(dropout_p))
+    shape = position_ids.shape[0], hidden_size
+    if recording.on and recording.note("embedding", backend, None, shape, words.dtype):
+        return words.new_zeros(shape)
     out = run(input_ids, token_type_ids, position_ids, words, token_type, position, weight, ln_bias, eps, padding_idx)
     return F.dropout(out, dropout_p) if dropout_p > 0.0 else out
 
@@ -134,7 +137,7 @@ def _seen_within(ids: torch.Tensor, size: int) -> bool:
     """Whether there are none, or the C++ kernel for CPUs could look, and saw none outside of the table."""
     if ids.device.type != "cpu" or ids.dtype != torch.int64 or not ids.is_contiguous():
         return ids.numel() == 0
-    return ids.numel() == 0 or (dispatch.direct(ids) and cpu.unavailable() is None and not cpu.ids_outside(ids, size))
+    return ids.numel() == 0 or (dispatch.direct(ids) and cpu.obstacle() is None and not cpu.ids_outside(ids, size))
 
 
 @untraced

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from fastbert.checkpoint.activations import ACTIVATIONS as ACTIVATIONS
 from fastbert.checkpoint.activations import OTHERS, activate
-from fastbert.ops import dispatch, tracing
+from fastbert.ops import dispatch, recording, tracing
 from fastbert.ops.dispatch import AUTO, Policy
-from fastbert.ops.elementwise import elementwise
+from fastbert.ops.elementwise import in_rows
 from fastbert.ops.library import register
 
 KERNELS = {"triton": "fastbert_kernels.gelu", "torch": "add, torch.nn.functional.gelu"}
@@ -51,7 +53,12 @@ def bias_gelu(
         raise ValueError(f"bias: expected shape ({x.shape[-1]},), got {tuple(bias.shape)}")
     why_not = dispatch.dtype_obstacle(x, bias) or activation_obstacle(activation)
     backend = dispatch.choose("bias_gelu", policy.backend, policy.strict, x.device, why_not)
+    if backend != "triton":
+        dispatch.check_invariant("bias_gelu", policy, backend)
+    if recording.on:
+        facts: dict[str, Any] = {"bias": bias is not None, "activation": activation}
+        if recording.note("bias_gelu", backend, x.shape, x.shape, x.dtype, **facts):
+            return torch.empty_like(x)
     if backend == "triton":
         return torch.ops.fastbert.bias_gelu(x, bias, activation)
-    dispatch.check_invariant("bias_gelu", policy, backend)
-    return elementwise(lambda x: _eager(x, bias, activation), x, policy=policy)
+    return in_rows(lambda x: _eager(x, bias, activation), x, policy)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 
-from fastbert.ops import dispatch, tracing
+from fastbert.ops import dispatch, recording, tracing
 from fastbert.ops.dispatch import AUTO, Policy
 from fastbert.ops.library import register
 
@@ -89,8 +91,12 @@ def bias_residual_layer_norm(
             raise ValueError(f"residual: expected the shape of x, {tuple(x.shape)}, got {tuple(residual.shape)}")
     why_not = obstacle(hidden_size, x, bias, residual, weight, ln_bias, dropout_p=dropout_p)
     backend = dispatch.choose("layer_norm", policy.backend, policy.strict, x.device, why_not)
+    if backend != "triton":  # PyTorch's on CPUs takes each row alone, and sums have one result wherever they stand
+        dispatch.check_invariant("layer_norm", policy, backend, dispatch.training_obstacle(dropout_p))
+    if recording.on:
+        facts: dict[str, Any] = {"bias": bias is not None, "residual": residual is not None}
+        if recording.note("layer_norm", backend, x.shape, x.shape, x.dtype, weight, **facts):
+            return torch.empty_like(x)
     if backend == "triton":
         return torch.ops.fastbert.bias_residual_layer_norm(x, bias, residual, weight, ln_bias, eps)
-    # PyTorch's LayerNorm on CPUs takes each row alone, and sums have one result wherever they stand.
-    dispatch.check_invariant("layer_norm", policy, backend, dispatch.training_obstacle(dropout_p))
     return _eager(x, bias, residual, weight, ln_bias, eps, dropout_p)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from fastbert.checkpoint.activations import OTHERS
-from fastbert.ops import dispatch, gelu, layer_norm, packed_linear, tracing
+from fastbert.ops import dispatch, gelu, layer_norm, packed_linear, recording, tracing
 from fastbert.ops.dispatch import AUTO, Policy
 from fastbert.ops.library import register
 from fastbert.ops.tracing import constant
@@ -71,9 +71,9 @@ def gemm_kernel(
     if batch_invariant:
         return "fastbert", "batch_invariant: cuBLAS chooses its algorithm by the number of rows"
     if shape is not None and arch is not None:
-        from fastbert_kernels import launch
+        from fastbert_kernels import configs
 
-        known = launch.gemm(dtype, arch, shape, "residual" if residual else activation)
+        known = configs.gemm(dtype, arch, shape, "residual" if residual else activation)
         if known.choice is not None and known.choice_source is not None:
             return "cublas" if known.choice == "cublas" else "fastbert", known.choice_source
     if dtype == torch.float32:
@@ -101,8 +101,8 @@ def _takes_our_gemm(
     if backend in ("cpu", "torch") or (backend == "auto" and device.type == "cpu"):
         return False
     question = dtype, activation, (k_size, n_cols), residual, device, backend, obstacle
-    # Under the interpreter, which tests turn on and off, the answer may change.
-    return _looked_up(*question) if device.type == "cpu" else _remembered(*question)
+    # Under the interpreter, which tests turn on and off, the answer may change, and for a GPU that is not there.
+    return _looked_up(*question) if device.type == "cpu" or recording.on else _remembered(*question)
 
 
 def _looked_up(
@@ -116,10 +116,10 @@ def _looked_up(
 ) -> bool:
     if dispatch.decide("linear", Policy(backend), device, obstacle).backend != "triton":
         return False
-    from fastbert_kernels import launch, tables
+    from fastbert_kernels import tables
 
     tables.on_forget(_remembered.cache_clear)
-    return gemm_kernel(dtype, activation, shape, arch=launch.arch(device), residual=residual)[0] == "fastbert"
+    return gemm_kernel(dtype, activation, shape, arch=dispatch.arch_of(device), residual=residual)[0] == "fastbert"
 
 
 _remembered = functools.cache(_looked_up)
@@ -144,8 +144,9 @@ def _packed(
     """Whether the backend is "cpu" and its weight is packed. obstacle: why the triton backend cannot run it."""
     if policy.batch_invariant:
         backend = dispatch.decide("linear", policy, x.device, obstacle).backend
-        dispatch.check_invariant("linear", policy, backend, packed_linear.invariant_obstacle(x, weight, *others))
-        return True
+        invariant_obstacle = packed_linear.invariant_obstacle(x, weight, *others)
+        dispatch.check_invariant("linear", policy, backend, invariant_obstacle)
+        return invariant_obstacle is None  # in a dry run nothing raises
     if not keep or x.device.type != "cpu" or dispatch.decide("linear", policy, x.device, obstacle).backend != "cpu":
         return False
     return packed_linear.obstacle(x, weight, *others) is None
@@ -170,19 +171,71 @@ def linear(
     if activation in OTHERS:
         return gelu.bias_gelu(linear(x, weight, bias, policy=policy, keep=keep), None, activation, policy=policy)
     why_not = dispatch.dtype_obstacle(x, weight, bias) or gelu.activation_obstacle(activation)
-    if activation == "none":
-        if _ours(x, weight, activation, False, policy, why_not):
-            return torch.ops.fastbert.linear(x, weight, bias, activation)
-        if _packed(policy, keep, why_not, x, weight, bias):
-            return packed_linear.linear(x, weight, bias, batch_invariant=policy.batch_invariant, keep=keep)
-        return F.linear(x, weight, bias)  # on every other backend: see gemm_kernel
-    if dispatch.choose("linear", policy.backend, policy.strict, x.device, why_not) != "triton":
-        if activation in packed_linear.ACTIVATIONS and _packed(policy, keep, why_not, x, weight, bias):
-            return packed_linear.linear(x, weight, bias, activation, batch_invariant=policy.batch_invariant, keep=keep)
-        return _eager(x, weight, bias, activation)
-    if _ours(x, weight, activation, False, policy, why_not):
+    # Without an activation PyTorch's product runs on every backend but for what gemm_kernel says.
+    backend = None
+    if activation != "none":
+        backend = dispatch.choose("linear", policy.backend, policy.strict, x.device, why_not)
+    if backend in (None, "triton") and _ours(x, weight, activation, False, policy, why_not):
+        product = "fastbert"
+    elif (
+        backend != "triton"
+        and activation in packed_linear.ACTIVATIONS
+        and _packed(policy, keep, why_not, x, weight, bias)
+    ):
+        product = "packed"
+    else:
+        product = "library"
+    gelu_later = product == "library" and backend == "triton"
+    if recording.on:
+        later = activation if gelu_later else None
+        if _note(product, policy, why_not, x, weight, bias, activation, later=later):
+            return x.new_zeros(x.shape[0], weight.shape[0])
+    if product == "fastbert":
         return torch.ops.fastbert.linear(x, weight, bias, activation)
-    return torch.ops.fastbert.bias_gelu(F.linear(x, weight), bias, activation)
+    if product == "packed":
+        return packed_linear.linear(x, weight, bias, activation, batch_invariant=policy.batch_invariant, keep=keep)
+    if gelu_later:
+        return torch.ops.fastbert.bias_gelu(F.linear(x, weight), bias, activation)
+    return F.linear(x, weight, bias) if activation == "none" else _eager(x, weight, bias, activation)
+
+
+def _note(
+    product: str,
+    policy: Policy,
+    obstacle: str | None,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    activation: str = "none",
+    *,
+    residual: bool = False,
+    later: str | None = None,
+    choice: bool = True,
+) -> bool:
+    """`recording.note` of a product: "fastbert" (Triton), "packed", or "library" (PyTorch's).
+
+    later: the activation that a kernel of its own adds, and the bias with it. residual: whether one was offered to the
+    product. choice: whether the product was chosen, where the backend is "triton".
+    """
+    backend = dispatch.decide("linear", policy, x.device, obstacle).backend
+    shape, n_cols = (x.shape[0], weight.shape[0]), weight.shape[0]
+    why = None
+    if backend == "triton" and choice:
+        arch, sizes = dispatch.arch_of(x.device), (weight.shape[1], n_cols)
+        invariant = policy.batch_invariant
+        why = gemm_kernel(x.dtype, activation, sizes, arch=arch, residual=residual, batch_invariant=invariant)[1]
+    facts = {
+        "product": product,
+        "why": why,
+        "bias": bias is not None and later is None,
+        "activation": "none" if later is not None else activation,
+        "residual": residual and product != "library",
+        "batch_invariant": policy.batch_invariant,
+    }
+    dry = recording.note("linear", backend, x.shape, shape, x.dtype, weight, **facts)
+    if later is not None:
+        recording.note("bias_gelu", backend, shape, shape, x.dtype, weight, bias=bias is not None, activation=later)
+    return dry
 
 
 def linear_residual_layer_norm(
@@ -212,12 +265,24 @@ def linear_residual_layer_norm(
     if not fused:
         dispatch.check_invariant("layer_norm", policy, backend, dispatch.training_obstacle(dropout_p))
     if fused and _ours(x, weight, "none", True, policy, why_not):
+        product = "fastbert"
+    elif not fused and dropout_p == 0.0 and _packed(policy, keep, why_not, x, weight, bias, residual):
+        product = "packed"
+    else:
+        product = "library"
+    inside = bias if product != "library" or not fused else None
+    if recording.on and _note(
+        product, policy, dispatch.dtype_obstacle(x, weight, bias), x, weight, inside, residual=True, choice=fused
+    ):
+        y = x.new_zeros(x.shape[0], weight.shape[0])
+    elif product == "fastbert":
         y = torch.ops.fastbert.linear(x, weight, bias, "none", residual)
-        return layer_norm.bias_residual_layer_norm(y, None, None, ln_weight, ln_bias, eps, policy=policy)
-    if not fused and dropout_p == 0.0 and _packed(policy, keep, why_not, x, weight, bias, residual):
+    elif product == "packed":
         y = packed_linear.linear(x, weight, bias, residual=residual, batch_invariant=policy.batch_invariant, keep=keep)
+    else:
+        y = F.linear(x, weight, inside)
+    if product != "library":
         return layer_norm.bias_residual_layer_norm(y, None, None, ln_weight, ln_bias, eps, policy=policy)
-    y = F.linear(x, weight, None if fused else bias)
     return layer_norm.bias_residual_layer_norm(
         y, bias if fused else None, residual, ln_weight, ln_bias, eps, dropout_p=dropout_p, policy=policy
     )

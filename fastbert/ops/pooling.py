@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 
-from fastbert.ops import dispatch, tracing
+from fastbert.ops import dispatch, recording, tracing
 from fastbert.ops.dispatch import AUTO, Policy
 from fastbert.ops.library import register
 from fastbert_kernels import cpu
@@ -91,7 +93,7 @@ def cpu_obstacle(dtype: torch.dtype) -> str | None:
     """Why the cpu backend takes PyTorch's operations for means in float32, and not the C++ kernel, or None."""
     if dtype not in (torch.float32, torch.bfloat16):
         return f"there is no C++ kernel for {dtype}"
-    return cpu.unavailable()
+    return cpu.obstacle()
 
 
 def _compiled(hidden: torch.Tensor, cu_seqlens: torch.Tensor, mode: str, out_dtype: torch.dtype) -> bool:
@@ -151,15 +153,30 @@ def pool(
     """
     if mode not in MODES:
         raise ValueError(f"mode: expected one of {', '.join(MODES)}, got {mode!r}")
-    out_dtype = hidden.dtype if out_dtype is None else out_dtype
+    asked_dtype, out_dtype = out_dtype, hidden.dtype if out_dtype is None else out_dtype
     why_not = obstacle(hidden.shape[1], hidden) if dispatch.wants_triton(policy.backend, hidden.device) else None
     backend = dispatch.choose("pooling", policy.backend, policy.strict, hidden.device, why_not)
     if backend == "triton":
+        kernel = "triton"
+    else:
+        invariant = policy.batch_invariant
+        if invariant:
+            dispatch.check_invariant("pooling", policy, backend, invariant_obstacle(hidden, mode, normalize))
+        if invariant and (mode not in EXACT or normalize):
+            kernel = "invariant"
+        elif backend == "cpu" and _compiled(hidden, cu_seqlens, mode, out_dtype):
+            kernel = "compiled"
+        else:
+            kernel = "torch"
+    if recording.on:
+        shape = cu_seqlens.shape[0] - 1, hidden.shape[1]
+        facts: dict[str, Any] = {"kernel": kernel, "mode": mode, "normalize": normalize, "out_dtype": asked_dtype}
+        if recording.note("pooling", backend, hidden.shape, shape, hidden.dtype, **facts):
+            return hidden.new_zeros(shape, dtype=out_dtype)
+    if kernel == "triton":
         return torch.ops.fastbert.pool(hidden, cu_seqlens, mode, normalize, out_dtype)
-    if policy.batch_invariant:
-        dispatch.check_invariant("pooling", policy, backend, invariant_obstacle(hidden, mode, normalize))
-        if mode not in EXACT or normalize:
-            return _invariant(hidden, cu_seqlens.int(), mode, normalize, out_dtype)
-    if backend == "cpu" and _compiled(hidden, cu_seqlens, mode, out_dtype):
+    if kernel == "invariant":
+        return _invariant(hidden, cu_seqlens.int(), mode, normalize, out_dtype)
+    if kernel == "compiled":
         return cpu.pool_forward(_rows(hidden), cu_seqlens, mode, normalize)
     return _eager(hidden, cu_seqlens, mode, normalize, out_dtype)

@@ -10,93 +10,49 @@ head, GELU's rows one per 128 columns, weights one an output channel.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastbert.ops import attention, dispatch, embedding, gelu, layer_norm
+from fastbert.ops import attention, dispatch, embedding, gelu, layer_norm, recording
 from fastbert.ops.dispatch import AUTO, Policy
 from fastbert.ops.library import LIBRARY
 from fastbert.ops.packing import PackedBatch
+from fastbert.ops.quantize import (
+    DTYPES,
+    OUT_GROUP,
+    PRECISIONS,
+    ROTATION,
+    TINY,
+    TOP,
+    Quantized,
+    check_precision,
+    dequantize,
+    hadamard,
+    quantize,
+    quantize_weight,
+    rotate,
+)
 
+__all__ = [
+    "DTYPES", "OUT_GROUP", "PRECISIONS", "ROTATION", "TINY", "TOP", "Quantized", "check_precision", "dequantize",
+    "hadamard", "quantize", "quantize_weight", "rotate",
+]  # fmt: skip
 KERNELS = {"triton": "fastbert_kernels.quantized_linear", "torch": "quantised in torch.float32 (emulation)"}
 
-DTYPES = {"fp8": torch.float8_e4m3fn, "int8": torch.int8}
-PRECISIONS = tuple(DTYPES)
-TOP = {torch.float8_e4m3fn: 448.0, torch.int8: 127.0}
 MIN_ARCH = {"fp8": 89, "int8": 80}
-OUT_GROUP = 128  # columns of a linear's quantised result that share a scale
-ROTATION = 32  # channels in a block of the rotation
-TINY = 1e-30  # rows whose largest magnitude is less count as zeros
-
-
-class Quantized(NamedTuple):
-    """data * scale: data (T, K) float8_e4m3fn or int8, scale (T, G) float32, `group` columns to a scale."""
-
-    data: Tensor
-    scale: Tensor
-    group: int
-
-    @property
-    def precision(self) -> str:
-        return "int8" if self.data.dtype == torch.int8 else "fp8"
-
-
-def check_precision(precision: str | None) -> str | None:
-    """The precision, or ValueError for one that is not known."""
-    if precision is not None and precision not in PRECISIONS:
-        raise ValueError(f"precision: expected one of {', '.join(map(repr, PRECISIONS))} or None, got {precision!r}")
-    return precision
-
-
-def hadamard(n: int, device: torch.device | None = None) -> Tensor:
-    """(n, n) float32, n a power of two: H[i, j] = -1 where i & j has an odd number of bits, else 1; H H = n I."""
-    h = torch.ones(1, 1, dtype=torch.float32, device="cpu" if device is None else device)
-    while h.shape[0] < n:
-        h = torch.cat([torch.cat([h, h], 1), torch.cat([h, -h], 1)])
-    return h
-
-
-def rotate(x: Tensor) -> Tensor:
-    """x (T, K) times the Hadamard matrix in blocks of ROTATION columns, in float32."""
-    return (x.float().unflatten(1, (-1, ROTATION)) @ hadamard(ROTATION, x.device)).flatten(1)
-
-
-def quantize(x: Tensor, precision: str, group: int | None = None, *, rotated: bool = False) -> Quantized:
-    """x (T, K) in 8 bits, `group` columns (all by default) to a scale: their largest magnitude over 448 or 127.
-
-    float8 rounds to nearest, ties to even, int8 to nearest, ties up. rotated: of x times the Hadamard matrix in blocks
-    of 32 columns, for int8, whose steps one large column makes coarse for all; float8 gains nothing by it.
-    """
-    n_rows, k = x.shape
-    group = k if group is None else min(group, k)
-    x = rotate(x) if rotated else x.float()
-    x = F.pad(x, (0, -k % group)).view(n_rows, -(-k // group), group)
-    dtype = DTYPES[precision]
-    largest = x.abs().amax(2)
-    inverse = torch.full_like(largest, TOP[dtype]) / largest.clamp(min=TINY)
-    scaled = x * torch.where(largest < TINY, 0.0, inverse)[:, :, None]
-    if dtype == torch.int8:
-        scaled = (scaled + 0.5).floor().nan_to_num(0.0)  # a row that is not finite shows in its scale
-    return Quantized(scaled.to(dtype).flatten(1)[:, :k].contiguous(), largest * (1.0 / TOP[dtype]), group)
-
-
-def dequantize(q: Quantized) -> Tensor:
-    """(T, K) float32; of rotated rows, the rotated ones."""
-    return q.data.float() * q.scale.repeat_interleave(q.group, 1)[:, : q.data.shape[1]]
-
-
-def quantize_weight(weight: Tensor, precision: str, *, rotated: bool = False) -> Quantized:
-    """(M, K) in 8 bits with a scale an output channel, for inputs that are rotated or not."""
-    return quantize(weight.detach().float() / (ROTATION if rotated else 1), precision, rotated=rotated)
+# The registered operation, its twin in plain PyTorch, and a function that gives empty results of the same shapes.
+Functions = tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any]]
 
 
 def device_obstacle(precision: str, device: torch.device, arch: int | None = None) -> str | None:
     """Why GPUs like this one cannot multiply in this precision, or None. arch: 89 for 8.9, by default the device's."""
     if device.type != "cuda":
         return None
+    if arch is None and recording.on:
+        arch = recording.assumed_arch()
     if arch is None:
         major, minor = torch.cuda.get_device_capability(device)
         arch = 10 * major + minor
@@ -219,7 +175,7 @@ def varlen_attention(
     return Quantized(data, scale, head_size)
 
 
-def _run(op: str, precision: str, policy: Policy, obstacle: str | None, functions: tuple[Any, Any], *args: Any) -> Any:
+def _run(op: str, precision: str, policy: Policy, obstacle: str | None, functions: Functions, *args: Any) -> Any:
     """The kernel, or its twin where an obstacle is in its way."""
     check_precision(precision)
     if policy.batch_invariant:
@@ -231,9 +187,36 @@ def _run(op: str, precision: str, policy: Policy, obstacle: str | None, function
         raise RuntimeError(f"{op}: {precision} is for inference and has no gradient: use torch.no_grad()")
     device = tensors[0].device
     why_not = device_obstacle(precision, device) or obstacle
-    kernel, twin = functions
+    kernel, twin, fake = functions
     backend = dispatch.choose(f"{op} in {precision}", policy.backend, policy.strict, device, why_not)
+    if recording.on and _note(op, precision, backend, args):
+        return fake(*args)
     return kernel(*args) if backend == "triton" else twin(*args)
+
+
+def _note(op: str, precision: str, backend: str, args: tuple[Any, ...]) -> bool:
+    """`recording.note` of an operation on 8-bit operands."""
+    facts: dict[str, Any] = {"precision": precision, "quantizes": True}
+    first: Tensor = args[0] if op != "embedding" else args[3]
+    shape: tuple[int, ...] = tuple(first.shape)
+    before: tuple[int, ...] | None = shape
+    weight = None
+    dtype = first.dtype
+    if op == "linear":
+        _, _, group, weight, _, bias, activation, *dtypes = args
+        shape = shape[0], weight.shape[0]
+        dtype = dtypes[0] if dtypes else dtype
+        group = None if group >= weight.shape[1] else group
+        facts |= {"quantizes": not dtypes, "group": group, "bias": bias is not None, "activation": activation}
+    elif op == "layer_norm":
+        weight = args[3]
+        facts |= {"bias": args[1] is not None, "residual": args[2] is not None}
+    elif op == "attention":
+        shape = shape[0], shape[1] // 3
+        facts |= {"heads": args[5], "shared_tiles": True, "compiled_obstacle": None}
+    else:
+        before, shape = None, (args[2].shape[0], shape[1])
+    return recording.note(f"{op} in {precision}", backend, before, shape, dtype, weight, **facts)
 
 
 def _check_width(hidden_size: int, precision: str) -> None:
@@ -257,16 +240,14 @@ def _check(x: Quantized, weight: Quantized, bias: Tensor | None) -> None:
         raise ValueError(f"bias: expected shape ({weight.data.shape[0]},), got {tuple(bias.shape)}")
 
 
-def _register(
-    schema: str, kernel: Callable[..., Any], twin: Callable[..., Any], fake: Callable[..., Any]
-) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """`library.register` for several outputs and no gradient. Returns the operation and its twin."""
+def _register(schema: str, kernel: Callable[..., Any], twin: Callable[..., Any], fake: Callable[..., Any]) -> Functions:
+    """`library.register` for several outputs and no gradient."""
     name = schema.partition("(")[0]
     LIBRARY.define(schema, tags=torch.Tag.pt2_compliant_tag)
     LIBRARY.impl(name, kernel, "CUDA")
     LIBRARY.impl(name, lambda *args: (kernel if dispatch.interpreting() else twin)(*args), "CPU")
     torch.library.register_fake(f"fastbert::{name}", fake, lib=LIBRARY)
-    return getattr(torch.ops.fastbert, name), twin
+    return getattr(torch.ops.fastbert, name), twin, fake
 
 
 def _buffers(like: Tensor, n_cols: int, n_groups: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -22,12 +22,14 @@ from typing import Any, TypeVar
 import torch
 import torch.autograd.forward_ad as forward_ad
 
+from fastbert.ops.recording import StandIn
+
 logger = logging.getLogger("fastbert")
 
 Function = TypeVar("Function", bound=Callable)
 
-# The tensors whose numbers are where their address says.
-PLAIN = (torch.Tensor, torch.nn.Parameter)
+# The tensors whose numbers are where their address says, and what stands for one.
+PLAIN = (torch.Tensor, torch.nn.Parameter, StandIn)
 _TRANSFORM = "a transform of torch.func (grad, jvp, vmap ...) is at work"
 # The modes of PyTorch's own that run a program on something else than numbers.
 _INFRA = tuple(
@@ -142,7 +144,7 @@ def _reason(modes: bool, tensors: tuple[Any, ...]) -> str | None:
             continue
         if type(tensor) not in PLAIN:
             if not isinstance(tensor, (torch.Tensor, torch.fx.Proxy)):
-                continue  # what `explain` asks about
+                continue
             return f"the inputs are no plain tensors ({type(tensor).__name__})"
         if tensor.is_meta:
             return "the inputs are on the meta device, without numbers"

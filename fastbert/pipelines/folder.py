@@ -21,7 +21,9 @@ from tokenizers import normalizers
 from torch import nn
 
 from fastbert._version import __version__
-from fastbert.checkpoint.files import match, read_json, read_state_dict, write_state_dict, write_text
+from fastbert.checkpoint.files import read_json, write_text
+from fastbert.checkpoint.match import match
+from fastbert.checkpoint.weights import read_state_dict, write_state_dict
 from fastbert.pipelines.modules import ACTIVATIONS, Dense, Dropout, LayerNorm, Normalize, activation_name
 from fastbert.pipelines.pipeline import Pooling
 from fastbert.pipelines.settings import (

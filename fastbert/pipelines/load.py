@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from fastbert.checkpoint.files import resolve
+from fastbert.checkpoint.folder import resolve
 from fastbert.engine import cpu_encoder
 from fastbert.models.pretrained import PreTrainedModel
 from fastbert.pipelines.folder import Layout, lowercasing

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastbert import ops
-from fastbert.ops import Policy
+from fastbert.ops import Policy, dispatch, recording
 
 # A class of torch.nn, made without arguments -> the function that it is at inference. The last three work on rows.
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -153,7 +153,11 @@ def apply(module: Callable[[Tensor], Tensor], x: Tensor, policy: Policy) -> Tens
     PyTorch's sums over a row may depend on the number of rows, in norms as well as in products. Raises BackendError for
     a module that is not known to be batch-invariant.
     """
+    if recording.on:
+        recording.enter(module)
     if not policy.batch_invariant or isinstance(module, nn.Dropout):
+        if recording.on and (output := recording.call(module, x)) is not None:
+            return output
         return module(x)
     if isinstance(module, Dense):
         return module.invariant(x, policy)
@@ -161,6 +165,7 @@ def apply(module: Callable[[Tensor], Tensor], x: Tensor, policy: Policy) -> Tens
         norm = module.norm
         return ops.bias_residual_layer_norm(x, None, None, norm.weight.to(x), norm.bias.to(x), norm.eps, policy=policy)
     if isinstance(module, Normalize):
-        one_row_each = torch.arange(x.shape[0] + 1, dtype=torch.int32, device=x.device)
+        one_row_each = torch.arange(x.shape[0] + 1, out=x.new_empty(x.shape[0] + 1, dtype=torch.int32))
         return ops.pool(x, one_row_each, "cls", normalize=True, policy=policy)
-    raise ops.BackendError(f"batch_invariant: a module {type(module).__name__} after the pooling cannot promise it")
+    dispatch.refuse("", f"a module {type(module).__name__} after the pooling cannot promise it")
+    return module(x)

@@ -19,8 +19,10 @@ from tokenizers import AddedToken, decoders, normalizers, pre_tokenizers, proces
 from tokenizers import Tokenizer as RustTokenizer
 from tokenizers.models import BPE, Unigram
 
-from fastbert.checkpoint.families import FAMILIES, Family
-from fastbert.checkpoint.files import read_json, resolve
+from fastbert.checkpoint.families import FAMILIES
+from fastbert.checkpoint.family import Family
+from fastbert.checkpoint.files import read_json
+from fastbert.checkpoint.folder import resolve
 from fastbert.checks import one_of
 from fastbert.text.settings import (
     CASING,

@@ -21,7 +21,7 @@ from helpers import assert_as_accurate, cu_seqlens_of, rms_error
 from invariance_cases import DTYPES, INVARIANT, skip_without
 
 pytestmark = [
-    pytest.mark.skipif(cpu.unavailable() is not None, reason=str(cpu.unavailable())),
+    pytest.mark.skipif(cpu.obstacle() is not None, reason=str(cpu.obstacle())),
     pytest.mark.usefixtures("number_of_threads"),
 ]
 
@@ -62,8 +62,8 @@ def test_rows_of_a_linear(k: int, n_columns: int, dtype: torch.dtype, variant: s
 @pytest.mark.parametrize(("k", "n_columns"), [(64, 131), (1536, 50)])
 def test_rows_of_a_linear_in_8_bits(k: int, n_columns: int, dtype: torch.dtype, variant: str) -> None:
     """Catches a row whose scale, or whose share of the sums, comes from other rows."""
-    if cpu.no_int8() is not None:
-        pytest.skip(str(cpu.no_int8()))
+    if cpu.int8_obstacle() is not None:
+        pytest.skip(str(cpu.int8_obstacle()))
     x, residual = torch.randn(ROWS, k).to(dtype), torch.randn(ROWS, n_columns).to(dtype)
     data = torch.randint(-127, 128, (n_columns, k), dtype=torch.int8)
     weight = cpu.pack_int8(data, torch.rand(n_columns) / 100, torch.randn(n_columns))

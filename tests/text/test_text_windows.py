@@ -18,7 +18,7 @@ from tokenizers import Tokenizer as RustTokenizer
 
 from family_text_cases import KINDS, TEXTS
 from fastbert import Tokenizer
-from fastbert.adapters.sentences import LiveTokenizer
+from fastbert.adapters.live_tokenizer import LiveTokenizer
 from fastbert.text import windows
 from fastbert.text.windows import cut, pieces, place_after, place_before, spans, splits
 

@@ -11,68 +11,25 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import accumulate
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastbert.diagnostics.explain.report import OpReport, amount
+from fastbert.diagnostics.explain import above
+from fastbert.diagnostics.explain.report import MODULE, SORTED, BatchReport, OpReport
 from fastbert.models.bert import BertModel
-from fastbert.pipelines.batching import batches, default_token_budget
-from fastbert.pipelines.sentence import SentenceEncoder
 from fastbert.text.tokenizer import Tokenizer
 
 # FLOPs a number that is written; of pooling, that is read.
 PER_NUMBER = {"embedding": 10, "layer_norm": 8, "layernorm": 8, "bias_gelu": 10, "pooling": 1, "normalize": 3}
 PRODUCTS = ("linear", "quantized_linear", "dense")
-SORTED = 32  # texts that sentence-transformers sorts by length and pads together, by default
 INT64, FLOAT32 = 8, 4
 
 _MATRIX = re.compile(r"\(([TB]), (\d+)\)(?: (int8|fp8))?")
 _LAYERS = re.compile(r"encoder\.layer\.(\d+)(?:-(\d+))?\.")
 _SHORT = re.compile(r"of texts of up to (\d+) tokens")
-
-
-@dataclass(frozen=True)
-class BatchReport:
-    """A batch of sequences, and what it costs without padding and with.
-
-    n_tokens: in all; longest: of one sequence. rows: that are computed, of packed tokens, rounded up where a backend
-    takes some numbers of rows alone. padded_tokens: with every sequence padded to the longest; padded_sorted: sorted by
-    length and padded 32 at a time. flops, bytes_moved: estimates over all operations; padded_flops, padded_bytes: the
-    same if every sequence were padded to the longest. n_truncated: texts that are longer than the model reads.
-    """
-
-    n_sequences: int
-    n_tokens: int
-    longest: int
-    rows: int
-    padded_tokens: int
-    padded_sorted: int
-    flops: int
-    bytes_moved: int
-    padded_flops: int
-    padded_bytes: int
-    n_truncated: int = 0
-
-    @property
-    def padding_avoided(self) -> float:
-        """The share of the padded tokens that is not computed, from 0 to 1."""
-        return 1 - self.rows / self.padded_tokens if self.padded_tokens else 0.0
-
-    def __str__(self) -> str:
-        rows = f", computed in {self.rows:,} rows" if self.rows != self.n_tokens else ""
-        cut = f" ({self.n_truncated} cut)" if self.n_truncated else ""
-        return (
-            f"batch: {self.n_sequences:,} sequences{cut}, {self.n_tokens:,} tokens{rows}; padded to the longest, "
-            f"{self.longest:,}, it would be {self.padded_tokens:,} tokens: {self.padding_avoided:.1%} avoided "
-            f"(sorted and padded {SORTED} at a time: {self.padded_sorted:,})\n"
-            f"estimated: {amount(self.flops)}FLOP, {amount(self.bytes_moved)}B; padded to the longest "
-            f"{amount(self.padded_flops)}FLOP, {amount(self.padded_bytes)}B"
-        )
 
 
 def lengths_of(batch: Any, model: nn.Module, tokenizer: Tokenizer | None) -> tuple[list[int], int, int]:
@@ -139,7 +96,7 @@ def with_costs(
     lengths, columns, n_truncated = lengths_of(batch, model, tokenizer)
     longest = max(lengths, default=0)
     padded = [columns or longest] * len(lengths)
-    n_rows = _rows_computed(lengths, model, bert) if here else sum(lengths)
+    n_rows = above.rows_computed(lengths, model, bert) if here else sum(lengths)
     found, total = _costs(rows, lengths, n_rows, itemsize)
     _, with_padding = _costs(rows, padded, sum(padded), itemsize)
     by_length = sorted(lengths, reverse=True)
@@ -157,17 +114,6 @@ def with_costs(
         n_truncated=n_truncated,
     )
     return found, report
-
-
-def _rows_computed(lengths: Sequence[int], model: nn.Module, bert: BertModel) -> int:
-    """Rows that the encoder computes: of each batch into which a SentenceEncoder cuts the texts, rounded up."""
-    parts = [sum(lengths)]
-    if isinstance(model, SentenceEncoder):
-        ordered = sorted(lengths, reverse=True)
-        budget = model.token_budget or default_token_budget(bert.device)
-        parts = [sum(ordered[a:b]) for a, b in batches(list(accumulate(ordered)), budget, None)]
-    with torch.no_grad():
-        return sum(bert.engine.rows_of(bert, n_tokens) for n_tokens in parts)
 
 
 def _costs(
@@ -216,6 +162,9 @@ def cost(
         tokens, width = sum(lengths), after[0][1]
         flops = 4 * sum(n * n for n in lengths) * width
         total_bytes = tokens * (before[0][1] + width) * size
+    elif row.op == "embedding" and row.backend == MODULE:  # one table alone
+        flops = numbers(after[0])
+        total_bytes += n_rows * INT64 + numbers(after[0]) * size
     elif row.op == "embedding":
         # Ids, segments and positions; of each token a row of the word table, and one of each other table at least.
         flops = PER_NUMBER["embedding"] * numbers(after[0])

@@ -1,6 +1,6 @@
 """What would run, and why: for every operation of a model its backend, kernel, block sizes and fallback reason.
 
-Nothing runs on data. `explain` asks the same questions that the operations ask when they run.
+Nothing runs on data. The model's own code runs once on stand-ins, and its operations record what they decide.
 """
 
 from __future__ import annotations
@@ -8,19 +8,19 @@ from __future__ import annotations
 import inspect
 import sys
 import types
-from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 
 from fastbert import adapters
+from fastbert.diagnostics.explain import above
 from fastbert.diagnostics.explain import costs as explain_costs
-from fastbert.diagnostics.explain.costs import BatchReport
-from fastbert.diagnostics.explain.operations import Explainer, backbone, find_model, float32_precision, prefix_of
-from fastbert.diagnostics.explain.report import OpReport, Report
-from fastbert.engine import buckets, quantized
-from fastbert.engine.listeners import names_of_listened
-from fastbert.models.pretrained import PreTrainedModel, listed, resolve_dtype
+from fastbert.diagnostics.explain import notes as explain_notes
+from fastbert.diagnostics.explain.dry_run import Question
+from fastbert.diagnostics.explain.model import backbone, find_model, float32_precision, prefix_of
+from fastbert.diagnostics.explain.report import BatchReport, OpReport, Report
+from fastbert.diagnostics.explain.rows import rows_that_run
+from fastbert.models.pretrained import resolve_dtype
 from fastbert.ops import Policy
 from fastbert.text.tokenizer import Tokenizer
 
@@ -67,7 +67,7 @@ def explain(
         inner = find_model(model)
     except adapters.Unsupported:
         return _unfollowed(model)
-    given = model if inner in adapters.modules(model) else inner  # of an accelerated model, its encoder on our side
+    outer = model if inner in adapters.modules(model) else inner  # of an accelerated model, its encoder on our side
     wanted = inner.policy
     policy = Policy(
         wanted.backend if backend is None else backend,
@@ -76,46 +76,21 @@ def explain(
     )
     where = _device(inner.device if device is None and arch is None else torch.device(device or "cuda"), arch)
     cast = None if dtype is None else resolve_dtype(dtype, inner.config, {})
-    explainer = Explainer(inner, policy, where, cast, arch)
-    rows = tuple(explainer.rows(given))
-    dtype = inner.dtype if cast is None else cast
+    question = Question(inner, outer, policy, where, cast, arch)
+    eight_bit = above.eight_bit_decision(backbone(inner), policy, where, question.dtype, arch)
+    rows = tuple(rows_that_run(question, eight_bit))
     costs = None
     if batch is not None:
         here = all(asked is None for asked in (device, cast, backend, arch))
-        rows, costs = explain_costs.with_costs(
-            rows, batch, model, backbone(inner), dtype.itemsize, here, tokenizer
-        )  # fmt: skip
-    notes = []
-    if explainer.eight_bit is not None and explainer.eight_bit.reason is not None:
-        unquantised = explainer.eight_bit.backend == quantized.UNQUANTISED
-        instead = "falls back to the unquantised path" if unquantised else "falls back to the C++ kernels for CPUs"
-        instead = "running raises BackendError" if policy.strict else instead
-        notes.append(f"precision {inner.precision!r}: {instead}: {explainer.eight_bit.reason}")
-    if inner.precision is not None and inner.training:
-        notes.append(f"precision {inner.precision!r} is for inference: running in training mode raises RuntimeError")
-    if inner.config.extra.get("output_attentions"):
-        instead = "running raises BackendError" if policy.strict else "the slow reference path runs instead"
-        notes.append(f"config.output_attentions is set, and fused attention keeps no probabilities: {instead}")
-    listened = list(names_of_listened(inner))
-    if listened:
-        cost = "rows are padded for them and packed again, which costs time, and nothing is fused there"
-        notes.append(f"{listed(listened)} has hooks or a forward of its own: {cost}")
-    notes += _launch_notes(rows, inner, where)
-    in_int8 = explainer.eight_bit is not None and explainer.eight_bit.backend == "cpu"
-    notes += _one_call(inner, policy, where, dtype, in_int8)
-    if policy.batch_invariant and where.type == "cpu" and policy.backend != "triton":
-        notes.append("batch_invariant on a CPU is for inference: with gradients running raises BackendError")
-    if dtype == torch.float32 and where.type == "cuda":
-        notes.append(f"float32 multiplies in {float32_precision()}: PyTorch's own switch")
-    if inner.dtype_choice is not None and cast is None:
-        notes.append(inner.dtype_choice)
-    calls = adapters.counts(model)
-    if given is not model:
+        itemsize = question.dtype.itemsize
+        rows, costs = explain_costs.with_costs(rows, batch, model, backbone(inner), itemsize, here, tokenizer)
+    notes = [*explain_notes.notes_of(question, eight_bit, rows)]
+    if outer is not model:
         notes += adapters.notes(model)
     return Report(
         model=type(model).__name__,
         device=str(where) if arch is None else f"{where} of compute capability {arch / 10}",
-        dtype=str(dtype).removeprefix("torch."),
+        dtype=str(question.dtype).removeprefix("torch."),
         backend=policy.backend,
         strict=policy.strict,
         rows=rows,
@@ -123,7 +98,7 @@ def explain(
         batch_invariant=policy.batch_invariant,
         precision=inner.precision,
         batch=costs,
-        calls=calls,
+        calls=adapters.counts(model),
     )
 
 
@@ -133,43 +108,6 @@ def _unfollowed(model: Any) -> Report:
     where, dtype = str(parameter.device), str(parameter.dtype).removeprefix("torch.")
     notes, name = tuple(adapters.notes(model)), type(model).__name__
     return Report(name, where, dtype, "none", False, (), notes, calls=adapters.counts(model))
-
-
-def _launch_notes(rows: Iterable[OpReport], model: PreTrainedModel, device: torch.device) -> Iterator[str]:
-    """How many kernels the encoder launches, and whether as one. Where cuBLAS splits a GEMM along K it adds another."""
-    n_layers, in_layers, others = model.config.num_hidden_layers, 0, 0
-    for row in rows:
-        _, in_layer, name = row.module.partition("encoder.layer.")
-        if not in_layer and row.op != "embedding" and not row.module.endswith("embeddings_project"):
-            continue
-        if row.launches is None:
-            return
-        if in_layer:
-            first, _, last = name.partition(".")[0].partition("-")
-            in_layers += row.launches * (int(last or first) - int(first) + 1)
-        else:
-            others += row.launches
-    yield f"launches: {in_layers / n_layers:.3g} kernels a layer, {in_layers + others} from ids to last hidden state"
-    if device.type != "cuda":
-        return
-    with torch.no_grad():
-        bert = backbone(model)
-        obstacles = "; ".join(bert.engine.graph_obstacles(bert, device))
-    inside = f"a batch of up to {buckets.LARGEST} tokens is one launch, without gradients"
-    yield f"CUDA graphs: {f'none: {obstacles}' if obstacles else inside}"
-
-
-def _one_call(
-    model: PreTrainedModel, policy: Policy, device: torch.device, dtype: torch.dtype, in_int8: bool
-) -> Iterator[str]:
-    """Whether the encoder's operations on a CPU run in one call. in_int8: as precision="int8" runs there."""
-    if device.type != "cpu":
-        return
-    bert = backbone(model)
-    with torch.no_grad():
-        obstacles = "" if in_int8 else "; ".join(bert.engine.one_call_obstacles(bert, policy, device, dtype))
-    inside = "without gradients, the encoder's operations run in one call of fastbert_kernels.cpu"
-    yield f"one call: {f'no: {obstacles}' if obstacles else inside}"
 
 
 def _device(device: torch.device, arch: int | None) -> torch.device:

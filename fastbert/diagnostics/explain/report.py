@@ -5,11 +5,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from fastbert.diagnostics.explain.costs import BatchReport
-
+SORTED = 32  # texts that sentence-transformers sorts by length and pads together, by default
 MODULE = "module"  # stands for a backend where a module is called as it is
 
 
@@ -53,6 +51,45 @@ class OpReport:
             yield f"{' '.join(f'{name}={size}' for name, size in self.block_sizes.items())}: {self.source}"
         elif self.source is not None:
             yield self.source
+
+
+@dataclass(frozen=True)
+class BatchReport:
+    """A batch of sequences, and what it costs without padding and with.
+
+    n_tokens: in all; longest: of one sequence. rows: that are computed, of packed tokens, rounded up where a backend
+    takes some numbers of rows alone. padded_tokens: with every sequence padded to the longest; padded_sorted: sorted by
+    length and padded 32 at a time. flops, bytes_moved: estimates over all operations; padded_flops, padded_bytes: the
+    same if every sequence were padded to the longest. n_truncated: texts that are longer than the model reads.
+    """
+
+    n_sequences: int
+    n_tokens: int
+    longest: int
+    rows: int
+    padded_tokens: int
+    padded_sorted: int
+    flops: int
+    bytes_moved: int
+    padded_flops: int
+    padded_bytes: int
+    n_truncated: int = 0
+
+    @property
+    def padding_avoided(self) -> float:
+        """The share of the padded tokens that is not computed, from 0 to 1."""
+        return 1 - self.rows / self.padded_tokens if self.padded_tokens else 0.0
+
+    def __str__(self) -> str:
+        rows = f", computed in {self.rows:,} rows" if self.rows != self.n_tokens else ""
+        cut = f" ({self.n_truncated} cut)" if self.n_truncated else ""
+        return (
+            f"batch: {self.n_sequences:,} sequences{cut}, {self.n_tokens:,} tokens{rows}; padded to the longest, "
+            f"{self.longest:,}, it would be {self.padded_tokens:,} tokens: {self.padding_avoided:.1%} avoided "
+            f"(sorted and padded {SORTED} at a time: {self.padded_sorted:,})\n"
+            f"estimated: {amount(self.flops)}FLOP, {amount(self.bytes_moved)}B; padded to the longest "
+            f"{amount(self.padded_flops)}FLOP, {amount(self.padded_bytes)}B"
+        )
 
 
 @dataclass(frozen=True)

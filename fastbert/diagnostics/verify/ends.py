@@ -1,4 +1,7 @@
-"""What comes after the encoder: a SentenceEncoder's vectors, the logits of a head; ours, and in plain PyTorch."""
+"""The ends of a model, which follow its encoder: a SentenceEncoder's vectors and the logits of a head.
+
+Each end comes as the model runs it, and in plain PyTorch.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastbert import reference
-from fastbert.adapters.sentences import Step
+from fastbert.adapters.live_pipeline import Step
 from fastbert.checkpoint.activations import ACTIVATIONS, activate
-from fastbert.diagnostics.verify.report import FACTOR_OF_VECTORS
+from fastbert.diagnostics.verify.bounds import FACTOR_OF_VECTORS, SCATTER
 from fastbert.models.bert import BertModel
 from fastbert.models.encoded import Encoded
 from fastbert.models.modules import dense
@@ -21,16 +24,14 @@ from fastbert.pipelines.pipeline import POOLING_MODES, Pipeline
 from fastbert.pipelines.pooling import sentence_vectors
 from fastbert.pipelines.sentence import SentenceEncoder
 
-# Of a head that gives few numbers a text: to the square root of how many there are in all.
-SCATTER = 10.0
-
 
 @dataclass(frozen=True)
 class End:
-    """name: for the report. tokens: whether it takes last hidden states, and not the pooled output.
+    """One end of a model, under the name that the report has for it.
 
-    run: the model's own, of packed tokens, (T, C) or (B, C). plain: of what it takes, (rows, H) in any dtype, in plain
-    PyTorch; for vectors the rows of each text, as a list. few: numbers a text, where they are a handful.
+    tokens: whether it takes the last hidden states, and not the pooled output. run: the model's own, from an encoded
+    batch to (T, C) or (B, C). plain: the same in plain PyTorch, from (rows, H) in any dtype; for vectors it takes the
+    rows of each text, as a list. few: how many numbers it gives for each text, where they are a handful.
     """
 
     name: str
@@ -44,13 +45,13 @@ class End:
         return self.name == "vectors"
 
     def parts(self, states: Sequence[Tensor]) -> list[Tensor]:
-        """`plain` of each text's rows: (n, C) or (1, C) each."""
+        """`plain` for each text's rows: (n, C) or (1, C) each."""
         if self.is_vectors:
             return list(self.plain(states).split(1))
         return list(self.plain(torch.cat(list(states))).split([len(state) for state in states]))
 
     def factor(self, n_texts: int) -> float:
-        """How many times plain PyTorch's error this may have: of few numbers chance makes much."""
+        """The multiple of plain PyTorch's error that this end may have. It is larger for few numbers, which scatter."""
         return FACTOR_OF_VECTORS + (SCATTER / (n_texts * self.few) ** 0.5 if self.few is not None else 0.0)
 
 

@@ -1,0 +1,139 @@
+"""What stands above the operations, asked in one place: the encoder in 8 bits, in one call, as a CUDA graph."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastbert.diagnostics.explain.stand_ins import DryRun
+from fastbert.engine import PackedInputs, buckets, quantized
+from fastbert.engine.arithmetic import Modules
+from fastbert.models.bert import BertModel
+from fastbert.models.encoded import Encoded
+from fastbert.models.pretrained import PreTrainedModel
+from fastbert.ops import Policy, attention, recording
+from fastbert.ops.dispatch import Decision
+from fastbert.ops.packing import PackedBatch
+from fastbert.ops.quantized import DTYPES, Quantized
+from fastbert.pipelines.batching import batches, default_token_budget
+from fastbert.pipelines.pooling import sentence_vectors
+from fastbert.pipelines.sentence import SentenceEncoder
+
+# Asked of the model itself
+
+
+def eight_bit_decision(
+    bert: BertModel, policy: Policy, device: torch.device, dtype: torch.dtype, arch: int | None
+) -> Decision | None:
+    """What would run the encoder in 8 bits; None where nothing asks for that."""
+    return None if bert.precision is None else quantized.decide(bert, policy, device, dtype, arch)
+
+
+def is_unquantised(decision: Decision | None) -> bool:
+    """Whether the encoder runs in the model's dtype."""
+    return decision is None or decision.backend == quantized.UNQUANTISED
+
+
+def graph_obstacles(bert: BertModel, device: torch.device) -> list[str]:
+    """Every reason why no batch would run as a CUDA graph on the device."""
+    with torch.no_grad():
+        return list(bert.engine.graph_obstacles(bert, device))
+
+
+def largest_graph() -> int:
+    """The most tokens of a batch that runs as a CUDA graph."""
+    return buckets.LARGEST
+
+
+def one_call_obstacles(bert: BertModel, policy: Policy, device: torch.device, dtype: torch.dtype) -> list[str]:
+    """Every reason why the encoder would not run in one call of a C++ kernel on this CPU."""
+    with torch.no_grad():
+        return list(bert.engine.one_call_obstacles(bert, policy, device, dtype))
+
+
+def rows_computed(lengths: Sequence[int], model: nn.Module, bert: BertModel) -> int:
+    """Rows that the encoder computes: of each batch into which a SentenceEncoder cuts the texts, rounded up."""
+    parts = [sum(lengths)]
+    if isinstance(model, SentenceEncoder):
+        ordered = sorted(lengths, reverse=True)
+        budget = model.token_budget or default_token_budget(bert.device)
+        parts = [sum(ordered[a:b]) for a, b in batches(list(accumulate(ordered)), budget, None)]
+    with torch.no_grad():
+        return sum(bert.engine.rows_of(bert, n_tokens) for n_tokens in parts)
+
+
+# The dry run of what the operations stand in
+
+
+def set_policy(model: PreTrainedModel, policy: Policy) -> None:
+    model.__dict__["policy"] = policy
+
+
+def run_encoder(bert: Any, batch: PackedBatch) -> Tensor:
+    """The last hidden state of a model of stand-ins, operation by operation."""
+    return Modules().run(bert, batch, _inputs(bert, batch), False)[-1]
+
+
+def run_in_8_bits(bert: Any, dry: DryRun, batch: PackedBatch, backend: str) -> Tensor:
+    """The same on 8-bit operands.
+
+    backend: that of `eight_bit_decision`. What "cpu" does in one call is told by the operations of the emulation.
+    """
+    policy = bert.policy
+    set_policy(bert, Policy("torch" if backend == "cpu" else backend))
+    plan = recording.stand_in((batch.n_tokens,), torch.int32), recording.stand_in((1, 4), torch.int32), None
+    batch = attention.with_plan(batch, dry.dtype, bert.config.head_size, bert.policy, plan)
+    arithmetic: Any = quantized.EightBit()
+    arithmetic.weights = _EightBitWeights(dry)
+    with dry.inside(bert.embeddings.__dict__["place"]):
+        hidden = arithmetic.run(bert, batch, _inputs(bert, batch), False)[-1]
+    set_policy(bert, policy)
+    return hidden
+
+
+def _inputs(bert: Any, batch: PackedBatch) -> PackedInputs:
+    ids = recording.stand_in((batch.n_tokens,), torch.int64)
+    has_types = getattr(bert.embeddings, "token_type_embeddings", None) is not None
+    return PackedInputs(ids, ids if has_types else None, batch.position_ids)
+
+
+class _EightBitWeights:
+    """Stands for the 8-bit weights of a model."""
+
+    def __init__(self, dry: DryRun) -> None:
+        self.dry = dry
+        self.kept: list[Tensor] = []  # since the id of each is its name
+
+    def of(self, precision: str, name: str, linears: Sequence[Any], rotated: bool) -> tuple[Quantized, Tensor]:
+        weights = [linear.weight for linear in linears]
+        n_rows, n_cols = sum(weight.shape[0] for weight in weights), weights[0].shape[1]
+        data = recording.stand_in((n_rows, n_cols), DTYPES[precision])
+        names = [self.dry.names[id(weight)] for weight in weights]
+        self.dry.names[id(data)] = "+".join([names[0], *(name.rpartition(".")[2] for name in names[1:])])
+        if len(names) > 1:  # and attention comes next
+            self.dry.place = names[0].rpartition(".")[0]
+        self.kept.append(data)
+        quantised = Quantized(data, recording.stand_in((n_rows, 1), torch.float32), n_cols)
+        return quantised, recording.stand_in((n_rows,), linears[0].bias.dtype)
+
+
+def run_head(model: Any, encoded: Encoded) -> None:
+    """What follows the encoder in a model of stand-ins: the pooler, or the head."""
+    if isinstance(model, BertModel):
+        model.pool(encoded)
+        return
+    model.__dict__["_encode"] = lambda *args, **kwargs: encoded
+    n, length = encoded.batch.batch_size, encoded.batch.padded_length
+    shape = (n // 2, 2, length) if model.task == "MultipleChoice" else (n, length)
+    model.forward(recording.stand_in(shape, torch.int64))
+
+
+def run_pooling(encoder: SentenceEncoder, model: Any, tail: list[Any], encoded: Encoded) -> None:
+    """What follows the model in a SentenceEncoder, on stand-ins of the model and of the modules after the pooling."""
+    pipeline: Any = SimpleNamespace(model=model, tail=tuple(tail), pooling=encoder.pooling)
+    sentence_vectors(pipeline, encoded.last_hidden_state, encoded.batch)

@@ -1,0 +1,144 @@
+"""Which kernel a recorded operation launches, with which block sizes, and where those come from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from fastbert.ops import attention, dispatch, embedding, gelu, layer_norm, packed_linear, pooling, quantized
+from fastbert.ops.linear import KERNELS as LINEAR_KERNELS
+from fastbert.ops.recording import Record
+from fastbert_kernels import cpu
+
+PACKED = "where no gradients are needed"
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """The name of what runs, the block sizes of a Triton kernel, and in words where they, or the choice, come from."""
+
+    name: str
+    block_sizes: dict[str, int] | None = None
+    source: str | None = None
+
+
+def compiled() -> str:
+    """The C++ kernels for CPUs, with their instruction set."""
+    return f"fastbert_kernels.cpu, {cpu.instructions()}"
+
+
+def kernel_of(record: Record, device: torch.device) -> Kernel:
+    """What an operation launches on the device: that of the dry run, inside which this is asked."""
+    name, _, precision = record.op.partition(" in ")
+    if precision and name == "linear":
+        return _quantized_linear(record, device)
+    return _KERNELS[name](record, device)
+
+
+def _arch(device: torch.device) -> int:
+    return dispatch.arch_of(device)
+
+
+def _named(record: Record, kernels: Mapping[str, str], config: str, *args: Any) -> Kernel:
+    """config: a function of fastbert_kernels.configs, and its arguments."""
+    if record.backend != "triton":
+        return Kernel(kernels.get(record.backend, kernels["torch"]))
+    from fastbert_kernels import configs
+
+    found = getattr(configs, config)(*args)
+    if isinstance(found, configs.Config):
+        return Kernel(kernels["triton"], dict(found.block_sizes), found.source)
+    return Kernel(kernels["triton"], dict(found), f"formula of fastbert_kernels.configs.{config}")
+
+
+def _embedding(record: Record, device: torch.device) -> Kernel:
+    return _named(record, embedding.KERNELS, "rowwise_config", record.after[1])
+
+
+def _layer_norm(record: Record, device: torch.device) -> Kernel:
+    return _named(record, layer_norm.KERNELS, "rowwise_config", record.after[1])
+
+
+def _bias_gelu(record: Record, device: torch.device) -> Kernel:
+    activation = record.facts["activation"]
+    if record.backend != "triton" and activation not in ("gelu", "gelu_tanh"):
+        return Kernel(f"PyTorch's, {activation}")
+    return _named(record, gelu.KERNELS, "elementwise_config", record.after[1])
+
+
+def _attention(record: Record, device: torch.device) -> Kernel:
+    obstacle = record.facts["compiled_obstacle"]
+    if record.backend == "cpu" and obstacle is None:
+        return Kernel(compiled())
+    if record.backend != "triton":
+        source = None if obstacle is None else f"PyTorch's: {obstacle}"
+        return Kernel(attention.KERNELS["torch"], source=source)
+    return _named(record, attention.KERNELS, "attention_config", record.dtype, _head_size(record), _arch(device))
+
+
+def _head_size(record: Record) -> int:
+    return record.after[1] // record.facts["heads"]
+
+
+def short_texts(record: Record, device: torch.device) -> Kernel | None:
+    """The second launch of attention, for short texts; None where there is none."""
+    if record.backend != "triton" or record.facts["shared_tiles"]:
+        return None
+    from fastbert_kernels import configs
+
+    config = configs.short_attention_config(record.dtype, _head_size(record), _arch(device))
+    return None if config is None else Kernel(attention.KERNELS["triton"], dict(config.block_sizes), config.source)
+
+
+def _pooling(record: Record, device: torch.device) -> Kernel:
+    if record.facts["kernel"] in ("compiled", "invariant"):
+        return Kernel(compiled(), source=PACKED)
+    blocks = "one_row_pooling_config" if record.facts["mode"] in ("cls", "last") else "pooling_config"
+    return _named(record, pooling.KERNELS, blocks, record.after[1])
+
+
+def _linear(record: Record, device: torch.device) -> Kernel:
+    facts, activation = record.facts, record.facts["activation"]
+    if facts["product"] == "fastbert":
+        from fastbert_kernels import configs
+
+        shape = _features(record)
+        gemm = configs.gemm(record.dtype, _arch(device), shape, "residual" if facts["residual"] else activation)
+        source = f"{facts['why']}; {gemm.config.source}"
+        return Kernel(f"fastbert_kernels.{gemm.ours}", dict(gemm.config.block_sizes), source)
+    if facts["product"] == "packed":
+        return Kernel(str(packed_linear.kernel(record.dtype, facts["batch_invariant"])), source=PACKED)
+    library = LINEAR_KERNELS["torch"]
+    if activation != "none":
+        applied = "relu" if activation == "relu" else "gelu"
+        return Kernel(f"{library}, torch.nn.functional.{applied}", source=facts["why"])
+    return Kernel(f"{library} (cuBLAS)" if device.type == "cuda" else library, source=facts["why"])
+
+
+def _features(record: Record) -> tuple[int, int]:
+    assert record.before is not None
+    return record.before[1], record.after[1]
+
+
+def _quantized_linear(record: Record, device: torch.device) -> Kernel:
+    if record.backend != "triton":
+        return Kernel(quantized.KERNELS["torch"])
+    from fastbert_kernels import configs
+
+    dtype = quantized.DTYPES[record.facts["precision"]]
+    gemm = configs.quantized_gemm(dtype, _arch(device), _features(record), record.facts["group"], record.dtype)
+    source = "; ".join(filter(None, (gemm.choice_source, gemm.config.source)))
+    return Kernel(f"fastbert_kernels.{gemm.ours}", dict(gemm.config.block_sizes), source)
+
+
+_KERNELS: dict[str, Callable[[Record, torch.device], Kernel]] = {
+    "embedding": _embedding,
+    "layer_norm": _layer_norm,
+    "bias_gelu": _bias_gelu,
+    "attention": _attention,
+    "pooling": _pooling,
+    "linear": _linear,
+}

@@ -1,0 +1,43 @@
+"""The model inside what `explain` and others are given, and what they say of it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from fastbert import adapters
+from fastbert.models.bert import BertModel
+from fastbert.models.pretrained import PreTrainedModel
+from fastbert.ops import dispatch
+
+
+def find_model(model: Any) -> PreTrainedModel:
+    """The model of this library that was given, or that is inside: of a SentenceEncoder, of a wrapper module, or of an
+    accelerated model, whose encoder has one that shares its parameters."""
+    for module in adapters.modules(model):
+        if isinstance(module, PreTrainedModel):
+            return module
+    encoder = adapters.encoder_in(model)
+    if encoder is not None:
+        return encoder
+    expected = "a BertModel, a model with a head or a SentenceEncoder, or an accelerated model"
+    raise TypeError(f"model: expected {expected}, got {type(model).__name__}")
+
+
+def backbone(model: PreTrainedModel) -> BertModel:
+    """The encoder: the model itself, or `bert` of a model with a head."""
+    bert = model if isinstance(model, BertModel) else model.get_submodule("bert")
+    assert isinstance(bert, BertModel)
+    return bert
+
+
+def prefix_of(module: nn.Module, inside: nn.Module) -> str:
+    """What stands before the names of the module's parameters in `inside`, such as "bert."."""
+    name = next(name for name, candidate in inside.named_modules() if candidate is module)
+    return f"{name}." if name else ""
+
+
+def float32_precision() -> str:
+    """How CUDA multiplies float32, as PyTorch's switch says."""
+    return "TF32" if dispatch.tf32_allowed() else "IEEE float32"

@@ -1,0 +1,76 @@
+"""What a report says beside its rows: precision, hooks, launches, CUDA graphs, and whether the encoder is one call."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+
+from fastbert.diagnostics.explain import above
+from fastbert.diagnostics.explain.dry_run import Question
+from fastbert.diagnostics.explain.model import backbone, float32_precision
+from fastbert.diagnostics.explain.report import OpReport
+from fastbert.engine.listeners import names_of_listened
+from fastbert.models.pretrained import listed
+from fastbert.ops.dispatch import Decision
+
+
+def notes_of(question: Question, eight_bit: Decision | None, rows: Iterable[OpReport]) -> Iterator[str]:
+    """The notes of a report, in their order. eight_bit: what would run the encoder in 8 bits, if anything asks."""
+    model, policy, device = question.model, question.policy, question.device
+    if eight_bit is not None and eight_bit.reason is not None:
+        unquantised = above.is_unquantised(eight_bit)
+        instead = "falls back to the unquantised path" if unquantised else "falls back to the C++ kernels for CPUs"
+        instead = "running raises BackendError" if policy.strict else instead
+        yield f"precision {model.precision!r}: {instead}: {eight_bit.reason}"
+    if model.precision is not None and model.training:
+        yield f"precision {model.precision!r} is for inference: running in training mode raises RuntimeError"
+    if model.config.extra.get("output_attentions"):
+        instead = "running raises BackendError" if policy.strict else "the slow reference path runs instead"
+        yield f"config.output_attentions is set, and fused attention keeps no probabilities: {instead}"
+    names = list(names_of_listened(model))
+    if names:
+        cost = "rows are padded for them and packed again, which costs time, and nothing is fused there"
+        yield f"{listed(names)} has hooks or a forward of its own: {cost}"
+    yield from _launches(question, rows)
+    if device.type == "cpu":
+        yield _one_call(question, eight_bit)
+    if policy.batch_invariant and device.type == "cpu" and policy.backend != "triton":
+        yield "batch_invariant on a CPU is for inference: with gradients running raises BackendError"
+    if question.dtype == torch.float32 and device.type == "cuda":
+        yield f"float32 multiplies in {float32_precision()}: PyTorch's own switch"
+    if model.dtype_choice is not None and question.cast is None:
+        yield model.dtype_choice
+
+
+def _launches(question: Question, rows: Iterable[OpReport]) -> Iterator[str]:
+    """How many kernels the encoder launches, and whether as one. Where cuBLAS splits a GEMM along K it adds another."""
+    layers: Any = backbone(question.model).encoder.layer
+    in_layers, others = 0, 0
+    for row in rows:
+        _, in_layer, name = row.module.partition("encoder.layer.")
+        if not in_layer and row.op != "embedding" and not row.module.endswith("embeddings_project"):
+            continue
+        if row.launches is None:
+            return
+        if in_layer:
+            first, _, last = name.partition(".")[0].partition("-")
+            in_layers += row.launches * (int(last or first) - int(first) + 1)
+        else:
+            others += row.launches
+    yield f"launches: {in_layers / len(layers):.3g} kernels a layer, {in_layers + others} from ids to last hidden state"
+    if question.device.type == "cuda":
+        obstacles = "; ".join(above.graph_obstacles(backbone(question.model), question.device))
+        inside = f"a batch of up to {above.largest_graph()} tokens is one launch, without gradients"
+        yield f"CUDA graphs: {f'none: {obstacles}' if obstacles else inside}"
+
+
+def _one_call(question: Question, eight_bit: Decision | None) -> str:
+    """Whether the encoder's operations on a CPU run in one call."""
+    obstacles = ""
+    if eight_bit is None or eight_bit.backend != "cpu":
+        bert = backbone(question.model)
+        obstacles = "; ".join(above.one_call_obstacles(bert, question.policy, question.device, question.dtype))
+    inside = "without gradients, the encoder's operations run in one call of fastbert_kernels.cpu"
+    return f"one call: {f'no: {obstacles}' if obstacles else inside}"

@@ -1,0 +1,221 @@
+"""A model that stands for another in a dry run.
+
+Its modules are the other's, without hooks, caches and tensors: tensors are stand-ins of the dtype that is asked about.
+An adapter, a module with hooks and what is not of this library becomes a `CalledModule`, of which the call is recorded
+and nothing else. So nothing of the caller's runs, and nothing of the model changes.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fastbert.checkpoint.config import BertConfig
+from fastbert.diagnostics.explain.report import MODULE
+from fastbert.engine.listeners import is_bare, is_plain, is_plain_norm
+from fastbert.models.bert import BertSelfAttention
+from fastbert.models.pretrained import PreTrainedModel
+from fastbert.ops import Policy, recording
+from fastbert.ops.recording import Record, Recorder
+from fastbert.pipelines import modules
+
+# What a stand-in may share with the module that it stands for: values that nothing changes.
+_VALUES = (bool, int, float, str, tuple, frozenset, type(None), BertConfig, Policy)
+_AFTER_POOLING: tuple[type[nn.Module], ...] = (modules.Dense, modules.LayerNorm, modules.Normalize, nn.Dropout)
+_BESIDE = "the module is called as it is: a module beside it is an adapter, or has hooks"
+_ALTERED = "the module is called as it is: it is an adapter, or has hooks"
+
+
+class Part(NamedTuple):
+    """A module that may be called as it is.
+
+    op: what it does where it stands, "" for what no report shows. width: of its output, None for that of its input.
+    """
+
+    name: str
+    op: str
+    width: int | None
+    class_name: str
+    reason: str | None
+    bias: bool = False
+
+
+class DryRun(Recorder):
+    """Records a dry run on stand-ins, and knows what the parts of the model are called."""
+
+    def __init__(self, device: torch.device, arch: int | None, dtype: torch.dtype, cast: torch.dtype | None) -> None:
+        super().__init__(dry=True, device=device, arch=arch)
+        self.dtype, self.cast = dtype, cast
+        self.parts: dict[int, Part] = {}
+
+    @contextmanager
+    def inside(self, name: str) -> Iterator[None]:
+        """Operations belong to the module of this name, unless they have a weight of another."""
+        before, self.place = self.place, name
+        try:
+            yield
+        finally:
+            self.place = before
+
+    def called(self, module: Any, x: Tensor) -> Tensor:
+        """Records the call of a module, and gives what stands for its output."""
+        part, is_ids = self.parts[id(module)], not x.is_floating_point()
+        rows = x.shape if is_ids else x.shape[:-1]
+        width = x.shape[-1] if part.width is None else part.width
+        _, raises = self.take_reason("")
+        if part.op:
+            before, after = None if is_ids else (rows.numel(), x.shape[-1]), (rows.numel(), width)
+            facts = {"class": part.class_name, "bias": part.bias}
+            self.records.append(Record(part.op, MODULE, part.reason, raises, before, after, x.dtype, facts, part.name))
+        return recording.stand_in((*rows, width), self.dtype if is_ids else x.dtype)
+
+    def tensor(self, parameter: Tensor | None, name: str, dtype: torch.dtype | None = None) -> Tensor | None:
+        """Stands for a parameter of the module of this name."""
+        if parameter is None:
+            return None
+        if dtype is None:
+            dtype = self.cast if self.cast is not None and parameter.is_floating_point() else parameter.dtype
+        tensor = recording.stand_in(tuple(parameter.shape), dtype)
+        tensor.inference = parameter.is_inference()
+        self.names[id(tensor)] = name
+        return tensor
+
+    def tensors(self, module: nn.Module, name: str, dtype: torch.dtype | None = None) -> dict[str, Tensor | None]:
+        return {key: self.tensor(value, name, dtype) for key, value in module._parameters.items()}
+
+
+class CalledModule(nn.Module):
+    """Stands for a module of which nothing is known: its call is recorded. No hooks are called."""
+
+    def __call__(self, *rows: Any, **others: Any) -> Tensor:
+        return self.__dict__["dry"].called(self, next(x for x in (*rows, *others.values()) if x is not None))
+
+
+class _Named(nn.Module):
+    """A module of this library that says where it stands while it runs, and calls no hooks."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with self.__dict__["dry"].inside(self.__dict__["place"]):
+            return self.forward(*args, **kwargs)
+
+
+class _Attention(_Named):
+    def fused_qkv(self) -> tuple[Tensor, Tensor]:
+        dry, place, module = self.__dict__["dry"], self.__dict__["place"], self
+        linears: list[Any] = [module.get_submodule(name) for name in ("query", "key", "value")]
+        n_rows, weight = sum(linear.weight.shape[0] for linear in linears), linears[0].weight
+        fused = recording.stand_in((n_rows, weight.shape[1]), weight.dtype)
+        dry.names[id(fused)] = f"{place}.query+key+value"
+        self.__dict__["fused"] = fused  # whose id is its name, as long as it is there
+        return fused, recording.stand_in((n_rows,), linears[0].bias.dtype)
+
+
+@functools.cache
+def _named(cls: Any) -> type[nn.Module]:
+    base = _Attention if issubclass(cls, BertSelfAttention) else _Named
+    return type(cls.__name__, (base, cls), {"__module__": cls.__module__})
+
+
+def stand_in_for(module: Any, name: str, dry: DryRun, config: BertConfig, parent: type | None = None) -> Any:
+    """A module like this one on stand-ins, with everything below it. name: what the report calls it."""
+    cls: Any = _own_class(module)
+    if cls is None:
+        return _leaf(module, name, dry, config, parent)
+    clone: Any = _empty_like(module, cls if cls is nn.ModuleList else _named(cls))
+    clone.__dict__ |= {"dry": dry, "place": name}
+    clone._parameters = dry.tensors(module, name)
+    for key, child in module._modules.items():
+        below = f"{name}.{key}" if name else key
+        clone._modules[key] = None if child is None else stand_in_for(child, below, dry, config, type(module))
+    return clone
+
+
+def _own_class(module: nn.Module) -> type[nn.Module] | None:
+    """The class of this library whose forward the module has; nn.ModuleList, which has none; None for any other."""
+    if isinstance(module, nn.ModuleList):
+        return nn.ModuleList
+    classes = [cls for cls in type(module).__mro__ if cls.__module__.startswith("fastbert.")]
+    if isinstance(module, PreTrainedModel):  # whose own forward, if it has one, is not asked
+        return classes[0]
+    own = bool(classes) and getattr(type(module).forward, "__module__", "").startswith("fastbert.")
+    return classes[0] if own else None
+
+
+def _empty_like(module: nn.Module, cls: type[nn.Module]) -> Any:
+    clone: Any = cls.__new__(cls)
+    nn.Module.__init__(clone)
+    clone.__dict__ |= {key: value for key, value in module.__dict__.items() if isinstance(value, _VALUES)}
+    return clone
+
+
+def _leaf(module: Any, name: str, dry: DryRun, config: BertConfig, parent: type | None) -> nn.Module:
+    kind, (op, width) = type(module), _place(module, name, config, parent)
+    plain = is_plain(module) or is_plain_norm(module) or any(is_bare(module, k) for k in _WITHOUT_BIAS)
+    clone = _empty_like(module, kind if plain else CalledModule)
+    clone._parameters = dry.tensors(module, name)
+    if plain:
+        clone.training = clone.training and kind is not nn.Dropout  # which would draw random numbers
+        reason = _BESIDE
+    else:
+        clone.__dict__["dry"], reason = dry, _ALTERED
+        if op == "linear":
+            reason = "the module is called as it is: it is not a plain torch.nn.Linear"
+            if kind is nn.Linear:
+                reason = "the module is called as it is: it is without a bias, has hooks or a forward of its own"
+    bias = op == "linear" and getattr(module, "bias", True) is not None
+    dry.parts[id(clone)] = Part(name, op, width, class_name(module), reason, bias)
+    dry.names[id(clone)] = name
+    return clone
+
+
+_WITHOUT_BIAS = (nn.Embedding, nn.Dropout, nn.Identity)
+
+
+def after_pooling(module: Any, name: str, dry: DryRun) -> nn.Module:
+    """A module like this one, which works on sentence vectors; of one that is none of ours, the call alone."""
+    cls = next((cls for cls in _AFTER_POOLING if isinstance(module, cls)), None)
+    stand_in = _empty_like(module, CalledModule if cls is None else cls)
+    if cls is None:
+        stand_in.__dict__["dry"] = dry
+    else:
+        for key, child in module._modules.items():
+            stand_in._modules[key] = _empty_like(child, type(child))
+            stand_in._modules[key]._parameters = dry.tensors(child, name)
+    settings: dict[str, Any] = getattr(module, "settings", dict)()
+    width = settings.get("out_features")
+    dry.parts[id(stand_in)] = Part(name, type(module).__name__.lower(), width, class_name(module), None)
+    dry.names[id(stand_in)] = name
+    return stand_in
+
+
+def class_name(module: Any) -> str:
+    """The module's class, with where it is defined."""
+    return f"{type(module).__module__}.{type(module).__qualname__}"
+
+
+def _place(module: nn.Module, name: str, config: BertConfig, parent: type | None) -> tuple[str, int | None]:
+    """What a module does where it stands, and the width of what it gives, None for that of its input."""
+    last = name.rpartition(".")[2]
+    if last == "dropout":
+        return "", None
+    if last == "LayerNorm":
+        return "layer_norm", None
+    if last.endswith("embeddings"):
+        return "embedding", config.embedding_width
+    if last.isdigit():
+        return "layer", None
+    above = "" if parent is None else parent.__name__
+    if last == "dense":
+        widths = {"BertIntermediate": config.intermediate_size, "BertPredictionHeadTransform": config.embedding_width}
+        return "linear", widths.get(above, config.hidden_size)
+    if last in ("query", "key", "value", "embeddings_project"):
+        return "linear", config.hidden_size
+    width = getattr(module, "out_features", None)
+    if not isinstance(width, int):
+        width = config.vocab_size if last == "decoder" else config.num_labels
+    return "linear", width

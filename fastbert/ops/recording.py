@@ -1,0 +1,191 @@
+"""Operations record what they decide, for a caller who asks: `fastbert.explain`, and tests.
+
+    with recording.recorded() as recorder:
+        model(input_ids)
+    recorder.records
+
+An operation that has decided what runs says so (`note`) if its thread has a recorder. In a dry run it then returns an
+empty result instead of computing one, and nothing that a decision else leads to happens: no log, no exception, no
+kernel. A dry run works on `StandIn` tensors, which have a shape and a dtype, and the device that is asked about.
+
+Operations look at `on` first, so that nobody else pays for this.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Shape = tuple[int, ...]
+
+on = 0  # how many recorders the process has
+_lock = threading.Lock()
+
+
+@dataclass(frozen=True)
+class Record:
+    """What an operation decided.
+
+    reason: why the backend is not the one that was asked for, or why the operation is refused; `raises` says that
+    running it raises BackendError. before and after: the shapes of its input and output; before is None for ids.
+    facts: what else is decided, such as which matrix product runs, and arguments that choose a kernel. module: the name
+    of the module that it belongs to, in a dry run.
+    """
+
+    op: str
+    backend: str
+    reason: str | None
+    raises: bool
+    before: Shape | None
+    after: Shape
+    dtype: torch.dtype
+    facts: Mapping[str, Any]
+    module: str = field(default="", compare=False)
+
+
+@dataclass
+class Recorder:
+    """Collects the records of one thread.
+
+    dry: whether operations only decide. device: where they would run, in a dry run. arch: compute capability of a GPU
+    that need not be there. names: of modules and weights, by their id. place: the name of the module that is running.
+    """
+
+    dry: bool = False
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    arch: int | None = None
+    names: dict[int, str] = field(default_factory=dict)
+    place: str = ""
+    records: list[Record] = field(default_factory=list)
+    _reasons: dict[str, tuple[str | None, bool]] = field(default_factory=dict)  # op -> the reason, whether it raises
+
+    def add(
+        self, op: str, backend: str, before: Shape | None, after: Shape, dtype: torch.dtype, weight: Any, facts: Any
+    ) -> None:
+        reason, raises = self.take_reason(op)
+        module = self.names.get(id(weight), self.place)
+        before = None if before is None else tuple(before)
+        self.records.append(Record(op, backend, reason, raises, before, tuple(after), dtype, facts, module))
+
+    def take_reason(self, op: str) -> tuple[str | None, bool]:
+        """The reason that was kept for the operation, and whether it raises."""
+        return self._reasons.pop(op, (None, False))
+
+    def set_reason(self, op: str, reason: str | None, raises: bool) -> None:
+        """Keeps the reason for the next record of the operation."""
+        self._reasons[op] = reason, raises
+
+    def refuse(self, op: str, reason: str) -> None:
+        """Keeps the reason why the operation would raise, unless there is one already."""
+        if not self._reasons.get(op, (None, False))[1]:
+            self._reasons[op] = reason, True
+
+    def called(self, module: Any, x: Tensor) -> Tensor | None:
+        """Records a call of a module, of which nothing is known, in a dry run."""
+        return None
+
+
+class StandIn(Tensor):
+    """Stands for a tensor in a dry run: of its shape and dtype, of one number in memory, on the recorder's device."""
+
+    inference = False  # whether it stands for an inference tensor
+
+    @property
+    def device(self) -> torch.device:  # type: ignore[override]
+        recorder = _current.get()
+        return torch.device("cpu") if recorder is None else recorder.device
+
+    def is_inference(self) -> bool:
+        return self.inference
+
+
+def stand_in(shape: Shape, dtype: torch.dtype) -> StandIn:
+    """A tensor of zeros that stands for one of this shape and dtype."""
+    with torch.inference_mode(False), torch.no_grad():
+        return torch.zeros(1, dtype=dtype, device="cpu").expand(shape).as_subclass(StandIn)
+
+
+_current: ContextVar[Recorder | None] = ContextVar("fastbert recorder", default=None)
+
+
+@contextmanager
+def recorded(recorder: Recorder | None = None) -> Iterator[Recorder]:
+    """Inside, operations of this thread record what they decide, by default while they run as usual."""
+    global on
+    recorder = Recorder() if recorder is None else recorder
+    token = _current.set(recorder)
+    with _lock:
+        on += 1
+    try:
+        yield recorder
+    finally:
+        with _lock:
+            on -= 1
+        _current.reset(token)
+
+
+def note(
+    op: str,
+    backend: str,
+    before: Shape | None,
+    after: Shape,
+    dtype: torch.dtype,
+    weight: Tensor | None = None,
+    **facts: Any,
+) -> bool:
+    """Records what an operation decided. Returns whether it must not compute: in a dry run."""
+    recorder = _current.get()
+    if recorder is None:
+        return False
+    recorder.add(op, backend, before, after, dtype, weight, facts)
+    return recorder.dry
+
+
+def note_reason(op: str, reason: str | None, raises: bool) -> bool:
+    """Records why an operation falls back, or that it does not. Returns whether nobody may log or raise it."""
+    recorder = _current.get()
+    if recorder is None:
+        return False
+    recorder.set_reason(op, reason, raises and reason is not None)
+    return recorder.dry
+
+
+def note_refusal(op: str, reason: str) -> bool:
+    """Records why an operation raises. Returns whether it must not, in a dry run."""
+    recorder = _current.get()
+    if recorder is None:
+        return False
+    recorder.refuse(op, reason)
+    return recorder.dry
+
+
+def call(module: Any, x: Tensor) -> Tensor | None:
+    """Records that a module is called on x. Returns what stands for its output in a dry run, and else None."""
+    recorder = _current.get()
+    return None if recorder is None else recorder.called(module, x)
+
+
+def enter(module: Any) -> None:
+    """Says that operations from here on belong to the module."""
+    recorder = _current.get()
+    if recorder is not None:
+        recorder.place = recorder.names.get(id(module), recorder.place)
+
+
+def is_dry() -> bool:
+    """Whether operations of this thread only decide."""
+    recorder = _current.get()
+    return recorder is not None and recorder.dry
+
+
+def assumed_arch() -> int | None:
+    """Returns the compute capability of the GPU that is asked about, which need not be there; None without one."""
+    recorder = _current.get()
+    return None if recorder is None else recorder.arch
