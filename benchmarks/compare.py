@@ -22,9 +22,10 @@ from baseline import committed
 
 from fastbert.bench.measure import geometric_mean
 from fastbert.bench.peers import OURS
-from fastbert.bench.report import plain_table
 from fastbert.bench.results import MISSING, OK, Results, Row
-from fastbert.bench.tables import Line, Table, contests, source, times
+from fastbert.bench.tables import contests, source, times
+from fastbert.pages.document import Line, Table
+from fastbert.pages.terminal import plain_table
 
 THRESHOLD = 0.1
 SLOWER, FASTER, SAME = "slower", "faster", "same"
@@ -111,7 +112,7 @@ def changes_table(changes: Sequence[Change]) -> Table:
         for change in changes
     )
     notes = tuple(f"{c.verdict:<{_VERDICT}}  {c.label}: {c.competitor}: {c.detail}" for c in changes if c.detail)
-    return Table("changes", ("", "before", "after"), lines, notes)
+    return Table("changes", ("change", "speed-up before", "speed-up now"), lines, notes)
 
 
 def means_table(changes: Sequence[Change]) -> Table:
@@ -126,7 +127,8 @@ def means_table(changes: Sequence[Change]) -> Table:
         before, after = (geometric_mean([pair[k] for pair in pairs]) for k in (0, 1))
         moved = f"{100 * (after / before - 1):+.1f} %"
         lines.append(Line(name, (str(len(pairs)), times(before), times(after), moved)))
-    return Table("geometric means of the ratios", ("suite", "ratios", "before", "after", "change"), tuple(lines))
+    heads = "suite", "number of ratios", "mean before", "mean now", "change of the mean"
+    return Table("geometric means of the ratios", heads, tuple(lines))
 
 
 def _said(row: Row | None) -> str:

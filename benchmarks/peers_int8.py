@@ -37,7 +37,7 @@ class ONNXRuntimeInt8(peers_cpu.ONNXRuntime):
         if not path.exists():
             from onnxruntime.quantization import QuantType, quantize_dynamic
 
-            has_vnni = cpu.no_int8() is None
+            has_vnni = cpu.int8_obstacle() is None
             quantize_dynamic(
                 exported(self.source),
                 path,

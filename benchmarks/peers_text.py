@@ -23,7 +23,7 @@ class FastBertInt8(FastBert):
         self.dtype = "int8"
 
     def available(self) -> str | None:
-        return cpu.no_int8()
+        return cpu.int8_obstacle()
 
     def load(self) -> None:
         task = self.task

@@ -14,8 +14,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from readme_figures import OURS_TOO
-
 from fastbert.bench.peers import OURS
 from fastbert.bench.results import OK, Results, Row
 from fastbert.bench.tables import Contest, contests, short_dtype, si, source, times
@@ -74,10 +72,9 @@ class Headline:
         first = f"![{self.title}. {'; '.join(self.lines())}.]({CHART.as_posix()})"
         if ours is None or ours.tokens_per_second is None:
             return first
-        peers = [row for row in self.rows if row.competitor not in (OURS, *OURS_TOO) and row.speedup is not None]
-        if not peers:
+        nearest = self.contest.fastest_other
+        if nearest is None:
             return first
-        nearest = min(peers, key=lambda row: row.speedup or 0.0)
         return (
             f"{first}\n\n{self.contest.model}, {self.workload}, tokenization included: "
             f"{si(_speed(ours))} tokens a second, {times(nearest.speedup or 0.0)} as many as the fastest other, "

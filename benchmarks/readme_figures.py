@@ -15,17 +15,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from fastbert.bench.measure import geometric_mean
-from fastbert.bench.peers import OURS
-from fastbert.bench.report import markdown_table, markdown_text
 from fastbert.bench.results import OK, Results, Row
-from fastbert.bench.tables import NOT_GIVEN, Contest, Line, Table, contests, short_dtype, si, source, times
+from fastbert.bench.tables import Contest, contests, short_dtype, si, source, times
 from fastbert.checkpoint.files import write_text
+from fastbert.pages.document import NO_VALUE, Line, Table
+from fastbert.pages.markdown import markdown_table, markdown_text
 
 START, END = "<!-- benchmarks:start -->", "<!-- benchmarks:end -->"
 DEVICE_TYPES = {"cuda": "GPU", "cpu": "CPU"}
-OURS_TOO = (f"{OURS} int8", f"{OURS} fp8", f"{OURS} padded")  # fastbert in another way is no peer of itself
 LEFT_OUT = ("kernel", "start")  # suites whose name begins so: single operations, and what happens once
-HEADER = ("", "fastbert, valid tokens/s", "faster than the fastest peer", "than the median peer")
+HEADER = ("suite", "fastbert, valid tokens/s", "faster than the fastest peer", "faster than the median peer")
 
 
 def section(folders: Mapping[Path, Results]) -> str:
@@ -84,8 +83,7 @@ def _line(name: str, group: Sequence[Contest]) -> Line:
     over_median: list[float] = []
     best: Counter[str] = Counter()
     for contest in group:
-        others = [row for row in contest.peers if row.competitor not in OURS_TOO]
-        ratios = {contest.name_of(row): row.speedup for row in others if row.speedup is not None}
+        ratios = {contest.name_of(row): row.speedup for row in contest.others if row.speedup is not None}
         if ratios:
             closest = min(ratios, key=lambda peer: ratios[peer])
             best[closest] += 1
@@ -111,7 +109,7 @@ def _speeds(group: Sequence[Contest]) -> str:
     ends = list(dict.fromkeys(si(speed) for speed in (speeds[:1] + speeds[-1:])))
     others = Counter(row.status for row in ours if row.status != OK)
     parts = [" to ".join(ends), *(f"{count} {status}" for status, count in others.items())]
-    return "; ".join(filter(None, parts)) or NOT_GIVEN
+    return "; ".join(filter(None, parts)) or NO_VALUE
 
 
 def committed(results: Path) -> list[Path]:

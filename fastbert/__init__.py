@@ -34,7 +34,7 @@ if TYPE_CHECKING:
         BertForTokenClassification,
     )
     from fastbert.ops import BackendError
-    from fastbert.pipelines.cross_encoder import CrossEncoder
+    from fastbert.pipelines.cross import CrossEncoder
     from fastbert.pipelines.sentence import SentenceEncoder
     from fastbert.text.tokenizer import Tokenizer
     from fastbert.vectors.quantize import quantize_embeddings
@@ -52,7 +52,7 @@ _PUBLIC = {
     "BertForSequenceClassification": "fastbert.models.tasks",
     "BertForTokenClassification": "fastbert.models.tasks",
     "BertModel": "fastbert.models.bert",
-    "CrossEncoder": "fastbert.pipelines.cross_encoder",
+    "CrossEncoder": "fastbert.pipelines.cross",
     "SentenceEncoder": "fastbert.pipelines.sentence",
     "Tokenizer": "fastbert.text.tokenizer",
     "accelerate": "fastbert.adapters",

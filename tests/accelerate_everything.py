@@ -14,7 +14,7 @@ from typing import Any
 
 import fastbert
 from fastbert.adapters.covered import COVERED
-from fastbert.adapters.forward import Counted
+from fastbert.adapters.state import AcceleratedState
 
 _counts: list[Counter[str]] = []  # one per accelerated object, copies included
 
@@ -42,13 +42,13 @@ def _accelerate_after(before: Any) -> Any:
 def pytest_configure() -> None:
     for kind in covered_classes():
         kind.__init__ = _accelerate_after(kind.__init__)  # type: ignore[misc]
-    before = Counted.__init__
+    before = AcceleratedState.__init__
 
-    def init(self: Counted, *args: Any, **kwargs: Any) -> None:
+    def init(self: AcceleratedState, *args: Any, **kwargs: Any) -> None:
         before(self, *args, **kwargs)
         _counts.append(self.counts)
 
-    Counted.__init__ = init  # type: ignore[method-assign]
+    AcceleratedState.__init__ = init  # type: ignore[method-assign]
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:

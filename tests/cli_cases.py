@@ -18,7 +18,7 @@ from fastbert import (
     SentenceEncoder,
 )
 from fastbert.cli.main import main
-from fastbert.pipelines.folder import Normalize
+from fastbert.pipelines.modules import Normalize
 from helpers import tiny_bert
 
 TEXTS = ["a river is wide", "", "small boats cross the river", "fish", "a river is wide and slow", "Fish!"]

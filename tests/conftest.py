@@ -101,7 +101,7 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> helpers.Outputs:
 def variant(request: pytest.FixtureRequest) -> Iterator[str]:
     """Each library of C++ kernels that was compiled and that the processor can run, as if it were the best."""
     with helpers.only_variant(request.param):
-        why_not = cpu.unavailable()
+        why_not = cpu.obstacle()
         if why_not is not None:
             pytest.skip(f"{request.param}: {why_not}")
         yield request.param

@@ -148,15 +148,15 @@ def operations_called(function: Callable[..., Any], tensors: Sequence[Tensor]) -
 
 @contextmanager
 def only_variant(name: str) -> Iterator[None]:
-    """The C++ kernels of this name in cpu.VARIANTS, as if they were the best, or the reason why they do not run."""
-    before = cpu.VARIANTS
-    cpu.VARIANTS = {name: before[name]}
-    cpu._load.cache_clear()
+    """Runs the C++ kernels of this name in VARIANTS as if they were the best; says why where they do not run."""
+    before = cpu.library.VARIANTS
+    cpu.library.VARIANTS = {name: before[name]}
+    cpu.library.load.cache_clear()
     try:
         yield
     finally:
-        cpu.VARIANTS = before
-        cpu._load.cache_clear()
+        cpu.library.VARIANTS = before
+        cpu.library.load.cache_clear()
 
 
 def tokens_of_calls(monkeypatch: Any, kernel: str = "encoder_forward") -> list[int]:

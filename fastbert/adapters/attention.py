@@ -1,7 +1,9 @@
-"""attn_implementation="fastbert": our attention over packed tokens, for encoders of transformers that are not ours.
+"""This module is attn_implementation="fastbert": our attention over packed tokens, for other encoders of transformers.
 
-Registered with two interfaces of transformers 5: one for the attention, and one for the mask, without which a model
-gets no mask at all and padding leaks into the tokens. B sequences, S longest, N heads, D head size, T packed tokens.
+It is registered with two interfaces of transformers 5. One is for the attention. The other is for the mask: without it
+a model gets no mask at all, and padding leaks into the tokens.
+
+B sequences, S longest, N heads, D head size, T packed tokens.
 """
 
 from __future__ import annotations
@@ -26,18 +28,18 @@ from fastbert.ops.packing import PackedBatch
 
 logger = logging.getLogger("fastbert")
 
-NAME = "fastbert"  # "flash" in it would send transformers looking for flash attention
+NAME = "fastbert"  # With "flash" in the name, transformers would look for flash attention.
 OURS = "fastbert"
-counts: Counter[str] = Counter()  # of layers' calls: here, or by SDPA, by reason
+counts: Counter[str] = Counter()  # Calls of layers: those that ran here (OURS), and those by SDPA, by reason.
 
-# What layers pass on that changes nothing in attention without a cache.
+# Arguments of layers that change nothing in attention without a cache.
 _HARMLESS = ("position_ids", "use_cache", "is_causal", "num_items_in_batch", "return_dict", "output_hidden_states")
-_MADE = "_fastbert_made"  # an attribute of the masks made here
-_last = threading.local()  # the mask of the layer before, and what was made of it
+_MADE = "_fastbert_made"  # An attribute of the masks made here.
+_last = threading.local()  # The mask of the layer before, and its packing.
 
 
 def register_attention() -> str:
-    """Makes attn_implementation="fastbert" known to transformers, and returns that name. Again does nothing.
+    """Makes attn_implementation="fastbert" known to transformers, and returns that name. A second call changes nothing.
 
     It runs plain bidirectional attention, with padding or without. Everything else (causal, cross-attention, grouped
     heads, position biases, sliding windows, masks made by the caller, dropout in training, tracing) goes to PyTorch's
@@ -75,19 +77,15 @@ def _check_class(kind: type) -> None:
 
 @dataclass
 class _Made:
-    """What is kept beside a mask that was made here.
+    """A `_Made` is kept beside a mask that was made here."""
 
-    bools: (B, 1, S, S), True where attention goes, or None where it goes everywhere. padding: whether it leaves out
-    padding alone, in queries as in keys. version: the mask's count of writes when it was made.
-    """
-
-    bools: Tensor | None
-    padding: bool
-    version: int
+    bools: Tensor | None  # (B, 1, S, S), True where attention goes, or None where it goes everywhere.
+    padding: bool  # Whether the mask leaves out padding alone, in queries as in keys.
+    version: int  # The mask's count of writes when it was made.
 
 
 def attention_mask(*args: Any, **kwargs: Any) -> Tensor | None:
-    """The mask of a batch, as transformers' eager_mask makes it, or None for a causal one that masks nothing.
+    """Makes the mask of a batch as transformers' eager_mask does, or returns None for a causal one that masks nothing.
 
     (B, 1, S, S) in the dtype of the model: 0 where attention goes, the dtype's least number elsewhere. Any code can add
     that to scores, whether or not it reads transformers' attention interface. `attention_forward` takes the mask of
@@ -110,7 +108,7 @@ def attention_mask(*args: Any, **kwargs: Any) -> Tensor | None:
     dtype, device = kwargs.get("dtype", torch.float32), kwargs.get("device")
     skips = padding is None or bool(kwargs.get("allow_is_bidirectional_skip"))
     if length is not None and fits and skips and (padding is None or bool(padding.all())):
-        # None would do, but not for a layer that takes None for causal attention.
+        # A mask of zeros stands for None, which some layers take for causal attention.
         full = torch.zeros((), dtype=dtype, device=device if padding is None else padding.device)
         return _with(full.expand(kwargs["batch_size"], 1, length, n_keys), None, False)
     crossing = versions.is_mask_of_other_states(sys._getframe(1))
@@ -118,7 +116,7 @@ def attention_mask(*args: Any, **kwargs: Any) -> Tensor | None:
         row = padding.bool()[:, None, None, :]
         return _with(_additive(row, dtype).expand(-1, 1, length, -1), row.expand(-1, 1, length, -1), True)
     bools: Tensor | None = masking_utils.sdpa_mask(*args, **kwargs)
-    if bools is None:  # SDPA needs no causal mask here, others do
+    if bools is None:  # SDPA needs no causal mask, other implementations do.
         alone: Tensor | None = masking_utils.eager_mask(*args, **kwargs)
         return alone
     return _with(_additive(bools, dtype), bools, False)
@@ -135,9 +133,9 @@ def _with(mask: Tensor, bools: Tensor | None, padding: bool) -> Tensor:
 
 
 def _made(mask: Tensor | None) -> _Made | None:
-    """What was kept beside a mask, if it is one of ours and nobody has written to it."""
-    found: _Made | None = None if mask is None else mask.__dict__.get(_MADE)
-    return None if found is None or mask is None or found.version != _version(mask) else found
+    """Returns what is kept beside a mask, if it was made here and nobody has written to it."""
+    made: _Made | None = None if mask is None else mask.__dict__.get(_MADE)
+    return None if made is None or mask is None or made.version != _version(mask) else made
 
 
 def _version(tensor: Tensor) -> int:
@@ -155,20 +153,20 @@ def attention_forward(
     is_causal: bool | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """(B, N, S, D) three times -> (B, S, N, D), and no probabilities: the signature of transformers' interface."""
+    """Computes attention by transformers' signature: (B, N, S, D) three times -> (B, S, N, D), None."""
     if torch.compiler.is_compiling() or tracing.recorded(query):
         return _sdpa(module, query, key, value, attention_mask, dropout, scaling, is_causal, kwargs)
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     made = _made(attention_mask)
     if made is not None:
         attention_mask = made.bools
-        is_causal = causal = False  # the mask says it all
+        is_causal = causal = False  # The mask says everything.
     of_padding = attention_mask is None or bool(made and made.padding and not _crosses(module))
-    reason = _obstacle(query, key, value, attention_mask, dropout, bool(causal), kwargs, of_padding)
-    if reason is not None:
-        if reason not in counts:
-            logger.warning('attn_implementation="fastbert" falls back to sdpa: %s', reason)
-        counts[reason] += 1
+    obstacle = _obstacle(query, key, value, attention_mask, dropout, bool(causal), kwargs, of_padding)
+    if obstacle is not None:
+        if obstacle not in counts:
+            logger.warning('attn_implementation="fastbert" falls back to sdpa: %s', obstacle)
+        counts[obstacle] += 1
         return _sdpa(module, query, key, value, attention_mask, dropout, scaling, is_causal, kwargs)
     counts[OURS] += 1
     n_seqs, n_heads, length, head_size = query.shape
@@ -180,7 +178,7 @@ def attention_forward(
 
 def _obstacle(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float, causal: bool,
               rest: dict[str, Any], of_padding: bool = True) -> str | None:  # fmt: skip
-    """Why it is not plain bidirectional attention, or None."""
+    """Says why a call is not plain bidirectional attention, or returns None."""
     if (observer := tracing.observed(query, key, value, mask)) is not None:
         return observer
     if query.shape[2] != key.shape[2]:
@@ -200,16 +198,19 @@ def _obstacle(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dr
 
 
 def _crosses(module: Any) -> bool:
-    """Whether it says that it attends to other states than its own, whose padding is not that of the queries."""
+    """Says whether a module attends to other states than its own, whose padding is not that of the queries."""
     return "cross" in type(module).__name__.lower() or bool(getattr(module, "is_cross_attention", False))
 
 
 def _packing(mask: Tensor | None, n_seqs: int, length: int, device: torch.device) -> PackedBatch:
-    """The packing of the layer before, if it had the same mask: making one looks at the mask and waits for a GPU."""
+    """Returns the packing of the layer before, if it had the same mask.
+
+    A new packing looks at the mask, and waits for a GPU.
+    """
     key = n_seqs, length, device, None if mask is None or mask.is_inference() else mask._version, mask is None
-    found = getattr(_last, "packing", None)
-    if found is not None and found[0] == key and (found[1]() is mask if mask is not None else found[1] is None):
-        kept: PackedBatch = found[2]
+    last = getattr(_last, "packing", None)
+    if last is not None and last[0] == key and (last[1]() is mask if mask is not None else last[1] is None):
+        kept: PackedBatch = last[2]
         return kept
     batch = packing.without_padding(n_seqs, length, device) if mask is None else packing.unpad(mask[:, 0, 0])
     _last.packing = key, None if mask is None else weakref.ref(mask), batch
@@ -220,9 +221,9 @@ def _sdpa(module: Any, query: Any, key: Any, value: Any, mask: Any, dropout: Any
           rest: dict[str, Any]) -> tuple[Tensor, None]:  # fmt: skip
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-    # Of PyTorch's implementations only this one has a rule for every transform.
-    plainly = sdpa_kernel(SDPBackend.MATH) if tracing.differentiated() else nullcontext()
-    with plainly:
+    # Only this one of PyTorch's implementations has a rule for every transform.
+    implementation = sdpa_kernel(SDPBackend.MATH) if tracing.differentiated() else nullcontext()
+    with implementation:
         out: tuple[Tensor, None] = sdpa_attention_forward(
             module, query, key, value, mask, dropout=dropout, scaling=scaling, is_causal=causal, **rest
         )

@@ -1,4 +1,4 @@
-"""Classes of accelerated objects: derived from the original class, under its name, and found by pickle all the same.
+"""This module derives the classes of accelerated objects from their originals, and has pickle find them.
 
 A derived class has the `__name__` and the `__module__` of the original, which transformers goes by. Under that name
 pickle would find the original. So the metaclass of derived classes has an entry in `copyreg`: a derived class is
@@ -13,19 +13,19 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-from fastbert.adapters.forward import STATE
 from fastbert.adapters.patches import is_own
+from fastbert.adapters.state import STATE
 from fastbert.ops.tracing import untraced
 
-originals: dict[type, tuple[type, str]] = {}  # a derived class -> the original, and the name of the mixin
-derivers: dict[str, Callable[[type], type]] = {}  # the name of a mixin -> what derives a class with it
+originals: dict[type, tuple[type, str]] = {}  # A derived class, and its original and the name of its mixin.
+derivers: dict[str, Callable[[type], type]] = {}  # The name of a mixin, and the function that derives with it.
 _derived: dict[tuple[type, str], type] = {}
 
 
 class Derived(type):
-    """The metaclass of derived classes.
+    """This is the metaclass of derived classes.
 
-    cloudpickle asks no `copyreg` about classes. It makes the class anew from its bases: that gives the one there is.
+    cloudpickle asks no `copyreg` about classes. It makes the class anew from its bases, and gets the present one here.
     """
 
     def __new__(mcls, name: str, bases: tuple[type, ...], namespace: dict[str, Any], ours: bool = False, **rest: Any):
@@ -39,7 +39,7 @@ class Derived(type):
 
 
 class DerivedABC(Derived, abc.ABCMeta):
-    """The same for originals with abstract methods."""
+    """This is the metaclass of derived classes whose originals have abstract methods."""
 
 
 _MIXINS = "fastbert.adapters.acceleration"
@@ -47,14 +47,14 @@ _metaclasses: dict[type, type[Derived]] = {type: Derived, abc.ABCMeta: DerivedAB
 
 
 def derived_class(original: type, mixin: str) -> type:
-    """The derived class of an original with the mixin of that name; pickles of derived classes call this."""
+    """Returns the derived class of an original with the mixin of that name. Pickles of derived classes call it."""
     return derivers[mixin](original)
 
 
 def _reduce_class(kind: type) -> Any:
     if kind in originals:
         return derived_class, originals[kind]
-    return kind.__qualname__  # a class that somebody has derived from ours: found by its name
+    return kind.__qualname__  # Somebody has derived this class from ours: it is found by its name.
 
 
 for _each in _metaclasses.values():
@@ -70,7 +70,7 @@ def _metaclass(original: type) -> type[Derived]:
 
 
 def derive(original: type, mixin: type, method: str, replacement: Any) -> type:
-    """The class of accelerated objects of the class `original`.
+    """Returns the class of accelerated objects of the class `original`.
 
     Its `method` calls `replacement(self, state, original method, args, kwargs)` where the object has a state, and keeps
     the signature. The original method is looked up at each call: where somebody has patched it, theirs runs, and the
@@ -79,9 +79,9 @@ def derive(original: type, mixin: type, method: str, replacement: Any) -> type:
     key = original, mixin.__name__
     before = getattr(original, method)
     if key in _derived:
-        _derived[key].__dict__[method].__wrapped__ = before  # it may have been patched, or patched back
+        _derived[key].__dict__[method].__wrapped__ = before  # It may have been patched, or patched back.
         return _derived[key]
-    seen = [before if is_own(original, method) else None]  # the method that was last known to be the library's
+    seen = [before if is_own(original, method) else None]  # The method that was last known to be the library's.
 
     @functools.wraps(before)
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -104,7 +104,7 @@ def derive(original: type, mixin: type, method: str, replacement: Any) -> type:
 
 @untraced
 def _settled(original: type, method: str, call: Any, seen: list[Any]) -> bool:
-    """Whether the class has its library's method, which is not the one seen last; the signature follows either way."""
+    """Says whether the class has its library's method again. The signature follows in either case."""
     call.__wrapped__ = before = getattr(original, method)
     own = is_own(original, method)
     if own:

@@ -1,8 +1,8 @@
-"""A fastbert.BertModel whose leaves are those of a live model of another library: no second copy of the weights.
+"""This module makes a fastbert.BertModel on the leaves of a live model of another library, without a copy of weights.
 
-The live model stays the only owner. Before every call it is looked at: whether its modules are the same, in eval mode,
-without hooks, of one dtype. A module that was replaced (an adapter, resized embeddings) is found and taken; what cannot
-be followed is a reason to let the original forward do it.
+The live model stays the only owner. Every call looks at it first: whether its modules are the same, in eval mode,
+without hooks, of one dtype. A module that was replaced (an adapter, resized embeddings) is taken. A change that our
+path does not support is an obstacle: the original forward runs.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ import torch
 from torch import nn
 
 from fastbert.adapters import versions
+from fastbert.adapters.called_module import CalledModule
 from fastbert.adapters.covered import Mapping
-from fastbert.adapters.patches import Watch
-from fastbert.adapters.states import (
-    Called,
+from fastbert.adapters.live_values import (
     Leaf,
     Parameters,
     Settings,
     same_function,
     unexpected_setting,
 )
+from fastbert.adapters.patches import Watch
 from fastbert.checkpoint.config import BertConfig
 from fastbert.models.bert import BertModel
 from fastbert.ops import Policy
@@ -36,7 +36,7 @@ from fastbert.ops import Policy
 
 @dataclass(frozen=True)
 class Options:
-    """What the user asked for."""
+    """`Options` hold the arguments of `accelerate`."""
 
     backend: str = "auto"
     strict: bool = False
@@ -44,17 +44,18 @@ class Options:
 
     @property
     def policy(self) -> Policy:
+        """Returns the policy of the operations. Raises ValueError for a backend that does not exist."""
         return Policy(self.backend, self.strict)
 
 
 class Unsupported(ValueError):
-    """Why a live model cannot be followed."""
+    """An `Unsupported` says why our path does not support a live model."""
 
 
 class LiveEncoder:
-    """`model` is ours, on the leaves of `live` as they were when this was made: `is_current` says if they still are.
+    """A `LiveEncoder` holds our model on the leaves of a live model. `is_current` says whether they are still the same.
 
-    Raises Unsupported where something in the live model is not known.
+    Raises Unsupported for a part of the live model that is not known.
     """
 
     def __init__(self, live: nn.Module, mapping: Mapping, options: Options) -> None:
@@ -76,9 +77,9 @@ class LiveEncoder:
             _check_settings(path, module)
 
         model.cuda_graphs = options.cuda_graphs
-        model.eval()  # while the live modules are not in it
+        model.eval()  # The live modules are not in it yet.
         direct: list[Leaf] = []
-        called: list[Called] = []
+        called: list[CalledModule] = []
         dropping: list[nn.Module] = [_get(live, f"{mapping.layers}.{i}.{mapping.heads}") for i in range(len(layers))]
         looked_at = list(containers.values())
         for ours, theirs in leaves:
@@ -87,7 +88,7 @@ class LiveEncoder:
             if _reads(ours, theirs, expected, leaf):
                 direct.append(Leaf(theirs, leaf, expected))
             elif not isinstance(expected, nn.Dropout):
-                called.append(Called(theirs, leaf, expected))
+                called.append(CalledModule(theirs, leaf, expected))
             if isinstance(leaf, nn.Dropout):
                 dropping.append(leaf)
             looked_at.append(leaf)
@@ -100,7 +101,7 @@ class LiveEncoder:
         self._count_from = partial(mapping.counted_from, embeddings)
         self._kinds = list(map(type, self._leaves))
         self._children = tuple((m._modules, dict(m._modules)) for m in (live, *containers.values()))
-        self._dropping = tuple(module.__dict__ for module in dropping)  # of the others no mode counts
+        self._dropping = tuple(module.__dict__ for module in dropping)  # The mode of other modules does not matter.
         self._looked_at, self._dicts = tuple(looked_at), tuple(module.__dict__ for module in looked_at)
         self._hooks = tuple(hooks for module in looked_at for hooks in _hooks_of(module))
         followed = {id(module.module) for module in called}
@@ -111,39 +112,39 @@ class LiveEncoder:
         self._watch = _watch(live, mapping)
 
     def is_current(self) -> bool:
-        """Whether no module of the live model was replaced, added, removed or set otherwise than it was."""
+        """Says whether no module of the live model was replaced, added or removed, and no setting changed."""
         same_modules = all(children == before for children, before in self._children)
         same_modules = same_modules and list(map(type, self._leaves)) == self._kinds
         return same_modules and self._count_from() == self._counted_from and self._settings.unchanged()
 
     def obstacle(self) -> str | None:
-        """Why our path must not stand in for the original forward in the state the modules are in, or None."""
-        if (patched := self._watch.reason()) is not None:
-            return patched
+        """Says why our path must not replace the original forward in the modules' present state, or returns None."""
+        if (patch := self._watch.obstacle()) is not None:
+            return patch
         if any(map(itemgetter("training"), self._dropping)):
             return "dropout inside is in training mode"
         if any(map(contains, self._dicts, repeat("forward"))) and not self._own_forwards():
             return "a module inside has a forward of its own"
         if any(self._hooks) and not all(map(versions.is_harmless, _callables(self._hooks))):
             return "a module inside has hooks"
-        if (reason := self._parameters.obstacle()) is not None:
-            return reason
+        if (obstacle := self._parameters.obstacle()) is not None:
+            return obstacle
         for module in self._called:
-            if (reason := module.obstacle(self.model.embeddings.LayerNorm.weight)) is not None:
-                return reason
+            if (obstacle := module.obstacle(self.model.embeddings.LayerNorm.weight)) is not None:
+                return obstacle
         return self._buffer_obstacle()
 
     def _own_forwards(self) -> bool:
         return all(versions.is_own_forward(m) for m in self._looked_at if "forward" in m.__dict__)
 
     def _buffer_obstacle(self) -> str | None:
-        """5.x takes default ids from buffers, which anyone may have written to."""
-        found = [
+        """Checks the buffers that transformers 5 takes default ids from, which anyone may have written to."""
+        present = [
             (path, buffers[name], kind) for path, buffers, name, kind in self._buffers if buffers.get(name) is not None
         ]
-        state = [(t.data_ptr(), 0 if t.is_inference() else t._version, t.shape) for _, t, _ in found]
+        state = [(t.data_ptr(), 0 if t.is_inference() else t._version, t.shape) for _, t, _ in present]
         if state != self._buffers_checked:
-            for path, tensor, kind in found:
+            for path, tensor, kind in present:
                 expected = torch.arange(tensor.shape[-1], device=tensor.device) if kind == "columns" else 0
                 if tensor.device.type == "meta" or not bool((tensor == expected).all()):
                     return f"{path} is not what a new model has"
@@ -151,15 +152,15 @@ class LiveEncoder:
         return None
 
     def invalidate(self) -> None:
-        """Makes what is derived from the weights anew: they may have been written to through `.data`."""
+        """Makes the tensors derived from weights anew: the weights may have been written to through `.data`."""
         modes = [(module, module.training) for leaf in self._leaves for module in leaf.modules()]
-        self.model.eval()  # which does that, and reaches the live modules, whose mode is not ours to set
+        self.model.eval()  # It does that, and reaches the live modules, whose mode must stay.
         for module, mode in modes:
             module.training = mode
 
 
 def _watch(live: nn.Module, mapping: Mapping) -> Watch:
-    """A watch over the classes of the model and of its parts; one of another library, such as an adapter, is called."""
+    """Watches the classes of the model and its parts, but not those of another library, whose modules are called."""
     kinds = [mapping.original(type(live)), *map(type, list(live.modules())[1:])]
     known = [kind for kind in kinds if kind.__module__.startswith(("torch.nn.", "transformers."))]
     return Watch(known, importlib.import_module(mapping.module), live.config)
@@ -167,16 +168,16 @@ def _watch(live: nn.Module, mapping: Mapping) -> Watch:
 
 def _get(module: nn.Module, path: str) -> Any:
     for name in path.split("."):
-        found = module._modules.get(name)
-        if found is None:
+        child = module._modules.get(name)
+        if child is None:
             raise Unsupported(f"{path} is not there")
-        module = found
+        module = child
     return module
 
 
 def _containers(live: nn.Module, mapping: Mapping, leaves: list[str]) -> dict[str, nn.Module]:
-    """The modules between the root and the leaves, by path. Raises Unsupported if one has a child that is not known."""
-    paths: dict[str, set[str]] = {}  # path -> its children on the way to a leaf
+    """Returns the modules between the root and the leaves, by path. Raises Unsupported for an unknown child."""
+    paths: dict[str, set[str]] = {}  # A path, and its children on the way to a leaf.
     activations = [f"{mapping.layers}.{i}.{mapping.activation}" for i in range(len(_get(live, mapping.layers)))]
     for leaf in (*leaves, *activations):
         names = leaf.split(".")
@@ -203,7 +204,7 @@ def _check_container(path: str, module: nn.Module, mapping: Mapping) -> None:
 
 
 def _reads(ours: str, theirs: str, expected: nn.Module, leaf: nn.Module) -> bool:
-    """Whether our path reads the leaf's parameters; otherwise it calls the leaf, or has no use for it."""
+    """Says whether our path reads the leaf's parameters. Otherwise it calls the leaf, or has no use for it."""
     kind = type(leaf)
     if isinstance(expected, nn.Dropout):
         if kind not in (nn.Dropout, nn.Identity):
@@ -215,7 +216,7 @@ def _reads(ours: str, theirs: str, expected: nn.Module, leaf: nn.Module) -> bool
                 if getattr(leaf, name) not in (None, False):
                     raise Unsupported(f"{theirs} has {name}")
         return True
-    # In the place of a linear or of the word embeddings anything that works row by row is called: an adapter.
+    # Our path calls any module that works row by row, as an adapter, in the place of a linear or the word embeddings.
     if isinstance(expected, nn.Linear) or ours == "embeddings.word_embeddings":
         return False
     raise Unsupported(f"{theirs} is a {kind.__qualname__}")
@@ -227,7 +228,7 @@ def _check_settings(path: str, module: nn.Module) -> None:
 
 
 def _check_layer(path: str, layer: nn.Module, mapping: Mapping, config: BertConfig, name: str) -> nn.Module:
-    """The activation of a layer, if that is the one of this name, and its attention what the config says."""
+    """Returns the activation of a layer. Raises Unsupported if it, or the attention, is not what the config says."""
     from transformers.activations import ACT2FN
 
     activation: nn.Module = _get(layer, mapping.activation)
@@ -245,7 +246,7 @@ def _check_layer(path: str, layer: nn.Module, mapping: Mapping, config: BertConf
 
 
 def _default_ids(live: nn.Module, mapping: Mapping) -> list[tuple[str, dict[str, Any], str, str]]:
-    """(path, the buffers that it is one of, its name there, what it is to hold)"""
+    """Lists the buffers of default ids as (path, the dictionary that has it, its key there, "columns" or "zeros")."""
     split = [(path, *path.rpartition(".")[::2], kind) for path, kind in mapping.buffers.items()]
     return [(path, _get(live, parent)._buffers, name, kind) for path, parent, name, kind in split]
 

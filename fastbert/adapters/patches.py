@@ -1,7 +1,7 @@
-"""Whether code of another library is what that library wrote: mocks, instrumentation and quick fixes put theirs in.
+"""This module sees code that replaces another library's: mocks, instrumentation and quick fixes.
 
-What stands in for a method or a function of transformers, of sentence-transformers or of PyTorch would not run on our
-path, so the path must not be taken.
+A replacement of a method or a function of transformers, of sentence-transformers or of PyTorch would not run on our
+path, so the path must not be taken. (`live_values.py` sees changes of parameters and settings.)
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from torch import nn
 
 from fastbert.adapters import versions
 
-# Decorators of PyTorch that methods of sentence-transformers have; transformers' methods have their own alone.
+# Methods of sentence-transformers have these decorators of PyTorch. Those of transformers have only its own.
 _DECORATORS = {"sentence_transformers": ("torch.utils._contextlib",)}
-# What may be callable in a module's namespace without being somebody's patch.
+# Packages whose callables in a module's namespace are nobody's patch.
 _HARMLESS = (sys.stdlib_module_names | {"torch", "transformers", "numpy", "fastbert"}) - {"unittest"}
-_OF_MODULES = ("__call__", "_call_impl", "_wrapped_call_impl", "__getattr__")  # of nn.Module, in all modules
-# What a forward of transformers may call on the model, by version.
+_OF_MODULES = ("__call__", "_call_impl", "_wrapped_call_impl", "__getattr__")  # Methods of nn.Module, in all modules.
+# Methods of the model that a forward of transformers may call, by version.
 _OF_MODELS = ("get_extended_attention_mask", "invert_attention_mask", "get_head_mask",
               "warn_if_padding_and_no_attention_mask")  # fmt: skip
 _HOOKS = tuple(getattr(torch.nn.modules.module, f"_global_{kind}_hooks", {})
@@ -32,7 +32,7 @@ _HOOKS = tuple(getattr(torch.nn.modules.module, f"_global_{kind}_hooks", {})
 
 
 def is_own(kind: type, name: str) -> bool:
-    """Whether a class has, as its method of that name, the function that its library's source defines there.
+    """Says whether a class has, as its method of that name, the function that its library's source defines there.
 
     The library's own decorators may stand around the function. True for a method that the class does not have.
     """
@@ -51,7 +51,7 @@ def _is_of(function: Any, base: type, name: str) -> bool:
         inner = function.__dict__.get("__wrapped__")
         if inner is None:
             named = base is nn.Module or function.__qualname__ == f"{base.__qualname__}.{name}"
-            return named and origin == base.__module__  # nn.Module has its methods under more than one name
+            return named and origin == base.__module__  # nn.Module has methods under more than one name.
         if origin.partition(".")[0] != library and origin not in _DECORATORS.get(library, ()):
             return False
         function = inner
@@ -59,7 +59,7 @@ def _is_of(function: Any, base: type, name: str) -> bool:
 
 
 def _is_harmless(value: Any) -> bool:
-    """Whether a callable in the namespace of a module of transformers is of transformers, of PyTorch or of Python."""
+    """Says whether a callable in the namespace of a module of transformers belongs to one of the harmless packages."""
     while isinstance(value, functools.partial):
         value = value.func
     if type(value) is not FunctionType:
@@ -72,10 +72,10 @@ def _is_harmless(value: Any) -> bool:
 
 
 class Watch:
-    """What our path stands in for: methods of classes, functions in a module, functions registered as attention.
+    """A `Watch` looks at the code that our path replaces: methods, functions in a module, and registered attention.
 
-    kinds: classes of modules. module: the source of their family. config: that of the model, which names its attention.
-    names: the methods to look at, where they have them; None for all that a forward may call.
+    kinds: classes of modules. module: the source of their family. config: the model's, which names its attention.
+    names: the methods to look at, where the classes have them. None stands for all that a forward may call.
     """
 
     def __init__(
@@ -94,8 +94,8 @@ class Watch:
         self._look_up()
         self._seen: tuple[Any, ...] = ()
 
-    def reason(self) -> str | None:
-        """Which of it is not its library's, in words; None if all is."""
+    def obstacle(self) -> str | None:
+        """Says which code is not its library's, or returns None if all is."""
         if any(_HOOKS):
             return "hooks on all modules"
         if (current := self._current()) == self._seen:
@@ -128,7 +128,7 @@ class Watch:
 
 
 def _methods(kind: type) -> list[str]:
-    """forward, and the methods that a class of modules has beside those of nn.Module and PreTrainedModel."""
+    """Lists forward, and the methods that a class of modules has beside those of nn.Module and PreTrainedModel."""
     names = {"forward", "__call__", *(name for name in _OF_MODELS if hasattr(kind, name))}
     for base in kind.__mro__:
         if base.__module__.startswith("torch.") or base.__name__.endswith("PreTrainedModel"):
@@ -138,9 +138,9 @@ def _methods(kind: type) -> list[str]:
 
 
 def _called(methods: Iterable[tuple[type, str]], module: ModuleType) -> list[str]:
-    """The functions in a module's namespace that methods of its classes name. (A compiler puts more into it.)"""
-    found: list[Any] = [getattr(kind, name, None) for kind, name in methods]
-    codes = [getattr(inspect.unwrap(method), "__code__", None) for method in found]
+    """Lists the functions in a module's namespace that methods of its classes name. (A compiler puts more into it.)"""
+    functions: list[Any] = [getattr(kind, name, None) for kind, name in methods]
+    codes = [getattr(inspect.unwrap(function), "__code__", None) for function in functions]
     names: set[str] = set()
     while codes:
         code = codes.pop()

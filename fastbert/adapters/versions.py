@@ -1,8 +1,7 @@
-"""What differs between versions of transformers and sentence-transformers: one function each, named.
+"""This module has one function for each difference between versions of transformers and sentence-transformers.
 
-Supported: transformers 4.48 to 5.x. Where a difference can be asked for, it is asked for, rather than compared with a
-version number. The order of forward's arguments, where 4.x has `head_mask` and 5.x has not, is no entry here: the
-signature of the installed version is taken.
+transformers 4.48 to 5.x are supported. A function asks for a difference where it can, rather than a version number.
+The order of forward's arguments needs none (4.x has `head_mask`, 5.x has not): it comes from the installed signature.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ MISSING = object()
 
 
 def transformers_version() -> tuple[int, int]:
-    """(major, minor) of the installed transformers."""
+    """Returns (major, minor) of the installed transformers."""
     import transformers
 
     major, minor = transformers.__version__.split(".")[:2]
@@ -26,18 +25,18 @@ def transformers_version() -> tuple[int, int]:
 
 
 def tuple_of(output: Any) -> tuple[Any, ...]:
-    """What forward returns for return_dict=False. 4.x kept a missing pooler as None, 5.x leaves it out.
+    """Returns the output of forward for return_dict=False. 4.x keeps a missing pooler as None, 5.x leaves it out.
 
     Outputs of a family without poolers have no such field, and no None.
     """
-    found: tuple[Any, ...] = output.to_tuple()
+    values: tuple[Any, ...] = output.to_tuple()
     if transformers_version()[0] >= 5 or getattr(output, "pooler_output", MISSING) is not None:
-        return found
-    return found[0], None, *found[1:]
+        return values
+    return values[0], None, *values[1:]
 
 
 def flag(call: Mapping[str, Any], config: Any, name: str) -> Any:
-    """The setting `output_...` of a call. None given by the caller means False from 5.0 on, and the config's before."""
+    """Returns the setting `output_...` of a call. None in it means False from 5.0 on, and the config's before."""
     value = call.get(name, MISSING)
     if value is MISSING or (value is None and transformers_version()[0] < 5):
         return getattr(config, name, False)
@@ -45,7 +44,7 @@ def flag(call: Mapping[str, Any], config: Any, name: str) -> Any:
 
 
 def is_harmless(hook: Callable[..., Any]) -> bool:
-    """Whether a forward hook is one of transformers' own that asks nothing of our path.
+    """Says whether a forward hook is one of transformers' own that asks nothing of our path.
 
     5.x installs recorders for good when hidden states or attentions are first asked for; they do nothing but in a call
     of the original forward. Gradient checkpointing has the word embeddings' output require gradients (in 5.x always,
@@ -57,14 +56,14 @@ def is_harmless(hook: Callable[..., Any]) -> bool:
 
 
 def is_own_forward(module: Any) -> bool:
-    """Whether a forward in a module's own dictionary is that of its class: 5.0 puts it back so after recording."""
+    """Says whether a forward in a module's own dictionary is that of its class. 5.0 puts it there after recording."""
     forward: Any = module.__dict__["forward"]
     kind: Any = type(module)
     return getattr(forward, "__self__", None) is module and forward.__func__ is kind.forward
 
 
 def attention_interfaces() -> tuple[Any, Any] | None:
-    """(AttentionInterface, AttentionMaskInterface) where encoders read both, from 5.0 on; else None."""
+    """Returns (AttentionInterface, AttentionMaskInterface) where encoders read both, from 5.0 on, and else None."""
     if transformers_version()[0] < 5:
         return None
     from transformers import AttentionInterface, AttentionMaskInterface
@@ -73,9 +72,10 @@ def attention_interfaces() -> tuple[Any, Any] | None:
 
 
 def check_attention(name: str, check: Callable[[type], None]) -> None:
-    """Has transformers call `check(class)` before it makes a model with attn_implementation=name. Again does nothing.
+    """Has transformers call `check(class)` before it makes a model with attn_implementation=name.
 
-    transformers does such checks for its own names alone, in this method; there is nowhere to register one.
+    transformers checks only its own names, in this method, and has no place to register a check. A second call changes
+    nothing.
     """
     from transformers import PreTrainedModel
 
@@ -95,7 +95,7 @@ def check_attention(name: str, check: Callable[[type], None]) -> None:
 
 @functools.cache
 def reads_attention_interface(kind: type) -> bool:
-    """Whether a class of models takes its attention from transformers' interface, by the source of its modules.
+    """Says whether a class of models takes its attention from transformers' interface, by the source of its modules.
 
     Neither of the class's flags says that. transformers looks at the source, too, where an implementation is set later.
     True for a class without attention of its own, whose parts may read the interface.
@@ -107,7 +107,7 @@ def reads_attention_interface(kind: type) -> bool:
             source = inspect.getsource(sys.modules[base.__module__])
         except (KeyError, OSError, TypeError):
             continue
-        if re.search(r"ATTENTION_CLASSES\[", source):  # by the names that it knows
+        if re.search(r"ATTENTION_CLASSES\[", source):  # It takes the names that it knows.
             return False
         if "ALL_ATTENTION_FUNCTIONS" in source:
             return True
@@ -117,7 +117,7 @@ def reads_attention_interface(kind: type) -> bool:
 
 
 def is_mask_of_other_states(maker: Any) -> bool:
-    """Whether a function of transformers' masking_utils makes a mask for cross-attention; maker: its frame.
+    """Says whether a function of transformers' masking_utils makes a mask for cross-attention. maker: its frame.
 
     It tells mask functions the lengths alone, which may be equal.
     """
@@ -125,7 +125,7 @@ def is_mask_of_other_states(maker: Any) -> bool:
 
 
 def attention_registries(module: Any) -> tuple[tuple[Mapping[str, Any], Mapping[str, Any]], ...]:
-    """Registries that a model's source reads by the name of its attention: (this object's entries, everybody's) each.
+    """Lists the registries that a model's source reads by the name of its attention, as (own entries, common entries).
 
     They hold the functions of attention and, from 4.53 on, those of masks. Empty where the source reads none.
     """
@@ -143,7 +143,7 @@ def attention_registries(module: Any) -> tuple[tuple[Mapping[str, Any], Mapping[
 
 
 def pooling_modes(pooling: Any) -> tuple[str, ...]:
-    """The modes of a Pooling of sentence-transformers, in the order of its output: a flag each before version 6."""
+    """Lists the modes of a Pooling of sentence-transformers, in the order of its output: flags before version 6."""
     flags = {
         "cls": "pooling_mode_cls_token",
         "max": "pooling_mode_max_tokens",
@@ -159,7 +159,7 @@ def pooling_modes(pooling: Any) -> tuple[str, ...]:
 
 
 def takes_prompt_for_cls(pooling: Any) -> bool:
-    """Whether "cls" pooling takes the first token of all where it is to leave the prompt out, as before version 6."""
+    """Says whether "cls" pooling that leaves the prompt out takes the prompt's first token, as before version 6."""
     import torch
 
     place = pooling_modes(pooling).index("cls")
@@ -174,7 +174,7 @@ def takes_prompt_for_cls(pooling: Any) -> bool:
 
 
 def quantize_embeddings(vectors: Any, precision: str) -> Any:
-    """That of sentence-transformers, which moved it in version 6."""
+    """Quantises vectors by the function of sentence-transformers, which moved in version 6."""
     try:
         from sentence_transformers.util.quantization import quantize_embeddings as quantize
     except ImportError:
@@ -183,20 +183,20 @@ def quantize_embeddings(vectors: Any, precision: str) -> Any:
 
 
 def preprocess(transformer: Any, texts: list[str]) -> Any:
-    """What the Transformer module of sentence-transformers makes of texts; `tokenize` before version 6."""
+    """Calls `preprocess` of the Transformer module of sentence-transformers, `tokenize` before version 6."""
     modern = hasattr(transformer, "preprocess")
     return transformer.preprocess(texts) if modern else transformer.tokenize(texts)
 
 
 def cleaned(transformer: Any, texts: list[str]) -> list[str]:
-    """The texts as they go to the tokenizer: stripped, and lower-cased on request, before version 6."""
+    """Returns the texts that go to the tokenizer. Before version 6 they are stripped, and lower-cased on request."""
     if hasattr(transformer, "preprocess"):
         return texts
     return [text.strip().lower() if transformer.do_lower_case else text.strip() for text in texts]
 
 
 def query_length(mask_arguments: Mapping[str, Any]) -> int | None:
-    """Of the arguments of a mask function: `q_length`, which the first 5.x gave as the length of `cache_position`."""
+    """Reads the number of queries from a mask function's arguments: `q_length`, in the first 5.x `cache_position`."""
     length = mask_arguments.get("q_length")
     if length is None and mask_arguments.get("cache_position") is not None:
         length = mask_arguments["cache_position"].shape[0]

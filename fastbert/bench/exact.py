@@ -11,7 +11,7 @@ from torch import Tensor
 from fastbert import reference
 from fastbert.bench.texts import spread
 from fastbert.checkpoint.config import BertConfig
-from fastbert.pipelines.folder import POOLING_MODES
+from fastbert.pipelines.pipeline import POOLING_MODES
 from fastbert.pipelines.sentence import SentenceEncoder
 
 # At most so many sequences, so many of their tokens, and on a CPU what takes seconds.

@@ -1,6 +1,6 @@
-"""Which figures results allow: ratio to each peer, throughput by length and batch, share of the ceiling, memory, start.
+"""The figures of results: ratios to peers, throughput, share of the ceiling, memory, start.
 
-Every figure names the device and the day it was measured, and what it leaves out.
+Every figure names the device and the day on which it was measured, and the competitors that it leaves out.
 """
 
 from __future__ import annotations
@@ -38,28 +38,28 @@ WHERE_LISTED = 4  # places named one by one where a competitor has no point
 
 def figures(results: Results) -> list[Plot]:
     """The figures that the rows allow, suite by suite. Raises ImportError if matplotlib is not installed."""
-    import matplotlib.figure  # noqa: F401  drawing would need it: to be known now
+    import matplotlib.figure  # noqa: F401  the error is raised here, before anything is drawn
 
-    found: list[Plot] = []
+    plots: list[Plot] = []
     foot = source(results.environment)
     for suite, members in suites(results).items():
         for group in _by(members, lambda contest: (contest.model, contest.setting)).values():
-            found += _ratio(group, foot)
-            found += _throughput(group, foot, "length", "batch") + _throughput(group, foot, "batch", "length")
-        found += _of_rows(members, foot, "ceiling", f"{suite}: share of the measured ceiling", _ceiling)
-        found += _of_rows(members, foot, "memory", f"{suite}: peak memory", _memory)
-        found += _of_rows(members, foot, "cold start", f"{suite}: cold start to first result", _cold_start)
-        found += _once(members, foot, "prepare_seconds", "prepare", f"{suite}: preparation (load, compile, move)")
-    return _named_apart(found)
+            plots += _ratio(group, foot)
+            plots += _throughput(group, foot, "length", "batch") + _throughput(group, foot, "batch", "length")
+        plots += _of_rows(members, foot, "ceiling", f"{suite}: share of the measured ceiling", _ceiling)
+        plots += _of_rows(members, foot, "memory", f"{suite}: peak memory", _memory)
+        plots += _of_rows(members, foot, "cold start", f"{suite}: cold start to first result", _cold_start)
+        plots += _once(members, foot, "prepare_seconds", "prepare", f"{suite}: preparation (load, compile, move)")
+    return _named_apart(plots)
 
 
-def _named_apart(found: Sequence[Plot]) -> list[Plot]:
-    """Names count up where they repeat: they become files and ids."""
-    met: dict[str, int] = {}
+def _named_apart(plots: Sequence[Plot]) -> list[Plot]:
+    """Numbers the names that repeat, because names become files and ids."""
+    counts: dict[str, int] = {}
     apart = []
-    for plot in found:
-        met[plot.name] = met.get(plot.name, 0) + 1
-        name = plot.name if met[plot.name] == 1 else f"{plot.name}-n{met[plot.name]}"
+    for plot in plots:
+        counts[plot.name] = counts.get(plot.name, 0) + 1
+        name = plot.name if counts[plot.name] == 1 else f"{plot.name}-n{counts[plot.name]}"
         apart.append(dataclasses.replace(plot, name=name))
     return apart
 
@@ -71,7 +71,7 @@ def _ratio(group: Sequence[Contest], foot: str) -> list[Plot]:
     for i, contest in enumerate(group):
         for row in contest.peers:
             if contest.name_of(row) in shown:
-                cells[i, shown.index(contest.name_of(row))] = _ratio_bar(row)
+                cells[i, shown.index(contest.name_of(row))] = ratio_bar(row)
     title = f"{_heading(group[0])}: how many times faster fastbert is"
     foot += "\nWhiskers: 95 % interval. Blue: fastbert is faster, orange: slower, grey: the interval holds 1."
     foot += _left_out(group, [name for name in peers if name not in shown])
@@ -79,7 +79,8 @@ def _ratio(group: Sequence[Contest], foot: str) -> list[Plot]:
     return bars(group[0].suite, name, title, labels, shown, cells, "times faster", foot, log=True)
 
 
-def _ratio_bar(row: Row) -> Bar | str:
+def ratio_bar(row: Row) -> Bar | str:
+    """The speed-up over a peer as a bar, or the reason why there is none. The colour says who is faster."""
     if row.status != OK or row.speedup is None:
         return row.status if row.status != OK else NO_RATIO
     low = row.speedup if row.speedup_low is None else row.speedup_low
@@ -103,37 +104,37 @@ def _cold_start(row: Row) -> tuple[float, str] | None:
 def _of_rows(
     members: Sequence[Contest], foot: str, kind: str, title: str, value: Callable[[Row], tuple[float, str] | None]
 ) -> list[Plot]:
-    """Bars of something that a row may have, with its label: a line a contest, a panel a competitor."""
+    """Bars of a value that a row may have: a line for each contest, a panel for each competitor."""
     group = [c for c in members if any(value(row) for row in c.rows if row.status == OK)]
     having = {c.name_of(row) for c in group for row in c.rows if row.status == OK and value(row)}
     everyone = competitors(group)
     shown = [name for name in everyone if name in having]
-    factor, unit = _unit(kind, [found[0] for c in group for row in c.rows if (found := value(row))])
+    factor, unit = _unit(kind, [labelled[0] for c in group for row in c.rows if (labelled := value(row))])
     cells: dict[tuple[int, int], Bar | str] = {}
     for i, contest in enumerate(group):
         for row in contest.rows:
             if contest.name_of(row) not in having:
                 continue
-            found = value(row)
+            labelled = value(row)
             at = i, shown.index(contest.name_of(row))
-            if row.status == OK and found:
-                cells[at] = Bar(found[0] / factor, found[1], BLUE if row.competitor == OURS else GREY)
+            if row.status == OK and labelled:
+                cells[at] = Bar(labelled[0] / factor, labelled[1], BLUE if row.competitor == OURS else GREY)
             else:
-                cells[at] = row.status if row.status != OK else "not given"
+                cells[at] = row.status if row.status != OK else "no number"
     foot += _left_out(group, [name for name in everyone if name not in having])
     return bars(members[0].suite, f"{members[0].suite} {kind}", title, _labels(group), shown, cells, unit, foot)
 
 
 def _once(members: Sequence[Contest], foot: str, key: str, kind: str, title: str) -> list[Plot]:
-    """Bars of what happens once a competitor and model: the median over the contests."""
+    """Bars of a time that each competitor spends once for a model: the median over the contests."""
     models = _by(members, lambda contest: contest.model)
     values: dict[str, dict[int, float]] = {}
     for j, group in enumerate(models.values()):
         for name in competitors(group):
             rows = (row for contest in group for row in contest.rows if contest.name_of(row) == name)
-            found = [v for row in rows if row.status == OK and (v := number(row, key)) is not None]
-            if found:
-                values.setdefault(name, {})[j] = statistics.median(found)
+            times_of_model = [v for row in rows if row.status == OK and (v := number(row, key)) is not None]
+            if times_of_model:
+                values.setdefault(name, {})[j] = statistics.median(times_of_model)
     factor, unit = _unit(kind, [v for of_models in values.values() for v in of_models.values()])
     cells: dict[tuple[int, int], Bar | str] = {
         (i, j): Bar(v / factor, duration(v), BLUE if name == OURS else GREY)
@@ -144,8 +145,11 @@ def _once(members: Sequence[Contest], foot: str, key: str, kind: str, title: str
 
 
 def _throughput(group: Sequence[Contest], foot: str, along: str, panel: str) -> list[Plot]:
-    """Tokens/s against length with a panel a batch size, or the other way round; each kind of workload apart."""
-    found = []
+    """Lines of tokens/s by length with a panel for each batch size, or the other way round.
+
+    Each kind of workload has figures of its own.
+    """
+    plots = []
     families = _by(group, lambda c: (c.dtype, re.sub(r"\d+", "#", c.workload)))
     several = len({family for _, family in families}) > 1
     for (dtype, _), members in families.items():
@@ -161,8 +165,8 @@ def _throughput(group: Sequence[Contest], foot: str, along: str, panel: str) -> 
             noted = foot + _without_a_point(absent, part, along, panel)
             name = f"{_heading(members[0])} {dtype} by {along}" + (f" {k + 1}" if k else "")
             panels = {at: points[at] for at in part}
-            found.append(lines(members[0].suite, name, title, panels, competitors(members), axes, noted, OURS))
-    return found
+            plots.append(lines(members[0].suite, name, title, panels, competitors(members), axes, noted, OURS))
+    return plots
 
 
 _Points = dict[float, dict[str, list[tuple[float, float, float]]]]  # panel, competitor: (x, y, spread of y)
@@ -170,7 +174,7 @@ _Absent = dict[str, list[tuple[float, float]]]  # competitor and status: (x, pan
 
 
 def _points(members: Sequence[Contest], along: str, panel: str) -> tuple[_Points, _Absent]:
-    """What is to be drawn, and who has no point where."""
+    """The points to draw, and the places where a competitor has none."""
     points: _Points = {}
     absent: _Absent = {}
     for contest in members:
@@ -183,13 +187,13 @@ def _points(members: Sequence[Contest], along: str, panel: str) -> tuple[_Points
             if row.status == OK and y is not None:
                 points.setdefault(at, {}).setdefault(name, []).append((x, y, y * spread))
             else:
-                said = row.status if row.status != OK else "without a rate"
-                absent.setdefault(f"{name} {said}", []).append((x, at))
+                reason = row.status if row.status != OK else "without a rate"
+                absent.setdefault(f"{name} {reason}", []).append((x, at))
     return points, absent
 
 
 def _labels(group: Sequence[Contest], *, model: bool = True) -> list[str]:
-    """What tells the contests apart, within a suite or, without the model, within a model and setting."""
+    """Labels that tell the contests of a suite apart; without the model, those of a model and setting."""
     dtypes = len({contest.dtype for contest in group}) > 1
     return [
         " · ".join(
@@ -212,17 +216,17 @@ def _heading(contest: Contest) -> str:
 
 
 def _left_out(group: Sequence[Contest], names: Iterable[str]) -> str:
-    """A line on competitors that have nothing to show anywhere, with what happened to them."""
-    said = []
+    """A line that names the competitors without any number, with their statuses."""
+    parts = []
     for name in names:
         rows = [row for contest in group for row in contest.rows if contest.name_of(row) == name]
         statuses = dict.fromkeys(row.status if row.status != OK else "no number" for row in rows)
-        said.append(f"{name} ({', '.join(statuses)})")
-    return f"\nNot shown: {'; '.join(said)}" if said else ""
+        parts.append(f"{name} ({', '.join(statuses)})")
+    return f"\nNot shown: {'; '.join(parts)}" if parts else ""
 
 
 def _unit(kind: str, values: Sequence[float]) -> tuple[float, str]:
-    """What values are divided by for an axis, and the name of the axis."""
+    """The number by which an axis divides its values, and the name of the axis."""
     largest = max(values, default=0.0)
     if kind == "ceiling":
         return 0.01, "% of the ceiling"
@@ -233,14 +237,14 @@ def _unit(kind: str, values: Sequence[float]) -> tuple[float, str]:
 
 
 def _without_a_point(absent: _Absent, panels: Sequence[float], along: str, panel: str) -> str:
-    """A line on who has no point in these panels, and where."""
-    said = []
-    for what, places in absent.items():
+    """A line that says which competitors have no point in these panels, and where."""
+    parts = []
+    for name, places in absent.items():
         where = [f"{x:g}×{at:g}" for x, at in places if at in panels]
         more = len(where) - WHERE_LISTED
         if where:
-            said.append(f"{what} at {', '.join(where[:WHERE_LISTED])}" + (f" and {more} more" if more > 0 else ""))
-    return f"\nWithout a point ({along}×{panel}): {'; '.join(said)}" if said else ""
+            parts.append(f"{name} at {', '.join(where[:WHERE_LISTED])}" + (f" and {more} more" if more > 0 else ""))
+    return f"\nWithout a point ({along}×{panel}): {'; '.join(parts)}" if parts else ""
 
 
 def _by(members: Iterable[Contest], key: Callable[[Contest], K]) -> dict[K, list[Contest]]:

@@ -1,6 +1,6 @@
-"""Results as tables of text: rows put into contests, numbers given digits and units, one table a contest.
+"""Results become tables of text: rows form contests, and numbers get digits and units.
 
-A row may carry more than its fields, in `Row.extra`. These keys are read here and in plots.py, all optional:
+A row may carry more than its fields, in `Row.extra`. This file and plots.py read these keys, all optional:
 
     model               str    "BERT-base", "MiniLM": what ran
     setting             str    "throughput" or "latency"
@@ -23,9 +23,9 @@ from typing import Any
 from fastbert.bench.measure import geometric_mean
 from fastbert.bench.peers import OURS
 from fastbert.bench.results import OK, Results, Row
+from fastbert.pages.document import NO_VALUE, Line, Table
 
 SHORT_DTYPES = {"float64": "fp64", "float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
-NOT_GIVEN = "–"  # what a competitor that ran does not state; one that did not run shows its status instead
 NO_RATIO = "no ratio"
 ROUNDS_FOR_PERCENTILES = 20  # of fewer, the 95th percentile is the slowest round
 
@@ -49,88 +49,76 @@ class Contest:
         return tuple(row for row in self.rows if row.competitor != OURS)
 
     @property
+    def others(self) -> tuple[Row, ...]:
+        """The peers that are not fastbert itself in another precision or layout."""
+        return tuple(row for row in self.peers if not row.competitor.startswith(f"{OURS} "))
+
+    @property
+    def fastest_other(self) -> Row | None:
+        """The row that fastbert is least ahead of, None where no other has a ratio."""
+        ratios = {i: row.speedup for i, row in enumerate(self.others) if row.speedup is not None}
+        return self.others[min(ratios, key=lambda i: ratios[i])] if ratios else None
+
+    @property
     def dtype(self) -> str:
-        """That of fastbert; a peer may have another."""
+        """The dtype of fastbert; a peer may have another."""
         return (self.ours or self.rows[0]).dtype
 
     @property
     def key(self) -> tuple[str, str, str, str, str]:
-        """What identifies the contest from one run to the next."""
+        """The names that identify the contest from one run to the next."""
         return self.suite, self.model, self.workload, self.setting, self.dtype
 
     @property
     def label(self) -> str:
-        """All of the key but the suite."""
+        """The key without the suite, as text."""
         return " · ".join(filter(None, (self.model, self.workload, self.setting, short_dtype(self.dtype))))
 
     def name_of(self, row: Row) -> str:
-        """The competitor, with its dtype where that is not the contest's."""
+        """The competitor's name, with its dtype where that is not the contest's."""
         return row.competitor if row.dtype == self.dtype else f"{row.competitor} ({short_dtype(row.dtype)})"
 
 
-@dataclass(frozen=True)
-class Line:
-    """The first cell and the others; or, for a competitor that has no numbers, its status and the reason."""
-
-    name: str
-    cells: tuple[str, ...] = ()
-    status: str = OK
-    reason: str = ""
-
-
-@dataclass(frozen=True)
-class Table:
-    title: str
-    header: tuple[str, ...]
-    lines: tuple[Line, ...]
-    notes: tuple[str, ...] = ()
-
-    @property
-    def prose(self) -> bool:
-        """Names with text beside them, rather than numbers under headings."""
-        return not any(self.header)
-
-
 def contests(rows: Iterable[Row]) -> list[Contest]:
-    """Rows in contests, in the order of their first rows.
+    """Puts rows into contests, in the order of their first rows.
 
-    Rows of one suite, workload, model and setting belong together until a competitor comes a second time: that is the
-    next contest, as when the same peers meet in another dtype.
+    Rows of one suite, workload, model and setting belong together. Where a competitor comes a second time, the next
+    contest begins: the same peers meet in another dtype.
     """
     groups: dict[tuple[str, str, str, str], list[list[Row]]] = {}
     order: list[tuple[tuple[str, str, str, str], list[Row]]] = []
     for row in rows:
         key = (row.suite, row.workload, str(row.extra.get("model", "")), str(row.extra.get("setting", "")))
-        found = groups.setdefault(key, [])
-        if not found or row.competitor in (other.competitor for other in found[-1]):
-            found.append([])
-            order.append((key, found[-1]))
-        found[-1].append(row)
+        same_key = groups.setdefault(key, [])
+        if not same_key or row.competitor in (other.competitor for other in same_key[-1]):
+            same_key.append([])
+            order.append((key, same_key[-1]))
+        same_key[-1].append(row)
     return [Contest(*key, tuple(sorted(group, key=lambda row: row.competitor != OURS))) for key, group in order]
 
 
 def suites(results: Results) -> dict[str, list[Contest]]:
     """The contests of each suite, in order."""
-    found: dict[str, list[Contest]] = {}
+    by_suite: dict[str, list[Contest]] = {}
     for contest in contests(results.rows):
-        found.setdefault(contest.suite, []).append(contest)
-    return found
+        by_suite.setdefault(contest.suite, []).append(contest)
+    return by_suite
 
 
-def competitors(found: Iterable[Contest]) -> list[str]:
-    """Names in the order in which they come, each once."""
-    return list(dict.fromkeys(contest.name_of(row) for contest in found for row in contest.rows))
+def competitors(members: Iterable[Contest]) -> list[str]:
+    """The competitors' names in the order in which they come, each once."""
+    return list(dict.fromkeys(contest.name_of(row) for contest in members for row in contest.rows))
 
 
 def contest_table(contest: Contest) -> Table:
-    """A line a competitor; columns that no competitor has anything for are left out."""
+    """A table with a line for each competitor; columns that are empty for all of them are left out."""
     ran = [row for row in contest.rows if row.status == OK]
     columns = [column for column in _COLUMNS if any(column[1](row) for row in ran)]
     header = [heading for heading, _ in columns] or ["result"]
     lines = [
-        Line(contest.name_of(row), tuple(cell(row) or NOT_GIVEN for _, cell in columns) or (NOT_GIVEN,))
+        Line(contest.name_of(row), tuple(cell(row) or NO_VALUE for _, cell in columns) or (NO_VALUE,), tone=_tone(row))
         if row.status == OK
-        else Line(contest.name_of(row), status=row.status, reason=row.detail or "no reason given")
+        else Line(contest.name_of(row), (), row.status, row.detail or "no reason given", _tone(row))
         for row in contest.rows
     ]
     notes = []
@@ -138,70 +126,78 @@ def contest_table(contest: Contest) -> Table:
         notes.append("fastbert did not take part, so there are no speed-ups.")
     elif contest.ours.status != OK and contest.peers:
         notes.append(f"fastbert is {contest.ours.status} here, so there are no speed-ups.")
-    said = [(contest.name_of(row), row.detail or row.extra.get("note")) for row in ran]
-    notes += [f"{name}: {text}" for name, text in said if text]
+    remarks = [(contest.name_of(row), row.detail or row.extra.get("note")) for row in ran]
+    notes += [f"{name}: {text}" for name, text in remarks if text]
     title = f"{contest.suite}: {contest.label}"
     return Table(title, ("competitor", *header), tuple(lines), tuple(notes))
 
 
-def summary_table(suite: str, found: Sequence[Contest]) -> Table:
-    """How many times faster fastbert is than each peer: a line a contest, the geometric mean of each setting last."""
-    peers = [name for name in competitors(found) if name != OURS]
+def _tone(row: Row) -> str:
+    return "ours" if row.competitor == OURS else ""
+
+
+def summary_table(suite: str, members: Sequence[Contest]) -> Table:
+    """A table of how many times faster fastbert is than each peer.
+
+    It has a line for each contest, and at its end the geometric mean of each setting.
+    """
+    peers = [name for name in competitors(members) if name != OURS]
     lines = []
-    for contest in found:
+    for contest in members:
         cells = {contest.name_of(row): ratio_cell(row) for row in contest.peers}
-        ours = NOT_GIVEN if contest.ours is None else speed(contest.ours)
-        lines.append(Line(contest.label, (ours, *(cells.get(name, NOT_GIVEN) for name in peers))))
-    settings = dict.fromkeys(contest.setting for contest in found)
+        ours = NO_VALUE if contest.ours is None else speed(contest.ours)
+        lines.append(Line(contest.label, (ours, *(cells.get(name, NO_VALUE) for name in peers))))
+    settings = dict.fromkeys(contest.setting for contest in members)
     for setting in settings:
-        of_setting = [contest for contest in found if contest.setting == setting]
+        of_setting = [contest for contest in members if contest.setting == setting]
         if len(of_setting) > 1:
             means = (mean_cell(peer_rows(of_setting, name)) for name in peers)
             name = "geometric mean" + (f", {setting or 'other'}" if len(settings) > 1 else "")
-            lines.append(Line(name, (NOT_GIVEN, *means)))
+            lines.append(Line(name, (NO_VALUE, *means), tone="ours"))
     title = f"{suite}: how many times faster fastbert is"
-    return Table(title, ("workload", OURS, *(f"than {name}" for name in peers)), tuple(lines), _reasons(found))
+    heads = "workload", "fastbert's speed", *(f"faster than {name}" for name in peers)
+    return Table(title, heads, tuple(lines), _reasons(members))
 
 
-def _reasons(found: Sequence[Contest]) -> tuple[str, ...]:
-    """Why competitors did not run: a line for each and its status, with the reason that it gave first."""
-    said: dict[tuple[str, str], list[str]] = {}
-    for contest in found:
+def _reasons(members: Sequence[Contest]) -> tuple[str, ...]:
+    """The reasons why competitors did not run: a line for each competitor and status, with its first reason."""
+    details: dict[tuple[str, str], list[str]] = {}
+    for contest in members:
         for row in contest.rows:
             if row.status != OK:
-                said.setdefault((contest.name_of(row), row.status), []).append(row.detail or "no reason given")
+                details.setdefault((contest.name_of(row), row.status), []).append(row.detail or "no reason given")
     return tuple(
-        f"{name} {status}, {len(reasons)} of {len(found)}: {reasons[0]}"
+        f"{name} {status}, {len(reasons)} of {len(members)}: {reasons[0]}"
         + (" (other reasons elsewhere)" if len(set(reasons)) > 1 else "")
-        for (name, status), reasons in said.items()
+        for (name, status), reasons in details.items()
     )
 
 
-def peer_rows(found: Iterable[Contest], name: str) -> list[Row]:
+def peer_rows(members: Iterable[Contest], name: str) -> list[Row]:
     """The rows of one peer, named as `Contest.name_of` names it."""
-    return [row for contest in found for row in contest.peers if contest.name_of(row) == name]
+    return [row for contest in members for row in contest.peers if contest.name_of(row) == name]
 
 
 def ratio_cell(row: Row) -> str:
-    """The speed-up of fastbert over a peer, or why there is none."""
+    """The speed-up of fastbert over a peer, or the reason why there is none."""
     if row.status != OK:
         return row.status
     return NO_RATIO if row.speedup is None else times(row.speedup)
 
 
 def mean_cell(rows: Sequence[Row]) -> str:
-    """The geometric mean of the speed-ups over one peer, with how many there are if not all."""
+    """The geometric mean of the speed-ups over one peer, with their number if some are missing."""
     ratios = [row.speedup for row in rows if row.speedup is not None]
     if ratios:
         return times(geometric_mean(ratios)) + (f" ({len(ratios)} of {len(rows)})" if len(ratios) < len(rows) else "")
-    said = list(dict.fromkeys(map(ratio_cell, rows)))
-    return " / ".join(said) or NOT_GIVEN
+    statuses = list(dict.fromkeys(map(ratio_cell, rows)))
+    return " / ".join(statuses) or NO_VALUE
 
 
 def speed(row: Row) -> str:
-    """How fast a competitor is, in the first unit it has: tokens/s, texts/s, rate, time. Its status if it did not run.
+    """The speed of a competitor in the first unit that it has: tokens/s, texts/s, rate, time.
 
-    A rate comes with its share of the measured ceiling.
+    A rate comes with its share of the measured ceiling. A competitor that did not run gives its status.
     """
     if row.status != OK:
         return row.status
@@ -209,7 +205,7 @@ def speed(row: Row) -> str:
         return f"{si(row.tokens_per_second)} tokens/s"
     if row.items and row.seconds:
         return f"{si(row.items / row.seconds)} texts/s"
-    return " = ".join(filter(None, (_rate(row), _ceiling(row)))) or _time(row) or NOT_GIVEN
+    return " = ".join(filter(None, (_rate(row), _ceiling(row)))) or _time(row) or NO_VALUE
 
 
 def environment_lines(environment: dict[str, Any]) -> list[tuple[str, str]]:
@@ -217,9 +213,9 @@ def environment_lines(environment: dict[str, Any]) -> list[tuple[str, str]]:
     lines = []
     for key, value in environment.items():
         if isinstance(value, dict):
-            there = [f"{name} {version}" for name, version in value.items() if version is not None]
+            installed = [f"{name} {version}" for name, version in value.items() if version is not None]
             absent = [name for name, version in value.items() if version is None]
-            value = ", ".join(there) + (f"; not installed: {', '.join(absent)}" if absent else "")
+            value = ", ".join(installed) + (f"; not installed: {', '.join(absent)}" if absent else "")
         elif key.endswith("_bytes") and isinstance(value, (int, float)):
             key, value = key.removesuffix("_bytes"), memory(value)
         lines.append((key.replace("_", " "), "unknown" if value is None else str(value)))
@@ -232,7 +228,7 @@ def ceiling_lines(ceilings: Mapping[str, float | None]) -> list[tuple[str, str]]
 
 
 def source(environment: dict[str, Any]) -> str:
-    """Device, day and commit in one line: what stands under every figure."""
+    """Device, day and commit in one line, which stands under every figure."""
     parts = [str(environment.get("device") or "unknown device"), str(environment.get("date") or "no date")[:10]]
     commit = environment.get("commit")
     return ", ".join(parts + ([f"commit {commit}"] if commit else []))
@@ -243,7 +239,7 @@ def short_dtype(dtype: str) -> str:
 
 
 def number(row: Row, key: str) -> float | None:
-    """A finite number of `Row.extra`, None if it is not there or not one."""
+    """A number of `Row.extra`, None if it is absent or not finite."""
     value = row.extra.get(key)
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
         return None
@@ -319,8 +315,8 @@ def _time(row: Row) -> str:
 def _percentiles(row: Row) -> str:
     if row.extra.get("setting") != "latency" and row.rounds < ROUNDS_FOR_PERCENTILES:
         return ""
-    found = [duration(p) for p in (row.p50, row.p95, row.p99) if p is not None]
-    return " / ".join(found) if len(found) == 3 else ""
+    times_of = [duration(p) for p in (row.p50, row.p95, row.p99) if p is not None]
+    return " / ".join(times_of) if len(times_of) == 3 else ""
 
 
 def _speedup(row: Row) -> str:
@@ -344,8 +340,8 @@ def _memory(row: Row) -> str:
 
 
 def _rate(row: Row) -> str:
-    found = rate_of(row)
-    return "" if found is None else f"{digits(found[0])} {found[1]}".strip()
+    rate = rate_of(row)
+    return "" if rate is None else f"{digits(rate[0])} {rate[1]}".strip()
 
 
 def _ceiling(row: Row) -> str:
@@ -361,18 +357,18 @@ def _extra(key: str, form: Callable[[float], str]) -> Callable[[Row], str]:
 
 
 _COLUMNS: tuple[tuple[str, Callable[[Row], str]], ...] = (
-    ("tokens/s", _tokens),
+    ("valid tokens/s", _tokens),
     ("texts/s", _texts),
-    ("time", _time),
-    ("p50 / p95 / p99", _percentiles),
-    ("fastbert is faster", _speedup),
+    ("time ± spread", _time),
+    ("time at p50 / p95 / p99", _percentiles),
+    ("time ÷ fastbert's [95 % interval]", _speedup),
     ("rate", _rate),
-    ("of the ceiling", lambda row: "" if row.ceiling_fraction is None else percent(row.ceiling_fraction)),
+    ("share of the ceiling", lambda row: "" if row.ceiling_fraction is None else percent(row.ceiling_fraction)),
     ("error (bound)", _error),
     ("largest error", _extra("max_error", lambda value: f"{value:.2g}")),
     ("cosine, 1st percentile", _extra("low_cosine", lambda value: f"{value:.4f}")),
     ("peak memory", _memory),
-    ("padding", _extra("padding_waste", percent)),
-    ("prepare", _extra("prepare_seconds", duration)),
-    ("cold start", _extra("cold_start_seconds", duration)),
+    ("share of padding", _extra("padding_waste", percent)),
+    ("time to prepare", _extra("prepare_seconds", duration)),
+    ("time of a cold start", _extra("cold_start_seconds", duration)),
 )

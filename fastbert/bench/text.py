@@ -24,12 +24,12 @@ from fastbert.bench.engines import TRANSFORMERS_ENGINES, Engine, Pool, Source, m
 from fastbert.bench.exact import covered, reference_vectors
 from fastbert.bench.peers import OURS, Peer
 from fastbert.bench.texts import spread
-from fastbert.checkpoint import files as checkpoint
-from fastbert.pipelines import folder as sentence_layout
-from fastbert.pipelines.folder import Normalize
+from fastbert.checkpoint.folder import resolve
+from fastbert.pipelines.folder import Layout, read_layout
+from fastbert.pipelines.modules import Normalize
 from fastbert.pipelines.names import SENTENCE_TRANSFORMERS, full_name
 from fastbert.pipelines.sentence import SentenceEncoder
-from fastbert.text.tokenizer import PackedEncoding
+from fastbert.text.encoding import PackedEncoding
 
 logger = logging.getLogger("fastbert")
 
@@ -59,8 +59,8 @@ class TextTask:
         backend: str = "auto",
         revision: str | None = None,
     ) -> None:
-        self.folder = checkpoint.resolve(full_name(src, SENTENCE_TRANSFORMERS), revision=revision)
-        self.layout = sentence_layout.read(self.folder) or sentence_layout.Layout(self.folder)
+        self.folder = resolve(full_name(src, SENTENCE_TRANSFORMERS), revision=revision)
+        self.layout = read_layout(self.folder) or Layout(self.folder)
         self.backend = backend
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.exact = SentenceEncoder.from_pretrained(self.folder, device="cpu", backend="torch")  # in the dtype stored

@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Sequence
 from typing import TypeVar
 
-from fastbert.text import files as text_io
+from fastbert.text import files
 
 Item = TypeVar("Item")
 
@@ -51,7 +51,7 @@ def read_texts(path: str | os.PathLike[str]) -> list[str]:
 
     Raises ValueError that names the file where it is not UTF-8 or holds no text, and OSError where it cannot be read.
     """
-    texts = [text for text in text_io.read_texts(os.fspath(path)) if text.strip()]
+    texts = [text for text in files.read_texts(os.fspath(path)) if text.strip()]
     if not texts:
         raise ValueError(f"{os.fspath(path)}: holds no text")
     return texts

@@ -1,1 +1,1 @@
-"""What is on disk: folders, files, configurations, and what each family calls its weights."""
+"""This package reads and writes what is on disk: folders, files, configurations and weights of each family."""

@@ -1,4 +1,4 @@
-"""Activations without a kernel of their own, by transformers' names (its ACT2FN): PyTorch computes them elementwise."""
+"""This module holds the activations by transformers' names (its ACT2FN), and computes them in plain PyTorch."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ def _laplace(x: Tensor) -> Tensor:
     return 0.5 * (1.0 + torch.erf((x - 0.707107) / (0.282095 * math.sqrt(2.0))))
 
 
+# Activations without a kernel of their own.
 OTHERS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu_10": lambda x: F.gelu(x).clamp(-10, 10),
     "hardswish": F.hardswish,
@@ -32,8 +33,8 @@ OTHERS: dict[str, Callable[[Tensor], Tensor]] = {
     "tanh": torch.tanh,
 }
 
-# Names of config.hidden_act -> names of activations in this library. The tanh form of GELU has many names; gelu_fast
-# rounds its constant, sqrt(2 / pi), to ten digits.
+# Names of config.hidden_act, and the names of activations in this library. The tanh form of GELU has many names.
+# gelu_fast rounds its constant, sqrt(2 / pi), to ten digits.
 ACTIVATIONS: dict[str, str] = {
     "gelu": "gelu",
     "gelu_new": "gelu_tanh",
@@ -48,7 +49,7 @@ ACTIVATIONS: dict[str, str] = {
 
 
 def activate(x: Tensor, activation: str) -> Tensor:
-    """Elementwise, in plain PyTorch: "none", or a value of ACTIVATIONS. Raises ValueError for another."""
+    """Applies an activation to each element: "none", or a value of ACTIVATIONS. Raises ValueError for another."""
     if activation == "none":
         return x
     if activation == "relu":

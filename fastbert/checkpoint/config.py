@@ -1,4 +1,4 @@
-"""BertConfig: shape and settings of a model of BERT's family, from and to transformers' ``config.json``."""
+"""This module holds `BertConfig`, the shape and settings of a model, and reads and writes ``config.json``."""
 
 from __future__ import annotations
 
@@ -16,9 +16,11 @@ from typing import Any
 
 from fastbert.checkpoint.activations import ACTIVATIONS
 from fastbert.checkpoint.config_access import DEFAULTS, UNSUPPORTED, ConfigAccess, refuse_unsupported
-from fastbert.checkpoint.families import AFTER_PADDING, Family, family_of
-from fastbert.checkpoint.files import read_json, resolve, write_text
-from fastbert.checkpoint.hub import ARGUMENTS
+from fastbert.checkpoint.families import family_of
+from fastbert.checkpoint.family import AFTER_PADDING, Family
+from fastbert.checkpoint.files import read_json, write_text
+from fastbert.checkpoint.folder import ARGUMENTS, resolve
+from fastbert.checks import expect
 
 logger = logging.getLogger("fastbert")
 
@@ -41,21 +43,24 @@ _DROPOUTS = ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_
 
 @dataclass
 class BertConfig(ConfigAccess):
-    """Shape and settings of a BERT model, with the names and defaults of transformers' ``BertConfig``.
+    """A `BertConfig` holds the shape and settings of a model, with the names and defaults of transformers' class.
 
-    ``model_type`` names the table of fastbert.checkpoint.families that the model follows; whatever names its
-    ``config.json`` has, the fields keep these. ``embedding_size``: width of the embeddings where the family projects
-    them (ELECTRA), None for ``hidden_size``. The defaults here are BERT's; ``from_dict`` fills in those of the family.
+    ``model_type`` names the table of fastbert.checkpoint.families that the model follows. The fields keep BERT's names,
+    whatever names the family's ``config.json`` has. The defaults of the fields are BERT's. ``from_dict`` fills in the
+    family's.
 
-    ``dtype`` is the name of the dtype the checkpoint was stored in ("float32", "bfloat16", "float16", "float64") or
-    None. ``hidden_act`` is "gelu" (erf form; "gelu_python" is taken as another name of it), "gelu_new" or
-    "gelu_pytorch_tanh" (tanh form), "relu", or another name of fastbert.checkpoint.activations, for most of which there
-    is no kernel. ``id2label`` maps class index to name; ``num_labels`` and ``label2id`` follow from it, and may be set.
-    ``extra`` keeps what else a ``config.json`` held, so that saving it again loses nothing; its names, and those of
-    transformers, are attributes, too.
+    ``embedding_size`` is the width of the embeddings where the family projects them (ELECTRA), and None stands for
+    ``hidden_size``. ``dtype`` is the name of the dtype that the checkpoint was stored in ("float32", "bfloat16",
+    "float16", "float64"), or None. ``hidden_act`` is "gelu" (erf form, with the other name "gelu_python"), "gelu_new"
+    or "gelu_pytorch_tanh" (tanh form), "relu", or another name of fastbert.checkpoint.activations. Most of the others
+    have no kernel.
 
-    Raises ValueError for a value that no BERT has or that fastbert does not compute. After changing fields by hand,
-    ``validate()`` repeats these checks.
+    ``id2label`` maps class index to name. ``num_labels`` and ``label2id`` follow from it, and may be set. ``extra``
+    keeps what else a ``config.json`` held, so that saving it again loses nothing. Its names, and those of transformers,
+    are attributes, too.
+
+    Raises ValueError for a value that no BERT has or that fastbert does not compute. ``validate()`` repeats these
+    checks after fields were changed by hand.
     """
 
     vocab_size: int = 30522
@@ -91,18 +96,18 @@ class BertConfig(ConfigAccess):
 
     @property
     def num_labels(self) -> int:
-        """The number of classes of a classification head."""
+        """Counts the classes of a classification head."""
         return len(self.id2label)
 
     @num_labels.setter
     def num_labels(self, value: int) -> None:
-        _expect(_is_int(value) and value > 0, "num_labels", value, "a positive whole number")
+        expect(_is_int(value) and value > 0, "num_labels", value, "a positive whole number")
         if value != len(self.id2label):
             self.id2label = _default_labels(value)
 
     @property
     def label2id(self) -> dict[str, int]:
-        """Class name to class index, the inverse of ``id2label``."""
+        """Maps class name to class index, the inverse of ``id2label``."""
         return {label: index for index, label in self.id2label.items()}
 
     @label2id.setter
@@ -111,38 +116,38 @@ class BertConfig(ConfigAccess):
 
     @property
     def head_size(self) -> int:
-        """The size of one attention head, ``hidden_size / num_attention_heads``."""
+        """Returns the size of one attention head, ``hidden_size / num_attention_heads``."""
         return self.hidden_size // self.num_attention_heads
 
     @property
     def family(self) -> Family:
-        """The table of fastbert.checkpoint.families that the model follows."""
+        """Returns the table of fastbert.checkpoint.families that the model follows."""
         return family_of(self.model_type)
 
     @property
     def embedding_width(self) -> int:
-        """The width of the embedding tables."""
+        """Returns the width of the embedding tables."""
         width = self.embedding_size if self.family.projection else None
         return self.hidden_size if width is None else width
 
     @property
     def position_offset(self) -> int:
-        """The position of a text's first token."""
+        """Returns the position of a text's first token."""
         if self.family.positions != AFTER_PADDING:
             return 0
-        return (self.pad_token_id or 0) + 1  # never None: see `validate`
+        return (self.pad_token_id or 0) + 1  # `validate` refuses None here.
 
     @property
     def max_length(self) -> int:
-        """Tokens of the longest text: positions of the table that are left from the first on."""
+        """Counts the tokens of the longest text: the positions of the table from the first token's on."""
         return self.max_position_embeddings - self.position_offset
 
     def validate(self) -> None:
-        """Raise ValueError if a field holds what no BERT has or what fastbert does not compute."""
+        """Raises ValueError if a field holds what no BERT has or what fastbert does not compute."""
         family = self.family
         for name in _SIZES:
             value = getattr(self, name)
-            _expect(_is_int(value) and value > 0, name, value, "a positive whole number")
+            expect(_is_int(value) and value > 0, name, value, "a positive whole number")
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"hidden_size: got {self.hidden_size}, expected a multiple of "
@@ -151,23 +156,23 @@ class BertConfig(ConfigAccess):
         for name in _DROPOUTS:
             value = getattr(self, name)
             if value is not None or name != "classifier_dropout":
-                _expect(_is_number(value) and 0 <= value < 1, name, value, "a probability in [0, 1)")
+                expect(_is_number(value) and 0 <= value < 1, name, value, "a probability in [0, 1)")
         eps, spread, pad = self.layer_norm_eps, self.initializer_range, self.pad_token_id
-        _expect(_is_number(eps) and eps > 0, "layer_norm_eps", eps, "a positive number")
-        _expect(_is_number(spread) and spread >= 0, "initializer_range", spread, "a number, 0 or more")
+        expect(_is_number(eps) and eps > 0, "layer_norm_eps", eps, "a positive number")
+        expect(_is_number(spread) and spread >= 0, "initializer_range", spread, "a number, 0 or more")
         # As for torch.nn.Embedding, a negative index counts from the end.
         fits = pad is None or (_is_int(pad) and -self.vocab_size <= pad < self.vocab_size)
-        _expect(fits, "pad_token_id", pad, f"None or a token id below vocab_size ({self.vocab_size})")
+        expect(fits, "pad_token_id", pad, f"None or a token id below vocab_size ({self.vocab_size})")
         if family.positions == AFTER_PADDING:
             fits = pad is not None and _is_int(pad) and pad >= 0
-            _expect(fits, "pad_token_id", pad, "a token id, 0 or more: positions begin after it")
+            expect(fits, "pad_token_id", pad, "a token id, 0 or more: positions begin after it")
             positions, least = self.max_position_embeddings, f"more than pad_token_id + 1 ({self.position_offset})"
-            _expect(positions > self.position_offset, "max_position_embeddings", positions, least)
+            expect(positions > self.position_offset, "max_position_embeddings", positions, least)
         width = self.embedding_size
         fits = not family.projection or width is None or (_is_int(width) and width > 0)
-        _expect(fits, "embedding_size", width, "None or a positive whole number")
+        expect(fits, "embedding_size", width, "None or a positive whole number")
         tie = self.tie_word_embeddings
-        _expect(isinstance(tie, bool), "tie_word_embeddings", tie, "True or False")
+        expect(isinstance(tie, bool), "tie_word_embeddings", tie, "True or False")
         _expect_one_of("hidden_act", self.hidden_act, HIDDEN_ACTS)
         if self.problem_type is not None:
             _expect_one_of("problem_type", self.problem_type, PROBLEM_TYPES)
@@ -175,8 +180,8 @@ class BertConfig(ConfigAccess):
             _expect_one_of("dtype", self.dtype, DTYPES)
         names = self.architectures
         is_names = names is None or (isinstance(names, list) and all(isinstance(name, str) for name in names))
-        _expect(is_names, "architectures", names, "None or a list of class names")
-        _expect(isinstance(self.extra, dict), "extra", self.extra, "a dict")
+        expect(is_names, "architectures", names, "None or a list of class names")
+        expect(isinstance(self.extra, dict), "extra", self.extra, "a dict")
         doubled = sorted(self.extra.keys() & (_FIELDS | _DERIVED))
         if doubled:
             raise ValueError(f"extra: holds {', '.join(doubled)}, which fields or properties of the config express")
@@ -185,13 +190,14 @@ class BertConfig(ConfigAccess):
 
     @classmethod
     def from_dict(cls, d: Mapping[str, Any], **overrides: Any) -> BertConfig:
-        """A config from the content of a ``config.json``; ``overrides`` win over it.
+        """Makes a config from the content of a ``config.json``. ``overrides`` win over it.
 
-        ``num_labels=n`` is taken too: it keeps the labels of ``d`` if there are n of them and otherwise names them
-        LABEL_0, LABEL_1 and so on. "torch_dtype" is read as the old name of "dtype". "model_type" (default "bert") says
-        which family's names and defaults hold. Other unknown keys of ``d`` are kept in ``extra``.
+        "model_type" (default "bert") says which family's names and defaults hold. ``num_labels=n`` keeps the labels of
+        ``d`` if there are n of them, and otherwise names them LABEL_0, LABEL_1 and so on. "torch_dtype" is the old name
+        of "dtype". Other unknown keys of ``d`` are kept in ``extra``.
 
-        Raises TypeError for an override that is no setting of BERT and no key of ``d``, ValueError for a bad value.
+        Raises TypeError for an override that is no setting of BERT and no key of ``d``. Raises ValueError for a bad
+        value.
         """
         model_type = overrides.get("model_type", d.get("model_type"))
         family = family_of("bert" if model_type is None else model_type)
@@ -200,7 +206,7 @@ class BertConfig(ConfigAccess):
         return cls(**_fields_and_extra(values, "id2label" in wanted))
 
     def to_dict(self) -> dict[str, Any]:
-        """The content of a ``config.json`` that ``from_dict`` and transformers read, ``extra`` included."""
+        """Returns the content of a ``config.json`` that ``from_dict`` and transformers read, ``extra`` included."""
         values = dataclasses.asdict(self)
         values = {**values.pop("extra"), **values}
         if self.family.projection:
@@ -212,13 +218,13 @@ class BertConfig(ConfigAccess):
 
     @classmethod
     def from_pretrained(cls, src: str | os.PathLike[str], **overrides: Any) -> BertConfig:
-        """A config from a local folder, a ``config.json`` file or a hub id; ``overrides`` as in ``from_dict``.
+        """Reads a config from a local folder, a ``config.json`` file or a hub id. ``overrides`` as in ``from_dict``.
 
-        Among them may be what ``hub.resolve`` takes: revision, subfolder, cache_dir, token, local_files_only,
+        Among them may be arguments of ``folder.resolve``: revision, subfolder, cache_dir, token, local_files_only,
         force_download.
 
-        Raises FileNotFoundError if there is no such file, TypeError for an unknown override, ValueError if the file is
-        not a JSON object, describes a model that is not covered, or asks for what is not. Messages name the file.
+        Raises FileNotFoundError if there is no such file, and TypeError for an unknown override. Raises ValueError,
+        which names the file, if it is not a JSON object, or describes a model that is not covered.
         """
         hub = {name: value for name in ARGUMENTS if (value := overrides.pop(name, None)) is not None}
         if isinstance(src, (str, os.PathLike)) and os.path.isfile(os.path.expanduser(src)):
@@ -233,7 +239,10 @@ class BertConfig(ConfigAccess):
             raise ValueError(f"{path}: {error}") from error
 
     def save_pretrained(self, dir: str | os.PathLike[str]) -> None:
-        """Write ``config.json`` to the folder ``dir``, which is made if need be. Raises ValueError as ``validate``."""
+        """Writes ``config.json`` to the folder ``dir``, and makes the folder where there is none.
+
+        Raises ValueError as ``validate`` does.
+        """
         self.validate()
         text = json.dumps(self.to_dict(), indent=2, sort_keys=True)
         folder = Path(dir)
@@ -246,7 +255,7 @@ _init = BertConfig.__init__
 
 @functools.wraps(_init)
 def _init_with_their_names(self: BertConfig, *args: Any, **settings: Any) -> None:
-    """Takes what transformers' configs take besides the fields: num_labels, label2id, output_hidden_states ..."""
+    """Takes what transformers' configs take besides the fields, as num_labels, label2id, output_hidden_states."""
     if settings.keys() - _FIELDS - {"extra"}:
         extra = settings.pop("extra", {})
         wanted = _named(family_of(settings.get("model_type", "bert")), settings)
@@ -263,7 +272,7 @@ _DERIVED = frozenset(("num_labels", "label2id", "torch_dtype"))
 
 
 def _named(family: Family, settings: Mapping[str, Any], known: Collection[str] = ()) -> dict[str, Any]:
-    """Settings of the family's or of BERT's names, under BERT's and today's. Raises TypeError for an unknown one."""
+    """Renames settings with the family's names to BERT's and today's. Raises TypeError for an unknown one."""
     renamed = family.config_names(settings)
     unknown = sorted(renamed.keys() - (_FIELDS | _DERIVED | UNSUPPORTED.keys() | DEFAULTS.keys() | set(known)))
     if unknown:
@@ -273,10 +282,13 @@ def _named(family: Family, settings: Mapping[str, Any], known: Collection[str] =
 
 
 def _fields_and_extra(values: dict[str, Any], labels_count: bool) -> dict[str, Any]:
-    """Arguments of BertConfig from settings of today's names. labels_count: whether id2label outweighs num_labels."""
+    """Sorts settings with today's names into arguments of BertConfig.
+
+    labels_count: whether id2label outweighs num_labels.
+    """
     num_labels = values.pop("num_labels", None)
     if num_labels is not None and not labels_count:
-        _expect(_is_int(num_labels) and num_labels > 0, "num_labels", num_labels, "a positive whole number")
+        expect(_is_int(num_labels) and num_labels > 0, "num_labels", num_labels, "a positive whole number")
         if len(values.get("id2label", ())) != num_labels:
             values["id2label"] = _default_labels(num_labels)
     fields = {name: values.pop(name) for name in _FIELDS & values.keys()}
@@ -284,7 +296,7 @@ def _fields_and_extra(values: dict[str, Any], labels_count: bool) -> dict[str, A
 
 
 def _modern(d: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy of ``d`` with today's names: "dtype", and for the labels either "id2label" or "num_labels" or neither."""
+    """Copies ``d`` under today's names: "dtype", and for the labels "id2label" or "num_labels" or neither."""
     values = copy.deepcopy(dict(d))
     torch_dtype = values.pop("torch_dtype", None)
     if values.get("dtype") is None and torch_dtype is not None:
@@ -292,7 +304,7 @@ def _modern(d: Mapping[str, Any]) -> dict[str, Any]:
 
     id2label, label2id = values.pop("id2label", None), values.pop("label2id", None)
     if id2label is None and label2id:
-        _expect(isinstance(label2id, Mapping), "label2id", label2id, "label names to class indices")
+        expect(isinstance(label2id, Mapping), "label2id", label2id, "label names to class indices")
         id2label = {index: label for label, index in label2id.items()}
     if id2label is not None:
         values["id2label"] = _labels(id2label)
@@ -303,7 +315,7 @@ def _modern(d: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _check_is_bert(d: Mapping[str, Any]) -> None:
-    """Refuse a config.json without a model_type unless it is an old BERT's: early conversion scripts wrote none."""
+    """Refuses a config.json without a model_type, unless it is an old BERT's: early conversion scripts wrote none."""
     if d.get("model_type") is not None:
         return
     architectures = d.get("architectures")
@@ -324,8 +336,8 @@ def _default_labels(n: int) -> dict[int, str]:
 
 
 def _labels(id2label: Any) -> dict[int, str]:
-    """``id2label`` with whole numbers as keys; JSON has them as strings."""
-    _expect(isinstance(id2label, Mapping) and len(id2label) > 0, "id2label", id2label, "class indices to label names")
+    """Returns ``id2label`` with whole numbers as keys, which are strings in JSON."""
+    expect(isinstance(id2label, Mapping) and len(id2label) > 0, "id2label", id2label, "class indices to label names")
     try:
         return {int(index): str(label) for index, label in id2label.items()}
     except (TypeError, ValueError) as error:
@@ -340,10 +352,5 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _expect(holds: bool, name: str, value: Any, expected: str) -> None:
-    if not holds:
-        raise ValueError(f"{name}: got {value!r}, expected {expected}")
-
-
 def _expect_one_of(name: str, value: Any, supported: tuple[str, ...]) -> None:
-    _expect(value in supported, name, value, f"one of {', '.join(supported)}")
+    expect(value in supported, name, value, f"one of {', '.join(supported)}")

@@ -1,4 +1,4 @@
-"""Attributes of a config that tools for transformers read and write, beside the fields of BertConfig."""
+"""This module gives a config the attributes that tools for transformers read and write, beside its fields."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastbert.checkpoint.files import read_json, write_text
 
-# What transformers' configs answer where nobody has set anything.
+# The values of transformers' configs where nobody has set any.
 DEFAULTS: dict[str, Any] = {
     "output_attentions": False,
     "output_hidden_states": False,
@@ -44,7 +44,7 @@ DEFAULTS: dict[str, Any] = {
     "_auto_class": None,
 }
 
-# Settings of transformers that change the computation, and what they ask for.
+# Settings of transformers that change the computation, and the beginning of the sentence that refuses them.
 UNSUPPORTED = {
     "is_decoder": "decoder mode is",
     "add_cross_attention": "cross-attention is",
@@ -55,7 +55,7 @@ UNSUPPORTED = {
 
 
 def refuse_unsupported(name: str, value: Any) -> None:
-    """Raises ValueError for a setting that asks for what fastbert does not compute."""
+    """Raises ValueError for a setting that asks for a computation that fastbert does not have."""
     if name == "position_embedding_type" and value not in (None, "absolute"):
         raise ValueError(f"position_embedding_type: got {value!r}, but only 'absolute' is supported")
     if name in UNSUPPORTED and value:
@@ -63,7 +63,7 @@ def refuse_unsupported(name: str, value: Any) -> None:
 
 
 class ConfigAccess:
-    """Access by transformers' names: a setting that is no field is kept in `extra`, and saved with the rest.
+    """This class gives access by transformers' names. A setting that is no field is kept in `extra`, and saved.
 
     A name that begins with an underscore is a note about the object, and is not saved.
     """
@@ -80,7 +80,7 @@ class ConfigAccess:
         def from_dict(cls, d: Mapping[str, Any], **overrides: Any) -> Any: ...
 
     def __getattr__(self, name: str) -> Any:
-        extra = self.__dict__.get("extra")  # not there while a copy or a pickle is made
+        extra = self.__dict__.get("extra")  # It is not there while a copy or a pickle is made.
         if extra is not None and not name.startswith("__"):
             ours = self.attribute_map.get(name)
             if ours is not None:
@@ -92,12 +92,12 @@ class ConfigAccess:
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     def __setattr__(self, name: str, value: Any) -> None:
-        kind = type(self)
+        cls = type(self)
         if name == "dtype" and value is not None:
-            value = str(value).removeprefix("torch.")  # a torch.dtype prints as "torch.float32"
+            value = str(value).removeprefix("torch.")  # A torch.dtype prints as "torch.float32".
         if name == "id2label" and isinstance(value, Mapping) and all(str(key).isdigit() for key in value):
-            value = {int(key): label for key, label in value.items()}  # JSON has strings
-        if name in kind.__dict__["__dataclass_fields__"] or name.startswith("_") or hasattr(kind, name):
+            value = {int(key): label for key, label in value.items()}  # JSON has strings as keys.
+        if name in cls.__dict__["__dataclass_fields__"] or name.startswith("_") or hasattr(cls, name):
             object.__setattr__(self, name, value)
         elif name in self.attribute_map:
             setattr(self, self.attribute_map[name], value)
@@ -113,13 +113,13 @@ class ConfigAccess:
 
     @property
     def attribute_map(self) -> dict[str, str]:
-        """The family's names of settings, and the fields that they stand for."""
+        """Maps the family's names of settings to the fields that they stand for."""
         family: Any = self.family
         return dict(family.settings)
 
     @property
     def torch_dtype(self) -> str | None:
-        """The old name of `dtype`."""
+        """Returns `dtype`, of which this is the old name."""
         return self.dtype
 
     @torch_dtype.setter
@@ -128,12 +128,12 @@ class ConfigAccess:
 
     @property
     def use_return_dict(self) -> bool:
-        """Whether a model returns an output class where its caller does not say."""
+        """Says whether a model returns an output class where its caller does not say."""
         return bool(self.return_dict and not self.torchscript)
 
     @property
     def name_or_path(self) -> str:
-        """The folder or hub id that the config was read from, or ""."""
+        """Returns the folder or hub id that the config was read from, or ""."""
         return self._name_or_path
 
     @name_or_path.setter
@@ -141,30 +141,30 @@ class ConfigAccess:
         self._name_or_path = str(value)
 
     def update(self, config_dict: Mapping[str, Any]) -> None:
-        """Sets each of these names."""
+        """Sets each name of a dictionary to its value."""
         for name, value in config_dict.items():
             setattr(self, name, value)
 
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> Any:
-        """The config of the text model, which is this one."""
+        """Returns the config of the text model, which is this one."""
         return self
 
     def to_diff_dict(self) -> dict[str, Any]:
-        """What of `to_dict` differs from the family's defaults, and the model_type."""
+        """Returns the values of `to_dict` that differ from the family's defaults, and the model_type."""
         values = self.to_dict()
-        usual = type(self).from_dict({"model_type": values["model_type"]}).to_dict()
-        del usual["model_type"]
-        return {name: value for name, value in values.items() if name not in usual or usual[name] != value}
+        defaults = type(self).from_dict({"model_type": values["model_type"]}).to_dict()
+        del defaults["model_type"]
+        return {name: value for name, value in values.items() if name not in defaults or defaults[name] != value}
 
     def to_json_string(self, use_diff: bool = True) -> str:
-        """The JSON text of `to_diff_dict`, or of `to_dict`."""
+        """Returns the JSON text of `to_diff_dict`, or of `to_dict`."""
         return json.dumps(self.to_diff_dict() if use_diff else self.to_dict(), indent=2, sort_keys=True) + "\n"
 
     def to_json_file(self, json_file_path: str | os.PathLike[str], use_diff: bool = True) -> None:
-        """Writes `to_json_string` to a file."""
+        """Writes the text of `to_json_string` to a file."""
         write_text(Path(json_file_path), self.to_json_string(use_diff))
 
     @classmethod
     def from_json_file(cls, json_file: str | os.PathLike[str]) -> Any:
-        """A config from a JSON file. Raises as `from_pretrained`."""
+        """Reads a config from a JSON file. Raises as `from_pretrained` does."""
         return cls.from_dict(read_json(json_file))

@@ -1,4 +1,4 @@
-"""The arguments of transformers' `from_pretrained` and `save_pretrained`: which are taken, ignored or refused."""
+"""This module takes, ignores or refuses the arguments of transformers' `from_pretrained` and `save_pretrained`."""
 
 from __future__ import annotations
 
@@ -14,19 +14,18 @@ import torch
 from torch import Tensor
 
 from fastbert.checkpoint.config import BertConfig
-from fastbert.checkpoint.hub import ARGUMENTS as HUB
-from fastbert.checkpoint.hub import resolve
+from fastbert.checkpoint.folder import ARGUMENTS as HUB
+from fastbert.checkpoint.folder import resolve
 
 logger = logging.getLogger("fastbert")
 
-
-# Arguments that `Arguments.of` gives a meaning to, beside those of the hub.
+# Arguments that `Arguments.of` gives a meaning to, beside those of `resolve`.
 TAKEN = (
     "config", "state_dict", "variant", "torch_dtype", "device_map", "use_auth_token", "ignore_mismatched_sizes",
     "output_loading_info", "add_pooling_layer", "key_mapping",
 )  # fmt: skip
 
-# Arguments that change nothing here, and why. A value that asks for nothing is not even logged.
+# Arguments that change nothing, and why. One that asks for something is logged.
 IGNORED = {
     "attn_implementation": "one implementation of attention serves all models; output_attentions=True works with it",
     "experts_implementation": "there are no experts",
@@ -51,7 +50,7 @@ IGNORED = {
     "_from_auto": "it says who calls", "_from_pipeline": "it says who calls", "_commit_hash": "revision says it",
 }  # fmt: skip
 
-# Arguments that ask for what there is not, and what to do instead.
+# Arguments that fastbert does not support, and what to do instead.
 REFUSED = {
     "from_tf": "only PyTorch weights are read; transformers 4 converts others",
     "from_flax": "only PyTorch weights are read; transformers 4 converts others",
@@ -82,14 +81,11 @@ _SAVE_REFUSED = {
 
 @dataclass
 class Arguments:
-    """What a call of `from_pretrained` asks for, in fastbert's terms.
+    """`Arguments` hold what a call of `from_pretrained` asks for, in fastbert's terms."""
 
-    hub: for `hub.resolve`. settings: overrides of the config. model: for the class. The others as in transformers.
-    """
-
-    hub: dict[str, Any]
-    settings: dict[str, Any]
-    model: dict[str, Any] = field(default_factory=dict)
+    hub: dict[str, Any]  # Arguments of `resolve`.
+    settings: dict[str, Any]  # Overrides of the config.
+    model: dict[str, Any] = field(default_factory=dict)  # Arguments of the model's class. The others: as there.
     config: Any = None
     state_dict: Mapping[str, Tensor] | None = None
     variant: str | None = None
@@ -100,9 +96,12 @@ class Arguments:
     key_mapping: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, given: Mapping[str, Any]) -> Arguments:
-        """Raises ValueError for an argument of REFUSED that asks for something; logs one of IGNORED that does."""
-        rest = dict(given)
+    def of(cls, keywords: Mapping[str, Any]) -> Arguments:
+        """Sorts keyword arguments, and logs those of IGNORED. Raises ValueError for one of REFUSED.
+
+        A value that asks for nothing, as None, is neither logged nor refused.
+        """
+        rest = dict(keywords)
         if rest.get("use_auth_token") is not None and rest.get("token") is None:
             rest["token"] = rest["use_auth_token"]
         rest.pop("use_auth_token", None)
@@ -125,7 +124,7 @@ class Arguments:
         return arguments
 
     def read_config(self, folder: str | os.PathLike[str]) -> BertConfig:
-        """The folder's config, or that of the argument `config`, with the overrides."""
+        """Reads the folder's config, or takes the argument `config`, and applies the overrides."""
         config = self.config
         if config is None:
             return BertConfig.from_pretrained(folder, **self.settings)
@@ -140,15 +139,15 @@ class Arguments:
         return BertConfig.from_dict(config.to_dict(), **self.settings)
 
     def renamed(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """A checkpoint's tensors after `key_mapping`: regular expressions, and what stands in their place."""
+        """Renames a checkpoint's tensors by `key_mapping`, which maps regular expressions to what replaces them."""
         names = {name: name for name in state}
         for pattern, replacement in self.key_mapping.items():
-            names = {name: re.sub(pattern, replacement, new) for name, new in names.items()}
-        return {new: state[name] for name, new in names.items()}
+            names = {stored: re.sub(pattern, replacement, name) for stored, name in names.items()}
+        return {name: state[stored] for stored, name in names.items()}
 
 
 def refuse(arguments: dict[str, Any], reasons: Mapping[str, str], caller: str) -> None:
-    """Takes these arguments out. Raises ValueError for the first that asks for something."""
+    """Removes the arguments named in `reasons`. Raises ValueError for the first that asks for something."""
     for name, reason in reasons.items():
         value = arguments.pop(name, None)
         if _asks(value):
@@ -156,7 +155,7 @@ def refuse(arguments: dict[str, Any], reasons: Mapping[str, str], caller: str) -
 
 
 def ignore(arguments: dict[str, Any], reasons: Mapping[str, str], caller: str) -> None:
-    """Takes these arguments out, and logs those that ask for something."""
+    """Removes the arguments named in `reasons`, and logs those that ask for something."""
     for name, reason in reasons.items():
         value = arguments.pop(name, None)
         if _asks(value) and not name.startswith("_"):
@@ -168,7 +167,7 @@ def _asks(value: Any) -> bool:
 
 
 def device_of(device_map: Any) -> torch.device | None:
-    """The one device of a device_map, None for none. Raises ValueError for a map over several, or to the disk."""
+    """Returns the one device of a device_map, or None. Raises ValueError for several devices, and for the disk."""
     if device_map is None:
         return None
     if isinstance(device_map, Mapping):
@@ -194,7 +193,7 @@ _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "
 
 
 def n_bytes(size: int | str) -> int:
-    """A size in bytes: a number, or "5GB" and the like, where 1 kB is 1000 bytes and 1 KiB is 1024."""
+    """Converts a size to bytes: a number, or text like "5GB". 1 kB is 1000 bytes and 1 KiB is 1024."""
     if isinstance(size, int):
         return size
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]i?|)b?\s*", str(size).lower())
@@ -203,9 +202,12 @@ def n_bytes(size: int | str) -> int:
     return int(float(match[1]) * _UNITS[match[2]])
 
 
-def check_saving(given: Mapping[str, Any]) -> None:
-    """Raises TypeError for what no save_pretrained takes, ValueError for what it takes and fastbert does not do."""
-    rest = dict(given)
+def check_saving(keywords: Mapping[str, Any]) -> None:
+    """Checks the keyword arguments of save_pretrained.
+
+    Raises TypeError for one that transformers does not take, and ValueError for one that fastbert does not support.
+    """
+    rest = dict(keywords)
     if rest.pop("safe_serialization", True) is False:
         raise ValueError("safe_serialization: got False, expected True: only safetensors are written")
     refuse(rest, _SAVE_REFUSED, "save_pretrained")

@@ -20,14 +20,14 @@ import torch
 from fastbert._version import __version__
 from fastbert.checkpoint.config import BertConfig
 from fastbert.checkpoint.families import our_class
-from fastbert.checkpoint.files import resolve
+from fastbert.checkpoint.folder import resolve
 from fastbert.models import tasks
 from fastbert.models.bert import BertModel
 from fastbert.models.pretrained import PreTrainedModel, listed
 from fastbert.ops import dispatch
 from fastbert.pipelines.names import SENTENCE_TRANSFORMERS, full_name
 from fastbert.pipelines.sentence import SentenceEncoder
-from fastbert.text import files as text_io
+from fastbert.text.files import STDIN, check_output, count_lines, open_output, read_texts
 from fastbert.text.tokenizer import Tokenizer
 
 logger = logging.getLogger("fastbert")
@@ -39,11 +39,11 @@ HEADS = {name for name in vars(tasks) if name.startswith("BertFor")}
 
 
 def embed(args: argparse.Namespace) -> None:
-    text_io.check_output(args.output)
+    check_output(args.output)
     texts = _read(args)
     encoder = _encoder(args)
     taken: deque[str] = deque()
-    with _progress(args.input) as bar, text_io.open_output(args.output, encoder.get_embedding_dimension()) as write:
+    with _progress(args.input) as bar, open_output(args.output, encoder.get_embedding_dimension()) as write:
         for vectors in encoder.encode_stream(
             _remembered(texts, taken),
             prompt_name=args.prompt_name,
@@ -220,7 +220,7 @@ def demo(args: argparse.Namespace) -> None:
 
 def _read(args: argparse.Namespace) -> Iterator[str]:
     """The texts of args.input, whose absence shows now and not after a model is loaded."""
-    if args.input == text_io.STDIN:
+    if args.input == STDIN:
         if sys.stdin is None or sys.stdin.isatty():
             raise ValueError("input: name a file, or pipe texts in, one a line")
     elif not os.path.exists(args.input):
@@ -228,7 +228,7 @@ def _read(args: argparse.Namespace) -> Iterator[str]:
     field = args.field
     if field is None and Path(args.input).suffix == ".jsonl":
         field = "text"
-    return text_io.read_texts(args.input, field)
+    return read_texts(args.input, field)
 
 
 def _remembered(texts: Iterable[str], taken: deque[str]) -> Iterator[str]:
@@ -243,7 +243,7 @@ def _progress(path: str) -> Any:
     from tqdm import tqdm
 
     shown = sys.stderr.isatty()
-    return tqdm(total=text_io.count_lines(path) if shown else None, unit="text", file=sys.stderr, disable=not shown)
+    return tqdm(total=count_lines(path) if shown else None, unit="text", file=sys.stderr, disable=not shown)
 
 
 def _device(args: argparse.Namespace) -> torch.device:

@@ -16,9 +16,9 @@ import numpy as np
 from fastbert.checkpoint.files import write_text
 from fastbert.cli.commands import _encoder, _how, _progress, _read, any_model
 from fastbert.diagnostics.verify.entry import verify as verify_model
-from fastbert.pipelines.cross_encoder import CrossEncoder
+from fastbert.pipelines.cross import CrossEncoder
 from fastbert.pipelines.sentence import SentenceEncoder
-from fastbert.text import files as text_io
+from fastbert.text.files import STDIN, read_texts
 from fastbert.text.tokenizer import Tokenizer
 from fastbert.vectors.search import semantic_search
 
@@ -52,7 +52,7 @@ def rerank(args: argparse.Namespace) -> None:
         hits = [{"corpus_id": i, "text": text} for i, text in enumerate(_read(args))]
         lists: Iterator[tuple[str, list[dict[str, Any]]]] = iter([(args.query, hits)])
     else:
-        if args.hits != text_io.STDIN and not os.path.exists(args.hits):
+        if args.hits != STDIN and not os.path.exists(args.hits):
             raise FileNotFoundError(f"hits: there is no file {args.hits!r}")
         lists = _hits(args.hits)
     encoder = CrossEncoder.from_pretrained(
@@ -70,7 +70,7 @@ def rerank(args: argparse.Namespace) -> None:
 
 def verify(args: argparse.Namespace) -> int:
     for path in (args.json, args.html):
-        if path not in (None, text_io.STDIN) and not Path(path).parent.is_dir():
+        if path not in (None, STDIN) and not Path(path).parent.is_dir():
             raise FileNotFoundError(f"output: there is no folder {str(Path(path).parent)!r}")
     texts = None if args.input is None else list(islice(_read(args), args.limit))
     if texts == []:
@@ -82,7 +82,7 @@ def verify(args: argparse.Namespace) -> int:
         tokenizer = Tokenizer.from_pretrained(folder) if found else None
     report = verify_model(model, texts, tokenizer=tokenizer)
     content = json.dumps(report.to_dict(), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    if args.json == text_io.STDIN:
+    if args.json == STDIN:
         sys.stdout.write(content)
     else:
         print(report)
@@ -96,7 +96,7 @@ def verify(args: argparse.Namespace) -> int:
 def _queries(args: argparse.Namespace) -> Iterator[str]:
     if args.query_file is None:
         return iter(args.queries)
-    if args.query_file == text_io.STDIN == args.input:
+    if args.query_file == STDIN == args.input:
         raise ValueError("queries: standard input cannot be both the queries and the texts")
     return _read(argparse.Namespace(input=args.query_file, field=None))
 
@@ -118,8 +118,8 @@ def _document_prompt(encoder: SentenceEncoder) -> str:
 
 def _hits(path: str) -> Iterator[tuple[str, list[dict[str, Any]]]]:
     """(query, hits) of each line, as `search` printed it."""
-    for number, line in enumerate(text_io.read_texts(path), start=1):
-        where = f"{'standard input' if path == text_io.STDIN else path}, line {number}"
+    for number, line in enumerate(read_texts(path), start=1):
+        where = f"{'standard input' if path == STDIN else path}, line {number}"
         try:
             record = json.loads(line)
             query, hits = record["query"], record["hits"]

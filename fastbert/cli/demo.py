@@ -16,10 +16,10 @@ import torch.nn.functional as F
 
 from fastbert.bench.exact import reference_vectors
 from fastbert.bench.texts import docstrings, spread
-from fastbert.checkpoint import files as checkpoint
+from fastbert.checkpoint.folder import resolve
 from fastbert.diagnostics.explain.entry import explain
 from fastbert.engine import cpu_encoder
-from fastbert.pipelines import folder as sentence_layout
+from fastbert.pipelines.folder import read_layout
 from fastbert.pipelines.names import SENTENCE_TRANSFORMERS, full_name
 from fastbert.pipelines.sentence import SentenceEncoder
 
@@ -88,7 +88,7 @@ def run(
     """
     revision = how.pop("revision", None)
     name = full_name(model, SENTENCE_TRANSFORMERS)
-    folder = _weights() if model is None else checkpoint.resolve(name, revision=revision)
+    folder = _weights() if model is None else resolve(name, revision=revision)
     dtypes = [dtype] if dtype != "auto" else ["float32", *(["bfloat16"] if fast_at_bfloat16(device) else [])]
     encoders = {name: SentenceEncoder.from_pretrained(folder, device=device, dtype=name, **how) for name in dtypes}
     encoder = encoders[dtypes[0]]
@@ -202,7 +202,7 @@ def _transformers(folder: Path, encoder: SentenceEncoder) -> Callable[[list[str]
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    layout = sentence_layout.read(folder)
+    layout = read_layout(folder)
     source = folder if layout is None else layout.transformer
     tokenizer = transformers.AutoTokenizer.from_pretrained(source)
     model = transformers.AutoModel.from_pretrained(source, dtype=encoder.dtype, attn_implementation="sdpa")

@@ -1,4 +1,4 @@
-"""fastbert.warmup: everything that a first call would stop for, done ahead."""
+"""`warmup` does ahead everything for which a first call would stop."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 
+from fastbert.checks import positive
 from fastbert.diagnostics.explain.entry import backbone, find_model
 from fastbert.engine import buckets
 from fastbert.engine.events import CompileEvents, compile_events
 from fastbert.models.pretrained import PreTrainedModel
-from fastbert.pipelines import run as sentence_run
+from fastbert.pipelines.batching import default_token_budget
 from fastbert.pipelines.sentence import SentenceEncoder
 
 __all__ = ["WarmupReport", "compile_events", "warmup"]
@@ -22,10 +23,11 @@ _TEXT = "One text."
 
 @dataclass(frozen=True)
 class WarmupReport:
-    """What `warmup` did. `str(report)` says it in a line or two.
+    """The work that `warmup` did. `str(report)` says it in a line or two.
 
-    buckets: token counts for which there is a CUDA graph now. events: what it compiled, loaded and captured. seconds:
-    what that took. notes: why there is no graph, where there is none.
+    buckets: the token counts for which there is a CUDA graph now. events: the numbers of kernels that it compiled and
+    loaded, and of graphs that it captured. seconds: the time of all that. notes: the reason why there is no graph, if
+    there is none.
     """
 
     model: str
@@ -49,23 +51,21 @@ def warmup(model: Any, *, max_tokens: int | None = None) -> WarmupReport:
     """Compiles the kernels and captures the CUDA graphs of a model, so that no later batch stops for that.
 
     model: a BertModel, a model with a head, a SentenceEncoder, or a module that wraps one; in eval mode, on its
-    device. max_tokens: of the largest batch that will come, by default the encoder's token budget, or the largest
-    bucket (fastbert.engine.graphs). Larger batches work too: they are launched kernel by kernel.
+    device. max_tokens: the size of the largest batch that will come, by default the encoder's token budget, or the
+    largest bucket (fastbert.engine.graphs). Larger batches work too: they are launched kernel by kernel.
 
     Afterwards `fastbert.compile_events()` stays as it is whatever lengths arrive, in inference mode or under no_grad,
     until the model's weights, dtype, device or mode change. On a CPU there is nothing to compile or to capture: a batch
-    is run, which loads libraries and makes their buffers. Raises TypeError for what is no such model, ValueError for
-    max_tokens.
+    is run, which loads libraries and makes their buffers. Raises TypeError for another kind of model, ValueError
+    for max_tokens.
     """
     inner = find_model(model)
     bert = backbone(inner)
     if max_tokens is None:
         max_tokens = buckets.LARGEST
         if isinstance(model, SentenceEncoder):
-            default = sentence_run.TOKEN_BUDGET
-            max_tokens = model.token_budget or default.get(model.device.type, default["cuda"])
-    if isinstance(max_tokens, bool) or not isinstance(max_tokens, int) or max_tokens < 1:
-        raise ValueError(f"max_tokens: expected a positive whole number, got {max_tokens!r}")
+            max_tokens = model.token_budget or default_token_budget(model.device)
+    max_tokens = positive("max_tokens", max_tokens)
     before, started = compile_events(), time.perf_counter()
     with torch.inference_mode():
         captured, obstacles = bert.engine.prepare(bert, max_tokens)
@@ -79,7 +79,7 @@ def warmup(model: Any, *, max_tokens: int | None = None) -> WarmupReport:
 
 
 def _run_rest(model: Any, inner: PreTrainedModel) -> None:
-    """What comes after the encoder: pooling, a head."""
+    """Runs the parts that follow the encoder: pooling, a head."""
     if isinstance(model, SentenceEncoder):
         for normalize in (False, True):
             model.encode([_TEXT, _TEXT * 2], normalize_embeddings=normalize)

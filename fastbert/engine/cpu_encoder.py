@@ -42,7 +42,7 @@ def obstacles(config: Any, dtype: torch.dtype, policy: ops.Policy, device: torch
         yield f"the backend is {backend!r}"
         return
     if not cpu.multiplies(dtype):
-        yield cpu.unavailable() or f"the C++ kernels do not multiply {dtype} on this processor"
+        yield cpu.obstacle() or f"the C++ kernels do not multiply {dtype} on this processor"
     if config.hidden_size > cpu.MAX_HIDDEN:
         yield f"hidden size {config.hidden_size} is above {cpu.MAX_HIDDEN}"
     if dtype == torch.bfloat16 and config.intermediate_size % 2:  # which is multiplied in pairs
@@ -91,9 +91,9 @@ def int8_obstacles(config: Any, dtype: torch.dtype) -> Iterator[str]:
 
     What fastbert.ops.quantized says of the sizes comes beside it.
     """
-    no_int8 = cpu.no_int8()
-    if no_int8 is not None:
-        yield no_int8
+    int8_obstacle = cpu.int8_obstacle()
+    if int8_obstacle is not None:
+        yield int8_obstacle
     elif dtype not in (torch.float32, torch.bfloat16):
         yield f"the C++ kernels do not multiply 8-bit operands for models in {dtype}"
     obstacle = attention.cpu_obstacle(config.head_size, torch.empty(0, dtype=dtype, device="cpu"))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fastbert import ops
 from fastbert.checkpoint.config import BertConfig
-from fastbert.checkpoint.families import AFTER_PADDING
+from fastbert.checkpoint.family import AFTER_PADDING
 from fastbert.engine import Block, EmbeddingTables, Engine, Options, PackedInputs
 from fastbert.engine.listeners import listened
 from fastbert.models import attention_weights, hooks

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fastbert import ops
 from fastbert.checkpoint.config import BertConfig
-from fastbert.checkpoint.families import Head
+from fastbert.checkpoint.family import Head
 from fastbert.models import hooks
 from fastbert.models.modules import call_module, dense, first_rows, is_plain_norm
 from fastbert.ops import Policy

@@ -12,9 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from fastbert import ops
-from fastbert.checkpoint import files as checkpoint
 from fastbert.checkpoint.config import DTYPES, BertConfig
+from fastbert.checkpoint.folder import resolve
 from fastbert.checkpoint.loading_arguments import Arguments, check_saving, n_bytes
+from fastbert.checkpoint.match import Match, match
+from fastbert.checkpoint.weights import read_state_dict, write_state_dict
 from fastbert.engine import Options, cpu_encoder
 from fastbert.engine.state import first_parameter
 from fastbert.models.access import ModelAccess
@@ -107,7 +109,7 @@ class PreTrainedModel(ModelAccess):
         """State-dict names that are other names for a tied tensor, left out of files, and its own name."""
         return {}
 
-    def _settle_ties(self, matched: checkpoint.Match, src: str) -> None:
+    def _settle_ties(self, matched: Match, src: str) -> None:
         """Squares what the config ties with what a checkpoint holds. Nothing to settle in a model without a decoder."""
 
     def train(self: Model, mode: bool = True) -> Model:
@@ -179,11 +181,11 @@ class PreTrainedModel(ModelAccess):
         check_batch_invariant(options.policy, device, precision)
         folder = None
         if src is not None or asked.config is None or asked.state_dict is None:
-            folder = checkpoint.resolve(src, weights=asked.state_dict is None, **asked.hub)
+            folder = resolve(src, weights=asked.state_dict is None, **asked.hub)
         config = asked.read_config(folder or "")
         state = asked.state_dict
         if state is None:
-            state = checkpoint.read_state_dict(
+            state = read_state_dict(
                 folder or "", use_safetensors=asked.hub.get("use_safetensors"), variant=asked.variant
             )
         state = asked.renamed(state)
@@ -211,7 +213,7 @@ class PreTrainedModel(ModelAccess):
         expected = self.state_dict()
         state, stored = self._translated(state)
         shapes = {name: t.shape for name, t in expected.items()}
-        matched = checkpoint.match(state, shapes, base_prefix=self.base_prefix, ignore_mismatched=ignore_mismatched)
+        matched = match(state, shapes, base_prefix=self.base_prefix, ignore_mismatched=ignore_mismatched)
         unused = [stored[name] for name in matched.unexpected]
         if unused:
             logger.info("%s: %s does not use %s", src, type(self).__name__, listed(unused))
@@ -298,7 +300,7 @@ class PreTrainedModel(ModelAccess):
             logger.warning("save_pretrained: writes %s weights: %s", self.dtype, self.dtype_choice)
         state = self.state_for_file(state_dict)
         self.save_config(save_directory)
-        checkpoint.write_state_dict(state, save_directory, max_shard_size=limit, variant=variant)
+        write_state_dict(state, save_directory, max_shard_size=limit, variant=variant)
 
     def save_config(self, folder: str | os.PathLike[str]) -> None:
         """Writes config.json alone."""

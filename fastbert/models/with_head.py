@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from fastbert.checkpoint.config import BertConfig
-from fastbert.checkpoint.families import Head
-from fastbert.checkpoint.files import Match
+from fastbert.checkpoint.family import Head
+from fastbert.checkpoint.match import Match
 from fastbert.engine import Options
 from fastbert.engine.listeners import listened
 from fastbert.models import outputs

@@ -237,7 +237,7 @@ def cpu_obstacle(head_size: int, qkv: torch.Tensor, dropout_p: float = 0.0) -> s
 
 @constant
 def _kernels_obstacle() -> str | None:
-    return cpu.unavailable()
+    return cpu.obstacle()
 
 
 def triton_obstacle(head_size: int, qkv: torch.Tensor, dropout_p: float = 0.0) -> str | None:
@@ -255,12 +255,12 @@ def _work_lists(
     cu_seqlens_cpu: torch.Tensor, dtype: torch.dtype, head_size: int, device: torch.device, share: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """(W, 4) and, where sequences share no tile, (W', 4) of short ones; int32, on the CPU, for the device's tiles."""
-    from fastbert_kernels import launch
+    from fastbert_kernels import configs, launch
     from fastbert_kernels.attention import build_work_list
 
     offsets, arch = cu_seqlens_cpu.tolist(), launch.arch(device)
-    block_q = launch.attention_config(dtype, head_size, arch).block_sizes["BLOCK_Q"]
-    short = None if share else launch.short_attention_config(dtype, head_size, arch)
+    block_q = configs.attention_config(dtype, head_size, arch).block_sizes["BLOCK_Q"]
+    short = None if share else configs.short_attention_config(dtype, head_size, arch)
     if short is None:
         return build_work_list(offsets, block_q, share), None
     longest = short.block_sizes["BLOCK_K"]
@@ -314,11 +314,11 @@ def max_tiles(
 
     No batch needs a longer one where neighbours share tiles. Where they share none, ones of a few tokens each may.
     """
-    from fastbert_kernels import attention, launch
+    from fastbert_kernels import attention, configs, launch
 
     arch = launch.arch(device)
-    block_q = launch.attention_config(qkv_dtype, head_size, arch).block_sizes["BLOCK_Q"]
-    short = launch.short_attention_config(qkv_dtype, head_size, arch) if policy.batch_invariant else None
+    block_q = configs.attention_config(qkv_dtype, head_size, arch).block_sizes["BLOCK_Q"]
+    short = configs.short_attention_config(qkv_dtype, head_size, arch) if policy.batch_invariant else None
     return attention.max_tiles(n_tokens, block_q), None if short is None else attention.max_short_tiles(n_tokens)
 
 

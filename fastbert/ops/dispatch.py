@@ -112,9 +112,9 @@ def check_batch_invariant(policy: Policy, device: torch.device, precision: str |
     if not policy.batch_invariant:
         return
     if device.type == "cpu" and policy.backend != "triton":
-        kernels, reason = "C++ kernels for CPUs", cpu.unavailable()
+        kernels, reason = "C++ kernels for CPUs", cpu.obstacle()
         if reason is None and precision is not None:
-            reason = cpu.no_int8()
+            reason = cpu.int8_obstacle()
     elif precision is not None:
         kernels, reason = "C++ kernels for CPUs", f"of those in 8 bits no others promise it, and the device is {device}"
     elif policy.backend == "cpu":

@@ -137,7 +137,7 @@ def _seen_within(ids: torch.Tensor, size: int) -> bool:
     """Tells whether there are none, or the C++ kernel for CPUs could look, and saw none outside of the table."""
     if ids.device.type != "cpu" or ids.dtype != torch.int64 or not ids.is_contiguous():
         return ids.numel() == 0
-    return ids.numel() == 0 or (dispatch.direct(ids) and cpu.unavailable() is None and not cpu.ids_outside(ids, size))
+    return ids.numel() == 0 or (dispatch.direct(ids) and cpu.obstacle() is None and not cpu.ids_outside(ids, size))
 
 
 @untraced

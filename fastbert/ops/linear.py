@@ -71,9 +71,9 @@ def gemm_kernel(
     if batch_invariant:
         return "fastbert", "batch_invariant: cuBLAS chooses its algorithm by the number of rows"
     if shape is not None and arch is not None:
-        from fastbert_kernels import launch
+        from fastbert_kernels import configs
 
-        known = launch.gemm(dtype, arch, shape, "residual" if residual else activation)
+        known = configs.gemm(dtype, arch, shape, "residual" if residual else activation)
         if known.choice is not None and known.choice_source is not None:
             return "cublas" if known.choice == "cublas" else "fastbert", known.choice_source
     if dtype == torch.float32:

@@ -67,7 +67,7 @@ def product_obstacle(dtype: torch.dtype, k_size: int) -> str | None:
     """Tells why a weight (M, k_size) of this dtype has no such product on this processor, or None."""
     if not cpu.multiplies(dtype):
         obstacle = f"the C++ kernels ({cpu.instructions()}) do not multiply {dtype} on this processor"
-        return cpu.unavailable() or obstacle
+        return cpu.obstacle() or obstacle
     odd = dtype == torch.bfloat16 and k_size % 2
     return f"the C++ kernels multiply bfloat16 in pairs, and there are {k_size} features" if odd else None
 

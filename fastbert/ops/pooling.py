@@ -93,7 +93,7 @@ def cpu_obstacle(dtype: torch.dtype) -> str | None:
     """Tells why the cpu backend takes PyTorch's operations for means in float32, and not the C++ kernel, or None."""
     if dtype not in (torch.float32, torch.bfloat16):
         return f"there is no C++ kernel for {dtype}"
-    return cpu.unavailable()
+    return cpu.obstacle()
 
 
 def _compiled(hidden: torch.Tensor, cu_seqlens: torch.Tensor, mode: str, out_dtype: torch.dtype) -> bool:

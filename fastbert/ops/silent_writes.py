@@ -67,7 +67,7 @@ class Samples:
         ]
         self._calls = [(array.ctypes.data, len(array), size) for array, size in self._addresses]
         self._words = on_host
-        self._compiled = cpu.unavailable() is None
+        self._compiled = cpu.obstacle() is None
         elsewhere = [word for word in words if not _on_host(word)]
         self._elsewhere = {
             key: [_view(word) for word in elsewhere if (word.dtype, word.device) == key]

@@ -1,7 +1,7 @@
-"""Figures as such: grids of bars, lines, and their rendering as SVG and PNG. What they show is up to who calls.
+"""Figures of bars and of lines, and their rendering as SVG and as PNG.
 
-matplotlib is imported when a figure is drawn, and its global state is left alone. As SVG a figure has no background and
-takes the text colour of the page, light or dark; its text is text. As PNG it is on white.
+matplotlib is imported when a figure is drawn, and its global state does not change. An SVG has no background, and its
+text takes the colour of the page, light or dark. A PNG is on white.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-# Each has a contrast of at least 3 with white and with #14171a. Where two lines might be confused, markers differ too.
+# Each colour has a contrast of at least 3 with white and with #14171a. Markers tell alike colours apart.
 BLUE, ORANGE, GREY = "#2f7de1", "#cf6a10", "#7f868d"
 PALETTE = (ORANGE, "#15905b", "#a862d3", "#d64550", "#14899c", "#9c7c1a", "#c2559f", GREY, "#6f7fd8", "#5d9127")
 MARKERS = "sDv^XPp*hd"
 FONT = "DejaVu Sans"  # comes with matplotlib; Verdana has the same widths
-INK = "#010101"  # stands for the page's text colour in an SVG
+INK = "#010101"  # in an SVG it stands for the text colour of the page
 
-MOST_ROWS, MOST_PANELS = 40, 4  # of one figure
+MOST_ROWS, MOST_PANELS = 40, 4  # in one figure
 PANEL_WIDTH, ROW_HEIGHT = 2.1, 0.26  # inches
-LETTER = 0.065  # inches, of a value's label
+LETTER = 0.065  # inches for each letter of a label
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Plot:
     draw: Callable[[], Figure]
 
     def png(self) -> bytes:
-        """On white, 144 dots an inch."""
+        """The figure on white, at 144 dots an inch."""
         return self._render("png", "#24292f", facecolor="white", dpi=144, metadata={"Software": None})
 
     def svg(self) -> str:
@@ -91,7 +91,7 @@ class Plot:
 
 @dataclass(frozen=True)
 class Bar:
-    """low and high: the ends of its whiskers."""
+    """A bar with its label. low and high: the ends of its whiskers."""
 
     value: float
     label: str
@@ -116,9 +116,10 @@ def bars(
     *,
     log: bool = False,
 ) -> list[Plot]:
-    """Horizontal bars, panels side by side on one scale, in as many figures as keep each readable; none of no bars.
+    """Figures of horizontal bars, in panels side by side on one scale; no figure where there is no bar.
 
-    There are more rows than panels, whichever way round they come. log: ratios, in bars that start at 1.
+    Many bars are spread over several figures, so that each stays readable. Rows and panels change places where there
+    are more panels than rows. log: the bars are ratios and start at 1.
     """
     if not any(isinstance(cell, Bar) for cell in cells.values()):
         return []
@@ -131,7 +132,7 @@ def bars(
         for down in parts_of(range(len(rows)), MOST_ROWS)
         for across in parts_of(range(len(panels)), MOST_PANELS)
     ]
-    found = []
+    plots = []
     for page, (down, across) in enumerate(pages):
         heading = title + (f" ({page + 1} of {len(pages)})" if len(pages) > 1 else "")
         shown = {(i, j): cells.get((y, x), "–") for i, y in enumerate(down) for j, x in enumerate(across)}
@@ -139,8 +140,8 @@ def bars(
         draw = partial(_draw_bars, heading, down_names, across_names, shown, scale, axis, foot)
         alt = f"Bar chart. {heading}: {', '.join(across_names)}, in {axis}. {foot}. The tables hold the numbers."
         file_name = _file_name(name + (f" {page + 1}" if page else ""))
-        found.append(Plot(suite, file_name, heading, alt, draw))
-    return found
+        plots.append(Plot(suite, file_name, heading, alt, draw))
+    return plots
 
 
 @dataclass(frozen=True)
@@ -152,20 +153,20 @@ class _Scale:
     high: float
 
     @classmethod
-    def of(cls, found: Sequence[Bar], log: bool) -> _Scale:
-        letters = max(len(bar.label) for bar in found)
+    def of(cls, drawn: Sequence[Bar], log: bool) -> _Scale:
+        letters = max(len(bar.label) for bar in drawn)
         room = min(0.6, (letters * LETTER + 0.12) / PANEL_WIDTH)  # share of a panel's width
-        high = max(bar.value if bar.high is None else bar.high for bar in found)
+        high = max(bar.value if bar.high is None else bar.high for bar in drawn)
         if not log:
             return cls(False, 0.0, (high or 1.0) / (1 - room))
-        low = min(bar.value if bar.low is None else bar.low for bar in found)
+        low = min(bar.value if bar.low is None else bar.low for bar in drawn)
         low, high = math.log(min(low, 1.0)), math.log(max(high, 1.0))
-        left = room if any(bar.value < 1 for bar in found) else 0.06
+        left = room if any(bar.value < 1 for bar in drawn) else 0.06
         span = max(high - low, 0.3) / max(1 - room - left, 0.2)
         return cls(True, math.exp(low - left * span), math.exp(low + (1 - left) * span))
 
     def ticks(self) -> list[float]:
-        """Of a log scale: round ratios, few enough that their labels stay apart."""
+        """Round ratios of a log scale, few enough that their labels stay apart."""
         span = math.log2(self.high / self.low)
         if span < 1.6:
             steps: Sequence[float] = (0.5, 0.6, 0.8, 1, 1.2, 1.5, 2)
@@ -229,7 +230,7 @@ def _draw_bar(axes: Axes, y: int, cell: Bar | str, start: float) -> None:
 
 
 def _write(axes: Axes, text: str, x: float, y: float, **style: Any) -> None:
-    """Text beside a point. Room for it is in the scale, so the layout need not measure it, which is slow."""
+    """Writes text beside a point. The scale has room for it, so the layout need not measure it, which is slow."""
     gap = -4 if style.get("ha") == "right" else 4
     axes.annotate(
         text, (x, y), (gap, 0), textcoords="offset points", va="center", fontsize=7.5, in_layout=False, **style
@@ -252,13 +253,13 @@ def lines(
     foot: str,
     ours: str,
 ) -> Plot:
-    """A panel a key, a line a competitor, y from zero; `ours` stands out.
+    """A figure with a panel for each key and a line for each competitor; y starts at zero, and `ours` stands out.
 
-    axes: what x is, what the panels are, the unit of y.
+    axes: the name of x, the name of what the panels differ in, the unit of y.
     """
     _, panel, unit = axes
     heading = f"{title} ({panel} {', '.join(f'{at:g}' for at in panels)})"
-    drawn = [name for name in names if any(name in found for found in panels.values())]
+    drawn = [name for name in names if any(name in panel_lines for panel_lines in panels.values())]
     alt = f"Line chart. {heading}: {unit} of {', '.join(drawn)}. {foot}. The tables hold the numbers."
     return Plot(suite, _file_name(name), heading, alt, partial(_draw_lines, title, panels, drawn, axes, foot, ours))
 
@@ -270,7 +271,7 @@ def _draw_lines(
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
     along, panel, unit = axes
-    highest = max(y for found in panels.values() for line in found.values() for _, y, _ in line)
+    highest = max(y for panel_lines in panels.values() for line in panel_lines.values() for _, y, _ in line)
     factor, prefix = next(
         (f, p) for f, p in ((1e6, "million "), (1e3, "thousand "), (1.0, "")) if highest >= f or f == 1
     )
@@ -281,15 +282,15 @@ def _draw_lines(
     top = frame(figure, title, foot, width, 3.4, legend_height)
     grid: list[Axes] = list(figure.subplots(1, len(panels), sharey=True, squeeze=False)[0])
     handles: dict[str, Any] = {}
-    for axis, (at, found) in zip(grid, panels.items(), strict=True):
-        xs = sorted({x for line in found.values() for x, _, _ in line})
+    for axis, (at, panel_lines) in zip(grid, panels.items(), strict=True):
+        xs = sorted({x for line in panel_lines.values() for x, _, _ in line})
         for k, name in enumerate(names):
-            if name not in found:
+            if name not in panel_lines:
                 continue
             ours = name == our_name
-            there = {x: (y / factor, spread / factor) for x, y, spread in found[name]}
-            # NaN where there is no point: no line is drawn across it.
-            ys, spreads = zip(*(there.get(x, (math.nan, math.nan)) for x in xs), strict=True)
+            points = {x: (y / factor, spread / factor) for x, y, spread in panel_lines[name]}
+            # NaN stands where there is no point, so that no line is drawn across it.
+            ys, spreads = zip(*(points.get(x, (math.nan, math.nan)) for x in xs), strict=True)
             handles[name] = axis.errorbar(
                 xs,
                 ys,
@@ -325,9 +326,10 @@ def _draw_lines(
 
 
 def frame(figure: Figure, title: str, foot: str, width: float, height: float, legend_height: float = 0.0) -> float:
-    """Sizes the figure, its axes `height` inches: title above, then room for a legend; below where it was measured.
+    """Sizes the figure, and writes the title above its axes and the foot below them. The axes are `height` inches high.
 
-    Returns where the axes end at the top, as a share of the whole height.
+    A legend has room between the title and the axes. The result is the upper end of the axes, as a share of the height
+    of the figure.
     """
     title, foot = _wrapped(title, width / 0.088), _wrapped(foot, width / 0.06)
     above = 0.12 + 0.19 * (1 + title.count("\n")) + legend_height
@@ -345,7 +347,7 @@ def _wrapped(text: str, letters: float) -> str:
 
 
 def parts_of(values: Sequence[T], most: int) -> list[Sequence[T]]:
-    """Runs of nearly equal size, none longer than `most`."""
+    """Cuts the values into runs of nearly equal size, none longer than `most`."""
     count = math.ceil(len(values) / most)
     return [values[k * len(values) // count : (k + 1) * len(values) // count] for k in range(count)]
 

@@ -1,4 +1,7 @@
-"""The rest of the interface of sentence-transformers' models: followed, or refused with what to do instead."""
+"""SentenceEncoder and CrossEncoder share a part of the interface of sentence-transformers' models.
+
+A name of that interface is followed here, or refused with what to do instead.
+"""
 
 from __future__ import annotations
 
@@ -8,15 +11,24 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from torch import nn
 
-from fastbert.pipelines.inputs import Pair, as_texts
+from fastbert.checks import check_text, positive_or_none
+from fastbert.pipelines.inputs import Pair, as_texts, n_prompt_tokens
+from fastbert.pipelines.settings import processing_limit
+from fastbert.text.tokenizer import Tokenizer
 
 logger = logging.getLogger("fastbert")
 
-SEVERAL = (
+SEVERAL_DEVICES = (
     "pool, device: got several processes or devices, expected one: run an encoder in each process, on its device, or "
     "give sentence-transformers' own model to fastbert.accelerate"
+)
+# The warning of sentence-transformers, word for word: programs look for it.
+TWO_PROMPTS = (
+    "Provide either a `prompt`, a `prompt_name`, or neither, but not both. "
+    "Ignoring the `prompt_name` in favor of `prompt`."
 )
 _TRAIN = "train sentence-transformers' own model, which fastbert.accelerate makes faster"
 _HUB = "save_pretrained writes a folder, which huggingface_hub.upload_folder uploads"
@@ -49,7 +61,7 @@ MISSING = {
 
 
 class Evaluations:
-    """Where evaluators of sentence-transformers leave their numbers, in the place of its model card.
+    """Evaluators of sentence-transformers leave their numbers here, in the place of its model card.
 
     metrics: (class of the evaluator, numbers by name, epoch, step) of each evaluation, in order.
     """
@@ -60,6 +72,7 @@ class Evaluations:
         self.metrics: list[tuple[str, dict[str, Any], int, int]] = []
 
     def set_evaluation_metrics(self, evaluator: Any, metrics: dict[str, Any], epoch: int = 0, step: int = 0) -> None:
+        """Keeps the numbers of one evaluation."""
         self.metrics.append((type(evaluator).__name__, dict(metrics), epoch, step))
 
     def __getattr__(self, name: str) -> Any:
@@ -69,16 +82,18 @@ class Evaluations:
 
 
 class SentenceTransformersApi(nn.Module):
-    """The part of the interface that a SentenceEncoder and a CrossEncoder share.
+    """This class gives a model and its tokenizer the interface of sentence-transformers' models.
 
-    A name that sentence-transformers has and this has not raises an AttributeError that says what to do instead.
+    A name that sentence-transformers has and this class has not raises an AttributeError that says what to do instead.
     """
 
     model: Any
-    tokenizer: Any
+    tokenizer: Tokenizer
+    prompts: dict[str, str]
+    default_prompt_name: str | None
 
     def __getattr__(self, name: str) -> Any:
-        # nn.Module's own would do for modules, but for the message, and one call is what a hot path can spare.
+        # nn.Module's own __getattr__ costs a text one call of a Python function more for each module.
         modules = self.__dict__.get("_modules")
         if modules is not None and name in modules:
             return modules[name]
@@ -87,7 +102,7 @@ class SentenceTransformersApi(nn.Module):
         return super().__getattr__(name)
 
     def __len__(self) -> int:
-        """How many modules sentence-transformers would count."""
+        """Returns the number of modules that sentence-transformers would count."""
         return 1
 
     def __bool__(self) -> bool:
@@ -96,15 +111,40 @@ class SentenceTransformersApi(nn.Module):
     def __getitem__(self, index: Any) -> Any:
         raise TypeError(f"{type(self).__name__} is no sequence of modules: {_PARTS}")
 
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Returns the dtype of the model. Vectors and scores are float32 also where this is bfloat16 or float16."""
+        return self.model.dtype
+
+    @property
+    def max_seq_length(self) -> int:
+        """Bounds the tokens of a text or a pair that are read, special tokens included.
+
+        It may be set, to at most the number of the model's positions; None stands for all of them. Raises ValueError
+        for more.
+        """
+        model: Any = self._modules["model"]
+        limit, positions = self.tokenizer.model_max_length, model.longest_text
+        return positions if limit is None else min(limit, positions)
+
+    @max_seq_length.setter
+    def max_seq_length(self, value: int | None) -> None:
+        limit = positive_or_none("max_seq_length", value) or self.model.longest_text
+        self.tokenizer.model_max_length = self._within_positions("max_seq_length", limit)
+
     def add_module(self, name: str, module: nn.Module | None) -> None:
-        """Raises TypeError for a module: sentence-transformers would run it last, and nothing here would."""
+        """Raises TypeError for a module: sentence-transformers would run it last, and fastbert would not run it."""
         if module is not None:
             raise TypeError(f"{type(self).__name__} takes no further module, got {name!r}: {_PARTS}")
         super().add_module(name, module)
 
     @property
     def config(self) -> Any:
-        """The BertConfig of the model."""
+        """Returns the BertConfig of the model."""
         return self.model.config
 
     @property
@@ -112,39 +152,39 @@ class SentenceTransformersApi(nn.Module):
         return ["text"]
 
     def supports(self, modality: Any) -> bool:
-        """Whether a modality of sentence-transformers can be encoded: "text" alone."""
+        """Tells whether inputs of a modality can be encoded. There is one such modality, "text"."""
         return modality == "text"
 
     def is_singular_input(self, inputs: Any) -> bool:
-        """Whether `encode` takes it for one text: a str, or a dict of one."""
+        """Tells whether `encode` takes the inputs for one text: a str, or a dict of one."""
         if isinstance(inputs, np.ndarray):
             return inputs.ndim == 0
         return isinstance(inputs, (str, dict)) or not isinstance(inputs, Iterable)
 
     @property
     def model_card_data(self) -> Evaluations:
-        """Where evaluators leave their numbers."""
+        """Returns the place where evaluators leave their numbers."""
         return self.__dict__.setdefault("_evaluations", Evaluations())
 
     def get_backend(self) -> str:
-        """ "torch", which is what sentence-transformers calls it."""
+        """Returns the name that sentence-transformers has for a model in PyTorch."""
         return "torch"
 
     def get_model_kwargs(self) -> list[str]:
-        """The names of further arguments of `encode` and `predict`: there are none."""
+        """Returns the names of further arguments of `encode` and `predict`. There are none."""
         return []
 
     def get_max_seq_length(self) -> int:
         return self.max_seq_length
 
     def evaluate(self, evaluator: Any, output_path: str | None = None) -> Any:
-        """What an evaluator of sentence-transformers says of this model; it may write to a folder `output_path`."""
+        """Returns what an evaluator of sentence-transformers says of this model. It may write to `output_path`."""
         if output_path is not None:
             os.makedirs(output_path, exist_ok=True)
         return evaluator(self, output_path)
 
     def save(self, path: str | os.PathLike[str] | None, *args: Any, **kwargs: Any) -> None:
-        """`save_pretrained`, under its other name."""
+        """Calls `save_pretrained`, of which this is another name."""
         if path is not None:
             self.save_pretrained(path, *args, **kwargs)
 
@@ -156,11 +196,11 @@ class SentenceTransformersApi(nn.Module):
         task: str | None = None,
         processing_kwargs: Any = None,
     ) -> dict[str, Any]:
-        """Texts, or pairs of them -> the tensors of a padded batch, which `forward` takes, on the CPU.
+        """Makes the padded batch that `forward` takes, on the CPU, of texts or of pairs of texts.
 
-        input_ids, token_type_ids, attention_mask: (B, S) int64; modality: "text"; prompt_length: with a prompt, how
-        many tokens pooling may leave out. task has no effect.
-        """  # fmt: skip
+        Returns input_ids, token_type_ids and attention_mask, (B, S) int64, and modality, "text". With a prompt it also
+        returns prompt_length, the number of tokens that pooling may leave out. task has no effect.
+        """
         items, single = as_texts(inputs, "inputs")
         texts: list[str] = list(items)
         if single:
@@ -174,25 +214,50 @@ class SentenceTransformersApi(nn.Module):
         encoding = self.tokenizer(firsts, pairs or None, padding=True, max_length=limit, return_tensors="pt")
         features: dict[str, Any] = {**encoding, "modality": "text"}
         if prompt:
-            ids = self.tokenizer.encode_packed([prompt], max_length=limit, warn=False).input_ids
-            features["prompt_length"] = len(ids) - int(ids[-1].item() in self.tokenizer.all_special_ids)
+            features["prompt_length"] = n_prompt_tokens(self.tokenizer, prompt, limit)
         return features
 
     def tokenize(self, texts: Sequence[Any], **kwargs: Any) -> dict[str, Any]:
-        """`preprocess`, under its name before sentence-transformers 5.4."""
+        """Calls `preprocess`, whose name this was before sentence-transformers 5.4."""
         return self.preprocess(texts, **kwargs)
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
-        """No effect but a warning: `encode` and `predict` run fastbert's kernels, and never call `forward`."""
+        """Logs a warning and does nothing else: `encode` and `predict` run fastbert's kernels, and not `forward`."""
         logger.warning("compile: has no effect on %s, which runs fastbert's own kernels", type(self).__name__)
 
     def _limit(self, processing_kwargs: Any) -> int:
-        """The most tokens of a text in one call."""
-        raise NotImplementedError
+        """Returns the most tokens of a text in one call."""
+        limit = processing_limit("processing_kwargs", processing_kwargs) or self.max_seq_length
+        return self._within_positions("max_length", limit)
+
+    def _within_positions(self, name: str, limit: int) -> int:
+        positions = self.model.longest_text
+        if limit > positions:
+            raise ValueError(f"{name}: got {limit}, but the model has {positions} positions")
+        return limit
+
+    def _set_prompts(self, prompts: dict[str, str], default_prompt_name: str | None) -> None:
+        if default_prompt_name is not None and default_prompt_name not in prompts:
+            raise ValueError(f"default_prompt_name: got {default_prompt_name!r}, expected one of {list(prompts)}")
+        self.prompts, self.default_prompt_name = prompts, default_prompt_name
+
+    def _prompt(self, prompt: str | None, prompt_name: str | None) -> str:
+        """Returns the prompt, or the one of that name, or the default one, or an empty text."""
+        if prompt is None:
+            name = self.default_prompt_name if prompt_name is None else prompt_name
+            if name is None:
+                return ""
+            if name not in self.prompts:
+                raise ValueError(f"prompt_name: got {name!r}, expected one of {list(self.prompts)}")
+            prompt = self.prompts[name]
+        elif prompt_name is not None:
+            logger.warning(TWO_PROMPTS)
+        check_text("prompt", prompt)
+        return prompt
 
 
-def passed_over(**arguments: Any) -> None:
-    """Logs the arguments of sentence-transformers' save_pretrained that were given and have no effect here."""
+def log_unused(**arguments: Any) -> None:
+    """Logs the arguments of sentence-transformers' save_pretrained that came and have no effect."""
     named = sorted(name for name, value in arguments.items() if value)
     if named:
         logger.info("save_pretrained: %s has no effect: safetensors, and no model card, are written", ", ".join(named))

@@ -1,8 +1,8 @@
-"""sentence-transformers folders: what stands around the BERT model in them, read and written.
+"""This module reads and writes sentence-transformers' folders, but for the model and the tokenizer in them.
 
 A folder holds modules.json, which names a Transformer, a Pooling and what follows it (Dense, LayerNorm, Dropout,
-Normalize), a subfolder for each module that has settings, and config_sentence_transformers.json with the prompts. Both
-the names and settings of today's sentence-transformers and those of earlier versions are read; the earlier ones are
+Normalize). It has a subfolder for each module that has settings, and config_sentence_transformers.json with the
+prompts. The names and settings of today's sentence-transformers and of earlier versions are read. The earlier ones are
 written, which all versions read.
 """
 
@@ -21,14 +21,11 @@ from tokenizers import normalizers
 from torch import nn
 
 from fastbert._version import __version__
-from fastbert.checkpoint import files as checkpoint
-from fastbert.pipelines.modules import ACTIVATIONS as _ACTIVATIONS
-from fastbert.pipelines.modules import Dense as Dense
-from fastbert.pipelines.modules import Dropout as Dropout
-from fastbert.pipelines.modules import LayerNorm as LayerNorm
-from fastbert.pipelines.modules import Normalize as Normalize
-from fastbert.pipelines.modules import activation_name
-from fastbert.pipelines.modules import apply as apply
+from fastbert.checkpoint.files import read_json, write_text
+from fastbert.checkpoint.match import match
+from fastbert.checkpoint.weights import read_state_dict, write_state_dict
+from fastbert.pipelines.modules import ACTIVATIONS, Dense, Dropout, LayerNorm, Normalize, activation_name
+from fastbert.pipelines.pipeline import Pooling
 from fastbert.pipelines.settings import (
     MODULE_KEYS,
     MODULES_KEYS,
@@ -45,16 +42,7 @@ logger = logging.getLogger("fastbert")
 MODULES = "modules.json"
 SETTINGS = "config_sentence_transformers.json"
 
-# A pooling mode of sentence-transformers -> the mode of fastbert.ops.pool
-POOLING_MODES = {
-    "cls": "cls",
-    "max": "max",
-    "mean": "mean",
-    "mean_sqrt_len_tokens": "mean_sqrt_len",
-    "weightedmean": "weighted_mean",
-    "lasttoken": "last",
-}
-# The flags that stood for them before, in the order in which several are concatenated.
+# The flags of pooling modes in earlier versions, in the order in which the vectors of several are concatenated.
 _POOLING_FLAGS = {
     "pooling_mode_cls_token": "cls",
     "pooling_mode_max_tokens": "max",
@@ -63,36 +51,14 @@ _POOLING_FLAGS = {
     "pooling_mode_weightedmean_tokens": "weightedmean",
     "pooling_mode_lasttoken": "lasttoken",
 }
-_KINDS = {kind.__name__: kind for kind in (Dense, LayerNorm, Dropout, Normalize)}
-
-
-@dataclass
-class Pooling:
-    """How token vectors become one: a mode of `POOLING_MODES`, or several, concatenated in their order."""
-
-    modes: str | Sequence[str] = ("mean",)
-    include_prompt: bool = True
-
-    def __post_init__(self) -> None:
-        self.modes = (self.modes,) if isinstance(self.modes, str) else tuple(self.modes)
-        if not self.modes or (unknown := [mode for mode in self.modes if mode not in POOLING_MODES]):
-            got = unknown if self.modes else "none"
-            raise ValueError(f"pooling: got {got}, expected at least one of {', '.join(POOLING_MODES)}")
-
-    def settings(self, hidden_size: int) -> dict[str, Any]:
-        """The content of 1_Pooling/config.json: flags where they can say the order, `pooling_mode` elsewhere."""
-        if self.modes == tuple(mode for mode in _POOLING_FLAGS.values() if mode in self.modes):
-            flags = {flag: mode in self.modes for flag, mode in _POOLING_FLAGS.items()}
-            return {"word_embedding_dimension": hidden_size, **flags, "include_prompt": self.include_prompt}
-        modes = {"pooling_mode": list(self.modes), "include_prompt": self.include_prompt}
-        return {"embedding_dimension": hidden_size, **modes}
+_TAIL_MODULES = ("Dense", "LayerNorm", "Dropout", "Normalize")
 
 
 @dataclass
 class Layout:
-    """What a folder says of a sentence encoder, but for the BERT model and its tokenizer."""
+    """A Layout holds what a folder says of a sentence encoder, but for the model and its tokenizer."""
 
-    transformer: Path  # the folder that holds these
+    transformer: Path  # the folder of the model and the tokenizer
     settings: TransformerSettings = field(default_factory=TransformerSettings)
     pooling: Pooling = field(default_factory=Pooling)
     tail: list[nn.Module] = field(default_factory=list)  # what follows pooling
@@ -102,10 +68,10 @@ class Layout:
     truncate_dim: int | None = None
 
 
-def read(folder: Path) -> Layout | None:
-    """The layout of a sentence-transformers folder; None where there is no modules.json.
+def read_layout(folder: Path) -> Layout | None:
+    """Reads the layout of a sentence-transformers folder. Returns None where there is no modules.json.
 
-    Raises ValueError that names the file for a module or a setting that is not supported, FileNotFoundError for a
+    Raises ValueError with the file for a module or a setting that is not supported, and FileNotFoundError for a
     module's missing file.
     """
     if not (folder / MODULES).is_file():
@@ -119,7 +85,7 @@ def read(folder: Path) -> Layout | None:
         )
     layout = Layout(path, pooling=_read_pooling(rest[0][1] / "config.json"))
     for kind, path in rest[1:]:
-        if kind not in _KINDS:
+        if kind not in _TAIL_MODULES:
             raise ValueError(f"{folder / MODULES}: got a second {kind}, which is not supported")
         layout.tail.append(_read_tail(kind, path))
     layout.settings = read_transformer(layout.transformer)
@@ -127,10 +93,11 @@ def read(folder: Path) -> Layout | None:
     return layout
 
 
-def read_cross_encoder(folder: Path) -> tuple[Layout, str | None]:
-    """The layout of a cross-encoder's folder, and the path of its activation function, if it names one.
+def read_cross_encoder_layout(folder: Path) -> tuple[Layout, str | None]:
+    """Reads the layout of a cross-encoder's folder, and the path of its activation function, if it names one.
 
-    Without modules.json, as sentence-transformers wrote it before 6.0, config.json has that path. Raises as `read`.
+    Before 6.0 sentence-transformers wrote no modules.json; then config.json has that path. Errors are those of
+    `read_layout`.
     """
     if (folder / MODULES).is_file():
         entries = _read_modules(folder / MODULES)
@@ -142,7 +109,7 @@ def read_cross_encoder(folder: Path) -> tuple[Layout, str | None]:
         path = _read_settings(layout, folder / SETTINGS, "CrossEncoder").get("activation_fn")
     else:
         layout, path = Layout(folder), None
-    config = checkpoint.read_json(layout.transformer / "config.json")
+    config = read_json(layout.transformer / "config.json")
     stored = config.get("sentence_transformers")
     if path is None and isinstance(stored, dict):
         path = stored.get("activation_fn")
@@ -150,7 +117,7 @@ def read_cross_encoder(folder: Path) -> tuple[Layout, str | None]:
 
 
 def _read_modules(file: Path) -> list[tuple[str, Path]]:
-    """(kind, folder) of each module."""
+    """Returns (class, folder) of each module."""
     try:
         entries = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -161,7 +128,7 @@ def _read_modules(file: Path) -> list[tuple[str, Path]]:
     for entry in entries:
         name, path = str(entry.get("type")), str(entry.get("path", ""))
         package, _, kind = name.rpartition(".")
-        known = ("Transformer", "Pooling", *_KINDS)
+        known = ("Transformer", "Pooling", *_TAIL_MODULES)
         if package.split(".")[0] != "sentence_transformers" or kind not in known:
             raise ValueError(
                 f"{file}: the module type {name!r} is not supported, only {', '.join(known)} of sentence_transformers"
@@ -176,7 +143,8 @@ def _read_modules(file: Path) -> list[tuple[str, Path]]:
 
 
 def _read_pooling(file: Path) -> Pooling:
-    config = checkpoint.read_json(file)
+    """Reads the settings of a Pooling, in the words of today or as flags."""
+    config = read_json(file)
     check_keys(file, config, MODULE_KEYS["Pooling"])
     modes = config.get("pooling_mode")
     if modes is None:
@@ -188,13 +156,14 @@ def _read_pooling(file: Path) -> Pooling:
 
 
 def _read_tail(kind: str, folder: Path) -> nn.Module:
+    """Reads one of _TAIL_MODULES, with its weights."""
     file = folder / "config.json"
-    if kind == "Normalize":  # had no settings, and so no folder, in earlier versions
-        config = checkpoint.read_json(file) if file.is_file() else {}
+    if kind == "Normalize":  # earlier versions wrote no settings for it, and so no folder
+        config = read_json(file) if file.is_file() else {}
         check_keys(file, config, MODULE_KEYS[kind])
         _check_names(file, config)
         return Normalize()
-    config = checkpoint.read_json(file)
+    config = read_json(file)
     check_keys(file, config, MODULE_KEYS[kind])
     try:
         if kind == "Dropout":
@@ -212,6 +181,7 @@ def _read_tail(kind: str, folder: Path) -> nn.Module:
 
 
 def _check_names(file: Path, config: Mapping[str, Any]) -> None:
+    """Raises ValueError for a module that reads or writes something else than sentence vectors."""
     for key in ("module_input_name", "module_output_name"):
         if config.get(key) not in (None, "sentence_embedding"):
             raise ValueError(f"{file}: {key} is {config[key]!r}, but only 'sentence_embedding' is supported")
@@ -221,16 +191,16 @@ def _activation(file: Path, config: Mapping[str, Any]) -> str:
     path = str(config.get("activation_function", "torch.nn.modules.activation.Tanh"))
     name = activation_name(path)
     if name is None:
-        expected = ", ".join(f"torch.nn.{name}" for name in _ACTIVATIONS)
+        expected = ", ".join(f"torch.nn.{name}" for name in ACTIVATIONS)
         raise ValueError(f"{file}: activation_function is {path!r}, but only {expected} are supported")
     return name
 
 
 def _load(module: nn.Module, folder: Path) -> None:
-    """Loads a module's weights, in float32 at least, the dtype of sentence vectors."""
+    """Loads a module's weights in float32 at least, which is the dtype of sentence vectors."""
     expected = {name: tensor.shape for name, tensor in module.state_dict().items()}
     try:
-        matched = checkpoint.match(checkpoint.read_state_dict(folder), expected, base_prefix="")
+        matched = match(read_state_dict(folder), expected, base_prefix="")
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from error
     if matched.missing:
@@ -240,7 +210,7 @@ def _load(module: nn.Module, folder: Path) -> None:
 
 
 def _read_settings(layout: Layout, file: Path, expected: str = "SentenceTransformer") -> dict[str, Any]:
-    config = checkpoint.read_json(file) if file.is_file() else {}
+    config = read_json(file) if file.is_file() else {}
     check_model_keys(file, config)
     kind = config.get("model_type", expected)
     if kind != expected:
@@ -253,7 +223,7 @@ def _read_settings(layout: Layout, file: Path, expected: str = "SentenceTransfor
 
 
 def lowercasing(tokenizer: Tokenizer, folder: Path) -> Tokenizer:
-    """The tokenizer with lower-casing in front of its normalizer, where that does none; accents stay as they were."""
+    """Returns the tokenizer with lower-casing before its normalizer, unless that lower-cases. Accents stay."""
     normalizer = tokenizer._rust.normalizer
     if isinstance(normalizer, normalizers.BertNormalizer):
         if normalizer.lowercase:
@@ -264,12 +234,21 @@ def lowercasing(tokenizer: Tokenizer, folder: Path) -> Tokenizer:
     return tokenizer
 
 
-def write(folder: Path, hidden_size: int, layout: Layout) -> None:
-    """Writes everything in `folder` but the model and the tokenizer; modules.json, which makes it count, last."""
+def _pooling_settings(pooling: Pooling, hidden_size: int) -> dict[str, Any]:
+    """Returns the content of 1_Pooling/config.json: flags where they can say the order, `pooling_mode` elsewhere."""
+    if pooling.modes == tuple(mode for mode in _POOLING_FLAGS.values() if mode in pooling.modes):
+        flags = {flag: mode in pooling.modes for flag, mode in _POOLING_FLAGS.items()}
+        return {"word_embedding_dimension": hidden_size, **flags, "include_prompt": pooling.include_prompt}
+    modes = {"pooling_mode": list(pooling.modes), "include_prompt": pooling.include_prompt}
+    return {"embedding_dimension": hidden_size, **modes}
+
+
+def write_layout(folder: Path, hidden_size: int, layout: Layout) -> None:
+    """Writes everything in `folder` but the model and the tokenizer. modules.json, which makes it count, comes last."""
 
     def write_json(file: Path, content: Any) -> None:
         file.parent.mkdir(exist_ok=True)
-        checkpoint.write_text(file, json.dumps(content, indent=2) + "\n")
+        write_text(file, json.dumps(content, indent=2) + "\n")
 
     limits = {"max_seq_length": layout.settings.max_seq_length, "do_lower_case": layout.settings.do_lower_case}
     write_json(folder / TRANSFORMER_CONFIGS[0], limits)
@@ -283,7 +262,7 @@ def write(folder: Path, hidden_size: int, layout: Layout) -> None:
     if layout.truncate_dim is not None:
         settings["truncate_dim"] = layout.truncate_dim
     write_json(folder / SETTINGS, settings)
-    write_json(folder / "1_Pooling" / "config.json", layout.pooling.settings(hidden_size))
+    write_json(folder / "1_Pooling" / "config.json", _pooling_settings(layout.pooling, hidden_size))
     names = ["Transformer", "Pooling", *_write_tail(folder, layout.tail, write_json)]
     entries = [
         {"idx": i, "name": str(i), "path": f"{i}_{name}" if i else "", "type": f"sentence_transformers.models.{name}"}
@@ -301,5 +280,5 @@ def _write_tail(folder: Path, tail: Sequence[nn.Module], write_json: Callable[[P
         if settings:
             write_json(folder / f"{i}_{name}" / "config.json", settings)
         if state := module.state_dict():
-            checkpoint.write_state_dict(state, folder / f"{i}_{name}")
+            write_state_dict(state, folder / f"{i}_{name}")
     return names

@@ -1,21 +1,21 @@
-"""What may stand for texts: strings, pairs of them, dicts with `text`, in lists, arrays and columns of tables."""
+"""Inputs of an encoder are strings, pairs of them or dicts with `text`, in lists, arrays or columns of tables."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from itertools import groupby
 from typing import Any
 
 import numpy as np
 import torch
 
-from fastbert.pipelines.run import Run
-from fastbert.text.tokenizer import PackedEncoding, Tokenizer
-from fastbert.text.wordpiece import check_text
+from fastbert.checks import check_text
+from fastbert.pipelines.pipeline import PackingTokenizer
+from fastbert.text.encoding import PackedEncoding
 
 
 class Pair(str):
-    """The first of two texts that are read as one input; `second` is the other."""
+    """A Pair is the first of two texts that are read as one input. `second` is the other."""
 
     __slots__ = ("second",)
     second: str
@@ -27,9 +27,9 @@ class Pair(str):
 
 
 def as_texts(texts: Any, name: str = "sentences") -> tuple[Iterable[str], bool]:
-    """The texts that came, some of them a `Pair`, and whether one came rather than several.
+    """Returns the texts that came, some of which may be a `Pair`, and whether a single one came.
 
-    Raises TypeError, which names the place, for what is no text; of an iterator, when it gets there.
+    Raises TypeError with the place of an input that is no text; of an iterator, when it gets there.
     """
     if isinstance(texts, np.ndarray):
         texts = texts.tolist()
@@ -51,44 +51,45 @@ def as_texts(texts: Any, name: str = "sentences") -> tuple[Iterable[str], bool]:
     return (_text(text, f"{name}[{i}]") for i, text in enumerate(texts)), False
 
 
-def _text(item: Any, where: str) -> str:
+def _text(item: Any, name: str) -> str:
     if isinstance(item, str):
         return item
     if isinstance(item, dict):
         if set(item) != {"text"}:
             keys = ", ".join(map(repr, item)) or "none"
-            raise TypeError(
-                f"{where}: got dict, expected str, or a dict with the key 'text' alone: its keys are {keys}"
-            )
-        return _text(item["text"], f"{where}['text']")
+            raise TypeError(f"{name}: got dict, expected str, or a dict with the key 'text' alone: its keys are {keys}")
+        return _text(item["text"], f"{name}['text']")
     if isinstance(item, (list, tuple)):
         if len(item) != 2 or not all(isinstance(text, str) for text in item):
-            kinds = ", ".join(type(text).__name__ for text in item[:3])
-            raise TypeError(f"{where}: got {type(item).__name__} of {len(item)} ({kinds}), expected str or two of them")
-        check_text(item[1], f"{where}[1]")
+            types = ", ".join(type(text).__name__ for text in item[:3])
+            raise TypeError(f"{name}: got {type(item).__name__} of {len(item)} ({types}), expected str or two of them")
+        check_text(f"{name}[1]", item[1])
         return Pair(*item)
-    raise TypeError(f"{where}: got {type(item).__name__}, expected str")
+    raise TypeError(f"{name}: got {type(item).__name__}, expected str")
 
 
-class TextRun(Run):
-    """A run in which some texts may be pairs."""
-
-    def _encoded(self, window: list[str]) -> PackedEncoding:
-        if Pair not in set(map(type, window)):
-            return super()._encoded(window)
-        return _joined(list(_packed(self.encoder.tokenizer, window, self.request.prompt, self.limit)))
-
-
-def _packed(tokenizer: Tokenizer, window: list[str], prompt: str, limit: int) -> Iterator[PackedEncoding]:
-    """The tokens of neighbours of one kind, pairs or texts; the prompt stands before the first text of a pair."""
-    for paired, group in groupby(window, lambda text: isinstance(text, Pair)):
+def encode_texts(tokenizer: PackingTokenizer, texts: list[str], prompt: str, max_length: int) -> PackedEncoding:
+    """Encodes texts, some of which may be a `Pair`, end to end; the prompt stands before the first text of a pair."""
+    if Pair not in set(map(type, texts)):
+        prompted = [prompt + text for text in texts] if prompt else texts
+        return tokenizer.encode_packed(prompted, max_length=max_length, warn=False)
+    parts = []
+    for paired, group in groupby(texts, lambda text: isinstance(text, Pair)):
         items: list[Any] = list(group)
         firsts = [prompt + str(text) for text in items]
         seconds = [pair.second for pair in items] if paired else None
-        yield tokenizer.encode_packed(firsts, seconds, max_length=limit, warn=False)
+        parts.append(tokenizer.encode_packed(firsts, seconds, max_length=max_length, warn=False))
+    return _joined(parts)
+
+
+def n_prompt_tokens(tokenizer: PackingTokenizer, prompt: str, max_length: int) -> int:
+    """Returns the number of tokens that a prompt puts at the start of a text, special tokens there included."""
+    ids = tokenizer.encode_packed([prompt], max_length=max_length, warn=False).input_ids
+    return len(ids) - int(ids[-1].item() in tokenizer.all_special_ids)
 
 
 def _joined(parts: list[PackedEncoding]) -> PackedEncoding:
+    """Returns all the sequences as one encoding."""
     ends, offset = [torch.zeros(1, dtype=torch.int32)], 0
     for part in parts:
         ends.append(part.cu_seqlens[1:] + offset)

@@ -1,8 +1,8 @@
-"""Modules after the pooling, as sentence-transformers has them: Dense, LayerNorm, Dropout, Normalize."""
+"""The modules that follow the pooling are those of sentence-transformers: Dense, LayerNorm, Dropout, Normalize."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fastbert import ops
 from fastbert.ops import Policy, dispatch, recording
 
-# A class of torch.nn, made without arguments -> what it does at inference. The last three work on rows.
+# A class of torch.nn, made without arguments -> the function that it is at inference. The last three work on rows.
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "Tanh": torch.tanh,
     "Identity": lambda x: x,
@@ -43,7 +43,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def activation_name(path: str) -> str | None:
-    """The name in ACTIVATIONS of a class that stands under `path` in torch.nn; None where there is no such class."""
+    """Returns the name in ACTIVATIONS of the class under `path` in torch.nn; None where there is no such class."""
     package, _, name = path.rpartition(".")
     if name not in ACTIVATIONS or package not in ("torch.nn", "torch.nn.modules", getattr(nn, name).__module__):
         return None
@@ -51,9 +51,9 @@ def activation_name(path: str) -> str | None:
 
 
 class Dense(nn.Module):
-    """activation(x @ weight^T + bias) on sentence vectors, in the dtype of x: (B, K) -> (B, M).
+    """A Dense computes activation(x @ weight^T + bias) on sentence vectors, in the dtype of x: (B, K) -> (B, M).
 
-    use_residual: x is added to that, through a linear map of its own where M is not K.
+    use_residual: x is added to the result, through a linear map of its own where M is not K.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class Dense(nn.Module):
         return out + (F.linear(x, self.residual.weight.to(x)) if hasattr(self, "residual") else x)
 
     def invariant(self, x: Tensor, policy: Policy) -> Tensor:
-        """The same, on batch-invariant kernels."""
+        """Computes the same as `forward`, on batch-invariant kernels."""
         weight, bias = self.linear.weight, self.linear.bias
         out = ops.linear(x, weight.to(x), None if bias is None else bias.to(x), policy=policy)
         out = ops.elementwise(ACTIVATIONS[self.activation], out, policy=policy)
@@ -102,7 +102,7 @@ class Dense(nn.Module):
 
 
 class LayerNorm(nn.Module):
-    """LayerNorm of sentence vectors, in the dtype of x: (B, K) -> (B, K)."""
+    """A LayerNorm normalises sentence vectors, in the dtype of x: (B, K) -> (B, K)."""
 
     def __init__(self, dimension: int) -> None:
         super().__init__()
@@ -117,14 +117,14 @@ class LayerNorm(nn.Module):
 
 
 class Dropout(nn.Dropout):
-    """Nothing at inference; kept so that a saved folder can be trained on."""
+    """A Dropout does nothing at inference. It is kept so that a saved folder can be trained on."""
 
     def settings(self) -> dict[str, Any]:
         return {"dropout": self.p}
 
 
 class Normalize(nn.Module):
-    """x / max(||x||_2, 1e-12): (B, K) -> (B, K)."""
+    """A Normalize computes x / max(||x||_2, 1e-12): (B, K) -> (B, K)."""
 
     def forward(self, x: Tensor) -> Tensor:
         return F.normalize(x, dim=-1)
@@ -133,11 +133,25 @@ class Normalize(nn.Module):
         return {}
 
 
-def apply(module: nn.Module, x: Tensor, policy: Policy) -> Tensor:
-    """module(x) on sentence vectors (B, K); where the policy is batch-invariant, on kernels that are.
+def output_size(modules: Iterable[nn.Module], size: int) -> int:
+    """Returns the length of vectors after the modules. Raises ValueError where one does not fit what it gets.
 
-    PyTorch's sums over a row may depend on the number of rows, those of norms as well as those of products.
-    Raises BackendError for a module that is not known to be batch-invariant.
+    size: the length before the first module.
+    """
+    for i, module in enumerate(modules):
+        settings: dict[str, Any] = getattr(module, "settings", dict)()
+        expected = settings.get("in_features", settings.get("dimension", size))
+        if expected != size:
+            raise ValueError(f"tail[{i}], {type(module).__name__}: takes vectors of {expected}, gets {size}")
+        size = settings.get("out_features", size)
+    return size
+
+
+def apply(module: Callable[[Tensor], Tensor], x: Tensor, policy: Policy) -> Tensor:
+    """Returns module(x) for sentence vectors (B, K), on batch-invariant kernels where the policy asks for them.
+
+    PyTorch's sums over a row may depend on the number of rows, in norms as well as in products. Raises BackendError for
+    a module that is not known to be batch-invariant.
     """
     if recording.on:
         recording.enter(module)

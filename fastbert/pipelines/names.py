@@ -1,4 +1,4 @@
-"""Names without an owner, as sentence-transformers reads them: "all-MiniLM-L6-v2" is one of its own models."""
+"""A name without an owner gets one, as in sentence-transformers: "all-MiniLM-L6-v2" is one of its own models."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ ORIGINAL_MODELS = {
 
 
 def full_name(src: Any, owner: str) -> Any:
-    """What a name means: "owner/name" where it is neither a path, nor has an owner, nor is one of ORIGINAL_MODELS."""
+    """Returns "owner/name" for a name that is no path, has no owner and is not one of ORIGINAL_MODELS."""
     if not isinstance(src, str) or not src or os.path.exists(os.path.expanduser(src)):
         return src
     if any(mark in src for mark in ("/", os.sep, "~")) or src.startswith(".") or src.lower() in ORIGINAL_MODELS:
@@ -37,6 +37,6 @@ def full_name(src: Any, owner: str) -> Any:
     return f"{owner}/{src}"
 
 
-def cache_folder(given: str | os.PathLike[str] | None) -> str | os.PathLike[str] | None:
-    """The folder of downloads: the argument, or the variable SENTENCE_TRANSFORMERS_HOME, or None, the hub client's."""
-    return given or os.getenv("SENTENCE_TRANSFORMERS_HOME") or None
+def cache_folder(folder: str | os.PathLike[str] | None) -> str | os.PathLike[str] | None:
+    """Returns the folder of downloads: the argument, or SENTENCE_TRANSFORMERS_HOME, or None for the hub client's."""
+    return folder or os.getenv("SENTENCE_TRANSFORMERS_HOME") or None

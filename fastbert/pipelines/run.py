@@ -1,66 +1,49 @@
-"""One call of a SentenceEncoder: windows of texts, batches of tokens, pooling.
+"""A run is one call of a pipeline: windows of texts become tokens, and batches of them become vectors or logits.
 
-Texts are tokenised a window at a time, sorted by length within the window, cut into batches by a budget of tokens, run
-packed, pooled in float32 and put back in the order in which they came.
-
-With a GPU three things go on at once: a thread tokenises the windows to come, the calling thread launches the work of
-one window, and the GPU computes the one before and copies its vectors to the host. Nothing waits for the GPU but who
-reads a window's vectors. On a CPU they take turns, since both want all cores.
-
-    tokenise   | 0 | 1  |  2  |   3   |
-    launch         |0|  |1|   |2|     |3|
-    GPU             |  0  |   1  |   2    |    3   |
-    read                  0      1        2        3
+README.md shows how tokenizing and computing overlap.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from bisect import bisect_right
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from itertools import accumulate, islice
-from operator import sub
-from typing import TYPE_CHECKING, Any
+from itertools import islice
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fastbert import ops
+from fastbert.checks import check_text
+from fastbert.models.encoded import Encoded
 from fastbert.ops import packing, silent_writes
-from fastbert.pipelines.folder import POOLING_MODES, Normalize, apply
-from fastbert.text.tokenizer import PackedEncoding
+from fastbert.pipelines.batching import default_token_budget, in_batches
+from fastbert.pipelines.inputs import encode_texts, n_prompt_tokens
+from fastbert.pipelines.pipeline import Pipeline
+from fastbert.pipelines.pooling import sentence_vectors
+from fastbert.pipelines.progress import Progress
+from fastbert.text.encoding import PackedEncoding
 from fastbert.text.windows import WINDOW_CHARACTERS
-from fastbert.text.wordpiece import check_text
-
-if TYPE_CHECKING:
-    from fastbert.pipelines.sentence import SentenceEncoder
 
 logger = logging.getLogger("fastbert")
 
 WINDOW = 16384  # texts tokenised and sorted at once, at most; WINDOW_CHARACTERS bounds them, too
 FIRST_WINDOW = 1024  # of a call that overlaps: until it is tokenised the GPU has nothing to do
 AHEAD = 2  # windows tokenised, or being tokenised, before the calling thread asks for them
-# Tokens in a batch. On a CPU, activations of more than a few MB leave its caches and are mapped anew by each op.
-TOKEN_BUDGET = {"cpu": 2048, "cuda": 16384}
-# The warning of sentence-transformers, word for word: programs look for it.
-TWO_PROMPTS = (
-    "Provide either a `prompt`, a `prompt_name`, or neither, but not both. "
-    "Ignoring the `prompt_name` in favor of `prompt`."
-)
 
 
 @dataclass(slots=True)
 class Request:
-    """What one call asks for.
+    """A Request holds the arguments of one call.
 
     single: one text came, not a list, so that errors name no index. even: windows do not grow to WINDOW texts, but have
-    as many from the first on. on_host: vectors are to be read on the host, as numbers: they may be inference tensors.
+    as many from the first on. on_host: vectors are read on the host, as numbers, so that they may be inference tensors.
+    max_length: the most tokens of a text, where it is not the pipeline's max_seq_length.
     """
 
     prompt: str = ""
@@ -71,16 +54,16 @@ class Request:
     single: bool = False
     even: bool = False
     on_host: bool = False
-    max_length: int | None = None  # the most tokens of a text, where it is not the encoder's max_seq_length
-    progress: Callable[[int], Any] | None = None  # called with the number of texts of each batch
+    max_length: int | None = None
+    progress: Progress | None = None
 
 
 @dataclass
 class Timings:
-    """Where the time of one call went, in seconds.
+    """Timings say where the time of one call went, in seconds.
 
-    overlapped: tokenizing went on in a thread beside the rest; waiting_for_tokens is then how long the calling thread
-    had to wait for it, and waiting_for_device how long for vectors.
+    overlapped: tokenizing went on in a thread beside the rest. Then waiting_for_tokens and waiting_for_device are how
+    long the calling thread had to wait for tokens and for vectors.
     """
 
     texts: int = 0
@@ -93,46 +76,48 @@ class Timings:
 
     @property
     def bottleneck(self) -> str:
-        """ "tokenizing" or "model": which of the two the other waits for, or, where they take turns, takes longer."""
+        """Names what takes longer, "tokenizing" or "model"; where they overlap, the one that the other waits for."""
         if self.overlapped:
             return "tokenizing" if self.waiting_for_tokens > self.waiting_for_device else "model"
         return "tokenizing" if self.tokenizing > self.total / 2 else "model"
 
     def __str__(self) -> str:
-        said = f"{self.texts:,} texts, {self.tokens:,} tokens in {self.total:.3g} s, {self.tokenizing:.3g} s tokenizing"
+        text = f"{self.texts:,} texts, {self.tokens:,} tokens in {self.total:.3g} s, {self.tokenizing:.3g} s tokenizing"
         if self.overlapped:
             waits = f"{self.waiting_for_tokens:.3g} s for tokens and {self.waiting_for_device:.3g} s for the device"
-            said += f" in a thread beside it; waited {waits}"
-        return f"{said}; the bottleneck is {'tokenizing' if self.bottleneck == 'tokenizing' else 'the model'}"
+            text += f" in a thread beside it; waited {waits}"
+        return f"{text}; the bottleneck is {'tokenizing' if self.bottleneck == 'tokenizing' else 'the model'}"
 
 
 def overlaps(device: torch.device) -> bool:
-    """Whether tokenizing and computing go on at once."""
+    """Tells whether tokenizing and computing go on at once."""
     return device.type == "cuda"
 
 
 class Run:
-    """`windows` does the work; the counters say what was cut, `timings` where the time went."""
+    """A Run is one call of a pipeline. `windows` does the work, and `timings` says afterwards where the time went."""
 
-    def __init__(self, encoder: SentenceEncoder, request: Request) -> None:
-        self.encoder, self.request = encoder, request
-        self.model, self.tail = encoder.model, list(encoder.tail)
+    def __init__(self, pipeline: Pipeline, request: Request) -> None:
+        self.pipeline, self.request = pipeline, request
+        self.model = pipeline.model
         self.device = self.model.device
-        self.limit = request.max_length or encoder.max_seq_length
-        self.skip = self._prompt_tokens()
+        self.limit = request.max_length or pipeline.max_seq_length
+        pooling, left_out = pipeline.pooling, 0  # tokens at the start of each text
+        if request.prompt and pooling is not None and not pooling.include_prompt:
+            left_out = n_prompt_tokens(pipeline.tokenizer, request.prompt, self.limit)
+        # With output_value None sentence-transformers returns what the modules make, never normalised after that.
+        self._vectors = partial(
+            sentence_vectors,
+            pipeline,
+            n_prompt_tokens=left_out,
+            normalize=request.normalize and request.output_value is not None,
+            truncate_dim=request.truncate_dim,
+        )
         self.n_texts = self.n_truncated = self.n_truncated_tokens = 0
         self.timings = Timings(overlapped=overlaps(self.device))
 
-    def _prompt_tokens(self) -> int:
-        """How many tokens at the start of each text pooling leaves out."""
-        pooling, prompt = self.encoder.pooling, self.request.prompt
-        if not prompt or pooling.include_prompt:
-            return 0
-        ids = self.encoder.tokenizer.encode_packed([prompt], max_length=self.limit, warn=False).input_ids
-        return len(ids) - int(ids[-1].item() in self.encoder.tokenizer.all_special_ids)
-
     def windows(self, texts: Iterable[str]) -> Iterator[Any]:
-        """The result of each window: (n, dim) vectors, or a list for other output values."""
+        """Yields the result of each window: (n, dim) vectors, or a list for other output values."""
         started = time.perf_counter()
         waiting: _Result | None = None
         for tokens in self._tokenized(iter(texts)):
@@ -140,7 +125,7 @@ class Run:
             if not self.timings.overlapped:
                 yield result.get()
                 continue
-            # Whoever reads a window waits for the device: let that have the next one to go on with.
+            # Whoever reads a window waits for the device, which shall have the next window to go on with.
             if waiting is not None:
                 yield self._read(waiting)
             waiting = result
@@ -155,18 +140,20 @@ class Run:
             )  # fmt: skip
 
     def _read(self, result: _Result) -> Any:
+        """Waits for the device, and counts how long."""
         started = time.perf_counter()
-        found = result.get()
+        output = result.get()
         self.timings.waiting_for_device += time.perf_counter() - started
-        return found
+        return output
 
     def _tokenized(self, source: Iterator[str]) -> Iterator[PackedEncoding]:
-        """The tokens of each window, in order. The calling thread takes the texts from the source; it may be theirs."""
+        """Yields the tokens of each window, in order. Texts are taken from the source in the calling thread."""
         windows = self._cut(source)
         if not self.timings.overlapped:
             yield from map(self._tokenize, windows)
             return
-        pool = ThreadPoolExecutor(1, "fastbert-tokenizer")  # one: windows are counted and checked in their order
+        # In one thread: windows are counted and checked in their order.
+        pool = ThreadPoolExecutor(1, "fastbert-tokenizer")
         futures: deque[Future[PackedEncoding]] = deque()
         try:
             while True:
@@ -181,7 +168,7 @@ class Run:
             pool.shutdown(cancel_futures=True)
 
     def _cut(self, source: Iterator[str]) -> Iterator[list[str]]:
-        """Windows of WINDOW texts, or growing to that from a first that is soon tokenised; of long texts, fewer."""
+        """Yields windows of at most WINDOW texts. Where tokenizing overlaps, a small first one is soon tokenised."""
         size = FIRST_WINDOW if self.timings.overlapped and not self.request.even else WINDOW
         window: list[str] = []
         n_characters = 0
@@ -195,10 +182,11 @@ class Run:
             yield window
 
     def _tokenize(self, window: list[str]) -> PackedEncoding:
+        """Checks and encodes the texts of a window, and counts what was cut."""
         started = time.perf_counter()
         for i, text in enumerate(window, start=self.n_texts):
-            check_text(text, "sentences" if self.request.single else f"sentences[{i}]")
-        tokens = self._encoded(window)
+            check_text("sentences" if self.request.single else f"sentences[{i}]", text)
+        tokens = encode_texts(self.pipeline.tokenizer, window, self.request.prompt, self.limit)
         self.model.embeddings.check_ids(tokens.input_ids, tokens.token_type_ids)
         self.n_texts += len(window)
         self.n_truncated += tokens.n_truncated
@@ -207,165 +195,100 @@ class Run:
         self.timings.tokenizing += time.perf_counter() - started
         return tokens
 
-    def _encoded(self, window: list[str]) -> PackedEncoding:
-        prompt = self.request.prompt
-        texts = [prompt + text for text in window] if prompt else window
-        return self.encoder.tokenizer.encode_packed(texts, max_length=self.limit, warn=False)
-
     def _compute(self, tokens: PackedEncoding) -> Tensor | list[Any]:
+        """Returns the vectors of a window, or its items, in the order of its texts."""
         request, n_texts = self.request, tokens.cu_seqlens.shape[0] - 1
         vectors: Tensor | None = None
         items: list[Any] = [None] * n_texts
-        made: Tensor | list[Any]
-        budget = self.encoder.token_budget or TOKEN_BUDGET.get(self.device.type, TOKEN_BUDGET["cuda"])
+        results: Tensor | list[Any]
+        token_budget = self.pipeline.token_budget or default_token_budget(self.device)
         if silent_writes.waits(self.device):  # elsewhere each use looks
             self.model.follow_weights()
-        for places, batch, *ids in in_batches(tokens, budget, request.batch_size, self.device):
+        for places, batch, *ids in in_batches(tokens, token_budget, request.batch_size, self.device):
             with torch.inference_mode():
                 hidden = self.model.encode_packed(batch, *ids, check=False)[-1]
                 if request.output_value == "sentence_embedding":
-                    made = self._pool(hidden, batch)
+                    results = self._vectors(hidden, batch)
                 else:
-                    made = self._items(hidden, batch, *ids)
-            if not isinstance(made, Tensor):
-                for place, item in zip(places, made, strict=True):
+                    results = self._items(hidden, batch, *ids)
+            if not isinstance(results, Tensor):
+                for place, item in zip(places, results, strict=True):
                     items[place] = item
             elif len(places) == n_texts and places == list(range(n_texts)):
-                vectors = made.contiguous() if request.on_host else _for_autograd(made.clone)
+                vectors = results.contiguous() if request.on_host else _for_autograd(results.clone)
             else:
                 if vectors is None:
-                    vectors = _for_autograd(partial(made.new_empty, (n_texts, made.shape[1])))
+                    vectors = _for_autograd(partial(results.new_empty, (n_texts, results.shape[1])))
                 rows = torch.from_numpy(np.array(places))
-                vectors.index_copy_(0, packing.to_device(rows, self.device), made)
+                vectors.index_copy_(0, packing.to_device(rows, self.device), results)
             if request.progress is not None:
                 request.progress(len(places))
         return items if vectors is None else vectors
 
-    def _items(self, hidden: Tensor, batch: packing.PackedBatch, ids: Tensor, types: Tensor) -> list[Any]:
-        """What the output values "token_embeddings" and None ask for, a text each."""
+    def _items(
+        self, hidden: Tensor, batch: packing.PackedBatch, input_ids: Tensor, token_type_ids: Tensor
+    ) -> list[Any]:
+        """Returns an item for each text, as the output values "token_embeddings" and None ask for it."""
         lengths = batch.cu_seqlens_cpu.diff().tolist()
         if self.request.output_value == "token_embeddings":
             return list(hidden.split(lengths))
+        rows = zip(
+            input_ids.split(lengths),
+            token_type_ids.split(lengths),
+            hidden.split(lengths),
+            self._vectors(hidden, batch),
+            strict=True,
+        )
         return [
             {
                 "input_ids": text_ids,
-                "token_type_ids": text_types,
+                "token_type_ids": text_type_ids,
                 "attention_mask": torch.ones_like(text_ids),
                 "token_embeddings": states,
                 "sentence_embedding": vector,
             }
-            for text_ids, text_types, states, vector in zip(
-                ids.split(lengths), types.split(lengths), hidden.split(lengths), self._pool(hidden, batch), strict=True
-            )
+            for text_ids, text_type_ids, states, vector in rows
         ]
 
-    def _pool(self, hidden: Tensor, batch: packing.PackedBatch) -> Tensor:
-        """(T, H) -> (B, dim), in float32 at least."""
-        pooling, request, tail = self.encoder.pooling, self.request, self.tail
-        cu_seqlens = batch.cu_seqlens
-        if self.skip:
-            lengths = (batch.cu_seqlens_cpu.diff() - self.skip).clamp(min=0)
-            offsets = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int()
-            cu_seqlens = packing.to_device(offsets, self.device)
-            hidden = hidden[batch.position_ids >= self.skip]
-        # With output_value None sentence-transformers returns what the modules make, never normalised after that.
-        normalize = request.normalize and request.output_value is not None
-        if normalize and request.truncate_dim is None:
-            tail, normalize = [*tail, Normalize()], False
-        late = self.skip > 0 and "weightedmean" in pooling.modes
-        fused = len(pooling.modes) == 1 and bool(tail) and isinstance(tail[0], Normalize) and not late
-        dtype, policy = torch.promote_types(hidden.dtype, torch.float32), self.model.policy
-        pooled = [
-            ops.pool(hidden, cu_seqlens, POOLING_MODES[mode], normalize=fused, out_dtype=dtype, policy=policy)
-            for mode in pooling.modes
-        ]
-        if late:
-            # Weights count on from the prompt's tokens: skip + 1, skip + 2, ..., which sum to n (skip + (n + 1) / 2).
-            half = (cu_seqlens.diff().to(dtype)[:, None] + 1) / 2
-            mean = ops.pool(hidden, cu_seqlens, "mean", out_dtype=dtype, policy=policy)
-            for place, mode in enumerate(pooling.modes):
-                if mode == "weightedmean":
-                    pooled[place] = (self.skip * mean + half * pooled[place]) / (self.skip + half)
-        x = pooled[0] if len(pooled) == 1 else torch.cat(pooled, dim=1)
-        for module in tail[1:] if fused else tail:
-            x = apply(module, x, policy)
-        if request.truncate_dim is not None:
-            x = x[:, : request.truncate_dim]
-        return apply(Normalize(), x, policy) if normalize else x
+
+def logits(pipeline: Pipeline, tokens: PackedEncoding, batch_size: int | None, progress: Progress | None) -> Tensor:
+    """Returns what the head of a pipeline gives for inputs: (n, num_labels), in float32 at least, in their order."""
+    bert, device, n_pairs = pipeline.model, pipeline.device, tokens.cu_seqlens.shape[0] - 1
+    assert pipeline.head is not None, "a pipeline without a head gives no logits"
+    bert.embeddings.check_ids(tokens.input_ids, tokens.token_type_ids)
+    bert.follow_weights()
+    dtype = torch.promote_types(bert.dtype, torch.float32)
+    result = torch.empty(n_pairs, bert.config.num_labels, device=device, dtype=dtype)
+    token_budget = pipeline.token_budget or default_token_budget(device)
+    for places, batch, input_ids, token_type_ids in in_batches(tokens, token_budget, batch_size, device):
+        hidden = bert.encode_packed(batch, input_ids, token_type_ids, check=False)[-1]
+        scores = pipeline.head(Encoded(batch, hidden, None, None))
+        result[packing.to_device(torch.from_numpy(np.array(places)), device)] = scores.to(dtype)
+        if progress is not None:
+            progress(len(places))
+    return result
 
 
 def _for_autograd(make: Callable[[], Tensor]) -> Tensor:
-    """A tensor that callers may use in autograd, also if they call from inference mode."""
+    """Makes a tensor that callers may use in autograd, also if they call from inference mode."""
     with torch.inference_mode(False):
         return make()
 
 
 class _Result:
-    """What a window gave. Vectors that are to be read on the host are already on their way there."""
+    """A _Result holds what a window gave. Vectors that are read on the host are already on their way there."""
 
-    def __init__(self, made: Tensor | list[Any], on_host: bool) -> None:
-        self.made, self.copied = made, None
-        if on_host and isinstance(made, Tensor) and made.is_cuda:
-            # Now, not when they are read: a copy then would wait for the window after this one.
-            self.made = torch.empty(made.shape, dtype=made.dtype, device="cpu", pin_memory=True)
-            self.made.copy_(made, non_blocking=True)
+    def __init__(self, output: Tensor | list[Any], on_host: bool) -> None:
+        self.output, self.copied = output, None
+        if on_host and isinstance(output, Tensor) and output.is_cuda:
+            # The copy starts now: one that starts when it is read would wait for the window after this one.
+            self.output = torch.empty(output.shape, dtype=output.dtype, device="cpu", pin_memory=True)
+            self.output.copy_(output, non_blocking=True)
             self.copied = torch.cuda.Event()
-            self.copied.record(torch.cuda.current_stream(made.device))
+            self.copied.record(torch.cuda.current_stream(output.device))
 
     def get(self) -> Any:
+        """Returns the output, once it is where it will be read."""
         if self.copied is not None:
             self.copied.synchronize()
-        return self.made
-
-
-def in_batches(
-    tokens: PackedEncoding, budget: int, most: int | None, device: torch.device
-) -> Iterator[tuple[list[int], packing.PackedBatch, Tensor, Tensor]]:
-    """The texts in batches of like lengths, as `batches` cuts them: which they are, and their ids and types, (T,) each.
-
-    The lengths are lists: of one text, NumPy's functions would take longer than everything else here.
-    """
-    offsets = tokens.cu_seqlens.tolist()
-    lengths = list(map(sub, offsets[1:], offsets))
-    # Longest first: too little memory shows at once.
-    order = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
-    ids, types = tokens.input_ids, tokens.token_type_ids
-    if device.type != "cpu" or order != list(range(len(order))):
-        lengths = [lengths[i] for i in order]
-        ids, types = _gathered((ids, types), [offsets[i] for i in order], lengths, device)
-    ends = list(accumulate(lengths))
-    for first, last in batches(ends, budget, most):
-        start, end = ends[first] - lengths[first], ends[last - 1]
-        batch = packing.from_lengths(lengths[first:last], device)
-        here = (ids, types) if last - first == len(order) else (ids[start:end], types[start:end])
-        if device.type != "cpu":
-            here = packing.to_device(here[0], device), packing.to_device(here[1], device)
-        yield order[first:last], batch, *here
-
-
-def _gathered(
-    tensors: tuple[Tensor, ...], starts: list[int], lengths: list[int], device: torch.device
-) -> Iterator[Tensor]:
-    """Tensors (T,) with their texts in another order, in memory that a GPU can copy from by itself.
-
-    starts, lengths: of the texts in that order, where each begins in the tensors.
-    """
-    ends = np.cumsum(lengths)
-    rows = torch.from_numpy(np.repeat(starts - (ends - lengths), lengths) + np.arange(ends[-1]))
-    for t in tensors:
-        out = torch.empty(len(rows), dtype=t.dtype, device="cpu", pin_memory=device.type == "cuda")
-        yield torch.index_select(t, 0, rows, out=out)
-
-
-def batches(ends: Sequence[int], budget: int, most: int | None) -> Iterator[tuple[int, int]]:
-    """(first, last) of runs of texts that have at most `budget` tokens and `most` texts, or of a single text.
-
-    ends: (n,) how many tokens there are up to the end of each text.
-    """
-    first = 0
-    while first < len(ends):
-        before = ends[first - 1] if first else 0
-        last = max(bisect_right(ends, before + budget), first + 1)
-        last = last if most is None else min(last, first + most)
-        yield first, last
-        first = last
+        return self.output

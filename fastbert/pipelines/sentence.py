@@ -1,11 +1,11 @@
-"""SentenceEncoder: text in, vectors out, without a padded batch anywhere."""
+"""A SentenceEncoder makes vectors of texts, without a padded batch anywhere."""
 
 from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,39 +14,42 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fastbert.checks import one_of, positive_or_none
 from fastbert.models.bert import BertModel
 from fastbert.models.pretrained import any_in_training
-from fastbert.ops import packing
-from fastbert.pipelines import folder as sentence_layout
-from fastbert.pipelines.api import SEVERAL, SentenceTransformersApi, passed_over
-from fastbert.pipelines.folder import Layout, Pooling
-from fastbert.pipelines.inputs import TextRun, as_texts
-from fastbert.pipelines.loading import Arguments, load
+from fastbert.pipelines.api import SEVERAL_DEVICES, SentenceTransformersApi, log_unused
+from fastbert.pipelines.folder import MODULES, Layout, read_layout, write_layout
+from fastbert.pipelines.inputs import as_texts
+from fastbert.pipelines.load import Arguments, load
+from fastbert.pipelines.modules import output_size
 from fastbert.pipelines.names import SENTENCE_TRANSFORMERS
-from fastbert.pipelines.run import TWO_PROMPTS, Request, Timings
-from fastbert.pipelines.settings import TransformerSettings, processing_limit
+from fastbert.pipelines.pipeline import Pipeline, Pooling
+from fastbert.pipelines.pooling import vectors_of_padded
+from fastbert.pipelines.progress import Progress, progress_bar
+from fastbert.pipelines.run import Request, Run, Timings
+from fastbert.pipelines.settings import TransformerSettings
 from fastbert.text.tokenizer import Tokenizer
-from fastbert.text.wordpiece import check_text, one_of
-from fastbert.vectors import quantize as vectors
+from fastbert.vectors.quantize import PRECISIONS, quantize_embeddings
+from fastbert.vectors.similarity import SIMILARITIES, function_name, pairwise_similarity, similarity_matrix
 
 logger = logging.getLogger("fastbert")
 
 _OUTPUT_VALUES = ("sentence_embedding", "token_embeddings", None)
-_PROMPTS = {"query": "", "document": ""}  # every model of sentence-transformers has these
+_PROMPTS = {"query": "", "document": ""}  # every model of sentence-transformers has prompts of these names
 
 
 class SentenceEncoder(SentenceTransformersApi):
-    """A BERT model, its tokenizer, pooling, and the modules after it, as in a sentence-transformers folder.
+    """A SentenceEncoder is a model with its tokenizer, its pooling and the modules after that.
 
-    model: BertModel; tokenizer: fastbert.Tokenizer. pooling: modes of sentence-transformers ("mean", "cls", "max",
-    "mean_sqrt_len_tokens", "weightedmean", "lasttoken"), concatenated if several. tail: modules on sentence vectors.
-    token_budget: tokens in a batch, by default 16384 on a GPU and 2048 on a CPU. Vectors are float32 whatever the
-    model's dtype (float64 for float64). last_timings: where the time of the last call went, and what its bottleneck
-    was; the logger "fastbert" says the same at INFO.
+    pooling: one mode or several, whose vectors are concatenated. The modes are those of sentence-transformers: "mean",
+    "cls", "max", "mean_sqrt_len_tokens", "weightedmean" and "lasttoken". tail: modules on sentence vectors. prompts:
+    texts by name, to stand in front of an input. truncate_dim: how many numbers of a vector are kept. token_budget:
+    tokens in a batch, by default 16384 on a GPU and 2048 on a CPU. Vectors are float32 whatever the model's dtype, but
+    float64 for a model in float64. last_timings: where the time of the last call went, and what its bottleneck was; the
+    logger "fastbert" says the same at INFO.
     """
 
     model: BertModel
-    tokenizer: Tokenizer
     tail: nn.ModuleList
 
     def __init__(
@@ -69,15 +72,12 @@ class SentenceEncoder(SentenceTransformersApi):
         self.tokenizer = tokenizer
         self.pooling = pooling if isinstance(pooling, Pooling) else Pooling(pooling)
         self.tail = nn.ModuleList(tail)
-        self.prompts = {**_PROMPTS, **(prompts or {})}
-        self.default_prompt_name = default_prompt_name
-        if default_prompt_name is not None and default_prompt_name not in self.prompts:
-            raise ValueError(f"default_prompt_name: got {default_prompt_name!r}, expected one of {list(self.prompts)}")
+        self._set_prompts({**_PROMPTS, **(prompts or {})}, default_prompt_name)
         self.similarity_fn_name = similarity_fn_name
-        self.truncate_dim = _positive("truncate_dim", truncate_dim)
-        self.token_budget = _positive("token_budget", token_budget)
-        self.last_timings: Timings | None = None  # where the time of the last call went
-        self._dimension = self._check_sizes()
+        self.truncate_dim = positive_or_none("truncate_dim", truncate_dim)
+        self.token_budget = positive_or_none("token_budget", token_budget)
+        self.last_timings: Timings | None = None
+        self._dimension = output_size(self.tail, model.config.hidden_size * len(self.pooling.modes))
         self.eval()
 
     @classmethod
@@ -101,21 +101,23 @@ class SentenceEncoder(SentenceTransformersApi):
     ) -> SentenceEncoder:
         """Loads a sentence-transformers folder or hub id, or a plain BERT checkpoint, which gets mean pooling.
 
-        A name without an owner, as "all-MiniLM-L6-v2", is one of sentence-transformers' own models, as there. device:
-        the GPU if there is one, else the CPU. dtype: "auto" is the checkpoint's, but bfloat16 for float32 on a CPU that
-        has it in hardware. prompts, default_prompt_name, similarity_fn_name, truncate_dim: count before the folder's.
+        A name without an owner, such as "all-MiniLM-L6-v2", is one of sentence-transformers' own models. device: by
+        default the GPU if there is one, else the CPU. dtype: "auto" is the checkpoint's, but bfloat16 for float32 on a
+        CPU that has it in hardware. prompts, default_prompt_name, similarity_fn_name, truncate_dim: these count before
+        the folder's.
 
-        options: cache_folder, token, local_files_only, model_kwargs (a dtype and one device are followed),
-        processor_kwargs (or tokenizer_kwargs) and config_kwargs of SentenceTransformer(...), and the other arguments of
-        BertModel.from_pretrained. trust_remote_code and model_card_data have no effect. Raises what
-        BertModel.from_pretrained does, TypeError for an argument and ValueError for a module or a setting of the folder
-        that is not supported.
+        options: those of SentenceTransformer(...), which are cache_folder, token, local_files_only, model_kwargs,
+        processor_kwargs (or tokenizer_kwargs) and config_kwargs, and the other arguments of BertModel.from_pretrained.
+        Of model_kwargs a dtype and one device are followed. trust_remote_code and model_card_data have no effect.
+
+        Raises what BertModel.from_pretrained raises. An argument that is not supported is a TypeError; a module or a
+        setting of the folder that is not supported is a ValueError.
         """
         arguments = Arguments.of(options, revision)
         folder = arguments.folder(src, SENTENCE_TRANSFORMERS)
-        layout = sentence_layout.read(folder)
+        layout = read_layout(folder)
         if layout is None:
-            logger.warning("%s: no %s, so mean pooling without normalisation", src, sentence_layout.MODULES)
+            logger.warning("%s: no %s, so mean pooling without normalisation", src, MODULES)
             layout = Layout(folder)
         model, tokenizer = load(
             BertModel, layout, src, arguments, dtype, device, backend=backend, strict=strict,
@@ -145,7 +147,7 @@ class SentenceEncoder(SentenceTransformersApi):
         The other arguments are those of SentenceTransformer.save_pretrained, and have no effect: the weights are
         written as safetensors, and no model card is.
         """
-        passed_over(create_model_card=create_model_card, safe_serialization=not safe_serialization)
+        log_unused(create_model_card=create_model_card, safe_serialization=not safe_serialization)
         folder = Path(path)
         self.model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
@@ -159,44 +161,36 @@ class SentenceEncoder(SentenceTransformersApi):
             similarity_fn_name=self.similarity_fn_name,
             truncate_dim=self.truncate_dim,
         )
-        sentence_layout.write(folder, self.model.config.hidden_size, layout)
+        write_layout(folder, self.model.config.hidden_size, layout)
 
     @property
-    def max_seq_length(self) -> int:
-        """Tokens of a text that are read, special tokens included; at most the model's positions."""
-        model: Any = self._modules["model"]
-        limit, positions = self.tokenizer.model_max_length, model.longest_text
-        return positions if limit is None else min(limit, positions)
-
-    @max_seq_length.setter
-    def max_seq_length(self, value: int | None) -> None:
-        positions = self.model.longest_text
-        value = _positive("max_seq_length", value)
-        if value is not None and value > positions:
-            raise ValueError(f"max_seq_length: got {value}, but the model has {positions} positions")
-        self.tokenizer.model_max_length = positions if value is None else value
-
-    @property
-    def device(self) -> torch.device:
-        return self.model.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the model; vectors are float32 also where this is bfloat16 or float16."""
-        return self.model.dtype
+    def pipeline(self) -> Pipeline:
+        """Returns the parts of the encoder as they are now, which `encode` runs."""
+        modules: Any = self._modules  # an attribute of nn.Module costs one call of a Python function
+        return Pipeline(
+            modules["model"],
+            self.tokenizer,
+            self.max_seq_length,
+            self.pooling,
+            tuple(modules["tail"]._modules.values()),
+            prompts=self.prompts,
+            default_prompt_name=self.default_prompt_name,
+            truncate_dim=self.truncate_dim,
+            token_budget=self.token_budget,
+        )
 
     @property
     def similarity_fn_name(self) -> str:
-        """What `similarity` computes: "cosine", "dot", "euclidean" or "manhattan".
+        """Names the function that `similarity` computes: "cosine", "dot", "euclidean" or "manhattan".
 
-        It may be set to sentence-transformers' SimilarityFunction, and to None, which is "cosine".
+        It may be set to a member of sentence-transformers' SimilarityFunction, and to None, which stands for "cosine".
         """
         return self._similarity_fn_name
 
     @similarity_fn_name.setter
     def similarity_fn_name(self, name: Any) -> None:
-        name = vectors.function_name(name) or "cosine"
-        self._similarity_fn_name = one_of("similarity_fn_name", name, *vectors.SIMILARITIES)
+        name = function_name(name) or "cosine"
+        self._similarity_fn_name = one_of("similarity_fn_name", name, *SIMILARITIES)
 
     def __len__(self) -> int:
         return 2 + len(self.tail)
@@ -205,11 +199,11 @@ class SentenceEncoder(SentenceTransformersApi):
         return f"pooling={self.pooling.modes}, max_seq_length={self.max_seq_length}"
 
     def get_embedding_dimension(self) -> int:
-        """The length of a vector."""
+        """Returns the length of a vector."""
         return self._dimension if self.truncate_dim is None else min(self._dimension, self.truncate_dim)
 
     def get_sentence_embedding_dimension(self) -> int:
-        """The length of a vector, under the name that sentence-transformers had for it before 5.0."""
+        """Returns the length of a vector. Before sentence-transformers 5.0 this was its name."""
         return self.get_embedding_dimension()
 
     def encode(
@@ -235,76 +229,74 @@ class SentenceEncoder(SentenceTransformersApi):
         task: str | None = None,
         processing_kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        """The vectors of texts; arguments and results are those of SentenceTransformer.encode.
+        """Returns the vectors of texts. Arguments and results are those of SentenceTransformer.encode.
 
-        sentences (or `inputs`, its name in sentence-transformers 6): a str, or any iterable of str; a text may also be
-        a pair of str in a list or a tuple, read as one input, or {"text": str}. prompt, or the one that prompt_name
-        names, goes in front of each text. batch_size: most texts in a batch, which the token budget bounds anyway.
-        show_progress_bar: None shows it where the logger "fastbert" is at INFO. device: moves the encoder there.
-        processing_kwargs: {"text": {"max_length": int}}, the most tokens of a text in this call. task and chunk_size
-        have no effect.
+        sentences (or `inputs`, its name in sentence-transformers 6): a str, or any iterable of str. A text may also be
+        a pair of str in a list or a tuple, which is read as one input, or {"text": str}. prompt, or the prompt of the
+        name prompt_name, goes in front of each text. batch_size: most texts in a batch; the token budget bounds it
+        anyway. show_progress_bar: None shows it where the logger "fastbert" is at INFO. device: moves the encoder
+        there. processing_kwargs: {"text": {"max_length": int}}, the most tokens of a text in this call. task and
+        chunk_size have no effect.
 
-        Returns a (dim,) vector for a str, else (n, dim) float32: an array, a tensor on the model's device with
-        convert_to_tensor, a list of vectors with convert_to_numpy=False. precision "int8", "uint8", "binary" and
-        "ubinary": on the host, as `fastbert.quantize_embeddings` makes them, which ranges and calibration_embeddings
-        are for. output_value "token_embeddings": a list of (tokens, H)
-        tensors; None: a list of dicts with ids, token vectors and the vector of the text. No texts: (0,), as there.
+        The result is a vector (dim,) for a str, else (n, dim), in float32: an array, or with convert_to_tensor a tensor
+        on the model's device, or with convert_to_numpy=False a list of vectors. With precision "int8", "uint8",
+        "binary" or "ubinary" the vectors are on the host, as `fastbert.quantize_embeddings` makes them, which takes
+        ranges and calibration_embeddings. With output_value "token_embeddings" the result is a list of (tokens, H)
+        tensors. With output_value None it is a list of dicts with ids, token vectors and the vector of the text. For no
+        texts it is an array of shape (0,), as in sentence-transformers.
 
-        Texts longer than max_seq_length are cut, and one warning counts texts and tokens. Raises TypeError for what is
-        not text, ValueError for a lone surrogate (both name the index) and for a value that is not supported.
+        Texts longer than max_seq_length are cut, and one warning counts texts and tokens. Raises TypeError for an input
+        that is no text and ValueError for a lone surrogate, both with the index. Raises ValueError for an argument that
+        is not supported.
         """
         if (sentences is None) == (inputs is None):
             raise TypeError("sentences: expected a str or an iterable of str")
         texts: Any
         texts, single = as_texts(inputs if sentences is None else sentences)
         if pool is not None or isinstance(device, (list, tuple)):
-            raise ValueError(SEVERAL)
+            raise ValueError(SEVERAL_DEVICES)
         one_of("output_value", output_value, *_OUTPUT_VALUES)
         precision = precision or "float32"
         if precision != "float32" and output_value != "sentence_embedding":
             raise ValueError(f"precision: got {precision!r} for output_value {output_value!r}, expected 'float32'")
-        one_of("precision", precision, *vectors.PRECISIONS)
-        if show_progress_bar is None:
-            show_progress_bar = logger.getEffectiveLevel() in (logging.INFO, logging.DEBUG)
+        one_of("precision", precision, *PRECISIONS)
         if device is not None:
             self.to(device)
         request = Request(
             self._prompt(prompt, prompt_name),
-            _positive("batch_size", batch_size),
+            positive_or_none("batch_size", batch_size),
             output_value,
             normalize_embeddings,
-            self.truncate_dim if truncate_dim is None else _positive("truncate_dim", truncate_dim),
+            self.truncate_dim if truncate_dim is None else positive_or_none("truncate_dim", truncate_dim),
             single,
             on_host=convert_to_numpy and not convert_to_tensor or precision != "float32",
             max_length=None if processing_kwargs is None else self._limit(processing_kwargs),
         )
         total = 1 if single else len(texts) if hasattr(texts, "__len__") else None
-        with _progress_bar(show_progress_bar, total) as request.progress:
+        with progress_bar(show_progress_bar, total) as request.progress:
             windows = list(self._run(texts, request))
         if output_value != "sentence_embedding":
             items = [item for window in windows for item in window]
             return items[0] if single else items
         if not windows:
-            return (
-                np.array([])
-                if request.on_host and not convert_to_tensor and convert_to_numpy
-                else (torch.tensor([], device=self.device) if convert_to_tensor else [])
-            )
+            if convert_to_tensor:
+                return torch.tensor([], device=self.device)
+            return np.array([]) if convert_to_numpy else []
         # Pinned memory, which vectors from a GPU lie in, is too dear to be kept by whoever holds the result.
-        made = windows[0] if len(windows) == 1 and not windows[0].is_pinned() else torch.cat(windows)
+        embeddings = windows[0] if len(windows) == 1 and not windows[0].is_pinned() else torch.cat(windows)
         if precision != "float32":
-            made = torch.from_numpy(vectors.quantize_embeddings(made, precision, ranges, calibration_embeddings))
+            embeddings = torch.from_numpy(quantize_embeddings(embeddings, precision, ranges, calibration_embeddings))
         if convert_to_numpy and not convert_to_tensor:
-            return made.numpy()[0] if single else made.numpy()
+            return embeddings.numpy()[0] if single else embeddings.numpy()
         if single:
-            return made[0]
-        return made if convert_to_tensor else list(made)
+            return embeddings[0]
+        return embeddings if convert_to_tensor else list(embeddings)
 
     def encode_query(
         self, sentences: Any = None, prompt_name: str | None = None, prompt: str | None = None, *args: Any,
         **kwargs: Any,
     ) -> Any:  # fmt: skip
-        """`encode` with the prompt named "query", if there is one; never with the default prompt."""
+        """Calls `encode` with the prompt named "query", if there is one, and never with the default prompt."""
         if prompt is None and prompt_name is None:
             prompt = self.prompts.get("query", "")
         return self.encode(sentences, prompt_name, prompt, *args, **kwargs)
@@ -313,9 +305,10 @@ class SentenceEncoder(SentenceTransformersApi):
         self, sentences: Any = None, prompt_name: str | None = None, prompt: str | None = None, *args: Any,
         **kwargs: Any,
     ) -> Any:  # fmt: skip
-        """`encode` with the prompt named "document", if there is one; never with the default prompt.
+        """Calls `encode` with the prompt named "document", if there is one, and never with the default prompt.
 
-        One named "passage" or "corpus" is not taken: sentence-transformers adds an empty "document" before it looks.
+        A prompt named "passage" or "corpus" is not taken: sentence-transformers adds an empty "document" before it
+        looks for one.
         """
         if prompt is None and prompt_name is None:
             prompt = self.prompts.get("document", "")
@@ -329,17 +322,16 @@ class SentenceEncoder(SentenceTransformersApi):
         prompt: str | None = None,
         normalize_embeddings: bool = False,
         truncate_dim: int | None = None,
-        progress: Callable[[int], Any] | None = None,
+        progress: Progress | None = None,
     ) -> Iterator[np.ndarray]:
-        """The vectors of more texts than fit in memory: (n, dim) arrays, in order.
+        """Yields the vectors of more texts than fit in memory: (n, dim) arrays, in order.
 
-        Each is of 16,384 texts but the last, or of fewer that together have 8 million characters.
-
-        With a GPU, texts are taken from the iterable up to three windows ahead of what is returned. progress is called
-        with the number of texts of each batch. Truncation is counted and warned of at the end; errors are those of
-        `encode`.
+        Each array is of 16,384 texts but the last, or of fewer texts that together have 8 million characters. With a
+        GPU, texts are taken from the iterable up to three windows ahead of the array that is returned. progress is
+        called with the number of texts of each batch. Truncation is counted and warned of at the end. Errors are those
+        of `encode`.
         """
-        truncate_dim = self.truncate_dim if truncate_dim is None else _positive("truncate_dim", truncate_dim)
+        truncate_dim = self.truncate_dim if truncate_dim is None else positive_or_none("truncate_dim", truncate_dim)
         request = Request(
             self._prompt(prompt, prompt_name),
             normalize=normalize_embeddings,
@@ -352,20 +344,20 @@ class SentenceEncoder(SentenceTransformersApi):
             yield window.clone().numpy() if window.is_pinned() else window.numpy()
 
     def similarity(self, embeddings1: Any, embeddings2: Any) -> Tensor:
-        """(n, dim) and (m, dim) vectors, as tensors or arrays -> (n, m), by the function `similarity_fn_name` names.
+        """Returns the similarity of each vector with each: (n, dim) and (m, dim), as tensors or arrays -> (n, m).
 
-        "cosine", "dot", "euclidean" and "manhattan"; the last two are distances with their sign changed.
+        `similarity_fn_name` names the function. "euclidean" and "manhattan" are distances with their sign changed.
         """
-        return vectors.similarity(embeddings1, embeddings2, self.similarity_fn_name)
+        return similarity_matrix(embeddings1, embeddings2, self.similarity_fn_name)
 
     def similarity_pairwise(self, embeddings1: Any, embeddings2: Any) -> Tensor:
-        """(n, dim) and (n, dim) vectors -> (n,): of each with its fellow, by the same function."""
-        return vectors.similarity_pairwise(embeddings1, embeddings2, self.similarity_fn_name)
+        """Returns the similarity of each vector with its partner: (n, dim) and (n, dim) -> (n,)."""
+        return pairwise_similarity(embeddings1, embeddings2, self.similarity_fn_name)
 
     @contextmanager
     def truncate_embeddings(self, truncate_dim: int | None) -> Iterator[None]:
-        """Within it, `encode` gives the first truncate_dim numbers of each vector (Matryoshka)."""
-        before, self.truncate_dim = self.truncate_dim, _positive("truncate_dim", truncate_dim)
+        """Lets `encode` give the first truncate_dim numbers of each vector (Matryoshka), inside a `with` statement."""
+        before, self.truncate_dim = self.truncate_dim, positive_or_none("truncate_dim", truncate_dim)
         try:
             yield
         finally:
@@ -374,85 +366,35 @@ class SentenceEncoder(SentenceTransformersApi):
     truncate_sentence_embeddings = truncate_embeddings  # its name before sentence-transformers 6
 
     def forward(self, input: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
-        """What `preprocess` gives, on the model's device -> the same with token_embeddings and sentence_embedding.
+        """Adds token_embeddings and sentence_embedding to what `preprocess` gives, on the model's device.
 
-        token_embeddings: (B, S, H), rows of zeros at padding; sentence_embedding: (B, dim) float32 at least, through
+        token_embeddings: (B, S, H), rows of zeros at padding. sentence_embedding: (B, dim) in float32 at least, through
         all modules, not truncated. Gradients flow where they are enabled. `encode` is faster: it does not pad.
         """
         names = ("input_ids", "token_type_ids", "attention_mask", "position_ids", "inputs_embeds")
         hidden = self.model(**{name: input[name] for name in names if input.get(name) is not None}).last_hidden_state
-        mask = input.get("attention_mask")
-        mask = torch.ones(hidden.shape[:2], dtype=torch.int64, device=hidden.device) if mask is None else mask
-        run = TextRun(self, Request(output_value=None))
+        n_prompt_tokens = 0
         if not self.pooling.include_prompt and input.get("prompt_length") is not None:
-            run.skip = int(torch.as_tensor(input["prompt_length"]).flatten()[0])
-        batch = packing.from_lengths((mask != 0).sum(1).tolist(), hidden.device)
-        vectors = run._pool(hidden[mask != 0], batch)
+            n_prompt_tokens = int(torch.as_tensor(input["prompt_length"]).flatten()[0])
+        vectors = vectors_of_padded(self.pipeline, hidden, input.get("attention_mask"), n_prompt_tokens)
         return {**input, "token_embeddings": hidden, "sentence_embedding": vectors}
 
     def set_pooling_include_prompt(self, include_prompt: bool) -> None:
-        """Whether pooling takes the tokens of the prompt too; INSTRUCTOR models leave them out."""
+        """Sets whether pooling takes the tokens of the prompt too. INSTRUCTOR models leave them out."""
         self.pooling = replace(self.pooling, include_prompt=include_prompt)
 
     def _run(self, texts: Iterable[str], request: Request) -> Iterator[Any]:
         if self._in_training():  # eval() drops what was made of the weights
             self.eval()
-        run = TextRun(self, request)
+        run = Run(self.pipeline, request)
         self.__dict__["last_timings"] = run.timings  # nn.Module asks of each attribute whether it is a parameter
         return run.windows(texts)
 
-    def _limit(self, processing_kwargs: Any) -> int:
-        limit = processing_limit("processing_kwargs", processing_kwargs) or self.max_seq_length
-        if limit > self.model.longest_text:
-            raise ValueError(f"max_length: got {limit}, but the model has {self.model.longest_text} positions")
-        return limit
-
     def _in_training(self) -> bool:
-        """Whether a module is; without asking each of the encoder, which would take as long as a short text."""
+        """Tells whether a module is in training mode."""
+        # To ask each module of the encoder would take as long as a short text.
         model: Any = self._modules["model"]
         tail: Any = self._modules["tail"]
         if model.all_in_eval_mode():
             return self.training or any_in_training(tail)
         return any_in_training(self)
-
-    def _prompt(self, prompt: str | None, prompt_name: str | None) -> str:
-        if prompt is None:
-            name = self.default_prompt_name if prompt_name is None else prompt_name
-            if name is None:
-                return ""
-            if name not in self.prompts:
-                raise ValueError(f"prompt_name: got {name!r}, expected one of {list(self.prompts)}")
-            return self.prompts[name]
-        if prompt_name is not None:
-            logger.warning(TWO_PROMPTS)
-        check_text(prompt, "prompt")
-        return prompt
-
-    def _check_sizes(self) -> int:
-        """The length of a vector; raises ValueError where a module does not fit the one before it."""
-        width = self.model.config.hidden_size * len(self.pooling.modes)
-        for i, module in enumerate(self.tail):
-            settings: dict[str, Any] = getattr(module, "settings", dict)()
-            expected = settings.get("in_features", settings.get("dimension", width))
-            if expected != width:
-                raise ValueError(f"tail[{i}], {type(module).__name__}: takes vectors of {expected}, gets {width}")
-            width = settings.get("out_features", width)
-        return width
-
-
-def _progress_bar(show: bool, total: int | None) -> AbstractContextManager[Callable[[int], Any] | None]:
-    return _shown_progress_bar(total) if show else nullcontext()
-
-
-@contextmanager
-def _shown_progress_bar(total: int | None) -> Iterator[Callable[[int], Any]]:
-    from tqdm import tqdm
-
-    with tqdm(total=total, desc="Encoding", unit="text") as bar:
-        yield bar.update
-
-
-def _positive(name: str, value: int | None) -> int | None:
-    if value is not None and (isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1):
-        raise ValueError(f"{name}: got {value!r}, expected a positive whole number or None")
-    return value

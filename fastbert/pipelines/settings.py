@@ -1,4 +1,4 @@
-"""What the JSON files of a sentence-transformers folder say, key by key: followed, let pass, or refused by name."""
+"""The keys of a sentence-transformers folder's JSON files are followed, let pass, or refused by name."""
 
 from __future__ import annotations
 
@@ -8,26 +8,26 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fastbert.checkpoint import files as checkpoint
+from fastbert.checkpoint.files import read_json
 
 logger = logging.getLogger("fastbert")
 
-# The names of a Transformer's settings, in the order in which they are looked for. The first that says anything counts.
+# The names of a Transformer's settings, in the order of the search. The first file that is not empty counts.
 TRANSFORMER_CONFIGS = tuple(
-    f"sentence_{kind}_config.json"
-    for kind in ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
+    f"sentence_{name}_config.json"
+    for name in ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
 )
 
-# Keys of these files. Those of the first group change what is computed, and are followed.
+# Keys of these files that change what is computed, and are followed.
 FOLLOWED = {
     "max_seq_length", "do_lower_case", "model_args", "model_kwargs", "tokenizer_args", "tokenizer_kwargs",
     "processor_kwargs", "config_args", "config_kwargs", "processing_kwargs",
 }  # fmt: skip
-# They may hold what is said here or nothing, or else they are refused.
+# Keys that may hold one value or nothing, and are refused with another.
 EXPECTED = {"transformer_task", "module_output_name", "modality_config"}
-# They are refused wherever they hold anything.
+# Keys that are refused wherever they hold anything.
 REFUSED = {"query_length", "document_length", "query_expansion", "tokenizer_name_or_path"}
-# They change how it is computed, and no number.
+# Keys that change how something is computed, and no number.
 HARMLESS = {"unpad_inputs", "cache_dir", "backend"}
 
 # Keys of config_sentence_transformers.json.
@@ -35,7 +35,7 @@ MODEL_KEYS = {"model_type", "prompts", "default_prompt_name", "similarity_fn_nam
 MODEL_KEYS_HARMLESS = {"__version__"}
 MODEL_KEYS_LOGGED = {"requirements", "keep_in_fp32_modules"}
 
-# Keys of a module's config.json; a Dense lets unknown ones pass, with a word.
+# Keys of a module's config.json.
 MODULE_KEYS = {
     "Pooling": {
         "word_embedding_dimension", "embedding_dimension", "pooling_mode", "include_prompt", "pooling_mode_cls_token",
@@ -52,7 +52,7 @@ MODULE_KEYS = {
 }  # fmt: skip
 MODULES_KEYS = {"idx", "name", "path", "type", "kwargs"}
 
-# What from_pretrained of transformers takes, and what has no part in the numbers here.
+# Arguments of transformers' from_pretrained that change no number.
 LOADING_HARMLESS = {
     "trust_remote_code", "attn_implementation", "low_cpu_mem_usage", "revision", "token", "use_auth_token", "cache_dir",
     "local_files_only", "force_download", "resume_download", "proxies", "use_safetensors", "add_pooling_layer",
@@ -64,12 +64,16 @@ LOADING_HARMLESS = {
 
 @dataclass
 class TransformerSettings:
-    """What a Transformer module's file says: of the tokens of a text, and what from_pretrained is to be given."""
+    """TransformerSettings hold what the file of a Transformer module says.
+
+    max_length: of processing_kwargs; it counts before max_seq_length. model, tokenizer, config: arguments for the
+    from_pretrained of each.
+    """
 
     file: Path | None = None
     max_seq_length: int | None = None
     do_lower_case: bool = False
-    max_length: int | None = None  # of processing_kwargs: it counts before max_seq_length
+    max_length: int | None = None
     model: dict[str, Any] = field(default_factory=dict)
     tokenizer: dict[str, Any] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
@@ -81,13 +85,14 @@ def read_transformer(
     output: str = "token_embeddings",
     method_output: str = "last_hidden_state",
 ) -> TransformerSettings:
-    """The settings of the Transformer module in a folder. task, output, method_output: what the caller makes of it.
+    """Reads the settings of the Transformer module in a folder.
 
-    Raises ValueError that names the file and the key for what is not followed.
+    task, output, method_output: the values of transformer_task, module_output_name and method_output_name that are
+    supported. Raises ValueError with the file and the key for a setting that is not supported.
     """
     file, content = None, {}
     for name in TRANSFORMER_CONFIGS:
-        if (folder / name).is_file() and (content := checkpoint.read_json(folder / name)):
+        if (folder / name).is_file() and (content := read_json(folder / name)):
             file = folder / name
             break
     if file is None:
@@ -116,7 +121,7 @@ def read_transformer(
 
 
 def _loading(file: Path, content: Mapping[str, Any], keys: tuple[str, ...]) -> dict[str, Any]:
-    """What stands under the first of these keys, the names of one thing in several versions."""
+    """Returns the object under the first of these keys, which are the names of one setting in several versions."""
     for key in keys:
         value = content.get(key)
         if value is not None:
@@ -127,7 +132,7 @@ def _loading(file: Path, content: Mapping[str, Any], keys: tuple[str, ...]) -> d
 
 
 def _check_modalities(file: Path, modalities: Any, method_output: str) -> None:
-    """Raises ValueError where text does not go through the model, or something else than its output is taken."""
+    """Raises ValueError where text does not go through the model's forward, or another output is taken."""
     if modalities is None:
         return
     text = modalities.get("text") if isinstance(modalities, dict) else None
@@ -144,7 +149,7 @@ def _check_modalities(file: Path, modalities: Any, method_output: str) -> None:
 
 
 def processing_limit(name: str, value: Any) -> int | None:
-    """The max_length that `processing_kwargs` give for text, if any. Raises ValueError for what is not followed."""
+    """Returns the max_length that `processing_kwargs` give for text, if any. Raises ValueError for another setting."""
     if not value:
         return None
     if not isinstance(value, dict):
@@ -165,7 +170,7 @@ def processing_limit(name: str, value: Any) -> int | None:
 
 
 def check_keys(file: Path, content: Mapping[str, Any], known: Collection[str]) -> None:
-    """Raises ValueError for a key that is not known, and may change what is computed."""
+    """Raises ValueError for a key that is not known: it may change what is computed."""
     unknown = sorted(key for key in set(content) - set(known) if content[key] is not None)
     if unknown:
         raise ValueError(f"{file}: the key {', '.join(map(repr, unknown))} is not supported")

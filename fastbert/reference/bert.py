@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from fastbert.checkpoint.activations import ACTIVATIONS
-from fastbert.checkpoint.families import COLUMN, family_of
+from fastbert.checkpoint.families import family_of
+from fastbert.checkpoint.family import COLUMN
 from fastbert.reference.ops import (
     embedding_layer_norm,
     layer_norm,

@@ -1,4 +1,7 @@
-"""Texts from files and vectors to files, for the command line. Both stream; no half-written file has its final name."""
+"""The command line reads texts from files and writes vectors to files here. Both stream.
+
+A file that is written in half never has its final name.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +16,8 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from fastbert.checkpoint.files import _replacing
-from fastbert.text.wordpiece import check_text
+from fastbert.checkpoint.files import replacing
+from fastbert.checks import check_text
 
 Write = Callable[[Sequence[str], np.ndarray], None]
 
@@ -23,37 +26,37 @@ FORMATS = (".npy", ".jsonl")
 
 
 def read_texts(path: str, field: str | None = None) -> Iterator[str]:
-    """The lines of a UTF-8 file, empty ones too; "-" is standard input. With `field`, that field of a JSON object each.
+    """Yields the lines of a UTF-8 file, empty ones too, or with `field` that field of a JSON object in each line.
 
-    Lines end in LF or CRLF; a byte order mark is left out. Raises ValueError that names file and line for what is not
-    UTF-8, is not an object with a string in that field, or holds half of a UTF-16 pair.
+    "-" is standard input. Lines end in LF or CRLF. A byte order mark is left out. Raises ValueError with file and line
+    for a line that is not UTF-8, is not an object with a string in that field, or holds half of a UTF-16 pair.
     """
     name = "standard input" if path == STDIN else path
     with nullcontext(sys.stdin.buffer) if path == STDIN else open(path, "rb") as file:
         for number, line in enumerate(file, start=1):
-            where = f"{name}, line {number}"
+            place = f"{name}, line {number}"
             try:
                 text = line.removesuffix(b"\n").removesuffix(b"\r").decode("utf-8-sig" if number == 1 else "utf-8")
             except UnicodeDecodeError as error:
-                raise ValueError(f"{where}: not UTF-8: {error.reason} at byte {error.start + 1}") from error
+                raise ValueError(f"{place}: not UTF-8: {error.reason} at byte {error.start + 1}") from error
             if field is not None:
-                text = _field(text, field, where)
-                check_text(text, where)
+                text = _field(text, field, place)
+                check_text(place, text)
             yield text
 
 
-def _field(line: str, field: str, where: str) -> str:
+def _field(line: str, field: str, place: str) -> str:
     try:
         record = json.loads(line)
     except ValueError as error:
-        raise ValueError(f"{where}: not JSON: {error}") from error
+        raise ValueError(f"{place}: not JSON: {error}") from error
     if not isinstance(record, dict) or not isinstance(record.get(field), str):
-        raise ValueError(f"{where}: expected a JSON object with a string under {field!r}")
+        raise ValueError(f"{place}: expected a JSON object with a string under {field!r}")
     return record[field]
 
 
 def count_lines(path: str) -> int | None:
-    """How many texts `read_texts` will find; None for standard input and what else can be read only once."""
+    """Returns the number of texts that `read_texts` will yield; None for a stream that can be read only once."""
     if path == STDIN or not stat.S_ISREG(os.stat(path).st_mode):
         return None
     lines, last = 0, b"\n"
@@ -64,7 +67,7 @@ def count_lines(path: str) -> int | None:
 
 
 def check_output(path: str) -> None:
-    """Raises ValueError or FileNotFoundError for a path that could not be written to in the end."""
+    """Raises ValueError or FileNotFoundError for a path that `open_output` could not write to in the end."""
     if path == STDIN:
         return
     if Path(path).suffix not in FORMATS:
@@ -77,16 +80,16 @@ def check_output(path: str) -> None:
 
 @contextmanager
 def open_output(path: str, dimension: int) -> Iterator[Write]:
-    """A function that takes texts and their (n, dimension) float32 vectors; called as often as there are windows.
+    """Gives a function that writes texts and their (n, dimension) float32 vectors, a window at a time.
 
-    A .npy file gets one array; a .jsonl file, or standard output for "-", one object a text: {"text": ..., "embedding":
-    [...]}. The file appears under its name when all is written; before that, an older one stays as it is.
+    A .npy file gets one array. A .jsonl file, or standard output for "-", gets one object a text: {"text": ...,
+    "embedding": [...]}. The file appears under its name when all is written; until then an older one stays as it is.
     """
     if path == STDIN:
         yield lambda texts, vectors: _write_jsonl(sys.stdout.write, texts, vectors)
         sys.stdout.flush()
         return
-    with _replacing(Path(path)) as temporary:
+    with replacing(Path(path)) as temporary:
         if Path(path).suffix == ".npy":
             with open(temporary, "wb") as binary, _npy(binary, dimension) as write:
                 yield write
@@ -103,7 +106,7 @@ def _write_jsonl(write: Callable[[str], Any], texts: Sequence[str], vectors: np.
 
 @contextmanager
 def _npy(file: BinaryIO, dimension: int) -> Iterator[Write]:
-    """Rows are appended as they come, and the header, which has room for any number of them, is written at the end."""
+    """Appends rows as they come. The header, which has room for any number of them, is written again at the end."""
     rows = 0
 
     def header() -> None:

@@ -1,18 +1,7 @@
-"""Texts counted in characters, not in texts: spans of them, and long ones in pieces that give the same tokens.
+"""Texts are counted in characters here, and long ones cut into pieces that give the same tokens.
 
-A text is taken apart only at a space between two plain letters or digits, "... a| b ...", the space with what follows.
-The ids of the pieces, one after the other, are those of the whole, if all of this holds (else `splits` is False):
-
-- No token of the added ones stretches over such a place, or ends there and takes the space with it: none holds a space
-  between letters or digits, and none that ends in one strips to the right.
-- The normalizer looks at single characters, at a letter with its accents, or at runs of spaces. A plain letter begins
-  with a base character under each of Unicode's normal forms, and nothing joins over a space.
-- The pre-tokenizer splits at such a space, whatever stands on both sides, and adds a space of its own only in front of
-  a text that has none. So do BERT's, splits at white space, byte-level BPE's regular expression, and a Metaspace that
-  splits.
-- The model looks at one word at a time, and without chance: WordPiece, WordLevel, BPE without dropout, Unigram.
-
-CHARACTERS at once keep Rust's encodings, some 200 bytes a token, below 100 MB, also where each character is a token.
+A text is cut only at a space between two plain letters or digits, "... a| b ...", and the space goes with what follows.
+README.md says for which tokenizers the ids of the pieces are those of the whole.
 """
 
 from __future__ import annotations
@@ -22,8 +11,10 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-CHARACTERS = 2**19  # handed to Rust at once, at most, but for a text that cannot be taken apart
-TEXTS = 2048  # the same in texts
+# Characters handed to Rust at once, at most, but for a text that cannot be cut. Rust's encodings, some 200 bytes a
+# token, then stay below 100 MB, also where each character is a token.
+CHARACTERS = 2**19
+TEXTS = 2048  # texts handed to Rust at once, at most
 WINDOW_CHARACTERS = 2**23  # of the texts of a window, which are tokenised one span after the other
 
 # Letters and digits of the scripts that write spaces: Latin, Greek, Cyrillic, Armenian, Hebrew, Arabic, Devanagari,
@@ -40,7 +31,10 @@ _MODELS = {"WordPiece", "WordLevel", "BPE", "Unigram"}
 
 
 def spans(texts: Sequence[str], n_texts: int, characters: int, others: Sequence[str] = ()) -> Iterator[tuple[int, int]]:
-    """(first, last) of runs of at most that many texts and characters, or of one text. others: texts beside them."""
+    """Yields (first, last) of runs of at most that many texts and characters, or of one text.
+
+    others: the second texts of pairs.
+    """
     if len(texts) <= 1:
         if texts:
             yield 0, 1
@@ -56,7 +50,7 @@ def spans(texts: Sequence[str], n_texts: int, characters: int, others: Sequence[
 
 
 def splits(rust: Any) -> bool:
-    """Whether the ids of a text are those of its pieces, one after the other, for this Rust tokenizer as it is now."""
+    """Tells whether the ids of a text are those of its pieces, one after the other, for this state of a tokenizer."""
     steps = _steps(rust.pre_tokenizer, "pretokenizers")
     first = next((i for i, step in enumerate(steps) if step["type"] in _SPLITTING and _is_forced(step)), None)
     if first is None or not {step["type"] for step in steps[:first]} <= _NEUTRAL:
@@ -87,12 +81,12 @@ def _steps(component: Any, key: str) -> list[dict[str, Any]]:
 
 
 def _is_forced(step: dict[str, Any]) -> bool:
-    """Whether a pre-tokenizer that splits at spaces does so with its settings."""
+    """Tells whether a pre-tokenizer that splits at spaces does so with its settings."""
     return bool(step.get({"ByteLevel": "use_regex", "Metaspace": "split"}.get(step["type"], ""), True))
 
 
 def _is_local(step: dict[str, Any]) -> bool:
-    """Whether a normalizer's step is one of the known, or replaces a string without letters, or runs of spaces."""
+    """Tells whether a normalizer's step looks only at single characters, letters with accents or runs of spaces."""
     if step["type"] != "Replace":
         return step["type"] in _NORMALIZERS
     pattern = step["pattern"]
@@ -106,25 +100,25 @@ def _ends_plain(text: str) -> bool:
 
 
 def place_before(text: str, end: int, low: int = 0) -> int:
-    """The last place after ``low`` and up to ``end`` at which a text may be taken apart; ``low`` if there is none."""
+    """Returns the last place after ``low`` and up to ``end`` at which a text may be cut; ``low`` if there is none."""
     step = 256
     while True:
         start = max(end - step, low + 1)
-        found = [match.start() for match in _PLACE.finditer(text, start, min(end + 2, len(text)))]
-        places = [place for place in found if place <= end]
+        matches = _PLACE.finditer(text, start, min(end + 2, len(text)))
+        places = [match.start() for match in matches if match.start() <= end]
         if places or start == low + 1:
             return max(places, default=low)
         step *= 4
 
 
 def place_after(text: str, start: int) -> int:
-    """The first place at or after ``start`` at which the text may be taken apart; its length where there is none."""
+    """Returns the first place from ``start`` on at which the text may be cut; its length if there is none."""
     match = _PLACE.search(text, start)
     return len(text) if match is None else match.start()
 
 
 def pieces(text: str, size: int) -> Iterator[str]:
-    """The text in pieces of about ``size`` characters, and longer ones where it has no place."""
+    """Yields the text in pieces of about ``size`` characters, and in longer ones where it cannot be cut."""
     start = 0
     while len(text) - start > size:
         end = place_before(text, start + size, start)
@@ -137,7 +131,7 @@ def pieces(text: str, size: int) -> Iterator[str]:
 
 
 def cut(text: str, size: int, from_left: bool) -> str:
-    """The beginning of a text, of about ``size`` characters, or with ``from_left`` its end; or the text as it is."""
+    """Returns about the first ``size`` characters of a text, or with ``from_left`` the last."""
     if len(text) <= size:
         return text
     if from_left:

@@ -97,7 +97,7 @@ def jobs(
 
     precisions: "fp8", "int8" or both, whose linears are timed too, where the architecture can multiply in them.
     """
-    from fastbert_kernels import launch
+    from fastbert_kernels import configs
 
     found: dict[tuple[str, str], Job] = {}
     for name, config in models:
@@ -106,12 +106,12 @@ def jobs(
             gemms = (("QKV", (h, 3 * h), "none"), ("attention output", (h, h), "residual"),
                      ("up", (h, i), "gelu"), ("down", (i, h), "residual"))  # fmt: skip
             for what, shape, epilogue in gemms if not only or "gemm" in only else ():
-                key = launch.gemm_key(dtype, shape, epilogue)
+                key = configs.gemm_key(dtype, shape, epilogue)
                 candidates = tuple(_gemm_candidates(dtype, arch, shape, epilogue))
                 job = Job("gemm", key, f"{name} {what}", dtype, shape, epilogue, candidates)
                 found.setdefault((job.op, key), job)
-            if (not only or "attention" in only) and launch.MIN_HEAD_SIZE <= d <= launch.MAX_HEAD_SIZE:
-                key = launch.attention_key(dtype, d)
+            if (not only or "attention" in only) and configs.MIN_HEAD_SIZE <= d <= configs.MAX_HEAD_SIZE:
+                key = configs.attention_key(dtype, d)
                 candidates = tuple(_attention_candidates(dtype, arch, d))
                 sizes = (config.num_attention_heads, d)
                 job = Job("attention", key, f"{name} attention", dtype, sizes, "none", candidates)
@@ -127,7 +127,7 @@ def jobs(
 
 def _quantized_jobs(name: str, model: tuple[int, int, int], dtype: torch.dtype, arch: int) -> Iterator[Job]:
     """The four 8-bit linears of a layer; model: H, I, D."""
-    from fastbert_kernels import launch
+    from fastbert_kernels import configs
 
     h, i, d = model
     for what, shape, group, epilogue in (
@@ -135,7 +135,7 @@ def _quantized_jobs(name: str, model: tuple[int, int, int], dtype: torch.dtype, 
         ("up", (h, i), None, "gelu"),
         ("down", (i, h), quantized.OUT_GROUP if i > quantized.OUT_GROUP else None, "none"),
     ):  # fmt: skip
-        key = launch.quantized_gemm_key(dtype, shape, group, epilogue == "gelu")
+        key = configs.quantized_gemm_key(dtype, shape, group, epilogue == "gelu")
         candidates = tuple(_quantized_candidates(dtype, arch, shape, group, epilogue == "gelu"))
         yield Job("quantized_gemm", key, f"{name} {what}", dtype, shape, epilogue, candidates, group)
 
@@ -149,17 +149,17 @@ def default_models() -> list[tuple[str, BertConfig]]:
 
 def _gemm_candidates(dtype: torch.dtype, arch: int, shape: tuple[int, int], epilogue: str) -> Iterator[Candidate]:
     """cuBLAS first, then the tiles that tables give now, then others that fit."""
-    from fastbert_kernels import launch
+    from fastbert_kernels import configs
 
     yield Candidate("cublas")
-    pointer = [launch.linear_config(dtype, arch, shape, epilogue).block_sizes]
+    pointer = [configs.linear_config(dtype, arch, shape, epilogue).block_sizes]
     pointer += map(_gemm_tile, _TILES_32BIT if dtype == torch.float32 else _TILES_16BIT)
     yield from dict.fromkeys(
         _candidate("linear", sizes)
         for sizes in pointer
         if _fits(sizes, dtype, arch) and _leaves_registers(sizes, dtype, epilogue)
     )
-    current = launch.linear_persistent_config(dtype, arch, shape, epilogue)
+    current = configs.linear_persistent_config(dtype, arch, shape, epilogue)
     if current is None or any(size * dtype.itemsize % 16 for size in shape):
         return
     persistent = [current.block_sizes, *({**_gemm_tile(tile), "WARP_SPECIALIZE": 0} for tile in _PERSISTENT_TILES)]
@@ -178,7 +178,7 @@ def _quantized_candidates(
     dtype: torch.dtype, arch: int, shape: tuple[int, int], group: int | None, quantizes: bool
 ) -> Iterator[Candidate]:
     """The tiles that tables give now, then others that fit, first of the kernel on pointers."""
-    from fastbert_kernels import launch
+    from fastbert_kernels import configs
 
     def whole_steps(sizes: dict[str, int]) -> dict[str, int]:
         if group is None or group % sizes["BLOCK_K"] == 0:
@@ -186,13 +186,13 @@ def _quantized_candidates(
         return {**sizes, "BLOCK_K": max(32, 1 << (group - 1).bit_length())}
 
     how = dtype, group, arch, shape, quantizes
-    pointer = [launch.quantized_linear_config(*how).block_sizes, *map(whole_steps, map(_gemm_tile, _TILES_8BIT))]
+    pointer = [configs.quantized_linear_config(*how).block_sizes, *map(whole_steps, map(_gemm_tile, _TILES_8BIT))]
     yield from dict.fromkeys(
         _candidate("quantized_linear", sizes)
         for sizes in pointer
         if _fits(sizes, dtype, arch) and (not quantizes or sizes["BLOCK_COLS"] == quantized.OUT_GROUP)
     )
-    descriptors = launch.quantized_linear_persistent_config(*how)
+    descriptors = configs.quantized_linear_persistent_config(*how)
     out_size = 1 if quantizes else 2
     if descriptors is None or shape[0] % 16 or shape[1] * out_size % 16:
         return
@@ -228,9 +228,9 @@ def _leaves_registers(sizes: dict[str, int], dtype: torch.dtype, epilogue: str) 
 
 
 def _attention_candidates(dtype: torch.dtype, arch: int, head_size: int) -> Iterator[Candidate]:
-    from fastbert_kernels import launch
+    from fastbert_kernels import configs
 
-    current = launch.attention_config(dtype, head_size, arch).block_sizes
+    current = configs.attention_config(dtype, head_size, arch).block_sizes
     block_d = current["BLOCK_D"]
     names = ("BLOCK_Q", "BLOCK_K", "num_warps", "num_stages")
     sizes_of = [{name: current[name] for name in names}]
@@ -369,11 +369,11 @@ class Work:
 
     def _attention(self, candidate: Candidate) -> Call:
         from fastbert.ops.packing import sequence_ids
-        from fastbert_kernels import launch
+        from fastbert_kernels import configs, launch
         from fastbert_kernels.attention import build_work_list, varlen_attention_forward
 
         n_heads, d = self.job.sizes
-        block_d = launch.attention_config(self.job.dtype, d, launch.arch(self.device)).block_sizes["BLOCK_D"]
+        block_d = configs.attention_config(self.job.dtype, d, launch.arch(self.device)).block_sizes["BLOCK_D"]
         sizes = {**candidate.sizes, "BLOCK_D": block_d}
         work_list = build_work_list(self.cu_seqlens, sizes["BLOCK_Q"]).to(self.device)
         cu_seqlens = torch.tensor(self.cu_seqlens, dtype=torch.int32, device=self.device)

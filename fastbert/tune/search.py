@@ -23,7 +23,7 @@ from torch import Tensor
 
 from fastbert._version import __version__
 from fastbert.bench import measure
-from fastbert.checkpoint import files as checkpoint
+from fastbert.checkpoint.files import write_text
 from fastbert.ops import dispatch
 from fastbert.tune.jobs import Candidate, Job, Work
 
@@ -201,7 +201,7 @@ def write(table: Mapping[str, Any], path: Path) -> None:
 
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        checkpoint.write_text(path, json.dumps(table, indent=1) + "\n")
+        write_text(path, json.dumps(table, indent=1) + "\n")
     except OSError as error:
         what = f"the table cannot be written ({error.strerror or error}), and what was there is unchanged"
         raise OSError(error.errno, what, str(path)) from error

@@ -1,4 +1,4 @@
-"""The rows of a matrix to be searched: floats, or what `quantize_embeddings` makes of them."""
+"""A corpus is the matrix that is searched: of floats, or of what `quantize_embeddings` makes of them."""
 
 from __future__ import annotations
 
@@ -8,14 +8,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastbert.text.wordpiece import one_of
+from fastbert.checks import one_of
 from fastbert.vectors.quantize import PRECISIONS, steps_of
 
 BINARY = ("binary", "ubinary")
 
 
 class Corpus:
-    """(N, dim) rows that stand for numbers: a chunk in float32 on the device, or chosen rows in float64 on the host."""
+    """A Corpus gives the numbers that (N, dim) rows stand for.
+
+    `chunk` gives them in float32 on the device, `rows` in float64 on the host.
+    """
 
     def __init__(self, matrix: Any, precision: str, width: int, ranges: Any, device: torch.device) -> None:
         self.matrix, self.precision, self.width, self.device = matrix, precision, width, device
@@ -24,11 +27,12 @@ class Corpus:
         if ranges is not None:
             start, step = steps_of(ranges, width)
             empty = np.asarray(ranges)[0] == np.asarray(ranges)[1]
-            # The middle of a step, in float64: where all vectors had one value, there is no step.
+            # A level stands for the middle of its step, in float64. Where all vectors had one value there is no step.
             self.step = np.where(empty, 0.0, step.astype(np.float64))
             self.start = start.astype(np.float64) + self.step / 2
 
     def chunk(self, first: int, last: int) -> Tensor:
+        """Returns the numbers of rows from first to last: (n, dim) float32, on the device."""
         part = self.matrix[first:last]
         part = part if isinstance(part, Tensor) else _tensor(part)
         part = part.to(self.device)
@@ -45,7 +49,7 @@ class Corpus:
         return levels.float() * step + start
 
     def rows(self, ids: np.ndarray) -> np.ndarray:
-        """(m, dim) float64."""
+        """Returns the numbers of the rows of these ids: (m, dim) float64, on the host."""
         if isinstance(self.matrix, Tensor):
             part = self.matrix[torch.from_numpy(ids).to(self.matrix.device)].cpu()
             rows = part.double().numpy() if part.is_floating_point() else part.numpy()
@@ -53,15 +57,15 @@ class Corpus:
             rows = np.asarray(self.matrix[ids])
         return np.ascontiguousarray(rows if self.precision == "float32" else self._numbers(rows), np.float64)
 
-    def queries(self, given: np.ndarray) -> np.ndarray:
-        """(Q, dim) numbers to compare rows with: of floats the signs, where rows are signs; of bytes what they mean."""
-        if given.dtype.kind != "f":
-            return self._numbers(given)
-        return np.where(given > 0, 1.0, -1.0) if self.precision in BINARY else given
+    def queries(self, queries: np.ndarray) -> np.ndarray:
+        """Returns (Q, dim) numbers to compare rows with. Floats become signs where rows are signs."""
+        if queries.dtype.kind != "f":
+            return self._numbers(queries)
+        return np.where(queries > 0, 1.0, -1.0) if self.precision in BINARY else queries
 
     @property
     def _has_offset(self) -> bool:
-        """Whether an int8 stands for the level 128 below it; without ranges it is a number of its own."""
+        """Tells whether an int8 stands for the level that is 128 more; without ranges it is a number of its own."""
         return self.precision == "binary" or self.start is not None
 
     def _numbers(self, rows: np.ndarray) -> np.ndarray:
@@ -72,25 +76,26 @@ class Corpus:
 
 
 def signs(packed: np.ndarray, width: int) -> np.ndarray:
-    """(n, bytes) uint8 -> (n, width) of -1 and 1."""
+    """Unpacks signs: (n, bytes) uint8 -> (n, width) of -1 and 1."""
     return np.unpackbits(packed, axis=-1)[..., :width] * 2.0 - 1.0
 
 
 def corpus_of(
-    given: Any, queries: np.ndarray, width: int, precision: str | None, ranges: Any, device: torch.device
+    matrix: Any, queries: np.ndarray, width: int, precision: str | None, ranges: Any, device: torch.device
 ) -> Corpus:
-    """The matrix that came, with what its numbers mean. width: of the queries."""
-    if isinstance(given, (list, tuple)):
-        given = torch.stack(list(given)) if given and isinstance(given[0], Tensor) else np.asarray(given)
-    if len(given) == 0:
+    """Returns a Corpus of the matrix, once it fits the queries. width: of the queries."""
+    if isinstance(matrix, (list, tuple)):
+        matrix = torch.stack(list(matrix)) if matrix and isinstance(matrix[0], Tensor) else np.asarray(matrix)
+    if len(matrix) == 0:
         return Corpus(np.zeros((0, width), np.float32), "float32", width, None, device)
-    if not hasattr(given, "dtype") or len(given.shape) != 2:
-        shape = tuple(getattr(given, "shape", ()))
-        raise ValueError(f"corpus_embeddings: expected shape (N, dim), got {type(given).__name__} of {shape}")
-    dtype, columns = getattr(given.dtype, "name", str(given.dtype)).removeprefix("torch."), given.shape[1]
+    if not hasattr(matrix, "dtype") or len(matrix.shape) != 2:
+        shape = tuple(getattr(matrix, "shape", ()))
+        raise ValueError(f"corpus_embeddings: expected shape (N, dim), got {type(matrix).__name__} of {shape}")
+    dtype, columns = getattr(matrix.dtype, "name", str(matrix.dtype)).removeprefix("torch."), matrix.shape[1]
     floats = queries.dtype.kind == "f"
     if precision is None:
-        precision = "float32" if dtype.startswith(("float", "bfloat")) else _guessed(dtype, columns, width, floats)
+        is_float = dtype.startswith(("float", "bfloat"))
+        precision = "float32" if is_float else _guessed_precision(dtype, columns, width, floats)
     one_of("corpus_precision", precision, *PRECISIONS)
     expected = {"int8": ("int8",), "uint8": ("uint8",), "binary": ("int8",), "ubinary": ("uint8",)}
     dtypes = expected.get(precision, ("float16", "bfloat16", "float32", "float64"))
@@ -100,17 +105,17 @@ def corpus_of(
         raise TypeError(f"query_embeddings: got {queries.dtype} for a corpus of precision {precision!r}")
     bits = precision in BINARY
     if columns != ((width + 7) // 8 if bits and floats else width) and len(queries):
-        kind = f"{columns} bytes of signs" if bits else f"{columns} columns"
-        raise ValueError(f"query_embeddings: got {width} columns for a corpus of {kind}")
+        size = f"{columns} bytes of signs" if bits else f"{columns} columns"
+        raise ValueError(f"query_embeddings: got {width} columns for a corpus of {size}")
     if precision in ("int8", "uint8") and floats and ranges is None:
         raise ValueError(f"ranges: needed for float queries in a corpus of precision {precision!r}, (2, {width})")
     if ranges is not None and precision not in ("int8", "uint8"):
         raise ValueError(f"ranges: not for a corpus of precision {precision!r}")
-    return Corpus(given, precision, columns * 8 if bits and not floats else width, ranges, device)
+    return Corpus(matrix, precision, columns * 8 if bits and not floats else width, ranges, device)
 
 
-def _guessed(dtype: str, columns: int, width: int, floats: bool) -> str:
-    """The precision of a corpus of bytes beside float queries, whose width says which it is."""
+def _guessed_precision(dtype: str, columns: int, width: int, floats: bool) -> str:
+    """Returns the precision of a corpus of bytes, which the width of float queries tells."""
     if dtype not in ("int8", "uint8"):
         raise TypeError(f"corpus_embeddings: got {dtype}, expected floats, or int8 or uint8 of a quantisation")
     if not floats or (columns == width and columns == (width + 7) // 8):
@@ -121,6 +126,6 @@ def _guessed(dtype: str, columns: int, width: int, floats: bool) -> str:
 
 
 def _tensor(part: np.ndarray) -> Tensor:
-    """A view where there can be one: a memory-mapped array is read-only, which tensors cannot be."""
+    """Returns a view where there can be one. A memory-mapped array is read-only, and a tensor cannot be."""
     usable = part.flags.writeable and part.flags.c_contiguous and part.dtype.isnative
     return torch.from_numpy(part if usable else np.array(part, dtype=part.dtype.newbyteorder("="), order="C"))

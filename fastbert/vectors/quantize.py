@@ -1,38 +1,35 @@
-"""What is done with vectors: fewer bits for each number, and how alike two of them are."""
+"""Quantised vectors have fewer bits for each number."""
 
 from __future__ import annotations
 
 import logging
-from enum import Enum
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from fastbert.text.wordpiece import one_of
+from fastbert.checks import one_of
 
 logger = logging.getLogger("fastbert")
 
 PRECISIONS = ("float32", "int8", "uint8", "binary", "ubinary")
-SIMILARITIES = ("cosine", "dot", "euclidean", "manhattan")
 ENOUGH = 100  # vectors from which ranges are taken without a warning
 
 
 def quantize_embeddings(
     embeddings: Any, precision: str, ranges: Any = None, calibration_embeddings: Any = None
 ) -> np.ndarray:
-    """Vectors with fewer bits a number; arguments and numbers are those of sentence-transformers' function.
+    """Gives vectors fewer bits a number. Arguments and numbers are those of sentence-transformers' function.
 
     embeddings: (n, dim) or (dim,) floats, as an array, a tensor or a list of vectors. precision "int8", "uint8": each
-    dimension in 256 steps between its least and its greatest value, (n, dim). These come from ranges, (2, dim), or from
-    calibration_embeddings, (m, dim), or else from the vectors themselves, with a warning where they are few: then
-    vectors of another call cannot be compared with these. "binary" and "ubinary": signs, 8 to a byte, as int8 or uint8
-    (n, ceil(dim / 8)). "float32": as they are.
+    dimension in 256 steps between its least and its greatest value, (n, dim). These values come from ranges, (2, dim),
+    or from calibration_embeddings, (m, dim), or else from the vectors themselves, with a warning where they are few.
+    Vectors of another call cannot be compared with such vectors. precision "binary", "ubinary": signs, 8 to a byte,
+    as int8 or uint8, (n, ceil(dim / 8)). precision "float32": as they are.
 
-    Raises TypeError for vectors that are whole numbers already; ValueError for another precision, for NaN, for ranges
-    of another shape, and for a single vector where there is nothing to take ranges from.
+    Raises TypeError for vectors that are whole numbers already. Raises ValueError for another precision, for NaN, for
+    ranges of another shape, and for a single vector where there is nothing to take ranges from.
     """
     one_of("precision", precision, *PRECISIONS)
     vectors = as_floats("embeddings", embeddings)
@@ -49,10 +46,10 @@ def quantize_embeddings(
 
 
 def _ranges(vectors: np.ndarray, precision: str, ranges: Any, calibration: Any) -> Any:
-    """(2, dim): the least and the greatest value of each dimension."""
+    """Returns the least and the greatest value of each dimension, (2, dim)."""
     if ranges is not None:
         return ranges
-    given = vectors if calibration is None else as_floats("calibration_embeddings", calibration)
+    sample = vectors if calibration is None else as_floats("calibration_embeddings", calibration)
     if calibration is None:
         if vectors.ndim == 1 or len(vectors) == 1:
             raise ValueError(
@@ -64,15 +61,15 @@ def _ranges(vectors: np.ndarray, precision: str, ranges: Any, calibration: Any) 
                 "precision %r takes its ranges from %d vectors alone: more, ranges or calibration_embeddings make it "
                 "stable", precision, len(vectors),
             )  # fmt: skip
-    if given.ndim != 2 or (len(given) == 0 and len(vectors)):
-        raise ValueError(f"calibration_embeddings: expected shape (m, {vectors.shape[-1]}), got {given.shape}")
-    if len(given) == 0:
-        return np.zeros((2, given.shape[1]), np.float32)
-    return np.vstack((given.min(axis=0), given.max(axis=0)))
+    if sample.ndim != 2 or (len(sample) == 0 and len(vectors)):
+        raise ValueError(f"calibration_embeddings: expected shape (m, {vectors.shape[-1]}), got {sample.shape}")
+    if len(sample) == 0:
+        return np.zeros((2, sample.shape[1]), np.float32)
+    return np.vstack((sample.min(axis=0), sample.max(axis=0)))
 
 
 def steps_of(ranges: Any, dim: int) -> tuple[np.ndarray, np.ndarray]:
-    """(2, dim) ranges -> where the 256 steps of each dimension start, and how far apart they are: (dim,) float32."""
+    """Returns where the 256 steps of each dimension start, and how far apart they are: (2, dim) -> (dim,) float32."""
     ranges = np.asarray(as_floats("ranges", ranges), dtype=np.float32)
     if ranges.shape != (2, dim):
         raise ValueError(f"ranges: expected shape (2, {dim}), least and greatest values, got {ranges.shape}")
@@ -83,7 +80,7 @@ def steps_of(ranges: Any, dim: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def as_floats(name: str, vectors: Any) -> np.ndarray:
-    """An array, a tensor, or a list of either -> an array of float32, or of float64 where that came."""
+    """Returns an array, a tensor or a list of either as an array of float32, or of float64 where that came."""
     if isinstance(vectors, (list, tuple)) and vectors and isinstance(vectors[0], Tensor):
         vectors = torch.stack(list(vectors))
     if isinstance(vectors, Tensor):
@@ -93,41 +90,3 @@ def as_floats(name: str, vectors: Any) -> np.ndarray:
     if array.dtype.kind in "iub" and array.size:
         raise TypeError(f"{name}: expected floating-point vectors, got {array.dtype}")
     return array if array.dtype == np.float64 else array.astype(np.float32, copy=False)
-
-
-def function_name(given: Any) -> Any:
-    """The name of a similarity function: a str as it came, and what a member of an enum stands for."""
-    return given.value if isinstance(given, Enum) else given
-
-
-def similarity(a: Any, b: Any, name: str) -> Tensor:
-    """(n, dim) and (m, dim) -> (n, m). name: "cosine", "dot", or a distance with its sign changed."""
-    one_of("similarity_fn_name", name, *SIMILARITIES)
-    x, y = as_matrix(a), as_matrix(b)
-    if name == "cosine":
-        return F.normalize(x, dim=1) @ F.normalize(y, dim=1).T
-    if name == "dot":
-        return x @ y.T
-    return -torch.cdist(x, y, p=2.0 if name == "euclidean" else 1.0)
-
-
-def similarity_pairwise(a: Any, b: Any, name: str) -> Tensor:
-    """(n, dim) and (n, dim) -> (n,): each with its fellow."""
-    one_of("similarity_fn_name", name, *SIMILARITIES)
-    x, y = as_matrix(a), as_matrix(b)
-    if x.shape != y.shape:
-        raise ValueError(f"embeddings2: expected shape {tuple(x.shape)}, as embeddings1, got {tuple(y.shape)}")
-    if name == "cosine":
-        x, y = F.normalize(x, dim=1), F.normalize(y, dim=1)
-    if name in ("cosine", "dot"):
-        return (x * y).sum(1)
-    return -torch.linalg.vector_norm(x - y, ord=2.0 if name == "euclidean" else 1.0, dim=1)
-
-
-def as_matrix(vectors: Any) -> Tensor:
-    """A vector, or several as an array, a tensor or a list, -> (n, dim) float32, or float64 where that came."""
-    if isinstance(vectors, (list, tuple)) and vectors and isinstance(vectors[0], Tensor):
-        vectors = torch.stack(list(vectors))
-    matrix = torch.as_tensor(np.asarray(vectors) if isinstance(vectors, (list, tuple)) else vectors)
-    matrix = matrix if matrix.dtype == torch.float64 else matrix.float()
-    return matrix[None] if matrix.dim() == 1 else matrix

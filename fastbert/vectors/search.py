@@ -1,10 +1,6 @@
-"""The nearest vectors of a matrix to each query: exact, in bounded memory, over floats or quantised vectors.
+"""Search finds the vectors of a matrix that are nearest to each query: exactly, and in bounded memory.
 
-A first pass goes through the matrix in chunks and scores all queries in float32; what may be among the best is then
-scored in float64. How far float32 can be off is known, so that a second look at the matrix, where ties or near ties
-make it necessary, finds whatever the first pass may have missed. Equal scores stand in the order of the matrix.
-
-Q queries, N rows of the matrix, k results a query.
+README.md says how. Q is the number of queries, N of rows of the matrix, k of results for a query.
 """
 
 from __future__ import annotations
@@ -16,17 +12,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastbert.checks import one_of, positive
 from fastbert.ops import dispatch
-from fastbert.text.wordpiece import one_of
 from fastbert.vectors.corpus import BINARY, Corpus, corpus_of
-from fastbert.vectors.quantize import as_floats, function_name
+from fastbert.vectors.quantize import as_floats
+from fastbert.vectors.similarity import function_name
 
 QUERIES, ROWS = 256, 32768  # scored at once, by default
-SPARE = 32  # candidates kept beyond k, and at least as many as k: they make a second look rare
+SPARE = 32  # candidates kept beyond k, if k is not more: they make a second pass rare
 LEAST_NORM = 1e-15  # of numbers whose squares float32 holds
 GATHERED = 2**23  # float64 numbers held at once where candidates are scored anew
 
-Found = tuple[np.ndarray, np.ndarray]  # scores (Q, k) float64 and ids (Q, k) int64, the best first
+Hits = tuple[np.ndarray, np.ndarray]  # scores (Q, k) float64 and ids (Q, k) int64, the best first
 
 
 def semantic_search(
@@ -45,62 +42,70 @@ def semantic_search(
     device: str | torch.device | None = None,
     as_arrays: bool = False,
 ) -> Any:
-    """The top_k rows of a matrix that are nearest to each query, by "cosine" or "dot".
+    """Finds the top_k rows of a matrix that are nearest to each query, by "cosine" or "dot".
 
     query_embeddings: (Q, dim) or (dim,), corpus_embeddings: (N, dim), arrays (memory-mapped ones too), tensors or lists
     of vectors, in any floating-point dtype. query_chunk_size x corpus_chunk_size scores are held at once, and
-    corpus_chunk_size rows in float32, on `device`, by default that of the corpus, if it is a tensor, or of the queries.
+    corpus_chunk_size rows in float32. They are held on `device`, by default that of the corpus, if it is a tensor, or
+    of the queries.
 
-    A corpus may be what `quantize_embeddings` made: corpus_precision "int8" or "uint8", with the ranges of its
-    quantisation, whose steps count as their middles; "binary" or "ubinary", where the top_k * rescore_multiplier rows
-    of least Hamming distance are scored anew (rescore) by the query and the signs of the row, or by the row of
-    rescore_embeddings, (N, dim) floats, which may be on disk. Without rescoring, or for queries that are quantised as
-    the corpus is, the score is 1 - 2 * distance / bits. corpus_precision: by default what dtype and width say.
+    A corpus may be what `quantize_embeddings` made; corpus_precision is by default what dtype and width say. A corpus
+    in "int8" or "uint8" needs the ranges of its quantisation, whose steps count as their middles. In a corpus in
+    "binary" or "ubinary" the top_k * rescore_multiplier rows of least Hamming distance are scored anew (rescore) by the
+    query and the signs of the row, or by the row of rescore_embeddings, (N, dim) floats, which may be on disk. Without
+    rescoring, or for queries that are quantised as the corpus is, the score is 1 - 2 * distance / bits.
 
-    Returns a list of {"corpus_id": int, "score": float} for each query, the best first, equal scores by id; with
+    Returns a list of {"corpus_id": int, "score": float} for each query, the best first, equal scores by id; or with
     as_arrays scores (Q, k) float32 and ids (Q, k) int64, where k is top_k or the number of rows, whichever is less. A
     vector of zeros has a cosine of 0 with everything.
 
-    Scores and order are those of float64, but for which rows a Hamming distance leaves. Raises ValueError for widths
-    that do not fit, for NaN or infinity (naming the row), for an argument that does not fit; TypeError for a dtype.
+    Scores and order are those of float64, except for the choice of rows by a Hamming distance. Raises ValueError for
+    widths that do not fit, for NaN or infinity (naming the row), and for an argument that does not fit. Raises
+    TypeError for a dtype that is not supported.
     """
     score = function_name(score)
     one_of("score", score, "cosine", "dot")
     sizes = {"top_k": top_k, "query_chunk_size": query_chunk_size, "corpus_chunk_size": corpus_chunk_size}
     for name, size in {**sizes, "rescore_multiplier": rescore_multiplier}.items():
-        if isinstance(size, bool) or not isinstance(size, (int, np.integer)) or size < 1:
-            raise ValueError(f"{name}: got {size!r}, expected a positive whole number")
-    where = _device(corpus_embeddings, query_embeddings) if device is None else torch.device(device)
-    given, width = _matrix("query_embeddings", query_embeddings)
-    corpus = corpus_of(corpus_embeddings, given, width, corpus_precision, ranges, where)
-    if len(given) == 0 or corpus.n == 0:
-        found = np.zeros((len(given), 0)), np.zeros((len(given), 0), np.int64)
+        positive(name, size)
+    torch_device = _device(corpus_embeddings, query_embeddings) if device is None else torch.device(device)
+    queries, width = _matrix("query_embeddings", query_embeddings)
+    corpus = corpus_of(corpus_embeddings, queries, width, corpus_precision, ranges, torch_device)
+    if len(queries) == 0 or corpus.n == 0:
+        scores, ids = np.zeros((len(queries), 0)), np.zeros((len(queries), 0), np.int64)
     elif corpus.precision in BINARY:
-        again = None if rescore_embeddings is None else corpus_of(rescore_embeddings, given, width, None, None, where)
-        if again is not None and again.n != corpus.n:
-            raise ValueError(f"rescore_embeddings: got {again.n} rows, expected {corpus.n}, as in corpus_embeddings")
-        found = _binary_search(
-            given, corpus, top_k, score, query_chunk_size, corpus_chunk_size,
-            rescore_multiplier if rescore and given.dtype.kind == "f" else 0, again,
+        rescored = None
+        if rescore_embeddings is not None:
+            rescored = corpus_of(rescore_embeddings, queries, width, None, None, torch_device)
+            if rescored.n != corpus.n:
+                rows = f"{rescored.n} rows, expected {corpus.n}"
+                raise ValueError(f"rescore_embeddings: got {rows}, as in corpus_embeddings")
+        scores, ids = _binary_search(
+            queries, corpus, top_k, score, query_chunk_size, corpus_chunk_size,
+            rescore_multiplier if rescore and queries.dtype.kind == "f" else 0, rescored,
         )  # fmt: skip
     else:
-        found = _Search(corpus.queries(given), corpus, top_k, score, query_chunk_size, corpus_chunk_size).run()
+        search = _Search(corpus.queries(queries), corpus, top_k, score, query_chunk_size, corpus_chunk_size)
+        scores, ids = search.run()
     if as_arrays:
-        return found[0].astype(np.float32), found[1]
-    pairs = zip(found[0].tolist(), found[1].tolist(), strict=True)
+        return scores.astype(np.float32), ids
+    pairs = zip(scores.tolist(), ids.tolist(), strict=True)
     return [[{"corpus_id": i, "score": s} for s, i in zip(*row, strict=True)] for row in pairs]
 
 
-def _device(*given: Any) -> torch.device:
-    return next((x.device for x in given if isinstance(x, Tensor)), torch.device("cpu"))
+def _device(*embeddings: Any) -> torch.device:
+    return next((x.device for x in embeddings if isinstance(x, Tensor)), torch.device("cpu"))
 
 
-def _matrix(name: str, given: Any) -> tuple[np.ndarray, int]:
-    """The queries as (Q, dim) floats, or as the bytes that they are, and their width."""
-    if getattr(given, "ndim", 1) == 1 and len(given) == 0:
+def _matrix(name: str, embeddings: Any) -> tuple[np.ndarray, int]:
+    """Returns the queries as (Q, dim) floats, or as the bytes that they are, and their width."""
+    if getattr(embeddings, "ndim", 1) == 1 and len(embeddings) == 0:
         return np.zeros((0, 0), np.float32), 0
-    bytes_came = str(getattr(given, "dtype", "")).removeprefix("torch.") in ("int8", "uint8")
-    array = np.asarray(given.cpu() if isinstance(given, Tensor) else given) if bytes_came else as_floats(name, given)
+    bytes_came = str(getattr(embeddings, "dtype", "")).removeprefix("torch.") in ("int8", "uint8")
+    if bytes_came:
+        array = np.asarray(embeddings.cpu() if isinstance(embeddings, Tensor) else embeddings)
+    else:
+        array = as_floats(name, embeddings)
     array = array[None] if array.ndim == 1 else array
     if array.ndim != 2:
         raise ValueError(f"{name}: expected shape (Q, dim) or (dim,), got {array.shape}")
@@ -115,14 +120,14 @@ def _norms(rows: np.ndarray) -> np.ndarray:
 
 
 def _product_error(dim: int, device: torch.device) -> float:
-    """How far a float32 product of two vectors of length 1 can be off."""
+    """Returns how far a float32 product of two vectors of length 1 can be off."""
     # Products and sums, as many in a norm, and the roundings before them; TF32 rounds both operands to 11 bits.
     tf32 = 2.0**-9 if device.type == "cuda" and dispatch.tf32_allowed() else 0.0
     return (2 * dim + 8) * float(np.finfo(np.float32).eps) + tf32
 
 
 class _Search:
-    """A search over rows that stand for numbers."""
+    """A _Search compares queries with rows that stand for numbers."""
 
     def __init__(
         self, queries: np.ndarray, corpus: Corpus, top_k: int, score: str, query_chunk: int, corpus_chunk: int
@@ -142,23 +147,24 @@ class _Search:
         self.slack = norms * _product_error(queries.shape[1], corpus.device)
         self.largest = 1.0 if self.cosine else 0.0  # norm of a row
 
-    def run(self) -> Found:
-        best, ids = self._first_pass()
+    def run(self) -> Hits:
+        """Returns the k best rows of each query."""
+        first_scores, candidates = self._first_pass()
         slack = self.slack * self.largest
-        scores = self._exact(ids)
-        order = np.lexsort((ids, -scores), axis=1)[:, : self.k]
-        found = np.take_along_axis(scores, order, 1), np.take_along_axis(ids, order, 1)
+        scores = self._exact(candidates)
+        order = np.lexsort((candidates, -scores), axis=1)[:, : self.k]
+        hits = np.take_along_axis(scores, order, 1), np.take_along_axis(candidates, order, 1)
         if self.kept < self.corpus.n:
             # What was not kept scores at most this; where that may reach the k-th, it has to be looked at.
-            reach = best.min(1) + slack
-            unsure = np.flatnonzero((reach >= found[0][:, -1]) & (self.slack > 0))
-            found[0][self.slack == 0], found[1][self.slack == 0] = 0.0, np.arange(self.k)  # queries of zeros
+            reach = first_scores.min(1) + slack
+            unsure = np.flatnonzero((reach >= hits[0][:, -1]) & (self.slack > 0))
+            hits[0][self.slack == 0], hits[1][self.slack == 0] = 0.0, np.arange(self.k)  # queries of zeros
             if len(unsure):
-                self._second_pass(unsure, found, slack)
-        return found
+                self._second_pass(unsure, hits, slack)
+        return hits
 
     def _chunks(self) -> Iterator[tuple[int, Tensor]]:
-        """(start, rows in float32), of length 1 for cosines; zeros stay zeros."""
+        """Yields (start, rows in float32). For cosines rows have a length of 1, but zeros stay zeros."""
         for start in range(0, self.corpus.n, self.corpus_chunk):
             rows = self.corpus.chunk(start, min(start + self.corpus_chunk, self.corpus.n))
             norms = torch.linalg.vector_norm(rows, dim=1)
@@ -174,7 +180,7 @@ class _Search:
             yield start, rows
 
     def _first_pass(self) -> tuple[np.ndarray, np.ndarray]:
-        """The `kept` best of each query by their float32 scores, in no order: scores and ids (Q, kept)."""
+        """Returns the `kept` best of each query by their float32 scores, in no order: scores and ids (Q, kept)."""
         n_queries, device = len(self.queries), self.corpus.device
         best = torch.full((n_queries, self.kept), -torch.inf, dtype=torch.float32, device=device)
         ids = torch.full((n_queries, self.kept), -1, dtype=torch.int64, device=device)
@@ -190,7 +196,7 @@ class _Search:
         return best.double().cpu().numpy(), ids.cpu().numpy()
 
     def _exact(self, ids: np.ndarray) -> np.ndarray:
-        """(Q, m) ids -> their scores in float64."""
+        """Returns the scores of ids (Q, m) in float64."""
         scores = np.empty(ids.shape)
         at_once = max(1, GATHERED // max(1, ids.shape[1] * self.queries.shape[1]))
         for q in range(0, len(ids), at_once):
@@ -207,36 +213,39 @@ class _Search:
             scores /= np.where(norms == 0, 1.0, norms)
         return scores
 
-    def _second_pass(self, unsure: np.ndarray, found: Found, slack: np.ndarray) -> None:
-        """For these queries, every row whose score may be among the k best is scored in float64."""
+    def _second_pass(self, unsure: np.ndarray, hits: Hits, slack: np.ndarray) -> None:
+        """Scores in float64, for these queries, every row whose score may be among the k best."""
         for start, rows in self._chunks():
             for first in range(0, len(unsure), self.query_chunk):
                 part = unsure[first : first + self.query_chunk]
                 scores = (self.on_device[torch.from_numpy(part).to(rows.device)] @ rows.T).cpu().numpy()
                 for i, row in zip(part.tolist(), scores, strict=True):
-                    places = np.flatnonzero(row >= found[0][i, -1] - slack[i]) + start
-                    self._merge(i, places, found)
+                    places = np.flatnonzero(row >= hits[0][i, -1] - slack[i]) + start
+                    self._merge(i, places, hits)
 
-    def _merge(self, i: int, places: np.ndarray, found: Found) -> None:
-        """Puts those of the rows that belong there into the results of query i."""
+    def _merge(self, i: int, places: np.ndarray, hits: Hits) -> None:
+        """Puts those of the rows that belong there into the hits of query i."""
         at_once = max(1, GATHERED // self.queries.shape[1])
         for first in range(0, len(places), at_once):
-            new = np.setdiff1d(places[first : first + at_once], found[1][i])
-            scores = np.concatenate([found[0][i], self._score(self.corpus.rows(new), self.queries[i])])
-            ids = np.concatenate([found[1][i], new])
+            new = np.setdiff1d(places[first : first + at_once], hits[1][i])
+            scores = np.concatenate([hits[0][i], self._score(self.corpus.rows(new), self.queries[i])])
+            ids = np.concatenate([hits[1][i], new])
             order = np.lexsort((ids, -scores))[: self.k]
-            found[0][i], found[1][i] = scores[order], ids[order]
+            hits[0][i], hits[1][i] = scores[order], ids[order]
 
 
 def _binary_search(
-    given: np.ndarray, corpus: Corpus, top_k: int, score: str, query_chunk: int, corpus_chunk: int, multiplier: int,
-    again: Corpus | None,
-) -> Found:  # fmt: skip
-    """The nearest by Hamming distance, exactly; with a multiplier so many times more, of which scores leave top_k."""
-    bits = corpus.queries(given)  # (Q, D) of -1 and 1
+    queries: np.ndarray, corpus: Corpus, top_k: int, score: str, query_chunk: int, corpus_chunk: int, multiplier: int,
+    rescored: Corpus | None,
+) -> Hits:  # fmt: skip
+    """Returns the nearest rows by Hamming distance, exactly.
+
+    multiplier: so many times top_k rows are taken, and scored anew; 0 for none.
+    """
+    bits = corpus.queries(queries)  # (Q, D) of -1 and 1
     n_bits = bits.shape[1]
     k = min(top_k * max(multiplier, 1), corpus.n)
-    queries = torch.from_numpy(bits.astype(np.float32)).to(corpus.device)
+    on_device = torch.from_numpy(bits.astype(np.float32)).to(corpus.device)
     keys = torch.empty(len(bits), 0, dtype=torch.int64, device=corpus.device)
     for start in range(0, corpus.n, corpus_chunk):
         rows = corpus.chunk(start, min(start + corpus_chunk, corpus.n))
@@ -244,14 +253,14 @@ def _binary_search(
         places = corpus.n - 1 - start - torch.arange(len(rows), device=corpus.device)
         parts = []
         for q in range(0, len(bits), query_chunk):
-            agreement = (queries[q : q + query_chunk] @ rows.T).long()
+            agreement = (on_device[q : q + query_chunk] @ rows.T).long()
             merged = torch.cat([keys[q : q + query_chunk], (agreement + n_bits) * corpus.n + places], 1)
             parts.append(merged.topk(min(k, merged.shape[1]))[0])
         keys = torch.cat(parts)
     key = keys.cpu().numpy()
     ids, scores = corpus.n - 1 - key % corpus.n, (key // corpus.n - n_bits) / n_bits
     if multiplier:
-        search = _Search(given, again or corpus, top_k, score, query_chunk, corpus_chunk)
+        search = _Search(queries, rescored or corpus, top_k, score, query_chunk, corpus_chunk)
         scores = search._exact(ids)
         order = np.lexsort((ids, -scores), axis=1)
         scores, ids = np.take_along_axis(scores, order, 1), np.take_along_axis(ids, order, 1)

@@ -1,4 +1,4 @@
-"""Triton kernels for packed (unpadded) BERT encoders.
+"""This package holds Triton kernels for packed (unpadded) BERT encoders.
 
 Each module holds one fused operation: its kernels and the function that launches them. Tensors come in
 packed: `(T, H)` for `T` tokens of all sequences one after the other, with `cu_seqlens` (int32, `(B + 1,)`,

@@ -1,4 +1,4 @@
-"""Bidirectional attention over packed sequences of different lengths, in one pass (flash attention).
+"""This kernel computes bidirectional attention over packed sequences in one pass (flash attention).
 
     out[i] = sum_j softmax_j(scale * q[i] . k[j]) v[j],    j over the tokens of i's own sequence
 
@@ -32,7 +32,7 @@ from collections.abc import Sequence
 import torch
 import triton.language as tl
 
-from fastbert_kernels import launch
+from fastbert_kernels import configs, launch
 from fastbert_kernels.jit import jit
 from fastbert_kernels.quantize import quantize_rows
 
@@ -203,7 +203,7 @@ def _varlen_attention_kernel(
 def build_work_list(
     cu_seqlens: Sequence[int], block_q: int, share: bool = True, longer_than: int = 0, up_to: int | None = None
 ) -> torch.Tensor:
-    """The tiles of a batch: (W, 4) int32 on the CPU, each `first row, end row, first sequence, end sequence`.
+    """Lists the tiles of a batch: (W, 4) int32 on the CPU, each `first row, end row, first sequence, end sequence`.
 
     cu_seqlens are host integers. Sequences longer than block_q are cut into slices of block_q rows; runs of neighbours
     that fit a tile together share one, unless share is False. Sequences of length 0 get no rows. Tiles with the most
@@ -231,7 +231,7 @@ def build_work_list(
 
 
 def max_short_tiles(n_tokens: int) -> int:
-    """How long a static list of the tiles of short sequences is: one for 4 tokens.
+    """Computes the length of a static list of the tiles of short sequences: one for 4 tokens.
 
     A sequence of 17 tokens has 2 tiles, 8.5 tokens each; only many texts of a few tokens need more than that.
     """
@@ -239,7 +239,7 @@ def max_short_tiles(n_tokens: int) -> int:
 
 
 def max_tiles(n_tokens: int, block_q: int) -> int:
-    """The most tiles that `build_work_list` makes of n_tokens tokens, however they are cut into sequences.
+    """Bounds the tiles that `build_work_list` makes of n_tokens tokens, however they are cut into sequences.
 
     Let Q be block_q. A sequence of k >= 2 tiles has at least (k - 1) Q + 1 tokens. A shared tile ends where the
     next sequence does not fit: together with the tile after it, if that is shared too, it has more than Q tokens.
@@ -263,16 +263,16 @@ def varlen_attention_forward(
     config: dict[str, int] | None = None,
     short_list: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """(T, 3 * N * D), laid out [q | k | v], -> (T, N * D) in the same dtype.
+    """Computes attention: (T, 3 * N * D), laid out [q | k | v], -> (T, N * D) in the same dtype.
 
     quantized: buffers (T, N * D), float8_e4m3fn or int8, and (T, N) float32, both contiguous, to fill with the result
     in 8 bits and a scale a row and head, as `quantize` says; then the first is returned, and nothing else written.
 
     cu_seqlens (B + 1,), seq_ids (T,) and work_list (W, 4), all int32 and on qkv's device; the work list must have been
-    built for the BLOCK_Q of `config`, which is by default what `launch.attention_config` gives. Tiles of no rows in it
+    built for the BLOCK_Q of `config`, which is by default what `configs.attention_config` gives. Tiles of no rows in it
     cost next to nothing, and rows that no tile holds are left as they are. qkv needs unit stride along its last axis.
 
-    short_list: more tiles, of sequences of at most BLOCK_K of `launch.short_attention_config` tokens, built for its
+    short_list: more tiles, of sequences of at most BLOCK_K of `configs.short_attention_config` tokens, built for its
     BLOCK_Q; a second launch, also of an empty list, so that no later batch is the first to compile it.
     """
     n_rows, hidden_size = qkv.shape[0], qkv.shape[1] // 3
@@ -281,10 +281,10 @@ def varlen_attention_forward(
     if n_rows == 0:
         return out
     for_arch = launch.arch(qkv.device)
-    config = config or launch.attention_config(qkv.dtype, head_size, for_arch).block_sizes
+    config = config or configs.attention_config(qkv.dtype, head_size, for_arch).block_sizes
     lists = [(work_list, config, False)]
     if short_list is not None:
-        short = launch.short_attention_config(qkv.dtype, head_size, for_arch)
+        short = configs.short_attention_config(qkv.dtype, head_size, for_arch)
         assert short is not None, "this tile has no smaller one for short sequences"
         lists.append((short_list, short.block_sizes, True))
     # Grid: every tile of a work list, for every head.

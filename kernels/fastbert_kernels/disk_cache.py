@@ -1,4 +1,4 @@
-"""Where compiled kernels are kept, and what happens where that place cannot be used.
+"""This module finds another place for compiled kernels where Triton's cache on disk cannot be used.
 
 Triton keeps every kernel it compiles in TRITON_CACHE_DIR (by default ~/.triton/cache), under a hash of the kernel's
 source, specialisation and options, Triton's own version, ptxas' and the GPU's architecture, so that a second process
@@ -21,20 +21,20 @@ import triton
 
 logger = logging.getLogger("fastbert")
 
-# What the operating system says of a place that cannot be written, or not any more.
+# Errors of the operating system for a place that cannot be written, or not any more.
 _UNUSABLE = frozenset(
     getattr(errno, name)
     for name in ("ENOSPC", "EDQUOT", "EROFS", "EACCES", "EPERM", "ENOTDIR", "EEXIST", "ENOENT", "EIO", "ELOOP")
     if hasattr(errno, name)
 )
 _lock = threading.Lock()
-_own: str | None = None  # the folder of this process, once it needed one
+_own: str | None = None  # The folder of this process, once it needed one.
 
 
 def replace(error: OSError) -> None:
-    """Moves Triton's cache to a temporary folder after an error, which is logged; raises the error if it is another.
+    """Moves Triton's cache to a temporary folder after an error, and logs the error.
 
-    Raises it too where Triton already uses that folder.
+    Raises the error if it is not of the cache, or if Triton already uses that folder.
     """
     global _own
     with _lock:
@@ -60,7 +60,7 @@ def replace(error: OSError) -> None:
 
 
 def _concerns(error: OSError, place: str | None) -> bool:
-    """Whether the error is of the cache: it names a path in it or above it, or, as a failed write does, none."""
+    """Says whether an error is of the cache: it names a path in it or above it, or, as a failed write does, none."""
     if error.filename is None or place is None:
         return True
     path, folder = Path(os.fsdecode(error.filename)), Path(place)

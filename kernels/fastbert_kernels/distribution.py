@@ -1,10 +1,10 @@
-"""The check that the package `fastbert` is the one of the distribution fastbert-engine.
+"""This module checks that the package `fastbert` is the one of the distribution fastbert-engine.
 
 On PyPI the distribution `fastbert` is another project. It installs a package `fastbert` too, so pip lets the two
 overwrite each other's files without a word. The check lies in this package, because the other project has none of this
 name.
 
-What each state leads to:
+The states, and what each leads to:
 
 - Both lie in one folder: an error at `import fastbert`, whichever came last. If the other one came last, its
   `fastbert/__init__.py` is what Python runs; it imports `fastbert.fastbert`, where ours asks this module.
@@ -57,7 +57,7 @@ def check_installed(package_folder: str) -> None:
 
 
 def _installations_of_the_other() -> Iterator[tuple[str, Path]]:
-    """The version and the folder of each distribution on the path that is named `fastbert` and is not ours."""
+    """Gives the version and the folder of each distribution on the path that is named `fastbert` and is not ours."""
     for installed in importlib.metadata.distributions(name="fastbert"):
         names = (installed.read_text(file) or "" for file in ("top_level.txt", "entry_points.txt"))
         if not any("fastbert_kernels" in text or "fastbert.cli" in text for text in names):

@@ -1,4 +1,4 @@
-"""Token + position + segment embedding, then LayerNorm, in one pass.
+"""This kernel sums token, position and segment embeddings, then applies LayerNorm, in one pass.
 
     out[t] = LayerNorm(word[input_ids[t]] + token_type[token_type_ids[t]] + position[position_ids[t]])
 
@@ -17,7 +17,7 @@ from __future__ import annotations
 import torch
 import triton.language as tl
 
-from fastbert_kernels import launch
+from fastbert_kernels import configs, launch
 from fastbert_kernels.jit import jit
 from fastbert_kernels.layer_norm import normalize_rows, quantize_normalized
 
@@ -98,7 +98,7 @@ def embedding_layer_norm_forward(
     eps: float,
     quantized: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> torch.Tensor:
-    """(T,) ids -> (T, H) in the tables' dtype. Without input_ids, word is (T, H) and taken row by row.
+    """Embeds (T,) ids to (T, H) in the tables' dtype. Without input_ids, word is (T, H) and taken row by row.
 
     token_type None: no segments, whatever token_type_ids says.
     quantized: buffers to fill with the same rows in 8 bits, as for `bias_residual_layer_norm_forward`.
@@ -107,7 +107,7 @@ def embedding_layer_norm_forward(
     out = launch.empty((n_rows, n_cols), like=word)
     if n_rows == 0:
         return out
-    config = launch.rowwise_config(n_cols)
+    config = configs.rowwise_config(n_cols)
     # Grid: one program per BLOCK_ROWS tokens.
     launch.run(
         _embedding_layer_norm_kernel,

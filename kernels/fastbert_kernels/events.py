@@ -1,4 +1,4 @@
-"""Counts what can make a launch stall: kernels compiled, kernels loaded from Triton's cache on disk, tunings.
+"""This module counts events that make a launch stall: kernels compiled or loaded from disk, and tunings.
 
 Triton tells its compilation listener (triton.knobs.compilation.listener) of every kernel that it compiles, or finds
 in its cache on disk, when a specialisation is launched for the first time in a process. Only kernels of this package
@@ -19,19 +19,19 @@ _lock = threading.Lock()
 
 
 def count(what: str) -> None:
-    """Counts one more: "compilations", "loads" or "tunings"."""
+    """Adds one to a count: "compilations", "loads" or "tunings"."""
     with _lock:
         _counts[what] += 1
 
 
 def counts() -> dict[str, int]:
-    """How many there were in this process so far."""
+    """Returns the counts of this process so far."""
     with _lock:
         return {what: _counts[what] for what in ("compilations", "loads", "tunings")}
 
 
 class _Listener:
-    """Counts, and passes on to whoever listened before."""
+    """A `_Listener` counts, and calls the listener before it."""
 
     def __init__(self, other: Any) -> None:
         self.other = other
@@ -45,6 +45,6 @@ class _Listener:
 
 
 def listen() -> None:
-    """Puts the counter in the place of Triton's listener; again, if somebody took that place since."""
+    """Makes the counter Triton's listener, again where somebody has replaced it."""
     if not isinstance(triton.knobs.compilation.listener, _Listener):
         triton.knobs.compilation.listener = _Listener(triton.knobs.compilation.listener)

@@ -1,4 +1,4 @@
-"""Bias + GELU in one pass, for linears whose GEMM has no epilogue of its own.
+"""This kernel adds a bias and applies GELU in one pass, for linears whose GEMM has no epilogue of its own.
 
     erf:   gelu(x) = x * (1 + erf(x / sqrt(2))) / 2
     tanh:  gelu(x) = x * (1 + tanh(u)) / 2 = x * sigmoid(2 u),    u = sqrt(2 / pi) * (x + 0.044715 x^3)
@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 import triton.language as tl
 
-from fastbert_kernels import launch
+from fastbert_kernels import configs, launch
 from fastbert_kernels.jit import jit
 
 SQRT_1_2 = tl.constexpr(0.7071067811865476)
@@ -104,12 +104,12 @@ def _bias_gelu_kernel(
 
 
 def bias_gelu_forward(x: torch.Tensor, bias: torch.Tensor | None, activation: str) -> torch.Tensor:
-    """(T, I) -> (T, I) in x's dtype; activation "gelu" or "gelu_tanh". x needs unit stride along I."""
+    """Computes (T, I) -> (T, I) in x's dtype; activation "gelu" or "gelu_tanh". x needs unit stride along I."""
     n_rows, n_cols = x.shape
     out = launch.empty((n_rows, n_cols), like=x)
     if n_rows == 0:
         return out
-    config = launch.elementwise_config(n_cols)
+    config = configs.elementwise_config(n_cols)
     # Grid: tiles of BLOCK_ROWS x BLOCK_COLS; rows on axis 0, whose limit is 2^31 - 1 programs.
     launch.run(
         _bias_gelu_kernel,

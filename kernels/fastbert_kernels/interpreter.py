@@ -1,4 +1,4 @@
-"""What Triton's interpreter needs to give a kernel's numbers.
+"""This module mends Triton's interpreter, so that it gives a kernel's numbers.
 
 The interpreter (TRITON_INTERPRET=1) runs kernels on the CPU with numpy, which has no bfloat16, so it keeps the bit
 patterns as uint16. It then truncates where the hardware rounds float32 to bfloat16, and multiplies the bit patterns as
@@ -25,14 +25,14 @@ def _to_float32(bits: np.ndarray) -> np.ndarray:
 
 
 def _to_bfloat16(x: np.ndarray) -> np.ndarray:
-    """Rounds to nearest, ties to even, in uint16 bit patterns; a NaN stays a (quiet) NaN."""
+    """Rounds to nearest, ties to even, in uint16 bit patterns. A NaN stays a (quiet) NaN."""
     bits = np.asarray(x, dtype=np.float32).view(np.uint32)
     rounded = (bits + (((bits >> 16) & 1) + 0x7FFF)) >> 16
     return np.where(np.isnan(x), np.uint32(0x7FC0), rounded).astype(np.uint16)
 
 
 def _to_float8(x: np.ndarray) -> np.ndarray:
-    """Rounds float32 to float8_e4m3fn to nearest, ties to even, in uint8 bit patterns; beyond 448 to 448, as a GPU."""
+    """Rounds float32 to float8_e4m3fn to nearest, ties to even, in uint8 bit patterns. Above 448: 448, as on a GPU."""
     clamped = torch.from_numpy(np.ascontiguousarray(x)).clamp(-448.0, 448.0)
     return clamped.to(torch.float8_e4m3fn).view(torch.uint8).numpy()
 

@@ -1,4 +1,4 @@
-"""`jit`: Triton's decorator, for kernels whose cache key and first launch depend on nobody else in the process.
+"""This module has `jit`, Triton's decorator, for kernels whose cache key and first launch depend on no other kernel.
 
 Cache keys. Triton hashes a kernel when it is first asked to, and mixes in the constants of the functions it calls only
 if those were hashed before: the key of one kernel, and with it whether the cache on disk has it, would depend on which
@@ -21,9 +21,9 @@ from triton.runtime.jit import JITFunction
 
 
 def jit(function: Callable[..., Any] | None = None, **options: Any) -> Any:
-    """`triton.jit`, with its options. The functions that this one calls must be defined above it.
+    """Decorates a kernel as `triton.jit` does. The functions that the kernel calls must be defined above it.
 
-    Under the interpreter it is nothing else.
+    Under the interpreter it does nothing else.
     """
     if function is None:
         return partial(jit, **options)
@@ -35,22 +35,22 @@ def jit(function: Callable[..., Any] | None = None, **options: Any) -> Any:
 
 
 def guarded(kernel: Any) -> bool:
-    """Whether threads may launch the kernel at the same time, first launches included."""
+    """Says whether threads may launch the kernel at the same time, first launches included."""
     return "_guarded" in getattr(kernel, "__dict__", ())
 
 
 class _Loaded(dict[Any, Any]):
-    """Compiled kernels by their specialisation. One is loaded onto the current device before it can be found."""
+    """This dictionary holds compiled kernels by specialisation. It loads each to the device before anyone finds it."""
 
     def __setitem__(self, key: Any, compiled: Any) -> None:
-        load = getattr(compiled, "_init_handles", None)  # what is still being compiled elsewhere has none
+        load = getattr(compiled, "_init_handles", None)  # A kernel that is still being compiled elsewhere has none.
         if load is not None:
             load()
         super().__setitem__(key, compiled)
 
 
 class _Devices(dict[Any, Any]):
-    """What Triton keeps of a kernel for each device, made at its first use; compiled kernels come first in it."""
+    """This dictionary makes what Triton keeps of a kernel for a device at its first use, compiled kernels first."""
 
     def __init__(self, kernel: Any, lock: threading.RLock) -> None:
         super().__init__()

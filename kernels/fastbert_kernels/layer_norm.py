@@ -1,4 +1,4 @@
-"""Bias + residual + LayerNorm in one pass.
+"""This kernel adds a bias and a residual, then applies LayerNorm, in one pass.
 
     out = (x' - mean(x')) / sqrt(var(x') + eps) * weight + ln_bias,    x' = x + bias + residual
 
@@ -17,7 +17,7 @@ from __future__ import annotations
 import torch
 import triton.language as tl
 
-from fastbert_kernels import launch
+from fastbert_kernels import configs, launch
 from fastbert_kernels.jit import jit
 from fastbert_kernels.quantize import quantize_rows, rotate_rows
 
@@ -100,7 +100,7 @@ def bias_residual_layer_norm_forward(
     eps: float,
     quantized: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> torch.Tensor:
-    """(T, H) -> (T, H) in x's dtype. x and residual need unit stride along H.
+    """Normalises x + bias + residual: (T, H) -> (T, H) in x's dtype. x and residual need unit stride along H.
 
     quantized: buffers (T, H), float8_e4m3fn or int8, and (T, 1) float32, both contiguous, to fill with the same rows in
     8 bits (int8: rotated) and their scales, as `quantize` says.
@@ -109,7 +109,7 @@ def bias_residual_layer_norm_forward(
     out = launch.empty((n_rows, n_cols), like=x)
     if n_rows == 0:
         return out
-    config = launch.rowwise_config(n_cols)
+    config = configs.rowwise_config(n_cols)
     # Grid: one program per BLOCK_ROWS whole rows.
     launch.run(
         _bias_residual_layer_norm_kernel,

@@ -1,4 +1,4 @@
-"""Linear layer with bias, GELU and residual in the GEMM's epilogue.
+"""This kernel is a linear layer with bias, GELU and residual in the GEMM's epilogue.
 
     out = activation(x @ weight^T + bias) + residual
 
@@ -19,7 +19,7 @@ from __future__ import annotations
 import torch
 import triton.language as tl
 
-from fastbert_kernels import launch
+from fastbert_kernels import configs, launch
 from fastbert_kernels.jit import jit
 from fastbert_kernels.linear_persistent import describable, linear_persistent_forward
 from fastbert_kernels.linear_tile import ALIGNMENT, epilogue, tile_of
@@ -89,9 +89,9 @@ def linear_forward(
     activation: str,
     residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """(T, K) -> (T, M) in x's dtype; activation "none", "gelu" or "gelu_tanh". Tensors need unit stride along rows.
+    """Multiplies (T, K) -> (T, M) in x's dtype; activation "none", "gelu" or "gelu_tanh". Tensors have unit row stride.
 
-    Takes the kernel that launch.gemm names, or this file's where the weight's alignment rules tensor descriptors out.
+    Takes the kernel that configs.gemm names, or this file's where the weight's alignment rules tensor descriptors out.
     """
     shape = x.shape[1], weight.shape[0]
     out = launch.empty((x.shape[0], weight.shape[0]), like=x)
@@ -99,7 +99,7 @@ def linear_forward(
         return out
     epilogue_name = activation if residual is None else "residual"
     arch = launch.arch(x.device)
-    gemm = launch.gemm(x.dtype, arch, shape, epilogue_name)
+    gemm = configs.gemm(x.dtype, arch, shape, epilogue_name)
     config = gemm.config.block_sizes
     # Rows at odd addresses are copied: which kernel runs, in which specialisation, and with them the bits, must not
     # depend on where the rows lie, but on the weight alone.
@@ -107,7 +107,7 @@ def linear_forward(
         if describable(weight) and describable(out):
             x = x if describable(x) else x.clone(memory_format=torch.contiguous_format)
             return linear_persistent_forward(x, weight, bias, activation, residual, config, out)
-        config = launch.linear_config(x.dtype, arch, shape, epilogue_name).block_sizes
+        config = configs.linear_config(x.dtype, arch, shape, epilogue_name).block_sizes
     x = x.clone(memory_format=torch.contiguous_format) if x.data_ptr() % ALIGNMENT else x
     return linear_pointer_forward(x, weight, bias, activation, residual, config, out)
 

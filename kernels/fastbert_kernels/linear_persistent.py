@@ -1,4 +1,4 @@
-"""The linear layer of linear.py as a persistent kernel on tensor descriptors, for GPUs of compute capability 9.0 on.
+"""This is linear.py's layer as a persistent kernel on tensor descriptors, for GPUs of compute capability 9.0 on.
 
     out = activation(x @ weight^T + bias) + residual
 
@@ -76,13 +76,13 @@ def _linear_persistent_kernel(
 
 
 def describable(rows: torch.Tensor) -> bool:
-    """Whether a tensor descriptor can stand for the (rows, columns) tensor."""
+    """Says whether a tensor descriptor can stand for the (rows, columns) tensor."""
     aligned = rows.data_ptr() % ALIGNMENT == 0 and rows.stride(0) * rows.element_size() % ALIGNMENT == 0
     return aligned and rows.stride(1) == 1 and rows.numel() > 0
 
 
 def descriptor(rows: torch.Tensor, block_rows: int, block_cols: int) -> TensorDescriptor:
-    """The tensor descriptor of a `describable` tensor, in blocks; without the checks that its constructor repeats."""
+    """Makes the descriptor of a `describable` tensor, in blocks, without the checks that its constructor repeats."""
     made = TensorDescriptor.__new__(TensorDescriptor)  # whose other fields have defaults
     made.base, made.shape, made.strides, made.block_shape = rows, rows.shape, rows.stride(), [block_rows, block_cols]
     return made

@@ -1,4 +1,4 @@
-"""What the two GEMM kernels, linear.py and linear_persistent.py, do alike: the order of tiles and the epilogue."""
+"""This module has what linear.py and linear_persistent.py share: the order of tiles and the epilogue."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pooling of each packed sequence to one vector, with optional L2 normalisation, in one pass.
+"""This kernel pools each packed sequence to one vector, with optional L2 normalisation, in one pass.
 
     cls            x_0
     last           x_{n-1}
@@ -31,7 +31,7 @@ from __future__ import annotations
 import torch
 import triton.language as tl
 
-from fastbert_kernels import launch
+from fastbert_kernels import configs, launch
 from fastbert_kernels.jit import jit
 
 MODES = ("cls", "mean", "max", "weighted_mean", "last", "mean_sqrt_len")
@@ -145,13 +145,13 @@ def _normalize_kernel(
 def pool_forward(
     hidden: torch.Tensor, cu_seqlens: torch.Tensor, mode: str, normalize: bool, out_dtype: torch.dtype
 ) -> torch.Tensor:
-    """(T, H) -> (B, H) in out_dtype. hidden needs unit stride along H."""
+    """Pools (T, H) -> (B, H) in out_dtype. hidden needs unit stride along H."""
     n_seqs, n_cols = cu_seqlens.shape[0] - 1, hidden.shape[1]
     out = launch.empty((n_seqs, n_cols), like=hidden, dtype=out_dtype)
     if n_seqs == 0:
         return out
     whole_rows = mode in ONE_ROW
-    config = launch.one_row_pooling_config(n_cols) if whole_rows else launch.pooling_config(n_cols)
+    config = configs.one_row_pooling_config(n_cols) if whole_rows else configs.pooling_config(n_cols)
     # A norm wants the whole row, in float32.
     again = normalize and not whole_rows
     pooled = launch.empty((n_seqs, n_cols), like=hidden, dtype=torch.float32) if again else out
@@ -174,7 +174,7 @@ def pool_forward(
         launch.run(
             _normalize_kernel,
             (n_seqs,),
-            launch.whole_row_config(n_cols),
+            configs.whole_row_config(n_cols),
             pooled_ptr=pooled,
             out_ptr=out,
             pooled_row_stride=pooled.stride(0),

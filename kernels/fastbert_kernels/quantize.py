@@ -1,4 +1,4 @@
-"""Rows to 8 bits: what the kernels that produce a GEMM's operand share, so that quantising is no pass of its own.
+"""This module quantises rows inside the kernels that produce a GEMM's operand, so that it is no pass of its own.
 
     scale = max |x| / TOP,    q = round(x / scale),    x ~ q * scale        TOP = 448 (float8_e4m3fn) or 127 (int8)
 

@@ -1,4 +1,4 @@
-"""Linear layer on 8-bit operands, with bias and GELU in the epilogue, which may also quantise the result.
+"""This kernel is a linear layer on 8-bit operands, with bias and GELU in the epilogue, which may quantise the result.
 
     out = activation((x * x_scale) @ (weight * weight_scale)^T + bias)
 
@@ -20,7 +20,7 @@ from __future__ import annotations
 import torch
 import triton.language as tl
 
-from fastbert_kernels import launch
+from fastbert_kernels import configs, launch
 from fastbert_kernels.jit import jit
 from fastbert_kernels.linear_persistent import describable
 from fastbert_kernels.quantize import quantize_rows
@@ -116,10 +116,10 @@ def quantized_linear_forward(
     dtype: torch.dtype,
     out_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """(T, K) -> (T, M) in dtype. activation: "none", "gelu" or "gelu_tanh". group: columns of x that share a scale.
+    """Maps (T, K) to (T, M) in dtype. activation: "none", "gelu" or "gelu_tanh". group: columns of x with one scale.
 
     out_scale: a buffer (T, ceil(M / OUT_GROUP)) float32 for the scales of a quantised result, in which case dtype is
-    x's. All tensors are contiguous. Takes the kernel that launch.quantized_gemm names, or this file's where the
+    x's. All tensors are contiguous. Takes the kernel that configs.quantized_gemm names, or this file's where the
     weight's address rules tensor descriptors out.
     """
     n_rows, k = x.shape
@@ -128,7 +128,7 @@ def quantized_linear_forward(
     if n_rows == 0:
         return out
     arch, grouped = launch.arch(x.device), group if group < k else None
-    gemm = launch.quantized_gemm(x.dtype, arch, (k, n_cols), grouped, dtype)
+    gemm = configs.quantized_gemm(x.dtype, arch, (k, n_cols), grouped, dtype)
     forward, config = quantized_linear_pointer_forward, gemm.config
     if gemm.ours == "quantized_linear_persistent":
         if describable(weight) and describable(out):
@@ -136,7 +136,7 @@ def quantized_linear_forward(
             # Rows at odd addresses are copied: which kernel runs, and with it the bits, follows from the weight.
             x = x if describable(x) else x.clone(memory_format=torch.contiguous_format)
         else:
-            config = launch.quantized_linear_config(x.dtype, grouped, arch, (k, n_cols), out_scale is not None)
+            config = configs.quantized_linear_config(x.dtype, grouped, arch, (k, n_cols), out_scale is not None)
     return forward(
         x, x_scale, group, weight, weight_scale, bias, activation, config.block_sizes, out, out_scale,
         sums_outside(x.dtype, arch),
@@ -144,7 +144,7 @@ def quantized_linear_forward(
 
 
 def sums_outside(dtype: torch.dtype, arch: int) -> bool:
-    """Whether the tensor cores of the architecture add up products of the dtype too coarsely."""
+    """Says whether the tensor cores of the architecture add up products of the dtype too coarsely."""
     return dtype != torch.int8 and arch <= launch.LAST_ARCH_WITH_SHORT_FLOAT8_SUMS
 
 

@@ -1,4 +1,4 @@
-"""The 8-bit linear layer of quantized_linear.py as a persistent kernel on tensor descriptors.
+"""This is the 8-bit layer of quantized_linear.py as a persistent kernel on tensor descriptors.
 
     out = activation((x * x_scale) @ (weight * weight_scale)^T + bias)
 

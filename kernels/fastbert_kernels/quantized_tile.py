@@ -1,4 +1,4 @@
-"""What the two 8-bit GEMM kernels, quantized_linear.py and quantized_linear_persistent.py, do alike: the epilogue."""
+"""This module has the epilogue that quantized_linear.py and quantized_linear_persistent.py share."""
 
 from __future__ import annotations
 

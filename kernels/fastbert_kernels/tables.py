@@ -1,4 +1,4 @@
-"""Tables of block sizes and of the GEMM to take: those in `tuned/`, and the one `fastbert tune` made for this GPU.
+"""This module reads tables of block sizes and of the GEMM to take: those in `tuned/`, and the one of `fastbert tune`.
 
 A table is JSON:
 
@@ -39,7 +39,7 @@ TABLE_VERSION = 1
 TABLE_FOLDER = Path(__file__).parent / "tuned"
 GEMMS = ("cublas", "linear", "linear_persistent")
 QUANTIZED_GEMMS = ("quantized_linear", "quantized_linear_persistent")
-# What each entry must say; more is allowed.
+# The names that each entry must have. More are allowed.
 _TILE = {"num_warps", "num_stages"}
 _GEMM_TILE = _TILE | {"BLOCK_ROWS", "BLOCK_COLS", "BLOCK_K", "GROUP_ROWS"}
 REQUIRED = {
@@ -52,25 +52,25 @@ REQUIRED = {
 
 logger = logging.getLogger("fastbert")
 
-generation = 0  # counts how often tables were forgotten, for caches of what was found in them
-_chosen: Path | None = None  # what use_table was given
-_to_call: set[Callable[[], Any]] = set()  # when tables are forgotten
+generation = 0  # It counts how often tables were forgotten, for caches of their entries.
+_chosen: Path | None = None  # The argument of use_table.
+_to_call: set[Callable[[], Any]] = set()  # Called when tables are forgotten.
 
 
 def cache_folder() -> Path:
-    """Where `fastbert tune` writes: $XDG_CACHE_HOME/fastbert/tuned, by default in ~/.cache."""
+    """Returns the folder that `fastbert tune` writes to: $XDG_CACHE_HOME/fastbert/tuned, by default in ~/.cache."""
     root = os.environ.get("XDG_CACHE_HOME")
     # The XDG Base Directory Specification: a relative path there is invalid, and to be ignored.
     return (Path(root) if root and os.path.isabs(root) else Path.home() / ".cache") / "fastbert" / "tuned"
 
 
 def file_name(device_name: str) -> str:
-    """The table's file name for a GPU: "NVIDIA H100 PCIe" -> "nvidia-h100-pcie.json"."""
+    """Returns the name of a GPU's table, as "nvidia-h100-pcie.json" for "NVIDIA H100 PCIe"."""
     return re.sub(r"[^a-z0-9]+", "-", device_name.lower()).strip("-") + ".json"
 
 
 def gpus() -> list[tuple[str, int]]:
-    """(name, compute capability as one integer) of each GPU of this machine."""
+    """Lists (name, compute capability as one integer) of each GPU of this machine."""
     if not torch.cuda.is_available():
         return []
     facts = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
@@ -79,7 +79,7 @@ def gpus() -> list[tuple[str, int]]:
 
 @functools.cache
 def read_table(path: Path) -> dict[str, Any]:
-    """Reads one table. Raises ValueError, naming the file, for what is not one."""
+    """Reads one table. Raises ValueError, which names the file, for a file that is none."""
     try:
         table = json.loads(path.read_text())
     except (OSError, ValueError) as error:
@@ -112,7 +112,7 @@ def _check_entry(path: Path, op: str, key: str, entry: dict[str, Any]) -> None:
 
 
 def read_table_for(path: Path, device_name: str, arch: int) -> dict[str, Any]:
-    """Reads a table made for one GPU. Raises ValueError, naming the file, if it was made for another."""
+    """Reads a table made for one GPU. Raises ValueError, which names the file, if it was made for another."""
     table = read_table(path)
     found = table.get("device"), table.get("arch")
     if found != (device_name, arch):
@@ -121,7 +121,7 @@ def read_table_for(path: Path, device_name: str, arch: int) -> dict[str, Any]:
 
 
 def use_table(path: str | os.PathLike[str] | None) -> None:
-    """Takes this table for the GPU that it names, in the place of the one in the cache; None goes back to that.
+    """Takes this table for the GPU that it names, instead of the one in the cache. None goes back to the latter.
 
     Raises ValueError, naming the file, if it does not parse, is of another version, or names no GPU of this machine.
     """
@@ -140,12 +140,12 @@ def use_table(path: str | os.PathLike[str] | None) -> None:
 
 
 def on_forget(call: Callable[[], Any]) -> None:
-    """Has `call` called whenever tables are forgotten, for caches outside of this package. Once each, however often."""
+    """Registers a function that is called whenever tables are forgotten, for caches outside of this package."""
     _to_call.add(call)
 
 
 def forget() -> None:
-    """Reads tables anew when they are next asked for."""
+    """Drops all tables. The next call for one reads it anew."""
     global generation
     generation += 1
     for cached in (read_table, _users_table, shipped_table, find):
@@ -156,7 +156,7 @@ def forget() -> None:
 
 @functools.cache
 def _users_table(arch: int) -> tuple[Path, dict[str, Any]] | None:
-    """The user's table for the GPU of this machine that has the architecture, if there is one that fits."""
+    """Returns the user's table for this machine's GPU of the architecture, if there is one that fits."""
     names = {name for name, found in gpus() if found == arch}
     if _chosen is not None and names:
         table = read_table(_chosen)
@@ -167,7 +167,7 @@ def _users_table(arch: int) -> tuple[Path, dict[str, Any]] | None:
         if not path.exists():
             continue
         if len(names) > 1:
-            # Callers ask by architecture, so that kernels need not know their device: which is meant cannot be told.
+            # Callers ask by architecture, so that kernels need not know their device. They cannot say which GPU.
             logger.warning("%s: not used: this machine has different GPUs of sm_%d: %s", path, arch, sorted(names))
             return None
         try:
@@ -179,7 +179,7 @@ def _users_table(arch: int) -> tuple[Path, dict[str, Any]] | None:
 
 @functools.cache
 def shipped_table(arch: int) -> tuple[Path, dict[str, Any]]:
-    """The table of the nearest architecture that is no newer, and its file. Raises ValueError for too old a GPU."""
+    """Returns the file and table of the nearest architecture that is no newer. Raises ValueError for too old a GPU."""
     known = sorted(int(path.stem.removeprefix("sm_")) for path in TABLE_FOLDER.glob("sm_*.json"))
     nearest = max((a for a in known if a <= arch), default=None)
     if nearest is None:
@@ -190,7 +190,7 @@ def shipped_table(arch: int) -> tuple[Path, dict[str, Any]]:
 
 @functools.cache
 def find(op: str, keys: tuple[str, ...], arch: int, shipped_only: bool) -> tuple[dict[str, Any], str] | None:
-    """The entry of the first of the keys that a table has, and in words where it came from; None if none has one."""
+    """Returns the entry of the first key that a table has, and its source in words, or None where no table has one."""
     users = None if shipped_only else _users_table(arch)
     for path, table in filter(None, (users, shipped_table(arch))):
         for key in keys:

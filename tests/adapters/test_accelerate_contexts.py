@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fastbert
 from fastbert.adapters import register_attention, versions
-from fastbert.adapters.forward import STATE
+from fastbert.adapters.state import STATE
 from helpers import rms_error
 
 SIZES: dict[str, Any] = {

@@ -19,7 +19,7 @@ from fastbert.checkpoint.families import FAMILIES
 from fastbert_kernels import cpu
 from helpers import assert_as_accurate, docstrings, tokens_of_calls
 
-pytestmark = pytest.mark.skipif(cpu.unavailable() is not None, reason=str(cpu.unavailable()))
+pytestmark = pytest.mark.skipif(cpu.obstacle() is not None, reason=str(cpu.obstacle()))
 
 SIZES = {"hidden_size": 64, "num_attention_heads": 2, "num_hidden_layers": 2, "intermediate_size": 98}
 DISTILBERT_SIZES = {"dim": 64, "n_heads": 2, "n_layers": 2, "hidden_dim": 98}

@@ -104,15 +104,15 @@ def test_verify_of_sentence_vectors(folders: dict[str, Path]) -> None:
 
 def test_verify_finds_a_fault_in_the_vectors(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches vectors that are compared with themselves."""
-    from fastbert.adapters import sentences as adapter
+    from fastbert.adapters import live_pipeline
 
     model = fastbert.accelerate(sentences(folders["distilbert"], modules.Dense(32, 12)))
     assert fastbert.verify(model, TEXTS).ok
-    plain = adapter.Step.__call__
-    monkeypatch.setattr(adapter.Step, "__call__", lambda self, x: plain(self, x) * (1 + 1e-2 * (x.shape[0] > 1)))
+    plain = live_pipeline.Step.__call__
+    monkeypatch.setattr(live_pipeline.Step, "__call__", lambda self, x: plain(self, x) * (1 + 1e-2 * (x.shape[0] > 1)))
     encode = fastbert.verify(model, TEXTS)
     assert encode.ok  # a fault of both sides alike
-    monkeypatch.setattr(adapter.Step, "in_dtype", lambda self, dtype: lambda x: plain(copy.deepcopy(self), x))
+    monkeypatch.setattr(live_pipeline.Step, "in_dtype", lambda self, dtype: lambda x: plain(copy.deepcopy(self), x))
     assert not fastbert.verify(model, TEXTS).ok
 
 

@@ -36,7 +36,7 @@ def test_what_the_libraries_wrote_is_their_own() -> None:
     for mapping in COVERED:
         module = importlib.import_module(mapping.module)
         classes = [getattr(module, name) for name in (mapping.model, *mapping.containers) if hasattr(module, name)]
-        assert Watch([*classes, nn.Linear, nn.LayerNorm, nn.Embedding, nn.Dropout], module).reason() is None
+        assert Watch([*classes, nn.Linear, nn.LayerNorm, nn.Embedding, nn.Dropout], module).obstacle() is None
     assert is_own(SentenceTransformer, "encode") and is_own(nn.Module, "__call__")
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import fastbert
 from fastbert.adapters import counts, versions
-from fastbert.adapters import forward as calls
+from fastbert.ops import packing
 from model_cases import LENGTH, in_dtype, make_batch, run, theirs, valid_of
 from odd_cases import ODD
 
@@ -117,7 +117,7 @@ def test_an_error_of_ours(error: Exception, monkeypatch: pytest.MonkeyPatch, cap
     def failing(*args: Any, **kwargs: Any) -> Any:
         raise error
 
-    monkeypatch.setattr(calls.packing, "pad", failing)
+    monkeypatch.setattr(packing, "pad", failing)
     with caplog.at_level(logging.WARNING, "fastbert"):
         for _ in range(2):
             assert torch.equal(run(model, make_batch("right"))[0], run(original, make_batch("right"))[0])
@@ -137,7 +137,7 @@ def test_memory_at_an_end_is_no_reason_to_go_on(error: Exception, monkeypatch: p
     def failing(*args: Any, **kwargs: Any) -> Any:
         raise error
 
-    monkeypatch.setattr(calls.packing, "pad", failing)
+    monkeypatch.setattr(packing, "pad", failing)
     with pytest.raises(type(error)):
         run(model, make_batch("right"))
     assert counts(model) == {}

@@ -11,9 +11,9 @@ import pytest
 import torch
 import transformers
 
-from fastbert.adapters import forward as calls
 from fastbert.adapters import versions
 from fastbert.adapters.covered import COVERED, find
+from fastbert.adapters.forward import parameter_names
 from model_cases import make_batch, run, theirs
 
 MAJOR = versions.transformers_version()[0]
@@ -75,7 +75,7 @@ def test_flags_that_are_none(major: int) -> None:
 
 def test_order_of_arguments() -> None:
     """Catches head_mask, the fifth argument in 4.x, taken for inputs_embeds."""
-    names = calls.parameter_names(transformers.BertModel.forward)
+    names = parameter_names(transformers.BertModel.forward)
     assert names[4] == ("head_mask" if MAJOR < 5 else "inputs_embeds")
 
 

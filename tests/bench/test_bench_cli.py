@@ -11,7 +11,7 @@ import pytest
 import fastbert
 from fastbert.bench import run as bench
 from fastbert.bench.results import MISSING, OK, Results
-from fastbert.pipelines.folder import Normalize
+from fastbert.pipelines.modules import Normalize
 from helpers import docstrings, source_env
 
 FEW = [

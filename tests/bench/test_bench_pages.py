@@ -12,9 +12,10 @@ import pytest
 
 from bench_cases import BROKEN, contest, results
 from fastbert.bench import plots
-from fastbert.bench.report import NO_FIGURES, write_report
+from fastbert.bench.report import write_report
 from fastbert.bench.results import FAILED, WRONG, Results, Row
 from fastbert.pages import figures as drawing
+from fastbert.pages.document import NO_FIGURES
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.append(str(ROOT / "benchmarks"))  # where the project's own benchmarks import each other from

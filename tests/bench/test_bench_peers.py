@@ -19,7 +19,7 @@ from fastbert.bench.engines import Compiled, Eager, Engine, Padded, Source
 from fastbert.bench.peers import OURS, contest
 from fastbert.bench.results import MISSING, OK, Row
 from fastbert.bench.text import FastBert, Latency, Pooled, TextEncoder, TextTask, Throughput, untold
-from fastbert.pipelines.folder import Normalize
+from fastbert.pipelines.modules import Normalize
 from helpers import docstrings, rms_error
 
 ROOT = Path(__file__).resolve().parents[2]

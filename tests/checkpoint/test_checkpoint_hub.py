@@ -9,7 +9,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from fastbert.checkpoint.files import read_state_dict, resolve
+from fastbert.checkpoint.folder import resolve
+from fastbert.checkpoint.weights import read_state_dict
 
 FILES = [
     "config.json",

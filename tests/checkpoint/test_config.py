@@ -6,13 +6,13 @@ import dataclasses
 import importlib.util
 import json
 import logging
+import os
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
 
-from fastbert.checkpoint import files as checkpoint
 from fastbert.checkpoint.config import BertConfig
 
 TINY = {"vocab_size": 101, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 37}
@@ -373,7 +373,7 @@ def test_save_makes_the_folder_and_leaves_no_half_file(tmp_path, monkeypatch):
     def interrupted(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(checkpoint.os, "replace", interrupted)
+    monkeypatch.setattr(os, "replace", interrupted)
     with pytest.raises(KeyboardInterrupt):
         BertConfig().save_pretrained(folder)
     assert [path.name for path in folder.iterdir()] == ["config.json"]

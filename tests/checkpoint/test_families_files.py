@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 
 import fastbert
 from family_cases import KINDS, OTHERS, WITH_HEADS, head_batch, make_batch, run, their_class, theirs
-from fastbert.checkpoint import files as checkpoint
 from fastbert.checkpoint.families import FAMILIES
+from fastbert.checkpoint.files import BIN, SAFETENSORS, SAFETENSORS_INDEX
 from model_cases import assert_close
 
 # (model_type, our class) of every head, and of the bare models
@@ -40,9 +40,7 @@ def test_round_trip(model_type: str, name: str, tie: bool, tmp_path: Path, caplo
     assert_same(ours, model, name, model_type)
 
     ours.save_pretrained(tmp_path / "ours")
-    assert set(load_file(tmp_path / "ours" / checkpoint.SAFETENSORS)) == set(
-        load_file(tmp_path / "theirs" / checkpoint.SAFETENSORS)
-    )
+    assert set(load_file(tmp_path / "ours" / SAFETENSORS)) == set(load_file(tmp_path / "theirs" / SAFETENSORS))
     cls = their_class(model_type, name)
     back, info = cls.from_pretrained(tmp_path / "ours", dtype="auto", output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
@@ -61,11 +59,11 @@ def test_forms_of_a_checkpoint(model_type: str, tmp_path: Path) -> None:
     base = model.base_model
     model.save_pretrained(tmp_path / "prefix")
     base.save_pretrained(tmp_path / "sharded", max_shard_size="20kB")
-    assert (tmp_path / "sharded" / checkpoint.SAFETENSORS_INDEX).is_file()
+    assert (tmp_path / "sharded" / SAFETENSORS_INDEX).is_file()
     base.config.save_pretrained(tmp_path / "bin")
     old = {f"module.{name}": tensor for name, tensor in model.state_dict().items()}
     torch.save(old | {f"{FAMILIES[model_type].prefix}embeddings.position_ids": torch.arange(4)},
-               tmp_path / "bin" / checkpoint.BIN)  # fmt: skip
+               tmp_path / "bin" / BIN)  # fmt: skip
     expected = run(base, make_batch(model_type, "none")).last_hidden_state
     for form in ("prefix", "sharded", "bin"):
         ours = fastbert.BertModel.from_pretrained(tmp_path / form)
@@ -85,7 +83,7 @@ def test_what_a_checkpoint_lacks_has_its_own_name(tmp_path: Path, caplog: pytest
     assert (
         "lacks pre_classifier.weight, pre_classifier.bias, classifier.weight, classifier.bias: freshly" in caplog.text
     )
-    file = tmp_path / checkpoint.SAFETENSORS
+    file = tmp_path / SAFETENSORS
     state = load_file(file)
     del state["transformer.layer.1.ffn.lin2.bias"]
     save_file(state | {"vocab_transform.weight": torch.zeros(2)}, file, metadata={"format": "pt"})
@@ -101,7 +99,7 @@ def test_what_a_checkpoint_lacks_has_its_own_name(tmp_path: Path, caplog: pytest
 def test_missing_projection_is_an_error(tmp_path: Path) -> None:
     """Catches a projection of random numbers between trained embeddings and trained layers."""
     theirs("electra").save_pretrained(tmp_path)
-    file = tmp_path / checkpoint.SAFETENSORS
+    file = tmp_path / SAFETENSORS
     state = {name: t for name, t in load_file(file).items() if "embeddings_project" not in name}
     save_file(state, file, metadata={"format": "pt"})
     with pytest.raises(

@@ -7,7 +7,7 @@ import torch
 import transformers
 
 from checkpoint_cases import TINY, random_mlm, six_tensors
-from fastbert.checkpoint.files import Match, match
+from fastbert.checkpoint.match import Match, match
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from checkpoint_cases import random_mlm, six_tensors
-from fastbert.checkpoint.files import read_state_dict, write_state_dict
+from fastbert.checkpoint.weights import read_state_dict, write_state_dict
 
 
 @pytest.fixture(scope="module")

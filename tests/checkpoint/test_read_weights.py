@@ -11,7 +11,7 @@ import torch
 import transformers
 
 from checkpoint_cases import TINY, assert_same, random_mlm, six_tensors
-from fastbert.checkpoint.files import read_state_dict, write_state_dict
+from fastbert.checkpoint.weights import read_state_dict, write_state_dict
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 
-from fastbert.checkpoint.files import resolve
+from fastbert.checkpoint.folder import resolve
 
 
 @pytest.fixture
@@ -205,7 +205,7 @@ def test_offline_in_a_fresh_process(tmp_path):
     code = (
         "import sys, torch\n"
         "before = set(sys.modules)\n"
-        "from fastbert.checkpoint.files import resolve\n"
+        "from fastbert.checkpoint.folder import resolve\n"
         "import fastbert.checkpoint.config\n"
         "lazy = {'transformers', 'huggingface_hub', 'triton', 'safetensors', 'tokenizers', 'tqdm'}\n"
         "print(sorted((set(sys.modules) - before) & lazy))\n"

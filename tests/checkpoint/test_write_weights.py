@@ -14,8 +14,8 @@ import transformers
 from safetensors import safe_open
 
 from checkpoint_cases import TINY, assert_same, files, random_mlm, six_tensors
-from fastbert.checkpoint import files as checkpoint
-from fastbert.checkpoint.files import read_json, read_state_dict, write_state_dict
+from fastbert.checkpoint.files import read_json
+from fastbert.checkpoint.weights import read_state_dict, write_state_dict
 
 
 @pytest.fixture(scope="module")
@@ -154,7 +154,7 @@ def test_interrupted_while_renaming(tmp_path, state, monkeypatch):
                 replace(source, target)
 
             with monkeypatch.context() as patch:
-                patch.setattr(checkpoint.os, "replace", replace)
+                patch.setattr(os, "replace", replace)
                 try:
                     write_state_dict(new, folder, max_shard_size=new_size)
                 except KeyboardInterrupt:

@@ -24,7 +24,7 @@ from fastbert import (
 )
 from fastbert.cli import demo
 from fastbert.cli.main import main
-from fastbert.pipelines import run as sentence_run
+from fastbert.pipelines.run import WINDOW
 from helpers import source_env
 
 COMMANDS = (
@@ -189,7 +189,7 @@ def test_killed_half_way(models: SimpleNamespace, tmp_path: Path, kind: str) -> 
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=source_env(),
     )  # fmt: skip
     assert process.stdin is not None
-    process.stdin.write(b"fish\n" * (2 * sentence_run.WINDOW + 1))
+    process.stdin.write(b"fish\n" * (2 * WINDOW + 1))
     process.stdin.flush()  # and not closed: the command waits for more, with one window of two written
     deadline = time.monotonic() + 60
     while not any(path.stat().st_size > 10_000 for path in tmp_path.glob(".vectors.npy.*")):

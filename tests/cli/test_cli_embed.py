@@ -17,7 +17,6 @@ from fastbert import (
     SentenceEncoder,
 )
 from fastbert.cli.main import main
-from fastbert.pipelines import run as sentence_run
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +40,7 @@ def test_embed_to_npy(
     models: SimpleNamespace, text_file: Path, monkeypatch: pytest.MonkeyPatch, window: int, tmp_path: Path
 ) -> None:
     """Catches rows lost between windows, empty lines left out, and an array that NumPy does not read."""
-    monkeypatch.setattr(sentence_run, "WINDOW", window)
+    monkeypatch.setattr("fastbert.pipelines.run.WINDOW", window)
     output = tmp_path / "vectors.npy"
     assert main(["embed", str(text_file), "--model", models.sentence, "-o", str(output), "--device", "cpu"]) == 0
     vectors = np.load(output)
@@ -125,7 +124,7 @@ def test_truncation_is_told_once(
     models: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Catches a warning for each window, or none."""
-    monkeypatch.setattr(sentence_run, "WINDOW", 2)
+    monkeypatch.setattr("fastbert.pipelines.run.WINDOW", 2)
     feed(monkeypatch, b"fish " * 100 + b"\nfish\nfish\nfish\n" + b"fish " * 30)
     assert main(["embed", "--model", models.sentence, "-o", str(tmp_path / "x.npy"), "--device", "cpu"]) == 0
     warning = "fastbert: warning: encode: 2 of 5 texts were longer than max_seq_length = 24 and truncated: "
@@ -162,7 +161,7 @@ def test_failure_half_way_keeps_the_old_file(
     models: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Catches an output file that looks finished after an error in a later window, and temporary files left over."""
-    monkeypatch.setattr(sentence_run, "WINDOW", 2)
+    monkeypatch.setattr("fastbert.pipelines.run.WINDOW", 2)
     source = tmp_path / "texts.txt"
     source.write_bytes(b"fish\n" * 9 + b"\xff\n")
     for name in ("vectors.npy", "vectors.jsonl"):

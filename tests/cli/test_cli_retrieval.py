@@ -22,7 +22,7 @@ from fastbert import (
     semantic_search,
 )
 from fastbert.cli.main import main
-from fastbert.pipelines.folder import Normalize
+from fastbert.pipelines.modules import Normalize
 from helpers import tiny_bert
 
 QUERIES = ["which river?", "boats"]
@@ -120,7 +120,7 @@ def test_verify(
     files = ["--json", str(tmp_path / "report.json"), "--html", str(tmp_path / "report.html")]
     assert main(["verify", models.sentence, "--texts", texts, "--limit", "5", "--device", "cpu", *files]) == 0
     printed = capsys.readouterr().out
-    assert "vectors of 5 texts, encode's" in printed and "encoder.layer.0" in printed
+    assert "Vectors of 5 texts (encode's)" in printed and "encoder.layer.0" in printed
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["ok"] is True and report["n_texts"] == 5 and report["states"][-1]["name"] == "vectors"
     assert "<h1>fastbert verify</h1>" in (tmp_path / "report.html").read_text()

@@ -19,7 +19,7 @@ from fastbert import BertConfig, BertModel
 from fastbert.diagnostics.explain.entry import Report, explain
 from fastbert.models import tasks
 from fastbert.ops import dispatch, onednn, packed_linear
-from fastbert.pipelines.folder import Dense, Normalize
+from fastbert.pipelines.modules import Dense, Normalize
 from fastbert_kernels import cpu
 from helpers import source_env
 
@@ -56,7 +56,7 @@ def reasons(report: Report, op: str) -> set[str | None]:
 
 def test_cpu_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a missing operation, a wrong order or a reason without a fallback, on PyTorch's CPU operations."""
-    monkeypatch.setattr(cpu, "unavailable", lambda: "planted")
+    monkeypatch.setattr(cpu.library, "load", lambda: (None, "planted"))
     monkeypatch.setattr(onednn, "packing_obstacle", lambda dtype: "planted")
     report = explain(BertModel(config()).eval())
     ops = ["linear", "attention", "linear", "layer_norm", "linear", "linear", "layer_norm"]
@@ -70,7 +70,7 @@ def test_cpu_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (report.model, report.device, report.dtype, report.backend) == ("BertModel", "cpu", "float32", "auto")
 
 
-@pytest.mark.skipif(cpu.unavailable() is not None, reason=str(cpu.unavailable()))
+@pytest.mark.skipif(cpu.obstacle() is not None, reason=str(cpu.obstacle()))
 def test_cpu_encoder_is_explained() -> None:
     """Catches an encoder said to run in one call that does not, or not said where it does."""
     model = BertModel(config()).eval()
@@ -86,11 +86,9 @@ def test_cpu_encoder_is_explained() -> None:
 def test_cpu_rows_of_packed_weights(kernels: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a product or an attention named as PyTorch's where it is not, a residual added where it is not."""
     if kernels == "oneDNN":
-        monkeypatch.setattr(cpu, "unavailable", lambda: "planted")
-    if packed_linear.packing_obstacle(torch.float32) is not None or (
-        kernels == "C++" and cpu.unavailable() is not None
-    ):
-        pytest.skip(f"{packed_linear.packing_obstacle(torch.float32)}, {cpu.unavailable()}")
+        monkeypatch.setattr(cpu.library, "load", lambda: (None, "planted"))
+    if packed_linear.packing_obstacle(torch.float32) is not None or (kernels == "C++" and cpu.obstacle() is not None):
+        pytest.skip(f"{packed_linear.packing_obstacle(torch.float32)}, {cpu.obstacle()}")
     rows = explain(BertModel(config()).eval()).rows
     products = [row for row in rows if row.op == "linear"]
     named = {
@@ -169,17 +167,17 @@ def test_other_obstacles() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_arch_of_a_gpu_that_is_not_there(dtype: torch.dtype) -> None:
     """Catches block sizes of another architecture than the one asked about, or without their source."""
-    from fastbert_kernels import launch
+    from fastbert_kernels import configs
 
     report = explain(BertModel(config()).eval(), arch=90, dtype=dtype)
     (attention,) = rows_of(report, "attention")
-    expected = launch.attention_config(dtype, 16, 90)
+    expected = configs.attention_config(dtype, 16, 90)
     assert attention.backend == "triton" and attention.kernel == "fastbert_kernels.attention"
     assert (attention.block_sizes, attention.source) == (expected.block_sizes, expected.source)
     assert attention.source.startswith("tuned/sm_90.json (")
     assert "tuned/sm_90.json" in str(report) and "compute capability 9.0" in report.device
     norm = rows_of(report, "layer_norm")[0]
-    assert norm.block_sizes == launch.rowwise_config(32) and norm.source.endswith("launch.rowwise_config")
+    assert norm.block_sizes == configs.rowwise_config(32) and norm.source.endswith("configs.rowwise_config")
     intermediate = [row for row in report.rows if row.module == "encoder.layer.0-2.intermediate.dense"]
     if dtype == torch.float32:
         assert [row.kernel for row in intermediate] == ["torch.nn.functional.linear (cuBLAS)", "fastbert_kernels.gelu"]
@@ -188,7 +186,7 @@ def test_arch_of_a_gpu_that_is_not_there(dtype: torch.dtype) -> None:
     else:
         (gemm,) = intermediate
         assert gemm.kernel == "fastbert_kernels.linear_persistent"
-        assert gemm.block_sizes == launch.linear_persistent_config(dtype, 90).block_sizes
+        assert gemm.block_sizes == configs.linear_persistent_config(dtype, 90).block_sizes
         assert "the activation is in the epilogue; tuned/sm_90.json" in gemm.source
 
 
@@ -322,7 +320,7 @@ def test_report_as_text_and_json() -> None:
     table = text.split("\n\n")[1].splitlines()
     column = table[0].index("backend")
     assert all(line[column - 2 : column] == "  " and line[column] != " " for line in table)
-    assert text.count("launch.rowwise_config") == 1
+    assert text.count("configs.rowwise_config") == 1
     assert "slow reference path" in text
 
 

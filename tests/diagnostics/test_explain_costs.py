@@ -17,11 +17,11 @@ from fastbert import BertConfig, BertModel, SentenceEncoder, Tokenizer
 from fastbert.diagnostics.explain.costs import cost, lengths_of
 from fastbert.diagnostics.explain.entry import explain
 from fastbert.diagnostics.explain.report import amount
-from fastbert.diagnostics.verify.run import _eager
+from fastbert.diagnostics.verify.eager import eager_bert
 from fastbert.engine import cpu_encoder
 from fastbert.models import tasks
 from fastbert.ops import packed_linear
-from fastbert.pipelines.folder import Dense, LayerNorm, Normalize
+from fastbert.pipelines.modules import Dense, LayerNorm, Normalize
 from fastbert_kernels import cpu
 
 LENGTHS = [5, 17, 1, 0, 9]
@@ -102,7 +102,7 @@ def test_flops_are_those_that_pytorch_counts(hidden: int) -> None:
     model = BertModel(config(hidden_size=hidden), backend="torch").eval()
     ids = torch.ones(3, 11, dtype=torch.int64)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        _eager(dict(model.named_parameters()), model.config, ids, torch.ones_like(ids), torch.zeros_like(ids))
+        eager_bert(dict(model.named_parameters()), model.config, ids, torch.ones_like(ids), torch.zeros_like(ids))
     rows = explain(model, ids).rows
     assert sum(row.flops or 0 for row in rows if row.op in ("linear", "attention")) == counter.get_total_flops()
 
@@ -158,11 +158,9 @@ def test_attention_that_is_launched_twice_is_counted_once(model: BertModel) -> N
 def test_rows_that_are_computed(kernels: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches rows that oneDNN is given beyond the tokens and that the report hides, or says of the C++ kernels."""
     if kernels == "oneDNN":
-        monkeypatch.setattr(cpu, "unavailable", lambda: "planted")
-    if packed_linear.packing_obstacle(torch.float32) is not None or (
-        kernels == "C++" and cpu.unavailable() is not None
-    ):
-        pytest.skip(f"{packed_linear.packing_obstacle(torch.float32)}, {cpu.unavailable()}")
+        monkeypatch.setattr(cpu.library, "load", lambda: (None, "planted"))
+    if packed_linear.packing_obstacle(torch.float32) is not None or (kernels == "C++" and cpu.obstacle() is not None):
+        pytest.skip(f"{packed_linear.packing_obstacle(torch.float32)}, {cpu.obstacle()}")
     monkeypatch.setattr(cpu_encoder, "obstacles", lambda *args: iter(["planted"]))  # operation by operation
     model = BertModel(config()).eval()
     seen: list[int] = []

@@ -116,7 +116,7 @@ def test_warmup_says_why_there_are_no_graphs(stand_in: StandIn, device: torch.de
 @pytest.mark.parametrize("max_tokens", [0, -1, 1.5, True, "all"])
 def test_bad_max_tokens(max_tokens: Any) -> None:
     """Catches a bad argument that surfaces as an error about something else."""
-    with pytest.raises(ValueError, match="max_tokens: expected a positive whole number"):
+    with pytest.raises(ValueError, match=f"max_tokens: got {max_tokens!r}, expected a positive whole number"):
         fastbert.warmup(make(torch.device("cpu")), max_tokens=max_tokens)
 
 
@@ -168,13 +168,14 @@ def test_the_listener(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 COMPILE = """
-import json, sys, torch
+import json, sys, torch, triton
+from triton.backends.compiler import GPUTarget
 from fastbert_kernels import events, launch, layer_norm, offline
 x, w = torch.empty(64, 64, dtype=torch.bfloat16), torch.empty(64, dtype=torch.bfloat16)
 with launch.recording(90) as launches:
     layer_norm.bias_residual_layer_norm_forward(x, w, x, w, w, 1e-12)
-source, options = offline.specialize(launches[0], offline.GPUTarget("cuda", 90, 32))
-offline.triton.compile(source, target=offline.GPUTarget("cuda", 90, 32), options=options)
+source, options = offline.specialize(launches[0], GPUTarget("cuda", 90, 32))
+triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
 print(json.dumps(events.counts()))
 """
 
@@ -192,7 +193,7 @@ from fastbert import ops
 from fastbert.engine import graphs
 from fastbert.ops import dispatch
 from fastbert_kernels import launch, offline
-from fastbert_kernels.offline import GPUTarget
+from triton.backends.compiler import GPUTarget
 from helpers import cu_seqlens_of
 
 dispatch.interpreting = lambda: True  # kernels on the CPU, which `recording` lists instead of running them

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 import fastbert
 from fastbert import BertForSequenceClassification, BertModel, Tokenizer, reference
 from fastbert.diagnostics.verify import run as verify_run
+from fastbert.diagnostics.verify.eager import eager_bert
 from fastbert.diagnostics.verify.entry import DEFAULT_TEXTS, verify
-from fastbert.diagnostics.verify.run import _eager
-from fastbert.pipelines.folder import Dense
+from fastbert.pipelines.modules import Dense
 from helpers import docstrings
 from verify_cases import IDS, config, wrong_in_layer
 
@@ -71,7 +71,7 @@ def test_eager_is_bert(hidden_act: str) -> None:
     parameters = dict(model.named_parameters())
     with torch.no_grad():
         exact = reference.bert(parameters, model.config, ids, mask, token_type_ids)
-        *states, pooled = _eager(parameters, model.config, ids, mask, token_type_ids)
+        *states, pooled = eager_bert(parameters, model.config, ids, mask, token_type_ids)
     for state, expected in zip(states, exact.hidden_states, strict=True):
         torch.testing.assert_close(state[mask == 1], expected[mask == 1], rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(pooled[:, 0], exact.pooler_output, rtol=1e-12, atol=1e-12)
@@ -124,9 +124,9 @@ def test_bounds_where_eager_gives_none(model: BertModel, monkeypatch: pytest.Mon
     """Catches an infinite or a zero bound where plain PyTorch overflows or is the reference itself."""
     double = verify(BertModel(config()).double(), IDS)
     assert double.ok and {state.bound for state in double.states} == {1e-10}
-    right = _eager
+    right = eager_bert
     overflowing = lambda *args: [state * math.inf for state in right(*args)]  # noqa: E731
-    monkeypatch.setattr(verify_run, "_eager", overflowing)
+    monkeypatch.setattr(verify_run, "eager_bert", overflowing)
     report = verify(model, IDS)
     assert report.ok and {state.bound for state in report.states} == {0.0447}
     assert any("plain PyTorch is not finite" in note for note in report.notes)
@@ -238,8 +238,8 @@ def test_report_as_text_and_json(model: BertModel) -> None:
     d = report.to_dict()
     assert json.loads(json.dumps(d, allow_nan=False)) == d
     assert d["ok"] is True and [state["name"] for state in d["states"]][0] == "embeddings"
-    lines = str(report).split("\n\n")[1].splitlines()
-    column = lines[0].index("bound")
-    assert all(line[column - 1] == " " != line[column] for line in lines)
+    lines = str(report).split("\n\n")[0].splitlines()[1:]
+    end = next(line for line in lines if "error ÷" in line).index("error ÷") + len("error ÷")
+    assert all(line[end - 1] != " " == line[end] for line in lines[2:])
     assert "4 texts, 27 tokens: ok" in str(report)
     assert list(inspect.signature(fastbert.verify).parameters)[:3] == ["model_or_path", "texts", "tokenizer"]

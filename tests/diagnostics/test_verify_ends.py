@@ -14,9 +14,10 @@ import torch
 import fastbert
 from fastbert import BertForSequenceClassification, BertModel, Tokenizer, ops, reference
 from fastbert.diagnostics.verify import ends as verify_ends
+from fastbert.diagnostics.verify import measures
 from fastbert.diagnostics.verify import run as verify_run
 from fastbert.diagnostics.verify.entry import DEFAULT_TEXTS, verify
-from fastbert.pipelines.folder import Dense
+from fastbert.pipelines.modules import Dense
 from verify_cases import IDS, config, off_by, wrong_in_layer
 
 
@@ -47,7 +48,7 @@ def test_errors_of_parts_alone(model: BertModel) -> None:
     for state in report.states[1:]:
         assert state.alone is not None and 0 < state.alone.error <= state.alone.bound
         assert state.times_eager == state.error / state.eager_error
-    assert "alone, times" in str(report)
+    assert "part alone: error ÷ eager's" in report.table().header
     assert report.to_dict()["states"][1]["alone"]["times_eager"] == report.states[1].alone.times_eager  # type: ignore
 
 
@@ -61,7 +62,7 @@ def test_vectors_and_their_neighbours(tokenizer: Tokenizer, monkeypatch: pytest.
     assert report.ok and report.states[-1].name == "vectors" and v is not None and v.what == "encode's"
     assert v.n_texts == v.n_compared == len(texts) and v.spearman > 0.999 and v.same_nearest == 1
     assert 0.9999999 < v.cosine[0] <= v.cosine[1] <= v.cosine[2] <= v.cosine[3] <= 1.0000001
-    monkeypatch.setattr(verify_run, "MOST_COMPARED", 4)
+    monkeypatch.setattr(measures, "MOST_COMPARED", 4)
     fewer = verify(encoder, texts).vectors
     assert fewer is not None and fewer.n_compared == 4
     assert verify(bert, IDS[:2]).to_dict()["vectors"]["spearman"] is None

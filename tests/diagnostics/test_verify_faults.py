@@ -181,7 +181,7 @@ def test_a_stale_fused_copy_one_percent_off(model: BertModel) -> None:
         model.train()  # drops the copy
 
 
-@pytest.mark.skipif(cpu.unavailable() is not None, reason=str(cpu.unavailable()))
+@pytest.mark.skipif(cpu.obstacle() is not None, reason=str(cpu.obstacle()))
 def test_fault_of_what_runs_where_nobody_asks_for_states(monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a model verified operation by operation alone, where users get the encoder that runs in one call."""
     model = BertModel(

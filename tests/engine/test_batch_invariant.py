@@ -15,7 +15,7 @@ from fastbert import BertConfig, BertForMaskedLM, BertForSequenceClassification,
 from fastbert.diagnostics.explain.entry import explain
 from fastbert.models import tasks
 from fastbert.ops import BackendError, Policy, dispatch
-from fastbert.pipelines.folder import Dense, Dropout, LayerNorm, Normalize, apply
+from fastbert.pipelines.modules import Dense, Dropout, LayerNorm, Normalize, apply
 from helpers import assert_as_accurate, cu_seqlens_of, rms_error
 
 MODE = {"backend": "triton", "batch_invariant": True}

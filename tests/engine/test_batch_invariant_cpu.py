@@ -30,7 +30,7 @@ from helpers import assert_as_accurate, docstrings, source_env
 from invariance_cases import DTYPES, LENGTHS, SIZES, assert_invariant, make, run_packed, skip_without
 
 pytestmark = [
-    pytest.mark.skipif(cpu.unavailable() is not None, reason=str(cpu.unavailable())),
+    pytest.mark.skipif(cpu.obstacle() is not None, reason=str(cpu.obstacle())),
     pytest.mark.usefixtures("number_of_threads"),
 ]
 

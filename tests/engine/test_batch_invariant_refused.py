@@ -20,13 +20,13 @@ from fastbert.diagnostics.explain.entry import explain
 from fastbert.engine import cpu_encoder
 from fastbert.ops import Policy, dispatch
 from fastbert.ops.packing import from_cu_seqlens
-from fastbert.pipelines.folder import Dense, Dropout
+from fastbert.pipelines.modules import Dense, Dropout
 from fastbert_kernels import cpu
 from helpers import cu_seqlens_of, only_variant
 from invariance_cases import CPU, INVARIANT, SIZES, make, skip_without
 
 pytestmark = [
-    pytest.mark.skipif(cpu.unavailable() is not None, reason=str(cpu.unavailable())),
+    pytest.mark.skipif(cpu.obstacle() is not None, reason=str(cpu.obstacle())),
     pytest.mark.usefixtures("number_of_threads"),
 ]
 
@@ -34,7 +34,7 @@ pytestmark = [
 def test_refused_without_the_kernels(minilm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a promise that rests on PyTorch's own products, whose bits depend on the number of rows."""
     ready = make(), make(precision="int8")
-    monkeypatch.setattr(cpu, "_load", lambda: (None, "the C++ kernels were not compiled"))
+    monkeypatch.setattr(cpu.library, "load", lambda: (None, "the C++ kernels were not compiled"))
     for cls in (BertModel, SentenceEncoder):
         for options in ({}, {"backend": "cpu"}, {"precision": "int8"}):
             with pytest.raises(
@@ -51,7 +51,7 @@ def test_refused_without_the_kernels(minilm: Path, monkeypatch: pytest.MonkeyPat
 
 def test_refused_without_vnni(minilm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches the unquantised path, or the emulation, taken in the place of missing 8-bit kernels."""
-    monkeypatch.setattr(cpu, "no_int8", lambda: "the processor has no AVX-512 VNNI")
+    monkeypatch.setattr(cpu, "int8_obstacle", lambda: "the processor has no AVX-512 VNNI")
     with pytest.raises(BackendError, match="batch_invariant: needs the C.. kernels for CPUs.*no AVX-512 VNNI"):
         BertModel.from_pretrained(minilm, batch_invariant=True, precision="int8")
     with pytest.raises(BackendError, match="strict=True: the processor has no AVX-512 VNNI"), torch.no_grad():
@@ -126,7 +126,7 @@ def test_refused_where_a_module_is_called_as_it_is() -> None:
     for path in ("encoder.layer.0.output.dense", "encoder.layer.0.attention.self.key", "pooler.dense",
                  "embeddings.word_embeddings"):  # fmt: skip
         for precision in (None, "int8"):
-            if precision is not None and (path.startswith("pooler") or cpu.no_int8() is not None):
+            if precision is not None and (path.startswith("pooler") or cpu.int8_obstacle() is not None):
                 continue
             model = make(precision=precision)
             model.get_submodule(path).register_forward_hook(lambda *args: None)

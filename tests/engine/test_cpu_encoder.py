@@ -25,7 +25,7 @@ from helpers import (
     tokens_of_calls,
 )
 
-pytestmark = pytest.mark.skipif(cpu.unavailable() is not None, reason=str(cpu.unavailable()))
+pytestmark = pytest.mark.skipif(cpu.obstacle() is not None, reason=str(cpu.obstacle()))
 
 SIZES: dict[str, Any] = {
     "vocab_size": 101, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 98,
@@ -85,7 +85,7 @@ def test_each_instruction_set_gives_the_encoder() -> None:
     tried = 0
     for name in cpu.VARIANTS:
         with only_variant(name):
-            if cpu.unavailable() is None:
+            if cpu.obstacle() is None:
                 tried += 1
                 assert_as_accurate(name, encode(copy.deepcopy(model), [30, 7]), eager, exact)
     assert tried

@@ -32,7 +32,7 @@ from helpers import (
     tokens_of_calls,
 )
 
-pytestmark = pytest.mark.skipif(cpu.no_int8() is not None, reason=str(cpu.no_int8()))
+pytestmark = pytest.mark.skipif(cpu.int8_obstacle() is not None, reason=str(cpu.int8_obstacle()))
 
 ACTIVATED = {
     "none": lambda x: x,
@@ -52,7 +52,7 @@ LENGTHS = ([1], [4], [1, 20, 9, 9, 0, 25], [130, 3, 64], [400, 7])
 def variant(request: pytest.FixtureRequest) -> Iterator[str]:
     """Each library with these kernels, as if it were the best."""
     with only_variant(request.param):
-        why_not = cpu.no_int8()
+        why_not = cpu.int8_obstacle()
         if why_not is not None:
             pytest.skip(f"{request.param}: {why_not}")
         yield request.param
@@ -62,7 +62,7 @@ def variant(request: pytest.FixtureRequest) -> Iterator[str]:
 def outputs(monkeypatch: pytest.MonkeyPatch) -> Outputs:
     """Outputs full of NaN, between guard bands."""
     buffers = Outputs()
-    monkeypatch.setattr(cpu, "empty", buffers.empty)
+    monkeypatch.setattr(cpu.library, "empty", buffers.empty)
     return buffers
 
 
@@ -275,11 +275,11 @@ def test_stands_aside_with_a_word(runs: list[int], caplog: pytest.LogCaptureFixt
 @pytest.mark.parametrize("missing", ["avx512_vnni", "avx512f"])
 def test_processors_without_vnni(missing: str, monkeypatch: pytest.MonkeyPatch, request: Any) -> None:
     """Catches a call of a kernel that the library does not have."""
-    request.addfinalizer(cpu._load.cache_clear)
-    flags = cpu._processor_flags() - {missing}
-    monkeypatch.setattr(cpu, "_processor_flags", lambda: flags)
-    cpu._load.cache_clear()
-    assert "no AVX-512 VNNI" in str(cpu.no_int8())
+    request.addfinalizer(cpu.library.load.cache_clear)
+    flags = cpu.library.processor_flags() - {missing}
+    monkeypatch.setattr(cpu.library, "processor_flags", lambda: flags)
+    cpu.library.load.cache_clear()
+    assert "no AVX-512 VNNI" in str(cpu.int8_obstacle())
     torch.testing.assert_close(encode(make(), [9, 5]), encode(make(precision=None), [9, 5]), rtol=1e-4, atol=1e-4)
     assert any("no AVX-512 VNNI" in note for note in explain(make()).notes)
     with pytest.raises(BackendError, match="no AVX-512 VNNI"):

@@ -50,7 +50,7 @@ def test_waste() -> None:
 
 def test_token_budget_is_a_bucket() -> None:
     """Catches full batches of SentenceEncoder that are padded to a bucket far above."""
-    from fastbert.pipelines.run import TOKEN_BUDGET
+    from fastbert.pipelines.batching import TOKEN_BUDGET
 
     assert TOKEN_BUDGET["cuda"] in buckets.BUCKETS
 

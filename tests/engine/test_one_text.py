@@ -17,11 +17,11 @@ from fastbert.engine.state import first_parameter
 from fastbert.models.pretrained import any_in_training
 from fastbert.models.tasks import BertForSequenceClassification
 from fastbert.ops import packing
-from fastbert.pipelines.folder import Dense, Normalize
+from fastbert.pipelines.modules import Dense, Normalize
 from fastbert_kernels import cpu
 from helpers import cu_seqlens_of, only_variant, tokens_of_calls
 
-COMPILED = pytest.mark.skipif(cpu.unavailable() is not None, reason=str(cpu.unavailable()))
+COMPILED = pytest.mark.skipif(cpu.obstacle() is not None, reason=str(cpu.obstacle()))
 TEXTS = ["how to sort a list of numbers", "a list", "numbers and more of it", "list of a list", "", "more to sort"]
 TEXT = TEXTS[0]
 MOST_CALLS = 220  # of Python functions, in `encode` of one text: 182 when this was written, 495 before
@@ -247,7 +247,7 @@ def test_ids_beyond_the_table() -> None:
                 for some_ids in (ids, torch.stack([ids, ids], 1)[:, 0]):  # in order, and not
                     with pytest.raises(IndexError, match=f"input_ids: expected values from 0 to 19, got {bad}"):
                         ops.check_ids(input_ids=(some_ids, 20), token_type_ids=(torch.zeros(3, dtype=torch.int64), 2))
-    assert cpu.unavailable() is not None or cpu.ids_outside(torch.tensor([3]), 3)
+    assert cpu.obstacle() is not None or cpu.ids_outside(torch.tensor([3]), 3)
 
 
 @COMPILED
@@ -255,8 +255,8 @@ def test_ids_beyond_the_table() -> None:
 def test_ids_in_each_instruction_set(name: str) -> None:
     """Catches a loop that reads one id too many, or leaves one out, in the library for another processor."""
     with only_variant(name):
-        if cpu.unavailable() is not None:
-            pytest.skip(str(cpu.unavailable()))
+        if cpu.obstacle() is not None:
+            pytest.skip(str(cpu.obstacle()))
         for n in range(40):
             ids = torch.full((n + 2,), -7)  # guards, which are outside
             ids[1:-1] = torch.arange(n) % 5

@@ -228,7 +228,7 @@ def test_cpu_takes_the_unquantised_path(
 ) -> None:
     """Catches a slow emulation or a silent fallback where there is no 8-bit kernel, or strict that does not raise."""
     monkeypatch.setattr(dispatch, "interpreting", lambda: False)
-    monkeypatch.setattr(cpu, "no_int8", lambda: "planted")
+    monkeypatch.setattr(cpu, "int8_obstacle", lambda: "planted")
     dispatch._log_once.cache_clear()
     plain, ours, strict = twins(
         BertModel, "cpu", torch.float32, {"backend": "cpu"}, {"backend": backend, "precision": precision},
@@ -391,13 +391,13 @@ def test_verify_holds_the_figures_to_their_bounds() -> None:
 
 def test_figures_of_verify() -> None:
     """Catches a cosine of the wrong percentile, or a rank correlation of something else than the neighbours."""
-    from fastbert.diagnostics.verify.run import _vector_report
+    from fastbert.diagnostics.verify.measures import vector_report
 
     angles = torch.tensor([0.0, 0.1, 0.3, 0.7, 1.5], dtype=torch.float64)
     exact = torch.stack([angles.cos(), angles.sin()], 1)
-    same = _vector_report("", 3 * exact, exact, exact)
+    same = vector_report("", 3 * exact, exact, exact)
     assert same.spearman == pytest.approx(1) and same.same_nearest == same.same_nearest_10 == 1
-    report = _vector_report("", exact[[0, 1, 2, 4, 3]], exact, exact)
+    report = vector_report("", exact[[0, 1, 2, 4, 3]], exact, exact)
     assert report.eager_spearman == pytest.approx(1) and report.eager_cosine == (1, 1, 1, 1)
     assert report.cosine[1] == pytest.approx(float(torch.cos(angles[4] - angles[3])), abs=1e-3)
     # For 0, 1 and 2, two of four others change places: 1 - 6 * 2 / (4 * 15) = 0.8. For 3 and 4 the farthest becomes the

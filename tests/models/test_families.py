@@ -375,7 +375,7 @@ def test_json_of_others_stays_json(tmp_path: Path) -> None:
     assert read.embedding_width == 32 and read.to_dict()["embedding_size"] == 16
 
 
-@pytest.mark.skipif(cpu.no_int8() is not None, reason=str(cpu.no_int8()))
+@pytest.mark.skipif(cpu.int8_obstacle() is not None, reason=str(cpu.int8_obstacle()))
 @pytest.mark.parametrize("model_type", ["roberta", "distilbert"])
 def test_int8_on_a_cpu(model_type: str) -> None:
     """Catches a table of token types read where there is none, or positions of BERT, in the 8-bit encoder."""

@@ -51,10 +51,10 @@ def test_head_sizes(head_size: int, dtype: torch.dtype, device: torch.device, po
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_one_pass_gives_the_bits_of_the_loop(dtype: torch.dtype, device: torch.device) -> None:
     """Catches a softmax in one pass that is another function than the running one over one block."""
-    from fastbert_kernels import launch
+    from fastbert_kernels import configs, launch
     from fastbert_kernels.attention import build_work_list, varlen_attention_forward
 
-    config = launch.short_attention_config(dtype, 16, launch.arch(device))
+    config = configs.short_attention_config(dtype, 16, launch.arch(device))
     assert config is not None
     most = config.block_sizes["BLOCK_K"]
     lengths = [1, 15, 16, 17, most - 1, most, 0, 3]
@@ -71,13 +71,13 @@ def test_one_pass_gives_the_bits_of_the_loop(dtype: torch.dtype, device: torch.d
 @given(lengths=st.lists(st.one_of(st.integers(0, 300), st.integers(0, 20), st.integers(60, 70)), max_size=30))
 def test_every_row_is_in_one_list(lengths: list[int]) -> None:
     """Catches a row in both lists or in none, a tile with more keys than its block, or a list chosen by a neighbour."""
-    from fastbert_kernels import launch
+    from fastbert_kernels import configs
 
     offsets = cu_seqlens_of(lengths)
     batch = packing.from_cu_seqlens(offsets, sum(lengths), torch.device("cpu"))
     for dtype, head_size in ((torch.bfloat16, 64), (torch.float32, 64)):
-        whole = launch.attention_config(dtype, head_size, 80).block_sizes["BLOCK_Q"]
-        short = launch.short_attention_config(dtype, head_size, 80)
+        whole = configs.attention_config(dtype, head_size, 80).block_sizes["BLOCK_Q"]
+        short = configs.short_attention_config(dtype, head_size, 80)
         assert short is not None
         rows = []
         for tiles, block_q, is_short in zip(
@@ -95,10 +95,10 @@ def test_every_row_is_in_one_list(lengths: list[int]) -> None:
 @pytest.mark.parametrize(("dtype", "most"), [(torch.bfloat16, 64), (torch.float32, 32)], ids=str)
 def test_bits_around_the_limit(dtype: torch.dtype, most: int, device: torch.device) -> None:
     """Catches a text whose tile depends on its neighbours, where the smaller tile begins and where it ends."""
-    from fastbert_kernels import launch
+    from fastbert_kernels import configs, launch
 
     if device.type == "cpu":
-        config = launch.short_attention_config(dtype, 16, launch.arch(device))
+        config = configs.short_attention_config(dtype, 16, launch.arch(device))
         assert config is not None and config.block_sizes["BLOCK_K"] == most
     lengths = [1, 16, 17, most, most + 1, 2 * most + 1]
     texts = [torch.randn(n, 3 * 16, device=device).to(dtype) for n in lengths]
@@ -121,15 +121,15 @@ def products(tiles: Tensor, lengths: list[int], block_q: int, block_k: int) -> i
 @pytest.mark.parametrize("longest", [20, 40, 58, 70])
 def test_short_texts_cost_no_more_products_than_shared_tiles(arch: int, longest: int) -> None:
     """Catches a tile for short texts with so many empty rows that the mode costs more than benchmarks/NOTES.md says."""
-    from fastbert_kernels import launch
+    from fastbert_kernels import configs
     from fastbert_kernels.attention import build_work_list
 
     generator = random.Random(1)
     lengths = [generator.randint(2, longest) for _ in range(400)]
     offsets = cu_seqlens_of(lengths).tolist()
     for head_size in (32, 64):
-        sizes = launch.attention_config(torch.bfloat16, head_size, arch).block_sizes
-        short = launch.short_attention_config(torch.bfloat16, head_size, arch)
+        sizes = configs.attention_config(torch.bfloat16, head_size, arch).block_sizes
+        short = configs.short_attention_config(torch.bfloat16, head_size, arch)
         assert short is not None
         tile, most = (sizes["BLOCK_Q"], sizes["BLOCK_K"]), short.block_sizes["BLOCK_K"]
         shared = products(build_work_list(offsets, tile[0]), lengths, *tile)
@@ -141,11 +141,11 @@ def test_short_texts_cost_no_more_products_than_shared_tiles(arch: int, longest:
 @pytest.mark.parametrize(("arch", "head_size"), list(itertools.product(ARCHS, (16, 32, 64, 80, 128))))
 def test_configurations(arch: int, head_size: int) -> None:
     """Catches a tile that tl.dot does not take, or one whose keys take more than one block."""
-    from fastbert_kernels import launch
+    from fastbert_kernels import configs
 
     for dtype in DTYPES:
-        whole = launch.attention_config(dtype, head_size, arch).block_sizes
-        short = launch.short_attention_config(dtype, head_size, arch)
+        whole = configs.attention_config(dtype, head_size, arch).block_sizes
+        short = configs.short_attention_config(dtype, head_size, arch)
         assert short is not None and short.block_sizes.keys() == whole.keys()
         assert short.block_sizes["BLOCK_Q"] == 16 <= short.block_sizes["BLOCK_K"] <= whole["BLOCK_Q"] // 2
         assert short.block_sizes["BLOCK_D"] == whole["BLOCK_D"]
@@ -154,17 +154,17 @@ def test_configurations(arch: int, head_size: int) -> None:
 
 def test_a_table_with_small_tiles(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
     """Catches a tuned tile of 16 rows, for which there is no smaller one, that raises or leaves a text in no list."""
-    from fastbert_kernels import launch
+    from fastbert_kernels import configs
 
     sizes = {"BLOCK_Q": 16, "BLOCK_K": 16, "BLOCK_D": 16, "num_warps": 1, "num_stages": 1}
-    monkeypatch.setattr(launch, "_attention", lambda *args: launch.Config(sizes, "a test's"))
-    launch._short_attention.cache_clear()
+    monkeypatch.setattr(configs, "_attention", lambda *args: configs.Config(sizes, "a test's"))
+    configs._short_attention.cache_clear()
     try:
-        assert launch.short_attention_config(torch.float32, 16, 80) is None
+        assert configs.short_attention_config(torch.float32, 16, 80) is None
         check("small tiles", [1, 20, 7], 2, 16, torch.float32, device, INVARIANT)
         assert ops.attention.max_tiles(100, torch.float32, 16, device, INVARIANT)[1] is None
     finally:
-        launch._short_attention.cache_clear()
+        configs._short_attention.cache_clear()
 
 
 # Launches: as many whatever comes, and what explain says

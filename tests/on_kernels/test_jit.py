@@ -37,6 +37,7 @@ print(json.dumps({name: kernel.cache_key for name, kernel in kernels.items()}))
 
 LAUNCH = """
 import json, sys, torch
+from triton.backends.compiler import GPUTarget
 from fastbert_kernels import attention, embedding, gelu, launch, layer_norm, linear, offline, pooling, quantized_linear
 
 bf16, fp8 = torch.bfloat16, torch.float8_e4m3fn
@@ -54,7 +55,7 @@ calls = {
     "pooling": lambda: pooling.pool_forward(x, cu, "mean", True, bf16),
     "quantized": lambda: quantized_linear.quantized_linear_forward(*x8, 64, x8[0], w.float(), w, "gelu", bf16),
 }
-target, keys = offline.GPUTarget("cuda", 90, 32), {}
+target, keys = GPUTarget("cuda", 90, 32), {}
 for name in sorted(calls, reverse="reversed" in sys.argv):
     with launch.recording(90) as launches:
         calls[name]()

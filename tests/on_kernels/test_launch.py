@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from fastbert_kernels import launch, tables
+from fastbert_kernels import configs, launch, tables
 from helpers import cu_seqlens_of
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -17,9 +17,9 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_table_answers(arch, dtype):
     """Catches a table that lacks a head size or a dtype, found out while serving."""
-    assert f"sm_{arch}.json" in launch.linear_config(dtype, arch).source
-    for head_size in range(launch.MIN_HEAD_SIZE, launch.MAX_HEAD_SIZE + 1):
-        sizes = launch.attention_config(dtype, head_size, arch).block_sizes
+    assert f"sm_{arch}.json" in configs.linear_config(dtype, arch).source
+    for head_size in range(configs.MIN_HEAD_SIZE, configs.MAX_HEAD_SIZE + 1):
+        sizes = configs.attention_config(dtype, head_size, arch).block_sizes
         assert head_size <= sizes["BLOCK_D"] < 2 * max(head_size, 16)
         assert all(sizes[name] & (sizes[name] - 1) == 0 for name in ("BLOCK_Q", "BLOCK_K", "BLOCK_D", "num_warps"))
 
@@ -35,11 +35,11 @@ def test_tables_say_where_they_come_from():
 
 def test_nearest_table():
     """Catches a GPU without a table of its own that gets one of a newer architecture, or an error that names none."""
-    assert "sm_90.json" in launch.linear_config(torch.float16, 90).source
-    assert "sm_100.json" in launch.linear_config(torch.float16, 103).source
-    assert "sm_120.json" in launch.linear_config(torch.float16, 121).source
+    assert "sm_90.json" in configs.linear_config(torch.float16, 90).source
+    assert "sm_100.json" in configs.linear_config(torch.float16, 103).source
+    assert "sm_120.json" in configs.linear_config(torch.float16, 121).source
     with pytest.raises(ValueError, match="no table of block sizes for compute capability 7.5"):
-        launch.linear_config(torch.float16, 75)
+        configs.linear_config(torch.float16, 75)
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"version": 99}', ""])
@@ -67,19 +67,19 @@ def test_measured_table_names_device_and_date(tmp_path, monkeypatch, request):
     monkeypatch.setattr(tables, "gpus", list)
     request.addfinalizer(tables.forget)
     tables.forget()
-    config = launch.linear_config(torch.bfloat16, 90)
+    config = configs.linear_config(torch.bfloat16, 90)
     assert config.block_sizes == sizes and config.source == "tuned/sm_90.json (measured on H100, 2026-01-02)"
     with pytest.raises(ValueError, match="sm_90.json: no entry 'attention' -> 'float16/64'"):
-        launch.attention_config(torch.bfloat16, 64, 90)
+        configs.attention_config(torch.bfloat16, 64, 90)
 
 
 @pytest.mark.parametrize("n_cols", [1, 7, 96, 384, 768, 1024, 3000, 4096])
 def test_row_formulas(n_cols):
     """Catches a tile that does not hold a whole row, or has more threads than elements to give them."""
-    for config in (launch.rowwise_config(n_cols), launch.whole_row_config(n_cols)):
+    for config in (configs.rowwise_config(n_cols), configs.whole_row_config(n_cols)):
         assert config["BLOCK_COLS"] >= n_cols and config.get("BLOCK_ROWS", 1) >= 1
         assert 1 <= config["num_warps"] <= 8
-    config = launch.pooling_config(n_cols)
+    config = configs.pooling_config(n_cols)
     assert config["BLOCK_COLS"] < 2 * n_cols and config["BLOCK_ROWS"] * config["BLOCK_COLS"] == 4096
 
 

@@ -19,15 +19,15 @@ from helpers import source_env
 FAULTS = """
 import contextlib, io, json, os, signal
 import triton
-from fastbert_kernels import attention, launch, linear, offline
+from fastbert_kernels import attention, configs, launch, linear, offline
 
 def gemm(dtype, for_arch, shape, epilogue):
     sizes = dict(BLOCK_ROWS=128, BLOCK_COLS=256, BLOCK_K=64, GROUP_ROWS=8, num_warps=4, num_stages=3)
-    return launch.Gemm(None, None, "linear", launch.Config(sizes, "planted"))
+    return configs.Gemm(None, None, "linear", configs.Config(sizes, "planted"))
 
 def tile(**changes):
     sizes = dict(BLOCK_Q=128, BLOCK_K=64, BLOCK_D=32, num_warps=8, num_stages=3)
-    return lambda dtype, head_size, for_arch: launch.Config({**sizes, **changes}, "planted")
+    return lambda dtype, head_size, for_arch: configs.Config({**sizes, **changes}, "planted")
 
 def upcast(x, weight, bias, activation, residual=None, forward=linear.linear_forward):
     return forward(x.float(), weight.float(), bias, activation, residual)
@@ -39,12 +39,12 @@ def die(source, compile=triton.compile, **kwargs):
 
 results = {}
 for name, owner, attribute, planted, kernel in (
-    ("none", launch, "attention_config", tile(), "attention"),
-    ("spill", launch, "gemm", gemm, "linear"),
-    ("shared", launch, "attention_config", tile(num_stages=32), "attention"),
+    ("none", configs, "attention_config", tile(), "attention"),
+    ("spill", configs, "gemm", gemm, "linear"),
+    ("shared", configs, "attention_config", tile(num_stages=32), "attention"),
     ("no tensor core", linear, "linear_forward", upcast, "linear"),
     ("tensor core in IEEE", launch, "dot_precision", lambda dtype: "tf32", "attention"),
-    ("not a tile", launch, "attention_config", tile(BLOCK_Q=100), "attention"),
+    ("not a tile", configs, "attention_config", tile(BLOCK_Q=100), "attention"),
     ("dead compiler", triton, "compile", die, "linear"),
 ):
     original = getattr(owner, attribute)
@@ -61,7 +61,7 @@ print(json.dumps(results))
 SPECIALIZE = """
 import torch
 from triton.backends.compiler import GPUTarget
-from fastbert_kernels import launch, linear, offline, quantized_linear
+from fastbert_kernels import configs, launch, linear, offline, quantized_linear
 
 for n_cols in (96, 90):
     x, weight = torch.empty(64, 32, dtype=torch.bfloat16), torch.empty(n_cols, 32, dtype=torch.bfloat16)
@@ -76,7 +76,7 @@ for n_cols in (96, 90):
     assert "x_ptr" in divisible and "weight_row_stride" in divisible, divisible
     assert "n_rows" not in divisible and ("n_cols" in divisible) == (n_cols == 96), divisible
     assert constants["bias_ptr"] is None and constants["ACTIVATION"] == "gelu", constants
-    config = launch.linear_config(torch.bfloat16, 80).block_sizes
+    config = configs.linear_config(torch.bfloat16, 80).block_sizes
     assert all(constants.get(name, options.get(name)) == value for name, value in config.items()), (constants, options)
     assert options["enable_fp_fusion"] is True and options["arch"] == "sm80", options
 
@@ -210,14 +210,14 @@ def test_float8_sums_outside_the_tensor_cores(tmp_path):
     script = """
 import torch, triton
 from triton.backends.compiler import GPUTarget
-from fastbert_kernels import launch, offline, quantized_linear
+from fastbert_kernels import configs, launch, offline, quantized_linear
 for arch, outside, by_pointers in ((89, True, False), (90, True, False), (90, True, True), (120, False, False)):
     x, weight = (torch.empty(n, 512, dtype=torch.float8_e4m3fn) for n in (64, 256))
     with launch.recording(arch) as launches:
         scale = torch.empty(64, 1), torch.empty(256)
         arguments = x, scale[0], 512, weight, scale[1], None, "none"
         if by_pointers:
-            config = launch.quantized_linear_config(x.dtype, None, arch).block_sizes
+            config = configs.quantized_linear_config(x.dtype, None, arch).block_sizes
             out = torch.empty(64, 256, dtype=torch.bfloat16)
             quantized_linear.quantized_linear_pointer_forward(*arguments, config, out, None, True)
         else:
@@ -257,6 +257,7 @@ def test_gelu_leaves_registers_of_wide_tiles(tmp_path):
     """Catches a spill in tiles of 128 sums a thread with GELU, which `fastbert tune` times in 16 bits."""
     script = """
 import torch, triton
+from triton.backends.compiler import GPUTarget
 from fastbert.tune import jobs as tune_jobs
 from fastbert_kernels import launch, linear, linear_persistent, offline
 bf16, fp16 = torch.bfloat16, torch.float16
@@ -269,7 +270,7 @@ for arch, dtype, activation in ((80, bf16, "gelu_tanh"), (80, fp16, "gelu"), (90
     forward = linear.linear_pointer_forward if arch == 80 else linear_persistent.linear_persistent_forward
     with launch.recording(arch) as launches:
         forward(x, weight, weight.new_empty(3072), activation, None, sizes, out)
-    source, options = offline.specialize(launches[0], offline.GPUTarget("cuda", arch, 32))
+    source, options = offline.specialize(launches[0], GPUTarget("cuda", arch, 32))
     result = offline.compile_kernel(offline.Kernel(arch, "linear", "bf16", sizes, source, options))
     assert result.findings == [] and not result.spills and result.tensor_cores, (arch, result)
 """
@@ -281,9 +282,10 @@ def test_8_bit_kernels_need_8_bit_instructions(tmp_path):
     """Catches a check that takes a 16-bit tensor-core instruction for an 8-bit one."""
     script = """
 from fastbert_kernels import offline
+from fastbert_kernels.offline.compiling import findings_of
 for name, expected in (("HGMMA", True), ("QGMMA", False), ("IGMMA", False), ("UTCQMMA", False), ("IMMA", False)):
     kernel = offline.Kernel(90, "quantized_linear", "fp8", {}, None, {})
-    findings = offline._findings(kernel, offline.Result(tensor_cores={name: 1}), 0)
+    findings = findings_of(kernel, offline.Result(tensor_cores={name: 1}), 0)
     assert bool(findings) == expected, (name, findings)
 """
     done = run("-c", script, cache=tmp_path)

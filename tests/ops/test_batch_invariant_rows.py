@@ -15,13 +15,13 @@ from fastbert import (
 )
 from fastbert.ops import Policy
 from fastbert.ops.pooling import MODES
-from fastbert.pipelines.folder import _ACTIVATIONS, Dense, Dropout, LayerNorm, Normalize, apply
+from fastbert.pipelines.modules import ACTIVATIONS, Dense, Dropout, LayerNorm, Normalize, apply
 from fastbert_kernels import cpu
 from helpers import assert_as_accurate, cu_seqlens_of, rms_error
 from invariance_cases import DTYPES, INVARIANT, skip_without
 
 pytestmark = [
-    pytest.mark.skipif(cpu.unavailable() is not None, reason=str(cpu.unavailable())),
+    pytest.mark.skipif(cpu.obstacle() is not None, reason=str(cpu.obstacle())),
     pytest.mark.usefixtures("number_of_threads"),
 ]
 
@@ -62,8 +62,8 @@ def test_rows_of_a_linear(k: int, n_columns: int, dtype: torch.dtype, variant: s
 @pytest.mark.parametrize(("k", "n_columns"), [(64, 131), (1536, 50)])
 def test_rows_of_a_linear_in_8_bits(k: int, n_columns: int, dtype: torch.dtype, variant: str) -> None:
     """Catches a row whose scale, or whose share of the sums, comes from other rows."""
-    if cpu.no_int8() is not None:
-        pytest.skip(str(cpu.no_int8()))
+    if cpu.int8_obstacle() is not None:
+        pytest.skip(str(cpu.int8_obstacle()))
     x, residual = torch.randn(ROWS, k).to(dtype), torch.randn(ROWS, n_columns).to(dtype)
     data = torch.randint(-127, 128, (n_columns, k), dtype=torch.int8)
     weight = cpu.pack_int8(data, torch.rand(n_columns) / 100, torch.randn(n_columns))
@@ -136,7 +136,7 @@ def test_rows_of_what_pytorch_runs(size: int, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("size", [1, 3, 33])
 def test_rows_of_functions(size: int, name: str) -> None:
     """Catches the last elements of a tensor, which PyTorch computes by another formula than whole vectors."""
-    function = (lambda x: x.softmax(1)) if name == "softmax" else _ACTIVATIONS[name]
+    function = (lambda x: x.softmax(1)) if name == "softmax" else ACTIVATIONS[name]
     x = torch.randn(ROWS, size)
     assert_rows_are_alone(lambda rows: ops.elementwise(function, x[rows], policy=INVARIANT))
     torch.testing.assert_close(ops.elementwise(function, x, policy=INVARIANT), function(x), rtol=1e-5, atol=1e-6)
@@ -146,9 +146,9 @@ def test_rows_of_functions(size: int, name: str) -> None:
 
 @pytest.mark.parametrize(
     "make_module",
-    [*(lambda name=name: Dense(48, 20, activation=name) for name in _ACTIVATIONS), lambda: Dense(48, 20, bias=False),
+    [*(lambda name=name: Dense(48, 20, activation=name) for name in ACTIVATIONS), lambda: Dense(48, 20, bias=False),
      lambda: LayerNorm(48), Normalize, Dropout],
-    ids=[*_ACTIVATIONS, "Dense without bias", "LayerNorm", "Normalize", "Dropout"],
+    ids=[*ACTIVATIONS, "Dense without bias", "LayerNorm", "Normalize", "Dropout"],
 )  # fmt: skip
 def test_after_the_pooling(make_module: Callable[[], nn.Module]) -> None:
     """Catches a module of a sentence encoder whose rows PyTorch computes together."""

@@ -15,8 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastbert import ops
 from fastbert.ops import attention, packing
-from fastbert.pipelines import run as sentence_run
-from fastbert.text.tokenizer import PackedEncoding
+from fastbert.pipelines.batching import in_batches
+from fastbert.text.encoding import PackedEncoding
 from helpers import cu_seqlens_of
 
 META = torch.device("meta")
@@ -99,7 +99,7 @@ def test_batches_of_texts(copies: Copies) -> None:
     ids = torch.arange(1024)
     tokens = PackedEncoding(ids, torch.zeros_like(ids), cu_seqlens_of(LENGTHS), 0, 0)
     with copies:
-        batches = list(sentence_run.in_batches(tokens, 800, None, META))
+        batches = list(in_batches(tokens, 800, None, META))
     assert len(batches) == 2 and copies.others == []
     assert sorted(copies.by_us, reverse=True)[:4] == [700, 700, 324, 324]  # ids and segments
 

@@ -39,7 +39,7 @@ ACTIVATED = {
 def outputs(monkeypatch):
     """Outputs full of NaN, between guard bands."""
     buffers = Outputs()
-    monkeypatch.setattr(cpu, "empty", buffers.empty)
+    monkeypatch.setattr(cpu.library, "empty", buffers.empty)
     return buffers
 
 
@@ -47,9 +47,9 @@ def outputs(monkeypatch):
 @pytest.mark.skipif(not os.path.exists("/proc/cpuinfo"), reason="no Linux")
 def test_kernels_were_compiled():
     """Catches kernels that no longer compile, unnoticed because PyTorch takes their place without a word."""
-    if not cpu._processor_flags() >= cpu.VARIANTS["avx2"][1]:
+    if not cpu.library.processor_flags() >= cpu.VARIANTS["avx2"][1]:
         pytest.skip("the processor has no AVX2")
-    assert cpu.unavailable() is None, "python setup.py build_ext --inplace compiles them"
+    assert cpu.obstacle() is None, "python setup.py build_ext --inplace compiles them"
 
 
 def exact_attention(qkv, batch, num_heads, scale=None):
@@ -204,7 +204,7 @@ def test_what_the_kernel_does_not_take_runs_elsewhere(monkeypatch):
         assert attention.cpu_obstacle(head_size, qkv) is not None
         ours, plain = (varlen_attention(qkv, batch, 1, policy=Policy(backend)) for backend in ("cpu", "torch"))
         assert torch.equal(ours, plain)
-    monkeypatch.setattr(cpu, "unavailable", lambda: "planted")
+    monkeypatch.setattr(cpu.library, "load", lambda: (None, "planted"))
     qkv = torch.randn(7, 3 * 32)
     ours, plain = (varlen_attention(qkv, batch, 1, policy=Policy(backend)) for backend in ("cpu", "torch"))
     assert torch.equal(ours, plain) and attention.cpu_obstacle(32, qkv) == "planted"
@@ -214,7 +214,7 @@ def test_what_the_kernel_does_not_take_runs_elsewhere(monkeypatch):
 def test_gradients_of_attention(dtype):
     """Catches gradients that stop at a kernel which autograd knows nothing of."""
     if attention.cpu_obstacle(32, torch.empty(0, dtype=dtype)) is not None:
-        pytest.skip(str(cpu.unavailable()))
+        pytest.skip(str(cpu.obstacle()))
     torch.manual_seed(0)
     qkv, grad = torch.randn(30, 3 * 64).to(dtype), torch.randn(30, 64).to(dtype)
     batch = from_cu_seqlens(cu_seqlens_of([9, 21]), 30, CPU)
@@ -249,7 +249,7 @@ def test_processors_with_less(allowed, instructions):
     done = subprocess.run(command, env=source_env(**allowed), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     facts, vectors = json.loads(done.stdout.splitlines()[-1])
-    assert facts == (None if cpu.unavailable() is not None else instructions)
+    assert facts == (None if cpu.obstacle() is not None else instructions)
     assert vectors["auto"][1] == "torch.float32"
     from fastbert import SentenceEncoder
 

@@ -126,9 +126,9 @@ def launched(monkeypatch, call):
 
 def our_gemm(dtype, shape, epilogue, device):
     """The name of the kernel that this architecture takes where the choice is ours."""
-    from fastbert_kernels import launch
+    from fastbert_kernels import configs, launch
 
-    return f"_{launch.gemm(dtype, launch.arch(device), shape, epilogue).ours}_kernel"
+    return f"_{configs.gemm(dtype, launch.arch(device), shape, epilogue).ours}_kernel"
 
 
 def test_table_chooses_the_gemm(table, device, monkeypatch):

@@ -22,11 +22,11 @@ DTYPES = (torch.float32, torch.bfloat16)
 def product(request, monkeypatch):
     """float32 in either of the two; on a processor or a PyTorch without them there is only the way around them."""
     if request.param == "oneDNN":
-        monkeypatch.setattr(cpu, "unavailable", lambda: "planted")
+        monkeypatch.setattr(cpu.library, "load", lambda: (None, "planted"))
         if onednn._operations_obstacle() is not None:
             pytest.skip(onednn._operations_obstacle())
-    elif cpu.unavailable() is not None:
-        pytest.skip(cpu.unavailable())
+    elif cpu.obstacle() is not None:
+        pytest.skip(cpu.obstacle())
     return request.param
 
 
@@ -143,7 +143,7 @@ def test_obstacles(monkeypatch):
     assert "counted" in packed_linear.operands_obstacle(x, made_there, bias)
     assert "no torch.float64" in packed_linear.operands_obstacle(x.double(), weight.double())
     assert "meta" in packed_linear.operands_obstacle(x.to("meta"), weight.to("meta"))
-    monkeypatch.setattr(cpu, "unavailable", lambda: "planted")
+    monkeypatch.setattr(cpu.library, "load", lambda: (None, "planted"))
     with torch.backends.mkldnn.flags(enabled=False):
         assert "switched off" in packed_linear.operands_obstacle(x, weight, bias)
     monkeypatch.setattr(onednn, "_operations_obstacle", lambda: "planted too")

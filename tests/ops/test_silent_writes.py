@@ -18,7 +18,7 @@ from fastbert.ops.silent_writes import Samples, Writes
 from fastbert_kernels import cpu
 from model_cases import theirs
 
-COMPILED = pytest.mark.skipif(cpu.unavailable() is not None, reason=str(cpu.unavailable()))
+COMPILED = pytest.mark.skipif(cpu.obstacle() is not None, reason=str(cpu.obstacle()))
 SIZES: dict[str, Any] = {
     "vocab_size": 100, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128,
     "max_position_embeddings": 32, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0,
@@ -133,7 +133,7 @@ def test_accelerated_model(write: Callable[[nn.Module], None]) -> None:
     check(model, lambda m: m(IDS)[0], write)
 
 
-@pytest.mark.skipif(cpu.no_int8() is not None, reason=str(cpu.no_int8()))
+@pytest.mark.skipif(cpu.int8_obstacle() is not None, reason=str(cpu.int8_obstacle()))
 @pytest.mark.parametrize("name", [".data", "NumPy", "down", "bias", "head"])
 def test_8_bits(name: str) -> None:
     """Catches 8-bit weights of the C++ kernels that are those of before the write."""
@@ -180,7 +180,7 @@ def test_graph_keeps_its_memory(name: str, monkeypatch: pytest.MonkeyPatch, devi
 def test_where_a_look_waits(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches weights on a GPU, looked at once a call and not at each use, that are not followed."""
     monkeypatch.setattr(silent_writes, "waits", lambda device: True)
-    monkeypatch.setattr(cpu, "unavailable", lambda: "as on a GPU")
+    monkeypatch.setattr(cpu.library, "load", lambda: (None, "as on a GPU"))
     check(make(backend="torch"), lambda m: m(IDS)[0], WRITES[name])
     encoder = _sentence_encoder("torch")
     check(encoder, _vectors, WRITES[name], encoder.model) if name != "AdamW fused" else None
@@ -257,7 +257,7 @@ def test_eval_follows_what_cannot_be_seen() -> None:
 def test_samples(dtype: torch.dtype, compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a number that is looked at somewhere else than where it lies, or a NaN that is never what it was."""
     if not compiled:
-        monkeypatch.setattr(cpu, "unavailable", lambda: "not compiled")
+        monkeypatch.setattr(cpu.library, "load", lambda: (None, "not compiled"))
     tensors = [torch.zeros(shape).to(dtype) for shape in ((), (1,), (7,), (3, 5), (40, 24), (0, 4), (2, 3, 4))]
     tensors += [torch.zeros(24, 40).to(dtype).t(), torch.zeros(64, 64).to(dtype)[::2, 1::3]]
     if dtype.is_floating_point and dtype.itemsize > 1:

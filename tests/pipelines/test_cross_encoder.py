@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from fastbert import BertForSequenceClassification, BertModel, CrossEncoder
-from fastbert.pipelines import cross_encoder
+from fastbert.pipelines import cross
 from helpers import tiny_bert
 
 NEEDS_6 = pytest.mark.skipif(
@@ -129,7 +129,7 @@ def test_batches_are_packed_and_within_the_budget(
         return run(batch, input_ids, *args, **kwargs)
 
     monkeypatch.setattr(ours.model.bert, "encode_packed", spy)
-    monkeypatch.setattr(cross_encoder, "WINDOW", 13)
+    monkeypatch.setattr(cross, "WINDOW", 13)
     assert_close(ours.predict(PAIRS, batch_size=batch_size), expected)
     lengths = [len(ids) for ids in ours.tokenizer(*map(list, zip(*PAIRS, strict=True)), max_length=40)["input_ids"]]
     assert sorted(sum(seen, [])) == sorted(lengths)
@@ -267,7 +267,7 @@ def test_bad_arguments(one: Path, encoder: CrossEncoder) -> None:
         encoder.predict(PAIRS, batch_size=0)
     with pytest.raises(TypeError, match="inputs: expected"):
         encoder.predict()
-    with pytest.raises(ValueError, match="max_length: got 41, but the model has 40 positions"):
+    with pytest.raises(ValueError, match="max_seq_length: got 41, but the model has 40 positions"):
         CrossEncoder.from_pretrained(one, device="cpu", max_length=41)
     with pytest.raises(ValueError, match="default_prompt_name: got 'query'"):
         CrossEncoder(encoder.model, encoder.tokenizer, default_prompt_name="query")

@@ -17,7 +17,7 @@ import fastbert
 from family_text_cases import KINDS, NAMES, PAIRS, TEXTS, make_folders
 from fastbert import BertConfig, BertForMaskedLM, BertForSequenceClassification, BertModel, SentenceEncoder, Tokenizer
 from fastbert.cli.main import main
-from fastbert.pipelines.folder import Normalize
+from fastbert.pipelines.modules import Normalize
 from model_cases import assert_close
 
 

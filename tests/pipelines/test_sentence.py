@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from fastbert import BertConfig, BertModel, SentenceEncoder
-from fastbert.pipelines import run as sentence_run
-from fastbert.pipelines.folder import Dense
+from fastbert.pipelines.batching import batches
+from fastbert.pipelines.modules import Dense
 from helpers import docstrings
 from sentence_cases import TEXTS, assert_close, theirs, tiny
 
@@ -96,16 +96,16 @@ def test_batches_are_packed_and_within_the_budget(
 def test_batches_cover_all_texts_once() -> None:
     """Catches a text lost or doubled where a batch is cut: too long for the budget, of length 0, at the very limit."""
     ends = np.cumsum([50, 10, 10, 5, 5, 0, 0])
-    assert list(sentence_run.batches(ends, 20, None)) == [(0, 1), (1, 3), (3, 7)]
-    assert list(sentence_run.batches(ends, 20, 2)) == [(0, 1), (1, 3), (3, 5), (5, 7)]
-    assert list(sentence_run.batches(np.cumsum([]), 20, None)) == []
+    assert list(batches(ends, 20, None)) == [(0, 1), (1, 3), (3, 7)]
+    assert list(batches(ends, 20, 2)) == [(0, 1), (1, 3), (3, 5), (5, 7)]
+    assert list(batches(np.cumsum([]), 20, None)) == []
 
 
 def test_windows(encoder: SentenceEncoder, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a window boundary that loses or swaps texts, and an error that counts from the window's start."""
     texts = TEXTS * 5
     expected = encoder.encode(texts)
-    monkeypatch.setattr(sentence_run, "WINDOW", 7)
+    monkeypatch.setattr("fastbert.pipelines.run.WINDOW", 7)
     assert_close(encoder.encode(texts), expected)
     assert_close(encoder.encode(iter(texts), convert_to_tensor=True), expected)
     tokens = encoder.encode(texts, output_value="token_embeddings")
@@ -116,7 +116,7 @@ def test_windows(encoder: SentenceEncoder, monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_stream_is_lazy_and_equal(encoder: SentenceEncoder, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a stream that reads everything first, and windows that differ from `encode`."""
-    monkeypatch.setattr(sentence_run, "WINDOW", 4)
+    monkeypatch.setattr("fastbert.pipelines.run.WINDOW", 4)
     read, done = [], []
 
     def texts() -> Iterator[str]:
@@ -173,7 +173,7 @@ def test_truncation_is_counted_once(
     encoder: SentenceEncoder, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Catches texts cut in silence, a warning for each window, and wrong counts."""
-    monkeypatch.setattr(sentence_run, "WINDOW", 3)
+    monkeypatch.setattr("fastbert.pipelines.run.WINDOW", 3)
     encoder.max_seq_length = 10
     lengths = [len(ids) for ids in encoder.tokenizer(TEXTS, max_length=10**6)["input_ids"]]
     cut = [length - 10 for length in lengths if length > 10]

@@ -17,8 +17,9 @@ import torch
 from torch import nn
 
 from fastbert import BertForSequenceClassification, BertModel, CrossEncoder, SentenceEncoder
-from fastbert.pipelines import api as sentence_api
-from fastbert.pipelines.folder import Dense, Normalize, Pooling
+from fastbert.pipelines.api import MISSING
+from fastbert.pipelines.modules import Dense, Normalize
+from fastbert.pipelines.pipeline import Pooling
 from helpers import tiny_bert
 
 FIRST = [
@@ -242,7 +243,7 @@ def test_small_questions(ours: SentenceEncoder, theirs: Any, cross: dict[int, tu
 def test_names_that_are_refused_say_what_to_do(ours: SentenceEncoder, cross: dict[int, Any]) -> None:
     """Catches a name of theirs that ours has not, without a word of what to do instead."""
     for model in (ours, cross[1][0]):
-        for name, hint in sentence_api.MISSING.items():
+        for name, hint in MISSING.items():
             assert not hasattr(model, name) or name in dir(type(model))
             if name not in dir(type(model)):
                 with pytest.raises(AttributeError) as error:
@@ -268,7 +269,7 @@ def test_every_public_name_of_theirs_is_answered(ours: SentenceEncoder, cross: d
         # But for constants of the classes, which say of what kind they are.
         names = {name for name in dir(kind) if not name.startswith("_")} - set(dir(nn.Module))
         names = {name for name in names if inspect.isroutine(v := getattr(kind, name)) or isinstance(v, property)}
-        assert {name for name in names - set(sentence_api.MISSING) if not hasattr(model, name)} == set()
+        assert {name for name in names - set(MISSING) if not hasattr(model, name)} == set()
 
 
 def test_copies_and_casts(ours: SentenceEncoder, caplog: pytest.LogCaptureFixture) -> None:

@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from fastbert import BertModel, SentenceEncoder, Tokenizer
-from fastbert.pipelines import folder as sentence_layout
-from fastbert.pipelines.folder import Dense, Dropout, LayerNorm, Normalize, Pooling
+from fastbert.pipelines.folder import read_layout
+from fastbert.pipelines.modules import Dense, Dropout, LayerNorm, Normalize
+from fastbert.pipelines.pipeline import Pooling
 from sentence_cases import TEXTS, assert_close, theirs, tiny
 
 
@@ -167,4 +168,4 @@ def test_missing_files_are_named(with_dense: Path, tmp_path: Path) -> None:
 
 def test_layout_of_a_plain_folder(plain: Path) -> None:
     """Catches a plain checkpoint taken for a sentence-transformers folder."""
-    assert sentence_layout.read(plain) is None
+    assert read_layout(plain) is None

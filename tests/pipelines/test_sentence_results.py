@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from fastbert import BertModel, SentenceEncoder, Tokenizer
-from fastbert.pipelines.folder import Dense, LayerNorm, Normalize, Pooling
+from fastbert.pipelines.modules import Dense, LayerNorm, Normalize
+from fastbert.pipelines.pipeline import Pooling
 from sentence_cases import TEXTS, assert_close, theirs, tiny
 
 

@@ -14,8 +14,7 @@ import pytest
 import torch
 
 from fastbert import BertModel, SentenceEncoder
-from fastbert.pipelines import run as sentence_run
-from fastbert.pipelines.run import Run, Timings
+from fastbert.pipelines.run import Run, Timings, _Result
 from helpers import tiny_bert
 
 TEXTS = [f"text {i}" + " and more of it" * (i % 5) for i in range(23)]
@@ -38,9 +37,9 @@ def encoder(folder: Path) -> SentenceEncoder:
 @pytest.fixture
 def overlapped(monkeypatch: pytest.MonkeyPatch) -> None:
     """Makes windows of 2, 4, 8, 8, ... texts, as with a GPU."""
-    monkeypatch.setattr(sentence_run, "overlaps", lambda device: True)
-    monkeypatch.setattr(sentence_run, "FIRST_WINDOW", 2)
-    monkeypatch.setattr(sentence_run, "WINDOW", 8)
+    monkeypatch.setattr("fastbert.pipelines.run.overlaps", lambda device: True)
+    monkeypatch.setattr("fastbert.pipelines.run.FIRST_WINDOW", 2)
+    monkeypatch.setattr("fastbert.pipelines.run.WINDOW", 8)
 
 
 def tokenizer_threads() -> list[str]:
@@ -50,7 +49,7 @@ def tokenizer_threads() -> list[str]:
 def test_overlap_changes_no_result(encoder: SentenceEncoder, overlapped: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a window lost, doubled or in the wrong place, and a thread that outlives the call."""
     with monkeypatch.context() as plain:
-        plain.setattr(sentence_run, "overlaps", lambda device: False)
+        plain.setattr("fastbert.pipelines.run.overlaps", lambda device: False)
         expected = encoder.encode(TEXTS)
     np.testing.assert_allclose(encoder.encode(TEXTS), expected, atol=1e-6)
     np.testing.assert_allclose(encoder.encode(iter(TEXTS), convert_to_tensor=True), expected, atol=1e-6)
@@ -121,7 +120,7 @@ def test_timings_name_the_bottleneck(
     encoder: SentenceEncoder, overlapped: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Catches waits that are counted for the wrong side, or for nobody."""
-    tokenize, get = Run._tokenize, sentence_run._Result.get
+    tokenize, get = Run._tokenize, _Result.get
     with monkeypatch.context() as slow, caplog.at_level(logging.INFO, "fastbert"):
         slow.setattr(Run, "_tokenize", lambda self, window: time.sleep(0.05) or tokenize(self, window))
         encoder.encode(TEXTS, show_progress_bar=False)
@@ -129,7 +128,7 @@ def test_timings_name_the_bottleneck(
         assert timings is not None and timings.bottleneck == "tokenizing" and timings.waiting_for_tokens > 0.1
         assert (timings.texts, timings.overlapped) == (len(TEXTS), True) and timings.tokens > 3 * len(TEXTS)
         assert "the bottleneck is tokenizing" in caplog.text
-    monkeypatch.setattr(sentence_run._Result, "get", lambda self: time.sleep(0.05) or get(self))
+    monkeypatch.setattr(_Result, "get", lambda self: time.sleep(0.05) or get(self))
     encoder.encode(TEXTS)
     timings = encoder.last_timings
     assert timings is not None and timings.bottleneck == "model" and timings.waiting_for_device > 0.2
@@ -159,7 +158,7 @@ def test_two_threads_on_one_encoder(encoder: SentenceEncoder, overlapped: None) 
 @pytest.mark.gpu
 def test_nothing_waits_for_the_gpu_but_reading(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a synchronising call among those that tokenise, copy and launch; in debug mode PyTorch raises there."""
-    monkeypatch.setattr(sentence_run, "FIRST_WINDOW", 2)
+    monkeypatch.setattr("fastbert.pipelines.run.FIRST_WINDOW", 2)
     encoder = SentenceEncoder.from_pretrained(folder, device="cuda", dtype="float16")
     expected = encoder.encode(TEXTS * 3)
     torch.cuda.set_sync_debug_mode("error")

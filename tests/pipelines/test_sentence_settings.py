@@ -16,8 +16,8 @@ import torch
 from torch import nn
 
 from fastbert import BertForSequenceClassification, BertModel, CrossEncoder, SentenceEncoder, Tokenizer
-from fastbert.pipelines import cross_encoder
-from fastbert.pipelines import settings as settings
+from fastbert.pipelines import settings
+from fastbert.pipelines.cross import ACTIVATION_CLASSES
 from fastbert.pipelines.modules import ACTIVATIONS, Dense
 from helpers import tiny_bert
 
@@ -296,7 +296,7 @@ def their_cross(folder: Path, **options: Any) -> Any:
 PAIRS = [(a, b) for a in TEXTS for b in TEXTS]
 
 
-@pytest.mark.parametrize("name", cross_encoder.ACTIVATIONS)
+@pytest.mark.parametrize("name", ACTIVATION_CLASSES)
 def test_activations_of_cross_encoders(cross: Path, tmp_path: Path, name: str) -> None:
     """Catches an activation function that is refused, or gives other scores than in sentence-transformers."""
     kind = getattr(nn, name)

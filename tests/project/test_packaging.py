@@ -33,7 +33,7 @@ NO_COMPILER = dict.fromkeys(("CC", "CXX", "LDCXXSHARED"), "/bin/false")
 PIP = ["-m", "pip", "--disable-pip-version-check", "--quiet"]
 
 COMPILED = pytest.mark.skipif(
-    shutil.which("g++") is None or cpu.unavailable() is not None, reason="no compiler, or no processor, for C++ kernels"
+    shutil.which("g++") is None or cpu.obstacle() is not None, reason="no compiler, or no processor, for C++ kernels"
 )
 
 
@@ -168,7 +168,7 @@ encoder = fastbert.SentenceEncoder.from_pretrained(sys.argv[2])
 print(json.dumps({
     "files": [fastbert.__file__, fastbert_kernels.__file__],
     "shape": list(encoder.encode(["A text.", "Another text, which is longer."]).shape),
-    "unavailable": cpu.unavailable(),
+    "unavailable": cpu.obstacle(),
     "explain": str(fastbert.explain(encoder)),
 }))
 """

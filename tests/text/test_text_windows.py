@@ -18,8 +18,8 @@ from tokenizers import Tokenizer as RustTokenizer
 
 from family_text_cases import KINDS, TEXTS
 from fastbert import Tokenizer
-from fastbert.adapters.sentences import LiveTokenizer
-from fastbert.text import windows as text_windows
+from fastbert.adapters.live_tokenizer import LiveTokenizer
+from fastbert.text import windows
 from fastbert.text.windows import cut, pieces, place_after, place_before, spans, splits
 
 WORDS = [
@@ -91,7 +91,7 @@ def ids_of(rust: RustTokenizer, texts: list[str]) -> list[int]:
 
 def test_plain_letters_are_plain() -> None:
     """Catches a letter at which texts are cut and that joins, under a normal form, with what stands before it."""
-    letters = [chr(i) for i in range(0x110000) if re.match(f"[{text_windows._PLAIN}]", chr(i))]
+    letters = [chr(i) for i in range(0x110000) if re.match(f"[{windows._PLAIN}]", chr(i))]
     assert len(letters) > 30000
     for letter in letters:
         for form in ("NFC", "NFD", "NFKC", "NFKD"):
@@ -183,7 +183,7 @@ def test_long_texts_here(side: str, limit: int | None, minilm: Path, monkeypatch
     pairs = LONG[::-1]
     expected = [tokenizer.encode_packed(LONG), tokenizer.encode_packed(LONG, pairs)]
     only = tokenizer.encode_packed(LONG, ["fish"] * len(LONG), truncation="only_first", max_length=90)
-    monkeypatch.setattr(text_windows, "CHARACTERS", 40)
+    monkeypatch.setattr(windows, "CHARACTERS", 40)
     packed = [tokenizer.encode_packed(LONG), tokenizer.encode_packed(LONG, pairs)]
     packed.append(tokenizer.encode_packed(LONG, ["fish"] * len(LONG), truncation="only_first", max_length=90))
     for a, b in zip(packed, [*expected, only], strict=True):

@@ -17,7 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import BertTokenizerFast
 
-from fastbert.text.tokenizer import Encoding, Tokenizer
+from fastbert.text.encoding import Encoding
+from fastbert.text.tokenizer import Tokenizer
 from helpers import docstrings, minilm_folder
 from tokenizer_cases import KEYS, NASTY, assert_same_ids
 
@@ -131,7 +132,7 @@ def test_results_have_the_shape_of_the_input(ours: Tokenizer) -> None:
 
 def test_packed_rows_are_the_unpadded_rows(ours: Tokenizer, texts: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches rows out of order, offsets off by one, wrong dtypes, and a seam between chunks."""
-    monkeypatch.setattr("fastbert.text.tokenizer._CHUNK", 7)
+    monkeypatch.setattr("fastbert.text.windows.TEXTS", 7)
     for second in (None, texts[::-1]):
         rows = ours(texts, second, max_length=60)
         packed = ours.encode_packed(texts, second, max_length=60)

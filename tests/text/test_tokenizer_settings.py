@@ -16,7 +16,7 @@ from tokenizers import normalizers, pre_tokenizers, processors
 
 from family_text_cases import KINDS, PAIRS, TEXTS
 from fastbert import Tokenizer
-from fastbert.text.tokenizer_settings import FOLLOWED, NO_EFFECT, TOLD
+from fastbert.text.settings import FOLLOWED, LOGGED, NO_EFFECT
 
 FAMILIES = {
     "bert": "BertTokenizer",
@@ -149,7 +149,7 @@ TOLD_VALUES: dict[str, Any] = {
 def test_every_followed_key_has_a_case() -> None:
     """Catches a key that is said to be followed and that no case below tries."""
     assert set(FOLLOWED_VALUES) == FOLLOWED
-    assert set(TOLD_VALUES) == set(TOLD) and set(NO_EFFECT_VALUES) <= NO_EFFECT
+    assert set(TOLD_VALUES) == set(LOGGED) and set(NO_EFFECT_VALUES) <= NO_EFFECT
 
 
 @pytest.mark.parametrize("key", FOLLOWED_VALUES)

@@ -20,7 +20,7 @@ from fastbert.diagnostics.explain.entry import explain
 from fastbert.tune import jobs as tune_jobs
 from fastbert.tune import search as tune
 from fastbert.tune.jobs import Candidate
-from fastbert_kernels import launch, tables
+from fastbert_kernels import configs, launch, tables
 
 CONFIG = BertConfig(hidden_size=32, intermediate_size=48, num_attention_heads=2, num_hidden_layers=1, vocab_size=50)
 GPU, ARCH = "Test GPU 80GB", 80
@@ -110,13 +110,13 @@ def test_candidates(arch, dtype):
         assert len(set(candidates)) == len(candidates) > 3
         kernels = {c.kernel for c in candidates}
         if each.op == "attention":
-            today = launch.attention_config(dtype, each.sizes[1], arch).block_sizes
+            today = configs.attention_config(dtype, each.sizes[1], arch).block_sizes
             assert candidates[0].sizes == {k: v for k, v in today.items() if k != "BLOCK_D"}
             continue
         assert kernels == {"cublas", "linear"} | (
             {"linear_persistent"} if arch in (90, 100) and dtype.itemsize == 2 else set()
         )
-        ours = launch.gemm(dtype, arch, each.sizes, each.epilogue)
+        ours = configs.gemm(dtype, arch, each.sizes, each.epilogue)
         assert Candidate(ours.ours, tuple(sorted(ours.config.block_sizes.items()))) in candidates
         assert any(c.sizes.get("WARP_SPECIALIZE") for c in candidates) == (arch == 90 and dtype.itemsize == 2)
         # Whether epilogues have a tile of which each thread holds 128 sums.
@@ -137,7 +137,7 @@ def test_candidates_of_8_bit_linears(arch):
         kernels = {"quantized_linear"} | ({"quantized_linear_persistent"} if persistent else set())
         assert {c.kernel for c in job.candidates} == kernels
         out_dtype = job.dtype if job.epilogue == "gelu" else torch.bfloat16
-        ours = launch.quantized_gemm(job.dtype, arch, job.sizes, job.group, out_dtype)
+        ours = configs.quantized_gemm(job.dtype, arch, job.sizes, job.group, out_dtype)
         assert ours.ours == ("quantized_linear_persistent" if persistent else "quantized_linear")
         assert Candidate(ours.ours, tuple(sorted(ours.config.block_sizes.items()))) in job.candidates
         for candidate in job.candidates:
@@ -165,7 +165,7 @@ def test_8_bit_linears(precision, arch, monkeypatch, device):
     assert len(tuned["quantized_gemm"]) == len(tuned[first]) == 4 and tuned["gemm"] == {}
     for job in all_jobs:
         out_dtype = job.dtype if job.epilogue == "gelu" else torch.bfloat16
-        chosen = launch.quantized_gemm(job.dtype, arch, job.sizes, job.group, out_dtype)
+        chosen = configs.quantized_gemm(job.dtype, arch, job.sizes, job.group, out_dtype)
         assert (chosen.choice, chosen.ours) == (first, first) and "measured on" in chosen.choice_source
         assert chosen.config.block_sizes == tuned[first][job.key]
     report = explain(BertModel(config, precision=precision).eval(), arch=arch, dtype="bfloat16")
@@ -256,25 +256,25 @@ def test_table_is_gone_by(monkeypatch, device):
         [job("none", [Candidate("cublas"), SMALL]), job("gelu", [Candidate("cublas"), SMALL])], device, [16, 32],
         timer=clock(lambda n, i: times[n] if i < 2 else 1.0 / times[n]), say=lambda text: None,
     )  # fmt: skip
-    before = launch.gemm(torch.bfloat16, ARCH, (32, 96), "none")
+    before = configs.gemm(torch.bfloat16, ARCH, (32, 96), "none")
     path = tables.cache_folder() / tables.file_name(GPU)
     tune.write(tune.table_of(outcomes, GPU, ARCH, [16, 32], date="2026-01-02"), path)
     assert path.name == "test-gpu-80gb.json" and before.choice is None
-    choice = launch.gemm(torch.bfloat16, ARCH, (32, 96), "none")
+    choice = configs.gemm(torch.bfloat16, ARCH, (32, 96), "none")
     assert (choice.choice, choice.ours, choice.config.block_sizes) == ("linear", "linear", TILE)
     assert choice.choice_source == f"{path} (measured on {GPU}, 2026-01-02)"
     # cuBLAS was the faster one here; ours is known all the same, for where cuBLAS may not be taken.
-    choice = launch.gemm(torch.float16, ARCH, (32, 48), "gelu_tanh")
+    choice = configs.gemm(torch.float16, ARCH, (32, 48), "gelu_tanh")
     assert (choice.choice, choice.config.block_sizes) == ("cublas", TILE)
-    assert launch.gemm(torch.bfloat16, ARCH, (32, 97), "none").config.block_sizes != TILE
-    assert launch.gemm(torch.float32, ARCH, (32, 96), "none").choice is None
+    assert configs.gemm(torch.bfloat16, ARCH, (32, 97), "none").config.block_sizes != TILE
+    assert configs.gemm(torch.float32, ARCH, (32, 96), "none").choice is None
     report = explain(BertModel(CONFIG).eval(), arch=ARCH, dtype="bfloat16")
     rows = {row.module: row for row in report.rows if row.op == "linear"}
     qkv, up = rows["encoder.layer.0.attention.self.query+key+value"], rows["encoder.layer.0.intermediate.dense"]
     assert (qkv.kernel, qkv.block_sizes) == ("fastbert_kernels.linear", TILE) and str(path) in qkv.source
     assert "cuBLAS" in up.kernel and "measured on Test GPU" in up.source
     with launch.recording(ARCH):
-        assert "tuned/sm_80.json" in launch.linear_config(torch.bfloat16, ARCH, (32, 96)).source
+        assert "tuned/sm_80.json" in configs.linear_config(torch.bfloat16, ARCH, (32, 96)).source
 
 
 def test_attention_table(device):
@@ -285,8 +285,8 @@ def test_attention_table(device):
         [only_job], device, [64], timer=clock(lambda n, i: 1.0 if n == str(fastest) else 2.0), say=lambda text: None
     )
     tune.write(tune.table_of([outcome], GPU, ARCH, [64]), tables.cache_folder() / tables.file_name(GPU))
-    assert launch.attention_config(torch.float16, 16, ARCH).block_sizes == {**fastest.sizes, "BLOCK_D": 16}
-    assert "sm_80.json" in launch.attention_config(torch.float16, 64, ARCH).source
+    assert configs.attention_config(torch.float16, 16, ARCH).block_sizes == {**fastest.sizes, "BLOCK_D": 16}
+    assert "sm_80.json" in configs.attention_config(torch.float16, 64, ARCH).source
 
 
 def test_earlier_shapes_stay(caplog, device):
@@ -323,8 +323,8 @@ def test_bad_table_in_the_cache(problem, caplog):
     """Catches a broken table in the cache that stops a model, or is left without a word."""
     path = cache(BAD[problem])
     with caplog.at_level(logging.WARNING, "fastbert"):
-        assert "tuned/sm_80.json" in launch.linear_config(torch.bfloat16, ARCH).source
-        launch.attention_config(torch.bfloat16, 64, ARCH)
+        assert "tuned/sm_80.json" in configs.linear_config(torch.bfloat16, ARCH).source
+        configs.attention_config(torch.bfloat16, 64, ARCH)
     (record,) = caplog.records
     assert str(path) in record.getMessage() and problem in record.getMessage()
     assert "taking the table that ships" in record.getMessage()
@@ -338,7 +338,7 @@ def test_bad_table_that_was_named(problem, tmp_path):
     with pytest.raises(ValueError, match=re.escape(str(path))) as error:
         tune.use_table(path)
     assert problem.partition(", but")[0] in str(error.value)
-    assert "tuned/sm_80.json" in launch.linear_config(torch.bfloat16, ARCH).source
+    assert "tuned/sm_80.json" in configs.linear_config(torch.bfloat16, ARCH).source
     with pytest.raises(ValueError, match="not a readable table"):
         tune.use_table(tmp_path / "missing.json")
 
@@ -349,25 +349,25 @@ def test_named_table_goes_before_the_cache(tmp_path):
     path = tmp_path / "mine.json"
     path.write_text(json.dumps(table(linear={"float16": {**TILE, "GROUP_ROWS": 7}}, gemm={})))
     tune.use_table(str(path))
-    assert launch.linear_config(torch.bfloat16, ARCH, (32, 96)).block_sizes["GROUP_ROWS"] == 7
+    assert configs.linear_config(torch.bfloat16, ARCH, (32, 96)).block_sizes["GROUP_ROWS"] == 7
     tune.use_table(None)
-    assert launch.linear_config(torch.bfloat16, ARCH, (32, 96)).block_sizes == TILE
+    assert configs.linear_config(torch.bfloat16, ARCH, (32, 96)).block_sizes == TILE
 
 
 def test_whose_table(machine, caplog):
     """Catches a table of another GPU that is taken, or two different GPUs that nothing tells apart."""
     cache(table())
-    assert launch.linear_config(torch.bfloat16, ARCH, (32, 96)).block_sizes == TILE
-    assert "sm_90.json" in launch.linear_config(torch.bfloat16, 90, (32, 96)).source
+    assert configs.linear_config(torch.bfloat16, ARCH, (32, 96)).block_sizes == TILE
+    assert "sm_90.json" in configs.linear_config(torch.bfloat16, 90, (32, 96)).source
     machine(("Another GPU", ARCH))
-    assert "sm_80.json" in launch.linear_config(torch.bfloat16, ARCH, (32, 96)).source
+    assert "sm_80.json" in configs.linear_config(torch.bfloat16, ARCH, (32, 96)).source
     machine()
-    assert "sm_80.json" in launch.linear_config(torch.bfloat16, ARCH, (32, 96)).source
+    assert "sm_80.json" in configs.linear_config(torch.bfloat16, ARCH, (32, 96)).source
     machine((GPU, ARCH), (GPU, ARCH), ("Old GPU", 75))
-    assert launch.linear_config(torch.bfloat16, ARCH, (32, 96)).block_sizes == TILE
+    assert configs.linear_config(torch.bfloat16, ARCH, (32, 96)).block_sizes == TILE
     assert not caplog.records
     machine((GPU, ARCH), ("Another GPU", ARCH))
-    assert "sm_80.json" in launch.linear_config(torch.bfloat16, ARCH, (32, 96)).source
+    assert "sm_80.json" in configs.linear_config(torch.bfloat16, ARCH, (32, 96)).source
     assert "different GPUs of sm_80" in caplog.text
 
 

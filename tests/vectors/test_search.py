@@ -14,8 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import fastbert
-from fastbert.vectors import corpus as search_corpus
 from fastbert.vectors import search
+from fastbert.vectors.corpus import Corpus
 from fastbert.vectors.quantize import quantize_embeddings
 from fastbert.vectors.search import semantic_search
 
@@ -86,9 +86,9 @@ def test_small_whole_numbers(data: st.DataObject) -> None:
 @pytest.mark.parametrize("score", ["cosine", "dot"])
 def test_a_coarser_first_pass_finds_the_same(score: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches rows that a less exact product, as in TF32, puts behind the ones kept, and that stay lost."""
-    right, looks = search_corpus.Corpus.chunk, []
+    right, looks = Corpus.chunk, []
     second = search._Search._second_pass
-    monkeypatch.setattr(search_corpus.Corpus, "chunk", lambda self, *at: right(self, *at).bfloat16().float())
+    monkeypatch.setattr(Corpus, "chunk", lambda self, *at: right(self, *at).bfloat16().float())
     monkeypatch.setattr(search, "_product_error", lambda dim, device: 2.0**-7)
     monkeypatch.setattr(search._Search, "_second_pass", lambda *args: (looks.append(1), second(*args)))
     corpus = random(1, 24) + 0.02 * random(3000, 24, seed=1)

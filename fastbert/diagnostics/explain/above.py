@@ -23,7 +23,8 @@ from fastbert.ops import Policy, attention, recording
 from fastbert.ops.dispatch import Decision
 from fastbert.ops.packing import PackedBatch
 from fastbert.ops.quantized import DTYPES, Quantized
-from fastbert.pipelines.run import TOKEN_BUDGET, Request, Run, batches
+from fastbert.pipelines.batching import batches, default_token_budget
+from fastbert.pipelines.pooling import sentence_vectors
 from fastbert.pipelines.sentence import SentenceEncoder
 
 # Asked of the model itself
@@ -63,7 +64,7 @@ def rows_computed(lengths: Sequence[int], model: nn.Module, bert: BertModel) -> 
     parts = [sum(lengths)]
     if isinstance(model, SentenceEncoder):
         ordered = sorted(lengths, reverse=True)
-        budget = model.token_budget or TOKEN_BUDGET.get(bert.device.type, TOKEN_BUDGET["cuda"])
+        budget = model.token_budget or default_token_budget(bert.device)
         parts = [sum(ordered[a:b]) for a, b in batches(list(accumulate(ordered)), budget, None)]
     with torch.no_grad():
         return sum(bert.engine.rows_of(bert, n_tokens) for n_tokens in parts)
@@ -137,5 +138,5 @@ def run_head(model: Any, encoded: Encoded) -> None:
 
 def run_pooling(encoder: SentenceEncoder, model: Any, tail: list[Any], encoded: Encoded) -> None:
     """Runs what follows the model in a SentenceEncoder: pooling, and stand-ins of the modules after it."""
-    pipeline: Any = SimpleNamespace(model=model, tail=tail, pooling=encoder.pooling, max_seq_length=1)
-    Run(pipeline, Request())._pool(encoded.last_hidden_state, encoded.batch)
+    pipeline: Any = SimpleNamespace(model=model, tail=tuple(tail), pooling=encoder.pooling)
+    sentence_vectors(pipeline, encoded.last_hidden_state, encoded.batch)

@@ -43,15 +43,15 @@ def _arch(device: torch.device) -> int:
 
 
 def _named(record: Record, kernels: Mapping[str, str], config: str, *args: Any) -> Kernel:
-    """Looks up the block sizes. config: a function of fastbert_kernels.launch, which gets the arguments."""
+    """Looks up the block sizes. config: a function of fastbert_kernels.configs, which gets the arguments."""
     if record.backend != "triton":
         return Kernel(kernels.get(record.backend, kernels["torch"]))
-    from fastbert_kernels import launch
+    from fastbert_kernels import configs
 
-    found = getattr(launch, config)(*args)
-    if isinstance(found, launch.Config):
+    found = getattr(configs, config)(*args)
+    if isinstance(found, configs.Config):
         return Kernel(kernels["triton"], dict(found.block_sizes), found.source)
-    return Kernel(kernels["triton"], dict(found), f"formula of fastbert_kernels.launch.{config}")
+    return Kernel(kernels["triton"], dict(found), f"formula of fastbert_kernels.configs.{config}")
 
 
 def _embedding(record: Record, device: torch.device) -> Kernel:
@@ -87,9 +87,9 @@ def short_texts(record: Record, device: torch.device) -> Kernel | None:
     """Returns the second launch of attention, for short texts; None where there is none."""
     if record.backend != "triton" or record.facts["shared_tiles"]:
         return None
-    from fastbert_kernels import launch
+    from fastbert_kernels import configs
 
-    config = launch.short_attention_config(record.dtype, _head_size(record), _arch(device))
+    config = configs.short_attention_config(record.dtype, _head_size(record), _arch(device))
     return None if config is None else Kernel(attention.KERNELS["triton"], dict(config.block_sizes), config.source)
 
 
@@ -103,10 +103,10 @@ def _pooling(record: Record, device: torch.device) -> Kernel:
 def _linear(record: Record, device: torch.device) -> Kernel:
     facts, activation = record.facts, record.facts["activation"]
     if facts["product"] == "fastbert":
-        from fastbert_kernels import launch
+        from fastbert_kernels import configs
 
         shape = _features(record)
-        gemm = launch.gemm(record.dtype, _arch(device), shape, "residual" if facts["residual"] else activation)
+        gemm = configs.gemm(record.dtype, _arch(device), shape, "residual" if facts["residual"] else activation)
         source = f"{facts['why']}; {gemm.config.source}"
         return Kernel(f"fastbert_kernels.{gemm.ours}", dict(gemm.config.block_sizes), source)
     if facts["product"] == "packed":
@@ -126,10 +126,10 @@ def _features(record: Record) -> tuple[int, int]:
 def _quantized_linear(record: Record, device: torch.device) -> Kernel:
     if record.backend != "triton":
         return Kernel(quantized.KERNELS["torch"])
-    from fastbert_kernels import launch
+    from fastbert_kernels import configs
 
     dtype = quantized.DTYPES[record.facts["precision"]]
-    gemm = launch.quantized_gemm(dtype, _arch(device), _features(record), record.facts["group"], record.dtype)
+    gemm = configs.quantized_gemm(dtype, _arch(device), _features(record), record.facts["group"], record.dtype)
     source = "; ".join(filter(None, (gemm.choice_source, gemm.config.source)))
     return Kernel(f"fastbert_kernels.{gemm.ours}", dict(gemm.config.block_sizes), source)
 

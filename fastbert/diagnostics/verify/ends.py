@@ -1,4 +1,7 @@
-"""What comes after the encoder: a SentenceEncoder's vectors, the logits of a head; ours, and in plain PyTorch."""
+"""The ends of a model, which follow its encoder: a SentenceEncoder's vectors and the logits of a head.
+
+Each end comes as the model runs it, and in plain PyTorch.
+"""
 
 from __future__ import annotations
 
@@ -11,26 +14,24 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastbert import reference
-from fastbert.adapters.sentences import Pipeline, Step
+from fastbert.adapters.live_pipeline import Step
 from fastbert.checkpoint.activations import ACTIVATIONS, activate
-from fastbert.diagnostics.verify.report import FACTOR_OF_VECTORS
+from fastbert.diagnostics.verify.bounds import FACTOR_OF_VECTORS, SCATTER
 from fastbert.models.bert import BertModel
 from fastbert.models.encoded import Encoded
 from fastbert.models.modules import dense
-from fastbert.pipelines.folder import POOLING_MODES
-from fastbert.pipelines.run import Request, Run
+from fastbert.pipelines.pipeline import POOLING_MODES, Pipeline
+from fastbert.pipelines.pooling import sentence_vectors
 from fastbert.pipelines.sentence import SentenceEncoder
-
-# Of a head that gives few numbers a text: to the square root of how many there are in all.
-SCATTER = 10.0
 
 
 @dataclass(frozen=True)
 class End:
-    """name: for the report. tokens: whether it takes last hidden states, and not the pooled output.
+    """One end of a model, under the name that the report has for it.
 
-    run: the model's own, of packed tokens, (T, C) or (B, C). plain: of what it takes, (rows, H) in any dtype, in plain
-    PyTorch; for vectors the rows of each text, as a list. few: numbers a text, where they are a handful.
+    tokens: whether it takes the last hidden states, and not the pooled output. run: the model's own, from an encoded
+    batch to (T, C) or (B, C). plain: the same in plain PyTorch, from (rows, H) in any dtype; for vectors it takes the
+    rows of each text, as a list. few: how many numbers it gives for each text, where they are a handful.
     """
 
     name: str
@@ -44,23 +45,23 @@ class End:
         return self.name == "vectors"
 
     def parts(self, states: Sequence[Tensor]) -> list[Tensor]:
-        """`plain` of each text's rows: (n, C) or (1, C) each."""
+        """`plain` for each text's rows: (n, C) or (1, C) each."""
         if self.is_vectors:
             return list(self.plain(states).split(1))
         return list(self.plain(torch.cat(list(states))).split([len(state) for state in states]))
 
     def factor(self, n_texts: int) -> float:
-        """How many times plain PyTorch's error this may have: of few numbers chance makes much."""
+        """The multiple of plain PyTorch's error that this end may have. It is larger for few numbers, which scatter."""
         return FACTOR_OF_VECTORS + (SCATTER / (n_texts * self.few) ** 0.5 if self.few is not None else 0.0)
 
 
 def ends_of(model: nn.Module | Pipeline, bert: BertModel, prefix: str) -> Iterator[End]:
     """What follows the encoder in the model; nothing for a head that is not made as BERT's are."""
-    if isinstance(model, (SentenceEncoder, Pipeline)):
-        encoder: Any = model
-        run = Run(encoder, Request(truncate_dim=model.truncate_dim))
-        yield End("vectors", True, lambda e: run._pool(e.last_hidden_state, e.batch), lambda x: _vectors(model, x))
+    pipeline = model.pipeline if isinstance(model, SentenceEncoder) else model
+    if isinstance(pipeline, Pipeline):
+        yield _vectors_end(pipeline)
         return
+    assert isinstance(model, nn.Module)
     modules = {name: module for name, module in model.named_modules() if name.startswith(prefix)}
     for name in ("classifier", "qa_outputs", "cls.seq_relationship"):
         linear = modules.get(f"{prefix}{name}")
@@ -75,6 +76,14 @@ def ends_of(model: nn.Module | Pipeline, bert: BertModel, prefix: str) -> Iterat
             return predictions(encoded.last_hidden_state, bert.policy)
 
         yield End(f"{prefix}cls.predictions", True, run_decoder, lambda x: _words(predictions, bert, x))
+
+
+def _vectors_end(pipeline: Pipeline) -> End:
+    def run(encoded: Encoded) -> Tensor:
+        states, truncate_dim = encoded.last_hidden_state, pipeline.truncate_dim
+        return sentence_vectors(pipeline, states, encoded.batch, truncate_dim=truncate_dim)
+
+    return End("vectors", True, run, lambda states: _vectors(pipeline, states))
 
 
 def _linear_end(name: str, linear: nn.Linear, bert: BertModel, tokens: bool) -> End:
@@ -98,13 +107,13 @@ def _words(predictions: Any, bert: BertModel, x: Tensor) -> Tensor:
     return _linear(predictions.decoder, x)
 
 
-def _vectors(encoder: SentenceEncoder | Pipeline, tokens: Sequence[Tensor]) -> Tensor:
-    """What the encoder makes of the last hidden states of texts, (n, H) each: (texts, dim)."""
+def _vectors(pipeline: Pipeline, tokens: Sequence[Tensor]) -> Tensor:
+    """What the pipeline makes of the last hidden states of texts, (n, H) each: (texts, dim)."""
     hidden = torch.cat(list(tokens))
     hidden = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
     cu_seqlens = torch.tensor([0, *(len(part) for part in tokens)], device="cpu").cumsum(0)
-    x = torch.cat([reference.pool(hidden, cu_seqlens, POOLING_MODES[mode]) for mode in encoder.pooling.modes], dim=1)
-    tail: Any = encoder.tail
-    for module in tail:
+    modes = pipeline.pooling.modes if pipeline.pooling is not None else ()
+    x = torch.cat([reference.pool(hidden, cu_seqlens, POOLING_MODES[mode]) for mode in modes], dim=1)
+    for module in pipeline.tail:
         x = (module.in_dtype(x.dtype) if isinstance(module, Step) else module)(x)
-    return x[:, : encoder.truncate_dim]
+    return x[:, : pipeline.truncate_dim]

@@ -1,13 +1,10 @@
-"""Is it right on my data: a model beside the float64 reference and plain PyTorch, on the same tokens."""
+"""`verify` checks a model on the user's texts, beside the float64 reference and plain PyTorch."""
 
 from __future__ import annotations
 
-import inspect
 import json
 import math
 import os
-import sys
-import types
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,23 +14,24 @@ import torch
 from torch import Tensor, nn
 
 from fastbert import adapters
-from fastbert.adapters.sentences import LiveTokenizer, Pipeline, pipeline_in
-from fastbert.checkpoint import files as checkpoint
+from fastbert.adapters.live_pipeline import pipeline_in
+from fastbert.adapters.live_tokenizer import LiveTokenizer
+from fastbert.checkpoint.folder import resolve
 from fastbert.diagnostics.explain.entry import backbone, find_model, float32_precision, prefix_of
-from fastbert.diagnostics.verify import run as verify_run
+from fastbert.diagnostics.verify.bounds import BOUND_WITHOUT_EAGER
 from fastbert.diagnostics.verify.ends import ends_of
-from fastbert.diagnostics.verify.report import (
-    BOUND_WITHOUT_EAGER,
+from fastbert.diagnostics.verify.findings import (
     ErrorReport,
     QuantizedReport,
-    Report,
     StateReport,
     VectorReport,
     WeightReport,
 )
-from fastbert.diagnostics.verify.run import Row
+from fastbert.diagnostics.verify.report import Report
+from fastbert.diagnostics.verify.run import Comparison, Row, compare
 from fastbert.models.bert import BertModel
 from fastbert.pipelines.names import SENTENCE_TRANSFORMERS, full_name
+from fastbert.pipelines.pipeline import PackingTokenizer, Pipeline
 from fastbert.pipelines.sentence import SentenceEncoder
 from fastbert.text.tokenizer import Tokenizer
 
@@ -65,7 +63,7 @@ DEFAULT_TEXTS = (
     "The river rose through the night, and by morning the lower fields lay under water from the mill to the bridge. "
     * 12,
 )
-# Lengths in tokens where there is no tokenizer.
+# The lengths of random texts, in tokens, where there is no tokenizer.
 _LENGTHS = (1, 2, 3, 5, 16, 17, 31, 33, 64, 65, 120, 250)
 
 
@@ -82,80 +80,84 @@ def verify(
     """Checks a model on your texts: its weights are finite, and every layer is as accurate as plain PyTorch.
 
     model_or_path: a BertModel, a model with a head, a SentenceEncoder or a CrossEncoder; an accelerated model of
-    another library, of which the encoder is checked, and the vectors of a SentenceTransformer; or a folder or hub id to
-    load a BertModel from, with the last four arguments as for `BertModel.from_pretrained`.
+    another library, whose encoder is checked, and a SentenceTransformer's vectors too; or a folder or hub id from which
+    a BertModel is loaded, with the last four arguments as for `BertModel.from_pretrained`.
     texts: strings, or lists of token ids; a dozen built-in texts by default, and random ids where there is no
     tokenizer. Texts longer than the model's positions are cut, and the report says so. tokenizer: ours or one of
-    transformers, by default that of the folder or of the encoder.
+    transformers, by default the one of the folder or of the encoder.
 
-    For every hidden state, the pooled output, and a head's logits or a SentenceEncoder's vectors, error = RMS of
-    (ours - float64 reference) over RMS of the reference. It may be 1.25 times the error of plain PyTorch in the model's
-    dtype (of logits of tokens and of vectors, twice) plus half an ulp, and for a single text 4 times that. Each part is
-    also looked at alone, given the input that it had, where its error may be 1.5 times plain PyTorch's in 16 bits, else
-    twice (for what is one row a text 3 times; for a few logits a text, where chance rules, more, and they are judged
-    alone only): so a fault is put down to where it is, and does not drown in the rounding of the layers before.
-    `vectors` says how near the texts' vectors come to the reference's, and whether their neighbours change places.
+    Every hidden state, the pooled output, and a head's logits or a SentenceEncoder's vectors have an error: the RMS of
+    (ours - float64 reference) over the RMS of the reference. It may be 1.25 times the error of plain PyTorch in the
+    model's dtype plus half an ulp; for logits of tokens and for vectors twice that error. A single text may have 4
+    times that bound.
 
-    Nothing about the model changes; it runs in eval mode, whatever its mode is. Of a model that runs in 8 bits
-    (precision="fp8" or "int8"), plain PyTorch is the emulation of the same quantisation, and `quantized` says what that
-    costs: it is a problem below a cosine of 0.998 or a Spearman of 0.999, from 1,000 texts on.
+    Each part is also checked alone, on the input that it had. Its error may then be 1.5 times plain PyTorch's in 16
+    bits, else twice, and 3 times where the part gives one row for each text. So the report names the part that is at
+    fault, and the fault does not drown in the rounding of the layers before. A few logits for each text are checked
+    alone only, with a wider bound, because chance rules them. `vectors` says how near the vectors of the texts come to
+    the reference's, and whether their neighbours change places.
 
-    Raises TypeError or ValueError for arguments that do not fit, IndexError for token ids outside the vocabulary, what
-    `from_pretrained` raises for a path, and BackendError under strict. Errors of the model itself raise nothing: they
-    are in the report.
+    Nothing about the model changes; it runs in eval mode, whatever its mode is. For a model that runs in 8 bits
+    (precision="fp8" or "int8"), plain PyTorch is the emulation of the same quantisation, and `quantized` says what the
+    quantisation costs. A cosine below 0.998 or a Spearman below 0.999 is a problem from 1,000 texts on.
+
+    Raises TypeError or ValueError for arguments that do not fit, IndexError for token ids outside the vocabulary, the
+    errors of `from_pretrained` for a path, and BackendError under strict. Errors of the model itself raise nothing:
+    they are in the report.
     """
     notes: list[str] = []
     model, name, tokenizer = _model_of(model_or_path, tokenizer, dtype, device, backend, strict)
     bert = backbone(find_model(model))
     pipeline: Pipeline | None = None
-    with_weights = model
+    weighted = model
     if isinstance(model, SentenceEncoder) or bert in adapters.modules(model):
         tokenizer = _usable(tokenizer)
     else:  # an accelerated model of another library
         pipeline, tokenizer = _live(model, tokenizer, notes)
-        with_weights = model if isinstance(model, nn.Module) else bert
+        weighted = model if isinstance(model, nn.Module) else bert
         model = bert
     if bert.device.type == "meta":
         raise ValueError("model: its parameters are on 'meta', where they have no values")
     rows = _rows(texts, tokenizer, bert, notes)
-    weights = tuple(_bad_weights(with_weights))
-    found = verify_run.Findings(())
+    weights = tuple(_bad_weights(weighted))
+    comparison = Comparison(())
     if not weights:
         inner = find_model(model)
         ends = ends_of(pipeline or (model if isinstance(model, SentenceEncoder) else inner), bert, "")
         outer = prefix_of(inner, model)
         named = [replace(end, name=end.name if end.is_vectors else outer + end.name) for end in ends]
-        found = verify_run.compare(bert, rows, prefix_of(bert, model), named, model)
-        if any(math.isnan(state.eager_error) for state in found.states):
+        comparison = compare(bert, rows, prefix_of(bert, model), named, model)
+        if any(math.isnan(state.eager_error) for state in comparison.states):
             notes.append(f"plain PyTorch is not finite in {bert.dtype}; the bound there is {BOUND_WITHOUT_EAGER}")
     if bert.dtype == torch.float32 and bert.device.type == "cuda":
         notes.append(f"float32 multiplies in {float32_precision()}, the model and plain PyTorch: PyTorch's own switch")
     return Report(
         name, str(bert.device), str(bert.dtype).removeprefix("torch."), bert.policy.backend, len(rows),
-        sum(len(ids) for ids, _ in rows), weights, found.states, tuple(notes), found.quantized, found.vectors,
-        found.last,
+        sum(len(ids) for ids, _ in rows), weights, comparison.states, tuple(notes), comparison.quantized,
+        comparison.vectors, comparison.last,
     )  # fmt: skip
 
 
 def _model_of(
-    given: Any, tokenizer: Any, dtype: Any, device: Any, backend: Any, strict: Any
+    model_or_path: Any, tokenizer: Any, dtype: Any, device: Any, backend: Any, strict: Any
 ) -> tuple[nn.Module, str, Any]:
     """The model, its name for the report, and its tokenizer."""
     overrides = {"dtype": dtype, "device": device, "backend": backend, "strict": strict}
     overrides = {name: value for name, value in overrides.items() if value is not None}
-    if not isinstance(given, (str, os.PathLike)):
+    if not isinstance(model_or_path, (str, os.PathLike)):
+        kind = type(model_or_path).__name__
         if overrides:
-            raise ValueError(f"{', '.join(overrides)}: expected only with a path, got a loaded {type(given).__name__}")
-        return given, type(given).__name__, getattr(given, "tokenizer", None) if tokenizer is None else tokenizer
-    folder = _transformer_folder(checkpoint.resolve(full_name(given, SENTENCE_TRANSFORMERS)))
+            raise ValueError(f"{', '.join(overrides)}: expected only with a path, got a loaded {kind}")
+        return model_or_path, kind, getattr(model_or_path, "tokenizer", None) if tokenizer is None else tokenizer
+    folder = _transformer_folder(resolve(full_name(model_or_path, SENTENCE_TRANSFORMERS)))
     model = BertModel.from_pretrained(folder, **overrides)
     if tokenizer is None and any((folder / name).is_file() for name in ("tokenizer.json", "vocab.txt")):
         tokenizer = Tokenizer.from_pretrained(folder)
-    return model, os.fspath(given), tokenizer
+    return model, os.fspath(model_or_path), tokenizer
 
 
 def _transformer_folder(folder: Path) -> Path:
-    """Where the weights are: the folder itself, or in a sentence-transformers folder that of its first module."""
+    """The folder of the weights: this one, or in a sentence-transformers folder that of its first module."""
     file = folder / "modules.json"
     if not file.is_file():
         return folder
@@ -166,8 +168,8 @@ def _transformer_folder(folder: Path) -> Path:
         raise ValueError(f"{file}: expected a list of modules with idx and path: {error!r}") from error
 
 
-def _live(model: Any, tokenizer: Any, notes: list[str]) -> tuple[Pipeline | None, Tokenizer | LiveTokenizer | None]:
-    """Of an accelerated model: what makes vectors of its states, if it is a SentenceTransformer, and its tokenizer."""
+def _live(model: Any, tokenizer: Any, notes: list[str]) -> tuple[Pipeline | None, PackingTokenizer | None]:
+    """The tokenizer of an accelerated model and, for a SentenceTransformer, the pipeline that follows its states."""
     pipeline = None
     try:
         pipeline = pipeline_in(model)
@@ -179,7 +181,7 @@ def _live(model: Any, tokenizer: Any, notes: list[str]) -> tuple[Pipeline | None
 
 
 def _usable(tokenizer: Any) -> Tokenizer | LiveTokenizer | None:
-    """Ours as it is, one of transformers packing. Raises TypeError for anything else."""
+    """The tokenizer, in a form that packs texts. Raises TypeError for one that is neither ours nor transformers'."""
     if tokenizer is None or isinstance(tokenizer, Tokenizer):
         return tokenizer
     if not (callable(tokenizer) and hasattr(tokenizer, "model_input_names")):
@@ -188,22 +190,23 @@ def _usable(tokenizer: Any) -> Tokenizer | LiveTokenizer | None:
     return LiveTokenizer(tokenizer, tokenizer.model_max_length)
 
 
-def _rows(texts: Any, tokenizer: Tokenizer | LiveTokenizer | None, bert: BertModel, notes: list[str]) -> list[Row]:
+def _rows(texts: Any, tokenizer: PackingTokenizer | None, bert: BertModel, notes: list[str]) -> list[Row]:
     n_positions = bert.longest_text
     if texts is None and tokenizer is None:
         notes.append("no tokenizer: random token ids instead of texts")
         return _random_rows(bert, n_positions)
-    given = list(DEFAULT_TEXTS if texts is None else [texts] if isinstance(texts, str) else texts)
-    if not given:
+    items = list(DEFAULT_TEXTS if texts is None else [texts] if isinstance(texts, str) else texts)
+    if not items:
         raise ValueError("texts: expected at least one")
-    if not all(isinstance(text, str) for text in given):
-        return [(ids, torch.zeros_like(ids)) for ids in map(_ids_of, given)]
+    if not all(isinstance(item, str) for item in items):
+        return [(ids, torch.zeros_like(ids)) for ids in map(_ids_of, items)]
     if tokenizer is None:
         raise ValueError("tokenizer: needed for texts; pass tokenizer=, or texts as lists of token ids")
     limit = min(n_positions, tokenizer.model_max_length or n_positions)
-    packed = tokenizer.encode_packed(given, max_length=limit, warn=False)
+    packed = tokenizer.encode_packed(items, max_length=limit, warn=False)
     if packed.n_truncated:
-        notes.append(f"{packed.n_truncated} texts were cut to {limit} tokens, by {packed.n_truncated_tokens} in all")
+        texts_cut = "1 text was" if packed.n_truncated == 1 else f"{packed.n_truncated} texts were"
+        notes.append(f"{texts_cut} cut to {limit} tokens, by {packed.n_truncated_tokens} in all")
     sizes = packed.cu_seqlens.diff().tolist()
     if isinstance(tokenizer, LiveTokenizer) and limit in sizes:
         notes.append(f"texts of {limit} tokens, the most there are: {sizes.count(limit)}; what was longer was cut")
@@ -234,13 +237,3 @@ def _bad_weights(model: nn.Module) -> Iterator[WeightReport]:
         n_nan, n_inf = int(parameter.isnan().sum()), int(parameter.isinf().sum())
         if n_nan or n_inf:
             yield WeightReport(name, n_nan, n_inf, parameter.numel())
-
-
-# `fastbert.verify` is a public function and this module: importing the module binds its name in the package.
-class _CallableModule(types.ModuleType):
-    def __call__(self, *args: Any, **kwargs: Any) -> Report:
-        return verify(*args, **kwargs)
-
-
-__signature__ = inspect.signature(verify)
-sys.modules[__name__].__class__ = _CallableModule

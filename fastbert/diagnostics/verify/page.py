@@ -1,139 +1,150 @@
-"""What `verify` found as a page: HTML with everything in it, figures too, and no reference to anything outside."""
+"""The findings of `verify` as a page: the verdict with its picture, tables, figures, the method and the environment."""
 
 from __future__ import annotations
 
-import html
 import math
+import platform
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
+import torch
+
 from fastbert._version import __version__
-from fastbert.diagnostics.verify.report import Report, StateReport
-from fastbert.pages.figures import BLUE, GREY, ORANGE, PALETTE, Plot, frame
+from fastbert.diagnostics.verify.findings import Findings, StateReport
+from fastbert.pages.document import NO_FIGURES, Block, Page, Picture, Section, Text, Verdict, facts
+from fastbert.pages.figures import BLUE, GREY, ORANGE, PALETTE, Bar, Plot, frame
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 RED = PALETTE[3]
-NO_FIGURES = "There are no figures because matplotlib is not installed (pip install matplotlib)."
 METHOD = (
-    "error: RMS of the difference to the float64 reference over RMS of the reference, over all texts. eager's: that of "
-    "plain PyTorch in the same dtype on the same tokens. times: the one over the other.",
-    "bound: 1.25 times eager's, of vectors and logits of tokens twice, plus half a unit in the last place; for a "
-    "single text 4 times that. Of a few logits a text chance makes what it likes, and there is none.",
-    "alone: of what a part makes of the input that it had, against what the reference makes of the same input; at most "
-    "1.5 times eager's in 16 bits, else 2 times; 3 times where a text has one row, more where that is a few logits.",
+    "The model, plain PyTorch in the model's dtype (eager), and a reference in float64 run on the same tokens.",
+    "An error is the RMS of the difference to the reference ÷ the RMS of the reference, over all texts.",
+    "The bound on the error is 1.25 times eager's error (for vectors and for logits of tokens, twice) plus half a unit "
+    "in the last place. A single text may have 4 times that. A few logits a text have no such bound, because chance "
+    "rules them.",
+    "For a part alone, the reference and eager get the input that the part had. Its error may be 1.5 times eager's in "
+    "16 bits, else twice; 3 times where it gives one row for each text, and more where that row is a few logits.",
+    "Neighbours of a text are the other texts, ordered by the cosine of their vectors to its own.",
 )
-_STYLE = """
-:root { color-scheme: light dark; --ink: #1f2328; --back: #ffffff; --rule: #d1d9e0; --bad: #b3261e; }
-@media (prefers-color-scheme: dark) {
-  :root { --ink: #e6e8ea; --back: #14171a; --rule: #3a4148; --bad: #ff8a80; } }
-body { margin: 0 auto; padding: 1rem 1.25rem 4rem; max-width: 1120px; color: var(--ink); background: var(--back);
-  font: 15px/1.5 system-ui, sans-serif; }
-.scroll { overflow-x: auto; margin: 1rem 0; }
-table { border-collapse: collapse; font-size: 0.87rem; font-variant-numeric: tabular-nums; }
-th, td { padding: 0.25rem 0.7rem; text-align: right; border-bottom: 1px solid var(--rule); white-space: nowrap; }
-th:first-child { text-align: left; } tbody th { font-weight: 400; }
-.bad { color: var(--bad); font-weight: 600; }
-figure { margin: 1.5rem 0; } figure svg { max-width: 100%; height: auto; }
-"""
 
 
-def page(report: Report, title: str = "fastbert verify") -> str:
-    """The report as HTML. Figures need matplotlib; without it the page says so."""
-    parts = [f"<h1>{html.escape(title)}</h1>", _text(f"{report.heading()}; fastbert {__version__}.")]
-    parts.append(f'<p class="{"good" if report.ok else "bad"}">{html.escape(report.verdict())}</p>')
-    if report.problems:
-        parts.append(_items(report.problems))
-    if report.states:
-        parts += [_table(report.table()), *_drawn(report)]
-    if report.vectors is not None:
-        v = report.vectors
-        heading = f"Vectors of {v.n_texts} texts, {v.what}", "the model", "eager"
-        parts.append(_table([heading, *v.lines()]))
-    if report.quantized is not None:
-        parts.append(_text(str(report.quantized)))
-    parts += [_items([*METHOD, *report.notes])]
-    body = "\n".join(parts)
-    return (
-        f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{html.escape(title)}</title>\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<style>{_STYLE}</style>\n</head>\n<body>\n{body}\n</body>\n</html>\n"
+def report_page(findings: Findings, title: str = "fastbert verify") -> Page:
+    """The findings as a page. Without matplotlib it has no figures, and says so."""
+    notes = list(findings.notes)
+    sections: list[Section] = []
+    if findings.states:
+        blocks: list[Block] = [findings.table()]
+        try:
+            blocks += figures(findings)
+        except ImportError:
+            notes.append(NO_FIGURES)
+        sections.append(Section("Every output", tuple(blocks)))
+    if findings.vectors is not None:
+        sections.append(Section("Vectors and their neighbours", (findings.vectors.table(),)))
+    if findings.quantized is not None:
+        sections.append(Section("The price of 8 bits", (Text(f"{findings.quantized}."),)))
+    environment = (
+        ("model", findings.model),
+        ("device", findings.device),
+        ("dtype", findings.dtype),
+        ("backend", findings.backend),
+        ("texts", str(findings.n_texts)),
+        ("tokens", str(findings.n_tokens)),
+        ("fastbert", __version__),
+        ("torch", torch.__version__),
+        ("python", platform.python_version()),
     )
+    facts_table = facts("Model and versions", ("item", "value"), environment)
+    return Page(title, f"{findings.heading()}.", _verdict(findings, notes), tuple(sections), METHOD, (facts_table,))
 
 
-def _text(text: str) -> str:
-    return f"<p>{html.escape(text)}</p>"
+def _verdict(findings: Findings, notes: Sequence[str]) -> Verdict:
+    word = "ok" if findings.ok else "FAILED"
+    points = tuple(findings.problems)
+    picture = _picture(findings) if findings.states else None
+    return Verdict(_sentence(findings), findings.ok, word, points, picture, tuple(notes))
 
 
-def _items(items: Iterable[str]) -> str:
-    return "<ul>" + "".join(f"<li>{html.escape(item)}</li>" for item in items) + "</ul>"
+def _sentence(findings: Findings) -> str:
+    n_outputs, n_wrong = len(findings.outputs), sum(not state.ok for state in findings.outputs)
+    if findings.weights:
+        count = len(findings.weights)
+        subject = "1 parameter of the model is" if count == 1 else f"{count} parameters of the model are"
+        return f"{subject} not finite, so nothing was run."
+    if n_wrong:
+        miss = "misses its bound" if n_wrong == 1 else "miss their bounds"
+        return f"The model is wrong: on {findings.counts()}, {n_wrong} of {n_outputs} outputs {miss}."
+    if findings.quantized_problems:
+        return f"The model loses too much in 8 bits: on {findings.counts()}, its vectors are too far off."
+    outputs = f"all {n_outputs} outputs keep their bounds"
+    return f"The model is as accurate as plain PyTorch: on {findings.counts()}, {outputs}."
 
 
-def _table(table: Sequence[Sequence[str]]) -> str:
-    head, *lines = ([html.escape(cell) for cell in line] for line in table)
-    rows = []
-    for name, *cells in lines:
-        bad = ' class="bad"' if cells[-1] == "FAILED" else ""
-        rows.append(f'<tr{bad}><th scope="row">{name}</th>' + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
-    heading = "".join(f'<th scope="col">{cell}</th>' for cell in head)
-    return f'<div class="scroll"><table><thead><tr>{heading}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
+def _picture(findings: Findings) -> Picture:
+    states = findings.outputs
+    foot = "A bar that ends before the line is right. Each output counts with its worst: all texts, one text, or alone."
+    bars = tuple(map(_share, states))
+    names = tuple(state.name for state in states)
+    return Picture("verdict", "Error ÷ the bound on it, for every output", names, bars, "the bound", foot)
 
 
-def _drawn(report: Report) -> list[str]:
-    try:
-        return [f"<figure>{plot.svg()}</figure>" for plot in figures(report)]
-    except ImportError:
-        return [_text(NO_FIGURES)]
+def _share(state: StateReport) -> Bar | str:
+    share = state.share_of_bound
+    if not math.isfinite(share):
+        return "not finite"
+    return Bar(share, f"{100 * share:.0f} %" if share < 10 else f"{share:.3g} times", BLUE if state.ok else RED)
 
 
-def figures(report: Report) -> list[Plot]:
-    """Errors along the model, each part alone, and cosines."""
-    states, foot = report.states, f"{report.heading()}. {report.verdict()}"
-    found = [
-        _plot("error", "Error of what leads to each output", foot, states, ("fastbert", "eager", "bound"), "error"),
-        _plot("cosine", "1 - cosine to the reference", foot, states, ("worst token", "worst text", "median text"), ""),
-    ]
+def figures(findings: Findings) -> list[Plot]:
+    """Lines along the model: errors, errors of each part alone, and cosines.
+
+    Raises ImportError if matplotlib is not installed.
+    """
+    import matplotlib.figure  # noqa: F401  the error is raised here, before anything is drawn
+
+    states, foot = findings.states, f"{findings.heading()}. {findings.verdict()}"
+    names = "fastbert", "eager", "bound"
+    plots = [_plot("error", "Error of each output, with all that leads to it", foot, states, names, "error")]
     if any(state.alone is not None for state in states):
-        title = "Error of each part alone, given the input it had"
-        found.insert(1, _plot("alone", title, foot, states, ("fastbert", "eager", "bound"), "error"))
-    return found
+        plots.append(_plot("alone", "Error of each part alone, on the input that it had", foot, states, names, "error"))
+    names = "worst token", "worst text", "median text"
+    return [*plots, _plot("cosine", "1 - cosine to the reference", foot, states, names, "1 - cosine")]
 
 
 def _plot(kind: str, title: str, foot: str, states: Sequence[StateReport], names: Sequence[str], unit: str) -> Plot:
     lines = [_values(kind, state) for state in states]
-    bad = _bad_alone if kind == "alone" else _bad
+    failed = _failed_alone if kind == "alone" else _failed
     alt = (
         f"Line chart on a logarithmic scale. {title}: {', '.join(names)}, along the model. The table holds the numbers."
     )
-    return Plot("verify", f"verify-{kind}", title, alt, partial(_draw, title, foot, states, names, lines, unit, bad))
+    return Plot("verify", f"verify-{kind}", title, alt, partial(_draw, title, foot, states, names, lines, unit, failed))
 
 
-def _bad(state: StateReport) -> bool:
+def _failed(state: StateReport) -> bool:
     return not state.ok
 
 
-def _bad_alone(state: StateReport) -> bool:
+def _failed_alone(state: StateReport) -> bool:
     return state.alone is not None and state.alone.problem is not None
 
 
 def _values(kind: str, state: StateReport) -> tuple[float, float, float]:
     if kind == "cosine":
-        cosines = state.worst_token_cosine, state.worst_sentence_cosine, state.sentence_cosine_p50
-        return tuple(1 - cosine for cosine in cosines)  # type: ignore[return-value]
+        return 1 - state.worst_token_cosine, 1 - state.worst_sentence_cosine, 1 - state.sentence_cosine_p50
     errors = state if kind == "error" else state.alone
-    nothing = (math.nan,) * 3
-    return nothing if errors is None else (errors.error, errors.eager_error, errors.bound)
+    return (math.nan,) * 3 if errors is None else (errors.error, errors.eager_error, errors.bound)
 
 
 def _draw(
     title: str, foot: str, states: Sequence[StateReport], names: Sequence[str], lines: Sequence[Sequence[float]],
-    unit: str, bad: Callable[[StateReport], bool],
+    unit: str, failed: Callable[[StateReport], bool],
 ) -> Figure:  # fmt: skip
     from matplotlib.figure import Figure
-    from matplotlib.ticker import FuncFormatter, NullFormatter
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     figure = Figure()
     frame(figure, title, foot, max(6.4, 1.5 + 0.35 * len(states)), 3.2)
@@ -144,11 +155,12 @@ def _draw(
         dashed = "--" if name == "bound" else "-"
         axes.plot(range(len(states)), ys, dashed, color=colour, label=name, marker="" if name == "bound" else "o")
         if k == 0:
-            failed = [i for i, state in enumerate(states) if bad(state) and math.isfinite(ys[i])]
-            if failed:
-                axes.plot(failed, [ys[i] for i in failed], "X", color=RED, markersize=10, label="failed")
+            crosses = [i for i, state in enumerate(states) if failed(state) and math.isfinite(ys[i])]
+            if crosses:
+                axes.plot(crosses, [ys[i] for i in crosses], "X", color=RED, markersize=10, label="failed")
     if any(math.isfinite(value) and value > 0 for line in lines for value in line):
         axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
         axes.yaxis.set_minor_formatter(NullFormatter())
     short = [re.sub(r"^.*?(layer\.\d+|\w+)$", r"\1", state.name) for state in states]

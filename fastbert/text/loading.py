@@ -1,9 +1,8 @@
-"""From the files of a checkpoint to its Rust tokenizer, with the ids of transformers 5.
+"""This module makes the Rust tokenizer of a checkpoint from its files, with the ids of transformers 5.
 
-transformers 5 builds the tokenizers of some classes anew from the vocabulary and the settings of
-tokenizer_config.json, whatever else tokenizer.json says, and so does this module. tokenizer.json of any other class is
-taken as it stands. transformers 4 took more from tokenizer.json: a folder for which that makes a difference is named in
-a warning.
+transformers 5 builds the tokenizers of some classes anew from the vocabulary and the settings of tokenizer_config.json,
+whatever else tokenizer.json says. This module does the same. For any other class tokenizer.json is taken as it stands.
+transformers 4 took more from tokenizer.json. A folder for which that makes a difference is named in a warning.
 """
 
 from __future__ import annotations
@@ -20,10 +19,12 @@ from tokenizers import AddedToken, decoders, normalizers, pre_tokenizers, proces
 from tokenizers import Tokenizer as RustTokenizer
 from tokenizers.models import BPE, Unigram
 
-from fastbert.checkpoint.families import FAMILIES, Family
-from fastbert.checkpoint.files import read_json, resolve
-from fastbert.text.tokenizer_older import parts_that_differ, prefix_that_differs
-from fastbert.text.tokenizer_settings import (
+from fastbert.checkpoint.families import FAMILIES
+from fastbert.checkpoint.family import Family
+from fastbert.checkpoint.files import read_json
+from fastbert.checkpoint.folder import resolve
+from fastbert.checks import one_of
+from fastbert.text.settings import (
     CASING,
     FLAGS,
     IN_PYTHON,
@@ -32,12 +33,13 @@ from fastbert.text.tokenizer_settings import (
     PREFIX,
     SETTINGS,
     flags_of,
-    is_own_token,
+    is_named_token,
     limit_of,
+    log_unfollowed,
     merged,
-    tell_unfollowed,
 )
-from fastbert.text.wordpiece import TOKEN_FIELDS, Source, bert_pipeline, one_of, set_bert_template
+from fastbert.text.transformers4 import parts_that_differ, prefix_that_differs
+from fastbert.text.vocabulary import TOKEN_FIELDS, Source, bert_pipeline, set_bert_template
 
 logger = logging.getLogger("fastbert")
 
@@ -61,7 +63,7 @@ _CAMEMBERT_EXTRA = ["<s>NOTUSED", "</s>NOTUSED", "<unk>NOTUSED"]
 
 
 def load(src: str | os.PathLike[str], revision: str | None, overrides: dict[str, Any]) -> Source:
-    """See ``Tokenizer.from_pretrained``."""
+    """Reads what a ``Tokenizer`` is made of. Arguments and errors are those of ``Tokenizer.from_pretrained``."""
     known = (*NAMES, *CASING, *SETTINGS, *FLAGS, PREFIX)
     if unknown := sorted(set(overrides) - set(known)):
         raise TypeError(f"from_pretrained: got {', '.join(unknown)}, expected only {', '.join(known)}")
@@ -72,22 +74,22 @@ def load(src: str | os.PathLike[str], revision: str | None, overrides: dict[str,
 
 
 class _Folder:
-    """The files beside a tokenizer.json or a vocab.txt, and what they say together."""
+    """A _Folder reads the files beside a tokenizer.json or a vocab.txt, and says what they mean together."""
 
     def __init__(self, file: Path, overrides: dict[str, Any]) -> None:
         self.folder, self.overrides = file.parent, overrides
-        config, special_map, self.legacy, model = (
+        config, special_map, self.older_added_tokens, model = (
             _read_json(file.with_name(name))
             for name in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "config.json")
         )
         if file.suffix == ".json" and (versioned := _versioned(config.get("fast_tokenizer_files"))):
             file = file.with_name(versioned)
         self.file, self.vocab_file = file, file.with_name("vocab.txt") if file.suffix == ".json" else file
-        self.stored = {} if file == self.vocab_file else _read_json(file)
+        self.tokenizer_json = {} if file == self.vocab_file else _read_json(file)
         if config:
-            tell_unfollowed(config, file.with_name("tokenizer_config.json"))
-        self.decoder = config.get("added_tokens_decoder")
-        self.unknown = 3  # the id of <unk> in XLM-RoBERTa's vocabulary, whatever it holds
+            log_unfollowed(config, file.with_name("tokenizer_config.json"))
+        self.added_tokens = config.get("added_tokens_decoder")
+        self.unknown_id = 3  # the id of <unk> in XLM-RoBERTa's vocabulary, whatever it holds
         self.options = {**merged(config, special_map), **overrides}
 
         family = _family_of(model.get("model_type"))
@@ -95,20 +97,20 @@ class _Folder:
             config.get("tokenizer_class") or model.get("tokenizer_class") or f"{family.tokenizer}Tokenizer"
         )
         self.kind = self.class_name.removesuffix("Fast").removesuffix("Tokenizer")
-        self.family = next((found for found in FAMILIES.values() if found.tokenizer == self.kind), family)
+        self.family = next((known for known in FAMILIES.values() if known.tokenizer == self.kind), family)
         if self.kind in IN_PYTHON or self.class_name == "BertTokenizerLegacy":
             raise ValueError(f"{self.folder}: tokenizer_class {self.class_name!r} runs in Python and is not supported")
-        self.model_type = self.stored.get("model", {}).get("type") or _model_type(self.stored.get("model", {}))
-        self.anew = self.kind in _MODELS and (not self.stored or self.model_type == _MODELS[self.kind])
-        if not self.anew and self.kind not in _GENERIC:
+        self.model_type = _model_type(self.tokenizer_json.get("model", {}))
+        self.is_made_anew = self.kind in _MODELS and (not self.tokenizer_json or self.model_type == _MODELS[self.kind])
+        if not self.is_made_anew and self.kind not in _GENERIC:
             logger.warning(
                 "%s: no rules are known for tokenizer_class %r: tokenizer.json, with a %s, is taken as it stands",
                 self.folder, self.class_name, self.model_type,
             )  # fmt: skip
 
     def source(self) -> Source:
-        """Raises as ``Tokenizer.from_pretrained``."""
-        padding, truncation = self.stored.get("padding") or {}, self.stored.get("truncation") or {}
+        """Returns what the files describe. Errors are those of ``Tokenizer.from_pretrained``."""
+        padding, truncation = self.tokenizer_json.get("padding") or {}, self.tokenizer_json.get("truncation") or {}
         sides = {"padding_side": padding.get("direction"), "truncation_side": truncation.get("direction")}
         defaults = {name: side.lower() for name, side in sides.items() if isinstance(side, str)}
         names = self._names(padding.get("pad_token"))
@@ -117,7 +119,7 @@ class _Folder:
         self._check_names(rust, names)
         rust.add_tokens(self._tokens(names))
         self._set_template(rust, contents)
-        self._tell_older(rust)
+        self._log_older_versions(rust)
         settings = {"model_max_length": limit_of(self.options), **flags_of(self.options)}
         if isinstance(rust.model, BPE) and not self.options.get(
             f"{FLAGS[1]}_for_bpe_even_though_it_will_corrupt_output"
@@ -126,44 +128,45 @@ class _Folder:
         for name in SETTINGS[1:]:
             settings[name] = one_of(name, self.options.get(name, defaults.get(name, "right")), "right", "left")
         public = {name: contents[name] for name in NAMES}
-        for name in NAMES:  # for reading alone, where no file names them: no token of a text becomes special by it
+        # Tokens that no file names are for reading alone: none in a text becomes special by it.
+        for name in NAMES:
             fallback = self.family.special_tokens.get(name, NAMES[name])
             if public[name] is None and name not in self.options and rust.token_to_id(fallback) is not None:
                 public[name] = fallback
         for name in ("unk_token", "cls_token", "sep_token"):
             if public[name] is None:
                 raise ValueError(f"{name}: got None, which the vocabulary in {self.folder} lacks")
-        as_bert = self.anew and self.kind in _BERT_KINDS
+        as_bert = self.is_made_anew and self.kind in _BERT_KINDS
         prefix = None if as_bert else _prefix_of(rust)
         return Source(rust, public, settings, as_bert, self._segments(rust), prefix)
 
     # Names and tokens
 
     def _names(self, stored_pad: str | None) -> dict[str, Any]:
-        """The special tokens that have a name, in the order in which transformers adds them; a str or a dict each."""
-        if not self.anew:
+        """Returns the special tokens that have a name, a str or a dict each, in the order of transformers."""
+        if not self.is_made_anew:
             defaults = {"pad_token": stored_pad}
         else:
             defaults = dict(NAMES) if self.kind in _BERT_KINDS else dict(_ROBERTA_NAMES)
         names = {name: self.options.get(name, defaults.get(name)) for name in NAMED}
-        if self.anew and self.kind == "Camembert" and isinstance(names["mask_token"], str):
+        if self.is_made_anew and self.kind == "Camembert" and isinstance(names["mask_token"], str):
             names["mask_token"] = {"content": names["mask_token"], "lstrip": True}
-        own = {key: value for key, value in self.options.items() if is_own_token(key, value)}
+        own = {key: value for key, value in self.options.items() if is_named_token(key, value)}
         return names | own | self.options["model_specific_special_tokens"]
 
     def _tokens(self, names: Mapping[str, Any]) -> list[AddedToken]:
-        """What Rust is to take as whole tokens: the stored ones by id, those with a name, the extra special ones."""
+        """Returns the tokens that Rust takes as a whole: the stored ones by id, those with a name, the extra ones."""
         extra = self.options["extra_special_tokens"]
         if extra is None:
-            extra = _CAMEMBERT_EXTRA if self.anew and self.kind == "Camembert" else []
-        added = self.decoder
+            extra = _CAMEMBERT_EXTRA if self.is_made_anew and self.kind == "Camembert" else []
+        added = self.added_tokens
         if added is None:
             explicit = {_content(self.options.get(name)) for name in NAMED} | {_content(token) for token in extra}
             added = {
                 i: {"content": token, "special": token in explicit, "normalized": token not in explicit}
-                for token, i in self.legacy.items()
+                for token, i in self.older_added_tokens.items()
             }
-            added |= {token["id"]: token for token in self.stored.get("added_tokens", [])}
+            added |= {token["id"]: token for token in self.tokenizer_json.get("added_tokens", [])}
         tokens = {token.content: token for token in (_added_token(added[i]) for i in sorted(added, key=int))}
         for value in names.values():
             if value is not None:
@@ -176,11 +179,11 @@ class _Folder:
 
     def _check_names(self, rust: RustTokenizer, names: Mapping[str, Any]) -> None:
         """Raises ValueError for a token that the vocabulary lacks: transformers gives it an id past the model's."""
-        stored = [*(self.decoder or {}).values(), *self.stored.get("added_tokens", [])]
-        known = {_content(token) for token in stored} | set(self.legacy)
+        stored = [*(self.added_tokens or {}).values(), *self.tokenizer_json.get("added_tokens", [])]
+        known = {_content(token) for token in stored} | set(self.older_added_tokens)
         for name in NAMES:
             value = names.get(name)
-            optional = name in ("pad_token", "mask_token") or not self.anew
+            optional = name in ("pad_token", "mask_token") or not self.is_made_anew
             if value is None and optional:
                 continue
             content = _content(value)
@@ -188,7 +191,7 @@ class _Folder:
                 raise ValueError(f"{name}: got {value!r}, which the vocabulary in {self.folder} lacks")
 
     def _segments(self, rust: RustTokenizer) -> bool:
-        """Whether the second text of a pair has segment id 1, where the post-processor says so."""
+        """Tells whether the second text of a pair has token type 1, where the post-processor says so."""
         inputs = self.options.get("model_input_names")
         if inputs is not None:
             return "token_type_ids" in inputs
@@ -202,13 +205,13 @@ class _Folder:
             )  # fmt: skip
         return False
 
-    def _tell_older(self, rust: RustTokenizer) -> None:
-        """Log what transformers 4 takes from tokenizer.json and transformers 5 does not, or the other way round."""
-        if not self.stored:
+    def _log_older_versions(self, rust: RustTokenizer) -> None:
+        """Logs what one of transformers 4 and 5 takes from tokenizer.json, and the other does not."""
+        if not self.tokenizer_json:
             return
-        if self.anew:
+        if self.is_made_anew:
             try:
-                parts = parts_that_differ(self.stored, rust, self.options, self.unknown)
+                parts = parts_that_differ(self.tokenizer_json, rust, self.options, self.unknown_id)
             except ValueError as error:
                 raise ValueError(f"{self.file} is {error}") from error
             if parts:
@@ -225,18 +228,19 @@ class _Folder:
     # The Rust object
 
     def _rust(self, contents: Mapping[str, str | None]) -> RustTokenizer:
-        options, model = self.options, self.stored.get("model", {})
+        options, model = self.options, self.tokenizer_json.get("model", {})
         casing: dict[str, Any] = {name: options.get(name, default) for name, default in CASING.items()}
-        if self.anew and self.kind in _BERT_KINDS:
-            if self.stored and not isinstance(model.get("vocab"), dict):
+        if self.is_made_anew and self.kind in _BERT_KINDS:
+            if self.tokenizer_json and not isinstance(model.get("vocab"), dict):
                 raise ValueError(f"{self.file} holds no vocabulary")
-            vocab = model["vocab"] if self.stored else _read_vocab(self.vocab_file, contents)
+            vocab = model["vocab"] if self.tokenizer_json else _read_vocab(self.vocab_file, contents)
             rust = bert_pipeline(vocab, contents["unk_token"] or "", **casing)
-        elif given := sorted(set(self.overrides) & set(CASING)):
-            raise ValueError(f"{given[0]}: cannot be changed, as {self.file} is not BERT's and is used as it stands")
-        elif self.anew and (self.stored or self.kind in _ROBERTA_KINDS):
+        elif casing_overrides := sorted(set(self.overrides) & set(CASING)):
+            name = casing_overrides[0]
+            raise ValueError(f"{name}: cannot be changed, as {self.file} is not BERT's and is used as it stands")
+        elif self.is_made_anew and (self.tokenizer_json or self.kind in _ROBERTA_KINDS):
             rust = self._byte_level(model) if self.kind in _ROBERTA_KINDS else self._unigram(model, contents)
-        elif not self.stored:
+        elif not self.tokenizer_json:
             raise FileNotFoundError(
                 f"{self.folder}: tokenizer_class {self.class_name!r} needs a tokenizer.json, not a vocab.txt"
             )
@@ -247,13 +251,13 @@ class _Folder:
                 raise ValueError(f"{self.file} is no tokenizer: {error}") from error
             rust.no_truncation()
             rust.no_padding()
-        if PREFIX in self.overrides and (not self.anew or self.kind in _BERT_KINDS):
+        if PREFIX in self.overrides and (not self.is_made_anew or self.kind in _BERT_KINDS):
             raise ValueError(f"{PREFIX}: cannot be changed for tokenizer_class {self.class_name!r}")
         return rust
 
     def _byte_level(self, model: Mapping[str, Any]) -> RustTokenizer:
-        """RoBERTa's, of tokenizer.json or of vocab.json and merges.txt."""
-        if self.stored:
+        """Makes RoBERTa's tokenizer of tokenizer.json, or of vocab.json and merges.txt."""
+        if self.tokenizer_json:
             pairs = (pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"])
             vocab, merges = model["vocab"], [(first, second) for first, second in pairs]
         else:
@@ -272,12 +276,12 @@ class _Folder:
         return rust
 
     def _unigram(self, model: Mapping[str, Any], contents: Mapping[str, str | None]) -> RustTokenizer:
-        """XLM-RoBERTa's and CamemBERT's. Of the stored normalizer only the table of SentencePiece is taken."""
+        """Makes XLM-RoBERTa's or CamemBERT's tokenizer. Only SentencePiece's table of the normalizer is taken."""
         vocab = [(token, score) for token, score in model["vocab"]]
         if self.kind == "Camembert":
-            self.unknown = next((i for i, (token, _) in enumerate(vocab) if token == contents["unk_token"]), 0)
-        rust = RustTokenizer(Unigram(vocab, unk_id=self.unknown, byte_fallback=False))
-        for step in _steps(self.stored.get("normalizer"), "normalizers"):
+            self.unknown_id = next((i for i, (token, _) in enumerate(vocab) if token == contents["unk_token"]), 0)
+        rust = RustTokenizer(Unigram(vocab, unk_id=self.unknown_id, byte_fallback=False))
+        for step in _steps(self.tokenizer_json.get("normalizer"), "normalizers"):
             if step.get("type") == "Precompiled":
                 rust.normalizer = normalizers.Precompiled(base64.b64decode(step["precompiled_charsmap"]))
                 break
@@ -288,8 +292,8 @@ class _Folder:
         return rust
 
     def _set_template(self, rust: RustTokenizer, contents: Mapping[str, Any]) -> None:
-        """The special tokens around a text and a pair, as the class has them."""
-        if not self.anew:
+        """Sets the special tokens around a text and a pair, as the class has them."""
+        if not self.is_made_anew:
             return
         if self.kind in _BERT_KINDS:
             set_bert_template(rust, contents["cls_token"], contents["sep_token"])
@@ -315,18 +319,20 @@ class _Folder:
 
 
 def _family_of(model_type: Any) -> Family:
-    """The table of a model type; BERT's where there is none, or one that is not covered."""
+    """Returns the family of a model type, and BERT's for none or for one that is not covered."""
     return FAMILIES.get(model_type, FAMILIES["bert"]) if isinstance(model_type, str) else FAMILIES["bert"]
 
 
 def _versioned(files: Any) -> str | None:
-    """The newest of the tokenizer files of several versions of transformers."""
+    """Returns the newest of the tokenizer files for several versions of transformers."""
     numbered = [name for name in files or [] if re.fullmatch(r"tokenizer\.\d[\d.]*\.json", name)]
     return max(numbered, key=lambda name: [int(part) for part in re.findall(r"\d+", name)], default=None)
 
 
 def _model_type(model: Mapping[str, Any]) -> str | None:
-    """The type of a model in an old tokenizer.json, which does not say."""
+    """Returns the type of a model in tokenizer.json, which names it, but for old files."""
+    if model.get("type"):
+        return str(model["type"])
     if "merges" in model:
         return "BPE"
     vocab = model.get("vocab")
@@ -334,14 +340,14 @@ def _model_type(model: Mapping[str, Any]) -> str | None:
 
 
 def _steps(component: Any, key: str) -> list[dict[str, Any]]:
-    """The parts of a normalizer or pre-tokenizer of tokenizer.json, which may be a sequence."""
+    """Returns the parts of a normalizer or pre-tokenizer in tokenizer.json, which may be a sequence."""
     if not isinstance(component, dict):
         return []
     return list(component[key]) if component.get("type") == "Sequence" else [component]
 
 
 def _prefix_of(rust: RustTokenizer) -> bool | None:
-    """add_prefix_space of the pre-tokenizer, None where it has none: transformers 4 sets it to what a config says."""
+    """Returns add_prefix_space of the pre-tokenizer, None where it has none."""
     return getattr(rust.pre_tokenizer, PREFIX, None)
 
 
@@ -359,7 +365,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _read_vocab(path: Path, names: Mapping[str, str | None]) -> dict[str, int]:
-    """Token to line number. Of a token that stands twice the last line counts, as everywhere; special ones may not."""
+    """Returns the line number of each token. If a token stands twice, the last line counts; a special one may not."""
     if not path.is_file():
         raise FileNotFoundError(f"no tokenizer in {path.parent}: looked for tokenizer.json and vocab.txt")
     try:

@@ -1,4 +1,4 @@
-"""BERT's Rust tokenizer, and how it is trained. From the files of a checkpoint: ``tokenizer_files``."""
+"""A vocabulary of WordPieces is learned from texts here. ``loading`` reads that of a checkpoint."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from tokenizers import Tokenizer as RustTokenizer
 from tokenizers import decoders, normalizers, pre_tokenizers, processors, trainers
 from tokenizers.models import WordPiece
 
-from fastbert.text.tokenizer_settings import FLAGS, NAMES, SETTINGS
+from fastbert.checks import check_text
+from fastbert.text.settings import FLAGS, NAMES, SETTINGS
 
 logger = logging.getLogger("fastbert")
 
@@ -22,14 +23,14 @@ TOKEN_FIELDS = ("content", "single_word", "lstrip", "rstrip", "normalized", "spe
 
 
 class Source(NamedTuple):
-    """What a Tokenizer is made of."""
+    """A Source holds what a Tokenizer is made of."""
 
     rust: RustTokenizer  # knows all tokens; neither pads nor truncates
     names: dict[str, str | None]  # keys: NAMES
     settings: dict[str, Any]  # keys: SETTINGS, FLAGS
     as_bert: bool  # vocabulary and casing options say all there is to know, as for transformers' BertTokenizer
-    segments: bool = True  # whether the second text of a pair has segment id 1, where the post-processor says so
-    add_prefix_space: bool | None = None  # of the pre-tokenizer, where it has it
+    segments: bool = True  # whether the second text of a pair has token type 1, where the post-processor says so
+    add_prefix_space: bool | None = None  # of the pre-tokenizer, where it has such a setting
 
 
 def learn(
@@ -39,7 +40,7 @@ def learn(
     limit_alphabet: int | None,
     trainer: dict[str, Any],
 ) -> Source:
-    """See ``Tokenizer.train``; ``trainer`` has vocab_size, min_frequency and show_progress."""
+    """Learns a vocabulary, as ``Tokenizer.train`` says. ``trainer``: vocab_size, min_frequency and show_progress."""
     if isinstance(texts_or_files, (str, bytes)):
         raise TypeError(f"texts_or_files: got a single {type(texts_or_files).__name__}, expected texts or Paths")
     if missing := [token for token in NAMES.values() if token not in special_tokens]:
@@ -66,8 +67,8 @@ def learn(
         base = [*dict.fromkeys(special_tokens), *alphabet]
         if len(base) > vocab_size:
             raise ValueError(f"vocab_size: got {vocab_size}, but special tokens and alphabet are {len(base)}")
-        # Left to itself, the trainer numbers the alphabet in the order of a randomly seeded hash map, and breaks
-        # ties between merges by these numbers. Passed as special tokens, the alphabet has a fixed order.
+        # The trainer numbers an alphabet of its own in the order of a randomly seeded hash map, and breaks ties between
+        # merges by these numbers. An alphabet that comes as special tokens has a fixed order.
         texts = map(json.loads, spool) if once else _read_texts(items)
         rust.train_from_iterator(texts, trainers.WordPieceTrainer(limit_alphabet=0, special_tokens=base, **trainer))
     rust = bert_pipeline(rust.get_vocab(with_added_tokens=False), NAMES["unk_token"], **casing)
@@ -84,6 +85,7 @@ def bert_pipeline(
     strip_accents: bool | None = None,
     tokenize_chinese_chars: bool = True,
 ) -> RustTokenizer:
+    """Returns BERT's tokenizer in Rust, without the special tokens around a text."""
     rust = RustTokenizer(WordPiece(vocab, unk_token=unk))
     rust.normalizer = normalizers.BertNormalizer(
         clean_text=True,
@@ -97,15 +99,16 @@ def bert_pipeline(
 
 
 def set_bert_template(rust: RustTokenizer, *cls_and_sep: str | None) -> None:
+    """Puts [CLS] before a text and [SEP] after each."""
     cls, sep = ((token, rust.token_to_id(token)) for token in cls_and_sep if token is not None)
     rust.post_processor = processors.BertProcessing(sep, cls)  # type: ignore[arg-type]
 
 
 def _read_texts(items: Iterable[str | Path]) -> Iterator[str]:
-    """The texts among the items, and the lines of the files."""
+    """Yields the texts among the items, and the lines of the files."""
     for i, item in enumerate(items):
         if not isinstance(item, Path):
-            check_text(item, f"texts_or_files[{i}]")
+            check_text(f"texts_or_files[{i}]", item)
             yield item
             continue
         with item.open(encoding="utf-8") as lines:
@@ -116,7 +119,7 @@ def _read_texts(items: Iterable[str | Path]) -> Iterator[str]:
 
 
 def _alphabet(rust: RustTokenizer, counts: Counter[str], limit: int) -> list[str]:
-    """The most frequent characters after normalisation, sorted, then those that can continue a word, with ##."""
+    """Returns the most frequent characters after normalisation, sorted, then with ## those that can continue a word."""
 
     def words(text: str) -> list[str]:
         return [word for word, _ in rust.pre_tokenizer.pre_tokenize_str(rust.normalizer.normalize_str(text))]
@@ -127,23 +130,3 @@ def _alphabet(rust: RustTokenizer, counts: Counter[str], limit: int) -> list[str
             normalized.update(dict.fromkeys(word, n))
     kept = sorted(sorted(normalized, key=lambda character: (-normalized[character], character))[:limit])
     return kept + [f"##{character}" for character in kept if len(words("a" + character)) == 1]
-
-
-def check_text(text: Any, name: str) -> None:
-    if not isinstance(text, str):
-        raise TypeError(f"{name}: got {type(text).__name__}, expected str")
-    try:
-        _ = text.isascii() or text.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(
-            f"{name}: lone surrogate U+{ord(text[error.start]):04X} at character {error.start}, half of a UTF-16 pair "
-            "and not a character. To join halves that belong together and replace the others by U+FFFD: "
-            "text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace')"
-        ) from None
-
-
-def one_of(name: str, value: Any, *expected: Any) -> Any:
-    for choice in expected:
-        if type(value) is type(choice) and value == choice:
-            return value
-    raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(map(repr, expected))}")

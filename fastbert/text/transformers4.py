@@ -1,4 +1,4 @@
-"""Folders that transformers 4 and 5 read in two ways: 4 takes from tokenizer.json what 5 makes anew."""
+"""Some folders are read in two ways: transformers 4 takes from tokenizer.json what transformers 5 makes anew."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from tokenizers import Tokenizer as RustTokenizer
 from tokenizers import pre_tokenizers
 from tokenizers.models import BPE
 
-from fastbert.text.tokenizer_settings import CASING, PREFIX
+from fastbert.text.settings import CASING, PREFIX
 
-# What the models made anew have. A key that tokenizer.json lacks has this value, too.
+# Values in the models that are made anew. A key that tokenizer.json lacks has the first of them.
 _MODELS: dict[str, dict[str, tuple[Any, ...]]] = {
     "WordPiece": {"continuing_subword_prefix": ("##",), "max_input_chars_per_word": (100,)},
     "Unigram": {"byte_fallback": (False,)},
@@ -25,14 +25,15 @@ _SPACES = {"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": " "}  # 
 
 
 def parts_that_differ(
-    stored: Mapping[str, Any], rust: RustTokenizer, options: Mapping[str, Any], unknown: int | None
+    tokenizer_json: Mapping[str, Any], rust: RustTokenizer, options: Mapping[str, Any], unknown_id: int | None
 ) -> list[str]:
-    """The parts of tokenizer.json that are not those of ``rust``, after what transformers 4 changes in them.
+    """Names the parts of tokenizer.json that differ from those of ``rust``, after what transformers 4 changes in them.
 
-    unknown: the id of the unknown token in a Unigram model. Raises ValueError for what is no tokenizer.json.
+    unknown_id: of the unknown token in a Unigram model. Raises ValueError for the content of no tokenizer.json.
     """
     try:
-        theirs = RustTokenizer.from_str(json.dumps({**stored, "added_tokens": [], "model": _emptied(stored["model"])}))
+        model = _emptied(tokenizer_json["model"])
+        theirs = RustTokenizer.from_str(json.dumps({**tokenizer_json, "added_tokens": [], "model": model}))
     except Exception as error:  # tokenizers raises nothing more precise
         raise ValueError(f"no tokenizer: {error}") from error
     before, after = _parts(theirs), _parts(rust)
@@ -46,20 +47,21 @@ def parts_that_differ(
     names = [name for name in before if before[name] != after[name]]
     if _template(rust, theirs.post_processor) != _template(rust, rust.post_processor):
         names.append("post_processor")
-    if _model_differs(stored["model"], type(rust.model).__name__, unknown):
+    if _model_differs(tokenizer_json["model"], type(rust.model).__name__, unknown_id):
         names.append("model")
     return names
 
 
 def _emptied(model: Mapping[str, Any]) -> dict[str, Any]:
-    """A model of the same type that knows no word: only the parts around it are looked at."""
+    """Returns a model of the same type that knows no word: only the parts around it are looked at."""
     if isinstance(model.get("vocab"), list):
         return {**model, "type": "Unigram", "vocab": [["?", 0.0]], "unk_id": 0, "byte_fallback": False}
-    kind = "BPE" if "merges" in model else "WordPiece"
-    return {"type": kind, **model, "vocab": {}, **({"merges": []} if kind == "BPE" else {})}
+    model_type = "BPE" if "merges" in model else "WordPiece"
+    return {"type": model_type, **model, "vocab": {}, **({"merges": []} if model_type == "BPE" else {})}
 
 
 def _parts(rust: RustTokenizer) -> dict[str, Any]:
+    """Returns the normalizer and the pre-tokenizer, without what has no effect on ids."""
     shell = RustTokenizer(BPE())
     shell.normalizer, shell.pre_tokenizer = rust.normalizer, rust.pre_tokenizer
     content = json.loads(shell.to_str())
@@ -80,7 +82,7 @@ def _splits_at_spaces(rust: RustTokenizer) -> bool:
 
 
 def _template(rust: RustTokenizer, processor: Any) -> list[list[int]]:
-    """The ids of a text and of a pair under a post-processor."""
+    """Returns the ids of a text and of a pair under a post-processor."""
     own, rust.post_processor = rust.post_processor, processor
     try:
         return [rust.encode("a").ids, rust.encode("a", "a").ids]
@@ -88,15 +90,19 @@ def _template(rust: RustTokenizer, processor: Any) -> list[list[int]]:
         rust.post_processor = own
 
 
-def _model_differs(model: Mapping[str, Any], kind: str, unknown: int | None) -> bool:
-    if kind == "Unigram" and model.get("unk_id", unknown) != unknown:
+def _model_differs(model: Mapping[str, Any], model_type: str, unknown_id: int | None) -> bool:
+    if model_type == "Unigram" and model.get("unk_id", unknown_id) != unknown_id:
         return True
-    if kind == "BPE" and model.get("unk_token") and not set(pre_tokenizers.ByteLevel.alphabet()) <= set(model["vocab"]):
+    if (
+        model_type == "BPE"
+        and model.get("unk_token")
+        and not set(pre_tokenizers.ByteLevel.alphabet()) <= set(model["vocab"])
+    ):
         return True
-    return any(model.get(key, values[0]) not in values for key, values in _MODELS[kind].items())
+    return any(model.get(key, values[0]) not in values for key, values in _MODELS[model_type].items())
 
 
 def prefix_that_differs(rust: RustTokenizer, options: Mapping[str, Any]) -> bool:
-    """Whether transformers 4 changes ``add_prefix_space`` of a tokenizer.json that 5 takes as it stands."""
+    """Tells whether transformers 4 changes ``add_prefix_space`` of a tokenizer.json that 5 takes as it stands."""
     stored = getattr(rust.pre_tokenizer, PREFIX, None)
     return stored is not None and bool(stored) != bool(options.get(PREFIX, False))

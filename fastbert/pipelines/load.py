@@ -1,4 +1,4 @@
-"""Loading what sentence-transformers loads, by the arguments of its constructors and the settings of a folder."""
+"""Models are loaded by the arguments of sentence-transformers' constructors and by the settings of a folder."""
 
 from __future__ import annotations
 
@@ -10,11 +10,10 @@ from typing import Any, TypeVar
 
 import torch
 
-from fastbert.checkpoint import files as checkpoint
+from fastbert.checkpoint.folder import resolve
 from fastbert.engine import cpu_encoder
 from fastbert.models.pretrained import PreTrainedModel
-from fastbert.pipelines import folder as sentence_layout
-from fastbert.pipelines.folder import Layout
+from fastbert.pipelines.folder import Layout, lowercasing
 from fastbert.pipelines.names import cache_folder, full_name
 from fastbert.pipelines.settings import LOADING_HARMLESS
 from fastbert.text.tokenizer import Tokenizer
@@ -23,7 +22,7 @@ logger = logging.getLogger("fastbert")
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 
-# Names of one argument in several versions; the first is today's.
+# The names of one argument in several versions.
 _ALIASES = {
     "model_kwargs": ("model_kwargs", "model_args", "automodel_args"),
     "processor_kwargs": ("processor_kwargs", "tokenizer_kwargs", "tokenizer_args"),
@@ -37,23 +36,26 @@ _ADAPTER = "adapter_config.json"
 
 @dataclass
 class Arguments:
-    """Arguments of SentenceTransformer(...) and CrossEncoder(...) that name files or are passed on to transformers."""
+    """Arguments are those of SentenceTransformer(...) and CrossEncoder(...) that name files or go on to transformers.
+
+    hub: for `resolve`. others: for the model's from_pretrained.
+    """
 
     model: dict[str, Any] = field(default_factory=dict)
     tokenizer: dict[str, Any] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
-    hub: dict[str, Any] = field(default_factory=dict)  # of checkpoint.resolve
-    others: dict[str, Any] = field(default_factory=dict)  # of the model's from_pretrained
+    hub: dict[str, Any] = field(default_factory=dict)
+    others: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def of(cls, options: dict[str, Any], revision: str | None) -> Arguments:
-        """Sorts them. Raises TypeError where one comes under two names, or is no dict where one is expected."""
+        """Sorts options. Raises TypeError for one that comes under two names, or is no dict where one is expected."""
         options, known = dict(options), {}
         for name, names in _ALIASES.items():
-            came = [other for other in names if options.get(other) is not None]
-            if len(came) > 1:
-                raise TypeError(f"{came[0]}: got {' and '.join(came)}, which are names of one argument")
-            known[name] = options[came[0]] if came else None
+            used = [other for other in names if options.get(other) is not None]
+            if len(used) > 1:
+                raise TypeError(f"{used[0]}: got {' and '.join(used)}, which are names of one argument")
+            known[name] = options[used[0]] if used else None
             for other in names:
                 options.pop(other, None)
         for name in _UNUSED:
@@ -81,8 +83,8 @@ class Arguments:
         return cls(model, tokenizer, config, hub, options)
 
     def folder(self, src: Any, owner: str) -> Path:
-        """The local folder of a checkpoint; a name without an owner is one of `owner`'s."""
-        return checkpoint.resolve(full_name(src, owner), **self.hub)
+        """Returns the local folder of a checkpoint. A name without an owner is one of `owner`'s."""
+        return resolve(full_name(src, owner), **self.hub)
 
 
 def load(
@@ -92,11 +94,12 @@ def load(
     arguments: Arguments,
     dtype: str | torch.dtype,
     device: str | torch.device | None,
-    **how: Any,
+    **model_options: Any,
 ) -> tuple[Model, Tokenizer]:
-    """The model and the tokenizer of a folder, as its settings and the arguments say; the arguments count first.
+    """Loads the model and the tokenizer of a folder, as its settings and the arguments say.
 
-    Raises ValueError for a setting of the folder that is not supported, TypeError for such an argument.
+    The arguments count first. Raises ValueError for a setting of the folder that is not supported, and TypeError for
+    such an argument.
     """
     if (layout.transformer / _ADAPTER).is_file():
         raise ValueError(
@@ -112,34 +115,35 @@ def load(
     for name in ("dtype", "torch_dtype", "device_map"):
         model.pop(name, None), config.pop(name, None)
     if model.get("use_safetensors") is not None:
-        how["use_safetensors"] = model["use_safetensors"]
-    where = settings.file or layout.transformer
+        model_options["use_safetensors"] = model["use_safetensors"]
+    file = settings.file or layout.transformer
     if passed := sorted(model.keys() & {"attn_implementation", "trust_remote_code"}):
         logger.info("%s: %s of the model has no effect here", src, ", ".join(passed))
     if unknown := sorted(model.keys() - LOADING_HARMLESS):
-        raise _refusal(where, "model_args", "model_kwargs", unknown, settings.model)
+        raise _refusal(file, "model_args", "model_kwargs", unknown, settings.model)
     overrides = {name: value for name, value in config.items() if name not in LOADING_HARMLESS}
     loaded = kind.from_pretrained(
-        layout.transformer, dtype=dtype, device=device, **how, **{**overrides, **arguments.others}
+        layout.transformer, dtype=dtype, device=device, **model_options, **{**overrides, **arguments.others}
     )
     cpu_encoder.choose_cpu_dtype(loaded, dtype)
-    return loaded, _tokenizer(layout, arguments, src, loaded.longest_text)
+    return loaded, _load_tokenizer(layout, arguments, src, loaded.longest_text)
 
 
-def _tokenizer(layout: Layout, arguments: Arguments, src: Any, positions: int) -> Tokenizer:
+def _load_tokenizer(layout: Layout, arguments: Arguments, src: Any, positions: int) -> Tokenizer:
+    """Loads the tokenizer, with the limit and the lower-casing that settings and arguments say."""
     settings = layout.settings
-    given = {**settings.tokenizer, **arguments.tokenizer}
-    given = {name: value for name, value in given.items() if name not in LOADING_HARMLESS}
-    limit = given.pop("model_max_length", None) or settings.max_seq_length
+    overrides = {**settings.tokenizer, **arguments.tokenizer}
+    overrides = {name: value for name, value in overrides.items() if name not in LOADING_HARMLESS}
+    limit = overrides.pop("model_max_length", None) or settings.max_seq_length
     limit = settings.max_length or limit
     try:
-        tokenizer = Tokenizer.from_pretrained(layout.transformer, **given)
+        tokenizer = Tokenizer.from_pretrained(layout.transformer, **overrides)
     except TypeError as error:
-        if not given.keys() & settings.tokenizer.keys():
+        if not overrides.keys() & settings.tokenizer.keys():
             raise TypeError(f"processor_kwargs: {error}") from error
         raise ValueError(f"{settings.file}: tokenizer_args: {error}") from error
     if settings.do_lower_case:
-        tokenizer = sentence_layout.lowercasing(tokenizer, layout.transformer)
+        tokenizer = lowercasing(tokenizer, layout.transformer)
     if limit is not None:
         if limit > positions:
             logger.warning("%s: max_seq_length is %d, the model has %d positions: taking %d", src, limit, positions,
@@ -149,14 +153,14 @@ def _tokenizer(layout: Layout, arguments: Arguments, src: Any, positions: int) -
 
 
 def _popped_dtype(kwargs: dict[str, Any]) -> str | torch.dtype | None:
-    """The dtype that arguments of transformers' from_pretrained name, under its new name or its old one."""
+    """Takes the dtype out of arguments of transformers' from_pretrained, under its new name or its old one."""
     dtype = kwargs.pop("dtype", None)
     old = kwargs.pop("torch_dtype", None)
     return old if dtype is None else dtype
 
 
 def _device(device_map: Any) -> str | torch.device | None:
-    """The one device of a device_map; None where it leaves the choice open. Raises ValueError for several devices."""
+    """Returns the device of a device_map, None where that leaves the choice open. Raises ValueError for several."""
     if isinstance(device_map, dict) and len(set(map(str, device_map.values()))) == 1:
         device_map = next(iter(device_map.values()))
     if device_map is None or device_map in ("auto", "balanced", "balanced_low_0", "sequential"):
@@ -167,10 +171,13 @@ def _device(device_map: Any) -> str | torch.device | None:
 
 
 def _refusal(
-    where: str | os.PathLike[str], of_file: str, argument: str, unknown: list[str], stored: dict[str, Any]
+    file: str | os.PathLike[str], key: str, argument: str, unknown: list[str], stored: dict[str, Any]
 ) -> Exception:
-    """What is raised for keys that mean something to transformers, and are not followed here."""
+    """Returns the error for settings that mean something to transformers, and are not followed here.
+
+    file, key: where a setting of the folder stands. argument: where one of the caller stands.
+    """
     in_file = [name for name in unknown if name in stored]
     if in_file:
-        return ValueError(f"{where}: {of_file} has {', '.join(in_file)}, which is not supported")
+        return ValueError(f"{file}: {key} has {', '.join(in_file)}, which is not supported")
     return TypeError(f"{argument}: got {', '.join(unknown)}, which is not supported")

@@ -1,6 +1,6 @@
-"""The keys of tokenizer_config.json and special_tokens_map.json: which are followed, which do nothing, which are told.
+"""The keys of tokenizer_config.json and special_tokens_map.json are followed, have no effect, or are logged.
 
-The ids are those of transformers 5. Where a key makes transformers 4 take another way, that is logged.
+The ids are those of transformers 5. A key for which transformers 4 gives other ids is logged.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ NO_EFFECT = frozenset(
 )  # fmt: skip
 
 # Keys with an effect that is not followed, unless they have one of these values.
-TOLD: dict[str, tuple[tuple[Any, ...], str]] = {
+LOGGED: dict[str, tuple[tuple[Any, ...], str]] = {
     "do_basic_tokenize": (
         (True, None),
         "only BERT's tokenizer in Python has it: it does nothing, as in transformers 5",
@@ -69,11 +69,11 @@ _CLEANED = (
 _NO_LIMIT = 10**12  # a model_max_length from here on means none; transformers writes 1e30
 
 
-def tell_unfollowed(config: Mapping[str, Any], where: Any) -> None:
-    """Log by name each key that is not followed. Raises ValueError for one without which the ids would be others."""
+def log_unfollowed(config: Mapping[str, Any], where: Any) -> None:
+    """Logs by name each key that is not followed. Raises ValueError for one without which the ids would be others."""
     if config.get("init_inputs"):
         raise ValueError(f"{where}: init_inputs: got {config['init_inputs']!r}, expected none: arguments without names")
-    for key, (harmless, reason) in TOLD.items():
+    for key, (harmless, reason) in LOGGED.items():
         if config.get(key) not in harmless:
             logger.warning("%s: %s=%r is not followed: %s", where, key, config[key], reason)
     unknown = [key for key, value in config.items() if not _is_known(key, value)]
@@ -85,25 +85,26 @@ def tell_unfollowed(config: Mapping[str, Any], where: Any) -> None:
 
 
 def _is_known(key: str, value: Any) -> bool:
-    known = key in FOLLOWED or key in NO_EFFECT or key in TOLD or key == "init_inputs"
-    return known or key.startswith("_") or is_own_token(key, value)
+    known = key in FOLLOWED or key in NO_EFFECT or key in LOGGED or key == "init_inputs"
+    return known or key.startswith("_") or is_named_token(key, value)
 
 
-def is_own_token(key: str, value: Any) -> bool:
-    """Whether an entry of a config is a special token with a name of its own, such as "image_token": "<image>"."""
+def is_named_token(key: str, value: Any) -> bool:
+    """Tells whether an entry of a config is a special token with its own name, such as "image_token": "<image>"."""
     token = isinstance(value, str) or (isinstance(value, dict) and isinstance(value.get("content"), str))
     return key.endswith("_token") and key not in NAMED and token
 
 
 def merged(config: Mapping[str, Any], special_map: Mapping[str, Any]) -> dict[str, Any]:
-    """The config, and where it has no added_tokens_decoder what special_tokens_map.json says over it.
+    """Returns the config, with what special_tokens_map.json says over it where it has no added_tokens_decoder.
 
-    "extra_special_tokens" is a list or None, "model_specific_special_tokens" a dict, with what other keys say of both.
+    "extra_special_tokens" is a list or None there, and "model_specific_special_tokens" a dict, with what other keys say
+    of both.
     """
     extra, additional = config.get("extra_special_tokens"), config.get("additional_special_tokens")
     if not extra and additional is not None:
         extra = additional
-    named = {key: value for key, value in config.items() if isinstance(value, str) and is_own_token(key, value)}
+    named = {key: value for key, value in config.items() if isinstance(value, str) and is_named_token(key, value)}
     options = {key: value for key, value in config.items() if key not in named}
     if isinstance(extra, dict):
         named, extra = named | extra, None
@@ -124,7 +125,7 @@ def merged(config: Mapping[str, Any], special_map: Mapping[str, Any]) -> dict[st
 
 
 def limit_of(options: Mapping[str, Any]) -> int | None:
-    """The limit of tokens, None for no limit. ``max_len`` is the older name, and counts where the newer is missing."""
+    """Returns the limit of tokens, None for none. ``max_len``, its older name, counts where the newer is missing."""
     name = "model_max_length" if "model_max_length" in options else "max_len"
     limit = options.get(name)
     if limit is not None and not (type(limit) in (int, float) and limit >= 1):
@@ -133,7 +134,7 @@ def limit_of(options: Mapping[str, Any]) -> int | None:
 
 
 def flags_of(options: Mapping[str, Any]) -> dict[str, bool]:
-    """The settings of FLAGS, False where they are missing."""
+    """Returns the settings of FLAGS, False where they are missing."""
     flags = {name: options.get(name, False) or False for name in FLAGS}
     for name, value in flags.items():
         if not isinstance(value, bool):
@@ -142,7 +143,7 @@ def flags_of(options: Mapping[str, Any]) -> dict[str, bool]:
 
 
 def clean_up(text: str) -> str:
-    """A decoded text without the spaces before punctuation and contractions, as transformers removes them."""
+    """Removes the spaces before punctuation and contractions from a decoded text, as transformers does."""
     for before, after in _CLEANED:
         text = text.replace(before, after)
     return text

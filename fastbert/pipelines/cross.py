@@ -1,4 +1,4 @@
-"""CrossEncoder: pairs of texts in, scores out, without a padded batch anywhere."""
+"""A CrossEncoder scores pairs of texts, without a padded batch anywhere."""
 
 from __future__ import annotations
 
@@ -12,43 +12,39 @@ import torch
 from torch import Tensor, nn
 
 from fastbert import ops
-from fastbert.models.encoded import Encoded
+from fastbert.checks import check_text, positive_or_none
 from fastbert.models.pretrained import any_in_training
 from fastbert.models.tasks import BertForSequenceClassification
-from fastbert.ops import packing
-from fastbert.pipelines import folder as sentence_layout
-from fastbert.pipelines.api import SEVERAL, SentenceTransformersApi, passed_over
-from fastbert.pipelines.loading import Arguments, load
-from fastbert.pipelines.modules import ACTIVATIONS as FUNCTIONS
-from fastbert.pipelines.modules import activation_name
+from fastbert.pipelines.api import SEVERAL_DEVICES, SentenceTransformersApi, log_unused
+from fastbert.pipelines.folder import read_cross_encoder_layout
+from fastbert.pipelines.load import Arguments, load
+from fastbert.pipelines.modules import ACTIVATIONS, activation_name
 from fastbert.pipelines.names import CROSS_ENCODER
-from fastbert.pipelines.run import TOKEN_BUDGET, WINDOW, in_batches
-from fastbert.pipelines.sentence import _positive, _progress_bar
-from fastbert.pipelines.settings import processing_limit
-from fastbert.text import windows as text_windows
-from fastbert.text.tokenizer import PackedEncoding, Tokenizer
-from fastbert.text.wordpiece import check_text
+from fastbert.pipelines.pipeline import Pipeline
+from fastbert.pipelines.progress import progress_bar
+from fastbert.pipelines.run import WINDOW, logits
+from fastbert.text import windows
+from fastbert.text.tokenizer import Tokenizer
 
 logger = logging.getLogger("fastbert")
 
 Activation = Callable[[Tensor], Tensor]
 
-# What a checkpoint may name as its activation function, by the last part of the name. Nothing is imported for it.
+# Classes that a checkpoint may name as its activation function, by the last part of the name. None is imported for it.
 # RReLU is left out: outside a module in eval mode it is random.
-ACTIVATIONS: dict[str, type[nn.Module]] = {name: getattr(nn, name) for name in FUNCTIONS if name != "RReLU"}
+ACTIVATION_CLASSES: dict[str, type[nn.Module]] = {name: getattr(nn, name) for name in ACTIVATIONS if name != "RReLU"}
 _DIMS = {"LogSoftmax": 1, "Softmax": 1, "Softmin": 1}  # which PyTorch would guess, with a warning
 
 
 class CrossEncoder(SentenceTransformersApi):
-    """A BERT model with a classification head that scores pairs of texts, and its tokenizer.
+    """A CrossEncoder is a model with a head that scores pairs of texts, and its tokenizer.
 
-    activation_fn: on the logits in float32, (B, num_labels), or with a batch-invariant model on a CPU on those of each
-    pair alone; by default a sigmoid for one label, and nothing for several. prompts, default_prompt_name: what goes in
-    front of first texts. token_budget: tokens in a batch, by default 16384 on a GPU and 2048 on a CPU.
+    activation_fn: is applied to the logits in float32, (B, num_labels), or with a batch-invariant model on a CPU to
+    those of each pair alone; by default a sigmoid for one label, and nothing for several. prompts: texts by name, to
+    stand in front of first texts. token_budget: tokens in a batch, by default 16384 on a GPU and 2048 on a CPU.
     """
 
     model: BertForSequenceClassification
-    tokenizer: Tokenizer
 
     def __init__(
         self,
@@ -71,11 +67,8 @@ class CrossEncoder(SentenceTransformersApi):
         default: Activation = nn.Sigmoid() if self.num_labels == 1 else nn.Identity()
         # In a tuple, or a module would become a part of this one, with a place in its state dict.
         self._activation = (default if activation_fn is None else activation_fn,)
-        self.prompts = dict(prompts or {})
-        if default_prompt_name is not None and default_prompt_name not in self.prompts:
-            raise ValueError(f"default_prompt_name: got {default_prompt_name!r}, expected one of {list(self.prompts)}")
-        self.default_prompt_name = default_prompt_name
-        self.token_budget = _positive("token_budget", token_budget)
+        self._set_prompts(dict(prompts or {}), default_prompt_name)
+        self.token_budget = positive_or_none("token_budget", token_budget)
         self.eval()
 
     @classmethod
@@ -98,17 +91,19 @@ class CrossEncoder(SentenceTransformersApi):
     ) -> CrossEncoder:
         """Loads a folder or hub id with a classification head, saved by sentence-transformers or transformers.
 
-        A name without an owner, as "ms-marco-MiniLM-L6-v2", is one of the owner "cross-encoder", as in
-        sentence-transformers. activation_fn: by default what the checkpoint names, if it is one of `ACTIVATIONS`; a
-        name outside torch is left aside with a warning. device: the GPU if there is one, else the CPU. dtype, options:
-        as for SentenceEncoder.from_pretrained, and the arguments of BertForSequenceClassification.from_pretrained.
-        Raises what that does, TypeError for an argument that is not supported, and ValueError for a checkpoint without
-        the head, or with a module or setting that is not supported.
+        A name without an owner, such as "ms-marco-MiniLM-L6-v2", is one of the owner "cross-encoder", as in
+        sentence-transformers. activation_fn: by default the one that the checkpoint names, if it is one of
+        `ACTIVATION_CLASSES`; a name outside torch is left aside with a warning. device: by default the GPU if there is
+        one, else the CPU. dtype, options: as for SentenceEncoder.from_pretrained, and the arguments of
+        BertForSequenceClassification.from_pretrained.
+
+        Raises what that raises. An argument that is not supported is a TypeError; a checkpoint without the head, or
+        with a module or setting that is not supported, is a ValueError.
         """
         if activation_fn is None:
             activation_fn = options.pop("default_activation_function", None)
         arguments = Arguments.of(options, revision)
-        layout, path = sentence_layout.read_cross_encoder(arguments.folder(src, CROSS_ENCODER))
+        layout, path = read_cross_encoder_layout(arguments.folder(src, CROSS_ENCODER))
         if num_labels is not None:
             arguments.config["num_labels"] = num_labels
         model, tokenizer = load(
@@ -135,14 +130,14 @@ class CrossEncoder(SentenceTransformersApi):
         """Writes a folder that sentence-transformers and fastbert load to the same scores.
 
         The other arguments are those of CrossEncoder.save_pretrained, and have no effect. Raises ValueError for an
-        activation function that is not one of `ACTIVATIONS`, or is made with arguments of its own, or for prompts: a
-        folder that all versions of sentence-transformers read has no place for them.
+        activation function that is not one of `ACTIVATION_CLASSES`, or is made with arguments of its own. Raises it for
+        prompts as well: a folder that all versions of sentence-transformers read has no place for them.
         """
-        passed_over(create_model_card=create_model_card, safe_serialization=not safe_serialization)
+        log_unused(create_model_card=create_model_card, safe_serialization=not safe_serialization)
         kind = type(self.activation_fn)
-        if ACTIVATIONS.get(kind.__name__) is not kind:
+        if ACTIVATION_CLASSES.get(kind.__name__) is not kind:
             raise ValueError(
-                f"activation_fn: got {kind.__name__}, expected one of {', '.join(ACTIVATIONS)} of torch.nn"
+                f"activation_fn: got {kind.__name__}, expected one of {', '.join(ACTIVATION_CLASSES)} of torch.nn"
             )
         if str(self.activation_fn) not in (str(kind()), str(_activation(kind.__name__))):
             raise ValueError(f"activation_fn: got {self.activation_fn}, whose arguments could not be saved")
@@ -170,32 +165,23 @@ class CrossEncoder(SentenceTransformersApi):
 
     @property
     def default_activation_function(self) -> Activation:
-        """`activation_fn`, under its name before sentence-transformers 4."""
+        """Returns `activation_fn`. Before sentence-transformers 4 this was its name."""
         return self.activation_fn
 
-    @property
-    def max_seq_length(self) -> int:
-        """Tokens of a pair that are read, special tokens included; at most the model's positions."""
-        limit, positions = self.tokenizer.model_max_length, self.model.longest_text
-        return positions if limit is None else min(limit, positions)
-
-    @max_seq_length.setter
-    def max_seq_length(self, value: int) -> None:
-        positions = self.model.longest_text
-        if _positive("max_length", value) is None or value > positions:
-            raise ValueError(f"max_length: got {value}, but the model has {positions} positions")
-        self.tokenizer.model_max_length = value
-
-    max_length = max_seq_length  # its name in sentence-transformers before 6.0
+    max_length = SentenceTransformersApi.max_seq_length  # its name in sentence-transformers before 6.0
 
     @property
-    def device(self) -> torch.device:
-        return self.model.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the model; scores are float32 also where this is bfloat16 or float16."""
-        return self.model.dtype
+    def pipeline(self) -> Pipeline:
+        """Returns the parts of the encoder as they are now, which `predict` runs, up to the activation function."""
+        return Pipeline(
+            self.model.bert,
+            self.tokenizer,
+            self.max_seq_length,
+            head=self.model.classify,
+            prompts=self.prompts,
+            default_prompt_name=self.default_prompt_name,
+            token_budget=self.token_budget,
+        )
 
     def predict(
         self,
@@ -217,28 +203,27 @@ class CrossEncoder(SentenceTransformersApi):
         task: str | None = None,
         processing_kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        """The scores of pairs of texts; arguments and results are those of CrossEncoder.predict.
+        """Returns the scores of pairs of texts. Arguments and results are those of CrossEncoder.predict.
 
         inputs (or `sentences`, its name before sentence-transformers 6): a pair, or an iterable of pairs. Where a pair
-        is too long, the longer text is cut. batch_size: most pairs in a batch, which the token budget bounds anyway.
+        is too long, the longer text is cut. batch_size: most pairs in a batch; the token budget bounds it anyway.
         apply_softmax: over several labels. device: moves the model there. processing_kwargs: {"text": {"max_length":
         int}}, the most tokens of a pair in this call. chunk_size, task and num_workers have no effect.
 
-        Returns float32 scores (n,) for one label, (n, num_labels) for several; without the n for a single pair: an
-        array, a tensor on the model's device with convert_to_tensor, a list of tensors with convert_to_numpy=False. No
-        pairs: (0,), as there.
+        The scores are float32, (n,) for one label and (n, num_labels) for several, without the n for a single pair.
+        They are an array, or with convert_to_tensor a tensor on the model's device, or with convert_to_numpy=False a
+        list of tensors. For no pairs the shape is (0,), as in sentence-transformers.
 
-        Raises TypeError for what is no pair of texts, naming its index, and ValueError for what is not supported.
+        Raises TypeError for an input that is no pair of texts, with its index, and ValueError for an argument that is
+        not supported.
         """
         if (inputs is None) == (sentences is None):
             raise TypeError("inputs: expected a pair of texts or an iterable of pairs")
         if pool is not None or isinstance(device, (list, tuple)):
-            raise ValueError(SEVERAL)
+            raise ValueError(SEVERAL_DEVICES)
         pairs, single = _as_pairs(sentences if inputs is None else inputs)
-        batch_size = _positive("batch_size", batch_size)
-        front = self._prompt(prompt, prompt_name)
-        if show_progress_bar is None:
-            show_progress_bar = logger.getEffectiveLevel() in (logging.INFO, logging.DEBUG)
+        batch_size = positive_or_none("batch_size", batch_size)
+        prompt = self._prompt(prompt, prompt_name)
         if device is not None:
             self.to(device)
         if any_in_training(self):
@@ -247,15 +232,16 @@ class CrossEncoder(SentenceTransformersApi):
         if not pairs:
             nothing = torch.tensor([], device=self.device)
             return nothing if convert_to_tensor else np.array([]) if convert_to_numpy else []
+        pipeline = self.pipeline
         firsts, seconds = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
         n_cut = n_tokens_cut = 0
         parts: list[Tensor] = []
-        with torch.inference_mode(), _progress_bar(show_progress_bar, len(pairs)) as progress:
-            for start, end in text_windows.spans(firsts, WINDOW, text_windows.WINDOW_CHARACTERS, seconds):
-                window = [front + text for text in firsts[start:end]] if front else firsts[start:end]
+        with torch.inference_mode(), progress_bar(show_progress_bar, len(pairs)) as progress:
+            for start, end in windows.spans(firsts, WINDOW, windows.WINDOW_CHARACTERS, seconds):
+                window = [prompt + text for text in firsts[start:end]] if prompt else firsts[start:end]
                 tokens = self.tokenizer.encode_packed(window, seconds[start:end], max_length=limit, warn=False)
                 n_cut, n_tokens_cut = n_cut + tokens.n_truncated, n_tokens_cut + tokens.n_truncated_tokens
-                parts.append(self._logits(tokens, batch_size, progress))
+                parts.append(logits(pipeline, tokens, batch_size, progress))
             scores = torch.cat(parts)
             activate, policy = self.activation_fn if activation_fn is None else activation_fn, self.model.policy
             scores = ops.elementwise(activate, scores, policy=policy)
@@ -291,10 +277,10 @@ class CrossEncoder(SentenceTransformersApi):
         pool: None = None,
         chunk_size: int | None = None,
     ) -> list[dict[str, Any]]:
-        """The documents by their score beside the query, best first; arguments and results are those of CrossEncoder.
+        """Ranks documents by their score beside the query, best first, as sentence-transformers does.
 
-        Returns [{"corpus_id": int, "score": float}, ...], of top_k documents or all, each with its "text" if
-        return_documents. Raises as `predict` does, and ValueError for a model with several labels.
+        Returns [{"corpus_id": int, "score": float}, ...] for top_k documents or for all, with the "text" of each if
+        return_documents. Raises what `predict` raises, and ValueError for a model with several labels.
         """
         if self.num_labels != 1:
             raise ValueError(f"rank: expected a model with one label, got {self.num_labels}; predict scores pairs")
@@ -303,83 +289,53 @@ class CrossEncoder(SentenceTransformersApi):
             [(query, document) for document in documents], prompt_name, prompt, batch_size, show_progress_bar,
             activation_fn, device=device, pool=pool, chunk_size=chunk_size, convert_to_tensor=True,
         ).tolist()  # fmt: skip
-        found: list[dict[str, Any]] = [{"corpus_id": i, "score": score} for i, score in enumerate(scores)]
+        hits: list[dict[str, Any]] = [{"corpus_id": i, "score": score} for i, score in enumerate(scores)]
         if return_documents:
-            found = [{**hit, "text": text} for hit, text in zip(found, documents, strict=True)]
-        return sorted(found, key=lambda hit: hit["score"], reverse=True)[:top_k]
+            hits = [{**hit, "text": text} for hit, text in zip(hits, documents, strict=True)]
+        return sorted(hits, key=lambda hit: hit["score"], reverse=True)[:top_k]
 
     def is_singular_input(self, inputs: Any) -> bool:
-        """Whether `predict` takes it for one pair."""
+        """Tells whether `predict` takes the inputs for one pair."""
         if isinstance(inputs, np.ndarray):
             return inputs.size > 0 and inputs.ndim < 2
         if isinstance(inputs, (list, tuple)):
             return len(inputs) > 0 and not isinstance(inputs[0], (list, tuple))
         return isinstance(inputs, (str, dict)) or not isinstance(inputs, Iterable)
 
-    def _limit(self, processing_kwargs: Any) -> int:
-        limit = processing_limit("processing_kwargs", processing_kwargs) or self.max_seq_length
-        if limit > self.model.longest_text:
-            raise ValueError(f"max_length: got {limit}, but the model has {self.model.longest_text} positions")
-        return limit
-
-    def _prompt(self, prompt: str | None, prompt_name: str | None) -> str:
-        name = self.default_prompt_name if prompt_name is None else prompt_name
-        if prompt is None and name is None:
-            return ""
-        if prompt is None and name not in self.prompts:
-            raise ValueError(f"prompt_name: got {name!r}, expected one of {list(self.prompts)}")
-        prompt = self.prompts[name or ""] if prompt is None else prompt
-        check_text(prompt, "prompt")
-        return prompt
-
-    def _logits(self, tokens: PackedEncoding, batch_size: int | None, progress: Callable[[int], Any] | None) -> Tensor:
-        """(n, num_labels) in float32 at least, in the order of the pairs; computed in batches of like lengths."""
-        bert, device, n_pairs = self.model.bert, self.device, tokens.cu_seqlens.shape[0] - 1
-        bert.embeddings.check_ids(tokens.input_ids, tokens.token_type_ids)
-        bert.follow_weights()
-        dtype = torch.promote_types(self.dtype, torch.float32)
-        logits = torch.empty(n_pairs, self.num_labels, device=device, dtype=dtype)
-        budget = self.token_budget or TOKEN_BUDGET.get(device.type, TOKEN_BUDGET["cuda"])
-        for places, batch, ids, types in in_batches(tokens, budget, batch_size, device):
-            hidden = bert.encode_packed(batch, ids, types, check=False)[-1]
-            scored = self.model.classify(Encoded(batch, hidden, None, None))
-            logits[packing.to_device(torch.from_numpy(np.array(places)), device)] = scored.to(logits.dtype)
-            if progress is not None:
-                progress(len(places))
-        return logits
-
 
 def _activation_at(path: str | None, src: Any) -> Activation | None:
-    """The activation function that a checkpoint names, None where it names none that is to be trusted."""
+    """Returns the activation function of a path; None for no path and for one outside torch, with a warning."""
     if path is None:
         return None
     if str(path).split(".")[0] != "torch":
         logger.warning("%s: the activation function %r is not one of torch's: taking the default", src, path)
         return None
     name = activation_name(str(path))
-    if name is None or name not in ACTIVATIONS:
-        raise ValueError(f"{src}: activation_fn is {path!r}, expected one of {', '.join(ACTIVATIONS)} of torch.nn")
+    if name is None or name not in ACTIVATION_CLASSES:
+        raise ValueError(
+            f"{src}: activation_fn is {path!r}, expected one of {', '.join(ACTIVATION_CLASSES)} of torch.nn"
+        )
     return _activation(name)
 
 
 def _activation(name: str) -> nn.Module:
-    return ACTIVATIONS[name](**({"dim": _DIMS[name]} if name in _DIMS else {}))
+    return ACTIVATION_CLASSES[name](**({"dim": _DIMS[name]} if name in _DIMS else {}))
 
 
-def _as_pairs(given: Any) -> tuple[list[Any], bool]:
-    """The pairs as a list, and whether a single one came."""
-    if isinstance(given, np.ndarray):
-        given = given.tolist()
-    if isinstance(given, (str, bytes, dict)) or not isinstance(given, Iterable):
-        raise TypeError(f"inputs: got {type(given).__name__}, expected a pair of texts or an iterable of pairs")
-    pairs = list(given)
-    single = bool(pairs) and isinstance(given, (list, tuple)) and not isinstance(pairs[0], (list, tuple))
+def _as_pairs(inputs: Any) -> tuple[list[Any], bool]:
+    """Returns the pairs as a list, and whether a single one came."""
+    if isinstance(inputs, np.ndarray):
+        inputs = inputs.tolist()
+    if isinstance(inputs, (str, bytes, dict)) or not isinstance(inputs, Iterable):
+        raise TypeError(f"inputs: got {type(inputs).__name__}, expected a pair of texts or an iterable of pairs")
+    pairs = list(inputs)
+    single = bool(pairs) and isinstance(inputs, (list, tuple)) and not isinstance(pairs[0], (list, tuple))
     pairs = [pairs] if single else pairs
     for i, pair in enumerate(pairs):
-        where = "inputs" if single else f"inputs[{i}]"
+        name = "inputs" if single else f"inputs[{i}]"
         if not isinstance(pair, (list, tuple)) or len(pair) != 2:
             came = f"{len(pair)} texts" if isinstance(pair, (list, tuple)) else type(pair).__name__
-            raise TypeError(f"{where}: got {came}, expected a pair of texts")
+            raise TypeError(f"{name}: got {came}, expected a pair of texts")
         for j in (0, 1):
-            check_text(pair[j], f"{where}[{j}]")
+            check_text(f"{name}[{j}]", pair[j])
     return pairs, single

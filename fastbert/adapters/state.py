@@ -1,0 +1,91 @@
+"""This module holds what an accelerated module carries: its options, its counts, and what its first call makes."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import Counter
+from typing import Any
+
+from torch import nn
+
+from fastbert.adapters.covered import COVERED, Mapping
+from fastbert.adapters.live_encoder import LiveEncoder, Options
+from fastbert.ops import BackendError
+
+logger = logging.getLogger("fastbert")
+
+STATE = "_fastbert"  # The key of the state in the __dict__ of an accelerated module.
+OURS = "fastbert"  # The count of calls that ran here.
+
+
+class AcceleratedState:
+    """An `AcceleratedState` holds the options of an accelerated module, and counts where its calls ran.
+
+    subject: the method whose calls are counted, in words.
+    """
+
+    def __init__(self, options: Options, subject: str) -> None:
+        self.options, self.subject = options, subject
+        self.counts: Counter[str] = Counter()
+
+    def forget(self) -> None:
+        """Drops what was made of the modules. The next call makes it anew."""
+
+    def decline(self, reason: str, error: Exception | None = None) -> None:
+        """Counts a call of the original code, and logs each reason once, with the error that led to it.
+
+        Raises BackendError under strict.
+        """
+        if self.options.strict:
+            raise BackendError(f"accelerate: {self.subject} would have to run as it was, and strict=True: {reason}")
+        if reason not in self.counts:
+            logger.warning("accelerate: %s runs as it was before: %s", self.subject, reason, exc_info=error)
+        self.counts[reason] += 1
+
+
+class EncoderState(AcceleratedState):
+    """An `EncoderState` belongs to an accelerated encoder, and keeps our encoder on its modules.
+
+    A copy, and the object that a pickle gives, have the options alone.
+    """
+
+    def __init__(self, options: Options, mapping: Mapping) -> None:
+        super().__init__(options, f"{mapping.model}.forward")
+        self.mapping = mapping
+        self._encoder: LiveEncoder | None = None
+        self._stale = False
+        self.settled = False  # True while a caller calls eval() of a model that is in eval mode.
+        self._lock = threading.RLock()
+
+    def __reduce__(self) -> Any:
+        return _fresh_state, (self.options, self.mapping.module)
+
+    def __deepcopy__(self, memo: Any) -> EncoderState:
+        return EncoderState(self.options, self.mapping)
+
+    def forget(self) -> None:
+        """Drops what was made of the modules. The next call makes it anew."""
+        self._encoder = None
+
+    def invalidate(self) -> None:
+        """Has the next call make anew what is made of the weights."""
+        self._stale = self._stale or not self.settled
+
+    def encoder(self, live: nn.Module) -> LiveEncoder:
+        """Returns our encoder on the live model as it is. Raises Unsupported."""
+        encoder = self._encoder
+        if encoder is None or not encoder.is_current() or self._stale:
+            with self._lock:
+                encoder = self._encoder
+                if encoder is None or not encoder.is_current():
+                    encoder = self._encoder = LiveEncoder(live, self.mapping, self.options)
+                    encoder.invalidate()
+                elif self._stale:
+                    encoder.invalidate()
+                self._stale = False
+        return encoder
+
+
+def _fresh_state(options: Options, module: str) -> EncoderState:
+    return EncoderState(options, next(mapping for mapping in COVERED if mapping.module == module))

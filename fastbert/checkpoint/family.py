@@ -1,0 +1,124 @@
+"""This module says how a family of encoders that is BERT under other names differs from BERT.
+
+A `Family` is a table. It says what a checkpoint of the family calls a parameter, a module or a setting. It says where
+the positions of tokens count from, which of BERT's parts the family lacks, and how its heads look.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+# Pairs (theirs, ours) of dotted paths of modules or parameters. `*` is the number of a layer. What follows a path is
+# kept.
+Names = tuple[tuple[str, str], ...]
+
+# Where positions count from.
+COLUMN = "column"  # A position is the column index.
+# The first token has the padding id + 1, and every id that is not the padding id counts on. The padding id itself has
+# the position "padding id", whatever the mask says (Liu et al., "RoBERTa", 2019, and fairseq's make_positions).
+AFTER_PADDING = "after_padding"
+
+
+@dataclass(frozen=True)
+class Head:
+    """A `Head` says how a family's head differs from the head of BERT's class of the same name."""
+
+    names: Names = ()  # As in Family, for the modules beside the encoder.
+    pooler: bool = False  # Whether the head reads the encoder's pooler.
+    # The activation of the head's dense layer. In a head for masked tokens, None is the config's hidden_act. In a head
+    # for whole sequences the layer lies between the first token and the classes; None where there is no such layer, as
+    # in BERT, which has it in its pooler.
+    activation: str | None = None
+    # Settings that name the probability of dropout: the first that is not None counts.
+    dropout: tuple[str, ...] = ("classifier_dropout", "hidden_dropout_prob")
+    dropout_first: bool = False  # Whether the first token is dropped out, too.
+
+
+@dataclass(frozen=True, eq=False)
+class Family:
+    """A `Family` says what models of one ``model_type`` of transformers call things, and how they differ from BERT."""
+
+    model_type: str
+    classes: str  # The beginning of their class names.
+    prefix: str  # What stands before the encoder's names under a head.
+    heads: Mapping[str, Head]  # By what follows "For" in a class name.
+    names: Names = ()  # Paths in the encoder that are not BERT's; the others are the same.
+    settings: tuple[tuple[str, str], ...] = ()  # Keys of config.json that are not BERT's, and the BertConfig fields.
+    defaults: Mapping[str, Any] = field(default_factory=dict)  # BertConfig fields that a config.json may lack.
+    fixed: Mapping[str, Any] = field(default_factory=dict)  # BertConfig fields that no config.json has.
+    positions: str = COLUMN  # COLUMN or AFTER_PADDING.
+    token_types: bool = True  # Whether there is a table of segments.
+    pooler: bool = True  # Whether the bare model has a pooler.
+    projection: bool = False  # Whether the embeddings have their own width, `embedding_size`, and a linear layer.
+    tokenizer: str = ""  # The class of the tokenizer in transformers, without "Tokenizer".
+    special_tokens: Mapping[str, str] = field(default_factory=dict)  # Names that are not BERT's, and may not be stored.
+    segments: bool = True  # Whether the tokenizer gives segment ids at all.
+
+    def to_ours(self, name: str) -> str:
+        """Returns our name of a module or parameter of their bare model. A name that no table has stays as it is."""
+        return _renamed(name, self.names) or name
+
+    def to_theirs(self, name: str) -> str:
+        """Inverts `to_ours`."""
+        return _renamed(name, _swapped(self.names)) or name
+
+    def state_to_ours(self, name: str, head: str | None = None) -> str:
+        """Returns our name of a checkpoint's tensor, with or without the prefix. head: of the model that reads it."""
+        if self.prefix and name.startswith(self.prefix):
+            return "bert." + self.to_ours(name.removeprefix(self.prefix))
+        names = () if head is None else self.heads[head].names
+        return _renamed(name, names) or self.to_ours(name)
+
+    def state_to_theirs(self, name: str, head: str | None = None) -> str:
+        """Returns their name of a tensor of ours, in a model with that head, or in the bare model."""
+        if head is None:
+            return self.to_theirs(name)
+        if name.startswith("bert."):
+            return self.prefix + self.to_theirs(name.removeprefix("bert."))
+        return _renamed(name, _swapped(self.heads[head].names)) or name
+
+    def head(self, task: str) -> Head:
+        """Returns the head by what follows "For" in a class name. Raises ValueError for one that is not covered."""
+        if task not in self.heads:
+            covered = ", ".join(f"BertFor{name}" for name in self.heads)
+            raise ValueError(f"BertFor{task}: not covered for model_type {self.model_type!r}, which has {covered}")
+        return self.heads[task]
+
+    def config(self, data: Mapping[str, Any]) -> dict[str, Any]:
+        """Renames the content of their config.json to BertConfig's fields, and adds the family's defaults."""
+        stored = {name: value for name, value in self.config_names(data).items() if name not in self.fixed}
+        return {**self.defaults, **stored, **self.fixed}
+
+    def config_names(self, data: Mapping[str, Any]) -> dict[str, Any]:
+        """Renames settings to BertConfig's fields. Where a setting has both names, the value under theirs counts."""
+        ours = dict(self.settings)
+        return {name: data[name] for name in data if name not in ours} | {
+            ours[name]: data[name] for name in data if name in ours
+        }
+
+    def config_to_theirs(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Renames BertConfig's fields to the keys of their config.json."""
+        theirs = {ours: name for name, ours in self.settings}
+        return {theirs.get(name, name): value for name, value in values.items() if name not in self.fixed}
+
+    def class_name(self, ours: str) -> str:
+        """Returns their name of one of our classes, as "RobertaModel" for "BertModel". Another name stays as it is."""
+        return self.classes + ours.removeprefix("Bert") if ours.startswith("Bert") else ours
+
+
+def _renamed(name: str, names: Iterable[tuple[str, str]]) -> str | None:
+    """Exchanges the longest path of `names` that the name starts with. Returns None where it starts with none."""
+    for before, after in sorted(names, key=lambda pair: -pair[0].count(".")):
+        start = re.match(re.escape(before).replace(r"\*", r"(\d+)") + r"(?=\.|$)", name)
+        if start:
+            for number in start.groups():
+                after = after.replace("*", number, 1)
+            return after + name[start.end() :]
+    return None
+
+
+def _swapped(names: Names) -> Names:
+    return tuple((ours, theirs) for theirs, ours in names)

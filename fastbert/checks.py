@@ -1,0 +1,51 @@
+"""Checks of arguments. An error names the argument, what came and what was expected, always in the same words."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+
+def expect(holds: bool, name: str, value: Any, expected: str) -> None:
+    """Raises ValueError for an argument that is not as expected."""
+    if not holds:
+        raise ValueError(f"{name}: got {value!r}, expected {expected}")
+
+
+def one_of(name: str, value: Any, *choices: Any) -> Any:
+    """The choice that the value equals, in type too; raises ValueError where there is none."""
+    for choice in choices:
+        if type(value) is type(choice) and value == choice:
+            return value
+    raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(map(repr, choices))}")
+
+
+def positive(name: str, value: Any) -> int:
+    """The value, if it is a whole number from 1 on; raises ValueError for anything else."""
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
+        raise ValueError(f"{name}: got {value!r}, expected a positive whole number")
+    return int(value)
+
+
+def positive_or_none(name: str, value: Any) -> int | None:
+    """The value, if it is None or a whole number from 1 on; raises ValueError for anything else."""
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
+        raise ValueError(f"{name}: got {value!r}, expected a positive whole number or None")
+    return int(value)
+
+
+def check_text(name: str, text: Any) -> None:
+    """Raises TypeError for anything but a str, and ValueError for a str that holds half of a UTF-16 pair."""
+    if not isinstance(text, str):
+        raise TypeError(f"{name}: got {type(text).__name__}, expected str")
+    try:
+        _ = text.isascii() or text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{name}: lone surrogate U+{ord(text[error.start]):04X} at character {error.start}, half of a UTF-16 pair "
+            "and not a character. To join halves that belong together and replace the others by U+FFFD: "
+            "text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace')"
+        ) from None

@@ -1,0 +1,263 @@
+"""The findings of `verify` as data, and what is wrong in them.
+
+Every class says in words what is wrong with it, and how much of its bound it uses.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from fastbert.diagnostics.verify.bounds import ENOUGH_TEXTS, LEAST_COSINE, LEAST_SPEARMAN
+from fastbert.pages.document import NO_VALUE, Line, Table
+
+HEADS = (
+    "output",
+    "error",
+    "eager's error",
+    "error ÷ eager's",
+    "bound on the error",
+    "part alone: error ÷ eager's",
+    "cosine of the worst token",
+    "cosine of the worst text",
+    "verdict",
+)
+
+
+@dataclass(frozen=True)
+class WeightReport:
+    """A parameter that is not finite."""
+
+    name: str
+    n_nan: int
+    n_inf: int
+    n_values: int
+
+    def __str__(self) -> str:
+        counts = [f"{n} {kind}" for n, kind in ((self.n_nan, "NaN"), (self.n_inf, "infinite")) if n]
+        return f"{self.name}: {' and '.join(counts)} of {self.n_values} values"
+
+
+@dataclass(frozen=True)
+class ErrorReport:
+    """The error of one output of the model beside the float64 reference.
+
+    error, eager_error: RMS of the difference over RMS of the reference, of the model and of plain PyTorch in its dtype.
+    bound: the largest error allowed. worst_text: the index of the text that comes nearest to its own bound, with its
+    error and its bound. A value that is not finite is NaN.
+    """
+
+    finite: bool
+    error: float
+    eager_error: float
+    bound: float
+    worst_text: int
+    worst_text_error: float
+    worst_text_bound: float
+
+    @property
+    def times_eager(self) -> float:
+        """The error in units of plain PyTorch's own; NaN where that is zero or not finite."""
+        return self.error / self.eager_error if self.eager_error else math.nan
+
+    @property
+    def share_of_bound(self) -> float:
+        """The error over its bound, or that of the worst text, whichever is larger; infinite if it is not finite."""
+        pairs = (self.error, self.bound), (self.worst_text_error, self.worst_text_bound)
+        return max(error / bound for error, bound in pairs) if self.finite else math.inf
+
+    @property
+    def problem(self) -> str | None:
+        """A text that says what is wrong, None if nothing is."""
+        if not self.finite:
+            return f"its output is not finite (text {self.worst_text})"
+        if self.error > self.bound:
+            return f"error {self.error:.3g}, {_times(self.times_eager)}bound {self.bound:.3g}"
+        if self.worst_text_error > self.worst_text_bound:
+            text = f"text {self.worst_text}"
+            return f"error {self.worst_text_error:.3g} for {text} alone, bound {self.worst_text_bound:.3g}"
+        return None
+
+
+def _times(times: float) -> str:
+    return f"{times:.3g} times plain PyTorch's, " if math.isfinite(times) else ""
+
+
+@dataclass(frozen=True)
+class StateReport(ErrorReport):
+    """The output of one part of the model, beside the float64 reference of everything that leads to it.
+
+    alone: the error that this part adds. The reference and plain PyTorch then get the input that the part had. It is
+    None for the embeddings, which have no part before them, and in 8 bits. A head that gives a handful of numbers for
+    each text is judged alone: its bound here is infinite.
+    worst_token_cosine: the least cosine of any token to the reference. Sentence cosines compare the means over the
+    tokens of each text: the worst text, the 1st percentile and the median.
+    """
+
+    name: str = ""
+    worst_token_cosine: float = math.nan
+    worst_sentence_cosine: float = math.nan
+    sentence_cosine_p1: float = math.nan
+    sentence_cosine_p50: float = math.nan
+    alone: ErrorReport | None = None
+
+    @property
+    def ok(self) -> bool:
+        return self.problem is None
+
+    @property
+    def share_of_bound(self) -> float:
+        """The largest share of a bound, of the whole or of this part alone."""
+        alone = 0.0 if self.alone is None else self.alone.share_of_bound
+        return max(super().share_of_bound, alone)
+
+    @property
+    def problem(self) -> str | None:
+        whole = super().problem
+        if whole is None and self.alone is not None and self.alone.problem is not None:
+            return f"given the input that it had, {self.alone.problem}"
+        return whole
+
+
+@dataclass(frozen=True)
+class VectorReport:
+    """The vectors of the texts beside those of the float64 reference, for the model and for plain PyTorch (eager_...).
+
+    what: "encode's" for a SentenceEncoder, else the mean of a text's last hidden states. cosine: the worst, the 1st and
+    the 10th percentile and the median over texts. The neighbours of a text are the other texts, ordered by cosine to
+    it. spearman: the mean rank correlation of the neighbours with the reference's. same_nearest: the share of texts
+    with the same nearest neighbour. same_nearest_10: the share of the ten nearest that are the same. These three are
+    NaN for fewer than three texts.
+    """
+
+    what: str
+    n_texts: int
+    n_compared: int  # of them, for neighbours
+    cosine: tuple[float, float, float, float]
+    eager_cosine: tuple[float, float, float, float]
+    spearman: float
+    eager_spearman: float
+    same_nearest: float
+    eager_same_nearest: float
+    same_nearest_10: float
+    eager_same_nearest_10: float
+
+    def table(self) -> Table:
+        """The model's figures beside plain PyTorch's."""
+        title = f"Vectors of {self.n_texts} texts ({self.what})"
+        return Table(title, ("measure", "the model's", "eager's"), tuple(self._lines()))
+
+    def _lines(self) -> Iterator[Line]:
+        names = "worst", "1st percentile", "10th percentile", "median"
+        for name, ours, eager in zip(names, self.cosine, self.eager_cosine, strict=True):
+            yield Line(f"cosine to the reference, {name}", (f"{ours:.7f}", f"{eager:.7f}"))
+        if self.n_compared >= 3:
+            yield Line("Spearman of neighbours", (f"{self.spearman:.5f}", f"{self.eager_spearman:.5f}"))
+            yield Line("same nearest neighbour", (f"{self.same_nearest:.2%}", f"{self.eager_same_nearest:.2%}"))
+            same = f"{self.same_nearest_10:.2%}", f"{self.eager_same_nearest_10:.2%}"
+            yield Line("same among the ten nearest", same)
+
+
+@dataclass(frozen=True)
+class QuantizedReport:
+    """The price of 8 bits: vectors of the model beside those of the float64 reference.
+
+    A vector is the mean of the last hidden states of a text. cosine_p1: the cosine of the two, at the 1st percentile of
+    the texts. spearman: as in VectorReport.
+    """
+
+    precision: str
+    n_texts: int
+    cosine_p1: float
+    spearman: float
+
+    @property
+    def problem(self) -> str | None:
+        """A text that says what is wrong, None if nothing is."""
+        cosine_ok, order_ok = self.cosine_p1 >= LEAST_COSINE, self.spearman >= LEAST_SPEARMAN
+        if self.n_texts < ENOUGH_TEXTS or (cosine_ok and order_ok):
+            return None
+        return f"{self}; expected at least {LEAST_COSINE} and {LEAST_SPEARMAN}"
+
+    def __str__(self) -> str:
+        figures = f"cosine at the 1st percentile {self.cosine_p1:.5f}, Spearman of neighbours {self.spearman:.5f}"
+        few = f" (few texts: no bound below {ENOUGH_TEXTS})" if self.n_texts < ENOUGH_TEXTS else ""
+        return f"{self.precision} over {self.n_texts} texts: {figures}{few}"
+
+
+@dataclass(frozen=True)
+class Findings:
+    """Everything that `verify` found about one model on some texts.
+
+    weights: parameters that are not finite; where there are any, nothing was run and `states` is empty.
+    states: the embeddings, each layer, the pooler if there is one, and what a SentenceEncoder makes of them.
+    vectors: cosines and neighbours of the texts. quantized: for a model that runs in 8 bits. last: the last hidden
+    state where nobody asks for the others: it then runs by a CUDA graph, or on a CPU in one call.
+    """
+
+    model: str
+    device: str
+    dtype: str
+    backend: str
+    n_texts: int
+    n_tokens: int
+    weights: tuple[WeightReport, ...]
+    states: tuple[StateReport, ...]
+    notes: tuple[str, ...] = ()
+    quantized: QuantizedReport | None = None
+    vectors: VectorReport | None = None
+    last: StateReport | None = None
+
+    @property
+    def ok(self) -> bool:
+        return not self.weights and all(state.ok for state in self.outputs) and not self.quantized_problems
+
+    def __bool__(self) -> bool:
+        return self.ok
+
+    @property
+    def outputs(self) -> list[StateReport]:
+        """The states, and the last hidden state as it runs by itself."""
+        return [*self.states, *([] if self.last is None else [self.last])]
+
+    @property
+    def quantized_problems(self) -> list[str]:
+        """The problem with 8 bits, if there is one."""
+        problem = None if self.quantized is None else self.quantized.problem
+        return [] if problem is None else [problem]
+
+    @property
+    def problems(self) -> list[str]:
+        """Texts that say what is wrong: every parameter that is not finite, or the first part that is off."""
+        wrong = [f"{state.name} is the first that is wrong: {state.problem}" for state in self.outputs if not state.ok]
+        return [*map(str, self.weights), *wrong[:1], *self.quantized_problems]
+
+    def table(self) -> Table:
+        """The errors and cosines of all outputs, a line for each."""
+        return Table(f"Outputs of {self.heading()}", HEADS, tuple(map(_line, self.outputs)))
+
+    def heading(self) -> str:
+        """The model, and how it ran."""
+        return f"{self.model} on {self.device}, {self.dtype}, backend {self.backend!r}"
+
+    def verdict(self) -> str:
+        """The number of texts and tokens, and whether all is well."""
+        return f"{self.counts()}: {'ok' if self.ok else 'FAILED'}"
+
+    def counts(self) -> str:
+        """The number of texts and tokens, as text."""
+        pairs = (self.n_texts, "text"), (self.n_tokens, "token")
+        return ", ".join(f"{n} {noun}{'s' if n != 1 else ''}" for n, noun in pairs)
+
+
+def _line(state: StateReport) -> Line:
+    errors = f"{state.error:.3g}", f"{state.eager_error:.3g}", _ratio(state), f"{state.bound:.3g}"
+    alone = NO_VALUE if state.alone is None else _ratio(state.alone)
+    cosines = f"{state.worst_token_cosine:.7f}", f"{state.worst_sentence_cosine:.7f}"
+    verdict, tone = ("ok", "") if state.ok else ("FAILED", "bad")
+    return Line(state.name, (*errors, alone, *cosines, verdict), tone=tone)
+
+
+def _ratio(errors: ErrorReport) -> str:
+    return format(errors.times_eager, ".2f") if math.isfinite(errors.times_eager) else NO_VALUE

@@ -1,0 +1,27 @@
+"""A call shows its progress as a bar, where it is asked to."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+logger = logging.getLogger("fastbert")
+
+Progress = Callable[[int], Any]  # takes the number of texts of a batch that is done
+
+
+def progress_bar(show: bool | None, total: int | None) -> AbstractContextManager[Progress | None]:
+    """A bar that counts texts, or None for no bar. None for `show`: where the logger "fastbert" is at INFO."""
+    if show is None:
+        show = logger.getEffectiveLevel() in (logging.INFO, logging.DEBUG)
+    return _shown_progress_bar(total) if show else nullcontext()
+
+
+@contextmanager
+def _shown_progress_bar(total: int | None) -> Iterator[Progress]:
+    from tqdm import tqdm
+
+    with tqdm(total=total, desc="Encoding", unit="text") as bar:
+        yield bar.update

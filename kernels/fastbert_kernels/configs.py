@@ -1,0 +1,292 @@
+"""This module chooses block sizes, and the kernel of a matrix product.
+
+Block sizes of the matrix kernels, and the choice of GEMM, come from tables (tables.py): one JSON file per GPU
+architecture in `tuned/`, and before it the user's own. Block sizes of the row-wise kernels come from the formulas here.
+The number of tokens never enters a choice.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+import triton
+
+from fastbert_kernels import launch, tables
+
+MIN_HEAD_SIZE, MAX_HEAD_SIZE = 16, 128
+
+
+@dataclass(frozen=True)
+class Config:
+    """A `Config` holds the block sizes, warps and stages of one kernel."""
+
+    block_sizes: dict[str, int]
+    source: str  # Where they come from, in words.
+
+
+@functools.cache
+def rowwise_config(n_cols: int) -> dict[str, int]:
+    """Chooses the tile of kernels that hold whole rows (LayerNorm, embedding): about 2,048 elements, 16 a thread."""
+    block_cols = triton.next_power_of_2(n_cols)
+    block_rows = max(1, 2048 // block_cols)
+    return {
+        "BLOCK_ROWS": block_rows,
+        "BLOCK_COLS": block_cols,
+        "num_warps": max(1, min(8, block_rows * block_cols // 512)),
+        "num_stages": 1,
+    }
+
+
+@functools.cache
+def elementwise_config(n_cols: int) -> dict[str, int]:
+    """Chooses the tile of elementwise kernels: 2,048 elements, 16 a thread."""
+    block_cols = min(1024, triton.next_power_of_2(n_cols))
+    return {"BLOCK_ROWS": 2048 // block_cols, "BLOCK_COLS": block_cols, "num_warps": 4, "num_stages": 1}
+
+
+@functools.cache
+def pooling_config(n_cols: int) -> dict[str, int]:
+    """Chooses the tile of pooling over rows: 4,096 elements, 32 a thread, in blocks of 128 columns.
+
+    UNROLL blocks are read at a time. With more columns a block, a few long texts would keep few multiprocessors busy.
+    """
+    block_cols = min(128, triton.next_power_of_2(n_cols))
+    return {
+        "BLOCK_ROWS": 4096 // block_cols,
+        "BLOCK_COLS": block_cols,
+        "UNROLL": 4,
+        "num_warps": 4,
+        "num_stages": 1,
+    }
+
+
+@functools.cache
+def whole_row_config(n_cols: int) -> dict[str, int]:
+    """Chooses the tile of kernels that hold one row of the batch's vectors: up to 16 elements a thread."""
+    block_cols = triton.next_power_of_2(n_cols)
+    return {"BLOCK_COLS": block_cols, "num_warps": max(1, min(8, block_cols // 256)), "num_stages": 1}
+
+
+@functools.cache
+def one_row_pooling_config(n_cols: int) -> dict[str, int]:
+    """Chooses the tile of pooling that takes one row of a sequence, the first or the last."""
+    return {"BLOCK_ROWS": 1, "UNROLL": 1, **whole_row_config(n_cols)}
+
+
+# Epilogues of a GEMM, and their names in table keys. Both GELUs cost the same.
+EPILOGUES = {"none": "none", "gelu": "gelu", "gelu_tanh": "gelu", "residual": "residual"}
+
+
+def linear_config(
+    dtype: torch.dtype, for_arch: int, shape: tuple[int, int] | None = None, epilogue: str = "none"
+) -> Config:
+    """Returns the tile of the GEMM: BLOCK_ROWS x BLOCK_COLS outputs, BLOCK_K deep.
+
+    shape: (K, M), where the table may have an entry of its own for it.
+    """
+    return _required("linear", _gemm_keys(dtype, shape, epilogue), for_arch)
+
+
+def linear_persistent_config(
+    dtype: torch.dtype, for_arch: int, shape: tuple[int, int] | None = None, epilogue: str = "none"
+) -> Config | None:
+    """Returns the tile of the persistent GEMM, or None where the architecture or the dtype has none."""
+    return _from_tables("linear_persistent", _gemm_keys(dtype, shape, epilogue), for_arch)
+
+
+@dataclass(frozen=True)
+class Gemm:
+    """A `Gemm` says how to multiply for one shape."""
+
+    choice: str | None  # The fastest kernel, one of GEMMS. None where no table knows the shape.
+    choice_source: str | None
+    ours: str  # The faster of our own kernels, and its tile.
+    config: Config
+
+
+def gemm(dtype: torch.dtype, for_arch: int, shape: tuple[int, int], epilogue: str) -> Gemm:
+    """Looks x @ weight^T up in the tables, with weight (M, K) and shape = (K, M), for any number of rows."""
+    return _gemm(dtype, for_arch, shape, epilogue, launch.recorded is not None, tables.generation)
+
+
+@functools.cache
+def _gemm(
+    dtype: torch.dtype, for_arch: int, shape: tuple[int, int], epilogue: str, shipped_only: bool, generation: int
+) -> Gemm:
+    entry, source = tables.find("gemm", (gemm_key(dtype, shape, epilogue),), for_arch, shipped_only) or ({}, None)
+    persistent = linear_persistent_config(dtype, for_arch, shape, epilogue)
+    # Tensor descriptors want rows of a multiple of 16 bytes. Of tensors that are views, linear_forward asks again.
+    if any(size * dtype.itemsize % 16 for size in shape):
+        persistent = None
+    if persistent is not None and entry.get("ours") != "linear":
+        return Gemm(entry.get("kernel"), source, "linear_persistent", persistent)
+    return Gemm(entry.get("kernel"), source, "linear", linear_config(dtype, for_arch, shape, epilogue))
+
+
+def quantized_linear_config(
+    dtype: torch.dtype,
+    group: int | None,
+    for_arch: int,
+    shape: tuple[int, int] | None = None,
+    quantizes: bool = False,
+) -> Config:
+    """Returns the tile of the 8-bit GEMM.
+
+    group: columns of x that share a scale, None where a row has one. shape: (K, M), where the table may have an entry
+    of its own for it. quantizes: whether the result is in 8 bits too.
+
+    A step of BLOCK_K lies within a group. Where the table's step does not, it becomes as long as a group (and at least
+    32, the fewest columns that the tensor cores take).
+    """
+    config = _required("quantized_linear", _quantized_keys(dtype, shape, group, quantizes), for_arch)
+    return _within_groups(config, group)
+
+
+def quantized_linear_persistent_config(
+    dtype: torch.dtype,
+    group: int | None,
+    for_arch: int,
+    shape: tuple[int, int] | None = None,
+    quantizes: bool = False,
+) -> Config | None:
+    """Returns the tile of the persistent 8-bit GEMM, or None where the architecture, dtype or group has none."""
+    config = _from_tables("quantized_linear_persistent", _quantized_keys(dtype, shape, group, quantizes), for_arch)
+    if config is None:
+        return None
+    config = _within_groups(config, group)
+    # A block of a descriptor cannot end where a group ends in the middle of it.
+    return None if group is not None and group % config.block_sizes["BLOCK_K"] else config
+
+
+def _within_groups(config: Config, group: int | None) -> Config:
+    block_sizes = dict(config.block_sizes)
+    if group is not None and group % block_sizes["BLOCK_K"]:
+        block_sizes["BLOCK_K"] = max(32, triton.next_power_of_2(group))
+    return Config(block_sizes, config.source)
+
+
+def quantized_gemm(
+    dtype: torch.dtype, for_arch: int, shape: tuple[int, int], group: int | None, out_dtype: torch.dtype
+) -> Gemm:
+    """Looks up how to multiply 8-bit operands, x (T, K) by weight (M, K), with shape = (K, M).
+
+    `ours` of the result is one of QUANTIZED_GEMMS. out_dtype: an 8-bit one for a product that is quantised.
+    """
+    return _quantized_gemm(dtype, for_arch, shape, group, out_dtype, launch.recorded is not None, tables.generation)
+
+
+@functools.cache
+def _quantized_gemm(
+    dtype: torch.dtype,
+    for_arch: int,
+    shape: tuple[int, int],
+    group: int | None,
+    out_dtype: torch.dtype,
+    shipped_only: bool,
+    generation: int,
+) -> Gemm:
+    quantizes = out_dtype.itemsize == 1
+    key = quantized_gemm_key(dtype, shape, group, quantizes)
+    entry, source = tables.find("quantized_gemm", (key,), for_arch, shipped_only) or ({}, None)
+    persistent = quantized_linear_persistent_config(dtype, group, for_arch, shape, quantizes)
+    # Tensor descriptors want rows of a multiple of 16 bytes, of both operands and of the result.
+    if shape[0] % 16 or shape[1] * out_dtype.itemsize % 16:
+        persistent = None
+    if persistent is not None and entry.get("kernel") != "quantized_linear":
+        return Gemm(entry.get("kernel"), source, "quantized_linear_persistent", persistent)
+    pointers = quantized_linear_config(dtype, group, for_arch, shape, quantizes)
+    return Gemm(entry.get("kernel"), source, "quantized_linear", pointers)
+
+
+def attention_config(dtype: torch.dtype, head_size: int, for_arch: int) -> Config:
+    """Returns the tile of attention: BLOCK_Q query rows, BLOCK_K keys a step, the head size padded to BLOCK_D."""
+    return _attention(dtype, head_size, for_arch, launch.recorded is not None, tables.generation)
+
+
+@functools.cache
+def _attention(dtype: torch.dtype, head_size: int, for_arch: int, shipped_only: bool, generation: int) -> Config:
+    block_d = max(MIN_HEAD_SIZE, triton.next_power_of_2(head_size))
+    config = _required("attention", (attention_key(dtype, head_size),), for_arch)
+    return Config({**config.block_sizes, "BLOCK_D": block_d}, config.source)
+
+
+SHORT_BLOCK_Q = 16  # The fewest rows that tl.dot takes.
+MAX_SHORT = 64  # The most keys in one block.
+
+
+def short_attention_config(dtype: torch.dtype, head_size: int, for_arch: int) -> Config | None:
+    """Returns the tile of a short sequence that shares no tile with others: 16 query rows, all keys in one block.
+
+    A sequence is short if it has at most BLOCK_K tokens, which is half of `attention_config`'s BLOCK_Q. Up to this
+    length, tiles of 16 rows have fewer unused rows. Returns None where BLOCK_Q is too small for that.
+    """
+    return _short_attention(dtype, head_size, for_arch, launch.recorded is not None, tables.generation)
+
+
+@functools.cache
+def _short_attention(
+    dtype: torch.dtype, head_size: int, for_arch: int, shipped_only: bool, generation: int
+) -> Config | None:
+    whole = _attention(dtype, head_size, for_arch, shipped_only, generation)
+    block_q, block_d = whole.block_sizes["BLOCK_Q"], whole.block_sizes["BLOCK_D"]
+    block_k = min(MAX_SHORT, block_q // 2)
+    if block_k < SHORT_BLOCK_Q:
+        return None
+    # The fewest warps that hold the tile without spills (offline report): a program is too short to gain by more. IEEE
+    # float32, whose products are multiply-adds, holds all operands in registers.
+    num_warps = max(1, block_d // 32 if dtype == torch.float32 else block_k * block_d // 4096)
+    block_sizes = {"BLOCK_Q": SHORT_BLOCK_Q, "BLOCK_K": block_k, "num_warps": num_warps, "num_stages": 1}
+    source = f"formula of fastbert_kernels.configs.short_attention_config, for BLOCK_Q={block_q} of {whole.source}"
+    return Config({**block_sizes, "BLOCK_D": block_d}, source)
+
+
+def attention_key(dtype: torch.dtype, head_size: int) -> str:
+    """Returns the key of attention in a table, as "float16/64". Head sizes that are padded to one tile share it."""
+    return f"{dtype_class(dtype)}/{max(MIN_HEAD_SIZE, triton.next_power_of_2(head_size))}"
+
+
+def dtype_class(dtype: torch.dtype) -> str:
+    """Returns the name of a dtype in tables: bf16 and fp16 share their entries."""
+    return "float32" if dtype == torch.float32 else "float16"
+
+
+def gemm_key(dtype: torch.dtype, shape: tuple[int, int], epilogue: str) -> str:
+    """Returns the key of one GEMM in a table, as "float16/768x3072/gelu"."""
+    return f"{dtype_class(dtype)}/{shape[0]}x{shape[1]}/{EPILOGUES[epilogue]}"
+
+
+def quantized_class(dtype: torch.dtype) -> str:
+    """Returns the name of an 8-bit dtype in tables."""
+    return "int8" if dtype == torch.int8 else "float8"
+
+
+def quantized_gemm_key(dtype: torch.dtype, shape: tuple[int, int], group: int | None, quantizes: bool) -> str:
+    """Returns the key of one 8-bit GEMM in a table, as "float8/768x3072/row-quantized" or "int8/3072x768/group128"."""
+    scales = "row" if group is None else f"group{group}"
+    return f"{quantized_class(dtype)}/{shape[0]}x{shape[1]}/{scales}{'-quantized' if quantizes else ''}"
+
+
+def _quantized_keys(
+    dtype: torch.dtype, shape: tuple[int, int] | None, group: int | None, quantizes: bool
+) -> tuple[str, ...]:
+    own = () if shape is None else (quantized_gemm_key(dtype, shape, group, quantizes),)
+    return (*own, quantized_class(dtype))
+
+
+def _gemm_keys(dtype: torch.dtype, shape: tuple[int, int] | None, epilogue: str) -> tuple[str, ...]:
+    return (*((gemm_key(dtype, shape, epilogue),) if shape is not None else ()), dtype_class(dtype))
+
+
+def _from_tables(op: str, keys: tuple[str, ...], for_arch: int) -> Config | None:
+    # Kernels compiled for a GPU that is not there must not depend on one that is.
+    entry = tables.find(op, keys, for_arch, launch.recorded is not None)
+    return None if entry is None else Config(*entry)
+
+
+def _required(op: str, keys: tuple[str, ...], for_arch: int) -> Config:
+    config = _from_tables(op, keys, for_arch)
+    if config is None:
+        raise ValueError(f"{tables.shipped_table(for_arch)[0]}: no entry {op!r} -> {keys[-1]!r}")
+    return config

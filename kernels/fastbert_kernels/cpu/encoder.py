@@ -1,0 +1,162 @@
+"""This module runs a whole encoder in one call of the C++ kernels."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+
+from fastbert_kernels.cpu import library
+from fastbert_kernels.cpu.int8 import Int8Weight
+from fastbert_kernels.cpu.operations import ACTIVATIONS
+
+MAX_HIDDEN = 4096
+
+
+class EncoderTables(NamedTuple):
+    """`EncoderTables` hold the embeddings of an encoder in the order in which the C++ kernel reads them."""
+
+    words: torch.Tensor
+    token_types: torch.Tensor | None  # None for an encoder without token types.
+    positions: torch.Tensor
+    norm_weight: torch.Tensor
+    norm_bias: torch.Tensor
+
+
+class EncoderLayer(NamedTuple):
+    """An `EncoderLayer` is a layer in the order in which the C++ kernel reads it."""
+
+    qkv: torch.Tensor  # A packed weight, as are out, up and down.
+    qkv_bias: torch.Tensor
+    out: torch.Tensor
+    out_bias: torch.Tensor
+    attention_norm_weight: torch.Tensor
+    attention_norm_bias: torch.Tensor
+    up: torch.Tensor
+    up_bias: torch.Tensor
+    down: torch.Tensor
+    down_bias: torch.Tensor
+    output_norm_weight: torch.Tensor
+    output_norm_bias: torch.Tensor
+
+
+class Int8EncoderLayer(NamedTuple):
+    """An `Int8EncoderLayer` is a layer in the order in which the 8-bit C++ kernel reads it."""
+
+    qkv: Int8Weight  # Rotated, as are out and up.
+    out: Int8Weight
+    attention_norm_weight: torch.Tensor
+    attention_norm_bias: torch.Tensor
+    up: Int8Weight
+    down: Int8Weight
+    output_norm_weight: torch.Tensor
+    output_norm_bias: torch.Tensor
+
+
+@dataclass(frozen=True)
+class _Encoder:
+    """An `_Encoder` holds the weights and sizes of an encoder, and their addresses."""
+
+    embeddings: EncoderTables | tuple[()]  # () where the caller makes the embeddings.
+    layers: tuple[Any, ...]  # EncoderLayers or Int8EncoderLayers. All tensors are contiguous.
+    hidden_size: int
+    intermediate_size: int
+    num_heads: int
+    activation: str
+    eps: float
+
+    @functools.cached_property
+    def addresses(self) -> tuple[Any, ...]:
+        """Returns the addresses of the embeddings, and of the layers' tensors one after the other."""
+        weights: list[torch.Tensor] = []
+        for item in (item for layer in self.layers for item in layer):
+            weights += (item.packed, item.columns) if isinstance(item, Int8Weight) else (item,)
+        arrays = self.embeddings, weights
+        return tuple((ctypes.c_void_p * len(array))(*map(library.address, array)) for array in arrays)
+
+    @functools.cached_property
+    def settings(self) -> tuple[Any, ...]:
+        """Returns the arguments that follow the number of rows in a call of the kernel."""
+        sizes = self.hidden_size, self.intermediate_size, self.num_heads, len(self.layers)
+        return *sizes, ACTIVATIONS[self.activation], self.eps
+
+
+@dataclass(frozen=True)
+class Encoder(_Encoder):
+    """An `Encoder` holds weights of one dtype that `multiplies`, as `encoder_forward` reads them.
+
+    hidden_size is at most MAX_HIDDEN, and the head size is a multiple of 16.
+    """
+
+    @functools.cached_property
+    def dtype(self) -> torch.dtype:
+        """Returns the dtype of the weights."""
+        return self.layers[0].qkv.dtype
+
+    def workspace_size(self, n_tokens: int) -> int:
+        """Counts the elements that `encoder_forward` needs beside its output."""
+        return n_tokens * (5 * self.hidden_size + self.intermediate_size)
+
+
+def encoder_forward(
+    encoder: Encoder,
+    ids: tuple[torch.Tensor, torch.Tensor | None, torch.Tensor] | None,
+    x: torch.Tensor,
+    cu_seqlens_cpu: torch.Tensor,
+    workspace: torch.Tensor,
+) -> torch.Tensor:
+    """Runs embeddings and layers over packed tokens, writes the result to x, (T, H), and returns x.
+
+    ids: input ids, token type ids (or None) and position ids, (T,) int64, contiguous and within their tables. None
+    where x holds the embeddings. cu_seqlens_cpu: (B + 1,) int32. workspace: as many elements as workspace_size says, of
+    x's dtype.
+    """
+    embeddings, layers = encoder.addresses
+    offsets, n_rows = cu_seqlens_cpu.contiguous(), x.shape[0]
+    pointers = map(library.address, (None, None, None) if ids is None else ids)
+    status = library.function("encode", x.dtype)(
+        *pointers, embeddings, offsets.data_ptr(), offsets.shape[0] - 1, layers, x.data_ptr(), workspace.data_ptr(),
+        n_rows, *encoder.settings,
+    )  # fmt: skip
+    library.check(status, n_rows)
+    return x
+
+
+@dataclass(frozen=True)
+class Int8Encoder(_Encoder):
+    """An `Int8Encoder` holds weights as `encoder_int8_forward` reads them.
+
+    Hidden and intermediate size are multiples of 32.
+    """
+
+    def workspace_size(self, n_tokens: int, dtype: torch.dtype) -> int:
+        """Counts the bytes that `encoder_int8_forward` needs beside its output, with the present number of threads."""
+        function = getattr(library.load()[0], f"fastbert_encode_int8_{str(dtype).removeprefix('torch.')}_bytes")
+        return function(n_tokens, self.hidden_size, self.intermediate_size)
+
+
+def encoder_int8_forward(
+    encoder: Int8Encoder,
+    ids: tuple[torch.Tensor, torch.Tensor | None, torch.Tensor] | None,
+    states: torch.Tensor,
+    cu_seqlens_cpu: torch.Tensor,
+    workspace: torch.Tensor,
+) -> torch.Tensor:
+    """Does what `encoder_forward` does in 8 bits, writes hidden states to `states`, and returns it.
+
+    states: contiguous, (1, T, H) for the last hidden state, or (L + 1, T, H) for all. Where ids is None, states[0]
+    holds the embeddings. workspace: uint8, as many as workspace_size says.
+    """
+    embeddings, layers = encoder.addresses
+    offsets = cu_seqlens_cpu.contiguous()
+    pointers = map(library.address, (None, None, None) if ids is None else ids)
+    status = library.function("encode_int8", states.dtype)(
+        *pointers, embeddings, offsets.data_ptr(), len(offsets) - 1, layers, states.data_ptr(),
+        0 if len(states) == 1 else states.stride(0), workspace.data_ptr(), workspace.numel(), states.shape[1],
+        *encoder.settings,
+    )  # fmt: skip
+    library.check(status, states.shape[1])
+    return states

@@ -1,0 +1,167 @@
+"""This module loads the C++ kernels that fit the processor, and says what they can do."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+
+AVX512 = ("avx512f", "avx512bw", "avx512dq", "avx512vl")
+# Each library's name, its instructions in words, and their names in /proc/cpuinfo. The best library comes first.
+VARIANTS = {
+    "avx512_bf16": ("AVX-512 with bfloat16", {*AVX512, "avx512_vnni", "avx512_bf16"}),
+    "avx512_vnni": ("AVX-512 with VNNI", {*AVX512, "avx512_vnni"}),
+    "avx512": ("AVX-512", {*AVX512}),
+    "avx2": ("AVX2", {"avx2", "fma"}),
+}
+
+
+@functools.cache
+def load() -> tuple[Any, str]:
+    """Loads the best library for this processor. Returns it and its name in VARIANTS, or None and the obstacle."""
+    if platform.machine() not in ("x86_64", "AMD64"):
+        return None, f"there are no C++ kernels for {platform.machine()}"
+    flags = processor_flags()
+    usable = [name for name, (_, needed) in VARIANTS.items() if needed <= flags]
+    if not usable:
+        return None, "the processor, or ATEN_CPU_CAPABILITY, has no AVX2"
+    library_obstacle = (
+        "this installation has no C++ kernels: they were not compiled, or its wheel is the one for all platforms"
+    )
+    for name in usable:
+        path = Path(__file__).with_name(f"{name}.x86_64.so")
+        if not path.is_file():
+            continue
+        try:
+            return _declared(ctypes.CDLL(str(path))), name
+        except (OSError, AttributeError) as error:
+            library_obstacle = f"{path.name} does not load: {error}"
+    return None, library_obstacle
+
+
+def processor_flags() -> set[str]:
+    """Lists the instruction sets that the processor has and the user lets PyTorch use (ATEN_CPU_CAPABILITY)."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return set()
+    flags = next((set(line.partition(":")[2].split()) for line in lines if line.startswith("flags")), set())
+    allowed = torch.backends.cpu.get_cpu_capability()
+    if not allowed.startswith("AVX512"):
+        flags = {flag for flag in flags if not flag.startswith("avx512")}
+    return flags if allowed.startswith("AVX") else set()
+
+
+def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
+    """Declares the types of a library's functions, and returns the library."""
+    pointer, size = ctypes.c_void_p, ctypes.c_int64
+    for dtype in ("float32", "bfloat16"):
+        attention = getattr(library, f"fastbert_attention_{dtype}")
+        attention.argtypes = [pointer, size, size, pointer, size, size, size, ctypes.c_float, pointer, size]
+        attention.restype = ctypes.c_int
+        pool = getattr(library, f"fastbert_pool_{dtype}")
+        pool.argtypes = [pointer, size, size, pointer, size, size, ctypes.c_int, ctypes.c_int, pointer]
+        pool.restype = ctypes.c_int
+    library.fastbert_ids_outside.argtypes = [pointer, size, size]
+    library.fastbert_ids_outside.restype = ctypes.c_int
+    library.fastbert_digest.argtypes = [pointer, size, size]
+    library.fastbert_digest.restype = ctypes.c_uint64
+    library.fastbert_packed_size.argtypes = [size, size]
+    library.fastbert_packed_size.restype = size
+    for dtype in ("float32", "bfloat16") if hasattr(library, "fastbert_linear_bfloat16") else ("float32",):
+        pack, linear, encode = (getattr(library, f"fastbert_{name}_{dtype}") for name in ("pack", "linear", "encode"))
+        pack.argtypes = [pointer, size, size, size, pointer]
+        linear.argtypes = [pointer, size, pointer, pointer, pointer, size, pointer, size, size, size, size, size]
+        encode.argtypes = [*[pointer] * 5, size, *[pointer] * 3, *[size] * 6, ctypes.c_float]
+        pack.restype = linear.restype = None
+        encode.restype = ctypes.c_int
+    if hasattr(library, "fastbert_pack_int8"):
+        _declare_int8(library)
+    return library
+
+
+def _declare_int8(library: ctypes.CDLL) -> None:
+    pointer, size = ctypes.c_void_p, ctypes.c_int64
+    library.fastbert_packed_size_int8.argtypes = [size, size]
+    library.fastbert_padded_columns_int8.argtypes = [size]
+    library.fastbert_packed_size_int8.restype = library.fastbert_padded_columns_int8.restype = size
+    library.fastbert_pack_int8.argtypes = [pointer, size, size, pointer]
+    library.fastbert_pack_int8.restype = None
+    for dtype in ("float32", "bfloat16"):
+        quantize, linear, encode, encode_bytes = (
+            getattr(library, f"fastbert_{name}")
+            for name in (
+                f"quantize_{dtype}", f"linear_int8_{dtype}", f"encode_int8_{dtype}", f"encode_int8_{dtype}_bytes",
+            )
+        )  # fmt: skip
+        quantize.argtypes = [pointer, size, size, size, size, pointer, size, pointer]
+        linear.argtypes = [pointer, size, *[pointer] * 4, size, pointer, *[size] * 5]
+        encode_bytes.argtypes = [size] * 3
+        encode.argtypes = [*[pointer] * 5, size, *[pointer] * 2, size, pointer, *[size] * 7, ctypes.c_float]
+        quantize.restype = linear.restype = None
+        encode_bytes.restype, encode.restype = size, ctypes.c_int
+
+
+def obstacle() -> str | None:
+    """Says why this process has no C++ kernels, or returns None where it has."""
+    library, name_or_obstacle = load()
+    return name_or_obstacle if library is None else None
+
+
+def instructions() -> str | None:
+    """Names the instruction set of the loaded kernels in words, as "AVX2". Returns None where there are none."""
+    library, name = load()
+    return None if library is None else VARIANTS[name][0]
+
+
+def multiplies(dtype: torch.dtype) -> bool:
+    """Says whether `linear_forward` and `encoder_forward` take a dtype: float32, and bfloat16 with its instructions."""
+    if obstacle() is not None:
+        return False
+    return dtype == torch.float32 or (dtype == torch.bfloat16 and load()[1].endswith("bf16"))
+
+
+def int8_obstacle() -> str | None:
+    """Says why no kernel multiplies 8-bit operands, which takes AVX-512 VNNI, or returns None where one does."""
+    if obstacle() is not None:
+        return obstacle()
+    compiled = hasattr(load()[0], "fastbert_pack_int8")
+    return None if compiled else "the processor, or ATEN_CPU_CAPABILITY, has no AVX-512 VNNI"
+
+
+@functools.cache
+def has_amx() -> bool:
+    """Says whether the processor has matrix units, which multiply bfloat16 several times as fast as these kernels."""
+    return "amx_bf16" in processor_flags()
+
+
+def function(name: str, dtype: torch.dtype) -> Any:
+    """Returns the library's function of that name for a dtype."""
+    return _function_of(load()[0], name, dtype)
+
+
+@functools.lru_cache(64)
+def _function_of(library: Any, name: str, dtype: torch.dtype) -> Any:
+    return getattr(library, f"fastbert_{name}_{str(dtype).removeprefix('torch.')}")
+
+
+def address(tensor: torch.Tensor | None) -> int | None:
+    """Returns the address of a tensor's memory, and None for None."""
+    return None if tensor is None else tensor.data_ptr()
+
+
+def empty(shape: tuple[int, ...], *, like: torch.Tensor) -> torch.Tensor:
+    """Allocates the output of a kernel. Tests replace this function, and fill every output with NaN first."""
+    return torch.empty(shape, dtype=like.dtype, device="cpu")  # The default device may be another.
+
+
+def check(status: int, n_tokens: int) -> None:
+    """Raises the error that a kernel returned."""
+    if status == 1:
+        raise MemoryError("attention: no memory for the keys and values of a sequence")
+    if status == 2:
+        raise ValueError(f"cu_seqlens: expected offsets from 0 to {n_tokens} that never decrease")

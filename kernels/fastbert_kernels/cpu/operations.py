@@ -1,0 +1,90 @@
+"""This module runs single operations by the C++ kernels: attention, pooling, linears and checks of memory."""
+
+from __future__ import annotations
+
+import torch
+
+from fastbert_kernels.cpu import library
+
+ACTIVATIONS = {"none": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3}
+
+
+def varlen_attention_forward(
+    qkv: torch.Tensor, cu_seqlens_cpu: torch.Tensor, num_heads: int, scale: float
+) -> torch.Tensor:
+    """Computes softmax(scale * q k^T) v within each sequence, and 0 in rows beyond the last sequence.
+
+    qkv: (T, 3 * N * D), [q | k | v], float32 or bfloat16, rows contiguous, D a multiple of 16. cu_seqlens_cpu: (B + 1,)
+    int32. Returns (T, N * D). Raises ValueError for offsets outside of the rows.
+    """
+    n_tokens, hidden_size = qkv.shape[0], qkv.shape[1] // 3
+    out = library.empty((n_tokens, hidden_size), like=qkv)
+    offsets = cu_seqlens_cpu.contiguous()
+    status = library.function("attention", qkv.dtype)(
+        qkv.data_ptr(), qkv.stride(0), n_tokens, offsets.data_ptr(), len(offsets) - 1, num_heads,
+        hidden_size // num_heads, scale, out.data_ptr(), hidden_size,
+    )  # fmt: skip
+    library.check(status, n_tokens)
+    return out
+
+
+def ids_outside(ids: torch.Tensor, size: int) -> bool:
+    """Says whether one of the ids, int64 and contiguous, is below 0 or not below size."""
+    return bool(library.load()[0].fastbert_ids_outside(ids.data_ptr(), ids.numel(), size))
+
+
+def digest(addresses: int, n_words: int, word_size: int) -> int:
+    """Computes a number that differs where one of n_words words differs.
+
+    addresses: of an array with the words' addresses, uint64. word_size: bytes of a word, 1, 2, 4 or 8.
+    """
+    number: int = library.load()[0].fastbert_digest(addresses, n_words, word_size)
+    return number
+
+
+def pool_forward(
+    hidden: torch.Tensor, cu_seqlens: torch.Tensor, mode: str = "mean", normalize: bool = False
+) -> torch.Tensor:
+    """Computes the mean of each sequence's rows, or with mode "mean_sqrt_len" their sum over the root of their number.
+
+    hidden: (T, H), float32 or bfloat16, rows contiguous. cu_seqlens: (B + 1,) int32 on the CPU, from 0 to at most T.
+    normalize: whether results are scaled to length 1. Returns (B, H) float32. Raises ValueError for other offsets.
+    """
+    offsets, (n_rows, size), n_seqs = cu_seqlens.contiguous(), hidden.shape, cu_seqlens.shape[0] - 1
+    out = torch.empty(n_seqs, size, dtype=torch.float32, device="cpu")
+    status = library.function("pool", hidden.dtype)(
+        hidden.data_ptr(), hidden.stride(0), n_rows, offsets.data_ptr(), n_seqs, size,
+        mode == "mean_sqrt_len", normalize, out.data_ptr(),
+    )  # fmt: skip
+    library.check(status, n_rows)
+    return out
+
+
+def pack_weight(weight: torch.Tensor) -> torch.Tensor:
+    """Packs a weight (M, K), of a dtype that `multiplies`, in the order in which `linear_forward` reads it."""
+    weight = weight if weight.stride(-1) == 1 else weight.contiguous()
+    packed = torch.empty(library.load()[0].fastbert_packed_size(*weight.shape), dtype=weight.dtype, device="cpu")
+    library.function("pack", weight.dtype)(weight.data_ptr(), weight.stride(0), *weight.shape, packed.data_ptr())
+    return packed
+
+
+def linear_forward(
+    x: torch.Tensor,
+    packed: torch.Tensor,
+    n_columns: int,
+    bias: torch.Tensor | None,
+    activation: str = "none",
+    residual: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Computes activation(x @ weight^T + bias) + residual, all of one dtype that `multiplies`, rows contiguous.
+
+    x: (T, K), K even in bfloat16. packed: a weight (M = n_columns, K) from `pack_weight`. bias: (M,). residual: (T, M).
+    activation: a key of ACTIVATIONS. Returns (T, M).
+    """
+    out = library.empty((x.shape[0], n_columns), like=x)
+    library.function("linear", x.dtype)(
+        x.data_ptr(), x.stride(0), packed.data_ptr(), library.address(bias),
+        library.address(residual), 0 if residual is None else residual.stride(0),
+        out.data_ptr(), n_columns, x.shape[0], x.shape[1], n_columns, ACTIVATIONS[activation],
+    )  # fmt: skip
+    return out
