@@ -88,7 +88,7 @@ def _attention(
 def _in_place(
     qkv: torch.Tensor, batch: PackedBatch, num_heads: int, scale: float | None, dropout_p: float
 ) -> torch.Tensor:
-    """Attention of a `varlen.in_place` batch, (B * S, 3 * N * D) -> (B * S, N * D), with its padding masked."""
+    """Attention of a `packing.in_place` batch, (B * S, 3 * N * D) -> (B * S, N * D), with its padding masked."""
     assert batch.valid is not None
     qkv = qkv.reshape(batch.batch_size, batch.padded_length, 3, num_heads, -1)
     q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind()  # each (B, N, S, D)

@@ -6,7 +6,7 @@ Two questions are asked in the whole library before it leaves PyTorch's dispatch
 
 `transformed`: does somebody run the program on something else than numbers, so that no value may be read on the host?
 A tracer would keep it for ever, a transform of torch.func has none. Our registered operations have no rule for these
-either. A model then takes plain operations of PyTorch on padded rows (`varlen.in_place`).
+either. A model then takes plain operations of PyTorch on padded rows (`packing.in_place`).
 
 `observed`: must every operation go through the dispatcher? So it is in all of these cases, under torch.compile, and
 where a mode counts or changes operations. Then no C++ kernel runs past the dispatcher, and nothing made of weights is

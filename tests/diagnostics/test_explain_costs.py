@@ -102,7 +102,14 @@ def test_flops_are_those_that_pytorch_counts(hidden: int) -> None:
     model = BertModel(config(hidden_size=hidden), backend="torch").eval()
     ids = torch.ones(3, 11, dtype=torch.int64)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        eager_bert(dict(model.named_parameters()), model.config, ids, torch.ones_like(ids), torch.zeros_like(ids))
+        eager_bert(
+            dict(model.named_parameters()),
+            model.blocks(),
+            model.config,
+            ids,
+            torch.ones_like(ids),
+            torch.zeros_like(ids),
+        )
     rows = explain(model, ids).rows
     assert sum(row.flops or 0 for row in rows if row.op in ("linear", "attention")) == counter.get_total_flops()
 

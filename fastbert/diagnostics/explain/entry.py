@@ -5,9 +5,6 @@ Nothing runs on data. The model's own code runs once on stand-ins, and its opera
 
 from __future__ import annotations
 
-import inspect
-import sys
-import types
 from typing import Any
 
 import torch
@@ -124,13 +121,3 @@ def _device(device: torch.device, arch: int | None) -> torch.device:
     elif device.type == "meta":
         raise ValueError("device: the model is on 'meta', where nothing runs; pass device= or arch=")
     return device
-
-
-# `fastbert.explain` is a public function and this module: importing the module binds its name in the package.
-class _CallableModule(types.ModuleType):
-    def __call__(self, *args: Any, **kwargs: Any) -> Report:
-        return explain(*args, **kwargs)
-
-
-__signature__ = inspect.signature(explain)
-sys.modules[__name__].__class__ = _CallableModule
