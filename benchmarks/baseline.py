@@ -1,4 +1,4 @@
-"""What new results are compared with where nothing is named: the newest committed results of the same device.
+"""`committed` names the baseline of new results: by default the newest committed results of the same device.
 
 Committed results are read from git's last commit, so that `make bench` may write over the files of the same day.
 """
@@ -30,16 +30,16 @@ def committed(new: Path, results: Path = report.RESULTS) -> tuple[str, Results]:
         if name.endswith(".json") and "/" in name:
             content = _git(results, "show", f"HEAD:./{name}")
             folders.setdefault(name.rpartition("/")[0], {})[name] = Results.parse(content, f"HEAD:{name}")
-    found = {folder: report.combined(parts, folder) for folder, parts in folders.items()}
-    found = {
+    candidates = {folder: report.combined(parts, folder) for folder, parts in folders.items()}
+    candidates = {
         folder: then
-        for folder, then in found.items()
+        for folder, then in candidates.items()
         if then.environment.get("device") == device and then.environment.get("date") != now.environment.get("date")
     }
-    if not found:
+    if not candidates:
         raise ValueError(f"there are no committed results of {device!r} beside {new}: name the results to compare with")
-    newest = max(found, key=lambda folder: str(found[folder].environment.get("date")))
-    return f"{newest} as committed", found[newest]
+    newest = max(candidates, key=lambda folder: str(candidates[folder].environment.get("date")))
+    return f"{newest} as committed", candidates[newest]
 
 
 def _git(folder: Path, *arguments: str) -> str:

@@ -1,4 +1,4 @@
-"""What the hardware allows, measured: copy bandwidth and matrix-product rates. Every fraction of a ceiling is of these.
+"""Ceilings are what the hardware allows, measured: copy bandwidth and the rates of matrix products.
 
 Copy: a large buffer to another on the same device, bytes read plus bytes written. Products: square matrices of random
 numbers, because zeros draw less power and so run faster than data does; 2 n^3 operations. On a CPU the faster of
@@ -25,16 +25,16 @@ CPU_SIZES = (512, 1024, 2048)
 
 
 def matmul_key(dtype: str) -> str:
-    """Of the rate for "float32" (IEEE), "tf32" (float32 inputs), "bfloat16" or "float16"."""
+    """The name of the rate for "float32" (IEEE), "tf32" (float32 inputs), "bfloat16" or "float16"."""
     return f"matmul {dtype} TFLOP/s"
 
 
 def measure(device: torch.device, *, quick: bool = False, size: int | None = None) -> dict[str, float]:
-    """All ceilings of a device. size: of the matrices; by default 8192 on a GPU, what fits half a second on a CPU."""
-    found = {COPY: copy_bandwidth(device, _copy_bytes(device, quick))}
+    """The ceilings of a device. size: of the matrices; by default 8192 on a GPU, what fits half a second on a CPU."""
+    values = {COPY: copy_bandwidth(device, _copy_bytes(device, quick))}
     for dtype in ("bfloat16", "float16", "float32", "tf32") if device.type == "cuda" else ("float32", "bfloat16"):
-        found[matmul_key(dtype)] = matmul_rate(device, dtype, size or _matmul_size(device, dtype, quick))
-    return found
+        values[matmul_key(dtype)] = matmul_rate(device, dtype, size or _matmul_size(device, dtype, quick))
+    return values
 
 
 def copy_bandwidth(device: torch.device, n_bytes: int) -> float:
@@ -89,26 +89,26 @@ def cached(device: torch.device, folder: Path, *, quick: bool = False) -> dict[s
     return results.ceilings
 
 
-def _origin(found: dict[str, Any]) -> tuple[Any, str]:
+def _origin(environment: dict[str, Any]) -> tuple[Any, str]:
     """The device, and the commit, since another may measure otherwise; also of results that called it "-dirty"."""
-    return found.get("device"), str(found.get("commit")).removesuffix("-dirty")
+    return environment.get("device"), str(environment.get("commit")).removesuffix("-dirty")
 
 
 def _seconds(run: Callable[[int], object], device: torch.device) -> float:
-    """Of the fastest round: a ceiling is what the device can do, not what it did while something else ran."""
+    """The seconds of the fastest round: a ceiling is what the device can do, whatever else ran in other rounds."""
     rounds = 20 if device.type == "cuda" else 7
     return min(interleave({"it": run}, device=device, rounds=rounds, warmup=3, max_seconds=2.0)["it"].samples)
 
 
 def _copy_bytes(device: torch.device, quick: bool) -> int:
-    """Far more than the caches hold, and less than a tenth of a GPU's memory."""
+    """The bytes of a copy: far more than the caches hold, and less than a tenth of a GPU's memory."""
     if device.type == "cuda":
         return min(4 * 2**30, torch.cuda.get_device_properties(device).total_memory // 10)
     return 2**26 if quick else 2**29
 
 
 def _matmul_size(device: torch.device, dtype: str, quick: bool) -> int:
-    """On a CPU the largest of a few sizes that takes less than half a second: some multiply bfloat16 very slowly."""
+    """The largest of a few sizes that takes a CPU less than half a second: some multiply bfloat16 very slowly."""
     if device.type == "cuda":
         return CUDA_SIZE
     a = torch.randn(CPU_SIZES[0], CPU_SIZES[0]).to(getattr(torch, dtype))

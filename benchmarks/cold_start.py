@@ -1,4 +1,4 @@
-"""From nothing to the first vector: one competitor in a fresh process, as JSON on standard output.
+"""A fresh process times one competitor from nothing to its first vector, and prints JSON.
 
     python benchmarks/cold_start.py fastbert FOLDER cuda bfloat16
 
@@ -64,8 +64,8 @@ def main(competitor: str, folder: str, device: str, dtype: str) -> None:
         encode(TEXT)
         marks.append(time.perf_counter())
     spans = [end - start for start, end in zip(marks[:-1], marks[1:], strict=True)]
-    found = dict(zip(("import", "load", "first", "second"), spans, strict=True))
-    print(json.dumps({**found, "total": sum(spans[:3])}))
+    seconds = dict(zip(("import", "load", "first", "second"), spans, strict=True))
+    print(json.dumps({**seconds, "total": sum(spans[:3])}))
 
 
 if __name__ == "__main__":

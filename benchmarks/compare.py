@@ -1,4 +1,4 @@
-"""Did fastbert get slower since a baseline? Ratios to its peers are compared, never seconds.
+"""This script says whether fastbert got slower since a baseline. It compares ratios to peers, never seconds.
 
     python benchmarks/compare.py BASELINE NEW          each a result file or a folder of them
     python benchmarks/compare.py NEW                   with the newest committed results of the same device
@@ -51,17 +51,17 @@ class Change:
 
 def keyed(results: Results) -> dict[Key, tuple[str, str, Row]]:
     """Rows by what identifies them from one run to the next, with the contest's label and the competitor's name."""
-    found: dict[Key, tuple[str, str, Row]] = {}
+    rows_by_key: dict[Key, tuple[str, str, Row]] = {}
     for contest in contests(results.rows):
         for row in contest.rows:
             name = contest.name_of(row)
             key: Key = (*contest.key, name)
             again = 2
-            while key in found:
+            while key in rows_by_key:
                 key = (*contest.key, name, str(again))
                 again += 1
-            found[key] = f"{contest.suite}: {contest.label}", name, row
-    return found
+            rows_by_key[key] = f"{contest.suite}: {contest.label}", name, row
+    return rows_by_key
 
 
 def compare(baseline: Results, new: Results, threshold: float = THRESHOLD) -> list[Change]:
@@ -143,7 +143,7 @@ def _said(row: Row | None) -> str:
 
 
 def differences(baseline: dict[str, Any], new: dict[str, Any]) -> Iterator[str]:
-    """What else than fastbert may have moved the ratios: another device, driver or version of a package."""
+    """The differences beside fastbert that may have moved ratios: another device, driver or version of a package."""
     for key in ("device", "driver", "cuda", "threads", "python"):
         if baseline.get(key) != new.get(key):
             yield f"{key}: {baseline.get(key)}, now {new.get(key)}"

@@ -20,8 +20,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+
+from gpu_options import MINUTES, Options
 
 PLAN = ("compile", "tests", "probe", "model")
 # Seconds of a run of seven and a half minutes; what a part leaves over goes to those after it.
@@ -29,22 +30,12 @@ WEIGHTS = {
     "compile": 35, "tests": 130, "ceilings": 20, "probe": 170, "kernels": 90, "model": 115, "text": 50, "start": 60,
     "tune": 240, "sanitizer": 100,
 }  # fmt: skip
-MINUTES = 7.5
 EMPTY = {"train": "there is no training yet, so nothing to time"}
 TIMED = ("kernels", "model", "text")  # these need compiled kernels, and ceilings to be compared with
 PARTS = ("compile", "tests", "ceilings", "probe", "model", "kernels", "text", "start", *EMPTY, "tune", "sanitizer")
 RESERVE = 5.0  # seconds kept for the last files
 GRACE = 10.0  # seconds that a part may take beyond its own before it is ended, and a third of its own besides
 PUBLISH = 10.0  # seconds between two looks at what a running part has
-
-
-@dataclass(frozen=True)
-class Options:
-    out: Path
-    device: str = "cuda"
-    minutes: float = MINUTES
-    model: Path | None = None
-    quick: bool = False
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -62,9 +53,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     plan = [part for part in plan if part not in EMPTY]
     if not plan:
         return 0
-    problem = unable(options.device)
-    if problem is not None:
-        print(f"error: {problem}", file=sys.stderr)
+    obstacle = device_obstacle(options.device)
+    if obstacle is not None:
+        print(f"error: {obstacle}", file=sys.stderr)
         return 2
     import gpu_results
 
@@ -111,8 +102,8 @@ def planned(only: Sequence[str] | None, sanitizer: bool, out: Path) -> list[str]
     return [part for part in PARTS if part in wanted]
 
 
-def unable(device: str) -> str | None:
-    """Why nothing can run here, or None."""
+def device_obstacle(device: str) -> str | None:
+    """The reason why nothing can run here, or None."""
     try:
         import torch
     except ImportError:

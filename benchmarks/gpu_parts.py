@@ -1,4 +1,4 @@
-"""The parts of a run on a GPU, each in a process of its own (see gpu.py). They take the device: a CPU will do."""
+"""Each function here is a part of a run on a GPU, in a process of its own (see gpu.py). A CPU will do as the device."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import ceilings
 import gpu_tests
@@ -22,17 +22,15 @@ import suite_quantized
 import suite_start
 import suite_text
 import torch
+from gpu_options import Options
 from suites import LONG_MINUTES, Case, Deadline, Recorder, read_notes, run_cases
 
 import models
 from fastbert.bench.peers import OURS
 from fastbert.bench.results import OK
 from fastbert.ops import quantized
-from fastbert.tune import jobs as tune_jobs
-from fastbert.tune import search as tune
-
-if TYPE_CHECKING:
-    from gpu import Options
+from fastbert.tune import search
+from fastbert.tune.jobs import TOKENS, default_models, jobs_of
 
 # What is compiled ahead: all that the suites time.
 COMPILED = (
@@ -65,9 +63,11 @@ def compile_kernels(options: Options, device: torch.device, seconds: float) -> i
         started = time.monotonic()
         warm()
         taken[name] = round(time.monotonic() - started, 2)
-    found = {what: n - before[what] for what, n in events.counts().items()}
-    recorder.note(seconds_of_each_model=taken, kernels_found_compiled=found["loads"], left=found["compilations"])
-    _say(f"{found['loads']} kernels of the suites were compiled ahead, {found['compilations']} were not")
+    new_events = {what: n - before[what] for what, n in events.counts().items()}
+    recorder.note(
+        seconds_of_each_model=taken, kernels_found_compiled=new_events["loads"], left=new_events["compilations"]
+    )
+    _say(f"{new_events['loads']} kernels of the suites were compiled ahead, {new_events['compilations']} were not")
     return 0
 
 
@@ -93,7 +93,7 @@ def compile_ahead(arch: int, seconds: float, only: Sequence[str] = ()) -> str:
 
 
 def _warmups(device: torch.device) -> Iterator[tuple[str, Callable[[], None]]]:
-    """What is to be compiled, by name, and the call that does it where that has not been done yet."""
+    """The names of what is to be compiled, and calls that compile it unless that has been done."""
     for model, dtype in COMPILED:
         yield f"{model} {dtype}", functools.partial(suite_kernels.warm, device, model, dtype)
     for precision in _precisions(device):
@@ -165,22 +165,22 @@ def start(options: Options, device: torch.device, seconds: float) -> int:
 def tuned_table(options: Options, device: torch.device, seconds: float) -> int:
     """The table that `fastbert tune` would make for this GPU, in the folder of the results and not in the cache."""
     recorder = Recorder(options.out / "tune.json", device)
-    why_not = tune.unable(device)
-    if why_not is not None:
-        recorder.note(tuned_table=f"not made: {why_not}")
+    obstacle = search.device_obstacle(device)
+    if obstacle is not None:
+        recorder.note(tuned_table=f"not made: {obstacle}")
         return 0
     from fastbert_kernels import launch, tables
 
     name, arch = torch.cuda.get_device_name(device), launch.arch(device)
-    tokens = tune_jobs.TOKENS[:1] if options.quick else tune_jobs.TOKENS
-    jobs = tune_jobs.jobs(tune_jobs.default_models(), [torch.bfloat16], arch, precisions=_precisions(device))
+    tokens = TOKENS[:1] if options.quick else TOKENS
+    jobs = jobs_of(default_models(), [torch.bfloat16], arch, precisions=_precisions(device))
     # In a folder of its own: it is no result file.
     path, deadline, outcomes = options.out / "tuned" / tables.file_name(name), Deadline(seconds), []
     for job in jobs:
         if deadline.left <= 0:
             break
-        outcomes += tune.tune([job], device, tokens, say=_say)
-        tune.write(tune.table_of(outcomes, name, arch, tokens), path)
+        outcomes += search.tune([job], device, tokens, say=_say)
+        search.write(search.table_of(outcomes, name, arch, tokens), path)
     recorder.note(tuned_table=f"tuned/{path.name}", tuned_shapes=f"{len(outcomes)} of {len(jobs)}")
     return int(len(outcomes) < len(jobs) or any(outcome.best() is None for outcome in outcomes))
 
@@ -214,8 +214,8 @@ def _suite(
 ) -> int:
     """Runs the cases of a suite into its result file; exit code 1 if fastbert itself failed or was wrong somewhere."""
     deadline = Deadline(seconds)
-    found = ceilings.cached(device, options.out, quick=options.quick)
-    recorder = Recorder(options.out / f"{part}.json", device, found)
+    known_ceilings = ceilings.cached(device, options.out, quick=options.quick)
+    recorder = Recorder(options.out / f"{part}.json", device, known_ceilings)
     tested = read_notes(options.out / "tests.json")
     recorder.note(**notes, tests="run before" if tested else "not run", **_remarks(tested))
     # Beside a model and a text the failed tests are a remark: both are checked against float64 before they are timed.

@@ -1,4 +1,4 @@
-"""A pytest plugin for the tests on a GPU: only those that touch it, the most telling first, each on record at once.
+"""This pytest plugin runs the tests that touch a GPU, the most telling first, and records each at once.
 
     pytest -p gpu_pytest --record FILE tests/ops/test_op_linear.py ...
 
@@ -93,7 +93,7 @@ class Worker:
 
 
 def lost() -> bool:
-    """Whether CUDA is in use here, and fails."""
+    """True if CUDA is in use in this process, and fails."""
     import torch
 
     if not torch.cuda.is_initialized():

@@ -1,4 +1,4 @@
-"""The result files of a run on a GPU: few, readable, and there from the first minute on.
+"""The result files of a run on a GPU are few, readable, and there from the first minute on.
 
 Parts write a file each into a folder of the run's own. `publish` makes of them, in DIR:
 
@@ -70,13 +70,13 @@ def separated(results: Results) -> dict[str, Results]:
         part, _, key = name.partition(": ")
         notes.setdefault(part, {})[key] = value
     rows = {row.suite: [other for other in results.rows if other.suite == row.suite] for row in results.rows}
-    found = {
+    results_of_part = {
         part: Results(dict(results.environment), rows.get(part, []), notes=notes.get(part, {}))
         for part in {**notes, **rows}
     }
     if results.ceilings:
-        found["ceilings"] = Results(dict(results.environment), ceilings=dict(results.ceilings))
-    return found
+        results_of_part["ceilings"] = Results(dict(results.environment), ceilings=dict(results.ceilings))
+    return results_of_part
 
 
 def ending(code: int) -> str:

@@ -1,4 +1,4 @@
-"""The tests on a GPU: one pytest with many processes, which compile side by side and lose CUDA contexts one by one.
+"""The tests on a GPU run in one pytest of many processes, which compile side by side, and lose one CUDA context each.
 
 The plugin gpu_pytest.py chooses the tests, orders them and keeps a record.
 
@@ -79,7 +79,7 @@ PASSED, FAILED, INCOMPLETE = "passed", "failed", "incomplete"
 
 @dataclass
 class Verdict:
-    """What the tests of one group said. incomplete: none failed, but the time was up before the last."""
+    """The outcome of the tests of one group. incomplete: none failed, but the time was up before the last."""
 
     status: str
     passed: int = 0
@@ -90,7 +90,7 @@ class Verdict:
 
 
 def place(test: str, groups: Mapping[str, Sequence[str]] = GROUPS) -> int:
-    """Where the group of a test stands. Raises ValueError for a test that is in none."""
+    """The place of a test's group in the order. Raises ValueError for a test that is in none."""
     return list(groups).index(group_of(test, groups))
 
 
@@ -167,7 +167,7 @@ def judge(
 def _verdict(
     expected: set[str], outcomes: Mapping[str, str], detail: str, collected: bool, returncode: int, interrupted: bool
 ) -> Verdict:
-    counts = {name: sum(found == name for found in outcomes.values()) for name in ("passed", "failed", "skipped")}
+    counts = {name: sum(outcome == name for outcome in outcomes.values()) for name in ("passed", "failed", "skipped")}
     missed = len(expected - outcomes.keys())
     if counts["failed"]:
         return Verdict(FAILED, **counts, missed=missed, detail=detail)
@@ -209,16 +209,16 @@ def as_notes(verdicts: Mapping[str, Verdict]) -> dict[str, Any]:
 
 
 def _lines(record: Path) -> list[dict[str, Any]]:
-    """What is in the record, without a last line that was cut short."""
-    found = []
+    """The lines of the record, without a last one that was cut short."""
+    records = []
     for line in record.read_text(encoding="utf-8").splitlines() if record.exists() else ():
         with suppress(json.JSONDecodeError):
-            found.append(json.loads(line))
-    return found
+            records.append(json.loads(line))
+    return records
 
 
 def _wait(process: subprocess.Popen[Any], seconds: float) -> bool:
-    """Waits; true if it had to be interrupted. pytest then still prints the failures that it saw."""
+    """Waits; true if the process had to be interrupted. pytest then still prints the failures that it saw."""
     interrupted = False
     try:
         process.wait(max(0.0, seconds))

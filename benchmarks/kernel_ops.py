@@ -1,4 +1,4 @@
-"""The fused operations as the kernel suite runs them: inputs, fastbert's function, eager PyTorch's, and the least work.
+"""Each fused operation is described for the kernel suite: inputs, our function, eager PyTorch's, and the least work.
 
 fastbert and the packed library kernels take (T, ...) tokens; eager PyTorch takes the padded (B, S, ...) batch, which
 has the same tokens where all lengths are equal.

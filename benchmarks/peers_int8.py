@@ -1,4 +1,4 @@
-"""What is recommended for CPUs beside the runtimes of peers_cpu: int8 of OpenVINO and of ONNX Runtime, and zentorch.
+"""Engines recommended for CPUs beside those of peers_cpu are int8 of OpenVINO and ONNX Runtime, and zentorch.
 
 sentence-transformers' documentation recommends OpenVINO with static quantisation on CPUs, and names ONNX Runtime with
 dynamic quantisation as the other way. Both are made here with the settings that its functions
@@ -15,7 +15,7 @@ import torch
 from peers_cpu import INPUTS, OpenVINO, exported, workdir
 
 from fastbert import Tokenizer
-from fastbert.bench.engines import Compiled, Engine, Source, missing
+from fastbert.bench.engines import Compiled, Engine, Source, package_obstacle
 from fastbert.bench.texts import docstrings, spread
 from fastbert_kernels import cpu
 
@@ -25,12 +25,12 @@ SMOOTH_QUANT = 0.95  # likewise
 
 
 class ONNXRuntimeInt8(peers_cpu.ONNXRuntime):
-    """Dynamic quantisation: weights in int8 for a tensor each, activations at run time, as for AVX-512 VNNI or AVX2."""
+    """ONNX Runtime with dynamic quantisation: a scale for each weight, activations quantised at run time."""
 
     name, computes_in = "ONNX Runtime int8", "int8"
 
-    def available(self) -> str | None:
-        return super().available() or missing("onnx")
+    def obstacle(self) -> str | None:
+        return super().obstacle() or package_obstacle("onnx")
 
     def graph(self) -> str:
         path = workdir() / f"{peers_cpu._key(self.source)}-int8.onnx"
@@ -48,12 +48,12 @@ class ONNXRuntimeInt8(peers_cpu.ONNXRuntime):
 
 
 class OpenVINOInt8(OpenVINO):
-    """Static quantisation by NNCF, with ranges of activations from docstrings that the benchmark does not time."""
+    """OpenVINO with static quantisation by NNCF, with ranges from docstrings that the benchmark does not time."""
 
     name, computes_in = "OpenVINO int8", "int8"
 
-    def available(self) -> str | None:
-        return super().available() or missing("nncf")
+    def obstacle(self) -> str | None:
+        return super().obstacle() or package_obstacle("nncf")
 
     def model(self, core: Any) -> Any:
         path = workdir() / f"{peers_cpu._key(self.source)}-int8.xml"
@@ -81,16 +81,16 @@ class Zentorch(Compiled):
 
     name, package = "zentorch", "zentorch"
 
-    def available(self) -> str | None:
+    def obstacle(self) -> str | None:
         if self.source.device.type != "cpu":
             return "is compared on CPUs only"
-        reason = missing(self.package) or super().available()
-        if reason is None:
+        obstacle = package_obstacle(self.package) or super().obstacle()
+        if obstacle is None:
             try:
                 import zentorch  # noqa: F401
             except (ImportError, OSError, RuntimeError) as error:  # it is built for one release of PyTorch each
-                reason = f"zentorch does not load: {str(error).splitlines()[0]}"
-        return reason
+                obstacle = f"zentorch does not load: {str(error).splitlines()[0]}"
+        return obstacle
 
     def load(self) -> None:
         super().load()

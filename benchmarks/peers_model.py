@@ -1,4 +1,4 @@
-"""From token ids to hidden states: the task, its reference, and the peers: fastbert and engines.
+"""Peers of the model level go from token ids to hidden states. The task and its reference are here too.
 
 All take the same ids, already on the device, each in its own form: packed, or padded batch by batch.
 """
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fastbert import BertModel, reference
 from fastbert.bench.engines import TRANSFORMERS_ENGINES, Batch, Engine, Packed, Padded, Source
-from fastbert.bench.exact import covered
+from fastbert.bench.exact import choose_checked
 from fastbert.bench.peers import OURS, Peer
 from fastbert.ops.quantized import device_obstacle
 
@@ -62,7 +62,7 @@ class ModelTask:
 
     @property
     def varied(self) -> bool:
-        """Whether some batch needs padding, or batches differ in shape: then it is no single shape."""
+        """True if some batch needs padding, or batches differ in shape."""
         return len({(len(lengths), n) for lengths in self.batches for n in lengths}) > 1
 
     @functools.cached_property
@@ -76,13 +76,13 @@ class ModelTask:
 
     @functools.cached_property
     def checked(self) -> list[list[int]]:
-        """For each batch, the sequences of it that the reference covers."""
+        """The sequences of each batch that the reference covers."""
         places = [(b, i) for b, lengths in enumerate(self.batches) for i in range(len(lengths))]
         lengths = [self.batches[b][i] for b, i in places]
-        found: list[list[int]] = [[] for _ in self.batches]
-        for b, i in (places[k] for k in covered(lengths, self.source.config, self.source.device)):
-            found[b].append(i)
-        return found
+        numbers: list[list[int]] = [[] for _ in self.batches]
+        for b, i in (places[k] for k in choose_checked(lengths, self.source.config, self.source.device)):
+            numbers[b].append(i)
+        return numbers
 
     @torch.no_grad()
     def reference(self) -> Tensor:
@@ -101,7 +101,7 @@ class ModelTask:
 class FastBert(Engine):
     """fastbert.BertModel."""
 
-    def available(self) -> str | None:
+    def obstacle(self) -> str | None:
         return None
 
     def load(self) -> None:
@@ -132,22 +132,22 @@ class FastBertInt8(FastBertPacked):
         super().__init__(*args, **settings)
         self.dtype = self.precision
 
-    def available(self) -> str | None:
+    def obstacle(self) -> str | None:
         return device_obstacle(self.precision, self.source.device)
 
     def load(self) -> None:
-        source, how = self.source, {"precision": self.precision, "backend": self.backend, "strict": True}
-        self.model = BertModel.from_pretrained(source.folder, dtype=source.dtype, device=source.device, **how)
+        source, arguments = self.source, {"precision": self.precision, "backend": self.backend, "strict": True}
+        self.model = BertModel.from_pretrained(source.folder, dtype=source.dtype, device=source.device, **arguments)
 
 
 class FastBertFp8(FastBertInt8):
-    """The same in fp8."""
+    """`FastBertInt8` in fp8."""
 
     name, precision = f"{OURS} fp8", "fp8"
 
 
 class FastBertPadded(FastBert, Padded):
-    """In the place of transformers' model: padded batches in and out."""
+    """fastbert in the place of transformers' model, with padded batches in and out."""
 
     name = "fastbert padded"
 
@@ -164,8 +164,8 @@ class Hidden(Peer):
         self.name, self.dtype, self.needs = self.engine.name, self.engine.dtype, self.engine.needs
         self.inputs: list[list[Batch]] = []
 
-    def available(self) -> str | None:
-        return self.engine.available()
+    def obstacle(self) -> str | None:
+        return self.engine.obstacle()
 
     def prepare(self) -> None:
         self.engine.load()

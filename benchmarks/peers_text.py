@@ -1,4 +1,4 @@
-"""From strings to vectors: all that fastbert is compared with."""
+"""`text_encoders` are all that fastbert is compared with from strings to vectors."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ import peers_int8
 import peers_torch
 
 from fastbert import SentenceEncoder
-from fastbert.bench import text
+from fastbert.bench import text_encoders as bench_encoders
 from fastbert.bench.peers import OURS
-from fastbert.bench.text import FastBert, Pooled, TextEncoder, TextTask
+from fastbert.bench.text_encoders import FastBert, Pooled, TextEncoder
+from fastbert.bench.text_task import TextTask
 from fastbert_kernels import cpu
 
 
@@ -22,13 +23,13 @@ class FastBertInt8(FastBert):
         super().__init__(task)
         self.dtype = "int8"
 
-    def available(self) -> str | None:
+    def obstacle(self) -> str | None:
         return cpu.int8_obstacle()
 
     def load(self) -> None:
         task = self.task
-        how = {"dtype": task.dtype, "device": task.device, "precision": "int8", "strict": True}
-        self.encoder = SentenceEncoder.from_pretrained(task.folder, **how)
+        arguments = {"dtype": task.dtype, "device": task.device, "precision": "int8", "strict": True}
+        self.encoder = SentenceEncoder.from_pretrained(task.folder, **arguments)
 
 
 def text_encoders(task: TextTask) -> list[TextEncoder]:
@@ -37,4 +38,4 @@ def text_encoders(task: TextTask) -> list[TextEncoder]:
     if task.device.type == "cpu":
         engines += [*peers_cpu.engines(task.source.dtype), *peers_int8.engines(task.source.dtype)]
     in_8_bits = [FastBertInt8(task)] if task.device.type == "cpu" and task.dtype == "bfloat16" else []
-    return [*text.text_encoders(task), *in_8_bits, *(Pooled(task, engine) for engine in engines)]
+    return [*bench_encoders.text_encoders(task), *in_8_bits, *(Pooled(task, engine) for engine in engines)]

@@ -1,4 +1,4 @@
-"""PyTorch's own strong ways to run BERT, as engines: SDPA backends forced, varlen_attn, the nested-tensor fast path."""
+"""PyTorch's own strong ways to run BERT are engines here: one SDPA backend each, varlen_attn, nested tensors."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fastbert.bench.engines import SDPA, Engine, Packed, Padded, missing
+from fastbert.bench.engines import SDPA, Engine, Packed, Padded, package_obstacle
 
 NO_GPU = "needs an NVIDIA GPU"
 HALF = (torch.bfloat16, torch.float16)
@@ -22,13 +22,13 @@ class ForcedSDPA(SDPA):
 
     backend: SDPBackend
 
-    def available(self) -> str | None:
+    def obstacle(self) -> str | None:
         if self.source.device.type != "cuda":
             return NO_GPU
-        return super().available() or self._rejected()
+        return super().obstacle() or self._rejected()
 
     def _rejected(self) -> str | None:
-        """Why the backend does not take such queries, with a mask where batches have padding; None if it does."""
+        """The reason why the backend does not take such queries, with a mask if batches have padding, or None."""
         config, device = self.source.config, self.source.device
         shape = (2, config.num_attention_heads, 64, config.head_size)
         q = torch.zeros(shape, dtype=self.source.dtype, device=device)
@@ -42,8 +42,8 @@ class ForcedSDPA(SDPA):
                 reasons = [re.sub(r"\(Triggered internally.*", "", str(w.message), flags=re.DOTALL) for w in told]
                 # Among the reasons are headings, and that the other backends are switched off.
                 noise = "kernel not used because", "runtime disabled"
-                found = dict.fromkeys(r.strip() for r in reasons if not any(part in r for part in noise))
-                return f"rejected: {' '.join(found) or str(error).strip()}"[:300]
+                told_reasons = dict.fromkeys(r.strip() for r in reasons if not any(part in r for part in noise))
+                return f"rejected: {' '.join(told_reasons) or str(error).strip()}"[:300]
 
     def hidden(self, ids: Tensor, mask: Tensor | None) -> Tensor:
         with sdpa_kernel(self.backend):
@@ -66,13 +66,13 @@ class FlashAttention(SDPA):
     name, attention = "transformers FlashAttention-2", "flash_attention_2"
     always_masked = True  # without a mask it would have to be told that nothing is padding
 
-    def available(self) -> str | None:
+    def obstacle(self) -> str | None:
         if self.source.device.type != "cuda":
             return NO_GPU
         if self.source.dtype not in HALF:
             return f"FlashAttention takes bfloat16 and float16, not {self.dtype}"
-        reasons = [missing(package) for package in ("flash-attn", "kernels")]
-        return super().available() or (f"{reasons[0]}; {reasons[1]}" if all(reasons) else None)
+        reasons = [package_obstacle(package) for package in ("flash-attn", "kernels")]
+        return super().obstacle() or (f"{reasons[0]}; {reasons[1]}" if all(reasons) else None)
 
 
 class VarlenAttention(Packed):
@@ -80,7 +80,7 @@ class VarlenAttention(Packed):
 
     name = "PyTorch varlen_attn"
 
-    def available(self) -> str | None:
+    def obstacle(self) -> str | None:
         if self.source.device.type != "cuda":
             return NO_GPU
         if self.source.dtype not in HALF:
@@ -89,7 +89,7 @@ class VarlenAttention(Packed):
             from torch.nn.attention import varlen  # noqa: F401
         except ImportError:
             return f"PyTorch {torch.__version__} has no torch.nn.attention.varlen"
-        return super().available()
+        return super().obstacle()
 
     def load(self) -> None:
         from torch.nn.attention.varlen import varlen_attn
@@ -117,13 +117,13 @@ class NestedTransformer(Padded):
 
     name = "PyTorch nn.TransformerEncoder"
 
-    def available(self) -> str | None:
+    def obstacle(self) -> str | None:
         config = self.source.config
         if config.hidden_act not in ("gelu", "relu"):
             return f"the fast path has gelu and relu, not {config.hidden_act}"
         if config.num_attention_heads % 2:
             return f"the fast path needs an even number of heads, not {config.num_attention_heads}"
-        return super().available()
+        return super().obstacle()
 
     def load(self) -> None:
         model, config = self.source.transformers(), self.source.config
@@ -134,15 +134,15 @@ class NestedTransformer(Padded):
         )  # fmt: skip
         encoder = nn.TransformerEncoder(layer, config.num_hidden_layers, mask_check=False)  # masks here are as it needs
         state: dict[str, Any] = {}
-        for i, found in enumerate(model.encoder.layer):
-            attention = found.attention
+        for i, layer_of_bert in enumerate(model.encoder.layer):
+            attention = layer_of_bert.attention
             three = [getattr(attention.self, name) for name in ("query", "key", "value")]
             state[f"layers.{i}.self_attn.in_proj_weight"] = torch.cat([x.weight for x in three])
             state[f"layers.{i}.self_attn.in_proj_bias"] = torch.cat([x.bias for x in three])
             for name, module in (
                 ("self_attn.out_proj", attention.output.dense), ("norm1", attention.output.LayerNorm),
-                ("linear1", found.intermediate.dense), ("linear2", found.output.dense),
-                ("norm2", found.output.LayerNorm),
+                ("linear1", layer_of_bert.intermediate.dense), ("linear2", layer_of_bert.output.dense),
+                ("norm2", layer_of_bert.output.LayerNorm),
             ):  # fmt: skip
                 state[f"layers.{i}.{name}.weight"], state[f"layers.{i}.{name}.bias"] = module.weight, module.bias
         encoder.load_state_dict(state, assign=True)
@@ -159,5 +159,5 @@ CPU_ENGINES: tuple[type[Engine], ...] = (NestedTransformer,)
 
 
 def engines(device: torch.device) -> tuple[type[Engine], ...]:
-    """Those that are tried on such a device."""
+    """The engines that are tried on a device."""
     return GPU_ENGINES if device.type == "cuda" else CPU_ENGINES

@@ -1,4 +1,4 @@
-"""One process, a few minutes: is every kernel right at real sizes, how fast is it, where does a forward lose its time?
+"""The probe says in minutes whether every kernel is right, how fast it is, and where a forward loses its time.
 
     python benchmarks/probe.py --out DIR --seconds 170             on a GPU; run_gpu.sh does it as its part `probe`
     python benchmarks/probe.py --out DIR --dry                     every line of it in small, on the CPU
@@ -17,114 +17,17 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import probe_kernels
 import probe_models
 import torch
-from suites import Deadline, Recorder, Work
+from probe_pieces import ContextLost, Probe, line
+from suites import Deadline, Recorder
 
-from fastbert.bench.measure import interleave, rms_error
 from fastbert.bench.results import FAILED, Results, Row
 
-SUITE = "probe"
 FILE = "probe.json"
 LOST = 3  # exit code: the CUDA context is lost
-ROUNDS, WARMUP = 12, 2
-Run = Callable[[int], Any]
-
-
-class ContextLost(RuntimeError):
-    """Nothing can run on the device any more in this process."""
-
-
-class Probe:
-    """Times and checks pieces. tiny: small sizes and one round each. model: the folder of a MiniLM, or None."""
-
-    def __init__(
-        self,
-        device: torch.device,
-        recorder: Recorder,
-        deadline: Deadline,
-        *,
-        tiny: bool = False,
-        model: Path | None = None,
-        say: Callable[[str], None] = print,
-    ) -> None:
-        self.device, self.recorder, self.deadline = device, recorder, deadline
-        self.tiny, self.model, self.say = tiny, model, say
-        self.section = ""
-
-    @property
-    def on_gpu(self) -> bool:
-        return self.device.type == "cuda"
-
-    @property
-    def is_over(self) -> bool:
-        return self.deadline.left <= 0
-
-    def wait(self) -> None:
-        if self.on_gpu:
-            torch.cuda.synchronize(self.device)
-
-    def add(self, workload: str, name: str, dtype: str = "bfloat16", **fields: Any) -> Row:
-        """A row; what is no field of Row goes into its `extra`."""
-        row = Row(SUITE, f"{self.section}: {workload}", name, dtype)
-        for key, value in fields.items():
-            if key in Row.__dataclass_fields__:
-                setattr(row, key, value)
-            else:
-                row.extra[key] = value
-        self.recorder.add([row])
-        self.say(line(row))
-        return row
-
-    def measure(
-        self,
-        workload: str,
-        name: str,
-        run: Run,
-        *,
-        work: Work | None = None,
-        exact: torch.Tensor | None = None,
-        pick: Callable[[Any], torch.Tensor] = lambda out: out,
-        dtype: str = "bfloat16",
-        **extra: Any,
-    ) -> None:
-        """One row: the median time on the device of run(i), L2 overwritten before each, and its error.
-
-        exact: what pick(run(0)) should be, in float64.
-        """
-
-        def piece() -> None:
-            error = None if exact is None else rms_error(pick(run(0)), exact)
-            rounds = 1 if self.tiny else ROUNDS
-            timing = interleave(
-                {"it": run}, device=self.device, rounds=rounds, warmup=0 if self.tiny else WARMUP, flush_l2=True
-            )["it"]
-            row = Row(SUITE, "", "", dtype, error=error).timed(timing)
-            if work is not None:
-                work.fill(row, self.recorder.results.ceilings)
-            found = {key: getattr(row, key) for key in ("seconds", "spread", "rounds", "error", "rate", "rate_unit")}
-            self.add(workload, name, dtype, ceiling_fraction=row.ceiling_fraction, **found, **extra)
-
-        self.attempt(workload, name, piece, dtype)
-
-    def attempt(self, workload: str, name: str, piece: Callable[[], None], dtype: str = "bfloat16") -> None:
-        """Runs a piece unless the time is up; an error becomes a row. Raises ContextLost where nothing can go on."""
-        if self.is_over:
-            return
-        try:
-            piece()
-            return
-        except Exception as error:
-            # Triton's messages begin with the kernel's source, and end with what is wrong.
-            reason = " ".join(str(error).split())[-200:]
-            self.add(workload, name, dtype, status=FAILED, detail=f"{type(error).__name__}: {reason}")
-        try:
-            self.wait()
-        except RuntimeError as error:
-            raise ContextLost(str(error)) from error
 
 
 @dataclass(frozen=True)
@@ -147,33 +50,17 @@ SECTIONS = {
 }
 
 
-def line(row: Row) -> str:
-    """A row in a line."""
-    parts = [f"{row.workload}: {row.competitor}", row.dtype]
-    if row.status == FAILED:
-        return " ".join([*parts, f"FAILED: {row.detail}"])
-    parts += [] if row.seconds is None else [f"{1e6 * row.seconds:.1f} us"]
-    parts += [] if row.rate is None else [f"{row.rate:.4g} {row.rate_unit}"]
-    parts += [] if row.ceiling_fraction is None else [f"({row.ceiling_fraction:.0%} of the ceiling)"]
-    parts += [] if row.tokens_per_second is None else [f"{row.tokens_per_second:,.0f} tokens/s"]
-    parts += [] if row.error is None else [f"error {row.error:.2e}"]
-    parts += [
-        f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in row.extra.items()
-    ]
-    return " ".join(parts)
-
-
 def lines(rows: Sequence[Row]) -> list[str]:
     """The probe's part of a summary: a heading for each section, and a line for each row."""
-    found: list[str] = []
+    lines_of_text: list[str] = []
     section = ""
     for row in rows:
         heading, _, rest = row.workload.partition(": ")
         if heading != section:
             section = heading
-            found.append(f"\nprobe, {section}")
-        found.append("  " + line(row).removeprefix(f"{heading}: "))
-    return found
+            lines_of_text.append(f"\nprobe, {section}")
+        lines_of_text.append("  " + line(row).removeprefix(f"{heading}: "))
+    return lines_of_text
 
 
 def run(
@@ -193,10 +80,10 @@ def run(
     (out / FILE).unlink(missing_ok=True)
     deadline, left, ended = Deadline(seconds), list(SECTIONS), 0
     while left and deadline.left > 0:
-        given = ["--out", str(out), "--seconds", f"{deadline.left:.1f}", "--only", *left]
-        given += ["--model", str(model)] if model else []
-        given += ["--dry"] if tiny and device.type == "cpu" else ["--tiny"] if tiny else []
-        code = subprocess.run([*command, *given]).returncode
+        options = ["--out", str(out), "--seconds", f"{deadline.left:.1f}", "--only", *left]
+        options += ["--model", str(model)] if model else []
+        options += ["--dry"] if tiny and device.type == "cpu" else ["--tiny"] if tiny else []
+        code = subprocess.run([*command, *options]).returncode
         ended = ended or code
         done = Results.load(out / FILE).notes.get("sections", {}) if (out / FILE).exists() else {}
         remaining = [name for name in left if name not in done]

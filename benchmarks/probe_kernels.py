@@ -1,4 +1,4 @@
-"""What the probe measures of single kernels. T tokens, H hidden, K and M a weight's sizes."""
+"""These sections of the probe measure single kernels. T tokens, H hidden, K and M a weight's sizes."""
 
 from __future__ import annotations
 
@@ -17,23 +17,24 @@ from torch import Tensor
 
 from fastbert import reference
 from fastbert.bench.results import MISSING
+from fastbert.engine.block import product_shapes
 from fastbert.ops import attention as attention_op
 from fastbert.ops import packing, quantized
 
 if TYPE_CHECKING:
-    from probe import Probe
+    from probe_pieces import Probe
 
 TOKENS, FEW = 16384, 64  # of a kernel's case; in small
 CHECKED = 256  # rows of a GEMM that are compared with float64
 
 
 def measure_ceilings(probe: Probe) -> None:
-    """The copy and the products that the other numbers are held against; in 8 bits as libraries do them."""
+    """Measures the copy and the products that other numbers are held against; in 8 bits as libraries do them."""
 
     def usual() -> None:
-        found = ceilings.cached(probe.device, probe.recorder.path.parent, quick=probe.tiny)
-        probe.recorder.results.ceilings |= found
-        for name, value in found.items():
+        values = ceilings.cached(probe.device, probe.recorder.path.parent, quick=probe.tiny)
+        probe.recorder.results.ceilings |= values
+        for name, value in values.items():
             *what, unit = name.split()
             probe.add(" ".join(what), "ceiling", what[-1], rate=value, rate_unit=unit)
 
@@ -55,10 +56,10 @@ def measure_ceilings(probe: Probe) -> None:
         probe.recorder.results.ceilings |= {ceilings.matmul_key(dtype): max(rates)} if rates else {}
 
 
-# K, M, activation of the linears of BERT-base and BERT-large.
+# Model, product of a layer and activation of each linear.
 GEMMS = (
-    (768, 3072, "gelu"), (768, 2304, "none"), (768, 768, "none"), (3072, 768, "none"), (1024, 4096, "gelu"),
-    (4096, 1024, "none"),
+    ("BERT-base", "up", "gelu"), ("BERT-base", "qkv", "none"), ("BERT-base", "out", "none"),
+    ("BERT-base", "down", "none"), ("BERT-large", "up", "gelu"), ("BERT-large", "down", "none"),
 )  # fmt: skip
 # Rows, columns, K, warps, stages of a tile.
 PERSISTENT = (
@@ -68,12 +69,13 @@ POINTERS = ((128, 128, 64, 8, 3), (128, 256, 64, 8, 3), (64, 128, 64, 4, 4))
 
 
 def measure_gemms(probe: Probe) -> None:
-    """16-bit linears: cuBLAS without an epilogue, then our kernels with theirs, by tile."""
+    """Measures 16-bit linears: cuBLAS without an epilogue, then our kernels with theirs, by tile."""
     if probe.tiny:
         measure_gemm(probe, FEW, 64, 128, "gelu")
         return
     for n in (TOKENS, 128):
-        for k, m, activation in GEMMS:
+        for model, product, activation in GEMMS:
+            m, k = product_shapes(*suite_kernels.MODELS[model][:2])[product]
             measure_gemm(probe, n, k, m, activation)
 
 
@@ -110,7 +112,7 @@ ATTENTION = ((128, 64, 8, 2), (128, 64, 8, 3), (128, 128, 8, 2), (64, 64, 4, 3),
 
 
 def measure_attention(probe: Probe) -> None:
-    """Attention in bf16, D = 64, by tile and lengths, beside SDPA; also with the list of tiles that a graph has."""
+    """Measures attention in bf16, D = 64, by tile and lengths, beside SDPA; also with the list of tiles of a graph."""
     sizes = (FEW, 2, 16) if probe.tiny else (TOKENS, 12, 64)
     for kind in ("queries", "S32") if probe.tiny else ("S512", "S128", "squad", "queries"):
         measure_attention_on(probe, kind, *sizes)
@@ -128,8 +130,8 @@ def measure_attention_on(probe: Probe, kind: str, n: int, heads: int, d: int) ->
     exact = attention_op._grouped(qkv[: sum(first)].double(), *grouped, heads, d**-0.5)
 
     def run(config: dict[str, int], tiles: Tensor, i: int) -> Tensor:
-        given = qkv, batch.cu_seqlens, batch.seq_ids, tiles, heads, d**-0.5
-        return attention.varlen_attention_forward(*given, config=config)
+        arguments = qkv, batch.cu_seqlens, batch.seq_ids, tiles, heads, d**-0.5
+        return attention.varlen_attention_forward(*arguments, config=config)
 
     for block_q, block_k, warps, stages in ATTENTION[:2] if probe.tiny else ATTENTION:
         config = {"BLOCK_Q": block_q, "BLOCK_K": block_k, "BLOCK_D": d, "num_warps": warps, "num_stages": stages}
@@ -148,7 +150,7 @@ def measure_attention_on(probe: Probe, kind: str, n: int, heads: int, d: int) ->
 
 
 def measure_rows(probe: Probe) -> None:
-    """What reads and writes rows: LayerNorm with bias and residual, mean pooling with normalisation."""
+    """Measures kernels on rows: LayerNorm with bias and residual, mean pooling with normalisation."""
     for h in (64,) if probe.tiny else (384, 768, 1024):
         measure_rows_of(probe, FEW if probe.tiny else TOKENS, h)
 
@@ -179,7 +181,7 @@ def measure_rows_of(probe: Probe, n: int, h: int) -> None:
 
 
 def measure_eight_bit(probe: Probe) -> None:
-    """The 8-bit linears of BERT-large by both kernels and by libraries, as the kernel suite has them."""
+    """Measures the 8-bit linears of BERT-large by both kernels and by libraries, as the kernel suite has them."""
     sizes = (64, 128, 2) if probe.tiny else suite_kernels.MODELS["BERT-large"]
     for precision in ("fp8", "int8"):
         obstacle = quantized.device_obstacle(precision, probe.device)
@@ -193,7 +195,7 @@ def measure_eight_bit(probe: Probe) -> None:
 def measure_eight_bit_linear(probe: Probe, name: str, linear: suite_quantized.Linear, precision: str) -> None:
     built = suite_quantized.build(linear, FEW if probe.tiny else TOKENS, precision, probe.device)
     for peer in built.peers:
-        if peer.available() is None and peer.name != suite_kernels.EAGER:
+        if peer.obstacle() is None and peer.name != suite_kernels.EAGER:
             case: dict[str, Any] = {"work": built.work, "exact": built.reference, "dtype": precision}
             probe.measure(name, peer.name, peer.run, pick=partial(_output, peer), **case)
 
@@ -203,7 +205,7 @@ def _output(peer: Any, out: Any) -> Tensor:
 
 
 def measure_copies(probe: Probe) -> None:
-    """Whether positions that are copied from the host wait for what the GPU is doing."""
+    """Measures whether positions that are copied from the host wait for what the GPU is doing."""
     for n in (4,) if probe.tiny else (4, 32, 128):
         probe.attempt(f"{n} texts of 512", "from_lengths", partial(measure_copy, probe, n), "int64")
 

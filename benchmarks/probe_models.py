@@ -1,4 +1,4 @@
-"""What the probe measures of whole models: latency, the host's time, throughput, and the device's time by kernel."""
+"""These sections of the probe measure whole models: latency, the host's time, throughput, time by kernel."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from fastbert.engine import buckets
 from fastbert.ops import packing
 
 if TYPE_CHECKING:
-    from probe import Probe
+    from probe_pieces import Probe
 
 BF16 = torch.bfloat16
 FIRST = 600  # tokens of the first sequences of a batch, which are compared with float64
@@ -28,7 +28,7 @@ Case = tuple[str, str | None, list[int]]  # model, precision, lengths
 
 
 def model_cases(tiny: bool) -> list[Case]:
-    """Model, precision, lengths: the most telling first."""
+    """The cases, (model, precision, lengths), the most telling first."""
     if tiny:
         return [("BERT-base", None, [9, 4]), ("MiniLM", "fp8", [9, 4]), ("BERT-large", "int8", [5])]
     squad = list(suite_kernels.lengths_of("squad", 160_000))
@@ -81,7 +81,7 @@ def exact_states(model: Any, ids: Tensor, lengths: list[int]) -> Tensor:
 
 
 def measure_models(probe: Probe) -> None:
-    """Latency of a checked call, the host's time, throughput without checks; with graphs and without."""
+    """Measures latency with checks, the host's time, and throughput without checks, with graphs and without."""
     cases = model_cases(probe.tiny)
     for name, precision in dict.fromkeys((name, precision) for name, precision, _ in cases):
         batches = [lengths for other, wanted, lengths in cases if (other, wanted) == (name, precision)]
@@ -105,7 +105,7 @@ def batch_name(model: str, lengths: list[int]) -> str:
 
 @torch.inference_mode()
 def timed(probe: Probe, model: Any, lengths: list[int], with_graphs: bool, what: str, label: str) -> None:
-    """One row of a model on one batch."""
+    """Adds one row, of a model on one batch."""
     model.cuda_graphs = with_graphs
     n = sum(lengths)
     ids = torch.randint(0, model.config.vocab_size, (n,), device=probe.device)
@@ -146,7 +146,7 @@ def timed(probe: Probe, model: Any, lengths: list[int], with_graphs: bool, what:
 
 
 def measure_profile(probe: Probe) -> None:
-    """Time on the device by kernel, of the plain path, since graphs hide names."""
+    """Measures the time on the device by kernel, without graphs, which hide names."""
     wanted = [case for case in model_cases(probe.tiny) if case[0] != "MiniLM" and case[2] != [16]]
     for name, precision, lengths in wanted[:1] if probe.tiny else wanted:
         piece = partial(profiled, probe, name, precision, lengths)
@@ -156,7 +156,7 @@ def measure_profile(probe: Probe) -> None:
 
 @torch.inference_mode()
 def profiled(probe: Probe, name: str, precision: str | None, lengths: list[int]) -> None:
-    """A row for each of the ten kernels that take longest."""
+    """Adds a row for each of the ten kernels that take longest."""
     from torch.profiler import ProfilerActivity, profile
 
     activity = ProfilerActivity.CUDA if probe.on_gpu else ProfilerActivity.CPU
@@ -171,11 +171,11 @@ def profiled(probe: Probe, name: str, precision: str | None, lengths: list[int])
     with profile(activities=[activity]) as profiler:
         model.forward_packed(ids, cu_seqlens)
         probe.wait()
-    found: dict[str, list[float]] = {}
+    times_by_kernel: dict[str, list[float]] = {}
     for event in profiler.events():
         if event.device_type == kind:
-            found.setdefault(event.name[:60], []).append(event.time_range.elapsed_us())
-    total = sum(map(sum, found.values()))
-    for kernel, times in sorted(found.items(), key=lambda item: -sum(item[1]))[:10]:
+            times_by_kernel.setdefault(event.name[:60], []).append(event.time_range.elapsed_us())
+    total = sum(map(sum, times_by_kernel.values()))
+    for kernel, times in sorted(times_by_kernel.items(), key=lambda item: -sum(item[1]))[:10]:
         share = {"seconds": sum(times) / 1e6, "calls": len(times), "share": sum(times) / total}
         probe.add(batch_name(name, lengths), kernel, precision or "bfloat16", **share)

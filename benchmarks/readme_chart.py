@@ -43,7 +43,7 @@ class Headline:
 
     @property
     def workload(self) -> str:
-        """What all of them encode: the head of the chart's one panel."""
+        """The head of the chart's one panel: what all competitors encode."""
         ours = self.contest.ours
         counts = "" if ours is None else f", {ours.items} texts with {ours.tokens:,} tokens in all"
         return f"{self.contest.workload}{counts}, {short_dtype(self.contest.dtype)}"
@@ -67,7 +67,7 @@ class Headline:
         return f'{head}</title><desc>{data}</desc><rect width="100%" height="100%" fill="white"/>{rest.rstrip()}\n'
 
     def caption(self) -> str:
-        """What stands under the chart."""
+        """The caption under the chart."""
         ours = self.contest.ours
         first = f"![{self.title}. {'; '.join(self.lines())}.]({CHART.as_posix()})"
         if ours is None or ours.tokens_per_second is None:
@@ -86,9 +86,11 @@ def _speed(row: Row) -> float:
     return row.tokens_per_second or 0.0
 
 
-def headline(found: Mapping[Path, Results]) -> Headline | None:
+def headline(results_by_folder: Mapping[Path, Results]) -> Headline | None:
     """The first contest of throughput in the text suite of the newest results that have one."""
-    for results in sorted(found.values(), key=lambda results: str(results.environment.get("date")), reverse=True):
+    for results in sorted(
+        results_by_folder.values(), key=lambda results: str(results.environment.get("date")), reverse=True
+    ):
         for contest in contests(results.rows):
             if contest.suite == "text" and contest.setting == "throughput" and contest.ours is not None:
                 return Headline(contest, results.environment)

@@ -29,17 +29,17 @@ HEADER = ("suite", "fastbert, valid tokens/s", "faster than the fastest peer", "
 
 def section(folders: Mapping[Path, Results]) -> str:
     """The text between the markers, of the newest of these folders for each type of device."""
-    found: dict[str, tuple[str, Path, Results]] = {}
+    newest: dict[str, tuple[str, Path, Results]] = {}
     for folder, results in sorted(folders.items()):
         kind, date = str(results.environment.get("device_type")), str(results.environment.get("date"))
-        if kind not in found or date >= found[kind][0]:
-            found[kind] = date, folder, results
+        if kind not in newest or date >= newest[kind][0]:
+            newest[kind] = date, folder, results
     parts = []
     for kind, title in DEVICE_TYPES.items():
-        if kind not in found:
+        if kind not in newest:
             parts.append(f"**{title}**: not measured yet.")
             continue
-        _, folder, results = found[kind]
+        _, folder, results = newest[kind]
         parts.append(_device(title, folder, results))
     return "\n\n".join(parts)
 
@@ -63,10 +63,10 @@ def _device(title: str, folder: Path, results: Results) -> str:
     return f"{markdown_table(Table(heading, HEADER, lines))}\n\n{' '.join(filter(None, notes))}"
 
 
-def _not_everywhere(found: Sequence[Contest]) -> str:
+def _not_everywhere(all_contests: Sequence[Contest]) -> str:
     """Peers that were missing, failed or wrong, and in how many of their contests."""
     statuses: dict[str, Counter[str]] = {}
-    for contest in found:
+    for contest in all_contests:
         for row in contest.peers:
             statuses.setdefault(row.competitor, Counter())[row.status] += 1
     said = []
@@ -124,13 +124,13 @@ def committed(results: Path) -> list[Path]:
 
 
 def rewrite(page: Path, text: str) -> None:
-    """Puts the text between the markers."""
+    """Replaces what is between the markers by the text."""
     before, _, after = _parts(page)
     write_text(page, f"{before}{START}\n{text}\n{END}{after}")
 
 
 def written(page: Path) -> str:
-    """What stands between the markers now."""
+    """The text that stands between the markers now."""
     return _parts(page)[1].strip("\n")
 
 
@@ -138,7 +138,7 @@ def _parts(page: Path) -> tuple[str, str, str]:
     """Before, between and after the markers. Raises ValueError if the file has not each of them once, in order."""
     content = page.read_text(encoding="utf-8")
     before, start, rest = content.partition(START)
-    found, end, after = rest.partition(END)
+    text, end, after = rest.partition(END)
     if not start or not end or START in rest or END in before + after:
         raise ValueError(f"{page}: expected {START} and, after it, {END}, once each")
-    return before, found, after
+    return before, text, after

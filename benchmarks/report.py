@@ -62,18 +62,18 @@ def combined(parts: dict[str, Results], where: str) -> Results:
 
 def _joined(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
     """Both environments in one; of dates the later, of other things that differ "this / that"."""
-    found = dict(one)
+    joined = dict(one)
     for key, value in other.items():
-        before = found.get(key)
-        if key not in found or before == value:
-            found[key] = value
+        before = joined.get(key)
+        if key not in joined or before == value:
+            joined[key] = value
         elif isinstance(before, dict) and isinstance(value, dict):
-            found[key] = _joined(before, value)
+            joined[key] = _joined(before, value)
         elif key == "date":
-            found[key] = max(str(before), str(value))
+            joined[key] = max(str(before), str(value))
         elif str(value) not in str(before).split(" / "):
-            found[key] = f"{before} / {value}"
-    return found
+            joined[key] = f"{before} / {value}"
+    return joined
 
 
 def folders(results: Path = RESULTS) -> dict[Path, Results]:
@@ -83,10 +83,10 @@ def folders(results: Path = RESULTS) -> dict[Path, Results]:
 
 def newest(results: Path = RESULTS) -> Path:
     """The folder with the latest results. Raises ValueError if there is none."""
-    found = folders(results)
-    if not found:
+    results_by_folder = folders(results)
+    if not results_by_folder:
         raise ValueError(f"{results}: no folder with result files in it; run `make bench` first")
-    return max(found, key=lambda folder: str(found[folder].environment.get("date")))
+    return max(results_by_folder, key=lambda folder: str(results_by_folder[folder].environment.get("date")))
 
 
 def write_pages(results: Results, out: Path) -> list[Path]:
@@ -98,11 +98,11 @@ def write_pages(results: Results, out: Path) -> list[Path]:
     return pages
 
 
-def write_readme(root: Path, found: Mapping[Path, Results]) -> list[Path]:
+def write_readme(root: Path, results_by_folder: Mapping[Path, Results]) -> list[Path]:
     """The table of docs/numbers.md, the chart docs/speed.svg and its caption in README.md. Gives the files written."""
     numbers, chart, readme = root / "docs" / "numbers.md", root / readme_chart.CHART, root / "README.md"
-    readme_figures.rewrite(numbers, readme_figures.section(found))
-    headline = readme_chart.headline(found)
+    readme_figures.rewrite(numbers, readme_figures.section(results_by_folder))
+    headline = readme_chart.headline(results_by_folder)
     if headline is None:
         return [numbers]
     write_text(chart, headline.svg())

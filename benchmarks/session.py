@@ -1,4 +1,4 @@
-"""One run of `pytest benchmarks`: runs cases on one device, shares the time out among them and keeps their rows."""
+"""A `Session` is one run of `pytest benchmarks` on one device: it shares time among cases and keeps their rows."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ class Session:
     def recorder(self, suite: str) -> Recorder:
         """The result file of a suite, in the session's folder."""
         if suite not in self._recorders:
-            found = ceilings.cached(self.device, self.folder, quick=self.quick)
-            self._recorders[suite] = Recorder(self.folder / f"{suite}.json", self.device, found)
+            measured_ceilings = ceilings.cached(self.device, self.folder, quick=self.quick)
+            self._recorders[suite] = Recorder(self.folder / f"{suite}.json", self.device, measured_ceilings)
         return self._recorders[suite]
 
     def run(self, case: Case) -> Outcome | None:
@@ -50,7 +50,7 @@ class Session:
             if seconds is None:
                 recorder.note(not_reached=[*recorder.results.notes.get("not_reached", []), case.name])
                 return None
-            found = recorder.results.ceilings
-            outcome = run_case(case, self.device, ceilings=found, max_seconds=seconds, quick=self.quick)
+            measured_ceilings = recorder.results.ceilings
+            outcome = run_case(case, self.device, ceilings=measured_ceilings, max_seconds=seconds, quick=self.quick)
             recorder.add(outcome.rows)
             return outcome

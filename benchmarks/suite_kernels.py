@@ -1,4 +1,4 @@
-"""The kernel level: each fused operation alone, against eager PyTorch, torch.compile and the best library kernel.
+"""The kernel suite holds each fused operation against eager PyTorch, torch.compile and the best library kernel.
 
 On a GPU: T tokens in the shapes of three models, device events, L2 overwritten before each sample, inputs that rotate.
 On a CPU, in a short form: the cpu backend on packed tokens against PyTorch on the padded batch. Forward only: there are
@@ -17,8 +17,8 @@ from suites import Built, Case
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from fastbert.bench.devices import fast_at_bfloat16
 from fastbert.bench.peers import OURS, Peer
-from fastbert.cli.demo import fast_at_bfloat16
 from fastbert.ops import packing
 
 SUITE = "kernels"
@@ -60,7 +60,7 @@ class Contender(Peer):
         self.name = name
         self._run, self._sets, self._pick, self._missing, self._compiled = run, sets, pick, missing, compiled
 
-    def available(self) -> str | None:
+    def obstacle(self) -> str | None:
         return self._missing
 
     def prepare(self) -> None:
@@ -77,7 +77,7 @@ class Contender(Peer):
 
 
 def cases(device_type: str) -> list[Case]:
-    """All cases for "cuda" or "cpu", the most important first."""
+    """The cases for "cuda" or "cpu", the most important first."""
     if device_type == "cuda":
         return [
             _case(device_type, op, model, tokens, dtype, lengths)

@@ -1,4 +1,4 @@
-"""The model level: token ids in, hidden states out, over the workloads (a) to (e) of workloads.py.
+"""The model suite goes from token ids to hidden states, over the workloads (a) to (e) of workloads.py.
 
 Weights are random, so that nothing has to be fetched: speed does not depend on them. On a GPU `torch.compile`, which
 tunes for minutes, meets fastbert in a case of its own, unless the run is a long one.
@@ -17,9 +17,9 @@ from suites import Built, Case, LeftOut, Work
 from workloads import Workload
 
 import models
+from fastbert.bench.devices import fast_at_bfloat16
 from fastbert.bench.engines import EAGER, Compiled
 from fastbert.bench.peers import OURS, Peer
-from fastbert.cli.demo import fast_at_bfloat16
 
 SUITE = "model"
 FEW_DOCUMENTS = 2048  # of workload (d), where a run is short: tokens a second are the same, the time is a quarter
@@ -39,7 +39,7 @@ class Plan:
 
 
 def cases(device_type: str, *, long: bool = False) -> list[Case]:
-    """All cases for "cuda" or "cpu", the most important first.
+    """The cases for "cuda" or "cpu", the most important first.
 
     long: the run has time for all 8,192 documents of workload (d), and for torch.compile in every case on a GPU.
     """
@@ -62,7 +62,7 @@ def cases(device_type: str, *, long: bool = False) -> list[Case]:
 
 
 def cuda_plans(n_documents: int) -> list[Plan]:
-    """In the order of what a short run should know first. n_documents: of workload (d)."""
+    """The plans for a GPU, what a short run should know first. n_documents: of workload (d)."""
     bf16 = "bfloat16"
     squad, mixed, fixed = workloads.squad(), workloads.mixed(), workloads.fixed
     documents = [workloads.documents(variable, n_documents) for variable in (False, True)]
@@ -86,7 +86,7 @@ def cuda_plans(n_documents: int) -> list[Plan]:
 
 
 def cpu_plans() -> list[Plan]:
-    """Small workloads, so that every competitor of every case has its turn within minutes on two cores.
+    """The plans for a CPU, small so that every competitor of every case has its turn within minutes on two cores.
 
     torch.compile takes part where all lengths are equal: for lengths that vary it compiles for half a minute a case.
     """

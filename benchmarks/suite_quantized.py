@@ -1,4 +1,4 @@
-"""8-bit linears of a layer alone, in the kernel suite: both kernels of ours, PyTorch's, and cuBLAS in 16 bits.
+"""These cases of the kernel suite are the 8-bit linears of a layer: both our kernels, PyTorch's, cuBLAS in 16 bits.
 
 On a GPU only. A case is one linear as a layer calls it, with its bias and GELU, and with a result in 8 bits where the
 next linear takes one. What is compared is what a result stands for.
@@ -17,6 +17,7 @@ from suites import Built, Case, Work
 from torch import Tensor
 
 from fastbert.bench.peers import OURS, Peer
+from fastbert.engine.block import product_shapes
 from fastbert.ops import Policy, quantized
 from fastbert.ops.quantized import OUT_GROUP, Quantized
 
@@ -40,17 +41,23 @@ class Linear(NamedTuple):
 
 
 def linears(hidden: int, inner: int, heads: int) -> dict[str, Linear]:
-    """Those of a layer by name."""
+    """The linears of a layer by name, the most important first."""
+    shapes = product_shapes(hidden, inner)
+
+    def linear(product: str, group: int | None = None, gelu: bool = False) -> Linear:
+        m, k = shapes[product]
+        return Linear(k, m, group, gelu)
+
     return {
-        "QKV": Linear(hidden, 3 * hidden, None, False),
-        "down": Linear(inner, hidden, OUT_GROUP, False),
-        "up + GELU": Linear(hidden, inner, None, True),
-        "attention output": Linear(hidden, hidden, hidden // heads, False),
+        "QKV": linear("qkv"),
+        "down": linear("down", OUT_GROUP),
+        "up + GELU": linear("up", gelu=True),
+        "attention output": linear("out", hidden // heads),
     }
 
 
 def cases(device_type: str) -> list[Case]:
-    """All cases for "cuda", the most important first; none for "cpu"."""
+    """The cases for "cuda", the most important first; none for "cpu"."""
     if device_type != "cuda":
         return []
     return [
@@ -135,8 +142,8 @@ def _peers(
     for name, fast in (("torch._scaled_mm", False), ("torch._scaled_mm, sums in 14 bits", True)):
 
         def scaled_mm(x: Quantized, fast: bool = fast) -> Tensor:
-            how = {"bias": bias, "out_dtype": torch.bfloat16, "use_fast_accum": fast}
-            return then(torch._scaled_mm(x.data, weight.data.t(), x.scale, row, **how))
+            arguments = {"bias": bias, "out_dtype": torch.bfloat16, "use_fast_accum": fast}
+            return then(torch._scaled_mm(x.data, weight.data.t(), x.scale, row, **arguments))
 
         missing = grouped if on_gpu else "needs an NVIDIA GPU"
         yield Contender(name, scaled_mm, sets, pick, missing=missing)
@@ -158,8 +165,8 @@ def _pointers(
         n_rows = x.data.shape[0]
         out = torch.empty(n_rows, linear.m, dtype=out_dtype, device=device)
         scale = x.scale.new_empty(n_rows, -(-linear.m // OUT_GROUP)) if linear.gelu else None
-        given = *x, weight.data, weight.scale.flatten(), bias, "gelu" if linear.gelu else "none"
-        quantized_linear_pointer_forward(*given, config, out, scale, sums_outside(dtype, arch))
+        inputs = *x, weight.data, weight.scale.flatten(), bias, "gelu" if linear.gelu else "none"
+        quantized_linear_pointer_forward(*inputs, config, out, scale, sums_outside(dtype, arch))
         return out if scale is None else Quantized(out, scale, min(OUT_GROUP, linear.m))
 
     return run, "is what fastbert runs here" if taken == "quantized_linear" else None
@@ -169,20 +176,22 @@ def warm(device: torch.device, model: str, precision: str) -> None:
     """Runs each 8-bit linear of a model once on a few tokens, by both kernels, which compiles them."""
     for linear in linears(*MODELS[model]).values():
         for peer in build(linear, 64, precision, device).peers:
-            if peer.name.startswith(OURS) and peer.available() is None:
+            if peer.name.startswith(OURS) and peer.obstacle() is None:
                 peer.prepare()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def _case(name: str, model: str, tokens: int, precision: str) -> Case:
-    def made(device: torch.device) -> Built:
-        why_not = quantized.device_obstacle(precision, device)
-        if why_not is not None:
-            raise RuntimeError(why_not)
+    def build_on(device: torch.device) -> Built:
+        obstacle = quantized.device_obstacle(precision, device)
+        if obstacle is not None:
+            raise RuntimeError(obstacle)
         return build(linears(*MODELS[model])[name], tokens, precision, device)
 
-    return Case(SUITE, f"8-bit {name}, {tokens} tokens", model, precision, "cuda", ("quantized",), made, weight=WEIGHT)
+    return Case(
+        SUITE, f"8-bit {name}, {tokens} tokens", model, precision, "cuda", ("quantized",), build_on, weight=WEIGHT
+    )
 
 
 def _randn(n: int, k: int, device: torch.device) -> Tensor:

@@ -1,4 +1,4 @@
-"""Cold start: seconds from nothing to the first vector, each competitor in processes of its own, in turn."""
+"""The start suite times from nothing to the first vector, each competitor in processes of its own, in turn."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def run(
 ) -> list[Row]:
     """A row a competitor; fastbert's first. max_seconds: for all of it; rounds that do not fit are left out."""
     rows = {name: Row(SUITE, workload, name, dtype, extra={"model": model}) for name in competitors}
-    found: dict[str, list[dict[str, float]]] = {name: [] for name in competitors}
+    runs_of: dict[str, list[dict[str, float]]] = {name: [] for name in competitors}
     for name, row in rows.items():
         if importlib.util.find_spec(name.replace("-", "_")) is None:
             row.status, row.detail = MISSING, f"the package {name} is not installed"
@@ -54,20 +54,20 @@ def run(
                 continue
             left = max(LEAST, max_seconds - (time.monotonic() - started))
             try:
-                found[name].append(once(name, folder, device, dtype, environment, timeout=left))
+                runs_of[name].append(once(name, folder, device, dtype, environment, timeout=left))
             except subprocess.TimeoutExpired:
                 row.status, row.detail = FAILED, f"not done within {left:.0f} s"
             except RuntimeError as error:
                 row.status, row.detail = FAILED, str(error)[:300]
         longest = max(longest, time.monotonic() - before)
-    timings = {name: Timing(tuple(run["total"] for run in runs)) for name, runs in found.items() if runs}
+    timings = {name: Timing(tuple(run["total"] for run in runs)) for name, runs in runs_of.items() if runs}
     for name, timing in timings.items():
         row = rows[name]
         if row.status != OK:
             continue
         row.timed(timing)
         row.extra["cold_start_seconds"] = timing.median
-        row.extra["cold_start_parts"] = found[name][-1]
+        row.extra["cold_start_parts"] = runs_of[name][-1]
         if name != OURS and rows[OURS].status == OK:
             row.compared(speedup(timings[OURS], timing))
     return list(rows.values())

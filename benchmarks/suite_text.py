@@ -1,4 +1,4 @@
-"""The text level: strings in, vectors out, tokenization included, on docstrings of the standard library (workload f).
+"""The text suite goes from strings to vectors, on docstrings of the standard library (workload f).
 
 Throughput: all texts at once. Latency: one short text at a time. The model is MiniLM, or the one given. On CPUs there
 is the throughput of a BERT-base with random weights too, on fewer texts: it works eight times as long for each.
@@ -17,18 +17,13 @@ from peers_text import text_encoders
 from suites import LONG_MINUTES, Built, Case, LeftOut, Work
 
 import models
+from fastbert.bench.devices import fast_at_bfloat16
 from fastbert.bench.engines import EAGER, SDPA, Compiled
 from fastbert.bench.peers import OURS, Peer
-from fastbert.bench.text import (
-    Latency,
-    SentenceTransformers,
-    TextEncoder,
-    TextTask,
-    Throughput,
-    TunedSentenceTransformers,
-)
+from fastbert.bench.text_encoders import SentenceTransformers, TextEncoder, TunedSentenceTransformers
+from fastbert.bench.text_peers import Latency, Throughput
+from fastbert.bench.text_task import TextTask
 from fastbert.bench.texts import docstrings, spread
-from fastbert.cli.demo import fast_at_bfloat16
 
 SUITE = "text"
 BASE = "BERT-base"
@@ -48,9 +43,10 @@ BASE_SCALE = {"float32": (2.0, 1.2), "bfloat16": (1.0, 0.6)}
 
 @dataclass(frozen=True)
 class Plan:
-    """What a case runs. folder: makes or finds the checkpoint. n_texts: at most. left_out: competitors too slow for it.
+    """The parts of a case.
 
-    base: a large model, which no other case uses.
+    folder: makes or finds the checkpoint. n_texts: at most. left_out: competitors that are too slow
+    for it. base: a large model, which no other case uses.
     """
 
     folder: Callable[[], Path]
@@ -62,7 +58,7 @@ class Plan:
 
 
 def cases(device_type: str, model: Path | None = None, *, long: bool = False) -> list[Case]:
-    """All cases for "cuda" or "cpu", the most important first. model: a checkpoint, else MiniLM (models.text_model).
+    """The cases for "cuda" or "cpu", the most important first. model: a checkpoint, else MiniLM (models.text_model).
 
     long: the run has time for torch.compile on a GPU, where it tunes for minutes, and on a CPU for more texts.
     """
@@ -71,7 +67,7 @@ def cases(device_type: str, model: Path | None = None, *, long: bool = False) ->
     folder = functools.partial(models.text_model, model)
     n_texts = (N_TEXTS_LONG if long else N_TEXTS)[device_type]
     left_out = () if long or device_type == "cpu" else (Compiled.name,)
-    found = [
+    minilm_cases = [
         _case(
             Plan(folder, setting, dtype, n_texts, left_out),
             models.text_model_name(model),
@@ -83,7 +79,7 @@ def cases(device_type: str, model: Path | None = None, *, long: bool = False) ->
         for dtype in dtypes
         for setting, workload, weight in SETTINGS
     ]
-    return found if device_type == "cuda" or model is not None else found + _base_cases(dtypes, long)
+    return minilm_cases if device_type == "cuda" or model is not None else minilm_cases + _base_cases(dtypes, long)
 
 
 def _base_cases(dtypes: list[str], long: bool) -> list[Case]:
@@ -104,10 +100,10 @@ def _base_cases(dtypes: list[str], long: bool) -> list[Case]:
     ]
 
 
-def _case(plan: Plan, model: str, workload: str, device_type: str, **how: Any) -> Case:
+def _case(plan: Plan, model: str, workload: str, device_type: str, **settings: Any) -> Case:
     build_it = functools.partial(build, plan)
     return Case(
-        SUITE, workload, model, plan.dtype, device_type, ("text", "model"), build_it, setting=plan.setting, **how
+        SUITE, workload, model, plan.dtype, device_type, ("text", "model"), build_it, setting=plan.setting, **settings
     )
 
 
@@ -146,5 +142,5 @@ def prepared(
 
 @functools.cache
 def all_texts() -> list[str]:
-    """The same for all cases: modules that competitors bring along change what docstrings there are."""
+    """The docstrings, the same for all cases: modules that competitors bring along change what there is."""
     return docstrings()

@@ -1,4 +1,4 @@
-"""What the suites share: cases, the one way to run a case, what its work costs at least, and where results go."""
+"""The suites share cases, the way to run one, what its work costs at least, and where results go."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ class LeftOut(Peer):
     def __init__(self, name: str, reason: str, dtype: str | None = None) -> None:
         self.name, self.reason, self.dtype = name, reason, dtype
 
-    def available(self) -> str | None:
+    def obstacle(self) -> str | None:
         return self.reason
 
 

@@ -1,4 +1,4 @@
-"""The suites under pytest-benchmark: a benchmark a case. A case in which fastbert is wrong or fails is a failed test.
+"""The suites run under pytest-benchmark, a benchmark a case. If fastbert is wrong or fails in a case, its test fails.
 
 The comparison with the peers is a contest in interleaved rounds, whose rows go into the result files and into
 extra_info; pytest-benchmark's own statistics then time fastbert alone.
@@ -40,11 +40,11 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     options = {} if suite is suite_kernels else {"long": get("--minutes") >= LONG_MINUTES}
     if suite is suite_text:
         options["model"] = get("--bench-model")
-    found: list[Case] = []
+    chosen: list[Case] = []
     for device_type in ("cpu", "cuda"):
         cases = suite.cases(device_type, **options)
-        found += cases[:QUICK_CASES] if get("--quick") else cases
-    metafunc.parametrize("case", found, ids=[case.name for case in found])
+        chosen += cases[:QUICK_CASES] if get("--quick") else cases
+    metafunc.parametrize("case", chosen, ids=[case.name for case in chosen])
 
 
 def test_text(case: Case, session: Session, benchmark: Any) -> None:

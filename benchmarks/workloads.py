@@ -1,4 +1,4 @@
-"""The workloads of every suite: lengths and texts, drawn once from a fixed seed and described here only.
+"""The workloads of every suite are lengths and texts, drawn from a fixed seed and described here only.
 
 Lengths are tokens a sequence, special tokens included. `valid tokens` are those; `padding waste` is the share of a
 padded batch that is not.

@@ -1,1 +1,1 @@
-"""What measures: timing, peers, results and their report. `fastbert bench` and the suites in benchmarks/ share it."""
+"""`fastbert bench` and the suites in benchmarks/ share this: timing, peers, results and their report."""

@@ -1,4 +1,4 @@
-"""Engines: ways to compute BERT's hidden states from token ids, each set up as a careful user would.
+"""Engines are ways to compute BERT's hidden states from token ids, each set up as a careful user would.
 
 Peers that start from texts and peers that start from ids put the same engines to work. B sequences, S the longest of
 them, T tokens in all, H hidden.
@@ -25,7 +25,7 @@ Batch = tuple[Any, ...]  # what an engine takes, on its device
 
 @dataclass(frozen=True)
 class Source:
-    """What engines run: the folder of a BERT checkpoint, the dtype to run it in, and the device."""
+    """A `Source` names what engines run: the folder of a BERT checkpoint, a dtype and a device."""
 
     folder: Path
     dtype: torch.dtype
@@ -39,7 +39,7 @@ class Source:
         """transformers' model, without its pooler, in eval mode. dtype: another one than the source's."""
         import transformers
 
-        quiet()
+        silence_transformers()
         without_pooler = {"add_pooling_layer": False} if self.config.family.pooler else {}
         model = transformers.AutoModel.from_pretrained(
             self.folder, dtype=dtype or self.dtype, attn_implementation=attention, **without_pooler
@@ -49,7 +49,10 @@ class Source:
 
 @dataclass(frozen=True)
 class Pool:
-    """From the hidden states of a text to its vector, in float32: mode "mean" or "cls", then length 1 if asked."""
+    """A `Pool` makes a vector, in float32, of the hidden states of a text.
+
+    mode: "mean" or "cls". normalize: to length 1.
+    """
 
     mode: str = "mean"
     normalize: bool = False
@@ -77,8 +80,8 @@ class Engine:
     """One program in one setting. Subclasses set `name` and fill in `load`, `batch`, `compute` and `valid`.
 
     pool: None for hidden states. varied: whether the sequences of a batch differ in length. dtype: what it computes
-    in. warmups: runs of a batch until it takes its usual time. batch_sizes: worth trying, by type of device. needs: as
-    of a Peer.
+    in. warmups: runs of a batch until it takes its usual time. batch_sizes: those worth trying, by type of device.
+    needs: see `Peer`.
     """
 
     name: str
@@ -90,9 +93,9 @@ class Engine:
         self.source, self.pool, self.varied = source, pool, varied
         self.dtype = str(source.dtype).removeprefix("torch.")
 
-    def available(self) -> str | None:
-        """None, or why this engine cannot run here."""
-        return missing("transformers")
+    def obstacle(self) -> str | None:
+        """The reason why this engine cannot run here, or None."""
+        return package_obstacle("transformers")
 
     def load(self) -> None:
         """Makes the engine ready to take batches."""
@@ -111,11 +114,11 @@ class Engine:
         raise NotImplementedError
 
     def positions(self, batch: Batch) -> int:
-        """How many positions of a batch are computed, padding included."""
+        """The number of positions of a batch that are computed, padding included."""
         return batch[0].numel()
 
     def to_device(self, array: np.ndarray) -> Tensor:
-        """Without waiting for a GPU that is still busy with the batch before."""
+        """Copies without waiting for a GPU that is still busy with the batch before."""
         tensor = torch.from_numpy(array)
         if self.source.device.type != "cuda":
             return tensor
@@ -206,7 +209,7 @@ class SDPA(Transformers):
 
 
 class Compiled(SDPA):
-    """The same, with pooling, through torch.compile: for shapes that vary where they do.
+    """transformers' model and pooling through torch.compile, for shapes that vary where they do.
 
     On a GPU in the mode max-autotune, which brings CUDA graphs, one a shape: lengths are padded to multiples of 64.
     Otherwise masks come with every batch of several sequences, since code for none would have to be compiled apart.
@@ -242,7 +245,7 @@ class Compiled(SDPA):
         return out if self.pool is None else out.clone()  # the next replay overwrites it
 
 
-def quiet() -> None:
+def silence_transformers() -> None:
     """Keeps transformers' progress bars and notes about unused weights off the terminal."""
     import transformers
 
@@ -250,8 +253,8 @@ def quiet() -> None:
     transformers.utils.logging.disable_progress_bar()
 
 
-def missing(package: str) -> str | None:
-    """Why a package cannot be used, None if it is installed."""
+def package_obstacle(package: str) -> str | None:
+    """The reason why a package cannot be used, None if it is installed."""
     if importlib.util.find_spec(package.replace("-", "_")) is None:
         return f"the package {package} is not installed"
     return None

@@ -1,4 +1,4 @@
-"""What is right: vectors by the reference in float64, for as many texts as that can take."""
+"""The float64 reference says which vectors are right, for as many texts as it has time for."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import Tensor
 from fastbert import reference
 from fastbert.bench.texts import spread
 from fastbert.checkpoint.config import BertConfig
+from fastbert.engine.block import product_shapes
 from fastbert.pipelines.pipeline import POOLING_MODES
 from fastbert.pipelines.sentence import SentenceEncoder
 
@@ -18,11 +19,11 @@ from fastbert.pipelines.sentence import SentenceEncoder
 CHECKED, CHECKED_TOKENS, CHECKED_FLOPS = 64, 6000, 4e11
 
 
-def covered(lengths: Sequence[int], config: BertConfig, device: torch.device) -> list[int]:
-    """Which of the sequences to check: of every length, and not too many for float64. In order of length."""
+def choose_checked(lengths: Sequence[int], config: BertConfig, device: torch.device) -> list[int]:
+    """The numbers of the sequences to check: of every length, in that order, and not too many for float64."""
     budget = float(CHECKED_TOKENS)
     if device.type == "cpu":
-        linears = config.hidden_size * (4 * config.hidden_size + 2 * config.intermediate_size)
+        linears = sum(m * k for m, k in product_shapes(config.hidden_size, config.intermediate_size).values())
         budget = min(budget, CHECKED_FLOPS / (2 * linears * config.num_hidden_layers))
     by_length = sorted(range(len(lengths)), key=lambda i: lengths[i])
     n = min(CHECKED, len(by_length))
@@ -37,12 +38,12 @@ def reference_vectors(
 ) -> Tensor:
     """The (n, dim) vectors of the texts in float64, on the CPU, by fastbert.reference, which runs on `device`.
 
-    encoder: on the CPU; of it count the weights, the tokenizer, the pooling modes and the modules after them.
+    encoder: on the CPU; only its weights, the tokenizer, pooling modes and the modules after them count.
     """
     parameters = {name: p.to(device, torch.float64) for name, p in encoder.model.named_parameters()}
     tokens = encoder.tokenizer(texts, max_length=encoder.max_seq_length)
     order = sorted(range(len(texts)), key=lambda i: len(tokens.input_ids[i]))
-    made = []
+    parts = []
     for start in range(0, len(order), batch_size):
         batch = [texts[i] for i in order[start : start + batch_size]]
         inputs = encoder.tokenizer(batch, padding=True, max_length=encoder.max_seq_length, return_tensors="pt")
@@ -55,6 +56,6 @@ def reference_vectors(
         x = torch.cat(pooled, dim=1).cpu()
         for module in encoder.tail:
             x = module(x)
-        made.append(x[:, : encoder.truncate_dim])
-    vectors = torch.cat(made)
+        parts.append(x[:, : encoder.truncate_dim])
+    vectors = torch.cat(parts)
     return vectors[torch.tensor(order).argsort()]

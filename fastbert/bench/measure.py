@@ -1,4 +1,4 @@
-"""Timing: all competitors in turn, round after round, in one process; medians, spread, and ratios with an interval.
+"""`interleave` times all competitors in turn, round after round, in one process; `speedup` compares two of them.
 
 A machine drifts (clocks, temperature, neighbours), so two programs timed one after the other are not compared fairly.
 Here each round times every competitor once, in an order that rotates, and a ratio is taken within a round before the
@@ -25,7 +25,7 @@ Run = Callable[[int], Any]  # does the work once, on input number i: inputs rota
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds a run of one competitor, a sample a round."""
+    """The seconds that a run of one competitor takes, a sample a round."""
 
     samples: tuple[float, ...]
 
@@ -49,7 +49,7 @@ class Timing:
 
 @dataclass(frozen=True)
 class Ratio:
-    """How many times faster one competitor is than another, with a 95 % confidence interval."""
+    """The number of times that one competitor is faster than another, with a 95 % confidence interval."""
 
     value: float
     low: float
@@ -135,7 +135,7 @@ def low_cosine(ours: torch.Tensor, reference: torch.Tensor) -> float:
 
 
 def geometric_mean(values: Sequence[float]) -> float:
-    """Of positive values; NaN of none."""
+    """The geometric mean of positive values; NaN of none."""
     return math.exp(statistics.fmean(map(math.log, values))) if values else math.nan
 
 

@@ -1,4 +1,4 @@
-"""Peak memory on a CPU: a fresh process for each competitor, which loads it and encodes all texts once.
+"""Peak memory on a CPU is that of a fresh process for each competitor, which loads it and encodes all texts once.
 
 In the process of the contest all competitors live together, and nobody can tell whose memory is whose.
 """
@@ -11,20 +11,27 @@ import pickle
 import subprocess
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any, Protocol
 
 import torch
-
-if TYPE_CHECKING:
-    from fastbert.bench.text import TextEncoder
 
 STATUS = Path("/proc/self/status")
 # Without the working folder on the path, where a folder kernels/ would shadow a package that transformers looks for.
 CHILD = "import sys; sys.path[:] = [p for p in sys.path if p]; from fastbert.bench import memory; memory.main()"
 
 
-def unavailable() -> str | None:
-    """Why no process here can tell its own peak memory, or None."""
+class Encoder(Protocol):
+    """The fresh process runs this; it must be picklable."""
+
+    batch_size: int | None
+
+    def prepare(self) -> None: ...
+
+    def encode(self, texts: list[str]) -> Any: ...
+
+
+def peak_obstacle() -> str | None:
+    """The reason why no process here can tell its own peak memory, or None."""
     return None if STATUS.exists() else f"needs {STATUS}, which only Linux has"
 
 
@@ -37,15 +44,14 @@ def own_peak() -> int:
     return 1024 * int(line.split()[1])
 
 
-def peak_of(encoder: TextEncoder, timeout: float = 120.0) -> int:
-    """Bytes at the peak of a process that imports what the encoder needs, loads it and encodes the task's texts.
+def peak_of(encoder: Encoder, batch_size: int | None, texts: list[str], timeout: float = 120.0) -> int:
+    """Bytes at the peak of a process that imports what the encoder needs, prepares it and encodes the texts.
 
-    encoder: prepared, with its batch size chosen. Raises RuntimeError where the process fails or is not done in time
-    (seconds).
+    encoder: not prepared yet. Raises RuntimeError where the process fails or is not done in time (seconds).
     """
     paths = [str(Path(path).resolve()) for path in sys.path if path]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
-    job = pickle.dumps((torch.get_num_threads(), encoder.batch_size, encoder.unloaded))
+    job = pickle.dumps((torch.get_num_threads(), encoder, batch_size, texts))
     try:
         done = subprocess.run(
             [sys.executable, "-c", CHILD], input=job, capture_output=True, timeout=timeout, env=environment
@@ -59,11 +65,11 @@ def peak_of(encoder: TextEncoder, timeout: float = 120.0) -> int:
 
 
 def main() -> None:
-    """The fresh process: what `peak_of` sends on standard input, the peak as JSON on standard output."""
-    encoder: TextEncoder
-    threads, batch_size, encoder = pickle.load(sys.stdin.buffer)
-    torch.set_num_threads(threads)
+    """Runs in the fresh process: takes what `peak_of` sends on standard input, and prints the peak as JSON."""
+    encoder: Encoder
+    n_threads, encoder, batch_size, texts = pickle.load(sys.stdin.buffer)
+    torch.set_num_threads(n_threads)
     encoder.batch_size = batch_size
     encoder.prepare()
-    encoder.encode(encoder.task.texts)
+    encoder.encode(texts)
     print(json.dumps({"peak_bytes": own_peak()}))

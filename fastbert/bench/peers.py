@@ -1,6 +1,6 @@
-"""Competitors: what a user would otherwise pick, each one small class, and the contest between them.
+"""A `Peer` is what a user would otherwise pick, and `contest` holds peers against fastbert.
 
-A peer says whether it is `available` here (and if not, why), is prepared once for a workload, and runs it. Its output
+A peer names the `obstacle` if it cannot run here, is prepared once for a workload, and runs it. Its output
 is checked against the reference before it is timed: one that is wrong, fails or is missing is reported as such.
 """
 
@@ -33,8 +33,8 @@ class Peer:
     needs: tuple[str, ...] = ()
     dtype: str | None = None
 
-    def available(self) -> str | None:
-        """None, or why this peer cannot run here (a package, a device, a feature that is missing)."""
+    def obstacle(self) -> str | None:
+        """The reason why this peer cannot run here (a package, a device, a feature that is missing), or None."""
         return None
 
     def prepare(self) -> None:
@@ -45,11 +45,11 @@ class Peer:
         raise NotImplementedError
 
     def output(self) -> torch.Tensor:
-        """What a run on input set 0 gives, in the form that the contest's reference has, for the check."""
+        """The result of a run on input set 0, in the form of the contest's reference, for the check."""
         raise NotImplementedError
 
     def facts(self) -> dict[str, Any]:
-        """For `Row.extra`, once there is an output: the batch size, the padding waste, a `note` for the reader."""
+        """Entries for `Row.extra`, once there is an output: batch size, padding waste, a `note` for the reader."""
         return {}
 
     def peak_bytes(self) -> int | None:
@@ -79,19 +79,19 @@ def contest(
     """
     say = on_step or (lambda text: None)
     rows = {peer.name: row(peer) for peer in peers}
-    able: list[Peer] = []
+    checkable: list[Peer] = []
     for peer in peers:
-        reason = peer.available()
-        if reason is not None:
-            rows[peer.name].status, rows[peer.name].detail = MISSING, reason
+        obstacle = peer.obstacle()
+        if obstacle is not None:
+            rows[peer.name].status, rows[peer.name].detail = MISSING, obstacle
             continue
         say(f"preparing {peer.name}")
-        others = 0
+        others_bytes = 0
         try:
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
                 torch.cuda.reset_peak_memory_stats(device)
-                others = torch.cuda.memory_allocated(device)  # what the peers before this one hold
+                others_bytes = torch.cuda.memory_allocated(device)  # what the peers before this one hold
             started = time.monotonic()
             peer.prepare()
             rows[peer.name].extra["prepare_seconds"] = time.monotonic() - started
@@ -102,20 +102,20 @@ def contest(
                 rows[peer.name].extra["low_cosine"] = low_cosine(output, reference)
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
-                rows[peer.name].peak_bytes = torch.cuda.max_memory_allocated(device) - others
+                rows[peer.name].peak_bytes = torch.cuda.max_memory_allocated(device) - others_bytes
         except Exception as error:  # whatever a peer raises is its result
             rows[peer.name].status, rows[peer.name].detail = FAILED, _first_line(error)
             logger.debug("%s failed", peer.name, exc_info=True)
             continue
-        able.append(peer)
+        checkable.append(peer)
     right = []
-    for peer in able:
-        found = rows[peer.name]
-        found.bound = bound_of(found, rows[eager].error)
-        if found.error is not None and found.error <= found.bound:
+    for peer in checkable:
+        result = rows[peer.name]
+        result.bound = bound_of(result, rows[eager].error)
+        if result.error is not None and result.error <= result.bound:
             right.append(peer)
         else:
-            found.status, found.detail = WRONG, f"error {found.error:.3g} above the bound {found.bound:.3g}"
+            result.status, result.detail = WRONG, f"error {result.error:.3g} above the bound {result.bound:.3g}"
     say("timing")
     timings = _time(right, rows, device, timing)
     ours = timings.get(peers[0].name)

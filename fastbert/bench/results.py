@@ -1,4 +1,4 @@
-"""Results: one row a competitor and workload, with the machine they were measured on, in a versioned JSON file."""
+"""`Results` are rows, one a competitor and workload, and the machine they were measured on, in versioned JSON."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ class Results:
 
     @classmethod
     def parse(cls, text: str, where: str) -> Results:
-        """The same from a file's text; where: its name, for errors."""
+        """Reads what `save` wrote from a file's text. where: its name, for errors."""
         try:
             content = json.loads(text)
         except json.JSONDecodeError as error:
@@ -117,8 +117,8 @@ class Results:
         if not isinstance(content, dict) or content.get("kind") != KIND:
             raise ValueError(f"{where}: not a result file of fastbert's benchmarks")
         if content.get("version") != VERSION:
-            came = content.get("version")
-            raise ValueError(f"{where}: a result file of version {came}, and this fastbert reads {VERSION}")
+            version = content.get("version")
+            raise ValueError(f"{where}: a result file of version {version}, and this fastbert reads {VERSION}")
         try:
             rows = [Row(**row) for row in content["rows"]]
             return cls(content["environment"], rows, content["ceilings"], content["notes"])
@@ -128,7 +128,7 @@ class Results:
 
 def environment(device: torch.device) -> dict[str, Any]:
     """The machine: device, driver, versions, commit, time. Every result carries it."""
-    found: dict[str, Any] = {
+    facts: dict[str, Any] = {
         "device": device_name(device),
         "device_type": device.type,
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
@@ -141,7 +141,7 @@ def environment(device: torch.device) -> dict[str, Any]:
     }
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
-        found |= {
+        facts |= {
             "driver": _nvidia_smi("driver_version"),
             "cuda": torch.version.cuda,
             "compute_capability": f"{properties.major}.{properties.minor}",
@@ -149,18 +149,18 @@ def environment(device: torch.device) -> dict[str, Any]:
             "l2_bytes": properties.L2_cache_size,
             "multiprocessors": properties.multi_processor_count,
         }
-    return found
+    return facts
 
 
 def device_name(device: torch.device) -> str:
-    """Of the GPU, or of the processor with the threads in use."""
+    """The name of the GPU, or of the processor with the threads in use."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{cpu_name()}, {torch.get_num_threads()} threads"
 
 
 def cpu_name() -> str:
-    """As the operating system calls the processor."""
+    """The name that the operating system has for the processor."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -170,7 +170,7 @@ def cpu_name() -> str:
 
 
 def commit() -> str | None:
-    """Of the sources this runs from, "-dirty" where they differ from it; None outside a git checkout.
+    """The commit of the sources that this runs from, "-dirty" where they differ; None outside a git checkout.
 
     Committed results are no sources: a run writes its own over those of an earlier one.
     """

@@ -1,4 +1,4 @@
-"""Texts to measure on: a file's lines, or docstrings of the standard library."""
+"""Texts to measure on are a file's lines, or docstrings of the standard library."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _DOCUMENTED = (
 
 def docstrings() -> list[str]:
     """Docstrings of the standard library: real English text of very mixed length."""
-    found: dict[str, None] = {}
+    texts: dict[str, None] = {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # deprecated modules are text like any other
         for name in _DOCUMENTED:
@@ -42,8 +42,8 @@ def docstrings() -> list[str]:
             for member in (module, *vars(module).values(), *(v for owner in classes for v in vars(owner).values())):
                 text = getattr(member, "__doc__", None) if callable(member) or inspect.ismodule(member) else None
                 if isinstance(text, str) and len(text) > 20:
-                    found[inspect.cleandoc(text)] = None
-    return list(found)
+                    texts[inspect.cleandoc(text)] = None
+    return list(texts)
 
 
 def read_texts(path: str | os.PathLike[str]) -> list[str]:

@@ -132,9 +132,15 @@ class Block:
         return replace(self, **linears, **norms, gate=gate, fuse_qkv=lambda: fuse().mapped(function))
 
     def products(self) -> dict[str, tuple[Linear, ...]]:
-        """The matrix products of the layer by name: the linears that are multiplied as one."""
+        """The matrix products of the layer by name: the linears that are multiplied as one. See `product_shapes`."""
         up = (self.up,) if self.gate is None else (self.up, self.gate)
         return {"qkv": (self.query, self.key, self.value), "out": (self.out,), "up": up, "down": (self.down,)}
+
+
+def product_shapes(hidden_size: int, intermediate_size: int) -> dict[str, tuple[int, int]]:
+    """The shapes (M, K) of the weights in `Block.products`, without a gate, for layers that are not built."""
+    h, i = hidden_size, intermediate_size
+    return {"qkv": (3 * h, h), "out": (h, h), "up": (i, h), "down": (h, i)}
 
 
 def feature_obstacles(features: list[str], supported: frozenset[str], engine: str) -> Iterator[str]:

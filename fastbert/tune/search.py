@@ -1,9 +1,9 @@
-"""`fastbert tune`: times the kernels and tiles there are on this GPU, and writes a table that the kernels then go by.
+"""`tune` times the kernels and tiles there are on this GPU, and `write` keeps the best in a table for the kernels.
 
 For each GEMM (K, M, epilogue) and each head size of the models, every candidate is first checked against float64, then
 timed at a few numbers of tokens. The number of tokens enters no choice: the candidate with the least geometric mean of
 times over them is taken. The table goes into the user's cache, where fastbert_kernels.tables looks for it before it
-takes the one that ships. Nothing is ever tuned or timed outside of this command.
+takes the one that ships. Nothing is ever tuned or timed outside of `fastbert tune`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,9 @@ from fastbert._version import __version__
 from fastbert.bench import measure
 from fastbert.checkpoint.files import write_text
 from fastbert.ops import dispatch
-from fastbert.tune.jobs import Candidate, Job, Work
+from fastbert.tune.candidates import Candidate
+from fastbert.tune.jobs import Job
+from fastbert.tune.work import Work
 
 logger = logging.getLogger("fastbert")
 
@@ -36,7 +38,10 @@ Timer = Callable[[Mapping[str, Callable[[], Tensor]], torch.device], Mapping[str
 
 @dataclass
 class Outcome:
-    """What was found for one job: seconds of each candidate at each number of tokens, and why others were left out."""
+    """The result of one job.
+
+    seconds: of each candidate, at each number of tokens. rejected: why the others were left out.
+    """
 
     job: Job
     seconds: dict[Candidate, list[float]] = field(default_factory=dict)
@@ -48,7 +53,7 @@ class Outcome:
         return min(among, key=lambda candidate: sum(map(math.log, self.seconds[candidate])), default=None)
 
     def __str__(self) -> str:
-        lines = [f"{self.job.what}, {self.job.op} {self.job.key}"]
+        lines = [f"{self.job.title}, {self.job.op} {self.job.key}"]
         best = self.best()
         firsts = (("cublas",), ("linear", "linear_persistent", "attention"), ("quantized_linear",),
                   ("quantized_linear_persistent",))  # fmt: skip
@@ -59,8 +64,8 @@ class Outcome:
         return "\n".join(lines)
 
 
-def unable(device: torch.device) -> str | None:
-    """Why there is nothing to tune on this device, or None."""
+def device_obstacle(device: torch.device) -> str | None:
+    """The reason why there is nothing to tune on this device, or None."""
     if device.type != "cuda":
         return "tables are of NVIDIA GPUs, and there is none here" if device.type == "cpu" else f"got {device}"
     if not torch.cuda.is_available():
@@ -178,10 +183,10 @@ def _microseconds(outcome: Outcome, timed: Iterable[Candidate | None]) -> dict[s
     }
 
 
-def earlier(path: Path, device_name: str, arch: int) -> dict[str, Any] | None:
-    """The table that is there already, of whose shapes those that are not tuned now are kept; None if there is none.
+def read_earlier(path: Path, device_name: str, arch: int) -> dict[str, Any] | None:
+    """The table that is there already, or None. Shapes of it that are not tuned now are kept.
 
-    One that cannot be read or is of another GPU is replaced, and said to be.
+    A table that cannot be read, or is of another GPU, counts as none, with a warning: it will be replaced.
     """
     from fastbert_kernels import tables
 

@@ -9,8 +9,8 @@ import sys
 import pytest
 
 import fastbert
-from fastbert.bench import run as bench
 from fastbert.bench.results import MISSING, OK, Results
+from fastbert.cli import bench
 from fastbert.pipelines.modules import Normalize
 from helpers import docstrings, source_env
 
@@ -50,9 +50,9 @@ def folder(tmp_path_factory):
 
 
 def run(*args):
-    parser = argparse.ArgumentParser()
-    bench.add_arguments(parser)
-    return bench.run(parser.parse_args([str(arg) for arg in args]))
+    commands = argparse.ArgumentParser().add_subparsers()
+    bench.add(commands)
+    return bench.run(commands.choices["bench"].parse_args([str(arg) for arg in args]))
 
 
 def test_table_and_files(folder, tmp_path, capsys):
@@ -101,7 +101,9 @@ def test_own_texts_in_a_report(name, folder, tmp_path):
 def test_package_that_is_not_installed_is_a_row(folder, tmp_path, monkeypatch, capsys):
     """Catches a competitor left out of the table in silence."""
     monkeypatch.setenv("COLUMNS", "140")
-    monkeypatch.setattr("fastbert.bench.text.missing", lambda package: f"the package {package} is not installed")
+    monkeypatch.setattr(
+        "fastbert.bench.text_encoders.package_obstacle", lambda package: f"the package {package} is not installed"
+    )
     assert run(folder, *FEW, "--no-latency", "--out", tmp_path / "r.json") == 0
     rows = Results.load(tmp_path / "r.json").rows
     assert [row.status for row in rows] == [OK, MISSING, MISSING]
@@ -110,13 +112,14 @@ def test_package_that_is_not_installed_is_a_row(folder, tmp_path, monkeypatch, c
 
 def test_texts_are_taken_by_pace(folder, monkeypatch):
     """Catches a large model that takes half an hour on a small machine."""
-    from fastbert.bench import text
+    from fastbert.bench import run as bench_run
+    from fastbert.bench.text_task import TextTask
 
     taken = []
     monkeypatch.setattr(
-        text.TextTask, "use", lambda task, texts, use=text.TextTask.use: taken.append(len(texts)) or use(task, texts)
+        TextTask, "use", lambda task, texts, use=TextTask.use: taken.append(len(texts)) or use(task, texts)
     )
-    monkeypatch.setattr(text, "seconds_of", lambda encode, texts: 0.1 * len(texts))
+    monkeypatch.setattr(bench_run, "seconds_of", lambda encode, texts: 0.1 * len(texts))
     options = [option for option in FEW if option not in ("--limit", "12")]
     assert run(folder, *options, "--no-latency", "--seconds", "60") == 0
     assert taken == [300, 40]
@@ -124,7 +127,7 @@ def test_texts_are_taken_by_pace(folder, monkeypatch):
 
 def test_wrong_fastbert_is_an_error(folder, monkeypatch, capsys):
     """Catches exit code 0, or a speed, although fastbert's own vectors are wrong."""
-    from fastbert.bench.text import FastBert
+    from fastbert.bench.text_encoders import FastBert
 
     right = FastBert.encode
     monkeypatch.setattr(FastBert, "encode", lambda self, texts: right(self, texts) * 1.01)
@@ -179,7 +182,7 @@ def test_interpreter_is_never_timed(folder, monkeypatch):
 def test_help_waits_for_no_import():
     """Catches --help that waits seconds for the import of PyTorch."""
     code = (
-        "import argparse, sys; from fastbert.bench import run; run.add_arguments(argparse.ArgumentParser());"
+        "import argparse, sys; from fastbert.cli import bench; bench.add(argparse.ArgumentParser().add_subparsers());"
         "print(sorted({'torch', 'transformers', 'tqdm'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], env=source_env(), capture_output=True, text=True, check=True)

@@ -24,7 +24,7 @@ class Sleeper(Peer):
         self.name, self.seconds, self.factor, self.missing, self.fail_in = name, seconds, factor, missing, fail_in
         self.runs = []
 
-    def available(self):
+    def obstacle(self):
         return self.missing
 
     def prepare(self):

@@ -18,7 +18,9 @@ from fastbert.bench import exact
 from fastbert.bench.engines import Compiled, Eager, Engine, Padded, Source
 from fastbert.bench.peers import OURS, contest
 from fastbert.bench.results import MISSING, OK, Row
-from fastbert.bench.text import FastBert, Latency, Pooled, TextEncoder, TextTask, Throughput, untold
+from fastbert.bench.text_encoders import FastBert, Pooled, TextEncoder
+from fastbert.bench.text_peers import Latency, Throughput
+from fastbert.bench.text_task import TextTask, known_warnings_hidden
 from fastbert.pipelines.modules import Normalize
 from helpers import docstrings, rms_error
 
@@ -155,8 +157,8 @@ def test_other_pooling_is_said_not_to_be_there(texts, tmp_path):
     """Catches a peer whose pooling does not exist called wrong instead of missing."""
     task = task_of(save(tmp_path, "max"), texts)
     reason = "this checkpoint pools by max, Normalize; here is only mean or cls, and normalising"
-    assert Pooled(task, Eager).available() == reason
-    assert FastBert(task).available() is None
+    assert Pooled(task, Eager).obstacle() == reason
+    assert FastBert(task).obstacle() is None
 
 
 def test_prompt_and_lower_case_reach_every_peer(texts, tmp_path):
@@ -187,12 +189,12 @@ def test_what_the_reference_covers_is_bounded():
     base, tiny = fastbert.BertConfig(), fastbert.BertConfig(hidden_size=48, intermediate_size=48)
     lengths = [512] * 500 + [4] * 500
     for config, device, budget in ((base, "cpu", 2400), (base, "cuda", 6000), (tiny, "cpu", 6000)):
-        chosen = exact.covered(lengths, config, torch.device(device))
+        chosen = exact.choose_checked(lengths, config, torch.device(device))
         taken = [lengths[i] for i in chosen]
         assert 0.5 * budget < sum(taken) <= budget and len(set(chosen)) == len(chosen) <= 64
         assert set(taken) == {4, 512}
-    assert exact.covered([512], fastbert.BertConfig(num_hidden_layers=400), CPU) == [0]
-    assert sorted(exact.covered([3] * 10, tiny, CPU)) == list(range(10))
+    assert exact.choose_checked([512], fastbert.BertConfig(num_hidden_layers=400), CPU) == [0]
+    assert sorted(exact.choose_checked([3] * 10, tiny, CPU)) == list(range(10))
 
 
 def test_short_texts_are_the_shortest(folder):
@@ -223,7 +225,7 @@ def test_8_bit_engines_are_right(folder, engine, monkeypatch):
     monkeypatch.setattr(engine, "backend", "torch")
     task = peers_model.ModelTask(folder, LENGTHS, dtype="bfloat16", device="cpu")
     peer = peers_model.Hidden(task, engine)
-    assert peer.available() is None and peer.dtype == engine.precision and peer.name == f"fastbert {engine.precision}"
+    assert peer.obstacle() is None and peer.dtype == engine.precision and peer.name == f"fastbert {engine.precision}"
     peer.prepare()
     assert peer.engine.model.precision == engine.precision and peer.engine.model.policy.strict
     assert 1e-3 < rms_error(peer.output(), task.reference().float()) < 0.1
@@ -259,7 +261,7 @@ def test_packed_bert_around_varlen_attention(folder, texts, monkeypatch):
     """Catches a mistake in the packed model that would otherwise show on a GPU alone."""
     module = types.SimpleNamespace(varlen_attn=attend)
     monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", module)
-    monkeypatch.setattr(peers_torch.VarlenAttention, "available", Engine.available)
+    monkeypatch.setattr(peers_torch.VarlenAttention, "obstacle", Engine.obstacle)
     model_task = peers_model.ModelTask(folder, LENGTHS, dtype="float32", device="cpu")
     engines = peers_model.FastBertPacked, Eager, peers_torch.VarlenAttention
     hold([peers_model.Hidden(model_task, engine) for engine in engines], model_task.reference(), "float32")
@@ -273,13 +275,13 @@ def test_reasons_of_what_cannot_run_here(folder, tmp_path):
     """Catches a competitor for GPUs that fails on a machine without one, or is left out of the table."""
     on_cpu = Source(folder, torch.float32, CPU)
     for engine in peers_torch.GPU_ENGINES[:-1]:
-        assert engine(on_cpu).available() == "needs an NVIDIA GPU"
+        assert engine(on_cpu).obstacle() == "needs an NVIDIA GPU"
     on_gpu = Source(folder, torch.float32, torch.device("cuda"))
-    assert peers_torch.VarlenAttention(on_gpu).available() == "varlen_attn takes bfloat16 and float16, not float32"
+    assert peers_torch.VarlenAttention(on_gpu).obstacle() == "varlen_attn takes bfloat16 and float16, not float32"
     for engine in (*peers_cpu.engines(torch.float32), *peers_int8.engines(torch.bfloat16)):
-        assert engine(on_gpu).available() == "is compared on CPUs only"
+        assert engine(on_gpu).obstacle() == "is compared on CPUs only"
     odd = save(tmp_path, num_attention_heads=1, hidden_act="gelu_new")
-    reason = peers_torch.NestedTransformer(Source(odd, torch.float32, CPU)).available()
+    reason = peers_torch.NestedTransformer(Source(odd, torch.float32, CPU)).obstacle()
     assert reason == "the fast path has gelu and relu, not gelu_new"
 
 
@@ -302,8 +304,8 @@ def test_int8_of_others_shows_its_accuracy(engine, folder, texts):
     """Catches a quantised peer that is not quantised, or whose cosine is not beside its speed."""
     task = task_of(folder, texts, dtype="bfloat16")
     quantised = Pooled(task, engine)
-    if quantised.available() is not None:
-        pytest.skip(str(quantised.available()))
+    if quantised.obstacle() is not None:
+        pytest.skip(str(quantised.obstacle()))
     rows = hold([Throughput(e) for e in (FastBert(task), Pooled(task, Eager), quantised)], task.reference(), "bfloat16")
     row = rows[engine.name]
     assert row.status == OK and row.dtype == "int8" and row.error > 1e-3
@@ -367,7 +369,7 @@ def test_cut_texts_are_told_of_once_at_most(folder, caplog):
     task = task_of(folder, ["word " * 500])
     encoder = FastBert(task)
     encoder.prepare()
-    with untold():
+    with known_warnings_hidden():
         encoder.encode(task.texts)
     assert not caplog.records
     encoder.encode(task.texts)

@@ -33,7 +33,7 @@ from fastbert.bench.engines import Compiled  # noqa: E402
 from fastbert.bench.measure import rms_error  # noqa: E402
 from fastbert.bench.peers import OURS, Peer  # noqa: E402
 from fastbert.bench.results import FAILED, MISSING, OK, WRONG, Results, Row  # noqa: E402
-from fastbert.bench.text import SentenceTransformers  # noqa: E402
+from fastbert.bench.text_encoders import SentenceTransformers  # noqa: E402
 
 CPU = torch.device("cpu")
 CEILINGS = {ceilings.COPY: 10.0, ceilings.matmul_key("float32"): 0.1}
@@ -50,7 +50,7 @@ class Fake(Peer):
     def __init__(self, name, seconds=0.001, factor=1.0, missing=None):
         self.name, self.seconds, self.factor, self.missing, self.ran = name, seconds, factor, missing, 0
 
-    def available(self):
+    def obstacle(self):
         return self.missing
 
     def run(self, i):
@@ -179,11 +179,11 @@ def test_8_bit_cases_compare_the_same_function(name, precision):
     assert rows[OURS].status == rows[suite_kernels.EAGER].status == rows["bf16, F.linear"].status == OK, rows
     assert rows[OURS].rate > 0 and built.work.flops == 2 * 200 * linear.k * linear.m
     for peer in built.peers:
-        if peer.available() is None:
+        if peer.obstacle() is None:
             error = measure.rms_error(peer.output(), built.reference)
             assert error < (0.05 if linear.gelu or peer.name.startswith("bf16") else 0.01), peer.name
     libraries = [peer for peer in built.peers if peer.name.startswith("torch._")]
-    assert libraries and all(peer.available() for peer in libraries) == (precision == "fp8" or linear.group is not None)
+    assert libraries and all(peer.obstacle() for peer in libraries) == (precision == "fp8" or linear.group is not None)
 
 
 def test_work_of_kernels():
@@ -278,7 +278,7 @@ def test_bert_base_from_text(small_base, monkeypatch):
         assert left_out == ([] if long else [Compiled.name, SentenceTransformers.name])
         assert [peer.dtype for peer in built.peers if peer.name == SentenceTransformers.name] == ["float32"]
         running = [peer for peer in built.peers if peer.name not in left_out]
-        assert not any(peer.memory for peer in running)
+        assert not any(peer.with_memory for peer in running)
         assert {peer.encoder.batch_size for peer in running if peer.encoder.batch_sizes} == {suite_text.BASE_BATCH}
     rows = run_case(dataclasses.replace(case, build=lambda device: built), CPU, quick=True, max_seconds=0.0).rows
     assert [(row.competitor, row.status, row.detail) for row in rows if row.status != OK] == []

@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import gpu  # noqa: E402
+import gpu_options  # noqa: E402
 import gpu_parts  # noqa: E402
 import gpu_pytest  # noqa: E402
 import gpu_results  # noqa: E402
@@ -79,7 +80,7 @@ def test_a_failed_operation_is_refused_alone(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu_parts.ceilings, "cached", lambda *args, **kwargs: {})
     monkeypatch.setattr(gpu_parts, "run_cases", lambda cases, device, recorder, **options: seen.update(options))
     for part, refused in (("kernels", gpu_tests.refusals(notes)), ("model", {}), ("text", {})):
-        assert gpu_parts.run(part, gpu.Options(tmp_path, "cpu"), 1.0) == 0
+        assert gpu_parts.run(part, gpu_options.Options(tmp_path, "cpu"), 1.0) == 0
         assert seen["refused"] == refused
         assert Results.load(tmp_path / f"{part}.json").notes["failed_tests"] == [
             "the tests of linear failed: d", "the tests of stalls failed: e",
@@ -203,7 +204,7 @@ def test_kernels_are_compiled_ahead(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu_parts, "compile_ahead", lambda arch, seconds: f"sm_{arch}")
     monkeypatch.setattr(gpu_parts, "COMPILED", gpu_parts.COMPILED[:1])
     monkeypatch.setattr(gpu_parts.suite_kernels, "warm", lambda *what: None)
-    assert gpu_parts.run("compile", gpu.Options(tmp_path, "cpu"), 60.0) == 0
+    assert gpu_parts.run("compile", gpu_options.Options(tmp_path, "cpu"), 60.0) == 0
     notes = Results.load(tmp_path / "compile.json").notes
     assert notes["compiled_ahead"].startswith("sm_") and notes["left"] == notes["kernels_found_compiled"] == 0
     assert list(notes["seconds_of_each_model"]) == ["BERT-base bfloat16"]
@@ -289,7 +290,7 @@ def test_run_keeps_its_time_and_what_it_has(tmp_path, monkeypatch):
     script.write_text(PART.format(root=str(ROOT)))
     monkeypatch.setattr(gpu, "WEIGHTS", {"tests": 1, "ceilings": 1, "kernels": 40, "model": 1})
     monkeypatch.setattr(gpu, "GRACE", 3.0)
-    options = gpu.Options(tmp_path, "cpu", minutes=(30.0 + gpu.RESERVE) / 60)
+    options = gpu_options.Options(tmp_path, "cpu", minutes=(30.0 + gpu.RESERVE) / 60)
     started = time.monotonic()
     plan = ["tests", "ceilings", "kernels", "model"]
     monkeypatch.setattr(gpu, "PUBLISH", 2.0)
@@ -311,7 +312,7 @@ def test_run_keeps_its_time_and_what_it_has(tmp_path, monkeypatch):
     summary = (out / gpu_results.SUMMARY).read_text()
     assert "the tests of x failed" in summary and "tests: cut short: over its time" in summary
     assert Results.load(out / gpu_results.RESULTS).rows[0].status == FAILED
-    assert gpu.run_plan(["model"], gpu.Options(tmp_path, "cpu", minutes=0.01), {}) == {"model": 125}
+    assert gpu.run_plan(["model"], gpu_options.Options(tmp_path, "cpu", minutes=0.01), {}) == {"model": 125}
 
 
 def test_plan():

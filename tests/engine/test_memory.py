@@ -57,7 +57,7 @@ def test_no_growth_over_ten_thousand_batches(cuda_graphs: bool) -> None:
     assert torch.cuda.max_memory_reserved() <= reserved + 20 * 2**20
 
 
-@pytest.mark.skipif(memory.unavailable() is not None, reason=str(memory.unavailable()))
+@pytest.mark.skipif(memory.peak_obstacle() is not None, reason=str(memory.peak_obstacle()))
 def test_no_growth_on_a_cpu() -> None:
     """Catches memory that grows on a CPU, where oneDNN keeps a program for each number of rows that it meets."""
     model = BertModel(BertConfig(**TINY), backend="cpu").eval()

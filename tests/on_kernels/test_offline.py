@@ -258,12 +258,12 @@ def test_gelu_leaves_registers_of_wide_tiles(tmp_path):
     script = """
 import torch, triton
 from triton.backends.compiler import GPUTarget
-from fastbert.tune import jobs as tune_jobs
+from fastbert.tune.candidates import gemm_candidates
 from fastbert_kernels import launch, linear, linear_persistent, offline
 bf16, fp16 = torch.bfloat16, torch.float16
 for arch, dtype, activation in ((80, bf16, "gelu_tanh"), (80, fp16, "gelu"), (90, fp16, "gelu")):
     x, weight, out = (torch.empty(shape, dtype=dtype) for shape in ((64, 768), (3072, 768), (64, 3072)))
-    candidates = [c for c in tune_jobs._gemm_candidates(dtype, arch, (768, 3072), "gelu") if c.tile]
+    candidates = [c for c in gemm_candidates(dtype, arch, (768, 3072), "gelu") if c.tile]
     kernel = "linear" if arch == 80 else "linear_persistent"
     wide = (c.sizes for c in candidates if c.kernel == kernel and c.sizes["BLOCK_COLS"] == 256)
     sizes = next(sizes for sizes in wide if sizes["BLOCK_ROWS"] == 128)

@@ -14,12 +14,12 @@ import pytest
 import torch
 
 from fastbert import BertConfig, BertModel
-from fastbert.cli import commands
 from fastbert.cli.main import main
 from fastbert.diagnostics.explain.entry import explain
-from fastbert.tune import jobs as tune_jobs
-from fastbert.tune import search as tune
-from fastbert.tune.jobs import Candidate
+from fastbert.tune import search
+from fastbert.tune.candidates import Candidate
+from fastbert.tune.jobs import Job, default_models, jobs_of
+from fastbert.tune.work import Work
 from fastbert_kernels import configs, launch, tables
 
 CONFIG = BertConfig(hidden_size=32, intermediate_size=48, num_attention_heads=2, num_hidden_layers=1, vocab_size=50)
@@ -44,15 +44,13 @@ def machine(tmp_path, monkeypatch):
 
 
 def jobs(**changes):
-    return tune_jobs.jobs([("tiny", CONFIG)], [torch.bfloat16], **{"arch": ARCH, **changes})
+    return jobs_of([("tiny", CONFIG)], [torch.bfloat16], **{"arch": ARCH, **changes})
 
 
 def job(epilogue, candidates):
     """One GEMM of the tiny model with a few candidates."""
     (only_job,) = [j for j in jobs(only=["gemm"]) if j.epilogue == epilogue and j.sizes != (48, 32)]
-    return tune_jobs.Job(
-        only_job.op, only_job.key, only_job.what, only_job.dtype, only_job.sizes, epilogue, tuple(candidates)
-    )
+    return Job(only_job.op, only_job.key, only_job.title, only_job.dtype, only_job.sizes, epilogue, tuple(candidates))
 
 
 def clock(seconds):
@@ -96,8 +94,8 @@ def test_jobs():
         ("gemm", "float16/48x32/residual"),
         ("attention", "float16/16"),
     ]
-    assert len(tune_jobs.jobs([("a", CONFIG), ("b", CONFIG)], [torch.bfloat16, torch.float16], ARCH)) == len(all_jobs)
-    assert len(tune_jobs.jobs(tune_jobs.default_models(), [torch.bfloat16, torch.float32], 90)) == 2 * (3 * 4 + 2)
+    assert len(jobs_of([("a", CONFIG), ("b", CONFIG)], [torch.bfloat16, torch.float16], ARCH)) == len(all_jobs)
+    assert len(jobs_of(default_models(), [torch.bfloat16, torch.float32], 90)) == 2 * (3 * 4 + 2)
     assert {j.op for j in jobs(only=["attention"])} == {"attention"}
 
 
@@ -105,7 +103,7 @@ def test_jobs():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_candidates(arch, dtype):
     """Catches a comparison without cuBLAS or today's tile, a tile twice, or descriptors where there are none."""
-    for each in tune_jobs.jobs(tune_jobs.default_models(), [dtype], arch):
+    for each in jobs_of(default_models(), [dtype], arch):
         candidates = each.candidates
         assert len(set(candidates)) == len(candidates) > 3
         kernels = {c.kernel for c in candidates}
@@ -127,7 +125,7 @@ def test_candidates(arch, dtype):
 @pytest.mark.parametrize("arch", sorted(launch.SHARED_MEMORY))
 def test_candidates_of_8_bit_linears(arch):
     """Catches a comparison without today's kernel and tile, or descriptors or fp8 on a GPU without them."""
-    all_jobs = tune_jobs.jobs(tune_jobs.default_models(), [], arch, precisions=("fp8", "int8"))
+    all_jobs = jobs_of(default_models(), [], arch, precisions=("fp8", "int8"))
     classes = {"int8"} | ({"float8"} if arch >= 89 else set())
     assert {j.key.split("/")[0] for j in all_jobs} == classes and {j.op for j in all_jobs} == {"quantized_gemm"}
     assert len(all_jobs) == 12 * len(classes)
@@ -153,15 +151,15 @@ def test_8_bit_linears(precision, arch, monkeypatch, device):
     config = BertConfig(hidden_size=32, intermediate_size=160, num_attention_heads=1)
     monkeypatch.setattr(launch, "arch", lambda device: arch)
     monkeypatch.setattr(tables, "gpus", lambda: [(GPU, arch)])
-    all_jobs = tune_jobs.jobs([("tiny", config)], [], arch, precisions=[precision])
+    all_jobs = jobs_of([("tiny", config)], [], arch, precisions=[precision])
     first = "quantized_linear"  # the slower one without a table
     timer = clock(lambda name, call: 1.0 if name.startswith(f"{first} ") else 2.0)
-    outcomes = tune.tune(all_jobs, device, [40], timer=timer, say=lambda text: None)
+    outcomes = search.tune(all_jobs, device, [40], timer=timer, say=lambda text: None)
     for outcome in outcomes:
         assert outcome.rejected == {} and list(outcome.seconds) == list(outcome.job.candidates)
         assert "quantized_linear" in str(outcome)
-    tuned = tune.table_of(outcomes, GPU, arch, [40], date="2026-01-02")
-    tune.write(tuned, tables.cache_folder() / tables.file_name(GPU))
+    tuned = search.table_of(outcomes, GPU, arch, [40], date="2026-01-02")
+    search.write(tuned, tables.cache_folder() / tables.file_name(GPU))
     assert len(tuned["quantized_gemm"]) == len(tuned[first]) == 4 and tuned["gemm"] == {}
     for job in all_jobs:
         out_dtype = job.dtype if job.epilogue == "gelu" else torch.bfloat16
@@ -172,24 +170,24 @@ def test_8_bit_linears(precision, arch, monkeypatch, device):
     rows = [row for row in report.rows if row.op == "quantized_linear"]
     assert {row.kernel for row in rows} == {f"fastbert_kernels.{first}"}
     assert all(row.source.count("measured on Test GPU") == 2 for row in rows)
-    again = tune.table_of(outcomes[:1], GPU, arch, [40], before=tuned)
+    again = search.table_of(outcomes[:1], GPU, arch, [40], before=tuned)
     assert again["quantized_gemm"] == tuned["quantized_gemm"]
 
 
 def test_every_candidate_of_a_layer_is_right(capsys, device):
     """Catches a way of running a candidate that computes something else than the model does, in any op."""
-    outcomes = tune.tune(jobs(), device, [64], timer=clock(lambda name, call: 1.0), say=lambda text: None)
+    outcomes = search.tune(jobs(), device, [64], timer=clock(lambda name, call: 1.0), say=lambda text: None)
     for outcome in outcomes:
         assert outcome.rejected == {} and list(outcome.seconds) == list(outcome.job.candidates)
 
 
 def test_the_clock(device, monkeypatch):
     """Catches a clock that times another candidate, or none."""
-    monkeypatch.setattr(tune, "ROUNDS", 3)
+    monkeypatch.setattr(search, "ROUNDS", 3)
     runs = {str(n): (lambda n=n: time.sleep(n / 1000)) for n in (1, 4)}
-    seconds = tune.cuda_timer(runs, torch.device("cpu"))
+    seconds = search.cuda_timer(runs, torch.device("cpu"))
     assert 0.001 <= seconds["1"] < 0.004 <= seconds["4"]
-    (outcome,) = tune.tune([job("none", [Candidate("cublas"), SMALL])], device, [16], say=lambda text: None)
+    (outcome,) = search.tune([job("none", [Candidate("cublas"), SMALL])], device, [16], say=lambda text: None)
     assert all(len(times) == 1 and times[0] > 0 for times in outcome.seconds.values()) and len(outcome.seconds) == 2
 
 
@@ -198,8 +196,8 @@ def test_on_a_gpu():
     """Catches a candidate that the GPU refuses, or a clock that gives nothing."""
     arch = launch.arch(torch.device("cuda"))
     config = BertConfig(hidden_size=384, intermediate_size=1536, num_attention_heads=12)
-    all_jobs = tune_jobs.jobs([("MiniLM", config)], [torch.bfloat16], arch)
-    for outcome in tune.tune(all_jobs, torch.device("cuda"), [256], say=lambda text: None):
+    all_jobs = jobs_of([("MiniLM", config)], [torch.bfloat16], arch)
+    for outcome in search.tune(all_jobs, torch.device("cuda"), [256], say=lambda text: None):
         assert outcome.best() is not None and all(seconds[0] > 0 for seconds in outcome.seconds.values())
         assert not any(reason.startswith("wrong") for reason in outcome.rejected.values())
 
@@ -208,13 +206,13 @@ def test_choice_over_numbers_of_tokens(device):
     """Catches a choice by one number of tokens, or by the sum, in which the largest alone counts."""
     # Twice as fast at the two small sizes, a third slower at the large one.
     times = {"cublas": (2e-6, 4e-6, 3e-4), str(SMALL): (1e-6, 2e-6, 4e-4)}
-    (outcome,) = tune.tune(
+    (outcome,) = search.tune(
         [job("none", [Candidate("cublas"), SMALL])], device, [16, 32, 48], timer=clock(lambda n, i: times[n][i]),
         say=lambda text: None,
     )  # fmt: skip
     assert outcome.best() == SMALL and outcome.best("cublas") == Candidate("cublas")
     assert outcome.seconds[SMALL] == [1e-6, 2e-6, 4e-4]
-    tuned = tune.table_of([outcome], GPU, ARCH, [16, 32, 48], date="2026-01-02")
+    tuned = search.table_of([outcome], GPU, ARCH, [16, 32, 48], date="2026-01-02")
     entry = tuned["gemm"]["float16/32x96/none"]
     assert entry == {
         "kernel": "linear", "ours": "linear",
@@ -227,7 +225,7 @@ def test_choice_over_numbers_of_tokens(device):
 def test_wrong_and_failing_candidates_are_left_out(monkeypatch, device):
     """Catches a kernel that is fastest because it is wrong, or one broken tile that ends the command."""
     tiles = {n: Candidate("linear", tuple(sorted({**TILE, "GROUP_ROWS": n}.items()))) for n in (1, 2, 4)}
-    call = tune_jobs.Work.call
+    call = Work.call
 
     def planted(self, candidate):
         run = call(self, candidate)
@@ -237,9 +235,9 @@ def test_wrong_and_failing_candidates_are_left_out(monkeypatch, device):
             run if candidate != tiles[2] else lambda: (_ for _ in ()).throw(RuntimeError("no room\nout of resources"))
         )
 
-    monkeypatch.setattr(tune_jobs.Work, "call", planted)
+    monkeypatch.setattr(Work, "call", planted)
     said = []
-    (outcome,) = tune.tune(
+    (outcome,) = search.tune(
         [job("gelu", [Candidate("cublas"), *tiles.values()])], device, [16],
         timer=clock(lambda n, i: 1.0 if n == "cublas" else 0.5), say=said.append,
     )  # fmt: skip
@@ -252,13 +250,13 @@ def test_wrong_and_failing_candidates_are_left_out(monkeypatch, device):
 def test_table_is_gone_by(monkeypatch, device):
     """Catches a table that is written and not read, or read for another shape, or a report without its source."""
     times = {"cublas": 3.0, str(SMALL): 2.0}
-    outcomes = tune.tune(
+    outcomes = search.tune(
         [job("none", [Candidate("cublas"), SMALL]), job("gelu", [Candidate("cublas"), SMALL])], device, [16, 32],
         timer=clock(lambda n, i: times[n] if i < 2 else 1.0 / times[n]), say=lambda text: None,
     )  # fmt: skip
     before = configs.gemm(torch.bfloat16, ARCH, (32, 96), "none")
     path = tables.cache_folder() / tables.file_name(GPU)
-    tune.write(tune.table_of(outcomes, GPU, ARCH, [16, 32], date="2026-01-02"), path)
+    search.write(search.table_of(outcomes, GPU, ARCH, [16, 32], date="2026-01-02"), path)
     assert path.name == "test-gpu-80gb.json" and before.choice is None
     choice = configs.gemm(torch.bfloat16, ARCH, (32, 96), "none")
     assert (choice.choice, choice.ours, choice.config.block_sizes) == ("linear", "linear", TILE)
@@ -281,29 +279,29 @@ def test_attention_table(device):
     """Catches a tile of the attention that is timed but not taken."""
     (only_job,) = jobs(only=["attention"])
     fastest = only_job.candidates[3]
-    (outcome,) = tune.tune(
+    (outcome,) = search.tune(
         [only_job], device, [64], timer=clock(lambda n, i: 1.0 if n == str(fastest) else 2.0), say=lambda text: None
     )
-    tune.write(tune.table_of([outcome], GPU, ARCH, [64]), tables.cache_folder() / tables.file_name(GPU))
+    search.write(search.table_of([outcome], GPU, ARCH, [64]), tables.cache_folder() / tables.file_name(GPU))
     assert configs.attention_config(torch.float16, 16, ARCH).block_sizes == {**fastest.sizes, "BLOCK_D": 16}
     assert "sm_80.json" in configs.attention_config(torch.float16, 64, ARCH).source
 
 
 def test_earlier_shapes_stay(caplog, device):
     """Catches a second run, for another model, that forgets the first, or a broken table that stops the command."""
-    (outcome,) = tune.tune(
+    (outcome,) = search.tune(
         [job("gelu", [Candidate("cublas"), SMALL])], device, [16], timer=clock(lambda n, i: 1.0), say=lambda text: None
     )
     path = cache(table())
-    tuned = tune.table_of([outcome], GPU, ARCH, [16], before=tune.earlier(path, GPU, ARCH))
+    tuned = search.table_of([outcome], GPU, ARCH, [16], before=search.read_earlier(path, GPU, ARCH))
     assert tuned["linear"]["float16/32x96/none"] == TILE and set(tuned["gemm"]) == set(table()["gemm"])
     assert tuned["gemm"]["float16/32x48/gelu"] != table()["gemm"]["float16/32x48/gelu"]
     for content in ("{", table(device="Another GPU"), table(version=0)):
         caplog.clear()
-        assert tune.earlier(cache(content), GPU, ARCH) is None
+        assert search.read_earlier(cache(content), GPU, ARCH) is None
         assert str(path) in caplog.text and "it will be replaced" in caplog.text
     path.unlink()
-    assert tune.earlier(path, GPU, ARCH) is None
+    assert search.read_earlier(path, GPU, ARCH) is None
 
 
 BAD = {
@@ -336,11 +334,11 @@ def test_bad_table_that_was_named(problem, tmp_path):
     path = tmp_path / "mine.json"
     path.write_text(BAD[problem] if isinstance(BAD[problem], str) else json.dumps(BAD[problem]))
     with pytest.raises(ValueError, match=re.escape(str(path))) as error:
-        tune.use_table(path)
+        search.use_table(path)
     assert problem.partition(", but")[0] in str(error.value)
     assert "tuned/sm_80.json" in configs.linear_config(torch.bfloat16, ARCH).source
     with pytest.raises(ValueError, match="not a readable table"):
-        tune.use_table(tmp_path / "missing.json")
+        search.use_table(tmp_path / "missing.json")
 
 
 def test_named_table_goes_before_the_cache(tmp_path):
@@ -348,9 +346,9 @@ def test_named_table_goes_before_the_cache(tmp_path):
     cache(table())
     path = tmp_path / "mine.json"
     path.write_text(json.dumps(table(linear={"float16": {**TILE, "GROUP_ROWS": 7}}, gemm={})))
-    tune.use_table(str(path))
+    search.use_table(str(path))
     assert configs.linear_config(torch.bfloat16, ARCH, (32, 96)).block_sizes["GROUP_ROWS"] == 7
-    tune.use_table(None)
+    search.use_table(None)
     assert configs.linear_config(torch.bfloat16, ARCH, (32, 96)).block_sizes == TILE
 
 
@@ -393,8 +391,8 @@ def test_full_disk(monkeypatch):
 
     monkeypatch.setattr(Path, "write_text", full)
     for attempt, text in (
-        (lambda: tune.write(table(date="2027-01-01"), path), "cannot be written .No space left on device.*unchanged"),
-        (lambda: tune.check_writable(path), "No space left on device.*nothing was measured"),
+        (lambda: search.write(table(date="2027-01-01"), path), "cannot be written .No space left on device.*unchanged"),
+        (lambda: search.check_writable(path), "No space left on device.*nothing was measured"),
     ):
         with pytest.raises(OSError, match=text) as error:
             attempt()
@@ -425,13 +423,13 @@ def test_dry_run(capsys):
 
 def test_command(tmp_path, monkeypatch, capsys, device):
     """Catches a command that loses the model's shapes or its options on the way to the table."""
-    monkeypatch.setattr(tune, "unable", lambda device: None)
+    monkeypatch.setattr(search, "device_obstacle", lambda device: None)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: GPU)
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
     monkeypatch.setattr(launch, "arch", lambda device: ARCH)
-    run = tune.tune
+    run = search.tune
     monkeypatch.setattr(
-        tune, "tune", lambda j, where, n: run(j, device, n, timer=clock(lambda name, i: float(len(name))))
+        search, "tune", lambda j, where, n: run(j, device, n, timer=clock(lambda name, i: float(len(name))))
     )
     BertModel(CONFIG).save_pretrained(tmp_path / "model")
     assert (
@@ -450,12 +448,11 @@ def test_command(tmp_path, monkeypatch, capsys, device):
     (tmp_path / "t.json").write_text(json.dumps(table(device="Another GPU")))
     assert main(["tune", "--check", str(tmp_path / "t.json")]) == 1
     assert f"{tmp_path / 't.json'}: made for Another GPU" in capsys.readouterr().err
-    assert commands.tune  # the name that the command line looks up
 
 
 def test_no_tuning_at_run_time(monkeypatch, device):
     """Catches a model that times anything by itself."""
-    monkeypatch.setattr(tune.measure, "interleave", lambda *args, **kwargs: pytest.fail("timed at run time"))
+    monkeypatch.setattr(search.measure, "interleave", lambda *args, **kwargs: pytest.fail("timed at run time"))
     model = BertModel(CONFIG, backend="triton").to(device).eval()
     for n in (1, 7):
         model(torch.ones(1, n, dtype=torch.int64, device=device))
@@ -465,22 +462,22 @@ def test_no_tuning_at_run_time(monkeypatch, device):
 def test_part_of_the_gpu_run(tmp_path, monkeypatch, device):
     """Catches a run on a GPU that tunes nothing, writes into the user's cache, or does not stop when its time is up."""
     monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[2] / "benchmarks"))
-    import gpu
+    import gpu_options
     import gpu_parts
 
     from fastbert.bench.results import Results
 
-    options = gpu.Options(tmp_path, device.type, quick=True)
-    monkeypatch.setattr(tune, "unable", lambda device: "there is none here")
+    options = gpu_options.Options(tmp_path, device.type, quick=True)
+    monkeypatch.setattr(search, "device_obstacle", lambda device: "there is none here")
     assert gpu_parts.run("tune", options, 60.0) == 0
     assert "there is none here" in Results.load(tmp_path / "tune.json").notes["tuned_table"]
-    monkeypatch.setattr(tune, "unable", lambda device: None)
+    monkeypatch.setattr(search, "device_obstacle", lambda device: None)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: GPU)
     monkeypatch.setattr(launch, "arch", lambda device: ARCH)
     monkeypatch.setattr(gpu_parts, "_precisions", lambda device: [])
-    monkeypatch.setattr(tune_jobs, "default_models", lambda: [("tiny", CONFIG)])
-    run, timer = tune.tune, clock(lambda name, i: float(len(name)))
-    monkeypatch.setattr(tune, "tune", lambda j, device, n, say: run(j, device, n, timer=timer, say=say))
+    monkeypatch.setattr(gpu_parts, "default_models", lambda: [("tiny", CONFIG)])
+    run, timer = search.tune, clock(lambda name, i: float(len(name)))
+    monkeypatch.setattr(search, "tune", lambda j, device, n, say: run(j, device, n, timer=timer, say=say))
     assert gpu_parts.run("tune", options, 60.0) == 0
     tuned = tables.read_table_for(tmp_path / "tuned" / "test-gpu-80gb.json", GPU, ARCH)
     assert len(tuned["gemm"]) == 4 and len(tuned["attention"]) == 1 and not tables.cache_folder().exists()

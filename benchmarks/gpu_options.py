@@ -1,0 +1,23 @@
+"""`Options` are the settings of a run on a GPU, which gpu.py reads from the command line and hands to each part."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+MINUTES = 7.5
+
+
+@dataclass(frozen=True)
+class Options:
+    """The settings of one run.
+
+    out: the folder of the results. minutes: for all parts. model: the checkpoint of the text suite, None for MiniLM's.
+    quick: few rounds and small workloads, to try the machinery.
+    """
+
+    out: Path
+    device: str = "cuda"
+    minutes: float = MINUTES
+    model: Path | None = None
+    quick: bool = False

@@ -1,0 +1,226 @@
+"""Text encoders are ways to turn texts into vectors: fastbert's, and what one would use instead."""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastbert.bench.engines import TRANSFORMERS_ENGINES, Engine, Pool, package_obstacle, silence_transformers
+from fastbert.bench.peers import OURS
+from fastbert.bench.text_task import TextTask
+from fastbert.bench.texts import spread
+from fastbert.pipelines.modules import Normalize
+from fastbert.pipelines.sentence import SentenceEncoder
+
+WINDOW = 4096  # texts that padded peers tokenise and sort at once: a GPU computes one window during the next
+SAMPLE = {"cpu": 48, "cuda": 2048}  # texts on which batch sizes are tried
+
+
+class TextEncoder:
+    """One way to turn texts into vectors. Subclasses set `name` and fill in `load` and `encode`.
+
+    dtype: that of the computation. batch_size: None where there is none to choose. unloaded: a copy from before `load`,
+    from which another process can start.
+    """
+
+    name: str
+    unloaded: TextEncoder
+    batch_sizes: tuple[int, ...] = ()
+    warmups = 1
+
+    def __init__(self, task: TextTask) -> None:
+        self.task, self.dtype = task, task.dtype
+        self.batch_size: int | None = None
+        self._loaded = False
+
+    def obstacle(self) -> str | None:
+        return None
+
+    def load(self) -> None:
+        raise NotImplementedError
+
+    def encode(self, texts: list[str]) -> Tensor:
+        """(n, dim) float32 vectors on the host."""
+        raise NotImplementedError
+
+    def facts(self) -> dict[str, Any]:
+        """Entries for `Peer.facts`, of the texts encoded last."""
+        return {} if self.batch_size is None else {"batch_size": self.batch_size}
+
+    def prepare(self) -> None:
+        """Calls `load`, once."""
+        if not self._loaded:
+            self.unloaded = copy.deepcopy(self)
+            self.load()
+            self._loaded = True
+
+    def choose_batch_size(self) -> None:
+        """Chooses the one of batch_sizes that is fastest on a sample of the task's texts."""
+        device = self.task.device
+        if self.batch_size is not None or not self.batch_sizes:
+            return
+        on_gpu = device.type == "cuda"
+        sample = spread(self.task.texts, SAMPLE["cuda" if on_gpu else "cpu"])
+        seconds: dict[int, float] = {}
+        for size in self.batch_sizes:
+            self.batch_size = size
+            try:
+                for _ in range(self.warmups if on_gpu or not seconds else 0):
+                    self.encode(sample)
+                seconds[size] = min(seconds_of(self.encode, sample) for _ in range(2 if on_gpu else 1))
+            except torch.OutOfMemoryError:
+                if not seconds:
+                    raise
+                break
+            if size >= len(sample):  # larger ones would be the same batch
+                break
+        self.batch_size = min(seconds, key=lambda size: seconds[size])
+        if on_gpu:  # the memory that the others took is not this setting's
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(device)
+
+
+def seconds_of(encode: Callable[[list[str]], Any], texts: list[str]) -> float:
+    """The seconds that encoding takes."""
+    started = time.perf_counter()
+    encode(texts)
+    return time.perf_counter() - started
+
+
+class FastBert(TextEncoder):
+    """SentenceEncoder, as it is."""
+
+    name = OURS
+
+    def load(self) -> None:
+        task = self.task
+        self.encoder = SentenceEncoder.from_pretrained(
+            task.folder, dtype=task.dtype, device=task.device, backend=task.backend
+        )
+
+    def encode(self, texts: list[str]) -> Tensor:
+        return torch.from_numpy(self.encoder.encode(texts, show_progress_bar=False))
+
+    def facts(self) -> dict[str, Any]:
+        timings = self.encoder.last_timings
+        assert timings is not None
+        return {"padding_waste": 0.0, "bottleneck": timings.bottleneck, "note": str(timings)}
+
+
+class Pooled(TextEncoder):
+    """An engine behind transformers' tokenizer: texts sorted by their tokens, batches of nearly equal size, pooling."""
+
+    def __init__(self, task: TextTask, engine: type[Engine], **settings: Any) -> None:
+        super().__init__(task)
+        tail = self.task.layout.tail
+        pool = Pool(self.task.layout.pooling.modes[0], normalize=bool(tail))
+        self.engine = engine(task.source, pool, **settings)
+        self.name, self.dtype, self.batch_sizes = self.engine.name, self.engine.dtype, self._sizes()
+        self._waste: float | None = None
+
+    def _sizes(self) -> tuple[int, ...]:
+        return self.engine.batch_sizes.get(self.task.device.type, self.engine.batch_sizes["cpu"])
+
+    def obstacle(self) -> str | None:
+        modes, tail = self.task.layout.pooling.modes, self.task.layout.tail
+        if modes not in (("mean",), ("cls",)) or [type(module) for module in tail] not in ([], [Normalize]):
+            after = "".join(f", {type(module).__name__}" for module in tail)
+            return f"this checkpoint pools by {', '.join(modes)}{after}; here is only mean or cls, and normalising"
+        return package_obstacle("transformers") or self.engine.obstacle()
+
+    def load(self) -> None:
+        import transformers
+
+        silence_transformers()
+        self.tokenizer = transformers.AutoTokenizer.from_pretrained(self.task.layout.transformer)
+        self.engine.load()
+        self.warmups = self.engine.warmups
+
+    def encode(self, texts: list[str]) -> Tensor:
+        if self.task.prompt:
+            texts = [self.task.prompt + text for text in texts]
+        if self.task.layout.settings.do_lower_case:
+            texts = [text.lower() for text in texts]
+        settings = {"return_token_type_ids": False, "return_attention_mask": False}
+        parts, places, n_computed, n_valid = [], [], 0, 0
+        for first in range(0, len(texts), WINDOW):
+            window = texts[first : first + WINDOW]
+            encoding = self.tokenizer(window, truncation=True, max_length=self.task.max_seq_length, **settings)
+            rows = [np.array(ids, np.int64) for ids in encoding["input_ids"]]
+            order = np.array(sorted(range(len(rows)), key=lambda i: -len(rows[i])))
+            n_batches = math.ceil(len(rows) / (self.batch_size or len(rows)))
+            for part in np.array_split(order, n_batches):
+                batch = self.engine.batch([rows[i] for i in part])
+                parts.append(self.engine.compute(*batch))
+                n_computed += self.engine.positions(batch)
+            places.append(first + order)
+            n_valid += sum(map(len, rows))
+        vectors = torch.cat(parts).cpu()
+        self._waste = 1.0 - n_valid / n_computed
+        result = torch.empty_like(vectors)
+        result[torch.from_numpy(np.concatenate(places))] = vectors
+        return result[:, : self.task.layout.truncate_dim]
+
+    def facts(self) -> dict[str, Any]:
+        return super().facts() | ({} if self._waste is None else {"padding_waste": self._waste})
+
+
+class SentenceTransformers(TextEncoder):
+    """sentence-transformers as it is: SentenceTransformer(folder).encode(texts)."""
+
+    name = "sentence-transformers"
+
+    def __init__(self, task: TextTask) -> None:
+        super().__init__(task)
+        self.dtype = task.stored_dtype
+
+    def obstacle(self) -> str | None:
+        return package_obstacle("sentence-transformers")
+
+    def load(self) -> None:
+        self._load()
+
+    def _load(self, **settings: Any) -> None:
+        silence_transformers()
+        from sentence_transformers import SentenceTransformer
+
+        self.model = SentenceTransformer(str(self.task.folder), device=str(self.task.device), **settings)
+
+    def encode(self, texts: list[str]) -> Tensor:
+        return torch.from_numpy(self.model.encode(texts, show_progress_bar=False)).float()
+
+
+class TunedSentenceTransformers(SentenceTransformers):
+    """sentence-transformers in the task's dtype and the best of a few batch sizes; results leave a GPU at the end.
+
+    With SDPA, or with flash-attn, where that is installed and can run: then sentence-transformers leaves out padding.
+    """
+
+    name = "sentence-transformers tuned"
+
+    def __init__(self, task: TextTask) -> None:
+        super().__init__(task)
+        self.dtype = task.dtype
+        self.batch_sizes = Engine.batch_sizes.get(task.device.type, Engine.batch_sizes["cpu"])
+
+    def load(self) -> None:
+        dtype, on_gpu = self.task.source.dtype, self.task.device.type == "cuda"
+        flash = on_gpu and dtype != torch.float32 and package_obstacle("flash-attn") is None
+        self._load(model_kwargs={"dtype": dtype, "attn_implementation": "flash_attention_2" if flash else "sdpa"})
+
+    def encode(self, texts: list[str]) -> Tensor:
+        size = self.batch_size or 32
+        return self.model.encode(texts, batch_size=size, convert_to_tensor=True, show_progress_bar=False).float().cpu()
+
+
+def text_encoders(task: TextTask) -> list[TextEncoder]:
+    """fastbert, and what needs no package but transformers and sentence-transformers."""
+    engines = [Pooled(task, engine) for engine in TRANSFORMERS_ENGINES]
+    return [FastBert(task), *engines, SentenceTransformers(task), TunedSentenceTransformers(task)]

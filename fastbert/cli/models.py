@@ -1,0 +1,81 @@
+"""The subcommands of `fastbert` load models here, by the options that they share."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from fastbert.checkpoint.config import BertConfig
+from fastbert.checkpoint.families import our_class
+from fastbert.checkpoint.folder import resolve
+from fastbert.models import tasks
+from fastbert.models.bert import BertModel
+from fastbert.models.pretrained import PreTrainedModel, listed
+from fastbert.pipelines.names import SENTENCE_TRANSFORMERS, full_name
+from fastbert.pipelines.sentence import SentenceEncoder
+from fastbert.text.tokenizer import Tokenizer
+
+logger = logging.getLogger("fastbert")
+
+Model = TypeVar("Model", bound=PreTrainedModel)
+
+TASKS = {name for name in vars(tasks) if name.startswith("BertFor")}
+
+
+def device_of(args: argparse.Namespace) -> torch.device:
+    """The device that --device names; by default the GPU if there is one."""
+    return torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def loading_arguments(args: argparse.Namespace) -> dict[str, Any]:
+    """The arguments that every from_pretrained takes."""
+    names = ("dtype", "backend", "strict", "precision", "revision")
+    return {"device": device_of(args), **{name: getattr(args, name) for name in names}}
+
+
+def load_encoder(args: argparse.Namespace) -> SentenceEncoder:
+    """The sentence encoder of --model, with --batch-tokens and --max-length where a command has them."""
+    token_budget = getattr(args, "batch_tokens", None)
+    encoder = SentenceEncoder.from_pretrained(args.model, token_budget=token_budget, **loading_arguments(args))
+    if getattr(args, "max_length", None) is not None:
+        encoder.max_seq_length = args.max_length
+    return encoder
+
+
+def load_any(args: argparse.Namespace) -> tuple[torch.nn.Module, Path]:
+    """A SentenceEncoder, or the class that the checkpoint names, and the folder of a hub id."""
+    name = full_name(args.model, SENTENCE_TRANSFORMERS)
+    folder = resolve(name, revision=args.revision)
+    modules = folder / "modules.json"
+    if modules.is_file() and "Pooling" in modules.read_text(encoding="utf-8"):
+        return load_encoder(args), folder
+    class_name = our_class((BertConfig.from_pretrained(folder).architectures or ["BertModel"])[0])
+    cls = getattr(tasks, class_name) if class_name in TASKS else BertModel
+    return cls.from_pretrained(name, **loading_arguments(args)), folder
+
+
+def load_task(cls: type[Model], head: str, args: argparse.Namespace) -> tuple[Model, Tokenizer]:
+    """A model whose head the checkpoint has, and its tokenizer, which cuts texts to the model's positions.
+
+    head: its name, for the error that a checkpoint without it raises.
+    """
+    logger.addFilter(_is_not_about_fresh_weights)
+    try:
+        model = cls.from_pretrained(args.model, **loading_arguments(args))
+    finally:
+        logger.removeFilter(_is_not_about_fresh_weights)
+    if model.missing_names:
+        raise ValueError(f"{args.model}: has no {head} head: it lacks {listed(model.missing_names)}")
+    tokenizer = Tokenizer.from_pretrained(args.model, revision=args.revision)
+    limit, positions = tokenizer.model_max_length, model.longest_text
+    tokenizer.model_max_length = positions if limit is None else min(limit, positions)
+    return model, tokenizer
+
+
+def _is_not_about_fresh_weights(record: logging.LogRecord) -> bool:
+    """Filters out the loader's warning about a missing head, which is an error here."""
+    return "freshly initialised" not in record.msg

@@ -1,0 +1,183 @@
+"""Candidates are the kernels and tiles that `fastbert tune` chooses from for one shape.
+
+K and M are the sizes of a weight, (M, K).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from fastbert.ops import quantized
+
+_TILES_16BIT = (  # BLOCK_ROWS, BLOCK_COLS, BLOCK_K, num_warps, num_stages
+    (128, 128, 32, 8, 4), (128, 128, 64, 8, 3), (128, 128, 32, 4, 4), (128, 64, 32, 4, 4), (64, 128, 32, 4, 4),
+    (64, 64, 64, 4, 4), (128, 256, 32, 8, 3), (256, 128, 32, 8, 3), (128, 64, 64, 4, 3), (64, 128, 64, 4, 3),
+)  # fmt: skip
+_TILES_32BIT = ((64, 128, 16, 4, 3), (64, 64, 16, 4, 3), (128, 64, 16, 4, 3), (64, 128, 32, 4, 3), (128, 128, 16, 8, 2))
+_PERSISTENT_TILES = (
+    (128, 128, 64, 8, 4), (128, 128, 64, 8, 3), (128, 256, 64, 8, 3), (256, 128, 64, 8, 3), (128, 64, 64, 4, 4),
+    (64, 128, 64, 4, 4), (64, 256, 64, 8, 3), (128, 128, 128, 8, 2),
+)  # fmt: skip
+_ATTENTION_TILES = (  # BLOCK_Q, BLOCK_K, num_warps, num_stages
+    (128, 64, 8, 2), (128, 64, 8, 3), (128, 64, 4, 2), (128, 64, 4, 3), (128, 32, 4, 3), (128, 128, 8, 2),
+    (64, 64, 4, 2), (64, 64, 4, 3), (64, 32, 4, 3), (64, 128, 4, 2),
+)  # fmt: skip
+_TILES_8BIT = (
+    (128, 128, 128, 8, 3), (128, 128, 64, 8, 4), (64, 128, 128, 4, 3), (128, 64, 128, 4, 3), (64, 128, 64, 4, 4),
+)  # fmt: skip
+_PERSISTENT_TILES_8BIT = (
+    (128, 256, 128, 8, 3), (128, 128, 128, 8, 4), (128, 128, 128, 8, 3), (128, 256, 64, 8, 4), (128, 128, 64, 8, 4),
+    (64, 128, 128, 4, 4), (64, 256, 128, 8, 3),
+)  # fmt: skip
+WARP_SPECIALIZED_ARCH = 90  # the one architecture on which a descriptor loop may be warp-specialised
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A kernel and its tile.
+
+    kernel: a name in GEMMS or QUANTIZED_GEMMS of fastbert_kernels.tables, or "attention". tile: empty for cuBLAS.
+    """
+
+    kernel: str
+    tile: tuple[tuple[str, int], ...] = ()
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        return dict(self.tile)
+
+    def __str__(self) -> str:
+        return " ".join([self.kernel, *(f"{name}={size}" for name, size in self.tile)])
+
+
+def gemm_candidates(dtype: torch.dtype, arch: int, shape: tuple[int, int], epilogue: str) -> Iterator[Candidate]:
+    """The candidates of a 16-bit or 32-bit linear: cuBLAS, the tiles that tables give now, then others that fit.
+
+    shape: (K, M). epilogue: "none", "gelu" or "residual".
+    """
+    from fastbert_kernels import configs
+
+    yield Candidate("cublas")
+    pointer = [configs.linear_config(dtype, arch, shape, epilogue).block_sizes]
+    pointer += map(_gemm_tile, _TILES_32BIT if dtype == torch.float32 else _TILES_16BIT)
+    yield from dict.fromkeys(
+        _candidate("linear", sizes)
+        for sizes in pointer
+        if _fits(sizes, dtype, arch) and _leaves_registers(sizes, dtype, epilogue)
+    )
+    current = configs.linear_persistent_config(dtype, arch, shape, epilogue)
+    if current is None or any(size * dtype.itemsize % 16 for size in shape):
+        return
+    persistent = [current.block_sizes, *({**_gemm_tile(tile), "WARP_SPECIALIZE": 0} for tile in _PERSISTENT_TILES)]
+    if arch == WARP_SPECIALIZED_ARCH:
+        square = [sizes for sizes in persistent if sizes["BLOCK_ROWS"] == sizes["BLOCK_COLS"] == 128]
+        persistent += [{**sizes, "WARP_SPECIALIZE": 1} for sizes in square]
+    yield from dict.fromkeys(
+        _candidate("linear_persistent", sizes)
+        for sizes in persistent
+        if _fits(sizes, dtype, arch, staged_outputs=2 if epilogue == "residual" else 1)
+        and _leaves_registers(sizes, dtype, epilogue)
+    )
+
+
+def quantized_candidates(
+    dtype: torch.dtype, arch: int, shape: tuple[int, int], group: int | None, quantizes: bool
+) -> Iterator[Candidate]:
+    """The candidates of an 8-bit linear, for the kernel on pointers first: the tiles that tables give now, then others.
+
+    shape: (K, M). group: columns of an operand that share a scale. quantizes: whether the result is in 8 bits.
+    """
+    from fastbert_kernels import configs
+
+    def whole_steps(sizes: dict[str, int]) -> dict[str, int]:
+        if group is None or group % sizes["BLOCK_K"] == 0:
+            return sizes
+        return {**sizes, "BLOCK_K": max(32, 1 << (group - 1).bit_length())}
+
+    arguments = dtype, group, arch, shape, quantizes
+    pointer = [configs.quantized_linear_config(*arguments).block_sizes, *map(whole_steps, map(_gemm_tile, _TILES_8BIT))]
+    yield from dict.fromkeys(
+        _candidate("quantized_linear", sizes)
+        for sizes in pointer
+        if _fits(sizes, dtype, arch) and (not quantizes or sizes["BLOCK_COLS"] == quantized.OUT_GROUP)
+    )
+    descriptors = configs.quantized_linear_persistent_config(*arguments)
+    out_size = 1 if quantizes else 2
+    if descriptors is None or shape[0] % 16 or shape[1] * out_size % 16:
+        return
+    tiles = [{**whole_steps(_gemm_tile(tile)), "WARP_SPECIALIZE": 0} for tile in _PERSISTENT_TILES_8BIT]
+    if arch != WARP_SPECIALIZED_ARCH:  # elsewhere the tile of two parts spills
+        tiles = [sizes for sizes in tiles if sizes["BLOCK_COLS"] == quantized.OUT_GROUP]
+    persistent = [descriptors.block_sizes, *tiles]
+    if arch == WARP_SPECIALIZED_ARCH:
+        square = [sizes for sizes in persistent if sizes["BLOCK_ROWS"] == sizes["BLOCK_COLS"] == 128]
+        persistent += [{**sizes, "WARP_SPECIALIZE": 1} for sizes in square]
+    yield from dict.fromkeys(
+        _candidate("quantized_linear_persistent", sizes)
+        for sizes in persistent
+        if _fits(sizes, dtype, arch, staged_outputs=out_size, staged_cols=quantized.OUT_GROUP)
+        and (group is None or group % sizes["BLOCK_K"] == 0)
+    )
+
+
+def _gemm_tile(tile: tuple[int, int, int, int, int]) -> dict[str, int]:
+    names = ("BLOCK_ROWS", "BLOCK_COLS", "BLOCK_K", "num_warps", "num_stages")
+    return {**dict(zip(names, tile, strict=True)), "GROUP_ROWS": 8}
+
+
+def _leaves_registers(sizes: dict[str, int], dtype: torch.dtype, epilogue: str) -> bool:
+    """True if the accumulator leaves an epilogue enough of a thread's 255 registers.
+
+    One that takes half of them spills, except with the short GELU of 16 bits. This was seen in the offline compile, on
+    sm_80, 89 and 90; GELU of 16 bits also on 100 and 120.
+    """
+    if epilogue == "none" or (epilogue == "gelu" and dtype != torch.float32):
+        return True
+    return sizes["BLOCK_ROWS"] * sizes["BLOCK_COLS"] // (32 * sizes["num_warps"]) < 128
+
+
+def attention_candidates(dtype: torch.dtype, arch: int, head_size: int) -> Iterator[Candidate]:
+    """The candidates of attention: the tiles that tables give now, then others that fit."""
+    from fastbert_kernels import configs
+
+    current = configs.attention_config(dtype, head_size, arch).block_sizes
+    block_d = current["BLOCK_D"]
+    names = ("BLOCK_Q", "BLOCK_K", "num_warps", "num_stages")
+    sizes_of = [{name: current[name] for name in names}]
+    sizes_of += [dict(zip(names, tile, strict=True)) for tile in _ATTENTION_TILES]
+    limit = _shared_memory(arch)
+    for sizes in sizes_of[1:]:
+        if dtype == torch.float32:
+            sizes.update(BLOCK_Q=sizes["BLOCK_Q"] // 2, BLOCK_K=max(16, sizes["BLOCK_K"] // 2))
+    fitting = (
+        sizes
+        for sizes in sizes_of
+        if (sizes["BLOCK_Q"] + 2 * sizes["num_stages"] * sizes["BLOCK_K"]) * block_d * dtype.itemsize <= limit
+    )
+    yield from dict.fromkeys(_candidate("attention", sizes) for sizes in fitting)
+
+
+def _candidate(kernel: str, sizes: dict[str, int]) -> Candidate:
+    return Candidate(kernel, tuple(sorted(sizes.items())))
+
+
+def _shared_memory(arch: int) -> int:
+    from fastbert_kernels import launch
+
+    return launch.SHARED_MEMORY[max(known for known in launch.SHARED_MEMORY if known <= arch)]
+
+
+def _fits(
+    sizes: dict[str, int], dtype: torch.dtype, arch: int, staged_outputs: int = 0, staged_cols: int | None = None
+) -> bool:
+    """True if the operands of all stages fit into shared memory, and the tiles of output that are staged there.
+
+    staged_outputs: elements of dtype that an element of the output takes there. staged_cols: columns at most.
+    """
+    rows, cols = sizes["BLOCK_ROWS"], sizes["BLOCK_COLS"]
+    staged = staged_outputs * rows * min(cols, staged_cols or cols)
+    elements = sizes["num_stages"] * (rows + cols) * sizes["BLOCK_K"] + staged
+    return elements * dtype.itemsize <= _shared_memory(arch)
