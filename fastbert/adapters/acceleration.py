@@ -18,9 +18,10 @@ from torch import nn
 from fastbert.adapters.classes import derive, derivers, originals
 from fastbert.adapters.covered import covered_in_words, derived_from, find, is_of_sentences
 from fastbert.adapters.forward import forward, model_obstacle
-from fastbert.adapters.live_encoder import LiveEncoder, Options, Unsupported
+from fastbert.adapters.live_encoder import LiveEncoder, Unsupported
 from fastbert.adapters.scores import ScoreState, predict
 from fastbert.adapters.state import STATE, AcceleratedState, EncoderState
+from fastbert.engine import Options
 from fastbert.models.bert import BertModel
 
 logger = logging.getLogger("fastbert")
@@ -136,8 +137,7 @@ def accelerate(model: Model, *, backend: str = "auto", strict: bool = False, cud
     A second call changes nothing but the options. `restore` undoes it. Raises TypeError for an object that is no model,
     and ValueError for a model without a covered encoder. Both say which are covered.
     """
-    options = Options(backend, strict, cuda_graphs)
-    _ = options.policy  # It raises ValueError for a backend that does not exist.
+    options = Options(backend=backend, strict=strict, cuda_graphs=cuda_graphs)
     root = _module_of(model)
     if root is None:
         raise TypeError(f"model: got {type(model).__name__}, which is no model; covered: {covered_in_words()}")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from itertools import chain, repeat
 from operator import contains, itemgetter
@@ -30,22 +30,8 @@ from fastbert.adapters.live_values import (
 )
 from fastbert.adapters.patches import Watch
 from fastbert.checkpoint.config import BertConfig
+from fastbert.engine import Options
 from fastbert.models.bert import BertModel
-from fastbert.ops import Policy
-
-
-@dataclass(frozen=True)
-class Options:
-    """`Options` hold the arguments of `accelerate`."""
-
-    backend: str = "auto"
-    strict: bool = False
-    cuda_graphs: bool = True
-
-    @property
-    def policy(self) -> Policy:
-        """Returns the policy of the operations. Raises ValueError for a backend that does not exist."""
-        return Policy(self.backend, self.strict)
 
 
 class Unsupported(ValueError):
@@ -69,14 +55,13 @@ class LiveEncoder:
             raise Unsupported("pooler is not there")
         with torch.device("meta"):
             with_pooler = getattr(live, "pooler", None) is not None
-            model = BertModel(config, with_pooler, backend=options.backend, strict=options.strict)
+            model = BertModel(config, with_pooler, options)
         leaves = list(mapping.leaves(model))
         containers = _containers(live, mapping, [theirs for _, theirs in leaves])
         for path, module in containers.items():
             _check_container(path, module, mapping)
             _check_settings(path, module)
 
-        model.cuda_graphs = options.cuda_graphs
         model.eval()  # The live modules are not in it yet.
         direct: list[Leaf] = []
         called: list[CalledModule] = []

@@ -14,10 +14,11 @@ from torch import Tensor, nn
 
 from fastbert.adapters import versions
 from fastbert.adapters.forward import model_obstacle
-from fastbert.adapters.live_encoder import Options, Unsupported
+from fastbert.adapters.live_encoder import Unsupported
 from fastbert.adapters.live_tokenizer import LiveTokenizer
 from fastbert.adapters.patches import Watch
 from fastbert.adapters.state import STATE, AcceleratedState, EncoderState
+from fastbert.engine import Options
 from fastbert.pipelines.modules import Normalize
 from fastbert.pipelines.pipeline import POOLING_MODES, Pipeline, Pooling
 

@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import nn
 
-from fastbert.adapters.live_encoder import Options
 from fastbert.adapters.state import STATE, AcceleratedState, EncoderState
+from fastbert.engine import Options
 
 
 class ScoreState(AcceleratedState):

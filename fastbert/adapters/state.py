@@ -10,7 +10,8 @@ from typing import Any
 from torch import nn
 
 from fastbert.adapters.covered import COVERED, Mapping
-from fastbert.adapters.live_encoder import LiveEncoder, Options
+from fastbert.adapters.live_encoder import LiveEncoder
+from fastbert.engine import Options
 from fastbert.ops import BackendError
 
 logger = logging.getLogger("fastbert")

@@ -130,7 +130,7 @@ def info(args: argparse.Namespace) -> None:
         except importlib.metadata.PackageNotFoundError:
             rows.append((name, "not installed"))
     rows += [("device", text) for text in _devices()]
-    why_not = dispatch.triton_unavailable(_device(args))
+    why_not = dispatch.triton_obstacle(_device(args))
     rows.append(("kernels", "Triton, on this device" if why_not is None else f"PyTorch's own here: {why_not}"))
     for name, text in rows:
         print(f"{name:<23}{text}")

@@ -6,7 +6,7 @@ Families differ in what a `Block` has beyond BERT's: an engine that lacks it nam
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
@@ -20,6 +20,9 @@ FEATURES = {
 }
 
 
+_LINEARS = ("query", "key", "value", "out", "up", "down")
+
+
 @dataclass(frozen=True, eq=False)
 class Linear:
     """y = x W^T + b. weight: (M, K). bias: (M,) or None."""
@@ -30,6 +33,10 @@ class Linear:
     @classmethod
     def of(cls, module: nn.Linear) -> Linear:
         return cls(module.weight, module.bias)
+
+    def mapped(self, function: Callable[[Tensor], Tensor]) -> Linear:
+        """The same linear with the function's results in the place of its tensors."""
+        return Linear(function(self.weight), None if self.bias is None else function(self.bias))
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,6 +50,11 @@ class Norm:
     @classmethod
     def of(cls, module: nn.LayerNorm) -> Norm:
         return cls(module.weight, module.bias, module.eps)
+
+    def mapped(self, function: Callable[[Tensor], Tensor]) -> Norm:
+        """The same norm with the function's results in the place of its tensors."""
+        weight, bias = (None if t is None else function(t) for t in (self.weight, self.bias))
+        return Norm(weight, bias, self.eps)
 
     def filled(self, like: Tensor) -> tuple[Tensor, Tensor]:
         """Weight and bias, (H,) each: ones and zeros, as `like`, where it has none."""
@@ -110,6 +122,14 @@ class Block:
         values = self.gate, self.rotary, self.position_bias, self.window
         names = [name for name, value in zip(list(FEATURES)[1:], values, strict=True) if value is not None]
         return ["pre_norm", *names] if self.pre_norm else names
+
+    def mapped(self, function: Callable[[Tensor], Tensor]) -> Block:
+        """The same layer with the function's results in the place of its tensors."""
+        linears = {name: getattr(self, name).mapped(function) for name in _LINEARS}
+        norms = {name: getattr(self, name).mapped(function) for name in ("attention_norm", "output_norm")}
+        gate = None if self.gate is None else self.gate.mapped(function)
+        fuse = self.fuse_qkv
+        return replace(self, **linears, **norms, gate=gate, fuse_qkv=lambda: fuse().mapped(function))
 
     def products(self) -> dict[str, tuple[Linear, ...]]:
         """The matrix products of the layer by name: the linears that are multiplied as one."""

@@ -82,8 +82,6 @@ class CrossEncoder(SentenceTransformersApi):
         device: str | torch.device | None = None,
         revision: str | None = None,
         token_budget: int | None = None,
-        backend: str = "auto",
-        strict: bool = False,
         prompts: dict[str, str] | None = None,
         default_prompt_name: str | None = None,
         num_labels: int | None = None,
@@ -106,9 +104,7 @@ class CrossEncoder(SentenceTransformersApi):
         layout, path = read_cross_encoder_layout(arguments.folder(src, CROSS_ENCODER))
         if num_labels is not None:
             arguments.config["num_labels"] = num_labels
-        model, tokenizer = load(
-            BertForSequenceClassification, layout, src, arguments, dtype, device, backend=backend, strict=strict
-        )
+        model, tokenizer = load(BertForSequenceClassification, layout, src, arguments, dtype, device)
         if model.missing_names:
             raise ValueError(f"{src}: has no classification head: it lacks {', '.join(model.missing_names)}")
         encoder = cls(

@@ -12,6 +12,7 @@ import torch
 
 from fastbert.checkpoint.folder import resolve
 from fastbert.engine import cpu_encoder
+from fastbert.engine.options import OPTION_NAMES
 from fastbert.models.pretrained import PreTrainedModel
 from fastbert.pipelines.folder import Layout, lowercasing
 from fastbert.pipelines.names import cache_folder, full_name
@@ -78,7 +79,7 @@ class Arguments:
             dict(known[name] or {}) for name in ("model_kwargs", "processor_kwargs", "config_kwargs")
         )
         # Arguments of transformers' from_pretrained may also come by themselves.
-        for name in options.keys() & (LOADING_HARMLESS | {"torch_dtype", "device_map"}):
+        for name in options.keys() & ((LOADING_HARMLESS | {"torch_dtype", "device_map"}) - set(OPTION_NAMES)):
             model.setdefault(name, options.pop(name))
         return cls(model, tokenizer, config, hub, options)
 

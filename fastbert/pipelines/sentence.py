@@ -87,10 +87,6 @@ class SentenceEncoder(SentenceTransformersApi):
         *,
         dtype: str | torch.dtype = "auto",
         device: str | torch.device | None = None,
-        backend: str = "auto",
-        strict: bool = False,
-        batch_invariant: bool = False,
-        precision: str | None = None,
         revision: str | None = None,
         token_budget: int | None = None,
         prompts: dict[str, str] | None = None,
@@ -107,7 +103,8 @@ class SentenceEncoder(SentenceTransformersApi):
         the folder's.
 
         options: those of SentenceTransformer(...), which are cache_folder, token, local_files_only, model_kwargs,
-        processor_kwargs (or tokenizer_kwargs) and config_kwargs, and the other arguments of BertModel.from_pretrained.
+        processor_kwargs (or tokenizer_kwargs) and config_kwargs, and the other arguments of BertModel.from_pretrained:
+        backend, strict, batch_invariant, precision, cuda_graphs and more.
         Of model_kwargs a dtype and one device are followed. trust_remote_code and model_card_data have no effect.
 
         Raises what BertModel.from_pretrained raises. An argument that is not supported is a TypeError; a module or a
@@ -119,10 +116,7 @@ class SentenceEncoder(SentenceTransformersApi):
         if layout is None:
             logger.warning("%s: no %s, so mean pooling without normalisation", src, MODULES)
             layout = Layout(folder)
-        model, tokenizer = load(
-            BertModel, layout, src, arguments, dtype, device, backend=backend, strict=strict,
-            batch_invariant=batch_invariant, precision=precision,
-        )  # fmt: skip
+        model, tokenizer = load(BertModel, layout, src, arguments, dtype, device)
         encoder = cls(
             model,
             tokenizer,

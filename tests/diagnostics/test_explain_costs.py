@@ -102,7 +102,14 @@ def test_flops_are_those_that_pytorch_counts(hidden: int) -> None:
     model = BertModel(config(hidden_size=hidden), backend="torch").eval()
     ids = torch.ones(3, 11, dtype=torch.int64)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        eager_bert(dict(model.named_parameters()), model.config, ids, torch.ones_like(ids), torch.zeros_like(ids))
+        eager_bert(
+            dict(model.named_parameters()),
+            model.blocks(),
+            model.config,
+            ids,
+            torch.ones_like(ids),
+            torch.zeros_like(ids),
+        )
     rows = explain(model, ids).rows
     assert sum(row.flops or 0 for row in rows if row.op in ("linear", "attention")) == counter.get_total_flops()
 
@@ -159,8 +166,8 @@ def test_rows_that_are_computed(kernels: str, monkeypatch: pytest.MonkeyPatch) -
     """Catches rows that oneDNN is given beyond the tokens and that the report hides, or says of the C++ kernels."""
     if kernels == "oneDNN":
         monkeypatch.setattr(cpu.library, "load", lambda: (None, "planted"))
-    if packed_linear.unavailable(torch.float32) is not None or (kernels == "C++" and cpu.obstacle() is not None):
-        pytest.skip(f"{packed_linear.unavailable(torch.float32)}, {cpu.obstacle()}")
+    if packed_linear.packing_obstacle(torch.float32) is not None or (kernels == "C++" and cpu.obstacle() is not None):
+        pytest.skip(f"{packed_linear.packing_obstacle(torch.float32)}, {cpu.obstacle()}")
     monkeypatch.setattr(cpu_encoder, "obstacles", lambda *args: iter(["planted"]))  # operation by operation
     model = BertModel(config()).eval()
     seen: list[int] = []

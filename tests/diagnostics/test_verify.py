@@ -71,7 +71,7 @@ def test_eager_is_bert(hidden_act: str) -> None:
     parameters = dict(model.named_parameters())
     with torch.no_grad():
         exact = reference.bert(parameters, model.config, ids, mask, token_type_ids)
-        *states, pooled = eager_bert(parameters, model.config, ids, mask, token_type_ids)
+        *states, pooled = eager_bert(parameters, model.blocks(), model.config, ids, mask, token_type_ids)
     for state, expected in zip(states, exact.hidden_states, strict=True):
         torch.testing.assert_close(state[mask == 1], expected[mask == 1], rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(pooled[:, 0], exact.pooler_output, rtol=1e-12, atol=1e-12)

@@ -25,12 +25,12 @@ class Block:
 def blocks(page: Path) -> list[Block]:
     """The fenced code blocks of a page, in order."""
     text = page.read_text(encoding="utf-8")
-    found = []
+    listed = []
     for match in FENCE.finditer(text):
         marker = NOT_RUN.search(text[: match.start()])
         line = text.count("\n", 0, match.start(2)) + 1
-        found.append(Block(match[1], match[2], line, "" if marker is None else marker[1]))
-    return found
+        listed.append(Block(match[1], match[2], line, "" if marker is None else marker[1]))
+    return listed
 
 
 def name(page: Path) -> str:

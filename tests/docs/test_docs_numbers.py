@@ -147,8 +147,8 @@ def test_command_writes_table_chart_and_caption(tmp_path):
     (tmp_path / "docs").mkdir()
     for name in ("README.md", "docs/numbers.md"):
         (tmp_path / name).write_text(f"{readme_figures.START}{readme_figures.END}\n")
-    found = {tmp_path / "x": results(contest("text", setting="throughput", model="MiniLM"))}
-    written = report.write_readme(tmp_path, found)
+    folders = {tmp_path / "x": results(contest("text", setting="throughput", model="MiniLM"))}
+    written = report.write_readme(tmp_path, folders)
     assert {path.relative_to(tmp_path).as_posix() for path in written} == {
         "README.md",
         "docs/numbers.md",

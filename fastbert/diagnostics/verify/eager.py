@@ -6,19 +6,25 @@ B sequences, S the longest, H hidden, N heads, D head size, L layers, I intermed
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fastbert import reference
-from fastbert.checkpoint.activations import ACTIVATIONS, activate
+from fastbert.checkpoint.activations import activate
 from fastbert.checkpoint.config import BertConfig
+from fastbert.engine.block import FEATURES, Block, Linear, Norm
 
 
 def eager_bert(
-    parameters: Mapping[str, Tensor], config: BertConfig, input_ids: Tensor, mask: Tensor, token_type_ids: Tensor
+    parameters: Mapping[str, Tensor],
+    blocks: Iterable[Block],
+    config: BertConfig,
+    input_ids: Tensor,
+    mask: Tensor,
+    token_type_ids: Tensor,
 ) -> list[Tensor]:
     """The L + 1 hidden states, (B, S, H), then the pooled output, (B, 1, H), in the dtype of the parameters.
 
@@ -33,8 +39,8 @@ def eager_bert(
     x = _norm(parameters, config, "embeddings", x + F.embedding(positions, parameters[table("position")]))
     projected = "embeddings_project.weight" in parameters
     states = [_linear(parameters, "embeddings_project", x) if projected else x]
-    for i in range(config.num_hidden_layers):
-        states.append(eager_layer(parameters, config, i, states[-1], mask))
+    for block in blocks:
+        states.append(eager_layer(block, states[-1], mask))
     if "pooler.dense.weight" in parameters:
         states.append(eager_pooler(parameters, states[-1], mask))
     return states
@@ -49,24 +55,31 @@ def _norm(parameters: Mapping[str, Tensor], config: BertConfig, name: str, x: Te
     return F.layer_norm(x, x.shape[-1:], weight, bias, config.layer_norm_eps)
 
 
-def eager_layer(parameters: Mapping[str, Tensor], config: BertConfig, i: int, x: Tensor, mask: Tensor) -> Tensor:
-    """The output of layer i for x, (B, S, H), in the dtype of x. mask: (B, S), 0 at padding."""
-    activation = ACTIVATIONS[config.hidden_act]
-    layer = f"encoder.layer.{i}"
+def eager_layer(block: Block, x: Tensor, mask: Tensor) -> Tensor:
+    """The output of a layer for x, (B, S, H), in the dtype of x. mask: (B, S), 0 at padding.
+
+    Raises ValueError for a layer with more than BERT's have.
+    """
+    for feature in block.features():
+        raise ValueError(f"model: verify does not compute {FEATURES[feature]}")
+
+    def linear(part: Linear, x: Tensor) -> Tensor:
+        return F.linear(x, part.weight.to(x.dtype), None if part.bias is None else part.bias.to(x.dtype))
+
+    def norm(part: Norm, x: Tensor) -> Tensor:
+        weight, bias = part.filled(x)
+        return F.layer_norm(x, x.shape[-1:], weight.to(x.dtype), bias.to(x.dtype), part.eps)
+
     q, k, v = (
-        _linear(parameters, f"{layer}.attention.self.{name}", x)
-        .unflatten(-1, (config.num_attention_heads, -1))
-        .transpose(1, 2)
-        for name in ("query", "key", "value")
+        linear(part, x).unflatten(-1, (block.num_heads, -1)).transpose(1, 2)
+        for part in (block.query, block.key, block.value)
     )  # (B, N, S, D)
     padding = (mask == 0)[:, None, None, :]  # (B, 1, 1, S)
     scores = (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).masked_fill(padding, torch.finfo(x.dtype).min)
     context = (torch.softmax(scores, dim=-1) @ v).transpose(1, 2).flatten(2)  # (B, S, H)
-    out = f"{layer}.attention.output"
-    x = _norm(parameters, config, out, _linear(parameters, f"{out}.dense", context) + x)
-    inner = _linear(parameters, f"{layer}.intermediate.dense", x)  # (B, S, I)
-    inner = activate(inner, activation)
-    return _norm(parameters, config, f"{layer}.output", _linear(parameters, f"{layer}.output.dense", inner) + x)
+    x = norm(block.attention_norm, linear(block.out, context) + x)
+    inner = activate(linear(block.up, x), block.activation)  # (B, S, I)
+    return norm(block.output_norm, linear(block.down, inner) + x)
 
 
 def eager_pooler(parameters: Mapping[str, Tensor], x: Tensor, mask: Tensor) -> Tensor:

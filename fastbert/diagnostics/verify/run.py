@@ -20,7 +20,7 @@ from fastbert.diagnostics.verify.eager import eager_bert, eager_layer, eager_poo
 from fastbert.diagnostics.verify.ends import End
 from fastbert.diagnostics.verify.findings import QuantizedReport, StateReport, VectorReport
 from fastbert.diagnostics.verify.measures import error_report, measure, state_report, vector_report
-from fastbert.engine import quantized
+from fastbert.engine import Block, quantized
 from fastbert.models.bert import BertModel
 from fastbert.models.inputs import Inputs
 from fastbert.ops import Policy
@@ -61,6 +61,8 @@ def compare(bert: BertModel, rows: list[Row], prefix: str, ends: Sequence[End] =
     from_encode = bool(ends) and ends[-1].is_vectors
     parameters = dict(bert.named_parameters())
     on_cpu = {name: parameter.cpu() for name, parameter in parameters.items()}
+    blocks: list[Block] = []
+    blocks_on_cpu: list[Block] = []
     modes = {module: module.training for module in (model or bert).modules()}
     max_tokens = DECODER_TOKENS if any(end.name.endswith("cls.predictions") for end in ends) else MODEL_TOKENS
     try:
@@ -75,11 +77,14 @@ def compare(bert: BertModel, rows: list[Row], prefix: str, ends: Sequence[End] =
                 sizes = [len(texts[j][0]) for j in group]
                 inputs = _padded([texts[j] for j in group])
                 exact = _reference(on_cpu, bert, inputs, sizes, ends)
+                if not blocks:  # adapters, which have none, were refused by the reference
+                    blocks = list(bert.blocks())
+                    blocks_on_cpu = [block.mapped(Tensor.cpu) for block in blocks]
                 if in_8_bits:
                     plain = [[state[j] for j in group] for state in emulated]
                 else:
                     on_device = tuple(x.to(bert.device) for x in inputs)
-                    plain = _with_ends(eager_bert(parameters, bert.config, *on_device), sizes, bert, ends)
+                    plain = _with_ends(eager_bert(parameters, blocks, bert.config, *on_device), sizes, bert, ends)
                 mine = [[state[j] for j in group] for state in ours]
                 places = [chunk[j] for j in group]
                 for s, (a, b, c) in enumerate(zip(mine, plain, exact, strict=True)):
@@ -88,7 +93,8 @@ def compare(bert: BertModel, rows: list[Row], prefix: str, ends: Sequence[End] =
                 for place, j, b, c in zip(places, group, plain[n_layers], exact[n_layers], strict=True):
                     last[place] = measure(direct[j], b, c)
                 if not in_8_bits:
-                    _measure_alone(alone, places, bert, (parameters, on_cpu), inputs[1], mine, ends)
+                    weights = (parameters, blocks), (on_cpu, blocks_on_cpu)
+                    _measure_alone(alone, places, bert, weights, inputs[1], mine, ends)
                 for k, parts_of_texts in enumerate((mine, exact, plain)):
                     sources = parts_of_texts[-1 if from_encode else n_layers]
                     for place, state in zip(places, sources, strict=True):
@@ -197,11 +203,11 @@ def _with_ends(states: list[Tensor], sizes: list[int], bert: BertModel, ends: Se
 
 
 def _measure_alone(
-    measures: Tensor, places: list[int], bert: BertModel, weights: tuple[Mapping[str, Tensor], ...], mask: Tensor,
+    measures: Tensor, places: list[int], bert: BertModel, weights: tuple[Any, ...], mask: Tensor,
     ours: Parts, ends: Sequence[End],
 ) -> None:  # fmt: skip
     """Compares every part but the embeddings with eager and the reference on the input that the part had."""
-    config, n_layers = bert.config, len(bert.encoder.layer)
+    n_layers = len(bert.encoder.layer)
     sizes = [len(part) for part in ours[0]]
     for s in range(1, len(ours)):
         end = ends[s - len(ours)] if s >= len(ours) - len(ends) else None
@@ -215,10 +221,10 @@ def _measure_alone(
             x = _stack(before, mask.shape[1])
             runs = (x, weights[0], mask.to(x.device)), (x.cpu().double(), weights[1], mask)
             if s <= n_layers:
-                padded = [eager_layer(w, config, s - 1, y, m) for y, w, m in runs]
+                padded = [eager_layer(blocks[s - 1], y, m) for y, (_, blocks), m in runs]
                 outputs = [[row[:n] for row, n in zip(state, sizes, strict=True)] for state in padded]
             else:
-                outputs = [list(eager_pooler(w, y, m)) for y, w, m in runs]
+                outputs = [list(eager_pooler(parameters, y, m)) for y, (parameters, _), m in runs]
         for place, *parts in zip(places, ours[s], *outputs, strict=True):
             measures[s, place] = measure(*parts)
 
