@@ -1,4 +1,4 @@
-"""Checks of arguments. An error names the argument, what came and what was expected, always in the same words."""
+"""Arguments are checked here. An error names the argument, what came and what was expected, in the same words."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def expect(holds: bool, name: str, value: Any, expected: str) -> None:
 
 
 def one_of(name: str, value: Any, *choices: Any) -> Any:
-    """The choice that the value equals, in type too; raises ValueError where there is none."""
+    """Returns the choice that the value equals, in type too. Raises ValueError where there is none."""
     for choice in choices:
         if type(value) is type(choice) and value == choice:
             return value
@@ -22,14 +22,14 @@ def one_of(name: str, value: Any, *choices: Any) -> Any:
 
 
 def positive(name: str, value: Any) -> int:
-    """The value, if it is a whole number from 1 on; raises ValueError for anything else."""
+    """Returns the value, if it is a whole number from 1 on. Raises ValueError for anything else."""
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
         raise ValueError(f"{name}: got {value!r}, expected a positive whole number")
     return int(value)
 
 
 def positive_or_none(name: str, value: Any) -> int | None:
-    """The value, if it is None or a whole number from 1 on; raises ValueError for anything else."""
+    """Returns the value, if it is None or a whole number from 1 on. Raises ValueError for anything else."""
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:

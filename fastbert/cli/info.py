@@ -63,7 +63,7 @@ def _machine(args: argparse.Namespace) -> Iterator[tuple[str, str]]:
         gpu = torch.cuda.get_device_properties(i)
         memory = f"{gpu.total_memory / 2**30:.0f} GiB"
         yield "device", f"cuda:{i}, {gpu.name}, capability {gpu.major}.{gpu.minor}, {memory}"
-    obstacle = dispatch.triton_unavailable(models.device_of(args))
+    obstacle = dispatch.triton_obstacle(models.device_of(args))
     yield "kernels", "Triton, on this device" if obstacle is None else f"PyTorch's own here: {obstacle}"
 
 

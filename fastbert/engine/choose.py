@@ -134,7 +134,7 @@ class Engine:
         if model.training:
             yield TRAINING
         yield from self.state.obstacles(model, device)
-        obstacle = attention.obstacle(model.config.head_size, torch.empty(0, dtype=model.dtype, device=device))
+        obstacle = attention.triton_obstacle(model.config.head_size, torch.empty(0, dtype=model.dtype, device=device))
         decision = dispatch.decide("attention", model.policy, device, obstacle)
         if decision.backend != "triton":
             yield f"the backend of attention is {decision.backend!r}"
@@ -161,7 +161,7 @@ class Engine:
         if model.device.type != "cpu" or torch.is_grad_enabled() or tracing.observed() is not None:
             return False
         decision = dispatch.decide("linear", model.policy, model.device, None)
-        usable = decision.backend == "cpu" and ops.packed_linear.unavailable(model.dtype) is None
+        usable = decision.backend == "cpu" and ops.packed_linear.packing_obstacle(model.dtype) is None
         return usable and self.state.plain_modules(model) and self.state.plain_parameters()
 
     def _run_in_packed_rows(

@@ -56,13 +56,13 @@ def obstacles(config: Any, dtype: torch.dtype, policy: ops.Policy, device: torch
 
 def multiplies_bfloat16() -> bool:
     """Tells whether this processor has bfloat16 in hardware, and something here that makes use of it."""
-    return cpu.multiplies(torch.bfloat16) or (cpu.has_amx() and packed_linear.unavailable(torch.bfloat16) is None)
+    return cpu.multiplies(torch.bfloat16) or (cpu.has_amx() and packed_linear.packing_obstacle(torch.bfloat16) is None)
 
 
 def invariant_obstacle(config: Any, dtype: torch.dtype) -> str | None:
     """Why models of this configuration are not batch-invariant on this CPU, by one call or by operations; or None."""
     for size in {config.embedding_width, config.hidden_size, config.intermediate_size}:
-        obstacle = packed_linear.no_invariant_product(dtype, size)
+        obstacle = packed_linear.product_obstacle(dtype, size)
         if obstacle is not None:
             return obstacle
     return attention.cpu_obstacle(config.head_size, torch.empty(0, dtype=dtype, device="cpu"))

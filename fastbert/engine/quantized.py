@@ -82,7 +82,7 @@ def decide(
     config = model.config
     activation = ops.ACTIVATIONS[config.hidden_act]
     sizes = config.hidden_size, config.intermediate_size, config.head_size
-    obstacles = [ops.quantized.obstacle(*sizes, activation, dtype, device), _altered(model)]
+    obstacles = [ops.quantized.model_obstacle(*sizes, activation, dtype, device), _altered(model)]
     if policy.backend != "torch":
         obstacles.append(ops.quantized.device_obstacle(precision, device, arch))
     if policy.batch_invariant and (device.type != "cpu" or policy.backend == "triton"):

@@ -25,7 +25,7 @@ Group = tuple[int, int, "slice | torch.Tensor"]
 
 
 def group_by_length(cu_seqlens_cpu: torch.Tensor, device: torch.device) -> tuple[list[Group], torch.Tensor | None]:
-    """Groups of sequences of equal length, and the row order that undoes the grouping (None where it is unchanged)."""
+    """Returns groups of sequences of equal length, and the row order that undoes it (None where it is unchanged)."""
     lengths = cu_seqlens_cpu.diff().long()
     order = torch.argsort(lengths, stable=True)
     order = order[lengths[order] > 0]
@@ -88,7 +88,7 @@ def _attention(
 def _in_place(
     qkv: torch.Tensor, batch: PackedBatch, num_heads: int, scale: float | None, dropout_p: float
 ) -> torch.Tensor:
-    """Attention of a `varlen.in_place` batch, (B * S, 3 * N * D) -> (B * S, N * D), with its padding masked."""
+    """Attention of a `packing.in_place` batch, (B * S, 3 * N * D) -> (B * S, N * D), with its padding masked."""
     assert batch.valid is not None
     qkv = qkv.reshape(batch.batch_size, batch.padded_length, 3, num_heads, -1)
     q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind()  # each (B, N, S, D)
@@ -120,7 +120,7 @@ def _grouped_from_lengths(
 def _grouped_backward(
     grad: torch.Tensor, qkv: torch.Tensor, cu_seqlens_cpu: torch.Tensor, num_heads: int, scale: float
 ) -> torch.Tensor:
-    """The gradient of qkv, (T, 3 * N * D), with the probabilities P recomputed, in float32 at least.
+    """Returns the gradient of qkv, (T, 3 * N * D), with the probabilities P recomputed, in float32 at least.
 
     dV = P^T dO,    dS = P * (dO V^T - rowsum(P * dO V^T)),    dQ = scale dS K,    dK = scale dS^T Q
     """
@@ -223,7 +223,7 @@ def _compiled(qkv: torch.Tensor, cu_seqlens_cpu: torch.Tensor, num_heads: int, s
 
 
 def cpu_obstacle(head_size: int, qkv: torch.Tensor, dropout_p: float = 0.0) -> str | None:
-    """Why the cpu backend takes PyTorch's attention and not the C++ kernel, or None."""
+    """Tells why the cpu backend takes PyTorch's attention and not the C++ kernel, or None."""
     if qkv.dtype not in (torch.float32, torch.bfloat16):
         return f"there is no C++ kernel for {qkv.dtype}"
     if head_size % 16 or head_size > 256:
@@ -232,16 +232,16 @@ def cpu_obstacle(head_size: int, qkv: torch.Tensor, dropout_p: float = 0.0) -> s
         return "dropout"
     if (transformed := tracing.transformed(qkv)) is not None:
         return transformed
-    return _kernels_unavailable()
+    return _kernels_obstacle()
 
 
 @constant
-def _kernels_unavailable() -> str | None:
+def _kernels_obstacle() -> str | None:
     return cpu.obstacle()
 
 
-def obstacle(head_size: int, qkv: torch.Tensor, dropout_p: float = 0.0) -> str | None:
-    """Why the triton backend cannot run this, or None."""
+def triton_obstacle(head_size: int, qkv: torch.Tensor, dropout_p: float = 0.0) -> str | None:
+    """Tells why the triton backend cannot run this, or None."""
     if not 16 <= head_size <= 128:
         return f"head size {head_size} is not from 16 to 128"
     return dispatch.dtype_obstacle(qkv) or dispatch.dropout_obstacle(dropout_p)
@@ -273,7 +273,7 @@ def _plan_key(dtype: torch.dtype, head_size: int, policy: Policy) -> tuple[Any, 
 
 
 def _triton_plan(batch: PackedBatch, dtype: torch.dtype, head_size: int, policy: Policy) -> Plan:
-    """What the kernel needs, made once a batch."""
+    """Returns what the kernel needs, made once a batch."""
 
     def make() -> Plan:
         work_list, short_list = host_work_lists(batch, dtype, head_size, policy)
@@ -287,7 +287,7 @@ def _triton_plan(batch: PackedBatch, dtype: torch.dtype, head_size: int, policy:
 def batch_in_rows(
     batch: PackedBatch, position_ids: torch.Tensor, qkv_dtype: torch.dtype, head_size: int, policy: Policy
 ) -> PackedBatch:
-    """The same sequences, with their plan for the triton backend, in the rows of position_ids, the last ones empty.
+    """Returns the same sequences, with their triton plan, in the rows of position_ids, the last ones empty.
 
     What attention gives for the empty rows is undefined.
     """
@@ -296,21 +296,21 @@ def batch_in_rows(
 
 
 def with_plan(batch: PackedBatch, qkv_dtype: torch.dtype, head_size: int, policy: Policy, plan: Plan) -> PackedBatch:
-    """The batch with a plan that the caller keeps for the triton backend. Tiles of no rows may fill its lists up."""
+    """Returns the batch with a triton plan that the caller keeps. Tiles of no rows may fill its lists up."""
     return replace(batch, _plans={_plan_key(qkv_dtype, head_size, policy): plan})
 
 
 def host_work_lists(
     batch: PackedBatch, qkv_dtype: torch.dtype, head_size: int, policy: Policy
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The work lists that the triton backend makes for the batch, (W, 4) int32, on the CPU: all or long, and short."""
+    """Returns the work lists of the batch for the triton backend, (W, 4) int32, on the CPU: all or long, and short."""
     return _work_lists(batch.cu_seqlens_cpu, qkv_dtype, head_size, batch.device, not policy.batch_invariant)
 
 
 def max_tiles(
     n_tokens: int, qkv_dtype: torch.dtype, head_size: int, device: torch.device, policy: Policy
 ) -> tuple[int, int | None]:
-    """How long static work lists for n_tokens tokens are; None where there is no list of short sequences.
+    """Tells how long static work lists for n_tokens tokens are; None where there is no list of short sequences.
 
     No batch needs a longer one where neighbours share tiles. Where they share none, ones of a few tokens each may.
     """
@@ -327,8 +327,8 @@ def prepare(batch: PackedBatch, qkv_dtype: torch.dtype, head_size: int, policy: 
     """Makes the batch's plan before the layers ask for it, outside of what torch.compile traces."""
     if torch.compiler.is_exporting() or (recording.on and recording.is_dry()):
         return
-    why_not = obstacle(head_size, torch.empty(0, dtype=qkv_dtype, device=batch.device))
-    if dispatch.decide("attention", policy, batch.device, why_not).backend == "triton":
+    obstacle = triton_obstacle(head_size, torch.empty(0, dtype=qkv_dtype, device=batch.device))
+    if dispatch.decide("attention", policy, batch.device, obstacle).backend == "triton":
         _triton_plan(batch, qkv_dtype, head_size, policy)
 
 
@@ -356,9 +356,9 @@ def varlen_attention(
         raise ValueError(f"qkv: expected shape {expected}, got {tuple(qkv.shape)}")
     head_size = qkv.shape[1] // (3 * num_heads)
     scale = head_size**-0.5 if scale is None else scale
-    why_not = obstacle(head_size, qkv, dropout_p)
+    obstacle = triton_obstacle(head_size, qkv, dropout_p)
     compiling = torch.compiler.is_compiling()
-    backend = dispatch.choose("attention", policy.backend, policy.strict, qkv.device, why_not)
+    backend = dispatch.choose("attention", policy.backend, policy.strict, qkv.device, obstacle)
     no_kernel = cpu_obstacle(head_size, qkv, dropout_p) if backend == "cpu" else None
     if backend != "triton":
         dispatch.check_invariant("attention", policy, backend, no_kernel)

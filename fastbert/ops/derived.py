@@ -1,4 +1,4 @@
-"""Tensors derived from parameters, and kept: a fused QKV matrix, 8-bit weights. The one mechanism for all of them.
+"""`Derived` keeps tensors that are derived from parameters: a fused QKV matrix, 8-bit weights.
 
 What is kept follows its parameters. Each use compares their addresses, PyTorch's counts of writes, dtypes and devices,
 and looks for writes that PyTorch does not count (fastbert.ops.silent_writes); on a GPU, where a look at numbers waits,
@@ -45,7 +45,7 @@ class _Entry:
     writes: Writes
 
     def fits(self, state: Any, asked: int, parameters: Sequence[Tensor]) -> bool:
-        """Whether it is what would be made now."""
+        """Tells whether it is what would be made now."""
         return self.asked == asked and self.state == state and self.writes.none_since(parameters)
 
 
@@ -79,7 +79,7 @@ class Derived:
         make: Callable[[], tuple[Tensor, ...]],
         key: Hashable = None,
     ) -> tuple[Tensor, ...]:
-        """What `make` gives, which reads the parameters and nothing else; the same tuple until one of them changes.
+        """Returns what `make` gives, the same tuple until a parameter changes. `make` reads the parameters alone.
 
         name: what it is kept under. key: what else it depends on. On a GPU it is complete when this returns, on
         whichever stream it is read then.
@@ -122,11 +122,11 @@ class Derived:
         return tensors
 
     def tensors(self) -> list[Tensor]:
-        """Everything that is kept."""
+        """Returns everything that is kept."""
         return [tensor for entry in tuple(self._entries.values()) for tensor in entry.tensors]
 
     def addresses(self, name: str, tensors: tuple[Tensor, ...]) -> tuple[int, ...]:
-        """The addresses of tensors that `get` gave and that are kept; none if they were made for one use."""
+        """Returns the addresses of tensors that `get` gave and that are kept; none if they were made for one use."""
         entry = self._entries.get(name)
         return tuple(t.data_ptr() for t in tensors) if entry is not None and entry.tensors is tensors else ()
 
@@ -135,7 +135,7 @@ class Derived:
 
 
 def _alike(tensors: tuple[Tensor, ...], others: tuple[Tensor, ...]) -> bool:
-    """Whether the one's numbers fit where the other's are. Those in a layout of a library's own stay where they are."""
+    """Tells whether the one's numbers fit where the other's are. Those in a library's own layout stay."""
 
     def form(tensor: Tensor) -> tuple[Any, ...]:
         return tensor.shape, tensor.dtype, tensor.device, tensor.layout

@@ -1,4 +1,4 @@
-"""Which backend runs an operation, and why.
+"""This module decides which backend runs an operation, and says why.
 
 `triton`: the kernels of fastbert_kernels, on CUDA devices (and on the CPU under Triton's interpreter, for tests).
 `cpu`: PyTorch on packed tokens, for CPUs, and C++ kernels where there are some. `torch`: the same in plain PyTorch on
@@ -32,7 +32,7 @@ class BackendError(RuntimeError):
 
 @dataclass(frozen=True)
 class Policy:
-    """What the user asked for: a backend, and whether another may step in (`strict=False`).
+    """A policy is what the user asked for: a backend, and whether another may step in (`strict=False`).
 
     batch_invariant: a row's bits must not depend on the rows beside it. Only the Triton kernels promise that, and on
     CPUs the C++ kernels, so that it excludes the backend "torch", and is strict.
@@ -56,7 +56,7 @@ AUTO = Policy()
 
 @dataclass(frozen=True)
 class Decision:
-    """The backend that runs `op`, and, where it is not the one asked for, the reason."""
+    """A decision names the backend that runs `op`, and, where it is not the one asked for, the reason."""
 
     op: str
     backend: str
@@ -72,17 +72,17 @@ def decide(op: str, policy: Policy, device: torch.device, obstacle: str | None) 
 
 
 def wants_triton(backend: str, device: torch.device) -> bool:
-    """Whether this choice of backend makes it the triton backend, unless there is an obstacle: else none matters."""
+    """Tells whether this choice of backend means the triton backend if nothing is in its way."""
     return backend == "triton" or (backend == "auto" and device.type == "cuda")
 
 
 def _decided(wanted: str, device: torch.device, obstacle: str | None) -> tuple[str, str | None]:
-    """The backend and the reason of a Decision."""
+    """Returns the backend and the reason of a Decision."""
     elsewhere = "cpu" if device.type == "cpu" else "torch"
     if wanted == "auto" and device.type != "cuda":
         wanted = elsewhere
     if wants_triton(wanted, device):
-        reason = triton_unavailable(device) or obstacle
+        reason = triton_obstacle(device) or obstacle
         return ("triton", None) if reason is None else (elsewhere, reason)
     if wanted == "cpu" and device.type != "cpu":
         return "torch", f"the tensors are on {device}"
@@ -120,7 +120,7 @@ def check_batch_invariant(policy: Policy, device: torch.device, precision: str |
     elif policy.backend == "cpu":
         kernels, reason = "Triton kernels", f"backend 'cpu' was asked for, and the device is {device}"
     else:
-        kernels, reason = "Triton kernels", triton_unavailable(device)
+        kernels, reason = "Triton kernels", triton_obstacle(device)
     if reason is not None:
         raise BackendError(
             f"batch_invariant: needs the {kernels}, because the bits of PyTorch's matrix products depend on the "
@@ -155,33 +155,33 @@ def _raise(message: str) -> None:
 
 
 def interpreting() -> bool:
-    """Whether Triton kernels run under its interpreter, on the CPU."""
+    """Tells whether Triton kernels run under its interpreter, on the CPU."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
 
 
-def triton_unavailable(device: torch.device) -> str | None:
-    """Why no Triton kernel can run on this device, or None."""
+def triton_obstacle(device: torch.device) -> str | None:
+    """Tells why no Triton kernel can run on this device, or None."""
     assumed = recording.assumed_arch() if recording.on else None
     if assumed is not None and device.type == "cuda":  # which need not be there
-        return _not_installed(importlib.util.find_spec) or _arch_obstacle(assumed)
+        return _package_obstacle(importlib.util.find_spec) or _arch_obstacle(assumed)
     if device.type == "cpu":
         if not interpreting():
             return "the tensors are on the CPU, and Triton's interpreter is off (TRITON_INTERPRET=1 turns it on)"
     elif device.type != "cuda":
         return f"there are no Triton kernels for devices of type {device.type!r}"
-    reason = _not_installed(importlib.util.find_spec)
+    reason = _package_obstacle(importlib.util.find_spec)
     if reason is None and device.type == "cuda":
-        return _gpu_unsupported(device.index if device.index is not None else torch.cuda.current_device())
+        return _gpu_obstacle(device.index if device.index is not None else torch.cuda.current_device())
     return reason
 
 
 @functools.cache  # every operation asks
-def _not_installed(find_spec: Callable[[str], object]) -> str | None:
+def _package_obstacle(find_spec: Callable[[str], object]) -> str | None:
     return "the package triton is not installed" if find_spec("triton") is None else None
 
 
 @functools.cache
-def _gpu_unsupported(index: int) -> str | None:
+def _gpu_obstacle(index: int) -> str | None:
     if torch.version.hip is not None:
         return "the kernels are written for NVIDIA GPUs"
     major, minor = torch.cuda.get_device_capability(index)
@@ -193,7 +193,7 @@ def _arch_obstacle(arch: int) -> str | None:
 
 
 def arch_of(device: torch.device) -> int:
-    """The compute capability of the device as one integer, or that of the GPU that is asked about."""
+    """Returns the compute capability of the device as one integer, or that of the GPU that is asked about."""
     from fastbert_kernels import launch
 
     assumed = recording.assumed_arch() if recording.on else None
@@ -201,7 +201,7 @@ def arch_of(device: torch.device) -> int:
 
 
 def dtype_obstacle(*tensors: torch.Tensor | None) -> str | None:
-    """Why the triton backend cannot take these, or None. All given tensors must share one dtype."""
+    """Tells why the triton backend cannot take these, or None. All given tensors must share one dtype."""
     present = [t for t in tensors if t is not None]
     dtype = present[0].dtype
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
@@ -214,28 +214,28 @@ def dtype_obstacle(*tensors: torch.Tensor | None) -> str | None:
 
 
 def dropout_obstacle(dropout_p: float) -> str | None:
-    """Why the triton backend cannot drop out, or None."""
+    """Tells why the triton backend cannot drop out, or None."""
     return f"dropout (p = {dropout_p}) has no Triton kernel yet" if dropout_p > 0.0 else None
 
 
 def training_obstacle(dropout_p: float) -> str | None:
-    """Why a batch-invariant policy refuses to drop out, or None."""
+    """Tells why a batch-invariant policy refuses to drop out, or None."""
     return f"dropout (p = {dropout_p}) is drawn for a whole batch" if dropout_p > 0.0 else None
 
 
 def direct(x: torch.Tensor) -> bool:
-    """Whether a C++ kernel may be given x's address: nobody traces, watches, or wants gradients of what comes of it."""
+    """Tells whether a C++ kernel may be given x's address: nobody traces, watches or wants gradients of the result."""
     if type(x) not in (torch.Tensor, recording.StandIn) or tracing.observed() is not None:
         return False
     return not (torch.is_grad_enabled() and x.requires_grad)
 
 
 def hidden_size_obstacle(hidden_size: int) -> str | None:
-    """Why the row-wise kernels cannot take rows of this size, or None."""
+    """Tells why the row-wise kernels cannot take rows of this size, or None."""
     return f"hidden size {hidden_size} is above 4096" if hidden_size > 4096 else None
 
 
 def tf32_allowed() -> bool:
-    """Whether CUDA may multiply float32 in TF32, as PyTorch's switch says; from PyTorch 2.9 on it has a new name."""
+    """Tells whether CUDA may multiply float32 in TF32, by PyTorch's switch, which has a new name from 2.9 on."""
     matmul = torch.backends.cuda.matmul
     return matmul.fp32_precision == "tf32" if hasattr(matmul, "fp32_precision") else matmul.allow_tf32

@@ -1,4 +1,4 @@
-"""Functions of PyTorch's on each element, or each row, of what an op gave."""
+"""PyTorch's functions apply to each element, or each row, of what an operation gave."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def elementwise(
 
 
 def in_rows(function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, policy: Policy) -> torch.Tensor:
-    """`elementwise`, for what is part of another operation.
+    """Does what `elementwise` does, as a part of another operation.
 
     On CPUs PyTorch takes the last elements of a thread's share one at a time, by another formula than whole vectors, so
     that the last bit of a sigmoid depends on where its row lies. There a batch-invariant policy gives it single rows.

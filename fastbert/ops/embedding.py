@@ -82,8 +82,8 @@ register(
 )
 
 
-def obstacle(hidden_size: int, *tensors: torch.Tensor | None) -> str | None:
-    """Why the triton backend cannot run this, or None."""
+def triton_obstacle(hidden_size: int, *tensors: torch.Tensor | None) -> str | None:
+    """Tells why the triton backend cannot run this, or None."""
     return dispatch.dtype_obstacle(*tensors) or dispatch.hidden_size_obstacle(hidden_size)
 
 
@@ -119,9 +119,9 @@ def embedding_layer_norm(
         came, expected = tuple(inputs_embeds.shape), (position_ids.shape[0], hidden_size)
         raise ValueError(f"inputs_embeds: expected shape {expected}, got {came}")
     words = word if inputs_embeds is None else inputs_embeds
-    why_not = obstacle(hidden_size, words, token_type, position, weight, ln_bias)
+    obstacle = triton_obstacle(hidden_size, words, token_type, position, weight, ln_bias)
     run = _eager
-    backend = dispatch.choose("embedding", policy.backend, policy.strict, words.device, why_not)
+    backend = dispatch.choose("embedding", policy.backend, policy.strict, words.device, obstacle)
     if backend == "triton":
         run = torch.ops.fastbert.embedding_layer_norm
     else:  # whose rows PyTorch on CPUs takes alone: see layer_norm
@@ -134,7 +134,7 @@ def embedding_layer_norm(
 
 
 def _seen_within(ids: torch.Tensor, size: int) -> bool:
-    """Whether there are none, or the C++ kernel for CPUs could look, and saw none outside of the table."""
+    """Tells whether there are none, or the C++ kernel for CPUs could look, and saw none outside of the table."""
     if ids.device.type != "cpu" or ids.dtype != torch.int64 or not ids.is_contiguous():
         return ids.numel() == 0
     return ids.numel() == 0 or (dispatch.direct(ids) and cpu.obstacle() is None and not cpu.ids_outside(ids, size))

@@ -35,7 +35,7 @@ register(
 
 
 def activation_obstacle(activation: str) -> str | None:
-    """Why the triton backend cannot apply this activation, or None."""
+    """Tells why the triton backend cannot apply this activation, or None."""
     return None if activation in ("none", "gelu", "gelu_tanh") else f"there is no Triton kernel for {activation!r}"
 
 
@@ -51,8 +51,8 @@ def bias_gelu(
         raise ValueError(f"activation: expected 'gelu', 'gelu_tanh' or 'relu', got {activation!r}")
     if bias is not None and tracing.differ(bias.shape, (x.shape[-1],)):
         raise ValueError(f"bias: expected shape ({x.shape[-1]},), got {tuple(bias.shape)}")
-    why_not = dispatch.dtype_obstacle(x, bias) or activation_obstacle(activation)
-    backend = dispatch.choose("bias_gelu", policy.backend, policy.strict, x.device, why_not)
+    obstacle = dispatch.dtype_obstacle(x, bias) or activation_obstacle(activation)
+    backend = dispatch.choose("bias_gelu", policy.backend, policy.strict, x.device, obstacle)
     if backend != "triton":
         dispatch.check_invariant("bias_gelu", policy, backend)
     if recording.on:

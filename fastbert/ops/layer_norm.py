@@ -57,8 +57,8 @@ register(
 )
 
 
-def obstacle(hidden_size: int, *tensors: torch.Tensor | None, dropout_p: float = 0.0) -> str | None:
-    """Why the triton backend cannot run this, or None."""
+def triton_obstacle(hidden_size: int, *tensors: torch.Tensor | None, dropout_p: float = 0.0) -> str | None:
+    """Tells why the triton backend cannot run this, or None."""
     return (
         dispatch.dtype_obstacle(*tensors)
         or dispatch.hidden_size_obstacle(hidden_size)
@@ -89,8 +89,8 @@ def bias_residual_layer_norm(
                 raise ValueError(f"{name}: expected shape ({hidden_size},), got {tuple(tensor.shape)}")
         if residual is not None and residual.shape != x.shape:
             raise ValueError(f"residual: expected the shape of x, {tuple(x.shape)}, got {tuple(residual.shape)}")
-    why_not = obstacle(hidden_size, x, bias, residual, weight, ln_bias, dropout_p=dropout_p)
-    backend = dispatch.choose("layer_norm", policy.backend, policy.strict, x.device, why_not)
+    obstacle = triton_obstacle(hidden_size, x, bias, residual, weight, ln_bias, dropout_p=dropout_p)
+    backend = dispatch.choose("layer_norm", policy.backend, policy.strict, x.device, obstacle)
     if backend != "triton":  # PyTorch's on CPUs takes each row alone, and sums have one result wherever they stand
         dispatch.check_invariant("layer_norm", policy, backend, dispatch.training_obstacle(dropout_p))
     if recording.on:

@@ -62,7 +62,7 @@ def gemm_kernel(
     residual: bool = False,
     batch_invariant: bool = False,
 ) -> tuple[str, str]:
-    """Which GEMM the triton backend takes, "fastbert" (with its epilogue) or "cublas", and why.
+    """Tells which GEMM the triton backend takes, "fastbert" (with its epilogue) or "cublas", and why.
 
     shape: (K, M). residual: whether one is added after the GEMM. The tables of arch know what was timed for the shape;
     the rest is heuristic: an activation in the epilogue saves a pass over (T, I) in memory; without one cuBLAS has
@@ -95,7 +95,7 @@ def _takes_our_gemm(
     batch_invariant: bool,
     obstacle: str | None,
 ) -> bool:
-    """Whether the GEMM is ours. What has no activation is PyTorch's on every backend but for the tables' choice."""
+    """Tells whether the GEMM is ours. Without an activation it is PyTorch's, unless the tables choose ours."""
     if batch_invariant:
         return dispatch.choose("linear", backend, True, device, obstacle) == "triton"
     if backend in ("cpu", "torch") or (backend == "auto" and device.type == "cpu"):
@@ -141,7 +141,7 @@ def _packed(
     weight: torch.Tensor,
     *others: torch.Tensor | None,
 ) -> bool:
-    """Whether the backend is "cpu" and its weight is packed. obstacle: why the triton backend cannot run it."""
+    """Tells whether the backend is "cpu" and its weight is packed. obstacle: why the triton backend cannot run it."""
     if policy.batch_invariant:
         backend = dispatch.decide("linear", policy, x.device, obstacle).backend
         invariant_obstacle = packed_linear.invariant_obstacle(x, weight, *others)
@@ -149,7 +149,7 @@ def _packed(
         return invariant_obstacle is None  # in a dry run nothing raises
     if not keep or x.device.type != "cpu" or dispatch.decide("linear", policy, x.device, obstacle).backend != "cpu":
         return False
-    return packed_linear.obstacle(x, weight, *others) is None
+    return packed_linear.operands_obstacle(x, weight, *others) is None
 
 
 def linear(
@@ -170,17 +170,17 @@ def linear(
     _check(x, weight, bias)
     if activation in OTHERS:
         return gelu.bias_gelu(linear(x, weight, bias, policy=policy, keep=keep), None, activation, policy=policy)
-    why_not = dispatch.dtype_obstacle(x, weight, bias) or gelu.activation_obstacle(activation)
+    obstacle = dispatch.dtype_obstacle(x, weight, bias) or gelu.activation_obstacle(activation)
     # Without an activation PyTorch's product runs on every backend but for what gemm_kernel says.
     backend = None
     if activation != "none":
-        backend = dispatch.choose("linear", policy.backend, policy.strict, x.device, why_not)
-    if backend in (None, "triton") and _ours(x, weight, activation, False, policy, why_not):
+        backend = dispatch.choose("linear", policy.backend, policy.strict, x.device, obstacle)
+    if backend in (None, "triton") and _ours(x, weight, activation, False, policy, obstacle):
         product = "fastbert"
     elif (
         backend != "triton"
         and activation in packed_linear.ACTIVATIONS
-        and _packed(policy, keep, why_not, x, weight, bias)
+        and _packed(policy, keep, obstacle, x, weight, bias)
     ):
         product = "packed"
     else:
@@ -188,7 +188,7 @@ def linear(
     gelu_later = product == "library" and backend == "triton"
     if recording.on:
         later = activation if gelu_later else None
-        if _note(product, policy, why_not, x, weight, bias, activation, later=later):
+        if _note(product, policy, obstacle, x, weight, bias, activation, later=later):
             return x.new_zeros(x.shape[0], weight.shape[0])
     if product == "fastbert":
         return torch.ops.fastbert.linear(x, weight, bias, activation)
@@ -212,7 +212,7 @@ def _note(
     later: str | None = None,
     choice: bool = True,
 ) -> bool:
-    """`recording.note` of a product: "fastbert" (Triton), "packed", or "library" (PyTorch's).
+    """Records a product: "fastbert" (Triton), "packed", or "library" (PyTorch's). Returns what `recording.note` does.
 
     later: the activation that a kernel of its own adds, and the bias with it. residual: whether one was offered to the
     product. choice: whether the product was chosen, where the backend is "triton".
@@ -259,14 +259,16 @@ def linear_residual_layer_norm(
     elsewhere the GEMM adds the bias.
     """
     _check(x, weight, bias)
-    why_not = layer_norm.obstacle(weight.shape[0], x, weight, bias, residual, ln_weight, ln_bias, dropout_p=dropout_p)
-    backend = dispatch.choose("layer_norm", policy.backend, policy.strict, x.device, why_not)
+    obstacle = layer_norm.triton_obstacle(
+        weight.shape[0], x, weight, bias, residual, ln_weight, ln_bias, dropout_p=dropout_p
+    )
+    backend = dispatch.choose("layer_norm", policy.backend, policy.strict, x.device, obstacle)
     fused = backend == "triton"
     if not fused:
         dispatch.check_invariant("layer_norm", policy, backend, dispatch.training_obstacle(dropout_p))
-    if fused and _ours(x, weight, "none", True, policy, why_not):
+    if fused and _ours(x, weight, "none", True, policy, obstacle):
         product = "fastbert"
-    elif not fused and dropout_p == 0.0 and _packed(policy, keep, why_not, x, weight, bias, residual):
+    elif not fused and dropout_p == 0.0 and _packed(policy, keep, obstacle, x, weight, bias, residual):
         product = "packed"
     else:
         product = "library"

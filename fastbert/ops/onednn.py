@@ -1,7 +1,7 @@
 """Products with packed weights in oneDNN, for linear layers of the cpu backend.
 
-The operations are `torch.ops.mkldnn`: names internal to PyTorch, so that `unavailable` looks for them, and where they
-are missing the caller takes F.linear.
+The operations are `torch.ops.mkldnn`: names internal to PyTorch, so that `packing_obstacle` looks for them, and where
+they are missing the caller takes F.linear.
 
 oneDNN adds up a float32 product over all of K in one chain, whose rounding error grows with K and is about twice that
 of F.linear at K = 3072. Here K is cut into pieces, each added to the sum of those before it.
@@ -23,8 +23,8 @@ Pieces = list[tuple[int, torch.Tensor]]
 
 
 @functools.cache
-def _missing() -> str | None:
-    """Why this PyTorch has no such operations, or None."""
+def _operations_obstacle() -> str | None:
+    """Tells why this PyTorch has no such operations, or None."""
     if not torch.backends.mkldnn.is_available():
         return "this PyTorch has no oneDNN"
     try:
@@ -38,11 +38,11 @@ def _missing() -> str | None:
     return None if bool((out == 8).all()) else "torch.ops.mkldnn._linear_pointwise does something else here"
 
 
-def unavailable(dtype: torch.dtype) -> str | None:
-    """Why oneDNN is not used for a dtype on this processor, or None."""
+def packing_obstacle(dtype: torch.dtype) -> str | None:
+    """Tells why oneDNN is not used for a dtype on this processor, or None."""
     if not torch._C._get_mkldnn_enabled():
         return "torch.backends.mkldnn is switched off"
-    return _missing() or _dtype_obstacle(dtype)
+    return _operations_obstacle() or _dtype_obstacle(dtype)
 
 
 @functools.cache
@@ -87,7 +87,7 @@ def linear(
 
 
 def rows_for(n_rows: int) -> int:
-    """The number of rows to compute n_rows in, padded: steps of 8, above 64 an eighth of the power of two below.
+    """Returns the number of rows to compute n_rows in: steps of 8, above 64 an eighth of the power of two below.
 
     oneDNN makes a program for each number of rows, which takes a millisecond and 100 KB; of arbitrary token counts
     there would be no end.
@@ -97,7 +97,7 @@ def rows_for(n_rows: int) -> int:
 
 
 def _cuts(k_size: int, longest: int) -> list[tuple[int, int]]:
-    """The fewest pieces of at most `longest`, as even as multiples of 16 allow."""
+    """Returns the fewest pieces of at most `longest`, as even as multiples of 16 allow."""
     n_pieces = -(-k_size // longest)
     step = -(-k_size // n_pieces // 16) * 16
     return [(start, min(start + step, k_size)) for start in range(0, k_size, step)]

@@ -28,19 +28,19 @@ ACTIVATIONS = tuple(onednn.UNARY)
 _packed: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
-def obstacle(x: torch.Tensor, weight: torch.Tensor, *others: torch.Tensor | None) -> str | None:
-    """Why these operands, of one dtype, on the cpu backend, have no product with a packed weight; or None."""
-    why_not = _operands_obstacle(x, weight, others)
-    if why_not is not None:
-        return why_not
+def operands_obstacle(x: torch.Tensor, weight: torch.Tensor, *others: torch.Tensor | None) -> str | None:
+    """Tells why these operands, of one dtype, on the cpu backend, have no product with a packed weight; or None."""
+    obstacle = _tensors_obstacle(x, weight, others)
+    if obstacle is not None:
+        return obstacle
     if x.shape[0] < LEAST_ROWS:
         return f"fewer than {LEAST_ROWS} rows"
     if weight.is_inference():
         return "the weight is no plain tensor, whose changes are counted"
-    return unavailable(x.dtype)
+    return packing_obstacle(x.dtype)
 
 
-def _operands_obstacle(x: torch.Tensor, weight: torch.Tensor, others: tuple[torch.Tensor | None, ...]) -> str | None:
+def _tensors_obstacle(x: torch.Tensor, weight: torch.Tensor, others: tuple[torch.Tensor | None, ...]) -> str | None:
     tensors = [x, weight, *(t for t in others if t is not None)]
     if any(t.device.type != "cpu" for t in tensors):
         return f"the tensors are on {x.device}"
@@ -56,32 +56,32 @@ def _operands_obstacle(x: torch.Tensor, weight: torch.Tensor, others: tuple[torc
 
 
 def invariant_obstacle(x: torch.Tensor, weight: torch.Tensor, *others: torch.Tensor | None) -> str | None:
-    """Why these operands have no product whose rows have the same bits beside any others, however many; or None.
+    """Tells why these operands have no product whose rows have the same bits beside any others, however many; or None.
 
     That is the C++ kernel's: oneDNN and F.linear choose their code by the number of rows.
     """
-    return _operands_obstacle(x, weight, others) or no_invariant_product(x.dtype, weight.shape[1])
+    return _tensors_obstacle(x, weight, others) or product_obstacle(x.dtype, weight.shape[1])
 
 
-def no_invariant_product(dtype: torch.dtype, k_size: int) -> str | None:
-    """Why a weight (M, k_size) of this dtype has no such product on this processor, or None."""
+def product_obstacle(dtype: torch.dtype, k_size: int) -> str | None:
+    """Tells why a weight (M, k_size) of this dtype has no such product on this processor, or None."""
     if not cpu.multiplies(dtype):
-        why_not = f"the C++ kernels ({cpu.instructions()}) do not multiply {dtype} on this processor"
-        return cpu.obstacle() or why_not
+        obstacle = f"the C++ kernels ({cpu.instructions()}) do not multiply {dtype} on this processor"
+        return cpu.obstacle() or obstacle
     odd = dtype == torch.bfloat16 and k_size % 2
     return f"the C++ kernels multiply bfloat16 in pairs, and there are {k_size} features" if odd else None
 
 
-def unavailable(dtype: torch.dtype) -> str | None:
-    """Why no weight of this dtype is packed on this processor, or None."""
-    return None if _native(dtype) else onednn.unavailable(dtype)
+def packing_obstacle(dtype: torch.dtype) -> str | None:
+    """Tells why no weight of this dtype is packed on this processor, or None."""
+    return None if _native(dtype) else onednn.packing_obstacle(dtype)
 
 
 def kernel(dtype: torch.dtype, batch_invariant: bool = False) -> str | None:
-    """What multiplies by packed weights of this dtype, in words; None where nothing does."""
+    """Names what multiplies by packed weights of this dtype; None where nothing does."""
     if batch_invariant or _native(dtype):
         return f"fastbert_kernels.cpu, {cpu.instructions()}, weights packed"
-    return None if onednn.unavailable(dtype) else "torch.ops.mkldnn._linear_pointwise, weights packed"
+    return None if onednn.packing_obstacle(dtype) else "torch.ops.mkldnn._linear_pointwise, weights packed"
 
 
 def _native(dtype: torch.dtype) -> bool:
@@ -89,7 +89,7 @@ def _native(dtype: torch.dtype) -> bool:
 
 
 def rows_for(n_rows: int, dtype: torch.dtype) -> int:
-    """The number of rows to compute n_rows in, padded where each number of rows costs oneDNN a program."""
+    """Returns the number of rows to compute n_rows in, padded where each number of rows costs oneDNN a program."""
     return n_rows if _native(dtype) or n_rows < LEAST_ROWS else onednn.rows_for(n_rows)
 
 
@@ -118,7 +118,7 @@ def linear(
 
 
 def packed_by_kernel(weight: torch.Tensor) -> torch.Tensor:
-    """The weight as `fastbert_kernels.cpu` reads it, kept until it changes; made anew where changes are not counted."""
+    """Returns the weight as `fastbert_kernels.cpu` reads it, kept until it changes if its changes are counted."""
     if weight.is_inference():
         return cpu.pack_weight(weight)
     return _kept(weight, "cpu", cpu.pack_weight)

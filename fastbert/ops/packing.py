@@ -22,7 +22,7 @@ from fastbert.ops.tracing import untraced
 
 @dataclass(eq=False)
 class PackedBatch:
-    """How B sequences of different lengths lie in T packed tokens.
+    """A packed batch says how B sequences of different lengths lie in T packed tokens.
 
     cu_seqlens: (B + 1,) int32 on the tensors' device, starts at 0, ends at T; sequence b is rows cu_seqlens[b] to
     cu_seqlens[b + 1]. cu_seqlens_cpu: the same on the host. position_ids: (T,) int64, the column each token came from.
@@ -43,7 +43,7 @@ class PackedBatch:
 
     @property
     def n_tokens(self) -> int:
-        """T."""
+        """Returns T."""
         return self.position_ids.shape[0]
 
     @property
@@ -56,18 +56,18 @@ class PackedBatch:
         return self.plan("seq_ids", lambda: sequence_ids(self.cu_seqlens, self.n_tokens))
 
     def plan(self, key: Any, make: Callable[[], Any]) -> Any:
-        """What is made from the lengths once a batch and shared by all layers: work lists, groups of equal length."""
+        """Returns what is made from the lengths once a batch, for all layers: work lists, groups of equal length."""
         if key not in self._plans:
             self._plans[key] = make()
         return self._plans[key]
 
     def has_plan(self, key: Any) -> bool:
-        """Whether `plan` has made this one."""
+        """Tells whether `plan` has made this one."""
         return key in self._plans
 
 
 def to_device(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
-    """The tensor of the host on the device, which the caller does not wait for; itself where it is there already.
+    """Copies a tensor of the host to the device without waiting for it, unless it is there already.
 
     A GPU copies by itself only from pinned memory. For other memory the driver waits until the stream is idle, unless
     it is at most 64 kB.
@@ -91,7 +91,7 @@ def within_sequences(rows: torch.Tensor, cu_seqlens: torch.Tensor, seq_ids: torc
 
 @untraced
 def unpad(attention_mask: torch.Tensor) -> PackedBatch:
-    """The packing of a padded batch. attention_mask: (B, S), any numeric dtype, nonzero where a token is.
+    """Returns the packing of a padded batch. attention_mask: (B, S), any numeric dtype, nonzero where a token is.
 
     Holes and left padding are fine. A row without any token becomes a sequence of length 0.
     """
@@ -117,7 +117,7 @@ def unpad(attention_mask: torch.Tensor) -> PackedBatch:
 
 @untraced
 def without_padding(batch_size: int, length: int, device: torch.device) -> PackedBatch:
-    """The packing of a (B, S) batch in which every position holds a token; needs no look at a mask."""
+    """Returns the packing of a (B, S) batch in which every position holds a token; needs no look at a mask."""
     return PackedBatch(
         cu_seqlens=torch.arange(batch_size + 1, dtype=torch.int32, device=device) * length,
         cu_seqlens_cpu=torch.arange(batch_size + 1, dtype=torch.int32, device="cpu") * length,
@@ -128,7 +128,7 @@ def without_padding(batch_size: int, length: int, device: torch.device) -> Packe
 
 
 def in_place(like: torch.Tensor, attention_mask: torch.Tensor | None) -> PackedBatch:
-    """The packing that packs nothing: T = B * S rows, those of padding among them. like: (B, S, ...).
+    """Returns the packing that packs nothing: T = B * S rows, those of padding among them. like: (B, S, ...).
 
     For tracers and transforms, which have no values to pack by. Its shapes may be those of a tracer, and stay open;
     no value is read. Attention masks the padding, `pack` fills it and `pad` clears it.
@@ -153,7 +153,7 @@ def in_place(like: torch.Tensor, attention_mask: torch.Tensor | None) -> PackedB
 
 @untraced
 def from_cu_seqlens(cu_seqlens: torch.Tensor, n_tokens: int, device: torch.device) -> PackedBatch:
-    """The packing that cu_seqlens, (B + 1,) int32 on any device, describes; positions count from 0 in each sequence.
+    """Returns the packing that cu_seqlens, (B + 1,) int32 on any device, describes; positions start at 0 in each.
 
     Raises ValueError if cu_seqlens does not start at 0, decreases or does not end at n_tokens; TypeError for its dtype.
     """
@@ -183,7 +183,7 @@ def _refuse_recording(name: str, values: torch.Tensor) -> None:
 
 
 def from_lengths(lengths: Sequence[int], device: torch.device) -> PackedBatch:
-    """The packing of sequences of these lengths, none of them negative; positions count from 0 in each."""
+    """Returns the packing of sequences of these lengths, none of them negative; positions count from 0 in each."""
     offsets = np.array([0, *accumulate(lengths)], np.int32)
     cu_seqlens_cpu, n_tokens = torch.from_numpy(offsets), int(offsets[-1])
     plans: dict[Any, Any] = {}
@@ -222,7 +222,7 @@ def positions_after_padding(input_ids: torch.Tensor, pad_id: int, batch: PackedB
 
 
 def pad_rows(x: Any, n_rows: int) -> Any:
-    """A tensor (T, ...) -> (n_rows, ...), the last ones zeros; the same one, or None, where there is nothing to do."""
+    """Pads a tensor (T, ...) to (n_rows, ...) with zeros; returns the same one, or None, where nothing is to do."""
     if x is None or x.shape[0] == n_rows:
         return x
     out = x.new_zeros(n_rows, *x.shape[1:])

@@ -84,20 +84,20 @@ register(
 )
 
 
-def obstacle(hidden_size: int, hidden: torch.Tensor) -> str | None:
-    """Why the triton backend cannot run this, or None."""
+def triton_obstacle(hidden_size: int, hidden: torch.Tensor) -> str | None:
+    """Tells why the triton backend cannot run this, or None."""
     return dispatch.dtype_obstacle(hidden) or dispatch.hidden_size_obstacle(hidden_size)
 
 
 def cpu_obstacle(dtype: torch.dtype) -> str | None:
-    """Why the cpu backend takes PyTorch's operations for means in float32, and not the C++ kernel, or None."""
+    """Tells why the cpu backend takes PyTorch's operations for means in float32, and not the C++ kernel, or None."""
     if dtype not in (torch.float32, torch.bfloat16):
         return f"there is no C++ kernel for {dtype}"
     return cpu.obstacle()
 
 
 def _compiled(hidden: torch.Tensor, cu_seqlens: torch.Tensor, mode: str, out_dtype: torch.dtype) -> bool:
-    """Whether the C++ kernel takes it: means in float32, without gradients or anyone who watches."""
+    """Tells whether the C++ kernel takes it: means in float32, without gradients or anyone who watches."""
     if not dispatch.direct(hidden):
         return False
     dtypes = out_dtype == torch.float32 and cu_seqlens.dtype == torch.int32
@@ -107,7 +107,7 @@ def _compiled(hidden: torch.Tensor, cu_seqlens: torch.Tensor, mode: str, out_dty
 def _invariant(
     hidden: torch.Tensor, cu_seqlens: torch.Tensor, mode: str, normalize: bool, out_dtype: torch.dtype
 ) -> torch.Tensor:
-    """On CPUs, with all sums in the C++ kernel: PyTorch's depend on how many rows there are, and on the threads."""
+    """Pools on a CPU with all sums in the C++ kernel: PyTorch's depend on the number of rows, and on the threads."""
     if mode in MEANS:
         return cpu.pool_forward(_rows(hidden), cu_seqlens, mode, normalize).to(out_dtype)
     if mode == "weighted_mean":
@@ -125,11 +125,11 @@ def _invariant(
 
 
 def invariant_obstacle(hidden: torch.Tensor, mode: str, normalize: bool) -> str | None:
-    """Why the cpu backend cannot pool each sequence to the same bits beside any others, or None."""
+    """Tells why the cpu backend cannot pool each sequence to the same bits beside any others, or None."""
     if mode in EXACT and not normalize:
         return None
-    why_not = cpu_obstacle(hidden.dtype)
-    return why_not or (None if dispatch.direct(hidden) else "gradients are needed, or somebody watches the operations")
+    obstacle = cpu_obstacle(hidden.dtype)
+    return obstacle or (None if dispatch.direct(hidden) else "gradients are needed, or somebody watches the operations")
 
 
 def _rows(hidden: torch.Tensor) -> torch.Tensor:
@@ -154,8 +154,10 @@ def pool(
     if mode not in MODES:
         raise ValueError(f"mode: expected one of {', '.join(MODES)}, got {mode!r}")
     asked_dtype, out_dtype = out_dtype, hidden.dtype if out_dtype is None else out_dtype
-    why_not = obstacle(hidden.shape[1], hidden) if dispatch.wants_triton(policy.backend, hidden.device) else None
-    backend = dispatch.choose("pooling", policy.backend, policy.strict, hidden.device, why_not)
+    obstacle = (
+        triton_obstacle(hidden.shape[1], hidden) if dispatch.wants_triton(policy.backend, hidden.device) else None
+    )
+    backend = dispatch.choose("pooling", policy.backend, policy.strict, hidden.device, obstacle)
     if backend == "triton":
         kernel = "triton"
     else:

@@ -29,7 +29,7 @@ class Quantized(NamedTuple):
 
 
 def check_precision(precision: str | None) -> str | None:
-    """The precision, or ValueError for one that is not known."""
+    """Returns the precision, or ValueError for one that is not known."""
     if precision is not None and precision not in PRECISIONS:
         raise ValueError(f"precision: expected one of {', '.join(map(repr, PRECISIONS))} or None, got {precision!r}")
     return precision

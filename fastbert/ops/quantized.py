@@ -48,7 +48,7 @@ Functions = tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any]]
 
 
 def device_obstacle(precision: str, device: torch.device, arch: int | None = None) -> str | None:
-    """Why GPUs like this one cannot multiply in this precision, or None. arch: 89 for 8.9, by default the device's."""
+    """Tells why such a GPU cannot multiply in this precision, or None. arch: 89 for 8.9, by default the device's."""
     if device.type != "cuda":
         return None
     if arch is None and recording.on:
@@ -60,19 +60,19 @@ def device_obstacle(precision: str, device: torch.device, arch: int | None = Non
     return None if arch >= least else f"{precision} needs compute capability {least / 10}, and this GPU has {arch / 10}"
 
 
-def obstacle(hidden_size: int, intermediate_size: int, head_size: int, activation: str, dtype: torch.dtype,
+def model_obstacle(hidden_size: int, intermediate_size: int, head_size: int, activation: str, dtype: torch.dtype,
              device: torch.device) -> str | None:  # fmt: skip
-    """Why a model of these sizes has no 8-bit kernels, on any GPU, or None."""
+    """Tells why a model of these sizes has no 8-bit kernels, on any GPU, or None."""
     for name, size in (("hidden size", hidden_size), ("intermediate size", intermediate_size)):
         if size % ROTATION:
             return f"{name} {size} is no multiple of {ROTATION}"
     if head_size % 16:
         return f"head size {head_size} is no multiple of 16"
     like = torch.empty(0, dtype=dtype, device="meta" if device.type == "meta" else "cpu")
-    why_not = attention.obstacle(head_size, like) or dispatch.hidden_size_obstacle(hidden_size)
-    if why_not is None and torch.is_autocast_enabled(device.type):
+    obstacle = attention.triton_obstacle(head_size, like) or dispatch.hidden_size_obstacle(hidden_size)
+    if obstacle is None and torch.is_autocast_enabled(device.type):
         return "autocast is on"
-    return why_not or gelu.activation_obstacle(activation)
+    return obstacle or gelu.activation_obstacle(activation)
 
 
 def linear(
@@ -91,8 +91,8 @@ def linear(
     """
     _check(x, weight, bias)
     arguments = x.data, x.scale, x.group, weight.data, weight.scale, bias, activation
-    why_not = gelu.activation_obstacle(activation)
-    return _run("linear", x.precision, policy, why_not, _Q_LINEAR, *arguments, dtype)
+    obstacle = gelu.activation_obstacle(activation)
+    return _run("linear", x.precision, policy, obstacle, _Q_LINEAR, *arguments, dtype)
 
 
 def linear_quantized(
@@ -101,8 +101,8 @@ def linear_quantized(
     """`linear`, with the result in x's 8 bits, a scale per 128 columns, as the next linear takes it."""
     _check(x, weight, bias)
     arguments = x.data, x.scale, x.group, weight.data, weight.scale, bias, activation
-    why_not = gelu.activation_obstacle(activation)
-    out = _run("linear", x.precision, policy, why_not, _Q_LINEAR_QUANTIZED, *arguments)
+    obstacle = gelu.activation_obstacle(activation)
+    out = _run("linear", x.precision, policy, obstacle, _Q_LINEAR_QUANTIZED, *arguments)
     return Quantized(out[0], out[1], min(OUT_GROUP, weight.data.shape[0]))
 
 
@@ -120,8 +120,8 @@ def bias_residual_layer_norm(
     """`ops.bias_residual_layer_norm`, and beside it the same rows in 8 bits, one scale a row (int8: rotated)."""
     arguments = x, bias, residual, weight, ln_bias, eps, precision
     _check_width(x.shape[-1], precision)
-    why_not = layer_norm.obstacle(x.shape[-1], x, bias, residual, weight, ln_bias)
-    out, data, scale = _run("layer_norm", precision, policy, why_not, _Q_LAYER_NORM, *arguments)
+    obstacle = layer_norm.triton_obstacle(x.shape[-1], x, bias, residual, weight, ln_bias)
+    out, data, scale = _run("layer_norm", precision, policy, obstacle, _Q_LAYER_NORM, *arguments)
     return out, Quantized(data, scale, data.shape[1])
 
 
@@ -148,8 +148,8 @@ def embedding_layer_norm(
         token_type_ids = None
     arguments = input_ids, token_type_ids, position_ids, *tables, eps, precision
     _check_width(word.shape[1], precision)
-    why_not = embedding.obstacle(word.shape[1], *tables)
-    out, data, scale = _run("embedding", precision, policy, why_not, _Q_EMBEDDING, *arguments)
+    obstacle = embedding.triton_obstacle(word.shape[1], *tables)
+    out, data, scale = _run("embedding", precision, policy, obstacle, _Q_EMBEDDING, *arguments)
     return out, Quantized(data, scale, data.shape[1])
 
 
@@ -162,21 +162,21 @@ def varlen_attention(
         raise ValueError(f"qkv: expected shape {expected}, got {tuple(qkv.shape)}")
     head_size = qkv.shape[1] // (3 * num_heads)
     check_precision(precision)
-    why_not = attention.obstacle(head_size, qkv)
+    obstacle = attention.triton_obstacle(head_size, qkv)
     plan: tuple[Tensor | None, Tensor | None] = None, None
-    on_device = why_not or device_obstacle(precision, qkv.device)
+    on_device = obstacle or device_obstacle(precision, qkv.device)
     # A tracer finds the plan if `prepare_attention` made it; otherwise the operation makes one when it runs.
     key = attention._plan_key(qkv.dtype, head_size, policy)
     planned = not torch.compiler.is_compiling() or batch.has_plan(key)
     if planned and dispatch.decide("attention", policy, qkv.device, on_device).backend == "triton":
         plan = attention._triton_plan(batch, qkv.dtype, head_size, policy)[:2]
     arguments = qkv, batch.cu_seqlens, batch.cu_seqlens_cpu, *plan, num_heads, head_size**-0.5, precision
-    data, scale = _run("attention", precision, policy, why_not, _Q_ATTENTION, *arguments)
+    data, scale = _run("attention", precision, policy, obstacle, _Q_ATTENTION, *arguments)
     return Quantized(data, scale, head_size)
 
 
 def _run(op: str, precision: str, policy: Policy, obstacle: str | None, functions: Functions, *args: Any) -> Any:
-    """The kernel, or its twin where an obstacle is in its way."""
+    """Returns the kernel, or its twin where an obstacle is in its way."""
     check_precision(precision)
     if policy.batch_invariant:
         raise dispatch.BackendError(
@@ -186,16 +186,16 @@ def _run(op: str, precision: str, policy: Policy, obstacle: str | None, function
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         raise RuntimeError(f"{op}: {precision} is for inference and has no gradient: use torch.no_grad()")
     device = tensors[0].device
-    why_not = device_obstacle(precision, device) or obstacle
+    obstacle = device_obstacle(precision, device) or obstacle
     kernel, twin, fake = functions
-    backend = dispatch.choose(f"{op} in {precision}", policy.backend, policy.strict, device, why_not)
+    backend = dispatch.choose(f"{op} in {precision}", policy.backend, policy.strict, device, obstacle)
     if recording.on and _note(op, precision, backend, args):
         return fake(*args)
     return kernel(*args) if backend == "triton" else twin(*args)
 
 
 def _note(op: str, precision: str, backend: str, args: tuple[Any, ...]) -> bool:
-    """`recording.note` of an operation on 8-bit operands."""
+    """Records an operation on 8-bit operands. Returns what `recording.note` does."""
     facts: dict[str, Any] = {"precision": precision, "quantizes": True}
     first: Tensor = args[0] if op != "embedding" else args[3]
     shape: tuple[int, ...] = tuple(first.shape)
@@ -241,7 +241,7 @@ def _check(x: Quantized, weight: Quantized, bias: Tensor | None) -> None:
 
 
 def _register(schema: str, kernel: Callable[..., Any], twin: Callable[..., Any], fake: Callable[..., Any]) -> Functions:
-    """`library.register` for several outputs and no gradient."""
+    """Does what `library.register` does, for several outputs and no gradient."""
     name = schema.partition("(")[0]
     LIBRARY.define(schema, tags=torch.Tag.pt2_compliant_tag)
     LIBRARY.impl(name, kernel, "CUDA")

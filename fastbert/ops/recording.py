@@ -31,7 +31,7 @@ _lock = threading.Lock()
 
 @dataclass(frozen=True)
 class Record:
-    """What an operation decided.
+    """A record says what an operation decided.
 
     reason: why the backend is not the one that was asked for, or why the operation is refused; `raises` says that
     running it raises BackendError. before and after: the shapes of its input and output; before is None for ids.
@@ -75,7 +75,7 @@ class Recorder:
         self.records.append(Record(op, backend, reason, raises, before, tuple(after), dtype, facts, module))
 
     def take_reason(self, op: str) -> tuple[str | None, bool]:
-        """The reason that was kept for the operation, and whether it raises."""
+        """Returns the reason that was kept for the operation, and whether it raises."""
         return self._reasons.pop(op, (None, False))
 
     def set_reason(self, op: str, reason: str | None, raises: bool) -> None:
@@ -93,7 +93,7 @@ class Recorder:
 
 
 class StandIn(Tensor):
-    """Stands for a tensor in a dry run: of its shape and dtype, of one number in memory, on the recorder's device."""
+    """Stands for a tensor in a dry run: it has its shape and dtype, and is on the recorder's device."""
 
     inference = False  # whether it stands for an inference tensor
 
@@ -107,7 +107,7 @@ class StandIn(Tensor):
 
 
 def stand_in(shape: Shape, dtype: torch.dtype) -> StandIn:
-    """A tensor of zeros that stands for one of this shape and dtype."""
+    """Returns a tensor of zeros that stands for one of this shape and dtype."""
     with torch.inference_mode(False), torch.no_grad():
         return torch.zeros(1, dtype=dtype, device="cpu").expand(shape).as_subclass(StandIn)
 
@@ -117,7 +117,7 @@ _current: ContextVar[Recorder | None] = ContextVar("fastbert recorder", default=
 
 @contextmanager
 def recorded(recorder: Recorder | None = None) -> Iterator[Recorder]:
-    """Inside, operations of this thread record what they decide, by default while they run as usual."""
+    """Lets the operations of this thread record what they decide, by default while they run as usual."""
     global on
     recorder = Recorder() if recorder is None else recorder
     token = _current.set(recorder)
@@ -180,7 +180,7 @@ def enter(module: Any) -> None:
 
 
 def is_dry() -> bool:
-    """Whether operations of this thread only decide."""
+    """Tells whether operations of this thread only decide."""
     recorder = _current.get()
     return recorder is not None and recorder.dry
 

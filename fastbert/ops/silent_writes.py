@@ -39,12 +39,12 @@ register_optimizer_step_post_hook(_after_step)
 
 
 def waits(device: torch.device) -> bool:
-    """Whether a look at a number on this device waits for it, so that a model looks once a call and not at each use."""
+    """Tells whether a look at a number on this device waits for it: a model then looks once a call, not at each use."""
     return device.type not in ("cpu", "meta")
 
 
 def _last_step(parameters: Iterable[Tensor]) -> int:
-    """The number of the last optimizer step that wrote one of the parameters; 0 where none has."""
+    """Returns the number of the last optimizer step that wrote one of the parameters; 0 where none has."""
     return max(map(_stepped.get, map(id, parameters), repeat(0)), default=0)
 
 
@@ -75,7 +75,7 @@ class Samples:
         }
 
     def digest(self) -> Any:
-        """A value that differs where one of the numbers does. For tensors on a GPU this waits for it."""
+        """Returns a value that differs where one of the numbers does. For tensors on a GPU this waits for it."""
         if self._compiled:
             found: list[Any] = [cpu.digest(*call) for call in self._calls]
         else:
@@ -86,7 +86,7 @@ class Samples:
 
 
 class Writes:
-    """What a look at parameters found, to tell later whether they were written to without PyTorch's count.
+    """A look at parameters, to tell later whether they were written to without PyTorch's count.
 
     PyTorch's counts and the addresses are the caller's to compare first. sampled: whether numbers are looked at.
     """
@@ -98,7 +98,7 @@ class Writes:
         self._digest = self._samples.digest()
 
     def none_since(self, parameters: Sequence[Tensor]) -> bool:
-        """Whether nobody has written to the same parameters since, as far as that can be seen."""
+        """Tells whether nobody has written to the same parameters since, as far as that can be seen."""
         n_steps = _n_steps
         if self._seen_steps != n_steps:
             if _last_step(parameters) > self._last_step:
@@ -117,7 +117,7 @@ def _is_dense(tensor: Tensor) -> bool:
 
 
 def _words(tensor: Tensor) -> Tensor:
-    """The same memory as whole numbers, which NumPy knows and of which each is equal to itself."""
+    """Returns the same memory as whole numbers, which NumPy knows and of which each is equal to itself."""
     tensor = tensor.detach()
     return torch.view_as_real(tensor).view(torch.int64) if tensor.is_complex() else tensor.view(_word_of(tensor))
 
@@ -127,7 +127,7 @@ def _word_of(tensor: Tensor) -> torch.dtype:
 
 
 def _step(tensor: Tensor) -> tuple[int, int]:
-    """How many numbers are looked at, and how many lie from one to the next; rows and columns differ each time."""
+    """Tells how many numbers are looked at, and how far apart they lie; rows and columns differ each time."""
     n_numbers = tensor.numel()
     n_samples = min(n_numbers, OF_MATRIX if tensor.dim() > 1 else OF_VECTOR)
     step = n_numbers // n_samples

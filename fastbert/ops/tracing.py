@@ -1,10 +1,12 @@
-"""Who looks at the operations while they run: compilers, tracers, transforms, modes. Imports no compiler.
+"""This module knows who looks at the operations while they run: compilers, tracers, transforms, modes.
+
+It imports no compiler.
 
 Two questions are asked in the whole library before it leaves PyTorch's dispatcher, and both are answered here:
 
 `transformed`: does somebody run the program on something else than numbers, so that no value may be read on the host?
 A tracer would keep it for ever, a transform of torch.func has none. Our registered operations have no rule for these
-either. A model then takes plain operations of PyTorch on padded rows (`varlen.in_place`).
+either. A model then takes plain operations of PyTorch on padded rows (`packing.in_place`).
 
 `observed`: must every operation go through the dispatcher? So it is in all of these cases, under torch.compile, and
 where a mode counts or changes operations. Then no C++ kernel runs past the dispatcher, and nothing made of weights is
@@ -59,12 +61,12 @@ def constant(function: Function) -> Function:
 
 @constant
 def _traced_transform() -> bool:
-    """Whether a compiler traces a transform of torch.func. It cannot look into the question itself."""
+    """Tells whether a compiler traces a transform of torch.func. It cannot look into the question itself."""
     return torch._C._functorch.maybe_current_level() is not None
 
 
 def transformed(*tensors: Any) -> str | None:
-    """Why no value may be read on the host, and no operation of ours may run; or None.
+    """Tells why no value may be read on the host, and no operation of ours may run; or None.
 
     tensors: inputs, whose kind counts too; what is no tensor among them is skipped. torch.compile and torch.export are
     no reason: they pass through our operations, and leave what reads values alone.
@@ -77,7 +79,7 @@ def transformed(*tensors: Any) -> str | None:
 
 
 def observed(*tensors: Any) -> str | None:
-    """Why every operation must go through PyTorch's dispatcher, in which no kept tensor may take part; or None.
+    """Tells why every operation must go through PyTorch's dispatcher, in which no kept tensor may take part; or None.
 
     tensors: as for `transformed`.
     """
@@ -87,24 +89,24 @@ def observed(*tensors: Any) -> str | None:
 
 
 def differentiated() -> bool:
-    """Whether a transform of torch.func or forward-mode AD is at work: PyTorch's fused attention has no rule for it."""
+    """Tells whether a transform of torch.func or forward-mode AD is at work: fused attention has no rule for it."""
     if torch.compiler.is_compiling():
         return _traced_transform()
     return torch._C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0
 
 
 def has_sizes() -> bool:
-    """Whether sizes are numbers that can be compared. torch.jit.trace has tensors, which nobody compares."""
+    """Tells whether sizes are numbers that can be compared. torch.jit.trace has tensors, which nobody compares."""
     return torch.compiler.is_compiling() or torch._C._get_tracing_state() is None
 
 
 def differ(shape: Any, expected: Any) -> bool:
-    """Whether a shape, or a size, is not the expected one, where sizes can be compared."""
+    """Tells whether a shape, or a size, is not the expected one, where sizes can be compared."""
     return has_sizes() and bool(shape != expected)
 
 
 def length_of(weight: torch.Tensor) -> int:
-    """The size of a vector of parameters, an int also under torch.jit.trace: the exporter to ONNX asks for one."""
+    """Returns the size of a vector of parameters, an int also under torch.jit.trace, as the exporter to ONNX asks."""
     if torch.compiler.is_compiling() or torch._C._get_tracing_state() is None:
         return weight.shape[0]
     with warnings.catch_warnings():
@@ -113,7 +115,7 @@ def length_of(weight: torch.Tensor) -> int:
 
 
 def recorded(*tensors: Any) -> bool:
-    """Whether a tracer writes the operations down, for a program that runs later: nothing may be counted or logged."""
+    """Tells whether a tracer writes the operations down for a later program: nothing may be counted or logged."""
     if torch.compiler.is_compiling():
         return torch.compiler.is_exporting() or _exports_to_onnx()
     if torch._C._get_tracing_state() is not None or _exports_to_onnx():
@@ -128,7 +130,7 @@ def _exports_to_onnx() -> bool:
 
 
 def _reason(modes: bool, tensors: tuple[Any, ...]) -> str | None:
-    """The reason that lies in the thread's state or in a tensor. modes: whether modes that see real numbers count."""
+    """Returns the reason in the thread's state or in a tensor. modes: whether modes that see real numbers count."""
     n_modes, n_function_modes = torch._C._len_torch_dispatch_stack(), torch._C._len_torch_function_stack()
     quiet = (
         torch._C._get_tracing_state() is None
@@ -152,7 +154,7 @@ def _reason(modes: bool, tensors: tuple[Any, ...]) -> str | None:
 
 
 def _at_work(modes: bool, n_modes: int, n_function_modes: int) -> str | None:
-    """The reason that lies in the thread's state."""
+    """Returns the reason that lies in the thread's state."""
     if torch._C._get_tracing_state() is not None:
         return "torch.jit.trace records the operations"
     if torch._C._functorch.maybe_current_level() is not None:

@@ -1,1 +1,1 @@
-"""From texts to vectors and scores: tokenizing, batching, pooling and the folders of sentence-transformers."""
+"""Pipelines lead from texts to vectors and scores: tokenizing, batching, pooling, sentence-transformers' folders."""

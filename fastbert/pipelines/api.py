@@ -1,6 +1,6 @@
 """SentenceEncoder and CrossEncoder share a part of the interface of sentence-transformers' models.
 
-A name of that interface is followed here, or refused with what to do instead.
+A name of that interface is followed, or refused with what to do instead.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ MISSING = {
 
 
 class Evaluations:
-    """Evaluators of sentence-transformers leave their numbers here, in the place of its model card.
+    """Evaluations keep the numbers of sentence-transformers' evaluators, in the place of its model card.
 
     metrics: (class of the evaluator, numbers by name, epoch, step) of each evaluation, in order.
     """

@@ -59,8 +59,8 @@ class CrossEncoder(SentenceTransformersApi):
     ) -> None:
         super().__init__()
         if isinstance(model, (str, os.PathLike)):
-            came = type(model).__name__
-            raise TypeError(f"model: got {came}, expected a BertForSequenceClassification; from_pretrained takes names")
+            name = type(model).__name__
+            raise TypeError(f"model: got {name}, expected a BertForSequenceClassification; from_pretrained takes names")
         self.model, self.tokenizer = model, tokenizer
         if max_length is not None:
             self.max_seq_length = max_length
@@ -330,8 +330,8 @@ def _as_pairs(inputs: Any) -> tuple[list[Any], bool]:
     for i, pair in enumerate(pairs):
         name = "inputs" if single else f"inputs[{i}]"
         if not isinstance(pair, (list, tuple)) or len(pair) != 2:
-            came = f"{len(pair)} texts" if isinstance(pair, (list, tuple)) else type(pair).__name__
-            raise TypeError(f"{name}: got {came}, expected a pair of texts")
+            got = f"{len(pair)} texts" if isinstance(pair, (list, tuple)) else type(pair).__name__
+            raise TypeError(f"{name}: got {got}, expected a pair of texts")
         for j in (0, 1):
             check_text(f"{name}[{j}]", pair[j])
     return pairs, single

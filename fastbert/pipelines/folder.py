@@ -101,9 +101,9 @@ def read_cross_encoder_layout(folder: Path) -> tuple[Layout, str | None]:
     """
     if (folder / MODULES).is_file():
         entries = _read_modules(folder / MODULES)
-        kinds = [kind for kind, _ in entries]
-        if kinds != ["Transformer"]:
-            raise ValueError(f"{folder / MODULES}: expected a Transformer alone, got {', '.join(kinds)}")
+        names = [name for name, _ in entries]
+        if names != ["Transformer"]:
+            raise ValueError(f"{folder / MODULES}: expected a Transformer alone, got {', '.join(names)}")
         layout = Layout(entries[0][1])
         layout.settings = read_transformer(layout.transformer, "sequence-classification", "scores", "logits")
         path = _read_settings(layout, folder / SETTINGS, "CrossEncoder").get("activation_fn")

@@ -61,8 +61,10 @@ def _text(item: Any, name: str) -> str:
         return _text(item["text"], f"{name}['text']")
     if isinstance(item, (list, tuple)):
         if len(item) != 2 or not all(isinstance(text, str) for text in item):
-            types = ", ".join(type(text).__name__ for text in item[:3])
-            raise TypeError(f"{name}: got {type(item).__name__} of {len(item)} ({types}), expected str or two of them")
+            type_names = ", ".join(type(text).__name__ for text in item[:3])
+            raise TypeError(
+                f"{name}: got {type(item).__name__} of {len(item)} ({type_names}), expected str or two of them"
+            )
         check_text(f"{name}[1]", item[1])
         return Pair(*item)
     raise TypeError(f"{name}: got {type(item).__name__}, expected str")

@@ -1,4 +1,4 @@
-"""A call shows its progress as a bar, where it is asked to."""
+"""A call shows its progress as a bar, if it is asked to."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Progress = Callable[[int], Any]  # takes the number of texts of a batch that is 
 
 
 def progress_bar(show: bool | None, total: int | None) -> AbstractContextManager[Progress | None]:
-    """A bar that counts texts, or None for no bar. None for `show`: where the logger "fastbert" is at INFO."""
+    """Gives a bar that counts texts, or None for no bar. With `show` None the logger "fastbert" at INFO decides."""
     if show is None:
         show = logger.getEffectiveLevel() in (logging.INFO, logging.DEBUG)
     return _shown_progress_bar(total) if show else nullcontext()

@@ -378,7 +378,7 @@ class SentenceEncoder(SentenceTransformersApi):
         self.pooling = replace(self.pooling, include_prompt=include_prompt)
 
     def _run(self, texts: Iterable[str], request: Request) -> Iterator[Any]:
-        if self._in_training():  # eval() drops what was made of the weights
+        if self._in_training():  # eval() drops what was derived from the weights
             self.eval()
         run = Run(self.pipeline, request)
         self.__dict__["last_timings"] = run.timings  # nn.Module asks of each attribute whether it is a parameter

@@ -1,1 +1,1 @@
-"""Text to token ids and back."""
+"""This package makes token ids of text, and text of token ids."""

@@ -77,17 +77,17 @@ class LongText:
         return self.n_tokens
 
 
-def template_of(probe: Any, segments: bool) -> tuple[Piece, ...]:
+def template_of(probe: Any, has_token_types: bool) -> tuple[Piece, ...]:
     """Returns the template behind an encoding of one-token texts, whatever kind of post-processor made it.
 
-    segments: whether the token type ids of the probe count; without them all are 0.
+    has_token_types: whether the token type ids of the probe count; without them all are 0.
     """
     pieces: list[Piece] = []
     for source, token, token_type_id in zip(probe.sequence_ids, probe.ids, probe.type_ids, strict=True):
         if source is None:
-            pieces.append(Piece(-1, [token], token_type_id * segments))
+            pieces.append(Piece(-1, [token], token_type_id * has_token_types))
         elif not pieces or pieces[-1].source != source:  # the first token of a text
-            pieces.append(Piece(source, [], token_type_id * segments))
+            pieces.append(Piece(source, [], token_type_id * has_token_types))
     return tuple(pieces)
 
 

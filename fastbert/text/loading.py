@@ -54,7 +54,7 @@ _MODELS = {
     **dict.fromkeys(_ROBERTA_KINDS, "BPE"),
     **dict.fromkeys(_UNIGRAM_KINDS, "Unigram"),
 }
-_NO_SEGMENTS = ("DistilBert", "DPRReader", *_ROBERTA_KINDS, *_UNIGRAM_KINDS)
+_WITHOUT_TOKEN_TYPES = ("DistilBert", "DPRReader", *_ROBERTA_KINDS, *_UNIGRAM_KINDS)
 _ROBERTA_NAMES = {
     "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "sep_token": "</s>", "pad_token": "<pad>",
     "cls_token": "<s>", "mask_token": "<mask>",
@@ -138,7 +138,7 @@ class _Folder:
                 raise ValueError(f"{name}: got None, which the vocabulary in {self.folder} lacks")
         as_bert = self.is_made_anew and self.kind in _BERT_KINDS
         prefix = None if as_bert else _prefix_of(rust)
-        return Source(rust, public, settings, as_bert, self._segments(rust), prefix)
+        return Source(rust, public, settings, as_bert, self._has_token_types(rust), prefix)
 
     # Names and tokens
 
@@ -190,13 +190,13 @@ class _Folder:
             if content is None or (rust.token_to_id(content) is None and content not in known):
                 raise ValueError(f"{name}: got {value!r}, which the vocabulary in {self.folder} lacks")
 
-    def _segments(self, rust: RustTokenizer) -> bool:
+    def _has_token_types(self, rust: RustTokenizer) -> bool:
         """Tells whether the second text of a pair has token type 1, where the post-processor says so."""
         inputs = self.options.get("model_input_names")
         if inputs is not None:
             return "token_type_ids" in inputs
         if self.kind in _MODELS:
-            return self.kind not in _NO_SEGMENTS and self.family.segments
+            return self.kind not in _WITHOUT_TOKEN_TYPES and self.family.segments
         if self.family.segments and any(rust.encode("a", "a").type_ids):
             logger.warning(
                 "%s: a pair has no segment ids, as in transformers 5: tokenizer_class %r has none unless "

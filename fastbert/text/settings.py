@@ -69,19 +69,19 @@ _CLEANED = (
 _NO_LIMIT = 10**12  # a model_max_length from here on means none; transformers writes 1e30
 
 
-def log_unfollowed(config: Mapping[str, Any], where: Any) -> None:
+def log_unfollowed(config: Mapping[str, Any], file: Any) -> None:
     """Logs by name each key that is not followed. Raises ValueError for one without which the ids would be others."""
     if config.get("init_inputs"):
-        raise ValueError(f"{where}: init_inputs: got {config['init_inputs']!r}, expected none: arguments without names")
+        raise ValueError(f"{file}: init_inputs: got {config['init_inputs']!r}, expected none: arguments without names")
     for key, (harmless, reason) in LOGGED.items():
         if config.get(key) not in harmless:
-            logger.warning("%s: %s=%r is not followed: %s", where, key, config[key], reason)
+            logger.warning("%s: %s=%r is not followed: %s", file, key, config[key], reason)
     unknown = [key for key, value in config.items() if not _is_known(key, value)]
     if unknown:
-        logger.info("%s: %s: not known, and without effect on tokens", where, ", ".join(unknown))
+        logger.info("%s: %s: not known, and without effect on tokens", file, ", ".join(unknown))
     inputs = config.get("model_input_names")
     if isinstance(inputs, list) and not {"input_ids", "attention_mask"} <= set(inputs):
-        logger.warning("%s: model_input_names=%r is not followed: there is always an attention_mask", where, inputs)
+        logger.warning("%s: model_input_names=%r is not followed: there is always an attention_mask", file, inputs)
 
 
 def _is_known(key: str, value: Any) -> bool:

@@ -1,8 +1,8 @@
 """The tokenizer makes token ids of text and text of token ids, with the ``tokenizers`` library.
 
 For one folder the ids are those of transformers' tokenizer. Truncation and padding are done in ``encoding``, on arrays.
-In the library's Rust object both are state: here, threads that share a tokenizer may differ in ``max_length``, and the
-tokens that are cut can be counted.
+In the library's Rust object both are state. On arrays, threads that share a tokenizer may differ in ``max_length``, and
+the tokens that are cut can be counted.
 """
 
 from __future__ import annotations
@@ -69,9 +69,11 @@ class Tokenizer:
         """Is called by ``from_pretrained`` and ``train``."""
         rust = self._rust = source.rust
         self._as_bert = source.as_bert
-        self._segments = source.segments
+        self._has_token_types = source.has_token_types
         # The templates of a text and of a pair, with special tokens and without.
-        self._templates = tuple(template_of(rust.encode(*texts), source.segments) for texts in (("a",), ("a", "a")))
+        self._templates = tuple(
+            template_of(rust.encode(*texts), source.has_token_types) for texts in (("a",), ("a", "a"))
+        )
         self._bare = tuple(tuple(piece for piece in pieces if piece.source >= 0) for pieces in self._templates)
         self.vocab_size = max(rust.get_vocab().values()) + 1
         self._add_prefix_space = source.add_prefix_space
@@ -161,7 +163,7 @@ class Tokenizer:
         flags = {i: {flag: getattr(token, flag) for flag in TOKEN_FIELDS} for i, token in added}
         config = {"tokenizer_class": "BertTokenizer" if self._as_bert else "PreTrainedTokenizerFast", **names}
         config["added_tokens_decoder"] = flags
-        if not self._segments:
+        if not self._has_token_types:
             config["model_input_names"] = ["input_ids", "attention_mask"]
         elif not self._as_bert:
             config["model_input_names"] = ["input_ids", "token_type_ids", "attention_mask"]

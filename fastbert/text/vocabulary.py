@@ -1,4 +1,4 @@
-"""A vocabulary of WordPieces is learned from texts here. ``loading`` reads that of a checkpoint."""
+"""This module learns a vocabulary of WordPieces from texts. ``loading`` reads that of a checkpoint."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Source(NamedTuple):
     names: dict[str, str | None]  # keys: NAMES
     settings: dict[str, Any]  # keys: SETTINGS, FLAGS
     as_bert: bool  # vocabulary and casing options say all there is to know, as for transformers' BertTokenizer
-    segments: bool = True  # whether the second text of a pair has token type 1, where the post-processor says so
+    has_token_types: bool = True  # whether the second text of a pair has token type 1, where the post-processor says so
     add_prefix_space: bool | None = None  # of the pre-tokenizer, where it has such a setting
 
 

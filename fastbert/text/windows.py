@@ -1,4 +1,4 @@
-"""Texts are counted in characters here, and long ones cut into pieces that give the same tokens.
+"""This module counts texts in characters, and cuts long ones into pieces that give the same tokens.
 
 A text is cut only at a space between two plain letters or digits, "... a| b ...", and the space goes with what follows.
 README.md says for which tokenizers the ids of the pieces are those of the whole.

@@ -72,7 +72,7 @@ def device_obstacle(device: torch.device) -> str | None:
         return "tables are of NVIDIA GPUs, and there is none here"
     if (device.index or 0) >= torch.cuda.device_count():
         return f"there is no {device}: this machine has {torch.cuda.device_count()} GPUs"
-    return dispatch.triton_unavailable(device)
+    return dispatch.triton_obstacle(device)
 
 
 def cuda_timer(runs: Mapping[str, Callable[[], Tensor]], device: torch.device) -> dict[str, float]:

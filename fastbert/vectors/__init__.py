@@ -1,1 +1,1 @@
-"""Embeddings after the encoder: quantization and exact search."""
+"""This package works on embeddings after the encoder: it quantises and searches them."""

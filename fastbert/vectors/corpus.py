@@ -119,7 +119,7 @@ def _guessed_precision(dtype: str, columns: int, width: int, floats: bool) -> st
     if dtype not in ("int8", "uint8"):
         raise TypeError(f"corpus_embeddings: got {dtype}, expected floats, or int8 or uint8 of a quantisation")
     if not floats or (columns == width and columns == (width + 7) // 8):
-        raise ValueError("corpus_precision: expected it, where queries are no floats or have one dimension")
+        raise ValueError("corpus_precision: needed where queries are no floats or have one dimension")
     if columns == width:
         return dtype
     return "binary" if dtype == "int8" else "ubinary"

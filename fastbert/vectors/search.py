@@ -21,7 +21,7 @@ from fastbert.vectors.similarity import function_name
 QUERIES, ROWS = 256, 32768  # scored at once, by default
 SPARE = 32  # candidates kept beyond k, if k is not more: they make a second pass rare
 LEAST_NORM = 1e-15  # of numbers whose squares float32 holds
-GATHERED = 2**23  # float64 numbers held at once where candidates are scored anew
+GATHERED = 2**23  # float64 numbers held at once while candidates are scored anew
 
 Hits = tuple[np.ndarray, np.ndarray]  # scores (Q, k) float64 and ids (Q, k) int64, the best first
 

@@ -57,7 +57,7 @@ def reasons(report: Report, op: str) -> set[str | None]:
 def test_cpu_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a missing operation, a wrong order or a reason without a fallback, on PyTorch's CPU operations."""
     monkeypatch.setattr(cpu.library, "load", lambda: (None, "planted"))
-    monkeypatch.setattr(onednn, "unavailable", lambda dtype: "planted")
+    monkeypatch.setattr(onednn, "packing_obstacle", lambda dtype: "planted")
     report = explain(BertModel(config()).eval())
     ops = ["linear", "attention", "linear", "layer_norm", "linear", "linear", "layer_norm"]
     assert [row.op for row in report.rows] == ["embedding", *ops, "pooling", "linear"]
@@ -87,8 +87,8 @@ def test_cpu_rows_of_packed_weights(kernels: str, monkeypatch: pytest.MonkeyPatc
     """Catches a product or an attention named as PyTorch's where it is not, a residual added where it is not."""
     if kernels == "oneDNN":
         monkeypatch.setattr(cpu.library, "load", lambda: (None, "planted"))
-    if packed_linear.unavailable(torch.float32) is not None or (kernels == "C++" and cpu.obstacle() is not None):
-        pytest.skip(f"{packed_linear.unavailable(torch.float32)}, {cpu.obstacle()}")
+    if packed_linear.packing_obstacle(torch.float32) is not None or (kernels == "C++" and cpu.obstacle() is not None):
+        pytest.skip(f"{packed_linear.packing_obstacle(torch.float32)}, {cpu.obstacle()}")
     rows = explain(BertModel(config()).eval()).rows
     products = [row for row in rows if row.op == "linear"]
     named = {

@@ -166,8 +166,8 @@ def test_rows_that_are_computed(kernels: str, monkeypatch: pytest.MonkeyPatch) -
     """Catches rows that oneDNN is given beyond the tokens and that the report hides, or says of the C++ kernels."""
     if kernels == "oneDNN":
         monkeypatch.setattr(cpu.library, "load", lambda: (None, "planted"))
-    if packed_linear.unavailable(torch.float32) is not None or (kernels == "C++" and cpu.obstacle() is not None):
-        pytest.skip(f"{packed_linear.unavailable(torch.float32)}, {cpu.obstacle()}")
+    if packed_linear.packing_obstacle(torch.float32) is not None or (kernels == "C++" and cpu.obstacle() is not None):
+        pytest.skip(f"{packed_linear.packing_obstacle(torch.float32)}, {cpu.obstacle()}")
     monkeypatch.setattr(cpu_encoder, "obstacles", lambda *args: iter(["planted"]))  # operation by operation
     model = BertModel(config()).eval()
     seen: list[int] = []

@@ -20,7 +20,7 @@ from fastbert.engine import cpu_encoder
 from fastbert.models import tasks
 from fastbert.ops import recording
 from fastbert.ops.recording import Record
-from fastbert.pipelines.folder import Dense, Normalize
+from fastbert.pipelines.modules import Dense, Normalize
 
 
 def config(**changes: Any) -> BertConfig:

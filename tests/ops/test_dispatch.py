@@ -25,7 +25,7 @@ def interpreted(monkeypatch):
 @pytest.fixture
 def a_gpu(monkeypatch):
     """A machine whose GPU can run the kernels, as far as dispatch can tell."""
-    monkeypatch.setattr(dispatch, "_gpu_unsupported", lambda index: None)
+    monkeypatch.setattr(dispatch, "_gpu_obstacle", lambda index: None)
 
 
 def test_auto(a_gpu):
@@ -55,9 +55,9 @@ def test_interpreter_switch(monkeypatch):
 def test_old_gpus(capability, reason, monkeypatch):
     """Catches kernels sent to a GPU they were not made for."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
-    dispatch._gpu_unsupported.cache_clear()
+    dispatch._gpu_obstacle.cache_clear()
     decision = dispatch.decide("op", Policy(), CUDA, None)
-    dispatch._gpu_unsupported.cache_clear()
+    dispatch._gpu_obstacle.cache_clear()
     assert (decision.reason is None) == (reason is None)
     assert reason is None or reason in decision.reason
 

@@ -185,7 +185,7 @@ def test_remembered_choice_follows_the_table(table, device, monkeypatch):
     from fastbert_kernels import launch
 
     gpu, arch = torch.device("cuda", 0), launch.arch(device)
-    monkeypatch.setattr(dispatch, "triton_unavailable", lambda device: None)
+    monkeypatch.setattr(dispatch, "triton_obstacle", lambda device: None)
     monkeypatch.setattr(launch, "arch", lambda device: arch)
     module = sys.modules[gemm_kernel.__module__]
 

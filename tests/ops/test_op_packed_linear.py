@@ -23,8 +23,8 @@ def product(request, monkeypatch):
     """float32 in either of the two; on a processor or a PyTorch without them there is only the way around them."""
     if request.param == "oneDNN":
         monkeypatch.setattr(cpu.library, "load", lambda: (None, "planted"))
-        if onednn._missing() is not None:
-            pytest.skip(onednn._missing())
+        if onednn._operations_obstacle() is not None:
+            pytest.skip(onednn._operations_obstacle())
     elif cpu.obstacle() is not None:
         pytest.skip(cpu.obstacle())
     return request.param
@@ -44,8 +44,8 @@ def activated(x, activation):
 
 def skip_without(dtype):
     x, weight, bias, _ = inputs(4, 4, 4, dtype)
-    if packed_linear.obstacle(x, weight, bias) is not None:
-        pytest.skip(packed_linear.obstacle(x, weight, bias))
+    if packed_linear.operands_obstacle(x, weight, bias) is not None:
+        pytest.skip(packed_linear.operands_obstacle(x, weight, bias))
 
 
 @pytest.mark.parametrize("activation", list(packed_linear.ACTIVATIONS))
@@ -129,25 +129,25 @@ def test_pieces_cover_k():
 def test_obstacles(monkeypatch):
     """Catches gradients lost, autocast or the user's own switch ignored, or a weight packed that changes uncounted."""
     x, weight, bias, _ = inputs(4, 8, 4)
-    assert packed_linear.obstacle(x, weight, bias) is None
-    assert "fewer than 4 rows" in packed_linear.obstacle(x[:3], weight, bias)  # where F.linear is more exact
-    assert "gradients" in packed_linear.obstacle(x, torch.nn.Parameter(weight), bias)
+    assert packed_linear.operands_obstacle(x, weight, bias) is None
+    assert "fewer than 4 rows" in packed_linear.operands_obstacle(x[:3], weight, bias)  # where F.linear is more exact
+    assert "gradients" in packed_linear.operands_obstacle(x, torch.nn.Parameter(weight), bias)
     with torch.no_grad():
-        assert packed_linear.obstacle(x, torch.nn.Parameter(weight), bias) is None
-    assert "mixed dtypes" in packed_linear.obstacle(x, weight.bfloat16(), bias)
+        assert packed_linear.operands_obstacle(x, torch.nn.Parameter(weight), bias) is None
+    assert "mixed dtypes" in packed_linear.operands_obstacle(x, weight.bfloat16(), bias)
     with torch.autocast("cpu", torch.bfloat16):
-        assert "mixed dtypes" in packed_linear.obstacle(x, weight, bias)
+        assert "mixed dtypes" in packed_linear.operands_obstacle(x, weight, bias)
     with torch.inference_mode():
         made_there = weight.clone()
-        assert packed_linear.obstacle(x, weight, bias) is None
-    assert "counted" in packed_linear.obstacle(x, made_there, bias)
-    assert "no torch.float64" in packed_linear.obstacle(x.double(), weight.double())
-    assert "meta" in packed_linear.obstacle(x.to("meta"), weight.to("meta"))
+        assert packed_linear.operands_obstacle(x, weight, bias) is None
+    assert "counted" in packed_linear.operands_obstacle(x, made_there, bias)
+    assert "no torch.float64" in packed_linear.operands_obstacle(x.double(), weight.double())
+    assert "meta" in packed_linear.operands_obstacle(x.to("meta"), weight.to("meta"))
     monkeypatch.setattr(cpu.library, "load", lambda: (None, "planted"))
     with torch.backends.mkldnn.flags(enabled=False):
-        assert "switched off" in packed_linear.obstacle(x, weight, bias)
-    monkeypatch.setattr(onednn, "_missing", lambda: "planted too")
-    assert packed_linear.obstacle(x, weight, bias) == "planted too"
+        assert "switched off" in packed_linear.operands_obstacle(x, weight, bias)
+    monkeypatch.setattr(onednn, "_operations_obstacle", lambda: "planted too")
+    assert packed_linear.operands_obstacle(x, weight, bias) == "planted too"
 
 
 def test_rows_are_few_sizes(product):
@@ -167,7 +167,7 @@ def test_rows_are_few_sizes(product):
 def nothing_packed():
     """Lets linears run as PyTorch runs them."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(packed_linear, "unavailable", lambda dtype: "planted")
+        patch.setattr(packed_linear, "packing_obstacle", lambda dtype: "planted")
         yield
 
 

@@ -258,7 +258,7 @@ def bad() -> Iterator[tuple[dict[str, Any], type[Exception], str]]:
     yield {"corpus_precision": "ubinary"}, TypeError, "got float32 for precision 'ubinary', expected uint8"
     yield {"query_embeddings": q.astype(np.int8)}, TypeError, "query_embeddings: got int8 for a corpus of precision"
     one = np.zeros((30, 1), np.uint8)
-    yield {"corpus_embeddings": one, "query_embeddings": q[:, :1]}, ValueError, "corpus_precision: expected it"
+    yield {"corpus_embeddings": one, "query_embeddings": q[:, :1]}, ValueError, "corpus_precision: needed where"
     yield {"corpus_embeddings": one, "query_embeddings": random(2, 9)}, ValueError, "a corpus of 1 bytes of signs"
     yield {"corpus_embeddings": one, "rescore_embeddings": corpus[:5]}, ValueError, "rescore_embeddings: got 5 rows"
     yield {"corpus_embeddings": corpus * 1e38, "score": "dot", "query_embeddings": q * 1e20}, ValueError, "overflow"

@@ -1,1 +1,1 @@
-"""fastbert.explain: what runs each part of a model, and why."""
+"""`fastbert.explain` tells what runs each part of a model, and why."""

@@ -1,4 +1,7 @@
-"""What stands above the operations, asked in one place: the encoder in 8 bits, in one call, as a CUDA graph."""
+"""`explain` asks here about what stands above the operations: 8 bits, one call, CUDA graphs.
+
+All that it knows of the engine, of heads and of pooling is in this file.
+"""
 
 from __future__ import annotations
 
@@ -30,34 +33,34 @@ from fastbert.pipelines.sentence import SentenceEncoder
 def eight_bit_decision(
     bert: BertModel, policy: Policy, device: torch.device, dtype: torch.dtype, arch: int | None
 ) -> Decision | None:
-    """What would run the encoder in 8 bits; None where nothing asks for that."""
+    """Returns what would run the encoder in 8 bits; None where nothing asks for that."""
     return None if bert.precision is None else quantized.decide(bert, policy, device, dtype, arch)
 
 
 def is_unquantised(decision: Decision | None) -> bool:
-    """Whether the encoder runs in the model's dtype."""
+    """Tells whether the encoder runs in the model's dtype."""
     return decision is None or decision.backend == quantized.UNQUANTISED
 
 
 def graph_obstacles(bert: BertModel, device: torch.device) -> list[str]:
-    """Every reason why no batch would run as a CUDA graph on the device."""
+    """Returns every reason why no batch would run as a CUDA graph on the device."""
     with torch.no_grad():
         return list(bert.engine.graph_obstacles(bert, device))
 
 
 def largest_graph() -> int:
-    """The most tokens of a batch that runs as a CUDA graph."""
+    """Returns the most tokens of a batch that runs as a CUDA graph."""
     return buckets.LARGEST
 
 
 def one_call_obstacles(bert: BertModel, policy: Policy, device: torch.device, dtype: torch.dtype) -> list[str]:
-    """Every reason why the encoder would not run in one call of a C++ kernel on this CPU."""
+    """Returns every reason why the encoder would not run in one call of a C++ kernel on this CPU."""
     with torch.no_grad():
         return list(bert.engine.one_call_obstacles(bert, policy, device, dtype))
 
 
 def rows_computed(lengths: Sequence[int], model: nn.Module, bert: BertModel) -> int:
-    """Rows that the encoder computes: of each batch into which a SentenceEncoder cuts the texts, rounded up."""
+    """Counts the rows that the encoder computes, rounded up in each batch that a SentenceEncoder makes."""
     parts = [sum(lengths)]
     if isinstance(model, SentenceEncoder):
         ordered = sorted(lengths, reverse=True)
@@ -75,12 +78,12 @@ def set_policy(model: PreTrainedModel, policy: Policy) -> None:
 
 
 def run_encoder(bert: Any, batch: PackedBatch) -> Tensor:
-    """The last hidden state of a model of stand-ins, operation by operation."""
+    """Runs an encoder of stand-ins operation by operation. Returns its last hidden state."""
     return Modules().run(bert, batch, _inputs(bert, batch), False)[-1]
 
 
 def run_in_8_bits(bert: Any, dry: DryRun, batch: PackedBatch, backend: str) -> Tensor:
-    """The same on 8-bit operands.
+    """Runs an encoder of stand-ins on 8-bit operands. Returns its last hidden state.
 
     backend: that of `eight_bit_decision`. What "cpu" does in one call is told by the operations of the emulation.
     """
@@ -123,7 +126,7 @@ class _EightBitWeights:
 
 
 def run_head(model: Any, encoded: Encoded) -> None:
-    """What follows the encoder in a model of stand-ins: the pooler, or the head."""
+    """Runs what follows the encoder in a model of stand-ins: the pooler, or the head."""
     if isinstance(model, BertModel):
         model.pool(encoded)
         return
@@ -134,6 +137,6 @@ def run_head(model: Any, encoded: Encoded) -> None:
 
 
 def run_pooling(encoder: SentenceEncoder, model: Any, tail: list[Any], encoded: Encoded) -> None:
-    """What follows the model in a SentenceEncoder, on stand-ins of the model and of the modules after the pooling."""
+    """Runs what follows the model in a SentenceEncoder: pooling, and stand-ins of the modules after it."""
     pipeline: Any = SimpleNamespace(model=model, tail=tuple(tail), pooling=encoder.pooling)
     sentence_vectors(pipeline, encoded.last_hidden_state, encoded.batch)

@@ -1,4 +1,4 @@
-"""What a batch costs: tokens and the padding that is not computed, floating-point operations and bytes, by operation.
+"""A batch costs tokens, floating-point operations and bytes, and padding that is not computed costs nothing.
 
 Estimates from shapes alone. FLOPs: a multiplication and an addition count two; of a product of (T, K) and (K, M)
 2 T K M, of attention over sequences of n_i tokens 4 sum(n_i^2) H, of an activation, a norm or a pooling so many a
@@ -33,7 +33,7 @@ _SHORT = re.compile(r"of texts of up to (\d+) tokens")
 
 
 def lengths_of(batch: Any, model: nn.Module, tokenizer: Tokenizer | None) -> tuple[list[int], int, int]:
-    """Tokens of each sequence, the columns that a padded batch has (0 where none came), and how many texts are cut.
+    """Counts the tokens of each sequence, the columns of a padded batch (0 without one), and the texts that are cut.
 
     batch: as `explain` takes it. Raises TypeError or ValueError for what is no batch.
     """
@@ -91,8 +91,11 @@ def with_costs(
     rows: Sequence[OpReport], batch: Any, model: nn.Module, bert: BertModel, itemsize: int, here: bool,
     tokenizer: Tokenizer | None,
 ) -> tuple[tuple[OpReport, ...], BatchReport]:  # fmt: skip
-    """The operations with what each costs, and the batch. itemsize: of the dtype asked about; here: the model's own
-    device, dtype and backend were asked about, so that rows are rounded up as they will be."""
+    """Returns the operations with what each costs, and the batch.
+
+    itemsize: that of the dtype asked about. here: whether the model's own device, dtype and backend were asked about,
+    so that rows are rounded up as they will be.
+    """
     lengths, columns, n_truncated = lengths_of(batch, model, tokenizer)
     longest = max(lengths, default=0)
     padded = [columns or longest] * len(lengths)
@@ -133,7 +136,7 @@ def _costs(
 def cost(
     row: OpReport, lengths: Sequence[int], n_rows: int, n_sequences: int, itemsize: int
 ) -> tuple[int | None, int | None]:
-    """FLOPs and bytes of an operation, in all the layers it stands for; None where its shapes say nothing.
+    """Returns FLOPs and bytes of an operation, in all the layers it stands for; None where its shapes say nothing.
 
     lengths: of the sequences that attention sees; n_rows: packed tokens that are computed.
     """

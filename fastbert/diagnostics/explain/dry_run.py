@@ -47,7 +47,7 @@ def recorder_for(question: Question) -> DryRun:
 
 
 def dry_run(question: Question, dry: DryRun, eight_bit: Decision | None) -> tuple[list[Record], list[Record]]:
-    """Records of the encoder, and of what follows it, in the order in which they run.
+    """Returns the records of the encoder, and of what follows it, in the order in which they run.
 
     eight_bit: what would run the encoder in 8 bits, None where nothing asks for that.
     """

@@ -1,4 +1,4 @@
-"""What would run, and why: for every operation of a model its backend, kernel, block sizes and fallback reason.
+"""`explain` tells what would run and why: each operation's backend, kernel, block sizes and fallback reason.
 
 Nothing runs on data. The model's own code runs once on stand-ins, and its operations record what they decide.
 """
@@ -44,7 +44,7 @@ def explain(
     arch: int | None = None,
     tokenizer: Tokenizer | None = None,
 ) -> Report:
-    """Which backend and kernel would run each operation of the model, with which block sizes, and why.
+    """Tells which backend and kernel would run each operation of the model, with which block sizes, and why.
 
     model: a BertModel, a model with a head, a SentenceEncoder, a module that wraps one, or an accelerated model of
     another library, of which the report has the encoder and the counts of calls. Its device, dtype, backend,
@@ -100,7 +100,7 @@ def explain(
 
 
 def _unfollowed(model: Any) -> Report:
-    """Of an accelerated model that always runs as before."""
+    """Reports on an accelerated model that always runs as before."""
     parameter = next(p for module in adapters.modules(model) for p in module.parameters())
     where, dtype = str(parameter.device), str(parameter.dtype).removeprefix("torch.")
     notes, name = tuple(adapters.notes(model)), type(model).__name__

@@ -1,4 +1,4 @@
-"""Which kernel a recorded operation launches, with which block sizes, and where those come from."""
+"""A recorded operation launches a kernel: which one, with which block sizes, and where those come from."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ class Kernel:
 
 
 def compiled() -> str:
-    """The C++ kernels for CPUs, with their instruction set."""
+    """Returns the C++ kernels for CPUs, with their instruction set."""
     return f"fastbert_kernels.cpu, {cpu.instructions()}"
 
 
 def kernel_of(record: Record, device: torch.device) -> Kernel:
-    """What an operation launches on the device: that of the dry run, inside which this is asked."""
+    """Returns what an operation launches on the device of the dry run, inside which this is asked."""
     name, _, precision = record.op.partition(" in ")
     if precision and name == "linear":
         return _quantized_linear(record, device)
@@ -43,7 +43,7 @@ def _arch(device: torch.device) -> int:
 
 
 def _named(record: Record, kernels: Mapping[str, str], config: str, *args: Any) -> Kernel:
-    """config: a function of fastbert_kernels.configs, and its arguments."""
+    """Looks up the block sizes. config: a function of fastbert_kernels.configs, which gets the arguments."""
     if record.backend != "triton":
         return Kernel(kernels.get(record.backend, kernels["torch"]))
     from fastbert_kernels import configs
@@ -84,7 +84,7 @@ def _head_size(record: Record) -> int:
 
 
 def short_texts(record: Record, device: torch.device) -> Kernel | None:
-    """The second launch of attention, for short texts; None where there is none."""
+    """Returns the second launch of attention, for short texts; None where there is none."""
     if record.backend != "triton" or record.facts["shared_tiles"]:
         return None
     from fastbert_kernels import configs

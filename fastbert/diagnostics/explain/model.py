@@ -1,4 +1,4 @@
-"""The model inside what `explain` and others are given, and what they say of it."""
+"""`explain`, `verify` and `warmup` find the model inside what they are given, and its encoder."""
 
 from __future__ import annotations
 
@@ -13,8 +13,10 @@ from fastbert.ops import dispatch
 
 
 def find_model(model: Any) -> PreTrainedModel:
-    """The model of this library that was given, or that is inside: of a SentenceEncoder, of a wrapper module, or of an
-    accelerated model, whose encoder has one that shares its parameters."""
+    """Finds the model of this library: the argument itself, or what a SentenceEncoder or a wrapper module holds.
+
+    The encoder of an accelerated model has one that shares its parameters. Raises TypeError for anything else.
+    """
     for module in adapters.modules(model):
         if isinstance(module, PreTrainedModel):
             return module
@@ -26,18 +28,18 @@ def find_model(model: Any) -> PreTrainedModel:
 
 
 def backbone(model: PreTrainedModel) -> BertModel:
-    """The encoder: the model itself, or `bert` of a model with a head."""
+    """Returns the encoder: the model itself, or `bert` of a model with a head."""
     bert = model if isinstance(model, BertModel) else model.get_submodule("bert")
     assert isinstance(bert, BertModel)
     return bert
 
 
 def prefix_of(module: nn.Module, inside: nn.Module) -> str:
-    """What stands before the names of the module's parameters in `inside`, such as "bert."."""
+    """Returns what stands before the names of the module's parameters in `inside`, such as "bert."."""
     name = next(name for name, candidate in inside.named_modules() if candidate is module)
     return f"{name}." if name else ""
 
 
 def float32_precision() -> str:
-    """How CUDA multiplies float32, as PyTorch's switch says."""
+    """Tells how CUDA multiplies float32, as PyTorch's switch says."""
     return "TF32" if dispatch.tf32_allowed() else "IEEE float32"

@@ -1,4 +1,4 @@
-"""What a report says beside its rows: precision, hooks, launches, CUDA graphs, and whether the encoder is one call."""
+"""A report's notes speak of precision, hooks, launches, CUDA graphs, and whether the encoder is one call."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fastbert.ops.dispatch import Decision
 
 
 def notes_of(question: Question, eight_bit: Decision | None, rows: Iterable[OpReport]) -> Iterator[str]:
-    """The notes of a report, in their order. eight_bit: what would run the encoder in 8 bits, if anything asks."""
+    """Yields the notes of a report. eight_bit: what would run the encoder in 8 bits, None where nothing asks."""
     model, policy, device = question.model, question.policy, question.device
     if eight_bit is not None and eight_bit.reason is not None:
         unquantised = above.is_unquantised(eight_bit)
@@ -45,7 +45,7 @@ def notes_of(question: Question, eight_bit: Decision | None, rows: Iterable[OpRe
 
 
 def _launches(question: Question, rows: Iterable[OpReport]) -> Iterator[str]:
-    """How many kernels the encoder launches, and whether as one. Where cuBLAS splits a GEMM along K it adds another."""
+    """Counts the kernels that the encoder launches. Where cuBLAS splits a GEMM along K it adds another."""
     layers: Any = backbone(question.model).encoder.layer
     in_layers, others = 0, 0
     for row in rows:
@@ -67,7 +67,7 @@ def _launches(question: Question, rows: Iterable[OpReport]) -> Iterator[str]:
 
 
 def _one_call(question: Question, eight_bit: Decision | None) -> str:
-    """Whether the encoder's operations on a CPU run in one call."""
+    """Tells whether the encoder's operations on a CPU run in one call."""
     obstacles = ""
     if eight_bit is None or eight_bit.backend != "cpu":
         bert = backbone(question.model)

@@ -1,4 +1,4 @@
-"""What `explain` found, and how it reads as text and as JSON."""
+"""A report holds what `explain` found, and reads as text and as JSON."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ MODULE = "module"  # stands for a backend where a module is called as it is
 
 
 def amount(value: float) -> str:
-    """Three digits and a prefix: 12300 -> "12.3 k"."""
+    """Formats a number with three digits and a prefix: 12300 -> "12.3 k"."""
     for factor, prefix in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if value >= factor:
             return f"{value / factor:.3g} {prefix}"
@@ -21,7 +21,9 @@ def amount(value: float) -> str:
 
 @dataclass(frozen=True)
 class OpReport:
-    """One operation. module: where it stands in the model, equal layers together: "encoder.layer.0-5.output.dense".
+    """One row of a report: an operation.
+
+    module: where it stands in the model, equal layers together: "encoder.layer.0-5.output.dense".
 
     shapes: in words. backend: "triton", "cpu", "torch", or "module" for a module that is called as it is. kernel: what
     that backend runs. block_sizes: of a Triton kernel, with its warps and stages. source: where the block sizes and the
@@ -77,7 +79,7 @@ class BatchReport:
 
     @property
     def padding_avoided(self) -> float:
-        """The share of the padded tokens that is not computed, from 0 to 1."""
+        """Returns the share of the padded tokens that is not computed, from 0 to 1."""
         return 1 - self.rows / self.padded_tokens if self.padded_tokens else 0.0
 
     def __str__(self) -> str:
@@ -94,7 +96,7 @@ class BatchReport:
 
 @dataclass(frozen=True)
 class Report:
-    """What `explain` found: the operations in the order in which they run. `str(report)` is a table.
+    """A report has the operations in the order in which they run. `str(report)` is a table.
 
     calls: of an accelerated model, how many ran here ("fastbert") and how many by the original code, by reason.
     """
@@ -112,7 +114,7 @@ class Report:
     calls: dict[str, int] = dataclasses.field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
-        """The same as dicts, lists, strings, numbers and None, for JSON."""
+        """Returns the same as dicts, lists, strings, numbers and None, for JSON."""
         rows = [dataclasses.asdict(row) for row in self.rows]
         given = {**dataclasses.asdict(self), "rows": rows, "notes": list(self.notes)}
         if self.batch is not None:

@@ -1,4 +1,4 @@
-"""Recorded operations as rows of a report: shapes in words, kernels, and equal layers as one."""
+"""Recorded operations become rows of a report: shapes in words, kernels, and equal layers as one."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _LAYER = re.compile(r"(?P<list>(?:.*\.)?encoder\.layer)\.(?P<number>\d+)(?P<part
 
 
 def rows_that_run(question: Question, eight_bit: Decision | None) -> list[OpReport]:
-    """The operations of a model, as a dry run records them, in the order in which they run.
+    """Returns the operations of a model, as a dry run records them, in the order in which they run.
 
     eight_bit: what would run the encoder in 8 bits, None where nothing asks for that.
     """
@@ -36,7 +36,7 @@ def rows_that_run(question: Question, eight_bit: Decision | None) -> list[OpRepo
 
 
 def _of_module(row: OpReport, outer: Any) -> OpReport:
-    """The row; that of a module after the pooling under the module's name, which says what it adds and applies."""
+    """Names the row of a module after the pooling after the module, which says what it adds and applies."""
     place, _, rest = row.module.partition(".")
     if place != "tail":
         return row
@@ -46,7 +46,7 @@ def _of_module(row: OpReport, outer: Any) -> OpReport:
 
 
 def rows_of(records: Sequence[Record], device: torch.device) -> list[OpReport]:
-    """A row for each record, and for each launch where an operation makes two."""
+    """Returns a row for each record, and for each launch where an operation makes two."""
     rows: list[OpReport] = []
     for record in records:
         if record.op == "elementwise":
@@ -85,7 +85,7 @@ def _with_kernel(row: OpReport, kernel: Kernel) -> OpReport:
 
 
 def shapes_of(record: Record) -> str:
-    """The shapes of an operation in words, with what it adds and applies: "(T, 32) -> (T, 64), + bias, gelu"."""
+    """Tells the shapes of an operation, with what it adds and applies: "(T, 32) -> (T, 64), + bias, gelu"."""
     facts = record.facts
     precision = facts.get("precision", "")
     before, after = "(T,) ids" if record.before is None else _matrix(record.before), _matrix(record.after)
@@ -120,12 +120,12 @@ def _matrix(shape: Shape) -> str:
 
 
 def in_one_call(rows: Sequence[OpReport]) -> list[OpReport]:
-    """The rows of an encoder in 8 bits as the C++ kernels for CPUs run them."""
+    """Returns the rows of an encoder in 8 bits as the C++ kernels for CPUs run them."""
     return [dataclasses.replace(row, backend="cpu", kernel=compiled(), source=None) for row in rows]
 
 
 def merged(rows: Sequence[OpReport]) -> Iterator[OpReport]:
-    """The rows, neighbouring layers that run alike together."""
+    """Returns the rows, neighbouring layers that run alike together."""
     places = [_LAYER.fullmatch(row.module) for row in rows]
     layers: Layers = []
     for row, place in zip(rows, places, strict=True):
@@ -146,7 +146,7 @@ Layers = list[tuple[int | None, list[OpReport]]]  # rows by the number of their 
 
 
 def _without_last_quantising(layers: Layers) -> Layers:
-    """In 8 bits nobody multiplies what the last layer gives: it is told with the others all the same."""
+    """Makes the last layer in 8 bits equal to the others, though nobody multiplies what it gives."""
     numbered = [rows for number, rows in layers if number is not None]
     if len(numbered) < 2 or numbered[0][-1] == numbered[-1][-1] or numbered[0][:-1] != numbered[-1][:-1]:
         return layers

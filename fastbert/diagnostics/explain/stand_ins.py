@@ -55,7 +55,7 @@ class DryRun(Recorder):
 
     @contextmanager
     def inside(self, name: str) -> Iterator[None]:
-        """Operations belong to the module of this name, unless they have a weight of another."""
+        """Says inside that operations belong to the module of this name, unless they have a weight of another."""
         before, self.place = self.place, name
         try:
             yield
@@ -122,7 +122,7 @@ def _named(cls: Any) -> type[nn.Module]:
 
 
 def stand_in_for(module: Any, name: str, dry: DryRun, config: BertConfig, parent: type | None = None) -> Any:
-    """A module like this one on stand-ins, with everything below it. name: what the report calls it."""
+    """Makes a module like this one of stand-ins, with everything below it. name: what the report calls it."""
     cls: Any = _own_class(module)
     if cls is None:
         return _leaf(module, name, dry, config, parent)
@@ -136,7 +136,7 @@ def stand_in_for(module: Any, name: str, dry: DryRun, config: BertConfig, parent
 
 
 def _own_class(module: nn.Module) -> type[nn.Module] | None:
-    """The class of this library whose forward the module has; nn.ModuleList, which has none; None for any other."""
+    """Returns the class of this library whose forward the module has, or nn.ModuleList; None for any other."""
     if isinstance(module, nn.ModuleList):
         return nn.ModuleList
     classes = [cls for cls in type(module).__mro__ if cls.__module__.startswith("fastbert.")]
@@ -177,7 +177,7 @@ _WITHOUT_BIAS = (nn.Embedding, nn.Dropout, nn.Identity)
 
 
 def after_pooling(module: Any, name: str, dry: DryRun) -> nn.Module:
-    """A module like this one, which works on sentence vectors; of one that is none of ours, the call alone."""
+    """Makes a stand-in of a module on sentence vectors; of one that is none of ours, a `CalledModule`."""
     cls = next((cls for cls in _AFTER_POOLING if isinstance(module, cls)), None)
     stand_in = _empty_like(module, CalledModule if cls is None else cls)
     if cls is None:
@@ -194,12 +194,12 @@ def after_pooling(module: Any, name: str, dry: DryRun) -> nn.Module:
 
 
 def class_name(module: Any) -> str:
-    """The module's class, with where it is defined."""
+    """Returns the module's class, with where it is defined."""
     return f"{type(module).__module__}.{type(module).__qualname__}"
 
 
 def _place(module: nn.Module, name: str, config: BertConfig, parent: type | None) -> tuple[str, int | None]:
-    """What a module does where it stands, and the width of what it gives, None for that of its input."""
+    """Returns what a module does where it stands, and the width of what it gives, None for that of its input."""
     last = name.rpartition(".")[2]
     if last == "dropout":
         return "", None
