@@ -36,7 +36,7 @@ PACKAGES = ("torch", "triton", "numpy", "transformers", "sentence-transformers",
 
 
 def environment() -> dict[str, str]:
-    """What bits depend on beside the code, and where the code is."""
+    """Describes what bits depend on beside the code, and where the code is."""
     versions = {}
     for name in PACKAGES:
         try:

@@ -230,7 +230,7 @@ def record_scores(recording: Recording, name: str, folder: Path) -> None:
 
 
 def counts(model: Any) -> str:
-    """How many calls fastbert ran, and, largest first, how many went elsewhere for each reason, whatever its words."""
+    """Counts the calls that fastbert ran, and, largest first, those that went elsewhere for each reason."""
     calls = dict(adapters.counts(model))
     return f"{calls.pop('fastbert', 0)} here, elsewhere {sorted(calls.values(), reverse=True)}"
 

@@ -80,7 +80,7 @@ def entries_of(name: str, value: Any) -> Iterator[tuple[str, str]]:
 
 
 def _holds_numbers(value: Any) -> bool:
-    """Whether there is a tensor or an array somewhere in a mapping or a sequence."""
+    """Tells whether there is a tensor or an array somewhere in a mapping or a sequence."""
     if isinstance(value, (Mapping, list, tuple)):
         return any(_holds_numbers(item) for item in (value.values() if isinstance(value, Mapping) else value))
     return isinstance(value, (Tensor, np.ndarray))

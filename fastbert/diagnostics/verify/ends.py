@@ -56,7 +56,7 @@ class End:
 
 
 def ends_of(model: nn.Module | Pipeline, bert: BertModel, prefix: str) -> Iterator[End]:
-    """What follows the encoder in the model; nothing for a head that is not made as BERT's are."""
+    """Yields what follows the encoder in the model; nothing for a head that is not made as BERT's are."""
     pipeline = model.pipeline if isinstance(model, SentenceEncoder) else model
     if isinstance(pipeline, Pipeline):
         yield _vectors_end(pipeline)
@@ -108,7 +108,7 @@ def _words(predictions: Any, bert: BertModel, x: Tensor) -> Tensor:
 
 
 def _vectors(pipeline: Pipeline, tokens: Sequence[Tensor]) -> Tensor:
-    """What the pipeline makes of the last hidden states of texts, (n, H) each: (texts, dim)."""
+    """Makes the vectors (texts, dim) that the pipeline has for the last hidden states of texts, (n, H) each."""
     hidden = torch.cat(list(tokens))
     hidden = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
     cu_seqlens = torch.tensor([0, *(len(part) for part in tokens)], device="cpu").cumsum(0)
