@@ -48,7 +48,11 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "models/families", "models/pretrained", "pipelines/cross_encoder", "adapters/accelerate_wrapped"
     ),
     "verify": _files(
-        "diagnostics/verify", "diagnostics/verify_faults", "diagnostics/verify_ends", "diagnostics/explain"
+        "diagnostics/verify",
+        "diagnostics/verify_faults",
+        "diagnostics/verify_ends",
+        "diagnostics/explain",
+        "diagnostics/explain_recording",
     ),
     "stalls": _files("diagnostics/no_stall"),
     "host": _files(
