@@ -77,15 +77,15 @@ def test_silent_writes_are_seen() -> None:
     assert case.get() is first and case.n_made == 2, "makes it anew more than once"
 
 
-def test_look_again_writes_where_it_was() -> None:
-    """Catches new numbers in new memory, which a CUDA graph does not read, or old numbers after look_again."""
+def test_invalidate_writes_where_it_was() -> None:
+    """Catches new numbers in new memory, which a CUDA graph does not read, or old numbers after invalidate."""
     case = Case()
     case.parameters[:] = [nn.Parameter(torch.zeros(64, 64)) for _ in range(2)]
     first = case.get()
     at, changes = pointers(first), case.derived.changes
     case.parameters[1].data[1, 2] = 4.0
     assert case.get() is first and case.n_made == 1, "one number is beside the sample"
-    case.derived.look_again()
+    case.derived.invalidate()
     assert case.derived.changes > changes
     again = case.get()
     assert again is first and pointers(again) == at and case.n_made == 2
@@ -98,7 +98,7 @@ def test_a_write_in_place_ends_no_backward_pass() -> None:
     case = Case()
     x = torch.ones(1, 3, requires_grad=True)
     out = x @ case.get()[0].T
-    case.derived.look_again()
+    case.derived.invalidate()
     case.get()
     out.sum().backward()
     assert x.grad is not None
@@ -110,7 +110,7 @@ def test_another_form_is_not_written_in_place() -> None:
     first = case.get()
     case.parameters[:] = [p.data.view(3, 2) for p in case.parameters]  # same addresses, counts, dtypes
     case.parameters[0].data.add_(1)
-    case.derived.look_again()
+    case.derived.invalidate()
     assert case.get()[0].shape == (6, 2) and first[0].shape == (4, 3)
 
 
@@ -128,7 +128,7 @@ def test_packed_tensors() -> None:
 
     assert (product() == 16).all()
     weight.data.mul_(2.0)
-    derived.look_again()
+    derived.invalidate()
     assert (product() == 32).all()
 
 
@@ -216,7 +216,7 @@ def test_other_streams(capturing: bool, monkeypatch: pytest.MonkeyPatch) -> None
         assert waits == [] and case.derived.tensors() == [] and case.get() is not first
     else:
         assert waits == [False], "published before it was complete"
-        case.derived.look_again()
+        case.derived.invalidate()
         case.get()
         assert waits == [False, True]
 
