@@ -160,7 +160,10 @@ def _is_own_leaf(module: nn.Module) -> bool:
     kind = type(module)
     if kind not in _LEAVES or not is_bare(module, kind):
         return False
-    return kind not in (nn.Linear, nn.LayerNorm) or None not in module._parameters.values()
+    if kind is not nn.Linear and kind is not nn.LayerNorm:
+        return True
+    parameters = module._parameters  # compared by identity: a tensor's own comparison would cost a launch
+    return parameters["weight"] is not None and parameters["bias"] is not None
 
 
 class EightBit:
