@@ -6,18 +6,8 @@ import pytest
 import torch
 import transformers
 
-from checkpoint_cases import TINY, random_mlm, six_tensors
+from checkpoint_cases import TINY
 from fastbert.checkpoint.match import Match, match
-
-
-@pytest.fixture(scope="module")
-def mlm():
-    return random_mlm()
-
-
-@pytest.fixture
-def state():
-    return six_tensors()
 
 
 def shapes(state):

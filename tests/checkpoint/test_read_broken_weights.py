@@ -9,18 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from checkpoint_cases import random_mlm, six_tensors
 from fastbert.checkpoint.weights import read_state_dict, write_state_dict
-
-
-@pytest.fixture(scope="module")
-def mlm():
-    return random_mlm()
-
-
-@pytest.fixture
-def state():
-    return six_tensors()
 
 
 def test_missing_weights(tmp_path):

@@ -10,18 +10,8 @@ import safetensors.torch
 import torch
 import transformers
 
-from checkpoint_cases import TINY, assert_same, random_mlm, six_tensors
+from checkpoint_cases import TINY, assert_same
 from fastbert.checkpoint.weights import read_state_dict, write_state_dict
-
-
-@pytest.fixture(scope="module")
-def mlm():
-    return random_mlm()
-
-
-@pytest.fixture
-def state():
-    return six_tensors()
 
 
 def test_reads_what_transformers_saves(tmp_path, mlm):

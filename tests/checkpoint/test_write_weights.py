@@ -13,19 +13,9 @@ import torch
 import transformers
 from safetensors import safe_open
 
-from checkpoint_cases import TINY, assert_same, files, random_mlm, six_tensors
+from checkpoint_cases import TINY, assert_same, files
 from fastbert.checkpoint.files import read_json
 from fastbert.checkpoint.weights import read_state_dict, write_state_dict
-
-
-@pytest.fixture(scope="module")
-def mlm():
-    return random_mlm()
-
-
-@pytest.fixture
-def state():
-    return six_tensors()
 
 
 def test_write_read_round_trip(tmp_path, state):

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 
-from cli_cases import TEXTS, fails, save_models
+from cli_cases import TEXTS, fails
 from fastbert import (
     SentenceEncoder,
     __version__,
@@ -31,18 +31,6 @@ COMMANDS = (
     "embed", "similarity", "search", "rerank", "fill-mask", "next-sentence", "classify", "info", "verify", "tune",
     "demo",
 )  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
-    return save_models(tmp_path_factory.mktemp("models"))
-
-
-@pytest.fixture
-def text_file(tmp_path: Path) -> Path:
-    file = tmp_path / "texts.txt"
-    file.write_text("\n".join(TEXTS) + "\n")
-    return file
 
 
 @pytest.mark.parametrize("argv", [[], *([name] for name in COMMANDS)], ids=lambda argv: " ".join(argv) or "fastbert")

@@ -12,23 +12,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from cli_cases import TEXTS, encode, fails, save_models
+from cli_cases import TEXTS, encode, fails
 from fastbert import (
     SentenceEncoder,
 )
 from fastbert.cli.main import main
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
-    return save_models(tmp_path_factory.mktemp("models"))
-
-
-@pytest.fixture
-def text_file(tmp_path: Path) -> Path:
-    file = tmp_path / "texts.txt"
-    file.write_text("\n".join(TEXTS) + "\n")
-    return file
 
 
 def feed(monkeypatch: pytest.MonkeyPatch, content: bytes) -> None:

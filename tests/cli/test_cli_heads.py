@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from cli_cases import TEXTS, encode, fails, save_models
+from cli_cases import TEXTS, encode, fails
 from fastbert import (
     BertForMaskedLM,
     BertForNextSentencePrediction,
@@ -17,18 +17,6 @@ from fastbert import (
     Tokenizer,
 )
 from fastbert.cli.main import main
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
-    return save_models(tmp_path_factory.mktemp("models"))
-
-
-@pytest.fixture
-def text_file(tmp_path: Path) -> Path:
-    file = tmp_path / "texts.txt"
-    file.write_text("\n".join(TEXTS) + "\n")
-    return file
 
 
 def test_similarity(models: SimpleNamespace, text_file: Path, capsys: pytest.CaptureFixture[str]) -> None:

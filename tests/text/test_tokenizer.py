@@ -20,28 +20,13 @@ from transformers import BertTokenizerFast
 from fastbert.text.encoding import Encoding
 from fastbert.text.tokenizer import Tokenizer
 from helpers import docstrings, minilm_folder
-from tokenizer_cases import KEYS, NASTY, assert_same_ids
-
-
-@pytest.fixture(scope="module")
-def ours() -> Tokenizer:
-    return Tokenizer.from_pretrained(minilm_folder())
-
-
-@pytest.fixture(scope="module")
-def theirs() -> BertTokenizerFast:
-    return BertTokenizerFast.from_pretrained(minilm_folder())
+from tokenizer_cases import KEYS, assert_same_ids
 
 
 @pytest.fixture(scope="module")
 def adjustable() -> tuple[Tokenizer, BertTokenizerFast]:
     """Tokenizers of their own for the tests that set padding_side and truncation_side."""
     return Tokenizer.from_pretrained(minilm_folder()), BertTokenizerFast.from_pretrained(minilm_folder())
-
-
-@pytest.fixture(scope="module")
-def texts() -> list[str]:
-    return docstrings(500) + NASTY
 
 
 def test_ids_are_those_of_transformers(ours: Tokenizer, theirs: BertTokenizerFast, texts: list[str]) -> None:

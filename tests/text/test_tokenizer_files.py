@@ -12,23 +12,7 @@ import pytest
 from transformers import AutoTokenizer, BertTokenizerFast
 
 from fastbert.text.tokenizer import Tokenizer
-from helpers import docstrings, minilm_folder
 from tokenizer_cases import FIVE, KEYS, KOREAN, NASTY, assert_same_ids
-
-
-@pytest.fixture(scope="module")
-def ours() -> Tokenizer:
-    return Tokenizer.from_pretrained(minilm_folder())
-
-
-@pytest.fixture(scope="module")
-def theirs() -> BertTokenizerFast:
-    return BertTokenizerFast.from_pretrained(minilm_folder())
-
-
-@pytest.fixture(scope="module")
-def texts() -> list[str]:
-    return docstrings(500) + NASTY
 
 
 @pytest.fixture(scope="module")
