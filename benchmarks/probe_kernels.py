@@ -1,4 +1,4 @@
-"""These sections of the probe measure single kernels. T tokens, H hidden, K and M a weight's sizes."""
+"""The probe measures single kernels in these sections. T tokens, H hidden, K and M a weight's sizes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""These sections of the probe measure whole models: latency, the host's time, throughput, time by kernel."""
+"""The probe measures whole models in these sections: latency, the host's time, throughput, time by kernel."""
 
 from __future__ import annotations
 

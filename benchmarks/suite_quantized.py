@@ -1,4 +1,4 @@
-"""These cases of the kernel suite are the 8-bit linears of a layer: both our kernels, PyTorch's, cuBLAS in 16 bits.
+"""The kernel suite times the 8-bit linears of a layer here: both our kernels, PyTorch's, cuBLAS in 16 bits.
 
 On a GPU only. A case is one linear as a layer calls it, with its bias and GELU, and with a result in 8 bits where the
 next linear takes one. What is compared is what a result stands for.

@@ -63,19 +63,13 @@ class Engine:
         once, or raises BackendError under a strict policy.
         """
         embedded, n_tokens = inputs.input_ids is None, batch.n_tokens
-        if (
-            not embedded
-            and not torch.compiler.is_compiling()
-            and bucket_of(n_tokens) is not None
-            and capture.capturer(first_parameter(model).device) is not None
-            and next(self.bucket_obstacles(model), None) is None
-        ):
-            return self._run_in_bucket(model, batch, inputs, keep_states)
+        if not embedded and not torch.compiler.is_compiling() and bucket_of(n_tokens) is not None:
+            device = first_parameter(model).device
+            if capture.capturer(device) is not None and next(self._state_obstacles(model, device), None) is None:
+                return self._run_in_bucket(model, batch, inputs, keep_states)
         inputs = _as_int64(model, batch, inputs)
         arithmetic = self.choose_arithmetic(model, n_tokens, keep_states, embedded)
-        if arithmetic is self.modules:
-            return self._run_in_packed_rows(model, batch, inputs, keep_states)
-        states = arithmetic.run(model, batch, inputs, keep_states)
+        states = None if arithmetic is self.modules else arithmetic.run(model, batch, inputs, keep_states)
         return self._run_in_packed_rows(model, batch, inputs, keep_states) if states is None else states
 
     def run_traced(
@@ -128,7 +122,11 @@ class Engine:
         device = model.device
         if capture.capturer(device) is None:
             yield f"there are no CUDA graphs on {device}"
-            return
+        else:
+            yield from self._state_obstacles(model, device)
+
+    def _state_obstacles(self, model: EncoderModel, device: torch.device) -> Iterator[str]:
+        """The obstacles on a device that has CUDA graphs."""
         if torch.is_grad_enabled():
             yield GRADIENTS
         if model.training:
@@ -234,7 +232,7 @@ class Engine:
         # Read before the addresses are: what changes meanwhile is looked at the next time.
         key = state, n_silent_writes, snapshot.changes(), self.eight_bit.weights.changes
         if key != self._graph_key[0]:
-            in_8_bits = model.precision is not None and quantized.choose(model) != UNQUANTISED
+            in_8_bits = self.operations(model) is self.eight_bit
             derived = self.eight_bit.addresses(model) if in_8_bits else snapshot.derived_addresses()
             self._graph_key = key, (state, derived)
         return self._graph_key[1]

@@ -172,10 +172,10 @@ def test_classes_that_read_the_attention_interface() -> None:
     """Catches a class with attention of its own that counts as a reader of the interface, or the reverse."""
 
     class Mine(transformers.BertModel):
-        """Of a file without attention."""
+        """A class whose file has no attention."""
 
     class Other(transformers.MPNetModel):
-        """Of a file without attention."""
+        """A class whose file has no attention."""
 
     read = (transformers.BertModel, transformers.AlbertForMaskedLM, transformers.EncoderDecoderModel, Mine)
     assert all(map(versions.reads_attention_interface, read))

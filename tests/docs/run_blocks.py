@@ -30,7 +30,7 @@ SETTINGS: dict[str, Any] = {"num_hidden_layers": 2, "intermediate_size": 512}
 
 
 def hub_folder(name: str) -> Path:
-    """Where the cache has the one snapshot of this model."""
+    """Makes the folder in which the cache has the one snapshot of this model."""
     top, commit = Path(os.environ["HF_HOME"]) / "hub" / f"models--{name.replace('/', '--')}", "0" * 40
     (top / "refs").mkdir(parents=True)
     (top / "refs" / "main").write_text(commit)

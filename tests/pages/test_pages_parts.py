@@ -20,7 +20,7 @@ TABLE = Table("title", ("name", "error ÷ eager's", "b"), (Line("one", ("1.00", 
 
 
 def drawn(*bars: Bar | str, log: bool = False) -> list[tuple[float, float]]:
-    """Where each bar begins and how long it is, in per cent of the track."""
+    """Reads where each bar begins and how long it is, in per cent of the track."""
     picture = Picture("p", "title", tuple("abcdefgh"[: len(bars)]), bars, "line", "foot", log)
     page = render(Page("title", "subject", Verdict("Sentence.", True, picture=picture), (), (), ()))
     marks = re.findall(r'class="bar" style="left: ([\d.]+)%; width: ([\d.]+)%', page)
