@@ -1,0 +1,67 @@
+"""Dropout whose masks are a function of a seed and a place: every backend, in both passes, draws the same ones.
+
+`fastbert_kernels.masks` says how. The seed of a batch comes from PyTorch's generator on the CPU, which
+`torch.manual_seed` governs, and which activation checkpointing saves and restores.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastbert.ops.packing import PackedBatch
+from fastbert_kernels import masks
+from fastbert_kernels.masks import Dropout, threshold_of
+
+_WORD = 0xFFFFFFFF
+
+
+def seed_of(batch: PackedBatch) -> int:
+    """Returns the seed of the batch's masks, drawn when it is first asked for."""
+    seed: int = batch.plan("dropout seed", lambda: int(torch.randint(1 << 62, (), dtype=torch.int64, device="cpu")))
+    return seed
+
+
+def of_batch(p: float, batch: PackedBatch, site: int) -> Dropout | None:
+    """Returns the dropout of one site with probability p, or None where nothing is dropped."""
+    threshold = threshold_of(p)
+    return Dropout(threshold, seed_of(batch), site) if threshold else None
+
+
+def keep(rows: Tensor, n_columns: int, dropout: Dropout, num_heads: int | None = None) -> Tensor:
+    """Draws the mask, True where an element is kept, in plain PyTorch.
+
+    rows: (...,) integers, the packed rows. Returns (..., n_columns) bool; with num_heads, for attention, rows are
+    (B, S) and the result is (B, N, S, n_columns).
+    """
+    n_groups = -(-n_columns // masks.GROUP)
+    device = rows.device
+    column = torch.arange(n_groups, dtype=torch.int64, device=device)
+    row = rows.long()[..., None]
+    head = torch.zeros((), dtype=torch.int64, device=device)
+    if num_heads is not None:
+        row, head = row[:, None], torch.arange(num_heads, dtype=torch.int64, device=device)[:, None, None]
+    site = torch.full((), dropout.site, dtype=torch.int64, device=device)
+    words = _philox(list(torch.broadcast_tensors(column, row, head, site)), dropout.seed)
+    halves = [half for word in words for half in (word & 0xFFFF, word >> 16)]
+    numbers = torch.stack(halves, -1).flatten(-2)[..., :n_columns]
+    return numbers >= dropout.threshold
+
+
+def apply(x: Tensor, dropout: Dropout | None) -> Tensor:
+    """Sets elements of packed rows, (T, H), to zero and scales the others, in plain, differentiable PyTorch."""
+    if dropout is None:
+        return x
+    rows = torch.arange(x.shape[0], device=x.device)
+    return x * (keep(rows, x.shape[1], dropout).to(x.dtype) * dropout.scale)
+
+
+def _philox(counter: list[Tensor], seed: int) -> list[Tensor]:
+    """Philox4x32 on words of 32 bits that are kept in int64."""
+    c0, c1, c2, c3 = counter
+    k0, k1 = seed & _WORD, seed >> 32
+    for _ in range(masks.N_ROUNDS):
+        a, b = c0 * masks.MULTIPLIERS[0], c2 * masks.MULTIPLIERS[1]
+        c0, c1, c2, c3 = (b >> 32 & _WORD) ^ c1 ^ k0, b & _WORD, (a >> 32 & _WORD) ^ c3 ^ k1, a & _WORD
+        k0, k1 = (k0 + masks.WEYL[0]) & _WORD, (k1 + masks.WEYL[1]) & _WORD
+    return [c0, c1, c2, c3]
