@@ -10,10 +10,15 @@ import torch.nn.functional as F
 
 from fastbert.ops import dispatch, recording, tracing
 from fastbert.ops.dispatch import AUTO, Policy
+from fastbert.ops.dropout import Drop, mask_of, probability_of
 from fastbert.ops.library import register
 from fastbert.ops.packing import PackedBatch, sequence_ids, to_device
 from fastbert.ops.tracing import constant, untraced
+from fastbert.ops.training import attention as training
+from fastbert.ops.training import choose
+from fastbert.ops.training.kernels import Attention
 from fastbert_kernels import cpu
+from fastbert_kernels.masks import Dropout
 
 KERNELS = {
     "triton": "fastbert_kernels.attention",
@@ -338,24 +343,29 @@ def varlen_attention(
     num_heads: int,
     *,
     scale: float | None = None,
-    dropout_p: float = 0.0,
+    dropout: Drop = None,
     policy: Policy = AUTO,
 ) -> torch.Tensor:
     """softmax(scale * q k^T) v within each sequence of the batch.
 
-    qkv: (T, 3 * N * D), laid out [q | k | v], each (N, D). scale: D^-0.5 by default. dropout_p: of the probabilities.
+    qkv: (T, 3 * N * D), laid out [q | k | v], each (N, D). scale: D^-0.5 by default. dropout: of the probabilities.
     Returns (T, N * D) in qkv's dtype. Raises ValueError for shapes that do not fit.
     """
     if batch.valid is not None:
         in_place = tracing.transformed(qkv) or "the batch keeps the rows of its padding"
         dispatch.choose("attention", policy.backend, policy.strict, qkv.device, in_place)
         dispatch.check_invariant("attention", policy, "cpu", in_place)
-        return _in_place(qkv, batch, num_heads, scale, dropout_p)
+        return _in_place(qkv, batch, num_heads, scale, probability_of(dropout))
     if qkv.dim() != 2 or qkv.shape[1] % (3 * num_heads) or qkv.shape[0] != batch.n_tokens:
         expected = f"(T, 3 * N * D) with T = {batch.n_tokens} and N = {num_heads}"
         raise ValueError(f"qkv: expected shape {expected}, got {tuple(qkv.shape)}")
     head_size = qkv.shape[1] // (3 * num_heads)
     scale = head_size**-0.5 if scale is None else scale
+    if isinstance(dropout, Dropout) or choose.wanted(policy, dropout, qkv):
+        out = training.attention(qkv, Attention(batch, num_heads, scale, mask_of(dropout)), policy, head_size)
+        if out is not None:
+            return out
+    dropout_p = probability_of(dropout)
     obstacle = triton_obstacle(head_size, qkv, dropout_p)
     compiling = torch.compiler.is_compiling()
     backend = dispatch.choose("attention", policy.backend, policy.strict, qkv.device, obstacle)
