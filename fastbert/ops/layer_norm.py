@@ -13,6 +13,7 @@ from fastbert.ops.dispatch import AUTO, Policy
 from fastbert.ops.dropout import Drop, mask_of, probability_of
 from fastbert.ops.library import register
 from fastbert.ops.training import choose, functions
+from fastbert_kernels.masks import Dropout
 
 KERNELS = {"triton": "fastbert_kernels.layer_norm", "torch": "add, torch.nn.functional.layer_norm"}
 
@@ -97,7 +98,8 @@ def bias_residual_layer_norm(
             x = x if bias is None else x + bias
             return functions.residual_norm(x, residual, weight, ln_bias, eps, kernels, mask_of(dropout))
     dropout_p = probability_of(dropout)
-    obstacle = triton_obstacle(hidden_size, x, bias, residual, weight, ln_bias, dropout_p=dropout_p)
+    drawn = 0.0 if isinstance(dropout, Dropout) else dropout_p
+    obstacle = triton_obstacle(hidden_size, x, bias, residual, weight, ln_bias, dropout_p=drawn)
     backend = dispatch.choose("layer_norm", policy.backend, policy.strict, x.device, obstacle)
     if backend != "triton":  # PyTorch's on CPUs takes each row alone, and sums have one result wherever they stand
         dispatch.check_invariant("layer_norm", policy, backend, dispatch.training_obstacle(dropout_p))
@@ -105,7 +107,7 @@ def bias_residual_layer_norm(
         facts: dict[str, Any] = {"bias": bias is not None, "residual": residual is not None}
         if recording.note("layer_norm", backend, x.shape, x.shape, x.dtype, weight, **facts):
             return torch.empty_like(x)
-    if backend == "triton":
+    if backend == "triton" and dropout is None:
         return torch.ops.fastbert.bias_residual_layer_norm(x, bias, residual, weight, ln_bias, eps)
     return _eager(x, bias, residual, weight, ln_bias, eps, dropout)
 

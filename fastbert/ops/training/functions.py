@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastbert.ops.training.kernels import Attention, Kernels
-from fastbert.ops.training.once import again, once
+from fastbert.ops.training.once import again, batched, once
 from fastbert.ops.training.plain import PLAIN
 from fastbert_kernels.masks import Dropout
 
@@ -56,7 +56,7 @@ class _Attention(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Any:
         qkv, out, lse = ctx.saved_tensors
         settings, differentiable = ctx.settings, torch.is_grad_enabled()
-        if differentiable and settings.dropout is None:
+        if batched(grad) or (differentiable and settings.dropout is None):
             inputs = qkv, None, None
             return again(lambda qkv, *_: PLAIN.attention_forward(qkv, settings)[0], grad, inputs, ctx.needs_input_grad)
         with torch.no_grad(), torch.autocast(grad.device.type, enabled=False):
@@ -87,7 +87,7 @@ class _Linear(torch.autograd.Function):
         kernels = ctx.kernels
         grads: list[Tensor | None] = [None] * 6
         differentiable = torch.is_grad_enabled()
-        if differentiable and x is not None and ctx.dtype == x.dtype == weight.dtype:
+        if (differentiable or batched(grad)) and x is not None and ctx.dtype == x.dtype == weight.dtype:
             return again(_plain_linear(ctx.activation), grad, (x, weight, bias, None, None, None), ctx.needs_input_grad)
         with torch.no_grad(), torch.autocast(grad.device.type, enabled=False):
             sums = None
@@ -143,7 +143,7 @@ class _ResidualNorm(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Any:
         x, residual, total, mean, rstd, weight, bias = ctx.saved_tensors
         differentiable, need = torch.is_grad_enabled(), ctx.needs_input_grad
-        if differentiable and total is None:
+        if (differentiable or batched(grad)) and total is None:
             inputs = x, residual, weight, bias, ctx.eps, None, None, None
             return again(_plain_norm(ctx.eps), grad, inputs, need)
         with torch.no_grad(), torch.autocast(grad.device.type, enabled=False):

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fastbert.ops.training.kernels import Attention, Kernels
-from fastbert.ops.training.once import again, once
+from fastbert.ops.training.once import again, batched, once
 from fastbert.ops.training.plain import PLAIN
 from fastbert_kernels.masks import Dropout
 
@@ -94,7 +94,7 @@ class _EncoderLayer(torch.autograd.Function):
         saved, settings = ctx.saved_tensors, ctx.settings
         x, kept, parameters = saved[0], saved[1 : 1 + N_KEPT], LayerParameters(*saved[1 + N_KEPT :])
         needed = ctx.needs_input_grad
-        if torch.is_grad_enabled() and not settings.drops_out and x is not None:
+        if x is not None and (batched(grad) or (torch.is_grad_enabled() and not settings.drops_out)):
             return again(
                 lambda x, _, *p: plain_layer(x, LayerParameters(*p), settings), grad, (x, None, *saved[13:]), needed
             )
@@ -210,11 +210,11 @@ class _Wanted:
 
 def plain_layer(x: Tensor, p: LayerParameters, settings: LayerSettings) -> Tensor:
     """The layer in plain, differentiable PyTorch."""
-    kernels = PLAIN
-    qkv = kernels.linear(x, p.qkv, p.qkv_biases)
-    context = kernels.attention_forward(qkv, settings.attention)[0]
-    z = kernels.linear(context, (p.out,), (p.out_bias,))
-    first = kernels.norm_forward(z, x, p.attention_norm, p.attention_norm_bias, settings.eps[0], None, False)
-    activated = kernels.activated_linear(first.y, p.up, p.up_bias, settings.activation)[0]
-    z = kernels.linear(activated, (p.down,), (p.down_bias,))
-    return kernels.norm_forward(z, first.y, p.output_norm, p.output_norm_bias, settings.eps[1], None, False).y
+    (first_drop, last_drop), (first_eps, last_eps) = settings.dropouts, settings.eps
+    qkv = PLAIN.linear(x, p.qkv, p.qkv_biases)
+    context = PLAIN.attention_forward(qkv, settings.attention)[0]
+    z = PLAIN.linear(context, (p.out,), (p.out_bias,))
+    y = PLAIN.norm_forward(z, x, p.attention_norm, p.attention_norm_bias, first_eps, first_drop, False).y
+    activated = PLAIN.activated_linear(y, p.up, p.up_bias, settings.activation)[0]
+    z = PLAIN.linear(activated, (p.down,), (p.down_bias,))
+    return PLAIN.norm_forward(z, y, p.output_norm, p.output_norm_bias, last_eps, last_drop, False).y

@@ -14,6 +14,12 @@ SECOND_DERIVATIVE = (
 )
 
 
+def batched(grad: Tensor) -> bool:
+    """Tells whether a gradient stands for many, as under is_grads_batched or vmap: kernels cannot read it."""
+    functorch: Any = torch._C._functorch
+    return bool(functorch.is_legacy_batchedtensor(grad) or functorch.is_functorch_wrapped_tensor(grad))
+
+
 def once(grads: tuple[Any, ...]) -> tuple[Any, ...]:
     """Returns the gradients, with a node that raises RuntimeError where somebody differentiates them."""
     places = [i for i, gradient in enumerate(grads) if gradient is not None]
@@ -35,10 +41,11 @@ def again(
     inputs: what the node of autograd took, which the function takes as well; entries that are no tensors are None.
     """
     places = [i for i, need in enumerate(needed) if need]
-    views: list[Any] = [t.view_as(t) if isinstance(t, Tensor) else None for t in inputs]
+    differentiable = torch.is_grad_enabled()
     with torch.enable_grad(), torch.autocast(grad.device.type, enabled=False):
+        views: list[Any] = [t.view_as(t) if isinstance(t, Tensor) else None for t in inputs]
         output = function(*views)
-        found = torch.autograd.grad(output, [views[i] for i in places], grad, create_graph=True)
+        found = torch.autograd.grad(output, [views[i] for i in places], grad, create_graph=differentiable)
     grads: list[Tensor | None] = [None] * len(inputs)
     for i, gradient in zip(places, found, strict=True):
         grads[i] = gradient
