@@ -38,7 +38,7 @@ class Copies(TorchDispatchMode):
             self.by_us.append(tensor.numel())
             return moved
 
-        for module in (packing, attention):
+        for module in (packing, attention, groups):
             monkeypatch.setattr(module, "to_device", to_device)
 
     def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
