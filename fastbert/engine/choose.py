@@ -99,7 +99,7 @@ class Engine:
                 return self.eight_bit
         if torch.compiler.is_compiling():
             return self.modules
-        if self.training.wanted(model) and next(self.training.obstacles(model, None, False, False), None) is None:
+        if next(self.training.obstacles(model, n_tokens, keep_states, embedded), None) is None:
             return self.training
         if next(self.one_call.obstacles(model, n_tokens, keep_states, embedded), None) is None:
             return self.one_call

@@ -31,15 +31,15 @@ class Training:
     def __init__(self, state: EncoderState) -> None:
         self.state = state
 
-    def wanted(self, model: Any) -> bool:
-        """Tells whether a batch of this model needs gradients or drops out."""
-        if torch.is_grad_enabled():
+    def wanted(self, model: Any, embedded: bool) -> bool:
+        """Tells whether a batch of this model may need gradients, or drops out."""
+        if torch.is_grad_enabled() and (embedded or any(p.requires_grad for p in model.parameters())):
             return True
         return bool(model.training) and any(any(block.dropouts) for block in model.blocks())
 
     def obstacles(self, model: Any, n_tokens: int | None, keep_states: bool, embedded: bool) -> Iterator[str]:
         device = first_parameter(model).device
-        if not self.wanted(model):
+        if not self.wanted(model, embedded):
             yield "neither gradients nor dropout are wanted"
         if model.policy.batch_invariant:
             yield "batch_invariant: gradients and dropout go through a whole batch"
@@ -66,7 +66,13 @@ class Training:
         """Makes nothing: weights change with every step."""
 
     def run(self, model: Any, batch: PackedBatch, inputs: PackedInputs, keep_states: bool) -> list[Tensor] | None:
-        x = model.embed(inputs, batch)
+        try:
+            return self._run(model, model.embed(inputs, batch), batch, keep_states)
+        except RuntimeError as error:
+            model.blame_dtypes(error)
+            raise
+
+    def _run(self, model: Any, x: Tensor, batch: PackedBatch, keep_states: bool) -> list[Tensor]:
         blocks = list(model.blocks())
         if not blocks:
             return [x]
