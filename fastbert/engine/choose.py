@@ -99,10 +99,11 @@ class Engine:
                 return self.eight_bit
         if torch.compiler.is_compiling():
             return self.modules
-        if torch.is_grad_enabled() or model.training:
-            if next(self.training.obstacles(model, n_tokens, keep_states, embedded), None) is None:
-                return self.training
-        if next(self.one_call.obstacles(model, n_tokens, keep_states, embedded), None) is None:
+        asked = n_tokens, keep_states, embedded
+        may_train = torch.is_grad_enabled() or model.training
+        if may_train and next(self.training.obstacles(model, *asked), None) is None:
+            return self.training
+        if next(self.one_call.obstacles(model, *asked), None) is None:
             return self.one_call
         return self.modules
 

@@ -47,8 +47,8 @@ class Training:
             yield f"precision={model.precision!r}"
         if model.__dict__.get("_is_replica", False):
             yield "the model is a replica of DataParallel"
-        if recording.on and recording.is_dry():
-            yield "operations only decide"
+        if recording.on and recording.is_on():
+            yield "operations are recorded one by one"
         if (observer := observer_obstacle(device)) is not None:
             yield observer
         yield from self._module_obstacles(model)

@@ -15,9 +15,9 @@ from fastbert.ops.groups import Group, group_by_length
 from fastbert.ops.library import register
 from fastbert.ops.packing import PackedBatch, sequence_ids, to_device
 from fastbert.ops.tracing import constant, untraced
-from fastbert.ops.training import attention as training
-from fastbert.ops.training import choose
+from fastbert.ops.training import choose, functions
 from fastbert.ops.training.kernels import Attention
+from fastbert.ops.training.plain import PLAIN
 from fastbert_kernels import cpu
 from fastbert_kernels.masks import Dropout
 
@@ -334,13 +334,11 @@ def varlen_attention(
         raise ValueError(f"qkv: expected shape {expected}, got {tuple(qkv.shape)}")
     head_size = qkv.shape[1] // (3 * num_heads)
     scale = head_size**-0.5 if scale is None else scale
-    dry = recording.on and recording.is_dry()
-    if not dry and (isinstance(dropout, Dropout) or choose.wanted(policy, dropout, qkv)):
-        out = training.attention(qkv, Attention(batch, num_heads, scale, mask_of(dropout)), policy, head_size)
-        if out is not None:
-            return out
-    dropout_p = dropout if isinstance(dropout, float) else 0.0
-    obstacle = triton_obstacle(head_size, qkv, dropout_p)
+    trained, dropout_p = choose.wanted(policy, dropout, qkv), dropout if isinstance(dropout, float) else 0.0
+    if trained or isinstance(dropout, Dropout):
+        obstacle = choose.triton_obstacle(qkv.dtype, head_size=head_size)
+    else:
+        obstacle = triton_obstacle(head_size, qkv, dropout_p)
     compiling = torch.compiler.is_compiling()
     backend = dispatch.choose("attention", policy.backend, policy.strict, qkv.device, obstacle)
     no_kernel = cpu_obstacle(head_size, qkv, dropout_p) if backend == "cpu" else None
@@ -356,6 +354,13 @@ def varlen_attention(
         }
         if recording.note("attention", backend, qkv.shape, shape, qkv.dtype, **facts):
             return qkv.new_zeros(shape)
+    if trained or isinstance(dropout, Dropout):
+        settings = Attention(batch, num_heads, scale, mask_of(dropout))
+        kernels = choose.kernels_of(backend, qkv.dtype, head_size=head_size) if trained else None
+        if kernels is not None:
+            return functions.attention(qkv, settings, kernels)
+        if settings.dropout is not None:
+            return functions.attention(qkv, settings, PLAIN) if trained else PLAIN.attention_forward(qkv, settings)[0]
     if backend == "triton":
         # A tracer finds the plan if `prepare` made it; otherwise the operation makes one when it runs.
         unplanned = compiling and not batch.has_plan(_plan_key(qkv.dtype, head_size, policy))
