@@ -13,7 +13,7 @@ from fastbert.engine.block import Block, feature_obstacles
 from fastbert.engine.interface import PackedInputs
 from fastbert.engine.listeners import observer_obstacle
 from fastbert.engine.state import EncoderState, first_parameter
-from fastbert.ops import dropout, recording
+from fastbert.ops import Policy, dropout, recording
 from fastbert.ops.packing import PackedBatch
 from fastbert.ops.training import choose
 from fastbert.ops.training.kernels import Attention, Kernels
@@ -52,6 +52,12 @@ class Training:
         if (observer := observer_obstacle(device)) is not None:
             yield observer
         yield from self._module_obstacles(model)
+
+    def kernel_obstacles(self, model: Any, policy: Policy, device: torch.device, dtype: torch.dtype) -> Iterator[str]:
+        """Every reason why no kernels have both passes of this model's layers. dtype: of products."""
+        block = next(iter(model.blocks()), None)
+        if block is not None and (obstacle := choose.obstacle(policy, device, dtype, **shape_of(block))) is not None:
+            yield obstacle
 
     def _module_obstacles(self, model: Any) -> Iterator[str]:
         if not self.state.plain_layers(model):
@@ -95,16 +101,17 @@ class Training:
 
 def kernels_of(model: Any, block: Block, x: Tensor) -> Kernels | None:
     """The passes that run a model's layers on rows like x, or None where PyTorch runs them operation by operation."""
-    return choose.kernels(
-        "encoder layer",
-        model.policy,
-        x.device,
-        choose.product_dtype(x),
-        head_size=block.head_size,
-        sizes=(block.hidden_size, block.intermediate_size),
-        hidden_size=block.hidden_size,
-        activation=block.activation,
-    )
+    return choose.kernels("encoder layer", model.policy, x.device, choose.product_dtype(x), **shape_of(block))
+
+
+def shape_of(block: Block) -> dict[str, Any]:
+    """What kernels want to know of a layer, by the names of `choose.triton_obstacle`."""
+    return {
+        "head_size": block.head_size,
+        "sizes": (block.hidden_size, block.intermediate_size),
+        "hidden_size": block.hidden_size,
+        "activation": block.activation,
+    }
 
 
 def _one_dtype(blocks: list[Block], x: Tensor) -> bool:

@@ -47,6 +47,16 @@ def kernels(op: str, policy: Policy, device: torch.device, dtype: torch.dtype, *
     return kernels_of(backend, dtype, **what)
 
 
+def obstacle(policy: Policy, device: torch.device, dtype: torch.dtype, **what: Any) -> str | None:
+    """Tells why an operation has no such passes under a policy, or None."""
+    decision = dispatch.decide("", policy, device, triton_obstacle(dtype, **what))
+    if decision.backend == "cpu":
+        return cpu_obstacle(dtype, **what)
+    if decision.backend == "torch":
+        return decision.reason or "the backend is 'torch'"
+    return None
+
+
 def kernels_of(backend: str, dtype: torch.dtype, **what: Any) -> Kernels | None:
     """Returns the passes of a backend that `dispatch.choose` gave, or None where they are plain PyTorch."""
     if backend == "triton":
