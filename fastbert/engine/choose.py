@@ -25,7 +25,7 @@ from fastbert.engine.interface import Arithmetic, EncoderModel, PackedInputs
 from fastbert.engine.quantized import UNQUANTISED, EightBit
 from fastbert.engine.state import GRADIENTS, TRAINING, EncoderState, first_parameter
 from fastbert.engine.training import Training
-from fastbert.ops import attention, dispatch, packing, silent_writes, tracing
+from fastbert.ops import attention, attention_plan, dispatch, packing, silent_writes, tracing
 from fastbert.ops.packing import PackedBatch
 
 
@@ -284,4 +284,4 @@ def in_bucket_rows(batch: PackedBatch, inputs: PackedInputs, shape: Shape) -> tu
     for row, ids in zip(rows[:3], inputs[:3], strict=True):
         if row is not None and ids is not None:
             row[: batch.n_tokens].copy_(ids)
-    return rows, attention.batch_in_rows(batch, rows.position_ids, shape.dtype, shape.head_size, shape.policy)
+    return rows, attention_plan.batch_in_rows(batch, rows.position_ids, shape.dtype, shape.head_size, shape.policy)
