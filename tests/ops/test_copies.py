@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastbert import ops
-from fastbert.ops import attention, attention_plan, groups, packing
+from fastbert.ops import attention_plan, groups, packing
 from fastbert.pipelines.batching import in_batches
 from fastbert.text.encoding import PackedEncoding
 from helpers import cu_seqlens_of
@@ -38,7 +38,7 @@ class Copies(TorchDispatchMode):
             self.by_us.append(tensor.numel())
             return moved
 
-        for module in (packing, attention, groups, attention_plan):
+        for module in (packing, groups, attention_plan):
             monkeypatch.setattr(module, "to_device", to_device)
 
     def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
