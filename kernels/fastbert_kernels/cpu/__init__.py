@@ -29,10 +29,22 @@ from fastbert_kernels.cpu.operations import (
     pool_forward,
     varlen_attention_forward,
 )
+from fastbert_kernels.cpu.rows import (
+    NormBackward,
+    NormForward,
+    activation_backward,
+    dropout_forward,
+    embedding_norm_forward,
+    embedding_scatter,
+    residual_norm_backward,
+    residual_norm_forward,
+)
 
 __all__ = [
     "ACTIVATIONS", "MAX_HIDDEN", "VARIANTS", "Encoder", "EncoderLayer", "EncoderTables", "Int8Encoder",
-    "Int8EncoderLayer", "Int8Weight", "digest", "dropout_mask", "encoder_forward", "encoder_int8_forward", "has_amx",
+    "Int8EncoderLayer", "Int8Weight", "NormBackward", "NormForward", "activation_backward", "digest", "dropout_forward",
+    "dropout_mask", "embedding_norm_forward", "embedding_scatter", "encoder_forward", "encoder_int8_forward", "has_amx",
     "ids_outside", "instructions", "int8_obstacle", "linear_forward", "linear_int8_forward", "multiplies", "obstacle",
-    "pack_int8", "pack_weight", "pool_forward", "quantize_forward", "varlen_attention_forward",
+    "pack_int8", "pack_weight", "pool_forward", "quantize_forward", "residual_norm_backward", "residual_norm_forward",
+    "varlen_attention_forward",
 ]  # fmt: skip

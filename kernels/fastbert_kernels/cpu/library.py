@@ -154,9 +154,9 @@ def address(tensor: torch.Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
-def empty(shape: tuple[int, ...], *, like: torch.Tensor) -> torch.Tensor:
+def empty(shape: tuple[int, ...], *, like: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
     """Allocates the output of a kernel. Tests replace this function, and fill every output with NaN first."""
-    return torch.empty(shape, dtype=like.dtype, device="cpu")  # The default device may be another.
+    return torch.empty(shape, dtype=dtype or like.dtype, device="cpu")  # The default device may be another.
 
 
 def check(status: int, n_tokens: int) -> None:
