@@ -27,11 +27,11 @@ def read_version() -> str:
 CPU_KERNELS = "kernels/fastbert_kernels/cpu"
 CPU_SOURCES = (
     "activation", "attention", "dropout", "embedding", "encoder", "encoder_int8", "ids", "linear", "linear_int8",
-    "pooling", "residual_norm", "samples",
+    "packing", "pooling", "residual_norm", "samples", "weight_gradient",
 )  # fmt: skip
 CPU_HEADERS = (
-    "activations", "attention", "layer_norm", "linear", "linear_int8", "philox", "quantize", "residual_norm", "rows",
-    "team", "vector",
+    "activations", "attention", "layer_norm", "linear", "linear_int8", "panels", "philox", "quantize", "residual_norm",
+    "rows", "team", "vector",
 )  # fmt: skip
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mprefer-vector-width=512"]
 INSTRUCTIONS = {

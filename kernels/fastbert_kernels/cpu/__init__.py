@@ -20,15 +20,16 @@ from fastbert_kernels.cpu.encoder import (
 )
 from fastbert_kernels.cpu.int8 import Int8Weight, linear_int8_forward, pack_int8, quantize_forward
 from fastbert_kernels.cpu.library import VARIANTS, has_amx, instructions, int8_obstacle, multiplies, obstacle
+from fastbert_kernels.cpu.linear_training import weight_gradient
 from fastbert_kernels.cpu.operations import (
     ACTIVATIONS,
     digest,
     ids_outside,
     linear_forward,
-    pack_weight,
     pool_forward,
     varlen_attention_forward,
 )
+from fastbert_kernels.cpu.packing import pack_transposed, pack_weight, pack_weights
 from fastbert_kernels.cpu.rows import (
     NormBackward,
     NormForward,
@@ -45,6 +46,6 @@ __all__ = [
     "Int8EncoderLayer", "Int8Weight", "NormBackward", "NormForward", "activation_backward", "digest", "dropout_forward",
     "dropout_mask", "embedding_norm_forward", "embedding_scatter", "encoder_forward", "encoder_int8_forward", "has_amx",
     "ids_outside", "instructions", "int8_obstacle", "linear_forward", "linear_int8_forward", "multiplies", "obstacle",
-    "pack_int8", "pack_weight", "pool_forward", "quantize_forward", "residual_norm_backward", "residual_norm_forward",
-    "varlen_attention_forward",
+    "pack_int8", "pack_transposed", "pack_weight", "pack_weights", "pool_forward", "quantize_forward",
+    "residual_norm_backward", "residual_norm_forward", "varlen_attention_forward", "weight_gradient",
 ]  # fmt: skip
