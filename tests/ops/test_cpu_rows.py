@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from fastbert.ops import dropout as masks
 from fastbert_kernels import cpu
 from fastbert_kernels.masks import Dropout
+from gradient_cases import assert_gradient, assert_same_bits
 from helpers import assert_as_accurate, guarded
 from row_cases import (
     BF16,
@@ -17,7 +18,6 @@ from row_cases import (
     F32,
     OUT_DROPOUT,
     SIZES,
-    assert_gradient,
     differentiate,
     norm_inputs,
     residual_norm,
@@ -45,10 +45,10 @@ def norm_forward(inputs, dropout=None, low=True):
     return cpu.residual_norm_forward(*(padded(inputs.get(name)) for name in NORM_ARGUMENTS), EPS, dropout, low)
 
 
-def norm_backward(forward, inputs, grad, grad_low, dropout=None, out_dropout=None, want_residual=True):
+def norm_backward(forward, inputs, grad, grad_low, dropout=None, out_dropout=None, want_residual=True, want_x=True):
     saved = (guarded(each) for each in (forward.total, forward.mean, forward.rstd))
     return cpu.residual_norm_backward(
-        padded(grad), padded(grad_low), *saved, padded(inputs["weight"]), dropout, out_dropout, want_residual
+        padded(grad), padded(grad_low), *saved, padded(inputs["weight"]), dropout, out_dropout, want_residual, want_x
     )
 
 
@@ -112,7 +112,7 @@ def test_parameters_of_the_other_dtype(variant):
     grad = torch.randn(40, 72).to(BF16)
     results = [(f := norm_forward(each), norm_backward(f, each, grad, None)) for each in (inputs, widened)]
     for ours, others in zip(*results, strict=True):
-        assert all(a is b is None or torch.equal(a, b) for a, b in zip(ours, others, strict=True))
+        assert_same_bits(ours, others)
 
 
 def test_weights_of_zero(pair, variant, outputs):
@@ -155,8 +155,13 @@ def test_the_gradient_of_the_residual(dropout, pair, variant):
     """Catches a second tensor where one does, or one for both where they differ."""
     inputs, (grad, grad_low, _) = norm_inputs(9, 32, *pair), norm_grads(9, 32, *pair)
     forward = norm_forward(inputs, dropout)
-    wanted, unwanted = (norm_backward(forward, inputs, grad, grad_low, dropout, None, want) for want in (True, False))
-    assert unwanted.grad_residual is None and torch.equal(wanted.grad_x, unwanted.grad_x)
+    wanted, only_x, only_residual, neither = (
+        norm_backward(forward, inputs, grad, grad_low, dropout, None, *want)
+        for want in ((True, True), (False, True), (True, False), (False, False))
+    )
+    assert_same_bits(only_x, (wanted.grad_x, None, *wanted[2:]))
+    assert_same_bits(only_residual, (None, *wanted[1:]))
+    assert_same_bits(neither, (None, None, *wanted[2:]))
     assert (wanted.grad_residual is wanted.grad_x) == (dropout is None and pair[0] == pair[1])
     assert wanted.grad_residual.dtype == pair[1] and wanted.grad_x.dtype == pair[0]
 
@@ -246,7 +251,7 @@ def test_any_number_of_threads(threads, pair, variant, number_of_threads):
     torch.set_num_threads(1)
     expected = run()
     torch.set_num_threads(threads)
-    assert all(a is b is None or torch.equal(a, b) for a, b in zip(run(), expected, strict=True))
+    assert_same_bits(run(), expected)
 
 
 def test_nan_reaches_the_gradients(pair, variant):

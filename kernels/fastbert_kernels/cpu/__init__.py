@@ -7,7 +7,9 @@ was there, or the processor lacks AVX2, `obstacle` says so, and the caller takes
 `python setup.py build_ext --inplace` compiles them in a checkout. An editable installation has done so.
 """
 
-from fastbert_kernels.cpu.dropout import dropout_mask
+from fastbert_kernels.cpu.dropout import (
+    dropout_mask,
+)
 from fastbert_kernels.cpu.encoder import (
     MAX_HIDDEN,
     Encoder,
@@ -18,9 +20,23 @@ from fastbert_kernels.cpu.encoder import (
     encoder_forward,
     encoder_int8_forward,
 )
-from fastbert_kernels.cpu.int8 import Int8Weight, linear_int8_forward, pack_int8, quantize_forward
-from fastbert_kernels.cpu.library import VARIANTS, has_amx, instructions, int8_obstacle, multiplies, obstacle
-from fastbert_kernels.cpu.linear_training import weight_gradient
+from fastbert_kernels.cpu.int8 import (
+    Int8Weight,
+    linear_int8_forward,
+    pack_int8,
+    quantize_forward,
+)
+from fastbert_kernels.cpu.library import (
+    VARIANTS,
+    has_amx,
+    instructions,
+    int8_obstacle,
+    multiplies,
+    obstacle,
+)
+from fastbert_kernels.cpu.linear_training import (
+    weight_gradient,
+)
 from fastbert_kernels.cpu.operations import (
     ACTIVATIONS,
     digest,
@@ -29,7 +45,11 @@ from fastbert_kernels.cpu.operations import (
     pool_forward,
     varlen_attention_forward,
 )
-from fastbert_kernels.cpu.packing import pack_transposed, pack_weight, pack_weights
+from fastbert_kernels.cpu.packing import (
+    pack_transposed,
+    pack_weight,
+    pack_weights,
+)
 from fastbert_kernels.cpu.rows import (
     NormBackward,
     NormForward,

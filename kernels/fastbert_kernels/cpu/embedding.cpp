@@ -50,7 +50,7 @@ void drop(const T* x, int64_t stride, const Dropout& dropout, int64_t n_rows, in
             for (int64_t block = 0; block < over(n, 64); block++) {
                 const uint64_t bits = masks(r, block);
                 for (int64_t j = block * 64; j < least(block * 64 + 64, n); j += VL)
-                    from_floats(out + r * n + j, where(bits >> (j % 64), to_floats(x + r * stride + j, n - j)) * scale,
+                    from_floats(out + r * n + j, where(bits >> (j % 64), to_floats(x + r * stride + j, n - j) * scale),
                                 n - j);
             }
         });

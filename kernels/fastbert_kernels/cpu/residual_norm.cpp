@@ -54,8 +54,8 @@ struct Backward {
     const S* grad;
     const C *grad_low, *total;
     const float *mean, *rstd;
-    C* grad_x;
-    S* grad_residual;  // or NULL
+    C* grad_x;  // or NULL, as may be
+    S* grad_residual;
     int64_t grad_stride, low_stride, n_rows, n_columns;
     Parameter weight;
     Dropout dropout, out_dropout;
@@ -71,6 +71,8 @@ struct Room {
 
 // A sum that was rounded to bfloat16 has another mean and variance than those saved. Where rows are nearly constant that
 // difference is many times their deviation, and so would n be: it is brought back to mean 0 and, at most, variance 1.
+//
+// `back` ends in a product that is always fused with a difference: whether it is stored must not change its bits.
 template <int ROWS, typename C, typename S, typename R>
 INLINE void back_rows(const Backward<C, S>& call, int64_t first, R& room) {
     constexpr bool ROUNDED = sizeof(C) < sizeof(float);
@@ -85,7 +87,7 @@ INLINE void back_rows(const Backward<C, S>& call, int64_t first, R& room) {
         grad[r] = call.grad + row * call.grad_stride;
         low[r] = call.grad_low == NULL ? NULL : call.grad_low + row * call.low_stride;
         total[r] = call.total + row * n;
-        grad_x[r] = call.grad_x + row * n;
+        grad_x[r] = call.grad_x == NULL ? NULL : call.grad_x + row * n;
         grad_residual[r] = call.grad_residual == NULL ? NULL : call.grad_residual + row * n;
         mean[r] = splat(call.mean[row]), scale[r] = rstd[r] = splat(call.rstd[row]);
     }
@@ -116,16 +118,16 @@ INLINE void back_rows(const Backward<C, S>& call, int64_t first, R& room) {
             mean[r] += offset / rstd[r], scale[r] *= shrink;
             of_product = (of_product - offset * of_g) * shrink;
         }
-        average[r] = splat(of_g), slope[r] = splat(of_product);
+        average[r] = of_g * rstd[r], slope[r] = of_product * rstd[r];
     }
     each_vector(n, [&](int64_t j, int64_t some) {
         const vf weight = load<vf>(room.weight + j);
         vf of_weight[ROWS], of_ln_bias[ROWS], of_bias[ROWS];
         for (int r = 0; r < ROWS; r++) {
             const vf y = normal(r, j, some), d = dy(r, j, some);
-            const vf back = (d * weight - average[r] - y * slope[r]) * rstd[r];
+            const vf back = d * weight * rstd[r] - average[r] - y * slope[r];
             of_weight[r] = d * y, of_ln_bias[r] = d, of_bias[r] = masks->mask[r](j, back);
-            from_floats(grad_x[r] + j, of_bias[r], some);
+            if (grad_x[0] != NULL) from_floats(grad_x[r] + j, of_bias[r], some);
             if (grad_residual[0] != NULL) from_floats(grad_residual[r] + j, back, some);
         }
         add_to(room.grad_weight + j, add_up(of_weight));

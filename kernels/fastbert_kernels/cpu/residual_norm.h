@@ -19,7 +19,7 @@ struct RowMask {
 
     // x: elements j to j + VL.
     __attribute__((always_inline)) vf operator()(int64_t j, vf x) const {
-        return DROPOUT ? where(bits[j / 64] >> (j % 64), x) * scale : x;
+        return DROPOUT ? where(bits[j / 64] >> (j % 64), x * scale) : x;
     }
 };
 

@@ -50,7 +50,7 @@ class NormForward(NamedTuple):
 class NormBackward(NamedTuple):
     """`NormBackward` holds the gradients of a residual and its LayerNorm."""
 
-    grad_x: Tensor  # (T, H) C
+    grad_x: Tensor | None  # (T, H) C
     grad_residual: Tensor | None  # (T, H) S
     grad_weight: Tensor  # (H,) float32, as are the others.
     grad_ln_bias: Tensor
@@ -141,24 +141,25 @@ def residual_norm_backward(
     dropout: Dropout | None,
     out_dropout: Dropout | None,
     want_residual: bool,
+    want_x: bool = True,
 ) -> NormBackward:
     """Computes the gradients of `residual_norm_forward`.
 
     grad: (T, H) S, of y. grad_low: (T, H) C, of y_low. total, mean, rstd: from the forward pass, contiguous. dropout:
-    the forward pass's. out_dropout: one that was applied to y. grad_residual is None unless want_residual, and grad_x
-    itself where that is the same.
+    the forward pass's. out_dropout: one that was applied to y. grad_x and grad_residual are one tensor where they are
+    equal, which is without dropout and where C is S. Each is None where it is not wanted.
     """
     _check_width(total.shape[1])
     (n_rows, width), same = total.shape, dropout is None and total.dtype == grad.dtype
-    grad_x = library.empty((n_rows, width), like=total)
-    grad_residual = library.empty((n_rows, width), like=grad) if want_residual and not same else None
+    first = library.empty((n_rows, width), like=total) if want_x or (want_residual and same) else None
+    second = library.empty((n_rows, width), like=grad) if want_residual and not same else None
     vectors, partials = _float32((3, width), total), _partials(n_rows, 3 * width, total)
     _function("residual_norm_backward", total.dtype, grad.dtype)(
         *_rows(grad), *_rows(grad_low), total.data_ptr(), mean.data_ptr(), rstd.data_ptr(), *_parameter(weight),
         *masks.arguments(dropout), *masks.arguments(out_dropout), n_rows, width,
-        grad_x.data_ptr(), library.address(grad_residual), partials.data_ptr(), vectors.data_ptr(),
+        library.address(first), library.address(second), partials.data_ptr(), vectors.data_ptr(),
     )  # fmt: skip
-    return NormBackward(grad_x, grad_x if want_residual and same else grad_residual, *vectors.unbind())
+    return NormBackward(first if want_x else None, first if want_residual and same else second, *vectors.unbind())
 
 
 def embedding_norm_forward(
