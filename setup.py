@@ -25,9 +25,13 @@ def read_version() -> str:
 # processor is loaded. They use nothing of Python and PyTorch, so that one build does for all versions of both. They are
 # optional: without a compiler, the installation goes on, and PyTorch's operations take their place.
 CPU_KERNELS = "kernels/fastbert_kernels/cpu"
-CPU_SOURCES = ("attention", "dropout", "encoder", "encoder_int8", "ids", "linear", "linear_int8", "pooling", "samples")
+CPU_SOURCES = (
+    "attention", "attention_backward", "dropout", "encoder", "encoder_int8", "ids", "linear", "linear_int8",
+    "pooling", "samples",
+)  # fmt: skip
 CPU_HEADERS = (
-    "activations", "attention", "layer_norm", "linear", "linear_int8", "philox", "quantize", "team", "vector",
+    "activations", "attention", "attention_tiles", "layer_norm", "linear", "linear_int8", "philox", "quantize",
+    "team", "vector",
 )  # fmt: skip
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mprefer-vector-width=512"]
 INSTRUCTIONS = {

@@ -7,6 +7,7 @@ was there, or the processor lacks AVX2, `obstacle` says so, and the caller takes
 `python setup.py build_ext --inplace` compiles them in a checkout. An editable installation has done so.
 """
 
+from fastbert_kernels.cpu.attention_training import attention_backward, attention_training_forward
 from fastbert_kernels.cpu.dropout import dropout_mask
 from fastbert_kernels.cpu.encoder import (
     MAX_HIDDEN,
@@ -32,7 +33,8 @@ from fastbert_kernels.cpu.operations import (
 
 __all__ = [
     "ACTIVATIONS", "MAX_HIDDEN", "VARIANTS", "Encoder", "EncoderLayer", "EncoderTables", "Int8Encoder",
-    "Int8EncoderLayer", "Int8Weight", "digest", "dropout_mask", "encoder_forward", "encoder_int8_forward", "has_amx",
-    "ids_outside", "instructions", "int8_obstacle", "linear_forward", "linear_int8_forward", "multiplies", "obstacle",
-    "pack_int8", "pack_weight", "pool_forward", "quantize_forward", "varlen_attention_forward",
+    "Int8EncoderLayer", "Int8Weight", "attention_backward", "attention_training_forward", "digest", "dropout_mask",
+    "encoder_forward", "encoder_int8_forward", "has_amx", "ids_outside", "instructions", "int8_obstacle",
+    "linear_forward", "linear_int8_forward", "multiplies", "obstacle", "pack_int8", "pack_weight", "pool_forward",
+    "quantize_forward", "varlen_attention_forward",
 ]  # fmt: skip
