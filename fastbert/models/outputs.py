@@ -96,7 +96,8 @@ class ModelOutput(OrderedDict[str, Any]):
             super().__setattr__(key, value)
 
     def get(self, key: str, default: Any = None) -> Any:
-        return self[key] if key in self else default
+        value = super().get(key, default)
+        return self[key] if isinstance(value, Later) else value
 
     def values(self) -> Any:
         self._make_all()

@@ -8,7 +8,7 @@ from fastbert.ops.dispatch import AUTO, BACKENDS, BackendError, Policy
 from fastbert.ops.elementwise import elementwise
 from fastbert.ops.embedding import check_ids, embedding_layer_norm
 from fastbert.ops.gelu import ACTIVATIONS, bias_gelu
-from fastbert.ops.labels import IGNORED, check_labels, labelled_rows, mean_cross_entropy
+from fastbert.ops.labels import IGNORED, check_labels, labelled_rows, mean_cross_entropy, readable
 from fastbert.ops.layer_norm import bias_residual_layer_norm
 from fastbert.ops.linear import linear, linear_residual_layer_norm
 from fastbert.ops.packed_linear import forget as forget_packed
@@ -36,5 +36,6 @@ __all__ = [
     "pool",
     "prepare_attention",
     "quantized",
+    "readable",
     "varlen_attention",
 ]

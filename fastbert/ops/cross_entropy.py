@@ -138,7 +138,7 @@ def _forward(rows: _Rows) -> tuple[Tensor, Statistics, Tensor | None]:
 def _backward(
     rows: _Rows, statistics: Statistics, scale: Tensor, kept: Tensor | None, wanted: tuple[bool, ...]
 ) -> tuple[Tensor | None, ...]:
-    """The gradients that are wanted, in the operands' dtype or a wider one. kept: what `_forward` gave, to be written over."""
+    """The gradients that are wanted, in the operands' dtype or a wider one. kept: the buffer of `_forward`, or None."""
     chunks = rows.chunks()
     hidden, weight, bias = rows.operands
     grad_hidden = torch.empty_like(hidden) if wanted[0] else None
@@ -231,7 +231,8 @@ def linear_cross_entropy(
         hidden, labels = hidden.index_select(0, rows), labels.index_select(0, rows)
     dtype = _dtype_of_products(hidden, weight, bias)
     kernels = dispatch.choose("cross_entropy", policy.backend, policy.strict, hidden.device, _obstacle(dtype))
-    losses = _LinearCrossEntropy.apply(hidden, weight, bias, labels.long().contiguous(), terms, dtype, kernels == "triton")
+    labels = labels.long().contiguous()
+    losses = _LinearCrossEntropy.apply(hidden, weight, bias, labels, terms, dtype, kernels == "triton")
     if reduction == "none":
         return losses if rows is None else losses.new_zeros(n_rows).index_copy(0, rows, losses)
     return losses.sum() / max(1, losses.shape[0]) if reduction == "mean" else losses.sum()

@@ -1,7 +1,7 @@
 """The cross entropy of rows of logits and its gradient, in place and in plain PyTorch.
 
-`fastbert_kernels.cross_entropy` has the formulas, and does the same on GPUs. Here a block of rows at a time, which stays in the
-processor's cache, is taken in float32, or float64 where the logits are.
+`fastbert_kernels.cross_entropy` has the formulas, and does the same on GPUs. Here rows are taken in blocks that stay in
+the processor's cache. Numbers are float32, or float64 where the logits are.
 """
 
 from __future__ import annotations

@@ -87,7 +87,7 @@ def linear_cross_entropy(
 ) -> Tensor:
     """The loss of each row, (T,), by the logits l = hidden @ weight^T + bias; 0 where the label is ignore_index.
 
-    With lse = log sum_j exp(l_j): (1 - label_smoothing) (lse - l_y) + label_smoothing mean_j (lse - l_j) + z_loss lse^2.
+    It is (1 - label_smoothing) (lse - l_y) + label_smoothing mean_j (lse - l_j) + z_loss lse^2, lse = log sum_j exp(l_j).
     hidden (T, H), weight (V, H), bias (V,), labels y (T,).
     """
     logits = linear(hidden, weight, bias)

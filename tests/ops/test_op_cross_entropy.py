@@ -23,7 +23,7 @@ ALL_TERMS = {"label_smoothing": 0.1, "z_loss": 1e-3}
 
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Chunks of a few rows, whose products in 16 bits take parts of a few columns, and blocks of a few rows in those."""
+    """Chunks of a few rows, in blocks of fewer, and products in 16 bits of a few columns at a time."""
     for device in cross_entropy.CHUNK_BYTES:
         monkeypatch.setitem(cross_entropy.CHUNK_BYTES, device, 4096)
     monkeypatch.setattr(softmax_rows, "BLOCK_BYTES", 1024)
@@ -155,9 +155,7 @@ def test_no_label_at_all(backend, reduction, n_rows, device):
     """Catches a loss that is NaN without any label, or gradients that are None or not zero."""
     operands, labels = inputs(n_rows, 8, 12, torch.float32, device, "none")
     operands[0][:] = float("nan")  # what nobody asked for
-    ours = run(
-        lambda *x: ops.linear_cross_entropy(*x, labels, reduction=reduction, policy=POLICIES[backend]), operands
-    )
+    ours = run(lambda *x: ops.linear_cross_entropy(*x, labels, reduction=reduction, policy=POLICIES[backend]), operands)
     assert ours[0].shape == ((n_rows,) if reduction == "none" else ())
     for value, like in zip(ours, [ours[0], *operands], strict=True):
         assert torch.equal(value, torch.zeros_like(like))
@@ -317,7 +315,8 @@ def test_transforms_and_export():
     leaf = weight.clone().requires_grad_()
     loss(leaf).backward()
     torch.testing.assert_close(torch.func.grad(loss)(weight), leaf.grad, rtol=1e-12, atol=1e-14)
-    assert loss(weight, torch.full_like(labels, -100)) == torch.func.vmap(loss, (None, 0))(weight, torch.full((1, 9), -100))
+    none = torch.full_like(labels, -100)
+    assert torch.func.vmap(loss, (None, 0))(weight, none[None]) == loss(weight, none) == 0
 
 
 def test_memory_is_that_of_a_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
