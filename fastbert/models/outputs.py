@@ -162,11 +162,12 @@ class _Entry:
 
 
 def _flatten(output: ModelOutput) -> tuple[list[Any], list[str]]:
-    return list(output.values()), list(output)
+    # A `Later` is a leaf: DDP and FSDP, which look at every output for tensors, ask for none.
+    return list(OrderedDict.values(output)), list(output)
 
 
 def _flatten_with_keys(output: ModelOutput) -> tuple[list[tuple[Any, Any]], list[str]]:
-    return [(pytree.MappingKey(name), value) for name, value in output.items()], list(output)
+    return [(pytree.MappingKey(name), value) for name, value in OrderedDict.items(output)], list(output)
 
 
 def _unflatten(cls: type[ModelOutput], values: Iterable[Any], names: list[str]) -> ModelOutput:

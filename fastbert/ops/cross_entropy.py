@@ -47,7 +47,7 @@ class _Rows:
 
     hidden: Tensor  # (T, H)
     weight: Tensor  # (V, H)
-    bias: Tensor | None  # (V,)
+    bias: Tensor | None  # (width,)
     labels: Tensor  # (T,)
     terms: Terms
     kernels: bool  # whether Triton's run
@@ -63,40 +63,55 @@ class _Rows:
         step = -(-n_rows // max(1, n_chunks))
         return [slice(start, min(start + step, n_rows)) for start in range(0, n_rows, max(1, step))]
 
+    @property
+    def width(self) -> int:
+        """The columns of the logits' memory. For the kernels rows begin at multiples of 16, as tensor cores want it."""
+        n_classes = self.weight.shape[0]
+        return -(-n_classes // 16) * 16 if self.kernels else n_classes
+
     def buffer(self, chunk: slice) -> Tensor:
-        """Memory for logits. For the kernels, rows begin at multiples of 16 bytes, as tensor cores want it, too."""
-        n_cols, step = self.weight.shape[0], 16 // self.hidden.dtype.itemsize if self.kernels else 1
-        return self.hidden.new_empty(chunk.stop - chunk.start, -(-n_cols // step) * step)[:, :n_cols]
+        """Memory for the logits of a chunk, (rows, width)."""
+        return self.hidden.new_empty(chunk.stop - chunk.start, self.width)
 
-    def multiply(self, chunk: slice, buffer: Tensor) -> Tensor:
-        """The logits of a chunk, in the first rows of the buffer; without the bias, where the kernels add it."""
-        hidden, weight, out = self.hidden[chunk], self.weight.t(), buffer[: chunk.stop - chunk.start]
+    def multiply(self, chunk: slice, buffer: Tensor) -> None:
+        """Puts the logits of a chunk into the first rows of the buffer; without the bias, where the kernels add it."""
+        hidden, weight, out = self.hidden[chunk], self.weight.t(), self.logits(chunk, buffer)
         if self.bias is None or self.kernels:
-            return torch.mm(hidden, weight, out=out)
-        return torch.addmm(self.bias, hidden, weight, out=out)
+            torch.mm(hidden, weight, out=out)
+        else:
+            torch.addmm(self.bias, hidden, weight, out=out)
 
-    def forward(self, chunk: slice, logits: Tensor) -> tuple[Tensor, Statistics]:
-        """The losses of a chunk, and what its gradient needs."""
+    def logits(self, chunk: slice, buffer: Tensor) -> Tensor:
+        """The part of the buffer that is the logits of a chunk, or their gradient."""
+        return buffer[: chunk.stop - chunk.start, : self.weight.shape[0]]
+
+    def forward(self, chunk: slice, buffer: Tensor) -> tuple[Tensor, Statistics]:
+        """The losses of a chunk, whose logits are in the buffer, and what its gradient needs."""
+        labels = self.labels[chunk]
         if not self.kernels:
-            return softmax_rows.forward(logits, self.labels[chunk], self.terms)
+            return softmax_rows.forward(self.logits(chunk, buffer), labels, self.terms)
         from fastbert_kernels.cross_entropy import cross_entropy_forward
 
-        losses, *statistics = cross_entropy_forward(logits, self.bias, self.labels[chunk], IGNORED, *self.terms)
+        rows, n_classes = buffer[: labels.shape[0]], self.weight.shape[0]
+        losses, *statistics = cross_entropy_forward(rows, self.bias, labels, n_classes, IGNORED, *self.terms)
         return losses, Statistics(*statistics)
 
     def backward(
-        self, chunk: slice, logits: Tensor, statistics: Statistics, scale: Tensor, grad_bias: Tensor | None
-    ) -> None:
+        self, chunk: slice, buffer: Tensor, statistics: Statistics, scale: Tensor, grad_bias: Tensor | None
+    ) -> Tensor:
         """Writes the gradient of a chunk's logits over them, and adds its column sums to grad_bias."""
         labels, peak, log_sum, scale = (each[chunk] for each in (self.labels, *statistics, scale))
+        logits = self.logits(chunk, buffer)
         if not self.kernels:
             softmax_rows.backward(logits, labels, Statistics(peak, log_sum), scale, self.terms, grad_bias)
-            return
+            return logits
         from fastbert_kernels.cross_entropy import cross_entropy_backward
 
-        cross_entropy_backward(logits, self.bias, labels, peak, log_sum, scale, IGNORED, *self.terms)
+        rows = buffer[: labels.shape[0]]
+        cross_entropy_backward(rows, self.bias, labels, peak, log_sum, scale, logits.shape[1], IGNORED, *self.terms)
         if grad_bias is not None:
             grad_bias += logits.sum(0, dtype=grad_bias.dtype)
+        return logits
 
 
 class _WeightGradient:
@@ -129,8 +144,10 @@ def _forward(rows: _Rows) -> tuple[Tensor, Statistics, Tensor | None]:
     if not chunks:
         none = rows.hidden.new_empty(0, dtype=wide(rows.hidden.dtype))
         return none, Statistics(none.clone(), none.clone()), None
-    buffer = rows.buffer(chunks[0])
-    parts = [rows.forward(chunk, rows.multiply(chunk, buffer)) for chunk in chunks]
+    buffer, parts = rows.buffer(chunks[0]), []
+    for chunk in chunks:
+        rows.multiply(chunk, buffer)
+        parts.append(rows.forward(chunk, buffer))
     peak, log_sum = (torch.cat(each) for each in zip(*(statistics for _, statistics in parts), strict=True))
     return torch.cat([losses for losses, _ in parts]), Statistics(peak, log_sum), buffer
 
@@ -143,13 +160,14 @@ def _backward(
     hidden, weight, bias = rows.operands
     grad_hidden = torch.empty_like(hidden) if wanted[0] else None
     grad_weight = _WeightGradient(weight, len(chunks)) if wanted[1] else None
-    grad_bias = torch.zeros_like(bias, dtype=wide(bias.dtype)) if bias is not None and wanted[2] else None
-    buffer = rows.buffer(chunks[0]) if kept is None and chunks else kept
+    grad_bias = None if bias is None or not wanted[2] else bias.new_zeros(weight.shape[0], dtype=wide(bias.dtype))
+    buffer = kept
     for chunk in reversed(chunks):
-        assert buffer is not None
-        logits = buffer[: chunk.stop - chunk.start] if kept is not None else rows.multiply(chunk, buffer)
-        kept = None
-        rows.backward(chunk, logits, statistics, scale, grad_bias)
+        if buffer is None:
+            buffer = rows.buffer(chunks[0])
+        if kept is None or chunk is not chunks[-1]:
+            rows.multiply(chunk, buffer)
+        logits = rows.backward(chunk, buffer, statistics, scale, grad_bias)
         if grad_hidden is not None:
             torch.mm(logits, weight, out=grad_hidden[chunk])
         if grad_weight is not None:
@@ -189,8 +207,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
 def _rows(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, terms: Terms, dtype: torch.dtype, kernels: bool
 ) -> _Rows:
-    bias = None if bias is None else bias.to(dtype).contiguous()
-    return _Rows(hidden.to(dtype), weight.to(dtype), bias, labels, terms, kernels)
+    rows = _Rows(hidden.to(dtype), weight.to(dtype), None, labels, terms, kernels)
+    if bias is not None:
+        rows.bias = F.pad(bias.to(dtype), (0, rows.width - bias.shape[0]))
+    return rows
 
 
 @untraced

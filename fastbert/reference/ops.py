@@ -87,8 +87,8 @@ def linear_cross_entropy(
 ) -> Tensor:
     """The loss of each row, (T,), by the logits l = hidden @ weight^T + bias; 0 where the label is ignore_index.
 
-    It is (1 - label_smoothing) (lse - l_y) + label_smoothing mean_j (lse - l_j) + z_loss lse^2, lse = log sum_j exp(l_j).
-    hidden (T, H), weight (V, H), bias (V,), labels y (T,).
+    It is (1 - label_smoothing) (lse - l_y) + label_smoothing mean_j (lse - l_j) + z_loss lse^2, with the logarithm lse
+    of sum_j exp(l_j). hidden (T, H), weight (V, H), bias (V,), labels y (T,).
     """
     logits = linear(hidden, weight, bias)
     lse = torch.logsumexp(logits, dim=1)

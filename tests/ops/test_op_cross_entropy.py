@@ -12,7 +12,7 @@ from torch import Tensor
 from fastbert import ops, reference
 from fastbert.ops import BackendError, Policy, cross_entropy, softmax_rows
 from fastbert.ops.softmax_rows import Terms
-from helpers import assert_as_accurate, guarded
+from helpers import GUARD, assert_as_accurate, guarded
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TRITON, TORCH = Policy("triton", strict=True), Policy("torch")
@@ -179,23 +179,23 @@ def test_kernels_stay_inside(dtype, device, poisoned):
     """Catches a kernel that reads or writes beyond a row, or leaves a number of its output unwritten."""
     from fastbert_kernels.cross_entropy import cross_entropy_backward, cross_entropy_forward
 
-    logits, bias = torch.randn(5, 4097).to(device, dtype), torch.randn(4097).to(device, dtype)
-    labels = torch.tensor([0, 4096, 17, -100, 4095], device=device)
-    rows, bias = guarded(logits, extra_columns=7), guarded(bias)
-    labels = guarded(labels)
-    statistics = cross_entropy_forward(rows, bias, labels, -100, 0.1, 1e-3)
+    logits, bias = torch.randn(5, 4112).to(device, dtype), torch.randn(4112).to(device, dtype)
+    logits[:, 4097:] = bias[4097:] = float("nan")  # columns that fill up a row
+    labels = guarded(torch.tensor([0, 4096, 17, -100, 4095], device=device))
+    rows, terms = guarded(logits, extra_columns=7), (4097, -100, 0.1, 1e-3)
+    statistics = cross_entropy_forward(rows, guarded(bias), labels, *terms)
     poisoned.check()
-    assert torch.equal(rows, logits)
+    assert rows[:, :4097].equal(logits[:, :4097])
     scale = guarded(torch.tensor([1.0, 0.5, 2.0, 3.0, -1.0], device=device))
-    cross_entropy_backward(rows, bias, labels, *statistics[1:], scale, -100, 0.1, 1e-3)
-    assert rows.isfinite().all() and torch.as_strided(rows, (4, 7), (4104, 1), 64 + 4097).isnan().all()
-    leaf = logits.double().requires_grad_()
+    cross_entropy_backward(rows, guarded(bias), labels, *statistics[1:], scale, *terms)
+    assert (rows[:, 4097:] == 0).all() and torch.as_strided(rows, (4, 7), (4119, 1), GUARD + 4112).isnan().all()
+    leaf = logits[:, :4097].double().requires_grad_()
     identity = torch.eye(4097, dtype=torch.float64, device=device)
-    losses = reference.linear_cross_entropy(leaf, identity, bias.double(), labels, -100, 0.1, 1e-3)
+    losses = reference.linear_cross_entropy(leaf, identity, bias[:4097].double(), labels, *terms[1:])
     losses.backward(scale.double())
     assert statistics[0][3] == 0 and (rows[3] == 0).all()
     torch.testing.assert_close(statistics[0].double(), losses.detach(), rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(rows.double(), leaf.grad, rtol=2 * torch.finfo(dtype).eps, atol=1e-7)
+    torch.testing.assert_close(rows[:, :4097].double(), leaf.grad, rtol=2 * torch.finfo(dtype).eps, atol=1e-7)
 
 
 @pytest.mark.parametrize("offset", [0.0, 300.0, -300.0])
