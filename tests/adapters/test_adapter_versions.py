@@ -224,7 +224,7 @@ def test_where_the_probability_of_attention_is(major: int) -> None:
 
 
 def test_where_the_original_drops_out_in_attention() -> None:
-    """Catches an entry that names another mode, or another probability, than the one that the installed version reads."""
+    """Catches an entry that names another mode, or another probability, than the installed version reads."""
     model = transformers.BertModel(theirs().config).eval()
     attention = model.encoder.layer[0].attention.self
     holder, name, moded = versions.attention_dropout(attention)
