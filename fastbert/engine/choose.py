@@ -24,6 +24,7 @@ from fastbert.engine.graphs import Graphs, Shape
 from fastbert.engine.interface import Arithmetic, EncoderModel, PackedInputs
 from fastbert.engine.quantized import UNQUANTISED, EightBit
 from fastbert.engine.state import GRADIENTS, TRAINING, EncoderState, first_parameter
+from fastbert.engine.training import Training
 from fastbert.ops import attention, dispatch, packing, silent_writes, tracing
 from fastbert.ops.packing import PackedBatch
 
@@ -43,6 +44,7 @@ class Engine:
         self.one_call = OneCall(self.state, self.cpu_encoder)
         self.int8_call = Int8Call(self.state, self.cpu_encoder)
         self.modules = Modules()
+        self.training = Training(self.state)
         self._graph_key: tuple[Any, Any] = (None, None)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -97,6 +99,8 @@ class Engine:
                 return self.eight_bit
         if torch.compiler.is_compiling():
             return self.modules
+        if self.training.wanted(model) and next(self.training.obstacles(model, None, False, False), None) is None:
+            return self.training
         if next(self.one_call.obstacles(model, n_tokens, keep_states, embedded), None) is None:
             return self.one_call
         return self.modules
@@ -112,7 +116,9 @@ class Engine:
 
     def arithmetic_obstacles(self, model: EncoderModel, n_tokens: int | None = None) -> dict[str, list[str]]:
         """Every arithmetic by name, the preferred one first, and every reason why it would not run."""
-        preferred: tuple[Arithmetic, ...] = (self.int8_call, self.eight_bit, self.one_call, self.modules)
+        preferred: tuple[Arithmetic, ...] = (
+            self.int8_call, self.eight_bit, self.training, self.one_call, self.modules,
+        )  # fmt: skip
         return {each.name: list(each.obstacles(model, n_tokens, False, False)) for each in preferred}
 
     # The launch

@@ -10,43 +10,21 @@ import torch.nn.functional as F
 
 from fastbert.ops import dispatch, recording, tracing
 from fastbert.ops.dispatch import AUTO, Policy
+from fastbert.ops.dropout import Drop, mask_of, probability_of
+from fastbert.ops.groups import Group, group_by_length
 from fastbert.ops.library import register
 from fastbert.ops.packing import PackedBatch, sequence_ids, to_device
 from fastbert.ops.tracing import constant, untraced
+from fastbert.ops.training import attention as training
+from fastbert.ops.training import choose
+from fastbert.ops.training.kernels import Attention
 from fastbert_kernels import cpu
+from fastbert_kernels.masks import Dropout
 
 KERNELS = {
     "triton": "fastbert_kernels.attention",
     "torch": "torch.nn.functional.scaled_dot_product_attention, sequences of equal length together",
 }
-
-# One group of sequences of equal length: (sequences, length, their rows), the rows a slice where they are neighbours.
-Group = tuple[int, int, "slice | torch.Tensor"]
-
-
-def group_by_length(cu_seqlens_cpu: torch.Tensor, device: torch.device) -> tuple[list[Group], torch.Tensor | None]:
-    """Returns groups of sequences of equal length, and the row order that undoes it (None where it is unchanged)."""
-    lengths = cu_seqlens_cpu.diff().long()
-    order = torch.argsort(lengths, stable=True)
-    order = order[lengths[order] > 0]
-    groups: list[Group] = []
-    all_rows = []
-    distinct, counts = torch.unique_consecutive(lengths[order], return_counts=True)
-    for length, n_seqs in zip(distinct.tolist(), counts.tolist(), strict=True):
-        starts = cu_seqlens_cpu[:-1].long()[order[:n_seqs]]
-        order = order[n_seqs:]
-        rows = (starts[:, None] + torch.arange(length, device=starts.device)).flatten()
-        all_rows.append(rows)
-        first = int(starts[0])
-        neighbours = bool((starts == first + length * torch.arange(n_seqs, device=starts.device)).all())
-        groups.append(
-            (n_seqs, length, slice(first, first + n_seqs * length) if neighbours else to_device(rows, device))
-        )
-    if not groups:
-        return [], None
-    rows = torch.cat(all_rows)
-    in_order = bool((rows[1:] > rows[:-1]).all())
-    return groups, None if in_order else to_device(torch.argsort(rows), device)
 
 
 def _grouped(
@@ -338,30 +316,37 @@ def varlen_attention(
     num_heads: int,
     *,
     scale: float | None = None,
-    dropout_p: float = 0.0,
+    dropout: Drop = None,
     policy: Policy = AUTO,
 ) -> torch.Tensor:
     """softmax(scale * q k^T) v within each sequence of the batch.
 
-    qkv: (T, 3 * N * D), laid out [q | k | v], each (N, D). scale: D^-0.5 by default. dropout_p: of the probabilities.
+    qkv: (T, 3 * N * D), laid out [q | k | v], each (N, D). scale: D^-0.5 by default. dropout: of the probabilities.
     Returns (T, N * D) in qkv's dtype. Raises ValueError for shapes that do not fit.
     """
     if batch.valid is not None:
         in_place = tracing.transformed(qkv) or "the batch keeps the rows of its padding"
         dispatch.choose("attention", policy.backend, policy.strict, qkv.device, in_place)
         dispatch.check_invariant("attention", policy, "cpu", in_place)
-        return _in_place(qkv, batch, num_heads, scale, dropout_p)
+        return _in_place(qkv, batch, num_heads, scale, probability_of(dropout))
     if qkv.dim() != 2 or qkv.shape[1] % (3 * num_heads) or qkv.shape[0] != batch.n_tokens:
         expected = f"(T, 3 * N * D) with T = {batch.n_tokens} and N = {num_heads}"
         raise ValueError(f"qkv: expected shape {expected}, got {tuple(qkv.shape)}")
     head_size = qkv.shape[1] // (3 * num_heads)
     scale = head_size**-0.5 if scale is None else scale
+    dry = recording.on and recording.is_dry()
+    if not dry and (isinstance(dropout, Dropout) or choose.wanted(policy, dropout, qkv)):
+        out = training.attention(qkv, Attention(batch, num_heads, scale, mask_of(dropout)), policy, head_size)
+        if out is not None:
+            return out
+    dropout_p = dropout if isinstance(dropout, float) else 0.0
     obstacle = triton_obstacle(head_size, qkv, dropout_p)
     compiling = torch.compiler.is_compiling()
     backend = dispatch.choose("attention", policy.backend, policy.strict, qkv.device, obstacle)
     no_kernel = cpu_obstacle(head_size, qkv, dropout_p) if backend == "cpu" else None
     if backend != "triton":
-        dispatch.check_invariant("attention", policy, backend, no_kernel)
+        refused = no_kernel or dispatch.training_obstacle(probability_of(dropout))
+        dispatch.check_invariant("attention", policy, backend, refused)
     if recording.on:
         shape = qkv.shape[0], qkv.shape[1] // 3
         facts: dict[str, Any] = {

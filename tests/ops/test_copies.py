@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastbert import ops
-from fastbert.ops import attention, packing
+from fastbert.ops import attention, groups, packing
 from fastbert.pipelines.batching import in_batches
 from fastbert.text.encoding import PackedEncoding
 from helpers import cu_seqlens_of
@@ -38,7 +38,7 @@ class Copies(TorchDispatchMode):
             self.by_us.append(tensor.numel())
             return moved
 
-        for module in (packing, attention):
+        for module in (packing, attention, groups):
             monkeypatch.setattr(module, "to_device", to_device)
 
     def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -90,7 +90,7 @@ def test_work_lists(batch_invariant: bool, copies: Copies) -> None:
 def test_groups_of_the_plain_path(copies: Copies) -> None:
     """Catches rows of equal lengths, 8 bytes a token, copied while the host waits."""
     with copies:
-        attention.group_by_length(cu_seqlens_of([3, 5, 3, 5]), META)
+        groups.group_by_length(cu_seqlens_of([3, 5, 3, 5]), META)
     assert copies.others == [] and copies.by_us
 
 
