@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 
 import fastbert
-from family_cases import head_names, make_batch, theirs
-from fastbert.checkpoint.families import FAMILIES
-from model_cases import LENGTH, in_dtype
+from family_cases import head_names, make_batch, randomised, theirs
+from fastbert.adapters import counts
+from helpers import rms_error
+from model_cases import LENGTH, in_dtype, is_zero
 
+FAMILIES = ("bert", "roberta", "xlm-roberta", "camembert", "distilbert", "electra")
 DROPOUTS = ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout", "summary_last_dropout")
 OF_DISTILBERT = ("dropout", "attention_dropout", "seq_classif_dropout", "qa_dropout")
 # Every model that transformers has of each family.
@@ -30,7 +32,11 @@ def probabilities(model_type: str, p: float) -> dict[str, float]:
 
 
 def original(
-    model_type: str = "bert", name: str = "BertModel", dtype: torch.dtype = torch.float64, p: float = 0.0, **options: Any
+    model_type: str = "bert",
+    name: str = "BertModel",
+    dtype: torch.dtype = torch.float64,
+    p: float = 0.0,
+    **options: Any,
 ) -> Any:
     """A random tiny model of transformers in training mode, all of whose dropouts have the probability p."""
     return in_dtype(theirs(model_type, name, **probabilities(model_type, p), **options), dtype).train()
@@ -79,3 +85,37 @@ def step(model: Any, batch: dict[str, Any], **options: Any) -> Tensor:
     loss = loss_of(model, batch, **options)
     loss.backward()
     return loss.detach()
+
+
+SEEDS = range(6)  # The error of one tiny model's gradients is chance; that of six together is within a few per cent.
+
+
+def gradients_of_seeds(
+    model_type: str, name: str, dtype: torch.dtype, autocast: torch.dtype | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """All gradients of several models: ours, the original's, and those in float64, whose RMS is 1 in each parameter."""
+    parts: tuple[list[Tensor], ...] = ([], [], [])
+    batch = labelled(model_type, name)
+    for seed in SEEDS:
+        eager = original(model_type, name, dtype)
+        randomised(eager, seed)
+        reference, ours = in_dtype(eager, torch.float64), accelerated_copy(eager)
+        step(reference, batch)
+        for each in (ours, eager):
+            with torch.autocast("cpu", autocast, enabled=autocast is not None):
+                loss = loss_of(each, batch)
+            loss.backward()
+        assert counts(ours) == {"fastbert": 1}
+        exact = {n: p.grad for n, p in reference.named_parameters() if p.grad is not None and not is_zero(p.grad)}
+        for part, each in zip(parts, (ours, eager, reference), strict=True):
+            grads = dict(each.named_parameters())
+            part += [(grads[n].grad.double() / grad.square().mean().sqrt()).flatten() for n, grad in exact.items()]
+    ours_all, eager_all, exact_all = map(torch.cat, parts)
+    return ours_all, eager_all, exact_all
+
+
+def assert_rounding(ours: Tensor, eager: Tensor, exact: Tensor, dtype: torch.dtype) -> None:
+    """The numerical policy on what `gradients_of_seeds` gives."""
+    our_error, eager_error = rms_error(ours, exact), rms_error(eager, exact)
+    bound = 1.25 * eager_error + 0.5 * torch.finfo(dtype).eps
+    assert our_error <= bound, f"gradients: error {our_error:.3g}, eager has {eager_error:.3g}, bound {bound:.3g}"

@@ -9,16 +9,18 @@ import torch
 
 import fastbert
 from fastbert.adapters import counts
-from model_cases import (
-    GRADIENT_BOUND,
-    assert_close,
-    assert_gradients,
-    assert_gradients_as_accurate,
-    in_dtype,
+from model_cases import GRADIENT_BOUND, assert_close, assert_gradients
+from train_cases import (
+    FAMILIES,
+    MODELS,
+    accelerated_copy,
+    assert_rounding,
+    gradients_of_seeds,
+    labelled,
+    loss_of,
+    original,
+    step,
 )
-from train_cases import MODELS, accelerated_copy, labelled, loss_of, original, step
-
-FAMILIES = ("bert", "roberta", "xlm-roberta", "camembert", "distilbert", "electra")
 
 
 def skip_without_pooler(model: Any, name: str) -> None:
@@ -42,13 +44,7 @@ def test_every_family_and_head(model_type: str, name: str) -> None:
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_rounding_of_every_family(model_type: str, dtype: torch.dtype) -> None:
     """Catches gradients that lose more to rounding than PyTorch's own, in float32 and in 16 bits."""
-    eager = original(model_type, "BertForTokenClassification", dtype)
-    reference, ours = in_dtype(eager, torch.float64), accelerated_copy(eager)
-    batch = labelled(model_type, "BertForTokenClassification")
-    for each in (reference, eager, ours):
-        step(each, batch)
-    assert_gradients_as_accurate(ours, eager, reference)
-    assert counts(ours) == {"fastbert": 1}
+    assert_rounding(*gradients_of_seeds(model_type, "BertForTokenClassification", dtype), dtype)
 
 
 @pytest.mark.parametrize("model_type", ["bert", "roberta", "electra"])
@@ -85,9 +81,7 @@ def frozen(model: Any, what: str) -> Any:
     return model
 
 
-@pytest.mark.parametrize(
-    "what", ["embeddings", "lower layers", "upper layer", "encoder", "all but biases", "queries"]
-)
+@pytest.mark.parametrize("what", ["embeddings", "lower layers", "upper layer", "encoder", "all but biases", "queries"])
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_frozen_parts(what: str, checkpointing: bool) -> None:
     """Catches a gradient of what is frozen, and one that does not pass through it to what lies below."""
