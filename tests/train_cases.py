@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import copy
+import functools
+import itertools
 from typing import Any
 
 import torch
 from torch import Tensor
 
 import fastbert
-from family_cases import head_names, make_batch, randomised, theirs
+from family_cases import head_names, make_batch, randomised, their_class, theirs
 from fastbert.adapters import counts
 from helpers import rms_error
 from model_cases import LENGTH, in_dtype, is_zero
@@ -119,3 +121,71 @@ def assert_rounding(ours: Tensor, eager: Tensor, exact: Tensor, dtype: torch.dty
     our_error, eager_error = rms_error(ours, exact), rms_error(eager, exact)
     bound = 1.25 * eager_error + 0.5 * torch.finfo(dtype).eps
     assert our_error <= bound, f"gradients: error {our_error:.3g}, eager has {eager_error:.3g}, bound {bound:.3g}"
+
+
+# A task that is on every machine: which topic of Python's own documentation a passage is from.
+
+
+@functools.cache
+def passages() -> tuple[list[str], list[int], list[str]]:
+    """Passages of very mixed length, the number of each one's topic, and the names of the topics."""
+    from pydoc_data.topics import topics
+
+    names = sorted(sorted(topics, key=lambda name: -len(topics[name]))[:6])
+    texts, labels = [], []
+    for label, name in enumerate(names):
+        words = topics[name].split()
+        lengths = itertools.cycle((6, 40, 12, 25, 60, 9))
+        start = 0
+        for length in itertools.islice(lengths, 60):
+            texts.append(" ".join(words[start : start + length]))
+            labels.append(label)
+            start += length
+    assert min(map(len, texts)) > 0
+    return texts, labels, names
+
+
+def classification_data(tokenizer: Any) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The task as tokens: 288 examples for training, and 72 others for evaluation."""
+    texts, labels, _ = passages()
+    encoded = tokenizer(texts, truncation=True, max_length=64)
+    examples = [
+        {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": label}
+        for ids, label in zip(encoded["input_ids"], labels, strict=True)
+    ]
+    return [e for i, e in enumerate(examples) if i % 5], examples[::5]
+
+
+def classifier(model_type: str = "bert", p: float = 0.0, seed: int = 0) -> Any:
+    """A small untrained model of transformers for that task, with the vocabulary of all-MiniLM-L6-v2."""
+    kind = their_class(model_type, "BertForSequenceClassification")
+    sizes = dict(zip(SIZES_OF_DISTILBERT if model_type == "distilbert" else SIZES, (64, 2, 4, 128), strict=True))
+    config = kind.config_class(
+        vocab_size=30522, num_labels=6, pad_token_id=0, initializer_range=0.1, **sizes, **probabilities(model_type, p)
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return kind(config)
+
+
+SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+SIZES_OF_DISTILBERT = ("dim", "n_layers", "n_heads", "hidden_dim")
+
+
+def settings(folder: Any, **changes: Any) -> dict[str, Any]:
+    """Arguments of a Trainer for 60 steps on the CPU that logs every loss, and writes nothing else."""
+    return {
+        "output_dir": str(folder), "max_steps": 60, "per_device_train_batch_size": 16, "learning_rate": 1e-3,
+        "logging_steps": 1, "save_strategy": "no", "report_to": [], "disable_tqdm": True, "use_cpu": True,
+        "dataloader_pin_memory": False, "seed": 3, "warmup_steps": 5, **changes,
+    }  # fmt: skip
+
+
+def losses_of(trainer: Any) -> list[float]:
+    """The loss of every step of training."""
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def distance(one: Any, other: Any) -> float:
+    """The largest difference between two curves of losses."""
+    return max(abs(a - b) for a, b in zip(losses_of(one), losses_of(other), strict=True))
