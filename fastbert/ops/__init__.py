@@ -4,6 +4,7 @@ from fastbert.ops import quantized
 from fastbert.ops.attention import prepare as prepare_attention
 from fastbert.ops.attention import varlen_attention
 from fastbert.ops.dispatch import AUTO, BACKENDS, BackendError, Policy
+from fastbert.ops.dropout import of_batch as dropout_of
 from fastbert.ops.elementwise import elementwise
 from fastbert.ops.embedding import check_ids, embedding_layer_norm
 from fastbert.ops.gelu import ACTIVATIONS, bias_gelu
@@ -21,6 +22,7 @@ __all__ = [
     "bias_gelu",
     "bias_residual_layer_norm",
     "check_ids",
+    "dropout_of",
     "elementwise",
     "embedding_layer_norm",
     "forget_packed",

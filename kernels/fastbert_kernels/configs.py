@@ -47,6 +47,19 @@ def elementwise_config(n_cols: int) -> dict[str, int]:
 
 
 @functools.cache
+def elementwise_backward_config(n_cols: int) -> dict[str, int]:
+    """Chooses the tile of elementwise kernels that add columns up: 2,048 elements, 16 a thread, 128 columns."""
+    block_cols = min(128, triton.next_power_of_2(n_cols))
+    return {"BLOCK_ROWS": 2048 // block_cols, "BLOCK_COLS": block_cols, "num_warps": 4, "num_stages": 1}
+
+
+@functools.cache
+def column_sums_config() -> dict[str, int]:
+    """Chooses the tile that adds up partial sums: 64 rows of 32 columns, which are 128 bytes each."""
+    return {"BLOCK_ROWS": 64, "BLOCK_COLS": 32, "num_warps": 4, "num_stages": 1}
+
+
+@functools.cache
 def pooling_config(n_cols: int) -> dict[str, int]:
     """Chooses the tile of pooling over rows: 4,096 elements, 32 a thread, in blocks of 128 columns.
 

@@ -75,7 +75,8 @@ def _embedding_layer_norm_kernel(
 
     weight = tl.load(weight_ptr + col_offs, mask=col_offs < N_COLS, other=0.0).to(tl.float32)
     ln_bias = tl.load(ln_bias_ptr + col_offs, mask=col_offs < N_COLS, other=0.0).to(tl.float32)
-    out = normalize_rows(x, col_mask, N_COLS, eps) * weight[None, :] + ln_bias[None, :]
+    normalized, _, _ = normalize_rows(x, col_mask, N_COLS, eps)
+    out = normalized * weight[None, :] + ln_bias[None, :]
 
     out_offs = row_offs[:, None] * out_row_stride + col_offs[None, :]
     out = out.to(out_ptr.dtype.element_ty)

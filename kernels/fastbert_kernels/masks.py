@@ -11,8 +11,8 @@ and a backward pass draw it independently. Eight neighbours share one call of Ph
 row: the packed row of a token, of a query in attention. column: the feature; in attention the place of the key within
 its sequence. head: 0 but in attention.
 
-Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011, doi:10.1145/2063384.2063405. Seven rounds are
-the fewest that pass their tests.
+Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011, doi:10.1145/2063384.2063405. Seven rounds
+are the fewest that pass their tests.
 """
 
 from __future__ import annotations

@@ -19,19 +19,21 @@ from fastbert_kernels.cpu.encoder import (
 )
 from fastbert_kernels.cpu.int8 import Int8Weight, linear_int8_forward, pack_int8, quantize_forward
 from fastbert_kernels.cpu.library import VARIANTS, has_amx, instructions, int8_obstacle, multiplies, obstacle
+from fastbert_kernels.cpu.linear_training import weight_gradient
 from fastbert_kernels.cpu.operations import (
     ACTIVATIONS,
     digest,
     ids_outside,
     linear_forward,
-    pack_weight,
     pool_forward,
     varlen_attention_forward,
 )
+from fastbert_kernels.cpu.packing import pack_transposed, pack_weight, pack_weights
 
 __all__ = [
     "ACTIVATIONS", "MAX_HIDDEN", "VARIANTS", "Encoder", "EncoderLayer", "EncoderTables", "Int8Encoder",
     "Int8EncoderLayer", "Int8Weight", "digest", "encoder_forward", "encoder_int8_forward", "has_amx", "ids_outside",
     "instructions", "int8_obstacle", "linear_forward", "linear_int8_forward", "multiplies", "obstacle", "pack_int8",
-    "pack_weight", "pool_forward", "quantize_forward", "varlen_attention_forward",
+    "pack_transposed", "pack_weight", "pack_weights", "pool_forward", "quantize_forward", "varlen_attention_forward",
+    "weight_gradient",
 ]  # fmt: skip

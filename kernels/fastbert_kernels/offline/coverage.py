@@ -85,7 +85,7 @@ def cases(dtype: str) -> Iterator[Case]:
             # Where linear_forward takes the persistent kernel, the other one serves tensors without a descriptor.
             if dtype in ("bf16", "fp16"):
                 fallback = frozenset({90, 100}) if name in ("qkv", "up+gelu") and model == "base" else nowhere
-                call = partial(_pointer_kernel, x, weight, tensor(n_cols), activation)
+                call = partial(pointer_kernel, x, weight, tensor(n_cols), activation)
                 yield case("linear", variant=f"{name} by pointers", archs=fallback, call=call)
             if activation == "none" and name != "qkv":
                 added = tensor(n_rows, n_cols)
@@ -194,11 +194,14 @@ def eight_bit_cases(dtype: str) -> Iterator[Case]:
         yield Case("quantized_linear", "extra", dtype, f"out of D{head_size}", some, call)
 
 
-def _pointer_kernel(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, activation: str) -> torch.Tensor:
+def pointer_kernel(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, activation: str, pre: torch.Tensor | None = None
+) -> torch.Tensor:
     """Calls the kernel that takes pointers, whatever the tables say."""
     arch, shape = launch.arch(x.device), (x.shape[1], weight.shape[0])
     config = configs.linear_config(x.dtype, arch, shape, activation).block_sizes
-    return linear.linear_pointer_forward(x, weight, bias, activation, None, config, x.new_empty(len(x), len(weight)))
+    out = x.new_empty(len(x), len(weight))
+    return linear.linear_pointer_forward(x, weight, bias, activation, None, config, out, pre)
 
 
 def _pointer_kernel_8_bit(call: partial[torch.Tensor]) -> torch.Tensor:

@@ -1,0 +1,103 @@
+"""These helpers draw dropout masks inside kernels: those of `fastbert_kernels.masks`, which says how they are defined.
+
+One call of Philox4x32-7 gives the numbers of eight neighbouring columns. What depends on a row or a column alone stays
+(R, 1) or (1, G) until it meets the other, which leaves 9 of the 14 multiplications to each call.
+
+A kernel takes `key_low, key_high, site, threshold, keep_scale`, which `arguments` gives; its decorator names the first
+four in `do_not_specialize`, so that no step compiles anew.
+
+Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011, doi:10.1145/2063384.2063405.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import triton.language as tl
+
+from fastbert_kernels import masks
+from fastbert_kernels.jit import jit
+from fastbert_kernels.masks import Dropout
+
+N_ROUNDS, GROUP = tl.constexpr(masks.N_ROUNDS), tl.constexpr(masks.GROUP)
+MULTIPLIER_0, MULTIPLIER_1 = tl.constexpr(masks.MULTIPLIERS[0]), tl.constexpr(masks.MULTIPLIERS[1])
+WEYL_0, WEYL_1 = tl.constexpr(masks.WEYL[0]), tl.constexpr(masks.WEYL[1])
+LOW_HALF = tl.constexpr(0xFFFF)
+
+DO_NOT_SPECIALIZE = ("key_low", "key_high", "site", "threshold")
+
+
+@jit
+def _wide(x, MULTIPLIER: tl.constexpr):
+    """Returns the high and the low word of x * MULTIPLIER, for uint32 x: one instruction of the hardware."""
+    product = x.to(tl.uint64) * MULTIPLIER
+    return (product >> 32).to(tl.uint32), product.to(tl.uint32)
+
+
+@jit
+def philox(group, row, head, key_low, key_high, site):
+    """Returns the four words, uint32, of each counter. The integers broadcast against one another."""
+    c0, c1, c2, c3 = group.to(tl.uint32), row.to(tl.uint32), tl.cast(head, tl.uint32), site.to(tl.uint32)
+    k0, k1 = key_low.to(tl.uint32), key_high.to(tl.uint32)
+    for _ in tl.static_range(N_ROUNDS):
+        high_0, low_0 = _wide(c0, MULTIPLIER_0)
+        high_1, low_1 = _wide(c2, MULTIPLIER_1)
+        c0, c1, c2, c3 = high_1 ^ c1 ^ k0, low_1, high_0 ^ c3 ^ k1, low_0
+        k0 += WEYL_0
+        k1 += WEYL_1
+    return c0, c1, c2, c3
+
+
+@jit
+def _keep_halves(word, threshold):
+    """Returns the masks of both 16-bit numbers of a word, the low one first."""
+    return (word & LOW_HALF) >= threshold, (word >> 16) >= threshold
+
+
+@jit
+def keep_columns(
+    rows,  # (R,) packed rows
+    groups,  # (G,) columns / 8
+    head,  # 0 but in attention
+    key_low,
+    key_high,
+    site,
+    threshold,
+):
+    """Returns the mask (R, 8 * G), bool, True where an element is kept. Group g is columns 8 g to 8 g + 7."""
+    w0, w1, w2, w3 = philox(groups[None, :], rows[:, None], head, key_low, key_high, site)
+    limit = threshold.to(tl.uint32)
+    e0, e1 = _keep_halves(w0, limit)
+    e2, e3 = _keep_halves(w1, limit)
+    e4, e5 = _keep_halves(w2, limit)
+    e6, e7 = _keep_halves(w3, limit)
+    # Each join adds an axis of two, the last one to be the one that varies fastest.
+    even = tl.join(tl.join(e0, e4), tl.join(e2, e6))
+    odd = tl.join(tl.join(e1, e5), tl.join(e3, e7))
+    return tl.reshape(tl.join(even, odd), (rows.shape[0], groups.shape[0] * GROUP))
+
+
+@jit
+def keep_elements(
+    rows,  # packed rows
+    columns,  # any integers from 0 on
+    head,  # 0 but in attention
+    key_low,
+    key_high,
+    site,
+    threshold,
+):
+    """Returns the mask of rows and columns that broadcast against each other, by a call of Philox for each element."""
+    columns = columns.to(tl.uint32)
+    w0, w1, w2, w3 = philox(columns // GROUP, rows, head, key_low, key_high, site)
+    place = columns % GROUP
+    word = tl.where(place < 4, tl.where(place < 2, w0, w1), tl.where(place < 6, w2, w3))
+    return ((word >> (place % 2 * 16)) & LOW_HALF) >= threshold.to(tl.uint32)
+
+
+def arguments(dropout: Dropout | None) -> dict[str, Any]:
+    """Returns what a kernel takes to draw the masks of a dropout; None for each where nothing is dropped."""
+    if dropout is None:
+        return dict.fromkeys((*DO_NOT_SPECIALIZE, "keep_scale"))
+    values = (*dropout.key, dropout.site, dropout.threshold, dropout.scale)
+    return dict(zip((*DO_NOT_SPECIALIZE, "keep_scale"), values, strict=True))

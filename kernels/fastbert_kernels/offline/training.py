@@ -1,0 +1,69 @@
+"""This module lists the launches of training that the offline report compiles, but for those of attention."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import torch
+
+from fastbert_kernels import gelu, layer_norm, layer_norm_backward, linear
+from fastbert_kernels.masks import Dropout
+from fastbert_kernels.offline.coverage import DTYPES, MODELS, Case, pointer_kernel
+
+N_ROWS = 64
+DROPOUT = Dropout(6554, 1, 1)
+# (operation, variant, whether the default run has it, call)
+Launches = Iterator[tuple[str, str, bool, Callable[[], object]]]
+
+
+def training_cases(dtype: str) -> Iterator[Case]:
+    """Lists every case of one dtype of products. With "under autocast" the stream between layers is float32."""
+    if dtype not in DTYPES or dtype == "tf32":
+        return
+    for model in MODELS:
+        wide = DTYPES[dtype] == torch.float32
+        for stream in [torch.float32] if wide else [DTYPES[dtype], torch.float32]:
+            note = "" if stream == DTYPES[dtype] else " under autocast"
+            for op, variant, often, call in _of_model(model, DTYPES[dtype], stream):
+                yield Case(op, model, dtype, variant + note, _archs(dtype, model, often), call)
+
+
+def _archs(dtype: str, model: str, often: bool) -> frozenset[int] | None:
+    """Tells where the default run compiles a case: everywhere (None), on some, or nowhere (empty)."""
+    if model == "odd" or not often:
+        return frozenset()
+    return None if dtype == "bf16" else frozenset({80, 90}) if model == "base" else frozenset()
+
+
+def _of_model(model: str, dtype: torch.dtype, stream: torch.dtype) -> Launches:
+    h, i, _ = MODELS[model]
+    yield from _residual_norm(h, dtype, stream)
+    if stream == dtype:
+        yield from _activation(h, i, dtype, model == "base")
+
+
+def _residual_norm(h: int, dtype: torch.dtype, stream: torch.dtype) -> Launches:
+    x, residual = (torch.empty((N_ROWS, h), dtype=d) for d in (dtype, stream))
+    vector, of_row = torch.empty(h, dtype=stream), torch.empty(N_ROWS)
+    saved = residual, x if dtype != stream else None, x, of_row, of_row, vector
+    forward = partial(layer_norm.residual_norm_forward, x, vector, residual, vector, vector, 1e-12)
+    backward = partial(layer_norm_backward.residual_norm_backward, *saved)
+    yield "layer_norm", "training", True, partial(forward, DROPOUT, True)
+    yield "layer_norm", "training, no dropout", False, partial(forward, None, True)
+    yield "layer_norm", "backward", True, partial(backward, DROPOUT, None, True)
+    yield "layer_norm", "backward, no dropout", False, partial(backward, None, None, True)
+    yield "layer_norm", "backward of embedding", True, partial(backward, None, DROPOUT, True, want_x=False)
+
+
+def _activation(h: int, i: int, dtype: torch.dtype, often: bool) -> Launches:
+    x, weight, bias, pre = (torch.empty(shape, dtype=dtype) for shape in ((N_ROWS, h), (i, h), i, (N_ROWS, i)))
+    for activation in ("gelu", "gelu_tanh", "relu"):
+        backward = partial(gelu.activation_backward, pre, pre, activation)
+        yield "gelu", f"backward of {activation}", often or activation == "gelu", backward
+    for activation in ("gelu", "gelu_tanh"):
+        forward = partial(linear.linear_forward, x, weight, bias, activation, pre=pre)
+        yield "linear", f"up+{activation}+pre", activation == "gelu", forward
+    if dtype != torch.float32:
+        by_pointers = partial(pointer_kernel, x, weight, bias, "gelu", pre)
+        yield "linear", "up+gelu+pre by pointers", often, by_pointers
