@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 
 import torch
@@ -14,6 +15,7 @@ from fastbert import ops, reference
 from fastbert.bench.engines import package_obstacle
 from fastbert.bench.peers import OURS
 from fastbert.ops import packing
+from fastbert_kernels.masks import Dropout, threshold_of
 
 EAGER = "PyTorch eager"
 DROPOUT = 0.1
@@ -68,8 +70,11 @@ def build(n_heads: int, head_size: int, lengths: Sequence[int], dtype: torch.dty
     out.backward(grad[:n_checked].double())
     assert exact.grad is not None
 
+    seeds = itertools.count()  # another mask at each call
+
     def ours(qkv: Tensor, p: float) -> Tensor:
-        return ops.varlen_attention(qkv, batch, n_heads, dropout_p=p)
+        dropout = Dropout(threshold_of(p), next(seeds), 0) if p else None
+        return ops.varlen_attention(qkv, batch, n_heads, dropout=dropout)
 
     def padded(attend: Callable[..., Tensor]) -> Attend:
         def run(qkv: Tensor, p: float) -> Tensor:

@@ -51,8 +51,9 @@ def report_page(findings: Findings, title: str = "fastbert verify") -> Page:
         sections.append(Section("Vectors and their neighbours", (findings.vectors.table(),)))
     if findings.gradients is not None:
         of_parameters = Fold("Every parameter", (findings.gradients.table_of_parameters(),))
-        worst = Text(f"{findings.gradients.worst().capitalize()}.")
-        sections.append(Section("Gradients", (findings.gradients.table(), worst, of_parameters)))
+        worst = findings.gradients.worst()
+        worst_text = Text(f"{worst[0].upper()}{worst[1:]}.")
+        sections.append(Section("Gradients", (findings.gradients.table(), worst_text, of_parameters)))
     if findings.quantized is not None:
         sections.append(Section("The price of 8 bits", (Text(f"{findings.quantized}."),)))
     environment = (
