@@ -103,7 +103,7 @@ def test_a_wrong_gradient_of_one_parameter_is_named(model: BertModel, layer: int
 
 
 def test_a_wrong_gradient_that_is_passed_on_is_put_down_to_its_layer(model: BertModel) -> None:
-    """Catches an error of an activation's backward pass that is blamed on the layers below, which are off because of it."""
+    """Catches an error of an activation's backward pass that is blamed on the layers below, which it makes wrong."""
     inner = model.encoder.layer[1].intermediate
     inner.register_forward_hook(lambda module, args, output: Changed.apply(output, lambda grad: grad * 1.01))
     gradients = gradients_of(model)
