@@ -131,8 +131,8 @@ void linear(const Linear<float>& call, const Team& team) { run<float, Floats>(ca
 void linear(const Linear<bf16>& call, const Team& team) { run<bf16, Pairs>(call, team); }
 #endif
 
-// weight: packed; activation: one of enum Activation. Strides in elements; the last axis is contiguous. k_size is even in
-// bfloat16.
+// weight: packed; activation: one of enum Activation. Strides in elements; the last axis is contiguous. k_size is even
+// in bfloat16.
 #define LINEAR(name, T)                                                                                               \
     EXPORT void name(const T* x, int64_t x_stride, const T* weight, const T* bias, const T* residual,                 \
                      int64_t residual_stride, T* pre, int64_t pre_stride, T* out, int64_t out_stride, int64_t n_rows, \

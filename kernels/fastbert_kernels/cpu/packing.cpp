@@ -3,8 +3,9 @@
 //     x @ weight^T:    panels of the weight's rows, steps along K      each VL x VL block of words is transposed
 //     x @ weight:      panels of its columns, steps along its rows     blocks of columns are copied
 //
-// weight: (M, K), float32 or bfloat16, or several with the same K, which count as one with their rows one after the other.
-// What is packed has their dtype, or is bfloat16 that was float32. Bytes: those of the weight and of what is packed.
+// weight: (M, K), float32 or bfloat16, or several with the same K, which count as one with their rows one after the
+// other. What is packed has their dtype, or is bfloat16 that was float32. Bytes: those of the weight and of what is
+// packed.
 #include "panels.h"
 
 namespace {
@@ -37,12 +38,12 @@ INLINE vi words_along(Pairs, const bf16* p, int64_t n) {
     return words;
 }
 
+#ifdef __AVX512BF16__
 INLINE vi words_along(Pairs, const float* p, int64_t n) {
-    bf16 rounded[2 * VL];
-    from_floats(rounded, to_floats(p, n));
-    from_floats(rounded + VL, n > VL ? to_floats(p + VL, n - VL) : vf{});
-    return load<vi>(rounded);
+    const vf low = to_floats(p, n), high = n > VL ? to_floats(p + VL, n - VL) : vf{};
+    return (vi)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
 }
+#endif
 
 // VL columns of a panel, which are rows of the weights from `row` on.
 template <typename O, typename T>

@@ -24,14 +24,15 @@ INLINE void copy_words(int32_t* to, const bf16* p, const bf16* q) {
     for (int j = 0; j < N; j++) to[j] = p[j] | (uint32_t)q[j] << 16;
 }
 
+INLINE vi rounded(const float* p) {
+    bf16 some[VL];
+    from_floats(some, to_floats(p));
+    return __builtin_convertvector(load<vh>(some), vi);
+}
+
 template <int N>
 INLINE void copy_words(int32_t* to, const float* p, const float* q) {
-    bf16 even[N], odd[N];
-    for (int j = 0; j < N; j += VL) {
-        from_floats(even + j, to_floats(p + j));
-        from_floats(odd + j, to_floats(q + j));
-    }
-    copy_words<N>(to, even, odd);
+    for (int j = 0; j < N; j += VL) store(to + j, rounded(p + j) | rounded(q + j) << 16);
 }
 
 // The same where only the first n of N columns are there, and zeros in the place of a row that is NULL.

@@ -4,10 +4,10 @@
 //
 // grad: (T, M), x: (T, K), both float32 or both bfloat16; weight: (M, K), float32 or their dtype; bias: (M,) float32.
 //
-// A step of the sums is one row of grad and x, or two in bfloat16. They go over a PIECE of steps at a time; each piece is
-// added to those before it, as in linear.cpp. A chunk of a few pieces is packed as in panels.h, x in panels of COLUMNS
-// and grad in panels of a few blocks of ROWS; a tile of the weight is ROWS x COLUMNS. The threads of a team multiply a
-// chunk and pack the next. Chunks, tasks and threads do not change the order of the sums.
+// A step of the sums is one row of grad and x, or two in bfloat16. The sums go over a PIECE of steps at a time; each
+// piece is added to those before it, as in linear.cpp. A chunk of a few pieces is packed as in panels.h, x in panels of
+// COLUMNS and grad in panels of BLOCKS of ROWS; a tile of the weight is ROWS x COLUMNS. The threads of a team (team.h)
+// multiply a chunk and pack the next. Chunks, tasks and threads do not change the order of the sums.
 //
 // FLOPs: 2 T M K. Bytes, at least: those of grad, x and weight, once.
 #include "panels.h"
@@ -24,7 +24,8 @@ constexpr int64_t TILE_BYTES = 1 << 18;   // of a task's part of the weight
 constexpr int64_t TASKS = 4;              // at least, for each thread
 constexpr int BLOCKS = 2;                 // in a panel of grad
 constexpr int WIDTH = BLOCKS * ROWS;      // of a panel of grad
-constexpr int STRIP = 4;                  // panels of grad that a task packs, a multiple of VL columns
+constexpr int STRIP = 4;                  // panels of grad that a task packs
+static_assert(STRIP * WIDTH % VL == 0, "the bias is summed in whole vectors of a strip");
 
 template <typename T, typename G>
 struct Gradient {
@@ -58,6 +59,22 @@ struct Cuts {
     int64_t block(int64_t piece, int64_t b) const { return left(piece, b / BLOCKS) + b % BLOCKS * ROWS; }
     int64_t steps(int64_t piece) const { return least(n_steps - piece * PIECE, PIECE); }
     int64_t end(int64_t c) const { return least((c + 1) * chunk, n_pieces); }
+};
+
+// The products of a chunk, cut into tasks of equal size: each takes `blocks` blocks by `rights` panels of x.
+struct Tasks {
+    int64_t blocks, rights, n_down, n_across;
+
+    Tasks(const Cuts& cuts, int64_t wanted)
+        : blocks(least(BLOCK_BYTES / (4 * PIECE * ROWS), at_least_1(cuts.n_blocks))),
+          rights(at_least_1(TILE_BYTES / (4 * blocks * ROWS * COLUMNS))) {
+        while (over(cuts.n_blocks, blocks) * over(cuts.n_rights, rights) < wanted && (blocks > 1 || rights > 1))
+            (rights == 1 || (blocks > 1 && blocks * ROWS > rights * COLUMNS) ? blocks : rights) /= 2;
+        n_down = at_least_1(over(cuts.n_blocks, blocks));
+        n_across = over(cuts.n_rights, rights);
+        blocks = over(cuts.n_blocks, n_down);
+        rights = over(cuts.n_rights, at_least_1(n_across));
+    }
 };
 
 // totals += the sums of V vectors of grad's columns over n rows from `grad` on. n_columns: how many are there.
@@ -166,40 +183,33 @@ struct Work {
             }
     }
 
-    void multiply(int64_t piece, int64_t first_block, int64_t end_block, int64_t first_right, int64_t end_right) const {
-        for (int64_t p = first_right; p < end_right; p++)
-            for (int64_t b = first_block; b < end_block; b++)
-                if (piece < cuts.n_pieces - 1) add(piece, b, p, call.sums);
-                else add(piece, b, p, call.weight);
+    void multiply(int64_t chunk, const Tasks& tasks, int64_t task) const {
+        const int64_t first = task % tasks.n_down * tasks.blocks, first_right = task / tasks.n_down * tasks.rights;
+        for (int64_t piece = chunk * cuts.chunk; piece < cuts.end(chunk); piece++)
+            for (int64_t p = first_right; p < least(first_right + tasks.rights, cuts.n_rights); p++)
+                for (int64_t b = first; b < least(first + tasks.blocks, cuts.n_blocks); b++)
+                    if (piece < cuts.n_pieces - 1) add(piece, b, p, call.sums);
+                    else add(piece, b, p, call.weight);
+    }
+
+    int64_t n_strips() const { return over(cuts.n_lefts, STRIP); }
+    void pack(int64_t chunk, int64_t task) const {
+        for (int64_t piece = chunk * cuts.chunk; piece < cuts.end(chunk); piece++)
+            if (task < n_strips()) pack_left(piece, task);
+            else pack_right(piece, task - n_strips());
     }
 };
 
 template <typename T, typename G, typename O>
 void run(const Gradient<T, G>& call, void* packed, const Cuts& cuts, const Team& team) {
     const Work<T, G, O> work = {call, cuts, (typename O::E*)packed};
-    const int64_t n_strips = over(cuts.n_lefts, STRIP);
-    int64_t blocks = least(BLOCK_BYTES / (4 * PIECE * ROWS), at_least_1(cuts.n_blocks));
-    int64_t rights = at_least_1(TILE_BYTES / (4 * blocks * ROWS * COLUMNS));
-    const int64_t wanted = TASKS * team.size;
-    while (over(cuts.n_blocks, blocks) * over(cuts.n_rights, rights) < wanted && (blocks > 1 || rights > 1))
-        (rights == 1 || (blocks > 1 && blocks * ROWS > rights * COLUMNS) ? blocks : rights) /= 2;
-    const int64_t n_down = over(cuts.n_blocks, blocks), n_across = over(cuts.n_rights, rights);
-    blocks = over(cuts.n_blocks, at_least_1(n_down));  // of equal size
-    rights = over(cuts.n_rights, at_least_1(n_across));
-    for (int64_t c = -1; c < cuts.n_chunks; c++) {  // of which the tasks multiply chunk c, and pack the next
-        const int64_t n_products = c < 0 ? 0 : n_down * n_across;
-        const int64_t n_packs = c + 1 < cuts.n_chunks ? n_strips + cuts.n_rights : 0;
+    const Tasks tasks(cuts, TASKS * team.size);
+    for (int64_t chunk = -1; chunk < cuts.n_chunks; chunk++) {  // -1: there is only the first to be packed
+        const int64_t n_products = chunk < 0 ? 0 : tasks.n_down * tasks.n_across;
+        const int64_t n_packs = chunk + 1 < cuts.n_chunks ? work.n_strips() + cuts.n_rights : 0;
         team.each(n_products + n_packs, [&](int64_t task) {
-            const int64_t first_block = task % at_least_1(n_down) * blocks,
-                          first_right = task / at_least_1(n_down) * rights;
-            if (task < n_products)
-                for (int64_t piece = c * cuts.chunk; piece < cuts.end(c); piece++)
-                    work.multiply(piece, first_block, least(first_block + blocks, cuts.n_blocks), first_right,
-                                  least(first_right + rights, cuts.n_rights));
-            else
-                for (int64_t piece = (c + 1) * cuts.chunk; piece < cuts.end(c + 1); piece++)
-                    if (task - n_products < n_strips) work.pack_left(piece, task - n_products);
-                    else work.pack_right(piece, task - n_products - n_strips);
+            if (task < n_products) work.multiply(chunk, tasks, task);
+            else work.pack(chunk + 1, task - n_products);
         });
     }
 }
