@@ -7,6 +7,10 @@ was there, or the processor lacks AVX2, `obstacle` says so, and the caller takes
 `python setup.py build_ext --inplace` compiles them in a checkout. An editable installation has done so.
 """
 
+from fastbert_kernels.cpu.attention_training import (
+    attention_backward,
+    attention_training_forward,
+)
 from fastbert_kernels.cpu.dropout import (
     dropout_mask,
 )
@@ -63,10 +67,10 @@ from fastbert_kernels.cpu.rows import (
 
 __all__ = [
     "ACTIVATIONS", "MAX_HIDDEN", "VARIANTS", "Encoder", "EncoderLayer", "EncoderTables", "Int8Encoder",
-    "Int8EncoderLayer", "Int8Weight", "NormBackward", "NormForward", "activation_backward", "digest",
-    "dropout_forward", "dropout_mask", "embedding_norm_forward", "embedding_scatter", "encoder_forward",
-    "encoder_int8_forward", "has_amx", "ids_outside", "instructions", "int8_obstacle", "linear_forward",
-    "linear_int8_forward", "multiplies", "obstacle", "pack_int8", "pack_transposed", "pack_weight", "pack_weights",
-    "pool_forward", "quantize_forward", "residual_norm_backward", "residual_norm_forward",
-    "varlen_attention_forward", "weight_gradient",
+    "Int8EncoderLayer", "Int8Weight", "NormBackward", "NormForward", "activation_backward", "attention_backward",
+    "attention_training_forward", "digest", "dropout_forward", "dropout_mask", "embedding_norm_forward",
+    "embedding_scatter", "encoder_forward", "encoder_int8_forward", "has_amx", "ids_outside", "instructions",
+    "int8_obstacle", "linear_forward", "linear_int8_forward", "multiplies", "obstacle", "pack_int8",
+    "pack_transposed", "pack_weight", "pack_weights", "pool_forward", "quantize_forward", "residual_norm_backward",
+    "residual_norm_forward", "varlen_attention_forward", "weight_gradient",
 ]  # fmt: skip

@@ -40,12 +40,18 @@ class Masks {
 
     // Bit i tells whether column 64 * block + i of a row is kept. About 50 instructions.
     __attribute__((always_inline)) uint64_t operator()(int64_t row, int64_t block) const {
+        return from(row, 64 * block);
+    }
+
+    // Bit i tells whether column first + i is kept; first is a multiple of 8.
+    __attribute__((always_inline)) uint64_t from(int64_t row, int64_t first) const {
+        const uint64_t group = first / 8;
 #if VL == 16
         const vg order = {0, 4, 1, 5, 2, 6, 3, 7};  // unpacking takes each other lane
-        return of_groups(row, order + 8 * block);
+        return of_groups(row, order + group);
 #else
         const vg order = {0, 1, 2, 3};
-        return of_groups(row, order + 8 * block) | of_groups(row, order + (8 * block + 4)) << 32;
+        return of_groups(row, order + group) | of_groups(row, order + (group + 4)) << 32;
 #endif
     }
 

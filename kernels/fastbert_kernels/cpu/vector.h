@@ -193,11 +193,12 @@ INLINE vf multiply_add(vf sum, vf x, vf y) { return (vf)_mm256_fmadd_ps((__m256)
 INLINE vf multiply_add(vf sum, vi x, vi y) { return (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)x, (__m512bh)y); }
 #endif
 
-// sums[i][j] += sum over k < n of x_i[k] * y[k][j]; x_i[k] at x[i] + k, y[k][j] at y + k * y_stride + j * y_step.
+// sums[i][j] += sum over k < n of x_i[k] * y[k][j]; x_i[k] at x[i] + k * x_stride, y[k][j] at y + k * y_stride + j *
+// y_step.
 // AHEAD: if not 0, y[k + AHEAD] is fetched into the cache beside the work on y[k].
 template <int ROWS, int N, typename O, int AHEAD = 0>
 INLINE void products(vf (&sums)[ROWS][N], const typename O::E* const* x, const typename O::E* y, int64_t n,
-                     int64_t y_stride, int64_t y_step) {
+                     int64_t y_stride, int64_t y_step, int64_t x_stride = 1) {
     for (int64_t k = 0; k < n; k++) {
         typename O::V right[N];
         for (int j = 0; j < N; j++) {
@@ -205,7 +206,7 @@ INLINE void products(vf (&sums)[ROWS][N], const typename O::E* const* x, const t
             if (AHEAD > 0) __builtin_prefetch(y + (k + AHEAD) * y_stride + j * y_step);
         }
         for (int i = 0; i < ROWS; i++) {
-            const typename O::V left = splat_of(x[i] + k);
+            const typename O::V left = splat_of(x[i] + k * x_stride);
             for (int j = 0; j < N; j++) sums[i][j] = multiply_add(sums[i][j], left, right[j]);
         }
     }
