@@ -59,6 +59,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "diagnostics/verify",
         "diagnostics/verify_faults",
         "diagnostics/verify_ends",
+        "diagnostics/verify_gradients",
         "diagnostics/explain",
         "diagnostics/explain_recording",
     ),
