@@ -4,10 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 
 import torch
 
-from fastbert_kernels import gelu, layer_norm, layer_norm_backward, linear
+from fastbert_kernels import (
+    embedding,
+    embedding_backward,
+    gelu,
+    layer_norm,
+    layer_norm_backward,
+    linear,
+    pooling,
+    pooling_backward,
+)
+from fastbert_kernels.embedding_backward import Segments
 from fastbert_kernels.masks import Dropout
 from fastbert_kernels.offline.coverage import DTYPES, MODELS, Case, pointer_kernel
 
@@ -26,6 +37,7 @@ def training_cases(dtype: str) -> Iterator[Case]:
         for stream in [torch.float32] if wide else [DTYPES[dtype], torch.float32]:
             note = "" if stream == DTYPES[dtype] else " under autocast"
             for op, variant, often, call in _of_model(model, DTYPES[dtype], stream):
+                often = often and (model == "base" or not note)
                 yield Case(op, model, dtype, variant + note, _archs(dtype, model, often), call)
 
 
@@ -39,6 +51,8 @@ def _archs(dtype: str, model: str, often: bool) -> frozenset[int] | None:
 def _of_model(model: str, dtype: torch.dtype, stream: torch.dtype) -> Launches:
     h, i, _ = MODELS[model]
     yield from _residual_norm(h, dtype, stream)
+    yield from _embedding(h, dtype, stream, model == "base")
+    yield from _pooling(h, dtype, stream, model == "base")
     if stream == dtype:
         yield from _activation(h, i, dtype, model == "base")
 
@@ -56,6 +70,23 @@ def _residual_norm(h: int, dtype: torch.dtype, stream: torch.dtype) -> Launches:
     yield "layer_norm", "backward of embedding", True, partial(backward, None, DROPOUT, True, want_x=False)
 
 
+def _embedding(h: int, dtype: torch.dtype, stream: torch.dtype, often: bool) -> Launches:
+    ids, vector = torch.zeros(N_ROWS, dtype=torch.int64), torch.empty(h, dtype=stream)
+    word, token_type, position = (torch.empty((n, h), dtype=stream) for n in (N_ROWS, 2, 512))
+    for variant, dropout, in_default, inputs in (
+        ("ids", DROPOUT, True, (ids, ids, ids, word, token_type, position)),
+        ("no dropout", None, False, (ids, ids, ids, word, token_type, position)),
+        ("embeds", DROPOUT, often, (None, ids, ids, word, token_type, position)),
+        ("without segments", DROPOUT, often, (ids, None, ids, word, None, position)),
+    ):
+        arguments: tuple[Any, ...] = *inputs, vector, vector, 1e-12, dropout, dtype, True
+        yield "embedding", f"training, {variant}", in_default, partial(embedding.embedding_norm_forward, *arguments)
+    for n_ids in (512, 30000):  # They have tiles of different sizes.
+        segments = Segments(ids, torch.zeros(n_ids + 1, dtype=torch.int64), ids.to(torch.int16))
+        backward = partial(embedding_backward.embedding_backward, word, segments, stream)
+        yield "embedding", f"backward of {n_ids} rows", True, backward
+
+
 def _activation(h: int, i: int, dtype: torch.dtype, often: bool) -> Launches:
     x, weight, bias, pre = (torch.empty(shape, dtype=dtype) for shape in ((N_ROWS, h), (i, h), i, (N_ROWS, i)))
     for activation in ("gelu", "gelu_tanh", "relu"):
@@ -67,3 +98,12 @@ def _activation(h: int, i: int, dtype: torch.dtype, often: bool) -> Launches:
     if dtype != torch.float32:
         by_pointers = partial(pointer_kernel, x, weight, bias, "gelu", pre)
         yield "linear", "up+gelu+pre by pointers", often, by_pointers
+
+
+def _pooling(h: int, dtype: torch.dtype, stream: torch.dtype, often: bool) -> Launches:
+    hidden, grad = torch.empty((N_ROWS, h), dtype=dtype), torch.empty((2, h), dtype=stream)
+    cu_seqlens = torch.zeros(3, dtype=torch.int32)
+    for mode in pooling.MODES:
+        backward = partial(pooling_backward.pool_backward, grad, hidden, cu_seqlens, mode)
+        yield "pooling", f"backward of {mode}", often or mode == "mean", partial(backward, False)
+        yield "pooling", f"backward of {mode}+norm", mode == "max" and often, partial(backward, True)
