@@ -1,4 +1,4 @@
-"""No step of training compiles a kernel that an earlier one has not: sizes and seeds that change are run-time values."""
+"""No step of training compiles a kernel that an earlier one has: sizes and seeds that change are run-time values."""
 
 from __future__ import annotations
 
