@@ -84,6 +84,24 @@ def test_hidden_sizes(hidden_size, device, poisoned):
     poisoned.check()
 
 
+@pytest.mark.parametrize("n_tokens", [0, 1, 67])
+@pytest.mark.parametrize("id_dtype", [torch.int32, torch.int64])
+def test_tokens_and_id_dtypes(n_tokens, id_dtype, device, poisoned):
+    """Catches ids read with the wrong width, a last block of tokens that is cut off, or an empty grid."""
+    ids, tensors = inputs(n_tokens, 24, FP32, device, id_dtype)
+    grad, grad_low = torch.randn(n_tokens, 24, device=device), torch.randn(n_tokens, 24, device=device).to(BF16)
+    mask = kept(n_tokens, 24, dropout(), device)
+    (y, y_low, total, _, _), grads = ours(ids, tensors, dropout(), BF16, grad, grad_low)
+    assert total.dtype == y_low.dtype == BF16
+    exact_tensors, eager_tensors = leaves(tensors, torch.float64), leaves(tensors)
+    assert_as_accurate("y", y, plain(ids, eager_tensors, mask), plain(ids, exact_tensors, mask))
+    exact = plain_gradients(ids, exact_tensors, mask, grad.double(), grad_low.double(), torch.float64)
+    eager = plain_gradients(ids, eager_tensors, mask, grad, grad_low, BF16)
+    for name in NAMES:
+        assert_gradient(name, grads[name], eager[name], exact[name], BF16)
+    poisoned.check()
+
+
 def test_embeddings_and_models_without_segments(device, poisoned):
     """Catches embeddings given directly that are looked up by id, or a missing table that is read."""
     ids, (word, token_type, position, *norm) = inputs(9, 48, FP32, device)
