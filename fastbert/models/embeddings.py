@@ -14,6 +14,7 @@ from fastbert.models import hooks
 from fastbert.models.modules import call_dropout, call_module
 from fastbert.ops import Policy
 from fastbert.ops.packing import PackedBatch
+from fastbert_kernels.masks import EMBEDDINGS
 
 
 class BertEmbeddings(nn.Module):
@@ -54,7 +55,7 @@ class BertEmbeddings(nn.Module):
             tables.norm.eps,
             inputs_embeds=tables.words if input_ids is None else None,
             padding_idx=None if input_ids is None else self.word_embeddings.padding_idx,
-            dropout_p=self.dropout.p if self.training else 0.0,
+            dropout=ops.dropout_of(self.dropout.p if self.training else 0.0, batch, EMBEDDINGS),
             policy=policy,
         )
 
