@@ -244,7 +244,7 @@ def embedding_norm_forward(
     eps: float,
     dropout: Dropout | None,
     dtype: torch.dtype,
-    low: bool,
+    low: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Computes y = dropout(`embedding_layer_norm_forward`), and what its backward pass needs.
 

@@ -14,7 +14,8 @@ KERNELS = """
 import json, torch
 from triton.backends.compiler import GPUTarget
 from fastbert_kernels import (
-    embedding, embedding_backward, gelu, launch, layer_norm, layer_norm_backward, linear, offline, pooling_backward
+    dropout_rows, embedding, embedding_backward, gelu, launch, layer_norm, layer_norm_backward, linear, offline,
+    pooling_backward
 )
 from fastbert_kernels.masks import Dropout
 
@@ -32,6 +33,7 @@ def launches(t, b, dropout):
     segments = embedding_backward.Segments(ids, empty(1001, dtype=torch.int64), empty(t, dtype=torch.int16))
     layer_norm.residual_norm_forward(x, vector, x, vector, vector, 1e-12, dropout, True)
     layer_norm_backward.residual_norm_backward(x, None, x, of_row, of_row, vector, dropout, dropout, True)
+    dropout_rows.dropout_forward(x, dropout)
     tables = word, types, positions
     embedding.embedding_norm_forward(ids, ids, ids, *tables, vector, vector, 1e-12, dropout, BF16, True)
     for padding_idx in (None, 0, 1, 16):

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from fastbert_kernels import (
+    dropout_rows,
     embedding,
     embedding_backward,
     gelu,
@@ -71,6 +72,8 @@ def _residual_norm(h: int, dtype: torch.dtype, stream: torch.dtype) -> Launches:
     yield "layer_norm", "training, no dropout", ALL, partial(forward, None, True)
     yield "layer_norm", "backward", MAIN, partial(backward, DROPOUT, None, True)
     yield "layer_norm", "backward, no dropout", ALL, partial(backward, None, None, True)
+    if stream == dtype:
+        yield "layer_norm", "dropout", MORE, partial(dropout_rows.dropout_forward, x, DROPOUT)
     yield "layer_norm", "backward of embedding", MORE, partial(backward, None, DROPOUT, True, want_x=False)
 
 
