@@ -34,7 +34,9 @@ GROUPS: dict[str, tuple[str, ...]] = {
     **{op: _files(f"ops/op_{op}") for op in OPS},
     "attention": _files("ops/op_attention", "on_kernels/attention_short"),
     "dropout": _files("ops/dropout_kernels"),
-    "training_rows": _files("ops/residual_norm_kernels", "ops/activation_backward"),
+    "training_rows": _files(
+        "ops/residual_norm_kernels", "ops/activation_backward", "ops/embedding_kernels", "ops/pooling_backward"
+    ),
     "linear": _files("ops/op_linear", "ops/op_linear_persistent"),
     "cross_entropy": _files("ops/op_cross_entropy"),
     "graphs": _files(

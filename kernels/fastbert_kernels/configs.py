@@ -60,6 +60,26 @@ def column_sums_config() -> dict[str, int]:
 
 
 @functools.cache
+def pieces_config(n_cols: int) -> dict[str, int]:
+    """Chooses the tile that adds rows of gradients up: 4,096 elements, 32 a thread, in blocks of 128 columns."""
+    block_cols = min(128, triton.next_power_of_2(n_cols))
+    return {"BLOCK_ROWS": min(64, 4096 // block_cols), "BLOCK_COLS": block_cols, "num_warps": 4, "num_stages": 1}
+
+
+@functools.cache
+def segments_config(n_rows: int, n_cols: int) -> dict[str, int]:
+    """Chooses the tile that adds the gradients of a table's row up.
+
+    Most rows of a large table have few tokens or none: a program has 1,024 columns, and few tokens at a time. Those of
+    a small table have many.
+    """
+    if n_rows <= 4096:
+        return pieces_config(n_cols)
+    block_cols = min(1024, triton.next_power_of_2(n_cols))
+    return {"BLOCK_ROWS": min(8, 4096 // block_cols), "BLOCK_COLS": block_cols, "num_warps": 4, "num_stages": 1}
+
+
+@functools.cache
 def pooling_config(n_cols: int) -> dict[str, int]:
     """Chooses the tile of pooling over rows: 4,096 elements, 32 a thread, in blocks of 128 columns.
 
@@ -73,6 +93,12 @@ def pooling_config(n_cols: int) -> dict[str, int]:
         "num_warps": 4,
         "num_stages": 1,
     }
+
+
+@functools.cache
+def pooling_backward_config(n_cols: int) -> dict[str, int]:
+    """Chooses the tile of the backward pass of pooling: 2,048 elements, 16 a thread, in blocks of 128 columns."""
+    return elementwise_backward_config(n_cols)
 
 
 @functools.cache
