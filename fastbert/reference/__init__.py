@@ -15,6 +15,7 @@ from fastbert.reference.ops import (
     gelu,
     layer_norm,
     linear,
+    linear_cross_entropy,
     pool,
     varlen_attention,
 )
@@ -32,6 +33,7 @@ __all__ = [
     "head",
     "layer_norm",
     "linear",
+    "linear_cross_entropy",
     "pool",
     "varlen_attention",
 ]

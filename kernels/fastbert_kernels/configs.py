@@ -83,6 +83,13 @@ def whole_row_config(n_cols: int) -> dict[str, int]:
 
 
 @functools.cache
+def long_row_config(n_cols: int) -> dict[str, int]:
+    """Chooses the tile of kernels that walk along one row of any length: up to 4,096 elements, 16 a thread."""
+    block_cols = min(4096, triton.next_power_of_2(n_cols))
+    return {"BLOCK_COLS": block_cols, "num_warps": max(1, min(8, block_cols // 512)), "num_stages": 1}
+
+
+@functools.cache
 def one_row_pooling_config(n_cols: int) -> dict[str, int]:
     """Chooses the tile of pooling that takes one row of a sequence, the first or the last."""
     return {"BLOCK_ROWS": 1, "UNROLL": 1, **whole_row_config(n_cols)}
