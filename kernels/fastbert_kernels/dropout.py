@@ -78,21 +78,54 @@ def keep_columns(
 
 
 @jit
-def keep_elements(
-    rows,  # packed rows
-    columns,  # any integers from 0 on
-    head,  # 0 but in attention
-    key_low,
-    key_high,
-    site,
-    threshold,
-):
-    """Returns the mask of rows and columns that broadcast against each other, by a call of Philox for each element."""
-    columns = columns.to(tl.uint32)
-    w0, w1, w2, w3 = philox(columns // GROUP, rows, head, key_low, key_high, site)
-    place = columns % GROUP
-    word = tl.where(place < 4, tl.where(place < 2, w0, w1), tl.where(place < 6, w2, w3))
-    return ((word >> (place % 2 * 16)) & LOW_HALF) >= threshold.to(tl.uint32)
+def keep_byte(group, row, head, key_low, key_high, site, threshold):
+    """Returns the masks of a group's eight columns in the low bits of an int32, the first column's lowest."""
+    w0, w1, w2, w3 = philox(group, row, head, key_low, key_high, site)
+    limit = threshold.to(tl.uint32)
+    e0, e1 = _keep_halves(w0, limit)
+    e2, e3 = _keep_halves(w1, limit)
+    e4, e5 = _keep_halves(w2, limit)
+    e6, e7 = _keep_halves(w3, limit)
+    low = tl.where(e0, 1, 0) | tl.where(e1, 2, 0) | tl.where(e2, 4, 0) | tl.where(e3, 8, 0)
+    return low | tl.where(e4, 16, 0) | tl.where(e5, 32, 0) | tl.where(e6, 64, 0) | tl.where(e7, 128, 0)
+
+
+@jit
+def keep_byte_from(column, row, head, key_low, key_high, site, threshold):
+    """Does what `keep_byte` does for eight columns that begin anywhere, by the two groups that they lie in."""
+    low = keep_byte(column >> 3, row, head, key_low, key_high, site, threshold)
+    high = keep_byte((column >> 3) + 1, row, head, key_low, key_high, site, threshold)
+    return ((low | (high << 8)) >> (column & 7)) & 255
+
+
+@jit
+def spread_columns(byte):
+    """Spreads bytes (R, W, G), up to four neighbouring groups in the last axis, to a mask (R, 8 * W * G), bool.
+
+    The bytes meet in one word, by a sum. Then each thread has the bits of its elements, in the layout of a matrix
+    product, in which a group is spread over four threads: each of these draws one byte, and none twice.
+    """
+    N_GROUPS: tl.constexpr = byte.shape[2]
+    word = tl.sum(byte << (tl.arange(0, N_GROUPS) * GROUP)[None, None, :], axis=2)
+    x = tl.arange(0, N_GROUPS * GROUP)
+    bit = 1 << ((x & 24) + 2 * (x & 3) + ((x >> 2) & 1))  # x is (group, column % 2, column / 2)
+    keep = (word[:, :, None] & bit[None, None, :]) != 0
+    keep = tl.permute(tl.reshape(keep, (byte.shape[0], byte.shape[1] * N_GROUPS, 2, GROUP // 2)), (0, 1, 3, 2))
+    return tl.reshape(keep, (byte.shape[0], byte.shape[1] * N_GROUPS * GROUP))
+
+
+@jit
+def spread_rows(byte):
+    """Spreads bytes (G, W, 8) of 8 * W columns, up to 64, to a mask (8 * G, 8 * W), bool: groups run along rows.
+
+    As in `spread_columns`, but here eight threads share a group: each draws the byte of another column.
+    """
+    N_WORDS: tl.constexpr = byte.shape[1]
+    one = tl.full((GROUP * N_WORDS,), 1, tl.int64 if N_WORDS == 8 else tl.int32)
+    word = tl.sum(byte.to(one.dtype) << (tl.arange(0, N_WORDS) * GROUP)[None, :, None], axis=1)
+    keep = (word[:, None, :] & (one << tl.arange(0, GROUP * N_WORDS))[None, :, None]) != 0
+    keep = tl.permute(tl.reshape(keep, (byte.shape[0], N_WORDS, GROUP, GROUP)), (0, 2, 1, 3))
+    return tl.reshape(keep, (byte.shape[0] * GROUP, N_WORDS * GROUP))
 
 
 def arguments(dropout: Dropout | None) -> dict[str, Any]:
