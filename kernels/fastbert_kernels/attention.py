@@ -34,7 +34,7 @@ import triton.language as tl
 
 from fastbert_kernels import configs, launch
 from fastbert_kernels import dropout as drawing
-from fastbert_kernels.dropout import GROUP, keep_byte, keep_byte_from, spread_columns
+from fastbert_kernels.dropout import GROUP, keep_bits, keep_bits_from, spread_columns
 from fastbert_kernels.jit import jit
 from fastbert_kernels.masks import Dropout
 from fastbert_kernels.quantize import quantize_rows
@@ -51,21 +51,23 @@ def keep_probabilities(
     rows,  # (BLOCK_Q,) packed rows
     row_first_key,  # (BLOCK_Q,)
     first_key,  # the first key of the tile
-    whole,  # whether the tile is of one sequence
     head,
     mask_key,  # (key_low, key_high, site, threshold)
-    MASKED: tl.constexpr,
+    shared,  # whether the tile is of several sequences
     BLOCK_K: tl.constexpr,
 ):
-    """Returns the mask (BLOCK_Q, BLOCK_K). In a tile of several sequences, a row's places may begin within a group."""
+    """Draws the mask (BLOCK_Q, BLOCK_K), which `spread_columns` takes.
+
+    A key's column is its place in its sequence. In a tile of several sequences, a row's columns may begin in a group.
+    """
     N_GROUPS: tl.constexpr = min(4, BLOCK_K // GROUP)
     offs = tl.arange(0, BLOCK_K // GROUP).reshape(BLOCK_K // GROUP // N_GROUPS, N_GROUPS) * GROUP
     offs, rows = offs[None, :, :], rows[:, None, None]
-    if MASKED and not whole:
-        byte = keep_byte_from(block_start - row_first_key[:, None, None] + offs, rows, head, *mask_key)
+    if shared:
+        bits = keep_bits_from(block_start - row_first_key[:, None, None] + offs, rows, head, *mask_key)
     else:
-        byte = keep_byte((block_start - first_key + offs) // GROUP, rows, head, *mask_key)
-    return spread_columns(byte)
+        bits = keep_bits((block_start - first_key + offs) // GROUP, rows, head, *mask_key)
+    return bits
 
 
 @jit
@@ -85,7 +87,7 @@ def _attend(
     row_max,  # (BLOCK_Q,) float32, of the scores times scale_log2
     rows,  # (BLOCK_Q,) packed rows
     first_key,
-    whole,  # whether the tile is of one sequence
+    shared,  # whether the tile is of several sequences
     head,
     mask_key,  # (key_low, key_high, site, threshold) where DROPOUT
     DROPOUT: tl.constexpr,
@@ -110,6 +112,8 @@ def _attend(
             k = tl.load(k_ptrs)
             v = tl.load(v_ptrs)
 
+        if DROPOUT:
+            bits = keep_probabilities(block_start, rows, row_first_key, first_key, head, mask_key, MASKED and shared, BLOCK_K)
         scores = tl.dot(q, k, input_precision=INPUT_PRECISION)  # (BLOCK_Q, BLOCK_K)
         if MASKED:
             own = (keys[None, :] >= row_first_key[:, None]) & (keys[None, :] < row_end_key[:, None])
@@ -119,8 +123,7 @@ def _attend(
         rescale = tl.exp2(row_max - new_max)
         row_sum = row_sum * rescale + tl.sum(p, axis=1)
         if DROPOUT:
-            keep = keep_probabilities(block_start, rows, row_first_key, first_key, whole, head, mask_key, MASKED, BLOCK_K)
-            p = tl.where(keep, p, 0.0)
+            p = tl.where(spread_columns(bits), p, 0.0)
         acc = tl.dot(p.to(v.dtype), v, acc * rescale[:, None], input_precision=INPUT_PRECISION)
         row_max = new_max
         k_ptrs += BLOCK_K * kv_row_stride
@@ -141,7 +144,6 @@ def _attend_once(
     scale_log2,
     d_mask,  # (BLOCK_D,)
     rows,  # (BLOCK_Q,)
-    whole,
     head,
     mask_key,
     DROPOUT: tl.constexpr,
@@ -161,8 +163,8 @@ def _attend_once(
     p = tl.exp2(scores * scale_log2 - row_max[:, None])
     row_sum = tl.sum(p, axis=1)
     if DROPOUT:
-        keep = keep_probabilities(key_start, rows, row_first_key, key_start, whole, head, mask_key, True, BLOCK_K)
-        p = tl.where(keep, p, 0.0)
+        bits = keep_probabilities(key_start, rows, row_first_key, key_start, head, mask_key, False, BLOCK_K)
+        p = tl.where(spread_columns(bits), p, 0.0)
     return tl.dot(p.to(v.dtype), v, input_precision=INPUT_PRECISION), row_sum, row_max
 
 
@@ -225,12 +227,12 @@ def _varlen_attention_kernel(
     k_block_ptr = k_ptr + key_offs[None, :] + d_offs[:, None]
     v_block_ptr = v_ptr + key_offs[:, None] + d_offs[None, :]
 
-    whole = end_seq - first_seq == 1
+    shared = end_seq - first_seq > 1
     mask_key = (key_low, key_high, site, threshold)
     if ONE_BLOCK:
         acc, row_sum, row_max = _attend_once(
             q, k_block_ptr, v_block_ptr, first_key, end_key, row_first_key, row_end_key, qkv_row_stride, scale_log2,
-            d_mask, rows, whole, head, mask_key, DROPOUT, INPUT_PRECISION, BLOCK_K,
+            d_mask, rows, head, mask_key, DROPOUT, INPUT_PRECISION, BLOCK_K,
         )  # fmt: skip
     else:
         acc = tl.zeros((BLOCK_Q, BLOCK_D), dtype=tl.float32)
@@ -239,16 +241,16 @@ def _varlen_attention_kernel(
 
         # Only one sequence: whole blocks of keys need no mask. Several: every block does.
         end_unmasked = first_key
-        if whole:
+        if not shared:
             end_unmasked = first_key + (end_key - first_key) // BLOCK_K * BLOCK_K
         acc, row_sum, row_max = _attend(
             q, k_block_ptr, v_block_ptr, first_key, end_unmasked, row_first_key, row_end_key, qkv_row_stride,
-            scale_log2, d_mask, acc, row_sum, row_max, rows, first_key, whole, head, mask_key,
+            scale_log2, d_mask, acc, row_sum, row_max, rows, first_key, shared, head, mask_key,
             DROPOUT, False, BLOCK_D != HEAD_SIZE, INPUT_PRECISION, BLOCK_K,
         )  # fmt: skip
         acc, row_sum, row_max = _attend(
             q, k_block_ptr, v_block_ptr, end_unmasked, end_key, row_first_key, row_end_key, qkv_row_stride,
-            scale_log2, d_mask, acc, row_sum, row_max, rows, first_key, whole, head, mask_key,
+            scale_log2, d_mask, acc, row_sum, row_max, rows, first_key, shared, head, mask_key,
             DROPOUT, True, BLOCK_D != HEAD_SIZE, INPUT_PRECISION, BLOCK_K,
         )  # fmt: skip
 

@@ -30,7 +30,7 @@ import triton.language as tl
 from fastbert_kernels import configs, launch
 from fastbert_kernels import dropout as drawing
 from fastbert_kernels.attention import LOG2_E, keep_probabilities
-from fastbert_kernels.dropout import GROUP, keep_byte, keep_byte_from, spread_rows
+from fastbert_kernels.dropout import GROUP, keep_bits, keep_bits_from, spread_columns, spread_rows
 from fastbert_kernels.jit import jit
 from fastbert_kernels.masks import RANGE, Dropout
 
@@ -50,14 +50,58 @@ def _load_rows(ptrs, row_mask, d_mask, MASKED: tl.constexpr, PADDED_D: tl.conste
 
 
 @jit
+def _store_statistics(ptrs, lse_log2, delta, row_mask):
+    """Stores (rows, 4): lse times log2(e), delta, and both again.
+
+    Rows of 16 bytes because Triton loads a vector of fewer elements than threads in each of them that needs it, each
+    time in the loop.
+    """
+    pair = tl.join(lse_log2, delta)
+    rows = tl.permute(tl.join(pair, pair), (0, 2, 1)).reshape(lse_log2.shape[0], 4)
+    tl.store(ptrs[:, None] + tl.arange(0, 4)[None, :], rows, mask=row_mask[:, None])
+
+
+@jit
+def _load_statistics(ptrs, row_mask, MASKED: tl.constexpr):
+    """Loads lse times log2(e) and delta, (rows,) each, zero past row_mask where MASKED."""
+    ptrs = ptrs[:, None] + tl.arange(0, 4)[None, :]
+    if MASKED:
+        rows = tl.load(ptrs, mask=row_mask[:, None], other=0.0)
+    else:
+        rows = tl.load(ptrs)
+    pair, _ = tl.split(tl.permute(rows.reshape(ptrs.shape[0], 2, 2), (0, 2, 1)))
+    return tl.split(pair)
+
+
+@jit
+def _tile_offs(
+    work_list_ptr,
+    tile,
+    head,
+    row_stride,
+    HEAD_SIZE: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Returns offsets and mask of a tile's rows, (BLOCK_ROWS, BLOCK_D), to store it. It reads the work list again, so
+    that no register holds them over the loops."""
+    rows = tl.load(work_list_ptr + 4 * tile, volatile=True) + tl.arange(0, BLOCK_ROWS)
+    row_mask = rows < tl.load(work_list_ptr + 4 * tile + 1, volatile=True)
+    d_offs = tl.arange(0, BLOCK_D)
+    offs = rows.to(tl.int64)[:, None] * row_stride + head * HEAD_SIZE + d_offs[None, :]
+    return offs, row_mask[:, None] & (d_offs < HEAD_SIZE)[None, :]
+
+
+@jit
 def _add_query_gradients(
     dq,  # (BLOCK_Q, BLOCK_D) float32
     q,  # (BLOCK_Q, BLOCK_D)
     dout,  # (BLOCK_Q, BLOCK_D)
     lse_log2,  # (BLOCK_Q,) lse times log2(e)
     delta,  # (BLOCK_Q,) divided by keep_scale
-    k_block_ptr,  # (BLOCK_K, BLOCK_D) pointers to keys 0 to BLOCK_K - 1 of the batch
-    v_block_ptr,  # (BLOCK_K, BLOCK_D)
+    k_ptr,  # (T, N, D)
+    v_ptr,  # (T, N, D)
+    key_offs,  # (BLOCK_K, BLOCK_D) offsets of keys 0 to BLOCK_K - 1 of the batch
     start,
     end,
     first_key,
@@ -67,41 +111,42 @@ def _add_query_gradients(
     qkv_row_stride,
     scale_log2,
     d_mask,  # (BLOCK_D,)
-    whole,  # whether the tile is of one sequence
     head,
     mask_key,  # (key_low, key_high, site, threshold) where DROPOUT
     DROPOUT: tl.constexpr,
     MASKED: tl.constexpr,
+    SHARED: tl.constexpr,
     PADDED_D: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     """Adds what the keys [start, end) give. Unless MASKED, that is a whole number of blocks."""
-    k_ptrs = k_block_ptr + start.to(tl.int64) * qkv_row_stride
-    v_ptrs = v_block_ptr + start.to(tl.int64) * qkv_row_stride
     for block_start in range(start, end, BLOCK_K):
         keys = block_start + tl.arange(0, BLOCK_K)
-        k = _load_rows(k_ptrs, keys < end, d_mask, MASKED, PADDED_D)
-        v = _load_rows(v_ptrs, keys < end, d_mask, MASKED, PADDED_D)
+        block_offset = tl.cast(block_start, tl.int64) * qkv_row_stride
+        k = _load_rows(k_ptr + block_offset + key_offs, keys < end, d_mask, MASKED, PADDED_D)
+        v = _load_rows(v_ptr + block_offset + key_offs, keys < end, d_mask, MASKED, PADDED_D)
 
+        if DROPOUT:
+            bits = keep_probabilities(block_start, rows, row_first_key, first_key, head, mask_key, SHARED, BLOCK_K)
         scores = tl.dot(q, tl.trans(k), input_precision=INPUT_PRECISION)  # (BLOCK_Q, BLOCK_K)
-        if MASKED:
+        dp = tl.dot(dout, tl.trans(v), input_precision=INPUT_PRECISION)
+        if MASKED and not SHARED:
+            scores = tl.where((keys < end)[None, :], scores, float("-inf"))
+        if SHARED:
             own = (keys[None, :] >= row_first_key[:, None]) & (keys[None, :] < row_end_key[:, None])
             scores = tl.where(own, scores, float("-inf"))
         p = tl.exp2(scores * scale_log2 - lse_log2[:, None])
-        dp = tl.dot(dout, tl.trans(v), input_precision=INPUT_PRECISION)
         if DROPOUT:
-            keep = keep_probabilities(block_start, rows, row_first_key, first_key, whole, head, mask_key, MASKED, BLOCK_K)
+            keep = spread_columns(bits)
             dp = tl.where(keep, dp, 0.0)
         ds = p * (dp - delta[:, None])
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=INPUT_PRECISION)
-        k_ptrs += BLOCK_K * qkv_row_stride
-        v_ptrs += BLOCK_K * qkv_row_stride
     return dq
 
 
 @jit(
-    do_not_specialize=["head_stride", *drawing.DO_NOT_SPECIALIZE],
+    do_not_specialize=["lse_head_stride", "n_rows", *drawing.DO_NOT_SPECIALIZE],
     do_not_specialize_on_alignment=["cu_seqlens_ptr"],
 )
 def _query_gradient_kernel(
@@ -111,7 +156,7 @@ def _query_gradient_kernel(
     dout_ptr,  # (T, N, D)
     out_ptr,  # (T, N, D)
     lse_ptr,  # (N, T) float32
-    delta_ptr,  # (N, T) float32
+    statistics_ptr,  # (N, T, 4) float32: see `_store_statistics`
     dq_ptr,  # (T, N, D)
     work_list_ptr,  # (W, 4) int32: first row, end row, first sequence, end sequence
     seq_ids_ptr,  # (T,) int32: the sequence of each token
@@ -120,7 +165,8 @@ def _query_gradient_kernel(
     dout_row_stride,
     out_row_stride,
     dq_row_stride,
-    head_stride,  # of lse and delta
+    lse_head_stride,
+    n_rows,
     scale,
     key_low,  # this and the next four: where DROPOUT
     key_high,
@@ -162,32 +208,36 @@ def _query_gradient_kernel(
     delta = tl.sum(dout.to(tl.float32) * out.to(tl.float32), axis=1)
     if DROPOUT:
         delta *= 1.0 - threshold.to(tl.float32) / N_NUMBERS
-    head_offs = head.to(tl.int64) * head_stride + rows
-    tl.store(delta_ptr + head_offs, delta, mask=row_mask)
-    lse_log2 = tl.load(lse_ptr + head_offs, mask=row_mask, other=0.0) * LOG2_E
+    lse_ptrs = lse_ptr + head * lse_head_stride.to(tl.int64) + rows
+    lse_log2 = tl.load(lse_ptrs, mask=row_mask, other=0.0) * LOG2_E
+    _store_statistics(statistics_ptr + 4 * (head * n_rows.to(tl.int64) + rows), lse_log2, delta, row_mask)
 
-    key_offs = tl.arange(0, BLOCK_K).to(tl.int64)[:, None] * qkv_row_stride + column_offs
-    whole = end_seq - first_seq == 1
+    key_offs = tl.arange(0, BLOCK_K)[:, None] * qkv_row_stride + column_offs
     mask_key = (key_low, key_high, site, threshold)
     scale_log2 = scale * LOG2_E
-    # Only one sequence: whole blocks of keys need no mask. Several: every block does.
-    end_unmasked = first_key
-    if whole:
-        end_unmasked = first_key + (end_key - first_key) // BLOCK_K * BLOCK_K
     dq = tl.zeros((BLOCK_Q, BLOCK_D), dtype=tl.float32)
-    dq = _add_query_gradients(
-        dq, q, dout, lse_log2, delta, k_ptr + key_offs, v_ptr + key_offs, first_key, end_unmasked, first_key, rows,
-        row_first_key, row_end_key, qkv_row_stride, scale_log2, d_mask, whole, head, mask_key,
-        DROPOUT, False, BLOCK_D != HEAD_SIZE, INPUT_PRECISION, BLOCK_K,
-    )  # fmt: skip
-    dq = _add_query_gradients(
-        dq, q, dout, lse_log2, delta, k_ptr + key_offs, v_ptr + key_offs, end_unmasked, end_key, first_key, rows,
-        row_first_key, row_end_key, qkv_row_stride, scale_log2, d_mask, whole, head, mask_key,
-        DROPOUT, True, BLOCK_D != HEAD_SIZE, INPUT_PRECISION, BLOCK_K,
-    )  # fmt: skip
+    if end_seq - first_seq == 1:  # Whole blocks of keys need no mask.
+        end_unmasked = first_key + (end_key - first_key) // BLOCK_K * BLOCK_K
+        dq = _add_query_gradients(
+            dq, q, dout, lse_log2, delta, k_ptr, v_ptr, key_offs, first_key, end_unmasked, first_key, rows,
+            row_first_key, row_end_key, qkv_row_stride, scale_log2, d_mask, head, mask_key,
+            DROPOUT, False, False, BLOCK_D != HEAD_SIZE, INPUT_PRECISION, BLOCK_K,
+        )  # fmt: skip
+        dq = _add_query_gradients(
+            dq, q, dout, lse_log2, delta, k_ptr, v_ptr, key_offs, end_unmasked, end_key, first_key, rows,
+            row_first_key, row_end_key, qkv_row_stride, scale_log2, d_mask, head, mask_key,
+            DROPOUT, True, False, BLOCK_D != HEAD_SIZE, INPUT_PRECISION, BLOCK_K,
+        )  # fmt: skip
+    else:
+        dq = _add_query_gradients(
+            dq, q, dout, lse_log2, delta, k_ptr, v_ptr, key_offs, first_key, end_key, first_key, rows,
+            row_first_key, row_end_key, qkv_row_stride, scale_log2, d_mask, head, mask_key,
+            DROPOUT, True, True, BLOCK_D != HEAD_SIZE, INPUT_PRECISION, BLOCK_K,
+        )  # fmt: skip
 
     dq *= scale * keep_scale if DROPOUT else scale
-    tl.store(dq_ptr + long_rows * dq_row_stride + column_offs, dq.to(dq_ptr.dtype.element_ty), mask=mask)
+    offs, mask = _tile_offs(work_list_ptr, tile, head, dq_row_stride, HEAD_SIZE, BLOCK_Q, BLOCK_D)
+    tl.store(dq_ptr + offs, dq.to(dq_ptr.dtype.element_ty), mask=mask)
 
 
 @jit
@@ -198,23 +248,22 @@ def _keep_transposed(
     first_key,
     seq_ids_ptr,
     cu_seqlens_ptr,
-    whole,
     head,
     mask_key,
-    MASKED: tl.constexpr,
+    SHARED: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     """Returns the mask (BLOCK_K, BLOCK_Q) of a block of queries. See `keep_probabilities`."""
     key_offs = (tl.arange(0, BLOCK_K // GROUP) * GROUP)[:, None, None]
     rows = block_start + tl.arange(0, BLOCK_Q).reshape(1, BLOCK_Q // GROUP, GROUP)
-    if MASKED and not whole:
+    if SHARED:
         seq_ids = tl.load(seq_ids_ptr + rows, mask=rows < end_query, other=0)
         places = first_row - tl.load(cu_seqlens_ptr + seq_ids) + key_offs
-        byte = keep_byte_from(places, rows, head, *mask_key)
+        bits = keep_bits_from(places, rows, head, *mask_key)
     else:
-        byte = keep_byte((first_row - first_key + key_offs) // GROUP, rows, head, *mask_key)
-    return spread_rows(byte)
+        bits = keep_bits((first_row - first_key + key_offs) // GROUP, rows, head, *mask_key)
+    return bits
 
 
 @jit
@@ -223,10 +272,11 @@ def _add_key_value_gradients(
     dv,  # (BLOCK_K, BLOCK_D) float32
     k,  # (BLOCK_K, BLOCK_D)
     v,  # (BLOCK_K, BLOCK_D)
-    q_block_ptr,  # (BLOCK_Q, BLOCK_D) pointers to queries 0 to BLOCK_Q - 1 of the batch
-    dout_block_ptr,  # (BLOCK_Q, BLOCK_D)
-    lse_ptr,  # (T,) of the head
-    delta_ptr,  # (T,)
+    q_ptr,  # (T, N, D)
+    q_offs,  # (BLOCK_Q, BLOCK_D) offsets of queries 0 to BLOCK_Q - 1 of the batch
+    dout_ptr,  # (T, N, D)
+    dout_offs,  # (BLOCK_Q, BLOCK_D)
+    statistics_ptr,  # (T, 4) float32, those of the head
     seq_ids_ptr,
     cu_seqlens_ptr,
     start,
@@ -239,55 +289,48 @@ def _add_key_value_gradients(
     dout_row_stride,
     scale_log2,
     d_mask,  # (BLOCK_D,)
-    whole,
     head,
     mask_key,
     DROPOUT: tl.constexpr,
     MASKED: tl.constexpr,
+    SHARED: tl.constexpr,
     PADDED_D: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     """Adds what the queries [start, end) give. Unless MASKED, that is a whole number of blocks."""
-    q_ptrs = q_block_ptr + start.to(tl.int64) * qkv_row_stride
-    dout_ptrs = dout_block_ptr + start.to(tl.int64) * dout_row_stride
     for block_start in range(start, end, BLOCK_Q):
         queries = block_start + tl.arange(0, BLOCK_Q)
         query_mask = queries < end
-        q = _load_rows(q_ptrs, query_mask, d_mask, MASKED, PADDED_D)
-        dout = _load_rows(dout_ptrs, query_mask, d_mask, MASKED, PADDED_D)
-        if MASKED:
-            lse = tl.load(lse_ptr + queries, mask=query_mask, other=0.0)
-            delta = tl.load(delta_ptr + queries, mask=query_mask, other=0.0)
-        else:
-            lse = tl.load(lse_ptr + queries)
-            delta = tl.load(delta_ptr + queries)
-
+        long_start = tl.cast(block_start, tl.int64)
+        q = _load_rows(q_ptr + long_start * qkv_row_stride + q_offs, query_mask, d_mask, MASKED, PADDED_D)
+        dout = _load_rows(dout_ptr + long_start * dout_row_stride + dout_offs, query_mask, d_mask, MASKED, PADDED_D)
+        if DROPOUT:
+            bits = _keep_transposed(
+                first_row, block_start, end, first_key, seq_ids_ptr, cu_seqlens_ptr, head, mask_key,
+                SHARED, BLOCK_Q, BLOCK_K,
+            )  # fmt: skip
         scores = tl.dot(k, tl.trans(q), input_precision=INPUT_PRECISION)  # (BLOCK_K, BLOCK_Q)
-        if MASKED:
+        dp = tl.dot(v, tl.trans(dout), input_precision=INPUT_PRECISION)
+        if MASKED and not SHARED:
+            scores = tl.where(query_mask[None, :], scores, float("-inf"))
+        if SHARED:
             own = (queries[None, :] >= row_first_key[:, None]) & (queries[None, :] < row_end_key[:, None])
             scores = tl.where(own, scores, float("-inf"))
-        p = tl.exp2(scores * scale_log2 - (lse * LOG2_E)[None, :])
-        dp = tl.dot(v, tl.trans(dout), input_precision=INPUT_PRECISION)
+        lse_log2, delta = _load_statistics(statistics_ptr + 4 * queries, query_mask, MASKED)
+        p = tl.exp2(scores * scale_log2 - lse_log2[None, :])
         kept = p
         if DROPOUT:
-            keep = _keep_transposed(
-                first_row, block_start, end, first_key, seq_ids_ptr, cu_seqlens_ptr, whole, head, mask_key,
-                MASKED, BLOCK_Q, BLOCK_K,
-            )  # fmt: skip
-            kept = tl.where(keep, p, 0.0)
-            dp = tl.where(keep, dp, 0.0)
+            kept = tl.where(spread_rows(bits), p, 0.0)
+        ds = kept * dp - p * delta[None, :]
         dv = tl.dot(kept.to(dout.dtype), dout, dv, input_precision=INPUT_PRECISION)
-        ds = p * (dp - delta[None, :])
         dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=INPUT_PRECISION)
-        q_ptrs += BLOCK_Q * qkv_row_stride
-        dout_ptrs += BLOCK_Q * dout_row_stride
     return dk, dv
 
 
 @jit(
-    do_not_specialize=["head_stride", *drawing.DO_NOT_SPECIALIZE],
+    do_not_specialize=["n_rows", *drawing.DO_NOT_SPECIALIZE],
     do_not_specialize_on_alignment=["cu_seqlens_ptr"],
 )
 def _key_value_gradient_kernel(
@@ -295,8 +338,7 @@ def _key_value_gradient_kernel(
     k_ptr,  # (T, N, D)
     v_ptr,  # (T, N, D)
     dout_ptr,  # (T, N, D)
-    lse_ptr,  # (N, T) float32
-    delta_ptr,  # (N, T) float32
+    statistics_ptr,  # (N, T, 4) float32
     dk_ptr,  # (T, N, D)
     dv_ptr,  # (T, N, D)
     work_list_ptr,  # (W, 4) int32, as of `_query_gradient_kernel`; rows are keys
@@ -305,7 +347,7 @@ def _key_value_gradient_kernel(
     qkv_row_stride,
     dout_row_stride,
     grad_row_stride,
-    head_stride,
+    n_rows,
     scale,
     key_low,
     key_high,
@@ -343,39 +385,42 @@ def _key_value_gradient_kernel(
     long_rows = rows.to(tl.int64)[:, None]
     k = tl.load(k_ptr + long_rows * qkv_row_stride + column_offs, mask=mask, other=0.0)
     v = tl.load(v_ptr + long_rows * qkv_row_stride + column_offs, mask=mask, other=0.0)
-    block_rows = tl.arange(0, BLOCK_Q).to(tl.int64)[:, None]
-    q_block_ptr = q_ptr + block_rows * qkv_row_stride + column_offs
-    dout_block_ptr = dout_ptr + block_rows * dout_row_stride + column_offs
-    lse_ptr += head.to(tl.int64) * head_stride
-    delta_ptr += head.to(tl.int64) * head_stride
+    q_offs = tl.arange(0, BLOCK_Q)[:, None] * qkv_row_stride + column_offs
+    dout_offs = tl.arange(0, BLOCK_Q)[:, None] * dout_row_stride + column_offs
+    statistics_ptr += head.to(tl.int64) * 4 * n_rows
 
-    whole = end_seq - first_seq == 1
     mask_key = (key_low, key_high, site, threshold)
     scale_log2 = scale * LOG2_E
-    end_unmasked = first_query
-    if whole:
-        end_unmasked = first_query + (end_query - first_query) // BLOCK_Q * BLOCK_Q
     dk = tl.zeros((BLOCK_K, BLOCK_D), dtype=tl.float32)
     dv = tl.zeros((BLOCK_K, BLOCK_D), dtype=tl.float32)
-    dk, dv = _add_key_value_gradients(
-        dk, dv, k, v, q_block_ptr, dout_block_ptr, lse_ptr, delta_ptr, seq_ids_ptr, cu_seqlens_ptr,
-        first_query, end_unmasked, first_row, first_query, row_first_key, row_end_key,
-        qkv_row_stride, dout_row_stride, scale_log2, d_mask, whole, head, mask_key,
-        DROPOUT, False, BLOCK_D != HEAD_SIZE, INPUT_PRECISION, BLOCK_Q, BLOCK_K,
-    )  # fmt: skip
-    dk, dv = _add_key_value_gradients(
-        dk, dv, k, v, q_block_ptr, dout_block_ptr, lse_ptr, delta_ptr, seq_ids_ptr, cu_seqlens_ptr,
-        end_unmasked, end_query, first_row, first_query, row_first_key, row_end_key,
-        qkv_row_stride, dout_row_stride, scale_log2, d_mask, whole, head, mask_key,
-        DROPOUT, True, BLOCK_D != HEAD_SIZE, INPUT_PRECISION, BLOCK_Q, BLOCK_K,
-    )  # fmt: skip
+    if end_seq - first_seq == 1:
+        end_unmasked = first_query + (end_query - first_query) // BLOCK_Q * BLOCK_Q
+        dk, dv = _add_key_value_gradients(
+            dk, dv, k, v, q_ptr, q_offs, dout_ptr, dout_offs, statistics_ptr, seq_ids_ptr, cu_seqlens_ptr,
+            first_query, end_unmasked, first_row, first_query, row_first_key, row_end_key,
+            qkv_row_stride, dout_row_stride, scale_log2, d_mask, head, mask_key,
+            DROPOUT, False, False, BLOCK_D != HEAD_SIZE, INPUT_PRECISION, BLOCK_Q, BLOCK_K,
+        )  # fmt: skip
+        dk, dv = _add_key_value_gradients(
+            dk, dv, k, v, q_ptr, q_offs, dout_ptr, dout_offs, statistics_ptr, seq_ids_ptr, cu_seqlens_ptr,
+            end_unmasked, end_query, first_row, first_query, row_first_key, row_end_key,
+            qkv_row_stride, dout_row_stride, scale_log2, d_mask, head, mask_key,
+            DROPOUT, True, False, BLOCK_D != HEAD_SIZE, INPUT_PRECISION, BLOCK_Q, BLOCK_K,
+        )  # fmt: skip
+    else:
+        dk, dv = _add_key_value_gradients(
+            dk, dv, k, v, q_ptr, q_offs, dout_ptr, dout_offs, statistics_ptr, seq_ids_ptr, cu_seqlens_ptr,
+            first_query, end_query, first_row, first_query, row_first_key, row_end_key,
+            qkv_row_stride, dout_row_stride, scale_log2, d_mask, head, mask_key,
+            DROPOUT, True, True, BLOCK_D != HEAD_SIZE, INPUT_PRECISION, BLOCK_Q, BLOCK_K,
+        )  # fmt: skip
 
     if DROPOUT:
         dv *= keep_scale
         scale *= keep_scale
-    grad_offs = long_rows * grad_row_stride + column_offs
-    tl.store(dk_ptr + grad_offs, (dk * scale).to(dk_ptr.dtype.element_ty), mask=mask)
-    tl.store(dv_ptr + grad_offs, dv.to(dv_ptr.dtype.element_ty), mask=mask)
+    offs, mask = _tile_offs(work_list_ptr, tile, head, grad_row_stride, HEAD_SIZE, BLOCK_K, BLOCK_D)
+    tl.store(dk_ptr + offs, (dk * scale).to(dk_ptr.dtype.element_ty), mask=mask)
+    tl.store(dv_ptr + offs, dv.to(dv_ptr.dtype.element_ty), mask=mask)
 
 
 class Plan(NamedTuple):
@@ -413,20 +458,19 @@ def varlen_attention_backward(
     grad_qkv = launch.empty((n_rows, 3 * hidden_size), like=qkv)
     if n_rows == 0:
         return grad_qkv
-    delta = launch.empty((num_heads, n_rows), like=lse)
+    statistics = launch.empty((num_heads, n_rows, 4), like=lse)
     tiles = tiles or configs.attention_backward_configs(qkv.dtype, head_size, launch.arch(qkv.device))
     shared = {
         "q_ptr": qkv,
         "k_ptr": qkv[:, hidden_size:],
         "v_ptr": qkv[:, 2 * hidden_size :],
         "dout_ptr": grad,
-        "lse_ptr": lse,
-        "delta_ptr": delta,
+        "statistics_ptr": statistics,
         "seq_ids_ptr": plan.seq_ids,
         "cu_seqlens_ptr": plan.cu_seqlens,
         "qkv_row_stride": qkv.stride(0),
         "dout_row_stride": grad.stride(0),
-        "head_stride": n_rows,
+        "n_rows": n_rows,
         "scale": scale,
         "HEAD_SIZE": head_size,
         "DROPOUT": dropout is not None,
@@ -440,9 +484,11 @@ def varlen_attention_backward(
         tiles.query,
         **shared,
         out_ptr=out,
+        lse_ptr=lse,
         dq_ptr=grad_qkv,
         work_list_ptr=plan.query_tiles,
         out_row_stride=out.stride(0),
+        lse_head_stride=lse.stride(0),
         dq_row_stride=grad_qkv.stride(0),
     )
     launch.run(

@@ -78,54 +78,80 @@ def keep_columns(
 
 
 @jit
-def keep_byte(group, row, head, key_low, key_high, site, threshold):
-    """Returns the masks of a group's eight columns in the low bits of an int32, the first column's lowest."""
+def _carries(word, addend):
+    """Adds the 16-bit halves of two words, and returns the carries in bits 15 and 31. Other bits are undefined."""
+    partial = (word & 0x7FFF7FFF) + (addend & 0x7FFF7FFF)
+    return (word & addend) | (partial & (word | addend))
+
+
+@jit
+def keep_bits(group, row, head, key_low, key_high, site, threshold):
+    """Returns the masks of a group's columns as bits of a uint32: column 2 i + h is bit 12 + i + 16 h, others are 0.
+
+    A number is kept if adding 2^16 - threshold to it carries out of its 16 bits. Both numbers of a word are added at
+    once, without their highest bits; the carry is the majority of both highest bits and of what reaches them.
+    """
     w0, w1, w2, w3 = philox(group, row, head, key_low, key_high, site)
-    limit = threshold.to(tl.uint32)
-    e0, e1 = _keep_halves(w0, limit)
-    e2, e3 = _keep_halves(w1, limit)
-    e4, e5 = _keep_halves(w2, limit)
-    e6, e7 = _keep_halves(w3, limit)
-    low = tl.where(e0, 1, 0) | tl.where(e1, 2, 0) | tl.where(e2, 4, 0) | tl.where(e3, 8, 0)
-    return low | tl.where(e4, 16, 0) | tl.where(e5, 32, 0) | tl.where(e6, 64, 0) | tl.where(e7, 128, 0)
+    addend = (0x10000 - threshold).to(tl.uint32) * 0x10001
+    bits = (_carries(w0, addend) >> 3) & 0x10001000
+    bits |= (_carries(w1, addend) >> 2) & 0x20002000
+    bits |= (_carries(w2, addend) >> 1) & 0x40004000
+    bits |= _carries(w3, addend) & 0x80008000
+    return bits | tl.where(threshold == 0, 0xF000F000, 0).to(tl.uint32)  # 2^16 does not fit the addend
 
 
 @jit
-def keep_byte_from(column, row, head, key_low, key_high, site, threshold):
-    """Does what `keep_byte` does for eight columns that begin anywhere, by the two groups that they lie in."""
-    low = keep_byte(column >> 3, row, head, key_low, key_high, site, threshold)
-    high = keep_byte((column >> 3) + 1, row, head, key_low, key_high, site, threshold)
-    return ((low | (high << 8)) >> (column & 7)) & 255
+def keep_bits_from(column, row, head, key_low, key_high, site, threshold):
+    """Does what `keep_bits` does for eight columns that begin anywhere, by the two groups that they lie in."""
+    low = keep_bits(column >> 3, row, head, key_low, key_high, site, threshold)
+    high = keep_bits((column >> 3) + 1, row, head, key_low, key_high, site, threshold)
+    even, odd = ((low >> 12) & 15) | ((high >> 8) & 240), (low >> 28) | ((high >> 24) & 240)
+    # An odd start makes even columns of odd ones, and odd ones of the even ones that follow them.
+    starts_odd, shift = (column & 1) == 1, ((column >> 1) & 3).to(tl.uint32)
+    new_even = tl.where(starts_odd, odd, even) >> shift
+    new_odd = tl.where(starts_odd, even >> 1, odd) >> shift
+    return ((new_even & 15) << 12) | (new_odd << 28)
 
 
 @jit
-def spread_columns(byte):
-    """Spreads bytes (R, W, G), up to four neighbouring groups in the last axis, to a mask (R, 8 * W * G), bool.
+def _place(group, column):
+    """Tells where the bit of a column stands in the word of four groups, each shifted right by 4 for each before it."""
+    return 12 + (column >> 1) + 16 * (column & 1) - 4 * group
 
-    The bytes meet in one word, by a sum. Then each thread has the bits of its elements, in the layout of a matrix
-    product, in which a group is spread over four threads: each of these draws one byte, and none twice.
+
+@jit
+def spread_columns(bits):
+    """Spreads bits (R, W, G), up to four neighbouring groups in the last axis, to a mask (R, 8 * W * G), bool.
+
+    The bits meet in one word, by a sum. Then each thread has those of its elements, in the layout of a matrix product,
+    in which a group is spread over four threads: each of these draws one group, and none is drawn twice.
     """
-    N_GROUPS: tl.constexpr = byte.shape[2]
-    word = tl.sum(byte << (tl.arange(0, N_GROUPS) * GROUP)[None, None, :], axis=2)
-    x = tl.arange(0, N_GROUPS * GROUP)
-    bit = 1 << ((x & 24) + 2 * (x & 3) + ((x >> 2) & 1))  # x is (group, column % 2, column / 2)
-    keep = (word[:, :, None] & bit[None, None, :]) != 0
-    keep = tl.permute(tl.reshape(keep, (byte.shape[0], byte.shape[1] * N_GROUPS, 2, GROUP // 2)), (0, 1, 3, 2))
-    return tl.reshape(keep, (byte.shape[0], byte.shape[1] * N_GROUPS * GROUP))
+    N_GROUPS: tl.constexpr = bits.shape[2]
+    word = tl.sum(bits >> (tl.arange(0, N_GROUPS) * 4)[None, None, :].to(tl.uint32), axis=2)
+    x = tl.arange(0, N_GROUPS * GROUP)  # (group, column % 2, column / 2)
+    bit = _place(x >> 3, (x & 3) * 2 + ((x >> 2) & 1)).to(tl.uint32)
+    keep = (word[:, :, None] & (1 << bit)[None, None, :]) != 0
+    keep = tl.permute(tl.reshape(keep, (bits.shape[0], bits.shape[1] * N_GROUPS, 2, GROUP // 2)), (0, 1, 3, 2))
+    return tl.reshape(keep, (bits.shape[0], bits.shape[1] * N_GROUPS * GROUP))
 
 
 @jit
-def spread_rows(byte):
-    """Spreads bytes (G, W, 8) of 8 * W columns, up to 64, to a mask (8 * G, 8 * W), bool: groups run along rows.
+def spread_rows(bits):
+    """Spreads bits (G, W, 8) of 8 * W columns, up to 64, to a mask (8 * G, 8 * W), bool: groups run along rows.
 
-    As in `spread_columns`, but here eight threads share a group: each draws the byte of another column.
+    As in `spread_columns`, but here eight threads share a group: each draws it for another column.
     """
-    N_WORDS: tl.constexpr = byte.shape[1]
-    one = tl.full((GROUP * N_WORDS,), 1, tl.int64 if N_WORDS == 8 else tl.int32)
-    word = tl.sum(byte.to(one.dtype) << (tl.arange(0, N_WORDS) * GROUP)[None, :, None], axis=1)
-    keep = (word[:, None, :] & (one << tl.arange(0, GROUP * N_WORDS))[None, :, None]) != 0
-    keep = tl.permute(tl.reshape(keep, (byte.shape[0], N_WORDS, GROUP, GROUP)), (0, 2, 1, 3))
-    return tl.reshape(keep, (byte.shape[0] * GROUP, N_WORDS * GROUP))
+    N_WORDS: tl.constexpr = bits.shape[1]
+    w, x = tl.arange(0, N_WORDS), tl.arange(0, GROUP * N_WORDS)  # x is (w, row)
+    bits >>= (w & 3)[None, :, None].to(tl.uint32) * 4
+    bit = _place((x >> 3) & 3, x & 7)
+    if N_WORDS > 4:
+        bits = bits.to(tl.uint64) << ((w >> 2) * 32)[None, :, None].to(tl.uint64)
+        bit += (x >> 5) * 32
+    word = tl.sum(bits, axis=1)
+    keep = (word[:, None, :] & (tl.full(x.shape, 1, word.dtype) << bit.to(word.dtype))[None, :, None]) != 0
+    keep = tl.permute(tl.reshape(keep, (bits.shape[0], N_WORDS, GROUP, GROUP)), (0, 2, 1, 3))
+    return tl.reshape(keep, (bits.shape[0] * GROUP, N_WORDS * GROUP))
 
 
 def arguments(dropout: Dropout | None) -> dict[str, Any]:
