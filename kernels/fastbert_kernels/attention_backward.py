@@ -215,25 +215,26 @@ def _query_gradient_kernel(
     key_offs = tl.arange(0, BLOCK_K)[:, None] * qkv_row_stride + column_offs
     mask_key = (key_low, key_high, site, threshold)
     scale_log2 = scale * LOG2_E
+    # Of one sequence, whole blocks of keys need no mask, and the rest only one of its end. Of several, each block does.
+    end_unmasked, start_shared = first_key, first_key
+    if end_seq - first_seq == 1:
+        end_unmasked, start_shared = first_key + (end_key - first_key) // BLOCK_K * BLOCK_K, end_key
     dq = tl.zeros((BLOCK_Q, BLOCK_D), dtype=tl.float32)
-    if end_seq - first_seq == 1:  # Whole blocks of keys need no mask.
-        end_unmasked = first_key + (end_key - first_key) // BLOCK_K * BLOCK_K
-        dq = _add_query_gradients(
-            dq, q, dout, lse_log2, delta, k_ptr, v_ptr, key_offs, first_key, end_unmasked, first_key, rows,
-            row_first_key, row_end_key, qkv_row_stride, scale_log2, d_mask, head, mask_key,
-            DROPOUT, False, False, BLOCK_D != HEAD_SIZE, INPUT_PRECISION, BLOCK_K,
-        )  # fmt: skip
-        dq = _add_query_gradients(
-            dq, q, dout, lse_log2, delta, k_ptr, v_ptr, key_offs, end_unmasked, end_key, first_key, rows,
-            row_first_key, row_end_key, qkv_row_stride, scale_log2, d_mask, head, mask_key,
-            DROPOUT, True, False, BLOCK_D != HEAD_SIZE, INPUT_PRECISION, BLOCK_K,
-        )  # fmt: skip
-    else:
-        dq = _add_query_gradients(
-            dq, q, dout, lse_log2, delta, k_ptr, v_ptr, key_offs, first_key, end_key, first_key, rows,
-            row_first_key, row_end_key, qkv_row_stride, scale_log2, d_mask, head, mask_key,
-            DROPOUT, True, True, BLOCK_D != HEAD_SIZE, INPUT_PRECISION, BLOCK_K,
-        )  # fmt: skip
+    dq = _add_query_gradients(
+        dq, q, dout, lse_log2, delta, k_ptr, v_ptr, key_offs, first_key, end_unmasked, first_key, rows,
+        row_first_key, row_end_key, qkv_row_stride, scale_log2, d_mask, head, mask_key,
+        DROPOUT, False, False, BLOCK_D != HEAD_SIZE, INPUT_PRECISION, BLOCK_K,
+    )  # fmt: skip
+    dq = _add_query_gradients(
+        dq, q, dout, lse_log2, delta, k_ptr, v_ptr, key_offs, end_unmasked, start_shared, first_key, rows,
+        row_first_key, row_end_key, qkv_row_stride, scale_log2, d_mask, head, mask_key,
+        DROPOUT, True, False, BLOCK_D != HEAD_SIZE, INPUT_PRECISION, BLOCK_K,
+    )  # fmt: skip
+    dq = _add_query_gradients(
+        dq, q, dout, lse_log2, delta, k_ptr, v_ptr, key_offs, start_shared, end_key, first_key, rows,
+        row_first_key, row_end_key, qkv_row_stride, scale_log2, d_mask, head, mask_key,
+        DROPOUT, True, True, BLOCK_D != HEAD_SIZE, INPUT_PRECISION, BLOCK_K,
+    )  # fmt: skip
 
     dq *= scale * keep_scale if DROPOUT else scale
     offs, mask = _tile_offs(work_list_ptr, tile, head, dq_row_stride, HEAD_SIZE, BLOCK_Q, BLOCK_D)
@@ -391,29 +392,29 @@ def _key_value_gradient_kernel(
 
     mask_key = (key_low, key_high, site, threshold)
     scale_log2 = scale * LOG2_E
+    end_unmasked, start_shared = first_query, first_query
+    if end_seq - first_seq == 1:
+        end_unmasked, start_shared = first_query + (end_query - first_query) // BLOCK_Q * BLOCK_Q, end_query
     dk = tl.zeros((BLOCK_K, BLOCK_D), dtype=tl.float32)
     dv = tl.zeros((BLOCK_K, BLOCK_D), dtype=tl.float32)
-    if end_seq - first_seq == 1:
-        end_unmasked = first_query + (end_query - first_query) // BLOCK_Q * BLOCK_Q
-        dk, dv = _add_key_value_gradients(
-            dk, dv, k, v, q_ptr, q_offs, dout_ptr, dout_offs, statistics_ptr, seq_ids_ptr, cu_seqlens_ptr,
-            first_query, end_unmasked, first_row, first_query, row_first_key, row_end_key,
-            qkv_row_stride, dout_row_stride, scale_log2, d_mask, head, mask_key,
-            DROPOUT, False, False, BLOCK_D != HEAD_SIZE, INPUT_PRECISION, BLOCK_Q, BLOCK_K,
-        )  # fmt: skip
-        dk, dv = _add_key_value_gradients(
-            dk, dv, k, v, q_ptr, q_offs, dout_ptr, dout_offs, statistics_ptr, seq_ids_ptr, cu_seqlens_ptr,
-            end_unmasked, end_query, first_row, first_query, row_first_key, row_end_key,
-            qkv_row_stride, dout_row_stride, scale_log2, d_mask, head, mask_key,
-            DROPOUT, True, False, BLOCK_D != HEAD_SIZE, INPUT_PRECISION, BLOCK_Q, BLOCK_K,
-        )  # fmt: skip
-    else:
-        dk, dv = _add_key_value_gradients(
-            dk, dv, k, v, q_ptr, q_offs, dout_ptr, dout_offs, statistics_ptr, seq_ids_ptr, cu_seqlens_ptr,
-            first_query, end_query, first_row, first_query, row_first_key, row_end_key,
-            qkv_row_stride, dout_row_stride, scale_log2, d_mask, head, mask_key,
-            DROPOUT, True, True, BLOCK_D != HEAD_SIZE, INPUT_PRECISION, BLOCK_Q, BLOCK_K,
-        )  # fmt: skip
+    dk, dv = _add_key_value_gradients(
+        dk, dv, k, v, q_ptr, q_offs, dout_ptr, dout_offs, statistics_ptr, seq_ids_ptr, cu_seqlens_ptr,
+        first_query, end_unmasked, first_row, first_query, row_first_key, row_end_key,
+        qkv_row_stride, dout_row_stride, scale_log2, d_mask, head, mask_key,
+        DROPOUT, False, False, BLOCK_D != HEAD_SIZE, INPUT_PRECISION, BLOCK_Q, BLOCK_K,
+    )  # fmt: skip
+    dk, dv = _add_key_value_gradients(
+        dk, dv, k, v, q_ptr, q_offs, dout_ptr, dout_offs, statistics_ptr, seq_ids_ptr, cu_seqlens_ptr,
+        end_unmasked, start_shared, first_row, first_query, row_first_key, row_end_key,
+        qkv_row_stride, dout_row_stride, scale_log2, d_mask, head, mask_key,
+        DROPOUT, True, False, BLOCK_D != HEAD_SIZE, INPUT_PRECISION, BLOCK_Q, BLOCK_K,
+    )  # fmt: skip
+    dk, dv = _add_key_value_gradients(
+        dk, dv, k, v, q_ptr, q_offs, dout_ptr, dout_offs, statistics_ptr, seq_ids_ptr, cu_seqlens_ptr,
+        start_shared, end_query, first_row, first_query, row_first_key, row_end_key,
+        qkv_row_stride, dout_row_stride, scale_log2, d_mask, head, mask_key,
+        DROPOUT, True, True, BLOCK_D != HEAD_SIZE, INPUT_PRECISION, BLOCK_Q, BLOCK_K,
+    )  # fmt: skip
 
     if DROPOUT:
         dv *= keep_scale
