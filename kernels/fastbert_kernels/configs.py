@@ -288,6 +288,14 @@ def _short_attention(
     return Config({**block_sizes, "BLOCK_D": block_d}, source)
 
 
+@dataclass(frozen=True)
+class AttentionBackward:
+    """An `AttentionBackward` holds the block sizes of both passes: by tiles of queries, and by tiles of keys."""
+
+    query: dict[str, int]
+    key: dict[str, int]
+
+
 def attention_key(dtype: torch.dtype, head_size: int) -> str:
     """Returns the key of attention in a table, as "float16/64". Head sizes that are padded to one tile share it."""
     return f"{dtype_class(dtype)}/{max(MIN_HEAD_SIZE, triton.next_power_of_2(head_size))}"
