@@ -80,9 +80,11 @@ class CpuKernels:
         out_dropout: Dropout | None,
         want_residual: bool,
     ) -> NormGradients:
-        return NormGradients(
-            *cpu.residual_norm_backward(grad, grad_low, *saved, weight, dropout, out_dropout, want_residual)
+        total, mean, rstd = saved
+        found = cpu.residual_norm_backward(
+            grad, grad_low, total, mean, rstd, weight, dropout, out_dropout, want_residual
         )
+        return NormGradients(*found)
 
     def drop(self, x: Tensor, dropout: Dropout) -> Tensor:
         return cpu.dropout_forward(x, dropout)
