@@ -25,8 +25,14 @@ def read_version() -> str:
 # processor is loaded. They use nothing of Python and PyTorch, so that one build does for all versions of both. They are
 # optional: without a compiler, the installation goes on, and PyTorch's operations take their place.
 CPU_KERNELS = "kernels/fastbert_kernels/cpu"
-CPU_SOURCES = ("attention", "encoder", "encoder_int8", "ids", "linear", "linear_int8", "pooling", "samples")
-CPU_HEADERS = ("activations", "attention", "layer_norm", "linear", "linear_int8", "quantize", "team", "vector")
+CPU_SOURCES = (
+    "activation", "attention", "attention_backward", "dropout", "embedding", "encoder", "encoder_int8", "ids",
+    "linear", "linear_int8", "packing", "pooling", "residual_norm", "samples", "weight_gradient",
+)  # fmt: skip
+CPU_HEADERS = (
+    "activations", "attention", "attention_tiles", "layer_norm", "linear", "linear_int8", "panels", "philox",
+    "quantize", "residual_norm", "rows", "team", "vector",
+)  # fmt: skip
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mprefer-vector-width=512"]
 INSTRUCTIONS = {
     "avx2": ["-mavx2", "-mfma"],

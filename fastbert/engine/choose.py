@@ -25,7 +25,7 @@ from fastbert.engine.interface import Arithmetic, EncoderModel, PackedInputs
 from fastbert.engine.quantized import UNQUANTISED, EightBit
 from fastbert.engine.state import GRADIENTS, TRAINING, EncoderState, first_parameter
 from fastbert.engine.training import Training
-from fastbert.ops import attention, dispatch, packing, silent_writes, tracing
+from fastbert.ops import attention, attention_plan, dispatch, packing, silent_writes, tracing
 from fastbert.ops.packing import PackedBatch
 
 
@@ -99,9 +99,11 @@ class Engine:
                 return self.eight_bit
         if torch.compiler.is_compiling():
             return self.modules
-        if self.training.wanted(model) and next(self.training.obstacles(model, None, False, False), None) is None:
+        asked = n_tokens, keep_states, embedded
+        may_train = torch.is_grad_enabled() or model.training
+        if may_train and next(self.training.obstacles(model, *asked), None) is None:
             return self.training
-        if next(self.one_call.obstacles(model, n_tokens, keep_states, embedded), None) is None:
+        if next(self.one_call.obstacles(model, *asked), None) is None:
             return self.one_call
         return self.modules
 
@@ -282,4 +284,4 @@ def in_bucket_rows(batch: PackedBatch, inputs: PackedInputs, shape: Shape) -> tu
     for row, ids in zip(rows[:3], inputs[:3], strict=True):
         if row is not None and ids is not None:
             row[: batch.n_tokens].copy_(ids)
-    return rows, attention.batch_in_rows(batch, rows.position_ids, shape.dtype, shape.head_size, shape.policy)
+    return rows, attention_plan.batch_in_rows(batch, rows.position_ids, shape.dtype, shape.head_size, shape.policy)

@@ -12,7 +12,7 @@ from fastbert.engine.block import Block, feature_obstacles
 from fastbert.engine.interface import PackedInputs
 from fastbert.engine.listeners import observer_obstacle
 from fastbert.engine.state import EncoderState, first_parameter
-from fastbert.ops import dropout, recording
+from fastbert.ops import Policy, dropout, recording
 from fastbert.ops.packing import PackedBatch
 from fastbert.ops.training import choose
 from fastbert.ops.training.kernels import Attention, Kernels
@@ -30,15 +30,15 @@ class Training:
     def __init__(self, state: EncoderState) -> None:
         self.state = state
 
-    def wanted(self, model: Any) -> bool:
-        """Tells whether a batch of this model needs gradients or drops out."""
-        if torch.is_grad_enabled():
+    def wanted(self, model: Any, embedded: bool) -> bool:
+        """Tells whether a batch of this model may need gradients, or drops out."""
+        if torch.is_grad_enabled() and (embedded or any(p.requires_grad for p in model.parameters())):
             return True
         return bool(model.training) and any(any(block.dropouts) for block in model.blocks())
 
     def obstacles(self, model: Any, n_tokens: int | None, keep_states: bool, embedded: bool) -> Iterator[str]:
         device = first_parameter(model).device
-        if not self.wanted(model):
+        if not self.wanted(model, embedded):
             yield "neither gradients nor dropout are wanted"
         if model.policy.batch_invariant:
             yield "batch_invariant: gradients and dropout go through a whole batch"
@@ -46,11 +46,17 @@ class Training:
             yield f"precision={model.precision!r}"
         if model.__dict__.get("_is_replica", False):
             yield "the model is a replica of DataParallel"
-        if recording.on and recording.is_dry():
-            yield "operations only decide"
+        if recording.on and recording.is_on():
+            yield "operations are recorded one by one"
         if (observer := observer_obstacle(device)) is not None:
             yield observer
         yield from self._module_obstacles(model)
+
+    def kernel_obstacles(self, model: Any, policy: Policy, device: torch.device, dtype: torch.dtype) -> Iterator[str]:
+        """Every reason why no kernels have both passes of this model's layers. dtype: of products."""
+        block = next(iter(model.blocks()), None)
+        if block is not None and (obstacle := choose.obstacle(policy, device, dtype, **shape_of(block))) is not None:
+            yield obstacle
 
     def _module_obstacles(self, model: Any) -> Iterator[str]:
         if not self.state.plain_layers(model):
@@ -65,7 +71,13 @@ class Training:
         """Makes nothing: weights change with every step."""
 
     def run(self, model: Any, batch: PackedBatch, inputs: PackedInputs, keep_states: bool) -> list[Tensor] | None:
-        x = model.embed(inputs, batch)
+        try:
+            return self._run(model, model.embed(inputs, batch), batch, keep_states)
+        except RuntimeError as error:
+            model.blame_dtypes(error)
+            raise
+
+    def _run(self, model: Any, x: Tensor, batch: PackedBatch, keep_states: bool) -> list[Tensor]:
         blocks = list(model.blocks())
         if not blocks:
             return [x]
@@ -86,16 +98,17 @@ class Training:
 
 def kernels_of(model: Any, block: Block, x: Tensor) -> Kernels | None:
     """The passes that run a model's layers on rows like x, or None where PyTorch runs them operation by operation."""
-    return choose.kernels(
-        "encoder layer",
-        model.policy,
-        x.device,
-        choose.product_dtype(x),
-        head_size=block.head_size,
-        sizes=(block.hidden_size, block.intermediate_size),
-        hidden_size=block.hidden_size,
-        activation=block.activation,
-    )
+    return choose.kernels("encoder layer", model.policy, x.device, choose.product_dtype(x), **shape_of(block))
+
+
+def shape_of(block: Block) -> dict[str, Any]:
+    """What kernels want to know of a layer, by the names of `choose.triton_obstacle`."""
+    return {
+        "head_size": block.head_size,
+        "sizes": (block.hidden_size, block.intermediate_size),
+        "hidden_size": block.hidden_size,
+        "activation": block.activation,
+    }
 
 
 def _one_dtype(blocks: list[Block], x: Tensor) -> bool:

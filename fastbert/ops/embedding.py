@@ -134,12 +134,12 @@ def embedding_layer_norm(
         came, expected = tuple(inputs_embeds.shape), (position_ids.shape[0], hidden_size)
         raise ValueError(f"inputs_embeds: expected shape {expected}, got {came}")
     words = word if inputs_embeds is None else inputs_embeds
-    if choose.wanted(policy, dropout, words, token_type, position, weight, ln_bias):
-        kernels = choose.kernels("embedding", policy, words.device, words.dtype, hidden_size=hidden_size)
-        if kernels is not None and all(p.dtype == words.dtype for p in (position, weight, ln_bias)):
-            x = _sum(input_ids, token_type_ids, position_ids, words, token_type, position, padding_idx)
-            return functions.residual_norm(x, None, weight, ln_bias, eps, kernels, out_dropout=mask_of(dropout))
-    obstacle = triton_obstacle(hidden_size, words, token_type, position, weight, ln_bias)
+    trained = choose.wanted(policy, dropout, words, token_type, position, weight, ln_bias)
+    trained = trained and all(p.dtype == words.dtype for p in (position, weight, ln_bias))
+    if trained:
+        obstacle = choose.triton_obstacle(words.dtype, hidden_size=hidden_size)
+    else:
+        obstacle = triton_obstacle(hidden_size, words, token_type, position, weight, ln_bias)
     run = _eager
     backend = dispatch.choose("embedding", policy.backend, policy.strict, words.device, obstacle)
     if backend == "triton":
@@ -149,6 +149,10 @@ def embedding_layer_norm(
     shape = position_ids.shape[0], hidden_size
     if recording.on and recording.note("embedding", backend, None, shape, words.dtype):
         return words.new_zeros(shape)
+    kernels = choose.kernels_of(backend, words.dtype, hidden_size=hidden_size) if trained else None
+    if kernels is not None:
+        x = _sum(input_ids, token_type_ids, position_ids, words, token_type, position, padding_idx)
+        return functions.residual_norm(x, None, weight, ln_bias, eps, kernels, out_dropout=mask_of(dropout))
     out = run(input_ids, token_type_ids, position_ids, words, token_type, position, weight, ln_bias, eps, padding_idx)
     return masks.apply(out, dropout)
 

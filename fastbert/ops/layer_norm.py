@@ -92,14 +92,12 @@ def bias_residual_layer_norm(
                 raise ValueError(f"{name}: expected shape ({hidden_size},), got {tuple(tensor.shape)}")
         if residual is not None and residual.shape != x.shape:
             raise ValueError(f"residual: expected the shape of x, {tuple(x.shape)}, got {tuple(residual.shape)}")
-    if choose.wanted(policy, dropout, x, bias, residual, weight, ln_bias):
-        kernels = choose.kernels("layer_norm", policy, x.device, x.dtype, hidden_size=hidden_size)
-        if kernels is not None and takes(x, residual, weight, ln_bias):
-            x = x if bias is None else x + bias
-            return functions.residual_norm(x, residual, weight, ln_bias, eps, kernels, mask_of(dropout))
-    dropout_p = probability_of(dropout)
-    drawn = 0.0 if isinstance(dropout, Dropout) else dropout_p
-    obstacle = triton_obstacle(hidden_size, x, bias, residual, weight, ln_bias, dropout_p=drawn)
+    trained, dropout_p = choose.wanted(policy, dropout, x, bias, residual, weight, ln_bias), probability_of(dropout)
+    trained = trained and takes(x, residual, weight, ln_bias)
+    if trained or isinstance(dropout, Dropout):
+        obstacle = choose.triton_obstacle(x.dtype, hidden_size=hidden_size)
+    else:
+        obstacle = triton_obstacle(hidden_size, x, bias, residual, weight, ln_bias, dropout_p=dropout_p)
     backend = dispatch.choose("layer_norm", policy.backend, policy.strict, x.device, obstacle)
     if backend != "triton":  # PyTorch's on CPUs takes each row alone, and sums have one result wherever they stand
         dispatch.check_invariant("layer_norm", policy, backend, dispatch.training_obstacle(dropout_p))
@@ -107,6 +105,10 @@ def bias_residual_layer_norm(
         facts: dict[str, Any] = {"bias": bias is not None, "residual": residual is not None}
         if recording.note("layer_norm", backend, x.shape, x.shape, x.dtype, weight, **facts):
             return torch.empty_like(x)
+    kernels = choose.kernels_of(backend, x.dtype, hidden_size=hidden_size) if trained else None
+    if kernels is not None:
+        x = x if bias is None else x + bias
+        return functions.residual_norm(x, residual, weight, ln_bias, eps, kernels, mask_of(dropout))
     if backend == "triton" and dropout is None:
         return torch.ops.fastbert.bias_residual_layer_norm(x, bias, residual, weight, ln_bias, eps)
     return _eager(x, bias, residual, weight, ln_bias, eps, dropout)

@@ -45,7 +45,7 @@ class NormGradients(NamedTuple):
     x_bias holds the sums of x over its rows: the gradient of a bias that was added to x.
     """
 
-    x: Tensor
+    x: Any
     residual: Tensor | None
     weight: Tensor
     bias: Tensor

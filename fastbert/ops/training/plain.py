@@ -68,7 +68,7 @@ class Plain:
         for rows in groups(settings.batch):
             q, k, v = _heads(qkv, rows, settings.num_heads)
             scores = q @ k.transpose(-1, -2) * settings.scale
-            p = torch.softmax(scores, -1) * _kept(rows, settings)
+            p = torch.softmax(scores, -1) * _kept(rows, settings, scores.dtype)
             out[rows] = (p @ v).transpose(1, 2).to(qkv.dtype)
             lse[:, rows] = torch.logsumexp(scores, -1).transpose(0, 1)
         return out.flatten(1), lse
@@ -78,7 +78,7 @@ class Plain:
         for rows in groups(settings.batch):
             q, k, v = _heads(qkv, rows, settings.num_heads)
             d_out, o = (_split(t, rows, settings.num_heads) for t in (grad, out))
-            kept = _kept(rows, settings)
+            kept = _kept(rows, settings, q.dtype)
             p = torch.exp(q @ k.transpose(-1, -2) * settings.scale - lse[:, rows].transpose(0, 1)[..., None])
             d_p = d_out @ v.transpose(-1, -2) * kept
             d_s = p * (d_p - (d_out * o).sum(-1, keepdim=True)) * settings.scale
@@ -159,9 +159,9 @@ def _heads(qkv: Tensor, rows: Tensor, num_heads: int) -> tuple[Tensor, ...]:
     return tuple(_split(part, rows, num_heads) for part in qkv.chunk(3, dim=1))
 
 
-def _kept(rows: Tensor, settings: Attention) -> Tensor | float:
-    """What probabilities are multiplied by, (sequences, N, length, length), or 1."""
+def _kept(rows: Tensor, settings: Attention, dtype: torch.dtype) -> Tensor | float:
+    """What probabilities are multiplied by, (sequences, N, length, length) in their dtype, or 1."""
     dropout = settings.dropout
     if dropout is None:
         return 1.0
-    return masks.keep(rows, rows.shape[1], dropout, settings.num_heads) * dropout.scale
+    return masks.keep(rows, rows.shape[1], dropout, settings.num_heads).to(dtype) * dropout.scale

@@ -13,35 +13,57 @@
 //
 // and takes ROWS queries at a time: their scores with all L keys stay in the L1 cache, so the softmax needs one pass.
 // Bytes moved, from and to main memory: 4 * N * D elements a token.
+//
+// In training it saves lse, (N, T) float32, the logarithm of the sum of exp(scale q k^T) over the keys, 0 in rows of no
+// sequence, and drops probabilities out.
 #include "attention.h"
+
+#include "attention_tiles.h"
 
 #include <stdlib.h>
 
 namespace {
 
-constexpr int ROWS = 6;                    // queries at a time
-constexpr int VECTORS = VL == 16 ? 4 : 2;  // of sums in registers, for each of them
 constexpr int64_t CHUNK = 32 * ROWS;
 constexpr int64_t PIECE = 128;  // the longest chain of sums over values, so that its rounding does not grow with L
-constexpr float LOG2_E = 1.44269504f;
 
 struct Scratch {
     float *keys, *values, *queries, *scores;
+    uint64_t* keep;  // ROWS rows
 };
 
-INLINE int64_t up(int64_t n, int64_t step) { return over(n, step) * step; }
+enum Mode { INFERENCE, TRAINING, TRAINING_WITH_DROPOUT };
 
-// Scores beyond the first n are those of no key.
-INLINE vf cut(vf scores, int64_t n) {
-    vf lanes = {};
-    for (int j = 0; j < VL; j++) lanes[j] = (float)j;
-    return lanes < splat((float)n) ? scores : splat(-INFINITY);
+struct Training {
+    float* lse;
+    Dropout dropout;
+};
+
+// The natural logarithm, to 1 ulp, for what is not subnormal. x = 2^n m with m around 1; log(m) by Cephes' polynomial.
+INLINE vf log(vf x) {
+    const vi n = ((vi)x - 0x3f3504f3) >> 23;
+    const vf f = (vf)((vi)x - (n << 23)) - 1.0f, whole = __builtin_convertvector(n, vf);
+    vf p = splat(7.0376836292e-2f) * f - 1.1514610310e-1f;
+    p = p * f + 1.1676998740e-1f;
+    p = p * f - 1.2420140846e-1f;
+    p = p * f + 1.4249322787e-1f;
+    p = p * f - 1.6668057665e-1f;
+    p = p * f + 2.0000714765e-1f;
+    p = p * f - 2.4999993993e-1f;
+    p = p * f + 3.3333331174e-1f;
+    const vf tail = f * f * (p * f - 0.5f) - whole * 2.12194440e-4f;
+    return x - x == 0.0f ? whole * 0.693359375f + (f + tail) : x;
 }
 
-// scores, (padded,) -> probabilities times their sum, which is returned; as bfloat16 in the first half if PAIRS. Those
-// of keys from length on are 0.
-template <bool PAIRS>
-INLINE float softmax(float* scores, int64_t length, int64_t padded) {
+INLINE void save_lse(float* lse, const float* tops, const float* totals, int n_rows) {
+    from_floats(lse, to_floats(tops, n_rows) + log(to_floats(totals, n_rows)), n_rows);
+}
+
+// scores, (padded,) -> probabilities times their sum, as bfloat16 in the first half if PAIRS. Those of keys from length
+// on are 0.
+template <bool PAIRS, Mode MODE>
+INLINE void softmax(float* scores, int64_t length, int64_t padded, const uint64_t* keep, float* top_of,
+                    float* total_of) {
     const int64_t last = padded - VL;
     const vf end = cut(load<vf>(scores + last), length - last);
     store(scores + last, end);
@@ -51,10 +73,12 @@ INLINE float softmax(float* scores, int64_t length, int64_t padded) {
     for (int64_t j = 0; j < padded; j += VL) {
         vf p = exp2<!PAIRS>((load<vf>(scores + j) - top) * LOG2_E);
         total += p;
+        if (MODE == TRAINING_WITH_DROPOUT) p = where(keep[j / 64] >> j % 64, p);
         if (PAIRS) from_floats((bf16*)scores + j, p);
         else store(scores + j, p);
     }
-    return sum(total);
+    *top_of = top;
+    *total_of = sum(total);
 }
 
 // scores[i][N * VL] = scale * q_i k^T for N blocks of keys.
@@ -67,10 +91,13 @@ INLINE void scores_of(float* scores, int64_t stride, const typename O::E* const*
         for (int j = 0; j < N; j++) store(scores + i * stride + j * VL, sums[i][j] * scale);
 }
 
-// Both at once where N blocks are all the keys: the scores stay in registers. totals: sums of the probabilities.
-template <int N, typename O>
+// Both at once where N blocks are all the keys: the scores stay in registers. tops: the largest scores. totals: sums of
+// the probabilities. keep: a word for each query.
+template <int N, typename O, Mode MODE>
 INLINE void probabilities_of(float* p, int64_t stride, const typename O::E* const* queries, const typename O::E* keys,
-                             int64_t depth, float scale, int64_t length, float* totals) {
+                             int64_t depth, float scale, int64_t length, const uint64_t* keep, float* tops,
+                             float* totals) {
+    static_assert(N * VL <= 64, "a word of the mask holds all keys");
     constexpr bool PAIRS = O::SIZE == 2;
     vf sums[ROWS][N] = {};
     products<ROWS, N, O>(sums, queries, keys, depth, VL, depth * VL);
@@ -83,11 +110,13 @@ INLINE void probabilities_of(float* p, int64_t stride, const typename O::E* cons
         const float top = largest(high);
 #pragma GCC unroll 4
         for (int j = 0; j < N; j++) {
-            const vf e = exp2<!PAIRS>((sums[i][j] - top) * LOG2_E);
+            vf e = exp2<!PAIRS>((sums[i][j] - top) * LOG2_E);
             total += e;
+            if (MODE == TRAINING_WITH_DROPOUT) e = where(keep[i] >> j * VL, e);
             if (PAIRS) from_floats((bf16*)(p + i * stride) + j * VL, e);
             else store(p + i * stride + j * VL, e);
         }
+        tops[i] = top;
         totals[i] = sum(total);
     }
 }
@@ -129,40 +158,9 @@ INLINE void outputs_of(T* out, int64_t stride, const float* totals, const typena
         }                                     \
     }
 
-template <typename O, typename T>
-INLINE void pack_keys(typename O::E* keys, const T* k, int64_t length, int64_t n_blocks, int64_t depth,
-                      int64_t row_stride) {
-    for (int64_t block = 0; block < n_blocks; block++)
-        for (int64_t d = 0; d < depth; d += VL) {
-            vi tile[VL] = {};
-            for (int64_t i = 0; i < VL && block * VL + i < length; i++) {
-                const T* key = k + (block * VL + i) * row_stride + O::SIZE * d;
-                tile[i] =
-                    O::SIZE == 2 ? load<vi>(key) : (vi)to_floats(key);  // past the head: the next one, or the values
-            }
-            transpose(tile);
-            for (int64_t j = 0; j < VL && d + j < depth; j++) store(keys + (block * depth + d + j) * VL, tile[j]);
-        }
-}
-
-template <typename O, typename T>
-INLINE void pack_values(typename O::E* values, const T* v, int64_t length, int64_t size, int64_t row_stride) {
-    for (int64_t i = 0; i < length; i += O::SIZE)
-        for (int64_t d = 0; d < size; d += VL, values += VL) {
-            const T* value = v + i * row_stride + d;
-            if (O::SIZE == 2) {
-                vi low = __builtin_convertvector(load<vh>(value), vi), high = {};
-                if (i + 1 < length) high = __builtin_convertvector(load<vh>(value + row_stride), vi);
-                store(values, low | high << 16);
-            } else {
-                store(values, to_floats(value));
-            }
-        }
-}
-
-template <typename T, typename O>
+template <typename T, typename O, Mode MODE>
 INLINE void run(const T* qkv, T* out, const Heads& shape, const AttentionPlan::Task& task, int64_t head,
-                const Scratch& scratch) {
+                const Scratch& scratch, const Training& training, int64_t n_rows_in_all) {
     typedef typename O::E E;
     constexpr bool PAIRS = O::SIZE == 2;
     const int64_t size = shape.head_size, width = shape.n_heads * size, length = task.length;
@@ -173,11 +171,14 @@ INLINE void run(const T* qkv, T* out, const Heads& shape, const AttentionPlan::T
     pack_keys<O>(keys, q + width, length, n_blocks, depth, shape.row_stride);
     pack_values<O>(values, q + 2 * width, length, size, shape.row_stride);
 
+    const Masks masks(training.dropout, head);
+    const float kept = training.dropout.scale();
     const int64_t end = least(task.chunk + CHUNK, length);
     for (int64_t row = task.chunk; row < end; row += ROWS) {
         const int n_rows = (int)least(end - row, ROWS);
+        const int64_t first = task.first + row;
         const E *queries[ROWS], *p[ROWS];
-        float totals[ROWS];
+        float tops[ROWS], totals[ROWS];
         for (int i = 0; i < ROWS; i++) {
             const int last = i < n_rows ? i : n_rows - 1;  // the last one again where there are no more
             const T* query = q + (row + last) * shape.row_stride;
@@ -188,38 +189,58 @@ INLINE void run(const T* qkv, T* out, const Heads& shape, const AttentionPlan::T
                 queries[i] = (const E*)(scratch.queries + i * size);
             }
         }
-#define ALL_KEYS(N) probabilities_of<N, O>(scratch.scores, padded, queries, keys, depth, shape.scale, length, totals)
-        if (n_blocks == 1) {
+        const int64_t n_words = over(length, 64);
+        if (MODE == TRAINING_WITH_DROPOUT) draw(scratch.keep, n_words, masks, first, n_rows, 0, length);
+#define ALL_KEYS(N)                                                                                               \
+    probabilities_of<N, O, MODE>(scratch.scores, padded, queries, keys, depth, shape.scale, length, scratch.keep, \
+                                 tops, totals)
+        const int64_t n_in_registers = depth > DEPTH ? 0 : n_blocks;
+        if (n_in_registers == 1) {
             ALL_KEYS(1);
-        } else if (n_blocks == 2) {
+        } else if (n_in_registers == 2) {
             ALL_KEYS(2);
-        } else if (VECTORS == 4 && n_blocks == 3) {
+        } else if (VECTORS == 4 && n_in_registers == 3) {
             ALL_KEYS(3);
-        } else if (VECTORS == 4 && n_blocks == 4) {
+        } else if (VECTORS == 4 && n_in_registers == 4) {
             ALL_KEYS(4);
         } else {
-            IN_VECTORS(
-                n_blocks, at,
-                scores_of<N, O>(scratch.scores + at * VL, padded, queries, keys + at * depth * VL, depth, shape.scale))
-            for (int i = 0; i < n_rows; i++) totals[i] = softmax<PAIRS>(scratch.scores + i * padded, length, padded);
+            if (depth > DEPTH)
+                products_in_parts<O>(scratch.scores, padded, queries, keys, n_blocks, depth, shape.scale);
+            else
+                IN_VECTORS(n_blocks, at,
+                           scores_of<N, O>(scratch.scores + at * VL, padded, queries, keys + at * depth * VL, depth,
+                                           shape.scale))
+            for (int i = 0; i < n_rows; i++)
+                softmax<PAIRS, MODE>(scratch.scores + i * padded, length, padded, scratch.keep + i * n_words, tops + i,
+                                     totals + i);
         }
-        T* outs = out + (task.first + row) * shape.out_stride + head * size;
+        if (MODE != INFERENCE) save_lse(training.lse + head * n_rows_in_all + first, tops, totals, n_rows);
+        if (MODE == TRAINING_WITH_DROPOUT)
+            for (int i = 0; i < n_rows; i++) totals[i] /= kept;
+        T* outs = out + first * shape.out_stride + head * size;
         IN_VECTORS(
             size / VL, at,
             outputs_of<N, O>(outs + at * VL, shape.out_stride, totals, p, values + at * VL, n_values, size, n_rows))
     }
 }
 
-template <typename T, typename O>
-void run_all(const T* qkv, T* out, const Heads& shape, const AttentionPlan& plan, const Team& team) {
+template <typename T, typename O, Mode MODE>
+void run_all(const T* qkv, T* out, const Heads& shape, const AttentionPlan& plan, const Team& team,
+             const Training& training) {
     const int64_t size = shape.head_size, n_heads = shape.n_heads, n_tasks = plan.n_tasks * n_heads;
     float* memory = plan.scratch(team.id);
     const Scratch scratch = {memory, memory + plan.padded * size, memory + 2 * plan.padded * size,
-                             memory + 2 * plan.padded * size + ROWS * size};
+                             memory + 2 * plan.padded * size + ROWS * size,
+                             (uint64_t*)(memory + 2 * plan.padded * size + ROWS * (size + plan.padded))};
     team.each(n_tasks + plan.n_rows - plan.n_tokens, [&](int64_t i) {
-        if (i < n_tasks) run<T, O>(qkv, out, shape, plan.tasks[i / n_heads], i % n_heads, scratch);
-        else  // a row that no sequence has
-            memset(out + (plan.n_tokens + i - n_tasks) * shape.out_stride, 0, n_heads * size * sizeof(T));
+        if (i < n_tasks) {
+            run<T, O, MODE>(qkv, out, shape, plan.tasks[i / n_heads], i % n_heads, scratch, training, plan.n_rows);
+            return;
+        }
+        const int64_t row = plan.n_tokens + i - n_tasks;  // that no sequence has
+        memset(out + row * shape.out_stride, 0, n_heads * size * sizeof(T));
+        if (MODE != INFERENCE)
+            for (int64_t head = 0; head < n_heads; head++) training.lse[head * plan.n_rows + row] = 0.0f;
     });
 }
 
@@ -237,7 +258,7 @@ AttentionPlan::AttentionPlan(const int32_t* cu_seqlens, int64_t n_seqs, int64_t 
     }
     n_tokens = cu_seqlens[n_seqs];
     padded = up(longest, VL);
-    scratch_size = up(2 * padded * head_size + ROWS * (head_size + padded), 64 / sizeof(float));
+    scratch_size = up(2 * padded * head_size + ROWS * (head_size + padded + 2 * over(padded, 64)), 64 / sizeof(float));
     status = 0;
     if (n_tasks == 0) return;
     tasks = (Task*)malloc(n_tasks * sizeof(Task));
@@ -257,11 +278,11 @@ AttentionPlan::~AttentionPlan() {
 }
 
 void attention(const float* qkv, float* out, const Heads& heads, const AttentionPlan& plan, const Team& team) {
-    run_all<float, Floats>(qkv, out, heads, plan, team);
+    run_all<float, Floats, INFERENCE>(qkv, out, heads, plan, team, {});
 }
 
 void attention(const bf16* qkv, bf16* out, const Heads& heads, const AttentionPlan& plan, const Team& team) {
-    run_all<bf16, BFloat16Operands>(qkv, out, heads, plan, team);
+    run_all<bf16, BFloat16Operands, INFERENCE>(qkv, out, heads, plan, team, {});
 }
 
 #define ATTENTION(name, T)                                                                                       \
@@ -277,3 +298,21 @@ void attention(const bf16* qkv, bf16* out, const Heads& heads, const AttentionPl
 
 ATTENTION(fastbert_attention_float32, float)
 ATTENTION(fastbert_attention_bfloat16, bf16)
+
+#define ATTENTION_TRAINING(name, T, O)                                                                           \
+    EXPORT int name(const T* qkv, int64_t row_stride, int64_t n_rows, const int32_t* cu_seqlens, int64_t n_seqs, \
+                    int64_t n_heads, int64_t head_size, float scale, T* out, int64_t out_stride, float* lse,     \
+                    int64_t threshold, uint64_t seed, int64_t site) {                                            \
+        const AttentionPlan plan(cu_seqlens, n_seqs, n_rows, head_size);                                         \
+        if (plan.status != 0) return plan.status;                                                                \
+        const Heads heads = {row_stride, n_heads, head_size, out_stride, scale};                                 \
+        const Training training = {lse, {threshold, seed, site}};                                                \
+        in_parallel([&](const Team& team) {                                                                      \
+            if (threshold > 0) run_all<T, O, TRAINING_WITH_DROPOUT>(qkv, out, heads, plan, team, training);      \
+            else run_all<T, O, TRAINING>(qkv, out, heads, plan, team, training);                                 \
+        });                                                                                                      \
+        return 0;                                                                                                \
+    }
+
+ATTENTION_TRAINING(fastbert_attention_training_float32, float, Floats)
+ATTENTION_TRAINING(fastbert_attention_training_bfloat16, bf16, BFloat16Operands)

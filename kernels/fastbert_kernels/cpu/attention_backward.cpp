@@ -1,0 +1,420 @@
+// The gradients of attention.cpp's attention, on CPUs: packed, with the same bits for any number of threads.
+//
+//     p = exp(scale q k^T - lse)    keep: the mask of dropout    factor: what is kept is multiplied by it
+//     dp = keep * (dout v^T)        delta = sum over keys of p * dp  =  sum over a head's elements of dout * out / factor
+//     ds = p * (dp - delta)
+//     dv = factor (keep * p)^T dout    dq = factor scale ds k    dk = factor scale ds^T q
+//
+// qkv, grad_qkv: (T, 3 * N * D); out, dout: (T, N * D); all of one dtype, float32 or bfloat16. lse: (N, T) float32.
+// Statistics and sums are float32. bfloat16 products take VDPBF16PS where the processor has it, and then p and ds are
+// rounded to bfloat16; elsewhere they are float32 products.
+//
+// A task is one head of one sequence. It takes tiles of p and ds that stay in the caches: one block of keys after the
+// other, and for each of them one block of queries after the other. dk and dv are sums over the blocks of queries, dq is
+// one over the blocks of keys, always in the order of the tokens. The heads of a long sequence may be too few for all
+// threads. Then there are tasks for the dk and dv of some keys, and others for the dq of some queries: seven products in
+// the place of five, and the same sums.
+// Bytes moved, from and to main memory: 8 * N * D elements a token.
+#include <stdlib.h>
+
+#include <initializer_list>
+
+#include "attention_tiles.h"
+#include "philox.h"
+#include "team.h"
+
+namespace {
+
+constexpr int64_t QUERIES = 8 * ROWS, KEYS = 128;    // of a tile
+constexpr int64_t STRIDE = KEYS + VL;                // of its rows: no power of two, whose lines would share few sets
+constexpr int64_t PART_QUERIES = 12, PART_KEYS = 4;  // blocks in a task of a long sequence
+
+struct Call {
+    int64_t n_rows, qkv_stride, dout_stride, out_stride, n_heads, head_size;
+    float scale;
+    Dropout dropout;
+};
+
+// Blocks of equal size, at most `most`: they follow from the length alone, and so do all sums.
+struct Blocks {
+    int64_t n, size;
+    Blocks(int64_t length, int64_t most, int64_t step) : size(up(over(length, over(length, most)), step)) {
+        n = over(length, size);
+    }
+};
+
+// Blocks of keys and of queries of one sequence. With dk_dv they are all queries, with dq all keys.
+struct Task {
+    int64_t first, length;
+    int64_t key_block, key_end, query_block, query_end;
+    bool dk_dv, dq;
+};
+
+class Plan {
+   public:
+    Task* tasks = NULL;
+    int64_t n_tasks = 0, n_tokens = 0;
+    int status = 2;  // as AttentionPlan's
+
+    Plan(const int32_t* cu_seqlens, int64_t n_seqs, const Call& call);
+    ~Plan() {
+        free(tasks);
+        free(memory);
+    }
+    Plan(const Plan&) = delete;
+    float* scratch(int thread) const { return memory + thread * scratch_size; }
+    int64_t longest = 0;
+
+   private:
+    float* memory = NULL;
+    int64_t scratch_size = 0;
+
+    void add_tasks(int64_t first, int64_t length, bool in_parts);
+    void add(const Task& task) {
+        if (tasks != NULL) tasks[n_tasks] = task;
+        n_tasks++;
+    }
+};
+
+// A thread's memory. Rows of p and dp hold STRIDE numbers.
+struct Scratch {
+    float *p, *dp, *ds, *k_columns, *v_columns, *k_rows, *dk, *dv, *q_rows, *dout_rows, *delta, *dq;
+    uint64_t* keep;  // rows of KEYS bits
+
+    Scratch(float* memory, int64_t head_size, int64_t longest) {
+        const auto take = [&](int64_t n) { return memory += n, memory - n; };
+        for (float** tile : {&p, &dp, &ds}) *tile = take(QUERIES * STRIDE);
+        for (float** rows : {&k_columns, &v_columns, &k_rows, &dk, &dv}) *rows = take(KEYS * head_size);
+        for (float** rows : {&q_rows, &dout_rows}) *rows = take(QUERIES * head_size);
+        keep = (uint64_t*)take(QUERIES * KEYS / 32);
+        delta = take(up(longest, VL));
+        dq = take(longest * head_size);
+    }
+    uint64_t kept(int64_t row, int64_t column) const { return keep[row * (KEYS / 64) + column / 64] >> column % 64; }
+    static int64_t size(int64_t head_size, int64_t longest) {
+        return 3 * QUERIES * STRIDE + QUERIES * KEYS / 32 + (5 * KEYS + 2 * QUERIES + longest) * head_size +
+               up(longest, VL);
+    }
+};
+
+// Statements for n_vectors vectors, N of them at a time from `at` on, in parts that differ by one at most.
+#define IN_EQUAL_PARTS(n_vectors, at, ...)                                              \
+    for (int64_t at = 0; at < (n_vectors);) {                                           \
+        const int64_t left = (n_vectors) - at, width = over(left, over(left, VECTORS)); \
+        if (VECTORS == 4 && width == 4) {                                               \
+            constexpr int N = VECTORS;                                                  \
+            __VA_ARGS__;                                                                \
+        } else if (VECTORS == 4 && width == 3) {                                        \
+            constexpr int N = VECTORS == 4 ? 3 : 1;                                     \
+            __VA_ARGS__;                                                                \
+        } else if (width == 2) {                                                        \
+            constexpr int N = 2;                                                        \
+            __VA_ARGS__;                                                                \
+        } else {                                                                        \
+            constexpr int N = 1;                                                        \
+            __VA_ARGS__;                                                                \
+        }                                                                               \
+        at += width;                                                                    \
+    }
+
+// x, rounded: no sum fuses with the product that it is.
+INLINE vf rounded(vf x) {
+    asm("" : "+v"(x));
+    return x;
+}
+
+// exp(score - lse), 0 from n_keys on.
+template <typename O>
+INLINE vf probabilities_of(vf score, float lse, int64_t n_keys) {
+    vf off = score - lse;
+    if (n_keys < VL) off = cut(off, n_keys);
+    return exp2<O::SIZE == 1>(off * LOG2_E);
+}
+
+// to[i][j] = finish(i, j, x_i y_j) for ROWS rows and N vectors of columns.
+template <int N, typename O, typename F>
+INLINE void product_of(float* to, const typename O::E* const* x, const typename O::E* columns, int64_t depth,
+                       F finish) {
+    vf sums[ROWS][N] = {};
+    products<ROWS, N, O>(sums, x, columns, depth, VL, depth * VL);
+#pragma GCC unroll 6
+    for (int i = 0; i < ROWS; i++)
+#pragma GCC unroll 4
+        for (int j = 0; j < N; j++) store(to + i * STRIDE + j * VL, finish(i, j, sums[i][j]));
+}
+
+// A block of queries and one of keys, in memory.
+template <typename T>
+struct Tile {
+    const T *q, *dout;
+    const float* lse;
+    int64_t q_stride, dout_stride, n_queries, n_keys, size;
+    float scale;
+};
+
+// p and dp before the mask. Not inlined, as the functions below: each has the registers for itself.
+template <typename T, typename O>
+__attribute__((noinline)) void probabilities_and_products(const Tile<T>& tile, const Scratch& s) {
+    typedef typename O::E E;
+    const int64_t depth = tile.size / O::SIZE, n_blocks = over(tile.n_keys, VL);
+    IN_EQUAL_PARTS(n_blocks, at, {
+        const E *keys = (E*)s.k_columns + at * depth * VL, *values = (E*)s.v_columns + at * depth * VL;
+        for (int64_t row = 0; row < tile.n_queries; row += ROWS) {
+            const E *q[ROWS], *dout[ROWS];
+            float lse[ROWS];
+            for (int i = 0; i < ROWS; i++) {
+                const int64_t r = least(row + i, tile.n_queries - 1);  // the last one again where there are no more
+                q[i] = O::SIZE == 2 ? (const E*)(tile.q + r * tile.q_stride) : (E*)s.q_rows + r * tile.size;
+                dout[i] = O::SIZE == 2 ? (const E*)(tile.dout + r * tile.dout_stride) : (E*)s.dout_rows + r * tile.size;
+                lse[i] = tile.lse[r];
+            }
+            float *p = s.p + row * STRIDE + at * VL, *dp = s.dp + row * STRIDE + at * VL;
+            if (depth > DEPTH) {
+                products_in_parts<O>(p, STRIDE, q, keys, N, depth, tile.scale);
+                products_in_parts<O>(dp, STRIDE, dout, values, N, depth, 1.0f);
+                for (int i = 0; i < ROWS; i++)
+                    for (int j = 0; j < N; j++) {
+                        float* score = p + i * STRIDE + j * VL;
+                        store(score, probabilities_of<O>(load<vf>(score), lse[i], tile.n_keys - (at + j) * VL));
+                    }
+                continue;
+            }
+            product_of<N, O>(p, q, keys, depth, [&](int i, int j, vf sum) {
+                return probabilities_of<O>(rounded(sum * tile.scale), lse[i],
+                                           j == N - 1 ? tile.n_keys - (at + j) * VL : VL);
+            });
+            product_of<N, O>(dp, dout, values, depth, [](int, int, vf sum) { return sum; });
+        }
+    })
+}
+
+// Where a sum over blocks goes: it is kept in `sums`, and after the last block times `factor` in out.
+template <typename T>
+struct Sums {
+    float* sums;
+    T* out;
+    int64_t out_stride, size;
+    float factor;
+    bool first, last;
+};
+
+// N vectors of a head's elements, in n_rows rows from `row` on: += x^T y, the sum over n rows of y.
+template <int N, typename O, typename T>
+INLINE void add_products(const Sums<T>& to, int64_t row, int64_t at, int n_rows, const typename O::E* const* x,
+                         int64_t x_stride, const typename O::E* y, int64_t n) {
+    vf sums[ROWS][N] = {};
+    products<ROWS, N, O>(sums, x, y + at, n, to.size, VL, x_stride);
+    float* kept = to.sums + row * to.size + at;
+    T* out = to.out + row * to.out_stride + at;
+#pragma GCC unroll 6
+    for (int i = 0; i < ROWS; i++) {
+        if (i >= n_rows) break;
+#pragma GCC unroll 4
+        for (int j = 0; j < N; j++) {
+            vf sum = sums[i][j];
+            if (!to.first) sum += load<vf>(kept + i * to.size + j * VL);
+            if (to.last) from_floats(out + i * to.out_stride + j * VL, sum * to.factor);
+            else store(kept + i * to.size + j * VL, sum);
+        }
+    }
+}
+
+// The same for all elements of n_rows rows. Element k of row i of x is at x + i * STEP + k * X_STRIDE.
+template <int64_t STEP, int64_t X_STRIDE, typename O, typename T>
+__attribute__((noinline)) void add_all(const Sums<T>& to, int64_t n_rows, const float* x, const float* y, int64_t n) {
+    typedef typename O::E E;
+    for (int64_t row = 0; row < n_rows; row += ROWS) {
+        const int rows = (int)least(n_rows - row, ROWS);
+        const E* from[ROWS];
+        for (int i = 0; i < ROWS; i++) from[i] = (const E*)x + (row + (i < rows ? i : rows - 1)) * STEP;
+        IN_EQUAL_PARTS(to.size / VL, at, add_products<N, O>(to, row, at * VL, rows, from, X_STRIDE, (const E*)y, n))
+    }
+}
+
+#ifdef __AVX512BF16__
+// Two rows as bfloat16, first as they are, then as pairs.
+INLINE __m512i both_rows(vf first, vf second) { return (__m512i)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first); }
+INLINE vi in_pairs(__m512i rows) {
+    vi order = {};
+    for (int i = 0; i < VL; i++) order[i] = i | (i + VL) << 16;
+    return (vi)_mm512_permutexvar_epi16((__m512i)order, rows);
+}
+#endif
+
+// p and dp before the mask -> keep * p and ds, in place: as floats, or as pairs of queries, and then ds as bfloat16 in
+// rows as well. keep: the mask. delta is NULL where the tile has all keys: then it is summed here.
+template <typename O, bool DROPOUT>
+__attribute__((noinline)) void differences(const Scratch& s, int64_t n_queries, int64_t n_keys, const float* delta) {
+    constexpr int SIZE = O::SIZE;
+    for (int64_t i = 0; i < n_queries; i += SIZE) {
+        float off[SIZE] = {};
+        for (int r = 0; r < SIZE && i + r < n_queries; r++) {
+            if (delta != NULL) {
+                off[r] = delta[i + r];
+                continue;
+            }
+            vf total = {};
+            for (int64_t j = 0; j < n_keys; j += VL) {
+                const vf dp = load<vf>(s.dp + (i + r) * STRIDE + j);
+                total += load<vf>(s.p + (i + r) * STRIDE + j) * (DROPOUT ? where(s.kept(i + r, j), dp) : dp);
+            }
+            off[r] = sum(total);
+        }
+        for (int64_t j = 0; j < n_keys; j += VL) {
+            vf p[SIZE] = {}, ds[SIZE] = {};
+            for (int r = 0; r < SIZE && i + r < n_queries; r++) {
+                p[r] = load<vf>(s.p + (i + r) * STRIDE + j);
+                const vf dp = load<vf>(s.dp + (i + r) * STRIDE + j);
+                ds[r] = p[r] * ((DROPOUT ? where(s.kept(i + r, j), dp) : dp) - off[r]);
+                if (DROPOUT) p[r] = where(s.kept(i + r, j), p[r]);
+            }
+#ifdef __AVX512BF16__
+            if (SIZE == 2) {
+                const __m512i rows = both_rows(ds[0], ds[SIZE - 1]);
+                store((bf16*)s.ds + i * STRIDE + j, _mm512_castsi512_si256(rows));
+                store((bf16*)s.ds + (i + 1) * STRIDE + j, _mm512_extracti64x4_epi64(rows, 1));
+                store(s.dp + i / 2 * STRIDE + j, in_pairs(rows));
+                store(s.p + i / 2 * STRIDE + j, in_pairs(both_rows(p[0], p[SIZE - 1])));
+                continue;
+            }
+#endif
+            if (DROPOUT) store(s.p + i * STRIDE + j, p[0]);
+            store(s.dp + i * STRIDE + j, ds[0]);
+        }
+    }
+}
+
+// delta of the queries from begin to end: the sum of dout * out, over the factor of dropout.
+template <typename T>
+INLINE void deltas_of(float* delta, const T* dout, const T* out, const Call& call, int64_t begin, int64_t end) {
+    const float rate = 1.0f - (float)call.dropout.threshold / 65536;
+    for (int64_t i = begin; i < end; i++) {
+        vf total = {};
+        for (int64_t d = 0; d < call.head_size; d += VL)
+            total += to_floats(dout + i * call.dout_stride + d) * to_floats(out + i * call.out_stride + d);
+        delta[i] = sum(total) * rate;
+    }
+}
+
+template <typename T, typename O, bool DROPOUT>
+INLINE void run(const T* qkv, const T* douts, const T* outs, const float* lse, T* grads, const Call& call,
+                const Task& task, int64_t head, const Scratch& s) {
+    typedef typename O::E E;
+    const int64_t size = call.head_size, width = call.n_heads * size, depth = size / O::SIZE, length = task.length;
+    const T* q = qkv + task.first * call.qkv_stride + head * size;
+    const T* dout = douts + task.first * call.dout_stride + head * size;
+    T* grad = grads + task.first * 3 * width + head * size;
+    const float* head_lse = lse + head * call.n_rows + task.first;
+    const Masks masks(call.dropout, head);
+    const float kept = DROPOUT ? call.dropout.scale() : 1.0f;
+    const Blocks keys(length, KEYS, VL), queries(length, QUERIES, ROWS);
+    const int64_t begin = task.query_block * queries.size;
+    if (keys.n > 1)
+        deltas_of(s.delta, dout, outs + task.first * call.out_stride + head * size, call, begin,
+                  least(task.query_end * queries.size, length));
+
+    for (int64_t block = task.key_block; block < task.key_end; block++) {
+        const int64_t key = block * keys.size, n_keys = least(length - key, keys.size), n_blocks = over(n_keys, VL);
+        const T* k = q + width + key * call.qkv_stride;
+        pack_keys<O>((E*)s.k_columns, k, n_keys, n_blocks, depth, call.qkv_stride);
+        pack_keys<O, true>((E*)s.v_columns, k + width, n_keys, n_blocks, depth, call.qkv_stride);
+        pack_values<O>((E*)s.k_rows, k, n_keys, size, call.qkv_stride);
+        for (int64_t query_block = task.query_block; query_block < task.query_end; query_block++) {
+            const int64_t query = query_block * queries.size, n_queries = least(length - query, queries.size);
+            const T *q_rows = q + query * call.qkv_stride, *dout_rows = dout + query * call.dout_stride;
+            pack_values<O>((E*)s.q_rows, q_rows, n_queries, size, call.qkv_stride);
+            pack_values<O>((E*)s.dout_rows, dout_rows, n_queries, size, call.dout_stride);
+            probabilities_and_products<T, O>({q_rows, dout_rows, head_lse + query, call.qkv_stride, call.dout_stride,
+                                              n_queries, n_keys, size, call.scale},
+                                             s);
+            if (DROPOUT) draw(s.keep, KEYS / 64, masks, task.first + query, n_queries, key, n_keys);
+            differences<O, DROPOUT>(s, n_queries, n_keys, keys.n > 1 ? s.delta + query : NULL);
+            const int64_t grad_stride = 3 * width, n = over(n_queries, O::SIZE);
+            const bool first = query_block == 0, last = query_block == queries.n - 1;
+            T* key_grad = grad + width + key * grad_stride;
+            if (task.dk_dv) {
+                add_all<1, STRIDE, O>(Sums<T>{s.dv, key_grad + width, grad_stride, size, kept, first, last}, n_keys,
+                                      s.p, s.dout_rows, n);
+                add_all<1, STRIDE, O>(Sums<T>{s.dk, key_grad, grad_stride, size, kept * call.scale, first, last},
+                                      n_keys, s.dp, s.q_rows, n);
+            }
+            if (task.dq)
+                add_all<STRIDE / O::SIZE, 1, O>(
+                    Sums<T>{s.dq + (query - begin) * size, grad + query * grad_stride, grad_stride, size,
+                            kept * call.scale, block == 0, block == keys.n - 1},
+                    n_queries, O::SIZE == 2 ? s.ds : s.dp, s.k_rows, over(n_keys, O::SIZE));
+        }
+    }
+}
+
+template <typename T, typename O, bool DROPOUT>
+void run_all(const T* qkv, const T* dout, const T* out, const float* lse, T* grad, const Call& call, const Plan& plan,
+             const Team& team) {
+    const int64_t n_tasks = plan.n_tasks * call.n_heads, width = 3 * call.n_heads * call.head_size;
+    const Scratch scratch(plan.scratch(team.id), call.head_size, plan.longest);
+    team.each(n_tasks + call.n_rows - plan.n_tokens, [&](int64_t i) {
+        if (i < n_tasks)
+            run<T, O, DROPOUT>(qkv, dout, out, lse, grad, call, plan.tasks[i / call.n_heads], i % call.n_heads,
+                               scratch);
+        else  // a row that no sequence has
+            memset(grad + (plan.n_tokens + i - n_tasks) * width, 0, width * sizeof(T));
+    });
+}
+
+void Plan::add_tasks(int64_t first, int64_t length, bool in_parts) {
+    const Blocks keys(length, KEYS, VL), queries(length, QUERIES, ROWS);
+    if (!in_parts) return add({first, length, 0, keys.n, 0, queries.n, true, true});
+    for (int64_t i = 0; i < keys.n; i += PART_KEYS)
+        add({first, length, i, least(i + PART_KEYS, keys.n), 0, queries.n, true, false});
+    for (int64_t i = 0; i < queries.n; i += PART_QUERIES)
+        add({first, length, 0, keys.n, i, least(i + PART_QUERIES, queries.n), false, true});
+}
+
+Plan::Plan(const int32_t* cu_seqlens, int64_t n_seqs, const Call& call) {
+    if (n_seqs < 0 || cu_seqlens[0] != 0) return;
+    double work = 0;
+    for (int64_t b = 0; b < n_seqs; b++) {
+        const int64_t length = (int64_t)cu_seqlens[b + 1] - cu_seqlens[b];
+        if (length < 0 || cu_seqlens[b + 1] > call.n_rows) return;
+        longest = length > longest ? length : longest;
+        work += (double)length * length * call.n_heads;
+    }
+    n_tokens = cu_seqlens[n_seqs];
+    status = 0;
+    if (n_tokens == 0) return;
+    const int64_t n_threads = omp_get_max_threads();
+    for (int turn = 0; turn < 2; turn++) {  // count the tasks, then list them
+        n_tasks = 0;
+        for (int64_t b = 0; b < n_seqs; b++) {
+            const int64_t first = cu_seqlens[b], length = cu_seqlens[b + 1] - first;
+            if (length > 0) add_tasks(first, length, (double)length * length * n_threads > work);
+        }
+        if (turn == 0) tasks = (Task*)malloc(n_tasks * sizeof(Task));
+        if (tasks == NULL) break;
+    }
+    scratch_size = Scratch::size(call.head_size, longest);
+    memory = (float*)aligned_alloc(64, n_threads * scratch_size * sizeof(float));
+    status = tasks == NULL || memory == NULL;
+}
+
+}  // namespace
+
+// Returns the status of Plan.
+#define ATTENTION_BACKWARD(name, T, O)                                                                               \
+    EXPORT int name(const T* qkv, int64_t qkv_stride, const T* dout, int64_t dout_stride, const T* out,              \
+                    int64_t out_stride, const float* lse, int64_t n_rows, const int32_t* cu_seqlens, int64_t n_seqs, \
+                    int64_t n_heads, int64_t head_size, float scale, int64_t threshold, uint64_t seed, int64_t site, \
+                    T* grad) {                                                                                       \
+        const Call call = {n_rows,  qkv_stride, dout_stride, out_stride,                                             \
+                           n_heads, head_size,  scale,       {threshold, seed, site}};                               \
+        const Plan plan(cu_seqlens, n_seqs, call);                                                                   \
+        if (plan.status != 0) return plan.status;                                                                    \
+        in_parallel([&](const Team& team) {                                                                          \
+            if (threshold > 0) run_all<T, O, true>(qkv, dout, out, lse, grad, call, plan, team);                     \
+            else run_all<T, O, false>(qkv, dout, out, lse, grad, call, plan, team);                                  \
+        });                                                                                                          \
+        return 0;                                                                                                    \
+    }
+
+ATTENTION_BACKWARD(fastbert_attention_backward_float32, float, Floats)
+ATTENTION_BACKWARD(fastbert_attention_backward_bfloat16, bf16, BFloat16Operands)
