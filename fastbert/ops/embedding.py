@@ -142,10 +142,14 @@ def embedding_layer_norm(
         return words.new_zeros(shape)
     kernels = choose.kernels_of(backend, words.dtype, hidden_size=hidden_size) if trained else None
     if kernels is not None:
-        ids: Any = (None if t is None else t.long().contiguous() for t in (input_ids, token_type_ids, position_ids))
-        settings = EmbeddingSettings(*ids, eps, padding_idx, mask_of(dropout))
-        tables: Any = (t if t is None or t.stride(-1) == 1 else t.contiguous() for t in (words, token_type, position))
-        return embedding(*tables, weight, ln_bias, settings, kernels)
+        ids: list[Any] = [
+            None if t is None else t.long().contiguous() for t in (input_ids, token_type_ids, position_ids)
+        ]
+        settings = EmbeddingSettings(ids[0], ids[1], ids[2], eps, padding_idx, mask_of(dropout))
+        tables: list[Any] = [
+            t if t is None or t.stride(-1) == 1 else t.contiguous() for t in (words, token_type, position)
+        ]
+        return embedding(tables[0], tables[1], tables[2], weight, ln_bias, settings, kernels)
     out = run(input_ids, token_type_ids, position_ids, words, token_type, position, weight, ln_bias, eps, padding_idx)
     return masks.apply(out, dropout)
 
