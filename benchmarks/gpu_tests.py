@@ -34,13 +34,22 @@ GROUPS: dict[str, tuple[str, ...]] = {
     **{op: _files(f"ops/op_{op}") for op in OPS},
     "attention": _files("ops/op_attention", "on_kernels/attention_short"),
     "dropout": _files("ops/dropout_kernels"),
-    "training_rows": _files("ops/residual_norm_kernels", "ops/activation_backward"),
+    "training_rows": _files(
+        "ops/residual_norm_kernels", "ops/activation_backward", "ops/embedding_kernels", "ops/pooling_backward"
+    ),
+    "training_layer": _files("ops/training_triton"),
     "linear": _files("ops/op_linear", "ops/op_linear_persistent"),
+    "cross_entropy": _files("ops/op_cross_entropy"),
     "graphs": _files(
         "engine/graphs", "engine/graph_buckets", "engine/graph_validity", "engine/graph_capture", "engine/graphs_gpu"
     ),
     "model": _files(
-        "models/model", "models/model_training", "models/model_packed", "models/model_compile", "models/heads"
+        "models/model",
+        "models/model_training",
+        "models/model_packed",
+        "models/model_compile",
+        "models/heads",
+        "models/losses",
     ),
     "batch_invariant": _files("engine/batch_invariant"),
     "text": _files("pipelines/sentence", "pipelines/sentence_run"),

@@ -96,8 +96,6 @@ def model_obstacle(live: nn.Module) -> str | None:
     """Says which state of the whole model our path does not support, or returns None."""
     if getattr(live, "_is_replica", False):
         return "a replica of DataParallel"
-    if live.training:
-        return "training mode (kernels with dropout and gradients are not here yet)"
     if getattr(live.config, "is_decoder", False) or getattr(live.config, "is_causal", False):
         return "decoder mode"
     return None

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from fastbert.engine.block import Block, feature_obstacles
 from fastbert.engine.interface import PackedInputs
@@ -87,16 +86,14 @@ class Training:
             return model.run_layers(x, batch, keep_states)
         states = [x]
         for i, block in enumerate(blocks):
-            x = self._layer(model.encoder, x, block, settings_of(block, i, batch, kernels, x))
+            parameters, settings = parameters_of(block), settings_of(block, i, batch, kernels, x)
+            recomputed = model.encoder.checkpoint_of(i)
+            if recomputed is None:
+                x = encoder_layer(x, parameters, settings)
+            else:
+                x = recomputed(encoder_layer, x, parameters, settings)
             states = [*states, x] if keep_states else [x]
         return states
-
-    def _layer(self, encoder: Any, x: Tensor, block: Block, settings: LayerSettings) -> Tensor:
-        parameters = parameters_of(block)
-        if encoder.gradient_checkpointing and encoder.training and torch.is_grad_enabled():
-            output: Tensor = checkpoint(encoder_layer, x, parameters, settings, **encoder.checkpointing)
-            return output
-        return encoder_layer(x, parameters, settings)
 
 
 def kernels_of(model: Any, block: Block, x: Tensor) -> Kernels | None:

@@ -7,7 +7,8 @@ a padded tensor, (B, S, H), was called by a hook or from outside: it packs its i
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -58,12 +59,16 @@ class BertSelfAttention(nn.Module):
         """The probability with which probabilities are dropped in the present mode."""
         return self.dropout.p if self.training else 0.0
 
-    def train(self, mode: bool = True) -> BertSelfAttention:
+    def renew(self, training: bool) -> None:
+        """Makes the fused weight anew when it is next used, or, for training, drops it."""
         ops.forget_packed(self.derived.tensors())  # packed from what is about to be written anew
-        if mode:
+        if training:
             self.derived.clear()
         else:
             self.derived.invalidate()
+
+    def train(self, mode: bool = True) -> BertSelfAttention:
+        self.renew(mode)
         return super().train(mode)
 
     def _replicate_for_data_parallel(self) -> BertSelfAttention:
@@ -87,12 +92,12 @@ class BertSelfAttention(nn.Module):
 class BertAddNorm(nn.Module):
     """LayerNorm(dropout(dense(x)) + residual): transformers' BertSelfOutput and BertOutput."""
 
-    def __init__(self, in_features: int, config: BertConfig, dropout_site: int = OUTPUT) -> None:
+    def __init__(self, in_features: int, config: BertConfig, p: float, dropout_site: int) -> None:
         super().__init__()
         self.dropout_site = dropout_site
         self.dense = nn.Linear(in_features, config.hidden_size)
         self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.dropout = nn.Dropout(p)
 
     @property
     def dropout_p(self) -> float:
@@ -122,7 +127,8 @@ class BertAttention(nn.Module):
     def __init__(self, config: BertConfig, layer: int = 0) -> None:
         super().__init__()
         self.self = BertSelfAttention(config, layer)
-        self.output = BertAddNorm(config.hidden_size, config, site_of(layer, ATTENTION_OUTPUT))
+        p = config.hidden_dropout_prob if config.family.attention_output_dropout else 0.0
+        self.output = BertAddNorm(config.hidden_size, config, p, site_of(layer, ATTENTION_OUTPUT))
 
     def forward(self, x: Tensor, batch: Any = None, policy: Policy = ops.AUTO) -> Any:  # (T, H) -> (T, H)
         if x.dim() == 3:  # as transformers' returns it
@@ -150,7 +156,7 @@ class BertLayer(nn.Module):
         super().__init__()
         self.attention = BertAttention(config, layer)
         self.intermediate = BertIntermediate(config)
-        self.output = BertAddNorm(config.intermediate_size, config, site_of(layer, OUTPUT))
+        self.output = BertAddNorm(config.intermediate_size, config, config.hidden_dropout_prob, site_of(layer, OUTPUT))
 
     def forward(self, x: Tensor, batch: Any = None, policy: Policy = ops.AUTO) -> Tensor:  # (T, H) -> (T, H)
         if x.dim() == 3:
@@ -183,6 +189,14 @@ class BertEncoder(nn.Module):
         self.layer = nn.ModuleList(BertLayer(config, i) for i in range(config.num_hidden_layers))
         self.gradient_checkpointing = False
         self.checkpointing: dict[str, Any] = {}  # arguments of torch.utils.checkpoint.checkpoint
+        # For each layer what calls it in the place of that, or None; an adapter has them from its live model.
+        self.checkpoints: tuple[Callable[..., Any] | None, ...] | None = None
+
+    def checkpoint_of(self, i: int) -> Callable[..., Any] | None:
+        """Returns what calls layer i so that it keeps its input alone; None where it keeps what backward needs."""
+        if not (self.gradient_checkpointing and self.training and torch.is_grad_enabled()):
+            return None
+        return partial(checkpoint, **self.checkpointing) if self.checkpoints is None else self.checkpoints[i]
 
     def forward(self, x: Tensor, batch: Any = None, policy: Policy = ops.AUTO, keep_states: bool = True) -> Any:
         """(T, H) -> the hidden states before the first layer and after each, L + 1 times (T, H), or the last alone.
@@ -193,11 +207,12 @@ class BertEncoder(nn.Module):
             padded = hooks.on_packed(BertEncoder.forward, self, x, keep_states=keep_states)
             return BaseModelOutputWithPooling(padded[-1], hidden_states=tuple(padded) if keep_states else None)
         states = [x]
-        for layer in self.layer:
-            if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
-                x = checkpoint(hooks.call, layer, batch, policy, x, **self.checkpointing)
-            else:
+        for i, layer in enumerate(self.layer):
+            recomputed = self.checkpoint_of(i)
+            if recomputed is None:
                 x = hooks.call(layer, batch, policy, x)
+            else:
+                x = recomputed(hooks.call, layer, batch, policy, x)
             states = [*states, x] if keep_states else [x]
         return states
 

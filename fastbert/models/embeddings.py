@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from fastbert import ops
 from fastbert.checkpoint.config import BertConfig
+from fastbert.checkpoint.family import AFTER_PADDING
 from fastbert.engine import EmbeddingTables, Norm
 from fastbert.engine.listeners import is_bare, is_plain_norm
 from fastbert.models import hooks
@@ -24,7 +26,9 @@ class BertEmbeddings(nn.Module):
         super().__init__()
         width = config.embedding_width  # E, which is H but where the family projects
         self.word_embeddings = nn.Embedding(config.vocab_size, width, padding_idx=config.pad_token_id)
-        self.position_embeddings = nn.Embedding(config.max_position_embeddings, width)
+        # The position of a padding id, which no checkpoint trains, is that id.
+        unused_position = config.pad_token_id if config.family.positions == AFTER_PADDING else None
+        self.position_embeddings = nn.Embedding(config.max_position_embeddings, width, padding_idx=unused_position)
         self.token_type_embeddings = nn.Embedding(config.type_vocab_size, width) if config.family.token_types else None
         self.LayerNorm = nn.LayerNorm(width, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
@@ -73,8 +77,8 @@ class BertEmbeddings(nn.Module):
         token_types = self.token_type_embeddings
         return input_ids, EmbeddingTables(
             words=words.weight if inputs_embeds is None else inputs_embeds,
-            token_types=None if token_types is None else token_types.weight,
-            positions=self.position_embeddings.weight,
+            token_types=None if token_types is None else _table(token_types),
+            positions=_table(self.position_embeddings),
             norm=Norm.of(self.LayerNorm),
         )
 
@@ -109,3 +113,12 @@ class BertEmbeddings(nn.Module):
         """The number of segments; it is one, without a table, in a model that knows none."""
         table = self.token_type_embeddings
         return 1 if table is None else table.num_embeddings
+
+
+def _table(embedding: nn.Embedding) -> Tensor:
+    """The weight of an embedding, through which its padding_idx gets no gradient."""
+    weight, padding_idx = embedding.weight, embedding.padding_idx
+    if padding_idx is None or not (torch.is_grad_enabled() and weight.requires_grad):
+        return weight
+    unused = torch.arange(weight.shape[0], device=weight.device) == padding_idx
+    return torch.where(unused[:, None], weight.detach(), weight)

@@ -16,6 +16,7 @@ from fastbert.reference.ops import (
     gelu,
     layer_norm,
     linear,
+    linear_cross_entropy,
     pool,
     varlen_attention,
 )
@@ -34,6 +35,7 @@ __all__ = [
     "head",
     "layer_norm",
     "linear",
+    "linear_cross_entropy",
     "pool",
     "varlen_attention",
 ]

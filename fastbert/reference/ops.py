@@ -80,6 +80,29 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: st
     raise ValueError(f"activation: got {activation!r}, expected None, 'gelu', 'gelu_tanh' or 'relu'")
 
 
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+) -> Tensor:
+    """The loss of each row, (T,), by the logits l = hidden @ weight^T + bias; 0 where the label is ignore_index.
+
+    It is (1 - label_smoothing) (lse - l_y) + label_smoothing mean_j (lse - l_j) + z_loss lse^2, with the logarithm lse
+    of sum_j exp(l_j). hidden (T, H), weight (V, H), bias (V,), labels y (T,).
+    """
+    logits = linear(hidden, weight, bias)
+    lse = torch.logsumexp(logits, dim=1)
+    labelled = labels != ignore_index
+    target = logits.gather(1, torch.where(labelled, labels, 0)[:, None])[:, 0]
+    smooth = lse - logits.mean(dim=1)
+    losses = (1 - label_smoothing) * (lse - target) + label_smoothing * smooth + z_loss * lse.square()
+    return torch.where(labelled, losses, 0)
+
+
 def embedding_layer_norm(
     input_ids: Tensor | None,
     token_type_ids: Tensor | None,

@@ -60,6 +60,26 @@ def column_sums_config() -> dict[str, int]:
 
 
 @functools.cache
+def pieces_config(n_cols: int) -> dict[str, int]:
+    """Chooses the tile that adds rows of gradients up: 4,096 elements, 32 a thread, in blocks of 128 columns."""
+    block_cols = min(128, triton.next_power_of_2(n_cols))
+    return {"BLOCK_ROWS": min(64, 4096 // block_cols), "BLOCK_COLS": block_cols, "num_warps": 4, "num_stages": 1}
+
+
+@functools.cache
+def segments_config(n_rows: int, n_cols: int) -> dict[str, int]:
+    """Chooses the tile that adds the gradients of a table's row up.
+
+    Most rows of a large table have few tokens or none: a program has 1,024 columns, and few tokens at a time. Those of
+    a small table have many.
+    """
+    if n_rows <= 4096:
+        return pieces_config(n_cols)
+    block_cols = min(1024, triton.next_power_of_2(n_cols))
+    return {"BLOCK_ROWS": min(8, 4096 // block_cols), "BLOCK_COLS": block_cols, "num_warps": 4, "num_stages": 1}
+
+
+@functools.cache
 def pooling_config(n_cols: int) -> dict[str, int]:
     """Chooses the tile of pooling over rows: 4,096 elements, 32 a thread, in blocks of 128 columns.
 
@@ -76,10 +96,23 @@ def pooling_config(n_cols: int) -> dict[str, int]:
 
 
 @functools.cache
+def pooling_backward_config(n_cols: int) -> dict[str, int]:
+    """Chooses the tile of the backward pass of pooling: 2,048 elements, 16 a thread, in blocks of 128 columns."""
+    return elementwise_backward_config(n_cols)
+
+
+@functools.cache
 def whole_row_config(n_cols: int) -> dict[str, int]:
     """Chooses the tile of kernels that hold one row of the batch's vectors: up to 16 elements a thread."""
     block_cols = triton.next_power_of_2(n_cols)
     return {"BLOCK_COLS": block_cols, "num_warps": max(1, min(8, block_cols // 256)), "num_stages": 1}
+
+
+@functools.cache
+def long_row_config(n_cols: int) -> dict[str, int]:
+    """Chooses the tile of kernels that walk along one row of any length: up to 4,096 elements, 16 a thread."""
+    block_cols = min(4096, triton.next_power_of_2(n_cols))
+    return {"BLOCK_COLS": block_cols, "num_warps": max(1, min(8, block_cols // 512)), "num_stages": 1}
 
 
 @functools.cache
@@ -253,6 +286,23 @@ def _short_attention(
     block_sizes = {"BLOCK_Q": SHORT_BLOCK_Q, "BLOCK_K": block_k, "num_warps": num_warps, "num_stages": 1}
     source = f"formula of fastbert_kernels.configs.short_attention_config, for BLOCK_Q={block_q} of {whole.source}"
     return Config({**block_sizes, "BLOCK_D": block_d}, source)
+
+
+@dataclass(frozen=True)
+class AttentionBackward:
+    """An `AttentionBackward` holds the block sizes of both passes: by tiles of queries, and by tiles of keys."""
+
+    query: dict[str, int]
+    key: dict[str, int]
+
+
+def attention_backward_configs(dtype: torch.dtype, head_size: int, for_arch: int) -> AttentionBackward:
+    """Returns the tiles of attention's gradients."""
+    block_d = max(MIN_HEAD_SIZE, triton.next_power_of_2(head_size))
+    rows, columns, num_warps, num_stages = (32, 32, 8, 2) if dtype == torch.float32 or block_d > 64 else (128, 64, 8, 2)
+    shared = {"BLOCK_D": block_d, "num_warps": num_warps, "num_stages": num_stages}
+    query = {"BLOCK_Q": rows, "BLOCK_K": columns, **shared}
+    return AttentionBackward(query, {"BLOCK_Q": columns, "BLOCK_K": rows, **shared})
 
 
 def attention_key(dtype: torch.dtype, head_size: int) -> str:

@@ -9,7 +9,7 @@ Where a dropout was applied to y itself, dy is masked first. Masks are drawn aga
 (T, H) in the dtype C of products; grad, grad_residual: (T, H) in the dtype S of the stream; mean, rstd: (T,) float32;
 the three sums: (H,) float32. Arithmetic in float32, one rounding. Bytes moved: grad and total read, grad_x written, and
 grad_low and grad_residual where there are any: 3 to 5 times T * H elements; partial sums: 24 bytes a column and
-program, of which there are at most 256.
+program, of which there are at most 384.
 
 Each program takes a fixed share of the row tiles and adds its rows in order; `column_sums` adds up the programs. No
 atomics: the same inputs give the same bits.
@@ -29,7 +29,7 @@ from fastbert_kernels.jit import jit
 from fastbert_kernels.layer_norm import drop_columns
 from fastbert_kernels.masks import Dropout
 
-MAX_PROGRAMS = 256  # Two a multiprocessor of an H100. It settles the order of sums, and is the same on every device.
+MAX_PROGRAMS = 384  # Three a multiprocessor of an H100. It settles the order of sums, and is the same on every device.
 STAGES = tl.constexpr(3)  # Copies of two tiles are under way while one is worked on.
 OUT_DROPOUT_ARGUMENTS = tuple(f"out_{name}" for name in drawing.DO_NOT_SPECIALIZE)
 

@@ -99,7 +99,7 @@ def test_embeddings_by_any_number_of_threads(pair, variant, number_of_threads):
 
 @pytest.mark.parametrize("dtypes", [(F32, F32), (BF16, BF16), (BF16, F32), (F32, BF16)], ids=str)
 @pytest.mark.parametrize("padding_idx", [None, 3])
-@pytest.mark.parametrize("n_tokens", [0, 1, 900])
+@pytest.mark.parametrize("n_tokens", [0, 1, 18, 900])
 def test_scatter_is_as_exact_as_float32(n_tokens, padding_idx, dtypes, number_of_threads):
     """Catches sums in bfloat16, a row of padding with a gradient, or bits that depend on the number of threads."""
     rows, ids = torch.randn(n_tokens, 40).to(dtypes[0]), torch.randint(0, 7, (n_tokens,))

@@ -199,11 +199,11 @@ def embedding_scatter(
     the memory of the table; it adds up in the dtype of the rows, so that bfloat16 goes through float32 here.
     """
     scatter, padding = torch.ops.aten.embedding_dense_backward, -1 if padding_idx is None else padding_idx
-    dtype = dtype or grad_rows.dtype
-    if dtype == torch.float32:
-        return scatter(grad_rows.float(), ids, n_rows, padding, False)
+    dtype, rows = dtype or grad_rows.dtype, grad_rows.float()
+    if dtype == torch.float32 or n_rows <= len(ids):
+        return scatter(rows, ids, n_rows, padding, False).to(dtype)
     present, places = ids.unique(return_inverse=True)
-    sums = scatter(grad_rows.float(), places, len(present), -1, False)
+    sums = scatter(rows, places, len(present), -1, False)
     sums[present == padding] = 0.0
     return sums.new_zeros((n_rows, sums.shape[1]), dtype=dtype).index_copy_(0, present, sums.to(dtype))
 

@@ -4,43 +4,62 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 
 import torch
 
-from fastbert_kernels import gelu, layer_norm, layer_norm_backward, linear
+from fastbert_kernels import (
+    dropout_rows,
+    embedding,
+    embedding_backward,
+    gelu,
+    layer_norm,
+    layer_norm_backward,
+    linear,
+    pooling,
+    pooling_backward,
+)
+from fastbert_kernels.embedding_backward import Segments
 from fastbert_kernels.masks import Dropout
 from fastbert_kernels.offline.coverage import DTYPES, MODELS, Case, pointer_kernel
 
 N_ROWS = 64
 DROPOUT = Dropout(6554, 1, 1)
-# (operation, variant, whether the default run has it, call)
-Launches = Iterator[tuple[str, str, bool, Callable[[], object]]]
+MAIN, MORE, ALL = range(3)  # How often a case is compiled: see _archs.
+Launches = Iterator[tuple[str, str, int, Callable[[], object]]]  # (operation, variant, how often, call)
 
 
 def training_cases(dtype: str) -> Iterator[Case]:
     """Lists every case of one dtype of products. With "under autocast" the stream between layers is float32."""
     if dtype not in DTYPES or dtype == "tf32":
         return
+    of_products = DTYPES[dtype]
     for model in MODELS:
-        wide = DTYPES[dtype] == torch.float32
-        for stream in [torch.float32] if wide else [DTYPES[dtype], torch.float32]:
-            note = "" if stream == DTYPES[dtype] else " under autocast"
-            for op, variant, often, call in _of_model(model, DTYPES[dtype], stream):
-                yield Case(op, model, dtype, variant + note, _archs(dtype, model, often), call)
+        for op, variant, rank, call in _of_model(model, of_products, of_products):
+            yield Case(op, model, dtype, variant, _archs(dtype, model, rank), call)
+        if of_products == torch.float32:
+            continue
+        for op, variant, rank, call in _of_model(model, of_products, torch.float32):
+            seldom = rank if rank == MAIN and model == "base" and dtype == "bf16" else ALL
+            yield Case(op, model, dtype, f"{variant} under autocast", _archs(dtype, model, seldom), call)
 
 
-def _archs(dtype: str, model: str, often: bool) -> frozenset[int] | None:
+def _archs(dtype: str, model: str, rank: int) -> frozenset[int] | None:
     """Tells where the default run compiles a case: everywhere (None), on some, or nowhere (empty)."""
-    if model == "odd" or not often:
+    if rank == ALL or model in ("odd", "large") or (rank == MORE and model != "base"):
         return frozenset()
-    return None if dtype == "bf16" else frozenset({80, 90}) if model == "base" else frozenset()
+    if dtype == "bf16":
+        return None
+    return frozenset({80, 90}) if rank == MAIN and model == "base" else frozenset()
 
 
 def _of_model(model: str, dtype: torch.dtype, stream: torch.dtype) -> Launches:
     h, i, _ = MODELS[model]
     yield from _residual_norm(h, dtype, stream)
+    yield from _embedding(h, dtype, stream)
+    yield from _pooling(h, dtype, stream)
     if stream == dtype:
-        yield from _activation(h, i, dtype, model == "base")
+        yield from _activation(h, i, dtype)
 
 
 def _residual_norm(h: int, dtype: torch.dtype, stream: torch.dtype) -> Launches:
@@ -49,21 +68,49 @@ def _residual_norm(h: int, dtype: torch.dtype, stream: torch.dtype) -> Launches:
     saved = residual, x if dtype != stream else None, x, of_row, of_row, vector
     forward = partial(layer_norm.residual_norm_forward, x, vector, residual, vector, vector, 1e-12)
     backward = partial(layer_norm_backward.residual_norm_backward, *saved)
-    yield "layer_norm", "training", True, partial(forward, DROPOUT, True)
-    yield "layer_norm", "training, no dropout", False, partial(forward, None, True)
-    yield "layer_norm", "backward", True, partial(backward, DROPOUT, None, True)
-    yield "layer_norm", "backward, no dropout", False, partial(backward, None, None, True)
-    yield "layer_norm", "backward of embedding", True, partial(backward, None, DROPOUT, True, want_x=False)
+    yield "layer_norm", "training", MAIN, partial(forward, DROPOUT, True)
+    yield "layer_norm", "training, no dropout", ALL, partial(forward, None, True)
+    yield "layer_norm", "backward", MAIN, partial(backward, DROPOUT, None, True)
+    yield "layer_norm", "backward, no dropout", ALL, partial(backward, None, None, True)
+    if stream == dtype:
+        yield "layer_norm", "dropout", MORE, partial(dropout_rows.dropout_forward, x, DROPOUT)
+    yield "layer_norm", "backward of embedding", MORE, partial(backward, None, DROPOUT, True, want_x=False)
 
 
-def _activation(h: int, i: int, dtype: torch.dtype, often: bool) -> Launches:
+def _embedding(h: int, dtype: torch.dtype, stream: torch.dtype) -> Launches:
+    ids, vector = torch.zeros(N_ROWS, dtype=torch.int64), torch.empty(h, dtype=stream)
+    word, token_type, position = (torch.empty((n, h), dtype=stream) for n in (N_ROWS, 2, 512))
+    for variant, dropout, rank, inputs in (
+        ("ids", DROPOUT, MAIN, (ids, ids, ids, word, token_type, position)),
+        ("no dropout", None, ALL, (ids, ids, ids, word, token_type, position)),
+        ("embeds", DROPOUT, MORE, (None, ids, ids, word, token_type, position)),
+        ("without segments", DROPOUT, MORE, (ids, None, ids, word, None, position)),
+    ):
+        arguments: tuple[Any, ...] = *inputs, vector, vector, 1e-12, dropout, dtype, True
+        yield "embedding", f"training, {variant}", rank, partial(embedding.embedding_norm_forward, *arguments)
+    for n_ids, rank in ((30000, MAIN), (512, MORE)):  # They have tiles of different sizes.
+        segments = Segments(ids, torch.zeros(n_ids + 1, dtype=torch.int64), ids.to(torch.int16))
+        backward = partial(embedding_backward.embedding_backward, word, segments, stream)
+        yield "embedding", f"backward of {n_ids} rows", rank, backward
+
+
+def _activation(h: int, i: int, dtype: torch.dtype) -> Launches:
     x, weight, bias, pre = (torch.empty(shape, dtype=dtype) for shape in ((N_ROWS, h), (i, h), i, (N_ROWS, i)))
-    for activation in ("gelu", "gelu_tanh", "relu"):
+    for activation, rank in (("gelu", MAIN), ("gelu_tanh", MORE), ("relu", MORE)):
         backward = partial(gelu.activation_backward, pre, pre, activation)
-        yield "gelu", f"backward of {activation}", often or activation == "gelu", backward
-    for activation in ("gelu", "gelu_tanh"):
+        yield "gelu", f"backward of {activation}", rank, backward
+    for activation, rank in (("gelu", MAIN), ("gelu_tanh", ALL)):
         forward = partial(linear.linear_forward, x, weight, bias, activation, pre=pre)
-        yield "linear", f"up+{activation}+pre", activation == "gelu", forward
+        yield "linear", f"up+{activation}+pre", rank, forward
     if dtype != torch.float32:
         by_pointers = partial(pointer_kernel, x, weight, bias, "gelu", pre)
-        yield "linear", "up+gelu+pre by pointers", often, by_pointers
+        yield "linear", "up+gelu+pre by pointers", MORE, by_pointers
+
+
+def _pooling(h: int, dtype: torch.dtype, stream: torch.dtype) -> Launches:
+    hidden, grad = torch.empty((N_ROWS, h), dtype=dtype), torch.empty((2, h), dtype=stream)
+    cu_seqlens = torch.zeros(3, dtype=torch.int32)
+    for mode in pooling.MODES:
+        backward = partial(pooling_backward.pool_backward, grad, hidden, cu_seqlens, mode)
+        yield "pooling", f"backward of {mode}", MORE if mode in ("mean", "max") else ALL, partial(backward, False)
+        yield "pooling", f"backward of {mode}+norm", MORE if mode == "max" else ALL, partial(backward, True)
