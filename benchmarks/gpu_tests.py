@@ -37,6 +37,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "training_rows": _files(
         "ops/residual_norm_kernels", "ops/activation_backward", "ops/embedding_kernels", "ops/pooling_backward"
     ),
+    "training_layer": _files("ops/training_triton"),
     "linear": _files("ops/op_linear", "ops/op_linear_persistent"),
     "cross_entropy": _files("ops/op_cross_entropy"),
     "graphs": _files(

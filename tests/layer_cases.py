@@ -101,15 +101,17 @@ def gradients(
 ) -> dict[str, Tensor]:
     """The output and the gradients of x and of every parameter, by name.
 
-    Queries, keys and values are one product: softmax hardly sees a key's bias, and one key not at all.
+    Queries, keys and values are one product: softmax does not see a key alone. It never sees a key's bias, whose exact
+    gradient is 0, so that no relative error of it has a meaning.
     """
     output = layer(x, parameters, settings)
     inputs = [x, *parameters.listed()]
     found = torch.autograd.grad(output, inputs, grad.to(output.dtype), allow_unused=True)
     filled = [torch.zeros_like(t) if g is None else g for g, t in zip(found, inputs, strict=True)]
     named = dict(zip(("output", "x", *NAMES), (output.detach(), *filled), strict=True))
-    for suffix in ("", "_bias"):
-        named["qkv" + suffix] = torch.cat([named.pop(name + suffix) for name in ("query", "key", "value")])
+    named["qkv"] = torch.cat([named.pop(name) for name in ("query", "key", "value")])
+    assert named.pop("key_bias").abs().max() < 0.1
+    named["qkv_bias"] = torch.cat([named.pop(name) for name in ("query_bias", "value_bias")])
     return named
 
 

@@ -57,7 +57,10 @@ def is_harmless(hook: Callable[..., Any]) -> bool:
 
 
 def is_own_forward(module: Any) -> bool:
-    """Says whether a forward in a module's own dictionary is that of its class. 5.0 puts it there after recording."""
+    """Says whether a forward in a module's own dictionary is that of its class.
+
+    5.0 puts it there after recording, and MatryoshkaLoss of sentence-transformers after each step.
+    """
     forward: Any = module.__dict__["forward"]
     kind: Any = type(module)
     return getattr(forward, "__self__", None) is module and forward.__func__ is kind.forward

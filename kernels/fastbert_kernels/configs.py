@@ -296,6 +296,15 @@ class AttentionBackward:
     key: dict[str, int]
 
 
+def attention_backward_configs(dtype: torch.dtype, head_size: int, for_arch: int) -> AttentionBackward:
+    """Returns the tiles of attention's gradients."""
+    block_d = max(MIN_HEAD_SIZE, triton.next_power_of_2(head_size))
+    rows, columns, num_warps, num_stages = (32, 32, 8, 2) if dtype == torch.float32 or block_d > 64 else (128, 64, 8, 2)
+    shared = {"BLOCK_D": block_d, "num_warps": num_warps, "num_stages": num_stages}
+    query = {"BLOCK_Q": rows, "BLOCK_K": columns, **shared}
+    return AttentionBackward(query, {"BLOCK_Q": columns, "BLOCK_K": rows, **shared})
+
+
 def attention_key(dtype: torch.dtype, head_size: int) -> str:
     """Returns the key of attention in a table, as "float16/64". Head sizes that are padded to one tile share it."""
     return f"{dtype_class(dtype)}/{max(MIN_HEAD_SIZE, triton.next_power_of_2(head_size))}"

@@ -10,7 +10,7 @@ import transformers
 
 import fastbert
 from fastbert.adapters import counts
-from train_cases import classification_data, settings
+from train_cases import NotesLosses, classification_data, settings
 
 FAST = {"learning_rate": 3e-3, "per_device_train_batch_size": 32}
 
@@ -33,11 +33,14 @@ def train(tokenizer: Any, tmp_path: Path, trainers: None) -> Any:
     """Trains a model, accelerated or not, by transformers' Trainer on the task of `passages`, and returns that."""
     examples, others = classification_data(tokenizer)
 
+    class Trainer(NotesLosses, transformers.Trainer):
+        """transformers' Trainer, which notes its losses."""
+
     def run(model: Any, accelerated: bool, resume: str | None = None, **changes: Any) -> Any:
         if accelerated:
             fastbert.accelerate(model, strict=True)
         arguments = transformers.TrainingArguments(**settings(tmp_path, **{**FAST, **changes}))
-        trainer = transformers.Trainer(
+        trainer = Trainer(
             model, arguments, train_dataset=examples, eval_dataset=others,
             data_collator=transformers.DataCollatorWithPadding(tokenizer),
             compute_metrics=lambda p: {"accuracy": float((p.predictions.argmax(-1) == p.label_ids).mean())},

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from train_cases import classifier, distance, losses_of
+from train_cases import classifier, distance
 
 pytestmark = pytest.mark.slow
 
@@ -20,7 +20,7 @@ def test_sixty_steps(train: Any) -> None:
     ours, theirs = (
         train(classifier(), accelerated, eval_strategy="steps", eval_steps=20) for accelerated in (True, False)
     )
-    losses = losses_of(ours)
+    losses = ours.losses
     assert len(losses) == 60 and losses[-1] < 0.4 * losses[0]
     assert distance(ours, theirs) < 1e-5
     evaluations = [
@@ -48,8 +48,8 @@ def test_sixteen_bits(train: Any) -> None:
     """Catches autocast that the encoder does not follow, or under which it trains worse than the original."""
     ours, theirs = (train(classifier(), accelerated, bf16=True, **SHORT) for accelerated in (True, False))
     exact = train(classifier(), False, **SHORT)
-    assert losses_of(ours)[-1] < 0.8 * losses_of(ours)[0]
+    assert ours.losses[-1] < 0.8 * ours.losses[0]
     assert {p.dtype for p in ours.model.parameters()} == {torch.float32}
-    assert abs(losses_of(ours)[0] - losses_of(exact)[0]) < 0.02
-    ends = [statistics.mean(losses_of(trainer)[-10:]) for trainer in (ours, theirs, exact)]
+    assert abs(ours.losses[0] - exact.losses[0]) < 0.02
+    ends = [statistics.mean(trainer.losses[-10:]) for trainer in (ours, theirs, exact)]
     assert abs(ends[0] - ends[2]) < 2 * abs(ends[1] - ends[2]) + 0.05

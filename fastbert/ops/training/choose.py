@@ -12,10 +12,11 @@ from fastbert.ops.dispatch import Policy
 from fastbert.ops.dropout import Drop
 from fastbert.ops.training.cpu import CpuKernels
 from fastbert.ops.training.kernels import Kernels
+from fastbert.ops.training.triton import TritonKernels
 from fastbert_kernels import cpu
 from fastbert_kernels.masks import Dropout
 
-CPU = CpuKernels()
+CPU, TRITON = CpuKernels(), TritonKernels()
 ACTIVATIONS = ("none", "gelu", "gelu_tanh", "relu")
 
 
@@ -60,7 +61,7 @@ def obstacle(policy: Policy, device: torch.device, dtype: torch.dtype, **what: A
 def kernels_of(backend: str, dtype: torch.dtype, **what: Any) -> Kernels | None:
     """Returns the passes of a backend that `dispatch.choose` gave, or None where they are plain PyTorch."""
     if backend == "triton":
-        return None
+        return TRITON
     return CPU if backend == "cpu" and cpu_obstacle(dtype, **what) is None else None
 
 
