@@ -50,6 +50,14 @@ def _load_rows(ptrs, row_mask, d_mask, MASKED: tl.constexpr, PADDED_D: tl.conste
 
 
 @jit
+def _own_range(rows, row_mask, seq_ids_ptr, cu_seqlens_ptr):
+    """Returns the first and the end row of each row's sequence, 0 past row_mask."""
+    seq_ids = tl.load(seq_ids_ptr + rows, mask=row_mask, other=0)
+    first = tl.load(cu_seqlens_ptr + seq_ids, mask=row_mask, other=0)
+    return first, tl.load(cu_seqlens_ptr + seq_ids + 1, mask=row_mask, other=0)
+
+
+@jit
 def _store_statistics(ptrs, lse_log2, delta, row_mask):
     """Stores (rows, 4): lse times log2(e), delta, and both again.
 
@@ -106,8 +114,9 @@ def _add_query_gradients(
     end,
     first_key,
     rows,  # (BLOCK_Q,) packed rows
-    row_first_key,  # (BLOCK_Q,) first key of each row's sequence
-    row_end_key,  # (BLOCK_Q,)
+    row_mask,  # (BLOCK_Q,)
+    seq_ids_ptr,
+    cu_seqlens_ptr,
     qkv_row_stride,
     scale_log2,
     d_mask,  # (BLOCK_D,)
@@ -121,6 +130,9 @@ def _add_query_gradients(
     BLOCK_K: tl.constexpr,
 ):
     """Adds what the keys [start, end) give. Unless MASKED, that is a whole number of blocks."""
+    row_first_key, row_end_key = rows, rows
+    if SHARED:
+        row_first_key, row_end_key = _own_range(rows, row_mask, seq_ids_ptr, cu_seqlens_ptr)
     for block_start in range(start, end, BLOCK_K):
         keys = block_start + tl.arange(0, BLOCK_K)
         block_offset = tl.cast(block_start, tl.int64) * qkv_row_stride
@@ -193,9 +205,6 @@ def _query_gradient_kernel(
 
     rows = first_row + tl.arange(0, BLOCK_Q)
     row_mask = rows < end_row
-    seq_ids = tl.load(seq_ids_ptr + rows, mask=row_mask, other=0)
-    row_first_key = tl.load(cu_seqlens_ptr + seq_ids, mask=row_mask, other=0)
-    row_end_key = tl.load(cu_seqlens_ptr + seq_ids + 1, mask=row_mask, other=0)
 
     d_offs = tl.arange(0, BLOCK_D)
     d_mask = d_offs < HEAD_SIZE
@@ -222,17 +231,17 @@ def _query_gradient_kernel(
     dq = tl.zeros((BLOCK_Q, BLOCK_D), dtype=tl.float32)
     dq = _add_query_gradients(
         dq, q, dout, lse_log2, delta, k_ptr, v_ptr, key_offs, first_key, end_unmasked, first_key, rows,
-        row_first_key, row_end_key, qkv_row_stride, scale_log2, d_mask, head, mask_key,
+        row_mask, seq_ids_ptr, cu_seqlens_ptr, qkv_row_stride, scale_log2, d_mask, head, mask_key,
         DROPOUT, False, False, BLOCK_D != HEAD_SIZE, INPUT_PRECISION, BLOCK_K,
     )  # fmt: skip
     dq = _add_query_gradients(
         dq, q, dout, lse_log2, delta, k_ptr, v_ptr, key_offs, end_unmasked, start_shared, first_key, rows,
-        row_first_key, row_end_key, qkv_row_stride, scale_log2, d_mask, head, mask_key,
+        row_mask, seq_ids_ptr, cu_seqlens_ptr, qkv_row_stride, scale_log2, d_mask, head, mask_key,
         DROPOUT, True, False, BLOCK_D != HEAD_SIZE, INPUT_PRECISION, BLOCK_K,
     )  # fmt: skip
     dq = _add_query_gradients(
         dq, q, dout, lse_log2, delta, k_ptr, v_ptr, key_offs, start_shared, end_key, first_key, rows,
-        row_first_key, row_end_key, qkv_row_stride, scale_log2, d_mask, head, mask_key,
+        row_mask, seq_ids_ptr, cu_seqlens_ptr, qkv_row_stride, scale_log2, d_mask, head, mask_key,
         DROPOUT, True, True, BLOCK_D != HEAD_SIZE, INPUT_PRECISION, BLOCK_K,
     )  # fmt: skip
 
@@ -283,9 +292,8 @@ def _add_key_value_gradients(
     start,
     end,
     first_row,
+    end_row,
     first_key,
-    row_first_key,  # (BLOCK_K,) first row of each key's sequence
-    row_end_key,  # (BLOCK_K,)
     qkv_row_stride,
     dout_row_stride,
     scale_log2,
@@ -301,6 +309,9 @@ def _add_key_value_gradients(
     BLOCK_K: tl.constexpr,
 ):
     """Adds what the queries [start, end) give. Unless MASKED, that is a whole number of blocks."""
+    if SHARED:
+        keys = first_row + tl.arange(0, BLOCK_K)
+        key_first_row, key_end_row = _own_range(keys, keys < end_row, seq_ids_ptr, cu_seqlens_ptr)
     for block_start in range(start, end, BLOCK_Q):
         queries = block_start + tl.arange(0, BLOCK_Q)
         query_mask = queries < end
@@ -317,7 +328,7 @@ def _add_key_value_gradients(
         if MASKED and not SHARED:
             scores = tl.where(query_mask[None, :], scores, float("-inf"))
         if SHARED:
-            own = (queries[None, :] >= row_first_key[:, None]) & (queries[None, :] < row_end_key[:, None])
+            own = (queries[None, :] >= key_first_row[:, None]) & (queries[None, :] < key_end_row[:, None])
             scores = tl.where(own, scores, float("-inf"))
         lse_log2, delta = _load_statistics(statistics_ptr + 4 * queries, query_mask, MASKED)
         p = tl.exp2(scores * scale_log2 - lse_log2[None, :])
@@ -375,9 +386,6 @@ def _key_value_gradient_kernel(
 
     rows = first_row + tl.arange(0, BLOCK_K)
     row_mask = rows < end_row
-    seq_ids = tl.load(seq_ids_ptr + rows, mask=row_mask, other=0)
-    row_first_key = tl.load(cu_seqlens_ptr + seq_ids, mask=row_mask, other=0)
-    row_end_key = tl.load(cu_seqlens_ptr + seq_ids + 1, mask=row_mask, other=0)
 
     d_offs = tl.arange(0, BLOCK_D)
     d_mask = d_offs < HEAD_SIZE
@@ -399,19 +407,19 @@ def _key_value_gradient_kernel(
     dv = tl.zeros((BLOCK_K, BLOCK_D), dtype=tl.float32)
     dk, dv = _add_key_value_gradients(
         dk, dv, k, v, q_ptr, q_offs, dout_ptr, dout_offs, statistics_ptr, seq_ids_ptr, cu_seqlens_ptr,
-        first_query, end_unmasked, first_row, first_query, row_first_key, row_end_key,
+        first_query, end_unmasked, first_row, end_row, first_query,
         qkv_row_stride, dout_row_stride, scale_log2, d_mask, head, mask_key,
         DROPOUT, False, False, BLOCK_D != HEAD_SIZE, INPUT_PRECISION, BLOCK_Q, BLOCK_K,
     )  # fmt: skip
     dk, dv = _add_key_value_gradients(
         dk, dv, k, v, q_ptr, q_offs, dout_ptr, dout_offs, statistics_ptr, seq_ids_ptr, cu_seqlens_ptr,
-        end_unmasked, start_shared, first_row, first_query, row_first_key, row_end_key,
+        end_unmasked, start_shared, first_row, end_row, first_query,
         qkv_row_stride, dout_row_stride, scale_log2, d_mask, head, mask_key,
         DROPOUT, True, False, BLOCK_D != HEAD_SIZE, INPUT_PRECISION, BLOCK_Q, BLOCK_K,
     )  # fmt: skip
     dk, dv = _add_key_value_gradients(
         dk, dv, k, v, q_ptr, q_offs, dout_ptr, dout_offs, statistics_ptr, seq_ids_ptr, cu_seqlens_ptr,
-        start_shared, end_query, first_row, first_query, row_first_key, row_end_key,
+        start_shared, end_query, first_row, end_row, first_query,
         qkv_row_stride, dout_row_stride, scale_log2, d_mask, head, mask_key,
         DROPOUT, True, True, BLOCK_D != HEAD_SIZE, INPUT_PRECISION, BLOCK_Q, BLOCK_K,
     )  # fmt: skip
