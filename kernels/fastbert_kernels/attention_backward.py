@@ -22,6 +22,7 @@ Source: Dao, "FlashAttention-2", 2023, arXiv:2307.08691, section 3.1.2.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -29,7 +30,7 @@ import triton.language as tl
 
 from fastbert_kernels import configs, launch
 from fastbert_kernels import dropout as drawing
-from fastbert_kernels.attention import LOG2_E, keep_probabilities
+from fastbert_kernels.attention import LOG2_E, build_work_list, keep_probabilities
 from fastbert_kernels.dropout import GROUP, keep_bits, keep_bits_from, spread_columns, spread_rows
 from fastbert_kernels.jit import jit
 from fastbert_kernels.masks import RANGE, Dropout
@@ -50,27 +51,37 @@ def _load_rows(ptrs, row_mask, d_mask, MASKED: tl.constexpr, PADDED_D: tl.conste
 
 
 @jit
-def _store_statistics(ptrs, lse_log2, delta, row_mask):
-    """Stores (rows, 4): lse times log2(e), delta, and both again.
+def _own_range(rows, row_mask, seq_ids_ptr, cu_seqlens_ptr):
+    """Returns the first and the end row of each row's sequence, 0 past row_mask."""
+    seq_ids = tl.load(seq_ids_ptr + rows, mask=row_mask, other=0)
+    first = tl.load(cu_seqlens_ptr + seq_ids, mask=row_mask, other=0)
+    return first, tl.load(cu_seqlens_ptr + seq_ids + 1, mask=row_mask, other=0)
+
+
+@jit
+def _store_statistics(ptrs, lse_log2, delta, inverse_sum, row_mask):
+    """Stores (rows, 4): lse times log2(e), delta, and inverse_sum twice.
 
     Rows of 16 bytes because Triton loads a vector of fewer elements than threads in each of them that needs it, each
     time in the loop.
     """
-    pair = tl.join(lse_log2, delta)
-    rows = tl.permute(tl.join(pair, pair), (0, 2, 1)).reshape(lse_log2.shape[0], 4)
+    pairs = tl.join(tl.join(lse_log2, delta), tl.join(inverse_sum, inverse_sum))
+    rows = tl.permute(pairs, (0, 2, 1)).reshape(lse_log2.shape[0], 4)
     tl.store(ptrs[:, None] + tl.arange(0, 4)[None, :], rows, mask=row_mask[:, None])
 
 
 @jit
 def _load_statistics(ptrs, row_mask, MASKED: tl.constexpr):
-    """Loads lse times log2(e) and delta, (rows,) each, zero past row_mask where MASKED."""
+    """Loads lse times log2(e), delta and inverse_sum, (rows,) each, zero past row_mask where MASKED."""
     ptrs = ptrs[:, None] + tl.arange(0, 4)[None, :]
     if MASKED:
         rows = tl.load(ptrs, mask=row_mask[:, None], other=0.0)
     else:
         rows = tl.load(ptrs)
-    pair, _ = tl.split(tl.permute(rows.reshape(ptrs.shape[0], 2, 2), (0, 2, 1)))
-    return tl.split(pair)
+    first, second = tl.split(tl.permute(rows.reshape(ptrs.shape[0], 2, 2), (0, 2, 1)))
+    lse_log2, delta = tl.split(first)
+    inverse_sum, _ = tl.split(second)
+    return lse_log2, delta, inverse_sum
 
 
 @jit
@@ -95,6 +106,7 @@ def _tile_offs(
 @jit
 def _add_query_gradients(
     dq,  # (BLOCK_Q, BLOCK_D) float32
+    row_sum,  # (BLOCK_Q,) float32: of p, where NORMALIZE
     q,  # (BLOCK_Q, BLOCK_D)
     dout,  # (BLOCK_Q, BLOCK_D)
     lse_log2,  # (BLOCK_Q,) lse times log2(e)
@@ -106,14 +118,16 @@ def _add_query_gradients(
     end,
     first_key,
     rows,  # (BLOCK_Q,) packed rows
-    row_first_key,  # (BLOCK_Q,) first key of each row's sequence
-    row_end_key,  # (BLOCK_Q,)
+    row_mask,  # (BLOCK_Q,)
+    seq_ids_ptr,
+    cu_seqlens_ptr,
     qkv_row_stride,
     scale_log2,
     d_mask,  # (BLOCK_D,)
     head,
     mask_key,  # (key_low, key_high, site, threshold) where DROPOUT
     DROPOUT: tl.constexpr,
+    NORMALIZE: tl.constexpr,
     MASKED: tl.constexpr,
     SHARED: tl.constexpr,
     PADDED_D: tl.constexpr,
@@ -121,6 +135,9 @@ def _add_query_gradients(
     BLOCK_K: tl.constexpr,
 ):
     """Adds what the keys [start, end) give. Unless MASKED, that is a whole number of blocks."""
+    row_first_key, row_end_key = rows, rows
+    if SHARED:
+        row_first_key, row_end_key = _own_range(rows, row_mask, seq_ids_ptr, cu_seqlens_ptr)
     for block_start in range(start, end, BLOCK_K):
         keys = block_start + tl.arange(0, BLOCK_K)
         block_offset = tl.cast(block_start, tl.int64) * qkv_row_stride
@@ -137,12 +154,14 @@ def _add_query_gradients(
             own = (keys[None, :] >= row_first_key[:, None]) & (keys[None, :] < row_end_key[:, None])
             scores = tl.where(own, scores, float("-inf"))
         p = tl.exp2(scores * scale_log2 - lse_log2[:, None])
+        if NORMALIZE:
+            row_sum += tl.sum(p, axis=1)
         if DROPOUT:
             keep = spread_columns(bits)
             dp = tl.where(keep, dp, 0.0)
         ds = p * (dp - delta[:, None])
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=INPUT_PRECISION)
-    return dq
+    return dq, row_sum
 
 
 @jit(
@@ -167,7 +186,8 @@ def _query_gradient_kernel(
     dq_row_stride,
     lse_head_stride,
     n_rows,
-    scale,
+    scale_log2,  # softmax scale times log2(e)
+    grad_scale,  # softmax scale times keep_scale
     key_low,  # this and the next four: where DROPOUT
     key_high,
     site,
@@ -175,6 +195,7 @@ def _query_gradient_kernel(
     keep_scale,
     HEAD_SIZE: tl.constexpr,
     DROPOUT: tl.constexpr,
+    NORMALIZE: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -193,9 +214,6 @@ def _query_gradient_kernel(
 
     rows = first_row + tl.arange(0, BLOCK_Q)
     row_mask = rows < end_row
-    seq_ids = tl.load(seq_ids_ptr + rows, mask=row_mask, other=0)
-    row_first_key = tl.load(cu_seqlens_ptr + seq_ids, mask=row_mask, other=0)
-    row_end_key = tl.load(cu_seqlens_ptr + seq_ids + 1, mask=row_mask, other=0)
 
     d_offs = tl.arange(0, BLOCK_D)
     d_mask = d_offs < HEAD_SIZE
@@ -210,35 +228,39 @@ def _query_gradient_kernel(
         delta *= 1.0 - threshold.to(tl.float32) / N_NUMBERS
     lse_ptrs = lse_ptr + head * lse_head_stride.to(tl.int64) + rows
     lse_log2 = tl.load(lse_ptrs, mask=row_mask, other=0.0) * LOG2_E
-    _store_statistics(statistics_ptr + 4 * (head * n_rows.to(tl.int64) + rows), lse_log2, delta, row_mask)
 
     key_offs = tl.arange(0, BLOCK_K)[:, None] * qkv_row_stride + column_offs
     mask_key = (key_low, key_high, site, threshold)
-    scale_log2 = scale * LOG2_E
     # Of one sequence, whole blocks of keys need no mask, and the rest only one of its end. Of several, each block does.
     end_unmasked, start_shared = first_key, first_key
     if end_seq - first_seq == 1:
         end_unmasked, start_shared = first_key + (end_key - first_key) // BLOCK_K * BLOCK_K, end_key
     dq = tl.zeros((BLOCK_Q, BLOCK_D), dtype=tl.float32)
-    dq = _add_query_gradients(
-        dq, q, dout, lse_log2, delta, k_ptr, v_ptr, key_offs, first_key, end_unmasked, first_key, rows,
-        row_first_key, row_end_key, qkv_row_stride, scale_log2, d_mask, head, mask_key,
-        DROPOUT, False, False, BLOCK_D != HEAD_SIZE, INPUT_PRECISION, BLOCK_K,
+    row_sum = tl.zeros((BLOCK_Q,), dtype=tl.float32)
+    dq, row_sum = _add_query_gradients(
+        dq, row_sum, q, dout, lse_log2, delta, k_ptr, v_ptr, key_offs, first_key, end_unmasked, first_key, rows,
+        row_mask, seq_ids_ptr, cu_seqlens_ptr, qkv_row_stride, scale_log2, d_mask, head, mask_key,
+        DROPOUT, NORMALIZE, False, False, BLOCK_D != HEAD_SIZE, INPUT_PRECISION, BLOCK_K,
     )  # fmt: skip
-    dq = _add_query_gradients(
-        dq, q, dout, lse_log2, delta, k_ptr, v_ptr, key_offs, end_unmasked, start_shared, first_key, rows,
-        row_first_key, row_end_key, qkv_row_stride, scale_log2, d_mask, head, mask_key,
-        DROPOUT, True, False, BLOCK_D != HEAD_SIZE, INPUT_PRECISION, BLOCK_K,
+    dq, row_sum = _add_query_gradients(
+        dq, row_sum, q, dout, lse_log2, delta, k_ptr, v_ptr, key_offs, end_unmasked, start_shared, first_key, rows,
+        row_mask, seq_ids_ptr, cu_seqlens_ptr, qkv_row_stride, scale_log2, d_mask, head, mask_key,
+        DROPOUT, NORMALIZE, True, False, BLOCK_D != HEAD_SIZE, INPUT_PRECISION, BLOCK_K,
     )  # fmt: skip
-    dq = _add_query_gradients(
-        dq, q, dout, lse_log2, delta, k_ptr, v_ptr, key_offs, start_shared, end_key, first_key, rows,
-        row_first_key, row_end_key, qkv_row_stride, scale_log2, d_mask, head, mask_key,
-        DROPOUT, True, True, BLOCK_D != HEAD_SIZE, INPUT_PRECISION, BLOCK_K,
+    dq, row_sum = _add_query_gradients(
+        dq, row_sum, q, dout, lse_log2, delta, k_ptr, v_ptr, key_offs, start_shared, end_key, first_key, rows,
+        row_mask, seq_ids_ptr, cu_seqlens_ptr, qkv_row_stride, scale_log2, d_mask, head, mask_key,
+        DROPOUT, NORMALIZE, True, True, BLOCK_D != HEAD_SIZE, INPUT_PRECISION, BLOCK_K,
     )  # fmt: skip
 
-    dq *= scale * keep_scale if DROPOUT else scale
+    inverse_sum = tl.full((BLOCK_Q,), 1.0, dtype=tl.float32)
+    if NORMALIZE:
+        inverse_sum = 1.0 / tl.where(row_mask, row_sum, 1.0)
+        dq *= inverse_sum[:, None]
+    statistics_ptrs = statistics_ptr + 4 * (head * n_rows.to(tl.int64) + rows)
+    _store_statistics(statistics_ptrs, lse_log2, delta, inverse_sum, row_mask)
     offs, mask = _tile_offs(work_list_ptr, tile, head, dq_row_stride, HEAD_SIZE, BLOCK_Q, BLOCK_D)
-    tl.store(dq_ptr + offs, dq.to(dq_ptr.dtype.element_ty), mask=mask)
+    tl.store(dq_ptr + offs, (dq * grad_scale).to(dq_ptr.dtype.element_ty), mask=mask)
 
 
 @jit
@@ -283,9 +305,8 @@ def _add_key_value_gradients(
     start,
     end,
     first_row,
+    end_row,
     first_key,
-    row_first_key,  # (BLOCK_K,) first row of each key's sequence
-    row_end_key,  # (BLOCK_K,)
     qkv_row_stride,
     dout_row_stride,
     scale_log2,
@@ -293,6 +314,7 @@ def _add_key_value_gradients(
     head,
     mask_key,
     DROPOUT: tl.constexpr,
+    NORMALIZE: tl.constexpr,
     MASKED: tl.constexpr,
     SHARED: tl.constexpr,
     PADDED_D: tl.constexpr,
@@ -301,6 +323,9 @@ def _add_key_value_gradients(
     BLOCK_K: tl.constexpr,
 ):
     """Adds what the queries [start, end) give. Unless MASKED, that is a whole number of blocks."""
+    if SHARED:
+        keys = first_row + tl.arange(0, BLOCK_K)
+        key_first_row, key_end_row = _own_range(keys, keys < end_row, seq_ids_ptr, cu_seqlens_ptr)
     for block_start in range(start, end, BLOCK_Q):
         queries = block_start + tl.arange(0, BLOCK_Q)
         query_mask = queries < end
@@ -317,10 +342,12 @@ def _add_key_value_gradients(
         if MASKED and not SHARED:
             scores = tl.where(query_mask[None, :], scores, float("-inf"))
         if SHARED:
-            own = (queries[None, :] >= row_first_key[:, None]) & (queries[None, :] < row_end_key[:, None])
+            own = (queries[None, :] >= key_first_row[:, None]) & (queries[None, :] < key_end_row[:, None])
             scores = tl.where(own, scores, float("-inf"))
-        lse_log2, delta = _load_statistics(statistics_ptr + 4 * queries, query_mask, MASKED)
+        lse_log2, delta, inverse_sum = _load_statistics(statistics_ptr + 4 * queries, query_mask, MASKED)
         p = tl.exp2(scores * scale_log2 - lse_log2[None, :])
+        if NORMALIZE:
+            p *= inverse_sum[None, :]
         kept = p
         if DROPOUT:
             kept = tl.where(spread_rows(bits), p, 0.0)
@@ -349,7 +376,8 @@ def _key_value_gradient_kernel(
     dout_row_stride,
     grad_row_stride,
     n_rows,
-    scale,
+    scale_log2,
+    grad_scale,
     key_low,
     key_high,
     site,
@@ -357,6 +385,7 @@ def _key_value_gradient_kernel(
     keep_scale,
     HEAD_SIZE: tl.constexpr,
     DROPOUT: tl.constexpr,
+    NORMALIZE: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -375,9 +404,6 @@ def _key_value_gradient_kernel(
 
     rows = first_row + tl.arange(0, BLOCK_K)
     row_mask = rows < end_row
-    seq_ids = tl.load(seq_ids_ptr + rows, mask=row_mask, other=0)
-    row_first_key = tl.load(cu_seqlens_ptr + seq_ids, mask=row_mask, other=0)
-    row_end_key = tl.load(cu_seqlens_ptr + seq_ids + 1, mask=row_mask, other=0)
 
     d_offs = tl.arange(0, BLOCK_D)
     d_mask = d_offs < HEAD_SIZE
@@ -391,7 +417,6 @@ def _key_value_gradient_kernel(
     statistics_ptr += head.to(tl.int64) * 4 * n_rows
 
     mask_key = (key_low, key_high, site, threshold)
-    scale_log2 = scale * LOG2_E
     end_unmasked, start_shared = first_query, first_query
     if end_seq - first_seq == 1:
         end_unmasked, start_shared = first_query + (end_query - first_query) // BLOCK_Q * BLOCK_Q, end_query
@@ -399,42 +424,49 @@ def _key_value_gradient_kernel(
     dv = tl.zeros((BLOCK_K, BLOCK_D), dtype=tl.float32)
     dk, dv = _add_key_value_gradients(
         dk, dv, k, v, q_ptr, q_offs, dout_ptr, dout_offs, statistics_ptr, seq_ids_ptr, cu_seqlens_ptr,
-        first_query, end_unmasked, first_row, first_query, row_first_key, row_end_key,
+        first_query, end_unmasked, first_row, end_row, first_query,
         qkv_row_stride, dout_row_stride, scale_log2, d_mask, head, mask_key,
-        DROPOUT, False, False, BLOCK_D != HEAD_SIZE, INPUT_PRECISION, BLOCK_Q, BLOCK_K,
+        DROPOUT, NORMALIZE, False, False, BLOCK_D != HEAD_SIZE, INPUT_PRECISION, BLOCK_Q, BLOCK_K,
     )  # fmt: skip
     dk, dv = _add_key_value_gradients(
         dk, dv, k, v, q_ptr, q_offs, dout_ptr, dout_offs, statistics_ptr, seq_ids_ptr, cu_seqlens_ptr,
-        end_unmasked, start_shared, first_row, first_query, row_first_key, row_end_key,
+        end_unmasked, start_shared, first_row, end_row, first_query,
         qkv_row_stride, dout_row_stride, scale_log2, d_mask, head, mask_key,
-        DROPOUT, True, False, BLOCK_D != HEAD_SIZE, INPUT_PRECISION, BLOCK_Q, BLOCK_K,
+        DROPOUT, NORMALIZE, True, False, BLOCK_D != HEAD_SIZE, INPUT_PRECISION, BLOCK_Q, BLOCK_K,
     )  # fmt: skip
     dk, dv = _add_key_value_gradients(
         dk, dv, k, v, q_ptr, q_offs, dout_ptr, dout_offs, statistics_ptr, seq_ids_ptr, cu_seqlens_ptr,
-        start_shared, end_query, first_row, first_query, row_first_key, row_end_key,
+        start_shared, end_query, first_row, end_row, first_query,
         qkv_row_stride, dout_row_stride, scale_log2, d_mask, head, mask_key,
-        DROPOUT, True, True, BLOCK_D != HEAD_SIZE, INPUT_PRECISION, BLOCK_Q, BLOCK_K,
+        DROPOUT, NORMALIZE, True, True, BLOCK_D != HEAD_SIZE, INPUT_PRECISION, BLOCK_Q, BLOCK_K,
     )  # fmt: skip
 
     if DROPOUT:
         dv *= keep_scale
-        scale *= keep_scale
     offs, mask = _tile_offs(work_list_ptr, tile, head, grad_row_stride, HEAD_SIZE, BLOCK_K, BLOCK_D)
-    tl.store(dk_ptr + offs, (dk * scale).to(dk_ptr.dtype.element_ty), mask=mask)
+    tl.store(dk_ptr + offs, (dk * grad_scale).to(dk_ptr.dtype.element_ty), mask=mask)
     tl.store(dv_ptr + offs, dv.to(dv_ptr.dtype.element_ty), mask=mask)
 
 
 class Plan(NamedTuple):
     """A `Plan` holds what the gradients need of a batch, int32 and on its device.
 
-    cu_seqlens: (B + 1,). seq_ids: (T,). query_tiles, key_tiles: (W, 4), `build_work_list` of the tiles' rows that
-    `configs.attention_backward_configs` gives.
+    cu_seqlens: (B + 1,). seq_ids: (T,), the sequence of each token. query_tiles, key_tiles: (W, 4), of `work_lists`.
     """
 
     cu_seqlens: torch.Tensor
     seq_ids: torch.Tensor
     query_tiles: torch.Tensor
     key_tiles: torch.Tensor
+
+
+def work_lists(
+    cu_seqlens: Sequence[int], tiles: configs.AttentionBackward, share: bool = True
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Lists the tiles of queries and those of keys as `attention.build_work_list` does, once where both are the same."""
+    n_queries, n_keys = tiles.query["BLOCK_Q"], tiles.key["BLOCK_K"]
+    query_tiles = build_work_list(cu_seqlens, n_queries, share)
+    return query_tiles, query_tiles if n_keys == n_queries else build_work_list(cu_seqlens, n_keys, share)
 
 
 def varlen_attention_backward(
@@ -472,9 +504,11 @@ def varlen_attention_backward(
         "qkv_row_stride": qkv.stride(0),
         "dout_row_stride": grad.stride(0),
         "n_rows": n_rows,
-        "scale": scale,
+        "scale_log2": scale * LOG2_E.value,
+        "grad_scale": scale * (1.0 if dropout is None else dropout.scale),
         "HEAD_SIZE": head_size,
         "DROPOUT": dropout is not None,
+        "NORMALIZE": qkv.dtype == torch.float32,
         "INPUT_PRECISION": launch.dot_precision(qkv.dtype),
         **drawing.arguments(dropout),
     }
