@@ -30,8 +30,8 @@ import torch
 from fastbert_kernels import configs, launch
 from fastbert_kernels import dropout as drawing
 from fastbert_kernels.attention import LOG2_E, build_work_list
-from fastbert_kernels.attention_backward_keys import key_value_gradient_kernel
-from fastbert_kernels.attention_backward_queries import query_gradient_kernel
+from fastbert_kernels.attention_key_gradient import key_value_gradient_kernel
+from fastbert_kernels.attention_query_gradient import query_gradient_kernel
 from fastbert_kernels.masks import Dropout
 
 
@@ -50,7 +50,7 @@ class Plan(NamedTuple):
 def work_lists(
     cu_seqlens: Sequence[int], tiles: configs.AttentionBackward, share: bool = True
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Lists the tiles of queries and those of keys as `attention.build_work_list` does, once where both are equal."""
+    """Lists the tiles of queries and those of keys as `attention.build_work_list` does, once where both are the same."""
     n_queries, n_keys = tiles.query["BLOCK_Q"], tiles.key["BLOCK_K"]
     query_tiles = build_work_list(cu_seqlens, n_queries, share)
     return query_tiles, query_tiles if n_keys == n_queries else build_work_list(cu_seqlens, n_keys, share)

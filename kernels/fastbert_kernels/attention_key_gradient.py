@@ -1,16 +1,16 @@
-"""This kernel computes the gradients of attention's keys and values. See `attention_backward`."""
+"""This kernel computes the gradients of attention's keys and values.
+
+`attention_backward` has the formulas. A program takes a tile of keys, and goes over blocks of queries. Scores stand
+transposed, (keys, queries), so that they are the left operand of the products that follow. It reads q, dout, k, v and 16
+bytes a query and head, and writes dk and dv: 6 * T * N * D elements at least. FLOPs: 8 * N * D * sum_b len_b^2.
+"""
 
 from __future__ import annotations
 
 import triton.language as tl
 
 from fastbert_kernels import dropout as drawing
-from fastbert_kernels.attention_backward_tiles import (
-    load_rows,
-    load_statistics,
-    own_range,
-    tile_offs,
-)
+from fastbert_kernels.attention_tiles import load_rows, load_statistics, own_range, tile_offs
 from fastbert_kernels.dropout import GROUP, keep_bits, keep_bits_from, spread_rows
 from fastbert_kernels.jit import jit
 
@@ -121,7 +121,7 @@ def key_value_gradient_kernel(
     statistics_ptr,  # (N, T, 4) float32
     dk_ptr,  # (T, N, D)
     dv_ptr,  # (T, N, D)
-    work_list_ptr,  # (W, 4) int32, as of `query_gradient_kernel`; rows are keys
+    work_list_ptr,  # (W, 4) int32, as of `_query_gradient_kernel`; rows are keys
     seq_ids_ptr,  # (T,) int32
     cu_seqlens_ptr,  # (B + 1,) int32
     qkv_row_stride,

@@ -1,13 +1,10 @@
-"""What both passes of attention's gradients do with a tile: they load rows, statistics, and the range of their keys."""
+"""These helpers are what both passes of attention's gradients share: rows of a tile, and what is kept of a query."""
 
 from __future__ import annotations
 
 import triton.language as tl
 
 from fastbert_kernels.jit import jit
-from fastbert_kernels.masks import RANGE
-
-N_NUMBERS = tl.constexpr(RANGE)
 
 
 @jit
@@ -28,6 +25,25 @@ def own_range(rows, row_mask, seq_ids_ptr, cu_seqlens_ptr):
     seq_ids = tl.load(seq_ids_ptr + rows, mask=row_mask, other=0)
     first = tl.load(cu_seqlens_ptr + seq_ids, mask=row_mask, other=0)
     return first, tl.load(cu_seqlens_ptr + seq_ids + 1, mask=row_mask, other=0)
+
+
+@jit
+def tile_offs(
+    work_list_ptr,
+    tile,
+    head,
+    row_stride,
+    HEAD_SIZE: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Returns offsets and mask of a tile's rows, (BLOCK_ROWS, BLOCK_D), to store it. It reads the work list again, so
+    that no register holds them over the loops."""
+    rows = tl.load(work_list_ptr + 4 * tile, volatile=True) + tl.arange(0, BLOCK_ROWS)
+    row_mask = rows < tl.load(work_list_ptr + 4 * tile + 1, volatile=True)
+    d_offs = tl.arange(0, BLOCK_D)
+    offs = rows.to(tl.int64)[:, None] * row_stride + head * HEAD_SIZE + d_offs[None, :]
+    return offs, row_mask[:, None] & (d_offs < HEAD_SIZE)[None, :]
 
 
 @jit
@@ -54,22 +70,3 @@ def load_statistics(ptrs, row_mask, MASKED: tl.constexpr):
     lse_log2, delta = tl.split(first)
     inverse_sum, _ = tl.split(second)
     return lse_log2, delta, inverse_sum
-
-
-@jit
-def tile_offs(
-    work_list_ptr,
-    tile,
-    head,
-    row_stride,
-    HEAD_SIZE: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    """Returns offsets and mask of a tile's rows, (BLOCK_ROWS, BLOCK_D), to store it. It reads the work list again, so
-    that no register holds them over the loops."""
-    rows = tl.load(work_list_ptr + 4 * tile, volatile=True) + tl.arange(0, BLOCK_ROWS)
-    row_mask = rows < tl.load(work_list_ptr + 4 * tile + 1, volatile=True)
-    d_offs = tl.arange(0, BLOCK_D)
-    offs = rows.to(tl.int64)[:, None] * row_stride + head * HEAD_SIZE + d_offs[None, :]
-    return offs, row_mask[:, None] & (d_offs < HEAD_SIZE)[None, :]

@@ -1,6 +1,11 @@
-"""This kernel computes the gradient of attention's queries, and the statistics that the other pass reads.
+"""This kernel computes the gradient of attention's queries, and what the pass over keys needs of each query.
 
-See `attention_backward`.
+`attention_backward` has the formulas. A program takes a tile of queries, and goes over blocks of keys. It reads q, dout,
+k, v and out, and writes dq: 6 * T * N * D elements at least. FLOPs: 6 * N * D * sum_b len_b^2.
+
+In 16 bits, delta is taken from the rounded result. Float32 shows what lse and such a delta lose: each row's probabilities
+add up to 1 only up to |lse| 2^-24, and where one is almost 1, dp and delta cancel. So float32 has a sweep over the keys
+more, of 4 * N * D * sum_b len_b^2 FLOPs, for the sum of p and for delta from the same products that it is subtracted from.
 """
 
 from __future__ import annotations
@@ -9,21 +14,62 @@ import triton.language as tl
 
 from fastbert_kernels import dropout as drawing
 from fastbert_kernels.attention import LOG2_E, keep_probabilities
-from fastbert_kernels.attention_backward_tiles import (
-    N_NUMBERS,
-    load_rows,
-    own_range,
-    store_statistics,
-    tile_offs,
-)
+from fastbert_kernels.attention_tiles import load_rows, own_range, store_statistics, tile_offs
 from fastbert_kernels.dropout import spread_columns
 from fastbert_kernels.jit import jit
+from fastbert_kernels.masks import RANGE
+
+N_NUMBERS = tl.constexpr(RANGE)
+
+
+@jit
+def _sum_over_keys(
+    q,  # (BLOCK_Q, BLOCK_D)
+    dout,  # (BLOCK_Q, BLOCK_D)
+    lse_log2,  # (BLOCK_Q,)
+    k_ptr,  # (T, N, D)
+    v_ptr,  # (T, N, D)
+    key_offs,  # (BLOCK_K, BLOCK_D)
+    start,
+    end,
+    rows,  # (BLOCK_Q,)
+    row_mask,  # (BLOCK_Q,)
+    seq_ids_ptr,
+    cu_seqlens_ptr,
+    qkv_row_stride,
+    scale_log2,
+    d_mask,  # (BLOCK_D,)
+    head,
+    mask_key,
+    DROPOUT: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Returns the sums of p and of p * dp over all keys, each (BLOCK_Q,), whoever shares the tile."""
+    row_sum = tl.zeros((BLOCK_Q,), dtype=tl.float32)
+    product_sum = tl.zeros((BLOCK_Q,), dtype=tl.float32)
+    row_first_key, row_end_key = own_range(rows, row_mask, seq_ids_ptr, cu_seqlens_ptr)
+    for block_start in range(start, end, BLOCK_K):
+        keys = block_start + tl.arange(0, BLOCK_K)
+        block_offset = tl.cast(block_start, tl.int64) * qkv_row_stride
+        k = load_rows(k_ptr + block_offset + key_offs, keys < end, d_mask, True, True)
+        v = load_rows(v_ptr + block_offset + key_offs, keys < end, d_mask, True, True)
+        scores = tl.dot(q, tl.trans(k), input_precision=INPUT_PRECISION)
+        dp = tl.dot(dout, tl.trans(v), input_precision=INPUT_PRECISION)
+        own = (keys[None, :] >= row_first_key[:, None]) & (keys[None, :] < row_end_key[:, None])
+        p = tl.where(own, tl.exp2(scores * scale_log2 - lse_log2[:, None]), 0.0)
+        row_sum += tl.sum(p, axis=1)
+        if DROPOUT:
+            bits = keep_probabilities(block_start, rows, row_first_key, start, head, mask_key, True, BLOCK_K)
+            dp = tl.where(spread_columns(bits), dp, 0.0)
+        product_sum += tl.sum(p * dp, axis=1)
+    return row_sum, product_sum
 
 
 @jit
 def _add_query_gradients(
     dq,  # (BLOCK_Q, BLOCK_D) float32
-    row_sum,  # (BLOCK_Q,) float32: of p, where NORMALIZE
     q,  # (BLOCK_Q, BLOCK_D)
     dout,  # (BLOCK_Q, BLOCK_D)
     lse_log2,  # (BLOCK_Q,) lse times log2(e)
@@ -44,7 +90,6 @@ def _add_query_gradients(
     head,
     mask_key,  # (key_low, key_high, site, threshold) where DROPOUT
     DROPOUT: tl.constexpr,
-    NORMALIZE: tl.constexpr,
     MASKED: tl.constexpr,
     SHARED: tl.constexpr,
     PADDED_D: tl.constexpr,
@@ -71,14 +116,12 @@ def _add_query_gradients(
             own = (keys[None, :] >= row_first_key[:, None]) & (keys[None, :] < row_end_key[:, None])
             scores = tl.where(own, scores, float("-inf"))
         p = tl.exp2(scores * scale_log2 - lse_log2[:, None])
-        if NORMALIZE:
-            row_sum += tl.sum(p, axis=1)
         if DROPOUT:
             keep = spread_columns(bits)
             dp = tl.where(keep, dp, 0.0)
         ds = p * (dp - delta[:, None])
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=INPUT_PRECISION)
-    return dq, row_sum
+    return dq
 
 
 @jit(
@@ -92,7 +135,7 @@ def query_gradient_kernel(
     dout_ptr,  # (T, N, D)
     out_ptr,  # (T, N, D)
     lse_ptr,  # (N, T) float32
-    statistics_ptr,  # (N, T, 4) float32: see `store_statistics`
+    statistics_ptr,  # (N, T, 4) float32: see `_store_statistics`
     dq_ptr,  # (T, N, D)
     work_list_ptr,  # (W, 4) int32: first row, end row, first sequence, end sequence
     seq_ids_ptr,  # (T,) int32: the sequence of each token
@@ -139,40 +182,46 @@ def query_gradient_kernel(
     long_rows = rows.to(tl.int64)[:, None]
     q = tl.load(q_ptr + long_rows * qkv_row_stride + column_offs, mask=mask, other=0.0)
     dout = tl.load(dout_ptr + long_rows * dout_row_stride + column_offs, mask=mask, other=0.0)
-    out = tl.load(out_ptr + long_rows * out_row_stride + column_offs, mask=mask, other=0.0)
-    delta = tl.sum(dout.to(tl.float32) * out.to(tl.float32), axis=1)
-    if DROPOUT:
-        delta *= 1.0 - threshold.to(tl.float32) / N_NUMBERS
     lse_ptrs = lse_ptr + head * lse_head_stride.to(tl.int64) + rows
     lse_log2 = tl.load(lse_ptrs, mask=row_mask, other=0.0) * LOG2_E
-
     key_offs = tl.arange(0, BLOCK_K)[:, None] * qkv_row_stride + column_offs
     mask_key = (key_low, key_high, site, threshold)
+    if NORMALIZE:
+        row_sum, delta = _sum_over_keys(
+            q, dout, lse_log2, k_ptr, v_ptr, key_offs, first_key, end_key, rows, row_mask, seq_ids_ptr, cu_seqlens_ptr,
+            qkv_row_stride, scale_log2, d_mask, head, mask_key, DROPOUT, INPUT_PRECISION, BLOCK_Q, BLOCK_K,
+        )  # fmt: skip
+        inverse_sum = 1.0 / tl.where(row_mask, row_sum, 1.0)
+        delta *= inverse_sum
+    else:
+        out = tl.load(out_ptr + long_rows * out_row_stride + column_offs, mask=mask, other=0.0)
+        delta = tl.sum(dout.to(tl.float32) * out.to(tl.float32), axis=1)
+        if DROPOUT:
+            delta *= 1.0 - threshold.to(tl.float32) / N_NUMBERS
+        inverse_sum = tl.full((BLOCK_Q,), 1.0, dtype=tl.float32)
+
     # Of one sequence, whole blocks of keys need no mask, and the rest only one of its end. Of several, each block does.
     end_unmasked, start_shared = first_key, first_key
     if end_seq - first_seq == 1:
         end_unmasked, start_shared = first_key + (end_key - first_key) // BLOCK_K * BLOCK_K, end_key
     dq = tl.zeros((BLOCK_Q, BLOCK_D), dtype=tl.float32)
-    row_sum = tl.zeros((BLOCK_Q,), dtype=tl.float32)
-    dq, row_sum = _add_query_gradients(
-        dq, row_sum, q, dout, lse_log2, delta, k_ptr, v_ptr, key_offs, first_key, end_unmasked, first_key, rows,
+    dq = _add_query_gradients(
+        dq, q, dout, lse_log2, delta, k_ptr, v_ptr, key_offs, first_key, end_unmasked, first_key, rows,
         row_mask, seq_ids_ptr, cu_seqlens_ptr, qkv_row_stride, scale_log2, d_mask, head, mask_key,
-        DROPOUT, NORMALIZE, False, False, BLOCK_D != HEAD_SIZE, INPUT_PRECISION, BLOCK_K,
+        DROPOUT, False, False, BLOCK_D != HEAD_SIZE, INPUT_PRECISION, BLOCK_K,
     )  # fmt: skip
-    dq, row_sum = _add_query_gradients(
-        dq, row_sum, q, dout, lse_log2, delta, k_ptr, v_ptr, key_offs, end_unmasked, start_shared, first_key, rows,
+    dq = _add_query_gradients(
+        dq, q, dout, lse_log2, delta, k_ptr, v_ptr, key_offs, end_unmasked, start_shared, first_key, rows,
         row_mask, seq_ids_ptr, cu_seqlens_ptr, qkv_row_stride, scale_log2, d_mask, head, mask_key,
-        DROPOUT, NORMALIZE, True, False, BLOCK_D != HEAD_SIZE, INPUT_PRECISION, BLOCK_K,
+        DROPOUT, True, False, BLOCK_D != HEAD_SIZE, INPUT_PRECISION, BLOCK_K,
     )  # fmt: skip
-    dq, row_sum = _add_query_gradients(
-        dq, row_sum, q, dout, lse_log2, delta, k_ptr, v_ptr, key_offs, start_shared, end_key, first_key, rows,
+    dq = _add_query_gradients(
+        dq, q, dout, lse_log2, delta, k_ptr, v_ptr, key_offs, start_shared, end_key, first_key, rows,
         row_mask, seq_ids_ptr, cu_seqlens_ptr, qkv_row_stride, scale_log2, d_mask, head, mask_key,
-        DROPOUT, NORMALIZE, True, True, BLOCK_D != HEAD_SIZE, INPUT_PRECISION, BLOCK_K,
+        DROPOUT, True, True, BLOCK_D != HEAD_SIZE, INPUT_PRECISION, BLOCK_K,
     )  # fmt: skip
 
-    inverse_sum = tl.full((BLOCK_Q,), 1.0, dtype=tl.float32)
     if NORMALIZE:
-        inverse_sum = 1.0 / tl.where(row_mask, row_sum, 1.0)
         dq *= inverse_sum[:, None]
     statistics_ptrs = statistics_ptr + 4 * (head * n_rows.to(tl.int64) + rows)
     store_statistics(statistics_ptrs, lse_log2, delta, inverse_sum, row_mask)
