@@ -1,21 +1,21 @@
-"""These kernels compute the gradients of attention over packed sequences, in two passes without atomics.
+"""This module computes the gradients of attention over packed sequences, in two passes without atomics.
 
     p[i, j] = exp(scale * q[i] . k[j] - lse[i]),    dp[i, j] = keep[i, j] * keep_scale * (dout[i] . v[j])
-    ds[i, j] = p[i, j] * (dp[i, j] - delta[i]),     delta[i] = dout[i] . out[i]
+    ds[i, j] = p[i, j] * (dp[i, j] - delta[i]),     delta[i] = dout[i] . out[i] = sum_j p[i, j] dp[i, j]
     dq[i] = scale * sum_j ds[i, j] k[j],    dk[j] = scale * sum_i ds[i, j] q[i]
     dv[j] = keep_scale * sum_i keep[i, j] * p[i, j] dout[i]
 
-qkv, grad_qkv: (T, 3 * N * D), laid out [q | k | v]; dout, out: (T, N * D); fp32 / bf16 / fp16, D from 16 to 128.
-lse, delta: (N, T) float32. p, ds and all sums are float32; p and ds are rounded to the input dtype for the products
-they enter. FLOPs: 14 * N * D * sum_b len_b^2, where one pass that adds dq atomically would need 10. Bytes moved: read
-5, then 5, write 3 of N * D * T elements.
+qkv, grad_qkv: (T, 3 * N * D), laid out [q | k | v]; dout, out: (T, N * D); fp32 / bf16 / fp16, D from 16 to 128. lse
+and delta: (N, T) float32. p, ds and all sums are float32; p and ds are rounded to the input dtype for the products that
+they enter. FLOPs: 14 * N * D * sum_b len_b^2, where one pass that adds dq atomically would need 10, and float32 has 4
+more. Bytes moved: 12 * T * N * D elements and 36 * T * N bytes at least.
 
-The first pass has a program for each tile of queries, which goes over blocks of keys; it computes dq and delta. The
-second has one for each tile of keys, which goes over blocks of queries; it computes dk and dv from scores that stand
-transposed, (keys, queries). Each sum is made by one program in a fixed order, so the bits do not vary. Tiles and work
-lists are those of the forward pass: `attention` describes them, and what shares a tile.
+The first pass, `attention_query_gradient`, has a program for each tile of queries, which goes over blocks of keys; the
+second, `attention_key_gradient`, one for each tile of keys, which goes over blocks of queries. Each sum is made by one
+program in a fixed order, so the bits do not vary. Tiles and work lists are as in the forward pass: `attention`
+describes them, and what shares a tile.
 
-The factor keep_scale is taken out of the sums: delta is divided by it, ds too, and the results are multiplied.
+The factor keep_scale is taken out of the sums: delta is divided by it, and so is ds; the results are multiplied.
 
 Source: Dao, "FlashAttention-2", 2023, arXiv:2307.08691, section 3.1.2.
 """
@@ -50,7 +50,7 @@ class Plan(NamedTuple):
 def work_lists(
     cu_seqlens: Sequence[int], tiles: configs.AttentionBackward, share: bool = True
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Lists the tiles of queries and those of keys as `attention.build_work_list` does, once where both are the same."""
+    """Lists the tiles of queries and those of keys as `attention.build_work_list` does. Equal lists are one."""
     n_queries, n_keys = tiles.query["BLOCK_Q"], tiles.key["BLOCK_K"]
     query_tiles = build_work_list(cu_seqlens, n_queries, share)
     return query_tiles, query_tiles if n_keys == n_queries else build_work_list(cu_seqlens, n_keys, share)

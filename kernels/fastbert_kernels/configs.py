@@ -305,7 +305,7 @@ def attention_backward_configs(dtype: torch.dtype, head_size: int, for_arch: int
     """
     block_d = max(MIN_HEAD_SIZE, triton.next_power_of_2(head_size))
     if dtype == torch.float32:  # Its products are multiply-adds, whose operands are in registers.
-        query, key = (32, 32, 4 if block_d <= 32 else 8, 2), (32, 32, 4 if block_d <= 64 else 8, 1)
+        query, key = (32, 32, max(4, block_d // 8), 1), (32, 32, 4 if block_d <= 64 else 8, 1)
     elif block_d <= 64:
         # Blackwell: 100 keeps sums outside of the registers, but others there; 120 has the least to spare.
         query, key = (128, 32 if for_arch == 100 else 64, 8, 3), (128, 32 if for_arch >= 120 else 64, 8, 3)
