@@ -132,7 +132,7 @@ def test_tiles_of_many_blocks(device, poisoned):
 def test_own_scale_and_large_scores(device):
     """Catches a softmax scale that one of the passes ignores, and exponentials that overflow."""
     check([33, 9], 2, 16, torch.float32, device, DROPOUT, scale=0.7)
-    check([33, 9], 2, 16, torch.float32, device, scale=0.7, gain=6.0)
+    check([33, 9], 2, 16, torch.float32, device, scale=0.7, gain=4.0)  # scores of more than 100 among them
 
 
 @pytest.mark.parametrize("share", [True, False], ids=["shared tiles", "own tiles"])
@@ -183,9 +183,8 @@ def probe(name, num_heads, dropout, device, **changes):
         shown = part[..., :length].transpose(0, 1) * length / dropout.scale  # (N, length, length)
         if name in ("values", "keys"):
             shown = shown.transpose(1, 2)
-        if name in ("queries", "keys"):  # keep - share of what is kept in the row
-            shown = shown > 0.0 if length > 1 else shown * 0 > 1
-            masks[index] = shown
+        if name in ("queries", "keys"):  # keep - share of what is kept in the row, which is 0 where all of it is
+            masks[index] = shown > -0.5 / length
         else:
             assert ((shown - shown.round()).abs() < 1e-5).all()
             masks[index] = shown.round() == 1.0
