@@ -113,7 +113,9 @@ def _attend(
             v = tl.load(v_ptrs)
 
         if DROPOUT:
-            bits = keep_probabilities(block_start, rows, row_first_key, first_key, head, mask_key, MASKED and shared, BLOCK_K)
+            bits = keep_probabilities(
+                block_start, rows, row_first_key, first_key, head, mask_key, MASKED and shared, BLOCK_K
+            )
         scores = tl.dot(q, k, input_precision=INPUT_PRECISION)  # (BLOCK_Q, BLOCK_K)
         if MASKED:
             own = (keys[None, :] >= row_first_key[:, None]) & (keys[None, :] < row_end_key[:, None])
