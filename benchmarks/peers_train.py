@@ -273,9 +273,15 @@ class Accelerated(Transformers):
         return fastbert.accelerate(super().load())
 
     def facts(self) -> dict[str, Any]:
-        facts = super().facts()
-        reasons = [reason for reason in acceleration.counts(self.model) if reason != "fastbert"]
+        facts, reasons = super().facts(), self.reasons()
         return facts | ({"note": f"ran as before: {'; '.join(reasons)}"} if reasons else {})
+
+    def reasons(self) -> list[str]:
+        """The reasons why calls so far ran by the original forward."""
+        return [reason for reason in acceleration.counts(self.model) if reason != "fastbert"]
+
+    def positions(self, batch: Batch) -> int:
+        return super().positions(batch) if self.reasons() else self.task.n_tokens
 
 
 class Compiled(SDPA):

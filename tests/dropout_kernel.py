@@ -7,7 +7,7 @@ import triton.language as tl
 
 from fastbert_kernels import dropout as drawing
 from fastbert_kernels import launch
-from fastbert_kernels.dropout import keep_columns, keep_elements
+from fastbert_kernels.dropout import keep_bits_from, keep_columns, spread_columns
 from fastbert_kernels.jit import jit
 from fastbert_kernels.masks import Dropout
 
@@ -25,7 +25,7 @@ def _draw_kernel(
     site,
     threshold,
     keep_scale,
-    BY_ELEMENT: tl.constexpr,
+    BY_BITS: tl.constexpr,
     HIDDEN: tl.constexpr,  # the head is 0
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLS: tl.constexpr,
@@ -34,8 +34,11 @@ def _draw_kernel(
     start = tl.program_id(1) * BLOCK_COLS
     columns = start + tl.arange(0, BLOCK_COLS)
     packed = first_row + rows
-    if BY_ELEMENT:
-        kept = keep_elements(packed[:, None], columns[None, :], head, key_low, key_high, site, threshold)
+    if BY_BITS:
+        N_GROUPS: tl.constexpr = min(BLOCK_COLS // 8, 4)
+        firsts = start + 8 * tl.reshape(tl.arange(0, BLOCK_COLS // 8), (1, BLOCK_COLS // 8 // N_GROUPS, N_GROUPS))
+        bits = keep_bits_from(firsts, packed[:, None, None], head, key_low, key_high, site, threshold)
+        kept = spread_columns(bits)
     else:
         groups = start // 8 + tl.arange(0, BLOCK_COLS // 8)
         kept = keep_columns(packed, groups, 0 if HIDDEN else head, key_low, key_high, site, threshold)
@@ -47,7 +50,7 @@ def draw(
     out: torch.Tensor,
     dropout: Dropout,
     head: int,
-    by_element: bool,
+    by_bits: bool,
     block_rows: int,
     block_columns: int,
     first_row: int = 0,
@@ -64,7 +67,7 @@ def draw(
         first_row=first_row,
         head=head,
         out_row_stride=out.stride(0),
-        BY_ELEMENT=by_element,
+        BY_BITS=by_bits,
         HIDDEN=head == 0,
         **drawing.arguments(dropout),
     )

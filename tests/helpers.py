@@ -93,7 +93,7 @@ def guarded(x: Tensor, extra_columns: int = 0) -> Tensor:
     """
     fill = float("nan") if x.is_floating_point() else INT_GUARD
     width = (x.shape[-1] if x.dim() > 1 else x.numel()) + (extra_columns if x.dim() > 1 else 0)
-    rows = x.numel() // x.shape[-1] if x.dim() > 1 and x.shape[-1] else 1
+    rows = math.prod(x.shape[:-1]) if x.dim() > 1 else 1
     buffer = torch.full((rows * width + 2 * GUARD,), fill, dtype=x.dtype, device=x.device)
     if x.dim() == 1:
         view = buffer[GUARD : GUARD + x.numel()]

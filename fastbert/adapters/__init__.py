@@ -2,7 +2,7 @@
 
 from fastbert.adapters.acceleration import accelerate, counts, encoder_in, modules, notes, obstacle, restore
 from fastbert.adapters.attention import register_attention
-from fastbert.adapters.counting import first_encoder, uncounted
+from fastbert.adapters.counting import first_encoder, lenient, twins, uncounted
 from fastbert.adapters.live_encoder import Unsupported
 
 __all__ = [
@@ -11,10 +11,12 @@ __all__ = [
     "counts",
     "encoder_in",
     "first_encoder",
+    "lenient",
     "modules",
     "notes",
     "obstacle",
     "register_attention",
     "restore",
+    "twins",
     "uncounted",
 ]

@@ -34,7 +34,8 @@ class Training:
         """Tells whether a batch of this model may need gradients, or drops out."""
         if torch.is_grad_enabled() and (embedded or any(p.requires_grad for p in model.parameters())):
             return True
-        return bool(model.training) and any(any(block.dropouts) for block in model.blocks())
+        may_drop = bool(model.training) and self.state.plain_layers(model)
+        return may_drop and any(any(block.dropouts) for block in model.blocks())
 
     def obstacles(self, model: Any, n_tokens: int | None, keep_states: bool, embedded: bool) -> Iterator[str]:
         device = first_parameter(model).device

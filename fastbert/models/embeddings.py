@@ -14,7 +14,7 @@ from fastbert.engine import EmbeddingTables, Norm
 from fastbert.engine.listeners import is_bare, is_plain_norm
 from fastbert.models import hooks
 from fastbert.models.modules import call_dropout, call_module
-from fastbert.ops import Policy
+from fastbert.ops import Policy, tracing
 from fastbert.ops.packing import PackedBatch
 from fastbert_kernels.masks import EMBEDDINGS
 
@@ -119,6 +119,8 @@ def _table(embedding: nn.Embedding) -> Tensor:
     """The weight of an embedding, through which its padding_idx gets no gradient."""
     weight, padding_idx = embedding.weight, embedding.padding_idx
     if padding_idx is None or not (torch.is_grad_enabled() and weight.requires_grad):
+        return weight
+    if not tracing.has_sizes():  # torch.jit.trace compares what it writes down with and without gradients
         return weight
     unused = torch.arange(weight.shape[0], device=weight.device) == padding_idx
     return torch.where(unused[:, None], weight.detach(), weight)

@@ -90,15 +90,13 @@ def gradient_plan(batch: PackedBatch, dtype: torch.dtype, head_size: int) -> Any
 
     def make() -> Any:
         from fastbert_kernels import configs, launch
-        from fastbert_kernels.attention import build_work_list
         from fastbert_kernels.attention_backward import Plan as GradientPlan
+        from fastbert_kernels.attention_backward import work_lists
 
         tiles = configs.attention_backward_configs(dtype, head_size, launch.arch(batch.device))
-        offsets = batch.cu_seqlens_cpu.tolist()
-        query, key = (
-            to_device(build_work_list(offsets, sizes[name]), batch.device)
-            for sizes, name in ((tiles.query, "BLOCK_Q"), (tiles.key, "BLOCK_K"))
-        )
-        return GradientPlan(batch.cu_seqlens, batch.seq_ids, query, key)
+        lists = work_lists(batch.cu_seqlens_cpu.tolist(), tiles)
+        query_tiles = to_device(lists[0], batch.device)
+        key_tiles = query_tiles if lists[1] is lists[0] else to_device(lists[1], batch.device)
+        return GradientPlan(batch.cu_seqlens, batch.seq_ids, query_tiles, key_tiles)
 
     return batch.plan(("triton attention gradients", dtype, head_size), make)

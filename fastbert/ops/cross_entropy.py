@@ -71,7 +71,12 @@ class _Rows:
 
     def buffer(self, chunk: slice) -> Tensor:
         """Memory for the logits of a chunk, (rows, width)."""
-        return self.hidden.new_empty(chunk.stop - chunk.start, self.width)
+        shape = chunk.stop - chunk.start, self.width
+        if not self.kernels:
+            return self.hidden.new_empty(shape)
+        from fastbert_kernels import launch
+
+        return launch.empty(shape, like=self.hidden)
 
     def multiply(self, chunk: slice, buffer: Tensor) -> None:
         """Puts the logits of a chunk into the first rows of the buffer; without the bias, where the kernels add it."""

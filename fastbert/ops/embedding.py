@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 
@@ -11,7 +13,10 @@ from fastbert.ops.dispatch import AUTO, Policy
 from fastbert.ops.dropout import Drop, mask_of, probability_of
 from fastbert.ops.library import register
 from fastbert.ops.tracing import untraced
-from fastbert.ops.training import choose, functions
+from fastbert.ops.training import choose
+from fastbert.ops.training.embedding import embedding
+from fastbert.ops.training.kernels import EmbeddingSettings
+from fastbert.ops.training.plain import sum_of_rows
 from fastbert_kernels import cpu
 
 KERNELS = {
@@ -32,23 +37,9 @@ def _eager(
     eps: float,
     padding_idx: int | None,
 ) -> torch.Tensor:
-    x = _sum(input_ids, token_type_ids, position_ids, word, token_type, position, padding_idx)
+    settings = EmbeddingSettings(input_ids, token_type_ids, position_ids, eps, padding_idx, None)
+    x = sum_of_rows(word, token_type, position, settings)
     return F.layer_norm(x, (tracing.length_of(weight),), weight, ln_bias, eps)
-
-
-def _sum(
-    input_ids: torch.Tensor | None,
-    token_type_ids: torch.Tensor | None,
-    position_ids: torch.Tensor,
-    word: torch.Tensor,
-    token_type: torch.Tensor | None,
-    position: torch.Tensor,
-    padding_idx: int | None,
-) -> torch.Tensor:
-    x = word if input_ids is None else F.embedding(input_ids, word, padding_idx)
-    if token_type is not None and token_type_ids is not None:
-        x = x + F.embedding(token_type_ids, token_type)
-    return x + F.embedding(position_ids, position)
 
 
 def _kernel(
@@ -151,8 +142,14 @@ def embedding_layer_norm(
         return words.new_zeros(shape)
     kernels = choose.kernels_of(backend, words.dtype, hidden_size=hidden_size) if trained else None
     if kernels is not None:
-        x = _sum(input_ids, token_type_ids, position_ids, words, token_type, position, padding_idx)
-        return functions.residual_norm(x, None, weight, ln_bias, eps, kernels, out_dropout=mask_of(dropout))
+        ids: list[Any] = [
+            None if t is None else t.long().contiguous() for t in (input_ids, token_type_ids, position_ids)
+        ]
+        settings = EmbeddingSettings(ids[0], ids[1], ids[2], eps, padding_idx, mask_of(dropout))
+        tables: list[Any] = [
+            t if t is None or t.stride(-1) == 1 else t.contiguous() for t in (words, token_type, position)
+        ]
+        return embedding(tables[0], tables[1], tables[2], weight, ln_bias, settings, kernels)
     out = run(input_ids, token_type_ids, position_ids, words, token_type, position, weight, ln_bias, eps, padding_idx)
     return masks.apply(out, dropout)
 

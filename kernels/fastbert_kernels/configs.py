@@ -296,13 +296,27 @@ class AttentionBackward:
     key: dict[str, int]
 
 
+@functools.cache
 def attention_backward_configs(dtype: torch.dtype, head_size: int, for_arch: int) -> AttentionBackward:
-    """Returns the tiles of attention's gradients."""
+    """Chooses the tiles of attention's gradients: BLOCK_Q x BLOCK_K scores at a time, the head padded to BLOCK_D.
+
+    They are the largest ones without spills in the offline report, with dropout. A tile of 128 rows and 8 warps has all
+    registers of a multiprocessor; 64 rows and 4 warps would have as many, and read the other operands twice as often.
+    """
     block_d = max(MIN_HEAD_SIZE, triton.next_power_of_2(head_size))
-    rows, columns, num_warps, num_stages = (32, 32, 8, 2) if dtype == torch.float32 or block_d > 64 else (128, 64, 8, 2)
-    shared = {"BLOCK_D": block_d, "num_warps": num_warps, "num_stages": num_stages}
-    query = {"BLOCK_Q": rows, "BLOCK_K": columns, **shared}
-    return AttentionBackward(query, {"BLOCK_Q": columns, "BLOCK_K": rows, **shared})
+    if dtype == torch.float32:  # Its products are multiply-adds, whose operands are in registers.
+        query, key = (32, 32, max(4, block_d // 8), 1), (32, 32, 4 if block_d <= 64 else 8, 1)
+    elif block_d <= 64:
+        # Blackwell: 100 keeps sums outside of the registers, but others there; 120 has the least to spare.
+        query, key = (128, 32 if for_arch == 100 else 64, 8, 3), (128, 32 if for_arch >= 120 else 64, 8, 3)
+    elif for_arch in (90, 100):
+        query, key = (128, 32 if for_arch == 100 else 64, 8, 2), (128, 32, 8, 2)
+    else:  # Operands of products pass through the registers.
+        query, key = (128, 32, 8, 2), (32, 32, 4, 2)
+    return AttentionBackward(
+        {"BLOCK_Q": query[0], "BLOCK_K": query[1], "BLOCK_D": block_d, "num_warps": query[2], "num_stages": query[3]},
+        {"BLOCK_Q": key[1], "BLOCK_K": key[0], "BLOCK_D": block_d, "num_warps": key[2], "num_stages": key[3]},
+    )
 
 
 def attention_key(dtype: torch.dtype, head_size: int) -> str:

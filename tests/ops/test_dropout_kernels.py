@@ -25,10 +25,10 @@ def test_masks_do_not_depend_on_tiles(name, block_rows, block_columns, device):
     """Catches a mask that is not `keep`'s, for any shape of a tile and however its numbers are drawn."""
     n_rows, n_columns, dropout = 37, 83, DROPOUTS[name]
     expected = keep(torch.arange(n_rows, device=device), n_columns, dropout)
-    for by_element in (False, True):
+    for by_bits in (False, True):
         out = guarded(torch.full((n_rows, n_columns), 2, dtype=torch.int32, device=device), extra_columns=3)
-        draw(out, dropout, 0, by_element, block_rows, block_columns)
-        assert torch.equal(out, expected.int()), by_element
+        draw(out, dropout, 0, by_bits, block_rows, block_columns)
+        assert torch.equal(out, expected.int()), by_bits
 
 
 def test_heads_and_late_rows(device):

@@ -36,7 +36,9 @@ def layer_obstacles(bert: BertModel, question: Question) -> Iterator[str]:
     """Yields every reason why the layers would train operation by operation."""
     with torch.enable_grad():
         obstacles = list(bert.engine.training.obstacles(bert, None, False, False))
-    yield from obstacles
+    if obstacles:
+        yield from obstacles
+        return  # since layers of other modules have no description
     dtype = torch.get_autocast_dtype(question.device.type) if _autocasts(question) else question.dtype
     with recording.recorded(recorder_for(question)):  # a GPU that is not there is asked about, too
         yield from bert.engine.training.kernel_obstacles(bert, question.policy, question.device, dtype)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastbert.ops.packed_linear import LEAST_ROWS
-from fastbert.ops.training.kernels import Attention, Normalized, NormGradients, Weights
+from fastbert.ops.training.kernels import Attention, EmbeddingSettings, Normalized, NormGradients, Weights
 from fastbert.ops.training.plain import PLAIN, joined_biases
 from fastbert_kernels import cpu
 from fastbert_kernels.masks import Dropout
@@ -85,6 +85,26 @@ class CpuKernels:
             grad, grad_low, total, mean, rstd, weight, dropout, out_dropout, want_residual
         )
         return NormGradients(*found)
+
+    def embedding_forward(
+        self,
+        word: Tensor,
+        token_type: Tensor | None,
+        position: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        settings: EmbeddingSettings,
+    ) -> Normalized:
+        input_ids, token_type_ids, position_ids, eps, _, dropout = settings
+        done = cpu.embedding_norm_forward(
+            input_ids, token_type_ids, position_ids, word, token_type, position, weight, bias, eps, dropout, word.dtype
+        )
+        return Normalized(*done)
+
+    def embedding_scatter(
+        self, grad: Tensor, ids: Tensor, n_rows: int, padding_idx: int | None, to: torch.dtype
+    ) -> Tensor:
+        return cpu.embedding_scatter(grad, ids, n_rows, padding_idx, to)
 
     def drop(self, x: Tensor, dropout: Dropout) -> Tensor:
         return cpu.dropout_forward(x, dropout)

@@ -25,6 +25,20 @@ class Attention(NamedTuple):
     dropout: Dropout | None
 
 
+class EmbeddingSettings(NamedTuple):
+    """What the embeddings are beside tables and norm. Ids: (T,) int64, or None where there is no such table.
+
+    padding_idx: the word whose row gets no gradient.
+    """
+
+    input_ids: Tensor | None
+    token_type_ids: Tensor | None
+    position_ids: Tensor
+    eps: float
+    padding_idx: int | None
+    dropout: Dropout | None
+
+
 class Normalized(NamedTuple):
     """What `norm_forward` gives.
 
@@ -106,6 +120,20 @@ class Kernels(Protocol):
 
         out_dropout: a dropout of y itself.
         """
+
+    def embedding_forward(
+        self,
+        word: Tensor,
+        token_type: Tensor | None,
+        position: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        settings: EmbeddingSettings,
+    ) -> Normalized:
+        """dropout(LayerNorm(sum of the tables' rows)), without `low`. Ids are int64 and contiguous."""
+
+    def embedding_scatter(self, grad: Tensor, ids: Tensor, n_rows: int, padding_idx: int | None, to: dtype) -> Tensor:
+        """The rows of grad, (T, E), added up by id, (n_rows, E) in a dtype, zeros for padding_idx."""
 
     def drop(self, x: Tensor, dropout: Dropout) -> Tensor:
         """The rows, (T, H), with elements dropped out."""

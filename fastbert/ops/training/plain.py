@@ -11,7 +11,7 @@ from torch import Tensor
 from fastbert.checkpoint.activations import activate
 from fastbert.ops import dropout as masks
 from fastbert.ops.packing import PackedBatch, to_device
-from fastbert.ops.training.kernels import Attention, Normalized, NormGradients, Weights
+from fastbert.ops.training.kernels import Attention, EmbeddingSettings, Normalized, NormGradients, Weights
 from fastbert_kernels.masks import Dropout
 
 
@@ -129,11 +129,39 @@ class Plain:
             residual = x if dropout is None and grad.dtype == total.dtype else d_total.to(grad.dtype)
         return NormGradients(x, residual, (d_y * x_hat).sum(0), d_y.sum(0), d_x.sum(0))
 
+    def embedding_forward(
+        self,
+        word: Tensor,
+        token_type: Tensor | None,
+        position: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        settings: EmbeddingSettings,
+    ) -> Normalized:
+        x = sum_of_rows(word, token_type, position, settings)
+        done = self.norm_forward(x, None, weight, bias, settings.eps, None, False)
+        return done._replace(y=masks.apply(done.y, settings.dropout))
+
+    def embedding_scatter(
+        self, grad: Tensor, ids: Tensor, n_rows: int, padding_idx: int | None, to: torch.dtype
+    ) -> Tensor:
+        padding = -1 if padding_idx is None else padding_idx
+        return torch.ops.aten.embedding_dense_backward(wide(grad), ids, n_rows, padding, False).to(to)
+
     def drop(self, x: Tensor, dropout: Dropout) -> Tensor:
         return masks.apply(x, dropout)
 
 
 PLAIN = Plain()
+
+
+def sum_of_rows(word: Tensor, token_type: Tensor | None, position: Tensor, settings: EmbeddingSettings) -> Tensor:
+    """The sum of the tables' rows, (T, E), in differentiable PyTorch."""
+    input_ids, token_type_ids, position_ids, _, padding_idx, _ = settings
+    x = word if input_ids is None else F.embedding(input_ids, word, padding_idx)
+    if token_type is not None and token_type_ids is not None:
+        x = x + F.embedding(token_type_ids, token_type)
+    return x + F.embedding(position_ids, position)
 
 
 def groups(batch: PackedBatch) -> list[Tensor]:

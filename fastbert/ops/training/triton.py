@@ -9,9 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastbert.ops import attention_plan
-from fastbert.ops import dropout as masks
 from fastbert.ops.dispatch import AUTO
-from fastbert.ops.training.kernels import Attention, Normalized, NormGradients, Weights
+from fastbert.ops.training.kernels import Attention, EmbeddingSettings, Normalized, NormGradients, Weights
 from fastbert.ops.training.plain import joined, joined_biases
 from fastbert_kernels.masks import Dropout
 
@@ -99,5 +98,32 @@ class TritonKernels:
         found = residual_norm_backward(grad, grad_low, total, mean, rstd, weight, dropout, out_dropout, want_residual)
         return NormGradients(*found)
 
+    def embedding_forward(
+        self,
+        word: Tensor,
+        token_type: Tensor | None,
+        position: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        settings: EmbeddingSettings,
+    ) -> Normalized:
+        from fastbert_kernels.embedding import embedding_norm_forward
+
+        input_ids, token_type_ids, position_ids, eps, _, dropout = settings
+        tables = word, token_type, position, weight, bias
+        done = embedding_norm_forward(
+            input_ids, token_type_ids, position_ids, *tables, eps, dropout, word.dtype, low=False
+        )
+        return Normalized(*done)
+
+    def embedding_scatter(
+        self, grad: Tensor, ids: Tensor, n_rows: int, padding_idx: int | None, to: torch.dtype
+    ) -> Tensor:
+        from fastbert_kernels.embedding_backward import embedding_backward, segments_of
+
+        return embedding_backward(grad, segments_of(ids, n_rows), to, padding_idx)
+
     def drop(self, x: Tensor, dropout: Dropout) -> Tensor:
-        return masks.apply(x, dropout)
+        from fastbert_kernels.dropout_rows import dropout_forward
+
+        return dropout_forward(x, dropout)
