@@ -163,11 +163,11 @@ def _attend_once(
     scores = tl.where(own, scores, float("-inf"))
     row_max = tl.maximum(tl.max(scores, axis=1) * scale_log2, LOWEST)
     p = tl.exp2(scores * scale_log2 - row_max[:, None])
-    row_sum = tl.sum(p, axis=1)
+    kept = p
     if DROPOUT:
         bits = keep_probabilities(key_start, rows, row_first_key, key_start, head, mask_key, False, BLOCK_K)
-        p = tl.where(spread_columns(bits), p, 0.0)
-    return tl.dot(p.to(v.dtype), v, input_precision=INPUT_PRECISION), row_sum, row_max
+        kept = tl.where(spread_columns(bits), p, 0.0)
+    return tl.dot(kept.to(v.dtype), v, input_precision=INPUT_PRECISION), tl.sum(p, axis=1), row_max
 
 
 @jit(
@@ -229,7 +229,7 @@ def _varlen_attention_kernel(
     k_block_ptr = k_ptr + key_offs[None, :] + d_offs[:, None]
     v_block_ptr = v_ptr + key_offs[:, None] + d_offs[None, :]
 
-    shared = end_seq - first_seq > 1
+    shared = end_seq - first_seq != 1
     mask_key = (key_low, key_high, site, threshold)
     if ONE_BLOCK:
         acc, row_sum, row_max = _attend_once(

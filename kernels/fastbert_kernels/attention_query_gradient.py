@@ -97,7 +97,7 @@ def _add_query_gradients(
     BLOCK_K: tl.constexpr,
 ):
     """Adds what the keys [start, end) give. Unless MASKED, that is a whole number of blocks."""
-    row_first_key, row_end_key = rows, rows
+    row_first_key, row_end_key = rows, rows  # Without SHARED, of no use.
     if SHARED:
         row_first_key, row_end_key = own_range(rows, row_mask, seq_ids_ptr, cu_seqlens_ptr)
     for block_start in range(start, end, BLOCK_K):
@@ -135,7 +135,7 @@ def query_gradient_kernel(
     dout_ptr,  # (T, N, D)
     out_ptr,  # (T, N, D)
     lse_ptr,  # (N, T) float32
-    statistics_ptr,  # (N, T, 4) float32: see `_store_statistics`
+    statistics_ptr,  # (N, T, 4) float32: see `store_statistics`
     dq_ptr,  # (T, N, D)
     work_list_ptr,  # (W, 4) int32: first row, end row, first sequence, end sequence
     seq_ids_ptr,  # (T,) int32: the sequence of each token

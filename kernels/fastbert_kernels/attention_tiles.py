@@ -37,8 +37,10 @@ def tile_offs(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Returns offsets and mask of a tile's rows, (BLOCK_ROWS, BLOCK_D), to store it. It reads the work list again, so
-    that no register holds them over the loops."""
+    """Returns offsets and mask of a tile's rows, (BLOCK_ROWS, BLOCK_D), to store it.
+
+    The work list is read again, so that no register holds them over the loops.
+    """
     rows = tl.load(work_list_ptr + 4 * tile, volatile=True) + tl.arange(0, BLOCK_ROWS)
     row_mask = rows < tl.load(work_list_ptr + 4 * tile + 1, volatile=True)
     d_offs = tl.arange(0, BLOCK_D)

@@ -1,4 +1,4 @@
-"""This module lists the launches of training that the offline report compiles, but for those of attention."""
+"""This module lists the launches of training that the offline report compiles."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from typing import Any
 import torch
 
 from fastbert_kernels import (
+    attention,
+    attention_backward,
     dropout_rows,
     embedding,
     embedding_backward,
@@ -21,7 +23,7 @@ from fastbert_kernels import (
 )
 from fastbert_kernels.embedding_backward import Segments
 from fastbert_kernels.masks import Dropout
-from fastbert_kernels.offline.coverage import DTYPES, MODELS, Case, pointer_kernel
+from fastbert_kernels.offline.coverage import DTYPES, HEAD_SIZES, MODELS, Case, pointer_kernel
 
 N_ROWS = 64
 DROPOUT = Dropout(6554, 1, 1)
@@ -31,7 +33,10 @@ Launches = Iterator[tuple[str, str, int, Callable[[], object]]]  # (operation, v
 
 def training_cases(dtype: str) -> Iterator[Case]:
     """Lists every case of one dtype of products. With "under autocast" the stream between layers is float32."""
-    if dtype not in DTYPES or dtype == "tf32":
+    if dtype not in DTYPES:
+        return
+    yield from _attention_cases(dtype)
+    if dtype == "tf32":
         return
     of_products = DTYPES[dtype]
     for model in MODELS:
@@ -44,9 +49,30 @@ def training_cases(dtype: str) -> Iterator[Case]:
             yield Case(op, model, dtype, f"{variant} under autocast", _archs(dtype, model, seldom), call)
 
 
+def _attention_cases(dtype: str) -> Iterator[Case]:
+    """Lists all three kernels of attention for the head sizes of models and for others."""
+    sizes = [(model, h // n_heads, n_heads) for model, (h, _, n_heads) in MODELS.items()]
+    for model, head_size, n_heads in [*sizes, *(("extra", head_size, 2) for head_size in HEAD_SIZES)]:
+        default = _archs(dtype, model, MAIN)
+        if model == "extra":
+            default = frozenset({80, 90} if dtype == "bf16" and head_size in (16, 80, 128) else ())
+        for variant, dropout, archs in (("", DROPOUT, default), (", no dropout", None, frozenset[int]())):
+            call = partial(_attention, n_heads, head_size, DTYPES[dtype], dropout)
+            yield Case("attention", model, dtype, f"D{head_size} training{variant}", archs, call)
+
+
+def _attention(n_heads: int, head_size: int, dtype: torch.dtype, dropout: Dropout | None) -> None:
+    qkv, lse = torch.empty((N_ROWS, 3 * n_heads * head_size), dtype=dtype), torch.empty((n_heads, N_ROWS))
+    integers, tiles = torch.zeros(N_ROWS, dtype=torch.int32), torch.zeros((2, 4), dtype=torch.int32)
+    of_batch = integers[:3], integers, tiles
+    out = attention.varlen_attention_forward(qkv, *of_batch, n_heads, 0.125, dropout=dropout, lse=lse)
+    plan = attention_backward.Plan(*of_batch, tiles)
+    attention_backward.varlen_attention_backward(out, qkv, out, lse, plan, n_heads, 0.125, dropout)
+
+
 def _archs(dtype: str, model: str, rank: int) -> frozenset[int] | None:
     """Tells where the default run compiles a case: everywhere (None), on some, or nowhere (empty)."""
-    if rank == ALL or model in ("odd", "large") or (rank == MORE and model != "base"):
+    if rank == ALL or dtype == "tf32" or model in ("odd", "large") or (rank == MORE and model != "base"):
         return frozenset()
     if dtype == "bf16":
         return None
