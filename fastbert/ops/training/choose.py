@@ -23,24 +23,24 @@ CPU, TRITON = CpuKernels(), TritonKernels()
 ACTIVATIONS = ("none", "gelu", "gelu_tanh", "relu")
 
 
-_training: ContextVar[bool] = ContextVar("fastbert passes of training", default=False)
+IN_TRAINING: ContextVar[bool] = ContextVar("fastbert passes of training", default=False)
 
 
 @contextmanager
 def as_in_training() -> Iterator[None]:
     """Lets operations run as in training though no gradient is wanted, so that both passes have the same bits."""
-    token = _training.set(True)
+    token = IN_TRAINING.set(True)
     try:
         yield
     finally:
-        _training.reset(token)
+        IN_TRAINING.reset(token)
 
 
 def wanted(policy: Policy, dropout: Drop, *tensors: Tensor | None) -> bool:
     """Tells whether gradients or masks are wanted of an operation on these tensors, and nobody watches it."""
     if policy.batch_invariant or torch.compiler.is_compiling():
         return False
-    needed = isinstance(dropout, Dropout) or _training.get()
+    needed = isinstance(dropout, Dropout) or IN_TRAINING.get()
     if not needed and torch.is_grad_enabled():
         needed = any(t is not None and t.requires_grad for t in tensors)
     return needed and tracing.observed(*tensors) is None and not (recording.on and recording.is_dry())
