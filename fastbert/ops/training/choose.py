@@ -21,8 +21,6 @@ from fastbert_kernels.masks import Dropout
 
 CPU, TRITON = CpuKernels(), TritonKernels()
 ACTIVATIONS = ("none", "gelu", "gelu_tanh", "relu")
-
-
 IN_TRAINING: ContextVar[bool] = ContextVar("fastbert passes of training", default=False)
 
 
@@ -34,6 +32,11 @@ def as_in_training() -> Iterator[None]:
         yield
     finally:
         IN_TRAINING.reset(token)
+
+
+def perhaps(dropout: Drop) -> bool:
+    """Tells cheaply whether `wanted` is worth asking; torch.compile traces it, but not a context variable."""
+    return torch.is_grad_enabled() or dropout is not None or (not torch.compiler.is_compiling() and IN_TRAINING.get())
 
 
 def wanted(policy: Policy, dropout: Drop, *tensors: Tensor | None) -> bool:
