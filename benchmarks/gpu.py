@@ -28,11 +28,10 @@ PLAN = ("compile", "tests", "probe", "model")
 # Seconds of a run of seven and a half minutes; what a part leaves over goes to those after it.
 WEIGHTS = {
     "compile": 35, "tests": 130, "ceilings": 20, "probe": 170, "kernels": 90, "model": 115, "text": 50, "start": 60,
-    "tune": 240, "sanitizer": 100,
+    "train": 180, "tune": 240, "sanitizer": 100,
 }  # fmt: skip
-EMPTY = {"train": "there is no training yet, so nothing to time"}
-TIMED = ("kernels", "model", "text")  # these need compiled kernels, and ceilings to be compared with
-PARTS = ("compile", "tests", "ceilings", "probe", "model", "kernels", "text", "start", *EMPTY, "tune", "sanitizer")
+TIMED = ("kernels", "model", "text", "train")  # these need compiled kernels, and ceilings to be compared with
+PARTS = ("compile", "tests", "ceilings", "probe", "model", "kernels", "text", "start", "train", "tune", "sanitizer")
 RESERVE = 5.0  # seconds kept for the last files
 GRACE = 10.0  # seconds that a part may take beyond its own before it is ended, and a third of its own besides
 PUBLISH = 10.0  # seconds between two looks at what a running part has
@@ -47,12 +46,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         return gpu_parts.run(args.part, options, args.seconds)
     plan = planned(args.only, args.sanitizer, options.out)
-    for part in plan:
-        if part in EMPTY:
-            print(f"{part}: {EMPTY[part]}")
-    plan = [part for part in plan if part not in EMPTY]
-    if not plan:
-        return 0
     obstacle = device_obstacle(options.device)
     if obstacle is not None:
         print(f"error: {obstacle}", file=sys.stderr)

@@ -21,6 +21,7 @@ import suite_model
 import suite_quantized
 import suite_start
 import suite_text
+import suite_train
 import torch
 from gpu_options import Options
 from suites import LONG_MINUTES, Case, Deadline, Recorder, read_notes, run_cases
@@ -138,6 +139,11 @@ def text(options: Options, device: torch.device, seconds: float) -> int:
     return _suite("text", cases, options, device, seconds, weights=weights)
 
 
+def train(options: Options, device: torch.device, seconds: float) -> int:
+    long = options.minutes >= LONG_MINUTES
+    return _suite("train", suite_train.cases(device.type, long=long), options, device, seconds)
+
+
 def start(options: Options, device: torch.device, seconds: float) -> int:
     """Cold start, first with empty caches of compiled kernels, then with those that this left."""
     recorder = Recorder(options.out / "start.json", device)
@@ -250,6 +256,7 @@ RUN: dict[str, Callable[[Any, torch.device, float], int]] = {
     "model": model,
     "text": text,
     "start": start,
+    "train": train,
     "tune": tuned_table,
     "sanitizer": sanitizer,
 }

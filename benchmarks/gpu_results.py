@@ -101,6 +101,8 @@ def _note(name: str, value: Any) -> str:
     if name == "tests: tests" and isinstance(value, dict):
         verdicts = {group: gpu_tests.Verdict(**fields) for group, fields in value.items()}
         return "\n".join(f"tests of {group}: {gpu_tests.summary(verdict)}" for group, verdict in verdicts.items())
+    if name.endswith(": bars"):
+        return "\n".join(f"{name.partition(':')[0]}, {line}" for line in value)
     if isinstance(value, list):
         return f"{name}: {len(value)}, the first {value[0]}"
     return f"{name}: {value}"

@@ -33,12 +33,24 @@ def _files(*names: str) -> tuple[str, ...]:
 GROUPS: dict[str, tuple[str, ...]] = {
     **{op: _files(f"ops/op_{op}") for op in OPS},
     "attention": _files("ops/op_attention", "on_kernels/attention_short"),
+    "attention_backward": _files("ops/attention_backward"),
+    "dropout": _files("ops/dropout_kernels"),
+    "training_rows": _files(
+        "ops/residual_norm_kernels", "ops/activation_backward", "ops/embedding_kernels", "ops/pooling_backward"
+    ),
+    "training_layer": _files("ops/training_triton"),
     "linear": _files("ops/op_linear", "ops/op_linear_persistent"),
+    "cross_entropy": _files("ops/op_cross_entropy"),
     "graphs": _files(
         "engine/graphs", "engine/graph_buckets", "engine/graph_validity", "engine/graph_capture", "engine/graphs_gpu"
     ),
     "model": _files(
-        "models/model", "models/model_training", "models/model_packed", "models/model_compile", "models/heads"
+        "models/model",
+        "models/model_training",
+        "models/model_packed",
+        "models/model_compile",
+        "models/heads",
+        "models/losses",
     ),
     "batch_invariant": _files("engine/batch_invariant"),
     "text": _files("pipelines/sentence", "pipelines/sentence_run"),
@@ -51,6 +63,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "diagnostics/verify",
         "diagnostics/verify_faults",
         "diagnostics/verify_ends",
+        "diagnostics/verify_gradients",
         "diagnostics/explain",
         "diagnostics/explain_recording",
     ),

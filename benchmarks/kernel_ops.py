@@ -280,7 +280,7 @@ class Attention(Op):
         return self.join(F.scaled_dot_product_attention(*self.split(qkv), attn_mask=mask))
 
     def varlen_attn(self, qkv: Tensor) -> Tensor:
-        from torch.nn.attention import packing as torch_varlen
+        from torch.nn.attention import varlen as torch_varlen
 
         batch, longest = self.shape.batch, max(self.shape.lengths)
         q, k, v = qkv.view(qkv.shape[0], 3, self.shape.heads, -1).unbind(1)

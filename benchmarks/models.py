@@ -9,9 +9,11 @@ import importlib.util
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 
+import fastbert
 from fastbert import BertConfig, BertModel, SentenceEncoder, Tokenizer
 from fastbert.bench.texts import docstrings
 from fastbert.engine.block import product_shapes
@@ -46,11 +48,27 @@ def random_model(name: str, **overrides: int) -> BertModel:
     """
     torch.manual_seed(0)
     model = BertModel(dataclasses.replace(CONFIGS[name], **overrides), add_pooling_layer=False).eval()
-    with torch.no_grad():
-        for layer in model.encoder.layer:
-            layer.attention.self.query.weight.mul_(SHARPER)
-            layer.attention.self.key.weight.mul_(SHARPER)
+    _sharpen(model)
     return model
+
+
+@torch.no_grad()
+def _sharpen(model: BertModel) -> None:
+    layers: Iterable[Any] = model.encoder.layer
+    for layer in layers:
+        layer.attention.self.query.weight.mul_(SHARPER)
+        layer.attention.self.key.weight.mul_(SHARPER)
+
+
+@functools.cache
+def random_head_folder(name: str, task: str) -> Path:
+    """A checkpoint of a shape in CONFIGS with a head, such as "SequenceClassification", and weights as above."""
+    torch.manual_seed(0)
+    model = getattr(fastbert, f"BertFor{task}")(CONFIGS[name])
+    _sharpen(model.bert)
+    folder = workdir() / f"{name}-{task}"
+    model.save_pretrained(folder)
+    return folder
 
 
 @functools.cache

@@ -1,8 +1,8 @@
 """The kernel suite holds each fused operation against eager PyTorch, torch.compile and the best library kernel.
 
 On a GPU: T tokens in the shapes of three models, device events, L2 overwritten before each sample, inputs that rotate.
-On a CPU, in a short form: the cpu backend on packed tokens against PyTorch on the padded batch. Forward only: there are
-no backward kernels yet.
+On a CPU, in a short form: the cpu backend on packed tokens against PyTorch on the padded batch. Forward only; the train
+suite has attention's backward pass.
 """
 
 from __future__ import annotations
@@ -214,7 +214,7 @@ def _forced(sdpa: Callable[[Tensor], Tensor], backend: SDPBackend, qkv: Tensor) 
 
 def _no_varlen_attn() -> str | None:
     try:
-        from torch.nn.attention import packing as _  # noqa: F401
+        from torch.nn.attention import varlen as _  # noqa: F401
     except ImportError:
         return f"PyTorch {torch.__version__} has no torch.nn.attention.varlen"
     return None

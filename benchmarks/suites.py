@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import workloads
 from ceilings import COPY, matmul_key
+from laps import Bar, bar_lines, lap_rows, note_bars, timed_laps
 
 from fastbert.bench.peers import OURS, Peer, contest
 from fastbert.bench.results import FAILED, OK, Results, Row, device_name, environment
@@ -59,7 +60,8 @@ class Built:
     """A case made ready: who competes (fastbert first), on what, and what is right.
 
     eager: the name of plain PyTorch, whose error bounds that of fastbert. extra: goes into every row. timing: further
-    arguments of `contest`.
+    arguments of `contest`. laps: the laps of a training step that get rows of their own, and their work. bars: what
+    should be reached with the whole step.
     """
 
     peers: Sequence[Peer]
@@ -70,6 +72,8 @@ class Built:
     work: Work | None = None
     extra: dict[str, Any] = field(default_factory=dict)
     timing: dict[str, Any] = field(default_factory=dict)
+    laps: Mapping[str, Work] = field(default_factory=dict)
+    bars: Sequence[Bar] = ()
 
 
 @dataclass(frozen=True)
@@ -161,7 +165,19 @@ def run_case(
     if built.work is not None:
         for row in rows:
             built.work.fill(row, ceilings or {})
+    if built.laps:
+        rows += _laps_of(built, peers, rows, ceilings or {})
     return Outcome(rows, peers[0] if rows[0].status == OK else None)
+
+
+def _laps_of(built: Built, peers: Sequence[Peer], rows: Sequence[Row], ceilings: Mapping[str, float]) -> list[Row]:
+    """The rows of the laps of a training step, whose own rows get what the bars ask for."""
+    laps = timed_laps(peers, rows)
+    note_bars(built.bars, rows, laps)
+    more_rows = list(lap_rows(rows, laps, built.laps))
+    for row in more_rows:
+        built.laps[row.extra["setting"]].fill(row, ceilings)
+    return more_rows
 
 
 def _if_tested(peer: Peer, refused: Mapping[str, str]) -> Peer:
@@ -194,6 +210,8 @@ class Recorder:
     def add(self, rows: Sequence[Row]) -> None:
         self.results.rows.extend(rows)
         relate(self.results.rows)
+        if bars := list(bar_lines(self.results.rows)):
+            self.results.notes["bars"] = bars
         self.results.save(self.path)
 
     def note(self, **notes: Any) -> None:

@@ -17,6 +17,7 @@ import suite_kernels
 import suite_model
 import suite_start
 import suite_text
+import suite_train
 import torch
 from session import TIME_UP, Session
 from suites import LONG_MINUTES, Case, tidy
@@ -27,15 +28,16 @@ from fastbert.bench.results import OK, Row
 
 QUICK_CASES = 3
 START_SECONDS = 30.0  # for the fresh processes of all competitors
+SUITES: dict[str, Any] = {
+    "test_text": suite_text, "test_model": suite_model, "test_kernels": suite_kernels, "test_train": suite_train,
+}  # fmt: skip
 SECONDS = 1.0  # of pytest-benchmark's own timing of a case, about
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "case" not in metafunc.fixturenames:
         return
-    suite = {"test_text": suite_text, "test_model": suite_model, "test_kernels": suite_kernels}[
-        metafunc.function.__name__
-    ]
+    suite = SUITES[metafunc.function.__name__]
     get = metafunc.config.getoption
     options = {} if suite is suite_kernels else {"long": get("--minutes") >= LONG_MINUTES}
     if suite is suite_text:
@@ -78,6 +80,11 @@ def test_start(session: Session, benchmark: Any) -> None:
 
 def test_model(case: Case, session: Session, benchmark: Any) -> None:
     """Token ids in, hidden states out."""
+    hold(case, session, benchmark)
+
+
+def test_train(case: Case, session: Session, benchmark: Any) -> None:
+    """One optimiser step of a model with a head."""
     hold(case, session, benchmark)
 
 

@@ -66,6 +66,17 @@ def byte_transformer(longest: int, n: int = 16) -> Workload:
 BYTE_TRANSFORMER_LONGEST = (64, 128, 256, 512, 1024)
 
 
+def half_padded(longest: int, n: int) -> Workload:
+    """Training batches as they come: lengths spread widely, half of the batch is padding."""
+    lengths = np.random.default_rng(SEED).uniform(0.1 * longest, longest, n)
+    first = lengths.argmax()
+    lengths[first] = 0.0
+    lengths *= (0.5 * n - 1.0) * longest / lengths.sum()
+    lengths[first] = longest
+    text = f"{n} sequences of at most {longest} tokens, half of the batch padding"
+    return Workload(f"half padding {longest} b{n}", text, _clipped(lengths, 1, longest))
+
+
 def documents(variable: bool, n: int = 8192, batch_size: int = 64) -> Workload:
     """(d) As the ModernBERT paper (Warner et al., arXiv:2412.13663) measures: fixed 512 against normal(256)."""
     if not variable:

@@ -57,7 +57,12 @@ def theirs(model_type: str, name: str = "BertModel", **options: Any) -> Any:
 @functools.cache
 def _theirs(model_type: str, name: str, **options: Any) -> Any:
     model = their_class(model_type, name)(config_of_transformers(model_type, name, **options)).double().eval()
-    randomise(model)
+    return randomised(model)
+
+
+def randomised(model: Any, seed: int = 1) -> Any:
+    """Fills every parameter of a model of any family."""
+    randomise(model, seed)
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():
             if parameter_name.endswith("layer_norm.weight"):

@@ -23,6 +23,7 @@ from fastbert_kernels import cpu
 GUARD = 64  # elements of guard band on either side
 INT_GUARD = 0x3FFFFFFF  # what guards integers: far outside any table
 UNUSED_INT8 = -128  # what stands for NaN in int8: quantised values are from -127 to 127
+POISON = {torch.int8: UNUSED_INT8, torch.int32: INT_GUARD}
 
 
 def minilm_folder() -> Path:
@@ -92,7 +93,7 @@ def guarded(x: Tensor, extra_columns: int = 0) -> Tensor:
     """
     fill = float("nan") if x.is_floating_point() else INT_GUARD
     width = (x.shape[-1] if x.dim() > 1 else x.numel()) + (extra_columns if x.dim() > 1 else 0)
-    rows = x.numel() // x.shape[-1] if x.dim() > 1 and x.shape[-1] else 1
+    rows = math.prod(x.shape[:-1]) if x.dim() > 1 else 1
     buffer = torch.full((rows * width + 2 * GUARD,), fill, dtype=x.dtype, device=x.device)
     if x.dim() == 1:
         view = buffer[GUARD : GUARD + x.numel()]
@@ -111,8 +112,7 @@ class Outputs:
     def empty(self, shape: tuple[int, ...], *, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         n = math.prod(shape)
         dtype = dtype or like.dtype
-        poison = UNUSED_INT8 if dtype == torch.int8 else float("nan")
-        buffer = torch.full((n + 2 * GUARD,), poison, dtype=dtype, device=like.device)
+        buffer = torch.full((n + 2 * GUARD,), POISON.get(dtype, float("nan")), dtype=dtype, device=like.device)
         self.buffers.append(buffer)
         return buffer[GUARD : GUARD + n].view(shape)
 
@@ -120,7 +120,8 @@ class Outputs:
         """Fails if nothing was allocated here, if a kernel wrote outside its output, or left part of it unwritten."""
         assert self.buffers, "no kernel allocated an output"
         for buffer in self.buffers:
-            untouched = buffer == UNUSED_INT8 if buffer.dtype == torch.int8 else buffer.float().isnan()
+            poison = POISON.get(buffer.dtype)
+            untouched = buffer.float().isnan() if poison is None else buffer == poison
             assert untouched[:GUARD].all() and untouched[-GUARD:].all(), "a kernel wrote outside its output"
             assert not untouched[GUARD:-GUARD].any(), "a kernel left NaN in its output"
 

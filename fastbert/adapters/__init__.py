@@ -2,6 +2,7 @@
 
 from fastbert.adapters.acceleration import accelerate, counts, encoder_in, modules, notes, obstacle, restore
 from fastbert.adapters.attention import register_attention
+from fastbert.adapters.counting import first_encoder, lenient, twins, uncounted
 from fastbert.adapters.live_encoder import Unsupported
 
 __all__ = [
@@ -9,9 +10,13 @@ __all__ = [
     "accelerate",
     "counts",
     "encoder_in",
+    "first_encoder",
+    "lenient",
     "modules",
     "notes",
     "obstacle",
     "register_attention",
     "restore",
+    "twins",
+    "uncounted",
 ]

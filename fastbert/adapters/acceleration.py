@@ -46,8 +46,8 @@ class AcceleratedEncoder(Accelerated):
 
     def train(self, mode: bool = True) -> Any:
         state = self.__dict__.get(STATE)
-        if state is not None:
-            state.forget() if mode else state.invalidate()
+        if state is not None and not mode:
+            state.invalidate()
         return super().train(mode)  # type: ignore[misc]
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
@@ -129,10 +129,12 @@ def accelerate(model: Model, *, backend: str = "auto", strict: bool = False, cud
     that fastbert cannot run raises BackendError. cuda_graphs: on a GPU, launch short batches as CUDA graphs.
 
     Arguments, outputs, state dict and parameters stay. Rows of outputs at padding positions are zero, where
-    transformers leaves unspecified values. A call that fastbert does not know (training mode, requested attentions,
-    masks of pairs of tokens, texts padded on the left, caches, decoders, hooks inside ...) goes to the original
-    forward, and so does one that raises an error here. It is counted by reason, logged once a reason, and shown by
-    `fastbert.explain(model)`.
+    transformers leaves unspecified values. A call that fastbert does not know (requested attentions, masks of pairs of
+    tokens, texts padded on the left, caches, decoders, hooks inside ...) goes to the original forward, and so does one
+    that raises an error here. It is counted by reason, logged once a reason, and shown by `fastbert.explain(model)`.
+
+    Training runs here as well, on packed tokens: gradients go to the model's own parameters, dropouts have the model's
+    probabilities and draw other masks than the original would, and gradient checkpointing is followed, layer by layer.
 
     A second call changes nothing but the options. `restore` undoes it. Raises TypeError for an object that is no model,
     and ValueError for a model without a covered encoder. Both say which are covered.
@@ -186,20 +188,15 @@ def accelerate(model: Model, *, backend: str = "auto", strict: bool = False, cud
 
 
 def _announce(module: nn.Module, state: AcceleratedState) -> None:
-    """Logs why a model would never run here in its present state, so that its user knows it before the first call.
-
-    Training mode is left to the first call: models are made in it and leave it.
-    """
+    """Logs why a model would never run here in its present state, so that its user knows it before the first call."""
     lasting: str | None = None
     try:
-        if isinstance(state, EncoderState) and not module.training:
+        if isinstance(state, EncoderState):
             lasting = model_obstacle(module) or LiveEncoder(module, state.mapping, state.options).obstacle()
         elif is_of_sentences(_original(module), "SentenceTransformer"):
             from fastbert.adapters.live_pipeline import pipeline_in
 
-            encoders = [part for part in module.modules() if isinstance(part.__dict__.get(STATE), EncoderState)]
-            if not any(part.training for part in encoders):
-                pipeline_in(module)
+            pipeline_in(module)
     except Exception as error:  # The first call handles it by its own rules.
         lasting = str(error)
     if lasting is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -12,8 +13,8 @@ class CalledModule:
     """A `CalledModule` stands in the place of a linear or of the word embeddings, as an adapter or a quantised linear.
 
     Our path calls it with the rows of the tokens, (T, K), where transformers calls it with (B, S, K), padding included.
-    `obstacle` tries once whether both give the same. Classes of PEFT, and linears that differ in their weight alone,
-    are known to do so.
+    `obstacle` tries once in each mode whether both give the same. Classes of PEFT, and linears that differ in their
+    weight alone, are known to do so.
     """
 
     def __init__(self, path: str, module: nn.Module, like: nn.Module) -> None:
@@ -23,31 +24,38 @@ class CalledModule:
         self._n_ids: Any = getattr(module, "num_embeddings", getattr(like, "num_embeddings", 1))
         forward = getattr(type(module), "forward", None)  # Scripted modules have it in their objects.
         by_weight_alone = forward in (nn.Linear.forward, nn.Embedding.forward)
-        self._asked = by_weight_alone or type(module).__module__.split(".")[0] == "peft"
-        self._obstacle: str | None = None
+        self._known = by_weight_alone or type(module).__module__.split(".")[0] == "peft"
+        self._obstacles: dict[bool, str | None] = {}  # By whether a module of it is in training mode.
 
     def obstacle(self, like: Tensor) -> str | None:
         """Says why the module cannot be called with rows, or returns None. like: of the input's dtype and device."""
-        if not self._asked:
-            devices = [like.device] if like.device.type == "cuda" else []
-            try:
-                with torch.no_grad(), torch.random.fork_rng(devices):
-                    same = self._works_by_rows(like)
-                self._obstacle = None if same else "does not work row by row"
-            except Exception as error:
-                self._obstacle = f"cannot be called with rows ({type(error).__name__})"
-            self._asked = True
-        return None if self._obstacle is None else f"{self.path}, a {type(self.module).__qualname__}, {self._obstacle}"
+        if self._known:
+            return None
+        training = any(module.training for module in self.module.modules())
+        if training not in self._obstacles:
+            self._obstacles[training] = self._tried(like, training)
+        obstacle = self._obstacles[training]
+        return None if obstacle is None else f"{self.path}, a {type(self.module).__qualname__}, {obstacle}"
 
-    def _works_by_rows(self, like: Tensor) -> bool:
+    def _tried(self, like: Tensor, training: bool) -> str | None:
+        devices = [like.device] if like.device.type == "cuda" else []
+        try:
+            module = _without_dropout(self.module) if training else self.module
+            with torch.no_grad(), torch.random.fork_rng(devices):
+                same = self._works_by_rows(module, like)
+        except Exception as error:
+            return f"cannot be called with rows ({type(error).__name__})"
+        return None if same else "does not work row by row"
+
+    def _works_by_rows(self, module: nn.Module, like: Tensor) -> bool:
         generator = torch.Generator().manual_seed(0)
         if self._width is None:
             x = torch.randint(max(int(self._n_ids), 1), (2, 3), generator=generator).to(like.device)
         else:  # The rows differ in size: a scale that is taken from all of them would mix them.
             sizes = torch.tensor([1.0, 8.0, 0.25, 2.0, 30.0, 0.5]).view(2, 3, 1)
             x = (torch.randn(2, 3, self._width, generator=generator) * sizes).to(like.device, like.dtype)
-        padded, rows = self.module(x), self.module(x.flatten(0, 1))
-        two_rows = self.module(x.flatten(0, 1)[2:4])
+        padded, rows = module(x), module(x.flatten(0, 1))
+        two_rows = module(x.flatten(0, 1)[2:4])
         if padded.shape != (2, 3, self._out) or rows.shape != (6, self._out) or two_rows.shape != (2, self._out):
             return False
         exact = padded.flatten(0, 1).double()
@@ -55,6 +63,14 @@ class CalledModule:
         return bool(((rows.double() - exact).abs() <= bound).all()) and bool(
             ((two_rows.double() - exact[2:4]).abs() <= bound[2:4]).all()
         )
+
+
+def _without_dropout(module: nn.Module) -> nn.Module:
+    """Copies a module that is to be tried in training mode: a call may change it, and its dropouts draw at random."""
+    copied = copy.deepcopy(module)
+    for each in copied.modules():
+        each.training = each.training and not isinstance(each, nn.modules.dropout._DropoutNd)
+    return copied
 
 
 def _rounding(dtype: torch.dtype) -> float:

@@ -30,7 +30,7 @@ class Mapping:
     module: str  # The Python module of transformers.
     # The classes in it that may stand around the leaves, beside the model's class. Our forwards do the work of theirs.
     containers: frozenset[str]
-    # In a layer: the path of a dropout of ours, and of theirs. Dropouts that are not named drop nothing in eval mode.
+    # In a layer: the path of a dropout of ours, and of theirs. Their layers have no other dropouts.
     dropouts: Names[str, str]
     activation: str  # In a layer: the module that activates.
     heads: str  # In a layer: the attention, which has the number of heads as an attribute.

@@ -25,6 +25,8 @@ _INPUTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids", "inp
 _SETTINGS = ("output_attentions", "output_hidden_states", "return_dict")
 # Arguments that change nothing in an encoder without a cache.
 _IGNORED = ("use_cache", "num_items_in_batch")
+# What sentence-transformers has made of a batch, and hands to a forward that takes any name, as to that of a guide.
+_MADE_BEFORE = ("token_embeddings", "sentence_embedding", "all_layer_embeddings")
 
 
 @functools.cache
@@ -33,6 +35,13 @@ def parameter_names(forward: Any) -> tuple[str, ...]:
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     parameters = inspect.signature(forward).parameters.values()
     return tuple(parameter.name for parameter in parameters if parameter.kind in kinds)[1:]
+
+
+@functools.cache
+def ignored_names(forward: Any) -> frozenset[str]:
+    """Lists the arguments that a forward takes and makes no use of."""
+    takes_any = any(each.kind is each.VAR_KEYWORD for each in inspect.signature(forward).parameters.values())
+    return frozenset((*_IGNORED, *_MADE_BEFORE) if takes_any else _IGNORED)
 
 
 def forward(live: nn.Module, state: EncoderState, original: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -48,7 +57,7 @@ def _forward(live: nn.Module, state: EncoderState, original: Any, args: tuple[An
     call = {**dict(zip(names, args, strict=False)), **kwargs}
     clash = len(args) > len(names) or len(call) < len(args) + len(kwargs)  # The original raises TypeError.
     try:
-        obstacle = "arguments that do not fit" if clash else _call_obstacle(live, state, call, names)
+        obstacle = "arguments that do not fit" if clash else _call_obstacle(live, state, call, original)
         if obstacle is None:
             encoder = state.encoder(live)
             obstacle = encoder.obstacle()
@@ -96,23 +105,19 @@ def model_obstacle(live: nn.Module) -> str | None:
     """Says which state of the whole model our path does not support, or returns None."""
     if getattr(live, "_is_replica", False):
         return "a replica of DataParallel"
-    if live.training:
-        return "training mode (kernels with dropout and gradients are not here yet)"
     if getattr(live.config, "is_decoder", False) or getattr(live.config, "is_causal", False):
         return "decoder mode"
     return None
 
 
-def _call_obstacle(live: nn.Module, state: EncoderState, call: dict[str, Any], names: tuple[str, ...]) -> str | None:
-    """Says what our path does not support in a call, or in the state of the whole model, or returns None.
-
-    names: the names of forward's arguments.
-    """
+def _call_obstacle(live: nn.Module, state: EncoderState, call: dict[str, Any], original: Any) -> str | None:
+    """Says what our path does not support in a call, or in the state of the whole model, or returns None."""
     if (obstacle := tracing.observed() or model_obstacle(live)) is not None:
         return obstacle
     config: Any = live.config
+    names, ignored = parameter_names(original), ignored_names(original)
     for name, value in call.items():
-        known = (name in _INPUTS and name in names) or name in _SETTINGS or name in _IGNORED
+        known = (name in _INPUTS and name in names) or name in _SETTINGS or name in ignored
         if known or value is None or value is False:
             continue
         return f"the argument {name}"

@@ -1,8 +1,8 @@
 """This module makes a fastbert.BertModel on the leaves of a live model of another library, without a copy of weights.
 
-The live model stays the only owner. Every call looks at it first: whether its modules are the same, in eval mode,
-without hooks, of one dtype. A module that was replaced (an adapter, resized embeddings) is taken. A change that our
-path does not support is an obstacle: the original forward runs.
+The live model stays the only owner. Every call looks at it first: whether its modules are the same, without hooks, of
+one dtype. A module that was replaced (an adapter, resized embeddings) is taken, and so are modes and dropouts. A change
+that our path does not support is an obstacle: the original forward runs.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from itertools import chain, repeat
-from operator import contains, itemgetter
+from operator import contains
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from torch import nn
 from fastbert.adapters import versions
 from fastbert.adapters.called_module import CalledModule
 from fastbert.adapters.covered import Mapping
+from fastbert.adapters.live_modes import DropoutSite, Modes
 from fastbert.adapters.live_values import (
     Leaf,
     Parameters,
@@ -63,21 +64,25 @@ class LiveEncoder:
             _check_settings(path, module)
 
         model.eval()  # The live modules are not in it yet.
+        own = list(model.modules())
         direct: list[Leaf] = []
         called: list[CalledModule] = []
-        dropping: list[nn.Module] = [_get(live, f"{mapping.layers}.{i}.{mapping.heads}") for i in range(len(layers))]
+        sites: list[DropoutSite] = []
         looked_at = list(containers.values())
         for ours, theirs in leaves:
             parent, _, name = ours.rpartition(".")
             expected, leaf = model.get_submodule(ours), _get(live, theirs)
+            looked_at.append(leaf)
+            if isinstance(expected, nn.Dropout):
+                _check_dropout(theirs, leaf)
+                sites.append(_site(ours, theirs, expected, leaf, live, mapping))
+                continue
             if _reads(ours, theirs, expected, leaf):
                 direct.append(Leaf(theirs, leaf, expected))
-            elif not isinstance(expected, nn.Dropout):
+            else:
                 called.append(CalledModule(theirs, leaf, expected))
-            if isinstance(leaf, nn.Dropout):
-                dropping.append(leaf)
-            looked_at.append(leaf)
             model.get_submodule(parent)._modules[name] = leaf
+            own.remove(expected)
         for i, layer in enumerate(layers):
             path = f"{mapping.layers}.{i}"
             looked_at.append(_check_layer(path, layer, mapping, config, getattr(live.config, mapping.hidden_act)))
@@ -86,7 +91,6 @@ class LiveEncoder:
         self._count_from = partial(mapping.counted_from, embeddings)
         self._kinds = list(map(type, self._leaves))
         self._children = tuple((m._modules, dict(m._modules)) for m in (live, *containers.values()))
-        self._dropping = tuple(module.__dict__ for module in dropping)  # The mode of other modules does not matter.
         self._looked_at, self._dicts = tuple(looked_at), tuple(module.__dict__ for module in looked_at)
         self._hooks = tuple(hooks for module in looked_at for hooks in _hooks_of(module))
         followed = {id(module.module) for module in called}
@@ -95,6 +99,9 @@ class LiveEncoder:
         self._buffers = _default_ids(live, mapping)
         self._buffers_checked: Any = None
         self._watch = _watch(live, mapping)
+        around = _get(live, mapping.layers.rpartition(".")[0])
+        self.modes = Modes(live, model, own, sites, around, list(layers))
+        self.modes.follow()
 
     def is_current(self) -> bool:
         """Says whether no module of the live model was replaced, added or removed, and no setting changed."""
@@ -106,8 +113,8 @@ class LiveEncoder:
         """Says why our path must not replace the original forward in the modules' present state, or returns None."""
         if (patch := self._watch.obstacle()) is not None:
             return patch
-        if any(map(itemgetter("training"), self._dropping)):
-            return "dropout inside is in training mode"
+        if (obstacle := self.modes.obstacle()) is not None:
+            return obstacle
         if any(map(contains, self._dicts, repeat("forward"))) and not self._own_forwards():
             return "a module inside has a forward of its own"
         if any(self._hooks) and not all(map(versions.is_harmless, _callables(self._hooks))):
@@ -138,10 +145,7 @@ class LiveEncoder:
 
     def invalidate(self) -> None:
         """Makes the tensors derived from weights anew: the weights may have been written to through `.data`."""
-        modes = [(module, module.training) for leaf in self._leaves for module in leaf.modules()]
-        self.model.eval()  # It does that, and reaches the live modules, whose mode must stay.
-        for module, mode in modes:
-            module.training = mode
+        self.model.renew(self.model.training)
 
 
 def _watch(live: nn.Module, mapping: Mapping) -> Watch:
@@ -188,13 +192,25 @@ def _check_container(path: str, module: nn.Module, mapping: Mapping) -> None:
         raise Unsupported(f"{mapping.tanh} is not Tanh")
 
 
+def _check_dropout(theirs: str, leaf: nn.Module) -> None:
+    if type(leaf) not in (nn.Dropout, nn.Identity):
+        raise Unsupported(f"{theirs} is a {type(leaf).__qualname__}")
+
+
+def _site(
+    ours: str, theirs: str, dropout: nn.Dropout, leaf: nn.Module, live: nn.Module, mapping: Mapping
+) -> DropoutSite:
+    """Makes the site of a dropout of ours. A layer's attention reads the probability of its own as it wants to."""
+    layer, _, name = ours.partition(".attention.self.")
+    if name != "dropout":
+        return DropoutSite.of(theirs, dropout, leaf)
+    attention = _get(live, f"{mapping.family.to_theirs(layer)}.{mapping.heads}")
+    return DropoutSite(theirs, dropout, *versions.attention_dropout(attention))
+
+
 def _reads(ours: str, theirs: str, expected: nn.Module, leaf: nn.Module) -> bool:
-    """Says whether our path reads the leaf's parameters. Otherwise it calls the leaf, or has no use for it."""
+    """Says whether our path reads the leaf's parameters. Otherwise it calls the leaf."""
     kind = type(leaf)
-    if isinstance(expected, nn.Dropout):
-        if kind not in (nn.Dropout, nn.Identity):
-            raise Unsupported(f"{theirs} is a {kind.__qualname__}")
-        return False
     if kind is type(expected):
         if kind is nn.Embedding:
             for name in ("max_norm", "scale_grad_by_freq", "sparse"):

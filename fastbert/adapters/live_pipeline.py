@@ -55,7 +55,7 @@ class SentenceState(AcceleratedState):
         if (patch := self._watch[1].obstacle()) is not None:
             raise Unsupported(patch)
         for module in (live, *modules[:2]):
-            if not _METHODS.isdisjoint(module.__dict__):
+            if not _METHODS.isdisjoint(module.__dict__.keys() - {"forward"}):
                 raise Unsupported("a module has a method of its own")
 
     def check_tokens(self, transformer: nn.Module, tokenizer: LiveTokenizer) -> None:
@@ -98,7 +98,8 @@ def live_pipeline(live: Any, state: SentenceState, prompted: bool) -> Pipeline:
     if kinds[:2] != ["Transformer", "Pooling"] or not set(kinds[2:]) <= {"Dense", "LayerNorm", "Dropout", "Normalize"}:
         raise Unsupported(f"a pipeline of {', '.join(kinds)}")
     for module in (live, *modules, getattr(modules[0], "auto_model", live)):
-        if module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__:
+        own_forward = "forward" not in module.__dict__ or versions.is_own_forward(module)
+        if module._forward_hooks or module._forward_pre_hooks or not own_forward:
             raise Unsupported("a module has hooks or a forward of its own")
     state.check_methods(live, modules)
     if getattr(live, "_distributed_inference", None) is not None or getattr(live, "_placement_is_delegated", False):

@@ -76,13 +76,15 @@ class EncoderState(AcceleratedState):
     def encoder(self, live: nn.Module) -> LiveEncoder:
         """Returns our encoder on the live model as it is. Raises Unsupported."""
         encoder = self._encoder
-        if encoder is None or not encoder.is_current() or self._stale:
+        if encoder is None or not encoder.is_current() or self._stale or not encoder.modes.unchanged():
             with self._lock:
                 encoder = self._encoder
                 if encoder is None or not encoder.is_current():
                     encoder = self._encoder = LiveEncoder(live, self.mapping, self.options)
-                    encoder.invalidate()
-                elif self._stale:
+                    self._stale = True
+                elif not encoder.modes.unchanged():
+                    encoder.modes.follow()
+                if self._stale:
                     encoder.invalidate()
                 self._stale = False
         return encoder

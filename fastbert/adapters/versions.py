@@ -48,18 +48,57 @@ def is_harmless(hook: Callable[..., Any]) -> bool:
 
     5.x installs recorders for good when hidden states or attentions are first asked for; they do nothing but in a call
     of the original forward. Gradient checkpointing has the word embeddings' output require gradients (in 5.x always,
-    before with PEFT); embeddings with a hook are called, so it does.
+    before with PEFT, which has a hook of its own for models that have none); embeddings with a hook are called, so it
+    does.
     """
-    if getattr(hook, "__qualname__", "").endswith("make_inputs_require_grads"):
+    if getattr(hook, "__qualname__", "").endswith(("make_inputs_require_grads", "make_inputs_require_grad")):
         return True
     return getattr(hook, "__module__", "").startswith("transformers.utils.")
 
 
 def is_own_forward(module: Any) -> bool:
-    """Says whether a forward in a module's own dictionary is that of its class. 5.0 puts it there after recording."""
+    """Says whether a forward in a module's own dictionary is that of its class.
+
+    5.0 puts it there after recording, and MatryoshkaLoss of sentence-transformers after each step.
+    """
     forward: Any = module.__dict__["forward"]
     kind: Any = type(module)
     return getattr(forward, "__self__", None) is module and forward.__func__ is kind.forward
+
+
+def attention_dropout(attention: Any) -> tuple[Any, str, Any]:
+    """Returns which module has the probability of attention's dropout, by what name, and whose mode counts.
+
+    From 5.0 on, attention reads the p of its dropout, and drops out in its own training mode. In 4.x the dropout is
+    called, but with SDPA, whose classes have a copy of the probability.
+    """
+    if "dropout_prob" in attention.__dict__:
+        return attention, "dropout_prob", attention
+    return attention.dropout, "p", attention.dropout if transformers_version()[0] < 5 else attention
+
+
+def checkpointing(encoder: Any, layer: Any) -> Callable[..., Any] | None:
+    """Returns the function that calls a layer so that it keeps its input alone, or None where it keeps more.
+
+    From 4.53 on, each layer has a setting, and in 5.23 not every layer need be set. Before, their encoder has it.
+    """
+    owner = layer if hasattr(layer, "gradient_checkpointing") else encoder
+    active = owner.training and getattr(owner, "gradient_checkpointing", False)
+    return owner._gradient_checkpointing_func if active else None
+
+
+def non_reentrant(function: Callable[..., Any] | None) -> Callable[..., Any] | None:
+    """Returns the function of `checkpointing` with use_reentrant=False, which 5.x takes by default and 4.x does not.
+
+    A function that does not come from PyTorch's checkpoint, or around it, stays as it is.
+    """
+    from torch.utils.checkpoint import checkpoint
+
+    if function is checkpoint:
+        return functools.partial(checkpoint, use_reentrant=False)
+    if isinstance(function, functools.partial):
+        return functools.partial(function, use_reentrant=False)
+    return function
 
 
 def attention_interfaces() -> tuple[Any, Any] | None:

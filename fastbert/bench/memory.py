@@ -1,6 +1,7 @@
 """Peak memory on a CPU is that of a fresh process for each competitor, which loads it and encodes all texts once.
 
-In the process of the contest all competitors live together, and nobody can tell whose memory is whose.
+In the process of the contest all competitors live together, and nobody can tell whose memory is whose. What a training
+step keeps for its backward pass is counted tensor by tensor, on any device.
 """
 
 from __future__ import annotations
@@ -10,10 +11,12 @@ import os
 import pickle
 import subprocess
 import sys
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
 STATUS = Path("/proc/self/status")
 # Without the working folder on the path, where a folder kernels/ would shadow a package that transformers looks for.
@@ -62,6 +65,29 @@ def peak_of(encoder: Encoder, batch_size: int | None, texts: list[str], timeout:
         lines = done.stderr.decode(errors="replace").strip().splitlines()
         raise RuntimeError(lines[-1] if lines else f"exit code {done.returncode}")
     return json.loads(done.stdout.splitlines()[-1])["peak_bytes"]
+
+
+def saved_for_backward(forward: Callable[[], Any], without: Iterable[Tensor] = ()) -> int:
+    """Counts the bytes that autograd keeps for the backward pass of what `forward` computes, each storage once.
+
+    without: tensors whose memory is held anyway, as parameters are. What an autograd Function keeps elsewhere than in
+    save_for_backward does not show.
+    """
+    held = {_address(tensor) for tensor in without}
+    saved: dict[int, Tensor] = {}  # the tensors stay here, so that no other takes their place in memory
+
+    def pack(tensor: Tensor) -> Tensor:
+        saved.setdefault(_address(tensor), tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = forward()
+    del output
+    return sum(tensor.untyped_storage().nbytes() for address, tensor in saved.items() if address not in held)
+
+
+def _address(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
 
 
 def main() -> None:

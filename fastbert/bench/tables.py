@@ -8,6 +8,9 @@ A row may carry more than its fields, in `Row.extra`. This file and plots.py rea
     padding_waste       float  share of a padded batch that is padding, 0 to 1
     flops_per_token     float  gives TFLOP/s where the row has no `rate`
     max_error           float  the largest difference from the reference, over the RMS of the reference
+    saved_bytes         float  what a training step keeps for its backward pass, without parameters
+    saved_h             float  how that grows with the batch: bytes a token and layer, in units of H
+    bars                dict   {what a training step should reach: [reached, least]}
     low_cosine          float  1st percentile of the cosines between a text's vector and the exact one
     prepare_seconds     float  loading, compiling, moving to the device: once, before the first run
     cold_start_seconds  float  from nothing to the first result, in a fresh process with empty caches
@@ -356,6 +359,11 @@ def _extra(key: str, form: Callable[[float], str]) -> Callable[[Row], str]:
     return cell
 
 
+def _bars(row: Row) -> str:
+    bars = row.extra.get("bars") or {}
+    return "; ".join(f"{name}: {digits(reached)} (≥ {digits(least)})" for name, (reached, least) in bars.items())
+
+
 _COLUMNS: tuple[tuple[str, Callable[[Row], str]], ...] = (
     ("valid tokens/s", _tokens),
     ("texts/s", _texts),
@@ -368,6 +376,9 @@ _COLUMNS: tuple[tuple[str, Callable[[Row], str]], ...] = (
     ("largest error", _extra("max_error", lambda value: f"{value:.2g}")),
     ("cosine, 1st percentile", _extra("low_cosine", lambda value: f"{value:.4f}")),
     ("peak memory", _memory),
+    ("kept for the backward pass", _extra("saved_bytes", memory)),
+    ("H bytes kept a token and layer", _extra("saved_h", digits)),
+    ("reached (bar)", _bars),
     ("share of padding", _extra("padding_waste", percent)),
     ("time to prepare", _extra("prepare_seconds", duration)),
     ("time of a cold start", _extra("cold_start_seconds", duration)),

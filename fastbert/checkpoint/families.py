@@ -126,6 +126,7 @@ FAMILIES: dict[str, Family] = {
             fixed={"layer_norm_eps": 1e-12, "type_vocab_size": 1},
             token_types=False,
             pooler=False,
+            attention_output_dropout=False,
             tokenizer="DistilBert",
             segments=False,
         ),

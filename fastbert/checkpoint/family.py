@@ -52,6 +52,7 @@ class Family:
     positions: str = COLUMN  # COLUMN or AFTER_PADDING.
     token_types: bool = True  # Whether there is a table of segments.
     pooler: bool = True  # Whether the bare model has a pooler.
+    attention_output_dropout: bool = True  # Whether a layer drops out between attention and its norm.
     projection: bool = False  # Whether the embeddings have their own width, `embedding_size`, and a linear layer.
     tokenizer: str = ""  # The class of the tokenizer in transformers, without "Tokenizer".
     special_tokens: Mapping[str, str] = field(default_factory=dict)  # Names that are not BERT's, and may not be stored.

@@ -29,6 +29,7 @@ on the CPU: some hundred texts take minutes with a large model.
 
 examples:
   fastbert verify ./my-model --texts texts.txt
+  fastbert verify ./my-model --gradients
   fastbert verify google-bert/bert-base-uncased --dtype bfloat16 --limit 50 --texts texts.txt --html report.html""",
     )
     group = parser.add_argument_group("model")
@@ -37,6 +38,7 @@ examples:
     parser.add_argument("--texts", dest="input", metavar="FILE", help="texts, one a line (default: a dozen built in)")
     add_field_option(parser)
     parser.add_argument("--limit", type=positive_int, metavar="N", help="texts that are read (default: all)")
+    parser.add_argument("--gradients", action="store_true", help="look at the gradients of every parameter too")
     parser.add_argument("--json", metavar="FILE", help="write the report as JSON too; - is standard output, alone")
     parser.add_argument("--html", metavar="FILE", help="write the report as a page too")
     add_message_options(parser)
@@ -64,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
         (folder / name).is_file() for name in ("tokenizer.json", "vocab.txt")
     ):
         tokenizer = Tokenizer.from_pretrained(folder)
-    report = verify(model, lines, tokenizer=tokenizer)
+    report = verify(model, lines, tokenizer=tokenizer, gradients=args.gradients)
     content = json.dumps(report.to_dict(), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     if args.json == STDIN:
         sys.stdout.write(content)

@@ -83,9 +83,10 @@ class Block:
     """One layer: attention and a feed-forward part, each with its residual and its norm.
 
     query, key, value, out: (H, H). up: (I, H). down: (H, I). fuse_qkv gives query, key and value as one linear,
-    (3H, H), which is kept until one of them changes. gate: (I, H), whose product multiplies the activation's. rotary:
-    the base of the angles. position_bias: (N, S, S), added to the scores. window: tokens on either side that attention
-    reaches.
+    (3H, H), which is kept until one of them changes. dropouts: the probabilities, in the present mode, for attention's
+    probabilities, its output and the feed-forward part's output. gate: (I, H), whose product multiplies the
+    activation's. rotary: the base of the angles. position_bias: (N, S, S), added to the scores. window: tokens on
+    either side that attention reaches.
     """
 
     query: Linear
@@ -99,6 +100,7 @@ class Block:
     activation: str
     num_heads: int
     fuse_qkv: Callable[[], Linear]
+    dropouts: tuple[float, float, float] = (0.0, 0.0, 0.0)
     gate: Linear | None = None
     pre_norm: bool = False
     rotary: float | None = None

@@ -24,7 +24,8 @@ from fastbert.engine.graphs import Graphs, Shape
 from fastbert.engine.interface import Arithmetic, EncoderModel, PackedInputs
 from fastbert.engine.quantized import UNQUANTISED, EightBit
 from fastbert.engine.state import GRADIENTS, TRAINING, EncoderState, first_parameter
-from fastbert.ops import attention, dispatch, packing, silent_writes, tracing
+from fastbert.engine.training import Training
+from fastbert.ops import attention, attention_plan, dispatch, packing, silent_writes, tracing
 from fastbert.ops.packing import PackedBatch
 
 
@@ -43,6 +44,7 @@ class Engine:
         self.one_call = OneCall(self.state, self.cpu_encoder)
         self.int8_call = Int8Call(self.state, self.cpu_encoder)
         self.modules = Modules()
+        self.training = Training(self.state)
         self._graph_key: tuple[Any, Any] = (None, None)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -97,7 +99,11 @@ class Engine:
                 return self.eight_bit
         if torch.compiler.is_compiling():
             return self.modules
-        if next(self.one_call.obstacles(model, n_tokens, keep_states, embedded), None) is None:
+        asked = n_tokens, keep_states, embedded
+        may_train = torch.is_grad_enabled() or model.training
+        if may_train and next(self.training.obstacles(model, *asked), None) is None:
+            return self.training
+        if next(self.one_call.obstacles(model, *asked), None) is None:
             return self.one_call
         return self.modules
 
@@ -112,7 +118,9 @@ class Engine:
 
     def arithmetic_obstacles(self, model: EncoderModel, n_tokens: int | None = None) -> dict[str, list[str]]:
         """Every arithmetic by name, the preferred one first, and every reason why it would not run."""
-        preferred: tuple[Arithmetic, ...] = (self.int8_call, self.eight_bit, self.one_call, self.modules)
+        preferred: tuple[Arithmetic, ...] = (
+            self.int8_call, self.eight_bit, self.training, self.one_call, self.modules,
+        )  # fmt: skip
         return {each.name: list(each.obstacles(model, n_tokens, False, False)) for each in preferred}
 
     # The launch
@@ -276,4 +284,4 @@ def in_bucket_rows(batch: PackedBatch, inputs: PackedInputs, shape: Shape) -> tu
     for row, ids in zip(rows[:3], inputs[:3], strict=True):
         if row is not None and ids is not None:
             row[: batch.n_tokens].copy_(ids)
-    return rows, attention.batch_in_rows(batch, rows.position_ids, shape.dtype, shape.head_size, shape.policy)
+    return rows, attention_plan.batch_in_rows(batch, rows.position_ids, shape.dtype, shape.head_size, shape.policy)

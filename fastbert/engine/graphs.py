@@ -21,7 +21,7 @@ from fastbert.engine.buckets import bucket_of
 from fastbert.engine.capture import Capturer, Replayable
 from fastbert.engine.events import count_capture
 from fastbert.engine.interface import PackedInputs
-from fastbert.ops import BackendError, Policy, attention
+from fastbert.ops import BackendError, Policy, attention_plan
 from fastbert.ops.packing import PackedBatch
 
 logger = logging.getLogger("fastbert")
@@ -200,7 +200,7 @@ class Graphs:
             padded_length=bucket,
         )
         plan = seq_ids, work_list, short_lists[0] if short_lists else None
-        static = attention.with_plan(static, shape.dtype, shape.head_size, shape.policy, plan)
+        static = attention_plan.with_plan(static, shape.dtype, shape.head_size, shape.policy, plan)
 
         def function() -> None:
             buffers.out[:bucket].copy_(forward(inputs, static))
@@ -211,13 +211,13 @@ class Graphs:
 
 def _max_tiles(bucket: int, shape: Shape) -> list[int]:
     """The lengths of the bucket's static work lists: one, or two where short sequences have their own."""
-    lengths = attention.max_tiles(bucket, shape.dtype, shape.head_size, shape.device, shape.policy)
+    lengths = attention_plan.max_tiles(bucket, shape.dtype, shape.head_size, shape.device, shape.policy)
     return [length for length in lengths if length is not None]
 
 
 def _tiles(batch: PackedBatch, bucket: int, shape: Shape) -> Tensor | None:
     """The batch's work lists, each filled up to its static length, (W, 4) on the CPU; None where one is too long."""
-    lists = attention.host_work_lists(batch, shape.dtype, shape.head_size, shape.policy)
+    lists = attention_plan.host_work_lists(batch, shape.dtype, shape.head_size, shape.policy)
     n_tiles = _max_tiles(bucket, shape)
     out, start = torch.zeros(sum(n_tiles), 4, dtype=torch.int32, device="cpu"), 0
     for tiles, length in zip([tiles for tiles in lists if tiles is not None], n_tiles, strict=True):

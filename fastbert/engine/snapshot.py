@@ -48,12 +48,11 @@ class ModuleSnapshot:
 
     def plain(self) -> bool:
         """Tells whether every module is of a known kind and in eval mode, and nobody listens to or patches one."""
-        return (
-            self._known
-            and not any(self._hooks)
-            and not any(map(itemgetter("training"), self._dicts))
-            and not any(map(contains, self._dicts, repeat("forward")))
-        )
+        return self.unheard() and not any(map(itemgetter("training"), self._dicts))
+
+    def unheard(self) -> bool:
+        """Tells whether every module is of a known kind, and nobody listens to or patches one."""
+        return self._known and not any(self._hooks) and not any(map(contains, self._dicts, repeat("forward")))
 
     def parameter_types(self) -> set[type]:
         """The types of all parameters."""

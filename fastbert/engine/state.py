@@ -29,12 +29,22 @@ class EncoderState:
 
     def plain_modules(self, model: EncoderModel) -> bool:
         """Tells whether the encoder's modules are its own, in eval mode, and nobody listens to one."""
+        snapshot = self._looked_at(model)
+        return snapshot.plain() and not everywhere()
+
+    def plain_layers(self, model: EncoderModel) -> bool:
+        """Tells the same in any mode."""
+        snapshot = self._looked_at(model)
+        return snapshot.unheard() and not everywhere()
+
+    def _looked_at(self, model: EncoderModel) -> ModuleSnapshot:
+        """Returns the snapshot of the modules as they are."""
         snapshot = self.snapshot
         if snapshot is None or not snapshot.same_modules():
             parts: list[nn.Module | None] = [model.embeddings, model.embeddings_project, model.encoder]
             snapshot = ModuleSnapshot([part for part in parts if part is not None], model.own_modules)
             self.snapshot, self.features, self._n_silent_writes = snapshot, None, 0
-        return snapshot.plain() and not everywhere()
+        return snapshot
 
     def layer_features(self, model: EncoderModel) -> list[str]:
         """Returns what the layers have beyond BERT's, by the names of `block.FEATURES`. After `plain_modules`."""

@@ -7,7 +7,8 @@ a padded tensor, (B, S, H), was called by a hook or from outside: it packs its i
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,14 +28,15 @@ from fastbert.models.outputs import BaseModelOutputWithPooling
 from fastbert.ops import Policy, packing
 from fastbert.ops.derived import Derived
 from fastbert.ops.packing import PackedBatch
+from fastbert_kernels.masks import ATTENTION, ATTENTION_OUTPUT, OUTPUT, site_of
 
 
 class BertSelfAttention(nn.Module):
     """softmax(q k^T / sqrt(D)) v within each sequence."""
 
-    def __init__(self, config: BertConfig) -> None:
+    def __init__(self, config: BertConfig, layer: int = 0) -> None:
         super().__init__()
-        self.num_heads = config.num_attention_heads
+        self.num_heads, self.dropout_site = config.num_attention_heads, site_of(layer, ATTENTION)
         self.query = nn.Linear(config.hidden_size, config.hidden_size)
         self.key = nn.Linear(config.hidden_size, config.hidden_size)
         self.value = nn.Linear(config.hidden_size, config.hidden_size)
@@ -52,12 +54,21 @@ class BertSelfAttention(nn.Module):
             return ()
         return self.derived.addresses("qkv", self.fused_qkv())
 
-    def train(self, mode: bool = True) -> BertSelfAttention:
+    @property
+    def dropout_p(self) -> float:
+        """The probability with which probabilities are dropped in the present mode."""
+        return self.dropout.p if self.training else 0.0
+
+    def renew(self, training: bool) -> None:
+        """Makes the fused weight anew when it is next used, or, for training, drops it."""
         ops.forget_packed(self.derived.tensors())  # packed from what is about to be written anew
-        if mode:
+        if training:
             self.derived.clear()
         else:
             self.derived.invalidate()
+
+    def train(self, mode: bool = True) -> BertSelfAttention:
+        self.renew(mode)
         return super().train(mode)
 
     def _replicate_for_data_parallel(self) -> BertSelfAttention:
@@ -72,45 +83,52 @@ class BertSelfAttention(nn.Module):
             qkv = ops.linear(x, *self.fused_qkv(), policy=policy, keep=not self.training)  # (T, 3H)
         else:
             qkv = torch.cat([call_module(part, x, policy, batch) for part in (self.query, self.key, self.value)], -1)
-        dropout_p = self.dropout.p if self.training else 0.0
         if batch.has_plan(attention_weights.PLAN):
-            return attention_weights.attend(qkv, batch, self.num_heads, dropout_p)
-        return ops.varlen_attention(qkv, batch, self.num_heads, dropout_p=dropout_p, policy=policy)
+            return attention_weights.attend(qkv, batch, self.num_heads, self.dropout_p)
+        dropout = ops.dropout_of(self.dropout_p, batch, self.dropout_site)
+        return ops.varlen_attention(qkv, batch, self.num_heads, dropout=dropout, policy=policy)
 
 
 class BertAddNorm(nn.Module):
     """LayerNorm(dropout(dense(x)) + residual): transformers' BertSelfOutput and BertOutput."""
 
-    def __init__(self, in_features: int, config: BertConfig) -> None:
+    def __init__(self, in_features: int, config: BertConfig, p: float, dropout_site: int) -> None:
         super().__init__()
+        self.dropout_site = dropout_site
         self.dense = nn.Linear(in_features, config.hidden_size)
         self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.dropout = nn.Dropout(p)
+
+    @property
+    def dropout_p(self) -> float:
+        """The probability with which elements are dropped in the present mode."""
+        return self.dropout.p if self.training else 0.0
 
     def forward(
-        self, x: Tensor, residual: Tensor, policy: Policy = ops.AUTO, batch: PackedBatch | None = None
+        self, x: Tensor, residual: Tensor, policy: Policy = ops.AUTO, batch: Any = None
     ) -> Tensor:  # (T, K), (T, H) -> (T, H)
         if x.dim() == 3:
             return hooks.on_packed(BertAddNorm.forward, self, x, residual)
         norm = self.LayerNorm
         if not is_plain_norm(norm, self.dropout):
             return add_and_norm(norm, self.dropout, dense(self.dense, x, policy, batch=batch), residual, policy, batch)
-        dropout_p = self.dropout.p if self.training else 0.0
+        dropout = ops.dropout_of(self.dropout_p, batch, self.dropout_site)
         after = residual, norm.weight, norm.bias, norm.eps
         if is_plain(self.dense):
             weight, bias = self.dense.weight, self.dense.bias
             return ops.linear_residual_layer_norm(
-                x, weight, bias, *after, dropout_p=dropout_p, policy=policy, keep=not self.training
+                x, weight, bias, *after, dropout=dropout, policy=policy, keep=not self.training
             )
         x = call_module(self.dense, x, policy, batch)
-        return ops.bias_residual_layer_norm(x, None, *after, dropout_p=dropout_p, policy=policy)
+        return ops.bias_residual_layer_norm(x, None, *after, dropout=dropout, policy=policy)
 
 
 class BertAttention(nn.Module):
-    def __init__(self, config: BertConfig) -> None:
+    def __init__(self, config: BertConfig, layer: int = 0) -> None:
         super().__init__()
-        self.self = BertSelfAttention(config)
-        self.output = BertAddNorm(config.hidden_size, config)
+        self.self = BertSelfAttention(config, layer)
+        p = config.hidden_dropout_prob if config.family.attention_output_dropout else 0.0
+        self.output = BertAddNorm(config.hidden_size, config, p, site_of(layer, ATTENTION_OUTPUT))
 
     def forward(self, x: Tensor, batch: Any = None, policy: Policy = ops.AUTO) -> Any:  # (T, H) -> (T, H)
         if x.dim() == 3:  # as transformers' returns it
@@ -134,11 +152,11 @@ class BertIntermediate(nn.Module):
 
 
 class BertLayer(nn.Module):
-    def __init__(self, config: BertConfig) -> None:
+    def __init__(self, config: BertConfig, layer: int = 0) -> None:
         super().__init__()
-        self.attention = BertAttention(config)
+        self.attention = BertAttention(config, layer)
         self.intermediate = BertIntermediate(config)
-        self.output = BertAddNorm(config.intermediate_size, config)
+        self.output = BertAddNorm(config.intermediate_size, config, config.hidden_dropout_prob, site_of(layer, OUTPUT))
 
     def forward(self, x: Tensor, batch: Any = None, policy: Policy = ops.AUTO) -> Tensor:  # (T, H) -> (T, H)
         if x.dim() == 3:
@@ -161,15 +179,24 @@ class BertLayer(nn.Module):
             activation=up.activation,
             down=Linear.of(output.dense),
             output_norm=Norm.of(output.LayerNorm),
+            dropouts=(attention.dropout_p, add.dropout_p, output.dropout_p),
         )
 
 
 class BertEncoder(nn.Module):
     def __init__(self, config: BertConfig) -> None:
         super().__init__()
-        self.layer = nn.ModuleList(BertLayer(config) for _ in range(config.num_hidden_layers))
+        self.layer = nn.ModuleList(BertLayer(config, i) for i in range(config.num_hidden_layers))
         self.gradient_checkpointing = False
         self.checkpointing: dict[str, Any] = {}  # arguments of torch.utils.checkpoint.checkpoint
+        # For each layer what calls it in the place of that, or None; an adapter has them from its live model.
+        self.checkpoints: tuple[Callable[..., Any] | None, ...] | None = None
+
+    def checkpoint_of(self, i: int) -> Callable[..., Any] | None:
+        """Returns what calls layer i so that it keeps its input alone; None where it keeps what backward needs."""
+        if not (self.gradient_checkpointing and self.training and torch.is_grad_enabled()):
+            return None
+        return partial(checkpoint, **self.checkpointing) if self.checkpoints is None else self.checkpoints[i]
 
     def forward(self, x: Tensor, batch: Any = None, policy: Policy = ops.AUTO, keep_states: bool = True) -> Any:
         """(T, H) -> the hidden states before the first layer and after each, L + 1 times (T, H), or the last alone.
@@ -180,11 +207,12 @@ class BertEncoder(nn.Module):
             padded = hooks.on_packed(BertEncoder.forward, self, x, keep_states=keep_states)
             return BaseModelOutputWithPooling(padded[-1], hidden_states=tuple(padded) if keep_states else None)
         states = [x]
-        for layer in self.layer:
-            if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
-                x = checkpoint(hooks.call, layer, batch, policy, x, **self.checkpointing)
-            else:
+        for i, layer in enumerate(self.layer):
+            recomputed = self.checkpoint_of(i)
+            if recomputed is None:
                 x = hooks.call(layer, batch, policy, x)
+            else:
+                x = recomputed(hooks.call, layer, batch, policy, x)
             states = [*states, x] if keep_states else [x]
         return states
 

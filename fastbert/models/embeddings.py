@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from fastbert import ops
 from fastbert.checkpoint.config import BertConfig
+from fastbert.checkpoint.family import AFTER_PADDING
 from fastbert.engine import EmbeddingTables, Norm
 from fastbert.engine.listeners import is_bare, is_plain_norm
 from fastbert.models import hooks
 from fastbert.models.modules import call_dropout, call_module
-from fastbert.ops import Policy
+from fastbert.ops import Policy, tracing
 from fastbert.ops.packing import PackedBatch
+from fastbert_kernels.masks import EMBEDDINGS
 
 
 class BertEmbeddings(nn.Module):
@@ -23,7 +26,9 @@ class BertEmbeddings(nn.Module):
         super().__init__()
         width = config.embedding_width  # E, which is H but where the family projects
         self.word_embeddings = nn.Embedding(config.vocab_size, width, padding_idx=config.pad_token_id)
-        self.position_embeddings = nn.Embedding(config.max_position_embeddings, width)
+        # The position of a padding id, which no checkpoint trains, is that id.
+        unused_position = config.pad_token_id if config.family.positions == AFTER_PADDING else None
+        self.position_embeddings = nn.Embedding(config.max_position_embeddings, width, padding_idx=unused_position)
         self.token_type_embeddings = nn.Embedding(config.type_vocab_size, width) if config.family.token_types else None
         self.LayerNorm = nn.LayerNorm(width, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
@@ -54,7 +59,7 @@ class BertEmbeddings(nn.Module):
             tables.norm.eps,
             inputs_embeds=tables.words if input_ids is None else None,
             padding_idx=None if input_ids is None else self.word_embeddings.padding_idx,
-            dropout_p=self.dropout.p if self.training else 0.0,
+            dropout=ops.dropout_of(self.dropout.p if self.training else 0.0, batch, EMBEDDINGS),
             policy=policy,
         )
 
@@ -72,8 +77,8 @@ class BertEmbeddings(nn.Module):
         token_types = self.token_type_embeddings
         return input_ids, EmbeddingTables(
             words=words.weight if inputs_embeds is None else inputs_embeds,
-            token_types=None if token_types is None else token_types.weight,
-            positions=self.position_embeddings.weight,
+            token_types=None if token_types is None else _table(token_types),
+            positions=_table(self.position_embeddings),
             norm=Norm.of(self.LayerNorm),
         )
 
@@ -108,3 +113,14 @@ class BertEmbeddings(nn.Module):
         """The number of segments; it is one, without a table, in a model that knows none."""
         table = self.token_type_embeddings
         return 1 if table is None else table.num_embeddings
+
+
+def _table(embedding: nn.Embedding) -> Tensor:
+    """The weight of an embedding, through which its padding_idx gets no gradient."""
+    weight, padding_idx = embedding.weight, embedding.padding_idx
+    if padding_idx is None or not (torch.is_grad_enabled() and weight.requires_grad):
+        return weight
+    if not tracing.has_sizes():  # torch.jit.trace compares what it writes down with and without gradients
+        return weight
+    unused = torch.arange(weight.shape[0], device=weight.device) == padding_idx
+    return torch.where(unused[:, None], weight.detach(), weight)

@@ -20,6 +20,7 @@ from fastbert.models.inputs import Inputs, check_embeds
 from fastbert.models.modules import dense
 from fastbert.models.pretrained import PreTrainedModel, listed
 from fastbert.ops import packing, tracing
+from fastbert.ops.derived import Derived
 from fastbert.ops.packing import PackedBatch
 
 logger = logging.getLogger("fastbert")
@@ -202,6 +203,17 @@ class EncoderModel(PreTrainedModel):
             self.engine.graphs.clear()
 
     # What ends what the engine keeps
+
+    def renew(self, training: bool) -> None:
+        """Makes what is made of the weights anew when it is next used, or, for training, drops it.
+
+        `train` and `eval` do so as well, and set modes.
+        """
+        self.engine.set_training(training)
+        ops.forget_packed(self.parameters())
+        for module in self.encoder.modules():
+            if isinstance(module.__dict__.get("derived"), Derived):
+                module.renew(training)
 
     def train(self: Encoder, mode: bool = True) -> Encoder:
         self.engine.set_training(mode)

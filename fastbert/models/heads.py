@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from fastbert import ops
 from fastbert.checkpoint.config import BertConfig
 from fastbert.checkpoint.family import Head
+from fastbert.engine.listeners import is_bare, is_plain
 from fastbert.models import hooks
 from fastbert.models.modules import call_module, dense, first_rows, is_plain_norm
 from fastbert.ops import Policy
@@ -78,6 +79,18 @@ class BertPreTrainingHeads(nn.Module):
         if x.dim() == 3:
             return hooks.on_packed(BertOnlyMLMHead.forward, self, x), dense(self.seq_relationship, pooled, policy)
         return hooks.call(self.predictions, batch, policy, x), dense(self.seq_relationship, pooled, policy)
+
+
+def is_plain_head(head: Any) -> bool:
+    """Tells whether a BertOnlyMLMHead or BertPreTrainingHeads is as it was made: no hook and no adapter is in it."""
+    if not (is_bare(head, BertOnlyMLMHead) or is_bare(head, BertPreTrainingHeads)):
+        return False
+    predictions = head.predictions
+    if not (is_bare(predictions, BertLMPredictionHead) and is_plain(predictions.decoder)):
+        return False
+    transform: Any = predictions.transform
+    bare = is_bare(transform, BertPredictionHeadTransform)
+    return bare and is_plain(transform.dense) and is_plain_norm(transform.LayerNorm)
 
 
 class FirstTokenHead(nn.Module):

@@ -8,7 +8,7 @@ states have the model's dtype. Rows at padding positions are zero.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, NoReturn
@@ -18,13 +18,31 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 
+class Later:
+    """A `Later` stands in an output for a value that is made when somebody first asks for it.
+
+    make: makes it, with gradients and under autocast as they are where the `Later` is constructed.
+    """
+
+    def __init__(self, make: Callable[[], Any], device: torch.device) -> None:
+        self._make, self._device_type = make, device.type
+        self._gradients = torch.is_grad_enabled()
+        self._autocast = torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type)
+
+    def make(self) -> Any:
+        """Returns the value."""
+        enabled, dtype = self._autocast
+        with torch.set_grad_enabled(self._gradients), torch.autocast(self._device_type, dtype, enabled=enabled):
+            return self._make()
+
+
 class ModelOutput(OrderedDict[str, Any]):
     """Base of the output classes. A subclass is decorated with `@dataclass`, each field optional with default None.
 
     `out.logits`, `out["logits"]` and `out[0]` are the same value; `keys`, `values`, `items`, `len`, `in`, iteration
     (over keys), integers and slices see only the fields that are not None, in the order they were set, which after
     construction is the order of the class. Setting a field by attribute or by key keeps both in step; None takes its
-    key away. Unpack with `to_tuple()`. Entries cannot be deleted: TypeError.
+    key away. Unpack with `to_tuple()`. Entries cannot be deleted: TypeError. A field may be given as a `Later`.
 
     A mapping or (name, value) pairs as the only argument are taken as the items, so `type(out)(dict(out))`, with
     which DataParallel and accelerate rebuild outputs, works. Instances are pytrees of torch and can be pickled.
@@ -60,8 +78,12 @@ class ModelOutput(OrderedDict[str, Any]):
 
     def __getitem__(self, key: str | int | slice) -> Any:
         if isinstance(key, str):
-            return super().__getitem__(key)
-        return self.to_tuple()[key]
+            value = super().__getitem__(key)
+            if isinstance(value, Later):
+                self[key] = value = value.make()
+            return value
+        names = list(self)[key]
+        return self[names] if isinstance(names, str) else tuple(self[name] for name in names)
 
     def __setitem__(self, key: str, value: Any) -> None:
         if not isinstance(key, str):
@@ -70,7 +92,24 @@ class ModelOutput(OrderedDict[str, Any]):
             super().__setitem__(key, value)
         elif key in self:
             super().__delitem__(key)
-        super().__setattr__(key, value)
+        if not isinstance(value, Later):
+            super().__setattr__(key, value)
+
+    def get(self, key: str, default: Any = None) -> Any:
+        value = super().get(key, default)
+        return self[key] if isinstance(value, Later) else value
+
+    def values(self) -> Any:
+        self._make_all()
+        return super().values()
+
+    def items(self) -> Any:
+        self._make_all()
+        return super().items()
+
+    def _make_all(self) -> None:
+        for name in self:
+            self[name]
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in self.__dataclass_fields__:
@@ -112,12 +151,23 @@ class ModelOutput(OrderedDict[str, Any]):
         return tuple(self.values())
 
 
+class _Entry:
+    """Lets an attribute whose entry is still a `Later` be read; the class has None under its name, as for any field."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __get__(self, output: ModelOutput | None, owner: type) -> Any:
+        return None if output is None else output[self.name]
+
+
 def _flatten(output: ModelOutput) -> tuple[list[Any], list[str]]:
-    return list(output.values()), list(output)
+    # A `Later` is a leaf: DDP and FSDP, which look at every output for tensors, ask for none.
+    return list(OrderedDict.values(output)), list(output)
 
 
 def _flatten_with_keys(output: ModelOutput) -> tuple[list[tuple[Any, Any]], list[str]]:
-    return [(pytree.MappingKey(name), value) for name, value in output.items()], list(output)
+    return [(pytree.MappingKey(name), value) for name, value in OrderedDict.items(output)], list(output)
 
 
 def _unflatten(cls: type[ModelOutput], values: Iterable[Any], names: list[str]) -> ModelOutput:
@@ -274,3 +324,8 @@ class QuestionAnsweringModelOutput(ModelOutput):
     end_logits: Tensor | None = None
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None
+
+
+# The models with a decoder give these as a `Later`.
+MaskedLMOutput.logits = _Entry("logits")  # type: ignore[assignment]
+BertForPreTrainingOutput.prediction_logits = _Entry("prediction_logits")  # type: ignore[assignment]

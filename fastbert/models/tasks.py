@@ -8,6 +8,9 @@ are that all forwards share.
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -38,20 +41,25 @@ class BertForPreTraining(ModelWithDecoder):
         """labels: (B, S) token ids, -100 where not asked; next_sentence_label: (B,), 0 = is next, 1 = random.
 
         Returns prediction_logits (B, S, V) and seq_relationship_logits (B, 2); the loss is the sum of both, where both
-        labels are given.
+        labels are given. In training mode with labels, prediction_logits are computed when somebody asks for them.
         """
         encoded = self._encode(inputs)
-        logits, is_next = hooks.call_with_pooled(
-            self.cls, encoded.batch, self.policy, encoded.last_hidden_state, self.bert.pool(encoded)
+        pooled = self.bert.pool(encoded)
+        head = functools.partial(
+            hooks.call_with_pooled, self.cls, encoded.batch, self.policy, encoded.last_hidden_state, pooled
         )
-        token = token_loss(logits, labels, encoded.batch)
+        logits: Any
+        token: Tensor | None
+        if labels is not None and self._sees_labelled_alone(encoded, labels):
+            token, logits = self._labelled_loss(encoded, labels), self._later(encoded, lambda: head()[0])
+            is_next = dense(self.cls.seq_relationship, pooled, self.policy)
+        else:
+            packed, is_next = head()
+            token, logits = token_loss(packed, labels, encoded.batch), packing.pad(packed, encoded.batch)
         sentence = class_loss(is_next, next_sentence_label, "next_sentence_label")
         loss = None if token is None or sentence is None else token + sentence
         output = outputs.BertForPreTrainingOutput(
-            loss=loss,
-            prediction_logits=packing.pad(logits, encoded.batch),
-            seq_relationship_logits=is_next,
-            **encoded.padded(),
+            loss=loss, prediction_logits=logits, seq_relationship_logits=is_next, **encoded.padded()
         )
         return self._output(output, inputs)
 
@@ -66,14 +74,20 @@ class BertForMaskedLM(ModelWithDecoder):
 
     @takes_inputs
     def forward(self, inputs: Inputs, labels: Tensor | None = None) -> outputs.MaskedLMOutput | tuple[Tensor, ...]:
-        """labels: (B, S) token ids, -100 where not asked. Returns logits (B, S, V)."""
+        """labels: (B, S) token ids, -100 where not asked. Returns logits (B, S, V).
+
+        In training mode with labels, the logits are computed when somebody asks for them.
+        """
         encoded = self._encode(inputs)
-        logits = hooks.call(self.cls, encoded.batch, self.policy, encoded.last_hidden_state)
-        output = outputs.MaskedLMOutput(
-            loss=token_loss(logits, labels, encoded.batch),
-            logits=packing.pad(logits, encoded.batch),
-            **encoded.padded(),
-        )
+        head = functools.partial(hooks.call, self.cls, encoded.batch, self.policy, encoded.last_hidden_state)
+        logits: Any
+        loss: Tensor | None
+        if labels is not None and self._sees_labelled_alone(encoded, labels):
+            loss, logits = self._labelled_loss(encoded, labels), self._later(encoded, head)
+        else:
+            packed = head()
+            loss, logits = token_loss(packed, labels, encoded.batch), packing.pad(packed, encoded.batch)
+        output = outputs.MaskedLMOutput(loss=loss, logits=logits, **encoded.padded())
         return self._output(output, inputs)
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import functools
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fastbert import ops
 from fastbert.checkpoint.config import BertConfig
 from fastbert.checkpoint.family import Head
 from fastbert.checkpoint.match import Match
@@ -17,9 +19,12 @@ from fastbert.engine.listeners import listened
 from fastbert.models import outputs
 from fastbert.models.bert import BertModel
 from fastbert.models.encoded import Encoded, encode_by_call
+from fastbert.models.heads import is_plain_head
 from fastbert.models.inputs import Inputs
+from fastbert.models.losses import labelled_loss
 from fastbert.models.modules import call_dropout, dense
 from fastbert.models.pretrained import PreTrainedModel
+from fastbert.ops import packing, tracing
 
 logger = logging.getLogger("fastbert")
 
@@ -117,6 +122,22 @@ class ModelWithDecoder(ModelWithHead):
             elif mine is not None and others is not None and not torch.equal(mine, others):
                 logger.warning("%s: %s and %s differ, so they are not tied, whatever the config says", src, name, other)
                 self._untied |= {name}
+
+    def _sees_labelled_alone(self, encoded: Encoded, labels: Tensor | None) -> bool:
+        """Tells whether the head may leave out the tokens without a label, so that logits are made when asked for.
+
+        It does in training mode, but where somebody sees what the head does, or values cannot be read.
+        """
+        if labels is None or not self.training or self.policy.batch_invariant or not is_plain_head(self.cls):
+            return False
+        return ops.readable(labels) and tracing.transformed(encoded.last_hidden_state) is None
+
+    def _labelled_loss(self, encoded: Encoded, labels: Tensor) -> Tensor:
+        return labelled_loss(self.cls.predictions, encoded.last_hidden_state, labels, encoded.batch, self.policy)
+
+    def _later(self, encoded: Encoded, head: Callable[[], Tensor]) -> outputs.Later:
+        """Stands for the padded logits of a head that gives (T, V)."""
+        return outputs.Later(lambda: packing.pad(head(), encoded.batch), encoded.batch.device)
 
     def get_output_embeddings(self) -> nn.Module:
         return self.cls.predictions.decoder

@@ -3,10 +3,13 @@
 from fastbert.ops import quantized
 from fastbert.ops.attention import prepare as prepare_attention
 from fastbert.ops.attention import varlen_attention
+from fastbert.ops.cross_entropy import linear_cross_entropy
 from fastbert.ops.dispatch import AUTO, BACKENDS, BackendError, Policy
+from fastbert.ops.dropout import of_batch as dropout_of
 from fastbert.ops.elementwise import elementwise
 from fastbert.ops.embedding import check_ids, embedding_layer_norm
 from fastbert.ops.gelu import ACTIVATIONS, bias_gelu
+from fastbert.ops.labels import IGNORED, check_labels, labelled_rows, mean_cross_entropy, readable
 from fastbert.ops.layer_norm import bias_residual_layer_norm
 from fastbert.ops.linear import linear, linear_residual_layer_norm
 from fastbert.ops.packed_linear import forget as forget_packed
@@ -16,18 +19,25 @@ __all__ = [
     "ACTIVATIONS",
     "AUTO",
     "BACKENDS",
+    "IGNORED",
     "BackendError",
     "Policy",
     "bias_gelu",
     "bias_residual_layer_norm",
     "check_ids",
+    "dropout_of",
+    "check_labels",
     "elementwise",
     "embedding_layer_norm",
     "forget_packed",
+    "labelled_rows",
     "linear",
+    "linear_cross_entropy",
     "linear_residual_layer_norm",
+    "mean_cross_entropy",
     "pool",
     "prepare_attention",
     "quantized",
+    "readable",
     "varlen_attention",
 ]

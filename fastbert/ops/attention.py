@@ -2,51 +2,28 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from fastbert.ops import dispatch, recording, tracing
+from fastbert.ops import attention_plan, dispatch, recording, tracing
 from fastbert.ops.dispatch import AUTO, Policy
+from fastbert.ops.dropout import Drop, mask_of, probability_of
+from fastbert.ops.groups import Group, group_by_length
 from fastbert.ops.library import register
-from fastbert.ops.packing import PackedBatch, sequence_ids, to_device
+from fastbert.ops.packing import PackedBatch, sequence_ids
 from fastbert.ops.tracing import constant, untraced
+from fastbert.ops.training import choose, functions
+from fastbert.ops.training.kernels import Attention
+from fastbert.ops.training.plain import PLAIN
 from fastbert_kernels import cpu
+from fastbert_kernels.masks import Dropout
 
 KERNELS = {
     "triton": "fastbert_kernels.attention",
     "torch": "torch.nn.functional.scaled_dot_product_attention, sequences of equal length together",
 }
-
-# One group of sequences of equal length: (sequences, length, their rows), the rows a slice where they are neighbours.
-Group = tuple[int, int, "slice | torch.Tensor"]
-
-
-def group_by_length(cu_seqlens_cpu: torch.Tensor, device: torch.device) -> tuple[list[Group], torch.Tensor | None]:
-    """Returns groups of sequences of equal length, and the row order that undoes it (None where it is unchanged)."""
-    lengths = cu_seqlens_cpu.diff().long()
-    order = torch.argsort(lengths, stable=True)
-    order = order[lengths[order] > 0]
-    groups: list[Group] = []
-    all_rows = []
-    distinct, counts = torch.unique_consecutive(lengths[order], return_counts=True)
-    for length, n_seqs in zip(distinct.tolist(), counts.tolist(), strict=True):
-        starts = cu_seqlens_cpu[:-1].long()[order[:n_seqs]]
-        order = order[n_seqs:]
-        rows = (starts[:, None] + torch.arange(length, device=starts.device)).flatten()
-        all_rows.append(rows)
-        first = int(starts[0])
-        neighbours = bool((starts == first + length * torch.arange(n_seqs, device=starts.device)).all())
-        groups.append(
-            (n_seqs, length, slice(first, first + n_seqs * length) if neighbours else to_device(rows, device))
-        )
-    if not groups:
-        return [], None
-    rows = torch.cat(all_rows)
-    in_order = bool((rows[1:] > rows[:-1]).all())
-    return groups, None if in_order else to_device(torch.argsort(rows), device)
 
 
 def _grouped(
@@ -156,7 +133,8 @@ def _kernel(
         seq_ids = sequence_ids(cu_seqlens, qkv.shape[0])
     if work_list is None:
         head_size = qkv.shape[1] // (3 * num_heads)
-        work_list = _work_lists(cu_seqlens_cpu, qkv.dtype, head_size, qkv.device, share=True)[0].to(qkv.device)
+        lists = attention_plan.lists_of(cu_seqlens_cpu, qkv.dtype, head_size, qkv.device, share=True)
+        work_list = lists[0].to(qkv.device)
     qkv = qkv if qkv.stride(-1) == 1 else qkv.contiguous()
     return varlen_attention_forward(
         qkv, cu_seqlens, seq_ids, work_list, num_heads, scale, quantized, short_list=short_list
@@ -247,81 +225,6 @@ def triton_obstacle(head_size: int, qkv: torch.Tensor, dropout_p: float = 0.0) -
     return dispatch.dtype_obstacle(qkv) or dispatch.dropout_obstacle(dropout_p)
 
 
-# (seq_ids (T,), work list (W, 4), that of short sequences (W', 4) or None), int32: what the kernel needs of a batch.
-Plan = tuple[torch.Tensor, torch.Tensor, "torch.Tensor | None"]
-
-
-def _work_lists(
-    cu_seqlens_cpu: torch.Tensor, dtype: torch.dtype, head_size: int, device: torch.device, share: bool
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """(W, 4) and, where sequences share no tile, (W', 4) of short ones; int32, on the CPU, for the device's tiles."""
-    from fastbert_kernels import configs, launch
-    from fastbert_kernels.attention import build_work_list
-
-    offsets, arch = cu_seqlens_cpu.tolist(), launch.arch(device)
-    block_q = configs.attention_config(dtype, head_size, arch).block_sizes["BLOCK_Q"]
-    short = None if share else configs.short_attention_config(dtype, head_size, arch)
-    if short is None:
-        return build_work_list(offsets, block_q, share), None
-    longest = short.block_sizes["BLOCK_K"]
-    long_list = build_work_list(offsets, block_q, False, longer_than=longest)
-    return long_list, build_work_list(offsets, short.block_sizes["BLOCK_Q"], False, up_to=longest)
-
-
-def _plan_key(dtype: torch.dtype, head_size: int, policy: Policy) -> tuple[Any, ...]:
-    return "triton attention", dtype, head_size, policy.batch_invariant
-
-
-def _triton_plan(batch: PackedBatch, dtype: torch.dtype, head_size: int, policy: Policy) -> Plan:
-    """Returns what the kernel needs, made once a batch."""
-
-    def make() -> Plan:
-        work_list, short_list = host_work_lists(batch, dtype, head_size, policy)
-        if short_list is not None:
-            short_list = to_device(short_list, batch.device)
-        return batch.seq_ids, to_device(work_list, batch.device), short_list
-
-    return batch.plan(_plan_key(dtype, head_size, policy), make)
-
-
-def batch_in_rows(
-    batch: PackedBatch, position_ids: torch.Tensor, qkv_dtype: torch.dtype, head_size: int, policy: Policy
-) -> PackedBatch:
-    """Returns the same sequences, with their triton plan, in the rows of position_ids, the last ones empty.
-
-    What attention gives for the empty rows is undefined.
-    """
-    plan = _triton_plan(batch, qkv_dtype, head_size, policy)
-    return replace(batch, position_ids=position_ids, _plans={_plan_key(qkv_dtype, head_size, policy): plan})
-
-
-def with_plan(batch: PackedBatch, qkv_dtype: torch.dtype, head_size: int, policy: Policy, plan: Plan) -> PackedBatch:
-    """Returns the batch with a triton plan that the caller keeps. Tiles of no rows may fill its lists up."""
-    return replace(batch, _plans={_plan_key(qkv_dtype, head_size, policy): plan})
-
-
-def host_work_lists(
-    batch: PackedBatch, qkv_dtype: torch.dtype, head_size: int, policy: Policy
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Returns the work lists of the batch for the triton backend, (W, 4) int32, on the CPU: all or long, and short."""
-    return _work_lists(batch.cu_seqlens_cpu, qkv_dtype, head_size, batch.device, not policy.batch_invariant)
-
-
-def max_tiles(
-    n_tokens: int, qkv_dtype: torch.dtype, head_size: int, device: torch.device, policy: Policy
-) -> tuple[int, int | None]:
-    """Tells how long static work lists for n_tokens tokens are; None where there is no list of short sequences.
-
-    No batch needs a longer one where neighbours share tiles. Where they share none, ones of a few tokens each may.
-    """
-    from fastbert_kernels import attention, configs, launch
-
-    arch = launch.arch(device)
-    block_q = configs.attention_config(qkv_dtype, head_size, arch).block_sizes["BLOCK_Q"]
-    short = configs.short_attention_config(qkv_dtype, head_size, arch) if policy.batch_invariant else None
-    return attention.max_tiles(n_tokens, block_q), None if short is None else attention.max_short_tiles(n_tokens)
-
-
 @untraced
 def prepare(batch: PackedBatch, qkv_dtype: torch.dtype, head_size: int, policy: Policy = AUTO) -> None:
     """Makes the batch's plan before the layers ask for it, outside of what torch.compile traces."""
@@ -329,7 +232,7 @@ def prepare(batch: PackedBatch, qkv_dtype: torch.dtype, head_size: int, policy: 
         return
     obstacle = triton_obstacle(head_size, torch.empty(0, dtype=qkv_dtype, device=batch.device))
     if dispatch.decide("attention", policy, batch.device, obstacle).backend == "triton":
-        _triton_plan(batch, qkv_dtype, head_size, policy)
+        attention_plan.triton_plan(batch, qkv_dtype, head_size, policy)
 
 
 def varlen_attention(
@@ -338,30 +241,36 @@ def varlen_attention(
     num_heads: int,
     *,
     scale: float | None = None,
-    dropout_p: float = 0.0,
+    dropout: Drop = None,
     policy: Policy = AUTO,
 ) -> torch.Tensor:
     """softmax(scale * q k^T) v within each sequence of the batch.
 
-    qkv: (T, 3 * N * D), laid out [q | k | v], each (N, D). scale: D^-0.5 by default. dropout_p: of the probabilities.
+    qkv: (T, 3 * N * D), laid out [q | k | v], each (N, D). scale: D^-0.5 by default. dropout: of the probabilities.
     Returns (T, N * D) in qkv's dtype. Raises ValueError for shapes that do not fit.
     """
     if batch.valid is not None:
         in_place = tracing.transformed(qkv) or "the batch keeps the rows of its padding"
         dispatch.choose("attention", policy.backend, policy.strict, qkv.device, in_place)
         dispatch.check_invariant("attention", policy, "cpu", in_place)
-        return _in_place(qkv, batch, num_heads, scale, dropout_p)
+        return _in_place(qkv, batch, num_heads, scale, probability_of(dropout))
     if qkv.dim() != 2 or qkv.shape[1] % (3 * num_heads) or qkv.shape[0] != batch.n_tokens:
         expected = f"(T, 3 * N * D) with T = {batch.n_tokens} and N = {num_heads}"
         raise ValueError(f"qkv: expected shape {expected}, got {tuple(qkv.shape)}")
     head_size = qkv.shape[1] // (3 * num_heads)
     scale = head_size**-0.5 if scale is None else scale
-    obstacle = triton_obstacle(head_size, qkv, dropout_p)
+    trained = torch.is_grad_enabled() or dropout is not None or choose.IN_TRAINING.get()
+    trained, dropout_p = trained and choose.wanted(policy, dropout, qkv), dropout if isinstance(dropout, float) else 0.0
+    if trained or isinstance(dropout, Dropout):
+        obstacle = choose.triton_obstacle(qkv.dtype, head_size=head_size)
+    else:
+        obstacle = triton_obstacle(head_size, qkv, dropout_p)
     compiling = torch.compiler.is_compiling()
     backend = dispatch.choose("attention", policy.backend, policy.strict, qkv.device, obstacle)
     no_kernel = cpu_obstacle(head_size, qkv, dropout_p) if backend == "cpu" else None
     if backend != "triton":
-        dispatch.check_invariant("attention", policy, backend, no_kernel)
+        refused = no_kernel or dispatch.training_obstacle(probability_of(dropout))
+        dispatch.check_invariant("attention", policy, backend, refused)
     if recording.on:
         shape = qkv.shape[0], qkv.shape[1] // 3
         facts: dict[str, Any] = {
@@ -371,13 +280,22 @@ def varlen_attention(
         }
         if recording.note("attention", backend, qkv.shape, shape, qkv.dtype, **facts):
             return qkv.new_zeros(shape)
+    if trained or isinstance(dropout, Dropout):
+        settings = Attention(batch, num_heads, scale, mask_of(dropout))
+        kernels = choose.kernels_of(backend, qkv.dtype, head_size=head_size) if trained else None
+        if kernels is not None:
+            return functions.attention(qkv, settings, kernels)
+        if settings.dropout is not None:
+            return functions.attention(qkv, settings, PLAIN) if trained else PLAIN.attention_forward(qkv, settings)[0]
     if backend == "triton":
         # A tracer finds the plan if `prepare` made it; otherwise the operation makes one when it runs.
-        unplanned = compiling and not batch.has_plan(_plan_key(qkv.dtype, head_size, policy))
+        unplanned = compiling and not batch.has_plan(attention_plan.plan_key(qkv.dtype, head_size, policy))
         if unplanned and policy.batch_invariant:
             raise dispatch.BackendError("batch_invariant: a traced model needs the batch's plan: see prepare_attention")
         plan = None, None, None
-        seq_ids, work_list, short_list = plan if unplanned else _triton_plan(batch, qkv.dtype, head_size, policy)
+        seq_ids, work_list, short_list = (
+            plan if unplanned else attention_plan.triton_plan(batch, qkv.dtype, head_size, policy)
+        )
         return torch.ops.fastbert.varlen_attention(
             qkv, batch.cu_seqlens, batch.cu_seqlens_cpu, seq_ids, work_list, num_heads, scale, short_list
         )

@@ -215,12 +215,12 @@ def dtype_obstacle(*tensors: torch.Tensor | None) -> str | None:
 
 def dropout_obstacle(dropout_p: float) -> str | None:
     """Tells why the triton backend cannot drop out, or None."""
-    return f"dropout (p = {dropout_p}) has no Triton kernel yet" if dropout_p > 0.0 else None
+    return f"dropout (p = {dropout_p:.4g}) that PyTorch draws has no Triton kernel" if dropout_p > 0.0 else None
 
 
 def training_obstacle(dropout_p: float) -> str | None:
     """Tells why a batch-invariant policy refuses to drop out, or None."""
-    return f"dropout (p = {dropout_p}) is drawn for a whole batch" if dropout_p > 0.0 else None
+    return f"dropout (p = {dropout_p:.4g}) is drawn for a whole batch" if dropout_p > 0.0 else None
 
 
 def direct(x: torch.Tensor) -> bool:

@@ -7,8 +7,10 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from fastbert.ops import recording, tracing
 from fastbert.ops.packing import PackedBatch
 from fastbert_kernels import masks
 from fastbert_kernels.masks import Dropout, threshold_of
@@ -18,14 +20,37 @@ _WORD = 0xFFFFFFFF
 
 def seed_of(batch: PackedBatch) -> int:
     """Returns the seed of the batch's masks, drawn when it is first asked for."""
+    if recording.on and recording.is_dry():
+        return 0
     seed: int = batch.plan("dropout seed", lambda: int(torch.randint(1 << 62, (), dtype=torch.int64, device="cpu")))
     return seed
 
 
-def of_batch(p: float, batch: PackedBatch, site: int) -> Dropout | None:
-    """Returns the dropout of one site with probability p, or None where nothing is dropped."""
+# A float is the probability of a dropout that PyTorch draws, in a program that is traced or transformed.
+Drop = Dropout | float | None
+
+
+def of_batch(p: float, batch: PackedBatch | None, site: int) -> Drop:
+    """Returns the dropout of one site with probability p, or None where nothing is dropped.
+
+    batch: None for rows of which nothing else is known.
+    """
     threshold = threshold_of(p)
-    return Dropout(threshold, seed_of(batch), site) if threshold else None
+    if not threshold:
+        return None
+    if batch is None or batch.valid is not None or torch.compiler.is_compiling() or tracing.transformed() is not None:
+        return p
+    return Dropout(threshold, seed_of(batch), site)
+
+
+def probability_of(dropout: Drop) -> float:
+    """Returns the probability with which elements are dropped, by whoever draws the mask."""
+    return dropout.threshold / masks.RANGE if isinstance(dropout, Dropout) else dropout or 0.0
+
+
+def mask_of(dropout: Drop) -> Dropout | None:
+    """Returns the dropout whose mask is drawn here, or None."""
+    return dropout if isinstance(dropout, Dropout) else None
 
 
 def keep(rows: Tensor, n_columns: int, dropout: Dropout, num_heads: int | None = None) -> Tensor:
@@ -48,10 +73,12 @@ def keep(rows: Tensor, n_columns: int, dropout: Dropout, num_heads: int | None =
     return numbers >= dropout.threshold
 
 
-def apply(x: Tensor, dropout: Dropout | None) -> Tensor:
+def apply(x: Tensor, dropout: Drop) -> Tensor:
     """Sets elements of packed rows, (T, H), to zero and scales the others, in plain, differentiable PyTorch."""
     if dropout is None:
         return x
+    if isinstance(dropout, float):
+        return F.dropout(x, dropout)
     rows = torch.arange(x.shape[0], device=x.device)
     return x * (keep(rows, x.shape[1], dropout).to(x.dtype) * dropout.scale)
 

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 
 from fastbert.ops import dispatch, recording, tracing
+from fastbert.ops import dropout as masks
 from fastbert.ops.dispatch import AUTO, Policy
+from fastbert.ops.dropout import Drop, mask_of, probability_of
 from fastbert.ops.library import register
 from fastbert.ops.tracing import untraced
+from fastbert.ops.training import choose
+from fastbert.ops.training.embedding import embedding
+from fastbert.ops.training.kernels import EmbeddingSettings
+from fastbert.ops.training.plain import sum_of_rows
 from fastbert_kernels import cpu
 
 KERNELS = {
@@ -29,10 +37,8 @@ def _eager(
     eps: float,
     padding_idx: int | None,
 ) -> torch.Tensor:
-    x = word if input_ids is None else F.embedding(input_ids, word, padding_idx)
-    if token_type is not None and token_type_ids is not None:
-        x = x + F.embedding(token_type_ids, token_type)
-    x = x + F.embedding(position_ids, position)
+    settings = EmbeddingSettings(input_ids, token_type_ids, position_ids, eps, padding_idx, None)
+    x = sum_of_rows(word, token_type, position, settings)
     return F.layer_norm(x, (tracing.length_of(weight),), weight, ln_bias, eps)
 
 
@@ -100,7 +106,7 @@ def embedding_layer_norm(
     *,
     inputs_embeds: torch.Tensor | None = None,
     padding_idx: int | None = None,
-    dropout_p: float = 0.0,
+    dropout: Drop = None,
     policy: Policy = AUTO,
 ) -> torch.Tensor:
     """dropout(LayerNorm(word[input_ids] + token_type[token_type_ids] + position[position_ids])).
@@ -110,7 +116,7 @@ def embedding_layer_norm(
     where input_ids is None. token_type and token_type_ids None: a model without segments, and no such term.
     padding_idx: the word whose row gets no gradient. Returns (T, H) in the tables' dtype.
     """
-    hidden_size = word.shape[1]
+    hidden_size, dropout_p = word.shape[1], probability_of(dropout)
     if (token_type is None) != (token_type_ids is None):
         raise ValueError("token_type, token_type_ids: expected both or neither")
     if (input_ids is None) == (inputs_embeds is None):
@@ -119,7 +125,12 @@ def embedding_layer_norm(
         came, expected = tuple(inputs_embeds.shape), (position_ids.shape[0], hidden_size)
         raise ValueError(f"inputs_embeds: expected shape {expected}, got {came}")
     words = word if inputs_embeds is None else inputs_embeds
-    obstacle = triton_obstacle(hidden_size, words, token_type, position, weight, ln_bias)
+    trained = choose.wanted(policy, dropout, words, token_type, position, weight, ln_bias)
+    trained = trained and all(p.dtype == words.dtype for p in (position, weight, ln_bias))
+    if trained:
+        obstacle = choose.triton_obstacle(words.dtype, hidden_size=hidden_size)
+    else:
+        obstacle = triton_obstacle(hidden_size, words, token_type, position, weight, ln_bias)
     run = _eager
     backend = dispatch.choose("embedding", policy.backend, policy.strict, words.device, obstacle)
     if backend == "triton":
@@ -129,8 +140,18 @@ def embedding_layer_norm(
     shape = position_ids.shape[0], hidden_size
     if recording.on and recording.note("embedding", backend, None, shape, words.dtype):
         return words.new_zeros(shape)
+    kernels = choose.kernels_of(backend, words.dtype, hidden_size=hidden_size) if trained else None
+    if kernels is not None:
+        ids: list[Any] = [
+            None if t is None else t.long().contiguous() for t in (input_ids, token_type_ids, position_ids)
+        ]
+        settings = EmbeddingSettings(ids[0], ids[1], ids[2], eps, padding_idx, mask_of(dropout))
+        tables: list[Any] = [
+            t if t is None or t.stride(-1) == 1 else t.contiguous() for t in (words, token_type, position)
+        ]
+        return embedding(tables[0], tables[1], tables[2], weight, ln_bias, settings, kernels)
     out = run(input_ids, token_type_ids, position_ids, words, token_type, position, weight, ln_bias, eps, padding_idx)
-    return F.dropout(out, dropout_p) if dropout_p > 0.0 else out
+    return masks.apply(out, dropout)
 
 
 def _seen_within(ids: torch.Tensor, size: int) -> bool:

@@ -8,8 +8,12 @@ import torch
 import torch.nn.functional as F
 
 from fastbert.ops import dispatch, recording, tracing
+from fastbert.ops import dropout as masks
 from fastbert.ops.dispatch import AUTO, Policy
+from fastbert.ops.dropout import Drop, mask_of, probability_of
 from fastbert.ops.library import register
+from fastbert.ops.training import choose, functions
+from fastbert_kernels.masks import Dropout
 
 KERNELS = {"triton": "fastbert_kernels.layer_norm", "torch": "add, torch.nn.functional.layer_norm"}
 
@@ -21,12 +25,11 @@ def _eager(
     weight: torch.Tensor,
     ln_bias: torch.Tensor,
     eps: float,
-    dropout_p: float = 0.0,
+    dropout: Drop = None,
 ) -> torch.Tensor:
     if bias is not None:
         x = x + bias
-    if dropout_p > 0.0:
-        x = F.dropout(x, dropout_p)
+    x = masks.apply(x, dropout)
     if residual is not None:
         x = x + residual
     return F.layer_norm(x, (tracing.length_of(weight),), weight, ln_bias, eps)
@@ -74,7 +77,7 @@ def bias_residual_layer_norm(
     ln_bias: torch.Tensor,
     eps: float,
     *,
-    dropout_p: float = 0.0,
+    dropout: Drop = None,
     policy: Policy = AUTO,
 ) -> torch.Tensor:
     """LayerNorm(dropout(x + bias) + residual) * weight + ln_bias over the last axis.
@@ -89,7 +92,14 @@ def bias_residual_layer_norm(
                 raise ValueError(f"{name}: expected shape ({hidden_size},), got {tuple(tensor.shape)}")
         if residual is not None and residual.shape != x.shape:
             raise ValueError(f"residual: expected the shape of x, {tuple(x.shape)}, got {tuple(residual.shape)}")
-    obstacle = triton_obstacle(hidden_size, x, bias, residual, weight, ln_bias, dropout_p=dropout_p)
+    dropout_p = 0.0 if dropout is None else probability_of(dropout)
+    trained = torch.is_grad_enabled() or dropout is not None or choose.IN_TRAINING.get()
+    trained = trained and choose.wanted(policy, dropout, x, bias, residual, weight, ln_bias)
+    trained = trained and takes(x, residual, weight, ln_bias)
+    if trained or isinstance(dropout, Dropout):
+        obstacle = choose.triton_obstacle(x.dtype, hidden_size=hidden_size)
+    else:
+        obstacle = triton_obstacle(hidden_size, x, bias, residual, weight, ln_bias, dropout_p=dropout_p)
     backend = dispatch.choose("layer_norm", policy.backend, policy.strict, x.device, obstacle)
     if backend != "triton":  # PyTorch's on CPUs takes each row alone, and sums have one result wherever they stand
         dispatch.check_invariant("layer_norm", policy, backend, dispatch.training_obstacle(dropout_p))
@@ -97,6 +107,16 @@ def bias_residual_layer_norm(
         facts: dict[str, Any] = {"bias": bias is not None, "residual": residual is not None}
         if recording.note("layer_norm", backend, x.shape, x.shape, x.dtype, weight, **facts):
             return torch.empty_like(x)
-    if backend == "triton":
+    kernels = choose.kernels_of(backend, x.dtype, hidden_size=hidden_size) if trained else None
+    if kernels is not None:
+        x = x if bias is None else x + bias
+        return functions.residual_norm(x, residual, weight, ln_bias, eps, kernels, mask_of(dropout))
+    if backend == "triton" and dropout is None:
         return torch.ops.fastbert.bias_residual_layer_norm(x, bias, residual, weight, ln_bias, eps)
-    return _eager(x, bias, residual, weight, ln_bias, eps, dropout_p)
+    return _eager(x, bias, residual, weight, ln_bias, eps, dropout)
+
+
+def takes(x: torch.Tensor, residual: torch.Tensor | None, *parameters: torch.Tensor) -> bool:
+    """Tells whether the passes of training take these dtypes: the stream in x's, or in float32 with its parameters."""
+    stream = x.dtype if residual is None else residual.dtype
+    return stream in (x.dtype, torch.float32) and all(p.dtype == stream for p in parameters)

@@ -10,8 +10,10 @@ import torch.nn.functional as F
 from fastbert.checkpoint.activations import OTHERS
 from fastbert.ops import dispatch, gelu, layer_norm, packed_linear, recording, tracing
 from fastbert.ops.dispatch import AUTO, Policy
+from fastbert.ops.dropout import Drop, probability_of
 from fastbert.ops.library import register
 from fastbert.ops.tracing import constant
+from fastbert.ops.training import choose, functions
 
 KERNELS = {
     "triton": "fastbert_kernels.linear",
@@ -170,6 +172,11 @@ def linear(
     _check(x, weight, bias)
     if activation in OTHERS:
         return gelu.bias_gelu(linear(x, weight, bias, policy=policy, keep=keep), None, activation, policy=policy)
+    if (
+        choose.wanted(policy, None, x, weight, bias)
+        and (trained := _with_gradients(x, weight, bias, activation, policy)) is not None
+    ):
+        return trained
     obstacle = dispatch.dtype_obstacle(x, weight, bias) or gelu.activation_obstacle(activation)
     # Without an activation PyTorch's product runs on every backend but for what gemm_kernel says.
     backend = None
@@ -247,7 +254,7 @@ def linear_residual_layer_norm(
     ln_bias: torch.Tensor,
     eps: float,
     *,
-    dropout_p: float = 0.0,
+    dropout: Drop = None,
     policy: Policy = AUTO,
     keep: bool = True,
 ) -> torch.Tensor:
@@ -259,6 +266,13 @@ def linear_residual_layer_norm(
     elsewhere the GEMM adds the bias.
     """
     _check(x, weight, bias)
+    may_train = torch.is_grad_enabled() or dropout is not None or choose.IN_TRAINING.get()
+    if may_train and choose.wanted(policy, dropout, x, weight, bias, residual, ln_weight, ln_bias):
+        y = linear(x, weight, bias, policy=policy, keep=keep)
+        return layer_norm.bias_residual_layer_norm(
+            y, None, residual, ln_weight, ln_bias, eps, dropout=dropout, policy=policy
+        )
+    dropout_p = probability_of(dropout)
     obstacle = layer_norm.triton_obstacle(
         weight.shape[0], x, weight, bias, residual, ln_weight, ln_bias, dropout_p=dropout_p
     )
@@ -286,8 +300,20 @@ def linear_residual_layer_norm(
     if product != "library":
         return layer_norm.bias_residual_layer_norm(y, None, None, ln_weight, ln_bias, eps, policy=policy)
     return layer_norm.bias_residual_layer_norm(
-        y, bias if fused else None, residual, ln_weight, ln_bias, eps, dropout_p=dropout_p, policy=policy
+        y, bias if fused else None, residual, ln_weight, ln_bias, eps, dropout=dropout, policy=policy
     )
+
+
+def _with_gradients(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, activation: str, policy: Policy
+) -> torch.Tensor | None:
+    """The linear with gradients by kernels; None where it is PyTorch's."""
+    to, sizes = choose.product_dtype(x), tuple(weight.shape)
+    mixed = {t.dtype for t in (x, weight, bias) if t is not None} - {x.dtype}
+    if mixed and to == x.dtype and not torch.is_autocast_enabled(x.device.type):
+        return None
+    kernels = choose.kernels("linear", policy, x.device, to, sizes=sizes, activation=activation)
+    return None if kernels is None else functions.linear(x, weight, bias, activation, kernels, to)
 
 
 def _check(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> None:

@@ -29,11 +29,33 @@ def _sums(hidden: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
 
 
 def _maxima(hidden: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
-    """(T, H) -> (B, H): the greatest of each column over each sequence; anything for an empty one."""
-    if tracing.transformed(hidden) is None:
+    """(T, H) -> (B, H): the greatest of each column over each sequence; anything for an empty one.
+
+    The gradient goes to the first of equal rows, as that of torch.max does. That of segment_reduce goes to all of them,
+    and whole where it is negative.
+    """
+    if tracing.transformed(hidden) is not None:  # segment_reduce has no rule for transforms
+        parts = hidden.split(offsets.diff().tolist())
+        return torch.stack([part.max(0).values if part.shape[0] else hidden[0] for part in parts])
+    if not hidden.requires_grad:
         return torch.segment_reduce(hidden, "max", offsets=offsets, axis=0)
-    parts = hidden.split(offsets.diff().tolist())  # segment_reduce has no rule for transforms
-    return torch.stack([part.amax(0) if part.shape[0] else hidden[0] for part in parts])
+    return hidden.gather(0, _first_maxima(hidden.detach(), offsets).clamp(max=hidden.shape[0] - 1))
+
+
+def _first_maxima(hidden: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+    """(T, H) -> (B, H): the first row with the maximum of each column, or with NaN; T for an empty sequence."""
+    n_rows = hidden.shape[0]
+    maxima = torch.segment_reduce(hidden, "max", offsets=offsets, axis=0)
+    sequences = _sequences(offsets, n_rows)
+    greatest = (hidden == maxima[sequences]) | hidden.isnan()
+    rows = torch.where(greatest, torch.arange(n_rows, device=hidden.device)[:, None], n_rows)
+    first = torch.full(maxima.shape, n_rows, device=hidden.device)
+    return first.scatter_reduce(0, sequences[:, None].expand_as(rows), rows, "amin")
+
+
+def _sequences(offsets: torch.Tensor, n_rows: int) -> torch.Tensor:
+    """(B + 1,) -> (T,): the sequence of each row."""
+    return torch.repeat_interleave(offsets.diff(), output_size=n_rows)
 
 
 def _eager(
@@ -65,13 +87,59 @@ def _eager(
     return pooled.to(out_dtype)
 
 
+def _eager_backward(
+    grad: torch.Tensor, hidden: torch.Tensor, cu_seqlens: torch.Tensor, mode: str, normalize: bool
+) -> torch.Tensor:
+    """Returns the gradient of hidden by operations of PyTorch, which have derivatives themselves."""
+    grad = grad.to(torch.promote_types(hidden.dtype, torch.float32))
+    if normalize:
+        grad = _normalize_backward(grad, _eager(hidden, cu_seqlens, mode, False, grad.dtype))
+    offsets = cu_seqlens.long()
+    sequences = _sequences(offsets, hidden.shape[0])
+    rows = torch.arange(hidden.shape[0], device=hidden.device)
+    places, n = rows - offsets[sequences], offsets.diff()[sequences]
+    if mode == "max":
+        share = rows[:, None] == _first_maxima(hidden.detach(), offsets)[sequences]
+    elif mode in ("cls", "last"):
+        share = (places == (0 if mode == "cls" else n - 1))[:, None]
+    else:
+        n = n.to(grad.dtype)
+        weight = {"mean": 1 / n, "mean_sqrt_len": 1 / n.sqrt(), "weighted_mean": 2 * (places + 1) / (n * (n + 1))}
+        share = weight[mode][:, None]
+    return (grad[sequences] * share).to(hidden.dtype)
+
+
+def _normalize_backward(grad: torch.Tensor, pooled: torch.Tensor) -> torch.Tensor:
+    """Returns the gradient of the pooled vectors, (B, H), from that of the normalised ones."""
+    norm = pooled.norm(dim=-1, keepdim=True)
+    divisor = norm.clamp(min=1e-12)
+    y = pooled / divisor
+    along = (y * grad).sum(-1, keepdim=True).masked_fill(norm < 1e-12, 0.0)
+    return (grad - y * along) / divisor
+
+
+def _kernel_backward(
+    grad: torch.Tensor, hidden: torch.Tensor, cu_seqlens: torch.Tensor, mode: str, normalize: bool
+) -> torch.Tensor:
+    from fastbert_kernels.pooling_backward import pool_backward
+
+    return pool_backward(_rows(grad), _rows(hidden), cu_seqlens, mode, normalize)
+
+
+def _backward(
+    grad: torch.Tensor, hidden: torch.Tensor, cu_seqlens: torch.Tensor, mode: str, normalize: bool, *_: torch.dtype
+) -> tuple[torch.Tensor | None, ...]:
+    # The operation has no derivative of its own; what it computes has, where one is wanted (create_graph=True).
+    run = _eager_backward if torch.is_grad_enabled() else torch.ops.fastbert.pool_backward
+    return run(grad, hidden, cu_seqlens, mode, normalize), None, None, None, None
+
+
 def _kernel(
     hidden: torch.Tensor, cu_seqlens: torch.Tensor, mode: str, normalize: bool, out_dtype: torch.dtype
 ) -> torch.Tensor:
     from fastbert_kernels.pooling import pool_forward
 
-    hidden = hidden if hidden.stride(-1) == 1 else hidden.contiguous()
-    return pool_forward(hidden, cu_seqlens, mode, normalize, out_dtype)
+    return pool_forward(_rows(hidden), cu_seqlens, mode, normalize, out_dtype)
 
 
 register(
@@ -81,6 +149,13 @@ register(
     fake=lambda hidden, cu_seqlens, mode, normalize, out_dtype: hidden.new_empty(
         cu_seqlens.shape[0] - 1, hidden.shape[1], dtype=out_dtype
     ),
+    backward=_backward,
+)
+register(
+    "pool_backward(Tensor grad, Tensor hidden, Tensor cu_seqlens, str mode, bool normalize) -> Tensor",
+    kernel=_kernel_backward,
+    eager=_eager_backward,
+    fake=lambda grad, hidden, *rest: torch.empty_like(hidden, memory_format=torch.contiguous_format),
 )
 
 

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastbert.ops import attention, dispatch, embedding, gelu, layer_norm, recording
+from fastbert.ops import attention, attention_plan, dispatch, embedding, gelu, layer_norm, recording
 from fastbert.ops.dispatch import AUTO, Policy
 from fastbert.ops.library import LIBRARY
 from fastbert.ops.packing import PackedBatch
@@ -166,10 +166,10 @@ def varlen_attention(
     plan: tuple[Tensor | None, Tensor | None] = None, None
     on_device = obstacle or device_obstacle(precision, qkv.device)
     # A tracer finds the plan if `prepare_attention` made it; otherwise the operation makes one when it runs.
-    key = attention._plan_key(qkv.dtype, head_size, policy)
+    key = attention_plan.plan_key(qkv.dtype, head_size, policy)
     planned = not torch.compiler.is_compiling() or batch.has_plan(key)
     if planned and dispatch.decide("attention", policy, qkv.device, on_device).backend == "triton":
-        plan = attention._triton_plan(batch, qkv.dtype, head_size, policy)[:2]
+        plan = attention_plan.triton_plan(batch, qkv.dtype, head_size, policy)[:2]
     arguments = qkv, batch.cu_seqlens, batch.cu_seqlens_cpu, *plan, num_heads, head_size**-0.5, precision
     data, scale = _run("attention", precision, policy, obstacle, _Q_ATTENTION, *arguments)
     return Quantized(data, scale, head_size)

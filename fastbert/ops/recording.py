@@ -179,6 +179,11 @@ def enter(module: Any) -> None:
         recorder.place = recorder.names.get(id(module), recorder.place)
 
 
+def is_on() -> bool:
+    """Tells whether this thread has a recorder."""
+    return _current.get() is not None
+
+
 def is_dry() -> bool:
     """Tells whether operations of this thread only decide."""
     recorder = _current.get()

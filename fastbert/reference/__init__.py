@@ -7,6 +7,7 @@ rounded. It shares no code with fastbert.ops.
 """
 
 from fastbert.reference.bert import TASKS, BertReference, bert, default_positions, head
+from fastbert.reference.dropout import Dropout
 from fastbert.reference.ops import (
     POOLING_MODES,
     bias_gelu,
@@ -15,6 +16,7 @@ from fastbert.reference.ops import (
     gelu,
     layer_norm,
     linear,
+    linear_cross_entropy,
     pool,
     varlen_attention,
 )
@@ -23,6 +25,7 @@ __all__ = [
     "POOLING_MODES",
     "TASKS",
     "BertReference",
+    "Dropout",
     "bert",
     "bias_gelu",
     "bias_residual_layer_norm",
@@ -32,6 +35,7 @@ __all__ = [
     "head",
     "layer_norm",
     "linear",
+    "linear_cross_entropy",
     "pool",
     "varlen_attention",
 ]

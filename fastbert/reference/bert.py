@@ -1,4 +1,4 @@
-"""BERT and its heads as the reference computes them, on padded (B, S) inputs, without dropout."""
+"""BERT and its heads as the reference computes them, on padded (B, S) inputs, and the encoder with dropout too."""
 
 from __future__ import annotations
 
@@ -12,6 +12,15 @@ from torch import Tensor
 from fastbert.checkpoint.activations import ACTIVATIONS
 from fastbert.checkpoint.families import family_of
 from fastbert.checkpoint.family import COLUMN
+from fastbert.reference.dropout import (
+    ATTENTION_OUTPUT,
+    EMBEDDINGS,
+    OUTPUT,
+    PROBABILITIES,
+    Dropout,
+    drop_probabilities,
+    drop_rows,
+)
 from fastbert.reference.ops import (
     embedding_layer_norm,
     layer_norm,
@@ -64,8 +73,9 @@ def bert(
     prefix: str = "",
     dtype: torch.dtype = torch.float64,
     output_attentions: bool = True,
+    dropout_seed: int | None = None,
 ) -> BertReference:
-    """The BERT encoder, or one of its family, without dropout. Devlin et al., arXiv:1810.04805.
+    """The BERT encoder, or one of its family. Devlin et al., arXiv:1810.04805.
 
     `params` maps the state-dict names of fastbert.models.bert, which are those of transformers' BERT, each behind
     `prefix` ("bert." under a head), to tensors, which are cast to `dtype` as they are used, on the device where the
@@ -79,6 +89,9 @@ def bert(
     reads the first valid token of each row, or a zero vector where there is none. `output_attentions=False` saves the
     memory of the attentions.
 
+    With a `dropout_seed` the encoder drops out as in training, with the config's probabilities and the masks of
+    `fastbert.reference.dropout`; attentions are then what is left of them.
+
     Raises ValueError for both or neither of input_ids and inputs_embeds, for a mask of another shape and for an
     unknown hidden_act; KeyError naming a missing parameter.
     """
@@ -89,14 +102,19 @@ def bert(
     def dense(name: str, x: Tensor, activation: str | None = None) -> Tensor:
         return linear(x, p(f"{name}.weight"), p(f"{name}.bias"), activation)
 
-    def add_norm(name: str, x: Tensor, residual: Tensor) -> Tensor:
-        norm = f"{name}.LayerNorm"
+    def drop(p: float, site: int) -> Dropout | None:
+        return None if dropout_seed is None else Dropout(p, dropout_seed, site)
+
+    def add_norm(name: str, x: Tensor, residual: Tensor, site: int) -> Tensor:
+        norm, x = f"{name}.LayerNorm", drop_rows(x, drop(config.hidden_dropout_prob, site), row)
         return layer_norm(x + residual, p(f"{norm}.weight"), p(f"{norm}.bias"), config.layer_norm_eps)
 
     activation = _activation(config)
     valid = _valid_tokens(input_ids, inputs_embeds, attention_mask)  # (B, S)
     padding = ~valid[:, :, None]  # (B, S, 1)
     both_valid = valid[:, None, :, None] & valid[:, None, None, :]  # (B, 1, S, S): query, key
+    row = (valid.flatten().cumsum(0) - 1).clamp(min=0).view(valid.shape)  # among all tokens, for masks of dropout
+    place = (valid.cumsum(1) - 1).clamp(min=0)  # within the sequence
 
     if position_ids is None:
         position_ids = default_positions(config, input_ids, valid.shape, valid.device)
@@ -114,6 +132,7 @@ def bert(
         config.layer_norm_eps,
         None if inputs_embeds is None else inputs_embeds.to(dtype).masked_fill(padding, 0),
     )
+    x = drop_rows(x, drop(config.hidden_dropout_prob, EMBEDDINGS), row)
     if f"{prefix}embeddings_project.weight" in params:
         x = dense("embeddings_project", x)
     x = x.masked_fill(padding, 0)
@@ -129,10 +148,14 @@ def bert(
         # The lowest finite number, not -inf: a query at padding has no valid key, and its softmax stays finite so.
         scores = scores.masked_fill(~both_valid, torch.finfo(dtype).min)
         probabilities = torch.softmax(scores, dim=-1).masked_fill(~both_valid, 0)
+        dropped = drop(config.attention_probs_dropout_prob, 4 * i + PROBABILITIES)
+        probabilities = drop_probabilities(probabilities, dropped, row, place)
         context = (probabilities @ v).transpose(1, 2).flatten(2)  # (B, S, H)
-        x = add_norm(f"{layer}.attention.output", dense(f"{layer}.attention.output.dense", context), x)
+        out = dense(f"{layer}.attention.output.dense", context)
+        x = add_norm(f"{layer}.attention.output", out, x, 4 * i + ATTENTION_OUTPUT)
         inner = dense(f"{layer}.intermediate.dense", x, activation)  # (B, S, I)
-        x = add_norm(f"{layer}.output", dense(f"{layer}.output.dense", inner), x).masked_fill(padding, 0)
+        out = dense(f"{layer}.output.dense", inner)
+        x = add_norm(f"{layer}.output", out, x, 4 * i + OUTPUT).masked_fill(padding, 0)
         hidden_states.append(x)
         if output_attentions:
             attentions.append(probabilities)
@@ -173,6 +196,7 @@ def head(
     inputs_embeds: Tensor | None = None,
     *,
     dtype: torch.dtype = torch.float64,
+    dropout_seed: int | None = None,
 ) -> dict[str, Tensor]:
     """The logits of BERT, or one of its family, with one of its seven heads, under the field names of our outputs.
 
@@ -185,9 +209,10 @@ def head(
     "token_classification"    logits (B, S, labels)
     "question_answering"      start_logits (B, S), end_logits (B, S)
 
-    Arguments as in `bert`, with the encoder's parameters behind "bert.". Logits at padding positions are zero. The
-    language model's decoder is `cls.predictions.decoder` where `params` has it, else the word embeddings with
-    `cls.predictions.bias`. Raises what `bert` does, and ValueError for another task, or one that the family lacks.
+    Arguments as in `bert`, with the encoder's parameters behind "bert."; the head drops nothing out. Logits at padding
+    positions are zero. The language model's decoder is `cls.predictions.decoder` where `params` has it, else the word
+    embeddings with `cls.predictions.bias`. Raises what `bert` does, and ValueError for another task, or one that the
+    family lacks.
     """
     if task not in TASKS:
         raise ValueError(f"task: got {task!r}, expected one of {', '.join(TASKS)}")
@@ -219,7 +244,9 @@ def head(
             for x in (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
         )
     inputs = (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
-    encoded = bert(params, config, *inputs, prefix="bert.", dtype=dtype, output_attentions=False)
+    encoded = bert(
+        params, config, *inputs, prefix="bert.", dtype=dtype, output_attentions=False, dropout_seed=dropout_seed
+    )
     tokens = encoded.last_hidden_state
     padding = ~_valid_tokens(input_ids, inputs_embeds, attention_mask)[:, :, None]
 

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from fastbert.checkpoint.activations import OTHERS
-
-if TYPE_CHECKING:
-    pass
+from fastbert.reference.dropout import Dropout, drop_probabilities, drop_rows
 
 POOLING_MODES = ("cls", "mean", "max", "weighted_mean", "last", "mean_sqrt_len")
 
@@ -25,11 +22,18 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
 
 
 def bias_residual_layer_norm(
-    x: Tensor, bias: Tensor | None, residual: Tensor | None, weight: Tensor, ln_bias: Tensor, eps: float
+    x: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    weight: Tensor,
+    ln_bias: Tensor,
+    eps: float,
+    dropout: Dropout | None = None,
 ) -> Tensor:
-    """layer_norm(x + bias + residual); x and residual (T, H), the vectors (H,) -> (T, H)."""
+    """layer_norm(dropout(x + bias) + residual); x and residual (T, H), the vectors (H,) -> (T, H)."""
     if bias is not None:
         x = x + bias
+    x = drop_rows(x, dropout)
     if residual is not None:
         x = x + residual
     return layer_norm(x, weight, ln_bias, eps)
@@ -76,6 +80,29 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: st
     raise ValueError(f"activation: got {activation!r}, expected None, 'gelu', 'gelu_tanh' or 'relu'")
 
 
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+) -> Tensor:
+    """The loss of each row, (T,), by the logits l = hidden @ weight^T + bias; 0 where the label is ignore_index.
+
+    It is (1 - label_smoothing) (lse - l_y) + label_smoothing mean_j (lse - l_j) + z_loss lse^2, with the logarithm lse
+    of sum_j exp(l_j). hidden (T, H), weight (V, H), bias (V,), labels y (T,).
+    """
+    logits = linear(hidden, weight, bias)
+    lse = torch.logsumexp(logits, dim=1)
+    labelled = labels != ignore_index
+    target = logits.gather(1, torch.where(labelled, labels, 0)[:, None])[:, 0]
+    smooth = lse - logits.mean(dim=1)
+    losses = (1 - label_smoothing) * (lse - target) + label_smoothing * smooth + z_loss * lse.square()
+    return torch.where(labelled, losses, 0)
+
+
 def embedding_layer_norm(
     input_ids: Tensor | None,
     token_type_ids: Tensor | None,
@@ -100,8 +127,10 @@ def embedding_layer_norm(
     return layer_norm(x + position[position_ids], weight, bias, eps)
 
 
-def varlen_attention(qkv: Tensor, cu_seqlens: Tensor, num_heads: int, scale: float | None = None) -> Tensor:
-    """softmax(q k^T * scale) v, bidirectional, within each packed sequence. (T, 3*H) -> (T, H).
+def varlen_attention(
+    qkv: Tensor, cu_seqlens: Tensor, num_heads: int, scale: float | None = None, dropout: Dropout | None = None
+) -> Tensor:
+    """dropout(softmax(q k^T * scale)) v, bidirectional, within each packed sequence. (T, 3*H) -> (T, H).
 
     A row of `qkv` is [q | k | v], each (N, D); `cu_seqlens` (B+1,) integers from 0 to T, equal neighbours for an
     empty sequence; `scale` defaults to 1 / sqrt(D).
@@ -113,6 +142,8 @@ def varlen_attention(qkv: Tensor, cu_seqlens: Tensor, num_heads: int, scale: flo
     for start, end in _spans(cu_seqlens):
         q, k, v = (x.unflatten(1, (num_heads, -1)).transpose(0, 1) for x in qkv[start:end].split(hidden, dim=1))
         probabilities = torch.softmax(q @ k.transpose(1, 2) * scale, dim=-1)  # (N, n, n)
+        rows, places = torch.arange(start, end)[None], torch.arange(end - start)[None]
+        probabilities = drop_probabilities(probabilities[None], dropout, rows, places)[0]
         outputs.append((probabilities @ v).transpose(0, 1).flatten(1))  # (n, H)
     return torch.cat(outputs)
 

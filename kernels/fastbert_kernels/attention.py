@@ -33,12 +33,41 @@ import torch
 import triton.language as tl
 
 from fastbert_kernels import configs, launch
+from fastbert_kernels import dropout as drawing
+from fastbert_kernels.dropout import GROUP, keep_bits, keep_bits_from, spread_columns
 from fastbert_kernels.jit import jit
+from fastbert_kernels.masks import Dropout
 from fastbert_kernels.quantize import quantize_rows
 
 LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
 # Where the running maximum starts. Finite, so that a row that has met no key yet does not compute inf - inf.
 LOWEST = tl.constexpr(-1.0e38)
+
+
+@jit
+def keep_probabilities(
+    block_start,  # the first of the keys
+    rows,  # (BLOCK_Q,) packed rows
+    row_first_key,  # (BLOCK_Q,)
+    first_key,  # the first key of the tile
+    head,
+    mask_key,  # (key_low, key_high, site, threshold)
+    shared,  # whether the tile is of several sequences
+    BLOCK_K: tl.constexpr,
+):
+    """Draws the mask (BLOCK_Q, BLOCK_K), which `spread_columns` takes.
+
+    A key's column is its place in its sequence. In a tile of several sequences, a row's columns may begin in a group.
+    """
+    N_GROUPS: tl.constexpr = min(4, BLOCK_K // GROUP)
+    offs = tl.arange(0, BLOCK_K // GROUP).reshape(BLOCK_K // GROUP // N_GROUPS, N_GROUPS) * GROUP
+    offs, rows = offs[None, :, :], rows[:, None, None]
+    if shared:
+        bits = keep_bits_from(block_start - row_first_key[:, None, None] + offs, rows, head, *mask_key)
+    else:
+        bits = keep_bits((block_start - first_key + offs) // GROUP, rows, head, *mask_key)
+    return bits
 
 
 @jit
@@ -56,6 +85,12 @@ def _attend(
     acc,  # (BLOCK_Q, BLOCK_D) float32
     row_sum,  # (BLOCK_Q,) float32
     row_max,  # (BLOCK_Q,) float32, of the scores times scale_log2
+    rows,  # (BLOCK_Q,) packed rows
+    first_key,
+    shared,  # whether the tile is of several sequences
+    head,
+    mask_key,  # (key_low, key_high, site, threshold) where DROPOUT
+    DROPOUT: tl.constexpr,
     MASKED: tl.constexpr,
     PADDED_D: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
@@ -77,6 +112,10 @@ def _attend(
             k = tl.load(k_ptrs)
             v = tl.load(v_ptrs)
 
+        if DROPOUT:
+            bits = keep_probabilities(
+                block_start, rows, row_first_key, first_key, head, mask_key, MASKED and shared, BLOCK_K
+            )
         scores = tl.dot(q, k, input_precision=INPUT_PRECISION)  # (BLOCK_Q, BLOCK_K)
         if MASKED:
             own = (keys[None, :] >= row_first_key[:, None]) & (keys[None, :] < row_end_key[:, None])
@@ -85,6 +124,8 @@ def _attend(
         p = tl.exp2(scores * scale_log2 - new_max[:, None])
         rescale = tl.exp2(row_max - new_max)
         row_sum = row_sum * rescale + tl.sum(p, axis=1)
+        if DROPOUT:
+            p = tl.where(spread_columns(bits), p, 0.0)
         acc = tl.dot(p.to(v.dtype), v, acc * rescale[:, None], input_precision=INPUT_PRECISION)
         row_max = new_max
         k_ptrs += BLOCK_K * kv_row_stride
@@ -104,6 +145,10 @@ def _attend_once(
     kv_row_stride,
     scale_log2,
     d_mask,  # (BLOCK_D,)
+    rows,  # (BLOCK_Q,)
+    head,
+    mask_key,
+    DROPOUT: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
@@ -118,23 +163,39 @@ def _attend_once(
     scores = tl.where(own, scores, float("-inf"))
     row_max = tl.maximum(tl.max(scores, axis=1) * scale_log2, LOWEST)
     p = tl.exp2(scores * scale_log2 - row_max[:, None])
-    return tl.dot(p.to(v.dtype), v, input_precision=INPUT_PRECISION), tl.sum(p, axis=1)
+    kept = p
+    if DROPOUT:
+        bits = keep_probabilities(key_start, rows, row_first_key, key_start, head, mask_key, False, BLOCK_K)
+        kept = tl.where(spread_columns(bits), p, 0.0)
+    return tl.dot(kept.to(v.dtype), v, input_precision=INPUT_PRECISION), tl.sum(p, axis=1), row_max
 
 
-@jit(do_not_specialize_on_alignment=["cu_seqlens_ptr"])  # a caller's, which may start anywhere
+@jit(
+    do_not_specialize=["lse_head_stride", *drawing.DO_NOT_SPECIALIZE],
+    do_not_specialize_on_alignment=["cu_seqlens_ptr"],  # a caller's, which may start anywhere
+)
 def _varlen_attention_kernel(
     q_ptr,  # (T, N, D)
     k_ptr,  # (T, N, D)
     v_ptr,  # (T, N, D)
     out_ptr,  # (T, N, D), 8-bit where QUANTIZE
     out_scale_ptr,  # (T, N) where QUANTIZE
+    lse_ptr,  # (N, T) float32 where SAVE_LSE
     work_list_ptr,  # (W, 4) int32: first row, end row, first sequence, end sequence
     seq_ids_ptr,  # (T,) int32: the sequence of each token
     cu_seqlens_ptr,  # (B + 1,) int32
     qkv_row_stride,
     out_row_stride,
+    lse_head_stride,
     scale_log2,  # softmax scale times log2(e)
+    key_low,  # this and the next four: where DROPOUT
+    key_high,
+    site,
+    threshold,
+    keep_scale,
     HEAD_SIZE: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    SAVE_LSE: tl.constexpr,
     QUANTIZE: tl.constexpr,
     INT8: tl.constexpr,
     ONE_BLOCK: tl.constexpr,  # whether no tile of the work list has more than BLOCK_K keys
@@ -168,10 +229,12 @@ def _varlen_attention_kernel(
     k_block_ptr = k_ptr + key_offs[None, :] + d_offs[:, None]
     v_block_ptr = v_ptr + key_offs[:, None] + d_offs[None, :]
 
+    shared = end_seq - first_seq != 1
+    mask_key = (key_low, key_high, site, threshold)
     if ONE_BLOCK:
-        acc, row_sum = _attend_once(
+        acc, row_sum, row_max = _attend_once(
             q, k_block_ptr, v_block_ptr, first_key, end_key, row_first_key, row_end_key, qkv_row_stride, scale_log2,
-            d_mask, INPUT_PRECISION, BLOCK_K,
+            d_mask, rows, head, mask_key, DROPOUT, INPUT_PRECISION, BLOCK_K,
         )  # fmt: skip
     else:
         acc = tl.zeros((BLOCK_Q, BLOCK_D), dtype=tl.float32)
@@ -180,24 +243,33 @@ def _varlen_attention_kernel(
 
         # Only one sequence: whole blocks of keys need no mask. Several: every block does.
         end_unmasked = first_key
-        if end_seq - first_seq == 1:
+        if not shared:
             end_unmasked = first_key + (end_key - first_key) // BLOCK_K * BLOCK_K
         acc, row_sum, row_max = _attend(
             q, k_block_ptr, v_block_ptr, first_key, end_unmasked, row_first_key, row_end_key, qkv_row_stride,
-            scale_log2, d_mask, acc, row_sum, row_max, False, BLOCK_D != HEAD_SIZE, INPUT_PRECISION, BLOCK_K,
+            scale_log2, d_mask, acc, row_sum, row_max, rows, first_key, shared, head, mask_key,
+            DROPOUT, False, BLOCK_D != HEAD_SIZE, INPUT_PRECISION, BLOCK_K,
         )  # fmt: skip
         acc, row_sum, row_max = _attend(
             q, k_block_ptr, v_block_ptr, end_unmasked, end_key, row_first_key, row_end_key, qkv_row_stride,
-            scale_log2, d_mask, acc, row_sum, row_max, True, BLOCK_D != HEAD_SIZE, INPUT_PRECISION, BLOCK_K,
+            scale_log2, d_mask, acc, row_sum, row_max, rows, first_key, shared, head, mask_key,
+            DROPOUT, True, BLOCK_D != HEAD_SIZE, INPUT_PRECISION, BLOCK_K,
         )  # fmt: skip
 
-    out = acc * (1.0 / tl.where(row_mask, row_sum, 1.0))[:, None]  # one division a row, not one an element
+    row_sum = tl.where(row_mask, row_sum, 1.0)
+    row_scale = 1.0 / row_sum  # one division a row, not one an element
+    if DROPOUT:
+        row_scale *= keep_scale
+    out = acc * row_scale[:, None]
     out_offs = rows.to(tl.int64)[:, None] * out_row_stride + head * HEAD_SIZE + d_offs[None, :]
     out_mask = row_mask[:, None] & d_mask[None, :]
     if QUANTIZE:  # what the store would have rounded to; columns past the head are 0, as those of v are
         out, scale = quantize_rows(out.to(v_ptr.dtype.element_ty).to(tl.float32), INT8)
         tl.store(out_scale_ptr + rows.to(tl.int64) * tl.num_programs(1) + head, scale, mask=row_mask)
     tl.store(out_ptr + out_offs, out.to(out_ptr.dtype.element_ty), mask=out_mask)
+    if SAVE_LSE:
+        lse = (row_max + tl.log2(row_sum)) * LN_2
+        tl.store(lse_ptr + head * lse_head_stride.to(tl.int64) + rows, lse, mask=row_mask)
 
 
 def build_work_list(
@@ -262,6 +334,8 @@ def varlen_attention_forward(
     quantized: tuple[torch.Tensor, torch.Tensor] | None = None,
     config: dict[str, int] | None = None,
     short_list: torch.Tensor | None = None,
+    dropout: Dropout | None = None,
+    lse: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Computes attention: (T, 3 * N * D), laid out [q | k | v], -> (T, N * D) in the same dtype.
 
@@ -274,6 +348,9 @@ def varlen_attention_forward(
 
     short_list: more tiles, of sequences of at most BLOCK_K of `configs.short_attention_config` tokens, built for its
     BLOCK_Q; a second launch, also of an empty list, so that no later batch is the first to compile it.
+
+    dropout: of the probabilities. lse: a buffer (N, T) float32 with unit stride along T, to fill with the natural
+    logarithm of each row's sum of exponentials, which the backward pass needs.
     """
     n_rows, hidden_size = qkv.shape[0], qkv.shape[1] // 3
     head_size = hidden_size // num_heads
@@ -298,13 +375,18 @@ def varlen_attention_forward(
             v_ptr=qkv[:, 2 * hidden_size :],
             out_ptr=out,
             out_scale_ptr=quantized[1] if quantized is not None else None,
+            lse_ptr=lse,
             work_list_ptr=tiles,
             seq_ids_ptr=seq_ids,
             cu_seqlens_ptr=cu_seqlens,
             qkv_row_stride=qkv.stride(0),
             out_row_stride=out.stride(0),
+            lse_head_stride=lse.stride(0) if lse is not None else None,
             scale_log2=scale * LOG2_E.value,
+            **drawing.arguments(dropout),
             HEAD_SIZE=head_size,
+            DROPOUT=dropout is not None,
+            SAVE_LSE=lse is not None,
             QUANTIZE=quantized is not None,
             INT8=out.dtype == torch.int8,
             ONE_BLOCK=one_block,

@@ -47,6 +47,39 @@ def elementwise_config(n_cols: int) -> dict[str, int]:
 
 
 @functools.cache
+def elementwise_backward_config(n_cols: int) -> dict[str, int]:
+    """Chooses the tile of elementwise kernels that add columns up: 2,048 elements, 16 a thread, 128 columns."""
+    block_cols = min(128, triton.next_power_of_2(n_cols))
+    return {"BLOCK_ROWS": 2048 // block_cols, "BLOCK_COLS": block_cols, "num_warps": 4, "num_stages": 1}
+
+
+@functools.cache
+def column_sums_config() -> dict[str, int]:
+    """Chooses the tile that adds up partial sums: 64 rows of 32 columns, which are 128 bytes each."""
+    return {"BLOCK_ROWS": 64, "BLOCK_COLS": 32, "num_warps": 4, "num_stages": 1}
+
+
+@functools.cache
+def pieces_config(n_cols: int) -> dict[str, int]:
+    """Chooses the tile that adds rows of gradients up: 4,096 elements, 32 a thread, in blocks of 128 columns."""
+    block_cols = min(128, triton.next_power_of_2(n_cols))
+    return {"BLOCK_ROWS": min(64, 4096 // block_cols), "BLOCK_COLS": block_cols, "num_warps": 4, "num_stages": 1}
+
+
+@functools.cache
+def segments_config(n_rows: int, n_cols: int) -> dict[str, int]:
+    """Chooses the tile that adds the gradients of a table's row up.
+
+    Most rows of a large table have few tokens or none: a program has 1,024 columns, and few tokens at a time. Those of
+    a small table have many.
+    """
+    if n_rows <= 4096:
+        return pieces_config(n_cols)
+    block_cols = min(1024, triton.next_power_of_2(n_cols))
+    return {"BLOCK_ROWS": min(8, 4096 // block_cols), "BLOCK_COLS": block_cols, "num_warps": 4, "num_stages": 1}
+
+
+@functools.cache
 def pooling_config(n_cols: int) -> dict[str, int]:
     """Chooses the tile of pooling over rows: 4,096 elements, 32 a thread, in blocks of 128 columns.
 
@@ -63,10 +96,23 @@ def pooling_config(n_cols: int) -> dict[str, int]:
 
 
 @functools.cache
+def pooling_backward_config(n_cols: int) -> dict[str, int]:
+    """Chooses the tile of the backward pass of pooling: 2,048 elements, 16 a thread, in blocks of 128 columns."""
+    return elementwise_backward_config(n_cols)
+
+
+@functools.cache
 def whole_row_config(n_cols: int) -> dict[str, int]:
     """Chooses the tile of kernels that hold one row of the batch's vectors: up to 16 elements a thread."""
     block_cols = triton.next_power_of_2(n_cols)
     return {"BLOCK_COLS": block_cols, "num_warps": max(1, min(8, block_cols // 256)), "num_stages": 1}
+
+
+@functools.cache
+def long_row_config(n_cols: int) -> dict[str, int]:
+    """Chooses the tile of kernels that walk along one row of any length: up to 4,096 elements, 16 a thread."""
+    block_cols = min(4096, triton.next_power_of_2(n_cols))
+    return {"BLOCK_COLS": block_cols, "num_warps": max(1, min(8, block_cols // 512)), "num_stages": 1}
 
 
 @functools.cache
@@ -240,6 +286,37 @@ def _short_attention(
     block_sizes = {"BLOCK_Q": SHORT_BLOCK_Q, "BLOCK_K": block_k, "num_warps": num_warps, "num_stages": 1}
     source = f"formula of fastbert_kernels.configs.short_attention_config, for BLOCK_Q={block_q} of {whole.source}"
     return Config({**block_sizes, "BLOCK_D": block_d}, source)
+
+
+@dataclass(frozen=True)
+class AttentionBackward:
+    """An `AttentionBackward` holds the block sizes of both passes: by tiles of queries, and by tiles of keys."""
+
+    query: dict[str, int]
+    key: dict[str, int]
+
+
+@functools.cache
+def attention_backward_configs(dtype: torch.dtype, head_size: int, for_arch: int) -> AttentionBackward:
+    """Chooses the tiles of attention's gradients: BLOCK_Q x BLOCK_K scores at a time, the head padded to BLOCK_D.
+
+    They are the largest ones without spills in the offline report, with dropout. A tile of 128 rows and 8 warps has all
+    registers of a multiprocessor; 64 rows and 4 warps would have as many, and read the other operands twice as often.
+    """
+    block_d = max(MIN_HEAD_SIZE, triton.next_power_of_2(head_size))
+    if dtype == torch.float32:  # Its products are multiply-adds, whose operands are in registers.
+        query, key = (32, 32, max(4, block_d // 8), 1), (32, 32, 4 if block_d <= 64 else 8, 1)
+    elif block_d <= 64:
+        # Blackwell: 100 keeps sums outside of the registers, but others there; 120 has the least to spare.
+        query, key = (128, 32 if for_arch == 100 else 64, 8, 3), (128, 32 if for_arch >= 120 else 64, 8, 3)
+    elif for_arch in (90, 100):
+        query, key = (128, 32 if for_arch == 100 else 64, 8, 2), (128, 32, 8, 2)
+    else:  # Operands of products pass through the registers.
+        query, key = (128, 32, 8, 2), (32, 32, 4, 2)
+    return AttentionBackward(
+        {"BLOCK_Q": query[0], "BLOCK_K": query[1], "BLOCK_D": block_d, "num_warps": query[2], "num_stages": query[3]},
+        {"BLOCK_Q": key[1], "BLOCK_K": key[0], "BLOCK_D": block_d, "num_warps": key[2], "num_stages": key[3]},
+    )
 
 
 def attention_key(dtype: torch.dtype, head_size: int) -> str:

@@ -1,6 +1,7 @@
-"""This kernel sums token, position and segment embeddings, then applies LayerNorm, in one pass.
+"""These kernels sum token, position and segment embeddings, then apply LayerNorm, in one pass.
 
     out[t] = LayerNorm(word[input_ids[t]] + token_type[token_type_ids[t]] + position[position_ids[t]])
+    for training: dropout of that
 
 Ids: (T,), int32 or int64. Tables: word (V, H), position (P, H), token_type (2, H); weight, ln_bias (H,);
 fp32 / bf16 / fp16; out (T, H). Without input_ids the word rows are given directly as word = inputs_embeds (T, H);
@@ -8,6 +9,10 @@ without a token_type table (DistilBERT has none) its term and its ids are left o
 Arithmetic in float32, one rounding. Bytes moved: T * H elements read (the small tables stay in cache), T * H written.
 Ids are not checked here; a caller checks them on the host before. A row's bits do not depend on the batch, as in
 layer_norm.py: its sum is elementwise, and its LayerNorm that of a whole row.
+
+For training, a kernel of its own saves what the backward pass needs, as in layer_norm.py: the sum, rounded to the dtype
+C of products, and the mean and 1 / sqrt(var + eps) of each row. Where the tables are float32 and C is not, out can be
+had in both dtypes. The backward pass is that of layer_norm_backward.py, then embedding_backward.py.
 
 Source: Devlin et al., "BERT", 2018, arXiv:1810.04805, figure 2.
 """
@@ -17,12 +22,50 @@ from __future__ import annotations
 import torch
 import triton.language as tl
 
-from fastbert_kernels import configs, launch
+from fastbert_kernels import configs, launch, masks
+from fastbert_kernels import dropout as drawing
 from fastbert_kernels.jit import jit
-from fastbert_kernels.layer_norm import normalize_rows, quantize_normalized
+from fastbert_kernels.layer_norm import drop_columns, normalize_rows, quantize_normalized
+from fastbert_kernels.masks import Dropout
 
 # A caller's ids may start anywhere in memory: no kernel of its own for those that start at a multiple of 16 bytes.
 IDS = ("input_ids_ptr", "token_type_ids_ptr", "position_ids_ptr")
+
+
+@jit
+def _summed_rows(
+    input_ids_ptr,
+    token_type_ids_ptr,
+    position_ids_ptr,
+    word_ptr,
+    token_type_ptr,
+    position_ptr,
+    row_offs,
+    row_mask,
+    col_offs,
+    mask,
+    word_row_stride,
+    token_type_row_stride,
+    position_row_stride,
+    HAS_INPUT_IDS: tl.constexpr,
+    HAS_TOKEN_TYPES: tl.constexpr,
+):
+    """The sum of the tables' rows for the tokens row_offs, in float32; 0 outside of the mask."""
+    if HAS_INPUT_IDS:
+        word_rows = tl.load(input_ids_ptr + row_offs, mask=row_mask, other=0).to(tl.int64)
+    else:
+        word_rows = row_offs
+    position_rows = tl.load(position_ids_ptr + row_offs, mask=row_mask, other=0).to(tl.int64)
+
+    word_offs = word_rows[:, None] * word_row_stride + col_offs[None, :]
+    position_offs = position_rows[:, None] * position_row_stride + col_offs[None, :]
+    x = tl.load(word_ptr + word_offs, mask=mask, other=0.0).to(tl.float32)
+    if HAS_TOKEN_TYPES:
+        token_type_rows = tl.load(token_type_ids_ptr + row_offs, mask=row_mask, other=0).to(tl.int64)
+        token_type_offs = token_type_rows[:, None] * token_type_row_stride + col_offs[None, :]
+        x += tl.load(token_type_ptr + token_type_offs, mask=mask, other=0.0).to(tl.float32)
+    x += tl.load(position_ptr + position_offs, mask=mask, other=0.0).to(tl.float32)
+    return x
 
 
 @jit(do_not_specialize=["n_rows"], do_not_specialize_on_alignment=IDS)
@@ -58,24 +101,15 @@ def _embedding_layer_norm_kernel(
     col_mask = (col_offs < N_COLS)[None, :]
     mask = row_mask[:, None] & col_mask
 
-    if HAS_INPUT_IDS:
-        word_rows = tl.load(input_ids_ptr + row_offs, mask=row_mask, other=0).to(tl.int64)
-    else:
-        word_rows = row_offs
-    position_rows = tl.load(position_ids_ptr + row_offs, mask=row_mask, other=0).to(tl.int64)
-
-    word_offs = word_rows[:, None] * word_row_stride + col_offs[None, :]
-    position_offs = position_rows[:, None] * position_row_stride + col_offs[None, :]
-    x = tl.load(word_ptr + word_offs, mask=mask, other=0.0).to(tl.float32)
-    if HAS_TOKEN_TYPES:
-        token_type_rows = tl.load(token_type_ids_ptr + row_offs, mask=row_mask, other=0).to(tl.int64)
-        token_type_offs = token_type_rows[:, None] * token_type_row_stride + col_offs[None, :]
-        x += tl.load(token_type_ptr + token_type_offs, mask=mask, other=0.0).to(tl.float32)
-    x += tl.load(position_ptr + position_offs, mask=mask, other=0.0).to(tl.float32)
+    x = _summed_rows(
+        input_ids_ptr, token_type_ids_ptr, position_ids_ptr, word_ptr, token_type_ptr, position_ptr, row_offs, row_mask,
+        col_offs, mask, word_row_stride, token_type_row_stride, position_row_stride, HAS_INPUT_IDS, HAS_TOKEN_TYPES,
+    )  # fmt: skip
 
     weight = tl.load(weight_ptr + col_offs, mask=col_offs < N_COLS, other=0.0).to(tl.float32)
     ln_bias = tl.load(ln_bias_ptr + col_offs, mask=col_offs < N_COLS, other=0.0).to(tl.float32)
-    out = normalize_rows(x, col_mask, N_COLS, eps) * weight[None, :] + ln_bias[None, :]
+    normalized, _, _ = normalize_rows(x, col_mask, N_COLS, eps)
+    out = normalized * weight[None, :] + ln_bias[None, :]
 
     out_offs = row_offs[:, None] * out_row_stride + col_offs[None, :]
     out = out.to(out_ptr.dtype.element_ty)
@@ -84,6 +118,65 @@ def _embedding_layer_norm_kernel(
         q, scale = quantize_normalized(out, INT8, BLOCK_ROWS, BLOCK_COLS)
         tl.store(q_ptr + row_offs[:, None] * N_COLS + col_offs[None, :], q, mask=mask)
         tl.store(q_scale_ptr + row_offs, scale, mask=row_mask)
+
+
+@jit(do_not_specialize=["n_rows", *drawing.DO_NOT_SPECIALIZE], do_not_specialize_on_alignment=IDS)
+def _embedding_norm_kernel(
+    input_ids_ptr,  # (T,) or None
+    token_type_ids_ptr,  # (T,) or None
+    position_ids_ptr,  # (T,)
+    word_ptr,  # (V, H), or (T, H) without input ids
+    token_type_ptr,  # (2, H) or None
+    position_ptr,  # (P, H)
+    weight_ptr,  # (H,)
+    ln_bias_ptr,  # (H,)
+    out_ptr,  # (T, H) S
+    low_ptr,  # (T, H) C, or None
+    total_ptr,  # (T, H) C
+    mean_ptr,  # (T,)
+    rstd_ptr,  # (T,)
+    n_rows,
+    word_row_stride,
+    token_type_row_stride,
+    position_row_stride,
+    eps,
+    key_low,
+    key_high,
+    site,
+    threshold,
+    keep_scale,
+    N_COLS: tl.constexpr,
+    HAS_INPUT_IDS: tl.constexpr,
+    HAS_TOKEN_TYPES: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    LOW: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLS: tl.constexpr,
+):
+    row_offs = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    row_mask = row_offs < n_rows
+    col_offs = tl.arange(0, BLOCK_COLS)
+    col_mask = (col_offs < N_COLS)[None, :]
+    mask = row_mask[:, None] & col_mask
+    x = _summed_rows(
+        input_ids_ptr, token_type_ids_ptr, position_ids_ptr, word_ptr, token_type_ptr, position_ptr, row_offs, row_mask,
+        col_offs, mask, word_row_stride, token_type_row_stride, position_row_stride, HAS_INPUT_IDS, HAS_TOKEN_TYPES,
+    )  # fmt: skip
+
+    normalized, mean, rstd = normalize_rows(x, col_mask, N_COLS, eps)
+    weight = tl.load(weight_ptr + col_offs, mask=col_offs < N_COLS, other=0.0).to(tl.float32)
+    ln_bias = tl.load(ln_bias_ptr + col_offs, mask=col_offs < N_COLS, other=0.0).to(tl.float32)
+    out = normalized * weight[None, :] + ln_bias[None, :]
+    if DROPOUT:
+        out = drop_columns(out, row_offs, key_low, key_high, site, threshold, keep_scale, BLOCK_COLS)
+
+    offs = row_offs[:, None] * N_COLS + col_offs[None, :]
+    tl.store(out_ptr + offs, out.to(out_ptr.dtype.element_ty), mask=mask)
+    if LOW:
+        tl.store(low_ptr + offs, out.to(low_ptr.dtype.element_ty), mask=mask)
+    tl.store(total_ptr + offs, x.to(total_ptr.dtype.element_ty), mask=mask)
+    tl.store(mean_ptr + row_offs, mean, mask=row_mask)
+    tl.store(rstd_ptr + row_offs, rstd, mask=row_mask)
 
 
 def embedding_layer_norm_forward(
@@ -137,3 +230,63 @@ def embedding_layer_norm_forward(
         INT8=quantized is not None and quantized[0].dtype == torch.int8,
     )
     return out
+
+
+def embedding_norm_forward(
+    input_ids: torch.Tensor | None,
+    token_type_ids: torch.Tensor | None,
+    position_ids: torch.Tensor,
+    word: torch.Tensor,
+    token_type: torch.Tensor | None,
+    position: torch.Tensor,
+    weight: torch.Tensor,
+    ln_bias: torch.Tensor,
+    eps: float,
+    dropout: Dropout | None,
+    dtype: torch.dtype,
+    low: bool = True,
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Computes y = dropout(`embedding_layer_norm_forward`), and what its backward pass needs.
+
+    Inputs are those of `embedding_layer_norm_forward`, with tables in S; dtype is C. Returns y in S; y rounded to C
+    where `low` and C is not S, else None; the sum before the norm, rounded to C; and of each row of that sum, before it
+    is rounded, the mean and 1 / sqrt(variance + eps), (T,) float32.
+    """
+    n_rows, n_cols = position_ids.shape[0], word.shape[1]
+    y, total = (launch.empty((n_rows, n_cols), like=word, dtype=d) for d in (word.dtype, dtype))
+    y_low = launch.empty((n_rows, n_cols), like=word, dtype=dtype) if low and dtype != word.dtype else None
+    mean, rstd = (launch.empty((n_rows,), like=word, dtype=torch.float32) for _ in range(2))
+    if n_rows == 0:
+        return y, y_low, total, mean, rstd
+    config = configs.rowwise_config(max(n_cols, masks.GROUP))
+    # Grid: one program per BLOCK_ROWS tokens.
+    launch.run(
+        _embedding_norm_kernel,
+        (launch.cdiv(n_rows, config["BLOCK_ROWS"]),),
+        config,
+        input_ids_ptr=input_ids,
+        token_type_ids_ptr=token_type_ids if token_type is not None else None,
+        position_ids_ptr=position_ids,
+        word_ptr=word,
+        token_type_ptr=token_type,
+        position_ptr=position,
+        weight_ptr=weight,
+        ln_bias_ptr=ln_bias,
+        out_ptr=y,
+        low_ptr=y_low,
+        total_ptr=total,
+        mean_ptr=mean,
+        rstd_ptr=rstd,
+        n_rows=n_rows,
+        word_row_stride=word.stride(0),
+        token_type_row_stride=token_type.stride(0) if token_type is not None else 0,
+        position_row_stride=position.stride(0),
+        eps=eps,
+        N_COLS=n_cols,
+        HAS_INPUT_IDS=input_ids is not None,
+        HAS_TOKEN_TYPES=token_type is not None,
+        DROPOUT=dropout is not None,
+        LOW=y_low is not None,
+        **drawing.arguments(dropout),
+    )
+    return y, y_low, total, mean, rstd

@@ -1,10 +1,20 @@
-"""This kernel adds a bias and applies GELU in one pass, for linears whose GEMM has no epilogue of its own.
+"""These kernels add a bias and apply GELU in one pass, for linears whose GEMM has no epilogue of its own, and go back.
 
     erf:   gelu(x) = x * (1 + erf(x / sqrt(2))) / 2
     tanh:  gelu(x) = x * (1 + tanh(u)) / 2 = x * sigmoid(2 u),    u = sqrt(2 / pi) * (x + 0.044715 x^3)
 
 x, out: (T, I), fp32 / bf16 / fp16; bias: (I,). Arithmetic in float32. Bytes moved: 2 * T * I elements.
 Elementwise, so a row's bits do not depend on the batch.
+
+The backward pass starts at pre = x + bias, which the forward pass saved, and computes the activation again, since the
+gradient of the weight that comes next needs it:
+
+    grad_pre = grad * gelu'(pre),    activated = gelu(pre),    grad_bias = sum_t grad_pre
+    erf:   gelu'(x) = Phi(x) + x exp(-x^2 / 2) / sqrt(2 pi),    Phi(x) = (1 + erf(x / sqrt(2))) / 2
+    tanh:  gelu'(x) = s + x s (1 - s) 2 u',    s = sigmoid(2 u),    u' = sqrt(2 / pi) * (1 + 3 * 0.044715 x^2)
+    relu:  relu'(x) = 1 where x > 0, else 0
+
+Bytes moved: 4 * T * I elements. grad_bias is summed in two steps, in a fixed order, as `column_sums` says.
 
 Source: Hendrycks and Gimpel, "Gaussian Error Linear Units", 2016, arXiv:1606.08415.
 """
@@ -15,10 +25,15 @@ import torch
 import triton.language as tl
 
 from fastbert_kernels import configs, launch
+from fastbert_kernels.column_sums import column_sums, shares
 from fastbert_kernels.jit import jit
 
 SQRT_1_2 = tl.constexpr(0.7071067811865476)
 SQRT_2_OVER_PI = tl.constexpr(0.7978845608028654)
+SQRT_1_2PI = tl.constexpr(0.3989422804014327)
+HALF_LOG2_E = tl.constexpr(0.7213475204444817)
+STAGES = tl.constexpr(3)  # Copies of two tiles are under way while one is worked on.
+MAX_PROGRAMS = 768  # of the backward pass. It settles the order of sums, and is the same on every device.
 # What a is cut off at, then P(a) from the highest power down.
 LOG2_PHI_BF16 = tl.constexpr((14.0, -2.384121e-4, 4.932471e-3, -4.486147e-2, -0.46924147, -1.146512, -1.0003369))
 LOG2_PHI_FP16 = tl.constexpr(
@@ -31,6 +46,20 @@ LOG2_PHI_8 = tl.constexpr((14.0, -4.307371e-4, 6.8083083e-3, -5.1192082e-2, -0.4
 def gelu_erf(x):
     """Elementwise, float32."""
     return 0.5 * x * (1.0 + tl.erf(x * SQRT_1_2))
+
+
+@jit
+def _log2_phi(x, DTYPE: tl.constexpr):
+    """Returns (a, P(a)) for a = |x|, elementwise, float32: see gelu_erf_rounded."""
+    C: tl.constexpr = (
+        LOG2_PHI_8 if DTYPE.primitive_bitwidth == 8 else LOG2_PHI_FP16 if DTYPE.is_fp16() else LOG2_PHI_BF16
+    )
+    # Where a is cut off, 2^P is far below anything that can be seen in the result; infinity * 0 is kept out as well.
+    a = tl.minimum(tl.abs(x), C[0])
+    p = C[1] * a + C[2]
+    for i in tl.static_range(3, 8 if DTYPE.is_fp16() else 7):
+        p = p * a + C[i]
+    return a, p
 
 
 @jit
@@ -47,14 +76,7 @@ def gelu_erf_rounded(x, DTYPE: tl.constexpr):
     8 bits, whose steps are absolute or coarse: 8.5e-7, and 5.1e-4 from -4 on, 0.02 at -5.
     NaN stays NaN, infinity stays infinity, and minus infinity gives the limit, 0.
     """
-    C: tl.constexpr = (
-        LOG2_PHI_8 if DTYPE.primitive_bitwidth == 8 else LOG2_PHI_FP16 if DTYPE.is_fp16() else LOG2_PHI_BF16
-    )
-    # Where a is cut off, 2^P is far below anything that can be seen in the result; infinity * 0 is kept out as well.
-    a = tl.minimum(tl.abs(x), C[0])
-    p = C[1] * a + C[2]
-    for i in tl.static_range(3, 8 if DTYPE.is_fp16() else 7):
-        p = p * a + C[i]
+    a, p = _log2_phi(x, DTYPE)
     # A bare maximum would make 0 of NaN.
     return tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL) - a * tl.exp2(p)
 
@@ -74,6 +96,31 @@ def activate(x, ACTIVATION: tl.constexpr, DTYPE: tl.constexpr):
     elif ACTIVATION == "gelu_tanh":
         x = gelu_tanh(x)
     return x
+
+
+@jit
+def activate_with_slope(x, ACTIVATION: tl.constexpr, DTYPE: tl.constexpr):
+    """Returns (activation(x), its derivative at x), elementwise, in float32, for what is rounded to DTYPE."""
+    if ACTIVATION == "gelu":
+        density = SQRT_1_2PI * tl.exp2(-HALF_LOG2_E * x * x)
+        if DTYPE.is_fp32():
+            phi = 0.5 * (1.0 + tl.erf(x * SQRT_1_2))
+            y = gelu_erf(x)
+        else:
+            a, p = _log2_phi(x, DTYPE)
+            tail = tl.exp2(p)
+            phi = tl.where(x > 0.0, 1.0 - tail, tail)
+            y = tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL) - a * tail
+        slope = phi + x * density
+    elif ACTIVATION == "gelu_tanh":
+        s = tl.sigmoid(2.0 * (SQRT_2_OVER_PI * (x + 0.044715 * x * x * x)))
+        y = x * s
+        slope = s + y * (1.0 - s) * (2.0 * SQRT_2_OVER_PI) * (1.0 + 3.0 * 0.044715 * x * x)
+    else:
+        tl.static_assert(ACTIVATION == "relu")
+        y = tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
+        slope = tl.where(x > 0.0, 1.0, 0.0)
+    return y, slope
 
 
 @jit(do_not_specialize=["n_rows"])
@@ -103,6 +150,42 @@ def _bias_gelu_kernel(
     tl.store(out_ptr + out_offs, out.to(out_ptr.dtype.element_ty), mask=mask)
 
 
+@jit(do_not_specialize=["n_rows", "tiles_each"])
+def _activation_backward_kernel(
+    grad_ptr,  # (T, I)
+    pre_ptr,  # (T, I)
+    grad_pre_ptr,  # (T, I)
+    activated_ptr,  # (T, I)
+    partials_ptr,  # (P, I)
+    n_rows,
+    tiles_each,  # row tiles of a program
+    n_cols,
+    grad_row_stride,
+    pre_row_stride,
+    ACTIVATION: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLS: tl.constexpr,
+):
+    program = tl.program_id(0).to(tl.int64)
+    col_offs = tl.program_id(1) * BLOCK_COLS + tl.arange(0, BLOCK_COLS)
+    col_mask = col_offs < n_cols
+    sums = tl.zeros((BLOCK_ROWS, BLOCK_COLS), dtype=tl.float32)
+    for tile in tl.range(tiles_each, num_stages=STAGES):
+        row_offs = (program * tiles_each + tile) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+        mask = (row_offs < n_rows)[:, None] & col_mask[None, :]
+        grad_offs = row_offs[:, None] * grad_row_stride + col_offs[None, :]
+        pre_offs = row_offs[:, None] * pre_row_stride + col_offs[None, :]
+        grad = tl.load(grad_ptr + grad_offs, mask=mask, other=0.0).to(tl.float32)
+        pre = tl.load(pre_ptr + pre_offs, mask=mask, other=0.0).to(tl.float32)
+        activated, slope = activate_with_slope(pre, ACTIVATION, pre_ptr.dtype.element_ty)
+        grad_pre = grad * slope
+        offs = row_offs[:, None] * n_cols + col_offs[None, :]
+        tl.store(grad_pre_ptr + offs, grad_pre.to(grad_pre_ptr.dtype.element_ty), mask=mask)
+        tl.store(activated_ptr + offs, activated.to(activated_ptr.dtype.element_ty), mask=mask)
+        sums += grad_pre
+    tl.store(partials_ptr + program * n_cols + col_offs, tl.sum(sums, axis=0), mask=col_mask)
+
+
 def bias_gelu_forward(x: torch.Tensor, bias: torch.Tensor | None, activation: str) -> torch.Tensor:
     """Computes (T, I) -> (T, I) in x's dtype; activation "gelu" or "gelu_tanh". x needs unit stride along I."""
     n_rows, n_cols = x.shape
@@ -126,3 +209,38 @@ def bias_gelu_forward(x: torch.Tensor, bias: torch.Tensor | None, activation: st
         ACTIVATION=activation,
     )
     return out
+
+
+def activation_backward(
+    grad: torch.Tensor, pre: torch.Tensor, activation: str
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Returns (grad_pre, activated, grad_bias) from the gradient of activation(pre).
+
+    grad, pre: (T, I) of one dtype, with unit stride along I; activation "gelu", "gelu_tanh" or "relu". grad_pre and
+    activated = activation(pre) are (T, I) in that dtype; grad_bias, the sum of grad_pre over T, is (I,) float32.
+    """
+    n_rows, n_cols = pre.shape
+    grad_pre, activated = (launch.empty((n_rows, n_cols), like=pre) for _ in range(2))
+    config = configs.elementwise_backward_config(n_cols)
+    n_col_blocks = launch.cdiv(n_cols, config["BLOCK_COLS"])
+    n_programs, tiles_each = shares(n_rows, config["BLOCK_ROWS"], max(1, MAX_PROGRAMS // n_col_blocks))
+    partials = launch.empty((n_programs, n_cols), like=pre, dtype=torch.float32)
+    if n_rows > 0:
+        # Grid: one program per share of the row tiles and block of columns.
+        launch.run(
+            _activation_backward_kernel,
+            (n_programs, n_col_blocks),
+            config,
+            grad_ptr=grad,
+            pre_ptr=pre,
+            grad_pre_ptr=grad_pre,
+            activated_ptr=activated,
+            partials_ptr=partials,
+            n_rows=n_rows,
+            tiles_each=tiles_each,
+            n_cols=n_cols,
+            grad_row_stride=grad.stride(0),
+            pre_row_stride=pre.stride(0),
+            ACTIVATION=activation,
+        )
+    return grad_pre, activated, column_sums(partials)

@@ -1,6 +1,6 @@
 """This kernel is a linear layer with bias, GELU and residual in the GEMM's epilogue.
 
-    out = activation(x @ weight^T + bias) + residual
+    out = activation(x @ weight^T + bias) + residual,    for training also pre = x @ weight^T + bias
 
 x: (T, K), weight: (M, K) as torch.nn.Linear keeps it, bias: (M,), residual and out: (T, M); fp32 / bf16 / fp16, float32
 accumulator, the epilogue applied to it before the one rounding. fp32 multiplies in IEEE float32 unless TF32 is allowed.
@@ -22,7 +22,7 @@ import triton.language as tl
 from fastbert_kernels import configs, launch
 from fastbert_kernels.jit import jit
 from fastbert_kernels.linear_persistent import describable, linear_persistent_forward
-from fastbert_kernels.linear_tile import ALIGNMENT, epilogue, tile_of
+from fastbert_kernels.linear_tile import ALIGNMENT, add_bias, epilogue, tile_of
 
 
 @jit(do_not_specialize=["n_rows"])
@@ -32,6 +32,7 @@ def _linear_kernel(
     bias_ptr,  # (M,)
     residual_ptr,  # (T, M)
     out_ptr,  # (T, M)
+    pre_ptr,  # (T, M), with the rows of out, or None
     n_rows,
     n_cols,
     k_size,
@@ -74,9 +75,13 @@ def _linear_kernel(
         weight_ptrs += BLOCK_K
 
     mask = (row_offs < n_rows)[:, None] & (col_offs < n_cols)[None, :]
+    acc = add_bias(acc, bias_ptr, col_offs, n_cols, HAS_BIAS)
+    if pre_ptr is not None:
+        pre_offs = row_offs.to(tl.int64)[:, None] * out_row_stride + col_offs[None, :]
+        tl.store(pre_ptr + pre_offs, acc.to(pre_ptr.dtype.element_ty), mask=mask)
     out = epilogue(
-        acc, bias_ptr, residual_ptr, row_offs, col_offs, mask, n_cols, residual_row_stride, HAS_BIAS, ACTIVATION,
-        HAS_RESIDUAL, out_ptr.dtype.element_ty,
+        acc, residual_ptr, row_offs, col_offs, mask, residual_row_stride, ACTIVATION, HAS_RESIDUAL,
+        out_ptr.dtype.element_ty,
     )  # fmt: skip
     out_offs = row_offs.to(tl.int64)[:, None] * out_row_stride + col_offs[None, :]
     tl.store(out_ptr + out_offs, out.to(out_ptr.dtype.element_ty), mask=mask)
@@ -88,10 +93,13 @@ def linear_forward(
     bias: torch.Tensor | None,
     activation: str,
     residual: torch.Tensor | None = None,
+    pre: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Multiplies (T, K) -> (T, M) in x's dtype; activation "none", "gelu" or "gelu_tanh". Tensors have unit row stride.
 
-    Takes the kernel that configs.gemm names, or this file's where the weight's alignment rules tensor descriptors out.
+    pre: a contiguous tensor (T, M) in x's dtype, to fill with x @ weight^T + bias: what the backward pass of an
+    activation needs. Takes the kernel that configs.gemm names, or this file's where the weight's alignment rules tensor
+    descriptors out.
     """
     shape = x.shape[1], weight.shape[0]
     out = launch.empty((x.shape[0], weight.shape[0]), like=x)
@@ -104,12 +112,12 @@ def linear_forward(
     # Rows at odd addresses are copied: which kernel runs, in which specialisation, and with them the bits, must not
     # depend on where the rows lie, but on the weight alone.
     if gemm.ours == "linear_persistent":
-        if describable(weight) and describable(out):
+        if describable(weight) and describable(out) and (pre is None or describable(pre)):
             x = x if describable(x) else x.clone(memory_format=torch.contiguous_format)
-            return linear_persistent_forward(x, weight, bias, activation, residual, config, out)
+            return linear_persistent_forward(x, weight, bias, activation, residual, config, out, pre)
         config = configs.linear_config(x.dtype, arch, shape, epilogue_name).block_sizes
     x = x.clone(memory_format=torch.contiguous_format) if x.data_ptr() % ALIGNMENT else x
-    return linear_pointer_forward(x, weight, bias, activation, residual, config, out)
+    return linear_pointer_forward(x, weight, bias, activation, residual, config, out, pre)
 
 
 def linear_pointer_forward(
@@ -120,8 +128,9 @@ def linear_pointer_forward(
     residual: torch.Tensor | None,
     config: dict[str, int],
     out: torch.Tensor,
+    pre: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Fills out, (T, M) with T > 0, by the kernel of this file; config is the tile."""
+    """Fills out and pre, (T, M) with T > 0, by the kernel of this file; config is the tile."""
     n_rows, k_size = x.shape
     n_cols = weight.shape[0]
     n_tiles = launch.cdiv(n_rows, config["BLOCK_ROWS"]) * launch.cdiv(n_cols, config["BLOCK_COLS"])
@@ -135,6 +144,7 @@ def linear_pointer_forward(
         bias_ptr=bias,
         residual_ptr=residual,
         out_ptr=out,
+        pre_ptr=pre,
         n_rows=n_rows,
         n_cols=n_cols,
         k_size=k_size,

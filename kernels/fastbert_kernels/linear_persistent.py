@@ -1,6 +1,6 @@
 """This is linear.py's layer as a persistent kernel on tensor descriptors, for GPUs of compute capability 9.0 on.
 
-    out = activation(x @ weight^T + bias) + residual
+    out = activation(x @ weight^T + bias) + residual,    for training also pre = x @ weight^T + bias
 
 x: (T, K), weight: (M, K), bias: (M,), residual and out: (T, M), bf16 or fp16, float32 accumulator, one rounding. FLOPs
 and bytes are those of linear.py. Tiles are loaded and stored by the tensor memory accelerator, which wants bases and
@@ -26,7 +26,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastbert_kernels import launch
 from fastbert_kernels.jit import jit
-from fastbert_kernels.linear_tile import ALIGNMENT, epilogue, tile_of
+from fastbert_kernels.linear_tile import ALIGNMENT, add_bias, epilogue, tile_of
 
 
 @jit(do_not_specialize=["n_rows"])
@@ -36,6 +36,7 @@ def _linear_persistent_kernel(
     bias_ptr,  # (M,)
     residual_ptr,  # (T, M)
     out_desc,  # (T, M) in blocks of (BLOCK_ROWS, BLOCK_COLS)
+    pre_desc,  # the same, or None
     n_rows,
     n_cols,
     k_size,
@@ -68,10 +69,12 @@ def _linear_persistent_kernel(
 
         row_offs, col_offs = row + tl.arange(0, BLOCK_ROWS), col + tl.arange(0, BLOCK_COLS)
         mask = (row_offs < n_rows)[:, None] & (col_offs < n_cols)[None, :]
+        acc = add_bias(acc, bias_ptr, col_offs, n_cols, HAS_BIAS)
+        if pre_desc is not None:
+            pre_desc.store([row, col], acc.to(pre_desc.dtype))
         out = epilogue(
-            acc, bias_ptr, residual_ptr, row_offs, col_offs, mask, n_cols, residual_row_stride, HAS_BIAS, ACTIVATION,
-            HAS_RESIDUAL, out_desc.dtype,
-        )  # fmt: skip
+            acc, residual_ptr, row_offs, col_offs, mask, residual_row_stride, ACTIVATION, HAS_RESIDUAL, out_desc.dtype
+        )
         out_desc.store([row, col], out.to(out_desc.dtype))
 
 
@@ -96,8 +99,9 @@ def linear_persistent_forward(
     residual: torch.Tensor | None,
     config: dict[str, int],
     out: torch.Tensor,
+    pre: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Fills out, (T, M) with T > 0. x, weight and out must be describable; config is the tile."""
+    """Fills out and pre, (T, M) with T > 0. x, weight, out and pre must be describable; config is the tile."""
     n_rows, k_size = x.shape
     n_cols = weight.shape[0]
     n_tiles = launch.cdiv(n_rows, config["BLOCK_ROWS"]) * launch.cdiv(n_cols, config["BLOCK_COLS"])
@@ -111,6 +115,7 @@ def linear_persistent_forward(
         bias_ptr=bias,
         residual_ptr=residual,
         out_desc=descriptor(out, config["BLOCK_ROWS"], config["BLOCK_COLS"]),
+        pre_desc=None if pre is None else descriptor(pre, config["BLOCK_ROWS"], config["BLOCK_COLS"]),
         n_rows=n_rows,
         n_cols=n_cols,
         k_size=k_size,

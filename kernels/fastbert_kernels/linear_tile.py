@@ -20,23 +20,26 @@ def tile_of(index, n_row_blocks, n_col_blocks, GROUP_ROWS: tl.constexpr):
 
 
 @jit
+def add_bias(acc, bias_ptr, col_offs, n_cols, HAS_BIAS: tl.constexpr):
+    """Adds the bias to the sums (BLOCK_ROWS, BLOCK_COLS), in float32."""
+    if HAS_BIAS:
+        acc += tl.load(bias_ptr + col_offs, mask=col_offs < n_cols, other=0.0).to(tl.float32)[None, :]
+    return acc
+
+
+@jit
 def epilogue(
-    acc,  # (BLOCK_ROWS, BLOCK_COLS) float32
-    bias_ptr,  # (M,)
+    acc,  # (BLOCK_ROWS, BLOCK_COLS) float32, with the bias
     residual_ptr,  # (T, M)
     row_offs,  # (BLOCK_ROWS,)
     col_offs,  # (BLOCK_COLS,)
     mask,  # (BLOCK_ROWS, BLOCK_COLS)
-    n_cols,
     residual_row_stride,
-    HAS_BIAS: tl.constexpr,
     ACTIVATION: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     DTYPE: tl.constexpr,  # of the output
 ):
-    """activation(acc + bias) + residual, in float32."""
-    if HAS_BIAS:
-        acc += tl.load(bias_ptr + col_offs, mask=col_offs < n_cols, other=0.0).to(tl.float32)[None, :]
+    """activation(acc) + residual, in float32."""
     out = activate(acc, ACTIVATION, DTYPE)
     if HAS_RESIDUAL:
         residual_offs = row_offs.to(tl.int64)[:, None] * residual_row_stride + col_offs[None, :]

@@ -227,36 +227,6 @@ def test_recorded_outputs_of_the_original_forward() -> None:
     assert len(output.hidden_states) == len(expected.hidden_states) == 3
 
 
-def test_training_mode_runs_as_before_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
-    """Catches training without dropout, and gradient checkpointing that never happens."""
-    original, model = pair("BertForSequenceClassification", dtype=torch.float32)
-    for each in (original, model):
-        each.train()
-        each.gradient_checkpointing_enable()
-    batch = {**make_batch(), "labels": torch.tensor([0, 1, 2, 0])}
-    losses = []
-    with caplog.at_level(logging.WARNING, "fastbert"):
-        for each in (original, model):
-            torch.manual_seed(3)
-            losses.append(each(**batch).loss)
-            losses[-1].backward()
-    assert torch.equal(*losses)
-    assert "training mode" in caplog.text
-    for (name, ours), other in zip(model.named_parameters(), original.parameters(), strict=True):
-        assert torch.equal(ours.grad, other.grad), name
-    model.eval()
-    run(model, make_batch())
-    assert counts(model)["fastbert"] == 1
-
-
-def test_a_part_in_training_mode_runs_as_before() -> None:
-    """Catches Monte Carlo dropout that is no longer there."""
-    _, model = pair(dtype=torch.float32)
-    model.encoder.layer[1].output.dropout.train()
-    assert not torch.equal(run(model, make_batch())[0], run(model, make_batch())[0])
-    assert counts(model) == {"dropout inside is in training mode": 2}
-
-
 def test_gradients_in_eval_mode() -> None:
     """Catches gradients that stop at the engine, or go to a copy of the weights."""
     original, model = pair()

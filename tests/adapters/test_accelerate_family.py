@@ -183,27 +183,6 @@ def test_what_is_not_known_runs_as_before(model_type: str) -> None:
 
 
 @pytest.mark.parametrize("model_type", KINDS)
-def test_training_mode_runs_as_before(model_type: str) -> None:
-    """Catches training without dropout, in the whole model or in one part of it."""
-    original, model = pair(model_type, "BertForTokenClassification")
-    outputs = []
-    for each in (original, model):
-        each.train()
-        torch.manual_seed(3)
-        outputs.append(each(**make_batch(model_type)).logits)
-    assert torch.equal(*outputs)
-    reason = "training mode (kernels with dropout and gradients are not here yet)"
-    assert counts(model) == {reason: 1}
-    model.eval()
-    dropouts = [module for module in model.base_model.modules() if type(module) is nn.Dropout]
-    for dropout in dropouts:
-        dropout.train()
-        run(model, make_batch(model_type))
-        dropout.eval()
-    assert counts(model) == {reason: 1, "dropout inside is in training mode": len(dropouts)}
-
-
-@pytest.mark.parametrize("model_type", KINDS)
 def test_same_object_copies_and_restore(model_type: str) -> None:
     """Catches a second copy of the weights, other names, a copy that runs as before or cannot be restored."""
     original = in_dtype(theirs(model_type, "BertForTokenClassification"), torch.float64)

@@ -151,7 +151,7 @@ def test_what_would_never_run_here_is_said_at_once(name: str, reason: str, caplo
 
 
 def test_what_runs_here_is_no_news(caplog: pytest.LogCaptureFixture, minilm: Path) -> None:
-    """Catches a warning for a model that is fast, or that is only in training mode as it was made."""
+    """Catches a warning for a model that is fast, in training mode as it was made or in eval mode."""
     with caplog.at_level(logging.WARNING, "fastbert"):
         for name in ("BertModel", "BertForSequenceClassification"):
             fastbert.accelerate(copy.deepcopy(theirs(name)))

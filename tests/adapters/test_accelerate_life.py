@@ -170,9 +170,9 @@ def test_explain_and_warmup() -> None:
     assert report.calls == {"fastbert": 1, "attentions are requested": 1}
     assert "1 fastbert, 1 attentions are requested" in str(report) and report.model == "BertForMaskedLM"
     assert {row.op for row in report.rows} >= {"embedding", "linear", "attention", "layer_norm"}
-    model.train()
-    assert "at the moment every call runs as before: training mode" in str(fastbert.explain(model))
-    model.eval()
+    model.config.is_decoder = True
+    assert "at the moment every call runs as before: decoder mode" in str(fastbert.explain(model))
+    model.config.is_decoder = False
     assert fastbert.warmup(model).model == "BertForMaskedLM"
     assert str(fastbert.explain(model, arch=90, dtype="bfloat16")).count("triton") > 3
     fastbert.restore(model)

@@ -258,6 +258,29 @@ def test_forward_of_the_pipeline(tiny_folder: Path) -> None:
     assert counts(model) == {"fastbert": 1}
 
 
+def test_features_that_were_used_before(tiny_folder: Path) -> None:
+    """Catches vectors among the features, as a guide gets them after the model, that make a call run as before."""
+    plain, model = both(tiny(tiny_folder).eval())
+    features, vectors = [model.tokenize(TEXTS) for _ in range(2)], []
+    with torch.no_grad():
+        for each, its in zip((plain, model), features, strict=True):
+            vectors.append([each(its)["sentence_embedding"] for _ in range(2)])
+    assert torch.equal(*vectors[1]) and torch.allclose(vectors[0][1], vectors[1][1], 1e-5, 1e-6)
+    assert counts(model) == {"fastbert": 2}
+
+
+def test_forward_that_was_put_back(tiny_folder: Path) -> None:
+    """Catches an `encode` that runs as before for good, after a loss has decorated `forward` and undone it."""
+    _, model = both(tiny(tiny_folder))
+    model.forward = model.forward
+    model.encode(TEXTS)
+    assert counts(model)["fastbert"] >= 1 and set(counts(model)) == {"fastbert"}
+    model.forward = lambda features: features
+    with pytest.raises(KeyError):
+        model.encode(TEXTS)
+    assert counts(model)["a module has hooks or a forward of its own"] == 1
+
+
 def test_what_has_no_covered_model(tiny_folder: Path, minilm: Path) -> None:
     """Catches a SentenceTransformer that is half changed, around a model of a family that is not covered."""
     model = tiny(tiny_folder)

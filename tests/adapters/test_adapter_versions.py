@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import sys
 from types import SimpleNamespace
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from torch.utils.checkpoint import checkpoint
 
 from fastbert.adapters import versions
 from fastbert.adapters.covered import COVERED, find
@@ -85,7 +87,10 @@ def test_hooks_of_transformers_itself() -> None:
     def users(*_: Any) -> None:
         """Somebody's hook."""
 
-    assert not versions.is_harmless(users)
+    def make_inputs_require_grad(*_: Any) -> None:
+        """PEFT's, for models that have no `enable_input_require_grads`."""
+
+    assert not versions.is_harmless(users) and versions.is_harmless(make_inputs_require_grad)
     model = transformers.BertModel(theirs().config)
     model.eval()
     run(model, make_batch(), output_attentions=True, output_hidden_states=True)
@@ -211,3 +216,48 @@ def test_registries_of_attention() -> None:
     assert (len(registries) == 2) == (MAJOR >= 5)
     assert all("sdpa" in {**everywhere, **local} for local, everywhere in registries)
     assert versions.attention_registries(torch) == ()
+
+
+def test_where_the_probability_of_attention_is(major: int) -> None:
+    """Catches dropout of attention with another probability than the original's, or in another module's mode."""
+    plain = SimpleNamespace(dropout=SimpleNamespace(p=0.3))
+    assert versions.attention_dropout(plain) == (plain.dropout, "p", plain.dropout if major == 4 else plain)
+    of_sdpa = SimpleNamespace(dropout=SimpleNamespace(p=0.3), dropout_prob=0.2)
+    assert versions.attention_dropout(of_sdpa) == (of_sdpa, "dropout_prob", of_sdpa)
+
+
+def test_where_the_original_drops_out_in_attention() -> None:
+    """Catches an entry that names another mode, or another probability, than the installed version reads."""
+    model = transformers.BertModel(theirs().config).eval()
+    attention = model.encoder.layer[0].attention.self
+    holder, name, moded = versions.attention_dropout(attention)
+    setattr(holder, name, 0.5)
+    outputs = []
+    for mode in (False, True):
+        moded.training = mode
+        outputs += [run(model, make_batch())[0] for _ in range(2)]
+    assert torch.equal(*outputs[:2]) and not torch.equal(*outputs[2:])
+
+
+def test_which_layers_are_checkpointed() -> None:
+    """Catches checkpointing that is overlooked, that happens in eval mode, or that goes on when it is switched off."""
+    model = transformers.BertModel(theirs().config)
+    layers = list(model.encoder.layer)
+    assert [versions.checkpointing(model.encoder, layer) for layer in layers] == [None, None]
+    model.train().gradient_checkpointing_enable()
+    functions = [versions.checkpointing(model.encoder, layer) for layer in layers]
+    assert None not in functions
+    assert versions.checkpointing(model.eval().encoder, layers[0]) is None
+    model.train().gradient_checkpointing_disable()
+    assert versions.checkpointing(model.encoder, layers[0]) is None
+    old = SimpleNamespace(training=True, gradient_checkpointing=True, _gradient_checkpointing_func=len)
+    assert versions.checkpointing(old, torch.nn.Identity()) is len
+
+
+def test_checkpointing_is_not_reentrant() -> None:
+    """Catches the reentrant kind, under which no gradient reaches the layers above frozen embeddings."""
+    for function in (checkpoint, functools.partial(checkpoint, use_reentrant=True), functools.partial(checkpoint)):
+        partial = versions.non_reentrant(function)
+        assert isinstance(partial, functools.partial)
+        assert partial.func is checkpoint and partial.keywords == {"use_reentrant": False}
+    assert versions.non_reentrant(None) is None and versions.non_reentrant(len) is len

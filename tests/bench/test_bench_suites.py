@@ -23,6 +23,7 @@ import suite_model  # noqa: E402
 import suite_quantized  # noqa: E402
 import suite_start  # noqa: E402
 import suite_text  # noqa: E402
+import suite_train  # noqa: E402
 import suites  # noqa: E402
 from session import Session  # noqa: E402
 from suites import Built, Case, Deadline, Recorder, Schedule, Work, run_case, run_cases  # noqa: E402
@@ -211,7 +212,7 @@ def test_every_case_has_its_own_name():
     for device_type in "cpu", "cuda":
         names = [
             case.name
-            for suite in (suite_kernels, suite_quantized, suite_model, suite_text)
+            for suite in (suite_kernels, suite_quantized, suite_model, suite_text, suite_train)
             for case in suite.cases(device_type)
         ]
         assert len(set(names)) == len(names) > 0

@@ -128,7 +128,10 @@ def test_verify(
     report = json.loads(capsys.readouterr().out)
     assert report["dtype"] == "bfloat16" and report["states"][1]["name"] == "bert.encoder.layer.0"
     assert main(["verify", models.plain, "--device", "cpu"]) == 0
-    assert "random token ids" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "random token ids" in printed and "Gradients" not in printed
+    assert main(["verify", models.plain, "--device", "cpu", "--gradients"]) == 0
+    assert "gradients: the worst part is " in capsys.readouterr().out
 
     from fastbert import ops
 

@@ -102,7 +102,7 @@ def test_logits_of_heads(name: str, dtype: torch.dtype, device: torch.device, mo
     assert last.eager_error > 0 and last.alone is not None
     task = re.sub(r"(?<!^)(?=[A-Z])", "_", name.removeprefix("BertFor")).lower().replace("masked_l_m", "masked_lm")
     task = task.replace("next_sentence_prediction", "next_sentence").replace("pre_training", "pre_training")
-    rows = verify_run._padded([(torch.tensor(ids), torch.zeros(len(ids), dtype=torch.int64)) for ids in IDS])
+    rows = verify_run.padded([(torch.tensor(ids), torch.zeros(len(ids), dtype=torch.int64)) for ids in IDS])
     inputs = tuple(x[:, None] for x in rows) if task == "multiple_choice" else rows
     parameters = {n: p.detach().cpu().double() for n, p in model.named_parameters()}
     parameters |= {n: p for n, p in parameters.items() if not n.startswith("bert.")}

@@ -104,12 +104,12 @@ def test_refused_in_training() -> None:
         model.train()(ids)
     x = torch.randn(9, 3 * 64, requires_grad=True)
     with pytest.raises(BackendError, match="batch_invariant: attention: dropout"):
-        ops.varlen_attention(x, from_cu_seqlens(cu_seqlens_of([9]), 9, CPU), 2, dropout_p=0.1, policy=INVARIANT)
+        ops.varlen_attention(x, from_cu_seqlens(cu_seqlens_of([9]), 9, CPU), 2, dropout=0.1, policy=INVARIANT)
     with pytest.raises(BackendError, match="batch_invariant: pooling: gradients are needed"):
         ops.pool(x, cu_seqlens_of([9]), policy=INVARIANT)
     with pytest.raises(BackendError, match="batch_invariant: layer_norm: dropout"):
         w = torch.randn(64)
-        ops.linear_residual_layer_norm(x, torch.randn(64, 192), w, x[:, :64], w, w, 1e-12, dropout_p=0.1,
+        ops.linear_residual_layer_norm(x, torch.randn(64, 192), w, x[:, :64], w, w, 1e-12, dropout=0.1,
                                        policy=INVARIANT)  # fmt: skip
 
 

@@ -81,7 +81,10 @@ def test_every_row_is_in_one_list(lengths: list[int]) -> None:
         assert short is not None
         rows = []
         for tiles, block_q, is_short in zip(
-            ops.attention.host_work_lists(batch, dtype, head_size, INVARIANT), (whole, 16), (False, True), strict=True
+            ops.attention_plan.host_work_lists(batch, dtype, head_size, INVARIANT),
+            (whole, 16),
+            (False, True),
+            strict=True,
         ):
             assert tiles is not None and tiles.dtype == torch.int32
             for first_row, end_row, seq, end_seq in tiles.tolist():
@@ -162,7 +165,7 @@ def test_a_table_with_small_tiles(monkeypatch: pytest.MonkeyPatch, device: torch
     try:
         assert configs.short_attention_config(torch.float32, 16, 80) is None
         check("small tiles", [1, 20, 7], 2, 16, torch.float32, device, INVARIANT)
-        assert ops.attention.max_tiles(100, torch.float32, 16, device, INVARIANT)[1] is None
+        assert ops.attention_plan.max_tiles(100, torch.float32, 16, device, INVARIANT)[1] is None
     finally:
         configs._short_attention.cache_clear()
 

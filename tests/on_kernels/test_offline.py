@@ -29,8 +29,8 @@ def tile(**changes):
     sizes = dict(BLOCK_Q=128, BLOCK_K=64, BLOCK_D=32, num_warps=8, num_stages=3)
     return lambda dtype, head_size, for_arch: configs.Config({**sizes, **changes}, "planted")
 
-def upcast(x, weight, bias, activation, residual=None, forward=linear.linear_forward):
-    return forward(x.float(), weight.float(), bias, activation, residual)
+def upcast(x, weight, bias, activation, residual=None, pre=None, forward=linear.linear_forward):
+    return forward(x.float(), weight.float(), bias, activation, residual, None if pre is None else pre.float())
 
 def die(source, compile=triton.compile, **kwargs):
     if "gelu" in source.constants.values():

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastbert import ops
-from fastbert.ops import attention, packing
+from fastbert.ops import attention_plan, groups, packing
 from fastbert.pipelines.batching import in_batches
 from fastbert.text.encoding import PackedEncoding
 from helpers import cu_seqlens_of
@@ -38,7 +38,7 @@ class Copies(TorchDispatchMode):
             self.by_us.append(tensor.numel())
             return moved
 
-        for module in (packing, attention):
+        for module in (packing, groups, attention_plan):
             monkeypatch.setattr(module, "to_device", to_device)
 
     def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -83,14 +83,14 @@ def test_work_lists(batch_invariant: bool, copies: Copies) -> None:
     policy = ops.Policy("triton", strict=True, batch_invariant=batch_invariant)
     with copies:
         batch = packing.from_lengths(LENGTHS, META)
-        attention._triton_plan(batch, torch.bfloat16, 64, policy)
+        attention_plan.triton_plan(batch, torch.bfloat16, 64, policy)
     assert copies.others == [] and len(copies.by_us) == 2 + batch_invariant
 
 
 def test_groups_of_the_plain_path(copies: Copies) -> None:
     """Catches rows of equal lengths, 8 bytes a token, copied while the host waits."""
     with copies:
-        attention.group_by_length(cu_seqlens_of([3, 5, 3, 5]), META)
+        groups.group_by_length(cu_seqlens_of([3, 5, 3, 5]), META)
     assert copies.others == [] and copies.by_us
 
 

@@ -16,7 +16,6 @@ from fastbert.ops import Policy, attention, pool, varlen_attention
 from fastbert.ops.packing import from_cu_seqlens
 from fastbert_kernels import cpu
 from helpers import (
-    Outputs,
     assert_as_accurate,
     cu_seqlens_of,
     docstrings,
@@ -33,14 +32,6 @@ ACTIVATED = {
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
     "relu": F.relu,
 }
-
-
-@pytest.fixture
-def outputs(monkeypatch):
-    """Outputs full of NaN, between guard bands."""
-    buffers = Outputs()
-    monkeypatch.setattr(cpu.library, "empty", buffers.empty)
-    return buffers
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no compiler")

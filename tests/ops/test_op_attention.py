@@ -135,7 +135,7 @@ def test_gradient_under_triton(device):
         (8, torch.float32, 0.0, "head size 8 is not from 16 to 128"),
         (160, torch.float32, 0.0, "head size 160 is not from 16 to 128"),
         (32, torch.float64, 0.0, "there are no Triton kernels for torch.float64"),
-        (32, torch.float32, 0.1, r"dropout \(p = 0.1\) has no Triton kernel yet"),
+        (32, torch.float32, 0.1, r"dropout \(p = 0.1\) that PyTorch draws has no Triton kernel"),
     ],
 )
 def test_what_the_kernel_cannot_do(head_size, dtype, dropout_p, reason, device, caplog):
@@ -143,8 +143,8 @@ def test_what_the_kernel_cannot_do(head_size, dtype, dropout_p, reason, device, 
     batch = packing.from_cu_seqlens(cu_seqlens_of([6]), 6, device)
     qkv = torch.randn(6, 3 * 2 * head_size, device=device, dtype=dtype)
     with pytest.raises(BackendError, match=reason):
-        ops.varlen_attention(qkv, batch, 2, dropout_p=dropout_p, policy=TRITON)
-    out = ops.varlen_attention(qkv, batch, 2, dropout_p=dropout_p, policy=Policy("triton"))
+        ops.varlen_attention(qkv, batch, 2, dropout=dropout_p, policy=TRITON)
+    out = ops.varlen_attention(qkv, batch, 2, dropout=dropout_p, policy=Policy("triton"))
     assert out.shape == (6, 2 * head_size) and out.isfinite().all()
 
 

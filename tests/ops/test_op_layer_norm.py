@@ -103,7 +103,7 @@ def test_dropout_acts_before_the_residual():
     """Catches dropout applied to the residual too, or not at all."""
     x, _, _, weight, ln_bias = inputs(400, 32, torch.float64, torch.device("cpu"))
     residual = torch.full_like(x, 100.0)
-    out = ops.bias_residual_layer_norm(x, None, residual, weight, ln_bias, 1e-5, dropout_p=0.5)
+    out = ops.bias_residual_layer_norm(x, None, residual, weight, ln_bias, 1e-5, dropout=0.5)
     normal = ops.bias_residual_layer_norm(x, None, residual, weight, ln_bias, 1e-5)
     assert not torch.allclose(out, normal)
     # A dropped x leaves the residual: rows without any kept x would be constant, rows with dropped residual far apart.

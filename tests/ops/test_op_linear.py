@@ -71,6 +71,23 @@ def test_kernel_with_residual(n_rows, k, n_cols, dtype, with_bias, device, poiso
     poisoned.check()
 
 
+@pytest.mark.parametrize("activation", ["none", "gelu", "gelu_tanh"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("n_rows", "k", "n_cols"), [(1, 32, 48), (140, 96, 136), (33, 50, 67)])
+def test_kernel_stores_the_pre_activation(n_rows, k, n_cols, dtype, activation, device, poisoned):
+    """Catches a pre-activation without bias, after the activation or left out at an edge; or another result with it."""
+    from fastbert_kernels import launch
+    from fastbert_kernels.linear import linear_forward
+
+    x, weight, bias = inputs(n_rows, k, n_cols, dtype, device)
+    pre = launch.empty((n_rows, n_cols), like=x)
+    for b in (bias, None):
+        out = linear_forward(x, weight, b, activation, pre=pre)
+        check("pre", (x, weight, b), "none", pre)
+        assert torch.equal(out, linear_forward(x, weight, b, activation))
+    poisoned.check()
+
+
 def test_one_compiled_kernel_for_all_shapes():
     """Catches a size of a weight that is compiled in, so that every linear compiles a kernel of its own."""
     from fastbert_kernels import launch

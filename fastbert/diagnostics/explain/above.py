@@ -19,7 +19,7 @@ from fastbert.engine.arithmetic import Modules
 from fastbert.models.bert import BertModel
 from fastbert.models.encoded import Encoded
 from fastbert.models.pretrained import PreTrainedModel
-from fastbert.ops import Policy, attention, recording
+from fastbert.ops import Policy, attention_plan, recording
 from fastbert.ops.dispatch import Decision
 from fastbert.ops.packing import PackedBatch
 from fastbert.ops.quantized import DTYPES, Quantized
@@ -90,7 +90,7 @@ def run_in_8_bits(bert: Any, dry: DryRun, batch: PackedBatch, backend: str) -> T
     policy = bert.policy
     set_policy(bert, Policy("torch" if backend == "cpu" else backend))
     plan = recording.stand_in((batch.n_tokens,), torch.int32), recording.stand_in((1, 4), torch.int32), None
-    batch = attention.with_plan(batch, dry.dtype, bert.config.head_size, bert.policy, plan)
+    batch = attention_plan.with_plan(batch, dry.dtype, bert.config.head_size, bert.policy, plan)
     arithmetic: Any = quantized.EightBit()
     arithmetic.weights = _EightBitWeights(dry)
     with dry.inside(bert.embeddings.__dict__["place"]):

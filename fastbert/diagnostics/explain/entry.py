@@ -5,12 +5,13 @@ Nothing runs on data. The model's own code runs once on stand-ins, and its opera
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
 
 from fastbert import adapters
-from fastbert.diagnostics.explain import above
+from fastbert.diagnostics.explain import above, training
 from fastbert.diagnostics.explain import costs as explain_costs
 from fastbert.diagnostics.explain import notes as explain_notes
 from fastbert.diagnostics.explain.dry_run import Question
@@ -81,6 +82,7 @@ def explain(
         here = all(asked is None for asked in (device, cast, backend, arch))
         itemsize = question.dtype.itemsize
         rows, costs = explain_costs.with_costs(rows, batch, model, backbone(inner), itemsize, here, tokenizer)
+        costs = dataclasses.replace(costs, kept_bytes=training.kept_by_a_batch(question, costs.n_tokens))
     notes = [*explain_notes.notes_of(question, eight_bit, rows)]
     if outer is not model:
         notes += adapters.notes(model)

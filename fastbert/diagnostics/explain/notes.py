@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from fastbert.diagnostics.explain import above
+from fastbert.diagnostics.explain import above, training
 from fastbert.diagnostics.explain.dry_run import Question
 from fastbert.diagnostics.explain.model import backbone, float32_precision
 from fastbert.diagnostics.explain.report import OpReport
@@ -33,6 +33,7 @@ def notes_of(question: Question, eight_bit: Decision | None, rows: Iterable[OpRe
     if names:
         cost = "rows are padded for them and packed again, which costs time, and nothing is fused there"
         yield f"{listed(names)} has hooks or a forward of its own: {cost}"
+    yield from training.notes(question)
     yield from _launches(question, rows)
     if device.type == "cpu":
         yield _one_call(question, eight_bit)

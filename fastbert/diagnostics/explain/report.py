@@ -63,6 +63,7 @@ class BatchReport:
     takes some numbers of rows alone. padded_tokens: with every sequence padded to the longest; padded_sorted: sorted by
     length and padded 32 at a time. flops, bytes_moved: estimates over all operations; padded_flops, padded_bytes: the
     same if every sequence were padded to the longest. n_truncated: texts that are longer than the model reads.
+    kept_bytes: what the layers keep for the backward pass, of a model in training mode; None for others.
     """
 
     n_sequences: int
@@ -76,6 +77,7 @@ class BatchReport:
     padded_flops: int
     padded_bytes: int
     n_truncated: int = 0
+    kept_bytes: int | None = None
 
     @property
     def padding_avoided(self) -> float:
@@ -85,12 +87,13 @@ class BatchReport:
     def __str__(self) -> str:
         rows = f", computed in {self.rows:,} rows" if self.rows != self.n_tokens else ""
         cut = f" ({self.n_truncated} cut)" if self.n_truncated else ""
+        kept = "" if self.kept_bytes is None else f"\nkept for the backward pass: {amount(self.kept_bytes)}B"
         return (
             f"batch: {self.n_sequences:,} sequences{cut}, {self.n_tokens:,} tokens{rows}; padded to the longest, "
             f"{self.longest:,}, it would be {self.padded_tokens:,} tokens: {self.padding_avoided:.1%} avoided "
             f"(sorted and padded {SORTED} at a time: {self.padded_sorted:,})\n"
             f"estimated: {amount(self.flops)}FLOP, {amount(self.bytes_moved)}B; padded to the longest "
-            f"{amount(self.padded_flops)}FLOP, {amount(self.padded_bytes)}B"
+            f"{amount(self.padded_flops)}FLOP, {amount(self.padded_bytes)}B{kept}"
         )
 
 

@@ -11,6 +11,11 @@ FACTOR_OF_VECTORS = 2.0
 FACTOR_ALONE_16, FACTOR_ALONE_32, FACTOR_ALONE_FEW = 1.5, 2.0, 3.0
 # A head that gives few numbers for each text: divided by the square root of how many numbers there are in all.
 SCATTER = 10.0
+# Gradients, of the whole model and of a part: FACTOR times eager's error and so many units of the dtype's epsilon. One
+# parameter may have so many times that: few of its numbers, a LayerNorm's weight of an outlier as a rule, make most of
+# its error, and chance rules them. Among right models the largest excess was 2.5 times in 32 bits, 1.4 in 16.
+FLOOR_OF_GRADIENTS_16, FLOOR_OF_GRADIENTS_32 = 1.0, 2.0
+FACTOR_OF_ONE_PARAMETER_16, FACTOR_OF_ONE_PARAMETER_32 = 2.0, 3.0
 # Eager in float64 is the reference itself, and gives no bound.
 BOUND_IN_FLOAT64 = 1e-10
 # Where eager overflows: the relative error sqrt(2 * (1 - cosine)) at a cosine of 0.999.

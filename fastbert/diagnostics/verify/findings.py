@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from fastbert.diagnostics.verify.bounds import ENOUGH_TEXTS, LEAST_COSINE, LEAST_SPEARMAN
+from fastbert.diagnostics.verify.gradient_findings import GradientsReport
 from fastbert.pages.document import NO_VALUE, Line, Table
 
 HEADS = (
@@ -193,7 +194,8 @@ class Findings:
     weights: parameters that are not finite; where there are any, nothing was run and `states` is empty.
     states: the embeddings, each layer, the pooler if there is one, and what a SentenceEncoder makes of them.
     vectors: cosines and neighbours of the texts. quantized: for a model that runs in 8 bits. last: the last hidden
-    state where nobody asks for the others: it then runs by a CUDA graph, or on a CPU in one call.
+    state where nobody asks for the others: it then runs by a CUDA graph, or on a CPU in one call. gradients: where they
+    were asked for.
     """
 
     model: str
@@ -208,10 +210,12 @@ class Findings:
     quantized: QuantizedReport | None = None
     vectors: VectorReport | None = None
     last: StateReport | None = None
+    gradients: GradientsReport | None = None
 
     @property
     def ok(self) -> bool:
-        return not self.weights and all(state.ok for state in self.outputs) and not self.quantized_problems
+        right = not self.weights and all(state.ok for state in self.outputs) and not self.quantized_problems
+        return right and not self.gradient_problems
 
     def __bool__(self) -> bool:
         return self.ok
@@ -228,10 +232,16 @@ class Findings:
         return [] if problem is None else [problem]
 
     @property
+    def gradient_problems(self) -> list[str]:
+        """The problem with gradients, if there is one."""
+        problem = None if self.gradients is None else self.gradients.problem
+        return [] if problem is None else [problem]
+
+    @property
     def problems(self) -> list[str]:
-        """Texts that say what is wrong: every parameter that is not finite, or the first part that is off."""
+        """Texts that say what is wrong: NaN in weights, or the first part and gradient that are off."""
         wrong = [f"{state.name} is the first that is wrong: {state.problem}" for state in self.outputs if not state.ok]
-        return [*map(str, self.weights), *wrong[:1], *self.quantized_problems]
+        return [*map(str, self.weights), *wrong[:1], *self.quantized_problems, *self.gradient_problems]
 
     def table(self) -> Table:
         """The errors and cosines of all outputs, a line for each."""

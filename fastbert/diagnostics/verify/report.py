@@ -25,6 +25,12 @@ class Report(Findings):
             entry |= {"ok": state.ok, "problem": state.problem, "times_eager": _for_json(state.times_eager)}
             if state.alone is not None:
                 entry["alone"]["times_eager"] = _for_json(state.alone.times_eager)
+        if self.gradients is not None:
+            for kind in ("parameters", "parts"):
+                for entry, report in zip(values["gradients"][kind], getattr(self.gradients, kind), strict=True):
+                    entry |= {"ok": report.ok, "times_eager": _for_json(report.times_eager)}
+            worst = self.gradients.worst_part.name, self.gradients.worst_parameter.name
+            values["gradients"] |= {"worst_part": worst[0], "worst_parameter": worst[1]}
         return {"ok": self.ok, "problems": self.problems, **values}
 
     def to_html(self) -> str:
@@ -36,6 +42,9 @@ class Report(Findings):
         if self.vectors is not None:
             tables.append(self.vectors.table())
         costs = [] if self.quantized is None or self.quantized_problems else [str(self.quantized)]
+        if self.gradients is not None:
+            tables.append(self.gradients.table())
+            costs.append(self.gradients.worst())
         summary = [self.verdict(), *self.problems, *costs, *self.notes]
         if not tables:
             summary = [self.heading(), *summary]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ from fastbert.diagnostics.verify.eager import eager_bert, eager_layer, eager_poo
 from fastbert.diagnostics.verify.ends import End
 from fastbert.diagnostics.verify.findings import QuantizedReport, StateReport, VectorReport
 from fastbert.diagnostics.verify.measures import error_report, measure, state_report, vector_report
+from fastbert.diagnostics.verify.rows import Row, chunks, padded
 from fastbert.engine import Block, quantized
 from fastbert.models.bert import BertModel
 from fastbert.models.inputs import Inputs
@@ -31,7 +32,6 @@ REFERENCE_ROWS, REFERENCE_TOKENS = 16, 1024
 # Tokens that run together where a head gives a number for every token of the vocabulary.
 DECODER_TOKENS = 1024
 
-Row = tuple[Tensor, Tensor]  # input ids and token type ids of one text, (n,) int64 on the CPU
 Parts = list[Any]  # for each state the part of every text, (n, H); for the pooled output and for vectors (1, ...)
 
 
@@ -68,14 +68,14 @@ def compare(bert: BertModel, rows: list[Row], prefix: str, ends: Sequence[End] =
     try:
         for module in modes:  # eval() would renew fused weights, and this must notice those that are out of date
             module.training = False
-        for chunk in _chunks(range(len(rows)), rows, MODEL_ROWS, max_tokens):
+        for chunk in chunks(range(len(rows)), rows, MODEL_ROWS, max_tokens):
             texts = [rows[i] for i in chunk]
             ours, direct = _run(bert, texts, ends), _run_directly(bert, texts)
             emulated = _run_emulation(bert, texts, ends) if in_8_bits else []
             by_length = sorted(range(len(chunk)), key=lambda j: len(texts[j][0]))
-            for group in _chunks(by_length, texts, REFERENCE_ROWS, REFERENCE_TOKENS):
+            for group in chunks(by_length, texts, REFERENCE_ROWS, REFERENCE_TOKENS):
                 sizes = [len(texts[j][0]) for j in group]
-                inputs = _padded([texts[j] for j in group])
+                inputs = padded([texts[j] for j in group])
                 exact = _reference(on_cpu, bert, inputs, sizes, ends)
                 if not blocks:  # adapters, which have none, were refused by the reference
                     blocks = list(bert.blocks())
@@ -151,7 +151,7 @@ def _runs_in_8_bits(bert: BertModel) -> bool:
 
 def _run(bert: BertModel, rows: list[Row], ends: Sequence[End]) -> Parts:
     """The model's hidden states, then its pooled output, then what follows."""
-    input_ids, mask, token_type_ids = (x.to(bert.device) for x in _padded(rows))
+    input_ids, mask, token_type_ids = (x.to(bert.device) for x in padded(rows))
     encoded = bert.encode(Inputs(input_ids, mask, token_type_ids, output_attentions=False, output_hidden_states=True))
     sizes = [len(row) for row, _ in rows]
     states: Parts = [state.split(sizes) for state in encoded.hidden_states or ()]
@@ -166,7 +166,7 @@ def _run(bert: BertModel, rows: list[Row], ends: Sequence[End]) -> Parts:
 
 def _run_directly(bert: BertModel, rows: list[Row]) -> list[Tensor]:
     """The last hidden state where nobody asks for the others: it is computed in one call, or by a CUDA graph."""
-    input_ids, mask, token_type_ids = (x.to(bert.device) for x in _padded(rows))
+    input_ids, mask, token_type_ids = (x.to(bert.device) for x in padded(rows))
     encoded = bert.encode(Inputs(input_ids, mask, token_type_ids, output_attentions=False, output_hidden_states=False))
     return list(encoded.last_hidden_state.split([len(row) for row, _ in rows]))
 
@@ -221,8 +221,8 @@ def _measure_alone(
             x = _stack(before, mask.shape[1])
             runs = (x, weights[0], mask.to(x.device)), (x.cpu().double(), weights[1], mask)
             if s <= n_layers:
-                padded = [eager_layer(blocks[s - 1], y, m) for y, (_, blocks), m in runs]
-                outputs = [[row[:n] for row, n in zip(state, sizes, strict=True)] for state in padded]
+                layers = [eager_layer(blocks[s - 1], y, m) for y, (_, blocks), m in runs]
+                outputs = [[row[:n] for row, n in zip(state, sizes, strict=True)] for state in layers]
             else:
                 outputs = [list(eager_pooler(parameters, y, m)) for y, (parameters, _), m in runs]
         for place, *parts in zip(places, ours[s], *outputs, strict=True):
@@ -235,28 +235,3 @@ def _stack(parts: list[Tensor], length: int) -> Tensor:
     for row, part in zip(out, parts, strict=True):
         row[: len(part)] = part
     return out
-
-
-def _chunks(order: Iterable[int], rows: list[Row], max_rows: int, max_tokens: int) -> Iterator[list[int]]:
-    """The order, cut into pieces of at most max_rows rows and max_tokens padded tokens, but at least one row."""
-    chunk: list[int] = []
-    longest = 0
-    for i in order:
-        longest = max(longest, len(rows[i][0]))
-        if chunk and (len(chunk) == max_rows or longest * (len(chunk) + 1) > max_tokens):
-            yield chunk
-            chunk, longest = [], len(rows[i][0])
-        chunk.append(i)
-    if chunk:
-        yield chunk
-
-
-def _padded(rows: list[Row]) -> tuple[Tensor, Tensor, Tensor]:
-    """Input ids, mask and token type ids, (B, S) on the CPU, padded on the right with zeros; S is at least 1."""
-    length = max(1, *(len(ids) for ids, _ in rows))
-    input_ids, mask, token_type_ids = (
-        torch.zeros(len(rows), length, dtype=torch.int64, device="cpu") for _ in range(3)
-    )
-    for b, (ids, types) in enumerate(rows):
-        input_ids[b, : len(ids)], mask[b, : len(ids)], token_type_ids[b, : len(ids)] = ids, 1, types
-    return input_ids, mask, token_type_ids

@@ -7,8 +7,13 @@ was there, or the processor lacks AVX2, `obstacle` says so, and the caller takes
 `python setup.py build_ext --inplace` compiles them in a checkout. An editable installation has done so.
 """
 
-from fastbert_kernels.cpu.attention_training import attention_backward, attention_training_forward
-from fastbert_kernels.cpu.dropout import dropout_mask
+from fastbert_kernels.cpu.attention_training import (
+    attention_backward,
+    attention_training_forward,
+)
+from fastbert_kernels.cpu.dropout import (
+    dropout_mask,
+)
 from fastbert_kernels.cpu.encoder import (
     MAX_HIDDEN,
     Encoder,
@@ -19,22 +24,53 @@ from fastbert_kernels.cpu.encoder import (
     encoder_forward,
     encoder_int8_forward,
 )
-from fastbert_kernels.cpu.int8 import Int8Weight, linear_int8_forward, pack_int8, quantize_forward
-from fastbert_kernels.cpu.library import VARIANTS, has_amx, instructions, int8_obstacle, multiplies, obstacle
+from fastbert_kernels.cpu.int8 import (
+    Int8Weight,
+    linear_int8_forward,
+    pack_int8,
+    quantize_forward,
+)
+from fastbert_kernels.cpu.library import (
+    VARIANTS,
+    has_amx,
+    instructions,
+    int8_obstacle,
+    multiplies,
+    obstacle,
+)
+from fastbert_kernels.cpu.linear_training import (
+    weight_gradient,
+)
 from fastbert_kernels.cpu.operations import (
     ACTIVATIONS,
     digest,
     ids_outside,
     linear_forward,
-    pack_weight,
     pool_forward,
     varlen_attention_forward,
+)
+from fastbert_kernels.cpu.packing import (
+    pack_transposed,
+    pack_weight,
+    pack_weights,
+)
+from fastbert_kernels.cpu.rows import (
+    NormBackward,
+    NormForward,
+    activation_backward,
+    dropout_forward,
+    embedding_norm_forward,
+    embedding_scatter,
+    residual_norm_backward,
+    residual_norm_forward,
 )
 
 __all__ = [
     "ACTIVATIONS", "MAX_HIDDEN", "VARIANTS", "Encoder", "EncoderLayer", "EncoderTables", "Int8Encoder",
-    "Int8EncoderLayer", "Int8Weight", "attention_backward", "attention_training_forward", "digest", "dropout_mask",
-    "encoder_forward", "encoder_int8_forward", "has_amx", "ids_outside", "instructions", "int8_obstacle",
-    "linear_forward", "linear_int8_forward", "multiplies", "obstacle", "pack_int8", "pack_weight", "pool_forward",
-    "quantize_forward", "varlen_attention_forward",
+    "Int8EncoderLayer", "Int8Weight", "NormBackward", "NormForward", "activation_backward", "attention_backward",
+    "attention_training_forward", "digest", "dropout_forward", "dropout_mask", "embedding_norm_forward",
+    "embedding_scatter", "encoder_forward", "encoder_int8_forward", "has_amx", "ids_outside", "instructions",
+    "int8_obstacle", "linear_forward", "linear_int8_forward", "multiplies", "obstacle", "pack_int8",
+    "pack_transposed", "pack_weight", "pack_weights", "pool_forward", "quantize_forward", "residual_norm_backward",
+    "residual_norm_forward", "varlen_attention_forward", "weight_gradient",
 ]  # fmt: skip

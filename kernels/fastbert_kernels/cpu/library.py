@@ -70,18 +70,29 @@ def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
     library.fastbert_ids_outside.restype = ctypes.c_int
     library.fastbert_digest.argtypes = [pointer, size, size]
     library.fastbert_digest.restype = ctypes.c_uint64
-    library.fastbert_packed_size.argtypes = [size, size]
-    library.fastbert_packed_size.restype = size
-    for dtype in ("float32", "bfloat16") if hasattr(library, "fastbert_linear_bfloat16") else ("float32",):
-        pack, linear, encode = (getattr(library, f"fastbert_{name}_{dtype}") for name in ("pack", "linear", "encode"))
-        pack.argtypes = [pointer, size, size, size, pointer]
-        linear.argtypes = [pointer, size, pointer, pointer, pointer, size, pointer, size, size, size, size, size]
-        encode.argtypes = [*[pointer] * 5, size, *[pointer] * 3, *[size] * 6, ctypes.c_float]
-        pack.restype = linear.restype = None
-        encode.restype = ctypes.c_int
+    _declare_linear(library)
     if hasattr(library, "fastbert_pack_int8"):
         _declare_int8(library)
     return library
+
+
+def _declare_linear(library: ctypes.CDLL) -> None:
+    pointer, size = ctypes.c_void_p, ctypes.c_int64
+    for name, n_sizes in (("packed_size", 2), ("weight_gradient_bytes", 5)):
+        function = getattr(library, f"fastbert_{name}")
+        function.argtypes, function.restype = [size] * n_sizes, size
+    multiplied = ("float32", "bfloat16") if hasattr(library, "fastbert_linear_bfloat16") else ("float32",)
+    for dtype in multiplied:
+        linear, encode = (getattr(library, f"fastbert_{name}_{dtype}") for name in ("linear", "encode"))
+        linear.argtypes = [pointer, size, pointer, pointer, *[pointer, size] * 3, *[size] * 4]
+        encode.argtypes = [*[pointer] * 5, size, *[pointer] * 3, *[size] * 6, ctypes.c_float]
+        linear.restype, encode.restype = None, ctypes.c_int
+        for other in {"float32", dtype}:
+            pack = getattr(library, f"fastbert_pack_{other}_{dtype}")
+            gradient = getattr(library, f"fastbert_weight_gradient_{dtype}_{other}")
+            pack.argtypes = [pointer, pointer, pointer, size, size, size, pointer]
+            gradient.argtypes = [pointer, size, pointer, size, pointer, pointer, pointer, size, size, size]
+            pack.restype = gradient.restype = None
 
 
 def _declare_int8(library: ctypes.CDLL) -> None:
@@ -119,7 +130,7 @@ def instructions() -> str | None:
 
 
 def multiplies(dtype: torch.dtype) -> bool:
-    """Says whether `linear_forward` and `encoder_forward` take a dtype: float32, and bfloat16 with its instructions."""
+    """Says whether linears, their gradients and encoders take a dtype: float32, and bfloat16 with its instructions."""
     if obstacle() is not None:
         return False
     return dtype == torch.float32 or (dtype == torch.bfloat16 and load()[1].endswith("bf16"))
@@ -139,14 +150,14 @@ def has_amx() -> bool:
     return "amx_bf16" in processor_flags()
 
 
-def function(name: str, dtype: torch.dtype) -> Any:
-    """Returns the library's function of that name for a dtype."""
-    return _function_of(load()[0], name, dtype)
+def function(name: str, *dtypes: torch.dtype) -> Any:
+    """Returns the library's function of that name for the dtypes."""
+    return _function_of(load()[0], name, *dtypes)
 
 
 @functools.lru_cache(64)
-def _function_of(library: Any, name: str, dtype: torch.dtype) -> Any:
-    return getattr(library, f"fastbert_{name}_{str(dtype).removeprefix('torch.')}")
+def _function_of(library: Any, *words: Any) -> Any:
+    return getattr(library, "_".join(("fastbert", *(str(word).removeprefix("torch.") for word in words))))
 
 
 def address(tensor: torch.Tensor | None) -> int | None:
@@ -154,9 +165,14 @@ def address(tensor: torch.Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
-def empty(shape: tuple[int, ...], *, like: torch.Tensor) -> torch.Tensor:
+def empty(shape: tuple[int, ...], *, like: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
     """Allocates the output of a kernel. Tests replace this function, and fill every output with NaN first."""
-    return torch.empty(shape, dtype=like.dtype, device="cpu")  # The default device may be another.
+    return torch.empty(shape, dtype=dtype or like.dtype, device="cpu")  # The default device may be another.
+
+
+def scratch(n_bytes: int) -> torch.Tensor:
+    """Allocates memory that a kernel uses beside its outputs. Tests replace this function as well."""
+    return torch.empty(n_bytes, dtype=torch.uint8, device="cpu")
 
 
 def check(status: int, n_tokens: int) -> None:

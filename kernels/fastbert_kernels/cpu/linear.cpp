@@ -3,8 +3,8 @@
 //     out = activation(x @ weight^T + bias) + residual
 //
 // x: (T, K), weight: (M, K), bias: (M,), residual, out: (T, M), all float32 or all bfloat16; sums are float32. The
-// weight is packed once, in panels of COLUMNS of its rows, laid out [panel][K][COLUMNS] and filled up with zeros;
-// bfloat16 in pairs along K.
+// weight is packed once, by packing.cpp: [panel of COLUMNS][K][COLUMNS], bfloat16 in pairs along K. Training saves what
+// goes into the activation.
 //
 // A tile is ROWS x COLUMNS of out: sums in registers, over a PIECE of K at a time. Each piece is added to those before
 // it, so that rounding errors grow with K / PIECE + PIECE, not with K: a library that keeps one chain of sums for all
@@ -15,12 +15,10 @@
 #include "linear.h"
 
 #include "activations.h"
+#include "panels.h"
 
 namespace {
 
-constexpr int VECTORS = VL == 16 ? 3 : 2;
-constexpr int COLUMNS = VECTORS * VL;
-constexpr int ROWS = VL == 16 ? 8 : 6;
 constexpr int64_t PIECE = 128;  // of float32; bfloat16 is less exact than any chain of its products
 constexpr int AHEAD = 40;       // steps of K: few rows wait for weights that no cache near them holds
 constexpr int ANY = -1;         // an activation that is known at run time only
@@ -28,13 +26,15 @@ constexpr int64_t PANEL_BYTES = 1 << 18, ROW_BYTES = 1 << 17;  // of a task's we
 constexpr int64_t TASKS = 4;                                   // at least, for each thread
 
 // What follows the product. n_of(j): how many columns of vector j are there, VL or more for all of them.
-template <typename T, int A, int R, typename N>
+template <typename T, int A, bool SAVE, int R, typename N>
 INLINE void finish(const Linear<T>& call, const vf (&sums)[R][VECTORS], int64_t row, int64_t column, N n_of) {
     for (int j = 0; j < VECTORS; j++, column += VL) {
         const int64_t n = n_of(j);
         const vf bias = call.bias == NULL ? vf{} : to_floats(call.bias + column, n);
         for (int i = 0; i < R; i++) {
-            vf y = activate<T>(sums[i][j] + bias, A == ANY ? call.activation : A);
+            const vf x = sums[i][j] + bias;
+            if (SAVE) from_floats(call.pre + (row + i) * call.pre_stride + column, x, n);
+            vf y = activate<T>(x, A == ANY ? call.activation : A);
             if (call.residual != NULL) y += to_floats(call.residual + (row + i) * call.residual_stride + column, n);
             from_floats(call.out + (row + i) * call.out_stride + column, y, n);
         }
@@ -42,18 +42,19 @@ INLINE void finish(const Linear<T>& call, const vf (&sums)[R][VECTORS], int64_t 
 }
 
 // What `finish` reads and writes comes into the cache while the tile is multiplied.
-template <typename T, int R>
+template <typename T, bool SAVE, int R>
 INLINE void fetch_ends(const Linear<T>& call, int64_t row, int64_t column) {
     constexpr int64_t LINE = 64 / sizeof(T);
     for (int i = 0; i < R; i++)
         for (int64_t j = 0; j < COLUMNS; j += LINE) {
             __builtin_prefetch(call.out + (row + i) * call.out_stride + column + j, 1);
+            if (SAVE) __builtin_prefetch(call.pre + (row + i) * call.pre_stride + column + j, 1);
             if (call.residual != NULL)
                 __builtin_prefetch(call.residual + (row + i) * call.residual_stride + column + j);
         }
 }
 
-template <typename T, typename O, int A, int R>
+template <typename T, typename O, int A, bool SAVE, int R>
 void tile(const Linear<T>& call, int64_t row, int64_t panel) {
     typedef typename O::E E;
     const int64_t depth = over(call.k_size, O::SIZE);
@@ -61,7 +62,7 @@ void tile(const Linear<T>& call, int64_t row, int64_t panel) {
     const int64_t piece = O::SIZE == 1 ? PIECE : depth;
     const E* x[R];
     for (int i = 0; i < R; i++) x[i] = (const E*)(call.x + (row + i) * call.x_stride);
-    fetch_ends<T, R>(call, row, panel * COLUMNS);
+    fetch_ends<T, SAVE, R>(call, row, panel * COLUMNS);
     vf sums[R][VECTORS];
     for (int64_t start = 0; start == 0 || start < depth; start += piece) {
         vf part[R][VECTORS] = {};
@@ -71,29 +72,27 @@ void tile(const Linear<T>& call, int64_t row, int64_t panel) {
             for (int j = 0; j < VECTORS; j++) sums[i][j] = start == 0 ? part[i][j] : sums[i][j] + part[i][j];
     }
     const int64_t column = panel * COLUMNS, left = call.n_columns - column;
-    if (left >= COLUMNS) finish<T, A, R>(call, sums, row, column, [](int) { return VL; });
-    else finish<T, A, R>(call, sums, row, column, [left](int j) { return left - j * VL; });
+    if (left >= COLUMNS) finish<T, A, SAVE, R>(call, sums, row, column, [](int) { return VL; });
+    else finish<T, A, SAVE, R>(call, sums, row, column, [left](int j) { return left - j * VL; });
 }
-
-INLINE int64_t at_least_1(int64_t n) { return n < 1 ? 1 : n; }
 
 template <typename T>
 using Tile = void (*)(const Linear<T>&, int64_t, int64_t);
 
 // By number of rows.
-template <typename T, typename O, int A>
+template <typename T, typename O, int A, bool SAVE>
 const Tile<T>* tiles_with() {
     static const Tile<T> tiles[] = {
         NULL,
-        tile<T, O, A, 1>,
-        tile<T, O, A, 2>,
-        tile<T, O, A, 3>,
-        tile<T, O, A, 4>,
-        tile<T, O, A, 5>,
-        tile<T, O, A, 6>,
+        tile<T, O, A, SAVE, 1>,
+        tile<T, O, A, SAVE, 2>,
+        tile<T, O, A, SAVE, 3>,
+        tile<T, O, A, SAVE, 4>,
+        tile<T, O, A, SAVE, 5>,
+        tile<T, O, A, SAVE, 6>,
 #if VL == 16
-        tile<T, O, A, 7>,
-        tile<T, O, A, 8>,
+        tile<T, O, A, SAVE, 7>,
+        tile<T, O, A, SAVE, 8>,
 #endif
     };
     return tiles;
@@ -101,9 +100,11 @@ const Tile<T>* tiles_with() {
 
 template <typename T, typename O>
 void run(const Linear<T>& call, const Team& team) {
-    const Tile<T>* tiles = call.activation == NONE   ? tiles_with<T, O, NONE>()
-                           : call.activation == GELU ? tiles_with<T, O, GELU>()
-                                                     : tiles_with<T, O, ANY>();
+    const bool gelu = call.activation == GELU;
+    const Tile<T>* tiles = call.pre != NULL ? gelu ? tiles_with<T, O, GELU, true>() : tiles_with<T, O, ANY, true>()
+                           : call.activation == NONE ? tiles_with<T, O, NONE, false>()
+                           : gelu                    ? tiles_with<T, O, GELU, false>()
+                                                     : tiles_with<T, O, ANY, false>();
     const int64_t n_blocks = over(call.n_rows, ROWS), n_panels = over(call.n_columns, COLUMNS);
     const int64_t k_bytes = at_least_1(call.k_size * sizeof(T));
     int64_t panels = at_least_1(PANEL_BYTES / (COLUMNS * k_bytes)), blocks = at_least_1(ROW_BYTES / (ROWS * k_bytes));
@@ -122,20 +123,6 @@ void run(const Linear<T>& call, const Team& team) {
     });
 }
 
-template <typename T, typename O>
-void pack(const T* weight, int64_t stride, int64_t n_columns, int64_t k_size, T* packed) {
-    const int64_t padded = over(k_size, O::SIZE) * O::SIZE;
-#pragma omp parallel for schedule(static)
-    for (int64_t panel = 0; panel < over(n_columns, COLUMNS); panel++)
-        for (int64_t j = 0; j < COLUMNS; j++) {
-            const int64_t column = panel * COLUMNS + j;
-            T* to = packed + panel * COLUMNS * padded + j * O::SIZE;
-            for (int64_t k = 0; k < padded; k++)
-                to[k / O::SIZE * COLUMNS * O::SIZE + k % O::SIZE] =
-                    column < n_columns && k < k_size ? weight[column * stride + k] : 0;
-        }
-}
-
 }  // namespace
 
 void linear(const Linear<float>& call, const Team& team) { run<float, Floats>(call, team); }
@@ -144,28 +131,20 @@ void linear(const Linear<float>& call, const Team& team) { run<float, Floats>(ca
 void linear(const Linear<bf16>& call, const Team& team) { run<bf16, Pairs>(call, team); }
 #endif
 
-// The number of elements in a packed weight.
-EXPORT int64_t fastbert_packed_size(int64_t n_columns, int64_t k_size) {
-    return over(n_columns, COLUMNS) * COLUMNS * over(k_size, 2) * 2;
-}
-
-// weight: (n_columns, k_size); activation: one of enum Activation. Strides in elements; the last axis is contiguous.
-// k_size is even in bfloat16.
-#define LINEAR(dtype, T, O)                                                                                            \
-    EXPORT void fastbert_pack_##dtype(const T* weight, int64_t stride, int64_t n_columns, int64_t k_size, T* packed) { \
-        pack<T, O>(weight, stride, n_columns, k_size, packed);                                                         \
-    }                                                                                                                  \
-    EXPORT void fastbert_linear_##dtype(const T* x, int64_t x_stride, const T* weight, const T* bias,                  \
-                                        const T* residual, int64_t residual_stride, T* out, int64_t out_stride,        \
-                                        int64_t n_rows, int64_t k_size, int64_t n_columns, int64_t activation) {       \
-        in_parallel([&](const Team& team) {                                                                            \
-            linear(Linear<T>{x, weight, bias, residual, out, x_stride, residual_stride, out_stride, n_rows, k_size,    \
-                             n_columns, activation},                                                                   \
-                   team);                                                                                              \
-        });                                                                                                            \
+// weight: packed; activation: one of enum Activation. Strides in elements; the last axis is contiguous. k_size is even
+// in bfloat16.
+#define LINEAR(name, T)                                                                                               \
+    EXPORT void name(const T* x, int64_t x_stride, const T* weight, const T* bias, const T* residual,                 \
+                     int64_t residual_stride, T* pre, int64_t pre_stride, T* out, int64_t out_stride, int64_t n_rows, \
+                     int64_t k_size, int64_t n_columns, int64_t activation) {                                         \
+        in_parallel([&](const Team& team) {                                                                           \
+            linear(Linear<T>{x, weight, bias, residual, out, x_stride, residual_stride, out_stride, n_rows, k_size,   \
+                             n_columns, activation, pre, pre_stride},                                                 \
+                   team);                                                                                             \
+        });                                                                                                           \
     }
 
-LINEAR(float32, float, Floats)
+LINEAR(fastbert_linear_float32, float)
 #ifdef __AVX512BF16__
-LINEAR(bfloat16, bf16, Pairs)
+LINEAR(fastbert_linear_bfloat16, bf16)
 #endif

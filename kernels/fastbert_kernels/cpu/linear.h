@@ -5,7 +5,9 @@
 
 enum Activation { NONE, GELU, GELU_TANH, RELU };
 
-// out = activation(x @ weight^T + bias) + residual. bias and residual may be NULL; weight is packed.
+// out = activation(x @ weight^T + bias) + residual,    pre = x @ weight^T + bias
+//
+// bias, residual and pre may be NULL; weight is packed.
 template <typename T>
 struct Linear {
     const T *x, *weight, *bias, *residual;
@@ -13,6 +15,8 @@ struct Linear {
     int64_t x_stride, residual_stride, out_stride;
     int64_t n_rows, k_size, n_columns;
     int64_t activation;
+    T* pre = NULL;
+    int64_t pre_stride = 0;
 };
 
 void linear(const Linear<float>& call, const Team& team);

@@ -60,14 +60,6 @@ def pool_forward(
     return out
 
 
-def pack_weight(weight: torch.Tensor) -> torch.Tensor:
-    """Packs a weight (M, K), of a dtype that `multiplies`, in the order in which `linear_forward` reads it."""
-    weight = weight if weight.stride(-1) == 1 else weight.contiguous()
-    packed = torch.empty(library.load()[0].fastbert_packed_size(*weight.shape), dtype=weight.dtype, device="cpu")
-    library.function("pack", weight.dtype)(weight.data_ptr(), weight.stride(0), *weight.shape, packed.data_ptr())
-    return packed
-
-
 def linear_forward(
     x: torch.Tensor,
     packed: torch.Tensor,
@@ -75,16 +67,20 @@ def linear_forward(
     bias: torch.Tensor | None,
     activation: str = "none",
     residual: torch.Tensor | None = None,
+    pre: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Computes activation(x @ weight^T + bias) + residual, all of one dtype that `multiplies`, rows contiguous.
 
-    x: (T, K), K even in bfloat16. packed: a weight (M = n_columns, K) from `pack_weight`. bias: (M,). residual: (T, M).
-    activation: a key of ACTIVATIONS. Returns (T, M).
+    x: (T, K), K even in bfloat16. packed: a weight (M = n_columns, K) from packing.py. bias: (M,). residual: (T, M).
+    activation: a key of ACTIVATIONS. pre: None, or (T, M), into which x @ weight^T + bias is written. Returns (T, M).
     """
     out = library.empty((x.shape[0], n_columns), like=x)
     library.function("linear", x.dtype)(
-        x.data_ptr(), x.stride(0), packed.data_ptr(), library.address(bias),
-        library.address(residual), 0 if residual is None else residual.stride(0),
+        x.data_ptr(), x.stride(0), packed.data_ptr(), library.address(bias), *_rows(residual), *_rows(pre),
         out.data_ptr(), n_columns, x.shape[0], x.shape[1], n_columns, ACTIVATIONS[activation],
     )  # fmt: skip
     return out
+
+
+def _rows(x: torch.Tensor | None) -> tuple[int | None, int]:
+    return (None, 0) if x is None else (x.data_ptr(), x.stride(0))

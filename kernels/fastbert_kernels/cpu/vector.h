@@ -40,7 +40,11 @@ INLINE vf splat(float x) { return x - (vf){}; }
 
 // VL elements as floats, and back. To bfloat16 by round to nearest even; NaN stays NaN.
 INLINE vf to_floats(const float* p) { return load<vf>(p); }
+#ifdef __AVX512F__
+INLINE vf to_floats(const bf16* p) { return (vf)((vi)_mm512_cvtepu16_epi32((__m256i)load<vh>(p)) << 16); }
+#else
 INLINE vf to_floats(const bf16* p) { return (vf)(__builtin_convertvector(load<vh>(p), vi) << 16); }
+#endif
 INLINE void from_floats(float* p, vf x) { store(p, x); }
 INLINE void from_floats(bf16* p, vf x) {
 #ifdef __AVX512BF16__
@@ -69,8 +73,14 @@ INLINE void from_floats(T* p, vf x, int64_t n) {
     if (n > 0) memcpy(p, some, n * sizeof(T));
 }
 
-INLINE vf max(vf a, vf b) { return a > b ? a : b; }
-INLINE vf min(vf a, vf b) { return a < b ? a : b; }
+// The second where one is NaN, or where both are 0.
+#ifdef __AVX512F__
+INLINE vf max(vf a, vf b) { return (vf)_mm512_max_ps((__m512)a, (__m512)b); }
+INLINE vf min(vf a, vf b) { return (vf)_mm512_min_ps((__m512)a, (__m512)b); }
+#else
+INLINE vf max(vf a, vf b) { return (vf)_mm256_max_ps((__m256)a, (__m256)b); }
+INLINE vf min(vf a, vf b) { return (vf)_mm256_min_ps((__m256)a, (__m256)b); }
+#endif
 INLINE vf abs(vf x) { return (vf)((vi)x & 0x7fffffff); }
 
 // 2^x. EXACT: to 1.5 ulp; otherwise to 3e-6, for what is rounded to bfloat16. 0 below 2^-126, unless no x is (FLUSH

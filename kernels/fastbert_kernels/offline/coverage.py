@@ -8,7 +8,18 @@ from functools import partial
 
 import torch
 
-from fastbert_kernels import attention, configs, embedding, gelu, launch, layer_norm, linear, pooling, quantized_linear
+from fastbert_kernels import (
+    attention,
+    configs,
+    cross_entropy,
+    embedding,
+    gelu,
+    launch,
+    layer_norm,
+    linear,
+    pooling,
+    quantized_linear,
+)
 
 # Sizes (H, I, N) of models. "odd" has rows that no vector load can read and a K that is no multiple of any block.
 MODELS = {"base": (768, 3072, 12), "large": (1024, 4096, 16), "minilm": (384, 1536, 12), "odd": (90, 250, 3)}
@@ -19,19 +30,24 @@ EIGHT_BIT = {"fp8": torch.float8_e4m3fn, "int8": torch.int8}
 MIN_ARCH = {"fp8": 89}
 # Head sizes beyond those of the models: the smallest, the largest, and three that are padded to the next tile.
 HEAD_SIZES = (16, 24, 48, 80, 128)
-OPS = ("layer_norm", "gelu", "linear", "embedding", "pooling", "attention", "quantized_linear")
+OPS = ("layer_norm", "gelu", "linear", "embedding", "pooling", "attention", "quantized_linear", "cross_entropy")
+# Classes of a language model's head: BERT's, a number that 16 divides, and XLM-RoBERTa's.
+VOCABULARIES = (30522, 32000, 250002)
 
 COVERAGE = """\
 default  every kernel on every architecture. bf16: the three models with each linear of a layer (where a persistent
          kernel is the default, for base also the other one), LayerNorm, embedding and mean pooling with normalisation;
          for base also LayerNorm and embedding without their optional inputs and the other pooling modes; attention
-         with head sizes 16, 32, 64, 80 and 128, each also with the tile of batch-invariant mode's short texts. fp32 and
+         with head sizes 16, 32, 64, 80 and 128, each also with the tile of batch-invariant mode's short texts; both
+         passes of cross entropy over 30,522 classes, under "base". fp32 and
          fp16: linear and attention of base and minilm, and on sm_80 and sm_90 the other kernels, of base. fp8 (from
          sm_89 on) and int8: each linear of a layer of base and minilm (where a persistent kernel is the default, for
          base also the other one), and LayerNorm, embedding and attention that quantise; on sm_80 and sm_90 also those
-         of large, and a linear after heads of 80.
+         of large, and a linear after heads of 80. Training: dropout + residual + LayerNorm, embedding, activation,
+         pooling, attention with dropout and the linear that saves its pre-activation, forward and backward; of base
+         also with a float32 stream; on sm_80 and sm_90 also attention with head sizes 16, 80 and 128.
 --all    every dtype, TF32 too, every combination of optional inputs, activations and pooling modes, int32 ids, head
-         sizes 24 and 48, and a model whose sizes divide by nothing ("odd")."""
+         sizes 24 and 48, a model whose sizes divide by nothing ("odd"), and other numbers of classes."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +101,7 @@ def cases(dtype: str) -> Iterator[Case]:
             # Where linear_forward takes the persistent kernel, the other one serves tensors without a descriptor.
             if dtype in ("bf16", "fp16"):
                 fallback = frozenset({90, 100}) if name in ("qkv", "up+gelu") and model == "base" else nowhere
-                call = partial(_pointer_kernel, x, weight, tensor(n_cols), activation)
+                call = partial(pointer_kernel, x, weight, tensor(n_cols), activation)
                 yield case("linear", variant=f"{name} by pointers", archs=fallback, call=call)
             if activation == "none" and name != "qkv":
                 added = tensor(n_rows, n_cols)
@@ -135,9 +151,30 @@ def cases(dtype: str) -> Iterator[Case]:
                 if torch_dtype != torch.float32 and model == "base":
                     call = partial(pooling.pool_forward, x, cu_seqlens, mode, normalize, torch_dtype)
                     yield case("pooling", variant=f"{variant} to {dtype}", archs=nowhere, call=call)
+    if dtype != "tf32":
+        yield from cross_entropy_cases(dtype)
     for head_size in HEAD_SIZES:
         archs = everywhere if bf16 and head_size in (16, 80, 128) else nowhere
         yield Case("attention", "extra", dtype, f"D{head_size}", archs, attend(2, head_size))
+
+
+def cross_entropy_cases(dtype: str) -> Iterator[Case]:
+    """Lists both passes of cross entropy in one dtype."""
+    labels, statistics = torch.zeros(64, dtype=torch.int64), torch.empty(64)
+    default = None if dtype == "bf16" else frozenset({80, 90})
+    for n_classes in VOCABULARIES:
+        width = -(-n_classes // 16) * 16
+        logits = torch.empty(64, width, dtype=DTYPES[dtype])
+        for bias in (torch.empty(width, dtype=DTYPES[dtype]), None):
+            archs = default if n_classes == VOCABULARIES[0] and bias is not None else frozenset[int]()
+            case = partial(Case, "cross_entropy", "base", dtype, archs=archs)
+            classes = f"{n_classes}{'' if bias is not None else '-bias'}"
+            for smoothing in (0.0, 0.1):
+                forward = partial(cross_entropy.cross_entropy_forward, logits, bias, labels, n_classes, -100, smoothing)
+                yield case(f"{classes}{'+smoothing' if smoothing else ''}", call=forward)
+            numbers = statistics, statistics, statistics
+            backward = partial(cross_entropy.cross_entropy_backward, logits, bias, labels, *numbers, n_classes)
+            yield case(f"{classes} backward", call=backward)
 
 
 def eight_bit_cases(dtype: str) -> Iterator[Case]:
@@ -194,11 +231,14 @@ def eight_bit_cases(dtype: str) -> Iterator[Case]:
         yield Case("quantized_linear", "extra", dtype, f"out of D{head_size}", some, call)
 
 
-def _pointer_kernel(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, activation: str) -> torch.Tensor:
+def pointer_kernel(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, activation: str, pre: torch.Tensor | None = None
+) -> torch.Tensor:
     """Calls the kernel that takes pointers, whatever the tables say."""
     arch, shape = launch.arch(x.device), (x.shape[1], weight.shape[0])
     config = configs.linear_config(x.dtype, arch, shape, activation).block_sizes
-    return linear.linear_pointer_forward(x, weight, bias, activation, None, config, x.new_empty(len(x), len(weight)))
+    out = x.new_empty(len(x), len(weight))
+    return linear.linear_pointer_forward(x, weight, bias, activation, None, config, out, pre)
 
 
 def _pointer_kernel_8_bit(call: partial[torch.Tensor]) -> torch.Tensor:

@@ -1,0 +1,157 @@
+"""The train suite times one optimiser step, and its forward and backward apart: AdamW, dropout, float32 weights.
+
+float32, and bfloat16 by autocast; half of the batch padding, and all lengths equal. On a GPU also pre-training, whose
+loss is over tokens, and attention alone. Weights are random. Every competitor's gradients are compared with float64
+before it is timed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import train_attention
+import workloads
+from laps import BACKWARD, FORWARD, RATE, STEP, TOKENS, Bar
+from peers_train import (
+    CLASSES,
+    PRETRAINING,
+    SDPA,
+    WORDS,
+    Accelerated,
+    Compiled,
+    Eager,
+    FastBert32,
+    Flattened,
+    Trained,
+    TrainTask,
+    train_peers,
+)
+from suites import LONG_MINUTES, Built, Case, LeftOut, Work
+from workloads import Workload
+
+import models
+from fastbert.bench.devices import fast_at_bfloat16
+from fastbert.bench.peers import OURS, Peer
+
+SUITE = "train"
+BF16, FP32 = "bfloat16", "float32"
+OBJECTIVES = {CLASSES: "", WORDS: "MLM, ", PRETRAINING: "MLM + NSP, "}  # as names of workloads begin
+ATTENTION = (12, 64)  # heads of BERT-base, and their size
+BASE_SCALE = 2.0  # how long a case of BERT-base takes on a CPU, beside MiniLM's longest
+SLOW = {"rounds": 3, "min_rounds": 2}  # of cases whose steps take seconds
+# What a step should reach; docs and results say what it does.
+CPU_BARS = {True: 2.2, False: 1.25}  # in float32, over transformers with SDPA; True: half of the batch is padding
+CPU_BAR_BF16 = 1.8  # over our own float32
+GPU_BARS = ((Compiled.name, 2.0), (SDPA.name, 2.0), (Flattened.name, 1.2))
+BARS_TOKENS = {("BERT-large", PRETRAINING): 270e3, ("BERT-base", WORDS): 700e3}
+BAR_ATTENTION = 215.0  # TFLOP/s
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One case. weight: its share of the time. compiled: whether torch.compile has time. slow: steps take seconds."""
+
+    model: str
+    workload: Workload
+    dtype: str
+    objective: str = CLASSES
+    weight: float = 1.0
+    compiled: bool = False
+    slow: bool = False
+
+    @property
+    def name(self) -> str:
+        return OBJECTIVES[self.objective] + self.workload.name
+
+
+def cases(device_type: str, *, long: bool = False) -> list[Case]:
+    """The cases for "cuda" or "cpu", the most important first. long: the run has time for torch.compile."""
+    plans = cuda_plans() if device_type == "cuda" else cpu_plans()
+    made = [_case(dataclasses.replace(plan, compiled=long and not plan.slow), device_type) for plan in plans]
+    return [_attention_case(), *made] if device_type == "cuda" else made
+
+
+def _case(plan: Plan, device_type: str) -> Case:
+    return Case(
+        SUITE, plan.name, plan.model, plan.dtype, device_type, ("model",), functools.partial(build, plan),
+        setting=STEP, weight=plan.weight, scale=BASE_SCALE if plan.slow else None, late=plan.slow,
+    )  # fmt: skip
+
+
+def _attention_case() -> Case:
+    workload = workloads.fixed(512, 128)
+
+    def made(device: torch.device) -> Built:
+        built = train_attention.build(*ATTENTION, workload.lengths, torch.bfloat16, device)
+        return dataclasses.replace(built, bars=(Bar(OURS, BAR_ATTENTION, RATE),))
+
+    name = f"attention, {workload.name}"
+    return Case(SUITE, name, "BERT-base", BF16, "cuda", ("attention",), made, setting=STEP, weight=0.5)
+
+
+def cuda_plans() -> list[Plan]:
+    """The plans for a GPU, what a short run should know first."""
+    fixed, half_padded = workloads.fixed, workloads.half_padded
+    return [
+        Plan("BERT-large", fixed(512, 32), BF16, PRETRAINING, 2.0),
+        Plan("BERT-base", half_padded(512, 32), BF16),
+        Plan("BERT-base", fixed(512, 32), BF16, WORDS),
+        Plan("BERT-large", half_padded(512, 32), BF16),
+        Plan("BERT-base", fixed(128, 128), BF16),
+        Plan("MiniLM", half_padded(128, 128), BF16),
+        Plan("BERT-large", fixed(512, 32), BF16),
+        Plan("BERT-base", half_padded(512, 32), FP32),
+    ]
+
+
+def cpu_plans() -> list[Plan]:
+    """The plans for a CPU, where a step of BERT-base takes seconds: it comes after all suites."""
+    fixed, half_padded = workloads.fixed, workloads.half_padded
+    dtypes = [FP32, BF16] if fast_at_bfloat16(torch.device("cpu")) else [FP32]
+    minilm = [Plan("MiniLM", workload(128, 16), dtype) for dtype in dtypes for workload in (half_padded, fixed)]
+    base = [Plan("BERT-base", make(128, 4), dtype, slow=True) for dtype in dtypes for make in (half_padded, fixed)]
+    return minilm + base
+
+
+def build(plan: Plan, device: torch.device, peers_of: Callable[[TrainTask], Sequence[Trained]] = train_peers) -> Built:
+    """The contest of one plan; peers_of: who takes part."""
+    workload = plan.workload
+    task = TrainTask(plan.model, workload.lengths, getattr(torch, plan.dtype), device, plan.objective)
+    peers: list[Peer] = []
+    for peer in peers_of(task):
+        if isinstance(peer, Compiled) and not plan.compiled:
+            reason = "takes too long to compile here" if plan.slow else f"needs a run of {LONG_MINUTES:g} minutes"
+            peers.append(LeftOut(peer.name, reason))
+        else:
+            peers.append(peer)
+    forward = models.flops(task.config, workload.lengths)
+    extra = {
+        "length": max(workload.lengths),
+        "batch": len(workload.lengths),
+        "description": workload.description,
+        "padding_waste_of_workload": workload.padding_waste(),
+    }
+    timing = {"warmup": 1} | (SLOW if plan.slow else {})
+    # Each product of the forward pass has two in the backward pass.
+    laps = {FORWARD: Work(forward), BACKWARD: Work(2 * forward)}
+    return Built(
+        peers, Eager.name, task.reference(), workload.tokens, len(workload.lengths), Work(3 * forward), extra, timing,
+        laps, bars_of(plan, device.type),
+    )  # fmt: skip
+
+
+def bars_of(plan: Plan, device_type: str) -> tuple[Bar, ...]:
+    """What our own model and an accelerated one should reach."""
+    both = OURS, Accelerated.name
+    if device_type == "cuda":
+        tokens = BARS_TOKENS.get((plan.model, plan.objective))
+        over = [Bar(name, least, other) for other, least in GPU_BARS for name in both if plan.dtype == BF16]
+        return (*over, *([] if tokens is None else [Bar(OURS, tokens, TOKENS)]))
+    if plan.dtype == FP32:
+        varied = len(set(plan.workload.lengths)) > 1
+        return tuple(Bar(name, CPU_BARS[varied], SDPA.name) for name in both)
+    return tuple(Bar(name, CPU_BAR_BF16, FastBert32.name) for name in both)

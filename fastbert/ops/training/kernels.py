@@ -1,0 +1,139 @@
+"""This module says what a backend offers for training: forward and backward passes without autograd.
+
+T packed tokens, H hidden, I intermediate, N heads, D head size. C is the dtype of products, float32, bfloat16 or
+float16. S is the dtype of the residual stream: C, or float32 under autocast.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, Protocol
+
+from torch import Tensor, dtype
+
+from fastbert.ops.packing import PackedBatch
+from fastbert_kernels.masks import Dropout
+
+Weights = tuple[Tensor, ...]
+
+
+class Attention(NamedTuple):
+    """The settings of one attention. batch: how T rows lie in sequences."""
+
+    batch: PackedBatch
+    num_heads: int
+    scale: float
+    dropout: Dropout | None
+
+
+class EmbeddingSettings(NamedTuple):
+    """What the embeddings are beside tables and norm. Ids: (T,) int64, or None where there is no such table.
+
+    padding_idx: the word whose row gets no gradient.
+    """
+
+    input_ids: Tensor | None
+    token_type_ids: Tensor | None
+    position_ids: Tensor
+    eps: float
+    padding_idx: int | None
+    dropout: Dropout | None
+
+
+class Normalized(NamedTuple):
+    """What `norm_forward` gives.
+
+    y: (T, H) in S. low: y in C where it was asked for and C is not S, else None. total: (T, H) in C, the sum that was
+    normalised. mean, rstd: (T,) float32, of the unrounded sum.
+    """
+
+    y: Tensor
+    low: Tensor | None
+    total: Tensor
+    mean: Tensor
+    rstd: Tensor
+
+
+class NormGradients(NamedTuple):
+    """What `norm_backward` gives. x: (T, H) in C. residual: (T, H) in S, or None. weight, bias, x_bias: (H,) float32.
+
+    x_bias holds the sums of x over its rows: the gradient of a bias that was added to x.
+    """
+
+    x: Any
+    residual: Tensor | None
+    weight: Tensor
+    bias: Tensor
+    x_bias: Tensor
+
+
+class Kernels(Protocol):
+    """The passes of one backend. Parameters may be float32 where C is not: they are rounded to C first."""
+
+    name: str
+
+    def linear(self, x: Tensor, weights: Weights, biases: tuple[Tensor | None, ...]) -> Tensor:
+        """x W^T + b, (T, K) -> (T, M); W: the weights one above the other, (M, K)."""
+
+    def activated_linear(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, activation: str
+    ) -> tuple[Tensor, Tensor]:
+        """activation(pre) and pre = x W^T + b, (T, M) each."""
+
+    def input_gradient(self, grad: Tensor, weights: Weights, residual: Tensor | None = None) -> Tensor:
+        """grad W + residual, (T, M) -> (T, K), in the residual's dtype, or grad's without one."""
+
+    def weight_gradient(self, grad: Tensor, x: Tensor, to: dtype, bias: bool) -> tuple[Tensor, Tensor | None]:
+        """grad^T x, (M, K), and, if bias, the sums of grad over its rows, (M,), in a dtype."""
+
+    def activation_backward(self, grad: Tensor, pre: Tensor, activation: str) -> tuple[Tensor, Tensor, Tensor]:
+        """The gradient of pre, activation(pre), (T, I) both, and the gradient's sums over its rows, (I,) float32."""
+
+    def attention_forward(self, qkv: Tensor, settings: Attention) -> tuple[Tensor, Tensor]:
+        """(T, 3 N D) -> (T, N D), and the natural logarithm of the sums of exponentials, (N, T) float32."""
+
+    def attention_backward(self, grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, settings: Attention) -> Tensor:
+        """The gradient of qkv, (T, 3 N D); rows of no sequence have zeros."""
+
+    def norm_forward(
+        self,
+        x: Tensor,
+        residual: Tensor | None,
+        weight: Tensor,
+        bias: Tensor,
+        eps: float,
+        dropout: Dropout | None,
+        low: bool,
+    ) -> Normalized:
+        """LayerNorm(dropout(x) + residual) * weight + bias."""
+
+    def norm_backward(
+        self,
+        grad: Tensor,
+        grad_low: Tensor | None,
+        saved: Any,
+        weight: Tensor,
+        dropout: Dropout | None,
+        out_dropout: Dropout | None,
+        want_residual: bool,
+    ) -> NormGradients:
+        """The gradients from those of y and of low, which are added. saved: (total, mean, rstd).
+
+        out_dropout: a dropout of y itself.
+        """
+
+    def embedding_forward(
+        self,
+        word: Tensor,
+        token_type: Tensor | None,
+        position: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        settings: EmbeddingSettings,
+    ) -> Normalized:
+        """dropout(LayerNorm(sum of the tables' rows)), without `low`. Ids are int64 and contiguous."""
+
+    def embedding_scatter(self, grad: Tensor, ids: Tensor, n_rows: int, padding_idx: int | None, to: dtype) -> Tensor:
+        """The rows of grad, (T, E), added up by id, (n_rows, E) in a dtype, zeros for padding_idx."""
+
+    def drop(self, x: Tensor, dropout: Dropout) -> Tensor:
+        """The rows, (T, H), with elements dropped out."""

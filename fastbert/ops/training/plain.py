@@ -1,0 +1,195 @@
+"""The passes of training in plain PyTorch, for every device and dtype: what other backends are compared with."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastbert.checkpoint.activations import activate
+from fastbert.ops import dropout as masks
+from fastbert.ops.packing import PackedBatch, to_device
+from fastbert.ops.training.kernels import Attention, EmbeddingSettings, Normalized, NormGradients, Weights
+from fastbert_kernels.masks import Dropout
+
+
+def joined(tensors: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
+    """The tensors one above the other, in a dtype."""
+    return (tensors[0] if len(tensors) == 1 else torch.cat(tensors)).to(dtype)
+
+
+def joined_biases(weights: Weights, biases: tuple[Tensor | None, ...], dtype: torch.dtype) -> Tensor | None:
+    """The biases one above the other, zeros where one is None; None where all are."""
+    if all(bias is None for bias in biases):
+        return None
+    filled = [w.new_zeros(w.shape[0]) if b is None else b for w, b in zip(weights, biases, strict=True)]
+    return joined(tuple(filled), dtype)
+
+
+def wide(x: Tensor) -> Tensor:
+    """The tensor in float32, or in float64 where it is."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+class Plain:
+    """The passes in plain PyTorch."""
+
+    name = "torch"
+
+    def linear(self, x: Tensor, weights: Weights, biases: tuple[Tensor | None, ...]) -> Tensor:
+        return F.linear(x, joined(weights, x.dtype), joined_biases(weights, biases, x.dtype))
+
+    def activated_linear(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, activation: str
+    ) -> tuple[Tensor, Tensor]:
+        pre = self.linear(x, (weight,), (bias,))
+        return activate(pre, activation), pre
+
+    def input_gradient(self, grad: Tensor, weights: Weights, residual: Tensor | None = None) -> Tensor:
+        out = grad @ joined(weights, grad.dtype)
+        return out if residual is None else residual + out
+
+    def weight_gradient(self, grad: Tensor, x: Tensor, to: torch.dtype, bias: bool) -> tuple[Tensor, Tensor | None]:
+        return (grad.t() @ x).to(to), wide(grad).sum(0).to(to) if bias else None
+
+    def activation_backward(self, grad: Tensor, pre: Tensor, activation: str) -> tuple[Tensor, Tensor, Tensor]:
+        with torch.enable_grad():
+            leaf = wide(pre).detach().requires_grad_()
+            activated = activate(leaf, activation)
+        (grad_pre,) = torch.autograd.grad(activated, leaf, wide(grad))
+        return grad_pre.to(pre.dtype), activated.detach().to(pre.dtype), grad_pre.sum(0)
+
+    def attention_forward(self, qkv: Tensor, settings: Attention) -> tuple[Tensor, Tensor]:
+        n_rows, head_size = qkv.shape[0], qkv.shape[1] // (3 * settings.num_heads)
+        out = qkv.new_zeros(n_rows, settings.num_heads, head_size)
+        lse = wide(qkv).new_zeros(settings.num_heads, n_rows)
+        for rows in groups(settings.batch):
+            q, k, v = _heads(qkv, rows, settings.num_heads)
+            scores = q @ k.transpose(-1, -2) * settings.scale
+            p = torch.softmax(scores, -1) * _kept(rows, settings, scores.dtype)
+            out[rows] = (p @ v).transpose(1, 2).to(qkv.dtype)
+            lse[:, rows] = torch.logsumexp(scores, -1).transpose(0, 1)
+        return out.flatten(1), lse
+
+    def attention_backward(self, grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, settings: Attention) -> Tensor:
+        grad_qkv = torch.zeros_like(qkv, memory_format=torch.contiguous_format)
+        for rows in groups(settings.batch):
+            q, k, v = _heads(qkv, rows, settings.num_heads)
+            d_out, o = (_split(t, rows, settings.num_heads) for t in (grad, out))
+            kept = _kept(rows, settings, q.dtype)
+            p = torch.exp(q @ k.transpose(-1, -2) * settings.scale - lse[:, rows].transpose(0, 1)[..., None])
+            d_p = d_out @ v.transpose(-1, -2) * kept
+            d_s = p * (d_p - (d_out * o).sum(-1, keepdim=True)) * settings.scale
+            d_v = (p * kept).transpose(-1, -2) @ d_out
+            d_qkv = torch.stack([d_s @ k, d_s.transpose(-1, -2) @ q, d_v])  # (3, sequences, N, length, D)
+            grad_qkv[rows] = d_qkv.permute(1, 3, 0, 2, 4).flatten(2).to(qkv.dtype)
+        return grad_qkv
+
+    def norm_forward(
+        self,
+        x: Tensor,
+        residual: Tensor | None,
+        weight: Tensor,
+        bias: Tensor,
+        eps: float,
+        dropout: Dropout | None,
+        low: bool,
+    ) -> Normalized:
+        stream = x.dtype if residual is None else residual.dtype
+        total = masks.apply(wide(x), dropout)
+        total = total if residual is None else total + wide(residual)
+        mean = total.mean(-1)
+        rstd = torch.rsqrt((total - mean[:, None]).square().mean(-1) + eps)
+        y = (total - mean[:, None]) * rstd[:, None] * weight + bias
+        rounded = y.to(x.dtype) if low and stream != x.dtype else None
+        return Normalized(y.to(stream), rounded, total.to(x.dtype), mean, rstd)
+
+    def norm_backward(
+        self,
+        grad: Tensor,
+        grad_low: Tensor | None,
+        saved: Any,
+        weight: Tensor,
+        dropout: Dropout | None,
+        out_dropout: Dropout | None,
+        want_residual: bool,
+    ) -> NormGradients:
+        total, mean, rstd = saved
+        d_y = masks.apply(wide(grad) if grad_low is None else wide(grad) + wide(grad_low), out_dropout)
+        x_hat = (wide(total) - mean[:, None]) * rstd[:, None]
+        d_hat = d_y * weight
+        projected = d_hat.mean(-1, keepdim=True) + x_hat * (d_hat * x_hat).mean(-1, keepdim=True)
+        d_total = (d_hat - projected) * rstd[:, None]
+        d_x = masks.apply(d_total, dropout)
+        x = d_x.to(total.dtype)
+        residual = None
+        if want_residual:
+            residual = x if dropout is None and grad.dtype == total.dtype else d_total.to(grad.dtype)
+        return NormGradients(x, residual, (d_y * x_hat).sum(0), d_y.sum(0), d_x.sum(0))
+
+    def embedding_forward(
+        self,
+        word: Tensor,
+        token_type: Tensor | None,
+        position: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        settings: EmbeddingSettings,
+    ) -> Normalized:
+        x = sum_of_rows(word, token_type, position, settings)
+        done = self.norm_forward(x, None, weight, bias, settings.eps, None, False)
+        return done._replace(y=masks.apply(done.y, settings.dropout))
+
+    def embedding_scatter(
+        self, grad: Tensor, ids: Tensor, n_rows: int, padding_idx: int | None, to: torch.dtype
+    ) -> Tensor:
+        padding = -1 if padding_idx is None else padding_idx
+        return torch.ops.aten.embedding_dense_backward(wide(grad), ids, n_rows, padding, False).to(to)
+
+    def drop(self, x: Tensor, dropout: Dropout) -> Tensor:
+        return masks.apply(x, dropout)
+
+
+PLAIN = Plain()
+
+
+def sum_of_rows(word: Tensor, token_type: Tensor | None, position: Tensor, settings: EmbeddingSettings) -> Tensor:
+    """The sum of the tables' rows, (T, E), in differentiable PyTorch."""
+    input_ids, token_type_ids, position_ids, _, padding_idx, _ = settings
+    x = word if input_ids is None else F.embedding(input_ids, word, padding_idx)
+    if token_type is not None and token_type_ids is not None:
+        x = x + F.embedding(token_type_ids, token_type)
+    return x + F.embedding(position_ids, position)
+
+
+def groups(batch: PackedBatch) -> list[Tensor]:
+    """The rows of sequences of equal length together, (sequences, length) each."""
+
+    def make() -> list[Tensor]:
+        offsets = batch.cu_seqlens_cpu.long()
+        lengths = offsets.diff()
+        starts, distinct = offsets[:-1], torch.unique(lengths[lengths > 0]).tolist()
+        rows = [starts[lengths == n][:, None] + torch.arange(n, device="cpu") for n in distinct]
+        return [to_device(r, batch.device) for r in rows]
+
+    made: list[Tensor] = batch.plan("rows by length", make)
+    return made
+
+
+def _split(x: Tensor, rows: Tensor, num_heads: int) -> Tensor:
+    """(T, N D) -> (sequences, N, length, D), in float32 at least."""
+    return wide(x[rows]).unflatten(-1, (num_heads, -1)).transpose(1, 2)
+
+
+def _heads(qkv: Tensor, rows: Tensor, num_heads: int) -> tuple[Tensor, ...]:
+    return tuple(_split(part, rows, num_heads) for part in qkv.chunk(3, dim=1))
+
+
+def _kept(rows: Tensor, settings: Attention, dtype: torch.dtype) -> Tensor | float:
+    """What probabilities are multiplied by, (sequences, N, length, length) in their dtype, or 1."""
+    dropout = settings.dropout
+    if dropout is None:
+        return 1.0
+    return masks.keep(rows, rows.shape[1], dropout, settings.num_heads).to(dtype) * dropout.scale

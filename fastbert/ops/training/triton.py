@@ -1,0 +1,129 @@
+"""The passes of training by Triton kernels, with cuBLAS's products."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastbert.ops import attention_plan
+from fastbert.ops.dispatch import AUTO
+from fastbert.ops.training.kernels import Attention, EmbeddingSettings, Normalized, NormGradients, Weights
+from fastbert.ops.training.plain import joined, joined_biases
+from fastbert_kernels.masks import Dropout
+
+
+class TritonKernels:
+    """The passes by Triton kernels, on CUDA devices, and on the CPU under Triton's interpreter."""
+
+    name = "triton"
+
+    def linear(self, x: Tensor, weights: Weights, biases: tuple[Tensor | None, ...]) -> Tensor:
+        return F.linear(x, joined(weights, x.dtype), joined_biases(weights, biases, x.dtype))
+
+    def activated_linear(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, activation: str
+    ) -> tuple[Tensor, Tensor]:
+        from fastbert_kernels.gelu import bias_gelu_forward
+
+        pre = self.linear(x, (weight,), (bias,))
+        return bias_gelu_forward(pre, None, activation), pre
+
+    def input_gradient(self, grad: Tensor, weights: Weights, residual: Tensor | None = None) -> Tensor:
+        weight = joined(weights, grad.dtype)
+        if residual is None:
+            return grad @ weight
+        if residual.dtype == grad.dtype:
+            return torch.addmm(residual, grad, weight)
+        return residual + grad @ weight
+
+    def weight_gradient(self, grad: Tensor, x: Tensor, to: torch.dtype, bias: bool) -> tuple[Tensor, Tensor | None]:
+        sums = grad.sum(0, dtype=torch.float32).to(to) if bias else None
+        if to == grad.dtype or grad.device.type != "cuda":
+            return (grad.t() @ x).to(to), sums
+        return torch.mm(grad.t(), x, out_dtype=to), sums  # not rounded to 16 bits in between
+
+    def activation_backward(self, grad: Tensor, pre: Tensor, activation: str) -> tuple[Tensor, Tensor, Tensor]:
+        from fastbert_kernels.gelu import activation_backward
+
+        return activation_backward(grad, pre, activation)
+
+    def attention_forward(self, qkv: Tensor, settings: Attention) -> tuple[Tensor, Tensor]:
+        from fastbert_kernels.attention import varlen_attention_forward
+
+        batch, num_heads, scale, dropout = settings
+        seq_ids, tiles, _ = attention_plan.triton_plan(batch, qkv.dtype, qkv.shape[1] // (3 * num_heads), AUTO)
+        lse = torch.empty(num_heads, qkv.shape[0], dtype=torch.float32, device=qkv.device)
+        out = varlen_attention_forward(
+            qkv, batch.cu_seqlens, seq_ids, tiles, num_heads, scale, dropout=dropout, lse=lse
+        )
+        return out, lse
+
+    def attention_backward(self, grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, settings: Attention) -> Tensor:
+        from fastbert_kernels.attention_backward import varlen_attention_backward
+
+        batch, num_heads, scale, dropout = settings
+        plan = attention_plan.gradient_plan(batch, qkv.dtype, qkv.shape[1] // (3 * num_heads))
+        return varlen_attention_backward(grad, qkv, out, lse, plan, num_heads, scale, dropout)
+
+    def norm_forward(
+        self,
+        x: Tensor,
+        residual: Tensor | None,
+        weight: Tensor,
+        bias: Tensor,
+        eps: float,
+        dropout: Dropout | None,
+        low: bool,
+    ) -> Normalized:
+        from fastbert_kernels.layer_norm import residual_norm_forward
+
+        return Normalized(*residual_norm_forward(x, None, residual, weight, bias, eps, dropout, low))
+
+    def norm_backward(
+        self,
+        grad: Tensor,
+        grad_low: Tensor | None,
+        saved: Any,
+        weight: Tensor,
+        dropout: Dropout | None,
+        out_dropout: Dropout | None,
+        want_residual: bool,
+    ) -> NormGradients:
+        from fastbert_kernels.layer_norm_backward import residual_norm_backward
+
+        total, mean, rstd = saved
+        found = residual_norm_backward(grad, grad_low, total, mean, rstd, weight, dropout, out_dropout, want_residual)
+        return NormGradients(*found)
+
+    def embedding_forward(
+        self,
+        word: Tensor,
+        token_type: Tensor | None,
+        position: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        settings: EmbeddingSettings,
+    ) -> Normalized:
+        from fastbert_kernels.embedding import embedding_norm_forward
+
+        input_ids, token_type_ids, position_ids, eps, _, dropout = settings
+        tables = word, token_type, position, weight, bias
+        done = embedding_norm_forward(
+            input_ids, token_type_ids, position_ids, *tables, eps, dropout, word.dtype, low=False
+        )
+        return Normalized(*done)
+
+    def embedding_scatter(
+        self, grad: Tensor, ids: Tensor, n_rows: int, padding_idx: int | None, to: torch.dtype
+    ) -> Tensor:
+        from fastbert_kernels.embedding_backward import embedding_backward, segments_of
+
+        return embedding_backward(grad, segments_of(ids, n_rows), to, padding_idx)
+
+    def drop(self, x: Tensor, dropout: Dropout) -> Tensor:
+        from fastbert_kernels.dropout_rows import dropout_forward
+
+        return dropout_forward(x, dropout)

@@ -1,0 +1,126 @@
+"""This module computes the gradients of attention over packed sequences, in two passes without atomics.
+
+    p[i, j] = exp(scale * q[i] . k[j] - lse[i]),    dp[i, j] = keep[i, j] * keep_scale * (dout[i] . v[j])
+    ds[i, j] = p[i, j] * (dp[i, j] - delta[i]),     delta[i] = dout[i] . out[i] = sum_j p[i, j] dp[i, j]
+    dq[i] = scale * sum_j ds[i, j] k[j],    dk[j] = scale * sum_i ds[i, j] q[i]
+    dv[j] = keep_scale * sum_i keep[i, j] * p[i, j] dout[i]
+
+qkv, grad_qkv: (T, 3 * N * D), laid out [q | k | v]; dout, out: (T, N * D); fp32 / bf16 / fp16, D from 16 to 128. lse
+and delta: (N, T) float32. p, ds and all sums are float32; p and ds are rounded to the input dtype for the products that
+they enter. FLOPs: 14 * N * D * sum_b len_b^2, where one pass that adds dq atomically would need 10, and float32 has 4
+more. Bytes moved: 12 * T * N * D elements and 36 * T * N bytes at least.
+
+The first pass, `attention_query_gradient`, has a program for each tile of queries, which goes over blocks of keys; the
+second, `attention_key_gradient`, one for each tile of keys, which goes over blocks of queries. Each sum is made by one
+program in a fixed order, so the bits do not vary. Tiles and work lists are as in the forward pass: `attention`
+describes them, and what shares a tile.
+
+The factor keep_scale is taken out of the sums: delta is divided by it, and so is ds; the results are multiplied.
+
+Source: Dao, "FlashAttention-2", 2023, arXiv:2307.08691, section 3.1.2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+from fastbert_kernels import configs, launch
+from fastbert_kernels import dropout as drawing
+from fastbert_kernels.attention import LOG2_E, build_work_list
+from fastbert_kernels.attention_key_gradient import key_value_gradient_kernel
+from fastbert_kernels.attention_query_gradient import query_gradient_kernel
+from fastbert_kernels.masks import Dropout
+
+
+class Plan(NamedTuple):
+    """A `Plan` holds what the gradients need of a batch, int32 and on its device.
+
+    cu_seqlens: (B + 1,). seq_ids: (T,), the sequence of each token. query_tiles, key_tiles: (W, 4), of `work_lists`.
+    """
+
+    cu_seqlens: torch.Tensor
+    seq_ids: torch.Tensor
+    query_tiles: torch.Tensor
+    key_tiles: torch.Tensor
+
+
+def work_lists(
+    cu_seqlens: Sequence[int], tiles: configs.AttentionBackward, share: bool = True
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Lists the tiles of queries and those of keys as `attention.build_work_list` does. Equal lists are one."""
+    n_queries, n_keys = tiles.query["BLOCK_Q"], tiles.key["BLOCK_K"]
+    query_tiles = build_work_list(cu_seqlens, n_queries, share)
+    return query_tiles, query_tiles if n_keys == n_queries else build_work_list(cu_seqlens, n_keys, share)
+
+
+def varlen_attention_backward(
+    grad: torch.Tensor,
+    qkv: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    plan: Plan,
+    num_heads: int,
+    scale: float,
+    dropout: Dropout | None = None,
+    tiles: configs.AttentionBackward | None = None,
+) -> torch.Tensor:
+    """Computes the gradient of qkv, (T, 3 * N * D), in its dtype, from that of the result, grad (T, N * D).
+
+    out (T, N * D) and lse (N, T) float32 are what `varlen_attention_forward` computed with the same scale and dropout.
+    Each needs unit stride along its last axis. Rows that no tile holds are left as they are: the caller sets them to
+    zero where the batch has some.
+    """
+    n_rows, hidden_size = grad.shape
+    head_size = hidden_size // num_heads
+    grad_qkv = launch.empty((n_rows, 3 * hidden_size), like=qkv)
+    if n_rows == 0:
+        return grad_qkv
+    statistics = launch.empty((num_heads, n_rows, 4), like=lse)
+    tiles = tiles or configs.attention_backward_configs(qkv.dtype, head_size, launch.arch(qkv.device))
+    shared = {
+        "q_ptr": qkv,
+        "k_ptr": qkv[:, hidden_size:],
+        "v_ptr": qkv[:, 2 * hidden_size :],
+        "dout_ptr": grad,
+        "statistics_ptr": statistics,
+        "seq_ids_ptr": plan.seq_ids,
+        "cu_seqlens_ptr": plan.cu_seqlens,
+        "qkv_row_stride": qkv.stride(0),
+        "dout_row_stride": grad.stride(0),
+        "n_rows": n_rows,
+        "scale_log2": scale * LOG2_E.value,
+        "grad_scale": scale * (1.0 if dropout is None else dropout.scale),
+        "HEAD_SIZE": head_size,
+        "DROPOUT": dropout is not None,
+        "NORMALIZE": qkv.dtype == torch.float32,
+        "INPUT_PRECISION": launch.dot_precision(qkv.dtype),
+        **drawing.arguments(dropout),
+    }
+    # Grids: every tile of a work list, for every head.
+    launch.run(
+        query_gradient_kernel,
+        (plan.query_tiles.shape[0], num_heads),
+        tiles.query,
+        **shared,
+        out_ptr=out,
+        lse_ptr=lse,
+        dq_ptr=grad_qkv,
+        work_list_ptr=plan.query_tiles,
+        out_row_stride=out.stride(0),
+        lse_head_stride=lse.stride(0),
+        dq_row_stride=grad_qkv.stride(0),
+    )
+    launch.run(
+        key_value_gradient_kernel,
+        (plan.key_tiles.shape[0], num_heads),
+        tiles.key,
+        **shared,
+        dk_ptr=grad_qkv[:, hidden_size:],
+        dv_ptr=grad_qkv[:, 2 * hidden_size :],
+        work_list_ptr=plan.key_tiles,
+        grad_row_stride=grad_qkv.stride(0),
+    )
+    return grad_qkv

@@ -1,0 +1,229 @@
+"""This kernel computes the gradient of attention's queries, and what the pass over keys needs of each query.
+
+`attention_backward` has the formulas. A program takes a tile of queries, and goes over blocks of keys. It reads q, k,
+v, dout and out, and writes dq: 6 * T * N * D elements at least. FLOPs: 6 * N * D * sum_b len_b^2.
+
+In 16 bits, delta comes from the rounded result. Float32 would show what lse and such a delta lose: the probabilities of
+a row add up to 1 only within |lse| * 2^-24, and where one of them is almost 1, dp and delta cancel. So float32 goes
+over the keys twice, the first time for the sum of p, and for delta from the same products that it is subtracted from.
+"""
+
+from __future__ import annotations
+
+import triton.language as tl
+
+from fastbert_kernels import dropout as drawing
+from fastbert_kernels.attention import LOG2_E, keep_probabilities
+from fastbert_kernels.attention_tiles import load_rows, own_range, store_statistics, tile_offs
+from fastbert_kernels.dropout import spread_columns
+from fastbert_kernels.jit import jit
+from fastbert_kernels.masks import RANGE
+
+N_NUMBERS = tl.constexpr(RANGE)
+
+
+@jit
+def _sum_over_keys(
+    q,  # (BLOCK_Q, BLOCK_D)
+    dout,  # (BLOCK_Q, BLOCK_D)
+    lse_log2,  # (BLOCK_Q,)
+    k_ptr,  # (T, N, D)
+    v_ptr,  # (T, N, D)
+    key_offs,  # (BLOCK_K, BLOCK_D)
+    start,
+    end,
+    rows,  # (BLOCK_Q,)
+    row_mask,  # (BLOCK_Q,)
+    seq_ids_ptr,
+    cu_seqlens_ptr,
+    qkv_row_stride,
+    scale_log2,
+    d_mask,  # (BLOCK_D,)
+    head,
+    mask_key,
+    DROPOUT: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Returns the sums of p and of p * dp over all keys, each (BLOCK_Q,), whoever shares the tile."""
+    row_sum = tl.zeros((BLOCK_Q,), dtype=tl.float32)
+    product_sum = tl.zeros((BLOCK_Q,), dtype=tl.float32)
+    row_first_key, row_end_key = own_range(rows, row_mask, seq_ids_ptr, cu_seqlens_ptr)
+    for block_start in range(start, end, BLOCK_K):
+        keys = block_start + tl.arange(0, BLOCK_K)
+        block_offset = tl.cast(block_start, tl.int64) * qkv_row_stride
+        k = load_rows(k_ptr + block_offset + key_offs, keys < end, d_mask, True, True)
+        v = load_rows(v_ptr + block_offset + key_offs, keys < end, d_mask, True, True)
+        scores = tl.dot(q, tl.trans(k), input_precision=INPUT_PRECISION)
+        dp = tl.dot(dout, tl.trans(v), input_precision=INPUT_PRECISION)
+        own = (keys[None, :] >= row_first_key[:, None]) & (keys[None, :] < row_end_key[:, None])
+        p = tl.where(own, tl.exp2(scores * scale_log2 - lse_log2[:, None]), 0.0)
+        row_sum += tl.sum(p, axis=1)
+        if DROPOUT:
+            bits = keep_probabilities(block_start, rows, row_first_key, start, head, mask_key, True, BLOCK_K)
+            dp = tl.where(spread_columns(bits), dp, 0.0)
+        product_sum += tl.sum(p * dp, axis=1)
+    return row_sum, product_sum
+
+
+@jit
+def _add_query_gradients(
+    dq,  # (BLOCK_Q, BLOCK_D) float32
+    q,  # (BLOCK_Q, BLOCK_D)
+    dout,  # (BLOCK_Q, BLOCK_D)
+    lse_log2,  # (BLOCK_Q,) lse times log2(e)
+    delta,  # (BLOCK_Q,) divided by keep_scale
+    k_ptr,  # (T, N, D)
+    v_ptr,  # (T, N, D)
+    key_offs,  # (BLOCK_K, BLOCK_D) offsets of keys 0 to BLOCK_K - 1 of the batch
+    start,
+    end,
+    first_key,
+    rows,  # (BLOCK_Q,) packed rows
+    row_mask,  # (BLOCK_Q,)
+    seq_ids_ptr,
+    cu_seqlens_ptr,
+    qkv_row_stride,
+    scale_log2,
+    d_mask,  # (BLOCK_D,)
+    head,
+    mask_key,  # (key_low, key_high, site, threshold) where DROPOUT
+    DROPOUT: tl.constexpr,
+    MASKED: tl.constexpr,
+    SHARED: tl.constexpr,
+    PADDED_D: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Adds what the keys [start, end) give. Unless MASKED, that is a whole number of blocks."""
+    row_first_key, row_end_key = rows, rows  # Without SHARED, of no use.
+    if SHARED:
+        row_first_key, row_end_key = own_range(rows, row_mask, seq_ids_ptr, cu_seqlens_ptr)
+    for block_start in range(start, end, BLOCK_K):
+        keys = block_start + tl.arange(0, BLOCK_K)
+        block_offset = tl.cast(block_start, tl.int64) * qkv_row_stride
+        k = load_rows(k_ptr + block_offset + key_offs, keys < end, d_mask, MASKED, PADDED_D)
+        v = load_rows(v_ptr + block_offset + key_offs, keys < end, d_mask, MASKED, PADDED_D)
+
+        if DROPOUT:
+            bits = keep_probabilities(block_start, rows, row_first_key, first_key, head, mask_key, SHARED, BLOCK_K)
+        scores = tl.dot(q, tl.trans(k), input_precision=INPUT_PRECISION)  # (BLOCK_Q, BLOCK_K)
+        dp = tl.dot(dout, tl.trans(v), input_precision=INPUT_PRECISION)
+        if MASKED and not SHARED:
+            scores = tl.where((keys < end)[None, :], scores, float("-inf"))
+        if SHARED:
+            own = (keys[None, :] >= row_first_key[:, None]) & (keys[None, :] < row_end_key[:, None])
+            scores = tl.where(own, scores, float("-inf"))
+        p = tl.exp2(scores * scale_log2 - lse_log2[:, None])
+        if DROPOUT:
+            keep = spread_columns(bits)
+            dp = tl.where(keep, dp, 0.0)
+        ds = p * (dp - delta[:, None])
+        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=INPUT_PRECISION)
+    return dq
+
+
+@jit(
+    do_not_specialize=["lse_head_stride", "n_rows", *drawing.DO_NOT_SPECIALIZE],
+    do_not_specialize_on_alignment=["cu_seqlens_ptr"],
+)
+def query_gradient_kernel(
+    q_ptr,  # (T, N, D)
+    k_ptr,  # (T, N, D)
+    v_ptr,  # (T, N, D)
+    dout_ptr,  # (T, N, D)
+    out_ptr,  # (T, N, D)
+    lse_ptr,  # (N, T) float32
+    statistics_ptr,  # (N, T, 4) float32: see `store_statistics`
+    dq_ptr,  # (T, N, D)
+    work_list_ptr,  # (W, 4) int32: first row, end row, first sequence, end sequence
+    seq_ids_ptr,  # (T,) int32: the sequence of each token
+    cu_seqlens_ptr,  # (B + 1,) int32
+    qkv_row_stride,
+    dout_row_stride,
+    out_row_stride,
+    dq_row_stride,
+    lse_head_stride,
+    n_rows,
+    scale_log2,  # softmax scale times log2(e)
+    grad_scale,  # softmax scale times keep_scale
+    key_low,  # this and the next four: where DROPOUT
+    key_high,
+    site,
+    threshold,
+    keep_scale,
+    HEAD_SIZE: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    tile = tl.program_id(0)
+    head = tl.program_id(1)
+    first_row = tl.load(work_list_ptr + 4 * tile)
+    end_row = tl.load(work_list_ptr + 4 * tile + 1)
+    if end_row == first_row:  # what fills a work list of fixed length up
+        return
+    first_seq = tl.load(work_list_ptr + 4 * tile + 2)
+    end_seq = tl.load(work_list_ptr + 4 * tile + 3)
+    first_key = tl.load(cu_seqlens_ptr + first_seq)
+    end_key = tl.load(cu_seqlens_ptr + end_seq)
+
+    rows = first_row + tl.arange(0, BLOCK_Q)
+    row_mask = rows < end_row
+
+    d_offs = tl.arange(0, BLOCK_D)
+    d_mask = d_offs < HEAD_SIZE
+    mask = row_mask[:, None] & d_mask[None, :]
+    column_offs = (head * HEAD_SIZE + d_offs)[None, :]
+    long_rows = rows.to(tl.int64)[:, None]
+    q = tl.load(q_ptr + long_rows * qkv_row_stride + column_offs, mask=mask, other=0.0)
+    dout = tl.load(dout_ptr + long_rows * dout_row_stride + column_offs, mask=mask, other=0.0)
+    lse_ptrs = lse_ptr + head * lse_head_stride.to(tl.int64) + rows
+    lse_log2 = tl.load(lse_ptrs, mask=row_mask, other=0.0) * LOG2_E
+    key_offs = tl.arange(0, BLOCK_K)[:, None] * qkv_row_stride + column_offs
+    mask_key = (key_low, key_high, site, threshold)
+    if NORMALIZE:
+        row_sum, delta = _sum_over_keys(
+            q, dout, lse_log2, k_ptr, v_ptr, key_offs, first_key, end_key, rows, row_mask, seq_ids_ptr, cu_seqlens_ptr,
+            qkv_row_stride, scale_log2, d_mask, head, mask_key, DROPOUT, INPUT_PRECISION, BLOCK_Q, BLOCK_K,
+        )  # fmt: skip
+        inverse_sum = 1.0 / tl.where(row_mask, row_sum, 1.0)
+        delta *= inverse_sum
+    else:
+        out = tl.load(out_ptr + long_rows * out_row_stride + column_offs, mask=mask, other=0.0)
+        delta = tl.sum(dout.to(tl.float32) * out.to(tl.float32), axis=1)
+        if DROPOUT:
+            delta *= 1.0 - threshold.to(tl.float32) / N_NUMBERS
+        inverse_sum = tl.full((BLOCK_Q,), 1.0, dtype=tl.float32)
+
+    # Of one sequence, whole blocks of keys need no mask, and the rest only one of its end. Of several, each block does.
+    end_unmasked, start_shared = first_key, first_key
+    if end_seq - first_seq == 1:
+        end_unmasked, start_shared = first_key + (end_key - first_key) // BLOCK_K * BLOCK_K, end_key
+    dq = tl.zeros((BLOCK_Q, BLOCK_D), dtype=tl.float32)
+    dq = _add_query_gradients(
+        dq, q, dout, lse_log2, delta, k_ptr, v_ptr, key_offs, first_key, end_unmasked, first_key, rows,
+        row_mask, seq_ids_ptr, cu_seqlens_ptr, qkv_row_stride, scale_log2, d_mask, head, mask_key,
+        DROPOUT, False, False, BLOCK_D != HEAD_SIZE, INPUT_PRECISION, BLOCK_K,
+    )  # fmt: skip
+    dq = _add_query_gradients(
+        dq, q, dout, lse_log2, delta, k_ptr, v_ptr, key_offs, end_unmasked, start_shared, first_key, rows,
+        row_mask, seq_ids_ptr, cu_seqlens_ptr, qkv_row_stride, scale_log2, d_mask, head, mask_key,
+        DROPOUT, True, False, BLOCK_D != HEAD_SIZE, INPUT_PRECISION, BLOCK_K,
+    )  # fmt: skip
+    dq = _add_query_gradients(
+        dq, q, dout, lse_log2, delta, k_ptr, v_ptr, key_offs, start_shared, end_key, first_key, rows,
+        row_mask, seq_ids_ptr, cu_seqlens_ptr, qkv_row_stride, scale_log2, d_mask, head, mask_key,
+        DROPOUT, True, True, BLOCK_D != HEAD_SIZE, INPUT_PRECISION, BLOCK_K,
+    )  # fmt: skip
+
+    if NORMALIZE:
+        dq *= inverse_sum[:, None]
+    statistics_ptrs = statistics_ptr + 4 * (head * n_rows.to(tl.int64) + rows)
+    store_statistics(statistics_ptrs, lse_log2, delta, inverse_sum, row_mask)
+    offs, mask = tile_offs(work_list_ptr, tile, head, dq_row_stride, HEAD_SIZE, BLOCK_Q, BLOCK_D)
+    tl.store(dq_ptr + offs, (dq * grad_scale).to(dq_ptr.dtype.element_ty), mask=mask)
