@@ -259,13 +259,13 @@ def varlen_attention(
         raise ValueError(f"qkv: expected shape {expected}, got {tuple(qkv.shape)}")
     head_size = qkv.shape[1] // (3 * num_heads)
     scale = head_size**-0.5 if scale is None else scale
-    trained = choose.perhaps(dropout)
+    compiling = torch.compiler.is_compiling()
+    trained = not compiling and (torch.is_grad_enabled() or dropout is not None or choose.IN_TRAINING.get())
     trained, dropout_p = trained and choose.wanted(policy, dropout, qkv), dropout if isinstance(dropout, float) else 0.0
     if trained or isinstance(dropout, Dropout):
         obstacle = choose.triton_obstacle(qkv.dtype, head_size=head_size)
     else:
         obstacle = triton_obstacle(head_size, qkv, dropout_p)
-    compiling = torch.compiler.is_compiling()
     backend = dispatch.choose("attention", policy.backend, policy.strict, qkv.device, obstacle)
     no_kernel = cpu_obstacle(head_size, qkv, dropout_p) if backend == "cpu" else None
     if backend != "triton":

@@ -266,7 +266,9 @@ def linear_residual_layer_norm(
     elsewhere the GEMM adds the bias.
     """
     _check(x, weight, bias)
-    may_train = choose.perhaps(dropout)
+    may_train = not torch.compiler.is_compiling() and (
+        torch.is_grad_enabled() or dropout is not None or choose.IN_TRAINING.get()
+    )
     if may_train and choose.wanted(policy, dropout, x, weight, bias, residual, ln_weight, ln_bias):
         y = linear(x, weight, bias, policy=policy, keep=keep)
         return layer_norm.bias_residual_layer_norm(

@@ -34,11 +34,6 @@ def as_in_training() -> Iterator[None]:
         IN_TRAINING.reset(token)
 
 
-def perhaps(dropout: Drop) -> bool:
-    """Tells cheaply whether `wanted` is worth asking; torch.compile traces it, but not a context variable."""
-    return torch.is_grad_enabled() or dropout is not None or (not torch.compiler.is_compiling() and IN_TRAINING.get())
-
-
 def wanted(policy: Policy, dropout: Drop, *tensors: Tensor | None) -> bool:
     """Tells whether gradients or masks are wanted of an operation on these tensors, and nobody watches it."""
     if policy.batch_invariant or torch.compiler.is_compiling():
