@@ -31,16 +31,15 @@ class Training:
         self.state = state
 
     def wanted(self, model: Any, embedded: bool) -> bool:
-        """Tells whether a batch of this model may need gradients, or drops out."""
+        """Tells whether a batch may need gradients, or the model trains, whose passes without gradients agree then."""
         if torch.is_grad_enabled() and (embedded or any(p.requires_grad for p in model.parameters())):
             return True
-        may_drop = bool(model.training) and self.state.plain_layers(model)
-        return may_drop and any(any(block.dropouts) for block in model.blocks())
+        return bool(model.training)
 
     def obstacles(self, model: Any, n_tokens: int | None, keep_states: bool, embedded: bool) -> Iterator[str]:
         device = first_parameter(model).device
         if not self.wanted(model, embedded):
-            yield "neither gradients nor dropout are wanted"
+            yield "no gradients are wanted, and the model is in eval mode"
         if model.policy.batch_invariant:
             yield "batch_invariant: gradients and dropout go through a whole batch"
         if model.precision is not None:
@@ -73,7 +72,8 @@ class Training:
 
     def run(self, model: Any, batch: PackedBatch, inputs: PackedInputs, keep_states: bool) -> list[Tensor] | None:
         try:
-            return self._run(model, model.embed(inputs, batch), batch, keep_states)
+            with choose.as_in_training():
+                return self._run(model, model.embed(inputs, batch), batch, keep_states)
         except RuntimeError as error:
             model.blame_dtypes(error)
             raise

@@ -259,7 +259,8 @@ def varlen_attention(
         raise ValueError(f"qkv: expected shape {expected}, got {tuple(qkv.shape)}")
     head_size = qkv.shape[1] // (3 * num_heads)
     scale = head_size**-0.5 if scale is None else scale
-    trained, dropout_p = choose.wanted(policy, dropout, qkv), dropout if isinstance(dropout, float) else 0.0
+    trained = choose.perhaps(dropout)
+    trained, dropout_p = trained and choose.wanted(policy, dropout, qkv), dropout if isinstance(dropout, float) else 0.0
     if trained or isinstance(dropout, Dropout):
         obstacle = choose.triton_obstacle(qkv.dtype, head_size=head_size)
     else:

@@ -92,7 +92,9 @@ def bias_residual_layer_norm(
                 raise ValueError(f"{name}: expected shape ({hidden_size},), got {tuple(tensor.shape)}")
         if residual is not None and residual.shape != x.shape:
             raise ValueError(f"residual: expected the shape of x, {tuple(x.shape)}, got {tuple(residual.shape)}")
-    trained, dropout_p = choose.wanted(policy, dropout, x, bias, residual, weight, ln_bias), probability_of(dropout)
+    dropout_p = 0.0 if dropout is None else probability_of(dropout)
+    trained = choose.perhaps(dropout)
+    trained = trained and choose.wanted(policy, dropout, x, bias, residual, weight, ln_bias)
     trained = trained and takes(x, residual, weight, ln_bias)
     if trained or isinstance(dropout, Dropout):
         obstacle = choose.triton_obstacle(x.dtype, hidden_size=hidden_size)

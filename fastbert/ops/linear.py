@@ -266,7 +266,8 @@ def linear_residual_layer_norm(
     elsewhere the GEMM adds the bias.
     """
     _check(x, weight, bias)
-    if choose.wanted(policy, dropout, x, weight, bias, residual, ln_weight, ln_bias):
+    may_train = choose.perhaps(dropout)
+    if may_train and choose.wanted(policy, dropout, x, weight, bias, residual, ln_weight, ln_bias):
         y = linear(x, weight, bias, policy=policy, keep=keep)
         return layer_norm.bias_residual_layer_norm(
             y, None, residual, ln_weight, ln_bias, eps, dropout=dropout, policy=policy

@@ -87,7 +87,10 @@ def test_hooks_of_transformers_itself() -> None:
     def users(*_: Any) -> None:
         """Somebody's hook."""
 
-    assert not versions.is_harmless(users)
+    def make_inputs_require_grad(*_: Any) -> None:
+        """PEFT's, for models that have no `enable_input_require_grads`."""
+
+    assert not versions.is_harmless(users) and versions.is_harmless(make_inputs_require_grad)
     model = transformers.BertModel(theirs().config)
     model.eval()
     run(model, make_batch(), output_attentions=True, output_hidden_states=True)

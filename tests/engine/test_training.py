@@ -177,3 +177,11 @@ def test_probability_of_nothing_and_of_all() -> None:
     assert dropout.keep(rows, 40, dropout.Dropout(0, 1, 2)).all()
     assert not dropout.keep(rows, 40, dropout.Dropout(1 << 16, 1, 2)).any()
     assert dropout.Dropout(1 << 16, 1, 2).scale == 0.0
+
+
+def test_passes_without_gradients_agree() -> None:
+    """Catches other numbers where a model in training mode runs without gradients, as gradient caching does."""
+    model = make(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    expected = model(IDS, MASK).last_hidden_state
+    with torch.no_grad():
+        assert torch.equal(model(IDS, MASK).last_hidden_state, expected)

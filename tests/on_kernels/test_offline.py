@@ -29,8 +29,8 @@ def tile(**changes):
     sizes = dict(BLOCK_Q=128, BLOCK_K=64, BLOCK_D=32, num_warps=8, num_stages=3)
     return lambda dtype, head_size, for_arch: configs.Config({**sizes, **changes}, "planted")
 
-def upcast(x, weight, bias, activation, residual=None, forward=linear.linear_forward):
-    return forward(x.float(), weight.float(), bias, activation, residual)
+def upcast(x, weight, bias, activation, residual=None, pre=None, forward=linear.linear_forward):
+    return forward(x.float(), weight.float(), bias, activation, residual, None if pre is None else pre.float())
 
 def die(source, compile=triton.compile, **kwargs):
     if "gelu" in source.constants.values():
@@ -163,7 +163,7 @@ def faults(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, str
         ("not a tile", "100x64x32 w8 s3]: does not compile: CompilationError: "),
         ("not a tile", "arange's range must be a power of 2"),
         ("dead compiler", "FAILED sm_90 linear bf16 [minilm up+gelu; "),
-        ("dead compiler", ": does not compile: the compiler's process died\nFAILED: 1 of 3 kernels with findings"),
+        ("dead compiler", ": does not compile: the compiler's process died\nFAILED: 2 of 4 kernels with findings"),
     ],
 )
 def test_planted_faults_are_found(faults, fault, finding):

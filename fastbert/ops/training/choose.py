@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -18,15 +21,31 @@ from fastbert_kernels.masks import Dropout
 
 CPU, TRITON = CpuKernels(), TritonKernels()
 ACTIVATIONS = ("none", "gelu", "gelu_tanh", "relu")
+IN_TRAINING: ContextVar[bool] = ContextVar("fastbert passes of training", default=False)
+
+
+@contextmanager
+def as_in_training() -> Iterator[None]:
+    """Lets operations run as in training though no gradient is wanted, so that both passes have the same bits."""
+    token = IN_TRAINING.set(True)
+    try:
+        yield
+    finally:
+        IN_TRAINING.reset(token)
+
+
+def perhaps(dropout: Drop) -> bool:
+    """Tells cheaply whether `wanted` is worth asking; torch.compile traces it, but not a context variable."""
+    return torch.is_grad_enabled() or dropout is not None or (not torch.compiler.is_compiling() and IN_TRAINING.get())
 
 
 def wanted(policy: Policy, dropout: Drop, *tensors: Tensor | None) -> bool:
     """Tells whether gradients or masks are wanted of an operation on these tensors, and nobody watches it."""
     if policy.batch_invariant or torch.compiler.is_compiling():
         return False
-    needed = isinstance(dropout, Dropout) or (
-        torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    )
+    needed = isinstance(dropout, Dropout) or IN_TRAINING.get()
+    if not needed and torch.is_grad_enabled():
+        needed = any(t is not None and t.requires_grad for t in tensors)
     return needed and tracing.observed(*tensors) is None and not (recording.on and recording.is_dry())
 
 

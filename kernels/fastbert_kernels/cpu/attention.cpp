@@ -55,8 +55,10 @@ INLINE vf log(vf x) {
     return x - x == 0.0f ? whole * 0.693359375f + (f + tail) : x;
 }
 
-INLINE void save_lse(float* lse, const float* tops, const float* totals, int n_rows) {
-    from_floats(lse, to_floats(tops, n_rows) + log(to_floats(totals, n_rows)), n_rows);
+// lse: (n,), the largest scores, become the logarithms of the sums. totals: the sums of exp(score - largest).
+INLINE void finish_lse(float* lse, const float* totals, int64_t n) {
+    for (int64_t i = 0; i < n; i += VL)
+        from_floats(lse + i, to_floats(lse + i, n - i) + log(to_floats(totals + i, n - i)), n - i);
 }
 
 // scores, (padded,) -> probabilities times their sum, as bfloat16 in the first half if PAIRS. Those of keys from length
@@ -73,7 +75,7 @@ INLINE void softmax(float* scores, int64_t length, int64_t padded, const uint64_
     for (int64_t j = 0; j < padded; j += VL) {
         vf p = exp2<!PAIRS>((load<vf>(scores + j) - top) * LOG2_E);
         total += p;
-        if (MODE == TRAINING_WITH_DROPOUT) p = where(keep[j / 64] >> j % 64, p);
+        if (MODE == TRAINING_WITH_DROPOUT) p = where(keep, j, p);
         if (PAIRS) from_floats((bf16*)scores + j, p);
         else store(scores + j, p);
     }
@@ -112,7 +114,7 @@ INLINE void probabilities_of(float* p, int64_t stride, const typename O::E* cons
         for (int j = 0; j < N; j++) {
             vf e = exp2<!PAIRS>((sums[i][j] - top) * LOG2_E);
             total += e;
-            if (MODE == TRAINING_WITH_DROPOUT) e = where(keep[i] >> j * VL, e);
+            if (MODE == TRAINING_WITH_DROPOUT) e = where(keep + i, j * VL, e);
             if (PAIRS) from_floats((bf16*)(p + i * stride) + j * VL, e);
             else store(p + i * stride + j * VL, e);
         }
@@ -172,7 +174,9 @@ INLINE void run(const T* qkv, T* out, const Heads& shape, const AttentionPlan::T
     pack_values<O>(values, q + 2 * width, length, size, shape.row_stride);
 
     const Masks masks(training.dropout, head);
-    const float kept = training.dropout.scale();
+    const float factor = training.dropout.scale();
+    float* lse = MODE == INFERENCE ? NULL : training.lse + head * n_rows_in_all + task.first;
+    float all_totals[CHUNK];
     const int64_t end = least(task.chunk + CHUNK, length);
     for (int64_t row = task.chunk; row < end; row += ROWS) {
         const int n_rows = (int)least(end - row, ROWS);
@@ -205,7 +209,9 @@ INLINE void run(const T* qkv, T* out, const Heads& shape, const AttentionPlan::T
             ALL_KEYS(4);
         } else {
             if (depth > DEPTH)
-                products_in_parts<O>(scratch.scores, padded, queries, keys, n_blocks, depth, shape.scale);
+                IN_VECTORS(n_blocks, at,
+                           products_in_parts<N, O>(scratch.scores + at * VL, padded, queries, keys + at * depth * VL,
+                                                   depth, depth, DEPTH, shape.scale))
             else
                 IN_VECTORS(n_blocks, at,
                            scores_of<N, O>(scratch.scores + at * VL, padded, queries, keys + at * depth * VL, depth,
@@ -214,14 +220,18 @@ INLINE void run(const T* qkv, T* out, const Heads& shape, const AttentionPlan::T
                 softmax<PAIRS, MODE>(scratch.scores + i * padded, length, padded, scratch.keep + i * n_words, tops + i,
                                      totals + i);
         }
-        if (MODE != INFERENCE) save_lse(training.lse + head * n_rows_in_all + first, tops, totals, n_rows);
+        for (int i = 0; MODE != INFERENCE && i < n_rows; i++) {
+            lse[row + i] = tops[i];
+            all_totals[row - task.chunk + i] = totals[i];
+        }
         if (MODE == TRAINING_WITH_DROPOUT)
-            for (int i = 0; i < n_rows; i++) totals[i] /= kept;
+            for (int i = 0; i < n_rows; i++) totals[i] /= factor;
         T* outs = out + first * shape.out_stride + head * size;
         IN_VECTORS(
             size / VL, at,
             outputs_of<N, O>(outs + at * VL, shape.out_stride, totals, p, values + at * VL, n_values, size, n_rows))
     }
+    if (MODE != INFERENCE) finish_lse(lse + task.chunk, all_totals, end - task.chunk);
 }
 
 template <typename T, typename O, Mode MODE>

@@ -11,91 +11,14 @@
 //
 // A task is one head of one sequence. It takes tiles of p and ds that stay in the caches: one block of keys after the
 // other, and for each of them one block of queries after the other. dk and dv are sums over the blocks of queries, dq is
-// one over the blocks of keys, always in the order of the tokens. The heads of a long sequence may be too few for all
+// one over the blocks of keys, always in the order of the tokens. In a tile with all keys of a text, p is divided by its
+// sum, which is not 1 where lse was rounded. The heads of a long sequence may be too few for all
 // threads. Then there are tasks for the dk and dv of some keys, and others for the dq of some queries: seven products in
 // the place of five, and the same sums.
 // Bytes moved, from and to main memory: 8 * N * D elements a token.
-#include <stdlib.h>
-
-#include <initializer_list>
-
-#include "attention_tiles.h"
-#include "philox.h"
-#include "team.h"
+#include "attention_backward.h"
 
 namespace {
-
-constexpr int64_t QUERIES = 8 * ROWS, KEYS = 128;    // of a tile
-constexpr int64_t STRIDE = KEYS + VL;                // of its rows: no power of two, whose lines would share few sets
-constexpr int64_t PART_QUERIES = 12, PART_KEYS = 4;  // blocks in a task of a long sequence
-
-struct Call {
-    int64_t n_rows, qkv_stride, dout_stride, out_stride, n_heads, head_size;
-    float scale;
-    Dropout dropout;
-};
-
-// Blocks of equal size, at most `most`: they follow from the length alone, and so do all sums.
-struct Blocks {
-    int64_t n, size;
-    Blocks(int64_t length, int64_t most, int64_t step) : size(up(over(length, over(length, most)), step)) {
-        n = over(length, size);
-    }
-};
-
-// Blocks of keys and of queries of one sequence. With dk_dv they are all queries, with dq all keys.
-struct Task {
-    int64_t first, length;
-    int64_t key_block, key_end, query_block, query_end;
-    bool dk_dv, dq;
-};
-
-class Plan {
-   public:
-    Task* tasks = NULL;
-    int64_t n_tasks = 0, n_tokens = 0;
-    int status = 2;  // as AttentionPlan's
-
-    Plan(const int32_t* cu_seqlens, int64_t n_seqs, const Call& call);
-    ~Plan() {
-        free(tasks);
-        free(memory);
-    }
-    Plan(const Plan&) = delete;
-    float* scratch(int thread) const { return memory + thread * scratch_size; }
-    int64_t longest = 0;
-
-   private:
-    float* memory = NULL;
-    int64_t scratch_size = 0;
-
-    void add_tasks(int64_t first, int64_t length, bool in_parts);
-    void add(const Task& task) {
-        if (tasks != NULL) tasks[n_tasks] = task;
-        n_tasks++;
-    }
-};
-
-// A thread's memory. Rows of p and dp hold STRIDE numbers.
-struct Scratch {
-    float *p, *dp, *ds, *k_columns, *v_columns, *k_rows, *dk, *dv, *q_rows, *dout_rows, *delta, *dq;
-    uint64_t* keep;  // rows of KEYS bits
-
-    Scratch(float* memory, int64_t head_size, int64_t longest) {
-        const auto take = [&](int64_t n) { return memory += n, memory - n; };
-        for (float** tile : {&p, &dp, &ds}) *tile = take(QUERIES * STRIDE);
-        for (float** rows : {&k_columns, &v_columns, &k_rows, &dk, &dv}) *rows = take(KEYS * head_size);
-        for (float** rows : {&q_rows, &dout_rows}) *rows = take(QUERIES * head_size);
-        keep = (uint64_t*)take(QUERIES * KEYS / 32);
-        delta = take(up(longest, VL));
-        dq = take(longest * head_size);
-    }
-    uint64_t kept(int64_t row, int64_t column) const { return keep[row * (KEYS / 64) + column / 64] >> column % 64; }
-    static int64_t size(int64_t head_size, int64_t longest) {
-        return 3 * QUERIES * STRIDE + QUERIES * KEYS / 32 + (5 * KEYS + 2 * QUERIES + longest) * head_size +
-               up(longest, VL);
-    }
-};
 
 // Statements for n_vectors vectors, N of them at a time from `at` on, in parts that differ by one at most.
 #define IN_EQUAL_PARTS(n_vectors, at, ...)                                              \
@@ -123,20 +46,20 @@ INLINE vf rounded(vf x) {
     return x;
 }
 
-// exp(score - lse), 0 from n_keys on.
-template <typename O>
-INLINE vf probabilities_of(vf score, float lse, int64_t n_keys) {
-    vf off = score - lse;
-    if (n_keys < VL) off = cut(off, n_keys);
-    return exp2<O::SIZE == 1>(off * LOG2_E);
-}
-
-// to[i][j] = finish(i, j, x_i y_j) for ROWS rows and N vectors of columns.
+// to[i][j] = finish(i, j, x_i y_j) for ROWS rows and N vectors of columns, in chains of at most `most` sums.
 template <int N, typename O, typename F>
 INLINE void product_of(float* to, const typename O::E* const* x, const typename O::E* columns, int64_t depth,
-                       F finish) {
+                       int64_t most, F finish) {
+    const int64_t start = (over(depth, most) - 1) * most;
+    if (start > 0) products_in_parts<N, O>(to, STRIDE, x, columns, depth, start, most, 1.0f);
+    const typename O::E* from[ROWS];
+    for (int i = 0; i < ROWS; i++) from[i] = x[i] + start;
     vf sums[ROWS][N] = {};
-    products<ROWS, N, O>(sums, x, columns, depth, VL, depth * VL);
+    products<ROWS, N, O>(sums, from, columns + start * VL, depth - start, VL, depth * VL);
+#pragma GCC unroll 6
+    for (int i = 0; start > 0 && i < ROWS; i++)
+#pragma GCC unroll 4
+        for (int j = 0; j < N; j++) sums[i][j] = load<vf>(to + i * STRIDE + j * VL) + sums[i][j];
 #pragma GCC unroll 6
     for (int i = 0; i < ROWS; i++)
 #pragma GCC unroll 4
@@ -169,21 +92,12 @@ __attribute__((noinline)) void probabilities_and_products(const Tile<T>& tile, c
                 lse[i] = tile.lse[r];
             }
             float *p = s.p + row * STRIDE + at * VL, *dp = s.dp + row * STRIDE + at * VL;
-            if (depth > DEPTH) {
-                products_in_parts<O>(p, STRIDE, q, keys, N, depth, tile.scale);
-                products_in_parts<O>(dp, STRIDE, dout, values, N, depth, 1.0f);
-                for (int i = 0; i < ROWS; i++)
-                    for (int j = 0; j < N; j++) {
-                        float* score = p + i * STRIDE + j * VL;
-                        store(score, probabilities_of<O>(load<vf>(score), lse[i], tile.n_keys - (at + j) * VL));
-                    }
-                continue;
-            }
-            product_of<N, O>(p, q, keys, depth, [&](int i, int j, vf sum) {
-                return probabilities_of<O>(rounded(sum * tile.scale), lse[i],
-                                           j == N - 1 ? tile.n_keys - (at + j) * VL : VL);
+            product_of<N, O>(p, q, keys, depth, DEPTH, [&](int i, int j, vf sum) {
+                vf score = rounded(sum * tile.scale) - lse[i];
+                if (j == N - 1) score = cut(score, tile.n_keys - (at + j) * VL);
+                return exp2<O::SIZE == 1>(score * LOG2_E);
             });
-            product_of<N, O>(dp, dout, values, depth, [](int, int, vf sum) { return sum; });
+            product_of<N, O>(dp, dout, values, depth, DEPTH / 2, [](int, int, vf sum) { return sum; });
         }
     })
 }
@@ -221,65 +135,102 @@ INLINE void add_products(const Sums<T>& to, int64_t row, int64_t at, int n_rows,
 
 // The same for all elements of n_rows rows. Element k of row i of x is at x + i * STEP + k * X_STRIDE.
 template <int64_t STEP, int64_t X_STRIDE, typename O, typename T>
-__attribute__((noinline)) void add_all(const Sums<T>& to, int64_t n_rows, const float* x, const float* y, int64_t n) {
-    typedef typename O::E E;
+__attribute__((noinline)) void add_piece(const Sums<T>& to, int64_t n_rows, const typename O::E* x,
+                                         const typename O::E* y, int64_t n) {
     for (int64_t row = 0; row < n_rows; row += ROWS) {
         const int rows = (int)least(n_rows - row, ROWS);
-        const E* from[ROWS];
-        for (int i = 0; i < ROWS; i++) from[i] = (const E*)x + (row + (i < rows ? i : rows - 1)) * STEP;
-        IN_EQUAL_PARTS(to.size / VL, at, add_products<N, O>(to, row, at * VL, rows, from, X_STRIDE, (const E*)y, n))
+        const typename O::E* from[ROWS];
+        for (int i = 0; i < ROWS; i++) from[i] = x + (row + (i < rows ? i : rows - 1)) * STEP;
+        IN_EQUAL_PARTS(to.size / VL, at, add_products<N, O>(to, row, at * VL, rows, from, X_STRIDE, y, n))
     }
 }
 
-#ifdef __AVX512BF16__
-// Two rows as bfloat16, first as they are, then as pairs.
-INLINE __m512i both_rows(vf first, vf second) { return (__m512i)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first); }
-INLINE vi in_pairs(__m512i rows) {
-    vi order = {};
-    for (int i = 0; i < VL; i++) order[i] = i | (i + VL) << 16;
-    return (vi)_mm512_permutexvar_epi16((__m512i)order, rows);
+template <int64_t STEP, int64_t X_STRIDE, typename O, typename T>
+INLINE void add_all(const Sums<T>& to, int64_t n_rows, const float* x, const float* y, int64_t n) {
+    typedef typename O::E E;
+    for (int64_t start = 0; start < n; start += PIECE) {
+        Sums<T> piece = to;
+        piece.first &= start == 0;
+        piece.last &= start + PIECE >= n;
+        add_piece<STEP, X_STRIDE, O>(piece, n_rows, (const E*)x + start * X_STRIDE, (const E*)y + start * to.size,
+                                     least(n - start, PIECE));
+    }
 }
+
+// VL elements of rows i and i + 1, as bfloat16: p in pairs, ds in pairs and in rows.
+INLINE void store_pairs(const Scratch& s, int64_t i, int64_t j, vf p, vf next_p, vf ds, vf next_ds) {
+#ifdef __AVX512BF16__
+    vi order = {};
+    for (int lane = 0; lane < VL; lane++) order[lane] = lane | (lane + VL) << 16;
+    const __m512i p_rows = (__m512i)_mm512_cvtne2ps_pbh((__m512)next_p, (__m512)p);
+    const __m512i ds_rows = (__m512i)_mm512_cvtne2ps_pbh((__m512)next_ds, (__m512)ds);
+    store(s.p + i / 2 * STRIDE + j, _mm512_permutexvar_epi16((__m512i)order, p_rows));
+    store(s.dp + i / 2 * STRIDE + j, _mm512_permutexvar_epi16((__m512i)order, ds_rows));
+    store((bf16*)s.ds + i * STRIDE + j, _mm512_castsi512_si256(ds_rows));
+    store((bf16*)s.ds + (i + 1) * STRIDE + j, _mm512_extracti64x4_epi64(ds_rows, 1));
 #endif
+}
+
+// Row i of a tile.
+template <bool DROPOUT>
+struct Row {
+    float *p, *dp;
+    const uint64_t* keep;
+    float inverse = 1.0f, delta = 0.0f;
+
+    Row(const Scratch& s, int64_t i) : p(s.p + i * STRIDE), dp(s.dp + i * STRIDE), keep(s.keep + i * (KEYS / 64)) {}
+    __attribute__((always_inline)) vf masked(vf x, int64_t j) const { return DROPOUT ? where(keep, j, x) : x; }
+
+    // For a row with all keys, whose p have a sum of 1 but for the rounding of lse.
+    __attribute__((always_inline)) void sum_up(int64_t n_keys) {
+        vf total = {}, dot = {};
+        for (int64_t first = 0; first < n_keys; first += 64) {  // two short chains of sums, not a long one
+            vf some_total = {}, some_dot = {};
+            for (int64_t j = first; j < least(first + 64, n_keys); j += VL) {
+                const vf some = load<vf>(p + j);
+                some_total += some;
+                some_dot += some * masked(load<vf>(dp + j), j);
+            }
+            total += some_total;
+            dot += some_dot;
+        }
+        inverse = 1.0f / sum(total);
+        delta = sum(dot) * inverse;
+    }
+
+    // keep * p and ds of VL keys.
+    __attribute__((always_inline)) void finish(int64_t j, vf* kept, vf* ds) const {
+        const vf some = load<vf>(p + j) * inverse;
+        *ds = some * (masked(load<vf>(dp + j), j) - delta);
+        *kept = masked(some, j);
+    }
+};
 
 // p and dp before the mask -> keep * p and ds, in place: as floats, or as pairs of queries, and then ds as bfloat16 in
-// rows as well. keep: the mask. delta is NULL where the tile has all keys: then it is summed here.
+// rows as well. delta is NULL where the tile has all keys: then it is summed here.
 template <typename O, bool DROPOUT>
 __attribute__((noinline)) void differences(const Scratch& s, int64_t n_queries, int64_t n_keys, const float* delta) {
-    constexpr int SIZE = O::SIZE;
-    for (int64_t i = 0; i < n_queries; i += SIZE) {
-        float off[SIZE] = {};
-        for (int r = 0; r < SIZE && i + r < n_queries; r++) {
-            if (delta != NULL) {
-                off[r] = delta[i + r];
-                continue;
-            }
-            vf total = {};
-            for (int64_t j = 0; j < n_keys; j += VL) {
-                const vf dp = load<vf>(s.dp + (i + r) * STRIDE + j);
-                total += load<vf>(s.p + (i + r) * STRIDE + j) * (DROPOUT ? where(s.kept(i + r, j), dp) : dp);
-            }
-            off[r] = sum(total);
+    for (int64_t i = 0; i < n_queries; i += O::SIZE) {
+        Row<DROPOUT> row(s, i), next(s, i + 1);
+        const bool pair = O::SIZE == 2 && i + 1 < n_queries;
+        if (delta == NULL) {
+            row.sum_up(n_keys);
+            if (pair) next.sum_up(n_keys);
+        } else {
+            row.delta = delta[i];
+            if (pair) next.delta = delta[i + 1];
         }
         for (int64_t j = 0; j < n_keys; j += VL) {
-            vf p[SIZE] = {}, ds[SIZE] = {};
-            for (int r = 0; r < SIZE && i + r < n_queries; r++) {
-                p[r] = load<vf>(s.p + (i + r) * STRIDE + j);
-                const vf dp = load<vf>(s.dp + (i + r) * STRIDE + j);
-                ds[r] = p[r] * ((DROPOUT ? where(s.kept(i + r, j), dp) : dp) - off[r]);
-                if (DROPOUT) p[r] = where(s.kept(i + r, j), p[r]);
+            vf p, ds;
+            row.finish(j, &p, &ds);
+            if (O::SIZE == 1) {
+                store(row.p + j, p);
+                store(row.dp + j, ds);
+            } else {
+                vf next_p = {}, next_ds = {};
+                if (pair) next.finish(j, &next_p, &next_ds);
+                store_pairs(s, i, j, p, next_p, ds, next_ds);
             }
-#ifdef __AVX512BF16__
-            if (SIZE == 2) {
-                const __m512i rows = both_rows(ds[0], ds[SIZE - 1]);
-                store((bf16*)s.ds + i * STRIDE + j, _mm512_castsi512_si256(rows));
-                store((bf16*)s.ds + (i + 1) * STRIDE + j, _mm512_extracti64x4_epi64(rows, 1));
-                store(s.dp + i / 2 * STRIDE + j, in_pairs(rows));
-                store(s.p + i / 2 * STRIDE + j, in_pairs(both_rows(p[0], p[SIZE - 1])));
-                continue;
-            }
-#endif
-            if (DROPOUT) store(s.p + i * STRIDE + j, p[0]);
-            store(s.dp + i * STRIDE + j, ds[0]);
         }
     }
 }
@@ -306,7 +257,7 @@ INLINE void run(const T* qkv, const T* douts, const T* outs, const float* lse, T
     T* grad = grads + task.first * 3 * width + head * size;
     const float* head_lse = lse + head * call.n_rows + task.first;
     const Masks masks(call.dropout, head);
-    const float kept = DROPOUT ? call.dropout.scale() : 1.0f;
+    const float factor = DROPOUT ? call.dropout.scale() : 1.0f;
     const Blocks keys(length, KEYS, VL), queries(length, QUERIES, ROWS);
     const int64_t begin = task.query_block * queries.size;
     if (keys.n > 1)
@@ -333,15 +284,15 @@ INLINE void run(const T* qkv, const T* douts, const T* outs, const float* lse, T
             const bool first = query_block == 0, last = query_block == queries.n - 1;
             T* key_grad = grad + width + key * grad_stride;
             if (task.dk_dv) {
-                add_all<1, STRIDE, O>(Sums<T>{s.dv, key_grad + width, grad_stride, size, kept, first, last}, n_keys,
+                add_all<1, STRIDE, O>(Sums<T>{s.dv, key_grad + width, grad_stride, size, factor, first, last}, n_keys,
                                       s.p, s.dout_rows, n);
-                add_all<1, STRIDE, O>(Sums<T>{s.dk, key_grad, grad_stride, size, kept * call.scale, first, last},
+                add_all<1, STRIDE, O>(Sums<T>{s.dk, key_grad, grad_stride, size, factor * call.scale, first, last},
                                       n_keys, s.dp, s.q_rows, n);
             }
             if (task.dq)
                 add_all<STRIDE / O::SIZE, 1, O>(
                     Sums<T>{s.dq + (query - begin) * size, grad + query * grad_stride, grad_stride, size,
-                            kept * call.scale, block == 0, block == keys.n - 1},
+                            factor * call.scale, block == 0, block == keys.n - 1},
                     n_queries, O::SIZE == 2 ? s.ds : s.dp, s.k_rows, over(n_keys, O::SIZE));
         }
     }
@@ -359,42 +310,6 @@ void run_all(const T* qkv, const T* dout, const T* out, const float* lse, T* gra
         else  // a row that no sequence has
             memset(grad + (plan.n_tokens + i - n_tasks) * width, 0, width * sizeof(T));
     });
-}
-
-void Plan::add_tasks(int64_t first, int64_t length, bool in_parts) {
-    const Blocks keys(length, KEYS, VL), queries(length, QUERIES, ROWS);
-    if (!in_parts) return add({first, length, 0, keys.n, 0, queries.n, true, true});
-    for (int64_t i = 0; i < keys.n; i += PART_KEYS)
-        add({first, length, i, least(i + PART_KEYS, keys.n), 0, queries.n, true, false});
-    for (int64_t i = 0; i < queries.n; i += PART_QUERIES)
-        add({first, length, 0, keys.n, i, least(i + PART_QUERIES, queries.n), false, true});
-}
-
-Plan::Plan(const int32_t* cu_seqlens, int64_t n_seqs, const Call& call) {
-    if (n_seqs < 0 || cu_seqlens[0] != 0) return;
-    double work = 0;
-    for (int64_t b = 0; b < n_seqs; b++) {
-        const int64_t length = (int64_t)cu_seqlens[b + 1] - cu_seqlens[b];
-        if (length < 0 || cu_seqlens[b + 1] > call.n_rows) return;
-        longest = length > longest ? length : longest;
-        work += (double)length * length * call.n_heads;
-    }
-    n_tokens = cu_seqlens[n_seqs];
-    status = 0;
-    if (n_tokens == 0) return;
-    const int64_t n_threads = omp_get_max_threads();
-    for (int turn = 0; turn < 2; turn++) {  // count the tasks, then list them
-        n_tasks = 0;
-        for (int64_t b = 0; b < n_seqs; b++) {
-            const int64_t first = cu_seqlens[b], length = cu_seqlens[b + 1] - first;
-            if (length > 0) add_tasks(first, length, (double)length * length * n_threads > work);
-        }
-        if (turn == 0) tasks = (Task*)malloc(n_tasks * sizeof(Task));
-        if (tasks == NULL) break;
-    }
-    scratch_size = Scratch::size(call.head_size, longest);
-    memory = (float*)aligned_alloc(64, n_threads * scratch_size * sizeof(float));
-    status = tasks == NULL || memory == NULL;
 }
 
 }  // namespace

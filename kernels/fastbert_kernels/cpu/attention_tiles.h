@@ -7,7 +7,7 @@
 
 constexpr int ROWS = 6;                    // of a tile
 constexpr int VECTORS = VL == 16 ? 4 : 2;  // of sums in registers, for each of them
-constexpr int64_t DEPTH = 128;             // the longest chain of sums over a head's elements, for their rounding
+constexpr int64_t DEPTH = 128;             // the longest chain of sums in a score, so that its rounding does not grow
 constexpr float LOG2_E = 1.44269504f;
 
 INLINE int64_t up(int64_t n, int64_t step) { return over(n, step) * step; }
@@ -20,30 +20,37 @@ INLINE vf cut(vf scores, int64_t n) {
 }
 
 // keep[i][w], rows of `stride` words: the mask of 64 columns from column + 64 w on in row + i. It is not inlined, since its
-// constants would take the registers of the products beside it.
-__attribute__((noinline, unused)) static void draw(uint64_t* keep, int64_t stride, const Masks& masks, int64_t row,
+// constants would take the registers of the products beside it. masks is a copy, which no store to keep can change.
+__attribute__((noinline, unused)) static void draw(uint64_t* keep, int64_t stride, Masks masks, int64_t row,
                                                    int64_t n_rows, int64_t column, int64_t n_columns) {
     for (int64_t i = 0; i < n_rows; i++)
         for (int64_t j = 0; j < n_columns; j += 64) keep[i * stride + j / 64] = masks.from(row + i, column + j);
 }
 
-// to[i][j] = factor * x_i y_j for ROWS rows and n_blocks vectors of columns, in shorter chains of sums than `products`.
-template <typename O>
+// x in the lanes of VL columns from `column` on that a row of such bits keeps, and 0 in the others.
+INLINE vf where(const uint64_t* keep, int64_t column, vf x) {
+    uint16_t bits = 0;
+    memcpy(&bits, (const char*)keep + column / 8, VL / 8);
+    return where(bits, x);
+}
+
+// to[i][j] = factor * x_i y_j for ROWS rows and N vectors of columns, summed over the first n of depth elements, in
+// chains of at most `most`.
+template <int N, typename O>
 __attribute__((noinline)) void products_in_parts(float* to, int64_t stride, const typename O::E* const* x,
-                                                 const typename O::E* columns, int64_t n_blocks, int64_t depth,
+                                                 const typename O::E* columns, int64_t depth, int64_t n, int64_t most,
                                                  float factor) {
-    for (int64_t block = 0; block < n_blocks; block++) {
-        vf sums[ROWS][1] = {};
-        for (int64_t start = 0; start < depth; start += DEPTH) {
-            const typename O::E* from[ROWS];
-            for (int i = 0; i < ROWS; i++) from[i] = x[i] + start;
-            vf part[ROWS][1] = {};
-            products<ROWS, 1, O>(part, from, columns + (block * depth + start) * VL, least(depth - start, DEPTH), VL,
-                                 0);
-            for (int i = 0; i < ROWS; i++) sums[i][0] += part[i][0];
-        }
-        for (int i = 0; i < ROWS; i++) store(to + i * stride + block * VL, sums[i][0] * factor);
+    vf sums[ROWS][N] = {};
+    for (int64_t start = 0; start < n; start += most) {
+        const typename O::E* from[ROWS];
+        for (int i = 0; i < ROWS; i++) from[i] = x[i] + start;
+        vf part[ROWS][N] = {};
+        products<ROWS, N, O>(part, from, columns + start * VL, least(n - start, most), VL, depth * VL);
+        for (int i = 0; i < ROWS; i++)
+            for (int j = 0; j < N; j++) sums[i][j] += part[i][j];
     }
+    for (int i = 0; i < ROWS; i++)
+        for (int j = 0; j < N; j++) store(to + i * stride + j * VL, sums[i][j] * factor);
 }
 
 // Rows k, (length, size), of size = depth * O::SIZE elements -> keys, [block of VL rows][depth][VL]. The rest of the last
