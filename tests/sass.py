@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import tempfile
+from itertools import chain
 from typing import Any
 
 import triton
@@ -11,6 +12,7 @@ from triton.backends.compiler import GPUTarget
 
 from fastbert_kernels import offline
 from fastbert_kernels.offline.compiling import run_tool
+from fastbert_kernels.offline.training import training_cases
 
 LABEL = re.compile(r"^(\.L_x_\d+):", re.MULTILINE)
 CODE = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][^;]*?)\s*;")
@@ -18,8 +20,8 @@ CODE = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][^;]*?)\s*;")
 
 def planned(arch: int, dtype: str, op: str, model: str, variant: str) -> list[offline.Kernel]:
     """The kernels that one case of the offline report launches."""
-    chosen = (case for case in offline.cases(dtype) if (case.op, case.model, case.variant) == (op, model, variant))
-    return offline.plan([arch], chosen)
+    every = chain(offline.cases(dtype), training_cases(dtype))
+    return offline.plan([arch], [case for case in every if (case.op, case.model, case.variant) == (op, model, variant)])
 
 
 def loops(kernel: offline.Kernel) -> list[list[str]]:

@@ -142,6 +142,7 @@ def spread_rows(bits):
     As in `spread_columns`, but here eight threads share a group: each draws it for another column.
     """
     N_WORDS: tl.constexpr = bits.shape[1]
+    tl.static_assert(N_WORDS <= 8)
     w, x = tl.arange(0, N_WORDS), tl.arange(0, GROUP * N_WORDS)  # x is (w, row)
     bits >>= (w & 3)[None, :, None].to(tl.uint32) * 4
     bit = _place((x >> 3) & 3, x & 7)

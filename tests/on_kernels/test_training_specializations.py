@@ -14,8 +14,8 @@ KERNELS = """
 import json, torch
 from triton.backends.compiler import GPUTarget
 from fastbert_kernels import (
-    dropout_rows, embedding, embedding_backward, gelu, launch, layer_norm, layer_norm_backward, linear, offline,
-    pooling_backward
+    attention, attention_backward, dropout_rows, embedding, embedding_backward, gelu, launch, layer_norm,
+    layer_norm_backward, linear, offline, pooling_backward,
 )
 from fastbert_kernels.masks import Dropout
 
@@ -41,6 +41,11 @@ def launches(t, b, dropout):
     linear.linear_forward(x, up, empty(I), "gelu", pre=pre)
     gelu.activation_backward(pre, pre, "gelu")
     pooling_backward.pool_backward(empty(b, H), x, cu_seqlens, "max", True)
+    of_batch = cu_seqlens, empty(t, dtype=torch.int32), empty(b, 4, dtype=torch.int32)
+    qkv, lse = empty(t, 3 * H), empty(2, t, dtype=torch.float32)
+    attention.varlen_attention_forward(qkv, *of_batch, 2, 0.2, dropout=dropout, lse=lse)
+    plan = attention_backward.Plan(*of_batch, of_batch[2])
+    attention_backward.varlen_attention_backward(x, qkv, x, lse, plan, 2, 0.2, dropout)
 
 found = {}
 for t, b in ((64, 1), (65, 2), (80, 16), (129, 17), (4096, 300), (100000, 1024)):
@@ -63,5 +68,5 @@ def kernels(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 def test_sizes_and_seeds_do_not_compile(kernels: dict[str, Any]) -> None:
     """Catches a kernel that is compiled anew for another number of tokens or texts, or for the next step's seed."""
-    assert len(kernels) >= 12
+    assert len(kernels) >= 15
     assert {name: firsts for name, firsts in kernels.items() if len(firsts) > 1} == {}
