@@ -34,6 +34,18 @@ STAGES = tl.constexpr(3)  # Copies of two tiles are under way while one is worke
 OUT_DROPOUT_ARGUMENTS = tuple(f"out_{name}" for name in drawing.DO_NOT_SPECIALIZE)
 
 
+@jit
+def _normal_again(n, mask, N_COLS: tl.constexpr):
+    """Rows n (rows, cols) of mean 0 and, at most, variance 1.
+
+    A total that was rounded to 16 bits has another mean and variance than those saved. In a nearly constant row that
+    difference is many times the deviation, and the gradient would be as many times too large.
+    """
+    n = tl.where(mask, n - tl.sum(n, axis=1)[:, None] / N_COLS, 0.0)
+    variance = tl.sum(n * n, axis=1)[:, None] / N_COLS
+    return n * tl.rsqrt(tl.maximum(variance, 1.0))
+
+
 @jit(do_not_specialize=["n_rows", "tiles_each", *drawing.DO_NOT_SPECIALIZE, *OUT_DROPOUT_ARGUMENTS])
 def _residual_norm_backward_kernel(
     grad_ptr,  # (T, H) S
@@ -94,6 +106,8 @@ def _residual_norm_backward_kernel(
                 dy, row_offs, out_key_low, out_key_high, out_site, out_threshold, out_keep_scale, BLOCK_COLS
             )
         n = tl.where(mask, (total - mean) * rstd, 0.0)
+        if total_ptr.dtype.element_ty.primitive_bitwidth < 32:
+            n = _normal_again(n, mask, N_COLS)
         g = dy * weight
         # Outside of the mask g and n are 0.
         g_mean = tl.sum(g, axis=1)[:, None] / N_COLS

@@ -80,6 +80,7 @@ def _pool_kernel(
     else:
         EMPTY: tl.constexpr = float("-inf") if MODE == "max" else 0.0
         partial = tl.full((BLOCK_ROWS, BLOCK_COLS), EMPTY, tl.float32)
+        nans = tl.zeros((BLOCK_ROWS, BLOCK_COLS), tl.int32)  # of a maximum, which drops them
         # Whole blocks, UNROLL at a time, so that their loads are in flight together. A thread has the same place in
         # each of them: what it has of them is added up before it enters the partial results.
         STEP: tl.constexpr = UNROLL * BLOCK_ROWS
@@ -96,6 +97,7 @@ def _pool_kernel(
             blocks = tl.reshape(_weighted(x, first + places, MODE), (UNROLL, BLOCK_ROWS, BLOCK_COLS))
             if MODE == "max":
                 partial = tl.maximum(partial, tl.max(blocks, axis=0))
+                nans |= tl.max((blocks != blocks).to(tl.int32), axis=0)
             else:
                 partial += tl.sum(blocks, axis=0)
         # The blocks that are left, the last one in part.
@@ -107,11 +109,12 @@ def _pool_kernel(
             x = _weighted(x, first + places, MODE)
             if MODE == "max":
                 partial = tl.maximum(partial, x)
+                nans |= (x != x).to(tl.int32)
             else:
                 partial += x
         n = tl.maximum(length, 1).to(tl.float32)
         if MODE == "max":
-            pooled = tl.max(partial, axis=0)
+            pooled = tl.where(tl.max(nans, axis=0) == 0, tl.max(partial, axis=0), float("nan"))
         elif MODE == "mean":
             pooled = tl.sum(partial, axis=0) / n
         elif MODE == "mean_sqrt_len":

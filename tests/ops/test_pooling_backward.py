@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 
@@ -109,7 +111,17 @@ def test_second_derivatives(backend, mode, normalize, device):
     assert rms_error(*penalties) < 1e-5
 
 
-def test_plain_maximum_of_nan():
-    """Catches a NaN that a maximum with a gradient overlooks."""
-    hidden = torch.tensor([[1.0], [float("nan")], [2.0]], requires_grad=True)
-    assert ops.pool(hidden, cu_seqlens_of([3]), "max", policy=Policy("torch")).isnan().all()
+@pytest.mark.parametrize("length", [1, 3, 70, 300])
+@pytest.mark.parametrize("backend", ["triton", "cpu", "torch"])
+def test_maximum_of_nan(backend, length, device):
+    """Catches a NaN that a maximum overlooks, in whole blocks of rows or in the rest, with a gradient or without."""
+    for place in {0, length // 2, length - 1}:
+        hidden = torch.randn(length + 2, 40, device=device)
+        hidden[1 + place, 3], hidden[0] = float("nan"), float("inf")
+        for leaf in (hidden, hidden.clone().requires_grad_()):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", RuntimeWarning)  # NumPy's, under the interpreter
+                pooled = ops.pool(leaf, cu_seqlens_of([1, length, 1], device), "max", policy=Policy(backend))
+            expected = torch.zeros(3, 40, dtype=torch.bool, device=device)
+            expected[1, 3] = True
+            assert torch.equal(pooled.isnan(), expected)

@@ -115,6 +115,21 @@ def test_rows_and_optional_inputs(n_rows, bias, residual, device, poisoned, monk
     poisoned.check()
 
 
+@pytest.mark.parametrize(("c", "s"), PAIRS, ids=PAIR_NAMES)
+@pytest.mark.parametrize(("value", "noise"), [(1.004, 0.0), (1.004, 1e-4), (300.0, 0.1), (0.0, 0.0)])
+def test_rows_that_are_nearly_constant(value, noise, c, s, device):
+    """Catches gradients that explode because the sum was rounded by many times its deviation."""
+    (x, _, residual, weight, ln_bias), grad, _ = inputs(20, 128, c, s, device)
+    residual = (value + noise * torch.randn(20, 128, device=device)).to(s)
+    (*_, rstd), grads = ours((torch.zeros_like(x), None, residual, weight, ln_bias), grad, None, None)
+    g = grad.float() * weight.float()
+    for name in ("x", "residual"):
+        most = 1.1 * 12 * g.abs().amax(1, keepdim=True) * rstd[:, None]
+        most[most > torch.finfo(grads[name].dtype).max] = float("inf")
+        assert (grads[name].float() <= most).all()
+    assert grads["weight"].abs().max() <= 1.1 * 12 * grad.float().abs().sum(0).max()
+
+
 def test_no_rows_give_zeros(device, poisoned):
     """Catches sums over no tokens that are whatever lay in memory."""
     tensors, grad, grad_low = inputs(0, 48, BF16, FP32, device)
