@@ -307,8 +307,11 @@ def attention_backward_configs(dtype: torch.dtype, head_size: int, for_arch: int
     if dtype == torch.float32:  # Its products are multiply-adds, whose operands are in registers.
         query, key = (32, 32, max(4, block_d // 8), 1), (32, 32, 4 if block_d <= 64 else 8, 1)
     elif block_d <= 64:
-        # Blackwell: 100 keeps sums outside of the registers, but others there; 120 has the least to spare.
+        # Blackwell: 100 keeps sums outside of the registers, but others there; 120 has the least to spare, 86 and 89
+        # spill one register in a block of 64 queries.
         query, key = (128, 32 if for_arch == 100 else 64, 8, 3), (128, 32 if for_arch >= 120 else 64, 8, 3)
+        if block_d == 64 and for_arch in (86, 89):
+            key = (64, 32, 4, 3)
     elif for_arch in (90, 100):
         query, key = (128, 32 if for_arch == 100 else 64, 8, 2), (128, 32, 8, 2)
     else:  # Operands of products pass through the registers.
