@@ -34,18 +34,6 @@ STAGES = tl.constexpr(3)  # Copies of two tiles are under way while one is worke
 OUT_DROPOUT_ARGUMENTS = tuple(f"out_{name}" for name in drawing.DO_NOT_SPECIALIZE)
 
 
-@jit
-def _normal_again(n, mask, N_COLS: tl.constexpr):
-    """Rows n (rows, cols) of mean 0 and, at most, variance 1.
-
-    A total that was rounded to 16 bits has another mean and variance than those saved. In a nearly constant row that
-    difference is many times the deviation, and the gradient would be as many times too large.
-    """
-    n = tl.where(mask, n - tl.sum(n, axis=1)[:, None] / N_COLS, 0.0)
-    variance = tl.sum(n * n, axis=1)[:, None] / N_COLS
-    return n * tl.rsqrt(tl.maximum(variance, 1.0))
-
-
 @jit(do_not_specialize=["n_rows", "tiles_each", *drawing.DO_NOT_SPECIALIZE, *OUT_DROPOUT_ARGUMENTS])
 def _residual_norm_backward_kernel(
     grad_ptr,  # (T, H) S
@@ -106,12 +94,18 @@ def _residual_norm_backward_kernel(
                 dy, row_offs, out_key_low, out_key_high, out_site, out_threshold, out_keep_scale, BLOCK_COLS
             )
         n = tl.where(mask, (total - mean) * rstd, 0.0)
-        if total_ptr.dtype.element_ty.primitive_bitwidth < 32:
-            n = _normal_again(n, mask, N_COLS)
         g = dy * weight
-        # Outside of the mask g and n are 0.
+        # Outside of the mask g and n are 0 here, and dy is.
         g_mean = tl.sum(g, axis=1)[:, None] / N_COLS
         gn_mean = tl.sum(g * n, axis=1)[:, None] / N_COLS
+        if total_ptr.dtype.element_ty.primitive_bitwidth < 32:
+            # A total that was rounded has another mean and variance than those saved. In a nearly constant row that
+            # difference is many times the deviation: n is brought back to mean 0 and, at most, variance 1.
+            n_mean = tl.sum(n, axis=1)[:, None] / N_COLS
+            variance = tl.sum(n * n, axis=1)[:, None] / N_COLS - n_mean * n_mean
+            shrink = tl.rsqrt(tl.maximum(variance, 1.0))
+            gn_mean = (gn_mean - n_mean * g_mean) * shrink
+            n = (n - n_mean) * shrink
         grad_x = (g - g_mean - n * gn_mean) * rstd
         if GRAD_RESIDUAL:
             tl.store(grad_residual_ptr + offs, grad_x.to(grad_residual_ptr.dtype.element_ty), mask=mask)
