@@ -90,11 +90,15 @@ def gelu_tanh(x):
 
 @jit
 def activate(x, ACTIVATION: tl.constexpr, DTYPE: tl.constexpr):
-    """The epilogue's activation, elementwise on float32: "none", "gelu" or "gelu_tanh". DTYPE: of the result."""
+    """The activation, elementwise on float32: "none", "gelu", "gelu_tanh" or "relu". DTYPE: of the result."""
     if ACTIVATION == "gelu":
         x = gelu_erf(x) if DTYPE.is_fp32() else gelu_erf_rounded(x, DTYPE)
     elif ACTIVATION == "gelu_tanh":
         x = gelu_tanh(x)
+    elif ACTIVATION == "relu":
+        x = tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    else:
+        tl.static_assert(ACTIVATION == "none")
     return x
 
 
