@@ -76,11 +76,11 @@ def saved_for_backward(forward: Callable[[], Any], without: Iterable[Tensor] = (
     held = {_address(tensor) for tensor in without}
     saved: dict[int, Tensor] = {}  # the tensors stay here, so that no other takes their place in memory
 
-    def pack(tensor: Tensor) -> Tensor:
-        saved.setdefault(_address(tensor), tensor)
-        return tensor
+    def pack(tensor: Tensor) -> None:
+        # The graph holds this function: a tensor that belongs to the graph would keep it alive forever.
+        saved.setdefault(_address(tensor), tensor.detach())
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda nothing: nothing):
         output = forward()
     del output
     return sum(tensor.untyped_storage().nbytes() for address, tensor in saved.items() if address not in held)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import sys
 import time
+import weakref
 from pathlib import Path
 
 import pytest
@@ -150,6 +152,16 @@ def test_saved_bytes_are_counted_once():
     with torch.no_grad():
         assert saved_for_backward(lambda: linear(x)) == 0
     linear(x).sum().backward()
+
+
+def test_counting_keeps_nothing_alive():
+    """Catches a graph that holds itself, and with it every parameter of each model that was ever counted."""
+    linear = nn.Linear(8, 4)
+    weight = weakref.ref(linear.weight)
+    saved_for_backward(lambda: torch.softmax(linear(torch.randn(5, 8)), -1))
+    del linear
+    gc.collect()
+    assert weight() is None
 
 
 def test_saved_bytes_of_plain_bert():
