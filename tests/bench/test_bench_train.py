@@ -156,10 +156,10 @@ def test_saved_bytes_are_counted_once():
 
 def test_counting_keeps_nothing_alive():
     """Catches a graph that holds itself, and with it every parameter of each model that was ever counted."""
-    linear = nn.Linear(8, 4)
-    weight = weakref.ref(linear.weight)
-    saved_for_backward(lambda: torch.softmax(linear(torch.randn(5, 8)), -1))
-    del linear
+    layers = [nn.Linear(8, 4)]
+    weight = weakref.ref(layers[0].weight)
+    saved_for_backward(lambda: torch.softmax(layers[0](torch.randn(5, 8)), -1))
+    layers.clear()
     gc.collect()
     assert weight() is None
 
