@@ -33,4 +33,6 @@ def test_training_copies_ahead_and_draws_once(arch: int, tmp_path: Path) -> None
         assert copies > 0 and loads == 0 and spills == [0, 0]
         assert waits and min(waits) >= 2, "a wait for copies of the next step"
         # A group of eight scores takes 9 products of Philox, and a thread has one group for eight scores that it holds.
-        assert products <= 9 * scores // 8 + 8  # a few are of addresses
+        # In a tile of 32 queries, which sm_86 needs so as not to spill, two threads draw the same group.
+        groups = max(scores, 32) // 8
+        assert products <= 9 * groups + 8  # a few are of addresses
