@@ -85,7 +85,8 @@ def test_masks_are_drawn_again(dtype: torch.dtype) -> None:
     for checkpointing in (False, True):
         if checkpointing:
             ours.gradient_checkpointing_enable()
-            ours.disable_input_require_grads()  # Embeddings with a hook are called, and round in another way.
+            if hasattr(ours, "_require_grads_hook"):  # of transformers 5
+                ours.disable_input_require_grads()  # Embeddings with a hook are called, and round in another way.
         torch.manual_seed(7)
         loss = step(ours, batch)
         results.append([loss, *(p.grad.clone() for p in ours.parameters())])
