@@ -260,7 +260,7 @@ def varlen_attention(
     head_size = qkv.shape[1] // (3 * num_heads)
     scale = head_size**-0.5 if scale is None else scale
     compiling = torch.compiler.is_compiling()
-    trained = not compiling and (torch.is_grad_enabled() or dropout is not None or choose.IN_TRAINING.get())
+    trained = choose.perhaps(dropout, compiling)
     trained, dropout_p = trained and choose.wanted(policy, dropout, qkv), dropout if isinstance(dropout, float) else 0.0
     if trained or isinstance(dropout, Dropout):
         obstacle = choose.triton_obstacle(qkv.dtype, head_size=head_size)

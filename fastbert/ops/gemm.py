@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
+
+from fastbert.ops import dispatch, recording
+from fastbert.ops.dispatch import Policy
+from fastbert.ops.tracing import constant
 
 
 def gemm_kernel(
@@ -33,3 +39,45 @@ def gemm_kernel(
     if activation == "none":
         return "cublas", "heuristic: no activation to fuse"
     return "fastbert", "heuristic: the activation is in the epilogue"
+
+
+@constant
+def takes_our_gemm(
+    dtype: torch.dtype,
+    activation: str,
+    k_size: int,
+    n_cols: int,
+    residual: bool,
+    device: torch.device,
+    backend: str,
+    batch_invariant: bool,
+    obstacle: str | None,
+) -> bool:
+    """Tells whether the GEMM is ours. Without an activation it is PyTorch's, unless the tables choose ours."""
+    if batch_invariant:
+        return dispatch.choose("linear", backend, True, device, obstacle) == "triton"
+    if backend in ("cpu", "torch") or (backend == "auto" and device.type == "cpu"):
+        return False
+    question = dtype, activation, (k_size, n_cols), residual, device, backend, obstacle
+    # Under the interpreter, which tests turn on and off, the answer may change, and for a GPU that is not there.
+    return _looked_up(*question) if device.type == "cpu" or recording.on else _remembered(*question)
+
+
+def _looked_up(
+    dtype: torch.dtype,
+    activation: str,
+    shape: tuple[int, int],
+    residual: bool,
+    device: torch.device,
+    backend: str,
+    obstacle: str | None,
+) -> bool:
+    if dispatch.decide("linear", Policy(backend), device, obstacle).backend != "triton":
+        return False
+    from fastbert_kernels import tables
+
+    tables.on_forget(_remembered.cache_clear)
+    return gemm_kernel(dtype, activation, shape, arch=dispatch.arch_of(device), residual=residual)[0] == "fastbert"
+
+
+_remembered = functools.cache(_looked_up)

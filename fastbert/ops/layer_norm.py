@@ -93,9 +93,7 @@ def bias_residual_layer_norm(
         if residual is not None and residual.shape != x.shape:
             raise ValueError(f"residual: expected the shape of x, {tuple(x.shape)}, got {tuple(residual.shape)}")
     dropout_p = 0.0 if dropout is None else probability_of(dropout)
-    trained = not torch.compiler.is_compiling() and (
-        torch.is_grad_enabled() or dropout is not None or choose.IN_TRAINING.get()
-    )
+    trained = choose.perhaps(dropout, torch.compiler.is_compiling())
     trained = trained and choose.wanted(policy, dropout, x, bias, residual, weight, ln_bias)
     trained = trained and takes(x, residual, weight, ln_bias)
     if trained or isinstance(dropout, Dropout):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-
 import torch
 import torch.nn.functional as F
 
@@ -11,9 +9,8 @@ from fastbert.checkpoint.activations import OTHERS
 from fastbert.ops import dispatch, gelu, layer_norm, packed_linear, recording, tracing
 from fastbert.ops.dispatch import AUTO, Policy
 from fastbert.ops.dropout import Drop, probability_of
-from fastbert.ops.gemm import gemm_kernel
+from fastbert.ops.gemm import gemm_kernel, takes_our_gemm
 from fastbert.ops.library import register
-from fastbert.ops.tracing import constant
 from fastbert.ops.training import choose, functions
 
 KERNELS = {
@@ -56,54 +53,12 @@ register(
 )
 
 
-@constant
-def _takes_our_gemm(
-    dtype: torch.dtype,
-    activation: str,
-    k_size: int,
-    n_cols: int,
-    residual: bool,
-    device: torch.device,
-    backend: str,
-    batch_invariant: bool,
-    obstacle: str | None,
-) -> bool:
-    """Tells whether the GEMM is ours. Without an activation it is PyTorch's, unless the tables choose ours."""
-    if batch_invariant:
-        return dispatch.choose("linear", backend, True, device, obstacle) == "triton"
-    if backend in ("cpu", "torch") or (backend == "auto" and device.type == "cpu"):
-        return False
-    question = dtype, activation, (k_size, n_cols), residual, device, backend, obstacle
-    # Under the interpreter, which tests turn on and off, the answer may change, and for a GPU that is not there.
-    return _looked_up(*question) if device.type == "cpu" or recording.on else _remembered(*question)
-
-
-def _looked_up(
-    dtype: torch.dtype,
-    activation: str,
-    shape: tuple[int, int],
-    residual: bool,
-    device: torch.device,
-    backend: str,
-    obstacle: str | None,
-) -> bool:
-    if dispatch.decide("linear", Policy(backend), device, obstacle).backend != "triton":
-        return False
-    from fastbert_kernels import tables
-
-    tables.on_forget(_remembered.cache_clear)
-    return gemm_kernel(dtype, activation, shape, arch=dispatch.arch_of(device), residual=residual)[0] == "fastbert"
-
-
-_remembered = functools.cache(_looked_up)
-
-
 def _ours(
     x: torch.Tensor, weight: torch.Tensor, activation: str, residual: bool, policy: Policy, obstacle: str | None
 ) -> bool:
     n_cols, k_size = weight.shape
     how = policy.backend, policy.batch_invariant, obstacle
-    return _takes_our_gemm(x.dtype, activation, k_size, n_cols, residual, x.device, *how)
+    return takes_our_gemm(x.dtype, activation, k_size, n_cols, residual, x.device, *how)
 
 
 def _packed(
@@ -237,9 +192,7 @@ def linear_residual_layer_norm(
     elsewhere the GEMM adds the bias.
     """
     _check(x, weight, bias)
-    may_train = not torch.compiler.is_compiling() and (
-        torch.is_grad_enabled() or dropout is not None or choose.IN_TRAINING.get()
-    )
+    may_train = choose.perhaps(dropout, torch.compiler.is_compiling())
     if may_train and choose.wanted(policy, dropout, x, weight, bias, residual, ln_weight, ln_bias):
         y = linear(x, weight, bias, policy=policy, keep=keep)
         return layer_norm.bias_residual_layer_norm(

@@ -204,10 +204,10 @@ def test_remembered_choice_follows_the_table(table, device, monkeypatch):
     gpu, arch = torch.device("cuda", 0), launch.arch(device)
     monkeypatch.setattr(dispatch, "triton_obstacle", lambda device: None)
     monkeypatch.setattr(launch, "arch", lambda device: arch)
-    module = sys.modules["fastbert.ops.linear"]
+    module = sys.modules[gemm_kernel.__module__]
 
     def ours(backend="auto"):
-        return module._takes_our_gemm(torch.bfloat16, "none", 32, 16, False, gpu, backend, False, None)
+        return module.takes_our_gemm(torch.bfloat16, "none", 32, 16, False, gpu, backend, False, None)
 
     for kernel in ("linear", "cublas", "linear"):
         table({"float16/32x16/none": {"kernel": kernel}})

@@ -34,6 +34,11 @@ def as_in_training() -> Iterator[None]:
         IN_TRAINING.reset(token)
 
 
+def perhaps(dropout: Drop, compiling: bool) -> bool:
+    """Tells cheaply whether `wanted` is worth asking; torch.compile cannot trace the context variable."""
+    return not compiling and (torch.is_grad_enabled() or dropout is not None or IN_TRAINING.get())
+
+
 def wanted(policy: Policy, dropout: Drop, *tensors: Tensor | None) -> bool:
     """Tells whether gradients or masks are wanted of an operation on these tensors, and nobody watches it."""
     if policy.batch_invariant or torch.compiler.is_compiling():

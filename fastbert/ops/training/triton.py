@@ -8,14 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastbert.ops import attention_plan, dispatch
+from fastbert.ops import attention_plan, gelu
 from fastbert.ops.dispatch import AUTO
-from fastbert.ops.gemm import gemm_kernel
+from fastbert.ops.gemm import takes_our_gemm
 from fastbert.ops.training.kernels import Attention, EmbeddingSettings, Normalized, NormGradients, Weights
 from fastbert.ops.training.plain import joined, joined_biases
 from fastbert_kernels.masks import Dropout
-
-IN_EPILOGUE = "gelu", "gelu_tanh"  # activations of our GEMM
 
 
 class TritonKernels:
@@ -32,11 +30,12 @@ class TritonKernels:
         from fastbert_kernels.gelu import bias_gelu_forward
         from fastbert_kernels.linear import linear_forward
 
-        if activation in IN_EPILOGUE and _takes_our_gemm(x, weight, activation):
+        (n_cols, k_size), obstacle = weight.shape, gelu.activation_obstacle(activation)
+        if takes_our_gemm(x.dtype, activation, k_size, n_cols, False, x.device, self.name, False, obstacle):
             low, low_bias = joined((weight,), x.dtype), joined_biases((weight,), (bias,), x.dtype)
-            rows, low = (t if t.stride(-1) == 1 else t.contiguous() for t in (x, low))
-            pre = x.new_empty(x.shape[0], weight.shape[0])
-            return linear_forward(rows, low, low_bias, activation, pre=pre), pre
+            low = low if low.stride(-1) == 1 else low.contiguous()
+            pre = x.new_empty(x.shape[0], n_cols)
+            return linear_forward(x, low, low_bias, activation, pre=pre), pre
         pre = self.linear(x, (weight,), (bias,))
         return bias_gelu_forward(pre, None, activation), pre
 
@@ -136,9 +135,3 @@ class TritonKernels:
         from fastbert_kernels.dropout_rows import dropout_forward
 
         return dropout_forward(x, dropout)
-
-
-def _takes_our_gemm(x: Tensor, weight: Tensor, activation: str) -> bool:
-    """Tells whether the GEMM is ours, as in inference: then its epilogue saves a pass over (T, I)."""
-    shape = weight.shape[1], weight.shape[0]
-    return gemm_kernel(x.dtype, activation, shape, arch=dispatch.arch_of(x.device))[0] == "fastbert"
