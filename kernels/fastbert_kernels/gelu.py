@@ -1,7 +1,8 @@
-"""These kernels add a bias and apply GELU in one pass, for linears whose GEMM has no epilogue of its own, and go back.
+"""Two kernels add a bias and apply GELU in one pass, for linears whose GEMM has no such epilogue, and go back.
 
     erf:   gelu(x) = x * (1 + erf(x / sqrt(2))) / 2
     tanh:  gelu(x) = x * (1 + tanh(u)) / 2 = x * sigmoid(2 u),    u = sqrt(2 / pi) * (x + 0.044715 x^3)
+    relu:  max(x, 0), in training
 
 x, out: (T, I), fp32 / bf16 / fp16; bias: (I,). Arithmetic in float32. Bytes moved: 2 * T * I elements.
 Elementwise, so a row's bits do not depend on the batch.

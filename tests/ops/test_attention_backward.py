@@ -25,7 +25,7 @@ LENGTHS = {
 
 
 class Kernels:
-    """These kernels run on one batch, whose inputs lie between guard bands."""
+    """`Kernels` runs them on one batch, whose inputs lie between guard bands."""
 
     def __init__(self, lengths, num_heads, scale, dropout=None, *, device, tiles=None, config=None, share=True, rows=0):
         self.lengths, self.num_heads, self.scale, self.dropout = lengths, num_heads, scale, dropout
