@@ -47,6 +47,25 @@ def assert_gradient(name: str, ours: Tensor | None, eager: Tensor, exact: Tensor
     assert ours_error <= bound, f"{name}: error {ours_error:.3g}, eager has {eager_error:.3g}, bound {bound:.3g}"
 
 
+# Rows that are nearly or quite constant: their value, and the deviation from it.
+NEARLY_CONSTANT = [(1.004, 0.0), (1.004, 1e-4), (300.0, 0.1), (0.0, 0.0)]
+
+
+def assert_norm_gradients_bounded(
+    grads: Sequence[Tensor], grad_weight: Tensor, grad: Tensor, weight: Tensor, rstd: Tensor
+) -> None:
+    """Gradients of LayerNorm are no larger than normalised rows of variance 1 allow; 12 is above the root of H.
+
+    grads: (T, H) each, of what was normalised; grad_weight: (H,). grad: (T, H) of the output; weight: (H,); rstd: (T,).
+    """
+    g = grad.float() * weight.float()
+    for each in grads:
+        most = 1.1 * 12 * g.abs().amax(1, keepdim=True) * rstd[:, None]
+        most[most > torch.finfo(each.dtype).max] = math.inf
+        assert (each.float().abs() <= most).all()
+    assert grad_weight.abs().max() <= 1.1 * 12 * grad.float().abs().sum(0).max()
+
+
 def assert_same_bits(first: Sequence[Tensor | None], second: Sequence[Tensor | None]) -> None:
     """Two runs on the same inputs give the same bits."""
     for a, b in zip(first, second, strict=True):

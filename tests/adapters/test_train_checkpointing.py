@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from fastbert.adapters import counts
+from fastbert.bench.memory import saved_for_backward
 from fastbert.models.bert import BertEncoder
 from model_cases import GRADIENT_BOUND, assert_close, assert_gradients
 from train_cases import FAMILIES, accelerated_copy, labelled, loss_of, original, step
@@ -30,20 +30,7 @@ def _quiet() -> Any:
 
 def kept_by(model: Any, batch: dict[str, Any]) -> int:
     """The bytes of the tensors that a forward pass keeps for the backward pass, but for parameters."""
-    seen: dict[int, int] = {}
-    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in parameters:
-            seen[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss = loss_of(model, batch)
-    loss.backward()
-    model.zero_grad()
-    return sum(seen.values())
+    return saved_for_backward(lambda: loss_of(model, batch), model.parameters())
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from torch import Tensor
 
 import layer_cases
+from fastbert.bench.memory import saved_for_backward
 from fastbert.ops.dispatch import AUTO
 from fastbert.ops.training import choose
 from fastbert.ops.training.kernels import Kernels
@@ -70,22 +69,6 @@ def test_gradcheck() -> None:
     assert torch.autograd.gradcheck(layer, (x, *parameters.listed()))
 
 
-def saved_bytes(function: Any, parameters: set[int]) -> int:
-    """Bytes of the storages that a function keeps for the backward pass, each once, without those of parameters."""
-    storages: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in parameters:
-            storages[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        output = function()
-    del output
-    return sum(storages.values())
-
-
 @pytest.mark.parametrize("stream", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("p", [0.0, 0.1])
 def test_activation_memory(stream: torch.dtype, p: float) -> None:
@@ -93,8 +76,8 @@ def test_activation_memory(stream: torch.dtype, p: float) -> None:
     hidden, n_tokens = 128, 300
     settings = settings_for([200, 100], 2, PLAIN, torch.bfloat16, p=p, head_size=64)
     x, parameters = leaves(torch.randn(n_tokens, hidden), random_parameters(hidden, 4 * hidden), stream)
-    own = {t.untyped_storage().data_ptr() for t in parameters.listed() if t is not None}
-    n_bytes = saved_bytes(lambda: encoder_layer(x, parameters, settings), own)
+    own = [t for t in parameters.listed() if t is not None]
+    n_bytes = saved_for_backward(lambda: encoder_layer(x, parameters, settings), own)
     assert 20 * hidden * n_tokens < n_bytes <= 26 * hidden * n_tokens
 
 
