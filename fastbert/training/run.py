@@ -20,7 +20,7 @@ from fastbert.training import saving
 from fastbert.training.baseline import UnigramBaseline, unigram_baseline
 from fastbert.training.checkpoints import Checkpoints, recover, replace_folder
 from fastbert.training.corpora import Corpora, open_corpora
-from fastbert.training.data.batch import Batch, Masking, make_batch
+from fastbert.training.data.batch import EVALUATION, Batch, Masking, make_batch
 from fastbert.training.data.loader import Loader
 from fastbert.training.data.plan import Cursor, Plan
 from fastbert.training.data.special import SpecialIds
@@ -45,7 +45,6 @@ logger = logging.getLogger("fastbert")
 CHECKPOINTS, BEST = "checkpoints", "best"
 TOKENS_PER_BATCH = {"cuda": 16_384, "cpu": 4_096}
 STEPS_TO_ESTIMATE = 20
-EVALUATION = 0  # stands for a step in the masks of an evaluation; training draws from steps 1 on
 
 
 @dataclass(frozen=True)
