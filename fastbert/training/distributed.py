@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -112,11 +111,16 @@ class Processes:
             dist.destroy_process_group()
 
 
-def accumulating(module: nn.Module) -> AbstractContextManager[Any]:
-    """Keeps gradients on this process for the passes inside: all but the last of a step."""
-    if isinstance(module, nn.parallel.DistributedDataParallel):
-        return module.no_sync()
-    return contextlib.nullcontext()
+@contextlib.contextmanager
+def accumulating(module: Any, *, is_last: bool) -> Iterator[None]:
+    """Keeps gradients on this process for the passes inside, but for the last of a step, which averages them."""
+    if isinstance(module, nn.parallel.DistributedDataParallel) and not is_last:
+        with module.no_sync():
+            yield
+        return
+    if hasattr(module, "set_requires_gradient_sync"):  # FSDP2
+        module.set_requires_gradient_sync(is_last)
+    yield
 
 
 def shard(objective: nn.Module, bf16: bool) -> nn.Module:

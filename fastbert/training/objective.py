@@ -5,7 +5,7 @@ Sums and not means: a step is many batches, on many processes, and its loss is d
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -63,13 +63,12 @@ class PretrainingObjective(nn.Module):
         hidden = encoder.encode_packed(batch, input_ids, token_type_ids, check=False)[-1]  # (T, H)
         head, policy = model.cls.predictions, model.policy
         picked = hidden.index_select(0, rows)  # (M, H)
+        x, decoder = head.transform(picked, policy), head.decoder
         if is_plain_head(model.cls):
-            x, decoder = head.transform(picked, policy), head.decoder
             mlm = ops.linear_cross_entropy(
                 x, decoder.weight, decoder.bias, labels, reduction="sum", policy=policy, check=False
             )
         else:
-            x, decoder = head.transform(picked, policy), head.decoder
             mlm = F.cross_entropy(decoder(x).float(), labels, reduction="sum")
         sums = mlm.new_zeros(N_SUMS, dtype=torch.float32)
         sums[MLM_LOSS] = mlm.detach()
@@ -79,11 +78,12 @@ class PretrainingObjective(nn.Module):
         if self.nsp:
             pooled = encoder.pooler(hidden, batch=batch, policy=policy)
             logits = dense(model.cls.seq_relationship, pooled, policy).float()  # (B, 2)
-            nsp = F.cross_entropy(logits, next_sentence_label, ignore_index=IGNORED, reduction="sum")
+            is_next = cast(Tensor, next_sentence_label)
+            nsp = F.cross_entropy(logits, is_next, ignore_index=IGNORED, reduction="sum")
             sums[NSP_LOSS] = nsp.detach()
             loss = loss + nsp * scales[1]
             if count_right:
-                sums[NSP_RIGHT] = (logits.detach().argmax(-1) == next_sentence_label).sum()
+                sums[NSP_RIGHT] = torch.eq(logits.detach().argmax(-1), is_next).sum()
         return loss, sums
 
 

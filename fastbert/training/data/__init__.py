@@ -1,0 +1,1 @@
+"""Text on disk becomes packed batches of token ids."""

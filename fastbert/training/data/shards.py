@@ -1,0 +1,341 @@
+"""A Corpus gives the token ids of documents, which lie in shards on disk or in memory.
+
+A folder of shards holds, in little-endian order::
+
+    ids-00000.bin        uint16 where the vocabulary has at most 65536 ids, else uint32; documents end to end
+    sentences-00000.bin  a bit a token: does a sentence begin here? Only where the id has no bit to spare
+    words-00000.bin      a bit a token: does a word begin here? Only where the vocabulary cannot say
+    begins.bin           a bit an id: does it begin a word? Only where the vocabulary says so
+    documents.bin        uint64: the offset of each document in tokens, and at the end the number of tokens
+    counts.bin           int64: how often each id is there
+    index.json           sizes, checksums, what it was made of. It is written last: a folder without it is not whole
+
+The top bit of an id says that a sentence begins, where the vocabulary has at most 32768 ids, or more than 65536.
+No document lies in two shards.
+
+Shards are read, not mapped: mapped pages count as memory of the process, and a page that cannot be read kills it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import weakref
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from fastbert.checkpoint.files import read_json
+from fastbert.checks import positive
+
+FORMAT = 1
+INDEX = "index.json"
+DOCUMENTS, COUNTS, BEGINS = "documents.bin", "counts.bin", "begins.bin"
+REBUILD = "rebuild it with --rebuild"
+CHUNK = 2**22  # bytes that are read at once for a checksum
+
+
+class Layout(NamedTuple):
+    """A Layout says how ids of a vocabulary are written. ``start``: the bit of a sentence's first id, or 0 for none."""
+
+    dtype: np.dtype[Any]
+    start: int
+
+
+def layout_of(vocab_size: int) -> Layout:
+    """Returns the layout of a vocabulary: the smallest dtype, and the bit that marks the start of a sentence."""
+    if vocab_size <= 2**16:
+        return Layout(np.dtype("<u2"), 2**15 if vocab_size <= 2**15 else 0)
+    return Layout(np.dtype("<u4"), 2**31)
+
+
+class Array:
+    """An Array in memory answers reads as a file does."""
+
+    def __init__(self, name: str, values: np.ndarray) -> None:
+        self.name = name
+        self._values = values
+
+    def read(self, start: int, end: int) -> np.ndarray:
+        """Returns the items from ``start`` to ``end``."""
+        return self._values[start:end]
+
+
+class File:
+    """A File gives parts of an array on disk. Threads may share it."""
+
+    def __init__(self, path: Path, dtype: Any, n_bytes: int) -> None:
+        """Raises ValueError if the file is not there, cannot be read, or has another size than ``n_bytes``."""
+        self.name = str(path)
+        self._dtype = np.dtype(dtype)
+        try:
+            self._fd = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0))
+        except OSError as error:
+            raise ValueError(f"shard {path} is unreadable ({error.strerror}): {REBUILD}") from error
+        weakref.finalize(self, os.close, self._fd)
+        size = os.fstat(self._fd).st_size
+        if size != n_bytes:
+            raise ValueError(f"shard {path} has {size} bytes, expected {n_bytes}: {REBUILD}")
+
+    def read(self, start: int, end: int) -> np.ndarray:
+        """Returns the items from ``start`` to ``end``. Raises ValueError where the disk does not give them."""
+        width = self._dtype.itemsize
+        try:
+            data = os.pread(self._fd, (end - start) * width, start * width)
+        except OSError as error:
+            raise ValueError(f"shard {self.name} is unreadable ({error.strerror}): {REBUILD}") from error
+        if len(data) != (end - start) * width:
+            raise ValueError(f"shard {self.name} ends before byte {end * width}: {REBUILD}")
+        return np.frombuffer(data, self._dtype)
+
+
+class Shard(NamedTuple):
+    """A Shard holds the ids of some documents, and the bits of starts where they are not in the ids."""
+
+    ids: Array | File
+    sentences: Array | File | None
+    words: Array | File | None
+
+
+def bits(source: Array | File, start: int, end: int) -> np.ndarray:
+    """Returns the bits from ``start`` to ``end`` as bool, of bytes whose lowest bit comes first."""
+    data = source.read(start // 8, -(-end // 8))
+    return np.unpackbits(data, bitorder="little")[start % 8 : start % 8 + end - start].astype(bool)
+
+
+class Corpus:
+    """A Corpus comes from ``open``, or from ``from_documents``. Threads may share it, and it may be pickled.
+
+    ``vocab_size``: ids are smaller. ``n_documents`` and ``n_tokens`` count. ``fingerprint``: hexadecimal, the same for
+    the same tokens in the same order. ``counts``: (vocab_size,) int64, how often each id is there.
+    ``document_offsets``: (n_documents + 1,) int64, in tokens. ``has_words``: whether ``word_starts`` can be asked.
+    ``folder``: where it lies, or None. ``made_of``: what ``prepare`` wrote down about its origin.
+    """
+
+    vocab_size: int
+    n_documents: int
+    n_tokens: int
+    fingerprint: str
+    counts: np.ndarray
+    document_offsets: np.ndarray
+    has_words: bool
+    folder: Path | None
+    made_of: dict[str, Any]
+
+    def __init__(
+        self,
+        shards: Sequence[Shard],
+        bases: Sequence[int],
+        vocab_size: int,
+        document_offsets: np.ndarray,
+        counts: np.ndarray,
+        fingerprint: str,
+        begins: np.ndarray | None = None,
+        folder: Path | None = None,
+        made_of: dict[str, Any] | None = None,
+    ) -> None:
+        """Is called by ``open`` and ``from_documents``. ``bases``: the first token of each shard, and their number."""
+        self._shards = list(shards)
+        self._bases = np.array(bases, np.int64)
+        self._begins = begins
+        self._layout = layout_of(vocab_size)
+        self.vocab_size = vocab_size
+        self.n_documents = len(document_offsets) - 1
+        self.n_tokens = int(document_offsets[-1])
+        self.fingerprint = fingerprint
+        self.counts = counts
+        self.document_offsets = document_offsets
+        self.has_words = begins is not None or all(shard.words is not None for shard in shards)
+        self.folder = folder
+        self.made_of = made_of or {}
+
+    @classmethod
+    def open(cls, folder: str | os.PathLike[str]) -> Corpus:
+        """Opens a folder of shards. Presence and sizes of the files are checked, not their content.
+
+        Raises FileNotFoundError if the folder has no index. Raises ValueError, which names the file, if one is missing
+        or has another size, or if the folder has another format.
+        """
+        path = Path(folder)
+        index = read_json(path / INDEX)
+        if index.get("format") != FORMAT:
+            raise ValueError(f"{path} has format {index.get('format')!r}, expected {FORMAT}: {REBUILD}")
+        sizes = {name: entry["bytes"] for name, entry in index["files"].items()}
+        vocab_size, n_documents, n_tokens = (index[name] for name in ("vocab_size", "n_documents", "n_tokens"))
+        ids = layout_of(vocab_size).dtype
+
+        def file(name: str, dtype: Any = np.uint8) -> File | None:
+            return File(path / name, dtype, sizes[name]) if name in sizes else None
+
+        shards, bases = [], [0]
+        for i, entry in enumerate(index["shards"]):
+            n = entry["tokens"]
+            if (source := file(f"ids-{i:05}.bin", ids)) is None or sizes[f"ids-{i:05}.bin"] != n * ids.itemsize:
+                raise ValueError(f"{path / INDEX} contradicts itself about shard {i}: {REBUILD}")
+            shards.append(Shard(source, file(f"sentences-{i:05}.bin"), file(f"words-{i:05}.bin")))
+            bases.append(bases[-1] + n)
+        File(path / DOCUMENTS, "<i8", 8 * (n_documents + 1))
+        offsets = np.memmap(path / DOCUMENTS, "<i8", "r")
+        if bases[-1] != n_tokens or int(offsets[-1]) != n_tokens:
+            raise ValueError(f"{path / DOCUMENTS} ends at token {offsets[-1]}, expected {n_tokens}: {REBUILD}")
+        counts = File(path / COUNTS, "<i8", 8 * vocab_size).read(0, vocab_size)
+        table = file(BEGINS)
+        begins = None if table is None else bits(table, 0, vocab_size)
+        made_of = index.get("made_of", {})
+        return cls(shards, bases, vocab_size, offsets, counts, index["fingerprint"], begins, path, made_of)
+
+    @classmethod
+    def from_documents(
+        cls,
+        documents: Sequence[Sequence[Sequence[int]]],
+        vocab_size: int,
+        word_starts: Sequence[Sequence[Sequence[bool]]] | np.ndarray | None = None,
+        fingerprint: str = "memory",
+    ) -> Corpus:
+        """Makes a corpus in memory of documents, each a list of sentences, each a list of ids.
+
+        ``word_starts``: for each id whether it begins a word, in lists like ``documents``, or (vocab_size,) bool.
+
+        Raises ValueError if there is no document, for a document or a sentence without ids, for ids outside of the
+        vocabulary, and for ``word_starts`` of another shape.
+        """
+        positive("vocab_size", vocab_size)
+        if not documents:
+            raise ValueError("documents: got none, expected one at least")
+        for i, document in enumerate(documents):
+            if not document or not all(map(len, document)):
+                raise ValueError(f"documents[{i}]: got {list(map(list, document))}, expected sentences with ids")
+        sentences = [sentence for document in documents for sentence in document]
+        ids = np.array([i for sentence in sentences for i in sentence], np.int64)
+        if (outside := (ids < 0) | (ids >= vocab_size)).any():
+            raise ValueError(f"documents: got the id {ids[outside][0]}, expected 0 to {vocab_size - 1}")
+        ends = np.cumsum([len(sentence) for sentence in sentences])
+        starts = np.zeros(len(ids), bool)
+        starts[[0, *ends[:-1]]] = True
+        sizes = [sum(map(len, document)) for document in documents]
+        offsets = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
+        begins = words = None
+        if isinstance(word_starts, np.ndarray):
+            if word_starts.shape != (vocab_size,):
+                raise ValueError(f"word_starts: got shape {word_starts.shape}, expected {(vocab_size,)}")
+            begins = word_starts.astype(bool)
+        elif word_starts is not None:
+            shape = [[len(sentence) for sentence in document] for document in documents]
+            if [[len(sentence) for sentence in document] for document in word_starts] != shape:
+                raise ValueError("word_starts: got lists of other lengths than those of documents")
+            words = _packed([b for document in word_starts for sentence in document for b in sentence])
+        layout = layout_of(vocab_size)
+        marked = ids | (starts * layout.start)
+        shard = Shard(
+            Array("documents", marked.astype(layout.dtype)),
+            None if layout.start else Array("sentences", _packed(starts)),
+            None if words is None else Array("words", words),
+        )
+        counts = np.bincount(ids, minlength=vocab_size).astype(np.int64)
+        return cls([shard], [0, len(ids)], vocab_size, offsets, counts, fingerprint, begins)
+
+    def __reduce__(self) -> Any:
+        if self.folder is not None:
+            return Corpus.open, (self.folder,)
+        made = (self._shards, self._bases, self.vocab_size, self.document_offsets, self.counts, self.fingerprint)
+        return Corpus, (*made, self._begins)
+
+    def __repr__(self) -> str:
+        return f"Corpus(n_documents={self.n_documents}, n_tokens={self.n_tokens}, vocab_size={self.vocab_size})"
+
+    def sentence_starts(self, start: int, end: int) -> np.ndarray:
+        """Returns the tokens in [start, end) at which a sentence begins: (k,) int64, counted over the whole corpus.
+
+        The first token of a document always begins one. Raises ValueError for a range outside of the corpus.
+        """
+        starts = [np.empty(0, np.int64)]
+        for shard, first, n, place in self._pieces(np.array([start]), np.array([end - start])):
+            if shard.sentences is None:
+                marks = shard.ids.read(first, first + n) & self._layout.dtype.type(self._layout.start)
+            else:
+                marks = bits(shard.sentences, first, first + n)
+            starts.append(np.flatnonzero(marks) + (start + place))
+        return np.concatenate(starts)
+
+    def take(self, starts: Any, lengths: Any) -> np.ndarray:
+        """Returns the ids of spans, end to end: (sum of lengths,) int64.
+
+        ``starts``, ``lengths``: (k,) integers, in tokens over the whole corpus. Raises ValueError for a span outside of
+        the corpus, and, with the name of the file, for ids that the vocabulary does not have.
+        """
+        starts, lengths = np.asarray(starts, np.int64), np.asarray(lengths, np.int64)
+        ids = np.empty(int(lengths.sum()), np.int64)
+        mask = self._layout.start - 1 if self._layout.start else 2**16 - 1
+        for shard, first, n, place in self._pieces(starts, lengths):
+            part = shard.ids.read(first, first + n) & self._layout.dtype.type(mask)
+            if int(part.max()) >= self.vocab_size:
+                raise ValueError(
+                    f"shard {shard.ids.name} holds the id {part.max()}, expected 0 to {self.vocab_size - 1}: {REBUILD}"
+                )
+            ids[place : place + n] = part
+        return ids
+
+    def word_starts(self, starts: Any, lengths: Any) -> np.ndarray:
+        """Returns for the ids of ``take`` whether a word begins there: (sum of lengths,) bool.
+
+        Raises ValueError if the corpus does not have the starts of words, and as ``take`` does.
+        """
+        if not self.has_words:
+            raise ValueError("the corpus has no starts of words: prepare it with whole_words=True")
+        if self._begins is not None:
+            return self._begins[self.take(starts, lengths)]
+        starts, lengths = np.asarray(starts, np.int64), np.asarray(lengths, np.int64)
+        words = np.empty(int(lengths.sum()), bool)
+        for shard, first, n, place in self._pieces(starts, lengths):
+            if shard.words is not None:
+                words[place : place + n] = bits(shard.words, first, first + n)
+        return words
+
+    def check(self) -> None:
+        """Compares the content of all files with their checksums. Raises ValueError with the name of the first bad one.
+
+        A corpus in memory has none.
+        """
+        if self.folder is None:
+            return
+        for name, entry in read_json(self.folder / INDEX)["files"].items():
+            if (digest := checksum(self.folder / name)) != entry["blake2b"]:
+                raise ValueError(
+                    f"shard {self.folder / name} has the checksum {digest}, expected {entry['blake2b']}: {REBUILD}"
+                )
+
+    def _pieces(self, starts: np.ndarray, lengths: np.ndarray) -> Iterator[tuple[Shard, int, int, int]]:
+        """Yields (shard, first token in it, tokens, place in the result); spans that follow one another are one."""
+        if starts.shape != lengths.shape or starts.ndim != 1:
+            raise ValueError(f"starts, lengths: got shapes {starts.shape} and {lengths.shape}, expected (k,) twice")
+        if len(starts) == 0:
+            return
+        ends = starts + lengths
+        if starts.min() < 0 or lengths.min() < 0 or ends.max() > self.n_tokens:
+            bad = np.flatnonzero((starts < 0) | (lengths < 0) | (ends > self.n_tokens))[0]
+            raise ValueError(f"span {bad}: got {starts[bad]} to {ends[bad]}, expected parts of 0 to {self.n_tokens}")
+        heads = np.flatnonzero(np.concatenate([[True], starts[1:] != ends[:-1]]))
+        tails = np.append(heads[1:], len(starts)) - 1
+        of_starts = np.searchsorted(self._bases, starts[heads], "right") - 1
+        place = 0
+        for start, end, i in zip(starts[heads].tolist(), ends[tails].tolist(), of_starts.tolist(), strict=True):
+            while start < end:
+                base, limit = int(self._bases[i]), int(self._bases[i + 1])
+                n = min(end, limit) - start
+                yield self._shards[i], start - base, n, place
+                start, place, i = start + n, place + n, i + 1
+
+
+def checksum(path: Path) -> str:
+    """Returns the BLAKE2b digest of a file's content, 16 bytes in hexadecimal."""
+    digest = hashlib.blake2b(digest_size=16)
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _packed(values: Any) -> np.ndarray:
+    return np.packbits(np.asarray(values, bool), bitorder="little")
