@@ -1,4 +1,4 @@
-"""What a training loop needs beside the models: pre-training from raw text, and the source of NaN in a loss.
+"""This package trains a BERT from raw text, and finds the source of NaN in the loss of any loop.
 
 Modules are imported when a name is first used, so that the options of `fastbert pretrain` do not wait for PyTorch.
 """

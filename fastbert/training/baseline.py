@@ -1,4 +1,4 @@
-"""The unigram baseline: what a model reaches that knows how frequent each token is, and nothing of its neighbours."""
+"""The unigram baseline is what a model reaches that knows how frequent each token is, not what stands beside it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike
 
 @dataclass(frozen=True)
 class UnigramBaseline:
-    """Numbers beside which those of masked tokens are read.
+    """A baseline is two numbers, beside which those of masked tokens are read.
 
     loss: the cross entropy in nats a token. accuracy: the share of tokens that are the most frequent one of the
     training text, which is what a model without context does best to answer.

@@ -1,6 +1,6 @@
-"""Folders that are whole or not there, whatever kills the process that writes them.
+"""A checkpoint is a folder that is whole or not there, whatever kills the process that writes it.
 
-A folder is filled under another name, brought to the disk, and renamed. `complete.json` in it lists its files:
+It is filled under another name, brought to the disk, and renamed. `complete.json` in it lists its files:
 
     NAME        a whole folder, with complete.json
     .NAME.new   a folder that is being filled
@@ -34,7 +34,7 @@ _FULL = 1 << 24  # bytes: a disk with less than that is taken to be full
 
 
 class Checkpoints:
-    """The checkpoints of one run: a folder `step-00001000` for each step, of which the newest are kept.
+    """Keeps the checkpoints of one run: a folder `step-00001000` for each step, of which the newest stay.
 
     folder: it is made where it does not exist. keep: the number of complete ones that stay. One process may write at a
     time: of several processes of a run, rank 0.
@@ -44,7 +44,7 @@ class Checkpoints:
         self.folder, self.keep = Path(folder), positive("keep", keep)
 
     def path(self, step: int) -> Path:
-        """The folder of a step."""
+        """Returns the folder of a step."""
         return self.folder / f"step-{step:08d}"
 
     def save(self, step: int, write: Write) -> Path:
@@ -67,11 +67,11 @@ class Checkpoints:
         return path
 
     def steps(self) -> list[int]:
-        """The steps of the checkpoints that have all their files in full length, in rising order."""
+        """Returns the steps of the checkpoints that have all their files in full length, in rising order."""
         return [step for step in self._numbers() if obstacle(self.path(step)) is None]
 
     def newest(self, *, verify: bool = True) -> Path | None:
-        """The newest checkpoint that is complete, or None. Each newer one that is not is named in the log.
+        """Returns the newest checkpoint that is complete, or None. Each newer one that is not is named in the log.
 
         verify: read all bytes and compare their checksums, too, which takes a second or so for each gigabyte.
         """
@@ -83,7 +83,7 @@ class Checkpoints:
         return None
 
     def _numbers(self) -> list[int]:
-        """The steps that have a folder, complete or not; one that a killed process had renamed away is put back."""
+        """Returns the steps that have a folder, complete or not; one that a killed process had renamed away is put back."""
         if not self.folder.is_dir():
             return []
         for left in list(self.folder.glob(".step-*.old")):

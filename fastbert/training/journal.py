@@ -1,4 +1,4 @@
-"""The journal of a run: training.jsonl, and TensorBoard where it is installed."""
+"""A journal holds the numbers of a run: training.jsonl, and TensorBoard where it is installed."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def read_journal(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
 
 
 def plain(value: Any) -> Any:
-    """The value as JSON has it: None for a number that is not finite, a number for a tensor of one."""
+    """Returns the value as JSON has it: None for a number that is not finite, a number for a tensor of one."""
     if isinstance(value, dict):
         return {str(key): plain(each) for key, each in value.items()}
     if isinstance(value, (list, tuple)):
@@ -149,7 +149,7 @@ def _cut(path: Path, step: int) -> None:
 
 
 def _summary_writer(folder: Path, resume_step: int | None) -> Any:
-    """TensorBoard's writer, None where the package is not installed."""
+    """Makes TensorBoard's writer, None where the package is not installed."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:

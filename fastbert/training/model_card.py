@@ -1,4 +1,4 @@
-"""The card of a model: a README.md, in the form of the Hugging Face hub, of facts and nothing else."""
+"""The card of a model is a README.md, in the form of the Hugging Face hub, of facts and nothing else."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 from fastbert.checkpoint.files import write_text
 from fastbert.training.journal import FILE
 from fastbert.training.report import PAGE, PICTURE, History
+from fastbert.training.starting_model import SHAPES
 
 CARD = "README.md"
 
@@ -69,8 +70,9 @@ def _summary(facts: Mapping[str, Any]) -> str:
 
 
 def _is_continued(facts: Mapping[str, Any]) -> bool:
-    """Tells whether the run began with trained weights, if it is known."""
-    return bool(facts.get("continued"))
+    """Tells whether the run began with the weights of a checkpoint."""
+    name = facts.get("model_config")
+    return name is not None and name not in SHAPES and Path(name).suffix != ".json" and not Path(name).is_file()
 
 
 def _results(history: History, facts: Mapping[str, Any]) -> str:

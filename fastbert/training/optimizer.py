@@ -1,4 +1,4 @@
-"""AdamW for a BERT: which parameters decay, and a state by the names of parameters."""
+"""AdamW for a BERT decays the matrices alone, and its state goes by the names of parameters."""
 
 from __future__ import annotations
 

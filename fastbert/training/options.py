@@ -1,4 +1,4 @@
-"""The options of `fastbert pretrain` and of `python -m fastbert.training.pretrain`: one for each field of `Settings`.
+"""`fastbert pretrain` and `python -m fastbert.training.pretrain` have one option for each field of `Settings`.
 
 Neither the options nor --help wait for PyTorch.
 """
@@ -52,7 +52,7 @@ HELP: dict[str, dict[str, tuple[str, str]]] = {
         "steps": ("N", "updates of the weights (default: as many as --epochs take)"),
         "epochs": ("N", "times that the text is read, where --steps is not named"),
         "tokens_per_step": ("N", "of all processes and accumulated batches together"),
-        "sequences_per_step": ("N", "in the place of --tokens-per-step: N times --max-length tokens"),
+        "sequences_per_step": ("N", "sequences of --max-length tokens of a step (default: --tokens-per-step counts)"),
         "tokens_per_batch": ("N", "that a device takes at once (default: 16384 on a GPU, 4096 on a CPU)"),
         "seed": ("N", "of weights, order, masks and dropout"),
     },
@@ -92,6 +92,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         group = parser.add_argument_group(title)
         for name, (metavar, text) in options.items():
             group.add_argument(f"--{name.replace('_', '-')}", **_argument(fields[name], metavar, text))
+    parser.set_defaults(**{name: field.default for name, field in fields.items() if str(field.type) == "bool"})
 
 
 def settings_of(args: argparse.Namespace) -> Settings:
@@ -128,8 +129,9 @@ def _argument(field: dataclasses.Field[Any], metavar: str, text: str) -> dict[st
             text += f" (default: {_written(field.default)})"
     argument["help"] = text.replace("%", "%%")
     if annotation == "bool":
-        on_and_off = argparse.BooleanOptionalAction if field.default else "store_true"
-        return {**argument, "action": on_and_off}
+        # Python 3.10 adds a default of its own to the help of a BooleanOptionalAction that has one.
+        on_and_off = {"action": argparse.BooleanOptionalAction} if field.default else {"action": "store_true"}
+        return {"help": argument["help"], **on_and_off}
     if annotation.startswith("tuple"):
         argument["nargs"] = "+"
     if field.name in CHOICES:

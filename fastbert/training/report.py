@@ -1,4 +1,4 @@
-"""The curve of a run: what its journal holds, as a page and as a picture."""
+"""The curve of a run shows what its journal holds, as a page and as a picture."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ METHOD = (
 
 @dataclass(frozen=True)
 class History:
-    """The lines of a journal, by kind. start and end are empty where they are missing."""
+    """A history is the lines of a journal, by kind. start and end are empty where they are missing."""
 
     start: Mapping[str, Any]
     train: Sequence[Mapping[str, Any]]
@@ -59,14 +59,14 @@ class History:
         return cls(start[-1] if start else {}, by_kind["train"], by_kind["evaluation"], end[-1] if end else {})
 
     def series(self, name: str, *, evaluation: bool = False) -> np.ndarray:
-        """The steps and the values of a number, (2, n) float64, where it is there."""
+        """Returns the steps and the values of a number, (2, n) float64, where it is there."""
         lines = self.evaluations if evaluation else self.train
         pairs = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
         return np.array(pairs, dtype=np.float64).reshape(-1, 2).T
 
     @property
     def last_scores(self) -> Mapping[str, Any]:
-        """The last evaluation, or without one the last step in the journal."""
+        """Returns the last evaluation, or without one the last step in the journal."""
         return (self.evaluations or self.train or [{}])[-1]
 
 
@@ -96,7 +96,7 @@ def write_curve(folder: str | os.PathLike[str]) -> list[Path]:
 
 
 def curve(history: History) -> Plot:
-    """The figure: losses, accuracies and the learning rate over steps, with the tokens above."""
+    """Returns the figure: losses, accuracies and the learning rate over steps, with the tokens above."""
     last = history.last_scores
     numbers = ", ".join(f"{name} {last[key]:.3f}" for key, name, _ in COLUMNS if last.get(key) is not None)
     alt = f"Line chart. Losses, accuracies and learning rate over the steps of the run. At the end: {numbers}."
@@ -244,7 +244,7 @@ def _short(count: float) -> str:
 
 
 def smoothed(values: np.ndarray) -> np.ndarray:
-    """The mean around each value, (n,) -> (n,), over a part of all; fewer take part at both ends."""
+    """Returns the mean around each value, (n,) -> (n,), over a part of all; fewer take part at both ends."""
     half = len(values) // SMOOTHING // 2
     sums = np.concatenate([[0.0], np.cumsum(values)])
     places = np.arange(len(values))
