@@ -83,7 +83,7 @@ class Checkpoints:
         return None
 
     def _numbers(self) -> list[int]:
-        """Returns the steps that have a folder, complete or not; one that a killed process had renamed away is put back."""
+        """Returns the steps that have a folder, complete or not. What a killed process had renamed away is put back."""
         if not self.folder.is_dir():
             return []
         for left in list(self.folder.glob(".step-*.old")):
@@ -108,7 +108,9 @@ def replace_folder(path: str | os.PathLike[str], write: Write, **facts: Any) -> 
     """
     path = Path(path)
     new, old = _beside(path, "new"), _beside(path, "old")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.parent.is_dir():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _sync(path.parent.parent)
     recover(path)
     for left in (new, old, _beside(path, "gone")):
         _remove(left)
