@@ -22,8 +22,8 @@ class Journal:
 
     folder: of training.jsonl, made where it does not exist. resume_step: the updates that are done in the checkpoint
     from which the run goes on. Lines of later steps are cut off, so that the file becomes that of an uninterrupted run;
-    None is for a new run. tensorboard: write the numbers there too, into the folder `tensorboard`, where the package
-    is installed. Raises FileExistsError for a new run where there is a journal.
+    0 empties it, because the run begins anew. None is for a new run. tensorboard: write the numbers there too, into the
+    folder `tensorboard`, where the package is installed. Raises FileExistsError for a new run where there is a journal.
 
     A full disk is reported once, and training goes on: what could not be written is missing from the journal.
     """
@@ -139,7 +139,7 @@ def _cut(path: Path, step: int) -> None:
     end = 0
     for number, line in enumerate(path.read_bytes().splitlines(keepends=True), start=1):
         try:
-            if not line.endswith(b"\n") or _parsed(path, number, line).get("step", 0) > step:
+            if step == 0 or not line.endswith(b"\n") or _parsed(path, number, line).get("step", 0) > step:
                 break
         except ValueError as error:
             logger.warning("the journal is cut off at a torn line: %s", error)

@@ -62,6 +62,15 @@ def test_a_resumed_journal_is_as_an_uninterrupted_one(tmp_path: Path, torn: byte
     assert (resumed / FILE).read_bytes() == (whole / FILE).read_bytes()
 
 
+def test_a_run_that_begins_anew(tmp_path: Path) -> None:
+    """Catches two starts in the journal of a run that was killed before its first checkpoint."""
+    for resume_step in (None, 0):
+        with Journal(tmp_path, resume_step=resume_step, tensorboard=False) as journal:
+            journal.write("start", 0, seed=1)
+            journal.write("train", 1, loss=1.0)
+    assert [line["kind"] for line in read_journal(tmp_path)] == ["start", "train"]
+
+
 def test_reading_a_torn_journal(tmp_path: Path) -> None:
     """Catches a last line cut short that hides the others, and a broken one in the middle that is left out silently."""
     path = tmp_path / FILE
