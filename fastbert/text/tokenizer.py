@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from tokenizers import Tokenizer as RustTokenizer
 from tokenizers.models import WordPiece
 
 from fastbert.checkpoint.files import write_text
@@ -188,6 +189,17 @@ class Tokenizer:
     def all_special_ids(self) -> list[int]:
         """Returns the ids that ``skip_special_tokens`` skips, in ascending order."""
         return sorted(i for i, token in self._rust.get_added_tokens_decoder().items() if token.special)
+
+    def for_raw_text(self) -> RustTokenizer:
+        """Returns the tokenizer of ``tokenizers`` for running text: what looks like a special token there is text.
+
+        It is a copy, which neither truncates nor pads.
+        """
+        rust = RustTokenizer.from_str(self._rust.to_str())
+        rust.no_truncation()
+        rust.no_padding()
+        rust.encode_special_tokens = True
+        return rust
 
     def get_vocab(self) -> dict[str, int]:
         """Returns the id of each token, added tokens included."""

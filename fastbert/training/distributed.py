@@ -133,3 +133,8 @@ def shard(objective: nn.Module, bf16: bool) -> nn.Module:
         fully_shard(layer, mp_policy=precision)
     fully_shard(objective, mp_policy=precision)
     return objective
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Tells whether `shard` has been here: the parameters are DTensors."""
+    return any(hasattr(parameter, "full_tensor") for parameter in model.parameters())

@@ -43,6 +43,7 @@ class StepReport:
     tokens: int  # of all processes
     sequences: int
     epoch: int
+    tokens_so_far: int
 
 
 @dataclass
@@ -79,6 +80,7 @@ class Loop:
             pending = self._take_step(data)
             state.step, state.cursor = data.step + 1, data.after
             state.tokens += pending.tokens
+            pending.tokens_so_far = state.tokens
             state.seconds = before + time.perf_counter() - started
             self._settle(state)
             self._pending = pending
@@ -136,7 +138,7 @@ class Loop:
             state,
             StepReport(
                 pending.step + 1, scores, norm, pending.learning_rate, pending.tokens, pending.sequences,
-                pending.data.after.epoch,
+                pending.data.after.epoch, pending.tokens_so_far,
             ),
         )  # fmt: skip
 
@@ -156,6 +158,7 @@ class _Pending:
     sequences: int
     stop: bool
     counted: bool
+    tokens_so_far: int = 0
 
     def error(self, norm: float) -> str:
         finite = torch.isfinite(self.sums).all(1).tolist()

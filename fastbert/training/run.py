@@ -27,12 +27,12 @@ from fastbert.training.data.special import SpecialIds
 from fastbert.training.data.tokenizing import special_ids
 from fastbert.training.distributed import Processes
 from fastbert.training.evaluation import Scores, evaluate
-from fastbert.training.journal import Journal
+from fastbert.training.journal import FILE, Journal, read_journal
 from fastbert.training.loop import Loop, State, StepReport
 from fastbert.training.model_card import write_card
 from fastbert.training.objective import PretrainingObjective
 from fastbert.training.optimizer import make_optimizer
-from fastbert.training.progress import Progress
+from fastbert.training.progress import Progress, duration
 from fastbert.training.report import write_curve
 from fastbert.training.schedule import learning_rate_factor
 from fastbert.training.settings import Settings, n_steps_of
@@ -224,6 +224,9 @@ class Run:
         """Trains to the end, or until a signal comes."""
         settings, processes = self.settings, self.processes
         state = self._begin()
+        if state.step >= self.steps and self._is_finished():
+            logger.warning("the run in %s is finished: nothing is left to do", self.output)
+            return Result(self.output, state.step, None)
         self._open_journal(state)
         if state.step < self.steps:
             self.loader = Loader(
@@ -256,6 +259,11 @@ class Run:
         if self.journal is not None:
             self.journal.close()
         return Result(self.output, state.step, self.scores, stop.number if state.step < self.steps else None)
+
+    def _is_finished(self) -> bool:
+        """Tells whether the journal has its last line."""
+        path = self.output / FILE
+        return path.exists() and any(line["kind"] == "end" for line in read_journal(path)[-1:])
 
     def _open_journal(self, state: State) -> None:
         settings, first = self.settings, self.processes.is_first
@@ -296,11 +304,7 @@ class Run:
     def _after_step(self, state: State, report: StepReport) -> None:
         if report.step - self.first_step == STEPS_TO_ESTIMATE:
             seconds = (time.perf_counter() - self.began) / STEPS_TO_ESTIMATE * (self.steps - report.step)
-            self.progress.write(
-                f"About {seconds / 3600:.1f} hours are left."
-                if seconds > 5400
-                else f"About {seconds / 60:.0f} minutes are left."
-            )
+            self.progress.write(f"The rest takes about {duration(seconds)}.")
         if not self._is_logged(report.step):
             self.progress.update(report.step)
             return
@@ -311,13 +315,13 @@ class Run:
             "learning_rate": report.learning_rate,
             "gradient_norm": report.norm,
             "epoch": report.epoch,
-            "tokens": state.tokens,
+            "tokens": report.tokens_so_far,
             "step_tokens": report.tokens,
             "step_sequences": report.sequences,
-            "tokens_per_second": (state.tokens - self.tokens) / seconds,
+            "tokens_per_second": (report.tokens_so_far - self.tokens) / seconds,
             "waiting": min(1.0, (self.loader.waited - self.waited) / seconds),
         }
-        self.time, self.waited, self.tokens = now, self.loader.waited, state.tokens
+        self.time, self.waited, self.tokens = now, self.loader.waited, report.tokens_so_far
         self.progress.update(report.step, **values)
         if self.journal is not None:
             self.journal.write("train", report.step, **values)

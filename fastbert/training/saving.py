@@ -53,7 +53,7 @@ class Saved:
 
 def load(folder: Path, model: Any, optimizer: torch.optim.Optimizer) -> State:
     """Puts the weights and the optimiser's state of a checkpoint into a model and its optimiser, bit for bit."""
-    stored = type(_bare(model)).from_pretrained(folder, dtype="float32", device="cpu")
+    stored = type(model).from_pretrained(folder, dtype="float32", device="cpu")
     if is_sharded(model):
         _load_whole(model, optimizer, stored, folder)
     else:
@@ -61,10 +61,6 @@ def load(folder: Path, model: Any, optimizer: torch.optim.Optimizer) -> State:
         load_optimizer_state(optimizer, model, torch.load(folder / OPTIMIZER, map_location="cpu", weights_only=True))
     fields = read_json(folder / STATE)
     return State(**{**fields, "cursor": Cursor.from_dict(fields["cursor"])})
-
-
-def _bare(model: Any) -> Any:
-    return model
 
 
 def _whole(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -88,7 +84,7 @@ def write_run(output: Path, run: dict[str, Any]) -> None:
 
 def check_same_run(output: Path, run: dict[str, Any]) -> None:
     """Raises ValueError where a run that resumes differs from the one that began, with each difference."""
-    stored = read_json(output / RUN)
+    stored, run = read_json(output / RUN), json.loads(json.dumps(run))
     differences = []
     for name in sorted({*stored["settings"], *run["settings"]} - MAY_DIFFER):
         before, now = stored["settings"].get(name), run["settings"].get(name)

@@ -51,10 +51,12 @@ def split_off(text: str) -> tuple[list[str], str]:
     put behind the rest.
     """
     sentences: list[str] = []
-    start = 0
+    start, last = 0, len(text.rstrip())
     for match in END.finditer(text):
         end = match.end()
-        if end == len(text) or not _ends(text, start, match):
+        if end >= last:  # what follows decides
+            break
+        if not _ends(text, start, match):
             continue
         if sentence := text[start:end].strip():
             sentences.append(BREAK.sub(" ", sentence) if "\n" in sentence else sentence)
@@ -81,7 +83,7 @@ def cut(sentence: str) -> tuple[list[str], str]:
 
 
 def _ends(text: str, start: int, match: re.Match[str]) -> bool:
-    """Whether a sentence that began at ``start`` ends with the match, before whose end the text does not end."""
+    """Whether a sentence that began at ``start`` ends with the match, behind which there is more text."""
     mark = match.group()
     if mark != ".":
         if mark[0] not in ".!?…" or (mark[-1] in "!?"):

@@ -35,6 +35,7 @@ INDEX = "index.json"
 DOCUMENTS, COUNTS, BEGINS = "documents.bin", "counts.bin", "begins.bin"
 REBUILD = "rebuild it with --rebuild"
 CHUNK = 2**22  # bytes that are read at once for a checksum
+READ = 2**22  # tokens that are read at once
 
 
 class Layout(NamedTuple):
@@ -109,7 +110,7 @@ class Corpus:
     """A Corpus comes from ``open``, or from ``from_documents``. Threads may share it, and it may be pickled.
 
     ``vocab_size``: ids are smaller. ``n_documents`` and ``n_tokens`` count. ``fingerprint``: hexadecimal, the same for
-    the same tokens in the same order. ``counts``: (vocab_size,) int64, how often each id is there.
+    the same text, tokenizer and options. ``counts``: (vocab_size,) int64, how often each id is there.
     ``document_offsets``: (n_documents + 1,) int64, in tokens. ``has_words``: whether ``word_starts`` can be asked.
     ``folder``: where it lies, or None. ``made_of``: what ``prepare`` wrote down about its origin.
     """
@@ -251,7 +252,7 @@ class Corpus:
         The first token of a document always begins one. Raises ValueError for a range outside of the corpus.
         """
         starts = [np.empty(0, np.int64)]
-        for shard, first, n, place in self._pieces(np.array([start]), np.array([end - start])):
+        for shard, first, n, place in self._pieces(*self._spans([start], [end - start])):
             if shard.sentences is None:
                 marks = shard.ids.read(first, first + n) & self._layout.dtype.type(self._layout.start)
             else:
@@ -265,7 +266,7 @@ class Corpus:
         ``starts``, ``lengths``: (k,) integers, in tokens over the whole corpus. Raises ValueError for a span outside of
         the corpus, and, with the name of the file, for ids that the vocabulary does not have.
         """
-        starts, lengths = np.asarray(starts, np.int64), np.asarray(lengths, np.int64)
+        starts, lengths = self._spans(starts, lengths)
         ids = np.empty(int(lengths.sum()), np.int64)
         mask = self._layout.start - 1 if self._layout.start else 2**16 - 1
         for shard, first, n, place in self._pieces(starts, lengths):
@@ -286,7 +287,7 @@ class Corpus:
             raise ValueError("the corpus has no starts of words: prepare it with whole_words=True")
         if self._begins is not None:
             return self._begins[self.take(starts, lengths)]
-        starts, lengths = np.asarray(starts, np.int64), np.asarray(lengths, np.int64)
+        starts, lengths = self._spans(starts, lengths)
         words = np.empty(int(lengths.sum()), bool)
         for shard, first, n, place in self._pieces(starts, lengths):
             if shard.words is not None:
@@ -306,16 +307,22 @@ class Corpus:
                     f"shard {self.folder / name} has the checksum {digest}, expected {entry['blake2b']}: {REBUILD}"
                 )
 
-    def _pieces(self, starts: np.ndarray, lengths: np.ndarray) -> Iterator[tuple[Shard, int, int, int]]:
-        """Yields (shard, first token in it, tokens, place in the result); spans that follow one another are one."""
+    def _spans(self, starts: Any, lengths: Any) -> tuple[np.ndarray, np.ndarray]:
+        """Returns both as int64. Raises ValueError where they are no spans of the corpus."""
+        starts, lengths = np.asarray(starts, np.int64), np.asarray(lengths, np.int64)
         if starts.shape != lengths.shape or starts.ndim != 1:
             raise ValueError(f"starts, lengths: got shapes {starts.shape} and {lengths.shape}, expected (k,) twice")
+        if (bad := (starts < 0) | (lengths < 0) | (starts + lengths > self.n_tokens)).any():
+            i = int(np.argmax(bad))
+            span = f"{starts[i]} to {starts[i] + lengths[i]}"
+            raise ValueError(f"span {i}: got tokens {span}, expected a part of 0 to {self.n_tokens}")
+        return starts, lengths
+
+    def _pieces(self, starts: np.ndarray, lengths: np.ndarray) -> Iterator[tuple[Shard, int, int, int]]:
+        """Yields (shard, first token in it, tokens, place in the result); spans that follow one another are one."""
         if len(starts) == 0:
             return
         ends = starts + lengths
-        if starts.min() < 0 or lengths.min() < 0 or ends.max() > self.n_tokens:
-            bad = np.flatnonzero((starts < 0) | (lengths < 0) | (ends > self.n_tokens))[0]
-            raise ValueError(f"span {bad}: got {starts[bad]} to {ends[bad]}, expected parts of 0 to {self.n_tokens}")
         heads = np.flatnonzero(np.concatenate([[True], starts[1:] != ends[:-1]]))
         tails = np.append(heads[1:], len(starts)) - 1
         of_starts = np.searchsorted(self._bases, starts[heads], "right") - 1
@@ -323,9 +330,9 @@ class Corpus:
         for start, end, i in zip(starts[heads].tolist(), ends[tails].tolist(), of_starts.tolist(), strict=True):
             while start < end:
                 base, limit = int(self._bases[i]), int(self._bases[i + 1])
-                n = min(end, limit) - start
+                n = min(end, limit, start + READ) - start
                 yield self._shards[i], start - base, n, place
-                start, place, i = start + n, place + n, i + 1
+                start, place, i = start + n, place + n, i + (start + n == limit)
 
 
 def checksum(path: Path) -> str:

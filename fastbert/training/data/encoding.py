@@ -1,0 +1,148 @@
+"""Sentences become token ids here, with the threads of the ``tokenizers`` library.
+
+BERT's own pipeline treats the parts of a text between spaces alone, whatever stands around them. So their ids are kept,
+and a part that was seen before is looked up: most of running text. The ids are those of the library.
+"""
+
+from __future__ import annotations
+
+from itertools import chain
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from fastbert.text.tokenizer import Tokenizer
+
+KEPT_PARTS = 400_000  # about 100 MB
+LONG_PART = 40  # characters: longer ones are not kept
+
+
+class SpecialIds(NamedTuple):
+    """SpecialIds holds the ids that data are made with, and in ``all`` every special id, in ascending order."""
+
+    cls: int
+    sep: int
+    mask: int
+    all: tuple[int, ...]
+
+
+def special_ids(tokenizer: Tokenizer) -> SpecialIds:
+    """Returns the special ids of a tokenizer. Raises ValueError, with its name, if it lacks one for pre-training."""
+    names = {"cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": "[MASK]"}
+    ids = []
+    for name, usual in names.items():
+        i = getattr(tokenizer, f"{name}_id", None)
+        if i is None:
+            token = getattr(tokenizer, name, None)
+            raise ValueError(f"tokenizer: the vocabulary has no {token or usual}, and pre-training needs a {name}")
+        ids.append(int(i))
+    pad = tokenizer.pad_token_id
+    every = {*ids, *tokenizer.all_special_ids, *([] if pad is None else [pad])}
+    return SpecialIds(ids[0], ids[1], ids[2], tuple(sorted(every)))
+
+
+def word_begins(tokenizer: Tokenizer) -> np.ndarray | None:
+    """Returns for each id of a WordPiece vocabulary whether it begins a word: (vocab_size,) bool. Else None."""
+    prefix = getattr(tokenizer.for_raw_text().model, "continuing_subword_prefix", None)
+    if prefix is None or not _is_word_piece(tokenizer.for_raw_text()):
+        return None
+    begins = np.ones(tokenizer.vocab_size, bool)
+    for token, i in tokenizer.get_vocab().items():
+        begins[i] = not token.startswith(prefix)
+    return begins
+
+
+class Encoded(NamedTuple):
+    """Encoded holds the ids of sentences, end to end.
+
+    ``ids``: (T,) uint32. ``lengths``: (k,) int64, of the sentences. ``words``: (T,) bool, where a word begins, or None.
+    """
+
+    ids: np.ndarray
+    lengths: np.ndarray
+    words: np.ndarray | None
+
+
+class Encoder:
+    """An Encoder gives the ids of sentences, without special tokens, whatever they look like. One thread may use it."""
+
+    def __init__(self, tokenizer: Tokenizer, with_words: bool = False) -> None:
+        """Takes ``with_words``: whether ``words`` are wanted, by the tokenizer's own word ids."""
+        self._rust = tokenizer.for_raw_text()
+        self._with_words = with_words
+        self._known: dict[str, bytes] | None = {} if _treats_parts_alone(self._rust) and not with_words else None
+        self._unk = tokenizer.unk_token_id
+        # Such pieces can come out of a model whose vocabulary has them, however the text is split before.
+        self._forbidden = np.zeros(tokenizer.vocab_size, bool)
+        self._forbidden[[i for i in special_ids(tokenizer).all if i != self._unk]] = True
+
+    def encode(self, sentences: list[str]) -> Encoded:
+        """Returns the ids of sentences. The special ones that a model makes of text become the unknown token's."""
+        if self._known is not None:
+            ids, lengths = self._by_parts(sentences, self._known)
+            words = None
+        else:
+            method = self._rust.encode_batch if self._with_words else self._rust.encode_batch_fast
+            encodings = method(sentences, add_special_tokens=False)
+            ids, lengths = _ids(encodings)
+            words = _word_starts(encodings, len(ids)) if self._with_words else None
+        if (special := self._forbidden[ids]).any():
+            ids = np.where(special, np.uint32(self._unk), ids)
+        return Encoded(ids, lengths, words)
+
+    def _by_parts(self, sentences: list[str], known: dict[str, bytes]) -> tuple[np.ndarray, np.ndarray]:
+        rows: list[bytes] = []
+        waiting: list[tuple[int, list[str]]] = []
+        unknown: set[str] = set()
+        join, get = b"".join, known.__getitem__
+        for sentence in sentences:
+            parts = sentence.split(" ")
+            try:
+                rows.append(join(map(get, parts)))
+            except KeyError:
+                unknown.update(parts)
+                waiting.append((len(rows), parts))
+                rows.append(b"")
+        if waiting:
+            new = sorted(unknown.difference(known))
+            encodings = self._rust.encode_batch_fast(new, add_special_tokens=False)
+            ids_of = {part: np.array(row.ids, "<u4").tobytes() for part, row in zip(new, encodings, strict=True)}
+            for i, parts in waiting:
+                rows[i] = join([known[part] if part in known else ids_of[part] for part in parts])
+            if len(known) + len(ids_of) > KEPT_PARTS:
+                known.clear()
+            known.update((part, ids) for part, ids in ids_of.items() if len(part) <= LONG_PART)
+        return np.frombuffer(join(rows), "<u4"), np.array([len(row) for row in rows], np.int64) // 4
+
+
+def _ids(encodings: list[Any]) -> tuple[np.ndarray, np.ndarray]:
+    lengths = np.fromiter(map(len, encodings), np.int64, len(encodings))
+    ids = np.fromiter(chain.from_iterable(row.ids for row in encodings), np.uint32, int(lengths.sum()))
+    return ids, lengths
+
+
+def _word_starts(encodings: list[Any], n_tokens: int) -> np.ndarray:
+    starts = np.empty(n_tokens, bool)
+    place = 0
+    for row in encodings:
+        word_ids = np.array([-1 if i is None else i for i in row.word_ids], np.int64)
+        part = starts[place : place + len(word_ids)]
+        part[:1] = True
+        part[1:] = (word_ids[1:] != word_ids[:-1]) | (word_ids[1:] < 0)
+        place += len(word_ids)
+    return starts
+
+
+def _is_word_piece(rust: Any) -> bool:
+    return type(rust.model).__name__ == "WordPiece"
+
+
+def _treats_parts_alone(rust: Any) -> bool:
+    """Whether the ids of a text are those of its parts between spaces, one after the other."""
+    return (
+        _is_word_piece(rust)
+        and type(rust.normalizer).__name__ in ("BertNormalizer", "NoneType")
+        and type(rust.pre_tokenizer).__name__ == "BertPreTokenizer"
+        and all(token.special for token in rust.get_added_tokens_decoder().values())
+    )
