@@ -57,7 +57,7 @@ class Progress:
         elif values and (now - self._shown >= self.seconds or step >= self.total):
             self._shown = now
             left = (now - self._began) / max(step - self._first, 1) * (self.total - step)
-            line = f"step {step:,} of {self.total:,}: {_words(values)}, {_duration(left)} left"
+            line = f"step {step:,} of {self.total:,}: {_words(values)}, {duration(left)} left"
             print(line, file=sys.stderr, flush=True)
 
     def write(self, text: str) -> None:
@@ -82,7 +82,7 @@ def _words(values: dict[str, float | None]) -> str:
     return ", ".join(f"{label} {form.format(value)}" for label, form, value in shown if value is not None)
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
     """90 s as 1:30, and 3 h as 3:00:00."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
