@@ -44,6 +44,8 @@ class StepReport:
     sequences: int
     epoch: int
     tokens_so_far: int
+    ended: float  # time.perf_counter() when the step was launched
+    waited: float  # seconds that the loop has waited for data so far
 
 
 @dataclass
@@ -80,8 +82,9 @@ class Loop:
             pending = self._take_step(data)
             state.step, state.cursor = data.step + 1, data.after
             state.tokens += pending.tokens
-            pending.tokens_so_far = state.tokens
-            state.seconds = before + time.perf_counter() - started
+            pending.tokens_so_far, pending.ended = state.tokens, time.perf_counter()
+            pending.waited = getattr(self.steps_of_data, "waited", 0.0)
+            state.seconds = before + pending.ended - started
             self._settle(state)
             self._pending = pending
             is_last = state.step >= self.steps or pending.stop
@@ -138,7 +141,7 @@ class Loop:
             state,
             StepReport(
                 pending.step + 1, scores, norm, pending.learning_rate, pending.tokens, pending.sequences,
-                pending.data.after.epoch, pending.tokens_so_far,
+                pending.data.after.epoch, pending.tokens_so_far, pending.ended, pending.waited,
             ),
         )  # fmt: skip
 
@@ -159,6 +162,8 @@ class _Pending:
     stop: bool
     counted: bool
     tokens_so_far: int = 0
+    ended: float = 0.0
+    waited: float = 0.0
 
     def error(self, norm: float) -> str:
         finite = torch.isfinite(self.sums).all(1).tolist()

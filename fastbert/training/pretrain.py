@@ -5,6 +5,10 @@ On several processes: torchrun --nproc-per-node N -m fastbert.training.pretrain,
 
 from __future__ import annotations
 
+import logging
+import sys
+
+from fastbert.training import options
 from fastbert.training.distributed import Processes
 from fastbert.training.run import Result, Run
 from fastbert.training.settings import Settings
@@ -23,3 +27,19 @@ def pretrain(settings: Settings) -> Result:
             return Run(settings, processes).train(stop)
     finally:
         processes.close()
+
+
+def main() -> int:
+    """Runs with the options of the process: what torchrun starts. Returns the exit code, as `fastbert pretrain`."""
+    settings = options.parse()
+    logging.basicConfig(format="fastbert: %(levelname)s: %(message)s")
+    try:
+        result = pretrain(settings)
+    except (ValueError, OSError, FloatingPointError) as error:
+        print(f"fastbert: error: {error}", file=sys.stderr, flush=True)
+        return 1
+    return 0 if result.signal is None else 128 + result.signal
+
+
+if __name__ == "__main__":
+    sys.exit(main())

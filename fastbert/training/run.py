@@ -308,8 +308,7 @@ class Run:
         if not self._is_logged(report.step):
             self.progress.update(report.step)
             return
-        now = time.perf_counter()
-        seconds = max(now - self.time, 1e-9)
+        seconds = max(report.ended - self.time, 1e-9)
         values = {
             **report.scores.as_dict(),
             "learning_rate": report.learning_rate,
@@ -319,9 +318,9 @@ class Run:
             "step_tokens": report.tokens,
             "step_sequences": report.sequences,
             "tokens_per_second": (report.tokens_so_far - self.tokens) / seconds,
-            "waiting": min(1.0, (self.loader.waited - self.waited) / seconds),
+            "waiting": min(1.0, (report.waited - self.waited) / seconds),
         }
-        self.time, self.waited, self.tokens = now, self.loader.waited, report.tokens_so_far
+        self.time, self.waited, self.tokens = report.ended, report.waited, report.tokens_so_far
         self.progress.update(report.step, **values)
         if self.journal is not None:
             self.journal.write("train", report.step, **values)

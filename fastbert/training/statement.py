@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import platform
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from fastbert._version import __version__
 
-if TYPE_CHECKING:
-    from fastbert.training.run import Run
 
-
-def statement(run: Run) -> str:
-    """Returns what a reader wants to know before the first step: sizes, steps, and what the loss is read beside."""
+def statement(run: Any) -> str:
+    """Returns what a reader wants to know of a Run before its first step: sizes, steps, and a baseline of the loss."""
     facts = facts_of(run)
     objective = "masked tokens and next sentences" if run.settings.nsp else "masked tokens"
     lines = [
@@ -30,10 +28,8 @@ def statement(run: Run) -> str:
     return "\n".join(lines)
 
 
-def facts_of(run: Run) -> dict[str, Any]:
-    """Returns what a run is, for its journal and its model card: names as they are used there."""
-    import math
-
+def facts_of(run: Any) -> dict[str, Any]:
+    """Returns what a Run is, for its journal and its model card: names as they are used there."""
     corpora, settings, config = run.corpora, run.settings, run.model.config
     evaluation = corpora.evaluation
     held_out = corpora.held_out if evaluation is None else evaluation.n_documents
@@ -46,6 +42,7 @@ def facts_of(run: Run) -> dict[str, Any]:
         "model_type": config.model_type,
         "model_config": settings.model_config,
         "vocabulary": run.tokenizer.vocab_size,
+        "mask_token": run.tokenizer.mask_token,
         "nsp": settings.nsp,
         "mlm_probability": settings.mlm_probability,
         "whole_words": settings.whole_words,
