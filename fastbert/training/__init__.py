@@ -11,21 +11,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fastbert.training.callback import finite_callback
     from fastbert.training.finite import FiniteGuard
-    from fastbert.training.pretrain import pretrain
-    from fastbert.training.settings import Settings as PretrainSettings
 
-_PUBLIC = {
-    "FiniteGuard": ("fastbert.training.finite", "FiniteGuard"),
-    "PretrainSettings": ("fastbert.training.settings", "Settings"),
-    "finite_callback": ("fastbert.training.callback", "finite_callback"),
-    "pretrain": ("fastbert.training.pretrain", "pretrain"),
-}
+_PUBLIC = {"FiniteGuard": "fastbert.training.finite", "finite_callback": "fastbert.training.callback"}
 
-__all__ = ["FiniteGuard", "PretrainSettings", "finite_callback", "pretrain"]
+__all__ = ["FiniteGuard", "finite_callback"]
 
 
 def __getattr__(name: str) -> Any:
     if name not in _PUBLIC:
         raise AttributeError(f"module 'fastbert.training' has no attribute {name!r}")
-    module, attribute = _PUBLIC[name]
-    return getattr(importlib.import_module(module), attribute)
+    return getattr(importlib.import_module(_PUBLIC[name]), name)
