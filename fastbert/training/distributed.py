@@ -97,10 +97,11 @@ class Processes:
             return shard(objective, bf16)
         if self.n == 1:
             return objective
+        # There are no buffers, so that nothing is broadcast in a forward pass, and processes may make different numbers.
+        assert not list(objective.buffers())
         return nn.parallel.DistributedDataParallel(
             objective,
             device_ids=[self.device.index or 0] if self.device.type == "cuda" else None,
-            broadcast_buffers=False,
             gradient_as_bucket_view=True,
             static_graph=True,
         )

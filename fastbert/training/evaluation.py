@@ -59,9 +59,13 @@ def evaluate(objective: nn.Module, batches: Sequence[Any], processes: Processes,
     try:
         # Each batch has a row of its own, so that the order of the sum does not depend on the number of processes.
         sums = torch.zeros(len(batches), N_SUMS, device=device)
-        for i in range(processes.rank, len(batches), processes.n):
+        for first in range(0, len(batches), processes.n):
+            # Every process makes as many passes, since FSDP gathers weights in each; one that is too many counts nothing.
+            i = first + processes.rank
             with autocast():
-                sums[i] = objective(*arguments_of(batches[i], device), count_right=True)[1]
+                _, of_batch = objective(*arguments_of(batches[min(i, len(batches) - 1)], device), count_right=True)
+            if i < len(batches):
+                sums[i] = of_batch
         processes.sum_tensor(sums)
     finally:
         objective.train(was_training)
