@@ -15,6 +15,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -124,7 +125,7 @@ class Plan:
         block_tokens = BLOCK_STEPS * self.tokens_per_step
         self.n_blocks = min(max(round(corpus.n_tokens * n_training / corpus.n_documents / block_tokens), 1), n_training)
 
-    @property
+    @cached_property
     def tokens_per_epoch(self) -> int:
         """The tokens that all steps of an epoch have, estimated from a sample of the documents."""
         n = self.documents.n_training
