@@ -24,7 +24,7 @@ from fastbert.checks import expect
 from fastbert.training.data.examples import Examples, Sentences, TokenSource, sentences_of
 from fastbert.training.data.order import digest, fractions, mixed
 
-WINDOW = 2**13  # tokens: a longer document is not read whole for the sake of one span
+WINDOW = 2**12  # tokens: a longer document is not read whole for the sake of one span
 BITS = np.array([bin(i).count("1") for i in range(256)], np.int64)  # how many bits of a byte are set
 ONE_DOCUMENT = (
     "next-sentence pairs need two documents or more, got {n}: pass nsp=False (--no-nsp), "
