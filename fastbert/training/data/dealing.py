@@ -22,25 +22,26 @@ def deal(examples: Examples, step_budget: int, batch_budget: int, n_batches: int
     middles = np.cumsum(sizes) - sizes / 2
     n_tokens = int(sizes.sum())
     n_steps = -(-n_tokens // step_budget)
-    while True:
+    steps: list[list[np.ndarray]] = []
+    while not steps:
         # An example belongs to the step in which its middle lies.
-        bounds = np.searchsorted(middles, np.arange(n_steps + 1) * (n_tokens / n_steps))
-        bounds = np.unique(bounds)
-        if np.add.reduceat(sizes, bounds[:-1]).max() <= step_budget:
-            steps = [
-                _batches(sizes[first:last], batch_budget, n_batches)
-                for first, last in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True)
-            ]
-            if all(step is not None for step in steps):
+        bounds = np.unique(np.searchsorted(middles, np.arange(n_steps + 1) * (n_tokens / n_steps)))
+        n_steps += 1
+        if np.add.reduceat(sizes, bounds[:-1]).max() > step_budget:
+            continue
+        for first, last in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):
+            batches = _batches(sizes[first:last], batch_budget, n_batches)
+            if batches is None:
+                steps = []
                 break
-        n_steps += 1 + n_steps // 32
+            steps.append(batches)
     result = []
     for first, last, step in zip(bounds[:-1].tolist(), bounds[1:].tolist(), steps, strict=True):
         if last - first < n_batches:
             part = halved(examples.take(np.arange(first, last)), n_batches)
             result.append([part.take([i]) for i in range(n_batches)])
         else:
-            result.append([examples.take(first + indices) for indices in step or []])
+            result.append([examples.take(first + indices) for indices in step])
     return result
 
 

@@ -64,15 +64,25 @@ def _chosen(
     of its tokens are to be chosen in the mean.
     """
     counts = np.diff(firsts)
-    ranks = generator.random(int(firsts[-1]))
+    n = int(firsts[-1])
+    order = _shuffled(counts, generator.integers(0, 2**64, n, np.uint64))
     coins = generator.random(len(counts))
-    owners = np.repeat(np.arange(len(counts)), counts)
-    order = np.argsort(owners + ranks, kind="stable")
-    sizes = np.ones(len(order), np.int64) if lengths is None else lengths[order]
+    sizes = np.ones(n, np.int64) if lengths is None else lengths[order]
     ends = np.cumsum(sizes)
-    begin = np.concatenate([[0], ends])[firsts[:-1]]
-    before = ends - sizes - np.repeat(begin, counts)  # tokens of the sequence's words that come earlier
+    begins = np.concatenate([[0], ends])[firsts[:-1]]
+    before = ends - sizes - np.repeat(begins, counts)  # tokens of the sequence's words that come earlier
     room = np.repeat(budgets, counts) - before
-    taken = (room >= sizes) | ((room > 0) & (np.repeat(coins, counts) * sizes < room))
+    taken = (room >= sizes) | (np.repeat(coins, counts) * sizes < room)
     taken[firsts[:-1][counts > 0]] = True
     return np.sort(order[taken])
+
+
+def _shuffled(counts: np.ndarray, words: np.ndarray) -> np.ndarray:
+    """Returns 0, 1, ... in runs of ``counts``, each shuffled by random uint64 ``words``: (n,) int64."""
+    # One sort of [run | random bits | index] is several times faster than argsort, and no two items are equal.
+    n_run, n_index = len(counts).bit_length(), len(words).bit_length()
+    keys = words >> np.uint64(n_run + n_index) << np.uint64(n_index)
+    keys |= np.arange(len(words), dtype=np.uint64)
+    keys |= np.repeat(np.arange(len(counts), dtype=np.uint64) << np.uint64(64 - n_run), counts)
+    keys.sort()
+    return (keys & np.uint64((1 << n_index) - 1)).astype(np.int64)

@@ -24,6 +24,7 @@ from fastbert.checks import expect
 from fastbert.training.data.examples import Examples, Sentences, TokenSource, sentences_of
 from fastbert.training.data.order import digest, fractions, mixed
 
+WINDOW = 2**12  # tokens: a longer document is not read whole for the sake of one span
 BITS = np.array([bin(i).count("1") for i in range(256)], np.int64)  # how many bits of a byte are set
 ONE_DOCUMENT = (
     "next-sentence pairs need two documents or more, got {n}: pass nsp=False (--no-nsp), "
@@ -178,7 +179,8 @@ def _random_spans(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Returns first tokens and lengths of spans from documents other than ``origins``, from a random sentence on.
 
-    They have whole sentences, and ``wanted`` tokens or more where the document has as many.
+    They have whole sentences, and ``wanted`` tokens or more where the document has as many. In a document of more than
+    ``WINDOW`` tokens, the sentence is the first one from a random token on, and at most a window's sentences are used.
     """
     places = (fractions(mixed(3, words)) * pool.n).astype(np.int64)
     others = (places + 1 + (fractions(mixed(4, words)) * (pool.n - 1)).astype(np.int64)) % pool.n
@@ -189,9 +191,17 @@ def _random_spans(
     which = fractions(mixed(5, words)).tolist()
     starts, lengths = np.empty_like(origins), np.empty_like(origins)
     for i, (first, last, fraction, n) in enumerate(zip(firsts, lasts, which, wanted.tolist(), strict=True)):
-        beginnings = corpus.sentence_starts(first, last)
-        start = int(beginnings[int(fraction * len(beginnings))])
-        end = int(beginnings.searchsorted(start + n))
+        begins = np.empty(0, np.int64)
+        if last - first > WINDOW:
+            place = first + int(fraction * (last - first))
+            end = min(place + WINDOW + n, last)
+            begins, number = corpus.sentence_starts(place, end), 0
+        if not len(begins):
+            end = last
+            begins = corpus.sentence_starts(first, last)
+            number = int(fraction * len(begins))
+        start = int(begins[number])
+        after = int(begins.searchsorted(start + n))
         starts[i] = start
-        lengths[i] = (int(beginnings[end]) if end < len(beginnings) else last) - start
+        lengths[i] = (int(begins[after]) if after < len(begins) else end) - start
     return starts, lengths

@@ -27,7 +27,8 @@ from fastbert.training.data.order import Documents, generator
 from fastbert.training.data.pairs import ONE_DOCUMENT, Pool, next_sentence_examples
 
 BLOCK_STEPS = 32
-SAMPLE = 256  # documents of which the tokens of an epoch are estimated
+SAMPLE = 2**20  # tokens of the documents from which the tokens of an epoch are estimated
+TOGETHER = 256  # documents whose examples are made together, for evaluation and for the estimate
 
 
 @dataclass(frozen=True)
@@ -72,8 +73,9 @@ class PlanStep:
 class Plan:
     """A Plan deals the documents of a corpus out to steps.
 
-    ``seed``: that of everything random. ``n_batches``: K, the batches of a step. ``n_blocks``: the blocks of an epoch.
-    ``documents``: those of training and those held out.
+    ``seed``: that of everything random. ``n_batches``: K, the batches of a step. ``n_blocks``: the blocks of an
+    epoch. ``documents``: those of training and those held out. ``tokens_per_epoch``: the tokens that all steps of an
+    epoch have, estimated from a sample of the documents.
     """
 
     def __init__(
@@ -121,16 +123,8 @@ class Plan:
             raise ValueError(ONE_DOCUMENT.format(n=n_training))
         if nsp and held_out == 1:
             raise ValueError("held_out: got 1, expected 0, or 2 and more: next-sentence pairs need two documents")
-        block_tokens = BLOCK_STEPS * self.tokens_per_step
-        self.n_blocks = min(max(round(corpus.n_tokens * n_training / corpus.n_documents / block_tokens), 1), n_training)
-
-    @property
-    def tokens_per_epoch(self) -> int:
-        """The tokens that all steps of an epoch have, estimated from a sample of the documents."""
-        n = self.documents.n_training
-        sample = self.documents.training(np.arange(min(n, SAMPLE)))
-        examples = self._examples(sample, 0, Pool(n, self.documents.training))
-        return round(int(examples.n_tokens().sum()) / len(sample) * n)
+        self.tokens_per_epoch = self._estimate()
+        self.n_blocks = min(max(round(self.tokens_per_epoch / (BLOCK_STEPS * self.tokens_per_step)), 1), n_training)
 
     def block(self, epoch: int, block: int) -> list[list[Examples]]:
         """Returns the batches of each step of a block. Raises ValueError if it has too few tokens for ``n_batches``."""
@@ -169,8 +163,8 @@ class Plan:
             return []
         pool = Pool(n, self.documents.held_out)
         parts, n_tokens = [], 0
-        for first in range(0, n, SAMPLE):
-            documents = self.documents.held_out(np.arange(first, min(first + SAMPLE, n)))
+        for first in range(0, n, TOGETHER):
+            documents = self.documents.held_out(np.arange(first, min(first + TOGETHER, n)))
             parts.append(self._examples(documents, 0, pool))
             n_tokens += int(parts[-1].n_tokens().sum())
             if tokens is not None and n_tokens >= tokens:
@@ -180,6 +174,17 @@ class Plan:
             n_fitting = np.searchsorted(np.cumsum(examples.n_tokens()), tokens, "right")
             examples = examples.take(np.arange(max(int(n_fitting), 1)))
         return batches_of(examples, self.tokens_per_batch)
+
+    def _estimate(self) -> int:
+        """Returns about how many tokens an epoch has, by the examples of some of its documents."""
+        n, n_documents = self.documents.n_training, self._corpus.n_documents
+        sample = self.documents.training(np.arange(min(n, TOGETHER)))
+        bounds = np.asarray(self._corpus.document_offsets)
+        lengths = (bounds[sample + 1] - bounds[sample]).astype(np.int64)
+        n_sampled = max(int(np.searchsorted(np.cumsum(lengths), SAMPLE, "right")), 1)
+        examples = self._examples(sample[:n_sampled], 0, Pool(n, self.documents.training))
+        growth = int(examples.n_tokens().sum()) / int(lengths[:n_sampled].sum())
+        return round(self._corpus.n_tokens * (n / n_documents) * growth)
 
     def _after(self, cursor: Cursor, n_places: int) -> Cursor:
         if cursor.place + 1 < n_places:
