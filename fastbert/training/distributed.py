@@ -91,19 +91,24 @@ class Processes:
         if self.n > 1:
             dist.barrier() if self.device.type == "cpu" else dist.barrier(device_ids=[self.device.index or 0])
 
-    def wrap(self, objective: nn.Module, *, fsdp: bool = False, bf16: bool = False) -> nn.Module:
-        """Returns the module that averages gradients over processes. fsdp: shard parameters and AdamW's state, too."""
+    def wrap(
+        self, objective: nn.Module, *, n_accumulated: int = 1, fsdp: bool = False, bf16: bool = False
+    ) -> nn.Module:
+        """Returns the module that averages gradients over processes.
+
+        n_accumulated: batches of a process in each step. fsdp: shard parameters and the optimiser's state, too.
+        """
         if fsdp:
             return shard(objective, bf16)
         if self.n == 1:
             return objective
-        # There are no buffers, so that nothing is broadcast in a forward pass, and processes may make different numbers.
+        # Without buffers nothing is broadcast in a forward pass.
         assert not list(objective.buffers())
         return nn.parallel.DistributedDataParallel(
             objective,
             device_ids=[self.device.index or 0] if self.device.type == "cuda" else None,
             gradient_as_bucket_view=True,
-            static_graph=True,
+            static_graph=n_accumulated == 1,  # PyTorch takes no no_sync in the first pass of a static graph
         )
 
     def close(self) -> None:

@@ -60,7 +60,7 @@ def evaluate(objective: nn.Module, batches: Sequence[Any], processes: Processes,
         # Each batch has a row of its own, so that the order of the sum does not depend on the number of processes.
         sums = torch.zeros(len(batches), N_SUMS, device=device)
         for first in range(0, len(batches), processes.n):
-            # Every process makes as many passes, since FSDP gathers weights in each; one that is too many counts nothing.
+            # Every process makes as many passes, since FSDP gathers weights in each. One too many counts nothing.
             i = first + processes.rank
             with autocast():
                 _, of_batch = objective(*arguments_of(batches[min(i, len(batches) - 1)], device), count_right=True)

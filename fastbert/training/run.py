@@ -125,7 +125,8 @@ class Run:
     def _on_device(self) -> torch.nn.Module:
         self.model.to(self.processes.device)
         objective = PretrainingObjective(self.model)
-        return self.processes.wrap(objective, fsdp=self.settings.fsdp, bf16=self.bf16)
+        n_accumulated = self.plan.n_batches // self.processes.n
+        return self.processes.wrap(objective, n_accumulated=n_accumulated, fsdp=self.settings.fsdp, bf16=self.bf16)
 
     def _autocast(self) -> AbstractContextManager[Any]:
         return torch.autocast(self.processes.device.type, torch.bfloat16) if self.bf16 else nullcontext()
@@ -144,15 +145,12 @@ class Run:
     def evaluation_batches(self) -> list[Batch]:
         """The batches of held-out documents, with masks that do not change."""
         corpora, settings = self.corpora, self.settings
+        corpus, plan, held_out = corpora.training, self.plan, True
         if corpora.evaluation is not None:
-            corpus, plan = corpora.evaluation, self._plan(corpora.evaluation, corpora.evaluation.n_documents)
-        elif corpora.held_out:
-            corpus, plan = corpora.training, self.plan
-        else:
-            return []
+            corpus, plan, held_out = corpora.evaluation, self._plan(corpora.evaluation, 0), False
         first = 0
         batches = []
-        for examples in plan.evaluation(settings.evaluation_tokens):
+        for examples in plan.evaluation(settings.evaluation_tokens, held_out=held_out):
             batches.append(
                 make_batch(
                     corpus,
@@ -195,7 +193,7 @@ class Run:
             "corpus": corpora.training.fingerprint,
             "evaluation corpus": evaluation,
             "model": self.model.config.to_dict(),
-            "vocabulary": self.tokenizer.vocab_size,
+            "tokenizer": corpora.training.made_of.get("tokenizer"),
             "steps": self.steps,
             "precision": "bf16" if self.bf16 else "fp32",
             "processes": self.processes.n,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from fastbert.training.distributed import Processes, is_sharded
 from fastbert.training.loop import State
 from fastbert.training.optimizer import load_optimizer_state, optimizer_state
 from fastbert.training.settings import MAY_DIFFER
+
+logger = logging.getLogger("fastbert")
 
 OPTIMIZER, STATE, RUN = "optimizer.pt", "state.json", "run.json"
 
@@ -93,6 +96,11 @@ def check_same_run(output: Path, run: dict[str, Any]) -> None:
     for name, before in stored.items():
         if name not in ("settings", "processes") and run.get(name) != before:
             differences.append(_difference(name, before, run.get(name)))
+    if stored["processes"] != run["processes"]:
+        logger.warning(
+            "the run began with %d processes and goes on with %d: the data is the same, the last bits are not",
+            stored["processes"], run["processes"],
+        )  # fmt: skip
     if differences:
         raise ValueError(
             f"resume: this is not the run that began in {output}: {'; '.join(differences)}. Name the same values, or "

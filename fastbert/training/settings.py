@@ -14,10 +14,11 @@ SCHEDULES = "linear", "trapezoid"
 LAYOUTS = "auto", "sentences", "documents", "files"
 ERRORS = "strict", "replace"
 
-# What may differ between a run and the one that it resumes: where things lie, and what changes no number.
+# What may differ between a run and the one that it resumes: where things lie, and what changes no number. What lies
+# there is compared by its content.
 MAY_DIFFER = frozenset(
-    ("text", "cache", "output", "resume", "rebuild", "workers", "log_every", "checkpoint_every", "keep", "tensorboard",
-     "progress", "fsdp", "device")
+    ("text", "evaluation_text", "tokenizer", "cache", "output", "resume", "rebuild", "workers", "log_every",
+     "checkpoint_every", "keep", "tensorboard", "progress", "fsdp", "device")
 )  # fmt: skip
 
 
