@@ -164,7 +164,17 @@ def test_a_small_corpus_is_one_step(nsp: bool) -> None:
     else:
         assert sorted(own_tokens(steps).tolist()) == list(range(corpus.n_tokens))
     with pytest.raises(ValueError, match="10 tokens of text, too few for its 16 batches"):
-        next(plan_of(corpus_of([[5], [5]]), nsp=nsp, n_processes=16).steps())
+        next(plan_of(corpus_of([[5], [5]]), nsp=nsp, n_processes=16, tokens_per_step=1024).steps())
+
+
+def test_a_block_of_little_documents_has_enough() -> None:
+    """Catches a run that fails in the middle of an epoch, where a block has fewer tokens than batches."""
+    corpus = corpus_of([[1], [64] * 300] * 20)
+    plan = plan_of(corpus, n_processes=4, nsp=False)
+    assert 1 < plan.n_blocks <= 10
+    steps = epoch_of(plan)
+    assert sorted(own_tokens(steps).tolist()) == list(range(corpus.n_tokens))
+    assert all(len(batch) for step in steps for batch in step.batches)
 
 
 def test_halves_have_the_text_of_the_whole() -> None:
@@ -211,6 +221,7 @@ def test_what_cannot_be_planned_is_refused() -> None:
     for options, message in [
         ({"tokens_per_batch": 63}, "tokens_per_batch: got 63, expected 64"),
         ({"tokens_per_step": 63}, "tokens_per_step: got 63, expected 64"),
+        ({"n_processes": 9}, "tokens_per_step: got 512, expected 64 x 9"),
         ({"n_processes": 0}, "n_processes: got 0"),
         ({"held_out": 20}, "held_out: got 20"),
         ({"held_out": 19}, "--no-nsp"),

@@ -15,6 +15,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -98,9 +99,9 @@ class Plan:
         ``nsp``: pairs of the paper, or else full sentences. ``short_probability``: as in the modules of these two.
         ``held_out``: the number of documents that only ``evaluation`` sees.
 
-        Raises ValueError if a number is not positive; if a step or a batch cannot hold a sequence; if there are not
-        more documents than ``held_out``; if ``nsp`` is true and the documents of training, or those held out, are
-        only one.
+        Raises ValueError if a number is not positive; if a batch cannot hold a sequence, or a step one for each
+        process; if there are not more documents than ``held_out``; if ``nsp`` is true and the documents of training,
+        or those held out, are only one.
         """
         self._corpus = corpus
         self.seed = operator.index(seed)
@@ -109,12 +110,12 @@ class Plan:
         self.max_length = positive("max_length", max_length)
         self.tokens_per_step = positive("tokens_per_step", tokens_per_step)
         self.tokens_per_batch = min(positive("tokens_per_batch", tokens_per_batch), self.tokens_per_step)
-        expect(
-            tokens_per_batch >= max_length, "tokens_per_batch", tokens_per_batch, f"{max_length} (max_length) or more"
-        )
-        expect(tokens_per_step >= max_length, "tokens_per_step", tokens_per_step, f"{max_length} (max_length) or more")
-        expect(0 <= short_probability <= 1, "short_probability", short_probability, "0 to 1")
         n_processes = positive("n_processes", n_processes)
+        least = f"{max_length} (max_length) or more"
+        expect(tokens_per_batch >= max_length, "tokens_per_batch", tokens_per_batch, least)
+        least = f"{max_length} x {n_processes} (max_length x n_processes) or more"
+        expect(tokens_per_step >= max_length * n_processes, "tokens_per_step", tokens_per_step, least)
+        expect(0 <= short_probability <= 1, "short_probability", short_probability, "0 to 1")
         wanted = -(-self.tokens_per_step // self.tokens_per_batch)
         self.n_batches = -(-wanted // n_processes) * n_processes
         self.documents = Documents(corpus.n_documents, held_out, self.seed)
@@ -124,7 +125,9 @@ class Plan:
         if nsp and held_out == 1:
             raise ValueError("held_out: got 1, expected 0, or 2 and more: next-sentence pairs need two documents")
         self.tokens_per_epoch = self._estimate()
-        self.n_blocks = min(max(round(self.tokens_per_epoch / (BLOCK_STEPS * self.tokens_per_step)), 1), n_training)
+        # A block of K documents has a token for each batch, however short they are.
+        n_blocks = round(self.tokens_per_epoch / (BLOCK_STEPS * self.tokens_per_step))
+        self.n_blocks = max(min(n_blocks, n_training // self.n_batches), 1)
 
     def block(self, epoch: int, block: int) -> list[list[Examples]]:
         """Returns the batches of each step of a block. Raises ValueError if it has too few tokens for ``n_batches``."""
@@ -148,8 +151,8 @@ class Plan:
             expect(cursor.place < len(steps), "cursor", cursor, f"a place below {len(steps)}, as this block has steps")
             for batches in steps[cursor.place :]:
                 after = self._after(cursor, len(steps))
-                sizes = [int(batch.n_tokens().sum()) for batch in batches]
-                yield PlanStep(cursor, after, batches, [sum(sizes[:i]) for i in range(len(sizes))])
+                ends = accumulate((int(batch.n_tokens().sum()) for batch in batches), initial=0)
+                yield PlanStep(cursor, after, batches, list(ends)[:-1])
                 cursor = after
 
     def evaluation(self, tokens: int | None = None) -> list[Examples]:
