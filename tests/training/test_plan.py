@@ -207,6 +207,15 @@ def test_evaluation_is_fixed() -> None:
     assert [len(batch) for batch in batches_of(Examples.join(few), 64)] == [1] * sum(map(len, few)) or len(few) > 1
 
 
+def test_a_corpus_may_be_there_for_evaluation_alone() -> None:
+    """Catches a corpus of its own for evaluation that is refused, or of which a document is left out."""
+    corpus = random_corpus(20)
+    plan = plan_of(corpus, held_out=20)
+    assert plan.tokens_per_epoch == 0
+    documents = {document for batch in plan.evaluation() for document in batch.documents.tolist()}
+    assert documents == set(range(20))
+
+
 @pytest.mark.parametrize("nsp", [False, True])
 def test_the_size_of_an_epoch_is_known_before(nsp: bool) -> None:
     """Catches an estimate of steps that is far from what an epoch has."""
@@ -223,7 +232,7 @@ def test_what_cannot_be_planned_is_refused() -> None:
         ({"tokens_per_step": 63}, "tokens_per_step: got 63, expected 64"),
         ({"n_processes": 9}, "tokens_per_step: got 512, expected 64 x 9"),
         ({"n_processes": 0}, "n_processes: got 0"),
-        ({"held_out": 20}, "held_out: got 20"),
+        ({"held_out": 21}, "held_out: got 21, expected 0 to 20"),
         ({"held_out": 19}, "--no-nsp"),
         ({"held_out": 1}, "held_out: got 1"),
         ({"short_probability": 2.0}, "short_probability: got 2.0"),
@@ -231,6 +240,8 @@ def test_what_cannot_be_planned_is_refused() -> None:
         with pytest.raises(ValueError, match=message):
             plan_of(corpus, **options)
     assert len(plan_of(corpus, held_out=1, nsp=False).evaluation()) > 0
+    with pytest.raises(ValueError, match="held_out: got 20, expected fewer"):
+        next(plan_of(corpus, held_out=20).steps())
     for cursor in (Cursor(0, 0, 99, 0), Cursor(0, 0, 0, 9999)):
         with pytest.raises(ValueError, match="cursor: got"):
             next(plan_of(corpus).steps(cursor))

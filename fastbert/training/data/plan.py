@@ -97,11 +97,11 @@ class Plan:
         ``tokens_per_step``: tokens of all batches of a step at most; two more are there for each sequence that had to
         be halved. ``tokens_per_batch``: tokens of one batch at most. ``max_length``: tokens of one sequence at most.
         ``nsp``: pairs of the paper, or else full sentences. ``short_probability``: as in the modules of these two.
-        ``held_out``: the number of documents that only ``evaluation`` sees.
+        ``held_out``: the number of documents that only ``evaluation`` sees; if it is all of them, there are no steps.
 
         Raises ValueError if a number is not positive; if a batch cannot hold a sequence, or a step one for each
-        process; if there are not more documents than ``held_out``; if ``nsp`` is true and the documents of training,
-        or those held out, are only one.
+        process; if there are fewer documents than ``held_out``; if ``nsp`` is true and the documents of training, or
+        those held out, are only one.
         """
         self._corpus = corpus
         self.seed = operator.index(seed)
@@ -120,7 +120,7 @@ class Plan:
         self.n_batches = -(-wanted // n_processes) * n_processes
         self.documents = Documents(corpus.n_documents, held_out, self.seed)
         n_training = self.documents.n_training
-        if nsp and n_training < 2:
+        if nsp and n_training == 1:
             raise ValueError(ONE_DOCUMENT.format(n=n_training))
         if nsp and held_out == 1:
             raise ValueError("held_out: got 1, expected 0, or 2 and more: next-sentence pairs need two documents")
@@ -142,9 +142,12 @@ class Plan:
     def steps(self, cursor: Cursor | None = None) -> Iterator[PlanStep]:
         """Yields the steps from ``cursor`` on, without end.
 
-        Raises ValueError if the plan has no such place: then the cursor is from another plan.
+        Raises ValueError if the plan has no such place: then the cursor is from another plan. Raises it too if all
+        documents are held out.
         """
         cursor = cursor or Cursor()
+        n_held_out = self.documents.n_held_out
+        expect(self.documents.n_training > 0, "held_out", n_held_out, "fewer than all documents, to train on the rest")
         expect(cursor.block < self.n_blocks, "cursor", cursor, f"a block below {self.n_blocks}, as this plan has")
         while True:
             steps = self.block(cursor.epoch, cursor.block)
@@ -181,6 +184,8 @@ class Plan:
     def _estimate(self) -> int:
         """Returns about how many tokens an epoch has, by the examples of some of its documents."""
         n, n_documents = self.documents.n_training, self._corpus.n_documents
+        if n == 0:
+            return 0
         sample = self.documents.training(np.arange(min(n, TOGETHER)))
         bounds = np.asarray(self._corpus.document_offsets)
         lengths = (bounds[sample + 1] - bounds[sample]).astype(np.int64)
