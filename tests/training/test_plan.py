@@ -25,7 +25,7 @@ def plan_of(corpus: ListedCorpus, **options: object) -> Plan:
 def epoch_of(plan: Plan, cursor: Cursor | None = None) -> list[PlanStep]:
     """The steps from a cursor to the end of its epoch."""
     steps = []
-    for step in plan.steps(cursor):
+    for step in islice(plan.steps(cursor), 5000):
         steps.append(step)
         if step.after.epoch != step.cursor.epoch:
             return steps
