@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import ast
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
 from corpus_cases import SPECIAL, ListedCorpus, corpus_of, random_corpus
+from fastbert.training.data import batch as batch_module
 from fastbert.training.data.batch import EVALUATION, Batch, Masking, make_batch
 from fastbert.training.data.examples import Examples
 from fastbert.training.data.full_sentences import full_sentence_examples
@@ -102,6 +106,20 @@ def test_tensors_are_the_arrays() -> None:
     assert sorted(tensors) == sorted(Batch.__dataclass_fields__)
     assert tensors["cu_seqlens"].dtype == torch.int32 and tensors["input_ids"].dtype == torch.int64
     assert all(tensors[name].data_ptr() == getattr(batch, name).ctypes.data for name in tensors)
+
+
+def test_data_needs_no_pytorch() -> None:
+    """Catches PyTorch in the processes that only read and tokenise text, which would take longer to start."""
+    folder = Path(batch_module.__file__).parent
+    modules = set()
+    for path in folder.glob("*.py"):
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.Import):
+                modules |= {(path.name, alias.name.split(".")[0]) for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                modules.add((path.name, (node.module or "").split(".")[0]))
+    assert ("batch.py", "numpy") in modules
+    assert [name for name, module in sorted(modules) if module == "torch"] == []
 
 
 def test_ids_outside_of_the_vocabulary_raise() -> None:

@@ -120,6 +120,21 @@ def test_front_and_back_are_as_likely(n: int) -> None:
     assert heads(np.array([0, n, 0]), mixed(np.arange(3), 0))[[0, 2]].tolist() == [0, 0]
 
 
+def test_parts_lose_tokens_at_both_ends() -> None:
+    """Catches a part of a pair that is cut at its end only, or that goes beyond its sentence."""
+    n = 2000
+    corpus = corpus_of([[40, 41]] * n)
+    examples = pairs_of(corpus, short_probability=0)
+    first = examples.offsets[:-1][examples.is_next == 1]
+    starts = examples.documents[examples.is_next == 1] * 81
+    for spans, begin, size, length in ((first, starts, 40, 31), (first + 1, starts + 40, 41, 30)):
+        cut = examples.starts[spans] - begin
+        n_cut = size - length
+        assert set(examples.lengths[spans].tolist()) == {length}
+        assert cut.min() >= 0 and cut.max() <= n_cut
+        assert abs(cut.mean() - n_cut / 2) < 5 * np.sqrt(n_cut / 4 / len(spans))
+
+
 def paper(corpus: ListedCorpus, max_length: int, short: float, rng: random.Random) -> list[tuple[int, int, int]]:
     """(tokens of the first part, of the second part, is next) by a plain loop over sentences and tokens."""
     bounds = corpus.document_offsets
@@ -247,11 +262,11 @@ def test_the_random_sentence_is_any() -> None:
 
 def test_long_documents_are_not_read_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a book that is read for each random part, and parts that are short or from one place of it."""
-    monkeypatch.setattr(pairs, "WINDOW", 200)
+    monkeypatch.setattr(pairs, "WINDOW", 20)
     corpus = corpus_of([[10, 10] * 5000, [10, 10] * 5000, *([[10, 10]] * 300)])
     corpus.asked.clear()
     examples = pairs_of(corpus, range(2, 302), pool=np.array([0, 1]), short_probability=0)
-    assert max(end - start for start, end in corpus.asked) <= 261
+    assert max(end - start for start, end in corpus.asked) <= 81
     chosen = examples.offsets[:-1][examples.is_next == 0] + 1
     starts, lengths = examples.starts[chosen], examples.lengths[chosen]
     inside = starts < 199_900

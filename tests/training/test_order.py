@@ -97,12 +97,12 @@ def test_places_outside_are_refused() -> None:
 @given(st.integers(1, 400), st.data())
 def test_held_out_documents_are_never_trained_on(n: int, data: st.DataObject) -> None:
     """Catches an epoch that sees a held-out document, sees one twice, or misses one."""
-    m = data.draw(st.integers(0, n - 1))
+    m = data.draw(st.integers(0, n))
     documents = Documents(n, m, seed=data.draw(st.integers(0, 99)))
     held_out = documents.held_out(np.arange(m))
     training = documents.training(np.arange(n - m))
     assert sorted([*held_out.tolist(), *training.tolist()]) == list(range(n))
-    for epoch in (0, 1, 7):
+    for epoch in (0, 1, 7) if m < n else ():
         assert np.array_equal(np.sort(documents.epoch(epoch, np.arange(n - m))), np.sort(training))
 
 
@@ -112,6 +112,6 @@ def test_epochs_have_other_orders() -> None:
     documents, others = Documents(100, 10, seed=1), Documents(100, 10, seed=2)
     assert not np.array_equal(documents.epoch(0, places), documents.epoch(1, places))
     assert not np.array_equal(documents.epoch(0, places), others.epoch(0, places))
-    for held_out in (-1, 100):
+    for held_out in (-1, 101):
         with pytest.raises(ValueError, match="held_out"):
             Documents(100, held_out, seed=1)

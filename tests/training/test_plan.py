@@ -25,7 +25,7 @@ def plan_of(corpus: ListedCorpus, **options: object) -> Plan:
 def epoch_of(plan: Plan, cursor: Cursor | None = None) -> list[PlanStep]:
     """The steps from a cursor to the end of its epoch."""
     steps = []
-    for step in plan.steps(cursor):
+    for step in islice(plan.steps(cursor), 5000):
         steps.append(step)
         if step.after.epoch != step.cursor.epoch:
             return steps
@@ -164,7 +164,17 @@ def test_a_small_corpus_is_one_step(nsp: bool) -> None:
     else:
         assert sorted(own_tokens(steps).tolist()) == list(range(corpus.n_tokens))
     with pytest.raises(ValueError, match="10 tokens of text, too few for its 16 batches"):
-        next(plan_of(corpus_of([[5], [5]]), nsp=nsp, n_processes=16).steps())
+        next(plan_of(corpus_of([[5], [5]]), nsp=nsp, n_processes=16, tokens_per_step=1024).steps())
+
+
+def test_a_block_of_little_documents_has_enough() -> None:
+    """Catches a run that fails in the middle of an epoch, where a block has fewer tokens than batches."""
+    corpus = corpus_of([[1], [64] * 300] * 20)
+    plan = plan_of(corpus, n_processes=4, nsp=False)
+    assert 1 < plan.n_blocks <= 10
+    steps = epoch_of(plan)
+    assert sorted(own_tokens(steps).tolist()) == list(range(corpus.n_tokens))
+    assert all(len(batch) for step in steps for batch in step.batches)
 
 
 def test_halves_have_the_text_of_the_whole() -> None:
@@ -197,6 +207,15 @@ def test_evaluation_is_fixed() -> None:
     assert [len(batch) for batch in batches_of(Examples.join(few), 64)] == [1] * sum(map(len, few)) or len(few) > 1
 
 
+def test_a_corpus_may_be_there_for_evaluation_alone() -> None:
+    """Catches a corpus of its own for evaluation that is refused, or of which a document is left out."""
+    corpus = random_corpus(20)
+    plan = plan_of(corpus, held_out=20)
+    assert plan.tokens_per_epoch == 0
+    documents = {document for batch in plan.evaluation() for document in batch.documents.tolist()}
+    assert documents == set(range(20))
+
+
 @pytest.mark.parametrize("nsp", [False, True])
 def test_the_size_of_an_epoch_is_known_before(nsp: bool) -> None:
     """Catches an estimate of steps that is far from what an epoch has."""
@@ -211,8 +230,9 @@ def test_what_cannot_be_planned_is_refused() -> None:
     for options, message in [
         ({"tokens_per_batch": 63}, "tokens_per_batch: got 63, expected 64"),
         ({"tokens_per_step": 63}, "tokens_per_step: got 63, expected 64"),
+        ({"n_processes": 9}, "tokens_per_step: got 512, expected 64 x 9"),
         ({"n_processes": 0}, "n_processes: got 0"),
-        ({"held_out": 20}, "held_out: got 20"),
+        ({"held_out": 21}, "held_out: got 21, expected 0 to 20"),
         ({"held_out": 19}, "--no-nsp"),
         ({"held_out": 1}, "held_out: got 1"),
         ({"short_probability": 2.0}, "short_probability: got 2.0"),
@@ -220,6 +240,8 @@ def test_what_cannot_be_planned_is_refused() -> None:
         with pytest.raises(ValueError, match=message):
             plan_of(corpus, **options)
     assert len(plan_of(corpus, held_out=1, nsp=False).evaluation()) > 0
+    with pytest.raises(ValueError, match="held_out: got 20, expected fewer"):
+        next(plan_of(corpus, held_out=20).steps())
     for cursor in (Cursor(0, 0, 99, 0), Cursor(0, 0, 0, 9999)):
         with pytest.raises(ValueError, match="cursor: got"):
             next(plan_of(corpus).steps(cursor))

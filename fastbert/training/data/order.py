@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from fastbert.checks import positive
+from fastbert.checks import expect, positive
 
 ROUNDS = 8  # of the Feistel network; three suffice for ideal round functions
 GOLDEN = 0x9E3779B97F4A7C15  # 2^64 over the golden ratio: far from every multiple of itself
@@ -100,9 +100,8 @@ class Documents:
     """
 
     def __init__(self, n_documents: int, n_held_out: int, seed: int) -> None:
-        """Raises ValueError if ``n_held_out`` is negative or leaves nothing for training."""
-        if not 0 <= n_held_out < n_documents:
-            raise ValueError(f"held_out: got {n_held_out!r}, expected 0 to {n_documents - 1}, fewer than the documents")
+        """Raises ValueError if ``n_held_out`` is negative, or more than ``n_documents``."""
+        expect(0 <= n_held_out <= n_documents, "held_out", n_held_out, f"0 to {n_documents}, the number of documents")
         self.n_held_out, self.n_training = n_held_out, n_documents - n_held_out
         self._seed = seed
         self._fixed = Permutation(n_documents, seed, "held out")

@@ -15,6 +15,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -96,11 +97,11 @@ class Plan:
         ``tokens_per_step``: tokens of all batches of a step at most; two more are there for each sequence that had to
         be halved. ``tokens_per_batch``: tokens of one batch at most. ``max_length``: tokens of one sequence at most.
         ``nsp``: pairs of the paper, or else full sentences. ``short_probability``: as in the modules of these two.
-        ``held_out``: the number of documents that only ``evaluation`` sees.
+        ``held_out``: the number of documents that only ``evaluation`` sees; if it is all of them, there are no steps.
 
-        Raises ValueError if a number is not positive; if a step or a batch cannot hold a sequence; if there are not
-        more documents than ``held_out``; if ``nsp`` is true and the documents of training, or those held out, are
-        only one.
+        Raises ValueError if a number is not positive; if a batch cannot hold a sequence, or a step one for each
+        process; if there are fewer documents than ``held_out``; if ``nsp`` is true and the documents of training, or
+        those held out, are only one.
         """
         self._corpus = corpus
         self.seed = operator.index(seed)
@@ -109,22 +110,24 @@ class Plan:
         self.max_length = positive("max_length", max_length)
         self.tokens_per_step = positive("tokens_per_step", tokens_per_step)
         self.tokens_per_batch = min(positive("tokens_per_batch", tokens_per_batch), self.tokens_per_step)
-        expect(
-            tokens_per_batch >= max_length, "tokens_per_batch", tokens_per_batch, f"{max_length} (max_length) or more"
-        )
-        expect(tokens_per_step >= max_length, "tokens_per_step", tokens_per_step, f"{max_length} (max_length) or more")
-        expect(0 <= short_probability <= 1, "short_probability", short_probability, "0 to 1")
         n_processes = positive("n_processes", n_processes)
+        least = f"{max_length} (max_length) or more"
+        expect(tokens_per_batch >= max_length, "tokens_per_batch", tokens_per_batch, least)
+        least = f"{max_length} x {n_processes} (max_length x n_processes) or more"
+        expect(tokens_per_step >= max_length * n_processes, "tokens_per_step", tokens_per_step, least)
+        expect(0 <= short_probability <= 1, "short_probability", short_probability, "0 to 1")
         wanted = -(-self.tokens_per_step // self.tokens_per_batch)
         self.n_batches = -(-wanted // n_processes) * n_processes
         self.documents = Documents(corpus.n_documents, held_out, self.seed)
         n_training = self.documents.n_training
-        if nsp and n_training < 2:
+        if nsp and n_training == 1:
             raise ValueError(ONE_DOCUMENT.format(n=n_training))
         if nsp and held_out == 1:
             raise ValueError("held_out: got 1, expected 0, or 2 and more: next-sentence pairs need two documents")
         self.tokens_per_epoch = self._estimate()
-        self.n_blocks = min(max(round(self.tokens_per_epoch / (BLOCK_STEPS * self.tokens_per_step)), 1), n_training)
+        # A block of K documents has a token for each batch, however short they are.
+        n_blocks = round(self.tokens_per_epoch / (BLOCK_STEPS * self.tokens_per_step))
+        self.n_blocks = max(min(n_blocks, n_training // self.n_batches), 1)
 
     def block(self, epoch: int, block: int) -> list[list[Examples]]:
         """Returns the batches of each step of a block. Raises ValueError if it has too few tokens for ``n_batches``."""
@@ -139,17 +142,20 @@ class Plan:
     def steps(self, cursor: Cursor | None = None) -> Iterator[PlanStep]:
         """Yields the steps from ``cursor`` on, without end.
 
-        Raises ValueError if the plan has no such place: then the cursor is from another plan.
+        Raises ValueError if the plan has no such place: then the cursor is from another plan. Raises it too if all
+        documents are held out.
         """
         cursor = cursor or Cursor()
+        n_held_out = self.documents.n_held_out
+        expect(self.documents.n_training > 0, "held_out", n_held_out, "fewer than all documents, to train on the rest")
         expect(cursor.block < self.n_blocks, "cursor", cursor, f"a block below {self.n_blocks}, as this plan has")
         while True:
             steps = self.block(cursor.epoch, cursor.block)
             expect(cursor.place < len(steps), "cursor", cursor, f"a place below {len(steps)}, as this block has steps")
             for batches in steps[cursor.place :]:
                 after = self._after(cursor, len(steps))
-                sizes = [int(batch.n_tokens().sum()) for batch in batches]
-                yield PlanStep(cursor, after, batches, [sum(sizes[:i]) for i in range(len(sizes))])
+                ends = accumulate((int(batch.n_tokens().sum()) for batch in batches), initial=0)
+                yield PlanStep(cursor, after, batches, list(ends)[:-1])
                 cursor = after
 
     def evaluation(self, tokens: int | None = None, *, held_out: bool = True) -> list[Examples]:
@@ -181,6 +187,8 @@ class Plan:
     def _estimate(self) -> int:
         """Returns about how many tokens an epoch has, by the examples of some of its documents."""
         n, n_documents = self.documents.n_training, self._corpus.n_documents
+        if n == 0:
+            return 0
         sample = self.documents.training(np.arange(min(n, TOGETHER)))
         bounds = np.asarray(self._corpus.document_offsets)
         lengths = (bounds[sample + 1] - bounds[sample]).astype(np.int64)
