@@ -29,7 +29,7 @@ from helpers import source_env
 
 COMMANDS = (
     "embed", "similarity", "search", "rerank", "fill-mask", "next-sentence", "classify", "info", "verify", "tune",
-    "demo",
+    "demo", "tokenizer",
 )  # fmt: skip
 
 
