@@ -62,6 +62,23 @@ def add_field_option(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_reading_options(group: Any) -> None:
+    """Adds what a `Reading` is made of: how documents lie in files."""
+    group.add_argument(
+        "--layout", default="auto", choices=("auto", "sentences", "documents", "files"),
+        help="of plain text: a sentence a line, and a blank line between documents (auto, sentences); running text, "
+        "with a document a line (documents) or a file (files)",
+    )  # fmt: skip
+    group.add_argument(
+        "--field", default="text", metavar="NAME",
+        help="of JSON lines and Parquet: running text, or a list of sentences (default: %(default)s)",
+    )  # fmt: skip
+    group.add_argument(
+        "--errors", default="strict", choices=("strict", "replace"),
+        help="for bytes that are not UTF-8: stop, or put U+FFFD in their place and count them (default: %(default)s)",
+    )  # fmt: skip
+
+
 def positive_int(text: str) -> int:
     """The type of an argument that counts something; argparse shows its error."""
     value = int(text)

@@ -145,12 +145,12 @@ class Run:
     def evaluation_batches(self) -> list[Batch]:
         """The batches of held-out documents, with masks that do not change."""
         corpora, settings = self.corpora, self.settings
-        corpus, plan, held_out = corpora.training, self.plan, True
+        corpus, plan = corpora.training, self.plan
         if corpora.evaluation is not None:
-            corpus, plan, held_out = corpora.evaluation, self._plan(corpora.evaluation, 0), False
+            corpus, plan = corpora.evaluation, self._plan(corpora.evaluation, corpora.evaluation.n_documents)
         first = 0
         batches = []
-        for examples in plan.evaluation(settings.evaluation_tokens, held_out=held_out):
+        for examples in plan.evaluation(settings.evaluation_tokens):
             batches.append(
                 make_batch(
                     corpus,

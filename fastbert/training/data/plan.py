@@ -158,23 +158,20 @@ class Plan:
                 yield PlanStep(cursor, after, batches, list(ends)[:-1])
                 cursor = after
 
-    def evaluation(self, tokens: int | None = None, *, held_out: bool = True) -> list[Examples]:
+    def evaluation(self, tokens: int | None = None) -> list[Examples]:
         """Returns the batches of the held-out documents, those of epoch 0, always the same for a seed.
 
         They have ``tokens`` tokens at most, but one sequence at least; all there are, if it is None. They do not depend
-        on the number of processes. The list is empty if nothing is held out. ``held_out``: False takes the documents of
-        training, for a corpus that only evaluates.
+        on the number of processes. The list is empty if nothing is held out.
         """
-        documents = self.documents
-        n, of_place = documents.n_training, documents.training
-        if held_out:
-            n, of_place = documents.n_held_out, documents.held_out
+        n = self.documents.n_held_out
         if n == 0:
             return []
-        pool = Pool(n, of_place)
+        pool = Pool(n, self.documents.held_out)
         parts, n_tokens = [], 0
         for first in range(0, n, TOGETHER):
-            parts.append(self._examples(of_place(np.arange(first, min(first + TOGETHER, n))), 0, pool))
+            documents = self.documents.held_out(np.arange(first, min(first + TOGETHER, n)))
+            parts.append(self._examples(documents, 0, pool))
             n_tokens += int(parts[-1].n_tokens().sum())
             if tokens is not None and n_tokens >= tokens:
                 break

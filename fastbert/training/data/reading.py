@@ -102,8 +102,9 @@ class Documents:
 
     def end_sentence(self) -> None:
         """Ends the sentence of ``add_part``, or the running text."""
-        rest, self._rest = self._rest, ""
-        self.add(BREAK.sub(" ", rest))
+        if self._rest:
+            rest, self._rest = self._rest, ""
+            self.add(BREAK.sub(" ", rest))
         self._is_long = False
 
     def end(self) -> None:
