@@ -86,6 +86,20 @@ def test_a_resumed_run_goes_on_as_if_nothing_had_happened(nsp: bool) -> None:
         )
 
 
+@pytest.mark.parametrize("nsp", [False, True])
+def test_a_block_is_shuffled(nsp: bool) -> None:
+    """Catches steps that are each a stretch of one document, and the same steps again in the next epoch."""
+    corpus = corpus_of([[12] * 150] * 5)
+    plan = plan_of(corpus, nsp=nsp)
+    assert plan.n_blocks == 1
+    first, second = epoch_of(plan), epoch_of(plan, Cursor(0, 1))
+    for document in range(5):
+        n = sum(any(document in batch.documents for batch in step.batches) for step in first)
+        assert n > 0.6 * len(first)
+    orders = [np.concatenate([batch.starts for step in steps for batch in step.batches]) for steps in (first, second)]
+    assert len(orders[0]) != len(orders[1]) or (orders[0] == orders[1]).mean() < 0.2
+
+
 def test_to_resume_costs_one_block() -> None:
     """Catches a resumed run that goes through the documents of the steps before."""
     corpus = random_corpus(2000)
