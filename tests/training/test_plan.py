@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from corpus_cases import ListedCorpus, assert_same_examples, corpus_of, random_corpus
+from fastbert.training.data import plan as plan_module
 from fastbert.training.data.dealing import batches_of, deal, halved
 from fastbert.training.data.examples import Examples
 from fastbert.training.data.full_sentences import full_sentence_examples
@@ -236,6 +237,15 @@ def test_the_size_of_an_epoch_is_known_before(nsp: bool) -> None:
     plan = plan_of(random_corpus(900), nsp=nsp, held_out=20)
     n = sum(int(batch.n_tokens().sum()) for step in epoch_of(plan) for batch in step.batches)
     assert abs(plan.tokens_per_epoch / n - 1) < 0.1
+
+
+def test_few_long_documents_are_said(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """Catches a file without blank lines that takes all memory, and nobody knows why; and a warning without need."""
+    monkeypatch.setattr(plan_module, "LARGE", 10_000)
+    plan_of(random_corpus(900), nsp=False)
+    assert caplog.text == ""
+    plan_of(corpus_of([[20] * 2500]), nsp=False)
+    assert "1 documents have 50000 tokens" in caplog.text and "blank lines between documents" in caplog.text
 
 
 def test_what_cannot_be_planned_is_refused() -> None:
