@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from corpus_cases import SPECIAL, ListedCorpus, random_corpus
-from fastbert.training.data.batch import Batch, Masking
+from fastbert.training.data.batch import Batch, Masking, make_batch
 from fastbert.training.data.loader import LoadedStep, Loader
 from fastbert.training.data.plan import Cursor, Plan
 
@@ -46,6 +46,20 @@ def corpus() -> ListedCorpus:
 def steps(corpus: ListedCorpus) -> list[LoadedStep]:
     """The first steps, made in the calling thread."""
     return list(islice(loader_of(corpus, workers=0), N))
+
+
+def test_a_loader_makes_what_is_planned(corpus: ListedCorpus, steps: list[LoadedStep]) -> None:
+    """Catches a batch of another step or place than the plan says, or one with the masks of another."""
+    plan = Plan(corpus, **OPTIONS)
+    for planned, loaded in zip(plan.steps(), steps[:40], strict=False):
+        places = zip(planned.batches, planned.first_tokens, strict=True)
+        batches = [
+            make_batch(
+                corpus, batch, SPECIAL, seed=1, step=planned.cursor.step, first_token=first_token, masking=Masking()
+            )
+            for batch, first_token in places
+        ]
+        assert content([LoadedStep(planned.cursor.step, batches, planned.after)]) == content([loaded])
 
 
 @pytest.mark.parametrize(("workers", "ahead"), [(1, 1), (2, 4), (5, 9)])

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from corpus_cases import ListedCorpus, assert_same_examples, corpus_of, random_corpus
+from fastbert.training.data import plan as plan_module
 from fastbert.training.data.dealing import batches_of, deal, halved
 from fastbert.training.data.examples import Examples
 from fastbert.training.data.full_sentences import full_sentence_examples
@@ -84,6 +85,20 @@ def test_a_resumed_run_goes_on_as_if_nothing_had_happened(nsp: bool) -> None:
             list(islice(plan.steps(cursor), 4)),
             whole[i : i + 4][: n - i] + list(islice(plan.steps(whole[-1].after), max(0, 4 - (n - i)))),
         )
+
+
+@pytest.mark.parametrize("nsp", [False, True])
+def test_a_block_is_shuffled(nsp: bool) -> None:
+    """Catches steps that are each a stretch of one document, and the same steps again in the next epoch."""
+    corpus = corpus_of([[12] * 150] * 5)
+    plan = plan_of(corpus, nsp=nsp)
+    assert plan.n_blocks == 1
+    first, second = epoch_of(plan), epoch_of(plan, Cursor(0, 1))
+    for document in range(5):
+        n = sum(any(document in batch.documents for batch in step.batches) for step in first)
+        assert n > 0.6 * len(first)
+    orders = [np.concatenate([batch.starts for step in steps for batch in step.batches]) for steps in (first, second)]
+    assert len(orders[0]) != len(orders[1]) or (orders[0] == orders[1]).mean() < 0.2
 
 
 def test_to_resume_costs_one_block() -> None:
@@ -222,6 +237,15 @@ def test_the_size_of_an_epoch_is_known_before(nsp: bool) -> None:
     plan = plan_of(random_corpus(900), nsp=nsp, held_out=20)
     n = sum(int(batch.n_tokens().sum()) for step in epoch_of(plan) for batch in step.batches)
     assert abs(plan.tokens_per_epoch / n - 1) < 0.1
+
+
+def test_few_long_documents_are_said(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """Catches a file without blank lines that takes all memory, and nobody knows why; and a warning without need."""
+    monkeypatch.setattr(plan_module, "LARGE", 10_000)
+    plan_of(random_corpus(900), nsp=False)
+    assert caplog.text == ""
+    plan_of(corpus_of([[20] * 2500]), nsp=False)
+    assert "1 documents have 50000 tokens" in caplog.text and "blank lines between documents" in caplog.text
 
 
 def test_what_cannot_be_planned_is_refused() -> None:

@@ -7,6 +7,7 @@ plan, which is a block of examples at a time. The others make the batches of the
 from __future__ import annotations
 
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -71,6 +72,7 @@ class Loader:
         if workers:
             self._planner = ThreadPoolExecutor(1, "fastbert-plan")
             self._pool = ThreadPoolExecutor(workers, "fastbert-batches")
+            weakref.finalize(self, _end, self._planner, self._pool)  # where nobody calls close
             self._fill()
 
     def __iter__(self) -> Iterator[LoadedStep]:
@@ -121,6 +123,12 @@ class Loader:
         while len(self._batches) < self._ahead:
             plan = self._plans[len(self._batches)]
             self._batches.append([self._pool.submit(self._make, plan.result, i) for i in self._mine])
+
+
+def _end(*pools: ThreadPoolExecutor) -> None:
+    """Drops the work that nobody will ask for."""
+    for pool in pools:
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _batch(

@@ -12,6 +12,7 @@ a batch has depends on K, not on R. Where a step has fewer sequences than K, its
 
 from __future__ import annotations
 
+import logging
 import operator
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -27,8 +28,11 @@ from fastbert.training.data.full_sentences import full_sentence_examples
 from fastbert.training.data.order import Documents, generator
 from fastbert.training.data.pairs import ONE_DOCUMENT, Pool, next_sentence_examples
 
+logger = logging.getLogger("fastbert")
+
 BLOCK_STEPS = 32
 SAMPLE = 2**20  # tokens of the documents from which the tokens of an epoch are estimated
+LARGE = 2**26  # tokens of a block that need a gigabyte of memory or so
 TOGETHER = 256  # documents whose examples are made together, for evaluation and for the estimate
 
 
@@ -128,6 +132,14 @@ class Plan:
         # A block of K documents has a token for each batch, however short they are.
         n_blocks = round(self.tokens_per_epoch / (BLOCK_STEPS * self.tokens_per_step))
         self.n_blocks = max(min(n_blocks, n_training // self.n_batches), 1)
+        if self.tokens_per_epoch // self.n_blocks > max(LARGE, 2 * BLOCK_STEPS * self.tokens_per_step):
+            logger.warning(
+                "%d documents have %d tokens: they are read about %d tokens at a time, which takes memory. "
+                "Give text with blank lines between documents.",
+                n_training,
+                corpus.n_tokens,
+                self.tokens_per_epoch // self.n_blocks,
+            )
 
     def block(self, epoch: int, block: int) -> list[list[Examples]]:
         """Returns the batches of each step of a block. Raises ValueError if it has too few tokens for ``n_batches``."""
