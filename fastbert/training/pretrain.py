@@ -23,8 +23,9 @@ def pretrain(settings: Settings) -> Result:
     """
     processes = Processes.start(settings.device)
     try:
+        run = Run(settings, processes)
         with StopSignals() as stop:
-            return Run(settings, processes).train(stop)
+            return run.train(stop)
     finally:
         processes.close()
 

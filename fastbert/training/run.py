@@ -373,6 +373,7 @@ class Run:
                 self.journal.sync()
             write_curve(self.output)
             write_card(self.output, {**facts_of(self), "seconds": state.seconds, "tokens_seen": state.tokens})
+            self.progress.write(f"The model is in {self.output}; curve.html there shows its losses.")
         self.processes.wait()
 
 
