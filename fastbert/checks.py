@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+from numbers import Integral
 from typing import Any
-
-import numpy as np
 
 
 def expect(holds: bool, name: str, value: Any, expected: str) -> None:
@@ -23,7 +22,7 @@ def one_of(name: str, value: Any, *choices: Any) -> Any:
 
 def positive(name: str, value: Any) -> int:
     """Returns the value, if it is a whole number from 1 on. Raises ValueError for anything else."""
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
         raise ValueError(f"{name}: got {value!r}, expected a positive whole number")
     return int(value)
 
@@ -32,7 +31,7 @@ def positive_or_none(name: str, value: Any) -> int | None:
     """Returns the value, if it is None or a whole number from 1 on. Raises ValueError for anything else."""
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
         raise ValueError(f"{name}: got {value!r}, expected a positive whole number or None")
     return int(value)
 

@@ -34,6 +34,14 @@ def listened(module: nn.Module) -> bool:
     return any(hooks) or "forward" in module.__dict__ or everywhere()
 
 
+def is_sharded(module: nn.Module) -> bool:
+    """Tells whether FSDP2 shards the module, and nobody else listens to it: its hooks pass any tensors through."""
+    if "torch.distributed.fsdp" not in type(module).__module__ or "forward" in module.__dict__ or everywhere():
+        return False
+    hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
+    return all(_is_torchs(hook) for each in hooks for hook in each.values())
+
+
 def listened_inside(module: nn.Module) -> bool:
     """Tells whether somebody listens to the module or to one below it."""
     waiting: list[nn.Module | None] = [module]

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastbert.engine.listeners import listened, listened_inside
+from fastbert.engine.listeners import is_sharded, listened, listened_inside
 from fastbert.ops import AUTO, Policy, packing
 from fastbert.ops.packing import PackedBatch
 
@@ -49,6 +49,8 @@ def _is_ours(module: nn.Module) -> bool:
 def _wants_padding(module: nn.Module) -> bool:
     if _is_ours(module):
         return listened(module)
+    if is_sharded(module):
+        return False
     rowwise = isinstance(module, _ROWWISE) or type(module).__module__.startswith("peft.")
     return not rowwise or listened_inside(module)
 

@@ -1,6 +1,23 @@
-"""What a training loop needs beside the models: so far, the source of a loss that is not finite."""
+"""This package trains a BERT from raw text, and finds the source of NaN in the loss of any loop.
 
-from fastbert.training.callback import finite_callback
-from fastbert.training.finite import FiniteGuard
+Modules are imported when a name is first used, so that the options of `fastbert pretrain` do not wait for PyTorch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fastbert.training.callback import finite_callback
+    from fastbert.training.finite import FiniteGuard
+
+_PUBLIC = {"FiniteGuard": "fastbert.training.finite", "finite_callback": "fastbert.training.callback"}
 
 __all__ = ["FiniteGuard", "finite_callback"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'fastbert.training' has no attribute {name!r}")
+    return getattr(importlib.import_module(_PUBLIC[name]), name)

@@ -28,8 +28,8 @@ from fastbert.pipelines.run import WINDOW
 from helpers import source_env
 
 COMMANDS = (
-    "embed", "similarity", "search", "rerank", "fill-mask", "next-sentence", "classify", "info", "verify", "tune",
-    "demo", "tokenizer",
+    "embed", "similarity", "search", "rerank", "fill-mask", "next-sentence", "classify", "pretrain", "info", "verify",
+    "tune", "demo", "tokenizer",
 )  # fmt: skip
 
 

@@ -1,1 +1,1 @@
-"""This package turns text on disk into the batches of a pre-training run."""
+"""Text on disk becomes packed batches of token ids."""

@@ -11,20 +11,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from fastbert.training.data.special import SpecialIds
+
 if TYPE_CHECKING:
     from fastbert.text.tokenizer import Tokenizer
 
 KEPT_PARTS = 1_000_000  # about 220 MB
 LONG_PART = 40  # characters: longer ones are not kept
-
-
-class SpecialIds(NamedTuple):
-    """SpecialIds holds the ids that data are made with, and in ``all`` every special id, in ascending order."""
-
-    cls: int
-    sep: int
-    mask: int
-    all: tuple[int, ...]
 
 
 def special_ids(tokenizer: Tokenizer) -> SpecialIds:

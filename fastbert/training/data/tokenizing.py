@@ -17,7 +17,7 @@ import numpy as np
 from fastbert._version import __version__
 from fastbert.checkpoint.files import read_json
 from fastbert.training.data.cache import building, content_hashes, identity, name_of
-from fastbert.training.data.encoding import Encoded, Encoder, SpecialIds, special_ids, word_begins
+from fastbert.training.data.encoding import Encoded, Encoder, special_ids, word_begins
 from fastbert.training.data.shards import FORMAT, INDEX, Corpus
 from fastbert.training.data.sources import Counts, Reading, kind_of, read_documents
 from fastbert.training.data.streams import suffixes
@@ -26,7 +26,7 @@ from fastbert.training.data.writing import ShardWriter
 if TYPE_CHECKING:
     from fastbert.text.tokenizer import Tokenizer
 
-__all__ = ["SpecialIds", "describe", "prepare", "special_ids"]
+__all__ = ["describe", "prepare", "special_ids"]
 
 logger = logging.getLogger("fastbert")
 

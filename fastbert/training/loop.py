@@ -1,0 +1,185 @@
+"""The loop of pre-training: batches in, steps of the optimiser out; everything else is handed in.
+
+A step is a number of batches. Each process takes its share, gradients add up, and one update is made of the means over
+the whole step. The numbers of a step are read while the next one runs, so that the device never waits for the host.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastbert.training.distributed import Processes, accumulating
+from fastbert.training.evaluation import Scores
+from fastbert.training.objective import N_SUMS, arguments_of
+
+
+@dataclass
+class State:
+    """How far a run is. cursor: where the data goes on. best: the least loss of an evaluation. seconds: of all runs."""
+
+    step: int = 0
+    cursor: Any = None
+    best: float = math.inf
+    tokens: int = 0
+    seconds: float = 0.0
+
+
+@dataclass
+class StepReport:
+    """What a step was. The scores are means over all processes; accuracies are there where they were asked for."""
+
+    step: int
+    scores: Scores
+    norm: float  # of all gradients together, before they were clipped
+    learning_rate: float
+    tokens: int  # of all processes
+    sequences: int
+    epoch: int
+    tokens_so_far: int
+    ended: float  # time.perf_counter() when the step was launched
+    waited: float  # seconds that the loop has waited for data so far
+
+
+@dataclass
+class Loop:
+    """What the loop is handed.
+
+    objective: the module that is called, be it wrapped for several processes. steps_of_data: yields objects with
+    `step`, `batches` of this process, and the cursor `after` them. learning_rate: of a step, which counts from 0.
+    autocast: a context for each forward pass. after_step: is called with the state and the report of each step, in
+    order, when the numbers of the step are known; `settled` of it asks for them at once. stop: asks whether to end.
+    """
+
+    objective: nn.Module
+    optimizer: torch.optim.Optimizer
+    steps_of_data: Iterable[Any]
+    processes: Processes
+    learning_rate: Callable[[int], float]
+    steps: int
+    seed: int
+    clip: float
+    after_step: Callable[[State, StepReport], None]
+    at_rest: Callable[[State], None]
+    is_due: Callable[[int], bool]
+    counts_right: Callable[[int], bool]
+    stop: Callable[[], bool] = bool
+    autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
+    _pending: _Pending | None = field(default=None, repr=False)
+
+    def run(self, state: State) -> State:
+        """Trains from a state to the last step, or until somebody wants to stop. The state is changed and returned."""
+        self.objective.train()
+        started, before = time.perf_counter(), state.seconds
+        for data in self.steps_of_data:
+            pending = self._take_step(data)
+            state.step, state.cursor = data.step + 1, data.after
+            state.tokens += pending.tokens
+            pending.tokens_so_far, pending.ended = state.tokens, time.perf_counter()
+            pending.waited = getattr(self.steps_of_data, "waited", 0.0)
+            state.seconds = before + pending.ended - started
+            self._settle(state)
+            self._pending = pending
+            is_last = state.step >= self.steps or pending.stop
+            if is_last or self.is_due(state.step):
+                self._settle(state)
+                self.at_rest(state)
+            if is_last:
+                break
+        return state
+
+    def _take_step(self, data: Any) -> _Pending:
+        processes, batches, step = self.processes, data.batches, data.step
+        n_masked, n_pairs, n_tokens, n_sequences, stop = processes.sum(
+            [sum(len(b.rows) for b in batches), sum(b.n_pairs for b in batches), sum(b.n_tokens for b in batches),
+             sum(len(b.documents) for b in batches), self.stop()]
+        )  # fmt: skip
+        # Gradients are averaged over processes: the factor n makes a sum of that.
+        scales = processes.n / max(1, n_masked), processes.n / max(1, n_pairs)
+        learning_rate = self.learning_rate(step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        sums = torch.zeros(len(batches), N_SUMS, device=processes.device)
+        for i, batch in enumerate(batches):
+            torch.manual_seed(dropout_seed(self.seed, step, processes.rank + i * processes.n))
+            with accumulating(self.objective, is_last=i == len(batches) - 1):
+                with self.autocast():
+                    arguments = arguments_of(batch, processes.device)
+                    loss, sums[i] = self.objective(*arguments, scales, self.counts_right(step))
+                loss.backward()
+        norm = self._clip()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        total = processes.sum_tensor(sums.sum(0))
+        return _Pending(
+            step, data, torch.cat([total, norm.reshape(1)]), sums, learning_rate,
+            n_masked, n_pairs, n_tokens, n_sequences, bool(stop), self.counts_right(step),
+        )  # fmt: skip
+
+    def _clip(self) -> Tensor:
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        norm = nn.utils.clip_grad_norm_(parameters, self.clip or math.inf)
+        return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+
+    def _settle(self, state: State) -> None:
+        """Reads the numbers of the step before, and hands them on."""
+        pending, self._pending = self._pending, None
+        if pending is None:
+            return
+        *sums, norm = pending.numbers.tolist()
+        if not all(map(math.isfinite, [*sums, norm])):
+            raise FloatingPointError(pending.error(norm))
+        scores = Scores.of(sums, pending.n_masked, pending.n_pairs, counted=pending.counted)
+        self.after_step(
+            state,
+            StepReport(
+                pending.step + 1, scores, norm, pending.learning_rate, pending.tokens, pending.sequences,
+                pending.data.after.epoch, pending.tokens_so_far, pending.ended, pending.waited,
+            ),
+        )  # fmt: skip
+
+
+@dataclass
+class _Pending:
+    """A step that was launched, and whose numbers nobody has read."""
+
+    step: int
+    data: Any
+    numbers: Tensor  # the sums of all processes, and the norm
+    sums: Tensor  # of each batch of this process
+    learning_rate: float
+    n_masked: int
+    n_pairs: int
+    tokens: int
+    sequences: int
+    stop: bool
+    counted: bool
+    tokens_so_far: int = 0
+    ended: float = 0.0
+    waited: float = 0.0
+
+    def error(self, norm: float) -> str:
+        finite = torch.isfinite(self.sums).all(1).tolist()
+        batches = [batch for batch, is_finite in zip(self.data.batches, finite, strict=True) if not is_finite]
+        what = "the loss" if batches else f"the gradient (its norm is {norm})" if any(finite) else "a loss elsewhere"
+        documents = sorted({int(d) for batch in batches or self.data.batches for d in batch.documents})
+        listed = ", ".join(map(str, documents[:20])) + (f" and {len(documents) - 20} more" * (len(documents) > 20))
+        return f"step {self.step + 1}: {what} is not finite; the documents of its batches are {listed}"
+
+
+def dropout_seed(seed: int, step: int, batch: int) -> int:
+    """Returns the seed of the generators for one batch of a step: a mix of the three numbers, of 62 bits."""
+    mixed = 0
+    for number in (seed, step, batch):
+        mixed = (mixed ^ number) * 0x9E3779B97F4A7C15 & 0xFFFFFFFFFFFFFFFF
+        mixed ^= mixed >> 31
+        mixed = mixed * 0xBF58476D1CE4E5B9 & 0xFFFFFFFFFFFFFFFF
+        mixed ^= mixed >> 27
+    return mixed >> 2

@@ -1,0 +1,45 @@
+"""`pretrain` makes a BERT of raw text.
+
+On several processes: torchrun --nproc-per-node N -m fastbert.training.pretrain, with the options of the command.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+from fastbert.training import options
+from fastbert.training.distributed import Processes
+from fastbert.training.run import Result, Run
+from fastbert.training.settings import Settings
+from fastbert.training.stopping import StopSignals
+
+
+def pretrain(settings: Settings) -> Result:
+    """Trains a BERT on raw text, from a shape or from a checkpoint, and leaves a folder that transformers reads.
+
+    Started by torchrun, every process calls it. Raises ValueError and OSError for what a run cannot start or go on
+    with, and FloatingPointError for a loss or a gradient that is not finite, with the step and its documents.
+    """
+    processes = Processes.start(settings.device)
+    try:
+        with StopSignals() as stop:
+            return Run(settings, processes).train(stop)
+    finally:
+        processes.close()
+
+
+def main() -> int:
+    """Runs with the options of the process: what torchrun starts. Returns the exit code, as `fastbert pretrain`."""
+    settings = options.parse()
+    logging.basicConfig(format="fastbert: %(levelname)s: %(message)s")
+    try:
+        result = pretrain(settings)
+    except (ValueError, OSError, FloatingPointError) as error:
+        print(f"fastbert: error: {error}", file=sys.stderr, flush=True)
+        return 1
+    return 0 if result.signal is None else 128 + result.signal
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,44 @@
+"""A run that is told to stop by SIGTERM or SIGINT ends its step, saves, and goes."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import threading
+from types import FrameType
+from typing import Any
+
+logger = logging.getLogger("fastbert")
+
+SIGNALS = signal.SIGTERM, signal.SIGINT
+
+
+class StopSignals:
+    """Remembers a signal in a `with` statement; a second SIGINT is a KeyboardInterrupt at once.
+
+    number: the first signal that came, or None. Outside the main thread Python delivers no signals, and none is
+    remembered.
+    """
+
+    def __init__(self) -> None:
+        self.number: int | None = None
+        self._before: dict[int, Any] = {}
+
+    def __call__(self) -> bool:
+        """Tells whether somebody wants the run to stop."""
+        return self.number is not None
+
+    def __enter__(self) -> StopSignals:
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._remember) for number in SIGNALS}
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _remember(self, number: int, frame: FrameType | None) -> None:
+        if self.number is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.number = self.number or number
+        logger.warning("%s: the run ends after this step and saves", signal.Signals(number).name)
