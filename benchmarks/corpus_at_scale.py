@@ -3,9 +3,9 @@
     python benchmarks/corpus_at_scale.py                    5 GB of text: about ten minutes, and 8 GB of disk
     python benchmarks/corpus_at_scale.py --bytes 500000000  less
 
-The text is synthetic: sentences of 5 to 30 words, documents of 5 to 60 sentences, words of 2 to 12 letters drawn from
-``--words`` by Zipf's law. With fewer words more text is looked up, and less is split by the library; 200,000 words
-leave about as many rare ones as English has. The result is a line of JSON. Everything is deleted at the end.
+The text is synthetic: sentences of 5 to 30 words, documents of 5 to 60 sentences, words of 2 to 12 letters, drawn from
+``--words`` by Zipf's law. The fewer words there are, the more of the text is looked up, and the less is split by the
+library. The result is JSON. Everything is deleted at the end.
 
 Peak memory is that of this process with all that it imports. It fails if that is above 1 GB.
 """
@@ -35,14 +35,13 @@ LETTERS = np.array(list("etaoinshrdlucmfwypvbgkjqxz"))
 
 
 def make_words(n: int, rng: np.random.Generator) -> list[str]:
-    """Returns n different words; short ones come first, as in a language."""
+    """Returns n different words. Short ones come first: they are the frequent ones, as in a language."""
     words: dict[str, None] = {}
     weights = 1 / (np.arange(26) + 3.0)
     while len(words) < n:
-        length = min(2 + len(words) * 20 // n // 2, 12)
-        letters = rng.choice(LETTERS, (2000, length), p=weights / weights.sum())
+        letters = rng.choice(LETTERS, (2000, int(rng.integers(2, 13))), p=weights / weights.sum())
         words.update(dict.fromkeys(map("".join, letters)))
-    return list(words)[:n]
+    return sorted(list(words)[:n], key=len)
 
 
 def write_text(folder: Path, n_bytes: int, words: list[str], rng: np.random.Generator) -> None:

@@ -315,3 +315,12 @@ def test_one_thread_of_pytorch_is_one_thread(minilm: Path) -> None:
         torch.set_num_threads(before)
     assert torch.equal(input_ids, expected)
     assert cores < 1.3
+
+
+def test_raw_text_holds_no_special_tokens(ours: Tokenizer) -> None:
+    """Catches a [MASK] of running text that becomes the mask, and a copy that changes the tokenizer it is made of."""
+    raw = ours.for_raw_text()
+    ids = raw.encode("[MASK] a[SEP]", add_special_tokens=False).ids
+    assert not set(ids) & set(ours.all_special_ids) and raw.truncation is None and raw.padding is None
+    assert ours.mask_token_id in ours("[MASK]")["input_ids"]
+    assert raw.encode("a river", add_special_tokens=False).ids == ours("a river", add_special_tokens=False)["input_ids"]

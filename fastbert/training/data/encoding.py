@@ -16,7 +16,7 @@ from fastbert.training.data.special import SpecialIds
 if TYPE_CHECKING:
     from fastbert.text.tokenizer import Tokenizer
 
-KEPT_PARTS = 400_000  # about 100 MB
+KEPT_PARTS = 1_000_000  # about 220 MB
 LONG_PART = 40  # characters: longer ones are not kept
 
 
@@ -85,28 +85,26 @@ class Encoder:
         return Encoded(ids, lengths, words)
 
     def _by_parts(self, sentences: list[str], known: dict[str, bytes]) -> tuple[np.ndarray, np.ndarray]:
-        rows: list[bytes] = []
-        waiting: list[tuple[int, list[str]]] = []
-        unknown: set[str] = set()
-        join, get = b"".join, known.__getitem__
+        parts: list[str] = []
+        sizes = []
         for sentence in sentences:
-            parts = sentence.split(" ")
-            try:
-                rows.append(join(map(get, parts)))
-            except KeyError:
-                unknown.update(parts)
-                waiting.append((len(rows), parts))
-                rows.append(b"")
-        if waiting:
-            new = sorted(unknown.difference(known))
+            more = sentence.split(" ")
+            sizes.append(len(more))
+            parts += more
+        rows: list[Any] = list(map(known.get, parts))
+        unknown = [i for i, row in enumerate(rows) if row is None]
+        if unknown:
+            new = sorted({parts[i] for i in unknown})
             encodings = self._rust.encode_batch_fast(new, add_special_tokens=False)
             ids_of = {part: np.array(row.ids, "<u4").tobytes() for part, row in zip(new, encodings, strict=True)}
-            for i, parts in waiting:
-                rows[i] = join([known[part] if part in known else ids_of[part] for part in parts])
+            for i in unknown:
+                rows[i] = ids_of[parts[i]]
             if len(known) + len(ids_of) > KEPT_PARTS:
                 known.clear()
             known.update((part, ids) for part, ids in ids_of.items() if len(part) <= LONG_PART)
-        return np.frombuffer(join(rows), "<u4"), np.array([len(row) for row in rows], np.int64) // 4
+        n_bytes = np.fromiter(map(len, rows), np.int64, len(rows))
+        lengths = np.add.reduceat(n_bytes, np.cumsum([0, *sizes[:-1]])) // 4
+        return np.frombuffer(b"".join(rows), "<u4"), lengths
 
 
 def _ids(encodings: list[Any]) -> tuple[np.ndarray, np.ndarray]:
