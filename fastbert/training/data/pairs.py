@@ -4,9 +4,10 @@ Devlin et al. 2018, and ``create_instances_from_document`` in google-research/be
 sentences of a document fill a chunk up to a target length. A random split gives the first part. The second part is the
 rest of the chunk, or text of a random document; the sentences that it displaces are used again.
 
-Two things differ. A chunk of one sentence cannot have a next part: it becomes a sequence without a pair, where the
+Three things differ. A chunk of one sentence cannot have a next part: it becomes a sequence without a pair, where the
 paper always takes a random one, so next and random are one half each. A sentence that no sequence can hold comes in
-pieces.
+pieces. The random sentence of a long document is the first one from a random token on, so that the document need not
+be read whole.
 
 All chunks of a block of documents advance together, one chunk of each document at a time: a loop over the longest
 document, not over the tokens. Every random number is computed from (seed, epoch, document, place of the chunk).

@@ -32,7 +32,7 @@ logger = logging.getLogger("fastbert")
 
 BLOCK_STEPS = 32
 SAMPLE = 2**20  # tokens of the documents from which the tokens of an epoch are estimated
-LARGE = 2**26  # tokens of a block that need a gigabyte of memory or so
+LARGE = 2**27  # tokens of a block that need a gigabyte of memory or so: 6 bytes each
 TOGETHER = 256  # documents whose examples are made together, for evaluation and for the estimate
 
 
