@@ -7,6 +7,7 @@ from itertools import chain, repeat
 from operator import attrgetter, contains, itemgetter
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from fastbert.ops.derived import Derived
@@ -79,7 +80,11 @@ class ModuleSnapshot:
         except (RuntimeError, AttributeError):  # inference tensors have none, and a parameter may be None
             parameters = [p for p in parameters if p is not None]
             versions = [-1 if p.is_inference() else p._version for p in parameters]
-        return list(map(Tensor.data_ptr, parameters)), versions, list(map(itemgetter("eps"), self._norms))
+        try:
+            places = list(map(Tensor.data_ptr, parameters))
+        except RuntimeError:  # sparse tensors are at no address
+            places = [p.data_ptr() if p.layout == torch.strided else id(p) for p in parameters]
+        return places, versions, list(map(itemgetter("eps"), self._norms))
 
     def silent_writes(self, state: tuple[list[Any], ...]) -> int:
         """Counts how often parameters were seen to have been written to silently. state: what `state` gives.
