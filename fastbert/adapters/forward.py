@@ -176,6 +176,12 @@ def _run(live: nn.Module, state: EncoderState, encoder: LiveEncoder, call: dict[
     batch = None if mask is None else packing.unpad(mask)
     if batch is not None and not batch.first_column:
         raise Unsupported("padding in the first column")
+    if (
+        state.padding_reader is not None
+        and batch is not None
+        and batch.n_tokens < batch.batch_size * batch.padded_length
+    ):
+        raise Unsupported(f"padding, which a {state.padding_reader} reads")
     encoded = model.encode(Inputs(**inputs, output_attentions=False, output_hidden_states=keep_states), batch)
     last = packing.pad(encoded.last_hidden_state, encoded.batch)
     hidden = None
