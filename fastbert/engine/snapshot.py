@@ -25,7 +25,9 @@ class ModuleSnapshot:
         modules = [module for root in roots for module in root.modules()]
         self._children = [module._modules for module in modules if module._modules]
         self._children_before = [dict(children) for children in self._children]
-        self._parameters = tuple(module._parameters for module in modules if module._parameters)
+        # Those of a ScriptModule are in no dict, and nothing is derived from them.
+        held = [module._parameters for module in modules]
+        self._parameters = tuple(each for each in held if isinstance(each, dict) and each)
         self._dicts = tuple(module.__dict__ for module in modules)
         self._deriving: tuple[Any, ...] = tuple(
             module for module in modules if isinstance(module.__dict__.get("derived"), Derived)
