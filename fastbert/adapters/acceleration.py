@@ -178,6 +178,7 @@ def accelerate(model: Model, *, backend: str = "auto", strict: bool = False, cud
 
             module.__class__ = derive_sentences(kind)
             module.__dict__[STATE] = SentenceState(options)
+            _note_padding_readers(module)
         elif is_of_sentences(kind, "CrossEncoder"):
             module.__class__ = derive_scores(kind)
             module.__dict__[STATE] = ScoreState(options)
@@ -185,6 +186,15 @@ def accelerate(model: Model, *, backend: str = "auto", strict: bool = False, cud
         if module not in before:
             _announce(module, module.__dict__[STATE])
     return model
+
+
+def _note_padding_readers(sentences: nn.Module) -> None:
+    """Tells the encoders in a SentenceTransformer that its convolutions read rows of padding."""
+    if any(is_of_sentences(type(child), "CNN") for child in sentences.modules()):
+        for part in parts(sentences):
+            state = part.__dict__[STATE]
+            if isinstance(state, EncoderState):
+                state.padding_reader = "CNN"
 
 
 def _announce(module: nn.Module, state: AcceleratedState) -> None:

@@ -82,9 +82,12 @@ def after_error(
     """Runs the original code after ours has raised. It raises its own error if the fault is the caller's.
 
     Raises `error` where the original must not be tried: under strict, where memory is exhausted or the device has
-    failed, and for ids beyond their table, which on a GPU end the process's use of it.
+    failed, and for ids beyond their table, which on a GPU end the process's use of it. Checkpointing around the model
+    stops a recomputation by an error, at the last tensor that is needed.
     """
     names = {kind.__name__ for kind in type(error).__mro__}
+    if "_StopRecomputationError" in names:
+        raise error
     exhausted = names & {"MemoryError", "OutOfMemoryError", "AcceleratorError"} or "CUDA error" in str(error)
     exhausted = exhausted or "alloc" in str(error) and "memory" in str(error)
     on_cpu = next((p.device.type for p in live.parameters()), "cpu") == "cpu"
@@ -173,6 +176,12 @@ def _run(live: nn.Module, state: EncoderState, encoder: LiveEncoder, call: dict[
     batch = None if mask is None else packing.unpad(mask)
     if batch is not None and not batch.first_column:
         raise Unsupported("padding in the first column")
+    if (
+        state.padding_reader is not None
+        and batch is not None
+        and batch.n_tokens < batch.batch_size * batch.padded_length
+    ):
+        raise Unsupported(f"padding, which a {state.padding_reader} reads")
     encoded = model.encode(Inputs(**inputs, output_attentions=False, output_hidden_states=keep_states), batch)
     last = packing.pad(encoded.last_hidden_state, encoded.batch)
     hidden = None

@@ -24,6 +24,11 @@ _DECORATORS = {"sentence_transformers": ("torch.utils._contextlib",)}
 # Packages whose callables in a module's namespace are nobody's patch.
 _HARMLESS = (sys.stdlib_module_names | {"torch", "transformers", "numpy", "fastbert"}) - {"unittest"}
 _OF_MODULES = ("__call__", "_call_impl", "_wrapped_call_impl", "__getattr__")  # Methods of nn.Module, in all modules.
+# Functions of PyTorch that modules call, and that others replace, as with an attention of their own.
+_OF_TORCH = tuple(
+    (torch.nn.functional, name)
+    for name in ("linear", "embedding", "layer_norm", "gelu", "dropout", "softmax", "scaled_dot_product_attention")
+)
 # Methods of the model that a forward of transformers may call, by version.
 _OF_MODELS = ("get_extended_attention_mask", "invert_attention_mask", "get_head_mask",
               "warn_if_padding_and_no_attention_mask")  # fmt: skip
@@ -87,7 +92,7 @@ class Watch:
     ) -> None:
         methods = [(kind, name) for kind in dict.fromkeys(kinds) for name in names or _methods(kind)]
         self._methods = tuple(dict.fromkeys((*methods, *((nn.Module, name) for name in _OF_MODULES))))
-        self._functions: tuple[tuple[ModuleType, str], ...] = ()
+        self._functions: tuple[tuple[ModuleType, str], ...] = _OF_TORCH
         self._module = module
         self._settings: dict[str, Any] = {} if config is None else config.__dict__
         self._registries = () if module is None else versions.attention_registries(module)
@@ -104,7 +109,8 @@ class Watch:
             if not is_own(kind, method):
                 return f"{method} of the class {kind.__name__} was patched"
         if self._module is not None:
-            self._functions = tuple((self._module, name) for name in _called(self._methods, self._module))
+            called = _called(self._methods, self._module)
+            self._functions = (*_OF_TORCH, *((self._module, name) for name in called))
             self._look_up()
             current = self._current()
         for module, function in self._functions:

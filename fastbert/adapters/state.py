@@ -48,22 +48,23 @@ class AcceleratedState:
 class EncoderState(AcceleratedState):
     """An `EncoderState` belongs to an accelerated encoder, and keeps our encoder on its modules.
 
-    A copy, and the object that a pickle gives, have the options alone.
+    A copy, and the object that a pickle gives, have the arguments alone. padding_reader: a module around the encoder
+    whose results depend on rows of padding, which are zeros here.
     """
 
-    def __init__(self, options: Options, mapping: Mapping) -> None:
+    def __init__(self, options: Options, mapping: Mapping, padding_reader: str | None = None) -> None:
         super().__init__(options, f"{mapping.model}.forward")
-        self.mapping = mapping
+        self.mapping, self.padding_reader = mapping, padding_reader
         self._encoder: LiveEncoder | None = None
         self._stale = False
         self.settled = False  # True while a caller calls eval() of a model that is in eval mode.
         self._lock = threading.RLock()
 
     def __reduce__(self) -> Any:
-        return _fresh_state, (self.options, self.mapping.module)
+        return _fresh_state, (self.options, self.mapping.module, self.padding_reader)
 
     def __deepcopy__(self, memo: Any) -> EncoderState:
-        return EncoderState(self.options, self.mapping)
+        return EncoderState(self.options, self.mapping, self.padding_reader)
 
     def forget(self) -> None:
         """Drops what was made of the modules. The next call makes it anew."""
@@ -90,5 +91,6 @@ class EncoderState(AcceleratedState):
         return encoder
 
 
-def _fresh_state(options: Options, module: str) -> EncoderState:
-    return EncoderState(options, next(mapping for mapping in COVERED if mapping.module == module))
+def _fresh_state(options: Options, module: str, padding_reader: str | None = None) -> EncoderState:
+    mapping = next(mapping for mapping in COVERED if mapping.module == module)
+    return EncoderState(options, mapping, padding_reader)

@@ -71,6 +71,8 @@ class Engine:
                 return self._run_in_bucket(model, batch, inputs, keep_states)
         inputs = _as_int64(model, batch, inputs)
         arithmetic = self.choose_arithmetic(model, n_tokens, keep_states, embedded)
+        if arithmetic in (self.modules, self.eight_bit) and not silent_writes.waits(model.device):
+            self._renew_written(model)  # before an operation has run on old weights; one call looks by itself
         states = None if arithmetic is self.modules else arithmetic.run(model, batch, inputs, keep_states)
         return self._run_in_packed_rows(model, batch, inputs, keep_states) if states is None else states
 
@@ -248,8 +250,12 @@ class Engine:
     def follow_weights(self, model: EncoderModel) -> None:
         """Derives from the weights anew where they were written to without PyTorch's count.
 
-        On a GPU, where this waits for it, callers that run many batches call it once. On a CPU each use looks.
+        On a GPU, where this waits for it, callers that run many batches call it once. On a CPU `run` looks.
         """
+        if silent_writes.waits(model.device):
+            self._renew_written(model)
+
+    def _renew_written(self, model: EncoderModel) -> None:
         if self.state.written_silently(model):
             self.eight_bit.weights.invalidate()
 

@@ -7,6 +7,7 @@ from itertools import chain, repeat
 from operator import attrgetter, contains, itemgetter
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from fastbert.ops.derived import Derived
@@ -24,7 +25,9 @@ class ModuleSnapshot:
         modules = [module for root in roots for module in root.modules()]
         self._children = [module._modules for module in modules if module._modules]
         self._children_before = [dict(children) for children in self._children]
-        self._parameters = tuple(module._parameters for module in modules if module._parameters)
+        # Those of a ScriptModule are in no dict, and nothing is derived from them.
+        held = [module._parameters for module in modules]
+        self._parameters = tuple(each for each in held if isinstance(each, dict) and each)
         self._dicts = tuple(module.__dict__ for module in modules)
         self._deriving: tuple[Any, ...] = tuple(
             module for module in modules if isinstance(module.__dict__.get("derived"), Derived)
@@ -79,7 +82,11 @@ class ModuleSnapshot:
         except (RuntimeError, AttributeError):  # inference tensors have none, and a parameter may be None
             parameters = [p for p in parameters if p is not None]
             versions = [-1 if p.is_inference() else p._version for p in parameters]
-        return list(map(Tensor.data_ptr, parameters)), versions, list(map(itemgetter("eps"), self._norms))
+        try:
+            places = list(map(Tensor.data_ptr, parameters))
+        except RuntimeError:  # sparse tensors are at no address
+            places = [p.data_ptr() if p.layout == torch.strided else id(p) for p in parameters]
+        return places, versions, list(map(itemgetter("eps"), self._norms))
 
     def silent_writes(self, state: tuple[list[Any], ...]) -> int:
         """Counts how often parameters were seen to have been written to silently. state: what `state` gives.

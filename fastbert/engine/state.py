@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fastbert.engine.interface import EncoderModel
 from fastbert.engine.listeners import everywhere, observer_obstacle
 from fastbert.engine.snapshot import ModuleSnapshot
-from fastbert.ops import silent_writes, tracing
+from fastbert.ops import tracing
 
 GRADIENTS = "gradients are on (torch.no_grad or torch.inference_mode turns them off)"
 TRAINING = "the model is in training mode"
@@ -69,12 +69,11 @@ class EncoderState:
             yield "a module of the encoder is an adapter, has hooks or a forward of its own, or is in training mode"
 
     def written_silently(self, model: EncoderModel) -> bool:
-        """Tells whether weights on a GPU were written to without PyTorch's count; then what is derived is made anew.
+        """Tells whether weights were written to without PyTorch's count; then what is derived is made anew.
 
-        It waits for the GPU. On a CPU, where each use looks, it does nothing.
+        On a GPU it waits for it.
         """
-        device = model.device
-        if not silent_writes.waits(device) or torch.compiler.is_compiling() or observer_obstacle(device):
+        if torch.compiler.is_compiling() or observer_obstacle(model.device):
             return False
         self.plain_modules(model)  # which sees to the snapshot
         snapshot = self.snapshot

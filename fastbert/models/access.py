@@ -92,19 +92,40 @@ class ModelAccess(nn.Module):
         encoder: Any = self.base_model
         return encoder.encoder.gradient_checkpointing
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
+    def activation_checkpointing_enable(
+        self,
+        activation_checkpointing_kwargs: dict[str, Any] | None = None,
+        every_n_layers: int = 1,
+        offload: bool = False,
+    ) -> None:
         """Lets each layer in training mode keep its input alone, for less memory and about a third more time.
 
-        gradient_checkpointing_kwargs: for torch.utils.checkpoint.checkpoint; use_reentrant is False by default.
+        activation_checkpointing_kwargs: for torch.utils.checkpoint.checkpoint; use_reentrant is False by default.
+        every_n_layers: 2 lets every second layer do so, from the first one on. offload=True is a ValueError.
         """
+        if isinstance(every_n_layers, bool) or not isinstance(every_n_layers, int) or every_n_layers < 1:
+            raise ValueError(f"every_n_layers: got {every_n_layers!r}, expected a positive int")
+        if offload:
+            raise ValueError("offload: got True, expected False: run the step under torch.autograd.graph.save_on_cpu()")
         encoder: Any = self.base_model
         encoder.encoder.gradient_checkpointing = True
-        encoder.encoder.checkpointing = {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}
+        encoder.encoder.checkpointing = {"use_reentrant": False, **(activation_checkpointing_kwargs or {})}
+        encoder.encoder.checkpointed_every = every_n_layers
 
-    def gradient_checkpointing_disable(self) -> None:
+    def activation_checkpointing_disable(self) -> None:
         """Lets the layers keep what the backward pass needs."""
         encoder: Any = self.base_model
         encoder.encoder.gradient_checkpointing = False
+
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **options: Any
+    ) -> None:
+        """Does what `activation_checkpointing_enable` does, under the name that it had in transformers 4."""
+        self.activation_checkpointing_enable(gradient_checkpointing_kwargs, **options)
+
+    def gradient_checkpointing_disable(self) -> None:
+        """Does what `activation_checkpointing_disable` does."""
+        self.activation_checkpointing_disable()
 
     def enable_input_require_grads(self) -> None:
         """Makes the output of the word embeddings require gradients, by a hook."""

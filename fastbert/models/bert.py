@@ -189,6 +189,7 @@ class BertEncoder(nn.Module):
         self.layer = nn.ModuleList(BertLayer(config, i) for i in range(config.num_hidden_layers))
         self.gradient_checkpointing = False
         self.checkpointing: dict[str, Any] = {}  # arguments of torch.utils.checkpoint.checkpoint
+        self.checkpointed_every = 1  # 2: layers 0, 2, 4 ... keep their input alone
         # For each layer what calls it in the place of that, or None; an adapter has them from its live model.
         self.checkpoints: tuple[Callable[..., Any] | None, ...] | None = None
 
@@ -196,7 +197,9 @@ class BertEncoder(nn.Module):
         """Returns what calls layer i so that it keeps its input alone; None where it keeps what backward needs."""
         if not (self.gradient_checkpointing and self.training and torch.is_grad_enabled()):
             return None
-        return partial(checkpoint, **self.checkpointing) if self.checkpoints is None else self.checkpoints[i]
+        if self.checkpoints is not None:
+            return self.checkpoints[i]
+        return None if i % self.checkpointed_every else partial(checkpoint, **self.checkpointing)
 
     def forward(self, x: Tensor, batch: Any = None, policy: Policy = ops.AUTO, keep_states: bool = True) -> Any:
         """(T, H) -> the hidden states before the first layer and after each, L + 1 times (T, H), or the last alone.

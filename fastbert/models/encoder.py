@@ -182,7 +182,7 @@ class EncoderModel(PreTrainedModel):
         """Derives from the weights anew where they were written to without PyTorch's count.
 
         On a GPU, where this waits for it, callers of `encode_packed` with check=False call it once for all batches. On
-        a CPU it does nothing, since each use looks.
+        a CPU it does nothing, since `encode_packed` looks.
         """
         self.engine.follow_weights(self)
 

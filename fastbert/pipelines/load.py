@@ -150,6 +150,9 @@ def _load_tokenizer(layout: Layout, arguments: Arguments, src: Any, positions: i
             logger.warning("%s: max_seq_length is %d, the model has %d positions: taking %d", src, limit, positions,
                            positions)  # fmt: skip
         tokenizer.model_max_length = limit
+    if tokenizer.padding_side == "left":
+        logger.warning("%s: padding_side='left' is not followed: a text's vector is that without padding, whereas "
+                       "sentence-transformers' depends on the other texts of its batch", src)  # fmt: skip
     return tokenizer
 
 

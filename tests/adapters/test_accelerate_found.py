@@ -99,6 +99,13 @@ def test_encoders_under_other_configs(name: str) -> None:
     assert counts(encoders[0]) == {"fastbert": 1}
 
 
+def test_counts_under_their_first_name() -> None:
+    """Catches programs that ask where calls ran, and end with an ImportError since the module has another name."""
+    from fastbert.adapters import counts, swap
+
+    assert swap.counts is counts
+
+
 def test_dpr_reads_the_first_column() -> None:
     """Catches rows of zeros in what DPR gives for texts that are padded on the left."""
     model = settled(models()["DPR question"]())

@@ -207,6 +207,16 @@ def test_patched_functions_of_the_source() -> None:
     check(model, {**counts(model), "fastbert": 2})
 
 
+@pytest.mark.parametrize("name", ["linear", "layer_norm", "embedding"])
+def test_patched_functions_of_pytorch(name: str) -> None:
+    """Catches a function of PyTorch that somebody has exchanged for all models, as for an attention of their own."""
+    model = accelerated()
+    with counted(torch.nn.functional, name) as calls:
+        run(model, make_batch())
+    assert calls and counts(model) == {"fastbert": 1, f"{name} in torch.nn.functional was patched": 1}
+    check(model, {**counts(model), "fastbert": 2})
+
+
 @pytest.mark.skipif(versions.attention_interfaces() is None, reason="encoders of transformers 4 do not read it")
 def test_an_attention_that_somebody_has_registered(monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a registered function of attention, such as one with a bias, that our path leaves out."""

@@ -269,6 +269,24 @@ def test_features_that_were_used_before(tiny_folder: Path) -> None:
     assert counts(model) == {"fastbert": 2}
 
 
+@pytest.mark.parametrize("way", ["made", "copied", "pickled"])
+def test_convolutions_see_the_padding_of_before(tiny_folder: Path, way: str) -> None:
+    """Catches a convolution over tokens that reads zeros where the model has other values at padding."""
+    torch.manual_seed(0)
+    convolved = modules.CNN(32, 16), modules.Pooling(48)
+    plain = SentenceTransformer(modules=[modules.Transformer(str(tiny_folder)), *convolved], device="cpu")
+    model = fastbert.accelerate(copy.deepcopy(plain))
+    model = {"made": lambda: model, "copied": lambda: copy.deepcopy(model), "pickled": lambda: repickled(model)}[way]()
+    assert np.abs(model.encode(TEXTS) - plain.encode(TEXTS)).max() < 1e-5
+    assert counts(model)["padding, which a CNN reads"] == 1
+    assert np.abs(model.encode(TEXTS[:1]) - plain.encode(TEXTS[:1])).max() < 1e-5
+    assert counts(model)["fastbert"] == 1  # one text has no padding
+
+
+def repickled(model: SentenceTransformer) -> Any:
+    return pickle.loads(pickle.dumps(model))
+
+
 def test_forward_that_was_put_back(tiny_folder: Path) -> None:
     """Catches an `encode` that runs as before for good, after a loss has decorated `forward` and undone it."""
     _, model = both(tiny(tiny_folder))

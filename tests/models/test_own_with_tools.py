@@ -137,8 +137,35 @@ def test_gradient_checkpointing() -> None:
     came, twice = gradient()
     torch.testing.assert_close(came, expected)
     assert (once, twice) == (1, 2)
+    model.activation_checkpointing_enable(every_n_layers=2)
+    layers = [model.bert.encoder.checkpoint_of(i) is not None for i in range(4)]
+    assert layers == [True, False, True, False]
     model.gradient_checkpointing_disable()
     assert gradient()[1] == 1
+
+
+@pytest.mark.parametrize("options", [{}, {"use_reentrant": False, "every_n_layers": 2}])
+def test_trainer_checkpoints(options: dict[str, Any], tmp_path: Path) -> None:
+    """Catches names of arguments with which the installed Trainer turns checkpointing on, and we do not know."""
+    if options and not hasattr(transformers.TrainingArguments, "activation_checkpointing_kwargs"):
+        pytest.skip("Trainer of this transformers has no every_n_layers")
+    model = make("BertForSequenceClassification")
+    arguments = transformers.TrainingArguments(
+        output_dir=str(tmp_path), max_steps=1, report_to=[], use_cpu=True, disable_tqdm=True, save_strategy="no",
+        gradient_checkpointing=True, gradient_checkpointing_kwargs=options or None,
+    )  # fmt: skip
+    rows = [{"input_ids": IDS[0], "attention_mask": MASK[0], "labels": torch.tensor(1)}] * 4
+    transformers.Trainer(model=model, args=arguments, train_dataset=rows).train()
+    assert model.is_gradient_checkpointing and model.bert.encoder.checkpointed_every == options.get("every_n_layers", 1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "name"), [({"offload": True}, "offload"), ({"every_n_layers": 0}, "every_n_layers")]
+)
+def test_refused_checkpointing(arguments: dict[str, Any], name: str) -> None:
+    """Catches an argument of transformers' method that is taken and does nothing."""
+    with pytest.raises(ValueError, match=name):
+        make("BertModel").activation_checkpointing_enable(**arguments)
 
 
 def test_embeddings() -> None:

@@ -106,6 +106,21 @@ def test_settings_beside_a_plain_checkpoint(folder: Path) -> None:
     assert assert_same(folder).max_seq_length == 40
 
 
+@pytest.mark.parametrize(
+    ("file", "settings"),
+    [("tokenizer_config.json", {"padding_side": "left"}), (NAMES[0], {"tokenizer_args": {"padding_side": "left"}})],
+)
+def test_padding_on_the_left_is_said(folder: Path, file: str, settings: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """Catches a folder whose texts are padded on the left elsewhere, and get other vectors here without a word."""
+    stored = json.loads((folder / file).read_text()) if (folder / file).is_file() else {}
+    write(folder / file, {**stored, **settings})
+    with caplog.at_level("WARNING", "fastbert"):
+        encoder = SentenceEncoder.from_pretrained(folder, device="cpu")
+    assert "padding_side='left' is not followed" in caplog.text
+    alone, together = encoder.encode(TEXTS[:1]), encoder.encode(TEXTS)
+    assert np.abs(alone[0] - together[0]).max() < 1e-6
+
+
 def test_every_key_of_sentence_transformers_is_known(saved: Path, tmp_path: Path) -> None:
     """Catches a key of sentence-transformers that is neither followed nor passed over nor refused here."""
     from sentence_transformers import models

@@ -27,9 +27,15 @@ def notes(question: Question) -> Iterator[str]:
     hidden = bert.config.hidden_size
     yield (
         "training: each layer is one node of autograd, with kernels for both passes; for the backward pass it keeps "
-        f"{per_token:,} bytes a token, {per_token / hidden:.1f} H"
-        + (", and with gradient checkpointing its input alone" if bert.encoder.gradient_checkpointing else "")
+        f"{per_token:,} bytes a token, {per_token / hidden:.1f} H" + _checkpointed(bert)
     )
+
+
+def _checkpointed(bert: BertModel) -> str:
+    if not bert.encoder.gradient_checkpointing:
+        return ""
+    every = bert.encoder.checkpointed_every
+    return ", and with gradient checkpointing its input alone" + (f", in one layer of {every}" if every > 1 else "")
 
 
 def layer_obstacles(bert: BertModel, question: Question) -> Iterator[str]:
@@ -73,6 +79,8 @@ def kept_by_a_batch(question: Question, n_tokens: int) -> int | None:
         return None
     itemsize, layers = product_itemsize(question), bert.config.num_hidden_layers
     if bert.encoder.gradient_checkpointing:
-        inputs = bert.config.hidden_size * itemsize * layers
-        return n_tokens * (inputs + kept_by_a_layer(bert, itemsize))
+        checkpointed = len(range(0, layers, bert.encoder.checkpointed_every))
+        inputs = bert.config.hidden_size * itemsize * checkpointed
+        whole = min(layers, layers - checkpointed + 1)  # One at a time is computed again.
+        return n_tokens * (inputs + whole * kept_by_a_layer(bert, itemsize))
     return n_tokens * layers * kept_by_a_layer(bert, itemsize)
