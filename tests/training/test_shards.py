@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import pickle
 import threading
@@ -236,3 +237,15 @@ def test_bad_documents_are_refused(documents: Documents, words: Any, message: st
     """Catches documents without tokens, and ids that no embedding has."""
     with pytest.raises(ValueError, match=message):
         Corpus.from_documents(documents, 9, words)
+
+
+def test_a_limit_of_open_files_is_not_a_bad_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches advice to rebuild hundreds of shards where `ulimit -n` is too low."""
+    written(tmp_path / "c", random_documents(200), 200)
+
+    def refuse(*_: Any) -> int:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(shards.os, "open", refuse)
+    with pytest.raises(OSError, match="Too many open files"):
+        Corpus.open(tmp_path / "c")

@@ -18,6 +18,7 @@ Shards are read, not mapped: mapped pages count as memory of the process, and a 
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import weakref
@@ -74,6 +75,8 @@ class File:
         try:
             self._fd = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0))
         except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE):  # the shard is not to blame
+                raise
             raise ValueError(f"shard {path} is unreadable ({error.strerror}): {REBUILD}") from error
         weakref.finalize(self, os.close, self._fd)
         size = os.fstat(self._fd).st_size
