@@ -16,7 +16,16 @@ from fastbert.bench.tables import digits
 
 STEP, FORWARD, BACKWARD = "step", "forward", "backward"  # settings of rows
 LAPS = (FORWARD, BACKWARD)
-OF_A_STEP = ("prepare_seconds", "bars", "max_error", "saved_bytes", "saved_h", "note")  # left out of laps' rows
+OF_A_STEP = (
+    "prepare_seconds",
+    "bars",
+    "max_error",
+    "saved_bytes",
+    "saved_h",
+    "loop_tokens_per_second",
+    "waiting",
+    "note",
+)  # left out of laps' rows
 TOKENS, RATE = "tokens/s", "TFLOP/s"
 
 

@@ -46,6 +46,8 @@ class TrainTask:
     model: a shape in models.CONFIGS. objective: CLASSES, WORDS or PRETRAINING. dtype: float32, or that of autocast.
     """
 
+    clip: float | None = None  # the greatest norm of all gradients together
+
     def __init__(
         self, model: str, lengths: Sequence[int], dtype: torch.dtype, device: torch.device, objective: str = CLASSES
     ) -> None:
@@ -64,7 +66,10 @@ class TrainTask:
     @functools.cached_property
     def checked(self) -> Batch:
         """A few sequences, from the shortest to the longest."""
-        return self._batch(spread(sorted(self.lengths), CHECKED - 1) + [max(self.lengths)], N_INPUTS)
+        return self._batch(spread_of(sorted(self.lengths)), N_INPUTS)
+
+    def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(model.parameters(), LEARNING_RATE, fused=True)
 
     def _batch(self, lengths: Sequence[int], seed: int) -> Batch:
         """Ids, a mask where some are padding, and labels."""
@@ -131,6 +136,11 @@ class TrainTask:
         return model.to(self.device)
 
 
+def spread_of(ascending: Sequence[Any]) -> list[Any]:
+    """CHECKED of the items, evenly from the whole list; the last of them is the last one."""
+    return spread(ascending, CHECKED - 1) + [ascending[-1]]
+
+
 def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     """The mean over labels that are not IGNORED; logits (..., C), in float32 at least."""
     dtype = torch.promote_types(logits.dtype, torch.float32)
@@ -152,27 +162,42 @@ class Trained(Lapped):
         self.task, self.autocast = task, autocast or task.dtype
         self.dtype = str(self.autocast).removeprefix("torch.")
 
+    @property
+    def inputs(self) -> list[Any]:
+        """The batches that rotate, as `loss` takes them."""
+        return self.task.inputs
+
+    @property
+    def checked(self) -> Any:
+        """The sequences whose gradients are compared, likewise."""
+        return self.task.checked
+
     def load(self) -> nn.Module:
         raise NotImplementedError
 
     def prepare(self) -> None:
         self.model: Any = self.load().train()
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), LEARNING_RATE, fused=True)
+        self.optimizer = self.task.optimizer(self.model)
 
-    def loss(self, batch: Batch) -> Tensor:
+    def autocasting(self) -> torch.autocast:
+        return torch.autocast(self.device.type, self.autocast, enabled=self.autocast != torch.float32)
+
+    def loss(self, batch: Any) -> Tensor:
         """The loss of a batch, with dropout where the modules have it."""
-        with torch.autocast(self.device.type, self.autocast, enabled=self.autocast != torch.float32):
+        with self.autocasting():
             return self.compute(batch)
 
-    def compute(self, batch: Batch) -> Tensor:
+    def compute(self, batch: Any) -> Tensor:
         return self.model(**batch).loss
 
     def run(self, i: int) -> Tensor:
         self.start()
-        loss = self.loss(self.task.inputs[i % N_INPUTS])
+        loss = self.loss(self.inputs[i % N_INPUTS])
         self.mark()
         loss.backward()
         self.mark()
+        if self.task.clip is not None:
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.task.clip)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.mark()
@@ -189,7 +214,7 @@ class Trained(Lapped):
         try:
             for module in dropouts:
                 module.p = 0.0
-            self.loss(self.task.checked).backward()
+            self.loss(self.checked).backward()
         finally:
             for module, p in dropouts.items():
                 module.p = p
@@ -198,17 +223,17 @@ class Trained(Lapped):
         return sampled
 
     def facts(self) -> dict[str, Any]:
-        batch = self.task.inputs[0]
+        batch = self.inputs[0]
         positions = self.positions(batch)
         return {"padding_waste": 1.0 - self.task.n_tokens / positions, **self._saved(batch)}
 
-    def positions(self, batch: Batch) -> int:
+    def positions(self, batch: Any) -> int:
         """The number of positions that are computed, padding included."""
         return batch["input_ids"].numel()
 
-    def _saved(self, batch: Batch) -> dict[str, float]:
+    def _saved(self, batch: Any) -> dict[str, float]:
         """The bytes kept for the backward pass; and how they grow, in units of H bytes a token and layer."""
-        whole, few = self._saved_bytes(batch), self._saved_bytes(self.task.checked)
+        whole, few = self._saved_bytes(batch), self._saved_bytes(self.checked)
         more_tokens = self.task.n_tokens - _n_tokens(self.task.checked)
         facts: dict[str, float] = {"saved_bytes": whole}
         if more_tokens > 0:
@@ -216,7 +241,7 @@ class Trained(Lapped):
             facts["saved_h"] = (whole - few) / (more_tokens * config.num_hidden_layers * config.hidden_size)
         return facts
 
-    def _saved_bytes(self, batch: Batch) -> int:
+    def _saved_bytes(self, batch: Any) -> int:
         return saved_for_backward(lambda: self.loss(batch), [*self.model.parameters(), *self.model.buffers()])
 
 
@@ -233,7 +258,7 @@ class FastBert(Trained):
     def load(self) -> nn.Module:
         return self.task.own_model()
 
-    def positions(self, batch: Batch) -> int:
+    def positions(self, batch: Any) -> int:
         return self.task.n_tokens
 
 
@@ -280,7 +305,7 @@ class Accelerated(Transformers):
         """The reasons why calls so far ran by the original forward."""
         return [reason for reason in acceleration.counts(self.model) if reason != "fastbert"]
 
-    def positions(self, batch: Batch) -> int:
+    def positions(self, batch: Any) -> int:
         return super().positions(batch) if self.reasons() else self.task.n_tokens
 
 
@@ -295,14 +320,14 @@ class Compiled(SDPA):
         self.compiled: Callable[..., Any] = torch.compile(self.model, dynamic=dynamic)
         self.run(0)
 
-    def compute(self, batch: Batch) -> Tensor:
+    def compute(self, batch: Any) -> Tensor:
         return self.compiled(**batch).loss
 
     def output(self) -> Tensor:
         self.model.load_state_dict(self.load().state_dict())  # as before the step that compiled it
         return super().output()
 
-    def _saved(self, batch: Batch) -> dict[str, float]:
+    def _saved(self, batch: Any) -> dict[str, float]:
         return {}  # hooks on saved tensors would have it compiled anew
 
 
@@ -319,18 +344,19 @@ class Flattened(Transformers):
         reasons = [package_obstacle(package) for package in ("flash-attn", "kernels")]
         return super().obstacle() or (f"{reasons[0]}; {reasons[1]}" if all(reasons) else None)
 
-    def positions(self, batch: Batch) -> int:
+    def positions(self, batch: Any) -> int:
         return self.task.n_tokens
 
-    def compute(self, batch: Batch) -> Tensor:
+    def compute(self, batch: Any) -> Tensor:
         ids, mask = batch["input_ids"], batch.get("attention_mask")
         valid = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask != 0
         offsets = F.pad(valid.sum(1).cumsum(0), (1, 0)).int()
         longest = ids.shape[1]
         positions = torch.arange(longest, device=ids.device).expand_as(ids)[valid][None]
         flat = ids[valid][None]  # (1, T)
+        types = batch.get("token_type_ids", torch.zeros_like(ids))[valid][None]
         states = self.model.bert(
-            flat, position_ids=positions, token_type_ids=torch.zeros_like(flat), cu_seq_lens_q=offsets,
+            flat, position_ids=positions, token_type_ids=types, cu_seq_lens_q=offsets,
             cu_seq_lens_k=offsets, max_length_q=longest, max_length_k=longest,
         ).last_hidden_state[0]  # fmt: skip
         if self.task.objective == WORDS:

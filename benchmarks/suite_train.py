@@ -1,8 +1,8 @@
 """The train suite times one optimiser step, and its forward and backward apart: AdamW, dropout, float32 weights.
 
-float32, and bfloat16 by autocast; half of the batch padding, and all lengths equal. On a GPU also pre-training, whose
-loss is over tokens, and attention alone. Weights are random. Every competitor's gradients are compared with float64
-before it is timed.
+float32, and bfloat16 by autocast; half of the batch padding, and all lengths equal. Pre-training is a step of the loop
+of `fastbert pretrain` on synthetic shards. On a GPU also losses over tokens where all lengths are equal, and attention
+alone. Weights are random. Every competitor's gradients are compared with float64 before it is timed.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import torch
 import train_attention
+import train_pretraining
 import workloads
 from laps import BACKWARD, FORWARD, RATE, STEP, TOKENS, Bar
 from peers_train import (
@@ -31,6 +32,7 @@ from peers_train import (
     train_peers,
 )
 from suites import LONG_MINUTES, Built, Case, LeftOut, Work
+from train_pretraining import PretrainTask, pretrain_peers
 from workloads import Workload
 
 import models
@@ -48,6 +50,8 @@ CPU_BARS = {True: 2.2, False: 1.25}  # in float32, over transformers with SDPA; 
 CPU_BAR_BF16 = 1.8  # over our own float32
 GPU_BARS = ((Compiled.name, 2.0), (SDPA.name, 2.0), (Flattened.name, 1.2))
 BARS_TOKENS = {("BERT-large", PRETRAINING): 270e3, ("BERT-base", WORDS): 700e3}
+PRETRAIN_BARS_TOKENS = {"BERT-large": 270e3, "BERT-base": 700e3}  # the second is of MLM alone, which is less work
+PRETRAIN_CPU_BAR = 2.2  # in float32, over transformers with SDPA
 BAR_ATTENTION = 215.0  # TFLOP/s
 
 
@@ -68,17 +72,46 @@ class Plan:
         return OBJECTIVES[self.objective] + self.workload.name
 
 
+@dataclass(frozen=True)
+class PretrainPlan:
+    """One case of pre-training. tokens: of a step, at most. weight, compiled: as in Plan."""
+
+    model: str
+    max_length: int
+    tokens: int
+    dtype: str
+    weight: float = 1.0
+    compiled: bool = False
+
+    @property
+    def name(self) -> str:
+        return f"pretrain S{self.max_length}, {self.tokens:,} tokens"
+
+
 def cases(device_type: str, *, long: bool = False) -> list[Case]:
     """The cases for "cuda" or "cpu", the most important first. long: the run has time for torch.compile."""
     plans = cuda_plans() if device_type == "cuda" else cpu_plans()
     made = [_case(dataclasses.replace(plan, compiled=long and not plan.slow), device_type) for plan in plans]
-    return [_attention_case(), *made] if device_type == "cuda" else made
+    pretraining = [
+        _pretrain_case(dataclasses.replace(plan, compiled=long), device_type) for plan in pretrain_plans(device_type)
+    ]
+    if device_type == "cuda":
+        return [_attention_case(), *pretraining, *made]
+    first = [case for case in made if not case.late]
+    return [*first, *pretraining, *made[len(first) :]]
 
 
 def _case(plan: Plan, device_type: str) -> Case:
     return Case(
         SUITE, plan.name, plan.model, plan.dtype, device_type, ("model",), functools.partial(build, plan),
         setting=STEP, weight=plan.weight, scale=BASE_SCALE if plan.slow else None, late=plan.slow,
+    )  # fmt: skip
+
+
+def _pretrain_case(plan: PretrainPlan, device_type: str) -> Case:
+    return Case(
+        SUITE, plan.name, plan.model, plan.dtype, device_type, ("model",), functools.partial(build_pretraining, plan),
+        setting=STEP, weight=plan.weight,
     )  # fmt: skip
 
 
@@ -97,8 +130,8 @@ def cuda_plans() -> list[Plan]:
     """The plans for a GPU, what a short run should know first."""
     fixed, half_padded = workloads.fixed, workloads.half_padded
     return [
-        Plan("BERT-large", fixed(512, 32), BF16, PRETRAINING, 2.0),
         Plan("BERT-base", half_padded(512, 32), BF16),
+        Plan("BERT-large", fixed(512, 32), BF16, PRETRAINING),
         Plan("BERT-base", fixed(512, 32), BF16, WORDS),
         Plan("BERT-large", half_padded(512, 32), BF16),
         Plan("BERT-base", fixed(128, 128), BF16),
@@ -111,23 +144,57 @@ def cuda_plans() -> list[Plan]:
 def cpu_plans() -> list[Plan]:
     """The plans for a CPU, where a step of BERT-base takes seconds: it comes after all suites."""
     fixed, half_padded = workloads.fixed, workloads.half_padded
-    dtypes = [FP32, BF16] if fast_at_bfloat16(torch.device("cpu")) else [FP32]
+    dtypes = cpu_dtypes()
     minilm = [Plan("MiniLM", workload(128, 16), dtype) for dtype in dtypes for workload in (half_padded, fixed)]
     base = [Plan("BERT-base", make(128, 4), dtype, slow=True) for dtype in dtypes for make in (half_padded, fixed)]
     return minilm + base
+
+
+def pretrain_plans(device_type: str) -> list[PretrainPlan]:
+    """The plans of pre-training: on a GPU with a whole batch of `fastbert pretrain`, on a CPU with half of one."""
+    if device_type == "cuda":
+        return [
+            PretrainPlan(model, 512, 16_384, BF16, weight)
+            for model, weight in (("BERT-large", 2.0), ("BERT-base", 1.5))
+        ]
+    return [PretrainPlan("MiniLM", 128, 2_048, dtype) for dtype in cpu_dtypes()]
+
+
+def cpu_dtypes() -> list[str]:
+    return [FP32, BF16] if fast_at_bfloat16(torch.device("cpu")) else [FP32]
+
+
+def build_pretraining(plan: PretrainPlan, device: torch.device) -> Built:
+    """The contest of a step of pre-training."""
+    task = PretrainTask(plan.model, plan.max_length, plan.tokens, getattr(torch, plan.dtype), device)
+    peers = [_if_compiled(peer, plan.compiled) for peer in pretrain_peers(task)]
+    timing = {"warmup": 1} | (SLOW if device.type == "cpu" else {})
+    return dataclasses.replace(
+        train_pretraining.build(task, peers), timing=timing, bars=pretrain_bars(plan, device.type)
+    )
+
+
+def pretrain_bars(plan: PretrainPlan, device_type: str) -> tuple[Bar, ...]:
+    """What a step of `fastbert pretrain` should reach."""
+    if device_type == "cuda":
+        tokens = PRETRAIN_BARS_TOKENS.get(plan.model)
+        over = [Bar(OURS, least, other) for other, least in GPU_BARS]
+        return (*over, *([] if tokens is None else [Bar(OURS, tokens, TOKENS)]))
+    if plan.dtype == FP32:
+        return (Bar(OURS, PRETRAIN_CPU_BAR, SDPA.name),)
+    return (Bar(OURS, CPU_BAR_BF16, FastBert32.name),)
+
+
+def _if_compiled(peer: Trained, has_time: bool, reason: str = f"needs a run of {LONG_MINUTES:g} minutes") -> Peer:
+    return LeftOut(peer.name, reason) if isinstance(peer, Compiled) and not has_time else peer
 
 
 def build(plan: Plan, device: torch.device, peers_of: Callable[[TrainTask], Sequence[Trained]] = train_peers) -> Built:
     """The contest of one plan; peers_of: who takes part."""
     workload = plan.workload
     task = TrainTask(plan.model, workload.lengths, getattr(torch, plan.dtype), device, plan.objective)
-    peers: list[Peer] = []
-    for peer in peers_of(task):
-        if isinstance(peer, Compiled) and not plan.compiled:
-            reason = "takes too long to compile here" if plan.slow else f"needs a run of {LONG_MINUTES:g} minutes"
-            peers.append(LeftOut(peer.name, reason))
-        else:
-            peers.append(peer)
+    reasons = ["takes too long to compile here"] if plan.slow else []
+    peers = [_if_compiled(peer, plan.compiled, *reasons) for peer in peers_of(task)]
     forward = models.flops(task.config, workload.lengths)
     extra = {
         "length": max(workload.lengths),
