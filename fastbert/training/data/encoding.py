@@ -65,10 +65,20 @@ class Encoder:
         self._rust = tokenizer.for_raw_text()
         self._with_words = with_words
         self._known: dict[str, bytes] | None = {} if _treats_parts_alone(self._rust) and not with_words else None
+        self._space = " " if _sees_space_before(self._rust) else ""
         self._unk = tokenizer.unk_token_id
         # Such pieces can come out of a model whose vocabulary has them, however the text is split before.
         self._forbidden = np.zeros(tokenizer.vocab_size, bool)
         self._forbidden[[i for i in special_ids(tokenizer).all if i != self._unk]] = True
+
+    def encode_documents(self, documents: list[list[str]]) -> Encoded:
+        """Returns the ids of the sentences of documents, as they stand in running text.
+
+        Byte-level BPE gives a word after a space other ids than one without. So sentences have one before them, but for
+        the first of a document.
+        """
+        space = self._space
+        return self.encode([space * (i > 0) + text for document in documents for i, text in enumerate(document)])
 
     def encode(self, sentences: list[str]) -> Encoded:
         """Returns the ids of sentences. The special ones that a model makes of text become the unknown token's."""
@@ -137,3 +147,9 @@ def _treats_parts_alone(rust: Any) -> bool:
         and type(rust.pre_tokenizer).__name__ == "BertPreTokenizer"
         and all(token.special for token in rust.get_added_tokens_decoder().values())
     )
+
+
+def _sees_space_before(rust: Any) -> bool:
+    """Whether a word has other ids after a space, as with byte-level BPE that does not add one itself."""
+    alone, spaced, twice = (rust.encode(text, add_special_tokens=False).ids for text in ("a", " a", "a a"))
+    return alone != spaced and twice == alone + spaced

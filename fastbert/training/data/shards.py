@@ -22,6 +22,7 @@ import errno
 import hashlib
 import os
 import weakref
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -143,6 +144,7 @@ class Corpus:
         """Is called by ``open`` and ``from_documents``. ``bases``: the first token of each shard, and their number."""
         self._shards = list(shards)
         self._bases = np.array(bases, np.int64)
+        self._bases_list = self._bases.tolist()
         self._begins = begins
         self._layout = layout_of(vocab_size)
         self.vocab_size = vocab_size
@@ -254,14 +256,21 @@ class Corpus:
 
         The first token of a document always begins one. Raises ValueError for a range outside of the corpus.
         """
-        starts = [np.empty(0, np.int64)]
-        for shard, first, n, place in self._pieces(*self._spans([start], [end - start])):
+        if not 0 <= start <= end <= self.n_tokens:
+            raise ValueError(f"span 0: got tokens {start} to {end}, expected a part of 0 to {self.n_tokens}")
+        parts = []
+        while start < end:
+            i = bisect_right(self._bases_list, start) - 1
+            base = self._bases_list[i]
+            n = min(end, self._bases_list[i + 1], start + READ) - start
+            shard = self._shards[i]
             if shard.sentences is None:
-                marks = shard.ids.read(first, first + n) & self._layout.dtype.type(self._layout.start)
+                marks = shard.ids.read(start - base, start - base + n) >= self._layout.start
             else:
-                marks = bits(shard.sentences, first, first + n)
-            starts.append(np.flatnonzero(marks) + (start + place))
-        return np.concatenate(starts)
+                marks = bits(shard.sentences, start - base, start - base + n)
+            parts.append(marks.nonzero()[0] + start)
+            start += n
+        return parts[0] if len(parts) == 1 else np.concatenate([np.empty(0, np.int64), *parts])
 
     def take(self, starts: Any, lengths: Any) -> np.ndarray:
         """Returns the ids of spans, end to end: (sum of lengths,) int64.
@@ -273,12 +282,14 @@ class Corpus:
         ids = np.empty(int(lengths.sum()), np.int64)
         mask = self._layout.start - 1 if self._layout.start else 2**16 - 1
         for shard, first, n, place in self._pieces(starts, lengths):
-            part = shard.ids.read(first, first + n) & self._layout.dtype.type(mask)
-            if int(part.max()) >= self.vocab_size:
-                raise ValueError(
-                    f"shard {shard.ids.name} holds the id {part.max()}, expected 0 to {self.vocab_size - 1}: {REBUILD}"
-                )
-            ids[place : place + n] = part
+            ids[place : place + n] = shard.ids.read(first, first + n)
+        ids &= mask
+        if len(ids) and int(ids.max()) >= self.vocab_size:
+            for shard, _, n, place in self._pieces(starts, lengths):
+                if (worst := ids[place : place + n].max()) >= self.vocab_size:
+                    raise ValueError(
+                        f"shard {shard.ids.name} holds the id {worst}, expected 0 to {self.vocab_size - 1}: {REBUILD}"
+                    )
         return ids
 
     def word_starts(self, starts: Any, lengths: Any) -> np.ndarray:

@@ -142,8 +142,7 @@ def _write(
     waiting: list[tuple[list[list[str]], Future[Encoded]]] = []
     with ThreadPoolExecutor(1, "fastbert-tokenise") as pool:
         for batch in _batches(documents):
-            sentences = [sentence for document in batch for sentence in document]
-            waiting.append((batch, pool.submit(encoder.encode, sentences)))
+            waiting.append((batch, pool.submit(encoder.encode_documents, batch)))
             if len(waiting) > 1:
                 dropped += _add(*waiting.pop(0), writer)
             bar.update(counts.read_bytes - bar.n)
