@@ -5,38 +5,23 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-
-from fastbert.engine.cpu_encoder import multiplies_bfloat16
-from fastbert.text.tokenizer import Tokenizer
 from fastbert.training import saving
-from fastbert.training.baseline import UnigramBaseline, unigram_baseline
 from fastbert.training.checkpoints import Checkpoints, recover, replace_folder
-from fastbert.training.corpora import Corpora, open_corpora
-from fastbert.training.data.batch import EVALUATION, Batch, Masking, make_batch
 from fastbert.training.data.loader import Loader
-from fastbert.training.data.plan import Cursor, Plan
-from fastbert.training.data.special import SpecialIds
-from fastbert.training.data.tokenizing import special_ids
+from fastbert.training.data.plan import Cursor
 from fastbert.training.distributed import Processes
 from fastbert.training.evaluation import Scores, evaluate
 from fastbert.training.journal import FILE, Journal, read_journal
 from fastbert.training.loop import Loop, State, StepReport
 from fastbert.training.model_card import write_card
-from fastbert.training.objective import PretrainingObjective
-from fastbert.training.optimizer import make_optimizer
+from fastbert.training.parts import Parts
 from fastbert.training.progress import Progress, duration
 from fastbert.training.report import write_curve
-from fastbert.training.schedule import learning_rate_factor
-from fastbert.training.settings import Settings, n_steps_of
-from fastbert.training.starting_model import starting_model
+from fastbert.training.settings import Settings
 from fastbert.training.statement import facts_of, statement
 from fastbert.training.stopping import StopSignals
 
@@ -61,109 +46,16 @@ class Result:
 
 
 class Run:
-    """The parts of one run, and what happens between steps."""
+    """One run: its folder, its journal, and what happens between steps."""
 
     def __init__(self, settings: Settings, processes: Processes) -> None:
         self.settings, self.processes = settings, processes
         self.output = Path(settings.output)
         self._check_output()
-        self.tokenizer = Tokenizer.from_pretrained(settings.tokenizer)
-        self.special: SpecialIds = special_ids(self.tokenizer)
-        self.model: Any = starting_model(settings, self.tokenizer)
-        self.max_length = settings.max_length or min(512, self.model.config.max_length)
-        self.corpora: Corpora = open_corpora(
-            settings, self.tokenizer, show_progress=settings.progress and processes.is_first
-        )
-        processes.check_equal("text", self.corpora.training.fingerprint)
-        self.masking = Masking(probability=settings.mlm_probability, whole_words=settings.whole_words)
-        self.plan = self._plan(self.corpora.training, self.corpora.held_out)
-        self.steps = settings.steps or max(
-            1, round(settings.epochs * self.plan.tokens_per_epoch / self.tokens_per_step)
-        )
-        self.bf16 = takes_bf16(settings.precision, processes.device)
-        self.objective = self._on_device()
-        self.optimizer = make_optimizer(
-            self.model,
-            learning_rate=settings.learning_rate,
-            weight_decay=settings.weight_decay,
-            betas=(settings.beta1, settings.beta2),
-            eps=settings.epsilon,
-        )
+        self.parts = Parts(settings, processes)
+        self.steps = self.parts.steps
         self.checkpoints = Checkpoints(self.output / CHECKPOINTS, settings.keep)
         self.scores: Scores | None = None
-
-    # What the run is made of
-
-    @property
-    def tokens_per_step(self) -> int:
-        """The budget of a step of all processes."""
-        settings = self.settings
-        if settings.sequences_per_step is not None:
-            return settings.sequences_per_step * self.max_length
-        return max(settings.tokens_per_step, self.max_length)
-
-    @property
-    def tokens_per_batch(self) -> int:
-        """The budget of what a device takes at once."""
-        wanted = self.settings.tokens_per_batch or TOKENS_PER_BATCH.get(self.processes.device.type, 4_096)
-        return max(self.max_length, min(wanted, -(-self.tokens_per_step // self.processes.n)))
-
-    def _plan(self, corpus: Any, held_out: int) -> Plan:
-        settings = self.settings
-        return Plan(
-            corpus,
-            seed=settings.seed,
-            tokens_per_step=self.tokens_per_step,
-            tokens_per_batch=self.tokens_per_batch,
-            n_processes=self.processes.n,
-            max_length=self.max_length,
-            nsp=settings.nsp,
-            short_probability=settings.short_probability,
-            held_out=held_out,
-        )
-
-    def _on_device(self) -> torch.nn.Module:
-        self.model.to(self.processes.device)
-        objective = PretrainingObjective(self.model)
-        n_accumulated = self.plan.n_batches // self.processes.n
-        return self.processes.wrap(objective, n_accumulated=n_accumulated, fsdp=self.settings.fsdp, bf16=self.bf16)
-
-    def _autocast(self) -> AbstractContextManager[Any]:
-        return torch.autocast(self.processes.device.type, torch.bfloat16) if self.bf16 else nullcontext()
-
-    def _learning_rate(self, step: int) -> float:
-        settings, steps = self.settings, self.steps
-        return settings.learning_rate * learning_rate_factor(
-            step,
-            steps=steps,
-            warmup=n_steps_of(settings.warmup, steps),
-            decay=n_steps_of(settings.decay, steps),
-            kind=settings.schedule,
-        )
-
-    @cached_property
-    def evaluation_batches(self) -> list[Batch]:
-        """The batches of held-out documents, with masks that do not change."""
-        corpora, settings = self.corpora, self.settings
-        corpus, plan = corpora.training, self.plan
-        if corpora.evaluation is not None:
-            corpus, plan = corpora.evaluation, self._plan(corpora.evaluation, corpora.evaluation.n_documents)
-        first = 0
-        batches = []
-        for examples in plan.evaluation(settings.evaluation_tokens):
-            batches.append(
-                make_batch(
-                    corpus,
-                    examples,
-                    self.special,
-                    seed=settings.seed,
-                    step=EVALUATION,
-                    first_token=first,
-                    masking=self.masking,
-                )  # fmt: skip
-            )
-            first += batches[-1].n_tokens
-        return batches
 
     @property
     def evaluate_every(self) -> int:
@@ -186,16 +78,16 @@ class Run:
 
     def _facts(self) -> dict[str, Any]:
         """What must be the same when the run resumes."""
-        corpora = self.corpora
+        corpora = self.parts.corpora
         evaluation = corpora.evaluation.fingerprint if corpora.evaluation is not None else None
         return {
             "settings": self.settings.as_dict(),
             "corpus": corpora.training.fingerprint,
             "evaluation corpus": evaluation,
-            "model": self.model.config.to_dict(),
+            "model": self.parts.model.config.to_dict(),
             "tokenizer": corpora.training.made_of.get("tokenizer"),
             "steps": self.steps,
-            "precision": "bf16" if self.bf16 else "fp32",
+            "precision": "bf16" if self.parts.bf16 else "fp32",
             "processes": self.processes.n,
         }
 
@@ -214,7 +106,7 @@ class Run:
         newest = self.processes.gather(self.checkpoints.newest() if self.processes.is_first else None)[0]
         if newest is None:
             return State(cursor=Cursor())
-        return saving.load(newest, self.model, self.optimizer)
+        return saving.load(newest, self.parts.model, self.parts.optimizer)
 
     # The run
 
@@ -228,15 +120,15 @@ class Run:
         self._open_journal(state)
         if state.step < self.steps:
             self.loader = Loader(
-                self.corpora.training, self.plan, self.special, self.masking,
+                self.parts.corpora.training, self.parts.plan, self.parts.special, self.parts.masking,
                 rank=processes.rank, n_processes=processes.n, workers=settings.workers, start=state.cursor,
             )  # fmt: skip
             loop = Loop(
-                objective=self.objective,
-                optimizer=self.optimizer,
+                objective=self.parts.objective,
+                optimizer=self.parts.optimizer,
                 steps_of_data=self.loader,
                 processes=processes,
-                learning_rate=self._learning_rate,
+                learning_rate=self.parts.learning_rate,
                 steps=self.steps,
                 seed=settings.seed,
                 clip=settings.clip,
@@ -245,7 +137,7 @@ class Run:
                 is_due=self._is_due,
                 counts_right=lambda step: self._is_logged(step + 1),
                 stop=stop,
-                autocast=self._autocast,
+                autocast=self.parts.autocast,
             )
             try:
                 state = loop.run(state)
@@ -279,17 +171,9 @@ class Run:
             return
         if state.step:
             self.progress.write(f"Goes on after step {state.step:,} of {self.steps:,}.")
-        self.progress.write(statement(self))
+        self.progress.write(statement(self.parts))
         if self.journal is not None and state.step == 0:
-            self.journal.write("start", 0, **facts_of(self))
-
-    @cached_property
-    def baseline(self) -> UnigramBaseline:
-        """What the masked tokens of the evaluation cost a model that knows frequencies alone."""
-        corpus, batches = self.corpora.training, self.evaluation_batches
-        labels = np.concatenate([batch.labels for batch in batches]) if batches else None
-        counts = None if labels is None else np.bincount(labels, minlength=corpus.vocab_size)
-        return unigram_baseline(corpus.counts, counts, self.special.all)
+            self.journal.write("start", 0, **facts_of(self.parts))
 
     # Between steps
 
@@ -325,7 +209,7 @@ class Run:
 
     def _at_rest(self, state: State, stopping: bool) -> None:
         is_last = state.step >= self.steps
-        if self.evaluation_batches and (is_last or state.step % self.evaluate_every == 0):
+        if self.parts.evaluation_batches and (is_last or state.step % self.evaluate_every == 0):
             self._evaluate(state)
         if is_last or stopping or state.step % self.settings.checkpoint_every == 0:
             self._save(state, must=is_last or stopping)
@@ -333,19 +217,21 @@ class Run:
         self.time, self.waited, self.tokens = time.perf_counter(), self.loader.waited, state.tokens
 
     def _evaluate(self, state: State) -> None:
-        self.scores = scores = evaluate(self.objective, self.evaluation_batches, self.processes, self._autocast)
+        self.scores = scores = evaluate(
+            self.parts.objective, self.parts.evaluation_batches, self.processes, self.parts.autocast
+        )
         if self.journal is not None:
             self.journal.write("evaluation", state.step, tokens=state.tokens, **scores.as_dict())
         parts = ", ".join(f"{name} {value:.4f}" for name, value in scores.as_dict().items())
         self.progress.write(f"Step {state.step:,}, held-out documents: {parts}")
         if scores.loss < state.best:
             state.best = scores.loss
-            saved = saving.Saved.of(self.model, self.optimizer, self.tokenizer, self.processes)
+            saved = saving.Saved.of(self.parts.model, self.parts.optimizer, self.parts.tokenizer, self.processes)
             if self.processes.is_first:
                 self._attempt(lambda: replace_folder(self.output / BEST, saved.write_model, step=state.step))
 
     def _save(self, state: State, must: bool) -> None:
-        saved = saving.Saved.of(self.model, self.optimizer, self.tokenizer, self.processes)
+        saved = saving.Saved.of(self.parts.model, self.parts.optimizer, self.parts.tokenizer, self.processes)
         if self.processes.is_first:
             if self.journal is not None:
                 self.journal.sync()
@@ -363,7 +249,7 @@ class Run:
 
     def _finish(self, state: State) -> None:
         """Leaves the model, its card and the curve in the folder of the run."""
-        saved = saving.Saved.of(self.model, self.optimizer, self.tokenizer, self.processes)
+        saved = saving.Saved.of(self.parts.model, self.parts.optimizer, self.parts.tokenizer, self.processes)
         if self.processes.is_first:
             recover(self.output / BEST)
             saved.write_model(self.output)
@@ -372,15 +258,6 @@ class Run:
                 self.journal.write("end", state.step, tokens=state.tokens, seconds=state.seconds, **scores)
                 self.journal.sync()
             write_curve(self.output)
-            write_card(self.output, {**facts_of(self), "seconds": state.seconds, "tokens_seen": state.tokens})
+            write_card(self.output, {**facts_of(self.parts), "seconds": state.seconds, "tokens_seen": state.tokens})
             self.progress.write(f"The model is in {self.output}; curve.html there shows its losses.")
         self.processes.wait()
-
-
-def takes_bf16(precision: str, device: torch.device) -> bool:
-    """Tells whether products are in bfloat16: where that is asked for, or by itself where the device has it."""
-    if precision != "auto":
-        return precision == "bf16"
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device.type == "cpu" and multiplies_bfloat16()

@@ -9,12 +9,13 @@ from typing import Any
 import torch
 
 from fastbert._version import __version__
+from fastbert.training.parts import Parts
 
 
-def statement(run: Any) -> str:
-    """Returns what a reader wants to know of a Run before its first step: sizes, steps, and a baseline of the loss."""
-    facts = facts_of(run)
-    objective = "masked tokens and next sentences" if run.settings.nsp else "masked tokens"
+def statement(parts: Parts) -> str:
+    """Returns what a reader wants to know of a run before its first step: sizes, steps, and a baseline of the loss."""
+    facts = facts_of(parts)
+    objective = "masked tokens and next sentences" if parts.settings.nsp else "masked tokens"
     lines = [
         f"{facts['parameters']:,} parameters: {facts['layers']} layers, hidden size {facts['hidden_size']}, "
         f"{facts['vocabulary']:,} tokens in the vocabulary; {objective}; {facts['precision']} on {facts['device']}.",
@@ -28,44 +29,44 @@ def statement(run: Any) -> str:
     return "\n".join(lines)
 
 
-def facts_of(run: Any) -> dict[str, Any]:
-    """Returns what a Run is, for its journal and its model card: names as they are used there."""
-    corpora, settings, config = run.corpora, run.settings, run.model.config
+def facts_of(parts: Parts) -> dict[str, Any]:
+    """Returns what a run is, for its journal and its model card: names as they are used there."""
+    corpora, settings, config = parts.corpora, parts.settings, parts.model.config
     evaluation = corpora.evaluation
     held_out = corpora.held_out if evaluation is None else evaluation.n_documents
-    device = run.processes.device
-    tokens = run.steps * run.tokens_per_step
+    device = parts.processes.device
+    tokens = parts.steps * parts.tokens_per_step
     return {
-        "parameters": sum(p.numel() for p in run.model.parameters()),
+        "parameters": sum(p.numel() for p in parts.model.parameters()),
         "layers": config.num_hidden_layers,
         "hidden_size": config.hidden_size,
         "model_type": config.model_type,
         "model_config": settings.model_config,
-        "vocabulary": run.tokenizer.vocab_size,
-        "mask_token": run.tokenizer.mask_token,
+        "vocabulary": parts.tokenizer.vocab_size,
+        "mask_token": parts.tokenizer.mask_token,
         "nsp": settings.nsp,
         "mlm_probability": settings.mlm_probability,
         "whole_words": settings.whole_words,
-        "max_length": run.max_length,
+        "max_length": parts.max_length,
         "files": corpora.n_files,
         "documents": corpora.training.n_documents,
         "corpus_tokens": corpora.training.n_tokens,
         "corpus_hash": corpora.training.fingerprint,
         "held_out_documents": held_out,
-        "steps": run.steps,
-        "tokens_per_step": run.tokens_per_step,
-        "batches_per_step": run.plan.n_batches,
-        "epochs": tokens / max(1, run.plan.tokens_per_epoch),
-        "processes": run.processes.n,
-        "precision": "bf16 with fp32 weights" if run.bf16 else "fp32",
+        "steps": parts.steps,
+        "tokens_per_step": parts.tokens_per_step,
+        "batches_per_step": parts.plan.n_batches,
+        "epochs": tokens / max(1, parts.plan.tokens_per_epoch),
+        "processes": parts.processes.n,
+        "precision": "bf16 with fp32 weights" if parts.bf16 else "fp32",
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else processor(),
         "learning_rate": settings.learning_rate,
         "schedule": settings.schedule,
         "warmup": settings.warmup,
         "weight_decay": settings.weight_decay,
         "seed": settings.seed,
-        "unigram_loss": run.baseline.loss,
-        "unigram_accuracy": run.baseline.accuracy,
+        "unigram_loss": parts.baseline.loss,
+        "unigram_accuracy": parts.baseline.accuracy,
         "uniform_loss": math.log(config.vocab_size),
         "versions": {"fastbert": __version__, "torch": torch.__version__, "python": platform.python_version()},
     }

@@ -201,7 +201,7 @@ def test_loss_that_is_not_finite_stops(tmp_path: Path, monkeypatch: pytest.Monke
         seen.append(batch)
         if len(seen) == 12:  # the second batch of step 6; no evaluation is before it
             with torch.no_grad():
-                run[0].model.bert.embeddings.LayerNorm.weight.fill_(math.nan)
+                run[0].parts.model.bert.embeddings.LayerNorm.weight.fill_(math.nan)
         return forward(batch, device)
 
     monkeypatch.setattr(loop, "arguments_of", spoiled)
@@ -226,6 +226,6 @@ def test_each_document_is_seen_once_an_epoch(finished: Path) -> None:
 
     settings = dataclasses.replace(cases.settings(finished), resume=True)
     run = Run(settings, Processes.start("cpu"))
-    plan: Plan = run.plan
+    plan: Plan = run.parts.plan
     seen = [int(d) for b in range(plan.n_blocks) for s in plan.block(0, b) for e in s for d in e.documents]
-    assert len(set(seen)) == run.corpora.training.n_documents - run.corpora.held_out
+    assert len(set(seen)) == run.parts.corpora.training.n_documents - run.parts.corpora.held_out
