@@ -4,7 +4,7 @@
 #     sh examples/pretrain_korean/run.sh OUTPUT [TEXT ...]
 #
 # TEXT: files or folders, as `fastbert pretrain --text` takes them; without any, help pages are fetched.
-# Environment: PYTHON, STEPS, VOCABULARY, SHAPE.
+# Environment: PYTHON, STEPS, VOCABULARY, SHAPE. The same command again goes on where it stopped.
 set -eu
 output=${1:?name a folder for the result}
 shift
@@ -15,12 +15,14 @@ if [ $# -eq 0 ]; then
     set -- "$output/text/korean.jsonl"
 fi
 
-"$python" -m fastbert tokenizer train --files "$@" --vocab-size "${VOCABULARY:-8000}" --output "$output/tokenizer"
+if [ ! -e "$output/tokenizer" ]; then
+    "$python" -m fastbert tokenizer train --files "$@" --vocab-size "${VOCABULARY:-8000}" --output "$output/tokenizer"
+fi
 
 "$python" -m fastbert pretrain --text "$@" --tokenizer "$output/tokenizer" --output "$output/model" \
-    --model-config "${SHAPE:-mini}" --max-length 128 --steps "${STEPS:-3000}" --tokens-per-step 4096 \
-    --learning-rate 1e-3 --warmup 0.06 --evaluation-share 0.05 --resume
+    --model-config "${SHAPE:-mini}" --dropout 0 --max-length 128 --steps "${STEPS:-5000}" --tokens-per-step 2048 \
+    --learning-rate 1e-3 --warmup 0.1 --evaluation-share 0.1 --resume
 
 "$python" -m fastbert fill-mask "나는 [MASK]를 좋아한다" --model "$output/model"
-"$python" -m fastbert fill-mask "[MASK]을 클릭합니다." --model "$output/model"
+"$python" -m fastbert fill-mask "파일을 [MASK]합니다." --model "$output/model"
 "$python" -m fastbert next-sentence "파일을 엽니다." "저장을 클릭합니다." --model "$output/model"

@@ -66,3 +66,21 @@ def test_example_is_short_and_says_what_it_shows(name: str) -> None:
     docstring = ast.get_docstring(ast.parse(source)) or ""
     assert f"python examples/{name}.py" in docstring
     assert len(source.splitlines()) <= 45
+
+
+@pytest.mark.slow
+def test_korean_text_becomes_a_model(tmp_path: Path) -> None:
+    """Catches the example that pre-trains, which is a shell script, with an option that is no longer there."""
+    texts = tmp_path / "text.txt"
+    lines = [f"문장 {i}은 파일을 엽니다.\n그리고 문서 {i}를 저장합니다.\n나는 커피를 좋아한다.\n" for i in range(40)]
+    texts.write_text("\n".join(lines), encoding="utf-8")
+    env = helpers.source_env(
+        PYTHON=sys.executable, STEPS="2", VOCABULARY="300", SHAPE="tiny", CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1",
+        FASTBERT_CACHE=str(tmp_path / "cache"),
+    )  # fmt: skip
+    env.pop("TRITON_INTERPRET", None)
+    command = ["sh", EXAMPLES / "pretrain_korean" / "run.sh", tmp_path / "out", texts]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "p_is_next" in done.stdout
+    assert fastbert.BertForPreTraining.from_pretrained(tmp_path / "out" / "model").config.hidden_size == 128
