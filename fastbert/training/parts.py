@@ -25,6 +25,7 @@ from fastbert.training.settings import Settings, n_steps_of
 from fastbert.training.starting_model import starting_model
 
 TOKENS_PER_BATCH = {"cuda": 16_384, "cpu": 4_096}
+EVALUATION_BATCH = 4_096  # tokens, on every device: masks depend on the batches
 
 
 class Parts:
@@ -69,18 +70,21 @@ class Parts:
         wanted = self.settings.tokens_per_batch or TOKENS_PER_BATCH.get(self.processes.device.type, 4_096)
         return max(self.max_length, min(wanted, -(-self.tokens_per_step // self.processes.n)))
 
-    def _plan(self, corpus: Any, held_out: int) -> Plan:
+    def _plan(self, corpus: Any, held_out: int, **budgets: int) -> Plan:
         settings = self.settings
+        budgets = budgets or {
+            "tokens_per_step": self.tokens_per_step,
+            "tokens_per_batch": self.tokens_per_batch,
+            "n_processes": self.processes.n,
+        }
         return Plan(
             corpus,
             seed=settings.seed,
-            tokens_per_step=self.tokens_per_step,
-            tokens_per_batch=self.tokens_per_batch,
-            n_processes=self.processes.n,
             max_length=self.max_length,
             nsp=settings.nsp,
             short_probability=settings.short_probability,
             held_out=held_out,
+            **budgets,
         )
 
     def _on_device(self) -> torch.nn.Module:
@@ -108,9 +112,11 @@ class Parts:
     def evaluation_batches(self) -> list[Batch]:
         """The batches of held-out documents, with masks that do not change."""
         corpora, settings = self.corpora, self.settings
-        corpus, plan = corpora.training, self.plan
+        corpus, held_out = corpora.training, corpora.held_out
         if corpora.evaluation is not None:
-            corpus, plan = corpora.evaluation, self._plan(corpora.evaluation, corpora.evaluation.n_documents)
+            corpus, held_out = corpora.evaluation, corpora.evaluation.n_documents
+        budget = max(EVALUATION_BATCH, self.max_length)
+        plan = self._plan(corpus, held_out, tokens_per_step=budget, tokens_per_batch=budget)
         first = 0
         batches = []
         for examples in plan.evaluation(settings.evaluation_tokens):

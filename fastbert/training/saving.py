@@ -67,17 +67,23 @@ def load(folder: Path, model: Any, optimizer: torch.optim.Optimizer) -> State:
 
 
 def _whole(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The whole tensors of a sharded model, and its optimiser's state in the form of `optimizer_state`."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
 
-    return get_state_dict(model, optimizer, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    tensors, content = get_state_dict(model, optimizer, options=options)
+    state = content.get("state", {})  # the first process alone has it
+    return tensors, {"names": list(state), "state": state}
 
 
 def _load_whole(model: nn.Module, optimizer: torch.optim.Optimizer, stored: nn.Module, folder: Path) -> None:
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_state_dict
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_state_dict
 
-    state = torch.load(folder / OPTIMIZER, map_location="cpu", weights_only=True)
     options = StateDictOptions(full_state_dict=True)
-    set_state_dict(model, optimizer, model_state_dict=stored.state_dict(), optim_state_dict=state, options=options)
+    content = get_optimizer_state_dict(model, optimizer, options=options)
+    state = torch.load(folder / OPTIMIZER, map_location="cpu", weights_only=True)["state"]
+    content = {"state": state, "param_groups": content["param_groups"]}
+    set_state_dict(model, optimizer, model_state_dict=stored.state_dict(), optim_state_dict=content, options=options)
 
 
 def write_run(output: Path, run: dict[str, Any]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -56,8 +57,21 @@ def test_sharded_run_has_the_same_curve_and_resumes(alone: Path, tmp_path: Path)
     for name in ("model.safetensors", "training.jsonl"):
         (output / name).unlink()
     (output / CHECKPOINTS / "step-00000012" / "complete.json").unlink()
+    shutil.copytree(output, tmp_path / "alone")
     cases.run(cases.settings(output, fsdp=True, resume=True), processes=2)
     assert cases.weights(output) == whole
+    pretrain(cases.settings(tmp_path / "alone", resume=True))
+    assert losses(tmp_path / "alone")[-1] == pytest.approx(losses(alone)[-1], rel=1e-5)
+
+
+def test_sharded_run_goes_on_from_one_that_is_not(alone: Path, tmp_path: Path) -> None:
+    """Catches a state of the optimiser that FSDP2 cannot read."""
+    output = tmp_path / "model"
+    shutil.copytree(alone, output)
+    (output / "training.jsonl").unlink()
+    (output / CHECKPOINTS / "step-00000012" / "complete.json").unlink()
+    cases.run(cases.settings(output, fsdp=True, resume=True), processes=2)
+    assert losses(output)[-1] == pytest.approx(losses(alone)[-1], rel=1e-5)
 
 
 def test_two_hosts_make_one_run(alone: Path, tmp_path: Path) -> None:
