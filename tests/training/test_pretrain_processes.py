@@ -96,7 +96,7 @@ def test_rank_that_dies_is_restarted_and_the_run_goes_on(alone: Path, tmp_path: 
     output = tmp_path / "model"
     settings = cases.settings(output, steps=12, checkpoint_every=2, resume=True)
     command = cases.command(settings, 2)
-    command.insert(command.index("--standalone"), "--max-restarts=1")
+    command.insert(command.index("--standalone"), "--max-restarts=3")
     process = subprocess.Popen(command, env=cases.environment(), stderr=subprocess.PIPE, text=True)
     cases.wait_until(lambda: (output / CHECKPOINTS / "step-00000002" / "complete.json").exists(), process)
     os.kill(children(process.pid)[-1], signal.SIGKILL)
