@@ -65,6 +65,7 @@ def arguments(settings: FinetuneSettings, task: Task, steps: int, batch_size: in
     from transformers import TrainingArguments
 
     device = device_of(settings)
+    _forget_precision()
     by_epoch = settings.evaluate_every is None
     every = None if by_epoch else settings.evaluate_every
     options: dict[str, Any] = {
@@ -105,6 +106,15 @@ def arguments(settings: FinetuneSettings, task: Task, steps: int, batch_size: in
     if made.n_gpu > 1:  # Without torchrun the Trainer would take DataParallel.
         made._n_gpu = 1
     return made
+
+
+def _forget_precision() -> None:
+    """Lets a Trainer know nothing of the precision and the device of one before it in this process."""
+    from accelerate.state import AcceleratorState
+
+    os.environ.pop("ACCELERATE_MIXED_PRECISION", None)
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def _grouped(settings: FinetuneSettings) -> dict[str, Any]:

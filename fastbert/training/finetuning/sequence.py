@@ -300,6 +300,8 @@ def labels_of(record: Record, settings: FinetuneSettings) -> list[str]:
     An empty list or cell is a record without a label; a missing one is an error.
     """
     value = record.values.get("labels", record.values.get("label"))
+    if value is None and "labels" in record.values:  # an empty cell
+        return []
     if isinstance(value, str):
         value = json.loads(value) if value.strip().startswith("[") else value.split(settings.separator)
     if not isinstance(value, (list, tuple, np.ndarray)):
