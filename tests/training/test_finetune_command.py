@@ -40,7 +40,12 @@ def files(tmp_path: Path) -> list[str]:
 
 def test_train_and_use(encoder: str, files: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Catches a command whose result `fastbert classify` cannot read or reads otherwise."""
-    options = ["--model", encoder, "--epochs", "3", "--learning-rate", "5e-3", "--precision", "fp32", "--device", "cpu"]
+    options = [
+        "--model",
+        encoder,
+        *["--epochs", "5", "--batch-size", "16", "--learning-rate", "5e-3", "--precision", "fp32"],
+    ]
+    options += ["--dropout", "0", "--device", "cpu"]
     assert main(["finetune", "classify", *files, *options]) == 0
     assert "accuracy\t" in capsys.readouterr().out
     assert json.loads((tmp_path / "out/metrics.json").read_text())["metrics"]["accuracy"] > 0.85

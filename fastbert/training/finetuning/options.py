@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from typing import Any
 
 from fastbert.training.finetuning.settings import CLASS_WEIGHTS, KINDS, FinetuneSettings
 from fastbert.training.options import argument
