@@ -15,7 +15,7 @@ from fastbert.training.settings import PRECISIONS
 # By group and field: the name of the value in --help, "" for what is chosen or switched, and what is said of it.
 HELP: dict[str, dict[str, tuple[str, str]]] = {
     "data": {
-        "train": ("FILE", "training data: CSV, TSV, JSON lines or Parquet; SQuAD's JSON or CoNLL where the task has it"),
+        "train": ("FILE", "training data: CSV, TSV, JSON lines, Parquet; SQuAD's JSON, CoNLL where the task has it"),
         "eval": ("FILE", "data for evaluation (default: a share of --train)"),
         "eval_share": ("SHARE", "of the training records, held out where there is no --eval; 0 for none"),
         "output": ("FOLDER", "of the result; checkpoints, metrics and report lie there, too"),

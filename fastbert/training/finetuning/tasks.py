@@ -96,11 +96,7 @@ class Task:
         return None
 
     def tables(self, predictions: Any, records: Sequence[Record]) -> dict[str, Any]:
-        """Returns what the report plots beside the metrics, {} for nothing.
-
-        labels (B,) ints, probabilities (B, C) floats and names (C,) strings make a confusion matrix and a calibration
-        plot.
-        """
+        """Returns `tables` of `report.write_report`, {} for none: labels with probabilities and names, or with values."""
         return {}
 
 
