@@ -170,7 +170,7 @@ GIVEN = {"text": "a film", "label": "good"}
         ("classify", {"text": " ", "label": "good"}, "record 1: text: the text is empty"),
         ("classify", {**GIVEN, "text_pair": "a day"}, "record 2: .*'text_pair'"),
         ("regress", GIVEN, "record 1: label is '.*', expected a finite number"),
-        ("regress", {"text": "a film", "label": float("nan")}, "record 1: label is nan, expected a finite number"),
+        ("regress", {"text": "a film", "label": float("inf")}, "record 1: label is inf, expected a finite number"),
         ("multilabel", {"text": "a film", "labels": {"good": 1}}, "record 1: labels is a dict"),
         ("choice", GIVEN, "record 1: choices: expected a list of two or more, got None"),
     ],
