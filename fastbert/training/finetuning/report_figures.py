@@ -75,7 +75,7 @@ def _draw_reliability(bins: list[Mapping[str, Any]], error: float) -> Figure:
     )  # fmt: skip
     upper.set_ylim(0, 1)
     upper.set_ylabel("right")
-    upper.legend(frameon=False, fontsize=7, loc="upper left")
+    upper.legend(frameon=False, fontsize=7, loc="lower left", bbox_to_anchor=(0, 1), ncols=3)
     lower.bar(centres, [each["count"] for each in bins], widths, color=GREY)
     lower.set_ylabel("examples")
     lower.set_xlabel("probability of the predicted class")
