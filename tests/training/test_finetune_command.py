@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ import pytest
 
 from fastbert.cli import finetune as command
 from fastbert.cli.main import main
-from fastbert.training.finetuning.options import HELP, ONLY
+from fastbert.training.finetuning.options import HELP, ONLY, add_arguments, settings_of
 from fastbert.training.finetuning.settings import FinetuneSettings
 from fastbert.training.finetuning.tasks import TASKS
 from finetune_cases import moods, save_encoder
@@ -74,10 +76,17 @@ def test_an_error_names_the_line(
     assert "eval.csv, line 26: label 'odd' is not among those of the training data" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("task", list(TASKS))
+def test_what_must_be_given(task: str) -> None:
+    """Catches an option that a run can do without and that must be given, or whose default is not the settings'."""
+    parser = argparse.ArgumentParser()
+    add_arguments(parser, task)
+    settings = settings_of(parser.parse_args(["--model", "m", "--train", "t.csv", "--output", "o"]))
+    assert settings == FinetuneSettings(**{**NEEDED, "task": task})
+
+
 def test_every_field_has_an_option() -> None:
     """Catches a field of the settings that the command line lacks, and a task without a line in its help."""
-    import dataclasses
-
     names = [name for options in HELP.values() for name in options]
     fields = {field.name for field in dataclasses.fields(FinetuneSettings)} - {"task"}
     assert sorted(names) == sorted(fields) and ONLY.keys() <= fields

@@ -87,7 +87,7 @@ def add_arguments(parser: argparse.ArgumentParser, task: str) -> None:
                 continue
             made = argument(fields[name], metavar, text, CHOICES)
             if name in ("columns", "label_order"):
-                made |= {"nargs": "+", "default": ()}
+                made |= {"nargs": "+", "default": (), "required": False}
             group.add_argument(f"--{name.replace('_', '-')}", **made)
     parser.set_defaults(task=task)
 

@@ -96,7 +96,7 @@ class Task:
         return None
 
     def tables(self, predictions: Any, records: Sequence[Record]) -> dict[str, Any]:
-        """Returns `tables` of `report.write_report`, {} for none: labels with probabilities and names, or with values."""
+        """Returns `tables` of `report.write_report`, {} for none: labels, and probabilities with names or values."""
         return {}
 
 
