@@ -46,7 +46,8 @@ def test_train_and_use(encoder: str, files: list[str], tmp_path: Path, capsys: p
     options += ["--precision", "fp32", "--dropout", "0", "--device", "cpu"]
     assert main(["finetune", "classify", *files, *options]) == 0
     assert "accuracy\t" in capsys.readouterr().out
-    assert json.loads((tmp_path / "out/metrics.json").read_text())["metrics"]["accuracy"] > 0.85
+    facts = json.loads((tmp_path / "out/metrics.json").read_text())
+    assert facts["metrics"]["accuracy"] > 0.85 and set(facts["calls"]) == {"fastbert"}
     texts = ["great lovely film", "the awful sad room"]
     assert main(["classify", *texts, "--top-k", "1", "--model", str(tmp_path / "out"), "--device", "cpu"]) == 0
     assert [line.split("\t")[0] for line in capsys.readouterr().out.splitlines()] == ["good", "bad"]
