@@ -19,6 +19,7 @@ from fastbert.cli import (
     demo,
     embed,
     fill_mask,
+    finetune,
     info,
     next_sentence,
     pretrain,
@@ -34,8 +35,8 @@ from fastbert.cli.options import MINILM
 # A file each, in the order of --help. `add` adds the arguments and names what runs; PyTorch is imported only there, so
 # that nobody waits for it with --help and --version.
 COMMANDS = (
-    embed, similarity, search, rerank, fill_mask, next_sentence, classify, pretrain, tokenizer, info, verify, bench,
-    tune, demo,
+    embed, similarity, search, rerank, fill_mask, next_sentence, classify, finetune, pretrain, tokenizer, info, verify,
+    bench, tune, demo,
 )  # fmt: skip
 
 

@@ -25,7 +25,8 @@ WORDS = ["red", "green", "blue", "one", "two", "three", "fast", "slow", "rain", 
 TEXTS = [
     f"A {WORDS[i % 10]} text of {WORDS[i * 3 % 10]} words, number {i}." + " And more." * (i % 5) for i in range(40)
 ]
-FILES = {"texts.txt": TEXTS, "queries.txt": TEXTS[:3], "reviews.txt": TEXTS[:5]}
+ROWS = ["text,label", *(f'"{text}",{text.split()[1]}' for text in TEXTS[:20])]
+FILES = {"texts.txt": TEXTS, "queries.txt": TEXTS[:3], "reviews.txt": TEXTS[:5], "train.csv": ROWS}
 SETTINGS: dict[str, Any] = {"num_hidden_layers": 2, "intermediate_size": 512}
 
 

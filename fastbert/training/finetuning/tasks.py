@@ -6,6 +6,7 @@ The glue in `finetune.py` calls, in this order, on one object that a run makes b
     task.model(settings)                         a transformers AutoModelFor..., not accelerated yet
     task.features(records, tokenizer, settings)  of the training records, and of those for evaluation
     task.collator(tokenizer)                     data_collator of the Trainer
+    task.loss(settings)                          compute_loss_func of the Trainer, or None
     task.keep(logits, labels)                    after each batch of an evaluation, on the device
     task.predictions(logits, features, records)  of all batches, on the host
     task.score(predictions, records)             the metrics, `headline` among them
@@ -17,7 +18,7 @@ Records are what `records.read_records` gives; an error about one is a `RecordEr
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from fastbert.training.finetuning.settings import FinetuneSettings
@@ -42,6 +43,7 @@ class Task:
     greater_is_better: bool = True
     head: str  # the AutoModelFor... of transformers, by name
     windows: bool = False  # whether `features` gives several for a long record, instead of truncating it
+    label_names: tuple[str, ...] = ("labels",)  # what of a batch is a label: label_names of the Trainer
 
     def prepare(self, records: Sequence[Record], settings: FinetuneSettings) -> dict[str, Any]:
         """Finds the labels in the training records; returns what is to be shown of them, as JSON has it.
@@ -60,6 +62,7 @@ class Task:
     def features(self, records: Sequence[Record], tokenizer: Any, settings: FinetuneSettings) -> list[dict[str, Any]]:
         """Returns what the collator takes, at least one dict a record, in the order of records.
 
+        settings.max_length is an int here: what is asked for, or what the model reads.
         input_ids, attention_mask and labels are lists of ints, or label a number. What forward does not take is kept
         from batches by the Trainer and may serve `predictions`. Raises RecordError for a label that the training
         records do not have.
@@ -71,6 +74,10 @@ class Task:
         from transformers import DataCollatorWithPadding
 
         return DataCollatorWithPadding(tokenizer)
+
+    def loss(self, settings: FinetuneSettings) -> Callable[..., Any] | None:
+        """Returns compute_loss_func of the Trainer where the settings ask for another loss than the model's own."""
+        return None
 
     def keep(self, logits: Any, labels: Any) -> Any:
         """Returns what is kept of a batch's logits in an evaluation: preprocess_logits_for_metrics of the Trainer."""
@@ -84,12 +91,12 @@ class Task:
         """Returns the metrics by name, as JSON has them; the Trainer logs those that are numbers."""
         raise NotImplementedError
 
-    def tables(self, predictions: Any, records: Sequence[Record]) -> dict[str, Any]:
-        """Returns what the report plots beside the metrics, {} for nothing.
+    def interval(self, predictions: Any, records: Sequence[Record]) -> tuple[float, float] | None:
+        """Returns the 95 % confidence interval of the headline metric, by `metrics.interval`, or None."""
+        return None
 
-        labels (B,) ints, probabilities (B, C) floats and names (C,) strings make a confusion matrix and a calibration
-        plot.
-        """
+    def tables(self, predictions: Any, records: Sequence[Record]) -> dict[str, Any]:
+        """Returns `tables` of `report.write_report`, {} for none: labels, and probabilities with names or values."""
         return {}
 
 
