@@ -21,6 +21,7 @@ from fastbert.cli import (
     embed,
     entities,
     fill_mask,
+    finetune,
     info,
     next_sentence,
     pretrain,
@@ -36,8 +37,8 @@ from fastbert.cli.options import MINILM
 # A file each, in the order of --help. `add` adds the arguments and names what runs; PyTorch is imported only there, so
 # that nobody waits for it with --help and --version.
 COMMANDS = (
-    embed, similarity, search, rerank, fill_mask, next_sentence, classify, entities, answer, pretrain, tokenizer, info,
-    verify, bench, tune, demo,
+    embed, similarity, search, rerank, fill_mask, next_sentence, classify, entities, answer, finetune, pretrain,
+    tokenizer, info, verify, bench, tune, demo,
 )  # fmt: skip
 
 

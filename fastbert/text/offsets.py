@@ -87,7 +87,8 @@ def pack(
     rows: list[Any] = [_Ids(ids) for side in sides for ids in side]
     input_ids, token_type_ids = assemble(template, rows, kept, sum(lengths), False)
     cu_seqlens = np.array([0, *accumulate(lengths)], np.int32)
-    return PackedEncoding(*map(torch.from_numpy, (input_ids, token_type_ids, cu_seqlens)), 0, 0)
+    arrays = torch.from_numpy(input_ids), torch.from_numpy(token_type_ids), torch.from_numpy(cu_seqlens)
+    return PackedEncoding(*arrays, n_truncated=0, n_truncated_tokens=0)
 
 
 def n_special_tokens(template: tuple[Piece, ...], before: int | None = None) -> int:

@@ -1,4 +1,4 @@
-"""This package trains a BERT from raw text, and finds the source of NaN in the loss of any loop.
+"""This package trains a BERT from raw text and heads on one, and finds the source of NaN in the loss of any loop.
 
 Modules are imported when a name is first used, so that the options of `fastbert pretrain` do not wait for PyTorch.
 """
@@ -10,11 +10,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fastbert.training.callback import finite_callback
+    from fastbert.training.finetuning.finetune import finetune
     from fastbert.training.finite import FiniteGuard
 
-_PUBLIC = {"FiniteGuard": "fastbert.training.finite", "finite_callback": "fastbert.training.callback"}
+_PUBLIC = {
+    "FiniteGuard": "fastbert.training.finite",
+    "finetune": "fastbert.training.finetuning.finetune",
+    "finite_callback": "fastbert.training.callback",
+}
 
-__all__ = ["FiniteGuard", "finite_callback"]
+__all__ = ["FiniteGuard", "finetune", "finite_callback"]
 
 
 def __getattr__(name: str) -> Any:

@@ -118,7 +118,7 @@ def replace_folder(path: str | os.PathLike[str], write: Write, **facts: Any) -> 
     try:
         new.mkdir()
         write(new)
-        _seal(new, facts)
+        seal(new, facts)
         if path.is_dir():
             os.rename(path, old)
         os.rename(new, path)
@@ -184,11 +184,11 @@ def _beside(path: Path, kind: str) -> Path:
     return path.with_name(f".{path.name}.{kind}")
 
 
-def _seal(folder: Path, facts: dict[str, Any]) -> None:
-    """Brings all files to the disk, and then the marker with their sizes and checksums."""
+def seal(folder: Path, facts: dict[str, Any]) -> None:
+    """Brings all files of a folder to the disk, and then complete.json with their sizes and checksums and the facts."""
     files: dict[str, dict[str, int]] = {}
     for path in sorted(folder.rglob("*")):
-        if path.is_file():
+        if path.is_file() and path != folder / MARKER:
             _sync(path)
             name = path.relative_to(folder).as_posix()
             files[name] = {"size": path.stat().st_size, "crc32": _checksum(path)}

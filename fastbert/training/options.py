@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fastbert.training.settings import ERRORS, LAYOUTS, PRECISIONS, SCHEDULES, Settings
@@ -91,7 +91,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for title, options in HELP.items():
         group = parser.add_argument_group(title)
         for name, (metavar, text) in options.items():
-            group.add_argument(f"--{name.replace('_', '-')}", **_argument(fields[name], metavar, text))
+            group.add_argument(f"--{name.replace('_', '-')}", **argument(fields[name], metavar, text, CHOICES))
     parser.set_defaults(**{name: field.default for name, field in fields.items() if str(field.type) == "bool"})
 
 
@@ -118,26 +118,31 @@ def parse(argv: Sequence[str] | None = None, prog: str = "python -m fastbert.tra
         parser.error(str(error))
 
 
-def _argument(field: dataclasses.Field[Any], metavar: str, text: str) -> dict[str, Any]:
-    """What argparse is told of a field. Annotations are strings here."""
+def argument(
+    field: dataclasses.Field[Any], metavar: str, text: str, choices: Mapping[str, Sequence[str]]
+) -> dict[str, Any]:
+    """Returns what argparse is told of a field of settings, whose annotations are strings.
+
+    text: the help, to which the default is added. choices: the values of fields that have a few, by name.
+    """
     annotation = str(field.type)
     if field.default is dataclasses.MISSING:
-        argument: dict[str, Any] = {"required": True}
+        made: dict[str, Any] = {"required": True}
     else:
-        argument = {"default": field.default}
+        made = {"default": field.default}
         if field.default not in (None, ()) and field.default is not False:
             text += f" (default: {_written(field.default)})"
-    argument["help"] = text.replace("%", "%%")
+    made["help"] = text.replace("%", "%%")
     if annotation == "bool":
         # Python 3.10 adds a default of its own to the help of a BooleanOptionalAction that has one.
         on_and_off = {"action": argparse.BooleanOptionalAction} if field.default else {"action": "store_true"}
-        return {"help": argument["help"], **on_and_off}
+        return {"help": made["help"], **on_and_off}
     if annotation.startswith("tuple"):
-        argument["nargs"] = "+"
-    if field.name in CHOICES:
-        return {**argument, "choices": CHOICES[field.name]}
+        made["nargs"] = "+"
+    if field.name in choices:
+        return {**made, "choices": choices[field.name]}
     number = int if annotation.startswith("int") else float if annotation.startswith("float") else str
-    return {**argument, "metavar": metavar, "type": number}
+    return {**made, "metavar": metavar, "type": number}
 
 
 def _written(value: Any) -> str:

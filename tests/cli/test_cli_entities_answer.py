@@ -24,7 +24,9 @@ def heads(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config, tokenizer = tiny_bert(TEXTS * 2, 90, num_hidden_layers=1)
     BertForQuestionAnswering(config).save_pretrained(path / "reader")
     config.id2label = {0: "O", 1: "B-X", 2: "I-X"}
-    BertForTokenClassification(config).save_pretrained(path / "tagger")
+    tagger = BertForTokenClassification(config)
+    torch.nn.init.constant_(tagger.classifier.bias[1:], 1.0)
+    tagger.save_pretrained(path / "tagger")
     for name in ("reader", "tagger"):
         tokenizer.save_pretrained(path / name)
     return path

@@ -75,7 +75,8 @@ class Stream:
         self._errors = errors
         self._counts = counts
 
-    def _bytes(self) -> Iterator[bytes]:
+    def parts(self) -> Iterator[bytes]:
+        """Yields the decompressed bytes in parts. Raises ValueError, with file and offset, for a damaged file."""
         compression = suffixes(self.path)[1]
         openers: dict[str, Callable[[BinaryIO], Any]] = {"": lambda raw: raw, ".gz": gzip.open, ".bz2": bz2.open}
         openers[".xz"] = lzma.open
@@ -101,7 +102,7 @@ class Stream:
         """
         decoder = codecs.getincrementaldecoder("utf-8")("strict" if self._errors == "strict" else "fastbert-replace")
         n_bytes, is_first = 0, True
-        for part in chain(self._bytes(), [b""]):
+        for part in chain(self.parts(), [b""]):
             n_kept = len(decoder.getstate()[0])
             _replaced.n_bytes = 0
             try:

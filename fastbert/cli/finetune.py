@@ -1,0 +1,102 @@
+"""`fastbert finetune TASK` trains a head, or vectors, on a pre-trained encoder."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from typing import Any
+
+from fastbert.cli.options import add_command, add_message_options
+from fastbert.training.finetuning import options
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A task of `fastbert.training.finetuning.tasks.TASKS`, as --help shows it."""
+
+    summary: str
+    columns: str  # what a record has
+    example: str  # what stands between the task and --model
+
+
+# By the names of fastbert.training.finetuning.tasks.TASKS, in the order of --help.
+TASKS = {
+    "classify": Entry(
+        "one of several classes for a text or a pair",
+        "text, text_pair (optional) and label, the name of a class",
+        "--train train.csv --eval test.csv --columns text=review label=stars",
+    ),
+    "multilabel": Entry(
+        "any number of labels for a text",
+        'text, text_pair (optional) and labels: a list, or a cell such as "cheap,loud"',
+        "--train train.jsonl --threshold 0.4",
+    ),
+    "regress": Entry(
+        "a number for a text or a pair",
+        "text, text_pair (optional) and label, a number",
+        "--train train.tsv --eval test.tsv --columns label=score",
+    ),
+    "choice": Entry(
+        "the right one of several continuations or answers",
+        "text or question, context (optional), choices (a list) and label (a choice, or its number from 0)",
+        "--train train.jsonl --eval test.jsonl",
+    ),
+}
+
+
+def add(commands: Any) -> None:
+    """Adds the subcommand, with a subcommand of its own for each task."""
+    parser = add_command(
+        commands,
+        "finetune",
+        "a head on a pre-trained encoder, trained on your data",
+        """fastbert finetune TASK --help explains a task.
+
+example:
+  fastbert finetune classify --train train.csv --eval test.csv --model google-bert/bert-base-uncased \\
+      --output ./my-classifier
+  fastbert classify "What a film!" --model ./my-classifier""",
+    )
+    tasks = parser.add_subparsers(dest="task", metavar="TASK", required=True)
+    for name, entry in TASKS.items():
+        _add_task(tasks, name, entry)
+
+
+def _add_task(tasks: Any, name: str, entry: Entry) -> None:
+    parser = add_command(
+        tasks,
+        name,
+        entry.summary,
+        f"""A record has {entry.columns}.
+The result is a folder that transformers and fastbert read, with metrics.json, a report and a model card. The best
+model lies in it, and the last one in last/. A run that is killed goes on with --resume.
+
+example:
+  fastbert finetune {name} {entry.example} \\
+      --model google-bert/bert-base-uncased --output ./my-model
+on N GPUs of a machine:
+  torchrun --nproc-per-node N -m fastbert finetune {name} ...""",
+    )
+    options.add_arguments(parser, name)
+    add_message_options(parser)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Trains, and prints the headline metric; with --dry-run it prints what it would do.
+
+    Raises ValueError or OSError for settings, data and folders that do not fit.
+    """
+    settings = options.settings_of(args)
+    from fastbert.training.finetuning.finetune import finetune
+
+    result = finetune(settings)
+    if result.plan is not None:
+        from fastbert.training.finetuning.planning import lines
+
+        print("\n".join(lines(result.plan)))
+        return
+    for name, value in result.metrics.items():
+        if isinstance(value, float):
+            print(f"{name}\t{value:.4f}")
+    print(f"model\t{result.output}")

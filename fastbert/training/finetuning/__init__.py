@@ -1,0 +1,1 @@
+"""This package trains heads on pre-trained encoders: readers, metrics and glue around transformers' Trainer."""

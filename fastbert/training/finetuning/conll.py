@@ -1,0 +1,73 @@
+"""Sentences of labelled tokens are read here in CoNLL's form: a token a line, and an empty line after a sentence."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+from fastbert.training.finetuning.columns import Record, RecordError
+
+DOCUMENT = "-DOCSTART-"
+_BLANKS = re.compile("[ \t]+")  # and no other white space: a token may hold a no-break space
+
+
+def read_conll(text: str, name: str, columns: Mapping[str, str]) -> list[Record]:
+    """Returns a record a sentence: "tokens" and "labels", lists of one length; its place is that of its first line.
+
+    A line with a tab has its columns between tabs, another between blanks. The token is in the first column and the
+    label in the last, or in those that ``columns`` numbers, as "tokens" and "labels". Lines that begin with -DOCSTART-
+    are left out, and so are comments before a sentence, which begin with # and have another number of columns.
+
+    Raises RecordError, with the line, for another number of columns than in the first line, and for less than two.
+    """
+    tokens_at, labels_at = _place("tokens", columns, 1, name), _place("labels", columns, -1, name)
+    if other := sorted(set(columns) - {"tokens", "labels", "label"}):
+        raise RecordError(f"{name}: columns maps {', '.join(other)}; in CoNLL there are tokens and labels")
+    lines = [_split(line.removesuffix("\r")) for line in text.split("\n")]
+    counts = [len(cells) for cells in lines if cells and not cells[0].startswith(("#", DOCUMENT))]
+    n_columns = counts[0] if counts else 0
+    records: list[Record] = []
+    tokens: list[str] = []
+    labels: list[str] = []
+    start = 0
+    for number, cells in enumerate([*lines, []], start=1):
+        if not cells or cells[0].startswith(DOCUMENT):
+            if tokens:
+                records.append(Record({"tokens": tokens, "labels": labels}, f"{name}, line {start}"))
+            tokens, labels = [], []
+            continue
+        place = f"{name}, line {number}"
+        if len(cells) != n_columns:
+            if not tokens and cells[0].startswith("#"):
+                continue
+            raise RecordError(f"{place}: got {len(cells)} columns, expected {n_columns}, as in the first line")
+        if n_columns < 2:
+            raise RecordError(f"{place}: got one column, expected a token and its label")
+        for ours, at in (("tokens", tokens_at), ("labels", labels_at)):
+            if not -n_columns <= at < n_columns:
+                raise RecordError(f"{place}: there are {n_columns} columns; columns maps {ours!r} to another one")
+        if not tokens:
+            start = number
+        if not cells[tokens_at] or not cells[labels_at]:
+            raise RecordError(f"{place}: the token or its label is empty")
+        tokens.append(cells[tokens_at])
+        labels.append(cells[labels_at])
+    return records
+
+
+def _split(line: str) -> list[str]:
+    if not line.strip(" \t"):
+        return []
+    return line.split("\t") if "\t" in line.strip(" \t") else _BLANKS.split(line.strip(" \t"))
+
+
+def _place(ours: str, columns: Mapping[str, str], default: int, name: str) -> int:
+    """The index of a column, from its number, which counts from 1 and from -1 at the end."""
+    written = columns.get(ours, columns.get("label", default) if ours == "labels" else default)
+    try:
+        number = int(written)
+    except ValueError:
+        number = 0
+    if number == 0:
+        raise RecordError(f"{name}: columns maps {ours!r} to {written!r}; in CoNLL a column is its number, from 1")
+    return number - 1 if number > 0 else number

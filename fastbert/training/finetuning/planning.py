@@ -1,0 +1,105 @@
+"""A plan says what a run would do, before it does it: labels, lengths, truncation, steps, and the time from a few."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+from fastbert.training.finetuning.prepared import Prepared
+from fastbert.training.finetuning.settings import FinetuneSettings
+
+WARMUP, TIMED = 1, 4  # steps
+_ALL = 1 << 20  # tokens: no input is truncated
+SHARES = 0, 25, 50, 75, 90, 95, 99, 100
+
+
+def plan(settings: FinetuneSettings) -> dict[str, Any]:
+    """Prepares a run, times a few of its steps, and returns what is known of it by name, as JSON has it.
+
+    Lengths are in tokens, before truncation; times are in seconds. Nothing is written. Raises what a run would raise.
+    """
+    from fastbert.training.finetuning.running import batch_size_of, device_of, n_steps, n_tokens
+
+    prepared = Prepared.of(settings)
+    limit = prepared.settings.max_length or _ALL
+    whole = dataclasses.replace(prepared, settings=dataclasses.replace(prepared.settings, max_length=_ALL))
+    full = [length for each in whole.features(prepared.train) for length in _lengths(each)]
+    features = prepared.features(prepared.train)
+    prepared.features(prepared.evaluation)  # for its errors
+    tokens = [n_tokens(each) for each in features]
+    batch_size = batch_size_of(prepared.settings, features)
+    steps = n_steps(prepared.settings, len(features), batch_size)
+    seconds = _seconds_of_step(prepared, features, batch_size, device_of(prepared.settings))
+    truncated = sum(length > limit for length in full)
+    return {
+        "task": settings.task,
+        "model": settings.model,
+        "records of training": len(prepared.train),
+        "records of evaluation": len(prepared.evaluation),
+        **prepared.facts,
+        "tokens of an input, by percentile": dict(zip(map(str, SHARES), map(int, np.percentile(full, SHARES)), strict=True)),
+        "longest input that is read": limit,
+        "split into windows" if prepared.task.windows else "truncated": truncated,
+        "features of training": len(features),
+        "features of a step": batch_size * settings.accumulate,
+        "tokens of a step": round(statistics.mean(tokens) * batch_size * settings.accumulate),
+        "steps": steps,
+        "seconds of a step": seconds,
+        "seconds of training": steps * seconds,
+    }  # fmt: skip
+
+
+def lines(plan: Mapping[str, Any]) -> list[str]:
+    """Returns a plan for people, a line for each fact."""
+    written = []
+    for name, value in plan.items():
+        if isinstance(value, Mapping):
+            value = ", ".join(f"{key}: {each}" for key, each in value.items())
+        elif isinstance(value, (list, tuple)):
+            value = ", ".join(map(str, value))
+        elif isinstance(value, float):
+            value = f"{value:.3g}"
+        written.append(f"{name}: {value}")
+    return written
+
+
+def _lengths(feature: Mapping[str, Any]) -> list[int]:
+    """The lengths of the inputs of a feature: one, or one for each of several choices."""
+    ids = feature["input_ids"]
+    return [len(each) for each in ids] if len(ids) and hasattr(ids[0], "__len__") else [len(ids)]
+
+
+def _seconds_of_step(
+    prepared: Prepared, features: list[dict[str, Any]], batch_size: int, device: torch.device
+) -> float:
+    """The median time of an update, of a few with features from all of the data; the model is not used afterwards."""
+    from fastbert.training.finetuning.loading import accelerated, restricted
+    from fastbert.training.run import takes_bf16
+
+    settings, collate = prepared.settings, prepared.task.collator(prepared.tokenizer)
+    model = accelerated(restricted(prepared.model.to(device).train(), settings), settings)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-9)
+    names = prepared.inputs()
+    drawn = torch.randperm(len(features), generator=torch.Generator().manual_seed(settings.seed)).tolist()
+    times = []
+    for step in range(WARMUP + TIMED):
+        start = time.perf_counter()
+        for i in range(settings.accumulate):
+            first = (step * settings.accumulate + i) * batch_size
+            rows = [features[drawn[(first + j) % len(drawn)]] for j in range(batch_size)]
+            batch = collate([{name: value for name, value in row.items() if name in names} for row in rows])
+            with torch.autocast(device.type, torch.bfloat16, enabled=takes_bf16(settings.precision, device)):
+                loss = model(**{name: value.to(device) for name, value in batch.items()}).loss
+            loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[WARMUP:])

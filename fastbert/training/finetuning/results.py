@@ -1,0 +1,117 @@
+"""The result of a run beside its model: metrics.json, the report, and a model card of facts."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from fastbert.checkpoint.files import write_text
+from fastbert.training.finetuning.prepared import Prepared
+from fastbert.training.model_card import CARD
+
+METRICS = "metrics.json"
+PIPELINES = {
+    "classify": "text-classification", "multilabel": "text-classification", "regress": "text-classification",
+    "choice": "multiple-choice", "tokens": "token-classification", "qa": "question-answering",
+}  # fmt: skip
+
+
+def write_results(
+    prepared: Prepared,
+    output: Path,
+    *,
+    metrics: Mapping[str, Any],
+    predictions: Any,
+    history: Sequence[Mapping[str, Any]],
+    steps: int,
+    best_step: int | None,
+    seconds: float,
+    calls: Mapping[str, int],
+) -> None:
+    """Writes metrics.json, report.html and README.md into the folder of the result.
+
+    metrics, predictions: of the best model on the records for evaluation. history: the Trainer's log. calls: of the
+    encoder, by fastbert and by the model's own code with the reason. seconds: of the whole run.
+    """
+    import torch
+    import transformers
+
+    from fastbert._version import __version__
+
+    task, settings = prepared.task, prepared.settings
+    interval = None if predictions is None else task.interval(predictions, prepared.evaluation)
+    facts = {
+        "task": task.name,
+        "model": settings.model,
+        "headline": task.headline,
+        "metrics": dict(metrics),
+        "interval": None if interval is None else list(interval),
+        "labels": prepared.facts,
+        "records": {"training": len(prepared.train), "evaluation": len(prepared.evaluation)},
+        "steps": steps,
+        "best_step": best_step,
+        "seconds": round(seconds, 1),
+        "calls": dict(calls),
+        "settings": settings.as_dict(),
+        "device": _device(settings.device),
+        "versions": {"fastbert": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
+    }
+    write_text(output / METRICS, json.dumps(_jsonable(facts), indent=1, ensure_ascii=False) + "\n")
+    write_card(output, facts)
+
+
+def write_card(folder: str | os.PathLike[str], facts: Mapping[str, Any]) -> Path:
+    """Writes README.md, the card of the model, from what metrics.json holds; returns its path."""
+    path, task = Path(folder) / CARD, str(facts["task"])
+    settings, labels = facts["settings"], facts["labels"].get("labels")
+    lines = ["---", "library_name: transformers"]
+    if task in PIPELINES:
+        lines.append(f"pipeline_tag: {PIPELINES[task]}")
+    lines += ["tags:", "- fastbert", "---", "", f"# {path.resolve().parent.name}", ""]
+    lines += [f"`{facts['model']}`, fine-tuned by `fastbert finetune {task}`.", "", "## Results", ""]
+    numbers = {name: value for name, value in facts["metrics"].items() if isinstance(value, float)}
+    if numbers:
+        lines += [f"The best model (step {facts['best_step']}) on {facts['records']['evaluation']:,} records that were "
+                  "not trained on:", "", "| | |", "|---|---|"]  # fmt: skip
+        for name, value in numbers.items():
+            interval = facts["interval"] if name == facts["headline"] else None
+            shown = "" if interval is None else f" (95 %: {interval[0]:.4f} to {interval[1]:.4f})"
+            lines.append(f"| {name.replace('_', ' ')} | {value:.4f}{shown} |")
+    else:
+        lines.append("There was no evaluation.")
+    lines += ["", "## Training", "", "| | |", "|---|---|", f"| records | {facts['records']['training']:,} |"]
+    if labels:
+        shown = ", ".join(labels[:20]) + (f" and {len(labels) - 20} more" if len(labels) > 20 else "")
+        lines.append(f"| labels | {shown.replace('|', chr(92) + '|')} |")
+    for name in ("epochs", "learning_rate", "batch_size", "max_length", "seed", "precision", "lora", "freeze_encoder"):
+        if settings[name] not in (None, False):
+            lines.append(f"| {name.replace('_', ' ')} | {settings[name]} |")
+    lines += [f"| steps | {facts['steps']:,} |", f"| duration | {facts['seconds']:.0f} s |",
+              f"| device | {facts['device']} |"]  # fmt: skip
+    lines += ["", "## License", "", "This card states no license. The licenses of the model that training began with "
+              "and of the data bear on it.", ""]  # fmt: skip
+    write_text(path, "\n".join(lines))
+    return path
+
+
+def _device(name: str | None) -> str:
+    import torch
+
+    if name != "cpu" and torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"CPU, {torch.get_num_threads()} threads"
+
+
+def _jsonable(value: Any) -> Any:
+    """The value as JSON has it: a number that is not finite is null."""
+    if isinstance(value, Mapping):
+        return {str(key): _jsonable(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_jsonable(each) for each in value]
+    if hasattr(value, "tolist"):
+        return _jsonable(value.tolist())
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,142 @@
+"""`FinetuneSettings` hold everything that a fine-tuning run is asked for; they are checked when they are made."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from fastbert.checks import one_of
+from fastbert.training.settings import PRECISIONS
+
+KINDS = "auto", "csv", "tsv", "jsonl", "parquet", "squad", "conll"
+CLASS_WEIGHTS = "none", "balanced"
+
+# What may differ between a run and the one that it resumes: where things lie, and what changes no step.
+MAY_DIFFER = frozenset(
+    ("train", "eval", "output", "resume", "dry_run", "workers", "log_every", "keep", "progress", "device", "accelerate")
+)
+
+
+@dataclass(frozen=True)
+class FinetuneSettings:
+    """What a run is asked for. Numbers of tokens count special tokens.
+
+    Raises ValueError or TypeError, with the name of the field, for a value that no run can have.
+    """
+
+    # Data
+    task: str  # a name of fastbert.training.finetuning.tasks.TASKS
+    model: str  # a folder in Hugging Face layout, or a hub id
+    train: Any  # a file, or from Python any iterable of dicts
+    output: str  # the folder of the result, of checkpoints and of the report
+    eval: Any = None  # likewise, in the place of a share of the training data
+    eval_share: float = 0.1  # of the training records, held out where there is no eval; 0 for none
+    kind: str = "auto"  # of files
+    columns: Mapping[str, str] = dataclasses.field(default_factory=dict)  # our name: the file's
+    separator: str = ","  # between the labels of a cell, of multilabel in CSV
+    label_order: tuple[str, ...] = ()  # all labels, in the order of their numbers; by default sorted
+    max_length: int | None = None  # tokens of an input; by default what the model reads, 512 at most
+    stride: int = 128  # tokens that two windows of a long text share: tokens, qa
+    threshold: float = 0.5  # of the probability from which on a label is given: multilabel
+    no_answer_threshold: float = 0.0  # what the score of no answer must exceed the best answer's by: qa
+    answer_length: int = 30  # tokens of an answer, at most: qa
+
+    # Model
+    freeze_encoder: bool = False  # train the head alone
+    lora: int | None = None  # rank of the adapters of the encoder's linears; the rest of the encoder is frozen
+    dropout: float | None = None  # of all of the model, in the place of the config's
+    class_weights: str = "none"  # balanced: each class counts the same in the loss, however many examples it has
+    accelerate: bool = True  # off for comparison: the model's own code runs
+
+    # Steps
+    epochs: float = 3.0
+    steps: int | None = None  # updates, in the place of epochs
+    batch_size: int = 32  # sequences of an update on each device
+    batch_tokens: int | None = None  # in the place of batch_size: so many sequences as have these tokens on average
+    accumulate: int = 1  # batches of an update
+    group_by_length: bool = False  # texts of like lengths in a batch: for models that compute padding
+    learning_rate: float = 5e-5
+    weight_decay: float = 0.01
+    warmup: float = 0.1  # a share of the steps below 1, else a number of steps
+    clip: float = 1.0  # the greatest norm of all gradients together; 0 for none
+    seed: int = 0
+    precision: str = "auto"
+
+    # On the way
+    evaluate_every: int | None = None  # steps between evaluations and checkpoints; by default each epoch
+    early_stopping: int | None = None  # evaluations without a better headline metric, after which the run ends
+    keep: int = 1  # newest checkpoints that stay beside the best
+    log_every: int = 10  # steps
+    resume: bool = False
+    dry_run: bool = False
+    workers: int = 0  # processes that make batches, beside the training's
+    device: str | None = None
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("train", "eval"):
+            value = getattr(self, name)
+            if isinstance(value, os.PathLike):
+                object.__setattr__(self, name, os.fspath(value))
+            elif not isinstance(value, Iterable) and not (name == "eval" and value is None):
+                raise TypeError(f"{name}: expected a path or an iterable of dicts, got {type(value).__name__}")
+        for name in ("model", "output"):
+            object.__setattr__(self, name, os.fspath(getattr(self, name)))
+        object.__setattr__(self, "columns", _columns(self.columns))
+        if isinstance(self.label_order, str):
+            raise TypeError("label_order: got a str, expected a tuple of labels")
+        object.__setattr__(self, "label_order", tuple(map(str, self.label_order)))
+        if len(set(self.label_order)) != len(self.label_order):
+            raise ValueError(f"label_order: a label is named twice: {', '.join(self.label_order)}")
+        one_of("kind", self.kind, *KINDS)
+        one_of("precision", self.precision, *PRECISIONS)
+        one_of("class_weights", self.class_weights, *CLASS_WEIGHTS)
+        for name, least in (
+            ("max_length", 8), ("stride", 0), ("answer_length", 1), ("lora", 1), ("steps", 1), ("batch_size", 1),
+            ("batch_tokens", 1), ("accumulate", 1), ("seed", 0), ("evaluate_every", 1), ("early_stopping", 1),
+            ("keep", 1), ("log_every", 1), ("workers", 0),
+        ):  # fmt: skip
+            value = getattr(self, name)
+            if value is not None and not (isinstance(value, int) and value >= least):
+                raise ValueError(f"{name}: expected an int of at least {least}, got {value!r}")
+        for name, low, high in (
+            ("eval_share", 0.0, 0.9), ("threshold", 0.0, 1.0), ("dropout", 0.0, 0.999), ("epochs", 1e-6, math.inf),
+            ("learning_rate", 1e-12, math.inf), ("weight_decay", 0.0, math.inf), ("warmup", 0.0, math.inf),
+            ("clip", 0.0, math.inf), ("no_answer_threshold", -math.inf, math.inf),
+        ):  # fmt: skip
+            value = getattr(self, name)
+            if value is not None and not low <= value <= high:
+                raise ValueError(f"{name}: expected a number from {low:g} to {high:g}, got {value!r}")
+        if not self.separator:
+            raise ValueError("separator: got an empty string, expected what stands between two labels")
+        if self.freeze_encoder and self.lora is not None:
+            raise ValueError("lora: its adapters are in the encoder, which freeze_encoder leaves as it is; take one")
+        if self.early_stopping is not None and self.eval is None and self.eval_share == 0:
+            raise ValueError("early_stopping: expected data for evaluation; eval is not given and eval_share is 0")
+
+    def as_dict(self) -> dict[str, Any]:
+        """Returns the fields as JSON has them. Data in memory are written as the name of their type."""
+        values: dict[str, Any] = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        for name in ("train", "eval"):
+            if not isinstance(values[name], (str, type(None))):
+                values[name] = f"<{type(values[name]).__name__}>"
+        return {**values, "columns": dict(self.columns), "label_order": list(self.label_order)}
+
+
+def _columns(columns: Any) -> dict[str, str]:
+    """Returns columns as a dict. From a command line they come as "text=review"."""
+    if isinstance(columns, Mapping):
+        return {str(ours): str(theirs) for ours, theirs in columns.items()}
+    found = {}
+    for pair in columns:
+        ours, equals, theirs = str(pair).partition("=")
+        if not (ours and equals and theirs):
+            raise ValueError(f"columns: expected NAME=COLUMN, got {pair!r}")
+        if ours in found:
+            raise ValueError(f"columns: {ours} is named twice")
+        found[ours] = theirs
+    return found

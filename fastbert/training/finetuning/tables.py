@@ -1,0 +1,150 @@
+"""Tables are read here: CSV, TSV, and the numbers of classes that datasets stores with their names."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import logging
+import sys
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from fastbert.training.finetuning.columns import RecordError
+
+logger = logging.getLogger("fastbert")
+
+Row = tuple[list[str], int]  # cells, and the line of the file where they begin
+_limit = threading.Lock()
+
+
+def read_table(text: str, name: str, kind: str) -> Iterator[tuple[dict[str, str], str]]:
+    """Yields (cells by column, place) of a CSV or TSV text whose first row is the header. Empty lines are left out.
+
+    CSV: where the header has no comma, a semicolon or a tab separates. TSV: quotes count, as Excel writes them, unless
+    every line has the header's number of cells without that; then they are part of the text, as in GLUE's files.
+
+    Raises RecordError, with the line, for rows of another length than the header's, for columns that are there twice,
+    and for a quote that is not closed.
+    """
+    separator = "\t" if kind == "tsv" else _separator(text)
+    rows = _tsv_rows(text, name) if kind == "tsv" else _rows(text, separator, name)
+    header, first = rows[0]
+    header = _header(header, f"{name}, line {first}")
+    for cells, line in rows[1:]:
+        place = f"{name}, line {line}"
+        if len(cells) != len(header):
+            raise RecordError(f"{place}: got {len(cells)} cells, expected {len(header)}, as in the header")
+        yield dict(zip(header, cells, strict=True)), place
+
+
+def _separator(text: str) -> str:
+    header = text.lstrip("\r\n").split("\n", 1)[0]
+    return next((each for each in ",;\t" if each in header), ",")
+
+
+def _header(cells: list[str], place: str) -> list[str]:
+    names = [cell.strip() or f"column {number}" for number, cell in enumerate(cells, start=1)]
+    twice = {name: [n for n, other in enumerate(names, start=1) if other == name] for name in names}
+    for name, numbers in twice.items():
+        if len(numbers) > 1:
+            raise RecordError(f"{place}: column {name!r} is there twice, as columns {' and '.join(map(str, numbers))}")
+    return names
+
+
+def _tsv_rows(text: str, name: str) -> list[Row]:
+    if '"' not in text:
+        return _rows(text, "\t", name)
+    plain = [
+        (line.removesuffix("\r").split("\t"), number)
+        for number, line in enumerate(text.split("\n"), start=1)
+        if line.strip("\r\n")
+    ]
+    is_even = len({len(cells) for cells, _ in plain}) == 1
+    try:
+        quoted = _rows(text, "\t", name)
+    except RecordError:
+        if not is_even:
+            raise
+        quoted = []
+    if not is_even or [line for _, line in quoted] == [line for _, line in plain]:
+        return quoted
+    logger.warning("%s: quotes are part of the text; read as quotes of cells they would join lines or not close", name)
+    return plain
+
+
+def _rows(text: str, separator: str, name: str) -> list[Row]:
+    rows: list[Row] = []
+    # newline="" keeps line ends inside of cells, and the reader counts the lines of the file.
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
+    line = 1
+    with _long_cells():
+        try:
+            for cells in reader:
+                if cells and cells != [""]:
+                    rows.append((cells, line))
+                line = reader.line_num + 1
+        except csv.Error as error:
+            last = f" to {reader.line_num}" if reader.line_num > line else ""
+            raise RecordError(f"{name}, line {line}{last}: {error}; a quote inside of a cell is doubled") from None
+    return rows
+
+
+@contextmanager
+def _long_cells() -> Iterator[None]:
+    """Lets cells be longer than 131,072 characters; the limit is one for all of Python, and is put back."""
+    with _limit:
+        before = csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
+        try:
+            yield
+        finally:
+            csv.field_size_limit(before)
+
+
+def class_names(features: Any) -> dict[str, list[str]]:
+    """Returns {column: names of its classes} of the features of a datasets.Dataset; lists of classes count too."""
+    found: dict[str, list[str]] = {}
+    for column, feature in (features or {}).items() if isinstance(features, Mapping) else ():
+        names = getattr(feature, "names", None) or getattr(getattr(feature, "feature", None), "names", None)
+        if isinstance(names, list) and names:
+            found[column] = names
+    return found
+
+
+def class_names_in_schema(metadata: Mapping[bytes, bytes]) -> dict[str, list[str]]:
+    """Returns the same from the metadata of a Parquet file that datasets has written; {} for another's."""
+    try:
+        features = json.loads(metadata.get(b"huggingface", b"{}"))["info"]["features"]
+    except (ValueError, KeyError, TypeError):
+        return {}
+    found = {}
+    for column, feature in features.items():
+        inner = feature.get("feature", feature) if isinstance(feature, dict) else {}
+        if isinstance(inner, dict) and inner.get("_type") == "ClassLabel" and inner.get("names"):
+            found[column] = inner["names"]
+    return found
+
+
+def with_names(row: Mapping[str, Any], classes: Mapping[str, list[str]], place: str) -> dict[str, Any]:
+    """Returns the row with names of classes in the place of their numbers; -1, which is no class, becomes None.
+
+    Raises RecordError for a number that has no name.
+    """
+    named = dict(row)
+    for column, names in classes.items():
+        cell = named.get(column)
+        if isinstance(cell, list):
+            named[column] = [_name(number, names, column, place) for number in cell]
+        elif cell is not None:
+            named[column] = _name(cell, names, column, place)
+    return named
+
+
+def _name(number: Any, names: list[str], column: str, place: str) -> Any:
+    if number == -1 or not isinstance(number, int):
+        return None if number == -1 else number
+    if not 0 <= number < len(names):
+        raise RecordError(f"{place}: column {column!r} has class {number}, and there are names for {len(names)}")
+    return names[number]
