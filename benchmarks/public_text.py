@@ -69,18 +69,18 @@ def text_file(name: str, cache: Path | None = None) -> Path:
 
 def korean(folder: Path) -> Iterator[str]:
     """Yields the Korean paragraphs of each help page."""
-    _fetch(folder, ["apt-get", "download", "libreoffice-help-ko"])
+    fetch(folder, ["apt-get", "download", "libreoffice-help-ko"])
     package = next(folder.glob("libreoffice-help-ko*.deb"))
-    _fetch(folder, ["dpkg-deb", "-x", str(package), "pages"])
+    fetch(folder, ["dpkg-deb", "-x", str(package), "pages"])
     for page in sorted((folder / "pages").rglob("*.html")):
         parser = _Paragraphs()
         parser.feed(page.read_text(encoding="utf-8"))
-        yield "\n\n".join(filter(_is_korean, parser.paragraphs))
+        yield "\n\n".join(filter(is_korean, parser.paragraphs))
 
 
 def english(folder: Path) -> Iterator[str]:
     """Yields Wikipedia articles without their markup, and news of 300 and 50 documents."""
-    _fetch(folder, [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "gensim==4.4.0"])
+    fetch(folder, [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "gensim==4.4.0"])
     data = "gensim/test/test_data/"
     with zipfile.ZipFile(next(folder.glob("gensim-*.whl"))) as wheel:
         articles = bz2.decompress(
@@ -97,7 +97,8 @@ def english(folder: Path) -> Iterator[str]:
 SOURCES: dict[str, Callable[[Path], Iterator[str]]] = {"korean": korean, "english": english}
 
 
-def _fetch(folder: Path, command: list[str]) -> None:
+def fetch(folder: Path, command: list[str]) -> None:
+    """Runs a command in a folder, which is made. Raises Unavailable with what the command says where it fails."""
     folder.mkdir(parents=True, exist_ok=True)
     try:
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=600)
@@ -107,7 +108,8 @@ def _fetch(folder: Path, command: list[str]) -> None:
         raise Unavailable(f"{' '.join(command)}: {done.stderr.strip()[-300:]}")
 
 
-def _is_korean(paragraph: str) -> bool:
+def is_korean(paragraph: str) -> bool:
+    """Tells whether enough of a paragraph's letters are Hangul."""
     letters = sum(character.isalpha() for character in paragraph)
     return letters > 0 and len(HANGUL.findall(paragraph)) >= SHARE_OF_HANGUL * letters
 

@@ -40,7 +40,8 @@ def files(tmp_path: Path) -> list[str]:
 
 def test_train_and_use(encoder: str, files: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Catches a command whose result `fastbert classify` cannot read or reads otherwise."""
-    options = ["--model", encoder, "--epochs", "3", "--learning-rate", "5e-3", "--precision", "fp32", "--device", "cpu"]
+    options = ["--model", encoder, "--epochs", "5", "--batch-size", "16", "--learning-rate", "5e-3"]
+    options += ["--precision", "fp32", "--dropout", "0", "--device", "cpu"]
     assert main(["finetune", "classify", *files, *options]) == 0
     assert "accuracy\t" in capsys.readouterr().out
     assert json.loads((tmp_path / "out/metrics.json").read_text())["metrics"]["accuracy"] > 0.85
@@ -70,7 +71,7 @@ def test_an_error_names_the_line(
     with open(tmp_path / "eval.csv", "a", encoding="utf-8", newline="") as file:
         file.write("the film,odd\n")
     assert main(["finetune", "classify", *files, "--model", encoder]) == 1
-    assert "eval.csv, line 26: label: 'odd' is not among those of training" in capsys.readouterr().err
+    assert "eval.csv, line 26: label 'odd' is not among those of the training data" in capsys.readouterr().err
 
 
 def test_every_field_has_an_option() -> None:

@@ -122,7 +122,7 @@ def test_the_folder_of_a_result(encoder: str, tmp_path: Path) -> None:
     """Catches a result without its metrics, card or tokenizer, and a number that JSON has no name for."""
     finetune(**fields(encoder, tmp_path / "run", steps=4, evaluate_every=None, group_by_length=True))
     facts = json.loads((tmp_path / "run/metrics.json").read_text(encoding="utf-8"), parse_constant=pytest.fail)
-    low, high = facts["interval"]
+    low, high = facts["intervals"]["accuracy"]
     assert low <= facts["metrics"]["accuracy"] <= high
     assert facts["labels"]["counts"].keys() == {"bad", "good"} and facts["headline"] == "accuracy"
     card = (tmp_path / "run/README.md").read_text(encoding="utf-8")

@@ -41,8 +41,8 @@ def finetune(settings: FinetuneSettings | None = None, **fields: Any) -> Finetun
 
     The output folder holds the best model as transformers reads it, with its tokenizer, metrics.json, a report and a
     card. The last model is in `last`, and the Trainer's checkpoints are in `checkpoints`. Raises RecordError, with the
-    place in the data, for records that the task cannot take; ValueError for settings that do not fit; FloatingPointError
-    where a gradient is not finite; OSError where a file cannot be read or written.
+    place in the data, for records that the task cannot take; ValueError for settings that do not fit;
+    FloatingPointError where a gradient is not finite; OSError where a file cannot be read or written.
     """
     from fastbert.adapters import counts
     from fastbert.training.finetuning.loading import accelerated, load_weights, merged, restricted

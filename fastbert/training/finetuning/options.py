@@ -15,7 +15,7 @@ from fastbert.training.settings import PRECISIONS
 # By group and field: the name of the value in --help, "" for what is chosen or switched, and what is said of it.
 HELP: dict[str, dict[str, tuple[str, str]]] = {
     "data": {
-        "train": ("FILE", "training data: CSV, TSV, JSON lines or Parquet; SQuAD's JSON or CoNLL where the task has it"),
+        "train": ("FILE", "training data: CSV, TSV, JSON lines, Parquet; SQuAD's JSON, CoNLL where the task has it"),
         "eval": ("FILE", "data for evaluation (default: a share of --train)"),
         "eval_share": ("SHARE", "of the training records, held out where there is no --eval; 0 for none"),
         "output": ("FOLDER", "of the result; checkpoints, metrics and report lie there, too"),
@@ -70,7 +70,7 @@ ONLY = {
     "separator": ("multilabel",),
     "threshold": ("multilabel",),
     "label_order": ("classify", "multilabel", "tokens"),
-    "class_weights": ("classify", "multilabel", "tokens"),
+    "class_weights": ("classify", "multilabel"),
     "stride": ("tokens", "qa"),
     "no_answer_threshold": ("qa",),
     "answer_length": ("qa",),
@@ -87,7 +87,7 @@ def add_arguments(parser: argparse.ArgumentParser, task: str) -> None:
                 continue
             made = argument(fields[name], metavar, text, CHOICES)
             if name in ("columns", "label_order"):
-                made |= {"nargs": "+", "default": ()}
+                made |= {"nargs": "+", "default": (), "required": False}
             group.add_argument(f"--{name.replace('_', '-')}", **made)
     parser.set_defaults(task=task)
 

@@ -43,7 +43,7 @@ def plan(settings: FinetuneSettings) -> dict[str, Any]:
         "records of training": len(prepared.train),
         "records of evaluation": len(prepared.evaluation),
         **prepared.facts,
-        "tokens of an input, by percentile": dict(zip(map(str, SHARES), map(int, np.percentile(full, SHARES)), strict=True)),
+        "tokens of an input, by percentile": _percentiles(full),
         "longest input that is read": limit,
         "split into windows" if prepared.task.windows else "truncated": truncated,
         "features of training": len(features),
@@ -67,6 +67,10 @@ def lines(plan: Mapping[str, Any]) -> list[str]:
             value = f"{value:.3g}"
         written.append(f"{name}: {value}")
     return written
+
+
+def _percentiles(lengths: list[int]) -> dict[str, int]:
+    return {str(share): int(value) for share, value in zip(SHARES, np.percentile(lengths, SHARES), strict=True)}
 
 
 def _lengths(feature: Mapping[str, Any]) -> list[int]:

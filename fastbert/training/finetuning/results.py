@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,9 +9,9 @@ from typing import Any
 
 from fastbert.checkpoint.files import write_text
 from fastbert.training.finetuning.prepared import Prepared
+from fastbert.training.finetuning.report import write_report
 from fastbert.training.model_card import CARD
 
-METRICS = "metrics.json"
 PIPELINES = {
     "classify": "text-classification", "multilabel": "text-classification", "regress": "text-classification",
     "choice": "multiple-choice", "tokens": "token-classification", "qa": "question-answering",
@@ -47,9 +45,6 @@ def write_results(
     facts = {
         "task": task.name,
         "model": settings.model,
-        "headline": task.headline,
-        "metrics": dict(metrics),
-        "interval": None if interval is None else list(interval),
         "labels": prepared.facts,
         "records": {"training": len(prepared.train), "evaluation": len(prepared.evaluation)},
         "steps": steps,
@@ -60,8 +55,14 @@ def write_results(
         "device": _device(settings.device),
         "versions": {"fastbert": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
     }
-    write_text(output / METRICS, json.dumps(_jsonable(facts), indent=1, ensure_ascii=False) + "\n")
-    write_card(output, facts)
+    intervals = {} if interval is None else {task.headline: interval}
+    write_report(
+        output, facts, metrics, headline=task.headline, intervals=intervals,
+        tables=None if predictions is None else task.tables(predictions, prepared.evaluation),
+        texts=[_text(record.values) for record in prepared.evaluation],
+        places=[record.place for record in prepared.evaluation], history=history,
+    )  # fmt: skip
+    write_card(output, {**facts, "headline": task.headline, "metrics": metrics, "intervals": intervals})
 
 
 def write_card(folder: str | os.PathLike[str], facts: Mapping[str, Any]) -> Path:
@@ -78,7 +79,7 @@ def write_card(folder: str | os.PathLike[str], facts: Mapping[str, Any]) -> Path
         lines += [f"The best model (step {facts['best_step']}) on {facts['records']['evaluation']:,} records that were "
                   "not trained on:", "", "| | |", "|---|---|"]  # fmt: skip
         for name, value in numbers.items():
-            interval = facts["interval"] if name == facts["headline"] else None
+            interval = facts["intervals"].get(name)
             shown = "" if interval is None else f" (95 %: {interval[0]:.4f} to {interval[1]:.4f})"
             lines.append(f"| {name.replace('_', ' ')} | {value:.4f}{shown} |")
     else:
@@ -98,20 +99,14 @@ def write_card(folder: str | os.PathLike[str], facts: Mapping[str, Any]) -> Path
     return path
 
 
+def _text(values: Mapping[str, Any]) -> str:
+    names = "text", "text_pair", "context", "question", "choices"
+    return " | ".join(str(values[name]) for name in names if values.get(name) is not None)
+
+
 def _device(name: str | None) -> str:
     import torch
 
     if name != "cpu" and torch.cuda.is_available():
         return torch.cuda.get_device_name()
     return f"CPU, {torch.get_num_threads()} threads"
-
-
-def _jsonable(value: Any) -> Any:
-    """The value as JSON has it: a number that is not finite is null."""
-    if isinstance(value, Mapping):
-        return {str(key): _jsonable(each) for key, each in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_jsonable(each) for each in value]
-    if hasattr(value, "tolist"):
-        return _jsonable(value.tolist())
-    return None if isinstance(value, float) and not math.isfinite(value) else value

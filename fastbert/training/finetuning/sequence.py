@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import json
-import logging
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 
+from fastbert.training.finetuning import metrics
+from fastbert.training.finetuning.columns import Record, RecordError
+from fastbert.training.finetuning.labels import Labels, find_labels, numbers_of
 from fastbert.training.finetuning.loading import pretrained
 from fastbert.training.finetuning.settings import FinetuneSettings
 from fastbert.training.finetuning.tasks import Task
-
-if TYPE_CHECKING:
-    from fastbert.training.finetuning.records import Record
-
-logger = logging.getLogger("fastbert")
 
 
 class SequenceTask(Task):
@@ -56,29 +53,18 @@ class Classify(SequenceTask):
     name, headline, problem = "classify", "accuracy", "single_label_classification"
 
     def prepare(self, records: Sequence[Record], settings: FinetuneSettings) -> dict[str, Any]:
-        counts = Counter(class_of(record, settings) for record in records)
-        if all(is_fraction(label) for label in counts):
-            raise _error(records[0], "label: every label is a number with a fraction; the task for these is regress")
-        self.labels = _ordered(counts, settings)
-        if len(self.labels) < 2:
-            raise ValueError(f"label: expected two classes or more, got {', '.join(self.labels) or 'none'}")
-        _warn_of_rare(counts)
-        self.settings = settings
-        self._numbers = {name: i for i, name in enumerate(self.labels)}
-        self._counts = [counts[name] for name in self.labels]
-        return {"labels": self.labels, "counts": dict(zip(self.labels, self._counts, strict=True))}
+        self.classes = ordered(find_labels(records, order=settings.label_order), settings)
+        self.labels = list(self.classes.names)
+        return {"labels": self.labels, "counts": dict(zip(self.labels, self.classes.counts, strict=True))}
 
     def label(self, record: Record) -> int:
-        name = class_of(record, self.settings)
-        if name not in self._numbers:
-            raise _error(record, f"label: {name!r} is not among those of training: {_listed(self.labels)}")
-        return self._numbers[name]
+        return self.classes.number(record)
 
     def loss(self, settings: FinetuneSettings) -> Callable[..., Any] | None:
-        if settings.class_weights == "none":
+        of_labels = self.classes.weights(settings.class_weights)
+        if of_labels is None:
             return None
-        counts = torch.tensor(self._counts, dtype=torch.float32)
-        weights = torch.where(counts > 0, counts.sum() / (len(counts) * counts.clamp(min=1)), 1.0)
+        weights = torch.from_numpy(of_labels)
 
         def weighted(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
             of_classes = weights.to(outputs.logits.device)
@@ -91,8 +77,6 @@ class Classify(SequenceTask):
         return _softmax(np.asarray(logits, dtype=np.float64))
 
     def score(self, predictions: Any, records: Sequence[Record]) -> dict[str, Any]:
-        from fastbert.training.finetuning import metrics
-
         return metrics.classification(self.targets(records), predictions)
 
     def interval(self, predictions: Any, records: Sequence[Record]) -> tuple[float, float] | None:
@@ -109,28 +93,22 @@ class Multilabel(SequenceTask):
 
     def prepare(self, records: Sequence[Record], settings: FinetuneSettings) -> dict[str, Any]:
         self.settings = settings
-        counts = Counter(name for record in records for name in labels_of(record, settings))
-        self.labels = _ordered(counts, settings)
-        if not self.labels:
-            raise ValueError("labels: no record has any")
-        _warn_of_rare(counts)
-        self._counts, self._n = [counts[name] for name in self.labels], len(records)
-        without = sum(not labels_of(record, settings) for record in records)
-        shown = dict(zip(self.labels, self._counts, strict=True))
+        found = find_labels(records, order=settings.label_order, many=True, separator=settings.separator)
+        self.classes, self.n_records = ordered(found, settings), len(records)
+        self.labels = list(self.classes.names)
+        without = sum(not any(self.label(record)) for record in records)
+        shown = dict(zip(self.labels, self.classes.counts, strict=True))
         return {"labels": self.labels, "counts": shown, "records without a label": without}
 
     def label(self, record: Record) -> list[float]:
-        names = labels_of(record, self.settings)
-        for name in names:
-            if name not in self.labels:
-                raise _error(record, f"labels: {name!r} is not among those of training: {_listed(self.labels)}")
-        return [float(label in names) for label in self.labels]
+        numbers: list[float] = self.classes.numbers(record, separator=self.settings.separator).tolist()
+        return numbers
 
     def loss(self, settings: FinetuneSettings) -> Callable[..., Any] | None:
         if settings.class_weights == "none":
             return None
-        counts = torch.tensor(self._counts, dtype=torch.float32)
-        weights = torch.where(counts > 0, (self._n - counts) / counts.clamp(min=1), 1.0).clamp(min=1e-3)
+        counts = torch.tensor(self.classes.counts, dtype=torch.float32)
+        weights = torch.where(counts > 0, (self.n_records - counts) / counts.clamp(min=1), 1.0).clamp(min=1e-3)
 
         def weighted(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
             of_labels, logits = weights.to(outputs.logits.device), outputs.logits.float()
@@ -145,18 +123,19 @@ class Multilabel(SequenceTask):
         return 1 / (1 + np.exp(-np.clip(np.asarray(logits, dtype=np.float64), -700, 700)))
 
     def score(self, predictions: Any, records: Sequence[Record]) -> dict[str, Any]:
-        from fastbert.training.finetuning import metrics
-
         return metrics.multilabel(self.targets(records).astype(np.int64), predictions, self.settings.threshold)
 
     def interval(self, predictions: Any, records: Sequence[Record]) -> tuple[float, float] | None:
-        from fastbert.training.finetuning import metrics
-
         def micro_f1(given: np.ndarray, true: np.ndarray) -> float:
             return float(2 * (given & true).sum() / max((given.sum() + true.sum()), 1))
 
         true = self.targets(records).astype(bool)
         return metrics.interval(micro_f1, predictions >= self.settings.threshold, true)
+
+    def tables(self, predictions: Any, records: Sequence[Record]) -> dict[str, Any]:
+        names, threshold = self.labels, self.settings.threshold
+        labels = self.targets(records).astype(np.int64)
+        return {"labels": labels, "probabilities": predictions, "names": names, "threshold": threshold}
 
 
 class Regress(SequenceTask):
@@ -167,10 +146,7 @@ class Regress(SequenceTask):
     labels = ["value"]
 
     def prepare(self, records: Sequence[Record], settings: FinetuneSettings) -> dict[str, Any]:
-        values = np.array([number_of(record) for record in records])
-        if len(set(values)) <= 5 and np.all(values == np.round(values)):
-            logger.warning("label: %d records have %d whole numbers; classify takes them as classes", len(values),
-                           len(set(values)))  # fmt: skip
+        values = numbers_of(records)
         low, middle, high = np.quantile(values, [0, 0.5, 1])
         return {"records": len(values), "smallest": low, "median": middle, "greatest": high, "mean": values.mean(),
                 "standard deviation": values.std()}  # fmt: skip
@@ -182,14 +158,13 @@ class Regress(SequenceTask):
         return np.asarray(logits, dtype=np.float64).reshape(len(records))
 
     def score(self, predictions: Any, records: Sequence[Record]) -> dict[str, Any]:
-        from fastbert.training.finetuning import metrics
-
         return metrics.regression(self.targets(records), predictions)
 
     def interval(self, predictions: Any, records: Sequence[Record]) -> tuple[float, float] | None:
-        from fastbert.training.finetuning import metrics
-
         return metrics.interval(np.mean, (self.targets(records) - predictions) ** 2)
+
+    def tables(self, predictions: Any, records: Sequence[Record]) -> dict[str, Any]:
+        return {"labels": self.targets(records), "values": predictions}
 
 
 class Choice(Task):
@@ -255,8 +230,6 @@ class Choice(Task):
         return _softmax(np.asarray(logits, dtype=np.float64))
 
     def score(self, predictions: Any, records: Sequence[Record]) -> dict[str, Any]:
-        from fastbert.training.finetuning import metrics
-
         return metrics.classification(np.array([self.label(record) for record in records]), predictions)
 
     def interval(self, predictions: Any, records: Sequence[Record]) -> tuple[float, float] | None:
@@ -265,9 +238,9 @@ class Choice(Task):
 
 def text_of(record: Record, name: str = "text") -> str:
     """Returns a text of a record. Raises RecordError where it is missing, empty or no text."""
-    value = record.values.get(name)
+    value = record.value(name)
     if not isinstance(value, str):
-        raise _error(record, f"{name}: expected a text, got {'nothing' if is_missing(value) else repr(value)}")
+        raise _error(record, f"{name}: expected a text, got {value!r}")
     if not value.strip():
         raise _error(record, f"{name}: the text is empty")
     return value
@@ -280,38 +253,9 @@ def pairs_of(records: Sequence[Record]) -> list[str] | None:
     return [text_of(record, "text_pair") for record in records]
 
 
-def class_of(record: Record, settings: FinetuneSettings) -> str:
-    """Returns the name of a record's class. Raises RecordError where it is missing or can be none."""
-    value = record.values.get("label")
-    if is_missing(value) or value == "":
-        raise _error(record, "label: there is none")
-    if isinstance(value, (float, np.floating)):
-        if not float(value).is_integer():
-            raise _error(record, f"label: expected a class, got the number {value!r}; the task for numbers is regress")
-        value = int(value)
-    if not isinstance(value, (str, int, np.integer)):
-        raise _error(record, f"label: expected a class, got {value!r}; the task for several is multilabel")
-    return str(value).strip()
-
-
-def labels_of(record: Record, settings: FinetuneSettings) -> list[str]:
-    """Returns the names of a record's labels, from a list or from one cell. Raises RecordError where there is none.
-
-    An empty list or cell is a record without a label; a missing one is an error.
-    """
-    value = record.values.get("labels", record.values.get("label"))
-    if value is None and "labels" in record.values:  # an empty cell
-        return []
-    if isinstance(value, str):
-        value = json.loads(value) if value.strip().startswith("[") else value.split(settings.separator)
-    if not isinstance(value, (list, tuple, np.ndarray)):
-        raise _error(record, f"labels: expected a list, got {'nothing' if is_missing(value) else repr(value)}")
-    return list(dict.fromkeys(name for each in value if (name := str(each).strip())))
-
-
 def number_of(record: Record) -> float:
     """Returns the number that a record has for its label. Raises RecordError where it is none, or not finite."""
-    value = record.values.get("label", record.values.get("score"))
+    value = record.value("label")
     try:
         if isinstance(value, bool) or is_missing(value):
             raise TypeError
@@ -341,47 +285,19 @@ def is_missing(value: Any) -> bool:
     return value is None or (isinstance(value, (float, np.floating)) and math.isnan(value))
 
 
-def is_fraction(label: str) -> bool:
-    """Tells whether a label is written as a number with a fraction."""
-    try:
-        return not float(label).is_integer()
-    except (ValueError, OverflowError):
-        return False
-
-
-def _ordered(counts: Mapping[str, int], settings: FinetuneSettings) -> list[str]:
-    """Returns all labels in the order of their numbers.
-
-    The order is that of the settings, or the model's own where its head has just these labels, or sorted.
-    """
-    if settings.label_order:
-        unknown = sorted(set(counts) - set(settings.label_order))
-        if unknown:
-            raise ValueError(f"label_order: {_listed(unknown)} of the training data is not in it")
-        return list(settings.label_order)
+def ordered(labels: Labels, settings: FinetuneSettings) -> Labels:
+    """Returns labels in the order of the model's own head, where that has just these and the settings name no order."""
     import transformers
 
     own = transformers.AutoConfig.from_pretrained(settings.model).id2label or {}
-    if set(own.values()) == set(counts):
-        return [own[i] for i in sorted(own)]
-    is_numbers = all(name.lstrip("-").isdigit() for name in counts)
-    return sorted(counts, key=int if is_numbers else str)
-
-
-def _warn_of_rare(counts: Mapping[str, int]) -> None:
-    rare = sorted(name for name, n in counts.items() if n == 1)
-    if rare:
-        logger.warning("labels: %d have one example each: %s", len(rare), _listed(rare))
-
-
-def _listed(names: Sequence[str], most: int = 8) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(map(repr, names[:most])) + more
+    if settings.label_order or set(own.values()) != set(labels.names):
+        return labels
+    counts = dict(zip(labels.names, labels.counts, strict=True))
+    names = tuple(own[i] for i in sorted(own))
+    return Labels(names, tuple(counts[name] for name in names))
 
 
 def _interval_of_accuracy(labels: np.ndarray, probabilities: np.ndarray) -> tuple[float, float]:
-    from fastbert.training.finetuning import metrics
-
     return metrics.interval(np.mean, (probabilities.argmax(-1) == labels).astype(np.float64))
 
 
@@ -390,7 +306,5 @@ def _softmax(logits: np.ndarray) -> np.ndarray:
     return np.asarray(e / e.sum(-1, keepdims=True))
 
 
-def _error(record: Record, message: str) -> Exception:
-    from fastbert.training.finetuning.records import RecordError
-
+def _error(record: Record, message: str) -> RecordError:
     return RecordError(f"{record.place}: {message}")

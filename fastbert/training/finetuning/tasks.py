@@ -98,11 +98,7 @@ class Task:
         return None
 
     def tables(self, predictions: Any, records: Sequence[Record]) -> dict[str, Any]:
-        """Returns what the report plots beside the metrics, {} for nothing.
-
-        labels (B,) ints, probabilities (B, C) floats and names (C,) strings make a confusion matrix and a calibration
-        plot.
-        """
+        """Returns `tables` of `report.write_report`, {} for none: labels, and probabilities with names or values."""
         return {}
 
 

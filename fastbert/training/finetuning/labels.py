@@ -1,0 +1,188 @@
+"""Labels become numbers here, by name: the names are those of the training data, and what does not fit is refused."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from fastbert.training.finetuning.columns import Record, RecordError
+
+logger = logging.getLogger("fastbert")
+
+
+@dataclass(frozen=True)
+class Labels:
+    """The names of the classes in the order of their numbers, and how many training records have each."""
+
+    names: tuple[str, ...]
+    counts: tuple[int, ...]
+    _numbers: Mapping[str, int] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_numbers", {name: number for number, name in enumerate(self.names)})
+
+    def number(self, record: Record, column: str = "label") -> int:
+        """Returns the class of a record. Raises RecordError, with the classes, for one that training does not have."""
+        return self._number(class_name(record, column), record, column)
+
+    def numbers(self, record: Record, column: str = "labels", separator: str = ",") -> np.ndarray:
+        """Returns the classes of a record with any number of them, as (L,) float32 of 0 and 1."""
+        found = np.zeros(len(self.names), np.float32)
+        for name in names_of(record, column, separator):
+            found[self._number(name, record, column)] = 1
+        return found
+
+    def _number(self, name: str, record: Record, column: str) -> int:
+        if name not in self._numbers:
+            there = ", ".join(map(repr, self.names[:8])) + (", …" if len(self.names) > 8 else "")
+            raise RecordError(f"{record.place}: {column} {name!r} is not among those of the training data: {there}")
+        return self._numbers[name]
+
+    def weights(self, rule: str | Mapping[str, float]) -> np.ndarray | None:
+        """Returns the weight of each class in a loss, (C,) float32; None for "none".
+
+        "balanced": N / (C n), as in scikit-learn, for a class with n of N records, and 1 where n is 0. A mapping gives
+        weights by name, and leaves the others at 1. Raises ValueError for other names, and for weights below 0.
+        """
+        if isinstance(rule, str):
+            if rule not in ("none", "balanced"):
+                raise ValueError(f"class_weights: got {rule!r}, expected 'none', 'balanced', or weights by name")
+            counts = np.array(self.counts, np.float64)
+            balanced = np.where(counts > 0, counts.sum() / (len(counts) * np.maximum(counts, 1)), 1.0)
+            return None if rule == "none" else balanced.astype(np.float32)
+        if other := sorted(set(rule) - set(self.names)):
+            raise ValueError(f"class_weights: {other} are no classes; there are {list(self.names)}")
+        if bad := {name: w for name, w in rule.items() if not (math.isfinite(w) and w >= 0)}:
+            raise ValueError(f"class_weights: got {bad}, expected numbers from 0 on")
+        return np.array([rule.get(name, 1.0) for name in self.names], np.float32)
+
+
+def find_labels(
+    records: Sequence[Record],
+    *,
+    column: str | None = None,
+    order: Sequence[str] = (),
+    many: bool = False,
+    separator: str = ",",
+) -> Labels:
+    """Returns the classes of the training records: sorted, whole numbers by size, or in the given order.
+
+    many: a record has any number of labels. column: "labels" for many, else "label". order: the names of all classes.
+
+    Warns of classes with one record, and of names that differ in case alone. Raises RecordError for a record without
+    a label and for numbers with a fraction, which are for regress. Raises ValueError for less than two classes (one,
+    for many), and for a class that is not in the order.
+    """
+    column = column or ("labels" if many else "label")
+    places: dict[str, list[str]] = {}
+    for record in records:
+        found = names_of(record, column, separator) if many else [class_name(record, column)]
+        for name in found:
+            places.setdefault(name, []).append(record.place)
+    if not order and places and all(map(_is_number, places)):
+        for name, where in places.items():
+            if not float(name).is_integer():
+                raise RecordError(
+                    f"{where[0]}: {column} {name} is a number with a fraction, and all are numbers: the task for these "
+                    "is regress; to take them as names of classes, give the order of all"
+                )
+    if other := sorted(set(places) - set(order)) if order else []:
+        raise ValueError(f"label order: the training data has {other[:8]} too, at {places[other[0]][0]}")
+    least = 1 if many else 2
+    if len(order or places) < least:
+        raise ValueError(f"{column}: got the classes {sorted(places)}, expected {least} or more")
+    if rare := [name for name in sorted(places) if len(places[name]) == 1]:
+        first = ", ".join(f"{name!r} ({places[name][0]})" for name in rare[:3])
+        logger.warning("%s: %d classes have one record each: %s", column, len(rare), first)
+    folded: dict[str, list[str]] = {}
+    for name in sorted(places):
+        folded.setdefault(name.casefold(), []).append(name)
+    for alike in folded.values():
+        if len(alike) > 1:
+            logger.warning("%s: these classes differ in case alone: %s", column, ", ".join(map(repr, alike)))
+    whole = all(name.removeprefix("-").isdecimal() for name in places)
+    names = tuple(order) or tuple(sorted(places, key=int if whole else str))
+    return Labels(names, tuple(len(places.get(name, ())) for name in names))
+
+
+def class_name(record: Record, column: str = "label") -> str:
+    """Returns the name of a record's class: a text without blanks around it, or a whole number; 1.0 is "1".
+
+    Raises RecordError for a record without one, for numbers with a fraction, and for lists.
+    """
+    return _named(record.value(column), record, column)
+
+
+def names_of(record: Record, column: str = "labels", separator: str = ",") -> list[str]:
+    """Returns the names of a record's labels, from a list or from one cell, each once. An empty one has no labels.
+
+    Raises RecordError for a record without the column.
+    """
+    if column in record.values and record.values[column] is None:
+        return []
+    cell = record.value(column)
+    cells = cell.split(separator) if isinstance(cell, str) else cell if isinstance(cell, (list, tuple)) else [cell]
+    names = (_named(each, record, column) for each in cells if not (isinstance(each, str) and not each.strip()))
+    return list(dict.fromkeys(names))
+
+
+def _named(value: Any, record: Record, column: str) -> str:
+    if isinstance(value, str):
+        name = value.strip()
+        if not name:
+            raise RecordError(f"{record.place}: {column} is empty")
+        # pandas writes whole numbers of a column with empty cells as 1.0.
+        return name.removesuffix(".0") if name.endswith(".0") and name[:-2].removeprefix("-").isdecimal() else name
+    if isinstance(value, float):
+        if not value.is_integer():
+            raise RecordError(
+                f"{record.place}: {column} {value!r} is a number with a fraction, expected a class; the task for "
+                "numbers is regress"
+            )
+        return str(int(value))
+    if isinstance(value, (bool, int)):
+        return str(value)
+    raise RecordError(f"{record.place}: {column} is a {type(value).__name__}, expected the name of one class")
+
+
+def numbers_of(records: Sequence[Record], column: str = "label") -> np.ndarray:
+    """Returns the numbers of records for regress, (N,) float64. Says so where all of them are whole.
+
+    Raises RecordError for a record without one, and for what is no finite number.
+    """
+    found = []
+    for record in records:
+        value = record.value(column)
+        try:
+            number = math.nan if isinstance(value, bool) else float(value)
+        except (TypeError, ValueError):
+            number = math.nan
+        if not math.isfinite(number):
+            raise RecordError(f"{record.place}: {column} is {value!r}, expected a finite number")
+        found.append(number)
+    numbers = np.array(found)
+    if found and bool((numbers == np.round(numbers)).all()):
+        n_values = len(np.unique(numbers))
+        logger.warning("%s: all are whole numbers, %d different ones, and are taken as amounts; for names of classes "
+                       "the task is classify", column, n_values)  # fmt: skip
+    return numbers
+
+
+def warn_of_unseen(labels: Labels, records: Sequence[Record], column: str = "label") -> None:
+    """Warns of classes of the training data that no record for evaluation has: nothing is measured of them."""
+    seen = {class_name(record, column) for record in records}
+    if missing := [name for name in labels.names if name not in seen]:
+        shown = ", ".join(map(repr, missing[:8]))
+        logger.warning("%s: %d classes have no record for evaluation: %s", column, len(missing), shown)
+
+
+def _is_number(name: str) -> bool:
+    try:
+        return math.isfinite(float(name))
+    except ValueError:
+        return False
