@@ -34,7 +34,9 @@ if TYPE_CHECKING:
         BertForTokenClassification,
     )
     from fastbert.ops import BackendError
+    from fastbert.pipelines.answers import QuestionAnswerer
     from fastbert.pipelines.cross import CrossEncoder
+    from fastbert.pipelines.entities import EntityRecognizer
     from fastbert.pipelines.sentence import SentenceEncoder
     from fastbert.text.tokenizer import Tokenizer
     from fastbert.vectors.quantize import quantize_embeddings
@@ -53,6 +55,8 @@ _PUBLIC = {
     "BertForTokenClassification": "fastbert.models.tasks",
     "BertModel": "fastbert.models.bert",
     "CrossEncoder": "fastbert.pipelines.cross",
+    "EntityRecognizer": "fastbert.pipelines.entities",
+    "QuestionAnswerer": "fastbert.pipelines.answers",
     "SentenceEncoder": "fastbert.pipelines.sentence",
     "Tokenizer": "fastbert.text.tokenizer",
     "accelerate": "fastbert.adapters",
@@ -77,6 +81,8 @@ __all__ = [
     "BertForTokenClassification",
     "BertModel",
     "CrossEncoder",
+    "EntityRecognizer",
+    "QuestionAnswerer",
     "SentenceEncoder",
     "Tokenizer",
     "__version__",

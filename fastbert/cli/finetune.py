@@ -41,6 +41,16 @@ TASKS = {
         "text or question, context (optional), choices (a list) and label (a choice, or its number from 0)",
         "--train train.jsonl --eval test.jsonl",
     ),
+    "tokens": Entry(
+        "a label for each word, as of names: entities",
+        "tokens and labels (lists; CoNLL has them), or text and spans: a list of {start, end, label}, in characters",
+        "--train train.conll --eval test.conll --stride 64",
+    ),
+    "qa": Entry(
+        "answers to questions, as exact pieces of a context",
+        "question, context and answers, as SQuAD's JSON has them; none where the context has no answer",
+        "--train train.json --eval test.json --answer-length 30",
+    ),
 }
 
 

@@ -14,10 +14,12 @@ from contextlib import contextmanager
 
 from fastbert._version import __version__
 from fastbert.cli import (
+    answer,
     bench,
     classify,
     demo,
     embed,
+    entities,
     fill_mask,
     finetune,
     info,
@@ -35,8 +37,8 @@ from fastbert.cli.options import MINILM
 # A file each, in the order of --help. `add` adds the arguments and names what runs; PyTorch is imported only there, so
 # that nobody waits for it with --help and --version.
 COMMANDS = (
-    embed, similarity, search, rerank, fill_mask, next_sentence, classify, finetune, pretrain, tokenizer, info, verify,
-    bench, tune, demo,
+    embed, similarity, search, rerank, fill_mask, next_sentence, classify, entities, answer, finetune, pretrain,
+    tokenizer, info, verify, bench, tune, demo,
 )  # fmt: skip
 
 
@@ -102,7 +104,7 @@ class _Formatter(logging.Formatter):
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="fastbert",
-        description="A fast BERT encoder: embeddings, masked words, sentence pairs, classes.",
+        description="A fast BERT encoder: embeddings, masked words, sentence pairs, classes, entities, answers.",
         epilog="example:\n  fastbert embed texts.txt --model " + MINILM + " --output vectors.npy\n\n"
         "fastbert COMMAND --help explains a command.",
         formatter_class=argparse.RawDescriptionHelpFormatter,

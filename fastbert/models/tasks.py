@@ -180,13 +180,17 @@ class BertForTokenClassification(ModelWithHead):
     ) -> outputs.TokenClassifierOutput | tuple[Tensor, ...]:
         """labels: (B, S) classes, -100 where not asked. Returns logits (B, S, num_labels)."""
         encoded = self._encode(inputs)
-        logits = self._of_tokens(self.classifier, encoded)
+        logits = self.classify_tokens(encoded)
         output = outputs.TokenClassifierOutput(
             loss=token_loss(logits, labels, encoded.batch),
             logits=packing.pad(logits, encoded.batch),
             **encoded.padded(),
         )
         return self._output(output, inputs)
+
+    def classify_tokens(self, encoded: Encoded) -> Tensor:
+        """The logits (T, num_labels) of what the encoder made of packed tokens."""
+        return self._of_tokens(self.classifier, encoded)
 
 
 class BertForQuestionAnswering(ModelWithHead):
@@ -209,7 +213,7 @@ class BertForQuestionAnswering(ModelWithHead):
         Returns start_logits and end_logits (B, S). The losses are over the tokens of each row, not over its padding.
         """
         encoded = self._encode(inputs)
-        packed = self._of_tokens(self.qa_outputs, encoded)  # (T, 2)
+        packed = self.classify_tokens(encoded)  # (T, 2)
         start_logits, end_logits = packing.pad(packed, encoded.batch).unbind(-1)  # (B, S)
         loss = None
         if start_positions is not None and end_positions is not None:
@@ -222,3 +226,7 @@ class BertForQuestionAnswering(ModelWithHead):
             loss=loss, start_logits=start_logits.contiguous(), end_logits=end_logits.contiguous(), **encoded.padded()
         )
         return self._output(output, inputs)
+
+    def classify_tokens(self, encoded: Encoded) -> Tensor:
+        """The logits (T, 2), of starts and of ends, of what the encoder made of packed tokens."""
+        return self._of_tokens(self.qa_outputs, encoded)

@@ -22,7 +22,7 @@ from tokenizers.models import WordPiece
 
 from fastbert.checkpoint.files import write_text
 from fastbert.checks import check_text, one_of
-from fastbert.text import windows
+from fastbert.text import offsets, windows
 from fastbert.text.encoding import (
     Encoding,
     LongText,
@@ -69,8 +69,7 @@ class Tokenizer:
     def __init__(self, source: Source) -> None:
         """Is called by ``from_pretrained`` and ``train``."""
         rust = self._rust = source.rust
-        self._as_bert = source.as_bert
-        self._has_token_types = source.has_token_types
+        self._as_bert, self._has_token_types = source.as_bert, source.has_token_types
         # The templates of a text and of a pair, with special tokens and without.
         self._templates = tuple(
             template_of(rust.encode(*texts), source.has_token_types) for texts in (("a",), ("a", "a"))
@@ -201,6 +200,11 @@ class Tokenizer:
         rust.encode_special_tokens = True
         return rust
 
+    @property
+    def marks_continuations(self) -> bool:
+        """Tells whether tokens show that they go on with a word, as ## does in WordPiece."""
+        return bool(getattr(self._rust.model, "continuing_subword_prefix", None))
+
     def get_vocab(self) -> dict[str, int]:
         """Returns the id of each token, added tokens included."""
         return self._rust.get_vocab()
@@ -265,9 +269,17 @@ class Tokenizer:
         rows = self._encode(texts, pairs, truncation, max_length, add_special_tokens, warn)
         if len(rows.input_ids) >= 2**31:
             raise ValueError(f"texts: got {len(rows.input_ids)} tokens in all, expected fewer than 2**31")
-        offsets = np.array([0, *accumulate(rows.lengths)], np.int32)
-        input_ids, token_type_ids, cu_seqlens = map(torch.from_numpy, (rows.input_ids, rows.token_type_ids, offsets))
+        ends = np.array([0, *accumulate(rows.lengths)], np.int32)
+        input_ids, token_type_ids, cu_seqlens = map(torch.from_numpy, (rows.input_ids, rows.token_type_ids, ends))
         return PackedEncoding(input_ids, token_type_ids, cu_seqlens, rows.n_truncated, rows.n_truncated_tokens)
+
+    def encode_with_offsets(self, texts: str | Iterable[str]) -> list[offsets.TokenizedText]:
+        """Returns each text's ids, the places of its tokens, and their words; no special tokens, nothing truncated."""
+        return offsets.tokenize(self._rust, _as_list(texts, "texts"))
+
+    def template(self, pair: bool) -> tuple[Any, ...]:
+        """Returns what a row of a text, or of a pair, is put together from; `offsets.pack` does it."""
+        return self._templates[pair]
 
     def tokenize(self, text: str) -> list[str]:
         """Returns the word pieces of a text, without special tokens, not truncated."""

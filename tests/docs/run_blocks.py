@@ -26,7 +26,16 @@ TEXTS = [
     f"A {WORDS[i % 10]} text of {WORDS[i * 3 % 10]} words, number {i}." + " And more." * (i % 5) for i in range(40)
 ]
 ROWS = ["text,label", *(f'"{text}",{text.split()[1]}' for text in TEXTS[:20])]
-FILES = {"texts.txt": TEXTS, "queries.txt": TEXTS[:3], "reviews.txt": TEXTS[:5], "train.csv": ROWS}
+QUESTIONS = [
+    f'{{"question": "Which {word} words?", "context": "{text}"}}' for word, text in zip(WORDS, TEXTS, strict=False)
+]
+FILES = {
+    "texts.txt": TEXTS,
+    "queries.txt": TEXTS[:3],
+    "reviews.txt": TEXTS[:5],
+    "train.csv": ROWS,
+    "questions.jsonl": QUESTIONS,
+}
 SETTINGS: dict[str, Any] = {"num_hidden_layers": 2, "intermediate_size": 512}
 
 
@@ -58,6 +67,8 @@ def make_models(minilm: Path) -> None:
     add(hub_folder("google-bert/bert-base-uncased"), "BertForPreTraining")
     add(hub_folder("cross-encoder/ms-marco-MiniLM-L6-v2"), "BertForSequenceClassification", num_labels=1)
     add(Path("my-classifier"), "BertForSequenceClassification", num_labels=2)
+    add(Path("my-tagger"), "BertForTokenClassification", id2label={0: "O", 1: "B-PER", 2: "I-PER"})
+    add(Path("my-reader"), "BertForQuestionAnswering")
     albert = transformers.AlbertConfig(
         vocab_size=100, embedding_size=16, hidden_size=32, num_attention_heads=2, intermediate_size=64
     )

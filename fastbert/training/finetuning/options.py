@@ -70,7 +70,7 @@ ONLY = {
     "separator": ("multilabel",),
     "threshold": ("multilabel",),
     "label_order": ("classify", "multilabel", "tokens"),
-    "class_weights": ("classify", "multilabel", "tokens"),
+    "class_weights": ("classify", "multilabel"),
     "stride": ("tokens", "qa"),
     "no_answer_threshold": ("qa",),
     "answer_length": ("qa",),

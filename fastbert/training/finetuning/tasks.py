@@ -32,6 +32,8 @@ TASKS: dict[str, tuple[str, str]] = {
     "multilabel": ("fastbert.training.finetuning.sequence", "Multilabel"),
     "regress": ("fastbert.training.finetuning.sequence", "Regress"),
     "choice": ("fastbert.training.finetuning.sequence", "Choice"),
+    "tokens": ("fastbert.training.finetuning.tokens", "Tokens"),
+    "qa": ("fastbert.training.finetuning.qa", "QuestionAnswering"),
 }
 
 

@@ -1,0 +1,227 @@
+"""An EntityRecognizer finds entities in texts of any length, with their places in the text."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from fastbert.checks import check_text, one_of, positive_or_none
+from fastbert.models.tasks import BertForTokenClassification
+from fastbert.pipelines.token_logits import load_head, longest_row, softmax, token_logits
+from fastbert.text import offsets
+from fastbert.text.overlap import overlapping, owners
+from fastbert.text.tokenizer import Tokenizer
+
+STRATEGIES = ("none", "simple", "first", "average", "max")
+STRIDE = 128  # tokens, where nobody chose another and half a window is not less
+TEXTS = 256  # texts whose rows are in memory at once, at most
+CHARACTERS = 2**20  # of these texts, at most, or one text
+
+Entity = dict[str, Any]
+
+
+class EntityRecognizer:
+    """An EntityRecognizer is a token classifier and its tokenizer.
+
+    strategy: how tokens become entities, as in transformers' pipeline; `group` says how. ignore_labels: labels, or
+    entity groups, that are left out. max_length: most tokens of a window, special tokens included, by default as many
+    as the model reads. stride: tokens that two windows of a longer text share, by default 128, and at most half of a
+    window. token_budget: tokens in a batch, by default 16384 on a GPU and 2048 on a CPU.
+
+    A longer text is read in windows that begin and end between words. Each word counts in the window where it has most
+    context, and entities are put together afterwards, so that none is cut, lost or doubled at the end of a window.
+    """
+
+    def __init__(
+        self,
+        model: BertForTokenClassification,
+        tokenizer: Tokenizer,
+        *,
+        strategy: str = "simple",
+        ignore_labels: Iterable[str] = ("O",),
+        max_length: int | None = None,
+        stride: int | None = None,
+        token_budget: int | None = None,
+    ) -> None:
+        """Raises ValueError for an unknown strategy, and for a window or a stride that the model leaves no room for."""
+        self.model, self.tokenizer = model, tokenizer
+        self.strategy = one_of("strategy", strategy, *STRATEGIES)
+        self.ignore_labels = frozenset(ignore_labels)
+        self.max_length = longest_row(model, tokenizer, max_length)
+        self.capacity = self.max_length - tokenizer.num_special_tokens(False)
+        self.stride = min(STRIDE, self.capacity // 2) if stride is None else stride
+        overlapping(0, self.capacity, self.stride)  # checks both
+        self.token_budget = positive_or_none("token_budget", token_budget)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        src: str | os.PathLike[str],
+        *,
+        strategy: str = "simple",
+        ignore_labels: Iterable[str] = ("O",),
+        max_length: int | None = None,
+        stride: int | None = None,
+        token_budget: int | None = None,
+        device: str | torch.device | None = None,
+        revision: str | None = None,
+        **options: Any,
+    ) -> EntityRecognizer:
+        """Loads a folder or hub id. device: by default the GPU if there is one. options: as for the model.
+
+        Raises what BertForTokenClassification.from_pretrained raises, and ValueError for a checkpoint without the head.
+        """
+        model, tokenizer = load_head(BertForTokenClassification, "token-classification", src, device, revision, options)
+        return cls(
+            model, tokenizer, strategy=strategy, ignore_labels=ignore_labels, max_length=max_length, stride=stride,
+            token_budget=token_budget,
+        )  # fmt: skip
+
+    def __call__(self, texts: str | Iterable[str]) -> list[Any]:
+        """Returns the entities of a text, a list of dicts, or a list of these for an iterable of texts.
+
+        An entity has "entity_group" (its label without B- or I-), "score" (float), "word" (its exact text), "start" and
+        "end" (characters). With the strategy "none" it is a token: "entity" (its label), "score", "index" (its column
+        in a row that would hold the whole text), "word" (the word piece), "start", "end".
+
+        Raises TypeError for an item that is not a str, ValueError for lone surrogates.
+        """
+        if isinstance(texts, str):
+            return next(self.stream([texts]))
+        return list(self.stream(texts))
+
+    def stream(self, texts: Iterable[str]) -> Iterator[list[Entity]]:
+        """Yields the entities of each text, in their order; a few hundred texts are in memory at once."""
+        chunk: list[str] = []
+        n_characters = 0
+        for i, text in enumerate(texts):
+            check_text(f"texts[{i}]", text)
+            chunk.append(text)
+            n_characters += len(text)
+            if len(chunk) == TEXTS or n_characters >= CHARACTERS:
+                yield from self._of(chunk)
+                chunk, n_characters = [], 0
+        yield from self._of(chunk)
+
+    def _of(self, texts: list[str]) -> Iterator[list[Entity]]:
+        tokenized = self.tokenizer.encode_with_offsets(texts)
+        starts = [self._starts(tokens, text) for tokens, text in zip(tokenized, texts, strict=True)]
+        spans = [
+            overlapping(len(tokens.ids), self.capacity, self.stride, begin)
+            for tokens, begin in zip(tokenized, starts, strict=True)
+        ]
+        rows = [tokens.ids[i:j] for tokens, some in zip(tokenized, spans, strict=True) for i, j in some]
+        template = self.tokenizer.template(False)
+        before = offsets.n_special_tokens(template, 0)
+        after = offsets.n_special_tokens(template) - before
+        logits = token_logits(self.model, offsets.pack(template, rows), self.token_budget)
+        end = 0
+        for text, tokens, begin, some in zip(texts, tokenized, starts, spans, strict=True):
+            own = owners(some, len(tokens.ids), begin)
+            scores = np.empty((len(tokens.ids), logits.shape[1]), np.float32)
+            for number, (first, last) in enumerate(some):
+                end += before
+                mine = own[first:last] == number
+                scores[first:last][mine] = logits[end : end + last - first][mine]
+                end += last - first + after
+            yield self._entities(text, tokens, begin, softmax(scores), before)
+
+    def _starts(self, tokens: offsets.TokenizedText, text: str) -> np.ndarray:
+        """Returns (n,) bool: whether a token begins a word, as `strategy` understands words.
+
+        They are the pre-tokenizer's where the tokenizer marks what goes on with a word, as WordPiece does. Otherwise a
+        word begins after white space, and an unknown token is a word, as in transformers.
+        """
+        if self.tokenizer.marks_continuations:
+            return tokens.starts_of_words()
+        unknown = self.tokenizer.unk_token_id
+        return np.array(
+            [
+                start == 0 or i == 0 or text[start - 1].isspace() or text[start : start + 1].isspace() or id_ == unknown
+                for i, (id_, start) in enumerate(zip(tokens.ids, tokens.offsets[:, 0].tolist(), strict=True))
+            ],
+            bool,
+        )
+
+    def _entities(
+        self, text: str, tokens: offsets.TokenizedText, starts: np.ndarray, scores: np.ndarray, before: int
+    ) -> list[Entity]:
+        labels = self.model.config.id2label
+        if self.strategy == "none":
+            best = scores.argmax(-1)
+            words = self.tokenizer.convert_ids_to_tokens(tokens.ids) if tokens.ids else []
+            return [
+                {
+                    "entity": labels[label], "score": float(scores[i, label]), "index": i + before, "word": words[i],
+                    "start": start, "end": end,
+                }
+                for i, (label, (start, end)) in enumerate(zip(best.tolist(), tokens.offsets.tolist(), strict=True))
+                if labels[label] not in self.ignore_labels
+            ]  # fmt: skip
+        found = group(scores, tokens.offsets, starts, labels, self.strategy)
+        return [
+            {**entity, "word": text[entity["start"] : entity["end"]]}
+            for entity in found
+            if entity["entity_group"] not in self.ignore_labels
+        ]
+
+
+def group(scores: np.ndarray, places: np.ndarray, starts: np.ndarray, labels: Any, strategy: str) -> list[Entity]:
+    """Returns all entities of a text, those of the label "O" among them: entity_group, score, start, end.
+
+    scores: (n, C) probabilities of each token. places: (n, 2) characters. starts: (n,) bool, where words begin. labels:
+    the name of each class. strategy: "simple" takes each token by its own best label. The others give all tokens of a
+    word one label: that of its "first" token, the best of the "average" of its tokens' scores, or the best of the token
+    with the highest score ("max"). Neighbours of the same group make one entity, unless a B- begins a new one; its
+    score is the mean of its words' scores, or tokens'.
+    """
+    if strategy != "simple":
+        scores, places = _words(scores, places, np.flatnonzero(starts), strategy)
+    best = scores.argmax(-1)
+    values = np.take_along_axis(scores, best[:, None], -1)[:, 0] if len(best) else best
+    entities: list[Entity] = []
+    tag, first = "", 0
+    for i, label in enumerate(best.tolist()):
+        begins, own_tag = _prefix_and_tag(labels[label])
+        if i and own_tag == tag and not begins:
+            continue
+        if i:
+            entities.append(_entity(labels[best[first]], values[first:i], places[first:i]))
+        tag, first = own_tag, i
+    if len(best):
+        entities.append(_entity(labels[best[first]], values[first:], places[first:]))
+    return entities
+
+
+def _words(scores: np.ndarray, places: np.ndarray, firsts: np.ndarray, strategy: str) -> tuple[np.ndarray, np.ndarray]:
+    """Returns a row of scores and a place for each word. The first token is the start of one in any case."""
+    if len(scores) == 0:
+        return scores, places
+    firsts = firsts if len(firsts) and firsts[0] == 0 else np.concatenate([[0], firsts])
+    lasts = np.concatenate([firsts[1:], [len(scores)]])
+    if strategy == "first":
+        of_words = scores[firsts]
+    elif strategy == "average":
+        of_words = np.stack([scores[i:j].mean(0) for i, j in zip(firsts, lasts, strict=True)])
+    else:
+        best = scores.max(-1)
+        of_words = scores[[i + int(best[i:j].argmax()) for i, j in zip(firsts, lasts, strict=True)]]
+    return of_words, np.stack([places[firsts, 0], places[lasts - 1, 1]], 1)
+
+
+def _prefix_and_tag(label: str) -> tuple[bool, str]:
+    """Tells whether a label begins an entity, and returns it without B- or I-."""
+    return label.startswith("B-"), label[2:] if label.startswith(("B-", "I-")) else label
+
+
+def _entity(label: str, values: Sequence[float] | np.ndarray, places: np.ndarray) -> Entity:
+    return {
+        "entity_group": label.split("-", 1)[-1],
+        "score": float(np.mean(values)),
+        "start": int(places[0, 0]),
+        "end": int(places[-1, 1]),
+    }

@@ -1,0 +1,170 @@
+"""The task `qa` finds answers in contexts, as exact pieces of these, or finds that there is none, as in SQuAD 2.
+
+A record has `question`, `context` and `answers`, in the forms of `squad.answers_of`. Longer contexts become windows. A
+window that does not hold the whole answer has the classification token as its answer.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from fastbert.pipelines.answers import best_spans
+from fastbert.text.overlap import overlapping
+from fastbert.training.finetuning.columns import SHOWN, Record, RecordError
+from fastbert.training.finetuning.rows import RowMaker
+from fastbert.training.finetuning.settings import FinetuneSettings
+from fastbert.training.finetuning.squad import answers_of
+from fastbert.training.finetuning.tasks import Task
+
+logger = logging.getLogger("fastbert")
+
+NOWHERE = 1 << 20  # a position that no row has, which no loss counts
+
+
+class QuestionAnswering(Task):
+    """Answers to questions, as pieces of a context."""
+
+    name, headline, head, windows = "qa", "f1", "AutoModelForQuestionAnswering", True
+    label_names = ("start_positions", "end_positions")
+    may_have_none = False  # whether a training record has no answer
+    _left_out: Sequence[Record] = ()  # training records whose answers are not in their context
+    settings: FinetuneSettings
+
+    def prepare(self, records: Sequence[Record], settings: FinetuneSettings) -> dict[str, Any]:
+        """Counts answers, and names those that are not in their context; their records are left out of training.
+
+        Raises RecordError for a record without question or context, ValueError where no record has an answer.
+        """
+        self.settings = settings
+        lost: list[Record] = []
+        without = 0
+        for record in records:
+            texts_of(record)
+            answers = answers_of(record)
+            without += not answers
+            if answers and place_of(record) is None:
+                lost.append(record)
+        self.may_have_none = without > 0
+        self._left_out = lost
+        if lost:
+            logger.warning(
+                "answers: those of %d of %d records are not in their context, and the records are left out: %s",
+                len(lost), len(records), ", ".join(record.place for record in lost[:SHOWN]),
+            )  # fmt: skip
+        if len(lost) + without == len(records):
+            raise ValueError(f"answers: none of {len(records)} records has an answer that is in its context")
+        return {"questions": len(records), "without an answer": without, "answers not in their context": len(lost)}
+
+    def model(self, settings: FinetuneSettings, **options: Any) -> Any:
+        from fastbert.training.finetuning.loading import pretrained
+
+        return pretrained(self.head, settings, ["start", "end"], **options)
+
+    def features(self, records: Sequence[Record], tokenizer: Any, settings: FinetuneSettings) -> list[dict[str, Any]]:
+        """Returns the windows of all records. Beside what forward takes: record, before (the first column of the
+        context), places (of its tokens, in characters). Raises RecordError for a question that leaves no room.
+        """
+        maker = RowMaker(tokenizer, pair=True)
+        left_out = set(map(id, self._left_out))
+        kept = [(i, record) for i, record in enumerate(records) if id(record) not in left_out]
+        questions = maker.tokenize([texts_of(record)[0] for _, record in kept])
+        contexts = maker.tokenize([texts_of(record)[1] for _, record in kept])
+        length = settings.max_length or 384
+        firsts, seconds, extra = [], [], []
+        for (number, record), question, context in zip(kept, questions, contexts, strict=True):
+            capacity = length - maker.n_special - len(question.ids)
+            if capacity < 2:
+                raise RecordError(f"{record.place}: question: its {len(question.ids)} tokens leave no room in {length}")
+            before = maker.before + len(question.ids)
+            place = place_of(record)
+            for first, last in overlapping(len(context.ids), capacity, min(settings.stride, capacity // 2)):
+                start, end = (0, 0) if place or not answers_of(record) else (NOWHERE, NOWHERE)
+                if place is not None:
+                    inside = _tokens_within(context.offsets, *place)
+                    if inside is not None and first <= inside[0] and inside[1] < last:
+                        start, end = (i - first + before for i in inside)
+                firsts.append(question.ids)
+                seconds.append(context.ids[first:last])
+                places = context.offsets[first:last].tolist()
+                positions = {"start_positions": start, "end_positions": end}
+                extra.append({**positions, "record": number, "before": before, "places": places})
+        return [{**row, **more} for row, more in zip(maker.rows(firsts, seconds), extra, strict=True)]
+
+    def predictions(self, logits: Any, features: Sequence[Mapping[str, Any]], records: Sequence[Record]) -> Any:
+        """Returns the answer to each question, "" for none.
+
+        It is the span with the highest sum of its two logits in any window, of at most `answer_length` tokens. It is ""
+        where training records have no answers and the least sum of a classification token's logits exceeds it by more
+        than `no_answer_threshold`, as in SQuAD's scripts.
+        """
+        best = np.full(len(records), -np.inf)
+        null = np.full(len(records), np.inf)
+        answers = [""] * len(records)
+        for start, end, feature in zip(*map(np.asarray, logits[:2]), features, strict=True):
+            number, before, places = feature["record"], feature["before"], feature["places"]
+            null[number] = min(null[number], float(start[0] + end[0]))
+            starts, ends = (row[before : before + len(places)].astype(np.float64) for row in (start, end))
+            if not places:
+                continue
+            shares = np.exp(starts - starts.max()), np.exp(ends - ends.max())
+            for i, j in best_spans(*shares, self.settings.answer_length, 1):
+                if starts[i] + ends[j] > best[number]:
+                    best[number] = starts[i] + ends[j]
+                    answers[number] = texts_of(records[number])[1][places[i][0] : places[j][1]]
+        if self.may_have_none:
+            for i in np.flatnonzero(null - best > self.settings.no_answer_threshold).tolist():
+                answers[i] = ""
+        return answers
+
+    def score(self, predictions: Any, records: Sequence[Record]) -> dict[str, Any]:
+        from fastbert.training.finetuning import metrics
+
+        return metrics.squad(predictions, _references(records))
+
+    def interval(self, predictions: Any, records: Sequence[Record]) -> tuple[float, float] | None:
+        from fastbert.training.finetuning import metrics
+
+        return metrics.interval(np.mean, metrics.squad_each(predictions, _references(records))[1])
+
+
+def texts_of(record: Record) -> tuple[str, str]:
+    """Returns question and context. Raises RecordError where one is missing or no text."""
+    question, context = record.value("question"), record.value("context")
+    for name, value in (("question", question), ("context", context)):
+        if not isinstance(value, str):
+            raise RecordError(f"{record.place}: {name}: got {value!r:.80}, expected a text")
+    return question, context
+
+
+def place_of(record: Record) -> tuple[int, int] | None:
+    """Returns the first and the last character + 1 of the first answer that is in its context, None for none.
+
+    Without a start, or with one where another text stands, it is the occurrence that is nearest to it.
+    """
+    _, context = texts_of(record)
+    for text, start in answers_of(record):
+        if not text:
+            continue
+        start = 0 if start is None else start
+        if start < 0 or not context.startswith(text, start):
+            earlier, later = context.rfind(text, 0, max(start, 0) + len(text)), context.find(text, max(start, 0))
+            there = [at for at in (earlier, later) if at >= 0]
+            if not there:
+                continue
+            start = min(there, key=lambda at, start=start: abs(at - start))  # type: ignore[misc]
+        return start, start + len(text)
+    return None
+
+
+def _tokens_within(offsets: np.ndarray, start: int, end: int) -> tuple[int, int] | None:
+    """Returns the first and the last of the tokens that have a part between two characters, None for none."""
+    inside = np.flatnonzero((offsets[:, 1] > start) & (offsets[:, 0] < end))
+    return (int(inside[0]), int(inside[-1])) if len(inside) else None
+
+
+def _references(records: Sequence[Record]) -> list[list[str]]:
+    return [[text for text, _ in answers_of(record)] for record in records]

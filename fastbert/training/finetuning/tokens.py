@@ -1,0 +1,331 @@
+"""The task `tokens` gives every word a label; labels in the manner of IOB2 make spans, such as names.
+
+A record has `tokens` and `labels`, or `text` and `spans` ([{"start", "end", "label"}, ...], in characters). Both become
+running text with words at places, since that is what the model is used on. The first token of a word has its label, and
+the other tokens have none. Longer texts become windows that are cut between words; each word has its label in the one
+window where it has most context, so that none is lost or counted twice.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from fastbert.text.offsets import TokenizedText
+from fastbert.text.overlap import overlapping, owners
+from fastbert.training.finetuning.columns import SHOWN, Record, RecordError
+from fastbert.training.finetuning.rows import RowMaker
+from fastbert.training.finetuning.schemes import OUTSIDE, as_iob2, scheme_of
+from fastbert.training.finetuning.settings import FinetuneSettings
+from fastbert.training.finetuning.tasks import Task
+
+logger = logging.getLogger("fastbert")
+
+IGNORED = -100
+
+
+class Span(NamedTuple):
+    """A Span is a stretch of a text: its type, its first character, and the first one after it."""
+
+    type: str
+    start: int
+    end: int
+
+
+@dataclass
+class _Example:
+    """An _Example is a record as running text: its words, which have labels, or its spans."""
+
+    text: str
+    words: list[tuple[int, int]] | None  # places of the words of `tokens`
+    labels: list[str] | None  # in IOB2, one a word
+    spans: list[Span] | None  # of `text` and `spans`, in their order
+
+
+class Tokens(Task):
+    """A label for each word; what is scored are spans."""
+
+    name, headline, head, windows = "tokens", "f1", "AutoModelForTokenClassification", True
+    labels: list[str]
+    scheme = "IOB2"
+    pieces: bool | None = None  # whether each token is a word of its own, as spans within words need it
+
+    def prepare(self, records: Sequence[Record], settings: FinetuneSettings) -> dict[str, Any]:
+        """Finds scheme and types. Raises RecordError for labels or spans that do not fit, ValueError for none."""
+        labelled = [record for record in records if not has_spans(record)]
+        self.scheme = scheme_of([tokens_of(record)[1] for record in labelled], labelled)
+        if self.scheme != "IOB2":
+            logger.warning("labels: they are in %s, and are taken as IOB2 says the same", self.scheme)
+        counts: Counter[str] = Counter()
+        for record in records:
+            counts.update(span.type for span in self._spans(self._example(record)))
+        if not counts:
+            raise ValueError("labels: no record has a span; expected types to learn")
+        self.labels = _label_order([OUTSIDE, *(f"{p}-{name}" for name in sorted(counts) for p in "BI")], settings)
+        if rare := [name for name in sorted(counts) if counts[name] == 1]:
+            logger.warning("labels: %d types have one span each: %s", len(rare), ", ".join(rare[:8]))
+        without = sum(not self._spans(self._example(record)) for record in records)
+        shown = {name: counts[name] for name in sorted(counts)}
+        return {"labels": self.labels, "counts": shown, "scheme": self.scheme, "records without a span": without}
+
+    def model(self, settings: FinetuneSettings, **options: Any) -> Any:
+        from fastbert.training.finetuning.loading import pretrained
+
+        return pretrained(self.head, settings, self.labels, **options)
+
+    def features(self, records: Sequence[Record], tokenizer: Any, settings: FinetuneSettings) -> list[dict[str, Any]]:
+        """Returns the windows of all records. Beside what forward takes: record, and places of labels with their words.
+
+        Words without a token, such as control characters, are counted in a warning, and so are spans that are widened
+        to whole tokens.
+        """
+        numbers = {name: i for i, name in enumerate(self.labels)}
+        examples = [self._example(record) for record in records]
+        maker = RowMaker(tokenizer, pair=False)
+        tokenized = maker.tokenize([example.text for example in examples])
+        if self.pieces is None:
+            self.pieces = self._cuts_words(examples, tokenized)
+        capacity = (settings.max_length or 512) - maker.n_special
+        stride = min(settings.stride, capacity // 2)
+        ids: list[list[int]] = []
+        extra: list[dict[str, Any]] = []
+        lost: list[str] = []
+        widened: list[str] = []
+        for number, (record, example, tokens) in enumerate(zip(records, examples, tokenized, strict=True)):
+            words, labels = self._words(example, tokens, record, widened)
+            for name in labels:
+                if name not in numbers:
+                    types = ", ".join(label[2:] for label in self.labels if label.startswith("B-"))
+                    raise RecordError(f"{record.place}: {name!r} is not among the types of training: {types}")
+            firsts = first_tokens(example.text, tokens, words)
+            if (firsts < 0).any():
+                lost.append(record.place)
+            starts = np.zeros(len(tokens.ids), bool)
+            starts[firsts[firsts >= 0]] = True
+            spans = overlapping(len(tokens.ids), capacity, stride, starts)
+            own = owners(spans, len(tokens.ids), starts)
+            for window, (first, last) in enumerate(spans):
+                mine = [
+                    (int(place) - first + maker.before, word)
+                    for word, place in enumerate(firsts.tolist())
+                    if first <= place < last and own[place] == window
+                ]
+                row = [IGNORED] * (last - first + maker.n_special)
+                for place, word in mine:
+                    row[place] = numbers[labels[word]]
+                ids.append(tokens.ids[first:last])
+                extra.append({"labels": row, "record": number, "words": mine, "places": words})
+        _warn("words have no token, and no label that counts, in %d records: %s", lost)
+        _warn("spans begin or end within tokens, and are widened to these, in %d records: %s", widened)
+        return [{**row, **more} for row, more in zip(maker.rows(ids), extra, strict=True)]
+
+    def collator(self, tokenizer: Any) -> Any:
+        from transformers import DataCollatorForTokenClassification
+
+        return DataCollatorForTokenClassification(tokenizer)
+
+    def keep(self, logits: Any, labels: Any) -> Any:
+        return (logits[0] if isinstance(logits, tuple) else logits).argmax(-1)
+
+    def predictions(self, logits: Any, features: Sequence[Mapping[str, Any]], records: Sequence[Record]) -> Any:
+        """Returns the labels of each record's words in IOB2, or its spans where the record has spans."""
+        best = np.asarray(logits)
+        best = best.argmax(-1) if best.ndim == 3 else best
+        named: list[list[str]] = [[] for _ in records]
+        places: list[list[tuple[int, int]]] = [[] for _ in records]
+        for row, feature in zip(best, features, strict=True):
+            number = feature["record"]
+            places[number] = feature["places"]
+            named[number] = named[number] or [OUTSIDE] * len(feature["places"])
+            for place, word in feature["words"]:
+                named[number][word] = self.labels[int(row[place])]
+        return [
+            spans_of_words(labels, words) if has_spans(record) else labels
+            for labels, words, record in zip(named, places, records, strict=True)
+        ]
+
+    def score(self, predictions: Any, records: Sequence[Record]) -> dict[str, Any]:
+        from fastbert.training.finetuning import metrics
+
+        scores = metrics.spans(self._truth(records), predictions)
+        pairs = [
+            (true, label)
+            for record, labels in zip(records, predictions, strict=True)
+            if not has_spans(record)
+            for true, label in zip(self._example(record).labels or [], labels, strict=True)
+        ]
+        if pairs:
+            scores["token_accuracy"] = sum(true == label for true, label in pairs) / len(pairs)
+        return scores
+
+    def interval(self, predictions: Any, records: Sequence[Record]) -> tuple[float, float] | None:
+        from fastbert.training.finetuning import metrics
+
+        return metrics.interval(metrics.f1_of_counts, metrics.span_counts(self._truth(records), predictions))
+
+    def _truth(self, records: Sequence[Record]) -> list[list[Any]]:
+        examples = [self._example(record) for record in records]
+        return [list(each.labels if each.spans is None else each.spans) for each in examples]  # type: ignore[arg-type]
+
+    def _example(self, record: Record) -> _Example:
+        if has_spans(record):
+            text = record.value("text")
+            return _Example(text, None, None, spans_in(record))
+        words, labels = tokens_of(record)
+        ends = np.cumsum([len(word) + 1 for word in words]).tolist()
+        places = [(end - 1 - len(word), end - 1) for word, end in zip(words, ends, strict=True)]
+        return _Example(" ".join(words), places, as_iob2(labels, self.scheme, record), None)
+
+    @staticmethod
+    def _spans(example: _Example) -> list[Span]:
+        if example.spans is not None:
+            return example.spans
+        assert example.labels is not None and example.words is not None
+        return spans_of_words(example.labels, example.words)
+
+    @staticmethod
+    def _cuts_words(examples: list[_Example], tokenized: list[TokenizedText]) -> bool:
+        """Tells whether any span begins or ends within a word, as in languages whose particles stand in the word."""
+        n_spans = n_within = 0
+        for example, tokens in zip(examples, tokenized, strict=True):
+            words = words_of(example.text, tokens, pieces=False)
+            starts, ends = {start for start, _ in words}, {end for _, end in words}
+            for span in example.spans or ():
+                n_spans += 1
+                n_within += span.start not in starts or span.end not in ends
+        if n_within:
+            logger.warning(
+                "spans: %d of %d begin or end within words: every token has a label of its own, not words; to use the "
+                "model: fastbert entities --strategy simple", n_within, n_spans,
+            )  # fmt: skip
+        return n_within > 0
+
+    def _words(
+        self, example: _Example, tokens: TokenizedText, record: Record, widened: list[str]
+    ) -> tuple[list[tuple[int, int]], list[str]]:
+        """Returns the places of the words of an example, and their labels."""
+        if example.spans is None:
+            assert example.words is not None and example.labels is not None
+            return example.words, example.labels
+        words = words_of(example.text, tokens, bool(self.pieces))
+        labels = [OUTSIDE] * len(words)
+        first = 0
+        for span in example.spans:
+            while first < len(words) and words[first][1] <= span.start:
+                first += 1
+            last = first
+            while last < len(words) and words[last][0] < span.end:
+                if labels[last] != OUTSIDE:
+                    text = example.text[words[last][0] : words[last][1]]
+                    raise RecordError(f"{record.place}: two spans have parts in {text!r}, which cannot be cut there")
+                labels[last] = f"{'B' if last == first else 'I'}-{span.type}"
+                last += 1
+            if first == last or (words[first][0], words[last - 1][1]) != (span.start, span.end):
+                widened.append(record.place)
+        return words, labels
+
+
+def has_spans(record: Record) -> bool:
+    """Tells whether a record is a text with spans, and no list of tokens."""
+    return record.values.get("tokens") is None and "spans" in record.values
+
+
+def tokens_of(record: Record) -> tuple[list[str], list[str]]:
+    """Returns the tokens and the labels of a record. Raises RecordError for other types and other numbers."""
+    tokens, labels = record.value("tokens"), record.value("labels")
+    for name, value in (("tokens", tokens), ("labels", labels)):
+        if (
+            not hasattr(value, "__len__")
+            or isinstance(value, (str, Mapping))
+            or not all(isinstance(x, str) for x in value)
+        ):
+            raise RecordError(f"{record.place}: {name}: got {value!r:.80}, expected a list of str")
+    if len(tokens) != len(labels):
+        raise RecordError(f"{record.place}: got {len(labels)} labels for {len(tokens)} tokens, expected as many")
+    return list(tokens), list(labels)
+
+
+def spans_in(record: Record) -> list[Span]:
+    """Returns the spans of a record in their order. Raises RecordError for one outside of the text or in another."""
+    text, value = record.value("text"), record.values.get("spans")
+    spans = []
+    for each in value if value is not None else ():
+        kind = (
+            next((each[k] for k in ("label", "type", "entity_group") if k in each), None)
+            if isinstance(each, Mapping)
+            else None
+        )
+        if kind is None or not all(isinstance(each.get(k), (int, np.integer)) for k in ("start", "end")):
+            raise RecordError(f"{record.place}: spans: got {each!r:.80}, expected start, end and label of each")
+        if not 0 <= each["start"] < each["end"] <= len(text):
+            raise RecordError(
+                f"{record.place}: spans: got {each['start']} to {each['end']}, expected places in its {len(text)}"
+            )
+        spans.append(Span(str(kind), int(each["start"]), int(each["end"])))
+    spans.sort(key=lambda span: span.start)
+    for one, other in zip(spans, spans[1:], strict=False):
+        if other.start < one.end:
+            raise RecordError(f"{record.place}: spans: {tuple(one)} and {tuple(other)} overlap")
+    return spans
+
+
+def words_of(text: str, tokens: TokenizedText, pieces: bool) -> list[tuple[int, int]]:
+    """Returns the places of the words of a text, or of its tokens, without white space at their ends."""
+    starts = np.ones(len(tokens.ids), bool) if pieces else tokens.starts_of_words()
+    firsts = np.flatnonzero(starts).tolist()
+    found: list[tuple[int, int]] = []
+    for first, following in zip(firsts, [*firsts[1:], len(tokens.ids)], strict=True):
+        start, end = int(tokens.offsets[first, 0]), int(tokens.offsets[following - 1, 1])
+        if found:
+            start = max(start, found[-1][1])  # two tokens of one character
+        while start < end and text[start].isspace():
+            start += 1
+        while start < end and text[end - 1].isspace():
+            end -= 1
+        if start < end:
+            found.append((start, end))
+    return found
+
+
+def first_tokens(text: str, tokens: TokenizedText, words: Sequence[tuple[int, int]]) -> np.ndarray:
+    """Returns (n,) int64: the number of the first token of each word, -1 for a word without one."""
+    firsts = np.full(len(words), -1, np.int64)
+    places = tokens.offsets.tolist()
+    i = 0
+    for word, (start, end) in enumerate(words):
+        while i < len(places) and (places[i][1] <= start or not text[places[i][0] : places[i][1]].strip()):
+            i += 1
+        if i < len(places) and places[i][0] < end:
+            firsts[word] = i
+            i += 1
+    return firsts
+
+
+def spans_of_words(labels: Sequence[str], words: Sequence[tuple[int, int]]) -> list[Span]:
+    """Returns the spans of labels in IOB2, in characters. An I- that goes on with nothing begins a span, as seqeval."""
+    from fastbert.training.finetuning import metrics
+
+    return [Span(kind, words[first][0], words[last][1]) for kind, first, last in metrics.spans_of(labels)]
+
+
+def _label_order(labels: list[str], settings: FinetuneSettings) -> list[str]:
+    """Returns the labels in the settings' order, or the model's own where its head has just these."""
+    if settings.label_order:
+        if unknown := sorted(set(labels) - set(settings.label_order)):
+            raise ValueError(f"label_order: {', '.join(unknown)} of the training data is not in it")
+        return list(settings.label_order)
+    import transformers
+
+    own = transformers.AutoConfig.from_pretrained(settings.model).id2label or {}
+    return [own[i] for i in sorted(own)] if set(own.values()) == set(labels) else labels
+
+
+def _warn(message: str, places: list[str]) -> None:
+    if places:
+        distinct = list(dict.fromkeys(places))
+        logger.warning(message, len(distinct), ", ".join(distinct[:SHOWN]))
