@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastbert.engine.cpu_encoder import multiplies_bfloat16
 from fastbert.text.tokenizer import Tokenizer
 from fastbert.training.baseline import UnigramBaseline, unigram_baseline
 from fastbert.training.corpora import Corpora, open_corpora
@@ -20,6 +19,7 @@ from fastbert.training.data.tokenizing import special_ids
 from fastbert.training.distributed import Processes
 from fastbert.training.objective import PretrainingObjective
 from fastbert.training.optimizer import make_optimizer
+from fastbert.training.precision import takes_bf16
 from fastbert.training.schedule import learning_rate_factor
 from fastbert.training.settings import Settings, n_steps_of
 from fastbert.training.starting_model import starting_model
@@ -141,12 +141,3 @@ class Parts:
         labels = np.concatenate([batch.labels for batch in batches]) if batches else None
         counts = None if labels is None else np.bincount(labels, minlength=corpus.vocab_size)
         return unigram_baseline(corpus.counts, counts, self.special.all)
-
-
-def takes_bf16(precision: str, device: torch.device) -> bool:
-    """Tells whether products are in bfloat16: where that is asked for, or by itself where the device has it."""
-    if precision != "auto":
-        return precision == "bf16"
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device.type == "cpu" and multiplies_bfloat16()

@@ -84,7 +84,7 @@ def _seconds_of_step(
 ) -> float:
     """The median time of an update, of a few with features from all of the data; the model is not used afterwards."""
     from fastbert.training.finetuning.loading import accelerated, restricted
-    from fastbert.training.run import takes_bf16
+    from fastbert.training.precision import takes_bf16
 
     settings, collate = prepared.settings, prepared.task.collator(prepared.tokenizer)
     model = accelerated(restricted(prepared.model.to(device).train(), settings), settings)

@@ -18,7 +18,7 @@ import torch
 from fastbert.training.checkpoints import MARKER, obstacle, seal
 from fastbert.training.finetuning.settings import FinetuneSettings
 from fastbert.training.finetuning.tasks import Task
-from fastbert.training.run import takes_bf16
+from fastbert.training.precision import takes_bf16
 from fastbert.training.settings import n_steps_of
 
 logger = logging.getLogger("fastbert")

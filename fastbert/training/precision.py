@@ -1,0 +1,16 @@
+"""The precision in which a training multiplies; weights and the optimiser's state are float32 in each."""
+
+from __future__ import annotations
+
+import torch
+
+from fastbert.engine.cpu_encoder import multiplies_bfloat16
+
+
+def takes_bf16(precision: str, device: torch.device) -> bool:
+    """Tells whether products are in bfloat16: where that is asked for, or by itself where the device has it."""
+    if precision != "auto":
+        return precision == "bf16"
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and multiplies_bfloat16()
