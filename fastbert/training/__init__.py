@@ -10,11 +10,18 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fastbert.training.callback import finite_callback
+    from fastbert.training.finetuning.embeddings import train_embeddings
+    from fastbert.training.finetuning.rerank import train_cross_encoder
     from fastbert.training.finite import FiniteGuard
 
-_PUBLIC = {"FiniteGuard": "fastbert.training.finite", "finite_callback": "fastbert.training.callback"}
+_PUBLIC = {
+    "FiniteGuard": "fastbert.training.finite",
+    "finite_callback": "fastbert.training.callback",
+    "train_cross_encoder": "fastbert.training.finetuning.rerank",
+    "train_embeddings": "fastbert.training.finetuning.embeddings",
+}
 
-__all__ = ["FiniteGuard", "finite_callback"]
+__all__ = ["FiniteGuard", "finite_callback", "train_cross_encoder", "train_embeddings"]
 
 
 def __getattr__(name: str) -> Any:
