@@ -182,6 +182,11 @@ def run(
     start = time.perf_counter()
     trainer.train(resume_from_checkpoint=checkpoint)
     seconds = time.perf_counter() - start
+    if not trainer.state.global_step:
+        raise ValueError(
+            f"batch_size: no batch of {settings.batch_size} records could be made, without equal texts in it where the "
+            "loss needs that; expected a smaller one, or more records"
+        )
     after = score(model) if score is not None else {}
     state = trainer.state
     best = state.best_metric
