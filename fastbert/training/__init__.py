@@ -10,16 +10,20 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fastbert.training.callback import finite_callback
+    from fastbert.training.finetuning.embeddings import train_embeddings
     from fastbert.training.finetuning.finetune import finetune
+    from fastbert.training.finetuning.rerank import train_cross_encoder
     from fastbert.training.finite import FiniteGuard
 
 _PUBLIC = {
     "FiniteGuard": "fastbert.training.finite",
     "finetune": "fastbert.training.finetuning.finetune",
     "finite_callback": "fastbert.training.callback",
+    "train_cross_encoder": "fastbert.training.finetuning.rerank",
+    "train_embeddings": "fastbert.training.finetuning.embeddings",
 }
 
-__all__ = ["FiniteGuard", "finetune", "finite_callback"]
+__all__ = ["FiniteGuard", "finetune", "finite_callback", "train_cross_encoder", "train_embeddings"]
 
 
 def __getattr__(name: str) -> Any:

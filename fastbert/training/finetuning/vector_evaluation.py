@@ -1,0 +1,202 @@
+"""Evaluations of sentence embeddings and of cross-encoders, for a trainer of sentence-transformers and for reports."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from fastbert.training.finetuning import metrics
+from fastbert.training.finetuning.mining import distinct, key_of
+from fastbert.training.finetuning.vector_data import Example
+from fastbert.vectors.search import semantic_search
+
+DEPTH = 100  # of a ranking: a right text beyond it counts as not there
+CUTS = 1, 5, 10
+
+Scores = dict[str, Any]
+
+
+class PairRetrieval:
+    """Ranks the distinct positives of examples for each distinct anchor, by cosine and exact search.
+
+    `recall@1`, `recall@5`, `recall@10`, `mrr` and `ndcg@10` count the first 100 texts of a ranking.
+    """
+
+    headline = "mrr"
+
+    def __init__(self, examples: Sequence[Example]) -> None:
+        self.queries = distinct([example.anchor for example in examples])
+        self.corpus = distinct([example.positive for example in examples])
+        self.corpus = distinct([*self.corpus, *(text for example in examples for text in example.negatives)])
+        rows = {text: row for row, text in enumerate(self.corpus)}
+        places = {text: row for row, text in enumerate(self.queries)}
+        self.relevant: list[set[int]] = [set() for _ in self.queries]
+        for example in examples:
+            self.relevant[places[example.anchor]].add(rows[example.positive])
+
+    def score(self, vectors: Callable[[Sequence[str], bool], np.ndarray]) -> Scores:
+        """Returns the scores of a model. vectors: turns texts into (N, dim); its second argument says if documents."""
+        queries, corpus = vectors(self.queries, False), vectors(self.corpus, True)
+        _, ids = semantic_search(queries, corpus, top_k=DEPTH, as_arrays=True)
+        return retrieval_scores(ids, self.relevant)
+
+
+class ScoredPairs:
+    """Compares the cosines of scored pairs with their scores: `spearman` and `pearson`."""
+
+    headline = "spearman"
+
+    def __init__(self, examples: Sequence[Example]) -> None:
+        self.firsts = [example.anchor for example in examples]
+        self.seconds = [example.positive for example in examples]
+        self.scores = np.array([example.score for example in examples], dtype=np.float64)
+
+    def score(self, vectors: Callable[[Sequence[str], bool], np.ndarray]) -> Scores:
+        """Returns the scores of a model; `vectors` as of `PairRetrieval.score`."""
+        firsts, seconds = (
+            np.asarray(vectors(t, d), np.float64) for t, d in ((self.firsts, False), (self.seconds, True))
+        )
+        norms = np.linalg.norm(firsts, axis=1) * np.linalg.norm(seconds, axis=1)
+        cosines = (firsts * seconds).sum(1) / np.where(norms == 0, 1.0, norms)
+        return correlation_scores(self.scores, cosines)
+
+
+class TeacherVectors:
+    """Compares vectors with those of a teacher: `negative_mse`, the greater the better, and `cosine`."""
+
+    headline = "negative_mse"
+
+    def __init__(self, examples: Sequence[Example]) -> None:
+        self.texts = [example.anchor for example in examples] + [e.positive for e in examples if e.positive]
+        repeated = [e.vector for e in examples] + [e.vector for e in examples if e.positive]
+        self.targets = np.asarray(repeated, np.float64)
+
+    def score(self, vectors: Callable[[Sequence[str], bool], np.ndarray]) -> Scores:
+        """Returns the scores of a model; `vectors` as of `PairRetrieval.score`. A narrower one meets a cut teacher."""
+        values = np.asarray(vectors(self.texts, False), np.float64)
+        targets = self.targets[:, : values.shape[1]]
+        norms = np.linalg.norm(values, axis=1) * np.linalg.norm(targets, axis=1)
+        cosines = (values * targets).sum(1) / np.where(norms == 0, 1.0, norms)
+        return {"negative_mse": -float(((values - targets) ** 2).mean()), "cosine": float(cosines.mean())}
+
+
+class RankedLists:
+    """Orders the texts of each list by a cross-encoder's scores: `mrr`, `ndcg@10` and recalls.
+
+    lists: for each query its texts and how relevant each is; a text with a relevance above 0 is a right one. Lists
+    without a right text, or without a wrong one, say nothing and are left out. A right text stands behind the wrong
+    ones of the same score.
+    """
+
+    headline = "mrr"
+
+    def __init__(self, lists: Sequence[tuple[str, Sequence[str], Sequence[float]]]) -> None:
+        self.lists = [each for each in lists if any(r > 0 for r in each[2]) and not all(r > 0 for r in each[2])]
+
+    def score(self, predict: Callable[[list[tuple[str, str]]], np.ndarray]) -> Scores:
+        """Returns the scores of a model. predict: scores of pairs of texts, (N,)."""
+        values = iter(predict([(query, text) for query, texts, _ in self.lists for text in texts]).tolist())
+        longest = max(len(texts) for _, texts, _ in self.lists)
+        ids = np.full((len(self.lists), longest), -1)
+        for row, (_, texts, relevances) in enumerate(self.lists):
+            order = np.lexsort((relevances, [-next(values) for _ in texts]))
+            ids[row, : len(order)] = order
+        return retrieval_scores(ids, [{i for i, r in enumerate(rels) if r > 0} for _, _, rels in self.lists])
+
+
+class PredictedScores:
+    """Compares a cross-encoder's scores of pairs with those that they have: `spearman` and `pearson`."""
+
+    headline = "spearman"
+
+    def __init__(self, examples: Sequence[Example]) -> None:
+        self.pairs = [(example.anchor, example.positive) for example in examples]
+        self.scores = np.array([example.score for example in examples], dtype=np.float64)
+
+    def score(self, predict: Callable[[list[tuple[str, str]]], np.ndarray]) -> Scores:
+        """Returns the scores of a model; `predict` as of `RankedLists.score`."""
+        return correlation_scores(self.scores, predict(self.pairs))
+
+
+def lists_of(
+    examples: Sequence[Example], n_candidates: int, miner: Any = None
+) -> list[tuple[str, list[str], list[float]]]:
+    """Makes a list for each anchor: what its examples score, or its positives before its negatives.
+
+    Pairs without negatives get wrong texts from the other positives, up to n_candidates texts in all: the nearest by
+    the vectors of the miner, or without one those that follow in the order of the examples.
+    """
+    lists: dict[str, dict[str, float]] = {}
+    for example in examples:
+        texts = lists.setdefault(example.anchor, {})
+        if example.kind == "lists":
+            assert isinstance(example.score, tuple)
+            texts.update(zip(example.documents, example.score, strict=True))
+        elif example.kind == "scored":
+            assert isinstance(example.score, float)
+            texts[example.positive] = example.score
+        else:
+            texts.update({text: 0.0 for text in example.negatives if text not in texts})
+            texts[example.positive] = 1.0
+    if examples and examples[0].kind == "pairs" and not any(example.negatives for example in examples):
+        corpus = distinct([example.positive for example in examples])
+        for row, (texts, others) in enumerate(
+            zip(lists.values(), _others(list(lists), corpus, miner, n_candidates), strict=True)
+        ):
+            rights = {key_of(text) for text in texts}
+            order = others if others is not None else (corpus[(row + i) % len(corpus)] for i in range(len(corpus)))
+            for text in order:
+                if len(texts) >= n_candidates:
+                    break
+                if key_of(text) not in rights:
+                    texts.setdefault(text, 0.0)
+    return [(anchor, list(texts), list(texts.values())) for anchor, texts in lists.items()]
+
+
+def _others(anchors: list[str], corpus: list[str], miner: Any, n: int) -> list[list[str] | None]:
+    """For each anchor the texts of the corpus that are nearest to it, by a miner."""
+    if miner is None:
+        return [None] * len(anchors)
+    _, ids = semantic_search(miner.encode_query(anchors), miner.encode_document(corpus), top_k=2 * n, as_arrays=True)
+    return [[corpus[i] for i in row] for row in ids.tolist()]
+
+
+def retrieval_scores(ids: np.ndarray, relevant: Sequence[set[int]]) -> Scores:
+    """Returns recalls, MRR with its interval, and nDCG of rankings.
+
+    ids: (Q, k) int, the best first, -1 where a ranking ends. relevant: for each query the right ids.
+    """
+    scores = metrics.retrieval(ids, relevant, at=CUTS)
+    hits = np.array([np.isin(row, list(wanted)) for row, wanted in zip(ids, relevant, strict=True) if wanted])
+    reciprocal = np.where(hits.any(1), 1.0 / (hits.argmax(1) + 1), 0.0)
+    return {**scores, "mrr_interval": metrics.interval(np.mean, reciprocal)}
+
+
+def correlation_scores(truth: np.ndarray, values: np.ndarray) -> Scores:
+    """Returns the Spearman correlation with its interval, and the Pearson correlation, of scores (N,) and (N,)."""
+    scores = metrics.regression(truth, values)
+    interval = metrics.interval(metrics.spearman, truth, np.asarray(values, np.float64))
+    return {"spearman": scores["spearman"], "pearson": scores["pearson"], "spearman_interval": interval}
+
+
+def evaluator_of(score: Callable[[Any], Scores], headline: str) -> Any:
+    """Makes an evaluator for a trainer of sentence-transformers. score: takes a model, returns numbers by name."""
+    return _evaluator_class()(score, headline)
+
+
+@functools.cache
+def _evaluator_class() -> type:
+    from sentence_transformers.evaluation import SentenceEvaluator
+
+    class Evaluator(SentenceEvaluator):
+        def __init__(self, score: Callable[[Any], Scores], headline: str) -> None:
+            super().__init__()
+            self.score, self.primary_metric = score, headline
+
+        def __call__(self, model: Any, output_path: str | None = None, epoch: int = -1, steps: int = -1) -> Scores:
+            return {name: value for name, value in self.score(model).items() if isinstance(value, float)}
+
+    return Evaluator
