@@ -6,6 +6,7 @@ import argparse
 from dataclasses import dataclass
 from typing import Any
 
+from fastbert.cli import finetune_vectors
 from fastbert.cli.options import add_command, add_message_options
 from fastbert.training.finetuning import options
 
@@ -70,6 +71,7 @@ example:
     tasks = parser.add_subparsers(dest="task", metavar="TASK", required=True)
     for name, entry in TASKS.items():
         _add_task(tasks, name, entry)
+    finetune_vectors.add(tasks)
 
 
 def _add_task(tasks: Any, name: str, entry: Entry) -> None:
