@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ import pytest
 
 from fastbert.cli import finetune as command
 from fastbert.cli.main import main
-from fastbert.training.finetuning.options import HELP, ONLY
+from fastbert.training.finetuning.options import HELP, ONLY, add_arguments, settings_of
 from fastbert.training.finetuning.settings import FinetuneSettings
 from fastbert.training.finetuning.tasks import TASKS
 from finetune_cases import moods, save_encoder
@@ -44,7 +46,8 @@ def test_train_and_use(encoder: str, files: list[str], tmp_path: Path, capsys: p
     options += ["--precision", "fp32", "--dropout", "0", "--device", "cpu"]
     assert main(["finetune", "classify", *files, *options]) == 0
     assert "accuracy\t" in capsys.readouterr().out
-    assert json.loads((tmp_path / "out/metrics.json").read_text())["metrics"]["accuracy"] > 0.85
+    facts = json.loads((tmp_path / "out/metrics.json").read_text())
+    assert facts["metrics"]["accuracy"] > 0.85 and set(facts["calls"]) == {"fastbert"}
     texts = ["great lovely film", "the awful sad room"]
     assert main(["classify", *texts, "--top-k", "1", "--model", str(tmp_path / "out"), "--device", "cpu"]) == 0
     assert [line.split("\t")[0] for line in capsys.readouterr().out.splitlines()] == ["good", "bad"]
@@ -74,10 +77,17 @@ def test_an_error_names_the_line(
     assert "eval.csv, line 26: label 'odd' is not among those of the training data" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("task", list(TASKS))
+def test_what_must_be_given(task: str) -> None:
+    """Catches an option that a run can do without and that must be given, or whose default is not the settings'."""
+    parser = argparse.ArgumentParser()
+    add_arguments(parser, task)
+    settings = settings_of(parser.parse_args(["--model", "m", "--train", "t.csv", "--output", "o"]))
+    assert settings == FinetuneSettings(**{**NEEDED, "task": task})
+
+
 def test_every_field_has_an_option() -> None:
     """Catches a field of the settings that the command line lacks, and a task without a line in its help."""
-    import dataclasses
-
     names = [name for options in HELP.values() for name in options]
     fields = {field.name for field in dataclasses.fields(FinetuneSettings)} - {"task"}
     assert sorted(names) == sorted(fields) and ONLY.keys() <= fields

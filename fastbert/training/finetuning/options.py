@@ -89,7 +89,8 @@ def add_arguments(parser: argparse.ArgumentParser, task: str) -> None:
             if name in ("columns", "label_order"):
                 made |= {"nargs": "+", "default": (), "required": False}
             group.add_argument(f"--{name.replace('_', '-')}", **made)
-    parser.set_defaults(task=task)
+    switches = {name: field.default for name, field in fields.items() if str(field.type) == "bool"}
+    parser.set_defaults(task=task, **switches)
 
 
 def settings_of(args: argparse.Namespace) -> FinetuneSettings:
