@@ -11,7 +11,7 @@ RESULTS ?= $(shell ls -td benchmarks/results/*/ 2>/dev/null | head -n 1)
 BASELINE ?=
 # A version of transformers to run the tests of the adapters against, in a .venv of its own.
 TRANSFORMERS ?=
-ADAPTER_TESTS := $(wildcard tests/adapters/test_a*.py tests/adapters/test_train_*.py)
+ADAPTER_TESTS := $(wildcard tests/adapters/test_a*.py tests/adapters/test_train_*.py) tests/pipelines/test_answers.py
 
 VENV := .venv
 CPP := $(wildcard kernels/fastbert_kernels/cpu/*.cpp kernels/fastbert_kernels/cpu/*.h)

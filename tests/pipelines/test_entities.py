@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from family_text_cases import make_folders
 from fastbert import BertForTokenClassification, EntityRecognizer
 from fastbert.pipelines.entities import STRATEGIES, group
 from fastbert.text.overlap import overlapping, owners
@@ -52,6 +53,28 @@ def test_entities_are_those_of_transformers(folder: Path) -> None:
             scores = [[each["score"] for each in some] for some in (found, expected)]
             np.testing.assert_allclose(*scores, atol=2e-6)
             assert strategy == "none" or all(each["word"] == text[each["start"] : each["end"]] for each in found)
+
+
+def test_entities_of_every_family(tmp_path: Path) -> None:
+    """Catches words of byte-level or Unigram tokens that are cut elsewhere than in transformers' pipeline."""
+    import transformers
+
+    for name, folder in make_folders(tmp_path).items():
+        config = transformers.AutoConfig.from_pretrained(folder)
+        config.max_position_embeddings, config.id2label = 90, {0: "O", 1: "B-X", 2: "I-X"}
+        path = str(tmp_path / f"{name}-tagger")
+        transformers.AutoModelForTokenClassification.from_config(config).save_pretrained(path)
+        transformers.AutoTokenizer.from_pretrained(folder).save_pretrained(path)
+        theirs = transformers.pipeline("token-classification", model=path, device="cpu")
+        for strategy in ("none", "first"):
+            recognizer = EntityRecognizer.from_pretrained(path, strategy=strategy, device="cpu", ignore_labels=())
+            for text in TEXTS[:3]:
+                expected = theirs(text, aggregation_strategy=strategy, ignore_labels=[])
+                found = recognizer(text)
+                places = [[(each["start"], each["end"]) for each in some] for some in (found, expected)]
+                assert places[0] == places[1], (name, strategy)
+                scores = [[each["score"] for each in some] for some in (found, expected)]
+                np.testing.assert_allclose(*scores, atol=5e-6)
 
 
 def test_ignored_labels(folder: Path) -> None:
