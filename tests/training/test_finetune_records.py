@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import bz2
+import csv
 import gzip
+import io
 import json
 import logging
 import lzma
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from fastbert.training.finetuning.records import RecordError, read_records
 from fastbert.training.finetuning.squad import answers_of
@@ -121,6 +126,34 @@ def test_empty_cells(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert read_records([{"text": "nan", "label": float("nan")}])[0].values == {"text": "nan", "label": None}
 
 
+def test_rows_of_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Catches the empty rows at the end of a spreadsheet as records, and that they are gone without a word."""
+    assert pairs(made(tmp_path, "t.csv", "text,label\na,x\n,\n  \nb,y\n , \n")) == [
+        ("a", "x", "t.csv, line 2"), ("b", "y", "t.csv, line 5"),
+    ]  # fmt: skip
+    assert "left out: 3 records (t.csv, line 3; t.csv, line 4; t.csv, line 6)" in caplog.text
+
+
+CELLS = st.text(st.characters(exclude_categories=["Cs", "Cc"]) | st.sampled_from('\n,;"\t\r'), max_size=8)
+
+
+@settings(max_examples=60, deadline=None)
+@given(rows=st.lists(st.tuples(CELLS, CELLS), min_size=1, max_size=6), end=st.sampled_from(["\n", "\r\n"]))
+def test_any_cells(tmp_path_factory: pytest.TempPathFactory, rows: list[tuple[str, str]], end: str) -> None:
+    """Catches a cell that is changed between the library that writes CSV and ours, and a line that is counted wrong."""
+    rows = [(f"x{a}", f"y{b}") for a, b in rows]  # neither is empty
+    buffer = io.StringIO(newline="")
+    writer = csv.writer(buffer, lineterminator=end, quoting=csv.QUOTE_ALL)
+    lines = []
+    for row in [("text", "label"), *rows]:
+        before = buffer.getvalue()
+        lines.append(1 + len(re.findall("\r\n|\r|\n", before)))
+        writer.writerow(row)
+    path = made(tmp_path_factory.mktemp("cells"), "t.csv", buffer.getvalue())
+    expected = [(a, b, f"t.csv, line {line}") for (a, b), line in zip(rows, lines[1:], strict=True)]
+    assert pairs(path) == expected
+
+
 @pytest.mark.parametrize(("suffix", "pack"), [(".gz", gzip.compress), (".bz2", bz2.compress), (".xz", lzma.compress)])
 def test_compressed(tmp_path: Path, suffix: str, pack: Any) -> None:
     """Catches a suffix of compression that hides what a file holds."""
@@ -147,7 +180,8 @@ def test_parquet_and_datasets(tmp_path: Path) -> None:
     rows = {"text": ["a", "b"], "label": [1, -1], "ner_tags": [[0, 1], []]}
     data = datasets.Dataset.from_dict(rows, features=features)
     data.to_parquet(tmp_path / "t.parquet")
-    for source, place in ((data, "record 1"), (tmp_path / "t.parquet", "t.parquet, row 1")):
+    arrays = data.with_format("numpy")
+    for source, place in ((data, "record 1"), (arrays, "record 1"), (tmp_path / "t.parquet", "t.parquet, row 1")):
         first, second = read_records(source)
         assert (first.values["label"], first.values["labels"], first.place) == ("yes", ["O", "B-X"], place)
         assert second.values["label"] is None
@@ -166,6 +200,10 @@ def test_memory() -> None:
             read_records(bad)
     with pytest.raises(TypeError, match="got int"):
         read_records(3)
+    with pytest.raises(FileNotFoundError, match="'nowhere'"):
+        read_records("nowhere")
+    with pytest.raises(RecordError, match="got a folder"):
+        read_records(".")
 
 
 def test_conll(tmp_path: Path) -> None:

@@ -93,7 +93,9 @@ def test_other_tasks(tmp_path: Path, case: str) -> None:
         expected += ["Examples that are most wrong"]
     elif case == "spans":
         found = metrics.spans([["B-A", "O"]], [["B-A", "O"]])
-        expected += ["Types"]
+        answers = {"scores": [1.0, 0.5, 0.0], "true": ["a", "b", "c"], "predicted": ["a", "b d", ""]}
+        options = {"tables": answers, "texts": ["x", "y", "z"]}
+        expected += ["Types", "Examples that are most wrong"]
     elif case == "state":
         (tmp_path / "trainer_state.json").write_text(json.dumps({"log_history": HISTORY[:1]}))
         expected += ["Learning curve"]
@@ -103,6 +105,8 @@ def test_other_tasks(tmp_path: Path, case: str) -> None:
     assert "NaN" not in (tmp_path / "metrics.json").read_text()
     if case == "numbers":
         assert json.loads((tmp_path / "metrics.json").read_text())["metrics"]["pearson"] is None
+    if case == "spans":
+        assert re.findall(r'<th scope="row">(example .)</th>', page) == ["example 3", "example 2"]
     if case == "nothing":
         assert "There was no evaluation." in page
 

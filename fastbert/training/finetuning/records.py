@@ -61,6 +61,10 @@ def read_records(source: Any, *, kind: str = "auto", columns: Mapping[str, str] 
             raise ValueError(f"kind: got {kind!r} for a {type(source).__name__}; kinds are of files")
         return _in_memory(source, columns)
     path = Path(source).expanduser()
+    if path.is_dir():
+        raise RecordError(f"{path}: expected a file, got a folder")
+    if not path.exists():
+        raise FileNotFoundError(f"there is no file {str(path)!r}")
     kind = _kind(path) if kind == "auto" else kind
     try:
         need_library(path)
@@ -90,8 +94,6 @@ def _kind(path: Path) -> str:
 
 def _text(path: Path) -> str:
     """The whole text, without a byte order mark. Line ends stay as they are."""
-    if path.is_dir():
-        raise RecordError(f"{path}: expected a file, got a folder")
     try:
         content = b"".join(Stream(path, "strict", SimpleNamespace(replaced_bytes=0)).parts())
     except ValueError as error:
@@ -115,8 +117,8 @@ def _json(text: str, name: str, kind: str) -> Iterator[tuple[dict[str, Any], str
     if start == "[":
         yield from _listed(_loaded(text, name), name)
         return
-    if start == "{" and '"data"' in text and is_squad(whole := _loaded(text, name, fails=False)):
-        yield from squad_rows(whole, name)
+    if start == "{" and '"data"' in text and is_squad(_loaded(text, name, fails=False)):
+        yield from squad_rows(_loaded(text, name), name)
         return
     for number, line in enumerate(text.split("\n"), start=1):
         if line and not line.isspace():
@@ -147,7 +149,7 @@ def _loaded(text: str, place: str, *, fails: bool = True) -> Any:
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
-        if len(found) < len(pairs):
+        if len(found) < len(pairs) and fails:
             keys = [key for key, _ in pairs]
             twice = next(key for key in keys if keys.count(key) > 1)
             raise RecordError(f"{place}: the key {twice!r} is there twice in an object")
@@ -172,8 +174,6 @@ def _loaded(text: str, place: str, *, fails: bool = True) -> Any:
 
 
 def _parquet(path: Path, columns: Mapping[str, str]) -> list[Record]:
-    if not path.exists():
-        raise FileNotFoundError(f"there is no file {str(path)!r}")
     import pyarrow
     import pyarrow.parquet
 
@@ -221,6 +221,8 @@ def _in_memory(source: Any, columns: Mapping[str, str]) -> list[Record]:
     if not isinstance(source, Iterable):
         raise TypeError(f"records: expected a path or an iterable of dicts, got {type(source).__name__}")
     classes = class_names(getattr(source, "features", None))
+    if hasattr(source, "with_format"):  # datasets.Dataset: numbers and lists, and no tensors
+        source = source.with_format(None)
     builder = Builder("records", columns)
     records = []
     for number, row in enumerate(source, start=1):

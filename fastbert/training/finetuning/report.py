@@ -56,7 +56,8 @@ def write_report(
 
     facts: what is to be known of the run, by name. metrics: as `metrics` gives them. headline: the name of the metric
     that decided. intervals: (low, high) by metric. tables: labels (N,), with probabilities (N, C) and names (C,) of a
-    classifier, or values (N,) of a regression; without names all labels are numbers. texts, places: of the N examples.
+    classifier, or values (N,) of a regression, or of any other task scores (N,), 1 for what is right and less for what
+    is worse, with true (N,) and predicted (N,) texts. texts, places: of the N examples.
     history: log_history of the Trainer; by default that of trainer_state.json in the folder. truncated: what was cut,
     by name. metrics.json holds the facts, "metrics" and "intervals"; a number that is not finite is null.
     """
@@ -85,8 +86,11 @@ def as_json(value: Any) -> Any:
 
 def most_wrong(tables: Mapping[str, Any], most: int = MOST_WRONG) -> list[int]:
     """Returns the numbers of the examples that are most wrong, the worst first; right ones are not among them."""
-    labels = np.asarray(tables["labels"])
-    if "probabilities" in tables:
+    labels = np.asarray(tables.get("labels", ()))
+    if "scores" in tables:
+        score = np.asarray(tables["scores"], np.float64)
+        wrong = score < 1
+    elif "probabilities" in tables:
         p = np.asarray(tables["probabilities"], np.float64)
         if labels.ndim == 2:
             score = np.where(labels > 0, p, 1 - p).min(1)
@@ -121,7 +125,8 @@ def _page(
 ) -> Page:
     sections = [Section("Metrics", (_numbers(metrics, intervals),))]
     is_classes = "probabilities" in tables and np.asarray(tables["labels"]).ndim == 1
-    names = [str(name) for name in tables.get("names", ())]
+    n_names = np.shape(tables["probabilities"])[1] if "probabilities" in tables else 0
+    names = [str(name) for name in tables.get("names", range(n_names))]
     if per_class := metrics.get("per_class"):
         sections.append(Section("Classes", (_per_class(per_class, names),)))
     elif per_type := metrics.get("per_type"):
@@ -129,7 +134,6 @@ def _page(
     plots: list[Plot] = []
     if is_classes:
         labels, p = np.asarray(tables["labels"]), np.asarray(tables["probabilities"], np.float64)
-        names = names or [str(i) for i in range(p.shape[1])]
         confusion = confusion_matrix(labels, p.argmax(1), p.shape[1])
         blocks: list[Block] = [_confusion(confusion, names)]
         if len(names) <= MOST_CLASSES:
@@ -142,7 +146,7 @@ def _page(
     if (plot := curves(history, headline)) is not None:
         plots.append(plot)
         sections.append(Section("Learning curve", (plot,)))
-    if "labels" in tables and len(texts):
+    if {"labels", "scores"} & set(tables) and len(texts):
         sections.append(Section("Examples that are most wrong", (_wrong(tables, names, texts, places),)))
     if truncated:
         pairs = tuple((name.replace("_", " "), _fact(value)) for name, value in truncated.items())
@@ -219,10 +223,12 @@ def _confusion(confusion: np.ndarray, names: Sequence[str]) -> Table:
 
 
 def _wrong(tables: Mapping[str, Any], names: Sequence[str], texts: Sequence[str], places: Sequence[str]) -> Table:
-    labels, lines = np.asarray(tables["labels"]), []
+    labels, lines = np.asarray(tables.get("labels", ())), []
     for i in most_wrong(tables):
         place = places[i] if len(places) else f"example {i + 1}"
-        if "probabilities" not in tables:
+        if "scores" in tables:
+            true, got = (_cut(str(tables[key][i]), LONGEST) or NO_VALUE for key in ("true", "predicted"))
+        elif "probabilities" not in tables:
             true, got = f"{labels[i]:.4g}", f"{np.asarray(tables['values'])[i]:.4g}"
         else:
             p = np.asarray(tables["probabilities"])[i]

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from fastbert.training.finetuning.columns import RecordError
+from fastbert.training.finetuning.columns import RecordError, several
 
 logger = logging.getLogger("fastbert")
 
@@ -21,7 +21,9 @@ _limit = threading.Lock()
 
 
 def read_table(text: str, name: str, kind: str) -> Iterator[tuple[dict[str, str], str]]:
-    """Yields (cells by column, place) of a CSV or TSV text whose first row is the header. Empty lines are left out.
+    """Yields (cells by column, place) of a CSV or TSV text whose first row is the header.
+
+    Empty lines are left out, and so are rows whose cells are all empty, with a warning.
 
     CSV: where the header has no comma, a semicolon or a tab separates. TSV: quotes count, as Excel writes them, unless
     every line has the header's number of cells without that; then they are part of the text, as in GLUE's files.
@@ -33,11 +35,17 @@ def read_table(text: str, name: str, kind: str) -> Iterator[tuple[dict[str, str]
     rows = _tsv_rows(text, name) if kind == "tsv" else _rows(text, separator, name)
     header, first = rows[0]
     header = _header(header, f"{name}, line {first}")
+    blank: list[str] = []
     for cells, line in rows[1:]:
         place = f"{name}, line {line}"
+        if not any(cells) or all(map(str.isspace, cells)):
+            blank.append(place)
+            continue
         if len(cells) != len(header):
             raise RecordError(f"{place}: got {len(cells)} cells, expected {len(header)}, as in the header")
         yield dict(zip(header, cells, strict=True)), place
+    if blank:
+        logger.warning("%s: rows without any text are left out: %s", name, several(blank))
 
 
 def _separator(text: str) -> str:
