@@ -126,6 +126,8 @@ def test_the_folder_of_a_result(encoder: str, tmp_path: Path) -> None:
     assert low <= facts["metrics"]["accuracy"] <= high
     assert facts["labels"]["counts"].keys() == {"bad", "good"} and facts["headline"] == "accuracy"
     card = (tmp_path / "run/README.md").read_text(encoding="utf-8")
+    page = (tmp_path / "run/report.html").read_text(encoding="utf-8")
+    assert "accuracy" in page and "Examples that are most wrong" in page
     assert "pipeline_tag: text-classification" in card and "| labels | bad, good |" in card
     assert transformers.AutoTokenizer.from_pretrained(tmp_path / "run").vocab_size > 20
 
