@@ -145,7 +145,8 @@ class Job:
         ahead = bar - value if lower else value - bar
         reached = ahead > 0 if strict else ahead >= 0
         named = {"baseline": baseline[0], "baseline_value": baseline[1]} if baseline else {}
+        relation = ("<" if lower else ">") if strict else ("≤" if lower else "≥")
         self.rows.append(
             {"part": self.name, "task": task, "data": data, "metric": metric, "value": value, **named, "bar": bar,
-             "relation": ("<" if lower else ">") if strict else ("≤" if lower else "≥"), "reached": reached, "missed_by": 0.0 if reached else abs(ahead), **facts}
+             "relation": relation, "reached": reached, "missed_by": 0.0 if reached else abs(ahead), **facts}
         )  # fmt: skip

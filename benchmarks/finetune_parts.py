@@ -22,6 +22,7 @@ MARGIN_OF_RECALL = 0.05  # R@1 above the model before training
 SAME_LOSS = 1e-4
 HELD_SYNSETS = 2_000
 ROUNDS = 3  # of the comparison: each takes both ways in turn
+OF_COMPARISON = 2_000  # records
 COMPARED = {  # batch size, tokens of a text at most, steps
     "wordnet-classes": (32, 64, 30),
     "spam": (8, 256, 12),
@@ -42,9 +43,10 @@ class Part:
 def classes(job: Job) -> None:
     """Trains on definitions of nouns, to tell 26 lexicographer files apart."""
     train, held = job.records("wordnet-classes", "train"), job.records("wordnet-classes", "eval")
-    name, best = strongest(tf_idf(train, held, accuracy, job.threads))
     # A class that a quick look at a few records sees in the evaluation alone would be an error.
-    held = [record for record in held if record["label"] in {each["label"] for each in train}]
+    labels = {record["label"] for record in train}
+    held = [record for record in held if record["label"] in labels]
+    name, best = strongest(tf_idf(train, held, accuracy, job.threads))
     run = job.train("classify", train, held, batch_size=64, epochs=3,
                     options=["--max-length", "64", "--learning-rate", "2e-4"])  # fmt: skip
     scores = run.metrics["metrics"]
@@ -210,8 +212,8 @@ def accelerated(job: Job) -> None:
     rounds = 1 if job.quick else ROUNDS
     for data, (batch_size, max_length, steps) in COMPARED.items():
         steps = 2 if job.quick else steps
-        records = random.Random(SEED).sample(job.records(data, "train"), k=min(2_000, len(job.records(data, "train"))))
-        path = job.write(data, records)
+        records = job.records(data, "train")
+        path = job.write(data, random.Random(SEED).sample(records, min(OF_COMPARISON, len(records))))
         options = ["--train", str(path), "--eval-share", "0", "--steps", str(steps), "--batch-size", str(batch_size),
                    "--max-length", str(max_length), "--dropout", "0", "--precision", "fp32", "--log-every", "1",
                    "--warmup", "2"]  # fmt: skip

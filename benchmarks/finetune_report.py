@@ -100,8 +100,8 @@ def page(parts: Mapping[str, Mapping[str, Any]]) -> str:
     ordered = [name for name in PARTS if name in parts]
     lines = ["# Fine-tuning on public data", "",
              "Trained from the weights of all-MiniLM-L6-v2 by `make finetune-report`. Every run is evaluated once, "
-             "after its last step, so that the evaluation chooses nothing. Baselines are computed in the same run. Brackets "
-             "hold 95 % intervals over the records of the evaluation.", "",
+             "after its last step, so that the evaluation chooses nothing. Baselines are computed in the same run. "
+             "Brackets hold 95 % intervals over the records of the evaluation.", "",
              f"| {' | '.join(HEADER)} |", f"|{'---|' * len(HEADER)}"]  # fmt: skip
     for name in ordered:
         lines += [f"| {' | '.join(cells(row, parts[name]))} |" for row in parts[name]["rows"]]

@@ -25,6 +25,7 @@ import finetune_report  # noqa: E402
 from finetune_job import Job  # noqa: E402
 from public_text import Unavailable  # noqa: E402
 
+import vector_cases  # noqa: E402
 from finetune_cases import moods, save_encoder, sentence  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
@@ -100,17 +101,14 @@ def test_a_table_of_all_parts(
     assert parts["ko-en"]["left_out"] == "ko-en: there is no network"
     for part in parts.values():
         for row in part["rows"]:
-            assert row["reached"] == (row["missed_by"] == 0) and row["training_seconds"] > 0
+            assert row["missed_by"] >= 0 and row["training_seconds"] > 0 and row["steps"] > 0
             assert row["command"].startswith("fastbert finetune ") and str(tmp_path) not in row["command"]
     same = parts["accelerate"]["rows"][0]
     assert same["value"] <= 1e-4 and same["reached"] and len(same["curve"]) == 2
     page = (tmp_path / "results.md").read_text()
     assert page.count("| classify, ") == 2 and "Left out: ko-en: there is no network" in page
     for folder in ("classes", "spam", "embed", "qa", "accelerate/wordnet-classes-on"):
-        assert {file.name for file in (tmp_path / folder).iterdir() if file.is_file()} == {
-            "metrics.json",
-            "report.html",
-        }
+        assert {file.name for file in (tmp_path / folder).iterdir()} == {"metrics.json", "report.html"}
 
 
 def test_bars(tmp_path: Path) -> None:
