@@ -6,6 +6,7 @@ PYTEST_ARGS ?=
 TEST_JOBS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); [ $$n -gt 8 ] && echo 8 || echo $$n)
 BENCH_ARGS ?=
 BENCH_MINUTES ?= 9
+FINETUNE_ARGS ?=
 # The newest results of this machine, and those they are compared with.
 RESULTS ?= $(shell ls -td benchmarks/results/*/ 2>/dev/null | head -n 1)
 BASELINE ?=
@@ -21,7 +22,7 @@ TRITON_FOR_CPU := triton==3.6.0; sys_platform == "linux"
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test test-transformers wheel bench bench-report bench-compare lint format clean
+.PHONY: help demo test test-transformers wheel bench bench-report bench-compare finetune-report lint format clean
 
 help: ## list the targets
 	@echo "Targets:"
@@ -33,6 +34,7 @@ help: ## list the targets
 	@echo "  TRANSFORMERS   a version: make test-transformers TRANSFORMERS=4.57.6"
 	@echo "  BENCH_MINUTES  for all benchmarks together, now $(BENCH_MINUTES)"
 	@echo "  BENCH_ARGS     passed on to pytest: make bench BENCH_ARGS='--quick -k text'"
+	@echo "  FINETUNE_ARGS  passed on: make finetune-report FINETUNE_ARGS='--only classes --minutes 15 --threads 2'"
 	@echo "  RESULTS        folder of results to report or compare, now $(or $(RESULTS),none)"
 	@echo "  BASELINE       folder of results to compare with, by default the newest committed ones of the device"
 
@@ -80,6 +82,9 @@ bench-report: $(VENV)/.bench-stamp ## make the page of the newest results
 bench-compare: $(VENV)/.bench-stamp ## compare the newest results with committed ones, on ratios; fails if slower
 	@test -n "$(RESULTS)" || { echo "error: no results yet; make bench leaves some" >&2; exit 1; }
 	$(VENV)/bin/python benchmarks/compare.py $(BASELINE) $(RESULTS)
+
+finetune-report: $(VENV)/.test-stamp ## fine-tune on public data, beside what has to be beaten (an hour)
+	env -u TRITON_INTERPRET $(VENV)/bin/python benchmarks/finetune_report.py $(FINETUNE_ARGS)
 
 lint: $(VENV)/.test-stamp ## ruff check, ruff format --check, clang-format, mypy
 	$(VENV)/bin/ruff check .

@@ -15,7 +15,7 @@ FAST = {
 }  # fmt: skip
 
 
-def save_encoder(folder: Path) -> str:
+def save_encoder(folder: Path, positions: int = 64) -> str:
     """Writes a random BERT of two layers, without a head, and its tokenizer; returns the folder."""
     import torch
     import transformers
@@ -27,7 +27,7 @@ def save_encoder(folder: Path) -> str:
     torch.manual_seed(0)
     config = transformers.BertConfig(
         vocab_size=len(vocabulary), hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
-        max_position_embeddings=64, pad_token_id=0, initializer_range=0.2,
+        max_position_embeddings=positions, pad_token_id=0, initializer_range=0.2,
     )  # fmt: skip
     transformers.BertModel(config).save_pretrained(folder)
     return str(folder)
