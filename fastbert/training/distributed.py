@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.rendezvous import rendezvous
 
 TIMEOUT = timedelta(minutes=30)
 
@@ -44,7 +45,7 @@ class Processes:
             torch.cuda.set_device(place)
         if "RANK" in os.environ and not dist.is_initialized():
             backend = "cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo"
-            dist.init_process_group(backend, timeout=TIMEOUT)
+            dist.init_process_group(backend, timeout=TIMEOUT, **_own_store(rank, n))
         return cls(rank, n, local_rank, place)
 
     @property
@@ -115,6 +116,19 @@ class Processes:
         """Leaves the group."""
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _own_store(rank: int, n: int) -> dict[str, Any]:
+    """Gives the arguments of a store in which no process finds the address of one that has died.
+
+    torchrun keeps its store when it starts the processes again, with what the dead ones wrote. On one machine the
+    number of restarts tells the attempts apart. On several it differs among machines, and their store is PyTorch's own.
+    """
+    restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT")
+    if restarts is None or os.environ.get("GROUP_WORLD_SIZE") != "1":
+        return {}
+    store, *_ = next(rendezvous("env://", timeout=TIMEOUT))
+    return {"store": dist.PrefixStore(f"attempt {restarts}", store), "rank": rank, "world_size": n}
 
 
 @contextlib.contextmanager
