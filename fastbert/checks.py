@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from numbers import Integral
 from typing import Any
 
@@ -34,6 +35,21 @@ def positive_or_none(name: str, value: Any) -> int | None:
     if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
         raise ValueError(f"{name}: got {value!r}, expected a positive whole number or None")
     return int(value)
+
+
+def check_fields(record: Any, whole: Iterable[tuple[str, int]], within: Iterable[tuple[str, float, float]]) -> None:
+    """Raises ValueError, with its name, for a field of a record that is out of its range; None is in every range.
+
+    whole: fields that are ints, with the least value of each. within: fields that are numbers, with both bounds.
+    """
+    for name, least in whole:
+        value = getattr(record, name)
+        if value is not None and not (isinstance(value, int) and value >= least):
+            raise ValueError(f"{name}: expected an int of at least {least}, got {value!r}")
+    for name, low, high in within:
+        value = getattr(record, name)
+        if value is not None and not low <= value <= high:
+            raise ValueError(f"{name}: expected a number from {low:g} to {high:g}, got {value!r}")
 
 
 def check_text(name: str, text: Any) -> None:

@@ -36,19 +36,21 @@ def open_corpora(settings: Settings, tokenizer: Tokenizer, *, show_progress: boo
     cache.mkdir(parents=True, exist_ok=True)
     reading = Reading(layout=settings.layout, field=settings.field, errors=settings.errors)
 
-    def corpus(text: tuple[str, ...], rebuild: bool) -> Corpus:
+    files = find_files(settings.text)
+
+    def corpus(files: list[Path], rebuild: bool) -> Corpus:
         return prepare(
-            find_files(text), tokenizer, cache,
+            files, tokenizer, cache,
             reading=reading, whole_words=settings.whole_words, rebuild=rebuild, show_progress=show_progress,
         )  # fmt: skip
 
     with _locked(cache / ".lock"):
         # Whoever had to wait for the lock need not build it once more.
         rebuild = settings.rebuild and int(os.environ.get("LOCAL_RANK", 0)) == 0
-        training = corpus(settings.text, rebuild)
-        evaluation = corpus(settings.evaluation_text, rebuild) if settings.evaluation_text else None
+        training = corpus(files, rebuild)
+        evaluation = corpus(find_files(settings.evaluation_text), rebuild) if settings.evaluation_text else None
     held_out = 0 if evaluation is not None else n_held_out(training.n_documents, settings)
-    return Corpora(training, evaluation, held_out, len(find_files(settings.text)))
+    return Corpora(training, evaluation, held_out, len(files))
 
 
 def cache_folder(settings: Settings) -> Path:

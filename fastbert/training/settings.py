@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from fastbert.checks import one_of
+from fastbert.checks import check_fields, one_of
 
 PRECISIONS = "auto", "fp32", "bf16"
 SCHEDULES = "linear", "trapezoid"
@@ -95,23 +95,18 @@ class Settings:
         one_of("schedule", self.schedule, *SCHEDULES)
         one_of("layout", self.layout, *LAYOUTS)
         one_of("errors", self.errors, *ERRORS)
-        for name, least in (
+        whole = (
             ("steps", 1), ("tokens_per_step", 1), ("sequences_per_step", 1), ("tokens_per_batch", 1),
             ("evaluate_every", 1), ("evaluation_tokens", 1), ("checkpoint_every", 1), ("keep", 1), ("log_every", 1),
             ("workers", 0), ("max_length", 8), ("seed", 0),
-        ):  # fmt: skip
-            value = getattr(self, name)
-            if value is not None and not (isinstance(value, int) and value >= least):
-                raise ValueError(f"{name}: expected an int of at least {least}, got {value!r}")
-        for name, low, high in (
+        )  # fmt: skip
+        within = (
             ("mlm_probability", 1e-6, 1.0), ("short_probability", 0.0, 1.0), ("evaluation_share", 0.0, 0.5),
             ("dropout", 0.0, 0.999), ("learning_rate", 1e-12, math.inf), ("weight_decay", 0.0, math.inf),
             ("beta1", 0.0, 0.999999), ("beta2", 0.0, 0.999999), ("epsilon", 0.0, 1.0), ("clip", 0.0, math.inf),
             ("warmup", 0.0, math.inf), ("decay", 0.0, math.inf), ("epochs", 1e-6, math.inf),
-        ):  # fmt: skip
-            value = getattr(self, name)
-            if value is not None and not low <= value <= high:
-                raise ValueError(f"{name}: expected a number from {low:g} to {high:g}, got {value!r}")
+        )  # fmt: skip
+        check_fields(self, whole, within)
 
     def as_dict(self) -> dict[str, Any]:
         """Returns the fields as JSON has them."""

@@ -214,21 +214,8 @@ class Plan:
         return Cursor(cursor.step + 1, cursor.epoch + 1)
 
     def _examples(self, documents: np.ndarray, epoch: int, pool: Pool) -> Examples:
+        corpus, common = self._corpus, {"seed": self.seed, "epoch": epoch, "max_length": self.max_length}
+        short = self._short_probability
         if self._nsp:
-            return next_sentence_examples(
-                self._corpus,
-                documents,
-                seed=self.seed,
-                epoch=epoch,
-                max_length=self.max_length,
-                short_probability=self._short_probability,
-                pool=pool,
-            )
-        return full_sentence_examples(
-            self._corpus,
-            documents,
-            seed=self.seed,
-            epoch=epoch,
-            max_length=self.max_length,
-            short_probability=self._short_probability,
-        )
+            return next_sentence_examples(corpus, documents, **common, short_probability=short, pool=pool)
+        return full_sentence_examples(corpus, documents, **common, short_probability=short)

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from fastbert.checks import one_of
+from fastbert.checks import check_fields, one_of
 from fastbert.training.settings import PRECISIONS
 
 KINDS = "auto", "csv", "tsv", "jsonl", "parquet", "squad", "conll"
@@ -95,22 +95,17 @@ class FinetuneSettings:
         one_of("kind", self.kind, *KINDS)
         one_of("precision", self.precision, *PRECISIONS)
         one_of("class_weights", self.class_weights, *CLASS_WEIGHTS)
-        for name, least in (
+        whole = (
             ("max_length", 8), ("stride", 0), ("answer_length", 1), ("lora", 1), ("steps", 1), ("batch_size", 1),
             ("batch_tokens", 1), ("accumulate", 1), ("seed", 0), ("evaluate_every", 1), ("early_stopping", 1),
             ("keep", 1), ("log_every", 1), ("workers", 0),
-        ):  # fmt: skip
-            value = getattr(self, name)
-            if value is not None and not (isinstance(value, int) and value >= least):
-                raise ValueError(f"{name}: expected an int of at least {least}, got {value!r}")
-        for name, low, high in (
+        )  # fmt: skip
+        within = (
             ("eval_share", 0.0, 0.9), ("threshold", 0.0, 1.0), ("dropout", 0.0, 0.999), ("epochs", 1e-6, math.inf),
             ("learning_rate", 1e-12, math.inf), ("weight_decay", 0.0, math.inf), ("warmup", 0.0, math.inf),
             ("clip", 0.0, math.inf), ("no_answer_threshold", -math.inf, math.inf),
-        ):  # fmt: skip
-            value = getattr(self, name)
-            if value is not None and not low <= value <= high:
-                raise ValueError(f"{name}: expected a number from {low:g} to {high:g}, got {value!r}")
+        )  # fmt: skip
+        check_fields(self, whole, within)
         if not self.separator:
             raise ValueError("separator: got an empty string, expected what stands between two labels")
         if self.freeze_encoder and self.lora is not None:

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from fastbert.checks import one_of
+from fastbert.checks import check_fields, one_of
 from fastbert.training.settings import PRECISIONS
 
 KINDS = "auto", "csv", "tsv", "jsonl", "parquet"
@@ -86,22 +86,17 @@ class VectorSettings:
         object.__setattr__(self, "columns", columns_of(self.columns))
         one_of("kind", self.kind, *KINDS)
         one_of("precision", self.precision, *PRECISIONS)
-        for name, least in (
+        whole = (
             ("mine_negatives", 0), ("mine_skip", 0), ("mine_depth", 1), ("max_length", 3), ("steps", 1),
             ("batch_size", 1), ("mini_batch_size", 1), ("accumulate", 1), ("seed", 0), ("evaluate_every", 1),
             ("early_stopping", 1), ("keep", 1), ("log_every", 1),
-        ):  # fmt: skip
-            value = getattr(self, name)
-            if value is not None and not (isinstance(value, int) and value >= least):
-                raise ValueError(f"{name}: expected an int of at least {least}, got {value!r}")
-        for name, low, high in (
+        )  # fmt: skip
+        within = (
             ("eval_share", 0.0, 0.9), ("score_scale", 1e-12, math.inf), ("mine_margin", -2.0, 2.0),
             ("mine_max_score", -1.0, 1.0), ("epochs", 1e-6, math.inf), ("learning_rate", 1e-12, math.inf),
             ("weight_decay", 0.0, math.inf), ("warmup", 0.0, math.inf), ("clip", 0.0, math.inf),
-        ):  # fmt: skip
-            value = getattr(self, name)
-            if value is not None and not low <= value <= high:
-                raise ValueError(f"{name}: expected a number from {low:g} to {high:g}, got {value!r}")
+        )  # fmt: skip
+        check_fields(self, whole, within)
         if self.mine_skip >= self.mine_depth:
             raise ValueError(f"mine_skip: expected less than mine_depth = {self.mine_depth}, got {self.mine_skip}")
         if self.early_stopping is not None and self.eval is None and self.eval_share == 0:
