@@ -37,8 +37,9 @@ def special_ids(tokenizer: Tokenizer) -> SpecialIds:
 
 def word_begins(tokenizer: Tokenizer) -> np.ndarray | None:
     """Returns for each id of a WordPiece vocabulary whether it begins a word: (vocab_size,) bool. Else None."""
-    prefix = getattr(tokenizer.for_raw_text().model, "continuing_subword_prefix", None)
-    if prefix is None or not _is_word_piece(tokenizer.for_raw_text()):
+    rust = tokenizer.for_raw_text()
+    prefix = getattr(rust.model, "continuing_subword_prefix", None)
+    if prefix is None or not _is_word_piece(rust):
         return None
     begins = np.ones(tokenizer.vocab_size, bool)
     for token, i in tokenizer.get_vocab().items():

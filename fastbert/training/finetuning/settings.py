@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from fastbert.checks import check_fields, one_of
+from fastbert.training.finetuning.data_fields import settle_data
 from fastbert.training.settings import PRECISIONS
 
 KINDS = "auto", "csv", "tsv", "jsonl", "parquet", "squad", "conll"
@@ -78,15 +78,7 @@ class FinetuneSettings:
     progress: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("train", "eval"):
-            value = getattr(self, name)
-            if isinstance(value, os.PathLike):
-                object.__setattr__(self, name, os.fspath(value))
-            elif not isinstance(value, Iterable) and not (name == "eval" and value is None):
-                raise TypeError(f"{name}: expected a path or an iterable of dicts, got {type(value).__name__}")
-        for name in ("model", "output"):
-            object.__setattr__(self, name, os.fspath(getattr(self, name)))
-        object.__setattr__(self, "columns", _columns(self.columns))
+        settle_data(self)
         if isinstance(self.label_order, str):
             raise TypeError("label_order: got a str, expected a tuple of labels")
         object.__setattr__(self, "label_order", tuple(map(str, self.label_order)))
@@ -120,18 +112,3 @@ class FinetuneSettings:
             if not isinstance(values[name], (str, type(None))):
                 values[name] = f"<{type(values[name]).__name__}>"
         return {**values, "columns": dict(self.columns), "label_order": list(self.label_order)}
-
-
-def _columns(columns: Any) -> dict[str, str]:
-    """Returns columns as a dict. From a command line they come as "text=review"."""
-    if isinstance(columns, Mapping):
-        return {str(ours): str(theirs) for ours, theirs in columns.items()}
-    found = {}
-    for pair in columns:
-        ours, equals, theirs = str(pair).partition("=")
-        if not (ours and equals and theirs):
-            raise ValueError(f"columns: expected NAME=COLUMN, got {pair!r}")
-        if ours in found:
-            raise ValueError(f"columns: {ours} is named twice")
-        found[ours] = theirs
-    return found

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from fastbert.checks import check_fields, one_of
+from fastbert.training.finetuning.data_fields import settle_data
 from fastbert.training.settings import PRECISIONS
 
 KINDS = "auto", "csv", "tsv", "jsonl", "parquet"
@@ -75,15 +75,7 @@ class VectorSettings:
     progress: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("train", "eval"):
-            value = getattr(self, name)
-            if isinstance(value, os.PathLike):
-                object.__setattr__(self, name, os.fspath(value))
-            elif not isinstance(value, Iterable) and not (name == "eval" and value is None):
-                raise TypeError(f"{name}: expected a path or an iterable of dicts, got {type(value).__name__}")
-        for name in ("model", "output"):
-            object.__setattr__(self, name, os.fspath(getattr(self, name)))
-        object.__setattr__(self, "columns", columns_of(self.columns))
+        settle_data(self)
         one_of("kind", self.kind, *KINDS)
         one_of("precision", self.precision, *PRECISIONS)
         whole = (
@@ -153,18 +145,3 @@ class RerankSettings(VectorSettings):
             raise ValueError(f"eval_candidates: expected an int of at least 2, got {self.eval_candidates!r}")
         if self.mine_negatives and self.miner is None:
             raise ValueError("miner: expected a bi-encoder that mines the negatives, got None")
-
-
-def columns_of(columns: Any) -> dict[str, str]:
-    """Returns columns as a dict. From a command line they come as "anchor=question"."""
-    if isinstance(columns, Mapping):
-        return {str(ours): str(theirs) for ours, theirs in columns.items()}
-    named: dict[str, str] = {}
-    for pair in columns:
-        ours, equals, theirs = str(pair).partition("=")
-        if not (ours and equals and theirs):
-            raise ValueError(f"columns: expected NAME=COLUMN, got {pair!r}")
-        if ours in named:
-            raise ValueError(f"columns: {ours} is named twice")
-        named[ours] = theirs
-    return named
