@@ -113,14 +113,17 @@ def _speeds(group: Sequence[Contest]) -> str:
 
 
 def committed(results: Path) -> list[Path]:
-    """The folders with committed (or staged) results; all of them outside a git checkout."""
+    """The folders with committed (or staged) results; all of them outside a git checkout.
+
+    Folders inside these hold results of other kinds, such as those of fine-tuning, and are left out.
+    """
     try:
         args = ["git", "-C", str(results.parent), "ls-files", "-z", "--", results.name]
         listed = subprocess.run(args, capture_output=True, text=True, timeout=30, check=True).stdout
     except (OSError, subprocess.SubprocessError):
         return sorted(results.glob("*/"))
     files = (results.parent / name for name in listed.split("\0") if name.endswith(".json"))
-    return sorted({file.parent for file in files if file.exists()})
+    return sorted({file.parent for file in files if file.exists() and file.parent.parent == results})
 
 
 def rewrite(page: Path, text: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -125,6 +126,18 @@ def test_section_with_fastbert_failing():
     assert "| model · bf16 | 1.02 M; 1 failed | 2.00×: eager (1 of 2 workloads) | 2.00× |" in text
     text = readme_figures.section({Path("x"): results(failed)})
     assert "| model · bf16 | 1 failed | no ratio | no ratio |" in text
+
+
+def test_folders_inside_a_folder_of_results_are_left_out(tmp_path):
+    """Catches results of fine-tuning, which have another form, read as results of a suite."""
+    for name in ("one/text.json", "two/text.json", "two/finetuning/results.json"):
+        (tmp_path / "results" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "results" / name).write_text("{}")
+    folders = [tmp_path / "results" / "one", tmp_path / "results" / "two"]
+    assert readme_figures.committed(tmp_path / "results") == folders
+    for args in (["init", "-q"], ["add", "."]):
+        subprocess.run(["git", "-C", str(tmp_path), *args], check=True)
+    assert readme_figures.committed(tmp_path / "results") == folders
 
 
 def test_page_is_rewritten_between_the_markers(tmp_path):
