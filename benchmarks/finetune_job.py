@@ -105,8 +105,7 @@ class Job:
         arguments = ["finetune", task, "--model", self.model, "--output", str(output), "--no-progress", *options]
         record = self.run_command(arguments, self.threads)
         metrics = json.loads((output / "metrics.json").read_text(encoding="utf-8"))
-        shown = shlex.join(["fastbert", *arguments]).replace(f"{self.work}/", "").replace(self.model, MODEL_NAME)
-        return Run(metrics, record, output, shown)
+        return Run(metrics, record, output, self.without_paths(shlex.join(["fastbert", *arguments])))
 
     def train(self, task: str, train: Records, held: Records, *, batch_size: int, epochs: float,
               options: Sequence[str]) -> Run:  # fmt: skip
@@ -133,11 +132,15 @@ class Job:
         return run
 
     def keep(self, run: Run, name: str) -> None:
-        """Copies metrics.json and the report of a run to the results."""
+        """Copies metrics.json and the report of a run to the results, without paths of the machine."""
         folder = self.results / name
         folder.mkdir(parents=True, exist_ok=True)
         for file in ("metrics.json", "report.html"):
-            shutil.copy(run.output / file, folder / file)
+            (folder / file).write_text(self.without_paths((run.output / file).read_text("utf-8")), "utf-8")
+
+    def without_paths(self, text: str) -> str:
+        """The text with files of the work by their names, and with the model by its public name."""
+        return text.replace(f"{self.work}/", "").replace(self.model, MODEL_NAME)
 
     def row(self, task: str, data: str, metric: str, value: float, *, baseline: tuple[str, float] | None, bar: float,
             lower: bool = False, strict: bool = True, **facts: Any) -> None:  # fmt: skip
