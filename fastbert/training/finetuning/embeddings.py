@@ -84,6 +84,9 @@ def train_by(settings: EmbedSettings) -> VectorResult:
         held = distilling.with_vectors(held, settings, processes)
     vector = examples[0].vector if loss == "distillation" else None
     wide = None if vector is None else len(vector)
+    other = held[0].vector if held else None
+    if wide is not None and other is not None and len(other) != wide:
+        raise ValueError(f"eval: its vectors have {len(other)} numbers, and those of the training data {wide}")
     model = load(settings, str(processes.device), wide)
     prompts = _prompts(model, settings)
     if settings.mine_negatives:

@@ -171,7 +171,7 @@ def _trainer_class() -> type:
         """The Trainer, whose evaluations keep the order of records, also where training groups texts by length."""
 
         def _get_eval_sampler(self, eval_dataset: Any) -> Any:
-            if self.args.world_size <= 1 and hasattr(eval_dataset, "__len__"):
+            if hasattr(eval_dataset, "__len__"):  # accelerate deals it out to several processes
                 return SequentialSampler(eval_dataset)
             return super()._get_eval_sampler(eval_dataset)
 

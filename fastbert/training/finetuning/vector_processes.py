@@ -32,13 +32,14 @@ def by_first(processes: Processes, make: Callable[[], T]) -> T:
         return make()
     import torch.distributed
 
+    group = _patient_group()
     made: list[Any] = [None, None]
     if processes.is_first:
         try:
             made[0] = make()
         except Exception as error:
             made[1] = error
-    torch.distributed.broadcast_object_list(made, src=0, group=_patient_group())
+    torch.distributed.broadcast_object_list(made, src=0, group=group)
     if made[1] is not None:
         raise made[1]
     value: T = made[0]
