@@ -48,22 +48,32 @@ def both(output: Path, batch_size: int, *options: str) -> tuple[Path, Path, str]
 
 
 def test_embed(encoder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Catches negatives of one process alone, a text twice in a batch of both, and results or lines written twice."""
-    repeated = [*PAIRS, *({"anchor": f"{pair['anchor']} balo", "positive": pair["positive"]} for pair in PAIRS[:20])]
-    train = written(tmp_path / "train.jsonl", repeated)
-    options = ["embed", "--model", encoder, "--train", train, "--eval", written(tmp_path / "eval.jsonl", PAIRS)]
-    options += ["--epochs", "2", "--mine-negatives", "1", "--learning-rate", "3e-3"]
+    """Catches negatives of one process alone, and results or lines that are written twice."""
+    options = ["embed", "--model", encoder, "--train", written(tmp_path / "train.jsonl", PAIRS)]
+    options += ["--eval", str(tmp_path / "train.jsonl"), "--epochs", "2", "--learning-rate", "3e-3"]
     one, two, printed = both(tmp_path, 6, *options)
-    facts = [json.loads((folder / "metrics.json").read_text()) for folder in (one, two)]
-    ours, theirs = ([loss for _, loss in each["losses"]] for each in facts)
-    assert len(ours) > 8 and theirs == pytest.approx(ours, abs=TOLERANCE)
-    assert facts[1]["after"]["mrr"] == pytest.approx(facts[0]["after"]["mrr"], abs=0.02)
-    assert facts[1]["data"] == facts[0]["data"] and facts[1]["steps"] == facts[0]["steps"]
-    assert printed.count("mrr: ") == 1 and printed.count("metrics.json and report.html") == 1
+    check_vectors(one, two, printed)
     capsys.readouterr()
     texts = tmp_path / "texts.txt"
     texts.write_text("balo demu\nfina gosa\n")
     assert main(["embed", str(texts), "--model", str(two), "--output", str(tmp_path / "vectors.npy")]) == 0
+
+
+def test_rerank(encoder: str, tmp_path: Path) -> None:
+    """Catches processes that mine other negatives, or that score pairs otherwise than one does."""
+    options = ["rerank", "--model", encoder, "--train", written(tmp_path / "train.jsonl", PAIRS), "--miner", encoder]
+    options += ["--eval", str(tmp_path / "train.jsonl"), "--epochs", "2", "--learning-rate", "3e-3"]
+    check_vectors(*both(tmp_path, 8, *options, "--mine-negatives", "1"))
+
+
+def check_vectors(one: Path, two: Path, printed: str) -> None:
+    """Two processes have the curve, the scores and the files of one, and speak once."""
+    facts = [json.loads((folder / "metrics.json").read_text()) for folder in (one, two)]
+    ours, theirs = ([loss for _, loss in each["losses"]] for each in facts)
+    assert len(ours) >= 8 and theirs == pytest.approx(ours, abs=TOLERANCE)
+    assert facts[1]["after"]["mrr"] == pytest.approx(facts[0]["after"]["mrr"], abs=0.02)
+    assert facts[1]["data"] == facts[0]["data"] and facts[1]["steps"] == facts[0]["steps"]
+    assert printed.count("mrr: ") == 1 and printed.count("metrics.json and report.html") == 1
 
 
 def test_classify(tmp_path: Path) -> None:

@@ -85,7 +85,7 @@ class LabelledTexts:
         """Returns the scores of a model; `vectors` as of `PairRetrieval.score`."""
         values = vectors(self.texts, False)
         counts = np.bincount(self.labels)[self.labels] - 1
-        _, ids = semantic_search(values, values, top_k=min(DEPTH, int(counts.max())) + 1, as_arrays=True)
+        _, ids = semantic_search(values, values, top_k=DEPTH + 1, as_arrays=True)
         rows = [row[row != i][: ids.shape[1] - 1] for i, row in enumerate(ids)]
         right = np.stack([self.labels[row] == self.labels[i] for i, row in enumerate(rows)])[counts > 0]
         n_right = np.minimum(counts[counts > 0], DEPTH)
