@@ -68,7 +68,10 @@ def train_by(settings: RerankSettings) -> VectorResult:
     headline = None if task is None else task.headline
     data = dataset_of(_rows(examples, loss))
     batches = sampler_arguments("shuffled", processes.n, isinstance(data, dict))
-    arguments = arguments_of(CrossEncoderTrainingArguments, settings, headline, **batches)
+    # DDP's search for unused parameters finds none of these scores, and takes all parameters for unused.
+    arguments = arguments_of(
+        CrossEncoderTrainingArguments, settings, headline, **batches, ddp_find_unused_parameters=False
+    )
     model = load(settings, str(processes.device), loss)
     score = None if task is None else _Scorer(task)
     return run(
