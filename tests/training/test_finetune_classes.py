@@ -210,3 +210,20 @@ def test_batches_of_processes_are_those_of_one(kind: str) -> None:
     assert batches(3, 4, epoch=1) != three
     if kind == "no duplicates":
         assert all(len(set(data[group]["positive"])) == len(group) for group in together)
+
+
+def test_batches_of_several_sets() -> None:
+    """Catches processes whose batches of one step have other columns, or other numbers of records."""
+    import torch
+
+    sets = [
+        datasets.Dataset.from_list(rows) for rows in (PAIRS, [{**pair, "negative_1": "balo"} for pair in PAIRS[:9]])
+    ]
+    arguments = sampler_arguments("shuffled", 2, several=True)
+    samplers = [arguments["batch_sampler"](each, batch_size=4, drop_last=True, seed=0) for each in sets]
+    whole = torch.utils.data.ConcatDataset(sets)
+    make = arguments["multi_dataset_batch_sampler"]
+    batches = list(make(dataset=whole, batch_samplers=samplers, generator=torch.Generator(), seed=0))
+    for one, other in zip(batches[::2], batches[1::2], strict=True):
+        assert len(one) == len(other) and len({i < len(PAIRS) for i in (*one, *other)}) == 1
+    assert len({i for batch in batches for i in batch}) == len(PAIRS) + 8
