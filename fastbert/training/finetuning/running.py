@@ -168,10 +168,19 @@ def _trainer_class() -> type:
     from transformers import Trainer
 
     class OrderedTrainer(Trainer):
-        """The Trainer, whose evaluations keep the order of records, also where training groups texts by length."""
+        """The Trainer, whose evaluations keep the order of records, also where training groups texts by length.
+
+        It takes the model's own loss for the mean of a batch, which it is. The Trainer would take it for a share of the
+        whole step wherever forward has **kwargs, and so would not divide by accumulated batches, and multiply by
+        processes.
+        """
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            self.model_accepts_loss_kwargs = False
 
         def _get_eval_sampler(self, eval_dataset: Any) -> Any:
-            if self.args.world_size <= 1 and hasattr(eval_dataset, "__len__"):
+            if hasattr(eval_dataset, "__len__"):  # accelerate deals it out to several processes
                 return SequentialSampler(eval_dataset)
             return super()._get_eval_sampler(eval_dataset)
 
