@@ -61,7 +61,7 @@ def test_warnings(caplog: pytest.LogCaptureFixture) -> None:
     found = find_labels(records("a", "a", "A", "b", "b"))
     assert "1 classes have one record each: 'A' (record 3)" in caplog.text
     assert "differ in case alone: 'A', 'a'" in caplog.text
-    warn_of_unseen(found, records("a", "b"))
+    warn_of_unseen(found.names, {"a", "b"})
     assert "1 classes have no record for evaluation: 'A'" in caplog.text
 
 

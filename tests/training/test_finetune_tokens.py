@@ -128,7 +128,7 @@ def test_spans_in_texts(base: Path, caplog: pytest.LogCaptureFixture) -> None:
 
 
 def test_schemes() -> None:
-    """Catches IOB1, IOBES and BILOU read as IOB2, and a mixture or a word class that passes."""
+    """Catches IOB1, IOBES and BILOU read as IOB2, tags that are taken for spans, and a mixture that passes."""
     expected = ["B-A", "I-A", "B-A", "O", "B-B", "I-B", "I-B"]
     written = {
         "IOB2": expected,
@@ -140,9 +140,12 @@ def test_schemes() -> None:
         (record,) = records([{"tokens": list("abcdefg"), "labels": labels}])
         assert scheme_of([labels], [record]) == name and as_iob2(labels, name, record) == expected
     some = records([{}, {}])
+    tags = [["NN", "X-Y"], ["VB", "O"]]
+    assert scheme_of(tags, some) == "plain" and as_iob2(tags[0], "plain", some[0]) == tags[0]
     for sequences, message in (
         ([["B-A", "O"], ["O", "I-A"]], r"record 2: labels: a span begins with I-, .* in record 1 with B-"),
-        ([["O"], ["NOUN"]], "record 2: labels: got 'NOUN', expected O or a prefix and a type"),
+        ([["B-A"], ["NOUN"]], "record 2: labels: got 'NOUN', expected O or a prefix and a type, as 'B-A' in record 1"),
+        ([["O"], ["B", "I"]], "record 2: labels: got 'B', a prefix without a type"),
         ([["S-A"], ["U-A"]], "record 2: .*IOBES .* and of BILOU"),
     ):
         with pytest.raises(RecordError, match=message):
