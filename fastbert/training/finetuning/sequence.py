@@ -107,8 +107,10 @@ class Multilabel(SequenceTask):
         return numbers
 
     def check(self, records: Sequence[Record]) -> None:
-        seen = self.targets(records).any(0)
-        warn_of_unseen(self.labels, {name for name, is_there in zip(self.labels, seen, strict=True) if is_there})
+        seen: list[bool] = self.targets(records).any(axis=0).tolist()
+        warn_of_unseen(
+            self.labels, {name for name, is_there in zip(self.labels, seen, strict=True) if is_there}, "labels"
+        )
 
     def loss(self, settings: FinetuneSettings) -> Callable[..., Any] | None:
         """Returns a loss where a label that a record has counts by its weight, and one that it lacks by 1."""
