@@ -107,10 +107,10 @@ class Multilabel(SequenceTask):
         return numbers
 
     def check(self, records: Sequence[Record]) -> None:
-        seen: list[bool] = self.targets(records).any(axis=0).tolist()
-        warn_of_unseen(
-            self.labels, {name for name, is_there in zip(self.labels, seen, strict=True) if is_there}, "labels"
-        )
+        seen = {
+            name for record in records for name, value in zip(self.labels, self.label(record), strict=True) if value
+        }
+        warn_of_unseen(self.labels, seen, "labels")
 
     def loss(self, settings: FinetuneSettings) -> Callable[..., Any] | None:
         """Returns a loss where a label that a record has counts by its weight, and one that it lacks by 1."""
