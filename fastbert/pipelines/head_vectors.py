@@ -78,7 +78,7 @@ class HeadVectors(SentenceTransformersApi):
         if _are_tokens(embeddings1):
             return maxsim(embeddings1, embeddings2, length_normalize=self.similarity_fn_name == "meanmaxsim")
         if _is_sparse(embeddings1) and _is_sparse(embeddings2) and self.similarity_fn_name == "dot":
-            return torch.sparse.mm(_matrix(embeddings1), _matrix(embeddings2).T).to_dense()
+            return sparse.dot(_matrix(embeddings1), _matrix(embeddings2))
         return similarity_matrix(_dense(embeddings1), _dense(embeddings2), self._function())
 
     def similarity_pairwise(self, embeddings1: Any, embeddings2: Any) -> Tensor:

@@ -64,7 +64,9 @@ class SpladeHead(nn.Module):
         dtype = torch.promote_types(hidden.dtype, torch.float32)
         pooled = torch.zeros(len(offsets) - 1, self.dimension, dtype=dtype, device=hidden.device)
         n_rows = max(LOGITS.get(hidden.device.type, LOGITS["cuda"]) // self.dimension, 1)
-        for start, end, first, last in _blocks(offsets, n_rows):
+        # Where a sum is cut must not depend on the texts beside it; a maximum is the same wherever.
+        alone = self.pooling == "sum" and policy.batch_invariant
+        for start, end, first, last in _blocks(offsets, n_rows, alone):
             lengths = [min(offsets[i + 1], end) - max(offsets[i], start) for i in range(first, last)]
             part = packing.from_lengths(lengths, hidden.device)
             logits = hooks.call(self.cls, part, policy, hidden[start:end])
@@ -72,13 +74,14 @@ class SpladeHead(nn.Module):
                 highest = ops.pool(logits, part.cu_seqlens, "max", out_dtype=dtype, policy=policy)
                 pooled[first:last] = torch.maximum(pooled[first:last], highest)
             else:
-                numbers = self._logarithm(logits.to(dtype).relu())
+                numbers = self._logarithm(logits.to(dtype).relu(), policy)
                 mean = ops.pool(numbers, part.cu_seqlens, "mean", out_dtype=dtype, policy=policy)
                 pooled[first:last] += mean * part.cu_seqlens.diff()[:, None]
-        return self._logarithm(pooled) if self.pooling == "max" else pooled
+        return self._logarithm(pooled, policy) if self.pooling == "max" else pooled
 
-    def _logarithm(self, x: Tensor) -> Tensor:
-        return x.log1p().log1p() if self.activation == "log1p_relu" else x.log1p()
+    def _logarithm(self, x: Tensor, policy: ops.Policy) -> Tensor:
+        x = ops.elementwise(torch.log1p, x, policy=policy)
+        return ops.elementwise(torch.log1p, x, policy=policy) if self.activation == "log1p_relu" else x
 
     def settings(self) -> dict[str, Any]:
         """Returns the content of the config.json of sentence-transformers' SpladePooling."""
@@ -89,8 +92,16 @@ class SpladeHead(nn.Module):
         }
 
 
-def _blocks(offsets: Sequence[int], n_rows: int) -> Iterator[tuple[int, int, int, int]]:
-    """Yields (start, end, first, last): runs of at most n_rows tokens, and the texts that have some of them."""
+def _blocks(offsets: Sequence[int], n_rows: int, alone: bool) -> Iterator[tuple[int, int, int, int]]:
+    """Yields (start, end, first, last): runs of at most n_rows tokens, and the texts that have some of them.
+
+    alone: whether a run has tokens of one text only.
+    """
+    if alone:
+        for i in range(len(offsets) - 1):
+            for start in range(offsets[i], offsets[i + 1], n_rows):
+                yield start, min(start + n_rows, offsets[i + 1]), i, i + 1
+        return
     for start in range(0, offsets[-1], n_rows):
         end = min(start + n_rows, offsets[-1])
         yield start, end, bisect_right(offsets, start) - 1, bisect_left(offsets, end)

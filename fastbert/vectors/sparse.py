@@ -46,6 +46,16 @@ def sparsity(embeddings: Tensor) -> dict[str, float]:
     return {"active_dims": active, "sparsity_ratio": 1.0 - active / dimension}
 
 
+def dot(a: Tensor, b: Tensor) -> Tensor:
+    """Returns the products of each row with each: (n, dim) and (m, dim), sparse -> (n, m), dense.
+
+    The one with fewer rows is made dense on the way.
+    """
+    if a.shape[0] < b.shape[0]:
+        return torch.sparse.mm(b, a.to_dense().T).T
+    return torch.sparse.mm(a, b.to_dense().T)
+
+
 def intersection(embeddings_1: Tensor, embeddings_2: Tensor) -> Tensor:
     """Returns the products of a vector (dim,) with a vector (dim,) or with each of (n, dim), where they are positive.
 

@@ -149,6 +149,16 @@ def test_no_logits_of_a_whole_batch(folders: Folders, monkeypatch: pytest.Monkey
     assert ours.last_timings is not None and sum(n_rows for n_rows, _ in shapes) == ours.last_timings.tokens
 
 
+@pytest.mark.parametrize("name", ["max relu", "sum log1p_relu"])
+def test_batch_invariance(name: str, folders: Folders, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches bits of a vector that depend on the texts beside it, or on where a block ends."""
+    ours = SentenceEncoder.from_pretrained(folders[name], device="cpu", dtype="float32", batch_invariant=True)
+    monkeypatch.setitem(token_heads.LOGITS, "cpu", ours.get_embedding_dimension() * 7)
+    together = ours.encode(TEXTS, convert_to_sparse_tensor=False)
+    for text, vector in zip(TEXTS, together, strict=True):
+        assert torch.equal(ours.encode(text, convert_to_sparse_tensor=False), vector)
+
+
 # bge-m3
 
 

@@ -13,7 +13,7 @@ from sentence_transformers import MultiVectorEncoder
 from sentence_transformers.base.modules import Dense, Normalize, Transformer
 from sentence_transformers.multi_vector_encoder.modules import MultiVectorMask
 
-from fastbert import BertModel, SentenceEncoder
+from fastbert import BackendError, BertModel, SentenceEncoder
 from helpers import tiny_bert
 
 TEXTS = [
@@ -113,6 +113,16 @@ def test_half_precision(dtype: str, bert: Path, tmp_path: Path) -> None:
     errors = [float((torch.cat(vectors).double() - want).norm() / want.norm()) for vectors in (half, eager)]
     assert half[0].dtype == torch.float32
     assert errors[0] <= 1.25 * errors[1] + 4 * torch.finfo(getattr(torch, dtype)).eps
+
+
+def test_batch_invariance(bert: Path, tmp_path: Path) -> None:
+    """Catches bits of a token's vector that depend on the texts beside it, and a promise that nothing keeps."""
+    folder = save_theirs(bert, tmp_path, EXPANSIONS["unseen"])
+    ours = SentenceEncoder.from_pretrained(folder, device="cpu", dtype="float32", batch_invariant=True)
+    for text, vectors in zip(TEXTS, ours.encode_document(TEXTS), strict=True):
+        assert torch.equal(ours.encode_document(text), vectors)
+    with pytest.raises(BackendError, match="query expansion with attend=False: cannot promise"):
+        ours.encode_query(TEXTS)
 
 
 @pytest.mark.parametrize("layout", ["pylate", "stanford"])
