@@ -286,7 +286,7 @@ class SentenceEncoder(HeadVectors):
         one_of("precision", precision, *PRECISIONS)
         if device is not None:
             self.to(device)
-        output = self._output(output)
+        output = "dense" if output is None and self.has_dense else self._output(output)
         to_numpy = convert_to_numpy if convert_to_numpy is not None else output == "dense"
         request = Request(
             self._prompt(prompt, prompt_name),
