@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 from pathlib import Path
@@ -13,6 +14,7 @@ from sentence_transformers import SparseEncoder
 from sentence_transformers.base.modules import Transformer
 from sentence_transformers.sparse_encoder.modules import SpladePooling
 
+import fastbert
 from fastbert import BertForMaskedLM, BertModel, SentenceEncoder
 from fastbert.pipelines import token_heads
 from helpers import tiny_bert
@@ -157,6 +159,15 @@ def test_batch_invariance(name: str, folders: Folders, monkeypatch: pytest.Monke
     together = ours.encode(TEXTS, convert_to_sparse_tensor=False)
     for text, vector in zip(TEXTS, together, strict=True):
         assert torch.equal(ours.encode(text, convert_to_sparse_tensor=False), vector)
+
+
+def test_tools_that_take_an_encoder(folders: Folders) -> None:
+    """Catches a tool that asks a SPLADE for dense vectors, or checks the ones that it does not make."""
+    ours = SentenceEncoder.from_pretrained(folders["max relu"], device="cpu", dtype="float32")
+    assert fastbert.verify(ours, TEXTS[:4]).ok
+    assert not any("pool" in row.op for row in fastbert.explain(ours).rows)
+    fastbert.warmup(ours)
+    assert torch.equal(copy.deepcopy(ours).encode("a").to_dense(), ours.encode("a").to_dense())
 
 
 # bge-m3
