@@ -103,6 +103,21 @@ def test_ids_and_offsets_are_those_of_transformers(kind: str, tmp_path: Path) ->
     assert Tokenizer.from_pretrained(tmp_path / "saved")(TEXTS, TEXTS[::-1]) == ours(TEXTS, TEXTS[::-1])
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_tokenizer_json_of_the_same_classes(kind: str, tmp_path: Path) -> None:
+    """Catches a tokenizer.json of these classes that is taken as it stands, where transformers builds it anew."""
+    name, options = KINDS[kind]
+    train(tmp_path / name, **options)
+    cls = getattr(transformers, f"{kind}Tokenizer")
+    write_config(tmp_path, tokenizer_class=f"{kind}Tokenizer")
+    cls.from_pretrained(tmp_path).save_pretrained(tmp_path)
+    (tmp_path / name).unlink()
+    stored = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    for settings in SETTINGS:
+        write_config(tmp_path, **{**stored, **settings})
+        assert_same_tokens(Tokenizer.from_pretrained(tmp_path), cls.from_pretrained(tmp_path), TEXTS)
+
+
 def test_the_model_type_names_the_class(tmp_path: Path) -> None:
     """Catches a folder without tokenizer_config.json, as older ones are, that is read as BERT's."""
     train(tmp_path / "sentencepiece.bpe.model")
