@@ -24,11 +24,13 @@ OUTPUTS = ("dense", "sparse", "multi")
 class HeadVectors(SentenceTransformersApi):
     """A HeadVectors compares vectors of any kind, and makes sparse vectors and vectors of tokens.
 
-    heads: by output, "sparse" and "multi". has_dense: whether there are dense vectors, too.
+    heads: by output, "sparse" and "multi". has_dense: whether there are dense vectors, too. default_output: what
+    `encode` makes where nobody says it, one of `outputs`.
     """
 
     heads: nn.ModuleDict
     has_dense: bool
+    default_output: str
     max_active_dims: int | None
     truncate_dim: int | None
     encode: Callable[..., Any]
@@ -36,7 +38,7 @@ class HeadVectors(SentenceTransformersApi):
 
     @property
     def outputs(self) -> tuple[str, ...]:
-        """Names the kinds of vectors that the encoder makes, the default of `encode` first."""
+        """Names the kinds of vectors that the encoder makes."""
         heads: Any = self._modules["heads"]
         return (*(("dense",) if self.has_dense else ()), *(name for name in OUTPUTS[1:] if name in heads))
 

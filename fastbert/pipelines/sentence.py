@@ -80,6 +80,7 @@ class SentenceEncoder(HeadVectors):
         self.pooling = pooling if isinstance(pooling, Pooling) else Pooling(pooling)
         self.tail = nn.ModuleList(tail)
         self.heads, self.has_dense = nn.ModuleDict(heads or {}), has_dense
+        self.default_output = self._output(None)
         self.max_active_dims = positive_or_none("max_active_dims", max_active_dims)
         self._set_prompts({**_PROMPTS, **(prompts or {})}, default_prompt_name)
         self.similarity_fn_name = similarity_fn_name
@@ -111,8 +112,8 @@ class SentenceEncoder(HeadVectors):
         A name without an owner, such as "all-MiniLM-L6-v2", is one of sentence-transformers' own models. device: by
         default the GPU if there is one, else the CPU. dtype: "auto" is the checkpoint's, but bfloat16 for float32 on a
         CPU that has it in hardware. prompts, default_prompt_name, similarity_fn_name, truncate_dim: these count before
-        the folder's. output: "sparse" reads a plain masked-language model as a SPLADE. Folders of SparseEncoder,
-        MultiVectorEncoder, PyLate and ColBERT, and bge-m3, say themselves which vectors they have.
+        the folder's. output: what `encode` makes by default; "sparse" reads a plain masked-language model as a SPLADE.
+        Folders of SparseEncoder, MultiVectorEncoder, PyLate and ColBERT, and bge-m3, say which vectors they have.
 
         options: those of SentenceTransformer(...), which are cache_folder, token, local_files_only, model_kwargs,
         processor_kwargs (or tokenizer_kwargs) and config_kwargs, and the other arguments of BertModel.from_pretrained:
@@ -154,7 +155,7 @@ class SentenceEncoder(HeadVectors):
             has_dense=has_dense,
             max_active_dims=layout.max_active_dims if max_active_dims is None else max_active_dims,
         )
-        encoder._output(output)
+        encoder.default_output = encoder._output(output)
         encoder.tail.to(model.device), encoder.heads.to(model.device)
         encoder.model_card_data.base_model = str(src)
         return encoder
@@ -264,7 +265,7 @@ class SentenceEncoder(HeadVectors):
         tensors. With output_value None it is a list of dicts with ids, token vectors and the vector of the text. For no
         texts it is an array of shape (0,), as in sentence-transformers.
 
-        output: "dense", "sparse" or "multi", by default the first of `outputs`. "sparse" gives a sparse COO tensor
+        output: "dense", "sparse" or "multi", by default `default_output`. "sparse" gives a sparse COO tensor
         (n, V) on the model's device, (V,) for a str, or with convert_to_numpy=False a list; of each vector the
         max_active_dims largest numbers. convert_to_sparse_tensor=False makes it dense. "multi" gives a list of (tokens,
         dim) tensors, or with convert_to_numpy=True arrays. save_to_cpu: whether both come on the host.
@@ -286,7 +287,7 @@ class SentenceEncoder(HeadVectors):
         one_of("precision", precision, *PRECISIONS)
         if device is not None:
             self.to(device)
-        output = "dense" if output is None and self.has_dense else self._output(output)
+        output = self.default_output if output is None else self._output(output)
         to_numpy = convert_to_numpy if convert_to_numpy is not None else output == "dense"
         request = Request(
             self._prompt(prompt, prompt_name),

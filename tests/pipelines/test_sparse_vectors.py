@@ -202,6 +202,8 @@ def test_bge_m3(tmp_path: Path) -> None:
         torch.testing.assert_close(sparse[i].to_dense(), expected)
         vectors = torch.nn.functional.normalize(hidden[1:] @ colbert["weight"].T + colbert["bias"], dim=-1)
         torch.testing.assert_close(multi[i], vectors)
+    other = SentenceEncoder.from_pretrained(tmp_path / "bge", device="cpu", dtype="float32", output="sparse")
+    assert torch.equal(other.encode(TEXTS).to_dense(), sparse.to_dense())
     ours.save_pretrained(tmp_path / "again")
     again = SentenceEncoder.from_pretrained(tmp_path / "again", device="cpu", dtype="float32")
     assert torch.equal(again.encode(TEXTS, output="sparse").to_dense(), sparse.to_dense())
