@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from fastbert.pipelines.entities import EntityRecognizer
     from fastbert.pipelines.sentence import SentenceEncoder
     from fastbert.text.tokenizer import Tokenizer
+    from fastbert.vectors.maxsim import maxsim
     from fastbert.vectors.quantize import quantize_embeddings
     from fastbert.vectors.search import semantic_search
 
@@ -62,6 +63,7 @@ _PUBLIC = {
     "accelerate": "fastbert.adapters",
     "compile_events": "fastbert.engine.events",
     "explain": "fastbert.diagnostics.explain.entry",
+    "maxsim": "fastbert.vectors.maxsim",
     "quantize_embeddings": "fastbert.vectors.quantize",
     "restore": "fastbert.adapters",
     "semantic_search": "fastbert.vectors.search",
@@ -89,6 +91,7 @@ __all__ = [
     "accelerate",
     "compile_events",
     "explain",
+    "maxsim",
     "quantize_embeddings",
     "restore",
     "semantic_search",
