@@ -117,12 +117,19 @@ def _launch(kernel: Any, grid: tuple[int, ...], config: dict[str, int], argument
 
 
 def _start(kernel: Any, grid: tuple[int, ...], config: dict[str, int], arguments: dict[str, Any]) -> None:
+    direct, key = getattr(kernel, "direct", None), None
+    if direct is not None and not direct.watched():
+        key = direct.launch_again(grid, config, arguments)
+        if key is None:
+            return
     # The default of FP fusion, and with it the bits of the results, differ between versions of Triton.
     try:
-        kernel[grid](**arguments, **config, enable_fp_fusion=True)
+        compiled = kernel[grid](**arguments, **config, enable_fp_fusion=True)
     except OSError as error:
         disk_cache.replace(error)
-        kernel[grid](**arguments, **config, enable_fp_fusion=True)
+        compiled = kernel[grid](**arguments, **config, enable_fp_fusion=True)
+    if key is not None:
+        direct.remember(key, compiled)
 
 
 @contextmanager
