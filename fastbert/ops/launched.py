@@ -45,9 +45,13 @@ def linear_residual_layer_norm(
     """LayerNorm(x @ weight^T + bias + residual), (T, K) -> (T, H): see `fastbert.ops.linear_residual_layer_norm`."""
     if product.ours:
         y = linear_kernel(x, product.weight, product.bias, "none", residual)
-        return layer_norm_kernel(y, None, None, weight, ln_bias, eps)
+        return bias_residual_layer_norm(y, None, None, weight, ln_bias, eps)
     y = F.linear(x, product.weight)
-    return layer_norm_kernel(y, product.bias, residual, weight, ln_bias, eps)
+    return bias_residual_layer_norm(y, product.bias, residual, weight, ln_bias, eps)
+
+
+# LayerNorm(x + bias + residual), (T, H) -> (T, H): see `fastbert.ops.bias_residual_layer_norm`.
+bias_residual_layer_norm = layer_norm_kernel
 
 
 def varlen_attention(qkv: Tensor, batch: PackedBatch, plan: Plan, num_heads: int, scale: float) -> Tensor:

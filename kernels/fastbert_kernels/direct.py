@@ -58,8 +58,11 @@ class Direct:
             return key
         run, function, metadata, compiled = known
         stream = active.get_current_stream(device)
-        enter, leave = _set(knobs.runtime.launch_enter_hook), _set(knobs.runtime.launch_exit_hook)
-        told = None if enter is None and leave is None else compiled.launch_metadata(grid, stream, *values)
+        enter, leave, told = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook, None
+        if getattr(enter, "calls", enter) or getattr(leave, "calls", leave):  # A chain of none is as good as none.
+            told = compiled.launch_metadata(grid, stream, *values)
+        else:
+            enter = leave = None
         x, y, z = (*grid, 1, 1)[:3]
         run(x, y, z, stream, function, metadata, told, enter, leave, *values)
         return None
@@ -102,8 +105,3 @@ def _reader(kernel: Any, specialize: Callable[..., Any], backend: Any) -> Reader
     exec(code, namespace)
     read: Any = namespace["read"]
     return read
-
-
-def _set(hook: Any) -> Any:
-    """Returns a launch hook, or None in the place of a chain of none."""
-    return None if getattr(hook, "calls", True) == [] else hook
