@@ -119,7 +119,7 @@ def _launch(kernel: Any, grid: tuple[int, ...], config: dict[str, int], argument
     else:
         with _one_at_a_time:
             compiled = _through_triton(kernel, grid, config, arguments)
-    if key is not None:
+    if direct is not None and key is not None:
         direct.remember(key, compiled)
 
 
