@@ -56,6 +56,10 @@ class LaunchedLayers:
     def __init__(self) -> None:
         self._kept: tuple[Any, list[Layer] | None] = None, None
 
+    def clear(self) -> None:
+        """Lets the weights go."""
+        self._kept = None, None
+
     def run(self, model: Any, x: Tensor, batch: PackedBatch, keep_states: bool) -> list[Tensor] | None:
         """The hidden states before the first layer and after each, or the last; None where the modules must be called.
 
@@ -106,11 +110,11 @@ class LaunchedLayers:
         n_silent_writes = 0 if silent_writes.waits(x.device) else snapshot.silent_writes(state)
         weights = snapshot, state, snapshot.changes(), n_silent_writes, silent_writes.signs()
         choices = model.policy, x.dtype, x.device, launch.arch(x.device), tables.generation
-        key = weights, choices
-        if key != self._kept[0]:
+        key, kept = (weights, choices), self._kept
+        if key != kept[0]:
             # Under what was read before the weights were: what changes meanwhile is looked at the next time.
-            self._kept = key, made(model, x)
-        return self._kept[1]
+            self._kept = kept = key, made(model, x)
+        return kept[1]
 
 
 def made(model: Any, x: Tensor) -> list[Layer] | None:

@@ -164,3 +164,13 @@ def test_hidden_states(device: torch.device, runs: list[bool], monkeypatch: pyte
         expected = model(ids, output_hidden_states=True).hidden_states
     assert runs == [True] and len(states) == 3
     assert all(map(torch.equal, states, expected))
+
+
+def test_training_lets_the_weights_go(device: torch.device, runs: list[bool]) -> None:
+    """Catches a fused matrix that is held through training, a quarter of a layer's weights."""
+    model = make(device)
+    encode(model, LENGTHS)
+    launched = model.engine.modules.launched
+    assert launched._kept[1] is not None
+    model.train()
+    assert launched._kept == (None, None)
