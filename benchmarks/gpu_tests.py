@@ -51,6 +51,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "models/model_compile",
         "models/heads",
         "models/losses",
+        "engine/launched",
     ),
     "batch_invariant": _files("engine/batch_invariant"),
     "text": _files("pipelines/sentence", "pipelines/sentence_run"),

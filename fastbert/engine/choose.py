@@ -264,6 +264,7 @@ class Engine:
         self.cpu_encoder.clear()
         if training:
             self.eight_bit.weights.clear()
+            self.modules.launched.clear()
             self.graphs.clear()
         else:
             self.eight_bit.weights.invalidate()

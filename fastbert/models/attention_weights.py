@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastbert import ops, reference
+from fastbert.engine.launched import ATTENTIONS
 from fastbert.engine.listeners import listened
 from fastbert.models import hooks
 from fastbert.models.encoded import Encoded
@@ -19,7 +20,7 @@ from fastbert.ops.packing import PackedBatch
 
 logger = logging.getLogger("fastbert")
 
-PLAN = "attentions"  # the plan of a batch whose attention weights are kept
+PLAN = ATTENTIONS
 
 
 def attend(qkv: Tensor, batch: PackedBatch, num_heads: int, dropout_p: float) -> Tensor:

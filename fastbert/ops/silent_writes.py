@@ -46,6 +46,11 @@ def waits(device: torch.device) -> bool:
     return device.type not in ("cpu", "meta")
 
 
+def signs() -> tuple[int, int]:
+    """Returns counts that stand still while no optimizer has stepped and no sample has shown a write."""
+    return _n_steps, _n_seen
+
+
 def _last_step(parameters: Iterable[Tensor]) -> int:
     """Returns the number of the last optimizer step that wrote one of the parameters; 0 where none has."""
     return max(map(_stepped.get, map(id, parameters), repeat(0)), default=0)
