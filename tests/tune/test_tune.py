@@ -111,12 +111,15 @@ def test_candidates(arch, dtype):
             today = configs.attention_config(dtype, each.sizes[1], arch).block_sizes
             assert candidates[0].sizes == {k: v for k, v in today.items() if k != "BLOCK_D"}
             continue
-        assert kernels == {"cublas", "linear"} | (
-            {"linear_persistent"} if arch in (90, 100) and dtype.itemsize == 2 else set()
-        )
+        if each.op == "few_rows":
+            assert kernels == {"cublas", "split_linear" if each.epilogue == "residual" else "linear"}
+            continue
+        descriptors = {"linear_persistent"} if arch in (90, 100) and dtype.itemsize == 2 else set()
+        specialized = {"linear_specialized"} if arch == 90 and dtype.itemsize == 2 else set()
+        assert kernels == {"cublas", "linear"} | descriptors | specialized
         ours = configs.gemm(dtype, arch, each.sizes, each.epilogue)
         assert Candidate(ours.ours, tuple(sorted(ours.config.block_sizes.items()))) in candidates
-        assert any(c.sizes.get("WARP_SPECIALIZE") for c in candidates) == (arch == 90 and dtype.itemsize == 2)
+        assert all(c.sizes["num_warps"] == 4 for c in candidates if c.kernel == "linear_specialized")
         # Whether epilogues have a tile of which each thread holds 128 sums.
         sums = {c.sizes["BLOCK_ROWS"] * c.sizes["BLOCK_COLS"] // (32 * c.sizes["num_warps"]) for c in candidates[1:]}
         assert (max(sums) >= 128) == (dtype.itemsize == 2 and each.epilogue != "residual")
@@ -133,6 +136,7 @@ def test_candidates_of_8_bit_linears(arch):
         assert len(set(job.candidates)) == len(job.candidates) > 3
         persistent = arch == 90 or (arch == 100 and job.dtype != torch.int8)
         kernels = {"quantized_linear"} | ({"quantized_linear_persistent"} if persistent else set())
+        kernels |= {"quantized_linear_specialized"} if arch == 90 else set()
         assert {c.kernel for c in job.candidates} == kernels
         out_dtype = job.dtype if job.epilogue == "gelu" else torch.bfloat16
         ours = configs.quantized_gemm(job.dtype, arch, job.sizes, job.group, out_dtype)
@@ -142,7 +146,6 @@ def test_candidates_of_8_bit_linears(arch):
             step = candidate.sizes["BLOCK_K"]
             assert job.group is None or job.group % step == 0 or step == 32
             assert job.epilogue != "gelu" or candidate.sizes["BLOCK_COLS"] % 128 == 0
-        assert any(c.sizes.get("WARP_SPECIALIZE") for c in job.candidates) == (arch == 90)
 
 
 @pytest.mark.parametrize(("precision", "arch"), [("fp8", 90), ("int8", 90), ("int8", ARCH)])
@@ -417,7 +420,11 @@ def test_dry_run(capsys):
     assert main(["tune", "--dry-run", "--arch", "90", "--tokens", "64", "128", "--only", "gemm"]) == 0
     out = capsys.readouterr().out
     assert "compute capability 9.0: 12 shapes, each at 64, 128 tokens" in out
-    assert "BERT-base up, gemm float16/768x3072/gelu: " in out and "\n  cublas\n" in out and "WARP_SPECIALIZE=1" in out
+    assert (
+        "BERT-base up, gemm float16/768x3072/gelu: " in out
+        and "\n  cublas\n" in out
+        and "linear_specialized BLOCK_COLS" in out
+    )
     assert str(tables.cache_folder()) in out and not tables.cache_folder().exists()
 
 

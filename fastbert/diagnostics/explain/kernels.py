@@ -103,12 +103,20 @@ def _pooling(record: Record, device: torch.device) -> Kernel:
 def _linear(record: Record, device: torch.device) -> Kernel:
     facts, activation = record.facts, record.facts["activation"]
     if facts["product"] == "fastbert":
-        from fastbert_kernels import configs
+        from fastbert_kernels import configs, few_rows
 
         shape = _features(record)
-        gemm = configs.gemm(record.dtype, _arch(device), shape, "residual" if facts["residual"] else activation)
+        epilogue = "residual" if facts["residual"] else activation
+        gemm = configs.gemm(record.dtype, _arch(device), shape, epilogue)
+        few = None
+        if not facts["batch_invariant"]:
+            few = few_rows.tile(record.dtype, _arch(device), shape, epilogue, record.after[0])
+        if few is not None:
+            return Kernel("fastbert_kernels.linear", dict(few), f"{facts['why']}; fastbert_kernels.few_rows")
         source = f"{facts['why']}; {gemm.config.source}"
         return Kernel(f"fastbert_kernels.{gemm.ours}", dict(gemm.config.block_sizes), source)
+    if facts["product"] == "split":
+        return Kernel("fastbert_kernels.split_linear, for few rows", source="tables, few_rows")
     if facts["product"] == "packed":
         return Kernel(str(packed_linear.kernel(record.dtype, facts["batch_invariant"])), source=PACKED)
     library = LINEAR_KERNELS["torch"]
