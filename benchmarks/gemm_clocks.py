@@ -8,8 +8,8 @@ the L2 cache; then instructions of its epilogue. Whatever can overlap is taken t
 here: the rate of the L2 cache for all multiprocessors together, and the latency until the first step is there. So a
 choice is clear only where it holds for both rates.
 
-Source of rates: NVIDIA, "H100 Tensor Core GPU Architecture", 2022 (132 multiprocessors, 1,024 multiply-adds of bf16 a
-clock and multiprocessor times two, 128 bytes a clock of shared memory, 64 of the L2 cache).
+Source of rates: NVIDIA, "H100 Tensor Core GPU Architecture", 2022: 132 multiprocessors, each with 2,048 multiply-adds
+of bf16, 128 bytes of shared memory and 64 of the L2 cache a clock.
 """
 
 from __future__ import annotations

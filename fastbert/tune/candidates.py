@@ -26,8 +26,7 @@ _PERSISTENT_TILES = (
 _APART_TILES = ((128, 128, 64, 8, 2, 2), (64, 128, 64, 4, 3, 3), (128, 256, 64, 8, 3, 1))
 _SPECIALIZED_TILES = ((128, 256, 64, 4, 3), (128, 128, 64, 4, 4), (128, 128, 64, 4, 3))
 _FEW_ROWS_TILES = (
-    (64, 64, 64, 4, 4), (64, 128, 64, 4, 4), (128, 128, 64, 8, 3), (64, 32, 64, 4, 4), (32, 64, 64, 4, 4),
-    (64, 64, 128, 4, 3), (16, 64, 128, 4, 3),
+    (64, 64, 64, 4, 4), (64, 128, 64, 4, 4), (128, 128, 64, 8, 3), (32, 64, 64, 4, 4), (16, 64, 128, 4, 3),
 )  # fmt: skip
 _SPLITS = (1, 2, 4, 8)
 _ATTENTION_TILES = (  # BLOCK_Q, BLOCK_K, num_warps, num_stages
@@ -74,8 +73,6 @@ def gemm_candidates(dtype: torch.dtype, arch: int, shape: tuple[int, int], epilo
     yield Candidate("cublas")
     pointer = [configs.linear_config(dtype, arch, shape, epilogue).block_sizes]
     pointer += map(_gemm_tile, _TILES_32BIT if dtype == torch.float32 else _TILES_16BIT)
-    if epilogue == "residual" and dtype != torch.float32:  # so that two programs have room for their registers
-        pointer.append({**_gemm_tile((128, 128, 64, 8, 3)), "maxnreg": 128})
     yield from dict.fromkeys(
         _candidate("linear", sizes)
         for sizes in pointer

@@ -44,10 +44,21 @@ def use(on: bool | None) -> None:
     """
     global _chosen
     _chosen = on
+    tables.forget()  # which calls _remind
+
+
+def _remind() -> None:
+    tables.some_dependent = bool(_chosen)
+
+
+tables.on_forget(_remind)
 
 
 def options(config: dict[str, int], arch: int) -> dict[str, Any]:
-    """Returns the config of a launch on the architecture, with the two options of a dependent one where that is on."""
+    """Returns the config of a launch on the architecture, with the two options of a dependent one where that is on.
+
+    Launchers ask only where `tables.some_dependent`, so that nobody else pays for the question.
+    """
     on = tables.dependent_launch(arch, launch.recorded is not None) if _chosen is None else _chosen
     if not on or arch < MIN_ARCH or launch.interpreted():
         return config

@@ -22,7 +22,7 @@ from __future__ import annotations
 import torch
 import triton.language as tl
 
-from fastbert_kernels import configs, dependent, launch, masks
+from fastbert_kernels import configs, dependent, launch, masks, tables
 from fastbert_kernels import dropout as drawing
 from fastbert_kernels.dependent import wait_for_predecessor
 from fastbert_kernels.dropout import GROUP, keep_columns
@@ -190,7 +190,9 @@ def bias_residual_layer_norm_forward(
     out = launch.empty((n_rows, n_cols), like=x)
     if n_rows == 0:
         return out
-    config = dependent.options(configs.rowwise_config(n_cols), launch.arch(x.device))
+    config = configs.rowwise_config(n_cols)
+    if tables.some_dependent:
+        config = dependent.options(config, launch.arch(x.device))
     # Grid: one program per BLOCK_ROWS whole rows.
     launch.run(
         _bias_residual_layer_norm_kernel,

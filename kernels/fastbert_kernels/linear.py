@@ -20,7 +20,7 @@ from __future__ import annotations
 import torch
 import triton.language as tl
 
-from fastbert_kernels import configs, dependent, few_rows, launch
+from fastbert_kernels import configs, dependent, few_rows, launch, tables
 from fastbert_kernels.dependent import wait_for_predecessor
 from fastbert_kernels.jit import jit
 from fastbert_kernels.linear_persistent import describable, linear_persistent_forward
@@ -161,11 +161,13 @@ def linear_pointer_forward(
     n_cols = weight.shape[0]
     n_tiles = launch.cdiv(n_rows, config["BLOCK_ROWS"]) * launch.cdiv(n_cols, config["BLOCK_COLS"])
     options = {"SPLIT": True} if splits else {}
+    if tables.some_dependent:
+        config = dependent.options(config, launch.arch(x.device))
     # Grid: one program per output tile, on one axis so that the kernel can order them, and per share of K.
     launch.run(
         _linear_kernel,
         (n_tiles, splits) if splits else (n_tiles,),
-        dependent.options(config, launch.arch(x.device)),
+        config,
         x_ptr=x,
         weight_ptr=weight,
         bias_ptr=bias,

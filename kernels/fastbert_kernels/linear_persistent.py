@@ -28,7 +28,7 @@ import torch
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fastbert_kernels import dependent, launch
+from fastbert_kernels import dependent, launch, tables
 from fastbert_kernels.dependent import wait_for_predecessor
 from fastbert_kernels.jit import jit
 from fastbert_kernels.linear_tile import ALIGNMENT, add_bias, epilogue, tile_of
@@ -107,11 +107,13 @@ def linear_persistent_forward(
     n_rows, k_size = x.shape
     n_cols = weight.shape[0]
     n_tiles = launch.cdiv(n_rows, config["BLOCK_ROWS"]) * launch.cdiv(n_cols, config["BLOCK_COLS"])
+    if tables.some_dependent:
+        config = dependent.options(config, launch.arch(x.device))
     # Grid: as many programs as run at once, or one per output tile if those are fewer.
     launch.run(
         _linear_persistent_kernel,
         (min(n_tiles, config.get("PROGRAMS", 1) * launch.n_multiprocessors(x.device)),),
-        dependent.options(config, launch.arch(x.device)),
+        config,
         x_desc=descriptor(x, config["BLOCK_ROWS"], config["BLOCK_K"]),
         weight_desc=descriptor(weight, config["BLOCK_COLS"], config["BLOCK_K"]),
         bias_ptr=bias,

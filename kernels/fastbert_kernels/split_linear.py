@@ -17,7 +17,7 @@ from __future__ import annotations
 import torch
 import triton.language as tl
 
-from fastbert_kernels import configs, dependent, launch
+from fastbert_kernels import configs, dependent, launch, tables
 from fastbert_kernels.dependent import wait_for_predecessor
 from fastbert_kernels.few_rows import Split
 from fastbert_kernels.jit import jit
@@ -106,7 +106,9 @@ def split_layer_norm_forward(
     out = launch.empty((n_rows, n_cols), like=residual)
     if n_rows == 0:
         return out
-    rows = dependent.options(configs.rowwise_config(n_cols), launch.arch(sums.device))
+    rows = configs.rowwise_config(n_cols)
+    if tables.some_dependent:
+        rows = dependent.options(rows, launch.arch(sums.device))
     # Grid: one program per BLOCK_ROWS whole rows.
     launch.run(
         _split_layer_norm_kernel,

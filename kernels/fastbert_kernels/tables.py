@@ -60,6 +60,7 @@ REQUIRED = {
 logger = logging.getLogger("fastbert")
 
 generation = 0  # It counts how often tables were forgotten, for caches of their entries.
+some_dependent = False  # Whether a table that was read launches kernels dependently, or somebody chose that.
 _chosen: Path | None = None  # The argument of use_table.
 _to_call: set[Callable[[], Any]] = set()  # Called when tables are forgotten.
 
@@ -93,8 +94,10 @@ def read_table(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path}: not a readable table of block sizes: {error}") from error
     if not isinstance(table, dict) or table.get("version") != TABLE_VERSION:
         raise ValueError(f"{path}: expected a table of block sizes of version {TABLE_VERSION}")
+    global some_dependent
     if not isinstance(table.get("dependent_launch", False), bool):
         raise ValueError(f"{path}: dependent_launch: expected true or false, got {table['dependent_launch']!r}")
+    some_dependent = some_dependent or table.get("dependent_launch", False)
     for op in (*REQUIRED, "gemm", "quantized_gemm", "few_rows"):
         for key, entry in _object(path, op, table.get(op, {})).items():
             _check_entry(path, op, key, _object(path, f"{op} -> {key}", entry))
@@ -165,8 +168,9 @@ def on_forget(call: Callable[[], Any]) -> None:
 
 def forget() -> None:
     """Drops all tables. The next call for one reads it anew."""
-    global generation
+    global generation, some_dependent
     generation += 1
+    some_dependent = False
     for cached in (read_table, _users_table, shipped_table, find, dependent_launch):
         cached.cache_clear()
     for call in tuple(_to_call):
