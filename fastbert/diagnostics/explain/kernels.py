@@ -108,12 +108,11 @@ def _linear(record: Record, device: torch.device) -> Kernel:
         shape = _features(record)
         epilogue = "residual" if facts["residual"] else activation
         gemm = configs.gemm(record.dtype, _arch(device), shape, epilogue)
-        few = None
-        if not facts["batch_invariant"]:
-            few = few_rows.tile(record.dtype, _arch(device), shape, epilogue, record.after[0])
-        if few is not None:
-            return Kernel("fastbert_kernels.linear", dict(few), f"{facts['why']}; fastbert_kernels.few_rows")
         source = f"{facts['why']}; {gemm.config.source}"
+        if not facts["batch_invariant"]:
+            tiles = (few_rows.tile(record.dtype, _arch(device), shape, epilogue, rows) for rows in few_rows.BUCKETS)
+            if any(tile is not None for tile in tiles):
+                source += f"; up to {few_rows.FEW} tokens others by fastbert_kernels.few_rows"
         return Kernel(f"fastbert_kernels.{gemm.ours}", dict(gemm.config.block_sizes), source)
     if facts["product"] == "split":
         return Kernel("fastbert_kernels.split_linear, for few rows", source="tables, few_rows")
