@@ -39,7 +39,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "ops/residual_norm_kernels", "ops/activation_backward", "ops/embedding_kernels", "ops/pooling_backward"
     ),
     "training_layer": _files("ops/training_triton"),
-    "linear": _files("ops/op_linear", "ops/op_linear_persistent"),
+    "linear": _files("ops/op_linear", "ops/op_linear_persistent", "ops/op_linear_variants"),
     "cross_entropy": _files("ops/op_cross_entropy"),
     "graphs": _files(
         "engine/graphs", "engine/graph_buckets", "engine/graph_validity", "engine/graph_capture", "engine/graphs_gpu"
@@ -83,6 +83,8 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "quantized": _files(
         "ops/op_quantized", "ops/op_quantized_persistent", "engine/quantized", "engine/graphs_quantized"
     ),
+    # Last: a kernel with specialised warps that is wrong may not end.
+    "specialized": _files("ops/specialized_on_a_gpu"),
 }
 REFUSED = (*OPS, "quantized")  # the groups that are an operation of the kernel suite
 SELECTION = ("-m", "gpu or not slow")

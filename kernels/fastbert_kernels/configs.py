@@ -2,7 +2,7 @@
 
 Block sizes of the matrix kernels, and the choice of GEMM, come from tables (tables.py): one JSON file per GPU
 architecture in `tuned/`, and before it the user's own. Block sizes of the row-wise kernels come from the formulas here.
-The number of tokens never enters a choice.
+The number of tokens enters no choice here; `few_rows` has tiles for few of them.
 """
 
 from __future__ import annotations
@@ -121,8 +121,9 @@ def one_row_pooling_config(n_cols: int) -> dict[str, int]:
     return {"BLOCK_ROWS": 1, "UNROLL": 1, **whole_row_config(n_cols)}
 
 
-# Epilogues of a GEMM, and their names in table keys. Both GELUs cost the same.
-EPILOGUES = {"none": "none", "gelu": "gelu", "gelu_tanh": "gelu", "residual": "residual"}
+# Epilogues of a GEMM, and their names in table keys. Both GELUs cost the same; "pre" stores a second tile.
+EPILOGUES = {"none": "none", "gelu": "gelu", "gelu_tanh": "gelu", "residual": "residual", "pre": "pre"}
+WARP_SPECIALIZED_ARCH = 90  # the one architecture for which the warp-specialised GEMMs are compiled
 
 
 def linear_config(
@@ -166,6 +167,10 @@ def _gemm(
     # Tensor descriptors want rows of a multiple of 16 bytes. Of tensors that are views, linear_forward asks again.
     if any(size * dtype.itemsize % 16 for size in shape):
         persistent = None
+    if persistent is not None and entry.get("ours") == "linear_specialized" and for_arch == WARP_SPECIALIZED_ARCH:
+        specialized = _from_tables("linear_specialized", _gemm_keys(dtype, shape, epilogue), for_arch)
+        if specialized is not None:
+            return Gemm(entry.get("kernel"), source, "linear_specialized", specialized)
     if persistent is not None and entry.get("ours") != "linear":
         return Gemm(entry.get("kernel"), source, "linear_persistent", persistent)
     return Gemm(entry.get("kernel"), source, "linear", linear_config(dtype, for_arch, shape, epilogue))
@@ -240,7 +245,12 @@ def _quantized_gemm(
     # Tensor descriptors want rows of a multiple of 16 bytes, of both operands and of the result.
     if shape[0] % 16 or shape[1] * out_dtype.itemsize % 16:
         persistent = None
-    if persistent is not None and entry.get("kernel") != "quantized_linear":
+    wanted = entry.get("kernel")
+    if persistent is not None and wanted == "quantized_linear_specialized" and for_arch == WARP_SPECIALIZED_ARCH:
+        specialized = _from_tables("quantized_linear_specialized", (key,), for_arch)
+        if specialized is not None:
+            return Gemm(wanted, source, wanted, specialized)
+    if persistent is not None and wanted != "quantized_linear":
         return Gemm(entry.get("kernel"), source, "quantized_linear_persistent", persistent)
     pointers = quantized_linear_config(dtype, group, for_arch, shape, quantizes)
     return Gemm(entry.get("kernel"), source, "quantized_linear", pointers)
@@ -356,7 +366,8 @@ def _quantized_keys(
 
 
 def _gemm_keys(dtype: torch.dtype, shape: tuple[int, int] | None, epilogue: str) -> tuple[str, ...]:
-    return (*((gemm_key(dtype, shape, epilogue),) if shape is not None else ()), dtype_class(dtype))
+    own = () if shape is None else (gemm_key(dtype, shape, epilogue),)
+    return (*own, f"{dtype_class(dtype)}/{EPILOGUES[epilogue]}", dtype_class(dtype))
 
 
 def _from_tables(op: str, keys: tuple[str, ...], for_arch: int) -> Config | None:

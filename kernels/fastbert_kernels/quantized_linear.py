@@ -25,6 +25,7 @@ from fastbert_kernels.jit import jit
 from fastbert_kernels.linear_persistent import describable
 from fastbert_kernels.quantize import quantize_rows
 from fastbert_kernels.quantized_linear_persistent import quantized_linear_persistent_forward
+from fastbert_kernels.quantized_linear_specialized import quantized_linear_specialized_forward
 from fastbert_kernels.quantized_tile import OUT_GROUP, scaled_epilogue
 
 
@@ -130,9 +131,11 @@ def quantized_linear_forward(
     arch, grouped = launch.arch(x.device), group if group < k else None
     gemm = configs.quantized_gemm(x.dtype, arch, (k, n_cols), grouped, dtype)
     forward, config = quantized_linear_pointer_forward, gemm.config
-    if gemm.ours == "quantized_linear_persistent":
+    if gemm.ours != "quantized_linear":
         if describable(weight) and describable(out):
             forward = quantized_linear_persistent_forward
+            if gemm.ours == "quantized_linear_specialized":
+                forward = quantized_linear_specialized_forward
             # Rows at odd addresses are copied: which kernel runs, and with it the bits, follows from the weight.
             x = x if describable(x) else x.clone(memory_format=torch.contiguous_format)
         else:

@@ -39,9 +39,7 @@ def arguments(x, weight, bias, activation="none"):
 
 def persistent(x, weight, bias, activation, dtype, tile, sum_outside):
     out = launch.empty((x.data.shape[0], weight.data.shape[0]), like=x.data, dtype=dtype)
-    config = {**tile, "WARP_SPECIALIZE": 0}
-    inputs = arguments(x, weight, bias, activation)
-    return quantized_linear_persistent_forward(*inputs, config, out, None, sum_outside)
+    return quantized_linear_persistent_forward(*arguments(x, weight, bias, activation), tile, out, None, sum_outside)
 
 
 def by_pointers(x, weight, bias, activation, dtype, tile, sum_outside):
@@ -105,8 +103,8 @@ def test_quantises_what_it_would_store(n_cols, activation, tile, precision, devi
     n_groups = -(-n_cols // 128)
     data = launch.empty((40, n_cols), like=x.data)
     scale = launch.empty((40, n_groups), like=x.scale)
-    inputs, config = arguments(x, weight, bias, activation), {**tile, "WARP_SPECIALIZE": 0}
-    quantized_linear_persistent_forward(*inputs, config, data, scale, precision == "fp8")
+    inputs = arguments(x, weight, bias, activation)
+    quantized_linear_persistent_forward(*inputs, tile, data, scale, precision == "fp8")
     poisoned.check()
     y = persistent(x, weight, bias, activation, torch.float32, tile, precision == "fp8")
     assert_same_8_bit("linear", Q.Quantized(data, scale, 128), Q.quantize(y, precision, 128))
@@ -223,21 +221,18 @@ def test_tables_choose(monkeypatch):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("warp_specialize", [0, 1])
 @pytest.mark.parametrize("n_cols_of_a_tile", [128, 256])
-def test_on_a_gpu(n_cols_of_a_tile, warp_specialize, precision):
+def test_on_a_gpu(n_cols_of_a_tile, precision):
     """Catches wrong numbers of the compiled kernel, whose pipeline and copies the interpreter does not see."""
     device, arch = torch.device("cuda"), launch.arch(torch.device("cuda"))
     if Q.device_obstacle(precision, device) is not None or (precision == "int8" and arch != 90):
         pytest.skip("this kernel is not taken in this precision here")
-    if warp_specialize and (arch != 90 or n_cols_of_a_tile != 128):
-        pytest.skip("warp specialisation is an option of compute capability 9.0 and its narrow tile")
     sizes = {"BLOCK_ROWS": 128, "BLOCK_COLS": n_cols_of_a_tile, "GROUP_ROWS": 8, "num_warps": 8, "num_stages": 3}
     outside = precision == "fp8" and arch <= launch.LAST_ARCH_WITH_SHORT_FLOAT8_SUMS
     for n_rows, k, n_cols, group in ((1, 768, 768, 64), (5000, 768, 3072, None), (3001, 1040, 1040, None),
                                      (2000, 3072, 768, 128)):  # fmt: skip
         x, weight, bias = operands(n_rows, k, n_cols, group, precision, device)
-        config = {**sizes, "BLOCK_K": group or 128, "WARP_SPECIALIZE": warp_specialize}
+        config = {**sizes, "BLOCK_K": group or 128}
         out = torch.full((n_rows, n_cols), float("nan"), device=device)
         inputs = arguments(x, weight, bias, "gelu")
         quantized_linear_persistent_forward(*inputs, config, out, None, outside)

@@ -45,7 +45,8 @@ default  every kernel on every architecture. bf16: the three models with each li
          base also the other one), and LayerNorm, embedding and attention that quantise; on sm_80 and sm_90 also those
          of large, and a linear after heads of 80. Training: dropout + residual + LayerNorm, embedding, activation,
          pooling, attention with dropout and the linear that saves its pre-activation, forward and backward; of base
-         also with a float32 stream; on sm_80 and sm_90 also attention with head sizes 16, 80 and 128.
+         also with a float32 stream; on sm_80 and sm_90 also attention with head sizes 16, 80 and 128. Of base in bf16
+         and fp8, on sm_90: linears for few rows, split and launched dependently, and the candidates of `fastbert tune`.
 --all    every dtype, TF32 too, every combination of optional inputs, activations and pooling modes, int32 ids, head
          sizes 24 and 48, a model whose sizes divide by nothing ("odd"), and other numbers of classes."""
 
