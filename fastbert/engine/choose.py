@@ -7,7 +7,6 @@ than there are tokens, or as a CUDA graph.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Iterator
 from typing import Any
@@ -182,7 +181,7 @@ class Engine:
         if n_rows == n_tokens:
             return self.modules.run(model, batch, inputs, keep_states)
         inputs = PackedInputs(*(packing.pad_rows(x, n_rows) for x in inputs))
-        batch = dataclasses.replace(batch, position_ids=inputs.position_ids, _plans={})
+        batch = batch.in_rows(inputs.position_ids, {})
         return [state[:n_tokens] for state in self.modules.run(model, batch, inputs, keep_states)]
 
     def _run_in_bucket(

@@ -55,7 +55,7 @@ def batch_in_rows(
     What attention gives for the empty rows is undefined.
     """
     plan = triton_plan(batch, qkv_dtype, head_size, policy)
-    return replace(batch, position_ids=position_ids, _plans={plan_key(qkv_dtype, head_size, policy): plan})
+    return batch.in_rows(position_ids, {plan_key(qkv_dtype, head_size, policy): plan})
 
 
 def with_plan(batch: PackedBatch, qkv_dtype: torch.dtype, head_size: int, policy: Policy, plan: Plan) -> PackedBatch:
