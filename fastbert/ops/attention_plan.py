@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 
 from fastbert.ops.dispatch import Policy
@@ -12,6 +13,7 @@ from fastbert.ops.packing import PackedBatch, to_device
 
 # (seq_ids (T,), work list (W, 4), that of short sequences (W', 4) or None), int32: what the kernel needs of a batch.
 Plan = tuple[torch.Tensor, torch.Tensor, "torch.Tensor | None"]
+_N_COLUMNS = 4  # of a work list
 
 
 def lists_of(
@@ -83,6 +85,57 @@ def max_tiles(
     block_q = configs.attention_config(qkv_dtype, head_size, arch).block_sizes["BLOCK_Q"]
     short = configs.short_attention_config(qkv_dtype, head_size, arch) if policy.batch_invariant else None
     return attention.max_tiles(n_tokens, block_q), None if short is None else attention.max_short_tiles(n_tokens)
+
+
+class StaticPlan:
+    """A `StaticPlan` says how the integers of attention lie in static memory, for batches in the rows of a bucket.
+
+    They are int32, each part 16-byte aligned. A smaller bucket needs no more of them than a larger one. Where all are
+    0, there are no tiles.
+    """
+
+    def __init__(
+        self, bucket: int, qkv_dtype: torch.dtype, head_size: int, device: torch.device, policy: Policy
+    ) -> None:
+        self.bucket, self.policy = bucket, policy
+        self._kind = qkv_dtype, head_size
+        lengths = max_tiles(bucket, qkv_dtype, head_size, device, policy)
+        self._n_tiles = [length for length in lengths if length is not None]
+        # Work lists, one after the other, seq_ids and cu_seqlens.
+        sizes = [*(_N_COLUMNS * length for length in self._n_tiles), bucket, bucket + 1]
+        ends = np.cumsum([_aligned(size) for size in sizes])
+        self._parts = [
+            slice(int(end) - _aligned(size), int(end) - _aligned(size) + size)
+            for end, size in zip(ends, sizes, strict=True)
+        ]
+        self.n_integers = int(ends[-1])
+
+    def split(self, integers: torch.Tensor) -> tuple[torch.Tensor, Plan]:
+        """Returns cu_seqlens (T' + 1,) and the plan of the bucket, views of static memory (at least n_integers,)."""
+        *lists, seq_ids, cu_seqlens = (integers[part] for part in self._parts)
+        tiles = [part.view(-1, _N_COLUMNS) for part in lists]
+        return cu_seqlens, (seq_ids, tiles[0], tiles[1] if len(tiles) > 1 else None)
+
+    def write(self, batch: PackedBatch, out: np.ndarray) -> bool:
+        """Writes a batch of at most `bucket` tokens and sequences to out, (n_integers,) int32 zeros on the host.
+
+        Returns False, with nothing written, where a list does not fit.
+        """
+        lists = [tiles for tiles in host_work_lists(batch, *self._kind, self.policy) if tiles is not None]
+        if any(tiles.shape[0] > length for tiles, length in zip(lists, self._n_tiles, strict=True)):
+            return False  # of neighbours that do not share tiles
+        *parts, seq_ids, cu_seqlens = (out[part] for part in self._parts)
+        for part, tiles in zip(parts, lists, strict=True):
+            part[: tiles.numel()] = tiles.numpy().ravel()
+        offsets = batch.cu_seqlens_cpu.numpy()
+        seq_ids[: batch.n_tokens] = np.repeat(np.arange(batch.batch_size, dtype=np.int32), np.diff(offsets))
+        cu_seqlens[: offsets.shape[0]] = offsets
+        return True
+
+
+def _aligned(n_integers: int) -> int:
+    """Rounds up to whole 16 bytes."""
+    return -(-n_integers // 4) * 4
 
 
 def gradient_plan(batch: PackedBatch, dtype: torch.dtype, head_size: int) -> Any:

@@ -240,4 +240,4 @@ def test_texts_of_four_tokens_and_more_always_fit(lengths: list[int]) -> None:
         for head_size in (16, 32, 64, 128):
             shape = graphs.Shape(batch.device, dtype, 4 * head_size, head_size, INVARIANT)
             bucket = buckets.bucket_of(sum(lengths))
-            assert bucket is not None and graphs._tiles(batch, bucket, shape) is not None
+            assert bucket is not None and graphs._integers(batch, bucket, shape) is not None
