@@ -116,8 +116,12 @@ class StaticPlan:
         tiles = [part.view(-1, _N_COLUMNS) for part in lists]
         return cu_seqlens, (seq_ids, tiles[0], tiles[1] if len(tiles) > 1 else None)
 
+    def fits(self, batch: PackedBatch) -> bool:
+        """Tells whether `write` would write the batch."""
+        return self.write(batch, np.empty(self.n_integers, np.int32))
+
     def write(self, batch: PackedBatch, out: np.ndarray) -> bool:
-        """Writes a batch of at most `bucket` tokens and sequences to out, (n_integers,) int32 zeros on the host.
+        """Writes a batch of at most `bucket` tokens and sequences to out, (n_integers,) int32 on the host.
 
         Returns False, with nothing written, where a list does not fit.
         """
@@ -127,6 +131,7 @@ class StaticPlan:
         *parts, seq_ids, cu_seqlens = (out[part] for part in self._parts)
         for part, tiles in zip(parts, lists, strict=True):
             part[: tiles.numel()] = tiles.numpy().ravel()
+            part[tiles.numel() :] = 0
         offsets = batch.cu_seqlens_cpu.numpy()
         seq_ids[: batch.n_tokens] = np.repeat(np.arange(batch.batch_size, dtype=np.int32), np.diff(offsets))
         cu_seqlens[: offsets.shape[0]] = offsets

@@ -20,7 +20,8 @@ class PackedBatch:
     valid: (B, S) bool, where tokens are, in a batch that keeps the rows of its padding (`in_place`); None in any other.
     first_column: whether each sequence has a token in the first column, as it has without padding on the left.
     last_position: the largest of position_ids, -1 without tokens; None where that is not known on the host. counted:
-    whether position_ids count from 0 in each sequence; else host_columns are the same on the host, if it knows them.
+    whether position_ids count from 0 in each sequence; else host_columns are the same on the host, if it knows them;
+    host_indices are the indices there.
 
     What the device holds of a batch whose lengths the host knows is made when somebody first asks for it (`later`): a
     CUDA graph has its own.
@@ -31,13 +32,14 @@ class PackedBatch:
     position_ids: torch.Tensor
     batch_size: int
     padded_length: int
-    indices: torch.Tensor | None = None
+    indices: torch.Tensor | None = field(default_factory=lambda: None)  # no attribute of the class: see `later`
     valid: torch.Tensor | None = None
     first_column: bool = True
     last_position: int | None = None
     _plans: dict[Any, Any] = field(default_factory=dict, repr=False)
     counted: bool = False
     host_columns: np.ndarray | None = field(default=None, repr=False)
+    host_indices: np.ndarray | None = field(default=None, repr=False)
     _n_tokens: int | None = None
     _device: torch.device | None = None
 
@@ -48,9 +50,11 @@ class PackedBatch:
         """Returns a batch whose fields in `make` are made at their first use."""
         batch = cls.__new__(cls)
         batch.__dict__.update(
-            indices=None, valid=None, first_column=True, last_position=None, counted=False, host_columns=None,
+            valid=None, first_column=True, last_position=None, counted=False, host_columns=None, host_indices=None,
             _plans={}, _n_tokens=n_tokens, _device=device, _make=make,
         )  # fmt: skip
+        if "indices" not in make:
+            batch.indices = None
         batch.__dict__.update(fields)
         return batch
 

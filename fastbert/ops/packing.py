@@ -28,7 +28,7 @@ def to_device(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
     it is at most 64 kB.
     """
     device = torch.device(device)
-    if device.type == "cuda" and tensor.device.type == "cpu":
+    if pins(device) and tensor.device.type == "cpu":
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)
 
@@ -41,6 +41,17 @@ def pins(device: torch.device) -> bool:
 def on_host(device: torch.device) -> bool:
     """Tells whether the host reads the device's memory without waiting for anybody."""
     return device.type == "cpu"
+
+
+def takes_from_host(device: torch.device, tensor: torch.Tensor) -> bool:
+    """Tells whether the tensor is on the host, and the device a GPU that it may be copied to."""
+    return pins(device) and tensor.device.type == "cpu"
+
+
+def wait_for(device: torch.device) -> None:
+    """Waits until everything that was launched on the device has run."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 @untraced
@@ -75,16 +86,17 @@ def unpad(attention_mask: torch.Tensor, device: torch.device | None = None) -> P
         {
             "cu_seqlens": lambda batch: batch.cu_seqlens_cpu if same else to_device(batch.cu_seqlens_cpu, device),
             "position_ids": lambda batch: to_device(torch.from_numpy(columns), device),
+            "indices": lambda batch: to_device(torch.from_numpy(indices), device),
         },
         len(indices),
         device,
         cu_seqlens_cpu=offsets,
         batch_size=batch_size,
         padded_length=padded_length,
-        indices=to_device(torch.from_numpy(indices), device),
         first_column=first_column,
         last_position=int(columns.max(initial=-1)),
         host_columns=columns,
+        host_indices=indices,
     )
 
 
@@ -195,13 +207,19 @@ def from_cu_seqlens(cu_seqlens: torch.Tensor, n_tokens: int, device: torch.devic
         raise ValueError(f"cu_seqlens: expected shape (B + 1,), got {tuple(cu_seqlens.shape)}")
     _refuse_recording("cu_seqlens", cu_seqlens)
     offsets = (cu_seqlens if on_host(cu_seqlens.device) else cu_seqlens.cpu()).numpy()
-    if offsets[0] != 0 or offsets[-1] != n_tokens or (offsets[1:] < offsets[:-1]).any():
+    lengths = offsets[1:] - offsets[:-1]
+    shortest, longest = (_least(lengths), _most(lengths)) if len(lengths) else (0, 0)
+    if offsets[0] != 0 or offsets[-1] != n_tokens or shortest < 0:
         values = offsets.tolist()
         raise ValueError(
             f"cu_seqlens: expected offsets that start at 0, never decrease and end at T = {n_tokens}, "
             f"got {values if len(values) <= 9 else f'{values[:4]} ...'}"
         )
-    return from_offsets(offsets.astype(np.int32), torch.device(device))  # a copy, which the caller does not change
+    # A copy, which the caller does not change.
+    return from_offsets(offsets.astype(np.int32), torch.device(device), int(longest))
+
+
+_least, _most = np.minimum.reduce, np.maximum.reduce
 
 
 def _refuse_recording(name: str, values: torch.Tensor) -> None:
@@ -260,8 +278,11 @@ def positions_after_padding(input_ids: torch.Tensor, pad_id: int, batch: PackedB
     counted = input_ids != pad_id
     numbers = counted.cumsum(-1)
     if batch is not None:  # of one long row: what the sequences before have counted goes
-        before = torch.nn.functional.pad(numbers, (1, 0)).index_select(0, batch.cu_seqlens[:-1])  # (B,)
-        numbers = numbers - before.index_select(0, batch.seq_ids)
+        here = on_host(input_ids.device)
+        offsets = batch.cu_seqlens_cpu if here else batch.cu_seqlens
+        sequences = sequence_ids(offsets, batch.n_tokens) if here else batch.seq_ids
+        before = torch.nn.functional.pad(numbers, (1, 0)).index_select(0, offsets[:-1])  # (B,)
+        numbers = numbers - before.index_select(0, sequences)
     return numbers * counted + pad_id
 
 
@@ -279,7 +300,11 @@ def pack(x: torch.Tensor, batch: PackedBatch, fill: int = 0) -> torch.Tensor:
     if batch.valid is not None:
         x = x.masked_fill(~_like(batch.valid, x), fill)
     flat = x.reshape(-1, *x.shape[2:])
-    return flat if batch.indices is None else flat.index_select(0, batch.indices)
+    if batch.host_indices is not None and on_host(x.device):
+        return flat.index_select(0, torch.from_numpy(batch.host_indices))
+    if batch.indices is None:
+        return flat
+    return (flat if on_host(batch.device) else to_device(flat, batch.device)).index_select(0, batch.indices)
 
 
 def pad(x: torch.Tensor, batch: PackedBatch) -> torch.Tensor:

@@ -10,8 +10,8 @@ Arithmetic in float32, one rounding. Bytes moved: T * H elements read (the small
 A row's bits do not depend on the batch, as in layer_norm.py: its sum is elementwise, and its LayerNorm that of a whole
 row.
 
-Ids beyond their table. A caller checks them on the host before; or it gives `Notes`, and the kernel reads the table's
-nearest row in their place and writes down what came. A word of the notes, int64, is 0, or holds the number of a batch in
+A caller checks ids on the host before; or it gives `Notes`, and the kernel reads the nearest row of the table in the
+place of an id beyond it, and writes down what came. A word of the notes, int64, is 0, or holds the number of a batch in
 its upper 32 bits and in its lower ones an id of it that was outside, cut to int32. There is one word for input_ids, one
 for token_type_ids and one for position_ids. They lie where the host reads them without waiting: in pinned memory.
 
