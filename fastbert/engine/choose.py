@@ -76,7 +76,7 @@ class Engine:
         raises BackendError under a strict policy. What is wrong with an earlier batch is raised here.
         """
         if torch.compiler.is_compiling():
-            return self._run_checked(model, batch, inputs, keep_states, None, check)
+            return self._run_checked(model, batch, inputs, keep_states, None, check, compiling=True)
         if self.checks.active:
             self.settle(model)
         graphs = self.graphs
@@ -88,7 +88,7 @@ class Engine:
             last = graphs.replay(batch, inputs, number, functools.partial(self._unchanged, model))
             if last is not None:
                 return [last]
-        if not self.defers(model):
+        if not noting.possible_on(batch.device) or not self.defers(model):
             return self._run_checked(model, batch, inputs, keep_states, None, check)
         notes = self.checks.notes(batch.device, self.checks.next_number())
         with noting.noting(notes):
@@ -102,23 +102,25 @@ class Engine:
         keep_states: bool,
         notes: Any,
         check: bool,
+        compiling: bool = False,
     ) -> list[Tensor]:
         """Chooses the arithmetic and the launch. notes: where kernels note what nobody has checked, or None."""
         if check:
             self._check_and_wait(model, batch, inputs)
         embedded, n_tokens = inputs.input_ids is None, batch.n_tokens
-        if not embedded and not torch.compiler.is_compiling() and bucket_of(n_tokens) is not None:
-            device = first_parameter(model).device
+        if not embedded and not compiling and bucket_of(n_tokens) is not None:
+            device = batch.device
             if capture.capturer(device) is not None and next(self._state_obstacles(model, device), None) is None:
                 return self._run_in_bucket(model, batch, inputs, keep_states, notes)
-        inputs = _as_int64(model, batch, _on_device(batch, inputs))
+        inputs = _as_int64(model, batch, inputs)
         arithmetic = self.choose_arithmetic(model, n_tokens, keep_states, embedded)
         if arithmetic in (self.modules, self.eight_bit) and not silent_writes.waits(model.device):
             self._renew_written(model)  # before an operation has run on old weights; one call looks by itself
         states = None if arithmetic is self.modules else arithmetic.run(model, batch, inputs, keep_states)
         if states is None:
             states = self._run_in_packed_rows(model, batch, inputs, keep_states)
-        self._look(model, notes)
+        if notes is not None:
+            self._look(model, notes)
         return states
 
     def run_traced(
@@ -412,8 +414,11 @@ class Engine:
 
 
 def _as_int64(model: EncoderModel, batch: PackedBatch, inputs: PackedInputs) -> PackedInputs:
-    """The inputs with ids of int64, as in the rows of a bucket: kernels are compiled for the dtype of the ids."""
+    """The inputs on the device, ids in int64, as in the rows of a bucket: kernels are compiled for their dtype."""
+    if batch.device.type != "cpu":
+        inputs = _on_device(batch, inputs)
     input_ids, token_type_ids, position_ids, inputs_embeds = inputs
+    position_ids = batch.position_ids if position_ids is None else position_ids
     if model.embeddings.token_type_embeddings is None:
         token_type_ids = None
     elif token_type_ids is None:
@@ -426,10 +431,12 @@ def _as_int64(model: EncoderModel, batch: PackedBatch, inputs: PackedInputs) -> 
 
 def _on_device(batch: PackedBatch, inputs: PackedInputs) -> PackedInputs:
     """The inputs with every id on the batch's device, and positions."""
-    device = batch.device
-    ids = (None if x is None else packing.to_device(x, device) for x in inputs[:3])
-    input_ids, token_type_ids, position_ids = ids
+    input_ids, token_type_ids, position_ids, _ = inputs
     position_ids = batch.position_ids if position_ids is None else position_ids
+    device = batch.device
+    if device.type != "cpu":
+        ids = (input_ids, token_type_ids, position_ids)
+        input_ids, token_type_ids, position_ids = (None if x is None else packing.to_device(x, device) for x in ids)
     return PackedInputs(input_ids, token_type_ids, position_ids, inputs.inputs_embeds)
 
 

@@ -77,7 +77,7 @@ class EncoderModel(PreTrainedModel):
             None if x is None else packing.pack(x, batch)
             for x in (inputs.input_ids, inputs.token_type_ids, inputs.position_ids, inputs.inputs_embeds)
         )
-        packed = PackedInputs(input_ids, token_type_ids, position_ids, inputs_embeds)  # type: ignore[arg-type]
+        packed = PackedInputs(input_ids, token_type_ids, position_ids, inputs_embeds)
         if keep_attentions:
             if transformed is None:
                 self._check_ids(batch, packed)
