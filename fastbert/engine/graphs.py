@@ -362,9 +362,10 @@ def _on_the_host(layout: _Layout, batch: PackedBatch, inputs: PackedInputs, numb
     if input_ids is not None:
         _put(numbers, left, bucket, 0, input_ids)
     # Where ids are on the device, the copy from the host begins after them.
-    from_device = {row for row, _ in left}
-    start = next(row for row in range(4) if row not in from_device) * bucket
-    return words, start, left
+    first = 0
+    for row, _ in reversed(left):  # which begins with the last row
+        first += row == first
+    return words, first * bucket, left
 
 
 # The memory on the host, its first word that is copied, and (row, ids) on the device.
