@@ -149,8 +149,8 @@ def cases(dtype: str) -> Iterator[Case]:
                 yield case("embedding", variant=f"{variant}, noted", archs=archs, call=call)
         if model == "base":
             before = torch.zeros(n_rows, dtype=torch.int32 if torch_dtype == torch.float32 else torch.int16)
-            call = partial(samples.compare_samples, ids, before, notes)
-            yield case("embedding", variant="samples of weights", archs=rows, call=call)
+            compare = partial(samples.compare_samples, ids, before, notes)
+            yield case("embedding", variant="samples of weights", archs=rows, call=compare)
         for mode in pooling.MODES if model != "large" else ("mean",):
             for normalize in (False, True):
                 archs = rows if mode == "mean" and normalize else more if not normalize else nowhere
