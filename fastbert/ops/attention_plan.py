@@ -50,10 +50,11 @@ def lists_of(
     from fastbert_kernels.work_list import build_work_list
 
     offsets, arch = cu_seqlens_cpu.numpy(), launch.arch(device)
-    block_q = configs.attention_config(dtype, head_size, arch, small).block_sizes["BLOCK_Q"]
+    sizes = configs.attention_config(dtype, head_size, arch, small).block_sizes
+    block_q = sizes["BLOCK_Q"]
     short = None if share else configs.short_attention_config(dtype, head_size, arch)
     if short is None:
-        return build_work_list(offsets, block_q, share), None
+        return build_work_list(offsets, block_q, share and not sizes.get("WARP_SPECIALIZE")), None
     longest = short.block_sizes["BLOCK_K"]
     long_list = build_work_list(offsets, block_q, False, longer_than=longest)
     return long_list, build_work_list(offsets, short.block_sizes["BLOCK_Q"], False, up_to=longest)

@@ -29,19 +29,16 @@ from __future__ import annotations
 import torch
 import triton.language as tl
 
-from fastbert_kernels import configs, launch
+from fastbert_kernels import attention_specialized, configs, launch
 from fastbert_kernels import dropout as drawing
-from fastbert_kernels.attention_tiles import load_tile, row_ranges
+from fastbert_kernels.attention_tiles import LOG2_E, LOWEST, load_tile, row_ranges
 from fastbert_kernels.dropout import GROUP, keep_bits, keep_bits_from, spread_columns
 from fastbert_kernels.jit import jit
 from fastbert_kernels.masks import Dropout
 from fastbert_kernels.quantize import quantize_rows
 from fastbert_kernels.work_list import WorkList
 
-LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
-# Where the running maximum starts. Finite, so that a row that has met no key yet does not compute inf - inf.
-LOWEST = tl.constexpr(-1.0e38)
 MAX_TILES = 65_532  # Of a launch: 65,535 rounded down, so that each part of a list is as aligned as the first.
 
 
@@ -292,6 +289,13 @@ def varlen_attention_forward(
     for_arch = launch.arch(qkv.device)
     config = config or configs.attention_config(qkv.dtype, head_size, for_arch).block_sizes
     lists = [(work_list, config, False)]
+    if config.get("WARP_SPECIALIZE"):
+        plain = quantized is None and dropout is None and lse is None
+        if plain and attention_specialized.obstacle(qkv, work_list, head_size, for_arch) is None:
+            attention_specialized.specialized_attention_forward(qkv, work_list, num_heads, scale, config, out)
+            lists = []
+        else:
+            lists = [(work_list, attention_specialized.fallback(config), False)]
     if short_list is not None:
         short = configs.short_attention_config(qkv.dtype, head_size, for_arch)
         assert short is not None, "this tile has no smaller one for short sequences"

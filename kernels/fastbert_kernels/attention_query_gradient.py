@@ -13,8 +13,8 @@ from __future__ import annotations
 import triton.language as tl
 
 from fastbert_kernels import dropout as drawing
-from fastbert_kernels.attention import LOG2_E, keep_probabilities
-from fastbert_kernels.attention_tiles import load_rows, load_tile, row_ranges, store_statistics, tile_offs
+from fastbert_kernels.attention import keep_probabilities
+from fastbert_kernels.attention_tiles import LOG2_E, load_rows, load_tile, row_ranges, store_statistics, tile_offs
 from fastbert_kernels.dropout import spread_columns
 from fastbert_kernels.jit import jit
 from fastbert_kernels.masks import RANGE
