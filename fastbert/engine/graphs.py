@@ -197,7 +197,8 @@ class Graphs:
             shape, state, switches = self._shape, self._state, self._switches
             if shape is None or not self.trusted:
                 return None
-            key = bucket, _kind(batch, bucket, shape), switches
+            kind = attention_plan.kind_of(batch, bucket, shape.dtype, shape.head_size, shape.policy)
+            key = bucket, kind, switches
             graph = self._graphs.get(key)
             if graph is None:
                 return None
@@ -243,13 +244,13 @@ class Graphs:
             self._state = current
             if self._capturer is None:
                 self._capturer = capture.capturer(shape.device)
-            switches = _switches()
-            key = bucket, _kind(batch, bucket, shape), switches
+            kind = attention_plan.kind_of(batch, bucket, shape.dtype, shape.head_size, shape.policy)
+            key = bucket, kind, _switches()
             graph = self._graphs.get(key)
             if self._failed or self._capturer is None or (graph is None and self.frozen):
                 return None
             if graph is None:
-                if not _Layout(bucket, shape, key[1]).plan.fits(batch):
+                if not _Layout(bucket, shape, kind).plan.fits(batch):
                     return None
                 if not self._held:
                     self._held = held()
@@ -259,7 +260,7 @@ class Graphs:
             out = self._launch(graph, batch, inputs, number)
             if out is not None:
                 self._used(key)
-                self._switches, self.trusted = switches, True
+                self._switches, self.trusted = key[2], True
             return out
 
     def _launch(self, graph: _Graph, batch: PackedBatch, inputs: PackedInputs, number: int) -> Tensor | None:
@@ -301,7 +302,7 @@ class Graphs:
         try:
             for size in missing:
                 layout = _Layout(size, shape, key[1])
-                self._graphs[size, *others] = self._capture_one(forward, buffers, layout, batch, shape)
+                self._graphs[(size, *others)] = self._capture_one(forward, buffers, layout, batch, shape)
         except BackendError:  # a strict policy's, which the plain path would raise as well
             raise
         except RuntimeError as error:
@@ -341,10 +342,6 @@ class Graphs:
         capturer = self._capturer
         replayable = count_capture(lambda: capturer.capture(function))
         return _Graph(replayable, layout, buffers, buffers.words[: layout.n_words], ids, out, shape.notes)
-
-
-def _kind(batch: PackedBatch, bucket: int, shape: Shape) -> Kind:
-    return attention_plan.kind_of(batch, bucket, shape.dtype, shape.head_size, shape.policy)
 
 
 def _on_the_host(layout: _Layout, batch: PackedBatch, inputs: PackedInputs, number: int) -> _Filled | None:

@@ -26,9 +26,7 @@ from fastbert_kernels.jit import jit
 from fastbert_kernels.work_list import WorkList
 
 ARCH = 90  # The architecture on which it compiles as it should.
-TILES = (  # BLOCK_Q, BLOCK_K, num_warps, num_stages
-    (128, 64, 4, 2), (128, 128, 4, 2),
-)  # fmt: skip
+STEPS = (64, 128)  # Keys a step that are worth a try.
 
 
 @jit
@@ -79,6 +77,12 @@ def _specialized_attention_kernel(
     out = acc * (1.0 / tl.where(row_mask, row_sum, 1.0))[:, None]
     out_offs = rows.to(tl.int64)[:, None] * out_row_stride + column + tl.arange(0, BLOCK_D)[None, :]
     tl.store(out_ptr + out_offs, out.to(out_ptr.dtype.element_ty), mask=row_mask[:, None])
+
+
+def tiles() -> list[dict[str, int]]:
+    """Lists the tiles that are worth a try, without BLOCK_D."""
+    fixed = {"BLOCK_Q": 128, "WARP_SPECIALIZE": 1, "num_warps": 4, "num_stages": 2}
+    return [{**fixed, "BLOCK_K": keys} for keys in STEPS]
 
 
 def obstacle(qkv: torch.Tensor, work_list: WorkList, head_size: int, for_arch: int) -> str | None:
