@@ -20,8 +20,10 @@ from fastbert.engine.buckets import bucket_of
 from fastbert.engine.capture import Capturer, Replayable
 from fastbert.engine.events import count_capture
 from fastbert.engine.interface import PackedInputs
+from fastbert.engine.state import switches as _switches
 from fastbert.engine.static_memory import Buffers, Filled, Layout, Shape, fill_on_host
 from fastbert.ops import BackendError, attention_plan
+from fastbert.ops.attention_plan import Kind
 from fastbert.ops.packing import PackedBatch
 
 logger = logging.getLogger("fastbert")
@@ -102,7 +104,7 @@ class Graphs:
     def captured(self) -> tuple[int, ...]:
         """The buckets for which there is a graph."""
         with self.lock:
-            return tuple(sorted({bucket for bucket, _ in self._graphs}))
+            return tuple(sorted({bucket for bucket, *_ in self._graphs}))
 
     def __getstate__(self) -> dict[str, Any]:
         return {"enabled": self.enabled, "limit": self.limit}  # a copy of a model captures graphs of its own
@@ -127,25 +129,28 @@ class Graphs:
         if bucket is None or batch.batch_size > bucket:
             return None
         with self.lock:
-            graph = self._graphs.get((bucket, self._switches)) if self.trusted else None
+            shape, state, switches = self._shape, self._state, self._switches
+            if shape is None or not self.trusted:
+                return None
+            kind = attention_plan.kind_of(batch, bucket, shape.dtype, shape.head_size, shape.policy)
+            key = bucket, kind, switches
+            graph = self._graphs.get(key)
             if graph is None:
                 return None
-            shape, state, switches = self._shape, self._state, self._switches
             out = self._launch(graph, batch, inputs, number)
         if out is None:
             return None
-        assert shape is not None
         if switches == _switches() and unchanged(shape, state):
-            self._used(bucket, switches)
+            self._used(key)
             return out
         self.trusted = False
         return None
 
-    def _used(self, bucket: int, switches: Any) -> None:
+    def _used(self, key: Any) -> None:
         """Notes that this graph was used last."""
         with self.lock:
-            if (bucket, switches) in self._graphs:
-                self._graphs.move_to_end((bucket, switches))
+            if key in self._graphs:
+                self._graphs.move_to_end(key)
 
     def run(
         self,
@@ -174,22 +179,23 @@ class Graphs:
             self._state = current
             if self._capturer is None:
                 self._capturer = capture.capturer(shape.device)
-            switches = _switches()
-            graph = self._graphs.get((bucket, switches))
+            kind = attention_plan.kind_of(batch, bucket, shape.dtype, shape.head_size, shape.policy)
+            key = bucket, kind, _switches()
+            graph = self._graphs.get(key)
             if self._failed or self._capturer is None or (graph is None and self.frozen):
                 return None
             if graph is None:
-                if not Layout(bucket, shape).plan.fits(batch):
+                if not Layout(bucket, shape, kind).plan.fits(batch):
                     return None
                 if not self._held:
                     self._held = held()
-                if not self._capture(forward, bucket, batch, shape, switches):
+                if not self._capture(forward, key, batch, shape):
                     return None
-                graph = self._graphs[bucket, switches]
+                graph = self._graphs[key]
             out = self._launch(graph, batch, inputs, number)
             if out is not None:
-                self._used(bucket, switches)
-                self._switches, self.trusted = switches, True
+                self._used(key)
+                self._switches, self.trusted = key[2], True
             return out
 
     def _launch(self, graph: _Graph, batch: PackedBatch, inputs: PackedInputs, number: int) -> Tensor | None:
@@ -210,14 +216,16 @@ class Graphs:
     def _buffers_of(self, capacity: int, shape: Shape) -> Buffers:
         """Returns the static memory of the buckets up to `capacity`, made at the first use."""
         if capacity not in self._buffers:
-            n_words = Layout(capacity, shape).n_words
+            kinds = attention_plan.kinds(shape.dtype, shape.head_size, shape.device, shape.policy)
+            n_words = max(Layout(capacity, shape, kind).n_words for kind in kinds)
             with torch.inference_mode(False):  # or nobody could write to them outside of inference mode
                 self._buffers[capacity] = Buffers(capacity, n_words, shape.hidden_size, shape.dtype, shape.device)
         return self._buffers[capacity]
 
-    def _capture(self, forward: Forward, bucket: int, batch: PackedBatch, shape: Shape, switches: Any) -> bool:
+    def _capture(self, forward: Forward, key: tuple[int, Kind, Any], batch: PackedBatch, shape: Shape) -> bool:
         """Captures the bucket's graph; False if it cannot be done."""
         assert self._capturer is not None
+        bucket, kind, switches = key
         capacity = 1 << (bucket - 1).bit_length()
         buffers = self._buffers_of(capacity, shape)
         self._capturer.begin((buffers.words, buffers.out))
@@ -225,10 +233,11 @@ class Graphs:
         buffers.words.zero_()
         # An octave's largest graph comes first: the others then find its intermediate memory in the pool, where each
         # that is larger than those before it would else need new memory, and leave theirs to nobody.
-        missing = [size for size in dict.fromkeys((capacity, bucket)) if (size, switches) not in self._graphs]
+        missing = [size for size in dict.fromkeys((capacity, bucket)) if (size, kind, switches) not in self._graphs]
         try:
             for size in missing:
-                self._graphs[size, switches] = self._capture_one(forward, buffers, size, batch, shape)
+                layout = Layout(size, shape, kind)
+                self._graphs[size, kind, switches] = self._capture_one(forward, buffers, layout, batch, shape)
         except BackendError:  # a strict policy's, which the plain path would raise as well
             raise
         except RuntimeError as error:
@@ -245,9 +254,11 @@ class Graphs:
             self._graphs.popitem(last=False)
         return True
 
-    def _capture_one(self, forward: Forward, buffers: Buffers, bucket: int, batch: PackedBatch, shape: Shape) -> _Graph:
+    def _capture_one(
+        self, forward: Forward, buffers: Buffers, layout: Layout, batch: PackedBatch, shape: Shape
+    ) -> _Graph:
         assert self._capturer is not None
-        layout = Layout(bucket, shape)
+        bucket = layout.bucket
         ids, out = layout.ids(buffers.words), buffers.out[:bucket]
         cu_seqlens, plan = layout.plan.split(layout.integers(buffers.words))
         inputs = PackedInputs(*ids)
@@ -276,15 +287,3 @@ def _fill(graph: _Graph, filled: Filled, n_tokens: int) -> None:
         graph.ids[row, :n_tokens].copy_(ids)
         if not graph.noted:  # else the kernel does not look at rows of padding
             graph.ids[row, n_tokens:].zero_()
-
-
-def _switches() -> tuple[Any, ...]:
-    """PyTorch's switches that change which kernels run."""
-    from fastbert_kernels import launch
-
-    matmul = torch.backends.cuda.matmul
-    return (
-        launch.dot_precision(torch.float32),
-        matmul.allow_bf16_reduced_precision_reduction,
-        matmul.allow_fp16_reduced_precision_reduction,
-    )

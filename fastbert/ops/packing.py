@@ -81,23 +81,24 @@ def unpad(attention_mask: torch.Tensor, device: torch.device | None = None) -> P
         columns = indices % max(padded_length, 1)
         first_column = padded_length == 0 or bool(mask[:, 0].all())
     offsets = torch.from_numpy(offsets_of(lengths))
-    same = on_host(device)
-    return PackedBatch.later(
-        {
-            "cu_seqlens": lambda batch: batch.cu_seqlens_cpu if same else to_device(batch.cu_seqlens_cpu, device),
-            "position_ids": lambda batch: to_device(torch.from_numpy(columns), device),
-            "indices": lambda batch: to_device(torch.from_numpy(indices), device),
-        },
-        len(indices),
-        device,
-        cu_seqlens_cpu=offsets,
-        batch_size=batch_size,
-        padded_length=padded_length,
-        first_column=first_column,
-        last_position=int(columns.max(initial=-1)),
-        host_columns=columns,
-        host_indices=indices,
-    )
+    fields: dict[str, Any] = {
+        "cu_seqlens_cpu": offsets,
+        "batch_size": batch_size,
+        "padded_length": padded_length,
+        "first_column": first_column,
+        "last_position": int(columns.max(initial=-1)),
+        "host_columns": columns,
+        "host_indices": indices,
+    }
+    if device.type == "cpu":
+        rows: dict[str, Any] = {"position_ids": torch.from_numpy(columns), "indices": torch.from_numpy(indices)}
+        return PackedBatch(cu_seqlens=offsets, **rows, **fields)
+    make: dict[str, Any] = {
+        "cu_seqlens": lambda batch: to_device(batch.cu_seqlens_cpu, device),
+        "position_ids": lambda batch: to_device(torch.from_numpy(columns), device),
+        "indices": lambda batch: to_device(torch.from_numpy(indices), device),
+    }
+    return PackedBatch.later(make, len(indices), device, **fields)
 
 
 def _shape_of(valid: torch.Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -154,19 +155,20 @@ def _unpad_exported(attention_mask: torch.Tensor) -> PackedBatch:
 @untraced
 def without_padding(batch_size: int, length: int, device: torch.device) -> PackedBatch:
     """Returns the packing of a (B, S) batch in which every position holds a token; needs no look at a mask."""
-    return PackedBatch.later(
-        {
-            "cu_seqlens": lambda batch: torch.arange(batch_size + 1, dtype=torch.int32, device=device) * length,
-            "position_ids": lambda batch: torch.arange(length, device=device).repeat(batch_size),
-        },
-        batch_size * length,
-        torch.device(device),
-        cu_seqlens_cpu=torch.from_numpy(np.arange(batch_size + 1, dtype=np.int32) * np.int32(length)),
-        batch_size=batch_size,
-        padded_length=length,
-        last_position=length - 1 if batch_size else -1,
-        counted=True,
-    )
+    make: dict[str, Any] = {
+        "cu_seqlens": lambda batch: torch.arange(batch_size + 1, dtype=torch.int32, device=device) * length,
+        "position_ids": lambda batch: torch.arange(length, device=device).repeat(batch_size),
+    }
+    fields: dict[str, Any] = {
+        "cu_seqlens_cpu": torch.from_numpy(np.arange(batch_size + 1, dtype=np.int32) * np.int32(length)),
+        "batch_size": batch_size,
+        "padded_length": length,
+        "last_position": length - 1 if batch_size else -1,
+        "counted": True,
+    }
+    if torch.device(device).type == "cpu":
+        return PackedBatch(**{name: value(None) for name, value in make.items()}, **fields)
+    return PackedBatch.later(make, batch_size * length, torch.device(device), **fields)
 
 
 def in_place(like: torch.Tensor, attention_mask: torch.Tensor | None) -> PackedBatch:
