@@ -290,7 +290,7 @@ class Graphs:
     def _capture(self, forward: Forward, key: tuple[int, Kind, Any], batch: PackedBatch, shape: Shape) -> bool:
         """Captures the bucket's graph; False if it cannot be done."""
         assert self._capturer is not None
-        bucket, *others = key
+        bucket, kind, switches = key
         capacity = 1 << (bucket - 1).bit_length()
         buffers = self._buffers_of(capacity, shape)
         self._capturer.begin((buffers.words, buffers.out))
@@ -298,11 +298,11 @@ class Graphs:
         buffers.words.zero_()
         # An octave's largest graph comes first: the others then find its intermediate memory in the pool, where each
         # that is larger than those before it would else need new memory, and leave theirs to nobody.
-        missing = [size for size in dict.fromkeys((capacity, bucket)) if (size, *others) not in self._graphs]
+        missing = [size for size in dict.fromkeys((capacity, bucket)) if (size, kind, switches) not in self._graphs]
         try:
             for size in missing:
-                layout = _Layout(size, shape, key[1])
-                self._graphs[(size, *others)] = self._capture_one(forward, buffers, layout, batch, shape)
+                layout = _Layout(size, shape, kind)
+                self._graphs[size, kind, switches] = self._capture_one(forward, buffers, layout, batch, shape)
         except BackendError:  # a strict policy's, which the plain path would raise as well
             raise
         except RuntimeError as error:

@@ -125,8 +125,8 @@ def cases(dtype: str) -> Iterator[Case]:
             yield case("attention", variant=f"D{d} small", archs=archs, call=attend_in(configs.SMALL_TILE, n_heads, d))
             for sizes in attention_specialized.tiles():
                 variant = f"D{d} specialized {sizes['BLOCK_K']}"
-                call = attend_in(sizes, n_heads, d)
-                yield Case("attention", model, dtype, variant, frozenset({attention_specialized.ARCH}), call)
+                archs = frozenset({attention_specialized.ARCH})
+                yield case("attention", variant=variant, archs=archs, call=attend_in(sizes, n_heads, d))
         if dtype == "tf32":
             continue
 
