@@ -74,6 +74,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "ops/silent_writes",
         "on_kernels/jit",
         "engine/graph_streams",
+        "engine/late_checks",
         "pipelines/sentence_inputs",
     ),
     "peers": _files("bench/bench_peers"),

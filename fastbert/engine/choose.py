@@ -8,7 +8,6 @@ than there are tokens, or as a CUDA graph.
 from __future__ import annotations
 
 import functools
-import logging
 from collections.abc import Iterator
 from typing import Any
 
@@ -20,17 +19,17 @@ from fastbert.engine import capture, cpu_encoder, quantized
 from fastbert.engine.arithmetic import Int8Call, Modules, OneCall
 from fastbert.engine.buckets import BUCKETS, LARGEST, bucket_of
 from fastbert.engine.cpu_encoder import CpuEncoder
-from fastbert.engine.graphs import Graphs, Shape
+from fastbert.engine.graphs import Graphs
 from fastbert.engine.interface import Arithmetic, EncoderModel, PackedInputs
-from fastbert.engine.late_checks import WEIGHTS, LateChecks, error_of
+from fastbert.engine.late_checks import LateChecks
 from fastbert.engine.listeners import everywhere, observer_obstacle
 from fastbert.engine.quantized import UNQUANTISED, EightBit
+from fastbert.engine.rows import as_int64, in_bucket_rows, on_device
 from fastbert.engine.state import GRADIENTS, TRAINING, EncoderState, first_parameter
+from fastbert.engine.static_memory import Shape
 from fastbert.engine.training import Training
-from fastbert.ops import attention, attention_plan, dispatch, noting, packing, silent_writes, tracing
+from fastbert.ops import attention, dispatch, noting, packing, silent_writes, tracing
 from fastbert.ops.packing import PackedBatch
-
-logger = logging.getLogger("fastbert")
 
 
 class Engine:
@@ -76,19 +75,18 @@ class Engine:
         raises BackendError under a strict policy. What is wrong with an earlier batch is raised here.
         """
         if torch.compiler.is_compiling():
-            return self._run_checked(model, batch, inputs, keep_states, None, check)
+            return self._run_checked(model, batch, inputs, keep_states, None, check, compiling=True)
         if self.checks.active:
             self.settle(model)
-        graphs = self.graphs
-        if graphs.trusted and not keep_states and inputs.input_ids is not None and self._unwatched(model):
-            if check and not graphs.notes:
+        if self.graphs.trusted and not keep_states and inputs.input_ids is not None and self._unwatched(model):
+            noted = self.graphs.notes
+            if check and not noted:
                 self._check_and_wait(model, batch, inputs)
-                check = False
-            number = self.checks.next_number() if graphs.notes else 0
-            last = graphs.replay(batch, inputs, number, functools.partial(self._unchanged, model))
+            check, number = check and noted, self.checks.next_number() if noted else 0
+            last = self.graphs.replay(batch, inputs, number, functools.partial(self._unchanged, model))
             if last is not None:
                 return [last]
-        if not self.defers(model):
+        if not noting.possible_on(batch.device) or not self.defers(model):
             return self._run_checked(model, batch, inputs, keep_states, None, check)
         notes = self.checks.notes(batch.device, self.checks.next_number())
         with noting.noting(notes):
@@ -102,23 +100,25 @@ class Engine:
         keep_states: bool,
         notes: Any,
         check: bool,
+        compiling: bool = False,
     ) -> list[Tensor]:
         """Chooses the arithmetic and the launch. notes: where kernels note what nobody has checked, or None."""
         if check:
             self._check_and_wait(model, batch, inputs)
         embedded, n_tokens = inputs.input_ids is None, batch.n_tokens
-        if not embedded and not torch.compiler.is_compiling() and bucket_of(n_tokens) is not None:
-            device = first_parameter(model).device
+        if not embedded and not compiling and bucket_of(n_tokens) is not None:
+            device = batch.device
             if capture.capturer(device) is not None and next(self._state_obstacles(model, device), None) is None:
                 return self._run_in_bucket(model, batch, inputs, keep_states, notes)
-        inputs = _as_int64(model, batch, _on_device(batch, inputs))
+        inputs = as_int64(model, batch, inputs)
         arithmetic = self.choose_arithmetic(model, n_tokens, keep_states, embedded)
         if arithmetic in (self.modules, self.eight_bit) and not silent_writes.waits(model.device):
             self._renew_written(model)  # before an operation has run on old weights; one call looks by itself
         states = None if arithmetic is self.modules else arithmetic.run(model, batch, inputs, keep_states)
         if states is None:
             states = self._run_in_packed_rows(model, batch, inputs, keep_states)
-        self._look(model, notes)
+        if notes is not None:
+            self._look(model, notes)
         return states
 
     def run_traced(
@@ -130,7 +130,7 @@ class Engine:
         """
         if model.precision is not None:
             quantized.choose(model, transformed)  # which logs that, or raises
-        return self.modules.run(model, batch, _as_int64(model, batch, inputs), keep_states)
+        return self.modules.run(model, batch, as_int64(model, batch, inputs), keep_states)
 
     # The arithmetic
 
@@ -251,7 +251,7 @@ class Engine:
             if last is not None:  # None where it does not fit
                 return [last]
         n_tokens = batch.n_tokens
-        inputs, batch = in_bucket_rows(batch, _on_device(batch, inputs), shape)
+        inputs, batch = in_bucket_rows(batch, on_device(batch, inputs), shape)
         states = [state[:n_tokens] for state in self.operations(model).run(model, batch, inputs, keep_states)]
         self._look(model, notes)
         return states
@@ -311,25 +311,14 @@ class Engine:
 
     def settle(self, model: EncoderModel) -> None:
         """Raises what is wrong with an earlier batch, as far as is known, and follows weights that were written to."""
-        news, snapshot = self.checks.news(), self.state.snapshot
-        stepped = snapshot is not None and snapshot.stepped()
-        if not news and not stepped:
-            return
-        written = [note.batch for note in news if note.word == WEIGHTS]
-        if (stepped or written) and snapshot is not None:
-            self.graphs.trusted = False
-            snapshot.renew_late()
-            self.eight_bit.weights.invalidate()
-        if written:
-            silent_writes.note_seen()
-            logger.warning(
-                "weights were written to without PyTorch's count (through .data, say) before batch %d of the model, "
-                "which may have run with what was derived from them earlier: call eval() after such a write",
-                written[0],
-            )
-        for note in news:
-            if note.word != WEIGHTS:
-                raise error_of(note, model.table_sizes()[note.word])
+        self.checks.settle(self.state.snapshot, model.table_sizes, self._renew_late)
+
+    def _renew_late(self) -> None:
+        """Makes what is derived from the weights anew, which were written to."""
+        self.graphs.trusted = False
+        if self.state.snapshot is not None:
+            self.state.snapshot.renew_late()
+        self.eight_bit.weights.invalidate()
 
     def _look(self, model: EncoderModel, notes: Any) -> None:
         """Launches a look at the weights, unless somebody has looked at them and waited."""
@@ -409,36 +398,3 @@ class Engine:
             self.graphs.clear()
         else:
             self.eight_bit.weights.invalidate()
-
-
-def _as_int64(model: EncoderModel, batch: PackedBatch, inputs: PackedInputs) -> PackedInputs:
-    """The inputs with ids of int64, as in the rows of a bucket: kernels are compiled for the dtype of the ids."""
-    input_ids, token_type_ids, position_ids, inputs_embeds = inputs
-    if model.embeddings.token_type_embeddings is None:
-        token_type_ids = None
-    elif token_type_ids is None:
-        token_type_ids = torch.zeros_like(batch.position_ids)
-    else:
-        token_type_ids = token_type_ids.long()
-    input_ids = None if input_ids is None else input_ids.long()
-    return PackedInputs(input_ids, token_type_ids, position_ids.long(), inputs_embeds)
-
-
-def _on_device(batch: PackedBatch, inputs: PackedInputs) -> PackedInputs:
-    """The inputs with every id on the batch's device, and positions."""
-    device = batch.device
-    ids = (None if x is None else packing.to_device(x, device) for x in inputs[:3])
-    input_ids, token_type_ids, position_ids = ids
-    position_ids = batch.position_ids if position_ids is None else position_ids
-    return PackedInputs(input_ids, token_type_ids, position_ids, inputs.inputs_embeds)
-
-
-def in_bucket_rows(batch: PackedBatch, inputs: PackedInputs, shape: Shape) -> tuple[PackedInputs, PackedBatch]:
-    """Ids and batch in the rows of the batch's bucket, as a graph reads them; the rows of padding are zeros."""
-    bucket = bucket_of(batch.n_tokens)
-    assert bucket is not None
-    rows = PackedInputs(*(torch.zeros(bucket, dtype=torch.int64, device=shape.device) for _ in range(3)))
-    for row, ids in zip(rows[:3], inputs[:3], strict=True):
-        if row is not None and ids is not None:
-            row[: batch.n_tokens].copy_(ids)
-    return rows, attention_plan.batch_in_rows(batch, rows.position_ids, shape.dtype, shape.head_size, shape.policy)

@@ -12,7 +12,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,66 +21,14 @@ from fastbert.engine.capture import Capturer, Replayable
 from fastbert.engine.events import count_capture
 from fastbert.engine.interface import PackedInputs
 from fastbert.engine.state import switches as _switches
-from fastbert.ops import BackendError, Policy, attention_plan, packing
+from fastbert.engine.static_memory import Buffers, Filled, Layout, Shape, fill_on_host
+from fastbert.ops import BackendError, attention_plan
 from fastbert.ops.attention_plan import Kind
 from fastbert.ops.packing import PackedBatch
 
 logger = logging.getLogger("fastbert")
 
 MAX_GRAPHS = 128
-REMEMBERED = 16  # forms of batches in a bucket
-
-
-class _Buffers:
-    """The static memory of the buckets of one octave, up to `capacity` rows."""
-
-    def __init__(self, capacity: int, n_words: int, hidden_size: int, dtype: torch.dtype, device: torch.device) -> None:
-        self.words = torch.zeros(n_words, dtype=torch.int64, device=device)  # as _Layout says
-        self.out = torch.zeros(capacity, hidden_size, dtype=dtype, device=device)
-
-
-class _Layout:
-    """Where the static memory holds what a bucket's graph reads, in words of 8 bytes.
-
-    input_ids, token_type_ids and position_ids, (T',) each; the number and the rows of the batch (`embedding.Notes`);
-    the integers of attention, as StaticPlan says. What the host knows is at the end, so that one copy brings it.
-    """
-
-    def __init__(self, bucket: int, shape: Shape, kind: Kind) -> None:
-        self.bucket = bucket
-        self.plan = attention_plan.StaticPlan(bucket, shape.dtype, shape.head_size, shape.device, shape.policy, kind)
-        self.start_of_plan = 3 * bucket + 2
-        self.n_words = self.start_of_plan + -(-self.plan.n_integers // 2)
-        self._remembered: OrderedDict[bytes, np.ndarray] = OrderedDict()
-
-    def of_lengths(self, batch: PackedBatch) -> np.ndarray | None:
-        """Returns all that follows from a batch's lengths: the words after the token types; None where it does not fit.
-
-        It is kept for the lengths that came last, since many programs run batches of a few forms.
-        """
-        key = batch.cu_seqlens_cpu.numpy().tobytes()
-        words = self._remembered.get(key)
-        if words is None:
-            words = np.zeros(self.n_words - 2 * self.bucket, np.int64)
-            if not self.plan.write(batch, words[self.bucket + 2 :].view(np.int32)):
-                return None
-            words[: batch.n_tokens] = packing.count_positions(batch.cu_seqlens_cpu.numpy())
-            if len(self._remembered) >= REMEMBERED:
-                self._remembered.popitem(last=False)
-            self._remembered[key] = words
-        return words
-
-    def ids(self, words: Tensor) -> Tensor:
-        """Returns (3, T'), a view of the static memory or of a copy of it."""
-        return words[: 3 * self.bucket].view(3, self.bucket)
-
-    def batch(self, words: Tensor) -> Tensor:
-        """Returns (2,)."""
-        return words[3 * self.bucket : self.start_of_plan]
-
-    def integers(self, words: Tensor) -> Tensor:
-        """Returns (n_integers,) int32."""
-        return words[self.start_of_plan : self.n_words].view(torch.int32)
 
 
 @dataclass
@@ -89,24 +36,12 @@ class _Graph:
     """A captured graph, and where it reads a batch."""
 
     replayable: Replayable
-    layout: _Layout
-    buffers: _Buffers
+    layout: Layout
+    buffers: Buffers
     words: Tensor  # (n_words,), the part of the static memory that is this bucket's
     ids: Tensor  # (3, T')
     out: Tensor  # (T', H)
     noted: bool
-
-
-@dataclass(frozen=True)
-class Shape:
-    """The properties that all graphs of a model share. notes: whether kernels note ids beyond their table."""
-
-    device: torch.device
-    dtype: torch.dtype
-    hidden_size: int
-    head_size: int
-    policy: Policy
-    notes: bool = False
 
 
 # (inputs, batch, where the graph finds the number and the rows of its batch) -> the last hidden state, (rows, H)
@@ -135,7 +70,7 @@ class Graphs:
             self.frozen = False
             self.trusted = False
             self._graphs: OrderedDict[Any, _Graph] = OrderedDict()
-            self._buffers: dict[int, _Buffers] = {}
+            self._buffers: dict[int, Buffers] = {}
             self._capturer = None
             self._shape: Shape | None = None
             self._state: Any = None
@@ -250,7 +185,7 @@ class Graphs:
             if self._failed or self._capturer is None or (graph is None and self.frozen):
                 return None
             if graph is None:
-                if not _Layout(bucket, shape, kind).plan.fits(batch):
+                if not Layout(bucket, shape, kind).plan.fits(batch):
                     return None
                 if not self._held:
                     self._held = held()
@@ -265,7 +200,7 @@ class Graphs:
 
     def _launch(self, graph: _Graph, batch: PackedBatch, inputs: PackedInputs, number: int) -> Tensor | None:
         """Fills the static memory, launches the graph and a copy of its result; None where the batch does not fit."""
-        filled = _on_the_host(graph.layout, batch, inputs, number)
+        filled = fill_on_host(graph.layout, batch, inputs, number)
         if filled is None:
             return None
         assert self._capturer is not None
@@ -278,13 +213,13 @@ class Graphs:
         finally:
             self._capturer.end()
 
-    def _buffers_of(self, capacity: int, shape: Shape) -> _Buffers:
+    def _buffers_of(self, capacity: int, shape: Shape) -> Buffers:
         """Returns the static memory of the buckets up to `capacity`, made at the first use."""
         if capacity not in self._buffers:
             kinds = attention_plan.kinds(shape.dtype, shape.head_size, shape.device, shape.policy)
-            n_words = max(_Layout(capacity, shape, kind).n_words for kind in kinds)
+            n_words = max(Layout(capacity, shape, kind).n_words for kind in kinds)
             with torch.inference_mode(False):  # or nobody could write to them outside of inference mode
-                self._buffers[capacity] = _Buffers(capacity, n_words, shape.hidden_size, shape.dtype, shape.device)
+                self._buffers[capacity] = Buffers(capacity, n_words, shape.hidden_size, shape.dtype, shape.device)
         return self._buffers[capacity]
 
     def _capture(self, forward: Forward, key: tuple[int, Kind, Any], batch: PackedBatch, shape: Shape) -> bool:
@@ -301,7 +236,7 @@ class Graphs:
         missing = [size for size in dict.fromkeys((capacity, bucket)) if (size, kind, switches) not in self._graphs]
         try:
             for size in missing:
-                layout = _Layout(size, shape, kind)
+                layout = Layout(size, shape, kind)
                 self._graphs[size, kind, switches] = self._capture_one(forward, buffers, layout, batch, shape)
         except BackendError:  # a strict policy's, which the plain path would raise as well
             raise
@@ -320,7 +255,7 @@ class Graphs:
         return True
 
     def _capture_one(
-        self, forward: Forward, buffers: _Buffers, layout: _Layout, batch: PackedBatch, shape: Shape
+        self, forward: Forward, buffers: Buffers, layout: Layout, batch: PackedBatch, shape: Shape
     ) -> _Graph:
         assert self._capturer is not None
         bucket = layout.bucket
@@ -344,53 +279,7 @@ class Graphs:
         return _Graph(replayable, layout, buffers, buffers.words[: layout.n_words], ids, out, shape.notes)
 
 
-def _on_the_host(layout: _Layout, batch: PackedBatch, inputs: PackedInputs, number: int) -> _Filled | None:
-    """Returns the static memory as the host fills it, and the ids that it leaves to the device.
-
-    Returns None where the batch does not fit.
-    """
-    n_tokens, bucket = batch.n_tokens, layout.bucket
-    words = torch.empty(layout.n_words, dtype=torch.int64, device="cpu", pin_memory=packing.pins(batch.device))
-    numbers = words.numpy()
-    lengths = layout.of_lengths(batch)
-    if lengths is None:
-        return None
-    numbers[2 * bucket :] = lengths
-    numbers[3 * bucket], numbers[3 * bucket + 1] = number, n_tokens
-    input_ids, token_type_ids, position_ids, _ = inputs
-    left: list[tuple[int, Tensor]] = []
-    if position_ids is not None and position_ids is not batch.__dict__.get("position_ids"):
-        _put(numbers, left, bucket, 2, position_ids)
-    elif not batch.counted:
-        columns = batch.host_columns
-        _put(numbers, left, bucket, 2, batch.position_ids if columns is None else torch.from_numpy(columns))
-    if token_type_ids is None:
-        numbers[bucket : 2 * bucket] = 0
-    else:
-        _put(numbers, left, bucket, 1, token_type_ids)
-    if input_ids is not None:
-        _put(numbers, left, bucket, 0, input_ids)
-    # Where ids are on the device, the copy from the host begins after them.
-    from_device = {row for row, _ in left}
-    start = next(row for row in range(4) if row not in from_device) * bucket
-    return words, start, left
-
-
-# The memory on the host, its first word that is copied, and (row, ids) on the device.
-_Filled = tuple[Tensor, int, "list[tuple[int, Tensor]]"]
-
-
-def _put(numbers: np.ndarray, left: list[tuple[int, Tensor]], bucket: int, row: int, ids: Tensor) -> None:
-    """Puts ids that are on the host into their row, and others on the list."""
-    if packing.on_host(ids.device):
-        n_tokens = ids.shape[0]
-        numbers[row * bucket : row * bucket + n_tokens] = ids.numpy()
-        numbers[row * bucket + n_tokens : (row + 1) * bucket] = 0
-    else:
-        left.append((row, ids))
-
-
-def _fill(graph: _Graph, filled: _Filled, n_tokens: int) -> None:
+def _fill(graph: _Graph, filled: Filled, n_tokens: int) -> None:
     """Writes a batch where its graph reads it, on the current stream: in one copy, and one for ids on the device."""
     words, start, left = filled
     graph.words[start:].copy_(words[start:], non_blocking=True)

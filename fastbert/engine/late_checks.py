@@ -7,16 +7,21 @@ host remembers what it has seen, so that no note is lost between a look and anot
 from __future__ import annotations
 
 import itertools
+import logging
 import threading
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastbert.ops import packing
+from fastbert.ops import packing, silent_writes
 
 if TYPE_CHECKING:
+    from fastbert.engine.snapshot import ModuleSnapshot
     from fastbert_kernels.embedding import Notes
+
+logger = logging.getLogger("fastbert")
 
 NAMES = "input_ids", "token_type_ids", "position_ids"  # what the first words are about
 WEIGHTS = 3  # the last word is about them
@@ -78,6 +83,31 @@ class LateChecks:
             news = [(i, word) for i, (word, before) in enumerate(zip(now, self._seen, strict=True)) if word != before]
             self._seen = now
         return [Note(i, word >> 32, ((word & 0xFFFFFFFF) ^ (1 << 31)) - (1 << 31)) for i, word in news]
+
+    def settle(
+        self, snapshot: ModuleSnapshot | None, table_sizes: Callable[[], tuple[int, ...]], renew: Callable[[], None]
+    ) -> None:
+        """Raises what is wrong with an earlier batch, as far as is known, after following weights that were written to.
+
+        snapshot: of the model, None before the first. renew: makes what is derived from the weights anew.
+        """
+        news = self.news()
+        stepped = snapshot is not None and snapshot.stepped()
+        if not news and not stepped:
+            return
+        written = [note.batch for note in news if note.word == WEIGHTS]
+        if stepped or written:
+            renew()
+        if written:
+            silent_writes.note_seen()
+            logger.warning(
+                "weights were written to without PyTorch's count (through .data, say) before batch %d of the model, "
+                "which may have run with what was derived from them earlier: call eval() after such a write",
+                written[0],
+            )
+        for note in news:
+            if note.word != WEIGHTS:
+                raise error_of(note, table_sizes()[note.word])
 
 
 def error_of(note: Note, size: int) -> IndexError:

@@ -77,7 +77,7 @@ class EncoderModel(PreTrainedModel):
             None if x is None else packing.pack(x, batch)
             for x in (inputs.input_ids, inputs.token_type_ids, inputs.position_ids, inputs.inputs_embeds)
         )
-        packed = PackedInputs(input_ids, token_type_ids, position_ids, inputs_embeds)  # type: ignore[arg-type]
+        packed = PackedInputs(input_ids, token_type_ids, position_ids, inputs_embeds)
         if keep_attentions:
             if transformed is None:
                 self._check_ids(batch, packed)
@@ -286,7 +286,7 @@ class EncoderModel(PreTrainedModel):
         self._check_in_tables([None if x is None or packing.on_host(x.device) else x for x in inputs[:3]])
 
     def _check_in_tables(self, ids: list[Tensor | None]) -> None:
-        if any(x is not None for x in ids):
+        if not (ids[0] is ids[1] is ids[2] is None):
             sizes = self.table_sizes()
             ops.check_ids(**{name: (x, size) for name, x, size in zip(NAMES, ids, sizes, strict=True)})
 

@@ -40,8 +40,11 @@ class PackedBatch:
     counted: bool = False
     host_columns: np.ndarray | None = field(default=None, repr=False)
     host_indices: np.ndarray | None = field(default=None, repr=False)
-    _n_tokens: int | None = None
-    _device: torch.device | None = None
+    n_tokens: int = field(init=False)  # T
+    device: torch.device = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.n_tokens, self.device = self.position_ids.shape[0], self.cu_seqlens.device
 
     @classmethod
     def later(
@@ -51,7 +54,7 @@ class PackedBatch:
         batch = cls.__new__(cls)
         batch.__dict__.update(
             valid=None, first_column=True, last_position=None, counted=False, host_columns=None, host_indices=None,
-            _plans={}, _n_tokens=n_tokens, _device=device, _make=make,
+            _plans={}, n_tokens=n_tokens, device=device, _make=make,
         )  # fmt: skip
         if "indices" not in make:
             batch.indices = None
@@ -65,18 +68,9 @@ class PackedBatch:
         value = self.__dict__[name] = make(self)
         return value
 
-    @property
-    def n_tokens(self) -> int:
-        """Returns T."""
-        return self.position_ids.shape[0] if self._n_tokens is None else self._n_tokens
-
-    @property
-    def device(self) -> torch.device:
-        return self.cu_seqlens.device if self._device is None else self._device
-
     def in_rows(self, position_ids: torch.Tensor, plans: dict[Any, Any]) -> PackedBatch:
         """Returns the same sequences, with other plans, in the rows of position_ids, the last of them empty."""
-        return replace(self, position_ids=position_ids, counted=False, host_columns=None, _plans=plans, _n_tokens=None)
+        return replace(self, position_ids=position_ids, counted=False, host_columns=None, _plans=plans)
 
     def host_positions(self) -> np.ndarray | None:
         """Returns position_ids as the host can count them, (T,) int64, or None where only the device knows them."""

@@ -232,7 +232,9 @@ def _refuse_recording(name: str, values: torch.Tensor) -> None:
 
 def from_lengths(lengths: Sequence[int], device: torch.device) -> PackedBatch:
     """Returns the packing of sequences of these lengths, none of them negative; positions count from 0 in each."""
-    return from_offsets(offsets_of(lengths), torch.device(device), max(lengths, default=0))
+    offsets = np.zeros(len(lengths) + 1, np.int32)
+    np.add.accumulate(lengths, out=offsets[1:])
+    return from_offsets(offsets, torch.device(device), max(lengths, default=0))
 
 
 def from_offsets(offsets: np.ndarray, device: torch.device, longest: int | None = None) -> PackedBatch:
@@ -244,13 +246,14 @@ def from_offsets(offsets: np.ndarray, device: torch.device, longest: int | None 
         longest = int((offsets[1:] - offsets[:-1]).max(initial=0))
     n_tokens, cu_seqlens_cpu = int(offsets[-1]), torch.from_numpy(offsets)
     if device.type == "cpu":
-        positions = count_positions(offsets)
+        positions = count_positions(offsets) if len(offsets) > 2 else np.arange(n_tokens, dtype=np.int64)
         return PackedBatch(
             cu_seqlens=cu_seqlens_cpu,
             cu_seqlens_cpu=cu_seqlens_cpu,
             position_ids=torch.from_numpy(positions),
             batch_size=len(offsets) - 1,
             padded_length=longest,
+            indices=None,
             last_position=longest - 1,
         )
 

@@ -44,7 +44,7 @@ def compare_samples(addresses: torch.Tensor, before: torch.Tensor, notes: Notes)
     launch.run(
         _compare_samples_kernel,
         (launch.cdiv(addresses.shape[0], BLOCK),),
-        {"BLOCK": BLOCK},
+        {"BLOCK": BLOCK, "num_warps": 4, "num_stages": 1},
         addresses_ptr=addresses,
         before_ptr=before,
         word_ptr=notes.words[CHANGED:],

@@ -20,6 +20,7 @@ from fastbert_kernels import (
     linear,
     pooling,
     quantized_linear,
+    samples,
 )
 from fastbert_kernels.work_list import N_COLUMNS, WorkList
 
@@ -76,6 +77,7 @@ def cases(dtype: str) -> Iterator[Case]:
     ids, ids32 = torch.zeros(n_rows, dtype=torch.int64), torch.zeros(n_rows, dtype=torch.int32)
     cu_seqlens = torch.zeros(n_seqs + 1, dtype=torch.int32)
     work_list = WorkList(torch.zeros((n_seqs, N_COLUMNS), dtype=torch.int32), ids32)
+    notes = embedding.Notes(torch.zeros(4, dtype=torch.int64), torch.zeros(2, dtype=torch.int64), 1)
 
     def tensor(*shape: int) -> torch.Tensor:
         return torch.empty(shape, dtype=torch_dtype)
@@ -158,6 +160,13 @@ def cases(dtype: str) -> Iterator[Case]:
                 *(input_ids, token_type_ids, position_ids, *tables, weight, weight, 1e-12),
             )
             yield case("embedding", variant=variant, archs=archs, call=call)
+            if variant in ("ids", "without segments"):
+                call = partial(call, notes=notes)
+                yield case("embedding", variant=f"{variant}, noted", archs=archs, call=call)
+        if model == "base":
+            before = torch.zeros(n_rows, dtype=torch.int32 if torch_dtype == torch.float32 else torch.int16)
+            compare = partial(samples.compare_samples, ids, before, notes)
+            yield case("embedding", variant="samples of weights", archs=rows, call=compare)
         for mode in pooling.MODES if model != "large" else ("mean",):
             for normalize in (False, True):
                 archs = rows if mode == "mean" and normalize else more if not normalize else nowhere
