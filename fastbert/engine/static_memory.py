@@ -11,7 +11,6 @@ from torch import Tensor
 
 from fastbert.engine.interface import PackedInputs
 from fastbert.ops import Policy, attention_plan, packing
-from fastbert.ops.attention_plan import Kind
 from fastbert.ops.packing import PackedBatch
 
 REMEMBERED = 16  # forms of batches in a bucket
@@ -44,7 +43,7 @@ class Layout:
     the integers of attention, as StaticPlan says. What the host knows is at the end, so that one copy brings it.
     """
 
-    def __init__(self, bucket: int, shape: Shape, kind: Kind) -> None:
+    def __init__(self, bucket: int, shape: Shape, kind: attention_plan.Kind = attention_plan.ANY_BATCH) -> None:
         self.bucket = bucket
         self.plan = attention_plan.StaticPlan(bucket, shape.dtype, shape.head_size, shape.device, shape.policy, kind)
         self.start_of_plan = 3 * bucket + 2

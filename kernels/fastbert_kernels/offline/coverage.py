@@ -76,8 +76,8 @@ def cases(dtype: str) -> Iterator[Case]:
     n_rows, n_seqs = 64, 2
     ids, ids32 = torch.zeros(n_rows, dtype=torch.int64), torch.zeros(n_rows, dtype=torch.int32)
     cu_seqlens = torch.zeros(n_seqs + 1, dtype=torch.int32)
-    notes = embedding.Notes(torch.zeros(4, dtype=torch.int64), torch.zeros(2, dtype=torch.int64), 1)
     work_list = WorkList(torch.zeros((n_seqs, N_COLUMNS), dtype=torch.int32), ids32)
+    notes = embedding.Notes(torch.zeros(4, dtype=torch.int64), torch.zeros(2, dtype=torch.int64), 1)
 
     def tensor(*shape: int) -> torch.Tensor:
         return torch.empty(shape, dtype=torch_dtype)
@@ -127,8 +127,8 @@ def cases(dtype: str) -> Iterator[Case]:
             yield case("attention", variant=f"D{d} small", archs=archs, call=attend_in(configs.SMALL_TILE, n_heads, d))
             for sizes in attention_specialized.tiles():
                 variant = f"D{d} specialized {sizes['BLOCK_K']}"
-                attention_call = attend_in(sizes, n_heads, d)
-                yield Case("attention", model, dtype, variant, frozenset({attention_specialized.ARCH}), attention_call)
+                archs = frozenset({attention_specialized.ARCH})
+                yield case("attention", variant=variant, archs=archs, call=attend_in(sizes, n_heads, d))
         if dtype == "tf32":
             continue
 
