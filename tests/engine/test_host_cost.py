@@ -80,7 +80,7 @@ def test_lengths_that_are_new(on_meta: Any) -> None:
 
     with torch.inference_mode():
         model.forward_packed(ids, cu_seqlens)
-        for lengths in ([500, 500], [10] * 100, [1] * 1000):
+        for lengths in ([25] * 40, [10] * 100, [1] * 1000):
             counts.append(0)
             offsets = cu_seqlens_of(lengths)
             sys.setprofile(note)
@@ -88,4 +88,4 @@ def test_lengths_that_are_new(on_meta: Any) -> None:
                 model.forward_packed(ids, offsets)
             finally:
                 sys.setprofile(None)
-    assert max(counts) <= MOST + 40, counts
+    assert max(counts) <= 200 and max(counts) - min(counts) <= 10, counts  # 187 when this was written
