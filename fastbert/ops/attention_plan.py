@@ -270,7 +270,7 @@ def gradient_plan(batch: PackedBatch, dtype: torch.dtype, head_size: int) -> Any
         from fastbert_kernels.work_list import WorkList
 
         tiles = configs.attention_backward_configs(dtype, head_size, launch.arch(batch.device))
-        lists = work_lists(batch.cu_seqlens_cpu.numpy(), tiles)
+        lists = work_lists(batch.cu_seqlens_cpu.tolist(), tiles)
         queries = WorkList(*(to_device(part, batch.device) for part in lists.queries))
         if lists.keys is lists.queries:
             return GradientPlan(queries, queries)

@@ -31,7 +31,7 @@ import triton.language as tl
 
 from fastbert_kernels import attention_specialized, configs, launch
 from fastbert_kernels import dropout as drawing
-from fastbert_kernels.attention_tiles import LOG2_E, LOWEST, load_tile, row_ranges
+from fastbert_kernels.attention_tiles import COLUMNS, LOG2_E, LOWEST, load_tile, row_ranges
 from fastbert_kernels.dropout import GROUP, keep_bits, keep_bits_from, spread_columns
 from fastbert_kernels.jit import jit
 from fastbert_kernels.masks import Dropout
@@ -208,13 +208,13 @@ def _varlen_attention_kernel(
     d_mask = d_offs < HEAD_SIZE
     q_offs = rows.to(tl.int64)[:, None] * qkv_row_stride + head * HEAD_SIZE + d_offs[None, :]
     q = tl.load(q_ptr + q_offs, mask=row_mask[:, None] & d_mask[None, :], other=0.0)
-    row_first_key, row_end_key = row_ranges(row_spans_ptr, rows, row_mask, first_key, end_key, shared)
     key_offs = tl.arange(0, BLOCK_K).to(tl.int64) * qkv_row_stride + head * HEAD_SIZE
     k_block_ptr = k_ptr + key_offs[None, :] + d_offs[:, None]
     v_block_ptr = v_ptr + key_offs[:, None] + d_offs[None, :]
 
     mask_key = (key_low, key_high, site, threshold)
     if ONE_BLOCK:
+        row_first_key, row_end_key = row_ranges(row_spans_ptr, rows, row_mask, first_key, end_key, shared)
         acc, row_sum, row_max = _attend_once(
             q, k_block_ptr, v_block_ptr, first_key, end_key, row_first_key, row_end_key, qkv_row_stride,
             scale_log2, d_mask, rows, head, mask_key, DROPOUT, INPUT_PRECISION, BLOCK_K,
@@ -229,16 +229,22 @@ def _varlen_attention_kernel(
         if not shared:
             end_unmasked = first_key + (end_key - first_key) // BLOCK_K * BLOCK_K
         acc, row_sum, row_max = _attend(
-            q, k_block_ptr, v_block_ptr, first_key, end_unmasked, row_first_key, row_end_key, qkv_row_stride,
+            q, k_block_ptr, v_block_ptr, first_key, end_unmasked, rows, rows, qkv_row_stride,
             scale_log2, d_mask, acc, row_sum, row_max, rows, first_key, shared, head, mask_key,
             DROPOUT, False, BLOCK_D != HEAD_SIZE, INPUT_PRECISION, BLOCK_K,
         )  # fmt: skip
+        # Read here, so that no register holds it over the loop before, which tiles of several sequences pass by.
+        row_first_key, row_end_key = row_ranges(row_spans_ptr, rows, row_mask, first_key, end_key, shared)
         acc, row_sum, row_max = _attend(
             q, k_block_ptr, v_block_ptr, end_unmasked, end_key, row_first_key, row_end_key, qkv_row_stride,
             scale_log2, d_mask, acc, row_sum, row_max, rows, first_key, shared, head, mask_key,
             DROPOUT, True, BLOCK_D != HEAD_SIZE, INPUT_PRECISION, BLOCK_K,
         )  # fmt: skip
 
+    if DROPOUT:  # The list is read again, so that no register holds it over the loops, whose masks take many.
+        tile_ptr = tiles_ptr + COLUMNS * tl.program_id(1)
+        rows = tl.load(tile_ptr, volatile=True) + tl.arange(0, BLOCK_Q)
+        row_mask = rows < tl.load(tile_ptr + 1, volatile=True)
     row_sum = tl.where(row_mask, row_sum, 1.0)
     row_scale = 1.0 / row_sum  # one division a row, not one an element
     if DROPOUT:

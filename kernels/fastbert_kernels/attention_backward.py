@@ -25,7 +25,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import numpy as np
 import torch
 
 from fastbert_kernels import configs, launch
@@ -44,7 +43,7 @@ class Plan(NamedTuple):
     keys: WorkList
 
 
-def work_lists(cu_seqlens: Sequence[int] | np.ndarray, tiles: configs.AttentionBackward, share: bool = True) -> Plan:
+def work_lists(cu_seqlens: Sequence[int], tiles: configs.AttentionBackward, share: bool = True) -> Plan:
     """Lists the tiles of queries and those of keys as `build_work_list` does, on the CPU. Equal lists are one."""
     n_queries, n_keys = tiles.query["BLOCK_Q"], tiles.key["BLOCK_K"]
     queries = build_work_list(cu_seqlens, n_queries, share)
