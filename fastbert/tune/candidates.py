@@ -118,7 +118,7 @@ def quantized_candidates(
 
     shape: (K, M). group: columns of an operand that share a scale. quantizes: whether the result is in 8 bits.
     """
-    from fastbert_kernels import configs
+    from fastbert_kernels import configs, quantized_configs
 
     def whole_steps(sizes: dict[str, int]) -> dict[str, int]:
         if group is None or group % sizes["BLOCK_K"] == 0:
@@ -126,13 +126,16 @@ def quantized_candidates(
         return {**sizes, "BLOCK_K": max(32, 1 << (group - 1).bit_length())}
 
     arguments = dtype, group, arch, shape, quantizes
-    pointer = [configs.quantized_linear_config(*arguments).block_sizes, *map(whole_steps, map(_gemm_tile, _TILES_8BIT))]
+    pointer = [
+        quantized_configs.quantized_linear_config(*arguments).block_sizes,
+        *map(whole_steps, map(_gemm_tile, _TILES_8BIT)),
+    ]
     yield from dict.fromkeys(
         _candidate("quantized_linear", sizes)
         for sizes in pointer
         if _fits(sizes, dtype, arch) and (not quantizes or sizes["BLOCK_COLS"] == quantized.OUT_GROUP)
     )
-    descriptors = configs.quantized_linear_persistent_config(*arguments)
+    descriptors = quantized_configs.quantized_linear_persistent_config(*arguments)
     out_size = 1 if quantizes else 2
     if descriptors is None or shape[0] % 16 or shape[1] * out_size % 16:
         return

@@ -121,7 +121,7 @@ def _attention_jobs(name: str, config: BertConfig, dtype: torch.dtype, arch: int
 
 def _quantized_jobs(name: str, config: BertConfig, dtype: torch.dtype, arch: int) -> Iterator[Job]:
     """The four linears of a layer in 8 bits."""
-    from fastbert_kernels import configs
+    from fastbert_kernels import quantized_configs
 
     # Columns that share a scale: of a head in the attention's output, of a group that "up" wrote; else those of a row.
     groups: dict[str, int] = {"out": config.head_size, "down": quantized.OUT_GROUP}
@@ -130,7 +130,7 @@ def _quantized_jobs(name: str, config: BertConfig, dtype: torch.dtype, arch: int
         if group is not None and group >= k:
             group = None
         epilogue = "gelu" if product == "up" else "none"
-        key = configs.quantized_gemm_key(dtype, (k, m), group, epilogue == "gelu")
+        key = quantized_configs.quantized_gemm_key(dtype, (k, m), group, epilogue == "gelu")
         candidates = tuple(quantized_candidates(dtype, arch, (k, m), group, epilogue == "gelu"))
         yield Job("quantized_gemm", key, f"{name} {TITLES[product]}", dtype, (k, m), epilogue, candidates, group)
 

@@ -63,12 +63,12 @@ def test_small_tiles_of_each_architecture(monkeypatch: pytest.MonkeyPatch) -> No
             assert small is None or small.block_sizes["BLOCK_D"] == size
         assert configs.small_attention_config(torch.float32, 64, arch) is None
     own = {"BLOCK_Q": 32, "BLOCK_K": 32, "num_warps": 2, "num_stages": 3}
-    table = configs._from_tables
+    table = configs.from_tables
 
     def with_own(op: str, keys: tuple[str, ...], arch: int) -> Any:
         return configs.Config(own, "a test's") if keys == ("float16/64/small",) else table(op, keys, arch)
 
-    monkeypatch.setattr(configs, "_from_tables", with_own)
+    monkeypatch.setattr(configs, "from_tables", with_own)
     configs._small_attention.cache_clear()
     try:
         assert configs.attention_config(torch.float16, 64, 90, small=True).block_sizes == {**own, "BLOCK_D": 64}

@@ -10,7 +10,7 @@ from test_op_quantized import PRECISIONS, TORCH, assert_same_8_bit, exact_activa
 
 import float8_sums
 from fastbert.ops import quantized as Q
-from fastbert_kernels import configs, launch
+from fastbert_kernels import configs, launch, quantized_configs
 from fastbert_kernels.quantized_linear import quantized_linear_forward, quantized_linear_pointer_forward
 from fastbert_kernels.quantized_linear_persistent import quantized_linear_persistent_forward
 from helpers import assert_as_accurate, guarded, rms_error
@@ -204,19 +204,19 @@ def test_tables_choose(monkeypatch):
         return find(op, keys, *rest) if entry is None else (entry, "planted")
 
     monkeypatch.setattr(configs.tables, "find", planted)
-    configs._quantized_gemm.cache_clear()
+    quantized_configs._quantized_gemm.cache_clear()
     try:
-        chosen = configs.quantized_gemm(fp8, 90, (768, 768), 64, none)
+        chosen = quantized_configs.quantized_gemm(fp8, 90, (768, 768), 64, none)
         assert (chosen.choice, chosen.choice_source, chosen.ours) == ("quantized_linear", "planted", "quantized_linear")
         assert chosen.config.block_sizes == {**tile, "BLOCK_K": 32}
         for shape, group, dtype in (((768, 768), None, none), ((768, 3072), None, none)):
-            chosen = configs.quantized_gemm(fp8, 90, shape, group, dtype)
+            chosen = quantized_configs.quantized_gemm(fp8, 90, shape, group, dtype)
             assert chosen.choice is None and chosen.ours == "quantized_linear_persistent"
             assert chosen.config.block_sizes["BLOCK_COLS"] == 256
-        chosen = configs.quantized_gemm(fp8, 90, (768, 3072), None, fp8)
+        chosen = quantized_configs.quantized_gemm(fp8, 90, (768, 3072), None, fp8)
         assert chosen.ours == "quantized_linear_persistent" and chosen.config.block_sizes["BLOCK_COLS"] == 128
     finally:
-        configs._quantized_gemm.cache_clear()
+        quantized_configs._quantized_gemm.cache_clear()
 
 
 @pytest.mark.gpu

@@ -20,7 +20,7 @@ from fastbert.tune import search
 from fastbert.tune.candidates import Candidate
 from fastbert.tune.jobs import Job, default_models, jobs_of
 from fastbert.tune.work import Work
-from fastbert_kernels import configs, launch, tables
+from fastbert_kernels import configs, launch, quantized_configs, tables
 
 CONFIG = BertConfig(hidden_size=32, intermediate_size=48, num_attention_heads=2, num_hidden_layers=1, vocab_size=50)
 GPU, ARCH = "Test GPU 80GB", 80
@@ -145,7 +145,7 @@ def test_candidates_of_8_bit_linears(arch):
         kernels |= {"quantized_linear_specialized"} if arch == 90 else set()
         assert {c.kernel for c in job.candidates} == kernels
         out_dtype = job.dtype if job.epilogue == "gelu" else torch.bfloat16
-        ours = configs.quantized_gemm(job.dtype, arch, job.sizes, job.group, out_dtype)
+        ours = quantized_configs.quantized_gemm(job.dtype, arch, job.sizes, job.group, out_dtype)
         assert ours.ours == ("quantized_linear_persistent" if persistent else "quantized_linear")
         assert Candidate(ours.ours, tuple(sorted(ours.config.block_sizes.items()))) in job.candidates
         for candidate in job.candidates:
@@ -172,7 +172,7 @@ def test_8_bit_linears(precision, arch, monkeypatch, device):
     assert len(tuned["quantized_gemm"]) == len(tuned[first]) == 4 and tuned["gemm"] == {}
     for job in all_jobs:
         out_dtype = job.dtype if job.epilogue == "gelu" else torch.bfloat16
-        chosen = configs.quantized_gemm(job.dtype, arch, job.sizes, job.group, out_dtype)
+        chosen = quantized_configs.quantized_gemm(job.dtype, arch, job.sizes, job.group, out_dtype)
         assert (chosen.choice, chosen.ours) == (first, first) and "measured on" in chosen.choice_source
         assert chosen.config.block_sizes == tuned[first][job.key]
     report = explain(BertModel(config, precision=precision).eval(), arch=arch, dtype="bfloat16")

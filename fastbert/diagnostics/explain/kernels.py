@@ -133,10 +133,12 @@ def _features(record: Record) -> tuple[int, int]:
 def _quantized_linear(record: Record, device: torch.device) -> Kernel:
     if record.backend != "triton":
         return Kernel(quantized.KERNELS["torch"])
-    from fastbert_kernels import configs
+    from fastbert_kernels import quantized_configs
 
     dtype = quantized.DTYPES[record.facts["precision"]]
-    gemm = configs.quantized_gemm(dtype, _arch(device), _features(record), record.facts["group"], record.dtype)
+    gemm = quantized_configs.quantized_gemm(
+        dtype, _arch(device), _features(record), record.facts["group"], record.dtype
+    )
     source = "; ".join(filter(None, (gemm.choice_source, gemm.config.source)))
     return Kernel(f"fastbert_kernels.{gemm.ours}", dict(gemm.config.block_sizes), source)
 

@@ -19,6 +19,7 @@ from fastbert_kernels import (
     layer_norm,
     linear,
     pooling,
+    quantized_configs,
     quantized_linear,
     samples,
 )
@@ -271,7 +272,7 @@ def _pointer_kernel_8_bit(call: partial[torch.Tensor]) -> torch.Tensor:
     """Repeats a call of quantized_linear_forward by the kernel that takes pointers, whatever the tables say."""
     x, x_scale, group, weight, weight_scale, bias, activation, dtype, out_scale = call.args
     arch = launch.arch(x.device)
-    config = configs.quantized_linear_config(x.dtype, group if group < x.shape[1] else None, arch).block_sizes
+    config = quantized_configs.quantized_linear_config(x.dtype, group if group < x.shape[1] else None, arch).block_sizes
     return quantized_linear.quantized_linear_pointer_forward(
         x, x_scale, group, weight, weight_scale, bias, activation, config,
         torch.empty((len(x), len(weight)), dtype=dtype), out_scale, quantized_linear.sums_outside(x.dtype, arch),
