@@ -19,7 +19,7 @@ from fastbert.ops.training.kernels import Attention, Kernels
 from fastbert.ops.training.layer import LayerParameters, LayerSettings, encoder_layer
 from fastbert_kernels.masks import ATTENTION, ATTENTION_OUTPUT, OUTPUT, Dropout, site_of
 
-FEATURES: frozenset[str] = frozenset()  # What layers may have beyond BERT's.
+FEATURES = frozenset(("position_bias",))  # What layers may have beyond BERT's.
 
 
 class Training:
@@ -109,6 +109,7 @@ def shape_of(block: Block) -> dict[str, Any]:
         "sizes": (block.hidden_size, block.intermediate_size),
         "hidden_size": block.hidden_size,
         "activation": block.activation,
+        "biased": block.position_bias is not None,
     }
 
 
@@ -126,7 +127,7 @@ def parameters_of(block: Block) -> LayerParameters:
         block.query.weight, block.key.weight, block.value.weight,
         block.query.bias, block.key.bias, block.value.bias,
         block.out.weight, block.out.bias, *first.filled(like),
-        block.up.weight, block.up.bias, block.down.weight, block.down.bias, *last.filled(like),
+        block.up.weight, block.up.bias, block.down.weight, block.down.bias, *last.filled(like), block.position_bias,
     )  # fmt: skip
 
 
@@ -139,7 +140,7 @@ def settings_of(block: Block, layer: int, batch: PackedBatch, kernels: Kernels, 
     ]
     return LayerSettings(
         kernels=kernels,
-        attention=Attention(batch, block.num_heads, block.head_size**-0.5, drops[0]),
+        attention=Attention(batch, block.num_heads, block.head_size**-0.5, drops[0], batch.columns),
         activation=block.activation,
         eps=(block.attention_norm.eps, block.output_norm.eps),
         dropouts=(drops[1], drops[2]),

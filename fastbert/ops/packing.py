@@ -29,6 +29,8 @@ class PackedBatch:
     indices: (T,) int64, where each token stands in the flattened (B * S) batch, None if it never was padded.
     valid: (B, S) bool, where tokens are, in a batch that keeps the rows of its padding (`in_place`); None in any other.
     first_column: whether each sequence has a token in the first column, as it has without padding on the left.
+    columns: (T,) int32, the column of each token, where a mask has holes; None where the tokens of each sequence are
+    neighbours, or nobody has asked (`find_holes`).
     """
 
     cu_seqlens: torch.Tensor
@@ -39,6 +41,7 @@ class PackedBatch:
     indices: torch.Tensor | None = None
     valid: torch.Tensor | None = None
     first_column: bool = True
+    columns: torch.Tensor | None = None
     _plans: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     @property
@@ -172,6 +175,27 @@ def from_cu_seqlens(cu_seqlens: torch.Tensor, n_tokens: int, device: torch.devic
             f"got {offsets if len(offsets) <= 9 else f'{offsets[:4]} ...'}"
         )
     return from_lengths(lengths, device)
+
+
+@untraced
+def find_holes(batch: PackedBatch) -> None:
+    """Sets the batch's `columns` if its mask has holes, for operations that depend on how far two tokens are apart.
+
+    On a GPU it waits for it, where the batch was padded.
+    """
+    if batch.indices is None or batch.columns is not None or batch.valid is not None or not batch.n_tokens:
+        return
+
+    indices = batch.indices
+
+    def make() -> torch.Tensor | None:
+        columns = indices % max(batch.padded_length, 1)
+        rows = torch.arange(batch.n_tokens, device=batch.device)
+        starts = within_sequences(columns - rows, -batch.cu_seqlens.long(), batch.seq_ids)
+        first = starts.index_select(0, batch.cu_seqlens.long().index_select(0, batch.seq_ids))
+        return columns.int() if bool((starts != first).any()) else None
+
+    batch.columns = batch.plan("holes", make)
 
 
 def _refuse_recording(name: str, values: torch.Tensor) -> None:

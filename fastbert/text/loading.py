@@ -48,13 +48,15 @@ _BERT_KINDS = ("Bert", "ConvBert", "DistilBert", "Electra", "LayoutLM", "Lxmert"
                "DPRContextEncoder", "DPRQuestionEncoder", "DPRReader")  # fmt: skip
 _ROBERTA_KINDS = ("Roberta", "Longformer", "LED", "Bart")
 _UNIGRAM_KINDS = ("XLMRoberta", "Camembert")
+_WORDPIECE_KINDS = (*_BERT_KINDS, "MPNet")  # MPNet has BERT's words between RoBERTa's special tokens.
+_ROBERTA_ENDS = (*_ROBERTA_KINDS, "MPNet")
 _GENERIC = ("PreTrained", "TokenizersBackend")  # classes that take a tokenizer.json as it stands
 _MODELS = {
-    **dict.fromkeys(_BERT_KINDS, "WordPiece"),
+    **dict.fromkeys(_WORDPIECE_KINDS, "WordPiece"),
     **dict.fromkeys(_ROBERTA_KINDS, "BPE"),
     **dict.fromkeys(_UNIGRAM_KINDS, "Unigram"),
 }
-_WITHOUT_TOKEN_TYPES = ("DistilBert", "DPRReader", *_ROBERTA_KINDS, *_UNIGRAM_KINDS)
+_WITHOUT_TOKEN_TYPES = ("DistilBert", "DPRReader", "MPNet", *_ROBERTA_KINDS, *_UNIGRAM_KINDS)
 _ROBERTA_NAMES = {
     "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "sep_token": "</s>", "pad_token": "<pad>",
     "cls_token": "<s>", "mask_token": "<mask>",
@@ -147,9 +149,9 @@ class _Folder:
         if not self.is_made_anew:
             defaults = {"pad_token": stored_pad}
         else:
-            defaults = dict(NAMES) if self.kind in _BERT_KINDS else dict(_ROBERTA_NAMES)
+            defaults = dict(NAMES) if self.kind in _BERT_KINDS else {**_ROBERTA_NAMES, **self.family.special_tokens}
         names = {name: self.options.get(name, defaults.get(name)) for name in NAMED}
-        if self.is_made_anew and self.kind == "Camembert" and isinstance(names["mask_token"], str):
+        if self.is_made_anew and self.kind in ("Camembert", "MPNet") and isinstance(names["mask_token"], str):
             names["mask_token"] = {"content": names["mask_token"], "lstrip": True}
         own = {key: value for key, value in self.options.items() if is_named_token(key, value)}
         return names | own | self.options["model_specific_special_tokens"]
@@ -230,7 +232,7 @@ class _Folder:
     def _rust(self, contents: Mapping[str, str | None]) -> RustTokenizer:
         options, model = self.options, self.tokenizer_json.get("model", {})
         casing: dict[str, Any] = {name: options.get(name, default) for name, default in CASING.items()}
-        if self.is_made_anew and self.kind in _BERT_KINDS:
+        if self.is_made_anew and self.kind in _WORDPIECE_KINDS:
             if self.tokenizer_json and not isinstance(model.get("vocab"), dict):
                 raise ValueError(f"{self.file} holds no vocabulary")
             vocab = model["vocab"] if self.tokenizer_json else _read_vocab(self.vocab_file, contents)
@@ -251,7 +253,7 @@ class _Folder:
                 raise ValueError(f"{self.file} is no tokenizer: {error}") from error
             rust.no_truncation()
             rust.no_padding()
-        if PREFIX in self.overrides and (not self.is_made_anew or self.kind in _BERT_KINDS):
+        if PREFIX in self.overrides and (not self.is_made_anew or self.kind in _WORDPIECE_KINDS):
             raise ValueError(f"{PREFIX}: cannot be changed for tokenizer_class {self.class_name!r}")
         return rust
 
@@ -298,7 +300,7 @@ class _Folder:
         if self.kind in _BERT_KINDS:
             set_bert_template(rust, contents["cls_token"], contents["sep_token"])
             return
-        names = ("cls_token", "sep_token") if self.kind in _ROBERTA_KINDS else ("bos_token", "eos_token")
+        names = ("cls_token", "sep_token") if self.kind in _ROBERTA_ENDS else ("bos_token", "eos_token")
         ends: list[tuple[str, int]] = []
         for name in names:
             token = contents[name]
@@ -307,7 +309,7 @@ class _Folder:
                 raise ValueError(f"{name}: got {token!r}, which the vocabulary in {self.folder} lacks")
             ends.append((token, token_id))
         first, last = ends
-        if self.kind in _ROBERTA_KINDS:
+        if self.kind in _ROBERTA_ENDS:
             prefix = bool(self.options.get(PREFIX, False))
             rust.post_processor = processors.RobertaProcessing(last, first, True, prefix)
         else:

@@ -91,10 +91,12 @@ def triton_obstacle(
     sizes: tuple[int, ...] = (),
     hidden_size: int = 0,
     activation: str = "none",
+    biased: bool = False,
 ) -> str | None:
     """Tells why the Triton kernels have no such passes, or None.
 
-    sizes: numbers of features that are multiplied. hidden_size: of rows that are normalised.
+    sizes: numbers of features that are multiplied. hidden_size: of rows that are normalised. biased: whether attention
+    has a position bias.
     """
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"there are no Triton kernels for {dtype}"
@@ -102,6 +104,8 @@ def triton_obstacle(
         return f"head size {head_size} is not from 16 to 128"
     if activation not in ACTIVATIONS:
         return f"there is no Triton kernel for {activation!r}"
+    if biased:
+        return "the Triton kernels of attention's gradients have no position bias"
     return dispatch.hidden_size_obstacle(hidden_size)
 
 
@@ -112,6 +116,7 @@ def cpu_obstacle(
     sizes: tuple[int, ...] = (),
     hidden_size: int = 0,
     activation: str = "none",
+    biased: bool = False,
 ) -> str | None:
     """Tells why the C++ kernels have no such passes, or None."""
     if not cpu.multiplies(dtype):
@@ -120,6 +125,8 @@ def cpu_obstacle(
         return f"head size {head_size} is no multiple of 16 up to 256"
     if activation not in ACTIVATIONS:
         return f"there is no C++ kernel for {activation!r}"
+    if biased:
+        return "the C++ kernels of attention's gradients have no position bias"
     if hidden_size > cpu.MAX_HIDDEN:
         return f"hidden size {hidden_size} is above {cpu.MAX_HIDDEN}"
     if dtype == torch.bfloat16 and any(size % 2 for size in sizes):

@@ -58,10 +58,12 @@ class TritonKernels:
 
         return activation_backward(grad, pre, activation)
 
-    def attention_forward(self, qkv: Tensor, settings: Attention) -> tuple[Tensor, Tensor]:
+    def attention_forward(
+        self, qkv: Tensor, settings: Attention, position_bias: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         from fastbert_kernels.attention import varlen_attention_forward
 
-        batch, num_heads, scale, dropout = settings
+        batch, num_heads, scale, dropout, _ = settings
         seq_ids, tiles, _ = attention_plan.triton_plan(batch, qkv.dtype, qkv.shape[1] // (3 * num_heads), AUTO)
         lse = torch.empty(num_heads, qkv.shape[0], dtype=torch.float32, device=qkv.device)
         out = varlen_attention_forward(
@@ -69,12 +71,20 @@ class TritonKernels:
         )
         return out, lse
 
-    def attention_backward(self, grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, settings: Attention) -> Tensor:
+    def attention_backward(
+        self,
+        grad: Tensor,
+        qkv: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        settings: Attention,
+        position_bias: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
         from fastbert_kernels.attention_backward import varlen_attention_backward
 
-        batch, num_heads, scale, dropout = settings
+        batch, num_heads, scale, dropout, _ = settings
         plan = attention_plan.gradient_plan(batch, qkv.dtype, qkv.shape[1] // (3 * num_heads))
-        return varlen_attention_backward(grad, qkv, out, lse, plan, num_heads, scale, dropout)
+        return varlen_attention_backward(grad, qkv, out, lse, plan, num_heads, scale, dropout), None
 
     def norm_forward(
         self,

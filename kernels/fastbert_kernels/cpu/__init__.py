@@ -43,6 +43,7 @@ from fastbert_kernels.cpu.linear_training import (
 )
 from fastbert_kernels.cpu.operations import (
     ACTIVATIONS,
+    PositionBias,
     digest,
     ids_outside,
     linear_forward,
@@ -67,7 +68,7 @@ from fastbert_kernels.cpu.rows import (
 
 __all__ = [
     "ACTIVATIONS", "MAX_HIDDEN", "VARIANTS", "Encoder", "EncoderLayer", "EncoderTables", "Int8Encoder",
-    "Int8EncoderLayer", "Int8Weight", "NormBackward", "NormForward", "activation_backward", "attention_backward",
+    "Int8EncoderLayer", "Int8Weight", "NormBackward", "NormForward", "PositionBias", "activation_backward", "attention_backward",
     "attention_training_forward", "digest", "dropout_forward", "dropout_mask", "embedding_norm_forward",
     "embedding_scatter", "encoder_forward", "encoder_int8_forward", "has_amx", "ids_outside", "instructions",
     "int8_obstacle", "linear_forward", "linear_int8_forward", "multiplies", "obstacle", "pack_int8",

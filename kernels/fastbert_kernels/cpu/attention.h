@@ -3,9 +3,23 @@
 
 #include "team.h"
 
+// A bias on the scores, by how many columns the key stands after the query. table: (N, 2 * radius + 1), of the distances
+// from -radius to radius, where farther keys have the number of the farthest; NULL for no bias. columns: (T,), or NULL
+// where the tokens of each sequence are neighbours.
+struct PositionBias {
+    const float* table;
+    int64_t radius;
+    const int32_t* columns;
+    int64_t place(int64_t distance) const {
+        return distance < -radius ? 0 : distance > radius ? 2 * radius : distance + radius;
+    }
+    const float* of_head(int64_t head) const { return table + head * (2 * radius + 1); }
+};
+
 struct Heads {
     int64_t row_stride, n_heads, head_size, out_stride;  // of qkv and out, in elements
     float scale;
+    PositionBias bias;
 };
 
 // What attention does with one batch, in whichever layer: its tasks, and memory for each thread.
@@ -18,7 +32,7 @@ class AttentionPlan {
     int64_t n_tasks = 0, n_tokens = 0, n_rows, padded = 0;  // padded: the longest sequence, in whole vectors
     int status;  // 0, or 1 where there is too little memory, or 2 where cu_seqlens does not go from 0 to at most n_rows
 
-    AttentionPlan(const int32_t* cu_seqlens, int64_t n_seqs, int64_t n_rows, int64_t head_size);
+    AttentionPlan(const int32_t* cu_seqlens, int64_t n_seqs, int64_t n_rows, int64_t head_size, bool biased = false);
     ~AttentionPlan();
     AttentionPlan(const AttentionPlan&) = delete;
     float* scratch(int thread) const { return memory + thread * scratch_size; }

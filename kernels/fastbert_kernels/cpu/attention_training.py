@@ -10,20 +10,28 @@ import torch
 
 from fastbert_kernels.cpu import dropout as masks
 from fastbert_kernels.cpu import library
+from fastbert_kernels.cpu.operations import PositionBias, bias_arguments
 from fastbert_kernels.masks import Dropout
 
 _POINTER, _SIZE = ctypes.c_void_p, ctypes.c_int64
 _BATCH = (_POINTER, _SIZE, _SIZE, _SIZE, ctypes.c_float)  # Offsets, sequences, heads, head size, scale.
 _FUNCTIONS = {
-    "attention_training": (_POINTER, _SIZE, _SIZE, *_BATCH, _POINTER, _SIZE, _POINTER, *masks.ARGUMENTS),
+    "attention_training": (
+        _POINTER, _SIZE, _SIZE, *_BATCH, _POINTER, _SIZE, _POINTER, *masks.ARGUMENTS, *library.BIAS,
+    ),  # fmt: skip
     "attention_backward": (*[_POINTER, _SIZE] * 3, _POINTER, _SIZE, *_BATCH, *masks.ARGUMENTS, _POINTER),
 }
 
 
 def attention_training_forward(
-    qkv: torch.Tensor, cu_seqlens_cpu: torch.Tensor, num_heads: int, scale: float, dropout: Dropout | None
+    qkv: torch.Tensor,
+    cu_seqlens_cpu: torch.Tensor,
+    num_heads: int,
+    scale: float,
+    dropout: Dropout | None,
+    bias: PositionBias | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Computes dropout(softmax(scale * q k^T)) v within each sequence, and what the backward pass needs.
+    """Computes dropout(softmax(scale * q k^T + bias)) v within each sequence, and what the backward pass needs.
 
     qkv: (T, 3 * N * D), [q | k | v], float32 or bfloat16, rows contiguous, D a multiple of 16. cu_seqlens_cpu: (B + 1,)
     int32. Returns out, (T, N * D), and lse, (N, T) float32: the logarithm of each query's sum of exp(scale * q k). Rows
@@ -36,6 +44,7 @@ def attention_training_forward(
     status = _function("attention_training", qkv.dtype)(
         qkv.data_ptr(), qkv.stride(0), n_tokens, offsets.data_ptr(), len(offsets) - 1, num_heads,
         hidden_size // num_heads, scale, out.data_ptr(), hidden_size, lse.data_ptr(), *masks.arguments(dropout),
+        *bias_arguments(bias),
     )  # fmt: skip
     library.check(status, n_tokens)
     return out, lse
