@@ -82,7 +82,7 @@ class Training:
         blocks = list(model.blocks())
         if not blocks:
             return [x]
-        kernels = kernels_of(model, blocks[0], x)
+        kernels = kernels_of(model, blocks[0], x, batch.columns is not None)
         if kernels is None or not _one_dtype(blocks, x):
             return model.run_layers(x, batch, keep_states)
         states = [x]
@@ -97,9 +97,13 @@ class Training:
         return states
 
 
-def kernels_of(model: Any, block: Block, x: Tensor) -> Kernels | None:
-    """The passes that run a model's layers on rows like x, or None where PyTorch runs them operation by operation."""
-    return choose.kernels("encoder layer", model.policy, x.device, choose.product_dtype(x), **shape_of(block))
+def kernels_of(model: Any, block: Block, x: Tensor, holes: bool = False) -> Kernels | None:
+    """The passes that run a model's layers on rows like x, or None where PyTorch runs them operation by operation.
+
+    holes: whether masks have holes, for a position bias.
+    """
+    what = {**shape_of(block), "holes": holes}
+    return choose.kernels("encoder layer", model.policy, x.device, choose.product_dtype(x), **what)
 
 
 def shape_of(block: Block) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from fastbert.ops.library import register
 from fastbert.ops.packing import PackedBatch, sequence_ids
 from fastbert.ops.position_bias import check as check_bias
 from fastbert.ops.position_bias import expand as expand_bias
+from fastbert.ops.position_bias import for_kernel
 from fastbert.ops.position_bias import gradient as bias_gradient
 from fastbert.ops.position_bias import of_rows as bias_of_rows
 from fastbert.ops.tracing import constant, untraced
@@ -189,8 +190,9 @@ def _kernel(
         lists = attention_plan.lists_of(cu_seqlens_cpu, qkv.dtype, head_size, qkv.device, share=True)
         work_list = lists[0].to(qkv.device)
     qkv = qkv if qkv.stride(-1) == 1 else qkv.contiguous()
+    bias = for_kernel(table, columns)
     return varlen_attention_forward(
-        qkv, cu_seqlens, seq_ids, work_list, num_heads, scale, quantized, short_list=short_list
+        qkv, cu_seqlens, seq_ids, work_list, num_heads, scale, quantized, short_list=short_list, bias=bias
     )
 
 
@@ -298,10 +300,8 @@ def _kernels_obstacle() -> str | None:
     return cpu.obstacle()
 
 
-def triton_obstacle(head_size: int, qkv: torch.Tensor, dropout_p: float = 0.0, biased: bool = False) -> str | None:
-    """Tells why the triton backend cannot run this, or None. biased: whether there is a position bias."""
-    if biased:
-        return "the Triton kernel of attention has no position bias"
+def triton_obstacle(head_size: int, qkv: torch.Tensor, dropout_p: float = 0.0) -> str | None:
+    """Tells why the triton backend cannot run this, or None."""
     if not 16 <= head_size <= 128:
         return f"head size {head_size} is not from 16 to 128"
     return dispatch.dtype_obstacle(qkv) or dispatch.dropout_obstacle(dropout_p)
@@ -352,9 +352,10 @@ def varlen_attention(
     trained = trained and choose.wanted(policy, dropout, qkv, table)
     dropout_p = dropout if isinstance(dropout, float) else 0.0
     if trained or isinstance(dropout, Dropout):
-        obstacle = choose.triton_obstacle(qkv.dtype, head_size=head_size, biased=table is not None)
+        biases = {"biased": table is not None, "holes": columns is not None}
+        obstacle = choose.triton_obstacle(qkv.dtype, head_size=head_size, **biases)
     else:
-        obstacle = triton_obstacle(head_size, qkv, dropout_p, table is not None)
+        obstacle = triton_obstacle(head_size, qkv, dropout_p)
     backend = dispatch.choose("attention", policy.backend, policy.strict, qkv.device, obstacle)
     no_kernel = cpu_obstacle(head_size, qkv, dropout_p) if backend == "cpu" else None
     if backend != "triton":
@@ -372,8 +373,7 @@ def varlen_attention(
             return qkv.new_zeros(shape)
     if trained or isinstance(dropout, Dropout):
         settings = Attention(batch, num_heads, scale, mask_of(dropout), columns)
-        biased = table is not None
-        kernels = choose.kernels_of(backend, qkv.dtype, head_size=head_size, biased=biased) if trained else None
+        kernels = choose.kernels_of(backend, qkv.dtype, head_size=head_size) if trained else None
         if kernels is not None:
             return functions.attention(qkv, settings, kernels, table)
         if settings.dropout is not None:

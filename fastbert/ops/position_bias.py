@@ -50,6 +50,15 @@ def gradient(table: Tensor, d_scores: Tensor, columns: Tensor) -> Tensor:
     return one_hot_sums.index_add(1, places.flatten(), flat)
 
 
+def for_kernel(table: Tensor | None, columns: Tensor | None) -> Any:
+    """Returns what the Triton kernels take for a bias, or None without one."""
+    if table is None:
+        return None
+    from fastbert_kernels.attention_bias import PositionBias
+
+    return PositionBias(table.detach().contiguous(), columns)
+
+
 def check(table: Tensor, num_heads: int, head_input: Tensor) -> None:
     """Raises ValueError for a table of another shape, or on another device than the rows of attention."""
     if table.dim() != 2 or table.shape[0] != num_heads or table.shape[1] % 2 == 0:

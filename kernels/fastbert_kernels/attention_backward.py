@@ -15,6 +15,10 @@ second, `attention_key_gradient`, one for each tile of keys, which goes over blo
 program in a fixed order, so the bits do not vary. Tiles and work lists are as in the forward pass: `attention`
 describes them, and what shares a tile.
 
+With a position bias, p has it beside the scaled product. The gradient of its table is the sum of keep_scale * ds over
+all pairs of rows that are so far apart. A program of the first pass sums the diagonals of its own ds, and the programs'
+sums are added in their order.
+
 The factor keep_scale is taken out of the sums: delta is divided by it, and so is ds; the results are multiplied.
 
 Source: Dao, "FlashAttention-2", 2023, arXiv:2307.08691, section 3.1.2.
@@ -27,9 +31,11 @@ from typing import NamedTuple
 
 import torch
 
+from fastbert_kernels import attention_bias as biases
 from fastbert_kernels import configs, launch
 from fastbert_kernels import dropout as drawing
 from fastbert_kernels.attention import LOG2_E, build_work_list
+from fastbert_kernels.attention_bias import PositionBias
 from fastbert_kernels.attention_key_gradient import key_value_gradient_kernel
 from fastbert_kernels.attention_query_gradient import query_gradient_kernel
 from fastbert_kernels.masks import Dropout
@@ -66,8 +72,11 @@ def varlen_attention_backward(
     scale: float,
     dropout: Dropout | None = None,
     tiles: configs.AttentionBackward | None = None,
-) -> torch.Tensor:
+    bias: PositionBias | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Computes the gradient of qkv, (T, 3 * N * D), in its dtype, from that of the result, grad (T, N * D).
+
+    With a bias, whose rows must be neighbours, it computes that of its table as well, (N, 2R + 1) float32.
 
     out (T, N * D) and lse (N, T) float32 are what `varlen_attention_forward` computed with the same scale and dropout.
     Each needs unit stride along its last axis. Rows that no tile holds are left as they are: the caller sets them to
@@ -77,7 +86,7 @@ def varlen_attention_backward(
     head_size = hidden_size // num_heads
     grad_qkv = launch.empty((n_rows, 3 * hidden_size), like=qkv)
     if n_rows == 0:
-        return grad_qkv
+        return grad_qkv, None if bias is None else torch.zeros_like(bias.table, dtype=torch.float32)
     statistics = launch.empty((num_heads, n_rows, 4), like=lse)
     tiles = tiles or configs.attention_backward_configs(qkv.dtype, head_size, launch.arch(qkv.device))
     shared = {
@@ -98,7 +107,12 @@ def varlen_attention_backward(
         "NORMALIZE": qkv.dtype == torch.float32,
         "INPUT_PRECISION": launch.dot_precision(qkv.dtype),
         **drawing.arguments(dropout),
+        **biases.arguments(bias, scale),
     }
+    parts = None
+    if bias is not None:
+        assert bias.columns is None, "columns with gaps between them have no gradient of a bias here"
+        parts = torch.zeros((plan.query_tiles.shape[0], *bias.table.shape), dtype=torch.float32, device=qkv.device)
     # Grids: every tile of a work list, for every head.
     launch.run(
         query_gradient_kernel,
@@ -112,6 +126,7 @@ def varlen_attention_backward(
         out_row_stride=out.stride(0),
         lse_head_stride=lse.stride(0),
         dq_row_stride=grad_qkv.stride(0),
+        bias_parts_ptr=parts,
     )
     launch.run(
         key_value_gradient_kernel,
@@ -123,4 +138,6 @@ def varlen_attention_backward(
         work_list_ptr=plan.key_tiles,
         grad_row_stride=grad_qkv.stride(0),
     )
-    return grad_qkv
+    if parts is None:
+        return grad_qkv, None
+    return grad_qkv, parts.sum(0) * (1.0 if dropout is None else dropout.scale)

@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import triton.language as tl
 
+from fastbert_kernels import attention_bias as biases
 from fastbert_kernels import dropout as drawing
 from fastbert_kernels.attention import LOG2_E, keep_probabilities
+from fastbert_kernels.attention_bias import add_diagonals, bias_of
 from fastbert_kernels.attention_tiles import load_rows, own_range, store_statistics, tile_offs
 from fastbert_kernels.dropout import spread_columns
 from fastbert_kernels.jit import jit
@@ -41,6 +43,9 @@ def _sum_over_keys(
     d_mask,  # (BLOCK_D,)
     head,
     mask_key,
+    bias,
+    BIASED: tl.constexpr,
+    COLUMNS: tl.constexpr,
     DROPOUT: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
     BLOCK_Q: tl.constexpr,
@@ -56,6 +61,9 @@ def _sum_over_keys(
         k = load_rows(k_ptr + block_offset + key_offs, keys < end, d_mask, True, True)
         v = load_rows(v_ptr + block_offset + key_offs, keys < end, d_mask, True, True)
         scores = tl.dot(q, tl.trans(k), input_precision=INPUT_PRECISION)
+        if BIASED:
+            own_rows, own_keys = (rows < bias[4])[:, None], (keys < end)[None, :]
+            scores += bias_of(rows[:, None], keys[None, :], own_rows, own_keys, head, bias, COLUMNS)
         dp = tl.dot(dout, tl.trans(v), input_precision=INPUT_PRECISION)
         own = (keys[None, :] >= row_first_key[:, None]) & (keys[None, :] < row_end_key[:, None])
         p = tl.where(own, tl.exp2(scores * scale_log2 - lse_log2[:, None]), 0.0)
@@ -89,11 +97,17 @@ def _add_query_gradients(
     d_mask,  # (BLOCK_D,)
     head,
     mask_key,  # (key_low, key_high, site, threshold) where DROPOUT
+    bias,  # (bias_ptr, columns_ptr, bias_radius, bias_scale, end_row) where BIASED
+    part_ptr,  # (2R + 1,) float32 where BIASED: sums of ds for the gradient of the bias
+    inverse_sum,  # (BLOCK_Q,)
+    BIASED: tl.constexpr,
+    COLUMNS: tl.constexpr,
     DROPOUT: tl.constexpr,
     MASKED: tl.constexpr,
     SHARED: tl.constexpr,
     PADDED_D: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     """Adds what the keys [start, end) give. Unless MASKED, that is a whole number of blocks."""
@@ -109,6 +123,10 @@ def _add_query_gradients(
         if DROPOUT:
             bits = keep_probabilities(block_start, rows, row_first_key, first_key, head, mask_key, SHARED, BLOCK_K)
         scores = tl.dot(q, tl.trans(k), input_precision=INPUT_PRECISION)  # (BLOCK_Q, BLOCK_K)
+        if BIASED:
+            scores += bias_of(
+                rows[:, None], keys[None, :], row_mask[:, None], (keys < end)[None, :], head, bias, COLUMNS
+            )
         dp = tl.dot(dout, tl.trans(v), input_precision=INPUT_PRECISION)
         if MASKED and not SHARED:
             scores = tl.where((keys < end)[None, :], scores, float("-inf"))
@@ -120,12 +138,15 @@ def _add_query_gradients(
             keep = spread_columns(bits)
             dp = tl.where(keep, dp, 0.0)
         ds = p * (dp - delta[:, None])
+        if BIASED:
+            own = tl.where(row_mask[:, None], ds * inverse_sum[:, None], 0.0)
+            add_diagonals(own, tl.min(rows, axis=0), block_start, part_ptr, bias[2], BLOCK_Q, BLOCK_K)
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=INPUT_PRECISION)
     return dq
 
 
 @jit(
-    do_not_specialize=["lse_head_stride", "n_rows", *drawing.DO_NOT_SPECIALIZE],
+    do_not_specialize=["lse_head_stride", "n_rows", *drawing.DO_NOT_SPECIALIZE, *biases.DO_NOT_SPECIALIZE],
     do_not_specialize_on_alignment=["cu_seqlens_ptr"],
 )
 def query_gradient_kernel(
@@ -153,7 +174,14 @@ def query_gradient_kernel(
     site,
     threshold,
     keep_scale,
+    bias_ptr,  # (N, 2R + 1), and the next four: where BIASED; see `attention_bias`
+    columns_ptr,  # (T,) int32 where COLUMNS
+    bias_radius,
+    bias_scale,
+    bias_parts_ptr,  # (W, N, 2R + 1) float32, zeros: each program's part of the bias's gradient
     HEAD_SIZE: tl.constexpr,
+    BIASED: tl.constexpr,
+    COLUMNS: tl.constexpr,
     DROPOUT: tl.constexpr,
     NORMALIZE: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
@@ -186,10 +214,15 @@ def query_gradient_kernel(
     lse_log2 = tl.load(lse_ptrs, mask=row_mask, other=0.0) * LOG2_E
     key_offs = tl.arange(0, BLOCK_K)[:, None] * qkv_row_stride + column_offs
     mask_key = (key_low, key_high, site, threshold)
+    bias = (bias_ptr, columns_ptr, bias_radius, bias_scale, end_row)
+    part_ptr = bias_parts_ptr
+    if BIASED:
+        part_ptr += (tile.to(tl.int64) * tl.num_programs(1) + head) * (2 * bias_radius + 1)
     if NORMALIZE:
         row_sum, delta = _sum_over_keys(
             q, dout, lse_log2, k_ptr, v_ptr, key_offs, first_key, end_key, rows, row_mask, seq_ids_ptr, cu_seqlens_ptr,
-            qkv_row_stride, scale_log2, d_mask, head, mask_key, DROPOUT, INPUT_PRECISION, BLOCK_Q, BLOCK_K,
+            qkv_row_stride, scale_log2, d_mask, head, mask_key, bias, BIASED, COLUMNS,
+            DROPOUT, INPUT_PRECISION, BLOCK_Q, BLOCK_K,
         )  # fmt: skip
         inverse_sum = 1.0 / tl.where(row_mask, row_sum, 1.0)
         delta *= inverse_sum
@@ -208,17 +241,17 @@ def query_gradient_kernel(
     dq = _add_query_gradients(
         dq, q, dout, lse_log2, delta, k_ptr, v_ptr, key_offs, first_key, end_unmasked, first_key, rows,
         row_mask, seq_ids_ptr, cu_seqlens_ptr, qkv_row_stride, scale_log2, d_mask, head, mask_key,
-        DROPOUT, False, False, BLOCK_D != HEAD_SIZE, INPUT_PRECISION, BLOCK_K,
+        bias, part_ptr, inverse_sum, BIASED, COLUMNS, DROPOUT, False, False, BLOCK_D != HEAD_SIZE, INPUT_PRECISION, BLOCK_Q, BLOCK_K,
     )  # fmt: skip
     dq = _add_query_gradients(
         dq, q, dout, lse_log2, delta, k_ptr, v_ptr, key_offs, end_unmasked, start_shared, first_key, rows,
         row_mask, seq_ids_ptr, cu_seqlens_ptr, qkv_row_stride, scale_log2, d_mask, head, mask_key,
-        DROPOUT, True, False, BLOCK_D != HEAD_SIZE, INPUT_PRECISION, BLOCK_K,
+        bias, part_ptr, inverse_sum, BIASED, COLUMNS, DROPOUT, True, False, BLOCK_D != HEAD_SIZE, INPUT_PRECISION, BLOCK_Q, BLOCK_K,
     )  # fmt: skip
     dq = _add_query_gradients(
         dq, q, dout, lse_log2, delta, k_ptr, v_ptr, key_offs, start_shared, end_key, first_key, rows,
         row_mask, seq_ids_ptr, cu_seqlens_ptr, qkv_row_stride, scale_log2, d_mask, head, mask_key,
-        DROPOUT, True, True, BLOCK_D != HEAD_SIZE, INPUT_PRECISION, BLOCK_K,
+        bias, part_ptr, inverse_sum, BIASED, COLUMNS, DROPOUT, True, True, BLOCK_D != HEAD_SIZE, INPUT_PRECISION, BLOCK_Q, BLOCK_K,
     )  # fmt: skip
 
     if NORMALIZE:

@@ -92,11 +92,12 @@ def triton_obstacle(
     hidden_size: int = 0,
     activation: str = "none",
     biased: bool = False,
+    holes: bool = False,
 ) -> str | None:
     """Tells why the Triton kernels have no such passes, or None.
 
     sizes: numbers of features that are multiplied. hidden_size: of rows that are normalised. biased: whether attention
-    has a position bias.
+    has a position bias. holes: whether masks have holes (`PackedBatch.columns`).
     """
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"there are no Triton kernels for {dtype}"
@@ -104,8 +105,8 @@ def triton_obstacle(
         return f"head size {head_size} is not from 16 to 128"
     if activation not in ACTIVATIONS:
         return f"there is no Triton kernel for {activation!r}"
-    if biased:
-        return "the Triton kernels of attention's gradients have no position bias"
+    if biased and holes:
+        return "the Triton kernels of a position bias's gradient know no columns between the tokens of a text"
     return dispatch.hidden_size_obstacle(hidden_size)
 
 
@@ -117,6 +118,7 @@ def cpu_obstacle(
     hidden_size: int = 0,
     activation: str = "none",
     biased: bool = False,
+    holes: bool = False,
 ) -> str | None:
     """Tells why the C++ kernels have no such passes, or None."""
     if not cpu.multiplies(dtype):
@@ -125,8 +127,6 @@ def cpu_obstacle(
         return f"head size {head_size} is no multiple of 16 up to 256"
     if activation not in ACTIVATIONS:
         return f"there is no C++ kernel for {activation!r}"
-    if biased:
-        return "the C++ kernels of attention's gradients have no position bias"
     if hidden_size > cpu.MAX_HIDDEN:
         return f"hidden size {hidden_size} is above {cpu.MAX_HIDDEN}"
     if dtype == torch.bfloat16 and any(size % 2 for size in sizes):

@@ -53,8 +53,9 @@ class CpuKernels:
     def attention_forward(
         self, qkv: Tensor, settings: Attention, position_bias: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        batch, num_heads, scale, dropout, _ = settings
-        return cpu.attention_training_forward(qkv, batch.cu_seqlens_cpu, num_heads, scale, dropout)
+        batch, num_heads, scale, dropout, columns = settings
+        bias = None if position_bias is None else cpu.PositionBias.of(position_bias, columns)
+        return cpu.attention_training_forward(qkv, batch.cu_seqlens_cpu, num_heads, scale, dropout, bias)
 
     def attention_backward(
         self,
@@ -65,8 +66,9 @@ class CpuKernels:
         settings: Attention,
         position_bias: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        batch, num_heads, scale, dropout, _ = settings
-        return cpu.attention_backward(grad, qkv, out, lse, batch.cu_seqlens_cpu, num_heads, scale, dropout), None
+        batch, num_heads, scale, dropout, columns = settings
+        bias = None if position_bias is None else cpu.PositionBias.of(position_bias, columns)
+        return cpu.attention_backward(grad, qkv, out, lse, batch.cu_seqlens_cpu, num_heads, scale, dropout, bias)
 
     def norm_forward(
         self,

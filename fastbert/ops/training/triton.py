@@ -11,6 +11,7 @@ from torch import Tensor
 from fastbert.ops import attention_plan, gelu
 from fastbert.ops.dispatch import AUTO
 from fastbert.ops.gemm import takes_our_gemm
+from fastbert.ops.position_bias import for_kernel
 from fastbert.ops.training.kernels import Attention, EmbeddingSettings, Normalized, NormGradients, Weights
 from fastbert.ops.training.plain import joined, joined_biases
 from fastbert_kernels.masks import Dropout
@@ -63,11 +64,12 @@ class TritonKernels:
     ) -> tuple[Tensor, Tensor]:
         from fastbert_kernels.attention import varlen_attention_forward
 
-        batch, num_heads, scale, dropout, _ = settings
+        batch, num_heads, scale, dropout, columns = settings
+        bias = for_kernel(position_bias, columns)
         seq_ids, tiles, _ = attention_plan.triton_plan(batch, qkv.dtype, qkv.shape[1] // (3 * num_heads), AUTO)
         lse = torch.empty(num_heads, qkv.shape[0], dtype=torch.float32, device=qkv.device)
         out = varlen_attention_forward(
-            qkv, batch.cu_seqlens, seq_ids, tiles, num_heads, scale, dropout=dropout, lse=lse
+            qkv, batch.cu_seqlens, seq_ids, tiles, num_heads, scale, dropout=dropout, lse=lse, bias=bias
         )
         return out, lse
 
@@ -82,9 +84,10 @@ class TritonKernels:
     ) -> tuple[Tensor, Tensor | None]:
         from fastbert_kernels.attention_backward import varlen_attention_backward
 
-        batch, num_heads, scale, dropout, _ = settings
+        batch, num_heads, scale, dropout, columns = settings
+        bias = for_kernel(position_bias, columns)
         plan = attention_plan.gradient_plan(batch, qkv.dtype, qkv.shape[1] // (3 * num_heads))
-        return varlen_attention_backward(grad, qkv, out, lse, plan, num_heads, scale, dropout), None
+        return varlen_attention_backward(grad, qkv, out, lse, plan, num_heads, scale, dropout, bias=bias)
 
     def norm_forward(
         self,

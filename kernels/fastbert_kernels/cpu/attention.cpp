@@ -21,6 +21,7 @@
 // sequence, and drops probabilities out.
 #include "attention.h"
 
+#include "attention_bias.h"
 #include "attention_tiles.h"
 
 #include <stdlib.h>
@@ -99,20 +100,6 @@ INLINE void scores_of(float* scores, int64_t stride, const typename O::E* const*
             if (BIASED) score += load<vf>(bias[i] + (at + j) * VL);
             store(scores + i * stride + j * VL, score);
         }
-}
-
-// line[length - 1 + d]: the bias of the distance d, from that of the first key and the last query to padded - 1.
-INLINE void spread(float* line, const PositionBias& bias, int64_t head, int64_t length, int64_t padded) {
-    const float* table = bias.of_head(head);
-    for (int64_t i = 0; i < length + padded - 1; i++) line[i] = table[bias.place(i - length + 1)];
-}
-
-// row[j]: the bias of key j for the query in row `query` of a sequence whose tokens have these columns.
-INLINE void spread_row(float* row, const PositionBias& bias, int64_t head, const int32_t* columns, int64_t query,
-                       int64_t length, int64_t padded) {
-    const float* table = bias.of_head(head);
-    for (int64_t j = 0; j < length; j++) row[j] = table[bias.place((int64_t)columns[j] - columns[query])];
-    for (int64_t j = length; j < padded; j++) row[j] = 0.0f;
 }
 
 // Both at once where N blocks are all the keys: the scores stay in registers. tops: the largest scores. totals: sums of
@@ -214,10 +201,12 @@ INLINE void run(const T* qkv, T* out, const Heads& shape, const AttentionPlan::T
         const float* bias[ROWS];
         for (int i = 0; i < ROWS; i++) {
             const int last = i < n_rows ? i : n_rows - 1;  // the last one again where there are no more
-            if (BIASED) {
-                bias[i] = columns == NULL ? scratch.bias + length - 1 - row - last : scratch.bias + i * padded;
-                if (columns != NULL)
-                    spread_row(scratch.bias + i * padded, shape.bias, head, columns, row + last, length, padded);
+            if (BIASED && columns == NULL) {
+                bias[i] = scratch.bias + length - 1 - row - last;
+            } else if (BIASED) {
+                float* line = scratch.bias + i * padded;
+                spread_row(line, shape.bias, head, columns, row + last, 0, length, padded);
+                bias[i] = line;
             }
             const T* query = q + (row + last) * shape.row_stride;
             queries[i] = (const E*)query;

@@ -1,20 +1,8 @@
 // What attention.cpp offers to the other kernels.
 #pragma once
 
+#include "attention_bias.h"
 #include "team.h"
-
-// A bias on the scores, by how many columns the key stands after the query. table: (N, 2 * radius + 1), of the distances
-// from -radius to radius, where farther keys have the number of the farthest; NULL for no bias. columns: (T,), or NULL
-// where the tokens of each sequence are neighbours.
-struct PositionBias {
-    const float* table;
-    int64_t radius;
-    const int32_t* columns;
-    int64_t place(int64_t distance) const {
-        return distance < -radius ? 0 : distance > radius ? 2 * radius : distance + radius;
-    }
-    const float* of_head(int64_t head) const { return table + head * (2 * radius + 1); }
-};
 
 struct Heads {
     int64_t row_stride, n_heads, head_size, out_stride;  // of qkv and out, in elements
