@@ -63,8 +63,8 @@ def head(
 
     Arguments as in `encode`, with the encoder's parameters behind "bert."; the head drops nothing out. Logits at
     padding positions are zero. The language model's decoder is `cls.predictions.decoder` where `params` has it, else
-    the word embeddings with `cls.predictions.bias`. Raises what `encode` does, and ValueError for another task, or one that the
-    family lacks.
+    the word embeddings with `cls.predictions.bias`. Raises what `encode` does, and ValueError for another task, or one
+    that the family lacks.
     """
     if task not in TASKS:
         raise ValueError(f"task: got {task!r}, expected one of {', '.join(TASKS)}")

@@ -241,17 +241,20 @@ def query_gradient_kernel(
     dq = _add_query_gradients(
         dq, q, dout, lse_log2, delta, k_ptr, v_ptr, key_offs, first_key, end_unmasked, first_key, rows,
         row_mask, seq_ids_ptr, cu_seqlens_ptr, qkv_row_stride, scale_log2, d_mask, head, mask_key,
-        bias, part_ptr, inverse_sum, BIASED, COLUMNS, DROPOUT, False, False, BLOCK_D != HEAD_SIZE, INPUT_PRECISION, BLOCK_Q, BLOCK_K,
+        bias, part_ptr, inverse_sum, BIASED, COLUMNS,
+        DROPOUT, False, False, BLOCK_D != HEAD_SIZE, INPUT_PRECISION, BLOCK_Q, BLOCK_K,
     )  # fmt: skip
     dq = _add_query_gradients(
         dq, q, dout, lse_log2, delta, k_ptr, v_ptr, key_offs, end_unmasked, start_shared, first_key, rows,
         row_mask, seq_ids_ptr, cu_seqlens_ptr, qkv_row_stride, scale_log2, d_mask, head, mask_key,
-        bias, part_ptr, inverse_sum, BIASED, COLUMNS, DROPOUT, True, False, BLOCK_D != HEAD_SIZE, INPUT_PRECISION, BLOCK_Q, BLOCK_K,
+        bias, part_ptr, inverse_sum, BIASED, COLUMNS,
+        DROPOUT, True, False, BLOCK_D != HEAD_SIZE, INPUT_PRECISION, BLOCK_Q, BLOCK_K,
     )  # fmt: skip
     dq = _add_query_gradients(
         dq, q, dout, lse_log2, delta, k_ptr, v_ptr, key_offs, start_shared, end_key, first_key, rows,
         row_mask, seq_ids_ptr, cu_seqlens_ptr, qkv_row_stride, scale_log2, d_mask, head, mask_key,
-        bias, part_ptr, inverse_sum, BIASED, COLUMNS, DROPOUT, True, True, BLOCK_D != HEAD_SIZE, INPUT_PRECISION, BLOCK_Q, BLOCK_K,
+        bias, part_ptr, inverse_sum, BIASED, COLUMNS,
+        DROPOUT, True, True, BLOCK_D != HEAD_SIZE, INPUT_PRECISION, BLOCK_Q, BLOCK_K,
     )  # fmt: skip
 
     if NORMALIZE:

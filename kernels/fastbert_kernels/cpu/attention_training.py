@@ -78,11 +78,12 @@ def attention_backward(
     dropout: Dropout | None,
     bias: PositionBias | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Computes the gradient of qkv, and of a position bias's table, from that of `attention_training_forward`'s out, (T, N * D).
+    """Computes the gradients of qkv and of a position bias's table.
 
-    The other arguments are those of the forward pass and what it returned; grad and out are of qkv's dtype, rows
-    contiguous. Returns (T, 3 * N * D), 0 in rows beyond the last sequence, and (N, 2R + 1) float32 or None. The bits do not depend on the number of
-    threads. Raises ValueError for offsets outside of the rows.
+    grad: that of `attention_training_forward`'s out, (T, N * D). The other arguments are those of the forward pass and
+    what it returned; grad and out are of qkv's dtype, rows contiguous. Returns (T, 3 * N * D), 0 in rows beyond the
+    last sequence, and (N, 2R + 1) float32 or None. The bits do not depend on the number of threads. Raises ValueError
+    for offsets outside of the rows.
     """
     n_tokens, width = qkv.shape
     grad = grad if grad.stride(-1) == 1 else grad.contiguous()

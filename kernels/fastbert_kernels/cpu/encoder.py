@@ -115,8 +115,8 @@ def encoder_forward(
     """Runs embeddings and layers over packed tokens, writes the result to x, (T, H), and returns x.
 
     ids: input ids, token type ids (or None) and position ids, (T,) int64, contiguous and within their tables. None
-    where x holds the embeddings. cu_seqlens_cpu: (B + 1,) int32. columns: those of a `PositionBias`. workspace: as many elements as workspace_size says, of
-    x's dtype.
+    where x holds the embeddings. cu_seqlens_cpu: (B + 1,) int32. columns: those of a `PositionBias`. workspace:
+    as many elements as workspace_size says, of x's dtype.
     """
     embeddings, layers = encoder.addresses
     offsets, n_rows = cu_seqlens_cpu.contiguous(), x.shape[0]
