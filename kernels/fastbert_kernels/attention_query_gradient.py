@@ -16,7 +16,7 @@ from fastbert_kernels import attention_bias as biases
 from fastbert_kernels import dropout as drawing
 from fastbert_kernels.attention import LOG2_E, keep_probabilities
 from fastbert_kernels.attention_bias import add_diagonals, bias_of
-from fastbert_kernels.attention_tiles import load_rows, own_range, store_statistics, tile_offs
+from fastbert_kernels.attention_tiles import load_rows, load_tile, row_ranges, store_statistics, tile_offs
 from fastbert_kernels.dropout import spread_columns
 from fastbert_kernels.jit import jit
 from fastbert_kernels.masks import RANGE
@@ -35,9 +35,8 @@ def _sum_over_keys(
     start,
     end,
     rows,  # (BLOCK_Q,)
-    row_mask,  # (BLOCK_Q,)
-    seq_ids_ptr,
-    cu_seqlens_ptr,
+    row_first_key,  # (BLOCK_Q,)
+    row_end_key,  # (BLOCK_Q,)
     qkv_row_stride,
     scale_log2,
     d_mask,  # (BLOCK_D,)
@@ -54,7 +53,6 @@ def _sum_over_keys(
     """Returns the sums of p and of p * dp over all keys, each (BLOCK_Q,), whoever shares the tile."""
     row_sum = tl.zeros((BLOCK_Q,), dtype=tl.float32)
     product_sum = tl.zeros((BLOCK_Q,), dtype=tl.float32)
-    row_first_key, row_end_key = own_range(rows, row_mask, seq_ids_ptr, cu_seqlens_ptr)
     for block_start in range(start, end, BLOCK_K):
         keys = block_start + tl.arange(0, BLOCK_K)
         block_offset = tl.cast(block_start, tl.int64) * qkv_row_stride
@@ -88,10 +86,11 @@ def _add_query_gradients(
     start,
     end,
     first_key,
+    end_key,
+    shared,  # whether the tile is of several sequences: without it, SHARED goes over no keys
     rows,  # (BLOCK_Q,) packed rows
     row_mask,  # (BLOCK_Q,)
-    seq_ids_ptr,
-    cu_seqlens_ptr,
+    row_spans_ptr,
     qkv_row_stride,
     scale_log2,
     d_mask,  # (BLOCK_D,)
@@ -113,7 +112,7 @@ def _add_query_gradients(
     """Adds what the keys [start, end) give. Unless MASKED, that is a whole number of blocks."""
     row_first_key, row_end_key = rows, rows  # Without SHARED, of no use.
     if SHARED:
-        row_first_key, row_end_key = own_range(rows, row_mask, seq_ids_ptr, cu_seqlens_ptr)
+        row_first_key, row_end_key = row_ranges(row_spans_ptr, rows, row_mask, first_key, end_key, shared)
     for block_start in range(start, end, BLOCK_K):
         keys = block_start + tl.arange(0, BLOCK_K)
         block_offset = tl.cast(block_start, tl.int64) * qkv_row_stride
@@ -145,10 +144,7 @@ def _add_query_gradients(
     return dq
 
 
-@jit(
-    do_not_specialize=["lse_head_stride", "n_rows", *drawing.DO_NOT_SPECIALIZE, *biases.DO_NOT_SPECIALIZE],
-    do_not_specialize_on_alignment=["cu_seqlens_ptr"],
-)
+@jit(do_not_specialize=["lse_head_stride", "n_rows", *drawing.DO_NOT_SPECIALIZE, *biases.DO_NOT_SPECIALIZE])
 def query_gradient_kernel(
     q_ptr,  # (T, N, D)
     k_ptr,  # (T, N, D)
@@ -158,9 +154,8 @@ def query_gradient_kernel(
     lse_ptr,  # (N, T) float32
     statistics_ptr,  # (N, T, 4) float32: see `store_statistics`
     dq_ptr,  # (T, N, D)
-    work_list_ptr,  # (W, 4) int32: first row, end row, first sequence, end sequence
-    seq_ids_ptr,  # (T,) int32: the sequence of each token
-    cu_seqlens_ptr,  # (B + 1,) int32
+    tiles_ptr,  # (W, 5) int32: see `work_list.WorkList`
+    row_spans_ptr,  # (T,) int32
     qkv_row_stride,
     dout_row_stride,
     out_row_stride,
@@ -191,14 +186,9 @@ def query_gradient_kernel(
 ):
     tile = tl.program_id(0)
     head = tl.program_id(1)
-    first_row = tl.load(work_list_ptr + 4 * tile)
-    end_row = tl.load(work_list_ptr + 4 * tile + 1)
+    first_row, end_row, first_key, end_key, shared = load_tile(tiles_ptr, tile)
     if end_row == first_row:  # what fills a work list of fixed length up
         return
-    first_seq = tl.load(work_list_ptr + 4 * tile + 2)
-    end_seq = tl.load(work_list_ptr + 4 * tile + 3)
-    first_key = tl.load(cu_seqlens_ptr + first_seq)
-    end_key = tl.load(cu_seqlens_ptr + end_seq)
 
     rows = first_row + tl.arange(0, BLOCK_Q)
     row_mask = rows < end_row
@@ -219,8 +209,9 @@ def query_gradient_kernel(
     if BIASED:
         part_ptr += (tile.to(tl.int64) * tl.num_programs(1) + head) * (2 * bias_radius + 1)
     if NORMALIZE:
+        row_first_key, row_end_key = row_ranges(row_spans_ptr, rows, row_mask, first_key, end_key, shared)
         row_sum, delta = _sum_over_keys(
-            q, dout, lse_log2, k_ptr, v_ptr, key_offs, first_key, end_key, rows, row_mask, seq_ids_ptr, cu_seqlens_ptr,
+            q, dout, lse_log2, k_ptr, v_ptr, key_offs, first_key, end_key, rows, row_first_key, row_end_key,
             qkv_row_stride, scale_log2, d_mask, head, mask_key, bias, BIASED, COLUMNS,
             DROPOUT, INPUT_PRECISION, BLOCK_Q, BLOCK_K,
         )  # fmt: skip
@@ -235,24 +226,24 @@ def query_gradient_kernel(
 
     # Of one sequence, whole blocks of keys need no mask, and the rest only one of its end. Of several, each block does.
     end_unmasked, start_shared = first_key, first_key
-    if end_seq - first_seq == 1:
+    if not shared:
         end_unmasked, start_shared = first_key + (end_key - first_key) // BLOCK_K * BLOCK_K, end_key
     dq = tl.zeros((BLOCK_Q, BLOCK_D), dtype=tl.float32)
     dq = _add_query_gradients(
-        dq, q, dout, lse_log2, delta, k_ptr, v_ptr, key_offs, first_key, end_unmasked, first_key, rows,
-        row_mask, seq_ids_ptr, cu_seqlens_ptr, qkv_row_stride, scale_log2, d_mask, head, mask_key,
+        dq, q, dout, lse_log2, delta, k_ptr, v_ptr, key_offs, first_key, end_unmasked, first_key, end_key, shared,
+        rows, row_mask, row_spans_ptr, qkv_row_stride, scale_log2, d_mask, head, mask_key,
         bias, part_ptr, inverse_sum, BIASED, COLUMNS,
         DROPOUT, False, False, BLOCK_D != HEAD_SIZE, INPUT_PRECISION, BLOCK_Q, BLOCK_K,
     )  # fmt: skip
     dq = _add_query_gradients(
-        dq, q, dout, lse_log2, delta, k_ptr, v_ptr, key_offs, end_unmasked, start_shared, first_key, rows,
-        row_mask, seq_ids_ptr, cu_seqlens_ptr, qkv_row_stride, scale_log2, d_mask, head, mask_key,
+        dq, q, dout, lse_log2, delta, k_ptr, v_ptr, key_offs, end_unmasked, start_shared, first_key, end_key, shared,
+        rows, row_mask, row_spans_ptr, qkv_row_stride, scale_log2, d_mask, head, mask_key,
         bias, part_ptr, inverse_sum, BIASED, COLUMNS,
         DROPOUT, True, False, BLOCK_D != HEAD_SIZE, INPUT_PRECISION, BLOCK_Q, BLOCK_K,
     )  # fmt: skip
     dq = _add_query_gradients(
-        dq, q, dout, lse_log2, delta, k_ptr, v_ptr, key_offs, start_shared, end_key, first_key, rows,
-        row_mask, seq_ids_ptr, cu_seqlens_ptr, qkv_row_stride, scale_log2, d_mask, head, mask_key,
+        dq, q, dout, lse_log2, delta, k_ptr, v_ptr, key_offs, start_shared, end_key, first_key, end_key, shared,
+        rows, row_mask, row_spans_ptr, qkv_row_stride, scale_log2, d_mask, head, mask_key,
         bias, part_ptr, inverse_sum, BIASED, COLUMNS,
         DROPOUT, True, True, BLOCK_D != HEAD_SIZE, INPUT_PRECISION, BLOCK_Q, BLOCK_K,
     )  # fmt: skip
@@ -261,5 +252,5 @@ def query_gradient_kernel(
         dq *= inverse_sum[:, None]
     statistics_ptrs = statistics_ptr + 4 * (head * n_rows.to(tl.int64) + rows)
     store_statistics(statistics_ptrs, lse_log2, delta, inverse_sum, row_mask)
-    offs, mask = tile_offs(work_list_ptr, tile, head, dq_row_stride, HEAD_SIZE, BLOCK_Q, BLOCK_D)
+    offs, mask = tile_offs(tiles_ptr, tile, head, dq_row_stride, HEAD_SIZE, BLOCK_Q, BLOCK_D)
     tl.store(dq_ptr + offs, (dq * grad_scale).to(dq_ptr.dtype.element_ty), mask=mask)

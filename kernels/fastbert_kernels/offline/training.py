@@ -24,6 +24,7 @@ from fastbert_kernels import (
 from fastbert_kernels.embedding_backward import Segments
 from fastbert_kernels.masks import Dropout
 from fastbert_kernels.offline.coverage import DTYPES, HEAD_SIZES, MODELS, Case, pointer_kernel
+from fastbert_kernels.work_list import N_COLUMNS, WorkList
 
 N_ROWS = 64
 DROPOUT = Dropout(6554, 1, 1)
@@ -63,10 +64,9 @@ def _attention_cases(dtype: str) -> Iterator[Case]:
 
 def _attention(n_heads: int, head_size: int, dtype: torch.dtype, dropout: Dropout | None) -> None:
     qkv, lse = torch.empty((N_ROWS, 3 * n_heads * head_size), dtype=dtype), torch.empty((n_heads, N_ROWS))
-    integers, tiles = torch.zeros(N_ROWS, dtype=torch.int32), torch.zeros((2, 4), dtype=torch.int32)
-    of_batch = integers[:3], integers, tiles
-    out = attention.varlen_attention_forward(qkv, *of_batch, n_heads, 0.125, dropout=dropout, lse=lse)
-    plan = attention_backward.Plan(*of_batch, tiles)
+    tiles = WorkList(torch.zeros((2, N_COLUMNS), dtype=torch.int32), torch.zeros(N_ROWS, dtype=torch.int32))
+    out = attention.varlen_attention_forward(qkv, tiles, n_heads, 0.125, dropout=dropout, lse=lse)
+    plan = attention_backward.Plan(tiles, tiles)
     attention_backward.varlen_attention_backward(out, qkv, out, lse, plan, n_heads, 0.125, dropout)
 
 
