@@ -15,9 +15,7 @@ second, `attention_key_gradient`, one for each tile of keys, which goes over blo
 program in a fixed order, so the bits do not vary. Tiles and work lists are as in the forward pass: `work_list`
 describes them, and what shares a tile.
 
-With a position bias, p has it beside the scaled product. The gradient of its table is the sum of keep_scale * ds over
-all pairs of rows that are so far apart. A program of the first pass sums the diagonals of its own ds, and the programs'
-sums are added in their order.
+With a position bias, p has it beside the scaled product, and a third pass, `attention_bias_gradient`, has its gradient.
 
 The factor keep_scale is taken out of the sums: delta is divided by it, and so is ds; the results are multiplied.
 
@@ -37,6 +35,7 @@ from fastbert_kernels import configs, launch
 from fastbert_kernels import dropout as drawing
 from fastbert_kernels.attention import LOG2_E
 from fastbert_kernels.attention_bias import PositionBias
+from fastbert_kernels.attention_bias_gradient import bias_gradient
 from fastbert_kernels.attention_key_gradient import key_value_gradient_kernel
 from fastbert_kernels.attention_query_gradient import query_gradient_kernel
 from fastbert_kernels.masks import Dropout
@@ -102,10 +101,6 @@ def varlen_attention_backward(
         **drawing.arguments(dropout),
         **biases.arguments(bias, scale),
     }
-    parts = None
-    if bias is not None:
-        assert bias.columns is None, "columns with gaps between them have no gradient of a bias here"
-        parts = torch.zeros((plan.queries.tiles.shape[0], *bias.table.shape), dtype=torch.float32, device=qkv.device)
     # Grids: every tile of a work list, for every head.
     launch.run(
         query_gradient_kernel,
@@ -120,7 +115,6 @@ def varlen_attention_backward(
         out_row_stride=out.stride(0),
         lse_head_stride=lse.stride(0),
         dq_row_stride=grad_qkv.stride(0),
-        bias_parts_ptr=parts,
     )
     launch.run(
         key_value_gradient_kernel,
@@ -133,6 +127,8 @@ def varlen_attention_backward(
         row_spans_ptr=plan.keys.row_spans,
         grad_row_stride=grad_qkv.stride(0),
     )
-    if parts is None:
+    if bias is None:
         return grad_qkv, None
-    return grad_qkv, parts.sum(0) * (1.0 if dropout is None else dropout.scale)
+    assert bias.columns is None, "columns with gaps between them have no gradient of a bias here"
+    of_batch = grad, qkv, statistics, plan.queries, num_heads, scale, dropout
+    return grad_qkv, bias_gradient(*of_batch, bias, tiles.query)

@@ -15,7 +15,7 @@ import triton.language as tl
 from fastbert_kernels import attention_bias as biases
 from fastbert_kernels import dropout as drawing
 from fastbert_kernels.attention import LOG2_E, keep_probabilities
-from fastbert_kernels.attention_bias import add_diagonals, bias_of
+from fastbert_kernels.attention_bias import bias_of
 from fastbert_kernels.attention_tiles import load_rows, load_tile, row_ranges, store_statistics, tile_offs
 from fastbert_kernels.dropout import spread_columns
 from fastbert_kernels.jit import jit
@@ -97,8 +97,6 @@ def _add_query_gradients(
     head,
     mask_key,  # (key_low, key_high, site, threshold) where DROPOUT
     bias,  # (bias_ptr, columns_ptr, bias_radius, bias_scale, end_row) where BIASED
-    part_ptr,  # (2R + 1,) float32 where BIASED: sums of ds for the gradient of the bias
-    inverse_sum,  # (BLOCK_Q,)
     BIASED: tl.constexpr,
     COLUMNS: tl.constexpr,
     DROPOUT: tl.constexpr,
@@ -106,7 +104,6 @@ def _add_query_gradients(
     SHARED: tl.constexpr,
     PADDED_D: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
-    BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     """Adds what the keys [start, end) give. Unless MASKED, that is a whole number of blocks."""
@@ -137,9 +134,6 @@ def _add_query_gradients(
             keep = spread_columns(bits)
             dp = tl.where(keep, dp, 0.0)
         ds = p * (dp - delta[:, None])
-        if BIASED:
-            own = tl.where(row_mask[:, None], ds * inverse_sum[:, None], 0.0)
-            add_diagonals(own, tl.min(rows, axis=0), block_start, part_ptr, bias[2], BLOCK_Q, BLOCK_K)
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=INPUT_PRECISION)
     return dq
 
@@ -169,11 +163,10 @@ def query_gradient_kernel(
     site,
     threshold,
     keep_scale,
-    bias_ptr,  # (N, 2R + 1), and the next four: where BIASED; see `attention_bias`
+    bias_ptr,  # (N, 2R + 1), and the next three: where BIASED; see `attention_bias`
     columns_ptr,  # (T,) int32 where COLUMNS
     bias_radius,
     bias_scale,
-    bias_parts_ptr,  # (W, N, 2R + 1) float32, zeros: each program's part of the bias's gradient
     HEAD_SIZE: tl.constexpr,
     BIASED: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -205,9 +198,6 @@ def query_gradient_kernel(
     key_offs = tl.arange(0, BLOCK_K)[:, None] * qkv_row_stride + column_offs
     mask_key = (key_low, key_high, site, threshold)
     bias = (bias_ptr, columns_ptr, bias_radius, bias_scale, end_row)
-    part_ptr = bias_parts_ptr
-    if BIASED:
-        part_ptr += (tile.to(tl.int64) * tl.num_programs(1) + head) * (2 * bias_radius + 1)
     if NORMALIZE:
         row_first_key, row_end_key = row_ranges(row_spans_ptr, rows, row_mask, first_key, end_key, shared)
         row_sum, delta = _sum_over_keys(
@@ -232,20 +222,17 @@ def query_gradient_kernel(
     dq = _add_query_gradients(
         dq, q, dout, lse_log2, delta, k_ptr, v_ptr, key_offs, first_key, end_unmasked, first_key, end_key, shared,
         rows, row_mask, row_spans_ptr, qkv_row_stride, scale_log2, d_mask, head, mask_key,
-        bias, part_ptr, inverse_sum, BIASED, COLUMNS,
-        DROPOUT, False, False, BLOCK_D != HEAD_SIZE, INPUT_PRECISION, BLOCK_Q, BLOCK_K,
+        bias, BIASED, COLUMNS, DROPOUT, False, False, BLOCK_D != HEAD_SIZE, INPUT_PRECISION, BLOCK_K,
     )  # fmt: skip
     dq = _add_query_gradients(
         dq, q, dout, lse_log2, delta, k_ptr, v_ptr, key_offs, end_unmasked, start_shared, first_key, end_key, shared,
         rows, row_mask, row_spans_ptr, qkv_row_stride, scale_log2, d_mask, head, mask_key,
-        bias, part_ptr, inverse_sum, BIASED, COLUMNS,
-        DROPOUT, True, False, BLOCK_D != HEAD_SIZE, INPUT_PRECISION, BLOCK_Q, BLOCK_K,
+        bias, BIASED, COLUMNS, DROPOUT, True, False, BLOCK_D != HEAD_SIZE, INPUT_PRECISION, BLOCK_K,
     )  # fmt: skip
     dq = _add_query_gradients(
         dq, q, dout, lse_log2, delta, k_ptr, v_ptr, key_offs, start_shared, end_key, first_key, end_key, shared,
         rows, row_mask, row_spans_ptr, qkv_row_stride, scale_log2, d_mask, head, mask_key,
-        bias, part_ptr, inverse_sum, BIASED, COLUMNS,
-        DROPOUT, True, True, BLOCK_D != HEAD_SIZE, INPUT_PRECISION, BLOCK_Q, BLOCK_K,
+        bias, BIASED, COLUMNS, DROPOUT, True, True, BLOCK_D != HEAD_SIZE, INPUT_PRECISION, BLOCK_K,
     )  # fmt: skip
 
     if NORMALIZE:
