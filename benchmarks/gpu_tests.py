@@ -32,7 +32,7 @@ def _files(*names: str) -> tuple[str, ...]:
 # 8 bits.
 GROUPS: dict[str, tuple[str, ...]] = {
     **{op: _files(f"ops/op_{op}") for op in OPS},
-    "attention": _files("ops/op_attention", "on_kernels/attention_short"),
+    "attention": _files("ops/op_attention", "on_kernels/attention_short", "on_kernels/attention_tiles"),
     "attention_backward": _files("ops/attention_backward", "ops/position_bias"),
     "dropout": _files("ops/dropout_kernels"),
     "training_rows": _files(
@@ -74,6 +74,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "ops/silent_writes",
         "on_kernels/jit",
         "engine/graph_streams",
+        "engine/late_checks",
         "pipelines/sentence_inputs",
     ),
     "peers": _files("bench/bench_peers"),

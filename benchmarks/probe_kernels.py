@@ -147,9 +147,28 @@ def measure_attention_on(probe: Probe, kind: str, n: int, heads: int, d: int) ->
                 kind, f"{block_q}x{block_k} w{warps} s{stages}{suffix}", call,
                 work=work, exact=exact, pick=lambda out: out[: sum(first)], tiles=len(listed),
             )  # fmt: skip
+    measure_specialized(probe, qkv, batch, heads, kind=kind, work=work, exact=exact)
     if len(set(lengths)) == 1:
         q, k, v = qkv.view(len(lengths), lengths[0], 3, heads, d).permute(2, 0, 3, 1, 4)
         probe.measure(kind, "SDPA", lambda i: F.scaled_dot_product_attention(q, k, v), work=work)
+
+
+def measure_specialized(
+    probe: Probe, qkv: Tensor, batch: Any, heads: int, kind: str, work: Work, exact: Tensor
+) -> None:
+    """Measures attention with warps that only fetch keys, where the architecture has it."""
+    from fastbert_kernels import attention, attention_specialized, launch, work_list
+
+    if launch.arch(qkv.device) != attention_specialized.ARCH:
+        return
+    d = qkv.shape[1] // (3 * heads)
+    listed = work_list.build_work_list(batch.cu_seqlens_cpu.numpy(), 128, share=False).to(qkv.device)
+    for sizes in attention_specialized.tiles():
+        call = partial(attention.varlen_attention_forward, qkv, listed, heads, d**-0.5, config={**sizes, "BLOCK_D": d})
+        probe.measure(
+            kind, f"128x{sizes['BLOCK_K']} specialized", lambda i, call=call: call(),
+            work=work, exact=exact, pick=lambda out: out[: exact.shape[0]], tiles=len(listed.tiles),
+        )  # fmt: skip
 
 
 def measure_rows(probe: Probe) -> None:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from fastbert.checkpoint.config import BertConfig
     from fastbert.diagnostics.explain.entry import explain
     from fastbert.diagnostics.verify.entry import verify
+    from fastbert.diagnostics.waiting import wait_for_checks
     from fastbert.diagnostics.warmup import warmup
     from fastbert.engine.events import compile_events
     from fastbert.models.bert import BertModel
@@ -68,6 +69,7 @@ _PUBLIC = {
     "restore": "fastbert.adapters",
     "semantic_search": "fastbert.vectors.search",
     "verify": "fastbert.diagnostics.verify.entry",
+    "wait_for_checks": "fastbert.diagnostics.waiting",
     "warmup": "fastbert.diagnostics.warmup",
 }
 
@@ -96,6 +98,7 @@ __all__ = [
     "restore",
     "semantic_search",
     "verify",
+    "wait_for_checks",
     "warmup",
 ]
 

@@ -232,6 +232,7 @@ class Run:
         lengths = batch.cu_seqlens_cpu.diff().tolist()
         if self.request.output_value == "token_embeddings":
             return list(hidden.split(lengths))
+        input_ids, token_type_ids = (packing.to_device(ids, self.device) for ids in (input_ids, token_type_ids))
         rows = zip(
             input_ids.split(lengths),
             token_type_ids.split(lengths),

@@ -125,7 +125,7 @@ class Work:
         n_heads, d = self.job.sizes
         block_d = configs.attention_config(self.job.dtype, d, launch.arch(self.device)).block_sizes["BLOCK_D"]
         sizes = {**candidate.sizes, "BLOCK_D": block_d}
-        work_list = build_work_list(self.cu_seqlens, sizes["BLOCK_Q"]).to(self.device)
+        work_list = build_work_list(self.cu_seqlens, sizes["BLOCK_Q"], not sizes.get("WARP_SPECIALIZE")).to(self.device)
         arguments = self.qkv, work_list, n_heads, d**-0.5
         return lambda: varlen_attention_forward(*arguments, config=sizes)
 

@@ -33,11 +33,11 @@ import torch
 from fastbert_kernels import attention_bias as biases
 from fastbert_kernels import configs, launch
 from fastbert_kernels import dropout as drawing
-from fastbert_kernels.attention import LOG2_E
 from fastbert_kernels.attention_bias import PositionBias
 from fastbert_kernels.attention_bias_gradient import bias_gradient
 from fastbert_kernels.attention_key_gradient import key_value_gradient_kernel
 from fastbert_kernels.attention_query_gradient import query_gradient_kernel
+from fastbert_kernels.attention_tiles import LOG2_E
 from fastbert_kernels.masks import Dropout
 from fastbert_kernels.work_list import WorkList, build_work_list
 
