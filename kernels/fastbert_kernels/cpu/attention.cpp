@@ -218,8 +218,8 @@ INLINE void run(const T* qkv, T* out, const Heads& shape, const AttentionPlan::T
         }
         const int64_t n_words = over(length, 64);
         if (MODE == TRAINING_WITH_DROPOUT) draw(scratch.keep, n_words, masks, first, n_rows, 0, length);
-#define ALL_KEYS(N)                                                                                               \
-    probabilities_of<N, O, MODE, BIASED>(scratch.scores, padded, queries, keys, depth, shape.scale, length,       \
+#define ALL_KEYS(N)                                                                                         \
+    probabilities_of<N, O, MODE, BIASED>(scratch.scores, padded, queries, keys, depth, shape.scale, length, \
                                          scratch.keep, tops, totals, bias)
         const int64_t n_in_registers = depth > DEPTH ? 0 : n_blocks;
         if (n_in_registers == 1) {
@@ -265,13 +265,16 @@ void run_all(const T* qkv, T* out, const Heads& shape, const AttentionPlan& plan
              const Training& training) {
     const int64_t size = shape.head_size, n_heads = shape.n_heads, n_tasks = plan.n_tasks * n_heads;
     float* memory = plan.scratch(team.id);
-    const Scratch scratch = {memory, memory + plan.padded * size, memory + 2 * plan.padded * size,
+    const Scratch scratch = {memory,
+                             memory + plan.padded * size,
+                             memory + 2 * plan.padded * size,
                              memory + 2 * plan.padded * size + ROWS * size,
                              (uint64_t*)(memory + 2 * plan.padded * size + ROWS * (size + plan.padded)),
                              memory + 2 * plan.padded * size + ROWS * (size + plan.padded + 2 * over(plan.padded, 64))};
     team.each(n_tasks + plan.n_rows - plan.n_tokens, [&](int64_t i) {
         if (i < n_tasks) {
-            run<T, O, MODE, BIASED>(qkv, out, shape, plan.tasks[i / n_heads], i % n_heads, scratch, training, plan.n_rows);
+            run<T, O, MODE, BIASED>(qkv, out, shape, plan.tasks[i / n_heads], i % n_heads, scratch, training,
+                                    plan.n_rows);
             return;
         }
         const int64_t row = plan.n_tokens + i - n_tasks;  // that no sequence has
@@ -327,15 +330,15 @@ void attention(const bf16* qkv, bf16* out, const Heads& heads, const AttentionPl
 }
 
 // table, radius, columns: the members of PositionBias.
-#define ATTENTION(name, T)                                                                                       \
-    EXPORT int name(const T* qkv, int64_t row_stride, int64_t n_rows, const int32_t* cu_seqlens, int64_t n_seqs, \
-                    int64_t n_heads, int64_t head_size, float scale, T* out, int64_t out_stride,                 \
-                    const float* table, int64_t radius, const int32_t* columns) {                                \
-        const AttentionPlan plan(cu_seqlens, n_seqs, n_rows, head_size, table != NULL);                          \
-        if (plan.status != 0) return plan.status;                                                                \
-        const Heads heads = {row_stride, n_heads, head_size, out_stride, scale, {table, radius, columns}};       \
-        in_parallel([&](const Team& team) { attention(qkv, out, heads, plan, team); });                          \
-        return 0;                                                                                                \
+#define ATTENTION(name, T)                                                                                           \
+    EXPORT int name(const T* qkv, int64_t row_stride, int64_t n_rows, const int32_t* cu_seqlens, int64_t n_seqs,     \
+                    int64_t n_heads, int64_t head_size, float scale, T* out, int64_t out_stride, const float* table, \
+                    int64_t radius, const int32_t* columns) {                                                        \
+        const AttentionPlan plan(cu_seqlens, n_seqs, n_rows, head_size, table != NULL);                              \
+        if (plan.status != 0) return plan.status;                                                                    \
+        const Heads heads = {row_stride, n_heads, head_size, out_stride, scale, {table, radius, columns}};           \
+        in_parallel([&](const Team& team) { attention(qkv, out, heads, plan, team); });                              \
+        return 0;                                                                                                    \
     }
 
 ATTENTION(fastbert_attention_float32, float)
