@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from fastbert.diagnostics.warmup import warmup
     from fastbert.engine.events import compile_events
     from fastbert.models.bert import BertModel
+    from fastbert.models.mpnet import MPNetModel
     from fastbert.models.tasks import (
         BertForMaskedLM,
         BertForMultipleChoice,
@@ -58,6 +59,7 @@ _PUBLIC = {
     "BertModel": "fastbert.models.bert",
     "CrossEncoder": "fastbert.pipelines.cross",
     "EntityRecognizer": "fastbert.pipelines.entities",
+    "MPNetModel": "fastbert.models.mpnet",
     "QuestionAnswerer": "fastbert.pipelines.answers",
     "SentenceEncoder": "fastbert.pipelines.sentence",
     "Tokenizer": "fastbert.text.tokenizer",
@@ -86,6 +88,7 @@ __all__ = [
     "BertModel",
     "CrossEncoder",
     "EntityRecognizer",
+    "MPNetModel",
     "QuestionAnswerer",
     "SentenceEncoder",
     "Tokenizer",

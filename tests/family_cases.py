@@ -14,9 +14,9 @@ import fastbert
 from fastbert.checkpoint.families import FAMILIES
 from model_cases import BATCH, LENGTH, POSITIONS, VOCAB, generator, mask, randomise
 
-OTHERS = ("roberta", "xlm-roberta", "camembert", "distilbert", "electra")
-# One for each way of being different: positions, segments and names, projection.
-KINDS = ("roberta", "distilbert", "electra")
+OTHERS = ("roberta", "xlm-roberta", "camembert", "distilbert", "electra", "mpnet")
+# One for each way of being different: positions, segments and names, projection, a text of its own.
+KINDS = ("roberta", "distilbert", "electra", "mpnet")
 SIZES = {"hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 2, "intermediate_size": 37}
 DISTILBERT_SIZES = {"dim": 32, "n_heads": 2, "n_layers": 2, "hidden_dim": 37}
 

@@ -125,10 +125,11 @@ def accelerate(
 ) -> Model:
     """Lets fastbert run the encoders of BERT's family in a live model of another library, and returns the same object.
 
-    model: a `BertModel`, `RobertaModel`, `XLMRobertaModel`, `CamembertModel`, `DistilBertModel` or `ElectraModel` of
-    transformers, a `...For...` around one, the model of an `AutoModel...`, a pipeline, a wrapper (PEFT, DataParallel),
-    a `SentenceTransformer` or a `CrossEncoder`. backend: "auto", "triton", "cpu" or "torch". strict: whether a call
-    that fastbert cannot run raises BackendError. cuda_graphs: on a GPU, launch short batches as CUDA graphs.
+    model: a `BertModel`, `RobertaModel`, `XLMRobertaModel`, `CamembertModel`, `DistilBertModel`, `ElectraModel` or
+    `MPNetModel` of transformers, a `...For...` around one, the model of an `AutoModel...`, a pipeline, a wrapper (PEFT,
+    DataParallel), a `SentenceTransformer` or a `CrossEncoder`. backend: "auto", "triton", "cpu" or "torch". strict:
+    whether a call that fastbert cannot run raises BackendError. cuda_graphs: on a GPU, launch short batches as CUDA
+    graphs.
     strict_ids: on a GPU, wait in each call until its ids are known to be in their tables; else the next call raises.
 
     Arguments, outputs, state dict and parameters stay. Rows of outputs at padding positions are zero, where

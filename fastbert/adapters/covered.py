@@ -152,6 +152,19 @@ COVERED = (
     ),
     _like_bert("electra", "electra", {**_COLUMNS, **_ZEROS}, "BaseModelOutputWithPastAndCrossAttentions",
                without=("SdpaSelfAttention", "Pooler")),
+    Mapping(
+        family=FAMILIES["mpnet"],
+        module="transformers.models.mpnet.modeling_mpnet",
+        containers=frozenset(
+            f"MPNet{name}" for name in
+            ("Embeddings", "Encoder", "Layer", "Attention", "SelfAttention", "Intermediate", "Output", "Pooler")
+        ),
+        dropouts={name: name for name in ("attention.attn.dropout", "attention.dropout", "output.dropout")},
+        activation="intermediate.intermediate_act_fn",
+        heads="attention.attn",
+        buffers={},
+        output="BaseModelOutputWithPooling",
+    ),
 )  # fmt: skip
 
 

@@ -48,7 +48,7 @@ def reference_vectors(
         batch = [texts[i] for i in order[start : start + batch_size]]
         inputs = encoder.tokenizer(batch, padding=True, max_length=encoder.max_seq_length, return_tensors="pt")
         inputs = inputs.to(device)
-        encoded = reference.bert(parameters, encoder.model.config, **inputs, output_attentions=False)
+        encoded = reference.encode(parameters, encoder.model.config, **inputs, output_attentions=False)
         mask = inputs.attention_mask
         cu_seqlens = F.pad(mask.sum(1).cumsum(0), (1, 0))
         hidden = encoded.last_hidden_state[mask != 0]  # (T, H)

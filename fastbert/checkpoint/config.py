@@ -168,6 +168,8 @@ class BertConfig(ConfigAccess):
             expect(fits, "pad_token_id", pad, "a token id, 0 or more: positions begin after it")
             positions, least = self.max_position_embeddings, f"more than pad_token_id + 1 ({self.position_offset})"
             expect(positions > self.position_offset, "max_position_embeddings", positions, least)
+        for name, value in family.required.items():
+            expect(getattr(self, name) == value, name, getattr(self, name), f"{value}: {family.classes} has no other")
         width = self.embedding_size
         fits = not family.projection or width is None or (_is_int(width) and width > 0)
         expect(fits, "embedding_size", width, "None or a positive whole number")

@@ -1,8 +1,7 @@
-"""This module holds the table of each family of encoders that is BERT under other names.
+"""This module holds the table of each family of encoders.
 
-The modules of fastbert.models.bert serve all of them.
-No table can yet say these, which would need code of their own in the model: a relative position bias (MPNet), rotary
-positions, gated linear units and windows (ModernBERT).
+The modules of fastbert.models.bert serve the families that are BERT under other names. A family with other layers names
+its text: MPNet's is fastbert.models.mpnet.
 """
 
 from __future__ import annotations
@@ -61,6 +60,14 @@ _ELECTRA_HEADS = {
     ),
     "SequenceClassification": Head(activation="gelu", dropout_first=True),
     "TokenClassification": Head(),
+    "QuestionAnswering": Head(dropout=()),
+}
+
+_MPNET_HEADS = {
+    "MaskedLM": _ROBERTA_HEADS["MaskedLM"],
+    "SequenceClassification": Head(activation="tanh", dropout_first=True, dropout=("hidden_dropout_prob",)),
+    "MultipleChoice": Head(pooler=True, dropout=("hidden_dropout_prob",)),
+    "TokenClassification": Head(dropout=("hidden_dropout_prob",)),
     "QuestionAnswering": Head(dropout=()),
 }
 
@@ -139,6 +146,21 @@ FAMILIES: dict[str, Family] = {
             pooler=False,
             projection=True,
             tokenizer="Electra",
+        ),
+        Family(
+            "mpnet",
+            "MPNet",
+            prefix="mpnet.",
+            heads=_MPNET_HEADS,
+            defaults={"vocab_size": 30527, "pad_token_id": 1, "relative_attention_num_buckets": 32},
+            fixed={"type_vocab_size": 1, "classifier_dropout": None},
+            required={"pad_token_id": 1},
+            positions=AFTER_PADDING,
+            token_types=False,
+            text="mpnet",
+            tokenizer="MPNet",
+            special_tokens={**_ROBERTA_TOKENS, "unk_token": "[UNK]"},
+            segments=False,
         ),
     )
 }

@@ -1,7 +1,8 @@
-"""This module says how a family of encoders that is BERT under other names differs from BERT.
+"""This module says what a family of encoders calls things, and how it differs from BERT.
 
 A `Family` is a table. It says what a checkpoint of the family calls a parameter, a module or a setting. It says where
-the positions of tokens count from, which of BERT's parts the family lacks, and how its heads look.
+the positions of tokens count from, which of BERT's parts the family lacks, and how its heads look. A family with
+other layers than BERT's has a text of its own besides, which its table names.
 """
 
 from __future__ import annotations
@@ -54,6 +55,8 @@ class Family:
     pooler: bool = True  # Whether the bare model has a pooler.
     attention_output_dropout: bool = True  # Whether a layer drops out between attention and its norm.
     projection: bool = False  # Whether the embeddings have their own width, `embedding_size`, and a linear layer.
+    text: str = "bert"  # What describes its layers: the file of fastbert.models, and of fastbert.reference.
+    required: Mapping[str, Any] = field(default_factory=dict)  # BertConfig fields for which its code has one value.
     tokenizer: str = ""  # The class of the tokenizer in transformers, without "Tokenizer".
     special_tokens: Mapping[str, str] = field(default_factory=dict)  # Names that are not BERT's, and may not be stored.
     segments: bool = True  # Whether the tokenizer gives segment ids at all.

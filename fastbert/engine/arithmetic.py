@@ -19,7 +19,7 @@ from fastbert.ops import tracing
 from fastbert.ops.packing import PackedBatch
 from fastbert.ops.tracing import untraced
 
-FEATURES: frozenset[str] = frozenset()  # what layers may have beyond BERT's in the C++ kernels
+FEATURES = frozenset(("position_bias",))  # what layers may have beyond BERT's in the C++ kernels
 
 
 class Modules:

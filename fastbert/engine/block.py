@@ -85,8 +85,9 @@ class Block:
     query, key, value, out: (H, H). up: (I, H). down: (H, I). fuse_qkv gives query, key and value as one linear,
     (3H, H), which is kept until one of them changes. dropouts: the probabilities, in the present mode, for attention's
     probabilities, its output and the feed-forward part's output. gate: (I, H), whose product multiplies the
-    activation's. rotary: the base of the angles. position_bias: (N, S, S), added to the scores. window: tokens on
-    either side that attention reaches.
+    activation's. rotary: the base of the angles. position_bias: (N, 2R + 1), what is added to the score of a key that
+    stands -R to R columns after the query, and of those beyond (fastbert.ops.position_bias); all layers may share it.
+    window: tokens on either side that attention reaches.
     """
 
     query: Linear
@@ -130,8 +131,11 @@ class Block:
         linears = {name: getattr(self, name).mapped(function) for name in _LINEARS}
         norms = {name: getattr(self, name).mapped(function) for name in ("attention_norm", "output_norm")}
         gate = None if self.gate is None else self.gate.mapped(function)
+        bias = None if self.position_bias is None else function(self.position_bias)
         fuse = self.fuse_qkv
-        return replace(self, **linears, **norms, gate=gate, fuse_qkv=lambda: fuse().mapped(function))
+        return replace(
+            self, **linears, **norms, gate=gate, position_bias=bias, fuse_qkv=lambda: fuse().mapped(function)
+        )
 
     def products(self) -> dict[str, tuple[Linear, ...]]:
         """The matrix products of the layer by name: the linears that are multiplied as one. See `product_shapes`."""

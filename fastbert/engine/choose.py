@@ -106,7 +106,7 @@ class Engine:
         if check:
             self._check_and_wait(model, batch, inputs)
         embedded, n_tokens = inputs.input_ids is None, batch.n_tokens
-        if not embedded and not compiling and bucket_of(n_tokens) is not None:
+        if not embedded and not compiling and batch.columns is None and bucket_of(n_tokens) is not None:
             device = batch.device
             if capture.capturer(device) is not None and next(self._state_obstacles(model, device), None) is None:
                 return self._run_in_bucket(model, batch, inputs, keep_states, notes)

@@ -144,7 +144,7 @@ class CpuEncoder:
             ids = _contiguous(inputs)
             x = torch.empty(batch.n_tokens, weights.hidden_size, dtype=dtype, device="cpu")
         workspace = self._take(weights.workspace_size(batch.n_tokens), dtype)
-        cpu.encoder_forward(weights, ids, x, batch.cu_seqlens_cpu, workspace)
+        cpu.encoder_forward(weights, ids, x, batch.cu_seqlens_cpu, workspace, batch.columns)
         self._keep(workspace)
         return x
 
@@ -165,7 +165,7 @@ class CpuEncoder:
         else:
             ids = _contiguous(inputs)
         workspace = self._take(weights.workspace_size(batch.n_tokens, dtype), torch.uint8)
-        cpu.encoder_int8_forward(weights, ids, states, batch.cu_seqlens_cpu, workspace)
+        cpu.encoder_int8_forward(weights, ids, states, batch.cu_seqlens_cpu, workspace, batch.columns)
         self._keep(workspace)
         return list(states)
 
@@ -207,12 +207,14 @@ def pack_encoder(
         weight, bias = norm.weight, norm.bias
         embeddings = cpu.EncoderTables(tables.words, tables.token_types, tables.positions, weight, bias)  # type: ignore[arg-type]
     layers = [_layer(block) for block in blocks]
-    tensors: list[Any] = [t for layer in layers for t in layer]
+    tensors: list[Any] = [t for layer in layers for t in layer[:-1]]
     tensors += [t for i, t in enumerate(embeddings) if i != 1 or t is not None]  # there may be no token types
     dtype = tensors[0].dtype
     if any(t is None or t.dtype != dtype or t.device.type != "cpu" or not t.is_contiguous() for t in tensors):
         return None
     if any(t.is_inference() for t in tensors) or len({norm.eps for norm in norms}) > 1:
+        return None
+    if len({None if layer.position_bias is None else layer.position_bias.shape for layer in layers}) > 1:
         return None
     return (cpu.Int8Encoder if int8 else cpu.Encoder)(
         embeddings=cpu.EncoderTables(*(None if t is None else t.detach() for t in embeddings)) if embeddings else (),  # type: ignore[arg-type]
@@ -232,13 +234,18 @@ def _layer(block: Block) -> cpu.EncoderLayer:
     tensors: Any = (
         qkv.weight, qkv.bias, out.weight, out.bias, attention_norm.weight, attention_norm.bias,
         up.weight, up.bias, down.weight, down.bias, output_norm.weight, output_norm.bias,
+        None if block.position_bias is None else cpu.PositionBias.of(block.position_bias, None).table,
     )  # fmt: skip
     return cpu.EncoderLayer(*tensors)
 
 
+def _detached(layer: cpu.EncoderLayer) -> cpu.EncoderLayer:
+    return cpu.EncoderLayer(*(None if t is None else t.detach() for t in layer))  # type: ignore[arg-type]
+
+
 def _packed(layer: cpu.EncoderLayer) -> cpu.EncoderLayer:
     pack = packed_linear.packed_by_kernel  # kept beside the parameter itself
-    detached = cpu.EncoderLayer(*(t.detach() for t in layer))
+    detached = _detached(layer)
     return detached._replace(qkv=pack(layer.qkv), out=pack(layer.out), up=pack(layer.up), down=pack(layer.down))
 
 
@@ -248,7 +255,7 @@ def _in_8_bits(layer: cpu.EncoderLayer) -> cpu.Int8EncoderLayer:
         return cpu.pack_int8(q.data, q.scale[:, 0], bias.float())
 
     with torch.inference_mode(False), torch.no_grad():
-        layer = cpu.EncoderLayer(*(t.detach() for t in layer))
+        layer = _detached(layer)
         return cpu.Int8EncoderLayer(
             qkv=pack(layer.qkv, layer.qkv_bias, True),
             out=pack(layer.out, layer.out_bias, True),
@@ -258,4 +265,5 @@ def _in_8_bits(layer: cpu.EncoderLayer) -> cpu.Int8EncoderLayer:
             down=pack(layer.down, layer.down_bias, False),  # the rows of an activation are not rotated
             output_norm_weight=layer.output_norm_weight,
             output_norm_bias=layer.output_norm_bias,
+            position_bias=layer.position_bias,
         )

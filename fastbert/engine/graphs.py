@@ -126,7 +126,7 @@ class Graphs:
         the answer is no. unchanged: (shape, state) -> whether a model in them is this one. number: of the batch.
         """
         bucket = bucket_of(batch.n_tokens)
-        if bucket is None or batch.batch_size > bucket:
+        if bucket is None or batch.batch_size > bucket or batch.columns is not None:  # which it has no place for
             return None
         with self.lock:
             shape, state, switches = self._shape, self._state, self._switches

@@ -34,7 +34,7 @@ from fastbert.ops.tracing import untraced
 OP = "8-bit encoder"
 # What a Decision calls the unquantised path.
 UNQUANTISED = "unquantised"
-FEATURES: frozenset[str] = frozenset()  # what its layers may have beyond BERT's
+FEATURES = frozenset(("position_bias",))  # what its layers may have beyond BERT's
 
 
 class QuantizedWeights(Derived):
@@ -204,7 +204,9 @@ class EightBit:
             of_qkv, of_out, of_up, of_down = (weights.of(precision, *which) for which in _linears(i, block, precision))
             weight, bias = of_qkv
             qkv = ops.quantized.linear(q, weight, bias, x.dtype, policy=policy)
-            context = ops.quantized.varlen_attention(qkv, batch, block.num_heads, precision, policy=policy)
+            context = ops.quantized.varlen_attention(
+                qkv, batch, block.num_heads, precision, position_bias=block.position_bias, policy=policy
+            )
             weight, bias = of_out
             y = ops.quantized.linear(context, weight, None, x.dtype, policy=policy)
             x, q = ops.quantized.bias_residual_layer_norm(

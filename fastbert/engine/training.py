@@ -19,7 +19,7 @@ from fastbert.ops.training.kernels import Attention, Kernels
 from fastbert.ops.training.layer import LayerParameters, LayerSettings, encoder_layer
 from fastbert_kernels.masks import ATTENTION, ATTENTION_OUTPUT, OUTPUT, Dropout, site_of
 
-FEATURES: frozenset[str] = frozenset()  # What layers may have beyond BERT's.
+FEATURES = frozenset(("position_bias",))  # What layers may have beyond BERT's.
 
 
 class Training:
@@ -82,7 +82,7 @@ class Training:
         blocks = list(model.blocks())
         if not blocks:
             return [x]
-        kernels = kernels_of(model, blocks[0], x)
+        kernels = kernels_of(model, blocks[0], x, batch.columns is not None)
         if kernels is None or not _one_dtype(blocks, x):
             return model.run_layers(x, batch, keep_states)
         states = [x]
@@ -97,9 +97,13 @@ class Training:
         return states
 
 
-def kernels_of(model: Any, block: Block, x: Tensor) -> Kernels | None:
-    """The passes that run a model's layers on rows like x, or None where PyTorch runs them operation by operation."""
-    return choose.kernels("encoder layer", model.policy, x.device, choose.product_dtype(x), **shape_of(block))
+def kernels_of(model: Any, block: Block, x: Tensor, holes: bool = False) -> Kernels | None:
+    """The passes that run a model's layers on rows like x, or None where PyTorch runs them operation by operation.
+
+    holes: whether masks have holes, for a position bias.
+    """
+    what = {**shape_of(block), "holes": holes}
+    return choose.kernels("encoder layer", model.policy, x.device, choose.product_dtype(x), **what)
 
 
 def shape_of(block: Block) -> dict[str, Any]:
@@ -109,6 +113,7 @@ def shape_of(block: Block) -> dict[str, Any]:
         "sizes": (block.hidden_size, block.intermediate_size),
         "hidden_size": block.hidden_size,
         "activation": block.activation,
+        "biased": block.position_bias is not None,
     }
 
 
@@ -126,7 +131,7 @@ def parameters_of(block: Block) -> LayerParameters:
         block.query.weight, block.key.weight, block.value.weight,
         block.query.bias, block.key.bias, block.value.bias,
         block.out.weight, block.out.bias, *first.filled(like),
-        block.up.weight, block.up.bias, block.down.weight, block.down.bias, *last.filled(like),
+        block.up.weight, block.up.bias, block.down.weight, block.down.bias, *last.filled(like), block.position_bias,
     )  # fmt: skip
 
 
@@ -139,7 +144,7 @@ def settings_of(block: Block, layer: int, batch: PackedBatch, kernels: Kernels, 
     ]
     return LayerSettings(
         kernels=kernels,
-        attention=Attention(batch, block.num_heads, block.head_size**-0.5, drops[0]),
+        attention=Attention(batch, block.num_heads, block.head_size**-0.5, drops[0], batch.columns),
         activation=block.activation,
         eps=(block.attention_norm.eps, block.output_norm.eps),
         dropouts=(drops[1], drops[2]),

@@ -17,21 +17,27 @@ from fastbert.models.encoded import Encoded
 from fastbert.models.inputs import Inputs
 from fastbert.ops import packing
 from fastbert.ops.packing import PackedBatch
+from fastbert.ops.position_bias import expand
 
 logger = logging.getLogger("fastbert")
 
 PLAN = ATTENTIONS
 
 
-def attend(qkv: Tensor, batch: PackedBatch, num_heads: int, dropout_p: float) -> Tensor:
+def attend(
+    qkv: Tensor, batch: PackedBatch, num_heads: int, dropout_p: float, position_bias: Tensor | None = None
+) -> Tensor:
     """Attention in plain PyTorch, (T, 3H) -> (T, H); its weights (B, N, S, S) join the batch's.
 
-    They are zeros at rows of padding.
+    They are zeros at rows of padding. position_bias: (N, 2R + 1), as `ops.varlen_attention` takes it.
     """
     view = hooks.padded_view(batch)
     q, k, v = packing.pad(qkv, view).unflatten(-1, (3, num_heads, -1)).permute(2, 0, 3, 1, 4)  # (B, N, S, D)
     token = packing.pad(torch.ones_like(qkv[:, 0], dtype=torch.bool), view)  # (B, S)
     scores = (q @ k.transpose(-1, -2)) * q.shape[-1] ** -0.5
+    if position_bias is not None:
+        columns = torch.arange(batch.padded_length, device=qkv.device)
+        scores = scores + expand(position_bias, columns).to(scores.dtype)
     scores = scores.masked_fill(~token[:, None, None], torch.finfo(scores.dtype).min)
     weights = torch.softmax(scores, dim=-1) * token[:, None, :, None]
     batch.plan(PLAN, list).append(weights)
@@ -66,7 +72,7 @@ def encode_by_reference(model: Any, batch: PackedBatch, inputs: Inputs, keep_sta
     config = model.config
     if model.training and (config.hidden_dropout_prob or config.attention_probs_dropout_prob):
         logger.warning("output_attentions takes the reference path, which applies no dropout")
-    result = reference.bert(
+    result = reference.encode(
         dict(model.named_parameters(remove_duplicate=False)), config, *inputs.tensors(), dtype=model.dtype
     )
     states = [packing.pack(state, batch) for state in result.hidden_states]

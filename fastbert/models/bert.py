@@ -7,25 +7,22 @@ a padded tensor, (B, S, H), was called by a hook or from outside: it packs its i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from fastbert import ops
 from fastbert.checkpoint.config import BertConfig
 from fastbert.engine import Block, Linear, Norm, Options
 from fastbert.models import attention_weights, hooks
 from fastbert.models.embeddings import BertEmbeddings
-from fastbert.models.encoded import Encoded
 from fastbert.models.encoder import EncoderModel
-from fastbert.models.inputs import Inputs, takes_inputs
+from fastbert.models.layers import LayerStack
 from fastbert.models.modules import add_and_norm, call_module, dense, first_rows, fuse, is_plain, is_plain_norm
 from fastbert.models.outputs import BaseModelOutputWithPooling
-from fastbert.ops import Policy, packing
+from fastbert.ops import Policy
 from fastbert.ops.derived import Derived
 from fastbert.ops.packing import PackedBatch
 from fastbert_kernels.masks import ATTENTION, ATTENTION_OUTPUT, OUTPUT, site_of
@@ -33,6 +30,8 @@ from fastbert_kernels.masks import ATTENTION, ATTENTION_OUTPUT, OUTPUT, site_of
 
 class BertSelfAttention(nn.Module):
     """softmax(q k^T / sqrt(D)) v within each sequence."""
+
+    projections = "query", "key", "value"
 
     def __init__(self, config: BertConfig, layer: int = 0) -> None:
         super().__init__()
@@ -183,23 +182,9 @@ class BertLayer(nn.Module):
         )
 
 
-class BertEncoder(nn.Module):
+class BertEncoder(LayerStack):
     def __init__(self, config: BertConfig) -> None:
-        super().__init__()
-        self.layer = nn.ModuleList(BertLayer(config, i) for i in range(config.num_hidden_layers))
-        self.gradient_checkpointing = False
-        self.checkpointing: dict[str, Any] = {}  # arguments of torch.utils.checkpoint.checkpoint
-        self.checkpointed_every = 1  # 2: layers 0, 2, 4 ... keep their input alone
-        # For each layer what calls it in the place of that, or None; an adapter has them from its live model.
-        self.checkpoints: tuple[Callable[..., Any] | None, ...] | None = None
-
-    def checkpoint_of(self, i: int) -> Callable[..., Any] | None:
-        """Returns what calls layer i so that it keeps its input alone; None where it keeps what backward needs."""
-        if not (self.gradient_checkpointing and self.training and torch.is_grad_enabled()):
-            return None
-        if self.checkpoints is not None:
-            return self.checkpoints[i]
-        return None if i % self.checkpointed_every else partial(checkpoint, **self.checkpointing)
+        super().__init__(BertLayer(config, i) for i in range(config.num_hidden_layers))
 
     def forward(self, x: Tensor, batch: Any = None, policy: Policy = ops.AUTO, keep_states: bool = True) -> Any:
         """(T, H) -> the hidden states before the first layer and after each, L + 1 times (T, H), or the last alone.
@@ -209,15 +194,7 @@ class BertEncoder(nn.Module):
         if x.dim() == 3:
             padded = hooks.on_packed(BertEncoder.forward, self, x, keep_states=keep_states)
             return BaseModelOutputWithPooling(padded[-1], hidden_states=tuple(padded) if keep_states else None)
-        states = [x]
-        for i, layer in enumerate(self.layer):
-            recomputed = self.checkpoint_of(i)
-            if recomputed is None:
-                x = hooks.call(layer, batch, policy, x)
-            else:
-                x = recomputed(hooks.call, layer, batch, policy, x)
-            states = [*states, x] if keep_states else [x]
-        return states
+        return self.states(x, batch, policy, keep_states)
 
 
 class BertPooler(nn.Module):
@@ -237,8 +214,9 @@ class BertModel(EncoderModel):
     """The BERT encoder: token ids in, one vector a token out, and the pooled [CLS] vector.
 
     It is also the encoder of its family, as config.model_type says (fastbert.checkpoint.families): the modules and
-    their names are BERT's, the pooler is there where the family has one, and default positions are the family's.
-    settings: the fields of `Options` by name.
+    their names are BERT's, the pooler is there where the family has one, and default positions are the family's. Where
+    the family has a text of its own, as MPNet has, BertModel(config) makes its class. settings: the fields of `Options`
+    by name.
 
     Source: Devlin et al., "BERT: Pre-training of Deep Bidirectional Transformers", 2018, arXiv:1810.04805.
     """
@@ -260,28 +238,6 @@ class BertModel(EncoderModel):
         has_pooler = add_pooling_layer and config.family.pooler
         self.pooler: BertPooler | None = BertPooler(config) if has_pooler else None
         self.init_weights()
-
-    @takes_inputs
-    def forward(self, inputs: Inputs) -> BaseModelOutputWithPooling | tuple[Tensor, ...]:
-        """The hidden states of a padded batch; `Inputs` says what the arguments are.
-
-        Returns last_hidden_state (B, S, H), zeros at padding positions, and pooler_output (B, H), from the first token
-        that the mask leaves in each row. hidden_states and attentions on request; attentions take the slow reference
-        path. Raises IndexError for ids outside the vocabulary or the position table, ValueError for shapes.
-        """
-        encoded = self.encode(inputs)
-        output = BaseModelOutputWithPooling(
-            last_hidden_state=packing.pad(encoded.last_hidden_state, encoded.batch),
-            pooler_output=self.pool(encoded),
-            **encoded.padded(),
-        )
-        return output if inputs.wants_dict(self.config) else output.to_tuple()
-
-    def pool(self, encoded: Encoded) -> Tensor | None:
-        """The pooled [CLS] vectors, (B, H), or None without a pooler."""
-        if self.pooler is None or encoded.pooled is not None:
-            return encoded.pooled
-        return hooks.call(self.pooler, encoded.batch, self.policy, encoded.last_hidden_state)
 
     def blocks(self) -> Iterator[Block]:
         """Each layer as data; its modules must be plain."""

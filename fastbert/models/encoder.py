@@ -17,9 +17,11 @@ from fastbert.engine.late_checks import NAMES
 from fastbert.engine.listeners import listened
 from fastbert.models import attention_weights, hooks
 from fastbert.models.encoded import Encoded
-from fastbert.models.inputs import Inputs, check_embeds
+from fastbert.models.inputs import Inputs, check_embeds, takes_inputs
 from fastbert.models.modules import dense
+from fastbert.models.outputs import BaseModelOutputWithPooling
 from fastbert.models.pretrained import PreTrainedModel, listed
+from fastbert.models.registry import class_for
 from fastbert.ops import packing, tracing
 from fastbert.ops.derived import Derived
 from fastbert.ops.packing import PackedBatch
@@ -37,10 +39,18 @@ class EncoderModel(PreTrainedModel):
     """
 
     own_modules: frozenset[type[nn.Module]]  # the classes that the encoder is made of, as it is made
+    counts_distances = False  # whether attention depends on how many columns are between two tokens
     embeddings: Any
     embeddings_project: Any
     encoder: Any
     pooler: Any
+
+    def __new__(cls, config: BertConfig | None = None, *args: Any, **settings: Any) -> Any:
+        """BertModel(config) makes the class of the config's family. config: None for a copy or a pickle."""
+        if config is None:
+            return nn.Module.__new__(cls)
+        family_class = class_for(cls, config)
+        return nn.Module.__new__(cls) if family_class is cls else family_class(config, *args, **settings)
 
     def __init__(self, config: BertConfig, options: Options | None = None, **settings: Any) -> None:
         options = Options.of(options, settings)
@@ -49,6 +59,28 @@ class EncoderModel(PreTrainedModel):
         self.counted_from = config.pad_token_id if config.family.positions == AFTER_PADDING else None
         self.engine = Engine()
         self.cuda_graphs, self.strict_ids = options.cuda_graphs, options.strict_ids
+
+    @takes_inputs
+    def forward(self, inputs: Inputs) -> BaseModelOutputWithPooling | tuple[Tensor, ...]:
+        """The hidden states of a padded batch; `Inputs` says what the arguments are.
+
+        Returns last_hidden_state (B, S, H), zeros at padding positions, and pooler_output (B, H), from the first token
+        that the mask leaves in each row. hidden_states and attentions on request; attentions take the slow reference
+        path. Raises IndexError for ids outside the vocabulary or the position table, ValueError for shapes.
+        """
+        encoded = self.encode(inputs)
+        output = BaseModelOutputWithPooling(
+            last_hidden_state=packing.pad(encoded.last_hidden_state, encoded.batch),
+            pooler_output=self.pool(encoded),
+            **encoded.padded(),
+        )
+        return output if inputs.wants_dict(self.config) else output.to_tuple()
+
+    def pool(self, encoded: Encoded) -> Tensor | None:
+        """The pooled [CLS] vectors, (B, H), or None without a pooler."""
+        if self.pooler is None or encoded.pooled is not None:
+            return encoded.pooled
+        return hooks.call(self.pooler, encoded.batch, self.policy, encoded.last_hidden_state)
 
     def blocks(self) -> Iterator[Block]:
         """Each layer as data."""
@@ -150,6 +182,8 @@ class EncoderModel(PreTrainedModel):
                 raise ValueError(f"{name}: expected shape ({n_tokens},), got {tuple(tensor.shape)}")
         if inputs_embeds is not None:
             check_embeds(inputs_embeds, self)
+        if self.counts_distances and batch.indices is not None:
+            packing.find_holes(batch)
         if position_ids is None and self.counted_from is not None:
             if input_ids is None:
                 position_ids = batch.position_ids + self.counted_from + 1

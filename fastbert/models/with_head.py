@@ -17,20 +17,20 @@ from fastbert.checkpoint.match import Match
 from fastbert.engine import Options
 from fastbert.engine.listeners import listened
 from fastbert.models import outputs
-from fastbert.models.bert import BertModel
 from fastbert.models.encoded import Encoded, encode_by_call
 from fastbert.models.heads import is_plain_head
 from fastbert.models.inputs import Inputs
 from fastbert.models.losses import labelled_loss
 from fastbert.models.modules import call_dropout, dense
 from fastbert.models.pretrained import PreTrainedModel
+from fastbert.models.registry import encoder_class
 from fastbert.ops import packing, tracing
 
 logger = logging.getLogger("fastbert")
 
 
 class ModelWithHead(PreTrainedModel):
-    """A BertModel under `bert`, and a head beside it. settings: the fields of `Options` by name."""
+    """The encoder of its family under `bert`, and a head beside it. settings: the fields of `Options` by name."""
 
     task: str
     cls: Any
@@ -39,7 +39,7 @@ class ModelWithHead(PreTrainedModel):
     def __init__(self, config: BertConfig, options: Options | None = None, **settings: Any) -> None:
         options = Options.of(options, settings)
         super().__init__(config, options)
-        self.bert = BertModel(config, self._head.pooler, options)
+        self.bert = encoder_class(config)(config, self._head.pooler, options)
         self.add_head(config)
         self.init_weights()
 

@@ -5,14 +5,21 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from fastbert.ops import attention_plan, dispatch, recording, tracing
 from fastbert.ops.dispatch import AUTO, Policy
 from fastbert.ops.dropout import Drop, mask_of, probability_of
-from fastbert.ops.groups import Group, group_by_length
+from fastbert.ops.grouped_attention import (
+    attend_by_lengths,
+    attend_in_groups,
+    attend_in_place,
+    gradients_by_lengths,
+)
+from fastbert.ops.groups import group_by_length
 from fastbert.ops.library import register
 from fastbert.ops.packing import PackedBatch
+from fastbert.ops.position_bias import check as check_bias
+from fastbert.ops.position_bias import for_kernel
 from fastbert.ops.tracing import constant, untraced
 from fastbert.ops.training import choose, functions
 from fastbert.ops.training.kernels import Attention
@@ -26,55 +33,6 @@ KERNELS = {
 }
 
 
-def _grouped(
-    qkv: torch.Tensor,
-    groups: list[Group],
-    ungroup: torch.Tensor | None,
-    num_heads: int,
-    scale: float,
-    dropout_p: float = 0.0,
-) -> torch.Tensor:
-    hidden_size = qkv.shape[1] // 3
-    if not groups:
-        return qkv[:, :hidden_size].clone()
-    outs = []
-    for n_seqs, length, rows in groups:
-        part = qkv[rows] if isinstance(rows, slice) else qkv.index_select(0, rows)
-        part = part.view(n_seqs, length, 3, num_heads, hidden_size // num_heads)
-        q, k, v = part.permute(2, 0, 3, 1, 4)  # each (sequences, N, length, D)
-        out = _attention(q, k, v, None, scale, dropout_p)
-        outs.append(out.transpose(1, 2).reshape(n_seqs * length, hidden_size))
-    out = outs[0] if len(outs) == 1 else torch.cat(outs)
-    out = out if ungroup is None else out.index_select(0, ungroup)
-    # Rows that belong to no sequence fill the last ones up.
-    return out if out.shape[0] == qkv.shape[0] else F.pad(out, (0, 0, 0, qkv.shape[0] - out.shape[0]))
-
-
-def _attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, valid: torch.Tensor | None, scale: float | None, dropout_p: float
-) -> torch.Tensor:
-    """softmax(scale * q k^T) v over the keys that are valid, (B, 1, 1, S) bool. Each (B, N, S, D)."""
-    if not tracing.differentiated():
-        return F.scaled_dot_product_attention(q, k, v, valid, dropout_p=dropout_p, scale=scale)
-    scores = q @ k.transpose(-1, -2) * (q.shape[-1] ** -0.5 if scale is None else scale)
-    if valid is not None:
-        scores = scores.masked_fill(~valid, torch.finfo(scores.dtype).min)
-    return F.dropout(torch.softmax(scores, dim=-1), dropout_p) @ v
-
-
-def _in_place(
-    qkv: torch.Tensor, batch: PackedBatch, num_heads: int, scale: float | None, dropout_p: float
-) -> torch.Tensor:
-    """Attention of a `packing.in_place` batch, (B * S, 3 * N * D) -> (B * S, N * D), with its padding masked."""
-    assert batch.valid is not None
-    qkv = qkv.reshape(batch.batch_size, batch.padded_length, 3, num_heads, -1)
-    q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind()  # each (B, N, S, D)
-    # A row without tokens attends to all of its padding: what comes of it is finite, and cleared later.
-    valid = batch.valid | ~batch.valid.any(1, keepdim=True)
-    out = _attention(q, k, v, valid[:, None, None, :], scale, dropout_p)
-    return out.transpose(1, 2).flatten(2).flatten(0, 1)
-
-
 def _eager(
     qkv: torch.Tensor,
     cu_seqlens: torch.Tensor,
@@ -85,36 +43,10 @@ def _eager(
     scale: float,
     short_tiles: torch.Tensor | None = None,
     small: bool = False,
+    table: torch.Tensor | None = None,
+    columns: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    return _grouped_from_lengths(qkv, cu_seqlens_cpu, num_heads, scale)
-
-
-def _grouped_from_lengths(
-    qkv: torch.Tensor, cu_seqlens_cpu: torch.Tensor, num_heads: int, scale: float
-) -> torch.Tensor:
-    return _grouped(qkv, *group_by_length(cu_seqlens_cpu, qkv.device), num_heads, scale)
-
-
-def _grouped_backward(
-    grad: torch.Tensor, qkv: torch.Tensor, cu_seqlens_cpu: torch.Tensor, num_heads: int, scale: float
-) -> torch.Tensor:
-    """Returns the gradient of qkv, (T, 3 * N * D), with the probabilities P recomputed, in float32 at least.
-
-    dV = P^T dO,    dS = P * (dO V^T - rowsum(P * dO V^T)),    dQ = scale dS K,    dK = scale dS^T Q
-    """
-    head_size = qkv.shape[1] // (3 * num_heads)
-    compute_dtype = torch.promote_types(qkv.dtype, torch.float32)
-    out = torch.zeros_like(qkv)  # rows that belong to no sequence have no gradient
-    for n_seqs, length, rows in group_by_length(cu_seqlens_cpu, qkv.device)[0]:
-        part = qkv[rows].to(compute_dtype).view(n_seqs, length, 3, num_heads, head_size)
-        q, k, v = part.permute(2, 0, 3, 1, 4)  # each (sequences, N, length, D)
-        d_out = grad[rows].to(compute_dtype).view(n_seqs, length, num_heads, head_size).transpose(1, 2)
-        p = torch.softmax(q @ k.transpose(-1, -2) * scale, dim=-1)
-        d_p = d_out @ v.transpose(-1, -2)
-        d_s = p * (d_p - (p * d_p).sum(-1, keepdim=True)) * scale
-        d_qkv = torch.stack([d_s @ k, d_s.transpose(-1, -2) @ q, p.transpose(-1, -2) @ d_out])
-        out[rows] = d_qkv.permute(1, 3, 0, 2, 4).reshape(n_seqs * length, -1).to(qkv.dtype)
-    return out
+    return attend_by_lengths(qkv, cu_seqlens_cpu, num_heads, scale, table, columns)
 
 
 def _kernel(
@@ -127,6 +59,8 @@ def _kernel(
     scale: float,
     short_tiles: torch.Tensor | None = None,
     small: bool = False,
+    table: torch.Tensor | None = None,
+    columns: torch.Tensor | None = None,
     quantized: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> torch.Tensor:
     from fastbert_kernels import configs, launch
@@ -142,24 +76,41 @@ def _kernel(
         short_list = None if short_tiles is None else WorkList(short_tiles, row_spans)  # which share no tiles
     qkv = qkv if qkv.stride(-1) == 1 else qkv.contiguous()
     config = configs.attention_config(qkv.dtype, head_size, launch.arch(qkv.device), small).block_sizes
-    return varlen_attention_forward(qkv, work_list, num_heads, scale, quantized, config, short_list)
+    bias = for_kernel(table, columns)
+    return varlen_attention_forward(qkv, work_list, num_heads, scale, quantized, config, short_list, bias=bias)
 
 
 def _backward(grad: torch.Tensor, qkv: torch.Tensor, *rest: Any) -> tuple[torch.Tensor | None, ...]:
-    _, cu_seqlens_cpu, _, _, num_heads, scale, *_ = rest
-    return _qkv_gradient(grad, qkv, cu_seqlens_cpu, num_heads, scale), *(None for _ in rest)
+    _, cu_seqlens_cpu, _, _, num_heads, scale, _, _, table, columns = rest
+    d_qkv, d_table = _gradients(grad, qkv, cu_seqlens_cpu, num_heads, scale, table, columns)
+    return d_qkv, *(None,) * 8, d_table, None
 
 
 def _grouped_op_backward(grad: torch.Tensor, *inputs: Any) -> tuple[torch.Tensor | None, ...]:
-    return _qkv_gradient(grad, *inputs), None, None, None
+    d_qkv, d_table = _gradients(grad, *inputs)
+    return d_qkv, None, None, None, d_table, None
 
 
-def _qkv_gradient(
-    grad: torch.Tensor, qkv: torch.Tensor, cu_seqlens_cpu: torch.Tensor, num_heads: int, scale: float
-) -> torch.Tensor:
+def _gradients(
+    grad: torch.Tensor,
+    qkv: torch.Tensor,
+    cu_seqlens_cpu: torch.Tensor,
+    num_heads: int,
+    scale: float,
+    table: torch.Tensor | None,
+    columns: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     # The operation has no derivative of its own; what it computes has, where one is wanted (create_graph=True).
-    run = _grouped_backward if torch.is_grad_enabled() else torch.ops.fastbert.varlen_attention_backward
-    return run(grad, qkv, cu_seqlens_cpu, num_heads, scale)
+    run = gradients_by_lengths if torch.is_grad_enabled() else torch.ops.fastbert.varlen_attention_backward
+    d_qkv, d_table = run(grad, qkv, cu_seqlens_cpu, num_heads, scale, table, columns)
+    return d_qkv, None if table is None else d_table
+
+
+def _fake_gradients(
+    grad: torch.Tensor, qkv: torch.Tensor, cu: Any, heads: Any, scale: Any, table: Any = None, columns: Any = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    d_table = qkv.new_empty((), dtype=torch.promote_types(qkv.dtype, torch.float32)) if table is None else table
+    return torch.empty_like(qkv, memory_format=torch.contiguous_format), torch.empty_like(d_table)
 
 
 def _fake(qkv: torch.Tensor, *rest: Any) -> torch.Tensor:
@@ -168,7 +119,8 @@ def _fake(qkv: torch.Tensor, *rest: Any) -> torch.Tensor:
 
 register(
     "varlen_attention(Tensor qkv, Tensor cu_seqlens, Tensor cu_seqlens_cpu, Tensor? row_spans, Tensor? tiles, "
-    "int num_heads, float scale, Tensor? short_tiles=None, bool small=False) -> Tensor",
+    "int num_heads, float scale, Tensor? short_tiles=None, bool small=False, Tensor? bias=None, "
+    "Tensor? columns=None) -> Tensor",
     kernel=_kernel,
     eager=_eager,
     fake=_fake,
@@ -176,22 +128,25 @@ register(
 )
 # Two more that look at the lengths on the host, which a tracer cannot: the plain path, and everyone's backward pass.
 register(
-    "grouped_attention(Tensor qkv, Tensor cu_seqlens_cpu, int num_heads, float scale) -> Tensor",
-    kernel=_grouped_from_lengths,
-    eager=_grouped_from_lengths,
+    "grouped_attention(Tensor qkv, Tensor cu_seqlens_cpu, int num_heads, float scale, Tensor? bias=None, "
+    "Tensor? columns=None) -> Tensor",
+    kernel=attend_by_lengths,
+    eager=attend_by_lengths,
     fake=_fake,
     backward=_grouped_op_backward,
 )
 register(
-    "varlen_attention_backward(Tensor grad, Tensor qkv, Tensor cu_seqlens_cpu, int num_heads, float scale) -> Tensor",
-    kernel=_grouped_backward,
-    eager=_grouped_backward,
-    fake=lambda grad, qkv, *rest: torch.empty_like(qkv, memory_format=torch.contiguous_format),
+    "varlen_attention_backward(Tensor grad, Tensor qkv, Tensor cu_seqlens_cpu, int num_heads, float scale, "
+    "Tensor? bias=None, Tensor? columns=None) -> (Tensor, Tensor)",
+    kernel=gradients_by_lengths,
+    eager=gradients_by_lengths,
+    fake=_fake_gradients,
 )
 
 
 register(
-    "cpu_attention(Tensor qkv, Tensor cu_seqlens_cpu, int num_heads, float scale) -> Tensor",
+    "cpu_attention(Tensor qkv, Tensor cu_seqlens_cpu, int num_heads, float scale, Tensor? bias=None, "
+    "Tensor? columns=None) -> Tensor",
     kernel=lambda *args: _compiled(*args),
     eager=lambda *args: _compiled(*args),
     fake=_fake,
@@ -199,9 +154,17 @@ register(
 )
 
 
-def _compiled(qkv: torch.Tensor, cu_seqlens_cpu: torch.Tensor, num_heads: int, scale: float) -> torch.Tensor:
+def _compiled(
+    qkv: torch.Tensor,
+    cu_seqlens_cpu: torch.Tensor,
+    num_heads: int,
+    scale: float,
+    table: torch.Tensor | None = None,
+    columns: torch.Tensor | None = None,
+) -> torch.Tensor:
     qkv = qkv if qkv.stride(-1) == 1 else qkv.contiguous()
-    return cpu.varlen_attention_forward(qkv, cu_seqlens_cpu, num_heads, scale)
+    bias = None if table is None else cpu.PositionBias.of(table, columns)
+    return cpu.varlen_attention_forward(qkv, cu_seqlens_cpu, num_heads, scale, bias)
 
 
 def cpu_obstacle(head_size: int, qkv: torch.Tensor, dropout_p: float = 0.0) -> str | None:
@@ -245,19 +208,25 @@ def varlen_attention(
     num_heads: int,
     *,
     scale: float | None = None,
+    position_bias: torch.Tensor | None = None,
     dropout: Drop = None,
     policy: Policy = AUTO,
 ) -> torch.Tensor:
-    """softmax(scale * q k^T) v within each sequence of the batch.
+    """softmax(scale * q k^T + bias) v within each sequence of the batch.
 
-    qkv: (T, 3 * N * D), laid out [q | k | v], each (N, D). scale: D^-0.5 by default. dropout: of the probabilities.
-    Returns (T, N * D) in qkv's dtype. Raises ValueError for shapes that do not fit.
+    qkv: (T, 3 * N * D), laid out [q | k | v], each (N, D). scale: D^-0.5 by default. position_bias: (N, 2R + 1), what
+    is added to the score of a key -R to R columns after the query, and beyond (fastbert.ops.position_bias); columns are
+    those of the batch, after `packing.find_holes`. dropout: of the probabilities. Returns (T, N * D) in qkv's dtype.
+    Raises ValueError for shapes that do not fit.
     """
+    table, columns = position_bias, None if position_bias is None else batch.columns
+    if table is not None:
+        check_bias(table, num_heads, qkv)
     if batch.valid is not None:
         in_place = tracing.transformed(qkv) or "the batch keeps the rows of its padding"
         dispatch.choose("attention", policy.backend, policy.strict, qkv.device, in_place)
         dispatch.check_invariant("attention", policy, "cpu", in_place)
-        return _in_place(qkv, batch, num_heads, scale, probability_of(dropout))
+        return attend_in_place(qkv, batch, num_heads, scale, probability_of(dropout), table)
     if qkv.dim() != 2 or qkv.shape[1] % (3 * num_heads) or qkv.shape[0] != batch.n_tokens:
         expected = f"(T, 3 * N * D) with T = {batch.n_tokens} and N = {num_heads}"
         raise ValueError(f"qkv: expected shape {expected}, got {tuple(qkv.shape)}")
@@ -265,9 +234,11 @@ def varlen_attention(
     scale = head_size**-0.5 if scale is None else scale
     compiling = torch.compiler.is_compiling()
     trained = choose.perhaps(dropout, compiling)
-    trained, dropout_p = trained and choose.wanted(policy, dropout, qkv), dropout if isinstance(dropout, float) else 0.0
+    trained = trained and choose.wanted(policy, dropout, qkv, table)
+    dropout_p = dropout if isinstance(dropout, float) else 0.0
     if trained or isinstance(dropout, Dropout):
-        obstacle = choose.triton_obstacle(qkv.dtype, head_size=head_size)
+        biased, holes = table is not None, columns is not None
+        obstacle = choose.triton_obstacle(qkv.dtype, head_size=head_size, biased=biased, holes=holes)
     else:
         obstacle = triton_obstacle(head_size, qkv, dropout_p)
     backend = dispatch.choose("attention", policy.backend, policy.strict, qkv.device, obstacle)
@@ -281,16 +252,19 @@ def varlen_attention(
             "heads": num_heads,
             "compiled_obstacle": no_kernel,
             "shared_tiles": not policy.batch_invariant,
+            **({} if table is None else {"position_bias": tuple(table.shape)}),
         }
         if recording.note("attention", backend, qkv.shape, shape, qkv.dtype, **facts):
             return qkv.new_zeros(shape)
     if trained or isinstance(dropout, Dropout):
-        settings = Attention(batch, num_heads, scale, mask_of(dropout))
+        settings = Attention(batch, num_heads, scale, mask_of(dropout), columns)
         kernels = choose.kernels_of(backend, qkv.dtype, head_size=head_size) if trained else None
         if kernels is not None:
-            return functions.attention(qkv, settings, kernels)
+            return functions.attention(qkv, settings, kernels, table)
         if settings.dropout is not None:
-            return functions.attention(qkv, settings, PLAIN) if trained else PLAIN.attention_forward(qkv, settings)[0]
+            if trained:
+                return functions.attention(qkv, settings, PLAIN, table)
+            return PLAIN.attention_forward(qkv, settings, table)[0]
     if backend == "triton":
         # A tracer finds the plan if `prepare` made it; otherwise the operation makes one when it runs.
         unplanned = compiling and not batch.has_plan(attention_plan.plan_key(qkv.dtype, head_size, policy))
@@ -300,15 +274,16 @@ def varlen_attention(
             attention_plan.NO_PLAN if unplanned else attention_plan.triton_plan(batch, qkv.dtype, head_size, policy)
         )
         return torch.ops.fastbert.varlen_attention(
-            qkv, batch.cu_seqlens, batch.cu_seqlens_cpu, row_spans, tiles, num_heads, scale, short_tiles, small
-        )
+            qkv, batch.cu_seqlens, batch.cu_seqlens_cpu, row_spans, tiles, num_heads, scale, short_tiles, small,
+            table, columns,
+        )  # fmt: skip
     if backend == "cpu" and no_kernel is None:
         run = (
             _compiled if dispatch.direct(qkv) else torch.ops.fastbert.cpu_attention
         )  # less to go through, for a short text
-        return run(qkv, batch.cu_seqlens_cpu, num_heads, scale)
+        return run(qkv, batch.cu_seqlens_cpu, num_heads, scale, table, columns)
     differentiable = torch.is_grad_enabled() and qkv.requires_grad and tracing.transformed(qkv) is None
     if (compiling or differentiable) and dropout_p == 0.0:  # PyTorch's own has no second derivative
-        return torch.ops.fastbert.grouped_attention(qkv, batch.cu_seqlens_cpu, num_heads, scale)
+        return torch.ops.fastbert.grouped_attention(qkv, batch.cu_seqlens_cpu, num_heads, scale, table, columns)
     groups, ungroup = batch.plan("groups", lambda: group_by_length(batch.cu_seqlens_cpu, batch.device))
-    return _grouped(qkv, groups, ungroup, num_heads, scale, dropout_p)
+    return attend_in_groups(qkv, groups, ungroup, num_heads, scale, dropout_p, table, columns)

@@ -15,9 +15,9 @@ LIBRARY = torch.library.Library("fastbert", "FRAGMENT")
 def register(
     schema: str,
     *,
-    kernel: Callable[..., torch.Tensor],
-    eager: Callable[..., torch.Tensor],
-    fake: Callable[..., torch.Tensor],
+    kernel: Callable[..., Any],
+    eager: Callable[..., Any],
+    fake: Callable[..., Any],
     backward: Callable[..., tuple[torch.Tensor | None, ...]] | None = None,
 ) -> None:
     """Defines `torch.ops.fastbert.<name>` from a schema such as "bias_gelu(Tensor x, ...) -> Tensor".

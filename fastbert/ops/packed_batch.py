@@ -21,7 +21,8 @@ class PackedBatch:
     first_column: whether each sequence has a token in the first column, as it has without padding on the left.
     last_position: the largest of position_ids, -1 without tokens; None where that is not known on the host. counted:
     whether position_ids count from 0 in each sequence; else host_columns are the same on the host, if it knows them;
-    host_indices are the indices there.
+    host_indices are the indices there. columns: (T,) int32, the column of each token, where a mask has holes; None
+    where the tokens of each sequence are neighbours, or nobody has asked (`packing.find_holes`).
 
     What the device holds of a batch whose lengths the host knows is made when somebody first asks for it (`later`): a
     CUDA graph has its own.
@@ -40,6 +41,7 @@ class PackedBatch:
     counted: bool = False
     host_columns: np.ndarray | None = field(default=None, repr=False)
     host_indices: np.ndarray | None = field(default=None, repr=False)
+    columns: torch.Tensor | None = None
     n_tokens: int = field(init=False)  # T
     device: torch.device = field(init=False)
 

@@ -224,6 +224,28 @@ def from_cu_seqlens(cu_seqlens: torch.Tensor, n_tokens: int, device: torch.devic
 _least, _most = np.minimum.reduce, np.maximum.reduce
 
 
+@untraced
+def find_holes(batch: PackedBatch) -> None:
+    """Sets the batch's `columns` if its mask has holes, for operations that depend on how far two tokens are apart.
+
+    On a GPU it waits for it, where the batch was padded.
+    """
+    if batch.indices is None or batch.columns is not None or batch.valid is not None:
+        return
+
+    indices = batch.indices
+
+    def make() -> torch.Tensor | None:
+        columns = indices % max(batch.padded_length, 1)
+        rows = torch.arange(batch.n_tokens, device=batch.device)
+        starts = within_sequences(columns - rows, -batch.cu_seqlens.long(), batch.seq_ids)
+        first = starts.index_select(0, batch.cu_seqlens.long().index_select(0, batch.seq_ids))
+        some = torch.compiler.is_exporting() or bool((starts != first).any())  # an exporter has no values to look at
+        return columns.int() if some else None
+
+    batch.columns = batch.plan("holes", make)
+
+
 def _refuse_recording(name: str, values: torch.Tensor) -> None:
     if not torch.compiler.is_compiling() and tracing.recorded(values):
         raise RuntimeError(
@@ -282,7 +304,7 @@ def positions_after_padding(input_ids: torch.Tensor, pad_id: int, batch: PackedB
     """
     counted = input_ids != pad_id
     numbers = counted.cumsum(-1)
-    if batch is not None:  # of one long row: what the sequences before have counted goes
+    if batch is not None and batch.batch_size != 1:  # of one long row: what the sequences before have counted goes
         here = on_host(input_ids.device)
         offsets = batch.cu_seqlens_cpu if here else batch.cu_seqlens
         sequences = sequence_ids(offsets, batch.n_tokens) if here else batch.seq_ids

@@ -154,7 +154,13 @@ def embedding_layer_norm(
 
 
 def varlen_attention(
-    qkv: Tensor, batch: PackedBatch, num_heads: int, precision: str, *, policy: Policy = AUTO
+    qkv: Tensor,
+    batch: PackedBatch,
+    num_heads: int,
+    precision: str,
+    *,
+    position_bias: Tensor | None = None,
+    policy: Policy = AUTO,
 ) -> Quantized:
     """`ops.varlen_attention` with its result in 8 bits, a scale a row and head. The products inside stay in 16 bits."""
     if qkv.dim() != 2 or qkv.shape[1] % (3 * num_heads) or qkv.shape[0] != batch.n_tokens:
@@ -170,7 +176,9 @@ def varlen_attention(
     planned = not torch.compiler.is_compiling() or batch.has_plan(key)
     if planned and dispatch.decide("attention", policy, qkv.device, on_device).backend == "triton":
         plan = attention_plan.triton_plan(batch, qkv.dtype, head_size, policy)
-    arguments = qkv, batch.cu_seqlens, batch.cu_seqlens_cpu, *plan[:2], num_heads, head_size**-0.5, precision, plan[3]
+    bias = position_bias, None if position_bias is None else batch.columns
+    settings = num_heads, head_size**-0.5, precision, plan[3], *bias
+    arguments = qkv, batch.cu_seqlens, batch.cu_seqlens_cpu, *plan[:2], *settings
     data, scale = _run("attention", precision, policy, obstacle, _Q_ATTENTION, *arguments)
     return Quantized(data, scale, head_size)
 
@@ -312,18 +320,18 @@ def _embedding_kernel(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 def _attention_kernel(*arguments: Any) -> tuple[Tensor, Tensor]:
     rest: list[Any]
-    *rest, precision, small = arguments
+    *rest, precision, small, table, columns = arguments
     qkv, num_heads = rest[0], rest[5]
     buffers = _buffers(qkv, qkv.shape[1] // 3, num_heads, DTYPES[precision])
-    rest += [None, small, buffers]  # no list of short sequences
+    rest += [None, small, table, columns, buffers]  # no list of short sequences
     attention._kernel(*rest)
     return buffers
 
 
 def _attention_twin(*arguments: Any) -> tuple[Tensor, Tensor]:
-    qkv, _, cu_seqlens_cpu, _, _, num_heads, scale, precision, _ = arguments
+    qkv, _, cu_seqlens_cpu, _, _, num_heads, scale, precision, _, *bias = arguments
     # An operation of its own, as a tracer cannot look at the lengths on the host.
-    out = torch.ops.fastbert.grouped_attention(qkv, cu_seqlens_cpu, num_heads, scale)
+    out = torch.ops.fastbert.grouped_attention(qkv, cu_seqlens_cpu, num_heads, scale, *bias)
     q = quantize(out, precision, out.shape[1] // num_heads)
     return q.data, q.scale
 
@@ -370,7 +378,8 @@ _Q_EMBEDDING = _register(
 )
 _Q_ATTENTION = _register(
     "varlen_attention_quantized(Tensor qkv, Tensor cu_seqlens, Tensor cu_seqlens_cpu, Tensor? row_spans, "
-    "Tensor? tiles, int num_heads, float scale, str precision, bool small=False) -> (Tensor, Tensor)",
+    "Tensor? tiles, int num_heads, float scale, str precision, bool small=False, Tensor? bias=None, "
+    "Tensor? columns=None) -> (Tensor, Tensor)",
     _attention_kernel,
     _attention_twin,
     lambda qkv, *rest: _fake_8_bit(qkv, qkv.shape[0], qkv.shape[1] // 3, rest[4], DTYPES[rest[6]]),

@@ -57,11 +57,13 @@ _BOS, _XLM_FILE = ("bos_token", "eos_token"), "sentencepiece.bpe.model"
 BERT_KINDS = ("Bert", "ConvBert", "DistilBert", "Electra", "LayoutLM", "Lxmert", "MobileBert", "SqueezeBert",
               "DPRContextEncoder", "DPRQuestionEncoder", "DPRReader")  # fmt: skip
 ROBERTA_KINDS = ("Roberta", "Longformer", "LED", "Bart")
+WORDPIECE_KINDS = (*BERT_KINDS, "MPNet")  # MPNet has BERT's words between RoBERTa's special tokens.
 # Classes of transformers, without "Tokenizer" and "Fast". KoBERT's comes with its folders, as code that is not run.
 KINDS: dict[str, Kind] = {
     **dict.fromkeys(BERT_KINDS, _BERT),
     **dict.fromkeys(("DistilBert", "DPRReader"), Kind("WordPiece", NAMES, template="bert")),
     **dict.fromkeys(ROBERTA_KINDS, _ROBERTA),
+    "MPNet": Kind("WordPiece", {**_ROBERTA_NAMES, "unk_token": "[UNK]"}, mask_after_space=True),
     "Deberta": Kind("BPE", _BERT_NAMES),
     "GPT2": Kind("BPE", _GPT2_NAMES, template=""),
     "XLMRoberta": Kind("Unigram", _ROBERTA_NAMES, ends=_BOS, pieces=_XLM_FILE),
@@ -230,7 +232,7 @@ def set_template(rust: RustTokenizer, kind: str, first: tuple[str, int], last: t
     form = KINDS[kind]
     if form.template == "bert":
         rust.post_processor = processors.BertProcessing(last, first)
-    elif kind in ROBERTA_KINDS:
+    elif kind in (*ROBERTA_KINDS, "MPNet"):
         rust.post_processor = processors.RobertaProcessing(last, first, True, prefix)
     else:
         rust.post_processor = processors.TemplateProcessing(

@@ -24,7 +24,7 @@ from fastbert.checkpoint.files import read_json
 from fastbert.checkpoint.folder import resolve
 from fastbert.checks import one_of
 from fastbert.text import kinds
-from fastbert.text.kinds import BERT_KINDS, CAMEMBERT_EXTRA, KINDS
+from fastbert.text.kinds import BERT_KINDS, CAMEMBERT_EXTRA, KINDS, WORDPIECE_KINDS
 from fastbert.text.sentencepiece import CONTROL, USER_DEFINED, PieceModel, read_pieces
 from fastbert.text.settings import (
     CASING,
@@ -245,7 +245,7 @@ class _Folder:
     def _rust(self, contents: Mapping[str, str | None]) -> RustTokenizer:
         options, model = self.options, self.tokenizer_json.get("model", {})
         casing: dict[str, Any] = {name: options.get(name, default) for name, default in CASING.items()}
-        if self.is_made_anew and self.kind in BERT_KINDS:
+        if self.is_made_anew and self.kind in WORDPIECE_KINDS:
             if self.tokenizer_json and not isinstance(model.get("vocab"), dict):
                 raise ValueError(f"{self.file} holds no vocabulary")
             vocab = model["vocab"] if self.tokenizer_json else _read_vocab(self.vocab_file, contents)
@@ -269,7 +269,7 @@ class _Folder:
                 raise ValueError(f"{self.file} is no tokenizer: {error}") from error
             rust.no_truncation()
             rust.no_padding()
-        if PREFIX in self.overrides and (not self.is_made_anew or self.kind in BERT_KINDS):
+        if PREFIX in self.overrides and (not self.is_made_anew or self.kind in WORDPIECE_KINDS):
             raise ValueError(f"{PREFIX}: cannot be changed for tokenizer_class {self.class_name!r}")
         return rust
 

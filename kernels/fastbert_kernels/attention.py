@@ -1,6 +1,6 @@
 """This kernel computes bidirectional attention over packed sequences in one pass (flash attention).
 
-    out[i] = sum_j softmax_j(scale * q[i] . k[j]) v[j],    j over the tokens of i's own sequence
+    out[i] = sum_j softmax_j(scale * q[i] . k[j] + bias[i, j]) v[j],    j over the tokens of i's own sequence
 
 q, k, v, out: (T, N, D), fp32 / bf16 / fp16, D from 16 to 128. Scores, softmax and accumulator are float32; the
 probabilities are rounded to the input dtype for the second product. FLOPs: 4 * N * D * sum_b len_b^2; bytes moved at
@@ -29,8 +29,10 @@ from __future__ import annotations
 import torch
 import triton.language as tl
 
+from fastbert_kernels import attention_bias as biases
 from fastbert_kernels import attention_specialized, configs, launch
 from fastbert_kernels import dropout as drawing
+from fastbert_kernels.attention_bias import PositionBias, bias_of
 from fastbert_kernels.attention_tiles import COLUMNS, LOG2_E, LOWEST, load_tile, row_ranges
 from fastbert_kernels.dropout import GROUP, keep_bits, keep_bits_from, spread_columns
 from fastbert_kernels.jit import jit
@@ -87,6 +89,9 @@ def _attend(
     shared,  # whether the tile is of several sequences
     head,
     mask_key,  # (key_low, key_high, site, threshold) where DROPOUT
+    bias,  # (bias_ptr, columns_ptr, bias_radius, bias_scale, end_row) where BIASED
+    BIASED: tl.constexpr,
+    HOLES: tl.constexpr,
     DROPOUT: tl.constexpr,
     MASKED: tl.constexpr,
     PADDED_D: tl.constexpr,
@@ -114,6 +119,9 @@ def _attend(
                 block_start, rows, row_first_key, first_key, head, mask_key, MASKED and shared, BLOCK_K
             )
         scores = tl.dot(q, k, input_precision=INPUT_PRECISION)  # (BLOCK_Q, BLOCK_K)
+        if BIASED:
+            own_rows, own_keys = (rows < bias[4])[:, None], (keys < key_end)[None, :]
+            scores += bias_of(rows[:, None], keys[None, :], own_rows, own_keys, head, bias, HOLES)
         if MASKED:
             own = (keys[None, :] >= row_first_key[:, None]) & (keys[None, :] < row_end_key[:, None])
             scores = tl.where(own, scores, float("-inf"))
@@ -145,6 +153,9 @@ def _attend_once(
     rows,  # (BLOCK_Q,)
     head,
     mask_key,
+    bias,
+    BIASED: tl.constexpr,
+    HOLES: tl.constexpr,
     DROPOUT: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -156,6 +167,9 @@ def _attend_once(
     k = tl.load(k_block_ptr + start, mask=d_mask[:, None] & key_mask[None, :], other=0.0)
     v = tl.load(v_block_ptr + start, mask=key_mask[:, None] & d_mask[None, :], other=0.0)
     scores = tl.dot(q, k, input_precision=INPUT_PRECISION)
+    if BIASED:
+        own_rows = (rows < bias[4])[:, None]
+        scores += bias_of(rows[:, None], keys[None, :], own_rows, key_mask[None, :], head, bias, HOLES)
     own = (keys[None, :] >= row_first_key[:, None]) & (keys[None, :] < row_end_key[:, None])
     scores = tl.where(own, scores, float("-inf"))
     row_max = tl.maximum(tl.max(scores, axis=1) * scale_log2, LOWEST)
@@ -167,7 +181,7 @@ def _attend_once(
     return tl.dot(kept.to(v.dtype), v, input_precision=INPUT_PRECISION), tl.sum(p, axis=1), row_max
 
 
-@jit(do_not_specialize=["lse_head_stride", *drawing.DO_NOT_SPECIALIZE])
+@jit(do_not_specialize=["lse_head_stride", *drawing.DO_NOT_SPECIALIZE, *biases.DO_NOT_SPECIALIZE])
 def _varlen_attention_kernel(
     q_ptr,  # (T, N, D)
     k_ptr,  # (T, N, D)
@@ -186,7 +200,13 @@ def _varlen_attention_kernel(
     site,
     threshold,
     keep_scale,
+    bias_ptr,  # (N, 2R + 1), and the next three: where BIASED; see `attention_bias`
+    columns_ptr,  # (T,) int32 where HOLES
+    bias_radius,
+    bias_scale,
     HEAD_SIZE: tl.constexpr,
+    BIASED: tl.constexpr,
+    HOLES: tl.constexpr,
     DROPOUT: tl.constexpr,
     SAVE_LSE: tl.constexpr,
     QUANTIZE: tl.constexpr,
@@ -213,11 +233,12 @@ def _varlen_attention_kernel(
     v_block_ptr = v_ptr + key_offs[:, None] + d_offs[None, :]
 
     mask_key = (key_low, key_high, site, threshold)
+    bias = (bias_ptr, columns_ptr, bias_radius, bias_scale, end_row)
     if ONE_BLOCK:
         row_first_key, row_end_key = row_ranges(row_spans_ptr, rows, row_mask, first_key, end_key, shared)
         acc, row_sum, row_max = _attend_once(
             q, k_block_ptr, v_block_ptr, first_key, end_key, row_first_key, row_end_key, qkv_row_stride,
-            scale_log2, d_mask, rows, head, mask_key, DROPOUT, INPUT_PRECISION, BLOCK_K,
+            scale_log2, d_mask, rows, head, mask_key, bias, BIASED, HOLES, DROPOUT, INPUT_PRECISION, BLOCK_K,
         )  # fmt: skip
     else:
         acc = tl.zeros((BLOCK_Q, BLOCK_D), dtype=tl.float32)
@@ -230,14 +251,14 @@ def _varlen_attention_kernel(
             end_unmasked = first_key + (end_key - first_key) // BLOCK_K * BLOCK_K
         acc, row_sum, row_max = _attend(
             q, k_block_ptr, v_block_ptr, first_key, end_unmasked, rows, rows, qkv_row_stride,
-            scale_log2, d_mask, acc, row_sum, row_max, rows, first_key, shared, head, mask_key,
+            scale_log2, d_mask, acc, row_sum, row_max, rows, first_key, shared, head, mask_key, bias, BIASED, HOLES,
             DROPOUT, False, BLOCK_D != HEAD_SIZE, INPUT_PRECISION, BLOCK_K,
         )  # fmt: skip
         # Read here, so that no register holds it over the loop before, which tiles of several sequences pass by.
         row_first_key, row_end_key = row_ranges(row_spans_ptr, rows, row_mask, first_key, end_key, shared)
         acc, row_sum, row_max = _attend(
             q, k_block_ptr, v_block_ptr, end_unmasked, end_key, row_first_key, row_end_key, qkv_row_stride,
-            scale_log2, d_mask, acc, row_sum, row_max, rows, first_key, shared, head, mask_key,
+            scale_log2, d_mask, acc, row_sum, row_max, rows, first_key, shared, head, mask_key, bias, BIASED, HOLES,
             DROPOUT, True, BLOCK_D != HEAD_SIZE, INPUT_PRECISION, BLOCK_K,
         )  # fmt: skip
 
@@ -271,6 +292,7 @@ def varlen_attention_forward(
     short_list: WorkList | None = None,
     dropout: Dropout | None = None,
     lse: torch.Tensor | None = None,
+    bias: PositionBias | None = None,
 ) -> torch.Tensor:
     """Computes attention: (T, 3 * N * D), laid out [q | k | v], -> (T, N * D) in the same dtype.
 
@@ -285,7 +307,7 @@ def varlen_attention_forward(
     BLOCK_Q; a second launch, also of an empty list, so that no later batch is the first to compile it.
 
     dropout: of the probabilities. lse: a buffer (N, T) float32 with unit stride along T, to fill with the natural
-    logarithm of each row's sum of exponentials, which the backward pass needs.
+    logarithm of each row's sum of exponentials, which the backward pass needs. bias: is added to the scaled scores.
     """
     n_rows, hidden_size = qkv.shape[0], qkv.shape[1] // 3
     head_size = hidden_size // num_heads
@@ -296,7 +318,7 @@ def varlen_attention_forward(
     config = config or configs.attention_config(qkv.dtype, head_size, for_arch).block_sizes
     lists = [(work_list, config, False)]
     if config.get("WARP_SPECIALIZE"):
-        plain = quantized is None and dropout is None and lse is None
+        plain = quantized is None and dropout is None and lse is None and bias is None
         if plain and attention_specialized.obstacle(qkv, work_list, head_size, for_arch) is None:
             attention_specialized.specialized_attention_forward(qkv, work_list, num_heads, scale, config, out)
             lists = []
@@ -326,6 +348,7 @@ def varlen_attention_forward(
                 lse_head_stride=lse.stride(0) if lse is not None else None,
                 scale_log2=scale * LOG2_E.value,
                 **drawing.arguments(dropout),
+                **biases.arguments(bias, scale),
                 HEAD_SIZE=head_size,
                 DROPOUT=dropout is not None,
                 SAVE_LSE=lse is not None,

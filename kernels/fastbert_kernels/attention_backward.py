@@ -15,6 +15,8 @@ second, `attention_key_gradient`, one for each tile of keys, which goes over blo
 program in a fixed order, so the bits do not vary. Tiles and work lists are as in the forward pass: `work_list`
 describes them, and what shares a tile.
 
+With a position bias, p has it beside the scaled product, and a third pass, `attention_bias_gradient`, has its gradient.
+
 The factor keep_scale is taken out of the sums: delta is divided by it, and so is ds; the results are multiplied.
 
 Source: Dao, "FlashAttention-2", 2023, arXiv:2307.08691, section 3.1.2.
@@ -27,8 +29,11 @@ from typing import NamedTuple
 
 import torch
 
+from fastbert_kernels import attention_bias as biases
 from fastbert_kernels import configs, launch
 from fastbert_kernels import dropout as drawing
+from fastbert_kernels.attention_bias import PositionBias
+from fastbert_kernels.attention_bias_gradient import bias_gradient
 from fastbert_kernels.attention_key_gradient import key_value_gradient_kernel
 from fastbert_kernels.attention_query_gradient import query_gradient_kernel
 from fastbert_kernels.attention_tiles import LOG2_E
@@ -60,8 +65,11 @@ def varlen_attention_backward(
     scale: float,
     dropout: Dropout | None = None,
     tiles: configs.AttentionBackward | None = None,
-) -> torch.Tensor:
+    bias: PositionBias | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Computes the gradient of qkv, (T, 3 * N * D), in its dtype, from that of the result, grad (T, N * D).
+
+    With a bias, whose rows must be neighbours, it computes that of its table as well, (N, 2R + 1) float32.
 
     out (T, N * D) and lse (N, T) float32 are what `varlen_attention_forward` computed with the same scale and dropout.
     Each needs unit stride along its last axis. Rows that no tile holds are left as they are: the caller sets them to
@@ -71,7 +79,7 @@ def varlen_attention_backward(
     head_size = hidden_size // num_heads
     grad_qkv = launch.empty((n_rows, 3 * hidden_size), like=qkv)
     if n_rows == 0:
-        return grad_qkv
+        return grad_qkv, None if bias is None else torch.zeros_like(bias.table, dtype=torch.float32)
     statistics = launch.empty((num_heads, n_rows, 4), like=lse)
     tiles = tiles or configs.attention_backward_configs(qkv.dtype, head_size, launch.arch(qkv.device))
     shared = {
@@ -90,6 +98,7 @@ def varlen_attention_backward(
         "NORMALIZE": qkv.dtype == torch.float32,
         "INPUT_PRECISION": launch.dot_precision(qkv.dtype),
         **drawing.arguments(dropout),
+        **biases.arguments(bias, scale),
     }
     # Grids: every tile of a work list, for every head.
     launch.run(
@@ -117,4 +126,8 @@ def varlen_attention_backward(
         row_spans_ptr=plan.keys.row_spans,
         grad_row_stride=grad_qkv.stride(0),
     )
-    return grad_qkv
+    if bias is None:
+        return grad_qkv, None
+    assert bias.columns is None, "columns with gaps between them have no gradient of a bias here"
+    of_batch = grad, qkv, statistics, plan.queries, num_heads, scale, dropout
+    return grad_qkv, bias_gradient(*of_batch, bias, tiles.query)

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import triton.language as tl
 
+from fastbert_kernels import attention_bias as biases
 from fastbert_kernels import dropout as drawing
+from fastbert_kernels.attention_bias import bias_of
 from fastbert_kernels.attention_tiles import load_rows, load_statistics, load_tile, row_ranges, tile_offs
 from fastbert_kernels.dropout import GROUP, keep_bits, keep_bits_from, spread_rows
 from fastbert_kernels.jit import jit
@@ -65,6 +67,9 @@ def _add_key_value_gradients(
     d_mask,  # (BLOCK_D,)
     head,
     mask_key,
+    bias,  # (bias_ptr, columns_ptr, bias_radius, bias_scale) where BIASED
+    BIASED: tl.constexpr,
+    HOLES: tl.constexpr,
     DROPOUT: tl.constexpr,
     NORMALIZE: tl.constexpr,
     MASKED: tl.constexpr,
@@ -90,6 +95,9 @@ def _add_key_value_gradients(
                 SHARED, BLOCK_Q, BLOCK_K,
             )  # fmt: skip
         scores = tl.dot(k, tl.trans(q), input_precision=INPUT_PRECISION)  # (BLOCK_K, BLOCK_Q)
+        if BIASED:
+            own_keys = first_row + tl.arange(0, BLOCK_K)[:, None]
+            scores += bias_of(queries[None, :], own_keys, query_mask[None, :], own_keys < end_row, head, bias, HOLES)
         dp = tl.dot(v, tl.trans(dout), input_precision=INPUT_PRECISION)
         if MASKED and not SHARED:
             scores = tl.where(query_mask[None, :], scores, float("-inf"))
@@ -109,7 +117,7 @@ def _add_key_value_gradients(
     return dk, dv
 
 
-@jit(do_not_specialize=["n_rows", *drawing.DO_NOT_SPECIALIZE])
+@jit(do_not_specialize=["n_rows", *drawing.DO_NOT_SPECIALIZE, *biases.DO_NOT_SPECIALIZE])
 def key_value_gradient_kernel(
     q_ptr,  # (T, N, D)
     k_ptr,  # (T, N, D)
@@ -131,7 +139,13 @@ def key_value_gradient_kernel(
     site,
     threshold,
     keep_scale,
+    bias_ptr,  # (N, 2R + 1), and the next three: where BIASED; see `attention_bias`
+    columns_ptr,  # (T,) int32 where HOLES
+    bias_radius,
+    bias_scale,
     HEAD_SIZE: tl.constexpr,
+    BIASED: tl.constexpr,
+    HOLES: tl.constexpr,
     DROPOUT: tl.constexpr,
     NORMALIZE: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
@@ -160,6 +174,7 @@ def key_value_gradient_kernel(
     statistics_ptr += head.to(tl.int64) * 4 * n_rows
 
     mask_key = (key_low, key_high, site, threshold)
+    bias = (bias_ptr, columns_ptr, bias_radius, bias_scale, end_row)
     end_unmasked, start_shared = first_query, first_query
     if not shared:
         end_unmasked, start_shared = first_query + (end_query - first_query) // BLOCK_Q * BLOCK_Q, end_query
@@ -168,20 +183,20 @@ def key_value_gradient_kernel(
     dk, dv = _add_key_value_gradients(
         dk, dv, k, v, q_ptr, q_offs, dout_ptr, dout_offs, statistics_ptr, row_spans_ptr,
         first_query, end_unmasked, first_row, end_row, first_query, end_query, shared,
-        qkv_row_stride, dout_row_stride, scale_log2, d_mask, head, mask_key,
-        DROPOUT, NORMALIZE, False, False, BLOCK_D != HEAD_SIZE, INPUT_PRECISION, BLOCK_Q, BLOCK_K,
+        qkv_row_stride, dout_row_stride, scale_log2, d_mask, head, mask_key, bias,
+        BIASED, HOLES, DROPOUT, NORMALIZE, False, False, BLOCK_D != HEAD_SIZE, INPUT_PRECISION, BLOCK_Q, BLOCK_K,
     )  # fmt: skip
     dk, dv = _add_key_value_gradients(
         dk, dv, k, v, q_ptr, q_offs, dout_ptr, dout_offs, statistics_ptr, row_spans_ptr,
         end_unmasked, start_shared, first_row, end_row, first_query, end_query, shared,
-        qkv_row_stride, dout_row_stride, scale_log2, d_mask, head, mask_key,
-        DROPOUT, NORMALIZE, True, False, BLOCK_D != HEAD_SIZE, INPUT_PRECISION, BLOCK_Q, BLOCK_K,
+        qkv_row_stride, dout_row_stride, scale_log2, d_mask, head, mask_key, bias,
+        BIASED, HOLES, DROPOUT, NORMALIZE, True, False, BLOCK_D != HEAD_SIZE, INPUT_PRECISION, BLOCK_Q, BLOCK_K,
     )  # fmt: skip
     dk, dv = _add_key_value_gradients(
         dk, dv, k, v, q_ptr, q_offs, dout_ptr, dout_offs, statistics_ptr, row_spans_ptr,
         start_shared, end_query, first_row, end_row, first_query, end_query, shared,
-        qkv_row_stride, dout_row_stride, scale_log2, d_mask, head, mask_key,
-        DROPOUT, NORMALIZE, True, True, BLOCK_D != HEAD_SIZE, INPUT_PRECISION, BLOCK_Q, BLOCK_K,
+        qkv_row_stride, dout_row_stride, scale_log2, d_mask, head, mask_key, bias,
+        BIASED, HOLES, DROPOUT, NORMALIZE, True, True, BLOCK_D != HEAD_SIZE, INPUT_PRECISION, BLOCK_Q, BLOCK_K,
     )  # fmt: skip
 
     if DROPOUT:

@@ -24,7 +24,7 @@ SIZES: dict[str, Any] = {
     "intermediate_size": 96,
     "max_position_embeddings": 40,
 }
-VALUES: dict[str, Any] = {"pre_norm": True, "rotary": 1e4, "position_bias": torch.zeros(2, 4, 4), "window": 128}
+VALUES: dict[str, Any] = {"pre_norm": True, "rotary": 1e4, "position_bias": torch.zeros(2, 9), "window": 128}
 COMPILED = pytest.mark.skipif(cpu.obstacle() is not None, reason=str(cpu.obstacle()))
 
 
@@ -68,7 +68,7 @@ def test_a_block_has_room_for_other_families() -> None:
     assert mapped.gate is not None and mapped.gate.weight.dtype == mapped.fuse_qkv().weight.dtype == torch.float64
 
 
-@pytest.mark.parametrize("name", FEATURES)
+@pytest.mark.parametrize("name", [name for name in FEATURES if name != "position_bias"])  # which all have
 @pytest.mark.parametrize("precision", [None, "int8"])
 def test_what_an_engine_lacks_is_named(name: str, precision: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches layers of another family that an engine runs as if they were BERT's."""

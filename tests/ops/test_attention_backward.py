@@ -55,11 +55,12 @@ class Kernels:
         head_size, arch = qkv.shape[1] // (3 * self.num_heads), launch.arch(self.device)
         tiles = self.tiles or configs.attention_backward_configs(qkv.dtype, head_size, arch)
         plan = backward.Plan(*map(self.guard, backward.work_lists(self.offsets, tiles, self.share)))
-        return backward.varlen_attention_backward(
+        grad_qkv, _ = backward.varlen_attention_backward(
             guarded(grad, extra_columns=8), guarded(qkv, extra_columns=8), guarded(out, extra_columns=8),
             guarded(lse, extra_columns=3), plan,
             self.num_heads, self.scale, self.dropout, tiles,
         )  # fmt: skip
+        return grad_qkv
 
     def both(self, qkv, grad):
         """The result, the log-sum-exp and the gradient of qkv."""

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from fastbert.diagnostics.explain.stand_ins import DryRun
 from fastbert.engine import PackedInputs, buckets, quantized
 from fastbert.engine.arithmetic import Modules
-from fastbert.models.bert import BertModel
 from fastbert.models.encoded import Encoded
+from fastbert.models.encoder import EncoderModel
 from fastbert.models.pretrained import PreTrainedModel
 from fastbert.ops import Policy, attention_plan, recording
 from fastbert.ops.dispatch import Decision
@@ -31,7 +31,7 @@ from fastbert.pipelines.sentence import SentenceEncoder
 
 
 def eight_bit_decision(
-    bert: BertModel, policy: Policy, device: torch.device, dtype: torch.dtype, arch: int | None
+    bert: EncoderModel, policy: Policy, device: torch.device, dtype: torch.dtype, arch: int | None
 ) -> Decision | None:
     """Returns what would run the encoder in 8 bits; None where nothing asks for that."""
     return None if bert.precision is None else quantized.decide(bert, policy, device, dtype, arch)
@@ -42,7 +42,7 @@ def is_unquantised(decision: Decision | None) -> bool:
     return decision is None or decision.backend == quantized.UNQUANTISED
 
 
-def graph_obstacles(bert: BertModel, device: torch.device) -> list[str]:
+def graph_obstacles(bert: EncoderModel, device: torch.device) -> list[str]:
     """Returns every reason why no batch would run as a CUDA graph on the device."""
     with torch.no_grad():
         return list(bert.engine.graph_obstacles(bert, device))
@@ -53,13 +53,13 @@ def largest_graph() -> int:
     return buckets.LARGEST
 
 
-def one_call_obstacles(bert: BertModel, policy: Policy, device: torch.device, dtype: torch.dtype) -> list[str]:
+def one_call_obstacles(bert: EncoderModel, policy: Policy, device: torch.device, dtype: torch.dtype) -> list[str]:
     """Returns every reason why the encoder would not run in one call of a C++ kernel on this CPU."""
     with torch.no_grad():
         return list(bert.engine.one_call_obstacles(bert, policy, device, dtype))
 
 
-def rows_computed(lengths: Sequence[int], model: nn.Module, bert: BertModel) -> int:
+def rows_computed(lengths: Sequence[int], model: nn.Module, bert: EncoderModel) -> int:
     """Counts the rows that the encoder computes, rounded up in each batch that a SentenceEncoder makes."""
     parts = [sum(lengths)]
     if isinstance(model, SentenceEncoder):
@@ -128,7 +128,7 @@ class _EightBitWeights:
 
 def run_head(model: Any, encoded: Encoded) -> None:
     """Runs what follows the encoder in a model of stand-ins: the pooler, or the head."""
-    if isinstance(model, BertModel):
+    if isinstance(model, EncoderModel):
         model.pool(encoded)
         return
     model.__dict__["_encode"] = lambda *args, **kwargs: encoded

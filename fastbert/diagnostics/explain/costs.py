@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from fastbert.diagnostics.explain import above
 from fastbert.diagnostics.explain.report import MODULE, SORTED, BatchReport, OpReport
-from fastbert.models.bert import BertModel
+from fastbert.models.encoder import EncoderModel
 from fastbert.text.tokenizer import Tokenizer
 
 # FLOPs a number that is written; of pooling, that is read.
@@ -81,14 +81,14 @@ def _of_texts(texts: list[str], model: nn.Module, tokenizer: Tokenizer | None) -
     tokenizer = getattr(model, "tokenizer", None) if tokenizer is None else tokenizer
     if tokenizer is None:
         raise ValueError("tokenizer: needed for texts; pass tokenizer=, or lengths, or token ids")
-    positions = next(m for m in model.modules() if isinstance(m, BertModel)).longest_text
+    positions = next(m for m in model.modules() if isinstance(m, EncoderModel)).longest_text
     limit = min(positions, tokenizer.model_max_length or positions)
     packed = tokenizer.encode_packed(texts, max_length=limit, warn=False)
     return packed.cu_seqlens.diff().tolist(), 0, packed.n_truncated
 
 
 def with_costs(
-    rows: Sequence[OpReport], batch: Any, model: nn.Module, bert: BertModel, itemsize: int, here: bool,
+    rows: Sequence[OpReport], batch: Any, model: nn.Module, bert: EncoderModel, itemsize: int, here: bool,
     tokenizer: Tokenizer | None,
 ) -> tuple[tuple[OpReport, ...], BatchReport]:  # fmt: skip
     """Returns the operations with what each costs, and the batch.

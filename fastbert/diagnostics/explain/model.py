@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from fastbert import adapters
-from fastbert.models.bert import BertModel
+from fastbert.models.encoder import EncoderModel
 from fastbert.models.pretrained import PreTrainedModel
 from fastbert.ops import dispatch
 
@@ -27,10 +27,10 @@ def find_model(model: Any) -> PreTrainedModel:
     raise TypeError(f"model: expected {expected}, got {type(model).__name__}")
 
 
-def backbone(model: PreTrainedModel) -> BertModel:
+def backbone(model: PreTrainedModel) -> EncoderModel:
     """Returns the encoder: the model itself, or `bert` of a model with a head."""
-    bert = model if isinstance(model, BertModel) else model.get_submodule("bert")
-    assert isinstance(bert, BertModel)
+    bert = model if isinstance(model, EncoderModel) else model.get_submodule("bert")
+    assert isinstance(bert, EncoderModel)
     return bert
 
 

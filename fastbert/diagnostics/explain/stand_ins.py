@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from fastbert.checkpoint.config import BertConfig
 from fastbert.diagnostics.explain.report import MODULE
 from fastbert.engine.listeners import is_bare, is_plain, is_plain_norm
-from fastbert.models.bert import BertSelfAttention
 from fastbert.models.pretrained import PreTrainedModel
 from fastbert.ops import Policy, recording
 from fastbert.ops.recording import Record, Recorder
@@ -105,19 +104,31 @@ class _Named(nn.Module):
 
 
 class _Attention(_Named):
+    projections: tuple[str, ...]
+
     def fused_qkv(self) -> tuple[Tensor, Tensor]:
         dry, place, module = self.__dict__["dry"], self.__dict__["place"], self
-        linears: list[Any] = [module.get_submodule(name) for name in ("query", "key", "value")]
+        linears: list[Any] = [module.get_submodule(name) for name in module.projections]
         n_rows, weight = sum(linear.weight.shape[0] for linear in linears), linears[0].weight
         fused = recording.stand_in((n_rows, weight.shape[1]), weight.dtype)
-        dry.names[id(fused)] = f"{place}.query+key+value"
+        dry.names[id(fused)] = f"{place}.{'+'.join(module.projections)}"
         self.__dict__["fused"] = fused  # whose id is its name, as long as it is there
         return fused, recording.stand_in((n_rows,), linears[0].bias.dtype)
 
 
+class _Biased(_Named):
+    """An encoder whose layers share a position bias."""
+
+    bias_columns: int
+
+    def position_bias(self, policy: Policy) -> Tensor:
+        weight: Any = self.get_submodule("relative_attention_bias").weight
+        return recording.stand_in((weight.shape[1], self.bias_columns), weight.dtype)
+
+
 @functools.cache
 def _named(cls: Any) -> type[nn.Module]:
-    base = _Attention if issubclass(cls, BertSelfAttention) else _Named
+    base = _Attention if hasattr(cls, "fused_qkv") else _Biased if hasattr(cls, "position_bias") else _Named
     return type(cls.__name__, (base, cls), {"__module__": cls.__module__})
 
 
@@ -213,7 +224,9 @@ def _place(module: nn.Module, name: str, config: BertConfig, parent: type | None
     if last == "dense":
         widths = {"BertIntermediate": config.intermediate_size, "BertPredictionHeadTransform": config.embedding_width}
         return "linear", widths.get(above, config.hidden_size)
-    if last in ("query", "key", "value", "embeddings_project"):
+    if last == "relative_attention_bias":
+        return "", config.num_attention_heads
+    if last in ("query", "key", "value", "embeddings_project", "q", "k", "v", "o"):
         return "linear", config.hidden_size
     width = getattr(module, "out_features", None)
     if not isinstance(width, int):

@@ -8,7 +8,7 @@ import torch
 
 from fastbert.diagnostics.explain.dry_run import Question, recorder_for
 from fastbert.diagnostics.explain.model import backbone
-from fastbert.models.bert import BertModel
+from fastbert.models.encoder import EncoderModel
 from fastbert.ops import recording
 
 FLOAT32 = 4
@@ -31,14 +31,14 @@ def notes(question: Question) -> Iterator[str]:
     )
 
 
-def _checkpointed(bert: BertModel) -> str:
+def _checkpointed(bert: EncoderModel) -> str:
     if not bert.encoder.gradient_checkpointing:
         return ""
     every = bert.encoder.checkpointed_every
     return ", and with gradient checkpointing its input alone" + (f", in one layer of {every}" if every > 1 else "")
 
 
-def layer_obstacles(bert: BertModel, question: Question) -> Iterator[str]:
+def layer_obstacles(bert: EncoderModel, question: Question) -> Iterator[str]:
     """Yields every reason why the layers would train operation by operation."""
     with torch.enable_grad():
         obstacles = list(bert.engine.training.obstacles(bert, None, False, False))
@@ -61,7 +61,7 @@ def product_itemsize(question: Question) -> int:
     return question.dtype.itemsize
 
 
-def kept_by_a_layer(bert: BertModel, itemsize: int) -> int:
+def kept_by_a_layer(bert: EncoderModel, itemsize: int) -> int:
     """Counts the bytes that a layer keeps of a token: see fastbert.ops.training.layer.
 
     Beside 8 H + I numbers in the dtype of products there are float32 ones: of each head the sum of exponentials, and

@@ -61,7 +61,8 @@ def eager_layer(block: Block, x: Tensor, mask: Tensor) -> Tensor:
     Raises ValueError for a layer with more than BERT's have.
     """
     for feature in block.features():
-        raise ValueError(f"model: verify does not compute {FEATURES[feature]}")
+        if feature != "position_bias":
+            raise ValueError(f"model: verify does not compute {FEATURES[feature]}")
 
     def linear(part: Linear, x: Tensor) -> Tensor:
         return F.linear(x, part.weight.to(x.dtype), None if part.bias is None else part.bias.to(x.dtype))
@@ -75,11 +76,20 @@ def eager_layer(block: Block, x: Tensor, mask: Tensor) -> Tensor:
         for part in (block.query, block.key, block.value)
     )  # (B, N, S, D)
     padding = (mask == 0)[:, None, None, :]  # (B, 1, 1, S)
-    scores = (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).masked_fill(padding, torch.finfo(x.dtype).min)
+    scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
+    if block.position_bias is not None:
+        scores = scores + _bias_of_columns(block.position_bias, x.shape[1]).to(x.dtype)
+    scores = scores.masked_fill(padding, torch.finfo(x.dtype).min)
     context = (torch.softmax(scores, dim=-1) @ v).transpose(1, 2).flatten(2)  # (B, S, H)
     x = norm(block.attention_norm, linear(block.out, context) + x)
     inner = activate(linear(block.up, x), block.activation)  # (B, S, I)
     return norm(block.output_norm, linear(block.down, inner) + x)
+
+
+def _bias_of_columns(table: Tensor, length: int) -> Tensor:
+    """(N, 2R + 1) -> (N, S, S): the number of each distance from a query to a key, those beyond R with R's."""
+    radius, columns = table.shape[1] // 2, torch.arange(length, device=table.device)
+    return table[:, (columns - columns[:, None]).clamp(-radius, radius) + radius]
 
 
 def eager_pooler(parameters: Mapping[str, Tensor], x: Tensor, mask: Tensor) -> Tensor:

@@ -17,8 +17,8 @@ from fastbert import reference
 from fastbert.adapters.live_pipeline import Step
 from fastbert.checkpoint.activations import ACTIVATIONS, activate
 from fastbert.diagnostics.verify.bounds import FACTOR_OF_VECTORS, SCATTER
-from fastbert.models.bert import BertModel
 from fastbert.models.encoded import Encoded
+from fastbert.models.encoder import EncoderModel
 from fastbert.models.modules import dense
 from fastbert.pipelines.pipeline import POOLING_MODES, Pipeline
 from fastbert.pipelines.pooling import sentence_vectors
@@ -55,7 +55,7 @@ class End:
         return FACTOR_OF_VECTORS + (SCATTER / (n_texts * self.few) ** 0.5 if self.few is not None else 0.0)
 
 
-def ends_of(model: nn.Module | Pipeline, bert: BertModel, prefix: str) -> Iterator[End]:
+def ends_of(model: nn.Module | Pipeline, bert: EncoderModel, prefix: str) -> Iterator[End]:
     """Yields what follows the encoder in the model; nothing for a head that is not made as BERT's are."""
     if isinstance(model, SentenceEncoder) and not model.has_dense:
         return
@@ -88,7 +88,7 @@ def _vectors_end(pipeline: Pipeline) -> End:
     return End("vectors", True, run, lambda states: _vectors(pipeline, states))
 
 
-def _linear_end(name: str, linear: nn.Linear, bert: BertModel, tokens: bool) -> End:
+def _linear_end(name: str, linear: nn.Linear, bert: EncoderModel, tokens: bool) -> End:
     def run(encoded: Encoded) -> Tensor:
         return dense(linear, encoded.last_hidden_state if tokens else bert.pool(encoded), bert.policy)
 
@@ -99,7 +99,7 @@ def _linear(linear: Any, x: Tensor) -> Tensor:
     return F.linear(x, linear.weight.to(x), linear.bias.to(x))
 
 
-def _words(predictions: Any, bert: BertModel, x: Tensor) -> Tensor:
+def _words(predictions: Any, bert: EncoderModel, x: Tensor) -> Tensor:
     """The language model's head: (n, H) -> (n, V)."""
     part, activation = predictions.transform, ACTIVATIONS[bert.config.hidden_act]
     x = _linear(part.dense, x)

@@ -33,6 +33,7 @@ from fastbert.diagnostics.verify.report import Report
 from fastbert.diagnostics.verify.rows import Row
 from fastbert.diagnostics.verify.run import Comparison, compare
 from fastbert.models.bert import BertModel
+from fastbert.models.encoder import EncoderModel
 from fastbert.pipelines.names import SENTENCE_TRANSFORMERS, full_name
 from fastbert.pipelines.pipeline import PackingTokenizer, Pipeline
 from fastbert.pipelines.sentence import SentenceEncoder
@@ -156,7 +157,7 @@ def verify(
 
 
 def _gradients(
-    model: Any, bert: BertModel, rows: list[Row], prefix: str, outer: Any, notes: list[str]
+    model: Any, bert: EncoderModel, rows: list[Row], prefix: str, outer: Any, notes: list[str]
 ) -> GradientsReport | None:
     """The report on gradients, None where there are none to look at, for a reason that goes into the notes.
 
@@ -187,7 +188,7 @@ def _model_of(
             raise ValueError(f"{', '.join(overrides)}: expected only with a path, got a loaded {kind}")
         return model_or_path, kind, getattr(model_or_path, "tokenizer", None) if tokenizer is None else tokenizer
     folder = _transformer_folder(resolve(full_name(model_or_path, SENTENCE_TRANSFORMERS)))
-    model = BertModel.from_pretrained(folder, **overrides)
+    model: EncoderModel = BertModel.from_pretrained(folder, **overrides)
     if tokenizer is None and any((folder / name).is_file() for name in ("tokenizer.json", "vocab.txt")):
         tokenizer = Tokenizer.from_pretrained(folder)
     return model, os.fspath(model_or_path), tokenizer
@@ -227,7 +228,7 @@ def _usable(tokenizer: Any) -> Tokenizer | LiveTokenizer | None:
     return LiveTokenizer(tokenizer, tokenizer.model_max_length)
 
 
-def _rows(texts: Any, tokenizer: PackingTokenizer | None, bert: BertModel, notes: list[str]) -> list[Row]:
+def _rows(texts: Any, tokenizer: PackingTokenizer | None, bert: EncoderModel, notes: list[str]) -> list[Row]:
     n_positions = bert.longest_text
     if texts is None and tokenizer is None:
         notes.append("no tokenizer: random token ids instead of texts")
@@ -259,7 +260,7 @@ def _ids_of(item: Any) -> Tensor:
     return ids.to("cpu", torch.int64)
 
 
-def _random_rows(bert: BertModel, n_positions: int) -> list[Row]:
+def _random_rows(bert: EncoderModel, n_positions: int) -> list[Row]:
     generator = torch.Generator().manual_seed(0)
     n_ids, n_types = bert.config.vocab_size, bert.embeddings.n_token_types
     rows = []

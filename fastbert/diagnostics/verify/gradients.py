@@ -31,7 +31,7 @@ from fastbert.diagnostics.verify.bounds import (
 from fastbert.diagnostics.verify.eager import eager_bert
 from fastbert.diagnostics.verify.gradient_findings import ALL, GradientReport, GradientsReport
 from fastbert.diagnostics.verify.rows import Row, chunks, padded
-from fastbert.models.bert import BertModel
+from fastbert.models.encoder import EncoderModel
 from fastbert.models.inputs import Inputs
 
 # Texts of one step, in the order of the user. The reference keeps all that a backward pass needs, in float64.
@@ -51,12 +51,12 @@ class Trained:
     bert: the encoder, on whose parameters `run` works. root: the module that is trained, or whose part is.
     """
 
-    bert: BertModel
+    bert: EncoderModel
     root: nn.Module
     run: Run
 
 
-def own(bert: BertModel) -> Trained:
+def own(bert: EncoderModel) -> Trained:
     """One of our own models, as its encoder runs."""
 
     def run(input_ids: Tensor, mask: Tensor, token_type_ids: Tensor) -> Outputs:
@@ -67,7 +67,7 @@ def own(bert: BertModel) -> Trained:
     return Trained(bert, bert, run)
 
 
-def called(live: nn.Module, bert: BertModel) -> Trained:
+def called(live: nn.Module, bert: EncoderModel) -> Trained:
     """The encoder of another library that is called. bert: ours, on its parameters."""
     segments = bert.config.family.token_types
 
@@ -110,7 +110,7 @@ def compare_gradients(trained: Trained, rows: Sequence[Row], prefix: str, outer:
 class _Loss:
     """The loss of the texts of one step, as the gradients that it has for the outputs."""
 
-    def __init__(self, bert: BertModel, rows: Sequence[Row], chunk: Sequence[int]) -> None:
+    def __init__(self, bert: EncoderModel, rows: Sequence[Row], chunk: Sequence[int]) -> None:
         width, dtype = bert.config.hidden_size, bert.dtype
         of_tokens, of_texts = [], []
         for i in chunk:
@@ -156,12 +156,12 @@ def _exact_gradients(trained: Trained, parameters: Mapping[str, Tensor], inputs:
     bert = trained.bert
     params = {name: p.detach().to("cpu", torch.float64) for name, p in bert.named_parameters()}
     leaves = [params[name].requires_grad_() for name in parameters]
-    exact = reference.bert(params, bert.config, *inputs, output_attentions=False)
+    exact = reference.encode(params, bert.config, *inputs, output_attentions=False)
     outputs = exact.last_hidden_state[inputs[1] != 0], exact.pooler_output
     return dict(zip(parameters, loss.gradients(outputs, leaves), strict=True))
 
 
-def _padding_row(bert: BertModel, name: str) -> int | None:
+def _padding_row(bert: EncoderModel, name: str) -> int | None:
     """The row of an embedding table that is never trained, or None."""
     module = bert.get_submodule(name.rpartition(".")[0])
     return module.padding_idx if isinstance(module, nn.Embedding) else None

@@ -22,7 +22,7 @@ from fastbert.diagnostics.verify.findings import QuantizedReport, StateReport, V
 from fastbert.diagnostics.verify.measures import error_report, measure, state_report, vector_report
 from fastbert.diagnostics.verify.rows import Row, chunks, padded
 from fastbert.engine import Block, quantized
-from fastbert.models.bert import BertModel
+from fastbert.models.encoder import EncoderModel
 from fastbert.models.inputs import Inputs
 from fastbert.ops import Policy
 
@@ -46,7 +46,9 @@ class Comparison:
 
 
 @torch.no_grad()
-def compare(bert: BertModel, rows: list[Row], prefix: str, ends: Sequence[End] = (), model: Any = None) -> Comparison:
+def compare(
+    bert: EncoderModel, rows: list[Row], prefix: str, ends: Sequence[End] = (), model: Any = None
+) -> Comparison:
     """Runs the model, the reference and eager, and compares every state, the pooled output and what follows.
 
     model: the one that `ends` belong to, by default the encoder.
@@ -123,7 +125,7 @@ def _vectors(vectors: list[list[Tensor]], source: str) -> VectorReport | None:
 
 
 def _judged(
-    names: Sequence[str], whole: Tensor, alone: Tensor, s: int, bert: BertModel, ends: Sequence[End], in_8_bits: bool
+    names: Sequence[str], whole: Tensor, alone: Tensor, s: int, bert: EncoderModel, ends: Sequence[End], in_8_bits: bool
 ) -> StateReport:
     """The report of state s, with the bounds that hold for its kind."""
     end = ends[s - len(names)] if s >= len(names) - len(ends) else None
@@ -143,13 +145,13 @@ def _judged(
     return state_report(names[s], whole[s], errors, errors_alone)
 
 
-def _runs_in_8_bits(bert: BertModel) -> bool:
+def _runs_in_8_bits(bert: EncoderModel) -> bool:
     """Tells whether a model with a precision takes the 8-bit path, and not the unquantised one as a fallback."""
     decision = quantized.decide(bert, bert.policy, bert.device, bert.dtype)
     return decision.backend != quantized.UNQUANTISED
 
 
-def _run(bert: BertModel, rows: list[Row], ends: Sequence[End]) -> Parts:
+def _run(bert: EncoderModel, rows: list[Row], ends: Sequence[End]) -> Parts:
     """The model's hidden states, then its pooled output, then what follows."""
     input_ids, mask, token_type_ids = (x.to(bert.device) for x in padded(rows))
     encoded = bert.encode(Inputs(input_ids, mask, token_type_ids, output_attentions=False, output_hidden_states=True))
@@ -164,14 +166,14 @@ def _run(bert: BertModel, rows: list[Row], ends: Sequence[End]) -> Parts:
     return states
 
 
-def _run_directly(bert: BertModel, rows: list[Row]) -> list[Tensor]:
+def _run_directly(bert: EncoderModel, rows: list[Row]) -> list[Tensor]:
     """The last hidden state where nobody asks for the others: it is computed in one call, or by a CUDA graph."""
     input_ids, mask, token_type_ids = (x.to(bert.device) for x in padded(rows))
     encoded = bert.encode(Inputs(input_ids, mask, token_type_ids, output_attentions=False, output_hidden_states=False))
     return list(encoded.last_hidden_state.split([len(row) for row, _ in rows]))
 
 
-def _run_emulation(bert: BertModel, rows: list[Row], ends: Sequence[End]) -> Parts:
+def _run_emulation(bert: EncoderModel, rows: list[Row], ends: Sequence[End]) -> Parts:
     """`_run` of the same quantisation in plain PyTorch, with weights quantised anew."""
     policy, weights = bert.policy, bert.engine.eight_bit.weights
     bert.policy, bert.engine.eight_bit.weights = Policy("torch"), quantized.QuantizedWeights()
@@ -182,11 +184,15 @@ def _run_emulation(bert: BertModel, rows: list[Row], ends: Sequence[End]) -> Par
 
 
 def _reference(
-    parameters: Mapping[str, Tensor], bert: BertModel, inputs: tuple[Tensor, ...], sizes: list[int], ends: Sequence[End]
+    parameters: Mapping[str, Tensor],
+    bert: EncoderModel,
+    inputs: tuple[Tensor, ...],
+    sizes: list[int],
+    ends: Sequence[End],
 ) -> Parts:
     """The same as `_run`, in float64."""
     try:
-        exact = reference.bert(parameters, bert.config, *inputs, output_attentions=False)
+        exact = reference.encode(parameters, bert.config, *inputs, output_attentions=False)
     except KeyError as error:
         hint = "adapters have to be merged into the weights first"
         raise ValueError(f"model: expected a parameter {error.args[0]}; {hint}") from error
@@ -194,7 +200,7 @@ def _reference(
     return _with_ends([*exact.hidden_states, *pooled], sizes, bert, ends)
 
 
-def _with_ends(states: list[Tensor], sizes: list[int], bert: BertModel, ends: Sequence[End]) -> Parts:
+def _with_ends(states: list[Tensor], sizes: list[int], bert: EncoderModel, ends: Sequence[End]) -> Parts:
     """Padded states (B, S, H) and the pooled output -> the parts of the texts, and then what follows the encoder."""
     n_states = len(bert.encoder.layer) + 1
     parts: Parts = [[row[:n] for row, n in zip(state, sizes, strict=True)] for state in states[:n_states]]
@@ -203,7 +209,7 @@ def _with_ends(states: list[Tensor], sizes: list[int], bert: BertModel, ends: Se
 
 
 def _measure_alone(
-    measures: Tensor, places: list[int], bert: BertModel, weights: tuple[Any, ...], mask: Tensor,
+    measures: Tensor, places: list[int], bert: EncoderModel, weights: tuple[Any, ...], mask: Tensor,
     ours: Parts, ends: Sequence[End],
 ) -> None:  # fmt: skip
     """Compares every part but the embeddings with eager and the reference on the input that the part had."""

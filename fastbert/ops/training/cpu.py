@@ -50,13 +50,25 @@ class CpuKernels:
     def activation_backward(self, grad: Tensor, pre: Tensor, activation: str) -> tuple[Tensor, Tensor, Tensor]:
         return cpu.activation_backward(grad, pre, activation)
 
-    def attention_forward(self, qkv: Tensor, settings: Attention) -> tuple[Tensor, Tensor]:
-        batch, num_heads, scale, dropout = settings
-        return cpu.attention_training_forward(qkv, batch.cu_seqlens_cpu, num_heads, scale, dropout)
+    def attention_forward(
+        self, qkv: Tensor, settings: Attention, position_bias: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        batch, num_heads, scale, dropout, columns = settings
+        bias = None if position_bias is None else cpu.PositionBias.of(position_bias, columns)
+        return cpu.attention_training_forward(qkv, batch.cu_seqlens_cpu, num_heads, scale, dropout, bias)
 
-    def attention_backward(self, grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, settings: Attention) -> Tensor:
-        batch, num_heads, scale, dropout = settings
-        return cpu.attention_backward(grad, qkv, out, lse, batch.cu_seqlens_cpu, num_heads, scale, dropout)
+    def attention_backward(
+        self,
+        grad: Tensor,
+        qkv: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        settings: Attention,
+        position_bias: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        batch, num_heads, scale, dropout, columns = settings
+        bias = None if position_bias is None else cpu.PositionBias.of(position_bias, columns)
+        return cpu.attention_backward(grad, qkv, out, lse, batch.cu_seqlens_cpu, num_heads, scale, dropout, bias)
 
     def norm_forward(
         self,

@@ -13,9 +13,12 @@ from fastbert.ops.training.plain import PLAIN
 from fastbert_kernels.masks import Dropout
 
 
-def attention(qkv: Tensor, settings: Attention, kernels: Kernels) -> Tensor:
-    """softmax(scale q k^T) v within each sequence, with dropout of the probabilities. (T, 3 N D) -> (T, N D)"""
-    out: Tensor = _Attention.apply(qkv, settings, kernels)
+def attention(qkv: Tensor, settings: Attention, kernels: Kernels, position_bias: Tensor | None = None) -> Tensor:
+    """softmax(scale q k^T + bias) v within each sequence, with dropout of the probabilities. (T, 3 N D) -> (T, N D)
+
+    position_bias: (N, 2R + 1), see fastbert.ops.position_bias.
+    """
+    out: Tensor = _Attention.apply(qkv, position_bias, settings, kernels)
     return out
 
 
@@ -44,23 +47,28 @@ def residual_norm(
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, qkv: Tensor, settings: Attention, kernels: Kernels) -> Tensor:
+    def forward(ctx: Any, qkv: Tensor, bias: Tensor | None, settings: Attention, kernels: Kernels) -> Tensor:
         qkv = qkv if qkv.stride(-1) == 1 else qkv.contiguous()
         with torch.autocast(qkv.device.type, enabled=False):
-            out, lse = kernels.attention_forward(qkv, settings)
+            out, lse = kernels.attention_forward(qkv, settings, bias)
         ctx.settings, ctx.kernels = settings, kernels
-        ctx.save_for_backward(qkv, out, lse)
+        ctx.save_for_backward(qkv, bias, out, lse)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        qkv, out, lse = ctx.saved_tensors
+        qkv, bias, out, lse = ctx.saved_tensors
         settings, differentiable = ctx.settings, torch.is_grad_enabled()
         if batched(grad) or (differentiable and settings.dropout is None):
-            inputs = qkv, None, None
-            return again(lambda qkv, *_: PLAIN.attention_forward(qkv, settings)[0], grad, inputs, ctx.needs_input_grad)
+            inputs = qkv, bias, None, None
+
+            def plain(qkv: Tensor, bias: Tensor | None, *_: Any) -> Tensor:
+                return PLAIN.attention_forward(qkv, settings, bias)[0]
+
+            return again(plain, grad, inputs, ctx.needs_input_grad)
         with torch.no_grad(), torch.autocast(grad.device.type, enabled=False):
-            grads = ctx.kernels.attention_backward(grad.contiguous(), qkv, out, lse, settings), None, None
+            d_qkv, d_bias = ctx.kernels.attention_backward(grad.contiguous(), qkv, out, lse, settings, bias)
+            grads = d_qkv, None if d_bias is None else d_bias.to(bias.dtype), None, None
         return once(grads) if differentiable else grads
 
 

@@ -17,12 +17,16 @@ Weights = tuple[Tensor, ...]
 
 
 class Attention(NamedTuple):
-    """The settings of one attention. batch: how T rows lie in sequences."""
+    """The settings of one attention. batch: how T rows lie in sequences.
+
+    columns: (T,) int32, as in `PackedBatch`, for a position bias.
+    """
 
     batch: PackedBatch
     num_heads: int
     scale: float
     dropout: Dropout | None
+    columns: Tensor | None = None
 
 
 class EmbeddingSettings(NamedTuple):
@@ -88,11 +92,24 @@ class Kernels(Protocol):
     def activation_backward(self, grad: Tensor, pre: Tensor, activation: str) -> tuple[Tensor, Tensor, Tensor]:
         """The gradient of pre, activation(pre), (T, I) both, and the gradient's sums over its rows, (I,) float32."""
 
-    def attention_forward(self, qkv: Tensor, settings: Attention) -> tuple[Tensor, Tensor]:
-        """(T, 3 N D) -> (T, N D), and the natural logarithm of the sums of exponentials, (N, T) float32."""
+    def attention_forward(
+        self, qkv: Tensor, settings: Attention, position_bias: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """(T, 3 N D) -> (T, N D), and the natural logarithm of the sums of exponentials, (N, T) float32.
 
-    def attention_backward(self, grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, settings: Attention) -> Tensor:
-        """The gradient of qkv, (T, 3 N D); rows of no sequence have zeros."""
+        position_bias: (N, 2R + 1), see fastbert.ops.position_bias.
+        """
+
+    def attention_backward(
+        self,
+        grad: Tensor,
+        qkv: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        settings: Attention,
+        position_bias: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """The gradient of qkv, (T, 3 N D), zeros in rows of no sequence; and of position_bias, float32 at least."""
 
     def norm_forward(
         self,

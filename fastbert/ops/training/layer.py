@@ -38,7 +38,10 @@ class LayerSettings:
 
 @dataclass(frozen=True, eq=False)
 class LayerParameters:
-    """The parameters of a layer, in the order in which its node of autograd takes them. Biases may be None."""
+    """The parameters of a layer, in the order in which its node of autograd takes them. Biases may be None.
+
+    position_bias: (N, 2R + 1), added to attention's scores: see fastbert.ops.position_bias.
+    """
 
     query: Tensor
     key: Tensor
@@ -56,6 +59,7 @@ class LayerParameters:
     down_bias: Tensor | None
     output_norm: Tensor
     output_norm_bias: Tensor
+    position_bias: Tensor | None = None
 
     def listed(self) -> tuple[Tensor | None, ...]:
         return tuple(vars(self).values())
@@ -69,7 +73,7 @@ class LayerParameters:
         return self.query_bias, self.key_bias, self.value_bias
 
 
-QUERY, OUT, UP, DOWN = 0, 6, 10, 12  # Places in LayerParameters.
+QUERY, OUT, UP, DOWN, POSITION_BIAS = 0, 6, 10, 12, 16  # Places in LayerParameters.
 
 
 def encoder_layer(x: Tensor, parameters: LayerParameters, settings: LayerSettings) -> Tensor:
@@ -113,7 +117,7 @@ def _forward(x: Tensor, p: LayerParameters, settings: LayerSettings) -> tuple[Te
     mixed = x.dtype != settings.dtype
     low = x.to(settings.dtype)
     qkv = kernels.linear(low, p.qkv, p.qkv_biases)
-    context, lse = kernels.attention_forward(qkv, settings.attention)
+    context, lse = kernels.attention_forward(qkv, settings.attention, p.position_bias)
     z = kernels.linear(context, (p.out,), (p.out_bias,))
     first = kernels.norm_forward(z, x, p.attention_norm, p.attention_norm_bias, first_eps, first_drop, mixed)
     middle = first.y if first.low is None else first.low
@@ -145,7 +149,7 @@ def _backward(
     del activated
     wanted.weight(UP, d_pre, middle)
     wanted.vectors(UP + 1, d_up_bias)
-    if not wanted.before(UP):
+    if not wanted.before(UP) and not needed[POSITION_BIAS + 2]:
         return tuple(grads)
     d_middle = kernels.input_gradient(d_pre, (p.up,))
     assert last.residual is not None
@@ -153,11 +157,13 @@ def _backward(
     del d_pre, d_middle, last
     wanted.vectors(OUT + 1, first_grads.x_bias, first_grads.weight, first_grads.bias)
     wanted.weight(OUT, first_grads.x, context)
-    if not wanted.before(OUT):
+    if not wanted.before(OUT) and not needed[POSITION_BIAS + 2]:
         return tuple(grads)
     d_context = kernels.input_gradient(first_grads.x, (p.out,))
-    d_qkv = kernels.attention_backward(d_context, qkv, context, lse, settings.attention)
+    d_qkv, d_bias = kernels.attention_backward(d_context, qkv, context, lse, settings.attention, p.position_bias)
     del d_context
+    if d_bias is not None:
+        wanted.vectors(POSITION_BIAS, d_bias)
     wanted.projections(d_qkv, x)
     if needed[0]:
         grads[0] = kernels.input_gradient(d_qkv, p.qkv, first_grads.residual)
@@ -212,7 +218,7 @@ def plain_layer(x: Tensor, p: LayerParameters, settings: LayerSettings) -> Tenso
     """The layer in plain, differentiable PyTorch."""
     (first_drop, last_drop), (first_eps, last_eps) = settings.dropouts, settings.eps
     qkv = PLAIN.linear(x, p.qkv, p.qkv_biases)
-    context = PLAIN.attention_forward(qkv, settings.attention)[0]
+    context = PLAIN.attention_forward(qkv, settings.attention, p.position_bias)[0]
     z = PLAIN.linear(context, (p.out,), (p.out_bias,))
     y = PLAIN.norm_forward(z, x, p.attention_norm, p.attention_norm_bias, first_eps, first_drop, False).y
     activated = PLAIN.activated_linear(y, p.up, p.up_bias, settings.activation)[0]

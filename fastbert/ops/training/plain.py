@@ -11,6 +11,7 @@ from torch import Tensor
 from fastbert.checkpoint.activations import activate
 from fastbert.ops import dropout as masks
 from fastbert.ops.packing import PackedBatch, to_device
+from fastbert.ops.position_bias import gradient, of_rows
 from fastbert.ops.training.kernels import Attention, EmbeddingSettings, Normalized, NormGradients, Weights
 from fastbert_kernels.masks import Dropout
 
@@ -61,31 +62,51 @@ class Plain:
         (grad_pre,) = torch.autograd.grad(activated, leaf, wide(grad))
         return grad_pre.to(pre.dtype), activated.detach().to(pre.dtype), grad_pre.sum(0)
 
-    def attention_forward(self, qkv: Tensor, settings: Attention) -> tuple[Tensor, Tensor]:
+    def attention_forward(
+        self, qkv: Tensor, settings: Attention, position_bias: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         n_rows, head_size = qkv.shape[0], qkv.shape[1] // (3 * settings.num_heads)
         out = qkv.new_zeros(n_rows, settings.num_heads, head_size)
         lse = wide(qkv).new_zeros(settings.num_heads, n_rows)
         for rows in groups(settings.batch):
             q, k, v = _heads(qkv, rows, settings.num_heads)
             scores = q @ k.transpose(-1, -2) * settings.scale
+            if position_bias is not None:
+                scores = scores + of_rows(wide(position_bias), settings.columns, rows, *rows.shape)
             p = torch.softmax(scores, -1) * _kept(rows, settings, scores.dtype)
             out[rows] = (p @ v).transpose(1, 2).to(qkv.dtype)
             lse[:, rows] = torch.logsumexp(scores, -1).transpose(0, 1)
         return out.flatten(1), lse
 
-    def attention_backward(self, grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, settings: Attention) -> Tensor:
+    def attention_backward(
+        self,
+        grad: Tensor,
+        qkv: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        settings: Attention,
+        position_bias: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        grad_bias = None if position_bias is None else torch.zeros_like(wide(position_bias))
         grad_qkv = torch.zeros_like(qkv, memory_format=torch.contiguous_format)
         for rows in groups(settings.batch):
             q, k, v = _heads(qkv, rows, settings.num_heads)
             d_out, o = (_split(t, rows, settings.num_heads) for t in (grad, out))
             kept = _kept(rows, settings, q.dtype)
-            p = torch.exp(q @ k.transpose(-1, -2) * settings.scale - lse[:, rows].transpose(0, 1)[..., None])
+            scores = q @ k.transpose(-1, -2) * settings.scale
+            if position_bias is not None:
+                scores = scores + of_rows(wide(position_bias), settings.columns, rows, *rows.shape)
+            p = torch.exp(scores - lse[:, rows].transpose(0, 1)[..., None])
             d_p = d_out @ v.transpose(-1, -2) * kept
-            d_s = p * (d_p - (d_out * o).sum(-1, keepdim=True)) * settings.scale
+            d_s = p * (d_p - (d_out * o).sum(-1, keepdim=True))
+            if grad_bias is not None:
+                columns = rows - rows[:, :1] if settings.columns is None else settings.columns[rows]
+                grad_bias = grad_bias + gradient(grad_bias, d_s.to(grad_bias.dtype), columns)
+            d_s = d_s * settings.scale
             d_v = (p * kept).transpose(-1, -2) @ d_out
             d_qkv = torch.stack([d_s @ k, d_s.transpose(-1, -2) @ q, d_v])  # (3, sequences, N, length, D)
             grad_qkv[rows] = d_qkv.permute(1, 3, 0, 2, 4).flatten(2).to(qkv.dtype)
-        return grad_qkv
+        return grad_qkv, grad_bias
 
     def norm_forward(
         self,

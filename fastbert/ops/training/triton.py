@@ -11,6 +11,7 @@ from torch import Tensor
 from fastbert.ops import attention_plan, gelu
 from fastbert.ops.dispatch import AUTO
 from fastbert.ops.gemm import takes_our_gemm
+from fastbert.ops.position_bias import for_kernel
 from fastbert.ops.training.kernels import Attention, EmbeddingSettings, Normalized, NormGradients, Weights
 from fastbert.ops.training.plain import joined, joined_biases
 from fastbert_kernels.masks import Dropout
@@ -58,26 +59,38 @@ class TritonKernels:
 
         return activation_backward(grad, pre, activation)
 
-    def attention_forward(self, qkv: Tensor, settings: Attention) -> tuple[Tensor, Tensor]:
+    def attention_forward(
+        self, qkv: Tensor, settings: Attention, position_bias: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         from fastbert_kernels import configs, launch
         from fastbert_kernels.attention import varlen_attention_forward
         from fastbert_kernels.work_list import WorkList
 
-        batch, num_heads, scale, dropout = settings
+        batch, num_heads, scale, dropout, columns = settings
         head_size = qkv.shape[1] // (3 * num_heads)
         plan = attention_plan.triton_plan(batch, qkv.dtype, head_size, AUTO)
         tiles = WorkList(plan.tiles, plan.row_spans)
         config = configs.attention_config(qkv.dtype, head_size, launch.arch(qkv.device), plan.small).block_sizes
         lse = torch.empty(num_heads, qkv.shape[0], dtype=torch.float32, device=qkv.device)
-        out = varlen_attention_forward(qkv, tiles, num_heads, scale, config=config, dropout=dropout, lse=lse)
+        bias = for_kernel(position_bias, columns)
+        out = varlen_attention_forward(qkv, tiles, num_heads, scale, config=config, dropout=dropout, lse=lse, bias=bias)
         return out, lse
 
-    def attention_backward(self, grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, settings: Attention) -> Tensor:
+    def attention_backward(
+        self,
+        grad: Tensor,
+        qkv: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        settings: Attention,
+        position_bias: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
         from fastbert_kernels.attention_backward import varlen_attention_backward
 
-        batch, num_heads, scale, dropout = settings
+        batch, num_heads, scale, dropout, columns = settings
+        bias = for_kernel(position_bias, columns)
         plan = attention_plan.gradient_plan(batch, qkv.dtype, qkv.shape[1] // (3 * num_heads))
-        return varlen_attention_backward(grad, qkv, out, lse, plan, num_heads, scale, dropout)
+        return varlen_attention_backward(grad, qkv, out, lse, plan, num_heads, scale, dropout, bias=bias)
 
     def norm_forward(
         self,

@@ -43,6 +43,7 @@ from fastbert_kernels.cpu.linear_training import (
 )
 from fastbert_kernels.cpu.operations import (
     ACTIVATIONS,
+    PositionBias,
     digest,
     ids_outside,
     linear_forward,
@@ -67,10 +68,10 @@ from fastbert_kernels.cpu.rows import (
 
 __all__ = [
     "ACTIVATIONS", "MAX_HIDDEN", "VARIANTS", "Encoder", "EncoderLayer", "EncoderTables", "Int8Encoder",
-    "Int8EncoderLayer", "Int8Weight", "NormBackward", "NormForward", "activation_backward", "attention_backward",
-    "attention_training_forward", "digest", "dropout_forward", "dropout_mask", "embedding_norm_forward",
-    "embedding_scatter", "encoder_forward", "encoder_int8_forward", "has_amx", "ids_outside", "instructions",
-    "int8_obstacle", "linear_forward", "linear_int8_forward", "multiplies", "obstacle", "pack_int8",
-    "pack_transposed", "pack_weight", "pack_weights", "pool_forward", "quantize_forward", "residual_norm_backward",
-    "residual_norm_forward", "varlen_attention_forward", "weight_gradient",
+    "Int8EncoderLayer", "Int8Weight", "NormBackward", "NormForward", "PositionBias", "activation_backward",
+    "attention_backward", "attention_training_forward", "digest", "dropout_forward", "dropout_mask",
+    "embedding_norm_forward", "embedding_scatter", "encoder_forward", "encoder_int8_forward", "has_amx",
+    "ids_outside", "instructions", "int8_obstacle", "linear_forward", "linear_int8_forward", "multiplies",
+    "obstacle", "pack_int8", "pack_transposed", "pack_weight", "pack_weights", "pool_forward", "quantize_forward",
+    "residual_norm_backward", "residual_norm_forward", "varlen_attention_forward", "weight_gradient",
 ]  # fmt: skip

@@ -1,6 +1,6 @@
 // Bidirectional attention over packed sequences of different lengths, on CPUs.
 //
-//     out = softmax(scale q k^T) v    within each sequence and head
+//     out = softmax(scale q k^T + bias) v    within each sequence and head
 //
 // qkv: (T, 3 * N * D), laid out [q | k | v], each (N, D), in float32 or bfloat16. cu_seqlens: (B + 1,) int32. out: (T,
 // N * D). Statistics, softmax and sums are float32. bfloat16 products take VDPBF16PS where the processor has it, and
@@ -14,10 +14,14 @@
 // and takes ROWS queries at a time: their scores with all L keys stay in the L1 cache, so the softmax needs one pass.
 // Bytes moved, from and to main memory: 4 * N * D elements a token.
 //
+// A bias (PositionBias) is spread once a task along the distances between any query and key of the sequence. Then the
+// numbers of one query's keys are neighbours, and a score costs a load and an addition more.
+//
 // In training it saves lse, (N, T) float32, the logarithm of the sum of exp(scale q k^T) over the keys, 0 in rows of no
 // sequence, and drops probabilities out.
 #include "attention.h"
 
+#include "attention_bias.h"
 #include "attention_tiles.h"
 
 #include <stdlib.h>
@@ -30,6 +34,7 @@ constexpr int64_t PIECE = 128;  // the longest chain of sums over values, so tha
 struct Scratch {
     float *keys, *values, *queries, *scores;
     uint64_t* keep;  // ROWS rows
+    float* bias;     // of all distances, or (ROWS, padded)
 };
 
 enum Mode { INFERENCE, TRAINING, TRAINING_WITH_DROPOUT };
@@ -83,29 +88,36 @@ INLINE void softmax(float* scores, int64_t length, int64_t padded, const uint64_
     *total_of = sum(total);
 }
 
-// scores[i][N * VL] = scale * q_i k^T for N blocks of keys.
-template <int N, typename O>
+// scores[i][N * VL] = scale * q_i k^T + bias_i for N blocks of keys, the first of which is block `at`.
+template <int N, typename O, bool BIASED>
 INLINE void scores_of(float* scores, int64_t stride, const typename O::E* const* queries, const typename O::E* keys,
-                      int64_t depth, float scale) {
+                      int64_t depth, float scale, const float* const* bias, int64_t at) {
     vf sums[ROWS][N] = {};
     products<ROWS, N, O>(sums, queries, keys, depth, VL, depth * VL);
     for (int i = 0; i < ROWS; i++)
-        for (int j = 0; j < N; j++) store(scores + i * stride + j * VL, sums[i][j] * scale);
+        for (int j = 0; j < N; j++) {
+            vf score = sums[i][j] * scale;
+            if (BIASED) score += load<vf>(bias[i] + (at + j) * VL);
+            store(scores + i * stride + j * VL, score);
+        }
 }
 
 // Both at once where N blocks are all the keys: the scores stay in registers. tops: the largest scores. totals: sums of
 // the probabilities. keep: a word for each query.
-template <int N, typename O, Mode MODE>
+template <int N, typename O, Mode MODE, bool BIASED>
 INLINE void probabilities_of(float* p, int64_t stride, const typename O::E* const* queries, const typename O::E* keys,
                              int64_t depth, float scale, int64_t length, const uint64_t* keep, float* tops,
-                             float* totals) {
+                             float* totals, const float* const* bias) {
     static_assert(N * VL <= 64, "a word of the mask holds all keys");
     constexpr bool PAIRS = O::SIZE == 2;
     vf sums[ROWS][N] = {};
     products<ROWS, N, O>(sums, queries, keys, depth, VL, depth * VL);
 #pragma GCC unroll 6
     for (int i = 0; i < ROWS; i++) {
-        for (int j = 0; j < N; j++) sums[i][j] *= scale;
+        for (int j = 0; j < N; j++) {
+            sums[i][j] *= scale;
+            if (BIASED) sums[i][j] += load<vf>(bias[i] + j * VL);
+        }
         sums[i][N - 1] = cut(sums[i][N - 1], length - (N - 1) * VL);
         vf high = sums[i][0], total = {};
         for (int j = 1; j < N; j++) high = max(high, sums[i][j]);
@@ -160,7 +172,7 @@ INLINE void outputs_of(T* out, int64_t stride, const float* totals, const typena
         }                                     \
     }
 
-template <typename T, typename O, Mode MODE>
+template <typename T, typename O, Mode MODE, bool BIASED>
 INLINE void run(const T* qkv, T* out, const Heads& shape, const AttentionPlan::Task& task, int64_t head,
                 const Scratch& scratch, const Training& training, int64_t n_rows_in_all) {
     typedef typename O::E E;
@@ -173,6 +185,9 @@ INLINE void run(const T* qkv, T* out, const Heads& shape, const AttentionPlan::T
     pack_keys<O>(keys, q + width, length, n_blocks, depth, shape.row_stride);
     pack_values<O>(values, q + 2 * width, length, size, shape.row_stride);
 
+    const int32_t* columns = BIASED && shape.bias.columns != NULL ? shape.bias.columns + task.first : NULL;
+    if (BIASED && columns == NULL) spread(scratch.bias, shape.bias, head, length, padded);
+
     const Masks masks(training.dropout, head);
     const float factor = training.dropout.scale();
     float* lse = MODE == INFERENCE ? NULL : training.lse + head * n_rows_in_all + task.first;
@@ -183,8 +198,16 @@ INLINE void run(const T* qkv, T* out, const Heads& shape, const AttentionPlan::T
         const int64_t first = task.first + row;
         const E *queries[ROWS], *p[ROWS];
         float tops[ROWS], totals[ROWS];
+        const float* bias[ROWS];
         for (int i = 0; i < ROWS; i++) {
             const int last = i < n_rows ? i : n_rows - 1;  // the last one again where there are no more
+            if (BIASED && columns == NULL) {
+                bias[i] = scratch.bias + length - 1 - row - last;
+            } else if (BIASED) {
+                float* line = scratch.bias + i * padded;
+                spread_row(line, shape.bias, head, columns, row + last, 0, length, padded);
+                bias[i] = line;
+            }
             const T* query = q + (row + last) * shape.row_stride;
             queries[i] = (const E*)query;
             p[i] = (const E*)(scratch.scores + last * padded);
@@ -195,9 +218,9 @@ INLINE void run(const T* qkv, T* out, const Heads& shape, const AttentionPlan::T
         }
         const int64_t n_words = over(length, 64);
         if (MODE == TRAINING_WITH_DROPOUT) draw(scratch.keep, n_words, masks, first, n_rows, 0, length);
-#define ALL_KEYS(N)                                                                                               \
-    probabilities_of<N, O, MODE>(scratch.scores, padded, queries, keys, depth, shape.scale, length, scratch.keep, \
-                                 tops, totals)
+#define ALL_KEYS(N)                                                                                         \
+    probabilities_of<N, O, MODE, BIASED>(scratch.scores, padded, queries, keys, depth, shape.scale, length, \
+                                         scratch.keep, tops, totals, bias)
         const int64_t n_in_registers = depth > DEPTH ? 0 : n_blocks;
         if (n_in_registers == 1) {
             ALL_KEYS(1);
@@ -208,14 +231,17 @@ INLINE void run(const T* qkv, T* out, const Heads& shape, const AttentionPlan::T
         } else if (VECTORS == 4 && n_in_registers == 4) {
             ALL_KEYS(4);
         } else {
-            if (depth > DEPTH)
+            if (depth > DEPTH) {
                 IN_VECTORS(n_blocks, at,
                            products_in_parts<N, O>(scratch.scores + at * VL, padded, queries, keys + at * depth * VL,
                                                    depth, depth, DEPTH, shape.scale))
-            else
+                for (int i = 0; BIASED && i < n_rows; i++)
+                    for (int64_t j = 0; j < padded; j++) scratch.scores[i * padded + j] += bias[i][j];
+            } else {
                 IN_VECTORS(n_blocks, at,
-                           scores_of<N, O>(scratch.scores + at * VL, padded, queries, keys + at * depth * VL, depth,
-                                           shape.scale))
+                           scores_of<N, O, BIASED>(scratch.scores + at * VL, padded, queries, keys + at * depth * VL,
+                                                   depth, shape.scale, bias, at))
+            }
             for (int i = 0; i < n_rows; i++)
                 softmax<PAIRS, MODE>(scratch.scores + i * padded, length, padded, scratch.keep + i * n_words, tops + i,
                                      totals + i);
@@ -234,17 +260,21 @@ INLINE void run(const T* qkv, T* out, const Heads& shape, const AttentionPlan::T
     if (MODE != INFERENCE) finish_lse(lse + task.chunk, all_totals, end - task.chunk);
 }
 
-template <typename T, typename O, Mode MODE>
+template <typename T, typename O, Mode MODE, bool BIASED>
 void run_all(const T* qkv, T* out, const Heads& shape, const AttentionPlan& plan, const Team& team,
              const Training& training) {
     const int64_t size = shape.head_size, n_heads = shape.n_heads, n_tasks = plan.n_tasks * n_heads;
     float* memory = plan.scratch(team.id);
-    const Scratch scratch = {memory, memory + plan.padded * size, memory + 2 * plan.padded * size,
+    const Scratch scratch = {memory,
+                             memory + plan.padded * size,
+                             memory + 2 * plan.padded * size,
                              memory + 2 * plan.padded * size + ROWS * size,
-                             (uint64_t*)(memory + 2 * plan.padded * size + ROWS * (size + plan.padded))};
+                             (uint64_t*)(memory + 2 * plan.padded * size + ROWS * (size + plan.padded)),
+                             memory + 2 * plan.padded * size + ROWS * (size + plan.padded + 2 * over(plan.padded, 64))};
     team.each(n_tasks + plan.n_rows - plan.n_tokens, [&](int64_t i) {
         if (i < n_tasks) {
-            run<T, O, MODE>(qkv, out, shape, plan.tasks[i / n_heads], i % n_heads, scratch, training, plan.n_rows);
+            run<T, O, MODE, BIASED>(qkv, out, shape, plan.tasks[i / n_heads], i % n_heads, scratch, training,
+                                    plan.n_rows);
             return;
         }
         const int64_t row = plan.n_tokens + i - n_tasks;  // that no sequence has
@@ -256,7 +286,7 @@ void run_all(const T* qkv, T* out, const Heads& shape, const AttentionPlan& plan
 
 }  // namespace
 
-AttentionPlan::AttentionPlan(const int32_t* cu_seqlens, int64_t n_seqs, int64_t n_rows, int64_t head_size)
+AttentionPlan::AttentionPlan(const int32_t* cu_seqlens, int64_t n_seqs, int64_t n_rows, int64_t head_size, bool biased)
     : n_rows(n_rows), status(2) {
     int64_t longest = 0;
     if (n_seqs < 0 || cu_seqlens[0] != 0) return;
@@ -268,7 +298,9 @@ AttentionPlan::AttentionPlan(const int32_t* cu_seqlens, int64_t n_seqs, int64_t 
     }
     n_tokens = cu_seqlens[n_seqs];
     padded = up(longest, VL);
-    scratch_size = up(2 * padded * head_size + ROWS * (head_size + padded + 2 * over(padded, 64)), 64 / sizeof(float));
+    const int64_t n_bias = biased ? ROWS * padded : 0;  // which is more than all distances
+    scratch_size =
+        up(2 * padded * head_size + ROWS * (head_size + padded + 2 * over(padded, 64)) + n_bias, 64 / sizeof(float));
     status = 0;
     if (n_tasks == 0) return;
     tasks = (Task*)malloc(n_tasks * sizeof(Task));
@@ -288,38 +320,54 @@ AttentionPlan::~AttentionPlan() {
 }
 
 void attention(const float* qkv, float* out, const Heads& heads, const AttentionPlan& plan, const Team& team) {
-    run_all<float, Floats, INFERENCE>(qkv, out, heads, plan, team, {});
+    if (heads.bias.table != NULL) run_all<float, Floats, INFERENCE, true>(qkv, out, heads, plan, team, {});
+    else run_all<float, Floats, INFERENCE, false>(qkv, out, heads, plan, team, {});
 }
 
 void attention(const bf16* qkv, bf16* out, const Heads& heads, const AttentionPlan& plan, const Team& team) {
-    run_all<bf16, BFloat16Operands, INFERENCE>(qkv, out, heads, plan, team, {});
+    if (heads.bias.table != NULL) run_all<bf16, BFloat16Operands, INFERENCE, true>(qkv, out, heads, plan, team, {});
+    else run_all<bf16, BFloat16Operands, INFERENCE, false>(qkv, out, heads, plan, team, {});
 }
 
-#define ATTENTION(name, T)                                                                                       \
-    EXPORT int name(const T* qkv, int64_t row_stride, int64_t n_rows, const int32_t* cu_seqlens, int64_t n_seqs, \
-                    int64_t n_heads, int64_t head_size, float scale, T* out, int64_t out_stride) {               \
-        const AttentionPlan plan(cu_seqlens, n_seqs, n_rows, head_size);                                         \
-        if (plan.status != 0) return plan.status;                                                                \
-        in_parallel([&](const Team& team) {                                                                      \
-            attention(qkv, out, {row_stride, n_heads, head_size, out_stride, scale}, plan, team);                \
-        });                                                                                                      \
-        return 0;                                                                                                \
+// table, radius, columns: the members of PositionBias.
+#define ATTENTION(name, T)                                                                                           \
+    EXPORT int name(const T* qkv, int64_t row_stride, int64_t n_rows, const int32_t* cu_seqlens, int64_t n_seqs,     \
+                    int64_t n_heads, int64_t head_size, float scale, T* out, int64_t out_stride, const float* table, \
+                    int64_t radius, const int32_t* columns) {                                                        \
+        const AttentionPlan plan(cu_seqlens, n_seqs, n_rows, head_size, table != NULL);                              \
+        if (plan.status != 0) return plan.status;                                                                    \
+        const Heads heads = {row_stride, n_heads, head_size, out_stride, scale, {table, radius, columns}};           \
+        in_parallel([&](const Team& team) { attention(qkv, out, heads, plan, team); });                              \
+        return 0;                                                                                                    \
     }
 
 ATTENTION(fastbert_attention_float32, float)
 ATTENTION(fastbert_attention_bfloat16, bf16)
 
+namespace {
+
+template <typename T, typename O, bool BIASED>
+void train(const T* qkv, T* out, const Heads& heads, const AttentionPlan& plan, const Team& team,
+           const Training& training) {
+    if (training.dropout.threshold > 0)
+        run_all<T, O, TRAINING_WITH_DROPOUT, BIASED>(qkv, out, heads, plan, team, training);
+    else run_all<T, O, TRAINING, BIASED>(qkv, out, heads, plan, team, training);
+}
+
+}  // namespace
+
 #define ATTENTION_TRAINING(name, T, O)                                                                           \
     EXPORT int name(const T* qkv, int64_t row_stride, int64_t n_rows, const int32_t* cu_seqlens, int64_t n_seqs, \
                     int64_t n_heads, int64_t head_size, float scale, T* out, int64_t out_stride, float* lse,     \
-                    int64_t threshold, uint64_t seed, int64_t site) {                                            \
-        const AttentionPlan plan(cu_seqlens, n_seqs, n_rows, head_size);                                         \
+                    int64_t threshold, uint64_t seed, int64_t site, const float* table, int64_t radius,          \
+                    const int32_t* columns) {                                                                    \
+        const AttentionPlan plan(cu_seqlens, n_seqs, n_rows, head_size, table != NULL);                          \
         if (plan.status != 0) return plan.status;                                                                \
-        const Heads heads = {row_stride, n_heads, head_size, out_stride, scale};                                 \
+        const Heads heads = {row_stride, n_heads, head_size, out_stride, scale, {table, radius, columns}};       \
         const Training training = {lse, {threshold, seed, site}};                                                \
         in_parallel([&](const Team& team) {                                                                      \
-            if (threshold > 0) run_all<T, O, TRAINING_WITH_DROPOUT>(qkv, out, heads, plan, team, training);      \
-            else run_all<T, O, TRAINING>(qkv, out, heads, plan, team, training);                                 \
+            if (table != NULL) train<T, O, true>(qkv, out, heads, plan, team, training);                         \
+            else train<T, O, false>(qkv, out, heads, plan, team, training);                                      \
         });                                                                                                      \
         return 0;                                                                                                \
     }

@@ -1,11 +1,13 @@
 // What attention.cpp offers to the other kernels.
 #pragma once
 
+#include "attention_bias.h"
 #include "team.h"
 
 struct Heads {
     int64_t row_stride, n_heads, head_size, out_stride;  // of qkv and out, in elements
     float scale;
+    PositionBias bias;
 };
 
 // What attention does with one batch, in whichever layer: its tasks, and memory for each thread.
@@ -18,7 +20,7 @@ class AttentionPlan {
     int64_t n_tasks = 0, n_tokens = 0, n_rows, padded = 0;  // padded: the longest sequence, in whole vectors
     int status;  // 0, or 1 where there is too little memory, or 2 where cu_seqlens does not go from 0 to at most n_rows
 
-    AttentionPlan(const int32_t* cu_seqlens, int64_t n_seqs, int64_t n_rows, int64_t head_size);
+    AttentionPlan(const int32_t* cu_seqlens, int64_t n_seqs, int64_t n_rows, int64_t head_size, bool biased = false);
     ~AttentionPlan();
     AttentionPlan(const AttentionPlan&) = delete;
     float* scratch(int thread) const { return memory + thread * scratch_size; }

@@ -1,9 +1,9 @@
 // The gradients of attention.cpp's attention, on CPUs: packed, with the same bits for any number of threads.
 //
-//     p = exp(scale q k^T - lse)    keep: the mask of dropout    factor: what is kept is multiplied by it
+//     p = exp(scale q k^T + bias - lse)    keep: the mask of dropout    factor: what is kept is multiplied by it
 //     dp = keep * (dout v^T)        delta = sum over keys of p * dp  =  sum over a head's elements of dout * out / factor
 //     ds = p * (dp - delta)
-//     dv = factor (keep * p)^T dout    dq = factor scale ds k    dk = factor scale ds^T q
+//     dv = factor (keep * p)^T dout    dq = factor scale ds k    dk = factor scale ds^T q    dbias = factor ds
 //
 // qkv, grad_qkv: (T, 3 * N * D); out, dout: (T, N * D); all of one dtype, float32 or bfloat16. lse: (N, T) float32.
 // Statistics and sums are float32. bfloat16 products take VDPBF16PS where the processor has it, and then p and ds are
@@ -15,6 +15,8 @@
 // sum, which is not 1 where lse was rounded. The heads of a long sequence may be too few for all
 // threads. Then there are tasks for the dk and dv of some keys, and others for the dq of some queries: seven products in
 // the place of five, and the same sums.
+// The gradient of a bias's table (attention_bias.h) is the sum of dbias over all pairs of tokens that are so far apart:
+// first along the diagonals of a tile, then for PART blocks of queries, and at the end over these, in their order.
 // Bytes moved, from and to main memory: 8 * N * D elements a token.
 #include "attention_backward.h"
 
@@ -73,10 +75,13 @@ struct Tile {
     const float* lse;
     int64_t q_stride, dout_stride, n_queries, n_keys, size;
     float scale;
+    const PositionBias& bias;
+    const int32_t* columns;            // of the sequence, or NULL
+    int64_t head, query, key, length;  // of the first query and key in the sequence
 };
 
 // p and dp before the mask. Not inlined, as the functions below: each has the registers for itself.
-template <typename T, typename O>
+template <typename T, typename O, bool BIASED>
 __attribute__((noinline)) void probabilities_and_products(const Tile<T>& tile, const Scratch& s) {
     typedef typename O::E E;
     const int64_t depth = tile.size / O::SIZE, n_blocks = over(tile.n_keys, VL);
@@ -84,16 +89,26 @@ __attribute__((noinline)) void probabilities_and_products(const Tile<T>& tile, c
         const E *keys = (E*)s.k_columns + at * depth * VL, *values = (E*)s.v_columns + at * depth * VL;
         for (int64_t row = 0; row < tile.n_queries; row += ROWS) {
             const E *q[ROWS], *dout[ROWS];
-            float lse[ROWS];
+            float lse[ROWS], rows[BIASED ? ROWS : 1][N * VL];
+            const float* bias[ROWS];
             for (int i = 0; i < ROWS; i++) {
                 const int64_t r = least(row + i, tile.n_queries - 1);  // the last one again where there are no more
+                if (BIASED && tile.columns == NULL) {
+                    bias[i] = s.line + tile.length - 1 - (tile.query + r) + tile.key + at * VL;
+                } else if (BIASED) {
+                    spread_row(rows[i], tile.bias, tile.head, tile.columns, tile.query + r, tile.key + at * VL,
+                               tile.length, N * VL);
+                    bias[i] = rows[i];
+                }
                 q[i] = O::SIZE == 2 ? (const E*)(tile.q + r * tile.q_stride) : (E*)s.q_rows + r * tile.size;
                 dout[i] = O::SIZE == 2 ? (const E*)(tile.dout + r * tile.dout_stride) : (E*)s.dout_rows + r * tile.size;
                 lse[i] = tile.lse[r];
             }
             float *p = s.p + row * STRIDE + at * VL, *dp = s.dp + row * STRIDE + at * VL;
             product_of<N, O>(p, q, keys, depth, DEPTH, [&](int i, int j, vf sum) {
-                vf score = rounded(sum * tile.scale) - lse[i];
+                vf score = sum * tile.scale;
+                if (BIASED) score += load<vf>(bias[i] + j * VL);
+                score = rounded(score) - lse[i];
                 if (j == N - 1) score = cut(score, tile.n_keys - (at + j) * VL);
                 return exp2<O::SIZE == 1>(score * LOG2_E);
             });
@@ -206,10 +221,38 @@ struct Row {
     }
 };
 
+// Where the ds of a tile are summed for the gradient of a bias.
+struct BiasSums {
+    float *line, *row;  // sums at each distance, from that of the first key and the last query on; one row of ds
+    float* part;        // the sums for the head and the part of the queries
+    const PositionBias& bias;
+    const int32_t* columns;  // of the sequence, or NULL
+    int64_t query, key, n_queries, n_keys;
+    float factor;
+
+    __attribute__((always_inline)) void add(int64_t i) const {  // row, of query i
+        if (columns == NULL) {
+            float* at = line + n_queries - 1 - i;
+            for (int64_t j = 0; j < n_keys; j += VL) store(at + j, load<vf>(at + j) + load<vf>(row + j));
+        } else {
+            for (int64_t j = 0; j < n_keys; j++)
+                part[bias.place((int64_t)columns[key + j] - columns[query + i])] += factor * row[j];
+        }
+    }
+    void start() const {
+        if (columns == NULL) memset(line, 0, (n_queries + n_keys + VL) * sizeof(float));
+    }
+    void finish() const {
+        for (int64_t i = 0; columns == NULL && i < n_queries + n_keys - 1; i++)
+            part[bias.place(key - query + i - n_queries + 1)] += factor * line[i];
+    }
+};
+
 // p and dp before the mask -> keep * p and ds, in place: as floats, or as pairs of queries, and then ds as bfloat16 in
 // rows as well. delta is NULL where the tile has all keys: then it is summed here.
-template <typename O, bool DROPOUT>
-__attribute__((noinline)) void differences(const Scratch& s, int64_t n_queries, int64_t n_keys, const float* delta) {
+template <typename O, bool DROPOUT, bool BIASED>
+__attribute__((noinline)) void differences(const Scratch& s, int64_t n_queries, int64_t n_keys, const float* delta,
+                                           const BiasSums& sums) {
     for (int64_t i = 0; i < n_queries; i += O::SIZE) {
         Row<DROPOUT> row(s, i), next(s, i + 1);
         const bool pair = O::SIZE == 2 && i + 1 < n_queries;
@@ -219,6 +262,16 @@ __attribute__((noinline)) void differences(const Scratch& s, int64_t n_queries, 
         } else {
             row.delta = delta[i];
             if (pair) next.delta = delta[i + 1];
+        }
+        if (BIASED) {
+            vf p, ds;
+            for (int which = 0; which < (pair ? 2 : 1); which++) {
+                for (int64_t j = 0; j < n_keys; j += VL) {
+                    (which == 0 ? row : next).finish(j, &p, &ds);
+                    store(sums.row + j, ds);
+                }
+                sums.add(i + which);
+            }
         }
         for (int64_t j = 0; j < n_keys; j += VL) {
             vf p, ds;
@@ -247,9 +300,9 @@ INLINE void deltas_of(float* delta, const T* dout, const T* out, const Call& cal
     }
 }
 
-template <typename T, typename O, bool DROPOUT>
+template <typename T, typename O, bool DROPOUT, bool BIASED>
 INLINE void run(const T* qkv, const T* douts, const T* outs, const float* lse, T* grads, const Call& call,
-                const Task& task, int64_t head, const Scratch& s) {
+                const Task& task, int64_t head, const Scratch& s, float* bias_parts) {
     typedef typename O::E E;
     const int64_t size = call.head_size, width = call.n_heads * size, depth = size / O::SIZE, length = task.length;
     const T* q = qkv + task.first * call.qkv_stride + head * size;
@@ -260,6 +313,8 @@ INLINE void run(const T* qkv, const T* douts, const T* outs, const float* lse, T
     const float factor = DROPOUT ? call.dropout.scale() : 1.0f;
     const Blocks keys(length, KEYS, VL), queries(length, QUERIES, ROWS);
     const int64_t begin = task.query_block * queries.size;
+    const int32_t* columns = BIASED && call.bias.columns != NULL ? call.bias.columns + task.first : NULL;
+    if (BIASED && columns == NULL) spread(s.line, call.bias, head, length, up(length, VL) + VL);
     if (keys.n > 1)
         deltas_of(s.delta, dout, outs + task.first * call.out_stride + head * size, call, begin,
                   least(task.query_end * queries.size, length));
@@ -275,11 +330,25 @@ INLINE void run(const T* qkv, const T* douts, const T* outs, const float* lse, T
             const T *q_rows = q + query * call.qkv_stride, *dout_rows = dout + query * call.dout_stride;
             pack_values<O>((E*)s.q_rows, q_rows, n_queries, size, call.qkv_stride);
             pack_values<O>((E*)s.dout_rows, dout_rows, n_queries, size, call.dout_stride);
-            probabilities_and_products<T, O>({q_rows, dout_rows, head_lse + query, call.qkv_stride, call.dout_stride,
-                                              n_queries, n_keys, size, call.scale},
-                                             s);
+            probabilities_and_products<T, O, BIASED>(
+                {q_rows, dout_rows, head_lse + query, call.qkv_stride, call.dout_stride, n_queries, n_keys, size,
+                 call.scale, call.bias, columns, head, query, key, length},
+                s);
             if (DROPOUT) draw(s.keep, KEYS / 64, masks, task.first + query, n_queries, key, n_keys);
-            differences<O, DROPOUT>(s, n_queries, n_keys, keys.n > 1 ? s.delta + query : NULL);
+            const int64_t part = task.part + query_block / PART;
+            const BiasSums sums = {
+                s.sums,    s.sums + SUMS, bias_parts + (part * call.n_heads + head) * call.bias.width(),
+                call.bias, columns,       query,
+                key,       n_queries,     n_keys,
+                factor};
+            const float* delta = keys.n > 1 ? s.delta + query : NULL;
+            if (BIASED && task.dq) {
+                sums.start();
+                differences<O, DROPOUT, true>(s, n_queries, n_keys, delta, sums);
+                sums.finish();
+            } else {
+                differences<O, DROPOUT, false>(s, n_queries, n_keys, delta, sums);
+            }
             const int64_t grad_stride = 3 * width, n = over(n_queries, O::SIZE);
             const bool first = query_block == 0, last = query_block == queries.n - 1;
             T* key_grad = grad + width + key * grad_stride;
@@ -298,36 +367,64 @@ INLINE void run(const T* qkv, const T* douts, const T* outs, const float* lse, T
     }
 }
 
-template <typename T, typename O, bool DROPOUT>
+template <typename T, typename O, bool DROPOUT, bool BIASED>
 void run_all(const T* qkv, const T* dout, const T* out, const float* lse, T* grad, const Call& call, const Plan& plan,
              const Team& team) {
     const int64_t n_tasks = plan.n_tasks * call.n_heads, width = 3 * call.n_heads * call.head_size;
-    const Scratch scratch(plan.scratch(team.id), call.head_size, plan.longest);
+    const Scratch scratch(plan.scratch(team.id), call.head_size, plan.longest, BIASED);
     team.each(n_tasks + call.n_rows - plan.n_tokens, [&](int64_t i) {
         if (i < n_tasks)
-            run<T, O, DROPOUT>(qkv, dout, out, lse, grad, call, plan.tasks[i / call.n_heads], i % call.n_heads,
-                               scratch);
+            run<T, O, DROPOUT, BIASED>(qkv, dout, out, lse, grad, call, plan.tasks[i / call.n_heads], i % call.n_heads,
+                                       scratch, plan.bias_parts);
         else  // a row that no sequence has
             memset(grad + (plan.n_tokens + i - n_tasks) * width, 0, width * sizeof(T));
     });
 }
 
+template <typename T, typename O, bool BIASED>
+void run_with(const T* qkv, const T* dout, const T* out, const float* lse, T* grad, const Call& call, const Plan& plan,
+              const Team& team) {
+    if (call.dropout.threshold > 0) run_all<T, O, true, BIASED>(qkv, dout, out, lse, grad, call, plan, team);
+    else run_all<T, O, false, BIASED>(qkv, dout, out, lse, grad, call, plan, team);
+}
+
+// grad_table: (N, width), the sums over all parts.
+void add_parts(float* grad_table, const Call& call, const Plan& plan, const Team& team) {
+    const int64_t n = call.bias.width();
+    team.each(call.n_heads, [&](int64_t head) {
+        float* to = grad_table + head * n;
+        memset(to, 0, n * sizeof(float));
+        for (int64_t part = 0; part < plan.n_parts; part++) {
+            const float* from = plan.bias_parts + (part * call.n_heads + head) * n;
+            for (int64_t i = 0; i < n; i++) to[i] += from[i];
+        }
+    });
+}
+
 }  // namespace
 
-// Returns the status of Plan.
+// Returns the status of Plan. table, radius, columns: the members of PositionBias. grad_table: as table.
 #define ATTENTION_BACKWARD(name, T, O)                                                                               \
     EXPORT int name(const T* qkv, int64_t qkv_stride, const T* dout, int64_t dout_stride, const T* out,              \
                     int64_t out_stride, const float* lse, int64_t n_rows, const int32_t* cu_seqlens, int64_t n_seqs, \
                     int64_t n_heads, int64_t head_size, float scale, int64_t threshold, uint64_t seed, int64_t site, \
-                    T* grad) {                                                                                       \
-        const Call call = {n_rows,  qkv_stride, dout_stride, out_stride,                                             \
-                           n_heads, head_size,  scale,       {threshold, seed, site}};                               \
+                    T* grad, const float* table, int64_t radius, const int32_t* columns, float* grad_table) {        \
+        const Call call = {n_rows,                                                                                   \
+                           qkv_stride,                                                                               \
+                           dout_stride,                                                                              \
+                           out_stride,                                                                               \
+                           n_heads,                                                                                  \
+                           head_size,                                                                                \
+                           scale,                                                                                    \
+                           {threshold, seed, site},                                                                  \
+                           {table, radius, columns}};                                                                \
         const Plan plan(cu_seqlens, n_seqs, call);                                                                   \
         if (plan.status != 0) return plan.status;                                                                    \
         in_parallel([&](const Team& team) {                                                                          \
-            if (threshold > 0) run_all<T, O, true>(qkv, dout, out, lse, grad, call, plan, team);                     \
-            else run_all<T, O, false>(qkv, dout, out, lse, grad, call, plan, team);                                  \
+            if (table != NULL) run_with<T, O, true>(qkv, dout, out, lse, grad, call, plan, team);                    \
+            else run_with<T, O, false>(qkv, dout, out, lse, grad, call, plan, team);                                 \
         });                                                                                                          \
+        if (table != NULL) in_parallel([&](const Team& team) { add_parts(grad_table, call, plan, team); });          \
         return 0;                                                                                                    \
     }
 

@@ -5,6 +5,7 @@
 
 #include <initializer_list>
 
+#include "attention_bias.h"
 #include "attention_tiles.h"
 #include "team.h"
 
@@ -12,6 +13,7 @@ namespace {
 
 constexpr int64_t QUERIES = 12 * ROWS, KEYS = 512;  // of a tile, at most
 constexpr int64_t STRIDE = KEYS + VL;               // of its rows: no power of two, whose lines would share few sets
+constexpr int64_t SUMS = QUERIES + STRIDE;          // distances in a tile, in whole vectors, and more
 constexpr int64_t PIECE = 128;                      // the longest chain of sums, so that its rounding does not grow
 constexpr int64_t PART = 8;                         // blocks of queries in a task for some of a long sequence's queries
 
@@ -19,6 +21,7 @@ struct Call {
     int64_t n_rows, qkv_stride, dout_stride, out_stride, n_heads, head_size;
     float scale;
     Dropout dropout;
+    PositionBias bias;
 };
 
 // Blocks of equal size, at most `most`: they follow from the length alone, and so do all sums.
@@ -34,18 +37,21 @@ struct Task {
     int64_t first, length;
     int64_t key_block, key_end, query_block, query_end;
     bool dk_dv, dq;
+    int64_t part;  // the number of its sequence's first PART blocks of queries among those of all sequences
 };
 
 class Plan {
    public:
     Task* tasks = NULL;
-    int64_t n_tasks = 0, n_tokens = 0, longest = 0;
-    int status = 2;  // as AttentionPlan's
+    int64_t n_tasks = 0, n_tokens = 0, longest = 0, n_parts = 0;
+    float* bias_parts = NULL;  // (n_parts, N, width): sums of the bias's gradient, over one part's queries each
+    int status = 2;            // as AttentionPlan's
 
     Plan(const int32_t* cu_seqlens, int64_t n_seqs, const Call& call);
     ~Plan() {
         free(tasks);
         free(memory);
+        free(bias_parts);
     }
     Plan(const Plan&) = delete;
     float* scratch(int thread) const { return memory + thread * scratch_size; }
@@ -64,9 +70,10 @@ class Plan {
 // A thread's memory: tiles, and dq and delta of a whole sequence. Rows of p and dp hold STRIDE numbers.
 struct Scratch {
     float *p, *dp, *ds, *k_columns, *v_columns, *k_rows, *dk, *dv, *q_rows, *dout_rows, *delta, *dq;
-    uint64_t* keep;  // rows of KEYS bits
+    float *line, *sums;  // of a bias: what is added at each distance, and the sums of ds at each distance in a tile
+    uint64_t* keep;      // rows of KEYS bits
 
-    Scratch(float* memory, int64_t head_size, int64_t longest) {
+    Scratch(float* memory, int64_t head_size, int64_t longest, bool biased) {
         const int64_t n_keys = keys_of(longest);
         const auto take = [&](int64_t n) { return memory += n, memory - n; };
         for (float** tile : {&p, &dp, &ds}) *tile = take(QUERIES * STRIDE);
@@ -75,20 +82,24 @@ struct Scratch {
         keep = (uint64_t*)take(QUERIES * KEYS / 32);
         delta = take(up(longest, 16));
         dq = take(longest * head_size);
+        if (biased) sums = take(SUMS + STRIDE), line = take(line_size(longest));
     }
+    static int64_t line_size(int64_t longest) { return 2 * up(longest, 16) + 2 * VL; }
     static int64_t keys_of(int64_t longest) { return least(KEYS, up(longest, VL)); }
-    static int64_t size(int64_t head_size, int64_t longest) {
-        return 3 * QUERIES * STRIDE + QUERIES * KEYS / 32 + (5 * keys_of(longest) + 2 * QUERIES + longest) * head_size +
-               up(longest, 16);
+    static int64_t size(int64_t head_size, int64_t longest, bool biased) {
+        return (biased ? SUMS + STRIDE + line_size(longest) : 0) + 3 * QUERIES * STRIDE + QUERIES * KEYS / 32 +
+               (5 * keys_of(longest) + 2 * QUERIES + longest) * head_size + up(longest, 16);
     }
 };
 
 inline void Plan::add_tasks(int64_t first, int64_t length, bool in_parts) {
     const Blocks keys(length, KEYS, VL), queries(length, QUERIES, ROWS);
-    if (!in_parts) return add({first, length, 0, keys.n, 0, queries.n, true, true});
-    for (int64_t i = 0; i < keys.n; i++) add({first, length, i, i + 1, 0, queries.n, true, false});
+    const int64_t part = n_parts;
+    n_parts += over(queries.n, PART);
+    if (!in_parts) return add({first, length, 0, keys.n, 0, queries.n, true, true, part});
+    for (int64_t i = 0; i < keys.n; i++) add({first, length, i, i + 1, 0, queries.n, true, false, part});
     for (int64_t i = 0; i < queries.n; i += PART)
-        add({first, length, 0, keys.n, i, least(i + PART, queries.n), false, true});
+        add({first, length, 0, keys.n, i, least(i + PART, queries.n), false, true, part});
 }
 
 inline Plan::Plan(const int32_t* cu_seqlens, int64_t n_seqs, const Call& call) {
@@ -106,7 +117,7 @@ inline Plan::Plan(const int32_t* cu_seqlens, int64_t n_seqs, const Call& call) {
     const int64_t n_threads = omp_get_max_threads();
     const auto in_parts = [&](double length) { return length > KEYS && length * length * n_threads > work; };
     for (int turn = 0; turn < 2; turn++) {  // count the tasks, then list them
-        n_tasks = 0;
+        n_tasks = n_parts = 0;
         for (int64_t b = 0; b < n_seqs; b++) {
             const int64_t first = cu_seqlens[b], length = cu_seqlens[b + 1] - first;
             if (length > 0) add_tasks(first, length, in_parts(length));
@@ -114,9 +125,12 @@ inline Plan::Plan(const int32_t* cu_seqlens, int64_t n_seqs, const Call& call) {
         if (turn == 0) tasks = (Task*)malloc(n_tasks * sizeof(Task));
         if (tasks == NULL) break;
     }
-    scratch_size = Scratch::size(call.head_size, longest);
+    scratch_size = Scratch::size(call.head_size, longest, call.bias.table != NULL);
     memory = (float*)aligned_alloc(64, n_threads * scratch_size * sizeof(float));
     status = tasks == NULL || memory == NULL;
+    if (call.bias.table == NULL) return;
+    bias_parts = (float*)calloc(n_parts * call.n_heads * call.bias.width(), sizeof(float));
+    status |= bias_parts == NULL;
 }
 
 }  // namespace

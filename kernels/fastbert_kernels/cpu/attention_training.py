@@ -10,20 +10,45 @@ import torch
 
 from fastbert_kernels.cpu import dropout as masks
 from fastbert_kernels.cpu import library
+from fastbert_kernels.cpu.operations import PositionBias, bias_arguments
 from fastbert_kernels.masks import Dropout
 
 _POINTER, _SIZE = ctypes.c_void_p, ctypes.c_int64
 _BATCH = (_POINTER, _SIZE, _SIZE, _SIZE, ctypes.c_float)  # Offsets, sequences, heads, head size, scale.
 _FUNCTIONS = {
-    "attention_training": (_POINTER, _SIZE, _SIZE, *_BATCH, _POINTER, _SIZE, _POINTER, *masks.ARGUMENTS),
-    "attention_backward": (*[_POINTER, _SIZE] * 3, _POINTER, _SIZE, *_BATCH, *masks.ARGUMENTS, _POINTER),
+    "attention_training": (
+        _POINTER,
+        _SIZE,
+        _SIZE,
+        *_BATCH,
+        _POINTER,
+        _SIZE,
+        _POINTER,
+        *masks.ARGUMENTS,
+        *library.BIAS,
+    ),  # fmt: skip
+    "attention_backward": (
+        *[_POINTER, _SIZE] * 3,
+        _POINTER,
+        _SIZE,
+        *_BATCH,
+        *masks.ARGUMENTS,
+        _POINTER,
+        *library.BIAS,
+        _POINTER,
+    ),
 }
 
 
 def attention_training_forward(
-    qkv: torch.Tensor, cu_seqlens_cpu: torch.Tensor, num_heads: int, scale: float, dropout: Dropout | None
+    qkv: torch.Tensor,
+    cu_seqlens_cpu: torch.Tensor,
+    num_heads: int,
+    scale: float,
+    dropout: Dropout | None,
+    bias: PositionBias | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Computes dropout(softmax(scale * q k^T)) v within each sequence, and what the backward pass needs.
+    """Computes dropout(softmax(scale * q k^T + bias)) v within each sequence, and what the backward pass needs.
 
     qkv: (T, 3 * N * D), [q | k | v], float32 or bfloat16, rows contiguous, D a multiple of 16. cu_seqlens_cpu: (B + 1,)
     int32. Returns out, (T, N * D), and lse, (N, T) float32: the logarithm of each query's sum of exp(scale * q k). Rows
@@ -36,6 +61,7 @@ def attention_training_forward(
     status = _function("attention_training", qkv.dtype)(
         qkv.data_ptr(), qkv.stride(0), n_tokens, offsets.data_ptr(), len(offsets) - 1, num_heads,
         hidden_size // num_heads, scale, out.data_ptr(), hidden_size, lse.data_ptr(), *masks.arguments(dropout),
+        *bias_arguments(bias),
     )  # fmt: skip
     library.check(status, n_tokens)
     return out, lse
@@ -50,24 +76,29 @@ def attention_backward(
     num_heads: int,
     scale: float,
     dropout: Dropout | None,
-) -> torch.Tensor:
-    """Computes the gradient of qkv from that of `attention_training_forward`'s out, (T, N * D).
+    bias: PositionBias | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Computes the gradients of qkv and of a position bias's table.
 
-    The other arguments are those of the forward pass and what it returned; grad and out are of qkv's dtype, rows
-    contiguous. Returns (T, 3 * N * D), 0 in rows beyond the last sequence. The bits do not depend on the number of
-    threads. Raises ValueError for offsets outside of the rows.
+    grad: that of `attention_training_forward`'s out, (T, N * D). The other arguments are those of the forward pass and
+    what it returned; grad and out are of qkv's dtype, rows contiguous. Returns (T, 3 * N * D), 0 in rows beyond the
+    last sequence, and (N, 2R + 1) float32 or None. The bits do not depend on the number of threads. Raises ValueError
+    for offsets outside of the rows.
     """
     n_tokens, width = qkv.shape
     grad = grad if grad.stride(-1) == 1 else grad.contiguous()
     grad_qkv = library.empty((n_tokens, width), like=qkv)
+    grad_table = None if bias is None else library.empty(tuple(bias.table.shape), like=bias.table)
     offsets = cu_seqlens_cpu.contiguous()
     status = _function("attention_backward", qkv.dtype)(
         qkv.data_ptr(), qkv.stride(0), grad.data_ptr(), grad.stride(0), out.data_ptr(), out.stride(0),
         lse.data_ptr(), n_tokens, offsets.data_ptr(), len(offsets) - 1, num_heads, width // (3 * num_heads), scale,
-        *masks.arguments(dropout), grad_qkv.data_ptr(),
+        *masks.arguments(dropout), grad_qkv.data_ptr(), *bias_arguments(bias), library.address(grad_table),
     )  # fmt: skip
     library.check(status, n_tokens)
-    return grad_qkv
+    if grad_table is not None and n_tokens == 0:
+        grad_table.zero_()
+    return grad_qkv, grad_table
 
 
 def _function(name: str, dtype: torch.dtype) -> Any:

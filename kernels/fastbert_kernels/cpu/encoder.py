@@ -41,6 +41,7 @@ class EncoderLayer(NamedTuple):
     down_bias: torch.Tensor
     output_norm_weight: torch.Tensor
     output_norm_bias: torch.Tensor
+    position_bias: torch.Tensor | None = None  # The table of a `PositionBias`.
 
 
 class Int8EncoderLayer(NamedTuple):
@@ -54,6 +55,7 @@ class Int8EncoderLayer(NamedTuple):
     down: Int8Weight
     output_norm_weight: torch.Tensor
     output_norm_bias: torch.Tensor
+    position_bias: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,8 @@ class _Encoder:
     def settings(self) -> tuple[Any, ...]:
         """Returns the arguments that follow the number of rows in a call of the kernel."""
         sizes = self.hidden_size, self.intermediate_size, self.num_heads, len(self.layers)
-        return *sizes, ACTIVATIONS[self.activation], self.eps
+        table = self.layers[0].position_bias
+        return *sizes, ACTIVATIONS[self.activation], self.eps, 0 if table is None else table.shape[1] // 2
 
 
 @dataclass(frozen=True)
@@ -107,19 +110,20 @@ def encoder_forward(
     x: torch.Tensor,
     cu_seqlens_cpu: torch.Tensor,
     workspace: torch.Tensor,
+    columns: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Runs embeddings and layers over packed tokens, writes the result to x, (T, H), and returns x.
 
     ids: input ids, token type ids (or None) and position ids, (T,) int64, contiguous and within their tables. None
-    where x holds the embeddings. cu_seqlens_cpu: (B + 1,) int32. workspace: as many elements as workspace_size says, of
-    x's dtype.
+    where x holds the embeddings. cu_seqlens_cpu: (B + 1,) int32. columns: those of a `PositionBias`. workspace:
+    as many elements as workspace_size says, of x's dtype.
     """
     embeddings, layers = encoder.addresses
     offsets, n_rows = cu_seqlens_cpu.contiguous(), x.shape[0]
     pointers = map(library.address, (None, None, None) if ids is None else ids)
     status = library.function("encode", x.dtype)(
         *pointers, embeddings, offsets.data_ptr(), offsets.shape[0] - 1, layers, x.data_ptr(), workspace.data_ptr(),
-        n_rows, *encoder.settings,
+        n_rows, *encoder.settings, None if columns is None else columns.data_ptr(),
     )  # fmt: skip
     library.check(status, n_rows)
     return x
@@ -144,6 +148,7 @@ def encoder_int8_forward(
     states: torch.Tensor,
     cu_seqlens_cpu: torch.Tensor,
     workspace: torch.Tensor,
+    columns: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Does what `encoder_forward` does in 8 bits, writes hidden states to `states`, and returns it.
 
@@ -156,7 +161,7 @@ def encoder_int8_forward(
     status = library.function("encode_int8", states.dtype)(
         *pointers, embeddings, offsets.data_ptr(), len(offsets) - 1, layers, states.data_ptr(),
         0 if len(states) == 1 else states.stride(0), workspace.data_ptr(), workspace.numel(), states.shape[1],
-        *encoder.settings,
+        *encoder.settings, None if columns is None else columns.data_ptr(),
     )  # fmt: skip
     library.check(status, states.shape[1])
     return states

@@ -31,6 +31,7 @@ struct Layer {
     const T *norm, *norm_bias;
     Weight up, down;
     const T *last_norm, *last_norm_bias;
+    const float* position_bias;
 };
 
 struct Sizes {
@@ -165,7 +166,7 @@ int64_t bytes_for(const Sizes& sizes) {
 template <typename T>
 int encode(const int64_t* ids, const int64_t* types, const int64_t* positions, const T* const* embeddings,
            const int32_t* cu_seqlens, int64_t n_seqs, const Layer<T>* layers, T* x, int64_t step, char* workspace,
-           int64_t n_bytes, const Sizes& sizes) {
+           int64_t n_bytes, const Sizes& sizes, int64_t radius, const int32_t* columns) {
     const int64_t t = sizes.n_rows, h = sizes.hidden;
     if (t == 0) return 0;
     if (n_bytes < bytes_for<T>(sizes)) return 1;
@@ -174,9 +175,10 @@ int encode(const int64_t* ids, const int64_t* types, const int64_t* positions, c
     T *qkv = (T*)workspace, *context = qkv + t * 3 * h;
     char* memory = workspace + lines(t * 4 * h * sizeof(T));
     const bool some = sizes.n_layers > 0;
-    const AttentionPlan plan(cu_seqlens, n_seqs, t, h / sizes.n_heads);
+    const AttentionPlan plan(cu_seqlens, n_seqs, t, h / sizes.n_heads, radius > 0);
     if (plan.status != 0) return plan.status;
-    const Heads heads = {3 * h, sizes.n_heads, h / sizes.n_heads, h, 1.0f / sqrtf((float)(h / sizes.n_heads))};
+    const int64_t head_size = h / sizes.n_heads;
+    const float scale = 1.0f / sqrtf((float)head_size);
     in_parallel([&](const Team& team) {
         const auto in_chunks = [&](auto f) { each_chunk(chunks, sizes, memory, qkv, context, team, f); };
         in_chunks([&](const Encoder<T>& encoder, const Scratch<T>& s, int64_t first, int64_t n) {
@@ -194,7 +196,8 @@ int encode(const int64_t* ids, const int64_t* types, const int64_t* positions, c
         });
         T* state = x;
         for (int64_t i = 0; i < sizes.n_layers; i++, state += step) {
-            attention(qkv, context, heads, plan, team);
+            const PositionBias bias = {layers[i].position_bias, radius, columns};
+            attention(qkv, context, {3 * h, sizes.n_heads, head_size, h, scale, bias}, plan, team);
             const Layer<T>* next = i + 1 < sizes.n_layers ? layers + i + 1 : NULL;
             in_chunks([&](const Encoder<T>& encoder, const Scratch<T>& s, int64_t first, int64_t n) {
                 encoder.rest(s, layers[i], next, state, state + step, first, n);
@@ -216,9 +219,11 @@ int encode(const int64_t* ids, const int64_t* types, const int64_t* positions, c
     EXPORT int name(const int64_t* ids, const int64_t* types, const int64_t* positions, const T* const* embeddings, \
                     const int32_t* cu_seqlens, int64_t n_seqs, const void* layers, T* x, int64_t step,              \
                     char* workspace, int64_t n_bytes, int64_t n_rows, int64_t hidden, int64_t intermediate,         \
-                    int64_t n_heads, int64_t n_layers, int64_t activation, float eps) {                             \
+                    int64_t n_heads, int64_t n_layers, int64_t activation, float eps, int64_t radius,               \
+                    const int32_t* columns) {                                                                       \
         return encode<T>(ids, types, positions, embeddings, cu_seqlens, n_seqs, (const Layer<T>*)layers, x, step,   \
-                         workspace, n_bytes, {n_rows, hidden, intermediate, n_heads, n_layers, activation, eps});   \
+                         workspace, n_bytes, {n_rows, hidden, intermediate, n_heads, n_layers, activation, eps},    \
+                         radius, columns);                                                                          \
     }
 
 ENCODER(fastbert_encode_int8_float32, float)

@@ -20,6 +20,10 @@ VARIANTS = {
 }
 
 
+# The types of PositionBias's members: its table, the farthest distance, and the columns of the tokens.
+BIAS = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p)
+
+
 @functools.cache
 def load() -> tuple[Any, str]:
     """Loads the best library for this processor. Returns it and its name in VARIANTS, or None and the obstacle."""
@@ -61,7 +65,7 @@ def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
     pointer, size = ctypes.c_void_p, ctypes.c_int64
     for dtype in ("float32", "bfloat16"):
         attention = getattr(library, f"fastbert_attention_{dtype}")
-        attention.argtypes = [pointer, size, size, pointer, size, size, size, ctypes.c_float, pointer, size]
+        attention.argtypes = [pointer, size, size, pointer, size, size, size, ctypes.c_float, pointer, size, *BIAS]
         attention.restype = ctypes.c_int
         pool = getattr(library, f"fastbert_pool_{dtype}")
         pool.argtypes = [pointer, size, size, pointer, size, size, ctypes.c_int, ctypes.c_int, pointer]
@@ -85,7 +89,7 @@ def _declare_linear(library: ctypes.CDLL) -> None:
     for dtype in multiplied:
         linear, encode = (getattr(library, f"fastbert_{name}_{dtype}") for name in ("linear", "encode"))
         linear.argtypes = [pointer, size, pointer, pointer, *[pointer, size] * 3, *[size] * 4]
-        encode.argtypes = [*[pointer] * 5, size, *[pointer] * 3, *[size] * 6, ctypes.c_float]
+        encode.argtypes = [*[pointer] * 5, size, *[pointer] * 3, *[size] * 6, ctypes.c_float, *BIAS[1:]]
         linear.restype, encode.restype = None, ctypes.c_int
         for other in {"float32", dtype}:
             pack = getattr(library, f"fastbert_pack_{other}_{dtype}")
@@ -112,7 +116,7 @@ def _declare_int8(library: ctypes.CDLL) -> None:
         quantize.argtypes = [pointer, size, size, size, size, pointer, size, pointer]
         linear.argtypes = [pointer, size, *[pointer] * 4, size, pointer, *[size] * 5]
         encode_bytes.argtypes = [size] * 3
-        encode.argtypes = [*[pointer] * 5, size, *[pointer] * 2, size, pointer, *[size] * 7, ctypes.c_float]
+        encode.argtypes = [*[pointer] * 5, size, *[pointer] * 2, size, pointer, *[size] * 7, ctypes.c_float, *BIAS[1:]]
         quantize.restype = linear.restype = None
         encode_bytes.restype, encode.restype = size, ctypes.c_int
 

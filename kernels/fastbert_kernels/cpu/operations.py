@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 
 from fastbert_kernels.cpu import library
@@ -9,10 +11,33 @@ from fastbert_kernels.cpu import library
 ACTIVATIONS = {"none": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3}
 
 
+class PositionBias(NamedTuple):
+    """A `PositionBias` is added to attention's scores, by how many columns the key stands after the query.
+
+    table: (N, 2R + 1) float32, contiguous, of the distances from -R to R. Farther keys have the number of the farthest.
+    columns: (T,) int32, contiguous, or None where the tokens of each sequence are neighbours.
+    """
+
+    table: torch.Tensor
+    columns: torch.Tensor | None
+
+    @classmethod
+    def of(cls, table: torch.Tensor, columns: torch.Tensor | None) -> PositionBias:
+        """Makes one of a table in any dtype."""
+        return cls(table.detach().float().contiguous(), columns)
+
+
+def bias_arguments(bias: PositionBias | None) -> tuple[int | None, int, int | None]:
+    """Returns the arguments that stand for a position bias, or for none, in a call of a kernel."""
+    if bias is None:
+        return None, 0, None
+    return bias.table.data_ptr(), bias.table.shape[1] // 2, library.address(bias.columns)
+
+
 def varlen_attention_forward(
-    qkv: torch.Tensor, cu_seqlens_cpu: torch.Tensor, num_heads: int, scale: float
+    qkv: torch.Tensor, cu_seqlens_cpu: torch.Tensor, num_heads: int, scale: float, bias: PositionBias | None = None
 ) -> torch.Tensor:
-    """Computes softmax(scale * q k^T) v within each sequence, and 0 in rows beyond the last sequence.
+    """Computes softmax(scale * q k^T + bias) v within each sequence, and 0 in rows beyond the last sequence.
 
     qkv: (T, 3 * N * D), [q | k | v], float32 or bfloat16, rows contiguous, D a multiple of 16. cu_seqlens_cpu: (B + 1,)
     int32. Returns (T, N * D). Raises ValueError for offsets outside of the rows.
@@ -22,7 +47,7 @@ def varlen_attention_forward(
     offsets = cu_seqlens_cpu.contiguous()
     status = library.function("attention", qkv.dtype)(
         qkv.data_ptr(), qkv.stride(0), n_tokens, offsets.data_ptr(), len(offsets) - 1, num_heads,
-        hidden_size // num_heads, scale, out.data_ptr(), hidden_size,
+        hidden_size // num_heads, scale, out.data_ptr(), hidden_size, *bias_arguments(bias),
     )  # fmt: skip
     library.check(status, n_tokens)
     return out

@@ -1,0 +1,68 @@
+"""A bias on the scores of attention that depends on how far the key stands from the query, in plain PyTorch.
+
+It is a table, (N, 2R + 1). It holds, for each head, what is added to the score of a key that stands -R to R columns
+after the query. Farther keys have the number of the farthest. So no kernel needs (S, S) numbers. Buckets (T5, MPNet)
+are such a table, and so is a slope a head (ALiBi), with R as large as the longest text.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def distances(table: Tensor, columns: Tensor) -> Tensor:
+    """Places in the table's rows for every query and key: columns (..., S) -> (..., S, S) int64."""
+    radius = table.shape[1] // 2
+    apart = columns[..., None, :] - columns[..., :, None]  # key minus query
+    return apart.clamp(-radius, radius).long() + radius
+
+
+def expand(table: Tensor, columns: Tensor) -> Tensor:
+    """What is added to the scores: table (N, 2R + 1), columns (S,) or (B, S) -> (N, S, S) or (B, N, S, S)."""
+    places = distances(table, columns)
+    expanded = table.index_select(1, places.flatten()).unflatten(1, places.shape)  # (N, ..., S, S)
+    return expanded if columns.dim() == 1 else expanded.transpose(0, 1)
+
+
+def of_rows(table: Tensor, columns: Tensor | None, rows: Any, n_seqs: int, length: int) -> Tensor:
+    """The same for sequences of equal length, (1 or n_seqs, N, length, length).
+
+    columns: of all tokens, or None where those of a sequence are neighbours. rows: those of the sequences.
+    """
+    if columns is None:
+        return expand(table, torch.arange(length, device=table.device))[None]
+    return expand(table, columns[rows].view(n_seqs, length))
+
+
+def gradient(table: Tensor, d_scores: Tensor, columns: Tensor) -> Tensor:
+    """The gradient of the table, (N, 2R + 1) in d_scores' dtype, from that of the scores.
+
+    d_scores: (B, N, S, S). columns: (S,) or (B, S). The order of the sums does not depend on threads.
+    """
+    places = distances(table, columns)
+    if places.dim() == 2:
+        d_scores, places = d_scores.sum(0, keepdim=True), places[None]
+    one_hot_sums = d_scores.new_zeros(table.shape)
+    flat = d_scores.transpose(0, 1).flatten(1)  # (N, B * S * S)
+    return one_hot_sums.index_add(1, places.flatten(), flat)
+
+
+def for_kernel(table: Tensor | None, columns: Tensor | None) -> Any:
+    """Returns what the Triton kernels take for a bias, or None without one."""
+    if table is None:
+        return None
+    from fastbert_kernels.attention_bias import PositionBias
+
+    return PositionBias(table.detach().contiguous(), columns)
+
+
+def check(table: Tensor, num_heads: int, head_input: Tensor) -> None:
+    """Raises ValueError for a table of another shape, or on another device than the rows of attention."""
+    if table.dim() != 2 or table.shape[0] != num_heads or table.shape[1] % 2 == 0:
+        expected = f"(N, 2 R + 1) with N = {num_heads}"
+        raise ValueError(f"position_bias: expected shape {expected}, got {tuple(table.shape)}")
+    if table.device != head_input.device:
+        raise ValueError(f"position_bias: expected a tensor on {head_input.device}, got {table.device}")
