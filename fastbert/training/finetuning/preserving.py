@@ -1,6 +1,7 @@
 """Texts whose vectors shall stay as they are, so that what a model knows of others is not lost in a training.
 
-Every batch of a trainer is either of records or of such texts, in proportion to their numbers.
+Every batch of a trainer is either of records or of such texts: `SHARE` texts for each record, which are repeated or
+drawn to make up that number.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from fastbert.training.finetuning.vector_data import read_examples
 from fastbert.training.finetuning.vector_processes import spread
 from fastbert.training.finetuning.vector_settings import EmbedSettings
 
-SHARE = 0.5  # texts for each record, at most
+SHARE = 0.25  # texts for each record
 
 
 def rows_of(
@@ -25,14 +26,14 @@ def rows_of(
 ) -> list[dict[str, Any]]:
     """Returns {"text", "label"} of texts that are to stay where the model has them now; label is the vector.
 
-    Of more than `SHARE` of n_records, so many are drawn. prompt: before each text. Raises RecordError for records that
-    are no texts.
+    Of too many for n_records, as many as are needed are drawn. prompt: before each text. Raises RecordError for records
+    that are no texts.
     """
     examples = read_examples(settings.preserve, settings.kind)
     texts = distinct([example.anchor for example in examples])
-    most = max(1, int(SHARE * n_records))
-    if len(texts) > most:
-        texts = random.Random(settings.seed).sample(texts, most)
+    n_texts = _number_for(n_records)
+    if len(texts) > n_texts:
+        texts = random.Random(settings.seed).sample(texts, n_texts)
     model.eval()
     vectors = spread(
         processes, lambda share: np.asarray(model.encode(share, prompt=prompt, show_progress_bar=False)), texts
@@ -49,7 +50,13 @@ def with_rows(data: Any, loss: Any, rows: Sequence[Mapping[str, Any]], model: An
 
     sets = dict(data) if isinstance(data, dict) else {"records": data}
     losses = {**dict.fromkeys(sets, loss), "preserved": _loss(model, weight)}
-    return datasets.DatasetDict({**sets, "preserved": datasets.Dataset.from_list(list(rows))}), losses
+    n_texts = _number_for(sum(map(len, sets.values())))
+    repeated = datasets.Dataset.from_list(list(rows)).select([i % len(rows) for i in range(n_texts)])
+    return datasets.DatasetDict({**sets, "preserved": repeated}), losses
+
+
+def _number_for(n_records: int) -> int:
+    return max(1, int(SHARE * n_records))
 
 
 def _loss(model: Any, weight: float) -> Any:
