@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import statistics
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +13,7 @@ import numpy as np
 from finetune_job import Job, Records, Run
 
 from fastbert import SentenceEncoder
-from fastbert.training.finetuning.metrics import squad
+from fastbert.training.finetuning.metrics import spans, squad
 from fastbert.training.finetuning.vector_data import Example
 from fastbert.training.finetuning.vector_evaluation import PairRetrieval, ScoredPairs
 
@@ -204,6 +205,34 @@ def guesses(model: str, records: Records) -> dict[str, list[str]]:
     }
 
 
+# Names in texts
+
+
+def names(job: Job) -> None:
+    """Trains to find names in tweets; the baseline gives a word the label that it has most often in the training."""
+    train, held = job.records("names-en", "train"), job.records("names-en", "eval")
+    if job.quick:  # A type that a quick look sees in the evaluation alone would be an error.
+        labels = {label[2:] for record in train for label in record["labels"]}
+        held = [record for record in held if labels.issuperset(label[2:] for label in record["labels"])]
+    true = [record["labels"] for record in held]
+    baseline = spans(true, most_frequent(train, held))["f1"]
+    run = job.train("tokens", train, held, batch_size=16, epochs=8,
+                    options=["--max-length", "128", "--learning-rate", "3e-4"])  # fmt: skip
+    job.row("tokens", f"names-en ({len(held):,} tweets)", "F1 of spans", run.metrics["metrics"]["f1"],
+            baseline=("most frequent label of a word", baseline), bar=baseline, **interval_of(run, "f1"),
+            **run.facts())  # fmt: skip
+
+
+def most_frequent(train: Records, held: Records) -> list[list[str]]:
+    """The label that each word of `held` has most often in `train`; O for a word that is not there."""
+    counts: dict[str, Counter[str]] = {}
+    for record in train:
+        for token, label in zip(record["tokens"], record["labels"], strict=True):
+            counts.setdefault(token, Counter())[label] += 1
+    best = {token: max(sorted(labels), key=labels.__getitem__) for token, labels in counts.items()}
+    return [[best.get(token, "O") for token in record["tokens"]] for record in held]
+
+
 # With and without accelerate
 
 
@@ -251,6 +280,7 @@ PARTS: dict[str, Part] = {
     "spam": Part(10, spam),
     "embed": Part(8, embed),
     "qa": Part(8, questions),
+    "tokens": Part(8, names),
     "accelerate": Part(8, accelerated),
     "ko-en": Part(10, korean),
 }

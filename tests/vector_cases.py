@@ -25,6 +25,11 @@ SCORED = [
     {"sentence1": pair["anchor"], "sentence2": PAIRS[(k + shift) % len(PAIRS)]["positive"], "score": float(not shift)}
     for k, pair in enumerate(PAIRS) for shift in (0, 5)
 ]  # fmt: skip
+# Texts of four classes, each told by the one word that it shares with no other class.
+CLASSES = [
+    {"text": f"{LEFT[k]} {RIGHT[i]} {RIGHT[(i + k + 3) % N_WORDS]}", "label": f"class {k}"}
+    for k in range(4) for i in range(N_WORDS)
+]  # fmt: skip
 COMMON: dict[str, Any] = {
     "device": "cpu", "precision": "fp32", "progress": False, "batch_size": 16, "mini_batch_size": 6,
     "learning_rate": 3e-3, "log_every": 1, "weight_decay": 0.0,

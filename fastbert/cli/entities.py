@@ -17,7 +17,8 @@ def add(commands: Any) -> None:
         "the entities of each text, with their places",
         """The model needs a token-classification head. A line of JSON for each text: the text and its entities, each
 with its group, score, exact words, and first and last character as in Python. With --lines, a line for each entity:
-number of the text, group, score, start, end, words. Longer texts than the model reads are read in windows.
+number of the text, group, score, start, end, words.
+A model of tags, such as NOUN, gives each word its tag. Longer texts than the model reads are read in windows.
 
 examples:
   fastbert entities "Ada Lovelace was born in London." --model dslim/bert-base-NER
@@ -27,10 +28,10 @@ examples:
     parser.add_argument("--file", dest="input", help="texts, one a line; - is standard input")
     add_field_option(parser)
     parser.add_argument(
-        "--strategy", default="simple", choices=("none", "simple", "first", "average", "max"),
+        "--strategy", choices=("none", "simple", "first", "average", "max"),
         help="none: every token with its label; simple: tokens of one label together; the others give a word one "
         "label, its first token's, the best on average, or that of the token with the highest score "
-        "(default: %(default)s)",
+        "(default: simple, or first for a model of tags, such as NOUN)",
     )  # fmt: skip
     parser.add_argument("--lines", action="store_true", help="a line for each entity, tab-separated, and no JSON")
     add_window_options(parser)

@@ -103,6 +103,9 @@ def run(args: argparse.Namespace) -> None:
     from fastbert.training.finetuning.finetune import finetune
 
     result = finetune(settings)
+    finetune_vectors.leave_group()
+    if not finetune_vectors.is_first():
+        return
     if result.plan is not None:
         from fastbert.training.finetuning.planning import lines
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,6 +14,7 @@ from fastbert.training.finetuning.vector_settings import (
     KINDS,
     POOLINGS,
     RERANK_LOSSES,
+    TEACHER_WIDTHS,
     EmbedSettings,
     RerankSettings,
     VectorSettings,
@@ -67,7 +69,9 @@ ON_THE_WAY = {
 EMBED_HELP: Help = {
     "data": DATA,
     "objective": {
-        "loss": ("", "auto: mnrl for pairs and triplets, cosent for scored pairs, distillation for single texts"),
+        "loss": ("", "auto: mnrl for pairs and triplets, cosent for scored pairs, batch-all for classes, distillation"),
+        "margin": ("VALUE", "cosine distance by which texts of other classes are to be farther"),
+        "teacher_width": ("", "a teacher of another width: pca or cut of its vectors, or dense after the model's"),
         "matryoshka": ("WIDTHS", "that are trained beside one another, as in 384,192,96"),
         "pooling": ("", "of tokens (default: the model's, and mean for a plain encoder)"),
         "query_prompt": ("TEXT", "before anchors (default: the model's)"),
@@ -92,15 +96,18 @@ RERANK_HELP: Help = {
 def add(tasks: Any) -> None:
     """Adds the subcommands `embed` and `rerank` of `fastbert finetune`."""
     _add(
-        tasks, "embed", "sentence embeddings of pairs, triplets, scored pairs or a teacher",
+        tasks, "embed", "sentence embeddings of pairs, triplets, scored pairs, classes or a teacher",
         """records: {"anchor": ..., "positive": ...}, perhaps "negative" and "score"; {"sentence1": ...,
-"sentence2": ..., "score": ...}; or {"text": ...}, perhaps "text_pair" and "vector", for distillation
+"sentence2": ..., "score": ...}; {"text": ..., "label": ...}; or {"text": ...}, perhaps "text_pair" and "vector", for
+distillation
 
 examples:
   fastbert finetune embed --model sentence-transformers/all-MiniLM-L6-v2 --train pairs.jsonl --output ./my-embeddings
   fastbert finetune embed --model ./encoder --train pairs.csv --columns anchor=question positive=answer \\
       --mine-negatives 3 --mine-margin 0.05 --matryoshka 384,192,96 --output ./my-embeddings
-  fastbert finetune embed --model ./small --train texts.jsonl --teacher ./large --output ./distilled""",
+  fastbert finetune embed --model ./small --train texts.jsonl --teacher ./large --output ./distilled
+on N GPUs of a machine, with negatives from all of them:
+  torchrun --nproc-per-node N -m fastbert finetune embed ...""",
         EMBED_HELP, EmbedSettings, run_embed,
     )  # fmt: skip
     _add(
@@ -111,7 +118,9 @@ perhaps "score"; or {"query": ..., "documents": [...], "labels": [...]}
 examples:
   fastbert finetune rerank --model ./encoder --train labelled.jsonl --output ./my-reranker
   fastbert finetune rerank --model ./encoder --train pairs.jsonl --miner ./my-embeddings --mine-negatives 5 \\
-      --loss lambda --output ./my-reranker""",
+      --loss lambda --output ./my-reranker
+on N GPUs of a machine:
+  torchrun --nproc-per-node N -m fastbert finetune rerank ...""",
         RERANK_HELP, RerankSettings, run_rerank,
     )  # fmt: skip
 
@@ -122,6 +131,7 @@ def run_embed(args: argparse.Namespace) -> None:
     from fastbert.training.finetuning.embeddings import train_by
 
     _say(train_by(settings))
+    leave_group()
 
 
 def run_rerank(args: argparse.Namespace) -> None:
@@ -130,6 +140,7 @@ def run_rerank(args: argparse.Namespace) -> None:
     from fastbert.training.finetuning.rerank import train_by
 
     _say(train_by(settings))
+    leave_group()
 
 
 def settings_of(args: argparse.Namespace, kind: type[Any]) -> Any:
@@ -137,7 +148,21 @@ def settings_of(args: argparse.Namespace, kind: type[Any]) -> Any:
     return kind(**{field.name: getattr(args, field.name) for field in dataclasses.fields(kind)})
 
 
+def is_first() -> bool:
+    """Tells whether this process speaks to the user: the first of those that torchrun has started, or the only one."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def leave_group() -> None:
+    """Leaves the group of processes that torchrun has started."""
+    from fastbert.training.distributed import leave
+
+    leave()
+
+
 def _say(result: Any) -> None:
+    if not is_first():
+        return
     name = result.headline
     if result.after:
         print(f"{name}: {result.before[name]:.4f} before, {result.after[name]:.4f} after (step {result.best_step})")
@@ -149,6 +174,7 @@ def _add(tasks: Any, name: str, summary: str, epilog: str, groups: Help, kind: t
     fields = {field.name: field for field in dataclasses.fields(kind)}
     losses = EMBED_LOSSES if kind is EmbedSettings else RERANK_LOSSES
     choices = {"kind": KINDS, "precision": PRECISIONS, "pooling": POOLINGS, "loss": losses}
+    choices["teacher_width"] = TEACHER_WIDTHS
     for title, options in groups.items():
         group = parser.add_argument_group(title)
         for field, (metavar, text) in options.items():

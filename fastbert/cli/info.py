@@ -58,7 +58,7 @@ def _machine(args: argparse.Namespace) -> Iterator[tuple[str, str]]:
             yield name, importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             yield name, "not installed"
-    yield "device", f"cpu, {torch.get_num_threads()} threads"
+    yield "device", f"cpu, {torch.get_num_threads()} threads ({args.thread_limit.reason})"
     for i in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
         gpu = torch.cuda.get_device_properties(i)
         memory = f"{gpu.total_memory / 2**30:.0f} GiB"

@@ -33,6 +33,7 @@ from fastbert.cli import (
     verify,
 )
 from fastbert.cli.options import MINILM
+from fastbert.threads import set_threads
 
 # A file each, in the order of --help. `add` adds the arguments and names what runs; PyTorch is imported only there, so
 # that nobody waits for it with --help and --version.
@@ -50,6 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     with _messages(args.verbose):
         try:
+            args.thread_limit = set_threads(getattr(args, "threads", None))
             code: int | None = args.run(args)
             sys.stdout.flush()
             return code or 0

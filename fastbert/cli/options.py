@@ -42,6 +42,9 @@ def add_loading_options(group: Any) -> None:
     group.add_argument("--dtype", default="auto", help=f"float32, bfloat16 or float16 (default: {choice})")
     group.add_argument("--device", help="cpu, cuda, cuda:1 (default: the GPU if there is one)")
     group.add_argument(
+        "--threads", type=int, metavar="N", help="on the CPU (default: what the machine, or its container, allows)"
+    )
+    group.add_argument(
         "--backend", default="auto", choices=("auto", "triton", "cpu", "torch"), help="default: %(default)s"
     )
     group.add_argument("--precision", choices=("fp8", "int8"), help="linears on 8-bit operands: GPUs; int8 on CPUs too")

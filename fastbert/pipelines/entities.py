@@ -27,10 +27,11 @@ Entity = dict[str, Any]
 class EntityRecognizer:
     """An EntityRecognizer is a token classifier and its tokenizer.
 
-    strategy: how tokens become entities, as in transformers' pipeline; `group` says how. ignore_labels: labels, or
-    entity groups, that are left out. max_length: most tokens of a window, special tokens included, by default as many
-    as the model reads. stride: tokens that two windows of a longer text share, by default 128, and at most half of a
-    window. token_budget: tokens in a batch, by default 16384 on a GPU and 2048 on a CPU.
+    strategy: how tokens become entities, as in transformers' pipeline; `group` says how. By default it is "simple", and
+    "first" where the labels are tags (`are_tags`), as NOUN and VERB: then each word is an entity, and its group is its
+    tag. ignore_labels: labels, or entity groups, that are left out. max_length: most tokens of a window, special tokens
+    included, by default as many as the model reads. stride: tokens that two windows of a longer text share, by default
+    128, and at most half of a window. token_budget: tokens in a batch, by default 16384 on a GPU and 2048 on a CPU.
 
     A longer text is read in windows that begin and end between words. Each word counts in the window where it has most
     context, and entities are put together afterwards, so that none is cut, lost or doubled at the end of a window.
@@ -41,7 +42,7 @@ class EntityRecognizer:
         model: BertForTokenClassification,
         tokenizer: Tokenizer,
         *,
-        strategy: str = "simple",
+        strategy: str | None = None,
         ignore_labels: Iterable[str] = ("O",),
         max_length: int | None = None,
         stride: int | None = None,
@@ -49,7 +50,9 @@ class EntityRecognizer:
     ) -> None:
         """Raises ValueError for an unknown strategy, and for a window or a stride that the model leaves no room for."""
         self.model, self.tokenizer = model, tokenizer
-        self.strategy = one_of("strategy", strategy, *STRATEGIES)
+        self.has_tags = are_tags(model.config.id2label.values())
+        default = "first" if self.has_tags else "simple"
+        self.strategy = one_of("strategy", default if strategy is None else strategy, *STRATEGIES)
         self.ignore_labels = frozenset(ignore_labels)
         self.max_length = longest_row(model, tokenizer, max_length)
         self.capacity = self.max_length - tokenizer.num_special_tokens(False)
@@ -62,7 +65,7 @@ class EntityRecognizer:
         cls,
         src: str | os.PathLike[str],
         *,
-        strategy: str = "simple",
+        strategy: str | None = None,
         ignore_labels: Iterable[str] = ("O",),
         max_length: int | None = None,
         stride: int | None = None,
@@ -162,7 +165,7 @@ class EntityRecognizer:
                 for i, (label, (start, end)) in enumerate(zip(best.tolist(), tokens.offsets.tolist(), strict=True))
                 if labels[label] not in self.ignore_labels
             ]  # fmt: skip
-        found = group(scores, tokens.offsets, starts, labels, self.strategy)
+        found = group(scores, tokens.offsets, starts, labels, self.strategy, has_tags=self.has_tags)
         return [
             {**entity, "word": text[entity["start"] : entity["end"]]}
             for entity in found
@@ -170,30 +173,42 @@ class EntityRecognizer:
         ]
 
 
-def group(scores: np.ndarray, places: np.ndarray, starts: np.ndarray, labels: Any, strategy: str) -> list[Entity]:
+def are_tags(labels: Iterable[str]) -> bool:
+    """Tells whether labels are tags of words, as NOUN and VERB, and make no spans.
+
+    None is O, and none begins with B- or I-, or with LABEL_, which says nothing of a label.
+    """
+    return not any(name == "O" or name.startswith(("B-", "I-", "LABEL_")) for name in labels)
+
+
+def group(
+    scores: np.ndarray, places: np.ndarray, starts: np.ndarray, labels: Any, strategy: str, *, has_tags: bool = False
+) -> list[Entity]:
     """Returns all entities of a text, those of the label "O" among them: entity_group, score, start, end.
 
     scores: (n, C) probabilities of each token. places: (n, 2) characters. starts: (n,) bool, where words begin. labels:
     the name of each class. strategy: "simple" takes each token by its own best label. The others give all tokens of a
     word one label: that of its "first" token, the best of the "average" of its tokens' scores, or the best of the token
     with the highest score ("max"). Neighbours of the same group make one entity, unless a B- begins a new one; its
-    score is the mean of its words' scores, or tokens'.
+    score is the mean of its words' scores, or tokens'. has_tags: labels are whole, and entities end with their words.
     """
+    ends = starts if has_tags else np.zeros(len(starts), bool)
     if strategy != "simple":
+        ends = np.full(len(starts), has_tags)
         scores, places = _words(scores, places, np.flatnonzero(starts), strategy)
     best = scores.argmax(-1)
     values = np.take_along_axis(scores, best[:, None], -1)[:, 0] if len(best) else best
     entities: list[Entity] = []
     tag, first = "", 0
     for i, label in enumerate(best.tolist()):
-        begins, own_tag = _prefix_and_tag(labels[label])
-        if i and own_tag == tag and not begins:
+        begins, own_tag = (False, labels[label]) if has_tags else _prefix_and_tag(labels[label])
+        if i and own_tag == tag and not begins and not ends[i]:
             continue
         if i:
-            entities.append(_entity(labels[best[first]], values[first:i], places[first:i]))
+            entities.append(_entity(labels[best[first]], values[first:i], places[first:i], has_tags))
         tag, first = own_tag, i
     if len(best):
-        entities.append(_entity(labels[best[first]], values[first:], places[first:]))
+        entities.append(_entity(labels[best[first]], values[first:], places[first:], has_tags))
     return entities
 
 
@@ -218,9 +233,9 @@ def _prefix_and_tag(label: str) -> tuple[bool, str]:
     return label.startswith("B-"), label[2:] if label.startswith(("B-", "I-")) else label
 
 
-def _entity(label: str, values: Sequence[float] | np.ndarray, places: np.ndarray) -> Entity:
+def _entity(label: str, values: Sequence[float] | np.ndarray, places: np.ndarray, has_tags: bool) -> Entity:
     return {
-        "entity_group": label.split("-", 1)[-1],
+        "entity_group": label if has_tags else label.split("-", 1)[-1],
         "score": float(np.mean(values)),
         "start": int(places[0, 0]),
         "end": int(places[-1, 1]),

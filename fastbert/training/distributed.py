@@ -114,8 +114,13 @@ class Processes:
 
     def close(self) -> None:
         """Leaves the group."""
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        leave()
+
+
+def leave() -> None:
+    """Leaves the group of processes, where there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def _own_store(rank: int, n: int) -> dict[str, Any]:

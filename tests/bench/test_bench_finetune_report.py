@@ -67,6 +67,12 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Mapping[s
     def data_files(name: str) -> Mapping[str, Path]:
         if name == "ko-en":
             raise Unavailable("ko-en: there is no network")
+        if name == "names-en":
+            names = [("great", "B-a"), ("sad", "B-b"), ("the", "O"), ("film", "O")]
+            rows = [names[i % 2 :] + names[: i % 3] for i in range(40)]
+            lines = (json.dumps({"tokens": [w for w, _ in row], "labels": [x for _, x in row]}) + "\n" for row in rows)
+            (folder / "names.jsonl").write_text("".join(lines), encoding="utf-8")
+            return dict.fromkeys(("train", "eval"), folder / "names.jsonl")
         paths = {part: folder / f"{name}.{part}.jsonl" for part in ("train", "eval")}
         for part, path in paths.items():
             if not path.exists():
@@ -96,7 +102,7 @@ def test_a_table_of_all_parts(
     assert finetune_report.report(["spam"], tmp_path, encoder, **options) == 0  # beside those of before
     parts = json.loads((tmp_path / "results.json").read_text())["parts"]
     assert {name: len(part["rows"]) for name, part in parts.items()} == {
-        "classes": 1, "embed": 3, "qa": 2, "accelerate": 3, "ko-en": 0, "spam": 1,
+        "classes": 1, "embed": 3, "qa": 2, "accelerate": 3, "ko-en": 0, "spam": 1, "tokens": 1,
     }  # fmt: skip
     assert parts["ko-en"]["left_out"] == "ko-en: there is no network"
     for part in parts.values():
@@ -107,7 +113,7 @@ def test_a_table_of_all_parts(
     assert same["value"] <= 1e-4 and same["reached"] and len(same["curve"]) == 2
     page = (tmp_path / "results.md").read_text()
     assert page.count("| classify, ") == 2 and "Left out: ko-en: there is no network" in page
-    for folder in ("classes", "spam", "embed", "qa", "accelerate/wordnet-classes-on"):
+    for folder in ("classes", "spam", "embed", "qa", "tokens", "accelerate/wordnet-classes-on"):
         assert {file.name for file in (tmp_path / folder).iterdir()} == {"metrics.json", "report.html"}
 
 
@@ -140,6 +146,13 @@ def test_steps_fill_the_time(tmp_path: Path) -> None:
     steps = [int(arguments[arguments.index("--steps") + 1]) for arguments in asked]
     assert steps == [8, 150, 8, 4]
     assert (tmp_path / "kept/classes/metrics.json").exists()
+
+
+def test_most_frequent_labels() -> None:
+    """Catches a baseline that gives a word its last label, or one to a word that training has not."""
+    train = [{"tokens": ["a", "a", "b", "a"], "labels": ["O", "B-x", "B-y", "B-x"]}]
+    found = finetune_parts.most_frequent(train, [{"tokens": ["b", "a", "c"], "labels": ["O"] * 3}])
+    assert found == [["B-y", "B-x", "O"]]
 
 
 def test_guesses(monkeypatch: pytest.MonkeyPatch) -> None:

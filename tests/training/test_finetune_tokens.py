@@ -128,7 +128,7 @@ def test_spans_in_texts(base: Path, caplog: pytest.LogCaptureFixture) -> None:
 
 
 def test_schemes() -> None:
-    """Catches IOB1, IOBES and BILOU read as IOB2, and a mixture or a word class that passes."""
+    """Catches IOB1, IOBES and BILOU read as IOB2, tags that are taken for spans, and a mixture that passes."""
     expected = ["B-A", "I-A", "B-A", "O", "B-B", "I-B", "I-B"]
     written = {
         "IOB2": expected,
@@ -140,9 +140,12 @@ def test_schemes() -> None:
         (record,) = records([{"tokens": list("abcdefg"), "labels": labels}])
         assert scheme_of([labels], [record]) == name and as_iob2(labels, name, record) == expected
     some = records([{}, {}])
+    tags = [["NN", "X-Y"], ["VB", "O"]]
+    assert scheme_of(tags, some) == "plain" and as_iob2(tags[0], "plain", some[0]) == tags[0]
     for sequences, message in (
         ([["B-A", "O"], ["O", "I-A"]], r"record 2: labels: a span begins with I-, .* in record 1 with B-"),
-        ([["O"], ["NOUN"]], "record 2: labels: got 'NOUN', expected O or a prefix and a type"),
+        ([["B-A"], ["NOUN"]], "record 2: labels: got 'NOUN', expected O or a prefix and a type, as 'B-A' in record 1"),
+        ([["O"], ["B", "I"]], "record 2: labels: got 'B', a prefix without a type"),
         ([["S-A"], ["U-A"]], "record 2: .*IOBES .* and of BILOU"),
     ):
         with pytest.raises(RecordError, match=message):
@@ -192,3 +195,76 @@ def test_training_learns_a_rule(base: Path, tmp_path: Path) -> None:
     text = "today mr ada lovelace in new york went"
     found = EntityRecognizer.from_pretrained(result.output, strategy="first", device="cpu")(text)
     assert [(each["entity_group"], each["word"]) for each in found] == [("PER", "ada lovelace"), ("LOC", "new york")]
+
+
+def test_tags_are_learnt_and_used(base: Path, tmp_path: Path) -> None:
+    """Catches tags that are scored as spans, and a tagger whose words run together or are cut in pieces."""
+    from fastbert.training.finetuning.finetune import finetune
+
+    tag = {"B": "NAME", "I": "NAME", "O": "WORD"}
+    rng, rows = random.Random(1), []
+    for _ in range(120):
+        words, labels = sentence(rng)
+        pairs = zip(words, labels, strict=True)
+        tags = ["MARK" if word in ("mr", "in") else tag[label[0]] for word, label in pairs]
+        rows.append({"tokens": words, "labels": tags})
+    result = finetune(
+        task="tokens", model=str(base), train=rows[:100], eval=rows[100:], output=str(tmp_path / "out"), epochs=3,
+        batch_size=8, learning_rate=3e-3, max_length=16, stride=4, device="cpu", progress=False,
+        class_weights={"MARK": 2.0},
+    )  # fmt: skip
+    assert result.metrics["token_accuracy"] > 0.95 and result.metrics["macro_f1"] > 0.9, result.metrics
+    assert "f1" not in result.metrics and result.metrics["per_type"].keys() == {"NAME", "MARK", "WORD"}
+    facts = json.loads((tmp_path / "out/metrics.json").read_text())
+    assert facts["headline"] == "token_accuracy" and facts["labels"]["scheme"] == "plain"
+    assert facts["peak_bytes"]["host"] > 0 and 0 < facts["seconds_of_a_step"] < facts["seconds_of_steps"]
+    cut = facts["truncated"]["train"]
+    assert cut["texts"] == 100 and cut["windows"] >= 100 + cut["texts in windows"] and cut["texts in windows"] > 0
+    assert "What was cut" in (tmp_path / "out/report.html").read_text()
+    text = "today mr lovelace kim went"
+    found = EntityRecognizer.from_pretrained(result.output, device="cpu")(text)
+    assert [(each["word"], each["entity_group"]) for each in found] == [
+        ("today", "WORD"), ("mr", "MARK"), ("lovelace", "NAME"), ("kim", "NAME"), ("went", "WORD"),
+    ]  # fmt: skip
+
+
+def test_tag_scores_are_those_of_scikit_learn() -> None:
+    """Catches a mean over tags that nothing has, and an accuracy over sentences in the place of words."""
+    sklearn = pytest.importorskip("sklearn.metrics", reason="is the reference")
+    from fastbert.training.finetuning import tag_metrics
+
+    rng, names = random.Random(0), ["A", "B", "C", "never"]
+    true = [rng.choices(names[:3], k=rng.randint(0, 9)) for _ in range(40)]
+    got = [[rng.choice([tag, *names[:3]]) for tag in tags] for tags in true]
+    flat, guessed = sum(true, []), sum(got, [])
+    scores = tag_metrics.tags(true, got, names)
+    assert scores["token_accuracy"] == pytest.approx(sklearn.accuracy_score(flat, guessed))
+    for name in ("macro", "weighted"):
+        assert scores[f"{name}_f1"] == pytest.approx(sklearn.f1_score(flat, guessed, average=name))
+    assert "never" not in scores["per_type"] and scores["tokens"] == len(flat)
+    assert tag_metrics.share_of_counts(tag_metrics.tag_counts(true, got)) == pytest.approx(scores["token_accuracy"])
+    with pytest.raises(ValueError, match="2 tags in sentence 1"):
+        tag_metrics.tag_counts([["A"]], [["A", "B"]])
+
+
+def test_weights_of_labels(base: Path) -> None:
+    """Catches a type whose weight is of its B- alone, labels that do not count, and a name without a label."""
+    import torch
+    import transformers
+
+    rows = [{"tokens": ["mr", "ada", "lovelace"], "labels": ["O", "B-PER", "I-PER"]}]
+    logits, labels = torch.randn(1, 3, 3), torch.tensor([[0, 1, -100]])
+    each = torch.nn.functional.cross_entropy(logits[0], labels[0].clamp(min=0), reduction="none")
+    output = transformers.modeling_outputs.TokenClassifierOutput(logits=logits)
+    for given, weights in (
+        ({"PER": 3.0}, (1, 3)),
+        ({"PER": 3.0, "B-PER": 0.5, "O": 0.25}, (0.25, 0.5)),
+        ("balanced", (1, 1)),
+    ):
+        task, _, _ = featured(base, rows, class_weights=given)
+        loss = task.loss(settings(base, class_weights=given))
+        assert torch.allclose(loss(output, labels), (weights[0] * each[0] + weights[1] * each[1]) / 2)
+    with pytest.raises(
+        ValueError, match=r"class_weights: \['LOC'\] are no classes; there are \['O', 'B-PER', 'I-PER'\]"
+    ):
+        featured(base, rows, class_weights="LOC=2")

@@ -2,42 +2,46 @@
 
 from __future__ import annotations
 
-import dataclasses
-import logging
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from fastbert.training.finetuning.mining import distinct, mine_negatives
+from fastbert.training.finetuning import distilling
+from fastbert.training.finetuning.vector_batches import SMALLEST_OF_CLASSES, sampler_arguments
 from fastbert.training.finetuning.vector_data import (
     Example,
+    checked_classes,
     dataset_of,
     numbers_of,
     read_examples,
     split,
-    with_negatives,
 )
-from fastbert.training.finetuning.vector_evaluation import PairRetrieval, ScoredPairs, Scores, TeacherVectors
+from fastbert.training.finetuning.vector_evaluation import (
+    LabelledTexts,
+    PairRetrieval,
+    ScoredPairs,
+    Scores,
+    TeacherVectors,
+)
+from fastbert.training.finetuning.vector_processes import join, mined
 from fastbert.training.finetuning.vector_report import VectorResult
-from fastbert.training.finetuning.vector_run import (
-    across_devices,
-    arguments_of,
-    no_duplicates,
-    prepare_output,
-    run,
-)
-from fastbert.training.finetuning.vector_settings import EmbedSettings
+from fastbert.training.finetuning.vector_run import across_devices, arguments_of, prepare_output, run
+from fastbert.training.finetuning.vector_settings import CLASS_LOSSES, EmbedSettings
 
-logger = logging.getLogger("fastbert")
-
-DEFAULTS = {"pairs": "mnrl", "scored": "cosent", "texts": "distillation"}
+DEFAULTS = {"pairs": "mnrl", "scored": "cosent", "texts": "distillation", "labelled": "batch-all"}
 TAKES = {  # the kinds of examples that a loss takes
     "mnrl": ("pairs",), "cached-mnrl": ("pairs",), "cosent": ("scored",), "cosine": ("scored",),
-    "marginmse": ("pairs",), "distillation": ("texts", "pairs"),
+    "marginmse": ("pairs",), "distillation": ("texts", "pairs", "labelled"),
+    **dict.fromkeys(CLASS_LOSSES, ("labelled",)),
 }  # fmt: skip
-TASKS: dict[str, Any] = {"pairs": PairRetrieval, "scored": ScoredPairs, "texts": TeacherVectors}
-WANTS = "pairs: mnrl, cached-mnrl, marginmse, distillation; scored: cosent, cosine; texts: distillation"
+TASKS: dict[str, Any] = {
+    "pairs": PairRetrieval, "scored": ScoredPairs, "texts": TeacherVectors, "labelled": LabelledTexts,
+}  # fmt: skip
+WANTS = (
+    "pairs: mnrl, cached-mnrl, marginmse, distillation; scored: cosent, cosine; texts: distillation; "
+    f"labelled: {', '.join(CLASS_LOSSES)}, distillation"
+)
 FIRST, LABELS = ("anchor", "sentence1", "text"), ("label", "score")  # columns of a trainer
 IN_BATCH = ("mnrl", "cached-mnrl")  # losses that take the other texts of a batch for wrong ones
 
@@ -47,12 +51,14 @@ def train_embeddings(model: Any, train: Any, output: Any, **settings: Any) -> Ve
 
     model: a folder of sentence-transformers or of a plain encoder, which gets mean pooling, or a hub id. train: a file,
     an iterable of dicts or a datasets.Dataset, with the columns anchor and positive, perhaps negative (a text, a list,
-    or negative_1 and so on) and score; or sentence1, sentence2 and score; or text, perhaps text_pair, its translation,
-    and vector, the teacher's. output: the folder of the result, which sentence-transformers and fastbert load.
-    settings: the other fields of `EmbedSettings`.
+    or negative_1 and so on) and score; or sentence1, sentence2 and score; or text and label, its class; or text,
+    perhaps text_pair, its translation, and vector, the teacher's. output: the folder of the result, which
+    sentence-transformers and fastbert load. settings: the other fields of `EmbedSettings`.
 
     The scores of the evaluation are recall@1, recall@5, recall@10, mrr and ndcg@10 for pairs, spearman and pearson for
-    scored pairs, negative_mse and cosine for vectors.
+    scored pairs, map@r, nearest and mrr for classes, negative_mse and cosine for vectors.
+
+    Started by torchrun, every process calls it. They share the work, and the first one writes the result.
 
     Raises ValueError for settings and data that do not fit, RecordError for a record, with its place, and
     FloatingPointError for a loss that is not finite.
@@ -64,30 +70,53 @@ def train_by(settings: EmbedSettings) -> VectorResult:
     """Does what `train_embeddings` does, by settings."""
     from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
 
+    processes = join(settings.device)
     examples, held = _examples(settings)
     loss = _loss_name(examples, settings)
-    checkpoint = prepare_output(settings)
-    headline = TASKS[held[0].kind].headline if held else None
-    sampler = {"batch_sampler": no_duplicates} if loss in IN_BATCH else {}
-    arguments = arguments_of(SentenceTransformerTrainingArguments, settings, headline, **sampler)
-    model = load(settings, str(arguments.device))
+    if loss in CLASS_LOSSES:
+        examples = checked_classes(examples)
+    task = TASKS[held[0].kind](held) if held and held[0].kind != "texts" else None
+    checkpoint = prepare_output(settings, processes)
+    facts: dict[str, Any] = {}
+    if loss == "distillation":
+        examples = distilling.with_vectors(examples, settings, processes)
+    if held and held[0].kind == "texts":
+        held = distilling.with_vectors(held, settings, processes)
+    vector = examples[0].vector if loss == "distillation" else None
+    wide = None if vector is None else len(vector)
+    other = held[0].vector if held else None
+    if wide is not None and other is not None and len(other) != wide:
+        raise ValueError(f"eval: its vectors have {len(other)} numbers, and those of the training data {wide}")
+    model = load(settings, str(processes.device), wide)
     prompts = _prompts(model, settings)
     if settings.mine_negatives:
-        examples = _mined(model, examples, settings)
-    if loss in ("marginmse", "distillation"):
-        examples = _taught(examples, settings, loss)
-        held = _taught(held, settings, loss) if held and held[0].kind == "texts" else held
-    rows = [_row(example, loss) for example in examples]
+        examples = mined(model, examples, settings, processes)
+    if loss == "marginmse":
+        examples = distilling.with_scores(examples, settings, processes)
+    width = model.get_sentence_embedding_dimension()
+    if wide is not None and wide != width:
+        way = distilling.way_of(wide, width, settings.teacher_width)
+        assert way is not None
+        examples, held, kept = distilling.shortened(examples, held, width, way, processes)
+        facts["teacher"] = {"width": wide, "fitted by": way, "share kept": round(kept, 4)}
+    if held and task is None:
+        task = TeacherVectors(held)
+    rows = _rows(examples, loss)
+    data = dataset_of(rows)
+    batches = "no duplicates" if loss in IN_BATCH else "classes" if loss in CLASS_LOSSES else "shuffled"
+    arguments = arguments_of(
+        SentenceTransformerTrainingArguments, settings, None if task is None else task.headline,
+        **sampler_arguments(batches, processes.n, isinstance(data, dict)),
+    )  # fmt: skip
     arguments.prompts = {
         name: prompts[name not in FIRST]
         for name in dict.fromkeys(name for row in rows for name in row)
         if name not in LABELS and prompts[name not in FIRST]
     }
-    score = _Scorer(TASKS[held[0].kind](held), settings, prompts) if held else None
     return run(
-        SentenceTransformerTrainer, arguments, model, _loss(model, loss, settings, examples), dataset_of(rows),
-        settings, score, headline or "", checkpoint,
-        {"loss": loss, "training": numbers_of(examples), "evaluation": numbers_of(held)},
+        SentenceTransformerTrainer, arguments, model, _loss(model, loss, settings), data, settings,
+        None if task is None else _Scorer(task, settings, prompts), "" if task is None else task.headline, checkpoint,
+        {"loss": loss, "training": numbers_of(examples), "evaluation": numbers_of(held), **facts}, processes,
     )  # fmt: skip
 
 
@@ -114,8 +143,11 @@ class _Scorer:
         return scores
 
 
-def load(settings: EmbedSettings, device: str) -> Any:
-    """Loads the model, with its pooling and length as the settings have them, and lets fastbert run it."""
+def load(settings: EmbedSettings, device: str, teacher: int | None = None) -> Any:
+    """Loads the model, with its pooling and length as the settings have them, and lets fastbert run it.
+
+    teacher: the width of vectors to learn. A Dense is added where the model is to have it and has another one.
+    """
     import transformers
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.models import Pooling
@@ -133,6 +165,10 @@ def load(settings: EmbedSettings, device: str) -> Any:
         width = model[places[0]].get_config_dict()
         width = width.get("embedding_dimension", width.get("word_embedding_dimension"))
         model[places[0]] = Pooling(width, settings.pooling)
+    width = model.get_sentence_embedding_dimension()
+    if teacher is not None and distilling.way_of(teacher, width, settings.teacher_width) == "dense":
+        distilling.add_dense(model, teacher)
+        model.to(device)
     if settings.accelerate:
         fastbert.adapters.accelerate(model)
     return model.float()
@@ -152,6 +188,8 @@ def _loss_name(examples: Sequence[Example], settings: EmbedSettings) -> str:
     loss = settings.loss
     if loss == "auto":
         loss = DEFAULTS.get(first.kind, "")
+        if first.kind == "labelled" and settings.teacher is not None:
+            loss = "distillation"
         if first.kind == "pairs" and (settings.teacher is not None or first.score is not None):
             loss = "marginmse" if first.negatives or settings.mine_negatives else "distillation"
     if first.kind not in TAKES.get(loss, ()):
@@ -162,6 +200,9 @@ def _loss_name(examples: Sequence[Example], settings: EmbedSettings) -> str:
                 raise ValueError(f"{example.place}: score {example.score} is no cosine; score_scale divides scores")
     if settings.mine_negatives and (first.kind != "pairs" or first.score is not None or loss == "distillation"):
         raise ValueError("mine_negatives: expected pairs of anchor and positive without scores")
+    if loss in CLASS_LOSSES and (settings.batch_size < SMALLEST_OF_CLASSES or settings.batch_size % 2):
+        raise ValueError(f"batch_size: expected an even number from {SMALLEST_OF_CLASSES} on for classes, of which a "
+                         f"batch has two texts each, got {settings.batch_size}")  # fmt: skip
     return loss
 
 
@@ -173,44 +214,15 @@ def _prompts(model: Any, settings: EmbedSettings) -> tuple[str | None, str | Non
     return model.prompts.get("query") or None, model.prompts.get("document") or None
 
 
-def _mined(model: Any, examples: list[Example], settings: EmbedSettings) -> list[Example]:
-    anchors, positives = [example.anchor for example in examples], [example.positive for example in examples]
-    mined = mine_negatives(
-        model, anchors, positives, n=settings.mine_negatives, skip=settings.mine_skip, depth=settings.mine_depth,
-        margin=settings.mine_margin, max_score=settings.mine_max_score,
-    )  # fmt: skip
-    return with_negatives(examples, mined.texts)
-
-
-def _taught(examples: list[Example], settings: EmbedSettings, loss: str) -> list[Example]:
-    """Adds a teacher's vectors of the anchors, or its scores of the pairs, where the records have none."""
-    import torch
-
-    import fastbert.pipelines.cross
-    import fastbert.pipelines.sentence
-
-    if loss == "distillation":
-        if examples[0].vector is not None:
-            return examples
-        if settings.teacher is None:
-            raise ValueError("teacher: expected a bi-encoder, or a column vector in the records")
-        encoder = fastbert.pipelines.sentence.SentenceEncoder.from_pretrained(settings.teacher, dtype="float32")
-        texts = distinct([example.anchor for example in examples])
-        vectors = dict(zip(texts, encoder.encode(texts, show_progress_bar=False), strict=True))
-        return [dataclasses.replace(example, vector=vectors[example.anchor]) for example in examples]
-    if examples[0].score is not None:
-        return examples
-    examples = [example for example in examples if example.negatives]
-    if settings.teacher is None or not examples:
-        raise ValueError("teacher: expected a cross-encoder and negatives, or a column score in the records")
-    cross = fastbert.pipelines.cross.CrossEncoder.from_pretrained(settings.teacher, dtype="float32")
-    pairs = [(e.anchor, text) for e in examples for text in (e.positive, *e.negatives)]
-    scores = iter(cross.predict(pairs, show_progress_bar=False, activation_fn=torch.nn.Identity()).tolist())
-    return [dataclasses.replace(e, score=tuple(next(scores) for _ in (e.positive, *e.negatives))) for e in examples]
+def _rows(examples: Sequence[Example], loss: str) -> list[dict[str, Any]]:
+    """The columns of a trainer; their order counts, and the names of labels are its own."""
+    if loss in CLASS_LOSSES:
+        numbers = {label: number for number, label in enumerate(sorted({example.label for example in examples}))}
+        return [{"text": example.anchor, "label": numbers[example.label]} for example in examples]
+    return [_row(example, loss) for example in examples]
 
 
 def _row(example: Example, loss: str) -> dict[str, Any]:
-    """The columns of a trainer; their order counts, and the names of labels are its own."""
     if loss == "distillation":
         texts = {"text": example.anchor, **({"text_pair": example.positive} if example.positive else {})}
         assert example.vector is not None
@@ -225,22 +237,22 @@ def _row(example: Example, loss: str) -> dict[str, Any]:
     return {**row, "score": list(score) if isinstance(score, tuple) else [score]}
 
 
-def _loss(model: Any, name: str, settings: EmbedSettings, examples: Sequence[Example]) -> Any:
+def _loss(model: Any, name: str, settings: EmbedSettings) -> Any:
     from sentence_transformers import losses
 
-    if name == "distillation":
-        vector = examples[0].vector
-        assert vector is not None
-        width, wide = model.get_sentence_embedding_dimension(), len(vector)
-        if width != wide:
-            raise ValueError(f"teacher: its vectors have {wide} numbers, and those of the model {width}")
     kinds = {
         "mnrl": losses.MultipleNegativesRankingLoss, "cached-mnrl": losses.CachedMultipleNegativesRankingLoss,
         "cosent": losses.CoSENTLoss, "cosine": losses.CosineSimilarityLoss, "marginmse": losses.MarginMSELoss,
-        "distillation": losses.MSELoss,
+        "distillation": losses.MSELoss, "batch-all": losses.BatchAllTripletLoss,
+        "batch-hard": losses.BatchHardTripletLoss, "batch-semi-hard": losses.BatchSemiHardTripletLoss,
+        "batch-soft": losses.BatchHardSoftMarginTripletLoss,
     }  # fmt: skip
     options = across_devices(kinds[name]) if name in IN_BATCH else {}
     if name == "cached-mnrl":
         options["mini_batch_size"] = settings.mini_batch_size
+    if name in CLASS_LOSSES:
+        options["distance_metric"] = losses.BatchHardTripletLossDistanceFunction.cosine_distance
+        if name != "batch-soft":
+            options["margin"] = settings.margin
     loss = kinds[name](model, **options)
     return losses.MatryoshkaLoss(model, loss, list(settings.matryoshka)) if settings.matryoshka else loss

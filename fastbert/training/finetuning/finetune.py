@@ -45,9 +45,10 @@ def finetune(settings: FinetuneSettings | None = None, **fields: Any) -> Finetun
     FloatingPointError where a gradient is not finite; OSError where a file cannot be read or written.
     """
     from fastbert.adapters import counts
+    from fastbert.training.finetuning.cut import warn_of_cut, what_was_cut
     from fastbert.training.finetuning.loading import accelerated, load_weights, merged, restricted
     from fastbert.training.finetuning.results import write_results
-    from fastbert.training.finetuning.running import checkpoint_folder, make_trainer, newest_checkpoint, train
+    from fastbert.training.finetuning.running import checkpoint_folder, clock_of, make_trainer, newest_checkpoint, train
 
     settings = FinetuneSettings(**fields) if settings is None else dataclasses.replace(settings, **fields)
     start, output = time.monotonic(), Path(settings.output)
@@ -61,6 +62,11 @@ def finetune(settings: FinetuneSettings | None = None, **fields: Any) -> Finetun
     resume = _resumed(prepared) if settings.resume else None
     model = accelerated(restricted(prepared.model, settings), settings)
     features, evaluated = prepared.features(prepared.train), prepared.features(prepared.evaluation)
+    cut = {"train": what_was_cut(features, prepared.longest, task.windows)}
+    if evaluated:
+        cut["eval"] = what_was_cut(evaluated, prepared.longest, task.windows)
+    for source, counted in cut.items():
+        warn_of_cut(source, counted, prepared.longest)
 
     def predictions_of(logits: Any) -> Any:
         return task.predictions(logits, evaluated, prepared.evaluation)
@@ -91,7 +97,8 @@ def finetune(settings: FinetuneSettings | None = None, **fields: Any) -> Finetun
             load_weights(model, best)
         write_results(
             prepared, output, metrics=scores, predictions=predictions, history=result.history, steps=result.steps,
-            best_step=result.best_step, seconds=result.seconds, calls=counts(model),
+            best_step=result.best_step, seconds=result.seconds, calls=counts(model), clock=clock_of(trainer),
+            truncated={"longest input that is read": f"{prepared.longest} tokens", **cut},
         )  # fmt: skip
     return result
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
+from fastbert.training.finetuning.class_weights import weights_of
 from fastbert.training.finetuning.columns import Record, RecordError
 
 logger = logging.getLogger("fastbert")
@@ -44,22 +45,8 @@ class Labels:
         return self._numbers[name]
 
     def weights(self, rule: str | Mapping[str, float]) -> np.ndarray | None:
-        """Returns the weight of each class in a loss, (C,) float32; None for "none".
-
-        "balanced": N / (C n), as in scikit-learn, for a class with n of N records, and 1 where n is 0. A mapping gives
-        weights by name, and leaves the others at 1. Raises ValueError for other names, and for weights below 0.
-        """
-        if isinstance(rule, str):
-            if rule not in ("none", "balanced"):
-                raise ValueError(f"class_weights: got {rule!r}, expected 'none', 'balanced', or weights by name")
-            counts = np.array(self.counts, np.float64)
-            balanced = np.where(counts > 0, counts.sum() / (len(counts) * np.maximum(counts, 1)), 1.0)
-            return None if rule == "none" else balanced.astype(np.float32)
-        if other := sorted(set(rule) - set(self.names)):
-            raise ValueError(f"class_weights: {other} are no classes; there are {list(self.names)}")
-        if bad := {name: w for name, w in rule.items() if not (math.isfinite(w) and w >= 0)}:
-            raise ValueError(f"class_weights: got {bad}, expected numbers from 0 on")
-        return np.array([rule.get(name, 1.0) for name in self.names], np.float32)
+        """Returns the weight of each class in a loss, (C,) float32, by `class_weights.weights_of`; None for "none"."""
+        return weights_of(rule, self.names, self.counts)
 
 
 def find_labels(
@@ -168,16 +155,15 @@ def numbers_of(records: Sequence[Record], column: str = "label") -> np.ndarray:
     numbers = np.array(found)
     if found and bool((numbers == np.round(numbers)).all()):
         n_values = len(np.unique(numbers))
-        logger.warning("%s: all are whole numbers, %d different ones, and are taken as amounts; for names of classes "
-                       "the task is classify", column, n_values)  # fmt: skip
+        logger.warning("%s: all are whole numbers, %d different ones, from %s on, and are taken as amounts; for names "
+                       "of classes the task is classify", column, n_values, records[0].place)  # fmt: skip
     return numbers
 
 
-def warn_of_unseen(labels: Labels, records: Sequence[Record], column: str = "label") -> None:
-    """Warns of classes of the training data that no record for evaluation has: nothing is measured of them."""
-    seen = {class_name(record, column) for record in records}
-    if missing := [name for name in labels.names if name not in seen]:
-        shown = ", ".join(map(repr, missing[:8]))
+def warn_of_unseen(names: Sequence[str], seen: Collection[str], column: str = "label") -> None:
+    """Warns of names of the training data that no record for evaluation has: nothing is measured of them."""
+    if missing := [name for name in names if name not in seen]:
+        shown = ", ".join(map(repr, missing[:8])) + (", …" if len(missing) > 8 else "")
         logger.warning("%s: %d classes have no record for evaluation: %s", column, len(missing), shown)
 
 

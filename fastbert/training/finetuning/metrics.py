@@ -36,26 +36,30 @@ def classification(labels: Any, probabilities: Any) -> dict[str, Any]:
     not finite.
     """
     truth, p = _classes(labels, probabilities)
-    n_classes = p.shape[1]
     predicted = p.argmax(1)
-    confusion = confusion_matrix(truth, predicted, n_classes)
-    hits, support, n_predicted = np.diag(confusion), confusion.sum(1), confusion.sum(0)
-    precision, recall, f1 = _scores(hits, n_predicted, support)
-    seen = (support + n_predicted) > 0
+    confusion = confusion_matrix(truth, predicted, p.shape[1])
     bins = calibration(p.max(1), predicted == truth)
+    scores, per_class = of_confusion(confusion)
     return {
-        "accuracy": float(np.mean(predicted == truth)),
-        "macro_f1": float(f1[seen].mean()),
-        "micro_f1": float(np.mean(predicted == truth)),
-        "weighted_f1": float((f1 * support).sum() / support.sum()),
-        "macro_precision": float(precision[seen].mean()),
-        "macro_recall": float(recall[seen].mean()),
+        **scores,
         "expected_calibration_error": sum(b["count"] * abs(b["accuracy"] - b["confidence"]) for b in bins) / len(truth),
         "examples": len(truth),
-        "per_class": _per_class(precision, recall, f1, support),
+        "per_class": per_class,
         "confusion": confusion.tolist(),
         "calibration": bins,
     }
+
+
+def of_confusion(confusion: np.ndarray) -> tuple[dict[str, float], list[dict[str, Any]]]:
+    """Returns the scores of (C, C), and those of each class; means are over classes that are label or prediction."""
+    hits, support, n_predicted = np.diag(confusion), confusion.sum(1), confusion.sum(0)
+    precision, recall, f1 = _scores(hits, n_predicted, support)
+    seen = (support + n_predicted) > 0
+    share = float(_ratio(hits.sum(), support.sum()))
+    scores = {"accuracy": share, "macro_f1": float(f1[seen].mean()), "micro_f1": share,
+              "weighted_f1": float((f1 * support).sum() / support.sum()),
+              "macro_precision": float(precision[seen].mean()), "macro_recall": float(recall[seen].mean())}  # fmt: skip
+    return scores, _per_class(precision, recall, f1, support)
 
 
 def confusion_matrix(labels: np.ndarray, predicted: np.ndarray, n_classes: int) -> np.ndarray:

@@ -8,7 +8,8 @@ from __future__ import annotations
 import argparse
 import dataclasses
 
-from fastbert.training.finetuning.settings import CLASS_WEIGHTS, KINDS, FinetuneSettings
+from fastbert.training.finetuning.schemes import SCHEMES
+from fastbert.training.finetuning.settings import KINDS, FinetuneSettings
 from fastbert.training.options import argument
 from fastbert.training.settings import PRECISIONS
 
@@ -23,6 +24,8 @@ HELP: dict[str, dict[str, tuple[str, str]]] = {
         "columns": ("NAME=COLUMN", "where the data have other names: text=review label=stars"),
         "separator": ("TEXT", "between the labels of a cell"),
         "label_order": ("LABEL", "all labels, in the order of their numbers (default: the model's own, or sorted)"),
+        "scheme": ("", "of the labels: how they write spans, or plain for tags without prefixes, such as NOUN; auto "
+                   "goes by their looks"),
         "max_length": ("N", "tokens of an input, special ones included (default: 512, or what the model reads)"),
         "stride": ("N", "tokens that two windows of a long text share"),
         "threshold": ("SHARE", "of the probability, from which on a label is given"),
@@ -34,7 +37,8 @@ HELP: dict[str, dict[str, tuple[str, str]]] = {
         "freeze_encoder": ("", "train the head alone"),
         "lora": ("RANK", "train adapters of this rank in the encoder's linears, by PEFT; they are merged on saving"),
         "dropout": ("SHARE", "of the whole model (default: the config's)"),
-        "class_weights": ("", "balanced: each class counts the same in the loss, however many examples it has"),
+        "class_weights": ("WEIGHTS", "in the loss: none, balanced (each class counts the same, however many examples "
+                          "it has), NAME=W,NAME=W with 1 for the others, or a .json file of these"),
         "accelerate": ("", "let fastbert run the encoder; --no-accelerate is for comparison"),
     },
     "steps": {
@@ -63,14 +67,15 @@ HELP: dict[str, dict[str, tuple[str, str]]] = {
         "progress": ("", "show bars"),
     },
 }  # fmt: skip
-CHOICES = {"kind": KINDS, "precision": PRECISIONS, "class_weights": CLASS_WEIGHTS}
+CHOICES = {"kind": KINDS, "precision": PRECISIONS, "scheme": ("auto", *SCHEMES)}
 
 # Fields that some tasks alone read.
 ONLY = {
     "separator": ("multilabel",),
     "threshold": ("multilabel",),
     "label_order": ("classify", "multilabel", "tokens"),
-    "class_weights": ("classify", "multilabel"),
+    "class_weights": ("classify", "multilabel", "tokens"),
+    "scheme": ("tokens",),
     "stride": ("tokens", "qa"),
     "no_answer_threshold": ("qa",),
     "answer_length": ("qa",),

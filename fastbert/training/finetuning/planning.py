@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import statistics
 import time
 from collections.abc import Mapping
@@ -11,11 +10,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from fastbert.training.finetuning.cut import full_lengths
 from fastbert.training.finetuning.prepared import Prepared
 from fastbert.training.finetuning.settings import FinetuneSettings
 
 WARMUP, TIMED = 1, 4  # steps
-_ALL = 1 << 20  # tokens: no input is truncated
 SHARES = 0, 25, 50, 75, 90, 95, 99, 100
 
 
@@ -27,16 +26,15 @@ def plan(settings: FinetuneSettings) -> dict[str, Any]:
     from fastbert.training.finetuning.running import batch_size_of, device_of, n_steps, n_tokens
 
     prepared = Prepared.of(settings)
-    limit = prepared.settings.max_length or _ALL
-    whole = dataclasses.replace(prepared, settings=dataclasses.replace(prepared.settings, max_length=_ALL))
-    full = [length for each in whole.features(prepared.train) for length in _lengths(each)]
-    features = prepared.features(prepared.train)
-    prepared.features(prepared.evaluation)  # for its errors
+    features, evaluated = prepared.features(prepared.train), prepared.features(prepared.evaluation)
+    limit, windows = prepared.longest, prepared.task.windows
+    full = full_lengths(features)
     tokens = [n_tokens(each) for each in features]
     batch_size = batch_size_of(prepared.settings, features)
     steps = n_steps(prepared.settings, len(features), batch_size)
     seconds = _seconds_of_step(prepared, features, batch_size, device_of(prepared.settings))
-    truncated = sum(length > limit for length in full)
+    truncated, of_evaluation = (sum(n > limit for n in full_lengths(some)) for some in (features, evaluated))
+    became = "split into windows" if windows else "truncated"
     return {
         "task": settings.task,
         "model": settings.model,
@@ -45,7 +43,8 @@ def plan(settings: FinetuneSettings) -> dict[str, Any]:
         **prepared.facts,
         "tokens of an input, by percentile": _percentiles(full),
         "longest input that is read": limit,
-        "split into windows" if prepared.task.windows else "truncated": truncated,
+        became: truncated,
+        f"{became}, of evaluation": of_evaluation,
         "features of training": len(features),
         "features of a step": batch_size * settings.accumulate,
         "tokens of a step": round(statistics.mean(tokens) * batch_size * settings.accumulate),
@@ -71,12 +70,6 @@ def lines(plan: Mapping[str, Any]) -> list[str]:
 
 def _percentiles(lengths: list[int]) -> dict[str, int]:
     return {str(share): int(value) for share, value in zip(SHARES, np.percentile(lengths, SHARES), strict=True)}
-
-
-def _lengths(feature: Mapping[str, Any]) -> list[int]:
-    """The lengths of the inputs of a feature: one, or one for each of several choices."""
-    ids = feature["input_ids"]
-    return [len(each) for each in ids] if len(ids) and hasattr(ids[0], "__len__") else [len(ids)]
 
 
 def _seconds_of_step(

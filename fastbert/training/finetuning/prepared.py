@@ -41,11 +41,18 @@ class Prepared:
         task = task_of(settings.task)
         train, evaluation = _records(settings)
         facts = task.prepare(train, settings)
+        task.check(evaluation)
         transformers.set_seed(settings.seed)
         model = task.model(settings)
         tokenizer = transformers.AutoTokenizer.from_pretrained(settings.model)
         settings = dataclasses.replace(settings, max_length=longest_input(model, tokenizer, settings))
         return cls(settings, task, facts, tokenizer, model, train, evaluation)
+
+    @property
+    def longest(self) -> int:
+        """The tokens that an input may have."""
+        assert self.settings.max_length is not None  # since `of`
+        return self.settings.max_length
 
     def features(self, records: Sequence[Record]) -> list[dict[str, Any]]:
         """Returns the features of records."""

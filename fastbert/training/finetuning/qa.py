@@ -59,6 +59,15 @@ class QuestionAnswering(Task):
             raise ValueError(f"answers: none of {len(records)} records has an answer that is in its context")
         return {"questions": len(records), "without an answer": without, "answers not in their context": len(lost)}
 
+    def check(self, records: Sequence[Record]) -> None:
+        """Warns of answers for evaluation that are not in their context: they count, and none can be right."""
+        lost = [record.place for record in records if answers_of(record) and place_of(record) is None]
+        if lost:
+            logger.warning(
+                "answers: those of %d of %d records for evaluation are not in their context, and no answer to them is "
+                "right: %s", len(lost), len(records), ", ".join(lost[:SHOWN]),
+            )  # fmt: skip
+
     def model(self, settings: FinetuneSettings, **options: Any) -> Any:
         from fastbert.training.finetuning.loading import pretrained
 
@@ -91,7 +100,8 @@ class QuestionAnswering(Task):
                 seconds.append(context.ids[first:last])
                 places = context.offsets[first:last].tolist()
                 positions = {"start_positions": start, "end_positions": end}
-                extra.append({**positions, "record": number, "before": before, "places": places})
+                full = len(question.ids) + len(context.ids) + maker.n_special
+                extra.append({**positions, "record": number, "before": before, "places": places, "full_length": full})
         return [{**row, **more} for row, more in zip(maker.rows(firsts, seconds), extra, strict=True)]
 
     def predictions(self, logits: Any, features: Sequence[Mapping[str, Any]], records: Sequence[Record]) -> Any:

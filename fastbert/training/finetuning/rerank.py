@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from fastbert.training.finetuning.mining import mine_negatives
-from fastbert.training.finetuning.vector_data import (
-    Example,
-    dataset_of,
-    numbers_of,
-    read_examples,
-    split,
-    with_negatives,
-)
+from fastbert.training.finetuning.distilling import with_scores
+from fastbert.training.finetuning.vector_batches import sampler_arguments
+from fastbert.training.finetuning.vector_data import Example, dataset_of, numbers_of, read_examples, split
 from fastbert.training.finetuning.vector_evaluation import PredictedScores, RankedLists, Scores, lists_of
+from fastbert.training.finetuning.vector_processes import by_first, join, mined
 from fastbert.training.finetuning.vector_report import VectorResult
 from fastbert.training.finetuning.vector_run import arguments_of, prepare_output, run
 from fastbert.training.finetuning.vector_settings import RerankSettings
@@ -49,6 +43,7 @@ def train_by(settings: RerankSettings) -> VectorResult:
     """Does what `train_cross_encoder` does, by settings."""
     from sentence_transformers.cross_encoder import CrossEncoderTrainer, CrossEncoderTrainingArguments
 
+    processes = join(settings.device)
     options = (settings.kind, settings.columns, settings.score_scale)
     examples = read_examples(settings.train, *options)
     if settings.eval is None:
@@ -56,31 +51,32 @@ def train_by(settings: RerankSettings) -> VectorResult:
     else:
         held = read_examples(settings.eval, *options)
     loss = _loss_name(examples, settings)
-    checkpoint = prepare_output(settings)
+    checkpoint = prepare_output(settings, processes)
     miner = None
     if settings.miner is not None:
         import fastbert.pipelines.sentence
 
-        miner = fastbert.pipelines.sentence.SentenceEncoder.from_pretrained(settings.miner, dtype="float32")
+        device = None if processes.n == 1 else str(processes.device)
+        miner = fastbert.pipelines.sentence.SentenceEncoder.from_pretrained(
+            settings.miner, dtype="float32", device=device
+        )
     if settings.mine_negatives:
-        mined = mine_negatives(
-            miner, [example.anchor for example in examples], [example.positive for example in examples],
-            n=settings.mine_negatives, skip=settings.mine_skip, depth=settings.mine_depth,
-            margin=settings.mine_margin, max_score=settings.mine_max_score,
-        )  # fmt: skip
-        examples = with_negatives(examples, mined.texts)
+        examples = mined(miner, examples, settings, processes)
     if loss == "marginmse":
-        examples = _taught(examples, settings)
-    task = _task(held, settings, miner)
-    del miner
+        examples = with_scores(examples, settings, processes)
+    task = by_first(processes, lambda: _task(held, settings, miner))
     headline = None if task is None else task.headline
-    arguments = arguments_of(CrossEncoderTrainingArguments, settings, headline)
-    model = load(settings, str(arguments.device), loss)
+    data = dataset_of(_rows(examples, loss))
+    batches = sampler_arguments("shuffled", processes.n, isinstance(data, dict))
+    # DDP's search for unused parameters finds none of these scores, and takes all parameters for unused.
+    arguments = arguments_of(
+        CrossEncoderTrainingArguments, settings, headline, **batches, ddp_find_unused_parameters=False
+    )
+    model = load(settings, str(processes.device), loss)
     score = None if task is None else _Scorer(task)
     return run(
-        CrossEncoderTrainer, arguments, model, _loss(model, loss, settings), dataset_of(_rows(examples, loss)),
-        settings, score, headline or "", checkpoint,
-        {"loss": loss, "training": numbers_of(examples), "evaluation": numbers_of(held)},
+        CrossEncoderTrainer, arguments, model, _loss(model, loss, settings), data, settings, score, headline or "",
+        checkpoint, {"loss": loss, "training": numbers_of(examples), "evaluation": numbers_of(held)}, processes,
     )  # fmt: skip
 
 
@@ -132,23 +128,6 @@ def _loss_name(examples: Sequence[Example], settings: RerankSettings) -> str:
             if example.kind != "pairs" and not all(0.0 <= score <= 1.0 for score in scores):
                 raise ValueError(f"{example.place}: label {example.score}, expected 0 to 1; score_scale divides them")
     return loss
-
-
-def _taught(examples: list[Example], settings: RerankSettings) -> list[Example]:
-    """Adds a teacher's scores of each text, where the records have none."""
-    if examples[0].score is not None:
-        return examples
-    if settings.teacher is None:
-        raise ValueError("teacher: expected a cross-encoder, or a column score in the records")
-    import torch
-
-    import fastbert.pipelines.cross
-
-    examples = [example for example in examples if example.negatives]
-    teacher = fastbert.pipelines.cross.CrossEncoder.from_pretrained(settings.teacher, dtype="float32")
-    pairs = [(e.anchor, text) for e in examples for text in (e.positive, *e.negatives)]
-    scores = iter(teacher.predict(pairs, show_progress_bar=False, activation_fn=torch.nn.Identity()).tolist())
-    return [dataclasses.replace(e, score=tuple(next(scores) for _ in (e.positive, *e.negatives))) for e in examples]
 
 
 def _task(held: Sequence[Example], settings: RerankSettings, miner: Any) -> Any:

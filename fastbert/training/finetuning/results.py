@@ -29,11 +29,14 @@ def write_results(
     best_step: int | None,
     seconds: float,
     calls: Mapping[str, int],
+    clock: Mapping[str, Any],
+    truncated: Mapping[str, Any],
 ) -> None:
     """Writes metrics.json, report.html and README.md into the folder of the result.
 
     metrics, predictions: of the best model on the records for evaluation. history: the Trainer's log. calls: of the
-    encoder, by fastbert and by the model's own code with the reason. seconds: of the whole run.
+    encoder, by fastbert and by the model's own code with the reason. seconds: of the whole run. clock: times of steps
+    and peaks of memory, by name. truncated: what was cut, by name.
     """
     import torch
     import transformers
@@ -50,6 +53,7 @@ def write_results(
         "steps": steps,
         "best_step": best_step,
         "seconds": round(seconds, 1),
+        **clock,
         "calls": dict(calls),
         "settings": settings.as_dict(),
         "device": _device(settings.device),
@@ -61,6 +65,7 @@ def write_results(
         tables=None if predictions is None else task.tables(predictions, prepared.evaluation),
         texts=[_text(record.values) for record in prepared.evaluation],
         places=[record.place for record in prepared.evaluation], history=history,
+        truncated=truncated,
     )  # fmt: skip
     write_card(output, {**facts, "headline": task.headline, "metrics": metrics, "intervals": intervals})
 

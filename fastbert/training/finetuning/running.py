@@ -142,10 +142,11 @@ def make_trainer(
     from transformers import EarlyStoppingCallback
 
     from fastbert.training.callback import finite_callback
+    from fastbert.training.finetuning.clock import clock
 
     batch_size = batch_size_of(settings, train)
     steps = n_steps(settings, len(train), batch_size)
-    callbacks = [finite_callback(), _keeper_class()(settings.keep)]
+    callbacks = [finite_callback(), clock(), _keeper_class()(settings.keep)]
     if settings.early_stopping is not None and evaluation:
         callbacks.append(EarlyStoppingCallback(settings.early_stopping))
     return _trainer_class()(
@@ -168,10 +169,19 @@ def _trainer_class() -> type:
     from transformers import Trainer
 
     class OrderedTrainer(Trainer):
-        """The Trainer, whose evaluations keep the order of records, also where training groups texts by length."""
+        """The Trainer, whose evaluations keep the order of records, also where training groups texts by length.
+
+        It takes the model's own loss for the mean of a batch, which it is. The Trainer would take it for a share of the
+        whole step wherever forward has **kwargs, and so would not divide by accumulated batches, and multiply by
+        processes.
+        """
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            self.model_accepts_loss_kwargs = False
 
         def _get_eval_sampler(self, eval_dataset: Any) -> Any:
-            if self.args.world_size <= 1 and hasattr(eval_dataset, "__len__"):
+            if hasattr(eval_dataset, "__len__"):  # accelerate deals it out to several processes
                 return SequentialSampler(eval_dataset)
             return super()._get_eval_sampler(eval_dataset)
 
@@ -233,6 +243,12 @@ def newest_checkpoint(folder: Path) -> Path | None:
             return path
         logger.warning("checkpoint %s is passed over: %s", path, reason)
     return None
+
+
+def clock_of(trainer: Any) -> dict[str, Any]:
+    """Returns the times and peaks of `clock.clock`, of a Trainer that `make_trainer` made."""
+    facts: dict[str, Any] = next(each.facts() for each in trainer.callback_handler.callbacks if hasattr(each, "facts"))
+    return facts
 
 
 def train(trainer: Any, resume: Path | None) -> None:

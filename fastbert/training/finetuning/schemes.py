@@ -1,7 +1,8 @@
-"""Labels of tokens come in several manners of writing spans; training knows one of them, IOB2.
+"""Labels of tokens are tags, such as NOUN, or write spans in several manners, of which training knows one, IOB2.
 
 In IOB2 each span begins with B-. In IOB1 B- stands only where a span touches one of its type. IOBES, which is also
-called BIOES, and BILOU mark last tokens (E-, L-) and spans of one token (S-, U-), too.
+called BIOES, and BILOU mark last tokens (E-, L-) and spans of one token (S-, U-), too. Labels without any prefix are
+plain tags: they make no spans.
 """
 
 from __future__ import annotations
@@ -11,14 +12,18 @@ from collections.abc import Sequence
 from fastbert.training.finetuning.columns import Record, RecordError
 
 OUTSIDE = "O"
+PLAIN = "plain"
+SCHEMES = "IOB2", "IOB1", "IOBES", "BILOU", PLAIN
 _AS_IOB2 = {"B": "B", "I": "I", "E": "I", "L": "I", "S": "B", "U": "B"}
 
 
 def scheme_of(sequences: Sequence[Sequence[str]], records: Sequence[Record]) -> str:
-    """Returns "IOB2", "IOB1", "IOBES" or "BILOU". sequences: the labels of each record.
+    """Returns one of SCHEMES, as the labels show it: "plain" where none has a prefix. sequences: of each record.
 
-    Raises RecordError, with the place, for a label without such a prefix, and for a mixture.
+    Raises RecordError, with the place, for a mixture, and for prefixes without a type, which may be meant as either.
     """
+    if _are_plain(sequences, records):
+        return PLAIN
     prefixes: dict[str, Record] = {}
     open_inside: Record | None = None  # I- where no span of its type goes on
     lone_begin: Record | None = None  # B- that touches no span of its type
@@ -50,8 +55,40 @@ def scheme_of(sequences: Sequence[Sequence[str]], records: Sequence[Record]) -> 
     )
 
 
+def _are_plain(sequences: Sequence[Sequence[str]], records: Sequence[Record]) -> bool:
+    """Tells whether labels other than O have no prefixes. Raises RecordError where some have, and for B and I alone."""
+    prefixed: tuple[str, Record] | None = None
+    plain: tuple[str, Record] | None = None
+    for labels, record in zip(sequences, records, strict=True):
+        for label in labels:
+            prefix, dash, tag = label.partition("-")
+            if dash and tag and prefix in _AS_IOB2:
+                prefixed = prefixed or (label, record)
+            elif label != OUTSIDE:
+                plain = plain or (label, record)
+    if plain is None:
+        return False
+    label, record = plain
+    if prefixed is not None:
+        raise RecordError(
+            f"{record.place}: labels: got {label!r}, expected O or a prefix and a type, as {prefixed[0]!r} in "
+            f"{prefixed[1].place}; where all labels are tags of their own: scheme plain"
+        )
+    if all(label in ("B", "I", OUTSIDE) for labels in sequences for label in labels):
+        raise RecordError(
+            f"{record.place}: labels: got {label!r}, a prefix without a type, expected one as B-NP; where it is a tag "
+            "of its own: scheme plain"
+        )
+    return True
+
+
 def as_iob2(labels: Sequence[str], scheme: str, record: Record) -> list[str]:
-    """Returns the labels of a record in IOB2. Raises RecordError for a label without the prefix of a scheme."""
+    """Returns the labels of a record in IOB2, plain tags as they are.
+
+    Raises RecordError for a label without the prefix of a scheme.
+    """
+    if scheme == PLAIN:
+        return list(labels)
     converted = []
     before = ""
     for label in labels:

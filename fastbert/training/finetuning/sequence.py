@@ -12,8 +12,9 @@ import numpy as np
 import torch
 
 from fastbert.training.finetuning import metrics
+from fastbert.training.finetuning.class_weights import weighted_cross_entropy
 from fastbert.training.finetuning.columns import Record, RecordError
-from fastbert.training.finetuning.labels import Labels, find_labels, numbers_of
+from fastbert.training.finetuning.labels import Labels, find_labels, numbers_of, warn_of_unseen
 from fastbert.training.finetuning.loading import pretrained
 from fastbert.training.finetuning.settings import FinetuneSettings
 from fastbert.training.finetuning.tasks import Task
@@ -33,10 +34,15 @@ class SequenceTask(Task):
         labels = [self.label(record) for record in records]  # an unknown label shows before the long work
         texts = [text_of(record) for record in records]
         pairs = pairs_of(records)
-        encoded = tokenizer(texts, pairs, truncation=True, max_length=settings.max_length)
+        encoded, lengths = encode(tokenizer, texts, pairs, settings.max_length)
         return [
-            {**{name: values[i] for name, values in encoded.items()}, "labels": label} for i, label in enumerate(labels)
+            {**{name: values[i] for name, values in encoded.items()}, "labels": label, "full_length": lengths[i]}
+            for i, label in enumerate(labels)
         ]
+
+    def check(self, records: Sequence[Record]) -> None:
+        for record in records:
+            self.label(record)
 
     def label(self, record: Record) -> Any:
         """Returns the label of a record as the collator takes it. Raises RecordError for one that is unknown."""
@@ -55,23 +61,18 @@ class Classify(SequenceTask):
     def prepare(self, records: Sequence[Record], settings: FinetuneSettings) -> dict[str, Any]:
         self.classes = ordered(find_labels(records, order=settings.label_order), settings)
         self.labels = list(self.classes.names)
+        self.classes.weights(settings.class_weights)  # for its errors
         return {"labels": self.labels, "counts": dict(zip(self.labels, self.classes.counts, strict=True))}
+
+    def check(self, records: Sequence[Record]) -> None:
+        warn_of_unseen(self.labels, {self.labels[self.label(record)] for record in records})
 
     def label(self, record: Record) -> int:
         return self.classes.number(record)
 
     def loss(self, settings: FinetuneSettings) -> Callable[..., Any] | None:
-        of_labels = self.classes.weights(settings.class_weights)
-        if of_labels is None:
-            return None
-        weights = torch.from_numpy(of_labels)
-
-        def weighted(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
-            of_classes = weights.to(outputs.logits.device)
-            loss = torch.nn.functional.cross_entropy(outputs.logits.float(), labels, of_classes, reduction="sum")
-            return loss / (len(labels) if num_items_in_batch is None else num_items_in_batch)
-
-        return weighted
+        weights = self.classes.weights(settings.class_weights)
+        return None if weights is None else weighted_cross_entropy(weights)
 
     def predictions(self, logits: Any, features: Sequence[Mapping[str, Any]], records: Sequence[Record]) -> Any:
         return _softmax(np.asarray(logits, dtype=np.float64))
@@ -96,6 +97,7 @@ class Multilabel(SequenceTask):
         found = find_labels(records, order=settings.label_order, many=True, separator=settings.separator)
         self.classes, self.n_records = ordered(found, settings), len(records)
         self.labels = list(self.classes.names)
+        self.classes.weights(settings.class_weights)  # for its errors
         without = sum(not any(self.label(record)) for record in records)
         shown = dict(zip(self.labels, self.classes.counts, strict=True))
         return {"labels": self.labels, "counts": shown, "records without a label": without}
@@ -104,11 +106,21 @@ class Multilabel(SequenceTask):
         numbers: list[float] = self.classes.numbers(record, separator=self.settings.separator).tolist()
         return numbers
 
+    def check(self, records: Sequence[Record]) -> None:
+        seen = {
+            name for record in records for name, value in zip(self.labels, self.label(record), strict=True) if value
+        }
+        warn_of_unseen(self.labels, seen, "labels")
+
     def loss(self, settings: FinetuneSettings) -> Callable[..., Any] | None:
-        if settings.class_weights == "none":
+        """Returns a loss where a label that a record has counts by its weight, and one that it lacks by 1."""
+        given = self.classes.weights(settings.class_weights)
+        if given is None:
             return None
-        counts = torch.tensor(self.classes.counts, dtype=torch.float32)
-        weights = torch.where(counts > 0, (self.n_records - counts) / counts.clamp(min=1), 1.0).clamp(min=1e-3)
+        weights = torch.from_numpy(given)
+        if settings.class_weights == "balanced":
+            counts = torch.tensor(self.classes.counts, dtype=torch.float32)
+            weights = torch.where(counts > 0, (self.n_records - counts) / counts.clamp(min=1), 1.0).clamp(min=1e-3)
 
         def weighted(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
             of_labels, logits = weights.to(outputs.logits.device), outputs.logits.float()
@@ -203,12 +215,16 @@ class Choice(Task):
             for choice in choices_of(record):
                 firsts.append(first)
                 seconds.append(between + choice)
-        encoded = tokenizer(firsts, seconds, truncation=True, max_length=settings.max_length)
-        n = self.n_choices
+        encoded, lengths = encode(tokenizer, firsts, seconds, settings.max_length)
+        columns, n = {**encoded, "full_length": lengths}, self.n_choices
         return [
-            {**{name: values[i * n : (i + 1) * n] for name, values in encoded.items()}, "labels": label}
+            {**{name: values[i * n : (i + 1) * n] for name, values in columns.items()}, "labels": label}
             for i, label in enumerate(labels)
         ]
+
+    def check(self, records: Sequence[Record]) -> None:
+        for record in records:
+            self.label(record)
 
     def collator(self, tokenizer: Any) -> Any:
         def collate(features: list[dict[str, Any]]) -> dict[str, Any]:
@@ -234,6 +250,17 @@ class Choice(Task):
 
     def interval(self, predictions: Any, records: Sequence[Record]) -> tuple[float, float] | None:
         return _interval_of_accuracy(np.array([self.label(record) for record in records]), predictions)
+
+
+def encode(
+    tokenizer: Any, texts: Sequence[str], pairs: Sequence[str] | None, max_length: int | None
+) -> tuple[dict[str, list[Any]], list[int]]:
+    """Returns the columns of truncated inputs, and the length of each in tokens before truncation."""
+    encoded = tokenizer(texts, pairs, verbose=False)
+    lengths = list(map(len, encoded["input_ids"]))
+    if max_length is not None and max(lengths) > max_length:
+        encoded = tokenizer(texts, pairs, truncation=True, max_length=max_length)
+    return dict(encoded), lengths
 
 
 def text_of(record: Record, name: str = "text") -> str:

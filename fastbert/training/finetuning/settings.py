@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastbert.checks import check_fields, one_of
+from fastbert.training.finetuning.class_weights import parse
 from fastbert.training.finetuning.data_fields import settle_data
+from fastbert.training.finetuning.schemes import SCHEMES
 from fastbert.training.settings import PRECISIONS
 
 KINDS = "auto", "csv", "tsv", "jsonl", "parquet", "squad", "conll"
-CLASS_WEIGHTS = "none", "balanced"
 
 # What may differ between a run and the one that it resumes: where things lie, and what changes no step.
 MAY_DIFFER = frozenset(
@@ -39,6 +40,7 @@ class FinetuneSettings:
     columns: Mapping[str, str] = dataclasses.field(default_factory=dict)  # our name: the file's
     separator: str = ","  # between the labels of a cell, of multilabel in CSV
     label_order: tuple[str, ...] = ()  # all labels, in the order of their numbers; by default sorted
+    scheme: str = "auto"  # how labels of tokens write spans, or "plain"; by default what they look like
     max_length: int | None = None  # tokens of an input; by default what the model reads, 512 at most
     stride: int = 128  # tokens that two windows of a long text share: tokens, qa
     threshold: float = 0.5  # of the probability from which on a label is given: multilabel
@@ -49,7 +51,8 @@ class FinetuneSettings:
     freeze_encoder: bool = False  # train the head alone
     lora: int | None = None  # rank of the adapters of the encoder's linears; the rest of the encoder is frozen
     dropout: float | None = None  # of all of the model, in the place of the config's
-    class_weights: str = "none"  # balanced: each class counts the same in the loss, however many examples it has
+    # none, balanced (each class counts the same in the loss), or weights by name: a mapping, A=2,B=0.5, or a JSON file
+    class_weights: str | Mapping[str, float] = "none"
     accelerate: bool = True  # off for comparison: the model's own code runs
 
     # Steps
@@ -86,7 +89,8 @@ class FinetuneSettings:
             raise ValueError(f"label_order: a label is named twice: {', '.join(self.label_order)}")
         one_of("kind", self.kind, *KINDS)
         one_of("precision", self.precision, *PRECISIONS)
-        one_of("class_weights", self.class_weights, *CLASS_WEIGHTS)
+        one_of("scheme", self.scheme, "auto", *SCHEMES)
+        object.__setattr__(self, "class_weights", parse(self.class_weights))
         whole = (
             ("max_length", 8), ("stride", 0), ("answer_length", 1), ("lora", 1), ("steps", 1), ("batch_size", 1),
             ("batch_tokens", 1), ("accumulate", 1), ("seed", 0), ("evaluate_every", 1), ("early_stopping", 1),

@@ -3,6 +3,7 @@
 The glue in `finetune.py` calls, in this order, on one object that a run makes by `task_of(name)`:
 
     task.prepare(records, settings)              of the training records alone
+    task.check(records)                          of the records for evaluation, before the long work
     task.model(settings)                         a transformers AutoModelFor..., not accelerated yet
     task.features(records, tokenizer, settings)  of the training records, and of those for evaluation
     task.collator(tokenizer)                     data_collator of the Trainer
@@ -54,6 +55,12 @@ class Task:
         """
         raise NotImplementedError
 
+    def check(self, records: Sequence[Record]) -> None:
+        """Warns of labels of the training that no record for evaluation has.
+
+        Raises RecordError, with the place, for a label that the training records do not have.
+        """
+
     def model(self, settings: FinetuneSettings, **options: Any) -> Any:
         """Returns the pre-trained encoder of settings.model with a head for the labels, in float32.
 
@@ -65,8 +72,9 @@ class Task:
         """Returns what the collator takes, at least one dict a record, in the order of records.
 
         settings.max_length is an int here: what is asked for, or what the model reads.
-        input_ids, attention_mask and labels are lists of ints, or label a number. What forward does not take is kept
-        from batches by the Trainer and may serve `predictions`. Raises RecordError for a label that the training
+        input_ids, attention_mask and labels are lists of ints, or label a number. full_length is the number of tokens
+        before truncation or windows, or a list for several inputs. What forward does not take is kept from batches by
+        the Trainer and may serve `predictions`. Raises RecordError for a label that the training
         records do not have.
         """
         raise NotImplementedError

@@ -1,4 +1,4 @@
-"""The task `tokens` gives every word a label; labels in the manner of IOB2 make spans, such as names.
+"""The task `tokens` gives every word a label; labels in the manner of IOB2 make spans, such as names; others are tags.
 
 A record has `tokens` and `labels`, or `text` and `spans` ([{"start", "end", "label"}, ...], in characters). Both become
 running text with words at places, since that is what the model is used on. The first token of a word has its label, and
@@ -10,31 +10,26 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from fastbert.text.offsets import TokenizedText
 from fastbert.text.overlap import overlapping, owners
+from fastbert.training.finetuning.class_weights import weighted_cross_entropy, weights_of
 from fastbert.training.finetuning.columns import SHOWN, Record, RecordError
+from fastbert.training.finetuning.labels import warn_of_unseen
 from fastbert.training.finetuning.rows import RowMaker
-from fastbert.training.finetuning.schemes import OUTSIDE, as_iob2, scheme_of
+from fastbert.training.finetuning.schemes import OUTSIDE, PLAIN, as_iob2, scheme_of
 from fastbert.training.finetuning.settings import FinetuneSettings
 from fastbert.training.finetuning.tasks import Task
+from fastbert.training.finetuning.token_records import Span, has_spans, spans_in, tokens_of
 
 logger = logging.getLogger("fastbert")
 
 IGNORED = -100
-
-
-class Span(NamedTuple):
-    """A Span is a stretch of a text: its type, its first character, and the first one after it."""
-
-    type: str
-    start: int
-    end: int
 
 
 @dataclass
@@ -43,35 +38,104 @@ class _Example:
 
     text: str
     words: list[tuple[int, int]] | None  # places of the words of `tokens`
-    labels: list[str] | None  # in IOB2, one a word
+    labels: list[str] | None  # in IOB2 or plain, one a word
     spans: list[Span] | None  # of `text` and `spans`, in their order
 
 
 class Tokens(Task):
-    """A label for each word; what is scored are spans."""
+    """A label for each word; what is scored are spans, or words where the labels are plain tags."""
 
     name, headline, head, windows = "tokens", "f1", "AutoModelForTokenClassification", True
     labels: list[str]
     scheme = "IOB2"
     pieces: bool | None = None  # whether each token is a word of its own, as spans within words need it
+    counts: Counter[str] | None = None  # of the words of training with each label, once there are features
 
     def prepare(self, records: Sequence[Record], settings: FinetuneSettings) -> dict[str, Any]:
-        """Finds scheme and types. Raises RecordError for labels or spans that do not fit, ValueError for none."""
+        """Finds scheme and types, or tags.
+
+        Raises RecordError for labels or spans that do not fit, ValueError for none, for less than two tags, and for
+        weights of other names.
+        """
         labelled = [record for record in records if not has_spans(record)]
-        self.scheme = scheme_of([tokens_of(record)[1] for record in labelled], labelled)
-        if self.scheme != "IOB2":
+        self.scheme = settings.scheme
+        if settings.scheme == "auto":
+            self.scheme = scheme_of([tokens_of(record)[1] for record in labelled], labelled)
+        is_plain = self.scheme == PLAIN
+        if is_plain and len(labelled) < len(records):
+            place = next(record.place for record in records if has_spans(record))
+            raise RecordError(
+                f"{place}: spans: other records have plain tags, which make no spans; expected one of the two"
+            )
+        if self.scheme not in ("IOB2", PLAIN):
             logger.warning("labels: they are in %s, and are taken as IOB2 says the same", self.scheme)
-        counts: Counter[str] = Counter()
+        self.headline = "token_accuracy" if is_plain else "f1"
+        places: dict[str, list[str]] = {}
         for record in records:
-            counts.update(span.type for span in self._spans(self._example(record)))
-        if not counts:
+            for name in self._names(record):
+                places.setdefault(name, []).append(record.place)
+        if not places and not is_plain:
             raise ValueError("labels: no record has a span; expected types to learn")
-        self.labels = _label_order([OUTSIDE, *(f"{p}-{name}" for name in sorted(counts) for p in "BI")], settings)
-        if rare := [name for name in sorted(counts) if counts[name] == 1]:
-            logger.warning("labels: %d types have one span each: %s", len(rare), ", ".join(rare[:8]))
-        without = sum(not self._spans(self._example(record)) for record in records)
-        shown = {name: counts[name] for name in sorted(counts)}
-        return {"labels": self.labels, "counts": shown, "scheme": self.scheme, "records without a span": without}
+        if is_plain and len(places) < 2:
+            raise ValueError(f"labels: got the tags {sorted(places)}, expected 2 or more")
+        names = sorted(places)
+        self.labels = _label_order(
+            names if is_plain else [OUTSIDE, *(f"{p}-{name}" for name in names for p in "BI")], settings
+        )
+        weights_of(self._weights(settings), self.labels, [1] * len(self.labels))  # for its errors
+        if rare := [f"{name} ({places[name][0]})" for name in names if len(places[name]) == 1]:
+            what = "tags have one word" if is_plain else "types have one span"
+            logger.warning("labels: %d %s each: %s", len(rare), what, ", ".join(rare[:8]))
+        facts = {"labels": self.labels, "counts": {name: len(places[name]) for name in names}, "scheme": self.scheme}
+        if is_plain:
+            return facts
+        return {**facts, "records without a span": sum(not any(self._names(record)) for record in records)}
+
+    def check(self, records: Sequence[Record]) -> None:
+        known = {label if self.scheme == PLAIN else label[2:] for label in self.labels} - {""}
+        seen = set()
+        for record in records:
+            for name in self._names(record):
+                if name not in known:
+                    raise self._unknown(name, record)
+                seen.add(name)
+        warn_of_unseen(sorted(known), seen, "labels")
+
+    def loss(self, settings: FinetuneSettings) -> Callable[..., Any] | None:
+        """Returns a loss with weights of labels; the weight of a type is that of its B- and of its I-."""
+        counts = self.counts or Counter()
+        weights = weights_of(self._weights(settings), self.labels, [counts[name] for name in self.labels])
+        return None if weights is None else weighted_cross_entropy(weights)
+
+    def _weights(self, settings: FinetuneSettings) -> str | dict[str, float]:
+        """Returns the weights of the settings, by the names of labels where they are by types."""
+        if isinstance(settings.class_weights, str):
+            return settings.class_weights
+        weights: dict[str, float] = {}
+        for name, weight in settings.class_weights.items():
+            both = {f"B-{name}", f"I-{name}"} & set(self.labels) if name not in self.labels else set()
+            weights |= dict.fromkeys(both or {name}, weight)
+        return weights | {name: weight for name, weight in settings.class_weights.items() if name in self.labels}
+
+    def _names(self, record: Record) -> Iterator[str]:
+        """Yields the types of a record's spans, or its tags."""
+        example = self._example(record)
+        if self.scheme == PLAIN:
+            yield from example.labels or ()
+        else:
+            yield from (span.type for span in self._spans(example))
+
+    def _unknown(self, name: str, record: Record) -> RecordError:
+        """Returns the error of a type or tag that training does not have, with the first word that has it."""
+        words, labels = ([], []) if has_spans(record) else tokens_of(record)
+        at = next((i for i, label in enumerate(labels) if label.endswith(name)), None)
+        where = "" if at is None else f" (word {at + 1}, {words[at]!r:.40})"
+        if self.scheme == PLAIN:
+            return RecordError(
+                f"{record.place}: {name!r} is not among the tags of training: {', '.join(self.labels)}{where}"
+            )
+        types = ", ".join(label[2:] for label in self.labels if label.startswith("B-"))
+        return RecordError(f"{record.place}: {name!r} is not among the types of training: {types}{where}")
 
     def model(self, settings: FinetuneSettings, **options: Any) -> Any:
         from fastbert.training.finetuning.loading import pretrained
@@ -96,12 +160,13 @@ class Tokens(Task):
         extra: list[dict[str, Any]] = []
         lost: list[str] = []
         widened: list[str] = []
+        used: Counter[str] = Counter()
         for number, (record, example, tokens) in enumerate(zip(records, examples, tokenized, strict=True)):
             words, labels = self._words(example, tokens, record, widened)
             for name in labels:
                 if name not in numbers:
-                    types = ", ".join(label[2:] for label in self.labels if label.startswith("B-"))
-                    raise RecordError(f"{record.place}: {name!r} is not among the types of training: {types}")
+                    raise self._unknown(name, record)
+            used.update(labels)
             firsts = first_tokens(example.text, tokens, words)
             if (firsts < 0).any():
                 lost.append(record.place)
@@ -119,7 +184,9 @@ class Tokens(Task):
                 for place, word in mine:
                     row[place] = numbers[labels[word]]
                 ids.append(tokens.ids[first:last])
-                extra.append({"labels": row, "record": number, "words": mine, "places": words})
+                full = len(tokens.ids) + maker.n_special
+                extra.append({"labels": row, "record": number, "words": mine, "places": words, "full_length": full})
+        self.counts = used if self.counts is None else self.counts
         _warn("words have no token, and no label that counts, in %d records: %s", lost)
         _warn("spans begin or end within tokens, and are widened to these, in %d records: %s", widened)
         return [{**row, **more} for row, more in zip(maker.rows(ids), extra, strict=True)]
@@ -133,7 +200,7 @@ class Tokens(Task):
         return (logits[0] if isinstance(logits, tuple) else logits).argmax(-1)
 
     def predictions(self, logits: Any, features: Sequence[Mapping[str, Any]], records: Sequence[Record]) -> Any:
-        """Returns the labels of each record's words in IOB2, or its spans where the record has spans."""
+        """Returns the labels of each record's words, in IOB2 or plain, or its spans where the record has spans."""
         best = np.asarray(logits)
         best = best.argmax(-1) if best.ndim == 3 else best
         named: list[list[str]] = [[] for _ in records]
@@ -141,7 +208,8 @@ class Tokens(Task):
         for row, feature in zip(best, features, strict=True):
             number = feature["record"]
             places[number] = feature["places"]
-            named[number] = named[number] or [OUTSIDE] * len(feature["places"])
+            missing = self.labels[0] if self.scheme == PLAIN else OUTSIDE  # of a word without a token
+            named[number] = named[number] or [missing] * len(feature["places"])
             for place, word in feature["words"]:
                 named[number][word] = self.labels[int(row[place])]
         return [
@@ -150,8 +218,10 @@ class Tokens(Task):
         ]
 
     def score(self, predictions: Any, records: Sequence[Record]) -> dict[str, Any]:
-        from fastbert.training.finetuning import metrics
+        from fastbert.training.finetuning import metrics, tag_metrics
 
+        if self.scheme == PLAIN:
+            return tag_metrics.tags(self._truth(records), predictions, self.labels)
         scores = metrics.spans(self._truth(records), predictions)
         pairs = [
             (true, label)
@@ -164,8 +234,11 @@ class Tokens(Task):
         return scores
 
     def interval(self, predictions: Any, records: Sequence[Record]) -> tuple[float, float] | None:
-        from fastbert.training.finetuning import metrics
+        from fastbert.training.finetuning import metrics, tag_metrics
 
+        if self.scheme == PLAIN:
+            counts = tag_metrics.tag_counts(self._truth(records), predictions)
+            return metrics.interval(tag_metrics.share_of_counts, counts)
         return metrics.interval(metrics.f1_of_counts, metrics.span_counts(self._truth(records), predictions))
 
     def _truth(self, records: Sequence[Record]) -> list[list[Any]]:
@@ -228,50 +301,6 @@ class Tokens(Task):
             if first == last or (words[first][0], words[last - 1][1]) != (span.start, span.end):
                 widened.append(record.place)
         return words, labels
-
-
-def has_spans(record: Record) -> bool:
-    """Tells whether a record is a text with spans, and no list of tokens."""
-    return record.values.get("tokens") is None and "spans" in record.values
-
-
-def tokens_of(record: Record) -> tuple[list[str], list[str]]:
-    """Returns the tokens and the labels of a record. Raises RecordError for other types and other numbers."""
-    tokens, labels = record.value("tokens"), record.value("labels")
-    for name, value in (("tokens", tokens), ("labels", labels)):
-        if (
-            not hasattr(value, "__len__")
-            or isinstance(value, (str, Mapping))
-            or not all(isinstance(x, str) for x in value)
-        ):
-            raise RecordError(f"{record.place}: {name}: got {value!r:.80}, expected a list of str")
-    if len(tokens) != len(labels):
-        raise RecordError(f"{record.place}: got {len(labels)} labels for {len(tokens)} tokens, expected as many")
-    return list(tokens), list(labels)
-
-
-def spans_in(record: Record) -> list[Span]:
-    """Returns the spans of a record in their order. Raises RecordError for one outside of the text or in another."""
-    text, value = record.value("text"), record.values.get("spans")
-    spans = []
-    for each in value if value is not None else ():
-        kind = (
-            next((each[k] for k in ("label", "type", "entity_group") if k in each), None)
-            if isinstance(each, Mapping)
-            else None
-        )
-        if kind is None or not all(isinstance(each.get(k), (int, np.integer)) for k in ("start", "end")):
-            raise RecordError(f"{record.place}: spans: got {each!r:.80}, expected start, end and label of each")
-        if not 0 <= each["start"] < each["end"] <= len(text):
-            raise RecordError(
-                f"{record.place}: spans: got {each['start']} to {each['end']}, expected places in its {len(text)}"
-            )
-        spans.append(Span(str(kind), int(each["start"]), int(each["end"])))
-    spans.sort(key=lambda span: span.start)
-    for one, other in zip(spans, spans[1:], strict=False):
-        if other.start < one.end:
-            raise RecordError(f"{record.place}: spans: {tuple(one)} and {tuple(other)} overlap")
-    return spans
 
 
 def words_of(text: str, tokens: TokenizedText, pieces: bool) -> list[tuple[int, int]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,8 +14,13 @@ import numpy as np
 
 from fastbert.training.finetuning.records import Record, RecordError, read_records
 
+logger = logging.getLogger("fastbert")
+
 ALIASES = {"anchor": ("anchor", "sentence1", "query", "text"), "positive": ("positive", "sentence2", "text_pair")}
-NEEDED = "(anchor, positive), with negative, (sentence1, sentence2, score), (query, documents, labels) or text"
+NEEDED = (
+    "(anchor, positive), with negative, (sentence1, sentence2, score), (query, documents, labels), (text, label) "
+    "or text"
+)
 
 
 @dataclass(frozen=True)
@@ -23,7 +29,7 @@ class Example:
 
     "pairs": anchor, positive, perhaps negatives, perhaps a score (a margin, or one for each text). "scored": anchor,
     positive, score. "lists": anchor, documents, score with one number for each. "texts": anchor, perhaps its
-    translation as positive, perhaps the vector of a teacher.
+    translation as positive, perhaps the vector of a teacher. "labelled": anchor, label.
     """
 
     kind: str
@@ -34,6 +40,7 @@ class Example:
     documents: tuple[str, ...] = ()
     score: float | tuple[float, ...] | None = None
     vector: np.ndarray | None = None
+    label: str = ""
 
 
 def read_examples(source: Any, kind: str = "auto", columns: Mapping[str, str] | None = None,
@@ -83,6 +90,8 @@ def _example(record: Record, scale: float) -> Example:
                 vector = np.full(1, np.nan)
             if vector.ndim != 1 or not np.isfinite(vector).all():
                 raise RecordError(f"{place}: vector: expected a list of finite numbers")
+        elif "label" in values:
+            return Example("labelled", place, anchor, label=_label(values["label"], place))
         return Example("texts", place, anchor, positive or "", vector=vector)
     negatives = _negatives(values, place)
     score = _score(values, ("score", "label", "scores"), scale, place)
@@ -109,6 +118,17 @@ def _checked(name: str, text: Any, place: str) -> str:
     if not isinstance(text, str) or not text.strip():
         raise RecordError(f"{place}: {name}: expected a text, got {text!r}")
     return text
+
+
+def _label(value: Any, place: str) -> str:
+    """The name of a class. A number with a fraction is no class."""
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if not isinstance(value, (str, int)) or not str(value).strip():
+        raise RecordError(f"{place}: label: expected the name or number of a class, got {value!r}")
+    return str(value).strip()
 
 
 def _negatives(values: Mapping[str, Any], place: str) -> tuple[str, ...]:
@@ -141,7 +161,12 @@ def _score(values: Mapping[str, Any], names: Iterable[str], scale: float, place:
 
 
 def split(examples: Sequence[Example], share: float, seed: int) -> tuple[list[Example], list[Example]]:
-    """Returns the examples for training and those that are held out: a share of the anchors with all their examples."""
+    """Returns the examples for training and those that are held out: a share of the anchors with all their examples.
+
+    Of labelled texts it is a share of each class, of which two texts and more stay for training.
+    """
+    if examples and examples[0].kind == "labelled":
+        return _split_classes(examples, share, seed)
     anchors = list(dict.fromkeys(example.anchor for example in examples))
     n_held = round(share * len(anchors))
     if share and len(anchors) > 1:
@@ -149,6 +174,42 @@ def split(examples: Sequence[Example], share: float, seed: int) -> tuple[list[Ex
     order = np.random.default_rng(seed).permutation(len(anchors))
     held = {anchors[i] for i in order[:n_held]}
     return [e for e in examples if e.anchor not in held], [e for e in examples if e.anchor in held]
+
+
+def _split_classes(examples: Sequence[Example], share: float, seed: int) -> tuple[list[Example], list[Example]]:
+    texts: dict[str, list[str]] = {}
+    for example in dict.fromkeys((e.anchor, e.label) for e in examples):
+        texts.setdefault(example[1], []).append(example[0])
+    rng = np.random.default_rng(seed)
+    held: set[str] = set()
+    for label in sorted(texts):
+        n_held = max(0, min(round(share * len(texts[label])), len(texts[label]) - 2))
+        held.update(texts[label][i] for i in rng.permutation(len(texts[label]))[:n_held])
+    return [e for e in examples if e.anchor not in held], [e for e in examples if e.anchor in held]
+
+
+def checked_classes(examples: Sequence[Example]) -> list[Example]:
+    """Returns labelled examples, each text once, without classes that have one text, which are counted in a warning.
+
+    Raises RecordError for a text of two classes, and ValueError where fewer than two classes have two texts.
+    """
+    first: dict[str, Example] = {}
+    for example in examples:
+        known = first.setdefault(example.anchor, example)
+        if known.label != example.label:
+            raise RecordError(f"{example.place}: label {example.label!r}, but {known.place} has the same text as "
+                              f"{known.label!r}")  # fmt: skip
+    counts = Counter(example.label for example in first.values())
+    if len(counts) == 1:
+        raise ValueError(f"label: all records are of the class {next(iter(counts))!r}; expected two classes or more")
+    single = sorted(label for label, count in counts.items() if count == 1)
+    if len(counts) - len(single) < 2:
+        raise ValueError(f"label: {len(single)} of {len(counts)} classes have one text; expected two texts and more of "
+                         "two classes and more")  # fmt: skip
+    if single:
+        shown = ", ".join(single[:10]) + (", ..." if len(single) > 10 else "")
+        logger.warning("label: %d classes have one text, and are left out of training: %s", len(single), shown)
+    return [example for example in first.values() if counts[example.label] > 1]
 
 
 def with_negatives(examples: Sequence[Example], texts: Sequence[Sequence[str]]) -> list[Example]:
@@ -177,7 +238,10 @@ def dataset_of(rows: Sequence[Mapping[str, Any]]) -> Any:
 
 
 def numbers_of(examples: Sequence[Example]) -> dict[str, Any]:
-    """Returns what a report says of examples: their number by kind and number of negatives."""
+    """Returns what a report says of examples: their number by kind, and by number of negatives or by class."""
+    if examples and examples[0].kind == "labelled":
+        classes = Counter(example.label for example in examples)
+        return {"records": len(examples), "kind": "labelled", "classes": dict(sorted(classes.items()))}
     negatives = Counter(len(example.negatives) for example in examples)
     return {
         "records": len(examples),

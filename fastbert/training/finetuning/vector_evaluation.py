@@ -64,6 +64,41 @@ class ScoredPairs:
         return correlation_scores(self.scores, cosines)
 
 
+class LabelledTexts:
+    """Ranks all other texts for each labelled one, by cosine and exact search.
+
+    `map@r` is Musgrave, Belongie and Lim's (2020): the mean, over the first R places, of the share of right texts up to
+    each right one, where R is the number of the other texts of the class, here at most 100. `nearest` is the share of
+    texts whose nearest one is of their class, `mrr` tells where the first right one stands. A text whose class has no
+    other is not asked for.
+    """
+
+    headline = "map@r"
+
+    def __init__(self, examples: Sequence[Example]) -> None:
+        classes = {example.anchor: example.label for example in examples}
+        self.texts, self.labels = list(classes), np.unique(list(classes.values()), return_inverse=True)[1]
+        if np.bincount(self.labels).max(initial=0) < 2:
+            raise ValueError("eval: no class has two texts; nothing could be ranked")
+
+    def score(self, vectors: Callable[[Sequence[str], bool], np.ndarray]) -> Scores:
+        """Returns the scores of a model; `vectors` as of `PairRetrieval.score`."""
+        values = vectors(self.texts, False)
+        counts = np.bincount(self.labels)[self.labels] - 1
+        _, ids = semantic_search(values, values, top_k=DEPTH + 1, as_arrays=True)
+        rows = [row[row != i][: ids.shape[1] - 1] for i, row in enumerate(ids)]
+        right = np.stack([self.labels[row] == self.labels[i] for i, row in enumerate(rows)])[counts > 0]
+        n_right = np.minimum(counts[counts > 0], DEPTH)
+        shares = right.cumsum(1) / np.arange(1, right.shape[1] + 1)
+        within = np.arange(right.shape[1]) < n_right[:, None]
+        precision = (shares * right * within).sum(1) / n_right
+        first = np.where(right.any(1), 1.0 / (right.argmax(1) + 1), 0.0)
+        return {
+            "map@r": float(precision.mean()), "nearest": float(right[:, 0].mean()), "mrr": float(first.mean()),
+            "map@r_interval": metrics.interval(np.mean, precision),
+        }  # fmt: skip
+
+
 class TeacherVectors:
     """Compares vectors with those of a teacher: `negative_mse`, the greater the better, and `cosine`."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import json
 import logging
@@ -9,12 +10,14 @@ import math
 import re
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from fastbert.checkpoint.files import write_text
+from fastbert.training.distributed import Processes
 from fastbert.training.finetuning.vector_evaluation import Scores, evaluator_of
+from fastbert.training.finetuning.vector_processes import by_first
 from fastbert.training.finetuning.vector_report import VectorResult, write_results
 from fastbert.training.finetuning.vector_settings import MAY_DIFFER, VectorSettings
 
@@ -25,12 +28,18 @@ STATE = "trainer_state.json"  # which a trainer writes last
 OF_TRAINER = ("optimizer.*", "scheduler.pt", "scaler.pt", "rng_state*.pth", STATE, "training_args.bin")
 
 
-def prepare_output(settings: VectorSettings) -> str | None:
+def prepare_output(settings: VectorSettings, processes: Processes) -> str | None:
     """Makes the folder of the result, and returns the newest complete checkpoint of the run that is to go on.
+
+    The first process looks and writes for all.
 
     Raises FileExistsError for a folder with checkpoints where `resume` is off, and ValueError where settings differ
     from those of the run that is to go on.
     """
+    return by_first(processes, lambda: _prepared(settings))
+
+
+def _prepared(settings: VectorSettings) -> str | None:
     output = Path(settings.output)
     checkpoint = newest_checkpoint(output / CHECKPOINTS)
     file = output / SETTINGS
@@ -79,7 +88,7 @@ def arguments_of(kind: Any, settings: VectorSettings, headline: str | None, **mo
             "eval_strategy": strategy, "eval_steps": settings.evaluate_every, "load_best_model_at_end": True,
             "metric_for_best_model": f"eval_{headline}", "greater_is_better": True,
         }  # fmt: skip
-    return kind(
+    made = kind(
         output_dir=str(Path(settings.output) / CHECKPOINTS),
         num_train_epochs=settings.epochs,
         max_steps=settings.steps or -1,
@@ -104,37 +113,9 @@ def arguments_of(kind: Any, settings: VectorSettings, headline: str | None, **mo
         **best,
         **more,
     )
-
-
-def no_duplicates(dataset: Any, *args: Any, **kwargs: Any) -> Any:
-    """Makes sentence-transformers' sampler of batches without equal texts, on numbers in the place of texts.
-
-    The sampler looks at many rows for each batch. Rows of a datasets.Dataset take long to read, and the sampler's own
-    hashes begin with a process for them.
-    """
-    from sentence_transformers.sampler import NoDuplicatesBatchSampler
-
-    return NoDuplicatesBatchSampler(_Numbered.of(dataset, kwargs.get("valid_label_columns")), *args, **kwargs)
-
-
-class _Numbered:
-    """Rows in which each distinct text is a number; what a sampler asks of a datasets.Dataset."""
-
-    def __init__(self, rows: list[dict[str, int]]) -> None:
-        self.rows, self.column_names = rows, list(rows[0]) if rows else []
-
-    @classmethod
-    def of(cls, dataset: Any, labels: Sequence[str] | None) -> _Numbered:
-        names = [name for name in dataset.column_names if name not in (labels or ()) and name != "dataset_name"]
-        numbers: dict[Any, int] = {}
-        columns = [[numbers.setdefault(text, len(numbers)) for text in dataset[name]] for name in names]
-        return cls([dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)])
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> dict[str, int]:
-        return self.rows[index]
+    if made.n_gpu > 1:  # Without torchrun the trainer would take DataParallel.
+        made._n_gpu = 1
+    return made
 
 
 def across_devices(loss: Any) -> dict[str, Any]:
@@ -149,6 +130,22 @@ def across_devices(loss: Any) -> dict[str, Any]:
     return {"gather_across_devices": True} if several and known else {}
 
 
+@functools.cache
+def _last_step_class() -> type:
+    from transformers import TrainerCallback
+
+    class LastStep(TrainerCallback):
+        """Has the last step evaluated and saved, whatever the distance of evaluations."""
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+            if state.global_step >= state.max_steps and args.save_strategy == "steps":
+                control.should_evaluate = args.eval_strategy != "no"
+                control.should_save = True
+            return control
+
+    return LastStep
+
+
 def run(
     trainer_class: Any,
     arguments: Any,
@@ -160,6 +157,7 @@ def run(
     headline: str,
     checkpoint: str | None,
     sizes: Mapping[str, Any],
+    processes: Processes,
 ) -> VectorResult:
     """Trains, and writes the best model, the last one, the metrics and the report into the folder of the result.
 
@@ -169,10 +167,10 @@ def run(
 
     from fastbert.training.callback import finite_callback
 
-    before = score(model) if score is not None else {}
+    before = by_first(processes, lambda: score(model)) if score is not None else {}
     if hasattr(model.model_card_data, "generate_widget_examples"):
         model.model_card_data.generate_widget_examples = False
-    callbacks = [finite_callback()]
+    callbacks = [finite_callback(), _last_step_class()()]
     if settings.early_stopping is not None:
         callbacks.append(EarlyStoppingCallback(settings.early_stopping))
     trainer = trainer_class(
@@ -187,7 +185,7 @@ def run(
             f"batch_size: no batch of {settings.batch_size} records could be made, without equal texts in it where the "
             "loss needs that; expected a smaller one, or more records"
         )
-    after = score(model) if score is not None else {}
+    after = by_first(processes, lambda: score(model)) if score is not None else {}
     state = trainer.state
     best = state.best_metric
     if best is not None and not math.isclose(best, after[headline], rel_tol=1e-2, abs_tol=1e-2):
@@ -200,11 +198,15 @@ def run(
         [(line["step"], line[f"eval_{headline}"]) for line in state.log_history if f"eval_{headline}" in line],
         dict(sizes),
     )  # fmt: skip
-    if trainer.is_world_process_zero():
-        model.save_pretrained(settings.output)
-        last = newest_checkpoint(Path(arguments.output_dir))
-        if last is not None:
-            shutil.rmtree(Path(settings.output) / LAST, ignore_errors=True)
-            shutil.copytree(last, Path(settings.output) / LAST, ignore=shutil.ignore_patterns(*OF_TRAINER))
-        write_results(result, settings)
+    by_first(processes, lambda: _write(result, settings, model))
     return result
+
+
+def _write(result: VectorResult, settings: VectorSettings, model: Any) -> None:
+    """Writes the best model, the last one, the metrics and the report."""
+    model.save_pretrained(settings.output)
+    last = newest_checkpoint(Path(settings.output) / CHECKPOINTS)
+    if last is not None:
+        shutil.rmtree(Path(settings.output) / LAST, ignore_errors=True)
+        shutil.copytree(last, Path(settings.output) / LAST, ignore=shutil.ignore_patterns(*OF_TRAINER))
+    write_results(result, settings)

@@ -13,7 +13,9 @@ from fastbert.training.finetuning.data_fields import settle_data
 from fastbert.training.settings import PRECISIONS
 
 KINDS = "auto", "csv", "tsv", "jsonl", "parquet"
-EMBED_LOSSES = "auto", "mnrl", "cached-mnrl", "cosent", "cosine", "marginmse", "distillation"
+CLASS_LOSSES = "batch-all", "batch-hard", "batch-semi-hard", "batch-soft"
+EMBED_LOSSES = "auto", "mnrl", "cached-mnrl", "cosent", "cosine", "marginmse", "distillation", *CLASS_LOSSES
+TEACHER_WIDTHS = "auto", "pca", "cut", "dense"
 RERANK_LOSSES = "auto", "bce", "marginmse", "lambda"
 POOLINGS = "mean", "cls", "max", "mean_sqrt_len_tokens", "weightedmean", "lasttoken"
 
@@ -110,7 +112,9 @@ class VectorSettings:
 class EmbedSettings(VectorSettings):
     """What `train_embeddings` is asked for, beside the fields of `VectorSettings`."""
 
-    loss: str = "auto"  # mnrl for pairs and triplets, cosent for scored pairs, distillation for vectors
+    loss: str = "auto"  # by the records: mnrl, cosent, marginmse, distillation or batch-all
+    margin: float = 0.2  # cosine distance by which wrong texts are to be farther, of batch losses
+    teacher_width: str = "auto"  # where it is not the model's: pca or cut of its vectors, or dense after the model's
     matryoshka: tuple[int, ...] = ()  # widths that are trained beside one another
     pooling: str | None = None  # by default the model's own, and mean for a plain encoder
     query_prompt: str | None = None  # before anchors; by default the model's own
@@ -119,6 +123,8 @@ class EmbedSettings(VectorSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         one_of("loss", self.loss, *EMBED_LOSSES)
+        one_of("teacher_width", self.teacher_width, *TEACHER_WIDTHS)
+        check_fields(self, (), (("margin", 0.0, 2.0),))
         widths = self.matryoshka
         if isinstance(widths, str):
             widths = tuple(int(width) for width in widths.split(","))  # ValueError names what is no number

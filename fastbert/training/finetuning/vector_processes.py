@@ -1,0 +1,107 @@
+"""Several processes of torchrun share what a training of vectors does beside its steps: encoding, mining, reports."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import numpy as np
+
+from fastbert.training.distributed import Processes
+from fastbert.training.finetuning.mining import distinct, mine_negatives
+from fastbert.training.finetuning.vector_data import Example, with_negatives
+from fastbert.training.finetuning.vector_settings import VectorSettings
+
+T = TypeVar("T")
+PATIENCE = timedelta(days=1)  # that processes wait while the first one mines or evaluates
+
+
+def join(device: str | None) -> Processes:
+    """Joins the processes that torchrun has started, before a trainer does; without torchrun one process is alone.
+
+    device: of the settings. Each process takes the GPU of its number, or the CPU.
+    """
+    return Processes.start("cpu" if device == "cpu" else None)
+
+
+def by_first(processes: Processes, make: Callable[[], T]) -> T:
+    """Returns on all processes what `make()` returns on the first one; raises on all of them what it raises there."""
+    if processes.n == 1:
+        return make()
+    import torch.distributed
+
+    group = _patient_group()
+    made: list[Any] = [None, None]
+    if processes.is_first:
+        try:
+            made[0] = make()
+        except Exception as error:
+            made[1] = error
+    torch.distributed.broadcast_object_list(made, src=0, group=group)
+    if made[1] is not None:
+        raise made[1]
+    value: T = made[0]
+    return value
+
+
+def spread(processes: Processes, encode: Callable[[list[Any]], Any], texts: Sequence[Any]) -> np.ndarray:
+    """Returns what `encode` makes of N texts or pairs, (N, dim) float32, on all processes.
+
+    Each process computes a share of them.
+    """
+    if processes.n == 1 or not texts:
+        return np.asarray(encode(list(texts)), np.float32)
+    share = list(texts[processes.rank :: processes.n])
+    parts = processes.gather(np.asarray(encode(share), np.float32) if share else None)
+    vectors = np.empty((len(texts), parts[0].shape[1]), np.float32)
+    for rank, part in enumerate(parts):
+        if part is not None:
+            vectors[rank :: processes.n] = part
+    return vectors
+
+
+def mined(encoder: Any, examples: Sequence[Example], settings: VectorSettings, processes: Processes) -> list[Example]:
+    """Adds negatives to pairs, as the settings have them. All processes encode, and the first one searches.
+
+    encoder: what has `encode_query` and `encode_document`.
+    """
+    anchors, positives = [example.anchor for example in examples], [example.positive for example in examples]
+    shared = _Encoded(
+        *(
+            dict(zip(texts, spread(processes, encode, texts), strict=True))
+            for texts, encode in (
+                (distinct(anchors), encoder.encode_query), (distinct(positives), encoder.encode_document),
+            )
+        )
+    )  # fmt: skip
+    found = by_first(
+        processes,
+        lambda: mine_negatives(
+            shared, anchors, positives, n=settings.mine_negatives, skip=settings.mine_skip, depth=settings.mine_depth,
+            margin=settings.mine_margin, max_score=settings.mine_max_score,
+        ),
+    )  # fmt: skip
+    return with_negatives(examples, found.texts)
+
+
+class _Encoded:
+    """An encoder of texts whose vectors are there."""
+
+    def __init__(self, queries: Mapping[str, np.ndarray], documents: Mapping[str, np.ndarray]) -> None:
+        self.queries, self.documents = queries, documents
+
+    def encode_query(self, texts: Sequence[str]) -> np.ndarray:
+        return np.stack([self.queries[text] for text in texts])
+
+    def encode_document(self, texts: Sequence[str]) -> np.ndarray:
+        return np.stack([self.documents[text] for text in texts])
+
+
+@functools.cache
+def _patient_group() -> Any:
+    """A group on the host, which waits longer than the one of gradients. All processes make it at the same place."""
+    import torch.distributed
+
+    return torch.distributed.new_group(backend="gloo", timeout=PATIENCE)
