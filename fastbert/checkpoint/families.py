@@ -1,10 +1,12 @@
 """This module holds the table of each family of encoders.
 
 The modules of fastbert.models.bert serve the families that are BERT under other names. A family with other layers names
-its text: MPNet's is fastbert.models.mpnet.
+its text: MPNet's is fastbert.models.mpnet, and ModernBERT's is fastbert.models.modernbert.
 """
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 from fastbert.checkpoint.family import AFTER_PADDING, Family, Head
 
@@ -69,6 +71,23 @@ _MPNET_HEADS = {
     "MultipleChoice": Head(pooler=True, dropout=("hidden_dropout_prob",)),
     "TokenClassification": Head(dropout=("hidden_dropout_prob",)),
     "QuestionAnswering": Head(dropout=()),
+}
+
+_MODERNBERT_NAMES = (
+    ("head.dense", "cls.predictions.transform.dense"),
+    ("head.norm", "cls.predictions.transform.LayerNorm"),
+    ("decoder.bias", "cls.predictions.bias"),
+    ("decoder", "cls.predictions.decoder"),
+)
+_MODERNBERT_HEAD = Head(names=(("head.norm", "head.LayerNorm"),), transform=True, dropout=("classifier_dropout",))
+_MODERNBERT_HEADS = {
+    "MaskedLM": Head(names=_MODERNBERT_NAMES),
+    "SequenceClassification": _MODERNBERT_HEAD,
+    "MultipleChoice": _MODERNBERT_HEAD,
+    "TokenClassification": _MODERNBERT_HEAD,
+    "QuestionAnswering": replace(
+        _MODERNBERT_HEAD, names=(("head.norm", "head.LayerNorm"), ("classifier", "qa_outputs"))
+    ),
 }
 
 _ROBERTA_TOKENS = {
@@ -160,6 +179,54 @@ FAMILIES: dict[str, Family] = {
             text="mpnet",
             tokenizer="MPNet",
             special_tokens={**_ROBERTA_TOKENS, "unk_token": "[UNK]"},
+            segments=False,
+        ),
+        Family(
+            "modernbert",
+            "ModernBert",
+            prefix="model.",
+            heads=_MODERNBERT_HEADS,
+            names=(
+                ("embeddings.tok_embeddings", "embeddings.word_embeddings"),
+                ("embeddings.norm", "embeddings.LayerNorm"),
+                ("embeddings.drop", "embeddings.dropout"),
+                ("layers", "encoder.layer"),
+                ("final_norm", "encoder.final_norm"),
+            ),
+            settings=(
+                ("hidden_activation", "hidden_act"),
+                ("norm_eps", "layer_norm_eps"),
+                ("attention_dropout", "attention_probs_dropout_prob"),
+            ),
+            defaults={
+                "vocab_size": 50368,
+                "num_hidden_layers": 22,
+                "intermediate_size": 1152,
+                "max_position_embeddings": 8192,
+                "layer_norm_eps": 1e-5,
+                "attention_probs_dropout_prob": 0.0,
+                "classifier_dropout": 0.0,
+                "pad_token_id": 50283,
+                "bos_token_id": 50281,
+                "eos_token_id": 50282,
+                "cls_token_id": 50281,
+                "sep_token_id": 50282,
+                "local_attention": 128,
+                "norm_bias": False,
+                "attention_bias": False,
+                "mlp_bias": False,
+                "embedding_dropout": 0.0,
+                "mlp_dropout": 0.0,
+                "decoder_bias": True,
+                "classifier_bias": False,
+                "classifier_activation": "gelu",
+                "classifier_pooling": "cls",
+            },
+            fixed={"type_vocab_size": 1, "hidden_dropout_prob": 0.0},
+            token_types=False,
+            pooler=False,
+            text="modernbert",
+            tokenizer="PreTrained",
             segments=False,
         ),
     )

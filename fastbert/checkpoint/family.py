@@ -35,6 +35,8 @@ class Head:
     activation: str | None = None
     # Settings that name the probability of dropout: the first that is not None counts.
     dropout: tuple[str, ...] = ("classifier_dropout", "hidden_dropout_prob")
+    # Whether a dense layer, an activation and a norm lie between the encoder's states and the classes, under `head`.
+    transform: bool = False
     dropout_first: bool = False  # Whether the first token is dropped out, too.
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastbert.engine.block import features_of
 from fastbert.engine.interface import EncoderModel
 from fastbert.engine.listeners import everywhere, observer_obstacle
 from fastbert.engine.snapshot import ModuleSnapshot
@@ -48,8 +49,7 @@ class EncoderState:
 
     def layer_features(self, model: EncoderModel) -> list[str]:
         """Returns what the layers have beyond BERT's, by the names of `block.FEATURES`. After `plain_modules`."""
-        block = next(iter(model.blocks()), None)
-        self.features = [] if block is None else block.features()
+        self.features = features_of(list(model.blocks()))
         return self.features
 
     def plain_parameters(self) -> bool:

@@ -267,9 +267,10 @@ class EncoderModel(PreTrainedModel):
     def _check_ids(self, batch: PackedBatch, inputs: PackedInputs) -> None:
         # An adapter in the place of the word embeddings need not have their attributes.
         n_words = getattr(self.embeddings.word_embeddings, "num_embeddings", self.config.vocab_size)
-        n_positions = self.embeddings.position_embeddings.num_embeddings
-        position_ids: Tensor | None = inputs.position_ids
-        if position_ids is None and batch.padded_length > n_positions:
+        table = self.embeddings.position_embeddings
+        n_positions = 0 if table is None else table.num_embeddings
+        position_ids: Tensor | None = None if table is None else inputs.position_ids
+        if table is not None and position_ids is None and batch.padded_length > n_positions:
             position_ids = batch.position_ids
         ops.check_ids(
             input_ids=(inputs.input_ids, n_words),

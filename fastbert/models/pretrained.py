@@ -125,7 +125,7 @@ class PreTrainedModel(ModelAccess):
         self.tie_weights()
 
     def _fresh(self, name: str, like: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
-        if name.endswith("LayerNorm.weight"):
+        if name.endswith(("LayerNorm.weight", "norm.weight")):
             return torch.ones(like.shape, dtype=dtype, device=device)
         fresh = torch.zeros(like.shape, dtype=dtype, device=device)
         if not name.endswith("bias"):

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from fastbert.ops import attention_plan, dispatch, recording, tracing
+from fastbert.ops import window as windowed
 from fastbert.ops.dispatch import AUTO, Policy
 from fastbert.ops.dropout import Drop, mask_of, probability_of
 from fastbert.ops.groups import Group, group_by_length
@@ -89,6 +90,7 @@ def _in_place(
     scale: float | None,
     dropout_p: float,
     table: torch.Tensor | None,
+    window: int | None = None,
 ) -> torch.Tensor:
     """Attention of a `packing.in_place` batch, (B * S, 3 * N * D) -> (B * S, N * D), with its padding masked."""
     assert batch.valid is not None
@@ -96,10 +98,12 @@ def _in_place(
     q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind()  # each (B, N, S, D)
     # A row without tokens attends to all of its padding: what comes of it is finite, and cleared later.
     valid = batch.valid | ~batch.valid.any(1, keepdim=True)
-    bias = None
+    seen, bias, columns = valid[:, None, None, :], None, torch.arange(batch.padded_length, device=qkv.device)
     if table is not None:
-        bias = expand_bias(table, torch.arange(batch.padded_length, device=table.device))[None]
-    out = _attention(q, k, v, valid[:, None, None, :], scale, dropout_p, bias)
+        bias = expand_bias(table, columns)[None]
+    if window is not None:  # a query without a key in reach sees itself
+        seen = seen & windowed.near(columns, columns, window) | torch.eye(*columns.shape * 2, device=qkv.device).bool()
+    out = _attention(q, k, v, seen, scale, dropout_p, bias)
     return out.transpose(1, 2).flatten(2).flatten(0, 1)
 
 
@@ -324,6 +328,7 @@ def varlen_attention(
     *,
     scale: float | None = None,
     position_bias: torch.Tensor | None = None,
+    window: int | None = None,
     dropout: Drop = None,
     policy: Policy = AUTO,
 ) -> torch.Tensor:
@@ -331,8 +336,9 @@ def varlen_attention(
 
     qkv: (T, 3 * N * D), laid out [q | k | v], each (N, D). scale: D^-0.5 by default. position_bias: (N, 2R + 1), what
     is added to the score of a key -R to R columns after the query, and beyond (fastbert.ops.position_bias); columns are
-    those of the batch, after `packing.find_holes`. dropout: of the probabilities. Returns (T, N * D) in qkv's dtype.
-    Raises ValueError for shapes that do not fit.
+    those of the batch, after `packing.find_holes`. window: how many columns a query reaches on either side, None for
+    all; not together with a position bias. dropout: of the probabilities; within a window PyTorch draws it. Returns
+    (T, N * D) in qkv's dtype. Raises ValueError for shapes that do not fit.
     """
     table, columns = position_bias, None if position_bias is None else batch.columns
     if table is not None:
@@ -341,12 +347,16 @@ def varlen_attention(
         in_place = tracing.transformed(qkv) or "the batch keeps the rows of its padding"
         dispatch.choose("attention", policy.backend, policy.strict, qkv.device, in_place)
         dispatch.check_invariant("attention", policy, "cpu", in_place)
-        return _in_place(qkv, batch, num_heads, scale, probability_of(dropout), table)
+        return _in_place(qkv, batch, num_heads, scale, probability_of(dropout), table, window)
     if qkv.dim() != 2 or qkv.shape[1] % (3 * num_heads) or qkv.shape[0] != batch.n_tokens:
         expected = f"(T, 3 * N * D) with T = {batch.n_tokens} and N = {num_heads}"
         raise ValueError(f"qkv: expected shape {expected}, got {tuple(qkv.shape)}")
     head_size = qkv.shape[1] // (3 * num_heads)
     scale = head_size**-0.5 if scale is None else scale
+    if window is not None and not windowed.reaches_all(batch, window):
+        if table is not None:
+            raise ValueError("window: expected None with a position bias")
+        return windowed.attention(qkv, batch, num_heads, window, scale, probability_of(dropout), policy)
     compiling = torch.compiler.is_compiling()
     trained = choose.perhaps(dropout, compiling)
     trained = trained and choose.wanted(policy, dropout, qkv, table)

@@ -1,0 +1,91 @@
+"""Attention within a window, in plain PyTorch: its cost grows with the window, and not with the text's square.
+
+The queries of a text go in blocks. A block sees the keys from `window` columns before its first query to `window`
+columns after its last one, and a mask takes away those that are too far from a query. No (S, S) numbers are made for
+texts longer than two blocks.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastbert.ops import dispatch, recording, tracing
+from fastbert.ops.dispatch import Policy
+from fastbert.ops.groups import group_by_length
+from fastbert.ops.packing import PackedBatch
+
+TRITON_OBSTACLE = "there is no Triton kernel for attention within a window yet"
+CPU_OBSTACLE = "there is no C++ kernel for attention within a window yet"
+BLOCK = 64  # the fewest queries in a block
+_FAR = 1 << 30  # the column of keys that are not there
+
+
+def reaches_all(batch: PackedBatch, window: int) -> bool:
+    """Tells whether the window is as wide as the longest text, so that it leaves nothing out."""
+    return tracing.has_sizes() and batch.padded_length - 1 <= window
+
+
+def near(queries: Tensor, keys: Tensor, window: int) -> Tensor:
+    """Which keys are at most `window` columns from which queries: (..., Q) and (..., K) -> (..., Q, K) bool."""
+    return (queries[..., :, None] - keys[..., None, :]).abs() <= window
+
+
+def attention(
+    qkv: Tensor, batch: PackedBatch, num_heads: int, window: int, scale: float, dropout_p: float, policy: Policy
+) -> Tensor:
+    """What `ops.varlen_attention` does within a window: it decides, records, and attends."""
+    backend = dispatch.choose("attention", policy.backend, policy.strict, qkv.device, TRITON_OBSTACLE)
+    dispatch.check_invariant("attention", policy, backend, CPU_OBSTACLE)
+    if recording.on:
+        shape = qkv.shape[0], qkv.shape[1] // 3
+        facts = {"heads": num_heads, "compiled_obstacle": CPU_OBSTACLE, "window": window}
+        if recording.note("attention", backend, qkv.shape, shape, qkv.dtype, **facts):
+            return qkv.new_zeros(shape)
+    return attend(qkv, batch, num_heads, window, scale, dropout_p)
+
+
+def attend(qkv: Tensor, batch: PackedBatch, num_heads: int, window: int, scale: float, dropout_p: float) -> Tensor:
+    """Attention of packed rows, (T, 3 * N * D) -> (T, N * D). Columns are those of the batch, after `find_holes`."""
+    hidden_size = qkv.shape[1] // 3
+    groups, ungroup = batch.plan("groups", lambda: group_by_length(batch.cu_seqlens_cpu, batch.device))
+    if not groups:
+        return qkv[:, :hidden_size].clone()
+    outs = []
+    for n_seqs, length, rows in groups:
+        part = qkv[rows] if isinstance(rows, slice) else qkv.index_select(0, rows)
+        q, k, v = part.view(n_seqs, length, 3, num_heads, -1).permute(2, 0, 3, 1, 4)  # each (sequences, N, length, D)
+        if batch.columns is None:
+            columns = torch.arange(length, device=qkv.device)[None]
+        else:
+            columns = batch.columns[rows].view(n_seqs, length).long()
+        out = attend_in_blocks(q, k, v, columns, window, scale, dropout_p)
+        outs.append(out.transpose(1, 2).reshape(n_seqs * length, hidden_size))
+    out = outs[0] if len(outs) == 1 else torch.cat(outs)
+    out = out if ungroup is None else out.index_select(0, ungroup)
+    return out if out.shape[0] == qkv.shape[0] else F.pad(out, (0, 0, 0, qkv.shape[0] - out.shape[0]))
+
+
+def attend_in_blocks(
+    q: Tensor, k: Tensor, v: Tensor, columns: Tensor, window: int, scale: float | None, dropout_p: float = 0.0
+) -> Tensor:
+    """Attention of texts of equal length, (B, N, S, D) each -> (B, N, S, D). columns: (1 or B, S), ascending."""
+    n_seqs, n_heads, length, head_size = q.shape
+    block = max(window, BLOCK)
+    if length <= 2 * block:
+        mask = near(columns, columns, window)[:, None]
+        return F.scaled_dot_product_attention(q, k, v, mask, dropout_p=dropout_p, scale=scale)
+    n_blocks = -(-length // block)
+    tail, width = n_blocks * block - length, block + 2 * window
+    q = F.pad(q, (0, 0, 0, tail)).unflatten(2, (n_blocks, block)).transpose(1, 2).flatten(0, 1)
+    k, v = (
+        F.pad(x, (0, 0, window, window + tail)).unfold(2, width, block).permute(0, 2, 1, 4, 3).flatten(0, 1)
+        for x in (k, v)
+    )  # each (B * blocks, N, width, D)
+    queries = F.pad(columns, (0, tail), value=-1).unflatten(1, (n_blocks, block))
+    keys = F.pad(columns, (window, window + tail), value=_FAR).unfold(1, width, block)
+    mask = near(queries, keys, window) | (queries < 0)[..., None]  # rows that are cut off below see anything
+    mask = mask.expand(n_seqs, -1, -1, -1).flatten(0, 1)[:, None]
+    out = F.scaled_dot_product_attention(q, k, v, mask, dropout_p=dropout_p, scale=scale)
+    return out.unflatten(0, (n_seqs, n_blocks)).transpose(1, 2).flatten(2, 3)[:, :, :length]
