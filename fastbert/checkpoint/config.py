@@ -276,7 +276,10 @@ _DERIVED = frozenset(("num_labels", "label2id", "torch_dtype"))
 def _named(family: Family, settings: Mapping[str, Any], known: Collection[str] = ()) -> dict[str, Any]:
     """Renames settings with the family's names to BERT's and today's. Raises TypeError for an unknown one."""
     renamed = family.config_names(settings)
-    unknown = sorted(renamed.keys() - (_FIELDS | _DERIVED | UNSUPPORTED.keys() | DEFAULTS.keys() | family.defaults.keys() | set(known)))
+    unknown = sorted(
+        renamed.keys()
+        - (_FIELDS | _DERIVED | UNSUPPORTED.keys() | DEFAULTS.keys() | family.defaults.keys() | set(known))
+    )
     if unknown:
         names = ", ".join(sorted(_FIELDS))
         raise TypeError(f"unknown config override {', '.join(unknown)}; expected one of num_labels, {names}")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -83,12 +84,13 @@ class Block:
     """One layer: attention and a feed-forward part, each with its residual and its norm.
 
     query, key, value, out: (H, H). up: (I, H). down: (H, I). fuse_qkv gives query, key and value as one linear,
-    (3H, H), which is kept until one of them changes. dropouts: the probabilities, in the present mode, for attention's
-    probabilities, its output and the feed-forward part's output. gate: (I, H), whose product multiplies the
-    activation's. attention_norm: None where attention reads what the
-    layer before gave, as in ModernBERT's first. rotary: the base of the angles. position_bias: (N, 2R + 1), what is added to the score of a key that
-    stands -R to R columns after the query, and of those beyond (fastbert.ops.position_bias); all layers may share it.
-    window: tokens on either side that attention reaches.
+    (3H, H), which is kept until one of them changes. attention_norm: None where attention reads what the layer before
+    gave, as in ModernBERT's first. dropouts: the probabilities, in the present mode, for attention's probabilities, its
+    output and the feed-forward part's output. gate: (I, H), whose product multiplies the activation's. pre_norm:
+    whether the norms are of what each part reads. rotary: the base of the angles. position_factor: by what their
+    positions are divided. position_bias: (N, 2R + 1), what is added to the score of a key that stands -R to R columns
+    after the query, and of those beyond (fastbert.ops.position_bias); all layers may share it. window: tokens on either
+    side that attention reaches. last_norm: of the encoder's output, in its last layer.
     """
 
     query: Linear
@@ -108,6 +110,8 @@ class Block:
     rotary: float | None = None
     position_bias: Tensor | None = None
     window: int | None = None
+    position_factor: float = 1.0
+    last_norm: Norm | None = None
 
     @property
     def norms(self) -> tuple[Norm, Norm]:
@@ -135,12 +139,13 @@ class Block:
 
     def mapped(self, function: Callable[[Tensor], Tensor]) -> Block:
         """The same layer with the function's results in the place of its tensors."""
-        linears = {name: getattr(self, name).mapped(function) for name in _LINEARS}
-        first = self.attention_norm
-        norms = {
-            "attention_norm": None if first is None else first.mapped(function),
-            "output_norm": self.output_norm.mapped(function),
-        }
+        linears: dict[str, Any] = {name: getattr(self, name).mapped(function) for name in _LINEARS}
+        norms: dict[str, Any] = {
+            name: None if norm is None else norm.mapped(function)
+            for name, norm in (
+                ("attention_norm", self.attention_norm), ("output_norm", self.output_norm), ("last_norm", self.last_norm)
+            )
+        }  # fmt: skip
         gate = None if self.gate is None else self.gate.mapped(function)
         bias = None if self.position_bias is None else function(self.position_bias)
         fuse = self.fuse_qkv

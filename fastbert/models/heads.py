@@ -24,7 +24,11 @@ class BertPredictionHeadTransform(nn.Module):
 
     def __init__(self, config: BertConfig) -> None:
         super().__init__()
-        width, bias, norm_bias = config.embedding_width, setting(config, "classifier_bias"), setting(config, "norm_bias")
+        width, bias, norm_bias = (
+            config.embedding_width,
+            setting(config, "classifier_bias"),
+            setting(config, "norm_bias"),
+        )
         self.dense = nn.Linear(config.hidden_size, width, bias=bias is not False)
         self.LayerNorm = nn.LayerNorm(width, eps=config.layer_norm_eps, bias=norm_bias is not False)
         name = config.family.head("MaskedLM").activation or setting(config, "classifier_activation")

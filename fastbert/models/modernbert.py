@@ -1,4 +1,4 @@
-"""ModernBERT on packed tokens. Shapes: T tokens, B sequences, S longest, H hidden, I intermediate, N heads, D head size.
+"""ModernBERT on packed tokens. Shapes: T tokens, B sequences, S longest, H hidden, I intermediate, N heads, D head.
 
 This file says in what ModernBERT differs from BERT: layers normalise their input, and the last state is normalised once
 more; positions turn queries and keys, by two bases; most layers attend within a window; the feed-forward part has a
@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from fastbert import ops
@@ -21,9 +20,9 @@ from fastbert.engine import Block, Linear, Norm, Options, PackedInputs
 from fastbert.models import attention_weights, hooks
 from fastbert.models.encoder import EncoderModel
 from fastbert.models.layers import LayerStack
-from fastbert.models.modules import call_dropout, call_module
+from fastbert.models.modules import call_dropout
 from fastbert.models.outputs import BaseModelOutputWithPooling
-from fastbert.models.rotary import normalise, project, rotations_of
+from fastbert.models.rotary import look_up, normalise, project, rotations_of
 from fastbert.ops import Policy
 from fastbert.ops.packing import PackedBatch
 
@@ -35,6 +34,7 @@ def _norm(config: BertConfig) -> nn.LayerNorm:
 class ModernBertEmbeddings(nn.Module):
     """LayerNorm(word): there are no positions and no segments."""
 
+    without_bias = True
     position_embeddings = None
     token_type_embeddings = None
     n_token_types = 1
@@ -59,7 +59,7 @@ class ModernBertEmbeddings(nn.Module):
             return hooks.on_packed(
                 ModernBertEmbeddings.forward, self, input_ids, token_type_ids, position_ids, inputs_embeds
             )
-        x = call_module(self.word_embeddings, input_ids, policy, batch) if inputs_embeds is None else inputs_embeds
+        x = look_up(self.word_embeddings, input_ids, policy, batch) if inputs_embeds is None else inputs_embeds
         return call_dropout(self.dropout, normalise(self.LayerNorm, x, policy, batch), batch)
 
     def check_ids(self, input_ids: Tensor, token_type_ids: Tensor) -> None:
@@ -70,7 +70,7 @@ class ModernBertEmbeddings(nn.Module):
 class ModernBertAttention(nn.Module):
     """softmax(q k^T / sqrt(D)) v of turned queries and keys, within a window in most layers, and a linear after it."""
 
-    without_bias = True  # linears may be
+    without_bias = True  # whether linears and norms may be
 
     def __init__(self, config: BertConfig, rotary: RotaryLayer) -> None:
         super().__init__()
@@ -136,8 +136,8 @@ class ModernBertEncoderLayer(nn.Module):
         x = x + hooks.call(self.attn, batch, policy, normalise(self.attn_norm, x, policy, batch))
         return x + hooks.call(self.mlp, batch, policy, normalise(self.mlp_norm, x, policy, batch))
 
-    def block(self) -> Block:
-        """The layer as data, for engines; its modules must be plain."""
+    def block(self, last_norm: nn.LayerNorm | None = None) -> Block:
+        """The layer as data, for engines; its modules must be plain. last_norm: what follows the last layer."""
         attn, mlp, norm = self.attn, self.mlp, self.attn_norm
         query, key, value = _parts(attn.Wqkv, 3)
         up, gate = _parts(mlp.Wi, 2)
@@ -158,7 +158,9 @@ class ModernBertEncoderLayer(nn.Module):
             dropouts=(attn.dropout_p, out_p, p),
             pre_norm=True,
             rotary=attn.rotary.base,
+            position_factor=attn.rotary.factor,
             window=attn.rotary.window,
+            last_norm=None if last_norm is None else Norm.of(last_norm),
         )
 
 
@@ -175,7 +177,9 @@ class ModernBertEncoder(LayerStack):
     without_bias = True
 
     def __init__(self, config: BertConfig) -> None:
-        super().__init__(ModernBertEncoderLayer(config, rotary, i) for i, rotary in enumerate(modernbert_layers(config)))
+        super().__init__(
+            ModernBertEncoderLayer(config, rotary, i) for i, rotary in enumerate(modernbert_layers(config))
+        )
         self.final_norm = _norm(config)
 
     def forward(self, x: Tensor, batch: Any = None, policy: Policy = ops.AUTO, keep_states: bool = True) -> Any:
@@ -223,6 +227,6 @@ class ModernBertModel(EncoderModel):
 
     def blocks(self) -> Iterator[Block]:
         """Each layer as data; its modules must be plain."""
-        layers: Any = self.encoder.layer
-        for layer in layers:
-            yield layer.block()
+        *layers, last = self.encoder.layer
+        yield from (layer.block() for layer in layers)
+        yield last.block(self.encoder.final_norm)

@@ -1,4 +1,4 @@
-"""The angles of rotary positions, made once a batch for all layers of a base, and a product of linears without bias."""
+"""The angles of rotary positions, made once a batch for all layers of a base, and operations on parts without bias."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from fastbert.checkpoint.rotary import RotaryLayer
 from fastbert.engine import Norm
 from fastbert.engine.listeners import is_bare
 from fastbert.models.modules import call_module, dense, is_plain
-from fastbert.ops import Policy, tracing
+from fastbert.ops import Policy, dispatch, recording, tracing
 from fastbert.ops.packing import PackedBatch
 
 PLAN = "rotary positions"
+WORDS_OBSTACLE = "there is no Triton kernel for embeddings without positions yet"
 
 
 class Rotations:
@@ -41,6 +42,19 @@ def rotations_of(batch: PackedBatch) -> Rotations:
     """The rotations of a batch, by its columns where nobody has set other positions."""
     rotations: Rotations = batch.plan(PLAN, lambda: Rotations(batch.position_ids))
     return rotations
+
+
+def look_up(words: nn.Module, ids: Any, policy: Policy, batch: PackedBatch | None) -> Tensor:
+    """words(ids), of words alone: (T,) -> (T, H)."""
+    if not is_bare(words, nn.Embedding):
+        return call_module(words, ids, policy, batch)
+    weight: Any = words.weight
+    backend = dispatch.choose("embedding", policy.backend, policy.strict, weight.device, WORDS_OBSTACLE)
+    if recording.on:
+        shape = ids.shape[0], weight.shape[1]
+        if recording.note("embedding", backend, None, shape, weight.dtype, weight):
+            return recording.stand_in(shape, weight.dtype)
+    return nn.functional.embedding(ids, weight, words.padding_idx)  # type: ignore[arg-type]
 
 
 def project(

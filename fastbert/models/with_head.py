@@ -100,7 +100,6 @@ class ModelWithHead(PreTrainedModel):
         self.dropout = self._dropout(config)
         self.classifier = nn.Linear(config.hidden_size, n_outputs)
 
-
     def _add_transform(self, config: BertConfig) -> None:
         if self._head.transform:
             mode = setting(config, "classifier_pooling")

@@ -362,7 +362,7 @@ def varlen_attention(
     trained = trained and choose.wanted(policy, dropout, qkv, table)
     dropout_p = dropout if isinstance(dropout, float) else 0.0
     if trained or isinstance(dropout, Dropout):
-        biases = {"biased": table is not None, "holes": columns is not None}
+        biases: dict[str, Any] = {"biased": table is not None, "holes": columns is not None}
         obstacle = choose.triton_obstacle(qkv.dtype, head_size=head_size, **biases)
     else:
         obstacle = triton_obstacle(head_size, qkv, dropout_p)

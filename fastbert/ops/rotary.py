@@ -32,6 +32,9 @@ def _kept(head_size: int, base: float, factor: float, device: torch.device) -> T
 
 def rotations(position_ids: Tensor, head_size: int, base: float, factor: float = 1.0) -> tuple[Tensor, Tensor]:
     """The cosines and sines of the angles of rows, (T, D / 2) float32 each. position_ids: (T,) integers."""
+    if recording.on and recording.is_dry():
+        shape = position_ids.shape[0], head_size // 2
+        return recording.stand_in(shape, torch.float32), recording.stand_in(shape, torch.float32)
     device = position_ids.device
     if torch.compiler.is_compiling() or tracing.observed() is not None or device.type == "meta":
         frequencies = inverse_frequencies(head_size, base, factor).to(device)

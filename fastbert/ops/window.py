@@ -7,6 +7,8 @@ texts longer than two blocks.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -24,6 +26,8 @@ _FAR = 1 << 30  # the column of keys that are not there
 
 def reaches_all(batch: PackedBatch, window: int) -> bool:
     """Tells whether the window is as wide as the longest text, so that it leaves nothing out."""
+    if recording.on and recording.is_dry():  # which is not about texts of a length
+        return False
     return tracing.has_sizes() and batch.padded_length - 1 <= window
 
 
@@ -40,7 +44,7 @@ def attention(
     dispatch.check_invariant("attention", policy, backend, CPU_OBSTACLE)
     if recording.on:
         shape = qkv.shape[0], qkv.shape[1] // 3
-        facts = {"heads": num_heads, "compiled_obstacle": CPU_OBSTACLE, "window": window}
+        facts: dict[str, Any] = {"heads": num_heads, "compiled_obstacle": CPU_OBSTACLE, "window": window}
         if recording.note("attention", backend, qkv.shape, shape, qkv.dtype, **facts):
             return qkv.new_zeros(shape)
     return attend(qkv, batch, num_heads, window, scale, dropout_p)

@@ -58,9 +58,7 @@ def rotate(x: Tensor, positions: Tensor, frequencies: Tensor) -> Tensor:
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
 
 
-def windowed_attention(
-    q: Tensor, k: Tensor, v: Tensor, valid: Tensor, window: int | None
-) -> tuple[Tensor, Tensor]:
+def windowed_attention(q: Tensor, k: Tensor, v: Tensor, valid: Tensor, window: int | None) -> tuple[Tensor, Tensor]:
     """softmax(q k^T / sqrt(D)) v over the valid keys that are at most `window` columns away.
 
     q, k, v: (B, N, S, D). valid: (B, S) bool. -> (B, S, N * D), and the probabilities, (B, N, S, S); rows at padding

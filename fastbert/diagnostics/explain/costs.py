@@ -28,6 +28,7 @@ PRODUCTS = ("linear", "quantized_linear", "dense")
 INT64, FLOAT32 = 8, 4
 
 _MATRIX = re.compile(r"\(([TB]), (\d+)\)(?: (int8|fp8))?")
+_WINDOW = re.compile(r"within (\d+) columns")
 _LAYERS = re.compile(r"encoder\.layer\.(\d+)(?:-(\d+))?\.")
 _SHORT = re.compile(r"of texts of up to (\d+) tokens")
 
@@ -163,7 +164,9 @@ def cost(
         total_bytes += numbers(after[0]) * size * ("+ residual" in row.shapes)
     elif row.op == "attention":
         tokens, width = sum(lengths), after[0][1]
-        flops = 4 * sum(n * n for n in lengths) * width
+        within = _WINDOW.search(row.shapes)
+        reach = 2 * int(within[1]) + 1 if within else max(lengths, default=0)
+        flops = 4 * sum(n * min(n, reach) for n in lengths) * width
         total_bytes = tokens * (before[0][1] + width) * size
     elif row.op == "embedding" and row.backend == MODULE:  # one table alone
         flops = numbers(after[0])

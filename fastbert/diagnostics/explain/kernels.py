@@ -11,6 +11,7 @@ import torch
 from fastbert.ops import attention, dispatch, embedding, gelu, layer_norm, packed_linear, pooling, quantized
 from fastbert.ops.linear import KERNELS as LINEAR_KERNELS
 from fastbert.ops.recording import Record
+from fastbert.ops.rotary import KERNELS as ROTARY_KERNELS
 from fastbert_kernels import cpu
 
 PACKED = "where no gradients are needed"
@@ -139,6 +140,7 @@ _KERNELS: dict[str, Callable[[Record, torch.device], Kernel]] = {
     "layer_norm": _layer_norm,
     "bias_gelu": _bias_gelu,
     "attention": _attention,
+    "rotary": lambda record, device: Kernel(str(ROTARY_KERNELS["torch"])),
     "pooling": _pooling,
     "linear": _linear,
 }

@@ -99,6 +99,8 @@ def shapes_of(record: Record) -> str:
         if name == "attention":
             heads = facts["heads"]
             words.append(f"{heads} heads of {record.after[1] // heads}")
+            if "window" in facts:
+                words.append(f"within {facts['window']} columns")
         if name == "pooling":
             words.append(facts["mode"])
             words += ["L2 normalized"] if facts["normalize"] else []
