@@ -21,6 +21,7 @@ FEATURES = {
 }
 
 
+_NORMS = ("attention_norm", "output_norm", "last_norm")
 _LINEARS = ("query", "key", "value", "out", "up", "down")
 
 
@@ -141,11 +142,8 @@ class Block:
         """The same layer with the function's results in the place of its tensors."""
         linears: dict[str, Any] = {name: getattr(self, name).mapped(function) for name in _LINEARS}
         norms: dict[str, Any] = {
-            name: None if norm is None else norm.mapped(function)
-            for name, norm in (
-                ("attention_norm", self.attention_norm), ("output_norm", self.output_norm), ("last_norm", self.last_norm)
-            )
-        }  # fmt: skip
+            name: None if (norm := getattr(self, name)) is None else norm.mapped(function) for name in _NORMS
+        }
         gate = None if self.gate is None else self.gate.mapped(function)
         bias = None if self.position_bias is None else function(self.position_bias)
         fuse = self.fuse_qkv

@@ -268,7 +268,8 @@ def test_what_no_kernel_does_is_named() -> None:
     triton = twin(theirs("modernbert"), dtype=torch.float32, backend="triton")
     for name in ("embedding", "rotary", "attention"):
         rows = [row for row in fastbert.explain(triton, device="cuda:0", arch=90).rows if row.op == name]
-        assert all(row.raises and "no Triton kernel" in row.reason for row in rows[-1:]), name
+        row = next(row for row in rows if name != "attention" or "within" in row.shapes)
+        assert row.raises and "no Triton kernel" in row.reason, name
     shapes_of = [row.shapes for row in fastbert.explain(ours).rows if row.op == "attention"]
     assert [f"within {WINDOW} columns" in shapes for shapes in shapes_of] == [False, True, False]
     invariant = twin(theirs("modernbert"), dtype=torch.float32, batch_invariant=True)
