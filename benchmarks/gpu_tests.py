@@ -33,7 +33,7 @@ def _files(*names: str) -> tuple[str, ...]:
 GROUPS: dict[str, tuple[str, ...]] = {
     **{op: _files(f"ops/op_{op}") for op in OPS},
     "attention": _files("ops/op_attention", "on_kernels/attention_short"),
-    "attention_backward": _files("ops/attention_backward"),
+    "attention_backward": _files("ops/attention_backward", "ops/position_bias"),
     "dropout": _files("ops/dropout_kernels"),
     "training_rows": _files(
         "ops/residual_norm_kernels", "ops/activation_backward", "ops/embedding_kernels", "ops/pooling_backward"

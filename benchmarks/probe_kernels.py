@@ -119,7 +119,7 @@ def measure_attention(probe: Probe) -> None:
 
 
 def measure_attention_on(probe: Probe, kind: str, n: int, heads: int, d: int) -> None:
-    from fastbert_kernels import attention
+    from fastbert_kernels import attention, work_list
 
     lengths = list(suite_kernels.lengths_of(kind, n))
     batch = packing.from_lengths(lengths, probe.device)
@@ -129,19 +129,22 @@ def measure_attention_on(probe: Probe, kind: str, n: int, heads: int, d: int) ->
     grouped = attention_op.group_by_length(batch.cu_seqlens_cpu[: len(first) + 1], probe.device)
     exact = attention_op._grouped(qkv[: sum(first)].double(), *grouped, heads, d**-0.5)
 
-    def run(config: dict[str, int], tiles: Tensor, i: int) -> Tensor:
-        arguments = qkv, batch.cu_seqlens, batch.seq_ids, tiles, heads, d**-0.5
-        return attention.varlen_attention_forward(*arguments, config=config)
+    def run(config: dict[str, int], tiles: work_list.WorkList, i: int) -> Tensor:
+        return attention.varlen_attention_forward(qkv, tiles, heads, d**-0.5, config=config)
 
     for block_q, block_k, warps, stages in ATTENTION[:2] if probe.tiny else ATTENTION:
         config = {"BLOCK_Q": block_q, "BLOCK_K": block_k, "BLOCK_D": d, "num_warps": warps, "num_stages": stages}
-        tiles = attention.build_work_list(batch.cu_seqlens_cpu.tolist(), block_q)
-        static = torch.zeros(attention.max_tiles(n, block_q), tiles.shape[1], dtype=torch.int32)
-        static[: len(tiles)] = tiles  # most programs of a graph have no rows
-        lists = {"": tiles} | ({", a graph's list": static} if (block_q, stages) == (128, 2) else {})
+        tiles, row_spans = work_list.build_work_list(batch.cu_seqlens_cpu.numpy(), block_q)
+        lists = {"": tiles}
+        if stages == 3:  # what fills lists of graphs up: programs without rows
+            for name, length in (("dense", work_list.dense_tiles), ("longest", work_list.max_tiles)):
+                static = torch.zeros(max(length(n, block_q), len(tiles)), tiles.shape[1], dtype=torch.int32)
+                static[: len(tiles)] = tiles
+                lists[f", a graph's {name} list"] = static
         for suffix, listed in lists.items():
+            call = partial(run, config, work_list.WorkList(listed, row_spans).to(probe.device))
             probe.measure(
-                kind, f"{block_q}x{block_k} w{warps} s{stages}{suffix}", partial(run, config, listed.to(probe.device)),
+                kind, f"{block_q}x{block_k} w{warps} s{stages}{suffix}", call,
                 work=work, exact=exact, pick=lambda out: out[: sum(first)], tiles=len(listed),
             )  # fmt: skip
     if len(set(lengths)) == 1:

@@ -12,7 +12,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -32,16 +31,12 @@ MAX_GRAPHS = 128
 class _Buffers:
     """The static memory of the buckets of one octave, up to `capacity` rows."""
 
-    def __init__(self, capacity: int, n_tiles: int, hidden_size: int, dtype: torch.dtype, device: torch.device) -> None:
-        # Integers of attention, in one copy from the host: work lists, seq_ids and cu_seqlens, each 16-byte aligned.
-        self.integers = torch.zeros(4 * n_tiles + 2 * capacity + 1, dtype=torch.int32, device=device)
+    def __init__(
+        self, capacity: int, n_integers: int, hidden_size: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.integers = torch.zeros(n_integers, dtype=torch.int32, device=device)  # attention's, as StaticPlan says
         self.ids = torch.zeros(3, capacity, dtype=torch.int64, device=device)  # input_ids, token_type_ids, position_ids
         self.out = torch.zeros(capacity, hidden_size, dtype=dtype, device=device)
-
-    def views(self, bucket: int, n_tiles: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Work lists (W, 4), one after the other, seq_ids (T',) and cu_seqlens (T' + 1,) of a bucket."""
-        parts = self.integers[: 4 * n_tiles + 2 * bucket + 1].split([4 * n_tiles, bucket, bucket + 1])
-        return parts[0].view(n_tiles, 4), parts[1], parts[2]
 
 
 @dataclass(frozen=True)
@@ -135,8 +130,8 @@ class Graphs:
             missing = key not in self._graphs
             if self._failed or self._capturer is None or (missing and self.frozen):
                 return None
-            tiles = _tiles(batch, bucket, shape)
-            if tiles is None:
+            integers = _integers(batch, bucket, shape)
+            if integers is None:
                 return None
             capacity = 1 << (bucket - 1).bit_length()
             buffers = self._buffers.get(capacity)
@@ -146,7 +141,7 @@ class Graphs:
             try:
                 if missing and not self._capture(forward, buffers, bucket, batch, shape):
                     return None
-                _fill(buffers, bucket, tiles, batch, inputs)
+                _fill(buffers, bucket, integers, batch, inputs)
                 self._graphs.move_to_end(key)
                 self._graphs[key].replay()
                 return buffers.out[: batch.n_tokens].clone()
@@ -156,7 +151,8 @@ class Graphs:
     @staticmethod
     def _make_buffers(capacity: int, shape: Shape) -> _Buffers:
         with torch.inference_mode(False):  # or nobody could write to them outside of inference mode
-            return _Buffers(capacity, sum(_max_tiles(capacity, shape)), shape.hidden_size, shape.dtype, shape.device)
+            n_integers = _static_plan(capacity, shape).n_integers
+            return _Buffers(capacity, n_integers, shape.hidden_size, shape.dtype, shape.device)
 
     def _capture(self, forward: Forward, buffers: _Buffers, bucket: int, batch: PackedBatch, shape: Shape) -> bool:
         """Captures the bucket's graph; False if it cannot be done."""
@@ -188,9 +184,7 @@ class Graphs:
         self, forward: Forward, buffers: _Buffers, bucket: int, batch: PackedBatch, shape: Shape
     ) -> Replayable:
         assert self._capturer is not None
-        n_tiles = _max_tiles(bucket, shape)
-        work_lists, seq_ids, cu_seqlens = buffers.views(bucket, sum(n_tiles))
-        work_list, *short_lists = work_lists.split(n_tiles)
+        cu_seqlens, plan = _static_plan(bucket, shape).split(buffers.integers)
         inputs = PackedInputs(*(row[:bucket] for row in buffers.ids))
         static = PackedBatch(
             cu_seqlens=cu_seqlens,
@@ -199,7 +193,6 @@ class Graphs:
             batch_size=bucket,
             padded_length=bucket,
         )
-        plan = seq_ids, work_list, short_lists[0] if short_lists else None
         static = attention_plan.with_plan(static, shape.dtype, shape.head_size, shape.policy, plan)
 
         def function() -> None:
@@ -209,42 +202,28 @@ class Graphs:
         return count_capture(lambda: capturer.capture(function))
 
 
-def _max_tiles(bucket: int, shape: Shape) -> list[int]:
-    """The lengths of the bucket's static work lists: one, or two where short sequences have their own."""
-    lengths = attention_plan.max_tiles(bucket, shape.dtype, shape.head_size, shape.device, shape.policy)
-    return [length for length in lengths if length is not None]
+def _static_plan(bucket: int, shape: Shape) -> attention_plan.StaticPlan:
+    return attention_plan.StaticPlan(bucket, shape.dtype, shape.head_size, shape.device, shape.policy)
 
 
-def _tiles(batch: PackedBatch, bucket: int, shape: Shape) -> Tensor | None:
-    """The batch's work lists, each filled up to its static length, (W, 4) on the CPU; None where one is too long."""
-    lists = attention_plan.host_work_lists(batch, shape.dtype, shape.head_size, shape.policy)
-    n_tiles = _max_tiles(bucket, shape)
-    out, start = torch.zeros(sum(n_tiles), 4, dtype=torch.int32, device="cpu"), 0
-    for tiles, length in zip([tiles for tiles in lists if tiles is not None], n_tiles, strict=True):
-        if tiles.shape[0] > length:  # of neighbours that do not share tiles
-            return None
-        out[start : start + tiles.shape[0]] = tiles
-        start += length
-    return out
+def _integers(batch: PackedBatch, bucket: int, shape: Shape) -> Tensor | None:
+    """The integers of attention for the bucket, in memory of the host that a GPU reads; None where they do not fit."""
+    plan = _static_plan(bucket, shape)
+    pinned = shape.device.type == "cuda"
+    integers = torch.zeros(plan.n_integers, dtype=torch.int32, device="cpu", pin_memory=pinned)
+    return integers if plan.write(batch, integers.numpy()) else None
 
 
 def _fill(
     buffers: _Buffers,
     bucket: int,
-    tiles: Tensor,
+    integers: Tensor,
     batch: PackedBatch,
     inputs: PackedInputs,
 ) -> None:
     """Writes a batch where the bucket's graph reads it, on the current stream."""
-    n_tokens, n_seqs, n_tiles = batch.n_tokens, batch.batch_size, tiles.shape[0]
-    n_integers = 4 * n_tiles + bucket + n_seqs + 1
-    integers = torch.zeros(n_integers, dtype=torch.int32, device="cpu", pin_memory=buffers.integers.is_cuda)
-    offsets = batch.cu_seqlens_cpu.numpy()
-    work_lists, seq_ids, cu_seqlens = np.split(integers.numpy(), [4 * n_tiles, 4 * n_tiles + bucket])
-    work_lists[:] = tiles.numpy().ravel()
-    seq_ids[:n_tokens] = np.repeat(np.arange(n_seqs, dtype=np.int32), np.diff(offsets))
-    cu_seqlens[:] = offsets
-    buffers.integers[:n_integers].copy_(integers, non_blocking=True)
+    n_tokens = batch.n_tokens
+    buffers.integers[: integers.shape[0]].copy_(integers, non_blocking=True)
     for row, values in zip(buffers.ids, inputs[:3], strict=True):
         if values is None:
             row[:bucket].zero_()

@@ -13,7 +13,7 @@ from fastbert.ops.dispatch import AUTO, Policy
 from fastbert.ops.dropout import Drop, mask_of, probability_of
 from fastbert.ops.groups import Group, group_by_length
 from fastbert.ops.library import register
-from fastbert.ops.packing import PackedBatch, sequence_ids
+from fastbert.ops.packing import PackedBatch
 from fastbert.ops.position_bias import check as check_bias
 from fastbert.ops.position_bias import expand as expand_bias
 from fastbert.ops.position_bias import for_kernel
@@ -111,11 +111,12 @@ def _eager(
     qkv: torch.Tensor,
     cu_seqlens: torch.Tensor,
     cu_seqlens_cpu: torch.Tensor,
-    seq_ids: torch.Tensor | None,
-    work_list: torch.Tensor | None,
+    row_spans: torch.Tensor | None,
+    tiles: torch.Tensor | None,
     num_heads: int,
     scale: float,
-    short_list: torch.Tensor | None = None,
+    short_tiles: torch.Tensor | None = None,
+    small: bool = False,
     table: torch.Tensor | None = None,
     columns: torch.Tensor | None = None,
 ) -> torch.Tensor:
@@ -176,34 +177,37 @@ def _kernel(
     qkv: torch.Tensor,
     cu_seqlens: torch.Tensor,
     cu_seqlens_cpu: torch.Tensor,
-    seq_ids: torch.Tensor | None,
-    work_list: torch.Tensor | None,
+    row_spans: torch.Tensor | None,
+    tiles: torch.Tensor | None,
     num_heads: int,
     scale: float,
-    short_list: torch.Tensor | None = None,
+    short_tiles: torch.Tensor | None = None,
+    small: bool = False,
     table: torch.Tensor | None = None,
     columns: torch.Tensor | None = None,
     quantized: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> torch.Tensor:
+    from fastbert_kernels import configs, launch
     from fastbert_kernels.attention import varlen_attention_forward
+    from fastbert_kernels.work_list import WorkList
 
-    if seq_ids is None:
-        seq_ids = sequence_ids(cu_seqlens, qkv.shape[0])
-    if work_list is None:
-        head_size = qkv.shape[1] // (3 * num_heads)
-        lists = attention_plan.lists_of(cu_seqlens_cpu, qkv.dtype, head_size, qkv.device, share=True)
-        work_list = lists[0].to(qkv.device)
+    head_size = qkv.shape[1] // (3 * num_heads)
+    if tiles is None or row_spans is None:
+        work_list = attention_plan.lists_of(cu_seqlens_cpu, qkv.dtype, head_size, qkv.device)[0].to(qkv.device)
+        short_list, small = None, False
+    else:
+        work_list = WorkList(tiles, row_spans)
+        short_list = None if short_tiles is None else WorkList(short_tiles, row_spans)  # which share no tiles
     qkv = qkv if qkv.stride(-1) == 1 else qkv.contiguous()
+    config = configs.attention_config(qkv.dtype, head_size, launch.arch(qkv.device), small).block_sizes
     bias = for_kernel(table, columns)
-    return varlen_attention_forward(
-        qkv, cu_seqlens, seq_ids, work_list, num_heads, scale, quantized, short_list=short_list, bias=bias
-    )
+    return varlen_attention_forward(qkv, work_list, num_heads, scale, quantized, config, short_list, bias=bias)
 
 
 def _backward(grad: torch.Tensor, qkv: torch.Tensor, *rest: Any) -> tuple[torch.Tensor | None, ...]:
-    _, cu_seqlens_cpu, _, _, num_heads, scale, _, table, columns = rest
+    _, cu_seqlens_cpu, _, _, num_heads, scale, _, _, table, columns = rest
     d_qkv, d_table = _gradients(grad, qkv, cu_seqlens_cpu, num_heads, scale, table, columns)
-    return d_qkv, *(None,) * 7, d_table, None
+    return d_qkv, *(None,) * 8, d_table, None
 
 
 def _grouped_op_backward(grad: torch.Tensor, *inputs: Any) -> tuple[torch.Tensor | None, ...]:
@@ -238,8 +242,9 @@ def _fake(qkv: torch.Tensor, *rest: Any) -> torch.Tensor:
 
 
 register(
-    "varlen_attention(Tensor qkv, Tensor cu_seqlens, Tensor cu_seqlens_cpu, Tensor? seq_ids, Tensor? work_list, "
-    "int num_heads, float scale, Tensor? short_list=None, Tensor? bias=None, Tensor? columns=None) -> Tensor",
+    "varlen_attention(Tensor qkv, Tensor cu_seqlens, Tensor cu_seqlens_cpu, Tensor? row_spans, Tensor? tiles, "
+    "int num_heads, float scale, Tensor? short_tiles=None, bool small=False, Tensor? bias=None, "
+    "Tensor? columns=None) -> Tensor",
     kernel=_kernel,
     eager=_eager,
     fake=_fake,
@@ -395,22 +400,13 @@ def varlen_attention(
         unplanned = compiling and not batch.has_plan(attention_plan.plan_key(qkv.dtype, head_size, policy))
         if unplanned and policy.batch_invariant:
             raise dispatch.BackendError("batch_invariant: a traced model needs the batch's plan: see prepare_attention")
-        plan = None, None, None
-        seq_ids, work_list, short_list = (
-            plan if unplanned else attention_plan.triton_plan(batch, qkv.dtype, head_size, policy)
+        row_spans, tiles, short_tiles, small = (
+            attention_plan.NO_PLAN if unplanned else attention_plan.triton_plan(batch, qkv.dtype, head_size, policy)
         )
         return torch.ops.fastbert.varlen_attention(
-            qkv,
-            batch.cu_seqlens,
-            batch.cu_seqlens_cpu,
-            seq_ids,
-            work_list,
-            num_heads,
-            scale,
-            short_list,
-            table,
-            columns,
-        )
+            qkv, batch.cu_seqlens, batch.cu_seqlens_cpu, row_spans, tiles, num_heads, scale, short_tiles, small,
+            table, columns,
+        )  # fmt: skip
     if backend == "cpu" and no_kernel is None:
         run = (
             _compiled if dispatch.direct(qkv) else torch.ops.fastbert.cpu_attention

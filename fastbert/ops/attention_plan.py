@@ -1,34 +1,78 @@
-"""What attention's Triton kernels need of a batch: which sequence each row is of, and lists of tiles."""
+"""What attention's Triton kernels need of a batch: lists of tiles, and which tile they are of."""
 
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch
 
 from fastbert.ops.dispatch import Policy
 from fastbert.ops.packing import PackedBatch, to_device
 
-# (seq_ids (T,), work list (W, 4), that of short sequences (W', 4) or None), int32: what the kernel needs of a batch.
-Plan = tuple[torch.Tensor, torch.Tensor, "torch.Tensor | None"]
+if TYPE_CHECKING:
+    from fastbert_kernels.work_list import WorkList
+
+# Up to how many tokens of a text, on average over tokens, texts are short: at least two fit into a tile of 128 rows.
+SHORT_TEXTS = 64
+# Up to how many tokens for each multiprocessor a batch is short: 16 heads have no more tiles of 128 rows than there are
+# multiprocessors.
+SHORT_BATCH = 8
+
+
+class Plan(NamedTuple):
+    """A `Plan` is what the kernel needs of a batch, int32 on its device: the parts of `work_list.WorkList`.
+
+    row_spans: (T,), or (0,) where no tile is shared. tiles: (W, 5). short_tiles: those of short sequences, (W', 5), or
+    None where they have no list of their own. small: whether `tiles` are of `configs.small_attention_config`.
+    """
+
+    row_spans: torch.Tensor
+    tiles: torch.Tensor
+    short_tiles: torch.Tensor | None = None
+    small: bool = False
+
+
+NO_PLAN = None, None, None, False  # for an operation that makes one when it runs
 
 
 def lists_of(
-    cu_seqlens_cpu: torch.Tensor, dtype: torch.dtype, head_size: int, device: torch.device, share: bool
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """(W, 4) and, where sequences share no tile, (W', 4) of short ones; int32, on the CPU, for the device's tiles."""
+    cu_seqlens_cpu: torch.Tensor,
+    dtype: torch.dtype,
+    head_size: int,
+    device: torch.device,
+    share: bool = True,
+    small: bool = False,
+) -> tuple[WorkList, WorkList | None]:
+    """Returns the work lists of a batch on the CPU: of all sequences, or of the long ones and of the short ones."""
     from fastbert_kernels import configs, launch
-    from fastbert_kernels.attention import build_work_list
+    from fastbert_kernels.work_list import build_work_list
 
-    offsets, arch = cu_seqlens_cpu.tolist(), launch.arch(device)
-    block_q = configs.attention_config(dtype, head_size, arch).block_sizes["BLOCK_Q"]
+    offsets, arch = cu_seqlens_cpu.numpy(), launch.arch(device)
+    block_q = configs.attention_config(dtype, head_size, arch, small).block_sizes["BLOCK_Q"]
     short = None if share else configs.short_attention_config(dtype, head_size, arch)
     if short is None:
         return build_work_list(offsets, block_q, share), None
     longest = short.block_sizes["BLOCK_K"]
     long_list = build_work_list(offsets, block_q, False, longer_than=longest)
     return long_list, build_work_list(offsets, short.block_sizes["BLOCK_Q"], False, up_to=longest)
+
+
+def takes_small_tiles(batch: PackedBatch, dtype: torch.dtype, head_size: int, policy: Policy) -> bool:
+    """Tells whether the batch is better off in smaller tiles: one of short texts, or a short one.
+
+    A tile of several texts multiplies all its rows by all its keys, so that smaller ones waste less. And few tiles
+    leave multiprocessors without work. Where bits must not depend on the batch, the answer is no.
+    """
+    from fastbert_kernels import configs, launch
+
+    if policy.batch_invariant or configs.small_attention_config(dtype, head_size, launch.arch(batch.device)) is None:
+        return False
+    if batch.n_tokens <= SHORT_BATCH * launch.n_multiprocessors(batch.device):
+        return True
+    lengths = np.diff(batch.cu_seqlens_cpu.numpy()).astype(np.int64)
+    return int(lengths @ lengths) <= SHORT_TEXTS * batch.n_tokens
 
 
 def plan_key(dtype: torch.dtype, head_size: int, policy: Policy) -> tuple[Any, ...]:
@@ -39,10 +83,11 @@ def triton_plan(batch: PackedBatch, dtype: torch.dtype, head_size: int, policy: 
     """Returns what the kernel needs, made once a batch."""
 
     def make() -> Plan:
-        work_list, short_list = host_work_lists(batch, dtype, head_size, policy)
-        if short_list is not None:
-            short_list = to_device(short_list, batch.device)
-        return batch.seq_ids, to_device(work_list, batch.device), short_list
+        small = takes_small_tiles(batch, dtype, head_size, policy)
+        lists = host_work_lists(batch, dtype, head_size, policy, small)
+        tiles, row_spans = (to_device(part, batch.device) for part in lists[0])
+        short_tiles = None if lists[1] is None else to_device(lists[1].tiles, batch.device)
+        return Plan(row_spans, tiles, short_tiles, small)
 
     return batch.plan(plan_key(dtype, head_size, policy), make)
 
@@ -64,25 +109,126 @@ def with_plan(batch: PackedBatch, qkv_dtype: torch.dtype, head_size: int, policy
 
 
 def host_work_lists(
-    batch: PackedBatch, qkv_dtype: torch.dtype, head_size: int, policy: Policy
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Returns the work lists of the batch for the triton backend, (W, 4) int32, on the CPU: all or long, and short."""
-    return lists_of(batch.cu_seqlens_cpu, qkv_dtype, head_size, batch.device, not policy.batch_invariant)
+    batch: PackedBatch, qkv_dtype: torch.dtype, head_size: int, policy: Policy, small: bool = False
+) -> tuple[WorkList, WorkList | None]:
+    """Returns the work lists of the batch for the triton backend, on the CPU: of all or of long sequences, and short.
+
+    They are made once a batch. small: of the smaller tile.
+    """
+    share = not policy.batch_invariant
+    key = "work lists", qkv_dtype, head_size, share, small
+    return batch.plan(key, lambda: lists_of(batch.cu_seqlens_cpu, qkv_dtype, head_size, batch.device, share, small))
+
+
+class Kind(NamedTuple):
+    """A `Kind` of static lists serves a kind of batch.
+
+    small: of smaller tiles. dense: of three tiles in the rows of two full ones, and not of as many as there can be, so
+    that few programs of a graph find nothing to do.
+    """
+
+    small: bool = False
+    dense: bool = False
+
+
+ANY_BATCH = Kind()
 
 
 def max_tiles(
-    n_tokens: int, qkv_dtype: torch.dtype, head_size: int, device: torch.device, policy: Policy
+    n_tokens: int,
+    qkv_dtype: torch.dtype,
+    head_size: int,
+    device: torch.device,
+    policy: Policy,
+    kind: Kind = ANY_BATCH,
 ) -> tuple[int, int | None]:
     """Tells how long static work lists for n_tokens tokens are; None where there is no list of short sequences.
 
-    No batch needs a longer one where neighbours share tiles. Where they share none, ones of a few tokens each may.
+    No batch needs a longer one where neighbours share tiles, unless the list is dense. Where they share none, ones of a
+    few tokens each may.
     """
-    from fastbert_kernels import attention, configs, launch
+    from fastbert_kernels import configs, launch, work_list
 
     arch = launch.arch(device)
-    block_q = configs.attention_config(qkv_dtype, head_size, arch).block_sizes["BLOCK_Q"]
+    block_q = configs.attention_config(qkv_dtype, head_size, arch, kind.small).block_sizes["BLOCK_Q"]
+    most = work_list.max_tiles(n_tokens, block_q)
+    if kind.dense:
+        most = min(most, work_list.dense_tiles(n_tokens, block_q))
     short = configs.short_attention_config(qkv_dtype, head_size, arch) if policy.batch_invariant else None
-    return attention.max_tiles(n_tokens, block_q), None if short is None else attention.max_short_tiles(n_tokens)
+    return most, None if short is None else work_list.max_short_tiles(n_tokens)
+
+
+class StaticPlan:
+    """A `StaticPlan` says how the integers of attention lie in static memory, for batches in the rows of a bucket.
+
+    They are int32, each part 16-byte aligned. A smaller bucket needs no more of them than a larger one of its kind.
+    Where all are 0, there are no tiles.
+    """
+
+    def __init__(
+        self,
+        bucket: int,
+        qkv_dtype: torch.dtype,
+        head_size: int,
+        device: torch.device,
+        policy: Policy,
+        kind: Kind = ANY_BATCH,
+    ) -> None:
+        from fastbert_kernels.work_list import N_COLUMNS
+
+        self.bucket, self.policy, self.kind = bucket, policy, kind
+        self._qkv, self._n_columns = (qkv_dtype, head_size), N_COLUMNS
+        lengths = max_tiles(bucket, qkv_dtype, head_size, device, policy, kind)
+        self._n_tiles = [length for length in lengths if length is not None]
+        # Work lists, one after the other, row_spans and cu_seqlens.
+        sizes = [*(N_COLUMNS * length for length in self._n_tiles), 0 if policy.batch_invariant else bucket, bucket + 1]
+        starts = [sum(map(_aligned, sizes[:i])) for i in range(len(sizes) + 1)]
+        self._parts = [slice(start, start + size) for start, size in zip(starts, sizes, strict=False)]
+        self.n_integers = starts[-1]
+
+    def split(self, integers: torch.Tensor) -> tuple[torch.Tensor, Plan]:
+        """Returns cu_seqlens (T' + 1,) and the plan of the bucket, views of static memory (at least n_integers,)."""
+        *lists, row_spans, cu_seqlens = (integers[part] for part in self._parts)
+        tiles = [part.view(-1, self._n_columns) for part in lists]
+        return cu_seqlens, Plan(row_spans, tiles[0], tiles[1] if len(tiles) > 1 else None, self.kind.small)
+
+    def fits(self, batch: PackedBatch) -> bool:
+        """Tells whether `write` would write the batch."""
+        return self.write(batch, np.empty(self.n_integers, np.int32))
+
+    def write(self, batch: PackedBatch, out: np.ndarray) -> bool:
+        """Writes a batch of at most `bucket` tokens and sequences to out, (n_integers,) int32 on the host.
+
+        Returns False, with nothing written, where a list does not fit.
+        """
+        lists = host_work_lists(batch, *self._qkv, self.policy, self.kind.small)
+        rows = [made.tiles.numpy().reshape(-1) for made in lists if made is not None]
+        *parts, row_spans, cu_seqlens = (out[part] for part in self._parts)
+        if any(tiles.shape[0] > part.shape[0] for tiles, part in zip(rows, parts, strict=True)):
+            return False
+        for part, tiles in zip(parts, rows, strict=True):
+            part[: tiles.shape[0]] = tiles
+            part[tiles.shape[0] :] = 0
+        spans = lists[0].row_spans.numpy()
+        row_spans[: spans.shape[0]] = spans
+        offsets = batch.cu_seqlens_cpu.numpy()
+        cu_seqlens[: offsets.shape[0]] = offsets
+        return True
+
+
+def kind_of(batch: PackedBatch, bucket: int, qkv_dtype: torch.dtype, head_size: int, policy: Policy) -> Kind:
+    """Returns the kind of static lists that the batch takes in the rows of a bucket."""
+    if policy.batch_invariant:
+        return ANY_BATCH
+    small = takes_small_tiles(batch, qkv_dtype, head_size, policy)
+    tiles = host_work_lists(batch, qkv_dtype, head_size, policy, small)[0].tiles
+    longest = max_tiles(bucket, qkv_dtype, head_size, batch.device, policy, Kind(small, True))[0]
+    return Kind(small, tiles.shape[0] <= longest)
+
+
+def _aligned(n_integers: int) -> int:
+    """Rounds up to whole 16 bytes."""
+    return -(-n_integers // 4) * 4
 
 
 def gradient_plan(batch: PackedBatch, dtype: torch.dtype, head_size: int) -> Any:
@@ -92,11 +238,13 @@ def gradient_plan(batch: PackedBatch, dtype: torch.dtype, head_size: int) -> Any
         from fastbert_kernels import configs, launch
         from fastbert_kernels.attention_backward import Plan as GradientPlan
         from fastbert_kernels.attention_backward import work_lists
+        from fastbert_kernels.work_list import WorkList
 
         tiles = configs.attention_backward_configs(dtype, head_size, launch.arch(batch.device))
-        lists = work_lists(batch.cu_seqlens_cpu.tolist(), tiles)
-        query_tiles = to_device(lists[0], batch.device)
-        key_tiles = query_tiles if lists[1] is lists[0] else to_device(lists[1], batch.device)
-        return GradientPlan(batch.cu_seqlens, batch.seq_ids, query_tiles, key_tiles)
+        lists = work_lists(batch.cu_seqlens_cpu.numpy(), tiles)
+        queries = WorkList(*(to_device(part, batch.device) for part in lists.queries))
+        if lists.keys is lists.queries:
+            return GradientPlan(queries, queries)
+        return GradientPlan(queries, WorkList(*(to_device(part, batch.device) for part in lists.keys)))
 
     return batch.plan(("triton attention gradients", dtype, head_size), make)

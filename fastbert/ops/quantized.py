@@ -169,16 +169,16 @@ def varlen_attention(
     head_size = qkv.shape[1] // (3 * num_heads)
     check_precision(precision)
     obstacle = attention.triton_obstacle(head_size, qkv)
-    plan: tuple[Tensor | None, Tensor | None] = None, None
+    plan: tuple[Tensor | None, Tensor | None, Any, bool] = attention_plan.NO_PLAN
     on_device = obstacle or device_obstacle(precision, qkv.device)
     # A tracer finds the plan if `prepare_attention` made it; otherwise the operation makes one when it runs.
     key = attention_plan.plan_key(qkv.dtype, head_size, policy)
     planned = not torch.compiler.is_compiling() or batch.has_plan(key)
     if planned and dispatch.decide("attention", policy, qkv.device, on_device).backend == "triton":
-        plan = attention_plan.triton_plan(batch, qkv.dtype, head_size, policy)[:2]
-    arguments: Any = qkv, batch.cu_seqlens, batch.cu_seqlens_cpu, *plan, num_heads, head_size**-0.5, precision
-    if position_bias is not None:
-        arguments = *arguments, position_bias, batch.columns
+        plan = attention_plan.triton_plan(batch, qkv.dtype, head_size, policy)
+    bias = position_bias, None if position_bias is None else batch.columns
+    settings = num_heads, head_size**-0.5, precision, plan[3], *bias
+    arguments = qkv, batch.cu_seqlens, batch.cu_seqlens_cpu, *plan[:2], *settings
     data, scale = _run("attention", precision, policy, obstacle, _Q_ATTENTION, *arguments)
     return Quantized(data, scale, head_size)
 
@@ -320,16 +320,16 @@ def _embedding_kernel(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 def _attention_kernel(*arguments: Any) -> tuple[Tensor, Tensor]:
     rest: list[Any]
-    *rest, precision = arguments[:8]
+    *rest, precision, small, table, columns = arguments
     qkv, num_heads = rest[0], rest[5]
     buffers = _buffers(qkv, qkv.shape[1] // 3, num_heads, DTYPES[precision])
-    rest += [None, *(arguments[8:] or (None, None)), buffers]  # no list of short sequences
+    rest += [None, small, table, columns, buffers]  # no list of short sequences
     attention._kernel(*rest)
     return buffers
 
 
 def _attention_twin(*arguments: Any) -> tuple[Tensor, Tensor]:
-    qkv, _, cu_seqlens_cpu, _, _, num_heads, scale, precision, *bias = arguments
+    qkv, _, cu_seqlens_cpu, _, _, num_heads, scale, precision, _, *bias = arguments
     # An operation of its own, as a tracer cannot look at the lengths on the host.
     out = torch.ops.fastbert.grouped_attention(qkv, cu_seqlens_cpu, num_heads, scale, *bias)
     q = quantize(out, precision, out.shape[1] // num_heads)
@@ -377,9 +377,9 @@ _Q_EMBEDDING = _register(
     ),
 )
 _Q_ATTENTION = _register(
-    "varlen_attention_quantized(Tensor qkv, Tensor cu_seqlens, Tensor cu_seqlens_cpu, Tensor? seq_ids, "
-    "Tensor? work_list, int num_heads, float scale, str precision, Tensor? bias=None, Tensor? columns=None) "
-    "-> (Tensor, Tensor)",
+    "varlen_attention_quantized(Tensor qkv, Tensor cu_seqlens, Tensor cu_seqlens_cpu, Tensor? row_spans, "
+    "Tensor? tiles, int num_heads, float scale, str precision, bool small=False, Tensor? bias=None, "
+    "Tensor? columns=None) -> (Tensor, Tensor)",
     _attention_kernel,
     _attention_twin,
     lambda qkv, *rest: _fake_8_bit(qkv, qkv.shape[0], qkv.shape[1] // 3, rest[4], DTYPES[rest[6]]),

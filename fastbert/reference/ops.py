@@ -128,12 +128,19 @@ def embedding_layer_norm(
 
 
 def varlen_attention(
-    qkv: Tensor, cu_seqlens: Tensor, num_heads: int, scale: float | None = None, dropout: Dropout | None = None
+    qkv: Tensor,
+    cu_seqlens: Tensor,
+    num_heads: int,
+    scale: float | None = None,
+    dropout: Dropout | None = None,
+    position_bias: Tensor | None = None,
+    columns: Tensor | None = None,
 ) -> Tensor:
-    """dropout(softmax(q k^T * scale)) v, bidirectional, within each packed sequence. (T, 3*H) -> (T, H).
+    """dropout(softmax(q k^T * scale + bias)) v, bidirectional, within each packed sequence. (T, 3*H) -> (T, H).
 
     A row of `qkv` is [q | k | v], each (N, D); `cu_seqlens` (B+1,) integers from 0 to T, equal neighbours for an
-    empty sequence; `scale` defaults to 1 / sqrt(D).
+    empty sequence; `scale` defaults to 1 / sqrt(D). `position_bias` (N, 2R+1): what is added for a key that stands
+    -R to R columns after the query, and R's number for one farther away; `columns` (T,) are the rows' by default.
     """
     hidden = qkv.shape[1] // 3
     if scale is None:
@@ -141,7 +148,13 @@ def varlen_attention(
     outputs = [qkv.new_zeros(0, hidden)]
     for start, end in _spans(cu_seqlens):
         q, k, v = (x.unflatten(1, (num_heads, -1)).transpose(0, 1) for x in qkv[start:end].split(hidden, dim=1))
-        probabilities = torch.softmax(q @ k.transpose(1, 2) * scale, dim=-1)  # (N, n, n)
+        scores = q @ k.transpose(1, 2) * scale  # (N, n, n)
+        if position_bias is not None:
+            radius = position_bias.shape[1] // 2
+            places = torch.arange(start, end, device=qkv.device) if columns is None else columns[start:end].long()
+            apart = (places[None, :] - places[:, None]).clamp(-radius, radius)  # key minus query
+            scores = scores + position_bias[:, apart + radius]
+        probabilities = torch.softmax(scores, dim=-1)
         rows, places = torch.arange(start, end)[None], torch.arange(end - start)[None]
         probabilities = drop_probabilities(probabilities[None], dropout, rows, places)[0]
         outputs.append((probabilities @ v).transpose(0, 1).flatten(1))  # (n, H)

@@ -118,17 +118,15 @@ class Work:
         return quantized.dequantize(quantized.Quantized(out, self.out_scale, min(quantized.OUT_GROUP, out.shape[1])))
 
     def _attention(self, candidate: Candidate) -> Call:
-        from fastbert.ops.packing import sequence_ids
         from fastbert_kernels import configs, launch
-        from fastbert_kernels.attention import build_work_list, varlen_attention_forward
+        from fastbert_kernels.attention import varlen_attention_forward
+        from fastbert_kernels.work_list import build_work_list
 
         n_heads, d = self.job.sizes
         block_d = configs.attention_config(self.job.dtype, d, launch.arch(self.device)).block_sizes["BLOCK_D"]
         sizes = {**candidate.sizes, "BLOCK_D": block_d}
         work_list = build_work_list(self.cu_seqlens, sizes["BLOCK_Q"]).to(self.device)
-        cu_seqlens = torch.tensor(self.cu_seqlens, dtype=torch.int32, device=self.device)
-        seq_ids = sequence_ids(cu_seqlens, self.n_tokens)
-        arguments = (self.qkv, cu_seqlens, seq_ids, work_list, n_heads, d**-0.5)
+        arguments = self.qkv, work_list, n_heads, d**-0.5
         return lambda: varlen_attention_forward(*arguments, config=sizes)
 
     def eager(self) -> Tensor:

@@ -6,11 +6,10 @@ q, k, v, out: (T, N, D), fp32 / bf16 / fp16, D from 16 to 128. Scores, softmax a
 probabilities are rounded to the input dtype for the second product. FLOPs: 4 * N * D * sum_b len_b^2; bytes moved at
 least 4 * T * N * D elements.
 
-A tile of BLOCK_Q query rows holds either a slice of one long sequence or several whole short ones, so that texts of
-20 tokens do not each occupy a tile of their own. Which rows a tile holds is decided once a batch, in the work list:
-
-    sequences   |----- 0 -----|-1-|--2--|-3-|------- 4 -------|
-    tiles       |  a   |  b   |      c      |   d    |   e    |       c is masked block-diagonally
+A tile of BLOCK_Q query rows holds either a slice of one long sequence or several whole short ones, masked
+block-diagonally. Which rows a tile holds is decided once a batch, in a list of tiles: see `work_list`. A program takes
+a tile and a head. Heads come first in the grid, so that tiles with the most keys start first in all heads, and rows
+that fill a list of fixed length up come when everything else has started.
 
 A tile of several sequences multiplies all its rows by all its keys before masking, so a NaN or infinity in one text can
 reach the texts that share its tile.
@@ -27,8 +26,6 @@ Source: Dao, "FlashAttention-2", 2023, arXiv:2307.08691; online softmax after Mi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 import triton.language as tl
 
@@ -36,15 +33,18 @@ from fastbert_kernels import attention_bias as biases
 from fastbert_kernels import configs, launch
 from fastbert_kernels import dropout as drawing
 from fastbert_kernels.attention_bias import PositionBias, bias_of
+from fastbert_kernels.attention_tiles import load_tile, row_ranges
 from fastbert_kernels.dropout import GROUP, keep_bits, keep_bits_from, spread_columns
 from fastbert_kernels.jit import jit
 from fastbert_kernels.masks import Dropout
 from fastbert_kernels.quantize import quantize_rows
+from fastbert_kernels.work_list import WorkList
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 # Where the running maximum starts. Finite, so that a row that has met no key yet does not compute inf - inf.
 LOWEST = tl.constexpr(-1.0e38)
+MAX_TILES = 65_532  # Of a launch: 65,535 rounded down, so that each part of a list is as aligned as the first.
 
 
 @jit
@@ -184,10 +184,7 @@ def _attend_once(
     return tl.dot(kept.to(v.dtype), v, input_precision=INPUT_PRECISION), tl.sum(p, axis=1), row_max
 
 
-@jit(
-    do_not_specialize=["lse_head_stride", *drawing.DO_NOT_SPECIALIZE, *biases.DO_NOT_SPECIALIZE],
-    do_not_specialize_on_alignment=["cu_seqlens_ptr"],  # a caller's, which may start anywhere
-)
+@jit(do_not_specialize=["lse_head_stride", *drawing.DO_NOT_SPECIALIZE, *biases.DO_NOT_SPECIALIZE])
 def _varlen_attention_kernel(
     q_ptr,  # (T, N, D)
     k_ptr,  # (T, N, D)
@@ -195,9 +192,8 @@ def _varlen_attention_kernel(
     out_ptr,  # (T, N, D), 8-bit where QUANTIZE
     out_scale_ptr,  # (T, N) where QUANTIZE
     lse_ptr,  # (N, T) float32 where SAVE_LSE
-    work_list_ptr,  # (W, 4) int32: first row, end row, first sequence, end sequence
-    seq_ids_ptr,  # (T,) int32: the sequence of each token
-    cu_seqlens_ptr,  # (B + 1,) int32
+    tiles_ptr,  # (W, 5) int32: see `work_list.WorkList`
+    row_spans_ptr,  # (T,) int32
     qkv_row_stride,
     out_row_stride,
     lse_head_stride,
@@ -224,38 +220,28 @@ def _varlen_attention_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    tile = tl.program_id(0)
-    head = tl.program_id(1)
-    first_row = tl.load(work_list_ptr + 4 * tile)
-    end_row = tl.load(work_list_ptr + 4 * tile + 1)
+    head = tl.program_id(0)
+    first_row, end_row, first_key, end_key, shared = load_tile(tiles_ptr, tl.program_id(1))
     if end_row == first_row:  # what fills a work list of fixed length up
         return
-    first_seq = tl.load(work_list_ptr + 4 * tile + 2)
-    end_seq = tl.load(work_list_ptr + 4 * tile + 3)
-    first_key = tl.load(cu_seqlens_ptr + first_seq)
-    end_key = tl.load(cu_seqlens_ptr + end_seq)
 
     rows = first_row + tl.arange(0, BLOCK_Q)
     row_mask = rows < end_row
-    seq_ids = tl.load(seq_ids_ptr + rows, mask=row_mask, other=0)
-    row_first_key = tl.load(cu_seqlens_ptr + seq_ids, mask=row_mask, other=0)
-    row_end_key = tl.load(cu_seqlens_ptr + seq_ids + 1, mask=row_mask, other=0)
-
     d_offs = tl.arange(0, BLOCK_D)
     d_mask = d_offs < HEAD_SIZE
     q_offs = rows.to(tl.int64)[:, None] * qkv_row_stride + head * HEAD_SIZE + d_offs[None, :]
     q = tl.load(q_ptr + q_offs, mask=row_mask[:, None] & d_mask[None, :], other=0.0)
+    row_first_key, row_end_key = row_ranges(row_spans_ptr, rows, row_mask, first_key, end_key, shared)
     key_offs = tl.arange(0, BLOCK_K).to(tl.int64) * qkv_row_stride + head * HEAD_SIZE
     k_block_ptr = k_ptr + key_offs[None, :] + d_offs[:, None]
     v_block_ptr = v_ptr + key_offs[:, None] + d_offs[None, :]
 
-    shared = end_seq - first_seq != 1
     mask_key = (key_low, key_high, site, threshold)
     bias = (bias_ptr, columns_ptr, bias_radius, bias_scale, end_row)
     if ONE_BLOCK:
         acc, row_sum, row_max = _attend_once(
-            q, k_block_ptr, v_block_ptr, first_key, end_key, row_first_key, row_end_key, qkv_row_stride, scale_log2,
-            d_mask, rows, head, mask_key, bias, BIASED, COLUMNS, DROPOUT, INPUT_PRECISION, BLOCK_K,
+            q, k_block_ptr, v_block_ptr, first_key, end_key, row_first_key, row_end_key, qkv_row_stride,
+            scale_log2, d_mask, rows, head, mask_key, bias, BIASED, COLUMNS, DROPOUT, INPUT_PRECISION, BLOCK_K,
         )  # fmt: skip
     else:
         acc = tl.zeros((BLOCK_Q, BLOCK_D), dtype=tl.float32)
@@ -286,75 +272,21 @@ def _varlen_attention_kernel(
     out_mask = row_mask[:, None] & d_mask[None, :]
     if QUANTIZE:  # what the store would have rounded to; columns past the head are 0, as those of v are
         out, scale = quantize_rows(out.to(v_ptr.dtype.element_ty).to(tl.float32), INT8)
-        tl.store(out_scale_ptr + rows.to(tl.int64) * tl.num_programs(1) + head, scale, mask=row_mask)
+        tl.store(out_scale_ptr + rows.to(tl.int64) * tl.num_programs(0) + head, scale, mask=row_mask)
     tl.store(out_ptr + out_offs, out.to(out_ptr.dtype.element_ty), mask=out_mask)
     if SAVE_LSE:
         lse = (row_max + tl.log2(row_sum)) * LN_2
         tl.store(lse_ptr + head * lse_head_stride.to(tl.int64) + rows, lse, mask=row_mask)
 
 
-def build_work_list(
-    cu_seqlens: Sequence[int], block_q: int, share: bool = True, longer_than: int = 0, up_to: int | None = None
-) -> torch.Tensor:
-    """Lists the tiles of a batch: (W, 4) int32 on the CPU, each `first row, end row, first sequence, end sequence`.
-
-    cu_seqlens are host integers. Sequences longer than block_q are cut into slices of block_q rows; runs of neighbours
-    that fit a tile together share one, unless share is False. Sequences of length 0 get no rows. Tiles with the most
-    keys come first, so that the last programs to run are short ones. longer_than, up_to: only sequences of more and of
-    at most so many tokens are in it; share must be False.
-    """
-    tiles: list[tuple[int, int, int, int]] = []
-    n_seqs = len(cu_seqlens) - 1
-    seq = 0
-    while seq < n_seqs:
-        start, end = cu_seqlens[seq], cu_seqlens[seq + 1]
-        next_seq = seq + 1
-        if end - start <= longer_than or (up_to is not None and end - start > up_to):
-            pass
-        elif end - start > block_q:
-            tiles += [(row, min(row + block_q, end), seq, next_seq) for row in range(start, end, block_q)]
-        else:
-            while share and next_seq < n_seqs and cu_seqlens[next_seq + 1] - start <= block_q:
-                next_seq += 1
-            if cu_seqlens[next_seq] > start:
-                tiles.append((start, cu_seqlens[next_seq], seq, next_seq))
-        seq = next_seq
-    tiles.sort(key=lambda tile: cu_seqlens[tile[2]] - cu_seqlens[tile[3]])
-    return torch.tensor(tiles, dtype=torch.int32, device="cpu").reshape(-1, 4)
-
-
-def max_short_tiles(n_tokens: int) -> int:
-    """Computes the length of a static list of the tiles of short sequences: one for 4 tokens.
-
-    A sequence of 17 tokens has 2 tiles, 8.5 tokens each; only many texts of a few tokens need more than that.
-    """
-    return -(-n_tokens // 4)
-
-
-def max_tiles(n_tokens: int, block_q: int) -> int:
-    """Bounds the tiles that `build_work_list` makes of n_tokens tokens, however they are cut into sequences.
-
-    Let Q be block_q. A sequence of k >= 2 tiles has at least (k - 1) Q + 1 tokens. A shared tile ends where the
-    next sequence does not fit: together with the tile after it, if that is shared too, it has more than Q tokens.
-    So count, from the start, a shared tile with what follows it: two shared ones, 2 tiles, at least Q + 1 tokens; a
-    shared one and a long sequence, k + 1 tiles, at least (k - 1) Q + 2 tokens, most tiles a token at k = 2; a long
-    sequence by itself, k tiles, at least (k - 1) Q + 1 tokens. The most is 3 tiles in Q + 2 tokens (lengths 1,
-    Q + 1, 1, Q + 1, ...). Only the last shared tile may be left over, with one token or more: at most
-    1 + 3 (n_tokens - 1) / (Q + 2) tiles.
-    """
-    return 0 if n_tokens == 0 else min(n_tokens, 1 + 3 * (n_tokens - 1) // (block_q + 2))
-
-
 def varlen_attention_forward(
     qkv: torch.Tensor,
-    cu_seqlens: torch.Tensor,
-    seq_ids: torch.Tensor,
-    work_list: torch.Tensor,
+    work_list: WorkList,
     num_heads: int,
     scale: float,
     quantized: tuple[torch.Tensor, torch.Tensor] | None = None,
     config: dict[str, int] | None = None,
-    short_list: torch.Tensor | None = None,
+    short_list: WorkList | None = None,
     dropout: Dropout | None = None,
     lse: torch.Tensor | None = None,
     bias: PositionBias | None = None,
@@ -364,9 +296,9 @@ def varlen_attention_forward(
     quantized: buffers (T, N * D), float8_e4m3fn or int8, and (T, N) float32, both contiguous, to fill with the result
     in 8 bits and a scale a row and head, as `quantize` says; then the first is returned, and nothing else written.
 
-    cu_seqlens (B + 1,), seq_ids (T,) and work_list (W, 4), all int32 and on qkv's device; the work list must have been
-    built for the BLOCK_Q of `config`, which is by default what `configs.attention_config` gives. Tiles of no rows in it
-    cost next to nothing, and rows that no tile holds are left as they are. qkv needs unit stride along its last axis.
+    work_list: on qkv's device, built for the BLOCK_Q of `config`, which is by default what `configs.attention_config`
+    gives. Rows of it past its tiles cost nothing, and rows of qkv that no tile holds are left as they are. qkv needs
+    unit stride along its last axis.
 
     short_list: more tiles, of sequences of at most BLOCK_K of `configs.short_attention_config` tokens, built for its
     BLOCK_Q; a second launch, also of an empty list, so that no later batch is the first to compile it.
@@ -386,33 +318,33 @@ def varlen_attention_forward(
         short = configs.short_attention_config(qkv.dtype, head_size, for_arch)
         assert short is not None, "this tile has no smaller one for short sequences"
         lists.append((short_list, short.block_sizes, True))
-    # Grid: every tile of a work list, for every head.
-    for tiles, block_sizes, one_block in lists:
-        launch.run(
-            _varlen_attention_kernel,
-            (tiles.shape[0], num_heads),
-            block_sizes,
-            q_ptr=qkv,
-            k_ptr=qkv[:, hidden_size:],
-            v_ptr=qkv[:, 2 * hidden_size :],
-            out_ptr=out,
-            out_scale_ptr=quantized[1] if quantized is not None else None,
-            lse_ptr=lse,
-            work_list_ptr=tiles,
-            seq_ids_ptr=seq_ids,
-            cu_seqlens_ptr=cu_seqlens,
-            qkv_row_stride=qkv.stride(0),
-            out_row_stride=out.stride(0),
-            lse_head_stride=lse.stride(0) if lse is not None else None,
-            scale_log2=scale * LOG2_E.value,
-            **drawing.arguments(dropout),
-            **biases.arguments(bias, scale),
-            HEAD_SIZE=head_size,
-            DROPOUT=dropout is not None,
-            SAVE_LSE=lse is not None,
-            QUANTIZE=quantized is not None,
-            INT8=out.dtype == torch.int8,
-            ONE_BLOCK=one_block,
-            INPUT_PRECISION=launch.dot_precision(qkv.dtype),
-        )
+    # Grid: every head for every tile of a work list, as many at a time as a grid's second dimension holds.
+    for (tiles, row_spans), block_sizes, one_block in lists:
+        for part in tiles.split(MAX_TILES) if tiles.shape[0] > MAX_TILES else (tiles,):
+            launch.run(
+                _varlen_attention_kernel,
+                (num_heads, part.shape[0]),
+                block_sizes,
+                q_ptr=qkv,
+                k_ptr=qkv[:, hidden_size:],
+                v_ptr=qkv[:, 2 * hidden_size :],
+                out_ptr=out,
+                out_scale_ptr=quantized[1] if quantized is not None else None,
+                lse_ptr=lse,
+                tiles_ptr=part,
+                row_spans_ptr=row_spans,
+                qkv_row_stride=qkv.stride(0),
+                out_row_stride=out.stride(0),
+                lse_head_stride=lse.stride(0) if lse is not None else None,
+                scale_log2=scale * LOG2_E.value,
+                **drawing.arguments(dropout),
+                **biases.arguments(bias, scale),
+                HEAD_SIZE=head_size,
+                DROPOUT=dropout is not None,
+                SAVE_LSE=lse is not None,
+                QUANTIZE=quantized is not None,
+                INT8=out.dtype == torch.int8,
+                ONE_BLOCK=one_block,
+                INPUT_PRECISION=launch.dot_precision(qkv.dtype),
+            )
     return out

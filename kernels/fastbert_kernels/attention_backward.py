@@ -12,12 +12,10 @@ more. Bytes moved: 12 * T * N * D elements and 36 * T * N bytes at least.
 
 The first pass, `attention_query_gradient`, has a program for each tile of queries, which goes over blocks of keys; the
 second, `attention_key_gradient`, one for each tile of keys, which goes over blocks of queries. Each sum is made by one
-program in a fixed order, so the bits do not vary. Tiles and work lists are as in the forward pass: `attention`
+program in a fixed order, so the bits do not vary. Tiles and work lists are as in the forward pass: `work_list`
 describes them, and what shares a tile.
 
-With a position bias, p has it beside the scaled product. The gradient of its table is the sum of keep_scale * ds over
-all pairs of rows that are so far apart. A program of the first pass sums the diagonals of its own ds, and the programs'
-sums are added in their order.
+With a position bias, p has it beside the scaled product, and a third pass, `attention_bias_gradient`, has its gradient.
 
 The factor keep_scale is taken out of the sums: delta is divided by it, and so is ds; the results are multiplied.
 
@@ -29,37 +27,33 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from fastbert_kernels import attention_bias as biases
 from fastbert_kernels import configs, launch
 from fastbert_kernels import dropout as drawing
-from fastbert_kernels.attention import LOG2_E, build_work_list
+from fastbert_kernels.attention import LOG2_E
 from fastbert_kernels.attention_bias import PositionBias
+from fastbert_kernels.attention_bias_gradient import bias_gradient
 from fastbert_kernels.attention_key_gradient import key_value_gradient_kernel
 from fastbert_kernels.attention_query_gradient import query_gradient_kernel
 from fastbert_kernels.masks import Dropout
+from fastbert_kernels.work_list import WorkList, build_work_list
 
 
 class Plan(NamedTuple):
-    """A `Plan` holds what the gradients need of a batch, int32 and on its device.
+    """A `Plan` holds what the gradients need of a batch, on its device: the lists that `work_lists` made."""
 
-    cu_seqlens: (B + 1,). seq_ids: (T,), the sequence of each token. query_tiles, key_tiles: (W, 4), of `work_lists`.
-    """
-
-    cu_seqlens: torch.Tensor
-    seq_ids: torch.Tensor
-    query_tiles: torch.Tensor
-    key_tiles: torch.Tensor
+    queries: WorkList
+    keys: WorkList
 
 
-def work_lists(
-    cu_seqlens: Sequence[int], tiles: configs.AttentionBackward, share: bool = True
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Lists the tiles of queries and those of keys as `attention.build_work_list` does. Equal lists are one."""
+def work_lists(cu_seqlens: Sequence[int] | np.ndarray, tiles: configs.AttentionBackward, share: bool = True) -> Plan:
+    """Lists the tiles of queries and those of keys as `build_work_list` does, on the CPU. Equal lists are one."""
     n_queries, n_keys = tiles.query["BLOCK_Q"], tiles.key["BLOCK_K"]
-    query_tiles = build_work_list(cu_seqlens, n_queries, share)
-    return query_tiles, query_tiles if n_keys == n_queries else build_work_list(cu_seqlens, n_keys, share)
+    queries = build_work_list(cu_seqlens, n_queries, share)
+    return Plan(queries, queries if n_keys == n_queries else build_work_list(cu_seqlens, n_keys, share))
 
 
 def varlen_attention_backward(
@@ -95,8 +89,6 @@ def varlen_attention_backward(
         "v_ptr": qkv[:, 2 * hidden_size :],
         "dout_ptr": grad,
         "statistics_ptr": statistics,
-        "seq_ids_ptr": plan.seq_ids,
-        "cu_seqlens_ptr": plan.cu_seqlens,
         "qkv_row_stride": qkv.stride(0),
         "dout_row_stride": grad.stride(0),
         "n_rows": n_rows,
@@ -109,35 +101,34 @@ def varlen_attention_backward(
         **drawing.arguments(dropout),
         **biases.arguments(bias, scale),
     }
-    parts = None
-    if bias is not None:
-        assert bias.columns is None, "columns with gaps between them have no gradient of a bias here"
-        parts = torch.zeros((plan.query_tiles.shape[0], *bias.table.shape), dtype=torch.float32, device=qkv.device)
     # Grids: every tile of a work list, for every head.
     launch.run(
         query_gradient_kernel,
-        (plan.query_tiles.shape[0], num_heads),
+        (plan.queries.tiles.shape[0], num_heads),
         tiles.query,
         **shared,
         out_ptr=out,
         lse_ptr=lse,
         dq_ptr=grad_qkv,
-        work_list_ptr=plan.query_tiles,
+        tiles_ptr=plan.queries.tiles,
+        row_spans_ptr=plan.queries.row_spans,
         out_row_stride=out.stride(0),
         lse_head_stride=lse.stride(0),
         dq_row_stride=grad_qkv.stride(0),
-        bias_parts_ptr=parts,
     )
     launch.run(
         key_value_gradient_kernel,
-        (plan.key_tiles.shape[0], num_heads),
+        (plan.keys.tiles.shape[0], num_heads),
         tiles.key,
         **shared,
         dk_ptr=grad_qkv[:, hidden_size:],
         dv_ptr=grad_qkv[:, 2 * hidden_size :],
-        work_list_ptr=plan.key_tiles,
+        tiles_ptr=plan.keys.tiles,
+        row_spans_ptr=plan.keys.row_spans,
         grad_row_stride=grad_qkv.stride(0),
     )
-    if parts is None:
+    if bias is None:
         return grad_qkv, None
-    return grad_qkv, parts.sum(0) * (1.0 if dropout is None else dropout.scale)
+    assert bias.columns is None, "columns with gaps between them have no gradient of a bias here"
+    of_batch = grad, qkv, statistics, plan.queries, num_heads, scale, dropout
+    return grad_qkv, bias_gradient(*of_batch, bias, tiles.query)

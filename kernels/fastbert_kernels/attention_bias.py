@@ -1,4 +1,4 @@
-"""These helpers add a position bias to attention's scores, and sum its gradient.
+"""These helpers add a position bias to attention's scores.
 
 A bias is a table (N, 2R + 1): of each head, what is added to the score of a key that stands -R to R columns after the
 query. Farther keys have the number of the farthest. Kernels add it to q . k before that is multiplied by the softmax
@@ -61,30 +61,3 @@ def bias_of(
         keys = tl.load(columns_ptr + keys, mask=key_mask, other=0)
     places = tl.minimum(tl.maximum(keys - queries + radius, 0), 2 * radius)
     return tl.load(bias_ptr + head * (2 * radius + 1) + places).to(tl.float32) * bias_scale
-
-
-@jit
-def add_diagonals(
-    ds,  # (BLOCK_Q, BLOCK_K) float32, 0 past the tile
-    first_row,
-    block_start,  # the first of the keys
-    part_ptr,  # (2R + 1,) float32, sums of this program alone
-    radius,
-    BLOCK_Q: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    """Adds the sums of ds along its diagonals to those of a program, always in the same order."""
-    WIDTH: tl.constexpr = 2 * max(BLOCK_Q, BLOCK_K)
-    places = tl.arange(0, WIDTH)
-    keys = places[None, :] - (BLOCK_Q - 1) + tl.arange(0, BLOCK_Q)[:, None]  # of each query, on that diagonal
-    inside = (keys >= 0) & (keys < BLOCK_K)
-    line = tl.sum(tl.where(inside, tl.gather(ds, tl.where(inside, keys, 0), 1), 0.0), axis=0)
-    distances = block_start - first_row - (BLOCK_Q - 1) + places
-    before, after = distances <= -radius, distances >= radius
-    near = (distances > -radius) & (distances < radius)
-    tl.debug_barrier()  # another thread may have stored what this one loads
-    ptrs = part_ptr + distances + radius
-    tl.store(ptrs, tl.load(ptrs, mask=near, other=0.0) + line, mask=near)
-    tl.store(part_ptr, tl.load(part_ptr) + tl.sum(tl.where(before, line, 0.0)))
-    last_ptr = part_ptr + 2 * radius
-    tl.store(last_ptr, tl.load(last_ptr) + tl.sum(tl.where(after, line, 0.0)))

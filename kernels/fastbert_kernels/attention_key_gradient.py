@@ -12,7 +12,7 @@ import triton.language as tl
 from fastbert_kernels import attention_bias as biases
 from fastbert_kernels import dropout as drawing
 from fastbert_kernels.attention_bias import bias_of
-from fastbert_kernels.attention_tiles import load_rows, load_statistics, own_range, tile_offs
+from fastbert_kernels.attention_tiles import load_rows, load_statistics, load_tile, row_ranges, tile_offs
 from fastbert_kernels.dropout import GROUP, keep_bits, keep_bits_from, spread_rows
 from fastbert_kernels.jit import jit
 
@@ -23,8 +23,7 @@ def _keep_transposed(
     block_start,  # the first of the queries
     end_query,
     first_key,
-    seq_ids_ptr,
-    cu_seqlens_ptr,
+    row_spans_ptr,
     head,
     mask_key,
     SHARED: tl.constexpr,
@@ -35,8 +34,8 @@ def _keep_transposed(
     key_offs = (tl.arange(0, BLOCK_K // GROUP) * GROUP)[:, None, None]
     rows = block_start + tl.arange(0, BLOCK_Q).reshape(1, BLOCK_Q // GROUP, GROUP)
     if SHARED:
-        seq_ids = tl.load(seq_ids_ptr + rows, mask=rows < end_query, other=0)
-        places = first_row - tl.load(cu_seqlens_ptr + seq_ids) + key_offs
+        row_first_key, _ = row_ranges(row_spans_ptr, rows, rows < end_query, first_key, end_query, True)
+        places = first_row - row_first_key + key_offs
         bits = keep_bits_from(places, rows, head, *mask_key)
     else:
         bits = keep_bits((first_row - first_key + key_offs) // GROUP, rows, head, *mask_key)
@@ -54,13 +53,14 @@ def _add_key_value_gradients(
     dout_ptr,  # (T, N, D)
     dout_offs,  # (BLOCK_Q, BLOCK_D)
     statistics_ptr,  # (T, 4) float32, those of the head
-    seq_ids_ptr,
-    cu_seqlens_ptr,
+    row_spans_ptr,
     start,
     end,
     first_row,
     end_row,
     first_key,
+    end_key,
+    shared,  # whether the tile is of several sequences: without it, SHARED goes over no queries
     qkv_row_stride,
     dout_row_stride,
     scale_log2,
@@ -82,7 +82,7 @@ def _add_key_value_gradients(
     """Adds what the queries [start, end) give. Unless MASKED, that is a whole number of blocks."""
     if SHARED:
         keys = first_row + tl.arange(0, BLOCK_K)
-        key_first_row, key_end_row = own_range(keys, keys < end_row, seq_ids_ptr, cu_seqlens_ptr)
+        key_first_row, key_end_row = row_ranges(row_spans_ptr, keys, keys < end_row, first_key, end_key, shared)
     for block_start in range(start, end, BLOCK_Q):
         queries = block_start + tl.arange(0, BLOCK_Q)
         query_mask = queries < end
@@ -91,7 +91,7 @@ def _add_key_value_gradients(
         dout = load_rows(dout_ptr + long_start * dout_row_stride + dout_offs, query_mask, d_mask, MASKED, PADDED_D)
         if DROPOUT:
             bits = _keep_transposed(
-                first_row, block_start, end, first_key, seq_ids_ptr, cu_seqlens_ptr, head, mask_key,
+                first_row, block_start, end, first_key, row_spans_ptr, head, mask_key,
                 SHARED, BLOCK_Q, BLOCK_K,
             )  # fmt: skip
         scores = tl.dot(k, tl.trans(q), input_precision=INPUT_PRECISION)  # (BLOCK_K, BLOCK_Q)
@@ -117,10 +117,7 @@ def _add_key_value_gradients(
     return dk, dv
 
 
-@jit(
-    do_not_specialize=["n_rows", *drawing.DO_NOT_SPECIALIZE, *biases.DO_NOT_SPECIALIZE],
-    do_not_specialize_on_alignment=["cu_seqlens_ptr"],
-)
+@jit(do_not_specialize=["n_rows", *drawing.DO_NOT_SPECIALIZE, *biases.DO_NOT_SPECIALIZE])
 def key_value_gradient_kernel(
     q_ptr,  # (T, N, D)
     k_ptr,  # (T, N, D)
@@ -129,9 +126,8 @@ def key_value_gradient_kernel(
     statistics_ptr,  # (N, T, 4) float32
     dk_ptr,  # (T, N, D)
     dv_ptr,  # (T, N, D)
-    work_list_ptr,  # (W, 4) int32, as of `_query_gradient_kernel`; rows are keys
-    seq_ids_ptr,  # (T,) int32
-    cu_seqlens_ptr,  # (B + 1,) int32
+    tiles_ptr,  # (W, 5) int32, as of `query_gradient_kernel`; rows are keys
+    row_spans_ptr,  # (T,) int32
     qkv_row_stride,
     dout_row_stride,
     grad_row_stride,
@@ -159,14 +155,9 @@ def key_value_gradient_kernel(
 ):
     tile = tl.program_id(0)
     head = tl.program_id(1)
-    first_row = tl.load(work_list_ptr + 4 * tile)
-    end_row = tl.load(work_list_ptr + 4 * tile + 1)
+    first_row, end_row, first_query, end_query, shared = load_tile(tiles_ptr, tile)
     if end_row == first_row:
         return
-    first_seq = tl.load(work_list_ptr + 4 * tile + 2)
-    end_seq = tl.load(work_list_ptr + 4 * tile + 3)
-    first_query = tl.load(cu_seqlens_ptr + first_seq)
-    end_query = tl.load(cu_seqlens_ptr + end_seq)
 
     rows = first_row + tl.arange(0, BLOCK_K)
     row_mask = rows < end_row
@@ -185,31 +176,31 @@ def key_value_gradient_kernel(
     mask_key = (key_low, key_high, site, threshold)
     bias = (bias_ptr, columns_ptr, bias_radius, bias_scale, end_row)
     end_unmasked, start_shared = first_query, first_query
-    if end_seq - first_seq == 1:
+    if not shared:
         end_unmasked, start_shared = first_query + (end_query - first_query) // BLOCK_Q * BLOCK_Q, end_query
     dk = tl.zeros((BLOCK_K, BLOCK_D), dtype=tl.float32)
     dv = tl.zeros((BLOCK_K, BLOCK_D), dtype=tl.float32)
     dk, dv = _add_key_value_gradients(
-        dk, dv, k, v, q_ptr, q_offs, dout_ptr, dout_offs, statistics_ptr, seq_ids_ptr, cu_seqlens_ptr,
-        first_query, end_unmasked, first_row, end_row, first_query,
+        dk, dv, k, v, q_ptr, q_offs, dout_ptr, dout_offs, statistics_ptr, row_spans_ptr,
+        first_query, end_unmasked, first_row, end_row, first_query, end_query, shared,
         qkv_row_stride, dout_row_stride, scale_log2, d_mask, head, mask_key, bias,
         BIASED, COLUMNS, DROPOUT, NORMALIZE, False, False, BLOCK_D != HEAD_SIZE, INPUT_PRECISION, BLOCK_Q, BLOCK_K,
     )  # fmt: skip
     dk, dv = _add_key_value_gradients(
-        dk, dv, k, v, q_ptr, q_offs, dout_ptr, dout_offs, statistics_ptr, seq_ids_ptr, cu_seqlens_ptr,
-        end_unmasked, start_shared, first_row, end_row, first_query,
+        dk, dv, k, v, q_ptr, q_offs, dout_ptr, dout_offs, statistics_ptr, row_spans_ptr,
+        end_unmasked, start_shared, first_row, end_row, first_query, end_query, shared,
         qkv_row_stride, dout_row_stride, scale_log2, d_mask, head, mask_key, bias,
         BIASED, COLUMNS, DROPOUT, NORMALIZE, True, False, BLOCK_D != HEAD_SIZE, INPUT_PRECISION, BLOCK_Q, BLOCK_K,
     )  # fmt: skip
     dk, dv = _add_key_value_gradients(
-        dk, dv, k, v, q_ptr, q_offs, dout_ptr, dout_offs, statistics_ptr, seq_ids_ptr, cu_seqlens_ptr,
-        start_shared, end_query, first_row, end_row, first_query,
+        dk, dv, k, v, q_ptr, q_offs, dout_ptr, dout_offs, statistics_ptr, row_spans_ptr,
+        start_shared, end_query, first_row, end_row, first_query, end_query, shared,
         qkv_row_stride, dout_row_stride, scale_log2, d_mask, head, mask_key, bias,
         BIASED, COLUMNS, DROPOUT, NORMALIZE, True, True, BLOCK_D != HEAD_SIZE, INPUT_PRECISION, BLOCK_Q, BLOCK_K,
     )  # fmt: skip
 
     if DROPOUT:
         dv *= keep_scale
-    offs, mask = tile_offs(work_list_ptr, tile, head, grad_row_stride, HEAD_SIZE, BLOCK_K, BLOCK_D)
+    offs, mask = tile_offs(tiles_ptr, tile, head, grad_row_stride, HEAD_SIZE, BLOCK_K, BLOCK_D)
     tl.store(dk_ptr + offs, (dk * grad_scale).to(dk_ptr.dtype.element_ty), mask=mask)
     tl.store(dv_ptr + offs, dv.to(dv_ptr.dtype.element_ty), mask=mask)

@@ -15,8 +15,8 @@ import triton.language as tl
 from fastbert_kernels import attention_bias as biases
 from fastbert_kernels import dropout as drawing
 from fastbert_kernels.attention import LOG2_E, keep_probabilities
-from fastbert_kernels.attention_bias import add_diagonals, bias_of
-from fastbert_kernels.attention_tiles import load_rows, own_range, store_statistics, tile_offs
+from fastbert_kernels.attention_bias import bias_of
+from fastbert_kernels.attention_tiles import load_rows, load_tile, row_ranges, store_statistics, tile_offs
 from fastbert_kernels.dropout import spread_columns
 from fastbert_kernels.jit import jit
 from fastbert_kernels.masks import RANGE
@@ -35,9 +35,8 @@ def _sum_over_keys(
     start,
     end,
     rows,  # (BLOCK_Q,)
-    row_mask,  # (BLOCK_Q,)
-    seq_ids_ptr,
-    cu_seqlens_ptr,
+    row_first_key,  # (BLOCK_Q,)
+    row_end_key,  # (BLOCK_Q,)
     qkv_row_stride,
     scale_log2,
     d_mask,  # (BLOCK_D,)
@@ -54,7 +53,6 @@ def _sum_over_keys(
     """Returns the sums of p and of p * dp over all keys, each (BLOCK_Q,), whoever shares the tile."""
     row_sum = tl.zeros((BLOCK_Q,), dtype=tl.float32)
     product_sum = tl.zeros((BLOCK_Q,), dtype=tl.float32)
-    row_first_key, row_end_key = own_range(rows, row_mask, seq_ids_ptr, cu_seqlens_ptr)
     for block_start in range(start, end, BLOCK_K):
         keys = block_start + tl.arange(0, BLOCK_K)
         block_offset = tl.cast(block_start, tl.int64) * qkv_row_stride
@@ -88,18 +86,17 @@ def _add_query_gradients(
     start,
     end,
     first_key,
+    end_key,
+    shared,  # whether the tile is of several sequences: without it, SHARED goes over no keys
     rows,  # (BLOCK_Q,) packed rows
     row_mask,  # (BLOCK_Q,)
-    seq_ids_ptr,
-    cu_seqlens_ptr,
+    row_spans_ptr,
     qkv_row_stride,
     scale_log2,
     d_mask,  # (BLOCK_D,)
     head,
     mask_key,  # (key_low, key_high, site, threshold) where DROPOUT
     bias,  # (bias_ptr, columns_ptr, bias_radius, bias_scale, end_row) where BIASED
-    part_ptr,  # (2R + 1,) float32 where BIASED: sums of ds for the gradient of the bias
-    inverse_sum,  # (BLOCK_Q,)
     BIASED: tl.constexpr,
     COLUMNS: tl.constexpr,
     DROPOUT: tl.constexpr,
@@ -107,13 +104,12 @@ def _add_query_gradients(
     SHARED: tl.constexpr,
     PADDED_D: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
-    BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     """Adds what the keys [start, end) give. Unless MASKED, that is a whole number of blocks."""
     row_first_key, row_end_key = rows, rows  # Without SHARED, of no use.
     if SHARED:
-        row_first_key, row_end_key = own_range(rows, row_mask, seq_ids_ptr, cu_seqlens_ptr)
+        row_first_key, row_end_key = row_ranges(row_spans_ptr, rows, row_mask, first_key, end_key, shared)
     for block_start in range(start, end, BLOCK_K):
         keys = block_start + tl.arange(0, BLOCK_K)
         block_offset = tl.cast(block_start, tl.int64) * qkv_row_stride
@@ -138,17 +134,11 @@ def _add_query_gradients(
             keep = spread_columns(bits)
             dp = tl.where(keep, dp, 0.0)
         ds = p * (dp - delta[:, None])
-        if BIASED:
-            own = tl.where(row_mask[:, None], ds * inverse_sum[:, None], 0.0)
-            add_diagonals(own, tl.min(rows, axis=0), block_start, part_ptr, bias[2], BLOCK_Q, BLOCK_K)
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=INPUT_PRECISION)
     return dq
 
 
-@jit(
-    do_not_specialize=["lse_head_stride", "n_rows", *drawing.DO_NOT_SPECIALIZE, *biases.DO_NOT_SPECIALIZE],
-    do_not_specialize_on_alignment=["cu_seqlens_ptr"],
-)
+@jit(do_not_specialize=["lse_head_stride", "n_rows", *drawing.DO_NOT_SPECIALIZE, *biases.DO_NOT_SPECIALIZE])
 def query_gradient_kernel(
     q_ptr,  # (T, N, D)
     k_ptr,  # (T, N, D)
@@ -158,9 +148,8 @@ def query_gradient_kernel(
     lse_ptr,  # (N, T) float32
     statistics_ptr,  # (N, T, 4) float32: see `store_statistics`
     dq_ptr,  # (T, N, D)
-    work_list_ptr,  # (W, 4) int32: first row, end row, first sequence, end sequence
-    seq_ids_ptr,  # (T,) int32: the sequence of each token
-    cu_seqlens_ptr,  # (B + 1,) int32
+    tiles_ptr,  # (W, 5) int32: see `work_list.WorkList`
+    row_spans_ptr,  # (T,) int32
     qkv_row_stride,
     dout_row_stride,
     out_row_stride,
@@ -174,11 +163,10 @@ def query_gradient_kernel(
     site,
     threshold,
     keep_scale,
-    bias_ptr,  # (N, 2R + 1), and the next four: where BIASED; see `attention_bias`
+    bias_ptr,  # (N, 2R + 1), and the next three: where BIASED; see `attention_bias`
     columns_ptr,  # (T,) int32 where COLUMNS
     bias_radius,
     bias_scale,
-    bias_parts_ptr,  # (W, N, 2R + 1) float32, zeros: each program's part of the bias's gradient
     HEAD_SIZE: tl.constexpr,
     BIASED: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -191,14 +179,9 @@ def query_gradient_kernel(
 ):
     tile = tl.program_id(0)
     head = tl.program_id(1)
-    first_row = tl.load(work_list_ptr + 4 * tile)
-    end_row = tl.load(work_list_ptr + 4 * tile + 1)
+    first_row, end_row, first_key, end_key, shared = load_tile(tiles_ptr, tile)
     if end_row == first_row:  # what fills a work list of fixed length up
         return
-    first_seq = tl.load(work_list_ptr + 4 * tile + 2)
-    end_seq = tl.load(work_list_ptr + 4 * tile + 3)
-    first_key = tl.load(cu_seqlens_ptr + first_seq)
-    end_key = tl.load(cu_seqlens_ptr + end_seq)
 
     rows = first_row + tl.arange(0, BLOCK_Q)
     row_mask = rows < end_row
@@ -215,12 +198,10 @@ def query_gradient_kernel(
     key_offs = tl.arange(0, BLOCK_K)[:, None] * qkv_row_stride + column_offs
     mask_key = (key_low, key_high, site, threshold)
     bias = (bias_ptr, columns_ptr, bias_radius, bias_scale, end_row)
-    part_ptr = bias_parts_ptr
-    if BIASED:
-        part_ptr += (tile.to(tl.int64) * tl.num_programs(1) + head) * (2 * bias_radius + 1)
     if NORMALIZE:
+        row_first_key, row_end_key = row_ranges(row_spans_ptr, rows, row_mask, first_key, end_key, shared)
         row_sum, delta = _sum_over_keys(
-            q, dout, lse_log2, k_ptr, v_ptr, key_offs, first_key, end_key, rows, row_mask, seq_ids_ptr, cu_seqlens_ptr,
+            q, dout, lse_log2, k_ptr, v_ptr, key_offs, first_key, end_key, rows, row_first_key, row_end_key,
             qkv_row_stride, scale_log2, d_mask, head, mask_key, bias, BIASED, COLUMNS,
             DROPOUT, INPUT_PRECISION, BLOCK_Q, BLOCK_K,
         )  # fmt: skip
@@ -235,31 +216,28 @@ def query_gradient_kernel(
 
     # Of one sequence, whole blocks of keys need no mask, and the rest only one of its end. Of several, each block does.
     end_unmasked, start_shared = first_key, first_key
-    if end_seq - first_seq == 1:
+    if not shared:
         end_unmasked, start_shared = first_key + (end_key - first_key) // BLOCK_K * BLOCK_K, end_key
     dq = tl.zeros((BLOCK_Q, BLOCK_D), dtype=tl.float32)
     dq = _add_query_gradients(
-        dq, q, dout, lse_log2, delta, k_ptr, v_ptr, key_offs, first_key, end_unmasked, first_key, rows,
-        row_mask, seq_ids_ptr, cu_seqlens_ptr, qkv_row_stride, scale_log2, d_mask, head, mask_key,
-        bias, part_ptr, inverse_sum, BIASED, COLUMNS,
-        DROPOUT, False, False, BLOCK_D != HEAD_SIZE, INPUT_PRECISION, BLOCK_Q, BLOCK_K,
+        dq, q, dout, lse_log2, delta, k_ptr, v_ptr, key_offs, first_key, end_unmasked, first_key, end_key, shared,
+        rows, row_mask, row_spans_ptr, qkv_row_stride, scale_log2, d_mask, head, mask_key,
+        bias, BIASED, COLUMNS, DROPOUT, False, False, BLOCK_D != HEAD_SIZE, INPUT_PRECISION, BLOCK_K,
     )  # fmt: skip
     dq = _add_query_gradients(
-        dq, q, dout, lse_log2, delta, k_ptr, v_ptr, key_offs, end_unmasked, start_shared, first_key, rows,
-        row_mask, seq_ids_ptr, cu_seqlens_ptr, qkv_row_stride, scale_log2, d_mask, head, mask_key,
-        bias, part_ptr, inverse_sum, BIASED, COLUMNS,
-        DROPOUT, True, False, BLOCK_D != HEAD_SIZE, INPUT_PRECISION, BLOCK_Q, BLOCK_K,
+        dq, q, dout, lse_log2, delta, k_ptr, v_ptr, key_offs, end_unmasked, start_shared, first_key, end_key, shared,
+        rows, row_mask, row_spans_ptr, qkv_row_stride, scale_log2, d_mask, head, mask_key,
+        bias, BIASED, COLUMNS, DROPOUT, True, False, BLOCK_D != HEAD_SIZE, INPUT_PRECISION, BLOCK_K,
     )  # fmt: skip
     dq = _add_query_gradients(
-        dq, q, dout, lse_log2, delta, k_ptr, v_ptr, key_offs, start_shared, end_key, first_key, rows,
-        row_mask, seq_ids_ptr, cu_seqlens_ptr, qkv_row_stride, scale_log2, d_mask, head, mask_key,
-        bias, part_ptr, inverse_sum, BIASED, COLUMNS,
-        DROPOUT, True, True, BLOCK_D != HEAD_SIZE, INPUT_PRECISION, BLOCK_Q, BLOCK_K,
+        dq, q, dout, lse_log2, delta, k_ptr, v_ptr, key_offs, start_shared, end_key, first_key, end_key, shared,
+        rows, row_mask, row_spans_ptr, qkv_row_stride, scale_log2, d_mask, head, mask_key,
+        bias, BIASED, COLUMNS, DROPOUT, True, True, BLOCK_D != HEAD_SIZE, INPUT_PRECISION, BLOCK_K,
     )  # fmt: skip
 
     if NORMALIZE:
         dq *= inverse_sum[:, None]
     statistics_ptrs = statistics_ptr + 4 * (head * n_rows.to(tl.int64) + rows)
     store_statistics(statistics_ptrs, lse_log2, delta, inverse_sum, row_mask)
-    offs, mask = tile_offs(work_list_ptr, tile, head, dq_row_stride, HEAD_SIZE, BLOCK_Q, BLOCK_D)
+    offs, mask = tile_offs(tiles_ptr, tile, head, dq_row_stride, HEAD_SIZE, BLOCK_Q, BLOCK_D)
     tl.store(dq_ptr + offs, (dq * grad_scale).to(dq_ptr.dtype.element_ty), mask=mask)

@@ -5,6 +5,10 @@ from __future__ import annotations
 import triton.language as tl
 
 from fastbert_kernels.jit import jit
+from fastbert_kernels.work_list import N_COLUMNS, SPAN_BITS
+
+COLUMNS = tl.constexpr(N_COLUMNS)
+SPAN_SHIFT, SPAN_MASK = tl.constexpr(SPAN_BITS), tl.constexpr((1 << SPAN_BITS) - 1)
 
 
 @jit
@@ -20,16 +24,25 @@ def load_rows(ptrs, row_mask, d_mask, MASKED: tl.constexpr, PADDED_D: tl.constex
 
 
 @jit
-def own_range(rows, row_mask, seq_ids_ptr, cu_seqlens_ptr):
-    """Returns the first and the end row of each row's sequence, 0 past row_mask."""
-    seq_ids = tl.load(seq_ids_ptr + rows, mask=row_mask, other=0)
-    first = tl.load(cu_seqlens_ptr + seq_ids, mask=row_mask, other=0)
-    return first, tl.load(cu_seqlens_ptr + seq_ids + 1, mask=row_mask, other=0)
+def load_tile(tiles_ptr, tile):
+    """Returns what the work list says of a tile: first row, end row, first key, end key, and whether it is shared."""
+    tile_ptr = tiles_ptr + COLUMNS * tile
+    first_row, end_row = tl.load(tile_ptr), tl.load(tile_ptr + 1)
+    first_key, end_key = tl.load(tile_ptr + 2), tl.load(tile_ptr + 3)
+    return first_row, end_row, first_key, end_key, tl.load(tile_ptr + 4) != 0
+
+
+@jit
+def row_ranges(row_spans_ptr, rows, row_mask, first_key, end_key, shared):
+    """Returns the first and the end key of each row's sequence, (rows,) each, in a tile whose keys these are."""
+    spans = tl.load(row_spans_ptr + rows, mask=row_mask & shared, other=0)
+    first = first_key + (spans & SPAN_MASK)
+    return first, tl.where(shared, first_key + (spans >> SPAN_SHIFT), end_key)
 
 
 @jit
 def tile_offs(
-    work_list_ptr,
+    tiles_ptr,
     tile,
     head,
     row_stride,
@@ -41,8 +54,8 @@ def tile_offs(
 
     The work list is read again, so that no register holds them over the loops.
     """
-    rows = tl.load(work_list_ptr + 4 * tile, volatile=True) + tl.arange(0, BLOCK_ROWS)
-    row_mask = rows < tl.load(work_list_ptr + 4 * tile + 1, volatile=True)
+    rows = tl.load(tiles_ptr + COLUMNS * tile, volatile=True) + tl.arange(0, BLOCK_ROWS)
+    row_mask = rows < tl.load(tiles_ptr + COLUMNS * tile + 1, volatile=True)
     d_offs = tl.arange(0, BLOCK_D)
     offs = rows.to(tl.int64)[:, None] * row_stride + head * HEAD_SIZE + d_offs[None, :]
     return offs, row_mask[:, None] & (d_offs < HEAD_SIZE)[None, :]

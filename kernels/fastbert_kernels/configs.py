@@ -246,8 +246,15 @@ def _quantized_gemm(
     return Gemm(entry.get("kernel"), source, "quantized_linear", pointers)
 
 
-def attention_config(dtype: torch.dtype, head_size: int, for_arch: int) -> Config:
-    """Returns the tile of attention: BLOCK_Q query rows, BLOCK_K keys a step, the head size padded to BLOCK_D."""
+def attention_config(dtype: torch.dtype, head_size: int, for_arch: int, small: bool = False) -> Config:
+    """Returns the tile of attention: BLOCK_Q query rows, BLOCK_K keys a step, the head size padded to BLOCK_D.
+
+    small: the tile of `small_attention_config`, which there must be.
+    """
+    if small:
+        config = small_attention_config(dtype, head_size, for_arch)
+        assert config is not None, "this tile has no smaller one"
+        return config
     return _attention(dtype, head_size, for_arch, launch.recorded is not None, tables.generation)
 
 
@@ -258,6 +265,30 @@ def _attention(dtype: torch.dtype, head_size: int, for_arch: int, shipped_only: 
     return Config({**config.block_sizes, "BLOCK_D": block_d}, config.source)
 
 
+def small_attention_config(dtype: torch.dtype, head_size: int, for_arch: int) -> Config | None:
+    """Returns the tile of batches that are short, or of short texts; None where `attention_config`'s is no larger.
+
+    It is the table's entry "float16/64/small", else 64 rows by 64 keys. A table may have one of any size.
+    """
+    return _small_attention(dtype, head_size, for_arch, launch.recorded is not None, tables.generation)
+
+
+@functools.cache
+def _small_attention(
+    dtype: torch.dtype, head_size: int, for_arch: int, shipped_only: bool, generation: int
+) -> Config | None:
+    whole = _attention(dtype, head_size, for_arch, shipped_only, generation)
+    config = _from_tables("attention", (f"{attention_key(dtype, head_size)}/small",), for_arch)
+    if config is None:
+        if dtype == torch.float32 or whole.block_sizes["BLOCK_D"] > 64:  # It would spill.
+            return None
+        config = Config(dict(SMALL_TILE), "formula of fastbert_kernels.configs.small_attention_config")
+    if config.block_sizes["BLOCK_Q"] >= whole.block_sizes["BLOCK_Q"]:
+        return None
+    return Config({**config.block_sizes, "BLOCK_D": whole.block_sizes["BLOCK_D"]}, config.source)
+
+
+SMALL_TILE = {"BLOCK_Q": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3}
 SHORT_BLOCK_Q = 16  # The fewest rows that tl.dot takes.
 MAX_SHORT = 64  # The most keys in one block.
 

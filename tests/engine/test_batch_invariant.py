@@ -201,10 +201,11 @@ def test_explain_of_a_sentence_encoder(minilm, monkeypatch):
 
 def test_every_sequence_starts_a_tile():
     """Catches a work list that shares a tile, loses a row, or cuts a sequence by what stands before it."""
-    from fastbert_kernels.attention import build_work_list
+    from fastbert_kernels.work_list import build_work_list
 
-    tiles = build_work_list(cu_seqlens_of([5, 0, 70, 64, 1]).tolist(), 64, share=False).tolist()
-    assert sorted(tiles) == [[0, 5, 0, 1], [5, 69, 2, 3], [69, 75, 2, 3], [75, 139, 3, 4], [139, 140, 4, 5]]
+    tiles, row_spans = build_work_list(cu_seqlens_of([5, 0, 70, 64, 1]).tolist(), 64, share=False)
+    rows = [[0, 5, 0, 5], [5, 69, 5, 75], [69, 75, 5, 75], [75, 139, 75, 139], [139, 140, 139, 140]]
+    assert sorted(tiles.tolist()) == [[*row, 0] for row in rows] and row_spans.shape == (0,)
 
 
 def test_explain_shows_the_mode():

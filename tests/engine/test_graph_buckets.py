@@ -10,7 +10,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastbert.engine import buckets, graphs
-from fastbert.ops import packing
 from graph_cases import (
     StandIn,
     cheap,
@@ -62,32 +61,32 @@ def test_token_budget_is_a_bucket() -> None:
 )
 def test_no_batch_has_more_tiles_than_the_bound(lengths: list[int], block_q: int) -> None:
     """Catches a work list that overruns its static buffer."""
-    from fastbert_kernels.attention import build_work_list, max_tiles
+    from fastbert_kernels.work_list import build_work_list, max_tiles
 
-    n_tiles = build_work_list(cu_seqlens_of(lengths).tolist(), block_q).shape[0]
+    n_tiles = build_work_list(cu_seqlens_of(lengths).tolist(), block_q).tiles.shape[0]
     assert n_tiles <= max_tiles(sum(lengths), block_q)
 
 
 @pytest.mark.parametrize("block_q", [16, 64, 128])
 def test_the_bound_on_tiles_is_reached(block_q: int) -> None:
     """Catches a bound with more empty programs in it than the worst batch needs."""
-    from fastbert_kernels.attention import build_work_list, max_tiles
+    from fastbert_kernels.work_list import build_work_list, max_tiles
 
     lengths = [1, block_q + 1] * 7 + [1]
-    n_tiles = build_work_list(cu_seqlens_of(lengths).tolist(), block_q).shape[0]
+    n_tiles = build_work_list(cu_seqlens_of(lengths).tolist(), block_q).tiles.shape[0]
     assert n_tiles == 22 == max_tiles(sum(lengths), block_q)
 
 
 def test_empty_tiles_do_nothing(device: torch.device, poisoned: Any) -> None:
     """Catches a program without rows that writes, or one that shifts what the others write."""
-    from fastbert_kernels.attention import build_work_list, varlen_attention_forward
+    from fastbert_kernels.attention import varlen_attention_forward
+    from fastbert_kernels.work_list import WorkList, build_work_list
 
     lengths = [3, 70, 2]
-    batch = packing.from_cu_seqlens(cu_seqlens_of(lengths), sum(lengths), device)
     qkv = torch.randn(sum(lengths), 96, device=device)
-    tiles = build_work_list(cu_seqlens_of(lengths).tolist(), 64).to(device)
-    full = torch.cat([tiles, torch.zeros(5, 4, dtype=torch.int32, device=device)])
-    outs = [varlen_attention_forward(qkv, batch.cu_seqlens, batch.seq_ids, w, 2, 0.25) for w in (tiles, full)]
+    tiles, row_spans = build_work_list(cu_seqlens_of(lengths).tolist(), 64).to(device)
+    full = torch.cat([tiles, torch.zeros(5, 5, dtype=torch.int32, device=device)])
+    outs = [varlen_attention_forward(qkv, WorkList(w, row_spans), 2, 0.25) for w in (tiles, full)]
     poisoned.check()
     assert torch.equal(*outs)
 

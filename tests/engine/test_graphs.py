@@ -143,15 +143,15 @@ def test_sequences_with_tiles_of_their_own(
     stand_in: StandIn, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Catches a work list with more tiles than the static one, from a policy that shares none, written past it."""
-    from fastbert_kernels import attention
+    from fastbert_kernels import work_list
 
-    def unshared(cu_seqlens: list[int], *rest: Any) -> Tensor:
-        tiles = [(a, b, i, i + 1) for i, (a, b) in enumerate(zip(cu_seqlens, cu_seqlens[1:], strict=False))]
-        return torch.tensor(tiles, dtype=torch.int32)
+    def unshared(cu_seqlens: list[int], *rest: Any) -> Any:
+        tiles = [(a, b, a, b, 0) for a, b in zip(cu_seqlens, cu_seqlens[1:], strict=False)]
+        return work_list.WorkList(torch.tensor(tiles, dtype=torch.int32), torch.zeros(0, dtype=torch.int32))
 
     model = make(device)
     expected = encode(model, [1] * 30)
-    monkeypatch.setattr(attention, "build_work_list", unshared)
+    monkeypatch.setattr(work_list, "build_work_list", unshared)
     captures = stand_in.captures
     assert rms_error(encode(model, [1] * 30), expected) < 2e-6
     assert stand_in.captures == captures == stand_in.replays

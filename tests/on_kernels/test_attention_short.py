@@ -52,18 +52,18 @@ def test_head_sizes(head_size: int, dtype: torch.dtype, device: torch.device, po
 def test_one_pass_gives_the_bits_of_the_loop(dtype: torch.dtype, device: torch.device) -> None:
     """Catches a softmax in one pass that is another function than the running one over one block."""
     from fastbert_kernels import configs, launch
-    from fastbert_kernels.attention import build_work_list, varlen_attention_forward
+    from fastbert_kernels.attention import varlen_attention_forward
+    from fastbert_kernels.work_list import WorkList, build_work_list
 
     config = configs.short_attention_config(dtype, 16, launch.arch(device))
     assert config is not None
     most = config.block_sizes["BLOCK_K"]
     lengths = [1, 15, 16, 17, most - 1, most, 0, 3]
     qkv = torch.randn(sum(lengths), 3 * 32, device=device).to(dtype)
-    batch = packing.from_cu_seqlens(cu_seqlens_of(lengths), sum(lengths), device)
     tiles = build_work_list(cu_seqlens_of(lengths).tolist(), 16, share=False).to(device)
-    arguments = qkv, batch.cu_seqlens, batch.seq_ids
-    loop = varlen_attention_forward(*arguments, tiles, 2, 0.25, config=config.block_sizes)
-    once = varlen_attention_forward(*arguments, tiles[:0], 2, 0.25, short_list=tiles)
+    none = WorkList(tiles.tiles[:0], tiles.row_spans)
+    loop = varlen_attention_forward(qkv, tiles, 2, 0.25, config=config.block_sizes)
+    once = varlen_attention_forward(qkv, none, 2, 0.25, short_list=tiles)
     assert torch.equal(once, loop)
 
 
@@ -75,21 +75,23 @@ def test_every_row_is_in_one_list(lengths: list[int]) -> None:
 
     offsets = cu_seqlens_of(lengths)
     batch = packing.from_cu_seqlens(offsets, sum(lengths), torch.device("cpu"))
+    sequences = set(itertools.pairwise(offsets.tolist()))
     for dtype, head_size in ((torch.bfloat16, 64), (torch.float32, 64)):
         whole = configs.attention_config(dtype, head_size, 80).block_sizes["BLOCK_Q"]
         short = configs.short_attention_config(dtype, head_size, 80)
         assert short is not None
         rows = []
-        for tiles, block_q, is_short in zip(
+        for made, block_q, is_short in zip(
             ops.attention_plan.host_work_lists(batch, dtype, head_size, INVARIANT),
             (whole, 16),
             (False, True),
             strict=True,
         ):
-            assert tiles is not None and tiles.dtype == torch.int32
-            for first_row, end_row, seq, end_seq in tiles.tolist():
-                start, length = int(offsets[seq]), lengths[seq]
-                assert end_seq == seq + 1 and (length <= short.block_sizes["BLOCK_K"]) == is_short
+            assert made is not None and made.tiles.dtype == torch.int32 and made.row_spans.shape == (0,)
+            for first_row, end_row, start, end, shared in made.tiles.tolist():
+                length = end - start
+                assert not shared and (start, end) in sequences
+                assert (length <= short.block_sizes["BLOCK_K"]) == is_short
                 assert (first_row - start) % block_q == 0 and end_row == min(first_row + block_q, start + length)
                 rows += range(first_row, end_row)
         assert sorted(rows) == list(range(sum(lengths)))
@@ -114,10 +116,9 @@ def test_bits_around_the_limit(dtype: torch.dtype, most: int, device: torch.devi
         assert all(torch.equal(out, alone[i]) for i, out in zip(chosen, outs, strict=True)), chosen
 
 
-def products(tiles: Tensor, lengths: list[int], block_q: int, block_k: int) -> int:
+def products(tiles: Tensor, block_q: int, block_k: int) -> int:
     """Query rows times keys that the tiles of a list multiply, with all padding."""
-    spans = ((int(a), int(b)) for _, _, a, b in tiles.tolist())
-    return sum(block_q * -(-sum(lengths[a:b]) // block_k) * block_k for a, b in spans)
+    return sum(block_q * -(-(end - first) // block_k) * block_k for _, _, first, end, _ in tiles.tolist())
 
 
 @pytest.mark.parametrize("arch", ARCHS)
@@ -125,7 +126,7 @@ def products(tiles: Tensor, lengths: list[int], block_q: int, block_k: int) -> i
 def test_short_texts_cost_no_more_products_than_shared_tiles(arch: int, longest: int) -> None:
     """Catches a tile for short texts with so many empty rows that the mode costs more than benchmarks/NOTES.md says."""
     from fastbert_kernels import configs
-    from fastbert_kernels.attention import build_work_list
+    from fastbert_kernels.work_list import build_work_list
 
     generator = random.Random(1)
     lengths = [generator.randint(2, longest) for _ in range(400)]
@@ -135,9 +136,9 @@ def test_short_texts_cost_no_more_products_than_shared_tiles(arch: int, longest:
         short = configs.short_attention_config(torch.bfloat16, head_size, arch)
         assert short is not None
         tile, most = (sizes["BLOCK_Q"], sizes["BLOCK_K"]), short.block_sizes["BLOCK_K"]
-        shared = products(build_work_list(offsets, tile[0]), lengths, *tile)
-        own = products(build_work_list(offsets, tile[0], False, longer_than=most), lengths, *tile)
-        own += products(build_work_list(offsets, 16, False, up_to=most), lengths, 16, most)
+        shared = products(build_work_list(offsets, tile[0]).tiles, *tile)
+        own = products(build_work_list(offsets, tile[0], False, longer_than=most).tiles, *tile)
+        own += products(build_work_list(offsets, 16, False, up_to=most).tiles, 16, most)
         assert own <= 1.2 * shared, (head_size, own / shared)
 
 
@@ -240,4 +241,4 @@ def test_texts_of_four_tokens_and_more_always_fit(lengths: list[int]) -> None:
         for head_size in (16, 32, 64, 128):
             shape = graphs.Shape(batch.device, dtype, 4 * head_size, head_size, INVARIANT)
             bucket = buckets.bucket_of(sum(lengths))
-            assert bucket is not None and graphs._tiles(batch, bucket, shape) is not None
+            assert bucket is not None and graphs._integers(batch, bucket, shape) is not None

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from fastbert_kernels import configs, launch, tables
-from helpers import cu_seqlens_of
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -99,7 +98,7 @@ def test_recording_lists_instead_of_running():
 
 def test_tokens_do_not_make_kernels(device):
     """Catches a token count in a block size or a specialisation, so that a new length compiles while serving."""
-    from fastbert_kernels import attention, embedding, gelu, layer_norm, linear
+    from fastbert_kernels import attention, embedding, gelu, layer_norm, linear, work_list
 
     seen = []
     for n in (1, 16, 17, 4096):
@@ -112,10 +111,9 @@ def test_tokens_do_not_make_kernels(device):
             half = x.bfloat16()  # by the persistent kernel
             linear.linear_forward(half, torch.empty(64, 64, device="meta").bfloat16(), w.bfloat16(), "gelu", half)
             embedding.embedding_layer_norm_forward(ids, ids, ids, x, x, x, w, w, 1e-5)
-            cu_seqlens = cu_seqlens_of([n])
-            work_list = attention.build_work_list(cu_seqlens.tolist(), 64)
+            tiles = work_list.build_work_list([0, n], 64)
             qkv = torch.empty(n, 192, device="meta")
-            attention.varlen_attention_forward(qkv, cu_seqlens, ids.int(), work_list, 2, 0.2)
+            attention.varlen_attention_forward(qkv, tiles, 2, 0.2)
         seen.append(
             [
                 {

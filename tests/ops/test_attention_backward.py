@@ -9,6 +9,7 @@ from fastbert.ops.dropout import keep
 from fastbert_kernels import attention, configs, launch
 from fastbert_kernels import attention_backward as backward
 from fastbert_kernels.masks import RANGE, Dropout, threshold_of
+from fastbert_kernels.work_list import WorkList, build_work_list
 from helpers import assert_as_accurate, cu_seqlens_of, guarded, rms_error
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -27,16 +28,17 @@ LENGTHS = {
 class Kernels:
     """`Kernels` runs them on one batch, whose inputs lie between guard bands."""
 
-    def __init__(self, lengths, num_heads, scale, dropout=None, *, device, tiles=None, config=None, share=True, rows=0):
+    def __init__(self, lengths, num_heads, scale, dropout=None, *, device, tiles=None, config=None, share=True):
         self.lengths, self.num_heads, self.scale, self.dropout = lengths, num_heads, scale, dropout
         self.device, self.tiles, self.config, self.share = device, tiles, config, share
-        offsets = cu_seqlens_of(lengths)
-        self.offsets, self.cu_seqlens = offsets.tolist(), guarded(offsets.to(device))
-        seq_ids = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).int()
-        self.seq_ids = guarded(torch.cat([seq_ids, seq_ids.new_zeros(rows)]).to(device))
+        self.offsets = cu_seqlens_of(lengths).tolist()
+
+    def guard(self, made):
+        """The list on the device, where a read past its end is caught."""
+        return WorkList(*(guarded(part.to(self.device)) for part in made))
 
     def work_list(self, block):
-        return attention.build_work_list(self.offsets, block, self.share).to(self.device)
+        return self.guard(build_work_list(self.offsets, block, self.share))
 
     def forward(self, qkv):
         """(T, 3 N D) -> (T, N D) and the log-sum-exp, (N, T)."""
@@ -44,7 +46,7 @@ class Kernels:
         config = self.config or configs.attention_config(qkv.dtype, head_size, arch).block_sizes
         lse = launch.empty((self.num_heads, qkv.shape[0]), like=qkv, dtype=torch.float32)
         out = attention.varlen_attention_forward(
-            guarded(qkv, extra_columns=8), self.cu_seqlens, self.seq_ids, self.work_list(config["BLOCK_Q"]),
+            guarded(qkv, extra_columns=8), self.work_list(config["BLOCK_Q"]),
             self.num_heads, self.scale, config=config, dropout=self.dropout, lse=lse,
         )  # fmt: skip
         return out, lse
@@ -52,12 +54,13 @@ class Kernels:
     def backward(self, grad, qkv, out, lse):
         head_size, arch = qkv.shape[1] // (3 * self.num_heads), launch.arch(self.device)
         tiles = self.tiles or configs.attention_backward_configs(qkv.dtype, head_size, arch)
-        lists = [tiles.to(self.device) for tiles in backward.work_lists(self.offsets, tiles, self.share)]
-        return backward.varlen_attention_backward(
+        plan = backward.Plan(*map(self.guard, backward.work_lists(self.offsets, tiles, self.share)))
+        grad_qkv, _ = backward.varlen_attention_backward(
             guarded(grad, extra_columns=8), guarded(qkv, extra_columns=8), guarded(out, extra_columns=8),
-            guarded(lse, extra_columns=3), backward.Plan(self.cu_seqlens, self.seq_ids, *lists),
+            guarded(lse, extra_columns=3), plan,
             self.num_heads, self.scale, self.dropout, tiles,
         )  # fmt: skip
+        return grad_qkv
 
     def both(self, qkv, grad):
         """The result, the log-sum-exp and the gradient of qkv."""
@@ -237,11 +240,12 @@ def test_rows_of_no_sequence_and_empty_tiles(device):
 
     class Padded(Kernels):
         def work_list(self, block):
-            return torch.cat([super().work_list(block), torch.zeros(3, 4, dtype=torch.int32, device=self.device)])
+            tiles, row_spans = super().work_list(block)
+            return WorkList(torch.cat([tiles, torch.zeros(3, 5, dtype=torch.int32, device=self.device)]), row_spans)
 
     nan = float("nan")
     qkv, grad = (torch.cat([x, x.new_full((rows, x.shape[1]), nan)]) for x in (qkv, grad))
-    ours = Padded(lengths, 2, 0.2, DROPOUT, device=device, rows=rows).both(qkv, grad)
+    ours = Padded(lengths, 2, 0.2, DROPOUT, device=device).both(qkv, grad)
     assert torch.equal(ours[0][:25], expected[0]) and torch.equal(ours[1][:, :25], expected[1])
     assert torch.equal(ours[2][:25], expected[2])
 
@@ -261,4 +265,4 @@ def test_lists_are_built_once_for_tiles_of_one_size():
         tiles = configs.AttentionBackward({"BLOCK_Q": query}, {"BLOCK_K": key})
         query_tiles, key_tiles = backward.work_lists(offsets, tiles)
         assert (query_tiles is key_tiles) == same
-        assert torch.equal(key_tiles, attention.build_work_list(offsets, key))
+        assert all(map(torch.equal, key_tiles, build_work_list(offsets, key)))

@@ -84,7 +84,7 @@ def test_work_lists(batch_invariant: bool, copies: Copies) -> None:
     with copies:
         batch = packing.from_lengths(LENGTHS, META)
         attention_plan.triton_plan(batch, torch.bfloat16, 64, policy)
-    assert copies.others == [] and len(copies.by_us) == 2 + batch_invariant
+    assert copies.others == [] and len(copies.by_us) == 3 + batch_invariant
 
 
 def test_groups_of_the_plain_path(copies: Copies) -> None:

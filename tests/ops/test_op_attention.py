@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -80,36 +82,62 @@ def test_grouping_undone(lengths):
 @given(lengths=st.lists(st.integers(0, 300), max_size=30), block_q=st.sampled_from([16, 64, 128]))
 def test_work_list_covers_every_row_once(lengths, block_q):
     """Catches a row computed twice or never, a tile too tall, or one that mixes part of a sequence with another."""
-    from fastbert_kernels.attention import build_work_list
+    from fastbert_kernels.work_list import build_work_list
 
     cu_seqlens = cu_seqlens_of(lengths).tolist()
-    tiles = build_work_list(cu_seqlens, block_q)
-    assert tiles.dtype == torch.int32 and tiles.shape[1] == 4
+    spans = [(a, b) for a, b in itertools.pairwise(cu_seqlens) for _ in range(a, b)]  # of each row
+    tiles, row_spans = build_work_list(cu_seqlens, block_q)
+    assert tiles.dtype == row_spans.dtype == torch.int32 and tiles.shape[1] == 5
+    assert row_spans.shape[0] == (sum(lengths) if tiles[:, 4].any() else 0)
     rows = []
-    for first_row, end_row, first_seq, end_seq in tiles.tolist():
+    for first_row, end_row, first_key, end_key, shared in tiles.tolist():
         assert 0 < end_row - first_row <= block_q
-        assert cu_seqlens[first_seq] <= first_row and end_row <= cu_seqlens[end_seq]
-        if end_seq - first_seq > 1:
-            assert (first_row, end_row) == (cu_seqlens[first_seq], cu_seqlens[end_seq])
+        own = [spans[row] for row in range(first_row, end_row)]
+        assert (first_key, end_key) == (own[0][0], own[-1][1]) and shared == (len(set(own)) > 1)
+        if shared:
+            assert (first_row, end_row) == (first_key, end_key)
+            packed = row_spans[first_row:end_row].tolist()
+            assert [(first_key + (x & 0xFFFF), first_key + (x >> 16)) for x in packed] == own
         rows += range(first_row, end_row)
     assert sorted(rows) == list(range(sum(lengths)))
+    keys = (tiles[:, 3] - tiles[:, 2]).tolist()
+    assert keys == sorted(keys, reverse=True)
+
+
+@settings(max_examples=100)
+@given(lengths=st.lists(st.integers(0, 40), max_size=30), block_q=st.sampled_from([16, 64]))
+def test_neighbours_share_as_long_as_they_fit(lengths, block_q):
+    """Catches tiles that are left emptier than the bound on their number allows."""
+    from fastbert_kernels.work_list import build_work_list
+
+    expected, filled = [], 0
+    for length in filter(None, lengths):
+        if length > block_q or not expected or filled + length > block_q:
+            filled = length
+            expected += [block_q] * (length // block_q) + [length % block_q] * (length % block_q > 0)
+            filled = block_q if length > block_q else filled
+        else:
+            expected[-1] += length
+            filled += length
+    tiles = build_work_list(cu_seqlens_of(lengths).tolist(), block_q).tiles
+    assert sorted((tiles[:, 1] - tiles[:, 0]).tolist()) == sorted(expected)
 
 
 def test_short_sequences_share_tiles():
     """Catches texts of 20 tokens that take up a tile each."""
-    from fastbert_kernels.attention import build_work_list
+    from fastbert_kernels.work_list import build_work_list
 
-    tiles = build_work_list(cu_seqlens_of([20] * 60).tolist(), 128)
+    tiles = build_work_list(cu_seqlens_of([20] * 60).tolist(), 128).tiles
     assert tiles.shape[0] == 10
 
 
 def test_work_list_is_built_once_a_batch(device, monkeypatch):
     """Catches a work list made again for every layer."""
-    from fastbert_kernels import attention
+    from fastbert_kernels import work_list
 
     calls = []
-    build = attention.build_work_list
-    monkeypatch.setattr(attention, "build_work_list", lambda *args: calls.append(args) or build(*args))
+    build = work_list.build_work_list
+    monkeypatch.setattr(work_list, "build_work_list", lambda *args: calls.append(args) or build(*args))
     batch = packing.from_cu_seqlens(cu_seqlens_of([4, 30]), 34, device)
     for _ in range(3):
         ops.varlen_attention(torch.randn(34, 3 * 32, device=device), batch, 2, policy=TRITON)

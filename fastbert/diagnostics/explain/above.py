@@ -89,7 +89,8 @@ def run_in_8_bits(bert: Any, dry: DryRun, batch: PackedBatch, backend: str) -> T
     """
     policy = bert.policy
     set_policy(bert, Policy("torch" if backend == "cpu" else backend))
-    plan = recording.stand_in((batch.n_tokens,), torch.int32), recording.stand_in((1, 4), torch.int32), None
+    integers = recording.stand_in((batch.n_tokens,), torch.int32), recording.stand_in((1, 5), torch.int32)
+    plan = attention_plan.Plan(*integers)
     batch = attention_plan.with_plan(batch, dry.dtype, bert.config.head_size, bert.policy, plan)
     arithmetic: Any = quantized.EightBit()
     arithmetic.weights = _EightBitWeights(dry)

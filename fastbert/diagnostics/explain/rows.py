@@ -101,6 +101,8 @@ def shapes_of(record: Record) -> str:
             words.append(f"{heads} heads of {record.after[1] // heads}")
             if "window" in facts:
                 words.append(f"within {facts['window']} columns")
+            if "position_bias" in record.facts:
+                words.append("position bias")
         if name == "pooling":
             words.append(facts["mode"])
             words += ["L2 normalized"] if facts["normalize"] else []

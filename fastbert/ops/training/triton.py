@@ -62,15 +62,18 @@ class TritonKernels:
     def attention_forward(
         self, qkv: Tensor, settings: Attention, position_bias: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
+        from fastbert_kernels import configs, launch
         from fastbert_kernels.attention import varlen_attention_forward
+        from fastbert_kernels.work_list import WorkList
 
         batch, num_heads, scale, dropout, columns = settings
-        bias = for_kernel(position_bias, columns)
-        seq_ids, tiles, _ = attention_plan.triton_plan(batch, qkv.dtype, qkv.shape[1] // (3 * num_heads), AUTO)
+        head_size = qkv.shape[1] // (3 * num_heads)
+        plan = attention_plan.triton_plan(batch, qkv.dtype, head_size, AUTO)
+        tiles = WorkList(plan.tiles, plan.row_spans)
+        config = configs.attention_config(qkv.dtype, head_size, launch.arch(qkv.device), plan.small).block_sizes
         lse = torch.empty(num_heads, qkv.shape[0], dtype=torch.float32, device=qkv.device)
-        out = varlen_attention_forward(
-            qkv, batch.cu_seqlens, seq_ids, tiles, num_heads, scale, dropout=dropout, lse=lse, bias=bias
-        )
+        bias = for_kernel(position_bias, columns)
+        out = varlen_attention_forward(qkv, tiles, num_heads, scale, config=config, dropout=dropout, lse=lse, bias=bias)
         return out, lse
 
     def attention_backward(

@@ -20,6 +20,7 @@ from fastbert_kernels import (
     pooling,
     quantized_linear,
 )
+from fastbert_kernels.work_list import N_COLUMNS, WorkList
 
 # Sizes (H, I, N) of models. "odd" has rows that no vector load can read and a K that is no multiple of any block.
 MODELS = {"base": (768, 3072, 12), "large": (1024, 4096, 16), "minilm": (384, 1536, 12), "odd": (90, 250, 3)}
@@ -72,14 +73,14 @@ def cases(dtype: str) -> Iterator[Case]:
     n_rows, n_seqs = 64, 2
     ids, ids32 = torch.zeros(n_rows, dtype=torch.int64), torch.zeros(n_rows, dtype=torch.int32)
     cu_seqlens = torch.zeros(n_seqs + 1, dtype=torch.int32)
-    work_list = torch.zeros((n_seqs, 4), dtype=torch.int32)
+    work_list = WorkList(torch.zeros((n_seqs, N_COLUMNS), dtype=torch.int32), ids32)
 
     def tensor(*shape: int) -> torch.Tensor:
         return torch.empty(shape, dtype=torch_dtype)
 
     def attend(n_heads: int, head_size: int) -> Callable[[], object]:
         qkv = tensor(n_rows, 3 * n_heads * head_size)
-        arguments = qkv, cu_seqlens, ids32, work_list, n_heads, 0.125
+        arguments = qkv, work_list, n_heads, 0.125
         return partial(attention.varlen_attention_forward, *arguments, short_list=work_list)  # It launches two kernels.
 
     for model, (h, i, n_heads) in MODELS.items():
@@ -181,7 +182,7 @@ def eight_bit_cases(dtype: str) -> Iterator[Case]:
     """Lists every case of a key of EIGHT_BIT."""
     n_rows, n_seqs, q_dtype = 64, 2, EIGHT_BIT[dtype]
     ids, ids32 = torch.zeros(n_rows, dtype=torch.int64), torch.zeros(n_rows, dtype=torch.int32)
-    cu_seqlens, work_list = torch.zeros(n_seqs + 1, dtype=torch.int32), torch.zeros((n_seqs, 4), dtype=torch.int32)
+    work_list = WorkList(torch.zeros((n_seqs, N_COLUMNS), dtype=torch.int32), ids32)
 
     def tensor(*shape: int) -> torch.Tensor:
         return torch.empty(shape, dtype=torch.bfloat16)
@@ -220,7 +221,7 @@ def eight_bit_cases(dtype: str) -> Iterator[Case]:
         tables = tensor(1000, h), tensor(2, h), tensor(512, h), weight, weight
         call = partial(embedding.embedding_layer_norm_forward, ids, ids, ids, *tables, 1e-12, eight_bit(n_rows, h))
         yield case("embedding", variant="ids", call=call)
-        arguments = tensor(n_rows, 3 * h), cu_seqlens, ids32, work_list, n_heads, 0.125, eight_bit(n_rows, h, n_heads)
+        arguments = tensor(n_rows, 3 * h), work_list, n_heads, 0.125, eight_bit(n_rows, h, n_heads)
         yield case("attention", variant=f"D{d}", call=partial(attention.varlen_attention_forward, *arguments))
     for head_size in (48, 80):  # These groups are no step of K.
         k = 4 * head_size

@@ -21,9 +21,11 @@ from fastbert_kernels import (
     pooling,
     pooling_backward,
 )
+from fastbert_kernels.attention_bias import PositionBias
 from fastbert_kernels.embedding_backward import Segments
 from fastbert_kernels.masks import Dropout
 from fastbert_kernels.offline.coverage import DTYPES, HEAD_SIZES, MODELS, Case, pointer_kernel
+from fastbert_kernels.work_list import N_COLUMNS, WorkList
 
 N_ROWS = 64
 DROPOUT = Dropout(6554, 1, 1)
@@ -59,15 +61,34 @@ def _attention_cases(dtype: str) -> Iterator[Case]:
         for variant, dropout, archs in (("", DROPOUT, default), (", no dropout", None, frozenset[int]())):
             call = partial(_attention, n_heads, head_size, DTYPES[dtype], dropout)
             yield Case("attention", model, dtype, f"D{head_size} training{variant}", archs, call)
+        if model == "base":  # MPNet's
+            archs, tensors = frozenset({80, 90} if dtype == "bf16" else ()), (n_heads, head_size, DTYPES[dtype])
+            yield Case("attention", model, dtype, "position bias", archs, partial(_biased_attention, *tensors))
+            call = partial(_attention, *tensors, DROPOUT, _position_bias(n_heads, DTYPES[dtype], False))
+            yield Case("attention", model, dtype, f"D{head_size} training, position bias", archs, call)
 
 
-def _attention(n_heads: int, head_size: int, dtype: torch.dtype, dropout: Dropout | None) -> None:
+def _position_bias(n_heads: int, dtype: torch.dtype, holes: bool) -> PositionBias:
+    columns = torch.zeros(N_ROWS, dtype=torch.int32) if holes else None
+    return PositionBias(torch.empty((n_heads, 257), dtype=dtype), columns)
+
+
+def _biased_attention(n_heads: int, head_size: int, dtype: torch.dtype) -> None:
+    qkv = torch.empty((N_ROWS, 3 * n_heads * head_size), dtype=dtype)
+    tiles = WorkList(torch.zeros((2, N_COLUMNS), dtype=torch.int32), torch.zeros(N_ROWS, dtype=torch.int32))
+    for holes in (False, True):
+        bias = _position_bias(n_heads, dtype, holes)
+        attention.varlen_attention_forward(qkv, tiles, n_heads, 0.125, bias=bias)
+
+
+def _attention(
+    n_heads: int, head_size: int, dtype: torch.dtype, dropout: Dropout | None, bias: PositionBias | None = None
+) -> None:
     qkv, lse = torch.empty((N_ROWS, 3 * n_heads * head_size), dtype=dtype), torch.empty((n_heads, N_ROWS))
-    integers, tiles = torch.zeros(N_ROWS, dtype=torch.int32), torch.zeros((2, 4), dtype=torch.int32)
-    of_batch = integers[:3], integers, tiles
-    out = attention.varlen_attention_forward(qkv, *of_batch, n_heads, 0.125, dropout=dropout, lse=lse)
-    plan = attention_backward.Plan(*of_batch, tiles)
-    attention_backward.varlen_attention_backward(out, qkv, out, lse, plan, n_heads, 0.125, dropout)
+    tiles = WorkList(torch.zeros((2, N_COLUMNS), dtype=torch.int32), torch.zeros(N_ROWS, dtype=torch.int32))
+    out = attention.varlen_attention_forward(qkv, tiles, n_heads, 0.125, dropout=dropout, lse=lse, bias=bias)
+    plan = attention_backward.Plan(tiles, tiles)
+    attention_backward.varlen_attention_backward(out, qkv, out, lse, plan, n_heads, 0.125, dropout, bias=bias)
 
 
 def _archs(dtype: str, model: str, rank: int) -> frozenset[int] | None:

@@ -1,0 +1,126 @@
+"""This module lists the tiles that attention's kernels compute, once a batch.
+
+A tile of Q rows holds either a slice of one long sequence or several whole short ones, so that texts of 20 tokens do
+not each occupy a tile of their own:
+
+    sequences   |----- 0 -----|-1-|--2--|-3-|------- 4 -------|
+    tiles       |  a   |  b   |      c      |   d    |   e    |       c is masked block-diagonally
+
+A row of the list holds all that a program needs to fetch queries and keys, in one read. What it needs in addition, of a
+tile of several sequences, is read by rows of the tile, next to the queries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+N_COLUMNS = 5  # of a list: see `WorkList`
+# A row's span within its tile: the first row of its sequence in the low bits, the end of it above.
+SPAN_BITS = 16
+
+
+class WorkList(NamedTuple):
+    """A `WorkList` holds the tiles of a batch, int32.
+
+    tiles: (W, 5), each `first row, end row, first key, end key, shared`. shared is 1 if the tile is of several
+    sequences, else 0. A tile without rows fills a list of fixed length up. row_spans: (T,), where the sequence of each
+    row begins and ends, counted from the first row of its tile, as begin + 2^16 * end; 0 in tiles of one sequence. It
+    is (0,) where no tile is shared.
+    """
+
+    tiles: torch.Tensor
+    row_spans: torch.Tensor
+
+    def to(self, device: torch.device | str) -> WorkList:
+        """Returns the list on a device."""
+        return WorkList(self.tiles.to(device), self.row_spans.to(device))
+
+
+def build_work_list(
+    cu_seqlens: Sequence[int] | np.ndarray,
+    block_q: int,
+    share: bool = True,
+    longer_than: int = 0,
+    up_to: int | None = None,
+) -> WorkList:
+    """Lists the tiles of a batch, on the CPU.
+
+    cu_seqlens are host integers. Sequences longer than block_q, which is at most 2^15, are cut into slices of block_q
+    rows; runs of neighbours that fit a tile together share one, unless share is False. Sequences of length 0 get no
+    rows. Tiles with the most keys come first, so that the last programs to run are short ones. longer_than, up_to: only
+    sequences of more and of at most so many tokens are in it; share must be False.
+    """
+    offsets = np.asarray(cu_seqlens, np.int32)
+    starts, ends = offsets[:-1], offsets[1:]
+    lengths = ends - starts
+    chosen = lengths > longer_than
+    if up_to is not None:
+        chosen &= lengths <= up_to
+    if not chosen.all():
+        starts, ends, lengths = starts[chosen], ends[chosen], lengths[chosen]
+    n_seqs = starts.shape[0]
+    row_spans = np.empty(0, np.int32)
+    shared: np.ndarray | int = 0
+    if share and n_seqs > 1 and (heads := _heads(starts, ends, block_q)).shape[0] < n_seqs:
+        counts = np.diff(heads, append=n_seqs)
+        firsts = starts[heads]
+        in_shared = np.repeat(counts > 1, counts)
+        begins = np.where(in_shared, starts - np.repeat(firsts, counts), 0)
+        row_spans = np.repeat(np.where(in_shared, begins + (begins + lengths << SPAN_BITS), 0), lengths)
+        starts, ends, shared = firsts, ends[heads + counts - 1], counts > 1
+        lengths = ends - starts
+    slices: np.ndarray | int = 0
+    if n_seqs and int(lengths.max()) > block_q:
+        counts = -(-lengths // block_q)
+        last = counts.cumsum()
+        slices = np.arange(int(last[-1]), dtype=np.int32) - np.repeat(last - counts, counts).astype(np.int32)
+        starts, ends, lengths = (np.repeat(values, counts) for values in (starts, ends, lengths))
+        shared = np.repeat(shared, counts) if isinstance(shared, np.ndarray) else shared
+    tiles = np.empty((starts.shape[0], N_COLUMNS), np.int32)
+    tiles[:, 0] = starts + slices * block_q
+    np.minimum(tiles[:, 0] + block_q, ends, out=tiles[:, 1])
+    tiles[:, 2], tiles[:, 3], tiles[:, 4] = starts, ends, shared
+    if tiles.shape[0] > 1:
+        tiles = tiles.take(np.argsort(-lengths, kind="stable"), axis=0)
+    return WorkList(torch.from_numpy(tiles), torch.from_numpy(row_spans))
+
+
+def _heads(starts: np.ndarray, ends: np.ndarray, block_q: int) -> np.ndarray:
+    """Finds the first sequence of each run that is a tile, or slices of one: as many as fit, from the first one on."""
+    after = np.maximum(np.searchsorted(ends, starts + block_q, side="right"), np.arange(1, starts.shape[0] + 1))
+    following, heads, seq, n_seqs = after.tolist(), [], 0, starts.shape[0]
+    while seq < n_seqs:
+        heads.append(seq)
+        seq = following[seq]
+    return np.array(heads)
+
+
+def max_short_tiles(n_tokens: int) -> int:
+    """Computes the length of a static list of the tiles of short sequences: one for 4 tokens.
+
+    A sequence of 17 tokens has 2 tiles, 8.5 tokens each; only many texts of a few tokens need more than that.
+    """
+    return -(-n_tokens // 4)
+
+
+def max_tiles(n_tokens: int, block_q: int) -> int:
+    """Bounds the tiles that `build_work_list` makes of n_tokens tokens, however they are cut into sequences.
+
+    Let Q be block_q. A sequence of k >= 2 tiles has at least (k - 1) Q + 1 tokens. A shared tile ends where the
+    next sequence does not fit: together with the tile after it, if that is shared too, it has more than Q tokens.
+    So count, from the start, a shared tile with what follows it: two shared ones, 2 tiles, at least Q + 1 tokens; a
+    shared one and a long sequence, k + 1 tiles, at least (k - 1) Q + 2 tokens, most tiles a token at k = 2; a long
+    sequence by itself, k tiles, at least (k - 1) Q + 1 tokens. The most is 3 tiles in Q + 2 tokens (lengths 1,
+    Q + 1, 1, Q + 1, ...). Only the last shared tile may be left over, with one token or more: at most
+    1 + 3 (n_tokens - 1) / (Q + 2) tiles.
+    """
+    return 0 if n_tokens == 0 else min(n_tokens, 1 + 3 * (n_tokens - 1) // (block_q + 2))
+
+
+def dense_tiles(n_tokens: int, block_q: int) -> int:
+    """Computes the length of a static list for batches whose tiles are two thirds full, as those of most are."""
+    return 1 + -(-3 * n_tokens // (2 * block_q))
