@@ -358,7 +358,7 @@ def varlen_attention(
         raise ValueError(f"qkv: expected shape {expected}, got {tuple(qkv.shape)}")
     head_size = qkv.shape[1] // (3 * num_heads)
     scale = head_size**-0.5 if scale is None else scale
-    if window is not None and not windowed.reaches_all(batch, window):
+    if window is not None and not windowed.reaches_all(batch, window, policy):
         if table is not None:
             raise ValueError("window: expected None with a position bias")
         return windowed.attention(qkv, batch, num_heads, window, scale, probability_of(dropout), policy)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,8 +11,9 @@ from torch import Tensor
 from fastbert.ops import dispatch, recording, tracing
 from fastbert.ops.dispatch import AUTO, Policy
 from fastbert.ops.library import register
+from fastbert_kernels import cpu
 
-KERNELS = {"triton": None, "torch": "multiply, add, torch.cat"}
+KERNELS = {"cpu": "fastbert_kernels.cpu", "torch": "multiply, add, torch.cat"}
 TRITON_OBSTACLE = "there is no Triton kernel for rotary positions yet"
 
 
@@ -68,6 +70,18 @@ register(
 )
 
 
+def cpu_obstacle(rows: Tensor) -> str | None:
+    """Tells why the cpu backend takes PyTorch's operations on rows and not a C++ kernel, or None."""
+    if rows.dtype not in (torch.float32, torch.bfloat16):
+        return f"there is no C++ kernel for {rows.dtype}"
+    return tracing.transformed(rows) or _kernels_obstacle()
+
+
+@tracing.constant
+def _kernels_obstacle() -> str | None:
+    return cpu.obstacle()
+
+
 def rotary(qkv: Tensor, cos: Tensor, sin: Tensor, num_heads: int, *, policy: Policy = AUTO) -> Tensor:
     """Turns queries and keys: elements i and i + D / 2 of a head turn together by the row's angle i.
 
@@ -82,8 +96,16 @@ def rotary(qkv: Tensor, cos: Tensor, sin: Tensor, num_heads: int, *, policy: Pol
         if tracing.differ(table.shape, expected):
             raise ValueError(f"{name}: expected shape {expected}, got {tuple(table.shape)}")
     backend = dispatch.choose("rotary", policy.backend, policy.strict, qkv.device, TRITON_OBSTACLE)
-    if recording.on and recording.note("rotary", backend, qkv.shape, qkv.shape, qkv.dtype, heads=num_heads):
-        return torch.empty_like(qkv)
+    obstacle = cpu_obstacle(qkv) if backend == "cpu" else None
+    if backend != "triton":
+        dispatch.check_invariant("rotary", policy, backend, obstacle)
+    if recording.on:
+        facts: dict[str, Any] = {"heads": num_heads, "compiled": backend == "cpu" and obstacle is None}
+        if recording.note("rotary", backend, qkv.shape, qkv.shape, qkv.dtype, **facts):
+            return torch.empty_like(qkv)
+    if backend == "cpu" and obstacle is None and dispatch.direct(qkv):
+        qkv = qkv if qkv.stride(-1) == 1 else qkv.contiguous()
+        return cpu.rotary_forward(qkv, cos.contiguous(), sin.contiguous(), num_heads)
     if torch.is_grad_enabled() and qkv.requires_grad and tracing.transformed(qkv) is None:
         return torch.ops.fastbert.rotary(qkv, cos, sin, num_heads)  # keeps angles alone for the backward pass
     return _eager(qkv, cos, sin, num_heads)

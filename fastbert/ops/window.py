@@ -1,4 +1,4 @@
-"""Attention within a window, in plain PyTorch: its cost grows with the window, and not with the text's square.
+"""Attention within a window, in C++ and in plain PyTorch: its cost grows with the window, not with the text's square.
 
 The queries of a text go in blocks. A block sees the keys from `window` columns before its first query to `window`
 columns after its last one, and a mask takes away those that are too far from a query. No (S, S) numbers are made for
@@ -17,18 +17,22 @@ from fastbert.ops import dispatch, recording, tracing
 from fastbert.ops.dispatch import Policy
 from fastbert.ops.groups import group_by_length
 from fastbert.ops.packing import PackedBatch
+from fastbert.ops.rotary import cpu_obstacle as rows_obstacle
+from fastbert_kernels import cpu
 
 TRITON_OBSTACLE = "there is no Triton kernel for attention within a window yet"
-CPU_OBSTACLE = "there is no C++ kernel for attention within a window yet"
 BLOCK = 64  # the fewest queries in a block
 _FAR = 1 << 30  # the column of keys that are not there
 
 
-def reaches_all(batch: PackedBatch, window: int) -> bool:
-    """Tells whether the window is as wide as the longest text, so that it leaves nothing out."""
+def reaches_all(batch: PackedBatch, window: int, policy: Policy) -> bool:
+    """Tells whether the window is as wide as the longest text, so that attention without one may run.
+
+    Not under a batch-invariant policy: another kernel would depend on the other texts.
+    """
     if recording.on and recording.is_dry():  # which is not about texts of a length
         return False
-    return tracing.has_sizes() and batch.padded_length - 1 <= window
+    return not policy.batch_invariant and tracing.has_sizes() and batch.padded_length - 1 <= window
 
 
 def near(queries: Tensor, keys: Tensor, window: int) -> Tensor:
@@ -41,13 +45,27 @@ def attention(
 ) -> Tensor:
     """What `ops.varlen_attention` does within a window: it decides, records, and attends."""
     backend = dispatch.choose("attention", policy.backend, policy.strict, qkv.device, TRITON_OBSTACLE)
-    dispatch.check_invariant("attention", policy, backend, CPU_OBSTACLE)
+    obstacle = cpu_obstacle(qkv, num_heads, dropout_p) if backend == "cpu" else None
+    if backend != "triton":
+        with_gradients = None if dispatch.direct(qkv) else "gradients within a window go through a whole batch"
+        dispatch.check_invariant("attention", policy, backend, obstacle or with_gradients)
     if recording.on:
         shape = qkv.shape[0], qkv.shape[1] // 3
-        facts: dict[str, Any] = {"heads": num_heads, "compiled_obstacle": CPU_OBSTACLE, "window": window}
+        facts: dict[str, Any] = {"heads": num_heads, "compiled_obstacle": obstacle, "window": window}
         if recording.note("attention", backend, qkv.shape, shape, qkv.dtype, **facts):
             return qkv.new_zeros(shape)
+    if backend == "cpu" and obstacle is None and dispatch.direct(qkv):
+        qkv = qkv if qkv.stride(-1) == 1 else qkv.contiguous()
+        return cpu.windowed_attention_forward(qkv, batch.cu_seqlens_cpu, num_heads, scale, window, batch.columns)
     return attend(qkv, batch, num_heads, window, scale, dropout_p)
+
+
+def cpu_obstacle(qkv: Tensor, num_heads: int, dropout_p: float) -> str | None:
+    """Tells why the cpu backend takes PyTorch's operations within a window, or None where it has a C++ kernel."""
+    head_size = qkv.shape[1] // (3 * num_heads)
+    if head_size % 16 or head_size > 256:
+        return f"head size {head_size} is no multiple of 16 up to 256"
+    return "dropout" if dropout_p > 0.0 else rows_obstacle(qkv)
 
 
 def attend(qkv: Tensor, batch: PackedBatch, num_heads: int, window: int, scale: float, dropout_p: float) -> Tensor:

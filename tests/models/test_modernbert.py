@@ -17,6 +17,7 @@ from family_cases import head_batch, make_batch, run, theirs, twin
 from fastbert import reference
 from fastbert.checkpoint.families import FAMILIES
 from fastbert.checkpoint.rotary import modernbert_layers
+from fastbert_kernels import cpu
 from helpers import assert_as_accurate, cu_seqlens_of
 from model_cases import BATCH, MASKS, VOCAB, assert_close, generator, in_dtype, randn, valid_of
 
@@ -272,6 +273,21 @@ def test_what_no_kernel_does_is_named() -> None:
         assert row.raises and "no Triton kernel" in row.reason, name
     shapes_of = [row.shapes for row in fastbert.explain(ours).rows if row.op == "attention"]
     assert [f"within {WINDOW} columns" in shapes for shapes in shapes_of] == [False, True, False]
-    invariant = twin(theirs("modernbert"), dtype=torch.float32, batch_invariant=True)
-    with pytest.raises(fastbert.BackendError, match="batch_invariant"):
-        run(invariant, batch_of("none", 20))
+    eight_bit = twin(theirs("modernbert"), dtype=torch.float32, precision="int8")
+    with pytest.raises(fastbert.BackendError, match="precision='int8'"):
+        run(eight_bit, batch_of("none", 20))
+
+
+@pytest.mark.skipif(cpu.obstacle() is not None, reason=str(cpu.obstacle()))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_batch_invariance(dtype: torch.dtype) -> None:
+    """Catches a text whose bits depend on the others, on their lengths or on their order."""
+    ours = twin(theirs("modernbert", hidden_size=64, intermediate_size=48), dtype=dtype, batch_invariant=True)
+    lengths = [3, 70, 1, 7, 300, 193]
+    texts = torch.randint(VOCAB, (sum(lengths),), generator=generator(6)).split(lengths)
+    with torch.no_grad():
+        together = ours.forward_packed(torch.cat(texts), cu_seqlens_of(lengths)).split(lengths)
+        turned = ours.forward_packed(torch.cat(texts[::-1]), cu_seqlens_of(lengths[::-1])).split(lengths[::-1])
+        for text, mine, other in zip(texts, together, turned[::-1], strict=True):
+            alone = ours.forward_packed(text, cu_seqlens_of([len(text)]))
+            assert torch.equal(alone, mine) and torch.equal(alone, other)

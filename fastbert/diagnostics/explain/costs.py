@@ -23,7 +23,16 @@ from fastbert.models.encoder import EncoderModel
 from fastbert.text.tokenizer import Tokenizer
 
 # FLOPs a number that is written; of pooling, that is read.
-PER_NUMBER = {"embedding": 10, "layer_norm": 8, "layernorm": 8, "bias_gelu": 10, "pooling": 1, "normalize": 3}
+PER_NUMBER = {
+    "embedding": 10,
+    "layer_norm": 8,
+    "layernorm": 8,
+    "bias_gelu": 10,
+    "gated": 11,
+    "rotary": 3,
+    "pooling": 1,
+    "normalize": 3,
+}
 PRODUCTS = ("linear", "quantized_linear", "dense")
 INT64, FLOAT32 = 8, 4
 

@@ -94,6 +94,10 @@ def short_texts(record: Record, device: torch.device) -> Kernel | None:
     return None if config is None else Kernel(attention.KERNELS["triton"], dict(config.block_sizes), config.source)
 
 
+def _rotary(record: Record, device: torch.device) -> Kernel:
+    return Kernel(compiled(), source=PACKED) if record.facts["compiled"] else Kernel(ROTARY_KERNELS["torch"])
+
+
 def _pooling(record: Record, device: torch.device) -> Kernel:
     if record.facts["kernel"] in ("compiled", "invariant"):
         return Kernel(compiled(), source=PACKED)
@@ -140,7 +144,8 @@ _KERNELS: dict[str, Callable[[Record, torch.device], Kernel]] = {
     "layer_norm": _layer_norm,
     "bias_gelu": _bias_gelu,
     "attention": _attention,
-    "rotary": lambda record, device: Kernel(str(ROTARY_KERNELS["torch"])),
+    "rotary": _rotary,
+    "gated": lambda record, device: Kernel(compiled(), source=PACKED),
     "pooling": _pooling,
     "linear": _linear,
 }
