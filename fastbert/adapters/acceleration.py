@@ -123,10 +123,11 @@ def _module_of(model: Any) -> nn.Module | None:
 def accelerate(model: Model, *, backend: str = "auto", strict: bool = False, cuda_graphs: bool = True) -> Model:
     """Lets fastbert run the encoders of BERT's family in a live model of another library, and returns the same object.
 
-    model: a `BertModel`, `RobertaModel`, `XLMRobertaModel`, `CamembertModel`, `DistilBertModel` or `ElectraModel` of
-    transformers, a `...For...` around one, the model of an `AutoModel...`, a pipeline, a wrapper (PEFT, DataParallel),
-    a `SentenceTransformer` or a `CrossEncoder`. backend: "auto", "triton", "cpu" or "torch". strict: whether a call
-    that fastbert cannot run raises BackendError. cuda_graphs: on a GPU, launch short batches as CUDA graphs.
+    model: a `BertModel`, `RobertaModel`, `XLMRobertaModel`, `CamembertModel`, `DistilBertModel`, `ElectraModel` or
+    `MPNetModel` of transformers, a `...For...` around one, the model of an `AutoModel...`, a pipeline, a wrapper (PEFT,
+    DataParallel), a `SentenceTransformer` or a `CrossEncoder`. backend: "auto", "triton", "cpu" or "torch". strict:
+    whether a call that fastbert cannot run raises BackendError. cuda_graphs: on a GPU, launch short batches as CUDA
+    graphs.
 
     Arguments, outputs, state dict and parameters stay. Rows of outputs at padding positions are zero, where
     transformers leaves unspecified values. A call that fastbert does not know (requested attentions, masks of pairs of

@@ -65,8 +65,8 @@ class Engine:
         once, or raises BackendError under a strict policy.
         """
         embedded, n_tokens = inputs.input_ids is None, batch.n_tokens
-        in_bucket = bucket_of(n_tokens) is not None and batch.columns is None  # which graphs have no place for
-        if not embedded and not torch.compiler.is_compiling() and in_bucket:
+        seen = not torch.compiler.is_compiling() and batch.columns is None  # which graphs have no place for
+        if not embedded and seen and bucket_of(n_tokens) is not None:
             device = first_parameter(model).device
             if capture.capturer(device) is not None and next(self._state_obstacles(model, device), None) is None:
                 return self._run_in_bucket(model, batch, inputs, keep_states)

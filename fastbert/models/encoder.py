@@ -163,7 +163,7 @@ class EncoderModel(PreTrainedModel):
                 raise ValueError(f"{name}: expected shape ({n_tokens},), got {tuple(tensor.shape)}")
         if inputs_embeds is not None:
             check_embeds(inputs_embeds, self)
-        if self.counts_distances:
+        if self.counts_distances and batch.indices is not None:
             packing.find_holes(batch)
         if position_ids is None and self.counted_from is not None:
             if input_ids is None:

@@ -7,7 +7,6 @@ modules and parameters are those of transformers.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -177,25 +176,19 @@ def relative_position_bucket(distance: int) -> int:
     """The row of `relative_attention_bias` for a key that stands `distance` columns after the query.
 
     Half of the 32 rows are for keys before the query, and half for those after it. The first 8 of a half are for one
-    distance each. The others grow with its logarithm up to 128, in float32 as in transformers.
+    distance each. The others grow with its logarithm up to 128.
     Source: Raffel et al., "T5", 2019, arXiv:1910.10683.
     """
     half = N_BUCKETS // 2
     exact, start, n = half // 2, half if distance > 0 else 0, abs(distance)
     if n < exact:
         return start + n
-    log = torch.log(torch.tensor(float(n), device="cpu") / exact) / math.log(MAX_DISTANCE / exact) * (half - exact)
+    log = math.log(n / exact) / math.log(MAX_DISTANCE / exact) * (half - exact)
     return start + min(exact + int(log), half - 1)
 
 
-@functools.cache
-def _buckets() -> tuple[int, ...]:
-    """The bucket of each distance from -R to R."""
-    with torch.inference_mode(False):
-        return tuple(map(relative_position_bucket, range(-MAX_DISTANCE, MAX_DISTANCE + 1)))
-
-
-_buckets_on: dict[torch.device, Tensor] = {}  # by device
+_BUCKETS = tuple(map(relative_position_bucket, range(-MAX_DISTANCE, MAX_DISTANCE + 1)))  # from -R to R
+_buckets_on: dict[torch.device, Tensor] = {}  # the same by device
 
 
 def _bucket_ids(device: torch.device) -> Tensor:
@@ -204,9 +197,9 @@ def _bucket_ids(device: torch.device) -> Tensor:
     if kept is not None:
         return kept
     if torch.compiler.is_compiling() or tracing.observed() is not None or device.type == "meta":
-        return torch.tensor(_buckets(), device=device)
+        return torch.tensor(_BUCKETS, device=device)
     with torch.inference_mode(False):  # or autograd could not keep it
-        _buckets_on[device] = made = torch.tensor(_buckets(), device=device)
+        _buckets_on[device] = made = torch.tensor(_BUCKETS, device=device)
     return made
 
 

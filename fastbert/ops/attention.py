@@ -5,20 +5,22 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from fastbert.ops import attention_plan, dispatch, recording, tracing
 from fastbert.ops import window as windowed
 from fastbert.ops.dispatch import AUTO, Policy
 from fastbert.ops.dropout import Drop, mask_of, probability_of
-from fastbert.ops.groups import Group, group_by_length
+from fastbert.ops.grouped_attention import (
+    attend_by_lengths,
+    attend_in_groups,
+    attend_in_place,
+    gradients_by_lengths,
+)
+from fastbert.ops.groups import group_by_length
 from fastbert.ops.library import register
 from fastbert.ops.packing import PackedBatch
 from fastbert.ops.position_bias import check as check_bias
-from fastbert.ops.position_bias import expand as expand_bias
 from fastbert.ops.position_bias import for_kernel
-from fastbert.ops.position_bias import gradient as bias_gradient
-from fastbert.ops.position_bias import of_rows as bias_of_rows
 from fastbert.ops.tracing import constant, untraced
 from fastbert.ops.training import choose, functions
 from fastbert.ops.training.kernels import Attention
@@ -30,81 +32,6 @@ KERNELS = {
     "triton": "fastbert_kernels.attention",
     "torch": "torch.nn.functional.scaled_dot_product_attention, sequences of equal length together",
 }
-
-
-def _grouped(
-    qkv: torch.Tensor,
-    groups: list[Group],
-    ungroup: torch.Tensor | None,
-    num_heads: int,
-    scale: float,
-    dropout_p: float = 0.0,
-    table: torch.Tensor | None = None,
-    columns: torch.Tensor | None = None,
-) -> torch.Tensor:
-    hidden_size = qkv.shape[1] // 3
-    if not groups:
-        return qkv[:, :hidden_size].clone()
-    outs = []
-    for n_seqs, length, rows in groups:
-        part = qkv[rows] if isinstance(rows, slice) else qkv.index_select(0, rows)
-        part = part.view(n_seqs, length, 3, num_heads, hidden_size // num_heads)
-        q, k, v = part.permute(2, 0, 3, 1, 4)  # each (sequences, N, length, D)
-        bias = None if table is None else bias_of_rows(table, columns, rows, n_seqs, length)
-        out = _attention(q, k, v, None, scale, dropout_p, bias)
-        outs.append(out.transpose(1, 2).reshape(n_seqs * length, hidden_size))
-    out = outs[0] if len(outs) == 1 else torch.cat(outs)
-    out = out if ungroup is None else out.index_select(0, ungroup)
-    # Rows that belong to no sequence fill the last ones up.
-    return out if out.shape[0] == qkv.shape[0] else F.pad(out, (0, 0, 0, qkv.shape[0] - out.shape[0]))
-
-
-def _attention(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    valid: torch.Tensor | None,
-    scale: float | None,
-    dropout_p: float,
-    bias: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """softmax(scale * q k^T + bias) v over the keys that are valid, (B, 1, 1, S) bool. Each (B, N, S, D)."""
-    if not tracing.differentiated():
-        mask = valid
-        if bias is not None:
-            bias = bias.to(q.dtype)
-            mask = bias if valid is None else bias.masked_fill(~valid, torch.finfo(q.dtype).min)
-        return F.scaled_dot_product_attention(q, k, v, mask, dropout_p=dropout_p, scale=scale)
-    scores = q @ k.transpose(-1, -2) * (q.shape[-1] ** -0.5 if scale is None else scale)
-    if bias is not None:
-        scores = scores + bias
-    if valid is not None:
-        scores = scores.masked_fill(~valid, torch.finfo(scores.dtype).min)
-    return F.dropout(torch.softmax(scores, dim=-1), dropout_p) @ v
-
-
-def _in_place(
-    qkv: torch.Tensor,
-    batch: PackedBatch,
-    num_heads: int,
-    scale: float | None,
-    dropout_p: float,
-    table: torch.Tensor | None,
-    window: int | None = None,
-) -> torch.Tensor:
-    """Attention of a `packing.in_place` batch, (B * S, 3 * N * D) -> (B * S, N * D), with its padding masked."""
-    assert batch.valid is not None
-    qkv = qkv.reshape(batch.batch_size, batch.padded_length, 3, num_heads, -1)
-    q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind()  # each (B, N, S, D)
-    # A row without tokens attends to all of its padding: what comes of it is finite, and cleared later.
-    valid = batch.valid | ~batch.valid.any(1, keepdim=True)
-    seen, bias, columns = valid[:, None, None, :], None, torch.arange(batch.padded_length, device=qkv.device)
-    if table is not None:
-        bias = expand_bias(table, columns)[None]
-    if window is not None:  # a query without a key in reach sees itself
-        seen = seen & windowed.near(columns, columns, window) | torch.eye(*columns.shape * 2, device=qkv.device).bool()
-    out = _attention(q, k, v, seen, scale, dropout_p, bias)
-    return out.transpose(1, 2).flatten(2).flatten(0, 1)
 
 
 def _eager(
@@ -120,57 +47,7 @@ def _eager(
     table: torch.Tensor | None = None,
     columns: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    return _grouped_from_lengths(qkv, cu_seqlens_cpu, num_heads, scale, table, columns)
-
-
-def _grouped_from_lengths(
-    qkv: torch.Tensor,
-    cu_seqlens_cpu: torch.Tensor,
-    num_heads: int,
-    scale: float,
-    table: torch.Tensor | None = None,
-    columns: torch.Tensor | None = None,
-) -> torch.Tensor:
-    groups = group_by_length(cu_seqlens_cpu, qkv.device)
-    return _grouped(qkv, *groups, num_heads, scale, table=table, columns=columns)
-
-
-def _grouped_backward(
-    grad: torch.Tensor,
-    qkv: torch.Tensor,
-    cu_seqlens_cpu: torch.Tensor,
-    num_heads: int,
-    scale: float,
-    table: torch.Tensor | None = None,
-    columns: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns the gradients of qkv, (T, 3 * N * D), and of the table, (N, 2R + 1), or () without one.
-
-    The probabilities P are computed again, in float32 at least.
-
-    dV = P^T dO,    dS = P * (dO V^T - rowsum(P * dO V^T)),    dQ = scale dS K,    dK = scale dS^T Q
-    """
-    head_size = qkv.shape[1] // (3 * num_heads)
-    compute_dtype = torch.promote_types(qkv.dtype, torch.float32)
-    out = torch.zeros_like(qkv)  # rows that belong to no sequence have no gradient
-    d_table = qkv.new_zeros(() if table is None else table.shape, dtype=compute_dtype)
-    for n_seqs, length, rows in group_by_length(cu_seqlens_cpu, qkv.device)[0]:
-        part = qkv[rows].to(compute_dtype).view(n_seqs, length, 3, num_heads, head_size)
-        q, k, v = part.permute(2, 0, 3, 1, 4)  # each (sequences, N, length, D)
-        d_out = grad[rows].to(compute_dtype).view(n_seqs, length, num_heads, head_size).transpose(1, 2)
-        scores = q @ k.transpose(-1, -2) * scale
-        if table is not None:
-            scores = scores + bias_of_rows(table.to(compute_dtype), columns, rows, n_seqs, length)
-        p = torch.softmax(scores, dim=-1)
-        d_p = d_out @ v.transpose(-1, -2)
-        d_s = p * (d_p - (p * d_p).sum(-1, keepdim=True))
-        if table is not None:
-            places = torch.arange(length, device=qkv.device) if columns is None else columns[rows].view(n_seqs, length)
-            d_table = d_table + bias_gradient(table, d_s, places)
-        d_s = d_s * scale
-        d_qkv = torch.stack([d_s @ k, d_s.transpose(-1, -2) @ q, p.transpose(-1, -2) @ d_out])
-        out[rows] = d_qkv.permute(1, 3, 0, 2, 4).reshape(n_seqs * length, -1).to(qkv.dtype)
-    return out, d_table if table is None else d_table.to(table.dtype)
+    return attend_by_lengths(qkv, cu_seqlens_cpu, num_heads, scale, table, columns)
 
 
 def _kernel(
@@ -225,7 +102,7 @@ def _gradients(
     columns: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     # The operation has no derivative of its own; what it computes has, where one is wanted (create_graph=True).
-    run = _grouped_backward if torch.is_grad_enabled() else torch.ops.fastbert.varlen_attention_backward
+    run = gradients_by_lengths if torch.is_grad_enabled() else torch.ops.fastbert.varlen_attention_backward
     d_qkv, d_table = run(grad, qkv, cu_seqlens_cpu, num_heads, scale, table, columns)
     return d_qkv, None if table is None else d_table
 
@@ -254,16 +131,16 @@ register(
 register(
     "grouped_attention(Tensor qkv, Tensor cu_seqlens_cpu, int num_heads, float scale, Tensor? bias=None, "
     "Tensor? columns=None) -> Tensor",
-    kernel=_grouped_from_lengths,
-    eager=_grouped_from_lengths,
+    kernel=attend_by_lengths,
+    eager=attend_by_lengths,
     fake=_fake,
     backward=_grouped_op_backward,
 )
 register(
     "varlen_attention_backward(Tensor grad, Tensor qkv, Tensor cu_seqlens_cpu, int num_heads, float scale, "
     "Tensor? bias=None, Tensor? columns=None) -> (Tensor, Tensor)",
-    kernel=_grouped_backward,
-    eager=_grouped_backward,
+    kernel=gradients_by_lengths,
+    eager=gradients_by_lengths,
     fake=_fake_gradients,
 )
 
@@ -352,7 +229,7 @@ def varlen_attention(
         in_place = tracing.transformed(qkv) or "the batch keeps the rows of its padding"
         dispatch.choose("attention", policy.backend, policy.strict, qkv.device, in_place)
         dispatch.check_invariant("attention", policy, "cpu", in_place)
-        return _in_place(qkv, batch, num_heads, scale, probability_of(dropout), table, window)
+        return attend_in_place(qkv, batch, num_heads, scale, probability_of(dropout), table, window)
     if qkv.dim() != 2 or qkv.shape[1] % (3 * num_heads) or qkv.shape[0] != batch.n_tokens:
         expected = f"(T, 3 * N * D) with T = {batch.n_tokens} and N = {num_heads}"
         raise ValueError(f"qkv: expected shape {expected}, got {tuple(qkv.shape)}")
@@ -367,8 +244,8 @@ def varlen_attention(
     trained = trained and choose.wanted(policy, dropout, qkv, table)
     dropout_p = dropout if isinstance(dropout, float) else 0.0
     if trained or isinstance(dropout, Dropout):
-        biases: dict[str, Any] = {"biased": table is not None, "holes": columns is not None}
-        obstacle = choose.triton_obstacle(qkv.dtype, head_size=head_size, **biases)
+        biased, holes = table is not None, columns is not None
+        obstacle = choose.triton_obstacle(qkv.dtype, head_size=head_size, biased=biased, holes=holes)
     else:
         obstacle = triton_obstacle(head_size, qkv, dropout_p)
     backend = dispatch.choose("attention", policy.backend, policy.strict, qkv.device, obstacle)
@@ -416,4 +293,4 @@ def varlen_attention(
     if (compiling or differentiable) and dropout_p == 0.0:  # PyTorch's own has no second derivative
         return torch.ops.fastbert.grouped_attention(qkv, batch.cu_seqlens_cpu, num_heads, scale, table, columns)
     groups, ungroup = batch.plan("groups", lambda: group_by_length(batch.cu_seqlens_cpu, batch.device))
-    return _grouped(qkv, groups, ungroup, num_heads, scale, dropout_p, table, columns)
+    return attend_in_groups(qkv, groups, ungroup, num_heads, scale, dropout_p, table, columns)

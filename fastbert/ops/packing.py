@@ -183,7 +183,7 @@ def find_holes(batch: PackedBatch) -> None:
 
     On a GPU it waits for it, where the batch was padded.
     """
-    if batch.indices is None or batch.columns is not None or batch.valid is not None or not batch.n_tokens:
+    if batch.indices is None or batch.columns is not None or batch.valid is not None:
         return
 
     indices = batch.indices
@@ -193,7 +193,8 @@ def find_holes(batch: PackedBatch) -> None:
         rows = torch.arange(batch.n_tokens, device=batch.device)
         starts = within_sequences(columns - rows, -batch.cu_seqlens.long(), batch.seq_ids)
         first = starts.index_select(0, batch.cu_seqlens.long().index_select(0, batch.seq_ids))
-        return columns.int() if bool((starts != first).any()) else None
+        some = torch.compiler.is_exporting() or bool((starts != first).any())  # an exporter has no values to look at
+        return columns.int() if some else None
 
     batch.columns = batch.plan("holes", make)
 
@@ -239,7 +240,7 @@ def positions_after_padding(input_ids: torch.Tensor, pad_id: int, batch: PackedB
     """
     counted = input_ids != pad_id
     numbers = counted.cumsum(-1)
-    if batch is not None:  # of one long row: what the sequences before have counted goes
+    if batch is not None and batch.batch_size != 1:  # of one long row: what the sequences before have counted goes
         before = torch.nn.functional.pad(numbers, (1, 0)).index_select(0, batch.cu_seqlens[:-1])  # (B,)
         numbers = numbers - before.index_select(0, batch.seq_ids)
     return numbers * counted + pad_id

@@ -1,4 +1,4 @@
-"""accelerate covers the rest of BERT's family: RoBERTa, XLM-RoBERTa, CamemBERT, DistilBERT and ELECTRA."""
+"""accelerate covers the other families: RoBERTa, XLM-RoBERTa, CamemBERT, DistilBERT, ELECTRA and MPNet."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def test_embeddings_positions_and_tuples(model_type: str) -> None:
     calls: list[dict[str, Any]] = [{"inputs_embeds": words}, {"input_ids": ids}]
     if "position_ids" in inspect.signature(original.forward).parameters:
         calls += [{**call, "position_ids": positions} for call in calls]
-    if model_type != "distilbert":
+    if model_type not in ("distilbert", "mpnet"):
         n_types = original.config.type_vocab_size
         calls += [{"input_ids": ids, "token_type_ids": torch.arange(LENGTH).expand(4, -1) % n_types}]
     for call in calls:
@@ -221,7 +221,8 @@ def test_gradients_in_eval_mode(model_type: str) -> None:
 def test_changes_are_seen(model_type: str) -> None:
     """Catches weights, tables or modules of before, under this family's names."""
     original, model = pair(model_type)
-    names = {"roberta": "encoder.layer.0.attention.self.query", "distilbert": "transformer.layer.0.attention.q_lin"}
+    names = {"roberta": "encoder.layer.0.attention.self.query", "distilbert": "transformer.layer.0.attention.q_lin",
+             "mpnet": "encoder.layer.0.attention.attn.q"}  # fmt: skip
     path = names.get(model_type, names["roberta"])
     parent, _, name = path.rpartition(".")
     steps: list[Any] = [
@@ -257,7 +258,7 @@ def test_buffers_of_default_ids(model_type: str) -> None:
         each.embeddings.position_ids = each.embeddings.position_ids.flip(1)
     run_both = [run(each, make_batch(model_type, "none"))[0] for each in (model, original)]
     assert_close("positions", *run_both)
-    reason = "fastbert" if model_type == "roberta" else "embeddings.position_ids is not what a new model has"
+    reason = "fastbert" if model_type in ("roberta", "mpnet") else "embeddings.position_ids is not what a new model has"
     assert counts(model) == {reason: 1}
 
 
@@ -297,12 +298,12 @@ def test_explain_and_verify() -> None:
 
 def test_what_is_covered_is_said() -> None:
     """Catches an error that does not list every family, and a model of a family that is not covered half changed."""
-    config = transformers.MPNetConfig(vocab_size=30, hidden_size=32, num_attention_heads=2, num_hidden_layers=1,
+    config = transformers.ErnieConfig(vocab_size=30, hidden_size=32, num_attention_heads=2, num_hidden_layers=1,
                                       intermediate_size=37)  # fmt: skip
-    model = transformers.MPNetModel(config)
-    with pytest.raises(ValueError, match="MPNetModel") as raised:
+    model = transformers.ErnieModel(config)
+    with pytest.raises(ValueError, match="ErnieModel") as raised:
         fastbert.accelerate(model)
     names = {their_class(model_type, "BertModel").__name__ for model_type in ("bert", *OTHERS)}
     assert names == {mapping.model for mapping in COVERED}
     assert all(name in str(raised.value) for name in names)
-    assert type(model) is transformers.MPNetModel
+    assert type(model) is transformers.ErnieModel

@@ -254,7 +254,8 @@ def test_accelerated_models(model_type: str) -> None:
     assert report.ok and gradients is not None, str(report)
     assert {p.name for p in gradients.parameters} == {name for name, _ in model.named_parameters()}
     assert counts(model) == before and not model.training
-    wrong = next(p for name, p in model.named_parameters() if name.endswith(("value.bias", "v_lin.bias")))
+    values = "value.bias", "v_lin.bias", "attn.v.bias"
+    wrong = next(p for name, p in model.named_parameters() if name.endswith(values))
     wrong.register_hook(lambda grad: grad * 1.01)
     problem = verify(model, [[6, 9, 11], [7, 8]], gradients=True).problems[-1]
     name = next(name for name, p in model.named_parameters() if p is wrong)

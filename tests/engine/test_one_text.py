@@ -59,10 +59,11 @@ def calls_of(function: Callable[[], Any]) -> int:
 
 
 @COMPILED
+@pytest.mark.parametrize("family", [{}, {"model_type": "mpnet", "pad_token_id": 1}], ids=["bert", "mpnet"])
 @pytest.mark.parametrize("n_layers", [1, 6])
-def test_few_calls(n_layers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_few_calls(n_layers: int, family: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches work around the encoder that creeps back, or that grows with the number of layers."""
-    encoder = make([Normalize()], num_hidden_layers=n_layers)
+    encoder = make([Normalize()], num_hidden_layers=n_layers, **family)
     assert calls_of(lambda: encoder.encode(TEXT)) <= MOST_CALLS
     runs = tokens_of_calls(monkeypatch)
     encoder.encode(TEXT)

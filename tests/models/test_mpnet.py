@@ -196,3 +196,13 @@ def test_settings_that_its_code_does_not_read(settings: dict[str, Any], message:
     """Catches a setting that transformers' code ignores and ours would follow."""
     with pytest.raises(ValueError, match=message):
         BertModel(BertConfig.from_dict({**theirs("mpnet").config.to_dict(), **settings}))
+
+
+def test_export() -> None:
+    """Catches a look at a mask's holes, or at the size of a batch, that an exporter cannot follow."""
+    model, batch = theirs("mpnet"), long_batch("holes")
+    batch = {name: tensor[:, :12] for name, tensor in batch.items()}
+    ours, valid = twin(model, backend="auto", strict=False), valid_of(batch["attention_mask"])
+    with torch.no_grad():
+        exported = torch.export.export(ours, tuple(batch.values())).module()
+        assert_close("exported", exported(*batch.values())[0][valid], run(model, batch)[0][valid])

@@ -123,7 +123,7 @@ def encoder_forward(
     pointers = map(library.address, (None, None, None) if ids is None else ids)
     status = library.function("encode", x.dtype)(
         *pointers, embeddings, offsets.data_ptr(), offsets.shape[0] - 1, layers, x.data_ptr(), workspace.data_ptr(),
-        n_rows, *encoder.settings, library.address(columns),
+        n_rows, *encoder.settings, None if columns is None else columns.data_ptr(),
     )  # fmt: skip
     library.check(status, n_rows)
     return x
@@ -161,7 +161,7 @@ def encoder_int8_forward(
     status = library.function("encode_int8", states.dtype)(
         *pointers, embeddings, offsets.data_ptr(), len(offsets) - 1, layers, states.data_ptr(),
         0 if len(states) == 1 else states.stride(0), workspace.data_ptr(), workspace.numel(), states.shape[1],
-        *encoder.settings, library.address(columns),
+        *encoder.settings, None if columns is None else columns.data_ptr(),
     )  # fmt: skip
     library.check(status, states.shape[1])
     return states
