@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastbert.ops import dispatch, recording
+from fastbert.ops import dispatch, recording, tracing
 from fastbert.ops.dispatch import AUTO, Policy
 from fastbert.ops.gelu import bias_gelu
 from fastbert.ops.rotary import cpu_obstacle
@@ -26,7 +26,7 @@ def gated(x: Tensor, activation: str = "gelu", *, policy: Policy = AUTO) -> Tens
     kernel does both. Source: Shazeer, "GLU Variants Improve Transformer", 2020, arXiv:2002.05202. Raises ValueError for
     an odd width or an unknown activation.
     """
-    if x.dim() != 2 or x.shape[1] % 2:
+    if tracing.has_sizes() and (x.dim() != 2 or x.shape[1] % 2):
         raise ValueError(f"x: expected shape (T, 2 I), got {tuple(x.shape)}")
     on_cpu = dispatch.decide("gated", policy, x.device, None).backend == "cpu"
     if on_cpu and activation in COMPILED and cpu_obstacle(x) is None and dispatch.direct(x):

@@ -89,7 +89,7 @@ def rotary(qkv: Tensor, cos: Tensor, sin: Tensor, num_heads: int, *, policy: Pol
     gradients. Products are in float32 at least. Returns a new tensor like qkv, with the values as they are. Raises
     ValueError for shapes that do not fit, BackendError under a strict Triton policy.
     """
-    if qkv.dim() != 2 or qkv.shape[1] % (6 * num_heads):
+    if tracing.has_sizes() and (qkv.dim() != 2 or qkv.shape[1] % (6 * num_heads)):
         raise ValueError(f"qkv: expected shape (T, 3 * N * D), N = {num_heads}, D even, got {tuple(qkv.shape)}")
     expected = qkv.shape[0], qkv.shape[1] // (6 * num_heads)
     for name, table in (("cos", cos), ("sin", sin)):

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from fastbert.ops import dispatch, recording, tracing
 from fastbert.ops.dispatch import Policy
-from fastbert.ops.groups import group_by_length
+from fastbert.ops.groups import Group, group_by_length
+from fastbert.ops.library import register
 from fastbert.ops.packing import PackedBatch
 from fastbert.ops.rotary import cpu_obstacle as rows_obstacle
 from fastbert_kernels import cpu
@@ -31,6 +32,8 @@ def reaches_all(batch: PackedBatch, window: int, policy: Policy) -> bool:
     Not under a batch-invariant policy: another kernel would depend on the other texts.
     """
     if recording.on and recording.is_dry():  # which is not about texts of a length
+        return False
+    if torch.compiler.is_compiling():  # a program is for texts of any length
         return False
     return not policy.batch_invariant and tracing.has_sizes() and batch.padded_length - 1 <= window
 
@@ -57,7 +60,10 @@ def attention(
     if backend == "cpu" and obstacle is None and dispatch.direct(qkv):
         qkv = qkv if qkv.stride(-1) == 1 else qkv.contiguous()
         return cpu.windowed_attention_forward(qkv, batch.cu_seqlens_cpu, num_heads, scale, window, batch.columns)
-    return attend(qkv, batch, num_heads, window, scale, dropout_p)
+    if torch.compiler.is_compiling() and dropout_p == 0.0:  # lengths are looked at when it runs
+        return torch.ops.fastbert.windowed_attention(qkv, batch.cu_seqlens_cpu, num_heads, scale, window, batch.columns)
+    groups = batch.plan("groups", lambda: group_by_length(batch.cu_seqlens_cpu, batch.device))
+    return attend(qkv, groups, batch.columns, num_heads, window, scale, dropout_p)
 
 
 def cpu_obstacle(qkv: Tensor, num_heads: int, dropout_p: float) -> str | None:
@@ -68,25 +74,51 @@ def cpu_obstacle(qkv: Tensor, num_heads: int, dropout_p: float) -> str | None:
     return "dropout" if dropout_p > 0.0 else rows_obstacle(qkv)
 
 
-def attend(qkv: Tensor, batch: PackedBatch, num_heads: int, window: int, scale: float, dropout_p: float) -> Tensor:
-    """Attention of packed rows, (T, 3 * N * D) -> (T, N * D). Columns are those of the batch, after `find_holes`."""
+def attend(
+    qkv: Tensor,
+    grouped: tuple[list[Group], Tensor | None],
+    all_columns: Tensor | None,
+    num_heads: int,
+    window: int,
+    scale: float,
+    dropout_p: float,
+) -> Tensor:
+    """Attention of packed rows, (T, 3 * N * D) -> (T, N * D). grouped: what `group_by_length` gives.
+
+    all_columns: (T,), or None where the tokens of each sequence are neighbours.
+    """
     hidden_size = qkv.shape[1] // 3
-    groups, ungroup = batch.plan("groups", lambda: group_by_length(batch.cu_seqlens_cpu, batch.device))
+    groups, ungroup = grouped
     if not groups:
         return qkv[:, :hidden_size].clone()
     outs = []
     for n_seqs, length, rows in groups:
         part = qkv[rows] if isinstance(rows, slice) else qkv.index_select(0, rows)
         q, k, v = part.view(n_seqs, length, 3, num_heads, -1).permute(2, 0, 3, 1, 4)  # each (sequences, N, length, D)
-        if batch.columns is None:
+        if all_columns is None:
             columns = torch.arange(length, device=qkv.device)[None]
         else:
-            columns = batch.columns[rows].view(n_seqs, length).long()
+            columns = all_columns[rows].view(n_seqs, length).long()
         out = attend_in_blocks(q, k, v, columns, window, scale, dropout_p)
         outs.append(out.transpose(1, 2).reshape(n_seqs * length, hidden_size))
     out = outs[0] if len(outs) == 1 else torch.cat(outs)
     out = out if ungroup is None else out.index_select(0, ungroup)
     return out if out.shape[0] == qkv.shape[0] else F.pad(out, (0, 0, 0, qkv.shape[0] - out.shape[0]))
+
+
+def _attend_by_lengths(
+    qkv: Tensor, cu_seqlens_cpu: Tensor, num_heads: int, scale: float, window: int, columns: Tensor | None
+) -> Tensor:
+    return attend(qkv, group_by_length(cu_seqlens_cpu, qkv.device), columns, num_heads, window, scale, 0.0)
+
+
+register(
+    "windowed_attention(Tensor qkv, Tensor cu_seqlens_cpu, int num_heads, float scale, int window, Tensor? columns) "
+    "-> Tensor",
+    kernel=_attend_by_lengths,
+    eager=_attend_by_lengths,
+    fake=lambda qkv, *rest: qkv.new_empty(qkv.shape[0], qkv.shape[1] // 3),
+)
 
 
 def attend_in_blocks(
