@@ -50,6 +50,56 @@ def modernbert_layers(config: BertConfig) -> tuple[RotaryLayer, ...]:
     return tuple(layers[kind] for kind in layer_types(config))
 
 
+def gated_rotary_layer(config: BertConfig) -> RotaryLayer:
+    """Returns what every layer of a Nomic or a GTE model turns by.
+
+    The base is rope_parameters' or rope_theta. rope_scaling {"type": "ntk", "factor": f} multiplies the base by f, and
+    divides positions by f^(2 / D), as GTE's published code does (https://kexue.fm/archives/9706). Raises ValueError for
+    angles that fastbert does not compute.
+    """
+    base, extra = setting(config, "rope_theta"), config.extra
+    parameters: Any = {**(extra.get("rope_parameters") or {}), **(extra.get("rope_scaling") or {})}
+    base = parameters.get("rope_theta", base)
+    kind, factor = parameters.get("rope_type", parameters.get("type", "default")), parameters.get("factor", 1.0)
+    expect(kind in ("default", "linear", "ntk"), "rope_type", kind, "'default', 'linear' or 'ntk'")
+    mixed = parameters.get("mixed_b")
+    expect(mixed is None, "mixed_b", mixed, "None")
+    _expect_positive(base, factor)
+    if kind == "ntk":
+        return RotaryLayer(float(base * factor), float(factor ** (2 / config.head_size)))
+    return RotaryLayer(float(base), float(factor) if kind == "linear" else 1.0)
+
+
+# Settings of the hub's own code for Nomic and GTE, and the one value that fastbert computes.
+ONLY = {
+    "activation_function": "swiglu", "causal": False, "layer_norm_type": "layer_norm", "logn_attention_scale": False,
+    "mlp_fc1_bias": False, "mlp_fc2_bias": False, "moe_every_n_layers": 0, "parallel_block": False, "prenorm": False,
+    "qkv_proj_bias": False, "rotary_emb_fraction": 1.0, "rotary_emb_interleaved": False, "rotary_emb_scale_base": None,
+    "rotary_scaling_factor": None, "use_rms_norm": False,
+}  # fmt: skip
+
+
+def modern_angles(config: BertConfig) -> dict[str, Any]:
+    """Returns `extra` of a Nomic or a GTE model with its angles as transformers writes them, in rope_parameters.
+
+    Raises ValueError for a setting that fastbert does not compute.
+    """
+    for name, value in ONLY.items():
+        came = config.extra.get(name, value)
+        expect(came == value or (not came and not value), name, came, repr(value))
+    layer = gated_rotary_layer(config)
+    kept = {name: value for name, value in config.extra.items() if name not in ("rope_theta", "rope_scaling")}
+    angles = {"rope_type": "default", "rope_theta": layer.base}
+    if layer.factor != 1.0:
+        angles |= {"rope_type": "linear", "factor": layer.factor}
+    return {**kept, "rope_parameters": angles}
+
+
+def _expect_positive(base: Any, factor: Any) -> None:
+    expect(isinstance(base, (int, float)) and base > 0, "rope_theta", base, "a positive number")
+    expect(isinstance(factor, (int, float)) and factor > 0, "factor", factor, "a positive number")
+
+
 def layer_types(config: BertConfig) -> list[str]:
     """Returns "full_attention" or "sliding_attention" for each layer."""
     n_layers, types = config.num_hidden_layers, setting(config, "layer_types")
@@ -76,6 +126,5 @@ def _angles(config: BertConfig, kind: str) -> tuple[float, float]:
     rope_type = parameters.get("rope_type", parameters.get("type", "default"))
     expect(rope_type in ("default", "linear"), "rope_type", rope_type, "'default' or 'linear'")
     factor = parameters.get("factor", 1.0) if rope_type == "linear" else 1.0
-    expect(isinstance(base, (int, float)) and base > 0, "rope_theta", base, "a positive number")
-    expect(isinstance(factor, (int, float)) and factor > 0, "factor", factor, "a positive number")
+    _expect_positive(base, factor)
     return float(base), float(factor)

@@ -258,7 +258,8 @@ class PreTrainedModel(ModelAccess):
         for name in state:
             ours = self.config.family.state_to_ours(name, self.task)
             stored[name if ours in stored else ours] = name
-        return {ours: state[name] for ours, name in stored.items()}, stored
+        translated = self.config.family.cut({ours: state[name] for ours, name in stored.items()})
+        return translated, {ours: stored.get(ours, ours) for ours in translated}
 
     def _stored_names(self, names: list[str]) -> list[str]:
         """Returns what a checkpoint of the family calls these parameters of ours."""

@@ -33,9 +33,8 @@ class Rotations:
         return self._tables[key]
 
     def renew(self, position_ids: Tensor) -> None:
-        """Takes other positions for the same rows."""
-        if position_ids is not self.position_ids:
-            self.position_ids, self._tables = position_ids, {}
+        """Takes the positions of a forward pass. Its tables are made in it, so that a CUDA graph makes them again."""
+        self.position_ids, self._tables = position_ids, {}
 
 
 def rotations_of(batch: PackedBatch) -> Rotations:
