@@ -1,15 +1,15 @@
-"""The layers of encoders with rotary positions, as a config.json says: bases of angles and windows of attention."""
+"""The layers of encoders with rotary positions, as a config.json says: bases of angles and windows of attention.
+
+A config here is a `BertConfig`.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fastbert.checks import expect
-
-if TYPE_CHECKING:
-    from fastbert.checkpoint.config import BertConfig
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 BASES = {FULL: 160_000.0, SLIDING: 10_000.0}  # ModernBERT's, where a config.json names none
@@ -28,12 +28,12 @@ class RotaryLayer:
     window: int | None = None
 
 
-def setting(config: BertConfig, name: str) -> Any:
+def setting(config: Any, name: str) -> Any:
     """Returns a setting that is no field of BertConfig, by default the family's."""
     return config.extra.get(name, config.family.defaults.get(name))
 
 
-def modernbert_layers(config: BertConfig) -> tuple[RotaryLayer, ...]:
+def modernbert_layers(config: Any) -> tuple[RotaryLayer, ...]:
     """Returns the layers of a ModernBERT, from first to last.
 
     Both published forms of config.json are read. The older has global_rope_theta, local_rope_theta (None for the global
@@ -50,7 +50,7 @@ def modernbert_layers(config: BertConfig) -> tuple[RotaryLayer, ...]:
     return tuple(layers[kind] for kind in layer_types(config))
 
 
-def gated_rotary_layer(config: BertConfig) -> RotaryLayer:
+def gated_rotary_layer(config: Any) -> RotaryLayer:
     """Returns what every layer of a Nomic or a GTE model turns by.
 
     The base is rope_parameters' or rope_theta. rope_scaling {"type": "ntk", "factor": f} multiplies the base by f, and
@@ -79,7 +79,7 @@ ONLY = {
 }  # fmt: skip
 
 
-def modern_angles(config: BertConfig) -> dict[str, Any]:
+def modern_angles(config: Any) -> dict[str, Any]:
     """Returns `extra` of a Nomic or a GTE model with its angles as transformers writes them, in rope_parameters.
 
     Raises ValueError for a setting that fastbert does not compute.
@@ -100,7 +100,7 @@ def _expect_positive(base: Any, factor: Any) -> None:
     expect(isinstance(factor, (int, float)) and factor > 0, "factor", factor, "a positive number")
 
 
-def layer_types(config: BertConfig) -> list[str]:
+def layer_types(config: Any) -> list[str]:
     """Returns "full_attention" or "sliding_attention" for each layer."""
     n_layers, types = config.num_hidden_layers, setting(config, "layer_types")
     if types is None:
@@ -112,7 +112,7 @@ def layer_types(config: BertConfig) -> list[str]:
     return list(types[:n_layers])
 
 
-def _angles(config: BertConfig, kind: str) -> tuple[float, float]:
+def _angles(config: Any, kind: str) -> tuple[float, float]:
     """Returns the base of the angles, and by what positions are divided."""
     older = {FULL: config.extra.get("global_rope_theta"), SLIDING: config.extra.get("local_rope_theta", BASES[SLIDING])}
     older[FULL] = BASES[FULL] if older[FULL] is None else older[FULL]
