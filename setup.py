@@ -152,6 +152,8 @@ setup(
             MINILM,
             *TRAINERS,
             "peft>=0.17",
+            "sentencepiece>=0.2",  # trains the models that text/sentencepiece.py is tested on
+            "protobuf>=5",  # with which transformers reads them
             "build>=1.2",
             "setuptools>=77",
             "wheel>=0.43",

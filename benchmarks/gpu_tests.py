@@ -32,14 +32,14 @@ def _files(*names: str) -> tuple[str, ...]:
 # 8 bits.
 GROUPS: dict[str, tuple[str, ...]] = {
     **{op: _files(f"ops/op_{op}") for op in OPS},
-    "attention": _files("ops/op_attention", "on_kernels/attention_short"),
+    "attention": _files("ops/op_attention", "on_kernels/attention_short", "on_kernels/attention_tiles"),
     "attention_backward": _files("ops/attention_backward", "ops/position_bias"),
     "dropout": _files("ops/dropout_kernels"),
     "training_rows": _files(
         "ops/residual_norm_kernels", "ops/activation_backward", "ops/embedding_kernels", "ops/pooling_backward"
     ),
     "training_layer": _files("ops/training_triton"),
-    "linear": _files("ops/op_linear", "ops/op_linear_persistent"),
+    "linear": _files("ops/op_linear", "ops/op_linear_persistent", "ops/op_linear_variants"),
     "cross_entropy": _files("ops/op_cross_entropy"),
     "graphs": _files(
         "engine/graphs", "engine/graph_buckets", "engine/graph_validity", "engine/graph_capture", "engine/graphs_gpu"
@@ -51,6 +51,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "models/model_compile",
         "models/heads",
         "models/losses",
+        "engine/launched",
     ),
     "batch_invariant": _files("engine/batch_invariant"),
     "text": _files("pipelines/sentence", "pipelines/sentence_run"),
@@ -74,6 +75,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "ops/silent_writes",
         "on_kernels/jit",
         "engine/graph_streams",
+        "engine/late_checks",
         "pipelines/sentence_inputs",
     ),
     "peers": _files("bench/bench_peers"),
@@ -82,6 +84,8 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "quantized": _files(
         "ops/op_quantized", "ops/op_quantized_persistent", "engine/quantized", "engine/graphs_quantized"
     ),
+    # Last: a kernel with specialised warps that is wrong may not end.
+    "specialized": _files("ops/specialized_on_a_gpu"),
 }
 REFUSED = (*OPS, "quantized")  # the groups that are an operation of the kernel suite
 SELECTION = ("-m", "gpu or not slow")

@@ -122,6 +122,27 @@ def text_model(own_folder: Path | None = None) -> Path:
 
 
 @functools.cache
+def random_pair_model(name: str) -> Path:
+    """The folder of a cross-encoder with one label, with random weights, behind the tokenizer of `text_model()`.
+
+    The matrices of layers and pooler are SHARPER times a new BERT's. Its scores would be those of [CLS] alone, whatever
+    the pair.
+    """
+    tokenizer = SentenceEncoder.from_pretrained(text_model(), device="cpu").tokenizer
+    torch.manual_seed(0)
+    config = dataclasses.replace(CONFIGS[name], vocab_size=tokenizer.vocab_size, id2label={0: "score"})
+    model = fastbert.BertForSequenceClassification(config).eval()
+    assert model.bert.pooler is not None
+    with torch.no_grad():
+        for part in (model.bert.encoder, model.bert.pooler):
+            for parameter in part.parameters():
+                parameter.mul_(SHARPER if parameter.dim() == 2 else 1.0)
+    folder = workdir() / f"{name}-pairs"
+    fastbert.CrossEncoder(model, tokenizer).save_pretrained(folder)
+    return folder
+
+
+@functools.cache
 def random_text_model(name: str) -> Path:
     """The folder of a sentence encoder: `random_model(name)` behind the tokenizer of `text_model()`, mean pooling.
 

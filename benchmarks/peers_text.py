@@ -5,6 +5,7 @@ from __future__ import annotations
 import peers_cpu
 import peers_int8
 import peers_torch
+from peers_servers import VllmEmbeddings
 
 from fastbert import SentenceEncoder
 from fastbert.bench import text_encoders as bench_encoders
@@ -37,5 +38,6 @@ def text_encoders(task: TextTask) -> list[TextEncoder]:
     engines = [*peers_torch.engines(task.device)]
     if task.device.type == "cpu":
         engines += [*peers_cpu.engines(task.source.dtype), *peers_int8.engines(task.source.dtype)]
+    servers = [VllmEmbeddings(task)] if task.device.type == "cuda" else []
     in_8_bits = [FastBertInt8(task)] if task.device.type == "cpu" and task.dtype == "bfloat16" else []
-    return [*bench_encoders.text_encoders(task), *in_8_bits, *(Pooled(task, engine) for engine in engines)]
+    return [*bench_encoders.text_encoders(task), *in_8_bits, *servers, *(Pooled(task, engine) for engine in engines)]

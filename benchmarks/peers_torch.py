@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fastbert.bench.engines import SDPA, Engine, Packed, Padded, package_obstacle
+from fastbert.bench.engines import SDPA, Engine, Packed, Padded, flash_implementation, flash_obstacle
 
 NO_GPU = "needs an NVIDIA GPU"
 HALF = (torch.bfloat16, torch.float16)
@@ -63,7 +63,7 @@ class CudnnSDPA(ForcedSDPA):
 class FlashAttention(SDPA):
     """transformers with FlashAttention-2, from flash-attn or through PyPI's kernels: without padding in attention."""
 
-    name, attention = "transformers FlashAttention-2", "flash_attention_2"
+    name = "transformers FlashAttention-2"
     always_masked = True  # without a mask it would have to be told that nothing is padding
 
     def obstacle(self) -> str | None:
@@ -71,8 +71,11 @@ class FlashAttention(SDPA):
             return NO_GPU
         if self.source.dtype not in HALF:
             return f"FlashAttention takes bfloat16 and float16, not {self.dtype}"
-        reasons = [package_obstacle(package) for package in ("flash-attn", "kernels")]
-        return super().obstacle() or (f"{reasons[0]}; {reasons[1]}" if all(reasons) else None)
+        return super().obstacle() or flash_obstacle()
+
+    def load(self) -> None:
+        self.attention = flash_implementation()
+        super().load()
 
 
 class VarlenAttention(Packed):

@@ -3,9 +3,10 @@
     python benchmarks/probe.py --out DIR --seconds 170             on a GPU; run_gpu.sh does it as its part `probe`
     python benchmarks/probe.py --out DIR --dry                     every line of it in small, on the CPU
 
-What is measured is in SECTIONS, the most important first (probe_models.py, probe_kernels.py). Each piece is a row in
-DIR/probe.json, written at once, with its error against float64; a piece that raises is a row that says so, and the rest
-goes on. Where a kernel takes the CUDA context with it, another process goes on with the next section.
+What is measured is in SECTIONS, the most important first (probe_models.py, probe_kernels.py, probe_gemms.py). Each
+piece is a row in DIR/probe.json, written at once, with its error against float64; a piece that raises is a row that
+says so, and the rest goes on. Where a kernel takes the CUDA context with it, another process goes on with the next
+section.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import probe_gemms
 import probe_kernels
 import probe_models
 import torch
@@ -41,11 +43,13 @@ class Section:
 SECTIONS = {
     "ceilings": Section(probe_kernels.measure_ceilings, 12.0),
     "models": Section(probe_models.measure_models, 45.0),
-    "gemm": Section(probe_kernels.measure_gemms, 35.0),
+    "gemm": Section(probe_gemms.measure_gemms, 35.0),
+    "few rows": Section(probe_gemms.measure_few_rows, 8.0),
     "attention": Section(probe_kernels.measure_attention, 25.0),
     "profile": Section(probe_models.measure_profile, 20.0),
     "rows": Section(probe_kernels.measure_rows, 8.0),
     "8 bits": Section(probe_kernels.measure_eight_bit, 20.0),
+    "8 bits, candidates": Section(probe_gemms.measure_eight_bit_candidates, 6.0),
     "copies": Section(probe_kernels.measure_copies, 3.0),
 }
 

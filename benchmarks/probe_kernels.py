@@ -17,7 +17,6 @@ from torch import Tensor
 
 from fastbert import reference
 from fastbert.bench.results import MISSING
-from fastbert.engine.block import product_shapes
 from fastbert.ops import attention as attention_op
 from fastbert.ops import packing, quantized
 
@@ -25,7 +24,6 @@ if TYPE_CHECKING:
     from probe_pieces import Probe
 
 TOKENS, FEW = 16384, 64  # of a kernel's case; in small
-CHECKED = 256  # rows of a GEMM that are compared with float64
 
 
 def measure_ceilings(probe: Probe) -> None:
@@ -54,57 +52,6 @@ def measure_ceilings(probe: Probe) -> None:
     for dtype in ("fp8", "int8"):
         rates = [row.rate for row in probe.recorder.results.rows if row.dtype == dtype and row.rate is not None]
         probe.recorder.results.ceilings |= {ceilings.matmul_key(dtype): max(rates)} if rates else {}
-
-
-# Model, product of a layer and activation of each linear.
-GEMMS = (
-    ("BERT-base", "up", "gelu"), ("BERT-base", "qkv", "none"), ("BERT-base", "out", "none"),
-    ("BERT-base", "down", "none"), ("BERT-large", "up", "gelu"), ("BERT-large", "down", "none"),
-)  # fmt: skip
-# Rows, columns, K, warps, stages of a tile.
-PERSISTENT = (
-    (128, 128, 64, 8, 4), (128, 256, 64, 8, 3), (256, 128, 64, 8, 3), (128, 128, 32, 8, 4), (128, 128, 64, 8, 2),
-)  # fmt: skip
-POINTERS = ((128, 128, 64, 8, 3), (128, 256, 64, 8, 3), (64, 128, 64, 4, 4))
-
-
-def measure_gemms(probe: Probe) -> None:
-    """Measures 16-bit linears: cuBLAS without an epilogue, then our kernels with theirs, by tile."""
-    if probe.tiny:
-        measure_gemm(probe, FEW, 64, 128, "gelu")
-        return
-    for n in (TOKENS, 128):
-        for model, product, activation in GEMMS:
-            m, k = product_shapes(*suite_kernels.MODELS[model][:2])[product]
-            measure_gemm(probe, n, k, m, activation)
-
-
-def measure_gemm(probe: Probe, n: int, k: int, m: int, activation: str) -> None:
-    from fastbert_kernels import linear, linear_persistent
-
-    x = torch.randn(n, k, device=probe.device).to(BF16)
-    weight = (torch.randn(m, k, device=probe.device) * k**-0.5).to(BF16)
-    bias = torch.randn(m, device=probe.device).to(BF16)
-    plain = F.linear(x[:CHECKED].double(), weight.double(), bias.double())
-    exact = F.gelu(plain) if activation == "gelu" else plain
-    case: dict[str, Any] = {"work": Work(2.0 * n * k * m), "pick": lambda out: out[:CHECKED]}
-    probe.measure(f"{n} x {k} x {m} none", "cuBLAS", lambda i: F.linear(x, weight, bias), exact=plain, **case)
-    out = torch.empty(n, m, device=probe.device, dtype=BF16)
-
-    def run(call: Any, tile: dict[str, int], i: int) -> Tensor:
-        return call(x, weight, bias, activation, None, tile, out)
-
-    for kind, call, tiles in (
-        ("persistent", linear_persistent.linear_persistent_forward, PERSISTENT),
-        ("pointers", linear.linear_pointer_forward, POINTERS),
-    ):
-        for rows, columns, depth, warps, stages in tiles[:1] if probe.tiny else tiles:
-            tile = {"BLOCK_ROWS": rows, "BLOCK_COLS": columns, "BLOCK_K": depth, "GROUP_ROWS": 8}
-            tile |= {"num_warps": warps, "num_stages": stages}
-            tile |= {"WARP_SPECIALIZE": 0} if kind == "persistent" else {}
-            out.fill_(float("nan"))
-            name = f"{kind} {rows}x{columns}x{depth} w{warps} s{stages}"
-            probe.measure(f"{n} x {k} x {m} {activation}", name, partial(run, call, tile), exact=exact, **case)
 
 
 # BLOCK_Q, BLOCK_K, warps, stages.
@@ -147,9 +94,28 @@ def measure_attention_on(probe: Probe, kind: str, n: int, heads: int, d: int) ->
                 kind, f"{block_q}x{block_k} w{warps} s{stages}{suffix}", call,
                 work=work, exact=exact, pick=lambda out: out[: sum(first)], tiles=len(listed),
             )  # fmt: skip
+    measure_specialized(probe, qkv, batch, heads, kind=kind, work=work, exact=exact)
     if len(set(lengths)) == 1:
         q, k, v = qkv.view(len(lengths), lengths[0], 3, heads, d).permute(2, 0, 3, 1, 4)
         probe.measure(kind, "SDPA", lambda i: F.scaled_dot_product_attention(q, k, v), work=work)
+
+
+def measure_specialized(
+    probe: Probe, qkv: Tensor, batch: Any, heads: int, kind: str, work: Work, exact: Tensor
+) -> None:
+    """Measures attention with warps that only fetch keys, where the architecture has it."""
+    from fastbert_kernels import attention, attention_specialized, launch, work_list
+
+    if launch.arch(qkv.device) != attention_specialized.ARCH:
+        return
+    d = qkv.shape[1] // (3 * heads)
+    listed = work_list.build_work_list(batch.cu_seqlens_cpu.numpy(), 128, share=False).to(qkv.device)
+    for sizes in attention_specialized.tiles():
+        call = partial(attention.varlen_attention_forward, qkv, listed, heads, d**-0.5, config={**sizes, "BLOCK_D": d})
+        probe.measure(
+            kind, f"128x{sizes['BLOCK_K']} specialized", lambda i, call=call: call(),
+            work=work, exact=exact, pick=lambda out: out[: exact.shape[0]], tiles=len(listed.tiles),
+        )  # fmt: skip
 
 
 def measure_rows(probe: Probe) -> None:

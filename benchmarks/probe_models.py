@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +24,8 @@ if TYPE_CHECKING:
     from probe_pieces import Probe
 
 BF16 = torch.bfloat16
+DEPENDENT = "graphs, dependent launches"
+SHORT = 512  # tokens of a batch that is also measured with dependent launches, at most
 FIRST = 600  # tokens of the first sequences of a batch, which are compared with float64
 TINY = BertConfig(hidden_size=64, num_hidden_layers=1, num_attention_heads=2, intermediate_size=128, vocab_size=200)
 Case = tuple[str, str | None, list[int]]  # model, precision, lengths
@@ -93,10 +97,28 @@ def measure_model(probe: Probe, name: str, precision: str | None, batches: list[
     model = model_of(probe, name, precision)
     for lengths in batches:
         what = batch_name(name, lengths)
-        for label, with_graphs in (("graphs", True), ("plain", False)):
-            if not with_graphs or sum(lengths) <= buckets.LARGEST:
+        for label, with_graphs in (("graphs", True), (DEPENDENT, True), ("plain", False)):
+            largest = SHORT if label == DEPENDENT else buckets.LARGEST
+            if not with_graphs or sum(lengths) <= largest:
                 piece = partial(timed, probe, model, lengths, with_graphs, what, label)
                 probe.attempt(what, label, piece, precision or "bfloat16")
+
+
+@contextmanager
+def launched_as(model: Any, label: str) -> Iterator[None]:
+    """Launches kernels dependently inside where the label says so, with graphs captured so."""
+    from fastbert_kernels import dependent
+
+    if label != DEPENDENT:
+        yield
+        return
+    dependent.use(True)
+    model.engine.graphs.clear()
+    try:
+        yield
+    finally:
+        dependent.use(None)
+        model.engine.graphs.clear()
 
 
 def batch_name(model: str, lengths: list[int]) -> str:
@@ -106,6 +128,11 @@ def batch_name(model: str, lengths: list[int]) -> str:
 @torch.inference_mode()
 def timed(probe: Probe, model: Any, lengths: list[int], with_graphs: bool, what: str, label: str) -> None:
     """Adds one row, of a model on one batch."""
+    with launched_as(model, label):
+        timed_so(probe, model, lengths, with_graphs, what, label)
+
+
+def timed_so(probe: Probe, model: Any, lengths: list[int], with_graphs: bool, what: str, label: str) -> None:
     model.cuda_graphs = with_graphs
     n = sum(lengths)
     ids = torch.randint(0, model.config.vocab_size, (n,), device=probe.device)

@@ -23,7 +23,7 @@ from fastbert.pages.markdown import markdown_table, markdown_text
 
 START, END = "<!-- benchmarks:start -->", "<!-- benchmarks:end -->"
 DEVICE_TYPES = {"cuda": "GPU", "cpu": "CPU"}
-LEFT_OUT = ("kernel", "start")  # suites whose name begins so: single operations, and what happens once
+LEFT_OUT = ("kernel", "start", "host")  # suites whose name begins so: single operations, what happens once, the host
 HEADER = ("suite", "fastbert, valid tokens/s", "faster than the fastest peer", "faster than the median peer")
 
 

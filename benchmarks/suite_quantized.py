@@ -153,13 +153,13 @@ def _pointers(
     linear: Linear, weight: Quantized, bias: Tensor, device: torch.device
 ) -> tuple[Callable[..., Any], str | None]:
     """Our kernel without tensor descriptors, and why it is not timed, or None."""
-    from fastbert_kernels import configs, launch
+    from fastbert_kernels import launch, quantized_configs
     from fastbert_kernels.quantized_linear import quantized_linear_pointer_forward, sums_outside
 
     arch, dtype, shape = launch.arch(device), weight.data.dtype, (linear.k, linear.m)
     out_dtype = dtype if linear.gelu else torch.bfloat16
-    config = configs.quantized_linear_config(dtype, linear.group, arch, shape, linear.gelu).block_sizes
-    taken = configs.quantized_gemm(dtype, arch, shape, linear.group, out_dtype).ours
+    config = quantized_configs.quantized_linear_config(dtype, linear.group, arch, shape, linear.gelu).block_sizes
+    taken = quantized_configs.quantized_gemm(dtype, arch, shape, linear.group, out_dtype).ours
 
     def run(x: Quantized) -> Tensor | Quantized:
         n_rows = x.data.shape[0]

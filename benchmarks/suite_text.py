@@ -1,6 +1,7 @@
 """The text suite goes from strings to vectors, on docstrings of the standard library (workload f).
 
-Throughput: all texts at once. Latency: one short text at a time. The model is MiniLM, or the one given. On CPUs there
+Throughput: all texts at once. Latency: one short text at a time. The model is MiniLM, or the one given. On a GPU there
+is a cross-encoder too, from pairs of docstrings to scores. On CPUs there
 is the throughput of a BERT-base with random weights too, on fewer texts: it works eight times as long for each.
 """
 
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peers_pairs import PAIR_SCORERS, PairTask
 from peers_text import text_encoders
 from suites import LONG_MINUTES, Built, Case, LeftOut, Work
 
@@ -31,6 +33,7 @@ THROUGHPUT, LATENCY = "throughput", "latency"
 N_TEXTS = {"cpu": 32, "cuda": 100_000}  # at most; there are some thousands
 N_TEXTS_LONG = {"cpu": 600, "cuda": 100_000}  # in runs of LONG_MINUTES and more
 N_TEXTS_BASE, N_TEXTS_BASE_LONG = 16, 64
+N_PAIRS = 4096  # at most, on a GPU
 DTYPES = {"cpu": ("float32", "bfloat16"), "cuda": ("bfloat16", "float16")}
 SETTINGS = ((THROUGHPUT, "docstrings", 2.0), (LATENCY, "short docstrings, one at a time", 1.0))  # and their weights
 # On a CPU a process each, which takes several seconds: in one dtype, and of what most would use.
@@ -79,7 +82,28 @@ def cases(device_type: str, model: Path | None = None, *, long: bool = False) ->
         for dtype in dtypes
         for setting, workload, weight in SETTINGS
     ]
-    return minilm_cases if device_type == "cuda" or model is not None else minilm_cases + _base_cases(dtypes, long)
+    if device_type == "cuda":
+        return [*minilm_cases, *(pair_case(dtype, device_type) for dtype in dtypes)]
+    return minilm_cases if model is not None else minilm_cases + _base_cases(dtypes, long)
+
+
+def pair_case(dtype: str, device_type: str, name: str = "MiniLM", n_pairs: int = N_PAIRS) -> Case:
+    """Pairs of docstrings to the scores of a cross-encoder with random weights, of a shape in models.CONFIGS."""
+
+    def build_pairs(device: torch.device) -> Built:
+        texts = spread(all_texts(), 2 * n_pairs)
+        n = len(texts) // 2
+        folder = models.random_pair_model(name)
+        task = PairTask(folder, list(zip(texts[:n], texts[n : 2 * n], strict=True)), dtype=dtype, device=device)
+        work = Work(models.flops(task.exact.model.config, task.lengths))
+        extra = {"length": max(task.lengths), "flops_per_token": work.flops / sum(task.lengths)}
+        peers = [scorer(task) for scorer in PAIR_SCORERS]
+        return Built(peers, EAGER, task.reference(), sum(task.lengths), n, work, extra, {"warmup": 0})
+
+    needs = "text", "model"
+    return Case(
+        SUITE, "pairs of docstrings", f"{name} cross-encoder", dtype, device_type, needs, build_pairs, THROUGHPUT
+    )
 
 
 def _base_cases(dtypes: list[str], long: bool) -> list[Case]:

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
+import suite_host
 import suite_kernels
 import suite_model
 import suite_start
@@ -28,6 +29,7 @@ from fastbert.bench.results import OK, Row
 
 QUICK_CASES = 3
 START_SECONDS = 30.0  # for the fresh processes of all competitors
+HOST_SECONDS = 20.0  # of timing in the suite host, beside compiling
 SUITES: dict[str, Any] = {
     "test_text": suite_text, "test_model": suite_model, "test_kernels": suite_kernels, "test_train": suite_train,
 }  # fmt: skip
@@ -76,6 +78,17 @@ def test_start(session: Session, benchmark: Any) -> None:
     benchmark.extra_info["rows"] = [as_json(row) for row in rows]
     assert rows[0].status == OK, rows[0].detail
     benchmark.pedantic(suite_start.once, (OURS, *arguments), rounds=1)
+
+
+def test_host(session: Session, benchmark: Any) -> None:
+    """The host's share of a batch on a GPU, by a driver that launches nothing."""
+    if session.seconds_left <= 0:
+        pytest.skip(TIME_UP)
+    rows = suite_host.run(4.0 if session.quick else min(session.seconds_left, HOST_SECONDS))
+    session.recorder(suite_host.SUITE).add(rows)
+    benchmark.extra_info["rows"] = [as_json(row) for row in rows]
+    assert rows[0].status == OK, rows[0].detail
+    benchmark.pedantic(lambda: None, rounds=1)  # the rows have the times; this process has nothing to time
 
 
 def test_model(case: Case, session: Session, benchmark: Any) -> None:

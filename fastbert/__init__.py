@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from fastbert.checkpoint.config import BertConfig
     from fastbert.diagnostics.explain.entry import explain
     from fastbert.diagnostics.verify.entry import verify
+    from fastbert.diagnostics.waiting import wait_for_checks
     from fastbert.diagnostics.warmup import warmup
     from fastbert.engine.events import compile_events
     from fastbert.models.bert import BertModel
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from fastbert.pipelines.entities import EntityRecognizer
     from fastbert.pipelines.sentence import SentenceEncoder
     from fastbert.text.tokenizer import Tokenizer
+    from fastbert.vectors.maxsim import maxsim
     from fastbert.vectors.quantize import quantize_embeddings
     from fastbert.vectors.search import semantic_search
 
@@ -66,10 +68,12 @@ _PUBLIC = {
     "accelerate": "fastbert.adapters",
     "compile_events": "fastbert.engine.events",
     "explain": "fastbert.diagnostics.explain.entry",
+    "maxsim": "fastbert.vectors.maxsim",
     "quantize_embeddings": "fastbert.vectors.quantize",
     "restore": "fastbert.adapters",
     "semantic_search": "fastbert.vectors.search",
     "verify": "fastbert.diagnostics.verify.entry",
+    "wait_for_checks": "fastbert.diagnostics.waiting",
     "warmup": "fastbert.diagnostics.warmup",
 }
 
@@ -95,10 +99,12 @@ __all__ = [
     "accelerate",
     "compile_events",
     "explain",
+    "maxsim",
     "quantize_embeddings",
     "restore",
     "semantic_search",
     "verify",
+    "wait_for_checks",
     "warmup",
 ]
 

@@ -35,6 +35,7 @@ class StandIn:
 
     def __init__(self, error: Exception | None = None) -> None:
         self.error, self.captures, self.replays, self.busy = error, 0, 0, False
+        self.errors: list[Exception] = []
 
     def begin(self, memory: Sequence[Tensor]) -> None:
         assert not self.busy and memory, "two users of the static memory at a time"
@@ -56,7 +57,12 @@ class StandIn:
         class Replay:
             def replay(self) -> None:
                 outer.replays += 1
-                function()
+                try:
+                    function()
+                except (RuntimeError, TypeError) as error:
+                    # A graph runs what was captured; this runs the code of a model that may have changed since. What
+                    # was launched in vain is not looked at, and a result that is would be the one before.
+                    outer.errors.append(error)
 
         return Replay()
 

@@ -1,73 +1,11 @@
-"""This driver for Triton loads and launches nothing, so that the path to a launch runs without a GPU.
-
-Kernels are compiled for sm_90. For processes without TRITON_INTERPRET: `install()` before the first launch.
-"""
+"""The driver for Triton that launches nothing, of the benchmarks, for processes that tests start."""
 
 from __future__ import annotations
 
-import threading
-import time
-from typing import Any
+import sys
+from pathlib import Path
 
-import torch
-from triton.backends.compiler import GPUTarget
-from triton.runtime import driver
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
-
-class Driver:
-    """A stand-in for `triton.runtime.driver.active` that keeps the kernels loaded and the functions launched."""
-
-    def __init__(self, seconds_to_load: float = 0.0) -> None:
-        self.seconds_to_load = seconds_to_load
-        self.loads: list[tuple[str, int]] = []  # (kernel, device)
-        self.launches: list[Any] = []
-        self.here = threading.local()  # .device: the thread's current one
-        self.utils = self
-        outer = self
-
-        class Launcher:
-            def __init__(self, source: Any, metadata: Any) -> None:
-                pass
-
-            def __call__(self, x: int, y: int, z: int, stream: Any, function: Any, *arguments: Any) -> None:
-                outer.launches.append(function)
-
-        self.launcher_cls = Launcher
-
-    def load_binary(self, name: str, code: bytes, shared: int, device: int) -> tuple[Any, Any, int, int, int]:
-        time.sleep(self.seconds_to_load)
-        self.loads.append((name, device))
-        return "module", "function", 32, 0, 1024
-
-    def get_current_device(self) -> int:
-        return getattr(self.here, "device", 0)
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", 90, 32)
-
-    def get_device_capability(self, device: int = 0) -> tuple[int, int]:
-        return 9, 0
-
-    def get_device_properties(self, device: int) -> dict[str, int]:
-        return {"max_shared_mem": 232448, "multiprocessor_count": 132}
-
-    def get_active_torch_device(self) -> torch.device:
-        return torch.device("cpu")
-
-    def map_python_to_cpp_type(self, name: str) -> str:
-        return name
-
-
-def install(seconds_to_load: float = 0.0) -> Driver:
-    """Makes such a driver the active one. CPU tensors then stand for those of a GPU of compute capability 9.0."""
-    from fastbert.ops import dispatch
-    from fastbert_kernels import launch
-
-    stub = Driver(seconds_to_load)
-    driver.set_active(stub)
-    launch._recorded_arch = 90
-    dispatch.interpreting = lambda: True
-    return stub
+from stand_in_driver import Driver as Driver  # noqa: E402
+from stand_in_driver import install as install  # noqa: E402

@@ -120,7 +120,9 @@ def _module_of(model: Any) -> nn.Module | None:
     return inner if isinstance(inner, nn.Module) else None
 
 
-def accelerate(model: Model, *, backend: str = "auto", strict: bool = False, cuda_graphs: bool = True) -> Model:
+def accelerate(
+    model: Model, *, backend: str = "auto", strict: bool = False, cuda_graphs: bool = True, strict_ids: bool = False
+) -> Model:
     """Lets fastbert run the encoders of BERT's family in a live model of another library, and returns the same object.
 
     model: a `BertModel`, `RobertaModel`, `XLMRobertaModel`, `CamembertModel`, `DistilBertModel`, `ElectraModel` or
@@ -128,6 +130,7 @@ def accelerate(model: Model, *, backend: str = "auto", strict: bool = False, cud
     DataParallel), a `SentenceTransformer` or a `CrossEncoder`. backend: "auto", "triton", "cpu" or "torch". strict:
     whether a call that fastbert cannot run raises BackendError. cuda_graphs: on a GPU, launch short batches as CUDA
     graphs.
+    strict_ids: on a GPU, wait in each call until its ids are known to be in their tables; else the next call raises.
 
     Arguments, outputs, state dict and parameters stay. Rows of outputs at padding positions are zero, where
     transformers leaves unspecified values. A call that fastbert does not know (requested attentions, masks of pairs of
@@ -140,7 +143,7 @@ def accelerate(model: Model, *, backend: str = "auto", strict: bool = False, cud
     A second call changes nothing but the options. `restore` undoes it. Raises TypeError for an object that is no model,
     and ValueError for a model without a covered encoder. Both say which are covered.
     """
-    options = Options(backend=backend, strict=strict, cuda_graphs=cuda_graphs)
+    options = Options(backend=backend, strict=strict, cuda_graphs=cuda_graphs, strict_ids=strict_ids)
     root = _module_of(model)
     if root is None:
         raise TypeError(f"model: got {type(model).__name__}, which is no model; covered: {covered_in_words()}")

@@ -260,5 +260,35 @@ def package_obstacle(package: str) -> str | None:
     return None
 
 
+FLASH_PACKAGES = "flash-attn", "kernels"  # each brings FlashAttention-2; the second one fetches it from the hub
+HUB_FLASH = "kernels-community/flash-attn2"
+
+
+@functools.cache
+def flash_obstacle() -> str | None:
+    """The reason why transformers cannot run FlashAttention-2 here, None once it is loaded.
+
+    PyPI's kernels fetches it from the hub at its first use, which a machine without network cannot.
+    """
+    missing = [package_obstacle(package) for package in FLASH_PACKAGES]
+    if all(missing):
+        return "; ".join(str(reason) for reason in missing)
+    if missing[0] is None:
+        return None
+    try:
+        from transformers.modeling_flash_attention_utils import lazy_import_flash_attention
+
+        lazy_import_flash_attention(HUB_FLASH)
+    except Exception as error:  # no network, no build for this PyTorch: whatever the two libraries raise is the reason
+        lines = str(error).strip().splitlines()
+        return f"{HUB_FLASH} could not be loaded: {type(error).__name__}: {lines[0] if lines else ''}"[:300]
+    return None
+
+
+def flash_implementation() -> str:
+    """The name of FlashAttention-2 for transformers."""
+    return "flash_attention_2" if package_obstacle(FLASH_PACKAGES[0]) is None else HUB_FLASH
+
+
 TRANSFORMERS_ENGINES: tuple[type[Engine], ...] = (Eager, SDPA, Compiled)
 EAGER = Eager.name  # plain PyTorch, whose error bounds that of fastbert

@@ -11,6 +11,8 @@ A row may carry more than its fields, in `Row.extra`. This file and plots.py rea
     saved_bytes         float  what a training step keeps for its backward pass, without parameters
     saved_h             float  how that grows with the batch: bytes a token and layer, in units of H
     bars                dict   {what a training step should reach: [reached, least]}
+    python_calls        float  functions of Python that one pass calls on the host
+    bar_seconds         float  what the time should stay under
     low_cosine          float  1st percentile of the cosines between a text's vector and the exact one
     prepare_seconds     float  loading, compiling, moving to the device: once, before the first run
     cold_start_seconds  float  from nothing to the first result, in a fresh process with empty caches
@@ -379,6 +381,8 @@ _COLUMNS: tuple[tuple[str, Callable[[Row], str]], ...] = (
     ("kept for the backward pass", _extra("saved_bytes", memory)),
     ("H bytes kept a token and layer", _extra("saved_h", digits)),
     ("reached (bar)", _bars),
+    ("Python calls", _extra("python_calls", digits)),
+    ("bar of the time", _extra("bar_seconds", lambda value: f"≤ {duration(value)}")),
     ("share of padding", _extra("padding_waste", percent)),
     ("time to prepare", _extra("prepare_seconds", duration)),
     ("time of a cold start", _extra("cold_start_seconds", duration)),

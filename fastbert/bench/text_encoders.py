@@ -12,7 +12,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastbert.bench.engines import TRANSFORMERS_ENGINES, Engine, Pool, package_obstacle, silence_transformers
+from fastbert.bench.engines import (
+    TRANSFORMERS_ENGINES,
+    Engine,
+    Pool,
+    flash_implementation,
+    flash_obstacle,
+    package_obstacle,
+    silence_transformers,
+)
 from fastbert.bench.peers import OURS
 from fastbert.bench.text_task import TextTask
 from fastbert.bench.texts import spread
@@ -129,11 +137,7 @@ class Pooled(TextEncoder):
         return self.engine.batch_sizes.get(self.task.device.type, self.engine.batch_sizes["cpu"])
 
     def obstacle(self) -> str | None:
-        modes, tail = self.task.layout.pooling.modes, self.task.layout.tail
-        if modes not in (("mean",), ("cls",)) or [type(module) for module in tail] not in ([], [Normalize]):
-            after = "".join(f", {type(module).__name__}" for module in tail)
-            return f"this checkpoint pools by {', '.join(modes)}{after}; here is only mean or cls, and normalising"
-        return package_obstacle("transformers") or self.engine.obstacle()
+        return pooling_obstacle(self.task) or package_obstacle("transformers") or self.engine.obstacle()
 
     def load(self) -> None:
         import transformers
@@ -144,16 +148,10 @@ class Pooled(TextEncoder):
         self.warmups = self.engine.warmups
 
     def encode(self, texts: list[str]) -> Tensor:
-        if self.task.prompt:
-            texts = [self.task.prompt + text for text in texts]
-        if self.task.layout.settings.do_lower_case:
-            texts = [text.lower() for text in texts]
-        settings = {"return_token_type_ids": False, "return_attention_mask": False}
         parts, places, n_computed, n_valid = [], [], 0, 0
         for first in range(0, len(texts), WINDOW):
             window = texts[first : first + WINDOW]
-            encoding = self.tokenizer(window, truncation=True, max_length=self.task.max_seq_length, **settings)
-            rows = [np.array(ids, np.int64) for ids in encoding["input_ids"]]
+            rows = [np.array(ids, np.int64) for ids in tokenized(self.task, self.tokenizer, window)]
             order = np.array(sorted(range(len(rows)), key=lambda i: -len(rows[i])))
             n_batches = math.ceil(len(rows) / (self.batch_size or len(rows)))
             for part in np.array_split(order, n_batches):
@@ -170,6 +168,26 @@ class Pooled(TextEncoder):
 
     def facts(self) -> dict[str, Any]:
         return super().facts() | ({} if self._waste is None else {"padding_waste": self._waste})
+
+
+def pooling_obstacle(task: TextTask) -> str | None:
+    """The reason why a peer that only pools by mean or [CLS], and normalises, cannot stand for the folder, or None."""
+    modes, tail = task.layout.pooling.modes, task.layout.tail
+    if modes in (("mean",), ("cls",)) and [type(module) for module in tail] in ([], [Normalize]):
+        return None
+    after = "".join(f", {type(module).__name__}" for module in tail)
+    return f"this checkpoint pools by {', '.join(modes)}{after}; here is only mean or cls, and normalising"
+
+
+def tokenized(task: TextTask, tokenizer: Any, texts: list[str]) -> list[list[int]]:
+    """The ids of texts by transformers' tokenizer, with the task's prompt, its case and its length."""
+    if task.prompt:
+        texts = [task.prompt + text for text in texts]
+    if task.layout.settings.do_lower_case:
+        texts = [text.lower() for text in texts]
+    settings = {"return_token_type_ids": False, "return_attention_mask": False}
+    ids: list[list[int]] = tokenizer(texts, truncation=True, max_length=task.max_seq_length, **settings)["input_ids"]
+    return ids
 
 
 class SentenceTransformers(TextEncoder):
@@ -198,9 +216,9 @@ class SentenceTransformers(TextEncoder):
 
 
 class TunedSentenceTransformers(SentenceTransformers):
-    """sentence-transformers in the task's dtype and the best of a few batch sizes; results leave a GPU at the end.
+    """sentence-transformers in the task's dtype, with SDPA and the best of a few batch sizes.
 
-    With SDPA, or with flash-attn, where that is installed and can run: then sentence-transformers leaves out padding.
+    Results leave a GPU at the end.
     """
 
     name = "sentence-transformers tuned"
@@ -211,16 +229,43 @@ class TunedSentenceTransformers(SentenceTransformers):
         self.batch_sizes = Engine.batch_sizes.get(task.device.type, Engine.batch_sizes["cpu"])
 
     def load(self) -> None:
-        dtype, on_gpu = self.task.source.dtype, self.task.device.type == "cuda"
-        flash = on_gpu and dtype != torch.float32 and package_obstacle("flash-attn") is None
-        self._load(model_kwargs={"dtype": dtype, "attn_implementation": "flash_attention_2" if flash else "sdpa"})
+        self._load(model_kwargs={"dtype": self.task.source.dtype, "attn_implementation": "sdpa"})
 
     def encode(self, texts: list[str]) -> Tensor:
         size = self.batch_size or 32
         return self.model.encode(texts, batch_size=size, convert_to_tensor=True, show_progress_bar=False).float().cpu()
 
 
+class FlashSentenceTransformers(TunedSentenceTransformers):
+    """sentence-transformers 6 in float16 with FlashAttention-2, which needs no padding: what its makers recommend.
+
+    FlashAttention-2 comes from flash-attn, or from PyPI's kernels, which every user can install. sentence-transformers
+    then puts the tokens of a batch one after the other (`unpad_inputs`).
+    Source: sbert.net, "Speeding up Inference"; `Transformer.can_flatten_inputs`.
+    """
+
+    name = "sentence-transformers FlashAttention-2"
+
+    def __init__(self, task: TextTask) -> None:
+        super().__init__(task)
+        self.dtype = "float16"
+
+    def obstacle(self) -> str | None:
+        if self.task.device.type != "cuda":
+            return "FlashAttention-2 needs an NVIDIA GPU"
+        return super().obstacle() or flash_obstacle()
+
+    def load(self) -> None:
+        self._load(model_kwargs={"dtype": torch.float16, "attn_implementation": flash_implementation()})
+
+    def facts(self) -> dict[str, Any]:
+        unpads = getattr(self.model[0], "can_flatten_inputs", False)
+        note = {} if unpads else {"note": "this version of sentence-transformers pads its inputs"}
+        return {**super().facts(), **({"padding_waste": 0.0} if unpads else {}), **note}
+
+
 def text_encoders(task: TextTask) -> list[TextEncoder]:
     """fastbert, and what needs no package but transformers and sentence-transformers."""
     engines = [Pooled(task, engine) for engine in TRANSFORMERS_ENGINES]
-    return [FastBert(task), *engines, SentenceTransformers(task), TunedSentenceTransformers(task)]
+    flash = [FlashSentenceTransformers(task)] if task.device.type == "cuda" else []
+    return [FastBert(task), *engines, SentenceTransformers(task), TunedSentenceTransformers(task), *flash]

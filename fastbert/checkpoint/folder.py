@@ -29,9 +29,9 @@ def resolve(
     ``HF_HUB_OFFLINE=1`` or ``local_files_only``, in the hub's cache). A ``Path`` object and any other string never
     leave the machine. ``subfolder`` is the part of the folder or repository that is meant.
 
-    With ``weights=False`` only the ``*.json`` and ``*.txt`` files are downloaded. ``pytorch_model*.bin`` is downloaded
-    only if the repository holds no safetensors, or with ``use_safetensors=False``, and never with
-    ``use_safetensors=True``.
+    With ``weights=False`` only texts and SentencePiece files (``*.json``, ``*.txt``, ``*.model``, ``*.spiece``) are
+    downloaded. ``pytorch_model*.bin`` is downloaded only if the repository holds no safetensors, or with
+    ``use_safetensors=False``, and never with ``use_safetensors=True``.
 
     ``cache_dir`` (default: the hub client's), ``token`` and ``force_download`` are those of
     ``huggingface_hub.snapshot_download``. A local folder has no use for them.

@@ -13,9 +13,10 @@ from fastbert.checkpoint.files import SAFETENSORS, SAFETENSORS_INDEX
 HUB_ID = re.compile(r"(?!.*(--|\.\.))(?!.*\.git$)(\w([\w.-]*\w)?/)?\w([\w.-]{0,94}\w)?", re.ASCII)
 
 # fnmatch patterns, in which "*" also matches "/": the files of module subfolders (1_Pooling, 2_Dense) come along.
-_TEXT = ["*.json", "*.txt"]
-_SAFETENSORS = ["*.safetensors", "[0-9]*_Dense/pytorch_model.bin"]
-_BIN = ["pytorch_model*.bin", "[0-9]*_Transformer/pytorch_model*.bin"]
+_TEXT = ["*.json", "*.txt", "*.model", "*.spiece", "artifact.metadata"]
+_HEADS = ["sparse_linear.pt", "colbert_linear.pt"]  # bge-m3's
+_SAFETENSORS = ["*.safetensors", "[0-9]*_Dense/pytorch_model.bin", *_HEADS]
+_BIN = ["pytorch_model*.bin", "[0-9]*_Transformer/pytorch_model*.bin", *_HEADS]
 _IGNORED = ["onnx/*", "openvino/*", "coreml/*", "checkpoint-*/*"]
 
 
@@ -24,7 +25,8 @@ def download(
 ) -> Path:
     """Downloads a repository, or one folder of it, and returns the local folder that holds the whole repository.
 
-    weights: whether to fetch more than the text files. options: arguments of ``huggingface_hub.snapshot_download``.
+    weights: whether to fetch more than texts and the files of tokenizers. options: arguments of
+    ``huggingface_hub.snapshot_download``.
     """
     from huggingface_hub import snapshot_download
 

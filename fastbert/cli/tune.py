@@ -95,7 +95,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _print_jobs(jobs: Sequence[Job], gpu: str, tokens: Sequence[int]) -> None:
     """Prints each shape with its candidates."""
-    print(f"{gpu}: {len(jobs)} shapes, each at {', '.join(map(str, tokens))} tokens")
+    print(f"{gpu}: {len(jobs)} shapes, each at {', '.join(map(str, tokens))} tokens, those for few rows at their own")
     for job in jobs:
         print(f"{job.title}, {job.op} {job.key}: {len(job.candidates)} candidates")
         for candidate in job.candidates:

@@ -81,8 +81,9 @@ def warmup(model: Any, *, max_tokens: int | None = None) -> WarmupReport:
 def _run_rest(model: Any, inner: PreTrainedModel) -> None:
     """Runs the parts that follow the encoder: pooling, a head."""
     if isinstance(model, SentenceEncoder):
-        for normalize in (False, True):
-            model.encode([_TEXT, _TEXT * 2], normalize_embeddings=normalize)
+        for output in model.outputs:
+            for normalize in (False, True) if output == "dense" else (False,):
+                model.encode([_TEXT, _TEXT * 2], normalize_embeddings=normalize, output=output)
         return
     # Two shapes: what is special about a size of one must not be compiled for the first time while serving.
     for batch_size, length in ((1, 1), (2, 8)):

@@ -13,6 +13,7 @@ from fastbert.engine import cpu_encoder, quantized
 from fastbert.engine.block import feature_obstacles
 from fastbert.engine.cpu_encoder import CpuEncoder
 from fastbert.engine.interface import PackedInputs
+from fastbert.engine.launched import LaunchedLayers
 from fastbert.engine.state import GRADIENTS, EncoderState, first_parameter
 from fastbert.ops import tracing
 from fastbert.ops.packing import PackedBatch
@@ -22,9 +23,15 @@ FEATURES = frozenset(("position_bias",))  # what layers may have beyond BERT's i
 
 
 class Modules:
-    """Operation by operation: the modules of the model are called one after the other. It runs everything."""
+    """Operation by operation: the modules of the model are called one after the other. It runs everything.
+
+    Where nobody would see the difference, the layers' kernels are launched without a call of their modules.
+    """
 
     name = "operation by operation"
+
+    def __init__(self) -> None:
+        self.launched = LaunchedLayers()
 
     def obstacles(self, model: Any, n_tokens: int | None, keep_states: bool, embedded: bool) -> Iterator[str]:
         return iter(())
@@ -38,7 +45,9 @@ class Modules:
         if batch.valid is not None or torch.compiler.is_compiling():
             return model.run_layers(model.embed(inputs, batch), batch, keep_states)
         try:
-            return model.run_layers(model.embed(inputs, batch), batch, keep_states)
+            x = model.embed(inputs, batch)
+            states = self.launched.run(model, x, batch, keep_states)
+            return model.run_layers(x, batch, keep_states) if states is None else states
         except RuntimeError as error:
             model.blame_dtypes(error)
             raise

@@ -7,7 +7,6 @@ than there are tokens, or as a CUDA graph.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Iterator
 from typing import Any
@@ -20,12 +19,16 @@ from fastbert.engine import capture, cpu_encoder, quantized
 from fastbert.engine.arithmetic import Int8Call, Modules, OneCall
 from fastbert.engine.buckets import BUCKETS, LARGEST, bucket_of
 from fastbert.engine.cpu_encoder import CpuEncoder
-from fastbert.engine.graphs import Graphs, Shape
+from fastbert.engine.graphs import Graphs
 from fastbert.engine.interface import Arithmetic, EncoderModel, PackedInputs
+from fastbert.engine.late_checks import LateChecks
+from fastbert.engine.listeners import everywhere, observer_obstacle
 from fastbert.engine.quantized import UNQUANTISED, EightBit
+from fastbert.engine.rows import as_int64, in_bucket_rows, on_device
 from fastbert.engine.state import GRADIENTS, TRAINING, EncoderState, first_parameter
+from fastbert.engine.static_memory import Shape
 from fastbert.engine.training import Training
-from fastbert.ops import attention, attention_plan, dispatch, packing, silent_writes, tracing
+from fastbert.ops import attention, dispatch, noting, packing, silent_writes, tracing
 from fastbert.ops.packing import PackedBatch
 
 
@@ -33,7 +36,7 @@ class Engine:
     """An engine runs one model's encoder, and keeps what that needs. The model is an argument of each call.
 
     state: the model's modules and weights as they were last seen. graphs: its CUDA graphs. eight_bit, cpu_encoder: the
-    weights that are derived for them.
+    weights that are derived for them. checks: what kernels note of earlier batches.
     """
 
     def __init__(self) -> None:
@@ -45,37 +48,78 @@ class Engine:
         self.int8_call = Int8Call(self.state, self.cpu_encoder)
         self.modules = Modules()
         self.training = Training(self.state)
+        self.checks = LateChecks()
         self._graph_key: tuple[Any, Any] = (None, None)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"graphs": self.graphs}  # a copy derives and captures for itself
+        return {"graphs": self.graphs, "strict": self.checks.strict}  # a copy derives and captures for itself
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__()  # type: ignore[misc]
-        self.graphs = state["graphs"]
+        self.graphs, self.checks.strict = state["graphs"], state["strict"]
 
     # Running
 
     def run(
-        self, model: EncoderModel, batch: PackedBatch, inputs: PackedInputs, keep_states: bool = False
+        self,
+        model: EncoderModel,
+        batch: PackedBatch,
+        inputs: PackedInputs,
+        keep_states: bool = False,
+        check: bool = True,
     ) -> list[Tensor]:
         """Runs the encoder on a packed batch.
 
-        Returns the last hidden state (T, H) as a list, or all L + 1 of them. A precision that cannot run is logged
-        once, or raises BackendError under a strict policy.
+        Returns the last hidden state (T, H) as a list, or all L + 1 of them. check: whether ids on the device are yet
+        to be compared with their tables; ids on the host have been. A precision that cannot run is logged once, or
+        raises BackendError under a strict policy. What is wrong with an earlier batch is raised here.
         """
+        if torch.compiler.is_compiling():
+            return self._run_checked(model, batch, inputs, keep_states, None, check, compiling=True)
+        if self.checks.active:
+            self.settle(model)
+        if self.graphs.trusted and not keep_states and inputs.input_ids is not None and self._unwatched(model):
+            noted = self.graphs.notes
+            if check and not noted:
+                self._check_and_wait(model, batch, inputs)
+            check, number = check and noted, self.checks.next_number() if noted else 0
+            last = self.graphs.replay(batch, inputs, number, functools.partial(self._unchanged, model))
+            if last is not None:
+                return [last]
+        if not noting.possible_on(batch.device) or not self.defers(model):
+            return self._run_checked(model, batch, inputs, keep_states, None, check)
+        notes = self.checks.notes(batch.device, self.checks.next_number())
+        with noting.noting(notes):
+            return self._run_checked(model, batch, inputs, keep_states, notes, False)
+
+    def _run_checked(
+        self,
+        model: EncoderModel,
+        batch: PackedBatch,
+        inputs: PackedInputs,
+        keep_states: bool,
+        notes: Any,
+        check: bool,
+        compiling: bool = False,
+    ) -> list[Tensor]:
+        """Chooses the arithmetic and the launch. notes: where kernels note what nobody has checked, or None."""
+        if check:
+            self._check_and_wait(model, batch, inputs)
         embedded, n_tokens = inputs.input_ids is None, batch.n_tokens
-        seen = not torch.compiler.is_compiling() and batch.columns is None  # which graphs have no place for
-        if not embedded and seen and bucket_of(n_tokens) is not None:
-            device = first_parameter(model).device
+        if not embedded and not compiling and batch.columns is None and bucket_of(n_tokens) is not None:
+            device = batch.device
             if capture.capturer(device) is not None and next(self._state_obstacles(model, device), None) is None:
-                return self._run_in_bucket(model, batch, inputs, keep_states)
-        inputs = _as_int64(model, batch, inputs)
+                return self._run_in_bucket(model, batch, inputs, keep_states, notes)
+        inputs = as_int64(model, batch, inputs)
         arithmetic = self.choose_arithmetic(model, n_tokens, keep_states, embedded)
         if arithmetic in (self.modules, self.eight_bit) and not silent_writes.waits(model.device):
             self._renew_written(model)  # before an operation has run on old weights; one call looks by itself
         states = None if arithmetic is self.modules else arithmetic.run(model, batch, inputs, keep_states)
-        return self._run_in_packed_rows(model, batch, inputs, keep_states) if states is None else states
+        if states is None:
+            states = self._run_in_packed_rows(model, batch, inputs, keep_states)
+        if notes is not None:
+            self._look(model, notes)
+        return states
 
     def run_traced(
         self, model: EncoderModel, batch: PackedBatch, inputs: PackedInputs, keep_states: bool, transformed: str
@@ -86,7 +130,7 @@ class Engine:
         """
         if model.precision is not None:
             quantized.choose(model, transformed)  # which logs that, or raises
-        return self.modules.run(model, batch, _as_int64(model, batch, inputs), keep_states)
+        return self.modules.run(model, batch, as_int64(model, batch, inputs), keep_states)
 
     # The arithmetic
 
@@ -185,27 +229,105 @@ class Engine:
         if n_rows == n_tokens:
             return self.modules.run(model, batch, inputs, keep_states)
         inputs = PackedInputs(*(packing.pad_rows(x, n_rows) for x in inputs))
-        batch = dataclasses.replace(batch, position_ids=inputs.position_ids, _plans={})
+        batch = batch.in_rows(inputs.position_ids, {})
         return [state[:n_tokens] for state in self.modules.run(model, batch, inputs, keep_states)]
 
     def _run_in_bucket(
-        self, model: EncoderModel, batch: PackedBatch, inputs: PackedInputs, keep_states: bool
+        self, model: EncoderModel, batch: PackedBatch, inputs: PackedInputs, keep_states: bool, notes: Any
     ) -> list[Tensor]:
         """In the rows of the batch's bucket: as a CUDA graph, or by the same kernels launched one by one."""
-        config = model.config
-        shape = Shape(batch.device, model.dtype, config.hidden_size, config.head_size, model.policy)
+        shape = self._shape(model, batch.device, notes is not None)
         if self.graphs.enabled and not keep_states:
 
-            def encode_last(inputs: PackedInputs, batch: PackedBatch) -> Tensor:
-                return self.operations(model).run(model, batch, inputs, False)[-1]
+            def encode_last(inputs: PackedInputs, static: PackedBatch, of_batch: Tensor) -> Tensor:
+                in_graph = None if notes is None else self.checks.notes(batch.device, 0, of_batch)
+                with noting.noting(in_graph):
+                    last = self.operations(model).run(model, static, inputs, False)[-1]
+                self._look(model, in_graph)
+                return last
 
             key = functools.partial(self.graph_key, model)
-            last = self.graphs.run(encode_last, batch, inputs, shape, key)  # None where it does not fit
-            if last is not None:
+            held = functools.partial(self._held, model)
+            number = 0 if notes is None else notes.number
+            last = self.graphs.run(encode_last, batch, inputs, shape, key, held, number)
+            if last is not None:  # None where it does not fit
                 return [last]
         n_tokens = batch.n_tokens
-        inputs, batch = in_bucket_rows(batch, inputs, shape)
-        return [state[:n_tokens] for state in self.operations(model).run(model, batch, inputs, keep_states)]
+        inputs, batch = in_bucket_rows(batch, on_device(batch, inputs), shape)
+        states = [state[:n_tokens] for state in self.operations(model).run(model, batch, inputs, keep_states)]
+        self._look(model, notes)
+        return states
+
+    @staticmethod
+    def _shape(model: EncoderModel, device: torch.device, notes: bool) -> Shape:
+        config = model.config
+        return Shape(device, model.dtype, config.hidden_size, config.head_size, model.policy, notes)
+
+    def _held(self, model: EncoderModel) -> list[Tensor]:
+        """The memory of the model that a graph of its kernels reads, whatever becomes of the parameters."""
+        parts = [model.embeddings, model.encoder]
+        parameters = [p for part in parts for p in part.parameters() if p.layout == torch.strided]
+        snapshot = self.state.snapshot
+        assert snapshot is not None
+        return [*(p.detach() for p in parameters), *snapshot.derived_tensors(), *self.eight_bit.weights.tensors()]
+
+    # What is looked at while the GPU works, or by its kernels
+
+    def _unwatched(self, model: EncoderModel) -> bool:
+        """Tells whether nobody wants gradients, and nobody watches operations: a graph may be launched unseen."""
+        if torch.is_grad_enabled() or model.training:
+            return False
+        shape = self.graphs.shape
+        return shape is not None and observer_obstacle(shape.device) is None
+
+    def _unchanged(self, model: EncoderModel, shape: Shape, state: Any) -> bool:
+        """Tells whether everything is as it was when the graphs were captured."""
+        parameter, snapshot = first_parameter(model), self.state.snapshot
+        same = (
+            parameter.device == shape.device
+            and parameter.dtype == shape.dtype
+            and (model.policy is shape.policy or model.policy == shape.policy)
+            and not torch.is_autocast_enabled(shape.device.type)
+            and not model.__dict__.get("_is_replica", False)
+            and snapshot is not None
+            and snapshot.same_modules()
+            and snapshot.plain()
+            and not everywhere()
+        )
+        if not same:
+            return False
+        key, seen = self._key(model), self._graph_key
+        return key == seen[0] and seen[1] is state
+
+    def defers(self, model: EncoderModel) -> bool:
+        """Tells whether kernels note what would be wrong with ids and weights, so that no call waits for a look."""
+        if self.checks.strict or torch.is_grad_enabled() or model.training:
+            return False
+        device = first_parameter(model).device
+        return noting.possible_on(device) and observer_obstacle(device) is None and model.kernels_note_ids()
+
+    def _check_and_wait(self, model: EncoderModel, batch: PackedBatch, inputs: PackedInputs) -> None:
+        """Looks at ids on the device, and at weights, now. On a GPU this waits for it."""
+        model.check_ids_on_device(batch, inputs)
+        self.follow_weights(model)
+
+    def settle(self, model: EncoderModel) -> None:
+        """Raises what is wrong with an earlier batch, as far as is known, and follows weights that were written to."""
+        self.checks.settle(self.state.snapshot, model.table_sizes, self._renew_late)
+
+    def _renew_late(self) -> None:
+        """Makes what is derived from the weights anew, which were written to."""
+        self.graphs.trusted = False
+        if self.state.snapshot is not None:
+            self.state.snapshot.renew_late()
+        self.eight_bit.weights.invalidate()
+
+    def _look(self, model: EncoderModel, notes: Any) -> None:
+        """Launches a look at the weights, unless somebody has looked at them and waited."""
+        if notes is not None:
+            self.state.plain_modules(model)  # which sees to the snapshot
+            assert self.state.snapshot is not None
+            self.state.snapshot.late_samples().look(notes)
 
     def operations(self, model: EncoderModel) -> EightBit | Modules:
         """The arithmetic of kernels that a graph can launch: in 8 bits, or module by module."""
@@ -237,25 +359,32 @@ class Engine:
 
     def graph_key(self, model: EncoderModel) -> Any:
         """Returns what a CUDA graph depends on: where the weights are, derived ones too, and their writes."""
+        # Read before the addresses are: what changes meanwhile is looked at the next time.
+        key = self._key(model)
+        while key != self._graph_key[0]:
+            snapshot = self.state.snapshot
+            assert snapshot is not None
+            in_8_bits = self.operations(model) is self.eight_bit
+            derived = self.eight_bit.addresses(model) if in_8_bits else snapshot.derived_addresses()
+            self._graph_key = key, (key[0], derived)
+            key = self._key(model)  # to derive is a change, too
+        return self._graph_key[1]
+
+    def _key(self, model: EncoderModel) -> Any:
+        """Returns what tells whether the addresses and numbers that a graph reads are as they were."""
         snapshot = self.state.snapshot
         assert snapshot is not None
         state = snapshot.state(), model.precision
-        followed = silent_writes.waits(model.device)  # by `follow_weights`
+        followed = silent_writes.waits(first_parameter(model).device)  # by `follow_weights`, or noted by kernels
         n_silent_writes = 0 if followed else snapshot.silent_writes(state[0])
-        # Read before the addresses are: what changes meanwhile is looked at the next time.
-        key = state, n_silent_writes, snapshot.changes(), self.eight_bit.weights.changes
-        if key != self._graph_key[0]:
-            in_8_bits = self.operations(model) is self.eight_bit
-            derived = self.eight_bit.addresses(model) if in_8_bits else snapshot.derived_addresses()
-            self._graph_key = key, (state, derived)
-        return self._graph_key[1]
+        return state, n_silent_writes, snapshot.changes(), self.eight_bit.weights.changes
 
     def follow_weights(self, model: EncoderModel) -> None:
         """Derives from the weights anew where they were written to without PyTorch's count.
 
         On a GPU, where this waits for it, callers that run many batches call it once. On a CPU `run` looks.
         """
-        if silent_writes.waits(model.device):
+        if silent_writes.waits(model.device) and not self.defers(model):
             self._renew_written(model)
 
     def _renew_written(self, model: EncoderModel) -> None:
@@ -265,32 +394,10 @@ class Engine:
     def set_training(self, training: bool) -> None:
         """Drops what is kept for the other mode, and in eval mode looks at the weights anew."""
         self.cpu_encoder.clear()
+        self.graphs.trusted = False
         if training:
             self.eight_bit.weights.clear()
+            self.modules.launched.clear()
             self.graphs.clear()
         else:
             self.eight_bit.weights.invalidate()
-
-
-def _as_int64(model: EncoderModel, batch: PackedBatch, inputs: PackedInputs) -> PackedInputs:
-    """The inputs with ids of int64, as in the rows of a bucket: kernels are compiled for the dtype of the ids."""
-    input_ids, token_type_ids, position_ids, inputs_embeds = inputs
-    if model.embeddings.token_type_embeddings is None:
-        token_type_ids = None
-    elif token_type_ids is None:
-        token_type_ids = torch.zeros_like(batch.position_ids)
-    else:
-        token_type_ids = token_type_ids.long()
-    input_ids = None if input_ids is None else input_ids.long()
-    return PackedInputs(input_ids, token_type_ids, position_ids.long(), inputs_embeds)
-
-
-def in_bucket_rows(batch: PackedBatch, inputs: PackedInputs, shape: Shape) -> tuple[PackedInputs, PackedBatch]:
-    """Ids and batch in the rows of the batch's bucket, as a graph reads them; the rows of padding are zeros."""
-    bucket = bucket_of(batch.n_tokens)
-    assert bucket is not None
-    rows = PackedInputs(*(torch.zeros(bucket, dtype=torch.int64, device=shape.device) for _ in range(3)))
-    for row, ids in zip(rows[:3], inputs[:3], strict=True):
-        if row is not None and ids is not None:
-            row[: batch.n_tokens].copy_(ids)
-    return rows, attention_plan.batch_in_rows(batch, rows.position_ids, shape.dtype, shape.head_size, shape.policy)

@@ -20,7 +20,10 @@ from fastbert.engine.buckets import bucket_of
 from fastbert.engine.capture import Capturer, Replayable
 from fastbert.engine.events import count_capture
 from fastbert.engine.interface import PackedInputs
-from fastbert.ops import BackendError, Policy, attention_plan
+from fastbert.engine.state import switches as _switches
+from fastbert.engine.static_memory import Buffers, Filled, Layout, Shape, fill_on_host
+from fastbert.ops import BackendError, attention_plan
+from fastbert.ops.attention_plan import Kind
 from fastbert.ops.packing import PackedBatch
 
 logger = logging.getLogger("fastbert")
@@ -28,34 +31,29 @@ logger = logging.getLogger("fastbert")
 MAX_GRAPHS = 128
 
 
-class _Buffers:
-    """The static memory of the buckets of one octave, up to `capacity` rows."""
+@dataclass
+class _Graph:
+    """A captured graph, and where it reads a batch."""
 
-    def __init__(
-        self, capacity: int, n_integers: int, hidden_size: int, dtype: torch.dtype, device: torch.device
-    ) -> None:
-        self.integers = torch.zeros(n_integers, dtype=torch.int32, device=device)  # attention's, as StaticPlan says
-        self.ids = torch.zeros(3, capacity, dtype=torch.int64, device=device)  # input_ids, token_type_ids, position_ids
-        self.out = torch.zeros(capacity, hidden_size, dtype=dtype, device=device)
-
-
-@dataclass(frozen=True)
-class Shape:
-    """The properties that all graphs of a model share."""
-
-    device: torch.device
-    dtype: torch.dtype
-    hidden_size: int
-    head_size: int
-    policy: Policy
+    replayable: Replayable
+    layout: Layout
+    buffers: Buffers
+    words: Tensor  # (n_words,), the part of the static memory that is this bucket's
+    ids: Tensor  # (3, T')
+    out: Tensor  # (T', H)
+    noted: bool
 
 
-# (inputs, batch) -> the last hidden state, (rows, H)
-Forward = Callable[[PackedInputs, PackedBatch], Tensor]
+# (inputs, batch, where the graph finds the number and the rows of its batch) -> the last hidden state, (rows, H)
+Forward = Callable[[PackedInputs, PackedBatch, Tensor], Tensor]
 
 
 class Graphs:
-    """The graphs of one model on one device. `enabled` is the user's switch."""
+    """The graphs of one model on one device. `enabled` is the user's switch.
+
+    trusted: whether the last batch was run with everything as it was when the graphs were captured. The next one may
+    then be launched first, and looked at while the GPU works: `replay`.
+    """
 
     def __init__(self) -> None:
         self.enabled = True
@@ -70,11 +68,14 @@ class Graphs:
             if self._capturer is not None:
                 self._capturer.finish()
             self.frozen = False
-            self._graphs: OrderedDict[Any, Replayable] = OrderedDict()
-            self._buffers: dict[int, _Buffers] = {}
+            self.trusted = False
+            self._graphs: OrderedDict[Any, _Graph] = OrderedDict()
+            self._buffers: dict[int, Buffers] = {}
             self._capturer = None
             self._shape: Shape | None = None
             self._state: Any = None
+            self._switches: Any = None
+            self._held: list[Tensor] = []
             self._failed = False
 
     def thaw(self) -> None:
@@ -90,10 +91,20 @@ class Graphs:
     def __len__(self) -> int:
         return len(self._graphs)
 
+    @property
+    def shape(self) -> Shape | None:
+        """What the graphs share; None before the first one."""
+        return self._shape
+
+    @property
+    def notes(self) -> bool:
+        """Tells whether kernels in the graphs note ids beyond their table."""
+        return self._shape is not None and self._shape.notes
+
     def captured(self) -> tuple[int, ...]:
         """The buckets for which there is a graph."""
         with self.lock:
-            return tuple(sorted({bucket for bucket, _ in self._graphs}))
+            return tuple(sorted({bucket for bucket, *_ in self._graphs}))
 
     def __getstate__(self) -> dict[str, Any]:
         return {"enabled": self.enabled, "limit": self.limit}  # a copy of a model captures graphs of its own
@@ -102,6 +113,45 @@ class Graphs:
         self.__init__()  # type: ignore[misc]
         self.__dict__.update(state)
 
+    def replay(
+        self,
+        batch: PackedBatch,
+        inputs: PackedInputs,
+        number: int,
+        unchanged: Callable[[Shape, Any], bool],
+    ) -> Tensor | None:
+        """Launches the batch's graph, and then asks whether it was the right one: the last hidden state, or None.
+
+        What was launched reads memory that is held, and writes to static memory alone, so that it does no harm where
+        the answer is no. unchanged: (shape, state) -> whether a model in them is this one. number: of the batch.
+        """
+        bucket = bucket_of(batch.n_tokens)
+        if bucket is None or batch.batch_size > bucket or batch.columns is not None:  # which it has no place for
+            return None
+        with self.lock:
+            shape, state, switches = self._shape, self._state, self._switches
+            if shape is None or not self.trusted:
+                return None
+            kind = attention_plan.kind_of(batch, bucket, shape.dtype, shape.head_size, shape.policy)
+            key = bucket, kind, switches
+            graph = self._graphs.get(key)
+            if graph is None:
+                return None
+            out = self._launch(graph, batch, inputs, number)
+        if out is None:
+            return None
+        if switches == _switches() and unchanged(shape, state):
+            self._used(key)
+            return out
+        self.trusted = False
+        return None
+
+    def _used(self, key: Any) -> None:
+        """Notes that this graph was used last."""
+        with self.lock:
+            if key in self._graphs:
+                self._graphs.move_to_end(key)
+
     def run(
         self,
         forward: Forward,
@@ -109,11 +159,13 @@ class Graphs:
         inputs: PackedInputs,
         shape: Shape,
         state: Callable[[], Any],
+        held: Callable[[], list[Tensor]],
+        number: int = 0,
     ) -> Tensor | None:
         """The last hidden state, (T, H), of a batch of 1 to LARGEST tokens; None where it must take the plain path.
 
-        inputs: ids, each (T,). state: what the graphs depend on besides the shape;
-        where it differs from the last time, they are dropped.
+        inputs: ids, each (T,). state: what the graphs depend on besides the shape; where it differs from the last time,
+        they are dropped. held: the tensors outside of static memory that the graphs read, in that state.
         """
         bucket = bucket_of(batch.n_tokens)
         if bucket is None or batch.batch_size > bucket:
@@ -123,122 +175,115 @@ class Graphs:
             if shape != self._shape or current != self._state:
                 if self._shape is not None:
                     self.clear()
-                self._shape, self._state = shape, current
+                self._shape = shape
+            self._state = current
             if self._capturer is None:
                 self._capturer = capture.capturer(shape.device)
-            key = bucket, _switches()
-            missing = key not in self._graphs
-            if self._failed or self._capturer is None or (missing and self.frozen):
+            kind = attention_plan.kind_of(batch, bucket, shape.dtype, shape.head_size, shape.policy)
+            key = bucket, kind, _switches()
+            graph = self._graphs.get(key)
+            if self._failed or self._capturer is None or (graph is None and self.frozen):
                 return None
-            integers = _integers(batch, bucket, shape)
-            if integers is None:
-                return None
-            capacity = 1 << (bucket - 1).bit_length()
-            buffers = self._buffers.get(capacity)
-            if buffers is None:
-                buffers = self._buffers[capacity] = self._make_buffers(capacity, shape)
-            self._capturer.begin((buffers.integers, buffers.ids, buffers.out))
-            try:
-                if missing and not self._capture(forward, buffers, bucket, batch, shape):
+            if graph is None:
+                if not Layout(bucket, shape, kind).plan.fits(batch):
                     return None
-                _fill(buffers, bucket, integers, batch, inputs)
-                self._graphs.move_to_end(key)
-                self._graphs[key].replay()
-                return buffers.out[: batch.n_tokens].clone()
-            finally:
-                self._capturer.end()
+                if not self._held:
+                    self._held = held()
+                if not self._capture(forward, key, batch, shape):
+                    return None
+                graph = self._graphs[key]
+            out = self._launch(graph, batch, inputs, number)
+            if out is not None:
+                self._used(key)
+                self._switches, self.trusted = key[2], True
+            return out
 
-    @staticmethod
-    def _make_buffers(capacity: int, shape: Shape) -> _Buffers:
-        with torch.inference_mode(False):  # or nobody could write to them outside of inference mode
-            n_integers = _static_plan(capacity, shape).n_integers
-            return _Buffers(capacity, n_integers, shape.hidden_size, shape.dtype, shape.device)
+    def _launch(self, graph: _Graph, batch: PackedBatch, inputs: PackedInputs, number: int) -> Tensor | None:
+        """Fills the static memory, launches the graph and a copy of its result; None where the batch does not fit."""
+        filled = fill_on_host(graph.layout, batch, inputs, number)
+        if filled is None:
+            return None
+        assert self._capturer is not None
+        buffers = graph.buffers
+        self._capturer.begin((buffers.words, buffers.out))
+        try:
+            _fill(graph, filled, batch.n_tokens)
+            graph.replayable.replay()
+            return graph.out[: batch.n_tokens].clone()
+        finally:
+            self._capturer.end()
 
-    def _capture(self, forward: Forward, buffers: _Buffers, bucket: int, batch: PackedBatch, shape: Shape) -> bool:
+    def _buffers_of(self, capacity: int, shape: Shape) -> Buffers:
+        """Returns the static memory of the buckets up to `capacity`, made at the first use."""
+        if capacity not in self._buffers:
+            kinds = attention_plan.kinds(shape.dtype, shape.head_size, shape.device, shape.policy)
+            n_words = max(Layout(capacity, shape, kind).n_words for kind in kinds)
+            with torch.inference_mode(False):  # or nobody could write to them outside of inference mode
+                self._buffers[capacity] = Buffers(capacity, n_words, shape.hidden_size, shape.dtype, shape.device)
+        return self._buffers[capacity]
+
+    def _capture(self, forward: Forward, key: tuple[int, Kind, Any], batch: PackedBatch, shape: Shape) -> bool:
         """Captures the bucket's graph; False if it cannot be done."""
-        capacity = buffers.out.shape[0]
+        assert self._capturer is not None
+        bucket, kind, switches = key
+        capacity = 1 << (bucket - 1).bit_length()
+        buffers = self._buffers_of(capacity, shape)
+        self._capturer.begin((buffers.words, buffers.out))
         # A capture may run what it captures, at shapes whose views lie elsewhere: on no tiles and on ids that are 0.
-        buffers.integers.zero_()
-        buffers.ids.zero_()
+        buffers.words.zero_()
         # An octave's largest graph comes first: the others then find its intermediate memory in the pool, where each
         # that is larger than those before it would else need new memory, and leave theirs to nobody.
-        missing = [size for size in dict.fromkeys((capacity, bucket)) if (size, _switches()) not in self._graphs]
+        missing = [size for size in dict.fromkeys((capacity, bucket)) if (size, kind, switches) not in self._graphs]
         try:
             for size in missing:
-                self._graphs[size, _switches()] = self._capture_one(forward, buffers, size, batch, shape)
+                layout = Layout(size, shape, kind)
+                self._graphs[size, kind, switches] = self._capture_one(forward, buffers, layout, batch, shape)
         except BackendError:  # a strict policy's, which the plain path would raise as well
             raise
         except RuntimeError as error:
-            self._failed = True
+            self._failed, self.trusted = True, False
             self._graphs.clear()
             logger.warning(
                 "CUDA graphs: capturing one of %d tokens failed, so kernels are launched one by one from now on: %s",
                 bucket, error,
             )  # fmt: skip
             return False
+        finally:
+            self._capturer.end()
         while len(self._graphs) > self.limit:
             self._graphs.popitem(last=False)
         return True
 
     def _capture_one(
-        self, forward: Forward, buffers: _Buffers, bucket: int, batch: PackedBatch, shape: Shape
-    ) -> Replayable:
+        self, forward: Forward, buffers: Buffers, layout: Layout, batch: PackedBatch, shape: Shape
+    ) -> _Graph:
         assert self._capturer is not None
-        cu_seqlens, plan = _static_plan(bucket, shape).split(buffers.integers)
-        inputs = PackedInputs(*(row[:bucket] for row in buffers.ids))
+        bucket = layout.bucket
+        ids, out = layout.ids(buffers.words), buffers.out[:bucket]
+        cu_seqlens, plan = layout.plan.split(layout.integers(buffers.words))
+        inputs = PackedInputs(*ids)
         static = PackedBatch(
             cu_seqlens=cu_seqlens,
             cu_seqlens_cpu=batch.cu_seqlens_cpu,  # which the kernels never look at
-            position_ids=inputs.position_ids,
+            position_ids=ids[2],
             batch_size=bucket,
             padded_length=bucket,
         )
         static = attention_plan.with_plan(static, shape.dtype, shape.head_size, shape.policy, plan)
 
         def function() -> None:
-            buffers.out[:bucket].copy_(forward(inputs, static))
+            out.copy_(forward(inputs, static, layout.batch(buffers.words)))
 
         capturer = self._capturer
-        return count_capture(lambda: capturer.capture(function))
+        replayable = count_capture(lambda: capturer.capture(function))
+        return _Graph(replayable, layout, buffers, buffers.words[: layout.n_words], ids, out, shape.notes)
 
 
-def _static_plan(bucket: int, shape: Shape) -> attention_plan.StaticPlan:
-    return attention_plan.StaticPlan(bucket, shape.dtype, shape.head_size, shape.device, shape.policy)
-
-
-def _integers(batch: PackedBatch, bucket: int, shape: Shape) -> Tensor | None:
-    """The integers of attention for the bucket, in memory of the host that a GPU reads; None where they do not fit."""
-    plan = _static_plan(bucket, shape)
-    pinned = shape.device.type == "cuda"
-    integers = torch.zeros(plan.n_integers, dtype=torch.int32, device="cpu", pin_memory=pinned)
-    return integers if plan.write(batch, integers.numpy()) else None
-
-
-def _fill(
-    buffers: _Buffers,
-    bucket: int,
-    integers: Tensor,
-    batch: PackedBatch,
-    inputs: PackedInputs,
-) -> None:
-    """Writes a batch where the bucket's graph reads it, on the current stream."""
-    n_tokens = batch.n_tokens
-    buffers.integers[: integers.shape[0]].copy_(integers, non_blocking=True)
-    for row, values in zip(buffers.ids, inputs[:3], strict=True):
-        if values is None:
-            row[:bucket].zero_()
-        else:
-            row[:n_tokens].copy_(values)
-    buffers.ids[:, n_tokens:bucket].zero_()
-
-
-def _switches() -> tuple[Any, ...]:
-    """PyTorch's switches that change which kernels run."""
-    from fastbert_kernels import launch
-
-    matmul = torch.backends.cuda.matmul
-    return (
-        launch.dot_precision(torch.float32),
-        matmul.allow_bf16_reduced_precision_reduction,
-        matmul.allow_fp16_reduced_precision_reduction,
-    )
+def _fill(graph: _Graph, filled: Filled, n_tokens: int) -> None:
+    """Writes a batch where its graph reads it, on the current stream: in one copy, and one for ids on the device."""
+    words, start, left = filled
+    graph.words[start:].copy_(words[start:], non_blocking=True)
+    for row, ids in left:
+        graph.ids[row, :n_tokens].copy_(ids)
+        if not graph.noted:  # else the kernel does not look at rows of padding
+            graph.ids[row, n_tokens:].zero_()

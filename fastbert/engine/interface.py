@@ -19,13 +19,14 @@ from fastbert.ops.packing import PackedBatch
 class PackedInputs(NamedTuple):
     """The inputs of a packed batch.
 
-    Ids are integers of shape (T,). inputs_embeds, (T, E), stands in the place of input_ids. token_type_ids is None in a
-    model without segments, and where every id would be 0.
+    Ids are integers of shape (T,), on the model's device or on the host. inputs_embeds, (T, E), stands in the place of
+    input_ids. token_type_ids is None in a model without segments, and where every id would be 0. position_ids is None
+    where they are the batch's; an arithmetic finds all ids on the model's device, positions among them.
     """
 
     input_ids: Tensor | None
     token_type_ids: Tensor | None
-    position_ids: Tensor
+    position_ids: Any  # a Tensor or None
     inputs_embeds: Tensor | None = None
 
 
@@ -61,6 +62,15 @@ class EncoderModel(Protocol):
 
     def embed(self, inputs: PackedInputs, batch: PackedBatch) -> Tensor:
         """Computes the input of the first layer, (T, H), by the modules themselves."""
+
+    def check_ids_on_device(self, batch: PackedBatch, inputs: PackedInputs) -> None:
+        """Raises IndexError where an id on the device is beyond its table. On a GPU this waits for it."""
+
+    def kernels_note_ids(self) -> bool:
+        """Tells whether the kernel of the embeddings runs, which can note ids beyond their table."""
+
+    def table_sizes(self) -> tuple[int, int, int]:
+        """The rows of the tables of words, token types and positions."""
 
     def blame_dtypes(self, error: RuntimeError) -> None:
         """Raises TypeError if parameters of different dtypes may be what PyTorch stumbled over."""

@@ -17,7 +17,9 @@ class Options:
     whether what the backend cannot run raises, in the place of a fallback. batch_invariant: whether a text's output is
     the same to the bit alone, in any batch and in any order; it is strict. precision: None, "fp8" or "int8", in which
     the encoder's linears multiply. cuda_graphs: whether short batches on a GPU are launched as CUDA graphs, which
-    changes no result. Raises ValueError for a value, or two together, that nothing supports.
+    changes no result. strict_ids: whether each call on a GPU waits until ids that are there already are known to be in
+    their tables; else the next call, or `fastbert.wait_for_checks`, raises for them. Raises ValueError for a value, or
+    two together, that nothing supports.
     """
 
     backend: str = "auto"
@@ -25,6 +27,7 @@ class Options:
     batch_invariant: bool = False
     precision: str | None = None
     cuda_graphs: bool = True
+    strict_ids: bool = False
 
     def __post_init__(self) -> None:
         Policy(self.backend, self.strict, self.batch_invariant)  # which checks them

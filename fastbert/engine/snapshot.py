@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastbert.ops.derived import Derived
-from fastbert.ops.silent_writes import Writes
+from fastbert.ops.silent_writes import LateSamples, Writes
 
 
 class ModuleSnapshot:
@@ -44,6 +44,7 @@ class ModuleSnapshot:
         self._known = all(module_type in known_types for module_type in self._types)
         self._writes: tuple[Any, Writes] | None = None
         self._n_silent_writes = 0
+        self._late: tuple[Any, LateSamples] | None = None
 
     def same_modules(self) -> bool:
         """Tells whether no module was replaced, added, removed or made one of another class."""
@@ -74,6 +75,10 @@ class ModuleSnapshot:
         """Returns where that is, up to date, for every module that has a `derived`."""
         return [module.derived_addresses() for module in self._deriving]
 
+    def derived_tensors(self) -> list[Tensor]:
+        """Returns what the modules keep of that."""
+        return [tensor for module in self._deriving for tensor in module.__dict__["derived"].tensors()]
+
     def state(self) -> tuple[list[int], list[int], list[float]]:
         """Returns where each parameter is, how often it was written to as PyTorch counts, and the norms' eps."""
         parameters: list[Any] = list(chain.from_iterable(map(dict.values, self._parameters)))
@@ -99,3 +104,21 @@ class ModuleSnapshot:
             self._n_silent_writes += kept is not None and kept[0] == state
             self._writes = state, Writes(parameters)
         return self._n_silent_writes
+
+    def late_samples(self) -> LateSamples:
+        """Returns samples of the parameters as they were when they were last known to be unwritten."""
+        state = self.state()
+        if self._late is None or self._late[0] != state:
+            parameters = [p for p in chain.from_iterable(map(dict.values, self._parameters)) if p is not None]
+            self._late = state, LateSamples(parameters)
+        return self._late[1]
+
+    def stepped(self) -> bool:
+        """Tells whether an optimizer's hook says that it has written a parameter since the last time."""
+        return self._late is not None and self._late[1].stepped()
+
+    def renew_late(self) -> None:
+        """Makes what is derived anew, after a write, and takes new samples."""
+        self.invalidate()
+        if self._late is not None:
+            self._late[1].renew()

@@ -98,3 +98,15 @@ def first_parameter(module: Any) -> Tensor:
                 return parameter
         waiting += reversed(one._modules.values())
     raise StopIteration
+
+
+def switches() -> tuple[Any, ...]:
+    """Returns PyTorch's switches that change which kernels run."""
+    from fastbert_kernels import launch
+
+    matmul = torch.backends.cuda.matmul
+    return (
+        launch.dot_precision(torch.float32),
+        matmul.allow_bf16_reduced_precision_reduction,
+        matmul.allow_fp16_reduced_precision_reduction,
+    )

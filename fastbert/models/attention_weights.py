@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastbert import ops, reference
+from fastbert.engine.launched import ATTENTIONS
 from fastbert.engine.listeners import listened
 from fastbert.models import hooks
 from fastbert.models.encoded import Encoded
@@ -21,7 +22,7 @@ from fastbert.ops.window import near
 
 logger = logging.getLogger("fastbert")
 
-PLAN = "attentions"  # the plan of a batch whose attention weights are kept
+PLAN = ATTENTIONS
 
 
 def attend(

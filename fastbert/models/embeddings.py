@@ -14,7 +14,7 @@ from fastbert.engine import EmbeddingTables, Norm
 from fastbert.engine.listeners import is_bare, is_plain_norm
 from fastbert.models import hooks
 from fastbert.models.modules import call_dropout, call_module
-from fastbert.ops import Policy, tracing
+from fastbert.ops import Policy, dispatch, embedding, tracing
 from fastbert.ops.packing import PackedBatch
 from fastbert_kernels.masks import EMBEDDINGS
 
@@ -81,6 +81,16 @@ class BertEmbeddings(nn.Module):
             positions=_table(self.position_embeddings),
             norm=Norm.of(self.LayerNorm),
         )
+
+    def runs_in_kernel(self, policy: Policy) -> bool:
+        """Tells whether the Triton kernel computes them from ids, without gradients."""
+        words = self.word_embeddings
+        if not self._is_plain() or not is_bare(words, nn.Embedding):
+            return False
+        types, positions, norm = self.token_type_embeddings, self.position_embeddings, self.LayerNorm
+        tables = words.weight, None if types is None else types.weight, positions.weight, norm.weight, norm.bias
+        obstacle = embedding.triton_obstacle(words.weight.shape[1], *tables)
+        return dispatch.decide("embedding", policy, words.weight.device, obstacle).backend == "triton"
 
     def _is_plain(self) -> bool:
         """Tells whether all that is called here, the words apart, may be computed without a call."""

@@ -39,7 +39,7 @@ def encode_by_call(bert: Any, inputs: Inputs) -> Encoded:
     if mask is None:
         batch = packing.without_padding(last.shape[0], last.shape[1], last.device)
     else:
-        batch = packing.unpad(mask.expand(last.shape[:2]))
+        batch = packing.unpad(mask.expand(last.shape[:2]), last.device)
     states = output.hidden_states
     rows = None if states is None else [packing.pack(state, batch) for state in states]
     return Encoded(batch, packing.pack(last, batch), rows, output.attentions, output.pooler_output)

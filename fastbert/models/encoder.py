@@ -13,6 +13,7 @@ from fastbert import ops
 from fastbert.checkpoint.config import BertConfig
 from fastbert.checkpoint.family import AFTER_PADDING
 from fastbert.engine import Block, EmbeddingTables, Engine, Options, PackedInputs
+from fastbert.engine.late_checks import NAMES
 from fastbert.engine.listeners import listened
 from fastbert.models import attention_weights, hooks
 from fastbert.models.encoded import Encoded
@@ -24,6 +25,8 @@ from fastbert.models.registry import class_for
 from fastbert.ops import packing, tracing
 from fastbert.ops.derived import Derived
 from fastbert.ops.packing import PackedBatch
+
+ANY_POSITION = 2**31 - 1  # of families without a table of positions
 
 logger = logging.getLogger("fastbert")
 
@@ -57,7 +60,7 @@ class EncoderModel(PreTrainedModel):
         # The padding id, where positions count from it by default.
         self.counted_from = config.pad_token_id if config.family.positions == AFTER_PADDING else None
         self.engine = Engine()
-        self.cuda_graphs = options.cuda_graphs
+        self.cuda_graphs, self.strict_ids = options.cuda_graphs, options.strict_ids
 
     @takes_inputs
     def forward(self, inputs: Inputs) -> BaseModelOutputWithPooling | tuple[Tensor, ...]:
@@ -93,8 +96,9 @@ class EncoderModel(PreTrainedModel):
         batch: the packing of the attention_mask, where the caller has it already.
         """
         tensors = inputs.tensors()
+        device = self.device
         self._check_tensors(
-            input_ids=tensors[0], attention_mask=tensors[1], token_type_ids=tensors[2], position_ids=tensors[3],
+            device, input_ids=tensors[0], attention_mask=tensors[1], token_type_ids=tensors[2], position_ids=tensors[3],
             inputs_embeds=tensors[4],
         )  # fmt: skip
         keep_states = inputs.wants("output_hidden_states", self.config)
@@ -102,12 +106,12 @@ class EncoderModel(PreTrainedModel):
         inputs = inputs.checked(self)
         transformed = tracing.transformed(*inputs.tensors())
         if batch is None or transformed is not None:
-            batch = inputs.batch(transformed)
+            batch = inputs.batch(transformed, device)
         input_ids, token_type_ids, position_ids, inputs_embeds = (
             None if x is None else packing.pack(x, batch)
             for x in (inputs.input_ids, inputs.token_type_ids, inputs.position_ids, inputs.inputs_embeds)
         )
-        packed = PackedInputs(input_ids, token_type_ids, position_ids, inputs_embeds)  # type: ignore[arg-type]
+        packed = PackedInputs(input_ids, token_type_ids, position_ids, inputs_embeds)
         if keep_attentions:
             if transformed is None:
                 self._check_ids(batch, packed)
@@ -118,7 +122,7 @@ class EncoderModel(PreTrainedModel):
         if transformed is not None:
             states = self._encode_traced(batch, packed, keep_states, transformed)
         else:
-            states = self.encode_packed(batch, *packed, keep_states=keep_states)
+            states = self._encode_tensors(batch, *packed, keep_states=keep_states, check=True)
         return Encoded(batch, states[-1], states if keep_states else None, tuple(weights) if keep_attentions else None)
 
     def forward_packed(
@@ -133,11 +137,12 @@ class EncoderModel(PreTrainedModel):
         cu_seqlens: (B + 1,) int32, starts at 0, ends at T. position_ids count from 0 in each sequence by default, in
         RoBERTa's family from the padding id + 1, over the ids that are not the padding id.
         """
-        self._check_tensors(input_ids=input_ids)
+        device = self.device
+        self._check_tensors(device, input_ids=input_ids, token_type_ids=token_type_ids, position_ids=position_ids)
         if input_ids.dim() != 1:
             raise ValueError(f"input_ids: expected shape (T,), got {tuple(input_ids.shape)}")
-        batch = packing.from_cu_seqlens(cu_seqlens, input_ids.shape[0], self.device)
-        return self.encode_packed(batch, input_ids, token_type_ids, position_ids)[-1]
+        batch = packing.from_cu_seqlens(cu_seqlens, input_ids.shape[0], device)
+        return self._encode_tensors(batch, input_ids, token_type_ids, position_ids, None, False, True)[-1]
 
     def encode_packed(
         self,
@@ -152,13 +157,29 @@ class EncoderModel(PreTrainedModel):
     ) -> list[Tensor]:
         """Packed (T,) ids or (T, H) embeddings -> the last hidden state (T, H) as a list, or all L + 1 (keep_states).
 
-        check=False skips the looks at the ids' values and at the weights, which on a GPU wait for it, for callers who
-        have checked and called `follow_weights`.
+        Ids may be on the host though the model is on a GPU: they are then checked at once, and copied by the engine.
+        check=False skips the looks at the ids' values and at the weights, for callers who have checked and called
+        `follow_weights`.
         """
-        ids = {"input_ids": input_ids, "token_type_ids": token_type_ids, "position_ids": position_ids}
-        self._check_tensors(**ids, inputs_embeds=inputs_embeds)
+        self._check_tensors(
+            self.device, input_ids=input_ids, token_type_ids=token_type_ids, position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+        )  # fmt: skip
+        return self._encode_tensors(batch, input_ids, token_type_ids, position_ids, inputs_embeds, keep_states, check)
+
+    def _encode_tensors(
+        self,
+        batch: PackedBatch,
+        input_ids: Tensor | None,
+        token_type_ids: Tensor | None,
+        position_ids: Tensor | None,
+        inputs_embeds: Tensor | None,
+        keep_states: bool,
+        check: bool,
+    ) -> list[Tensor]:
+        """Does what `encode_packed` does, with tensors of which it is known where they are."""
         n_tokens = batch.n_tokens
-        for name, tensor in ids.items():
+        for name, tensor in zip(NAMES, (input_ids, token_type_ids, position_ids), strict=True):
             if tensor is not None and tensor.shape != (n_tokens,):
                 raise ValueError(f"{name}: expected shape ({n_tokens},), got {tuple(tensor.shape)}")
         if inputs_embeds is not None:
@@ -170,13 +191,10 @@ class EncoderModel(PreTrainedModel):
                 position_ids = batch.position_ids + self.counted_from + 1
             else:
                 position_ids = packing.positions_after_padding(input_ids, self.counted_from, batch)
-        if check:
-            self._check_ids(batch, PackedInputs(input_ids, token_type_ids, position_ids))  # type: ignore[arg-type]
-            self.follow_weights()
-        if position_ids is None:
-            position_ids = batch.position_ids
         inputs = PackedInputs(input_ids, token_type_ids, position_ids, inputs_embeds)
-        return self.engine.run(self, batch, inputs, keep_states)
+        if check:
+            self._check_ids_on_host(batch, inputs)
+        return self.engine.run(self, batch, inputs, keep_states, check)
 
     def _encode_traced(
         self, batch: PackedBatch, inputs: PackedInputs, keep_states: bool, transformed: str
@@ -226,6 +244,25 @@ class EncoderModel(PreTrainedModel):
         return not self.training and (pooler is None or not pooler.training) and self.engine.state.plain_modules(self)
 
     @property
+    def strict_ids(self) -> bool:
+        """True where each call on a GPU waits until its ids are known to be in their tables; see `wait_for_checks`."""
+        return self.engine.checks.strict
+
+    @strict_ids.setter
+    def strict_ids(self, strict: bool) -> None:
+        self.engine.checks.strict = bool(strict)
+        self.engine.graphs.clear()
+
+    def wait_for_checks(self) -> None:
+        """Waits until all batches so far have run, and raises IndexError for one with ids beyond their table.
+
+        On a GPU a call does not wait for a look at ids that are there already: the next call raises, or this one.
+        """
+        if self.engine.checks.active:
+            packing.wait_for(self.device)
+            self.engine.settle(self)
+
+    @property
     def cuda_graphs(self) -> bool:
         """True where short batches are launched as CUDA graphs, as by default; the results are the same to the bit."""
         return self.engine.graphs.enabled
@@ -265,18 +302,41 @@ class EncoderModel(PreTrainedModel):
     # Checks
 
     def _check_ids(self, batch: PackedBatch, inputs: PackedInputs) -> None:
+        """Raises IndexError where an id is beyond its table."""
+        self._check_ids_on_host(batch, inputs)
+        self.check_ids_on_device(batch, inputs)
+
+    def _check_ids_on_host(self, batch: PackedBatch, inputs: PackedInputs) -> None:
+        """Looks at ids on the host, and at positions that the batch's lengths imply."""
+        ids: list[Any] = [None if x is None or not packing.on_host(x.device) else x for x in inputs[:3]]
+        if inputs.position_ids is None:
+            last, n_positions = batch.last_position, self.table_sizes()[2]
+            if batch.padded_length > n_positions and last is None:
+                ids[2] = batch.position_ids
+            elif last is not None and last >= n_positions:
+                raise IndexError(f"position_ids: expected values from 0 to {n_positions - 1}, got {last}")
+        self._check_in_tables(ids)
+
+    def check_ids_on_device(self, batch: PackedBatch, inputs: PackedInputs) -> None:
+        """Looks at ids on the device, which on a GPU waits for it."""
+        self._check_in_tables([None if x is None or packing.on_host(x.device) else x for x in inputs[:3]])
+
+    def _check_in_tables(self, ids: list[Tensor | None]) -> None:
+        if not (ids[0] is ids[1] is ids[2] is None):
+            sizes = self.table_sizes()
+            ops.check_ids(**{name: (x, size) for name, x, size in zip(NAMES, ids, sizes, strict=True)})
+
+    def table_sizes(self) -> tuple[int, int, int]:
+        """The rows of the tables of words, token types and positions."""
         # An adapter in the place of the word embeddings need not have their attributes.
-        n_words = getattr(self.embeddings.word_embeddings, "num_embeddings", self.config.vocab_size)
-        table = self.embeddings.position_embeddings
-        n_positions = 0 if table is None else table.num_embeddings
-        position_ids: Tensor | None = None if table is None else inputs.position_ids
-        if table is not None and position_ids is None and batch.padded_length > n_positions:
-            position_ids = batch.position_ids
-        ops.check_ids(
-            input_ids=(inputs.input_ids, n_words),
-            token_type_ids=(inputs.token_type_ids, self.embeddings.n_token_types),
-            position_ids=(position_ids, n_positions),
-        )
+        embeddings = self.embeddings
+        n_words = getattr(embeddings.word_embeddings, "num_embeddings", self.config.vocab_size)
+        positions = embeddings.position_embeddings
+        return n_words, embeddings.n_token_types, ANY_POSITION if positions is None else positions.num_embeddings
+
+    def kernels_note_ids(self) -> bool:
+        """Tells whether the kernel of the embeddings runs, which can note ids beyond their table."""
+        return self.embeddings.runs_in_kernel(self.policy)
 
     def _report_missing(self, missing: list[str], src: str) -> list[str]:
         pooler = [name for name in missing if name.startswith("pooler.")]

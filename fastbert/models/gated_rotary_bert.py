@@ -65,6 +65,10 @@ class GatedRotaryEmbeddings(nn.Module):
             x = x + look_up(self.token_type_embeddings, token_type_ids, policy, batch)
         return call_dropout(self.dropout, normalise(self.LayerNorm, x, policy, batch), batch)
 
+    def runs_in_kernel(self, policy: Policy) -> bool:
+        """Tells whether a kernel runs them that can note ids beyond their table: there is none."""
+        return False
+
     def check_ids(self, input_ids: Tensor, token_type_ids: Tensor) -> None:
         """Raises IndexError where one of them is beyond its table."""
         n_words = self.word_embeddings.num_embeddings

@@ -91,14 +91,14 @@ class Inputs:
                 position_ids = (torch.arange(shape[1], device=first.device) + padding_id + 1).expand(shape)
         return replace(self, attention_mask=attention_mask, token_type_ids=token_type_ids, position_ids=position_ids)
 
-    def batch(self, transformed: str | None) -> PackedBatch:
-        """The packing of the batch. transformed: what `tracing.transformed` says of the tensors."""
+    def batch(self, transformed: str | None, device: torch.device) -> PackedBatch:
+        """The packing of the batch, for a model on the device. transformed: what `tracing.transformed` says."""
         first: Any = self.input_ids if self.inputs_embeds is None else self.inputs_embeds
         if transformed is not None:
             return packing.in_place(first, self.attention_mask)
         if self.attention_mask is not None:
-            return packing.unpad(self.attention_mask)
-        return packing.without_padding(first.shape[0], first.shape[1], first.device)
+            return packing.unpad(self.attention_mask, device)
+        return packing.without_padding(first.shape[0], first.shape[1], device)
 
     def flattened(self) -> Inputs:
         """Choices as sequences of their own: (B, C, S) -> (B * C, S)."""

@@ -62,6 +62,10 @@ class ModernBertEmbeddings(nn.Module):
         x = look_up(self.word_embeddings, input_ids, policy, batch) if inputs_embeds is None else inputs_embeds
         return call_dropout(self.dropout, normalise(self.LayerNorm, x, policy, batch), batch)
 
+    def runs_in_kernel(self, policy: Policy) -> bool:
+        """Tells whether a kernel runs them that can note ids beyond their table: there is none."""
+        return False
+
     def check_ids(self, input_ids: Tensor, token_type_ids: Tensor) -> None:
         """Raises IndexError where one of them is beyond its table."""
         ops.check_ids(input_ids=(input_ids, self.word_embeddings.num_embeddings), token_type_ids=(token_type_ids, 1))

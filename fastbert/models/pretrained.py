@@ -21,7 +21,7 @@ from fastbert.engine import Options, cpu_encoder
 from fastbert.engine.state import first_parameter
 from fastbert.models.access import ModelAccess
 from fastbert.models.trainer_saving import install
-from fastbert.ops import BackendError
+from fastbert.ops import BackendError, packing
 from fastbert.ops.dispatch import check_batch_invariant
 
 logger = logging.getLogger("fastbert")
@@ -44,7 +44,8 @@ class PreTrainedModel(ModelAccess):
     base_prefix = "bert."
     _class_arguments: tuple[str, ...] = ()  # of from_pretrained, for the class alone
     task: str | None = None  # what follows "For" in the class name of a model with a head
-    cuda_graphs: Any  # bool: a property of the models
+    cuda_graphs: Any  # bool: a property of the models, as is the next one
+    strict_ids: Any
     dtype_choice: str | None = None  # why the dtype is not the checkpoint's, where nobody asked for another
 
     def __init__(self, config: BertConfig, options: Options | None = None, **settings: Any) -> None:
@@ -62,7 +63,9 @@ class PreTrainedModel(ModelAccess):
     def options(self) -> Options:
         """The choices about how the model runs."""
         policy = self.policy
-        return Options(policy.backend, policy.strict, policy.batch_invariant, self.precision, self.cuda_graphs)
+        return Options(
+            policy.backend, policy.strict, policy.batch_invariant, self.precision, self.cuda_graphs, self.strict_ids
+        )
 
     @property
     def device(self) -> torch.device:
@@ -80,8 +83,11 @@ class PreTrainedModel(ModelAccess):
         n_positions: int = getattr(table, "num_embeddings", self.config.max_position_embeddings)  # not in an adapter
         return n_positions - self.config.position_offset
 
-    def _check_tensors(self, **tensors: Tensor | None) -> None:
-        device = self.device
+    def _check_tensors(self, device: torch.device, **tensors: Tensor | None) -> None:
+        """Raises TypeError for what is no tensor, ValueError for one that is not on the device, the model's own.
+
+        Ids and masks may be on the host: those of a model on a GPU are checked there, and copied together.
+        """
         for name, tensor in tensors.items():
             if tensor is None:
                 continue
@@ -92,7 +98,7 @@ class PreTrainedModel(ModelAccess):
                 )
             if not isinstance(tensor, Tensor):
                 raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
-            if tensor.device != device:
+            if tensor.device != device and not (name != "inputs_embeds" and packing.takes_from_host(device, tensor)):
                 raise ValueError(f"{name}: expected a tensor on the model's device {device}, got {tensor.device}")
 
     def blame_dtypes(self, error: RuntimeError) -> None:
@@ -146,6 +152,7 @@ class PreTrainedModel(ModelAccess):
         batch_invariant: bool = False,
         precision: str | None = None,
         cuda_graphs: bool = True,
+        strict_ids: bool = False,
         **arguments: Any,
     ) -> Model:
         """Loads a checkpoint in Hugging Face layout, from a local folder or a hub id; the model is in eval mode.
@@ -156,6 +163,8 @@ class PreTrainedModel(ModelAccess):
         compute capability 8.9 on) or "int8" (from 8.0 on, and on CPUs with AVX-512 VNNI) lets the encoder's linears
         multiply 8-bit operands, for inference; see fastbert.engine.quantized for what happens where there are no
         kernels for it. cuda_graphs: on a GPU, launch short batches as CUDA graphs, which gives the same results.
+        strict_ids: on a GPU, a call waits until the ids that it got there are known to be in their tables, and raises
+        where one is not; else the next call does, or `fastbert.wait_for_checks`.
 
         arguments: fields of BertConfig and num_labels, which override the checkpoint's; and what from_pretrained of
         transformers takes (fastbert.checkpoint.loading_arguments): revision, subfolder, cache_dir, token,
@@ -177,7 +186,7 @@ class PreTrainedModel(ModelAccess):
         if device is not None and asked.device not in (None, torch.device(device)):
             raise ValueError(f"device_map: got {asked.device}, and device {device}; expected one of the two")
         device = asked.device or torch.device("cpu" if device is None else device)
-        options = Options(backend, strict, batch_invariant, precision, cuda_graphs)
+        options = Options(backend, strict, batch_invariant, precision, cuda_graphs, strict_ids)
         check_batch_invariant(options.policy, device, precision)
         folder = None
         if src is not None or asked.config is None or asked.state_dict is None:

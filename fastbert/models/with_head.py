@@ -62,6 +62,19 @@ class ModelWithHead(PreTrainedModel):
     def cuda_graphs(self, enabled: bool) -> None:
         self.bert.cuda_graphs = enabled
 
+    @property
+    def strict_ids(self) -> bool:
+        """The switch of the encoder: see `BertModel.strict_ids`."""
+        return self.bert.strict_ids
+
+    @strict_ids.setter
+    def strict_ids(self, strict: bool) -> None:
+        self.bert.strict_ids = strict
+
+    def wait_for_checks(self) -> None:
+        """Waits for the checks of the encoder: see `BertModel.wait_for_checks`."""
+        self.bert.wait_for_checks()
+
     def _encode(self, inputs: Inputs) -> Encoded:
         """BertModel.encode; where somebody listens to the encoder, it is called as a module."""
         return encode_by_call(self.bert, inputs) if listened(self.bert) else self.bert.encode(inputs)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -50,10 +52,11 @@ def lists_of(
     from fastbert_kernels.work_list import build_work_list
 
     offsets, arch = cu_seqlens_cpu.numpy(), launch.arch(device)
-    block_q = configs.attention_config(dtype, head_size, arch, small).block_sizes["BLOCK_Q"]
+    sizes = configs.attention_config(dtype, head_size, arch, small).block_sizes
+    block_q = sizes["BLOCK_Q"]
     short = None if share else configs.short_attention_config(dtype, head_size, arch)
     if short is None:
-        return build_work_list(offsets, block_q, share), None
+        return build_work_list(offsets, block_q, share and not sizes.get("WARP_SPECIALIZE")), None
     longest = short.block_sizes["BLOCK_K"]
     long_list = build_work_list(offsets, block_q, False, longer_than=longest)
     return long_list, build_work_list(offsets, short.block_sizes["BLOCK_Q"], False, up_to=longest)
@@ -100,7 +103,7 @@ def batch_in_rows(
     What attention gives for the empty rows is undefined.
     """
     plan = triton_plan(batch, qkv_dtype, head_size, policy)
-    return replace(batch, position_ids=position_ids, _plans={plan_key(qkv_dtype, head_size, policy): plan})
+    return batch.in_rows(position_ids, {plan_key(qkv_dtype, head_size, policy): plan})
 
 
 def with_plan(batch: PackedBatch, qkv_dtype: torch.dtype, head_size: int, policy: Policy, plan: Plan) -> PackedBatch:
@@ -174,14 +177,17 @@ class StaticPlan:
         policy: Policy,
         kind: Kind = ANY_BATCH,
     ) -> None:
+        from fastbert_kernels import configs, launch
         from fastbert_kernels.work_list import N_COLUMNS
 
+        sizes_of = configs.attention_config(qkv_dtype, head_size, launch.arch(device), kind.small).block_sizes
+        shared = not policy.batch_invariant and not sizes_of.get("WARP_SPECIALIZE")
         self.bucket, self.policy, self.kind = bucket, policy, kind
         self._qkv, self._n_columns = (qkv_dtype, head_size), N_COLUMNS
         lengths = max_tiles(bucket, qkv_dtype, head_size, device, policy, kind)
         self._n_tiles = [length for length in lengths if length is not None]
         # Work lists, one after the other, row_spans and cu_seqlens.
-        sizes = [*(N_COLUMNS * length for length in self._n_tiles), 0 if policy.batch_invariant else bucket, bucket + 1]
+        sizes = [*(N_COLUMNS * length for length in self._n_tiles), bucket if shared else 0, bucket + 1]
         starts = [sum(map(_aligned, sizes[:i])) for i in range(len(sizes) + 1)]
         self._parts = [slice(start, start + size) for start, size in zip(starts, sizes, strict=False)]
         self.n_integers = starts[-1]
@@ -217,13 +223,36 @@ class StaticPlan:
 
 
 def kind_of(batch: PackedBatch, bucket: int, qkv_dtype: torch.dtype, head_size: int, policy: Policy) -> Kind:
-    """Returns the kind of static lists that the batch takes in the rows of a bucket."""
+    """Returns the kind of static lists that the batch takes in the rows of a bucket.
+
+    It is remembered for the lengths that came last.
+    """
+    from fastbert_kernels import launch, tables
+
     if policy.batch_invariant:
         return ANY_BATCH
+    offsets = batch.cu_seqlens_cpu.numpy().tobytes()
+    lists = bucket, qkv_dtype, head_size, batch.device, policy
     small = takes_small_tiles(batch, qkv_dtype, head_size, policy)
-    tiles = host_work_lists(batch, qkv_dtype, head_size, policy, small)[0].tiles
-    longest = max_tiles(bucket, qkv_dtype, head_size, batch.device, policy, Kind(small, True))[0]
-    return Kind(small, tiles.shape[0] <= longest)
+    return _kind_of(offsets, small, lists, launch.recorded is not None, tables.generation)
+
+
+@functools.lru_cache(maxsize=64)
+def _kind_of(offsets: bytes, small: bool, lists: tuple[Any, ...], shipped_only: bool, generation: int) -> Kind:
+    bucket, qkv_dtype, head_size, device, policy = lists
+    cu_seqlens = torch.from_numpy(np.frombuffer(offsets, np.int32).copy())
+    n_tiles = lists_of(cu_seqlens, qkv_dtype, head_size, device, True, small)[0].tiles.shape[0]
+    return Kind(small, n_tiles <= max_tiles(bucket, qkv_dtype, head_size, device, policy, Kind(small, True))[0])
+
+
+def kinds(qkv_dtype: torch.dtype, head_size: int, device: torch.device, policy: Policy) -> list[Kind]:
+    """Lists every kind of static lists that batches may take."""
+    from fastbert_kernels import configs, launch
+
+    if policy.batch_invariant:
+        return [ANY_BATCH]
+    small = configs.small_attention_config(qkv_dtype, head_size, launch.arch(device)) is not None
+    return [Kind(*of) for of in itertools.product((False, True) if small else (False,), (False, True))]
 
 
 def _aligned(n_integers: int) -> int:
@@ -241,7 +270,7 @@ def gradient_plan(batch: PackedBatch, dtype: torch.dtype, head_size: int) -> Any
         from fastbert_kernels.work_list import WorkList
 
         tiles = configs.attention_backward_configs(dtype, head_size, launch.arch(batch.device))
-        lists = work_lists(batch.cu_seqlens_cpu.numpy(), tiles)
+        lists = work_lists(batch.cu_seqlens_cpu.tolist(), tiles)
         queries = WorkList(*(to_device(part, batch.device) for part in lists.queries))
         if lists.keys is lists.queries:
             return GradientPlan(queries, queries)

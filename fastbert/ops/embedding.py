@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from fastbert.ops import dispatch, recording, tracing
+from fastbert.ops import dispatch, noting, recording, tracing
 from fastbert.ops import dropout as masks
 from fastbert.ops.dispatch import AUTO, Policy
 from fastbert.ops.dropout import Drop, mask_of, probability_of
@@ -74,6 +74,7 @@ def _kernel(
         ln_bias,
         eps,
         quantized,
+        noting.current(),
     )
 
 
@@ -111,10 +112,10 @@ def embedding_layer_norm(
 ) -> torch.Tensor:
     """dropout(LayerNorm(word[input_ids] + token_type[token_type_ids] + position[position_ids])).
 
-    Ids: (T,), int32 or int64; they are not checked against the tables here, `check_ids` does that. Tables: word (V, H),
-    token_type (types, H), position (P, H); weight, ln_bias: (H,). inputs_embeds, (T, H), stands for word[input_ids]
-    where input_ids is None. token_type and token_type_ids None: a model without segments, and no such term.
-    padding_idx: the word whose row gets no gradient. Returns (T, H) in the tables' dtype.
+    Ids: (T,), int32 or int64; `check_ids` has compared them with the tables, or the kernel does and notes it, inside of
+    `noting`. Tables: word (V, H), token_type (types, H), position (P, H); weight, ln_bias: (H,). inputs_embeds, (T, H),
+    stands for word[input_ids] where input_ids is None. token_type and token_type_ids None: a model without segments,
+    and no such term. padding_idx: the word whose row gets no gradient. Returns (T, H) in the tables' dtype.
     """
     hidden_size, dropout_p = word.shape[1], probability_of(dropout)
     if (token_type is None) != (token_type_ids is None):

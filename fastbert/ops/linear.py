@@ -25,6 +25,7 @@ def _eager(
     bias: torch.Tensor | None,
     activation: str,
     residual: torch.Tensor | None = None,
+    by_rows: bool = False,
 ) -> torch.Tensor:
     out = gelu.activate(F.linear(x, weight, bias), activation)
     return out if residual is None else out + residual
@@ -36,21 +37,80 @@ def _kernel(
     bias: torch.Tensor | None,
     activation: str,
     residual: torch.Tensor | None = None,
+    by_rows: bool = False,
 ) -> torch.Tensor:
     from fastbert_kernels.linear import linear_forward
 
     x = x if x.stride(-1) == 1 else x.contiguous()
     weight = weight if weight.stride(-1) == 1 else weight.contiguous()
     residual = residual if residual is None or residual.stride(-1) == 1 else residual.contiguous()
-    return linear_forward(x, weight, bias, activation, residual)
+    return linear_forward(x, weight, bias, activation, residual, by_rows=by_rows)
 
 
 register(
-    "linear(Tensor x, Tensor weight, Tensor? bias, str activation, Tensor? residual=None) -> Tensor",
+    "linear(Tensor x, Tensor weight, Tensor? bias, str activation, Tensor? residual=None, bool by_rows=False)"
+    " -> Tensor",
     kernel=_kernel,
     eager=_eager,
-    fake=lambda x, weight, bias, activation, residual=None: x.new_empty(x.shape[0], weight.shape[0]),
+    fake=lambda x, weight, *others: x.new_empty(x.shape[0], weight.shape[0]),
 )
+
+
+def _eager_layer_norm(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor,
+    ln_weight: torch.Tensor,
+    ln_bias: torch.Tensor,
+    eps: float,
+    product: str,
+) -> torch.Tensor:
+    return F.layer_norm(F.linear(x, weight, bias) + residual, weight.shape[:1], ln_weight, ln_bias, eps)
+
+
+def _kernel_layer_norm(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor,
+    ln_weight: torch.Tensor,
+    ln_bias: torch.Tensor,
+    eps: float,
+    product: str,
+) -> torch.Tensor:
+    from fastbert_kernels import few_rows, launch
+    from fastbert_kernels.layer_norm import bias_residual_layer_norm_forward
+    from fastbert_kernels.split_linear import split_linear_layer_norm_forward
+
+    norm = ln_weight, ln_bias, eps
+    x, weight, residual = (t if t.stride(-1) == 1 else t.contiguous() for t in (x, weight, residual))
+    split = few_rows.split(x.dtype, launch.arch(x.device), (weight.shape[1], weight.shape[0]), x.shape[0])
+    if split is not None:
+        return split_linear_layer_norm_forward(x, weight, bias, residual, *norm, split)
+    if product == "fastbert":
+        y = _kernel(x, weight, bias, "none", residual, by_rows=True)
+        return bias_residual_layer_norm_forward(y, None, None, *norm)
+    return bias_residual_layer_norm_forward(F.linear(x, weight), bias, residual, *norm)
+
+
+# product: "fastbert" or "library", where no table splits so many rows. A choice inside keeps tracers from the number.
+register(
+    "linear_layer_norm(Tensor x, Tensor weight, Tensor? bias, Tensor residual, Tensor ln_weight, Tensor ln_bias, "
+    "float eps, str product) -> Tensor",
+    kernel=_kernel_layer_norm,
+    eager=_eager_layer_norm,
+    fake=lambda x, weight, *others: x.new_empty(x.shape[0], weight.shape[0]),
+)
+
+
+def _splits(x: torch.Tensor, weight: torch.Tensor, policy: Policy) -> bool:
+    """Tells whether a table splits this linear before LayerNorm for some number of rows."""
+    if policy.batch_invariant:
+        return False
+    from fastbert_kernels import few_rows
+
+    return few_rows.splits(x.dtype, dispatch.arch_of(x.device), (weight.shape[1], weight.shape[0]))
 
 
 def _ours(
@@ -124,7 +184,7 @@ def linear(
         if _note(product, policy, obstacle, x, weight, bias, activation, later=later):
             return x.new_zeros(x.shape[0], weight.shape[0])
     if product == "fastbert":
-        return torch.ops.fastbert.linear(x, weight, bias, activation)
+        return torch.ops.fastbert.linear(x, weight, bias, activation, None, not policy.batch_invariant)
     if product == "packed":
         return packed_linear.linear(x, weight, bias, activation, batch_invariant=policy.batch_invariant, keep=keep)
     if gelu_later:
@@ -145,7 +205,8 @@ def _note(
     later: str | None = None,
     choice: bool = True,
 ) -> bool:
-    """Records a product: "fastbert" (Triton), "packed", or "library" (PyTorch's). Returns what `recording.note` does.
+    """Records a product: "fastbert" (Triton), "packed", "split" (with a LayerNorm), or "library" (PyTorch's).
+    Returns what `recording.note` does.
 
     later: the activation that a kernel of its own adds, and the bias with it. residual: whether one was offered to the
     product. choice: whether the product was chosen, where the backend is "triton".
@@ -212,13 +273,17 @@ def linear_residual_layer_norm(
         product = "packed"
     else:
         product = "library"
+    if fused and dropout_p == 0.0 and _splits(x, weight, policy):
+        if recording.on and _note("split", policy, obstacle, x, weight, bias, residual=True):
+            return torch.empty_like(residual)
+        return torch.ops.fastbert.linear_layer_norm(x, weight, bias, residual, ln_weight, ln_bias, eps, product)
     inside = bias if product != "library" or not fused else None
     if recording.on and _note(
         product, policy, dispatch.dtype_obstacle(x, weight, bias), x, weight, inside, residual=True, choice=fused
     ):
         y = x.new_zeros(x.shape[0], weight.shape[0])
     elif product == "fastbert":
-        y = torch.ops.fastbert.linear(x, weight, bias, "none", residual)
+        y = torch.ops.fastbert.linear(x, weight, bias, "none", residual, not policy.batch_invariant)
     elif product == "packed":
         y = packed_linear.linear(x, weight, bias, residual=residual, batch_invariant=policy.batch_invariant, keep=keep)
     else:

@@ -7,66 +7,18 @@ RoBERTa's family counts otherwise: `positions_after_padding`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from itertools import accumulate
-from operator import sub
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
 from fastbert.ops import tracing
+from fastbert.ops.packed_batch import PackedBatch as PackedBatch
+from fastbert.ops.packed_batch import count_positions, offsets_of
+from fastbert.ops.packed_batch import sequence_ids as sequence_ids
+from fastbert.ops.packed_batch import within_sequences as within_sequences
 from fastbert.ops.tracing import untraced
-
-
-@dataclass(eq=False)
-class PackedBatch:
-    """A packed batch says how B sequences of different lengths lie in T packed tokens.
-
-    cu_seqlens: (B + 1,) int32 on the tensors' device, starts at 0, ends at T; sequence b is rows cu_seqlens[b] to
-    cu_seqlens[b + 1]. cu_seqlens_cpu: the same on the host. position_ids: (T,) int64, the column each token came from.
-    indices: (T,) int64, where each token stands in the flattened (B * S) batch, None if it never was padded.
-    valid: (B, S) bool, where tokens are, in a batch that keeps the rows of its padding (`in_place`); None in any other.
-    first_column: whether each sequence has a token in the first column, as it has without padding on the left.
-    columns: (T,) int32, the column of each token, where a mask has holes; None where the tokens of each sequence are
-    neighbours, or nobody has asked (`find_holes`).
-    """
-
-    cu_seqlens: torch.Tensor
-    cu_seqlens_cpu: torch.Tensor
-    position_ids: torch.Tensor
-    batch_size: int
-    padded_length: int
-    indices: torch.Tensor | None = None
-    valid: torch.Tensor | None = None
-    first_column: bool = True
-    columns: torch.Tensor | None = None
-    _plans: dict[Any, Any] = field(default_factory=dict, repr=False)
-
-    @property
-    def n_tokens(self) -> int:
-        """Returns T."""
-        return self.position_ids.shape[0]
-
-    @property
-    def device(self) -> torch.device:
-        return self.cu_seqlens.device
-
-    @property
-    def seq_ids(self) -> torch.Tensor:
-        """(T,) int32: the sequence of each token."""
-        return self.plan("seq_ids", lambda: sequence_ids(self.cu_seqlens, self.n_tokens))
-
-    def plan(self, key: Any, make: Callable[[], Any]) -> Any:
-        """Returns what is made from the lengths once a batch, for all layers: work lists, groups of equal length."""
-        if key not in self._plans:
-            self._plans[key] = make()
-        return self._plans[key]
-
-    def has_plan(self, key: Any) -> bool:
-        """Tells whether `plan` has made this one."""
-        return key in self._plans
 
 
 def to_device(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
@@ -76,58 +28,147 @@ def to_device(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
     it is at most 64 kB.
     """
     device = torch.device(device)
-    if device.type == "cuda" and tensor.device.type == "cpu":
+    if pins(device) and tensor.device.type == "cpu":
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)
 
 
-def sequence_ids(cu_seqlens: torch.Tensor, n_tokens: int) -> torch.Tensor:
-    """(T,) int32: the sequence of each token, from (B + 1,) offsets on the same device."""
-    sequences = torch.arange(cu_seqlens.shape[0] - 1, dtype=torch.int32, device=cu_seqlens.device)
-    return torch.repeat_interleave(sequences, cu_seqlens.diff(), output_size=n_tokens)
+def pins(device: torch.device) -> bool:
+    """Tells whether the device copies by itself from pinned memory of the host, while the host goes on."""
+    return device.type == "cuda"
 
 
-def within_sequences(rows: torch.Tensor, cu_seqlens: torch.Tensor, seq_ids: torch.Tensor) -> torch.Tensor:
-    """(T,) the place in its sequence of each of the packed rows, in their dtype; all on one device."""
-    return rows - cu_seqlens.index_select(0, seq_ids)
+def on_host(device: torch.device) -> bool:
+    """Tells whether the host reads the device's memory without waiting for anybody."""
+    return device.type == "cpu"
+
+
+def takes_from_host(device: torch.device, tensor: torch.Tensor) -> bool:
+    """Tells whether the tensor is on the host, and the device a GPU that it may be copied to."""
+    return pins(device) and tensor.device.type == "cpu"
+
+
+def wait_for(device: torch.device) -> None:
+    """Waits until everything that was launched on the device has run."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 @untraced
-def unpad(attention_mask: torch.Tensor) -> PackedBatch:
+def unpad(attention_mask: torch.Tensor, device: torch.device | None = None) -> PackedBatch:
     """Returns the packing of a padded batch. attention_mask: (B, S), any numeric dtype, nonzero where a token is.
 
-    Holes and left padding are fine. A row without any token becomes a sequence of length 0.
+    Holes and left padding are fine. A row without any token becomes a sequence of length 0. device: where the batch
+    runs, by default where the mask is. A mask on a GPU is waited for once, since the number of tokens decides how many
+    rows the kernels have; for a mask on the host nobody waits.
     """
     _refuse_recording("attention_mask", attention_mask)
+    device = attention_mask.device if device is None else device
+    if torch.compiler.is_exporting():
+        return _unpad_exported(attention_mask)
+    valid = attention_mask != 0
+    batch_size, padded_length = attention_mask.shape
+    if not on_host(valid.device):
+        lengths, ends, first = _shape_of(valid)
+        if not np.array_equal(lengths, ends):  # padding on the left, or holes
+            return _unpad_on_device(valid, lengths, ends, first)
+        columns = count_positions(offsets_of(lengths))
+        indices = np.repeat(np.arange(batch_size, dtype=np.int64) * padded_length, lengths) + columns
+        first_column = padded_length == 0 or bool(first.all())
+    else:
+        mask = valid.numpy()
+        lengths, indices = mask.sum(1, dtype=np.int32), np.flatnonzero(mask)
+        columns = indices % max(padded_length, 1)
+        first_column = padded_length == 0 or bool(mask[:, 0].all())
+    offsets = torch.from_numpy(offsets_of(lengths))
+    fields: dict[str, Any] = {
+        "cu_seqlens_cpu": offsets,
+        "batch_size": batch_size,
+        "padded_length": padded_length,
+        "first_column": first_column,
+        "last_position": int(columns.max(initial=-1)),
+        "host_columns": columns,
+        "host_indices": indices,
+    }
+    if device.type == "cpu":
+        rows: dict[str, Any] = {"position_ids": torch.from_numpy(columns), "indices": torch.from_numpy(indices)}
+        return PackedBatch(cu_seqlens=offsets, **rows, **fields)
+    make: dict[str, Any] = {
+        "cu_seqlens": lambda batch: to_device(batch.cu_seqlens_cpu, device),
+        "position_ids": lambda batch: to_device(torch.from_numpy(columns), device),
+        "indices": lambda batch: to_device(torch.from_numpy(indices), device),
+    }
+    return PackedBatch.later(make, len(indices), device, **fields)
+
+
+def _shape_of(valid: torch.Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Returns, of each row of a mask on a device, its tokens, where the last one ends, and whether it has a first one.
+
+    All are (B,) int32. This waits for the device, once.
+    """
+    columns = torch.arange(1, valid.shape[1] + 1, dtype=torch.int32, device=valid.device)
+    ends = torch.nn.functional.pad(columns * valid, (1, 0)).amax(1)
+    first = torch.nn.functional.pad(valid[:, :1].int(), (0, 1 if valid.shape[1] == 0 else 0))[:, 0]
+    lengths, ends, first = torch.stack([valid.sum(1, dtype=torch.int32), ends, first]).cpu().numpy()
+    return lengths, ends, first
+
+
+def _unpad_on_device(valid: torch.Tensor, lengths: np.ndarray, ends: np.ndarray, first: np.ndarray) -> PackedBatch:
+    """Packs a mask of any form whose counts the host has: each token finds its row by counting those before it."""
+    n_rows, device = valid.numel(), valid.device
+    offsets = offsets_of(lengths)
+    n_tokens = int(offsets[-1])
+    flat = valid.flatten()
+    places = torch.where(flat, flat.cumsum(0) - 1, n_tokens)  # padding goes to one row more, which is cut off
+    indices = torch.empty(n_tokens + 1, dtype=torch.int64, device=device)
+    indices = indices.scatter_(0, places, torch.arange(n_rows, device=device))[:n_tokens]
+    offsets_cpu = torch.from_numpy(offsets)
+    return PackedBatch(
+        cu_seqlens=to_device(offsets_cpu, device),
+        cu_seqlens_cpu=offsets_cpu,
+        position_ids=indices % max(valid.shape[1], 1),
+        batch_size=valid.shape[0],
+        padded_length=valid.shape[1],
+        indices=indices,
+        first_column=bool(first.all()),
+        last_position=int(ends.max(initial=0)) - 1,
+    )
+
+
+def _unpad_exported(attention_mask: torch.Tensor) -> PackedBatch:
+    """Packs a mask whose values torch.export does not know."""
     batch_size, padded_length = attention_mask.shape
     valid = attention_mask != 0
     indices = valid.flatten().nonzero().flatten()
-    # The offsets and, to wait for the device once, how many sequences begin in the first column.
-    counted = torch.zeros(batch_size + 2, dtype=torch.int32, device=valid.device)
-    torch.cumsum(valid.sum(1), 0, dtype=torch.int32, out=counted[1:-1])
-    counted[-1] = valid[:, :1].sum()
-    counted_cpu = counted.cpu()
+    offsets = torch.zeros(batch_size + 1, dtype=torch.int32, device=valid.device)
+    torch.cumsum(valid.sum(1), 0, dtype=torch.int32, out=offsets[1:])
     return PackedBatch(
-        cu_seqlens=counted[:-1],
-        cu_seqlens_cpu=counted_cpu[:-1],
+        cu_seqlens=offsets,
+        cu_seqlens_cpu=offsets.cpu(),
         position_ids=indices % max(padded_length, 1),
         batch_size=batch_size,
         padded_length=padded_length,
         indices=indices,
-        first_column=torch.compiler.is_exporting() or padded_length == 0 or int(counted_cpu[-1]) == batch_size,
     )
 
 
 @untraced
 def without_padding(batch_size: int, length: int, device: torch.device) -> PackedBatch:
     """Returns the packing of a (B, S) batch in which every position holds a token; needs no look at a mask."""
-    return PackedBatch(
-        cu_seqlens=torch.arange(batch_size + 1, dtype=torch.int32, device=device) * length,
-        cu_seqlens_cpu=torch.arange(batch_size + 1, dtype=torch.int32, device="cpu") * length,
-        position_ids=torch.arange(length, device=device).repeat(batch_size),
-        batch_size=batch_size,
-        padded_length=length,
-    )
+    make: dict[str, Any] = {
+        "cu_seqlens": lambda batch: torch.arange(batch_size + 1, dtype=torch.int32, device=device) * length,
+        "position_ids": lambda batch: torch.arange(length, device=device).repeat(batch_size),
+    }
+    fields: dict[str, Any] = {
+        "cu_seqlens_cpu": torch.from_numpy(np.arange(batch_size + 1, dtype=np.int32) * np.int32(length)),
+        "batch_size": batch_size,
+        "padded_length": length,
+        "last_position": length - 1 if batch_size else -1,
+        "counted": True,
+    }
+    if torch.device(device).type == "cpu":
+        return PackedBatch(**{name: value(None) for name, value in make.items()}, **fields)
+    return PackedBatch.later(make, batch_size * length, torch.device(device), **fields)
 
 
 def in_place(like: torch.Tensor, attention_mask: torch.Tensor | None) -> PackedBatch:
@@ -167,14 +208,20 @@ def from_cu_seqlens(cu_seqlens: torch.Tensor, n_tokens: int, device: torch.devic
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
         raise ValueError(f"cu_seqlens: expected shape (B + 1,), got {tuple(cu_seqlens.shape)}")
     _refuse_recording("cu_seqlens", cu_seqlens)
-    offsets = cu_seqlens.tolist()
-    lengths = list(map(sub, offsets[1:], offsets))
-    if offsets[0] != 0 or offsets[-1] != n_tokens or min(lengths, default=0) < 0:
+    offsets = (cu_seqlens if on_host(cu_seqlens.device) else cu_seqlens.cpu()).numpy()
+    lengths = offsets[1:] - offsets[:-1]
+    shortest, longest = (_least(lengths), _most(lengths)) if len(lengths) else (0, 0)
+    if offsets[0] != 0 or offsets[-1] != n_tokens or shortest < 0:
+        values = offsets.tolist()
         raise ValueError(
             f"cu_seqlens: expected offsets that start at 0, never decrease and end at T = {n_tokens}, "
-            f"got {offsets if len(offsets) <= 9 else f'{offsets[:4]} ...'}"
+            f"got {values if len(values) <= 9 else f'{values[:4]} ...'}"
         )
-    return from_lengths(lengths, device)
+    # A copy, which the caller does not change.
+    return from_offsets(offsets.astype(np.int32), torch.device(device), int(longest))
+
+
+_least, _most = np.minimum.reduce, np.maximum.reduce
 
 
 @untraced
@@ -209,27 +256,44 @@ def _refuse_recording(name: str, values: torch.Tensor) -> None:
 
 def from_lengths(lengths: Sequence[int], device: torch.device) -> PackedBatch:
     """Returns the packing of sequences of these lengths, none of them negative; positions count from 0 in each."""
-    offsets = np.array([0, *accumulate(lengths)], np.int32)
-    cu_seqlens_cpu, n_tokens = torch.from_numpy(offsets), int(offsets[-1])
-    plans: dict[Any, Any] = {}
-    if torch.device(device).type == "cpu":
-        positions = np.arange(n_tokens, dtype=np.int64)
-        if len(lengths) > 1:
-            positions -= np.repeat(offsets[:-1], lengths)
-        cu_seqlens, position_ids = cu_seqlens_cpu, torch.from_numpy(positions)
-    else:
-        cu_seqlens = to_device(cu_seqlens_cpu, device)
-        position_ids = torch.arange(n_tokens, device=device)
-        if len(lengths) > 1:
-            plans["seq_ids"] = sequence_ids(cu_seqlens, n_tokens)
-            position_ids = within_sequences(position_ids, cu_seqlens, plans["seq_ids"])
-    return PackedBatch(
-        cu_seqlens=cu_seqlens,
+    offsets = np.zeros(len(lengths) + 1, np.int32)
+    np.add.accumulate(lengths, out=offsets[1:])
+    return from_offsets(offsets, torch.device(device), max(lengths, default=0))
+
+
+def from_offsets(offsets: np.ndarray, device: torch.device, longest: int | None = None) -> PackedBatch:
+    """Returns the packing of sequences with these offsets, (B + 1,) int32 on the host, which nobody changes later.
+
+    longest: the length of the longest one, where the caller knows it.
+    """
+    if longest is None:
+        longest = int((offsets[1:] - offsets[:-1]).max(initial=0))
+    n_tokens, cu_seqlens_cpu = int(offsets[-1]), torch.from_numpy(offsets)
+    if device.type == "cpu":
+        positions = count_positions(offsets) if len(offsets) > 2 else np.arange(n_tokens, dtype=np.int64)
+        return PackedBatch(
+            cu_seqlens=cu_seqlens_cpu,
+            cu_seqlens_cpu=cu_seqlens_cpu,
+            position_ids=torch.from_numpy(positions),
+            batch_size=len(offsets) - 1,
+            padded_length=longest,
+            indices=None,
+            last_position=longest - 1,
+        )
+
+    def position_ids(batch: PackedBatch) -> torch.Tensor:
+        rows = torch.arange(n_tokens, device=device)
+        return rows if batch.batch_size < 2 else within_sequences(rows, batch.cu_seqlens, batch.seq_ids)
+
+    return PackedBatch.later(
+        {"cu_seqlens": lambda batch: to_device(batch.cu_seqlens_cpu, device), "position_ids": position_ids},
+        n_tokens,
+        device,
         cu_seqlens_cpu=cu_seqlens_cpu,
-        position_ids=position_ids,
-        batch_size=len(lengths),
-        padded_length=max(lengths, default=0),
-        _plans=plans,
+        batch_size=len(offsets) - 1,
+        padded_length=longest,
+        last_position=longest - 1,
+        counted=True,
     )
 
 
@@ -241,8 +305,11 @@ def positions_after_padding(input_ids: torch.Tensor, pad_id: int, batch: PackedB
     counted = input_ids != pad_id
     numbers = counted.cumsum(-1)
     if batch is not None and batch.batch_size != 1:  # of one long row: what the sequences before have counted goes
-        before = torch.nn.functional.pad(numbers, (1, 0)).index_select(0, batch.cu_seqlens[:-1])  # (B,)
-        numbers = numbers - before.index_select(0, batch.seq_ids)
+        here = on_host(input_ids.device)
+        offsets = batch.cu_seqlens_cpu if here else batch.cu_seqlens
+        sequences = sequence_ids(offsets, batch.n_tokens) if here else batch.seq_ids
+        before = torch.nn.functional.pad(numbers, (1, 0)).index_select(0, offsets[:-1])  # (B,)
+        numbers = numbers - before.index_select(0, sequences)
     return numbers * counted + pad_id
 
 
@@ -260,7 +327,11 @@ def pack(x: torch.Tensor, batch: PackedBatch, fill: int = 0) -> torch.Tensor:
     if batch.valid is not None:
         x = x.masked_fill(~_like(batch.valid, x), fill)
     flat = x.reshape(-1, *x.shape[2:])
-    return flat if batch.indices is None else flat.index_select(0, batch.indices)
+    if batch.host_indices is not None and on_host(x.device):
+        return flat.index_select(0, torch.from_numpy(batch.host_indices))
+    if batch.indices is None:
+        return flat
+    return (flat if on_host(batch.device) else to_device(flat, batch.device)).index_select(0, batch.indices)
 
 
 def pad(x: torch.Tensor, batch: PackedBatch) -> torch.Tensor:

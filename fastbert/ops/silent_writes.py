@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from fastbert.ops.packing import to_device
 from fastbert_kernels import cpu
 
 # Numbers looked at in one tensor. They leave out no sixteenth of the rows, columns or numbers, which a head may have.
@@ -44,6 +45,11 @@ register_optimizer_step_post_hook(_after_step)
 def waits(device: torch.device) -> bool:
     """Tells whether a look at a number on this device waits for it: a model then looks once a call, not at each use."""
     return device.type not in ("cpu", "meta")
+
+
+def signs() -> tuple[int, int]:
+    """Returns counts that stand still while no optimizer has stepped and no sample has shown a write."""
+    return _n_steps, _n_seen
 
 
 def _last_step(parameters: Iterable[Tensor]) -> int:
@@ -88,6 +94,52 @@ class Samples:
         return found
 
 
+class LateSamples:
+    """A sample of the numbers of tensors on a GPU, which a kernel compares with what they were before.
+
+    Nobody waits: the kernel notes a difference for the host (`fastbert.ops.noting`). Addresses and numbers lie where a
+    CUDA graph may read them.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self._n_steps, self._parameters = _n_steps, tensors
+        self._last_step = _last_step(tensors)
+        with torch.inference_mode(False), torch.no_grad():
+            views = [_view(_words(tensor)) for tensor in tensors if _is_dense(tensor)]
+            self._views = {dtype: [v for v in views if v.dtype == dtype] for dtype in {v.dtype for v in views}}
+            self._before = {dtype: torch.cat(parts) for dtype, parts in self._views.items()}
+            self._addresses = {
+                dtype: to_device(_addresses_of(parts), parts[0].device) for dtype, parts in self._views.items()
+            }
+
+    def look(self, notes: Any) -> None:
+        """Launches the comparison, which notes a write in the notes of the batch."""
+        from fastbert_kernels.samples import compare_samples
+
+        for dtype, before in self._before.items():
+            compare_samples(self._addresses[dtype], before, notes)
+
+    def stepped(self) -> bool:
+        """Tells whether an optimizer has written one of the tensors since the last time, as its hook says."""
+        if self._n_steps == _n_steps:
+            return False
+        self._n_steps, before = _n_steps, self._last_step
+        self._last_step = _last_step(self._parameters)
+        return self._last_step > before
+
+    def renew(self) -> None:
+        """Takes the numbers as they are now, in the same memory."""
+        with torch.inference_mode(False), torch.no_grad():
+            for dtype, parts in self._views.items():
+                self._before[dtype].copy_(torch.cat(parts))
+
+
+def _addresses_of(views: Sequence[Tensor]) -> Tensor:
+    """(n,) int64 on the host: where the numbers of vectors lie."""
+    parts = [v.data_ptr() + np.arange(v.shape[0]) * v.stride(0) * v.element_size() for v in views]
+    return torch.from_numpy(np.concatenate(parts))
+
+
 class Writes:
     """A look at parameters, to tell later whether they were written to without PyTorch's count.
 
@@ -108,10 +160,10 @@ class Writes:
             if _last_step(parameters) > self._last_step:
                 return False
             self._seen_steps = n_steps
-        return self._n_seen == _n_seen and (self._samples.digest() == self._digest or _note_seen())
+        return self._n_seen == _n_seen and (self._samples.digest() == self._digest or note_seen())
 
 
-def _note_seen() -> bool:
+def note_seen() -> bool:
     """Notes that a sample has shown a write, of which other tensors may have had a part. Returns False."""
     global _n_seen
     _n_seen += 1

@@ -28,6 +28,8 @@ def in_batches(
 ) -> Iterator[tuple[list[int], packing.PackedBatch, Tensor, Tensor]]:
     """Yields batches as `batches` cuts them: places of the texts, the batch, input_ids (T,) and token_type_ids (T,).
 
+    The ids stay on the host, from where the model takes them together with all else that a batch needs on a GPU.
+
     The lengths are lists: for one text, NumPy's functions would take longer than everything else in this function.
     """
     offsets = tokens.cu_seqlens.tolist()
@@ -46,8 +48,6 @@ def in_batches(
         whole = last - first == len(order)
         batch_ids = input_ids if whole else input_ids[start:end]
         batch_type_ids = token_type_ids if whole else token_type_ids[start:end]
-        if device.type != "cpu":
-            batch_ids, batch_type_ids = packing.to_device(batch_ids, device), packing.to_device(batch_type_ids, device)
         yield order[first:last], batch, batch_ids, batch_type_ids
 
 

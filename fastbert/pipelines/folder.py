@@ -52,6 +52,9 @@ _POOLING_FLAGS = {
     "pooling_mode_lasttoken": "lasttoken",
 }
 _TAIL_MODULES = ("Dense", "LayerNorm", "Dropout", "Normalize")
+# What stands in folders of sparse and multi-vector models; token_layout.py reads them.
+_TOKEN_MODULES = ("MLMTransformer", "SpladePooling", "MultiVectorMask")
+_PYLATE_DENSE = "pylate.models.Dense.Dense"
 
 
 @dataclass
@@ -66,6 +69,10 @@ class Layout:
     default_prompt_name: str | None = None
     similarity_fn_name: str | None = None
     truncate_dim: int | None = None
+    # Of token_layout.py: a SpladePooling's settings, those of token vectors, and the most numbers of a sparse vector.
+    splade: dict[str, Any] | None = None
+    tokens: dict[str, Any] | None = None
+    max_active_dims: int | None = None
 
 
 def read_layout(folder: Path) -> Layout | None:
@@ -76,7 +83,7 @@ def read_layout(folder: Path) -> Layout | None:
     """
     if not (folder / MODULES).is_file():
         return None
-    entries = _read_modules(folder / MODULES)
+    entries = read_modules(folder / MODULES)
     (kind, path), *rest = entries
     if kind != "Transformer" or not rest or rest[0][0] != "Pooling":
         raise ValueError(
@@ -87,9 +94,9 @@ def read_layout(folder: Path) -> Layout | None:
     for kind, path in rest[1:]:
         if kind not in _TAIL_MODULES:
             raise ValueError(f"{folder / MODULES}: got a second {kind}, which is not supported")
-        layout.tail.append(_read_tail(kind, path))
+        layout.tail.append(read_tail(kind, path))
     layout.settings = read_transformer(layout.transformer)
-    _read_settings(layout, folder / SETTINGS)
+    read_settings(layout, folder / SETTINGS)
     return layout
 
 
@@ -100,13 +107,13 @@ def read_cross_encoder_layout(folder: Path) -> tuple[Layout, str | None]:
     `read_layout`.
     """
     if (folder / MODULES).is_file():
-        entries = _read_modules(folder / MODULES)
+        entries = read_modules(folder / MODULES)
         names = [name for name, _ in entries]
         if names != ["Transformer"]:
             raise ValueError(f"{folder / MODULES}: expected a Transformer alone, got {', '.join(names)}")
         layout = Layout(entries[0][1])
         layout.settings = read_transformer(layout.transformer, "sequence-classification", "scores", "logits")
-        path = _read_settings(layout, folder / SETTINGS, "CrossEncoder").get("activation_fn")
+        path = read_settings(layout, folder / SETTINGS, "CrossEncoder").get("activation_fn")
     else:
         layout, path = Layout(folder), None
     config = read_json(layout.transformer / "config.json")
@@ -116,7 +123,7 @@ def read_cross_encoder_layout(folder: Path) -> tuple[Layout, str | None]:
     return layout, path or config.get("sbert_ce_default_activation_function")
 
 
-def _read_modules(file: Path) -> list[tuple[str, Path]]:
+def read_modules(file: Path) -> list[tuple[str, Path]]:
     """Returns (class, folder) of each module."""
     try:
         entries = json.loads(file.read_text(encoding="utf-8"))
@@ -128,8 +135,9 @@ def _read_modules(file: Path) -> list[tuple[str, Path]]:
     for entry in entries:
         name, path = str(entry.get("type")), str(entry.get("path", ""))
         package, _, kind = name.rpartition(".")
-        known = ("Transformer", "Pooling", *_TAIL_MODULES)
-        if package.split(".")[0] != "sentence_transformers" or kind not in known:
+        known = ("Transformer", "Pooling", *_TAIL_MODULES, *_TOKEN_MODULES)
+        ours = package.split(".")[0] == "sentence_transformers" or name == _PYLATE_DENSE
+        if not ours or kind not in known:
             raise ValueError(
                 f"{file}: the module type {name!r} is not supported, only {', '.join(known)} of sentence_transformers"
             )
@@ -155,13 +163,13 @@ def _read_pooling(file: Path) -> Pooling:
         raise ValueError(f"{file}: {error}") from error
 
 
-def _read_tail(kind: str, folder: Path) -> nn.Module:
-    """Reads one of _TAIL_MODULES, with its weights."""
+def read_tail(kind: str, folder: Path, name: str = "sentence_embedding") -> nn.Module:
+    """Reads one of _TAIL_MODULES, with its weights. name: what it reads and writes, in sentence-transformers' words."""
     file = folder / "config.json"
     if kind == "Normalize":  # earlier versions wrote no settings for it, and so no folder
         config = read_json(file) if file.is_file() else {}
         check_keys(file, config, MODULE_KEYS[kind])
-        _check_names(file, config)
+        _check_names(file, config, name)
         return Normalize()
     config = read_json(file)
     check_keys(file, config, MODULE_KEYS[kind])
@@ -171,7 +179,7 @@ def _read_tail(kind: str, folder: Path) -> nn.Module:
         if kind == "LayerNorm":
             module: nn.Module = LayerNorm(config["dimension"])
         else:
-            _check_names(file, config)
+            _check_names(file, config, name)
             sizes, residual = (config["in_features"], config["out_features"]), bool(config.get("use_residual"))
             module = Dense(*sizes, config.get("bias", True), _activation(file, config), residual)
     except KeyError as error:
@@ -180,11 +188,11 @@ def _read_tail(kind: str, folder: Path) -> nn.Module:
     return module
 
 
-def _check_names(file: Path, config: Mapping[str, Any]) -> None:
-    """Raises ValueError for a module that reads or writes something else than sentence vectors."""
+def _check_names(file: Path, config: Mapping[str, Any], name: str) -> None:
+    """Raises ValueError for a module that reads or writes something else than `name`."""
     for key in ("module_input_name", "module_output_name"):
-        if config.get(key) not in (None, "sentence_embedding"):
-            raise ValueError(f"{file}: {key} is {config[key]!r}, but only 'sentence_embedding' is supported")
+        if config.get(key) not in (None, name):
+            raise ValueError(f"{file}: {key} is {config[key]!r}, but only {name!r} is supported")
 
 
 def _activation(file: Path, config: Mapping[str, Any]) -> str:
@@ -209,7 +217,11 @@ def _load(module: nn.Module, folder: Path) -> None:
     module.load_state_dict(state, assign=True)
 
 
-def _read_settings(layout: Layout, file: Path, expected: str = "SentenceTransformer") -> dict[str, Any]:
+def read_settings(layout: Layout, file: Path, expected: str = "SentenceTransformer") -> dict[str, Any]:
+    """Reads config_sentence_transformers.json into the layout, and returns its content.
+
+    expected: its model_type. Raises ValueError for another one.
+    """
     config = read_json(file) if file.is_file() else {}
     check_model_keys(file, config)
     kind = config.get("model_type", expected)
@@ -219,6 +231,7 @@ def _read_settings(layout: Layout, file: Path, expected: str = "SentenceTransfor
     layout.default_prompt_name = config.get("default_prompt_name")
     layout.similarity_fn_name = config.get("similarity_fn_name")
     layout.truncate_dim = config.get("truncate_dim")
+    layout.max_active_dims = config.get("max_active_dims")
     return config
 
 

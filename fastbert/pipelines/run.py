@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from fastbert.checks import check_text
+from fastbert.models.bert import BertModel
 from fastbert.models.encoded import Encoded
 from fastbert.ops import packing, silent_writes
 from fastbert.pipelines.batching import default_token_budget, in_batches
@@ -43,7 +44,8 @@ class Request:
 
     single: one text came, not a list, so that errors name no index. even: windows do not grow to WINDOW texts, but have
     as many from the first on. on_host: vectors are read on the host, as numbers, so that they may be inference tensors.
-    max_length: the most tokens of a text, where it is not the pipeline's max_seq_length.
+    max_length: the most tokens of a text, where it is not the pipeline's max_seq_length. head: makes the items of a
+    batch's texts, in the place of pooling: (model, batch, input_ids, token_type_ids) -> one for each text.
     """
 
     prompt: str = ""
@@ -56,6 +58,7 @@ class Request:
     on_host: bool = False
     max_length: int | None = None
     progress: Progress | None = None
+    head: Callable[[BertModel, packing.PackedBatch, Tensor, Tensor], list[Any]] | None = None
 
 
 @dataclass
@@ -206,11 +209,12 @@ class Run:
             self.model.follow_weights()
         for places, batch, *ids in in_batches(tokens, token_budget, request.batch_size, self.device):
             with torch.inference_mode():
-                hidden = self.model.encode_packed(batch, *ids, check=False)[-1]
-                if request.output_value == "sentence_embedding":
-                    results = self._vectors(hidden, batch)
+                if request.head is not None:
+                    results = request.head(self.model, batch, *ids)
+                elif request.output_value == "sentence_embedding":
+                    results = self._vectors(self.model.encode_packed(batch, *ids, check=False)[-1], batch)
                 else:
-                    results = self._items(hidden, batch, *ids)
+                    results = self._items(self.model.encode_packed(batch, *ids, check=False)[-1], batch, *ids)
             if not isinstance(results, Tensor):
                 for place, item in zip(places, results, strict=True):
                     items[place] = item
@@ -232,6 +236,7 @@ class Run:
         lengths = batch.cu_seqlens_cpu.diff().tolist()
         if self.request.output_value == "token_embeddings":
             return list(hidden.split(lengths))
+        input_ids, token_type_ids = (packing.to_device(ids, self.device) for ids in (input_ids, token_type_ids))
         rows = zip(
             input_ids.split(lengths),
             token_type_ids.split(lengths),

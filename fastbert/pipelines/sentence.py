@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fastbert.checks import one_of, positive_or_none
 from fastbert.models.bert import BertModel
 from fastbert.models.pretrained import any_in_training
-from fastbert.pipelines.api import SEVERAL_DEVICES, SentenceTransformersApi, log_unused
-from fastbert.pipelines.folder import MODULES, Layout, read_layout, write_layout
+from fastbert.models.tasks import BertForMaskedLM
+from fastbert.pipelines.api import SEVERAL_DEVICES, log_unused
+from fastbert.pipelines.folder import MODULES, Layout, write_layout
+from fastbert.pipelines.head_vectors import HeadVectors, shaped
 from fastbert.pipelines.inputs import as_texts
 from fastbert.pipelines.load import Arguments, load
 from fastbert.pipelines.modules import output_size
@@ -28,9 +29,10 @@ from fastbert.pipelines.pooling import vectors_of_padded
 from fastbert.pipelines.progress import Progress, progress_bar
 from fastbert.pipelines.run import Request, Run, Timings
 from fastbert.pipelines.settings import TransformerSettings
+from fastbert.pipelines.token_heads import SpladeHead
+from fastbert.pipelines.token_layout import bge_heads, read_any_layout, splade_head, token_vectors, write_heads
 from fastbert.text.tokenizer import Tokenizer
 from fastbert.vectors.quantize import PRECISIONS, quantize_embeddings
-from fastbert.vectors.similarity import SIMILARITIES, function_name, pairwise_similarity, similarity_matrix
 
 logger = logging.getLogger("fastbert")
 
@@ -38,7 +40,7 @@ _OUTPUT_VALUES = ("sentence_embedding", "token_embeddings", None)
 _PROMPTS = {"query": "", "document": ""}  # every model of sentence-transformers has prompts of these names
 
 
-class SentenceEncoder(SentenceTransformersApi):
+class SentenceEncoder(HeadVectors):
     """A SentenceEncoder is a model with its tokenizer, its pooling and the modules after that.
 
     pooling: one mode or several, whose vectors are concatenated. The modes are those of sentence-transformers: "mean",
@@ -46,7 +48,9 @@ class SentenceEncoder(SentenceTransformersApi):
     texts by name, to stand in front of an input. truncate_dim: how many numbers of a vector are kept. token_budget:
     tokens in a batch, by default 16384 on a GPU and 2048 on a CPU. Vectors are float32 whatever the model's dtype, but
     float64 for a model in float64. last_timings: where the time of the last call went, and what its bottleneck was; the
-    logger "fastbert" says the same at INFO.
+    logger "fastbert" says the same at INFO. heads: by output, "sparse" and "multi", for sparse vectors and for vectors
+    of tokens (`fastbert.pipelines.token_heads`). has_dense: whether there are dense vectors, too. max_active_dims: most
+    numbers of a sparse vector that are not zero.
     """
 
     model: BertModel
@@ -64,6 +68,9 @@ class SentenceEncoder(SentenceTransformersApi):
         similarity_fn_name: Any = None,
         truncate_dim: int | None = None,
         token_budget: int | None = None,
+        heads: Mapping[str, nn.Module] | None = None,
+        has_dense: bool = True,
+        max_active_dims: int | None = None,
     ) -> None:
         super().__init__()
         if isinstance(model, (str, os.PathLike)):
@@ -72,6 +79,9 @@ class SentenceEncoder(SentenceTransformersApi):
         self.tokenizer = tokenizer
         self.pooling = pooling if isinstance(pooling, Pooling) else Pooling(pooling)
         self.tail = nn.ModuleList(tail)
+        self.heads, self.has_dense = nn.ModuleDict(heads or {}), has_dense
+        self.default_output = self._output(None)
+        self.max_active_dims = positive_or_none("max_active_dims", max_active_dims)
         self._set_prompts({**_PROMPTS, **(prompts or {})}, default_prompt_name)
         self.similarity_fn_name = similarity_fn_name
         self.truncate_dim = positive_or_none("truncate_dim", truncate_dim)
@@ -93,6 +103,8 @@ class SentenceEncoder(SentenceTransformersApi):
         default_prompt_name: str | None = None,
         similarity_fn_name: Any = None,
         truncate_dim: int | None = None,
+        output: str | None = None,
+        max_active_dims: int | None = None,
         **options: Any,
     ) -> SentenceEncoder:
         """Loads a sentence-transformers folder or hub id, or a plain BERT checkpoint, which gets mean pooling.
@@ -100,7 +112,8 @@ class SentenceEncoder(SentenceTransformersApi):
         A name without an owner, such as "all-MiniLM-L6-v2", is one of sentence-transformers' own models. device: by
         default the GPU if there is one, else the CPU. dtype: "auto" is the checkpoint's, but bfloat16 for float32 on a
         CPU that has it in hardware. prompts, default_prompt_name, similarity_fn_name, truncate_dim: these count before
-        the folder's.
+        the folder's. output: what `encode` makes by default; "sparse" reads a plain masked-language model as a SPLADE.
+        Folders of SparseEncoder, MultiVectorEncoder, PyLate and ColBERT, and bge-m3, say which vectors they have.
 
         options: those of SentenceTransformer(...), which are cache_folder, token, local_files_only, model_kwargs,
         processor_kwargs (or tokenizer_kwargs) and config_kwargs, and the other arguments of BertModel.from_pretrained:
@@ -112,23 +125,38 @@ class SentenceEncoder(SentenceTransformersApi):
         """
         arguments = Arguments.of(options, revision)
         folder = arguments.folder(src, SENTENCE_TRANSFORMERS)
-        layout = read_layout(folder)
+        layout = read_any_layout(folder, output)
         if layout is None:
             logger.warning("%s: no %s, so mean pooling without normalisation", src, MODULES)
             layout = Layout(folder)
-        model, tokenizer = load(BertModel, layout, src, arguments, dtype, device)
+        heads: dict[str, nn.Module] = {}
+        model: BertModel
+        if layout.splade is not None:
+            masked_lm, tokenizer = load(BertForMaskedLM, layout, src, arguments, dtype, device)
+            heads["sparse"], model = splade_head(masked_lm, layout), masked_lm.bert
+        else:
+            model, tokenizer = load(BertModel, layout, src, arguments, dtype, device)
+            if layout.tokens is not None:
+                heads["multi"] = token_vectors(layout, tokenizer, model.longest_text)
+            else:
+                heads = bge_heads(folder, tokenizer, model.config.vocab_size)
+        has_dense = layout.splade is None and layout.tokens is None
         encoder = cls(
             model,
             tokenizer,
             layout.pooling,
-            layout.tail,
+            layout.tail if has_dense else (),
             prompts={**layout.prompts, **(prompts or {})},
             default_prompt_name=layout.default_prompt_name if default_prompt_name is None else default_prompt_name,
             similarity_fn_name=layout.similarity_fn_name if similarity_fn_name is None else similarity_fn_name,
             truncate_dim=layout.truncate_dim if truncate_dim is None else truncate_dim,
             token_budget=token_budget,
+            heads=heads,
+            has_dense=has_dense,
+            max_active_dims=layout.max_active_dims if max_active_dims is None else max_active_dims,
         )
-        encoder.tail.to(model.device)
+        encoder.default_output = encoder._output(output)
+        encoder.tail.to(model.device), encoder.heads.to(model.device)
         encoder.model_card_data.base_model = str(src)
         return encoder
 
@@ -143,7 +171,9 @@ class SentenceEncoder(SentenceTransformersApi):
         """
         log_unused(create_model_card=create_model_card, safe_serialization=not safe_serialization)
         folder = Path(path)
-        self.model.save_pretrained(folder)
+        sparse = dict(self.heads).get("sparse")
+        model: Any = sparse.masked_lm if isinstance(sparse, SpladeHead) else self.model
+        model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
         layout = Layout(
             folder,
@@ -154,8 +184,11 @@ class SentenceEncoder(SentenceTransformersApi):
             default_prompt_name=self.default_prompt_name,
             similarity_fn_name=self.similarity_fn_name,
             truncate_dim=self.truncate_dim,
+            max_active_dims=self.max_active_dims,
         )
-        write_layout(folder, self.model.config.hidden_size, layout)
+        if self.has_dense:
+            write_layout(folder, self.model.config.hidden_size, layout)
+        write_heads(folder, dict(self.heads), layout, self.tokenizer)
 
     @property
     def pipeline(self) -> Pipeline:
@@ -173,19 +206,6 @@ class SentenceEncoder(SentenceTransformersApi):
             token_budget=self.token_budget,
         )
 
-    @property
-    def similarity_fn_name(self) -> str:
-        """Names the function that `similarity` computes: "cosine", "dot", "euclidean" or "manhattan".
-
-        It may be set to a member of sentence-transformers' SimilarityFunction, and to None, which stands for "cosine".
-        """
-        return self._similarity_fn_name
-
-    @similarity_fn_name.setter
-    def similarity_fn_name(self, name: Any) -> None:
-        name = function_name(name) or "cosine"
-        self._similarity_fn_name = one_of("similarity_fn_name", name, *SIMILARITIES)
-
     def __len__(self) -> int:
         return 2 + len(self.tail)
 
@@ -194,6 +214,8 @@ class SentenceEncoder(SentenceTransformersApi):
 
     def get_embedding_dimension(self) -> int:
         """Returns the length of a vector."""
+        if not self.has_dense and (dimension := self._dimension_of_heads()) is not None:
+            return dimension
         return self._dimension if self.truncate_dim is None else min(self._dimension, self.truncate_dim)
 
     def get_sentence_embedding_dimension(self) -> int:
@@ -209,7 +231,7 @@ class SentenceEncoder(SentenceTransformersApi):
         show_progress_bar: bool | None = None,
         output_value: str | None = "sentence_embedding",
         precision: str | None = "float32",
-        convert_to_numpy: bool = True,
+        convert_to_numpy: bool | None = None,
         convert_to_tensor: bool = False,
         device: str | torch.device | None = None,
         normalize_embeddings: bool = False,
@@ -222,6 +244,10 @@ class SentenceEncoder(SentenceTransformersApi):
         calibration_embeddings: Any = None,
         task: str | None = None,
         processing_kwargs: dict[str, Any] | None = None,
+        output: str | None = None,
+        max_active_dims: int | None = None,
+        convert_to_sparse_tensor: bool = True,
+        save_to_cpu: bool = False,
     ) -> Any:
         """Returns the vectors of texts. Arguments and results are those of SentenceTransformer.encode.
 
@@ -229,8 +255,8 @@ class SentenceEncoder(SentenceTransformersApi):
         a pair of str in a list or a tuple, which is read as one input, or {"text": str}. prompt, or the prompt of the
         name prompt_name, goes in front of each text. batch_size: most texts in a batch; the token budget bounds it
         anyway. show_progress_bar: None shows it where the logger "fastbert" is at INFO. device: moves the encoder
-        there. processing_kwargs: {"text": {"max_length": int}}, the most tokens of a text in this call. task and
-        chunk_size have no effect.
+        there. processing_kwargs: {"text": {"max_length": int}}, the most tokens of a text in this call. task: "query"
+        or "document", which vectors of tokens may depend on. chunk_size has no effect.
 
         The result is a vector (dim,) for a str, else (n, dim), in float32: an array, or with convert_to_tensor a tensor
         on the model's device, or with convert_to_numpy=False a list of vectors. With precision "int8", "uint8",
@@ -238,6 +264,11 @@ class SentenceEncoder(SentenceTransformersApi):
         ranges and calibration_embeddings. With output_value "token_embeddings" the result is a list of (tokens, H)
         tensors. With output_value None it is a list of dicts with ids, token vectors and the vector of the text. For no
         texts it is an array of shape (0,), as in sentence-transformers.
+
+        output: "dense", "sparse" or "multi", by default `default_output`. "sparse" gives a sparse COO tensor
+        (n, V) on the model's device, (V,) for a str, or with convert_to_numpy=False a list; of each vector the
+        max_active_dims largest numbers. convert_to_sparse_tensor=False makes it dense. "multi" gives a list of (tokens,
+        dim) tensors, or with convert_to_numpy=True arrays. save_to_cpu: whether both come on the host.
 
         Texts longer than max_seq_length are cut, and one warning counts texts and tokens. Raises TypeError for an input
         that is no text and ValueError for a lone surrogate, both with the index. Raises ValueError for an argument that
@@ -256,6 +287,8 @@ class SentenceEncoder(SentenceTransformersApi):
         one_of("precision", precision, *PRECISIONS)
         if device is not None:
             self.to(device)
+        output = self.default_output if output is None else self._output(output)
+        to_numpy = convert_to_numpy if convert_to_numpy is not None else output == "dense"
         request = Request(
             self._prompt(prompt, prompt_name),
             positive_or_none("batch_size", batch_size),
@@ -263,11 +296,17 @@ class SentenceEncoder(SentenceTransformersApi):
             normalize_embeddings,
             self.truncate_dim if truncate_dim is None else positive_or_none("truncate_dim", truncate_dim),
             single,
-            on_host=convert_to_numpy and not convert_to_tensor or precision != "float32",
+            on_host=to_numpy and not convert_to_tensor or precision != "float32",
             max_length=None if processing_kwargs is None else self._limit(processing_kwargs),
         )
         total = 1 if single else len(texts) if hasattr(texts, "__len__") else None
         with progress_bar(show_progress_bar, total) as request.progress:
+            if output != "dense":
+                one_of(f"precision, for output {output!r}", precision, "float32")
+                save_to_cpu = save_to_cpu or to_numpy
+                vectors = self._by_head(output, texts, request, task, max_active_dims, save_to_cpu)
+                to_list = convert_to_numpy is False and not convert_to_tensor
+                return shaped(vectors, output, single, to_list, to_numpy, convert_to_sparse_tensor, convert_to_tensor)
             windows = list(self._run(texts, request))
         if output_value != "sentence_embedding":
             items = [item for window in windows for item in window]
@@ -275,38 +314,16 @@ class SentenceEncoder(SentenceTransformersApi):
         if not windows:
             if convert_to_tensor:
                 return torch.tensor([], device=self.device)
-            return np.array([]) if convert_to_numpy else []
+            return np.array([]) if to_numpy else []
         # Pinned memory, which vectors from a GPU lie in, is too dear to be kept by whoever holds the result.
         embeddings = windows[0] if len(windows) == 1 and not windows[0].is_pinned() else torch.cat(windows)
         if precision != "float32":
             embeddings = torch.from_numpy(quantize_embeddings(embeddings, precision, ranges, calibration_embeddings))
-        if convert_to_numpy and not convert_to_tensor:
+        if to_numpy and not convert_to_tensor:
             return embeddings.numpy()[0] if single else embeddings.numpy()
         if single:
             return embeddings[0]
         return embeddings if convert_to_tensor else list(embeddings)
-
-    def encode_query(
-        self, sentences: Any = None, prompt_name: str | None = None, prompt: str | None = None, *args: Any,
-        **kwargs: Any,
-    ) -> Any:  # fmt: skip
-        """Calls `encode` with the prompt named "query", if there is one, and never with the default prompt."""
-        if prompt is None and prompt_name is None:
-            prompt = self.prompts.get("query", "")
-        return self.encode(sentences, prompt_name, prompt, *args, **kwargs)
-
-    def encode_document(
-        self, sentences: Any = None, prompt_name: str | None = None, prompt: str | None = None, *args: Any,
-        **kwargs: Any,
-    ) -> Any:  # fmt: skip
-        """Calls `encode` with the prompt named "document", if there is one, and never with the default prompt.
-
-        A prompt named "passage" or "corpus" is not taken: sentence-transformers adds an empty "document" before it
-        looks for one.
-        """
-        if prompt is None and prompt_name is None:
-            prompt = self.prompts.get("document", "")
-        return self.encode(sentences, prompt_name, prompt, *args, **kwargs)
 
     def encode_stream(
         self,
@@ -325,6 +342,7 @@ class SentenceEncoder(SentenceTransformersApi):
         called with the number of texts of each batch. Truncation is counted and warned of at the end. Errors are those
         of `encode`.
         """
+        self._output("dense")
         truncate_dim = self.truncate_dim if truncate_dim is None else positive_or_none("truncate_dim", truncate_dim)
         request = Request(
             self._prompt(prompt, prompt_name),
@@ -336,28 +354,6 @@ class SentenceEncoder(SentenceTransformersApi):
         )
         for window in self._run(as_texts(sentences)[0], request):
             yield window.clone().numpy() if window.is_pinned() else window.numpy()
-
-    def similarity(self, embeddings1: Any, embeddings2: Any) -> Tensor:
-        """Returns the similarity of each vector with each: (n, dim) and (m, dim), as tensors or arrays -> (n, m).
-
-        `similarity_fn_name` names the function. "euclidean" and "manhattan" are distances with their sign changed.
-        """
-        return similarity_matrix(embeddings1, embeddings2, self.similarity_fn_name)
-
-    def similarity_pairwise(self, embeddings1: Any, embeddings2: Any) -> Tensor:
-        """Returns the similarity of each vector with its partner: (n, dim) and (n, dim) -> (n,)."""
-        return pairwise_similarity(embeddings1, embeddings2, self.similarity_fn_name)
-
-    @contextmanager
-    def truncate_embeddings(self, truncate_dim: int | None) -> Iterator[None]:
-        """Lets `encode` give the first truncate_dim numbers of each vector (Matryoshka), inside a `with` statement."""
-        before, self.truncate_dim = self.truncate_dim, positive_or_none("truncate_dim", truncate_dim)
-        try:
-            yield
-        finally:
-            self.truncate_dim = before
-
-    truncate_sentence_embeddings = truncate_embeddings  # its name before sentence-transformers 6
 
     def forward(self, input: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
         """Adds token_embeddings and sentence_embedding to what `preprocess` gives, on the model's device.

@@ -25,13 +25,18 @@ FOLLOWED = {
 }  # fmt: skip
 # Keys that may hold one value or nothing, and are refused with another.
 EXPECTED = {"transformer_task", "module_output_name", "modality_config"}
+# Keys of models with a vector for each token; other models have no use for them, and refuse them.
+TASKS = {"query_length", "document_length", "query_expansion"}
 # Keys that are refused wherever they hold anything.
-REFUSED = {"query_length", "document_length", "query_expansion", "tokenizer_name_or_path"}
+REFUSED = {"tokenizer_name_or_path"}
 # Keys that change how something is computed, and no number.
 HARMLESS = {"unpad_inputs", "cache_dir", "backend"}
 
 # Keys of config_sentence_transformers.json.
-MODEL_KEYS = {"model_type", "prompts", "default_prompt_name", "similarity_fn_name", "truncate_dim", "activation_fn"}
+MODEL_KEYS = {
+    "model_type", "prompts", "default_prompt_name", "similarity_fn_name", "truncate_dim", "activation_fn",
+    "max_active_dims",
+}  # fmt: skip
 MODEL_KEYS_HARMLESS = {"__version__"}
 MODEL_KEYS_LOGGED = {"requirements", "keep_in_fp32_modules"}
 
@@ -49,6 +54,9 @@ MODULE_KEYS = {
     "LayerNorm": {"dimension"},
     "Dropout": {"dropout"},
     "Normalize": {"module_input_name", "module_output_name"},
+    "SpladePooling": {"pooling_strategy", "activation_function", "embedding_dimension", "word_embedding_dimension",
+                      "chunk_size"},
+    "MultiVectorMask": {"skiplist_words", "skiplist_tasks", "keep_only_token_ids"},
 }  # fmt: skip
 MODULES_KEYS = {"idx", "name", "path", "type", "kwargs"}
 
@@ -67,7 +75,7 @@ class TransformerSettings:
     """TransformerSettings hold what the file of a Transformer module says.
 
     max_length: of processing_kwargs; it counts before max_seq_length. model, tokenizer, config: arguments for the
-    from_pretrained of each.
+    from_pretrained of each. tasks: what models with a vector for each token say of queries and documents, by TASKS.
     """
 
     file: Path | None = None
@@ -77,6 +85,7 @@ class TransformerSettings:
     model: dict[str, Any] = field(default_factory=dict)
     tokenizer: dict[str, Any] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
+    tasks: dict[str, Any] = field(default_factory=dict)
 
 
 def read_transformer(
@@ -84,11 +93,13 @@ def read_transformer(
     task: str = "feature-extraction",
     output: str = "token_embeddings",
     method_output: str = "last_hidden_state",
+    has_tasks: bool = False,
 ) -> TransformerSettings:
     """Reads the settings of the Transformer module in a folder.
 
     task, output, method_output: the values of transformer_task, module_output_name and method_output_name that are
-    supported. Raises ValueError with the file and the key for a setting that is not supported.
+    supported. has_tasks: whether TASKS are followed. Raises ValueError with the file and the key for a setting that is
+    not supported.
     """
     file, content = None, {}
     for name in TRANSFORMER_CONFIGS:
@@ -97,18 +108,18 @@ def read_transformer(
             break
     if file is None:
         return TransformerSettings()
-    check_keys(file, content, FOLLOWED | EXPECTED | REFUSED | HARMLESS)
+    check_keys(file, content, FOLLOWED | EXPECTED | TASKS | REFUSED | HARMLESS)
     for key, expected in (("transformer_task", task), ("module_output_name", output)):
         if content.get(key) not in (None, expected):
             raise ValueError(f"{file}: {key} is {content[key]!r}, but only {expected!r} is supported")
     _check_modalities(file, content.get("modality_config"), method_output)
-    for key in sorted(REFUSED):
+    for key in sorted(REFUSED if has_tasks else REFUSED | TASKS):
         if content.get(key):
             raise ValueError(f"{file}: {key} is {content[key]!r}, which is not supported")
     limit = content.get("max_seq_length")
     if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
         raise ValueError(f"{file}: max_seq_length is {limit!r}, expected a positive whole number or null")
-    return TransformerSettings(
+    settings = TransformerSettings(
         file,
         limit,
         bool(content.get("do_lower_case")),
@@ -118,6 +129,8 @@ def read_transformer(
             ("config_args", "config_kwargs"),
         )),
     )  # fmt: skip
+    settings.tasks = {key: content[key] for key in sorted(TASKS) if content.get(key)}
+    return settings
 
 
 def _loading(file: Path, content: Mapping[str, Any], keys: tuple[str, ...]) -> dict[str, Any]:

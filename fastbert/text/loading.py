@@ -7,7 +7,6 @@ transformers 4 took more from tokenizer.json. A folder for which that makes a di
 
 from __future__ import annotations
 
-import base64
 import logging
 import os
 import re
@@ -15,15 +14,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken, decoders, normalizers, pre_tokenizers, processors
+from tokenizers import AddedToken
 from tokenizers import Tokenizer as RustTokenizer
-from tokenizers.models import BPE, Unigram
+from tokenizers.models import BPE
 
 from fastbert.checkpoint.families import FAMILIES
 from fastbert.checkpoint.family import Family
 from fastbert.checkpoint.files import read_json
 from fastbert.checkpoint.folder import resolve
 from fastbert.checks import one_of
+from fastbert.text import kinds
+from fastbert.text.kinds import BERT_KINDS, CAMEMBERT_EXTRA, KINDS, WORDPIECE_KINDS
+from fastbert.text.sentencepiece import CONTROL, USER_DEFINED, PieceModel, read_pieces
 from fastbert.text.settings import (
     CASING,
     FLAGS,
@@ -43,25 +45,7 @@ from fastbert.text.vocabulary import TOKEN_FIELDS, Source, bert_pipeline, set_be
 
 logger = logging.getLogger("fastbert")
 
-# Classes that are built anew, without "Tokenizer" and "Fast", and the type of their model in tokenizer.json.
-_BERT_KINDS = ("Bert", "ConvBert", "DistilBert", "Electra", "LayoutLM", "Lxmert", "MobileBert", "SqueezeBert",
-               "DPRContextEncoder", "DPRQuestionEncoder", "DPRReader")  # fmt: skip
-_ROBERTA_KINDS = ("Roberta", "Longformer", "LED", "Bart")
-_UNIGRAM_KINDS = ("XLMRoberta", "Camembert")
-_WORDPIECE_KINDS = (*_BERT_KINDS, "MPNet")  # MPNet has BERT's words between RoBERTa's special tokens.
-_ROBERTA_ENDS = (*_ROBERTA_KINDS, "MPNet")
 _GENERIC = ("PreTrained", "TokenizersBackend")  # classes that take a tokenizer.json as it stands
-_MODELS = {
-    **dict.fromkeys(_WORDPIECE_KINDS, "WordPiece"),
-    **dict.fromkeys(_ROBERTA_KINDS, "BPE"),
-    **dict.fromkeys(_UNIGRAM_KINDS, "Unigram"),
-}
-_WITHOUT_TOKEN_TYPES = ("DistilBert", "DPRReader", "MPNet", *_ROBERTA_KINDS, *_UNIGRAM_KINDS)
-_ROBERTA_NAMES = {
-    "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "sep_token": "</s>", "pad_token": "<pad>",
-    "cls_token": "<s>", "mask_token": "<mask>",
-}  # fmt: skip
-_CAMEMBERT_EXTRA = ["<s>NOTUSED", "</s>NOTUSED", "<unk>NOTUSED"]
 
 
 def load(src: str | os.PathLike[str], revision: str | None, overrides: dict[str, Any]) -> Source:
@@ -86,29 +70,46 @@ class _Folder:
         )
         if file.suffix == ".json" and (versioned := _versioned(config.get("fast_tokenizer_files"))):
             file = file.with_name(versioned)
-        self.file, self.vocab_file = file, file.with_name("vocab.txt") if file.suffix == ".json" else file
-        self.tokenizer_json = {} if file == self.vocab_file else _read_json(file)
+        self.file, self.vocab_file = file, file if file.suffix == ".txt" else file.with_name("vocab.txt")
+        self.tokenizer_json = _read_json(file) if file.suffix == ".json" else {}
         if config:
             log_unfollowed(config, file.with_name("tokenizer_config.json"))
         self.added_tokens = config.get("added_tokens_decoder")
-        self.unknown_id = 3  # the id of <unk> in XLM-RoBERTa's vocabulary, whatever it holds
         self.options = {**merged(config, special_map), **overrides}
+        self.unknown_id = 0  # of a Unigram model
 
         family = _family_of(model.get("model_type"))
-        self.class_name = (
-            config.get("tokenizer_class") or model.get("tokenizer_class") or f"{family.tokenizer}Tokenizer"
-        )
+        named = config.get("tokenizer_class") or model.get("tokenizer_class")
+        own = kinds.OTHER_FAMILIES.get(str(model.get("model_type")), family.tokenizer)
+        self.class_name = named or f"{own}Tokenizer"
         self.kind = self.class_name.removesuffix("Fast").removesuffix("Tokenizer")
+        self._find_pieces(bool(named))
         self.family = next((known for known in FAMILIES.values() if known.tokenizer == self.kind), family)
         if self.kind in IN_PYTHON or self.class_name == "BertTokenizerLegacy":
             raise ValueError(f"{self.folder}: tokenizer_class {self.class_name!r} runs in Python and is not supported")
         self.model_type = _model_type(self.tokenizer_json.get("model", {}))
-        self.is_made_anew = self.kind in _MODELS and (not self.tokenizer_json or self.model_type == _MODELS[self.kind])
+        self.is_made_anew = self.kind in KINDS and (
+            not self.tokenizer_json or self.model_type == KINDS[self.kind].model
+        )
         if not self.is_made_anew and self.kind not in _GENERIC:
             logger.warning(
                 "%s: no rules are known for tokenizer_class %r: tokenizer.json, with a %s, is taken as it stands",
                 self.folder, self.class_name, self.model_type,
             )  # fmt: skip
+
+    def _find_pieces(self, class_is_named: bool) -> None:
+        """Reads the SentencePiece file, if there is no tokenizer.json and the kind has one, and finds out KoBERT's."""
+        self.pieces: PieceModel | None = None
+        if self.tokenizer_json or self.file.suffix == ".txt":
+            return
+        file = kinds.piece_file(self.folder, self.kind) if self.file.suffix == ".json" else self.file
+        if kinds.is_kobert(self.folder, self.kind, class_is_named, file):
+            self.kind = self.kind if self.kind == "KoBert" else "KoBERT"
+        if file is None or self.kind not in KINDS or KINDS[self.kind].model != "Unigram":
+            return
+        self.file, self.pieces = file, read_pieces(file)
+        if obstacle := kinds.pieces_obstacle(self.kind, self.pieces):
+            raise ValueError(f"{file}: {obstacle}")
 
     def source(self) -> Source:
         """Returns what the files describe. Errors are those of ``Tokenizer.from_pretrained``."""
@@ -138,7 +139,7 @@ class _Folder:
         for name in ("unk_token", "cls_token", "sep_token"):
             if public[name] is None:
                 raise ValueError(f"{name}: got None, which the vocabulary in {self.folder} lacks")
-        as_bert = self.is_made_anew and self.kind in _BERT_KINDS
+        as_bert = self.is_made_anew and self.kind in BERT_KINDS
         prefix = None if as_bert else _prefix_of(rust)
         return Source(rust, public, settings, as_bert, self._has_token_types(rust), prefix)
 
@@ -146,12 +147,9 @@ class _Folder:
 
     def _names(self, stored_pad: str | None) -> dict[str, Any]:
         """Returns the special tokens that have a name, a str or a dict each, in the order of transformers."""
-        if not self.is_made_anew:
-            defaults = {"pad_token": stored_pad}
-        else:
-            defaults = dict(NAMES) if self.kind in _BERT_KINDS else {**_ROBERTA_NAMES, **self.family.special_tokens}
+        defaults = KINDS[self.kind].names if self.is_made_anew else {"pad_token": stored_pad}
         names = {name: self.options.get(name, defaults.get(name)) for name in NAMED}
-        if self.is_made_anew and self.kind in ("Camembert", "MPNet") and isinstance(names["mask_token"], str):
+        if self.is_made_anew and KINDS[self.kind].mask_after_space and isinstance(names["mask_token"], str):
             names["mask_token"] = {"content": names["mask_token"], "lstrip": True}
         own = {key: value for key, value in self.options.items() if is_named_token(key, value)}
         return names | own | self.options["model_specific_special_tokens"]
@@ -159,8 +157,14 @@ class _Folder:
     def _tokens(self, names: Mapping[str, Any]) -> list[AddedToken]:
         """Returns the tokens that Rust takes as a whole: the stored ones by id, those with a name, the extra ones."""
         extra = self.options["extra_special_tokens"]
-        if extra is None:
-            extra = _CAMEMBERT_EXTRA if self.is_made_anew and self.kind == "Camembert" else []
+        if self.pieces is not None:  # what SentencePiece takes as a whole; only its control pieces are special
+            extra = [
+                {"content": piece.text, "special": piece.type == CONTROL, "normalized": False}
+                for piece in self.pieces.pieces
+                if piece.type in (CONTROL, USER_DEFINED)
+            ]
+        elif extra is None:
+            extra = CAMEMBERT_EXTRA if self.is_made_anew and self.kind == "Camembert" else []
         added = self.added_tokens
         if added is None:
             explicit = {_content(self.options.get(name)) for name in NAMED} | {_content(token) for token in extra}
@@ -186,19 +190,23 @@ class _Folder:
         for name in NAMES:
             value = names.get(name)
             optional = name in ("pad_token", "mask_token") or not self.is_made_anew
-            if value is None and optional:
+            if value is None and optional or self._adds(name):
                 continue
             content = _content(value)
             if content is None or (rust.token_to_id(content) is None and content not in known):
                 raise ValueError(f"{name}: got {value!r}, which the vocabulary in {self.folder} lacks")
+
+    def _adds(self, name: str) -> bool:
+        """Tells whether a token may lack in the vocabulary, since the model has a row for it behind the others."""
+        return name == "mask_token" and self.is_made_anew and KINDS[self.kind].adds_mask
 
     def _has_token_types(self, rust: RustTokenizer) -> bool:
         """Tells whether the second text of a pair has token type 1, where the post-processor says so."""
         inputs = self.options.get("model_input_names")
         if inputs is not None:
             return "token_type_ids" in inputs
-        if self.kind in _MODELS:
-            return self.kind not in _WITHOUT_TOKEN_TYPES and self.family.segments
+        if self.kind in KINDS:
+            return KINDS[self.kind].token_types and self.family.segments
         if self.family.segments and any(rust.encode("a", "a").type_ids):
             logger.warning(
                 "%s: a pair has no segment ids, as in transformers 5: tokenizer_class %r has none unless "
@@ -209,22 +217,27 @@ class _Folder:
 
     def _log_older_versions(self, rust: RustTokenizer) -> None:
         """Logs what one of transformers 4 and 5 takes from tokenizer.json, and the other does not."""
-        if not self.tokenizer_json:
+        if self.is_made_anew and self.pieces is not None:
+            self._log_parts(kinds.parts_of_transformers_4(self.kind, self.pieces))
+        elif not self.tokenizer_json:
             return
-        if self.is_made_anew:
+        elif self.is_made_anew:
             try:
                 parts = parts_that_differ(self.tokenizer_json, rust, self.options, self.unknown_id)
             except ValueError as error:
                 raise ValueError(f"{self.file} is {error}") from error
-            if parts:
-                logger.warning(
-                    "%s: its %s: as %s of transformers 5 has it; transformers 4 takes that from tokenizer.json, which "
-                    "has another, and ids may differ", self.folder, " and ".join(parts), self.class_name,
-                )  # fmt: skip
+            self._log_parts(parts)
         elif prefix_that_differs(rust, self.options):
             logger.warning(
                 "%s: its pre_tokenizer: as tokenizer.json has it, like transformers 5; transformers 4 takes "
                 "add_prefix_space=%s from the config", self.folder, bool(self.options.get(PREFIX, False)),
+            )  # fmt: skip
+
+    def _log_parts(self, parts: list[str]) -> None:
+        if parts:
+            logger.warning(
+                "%s: its %s: as %s of transformers 5 has it; transformers 4 takes that from %s, which has another, and "
+                "ids may differ", self.folder, " and ".join(parts), self.class_name, self.file.name,
             )  # fmt: skip
 
     # The Rust object
@@ -232,19 +245,22 @@ class _Folder:
     def _rust(self, contents: Mapping[str, str | None]) -> RustTokenizer:
         options, model = self.options, self.tokenizer_json.get("model", {})
         casing: dict[str, Any] = {name: options.get(name, default) for name, default in CASING.items()}
-        if self.is_made_anew and self.kind in _WORDPIECE_KINDS:
+        if self.is_made_anew and self.kind in WORDPIECE_KINDS:
             if self.tokenizer_json and not isinstance(model.get("vocab"), dict):
                 raise ValueError(f"{self.file} holds no vocabulary")
             vocab = model["vocab"] if self.tokenizer_json else _read_vocab(self.vocab_file, contents)
             rust = bert_pipeline(vocab, contents["unk_token"] or "", **casing)
-        elif casing_overrides := sorted(set(self.overrides) & set(CASING)):
+        elif casing_overrides := sorted(set(self.overrides) & set(CASING) - self._casing()):
             name = casing_overrides[0]
             raise ValueError(f"{name}: cannot be changed, as {self.file} is not BERT's and is used as it stands")
-        elif self.is_made_anew and (self.tokenizer_json or self.kind in _ROBERTA_KINDS):
-            rust = self._byte_level(model) if self.kind in _ROBERTA_KINDS else self._unigram(model, contents)
+        elif self.is_made_anew and KINDS[self.kind].model == "BPE":
+            rust = self._byte_level(model)
+        elif self.is_made_anew and (self.tokenizer_json or self.pieces):
+            rust = self._unigram(model, contents)
         elif not self.tokenizer_json:
+            other = f" or a {KINDS[self.kind].pieces}" if self.kind in KINDS and KINDS[self.kind].pieces else ""
             raise FileNotFoundError(
-                f"{self.folder}: tokenizer_class {self.class_name!r} needs a tokenizer.json, not a vocab.txt"
+                f"{self.folder}: tokenizer_class {self.class_name!r} needs a tokenizer.json{other}, not a vocab.txt"
             )
         else:
             try:
@@ -253,9 +269,13 @@ class _Folder:
                 raise ValueError(f"{self.file} is no tokenizer: {error}") from error
             rust.no_truncation()
             rust.no_padding()
-        if PREFIX in self.overrides and (not self.is_made_anew or self.kind in _WORDPIECE_KINDS):
+        if PREFIX in self.overrides and (not self.is_made_anew or self.kind in WORDPIECE_KINDS):
             raise ValueError(f"{PREFIX}: cannot be changed for tokenizer_class {self.class_name!r}")
         return rust
+
+    def _casing(self) -> set[str]:
+        """Returns the options of casing that a tokenizer other than BERT's has, too."""
+        return {"do_lower_case"} if self.is_made_anew and KINDS[self.kind].lowercases else set()
 
     def _byte_level(self, model: Mapping[str, Any]) -> RustTokenizer:
         """Makes RoBERTa's tokenizer of tokenizer.json, or of vocab.json and merges.txt."""
@@ -270,54 +290,42 @@ class _Folder:
                     "merges.txt, not a vocab.txt"
                 )
             vocab, merges = BPE.read_file(*map(str, paths))
-        rust = RustTokenizer(
-            BPE(vocab, merges, dropout=None, continuing_subword_prefix="", end_of_word_suffix="", fuse_unk=False)
-        )
-        rust.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=bool(self.options.get(PREFIX, False)))
-        rust.decoder = decoders.ByteLevel()
-        return rust
+        return kinds.byte_level(vocab, merges, bool(self.options.get(PREFIX, False)))
 
     def _unigram(self, model: Mapping[str, Any], contents: Mapping[str, str | None]) -> RustTokenizer:
-        """Makes XLM-RoBERTa's or CamemBERT's tokenizer. Only SentencePiece's table of the normalizer is taken."""
-        vocab = [(token, score) for token, score in model["vocab"]]
-        if self.kind == "Camembert":
-            self.unknown_id = next((i for i, (token, _) in enumerate(vocab) if token == contents["unk_token"]), 0)
-        rust = RustTokenizer(Unigram(vocab, unk_id=self.unknown_id, byte_fallback=False))
-        for step in _steps(self.tokenizer_json.get("normalizer"), "normalizers"):
-            if step.get("type") == "Precompiled":
-                rust.normalizer = normalizers.Precompiled(base64.b64decode(step["precompiled_charsmap"]))
-                break
-        scheme = "always" if self.options.get(PREFIX, True) else "never"
-        space = pre_tokenizers.Metaspace(replacement="\u2581", prepend_scheme=scheme)
-        rust.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), space])
-        rust.decoder = decoders.Metaspace(replacement="\u2581", prepend_scheme=scheme)
-        return rust
+        """Makes a tokenizer of pieces, of tokenizer.json or of a SentencePiece file.
+
+        Of the normalizer in tokenizer.json SentencePiece's table alone is taken.
+        """
+        if self.pieces is None:
+            vocab = [(token, score) for token, score in model["vocab"]]
+            charsmap = kinds.charsmap_of(self.tokenizer_json.get("normalizer"))
+        else:
+            ids = _read_vocab(self.vocab_file, contents) if self.vocab_file.is_file() else {}
+            vocab = kinds.vocabulary_of(self.kind, self.pieces, contents, ids)
+            charsmap = self.pieces.charsmap
+        unknown = contents["unk_token"]
+        self.unknown_id = kinds.unknown_id_of(self.kind, vocab, unknown, self.options, self.pieces)
+        return kinds.unigram(self.kind, vocab, self.unknown_id, charsmap, self.options, self.pieces)
 
     def _set_template(self, rust: RustTokenizer, contents: Mapping[str, Any]) -> None:
         """Sets the special tokens around a text and a pair, as the class has them."""
         if not self.is_made_anew:
             return
-        if self.kind in _BERT_KINDS:
+        if self.kind in BERT_KINDS:
             set_bert_template(rust, contents["cls_token"], contents["sep_token"])
             return
-        names = ("cls_token", "sep_token") if self.kind in _ROBERTA_ENDS else ("bos_token", "eos_token")
+        if not KINDS[self.kind].template:
+            return
         ends: list[tuple[str, int]] = []
-        for name in names:
+        for name in KINDS[self.kind].ends:
             token = contents[name]
             token_id = None if token is None else rust.token_to_id(token)
             if token is None or token_id is None:
                 raise ValueError(f"{name}: got {token!r}, which the vocabulary in {self.folder} lacks")
             ends.append((token, token_id))
         first, last = ends
-        if self.kind in _ROBERTA_ENDS:
-            prefix = bool(self.options.get(PREFIX, False))
-            rust.post_processor = processors.RobertaProcessing(last, first, True, prefix)
-        else:
-            rust.post_processor = processors.TemplateProcessing(
-                single=[first[0], "$A", last[0]],
-                pair=[first[0], "$A", last[0], last[0], "$B", last[0]],
-                special_tokens=[first, last],
-            )
+        kinds.set_template(rust, self.kind, first, last, bool(self.options.get(PREFIX, False)))
 
 
 def _family_of(model_type: Any) -> Family:
@@ -339,13 +347,6 @@ def _model_type(model: Mapping[str, Any]) -> str | None:
         return "BPE"
     vocab = model.get("vocab")
     return "Unigram" if isinstance(vocab, list) else "WordPiece" if isinstance(vocab, dict) else None
-
-
-def _steps(component: Any, key: str) -> list[dict[str, Any]]:
-    """Returns the parts of a normalizer or pre-tokenizer in tokenizer.json, which may be a sequence."""
-    if not isinstance(component, dict):
-        return []
-    return list(component[key]) if component.get("type") == "Sequence" else [component]
 
 
 def _prefix_of(rust: RustTokenizer) -> bool | None:

@@ -26,15 +26,16 @@ FLAGS = ("split_special_tokens", "clean_up_tokenization_spaces")
 PREFIX = "add_prefix_space"
 
 FOLLOWED = frozenset(
-    (*NAMED, *CASING, *SETTINGS, *FLAGS, PREFIX, "tokenizer_class", "max_len", "model_input_names",
-     "fast_tokenizer_files", "added_tokens_decoder", "additional_special_tokens", "extra_special_tokens",
-     "model_specific_special_tokens", "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output")
+    (*NAMED, *CASING, *SETTINGS, *FLAGS, PREFIX, "keep_accents", "split_by_punct", "tokenizer_class", "max_len",
+     "model_input_names", "fast_tokenizer_files", "added_tokens_decoder", "additional_special_tokens",
+     "extra_special_tokens", "model_specific_special_tokens",
+     "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output")
 )  # fmt: skip
 
 # Keys that transformers reads, or has written, and that change no id, side or limit of these tokenizers.
 NO_EFFECT = frozenset(
     ("add_bos_token", "add_eos_token", "backend", "chat_control_tokens", "chat_template", "device_map", "errors",
-     "files_loaded", "full_tokenizer_file", "is_local", "keep_accents", "language", "legacy", "local_files_only",
+     "files_loaded", "full_tokenizer_file", "is_local", "language", "legacy", "local_files_only",
      "max_length", "merges_file", "name_or_path", "pad_to_multiple_of", "pad_token_type_id", "padding",
      "processor_class", "remove_space", "response_schema", "response_template", "sp_model_kwargs",
      "special_tokens_map_file", "spaces_between_special_tokens", "spm_file", "src_lang", "stride", "tgt_lang",

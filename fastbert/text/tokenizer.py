@@ -97,15 +97,15 @@ class Tokenizer:
     ) -> Tokenizer:
         """Loads a local folder, a hub id, or the path of a ``vocab.txt``.
 
-        Reads ``tokenizer.json`` if it is there, else ``vocab.txt``, or RoBERTa's ``vocab.json`` and ``merges.txt``.
-        Reads ``tokenizer_config.json``, ``special_tokens_map.json`` and ``added_tokens.json`` beside it.
+        Reads ``tokenizer.json`` if it is there, else ``vocab.txt``, ``vocab.json`` and ``merges.txt``, or a
+        SentencePiece file. Reads ``tokenizer_config.json``, ``special_tokens_map.json`` and ``added_tokens.json`` too.
         ``tokenizer_class``, or without one ``model_type`` of ``config.json``, says what is done with them, as in
         transformers 5.
 
-        The tokenizers of BERT, RoBERTa, XLM-RoBERTa, CamemBERT and their kin are made anew, whatever else
-        ``tokenizer.json`` says: from the vocabulary and from ``do_lower_case`` (True), ``strip_accents`` (None: as
-        lowercase), ``tokenize_chinese_chars`` (True) or ``add_prefix_space`` (False for RoBERTa, else True). For any
-        other class ``tokenizer.json`` is taken as it stands. Only the sides of its truncation and padding are taken.
+        The classes in ``fastbert/text/kinds.py`` are made anew, whatever else ``tokenizer.json`` says: from the
+        vocabulary and from ``do_lower_case`` (True for BERT and ALBERT), ``strip_accents`` (None: as lowercase),
+        ``tokenize_chinese_chars`` (True) or ``add_prefix_space`` (False for byte-level BPE, else True). For any other
+        class ``tokenizer.json`` is taken as it stands. Only the sides of its truncation and padding are taken.
         Segment ids are all 0 where transformers gives none, by ``model_input_names`` of the config or by its class.
         Keys that are not followed are logged by name, and so are folders that transformers 4 reads in another way.
 

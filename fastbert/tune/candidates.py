@@ -15,12 +15,20 @@ from fastbert.ops import quantized
 _TILES_16BIT = (  # BLOCK_ROWS, BLOCK_COLS, BLOCK_K, num_warps, num_stages
     (128, 128, 32, 8, 4), (128, 128, 64, 8, 3), (128, 128, 32, 4, 4), (128, 64, 32, 4, 4), (64, 128, 32, 4, 4),
     (64, 64, 64, 4, 4), (128, 256, 32, 8, 3), (256, 128, 32, 8, 3), (128, 64, 64, 4, 3), (64, 128, 64, 4, 3),
+    (128, 256, 64, 8, 3),
 )  # fmt: skip
 _TILES_32BIT = ((64, 128, 16, 4, 3), (64, 64, 16, 4, 3), (128, 64, 16, 4, 3), (64, 128, 32, 4, 3), (128, 128, 16, 8, 2))
 _PERSISTENT_TILES = (
     (128, 128, 64, 8, 4), (128, 128, 64, 8, 3), (128, 256, 64, 8, 3), (256, 128, 64, 8, 3), (128, 64, 64, 4, 4),
     (64, 128, 64, 4, 4), (64, 256, 64, 8, 3), (128, 128, 128, 8, 2),
 )  # fmt: skip
+# The same, and programs a multiprocessor.
+_APART_TILES = ((128, 128, 64, 8, 2, 2), (64, 128, 64, 4, 3, 3), (128, 256, 64, 8, 3, 1))
+_SPECIALIZED_TILES = ((128, 256, 64, 4, 3), (128, 128, 64, 4, 4), (128, 128, 64, 4, 3))
+_FEW_ROWS_TILES = (
+    (64, 64, 64, 4, 4), (64, 128, 64, 4, 4), (128, 128, 64, 8, 3), (32, 64, 64, 4, 4), (16, 64, 128, 4, 3),
+)  # fmt: skip
+_SPLITS = (1, 2, 4, 8)
 _ATTENTION_TILES = (  # BLOCK_Q, BLOCK_K, num_warps, num_stages
     (128, 64, 8, 2), (128, 64, 8, 3), (128, 64, 4, 2), (128, 64, 4, 3), (128, 32, 4, 3), (128, 128, 8, 2),
     (64, 64, 4, 2), (64, 64, 4, 3), (64, 32, 4, 3), (64, 128, 4, 2),
@@ -32,14 +40,16 @@ _PERSISTENT_TILES_8BIT = (
     (128, 256, 128, 8, 3), (128, 128, 128, 8, 4), (128, 128, 128, 8, 3), (128, 256, 64, 8, 4), (128, 128, 64, 8, 4),
     (64, 128, 128, 4, 4), (64, 256, 128, 8, 3),
 )  # fmt: skip
-WARP_SPECIALIZED_ARCH = 90  # the one architecture on which a descriptor loop may be warp-specialised
+_APART_TILES_8BIT = ((64, 128, 128, 4, 3, 2),)
+_SPECIALIZED_TILES_8BIT = ((128, 128, 128, 4, 4), (128, 128, 128, 4, 3))
 
 
 @dataclass(frozen=True)
 class Candidate:
     """A kernel and its tile.
 
-    kernel: a name in GEMMS or QUANTIZED_GEMMS of fastbert_kernels.tables, or "attention". tile: empty for cuBLAS.
+    kernel: a name in GEMMS, QUANTIZED_GEMMS or FEW_ROWS of fastbert_kernels.tables, or "attention". tile: empty for
+    cuBLAS.
     """
 
     kernel: str
@@ -71,16 +81,34 @@ def gemm_candidates(dtype: torch.dtype, arch: int, shape: tuple[int, int], epilo
     current = configs.linear_persistent_config(dtype, arch, shape, epilogue)
     if current is None or any(size * dtype.itemsize % 16 for size in shape):
         return
-    persistent = [current.block_sizes, *({**_gemm_tile(tile), "WARP_SPECIALIZE": 0} for tile in _PERSISTENT_TILES)]
-    if arch == WARP_SPECIALIZED_ARCH:
-        square = [sizes for sizes in persistent if sizes["BLOCK_ROWS"] == sizes["BLOCK_COLS"] == 128]
-        persistent += [{**sizes, "WARP_SPECIALIZE": 1} for sizes in square]
+    persistent = [current.block_sizes, *map(_gemm_tile, _PERSISTENT_TILES), *map(_apart, _APART_TILES)]
+    kinds = [("linear_persistent", sizes) for sizes in persistent]
+    if arch == configs.WARP_SPECIALIZED_ARCH:
+        kinds += [("linear_specialized", _gemm_tile(tile)) for tile in _SPECIALIZED_TILES]
     yield from dict.fromkeys(
-        _candidate("linear_persistent", sizes)
-        for sizes in persistent
+        _candidate(kernel, sizes)
+        for kernel, sizes in kinds
         if _fits(sizes, dtype, arch, staged_outputs=2 if epilogue == "residual" else 1)
-        and _leaves_registers(sizes, dtype, epilogue)
+        # Two groups of warps share a warp-specialised tile.
+        and _leaves_registers(sizes, dtype, epilogue, groups=2 if kernel == "linear_specialized" else 1)
     )
+
+
+def few_rows_candidates(dtype: torch.dtype, arch: int, shape: tuple[int, int], epilogue: str) -> Iterator[Candidate]:
+    """The candidates of a 16-bit linear on few rows: cuBLAS, small tiles and, before LayerNorm, K shared by programs.
+
+    shape: (K, M). epilogue: "gelu" or "residual".
+    """
+    yield Candidate("cublas")
+    for sizes in map(_gemm_tile, _FEW_ROWS_TILES):
+        if not _fits(sizes, dtype, arch):
+            continue
+        if epilogue != "residual":
+            yield _candidate("linear", sizes)
+            continue
+        for splits in _SPLITS:
+            if splits * sizes["BLOCK_K"] <= shape[0]:
+                yield _candidate("split_linear", {**sizes, "SPLITS": splits})
 
 
 def quantized_candidates(
@@ -90,7 +118,7 @@ def quantized_candidates(
 
     shape: (K, M). group: columns of an operand that share a scale. quantizes: whether the result is in 8 bits.
     """
-    from fastbert_kernels import configs
+    from fastbert_kernels import configs, quantized_configs
 
     def whole_steps(sizes: dict[str, int]) -> dict[str, int]:
         if group is None or group % sizes["BLOCK_K"] == 0:
@@ -98,26 +126,29 @@ def quantized_candidates(
         return {**sizes, "BLOCK_K": max(32, 1 << (group - 1).bit_length())}
 
     arguments = dtype, group, arch, shape, quantizes
-    pointer = [configs.quantized_linear_config(*arguments).block_sizes, *map(whole_steps, map(_gemm_tile, _TILES_8BIT))]
+    pointer = [
+        quantized_configs.quantized_linear_config(*arguments).block_sizes,
+        *map(whole_steps, map(_gemm_tile, _TILES_8BIT)),
+    ]
     yield from dict.fromkeys(
         _candidate("quantized_linear", sizes)
         for sizes in pointer
         if _fits(sizes, dtype, arch) and (not quantizes or sizes["BLOCK_COLS"] == quantized.OUT_GROUP)
     )
-    descriptors = configs.quantized_linear_persistent_config(*arguments)
+    descriptors = quantized_configs.quantized_linear_persistent_config(*arguments)
     out_size = 1 if quantizes else 2
     if descriptors is None or shape[0] % 16 or shape[1] * out_size % 16:
         return
-    tiles = [{**whole_steps(_gemm_tile(tile)), "WARP_SPECIALIZE": 0} for tile in _PERSISTENT_TILES_8BIT]
-    if arch != WARP_SPECIALIZED_ARCH:  # elsewhere the tile of two parts spills
+    tiles = list(map(whole_steps, (*map(_gemm_tile, _PERSISTENT_TILES_8BIT), *map(_apart, _APART_TILES_8BIT))))
+    if arch != configs.WARP_SPECIALIZED_ARCH:  # elsewhere the tile of two parts spills
         tiles = [sizes for sizes in tiles if sizes["BLOCK_COLS"] == quantized.OUT_GROUP]
-    persistent = [descriptors.block_sizes, *tiles]
-    if arch == WARP_SPECIALIZED_ARCH:
-        square = [sizes for sizes in persistent if sizes["BLOCK_ROWS"] == sizes["BLOCK_COLS"] == 128]
-        persistent += [{**sizes, "WARP_SPECIALIZE": 1} for sizes in square]
+    kinds = [("quantized_linear_persistent", sizes) for sizes in (descriptors.block_sizes, *tiles)]
+    if arch == configs.WARP_SPECIALIZED_ARCH:
+        specialized = map(whole_steps, map(_gemm_tile, _SPECIALIZED_TILES_8BIT))
+        kinds += [("quantized_linear_specialized", sizes) for sizes in specialized]
     yield from dict.fromkeys(
-        _candidate("quantized_linear_persistent", sizes)
-        for sizes in persistent
+        _candidate(kernel, sizes)
+        for kernel, sizes in kinds
         if _fits(sizes, dtype, arch, staged_outputs=out_size, staged_cols=quantized.OUT_GROUP)
         and (group is None or group % sizes["BLOCK_K"] == 0)
     )
@@ -128,7 +159,12 @@ def _gemm_tile(tile: tuple[int, int, int, int, int]) -> dict[str, int]:
     return {**dict(zip(names, tile, strict=True)), "GROUP_ROWS": 8}
 
 
-def _leaves_registers(sizes: dict[str, int], dtype: torch.dtype, epilogue: str) -> bool:
+def _apart(tile: tuple[int, int, int, int, int, int]) -> dict[str, int]:
+    """A persistent tile whose two loops are not flattened into one, with programs a multiprocessor at its end."""
+    return {**_gemm_tile(tile[:5]), "FLATTEN": 0, "PROGRAMS": tile[5]}
+
+
+def _leaves_registers(sizes: dict[str, int], dtype: torch.dtype, epilogue: str, groups: int = 1) -> bool:
     """True if the accumulator leaves an epilogue enough of a thread's 255 registers.
 
     One that takes half of them spills, except with the short GELU of 16 bits. This was seen in the offline compile, on
@@ -136,12 +172,12 @@ def _leaves_registers(sizes: dict[str, int], dtype: torch.dtype, epilogue: str) 
     """
     if epilogue == "none" or (epilogue == "gelu" and dtype != torch.float32):
         return True
-    return sizes["BLOCK_ROWS"] * sizes["BLOCK_COLS"] // (32 * sizes["num_warps"]) < 128
+    return sizes["BLOCK_ROWS"] * sizes["BLOCK_COLS"] // (32 * groups * sizes["num_warps"]) < 128
 
 
 def attention_candidates(dtype: torch.dtype, arch: int, head_size: int) -> Iterator[Candidate]:
     """The candidates of attention: the tiles that tables give now, then others that fit."""
-    from fastbert_kernels import configs
+    from fastbert_kernels import attention_specialized, configs
 
     current = configs.attention_config(dtype, head_size, arch).block_sizes
     block_d = current["BLOCK_D"]
@@ -158,6 +194,9 @@ def attention_candidates(dtype: torch.dtype, arch: int, head_size: int) -> Itera
         if (sizes["BLOCK_Q"] + 2 * sizes["num_stages"] * sizes["BLOCK_K"]) * block_d * dtype.itemsize <= limit
     )
     yield from dict.fromkeys(_candidate("attention", sizes) for sizes in fitting)
+    # Each candidate's result is held against float64 before it is timed; these have not run on a GPU yet.
+    if arch == attention_specialized.ARCH and dtype != torch.float32 and head_size == block_d in (32, 64):
+        yield from (_candidate("attention", sizes) for sizes in attention_specialized.tiles())
 
 
 def _candidate(kernel: str, sizes: dict[str, int]) -> Candidate:

@@ -13,7 +13,13 @@ import torch
 from fastbert.checkpoint.config import BertConfig
 from fastbert.engine.block import product_shapes
 from fastbert.ops import quantized
-from fastbert.tune.candidates import Candidate, attention_candidates, gemm_candidates, quantized_candidates
+from fastbert.tune.candidates import (
+    Candidate,
+    attention_candidates,
+    few_rows_candidates,
+    gemm_candidates,
+    quantized_candidates,
+)
 
 # Sizes of all-MiniLM-L6-v2 and of BERT-base and -large: what is tuned where no model is named.
 DEFAULT_MODELS = {"MiniLM": (384, 1536, 12), "BERT-base": (768, 3072, 12), "BERT-large": (1024, 4096, 16)}
@@ -27,9 +33,10 @@ EPILOGUES = {"qkv": "none", "out": "residual", "up": "gelu", "down": "residual"}
 class Job:
     """One entry of a table to be.
 
-    op: "gemm", "quantized_gemm" or "attention". key: the entry's. title: what people read. sizes: (K, M) of a GEMM,
-    (number of heads, D) of attention. epilogue: of a GEMM, "none", "gelu" or "residual"; "gelu" of a quantised one
-    quantises the result. group: columns of a quantised operand that share a scale, None where a row has one.
+    op: "gemm", "few_rows", "quantized_gemm" or "attention". key: the entry's. title: what people read. sizes: (K, M) of
+    a GEMM, (number of heads, D) of attention. epilogue: of a GEMM, "none", "gelu" or "residual"; "gelu" of a quantised
+    one quantises the result. group: columns of a quantised operand that share a scale, None where a row has one.
+    tokens: the numbers of tokens at which it is timed, where the entry is for these alone.
     """
 
     op: str
@@ -40,6 +47,7 @@ class Job:
     epilogue: str
     candidates: tuple[Candidate, ...]
     group: int | None = None
+    tokens: tuple[int, ...] = ()
 
     @property
     def out_dtype(self) -> torch.dtype:
@@ -64,6 +72,8 @@ def jobs_of(
         for dtype in dtypes:
             for job in _gemm_jobs(name, config, dtype, arch) if with_gemms else ():
                 jobs.setdefault((job.op, job.key), job)
+            for job in _few_rows_jobs(name, config, dtype, arch) if with_gemms else ():
+                jobs.setdefault((job.op, job.key), job)
             for job in _attention_jobs(name, config, dtype, arch) if with_attention else ():
                 jobs.setdefault((job.op, job.key), job)
         for precision in precisions if with_gemms else ():
@@ -84,6 +94,20 @@ def _gemm_jobs(name: str, config: BertConfig, dtype: torch.dtype, arch: int) -> 
         yield Job("gemm", key, f"{name} {TITLES[product]}", dtype, (k, m), epilogue, candidates)
 
 
+def _few_rows_jobs(name: str, config: BertConfig, dtype: torch.dtype, arch: int) -> Iterator[Job]:
+    """The linears of a layer in 16 bits that have tiles of their own for few rows: up, and those before LayerNorm."""
+    from fastbert_kernels import few_rows
+
+    if dtype == torch.float32:
+        return
+    for product, (m, k) in product_shapes(config.hidden_size, config.intermediate_size).items():
+        epilogue = EPILOGUES[product]
+        candidates = tuple(few_rows_candidates(dtype, arch, (k, m), epilogue))
+        for bucket in few_rows.BUCKETS if epilogue != "none" else ():
+            key, title = few_rows.key_of(dtype, (k, m), epilogue, bucket), f"{name} {TITLES[product]}, {bucket} tokens"
+            yield Job("few_rows", key, title, dtype, (k, m), epilogue, candidates, tokens=(bucket,))
+
+
 def _attention_jobs(name: str, config: BertConfig, dtype: torch.dtype, arch: int) -> Iterator[Job]:
     """The attention of a layer, if its head size has a kernel."""
     from fastbert_kernels import configs
@@ -97,7 +121,7 @@ def _attention_jobs(name: str, config: BertConfig, dtype: torch.dtype, arch: int
 
 def _quantized_jobs(name: str, config: BertConfig, dtype: torch.dtype, arch: int) -> Iterator[Job]:
     """The four linears of a layer in 8 bits."""
-    from fastbert_kernels import configs
+    from fastbert_kernels import quantized_configs
 
     # Columns that share a scale: of a head in the attention's output, of a group that "up" wrote; else those of a row.
     groups: dict[str, int] = {"out": config.head_size, "down": quantized.OUT_GROUP}
@@ -106,7 +130,7 @@ def _quantized_jobs(name: str, config: BertConfig, dtype: torch.dtype, arch: int
         if group is not None and group >= k:
             group = None
         epilogue = "gelu" if product == "up" else "none"
-        key = configs.quantized_gemm_key(dtype, (k, m), group, epilogue == "gelu")
+        key = quantized_configs.quantized_gemm_key(dtype, (k, m), group, epilogue == "gelu")
         candidates = tuple(quantized_candidates(dtype, arch, (k, m), group, epilogue == "gelu"))
         yield Job("quantized_gemm", key, f"{name} {TITLES[product]}", dtype, (k, m), epilogue, candidates, group)
 

@@ -6,6 +6,7 @@ T tokens, H hidden, D head size, K and M the sizes of a weight (M, K).
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -37,7 +38,7 @@ class Work:
             self.q_x = quantized.quantize(self.x, precision, job.group)
             self.q_weight = quantized.quantize_weight(self.weight, precision)
             self.out_scale: Tensor | None = None
-        elif job.op == "gemm":
+        elif job.op in ("gemm", "few_rows"):
             k, m = job.sizes
             self.x = self._random(n_tokens, k)
             self.weight, self.bias = self._random(m, k, scale=k**-0.5), self._random(m)
@@ -73,11 +74,21 @@ class Work:
         return lambda: F.linear(x, weight, bias)
 
     def _ours(self, candidate: Candidate) -> Call:
+        from fastbert_kernels.few_rows import split_of
         from fastbert_kernels.layer_norm import bias_residual_layer_norm_forward
         from fastbert_kernels.linear import linear_pointer_forward
         from fastbert_kernels.linear_persistent import linear_persistent_forward
+        from fastbert_kernels.linear_specialized import linear_specialized_forward
+        from fastbert_kernels.split_linear import split_linear_layer_norm_forward
 
-        forward = linear_persistent_forward if candidate.kernel == "linear_persistent" else linear_pointer_forward
+        if candidate.kernel == "split_linear":
+            inputs, split = (self.x, self.weight, self.bias, self.residual), split_of(candidate.sizes)
+            return lambda: split_linear_layer_norm_forward(*inputs, self.ln_weight, self.ln_bias, EPS, split)
+        forward: Any = {
+            "linear": linear_pointer_forward,
+            "linear_persistent": linear_persistent_forward,
+            "linear_specialized": linear_specialized_forward,
+        }[candidate.kernel]
         residual = self.residual if self.job.epilogue == "residual" else None
         activation = "gelu" if self.job.epilogue == "gelu" else "none"
         x, weight, bias, sizes = self.x, self.weight, self.bias, candidate.sizes
@@ -95,9 +106,13 @@ class Work:
         from fastbert_kernels import launch
         from fastbert_kernels.quantized_linear import quantized_linear_pointer_forward, sums_outside
         from fastbert_kernels.quantized_linear_persistent import quantized_linear_persistent_forward
+        from fastbert_kernels.quantized_linear_specialized import quantized_linear_specialized_forward
 
-        on_descriptors = candidate.kernel == "quantized_linear_persistent"
-        forward = quantized_linear_persistent_forward if on_descriptors else quantized_linear_pointer_forward
+        forward: Any = {
+            "quantized_linear": quantized_linear_pointer_forward,
+            "quantized_linear_persistent": quantized_linear_persistent_forward,
+            "quantized_linear_specialized": quantized_linear_specialized_forward,
+        }[candidate.kernel]
         x, weight, quantizes = self.q_x, self.q_weight, self.job.epilogue == "gelu"
         inputs = *x, weight.data, weight.scale.flatten(), self.bias, self.job.epilogue, candidate.sizes
         n_rows, n_cols = x.data.shape[0], weight.data.shape[0]
@@ -125,7 +140,7 @@ class Work:
         n_heads, d = self.job.sizes
         block_d = configs.attention_config(self.job.dtype, d, launch.arch(self.device)).block_sizes["BLOCK_D"]
         sizes = {**candidate.sizes, "BLOCK_D": block_d}
-        work_list = build_work_list(self.cu_seqlens, sizes["BLOCK_Q"]).to(self.device)
+        work_list = build_work_list(self.cu_seqlens, sizes["BLOCK_Q"], not sizes.get("WARP_SPECIALIZE")).to(self.device)
         arguments = self.qkv, work_list, n_heads, d**-0.5
         return lambda: varlen_attention_forward(*arguments, config=sizes)
 

@@ -30,20 +30,17 @@ import torch
 import triton.language as tl
 
 from fastbert_kernels import attention_bias as biases
-from fastbert_kernels import configs, launch
+from fastbert_kernels import attention_specialized, configs, launch
 from fastbert_kernels import dropout as drawing
 from fastbert_kernels.attention_bias import PositionBias, bias_of
-from fastbert_kernels.attention_tiles import load_tile, row_ranges
+from fastbert_kernels.attention_tiles import COLUMNS, LOG2_E, LOWEST, load_tile, row_ranges
 from fastbert_kernels.dropout import GROUP, keep_bits, keep_bits_from, spread_columns
 from fastbert_kernels.jit import jit
 from fastbert_kernels.masks import Dropout
 from fastbert_kernels.quantize import quantize_rows
 from fastbert_kernels.work_list import WorkList
 
-LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
-# Where the running maximum starts. Finite, so that a row that has met no key yet does not compute inf - inf.
-LOWEST = tl.constexpr(-1.0e38)
 MAX_TILES = 65_532  # Of a launch: 65,535 rounded down, so that each part of a list is as aligned as the first.
 
 
@@ -94,7 +91,7 @@ def _attend(
     mask_key,  # (key_low, key_high, site, threshold) where DROPOUT
     bias,  # (bias_ptr, columns_ptr, bias_radius, bias_scale, end_row) where BIASED
     BIASED: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    HOLES: tl.constexpr,
     DROPOUT: tl.constexpr,
     MASKED: tl.constexpr,
     PADDED_D: tl.constexpr,
@@ -124,7 +121,7 @@ def _attend(
         scores = tl.dot(q, k, input_precision=INPUT_PRECISION)  # (BLOCK_Q, BLOCK_K)
         if BIASED:
             own_rows, own_keys = (rows < bias[4])[:, None], (keys < key_end)[None, :]
-            scores += bias_of(rows[:, None], keys[None, :], own_rows, own_keys, head, bias, COLUMNS)
+            scores += bias_of(rows[:, None], keys[None, :], own_rows, own_keys, head, bias, HOLES)
         if MASKED:
             own = (keys[None, :] >= row_first_key[:, None]) & (keys[None, :] < row_end_key[:, None])
             scores = tl.where(own, scores, float("-inf"))
@@ -158,7 +155,7 @@ def _attend_once(
     mask_key,
     bias,
     BIASED: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    HOLES: tl.constexpr,
     DROPOUT: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -172,7 +169,7 @@ def _attend_once(
     scores = tl.dot(q, k, input_precision=INPUT_PRECISION)
     if BIASED:
         own_rows = (rows < bias[4])[:, None]
-        scores += bias_of(rows[:, None], keys[None, :], own_rows, key_mask[None, :], head, bias, COLUMNS)
+        scores += bias_of(rows[:, None], keys[None, :], own_rows, key_mask[None, :], head, bias, HOLES)
     own = (keys[None, :] >= row_first_key[:, None]) & (keys[None, :] < row_end_key[:, None])
     scores = tl.where(own, scores, float("-inf"))
     row_max = tl.maximum(tl.max(scores, axis=1) * scale_log2, LOWEST)
@@ -204,12 +201,12 @@ def _varlen_attention_kernel(
     threshold,
     keep_scale,
     bias_ptr,  # (N, 2R + 1), and the next three: where BIASED; see `attention_bias`
-    columns_ptr,  # (T,) int32 where COLUMNS
+    columns_ptr,  # (T,) int32 where HOLES
     bias_radius,
     bias_scale,
     HEAD_SIZE: tl.constexpr,
     BIASED: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    HOLES: tl.constexpr,
     DROPOUT: tl.constexpr,
     SAVE_LSE: tl.constexpr,
     QUANTIZE: tl.constexpr,
@@ -231,7 +228,6 @@ def _varlen_attention_kernel(
     d_mask = d_offs < HEAD_SIZE
     q_offs = rows.to(tl.int64)[:, None] * qkv_row_stride + head * HEAD_SIZE + d_offs[None, :]
     q = tl.load(q_ptr + q_offs, mask=row_mask[:, None] & d_mask[None, :], other=0.0)
-    row_first_key, row_end_key = row_ranges(row_spans_ptr, rows, row_mask, first_key, end_key, shared)
     key_offs = tl.arange(0, BLOCK_K).to(tl.int64) * qkv_row_stride + head * HEAD_SIZE
     k_block_ptr = k_ptr + key_offs[None, :] + d_offs[:, None]
     v_block_ptr = v_ptr + key_offs[:, None] + d_offs[None, :]
@@ -239,9 +235,10 @@ def _varlen_attention_kernel(
     mask_key = (key_low, key_high, site, threshold)
     bias = (bias_ptr, columns_ptr, bias_radius, bias_scale, end_row)
     if ONE_BLOCK:
+        row_first_key, row_end_key = row_ranges(row_spans_ptr, rows, row_mask, first_key, end_key, shared)
         acc, row_sum, row_max = _attend_once(
             q, k_block_ptr, v_block_ptr, first_key, end_key, row_first_key, row_end_key, qkv_row_stride,
-            scale_log2, d_mask, rows, head, mask_key, bias, BIASED, COLUMNS, DROPOUT, INPUT_PRECISION, BLOCK_K,
+            scale_log2, d_mask, rows, head, mask_key, bias, BIASED, HOLES, DROPOUT, INPUT_PRECISION, BLOCK_K,
         )  # fmt: skip
     else:
         acc = tl.zeros((BLOCK_Q, BLOCK_D), dtype=tl.float32)
@@ -253,16 +250,22 @@ def _varlen_attention_kernel(
         if not shared:
             end_unmasked = first_key + (end_key - first_key) // BLOCK_K * BLOCK_K
         acc, row_sum, row_max = _attend(
-            q, k_block_ptr, v_block_ptr, first_key, end_unmasked, row_first_key, row_end_key, qkv_row_stride,
-            scale_log2, d_mask, acc, row_sum, row_max, rows, first_key, shared, head, mask_key, bias, BIASED, COLUMNS,
+            q, k_block_ptr, v_block_ptr, first_key, end_unmasked, rows, rows, qkv_row_stride,
+            scale_log2, d_mask, acc, row_sum, row_max, rows, first_key, shared, head, mask_key, bias, BIASED, HOLES,
             DROPOUT, False, BLOCK_D != HEAD_SIZE, INPUT_PRECISION, BLOCK_K,
         )  # fmt: skip
+        # Read here, so that no register holds it over the loop before, which tiles of several sequences pass by.
+        row_first_key, row_end_key = row_ranges(row_spans_ptr, rows, row_mask, first_key, end_key, shared)
         acc, row_sum, row_max = _attend(
             q, k_block_ptr, v_block_ptr, end_unmasked, end_key, row_first_key, row_end_key, qkv_row_stride,
-            scale_log2, d_mask, acc, row_sum, row_max, rows, first_key, shared, head, mask_key, bias, BIASED, COLUMNS,
+            scale_log2, d_mask, acc, row_sum, row_max, rows, first_key, shared, head, mask_key, bias, BIASED, HOLES,
             DROPOUT, True, BLOCK_D != HEAD_SIZE, INPUT_PRECISION, BLOCK_K,
         )  # fmt: skip
 
+    if DROPOUT:  # The list is read again, so that no register holds it over the loops, whose masks take many.
+        tile_ptr = tiles_ptr + COLUMNS * tl.program_id(1)
+        rows = tl.load(tile_ptr, volatile=True) + tl.arange(0, BLOCK_Q)
+        row_mask = rows < tl.load(tile_ptr + 1, volatile=True)
     row_sum = tl.where(row_mask, row_sum, 1.0)
     row_scale = 1.0 / row_sum  # one division a row, not one an element
     if DROPOUT:
@@ -314,6 +317,13 @@ def varlen_attention_forward(
     for_arch = launch.arch(qkv.device)
     config = config or configs.attention_config(qkv.dtype, head_size, for_arch).block_sizes
     lists = [(work_list, config, False)]
+    if config.get("WARP_SPECIALIZE"):
+        plain = quantized is None and dropout is None and lse is None and bias is None
+        if plain and attention_specialized.obstacle(qkv, work_list, head_size, for_arch) is None:
+            attention_specialized.specialized_attention_forward(qkv, work_list, num_heads, scale, config, out)
+            lists = []
+        else:
+            lists = [(work_list, attention_specialized.fallback(config), False)]
     if short_list is not None:
         short = configs.short_attention_config(qkv.dtype, head_size, for_arch)
         assert short is not None, "this tile has no smaller one for short sequences"

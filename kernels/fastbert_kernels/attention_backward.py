@@ -27,17 +27,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import numpy as np
 import torch
 
 from fastbert_kernels import attention_bias as biases
 from fastbert_kernels import configs, launch
 from fastbert_kernels import dropout as drawing
-from fastbert_kernels.attention import LOG2_E
 from fastbert_kernels.attention_bias import PositionBias
 from fastbert_kernels.attention_bias_gradient import bias_gradient
 from fastbert_kernels.attention_key_gradient import key_value_gradient_kernel
 from fastbert_kernels.attention_query_gradient import query_gradient_kernel
+from fastbert_kernels.attention_tiles import LOG2_E
 from fastbert_kernels.masks import Dropout
 from fastbert_kernels.work_list import WorkList, build_work_list
 
@@ -49,7 +48,7 @@ class Plan(NamedTuple):
     keys: WorkList
 
 
-def work_lists(cu_seqlens: Sequence[int] | np.ndarray, tiles: configs.AttentionBackward, share: bool = True) -> Plan:
+def work_lists(cu_seqlens: Sequence[int], tiles: configs.AttentionBackward, share: bool = True) -> Plan:
     """Lists the tiles of queries and those of keys as `build_work_list` does, on the CPU. Equal lists are one."""
     n_queries, n_keys = tiles.query["BLOCK_Q"], tiles.key["BLOCK_K"]
     queries = build_work_list(cu_seqlens, n_queries, share)

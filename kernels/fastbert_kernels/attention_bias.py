@@ -32,7 +32,7 @@ def arguments(bias: PositionBias | None, scale: float) -> dict[str, Any]:
     if bias is None:
         return dict.fromkeys(("bias_ptr", "columns_ptr", "bias_radius", "bias_scale")) | {
             "BIASED": False,
-            "COLUMNS": False,
+            "HOLES": False,
         }
     return {
         "bias_ptr": bias.table,
@@ -40,7 +40,7 @@ def arguments(bias: PositionBias | None, scale: float) -> dict[str, Any]:
         "bias_radius": bias.table.shape[1] // 2,
         "bias_scale": 1.0 / scale,
         "BIASED": True,
-        "COLUMNS": bias.columns is not None,
+        "HOLES": bias.columns is not None,
     }
 
 
@@ -52,11 +52,11 @@ def bias_of(
     key_mask,
     head,
     bias,  # (bias_ptr, columns_ptr, bias_radius, bias_scale, end of the rows)
-    COLUMNS: tl.constexpr,
+    HOLES: tl.constexpr,
 ):
     """Returns what is added to q . k, float32."""
     bias_ptr, columns_ptr, radius, bias_scale, _ = bias
-    if COLUMNS:
+    if HOLES:
         queries = tl.load(columns_ptr + queries, mask=query_mask, other=0)
         keys = tl.load(columns_ptr + keys, mask=key_mask, other=0)
     places = tl.minimum(tl.maximum(keys - queries + radius, 0), 2 * radius)

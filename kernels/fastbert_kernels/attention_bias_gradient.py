@@ -16,9 +16,9 @@ import triton.language as tl
 from fastbert_kernels import attention_bias as biases
 from fastbert_kernels import dropout as drawing
 from fastbert_kernels import launch
-from fastbert_kernels.attention import LOG2_E, keep_probabilities
+from fastbert_kernels.attention import keep_probabilities
 from fastbert_kernels.attention_bias import PositionBias, bias_of
-from fastbert_kernels.attention_tiles import load_rows, load_statistics, load_tile, row_ranges
+from fastbert_kernels.attention_tiles import LOG2_E, load_rows, load_statistics, load_tile, row_ranges
 from fastbert_kernels.dropout import spread_columns
 from fastbert_kernels.jit import jit
 from fastbert_kernels.masks import Dropout

@@ -69,7 +69,7 @@ def _add_key_value_gradients(
     mask_key,
     bias,  # (bias_ptr, columns_ptr, bias_radius, bias_scale) where BIASED
     BIASED: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    HOLES: tl.constexpr,
     DROPOUT: tl.constexpr,
     NORMALIZE: tl.constexpr,
     MASKED: tl.constexpr,
@@ -97,7 +97,7 @@ def _add_key_value_gradients(
         scores = tl.dot(k, tl.trans(q), input_precision=INPUT_PRECISION)  # (BLOCK_K, BLOCK_Q)
         if BIASED:
             own_keys = first_row + tl.arange(0, BLOCK_K)[:, None]
-            scores += bias_of(queries[None, :], own_keys, query_mask[None, :], own_keys < end_row, head, bias, COLUMNS)
+            scores += bias_of(queries[None, :], own_keys, query_mask[None, :], own_keys < end_row, head, bias, HOLES)
         dp = tl.dot(v, tl.trans(dout), input_precision=INPUT_PRECISION)
         if MASKED and not SHARED:
             scores = tl.where(query_mask[None, :], scores, float("-inf"))
@@ -140,12 +140,12 @@ def key_value_gradient_kernel(
     threshold,
     keep_scale,
     bias_ptr,  # (N, 2R + 1), and the next three: where BIASED; see `attention_bias`
-    columns_ptr,  # (T,) int32 where COLUMNS
+    columns_ptr,  # (T,) int32 where HOLES
     bias_radius,
     bias_scale,
     HEAD_SIZE: tl.constexpr,
     BIASED: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    HOLES: tl.constexpr,
     DROPOUT: tl.constexpr,
     NORMALIZE: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
@@ -184,19 +184,19 @@ def key_value_gradient_kernel(
         dk, dv, k, v, q_ptr, q_offs, dout_ptr, dout_offs, statistics_ptr, row_spans_ptr,
         first_query, end_unmasked, first_row, end_row, first_query, end_query, shared,
         qkv_row_stride, dout_row_stride, scale_log2, d_mask, head, mask_key, bias,
-        BIASED, COLUMNS, DROPOUT, NORMALIZE, False, False, BLOCK_D != HEAD_SIZE, INPUT_PRECISION, BLOCK_Q, BLOCK_K,
+        BIASED, HOLES, DROPOUT, NORMALIZE, False, False, BLOCK_D != HEAD_SIZE, INPUT_PRECISION, BLOCK_Q, BLOCK_K,
     )  # fmt: skip
     dk, dv = _add_key_value_gradients(
         dk, dv, k, v, q_ptr, q_offs, dout_ptr, dout_offs, statistics_ptr, row_spans_ptr,
         end_unmasked, start_shared, first_row, end_row, first_query, end_query, shared,
         qkv_row_stride, dout_row_stride, scale_log2, d_mask, head, mask_key, bias,
-        BIASED, COLUMNS, DROPOUT, NORMALIZE, True, False, BLOCK_D != HEAD_SIZE, INPUT_PRECISION, BLOCK_Q, BLOCK_K,
+        BIASED, HOLES, DROPOUT, NORMALIZE, True, False, BLOCK_D != HEAD_SIZE, INPUT_PRECISION, BLOCK_Q, BLOCK_K,
     )  # fmt: skip
     dk, dv = _add_key_value_gradients(
         dk, dv, k, v, q_ptr, q_offs, dout_ptr, dout_offs, statistics_ptr, row_spans_ptr,
         start_shared, end_query, first_row, end_row, first_query, end_query, shared,
         qkv_row_stride, dout_row_stride, scale_log2, d_mask, head, mask_key, bias,
-        BIASED, COLUMNS, DROPOUT, NORMALIZE, True, True, BLOCK_D != HEAD_SIZE, INPUT_PRECISION, BLOCK_Q, BLOCK_K,
+        BIASED, HOLES, DROPOUT, NORMALIZE, True, True, BLOCK_D != HEAD_SIZE, INPUT_PRECISION, BLOCK_Q, BLOCK_K,
     )  # fmt: skip
 
     if DROPOUT:

@@ -14,9 +14,9 @@ import triton.language as tl
 
 from fastbert_kernels import attention_bias as biases
 from fastbert_kernels import dropout as drawing
-from fastbert_kernels.attention import LOG2_E, keep_probabilities
+from fastbert_kernels.attention import keep_probabilities
 from fastbert_kernels.attention_bias import bias_of
-from fastbert_kernels.attention_tiles import load_rows, load_tile, row_ranges, store_statistics, tile_offs
+from fastbert_kernels.attention_tiles import LOG2_E, load_rows, load_tile, row_ranges, store_statistics, tile_offs
 from fastbert_kernels.dropout import spread_columns
 from fastbert_kernels.jit import jit
 from fastbert_kernels.masks import RANGE
@@ -44,7 +44,7 @@ def _sum_over_keys(
     mask_key,
     bias,
     BIASED: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    HOLES: tl.constexpr,
     DROPOUT: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
     BLOCK_Q: tl.constexpr,
@@ -61,7 +61,7 @@ def _sum_over_keys(
         scores = tl.dot(q, tl.trans(k), input_precision=INPUT_PRECISION)
         if BIASED:
             own_rows, own_keys = (rows < bias[4])[:, None], (keys < end)[None, :]
-            scores += bias_of(rows[:, None], keys[None, :], own_rows, own_keys, head, bias, COLUMNS)
+            scores += bias_of(rows[:, None], keys[None, :], own_rows, own_keys, head, bias, HOLES)
         dp = tl.dot(dout, tl.trans(v), input_precision=INPUT_PRECISION)
         own = (keys[None, :] >= row_first_key[:, None]) & (keys[None, :] < row_end_key[:, None])
         p = tl.where(own, tl.exp2(scores * scale_log2 - lse_log2[:, None]), 0.0)
@@ -98,7 +98,7 @@ def _add_query_gradients(
     mask_key,  # (key_low, key_high, site, threshold) where DROPOUT
     bias,  # (bias_ptr, columns_ptr, bias_radius, bias_scale, end_row) where BIASED
     BIASED: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    HOLES: tl.constexpr,
     DROPOUT: tl.constexpr,
     MASKED: tl.constexpr,
     SHARED: tl.constexpr,
@@ -120,9 +120,7 @@ def _add_query_gradients(
             bits = keep_probabilities(block_start, rows, row_first_key, first_key, head, mask_key, SHARED, BLOCK_K)
         scores = tl.dot(q, tl.trans(k), input_precision=INPUT_PRECISION)  # (BLOCK_Q, BLOCK_K)
         if BIASED:
-            scores += bias_of(
-                rows[:, None], keys[None, :], row_mask[:, None], (keys < end)[None, :], head, bias, COLUMNS
-            )
+            scores += bias_of(rows[:, None], keys[None, :], row_mask[:, None], (keys < end)[None, :], head, bias, HOLES)
         dp = tl.dot(dout, tl.trans(v), input_precision=INPUT_PRECISION)
         if MASKED and not SHARED:
             scores = tl.where((keys < end)[None, :], scores, float("-inf"))
@@ -164,12 +162,12 @@ def query_gradient_kernel(
     threshold,
     keep_scale,
     bias_ptr,  # (N, 2R + 1), and the next three: where BIASED; see `attention_bias`
-    columns_ptr,  # (T,) int32 where COLUMNS
+    columns_ptr,  # (T,) int32 where HOLES
     bias_radius,
     bias_scale,
     HEAD_SIZE: tl.constexpr,
     BIASED: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    HOLES: tl.constexpr,
     DROPOUT: tl.constexpr,
     NORMALIZE: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
@@ -202,7 +200,7 @@ def query_gradient_kernel(
         row_first_key, row_end_key = row_ranges(row_spans_ptr, rows, row_mask, first_key, end_key, shared)
         row_sum, delta = _sum_over_keys(
             q, dout, lse_log2, k_ptr, v_ptr, key_offs, first_key, end_key, rows, row_first_key, row_end_key,
-            qkv_row_stride, scale_log2, d_mask, head, mask_key, bias, BIASED, COLUMNS,
+            qkv_row_stride, scale_log2, d_mask, head, mask_key, bias, BIASED, HOLES,
             DROPOUT, INPUT_PRECISION, BLOCK_Q, BLOCK_K,
         )  # fmt: skip
         inverse_sum = 1.0 / tl.where(row_mask, row_sum, 1.0)
@@ -222,17 +220,17 @@ def query_gradient_kernel(
     dq = _add_query_gradients(
         dq, q, dout, lse_log2, delta, k_ptr, v_ptr, key_offs, first_key, end_unmasked, first_key, end_key, shared,
         rows, row_mask, row_spans_ptr, qkv_row_stride, scale_log2, d_mask, head, mask_key,
-        bias, BIASED, COLUMNS, DROPOUT, False, False, BLOCK_D != HEAD_SIZE, INPUT_PRECISION, BLOCK_K,
+        bias, BIASED, HOLES, DROPOUT, False, False, BLOCK_D != HEAD_SIZE, INPUT_PRECISION, BLOCK_K,
     )  # fmt: skip
     dq = _add_query_gradients(
         dq, q, dout, lse_log2, delta, k_ptr, v_ptr, key_offs, end_unmasked, start_shared, first_key, end_key, shared,
         rows, row_mask, row_spans_ptr, qkv_row_stride, scale_log2, d_mask, head, mask_key,
-        bias, BIASED, COLUMNS, DROPOUT, True, False, BLOCK_D != HEAD_SIZE, INPUT_PRECISION, BLOCK_K,
+        bias, BIASED, HOLES, DROPOUT, True, False, BLOCK_D != HEAD_SIZE, INPUT_PRECISION, BLOCK_K,
     )  # fmt: skip
     dq = _add_query_gradients(
         dq, q, dout, lse_log2, delta, k_ptr, v_ptr, key_offs, start_shared, end_key, first_key, end_key, shared,
         rows, row_mask, row_spans_ptr, qkv_row_stride, scale_log2, d_mask, head, mask_key,
-        bias, BIASED, COLUMNS, DROPOUT, True, True, BLOCK_D != HEAD_SIZE, INPUT_PRECISION, BLOCK_K,
+        bias, BIASED, HOLES, DROPOUT, True, True, BLOCK_D != HEAD_SIZE, INPUT_PRECISION, BLOCK_K,
     )  # fmt: skip
 
     if NORMALIZE:

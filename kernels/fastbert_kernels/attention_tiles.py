@@ -1,4 +1,4 @@
-"""These helpers are what both passes of attention's gradients share: rows of a tile, and what is kept of a query."""
+"""These helpers are what attention's kernels share: tiles of the list, their rows, and what is kept of a query."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ import triton.language as tl
 from fastbert_kernels.jit import jit
 from fastbert_kernels.work_list import N_COLUMNS, SPAN_BITS
 
+LOG2_E = tl.constexpr(1.4426950408889634)
+# Where the running maximum starts. Finite, so that a row that has met no key yet does not compute inf - inf.
+LOWEST = tl.constexpr(-1.0e38)
 COLUMNS = tl.constexpr(N_COLUMNS)
 SPAN_SHIFT, SPAN_MASK = tl.constexpr(SPAN_BITS), tl.constexpr((1 << SPAN_BITS) - 1)
 

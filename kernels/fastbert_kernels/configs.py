@@ -2,7 +2,8 @@
 
 Block sizes of the matrix kernels, and the choice of GEMM, come from tables (tables.py): one JSON file per GPU
 architecture in `tuned/`, and before it the user's own. Block sizes of the row-wise kernels come from the formulas here.
-The number of tokens never enters a choice.
+The number of tokens enters no choice here; `few_rows` has tiles for few of them, and
+`quantized_configs` those of 8-bit products.
 """
 
 from __future__ import annotations
@@ -121,8 +122,9 @@ def one_row_pooling_config(n_cols: int) -> dict[str, int]:
     return {"BLOCK_ROWS": 1, "UNROLL": 1, **whole_row_config(n_cols)}
 
 
-# Epilogues of a GEMM, and their names in table keys. Both GELUs cost the same.
-EPILOGUES = {"none": "none", "gelu": "gelu", "gelu_tanh": "gelu", "residual": "residual"}
+# Epilogues of a GEMM, and their names in table keys. Both GELUs cost the same; "pre" stores a second tile.
+EPILOGUES = {"none": "none", "gelu": "gelu", "gelu_tanh": "gelu", "residual": "residual", "pre": "pre"}
+WARP_SPECIALIZED_ARCH = 90  # the one architecture for which the warp-specialised GEMMs are compiled
 
 
 def linear_config(
@@ -132,14 +134,14 @@ def linear_config(
 
     shape: (K, M), where the table may have an entry of its own for it.
     """
-    return _required("linear", _gemm_keys(dtype, shape, epilogue), for_arch)
+    return required("linear", _gemm_keys(dtype, shape, epilogue), for_arch)
 
 
 def linear_persistent_config(
     dtype: torch.dtype, for_arch: int, shape: tuple[int, int] | None = None, epilogue: str = "none"
 ) -> Config | None:
     """Returns the tile of the persistent GEMM, or None where the architecture or the dtype has none."""
-    return _from_tables("linear_persistent", _gemm_keys(dtype, shape, epilogue), for_arch)
+    return from_tables("linear_persistent", _gemm_keys(dtype, shape, epilogue), for_arch)
 
 
 @dataclass(frozen=True)
@@ -166,84 +168,13 @@ def _gemm(
     # Tensor descriptors want rows of a multiple of 16 bytes. Of tensors that are views, linear_forward asks again.
     if any(size * dtype.itemsize % 16 for size in shape):
         persistent = None
+    if persistent is not None and entry.get("ours") == "linear_specialized" and for_arch == WARP_SPECIALIZED_ARCH:
+        specialized = from_tables("linear_specialized", _gemm_keys(dtype, shape, epilogue), for_arch)
+        if specialized is not None:
+            return Gemm(entry.get("kernel"), source, "linear_specialized", specialized)
     if persistent is not None and entry.get("ours") != "linear":
         return Gemm(entry.get("kernel"), source, "linear_persistent", persistent)
     return Gemm(entry.get("kernel"), source, "linear", linear_config(dtype, for_arch, shape, epilogue))
-
-
-def quantized_linear_config(
-    dtype: torch.dtype,
-    group: int | None,
-    for_arch: int,
-    shape: tuple[int, int] | None = None,
-    quantizes: bool = False,
-) -> Config:
-    """Returns the tile of the 8-bit GEMM.
-
-    group: columns of x that share a scale, None where a row has one. shape: (K, M), where the table may have an entry
-    of its own for it. quantizes: whether the result is in 8 bits too.
-
-    A step of BLOCK_K lies within a group. Where the table's step does not, it becomes as long as a group (and at least
-    32, the fewest columns that the tensor cores take).
-    """
-    config = _required("quantized_linear", _quantized_keys(dtype, shape, group, quantizes), for_arch)
-    return _within_groups(config, group)
-
-
-def quantized_linear_persistent_config(
-    dtype: torch.dtype,
-    group: int | None,
-    for_arch: int,
-    shape: tuple[int, int] | None = None,
-    quantizes: bool = False,
-) -> Config | None:
-    """Returns the tile of the persistent 8-bit GEMM, or None where the architecture, dtype or group has none."""
-    config = _from_tables("quantized_linear_persistent", _quantized_keys(dtype, shape, group, quantizes), for_arch)
-    if config is None:
-        return None
-    config = _within_groups(config, group)
-    # A block of a descriptor cannot end where a group ends in the middle of it.
-    return None if group is not None and group % config.block_sizes["BLOCK_K"] else config
-
-
-def _within_groups(config: Config, group: int | None) -> Config:
-    block_sizes = dict(config.block_sizes)
-    if group is not None and group % block_sizes["BLOCK_K"]:
-        block_sizes["BLOCK_K"] = max(32, triton.next_power_of_2(group))
-    return Config(block_sizes, config.source)
-
-
-def quantized_gemm(
-    dtype: torch.dtype, for_arch: int, shape: tuple[int, int], group: int | None, out_dtype: torch.dtype
-) -> Gemm:
-    """Looks up how to multiply 8-bit operands, x (T, K) by weight (M, K), with shape = (K, M).
-
-    `ours` of the result is one of QUANTIZED_GEMMS. out_dtype: an 8-bit one for a product that is quantised.
-    """
-    return _quantized_gemm(dtype, for_arch, shape, group, out_dtype, launch.recorded is not None, tables.generation)
-
-
-@functools.cache
-def _quantized_gemm(
-    dtype: torch.dtype,
-    for_arch: int,
-    shape: tuple[int, int],
-    group: int | None,
-    out_dtype: torch.dtype,
-    shipped_only: bool,
-    generation: int,
-) -> Gemm:
-    quantizes = out_dtype.itemsize == 1
-    key = quantized_gemm_key(dtype, shape, group, quantizes)
-    entry, source = tables.find("quantized_gemm", (key,), for_arch, shipped_only) or ({}, None)
-    persistent = quantized_linear_persistent_config(dtype, group, for_arch, shape, quantizes)
-    # Tensor descriptors want rows of a multiple of 16 bytes, of both operands and of the result.
-    if shape[0] % 16 or shape[1] * out_dtype.itemsize % 16:
-        persistent = None
-    if persistent is not None and entry.get("kernel") != "quantized_linear":
-        return Gemm(entry.get("kernel"), source, "quantized_linear_persistent", persistent)
-    pointers = quantized_linear_config(dtype, group, for_arch, shape, quantizes)
-    return Gemm(entry.get("kernel"), source, "quantized_linear", pointers)
 
 
 def attention_config(dtype: torch.dtype, head_size: int, for_arch: int, small: bool = False) -> Config:
@@ -261,7 +192,7 @@ def attention_config(dtype: torch.dtype, head_size: int, for_arch: int, small: b
 @functools.cache
 def _attention(dtype: torch.dtype, head_size: int, for_arch: int, shipped_only: bool, generation: int) -> Config:
     block_d = max(MIN_HEAD_SIZE, triton.next_power_of_2(head_size))
-    config = _required("attention", (attention_key(dtype, head_size),), for_arch)
+    config = required("attention", (attention_key(dtype, head_size),), for_arch)
     return Config({**config.block_sizes, "BLOCK_D": block_d}, config.source)
 
 
@@ -278,7 +209,7 @@ def _small_attention(
     dtype: torch.dtype, head_size: int, for_arch: int, shipped_only: bool, generation: int
 ) -> Config | None:
     whole = _attention(dtype, head_size, for_arch, shipped_only, generation)
-    config = _from_tables("attention", (f"{attention_key(dtype, head_size)}/small",), for_arch)
+    config = from_tables("attention", (f"{attention_key(dtype, head_size)}/small",), for_arch)
     if config is None:
         if dtype == torch.float32 or whole.block_sizes["BLOCK_D"] > 64:  # It would spill.
             return None
@@ -368,36 +299,21 @@ def gemm_key(dtype: torch.dtype, shape: tuple[int, int], epilogue: str) -> str:
     return f"{dtype_class(dtype)}/{shape[0]}x{shape[1]}/{EPILOGUES[epilogue]}"
 
 
-def quantized_class(dtype: torch.dtype) -> str:
-    """Returns the name of an 8-bit dtype in tables."""
-    return "int8" if dtype == torch.int8 else "float8"
-
-
-def quantized_gemm_key(dtype: torch.dtype, shape: tuple[int, int], group: int | None, quantizes: bool) -> str:
-    """Returns the key of one 8-bit GEMM in a table, as "float8/768x3072/row-quantized" or "int8/3072x768/group128"."""
-    scales = "row" if group is None else f"group{group}"
-    return f"{quantized_class(dtype)}/{shape[0]}x{shape[1]}/{scales}{'-quantized' if quantizes else ''}"
-
-
-def _quantized_keys(
-    dtype: torch.dtype, shape: tuple[int, int] | None, group: int | None, quantizes: bool
-) -> tuple[str, ...]:
-    own = () if shape is None else (quantized_gemm_key(dtype, shape, group, quantizes),)
-    return (*own, quantized_class(dtype))
-
-
 def _gemm_keys(dtype: torch.dtype, shape: tuple[int, int] | None, epilogue: str) -> tuple[str, ...]:
-    return (*((gemm_key(dtype, shape, epilogue),) if shape is not None else ()), dtype_class(dtype))
+    own = () if shape is None else (gemm_key(dtype, shape, epilogue),)
+    return (*own, f"{dtype_class(dtype)}/{EPILOGUES[epilogue]}", dtype_class(dtype))
 
 
-def _from_tables(op: str, keys: tuple[str, ...], for_arch: int) -> Config | None:
+def from_tables(op: str, keys: tuple[str, ...], for_arch: int) -> Config | None:
+    """Returns what the tables say of the first of the keys that they have, or None."""
     # Kernels compiled for a GPU that is not there must not depend on one that is.
     entry = tables.find(op, keys, for_arch, launch.recorded is not None)
     return None if entry is None else Config(*entry)
 
 
-def _required(op: str, keys: tuple[str, ...], for_arch: int) -> Config:
-    config = _from_tables(op, keys, for_arch)
+def required(op: str, keys: tuple[str, ...], for_arch: int) -> Config:
+    """Does what `from_tables` does. Raises ValueError where no table has any of the keys."""
+    config = from_tables(op, keys, for_arch)
     if config is None:
         raise ValueError(f"{tables.shipped_table(for_arch)[0]}: no entry {op!r} -> {keys[-1]!r}")
     return config

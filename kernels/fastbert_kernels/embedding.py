@@ -7,8 +7,13 @@ Ids: (T,), int32 or int64. Tables: word (V, H), position (P, H), token_type (2, 
 fp32 / bf16 / fp16; out (T, H). Without input_ids the word rows are given directly as word = inputs_embeds (T, H);
 without a token_type table (DistilBERT has none) its term and its ids are left out.
 Arithmetic in float32, one rounding. Bytes moved: T * H elements read (the small tables stay in cache), T * H written.
-Ids are not checked here; a caller checks them on the host before. A row's bits do not depend on the batch, as in
-layer_norm.py: its sum is elementwise, and its LayerNorm that of a whole row.
+A row's bits do not depend on the batch, as in layer_norm.py: its sum is elementwise, and its LayerNorm that of a whole
+row.
+
+A caller checks ids on the host before; or it gives `Notes`, and the kernel reads the nearest row of the table in the
+place of an id beyond it, and writes down what came. A word of the notes, int64, is 0, or holds the number of a batch in
+its upper 32 bits and in its lower ones an id of it that was outside, cut to int32. There is one word for input_ids, one
+for token_type_ids and one for position_ids. They lie where the host reads them without waiting: in pinned memory.
 
 For training, a kernel of its own saves what the backward pass needs, as in layer_norm.py: the sum, rounded to the dtype
 C of products, and the mean and 1 / sqrt(var + eps) of each row. Where the tables are float32 and C is not, out can be
@@ -18,6 +23,8 @@ Source: Devlin et al., "BERT", 2018, arXiv:1810.04805, figure 2.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 import triton.language as tl
@@ -30,6 +37,29 @@ from fastbert_kernels.masks import Dropout
 
 # A caller's ids may start anywhere in memory: no kernel of its own for those that start at a multiple of 16 bytes.
 IDS = ("input_ids_ptr", "token_type_ids_ptr", "position_ids_ptr")
+
+
+@dataclass(frozen=True)
+class Notes:
+    """`Notes` say where a kernel writes down ids beyond their table, and in which batch.
+
+    words: (4,) int64, which the kernel and the host both see; the fourth is `samples.py`'s. batch: (2,) int64 on the
+    device: a number that is added to `number`, and how many rows the batch has; ids of later rows are not looked at,
+    and taken as 0. number: of the batch, from 1 on.
+    """
+
+    words: torch.Tensor
+    batch: torch.Tensor
+    number: int
+
+
+@jit
+def _within(ids, size, mask, word_ptr, number):
+    """Moves ids, int64, into [0, size), and writes one that was outside, with the number of its batch, to the word."""
+    outside = mask & ((ids < 0) | (ids >= size))
+    low = tl.minimum(tl.maximum(ids, -2147483648), 2147483647) & 4294967295
+    tl.store(word_ptr + tl.zeros_like(ids), (number << 32) | low, mask=outside)
+    return tl.minimum(tl.maximum(ids, 0), size - 1)
 
 
 @jit
@@ -47,28 +77,43 @@ def _summed_rows(
     word_row_stride,
     token_type_row_stride,
     position_row_stride,
+    words_ptr,
+    number,
+    n_words,
+    n_token_types,
+    n_positions,
     HAS_INPUT_IDS: tl.constexpr,
     HAS_TOKEN_TYPES: tl.constexpr,
+    NOTED: tl.constexpr,
 ):
-    """The sum of the tables' rows for the tokens row_offs, in float32; 0 outside of the mask."""
+    """The sum of the tables' rows for the tokens row_offs, in float32; 0 outside of the mask.
+
+    row_mask: where ids are read; they are 0 elsewhere.
+    """
     if HAS_INPUT_IDS:
         word_rows = tl.load(input_ids_ptr + row_offs, mask=row_mask, other=0).to(tl.int64)
+        if NOTED:
+            word_rows = _within(word_rows, n_words, row_mask, words_ptr, number)
     else:
         word_rows = row_offs
     position_rows = tl.load(position_ids_ptr + row_offs, mask=row_mask, other=0).to(tl.int64)
+    if NOTED:
+        position_rows = _within(position_rows, n_positions, row_mask, words_ptr + 2, number)
 
     word_offs = word_rows[:, None] * word_row_stride + col_offs[None, :]
     position_offs = position_rows[:, None] * position_row_stride + col_offs[None, :]
     x = tl.load(word_ptr + word_offs, mask=mask, other=0.0).to(tl.float32)
     if HAS_TOKEN_TYPES:
         token_type_rows = tl.load(token_type_ids_ptr + row_offs, mask=row_mask, other=0).to(tl.int64)
+        if NOTED:
+            token_type_rows = _within(token_type_rows, n_token_types, row_mask, words_ptr + 1, number)
         token_type_offs = token_type_rows[:, None] * token_type_row_stride + col_offs[None, :]
         x += tl.load(token_type_ptr + token_type_offs, mask=mask, other=0.0).to(tl.float32)
     x += tl.load(position_ptr + position_offs, mask=mask, other=0.0).to(tl.float32)
     return x
 
 
-@jit(do_not_specialize=["n_rows"], do_not_specialize_on_alignment=IDS)
+@jit(do_not_specialize=["n_rows", "number"], do_not_specialize_on_alignment=IDS)
 def _embedding_layer_norm_kernel(
     input_ids_ptr,  # (T,) or None
     token_type_ids_ptr,  # (T,) or None
@@ -81,7 +126,13 @@ def _embedding_layer_norm_kernel(
     out_ptr,  # (T, H)
     q_ptr,  # (T, H), 8-bit, where QUANTIZE
     q_scale_ptr,  # (T,)
+    words_ptr,  # (4,) where NOTED, as `Notes` has it
+    batch_ptr,  # (2,)
+    number,
     n_rows,
+    n_words,
+    n_token_types,
+    n_positions,
     word_row_stride,
     token_type_row_stride,
     position_row_stride,
@@ -90,6 +141,7 @@ def _embedding_layer_norm_kernel(
     N_COLS: tl.constexpr,
     HAS_INPUT_IDS: tl.constexpr,
     HAS_TOKEN_TYPES: tl.constexpr,
+    NOTED: tl.constexpr,
     QUANTIZE: tl.constexpr,
     INT8: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
@@ -100,10 +152,15 @@ def _embedding_layer_norm_kernel(
     col_offs = tl.arange(0, BLOCK_COLS)
     col_mask = (col_offs < N_COLS)[None, :]
     mask = row_mask[:, None] & col_mask
+    id_mask, batch = row_mask, 0
+    if NOTED:
+        id_mask = row_mask & (row_offs < tl.load(batch_ptr + 1))
+        batch = tl.load(batch_ptr) + number
 
     x = _summed_rows(
-        input_ids_ptr, token_type_ids_ptr, position_ids_ptr, word_ptr, token_type_ptr, position_ptr, row_offs, row_mask,
-        col_offs, mask, word_row_stride, token_type_row_stride, position_row_stride, HAS_INPUT_IDS, HAS_TOKEN_TYPES,
+        input_ids_ptr, token_type_ids_ptr, position_ids_ptr, word_ptr, token_type_ptr, position_ptr, row_offs, id_mask,
+        col_offs, mask, word_row_stride, token_type_row_stride, position_row_stride, words_ptr, batch, n_words,
+        n_token_types, n_positions, HAS_INPUT_IDS, HAS_TOKEN_TYPES, NOTED,
     )  # fmt: skip
 
     weight = tl.load(weight_ptr + col_offs, mask=col_offs < N_COLS, other=0.0).to(tl.float32)
@@ -160,7 +217,8 @@ def _embedding_norm_kernel(
     mask = row_mask[:, None] & col_mask
     x = _summed_rows(
         input_ids_ptr, token_type_ids_ptr, position_ids_ptr, word_ptr, token_type_ptr, position_ptr, row_offs, row_mask,
-        col_offs, mask, word_row_stride, token_type_row_stride, position_row_stride, HAS_INPUT_IDS, HAS_TOKEN_TYPES,
+        col_offs, mask, word_row_stride, token_type_row_stride, position_row_stride, None, 0, 0, 0, 0, HAS_INPUT_IDS,
+        HAS_TOKEN_TYPES, False,
     )  # fmt: skip
 
     normalized, mean, rstd = normalize_rows(x, col_mask, N_COLS, eps)
@@ -190,11 +248,13 @@ def embedding_layer_norm_forward(
     ln_bias: torch.Tensor,
     eps: float,
     quantized: tuple[torch.Tensor, torch.Tensor] | None = None,
+    notes: Notes | None = None,
 ) -> torch.Tensor:
     """Embeds (T,) ids to (T, H) in the tables' dtype. Without input_ids, word is (T, H) and taken row by row.
 
-    token_type None: no segments, whatever token_type_ids says.
-    quantized: buffers to fill with the same rows in 8 bits, as for `bias_residual_layer_norm_forward`.
+    token_type None: no segments, whatever token_type_ids says. quantized: buffers to fill with the same rows in 8 bits,
+    as for `bias_residual_layer_norm_forward`. notes: where ids beyond their table are noted; without them, the caller
+    has checked the ids.
     """
     n_rows, n_cols = position_ids.shape[0], word.shape[1]
     out = launch.empty((n_rows, n_cols), like=word)
@@ -217,7 +277,13 @@ def embedding_layer_norm_forward(
         out_ptr=out,
         q_ptr=quantized[0] if quantized is not None else None,
         q_scale_ptr=quantized[1] if quantized is not None else None,
+        words_ptr=notes.words if notes is not None else None,
+        batch_ptr=notes.batch if notes is not None else None,
+        number=notes.number if notes is not None else 0,
         n_rows=n_rows,
+        n_words=word.shape[0] if notes is not None else 0,
+        n_token_types=token_type.shape[0] if notes is not None and token_type is not None else 0,
+        n_positions=position.shape[0] if notes is not None else 0,
         word_row_stride=word.stride(0),
         token_type_row_stride=token_type.stride(0) if token_type is not None else 0,
         position_row_stride=position.stride(0),
@@ -226,6 +292,7 @@ def embedding_layer_norm_forward(
         N_COLS=n_cols,
         HAS_INPUT_IDS=input_ids is not None,
         HAS_TOKEN_TYPES=token_type is not None,
+        NOTED=notes is not None,
         QUANTIZE=quantized is not None,
         INT8=quantized is not None and quantized[0].dtype == torch.int8,
     )

@@ -7,6 +7,8 @@ other kernel a process launches first. So every function is hashed where it is d
 First launches. Triton makes a compiled kernel visible to other threads before its code is on the device, and one that
 launches it then launches nothing. So a kernel is put where launches look for it when it is loaded, and one thread
 compiles it while others wait. Launches that find it, all but the first ones, take no lock and no detour.
+
+Later launches. A kernel that is guarded has `direct`, by which `launch.run` launches it again (see direct.py).
 """
 
 from __future__ import annotations
@@ -18,6 +20,8 @@ from typing import Any
 
 import triton
 from triton.runtime.jit import JITFunction
+
+from fastbert_kernels.direct import direct
 
 
 def jit(function: Callable[..., Any] | None = None, **options: Any) -> Any:
@@ -82,3 +86,4 @@ def _guard(kernel: Any) -> None:
     kernel.device_caches = _Devices(kernel, lock)
     kernel._do_compile = compile_once
     kernel._guarded = True
+    kernel.direct = direct(kernel)

@@ -109,20 +109,28 @@ def run(kernel: Any, grid: tuple[int, ...], config: dict[str, int], **arguments:
 
 
 def _launch(kernel: Any, grid: tuple[int, ...], config: dict[str, int], arguments: dict[str, Any]) -> None:
+    direct, key = getattr(kernel, "direct", None), None
+    if direct is not None and not direct.watched():
+        key = direct.launch_again(grid, config, arguments)
+        if key is None:
+            return
     if guarded(kernel):
-        _start(kernel, grid, config, arguments)
+        compiled = _through_triton(kernel, grid, config, arguments)
     else:
         with _one_at_a_time:
-            _start(kernel, grid, config, arguments)
+            compiled = _through_triton(kernel, grid, config, arguments)
+    if direct is not None and key is not None:
+        direct.remember(key, compiled)
 
 
-def _start(kernel: Any, grid: tuple[int, ...], config: dict[str, int], arguments: dict[str, Any]) -> None:
+def _through_triton(kernel: Any, grid: tuple[int, ...], config: dict[str, int], arguments: dict[str, Any]) -> Any:
+    """Launches the kernel as Triton does, compiled if it has to be, and returns what was compiled."""
     # The default of FP fusion, and with it the bits of the results, differ between versions of Triton.
     try:
-        kernel[grid](**arguments, **config, enable_fp_fusion=True)
+        return kernel[grid](**arguments, **config, enable_fp_fusion=True)
     except OSError as error:
         disk_cache.replace(error)
-        kernel[grid](**arguments, **config, enable_fp_fusion=True)
+        return kernel[grid](**arguments, **config, enable_fp_fusion=True)
 
 
 @contextmanager

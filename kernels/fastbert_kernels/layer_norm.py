@@ -22,8 +22,9 @@ from __future__ import annotations
 import torch
 import triton.language as tl
 
-from fastbert_kernels import configs, launch, masks
+from fastbert_kernels import configs, dependent, launch, masks, tables
 from fastbert_kernels import dropout as drawing
+from fastbert_kernels.dependent import wait_for_predecessor
 from fastbert_kernels.dropout import GROUP, keep_columns
 from fastbert_kernels.jit import jit
 from fastbert_kernels.masks import Dropout
@@ -83,7 +84,9 @@ def _bias_residual_layer_norm_kernel(
     INT8: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLS: tl.constexpr,
+    PDL: tl.constexpr = False,
 ):
+    wait_for_predecessor(PDL)
     row_offs = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     col_offs = tl.arange(0, BLOCK_COLS)
     col_mask = (col_offs < N_COLS)[None, :]
@@ -188,6 +191,8 @@ def bias_residual_layer_norm_forward(
     if n_rows == 0:
         return out
     config = configs.rowwise_config(n_cols)
+    if tables.some_dependent:
+        config = dependent.options(config, launch.arch(x.device))
     # Grid: one program per BLOCK_ROWS whole rows.
     launch.run(
         _bias_residual_layer_norm_kernel,

@@ -11,7 +11,8 @@ are visited in groups of GROUP_ROWS row blocks, so that neighbouring programs sh
 and Cox, "Triton", MAPL 2019, and its matrix multiplication tutorial).
 
 A row of the output does not depend on which rows stand beside it, bit for bit: the tile follows from (K, M), never from
-T, each output element is summed over K in the same order wherever in a tile it stands, and no sum is split.
+T, each output element is summed over K in the same order wherever in a tile it stands, and no sum is split. Callers who
+do not ask for that may have tiles that suit few rows (`few_rows`), and sums over shares of K (`split_linear`).
 """
 
 from __future__ import annotations
@@ -19,9 +20,11 @@ from __future__ import annotations
 import torch
 import triton.language as tl
 
-from fastbert_kernels import configs, launch
+from fastbert_kernels import configs, dependent, few_rows, launch, tables
+from fastbert_kernels.dependent import wait_for_predecessor
 from fastbert_kernels.jit import jit
 from fastbert_kernels.linear_persistent import describable, linear_persistent_forward
+from fastbert_kernels.linear_specialized import linear_specialized_forward
 from fastbert_kernels.linear_tile import ALIGNMENT, add_bias, epilogue, tile_of
 
 
@@ -49,7 +52,10 @@ def _linear_kernel(
     BLOCK_COLS: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP_ROWS: tl.constexpr,
+    SPLIT: tl.constexpr = False,  # whether programs of axis 1 share K, and out is their sums, (splits, T, M) float32
+    PDL: tl.constexpr = False,
 ):
+    wait_for_predecessor(PDL)
     n_row_blocks, n_col_blocks = tl.cdiv(n_rows, BLOCK_ROWS), tl.cdiv(n_cols, BLOCK_COLS)
     row_block, col_block = tile_of(tl.program_id(0), n_row_blocks, n_col_blocks, GROUP_ROWS)
 
@@ -62,8 +68,18 @@ def _linear_kernel(
     x_ptrs = x_ptr + x_rows[:, None] * x_row_stride + k_offs[None, :]  # (BLOCK_ROWS, BLOCK_K)
     weight_ptrs = weight_ptr + weight_rows[None, :] * weight_row_stride + k_offs[:, None]  # (BLOCK_K, BLOCK_COLS)
 
+    if SPLIT:
+        share = tl.cdiv(tl.cdiv(k_size, BLOCK_K), tl.num_programs(1)) * BLOCK_K
+        first_k = tl.program_id(1) * share
+        end_k = tl.minimum(first_k + share, k_size)
+        x_ptrs += first_k
+        weight_ptrs += first_k
+        out_ptr += tl.program_id(1).to(tl.int64) * n_rows * out_row_stride
+    else:
+        first_k = 0
+        end_k = k_size
     acc = tl.zeros((BLOCK_ROWS, BLOCK_COLS), dtype=tl.float32)
-    for k_start in range(0, k_size, BLOCK_K):
+    for k_start in range(first_k, end_k, BLOCK_K):
         if EVEN_K:
             x = tl.load(x_ptrs)
             weight = tl.load(weight_ptrs)
@@ -94,26 +110,32 @@ def linear_forward(
     activation: str,
     residual: torch.Tensor | None = None,
     pre: torch.Tensor | None = None,
+    by_rows: bool = False,
 ) -> torch.Tensor:
     """Multiplies (T, K) -> (T, M) in x's dtype; activation "none", "gelu" or "gelu_tanh". Tensors have unit row stride.
 
     pre: a contiguous tensor (T, M) in x's dtype, to fill with x @ weight^T + bias: what the backward pass of an
-    activation needs. Takes the kernel that configs.gemm names, or this file's where the weight's alignment rules tensor
-    descriptors out.
+    activation needs. by_rows: whether few rows may have a tile of their own, and with it other bits. Takes the kernel
+    that configs.gemm names, or this file's where the weight's alignment rules tensor descriptors out.
     """
-    shape = x.shape[1], weight.shape[0]
-    out = launch.empty((x.shape[0], weight.shape[0]), like=x)
-    if x.shape[0] == 0:
+    n_rows, shape = x.shape[0], (x.shape[1], weight.shape[0])
+    out = launch.empty((n_rows, shape[1]), like=x)
+    if n_rows == 0:
         return out
-    epilogue_name = activation if residual is None else "residual"
+    epilogue_name = "pre" if pre is not None else activation if residual is None else "residual"
     arch = launch.arch(x.device)
+    few = few_rows.tile(x.dtype, arch, shape, epilogue_name, n_rows) if by_rows else None
     gemm = configs.gemm(x.dtype, arch, shape, epilogue_name)
     config = gemm.config.block_sizes
     # Rows at odd addresses are copied: which kernel runs, in which specialisation, and with them the bits, must not
     # depend on where the rows lie, but on the weight alone.
-    if gemm.ours == "linear_persistent":
+    if few is not None:
+        config = few
+    elif gemm.ours != "linear":
         if describable(weight) and describable(out) and (pre is None or describable(pre)):
             x = x if describable(x) else x.clone(memory_format=torch.contiguous_format)
+            if gemm.ours == "linear_specialized" and pre is None:
+                return linear_specialized_forward(x, weight, bias, activation, residual, config, out)
             return linear_persistent_forward(x, weight, bias, activation, residual, config, out, pre)
         config = configs.linear_config(x.dtype, arch, shape, epilogue_name).block_sizes
     x = x.clone(memory_format=torch.contiguous_format) if x.data_ptr() % ALIGNMENT else x
@@ -129,15 +151,22 @@ def linear_pointer_forward(
     config: dict[str, int],
     out: torch.Tensor,
     pre: torch.Tensor | None = None,
+    splits: int = 0,
 ) -> torch.Tensor:
-    """Fills out and pre, (T, M) with T > 0, by the kernel of this file; config is the tile."""
+    """Fills out and pre, (T, M) with T > 0, by the kernel of this file; config is the tile.
+
+    splits: programs that share each tile's K, where out is their sums, (splits, T, M) float32; 0 for the whole product.
+    """
     n_rows, k_size = x.shape
     n_cols = weight.shape[0]
     n_tiles = launch.cdiv(n_rows, config["BLOCK_ROWS"]) * launch.cdiv(n_cols, config["BLOCK_COLS"])
-    # Grid: one program per output tile, on one axis so that the kernel can order them.
+    options = {"SPLIT": True} if splits else {}
+    if tables.some_dependent:
+        config = dependent.options(config, launch.arch(x.device))
+    # Grid: one program per output tile, on one axis so that the kernel can order them, and per share of K.
     launch.run(
         _linear_kernel,
-        (n_tiles,),
+        (n_tiles, splits) if splits else (n_tiles,),
         config,
         x_ptr=x,
         weight_ptr=weight,
@@ -151,11 +180,12 @@ def linear_pointer_forward(
         x_row_stride=x.stride(0),
         weight_row_stride=weight.stride(0),
         residual_row_stride=residual.stride(0) if residual is not None else 0,
-        out_row_stride=out.stride(0),
+        out_row_stride=out.stride(-2),
         EVEN_K=k_size % config["BLOCK_K"] == 0,
         HAS_BIAS=bias is not None,
         ACTIVATION=activation,
         HAS_RESIDUAL=residual is not None,
         INPUT_PRECISION=launch.dot_precision(x.dtype),
+        **options,
     )
     return out

@@ -12,6 +12,10 @@ one, so that the loads of the next tile are under way during the epilogue of thi
 
     program p    tile p | tile p + n_programs | tile p + 2 * n_programs | ...
 
+Two candidates differ: FLATTEN = 0 keeps the loops apart, which takes fewer registers, and with PROGRAMS = 2 a
+multiprocessor multiplies one tile during the epilogue of another. The loop is never warp-specialised: with descriptors
+from the host Triton compiles that wrong. `linear_specialized` makes its own.
+
 A row's bits do not depend on the batch, for the reasons in linear.py: which program computes a tile, and after which
 other, does not enter its sums.
 
@@ -24,7 +28,8 @@ import torch
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fastbert_kernels import launch
+from fastbert_kernels import dependent, launch, tables
+from fastbert_kernels.dependent import wait_for_predecessor
 from fastbert_kernels.jit import jit
 from fastbert_kernels.linear_tile import ALIGNMENT, add_bias, epilogue, tile_of
 
@@ -48,17 +53,14 @@ def _linear_persistent_kernel(
     BLOCK_COLS: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP_ROWS: tl.constexpr,
-    WARP_SPECIALIZE: tl.constexpr,
+    FLATTEN: tl.constexpr = True,
+    PROGRAMS: tl.constexpr = 1,  # a multiprocessor; the grid has them
+    PDL: tl.constexpr = False,
 ):
+    wait_for_predecessor(PDL)
     n_row_blocks, n_col_blocks = tl.cdiv(n_rows, BLOCK_ROWS), tl.cdiv(n_cols, BLOCK_COLS)
     n_k_blocks = tl.cdiv(k_size, BLOCK_K)
-    for tile in tl.range(
-        tl.program_id(0),
-        n_row_blocks * n_col_blocks,
-        tl.num_programs(0),
-        flatten=not WARP_SPECIALIZE,
-        warp_specialize=WARP_SPECIALIZE,
-    ):
+    for tile in tl.range(tl.program_id(0), n_row_blocks * n_col_blocks, tl.num_programs(0), flatten=FLATTEN):
         row_block, col_block = tile_of(tile, n_row_blocks, n_col_blocks, GROUP_ROWS)
         row, col = row_block * BLOCK_ROWS, col_block * BLOCK_COLS
         acc = tl.zeros((BLOCK_ROWS, BLOCK_COLS), dtype=tl.float32)
@@ -105,10 +107,12 @@ def linear_persistent_forward(
     n_rows, k_size = x.shape
     n_cols = weight.shape[0]
     n_tiles = launch.cdiv(n_rows, config["BLOCK_ROWS"]) * launch.cdiv(n_cols, config["BLOCK_COLS"])
+    if tables.some_dependent:
+        config = dependent.options(config, launch.arch(x.device))
     # Grid: as many programs as run at once, or one per output tile if those are fewer.
     launch.run(
         _linear_persistent_kernel,
-        (min(n_tiles, launch.n_multiprocessors(x.device)),),
+        (min(n_tiles, config.get("PROGRAMS", 1) * launch.n_multiprocessors(x.device)),),
         config,
         x_desc=descriptor(x, config["BLOCK_ROWS"], config["BLOCK_K"]),
         weight_desc=descriptor(weight, config["BLOCK_COLS"], config["BLOCK_K"]),

@@ -20,11 +20,12 @@ from __future__ import annotations
 import torch
 import triton.language as tl
 
-from fastbert_kernels import configs, launch
+from fastbert_kernels import launch, quantized_configs
 from fastbert_kernels.jit import jit
 from fastbert_kernels.linear_persistent import describable
 from fastbert_kernels.quantize import quantize_rows
 from fastbert_kernels.quantized_linear_persistent import quantized_linear_persistent_forward
+from fastbert_kernels.quantized_linear_specialized import quantized_linear_specialized_forward
 from fastbert_kernels.quantized_tile import OUT_GROUP, scaled_epilogue
 
 
@@ -119,8 +120,8 @@ def quantized_linear_forward(
     """Maps (T, K) to (T, M) in dtype. activation: "none", "gelu" or "gelu_tanh". group: columns of x with one scale.
 
     out_scale: a buffer (T, ceil(M / OUT_GROUP)) float32 for the scales of a quantised result, in which case dtype is
-    x's. All tensors are contiguous. Takes the kernel that configs.quantized_gemm names, or this file's where the
-    weight's address rules tensor descriptors out.
+    x's. All tensors are contiguous. Takes the kernel that quantized_configs.quantized_gemm names, or this file's where
+    the weight's address rules tensor descriptors out.
     """
     n_rows, k = x.shape
     n_cols = weight.shape[0]
@@ -128,15 +129,19 @@ def quantized_linear_forward(
     if n_rows == 0:
         return out
     arch, grouped = launch.arch(x.device), group if group < k else None
-    gemm = configs.quantized_gemm(x.dtype, arch, (k, n_cols), grouped, dtype)
+    gemm = quantized_configs.quantized_gemm(x.dtype, arch, (k, n_cols), grouped, dtype)
     forward, config = quantized_linear_pointer_forward, gemm.config
-    if gemm.ours == "quantized_linear_persistent":
+    if gemm.ours != "quantized_linear":
         if describable(weight) and describable(out):
             forward = quantized_linear_persistent_forward
+            if gemm.ours == "quantized_linear_specialized":
+                forward = quantized_linear_specialized_forward
             # Rows at odd addresses are copied: which kernel runs, and with it the bits, follows from the weight.
             x = x if describable(x) else x.clone(memory_format=torch.contiguous_format)
         else:
-            config = configs.quantized_linear_config(x.dtype, grouped, arch, (k, n_cols), out_scale is not None)
+            config = quantized_configs.quantized_linear_config(
+                x.dtype, grouped, arch, (k, n_cols), out_scale is not None
+            )
     return forward(
         x, x_scale, group, weight, weight_scale, bias, activation, config.block_sizes, out, out_scale,
         sums_outside(x.dtype, arch),

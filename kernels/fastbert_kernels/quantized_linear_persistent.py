@@ -36,7 +36,7 @@ from fastbert_kernels.quantized_tile import OUT_GROUP, scaled_epilogue
 
 
 @jit
-def _multiply_add(sums, x, weight, row_scale, INT8: tl.constexpr, SCALED: tl.constexpr):
+def multiply_add(sums, x, weight, row_scale, INT8: tl.constexpr, SCALED: tl.constexpr):
     """sums + x @ weight^T, times the rows' scales where SCALED: then the sum is made outside of the tensor cores."""
     if SCALED:
         product = tl.dot(x, weight.T, out_dtype=tl.int32 if INT8 else tl.float32)
@@ -46,7 +46,7 @@ def _multiply_add(sums, x, weight, row_scale, INT8: tl.constexpr, SCALED: tl.con
 
 
 @jit
-def _store(
+def store(
     sums,  # (BLOCK_ROWS, PART_COLS)
     row_scale,  # (BLOCK_ROWS,), of sums that are not scaled yet
     weight_scale_ptr,
@@ -105,18 +105,13 @@ def _quantized_linear_persistent_kernel(
     BLOCK_COLS: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP_ROWS: tl.constexpr,
-    WARP_SPECIALIZE: tl.constexpr,
+    FLATTEN: tl.constexpr = True,
+    PROGRAMS: tl.constexpr = 1,  # a multiprocessor; the grid has them
 ):
     SUMS: tl.constexpr = tl.int32 if INT8 and not SCALED else tl.float32
     n_row_blocks, n_col_blocks = tl.cdiv(n_rows, BLOCK_ROWS), tl.cdiv(n_cols, BLOCK_COLS)
     n_k_blocks = tl.cdiv(k_size, BLOCK_K)
-    for tile in tl.range(
-        tl.program_id(0),
-        n_row_blocks * n_col_blocks,
-        tl.num_programs(0),
-        flatten=not WARP_SPECIALIZE,
-        warp_specialize=WARP_SPECIALIZE,
-    ):
+    for tile in tl.range(tl.program_id(0), n_row_blocks * n_col_blocks, tl.num_programs(0), flatten=FLATTEN):
         row_block, col_block = tile_of(tile, n_row_blocks, n_col_blocks, GROUP_ROWS)
         row, col = row_block * BLOCK_ROWS, col_block * BLOCK_COLS
         x_rows = tl.minimum(row + tl.arange(0, BLOCK_ROWS), n_rows - 1).to(tl.int64)
@@ -137,16 +132,16 @@ def _quantized_linear_persistent_kernel(
                 row_scale = next_scale
                 group = tl.minimum((k_block + 1) // STEPS, n_groups - 1) if STEPS > 0 else 0
                 next_scale = tl.load(x_scale_ptrs + group)
-            sums = _multiply_add(sums, x, weight, row_scale, INT8, SCALED)
+            sums = multiply_add(sums, x, weight, row_scale, INT8, SCALED)
             if BLOCK_COLS > PART_COLS:
-                more_sums = _multiply_add(more_sums, x, more_weight, row_scale, INT8, SCALED)
+                more_sums = multiply_add(more_sums, x, more_weight, row_scale, INT8, SCALED)
 
-        _store(
+        store(
             sums, row_scale, weight_scale_ptr, bias_ptr, out_desc, out_scale_ptr, row, col, n_rows, n_cols, SCALED,
             HAS_BIAS, ACTIVATION, INT8, QUANTIZE, BLOCK_ROWS, PART_COLS,
         )  # fmt: skip
         if BLOCK_COLS > PART_COLS:
-            _store(
+            store(
                 more_sums, row_scale, weight_scale_ptr, bias_ptr, out_desc, out_scale_ptr, row, col + PART_COLS, n_rows,
                 n_cols, SCALED, HAS_BIAS, ACTIVATION, INT8, QUANTIZE, BLOCK_ROWS, PART_COLS,
             )  # fmt: skip
@@ -177,7 +172,7 @@ def quantized_linear_persistent_forward(
     # Grid: as many programs as run at once, or one per output tile if those are fewer.
     launch.run(
         _quantized_linear_persistent_kernel,
-        (min(n_tiles, launch.n_multiprocessors(x.device)),),
+        (min(n_tiles, config.get("PROGRAMS", 1) * launch.n_multiprocessors(x.device)),),
         config,
         x_desc=descriptor(x, config["BLOCK_ROWS"], config["BLOCK_K"]),
         x_scale_ptr=x_scale,

@@ -5,19 +5,22 @@ A table is JSON:
     {
       "version": 1, "arch": 90, "device": "NVIDIA H100 80GB HBM3", "date": "2026-01-31", "source": "fastbert tune ...",
       "linear": {"float16": {"BLOCK_ROWS": 128, ...}, "float16/768x3072/gelu": {...}},
-      "linear_persistent": {...},
+      "linear_persistent": {"float16": {...}, "float16/residual": {...}, ...}, "linear_specialized": {...},
       "gemm": {"float16/768x3072/gelu": {"kernel": "cublas", "ours": "linear_persistent"}},
       "quantized_linear": {"float8": {"BLOCK_ROWS": 128, ...}, "float8/768x3072/row-quantized": {...}},
-      "quantized_linear_persistent": {...},
+      "quantized_linear_persistent": {...}, "quantized_linear_specialized": {...},
       "quantized_gemm": {"float8/768x3072/row-quantized": {"kernel": "quantized_linear"}},
-      "attention": {"float16/64": {"BLOCK_Q": 128, ...}}
+      "attention": {"float16/64": {"BLOCK_Q": 128, ...}},
+      "few_rows": {"float16/3072x768/residual/128": {"kernel": "split_linear", "SPLITS": 4, "BLOCK_ROWS": 64, ...}},
+      "dependent_launch": true
     }
 
 `device` and `date` are null where nothing was timed. Keys: a class of dtypes ("float16" for bf16 and fp16, "float32"),
 for a GEMM then K x M and what its epilogue does, for attention the head size of the tile. The number of tokens is in
 none. `gemm` names the faster kernel, and the faster of ours for where cuBLAS may not be taken; a shape without an entry
 is left to heuristics. 8-bit linears ("float8", "int8") have K x M and which columns share a scale; without an entry in
-`quantized_gemm` they take the persistent kernel wherever there is a tile for it.
+`quantized_gemm` they take the persistent kernel wherever there is a tile for it. Keys of `few_rows` end with the number
+of rows up to which they count, see `few_rows`. `dependent_launch`: see `dependent`.
 
 The user's table, in the cache folder under the name of the GPU, goes before the one that ships.
 """
@@ -37,8 +40,10 @@ import torch
 
 TABLE_VERSION = 1
 TABLE_FOLDER = Path(__file__).parent / "tuned"
-GEMMS = ("cublas", "linear", "linear_persistent")
-QUANTIZED_GEMMS = ("quantized_linear", "quantized_linear_persistent")
+GEMMS = ("cublas", "linear", "linear_persistent", "linear_specialized")
+QUANTIZED_GEMMS = ("quantized_linear", "quantized_linear_persistent", "quantized_linear_specialized")
+FEW_ROWS = ("cublas", "linear", "split_linear")
+SPECIALIZED_WARPS = 4  # of a group of warps: with other numbers Triton splits nothing, or wrong
 # The names that each entry must have. More are allowed.
 _TILE = {"num_warps", "num_stages"}
 _GEMM_TILE = _TILE | {"BLOCK_ROWS", "BLOCK_COLS", "BLOCK_K", "GROUP_ROWS"}
@@ -46,13 +51,16 @@ REQUIRED = {
     "linear": _GEMM_TILE,
     "linear_persistent": _GEMM_TILE,
     "quantized_linear": _GEMM_TILE,
+    "linear_specialized": _GEMM_TILE,
     "quantized_linear_persistent": _GEMM_TILE,
+    "quantized_linear_specialized": _GEMM_TILE,
     "attention": _TILE | {"BLOCK_Q", "BLOCK_K"},
 }
 
 logger = logging.getLogger("fastbert")
 
 generation = 0  # It counts how often tables were forgotten, for caches of their entries.
+some_dependent = False  # Whether a table that was read launches kernels dependently, or somebody chose that.
 _chosen: Path | None = None  # The argument of use_table.
 _to_call: set[Callable[[], Any]] = set()  # Called when tables are forgotten.
 
@@ -86,7 +94,11 @@ def read_table(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path}: not a readable table of block sizes: {error}") from error
     if not isinstance(table, dict) or table.get("version") != TABLE_VERSION:
         raise ValueError(f"{path}: expected a table of block sizes of version {TABLE_VERSION}")
-    for op in (*REQUIRED, "gemm", "quantized_gemm"):
+    global some_dependent
+    if not isinstance(table.get("dependent_launch", False), bool):
+        raise ValueError(f"{path}: dependent_launch: expected true or false, got {table['dependent_launch']!r}")
+    some_dependent = some_dependent or table.get("dependent_launch", False)
+    for op in (*REQUIRED, "gemm", "quantized_gemm", "few_rows"):
         for key, entry in _object(path, op, table.get(op, {})).items():
             _check_entry(path, op, key, _object(path, f"{op} -> {key}", entry))
     return table
@@ -105,7 +117,17 @@ def _check_entry(path: Path, op: str, key: str, entry: dict[str, Any]) -> None:
     elif op == "quantized_gemm":
         if entry.get("kernel") not in QUANTIZED_GEMMS:
             raise ValueError(f"{path}: {op} -> {key}: expected kernel of {QUANTIZED_GEMMS}, got {entry}")
-    elif missing := REQUIRED[op] - entry.keys():
+    elif op == "few_rows":
+        if entry.get("kernel") not in FEW_ROWS:
+            raise ValueError(f"{path}: {op} -> {key}: expected kernel of {FEW_ROWS}, got {entry}")
+        if entry["kernel"] != "cublas":
+            required = "linear" if entry["kernel"] == "linear" else "split_linear"
+            _check_entry(path, required, key, {name: size for name, size in entry.items() if name != "kernel"})
+    elif "WARP_SPECIALIZE" in entry:
+        raise ValueError(f"{path}: {op} -> {key}: WARP_SPECIALIZE: descriptors from the host would be compiled wrong")
+    elif op.endswith("_specialized") and entry.get("num_warps") != SPECIALIZED_WARPS:
+        raise ValueError(f"{path}: {op} -> {key}: expected num_warps = {SPECIALIZED_WARPS}, got {entry}")
+    elif missing := REQUIRED.get(op, _GEMM_TILE | {"SPLITS"}) - entry.keys():
         raise ValueError(f"{path}: {op} -> {key}: lacks {', '.join(sorted(missing))}")
     elif wrong := [name for name, size in entry.items() if isinstance(size, bool) or not isinstance(size, int)]:
         raise ValueError(f"{path}: {op} -> {key}: expected whole numbers, got {wrong[0]} = {entry[wrong[0]]!r}")
@@ -146,9 +168,10 @@ def on_forget(call: Callable[[], Any]) -> None:
 
 def forget() -> None:
     """Drops all tables. The next call for one reads it anew."""
-    global generation
+    global generation, some_dependent
     generation += 1
-    for cached in (read_table, _users_table, shipped_table, find):
+    some_dependent = False
+    for cached in (read_table, _users_table, shipped_table, find, dependent_launch):
         cached.cache_clear()
     for call in tuple(_to_call):
         call()
@@ -186,6 +209,16 @@ def shipped_table(arch: int) -> tuple[Path, dict[str, Any]]:
         raise ValueError(f"no table of block sizes for compute capability {arch / 10}: there are {known}")
     path = TABLE_FOLDER / f"sm_{nearest}.json"
     return path, read_table(path)
+
+
+@functools.cache
+def dependent_launch(arch: int, shipped_only: bool) -> bool:
+    """Says whether kernels are launched dependently, by the first table that says so; else they are not."""
+    users = None if shipped_only else _users_table(arch)
+    for _, table in filter(None, (users, shipped_table(arch))):
+        if "dependent_launch" in table:
+            return bool(table["dependent_launch"])
+    return False
 
 
 @functools.cache

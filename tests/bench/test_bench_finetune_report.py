@@ -163,3 +163,11 @@ def test_guesses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(finetune_parts, "encode", lambda model, texts: np.array([vectors[text] for text in texts]))
     found = finetune_parts.guesses("model", [{"question": "a dog", "context": "cats chase hounds."}])
     assert [each[0] for each in found.values()] == ["cats chase hounds.", "hounds", "hounds"]
+
+
+def test_what_a_reader_of_a_mail_sees_comes_first():
+    """Catches a header that is lost or cut where it goes on in a second line, and mail without headers."""
+    mail = "Received: from a\n\tby b\nSubject: one\n two\nDate: x\nFrom: me\n\nHello,\n\nSubject: no"
+    read = finetune_parts.as_read(mail)
+    assert read == "Subject: one\n two\nFrom: me\n\nHello,\n\nSubject: no\n\nReceived: from a\n\tby b\nDate: x"
+    assert finetune_parts.as_read("just text").strip() == "just text"

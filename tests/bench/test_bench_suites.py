@@ -229,7 +229,8 @@ def test_bert_base_from_text_comes_last(monkeypatch):
             ("bfloat16", suite_text.THROUGHPUT), ("float32", suite_text.THROUGHPUT),
         ]  # fmt: skip
         assert [case.late for case in base] == [False, True]
-    assert len(suite_text.cases("cpu", Path("given"))) == len(suite_text.cases("cuda")) == 4
+    on_gpu = [case for case in suite_text.cases("cuda") if not case.workload.startswith("pairs")]
+    assert len(suite_text.cases("cpu", Path("given"))) == len(on_gpu) == 4
     monkeypatch.setattr(suite_text, "fast_at_bfloat16", lambda device: False)
     assert [(case.model, case.dtype, case.late) for case in suite_text.cases("cpu")][2:] == [
         (suite_text.BASE, "float32", False)

@@ -52,7 +52,7 @@ def test_every_piece_in_small(tmp_path):
             assert row.error is not None and row.error < limit, row
     models = [row for row in results.rows if row.workload.startswith("models: ")]
     assert [(row.dtype, row.competitor) for row in models] == [
-        (dtype, label) for dtype in ("bfloat16", "fp8", "int8") for label in ("graphs", "plain")
+        (dtype, label) for dtype in ("bfloat16", "fp8", "int8") for label in ("graphs", probe_models.DEPENDENT, "plain")
     ]
     assert all(row.extra["latency_us"] > 0 < row.extra["host_us"] and row.tokens_per_second > 0 for row in models)
     assert {"copy GB/s", "matmul bfloat16 TFLOP/s", "matmul fp8 TFLOP/s"} <= set(results.ceilings)

@@ -356,7 +356,7 @@ def test_hub_id_downloads_no_weights(tmp_path, monkeypatch):
 
     def snapshot_download(repo_id, *, allow_patterns, **kwargs):
         assert repo_id == "owner/model"
-        assert allow_patterns == ["*.json", "*.txt"]
+        assert allow_patterns == ["*.json", "*.txt", "*.model", "*.spiece", "artifact.metadata"]
         return str(tmp_path)
 
     BertConfig(**TINY).save_pretrained(tmp_path)

@@ -185,8 +185,9 @@ def test_arch_of_a_gpu_that_is_not_there(dtype: torch.dtype) -> None:
     else:
         (gemm,) = intermediate
         assert gemm.kernel == "fastbert_kernels.linear_persistent"
-        assert gemm.block_sizes == configs.linear_persistent_config(dtype, 90).block_sizes
+        assert gemm.block_sizes == configs.linear_persistent_config(dtype, 90, epilogue="gelu").block_sizes
         assert "the activation is in the epilogue; tuned/sm_90.json" in gemm.source
+        assert gemm.source.endswith("; up to 512 tokens others by fastbert_kernels.few_rows")
 
 
 def test_arch_too_old_or_too_new() -> None:

@@ -52,6 +52,7 @@ def make_models(minilm: Path) -> None:
     """MiniLM under its own name and as ./my-model; small untrained models under the other names of the pages."""
     import torch
     import transformers
+    from safetensors.torch import load_file, save_file
 
     torch.manual_seed(0)
     transformers.utils.logging.disable_progress_bar()
@@ -66,6 +67,18 @@ def make_models(minilm: Path) -> None:
 
     add(hub_folder("google-bert/bert-base-uncased"), "BertForPreTraining")
     add(hub_folder("cross-encoder/ms-marco-MiniLM-L6-v2"), "BertForSequenceClassification", num_labels=1)
+    splade = hub_folder("naver/splade-cocondenser-ensembledistil")
+    add(splade, "BertForMaskedLM")
+    kinds = "models.MLMTransformer", "sparse_encoder.models.SpladePooling"
+    places = zip(("", "1_SpladePooling"), kinds, strict=True)
+    modules = [{"path": path, "type": f"sentence_transformers.{kind}"} for path, kind in places]
+    (splade / "modules.json").write_text(json.dumps(modules))
+    colbert = hub_folder("colbert-ir/colbertv2.0")
+    add(colbert, "BertModel")
+    state = load_file(colbert / "model.safetensors")
+    save_file(state | {"linear.weight": torch.randn(128, 384)}, colbert / "model.safetensors", {"format": "pt"})
+    config = json.loads((colbert / "config.json").read_text())
+    (colbert / "config.json").write_text(json.dumps({**config, "architectures": ["HF_ColBERT"]}))
     add(Path("my-classifier"), "BertForSequenceClassification", num_labels=2)
     add(Path("my-tagger"), "BertForTokenClassification", id2label={0: "O", 1: "B-PER", 2: "I-PER"})
     add(Path("my-reader"), "BertForQuestionAnswering")

@@ -100,6 +100,46 @@ def test_gpu_changed_weights(cuda: torch.device) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("with_graphs", [True, False], ids=["graphs", "plain"])
+def test_gpu_notes(with_graphs: bool, cuda: torch.device) -> None:
+    """Catches pinned memory that a kernel of Triton's does not write to, or notes that the host never sees."""
+    model = real(cuda)
+    model.cuda_graphs = with_graphs
+    ids, cu_seqlens = packed([90, 4], cuda)
+    with torch.no_grad():
+        right = model.forward_packed(ids, cu_seqlens.cpu())
+        bad = ids.clone()
+        bad[17] = 101
+        assert model.forward_packed(bad, cu_seqlens.cpu()).isfinite().all()
+        with pytest.raises(IndexError, match="input_ids: .* got 101 in an earlier call, batch 2 of this model"):
+            fastbert.wait_for_checks(model)
+        assert torch.equal(model.forward_packed(ids, cu_seqlens.cpu()), right)
+        model.encoder.layer[0].attention.self.query.weight.data.mul_(2.0)
+        model.forward_packed(ids, cu_seqlens.cpu())
+        torch.cuda.synchronize()
+        assert torch.equal(model.forward_packed(ids, cu_seqlens.cpu()), without_graphs(model, [90, 4]))
+
+
+@pytest.mark.gpu
+def test_gpu_nobody_waits(cuda: torch.device) -> None:
+    """Catches a call that waits for the GPU, as CUDA itself says."""
+    model = real(cuda)
+    fastbert.warmup(model, max_tokens=256)
+    ids = torch.zeros(4, 32, dtype=torch.int64, device=cuda)
+    mask = torch.ones(4, 32, dtype=torch.int64).tril(20)
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with torch.inference_mode():
+            for _ in range(20):
+                model(ids)
+                model(ids, mask)
+                model.forward_packed(ids.flatten(), torch.tensor([0, 100, 128], dtype=torch.int32))
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+
+
+@pytest.mark.gpu
 def test_gpu_a_capture_of_somebody_else(cuda: torch.device) -> None:
     """Catches a graph that is replayed, or captured, inside of a user's own capture."""
     model = real(cuda)

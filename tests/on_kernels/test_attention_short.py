@@ -16,7 +16,7 @@ from torch import Tensor
 import fastbert
 from attention_cases import DTYPES, LENGTHS, check
 from fastbert import ops
-from fastbert.engine import buckets, graphs
+from fastbert.engine import buckets
 from fastbert.ops import Policy, packing
 from graph_cases import StandIn, encode, make
 from helpers import cu_seqlens_of
@@ -239,6 +239,6 @@ def test_texts_of_four_tokens_and_more_always_fit(lengths: list[int]) -> None:
     batch = packing.from_cu_seqlens(cu_seqlens_of(lengths), sum(lengths), torch.device("cpu"))
     for dtype in (torch.bfloat16, torch.float32):
         for head_size in (16, 32, 64, 128):
-            shape = graphs.Shape(batch.device, dtype, 4 * head_size, head_size, INVARIANT)
             bucket = buckets.bucket_of(sum(lengths))
-            assert bucket is not None and graphs._integers(batch, bucket, shape) is not None
+            assert bucket is not None
+            assert ops.attention_plan.StaticPlan(bucket, dtype, head_size, batch.device, INVARIANT).fits(batch)

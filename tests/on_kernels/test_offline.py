@@ -19,7 +19,7 @@ from helpers import source_env
 FAULTS = """
 import contextlib, io, json, os, signal
 import triton
-from fastbert_kernels import attention, configs, launch, linear, offline
+from fastbert_kernels import attention, configs, launch, linear, offline, quantized_configs
 
 def gemm(dtype, for_arch, shape, epilogue):
     sizes = dict(BLOCK_ROWS=128, BLOCK_COLS=256, BLOCK_K=64, GROUP_ROWS=8, num_warps=4, num_stages=3)
@@ -61,7 +61,7 @@ print(json.dumps(results))
 SPECIALIZE = """
 import torch
 from triton.backends.compiler import GPUTarget
-from fastbert_kernels import configs, launch, linear, offline, quantized_linear
+from fastbert_kernels import configs, launch, linear, offline, quantized_linear, quantized_configs
 
 for n_cols in (96, 90):
     x, weight = torch.empty(64, 32, dtype=torch.bfloat16), torch.empty(n_cols, 32, dtype=torch.bfloat16)
@@ -210,14 +210,14 @@ def test_float8_sums_outside_the_tensor_cores(tmp_path):
     script = """
 import torch, triton
 from triton.backends.compiler import GPUTarget
-from fastbert_kernels import configs, launch, offline, quantized_linear
+from fastbert_kernels import configs, launch, offline, quantized_linear, quantized_configs
 for arch, outside, by_pointers in ((89, True, False), (90, True, False), (90, True, True), (120, False, False)):
     x, weight = (torch.empty(n, 512, dtype=torch.float8_e4m3fn) for n in (64, 256))
     with launch.recording(arch) as launches:
         scale = torch.empty(64, 1), torch.empty(256)
         arguments = x, scale[0], 512, weight, scale[1], None, "none"
         if by_pointers:
-            config = configs.quantized_linear_config(x.dtype, None, arch).block_sizes
+            config = quantized_configs.quantized_linear_config(x.dtype, None, arch).block_sizes
             out = torch.empty(64, 256, dtype=torch.bfloat16)
             quantized_linear.quantized_linear_pointer_forward(*arguments, config, out, None, True)
         else:

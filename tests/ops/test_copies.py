@@ -84,7 +84,7 @@ def test_work_lists(batch_invariant: bool, copies: Copies) -> None:
     with copies:
         batch = packing.from_lengths(LENGTHS, META)
         attention_plan.triton_plan(batch, torch.bfloat16, 64, policy)
-    assert copies.others == [] and len(copies.by_us) == 3 + batch_invariant
+    assert copies.others == [] and len(copies.by_us) == 2 + batch_invariant  # tiles and spans
 
 
 def test_groups_of_the_plain_path(copies: Copies) -> None:
@@ -95,13 +95,13 @@ def test_groups_of_the_plain_path(copies: Copies) -> None:
 
 
 def test_batches_of_texts(copies: Copies) -> None:
-    """Catches ids of a batch of texts that are copied while the host waits."""
+    """Catches ids of a batch of texts that are copied one by one, and not with all else that the batch needs."""
     ids = torch.arange(1024)
     tokens = PackedEncoding(ids, torch.zeros_like(ids), cu_seqlens_of(LENGTHS), 0, 0)
     with copies:
         batches = list(in_batches(tokens, 800, None, META))
-    assert len(batches) == 2 and copies.others == []
-    assert sorted(copies.by_us, reverse=True)[:4] == [700, 700, 324, 324]  # ids and segments
+    assert len(batches) == 2 and copies.others == copies.by_us == []
+    assert all(ids.device.type == "cpu" for _, _, *both in batches for ids in both)  # ids and segments
 
 
 def test_to_a_gpu_from_pinned_memory(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -142,10 +142,12 @@ def launched(monkeypatch, call):
 
 
 def our_gemm(dtype, shape, epilogue, device):
-    """The name of the kernel that this architecture takes where the choice is ours."""
-    from fastbert_kernels import configs, launch
+    """The name of the kernel that this architecture takes for four rows where the choice is ours."""
+    from fastbert_kernels import configs, few_rows, launch
 
-    return f"_{configs.gemm(dtype, launch.arch(device), shape, epilogue).ours}_kernel"
+    arch = launch.arch(device)
+    few = few_rows.tile(dtype, arch, shape, epilogue, 4) is not None
+    return f"_{'linear' if few else configs.gemm(dtype, arch, shape, epilogue).ours}_kernel"
 
 
 def test_table_chooses_the_gemm(table, device, monkeypatch):

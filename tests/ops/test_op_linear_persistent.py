@@ -12,10 +12,8 @@ from fastbert_kernels.linear_persistent import describable, linear_persistent_fo
 from helpers import assert_as_accurate, guarded
 
 DTYPES = (torch.bfloat16, torch.float16)
-TILE = {
-    "BLOCK_ROWS": 32, "BLOCK_COLS": 16, "BLOCK_K": 32, "GROUP_ROWS": 2, "WARP_SPECIALIZE": 0, "num_warps": 4,
-    "num_stages": 2,
-}  # fmt: skip
+TILE = {"BLOCK_ROWS": 32, "BLOCK_COLS": 16, "BLOCK_K": 32, "GROUP_ROWS": 2, "num_warps": 4, "num_stages": 2}
+APART = {**TILE, "FLATTEN": 0, "PROGRAMS": 2}
 
 
 @pytest.fixture(autouse=True)
@@ -61,26 +59,23 @@ def test_kernel(n_rows, k, n_cols, dtype, activation, with_bias, with_residual, 
 def test_visits_every_tile(device, poisoned, monkeypatch):
     """Catches a tile that no program takes, or two do, where the tiles are no multiple of the programs."""
     x, weight, bias, _ = inputs(200, 16, 72, torch.float16, device)
-    for n_programs in (1, 3, 1000):
+    for n_programs, tile in ((1, TILE), (3, TILE), (1000, TILE), (3, APART)):
         monkeypatch.setattr(launch, "n_multiprocessors", lambda device, n=n_programs: n)
         out = launch.empty((200, 72), like=x)
-        linear_persistent_forward(x, weight, bias, "none", None, TILE, out)
+        linear_persistent_forward(x, weight, bias, "none", None, tile, out)
         check(f"{n_programs} programs", x, weight, bias, None, None, out)
     poisoned.check()
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("warp_specialize", [0, 1])
-def test_on_a_gpu(warp_specialize):
+@pytest.mark.parametrize("options", [{}, {"FLATTEN": 0, "PROGRAMS": 2, "num_stages": 2}], ids=["", "apart"])
+def test_on_a_gpu(options):
     """Catches wrong numbers of the compiled kernel, whose pipeline and copies the interpreter does not see."""
-    if warp_specialize and torch.cuda.get_device_capability() != (9, 0):
-        pytest.skip("warp specialisation is an option of compute capability 9.0 alone")
     tile = {**TILE, "BLOCK_ROWS": 128, "BLOCK_COLS": 128, "BLOCK_K": 64, "GROUP_ROWS": 8, "num_warps": 8}
     for n_rows, k, n_cols in ((1, 768, 768), (5000, 768, 3072), (3001, 1032, 1016)):
         x, weight, bias, residual = inputs(n_rows, k, n_cols, torch.bfloat16, "cuda")
         out = torch.full_like(residual, float("nan"))
-        tile["WARP_SPECIALIZE"] = warp_specialize
-        linear_persistent_forward(x, weight, bias, "none", residual, tile, out)
+        linear_persistent_forward(x, weight, bias, "none", residual, {**tile, **options}, out)
         check("sm_90", x, weight, bias, None, residual, out)
 
 

@@ -10,7 +10,7 @@ from test_op_quantized import PRECISIONS, TORCH, assert_same_8_bit, exact_activa
 
 import float8_sums
 from fastbert.ops import quantized as Q
-from fastbert_kernels import configs, launch
+from fastbert_kernels import configs, launch, quantized_configs
 from fastbert_kernels.quantized_linear import quantized_linear_forward, quantized_linear_pointer_forward
 from fastbert_kernels.quantized_linear_persistent import quantized_linear_persistent_forward
 from helpers import assert_as_accurate, guarded, rms_error
@@ -39,9 +39,7 @@ def arguments(x, weight, bias, activation="none"):
 
 def persistent(x, weight, bias, activation, dtype, tile, sum_outside):
     out = launch.empty((x.data.shape[0], weight.data.shape[0]), like=x.data, dtype=dtype)
-    config = {**tile, "WARP_SPECIALIZE": 0}
-    inputs = arguments(x, weight, bias, activation)
-    return quantized_linear_persistent_forward(*inputs, config, out, None, sum_outside)
+    return quantized_linear_persistent_forward(*arguments(x, weight, bias, activation), tile, out, None, sum_outside)
 
 
 def by_pointers(x, weight, bias, activation, dtype, tile, sum_outside):
@@ -105,8 +103,8 @@ def test_quantises_what_it_would_store(n_cols, activation, tile, precision, devi
     n_groups = -(-n_cols // 128)
     data = launch.empty((40, n_cols), like=x.data)
     scale = launch.empty((40, n_groups), like=x.scale)
-    inputs, config = arguments(x, weight, bias, activation), {**tile, "WARP_SPECIALIZE": 0}
-    quantized_linear_persistent_forward(*inputs, config, data, scale, precision == "fp8")
+    inputs = arguments(x, weight, bias, activation)
+    quantized_linear_persistent_forward(*inputs, tile, data, scale, precision == "fp8")
     poisoned.check()
     y = persistent(x, weight, bias, activation, torch.float32, tile, precision == "fp8")
     assert_same_8_bit("linear", Q.Quantized(data, scale, 128), Q.quantize(y, precision, 128))
@@ -206,38 +204,35 @@ def test_tables_choose(monkeypatch):
         return find(op, keys, *rest) if entry is None else (entry, "planted")
 
     monkeypatch.setattr(configs.tables, "find", planted)
-    configs._quantized_gemm.cache_clear()
+    quantized_configs._quantized_gemm.cache_clear()
     try:
-        chosen = configs.quantized_gemm(fp8, 90, (768, 768), 64, none)
+        chosen = quantized_configs.quantized_gemm(fp8, 90, (768, 768), 64, none)
         assert (chosen.choice, chosen.choice_source, chosen.ours) == ("quantized_linear", "planted", "quantized_linear")
         assert chosen.config.block_sizes == {**tile, "BLOCK_K": 32}
         for shape, group, dtype in (((768, 768), None, none), ((768, 3072), None, none)):
-            chosen = configs.quantized_gemm(fp8, 90, shape, group, dtype)
+            chosen = quantized_configs.quantized_gemm(fp8, 90, shape, group, dtype)
             assert chosen.choice is None and chosen.ours == "quantized_linear_persistent"
             assert chosen.config.block_sizes["BLOCK_COLS"] == 256
-        chosen = configs.quantized_gemm(fp8, 90, (768, 3072), None, fp8)
+        chosen = quantized_configs.quantized_gemm(fp8, 90, (768, 3072), None, fp8)
         assert chosen.ours == "quantized_linear_persistent" and chosen.config.block_sizes["BLOCK_COLS"] == 128
     finally:
-        configs._quantized_gemm.cache_clear()
+        quantized_configs._quantized_gemm.cache_clear()
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("warp_specialize", [0, 1])
 @pytest.mark.parametrize("n_cols_of_a_tile", [128, 256])
-def test_on_a_gpu(n_cols_of_a_tile, warp_specialize, precision):
+def test_on_a_gpu(n_cols_of_a_tile, precision):
     """Catches wrong numbers of the compiled kernel, whose pipeline and copies the interpreter does not see."""
     device, arch = torch.device("cuda"), launch.arch(torch.device("cuda"))
     if Q.device_obstacle(precision, device) is not None or (precision == "int8" and arch != 90):
         pytest.skip("this kernel is not taken in this precision here")
-    if warp_specialize and (arch != 90 or n_cols_of_a_tile != 128):
-        pytest.skip("warp specialisation is an option of compute capability 9.0 and its narrow tile")
     sizes = {"BLOCK_ROWS": 128, "BLOCK_COLS": n_cols_of_a_tile, "GROUP_ROWS": 8, "num_warps": 8, "num_stages": 3}
     outside = precision == "fp8" and arch <= launch.LAST_ARCH_WITH_SHORT_FLOAT8_SUMS
     for n_rows, k, n_cols, group in ((1, 768, 768, 64), (5000, 768, 3072, None), (3001, 1040, 1040, None),
                                      (2000, 3072, 768, 128)):  # fmt: skip
         x, weight, bias = operands(n_rows, k, n_cols, group, precision, device)
-        config = {**sizes, "BLOCK_K": group or 128, "WARP_SPECIALIZE": warp_specialize}
+        config = {**sizes, "BLOCK_K": group or 128}
         out = torch.full((n_rows, n_cols), float("nan"), device=device)
         inputs = arguments(x, weight, bias, "gelu")
         quantized_linear_persistent_forward(*inputs, config, out, None, outside)

@@ -124,15 +124,18 @@ def test_padding_on_the_left_is_said(folder: Path, file: str, settings: Any, cap
 def test_every_key_of_sentence_transformers_is_known(saved: Path, tmp_path: Path) -> None:
     """Catches a key of sentence-transformers that is neither followed nor passed over nor refused here."""
     from sentence_transformers import models
+    from sentence_transformers.multi_vector_encoder.modules import MultiVectorMask
+    from sentence_transformers.sparse_encoder.modules import SpladePooling
 
-    known = settings.FOLLOWED | settings.EXPECTED | settings.REFUSED | settings.HARMLESS
+    others = {"SpladePooling": SpladePooling, "MultiVectorMask": MultiVectorMask}
+    known = settings.FOLLOWED | settings.EXPECTED | settings.TASKS | settings.REFUSED | settings.HARMLESS
     keys = set(inspect.signature(inspect.unwrap(models.Transformer.__init__)).parameters) - {
         "self",
         "model_name_or_path",
     }
     assert keys | set(getattr(models.Transformer, "config_keys", ())) <= known
     for kind, expected in settings.MODULE_KEYS.items():
-        module = getattr(models, kind)
+        module = others.get(kind) or getattr(models, kind)
         renamed = getattr(module, "config_key_renames", {})
         assert {*module.config_keys, *renamed} <= expected, kind
     other = theirs(saved)

@@ -117,6 +117,7 @@ FOLLOWED_VALUES: dict[str, list[Any]] = {
     "eos_token": ["<own>", "</s>"],
     "extra_special_tokens": [["<new>"], {"own_token": "<own>"}, [], {}],
     "fast_tokenizer_files": [["tokenizer.json"]],
+    "keep_accents": [True],  # of ALBERT's: tests/text/test_sentencepiece.py
     "mask_token": [{"__type": "AddedToken", **NEW, "content": "a"}, None],
     "max_len": [17, None],
     "model_input_names": [["input_ids", "attention_mask"], ["input_ids", "token_type_ids", "attention_mask"]],
@@ -125,6 +126,7 @@ FOLLOWED_VALUES: dict[str, list[Any]] = {
     "pad_token": ["a"],
     "padding_side": ["left", "right"],
     "sep_token": ["a"],
+    "split_by_punct": [True],  # of DeBERTa-v2's
     "split_special_tokens": [True, False],
     "strip_accents": [True, False, None],
     "tokenize_chinese_chars": [True, False],
@@ -136,7 +138,7 @@ NO_EFFECT_VALUES: dict[str, Any] = {
     "pad_token_type_id": 3, "max_length": 5, "stride": 2, "padding": "max_length", "truncation": True,
     "trim_offsets": False,
     "errors": "strict", "add_bos_token": True, "add_eos_token": True, "legacy": False, "name_or_path": "other",
-    "tokenizer_file": "/nowhere/tokenizer.json", "vocab_file": "/nowhere/vocab.txt", "unk_id": 5, "keep_accents": True,
+    "tokenizer_file": "/nowhere/tokenizer.json", "vocab_file": "/nowhere/vocab.txt", "unk_id": 5,
     "pad_to_multiple_of": 8, "chat_template": "{{ x }}", "use_fast": False,
     "spaces_between_special_tokens": False, "verbose": True, "device_map": "cpu",
 }  # fmt: skip

@@ -20,7 +20,7 @@ from fastbert.tune import search
 from fastbert.tune.candidates import Candidate
 from fastbert.tune.jobs import Job, default_models, jobs_of
 from fastbert.tune.work import Work
-from fastbert_kernels import configs, launch, tables
+from fastbert_kernels import configs, launch, quantized_configs, tables
 
 CONFIG = BertConfig(hidden_size=32, intermediate_size=48, num_attention_heads=2, num_hidden_layers=1, vocab_size=50)
 GPU, ARCH = "Test GPU 80GB", 80
@@ -49,7 +49,8 @@ def jobs(**changes):
 
 def job(epilogue, candidates):
     """One GEMM of the tiny model with a few candidates."""
-    (only_job,) = [j for j in jobs(only=["gemm"]) if j.epilogue == epilogue and j.sizes != (48, 32)]
+    all_jobs = [j for j in jobs(only=["gemm"]) if j.op == "gemm"]
+    (only_job,) = [j for j in all_jobs if j.epilogue == epilogue and j.sizes != (48, 32)]
     return Job(only_job.op, only_job.key, only_job.title, only_job.dtype, only_job.sizes, epilogue, tuple(candidates))
 
 
@@ -87,7 +88,11 @@ def cache(content, name=GPU):
 def test_jobs():
     """Catches a shape of a layer that is not tuned, one that is tuned twice, or a key with a number of tokens in it."""
     all_jobs = jobs()
-    assert [(j.op, j.key) for j in all_jobs] == [
+    few = [j for j in all_jobs if j.op == "few_rows"]
+    shapes, buckets = ("32x32/residual", "32x48/gelu", "48x32/residual"), (64, 128, 256, 512)
+    assert {j.key for j in few} == {f"float16/{shape}/{bucket}" for shape in shapes for bucket in buckets}
+    assert all(j.key.endswith(f"/{j.tokens[0]}") for j in few)
+    assert [(j.op, j.key) for j in all_jobs if j not in few] == [
         ("gemm", "float16/32x96/none"),
         ("gemm", "float16/32x32/residual"),
         ("gemm", "float16/32x48/gelu"),
@@ -95,7 +100,7 @@ def test_jobs():
         ("attention", "float16/16"),
     ]
     assert len(jobs_of([("a", CONFIG), ("b", CONFIG)], [torch.bfloat16, torch.float16], ARCH)) == len(all_jobs)
-    assert len(jobs_of(default_models(), [torch.bfloat16, torch.float32], 90)) == 2 * (3 * 4 + 2)
+    assert len(jobs_of(default_models(), [torch.bfloat16, torch.float32], 90)) == 2 * (3 * 4 + 2) + 3 * 3 * 4
     assert {j.op for j in jobs(only=["attention"])} == {"attention"}
 
 
@@ -111,14 +116,18 @@ def test_candidates(arch, dtype):
             today = configs.attention_config(dtype, each.sizes[1], arch).block_sizes
             assert candidates[0].sizes == {k: v for k, v in today.items() if k != "BLOCK_D"}
             continue
-        assert kernels == {"cublas", "linear"} | (
-            {"linear_persistent"} if arch in (90, 100) and dtype.itemsize == 2 else set()
-        )
+        if each.op == "few_rows":
+            assert kernels == {"cublas", "split_linear" if each.epilogue == "residual" else "linear"}
+            continue
+        descriptors = {"linear_persistent"} if arch in (90, 100) and dtype.itemsize == 2 else set()
+        specialized = {"linear_specialized"} if arch == 90 and dtype.itemsize == 2 else set()
+        assert kernels == {"cublas", "linear"} | descriptors | specialized
         ours = configs.gemm(dtype, arch, each.sizes, each.epilogue)
         assert Candidate(ours.ours, tuple(sorted(ours.config.block_sizes.items()))) in candidates
-        assert any(c.sizes.get("WARP_SPECIALIZE") for c in candidates) == (arch == 90 and dtype.itemsize == 2)
+        assert all(c.sizes["num_warps"] == 4 for c in candidates if c.kernel == "linear_specialized")
         # Whether epilogues have a tile of which each thread holds 128 sums.
-        sums = {c.sizes["BLOCK_ROWS"] * c.sizes["BLOCK_COLS"] // (32 * c.sizes["num_warps"]) for c in candidates[1:]}
+        whole = [c.sizes for c in candidates[1:] if c.kernel != "linear_specialized"]
+        sums = {sizes["BLOCK_ROWS"] * sizes["BLOCK_COLS"] // (32 * sizes["num_warps"]) for sizes in whole}
         assert (max(sums) >= 128) == (dtype.itemsize == 2 and each.epilogue != "residual")
 
 
@@ -133,16 +142,16 @@ def test_candidates_of_8_bit_linears(arch):
         assert len(set(job.candidates)) == len(job.candidates) > 3
         persistent = arch == 90 or (arch == 100 and job.dtype != torch.int8)
         kernels = {"quantized_linear"} | ({"quantized_linear_persistent"} if persistent else set())
+        kernels |= {"quantized_linear_specialized"} if arch == 90 else set()
         assert {c.kernel for c in job.candidates} == kernels
         out_dtype = job.dtype if job.epilogue == "gelu" else torch.bfloat16
-        ours = configs.quantized_gemm(job.dtype, arch, job.sizes, job.group, out_dtype)
+        ours = quantized_configs.quantized_gemm(job.dtype, arch, job.sizes, job.group, out_dtype)
         assert ours.ours == ("quantized_linear_persistent" if persistent else "quantized_linear")
         assert Candidate(ours.ours, tuple(sorted(ours.config.block_sizes.items()))) in job.candidates
         for candidate in job.candidates:
             step = candidate.sizes["BLOCK_K"]
             assert job.group is None or job.group % step == 0 or step == 32
             assert job.epilogue != "gelu" or candidate.sizes["BLOCK_COLS"] % 128 == 0
-        assert any(c.sizes.get("WARP_SPECIALIZE") for c in job.candidates) == (arch == 90)
 
 
 @pytest.mark.parametrize(("precision", "arch"), [("fp8", 90), ("int8", 90), ("int8", ARCH)])
@@ -163,7 +172,7 @@ def test_8_bit_linears(precision, arch, monkeypatch, device):
     assert len(tuned["quantized_gemm"]) == len(tuned[first]) == 4 and tuned["gemm"] == {}
     for job in all_jobs:
         out_dtype = job.dtype if job.epilogue == "gelu" else torch.bfloat16
-        chosen = configs.quantized_gemm(job.dtype, arch, job.sizes, job.group, out_dtype)
+        chosen = quantized_configs.quantized_gemm(job.dtype, arch, job.sizes, job.group, out_dtype)
         assert (chosen.choice, chosen.ours) == (first, first) and "measured on" in chosen.choice_source
         assert chosen.config.block_sizes == tuned[first][job.key]
     report = explain(BertModel(config, precision=precision).eval(), arch=arch, dtype="bfloat16")
@@ -416,8 +425,12 @@ def test_dry_run(capsys):
     """Catches a dry run that leaves out what would be timed, or writes."""
     assert main(["tune", "--dry-run", "--arch", "90", "--tokens", "64", "128", "--only", "gemm"]) == 0
     out = capsys.readouterr().out
-    assert "compute capability 9.0: 12 shapes, each at 64, 128 tokens" in out
-    assert "BERT-base up, gemm float16/768x3072/gelu: " in out and "\n  cublas\n" in out and "WARP_SPECIALIZE=1" in out
+    assert "compute capability 9.0: 48 shapes, each at 64, 128 tokens" in out
+    assert (
+        "BERT-base up, gemm float16/768x3072/gelu: " in out
+        and "\n  cublas\n" in out
+        and "linear_specialized BLOCK_COLS" in out
+    )
     assert str(tables.cache_folder()) in out and not tables.cache_folder().exists()
 
 
@@ -481,5 +494,5 @@ def test_part_of_the_gpu_run(tmp_path, monkeypatch, device):
     assert gpu_parts.run("tune", options, 60.0) == 0
     tuned = tables.read_table_for(tmp_path / "tuned" / "test-gpu-80gb.json", GPU, ARCH)
     assert len(tuned["gemm"]) == 4 and len(tuned["attention"]) == 1 and not tables.cache_folder().exists()
-    assert Results.load(tmp_path / "tune.json").notes["tuned_shapes"] == "5 of 5"
+    assert Results.load(tmp_path / "tune.json").notes["tuned_shapes"] == "17 of 17"
     assert gpu_parts.run("tune", options, 0.0) == 1

@@ -67,8 +67,9 @@ def dry_run(question: Question, dry: DryRun, eight_bit: Decision | None) -> tupl
         encoded = Encoded(batch, hidden, None, None)
         if isinstance(outer, SentenceEncoder):  # which has no use for BERT's own pooler
             tail = [after_pooling(module, f"tail.{i}", dry) for i, module in enumerate(outer.tail)]
-            with dry.inside("pooling"):
-                above.run_pooling(outer, stand_in, tail, encoded)
+            if outer.has_dense:  # rows of other heads are not shown
+                with dry.inside("pooling"):
+                    above.run_pooling(outer, stand_in, tail, encoded)
         else:
             above.run_head(stand_in, encoded)
     return dry.records[:n_encoder], dry.records[n_encoder:]

@@ -108,12 +108,19 @@ def _pooling(record: Record, device: torch.device) -> Kernel:
 def _linear(record: Record, device: torch.device) -> Kernel:
     facts, activation = record.facts, record.facts["activation"]
     if facts["product"] == "fastbert":
-        from fastbert_kernels import configs
+        from fastbert_kernels import configs, few_rows
 
         shape = _features(record)
-        gemm = configs.gemm(record.dtype, _arch(device), shape, "residual" if facts["residual"] else activation)
+        epilogue = "residual" if facts["residual"] else activation
+        gemm = configs.gemm(record.dtype, _arch(device), shape, epilogue)
         source = f"{facts['why']}; {gemm.config.source}"
+        if not facts["batch_invariant"]:
+            tiles = (few_rows.tile(record.dtype, _arch(device), shape, epilogue, rows) for rows in few_rows.BUCKETS)
+            if any(tile is not None for tile in tiles):
+                source += f"; up to {few_rows.FEW} tokens others by fastbert_kernels.few_rows"
         return Kernel(f"fastbert_kernels.{gemm.ours}", dict(gemm.config.block_sizes), source)
+    if facts["product"] == "split":
+        return Kernel("fastbert_kernels.split_linear, for few rows", source="tables, few_rows")
     if facts["product"] == "packed":
         return Kernel(str(packed_linear.kernel(record.dtype, facts["batch_invariant"])), source=PACKED)
     library = LINEAR_KERNELS["torch"]
@@ -131,10 +138,12 @@ def _features(record: Record) -> tuple[int, int]:
 def _quantized_linear(record: Record, device: torch.device) -> Kernel:
     if record.backend != "triton":
         return Kernel(quantized.KERNELS["torch"])
-    from fastbert_kernels import configs
+    from fastbert_kernels import quantized_configs
 
     dtype = quantized.DTYPES[record.facts["precision"]]
-    gemm = configs.quantized_gemm(dtype, _arch(device), _features(record), record.facts["group"], record.dtype)
+    gemm = quantized_configs.quantized_gemm(
+        dtype, _arch(device), _features(record), record.facts["group"], record.dtype
+    )
     source = "; ".join(filter(None, (gemm.choice_source, gemm.config.source)))
     return Kernel(f"fastbert_kernels.{gemm.ours}", dict(gemm.config.block_sizes), source)
 

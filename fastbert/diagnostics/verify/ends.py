@@ -57,6 +57,8 @@ class End:
 
 def ends_of(model: nn.Module | Pipeline, bert: EncoderModel, prefix: str) -> Iterator[End]:
     """Yields what follows the encoder in the model; nothing for a head that is not made as BERT's are."""
+    if isinstance(model, SentenceEncoder) and not model.has_dense:
+        return
     pipeline = model.pipeline if isinstance(model, SentenceEncoder) else model
     if isinstance(pipeline, Pipeline):
         yield _vectors_end(pipeline)

@@ -221,8 +221,8 @@ INLINE void run(const T* qkv, T* out, const Heads& shape, const AttentionPlan::T
         }
         const int64_t n_words = over(length, 64);
         if (MODE == TRAINING_WITH_DROPOUT) draw(scratch.keep, n_words, masks, first, n_rows, 0, length);
-#define ALL_KEYS(N)                                                                                               \
-    probabilities_of<N, O, MODE, BIASED>(scratch.scores, padded, queries, keys, depth, shape.scale, length,       \
+#define ALL_KEYS(N)                                                                                         \
+    probabilities_of<N, O, MODE, BIASED>(scratch.scores, padded, queries, keys, depth, shape.scale, length, \
                                          scratch.keep, tops, totals, bias)
         const int64_t n_in_registers = depth > DEPTH ? 0 : n_blocks;
         if (n_in_registers == 1) {
@@ -268,13 +268,16 @@ void run_all(const T* qkv, T* out, const Heads& shape, const AttentionPlan& plan
              const Training& training) {
     const int64_t size = shape.head_size, n_heads = shape.n_heads, n_tasks = plan.n_tasks * n_heads;
     float* memory = plan.scratch(team.id);
-    const Scratch scratch = {memory, memory + plan.padded * size, memory + 2 * plan.padded * size,
+    const Scratch scratch = {memory,
+                             memory + plan.padded * size,
+                             memory + 2 * plan.padded * size,
                              memory + 2 * plan.padded * size + ROWS * size,
                              (uint64_t*)(memory + 2 * plan.padded * size + ROWS * (size + plan.padded)),
                              memory + 2 * plan.padded * size + ROWS * (size + plan.padded + 2 * over(plan.padded, 64))};
     team.each(n_tasks + plan.n_rows - plan.n_tokens, [&](int64_t i) {
         if (i < n_tasks) {
-            run<T, O, MODE, BIASED>(qkv, out, shape, plan.tasks[i / n_heads], i % n_heads, scratch, training, plan.n_rows);
+            run<T, O, MODE, BIASED>(qkv, out, shape, plan.tasks[i / n_heads], i % n_heads, scratch, training,
+                                    plan.n_rows);
             return;
         }
         const int64_t row = plan.n_tokens + i - n_tasks;  // that no sequence has

@@ -223,10 +223,10 @@ struct Row {
 
 // Where the ds of a tile are summed for the gradient of a bias.
 struct BiasSums {
-    float *line, *row;         // sums at each distance, from that of the first key and the last query on; one row of ds
-    float* part;               // the sums for the head and the part of the queries
+    float *line, *row;  // sums at each distance, from that of the first key and the last query on; one row of ds
+    float* part;        // the sums for the head and the part of the queries
     const PositionBias& bias;
-    const int32_t* columns;    // of the sequence, or NULL
+    const int32_t* columns;  // of the sequence, or NULL
     int64_t query, key, n_queries, n_keys;
     float factor;
 
@@ -336,8 +336,11 @@ INLINE void run(const T* qkv, const T* douts, const T* outs, const float* lse, T
                 s);
             if (DROPOUT) draw(s.keep, KEYS / 64, masks, task.first + query, n_queries, key, n_keys);
             const int64_t part = task.part + query_block / PART;
-            const BiasSums sums = {s.sums, s.sums + SUMS, bias_parts + (part * call.n_heads + head) * call.bias.width(),
-                                   call.bias, columns, query, key, n_queries, n_keys, factor};
+            const BiasSums sums = {
+                s.sums,    s.sums + SUMS, bias_parts + (part * call.n_heads + head) * call.bias.width(),
+                call.bias, columns,       query,
+                key,       n_queries,     n_keys,
+                factor};
             const float* delta = keys.n > 1 ? s.delta + query : NULL;
             if (BIASED && task.dq) {
                 sums.start();
@@ -371,8 +374,8 @@ void run_all(const T* qkv, const T* dout, const T* out, const float* lse, T* gra
     const Scratch scratch(plan.scratch(team.id), call.head_size, plan.longest, BIASED);
     team.each(n_tasks + call.n_rows - plan.n_tokens, [&](int64_t i) {
         if (i < n_tasks)
-            run<T, O, DROPOUT, BIASED>(qkv, dout, out, lse, grad, call, plan.tasks[i / call.n_heads],
-                                       i % call.n_heads, scratch, plan.bias_parts);
+            run<T, O, DROPOUT, BIASED>(qkv, dout, out, lse, grad, call, plan.tasks[i / call.n_heads], i % call.n_heads,
+                                       scratch, plan.bias_parts);
         else  // a row that no sequence has
             memset(grad + (plan.n_tokens + i - n_tasks) * width, 0, width * sizeof(T));
     });
@@ -406,8 +409,14 @@ void add_parts(float* grad_table, const Call& call, const Plan& plan, const Team
                     int64_t out_stride, const float* lse, int64_t n_rows, const int32_t* cu_seqlens, int64_t n_seqs, \
                     int64_t n_heads, int64_t head_size, float scale, int64_t threshold, uint64_t seed, int64_t site, \
                     T* grad, const float* table, int64_t radius, const int32_t* columns, float* grad_table) {        \
-        const Call call = {n_rows,    qkv_stride, dout_stride, out_stride,                                           \
-                           n_heads,   head_size,  scale,       {threshold, seed, site},                              \
+        const Call call = {n_rows,                                                                                   \
+                           qkv_stride,                                                                               \
+                           dout_stride,                                                                              \
+                           out_stride,                                                                               \
+                           n_heads,                                                                                  \
+                           head_size,                                                                                \
+                           scale,                                                                                    \
+                           {threshold, seed, site},                                                                  \
                            {table, radius, columns}};                                                                \
         const Plan plan(cu_seqlens, n_seqs, call);                                                                   \
         if (plan.status != 0) return plan.status;                                                                    \

@@ -45,7 +45,7 @@ class Plan {
     Task* tasks = NULL;
     int64_t n_tasks = 0, n_tokens = 0, longest = 0, n_parts = 0;
     float* bias_parts = NULL;  // (n_parts, N, width): sums of the bias's gradient, over one part's queries each
-    int status = 2;  // as AttentionPlan's
+    int status = 2;            // as AttentionPlan's
 
     Plan(const int32_t* cu_seqlens, int64_t n_seqs, const Call& call);
     ~Plan() {
@@ -71,7 +71,7 @@ class Plan {
 struct Scratch {
     float *p, *dp, *ds, *k_columns, *v_columns, *k_rows, *dk, *dv, *q_rows, *dout_rows, *delta, *dq;
     float *line, *sums;  // of a bias: what is added at each distance, and the sums of ds at each distance in a tile
-    uint64_t* keep;  // rows of KEYS bits
+    uint64_t* keep;      // rows of KEYS bits
 
     Scratch(float* memory, int64_t head_size, int64_t longest, bool biased) {
         const int64_t n_keys = keys_of(longest);
@@ -87,8 +87,8 @@ struct Scratch {
     static int64_t line_size(int64_t longest) { return 2 * up(longest, 16) + 2 * VL; }
     static int64_t keys_of(int64_t longest) { return least(KEYS, up(longest, VL)); }
     static int64_t size(int64_t head_size, int64_t longest, bool biased) {
-        return (biased ? SUMS + STRIDE + line_size(longest) : 0) + 3 * QUERIES * STRIDE + QUERIES * KEYS / 32 + (5 * keys_of(longest) + 2 * QUERIES + longest) * head_size +
-               up(longest, 16);
+        return (biased ? SUMS + STRIDE + line_size(longest) : 0) + 3 * QUERIES * STRIDE + QUERIES * KEYS / 32 +
+               (5 * keys_of(longest) + 2 * QUERIES + longest) * head_size + up(longest, 16);
     }
 };
 

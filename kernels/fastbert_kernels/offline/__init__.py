@@ -9,6 +9,7 @@ specialisation and the block sizes of a real launch. These are findings:
 - registers spilled to local memory (in TF32, and for the sizes that divide by nothing, "odd", spills are shown and are
   no finding);
 - more shared or tensor memory than a thread block may have;
+- a warp-specialised kernel that takes a tensor descriptor from the host;
 - a matrix kernel (linear, attention) without a tensor-core instruction; in 8 bits, one without an 8-bit tensor-core
   instruction; in IEEE float32, whose products are fused multiply-adds by definition, one with such an instruction.
 

@@ -77,7 +77,14 @@ def compile_kernel(kernel: Kernel) -> Result:
         async_copies={name: count for name, count in counts.items() if ASYNC_COPY.fullmatch(name)},
     )
     result.findings = findings_of(kernel, result, getattr(compiled.metadata, "tmem_size", None) or 0)
+    if "ttg.warp_specialize" in compiled.asm["ttgir"] and has_host_descriptors(kernel):
+        result.findings.append("warp-specialised with a descriptor from the host: Triton compiles that wrong")
     return result
+
+
+def has_host_descriptors(kernel: Kernel) -> bool:
+    """Says whether an argument of the kernel is a tensor descriptor."""
+    return any("tensordesc" in str(kind) for kind in kernel.source.signature.values())
 
 
 def findings_of(kernel: Kernel, result: Result, tensor_memory: int) -> list[str]:

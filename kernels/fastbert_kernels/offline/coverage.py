@@ -10,6 +10,7 @@ import torch
 
 from fastbert_kernels import (
     attention,
+    attention_specialized,
     configs,
     cross_entropy,
     embedding,
@@ -18,7 +19,9 @@ from fastbert_kernels import (
     layer_norm,
     linear,
     pooling,
+    quantized_configs,
     quantized_linear,
+    samples,
 )
 from fastbert_kernels.work_list import N_COLUMNS, WorkList
 
@@ -39,14 +42,16 @@ COVERAGE = """\
 default  every kernel on every architecture. bf16: the three models with each linear of a layer (where a persistent
          kernel is the default, for base also the other one), LayerNorm, embedding and mean pooling with normalisation;
          for base also LayerNorm and embedding without their optional inputs and the other pooling modes; attention
-         with head sizes 16, 32, 64, 80 and 128, each also with the tile of batch-invariant mode's short texts; both
-         passes of cross entropy over 30,522 classes, under "base". fp32 and
-         fp16: linear and attention of base and minilm, and on sm_80 and sm_90 the other kernels, of base. fp8 (from
-         sm_89 on) and int8: each linear of a layer of base and minilm (where a persistent kernel is the default, for
-         base also the other one), and LayerNorm, embedding and attention that quantise; on sm_80 and sm_90 also those
-         of large, and a linear after heads of 80. Training: dropout + residual + LayerNorm, embedding, activation,
-         pooling, attention with dropout and the linear that saves its pre-activation, forward and backward; of base
-         also with a float32 stream; on sm_80 and sm_90 also attention with head sizes 16, 80 and 128.
+         with head sizes 16, 32, 64, 80 and 128, each also with the tile of batch-invariant mode's short texts, for base
+         and minilm with the small tile and, on sm_90, with warps that only fetch keys; both passes of cross entropy
+         over 30,522 classes, under "base". fp32 and fp16: linear and attention of base and minilm, and on sm_80 and
+         sm_90 the other kernels, of base. fp8 (from sm_89 on) and int8: each linear of a layer of base and minilm
+         (where a persistent kernel is the default, for base also the other one), and LayerNorm, embedding and attention
+         that quantise; on sm_80 and sm_90 also those of large, and a linear after heads of 80. Training: dropout +
+         residual + LayerNorm, embedding, activation, pooling, attention with dropout and the linear that saves its
+         pre-activation, forward and backward; of base also with a float32 stream; on sm_80 and sm_90 also attention
+         with head sizes 16, 80 and 128. Of base in bf16 and fp8, on sm_90: linears for few rows, split and launched
+         dependently, and the candidates of `fastbert tune`.
 --all    every dtype, TF32 too, every combination of optional inputs, activations and pooling modes, int32 ids, head
          sizes 24 and 48, a model whose sizes divide by nothing ("odd"), and other numbers of classes."""
 
@@ -74,6 +79,7 @@ def cases(dtype: str) -> Iterator[Case]:
     ids, ids32 = torch.zeros(n_rows, dtype=torch.int64), torch.zeros(n_rows, dtype=torch.int32)
     cu_seqlens = torch.zeros(n_seqs + 1, dtype=torch.int32)
     work_list = WorkList(torch.zeros((n_seqs, N_COLUMNS), dtype=torch.int32), ids32)
+    notes = embedding.Notes(torch.zeros(4, dtype=torch.int64), torch.zeros(2, dtype=torch.int64), 1)
 
     def tensor(*shape: int) -> torch.Tensor:
         return torch.empty(shape, dtype=torch_dtype)
@@ -82,6 +88,11 @@ def cases(dtype: str) -> Iterator[Case]:
         qkv = tensor(n_rows, 3 * n_heads * head_size)
         arguments = qkv, work_list, n_heads, 0.125
         return partial(attention.varlen_attention_forward, *arguments, short_list=work_list)  # It launches two kernels.
+
+    def attend_in(config: dict[str, int], n_heads: int, head_size: int) -> Callable[[], object]:
+        tiles = WorkList(work_list.tiles, ids32[:0])  # none of several sequences
+        arguments = tensor(n_rows, 3 * n_heads * head_size), tiles, n_heads, 0.125
+        return partial(attention.varlen_attention_forward, *arguments, config={**config, "BLOCK_D": head_size})
 
     for model, (h, i, n_heads) in MODELS.items():
         case = partial(Case, model=model, dtype=dtype)
@@ -112,6 +123,14 @@ def cases(dtype: str) -> Iterator[Case]:
                 yield case("linear", variant=f"{name}-bias+residual", archs=nowhere, call=call)
         d = h // n_heads
         yield case("attention", variant=f"D{d}", archs=matrix, call=attend(n_heads, d))
+        if dtype == "bf16" and model in ("base", "minilm"):
+            # Where `attention_config` has a larger tile.
+            archs = frozenset({80, 90, 100}) if model == "base" else everywhere
+            yield case("attention", variant=f"D{d} small", archs=archs, call=attend_in(configs.SMALL_TILE, n_heads, d))
+            for sizes in attention_specialized.tiles():
+                variant = f"D{d} specialized {sizes['BLOCK_K']}"
+                archs = frozenset({attention_specialized.ARCH})
+                yield case("attention", variant=variant, archs=archs, call=attend_in(sizes, n_heads, d))
         if dtype == "tf32":
             continue
 
@@ -143,6 +162,13 @@ def cases(dtype: str) -> Iterator[Case]:
                 *(input_ids, token_type_ids, position_ids, *tables, weight, weight, 1e-12),
             )
             yield case("embedding", variant=variant, archs=archs, call=call)
+            if variant in ("ids", "without segments"):
+                call = partial(call, notes=notes)
+                yield case("embedding", variant=f"{variant}, noted", archs=archs, call=call)
+        if model == "base":
+            before = torch.zeros(n_rows, dtype=torch.int32 if torch_dtype == torch.float32 else torch.int16)
+            compare = partial(samples.compare_samples, ids, before, notes)
+            yield case("embedding", variant="samples of weights", archs=rows, call=compare)
         for mode in pooling.MODES if model != "large" else ("mean",):
             for normalize in (False, True):
                 archs = rows if mode == "mean" and normalize else more if not normalize else nowhere
@@ -246,7 +272,7 @@ def _pointer_kernel_8_bit(call: partial[torch.Tensor]) -> torch.Tensor:
     """Repeats a call of quantized_linear_forward by the kernel that takes pointers, whatever the tables say."""
     x, x_scale, group, weight, weight_scale, bias, activation, dtype, out_scale = call.args
     arch = launch.arch(x.device)
-    config = configs.quantized_linear_config(x.dtype, group if group < x.shape[1] else None, arch).block_sizes
+    config = quantized_configs.quantized_linear_config(x.dtype, group if group < x.shape[1] else None, arch).block_sizes
     return quantized_linear.quantized_linear_pointer_forward(
         x, x_scale, group, weight, weight_scale, bias, activation, config,
         torch.empty((len(x), len(weight)), dtype=dtype), out_scale, quantized_linear.sums_outside(x.dtype, arch),

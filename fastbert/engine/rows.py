@@ -1,0 +1,49 @@
+"""The inputs of a batch as kernels read them: on the device, in int64, and in the rows of a bucket."""
+
+from __future__ import annotations
+
+import torch
+
+from fastbert.engine.buckets import bucket_of
+from fastbert.engine.interface import EncoderModel, PackedInputs
+from fastbert.engine.static_memory import Shape
+from fastbert.ops import attention_plan, packing
+from fastbert.ops.packing import PackedBatch
+
+
+def as_int64(model: EncoderModel, batch: PackedBatch, inputs: PackedInputs) -> PackedInputs:
+    """The inputs on the device, ids in int64, as in the rows of a bucket: kernels are compiled for their dtype."""
+    if batch.device.type != "cpu":
+        inputs = on_device(batch, inputs)
+    input_ids, token_type_ids, position_ids, inputs_embeds = inputs
+    position_ids = batch.position_ids if position_ids is None else position_ids
+    if model.embeddings.token_type_embeddings is None:
+        token_type_ids = None
+    elif token_type_ids is None:
+        token_type_ids = torch.zeros_like(batch.position_ids)
+    else:
+        token_type_ids = token_type_ids.long()
+    input_ids = None if input_ids is None else input_ids.long()
+    return PackedInputs(input_ids, token_type_ids, position_ids.long(), inputs_embeds)
+
+
+def on_device(batch: PackedBatch, inputs: PackedInputs) -> PackedInputs:
+    """The inputs with every id on the batch's device, and positions."""
+    input_ids, token_type_ids, position_ids, _ = inputs
+    position_ids = batch.position_ids if position_ids is None else position_ids
+    device = batch.device
+    if device.type != "cpu":
+        ids = (input_ids, token_type_ids, position_ids)
+        input_ids, token_type_ids, position_ids = (None if x is None else packing.to_device(x, device) for x in ids)
+    return PackedInputs(input_ids, token_type_ids, position_ids, inputs.inputs_embeds)
+
+
+def in_bucket_rows(batch: PackedBatch, inputs: PackedInputs, shape: Shape) -> tuple[PackedInputs, PackedBatch]:
+    """Ids and batch in the rows of the batch's bucket, as a graph reads them; the rows of padding are zeros."""
+    bucket = bucket_of(batch.n_tokens)
+    assert bucket is not None
+    rows = PackedInputs(*(torch.zeros(bucket, dtype=torch.int64, device=shape.device) for _ in range(3)))
+    for row, ids in zip(rows[:3], inputs[:3], strict=True):
+        if row is not None and ids is not None:
+            row[: batch.n_tokens].copy_(ids)
+    return rows, attention_plan.batch_in_rows(batch, rows.position_ids, shape.dtype, shape.head_size, shape.policy)

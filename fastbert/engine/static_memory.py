@@ -1,0 +1,127 @@
+"""The static memory that CUDA graphs read, and how the host fills it for a batch: README.md has the reasons."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastbert.engine.interface import PackedInputs
+from fastbert.ops import Policy, attention_plan, packing
+from fastbert.ops.packing import PackedBatch
+
+REMEMBERED = 16  # forms of batches in a bucket
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The properties that all graphs of a model share. notes: whether kernels note ids beyond their table."""
+
+    device: torch.device
+    dtype: torch.dtype
+    hidden_size: int
+    head_size: int
+    policy: Policy
+    notes: bool = False
+
+
+class Buffers:
+    """The static memory of the buckets of one octave, up to `capacity` rows."""
+
+    def __init__(self, capacity: int, n_words: int, hidden_size: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.words = torch.zeros(n_words, dtype=torch.int64, device=device)  # as Layout says
+        self.out = torch.zeros(capacity, hidden_size, dtype=dtype, device=device)
+
+
+class Layout:
+    """A `Layout` says where the static memory holds what a bucket's graph reads, in words of 8 bytes.
+
+    input_ids, token_type_ids and position_ids, (T',) each; the number and the rows of the batch (`embedding.Notes`);
+    the integers of attention, as StaticPlan says. What the host knows is at the end, so that one copy brings it.
+    """
+
+    def __init__(self, bucket: int, shape: Shape, kind: attention_plan.Kind = attention_plan.ANY_BATCH) -> None:
+        self.bucket = bucket
+        self.plan = attention_plan.StaticPlan(bucket, shape.dtype, shape.head_size, shape.device, shape.policy, kind)
+        self.start_of_plan = 3 * bucket + 2
+        self.n_words = self.start_of_plan + -(-self.plan.n_integers // 2)
+        self._remembered: OrderedDict[bytes, np.ndarray] = OrderedDict()
+
+    def of_lengths(self, batch: PackedBatch) -> np.ndarray | None:
+        """Returns all that follows from a batch's lengths: the words after the token types; None where it does not fit.
+
+        It is kept for the lengths that came last, since many programs run batches of a few forms.
+        """
+        key = batch.cu_seqlens_cpu.numpy().tobytes()
+        words = self._remembered.get(key)
+        if words is None:
+            words = np.zeros(self.n_words - 2 * self.bucket, np.int64)
+            if not self.plan.write(batch, words[self.bucket + 2 :].view(np.int32)):
+                return None
+            words[: batch.n_tokens] = packing.count_positions(batch.cu_seqlens_cpu.numpy())
+            if len(self._remembered) >= REMEMBERED:
+                self._remembered.popitem(last=False)
+            self._remembered[key] = words
+        return words
+
+    def ids(self, words: Tensor) -> Tensor:
+        """Returns (3, T'), a view of the static memory or of a copy of it."""
+        return words[: 3 * self.bucket].view(3, self.bucket)
+
+    def batch(self, words: Tensor) -> Tensor:
+        """Returns (2,)."""
+        return words[3 * self.bucket : self.start_of_plan]
+
+    def integers(self, words: Tensor) -> Tensor:
+        """Returns (n_integers,) int32."""
+        return words[self.start_of_plan : self.n_words].view(torch.int32)
+
+
+def fill_on_host(layout: Layout, batch: PackedBatch, inputs: PackedInputs, number: int) -> Filled | None:
+    """Returns the static memory as the host fills it, and the ids that it leaves to the device.
+
+    Returns None where the batch does not fit.
+    """
+    n_tokens, bucket = batch.n_tokens, layout.bucket
+    words = torch.empty(layout.n_words, dtype=torch.int64, device="cpu", pin_memory=packing.pins(batch.device))
+    numbers = words.numpy()
+    lengths = layout.of_lengths(batch)
+    if lengths is None:
+        return None
+    numbers[2 * bucket :] = lengths
+    numbers[3 * bucket], numbers[3 * bucket + 1] = number, n_tokens
+    input_ids, token_type_ids, position_ids, _ = inputs
+    left: list[tuple[int, Tensor]] = []
+    if position_ids is not None and position_ids is not batch.__dict__.get("position_ids"):
+        _put(numbers, left, bucket, 2, position_ids)
+    elif not batch.counted:
+        columns = batch.host_columns
+        _put(numbers, left, bucket, 2, batch.position_ids if columns is None else torch.from_numpy(columns))
+    if token_type_ids is None:
+        numbers[bucket : 2 * bucket] = 0
+    else:
+        _put(numbers, left, bucket, 1, token_type_ids)
+    if input_ids is not None:
+        _put(numbers, left, bucket, 0, input_ids)
+    # Where ids are on the device, the copy from the host begins after them.
+    first = 0
+    for row, _ in reversed(left):  # which begins with the last row
+        first += row == first
+    return words, first * bucket, left
+
+
+# The memory on the host, its first word that is copied, and (row, ids) on the device.
+Filled = tuple[Tensor, int, "list[tuple[int, Tensor]]"]
+
+
+def _put(numbers: np.ndarray, left: list[tuple[int, Tensor]], bucket: int, row: int, ids: Tensor) -> None:
+    """Puts ids that are on the host into their row, and others on the list."""
+    if packing.on_host(ids.device):
+        n_tokens = ids.shape[0]
+        numbers[row * bucket : row * bucket + n_tokens] = ids.numpy()
+        numbers[row * bucket + n_tokens : (row + 1) * bucket] = 0
+    else:
+        left.append((row, ids))

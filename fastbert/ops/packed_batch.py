@@ -1,0 +1,122 @@
+"""A `PackedBatch` says where the sequences of a batch lie, and keeps what operations make of that."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+
+@dataclass(eq=False)
+class PackedBatch:
+    """A packed batch says how B sequences of different lengths lie in T packed tokens.
+
+    cu_seqlens: (B + 1,) int32 on the tensors' device, starts at 0, ends at T; sequence b is rows cu_seqlens[b] to
+    cu_seqlens[b + 1]. cu_seqlens_cpu: the same on the host. position_ids: (T,) int64, the column each token came from.
+    indices: (T,) int64, where each token stands in the flattened (B * S) batch, None if it never was padded.
+    valid: (B, S) bool, where tokens are, in a batch that keeps the rows of its padding (`in_place`); None in any other.
+    first_column: whether each sequence has a token in the first column, as it has without padding on the left.
+    last_position: the largest of position_ids, -1 without tokens; None where that is not known on the host. counted:
+    whether position_ids count from 0 in each sequence; else host_columns are the same on the host, if it knows them;
+    host_indices are the indices there. columns: (T,) int32, the column of each token, where a mask has holes; None
+    where the tokens of each sequence are neighbours, or nobody has asked (`packing.find_holes`).
+
+    What the device holds of a batch whose lengths the host knows is made when somebody first asks for it (`later`): a
+    CUDA graph has its own.
+    """
+
+    cu_seqlens: torch.Tensor
+    cu_seqlens_cpu: torch.Tensor
+    position_ids: torch.Tensor
+    batch_size: int
+    padded_length: int
+    indices: torch.Tensor | None = field(default_factory=lambda: None)  # no attribute of the class: see `later`
+    valid: torch.Tensor | None = None
+    first_column: bool = True
+    last_position: int | None = None
+    _plans: dict[Any, Any] = field(default_factory=dict, repr=False)
+    counted: bool = False
+    host_columns: np.ndarray | None = field(default=None, repr=False)
+    host_indices: np.ndarray | None = field(default=None, repr=False)
+    columns: torch.Tensor | None = None
+    n_tokens: int = field(init=False)  # T
+    device: torch.device = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.n_tokens, self.device = self.position_ids.shape[0], self.cu_seqlens.device
+
+    @classmethod
+    def later(
+        cls, make: dict[str, Callable[[PackedBatch], Any]], n_tokens: int, device: torch.device, **fields: Any
+    ) -> PackedBatch:
+        """Returns a batch whose fields in `make` are made at their first use."""
+        batch = cls.__new__(cls)
+        batch.__dict__.update(
+            valid=None, first_column=True, last_position=None, counted=False, host_columns=None, host_indices=None,
+            _plans={}, n_tokens=n_tokens, device=device, _make=make,
+        )  # fmt: skip
+        if "indices" not in make:
+            batch.indices = None
+        batch.__dict__.update(fields)
+        return batch
+
+    def __getattr__(self, name: str) -> Any:
+        make = self.__dict__.get("_make", {}).get(name)
+        if make is None:
+            raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
+        value = self.__dict__[name] = make(self)
+        return value
+
+    def in_rows(self, position_ids: torch.Tensor, plans: dict[Any, Any]) -> PackedBatch:
+        """Returns the same sequences, with other plans, in the rows of position_ids, the last of them empty."""
+        return replace(self, position_ids=position_ids, counted=False, host_columns=None, _plans=plans)
+
+    def host_positions(self) -> np.ndarray | None:
+        """Returns position_ids as the host can count them, (T,) int64, or None where only the device knows them."""
+        if self.host_columns is None and self.counted:
+            self.host_columns = count_positions(self.cu_seqlens_cpu.numpy())
+        return self.host_columns
+
+    @property
+    def seq_ids(self) -> torch.Tensor:
+        """(T,) int32: the sequence of each token."""
+        return self.plan("seq_ids", lambda: sequence_ids(self.cu_seqlens, self.n_tokens))
+
+    def plan(self, key: Any, make: Callable[[], Any]) -> Any:
+        """Returns what is made from the lengths once a batch, for all layers: work lists, groups of equal length."""
+        if key not in self._plans:
+            self._plans[key] = make()
+        return self._plans[key]
+
+    def has_plan(self, key: Any) -> bool:
+        """Tells whether `plan` has made this one."""
+        return key in self._plans
+
+
+def sequence_ids(cu_seqlens: torch.Tensor, n_tokens: int) -> torch.Tensor:
+    """(T,) int32: the sequence of each token, from (B + 1,) offsets on the same device."""
+    sequences = torch.arange(cu_seqlens.shape[0] - 1, dtype=torch.int32, device=cu_seqlens.device)
+    return torch.repeat_interleave(sequences, cu_seqlens.diff(), output_size=n_tokens)
+
+
+def within_sequences(rows: torch.Tensor, cu_seqlens: torch.Tensor, seq_ids: torch.Tensor) -> torch.Tensor:
+    """(T,) the place in its sequence of each of the packed rows, in their dtype; all on one device."""
+    return rows - cu_seqlens.index_select(0, seq_ids)
+
+
+def offsets_of(lengths: Any) -> np.ndarray:
+    """Returns the offsets of sequences of these lengths: (B,) -> (B + 1,) int32."""
+    offsets = np.zeros(len(lengths) + 1, np.int32)
+    np.add.accumulate(lengths, out=offsets[1:])
+    return offsets
+
+
+def count_positions(offsets: np.ndarray) -> np.ndarray:
+    """Returns positions that count from 0 in each sequence: (B + 1,) offsets -> (T,) int64."""
+    positions = np.arange(offsets[-1], dtype=np.int64)
+    if len(offsets) > 2:
+        positions -= offsets[:-1].repeat(offsets[1:] - offsets[:-1])
+    return positions

@@ -1,0 +1,97 @@
+"""Queries of ColBERT are filled up with mask tokens, whose vectors count as well (Khattab and Zaharia, 2020)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastbert import ops
+from fastbert.checks import expect, one_of
+from fastbert.engine.block import Block, Linear, Norm
+from fastbert.engine.interface import PackedInputs
+from fastbert.ops import packing
+from fastbert.ops.packing import PackedBatch
+
+
+@dataclass(frozen=True)
+class QueryExpansion:
+    """A QueryExpansion says how many tokens a query has at least, and which token fills it up.
+
+    length: tokens of a query. token_id: the token that fills it up. attend: whether attention looks at these tokens;
+    if not, they look at the query's own tokens, and nothing looks at them. strategy: "fixed" cuts longer queries to
+    length, "min" keeps them.
+    """
+
+    length: int
+    token_id: int
+    attend: bool = False
+    strategy: str = "fixed"
+
+    def __post_init__(self) -> None:
+        one_of("query_expansion: strategy", self.strategy, "fixed", "min")
+        expect(self.length >= 1, "query_expansion: length", self.length, "a positive whole number")
+
+    def encode(
+        self, model: Any, batch: PackedBatch, input_ids: Tensor, token_type_ids: Tensor
+    ) -> tuple[Tensor, PackedBatch, Tensor]:
+        """Returns the hidden states of the filled queries (T', H), their batch, and their ids (T',)."""
+        lengths = batch.cu_seqlens_cpu.diff().tolist()
+        filled = [max(n, self.length) for n in lengths]
+        more = packing.from_lengths(filled, input_ids.device)
+        own = more.position_ids < torch.repeat_interleave(
+            batch.cu_seqlens.diff(), more.cu_seqlens.diff(), output_size=sum(filled)
+        )
+        ids = torch.full((sum(filled),), self.token_id, dtype=input_ids.dtype, device=input_ids.device)
+        types = torch.zeros_like(ids)
+        ids[own], types[own] = input_ids, token_type_ids
+        if self.attend or filled == lengths:
+            return model.encode_packed(more, ids, types, check=False)[-1], more, ids
+        return _encode_unseen(model, more, ids, types, own), more, ids
+
+
+def _encode_unseen(model: Any, batch: PackedBatch, ids: Tensor, types: Tensor, seen: Tensor) -> Tensor:
+    """Returns the hidden states of tokens of which only the `seen` ones are keys of attention, (T, H).
+
+    No engine packs such attention: the layers run here as plain PyTorch, on padded rows of a few short queries.
+    """
+    if model.policy.batch_invariant:
+        raise ops.BackendError("query expansion with attend=False: cannot promise batch invariance")
+    positions = batch.position_ids
+    if model.counted_from is not None:
+        positions = packing.positions_after_padding(ids, model.counted_from, batch)
+    tokens = model.embed(PackedInputs(ids, types, positions), batch)
+    n_texts, longest = batch.batch_size, batch.padded_length
+    texts = torch.repeat_interleave(batch.cu_seqlens.diff(), output_size=len(ids))
+    places = texts * longest + batch.position_ids
+    mask = seen.new_zeros(n_texts * longest).index_put((places,), seen).view(n_texts, 1, 1, longest)
+    x = tokens.new_zeros(n_texts * longest, tokens.shape[1]).index_put((places,), tokens).view(n_texts, longest, -1)
+    for block in model.blocks():
+        if features := block.features():
+            raise ValueError(f"query expansion with attend=False: not for layers with {', '.join(features)}")
+        x = _layer(block, x, mask)
+    return x.flatten(0, 1)[places]
+
+
+def _layer(block: Block, x: Tensor, mask: Tensor) -> Tensor:
+    """Computes one layer on padded rows, (B, S, H) -> (B, S, H)."""
+    heads = (x.shape[0], x.shape[1], block.num_heads, block.head_size)
+    query, key, value = (
+        _linear(linear, x).view(heads).transpose(1, 2) for linear in (block.query, block.key, block.value)
+    )
+    seen = F.scaled_dot_product_attention(query, key, value, attn_mask=mask).transpose(1, 2).reshape(x.shape)
+    x = _norm(block.attention_norm, _linear(block.out, seen) + x)
+    up = _linear(block.up, x)
+    activated = ops.bias_gelu(up.flatten(0, 1), None, block.activation).view(up.shape)
+    return _norm(block.output_norm, _linear(block.down, activated) + x)
+
+
+def _linear(linear: Linear, x: Tensor) -> Tensor:
+    return F.linear(x, linear.weight, linear.bias)
+
+
+def _norm(norm: Norm, x: Tensor) -> Tensor:
+    return F.layer_norm(x, x.shape[-1:], *norm.filled(x), norm.eps)

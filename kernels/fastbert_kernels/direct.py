@@ -1,0 +1,107 @@
+"""This module launches a kernel again without Triton's own way to a launch, which takes the host twice as long.
+
+At each launch Triton finds the compiled kernel by a description of all arguments and by the text of all options, reads
+its knobs, and calls launch hooks that nobody has set. `Direct` describes arguments with the same function of Triton's
+(dtype, whether an address or an integer is a multiple of 16, whether an integer is 1), and finds the compiled kernel by
+that description and the options. The first launch of each kind goes through Triton, which compiles it; `remember` keeps
+what Triton compiled.
+
+Every launch goes through Triton while somebody debugs, instruments or inspects (`Direct.watched`), and in a Triton that
+works otherwise (`direct`). Launch hooks are called as Triton calls them.
+
+Source: `JITFunction.run` and `create_function_from_signature` of Triton 3.6 to 3.9.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import triton
+from triton import knobs
+from triton.runtime import driver
+
+LIMIT = 512  # The most compiled kernels that are kept of one function.
+_FIRST, _LAST = (3, 6), (3, 9)  # The versions of Triton whose launches were read.
+
+# (device, *arguments by name, **options) -> a description of them, and the arguments in the order of the signature
+Reader = Callable[..., tuple[tuple[Any, ...], tuple[Any, ...]]]
+
+
+class Direct:
+    """The compiled kernels of one function, by a description of the arguments. Threads may share it."""
+
+    def __init__(self, kernel: Any, read: Reader) -> None:
+        self.kernel, self.read = kernel, read
+        self.compiled: dict[tuple[Any, ...], Any] = {}
+
+    def watched(self) -> bool:
+        """Says whether a launch must go through Triton, because somebody looks at it or changes it there."""
+        kernel, runtime = self.kernel, knobs.runtime
+        return bool(
+            runtime.debug
+            or knobs.compilation.instrumentation_mode
+            or runtime.add_stages_inspection_hook is not None
+            or kernel.pre_run_hooks
+            or kernel.debug
+        )
+
+    def launch_again(
+        self, grid: tuple[int, ...], config: dict[str, int], arguments: dict[str, Any]
+    ) -> tuple[Any, ...] | None:
+        """Launches a kernel that was launched before. Returns None if it did, else the key for `remember`."""
+        active = driver.active
+        device = active.get_current_device()
+        key, values = self.read(device, **arguments, **config)
+        known = self.compiled.get(key)
+        if known is None:
+            return key
+        run, function, metadata, compiled = known
+        stream = active.get_current_stream(device)
+        enter, leave, told = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook, None
+        if getattr(enter, "calls", enter) or getattr(leave, "calls", leave):  # A chain of none is as good as none.
+            told = compiled.launch_metadata(grid, stream, *values)
+        else:
+            enter = leave = None
+        x, y, z = (*grid, 1, 1)[:3]
+        run(x, y, z, stream, function, metadata, told, enter, leave, *values)
+        return None
+
+    def remember(self, key: tuple[Any, ...], compiled: Any) -> None:
+        """Keeps the kernel that Triton has just launched under a key that `launch_again` gave."""
+        if getattr(compiled, "module", None) is None:  # A hook kept Triton from compiling.
+            return
+        if len(self.compiled) >= LIMIT:
+            self.compiled.clear()
+        self.compiled[key] = compiled.run, compiled.function, compiled.packed_metadata, compiled
+
+
+def direct(kernel: Any) -> Direct | None:
+    """Makes the direct launches of a kernel; None where they might differ from Triton's."""
+    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
+    if not _FIRST <= version <= _LAST:
+        return None
+    try:
+        from triton._C.libtriton import native_specialize_impl
+        from triton.backends import BaseBackend
+    except ImportError:
+        return None
+    plain = all(param.is_constexpr or (not param.annotation_type and not param.has_default) for param in kernel.params)
+    return Direct(kernel, _reader(kernel, native_specialize_impl, BaseBackend)) if plain else None
+
+
+def _reader(kernel: Any, specialize: Callable[..., Any], backend: Any) -> Reader:
+    """Makes a function of the kernel's signature, as Triton does, so that arguments are bound in one call."""
+    names, described = [param.name for param in kernel.params], []
+    for param in kernel.params:
+        kinds = bool(param.is_const), not param.do_not_specialize, not param.do_not_specialize_on_alignment
+        called = f"specialize(backend, {param.name}, {kinds[0]}, {kinds[1]}, {kinds[2]})"
+        described.append(param.name if param.is_constexpr else called)
+    code = (
+        f"def read(device, {', '.join(names)}, **options):\n"
+        f"    return (device, {', '.join(described)}, *options.items()), ({', '.join(names)},)\n"
+    )
+    namespace = {"specialize": specialize, "backend": backend}
+    exec(code, namespace)
+    read: Any = namespace["read"]
+    return read

@@ -1,0 +1,107 @@
+"""This module chooses how a 16-bit linear is multiplied for few rows, up to FEW, outside of batch-invariant mode.
+
+A GPU has some 132 multiprocessors, and 128 rows of a linear with 3,072 columns are 24 tiles of 128 x 128: with smaller
+tiles, or with K shared by programs, more of them work. The number of rows is known on the host, and enters in BUCKETS,
+so that a handful of kernels serves all lengths.
+
+A table's `few_rows` goes first, by shape, epilogue and bucket. Else there is a heuristic, for the architecture whose
+clocks were counted (`benchmarks/gemm_clocks.py`): of TILES the one with the most programs, as long as each has a
+multiprocessor to itself. Below that count a smaller tile is faster because it reads less; above it a second round of
+programs, or the L2 cache, takes longer than the larger tile.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+
+from fastbert_kernels import configs, launch, tables
+
+FEW = 512
+BUCKETS = (64, 128, 256, 512)
+COUNTED_ARCH, MULTIPROCESSORS = 90, 132
+TILES: tuple[dict[str, int], ...] = tuple(
+    {"BLOCK_ROWS": rows, "BLOCK_COLS": cols, "BLOCK_K": 64, "GROUP_ROWS": 8, "num_warps": warps, "num_stages": stages}
+    for rows, cols, warps, stages in ((64, 64, 4, 4), (64, 128, 4, 4), (128, 128, 8, 3))
+)
+
+
+def key_of(dtype: torch.dtype, shape: tuple[int, int], epilogue: str, bucket: int) -> str:
+    """Returns the key of one linear in a table, as "float16/768x3072/gelu/128". shape: (K, M)."""
+    return f"{configs.gemm_key(dtype, shape, epilogue)}/{bucket}"
+
+
+def bucket_of(n_rows: int) -> int | None:
+    """Returns the bucket of a number of rows, or None for more than FEW."""
+    return next((bucket for bucket in BUCKETS if n_rows <= bucket), None)
+
+
+def tile(dtype: torch.dtype, arch: int, shape: tuple[int, int], epilogue: str, n_rows: int) -> dict[str, int] | None:
+    """Returns the tile of the kernel on pointers for so many rows, or None where the one for any number is taken."""
+    bucket = bucket_of(n_rows)
+    if bucket is None or dtype == torch.float32 or epilogue == "pre":
+        return None
+    return _tile(dtype, arch, shape, epilogue, bucket, launch.recorded is not None, tables.generation)
+
+
+@functools.cache
+def _tile(
+    dtype: torch.dtype,
+    arch: int,
+    shape: tuple[int, int],
+    epilogue: str,
+    bucket: int,
+    shipped_only: bool,
+    generation: int,
+) -> dict[str, int] | None:
+    found = tables.find("few_rows", (key_of(dtype, shape, epilogue, bucket),), arch, shipped_only)
+    if found is not None and found[0]["kernel"] == "linear":
+        return {name: size for name, size in found[0].items() if name != "kernel"}
+    return heuristic_tile(shape[1], bucket) if arch == COUNTED_ARCH else None
+
+
+def heuristic_tile(n_cols: int, n_rows: int) -> dict[str, int] | None:
+    """Returns the tile of TILES with the most programs of at most MULTIPROCESSORS, or None where each has more."""
+    for sizes in TILES:
+        n_programs = launch.cdiv(n_rows, sizes["BLOCK_ROWS"]) * launch.cdiv(n_cols, sizes["BLOCK_COLS"])
+        if n_programs <= MULTIPROCESSORS:
+            return sizes
+    return None
+
+
+@dataclass(frozen=True, eq=False)
+class Split:
+    """A `Split` holds the tile of a linear before LayerNorm, and how many programs share the K of each tile."""
+
+    tile: dict[str, int]
+    splits: int
+
+
+def split(dtype: torch.dtype, arch: int, shape: tuple[int, int], n_rows: int) -> Split | None:
+    """Returns how a linear before LayerNorm splits for so many rows, where a table says that it does."""
+    bucket = bucket_of(n_rows)
+    if bucket is None or dtype == torch.float32:
+        return None
+    return _split(dtype, arch, shape, bucket, launch.recorded is not None, tables.generation)
+
+
+def splits(dtype: torch.dtype, arch: int, shape: tuple[int, int]) -> bool:
+    """Says whether a table splits the linear for some number of rows."""
+    return any(split(dtype, arch, shape, bucket) is not None for bucket in BUCKETS)
+
+
+@functools.cache
+def _split(
+    dtype: torch.dtype, arch: int, shape: tuple[int, int], bucket: int, shipped_only: bool, generation: int
+) -> Split | None:
+    found = tables.find("few_rows", (key_of(dtype, shape, "residual", bucket),), arch, shipped_only)
+    if found is None or found[0]["kernel"] != "split_linear":
+        return None
+    return split_of(found[0])
+
+
+def split_of(entry: dict[str, int]) -> Split:
+    """Parts a tile with SPLITS, as tables and candidates of `fastbert tune` have it."""
+    return Split({name: size for name, size in entry.items() if name not in ("kernel", "SPLITS")}, entry["SPLITS"])

@@ -1,0 +1,114 @@
+"""This module chooses block sizes and the kernel of 8-bit matrix products, from tables (tables.py)."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import triton
+
+from fastbert_kernels import configs, launch, tables
+
+
+def quantized_linear_config(
+    dtype: torch.dtype,
+    group: int | None,
+    for_arch: int,
+    shape: tuple[int, int] | None = None,
+    quantizes: bool = False,
+) -> configs.Config:
+    """Returns the tile of the 8-bit GEMM.
+
+    group: columns of x that share a scale, None where a row has one. shape: (K, M), where the table may have an entry
+    of its own for it. quantizes: whether the result is in 8 bits too.
+
+    A step of BLOCK_K lies within a group. Where the table's step does not, it becomes as long as a group (and at least
+    32, the fewest columns that the tensor cores take).
+    """
+    config = configs.required("quantized_linear", _quantized_keys(dtype, shape, group, quantizes), for_arch)
+    return _within_groups(config, group)
+
+
+def quantized_linear_persistent_config(
+    dtype: torch.dtype,
+    group: int | None,
+    for_arch: int,
+    shape: tuple[int, int] | None = None,
+    quantizes: bool = False,
+) -> configs.Config | None:
+    """Returns the tile of the persistent 8-bit GEMM, or None where the architecture, dtype or group has none."""
+    config = configs.from_tables(
+        "quantized_linear_persistent", _quantized_keys(dtype, shape, group, quantizes), for_arch
+    )
+    if config is None:
+        return None
+    config = _within_groups(config, group)
+    # A block of a descriptor cannot end where a group ends in the middle of it.
+    return None if group is not None and group % config.block_sizes["BLOCK_K"] else config
+
+
+def _within_groups(config: configs.Config, group: int | None) -> configs.Config:
+    block_sizes = dict(config.block_sizes)
+    if group is not None and group % block_sizes["BLOCK_K"]:
+        block_sizes["BLOCK_K"] = max(32, triton.next_power_of_2(group))
+    return configs.Config(block_sizes, config.source)
+
+
+def quantized_gemm(
+    dtype: torch.dtype, for_arch: int, shape: tuple[int, int], group: int | None, out_dtype: torch.dtype
+) -> configs.Gemm:
+    """Looks up how to multiply 8-bit operands, x (T, K) by weight (M, K), with shape = (K, M).
+
+    `ours` of the result is one of QUANTIZED_GEMMS. out_dtype: an 8-bit one for a product that is quantised.
+    """
+    return _quantized_gemm(dtype, for_arch, shape, group, out_dtype, launch.recorded is not None, tables.generation)
+
+
+@functools.cache
+def _quantized_gemm(
+    dtype: torch.dtype,
+    for_arch: int,
+    shape: tuple[int, int],
+    group: int | None,
+    out_dtype: torch.dtype,
+    shipped_only: bool,
+    generation: int,
+) -> configs.Gemm:
+    quantizes = out_dtype.itemsize == 1
+    key = quantized_gemm_key(dtype, shape, group, quantizes)
+    entry, source = tables.find("quantized_gemm", (key,), for_arch, shipped_only) or ({}, None)
+    persistent = quantized_linear_persistent_config(dtype, group, for_arch, shape, quantizes)
+    # Tensor descriptors want rows of a multiple of 16 bytes, of both operands and of the result.
+    if shape[0] % 16 or shape[1] * out_dtype.itemsize % 16:
+        persistent = None
+    wanted = entry.get("kernel")
+    if (
+        persistent is not None
+        and wanted == "quantized_linear_specialized"
+        and for_arch == configs.WARP_SPECIALIZED_ARCH
+    ):
+        specialized = configs.from_tables("quantized_linear_specialized", (key,), for_arch)
+        if specialized is not None:
+            return configs.Gemm(wanted, source, wanted, specialized)
+    if persistent is not None and wanted != "quantized_linear":
+        return configs.Gemm(entry.get("kernel"), source, "quantized_linear_persistent", persistent)
+    pointers = quantized_linear_config(dtype, group, for_arch, shape, quantizes)
+    return configs.Gemm(entry.get("kernel"), source, "quantized_linear", pointers)
+
+
+def quantized_class(dtype: torch.dtype) -> str:
+    """Returns the name of an 8-bit dtype in tables."""
+    return "int8" if dtype == torch.int8 else "float8"
+
+
+def quantized_gemm_key(dtype: torch.dtype, shape: tuple[int, int], group: int | None, quantizes: bool) -> str:
+    """Returns the key of one 8-bit GEMM in a table, as "float8/768x3072/row-quantized" or "int8/3072x768/group128"."""
+    scales = "row" if group is None else f"group{group}"
+    return f"{quantized_class(dtype)}/{shape[0]}x{shape[1]}/{scales}{'-quantized' if quantizes else ''}"
+
+
+def _quantized_keys(
+    dtype: torch.dtype, shape: tuple[int, int] | None, group: int | None, quantizes: bool
+) -> tuple[str, ...]:
+    own = () if shape is None else (quantized_gemm_key(dtype, shape, group, quantizes),)
+    return (*own, quantized_class(dtype))

@@ -1,0 +1,136 @@
+"""Kernels that are launched again by `direct` are those that Triton would launch, with the same arguments."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from process_cases import run_beside_tests as run
+
+COMPARE = """
+import json, torch, stub_driver
+from triton import knobs
+
+stub = stub_driver.install()
+calls = []
+stub.load_binary = lambda name, code, *rest: ("module", (name, hash(code)), 32, 0, 1024)
+
+def launch(self, x, y, z, stream, function, metadata, told, enter, leave, *values):
+    if enter is not None:  # as the compiled launcher does
+        enter(told)
+    values = [v.data_ptr() if isinstance(v, torch.Tensor) else v for v in values]
+    calls.append(repr((x, y, z, function, metadata, values)))
+
+stub.launcher_cls.__call__ = launch
+from fastbert_kernels import configs, direct, launch as launching, layer_norm
+
+bf16, memory = torch.bfloat16, torch.zeros(1 << 20, dtype=torch.bfloat16)
+
+def rows(n, k, offset=0, stride=None):
+    return memory[offset:].as_strided((n, k), (stride or k, 1))
+
+out = torch.zeros(32 * 48 * 2, dtype=torch.uint8)
+launching.empty = lambda shape, like, dtype=None: out[: 2 * shape[0] * shape[1]].view(like.dtype).view(shape)
+weights = {(n, t): torch.zeros(n, dtype=t) for n in (48, 17) for t in (bf16, torch.float16)}
+
+def norm(x, residual=None):
+    weight = weights[x.shape[1], x.dtype]
+    layer_norm.bias_residual_layer_norm_forward(x, None, residual, weight, weight, 1e-12)
+cases = {
+    "plain": lambda: norm(rows(16, 48)),
+    "more rows": lambda: norm(rows(17, 48)),
+    "one row": lambda: norm(rows(1, 48)),
+    "odd address": lambda: norm(rows(16, 48, 1)),
+    "odd stride": lambda: norm(rows(16, 48, 0, 49)),
+    "stride of 1": lambda: norm(rows(16, 48, 0, 1)),
+    "large stride": lambda: norm(rows(1, 48, 0, 1 << 40)),
+    "residual": lambda: norm(rows(16, 48), rows(16, 48, 2048)),
+    "odd residual": lambda: norm(rows(16, 48), rows(16, 48, 2049)),
+    "float16": lambda: norm(rows(16, 48).view(torch.float16)),
+    "other columns": lambda: norm(rows(16, 17)),
+}
+kernel = layer_norm._bias_residual_layer_norm_kernel
+ours = kernel.direct
+
+def all_cases():
+    calls.clear()
+    for case in cases.values():
+        case()
+    return list(calls)
+
+through = [0]
+run = type(kernel).run
+def counting(self, *arguments, **options):
+    through[0] += 1
+    return run(self, *arguments, **options)
+type(kernel).run = counting
+
+kernel.direct = None
+expected = all_cases()
+kernel.direct = ours
+all_cases()
+through[0] = 0
+again = all_cases()
+kernels = {known[1] for known in ours.compiled.values()}
+result = {"same": expected == again, "kernels": len(kernels), "through": through[0]}
+
+heard = []
+hook = lambda metadata: heard.append(metadata.get()["name"])
+knobs.runtime.launch_enter_hook.add(hook)
+cases["plain"]()
+result["hook"], result["through with a hook"] = len(heard), through[0]
+knobs.runtime.launch_enter_hook.remove(hook)
+
+for name, watch, end in (
+    ("debug", lambda: setattr(knobs.runtime, "debug", True), lambda: setattr(knobs.runtime, "debug", False)),
+    ("pre-run hook", lambda: kernel.pre_run_hooks.append(lambda *a, **k: None), kernel.pre_run_hooks.clear),
+):
+    through[0] = 0
+    watch()
+    cases["plain"]()
+    end()
+    result[name] = through[0]
+
+direct.LIMIT = 3
+ours.compiled.clear()
+sizes = []
+for case in cases.values():
+    case()
+    sizes.append(len(ours.compiled))
+result["most"] = max(sizes)
+through[0] = 0
+tile, configs.rowwise_config = configs.rowwise_config, lambda n: {**tile(n), "num_warps": 1}
+cases["plain"]()
+configs.rowwise_config = lambda n: {**tile(n), "launch_pdl": True}
+cases["plain"]()
+result["other options"] = through[0]
+print(json.dumps(result))
+"""
+
+
+@pytest.fixture(scope="module")
+def result(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return run(COMPARE, cache=tmp_path_factory.mktemp("cache"))
+
+
+def test_same_kernels(result: dict[str, Any]) -> None:
+    """Catches a kernel that was compiled for aligned addresses, other strides or another dtype than it is given."""
+    assert result["same"] and result["kernels"] >= 6
+    assert result["through"] == 0  # none of them went through Triton, so that this compared something
+
+
+def test_launch_hooks(result: dict[str, Any]) -> None:
+    """Catches launches that a profiler does not hear of."""
+    assert (result["hook"], result["through with a hook"]) == (1, 0)
+
+
+@pytest.mark.parametrize("watcher", ["debug", "pre-run hook"])
+def test_watchers(result: dict[str, Any], watcher: str) -> None:
+    """Catches a launch that passes by what Triton would do for somebody who debugs or looks at it."""
+    assert result[watcher] == 1
+
+
+def test_options_and_bound(result: dict[str, Any]) -> None:
+    """Catches a launch with the options of an earlier one, and kernels that are kept without end."""
+    assert result["other options"] == 2 and result["most"] <= 3
