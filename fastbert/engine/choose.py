@@ -186,13 +186,11 @@ class Engine:
             yield GRADIENTS
         if model.training:
             yield TRAINING
-        yield from self.state.obstacles(model, device)
+        yield from self.state.graph_obstacles(model, device)
         obstacle = attention.triton_obstacle(model.config.head_size, torch.empty(0, dtype=model.dtype, device=device))
         decision = dispatch.decide("attention", model.policy, device, obstacle)
         if decision.backend != "triton":
             yield f"the backend of attention is {decision.backend!r}"
-        elif "window" in (self.state.layer_features(model) if self.state.features is None else self.state.features):
-            yield "attention within a window has no kernel that a graph can launch"
 
     def graph_obstacles(self, model: EncoderModel, device: torch.device | None = None) -> Iterator[str]:
         """Every reason why no batch runs as a CUDA graph. device: if it is not the model's, less can be said."""

@@ -213,7 +213,7 @@ def test_harmless_keys_are_kept():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"model_type": "mpnet"}, "model_type: got 'mpnet', expected one of bert, camembert, distilbert, electra, rob"),
+        ({"model_type": "deberta"}, "model_type: got 'deberta', expected one of bert, camembert, distilbert, electra, rob"),
         (
             {"position_embedding_type": "relative_key"},
             "position_embedding_type: got 'relative_key', but only 'absolute'",
