@@ -70,9 +70,9 @@ class Engine:
     ) -> list[Tensor]:
         """Runs the encoder on a packed batch.
 
-        Returns the last hidden state (T, H) as a list, or all L + 1 of them. check: whether ids on the device are yet
-        to be compared with their tables; ids on the host have been. A precision that cannot run is logged once, or
-        raises BackendError under a strict policy. What is wrong with an earlier batch is raised here.
+        Returns the last hidden state (T, H) as a list, or all L + 1 of them. check: whether ids on the device are still
+        to be compared with their tables. A precision that cannot run is logged once, or raises BackendError under a
+        strict policy. What is wrong with an earlier batch is raised here.
         """
         if torch.compiler.is_compiling():
             return self._run_checked(model, batch, inputs, keep_states, None, check, compiling=True)
@@ -292,10 +292,8 @@ class Engine:
             and snapshot.plain()
             and not everywhere()
         )
-        if not same:
-            return False
-        key, seen = self._key(model), self._graph_key
-        return key == seen[0] and seen[1] is state
+        seen = self._graph_key
+        return same and self._key(model) == seen[0] and seen[1] is state
 
     def defers(self, model: EncoderModel) -> bool:
         """Tells whether kernels note what would be wrong with ids and weights, so that no call waits for a look."""

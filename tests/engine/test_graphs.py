@@ -14,6 +14,7 @@ from torch import Tensor
 
 import fastbert
 import fastbert.models.bert
+from fastbert.engine import launched
 from fastbert.models import tasks
 from graph_cases import (
     LENGTHS,
@@ -114,15 +115,20 @@ def test_hidden_states_go_when_they_are_read(device: torch.device, monkeypatch: 
     """Catches memory that grows with the layers: all hidden states kept where only the last was asked for."""
     model = make(device, num_hidden_layers=4)
     states: list[Any] = []
-    forward = fastbert.models.bert.BertLayer.forward
 
-    def watched(layer: Any, x: Tensor, batch: Any, policy: Any) -> Tensor:
-        assert all(state() is None for state in states[:-1])
-        out = forward(layer, x, batch, policy)
-        states.append(weakref.ref(out))
-        return out
+    def watch(cls: Any, name: str) -> None:
+        run = getattr(cls, name)
 
-    monkeypatch.setattr(fastbert.models.bert.BertLayer, "forward", watched)
+        def watched(layer: Any, x: Tensor, *args: Any) -> Tensor:
+            assert all(state() is None for state in states[:-1])
+            out = run(layer, x, *args)
+            states.append(weakref.ref(out))
+            return out
+
+        monkeypatch.setattr(cls, name, watched)
+
+    watch(fastbert.models.bert.BertLayer, "forward")
+    watch(launched.Layer, "run")  # which stands for a layer whose modules are its own
     encode(model, [9, 4])
     assert len(states) == 4
 
