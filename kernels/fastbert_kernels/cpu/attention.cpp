@@ -340,15 +340,15 @@ void attention(const bf16* qkv, bf16* out, const Heads& heads, const AttentionPl
 }
 
 // table, radius, columns: the members of PositionBias.
-#define ATTENTION(name, T)                                                                                       \
-    EXPORT int name(const T* qkv, int64_t row_stride, int64_t n_rows, const int32_t* cu_seqlens, int64_t n_seqs, \
-                    int64_t n_heads, int64_t head_size, float scale, T* out, int64_t out_stride,                 \
-                    const float* table, int64_t radius, const int32_t* columns, int64_t window) {                \
-        const AttentionPlan plan(cu_seqlens, n_seqs, n_rows, head_size, table != NULL, window);                  \
-        if (plan.status != 0) return plan.status;                                                                \
-        const Heads heads = {row_stride, n_heads, head_size, out_stride, scale, {table, radius, columns}};       \
-        in_parallel([&](const Team& team) { attention(qkv, out, heads, plan, team); });                          \
-        return 0;                                                                                                \
+#define ATTENTION(name, T)                                                                                           \
+    EXPORT int name(const T* qkv, int64_t row_stride, int64_t n_rows, const int32_t* cu_seqlens, int64_t n_seqs,     \
+                    int64_t n_heads, int64_t head_size, float scale, T* out, int64_t out_stride, const float* table, \
+                    int64_t radius, const int32_t* columns, int64_t window) {                                        \
+        const AttentionPlan plan(cu_seqlens, n_seqs, n_rows, head_size, table != NULL, window);                      \
+        if (plan.status != 0) return plan.status;                                                                    \
+        const Heads heads = {row_stride, n_heads, head_size, out_stride, scale, {table, radius, columns}};           \
+        in_parallel([&](const Team& team) { attention(qkv, out, heads, plan, team); });                              \
+        return 0;                                                                                                    \
     }
 
 ATTENTION(fastbert_attention_float32, float)

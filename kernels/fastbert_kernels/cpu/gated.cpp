@@ -56,14 +56,14 @@ void gate_any(const T* x, int64_t stride, T* out, int64_t n_rows, int64_t width,
 }  // namespace
 
 // Strides in elements; columns are contiguous, as all of out, cos and sin is.
-#define GATED(T, dtype)                                                                                               \
-    EXPORT void fastbert_rotary_##dtype(const T* qkv, int64_t stride, const float* cos, const float* sin, T* out,     \
-                                        int64_t n_rows, int64_t n_heads, int64_t half) {                              \
-        rotate(qkv, stride, cos, sin, out, n_rows, n_heads, half);                                                    \
-    }                                                                                                                 \
-    EXPORT void fastbert_gated_##dtype(const T* x, int64_t stride, T* out, int64_t n_rows, int64_t width,             \
-                                       int64_t activation) {                                                          \
-        gate_any(x, stride, out, n_rows, width, activation);                                                          \
+#define GATED(T, dtype)                                                                                           \
+    EXPORT void fastbert_rotary_##dtype(const T* qkv, int64_t stride, const float* cos, const float* sin, T* out, \
+                                        int64_t n_rows, int64_t n_heads, int64_t half) {                          \
+        rotate(qkv, stride, cos, sin, out, n_rows, n_heads, half);                                                \
+    }                                                                                                             \
+    EXPORT void fastbert_gated_##dtype(const T* x, int64_t stride, T* out, int64_t n_rows, int64_t width,         \
+                                       int64_t activation) {                                                      \
+        gate_any(x, stride, out, n_rows, width, activation);                                                      \
     }
 
 GATED(float, float32)
