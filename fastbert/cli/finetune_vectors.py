@@ -70,6 +70,8 @@ EMBED_HELP: Help = {
     "data": DATA,
     "objective": {
         "loss": ("", "auto: mnrl for pairs and triplets, cosent for scored pairs, batch-all for classes, distillation"),
+        "preserve": ("FILE", "of texts whose vectors stay as they are, so that other knowledge is not lost"),
+        "preserve_weight": ("VALUE", "of the loss of those texts, 1 - cosine to the vector before the training"),
         "margin": ("VALUE", "cosine distance by which texts of other classes are to be farther"),
         "teacher_width": ("", "a teacher of another width: pca or cut of its vectors, or dense after the model's"),
         "matryoshka": ("WIDTHS", "that are trained beside one another, as in 384,192,96"),

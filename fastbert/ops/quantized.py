@@ -318,18 +318,23 @@ def _embedding_kernel(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     return (embedding._kernel(*rest), *buffers)
 
 
-def _attention_kernel(*arguments: Any) -> tuple[Tensor, Tensor]:
-    rest: list[Any]
-    *rest, precision, small, table, columns = arguments
-    qkv, num_heads = rest[0], rest[5]
+def _attention_kernel(
+    qkv: Tensor, cu_seqlens: Tensor, cu_seqlens_cpu: Tensor, row_spans: Tensor | None, tiles: Tensor | None,
+    num_heads: int, scale: float, precision: str, small: bool = False, table: Tensor | None = None,
+    columns: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     buffers = _buffers(qkv, qkv.shape[1] // 3, num_heads, DTYPES[precision])
-    rest += [None, small, table, columns, buffers]  # no list of short sequences
-    attention._kernel(*rest)
+    lists = row_spans, tiles
+    short_tiles = None  # no list of short sequences
+    attention._kernel(
+        qkv, cu_seqlens, cu_seqlens_cpu, *lists, num_heads, scale, short_tiles, small, table, columns, buffers
+    )
     return buffers
 
 
 def _attention_twin(*arguments: Any) -> tuple[Tensor, Tensor]:
-    qkv, _, cu_seqlens_cpu, _, _, num_heads, scale, precision, _, *bias = arguments
+    # PyTorch leaves out the last arguments where they are the defaults.
+    (qkv, _, cu_seqlens_cpu, _, _, num_heads, scale, precision), bias = arguments[:8], arguments[9:]
     # An operation of its own, as a tracer cannot look at the lengths on the host.
     out = torch.ops.fastbert.grouped_attention(qkv, cu_seqlens_cpu, num_heads, scale, *bias)
     q = quantize(out, precision, out.shape[1] // num_heads)

@@ -96,6 +96,8 @@ def test_a_table_of_all_parts(
 ) -> None:
     """Catches a part that cannot be run, a row without its numbers, and a part without data that stops the others."""
     monkeypatch.setattr(finetune_parts, "COMPARED", {"wordnet-classes": (8, 64, 2)})
+    (tmp_path / "text").write_text("\n".join(f"{i} " + "a long day of film " * 9 for i in range(9)), encoding="utf-8")
+    monkeypatch.setattr(finetune_parts, "text_file", lambda name: tmp_path / "text")
     options: dict[str, Any] = {"quick": True, "run_command": in_this_process, "files": files}
     others = [name for name in finetune_report.PARTS if name != "spam"]
     assert finetune_report.report(others, tmp_path, encoder, **options) == 0, capsys.readouterr().err

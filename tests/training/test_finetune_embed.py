@@ -175,9 +175,29 @@ def test_the_command(encoder: str, tmp_path: Path, capsys: pytest.CaptureFixture
     assert settings["matryoshka"] == [32, 16] and settings["steps"] == 3 and settings["progress"] is False
 
 
+def test_preserved_vectors_stay(encoder: str, tmp_path: Path) -> None:
+    """Catches texts that are to keep their vectors and move as far as without that, and a loss that other sets get."""
+    texts = [f"{pair['positive']} and other news of {i}" for i, pair in enumerate(PAIRS)]
+    options: Any = {**COMMON, "eval_share": 0.0, "steps": 30, "batch_size": 4, "learning_rate": 3e-3}
+    before = vectors_of(encoder, texts)
+
+    def moved(name: str, **more: Any) -> float:
+        train_embeddings(encoder, PAIRS, tmp_path / name, **options, **more)
+        after = vectors_of(tmp_path / name, texts)
+        lengths = np.linalg.norm(before, axis=1) * np.linalg.norm(after, axis=1)
+        return float(1 - ((before * after).sum(1) / lengths).mean())
+
+    kept = moved("kept", preserve=[{"text": text} for text in texts])
+    assert kept < 0.5 * moved("free")
+    facts = json.loads((tmp_path / "kept/metrics.json").read_text())
+    assert facts["settings"]["preserve"] == "<list>" and facts["settings"]["preserve_weight"] == 20.0
+
+
 @pytest.mark.parametrize(
     ("rows", "options", "error", "message"),
     [
+        (PAIRS, {"preserve": [{"text": "a"}], "loss": "distillation"}, ValueError, "preserve: not with loss"),
+        (PAIRS, {"preserve": [{"other": "a"}]}, RecordError, "record 1"),
         ([{"anchor": "a", "positive": "b"}, {"anchor": "c"}], {}, RecordError, "record 2: has other columns"),
         ([{"anchor": "a", "positive": " "}], {}, RecordError, "record 1"),
         ([{"sentence1": "a", "sentence2": "b", "score": "x"}], {}, RecordError, "record 1: score: expected a finite"),

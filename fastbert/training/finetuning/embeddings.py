@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from fastbert.training.finetuning import distilling
+from fastbert.training.finetuning import distilling, preserving
 from fastbert.training.finetuning.vector_batches import SMALLEST_OF_CLASSES, sampler_arguments
 from fastbert.training.finetuning.vector_data import (
     Example,
@@ -103,18 +103,27 @@ def train_by(settings: EmbedSettings) -> VectorResult:
         task = TeacherVectors(held)
     rows = _rows(examples, loss)
     data = dataset_of(rows)
+    preserved: list[dict[str, Any]] = []
+    if settings.preserve is not None:
+        if loss == "distillation" or loss in CLASS_LOSSES:
+            raise ValueError(f"preserve: not with loss {loss!r}, expected one of pairs or of scored pairs")
+        preserved = preserving.rows_of(model, settings, len(rows), prompts[0], processes)
     batches = "no duplicates" if loss in IN_BATCH else "classes" if loss in CLASS_LOSSES else "shuffled"
     arguments = arguments_of(
         SentenceTransformerTrainingArguments, settings, None if task is None else task.headline,
-        **sampler_arguments(batches, processes.n, isinstance(data, dict)),
+        **sampler_arguments(batches, processes.n, isinstance(data, dict) or bool(preserved)),
     )  # fmt: skip
     arguments.prompts = {
         name: prompts[name not in FIRST]
-        for name in dict.fromkeys(name for row in rows for name in row)
+        for name in dict.fromkeys(name for row in (*rows, *preserved[:1]) for name in row)
         if name not in LABELS and prompts[name not in FIRST]
     }
+    losses = _loss(model, loss, settings)
+    if settings.preserve is not None:
+        data, losses = preserving.with_rows(data, losses, preserved, model, settings.preserve_weight)
+        facts["preserved"] = len(preserved)
     return run(
-        SentenceTransformerTrainer, arguments, model, _loss(model, loss, settings), data, settings,
+        SentenceTransformerTrainer, arguments, model, losses, data, settings,
         None if task is None else _Scorer(task, settings, prompts), "" if task is None else task.headline, checkpoint,
         {"loss": loss, "training": numbers_of(examples), "evaluation": numbers_of(held), **facts}, processes,
     )  # fmt: skip

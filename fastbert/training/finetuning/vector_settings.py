@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -99,7 +100,7 @@ class VectorSettings:
     def as_dict(self) -> dict[str, Any]:
         """Returns the fields as JSON has them. Data in memory are written as the name of their type."""
         values: dict[str, Any] = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        for name in ("train", "eval"):
+        for name in {"train", "eval", "preserve"} & values.keys():
             if not isinstance(values[name], (str, type(None))):
                 values[name] = f"<{type(values[name]).__name__}>"
         return {
@@ -113,6 +114,8 @@ class EmbedSettings(VectorSettings):
     """What `train_embeddings` is asked for, beside the fields of `VectorSettings`."""
 
     loss: str = "auto"  # by the records: mnrl, cosent, marginmse, distillation or batch-all
+    preserve: Any = None  # a file of texts, or any iterable of dicts with text, whose vectors stay as they are
+    preserve_weight: float = 20.0  # of their loss, 1 - cosine to the vector before the training
     margin: float = 0.2  # cosine distance by which wrong texts are to be farther, of batch losses
     teacher_width: str = "auto"  # where it is not the model's: pca or cut of its vectors, or dense after the model's
     matryoshka: tuple[int, ...] = ()  # widths that are trained beside one another
@@ -124,7 +127,11 @@ class EmbedSettings(VectorSettings):
         super().__post_init__()
         one_of("loss", self.loss, *EMBED_LOSSES)
         one_of("teacher_width", self.teacher_width, *TEACHER_WIDTHS)
-        check_fields(self, (), (("margin", 0.0, 2.0),))
+        check_fields(self, (), (("margin", 0.0, 2.0), ("preserve_weight", 0.0, math.inf)))
+        if isinstance(self.preserve, os.PathLike):
+            object.__setattr__(self, "preserve", os.fspath(self.preserve))
+        if self.preserve is not None and self.loss in ("distillation", *CLASS_LOSSES):
+            raise ValueError(f"preserve: not with loss {self.loss!r}, expected one of pairs or of scored pairs")
         widths = self.matryoshka
         if isinstance(widths, str):
             widths = tuple(int(width) for width in widths.split(","))  # ValueError names what is no number
