@@ -172,7 +172,8 @@ def test_arch_of_a_gpu_that_is_not_there(dtype: torch.dtype) -> None:
     (attention,) = rows_of(report, "attention")
     expected = configs.attention_config(dtype, 16, 90)
     assert attention.backend == "triton" and attention.kernel == "fastbert_kernels.attention"
-    assert (attention.block_sizes, attention.source) == (expected.block_sizes, expected.source)
+    small = "" if dtype == torch.float32 else "; short texts and short batches take 64 x 64"
+    assert (attention.block_sizes, attention.source) == (expected.block_sizes, expected.source + small)
     assert attention.source.startswith("tuned/sm_90.json (")
     assert "tuned/sm_90.json" in str(report) and "compute capability 9.0" in report.device
     norm = rows_of(report, "layer_norm")[0]

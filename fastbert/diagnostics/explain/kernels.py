@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -77,7 +77,15 @@ def _attention(record: Record, device: torch.device) -> Kernel:
     if record.backend != "triton":
         source = None if obstacle is None else f"PyTorch's: {obstacle}"
         return Kernel(attention.KERNELS["torch"], source=source)
-    return _named(record, attention.KERNELS, "attention_config", record.dtype, _head_size(record), _arch(device))
+    from fastbert_kernels import configs
+
+    shape = record.dtype, _head_size(record), _arch(device)
+    kernel = _named(record, attention.KERNELS, "attention_config", *shape)
+    small = configs.small_attention_config(*shape) if record.facts["shared_tiles"] else None
+    if small is not None:
+        tile = f"{small.block_sizes['BLOCK_Q']} x {small.block_sizes['BLOCK_K']}"
+        kernel = replace(kernel, source=f"{kernel.source}; short texts and short batches take {tile}")
+    return kernel
 
 
 def _head_size(record: Record) -> int:
