@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from fastbert.diagnostics.warmup import warmup
     from fastbert.engine.events import compile_events
     from fastbert.models.bert import BertModel
+    from fastbert.models.modernbert import ModernBertModel
     from fastbert.models.mpnet import MPNetModel
     from fastbert.models.tasks import (
         BertForMaskedLM,
@@ -60,6 +61,7 @@ _PUBLIC = {
     "CrossEncoder": "fastbert.pipelines.cross",
     "EntityRecognizer": "fastbert.pipelines.entities",
     "MPNetModel": "fastbert.models.mpnet",
+    "ModernBertModel": "fastbert.models.modernbert",
     "QuestionAnswerer": "fastbert.pipelines.answers",
     "SentenceEncoder": "fastbert.pipelines.sentence",
     "Tokenizer": "fastbert.text.tokenizer",
@@ -89,6 +91,7 @@ __all__ = [
     "CrossEncoder",
     "EntityRecognizer",
     "MPNetModel",
+    "ModernBertModel",
     "QuestionAnswerer",
     "SentenceEncoder",
     "Tokenizer",

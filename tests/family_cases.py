@@ -18,6 +18,9 @@ OTHERS = ("roberta", "xlm-roberta", "camembert", "distilbert", "electra", "mpnet
 # One for each way of being different: positions, segments and names, projection, a text of its own.
 KINDS = ("roberta", "distilbert", "electra", "mpnet")
 SIZES = {"hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 2, "intermediate_size": 37}
+# transformers' eager attention of ModernBERT has a softmax in float32.
+MODERNBERT_SIZES = {"attn_implementation": "sdpa", "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+                    "cls_token_id": 1, "sep_token_id": 2, "num_hidden_layers": 4, "local_attention": 12}  # fmt: skip
 DISTILBERT_SIZES = {"dim": 32, "n_heads": 2, "n_layers": 2, "hidden_dim": 37}
 
 
@@ -44,6 +47,9 @@ def config_of_transformers(model_type: str, name: str = "BertModel", **options: 
     }
     if family.projection:
         settings["embedding_size"] = 24
+    if model_type == "modernbert":
+        settings |= MODERNBERT_SIZES
+        options = {key: list(value) if isinstance(value, tuple) else value for key, value in options.items()}
     if model_type == "xlm-roberta":
         settings["pad_token_id"] = 5  # positions count from it: not from a 1 that stands in the code
     return their_class(model_type, name).config_class(**{**settings, **options})
@@ -65,7 +71,7 @@ def randomised(model: Any, seed: int = 1) -> Any:
     randomise(model, seed)
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():
-            if parameter_name.endswith("layer_norm.weight"):
+            if parameter_name.endswith("norm.weight"):
                 parameter.add_(1.0)  # which `randomise` knows under BERT's names alone
     return model
 

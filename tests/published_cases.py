@@ -91,6 +91,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     "answerdotai/ModernBERT-base": {
         "architectures": ["ModernBertForMaskedLM"], "model_type": "modernbert", "global_attn_every_n_layers": 3,
         "global_rope_theta": 160000.0, "hidden_activation": "gelu", "local_attention": 128, "norm_eps": 1e-05,
+        "pad_token_id": 1, "bos_token_id": 2, "eos_token_id": 3, "cls_token_id": 2, "sep_token_id": 3,  # of few words
     },
     "nomic-ai/nomic-embed-text-v1.5": {
         "architectures": ["NomicBertModel"], "model_type": "nomic_bert", "activation_function": "swiglu",

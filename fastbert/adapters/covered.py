@@ -37,6 +37,8 @@ class Mapping:
     buffers: Names[str, str]  # The path of a buffer with default ids, and "columns" or "zeros", which it holds.
     output: str  # The class that forward returns.
     tanh: str = "pooler.activation"
+    attention_p: str = ""  # The attribute of attention with the probability of its dropout, where it has no module.
+    angles: str = ""  # The path of the module with the frequencies of rotary positions.
 
     @property
     def model(self) -> str:
@@ -164,6 +166,23 @@ COVERED = (
         heads="attention.attn",
         buffers={},
         output="BaseModelOutputWithPooling",
+    ),
+    Mapping(
+        family=FAMILIES["modernbert"],
+        module="transformers.models.modernbert.modeling_modernbert",
+        containers=frozenset(
+            f"ModernBert{name}" for name in ("Embeddings", "EncoderLayer", "Attention", "MLP", "RotaryEmbedding")
+        ),
+        dropouts={"attn.dropout": "attn.out_drop", "attn.out_drop": "attn.out_drop", "mlp.drop": "mlp.drop"},
+        activation="mlp.act",
+        heads="attn",
+        buffers={
+            "rotary_emb.full_attention_inv_freq": "frequencies",
+            "rotary_emb.sliding_attention_inv_freq": "frequencies",
+        },
+        output="BaseModelOutput",
+        attention_p="attention_dropout",
+        angles="rotary_emb",
     ),
 )  # fmt: skip
 

@@ -31,8 +31,10 @@ from fastbert.adapters.live_values import (
 )
 from fastbert.adapters.patches import Watch
 from fastbert.checkpoint.config import BertConfig
+from fastbert.checkpoint.rotary import layer_types, modernbert_layers
 from fastbert.engine import Options
 from fastbert.models.bert import BertModel
+from fastbert.ops.rotary import inverse_frequencies
 
 
 class Unsupported(ValueError):
@@ -99,7 +101,8 @@ class LiveEncoder:
         self._buffers = _default_ids(live, mapping)
         self._buffers_checked: Any = None
         self._watch = _watch(live, mapping)
-        around = _get(live, mapping.layers.rpartition(".")[0])
+        above = mapping.layers.rpartition(".")[0]
+        around = _get(live, above) if above else live
         self.modes = Modes(live, model, own, sites, around, list(layers))
         self.modes.follow()
 
@@ -137,11 +140,21 @@ class LiveEncoder:
         state = [(t.data_ptr(), 0 if t.is_inference() else t._version, t.shape) for _, t, _ in present]
         if state != self._buffers_checked:
             for path, tensor, kind in present:
-                expected = torch.arange(tensor.shape[-1], device=tensor.device) if kind == "columns" else 0
+                if kind == "frequencies":
+                    expected: Any = self._frequencies(path).to(tensor.device)
+                else:
+                    expected = torch.arange(tensor.shape[-1], device=tensor.device) if kind == "columns" else 0
                 if tensor.device.type == "meta" or not bool((tensor == expected).all()):
                     return f"{path} is not what a new model has"
             self._buffers_checked = state
         return None
+
+    def _frequencies(self, path: str) -> torch.Tensor:
+        """Returns the frequencies of the layers of a kind, which the name of their buffer begins with."""
+        config: Any = self.model.config
+        kind = path.rpartition(".")[2].removesuffix("_inv_freq")
+        layers = dict(zip(layer_types(config), modernbert_layers(config), strict=True))
+        return inverse_frequencies(config.head_size, layers[kind].base, layers[kind].factor)
 
     def invalidate(self) -> None:
         """Makes the tensors derived from weights anew: the weights may have been written to through `.data`."""
@@ -168,7 +181,7 @@ def _containers(live: nn.Module, mapping: Mapping, leaves: list[str]) -> dict[st
     """Returns the modules between the root and the leaves, by path. Raises Unsupported for an unknown child."""
     paths: dict[str, set[str]] = {}  # A path, and its children on the way to a leaf.
     activations = [f"{mapping.layers}.{i}.{mapping.activation}" for i in range(len(_get(live, mapping.layers)))]
-    for leaf in (*leaves, *activations):
+    for leaf in (*leaves, *activations, *([mapping.angles] if mapping.angles else [])):
         names = leaf.split(".")
         for i, name in enumerate(names):
             paths.setdefault(".".join(names[:i]), set()).add(name)
@@ -201,6 +214,9 @@ def _site(
     ours: str, theirs: str, dropout: nn.Dropout, leaf: nn.Module, live: nn.Module, mapping: Mapping
 ) -> DropoutSite:
     """Makes the site of a dropout of ours. A layer's attention reads the probability of its own as it wants to."""
+    if mapping.attention_p and ours.endswith(f".{mapping.heads}.dropout"):
+        attention = _get(live, mapping.family.to_theirs(ours.removesuffix(".dropout")))
+        return DropoutSite(theirs, dropout, attention, mapping.attention_p, attention)
     layer, _, name = ours.partition(".attention.self.")
     if name != "dropout":
         return DropoutSite.of(theirs, dropout, leaf)
@@ -236,14 +252,24 @@ def _check_layer(path: str, layer: nn.Module, mapping: Mapping, config: BertConf
     if not same_function(activation, ACT2FN[name]):
         raise Unsupported(f"{path}.{mapping.activation} is not {name!r}, which the config names")
     attention = _get(layer, mapping.heads)
-    if getattr(attention, mapping.n_heads) != config.num_attention_heads:
+    if getattr(attention, mapping.n_heads, config.num_attention_heads) != config.num_attention_heads:
         raise Unsupported(f"{path}: heads were pruned")
     if getattr(attention, "attention_head_size", config.head_size) != config.head_size:
         raise Unsupported(f"{path}.{mapping.heads}.attention_head_size was changed")
+    if getattr(attention, "head_dim", config.head_size) != config.head_size:
+        raise Unsupported(f"{path}.{mapping.heads}.head_dim was changed")
+    if mapping.angles and getattr(attention, "sliding_window", None) != _their_window(config, path):
+        raise Unsupported(f"{path}.{mapping.heads}.sliding_window is not what the config says")
     scaling = getattr(attention, "scaling", None)
     if scaling is not None and scaling != config.head_size**-0.5:
         raise Unsupported(f"{path}.{mapping.heads}.scaling was changed")
     return activation
+
+
+def _their_window(config: BertConfig, path: str) -> int | None:
+    """Returns what a layer's attention has as sliding_window: the first column that it does not reach."""
+    window = modernbert_layers(config)[int(path.rpartition(".")[2])].window
+    return None if window is None else window + 1
 
 
 def _default_ids(live: nn.Module, mapping: Mapping) -> list[tuple[str, dict[str, Any], str, str]]:

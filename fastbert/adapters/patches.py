@@ -19,8 +19,10 @@ from torch import nn
 
 from fastbert.adapters import versions
 
-# Methods of sentence-transformers have these decorators of PyTorch. Those of transformers have only its own.
-_DECORATORS = {"sentence_transformers": ("torch.utils._contextlib",)}
+# Methods of sentence-transformers have these decorators of PyTorch. Those of transformers have only its own, but for
+# the angles of rotary positions, which have no gradients.
+_CONTEXTS = "torch.utils._contextlib"
+_DECORATORS = {"sentence_transformers": (_CONTEXTS,)}
 # Packages whose callables in a module's namespace are nobody's patch.
 _HARMLESS = (sys.stdlib_module_names | {"torch", "transformers", "numpy", "fastbert"}) - {"unittest"}
 _OF_MODULES = ("__call__", "_call_impl", "_wrapped_call_impl", "__getattr__")  # Methods of nn.Module, in all modules.
@@ -57,7 +59,8 @@ def _is_of(function: Any, base: type, name: str) -> bool:
         if inner is None:
             named = base is nn.Module or function.__qualname__ == f"{base.__qualname__}.{name}"
             return named and origin == base.__module__  # nn.Module has methods under more than one name.
-        if origin.partition(".")[0] != library and origin not in _DECORATORS.get(library, ()):
+        angles = library == "transformers" and base.__name__.endswith("RotaryEmbedding") and origin == _CONTEXTS
+        if origin.partition(".")[0] != library and origin not in _DECORATORS.get(library, ()) and not angles:
             return False
         function = inner
     return False

@@ -20,6 +20,7 @@ from fastbert.checkpoint.families import family_of
 from fastbert.checkpoint.family import AFTER_PADDING, Family
 from fastbert.checkpoint.files import read_json, write_text
 from fastbert.checkpoint.folder import ARGUMENTS, resolve
+from fastbert.checkpoint.rotary import modern_angles
 from fastbert.checks import expect
 
 logger = logging.getLogger("fastbert")
@@ -93,6 +94,8 @@ class BertConfig(ConfigAccess):
             self.hidden_act = "gelu"
         self.id2label = _labels(self.id2label)
         self.validate()
+        if self.family.text == "gated_rotary_bert":
+            self.extra = modern_angles(self)
 
     @property
     def num_labels(self) -> int:
@@ -147,7 +150,8 @@ class BertConfig(ConfigAccess):
         family = self.family
         for name in _SIZES:
             value = getattr(self, name)
-            expect(_is_int(value) and value > 0, name, value, "a positive whole number")
+            none_fits = name == "type_vocab_size" and family.segments_optional and value == 0
+            expect(_is_int(value) and (value > 0 or none_fits), name, value, "a positive whole number")
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"hidden_size: got {self.hidden_size}, expected a multiple of "
@@ -188,7 +192,8 @@ class BertConfig(ConfigAccess):
         if doubled:
             raise ValueError(f"extra: holds {', '.join(doubled)}, which fields or properties of the config express")
         for name, value in self.extra.items():
-            refuse_unsupported(name, value)
+            if (name, value, family.text) != ("position_embedding_type", "rope", "gated_rotary_bert"):
+                refuse_unsupported(name, value)
 
     @classmethod
     def from_dict(cls, d: Mapping[str, Any], **overrides: Any) -> BertConfig:
@@ -276,7 +281,10 @@ _DERIVED = frozenset(("num_labels", "label2id", "torch_dtype"))
 def _named(family: Family, settings: Mapping[str, Any], known: Collection[str] = ()) -> dict[str, Any]:
     """Renames settings with the family's names to BERT's and today's. Raises TypeError for an unknown one."""
     renamed = family.config_names(settings)
-    unknown = sorted(renamed.keys() - (_FIELDS | _DERIVED | UNSUPPORTED.keys() | DEFAULTS.keys() | set(known)))
+    unknown = sorted(
+        renamed.keys()
+        - (_FIELDS | _DERIVED | UNSUPPORTED.keys() | DEFAULTS.keys() | family.defaults.keys() | set(known))
+    )
     if unknown:
         names = ", ".join(sorted(_FIELDS))
         raise TypeError(f"unknown config override {', '.join(unknown)}; expected one of num_labels, {names}")

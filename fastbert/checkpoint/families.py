@@ -1,10 +1,12 @@
 """This module holds the table of each family of encoders.
 
 The modules of fastbert.models.bert serve the families that are BERT under other names. A family with other layers names
-its text: MPNet's is fastbert.models.mpnet.
+its text: MPNet's is fastbert.models.mpnet, and ModernBERT's is fastbert.models.modernbert.
 """
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 from fastbert.checkpoint.family import AFTER_PADDING, Family, Head
 
@@ -71,6 +73,23 @@ _MPNET_HEADS = {
     "QuestionAnswering": Head(dropout=()),
 }
 
+_MODERNBERT_NAMES = (
+    ("head.dense", "cls.predictions.transform.dense"),
+    ("head.norm", "cls.predictions.transform.LayerNorm"),
+    ("decoder.bias", "cls.predictions.bias"),
+    ("decoder", "cls.predictions.decoder"),
+)
+_MODERNBERT_HEAD = Head(names=(("head.norm", "head.LayerNorm"),), transform=True, dropout=("classifier_dropout",))
+_MODERNBERT_HEADS = {
+    "MaskedLM": Head(names=_MODERNBERT_NAMES),
+    "SequenceClassification": _MODERNBERT_HEAD,
+    "MultipleChoice": _MODERNBERT_HEAD,
+    "TokenClassification": _MODERNBERT_HEAD,
+    "QuestionAnswering": replace(
+        _MODERNBERT_HEAD, names=(("head.norm", "head.LayerNorm"), ("classifier", "qa_outputs"))
+    ),
+}
+
 _ROBERTA_TOKENS = {
     "pad_token": "<pad>",
     "unk_token": "<unk>",
@@ -94,6 +113,7 @@ def _roberta(model_type: str, classes: str, vocab_size: int) -> Family:
     )
 
 
+_QKV = (("self_attn.qkv", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),)
 _LAYER, _THEIR_LAYER = "encoder.layer.*", "transformer.layer.*"
 
 FAMILIES: dict[str, Family] = {
@@ -162,12 +182,153 @@ FAMILIES: dict[str, Family] = {
             special_tokens={**_ROBERTA_TOKENS, "unk_token": "[UNK]"},
             segments=False,
         ),
+        Family(
+            "modernbert",
+            "ModernBert",
+            prefix="model.",
+            heads=_MODERNBERT_HEADS,
+            names=(
+                ("embeddings.tok_embeddings", "embeddings.word_embeddings"),
+                ("embeddings.norm", "embeddings.LayerNorm"),
+                ("embeddings.drop", "embeddings.dropout"),
+                ("layers", "encoder.layer"),
+                ("final_norm", "encoder.final_norm"),
+            ),
+            settings=(
+                ("hidden_activation", "hidden_act"),
+                ("norm_eps", "layer_norm_eps"),
+                ("attention_dropout", "attention_probs_dropout_prob"),
+            ),
+            defaults={
+                "vocab_size": 50368,
+                "num_hidden_layers": 22,
+                "intermediate_size": 1152,
+                "max_position_embeddings": 8192,
+                "layer_norm_eps": 1e-5,
+                "attention_probs_dropout_prob": 0.0,
+                "classifier_dropout": 0.0,
+                "pad_token_id": 50283,
+                "bos_token_id": 50281,
+                "eos_token_id": 50282,
+                "cls_token_id": 50281,
+                "sep_token_id": 50282,
+                "local_attention": 128,
+                "norm_bias": False,
+                "attention_bias": False,
+                "mlp_bias": False,
+                "embedding_dropout": 0.0,
+                "mlp_dropout": 0.0,
+                "decoder_bias": True,
+                "classifier_bias": False,
+                "classifier_activation": "gelu",
+                "classifier_pooling": "cls",
+            },
+            fixed={"type_vocab_size": 1, "hidden_dropout_prob": 0.0},
+            token_types=False,
+            pooler=False,
+            text="modernbert",
+            tokenizer="PreTrained",
+            segments=False,
+        ),
+        Family(
+            "gte",
+            "Gte",
+            prefix="gte.",
+            heads={
+                "MaskedLM": Head(
+                    names=(
+                        ("lm_head.dense", "cls.predictions.transform.dense"),
+                        ("lm_head.layer_norm", "cls.predictions.transform.LayerNorm"),
+                        ("lm_head.norm", "cls.predictions.transform.LayerNorm"),  # the hub's, which is not written
+                        ("lm_head.decoder.bias", "cls.predictions.bias"),
+                        ("lm_head.decoder", "cls.predictions.decoder"),
+                    ),
+                    activation="gelu",
+                ),
+                "SequenceClassification": Head(pooler=True),
+                "TokenClassification": Head(),
+            },
+            names=(("layers", "encoder.layer"),),
+            defaults={
+                "vocab_size": 250048,
+                "max_position_embeddings": 8192,
+                "type_vocab_size": 1,
+                "attention_probs_dropout_prob": 0.0,
+                "pad_token_id": 1,
+                "rope_theta": 160_000.0,
+            },
+            older_prefix="new.",
+            older_names=(
+                (f"{_LAYER}.attention.qkv_proj", f"{_LAYER}.self_attn.qkv"),
+                (f"{_LAYER}.attention.o_proj", f"{_LAYER}.self_attn.o_proj"),
+                (f"{_LAYER}.attn_ln", f"{_LAYER}.post_attention_layernorm"),
+                (f"{_LAYER}.mlp_ln", f"{_LAYER}.post_mlp_layernorm"),
+                (f"{_LAYER}.mlp.up_gate_proj", f"{_LAYER}.mlp.up_gate"),
+            ),
+            fused=(*_QKV, ("mlp.up_gate", ("mlp.up_proj", "mlp.gate_proj"))),
+            segments_optional=True,
+            pooler=False,
+            text="gated_rotary_bert",
+            tokenizer="PreTrained",
+        ),
+        Family(
+            "nomic_bert",
+            "NomicBert",
+            prefix="nomic_bert.",
+            heads={
+                "MaskedLM": Head(
+                    names=(("cls.predictions.transform.layer_norm", "cls.predictions.transform.LayerNorm"),),
+                ),
+                "SequenceClassification": Head(pooler=True),
+                "TokenClassification": Head(),
+            },
+            names=(("layers", "encoder.layer"),),
+            defaults={
+                "vocab_size": 30528,
+                "hidden_act": "silu",
+                "hidden_dropout_prob": 0.0,
+                "attention_probs_dropout_prob": 0.0,
+                "max_position_embeddings": 2048,
+                "rope_theta": 1000.0,
+            },
+            older_prefix="bert.",
+            older_settings=(
+                ("n_embd", "hidden_size"),
+                ("n_layer", "num_hidden_layers"),
+                ("n_head", "num_attention_heads"),
+                ("n_inner", "intermediate_size"),
+                ("n_positions", "max_position_embeddings"),
+                ("resid_pdrop", "hidden_dropout_prob"),
+                ("attn_pdrop", "attention_probs_dropout_prob"),
+                ("layer_norm_epsilon", "layer_norm_eps"),
+                ("rotary_emb_base", "rope_theta"),
+            ),
+            older_names=(
+                ("emb_ln", "embeddings.LayerNorm"),
+                ("encoder.layers.*.attn.Wqkv", f"{_LAYER}.self_attn.qkv"),
+                ("encoder.layers.*.attn.out_proj", f"{_LAYER}.self_attn.o_proj"),
+                ("encoder.layers.*.mlp.fc11", f"{_LAYER}.mlp.up_proj"),
+                ("encoder.layers.*.mlp.fc12", f"{_LAYER}.mlp.gate_proj"),
+                ("encoder.layers.*.mlp.fc2", f"{_LAYER}.mlp.down_proj"),
+                ("encoder.layers.*.norm1", f"{_LAYER}.post_attention_layernorm"),
+                ("encoder.layers.*.norm2", f"{_LAYER}.post_mlp_layernorm"),
+            ),
+            fused=_QKV,
+            pooler=False,
+            text_bias=False,
+            text="gated_rotary_bert",
+            tokenizer="Bert",
+        ),
     )
 }
 
 
+ALIASES = {"new": "gte"}  # names that the hub has for a family
+
+
 def family_of(model_type: str) -> Family:
     """Returns the table of a model_type. Raises ValueError, with the list of what is covered, where there is none."""
+    model_type = ALIASES.get(model_type, model_type) if isinstance(model_type, str) else model_type
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise ValueError(f"model_type: got {model_type!r}, expected one of {', '.join(sorted(FAMILIES))}")
     return FAMILIES[model_type]

@@ -35,6 +35,8 @@ class Head:
     activation: str | None = None
     # Settings that name the probability of dropout: the first that is not None counts.
     dropout: tuple[str, ...] = ("classifier_dropout", "hidden_dropout_prob")
+    # Whether a dense layer, an activation and a norm lie between the encoder's states and the classes, under `head`.
+    transform: bool = False
     dropout_first: bool = False  # Whether the first token is dropped out, too.
 
 
@@ -55,6 +57,14 @@ class Family:
     pooler: bool = True  # Whether the bare model has a pooler.
     attention_output_dropout: bool = True  # Whether a layer drops out between attention and its norm.
     projection: bool = False  # Whether the embeddings have their own width, `embedding_size`, and a linear layer.
+    # What the hub's own files call things where that is not transformers': it is read, and not written.
+    older_names: Names = ()
+    older_prefix: str | None = None
+    older_settings: tuple[tuple[str, str], ...] = ()
+    # Pairs of a module of the hub's, under our name, and of those that its rows are cut into, from first to last.
+    fused: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    segments_optional: bool = False  # Whether type_vocab_size may be 0.
+    text_bias: bool = True  # Whether the linears of its text have biases, where its config has no setting for that.
     text: str = "bert"  # What describes its layers: the file of fastbert.models, and of fastbert.reference.
     required: Mapping[str, Any] = field(default_factory=dict)  # BertConfig fields for which its code has one value.
     tokenizer: str = ""  # The class of the tokenizer in transformers, without "Tokenizer".
@@ -63,7 +73,7 @@ class Family:
 
     def to_ours(self, name: str) -> str:
         """Returns our name of a module or parameter of their bare model. A name that no table has stays as it is."""
-        return _renamed(name, self.names) or name
+        return _renamed(name, self.names + self.older_names) or name
 
     def to_theirs(self, name: str) -> str:
         """Inverts `to_ours`."""
@@ -71,8 +81,9 @@ class Family:
 
     def state_to_ours(self, name: str, head: str | None = None) -> str:
         """Returns our name of a checkpoint's tensor, with or without the prefix. head: of the model that reads it."""
-        if self.prefix and name.startswith(self.prefix):
-            return "bert." + self.to_ours(name.removeprefix(self.prefix))
+        for prefix in (self.prefix, self.older_prefix):
+            if prefix and name.startswith(prefix):
+                return "bert." + self.to_ours(name.removeprefix(prefix))
         names = () if head is None else self.heads[head].names
         return _renamed(name, names) or self.to_ours(name)
 
@@ -91,6 +102,20 @@ class Family:
             raise ValueError(f"BertFor{task}: not covered for model_type {self.model_type!r}, which has {covered}")
         return self.heads[task]
 
+    def cut(self, state: Mapping[str, Any]) -> dict[str, Any]:
+        """Cuts tensors of fused modules, under our names, into those of the modules that they stand for."""
+        whole: dict[str, Any] = {}
+        for name, tensor in state.items():
+            path, _, end = name.rpartition(".")
+            parts = next((parts for fused, parts in self.fused if path.endswith(f".{fused}")), None)
+            if parts is None:
+                whole[name] = tensor
+                continue
+            before = path.rpartition(".")[0].rpartition(".")[0]
+            names = [f"{before}.{part}.{end}" for part in parts]
+            whole.update(zip(names, tensor.chunk(len(parts)), strict=True))
+        return whole
+
     def config(self, data: Mapping[str, Any]) -> dict[str, Any]:
         """Renames the content of their config.json to BertConfig's fields, and adds the family's defaults."""
         stored = {name: value for name, value in self.config_names(data).items() if name not in self.fixed}
@@ -98,6 +123,8 @@ class Family:
 
     def config_names(self, data: Mapping[str, Any]) -> dict[str, Any]:
         """Renames settings to BertConfig's fields. Where a setting has both names, the value under theirs counts."""
+        older = {name: ours for name, ours in self.older_settings if ours not in data}
+        data = {older.get(name, name): value for name, value in data.items()}
         ours = dict(self.settings)
         return {name: data[name] for name in data if name not in ours} | {
             ours[name]: data[name] for name in data if name in ours

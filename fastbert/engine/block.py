@@ -5,8 +5,9 @@ Families differ in what a `Block` has beyond BERT's: an engine that lacks it nam
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -20,6 +21,7 @@ FEATURES = {
 }
 
 
+_NORMS = ("attention_norm", "output_norm", "last_norm")
 _LINEARS = ("query", "key", "value", "out", "up", "down")
 
 
@@ -83,18 +85,20 @@ class Block:
     """One layer: attention and a feed-forward part, each with its residual and its norm.
 
     query, key, value, out: (H, H). up: (I, H). down: (H, I). fuse_qkv gives query, key and value as one linear,
-    (3H, H), which is kept until one of them changes. dropouts: the probabilities, in the present mode, for attention's
-    probabilities, its output and the feed-forward part's output. gate: (I, H), whose product multiplies the
-    activation's. rotary: the base of the angles. position_bias: (N, 2R + 1), what is added to the score of a key that
-    stands -R to R columns after the query, and of those beyond (fastbert.ops.position_bias); all layers may share it.
-    window: tokens on either side that attention reaches.
+    (3H, H), which is kept until one of them changes. attention_norm: None where attention reads what the layer before
+    gave, as in ModernBERT's first. dropouts: the probabilities, in the present mode, for attention's probabilities, its
+    output and the feed-forward part's output. gate: (I, H), whose product multiplies the activation's. pre_norm:
+    whether the norms are of what each part reads. rotary: the base of the angles. position_factor: by what their
+    positions are divided. position_bias: (N, 2R + 1), what is added to the score of a key that stands -R to R columns
+    after the query, and of those beyond (fastbert.ops.position_bias); all layers may share it. window: tokens on either
+    side that attention reaches. last_norm: of the encoder's output, in its last layer.
     """
 
     query: Linear
     key: Linear
     value: Linear
     out: Linear
-    attention_norm: Norm
+    attention_norm: Norm | None
     up: Linear
     down: Linear
     output_norm: Norm
@@ -107,6 +111,14 @@ class Block:
     rotary: float | None = None
     position_bias: Tensor | None = None
     window: int | None = None
+    position_factor: float = 1.0
+    last_norm: Norm | None = None
+
+    @property
+    def norms(self) -> tuple[Norm, Norm]:
+        """Both norms, of a layer that has two."""
+        assert self.attention_norm is not None
+        return self.attention_norm, self.output_norm
 
     @property
     def hidden_size(self) -> int:
@@ -128,8 +140,10 @@ class Block:
 
     def mapped(self, function: Callable[[Tensor], Tensor]) -> Block:
         """The same layer with the function's results in the place of its tensors."""
-        linears = {name: getattr(self, name).mapped(function) for name in _LINEARS}
-        norms = {name: getattr(self, name).mapped(function) for name in ("attention_norm", "output_norm")}
+        linears: dict[str, Any] = {name: getattr(self, name).mapped(function) for name in _LINEARS}
+        norms: dict[str, Any] = {
+            name: None if (norm := getattr(self, name)) is None else norm.mapped(function) for name in _NORMS
+        }
         gate = None if self.gate is None else self.gate.mapped(function)
         bias = None if self.position_bias is None else function(self.position_bias)
         fuse = self.fuse_qkv
@@ -141,6 +155,12 @@ class Block:
         """The matrix products of the layer by name: the linears that are multiplied as one. See `product_shapes`."""
         up = (self.up,) if self.gate is None else (self.up, self.gate)
         return {"qkv": (self.query, self.key, self.value), "out": (self.out,), "up": up, "down": (self.down,)}
+
+
+def features_of(blocks: Sequence[Block]) -> list[str]:
+    """Returns the names of FEATURES that some of the layers have."""
+    names = {name for block in blocks for name in block.features()}
+    return [name for name in FEATURES if name in names]
 
 
 def product_shapes(hidden_size: int, intermediate_size: int) -> dict[str, tuple[int, int]]:

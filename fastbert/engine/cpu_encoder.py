@@ -199,7 +199,7 @@ def pack_encoder(
     """
     if not blocks:
         return None
-    norms = [norm for block in blocks for norm in (block.attention_norm, block.output_norm)]
+    norms = [norm for block in blocks for norm in block.norms]
     embeddings: cpu.EncoderTables | tuple[()] = ()
     if tables is not None:
         norm = tables.norm
@@ -230,7 +230,7 @@ def pack_encoder(
 def _layer(block: Block) -> cpu.EncoderLayer:
     """The tensors of a layer as they are, in the order of the kernel."""
     qkv, out, up, down = block.fuse_qkv(), block.out, block.up, block.down
-    attention_norm, output_norm = block.attention_norm, block.output_norm
+    attention_norm, output_norm = block.norms
     tensors: Any = (
         qkv.weight, qkv.bias, out.weight, out.bias, attention_norm.weight, attention_norm.bias,
         up.weight, up.bias, down.weight, down.bias, output_norm.weight, output_norm.bias,

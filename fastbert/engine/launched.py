@@ -142,7 +142,7 @@ def _layer(block: Block, x: Tensor, policy: Any) -> Layer:
         return norm.weight, norm.bias, norm.eps
 
     return Layer(
-        product(block.fuse_qkv()), product(block.out, residual=True), norm(block.attention_norm),
+        product(block.fuse_qkv()), product(block.out, residual=True), norm(block.norms[0]),
         product(block.up, block.activation), product(block.down, residual=True), norm(block.output_norm),
         block.num_heads, block.head_size**-0.5,
     )  # fmt: skip
@@ -158,7 +158,7 @@ def _fits(block: Block, x: Tensor) -> bool:
         (block.down.weight, (h, i)),
         (block.up.bias, (i,)),
         *((linear.bias, (h,)) for linear in (*square, block.down)),
-        *((t, (h,)) for norm in (block.attention_norm, block.output_norm) for t in (norm.weight, norm.bias)),
+        *((t, (h,)) for norm in block.norms for t in (norm.weight, norm.bias)),
     ]
     return all(
         t is not None and t.shape == shape and t.dtype == x.dtype and t.device == x.device for t, shape in wanted

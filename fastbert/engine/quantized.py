@@ -209,9 +209,7 @@ class EightBit:
             )
             weight, bias = of_out
             y = ops.quantized.linear(context, weight, None, x.dtype, policy=policy)
-            x, q = ops.quantized.bias_residual_layer_norm(
-                y, bias, x, *_norm(block.attention_norm), precision, policy=policy
-            )
+            x, q = ops.quantized.bias_residual_layer_norm(y, bias, x, *_norm(block.norms[0]), precision, policy=policy)
             weight, bias = of_up
             inner = ops.quantized.linear_quantized(q, weight, bias, block.activation, policy=policy)
             weight, bias = of_down

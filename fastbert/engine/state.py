@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastbert.engine.block import features_of
 from fastbert.engine.interface import EncoderModel
 from fastbert.engine.listeners import everywhere, observer_obstacle
 from fastbert.engine.snapshot import ModuleSnapshot
@@ -48,8 +49,7 @@ class EncoderState:
 
     def layer_features(self, model: EncoderModel) -> list[str]:
         """Returns what the layers have beyond BERT's, by the names of `block.FEATURES`. After `plain_modules`."""
-        block = next(iter(model.blocks()), None)
-        self.features = [] if block is None else block.features()
+        self.features = features_of(list(model.blocks()))
         return self.features
 
     def plain_parameters(self) -> bool:
@@ -67,6 +67,15 @@ class EncoderState:
             yield observer
         if not self.plain_modules(model):
             yield "a module of the encoder is an adapter, has hooks or a forward of its own, or is in training mode"
+
+    def graph_obstacles(self, model: EncoderModel, device: torch.device) -> Iterator[str]:
+        """The same, and what layers do that looks at lengths on the host, which no graph can."""
+        plain = True
+        for obstacle in self.obstacles(model, device):
+            plain = False
+            yield obstacle
+        if plain and "window" in (self.layer_features(model) if self.features is None else self.features):
+            yield "attention within a window has no kernel that a graph can launch"
 
     def written_silently(self, model: EncoderModel) -> bool:
         """Tells whether weights were written to without PyTorch's count; then what is derived is made anew.

@@ -125,7 +125,7 @@ def _one_dtype(blocks: list[Block], x: Tensor) -> bool:
 
 def parameters_of(block: Block) -> LayerParameters:
     """The parameters of a layer in the order of its node of autograd."""
-    first, last = block.attention_norm, block.output_norm
+    first, last = block.norms
     like = block.out.weight
     return LayerParameters(
         block.query.weight, block.key.weight, block.value.weight,
@@ -146,7 +146,7 @@ def settings_of(block: Block, layer: int, batch: PackedBatch, kernels: Kernels, 
         kernels=kernels,
         attention=Attention(batch, block.num_heads, block.head_size**-0.5, drops[0], batch.columns),
         activation=block.activation,
-        eps=(block.attention_norm.eps, block.output_norm.eps),
+        eps=(block.norms[0].eps, block.output_norm.eps),
         dropouts=(drops[1], drops[2]),
         dtype=choose.product_dtype(x),
     )

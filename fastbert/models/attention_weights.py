@@ -18,6 +18,7 @@ from fastbert.models.inputs import Inputs
 from fastbert.ops import packing
 from fastbert.ops.packing import PackedBatch
 from fastbert.ops.position_bias import expand
+from fastbert.ops.window import near
 
 logger = logging.getLogger("fastbert")
 
@@ -25,20 +26,27 @@ PLAN = ATTENTIONS
 
 
 def attend(
-    qkv: Tensor, batch: PackedBatch, num_heads: int, dropout_p: float, position_bias: Tensor | None = None
+    qkv: Tensor,
+    batch: PackedBatch,
+    num_heads: int,
+    dropout_p: float,
+    position_bias: Tensor | None = None,
+    window: int | None = None,
 ) -> Tensor:
     """Attention in plain PyTorch, (T, 3H) -> (T, H); its weights (B, N, S, S) join the batch's.
 
-    They are zeros at rows of padding. position_bias: (N, 2R + 1), as `ops.varlen_attention` takes it.
+    They are zeros at rows of padding. position_bias: (N, 2R + 1), and window as `ops.varlen_attention` takes them.
     """
     view = hooks.padded_view(batch)
     q, k, v = packing.pad(qkv, view).unflatten(-1, (3, num_heads, -1)).permute(2, 0, 3, 1, 4)  # (B, N, S, D)
     token = packing.pad(torch.ones_like(qkv[:, 0], dtype=torch.bool), view)  # (B, S)
     scores = (q @ k.transpose(-1, -2)) * q.shape[-1] ** -0.5
+    columns, seen = torch.arange(batch.padded_length, device=qkv.device), token[:, None, None]
     if position_bias is not None:
-        columns = torch.arange(batch.padded_length, device=qkv.device)
         scores = scores + expand(position_bias, columns).to(scores.dtype)
-    scores = scores.masked_fill(~token[:, None, None], torch.finfo(scores.dtype).min)
+    if window is not None:
+        seen = seen & near(columns, columns, window)
+    scores = scores.masked_fill(~seen, torch.finfo(scores.dtype).min)
     weights = torch.softmax(scores, dim=-1) * token[:, None, :, None]
     batch.plan(PLAN, list).append(weights)
     kept = nn.functional.dropout(weights, dropout_p)

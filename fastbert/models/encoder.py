@@ -26,6 +26,8 @@ from fastbert.ops import packing, tracing
 from fastbert.ops.derived import Derived
 from fastbert.ops.packing import PackedBatch
 
+ANY_POSITION = 2**31 - 1  # of families without a table of positions
+
 logger = logging.getLogger("fastbert")
 
 Encoder = TypeVar("Encoder", bound="EncoderModel")
@@ -308,7 +310,7 @@ class EncoderModel(PreTrainedModel):
         """Looks at ids on the host, and at positions that the batch's lengths imply."""
         ids: list[Any] = [None if x is None or not packing.on_host(x.device) else x for x in inputs[:3]]
         if inputs.position_ids is None:
-            last, n_positions = batch.last_position, self.embeddings.position_embeddings.num_embeddings
+            last, n_positions = batch.last_position, self.table_sizes()[2]
             if batch.padded_length > n_positions and last is None:
                 ids[2] = batch.position_ids
             elif last is not None and last >= n_positions:
@@ -329,7 +331,8 @@ class EncoderModel(PreTrainedModel):
         # An adapter in the place of the word embeddings need not have their attributes.
         embeddings = self.embeddings
         n_words = getattr(embeddings.word_embeddings, "num_embeddings", self.config.vocab_size)
-        return n_words, embeddings.n_token_types, embeddings.position_embeddings.num_embeddings
+        positions = embeddings.position_embeddings
+        return n_words, embeddings.n_token_types, ANY_POSITION if positions is None else positions.num_embeddings
 
     def kernels_note_ids(self) -> bool:
         """Tells whether the kernel of the embeddings runs, which can note ids beyond their table."""

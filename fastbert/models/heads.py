@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from fastbert import ops
 from fastbert.checkpoint.config import BertConfig
 from fastbert.checkpoint.family import Head
+from fastbert.checkpoint.rotary import setting
+from fastbert.checks import expect
 from fastbert.engine.listeners import is_bare, is_plain
 from fastbert.models import hooks
 from fastbert.models.modules import call_module, dense, first_rows, is_plain_norm
@@ -18,11 +20,19 @@ from fastbert.ops.packing import PackedBatch
 
 
 class BertPredictionHeadTransform(nn.Module):
+    """LayerNorm(activation(dense(x))): below the decoder, and in ModernBERT below every head's classes."""
+
     def __init__(self, config: BertConfig) -> None:
         super().__init__()
-        self.dense = nn.Linear(config.hidden_size, config.embedding_width)
-        self.LayerNorm = nn.LayerNorm(config.embedding_width, eps=config.layer_norm_eps)
-        self.activation = ops.ACTIVATIONS[config.family.head("MaskedLM").activation or config.hidden_act]
+        width, bias, norm_bias = (
+            config.embedding_width,
+            setting(config, "classifier_bias"),
+            setting(config, "norm_bias"),
+        )
+        self.dense = nn.Linear(config.hidden_size, width, bias=bias is not False)
+        self.LayerNorm = nn.LayerNorm(width, eps=config.layer_norm_eps, bias=norm_bias is not False)
+        name = config.family.head("MaskedLM").activation or setting(config, "classifier_activation")
+        self.activation = ops.ACTIVATIONS[name or config.hidden_act]
 
     def forward(self, x: Tensor, policy: Policy = ops.AUTO, batch: PackedBatch | None = None) -> Tensor:
         """(T, H) -> (T, E)"""
@@ -38,6 +48,8 @@ class BertPredictionHeadTransform(nn.Module):
 class BertLMPredictionHead(nn.Module):
     def __init__(self, config: BertConfig) -> None:
         super().__init__()
+        bias = setting(config, "decoder_bias")
+        expect(bias in (None, True), "decoder_bias", bias, "True")
         self.transform = BertPredictionHeadTransform(config)
         self.decoder = nn.Linear(config.embedding_width, config.vocab_size)
         self.bias = nn.Parameter(torch.zeros(config.vocab_size))
@@ -90,7 +102,11 @@ def is_plain_head(head: Any) -> bool:
         return False
     transform: Any = predictions.transform
     bare = is_bare(transform, BertPredictionHeadTransform)
-    return bare and is_plain(transform.dense) and is_plain_norm(transform.LayerNorm)
+    return bare and _is_plain_or_without_bias(transform.dense) and is_bare(transform.LayerNorm, nn.LayerNorm)
+
+
+def _is_plain_or_without_bias(linear: nn.Module) -> bool:
+    return is_plain(linear) or (is_bare(linear, nn.Linear) and linear.bias is None)
 
 
 class FirstTokenHead(nn.Module):

@@ -14,7 +14,8 @@ from fastbert.ops import Policy, dispatch, packing, recording
 from fastbert.ops.derived import Derived
 from fastbert.ops.packing import PackedBatch
 
-__all__ = ["add_and_norm", "call_dropout", "call_module", "dense", "first_rows", "fuse", "is_plain", "is_plain_norm"]
+__all__ = ["add_and_norm", "call_dropout", "call_module", "dense", "first_rows", "fuse", "is_plain", "is_plain_norm",
+           "mean_rows"]  # fmt: skip
 
 
 def dense(
@@ -60,6 +61,14 @@ def first_rows(x: Tensor, batch: PackedBatch, policy: Policy) -> Tensor:
     if batch.valid is not None:
         return packing.first_rows(x, batch)
     return ops.pool(x, batch.cu_seqlens, "cls", policy=policy)
+
+
+def mean_rows(x: Tensor, batch: PackedBatch, policy: Policy) -> Tensor:
+    """(T, H) -> (B, H): the mean of each sequence's tokens, zeros where there is none."""
+    if batch.valid is None:
+        return ops.pool(x, batch.cu_seqlens, "mean", policy=policy)
+    counts = batch.valid.long().sum(1, keepdim=True).clamp(min=1)
+    return packing.pad(x, batch).sum(1) / counts
 
 
 def fuse(linears: dict[str, nn.Linear], key: str, derived: Derived | None) -> tuple[Tensor, Tensor]:

@@ -131,7 +131,7 @@ class PreTrainedModel(ModelAccess):
         self.tie_weights()
 
     def _fresh(self, name: str, like: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
-        if name.endswith("LayerNorm.weight"):
+        if name.endswith(("LayerNorm.weight", "norm.weight")):
             return torch.ones(like.shape, dtype=dtype, device=device)
         fresh = torch.zeros(like.shape, dtype=dtype, device=device)
         if not name.endswith("bias"):
@@ -267,7 +267,8 @@ class PreTrainedModel(ModelAccess):
         for name in state:
             ours = self.config.family.state_to_ours(name, self.task)
             stored[name if ours in stored else ours] = name
-        return {ours: state[name] for ours, name in stored.items()}, stored
+        translated = self.config.family.cut({ours: state[name] for ours, name in stored.items()})
+        return translated, {ours: stored.get(ours, ours) for ours in translated}
 
     def _stored_names(self, names: list[str]) -> list[str]:
         """Returns what a checkpoint of the family calls these parameters of ours."""

@@ -12,7 +12,12 @@ from typing import Any
 from fastbert.checkpoint.config import BertConfig
 
 # The file of this package, and the class in it, which is imported when a model of the family is first made.
-TEXTS = {"bert": "BertModel", "mpnet": "MPNetModel"}
+TEXTS = {
+    "bert": "BertModel",
+    "mpnet": "MPNetModel",
+    "modernbert": "ModernBertModel",
+    "gated_rotary_bert": "GatedRotaryModel",
+}
 
 
 def encoder_class(config: BertConfig) -> Any:

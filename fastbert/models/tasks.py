@@ -140,7 +140,7 @@ class BertForSequenceClassification(ModelWithHead):
         """The logits (B, num_labels) of what the encoder made of packed tokens."""
         if self._head.activation is not None:
             return hooks.call(self.classifier, encoded.batch, self.policy, encoded.last_hidden_state)
-        return dense(self.classifier, self.dropout(self.bert.pool(encoded)), self.policy)
+        return self._of_sequences(encoded)
 
 
 class BertForMultipleChoice(ModelWithHead):
@@ -161,7 +161,7 @@ class BertForMultipleChoice(ModelWithHead):
             came = None if choices is None else tuple(choices.shape)
             raise ValueError(f"input_ids, inputs_embeds: expected shape (B, C, S) or (B, C, S, H), got {came}")
         encoded = self._encode(inputs.flattened())
-        logits = dense(self.classifier, self.dropout(self.bert.pool(encoded)), self.policy).view(choices.shape[:2])
+        logits = self._of_sequences(encoded).view(choices.shape[:2])
         output = outputs.MultipleChoiceModelOutput(loss=class_loss(logits, labels), logits=logits, **encoded.padded())
         return self._output(output, inputs)
 
@@ -201,6 +201,7 @@ class BertForQuestionAnswering(ModelWithHead):
     def add_head(self, config: BertConfig) -> None:
         if config.num_labels != 2:
             raise ValueError(f"num_labels: question answering has 2 (start and end), got {config.num_labels}")
+        self._add_transform(config)
         self.dropout = self._dropout(config)
         self.qa_outputs = nn.Linear(config.hidden_size, 2)
 

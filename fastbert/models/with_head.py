@@ -14,14 +14,16 @@ from fastbert import ops
 from fastbert.checkpoint.config import BertConfig
 from fastbert.checkpoint.family import Head
 from fastbert.checkpoint.match import Match
+from fastbert.checkpoint.rotary import setting
+from fastbert.checks import expect
 from fastbert.engine import Options
 from fastbert.engine.listeners import listened
-from fastbert.models import outputs
+from fastbert.models import hooks, outputs
 from fastbert.models.encoded import Encoded, encode_by_call
-from fastbert.models.heads import is_plain_head
+from fastbert.models.heads import BertPredictionHeadTransform, is_plain_head
 from fastbert.models.inputs import Inputs
 from fastbert.models.losses import labelled_loss
-from fastbert.models.modules import call_dropout, dense
+from fastbert.models.modules import call_dropout, dense, first_rows, mean_rows
 from fastbert.models.pretrained import PreTrainedModel
 from fastbert.models.registry import encoder_class
 from fastbert.ops import packing, tracing
@@ -78,9 +80,23 @@ class ModelWithHead(PreTrainedModel):
         return encode_by_call(self.bert, inputs) if listened(self.bert) else self.bert.encode(inputs)
 
     def _of_tokens(self, module: nn.Module, encoded: Encoded) -> Tensor:
-        """module(dropout(x)) of each token, (T, H) -> (T, n)."""
-        x = call_dropout(self.dropout, encoded.last_hidden_state, encoded.batch)
+        """module(dropout(x)) of each token, (T, H) -> (T, n), where the head has a transform of that."""
+        x, transform = encoded.last_hidden_state, self._modules.get("head")
+        if transform is not None:
+            x = hooks.call(transform, encoded.batch, self.policy, x)
+        x = call_dropout(self.dropout, x, encoded.batch)
         return dense(module, x, self.policy, batch=encoded.batch)
+
+    def _of_sequences(self, encoded: Encoded) -> Tensor:
+        """The classifier of the pooled vectors, (B, n): of the encoder's pooler, or of the head's own transform."""
+        transform = self._modules.get("head")
+        if transform is None:
+            pooled = self.bert.pool(encoded)
+        else:
+            rows = mean_rows if setting(self.config, "classifier_pooling") == "mean" else first_rows
+            pooled = rows(encoded.last_hidden_state, encoded.batch, self.policy)
+            pooled = transform(pooled) if listened(transform) else transform(pooled, self.policy)
+        return dense(self.classifier, self.dropout(pooled), self.policy)
 
     def _output(self, output: outputs.ModelOutput, inputs: Inputs) -> Any:
         return output if inputs.wants_dict(self.config) else output.to_tuple()
@@ -93,8 +109,15 @@ class ModelWithHead(PreTrainedModel):
         return nn.Identity()
 
     def _add_classifier(self, config: BertConfig, n_outputs: int) -> None:
+        self._add_transform(config)
         self.dropout = self._dropout(config)
         self.classifier = nn.Linear(config.hidden_size, n_outputs)
+
+    def _add_transform(self, config: BertConfig) -> None:
+        if self._head.transform:
+            mode = setting(config, "classifier_pooling")
+            expect(mode in ("cls", "mean"), "classifier_pooling", mode, "'cls' or 'mean'")
+            self.head = BertPredictionHeadTransform(config)
 
 
 # The decoder's names of tensors that the config ties, and their other names.

@@ -8,12 +8,14 @@ from fastbert.ops.dispatch import AUTO, BACKENDS, BackendError, Policy
 from fastbert.ops.dropout import of_batch as dropout_of
 from fastbert.ops.elementwise import elementwise
 from fastbert.ops.embedding import check_ids, embedding_layer_norm
+from fastbert.ops.gated import gated
 from fastbert.ops.gelu import ACTIVATIONS, bias_gelu
 from fastbert.ops.labels import IGNORED, check_labels, labelled_rows, mean_cross_entropy, readable
 from fastbert.ops.layer_norm import bias_residual_layer_norm
 from fastbert.ops.linear import linear, linear_residual_layer_norm
 from fastbert.ops.packed_linear import forget as forget_packed
 from fastbert.ops.pooling import pool
+from fastbert.ops.rotary import rotary, rotations
 
 __all__ = [
     "ACTIVATIONS",
@@ -30,6 +32,7 @@ __all__ = [
     "elementwise",
     "embedding_layer_norm",
     "forget_packed",
+    "gated",
     "labelled_rows",
     "linear",
     "linear_cross_entropy",
@@ -39,5 +42,7 @@ __all__ = [
     "prepare_attention",
     "quantized",
     "readable",
+    "rotary",
+    "rotations",
     "varlen_attention",
 ]

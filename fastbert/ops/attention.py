@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from fastbert.ops import attention_plan, dispatch, recording, tracing
+from fastbert.ops import window as windowed
 from fastbert.ops.dispatch import AUTO, Policy
 from fastbert.ops.dropout import Drop, mask_of, probability_of
 from fastbert.ops.grouped_attention import (
@@ -209,6 +210,7 @@ def varlen_attention(
     *,
     scale: float | None = None,
     position_bias: torch.Tensor | None = None,
+    window: int | None = None,
     dropout: Drop = None,
     policy: Policy = AUTO,
 ) -> torch.Tensor:
@@ -216,8 +218,9 @@ def varlen_attention(
 
     qkv: (T, 3 * N * D), laid out [q | k | v], each (N, D). scale: D^-0.5 by default. position_bias: (N, 2R + 1), what
     is added to the score of a key -R to R columns after the query, and beyond (fastbert.ops.position_bias); columns are
-    those of the batch, after `packing.find_holes`. dropout: of the probabilities. Returns (T, N * D) in qkv's dtype.
-    Raises ValueError for shapes that do not fit.
+    those of the batch, after `packing.find_holes`. window: how many columns a query reaches on either side, None for
+    all; not together with a position bias. dropout: of the probabilities; within a window PyTorch draws it. Returns
+    (T, N * D) in qkv's dtype. Raises ValueError for shapes that do not fit.
     """
     table, columns = position_bias, None if position_bias is None else batch.columns
     if table is not None:
@@ -226,12 +229,16 @@ def varlen_attention(
         in_place = tracing.transformed(qkv) or "the batch keeps the rows of its padding"
         dispatch.choose("attention", policy.backend, policy.strict, qkv.device, in_place)
         dispatch.check_invariant("attention", policy, "cpu", in_place)
-        return attend_in_place(qkv, batch, num_heads, scale, probability_of(dropout), table)
+        return attend_in_place(qkv, batch, num_heads, scale, probability_of(dropout), table, window)
     if qkv.dim() != 2 or qkv.shape[1] % (3 * num_heads) or qkv.shape[0] != batch.n_tokens:
         expected = f"(T, 3 * N * D) with T = {batch.n_tokens} and N = {num_heads}"
         raise ValueError(f"qkv: expected shape {expected}, got {tuple(qkv.shape)}")
     head_size = qkv.shape[1] // (3 * num_heads)
     scale = head_size**-0.5 if scale is None else scale
+    if window is not None and not windowed.reaches_all(batch, window, policy):
+        if table is not None:
+            raise ValueError("window: expected None with a position bias")
+        return windowed.attention(qkv, batch, num_heads, window, scale, probability_of(dropout), policy)
     compiling = torch.compiler.is_compiling()
     trained = choose.perhaps(dropout, compiling)
     trained = trained and choose.wanted(policy, dropout, qkv, table)

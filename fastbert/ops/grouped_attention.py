@@ -9,6 +9,7 @@ from fastbert.ops import tracing
 from fastbert.ops.groups import Group, group_by_length
 from fastbert.ops.packing import PackedBatch
 from fastbert.ops.position_bias import expand, gradient, of_rows
+from fastbert.ops.window import near
 
 
 def attend_in_groups(
@@ -70,6 +71,7 @@ def attend_in_place(
     scale: float | None,
     dropout_p: float,
     table: torch.Tensor | None,
+    window: int | None = None,
 ) -> torch.Tensor:
     """Attention of a `packing.in_place` batch, (B * S, 3 * N * D) -> (B * S, N * D), with its padding masked."""
     assert batch.valid is not None
@@ -77,10 +79,12 @@ def attend_in_place(
     q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind()  # each (B, N, S, D)
     # A row without tokens attends to all of its padding: what comes of it is finite, and cleared later.
     valid = batch.valid | ~batch.valid.any(1, keepdim=True)
-    bias = None
+    bias, seen, columns = None, valid[:, None, None, :], torch.arange(batch.padded_length, device=qkv.device)
     if table is not None:
-        bias = expand(table, torch.arange(batch.padded_length, device=table.device))[None]
-    out = _attend(q, k, v, valid[:, None, None, :], scale, dropout_p, bias)
+        bias = expand(table, columns)[None]
+    if window is not None:  # a query at padding without a key in reach sees itself
+        seen = seen & near(columns, columns, window) | near(columns, columns, 0)
+    out = _attend(q, k, v, seen, scale, dropout_p, bias)
     return out.transpose(1, 2).flatten(2).flatten(0, 1)
 
 

@@ -83,7 +83,7 @@ def _layer(block: Block, x: Tensor, mask: Tensor) -> Tensor:
         _linear(linear, x).view(heads).transpose(1, 2) for linear in (block.query, block.key, block.value)
     )
     seen = F.scaled_dot_product_attention(query, key, value, attn_mask=mask).transpose(1, 2).reshape(x.shape)
-    x = _norm(block.attention_norm, _linear(block.out, seen) + x)
+    x = _norm(block.norms[0], _linear(block.out, seen) + x)
     up = _linear(block.up, x)
     activated = ops.bias_gelu(up.flatten(0, 1), None, block.activation).view(up.shape)
     return _norm(block.output_norm, _linear(block.down, activated) + x)

@@ -9,12 +9,13 @@ from torch import Tensor
 
 from fastbert.checkpoint.families import family_of
 from fastbert.reference.bert import BertReference, bert
+from fastbert.reference.modernbert import gated_rotary_bert, modernbert
 from fastbert.reference.mpnet import mpnet
 
 if TYPE_CHECKING:
     from fastbert.checkpoint.config import BertConfig
 
-TEXTS = {"bert": bert, "mpnet": mpnet}
+TEXTS = {"bert": bert, "mpnet": mpnet, "modernbert": modernbert, "gated_rotary_bert": gated_rotary_bert}
 
 
 def encode(params: Mapping[str, Tensor], config: BertConfig, *inputs: Tensor | None, **settings: Any) -> BertReference:

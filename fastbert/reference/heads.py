@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from fastbert.checkpoint.activations import ACTIVATIONS
 from fastbert.checkpoint.families import family_of
+from fastbert.checkpoint.rotary import setting
 from fastbert.reference.bert import activation_of, ids_or_embeds, valid_tokens
 from fastbert.reference.encoders import encode
 from fastbert.reference.ops import layer_norm, linear
@@ -70,19 +72,28 @@ def head(
         raise ValueError(f"task: got {task!r}, expected one of {', '.join(TASKS)}")
 
     def dense(name: str, x: Tensor, activation: str | None = None) -> Tensor:
-        return linear(x, params[f"{name}.weight"].to(dtype), params[f"{name}.bias"].to(dtype), activation)
+        bias = params.get(f"{name}.bias")
+        return linear(x, params[f"{name}.weight"].to(dtype), None if bias is None else bias.to(dtype), activation)
 
-    family_head = family_of(config.model_type).head(_CLASSES[task])
+    family = family_of(config.model_type)
+    family_head = family.head(_CLASSES[task])
 
     def pooled() -> Tensor:
         if encoded.pooler_output is None:
             raise KeyError(f"bert.pooler.dense.weight: missing from params, needed for {task}")
         return encoded.pooler_output
 
+    def transform(name: str, x: Tensor) -> Tensor:
+        own = activation_of(config)
+        if family.text == "modernbert":
+            own = ACTIVATIONS[setting(config, "classifier_activation")]
+        x = dense(f"{name}.dense", x, family_head.activation or own)
+        weight, bias = params[f"{name}.LayerNorm.weight"].to(dtype), params.get(f"{name}.LayerNorm.bias")
+        bias = torch.zeros_like(weight) if bias is None else bias.to(dtype)
+        return layer_norm(x, weight, bias, config.layer_norm_eps)
+
     def vocabulary(x: Tensor) -> Tensor:
-        x = dense("cls.predictions.transform.dense", x, family_head.activation or activation_of(config))
-        norm = "cls.predictions.transform.LayerNorm"
-        x = layer_norm(x, params[f"{norm}.weight"].to(dtype), params[f"{norm}.bias"].to(dtype), config.layer_norm_eps)
+        x = transform("cls.predictions.transform", x)
         weight = params.get("cls.predictions.decoder.weight", params["bert.embeddings.word_embeddings.weight"])
         bias = params.get("cls.predictions.decoder.bias")
         bias = params["cls.predictions.bias"] if bias is None else bias
@@ -109,6 +120,17 @@ def head(
         return {"logits": vocabulary(tokens)}
     if task == "next_sentence":
         return {"logits": dense("cls.seq_relationship", pooled())}
+    if family_head.transform:
+        name = "qa_outputs" if task == "question_answering" else "classifier"
+        if task in ("token_classification", "question_answering"):
+            tokens = transform("head", tokens)
+        else:
+            valid = ~padding
+            if setting(config, "classifier_pooling") == "cls":
+                valid = valid & (valid.cumsum(dim=1) == 1)
+            rows = tokens.masked_fill(~valid, 0).sum(1) / valid.sum(1).clamp(min=1)
+            rows = dense(name, transform("head", rows))
+            return {"logits": rows.reshape(choices) if choices else rows}
     if task == "sequence_classification" and family_head.activation is not None:  # RoBERTa's and others'
         valid = ~padding[:, :, 0]
         is_first = valid & (valid.cumsum(dim=1) == 1)

@@ -36,6 +36,7 @@ class RotaryReference:
 
     last_hidden_state: Tensor  # (B, S, H)
     hidden_states: tuple[Tensor, ...]  # L + 1 of (B, S, H): the embeddings, then each layer before any last norm
+    attentions: tuple[Tensor, ...] = ()  # L of (B, N, S, S)
 
 
 def inverse_frequencies(head_size: int, base: float) -> Tensor:
@@ -57,10 +58,11 @@ def rotate(x: Tensor, positions: Tensor, frequencies: Tensor) -> Tensor:
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
 
 
-def windowed_attention(q: Tensor, k: Tensor, v: Tensor, valid: Tensor, window: int | None) -> Tensor:
+def windowed_attention(q: Tensor, k: Tensor, v: Tensor, valid: Tensor, window: int | None) -> tuple[Tensor, Tensor]:
     """softmax(q k^T / sqrt(D)) v over the valid keys that are at most `window` columns away.
 
-    q, k, v: (B, N, S, D). valid: (B, S) bool. -> (B, S, N * D); rows at padding are zero.
+    q, k, v: (B, N, S, D). valid: (B, S) bool. -> (B, S, N * D), and the probabilities, (B, N, S, S); rows at padding
+    are zero.
     """
     columns = torch.arange(valid.shape[1], device=valid.device)
     seen = valid[:, None, :, None] & valid[:, None, None, :]
@@ -68,7 +70,7 @@ def windowed_attention(q: Tensor, k: Tensor, v: Tensor, valid: Tensor, window: i
         seen = seen & ((columns[:, None] - columns[None, :]).abs() <= window)
     scores = (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).masked_fill(~seen, torch.finfo(q.dtype).min)
     probabilities = torch.softmax(scores, dim=-1).masked_fill(~seen, 0)
-    return (probabilities @ v).transpose(1, 2).flatten(2)
+    return (probabilities @ v).transpose(1, 2).flatten(2), probabilities
 
 
 class _Parameters:
@@ -131,18 +133,21 @@ def modernbert(
     positions = _columns(valid) if position_ids is None else position_ids
     x = p.weight("embeddings.tok_embeddings")[input_ids] if inputs_embeds is None else inputs_embeds.to(dtype)
     x = p.norm("embeddings.norm", x.masked_fill(padding, 0), layers.eps).masked_fill(padding, 0)
-    states = [x]
+    states, attentions = [x], []
     for i, (frequencies, window) in enumerate(zip(layers.inverse_frequencies, layers.windows, strict=True)):
         name = f"layers.{i}"
         normed = p.norm(f"{name}.attn_norm", x, layers.eps) if f"{prefix}{name}.attn_norm.weight" in params else x
         q, k, v = (_heads(part, layers.num_heads) for part in p.dense(f"{name}.attn.Wqkv", normed).chunk(3, dim=-1))
         q, k = rotate(q, positions, frequencies), rotate(k, positions, frequencies)
-        x = x + p.dense(f"{name}.attn.Wo", windowed_attention(q, k, v, valid, window))
+        context, probabilities = windowed_attention(q, k, v, valid, window)
+        attentions.append(probabilities)
+        x = x + p.dense(f"{name}.attn.Wo", context)
         activated, gate = p.dense(f"{name}.mlp.Wi", p.norm(f"{name}.mlp_norm", x, layers.eps)).chunk(2, dim=-1)
         activated = linear(activated, torch.eye(activated.shape[-1], dtype=dtype), None, layers.activation)
         x = (x + p.dense(f"{name}.mlp.Wo", activated * gate)).masked_fill(padding, 0)
         states.append(x)
-    return RotaryReference(p.norm("final_norm", x, layers.eps).masked_fill(padding, 0), tuple(states))
+    last = p.norm("final_norm", x, layers.eps).masked_fill(padding, 0)
+    return RotaryReference(last, tuple(states), tuple(attentions))
 
 
 def gated_rotary_bert(
@@ -174,15 +179,17 @@ def gated_rotary_bert(
     if segments is not None:
         x = x + (segments[0] if token_type_ids is None else segments[token_type_ids])
     x = p.norm("embeddings.LayerNorm", x.masked_fill(padding, 0), layers.eps).masked_fill(padding, 0)
-    states = [x]
+    states, attentions = [x], []
     for i, (frequencies, window) in enumerate(zip(layers.inverse_frequencies, layers.windows, strict=True)):
         name = f"layers.{i}"
         q, k, v = (_heads(p.dense(f"{name}.self_attn.{part}_proj", x), layers.num_heads) for part in "qkv")
         q, k = rotate(q, positions, frequencies), rotate(k, positions, frequencies)
-        out = p.dense(f"{name}.self_attn.o_proj", windowed_attention(q, k, v, valid, window))
+        context, probabilities = windowed_attention(q, k, v, valid, window)
+        attentions.append(probabilities)
+        out = p.dense(f"{name}.self_attn.o_proj", context)
         x = p.norm(f"{name}.post_attention_layernorm", x + out, layers.eps)
         gated = p.dense(f"{name}.mlp.gate_proj", x, layers.activation) * p.dense(f"{name}.mlp.up_proj", x)
         x = p.norm(f"{name}.post_mlp_layernorm", x + p.dense(f"{name}.mlp.down_proj", gated), layers.eps)
         x = x.masked_fill(padding, 0)
         states.append(x)
-    return RotaryReference(x, tuple(states))
+    return RotaryReference(x, tuple(states), tuple(attentions))

@@ -28,8 +28,10 @@ def save_random(name: str, folder: Path) -> Any:
     """Writes a checkpoint of random numbers, and returns the model of transformers that made it."""
     config = small(name)
     (architecture,) = config.get("architectures", ["BertForMaskedLM"])
-    stored = {"HF_ColBERT": "BertModel"}.get(architecture, architecture)
-    settings = transformers.AutoConfig.for_model(**config)
+    stored = {"HF_ColBERT": "BertModel", "NewModel": "GteModel"}.get(architecture, architecture)
+    # The hub's own settings of these two are not those of transformers, but ours are.
+    own = config["model_type"] in ("new", "nomic_bert")
+    settings = transformers.AutoConfig.for_model(**(fastbert.BertConfig.from_dict(config).to_dict() if own else config))
     torch.manual_seed(0)
     model = getattr(transformers, stored)(settings).eval()
     with torch.no_grad():

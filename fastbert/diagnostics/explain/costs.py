@@ -23,11 +23,21 @@ from fastbert.models.encoder import EncoderModel
 from fastbert.text.tokenizer import Tokenizer
 
 # FLOPs a number that is written; of pooling, that is read.
-PER_NUMBER = {"embedding": 10, "layer_norm": 8, "layernorm": 8, "bias_gelu": 10, "pooling": 1, "normalize": 3}
+PER_NUMBER = {
+    "embedding": 10,
+    "layer_norm": 8,
+    "layernorm": 8,
+    "bias_gelu": 10,
+    "gated": 11,
+    "rotary": 3,
+    "pooling": 1,
+    "normalize": 3,
+}
 PRODUCTS = ("linear", "quantized_linear", "dense")
 INT64, FLOAT32 = 8, 4
 
 _MATRIX = re.compile(r"\(([TB]), (\d+)\)(?: (int8|fp8))?")
+_WINDOW = re.compile(r"within (\d+) columns")
 _LAYERS = re.compile(r"encoder\.layer\.(\d+)(?:-(\d+))?\.")
 _SHORT = re.compile(r"of texts of up to (\d+) tokens")
 
@@ -163,7 +173,9 @@ def cost(
         total_bytes += numbers(after[0]) * size * ("+ residual" in row.shapes)
     elif row.op == "attention":
         tokens, width = sum(lengths), after[0][1]
-        flops = 4 * sum(n * n for n in lengths) * width
+        within = _WINDOW.search(row.shapes)
+        reach = 2 * int(within[1]) + 1 if within else max(lengths, default=0)
+        flops = 4 * sum(n * min(n, reach) for n in lengths) * width
         total_bytes = tokens * (before[0][1] + width) * size
     elif row.op == "embedding" and row.backend == MODULE:  # one table alone
         flops = numbers(after[0])

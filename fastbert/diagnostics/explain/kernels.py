@@ -11,6 +11,7 @@ import torch
 from fastbert.ops import attention, dispatch, embedding, gelu, layer_norm, packed_linear, pooling, quantized
 from fastbert.ops.linear import KERNELS as LINEAR_KERNELS
 from fastbert.ops.recording import Record
+from fastbert.ops.rotary import KERNELS as ROTARY_KERNELS
 from fastbert_kernels import cpu
 
 PACKED = "where no gradients are needed"
@@ -101,6 +102,10 @@ def short_texts(record: Record, device: torch.device) -> Kernel | None:
     return None if config is None else Kernel(attention.KERNELS["triton"], dict(config.block_sizes), config.source)
 
 
+def _rotary(record: Record, device: torch.device) -> Kernel:
+    return Kernel(compiled(), source=PACKED) if record.facts["compiled"] else Kernel(ROTARY_KERNELS["torch"])
+
+
 def _pooling(record: Record, device: torch.device) -> Kernel:
     if record.facts["kernel"] in ("compiled", "invariant"):
         return Kernel(compiled(), source=PACKED)
@@ -156,6 +161,8 @@ _KERNELS: dict[str, Callable[[Record, torch.device], Kernel]] = {
     "layer_norm": _layer_norm,
     "bias_gelu": _bias_gelu,
     "attention": _attention,
+    "rotary": _rotary,
+    "gated": lambda record, device: Kernel(compiled(), source=PACKED),
     "pooling": _pooling,
     "linear": _linear,
 }

@@ -53,7 +53,7 @@ def rows_of(records: Sequence[Record], device: torch.device) -> list[OpReport]:
             if not record.facts["function"].startswith("<"):
                 rows[-1] = dataclasses.replace(rows[-1], shapes=f"{rows[-1].shapes}, then {record.facts['function']}")
             continue
-        row = _row(record, rows[-1].module if record.op == "bias_gelu" else record.module, device)
+        row = _row(record, rows[-1].module if record.op in ("bias_gelu", "gated") else record.module, device)
         rows.append(row)
         short = short_texts(record, device) if record.op == "attention" and record.backend != MODULE else None
         if short is not None and short.block_sizes is not None:
@@ -99,6 +99,8 @@ def shapes_of(record: Record) -> str:
         if name == "attention":
             heads = facts["heads"]
             words.append(f"{heads} heads of {record.after[1] // heads}")
+            if "window" in facts:
+                words.append(f"within {facts['window']} columns")
             if "position_bias" in record.facts:
                 words.append("position bias")
         if name == "pooling":

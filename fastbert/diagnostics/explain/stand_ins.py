@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fastbert.checkpoint.config import BertConfig
+from fastbert.checkpoint.rotary import RotaryLayer
 from fastbert.diagnostics.explain.report import MODULE
 from fastbert.engine.listeners import is_bare, is_plain, is_plain_norm
 from fastbert.models.pretrained import PreTrainedModel
@@ -24,7 +25,7 @@ from fastbert.ops.recording import Record, Recorder
 from fastbert.pipelines import modules
 
 # What a stand-in may share with the module that it stands for: values that nothing changes.
-_VALUES = (bool, int, float, str, tuple, frozenset, type(None), BertConfig, Policy)
+_VALUES = (bool, int, float, str, tuple, frozenset, type(None), BertConfig, Policy, RotaryLayer)
 _AFTER_POOLING: tuple[type[nn.Module], ...] = (modules.Dense, modules.LayerNorm, modules.Normalize, nn.Dropout)
 _BESIDE = "the module is called as it is: a module beside it is an adapter, or has hooks"
 _ALTERED = "the module is called as it is: it is an adapter, or has hooks"
@@ -167,6 +168,7 @@ def _empty_like(module: nn.Module, cls: type[nn.Module]) -> Any:
 def _leaf(module: Any, name: str, dry: DryRun, config: BertConfig, parent: type | None) -> nn.Module:
     kind, (op, width) = type(module), _place(module, name, config, parent)
     plain = is_plain(module) or is_plain_norm(module) or any(is_bare(module, k) for k in _WITHOUT_BIAS)
+    plain = plain or (getattr(parent, "without_bias", False) and _is_bare_product(module))
     clone = _empty_like(module, kind if plain else CalledModule)
     clone._parameters = dry.tensors(module, name)
     if plain:
@@ -182,6 +184,10 @@ def _leaf(module: Any, name: str, dry: DryRun, config: BertConfig, parent: type 
     dry.parts[id(clone)] = Part(name, op, width, class_name(module), reason, bias)
     dry.names[id(clone)] = name
     return clone
+
+
+def _is_bare_product(module: nn.Module) -> bool:
+    return is_bare(module, nn.Linear) or is_bare(module, nn.LayerNorm)
 
 
 _WITHOUT_BIAS = (nn.Embedding, nn.Dropout, nn.Identity)
@@ -212,9 +218,9 @@ def class_name(module: Any) -> str:
 def _place(module: nn.Module, name: str, config: BertConfig, parent: type | None) -> tuple[str, int | None]:
     """Returns what a module does where it stands, and the width of what it gives, None for that of its input."""
     last = name.rpartition(".")[2]
-    if last == "dropout":
+    if last in ("dropout", "drop", "out_drop"):
         return "", None
-    if last == "LayerNorm":
+    if last == "LayerNorm" or last.endswith("norm"):
         return "layer_norm", None
     if last.endswith("embeddings"):
         return "embedding", config.embedding_width

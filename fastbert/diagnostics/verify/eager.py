@@ -15,7 +15,7 @@ from torch import Tensor
 from fastbert import reference
 from fastbert.checkpoint.activations import activate
 from fastbert.checkpoint.config import BertConfig
-from fastbert.engine.block import FEATURES, Block, Linear, Norm
+from fastbert.engine.block import Block, Linear, Norm
 
 
 def eager_bert(
@@ -35,8 +35,10 @@ def eager_bert(
     x = F.embedding(input_ids, parameters[table("word")])
     if table("token_type") in parameters:
         x = x + F.embedding(token_type_ids, parameters[table("token_type")])
-    positions = reference.default_positions(config, input_ids, input_ids.shape, input_ids.device)
-    x = _norm(parameters, config, "embeddings", x + F.embedding(positions, parameters[table("position")]))
+    if table("position") in parameters:
+        positions = reference.default_positions(config, input_ids, input_ids.shape, input_ids.device)
+        x = x + F.embedding(positions, parameters[table("position")])
+    x = _norm(parameters, config, "embeddings", x)
     projected = "embeddings_project.weight" in parameters
     states = [_linear(parameters, "embeddings_project", x) if projected else x]
     for block in blocks:
@@ -51,39 +53,56 @@ def _linear(parameters: Mapping[str, Tensor], name: str, x: Tensor) -> Tensor:
 
 
 def _norm(parameters: Mapping[str, Tensor], config: BertConfig, name: str, x: Tensor) -> Tensor:
-    weight, bias = (parameters[f"{name}.LayerNorm.{suffix}"].to(x.dtype) for suffix in ("weight", "bias"))
+    weight, bias = (parameters.get(f"{name}.LayerNorm.{suffix}") for suffix in ("weight", "bias"))
+    weight, bias = (None if part is None else part.to(x.dtype) for part in (weight, bias))
     return F.layer_norm(x, x.shape[-1:], weight, bias, config.layer_norm_eps)
 
 
 def eager_layer(block: Block, x: Tensor, mask: Tensor) -> Tensor:
-    """The output of a layer for x, (B, S, H), in the dtype of x. mask: (B, S), 0 at padding.
-
-    Raises ValueError for a layer with more than BERT's have.
-    """
-    for feature in block.features():
-        if feature != "position_bias":
-            raise ValueError(f"model: verify does not compute {FEATURES[feature]}")
+    """The output of a layer for x, (B, S, H), in the dtype of x. mask: (B, S), 0 at padding."""
 
     def linear(part: Linear, x: Tensor) -> Tensor:
         return F.linear(x, part.weight.to(x.dtype), None if part.bias is None else part.bias.to(x.dtype))
 
-    def norm(part: Norm, x: Tensor) -> Tensor:
+    def norm(part: Norm | None, x: Tensor) -> Tensor:
+        if part is None:
+            return x
         weight, bias = part.filled(x)
         return F.layer_norm(x, x.shape[-1:], weight.to(x.dtype), bias.to(x.dtype), part.eps)
 
+    normed = norm(block.attention_norm, x) if block.pre_norm else x
     q, k, v = (
-        linear(part, x).unflatten(-1, (block.num_heads, -1)).transpose(1, 2)
+        linear(part, normed).unflatten(-1, (block.num_heads, -1)).transpose(1, 2)
         for part in (block.query, block.key, block.value)
     )  # (B, N, S, D)
+    columns = torch.arange(x.shape[1], device=x.device)
+    if block.rotary is not None:
+        q, k = (_turned(part, columns, block.rotary, block.position_factor) for part in (q, k))
     padding = (mask == 0)[:, None, None, :]  # (B, 1, 1, S)
     scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
     if block.position_bias is not None:
         scores = scores + _bias_of_columns(block.position_bias, x.shape[1]).to(x.dtype)
+    if block.window is not None:
+        padding = padding | ((columns - columns[:, None]).abs() > block.window)
     scores = scores.masked_fill(padding, torch.finfo(x.dtype).min)
     context = (torch.softmax(scores, dim=-1) @ v).transpose(1, 2).flatten(2)  # (B, S, H)
-    x = norm(block.attention_norm, linear(block.out, context) + x)
-    inner = activate(linear(block.up, x), block.activation)  # (B, S, I)
-    return norm(block.output_norm, linear(block.down, inner) + x)
+    x = linear(block.out, context) + x
+    normed = norm(block.output_norm if block.pre_norm else block.attention_norm, x)
+    inner = activate(linear(block.up, normed), block.activation)  # (B, S, I)
+    if block.gate is not None:
+        inner = inner * linear(block.gate, normed)
+    inner = linear(block.down, inner)
+    return norm(block.last_norm, inner + x) if block.pre_norm else norm(block.output_norm, inner + normed)
+
+
+def _turned(x: Tensor, positions: Tensor, base: float, factor: float) -> Tensor:
+    """Rotary positions as transformers writes them: angles in float32, their cosines and sines in x's dtype."""
+    size = x.shape[-1]
+    exponents = torch.arange(0, size, 2, dtype=torch.float32, device=x.device) / size
+    angles = positions[:, None].float() / factor / base**exponents
+    cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
 
 
 def _bias_of_columns(table: Tensor, length: int) -> Tensor:

@@ -145,11 +145,19 @@ def _eager_gradients(trained: Trained, parameters: Mapping[str, Tensor], inputs:
     # Leaves of its own on the same memory: hooks on the model's parameters are the model's.
     leaves = {name: p.detach().requires_grad_(p.requires_grad) for name, p in bert.named_parameters()}
     by_parameter = {id(p): leaves[name] for name, p in bert.named_parameters()}
-    blocks = [block.mapped(lambda tensor: by_parameter.get(id(tensor), tensor)) for block in bert.blocks()]
+    blocks = [block.mapped(lambda tensor: _on_leaves(tensor, by_parameter)) for block in bert.blocks()]
     states = eager_bert(leaves, blocks, bert.config, input_ids, mask, token_type_ids)
     pooled = states[-1][:, 0] if bert.pooler is not None else None
     outputs = states[len(bert.encoder.layer)][mask != 0], pooled
     return dict(zip(parameters, loss.gradients(outputs, [leaves[name] for name in parameters]), strict=True))
+
+
+def _on_leaves(tensor: Tensor, leaves: Mapping[int, Tensor]) -> Tensor:
+    """The leaf in the place of a parameter, by its id, or the part of it that a view is of the parameter."""
+    base = tensor._base
+    if base is None or id(base) not in leaves:
+        return leaves.get(id(tensor), tensor)
+    return leaves[id(base)].as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
 
 
 def _exact_gradients(trained: Trained, parameters: Mapping[str, Tensor], inputs: Batch, loss: _Loss) -> Gradients:

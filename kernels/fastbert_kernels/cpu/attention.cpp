@@ -17,6 +17,9 @@
 // A bias (PositionBias) is spread once a task along the distances between any query and key of the sequence. Then the
 // numbers of one query's keys are neighbours, and a score costs a load and an addition more.
 //
+// Within a window (window >= 0) a task packs the keys that its queries can see alone, and the bias takes away those that
+// are too far from each query.
+//
 // In training it saves lse, (N, T) float32, the logarithm of the sum of exp(scale q k^T) over the keys, 0 in rows of no
 // sequence, and drops probabilities out.
 #include "attention.h"
@@ -192,7 +195,7 @@ INLINE void run(const T* qkv, T* out, const Heads& shape, const AttentionPlan::T
     const float factor = training.dropout.scale();
     float* lse = MODE == INFERENCE ? NULL : training.lse + head * n_rows_in_all + task.first;
     float all_totals[CHUNK];
-    const int64_t end = least(task.chunk + CHUNK, length);
+    const int64_t end = task.end;
     for (int64_t row = task.chunk; row < end; row += ROWS) {
         const int n_rows = (int)least(end - row, ROWS);
         const int64_t first = task.first + row;
@@ -286,7 +289,8 @@ void run_all(const T* qkv, T* out, const Heads& shape, const AttentionPlan& plan
 
 }  // namespace
 
-AttentionPlan::AttentionPlan(const int32_t* cu_seqlens, int64_t n_seqs, int64_t n_rows, int64_t head_size, bool biased)
+AttentionPlan::AttentionPlan(const int32_t* cu_seqlens, int64_t n_seqs, int64_t n_rows, int64_t head_size, bool biased,
+                             int64_t window)
     : n_rows(n_rows), status(2) {
     int64_t longest = 0;
     if (n_seqs < 0 || cu_seqlens[0] != 0) return;
@@ -294,7 +298,8 @@ AttentionPlan::AttentionPlan(const int32_t* cu_seqlens, int64_t n_seqs, int64_t 
         const int64_t length = (int64_t)cu_seqlens[b + 1] - cu_seqlens[b];
         if (length < 0 || cu_seqlens[b + 1] > n_rows) return;
         n_tasks += over(length, CHUNK);
-        longest = length > longest ? length : longest;
+        const int64_t seen = window < 0 ? length : least(length, CHUNK + 2 * window);
+        longest = seen > longest ? seen : longest;
     }
     n_tokens = cu_seqlens[n_seqs];
     padded = up(longest, VL);
@@ -310,7 +315,12 @@ AttentionPlan::AttentionPlan(const int32_t* cu_seqlens, int64_t n_seqs, int64_t 
     Task* task = tasks;
     for (int64_t b = 0; b < n_seqs; b++) {
         const int64_t first = cu_seqlens[b], length = cu_seqlens[b + 1] - first;
-        for (int64_t chunk = 0; chunk < length; chunk += CHUNK) *task++ = {first, length, chunk};
+        for (int64_t chunk = 0; chunk < length; chunk += CHUNK) {
+            const int64_t end = least(chunk + CHUNK, length);
+            const int64_t from = window < 0 || chunk < window ? 0 : chunk - window;  // the keys that a query can see
+            const int64_t to = window < 0 ? length : least(end + window, length);
+            *task++ = {first + from, to - from, chunk - from, end - from};
+        }
     }
 }
 
@@ -333,8 +343,8 @@ void attention(const bf16* qkv, bf16* out, const Heads& heads, const AttentionPl
 #define ATTENTION(name, T)                                                                                           \
     EXPORT int name(const T* qkv, int64_t row_stride, int64_t n_rows, const int32_t* cu_seqlens, int64_t n_seqs,     \
                     int64_t n_heads, int64_t head_size, float scale, T* out, int64_t out_stride, const float* table, \
-                    int64_t radius, const int32_t* columns) {                                                        \
-        const AttentionPlan plan(cu_seqlens, n_seqs, n_rows, head_size, table != NULL);                              \
+                    int64_t radius, const int32_t* columns, int64_t window) {                                        \
+        const AttentionPlan plan(cu_seqlens, n_seqs, n_rows, head_size, table != NULL, window);                      \
         if (plan.status != 0) return plan.status;                                                                    \
         const Heads heads = {row_stride, n_heads, head_size, out_stride, scale, {table, radius, columns}};           \
         in_parallel([&](const Team& team) { attention(qkv, out, heads, plan, team); });                              \

@@ -14,13 +14,14 @@ struct Heads {
 class AttentionPlan {
    public:
     struct Task {
-        int64_t first, length, chunk;  // a sequence, and its queries from chunk on
+        int64_t first, length, chunk, end;  // a sequence, or a part of one, and its queries from chunk to end
     };
     Task* tasks = NULL;
     int64_t n_tasks = 0, n_tokens = 0, n_rows, padded = 0;  // padded: the longest sequence, in whole vectors
     int status;  // 0, or 1 where there is too little memory, or 2 where cu_seqlens does not go from 0 to at most n_rows
 
-    AttentionPlan(const int32_t* cu_seqlens, int64_t n_seqs, int64_t n_rows, int64_t head_size, bool biased = false);
+    AttentionPlan(const int32_t* cu_seqlens, int64_t n_seqs, int64_t n_rows, int64_t head_size, bool biased = false,
+                  int64_t window = -1);
     ~AttentionPlan();
     AttentionPlan(const AttentionPlan&) = delete;
     float* scratch(int thread) const { return memory + thread * scratch_size; }

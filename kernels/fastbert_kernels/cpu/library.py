@@ -65,7 +65,7 @@ def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
     pointer, size = ctypes.c_void_p, ctypes.c_int64
     for dtype in ("float32", "bfloat16"):
         attention = getattr(library, f"fastbert_attention_{dtype}")
-        attention.argtypes = [pointer, size, size, pointer, size, size, size, ctypes.c_float, pointer, size, *BIAS]
+        attention.argtypes = [pointer, *[size] * 2, pointer, *[size] * 3, ctypes.c_float, pointer, size, *BIAS, size]
         attention.restype = ctypes.c_int
         pool = getattr(library, f"fastbert_pool_{dtype}")
         pool.argtypes = [pointer, size, size, pointer, size, size, ctypes.c_int, ctypes.c_int, pointer]

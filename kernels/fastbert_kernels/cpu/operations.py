@@ -35,19 +35,25 @@ def bias_arguments(bias: PositionBias | None) -> tuple[int | None, int, int | No
 
 
 def varlen_attention_forward(
-    qkv: torch.Tensor, cu_seqlens_cpu: torch.Tensor, num_heads: int, scale: float, bias: PositionBias | None = None
+    qkv: torch.Tensor,
+    cu_seqlens_cpu: torch.Tensor,
+    num_heads: int,
+    scale: float,
+    bias: PositionBias | None = None,
+    window: int = -1,
 ) -> torch.Tensor:
     """Computes softmax(scale * q k^T + bias) v within each sequence, and 0 in rows beyond the last sequence.
 
     qkv: (T, 3 * N * D), [q | k | v], float32 or bfloat16, rows contiguous, D a multiple of 16. cu_seqlens_cpu: (B + 1,)
-    int32. Returns (T, N * D). Raises ValueError for offsets outside of the rows.
+    int32. window: how many tokens a query sees on either side, beyond which the bias leaves nothing; -1 for all.
+    Returns (T, N * D). Raises ValueError for offsets outside of the rows.
     """
     n_tokens, hidden_size = qkv.shape[0], qkv.shape[1] // 3
     out = library.empty((n_tokens, hidden_size), like=qkv)
     offsets = cu_seqlens_cpu.contiguous()
     status = library.function("attention", qkv.dtype)(
         qkv.data_ptr(), qkv.stride(0), n_tokens, offsets.data_ptr(), len(offsets) - 1, num_heads,
-        hidden_size // num_heads, scale, out.data_ptr(), hidden_size, *bias_arguments(bias),
+        hidden_size // num_heads, scale, out.data_ptr(), hidden_size, *bias_arguments(bias), window,
     )  # fmt: skip
     library.check(status, n_tokens)
     return out

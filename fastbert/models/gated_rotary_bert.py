@@ -1,0 +1,238 @@
+"""Nomic's and GTE's encoder on packed tokens: BERT with rotary positions and a gated activation.
+
+T tokens, H hidden, I intermediate. Layers normalise after each residual, as BERT's do. What the hub has as code of its
+own is read by tables (fastbert.checkpoint.families), and never run. Modules inside a layer have transformers' names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastbert import ops
+from fastbert.checkpoint.config import BertConfig
+from fastbert.checkpoint.rotary import RotaryLayer, gated_rotary_layer
+from fastbert.engine import Block, Linear, Norm, Options, PackedInputs
+from fastbert.models import attention_weights, hooks
+from fastbert.models.bert import BertPooler
+from fastbert.models.encoder import EncoderModel
+from fastbert.models.layers import LayerStack
+from fastbert.models.modules import add_and_norm, call_dropout, is_plain_norm
+from fastbert.models.outputs import BaseModelOutputWithPooling
+from fastbert.models.rotary import look_up, normalise, project, rotations_of
+from fastbert.ops import Policy
+from fastbert.ops.packing import PackedBatch
+
+
+class GatedRotaryEmbeddings(nn.Module):
+    """LayerNorm(word + token type): there are no positions, and in some checkpoints no token types."""
+
+    position_embeddings = None
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__()
+        size, n_types = config.hidden_size, config.type_vocab_size
+        self.word_embeddings = nn.Embedding(config.vocab_size, size, padding_idx=config.pad_token_id)
+        self.token_type_embeddings = nn.Embedding(n_types, size) if n_types else None
+        self.LayerNorm = nn.LayerNorm(size, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    @property
+    def n_token_types(self) -> int:
+        """The number of segments; it is one without a table."""
+        return 1 if self.token_type_embeddings is None else self.token_type_embeddings.num_embeddings
+
+    def forward(
+        self,
+        input_ids: Tensor | None,  # (T,)
+        token_type_ids: Tensor | None = None,  # (T,)
+        position_ids: Tensor | None = None,  # (T,), which the layers read
+        inputs_embeds: Tensor | None = None,  # (T, H)
+        batch: PackedBatch | None = None,
+        policy: Policy = ops.AUTO,
+    ) -> Tensor:  # (T, H)
+        ids = input_ids if inputs_embeds is None else inputs_embeds[..., 0]
+        if ids is not None and ids.dim() == 2:
+            padded = input_ids, token_type_ids, position_ids, inputs_embeds
+            return hooks.on_packed(GatedRotaryEmbeddings.forward, self, *padded)
+        x = look_up(self.word_embeddings, input_ids, policy, batch) if inputs_embeds is None else inputs_embeds
+        if self.token_type_embeddings is not None:
+            if token_type_ids is None:
+                token_type_ids = torch.zeros(x.shape[0], dtype=torch.int64, device=x.device)
+            x = x + look_up(self.token_type_embeddings, token_type_ids, policy, batch)
+        return call_dropout(self.dropout, normalise(self.LayerNorm, x, policy, batch), batch)
+
+    def runs_in_kernel(self, policy: Policy) -> bool:
+        """Tells whether a kernel runs them that can note ids beyond their table: there is none."""
+        return False
+
+    def check_ids(self, input_ids: Tensor, token_type_ids: Tensor) -> None:
+        """Raises IndexError where one of them is beyond its table."""
+        n_words = self.word_embeddings.num_embeddings
+        ops.check_ids(input_ids=(input_ids, n_words), token_type_ids=(token_type_ids, self.n_token_types))
+
+
+class GatedRotaryAttention(nn.Module):
+    """softmax(q k^T / sqrt(D)) v of turned queries and keys within each sequence, and a linear after it."""
+
+    without_bias = True
+
+    def __init__(self, config: BertConfig, rotary: RotaryLayer) -> None:
+        super().__init__()
+        size, bias = config.hidden_size, config.family.text_bias
+        self.num_heads, self.head_size, self.rotary = config.num_attention_heads, config.head_size, rotary
+        self.q_proj = nn.Linear(size, size, bias=bias)
+        self.k_proj = nn.Linear(size, size, bias=bias)
+        self.v_proj = nn.Linear(size, size, bias=bias)
+        self.o_proj = nn.Linear(size, size, bias=bias)
+        self.dropout = nn.Dropout(config.attention_probs_dropout_prob)
+
+    @property
+    def dropout_p(self) -> float:
+        """The probability with which probabilities are dropped in the present mode."""
+        return self.dropout.p if self.training else 0.0
+
+    def forward(self, x: Tensor, batch: Any = None, policy: Policy = ops.AUTO) -> Any:  # (T, H) -> (T, H)
+        if x.dim() == 3:  # as transformers' returns it
+            return hooks.AttentionOutput(hooks.on_packed(GatedRotaryAttention.forward, self, x))
+        linears = self.q_proj, self.k_proj, self.v_proj
+        qkv = torch.cat([project(linear, x, policy, batch) for linear in linears], -1)  # (T, 3H)
+        qkv = ops.rotary(qkv, *rotations_of(batch).of(self.rotary, self.head_size), self.num_heads, policy=policy)
+        if batch.has_plan(attention_weights.PLAN):
+            context = attention_weights.attend(qkv, batch, self.num_heads, self.dropout_p)
+        else:
+            context = ops.varlen_attention(qkv, batch, self.num_heads, dropout=self.dropout_p or None, policy=policy)
+        return project(self.o_proj, context, policy, batch)
+
+
+class GatedRotaryMLP(nn.Module):
+    """down_proj(activation(gate_proj(x)) * up_proj(x))."""
+
+    without_bias = True
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__()
+        size, inner, bias = config.hidden_size, config.intermediate_size, config.family.text_bias
+        self.gate_proj = nn.Linear(size, inner, bias=False)
+        self.up_proj = nn.Linear(size, inner, bias=False)
+        self.down_proj = nn.Linear(inner, size, bias=bias)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob if bias else 0.0)  # which Nomic has not
+        self.activation = ops.ACTIVATIONS[config.hidden_act]
+
+    def forward(self, x: Tensor, batch: Any = None, policy: Policy = ops.AUTO) -> Tensor:  # (T, H) -> (T, H)
+        if x.dim() == 3:
+            return hooks.on_packed(GatedRotaryMLP.forward, self, x)
+        inner = project(self.gate_proj, x, policy, batch, self.activation) * project(self.up_proj, x, policy, batch)
+        return project(self.down_proj, call_dropout(self.dropout, inner, batch), policy, batch)
+
+
+class GatedRotaryLayer(nn.Module):
+    without_bias = True
+
+    def __init__(self, config: BertConfig, rotary: RotaryLayer) -> None:
+        super().__init__()
+        self.self_attn = GatedRotaryAttention(config, rotary)
+        self.post_attention_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.post_attention_dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.mlp = GatedRotaryMLP(config)
+        self.post_mlp_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.post_mlp_dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(self, x: Tensor, batch: Any = None, policy: Policy = ops.AUTO) -> Tensor:  # (T, H) -> (T, H)
+        if x.dim() == 3:
+            return hooks.on_packed(GatedRotaryLayer.forward, self, x)
+        y = hooks.call(self.self_attn, batch, policy, x)
+        x = _joined(self.post_attention_layernorm, self.post_attention_dropout, y, x, policy, batch)
+        y = hooks.call(self.mlp, batch, policy, x)
+        return _joined(self.post_mlp_layernorm, self.post_mlp_dropout, y, x, policy, batch)
+
+    def block(self) -> Block:
+        """The layer as data, for engines; its modules must be plain."""
+        attn, mlp = self.self_attn, self.mlp
+        linears = [Linear.of(each) for each in (attn.q_proj, attn.k_proj, attn.v_proj)]
+        drops = self.post_attention_dropout, self.post_mlp_dropout
+
+        def fuse() -> Linear:
+            biases: Any = [linear.bias for linear in linears]
+            return Linear(torch.cat([each.weight for each in linears]), None if None in biases else torch.cat(biases))
+
+        return Block(
+            query=linears[0],
+            key=linears[1],
+            value=linears[2],
+            fuse_qkv=fuse,
+            num_heads=attn.num_heads,
+            out=Linear.of(attn.o_proj),
+            attention_norm=Norm.of(self.post_attention_layernorm),
+            up=Linear.of(mlp.gate_proj),  # what is activated
+            gate=Linear.of(mlp.up_proj),
+            activation=mlp.activation,
+            down=Linear.of(mlp.down_proj),
+            output_norm=Norm.of(self.post_mlp_layernorm),
+            dropouts=(attn.dropout_p, *(drop.p if drop.training else 0.0 for drop in drops)),  # type: ignore[arg-type]
+            rotary=attn.rotary.base,
+            position_factor=attn.rotary.factor,
+        )
+
+
+def _joined(norm: Any, dropout: nn.Module, y: Tensor, x: Tensor, policy: Policy, batch: Any) -> Tensor:
+    """norm(dropout(y) + x)."""
+    if not is_plain_norm(norm, dropout) or dropout.training and dropout.p:
+        return add_and_norm(norm, dropout, y, x, policy, batch)
+    return ops.bias_residual_layer_norm(y, None, x, norm.weight, norm.bias, norm.eps, policy=policy)
+
+
+class GatedRotaryEncoder(LayerStack):
+    def __init__(self, config: BertConfig) -> None:
+        rotary = gated_rotary_layer(config)
+        super().__init__(GatedRotaryLayer(config, rotary) for _ in range(config.num_hidden_layers))
+
+    def forward(self, x: Tensor, batch: Any = None, policy: Policy = ops.AUTO, keep_states: bool = True) -> Any:
+        """(T, H) -> the hidden states before the first layer and after each, L + 1 times (T, H), or the last alone.
+
+        (B, S, H) -> an output with last_hidden_state and hidden_states.
+        """
+        if x.dim() == 3:
+            padded = hooks.on_packed(GatedRotaryEncoder.forward, self, x, keep_states=keep_states)
+            return BaseModelOutputWithPooling(padded[-1], hidden_states=tuple(padded) if keep_states else None)
+        return self.states(x, batch, policy, keep_states)
+
+
+class GatedRotaryModel(EncoderModel):
+    """The encoder of Nomic and of GTE 1.5: token ids in, one vector a token out.
+
+    add_pooling_layer: whether there is a pooler, as under a head for sequences. settings: the fields of `Options` by
+    name. Raises ValueError for angles that fastbert does not compute (fastbert.checkpoint.rotary).
+
+    Sources: Nussbaum et al., "Nomic Embed", 2024, arXiv:2402.01613; Zhang et al., "mGTE", 2024, arXiv:2407.19669.
+    """
+
+    own_modules = frozenset(
+        (GatedRotaryEmbeddings, GatedRotaryEncoder, GatedRotaryLayer, GatedRotaryAttention, GatedRotaryMLP,
+         nn.ModuleList, nn.Embedding, nn.Linear, nn.LayerNorm, nn.Dropout)
+    )  # fmt: skip
+    _class_arguments = ("add_pooling_layer",)
+    _no_split_modules = ("GatedRotaryLayer", "GatedRotaryEmbeddings")
+
+    def __init__(
+        self, config: BertConfig, add_pooling_layer: bool = False, options: Options | None = None, **settings: Any
+    ) -> None:
+        super().__init__(config, options, **settings)
+        self.embeddings = GatedRotaryEmbeddings(config)
+        self.embeddings_project = None
+        self.encoder = GatedRotaryEncoder(config)
+        self.pooler: BertPooler | None = BertPooler(config) if add_pooling_layer else None
+        self.init_weights()
+
+    def embed(self, inputs: PackedInputs, batch: PackedBatch) -> Tensor:
+        rotations_of(batch).renew(inputs.position_ids)
+        return super().embed(inputs, batch)
+
+    def blocks(self) -> Iterator[Block]:
+        """Each layer as data; its modules must be plain."""
+        layers: Any = self.encoder.layer
+        for layer in layers:
+            yield layer.block()

@@ -1,0 +1,145 @@
+"""Attention within a window, in C++ and in plain PyTorch: its cost grows with the window, not with the text's square.
+
+The queries of a text go in blocks. A block sees the keys from `window` columns before its first query to `window`
+columns after its last one, and a mask takes away those that are too far from a query. No (S, S) numbers are made for
+texts longer than two blocks.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastbert.ops import dispatch, recording, tracing
+from fastbert.ops.dispatch import Policy
+from fastbert.ops.groups import Group, group_by_length
+from fastbert.ops.library import register
+from fastbert.ops.packing import PackedBatch
+from fastbert.ops.rotary import cpu_obstacle as rows_obstacle
+from fastbert_kernels import cpu
+
+TRITON_OBSTACLE = "there is no Triton kernel for attention within a window yet"
+BLOCK = 64  # the fewest queries in a block
+_FAR = 1 << 30  # the column of keys that are not there
+
+
+def reaches_all(batch: PackedBatch, window: int, policy: Policy) -> bool:
+    """Tells whether the window is as wide as the longest text, so that attention without one may run.
+
+    Not under a batch-invariant policy: another kernel would depend on the other texts.
+    """
+    if recording.on and recording.is_dry():  # which is not about texts of a length
+        return False
+    if torch.compiler.is_compiling():  # a program is for texts of any length
+        return False
+    return not policy.batch_invariant and tracing.has_sizes() and batch.padded_length - 1 <= window
+
+
+def near(queries: Tensor, keys: Tensor, window: int) -> Tensor:
+    """Which keys are at most `window` columns from which queries: (..., Q) and (..., K) -> (..., Q, K) bool."""
+    return (queries[..., :, None] - keys[..., None, :]).abs() <= window
+
+
+def attention(
+    qkv: Tensor, batch: PackedBatch, num_heads: int, window: int, scale: float, dropout_p: float, policy: Policy
+) -> Tensor:
+    """What `ops.varlen_attention` does within a window: it decides, records, and attends."""
+    backend = dispatch.choose("attention", policy.backend, policy.strict, qkv.device, TRITON_OBSTACLE)
+    obstacle = cpu_obstacle(qkv, num_heads, dropout_p) if backend == "cpu" else None
+    if backend != "triton":
+        with_gradients = None if dispatch.direct(qkv) else "gradients within a window go through a whole batch"
+        dispatch.check_invariant("attention", policy, backend, obstacle or with_gradients)
+    if recording.on:
+        shape = qkv.shape[0], qkv.shape[1] // 3
+        facts: dict[str, Any] = {"heads": num_heads, "compiled_obstacle": obstacle, "window": window}
+        if recording.note("attention", backend, qkv.shape, shape, qkv.dtype, **facts):
+            return qkv.new_zeros(shape)
+    if backend == "cpu" and obstacle is None and dispatch.direct(qkv):
+        qkv = qkv if qkv.stride(-1) == 1 else qkv.contiguous()
+        return cpu.windowed_attention_forward(qkv, batch.cu_seqlens_cpu, num_heads, scale, window, batch.columns)
+    if torch.compiler.is_compiling() and dropout_p == 0.0:  # lengths are looked at when it runs
+        return torch.ops.fastbert.windowed_attention(qkv, batch.cu_seqlens_cpu, num_heads, scale, window, batch.columns)
+    groups = batch.plan("groups", lambda: group_by_length(batch.cu_seqlens_cpu, batch.device))
+    return attend(qkv, groups, batch.columns, num_heads, window, scale, dropout_p)
+
+
+def cpu_obstacle(qkv: Tensor, num_heads: int, dropout_p: float) -> str | None:
+    """Tells why the cpu backend takes PyTorch's operations within a window, or None where it has a C++ kernel."""
+    head_size = qkv.shape[1] // (3 * num_heads)
+    if head_size % 16 or head_size > 256:
+        return f"head size {head_size} is no multiple of 16 up to 256"
+    return "dropout" if dropout_p > 0.0 else rows_obstacle(qkv)
+
+
+def attend(
+    qkv: Tensor,
+    grouped: tuple[list[Group], Tensor | None],
+    all_columns: Tensor | None,
+    num_heads: int,
+    window: int,
+    scale: float,
+    dropout_p: float,
+) -> Tensor:
+    """Attention of packed rows, (T, 3 * N * D) -> (T, N * D). grouped: what `group_by_length` gives.
+
+    all_columns: (T,), or None where the tokens of each sequence are neighbours.
+    """
+    hidden_size = qkv.shape[1] // 3
+    groups, ungroup = grouped
+    if not groups:
+        return qkv[:, :hidden_size].clone()
+    outs = []
+    for n_seqs, length, rows in groups:
+        part = qkv[rows] if isinstance(rows, slice) else qkv.index_select(0, rows)
+        q, k, v = part.view(n_seqs, length, 3, num_heads, -1).permute(2, 0, 3, 1, 4)  # each (sequences, N, length, D)
+        if all_columns is None:
+            columns = torch.arange(length, device=qkv.device)[None]
+        else:
+            columns = all_columns[rows].view(n_seqs, length).long()
+        out = attend_in_blocks(q, k, v, columns, window, scale, dropout_p)
+        outs.append(out.transpose(1, 2).reshape(n_seqs * length, hidden_size))
+    out = outs[0] if len(outs) == 1 else torch.cat(outs)
+    out = out if ungroup is None else out.index_select(0, ungroup)
+    return out if out.shape[0] == qkv.shape[0] else F.pad(out, (0, 0, 0, qkv.shape[0] - out.shape[0]))
+
+
+def _attend_by_lengths(
+    qkv: Tensor, cu_seqlens_cpu: Tensor, num_heads: int, scale: float, window: int, columns: Tensor | None
+) -> Tensor:
+    return attend(qkv, group_by_length(cu_seqlens_cpu, qkv.device), columns, num_heads, window, scale, 0.0)
+
+
+register(
+    "windowed_attention(Tensor qkv, Tensor cu_seqlens_cpu, int num_heads, float scale, int window, Tensor? columns) "
+    "-> Tensor",
+    kernel=_attend_by_lengths,
+    eager=_attend_by_lengths,
+    fake=lambda qkv, *rest: qkv.new_empty(qkv.shape[0], qkv.shape[1] // 3),
+)
+
+
+def attend_in_blocks(
+    q: Tensor, k: Tensor, v: Tensor, columns: Tensor, window: int, scale: float | None, dropout_p: float = 0.0
+) -> Tensor:
+    """Attention of texts of equal length, (B, N, S, D) each -> (B, N, S, D). columns: (1 or B, S), ascending."""
+    n_seqs, n_heads, length, head_size = q.shape
+    block = max(window, BLOCK)
+    if length <= 2 * block:
+        mask = near(columns, columns, window)[:, None]
+        return F.scaled_dot_product_attention(q, k, v, mask, dropout_p=dropout_p, scale=scale)
+    n_blocks = -(-length // block)
+    tail, width = n_blocks * block - length, block + 2 * window
+    q = F.pad(q, (0, 0, 0, tail)).unflatten(2, (n_blocks, block)).transpose(1, 2).flatten(0, 1)
+    k, v = (
+        F.pad(x, (0, 0, window, window + tail)).unfold(2, width, block).permute(0, 2, 1, 4, 3).flatten(0, 1)
+        for x in (k, v)
+    )  # each (B * blocks, N, width, D)
+    queries = F.pad(columns, (0, tail), value=-1).unflatten(1, (n_blocks, block))
+    keys = F.pad(columns, (window, window + tail), value=_FAR).unfold(1, width, block)
+    mask = near(queries, keys, window) | (queries < 0)[..., None]  # rows that are cut off below see anything
+    mask = mask.expand(n_seqs, -1, -1, -1).flatten(0, 1)[:, None]
+    out = F.scaled_dot_product_attention(q, k, v, mask, dropout_p=dropout_p, scale=scale)
+    return out.unflatten(0, (n_seqs, n_blocks)).transpose(1, 2).flatten(2, 3)[:, :, :length]
