@@ -260,8 +260,11 @@ def _aligned(n_integers: int) -> int:
     return -(-n_integers // 4) * 4
 
 
-def gradient_plan(batch: PackedBatch, dtype: torch.dtype, head_size: int) -> Any:
-    """Returns what the kernels of attention's gradients need of a batch, made once for all layers."""
+def gradient_plan(batch: PackedBatch, dtype: torch.dtype, head_size: int, biased: bool = False) -> Any:
+    """Returns what the kernels of attention's gradients need of a batch, made once for all layers.
+
+    biased: with a position bias.
+    """
 
     def make() -> Any:
         from fastbert_kernels import configs, launch
@@ -269,11 +272,11 @@ def gradient_plan(batch: PackedBatch, dtype: torch.dtype, head_size: int) -> Any
         from fastbert_kernels.attention_backward import work_lists
         from fastbert_kernels.work_list import WorkList
 
-        tiles = configs.attention_backward_configs(dtype, head_size, launch.arch(batch.device))
+        tiles = configs.attention_backward_configs(dtype, head_size, launch.arch(batch.device), biased)
         lists = work_lists(batch.cu_seqlens_cpu.tolist(), tiles)
         queries = WorkList(*(to_device(part, batch.device) for part in lists.queries))
         if lists.keys is lists.queries:
             return GradientPlan(queries, queries)
         return GradientPlan(queries, WorkList(*(to_device(part, batch.device) for part in lists.keys)))
 
-    return batch.plan(("triton attention gradients", dtype, head_size), make)
+    return batch.plan(("triton attention gradients", dtype, head_size, biased), make)

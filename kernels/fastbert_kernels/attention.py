@@ -316,6 +316,8 @@ def varlen_attention_forward(
         return out
     for_arch = launch.arch(qkv.device)
     config = config or configs.attention_config(qkv.dtype, head_size, for_arch).block_sizes
+    if bias is not None and lse is not None and for_arch < 90:
+        config = {**config, "num_warps": 8}  # which leaves registers to the bias
     lists = [(work_list, config, False)]
     if config.get("WARP_SPECIALIZE"):
         plain = quantized is None and dropout is None and lse is None and bias is None

@@ -81,7 +81,7 @@ def varlen_attention_backward(
     if n_rows == 0:
         return grad_qkv, None if bias is None else torch.zeros_like(bias.table, dtype=torch.float32)
     statistics = launch.empty((num_heads, n_rows, 4), like=lse)
-    tiles = tiles or configs.attention_backward_configs(qkv.dtype, head_size, launch.arch(qkv.device))
+    tiles = tiles or configs.attention_backward_configs(qkv.dtype, head_size, launch.arch(qkv.device), bias is not None)
     shared = {
         "q_ptr": qkv,
         "k_ptr": qkv[:, hidden_size:],

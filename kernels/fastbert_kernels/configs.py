@@ -213,13 +213,17 @@ def _small_attention(
     if config is None:
         if dtype == torch.float32 or whole.block_sizes["BLOCK_D"] > 64:  # It would spill.
             return None
-        config = Config(dict(SMALL_TILE), "formula of fastbert_kernels.configs.small_attention_config")
+        config = Config(small_tile(for_arch), "formula of fastbert_kernels.configs.small_attention_config")
     if config.block_sizes["BLOCK_Q"] >= whole.block_sizes["BLOCK_Q"]:
         return None
     return Config({**config.block_sizes, "BLOCK_D": whole.block_sizes["BLOCK_D"]}, config.source)
 
 
-SMALL_TILE = {"BLOCK_Q": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3}
+def small_tile(for_arch: int) -> dict[str, int]:
+    """Returns the tile of short batches where no table has one. sm_120 spills a register in a block of 64 keys."""
+    return {"BLOCK_Q": 64, "BLOCK_K": 32 if for_arch >= 120 else 64, "num_warps": 4, "num_stages": 3}
+
+
 SHORT_BLOCK_Q = 16  # The fewest rows that tl.dot takes.
 MAX_SHORT = 64  # The most keys in one block.
 
@@ -245,6 +249,8 @@ def _short_attention(
     # The fewest warps that hold the tile without spills (offline report): a program is too short to gain by more. IEEE
     # float32, whose products are multiply-adds, holds all operands in registers.
     num_warps = max(1, block_d // 32 if dtype == torch.float32 else block_k * block_d // 4096)
+    if for_arch >= 120 and block_d == 128:
+        num_warps *= 2
     block_sizes = {"BLOCK_Q": SHORT_BLOCK_Q, "BLOCK_K": block_k, "num_warps": num_warps, "num_stages": 1}
     source = f"formula of fastbert_kernels.configs.short_attention_config, for BLOCK_Q={block_q} of {whole.source}"
     return Config({**block_sizes, "BLOCK_D": block_d}, source)
@@ -259,11 +265,14 @@ class AttentionBackward:
 
 
 @functools.cache
-def attention_backward_configs(dtype: torch.dtype, head_size: int, for_arch: int) -> AttentionBackward:
+def attention_backward_configs(
+    dtype: torch.dtype, head_size: int, for_arch: int, biased: bool = False
+) -> AttentionBackward:
     """Chooses the tiles of attention's gradients: BLOCK_Q x BLOCK_K scores at a time, the head padded to BLOCK_D.
 
     They are the largest ones without spills in the offline report, with dropout. A tile of 128 rows and 8 warps has all
     registers of a multiprocessor; 64 rows and 4 warps would have as many, and read the other operands twice as often.
+    biased: with a position bias, which takes registers.
     """
     block_d = max(MIN_HEAD_SIZE, triton.next_power_of_2(head_size))
     if dtype == torch.float32:  # Its products are multiply-adds, whose operands are in registers.
@@ -278,6 +287,8 @@ def attention_backward_configs(dtype: torch.dtype, head_size: int, for_arch: int
         query, key = (128, 32 if for_arch == 100 else 64, 8, 2), (128, 32, 8, 2)
     else:  # Operands of products pass through the registers.
         query, key = (128, 32, 8, 2), (32, 32, 4, 2)
+    if biased and dtype != torch.float32 and for_arch != 90:
+        query, key = (64, 32, 4, 2), (32, 32, 4, 2)
     return AttentionBackward(
         {"BLOCK_Q": query[0], "BLOCK_K": query[1], "BLOCK_D": block_d, "num_warps": query[2], "num_stages": query[3]},
         {"BLOCK_Q": key[1], "BLOCK_K": key[0], "BLOCK_D": block_d, "num_warps": key[2], "num_stages": key[3]},

@@ -153,8 +153,8 @@ def test_specialized_kernel(dtype: torch.dtype, device: torch.device, poisoned: 
     qkv = guarded(qkv, extra_columns=8)
     ours = varlen_attention_forward(qkv, tiles, 2, d**-0.5, config=specialized(BLOCK_D=d))
     poisoned.check()
-    plain = varlen_attention_forward(qkv, tiles, 2, d**-0.5, config={**configs.SMALL_TILE, "BLOCK_D": d})
-    exact = varlen_attention_forward(qkv.float(), tiles, 2, d**-0.5, config={**configs.SMALL_TILE, "BLOCK_D": d})
+    plain = varlen_attention_forward(qkv, tiles, 2, d**-0.5, config={**configs.small_tile(90), "BLOCK_D": d})
+    exact = varlen_attention_forward(qkv.float(), tiles, 2, d**-0.5, config={**configs.small_tile(90), "BLOCK_D": d})
     assert_as_accurate("specialized", ours, plain, exact.double())
 
 

@@ -89,7 +89,8 @@ class TritonKernels:
 
         batch, num_heads, scale, dropout, columns = settings
         bias = for_kernel(position_bias, columns)
-        plan = attention_plan.gradient_plan(batch, qkv.dtype, qkv.shape[1] // (3 * num_heads))
+        head_size = qkv.shape[1] // (3 * num_heads)
+        plan = attention_plan.gradient_plan(batch, qkv.dtype, head_size, bias is not None)
         return varlen_attention_backward(grad, qkv, out, lse, plan, num_heads, scale, dropout, bias=bias)
 
     def norm_forward(

@@ -89,10 +89,17 @@ def cases(dtype: str) -> Iterator[Case]:
         arguments = qkv, work_list, n_heads, 0.125
         return partial(attention.varlen_attention_forward, *arguments, short_list=work_list)  # It launches two kernels.
 
-    def attend_in(config: dict[str, int], n_heads: int, head_size: int) -> Callable[[], object]:
+    def attend_in(config: dict[str, int] | None, n_heads: int, head_size: int) -> Callable[[], object]:
+        """config: None for the small tile of the architecture."""
         tiles = WorkList(work_list.tiles, ids32[:0])  # none of several sequences
-        arguments = tensor(n_rows, 3 * n_heads * head_size), tiles, n_heads, 0.125
-        return partial(attention.varlen_attention_forward, *arguments, config={**config, "BLOCK_D": head_size})
+        qkv = tensor(n_rows, 3 * n_heads * head_size)
+
+        def attend() -> object:
+            sizes = configs.small_tile(launch.arch(qkv.device)) if config is None else config
+            sizes = {**sizes, "BLOCK_D": head_size}
+            return attention.varlen_attention_forward(qkv, tiles, n_heads, 0.125, config=sizes)
+
+        return attend
 
     for model, (h, i, n_heads) in MODELS.items():
         case = partial(Case, model=model, dtype=dtype)
@@ -126,7 +133,7 @@ def cases(dtype: str) -> Iterator[Case]:
         if dtype == "bf16" and model in ("base", "minilm"):
             # Where `attention_config` has a larger tile.
             archs = frozenset({80, 90, 100}) if model == "base" else everywhere
-            yield case("attention", variant=f"D{d} small", archs=archs, call=attend_in(configs.SMALL_TILE, n_heads, d))
+            yield case("attention", variant=f"D{d} small", archs=archs, call=attend_in(None, n_heads, d))
             for sizes in attention_specialized.tiles():
                 variant = f"D{d} specialized {sizes['BLOCK_K']}"
                 archs = frozenset({attention_specialized.ARCH})
