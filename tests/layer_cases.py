@@ -16,7 +16,7 @@ from fastbert.ops.training.kernels import Attention, Kernels
 from fastbert.ops.training.layer import LayerParameters, LayerSettings, encoder_layer, plain_layer
 from fastbert_kernels.masks import ATTENTION, ATTENTION_OUTPUT, OUTPUT, Dropout, site_of, threshold_of
 
-NAMES = tuple(LayerParameters.__dataclass_fields__)
+NAMES = tuple(name for name in LayerParameters.__dataclass_fields__ if name != "position_bias")
 LENGTHS = {
     "mixed": [5, 1, 9, 0, 17, 3],
     "ones": [1] * 21,
@@ -63,9 +63,16 @@ def settings_for(
     return LayerSettings(kernels, attention, activation, (1e-12, 1e-12), (drops[1], drops[2]), dtype)
 
 
+def tensors_of(parameters: LayerParameters) -> dict[str, Tensor]:
+    """The parameters that are there, by name."""
+    return {name: tensor for name, tensor in vars(parameters).items() if tensor is not None}
+
+
 def leaves(x: Tensor, parameters: LayerParameters, dtype: torch.dtype) -> tuple[Tensor, LayerParameters]:
     """Copies that collect gradients of their own."""
-    copies = [t.detach().to(dtype).requires_grad_() for t in (x, *parameters.listed())]  # type: ignore[union-attr]
+    copies: list[Any] = [
+        None if t is None else t.detach().to(dtype).requires_grad_() for t in (x, *parameters.listed())
+    ]
     return copies[0], LayerParameters(*copies[1:])
 
 
@@ -105,10 +112,10 @@ def gradients(
     gradient is 0, so that no relative error of it has a meaning.
     """
     output = layer(x, parameters, settings)
-    inputs = [x, *parameters.listed()]
-    found = torch.autograd.grad(output, inputs, grad.to(output.dtype), allow_unused=True)
-    filled = [torch.zeros_like(t) if g is None else g for g, t in zip(found, inputs, strict=True)]
-    named = dict(zip(("output", "x", *NAMES), (output.detach(), *filled), strict=True))
+    inputs = {"x": x, **tensors_of(parameters)}
+    found = torch.autograd.grad(output, list(inputs.values()), grad.to(output.dtype), allow_unused=True)
+    filled = [torch.zeros_like(t) if g is None else g for g, t in zip(found, inputs.values(), strict=True)]
+    named = {"output": output.detach(), **dict(zip(inputs, filled, strict=True))}
     named["qkv"] = torch.cat([named.pop(name) for name in ("query", "key", "value")])
     assert named.pop("key_bias").abs().max() < 0.1
     named["qkv_bias"] = torch.cat([named.pop(name) for name in ("query_bias", "value_bias")])

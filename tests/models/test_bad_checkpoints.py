@@ -109,8 +109,9 @@ def test_more_layers_than_the_checkpoint_has(folder: Path) -> None:
     ("settings", "message"),
     [
         (
-            {"model_type": "mpnet"},
-            "model_type: got 'mpnet', expected one of bert, camembert, distilbert, electra, roberta, xlm-roberta",
+            {"model_type": "funnel"},
+            "model_type: got 'funnel', expected one of bert, camembert, distilbert, electra, gte, modernbert, mpnet, "
+            "nomic_bert, roberta, xlm-roberta",
         ),
         (
             {"position_embedding_type": "relative_key"},

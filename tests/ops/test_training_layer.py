@@ -14,7 +14,7 @@ from fastbert.ops.training.kernels import Kernels
 from fastbert.ops.training.layer import LayerParameters, encoder_layer
 from fastbert.ops.training.plain import PLAIN
 from helpers import assert_as_accurate
-from layer_cases import LENGTHS, NAMES, compared, leaves, random_parameters, settings_for
+from layer_cases import LENGTHS, NAMES, compared, leaves, random_parameters, settings_for, tensors_of
 
 DTYPES = (torch.float32, torch.bfloat16)
 CPU = torch.device("cpu")
@@ -88,7 +88,7 @@ def test_frozen_parameters(frozen: set[str]) -> None:
     """Catches a gradient of what needs none, or another one where something is frozen."""
     settings = settings_for([5, 3], 2, PLAIN, torch.float64, p=0.2, head_size=16)
     x, parameters = leaves(torch.randn(8, 32), random_parameters(32, 48), torch.float64)
-    tensors = dict(zip(("x", *NAMES), (x, *parameters.listed()), strict=True))
+    tensors = {"x": x, **tensors_of(parameters)}
     encoder_layer(x, parameters, settings).square().sum().backward()
     expected = {name: t.grad for name, t in tensors.items()}
     for name, tensor in tensors.items():
