@@ -28,7 +28,7 @@ from fastbert.ops.packing import PackedBatch
 
 logger = logging.getLogger("fastbert")
 
-MAX_GRAPHS = 128
+MAX_GRAPHS = 400  # of every bucket each kind of batch
 
 
 @dataclass
@@ -59,6 +59,7 @@ class Graphs:
         self.enabled = True
         self.lock = threading.RLock()
         self.limit = MAX_GRAPHS
+        self.ahead = False  # whether a bucket is captured for every kind of batch at once
         self._capturer: Capturer | None = None
         self.clear()
 
@@ -79,14 +80,15 @@ class Graphs:
             self._failed = False
 
     def thaw(self) -> None:
-        """Captures again at first use, also where that failed before."""
+        """Captures again at first use, also where that failed before, and for every kind of batch in the bucket."""
         with self.lock:
             self.frozen = self._failed = False
+            self.ahead = True
 
     def freeze(self) -> None:
         """No captures any more: a bucket without a graph takes the plain path. Ends with the graphs, in `clear`."""
         with self.lock:
-            self.frozen = True
+            self.frozen, self.ahead = True, False
 
     def __len__(self) -> int:
         return len(self._graphs)
@@ -192,6 +194,12 @@ class Graphs:
                 if not self._capture(forward, key, batch, shape):
                     return None
                 graph = self._graphs[key]
+            if self.ahead:
+                sizes = shape.dtype, shape.head_size, shape.device, shape.policy
+                for other in attention_plan.kinds_in(bucket, *sizes):
+                    missing = (bucket, other, key[2]) not in self._graphs
+                    if missing and not self._capture(forward, (bucket, other, key[2]), batch, shape):
+                        return None
             out = self._launch(graph, batch, inputs, number)
             if out is not None:
                 self._used(key)

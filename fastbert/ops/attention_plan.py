@@ -255,6 +255,15 @@ def kinds(qkv_dtype: torch.dtype, head_size: int, device: torch.device, policy: 
     return [Kind(*of) for of in itertools.product((False, True) if small else (False,), (False, True))]
 
 
+def kinds_in(bucket: int, qkv_dtype: torch.dtype, head_size: int, device: torch.device, policy: Policy) -> list[Kind]:
+    """Lists the kinds of static lists that batches of at most as many tokens as the bucket has rows may take there."""
+    from fastbert_kernels import launch
+
+    every = kinds(qkv_dtype, head_size, device, policy)
+    small = [kind for kind in every if kind.small]
+    return small if small and bucket <= SHORT_BATCH * launch.n_multiprocessors(device) else every
+
+
 def _aligned(n_integers: int) -> int:
     """Rounds up to whole 16 bytes."""
     return -(-n_integers // 4) * 4

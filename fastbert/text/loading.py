@@ -84,7 +84,8 @@ class _Folder:
         self.class_name = named or f"{own}Tokenizer"
         self.kind = self.class_name.removesuffix("Fast").removesuffix("Tokenizer")
         self._find_pieces(bool(named))
-        self.family = next((known for known in FAMILIES.values() if known.tokenizer == self.kind), family)
+        named_by_class = (known for known in FAMILIES.values() if known.tokenizer == self.kind)
+        self.family = family if self.kind in _GENERIC else next(named_by_class, family)
         if self.kind in IN_PYTHON or self.class_name == "BertTokenizerLegacy":
             raise ValueError(f"{self.folder}: tokenizer_class {self.class_name!r} runs in Python and is not supported")
         self.model_type = _model_type(self.tokenizer_json.get("model", {}))

@@ -46,6 +46,21 @@ def test_a_capture_that_fails(
     assert report.buckets == (32, 64) and not report.notes
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_warm_up_captures_every_kind_of_batch(dtype: torch.dtype, stand_in: StandIn, device: torch.device) -> None:
+    """Catches a batch that takes the plain path after a warm-up, because its tiles are smaller or more than others'."""
+    model = make(device).to(dtype)
+    cheap(model)
+    for max_tokens in (288, 1152):
+        fastbert.warmup(model, max_tokens=max_tokens)
+        captures, small, large = stand_in.captures, max_tokens - 24, [200] * (max_tokens // 200)
+        for lengths in ([1, 65] * (max_tokens // 66), [20] * (small // 20), large, [1, 129] * (max_tokens // 130)):
+            replays = stand_in.replays
+            encode(model, lengths)
+            assert (stand_in.captures, stand_in.replays) == (captures, replays + 1), lengths
+    assert len(model.engine.graphs) > (1 if dtype == torch.float32 else 2) * len(model.engine.graphs.captured())
+
+
 def test_errors_of_the_model(stand_in: StandIn, device: torch.device, caplog: pytest.LogCaptureFixture) -> None:
     """Catches a strict policy's error, or one of mixed dtypes, taken for a driver that cannot capture."""
     relu = make(device, hidden_act="relu")
