@@ -77,7 +77,7 @@ def _kernel(
         short_list = None if short_tiles is None else WorkList(short_tiles, row_spans)  # which share no tiles
     qkv = qkv if qkv.stride(-1) == 1 else qkv.contiguous()
     config = configs.attention_config(qkv.dtype, head_size, launch.arch(qkv.device), small).block_sizes
-    bias = for_kernel(table, columns)
+    bias = None if table is None else for_kernel(table, columns)
     return varlen_attention_forward(qkv, work_list, num_heads, scale, quantized, config, short_list, bias=bias)
 
 

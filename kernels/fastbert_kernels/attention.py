@@ -314,20 +314,20 @@ def varlen_attention_forward(
     out = launch.empty((n_rows, hidden_size), like=qkv) if quantized is None else quantized[0]
     if n_rows == 0:
         return out
-    for_arch = launch.arch(qkv.device)
-    config = config or configs.attention_config(qkv.dtype, head_size, for_arch).block_sizes
-    if bias is not None and lse is not None and for_arch < 90:
+    config = config or configs.attention_config(qkv.dtype, head_size, launch.arch(qkv.device)).block_sizes
+    if bias is not None and lse is not None and launch.arch(qkv.device) < 90:
         config = {**config, "num_warps": 8}  # which leaves registers to the bias
     lists = [(work_list, config, False)]
     if config.get("WARP_SPECIALIZE"):
         plain = quantized is None and dropout is None and lse is None and bias is None
+        for_arch = launch.arch(qkv.device)
         if plain and attention_specialized.obstacle(qkv, work_list, head_size, for_arch) is None:
             attention_specialized.specialized_attention_forward(qkv, work_list, num_heads, scale, config, out)
             lists = []
         else:
             lists = [(work_list, attention_specialized.fallback(config), False)]
     if short_list is not None:
-        short = configs.short_attention_config(qkv.dtype, head_size, for_arch)
+        short = configs.short_attention_config(qkv.dtype, head_size, launch.arch(qkv.device))
         assert short is not None, "this tile has no smaller one for short sequences"
         lists.append((short_list, short.block_sizes, True))
     # Grid: every head for every tile of a work list, as many at a time as a grid's second dimension holds.
@@ -350,7 +350,7 @@ def varlen_attention_forward(
                 lse_head_stride=lse.stride(0) if lse is not None else None,
                 scale_log2=scale * LOG2_E.value,
                 **drawing.arguments(dropout),
-                **biases.arguments(bias, scale),
+                **(biases.NONE if bias is None else biases.arguments(bias, scale)),
                 HEAD_SIZE=head_size,
                 DROPOUT=dropout is not None,
                 SAVE_LSE=lse is not None,

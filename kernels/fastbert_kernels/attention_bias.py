@@ -27,13 +27,16 @@ class PositionBias(NamedTuple):
     columns: torch.Tensor | None
 
 
+# The arguments of a kernel where there is no bias.
+NONE: dict[str, Any] = {
+    **dict.fromkeys(("bias_ptr", "columns_ptr", "bias_radius", "bias_scale")), "BIASED": False, "HOLES": False
+}  # fmt: skip
+
+
 def arguments(bias: PositionBias | None, scale: float) -> dict[str, Any]:
     """Returns the arguments of a kernel for a bias, or for none. scale: of the softmax."""
     if bias is None:
-        return dict.fromkeys(("bias_ptr", "columns_ptr", "bias_radius", "bias_scale")) | {
-            "BIASED": False,
-            "HOLES": False,
-        }
+        return NONE
     return {
         "bias_ptr": bias.table,
         "columns_ptr": bias.columns,

@@ -93,15 +93,17 @@ def direct(kernel: Any) -> Direct | None:
 def _reader(kernel: Any, specialize: Callable[..., Any], backend: Any) -> Reader:
     """Makes a function of the kernel's signature, as Triton does, so that arguments are bound in one call."""
     names, described = [param.name for param in kernel.params], []
+    defaults = {f"{param.name}_default": param.default for param in kernel.params if param.has_default}
+    taken = [f"{name}={name}_default" if f"{name}_default" in defaults else name for name in names]
     for param in kernel.params:
         kinds = bool(param.is_const), not param.do_not_specialize, not param.do_not_specialize_on_alignment
         called = f"specialize(backend, {param.name}, {kinds[0]}, {kinds[1]}, {kinds[2]})"
         described.append(param.name if param.is_constexpr else called)
     code = (
-        f"def read(device, {', '.join(names)}, **options):\n"
+        f"def read(device, *, {', '.join(taken)}, **options):\n"
         f"    return (device, {', '.join(described)}, *options.items()), ({', '.join(names)},)\n"
     )
-    namespace = {"specialize": specialize, "backend": backend}
+    namespace = {"specialize": specialize, "backend": backend, **defaults}
     exec(code, namespace)
     read: Any = namespace["read"]
     return read
