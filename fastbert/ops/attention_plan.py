@@ -74,7 +74,8 @@ def takes_small_tiles(batch: PackedBatch, dtype: torch.dtype, head_size: int, po
         return False
     if batch.n_tokens <= SHORT_BATCH * launch.n_multiprocessors(batch.device):
         return True
-    lengths = np.diff(batch.cu_seqlens_cpu.numpy()).astype(np.int64)
+    offsets = batch.cu_seqlens_cpu.numpy()
+    lengths = (offsets[1:] - offsets[:-1]).astype(np.int64)
     return int(lengths @ lengths) <= SHORT_TEXTS * batch.n_tokens
 
 

@@ -39,14 +39,15 @@ LAUNCH = """
 import json, sys, torch
 from triton.backends.compiler import GPUTarget
 from fastbert_kernels import attention, embedding, gelu, launch, layer_norm, linear, offline, pooling, quantized_linear
+from fastbert_kernels.work_list import WorkList
 
 bf16, fp8 = torch.bfloat16, torch.float8_e4m3fn
 x, w = torch.empty(64, 64, dtype=bf16), torch.empty(64, dtype=bf16)
-ids, cu, tiles = (torch.zeros(n, dtype=torch.int32) for n in (64, 3, 4))
+ids, cu, tiles = (torch.zeros(n, dtype=torch.int32) for n in (64, 3, 5))
 x8 = torch.empty(64, 64, dtype=fp8), torch.empty(64, 1)
 calls = {
     "attention": lambda: attention.varlen_attention_forward(
-        torch.empty(64, 192, dtype=bf16), cu, ids, tiles.view(1, 4), 2, 0.2
+        torch.empty(64, 192, dtype=bf16), WorkList(tiles.view(1, 5), ids), 2, 0.2
     ),
     "embedding": lambda: embedding.embedding_layer_norm_forward(ids, ids, ids, x, x, x, w, w, 1e-5),
     "gelu": lambda: gelu.bias_gelu_forward(x, w, "gelu"),
