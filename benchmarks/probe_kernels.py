@@ -17,8 +17,8 @@ from torch import Tensor
 
 from fastbert import reference
 from fastbert.bench.results import MISSING
-from fastbert.ops import attention as attention_op
 from fastbert.ops import packing, quantized
+from fastbert.ops.grouped_attention import attend_by_lengths
 
 if TYPE_CHECKING:
     from probe_pieces import Probe
@@ -73,8 +73,8 @@ def measure_attention_on(probe: Probe, kind: str, n: int, heads: int, d: int) ->
     qkv = torch.randn(n, 3 * heads * d, device=probe.device).to(BF16)
     work = Work(4.0 * heads * d * sum(length * length for length in lengths), 8.0 * n * heads * d)
     first = first_of(lengths)
-    grouped = attention_op.group_by_length(batch.cu_seqlens_cpu[: len(first) + 1], probe.device)
-    exact = attention_op._grouped(qkv[: sum(first)].double(), *grouped, heads, d**-0.5)
+    offsets = batch.cu_seqlens_cpu[: len(first) + 1]
+    exact = attend_by_lengths(qkv[: sum(first)].double(), offsets, heads, d**-0.5)
 
     def run(config: dict[str, int], tiles: work_list.WorkList, i: int) -> Tensor:
         return attention.varlen_attention_forward(qkv, tiles, heads, d**-0.5, config=config)

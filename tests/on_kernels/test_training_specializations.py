@@ -18,6 +18,7 @@ from fastbert_kernels import (
     layer_norm_backward, linear, offline, pooling_backward,
 )
 from fastbert_kernels.masks import Dropout
+from fastbert_kernels.work_list import WorkList
 
 H, I = 64, 256
 BF16 = torch.bfloat16
@@ -41,10 +42,10 @@ def launches(t, b, dropout):
     linear.linear_forward(x, up, empty(I), "gelu", pre=pre)
     gelu.activation_backward(pre, pre, "gelu")
     pooling_backward.pool_backward(empty(b, H), x, cu_seqlens, "max", True)
-    of_batch = cu_seqlens, empty(t, dtype=torch.int32), empty(b, 4, dtype=torch.int32)
+    of_batch = WorkList(empty(b, 5, dtype=torch.int32), empty(t, dtype=torch.int32))
     qkv, lse = empty(t, 3 * H), empty(2, t, dtype=torch.float32)
-    attention.varlen_attention_forward(qkv, *of_batch, 2, 0.2, dropout=dropout, lse=lse)
-    plan = attention_backward.Plan(*of_batch, of_batch[2])
+    attention.varlen_attention_forward(qkv, of_batch, 2, 0.2, dropout=dropout, lse=lse)
+    plan = attention_backward.Plan(of_batch, of_batch)
     attention_backward.varlen_attention_backward(x, qkv, x, lse, plan, 2, 0.2, dropout)
 
 found = {}

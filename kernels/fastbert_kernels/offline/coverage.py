@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -256,6 +257,9 @@ def eight_bit_cases(dtype: str) -> Iterator[Case]:
         yield case("embedding", variant="ids", call=call)
         arguments = tensor(n_rows, 3 * h), work_list, n_heads, 0.125, eight_bit(n_rows, h, n_heads)
         yield case("attention", variant=f"D{d}", call=partial(attention.varlen_attention_forward, *arguments))
+        if model in ("base", "minilm"):  # Where `attention_config` has a larger tile, as in bf16.
+            some = frozenset({80, 90, 100}) if model == "base" else None
+            yield Case("attention", model, dtype, f"D{d} small", some, partial(_in_small_tiles, d, *arguments))
     for head_size in (48, 80):  # These groups are no step of K.
         k = 4 * head_size
         operand, (data, scale) = eight_bit(n_rows, k, 4), eight_bit(256, k)
@@ -263,6 +267,12 @@ def eight_bit_cases(dtype: str) -> Iterator[Case]:
         call = partial(quantized_linear.quantized_linear_forward, *heads)
         some = frozenset({80, 90}) if head_size == 80 else frozenset[int]()
         yield Case("quantized_linear", "extra", dtype, f"out of D{head_size}", some, call)
+
+
+def _in_small_tiles(head_size: int, qkv: torch.Tensor, *arguments: Any) -> torch.Tensor:
+    """Calls attention in the small tile of the architecture."""
+    config = {**configs.small_tile(launch.arch(qkv.device)), "BLOCK_D": head_size}
+    return attention.varlen_attention_forward(qkv, *arguments, config=config)
 
 
 def pointer_kernel(

@@ -1,6 +1,6 @@
 """This module lists what the offline report compiles beside defaults: linears for few rows, and candidates of tuning.
 
-All are BERT-base's, on the architecture for which they were counted.
+Those for few rows are of the three models, and the others BERT-base's, on the architecture for which they were counted.
 """
 
 from __future__ import annotations
@@ -49,9 +49,11 @@ def _linear_cases() -> Iterator[Case]:
         return torch.empty(shape, dtype=torch.bfloat16)
 
     x, weight, bias, vector = tensor(few_rows.FEW, h), tensor(i, h), tensor(i), tensor(h)
-    for n_rows in (64, 256):
-        call = partial(linear.linear_forward, x[:n_rows], weight, bias, "gelu", by_rows=True)
-        yield case(f"up+gelu of {n_rows} rows", ARCHS, call)
+    for model, (width, inner, _) in MODELS.items():
+        for n_rows in few_rows.BUCKETS if model != "odd" else ():
+            operands = tensor(n_rows, width), tensor(inner, width), tensor(inner), "gelu"
+            call = partial(linear.linear_forward, *operands, by_rows=True)
+            yield Case("linear", model, "bf16", f"up+gelu of {n_rows} rows", ARCHS, call)
     call = partial(linear.linear_forward, x[:64], weight, bias, "gelu", by_rows=True)
     yield case("up+gelu of 64 rows, dependent", LATER_ARCHS, _dependent(call))
     yield case("up+gelu, dependent", ARCHS, _dependent(partial(linear.linear_forward, x, weight, bias, "gelu")))
