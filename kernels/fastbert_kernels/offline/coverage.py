@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 
 import torch
 
@@ -269,10 +268,17 @@ def eight_bit_cases(dtype: str) -> Iterator[Case]:
         yield Case("quantized_linear", "extra", dtype, f"out of D{head_size}", some, call)
 
 
-def _in_small_tiles(head_size: int, qkv: torch.Tensor, *arguments: Any) -> torch.Tensor:
+def _in_small_tiles(
+    head_size: int,
+    qkv: torch.Tensor,
+    work_list: WorkList,
+    n_heads: int,
+    scale: float,
+    quantized: tuple[torch.Tensor, torch.Tensor],
+) -> torch.Tensor:
     """Calls attention in the small tile of the architecture."""
     config = {**configs.small_tile(launch.arch(qkv.device)), "BLOCK_D": head_size}
-    return attention.varlen_attention_forward(qkv, *arguments, config=config)
+    return attention.varlen_attention_forward(qkv, work_list, n_heads, scale, quantized, config)
 
 
 def pointer_kernel(
