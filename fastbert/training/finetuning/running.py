@@ -189,10 +189,25 @@ def _trainer_class() -> type:
 
 
 @functools.cache
-def _keeper_class() -> type:
+def last_step_class() -> Any:
+    """Makes the class of a callback of transformers' Trainer, once it is needed."""
     from transformers import TrainerCallback
 
-    class Keeper(TrainerCallback):
+    class LastStep(TrainerCallback):
+        """Has the last step evaluated and saved, whatever the distance of evaluations."""
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+            if state.global_step >= state.max_steps and args.save_strategy == "steps":
+                control.should_evaluate = args.eval_strategy != "no"
+                control.should_save = True
+            return control
+
+    return LastStep
+
+
+@functools.cache
+def _keeper_class() -> type:
+    class Keeper(last_step_class()):  # type: ignore[misc]
         """Seals each checkpoint, deletes older ones, and has the last step evaluated and saved."""
 
         def __init__(self, keep: int) -> None:
@@ -201,12 +216,6 @@ def _keeper_class() -> type:
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             if state.best_model_checkpoint:  # The folder of a run that goes on may have been moved.
                 state.best_model_checkpoint = str(Path(args.output_dir) / Path(state.best_model_checkpoint).name)
-
-        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
-            if state.global_step >= state.max_steps and args.save_strategy == "steps":
-                control.should_evaluate = args.eval_strategy != "no"
-                control.should_save = True
-            return control
 
         def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             if not state.is_world_process_zero:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 import json
 import logging
@@ -16,6 +15,7 @@ from typing import Any
 
 from fastbert.checkpoint.files import write_text
 from fastbert.training.distributed import Processes
+from fastbert.training.finetuning.running import last_step_class
 from fastbert.training.finetuning.vector_evaluation import Scores, evaluator_of
 from fastbert.training.finetuning.vector_processes import by_first
 from fastbert.training.finetuning.vector_report import VectorResult, write_results
@@ -130,22 +130,6 @@ def across_devices(loss: Any) -> dict[str, Any]:
     return {"gather_across_devices": True} if several and known else {}
 
 
-@functools.cache
-def _last_step_class() -> type:
-    from transformers import TrainerCallback
-
-    class LastStep(TrainerCallback):
-        """Has the last step evaluated and saved, whatever the distance of evaluations."""
-
-        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
-            if state.global_step >= state.max_steps and args.save_strategy == "steps":
-                control.should_evaluate = args.eval_strategy != "no"
-                control.should_save = True
-            return control
-
-    return LastStep
-
-
 def run(
     trainer_class: Any,
     arguments: Any,
@@ -170,7 +154,7 @@ def run(
     before = by_first(processes, lambda: score(model)) if score is not None else {}
     if hasattr(model.model_card_data, "generate_widget_examples"):
         model.model_card_data.generate_widget_examples = False
-    callbacks = [finite_callback(), _last_step_class()()]
+    callbacks = [finite_callback(), last_step_class()()]
     if settings.early_stopping is not None:
         callbacks.append(EarlyStoppingCallback(settings.early_stopping))
     trainer = trainer_class(
