@@ -58,6 +58,11 @@ class Norm:
         weight, bias = (None if t is None else function(t) for t in (self.weight, self.bias))
         return Norm(weight, bias, self.eps)
 
+    def arguments(self) -> tuple[Tensor, Tensor, float]:
+        """Weight, bias and eps of a norm that has both, as kernels take them."""
+        assert self.weight is not None and self.bias is not None
+        return self.weight, self.bias, self.eps
+
     def filled(self, like: Tensor) -> tuple[Tensor, Tensor]:
         """Weight and bias, (H,) each: ones and zeros, as `like`, where it has none."""
         weight, bias, size = self.weight, self.bias, like.shape[-1]

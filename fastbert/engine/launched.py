@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastbert.engine.block import Block, Linear, Norm, feature_obstacles
+from fastbert.engine.block import Block, Linear, feature_obstacles
 from fastbert.engine.state import GRADIENTS, EncoderState
 from fastbert.ops import attention, attention_plan, dispatch, gelu, gemm, launched, recording, silent_writes
 from fastbert.ops.launched import Product
@@ -137,13 +137,9 @@ def _layer(block: Block, x: Tensor, policy: Any) -> Layer:
         assert linear.bias is not None
         return Product(linear.weight, linear.bias, activation, ours)
 
-    def norm(norm: Norm) -> Normalize:
-        assert norm.weight is not None and norm.bias is not None
-        return norm.weight, norm.bias, norm.eps
-
     return Layer(
-        product(block.fuse_qkv()), product(block.out, residual=True), norm(block.norms[0]),
-        product(block.up, block.activation), product(block.down, residual=True), norm(block.output_norm),
+        product(block.fuse_qkv()), product(block.out, residual=True), block.norms[0].arguments(),
+        product(block.up, block.activation), product(block.down, residual=True), block.output_norm.arguments(),
         block.num_heads, block.head_size**-0.5,
     )  # fmt: skip
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from fastbert import ops
-from fastbert.engine.block import Block, Linear, Norm, feature_obstacles
+from fastbert.engine.block import Block, Linear, feature_obstacles
 from fastbert.engine.interface import EncoderModel, PackedInputs
 from fastbert.engine.listeners import is_bare
 from fastbert.ops import BackendError, Policy, dispatch, tracing
@@ -199,7 +199,8 @@ class EightBit:
             input_ids, inputs.token_type_ids, inputs.position_ids, tables.words, tables.token_types, tables.positions,
             weight, bias, tables.norm.eps, precision, policy=policy,
         )  # fmt: skip
-        states, blocks = [x], list(model.blocks())
+        states = [x]
+        blocks: list[Block] = list(model.blocks())
         for i, block in enumerate(blocks):
             of_qkv, of_out, of_up, of_down = (weights.of(precision, *which) for which in _linears(i, block, precision))
             weight, bias = of_qkv
@@ -209,17 +210,19 @@ class EightBit:
             )
             weight, bias = of_out
             y = ops.quantized.linear(context, weight, None, x.dtype, policy=policy)
-            x, q = ops.quantized.bias_residual_layer_norm(y, bias, x, *_norm(block.norms[0]), precision, policy=policy)
+            x, q = ops.quantized.bias_residual_layer_norm(
+                y, bias, x, *block.norms[0].arguments(), precision, policy=policy
+            )
             weight, bias = of_up
             inner = ops.quantized.linear_quantized(q, weight, bias, block.activation, policy=policy)
             weight, bias = of_down
             y = ops.quantized.linear(inner, weight, None, x.dtype, policy=policy)
             if i + 1 < len(blocks):
                 x, q = ops.quantized.bias_residual_layer_norm(
-                    y, bias, x, *_norm(block.output_norm), precision, policy=policy
+                    y, bias, x, *block.output_norm.arguments(), precision, policy=policy
                 )
             else:  # nobody multiplies it in 8 bits
-                x = ops.bias_residual_layer_norm(y, bias, x, *_norm(block.output_norm), policy=policy)
+                x = ops.bias_residual_layer_norm(y, bias, x, *block.output_norm.arguments(), policy=policy)
             states = [*states, x] if keep_states else [x]
         return states
 
@@ -233,11 +236,6 @@ class EightBit:
             for i, block in enumerate(model.blocks())
             for which in _linears(i, block, precision)
         ]
-
-
-def _norm(norm: Norm) -> tuple[Tensor, Tensor, float]:
-    assert norm.weight is not None and norm.bias is not None
-    return norm.weight, norm.bias, norm.eps
 
 
 def _linears(i: int, block: Block, precision: str) -> list[tuple[str, tuple[Linear, ...], bool]]:
