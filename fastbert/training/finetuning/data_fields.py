@@ -10,14 +10,14 @@ from typing import Any
 def settle_data(settings: Any) -> None:
     """Makes str of paths and a dict of `columns`, in the fields of a frozen record of settings.
 
-    Its `train` and `eval` are paths or iterables of dicts, `eval` may be None; `model` and `output` are paths. Raises
-    TypeError or ValueError, with the name of the field, for anything else.
+    Its `train`, `eval` and, if it has one, `preserve` are paths or iterables of dicts; all but `train` may be None.
+    `model` and `output` are paths. Raises TypeError or ValueError, with the name of the field, for anything else.
     """
-    for name in ("train", "eval"):
-        value = getattr(settings, name)
+    for name in ("train", "eval", "preserve"):
+        value = getattr(settings, name, None)
         if isinstance(value, os.PathLike):
             object.__setattr__(settings, name, os.fspath(value))
-        elif not isinstance(value, Iterable) and not (name == "eval" and value is None):
+        elif not isinstance(value, Iterable) and not (name != "train" and value is None):
             raise TypeError(f"{name}: expected a path or an iterable of dicts, got {type(value).__name__}")
     for name in ("model", "output"):
         object.__setattr__(settings, name, os.fspath(getattr(settings, name)))

@@ -105,8 +105,6 @@ def train_by(settings: EmbedSettings) -> VectorResult:
     data = dataset_of(rows)
     preserved: list[dict[str, Any]] = []
     if settings.preserve is not None:
-        if loss == "distillation" or loss in CLASS_LOSSES:
-            raise ValueError(f"preserve: not with loss {loss!r}, expected one of pairs or of scored pairs")
         preserved = preserving.rows_of(model, settings, len(rows), prompts[0], processes)
     batches = "no duplicates" if loss in IN_BATCH else "classes" if loss in CLASS_LOSSES else "shuffled"
     arguments = arguments_of(
@@ -209,6 +207,8 @@ def _loss_name(examples: Sequence[Example], settings: EmbedSettings) -> str:
                 raise ValueError(f"{example.place}: score {example.score} is no cosine; score_scale divides scores")
     if settings.mine_negatives and (first.kind != "pairs" or first.score is not None or loss == "distillation"):
         raise ValueError("mine_negatives: expected pairs of anchor and positive without scores")
+    if settings.preserve is not None and (loss == "distillation" or loss in CLASS_LOSSES):
+        raise ValueError(f"preserve: not with loss {loss!r}, expected one of pairs or of scored pairs")
     if loss in CLASS_LOSSES and (settings.batch_size < SMALLEST_OF_CLASSES or settings.batch_size % 2):
         raise ValueError(f"batch_size: expected an even number from {SMALLEST_OF_CLASSES} on for classes, of which a "
                          f"batch has two texts each, got {settings.batch_size}")  # fmt: skip

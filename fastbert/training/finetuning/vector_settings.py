@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -128,10 +127,6 @@ class EmbedSettings(VectorSettings):
         one_of("loss", self.loss, *EMBED_LOSSES)
         one_of("teacher_width", self.teacher_width, *TEACHER_WIDTHS)
         check_fields(self, (), (("margin", 0.0, 2.0), ("preserve_weight", 0.0, math.inf)))
-        if isinstance(self.preserve, os.PathLike):
-            object.__setattr__(self, "preserve", os.fspath(self.preserve))
-        if self.preserve is not None and self.loss in ("distillation", *CLASS_LOSSES):
-            raise ValueError(f"preserve: not with loss {self.loss!r}, expected one of pairs or of scored pairs")
         widths = self.matryoshka
         if isinstance(widths, str):
             widths = tuple(int(width) for width in widths.split(","))  # ValueError names what is no number
