@@ -133,7 +133,7 @@ def compared(
     stream: torch.dtype | None = None,
     **options: Any,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
-    """Ours, plain PyTorch eager in the same dtypes, and autograd in float64, of one layer on random rows."""
+    """Computes one layer on random rows by our kernels, by PyTorch eager in the same dtypes, and in float64."""
     stream = dtype if stream is None else stream
     generator = torch.Generator().manual_seed(7)
     device = options.get("device", "cpu")

@@ -1,4 +1,4 @@
-"""These helpers add a position bias to attention's scores.
+"""This module adds a position bias to attention's scores.
 
 A bias is a table (N, 2R + 1): of each head, what is added to the score of a key that stands -R to R columns after the
 query. Farther keys have the number of the farthest. Kernels add it to q . k before that is multiplied by the softmax

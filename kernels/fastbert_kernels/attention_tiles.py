@@ -1,4 +1,4 @@
-"""These helpers are what attention's kernels share: tiles of the list, their rows, and what is kept of a query."""
+"""This module holds what attention's kernels share: tiles of the list, their rows, and what is kept of a query."""
 
 from __future__ import annotations
 

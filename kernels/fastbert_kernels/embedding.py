@@ -1,4 +1,4 @@
-"""These kernels sum token, position and segment embeddings, then apply LayerNorm, in one pass.
+"""This module has kernels that sum token, position and segment embeddings, then apply LayerNorm, in one pass.
 
     out[t] = LayerNorm(word[input_ids[t]] + token_type[token_type_ids[t]] + position[position_ids[t]])
     for training: dropout of that

@@ -1,4 +1,4 @@
-"""These kernels add a bias and a residual, then apply LayerNorm, in one pass.
+"""This module has kernels that add a bias and a residual, then apply LayerNorm, in one pass.
 
     out = (x' - mean(x')) / sqrt(var(x') + eps) * weight + ln_bias,    x' = x + bias + residual
     for training                                                       x' = dropout(x + bias) + residual
