@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from fastbert.diagnostics.warmup import warmup
     from fastbert.engine.events import compile_events
     from fastbert.models.bert import BertModel
+    from fastbert.models.deberta import DebertaModel
     from fastbert.models.modernbert import ModernBertModel
     from fastbert.models.mpnet import MPNetModel
     from fastbert.models.tasks import (
@@ -59,6 +60,7 @@ _PUBLIC = {
     "BertForTokenClassification": "fastbert.models.tasks",
     "BertModel": "fastbert.models.bert",
     "CrossEncoder": "fastbert.pipelines.cross",
+    "DebertaModel": "fastbert.models.deberta",
     "EntityRecognizer": "fastbert.pipelines.entities",
     "MPNetModel": "fastbert.models.mpnet",
     "ModernBertModel": "fastbert.models.modernbert",
@@ -89,6 +91,7 @@ __all__ = [
     "BertForTokenClassification",
     "BertModel",
     "CrossEncoder",
+    "DebertaModel",
     "EntityRecognizer",
     "MPNetModel",
     "ModernBertModel",

@@ -26,6 +26,14 @@ DISTILBERT: dict[str, Any] = {
 }  # fmt: skip
 ELECTRA = {**BERT, "model_type": "electra", "summary_activation": "gelu", "summary_last_dropout": 0.1,
            "summary_type": "first", "summary_use_proj": True}  # fmt: skip
+DEBERTA: dict[str, Any] = {
+    "model_type": "deberta-v2", "attention_probs_dropout_prob": 0.1, "hidden_act": "gelu", "hidden_dropout_prob": 0.1,
+    "initializer_range": 0.02, "max_position_embeddings": 512, "relative_attention": True, "position_buckets": 256,
+    "norm_rel_ebd": "layer_norm", "share_att_key": True, "pos_att_type": "p2c|c2p", "layer_norm_eps": 1e-7,
+    "max_relative_positions": -1, "position_biased_input": False, "type_vocab_size": 0,
+}  # fmt: skip
+NLI_DEBERTA = {**DEBERTA, "pos_att_type": ["p2c", "c2p"], "pad_token_id": 0, "pooler_dropout": 0,
+               "pooler_hidden_act": "gelu", "pooler_hidden_size": 32}  # fmt: skip
 LABELS_2 = {"id2label": {"0": "NEGATIVE", "1": "POSITIVE"}, "label2id": {"NEGATIVE": 0, "POSITIVE": 1}}
 LABELS_1 = {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
 LABELS_3 = {"id2label": {"0": "a", "1": "b", "2": "c"}, "label2id": {"a": 0, "b": 1, "c": 2}}
@@ -100,13 +108,21 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     "Alibaba-NLP/gte-base-en-v1.5": {
         "architectures": ["NewModel"], "model_type": "new", "position_embedding_type": "rope", "rope_theta": 500000,
     },
-    "microsoft/deberta-v3-base": {
-        "model_type": "deberta-v2", "position_buckets": 256, "relative_attention": True, "pos_att_type": "p2c|c2p",
-        "norm_rel_ebd": "layer_norm", "share_att_key": True, "type_vocab_size": 0,
+    **{
+        f"microsoft/{name}": {**DEBERTA, "legacy": False, "architectures": ["DebertaV2ForMaskedLM"]}
+        for name in ("deberta-v3-small", "deberta-v3-base", "deberta-v3-large", "mdeberta-v3-base")
     },
-    "MoritzLaurer/DeBERTa-v3-base-mnli-fever-anli": {
-        "architectures": ["DebertaV2ForSequenceClassification"], "model_type": "deberta-v2", "relative_attention": True,
-        "pos_att_type": ["p2c", "c2p"],
+    "microsoft/deberta-v2-xlarge": {
+        **DEBERTA, "conv_kernel_size": 3, "conv_act": "gelu", "attention_head_size": 16,  # of few columns
+        "architectures": ["DebertaV2ForMaskedLM"], "legacy": True,
+    },
+    **{
+        name: _case(NLI_DEBERTA, "DebertaV2ForSequenceClassification", **LABELS_3)
+        for name in (
+            "cross-encoder/nli-deberta-v3-base", "cross-encoder/nli-deberta-v3-small",
+            "MoritzLaurer/DeBERTa-v3-base-mnli-fever-anli", "MoritzLaurer/deberta-v3-large-zeroshot-v2.0",
+            "MoritzLaurer/mDeBERTa-v3-base-mnli-xnli",
+        )
     },
     "albert/albert-base-v2": {
         "architectures": ["AlbertForMaskedLM"], "model_type": "albert", "num_hidden_groups": 1, "inner_group_num": 1,

@@ -104,7 +104,9 @@ class Mapping:
 
     def embedding_width(self, config: Any) -> int:
         """Returns the width of inputs_embeds."""
-        width: int = config.embedding_size if self.family.projection else config.hidden_size
+        width: int = config.hidden_size
+        if self.family.projection:
+            width = getattr(config, "embedding_size", width)
         return width
 
 
@@ -183,6 +185,20 @@ COVERED = (
         output="BaseModelOutput",
         attention_p="attention_dropout",
         angles="rotary_emb",
+    ),
+    Mapping(
+        family=FAMILIES["deberta-v2"],
+        module="transformers.models.deberta_v2.modeling_deberta_v2",
+        containers=frozenset(
+            ("DisentangledSelfAttention", "ConvLayer", *(f"DebertaV2{name}" for name in
+             ("Embeddings", "Encoder", "Layer", "Attention", "SelfOutput", "Intermediate", "Output")))
+        ),
+        dropouts={name: name for name in ("attention.self.dropout", "attention.self.pos_dropout",
+                                          "attention.output.dropout", "output.dropout")},
+        activation="intermediate.intermediate_act_fn",
+        heads="attention.self",
+        buffers=_COLUMNS,
+        output="BaseModelOutput",
     ),
 )  # fmt: skip
 

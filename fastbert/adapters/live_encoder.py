@@ -56,6 +56,8 @@ class LiveEncoder:
             raise Unsupported(f"the config: {error}") from error
         if mapping.family.pooler and not hasattr(live, "pooler"):
             raise Unsupported("pooler is not there")
+        if getattr(live, "z_steps", 0) > 1:
+            raise Unsupported(f"z_steps is {live.z_steps}: the last layer runs again")
         with torch.device("meta"):
             with_pooler = getattr(live, "pooler", None) is not None
             model = BertModel(config, with_pooler, options)

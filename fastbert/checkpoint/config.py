@@ -125,7 +125,7 @@ class BertConfig(ConfigAccess):
     @property
     def family(self) -> Family:
         """Returns the table of fastbert.checkpoint.families that the model follows."""
-        return family_of(self.model_type)
+        return family_of(self.model_type).of(self.extra)
 
     @property
     def embedding_width(self) -> int:

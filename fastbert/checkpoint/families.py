@@ -90,6 +90,20 @@ _MODERNBERT_HEADS = {
     ),
 }
 
+_DEBERTA_LM = (
+    ("lm_predictions.lm_head.dense", "cls.predictions.transform.dense"),
+    ("lm_predictions.lm_head.LayerNorm", "cls.predictions.transform.LayerNorm"),
+    ("lm_predictions.lm_head", "cls.predictions"),
+)
+_DEBERTA_HEADS = {
+    # The published v3 has the newer names, though its config.json says nothing of them.
+    "MaskedLM": Head(older_names=_DEBERTA_LM),
+    "SequenceClassification": Head(own_pooler=True, dropout=("cls_dropout", "hidden_dropout_prob")),
+    "MultipleChoice": Head(own_pooler=True, dropout=("cls_dropout", "hidden_dropout_prob")),
+    "TokenClassification": Head(dropout=("hidden_dropout_prob",)),
+    "QuestionAnswering": Head(dropout=()),
+}
+
 _ROBERTA_TOKENS = {
     "pad_token": "<pad>",
     "unk_token": "<unk>",
@@ -229,6 +243,37 @@ FAMILIES: dict[str, Family] = {
             text="modernbert",
             tokenizer="PreTrained",
             segments=False,
+        ),
+        Family(
+            "deberta-v2",
+            "DebertaV2",
+            prefix="deberta.",
+            heads=_DEBERTA_HEADS,
+            defaults={
+                "vocab_size": 128100,
+                "hidden_size": 1536,
+                "num_hidden_layers": 24,
+                "num_attention_heads": 24,
+                "intermediate_size": 6144,
+                "type_vocab_size": 0,
+                "layer_norm_eps": 1e-7,
+                "relative_attention": False,
+                "max_relative_positions": -1,
+                "position_biased_input": True,
+                "pos_att_type": None,
+                "pooler_dropout": 0.0,
+                "pooler_hidden_act": "gelu",
+                "legacy": True,
+            },
+            not_legacy={
+                "heads": {**_DEBERTA_HEADS, "MaskedLM": Head(names=_DEBERTA_LM)},
+                "fixed": {"tie_word_embeddings": True},
+            },
+            segments_optional=True,
+            pooler=False,
+            projection=True,
+            text="deberta",
+            tokenizer="DebertaV2",
         ),
         Family(
             "gte",

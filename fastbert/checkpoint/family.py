@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 # Pairs (theirs, ours) of dotted paths of modules or parameters. `*` is the number of a layer. What follows a path is
@@ -28,7 +28,9 @@ class Head:
     """A `Head` says how a family's head differs from the head of BERT's class of the same name."""
 
     names: Names = ()  # As in Family, for the modules beside the encoder.
+    older_names: Names = ()  # The same; they are read, and not written.
     pooler: bool = False  # Whether the head reads the encoder's pooler.
+    own_pooler: bool = False  # Whether it has a pooler of its own, with a dropout and an activation that settings name.
     # The activation of the head's dense layer. In a head for masked tokens, None is the config's hidden_act. In a head
     # for whole sequences the layer lies between the first token and the classes; None where there is no such layer, as
     # in BERT, which has it in its pooler.
@@ -67,9 +69,17 @@ class Family:
     text_bias: bool = True  # Whether the linears of its text have biases, where its config has no setting for that.
     text: str = "bert"  # What describes its layers: the file of fastbert.models, and of fastbert.reference.
     required: Mapping[str, Any] = field(default_factory=dict)  # BertConfig fields for which its code has one value.
+    # What differs where a config.json says "legacy": false, as DeBERTa's head for masked tokens does.
+    not_legacy: Mapping[str, Any] = field(default_factory=dict)
     tokenizer: str = ""  # The class of the tokenizer in transformers, without "Tokenizer".
     special_tokens: Mapping[str, str] = field(default_factory=dict)  # Names that are not BERT's, and may not be stored.
     segments: bool = True  # Whether the tokenizer gives segment ids at all.
+
+    def of(self, extra: Mapping[str, Any]) -> Family:
+        """Returns the table for a config with these settings beside BertConfig's fields."""
+        if not self.not_legacy or extra.get("legacy", True):
+            return self
+        return replace(self, **self.not_legacy)
 
     def to_ours(self, name: str) -> str:
         """Returns our name of a module or parameter of their bare model. A name that no table has stays as it is."""
@@ -84,7 +94,7 @@ class Family:
         for prefix in (self.prefix, self.older_prefix):
             if prefix and name.startswith(prefix):
                 return "bert." + self.to_ours(name.removeprefix(prefix))
-        names = () if head is None else self.heads[head].names
+        names = () if head is None else self.heads[head].names + self.heads[head].older_names
         return _renamed(name, names) or self.to_ours(name)
 
     def state_to_theirs(self, name: str, head: str | None = None) -> str:

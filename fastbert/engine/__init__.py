@@ -3,9 +3,19 @@
 `Engine` is the one door for models; what it needs of them is in `interface`.
 """
 
-from fastbert.engine.block import Block, EmbeddingTables, Linear, Norm
+from fastbert.engine.block import Block, Convolution, Distances, EmbeddingTables, Linear, Norm
 from fastbert.engine.choose import Engine
 from fastbert.engine.interface import PackedInputs
 from fastbert.engine.options import Options
 
-__all__ = ["Block", "EmbeddingTables", "Engine", "Linear", "Norm", "Options", "PackedInputs"]
+__all__ = [
+    "Block",
+    "Convolution",
+    "Distances",
+    "EmbeddingTables",
+    "Engine",
+    "Linear",
+    "Norm",
+    "Options",
+    "PackedInputs",
+]

@@ -11,6 +11,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from fastbert.ops.disentangled import Positions
+
 # What a layer may have beyond BERT's, and how an obstacle says it.
 FEATURES = {
     "pre_norm": "layers that normalise their input (pre-norm)",
@@ -18,6 +20,8 @@ FEATURES = {
     "rotary": "rotary positions",
     "position_bias": "a position bias in attention",
     "window": "attention within a window",
+    "distances": "disentangled attention",
+    "convolution": "a convolution beside a layer",
 }
 
 
@@ -73,6 +77,62 @@ class Norm:
 
 
 @dataclass(frozen=True, eq=False)
+class Convolution:
+    """norm(y + activation(dropout(conv(x)))): x, what a layer reads, convolved over columns; y, what it gives.
+
+    weight: (H, H / groups, k), k odd. bias: (H,). dropout: its probability in the present mode. product gives the
+    convolution as a linear of the rows of k columns beside one another, (H, k * H), kept until it changes.
+    """
+
+    weight: Tensor
+    bias: Tensor
+    groups: int
+    norm: Norm
+    activation: str
+    dropout: float
+    product: Callable[[], Linear]
+
+    def mapped(self, function: Callable[[Tensor], Tensor]) -> Convolution:
+        """The same convolution with the function's results in the place of its tensors."""
+        product = self.product
+        return replace(
+            self, weight=function(self.weight), bias=function(self.bias), norm=self.norm.mapped(function),
+            product=lambda: product().mapped(function),
+        )  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False)
+class Distances:
+    """What disentangled attention has for distances in columns (fastbert.ops.disentangled).
+
+    table: (2R, H), normalised by norm, if there is one. key, query: the linears that its rows go through, (H, H), or
+    None for a term that is not there. buckets: how distances become rows. project gives the two products, kept until
+    a weight changes.
+    """
+
+    table: Tensor
+    norm: Norm | None
+    key: Linear | None
+    query: Linear | None
+    buckets: tuple[int, int]
+    project: Callable[[], Positions]
+
+    def mapped(self, function: Callable[[Tensor], Tensor]) -> Distances:
+        """The same with the function's results in the place of its tensors."""
+        norm, key, query = (
+            None if part is None else part.mapped(function) for part in (self.norm, self.key, self.query)
+        )
+        project = self.project
+
+        def mapped() -> Positions:
+            keys, queries, buckets = project()
+            keys, queries = (None if part is None else function(part) for part in (keys, queries))
+            return Positions(keys, queries, buckets)
+
+        return replace(self, table=function(self.table), norm=norm, key=key, query=query, project=mapped)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True, eq=False)
 class EmbeddingTables:
     """The tables whose rows are summed and normalised before the first layer.
 
@@ -96,7 +156,8 @@ class Block:
     whether the norms are of what each part reads. rotary: the base of the angles. position_factor: by what their
     positions are divided. position_bias: (N, 2R + 1), what is added to the score of a key that stands -R to R columns
     after the query, and of those beyond (fastbert.ops.position_bias); all layers may share it. window: tokens on either
-    side that attention reaches. last_norm: of the encoder's output, in its last layer.
+    side that attention reaches. last_norm: of the encoder's output, in its last layer. scale: of the scores, or None
+    for 1 / sqrt(D). distances: of disentangled attention. convolution: what stands beside the layer.
     """
 
     query: Linear
@@ -118,6 +179,9 @@ class Block:
     window: int | None = None
     position_factor: float = 1.0
     last_norm: Norm | None = None
+    scale: float | None = None
+    distances: Distances | None = None
+    convolution: Convolution | None = None
 
     @property
     def norms(self) -> tuple[Norm, Norm]:
@@ -139,7 +203,7 @@ class Block:
 
     def features(self) -> list[str]:
         """The names of FEATURES that this layer has."""
-        values = self.gate, self.rotary, self.position_bias, self.window
+        values = self.gate, self.rotary, self.position_bias, self.window, self.distances, self.convolution
         names = [name for name, value in zip(list(FEATURES)[1:], values, strict=True) if value is not None]
         return ["pre_norm", *names] if self.pre_norm else names
 
@@ -151,10 +215,12 @@ class Block:
         }
         gate = None if self.gate is None else self.gate.mapped(function)
         bias = None if self.position_bias is None else function(self.position_bias)
-        fuse = self.fuse_qkv
+        fuse, distances, beside = self.fuse_qkv, self.distances, self.convolution
         return replace(
-            self, **linears, **norms, gate=gate, position_bias=bias, fuse_qkv=lambda: fuse().mapped(function)
-        )
+            self, **linears, **norms, gate=gate, position_bias=bias, fuse_qkv=lambda: fuse().mapped(function),
+            distances=None if distances is None else distances.mapped(function),
+            convolution=None if beside is None else beside.mapped(function),
+        )  # fmt: skip
 
     def products(self) -> dict[str, tuple[Linear, ...]]:
         """The matrix products of the layer by name: the linears that are multiplied as one. See `product_shapes`."""

@@ -16,6 +16,11 @@ from fastbert.ops import tracing
 
 GRADIENTS = "gradients are on (torch.no_grad or torch.inference_mode turns them off)"
 TRAINING = "the model is in training mode"
+_NOT_IN_GRAPHS = {
+    "window": "attention within a window",
+    "distances": "disentangled attention",
+    "convolution": "a convolution beside a layer",
+}
 # The types that an entry of a module's parameters may have, for code that takes their addresses.
 _PLAIN_PARAMETERS = frozenset((*tracing.PLAIN, type(None)))
 
@@ -74,8 +79,11 @@ class EncoderState:
         for obstacle in self.obstacles(model, device):
             plain = False
             yield obstacle
-        if plain and "window" in (self.layer_features(model) if self.features is None else self.features):
-            yield "attention within a window has no kernel that a graph can launch"
+        if plain:
+            features = self.layer_features(model) if self.features is None else self.features
+            for name, words in _NOT_IN_GRAPHS.items():
+                if name in features:
+                    yield f"{words} has no kernel that a graph can launch"
 
     def written_silently(self, model: EncoderModel) -> bool:
         """Tells whether weights were written to without PyTorch's count; then what is derived is made anew.

@@ -15,7 +15,8 @@ from fastbert.engine.listeners import listened
 from fastbert.models import hooks
 from fastbert.models.encoded import Encoded
 from fastbert.models.inputs import Inputs
-from fastbert.ops import packing
+from fastbert.ops import disentangled, packing
+from fastbert.ops.disentangled import Positions
 from fastbert.ops.packing import PackedBatch
 from fastbert.ops.position_bias import expand
 from fastbert.ops.window import near
@@ -32,18 +33,24 @@ def attend(
     dropout_p: float,
     position_bias: Tensor | None = None,
     window: int | None = None,
+    scale: float | None = None,
+    positions: Positions | None = None,
 ) -> Tensor:
     """Attention in plain PyTorch, (T, 3H) -> (T, H); its weights (B, N, S, S) join the batch's.
 
-    They are zeros at rows of padding. position_bias: (N, 2R + 1), and window as `ops.varlen_attention` takes them.
+    They are zeros at rows of padding. position_bias: (N, 2R + 1), window and scale as `ops.varlen_attention` takes
+    them, and positions as `ops.disentangled_attention` does.
     """
     view = hooks.padded_view(batch)
     q, k, v = packing.pad(qkv, view).unflatten(-1, (3, num_heads, -1)).permute(2, 0, 3, 1, 4)  # (B, N, S, D)
     token = packing.pad(torch.ones_like(qkv[:, 0], dtype=torch.bool), view)  # (B, S)
-    scores = (q @ k.transpose(-1, -2)) * q.shape[-1] ** -0.5
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    scores = (q @ k.transpose(-1, -2)) * scale
     columns, seen = torch.arange(batch.padded_length, device=qkv.device), token[:, None, None]
     if position_bias is not None:
         scores = scores + expand(position_bias, columns).to(scores.dtype)
+    if positions is not None:
+        scores = scores + disentangled.bias(q, k, positions, columns, scale)
     if window is not None:
         seen = seen & near(columns, columns, window)
     scores = scores.masked_fill(~seen, torch.finfo(scores.dtype).min)

@@ -109,6 +109,22 @@ def _is_plain_or_without_bias(linear: nn.Module) -> bool:
     return is_plain(linear) or (is_bare(linear, nn.Linear) and linear.bias is None)
 
 
+class ContextPooler(nn.Module):
+    """activation(dense(dropout(x))) of each sequence's first token: DeBERTa's pooler, which belongs to its heads."""
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.dropout = nn.Dropout(setting(config, "pooler_dropout"))
+        self.activation = ops.ACTIVATIONS[setting(config, "pooler_hidden_act")]
+
+    def forward(self, x: Tensor, batch: Any = None, policy: Policy = ops.AUTO) -> Tensor:
+        """(T, H) -> (B, H)"""
+        if x.dim() == 3:
+            return hooks.on_packed(ContextPooler.forward, self, x, per_token=False)
+        return dense(self.dense, self.dropout(first_rows(x, batch, policy)), policy, self.activation)
+
+
 class FirstTokenHead(nn.Module):
     """Classes of a whole sequence from its first token, through a dense layer of the head's own.
 

@@ -20,7 +20,7 @@ from fastbert.engine import Options
 from fastbert.engine.listeners import listened
 from fastbert.models import hooks, outputs
 from fastbert.models.encoded import Encoded, encode_by_call
-from fastbert.models.heads import BertPredictionHeadTransform, is_plain_head
+from fastbert.models.heads import BertPredictionHeadTransform, ContextPooler, is_plain_head
 from fastbert.models.inputs import Inputs
 from fastbert.models.losses import labelled_loss
 from fastbert.models.modules import call_dropout, dense, first_rows, mean_rows
@@ -89,8 +89,10 @@ class ModelWithHead(PreTrainedModel):
 
     def _of_sequences(self, encoded: Encoded) -> Tensor:
         """The classifier of the pooled vectors, (B, n): of the encoder's pooler, or of the head's own transform."""
-        transform = self._modules.get("head")
-        if transform is None:
+        transform, pooler = self._modules.get("head"), self._modules.get("pooler")
+        if pooler is not None:
+            pooled = hooks.call(pooler, encoded.batch, self.policy, encoded.last_hidden_state)
+        elif transform is None:
             pooled = self.bert.pool(encoded)
         else:
             rows = mean_rows if setting(self.config, "classifier_pooling") == "mean" else first_rows
@@ -110,6 +112,8 @@ class ModelWithHead(PreTrainedModel):
 
     def _add_classifier(self, config: BertConfig, n_outputs: int) -> None:
         self._add_transform(config)
+        if self._head.own_pooler:
+            self.pooler = ContextPooler(config)
         self.dropout = self._dropout(config)
         self.classifier = nn.Linear(config.hidden_size, n_outputs)
 

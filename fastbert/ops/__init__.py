@@ -4,6 +4,7 @@ from fastbert.ops import quantized
 from fastbert.ops.attention import prepare as prepare_attention
 from fastbert.ops.attention import varlen_attention
 from fastbert.ops.cross_entropy import linear_cross_entropy
+from fastbert.ops.disentangled import disentangled_attention
 from fastbert.ops.dispatch import AUTO, BACKENDS, BackendError, Policy
 from fastbert.ops.dropout import of_batch as dropout_of
 from fastbert.ops.elementwise import elementwise
@@ -27,8 +28,9 @@ __all__ = [
     "bias_gelu",
     "bias_residual_layer_norm",
     "check_ids",
-    "dropout_of",
     "check_labels",
+    "disentangled_attention",
+    "dropout_of",
     "elementwise",
     "embedding_layer_norm",
     "forget_packed",

@@ -20,6 +20,7 @@ class DebertaSettings:
     pos_att_type: "c2p", "p2c" or both. share_att_key: whether positions go through the projections of the tokens.
     norm_rel_ebd: whether the table of distances is normalised. position_biased_input: whether a table of positions is
     added to the embeddings. conv_kernel_size: of the convolution beside the first layer, 0 for none.
+    relative_attention: whether scores have the terms of pos_att_type; else they are divided as if they had.
     """
 
     num_hidden_layers: int
@@ -35,6 +36,7 @@ class DebertaSettings:
     conv_kernel_size: int = 0
     conv_act: str = "tanh"
     conv_groups: int = 1
+    relative_attention: bool = True
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,7 @@ class DebertaReference:
 
     last_hidden_state: Tensor  # (B, S, H)
     hidden_states: tuple[Tensor, ...]  # L + 1 of (B, S, H): the embeddings, then each layer
+    attentions: tuple[Tensor, ...]  # L of (B, N, S, S)
 
 
 def bucket(distance: Tensor, n_buckets: int, max_distance: int) -> Tensor:
@@ -59,15 +62,21 @@ def bucket(distance: Tensor, n_buckets: int, max_distance: int) -> Tensor:
 
 
 def disentangled_scores(
-    q: Tensor, k: Tensor, position_keys: Tensor | None, position_queries: Tensor | None, buckets: Tensor
+    q: Tensor,
+    k: Tensor,
+    position_keys: Tensor | None,
+    position_queries: Tensor | None,
+    buckets: Tensor,
+    terms: int | None = None,
 ) -> Tensor:
     """The scores of disentangled attention, (B, N, S, S), scaled.
 
     s_ij = (q_i k_j + q_i pk[b_ij] + k_j pq[b_ij]) / sqrt(D * terms), b_ij the bucket of the query's column minus the
     key's, from 0. q, k: (B, N, S, D). position_keys, position_queries: (N, 2R, D), or None for a term that is not
-    there. buckets: (S, S) int64. Source: He et al., "DeBERTa", 2020, arXiv:2006.03654, equation 4.
+    there. buckets: (S, S) int64. terms: how many there are, by default with q_i k_j those that are given.
+    Source: He et al., "DeBERTa", 2020, arXiv:2006.03654, equation 4.
     """
-    terms = 1 + (position_keys is not None) + (position_queries is not None)
+    terms = terms or 1 + (position_keys is not None) + (position_queries is not None)
     scores = q @ k.transpose(-1, -2)
     if position_keys is not None:  # content to position
         by_bucket = q @ position_keys.transpose(-1, -2)  # (B, N, S, 2R)
@@ -116,8 +125,9 @@ def deberta(
     assert first is not None
     n_columns = first.shape[1]
     valid = torch.ones(first.shape[:2], dtype=torch.bool) if attention_mask is None else attention_mask != 0
+    valid = valid.to(first.device)
     padding = ~valid[:, :, None]
-    columns = torch.arange(n_columns)
+    columns = torch.arange(n_columns, device=first.device)
 
     x = p("embeddings.word_embeddings.weight")[input_ids] if inputs_embeds is None else inputs_embeds.to(dtype)
     if settings.position_biased_input:
@@ -135,22 +145,25 @@ def deberta(
         distance = bucket(distance, settings.position_buckets, settings.max_relative_positions)
         reach = settings.position_buckets
     buckets = (distance + reach).clamp(0, 2 * reach - 1)
-    table = p("encoder.rel_embeddings.weight")[: 2 * reach]
-    table = norm("encoder.LayerNorm", table) if settings.norm_rel_ebd else table
+    table = p("encoder.rel_embeddings.weight")[: 2 * reach] if settings.relative_attention else None
+    table = norm("encoder.LayerNorm", table) if settings.norm_rel_ebd and table is not None else table
 
     seen = valid[:, None, :, None] & valid[:, None, None, :]
-    states = [x]
+    states, attentions = [x], []
     for i in range(settings.num_hidden_layers):
         own = f"encoder.layer.{i}.attention.self"
         q, k, v = (heads(dense(f"{own}.{part}_proj", x)) for part in ("query", "key", "value"))
         names = ("key_proj", "query_proj") if settings.share_att_key else ("pos_key_proj", "pos_query_proj")
         position_keys, position_queries = (
-            heads(dense(f"{own}.{name}", table)) if term in settings.pos_att_type else None
+            heads(dense(f"{own}.{name}", table)) if term in settings.pos_att_type and table is not None else None
             for name, term in zip(names, ("c2p", "p2c"), strict=True)
         )
-        scores = disentangled_scores(q, k, position_keys, position_queries, buckets)
+        terms = 1 + len(settings.pos_att_type)
+        scores = disentangled_scores(q, k, position_keys, position_queries, buckets, terms)
         scores = scores.masked_fill(~seen, torch.finfo(dtype).min)
-        context = (torch.softmax(scores, dim=-1).masked_fill(~seen, 0) @ v).transpose(1, 2).flatten(2)
+        probabilities = torch.softmax(scores, dim=-1).masked_fill(~seen, 0)
+        attentions.append(probabilities)
+        context = (probabilities @ v).transpose(1, 2).flatten(2)
         out = f"encoder.layer.{i}.attention.output"
         y = norm(f"{out}.LayerNorm", dense(f"{out}.dense", context) + x)
         inner = dense(f"encoder.layer.{i}.intermediate.dense", y, settings.activation)
@@ -160,7 +173,7 @@ def deberta(
             y = _beside_convolution(x, y, settings, p, norm, padding)
         x = y
         states.append(x)
-    return DebertaReference(x, tuple(states))
+    return DebertaReference(x, tuple(states), tuple(attentions))
 
 
 def _beside_convolution(

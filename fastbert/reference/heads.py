@@ -83,6 +83,11 @@ def head(
             raise KeyError(f"bert.pooler.dense.weight: missing from params, needed for {task}")
         return encoded.pooler_output
 
+    def first_tokens() -> Tensor:
+        valid = ~padding[:, :, 0]
+        is_first = valid & (valid.cumsum(dim=1) == 1)
+        return tokens.masked_fill(~is_first[:, :, None], 0).sum(dim=1)
+
     def transform(name: str, x: Tensor) -> Tensor:
         own = activation_of(config)
         if family.text == "modernbert":
@@ -131,10 +136,12 @@ def head(
             rows = tokens.masked_fill(~valid, 0).sum(1) / valid.sum(1).clamp(min=1)
             rows = dense(name, transform("head", rows))
             return {"logits": rows.reshape(choices) if choices else rows}
+    if family_head.own_pooler and task in ("sequence_classification", "multiple_choice"):
+        act = ACTIVATIONS[setting(config, "pooler_hidden_act")]
+        logits = dense("classifier", dense("pooler.dense", first_tokens(), act))
+        return {"logits": logits.reshape(choices) if choices else logits}
     if task == "sequence_classification" and family_head.activation is not None:  # RoBERTa's and others'
-        valid = ~padding[:, :, 0]
-        is_first = valid & (valid.cumsum(dim=1) == 1)
-        first = tokens.masked_fill(~is_first[:, :, None], 0).sum(dim=1)
+        first = first_tokens()
         if family_head.activation == "tanh":
             first = torch.tanh(dense("classifier.dense", first))
         else:

@@ -78,7 +78,7 @@ KINDS: dict[str, Kind] = {
 }  # fmt: skip
 CAMEMBERT_EXTRA = ["<s>NOTUSED", "</s>NOTUSED", "<unk>NOTUSED"]
 # Classes of models that have no table in checkpoint/families.py, and their tokenizers.
-OTHER_FAMILIES = {"albert": "Albert", "deberta": "Deberta", "deberta-v2": "DebertaV2", "gpt2": "GPT2"}
+OTHER_FAMILIES = {"albert": "Albert", "deberta": "Deberta", "gpt2": "GPT2"}
 
 Vocabulary = list[tuple[str, float]]
 

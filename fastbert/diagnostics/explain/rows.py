@@ -101,6 +101,8 @@ def shapes_of(record: Record) -> str:
             words.append(f"{heads} heads of {record.after[1] // heads}")
             if "window" in facts:
                 words.append(f"within {facts['window']} columns")
+            if "distances" in facts:
+                words.append("terms of {} x {} distances".format(*facts["distances"]))
             if "position_bias" in record.facts:
                 words.append("position bias")
         if name == "pooling":

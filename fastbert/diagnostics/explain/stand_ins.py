@@ -21,6 +21,7 @@ from fastbert.diagnostics.explain.report import MODULE
 from fastbert.engine.listeners import is_bare, is_plain, is_plain_norm
 from fastbert.models.pretrained import PreTrainedModel
 from fastbert.ops import Policy, recording
+from fastbert.ops.disentangled import Positions
 from fastbert.ops.recording import Record, Recorder
 from fastbert.pipelines import modules
 
@@ -117,6 +118,42 @@ class _Attention(_Named):
         return fused, recording.stand_in((n_rows,), linears[0].bias.dtype)
 
 
+class _Disentangled(_Attention):
+    """Attention that multiplies projections of distances, which run once for all batches and are in no report."""
+
+    num_heads: int
+    table_rows: int
+
+    def positions(self, table: Tensor, policy: Policy) -> Positions:
+        module: Any = self
+        keys, queries = (
+            recording.stand_in((self.table_rows, table.shape[1]), table.dtype) if name else None
+            for name in (module.position_keys, module.position_queries)
+        )
+        return Positions(keys, queries, module.buckets)
+
+
+class _WithTable(_Named):
+    """An encoder whose layers share a table of distances."""
+
+    def table(self, policy: Policy) -> Tensor | None:
+        module: Any = self
+        return module.rel_embeddings.weight if module.has_terms else None
+
+
+class _Convolved(_Named):
+    """A convolution that runs as a product."""
+
+    def product(self) -> tuple[Tensor, Tensor]:
+        dry, place = self.__dict__["dry"], self.__dict__["place"]
+        conv: Any = self.get_submodule("conv")
+        n_out, n_in, k = conv.weight.shape
+        product = recording.stand_in((n_out, n_in * conv.groups * k), conv.weight.dtype)
+        dry.names[id(product)] = f"{place}.conv"
+        self.__dict__["product_weight"] = product  # whose id is its name, as long as it is there
+        return product, conv.bias
+
+
 class _Biased(_Named):
     """An encoder whose layers share a position bias."""
 
@@ -127,9 +164,19 @@ class _Biased(_Named):
         return recording.stand_in((weight.shape[1], self.bias_columns), weight.dtype)
 
 
+# By what a class has, the first that fits.
+_BASES: dict[str, Any] = {
+    "positions": _Disentangled,
+    "fused_qkv": _Attention,
+    "position_bias": _Biased,
+    "has_table": _WithTable,
+    "product": _Convolved,
+}
+
+
 @functools.cache
 def _named(cls: Any) -> type[nn.Module]:
-    base = _Attention if hasattr(cls, "fused_qkv") else _Biased if hasattr(cls, "position_bias") else _Named
+    base = next((base for name, base in _BASES.items() if hasattr(cls, name)), _Named)
     return type(cls.__name__, (base, cls), {"__module__": cls.__module__})
 
 
@@ -190,7 +237,7 @@ def _is_bare_product(module: nn.Module) -> bool:
     return is_bare(module, nn.Linear) or is_bare(module, nn.LayerNorm)
 
 
-_WITHOUT_BIAS = (nn.Embedding, nn.Dropout, nn.Identity)
+_WITHOUT_BIAS = (nn.Embedding, nn.Dropout, nn.Identity, nn.Conv1d)
 
 
 def after_pooling(module: Any, name: str, dry: DryRun) -> nn.Module:

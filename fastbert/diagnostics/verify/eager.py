@@ -7,6 +7,7 @@ B sequences, S the longest, H hidden, N heads, D head size, L layers, I intermed
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +16,8 @@ from torch import Tensor
 from fastbert import reference
 from fastbert.checkpoint.activations import activate
 from fastbert.checkpoint.config import BertConfig
-from fastbert.engine.block import Block, Linear, Norm
+from fastbert.engine.block import Block, Distances, Linear, Norm
+from fastbert.ops.disentangled import rows_of_distances
 
 
 def eager_bert(
@@ -38,6 +40,8 @@ def eager_bert(
     if table("position") in parameters:
         positions = reference.default_positions(config, input_ids, input_ids.shape, input_ids.device)
         x = x + F.embedding(positions, parameters[table("position")])
+    if "embeddings.embed_proj.weight" in parameters:
+        x = F.linear(x, parameters["embeddings.embed_proj.weight"].to(x.dtype))
     x = _norm(parameters, config, "embeddings", x)
     projected = "embeddings_project.weight" in parameters
     states = [_linear(parameters, "embeddings_project", x) if projected else x]
@@ -70,7 +74,7 @@ def eager_layer(block: Block, x: Tensor, mask: Tensor) -> Tensor:
         weight, bias = part.filled(x)
         return F.layer_norm(x, x.shape[-1:], weight.to(x.dtype), bias.to(x.dtype), part.eps)
 
-    normed = norm(block.attention_norm, x) if block.pre_norm else x
+    normed, read = norm(block.attention_norm, x) if block.pre_norm else x, x
     q, k, v = (
         linear(part, normed).unflatten(-1, (block.num_heads, -1)).transpose(1, 2)
         for part in (block.query, block.key, block.value)
@@ -79,7 +83,10 @@ def eager_layer(block: Block, x: Tensor, mask: Tensor) -> Tensor:
     if block.rotary is not None:
         q, k = (_turned(part, columns, block.rotary, block.position_factor) for part in (q, k))
     padding = (mask == 0)[:, None, None, :]  # (B, 1, 1, S)
-    scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
+    scale = q.shape[-1] ** -0.5 if block.scale is None else block.scale
+    scores = q @ k.transpose(-1, -2) * scale
+    if block.distances is not None:
+        scores = scores + _terms_of_distances(block.distances, q, k) * scale
     if block.position_bias is not None:
         scores = scores + _bias_of_columns(block.position_bias, x.shape[1]).to(x.dtype)
     if block.window is not None:
@@ -92,7 +99,41 @@ def eager_layer(block: Block, x: Tensor, mask: Tensor) -> Tensor:
     if block.gate is not None:
         inner = inner * linear(block.gate, normed)
     inner = linear(block.down, inner)
+    if block.convolution is not None:
+        return _beside(block, norm(block.output_norm, inner + normed), read, mask)
     return norm(block.last_norm, inner + x) if block.pre_norm else norm(block.output_norm, inner + normed)
+
+
+def _terms_of_distances(distances: Distances, q: Tensor, k: Tensor) -> Tensor:
+    """What disentangled attention adds to q k^T, (B, N, S, S). q, k: (B, N, S, D)."""
+    buckets = torch.tensor(rows_of_distances(*distances.buckets), device=q.device)
+    radius, columns = len(buckets) // 2, torch.arange(q.shape[2], device=q.device)
+    rows = buckets[(columns[:, None] - columns).clamp(-radius, radius) + radius]  # (S, S): the query's column first
+    table, norm = distances.table.to(q.dtype), distances.norm
+    if norm is not None:
+        weight, bias = norm.filled(table)
+        table = F.layer_norm(table, table.shape[-1:], weight.to(q.dtype), bias.to(q.dtype), norm.eps)
+    terms: Any = 0
+    for x, linear in ((q, distances.key), (k, distances.query)):
+        if linear is None:
+            continue
+        other = F.linear(table, linear.weight.to(q.dtype), None if linear.bias is None else linear.bias.to(q.dtype))
+        each = x @ other.unflatten(-1, (q.shape[1], -1)).permute(1, 2, 0)  # (B, N, S, 2R)
+        term = each.gather(-1, (rows if x is q else rows.T).expand(*each.shape[:3], -1))
+        terms = terms + (term if x is q else term.transpose(-1, -2))
+    return terms
+
+
+def _beside(block: Block, y: Tensor, x: Tensor, mask: Tensor) -> Tensor:
+    """The convolution of what the layer reads, x, added to what it gives, y: (B, S, H) each."""
+    beside = block.convolution
+    assert beside is not None
+    weight, bias, x = beside.weight.to(x.dtype), beside.bias.to(x.dtype), x * (mask != 0)[..., None].to(x.dtype)
+    half, groups = weight.shape[2] // 2, beside.groups
+    x = F.conv1d(x.transpose(1, 2), weight, bias, padding=half, groups=groups).transpose(1, 2)
+    scale, shift = beside.norm.filled(y)
+    x = y + activate(x, beside.activation)
+    return F.layer_norm(x, y.shape[-1:], scale.to(y.dtype), shift.to(y.dtype), beside.norm.eps)
 
 
 def _turned(x: Tensor, positions: Tensor, base: float, factor: float) -> Tensor:

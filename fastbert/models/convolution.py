@@ -1,0 +1,135 @@
+"""The convolution over columns that stands beside the first layer of DeBERTa-v2's large models."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastbert import ops
+from fastbert.checkpoint.activations import ACTIVATIONS
+from fastbert.checkpoint.config import BertConfig
+from fastbert.checkpoint.deberta import DebertaSettings
+from fastbert.engine import Convolution, Linear, Norm
+from fastbert.engine.listeners import is_bare
+from fastbert.models import hooks
+from fastbert.models.modules import call_dropout
+from fastbert.models.rotary import normalise
+from fastbert.ops import Policy, packing, recording
+from fastbert.ops.derived import Derived
+from fastbert.ops.packing import PackedBatch
+
+
+class DebertaConvolution(nn.Module):
+    """LayerNorm(y + activation(dropout(conv(x)))): x is the layer's input, and y its output.
+
+    Columns without a token are zeros. A convolution of k columns is a product with k rows beside one another.
+    """
+
+    def __init__(self, config: BertConfig, settings: DebertaSettings) -> None:
+        super().__init__()
+        size, k = config.hidden_size, settings.conv_size
+        self.conv = nn.Conv1d(size, size, k, padding=(k - 1) // 2, groups=settings.conv_groups)
+        self.LayerNorm = nn.LayerNorm(size, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.activation = ACTIVATIONS[settings.conv_activation]
+        self.derived = Derived()
+
+    def _weight(self) -> tuple[Tensor, ...]:
+        weight, groups = self.conv.weight, self.conv.groups
+
+        def make() -> tuple[Tensor, ...]:
+            n_out, n_in, _ = weight.shape
+            wide = weight
+            if groups > 1:  # the numbers of other groups are zeros
+                parts = weight.unflatten(0, (groups, n_out // groups))  # (groups, out, in, k)
+                own = torch.eye(groups, dtype=weight.dtype, device=weight.device)
+                wide = torch.einsum("goik,gh->gohik", parts, own).reshape(n_out, groups * n_in, -1)
+            return (wide.permute(0, 2, 1).flatten(1),)
+
+        return make() if self.training else self.derived.get("product", [weight], make)
+
+    def product(self) -> tuple[Tensor, Tensor]:
+        """The convolution as a linear of k rows beside one another: weight (H, k * H) and bias (H,)."""
+        assert self.conv.bias is not None
+        return self._weight()[0], self.conv.bias
+
+    def derived_addresses(self) -> tuple[int, ...]:
+        """Returns where the weight of the product is, up to date; () if it is made on every call."""
+        return self.derived.addresses("product", self._weight())
+
+    def renew(self, training: bool) -> None:
+        """Makes the product's weight anew when it is next used, or, for training, drops it."""
+        ops.forget_packed(self.derived.tensors())
+        if training:
+            self.derived.clear()
+        else:
+            self.derived.invalidate()
+
+    def train(self, mode: bool = True) -> DebertaConvolution:
+        self.renew(mode)
+        return super().train(mode)
+
+    def _replicate_for_data_parallel(self) -> DebertaConvolution:
+        replica: Any = super()._replicate_for_data_parallel()
+        replica.derived = Derived()
+        return replica
+
+    def data(self) -> Convolution:
+        """The convolution as data, for engines; its modules must be plain."""
+        p = self.dropout.p if self.training else 0.0
+        conv = self.conv
+        assert conv.bias is not None
+        return Convolution(
+            conv.weight, conv.bias, conv.groups, Norm.of(self.LayerNorm), self.activation, p,
+            lambda: Linear(*self.product()),
+        )  # fmt: skip
+
+    def forward(
+        self, x: Tensor, y: Tensor, batch: Any = None, policy: Policy = ops.AUTO
+    ) -> Tensor:  # (T, H), (T, H) -> (T, H)
+        if x.dim() == 3:
+            return hooks.on_packed(DebertaConvolution.forward, self, x, y)
+        if is_bare(self.conv, nn.Conv1d):
+            rows = beside(x, batch, self.conv.kernel_size[0])
+            x = ops.linear(rows, *self.product(), policy=policy, keep=not self.training)
+        else:
+            view = hooks.padded_view(batch)
+            x = packing.pack(self.conv(packing.pad(x, view).transpose(1, 2)).transpose(1, 2), view)
+        x = ops.bias_gelu(call_dropout(self.dropout, x, batch), None, self.activation, policy=policy)
+        return normalise(self.LayerNorm, y + x, policy, batch)
+
+
+def beside(x: Tensor, batch: PackedBatch, size: int) -> Tensor:
+    """The rows of `size` columns around each token beside one another, zeros where there is none: (T, size * H)."""
+    if recording.on and recording.is_dry():
+        return recording.stand_in((x.shape[0], size * x.shape[1]), x.dtype)
+    zero = x.new_zeros(1, x.shape[1])
+    near = batch.plan(("columns around", size), lambda: _rows_around(batch, x.shape[0], size))
+    return torch.cat([x, zero]).index_select(0, near.flatten()).view(x.shape[0], -1)
+
+
+def _rows_around(batch: PackedBatch, n_rows: int, size: int) -> Tensor:
+    """(T, size) int64: the row of the token in each column around a token's, T where there is none."""
+    device, half = batch.device, size // 2
+    rows, offsets = torch.arange(n_rows, device=device)[:, None], torch.arange(-half, half + 1, device=device)
+    if batch.valid is not None:
+        columns = batch.position_ids.long()[:, None] + offsets
+        inside = (columns >= 0) & (columns < batch.padded_length)
+        around = (rows + offsets).clamp(0, n_rows - 1)
+        valid = batch.valid.flatten()[around.flatten()].view(around.shape)
+        return torch.where(inside & valid, around, n_rows)
+    last = batch.cu_seqlens[-1:].long()  # rows from there on are of no sequence
+    sequences = torch.searchsorted(batch.cu_seqlens[1:].long(), rows[:, 0].contiguous(), right=True)
+    if batch.columns is None:
+        starts = batch.cu_seqlens.long().index_select(0, sequences.clamp(max=batch.cu_seqlens.shape[0] - 1))
+        columns = rows[:, 0] - starts
+    else:
+        columns = torch.nn.functional.pad(batch.columns.long(), (0, n_rows - batch.columns.shape[0]))
+    # One number for a sequence and a column, which grows from row to row.
+    width = batch.padded_length + size
+    place = torch.where(rows[:, 0] < last, sequences * width + columns + half, sequences * width + width * n_rows)
+    wanted = place[:, None] + offsets
+    found = torch.searchsorted(place, wanted.contiguous()).clamp(max=n_rows - 1)
+    return torch.where(place[found.flatten()].view(found.shape) == wanted, found, n_rows)

@@ -1,0 +1,379 @@
+"""DeBERTa-v2 and -v3 on packed tokens. Shapes: T tokens, H hidden, N heads, D head size, R rows of a side's distances.
+
+This file says in what DeBERTa differs from BERT: the scores of attention have terms for how many columns query and key
+are apart, of projections of a table that all layers share; positions are added to the embeddings in few models, and
+there is no pooler; in v2's large models a convolution stands beside the first layer. What is as in BERT is called from
+its text. Names of modules and parameters are those of transformers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastbert import ops
+from fastbert.checkpoint.config import BertConfig
+from fastbert.checkpoint.deberta import DebertaSettings, deberta_settings
+from fastbert.engine import Block, Convolution, Distances, Linear, Norm, Options
+from fastbert.engine.listeners import is_bare
+from fastbert.models import attention_weights, hooks
+from fastbert.models.bert import BertAddNorm, BertIntermediate
+from fastbert.models.convolution import DebertaConvolution
+from fastbert.models.encoder import ANY_POSITION, EncoderModel
+from fastbert.models.layers import LayerStack
+from fastbert.models.modules import call_dropout, call_module, dense, fuse, is_plain
+from fastbert.models.outputs import BaseModelOutputWithPooling
+from fastbert.models.rotary import look_up, normalise, project
+from fastbert.ops import Policy
+from fastbert.ops.derived import Derived
+from fastbert.ops.disentangled import Positions
+from fastbert.ops.packing import PackedBatch
+from fastbert_kernels.masks import ATTENTION_OUTPUT, OUTPUT, site_of
+
+
+class DebertaEmbeddings(nn.Module):
+    """LayerNorm(embed_proj(word + position + token type)); most models have words alone."""
+
+    def __init__(self, config: BertConfig, settings: DebertaSettings) -> None:
+        super().__init__()
+        width, n_types, size = config.embedding_width, config.type_vocab_size, config.hidden_size
+        self.word_embeddings = nn.Embedding(config.vocab_size, width, padding_idx=config.pad_token_id)
+        self.position_embeddings = nn.Embedding(config.max_position_embeddings, width) if settings.positions else None
+        self.token_type_embeddings = nn.Embedding(n_types, width) if n_types else None
+        self.embed_proj = nn.Linear(width, size, bias=False) if width != size else None
+        self.LayerNorm = nn.LayerNorm(size, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    without_bias = True
+
+    @property
+    def n_token_types(self) -> int:
+        """The number of segments; without a table any is taken, since the tokenizer gives some, and none is read."""
+        return ANY_POSITION if self.token_type_embeddings is None else self.token_type_embeddings.num_embeddings
+
+    def forward(
+        self,
+        input_ids: Tensor | None,  # (T,)
+        token_type_ids: Tensor | None = None,  # (T,)
+        position_ids: Tensor | None = None,  # (T,)
+        inputs_embeds: Tensor | None = None,  # (T, E)
+        batch: PackedBatch | None = None,
+        policy: Policy = ops.AUTO,
+    ) -> Tensor:  # (T, H)
+        ids = input_ids if inputs_embeds is None else inputs_embeds[..., 0]
+        if ids is not None and ids.dim() == 2:
+            padded = input_ids, token_type_ids, position_ids, inputs_embeds
+            return hooks.on_packed(DebertaEmbeddings.forward, self, *padded)
+        x = look_up(self.word_embeddings, input_ids, policy, batch) if inputs_embeds is None else inputs_embeds
+        if self.position_embeddings is not None:
+            x = x + look_up(self.position_embeddings, position_ids, policy, batch)
+        if self.token_type_embeddings is not None:
+            if token_type_ids is None:
+                token_type_ids = torch.zeros(x.shape[0], dtype=torch.int64, device=x.device)
+            x = x + look_up(self.token_type_embeddings, token_type_ids, policy, batch)
+        if self.embed_proj is not None:
+            x = project(self.embed_proj, x, policy, batch)
+        return call_dropout(self.dropout, normalise(self.LayerNorm, x, policy, batch), batch)
+
+    def runs_in_kernel(self, policy: Policy) -> bool:
+        """Tells whether a kernel runs them that can note ids beyond their table: there is none."""
+        return False
+
+    def check_ids(self, input_ids: Tensor, token_type_ids: Tensor) -> None:
+        """Raises IndexError where one of them is beyond its table."""
+        n_words = self.word_embeddings.num_embeddings
+        ops.check_ids(input_ids=(input_ids, n_words), token_type_ids=(token_type_ids, self.n_token_types))
+
+
+class DisentangledSelfAttention(nn.Module):
+    """softmax(scale * (q k^T + terms of distances)) v within each sequence."""
+
+    projections = "query_proj", "key_proj", "value_proj"
+
+    def __init__(self, config: BertConfig, settings: DebertaSettings) -> None:
+        super().__init__()
+        size = config.hidden_size
+        self.num_heads, self.scale = config.num_attention_heads, (config.head_size * settings.n_scores) ** -0.5
+        self.buckets, self.table_rows = settings.buckets, 2 * settings.reach
+        self.query_proj = nn.Linear(size, size)
+        self.key_proj = nn.Linear(size, size)
+        self.value_proj = nn.Linear(size, size)
+        self.position_keys = self.position_queries = ""  # the linears that distances go through
+        if "c2p" in settings.terms:
+            self.position_keys = "key_proj" if settings.shared else "pos_key_proj"
+        if "p2c" in settings.terms:
+            self.position_queries = "query_proj" if settings.shared else "pos_query_proj"
+        for name in (self.position_keys, self.position_queries):
+            if name.startswith("pos_"):
+                self.add_module(name, nn.Linear(size, size))
+        if settings.relative:
+            self.pos_dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.dropout = nn.Dropout(config.attention_probs_dropout_prob)
+        self.derived = Derived()
+
+    def fused_qkv(self) -> tuple[Tensor, Tensor]:
+        """The three projections as one weight (3H, H) and bias (3H,), kept until one of the six parameters changes."""
+        linears = {"query_proj": self.query_proj, "key_proj": self.key_proj, "value_proj": self.value_proj}
+        return fuse(linears, "qkv", None if self.training else self.derived)
+
+    def positions(self, table: Tensor, policy: Policy = ops.AUTO) -> Positions:
+        """What stands for distances, of the encoder's table (2R, H); kept until a weight changes, but in training."""
+        linears: list[Any] = [
+            self.get_submodule(name) if name else None for name in (self.position_keys, self.position_queries)
+        ]
+        present = [linear for linear in linears if linear is not None]
+
+        def make() -> tuple[Tensor, ...]:
+            rows = self.pos_dropout(table)[: self.table_rows]
+            return tuple(dense(linear, rows, policy) for linear in present)
+
+        if self.training or not all(map(is_plain, present)):
+            made = make()
+        else:
+            parameters = [table, *(p for linear in present for p in (linear.weight, linear.bias))]
+            made = self.derived.get("positions", parameters, make)
+        tensors = iter(made)
+        keys, queries = (None if linear is None else next(tensors) for linear in linears)
+        return Positions(keys, queries, self.buckets)
+
+    def derived_addresses(self) -> tuple[int, ...]:
+        """Returns where the fused weight and bias are, up to date; () if they are made on every call or not at all."""
+        if not (is_plain(self.query_proj) and is_plain(self.key_proj) and is_plain(self.value_proj)):
+            return ()
+        return self.derived.addresses("qkv", self.fused_qkv())
+
+    def position_addresses(self, table: Tensor) -> tuple[int, ...]:
+        """Returns where what stands for distances is, up to date; () if it is made on every call."""
+        keys, queries, _ = self.positions(table)
+        return self.derived.addresses("positions", tuple(t for t in (keys, queries) if t is not None))
+
+    @property
+    def dropout_p(self) -> float:
+        """The probability with which probabilities are dropped in the present mode."""
+        return self.dropout.p if self.training else 0.0
+
+    def renew(self, training: bool) -> None:
+        """Makes what is derived anew when it is next used, or, for training, drops it."""
+        ops.forget_packed(self.derived.tensors())
+        if training:
+            self.derived.clear()
+        else:
+            self.derived.invalidate()
+
+    def train(self, mode: bool = True) -> DisentangledSelfAttention:
+        self.renew(mode)
+        return super().train(mode)
+
+    def _replicate_for_data_parallel(self) -> DisentangledSelfAttention:
+        replica: Any = super()._replicate_for_data_parallel()
+        replica.derived = Derived()  # its parameters are others
+        return replica
+
+    def forward(
+        self, x: Tensor, batch: Any = None, policy: Policy = ops.AUTO, table: Tensor | None = None
+    ) -> Any:  # (T, H) -> (T, H)
+        if x.dim() == 3:  # as transformers' returns it
+            return hooks.AttentionOutput(hooks.on_packed(DisentangledSelfAttention.forward, self, x, table=table))
+        linears = self.query_proj, self.key_proj, self.value_proj
+        if all(map(is_plain, linears)):
+            qkv = ops.linear(x, *self.fused_qkv(), policy=policy, keep=not self.training)  # (T, 3H)
+        else:
+            qkv = torch.cat([call_module(part, x, policy, batch) for part in linears], -1)
+        positions = None
+        if table is not None and (self.position_keys or self.position_queries):
+            positions = self.positions(table, policy)
+        if batch.has_plan(attention_weights.PLAN):
+            return attention_weights.attend(
+                qkv, batch, self.num_heads, self.dropout_p, scale=self.scale, positions=positions
+            )
+        if positions is None:
+            p = self.dropout_p or None
+            return ops.varlen_attention(qkv, batch, self.num_heads, scale=self.scale, dropout=p, policy=policy)
+        return ops.disentangled_attention(
+            qkv, positions, batch, self.num_heads, scale=self.scale, dropout_p=self.dropout_p, policy=policy
+        )
+
+
+class DebertaAttention(nn.Module):
+    def __init__(self, config: BertConfig, settings: DebertaSettings, layer: int = 0) -> None:
+        super().__init__()
+        self.self = DisentangledSelfAttention(config, settings)
+        site = site_of(layer, ATTENTION_OUTPUT)
+        self.output = BertAddNorm(config.hidden_size, config, config.hidden_dropout_prob, site)
+
+    def forward(
+        self, x: Tensor, batch: Any = None, policy: Policy = ops.AUTO, table: Tensor | None = None
+    ) -> Any:  # (T, H) -> (T, H)
+        if x.dim() == 3:
+            return hooks.AttentionOutput(hooks.on_packed(DebertaAttention.forward, self, x, table=table))
+        return hooks.call(self.output, batch, policy, hooks.call(self.self, batch, policy, x, table=table), x)
+
+
+class DebertaLayer(nn.Module):
+    def __init__(self, config: BertConfig, settings: DebertaSettings, layer: int = 0) -> None:
+        super().__init__()
+        self.attention = DebertaAttention(config, settings, layer)
+        self.intermediate = BertIntermediate(config)
+        self.output = BertAddNorm(config.intermediate_size, config, config.hidden_dropout_prob, site_of(layer, OUTPUT))
+
+    def forward(
+        self, x: Tensor, batch: Any = None, policy: Policy = ops.AUTO, table: Tensor | None = None
+    ) -> Tensor:  # (T, H) -> (T, H)
+        if x.dim() == 3:
+            return hooks.on_packed(DebertaLayer.forward, self, x, table=table)
+        x = hooks.call(self.attention, batch, policy, x, table=table)
+        return hooks.call(self.output, batch, policy, hooks.call(self.intermediate, batch, policy, x), x)
+
+    def block(self, distances: Any = None, convolution: Convolution | None = None) -> Block:
+        """The layer as data, for engines; its modules must be plain.
+
+        distances: gives the layer's, of its attention. convolution: what stands beside it.
+        """
+        attention, add, up, output = self.attention.self, self.attention.output, self.intermediate, self.output
+        return Block(
+            query=Linear.of(attention.query_proj),
+            key=Linear.of(attention.key_proj),
+            value=Linear.of(attention.value_proj),
+            fuse_qkv=lambda: Linear(*attention.fused_qkv()),
+            num_heads=attention.num_heads,
+            out=Linear.of(add.dense),
+            attention_norm=Norm.of(add.LayerNorm),
+            up=Linear.of(up.dense),
+            activation=up.activation,
+            down=Linear.of(output.dense),
+            output_norm=Norm.of(output.LayerNorm),
+            dropouts=(attention.dropout_p, add.dropout_p, output.dropout_p),
+            scale=attention.scale,
+            distances=None if distances is None else distances(attention),
+            convolution=convolution,
+        )
+
+
+class DebertaEncoder(LayerStack):
+    """The layers, the table of distances that they share, and what stands beside the first one."""
+
+    has_table = True
+
+    def __init__(self, config: BertConfig, settings: DebertaSettings) -> None:
+        super().__init__(DebertaLayer(config, settings, i) for i in range(config.num_hidden_layers))
+        size, eps = config.hidden_size, config.layer_norm_eps
+        self.rel_embeddings = nn.Embedding(2 * settings.reach, size) if settings.relative else None
+        self.LayerNorm = nn.LayerNorm(size, eps=eps) if settings.normalised else None
+        self.conv = DebertaConvolution(config, settings) if settings.conv_size else None
+        self.has_terms = bool(settings.terms)
+        self.derived = Derived()
+
+    def table(self, policy: Policy = ops.AUTO) -> Tensor | None:
+        """The rows of distances, (2R, H), normalised where the model does so; None without terms of distances."""
+        embeddings, norm = self.rel_embeddings, self.LayerNorm
+        if embeddings is None or not self.has_terms:
+            return None
+        weight: Tensor = embeddings.weight
+        if norm is None:
+            return weight
+        if self.training or not is_bare(norm, nn.LayerNorm):
+            return normalise(norm, weight, policy, None)
+        return self.derived.get(
+            "table", [weight, norm.weight, norm.bias], lambda: (normalise(norm, weight, policy, None),)
+        )[0]
+
+    def distances(self, attention: DisentangledSelfAttention) -> Distances:
+        """What stands for distances in the attention of a layer, as data."""
+        linears: Any = [
+            attention.get_submodule(name) if name else None
+            for name in (attention.position_keys, attention.position_queries)
+        ]
+        key, query = (None if linear is None else Linear.of(linear) for linear in linears)
+        table, norm = self.rel_embeddings, None if self.LayerNorm is None else Norm.of(self.LayerNorm)
+        assert table is not None
+
+        def project() -> Positions:
+            rows = self.table()
+            assert rows is not None
+            return attention.positions(rows)
+
+        return Distances(table.weight, norm, key, query, attention.buckets, project)
+
+    def derived_addresses(self) -> tuple[int, ...]:
+        """Returns where the table is, and what layers make of it, up to date."""
+        table = self.table()
+        if table is None:
+            return ()
+        layers: Any = self.layer
+        own = () if self.LayerNorm is None else self.derived.addresses("table", (table,))
+        return own + tuple(place for layer in layers for place in layer.attention.self.position_addresses(table))
+
+    def renew(self, training: bool) -> None:
+        """Makes the table anew when it is next used, or, for training, drops it."""
+        if training:
+            self.derived.clear()
+        else:
+            self.derived.invalidate()
+
+    def train(self, mode: bool = True) -> DebertaEncoder:
+        self.renew(mode)
+        return super().train(mode)
+
+    def _replicate_for_data_parallel(self) -> DebertaEncoder:
+        replica: Any = super()._replicate_for_data_parallel()
+        replica.derived = Derived()
+        return replica
+
+    def forward(self, x: Tensor, batch: Any = None, policy: Policy = ops.AUTO, keep_states: bool = True) -> Any:
+        """(T, H) -> the hidden states before the first layer and after each, L + 1 times (T, H), or the last alone.
+
+        (B, S, H) -> an output with last_hidden_state and hidden_states.
+        """
+        if x.dim() == 3:
+            padded = hooks.on_packed(DebertaEncoder.forward, self, x, keep_states=keep_states)
+            return BaseModelOutputWithPooling(padded[-1], hidden_states=tuple(padded) if keep_states else None)
+        table = self.table(policy)
+        return self.states(x, batch, policy, keep_states, *([] if table is None else [table]), call=self._call_layer)
+
+    def _call_layer(self, layer: Any, batch: Any, policy: Policy, x: Tensor, table: Tensor | None = None) -> Tensor:
+        """Runs a layer, and what stands beside the first one. Gradient checkpointing takes its tensors by position."""
+        y: Tensor = hooks.call(layer, batch, policy, x, table=table)
+        if self.conv is not None and layer is self.layer[0]:
+            y = hooks.call(self.conv, batch, policy, x, y)
+        return y
+
+
+class DebertaModel(EncoderModel):
+    """The encoder of DeBERTa-v2 and -v3: token ids in, one vector a token out.
+
+    add_pooling_layer is of no effect: DeBERTa has no pooler. settings: the fields of `Options` by name. Raises
+    ValueError for settings that fastbert does not compute (fastbert.checkpoint.deberta).
+
+    Sources: He et al., "DeBERTa", 2020, arXiv:2006.03654, and "DeBERTaV3", 2021, arXiv:2111.09543.
+    """
+
+    own_modules = frozenset(
+        (DebertaEmbeddings, DebertaEncoder, DebertaLayer, DebertaAttention, DisentangledSelfAttention,
+         DebertaConvolution, BertIntermediate, BertAddNorm, nn.ModuleList, nn.Embedding, nn.Linear, nn.LayerNorm,
+         nn.Dropout, nn.Conv1d)
+    )  # fmt: skip
+    counts_distances = True
+    _class_arguments = ("add_pooling_layer",)
+    _no_split_modules = ("DebertaLayer", "DebertaEmbeddings")
+
+    def __init__(
+        self, config: BertConfig, add_pooling_layer: bool = False, options: Options | None = None, **settings: Any
+    ) -> None:
+        super().__init__(config, options, **settings)
+        own = deberta_settings(config)
+        self.embeddings = DebertaEmbeddings(config, own)
+        self.embeddings_project = None
+        self.encoder = DebertaEncoder(config, own)
+        self.pooler = None
+        self.init_weights()
+
+    def blocks(self) -> Iterator[Block]:
+        """Each layer as data; its modules must be plain."""
+        encoder = self.encoder
+        distances = encoder.distances if encoder.has_terms else None
+        for i, layer in enumerate(encoder.layer):
+            beside = encoder.conv.data() if i == 0 and encoder.conv is not None else None
+            yield layer.block(distances, beside)
