@@ -26,12 +26,12 @@ def read_version() -> str:
 # optional: without a compiler, the installation goes on, and PyTorch's operations take their place.
 CPU_KERNELS = "kernels/fastbert_kernels/cpu"
 CPU_SOURCES = (
-    "activation", "attention", "attention_backward", "dropout", "embedding", "encoder", "encoder_int8", "gated", "ids",
-    "linear", "linear_int8", "packing", "pooling", "residual_norm", "samples", "weight_gradient",
+    "activation", "attention", "attention_backward", "disentangled", "dropout", "embedding", "encoder", "encoder_int8",
+    "gated", "ids", "linear", "linear_int8", "packing", "pooling", "residual_norm", "samples", "weight_gradient",
 )  # fmt: skip
 CPU_HEADERS = (
-    "activations", "attention", "attention_backward", "attention_bias", "attention_tiles", "layer_norm", "linear",
-    "linear_int8", "panels", "philox", "quantize", "residual_norm", "rows", "team", "vector",
+    "activations", "attention", "attention_backward", "attention_bias", "attention_rows", "attention_tiles",
+    "layer_norm", "linear", "linear_int8", "panels", "philox", "quantize", "residual_norm", "rows", "team", "vector",
 )  # fmt: skip
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mprefer-vector-width=512"]
 INSTRUCTIONS = {

@@ -21,9 +21,15 @@ from fastbert.ops.dispatch import AUTO, Policy
 from fastbert.ops.groups import group_by_length
 from fastbert.ops.library import register
 from fastbert.ops.packing import PackedBatch
+from fastbert.ops.rotary import cpu_obstacle as rows_obstacle
+from fastbert_kernels import cpu
 
-TRITON_OBSTACLE = "there is no Triton kernel for disentangled attention yet"
-CPU_OBSTACLE = "there is no C++ kernel for disentangled attention yet"
+KERNELS = {
+    "triton": "fastbert_kernels.disentangled",
+    "cpu": "fastbert_kernels.cpu",
+    "torch": "torch.nn.functional.scaled_dot_product_attention, sequences of equal length together",
+}
+_GRADIENTS = "there is no {} for gradients of disentangled attention yet"
 
 
 class Positions(NamedTuple):
@@ -65,16 +71,17 @@ def rows_of_distances(n_buckets: int, max_distance: int) -> tuple[int, ...]:
 _rows_on: dict[Any, Tensor] = {}
 
 
-def _rows(buckets: tuple[int, int], device: torch.device) -> Tensor:
-    """(2M + 1,) int64: `rows_of_distances` on a device."""
-    kept = _rows_on.get((buckets, device))
+def _rows(buckets: tuple[int, int], device: torch.device, dtype: torch.dtype = torch.int64) -> Tensor:
+    """(2M + 1,): `rows_of_distances` on a device."""
+    key = buckets, device, dtype
+    kept = _rows_on.get(key)
     if kept is not None:
         return kept
     rows = rows_of_distances(*buckets)
     if torch.compiler.is_compiling() or tracing.observed() is not None or device.type == "meta":
-        return torch.tensor(rows, device=device)
+        return torch.tensor(rows, device=device, dtype=dtype)
     with torch.inference_mode(False):  # or autograd could not keep it
-        _rows_on[buckets, device] = made = torch.tensor(rows, device=device)
+        _rows_on[key] = made = torch.tensor(rows, device=device, dtype=dtype)
     return made
 
 
@@ -172,6 +179,58 @@ register(
 )
 
 
+def triton_obstacle(qkv: Tensor, positions: Positions, num_heads: int, dropout_p: float) -> str | None:
+    """Tells why the triton backend has no kernel for this, or None."""
+    head_size = qkv.shape[1] // (3 * num_heads)
+    if not 16 <= head_size <= 128:
+        return f"head size {head_size} is not from 16 to 128"
+    if _with_gradients(qkv, positions):
+        return _GRADIENTS.format("Triton kernel")
+    if torch.compiler.is_compiling():
+        return "torch.compile and torch.export find the lengths of texts when the program runs"
+    return dispatch.dtype_obstacle(qkv, positions.keys, positions.queries) or dispatch.dropout_obstacle(dropout_p)
+
+
+def cpu_obstacle(qkv: Tensor, positions: Positions, num_heads: int, dropout_p: float) -> str | None:
+    """Tells why the cpu backend takes PyTorch's operations and not the C++ kernel, or None."""
+    head_size = qkv.shape[1] // (3 * num_heads)
+    if head_size % 16 or head_size > 256:
+        return f"head size {head_size} is no multiple of 16 up to 256"
+    if dropout_p > 0.0:
+        return "dropout"
+    if _with_gradients(qkv, positions):
+        return _GRADIENTS.format("C++ kernel")
+    dtypes = {tensor.dtype for tensor in (qkv, positions.keys, positions.queries) if tensor is not None}
+    return "mixed dtypes" if len(dtypes) > 1 else rows_obstacle(qkv)
+
+
+def _with_gradients(qkv: Tensor, positions: Positions) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (qkv, *positions[:2]))
+
+
+def _by_kernel(
+    qkv: Tensor, positions: Positions, batch: PackedBatch, num_heads: int, scale: float, invariant: bool
+) -> Tensor:
+    from fastbert_kernels import disentangled as kernels
+    from fastbert_kernels.work_list import build_work_list
+
+    def make_list() -> Any:
+        return build_work_list(batch.cu_seqlens_cpu.numpy(), kernels.BLOCK_Q, share=not invariant).to(qkv.device)
+
+    rows_of = rows_of_distances(*positions.buckets)
+    radius = len(rows_of) // 2
+    # With holes in the mask, a text may be spread over all columns of the batch.
+    longest = batch.padded_length if batch.columns is not None else int(batch.cu_seqlens_cpu.diff().max())
+    span = min(max(longest - 1, 0), radius)
+    low, high = rows_of[radius - span], rows_of[radius + span]
+    keys, queries = (None if tensor is None else tensor.contiguous() for tensor in positions[:2])
+    table = _rows(positions.buckets, qkv.device, torch.int32)
+    distances = kernels.Distances(keys, queries, table, low, high - low + 1, batch.columns)
+    qkv = qkv if qkv.stride(-1) == 1 else qkv.contiguous()
+    work_list = batch.plan(("disentangled", invariant), make_list)
+    return kernels.disentangled_attention_forward(qkv, work_list, num_heads, scale, distances)
+
+
 def disentangled_attention(
     qkv: Tensor,
     positions: Positions,
@@ -201,8 +260,9 @@ def disentangled_attention(
     if qkv.dim() != 2 or qkv.shape[1] % (3 * num_heads) or qkv.shape[0] != batch.n_tokens:
         expected_shape = f"(T, 3 * N * D) with T = {batch.n_tokens} and N = {num_heads}"
         raise ValueError(f"qkv: expected shape {expected_shape}, got {tuple(qkv.shape)}")
-    backend = dispatch.choose("attention", policy.backend, policy.strict, qkv.device, TRITON_OBSTACLE)
-    obstacle = CPU_OBSTACLE if backend == "cpu" else None
+    no_kernel = triton_obstacle(qkv, positions, num_heads, dropout_p)
+    backend = dispatch.choose("attention", policy.backend, policy.strict, qkv.device, no_kernel)
+    obstacle = cpu_obstacle(qkv, positions, num_heads, dropout_p) if backend == "cpu" else None
     if backend != "triton":
         dispatch.check_invariant("attention", policy, backend, obstacle)
     if recording.on:
@@ -217,6 +277,14 @@ def disentangled_attention(
         qkv, positions.keys, positions.queries, batch.cu_seqlens_cpu, *positions.buckets, num_heads, scale,
         batch.columns,
     )  # fmt: skip
+    if backend == "triton" and not torch.compiler.is_compiling():
+        return _by_kernel(qkv, positions, batch, num_heads, scale, policy.batch_invariant)
+    if backend == "cpu" and obstacle is None and dispatch.direct(qkv):
+        qkv = qkv if qkv.stride(-1) == 1 else qkv.contiguous()
+        rows_of = _rows(positions.buckets, qkv.device, torch.int32)
+        return cpu.disentangled_attention_forward(
+            qkv, positions.keys, positions.queries, rows_of, batch.cu_seqlens_cpu, num_heads, scale, batch.columns
+        )
     if torch.compiler.is_compiling() and dropout_p == 0.0:  # lengths are looked at when it runs
         return torch.ops.fastbert.disentangled_attention(*arguments)
     return attend_by_lengths(*arguments, dropout_p)

@@ -18,6 +18,7 @@ from family_cases import head_batch, make_batch, run, theirs, twin
 from fastbert import reference
 from fastbert.checkpoint.families import FAMILIES
 from fastbert.ops.disentangled import rows_of_distances
+from fastbert_kernels import cpu
 from helpers import assert_as_accurate, cu_seqlens_of
 from model_cases import BATCH, MASKS, VOCAB, assert_close, generator, in_dtype, randn, valid_of
 
@@ -334,3 +335,32 @@ def test_verify() -> None:
     texts = [ids.tolist() for ids in torch.randint(VOCAB, (sum(lengths),), generator=generator(6)).split(lengths)]
     report = fastbert.verify(ours, texts, gradients=True)
     assert report.ok, str(report)
+
+
+@pytest.mark.skipif(cpu.obstacle() is not None, reason=str(cpu.obstacle()))
+@pytest.mark.parametrize("kind", ["v2-xlarge", "own projections"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_batch_invariance(dtype: torch.dtype, kind: str) -> None:
+    """Catches a text whose bits depend on the others, on their lengths or on their order."""
+    if not cpu.multiplies(dtype):
+        pytest.skip(f"the C++ kernels do not multiply {dtype} here")
+    sizes = {"hidden_size": 64, "embedding_size": 64, "intermediate_size": 48, "attention_head_size": 32}
+    ours = twin(theirs(TYPE, **{**KINDS[kind], **sizes}), dtype=dtype, batch_invariant=True)
+    lengths = [3, 70, 1, 7, 230, 193]
+    texts = torch.randint(VOCAB, (sum(lengths),), generator=generator(6)).split(lengths)
+    with torch.no_grad():
+        together = ours.forward_packed(torch.cat(texts), cu_seqlens_of(lengths)).split(lengths)
+        turned = ours.forward_packed(torch.cat(texts[::-1]), cu_seqlens_of(lengths[::-1])).split(lengths[::-1])
+        for text, mine, other in zip(texts, together, turned[::-1], strict=True):
+            alone = ours.forward_packed(text, cu_seqlens_of([len(text)]))
+            assert torch.equal(alone, mine) and torch.equal(alone, other)
+
+
+def test_kernels_run_the_model(device: torch.device) -> None:
+    """Catches layers on Triton kernels that give something else than transformers, with holes in the mask too."""
+    model, batch = theirs(TYPE, **V3), batch_of("holes", 20)
+    ours = twin(model, dtype=torch.float32, backend="triton", strict=False, device=device)
+    valid = valid_of(batch["attention_mask"])
+    assert_close("triton", run(ours, batch)[0].cpu().double()[valid], run(model, batch)[0][valid], 2e-6)
+    rows = [row for row in fastbert.explain(ours, device="cuda:0", arch=90).rows if row.op == "attention"]
+    assert [row.kernel for row in rows] == ["fastbert_kernels.disentangled"] and rows[0].launches == 1

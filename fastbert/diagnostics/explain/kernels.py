@@ -8,7 +8,17 @@ from typing import Any
 
 import torch
 
-from fastbert.ops import attention, dispatch, embedding, gelu, layer_norm, packed_linear, pooling, quantized
+from fastbert.ops import (
+    attention,
+    disentangled,
+    dispatch,
+    embedding,
+    gelu,
+    layer_norm,
+    packed_linear,
+    pooling,
+    quantized,
+)
 from fastbert.ops.linear import KERNELS as LINEAR_KERNELS
 from fastbert.ops.recording import Record
 from fastbert.ops.rotary import KERNELS as ROTARY_KERNELS
@@ -77,6 +87,11 @@ def _attention(record: Record, device: torch.device) -> Kernel:
     if record.backend != "triton":
         source = None if obstacle is None else f"PyTorch's: {obstacle}"
         return Kernel(attention.KERNELS["torch"], source=source)
+    if "distances" in record.facts:
+        from fastbert_kernels import disentangled as kernels
+
+        sizes, source = kernels.tile(record.dtype, _head_size(record)), "formula of fastbert_kernels.disentangled.tile"
+        return Kernel(disentangled.KERNELS["triton"], sizes, source)
     from fastbert_kernels import configs
 
     shape = record.dtype, _head_size(record), _arch(device)
@@ -94,7 +109,7 @@ def _head_size(record: Record) -> int:
 
 def short_texts(record: Record, device: torch.device) -> Kernel | None:
     """Returns the second launch of attention, for short texts; None where there is none."""
-    if record.backend != "triton" or record.facts["shared_tiles"]:
+    if record.backend != "triton" or "distances" in record.facts or record.facts["shared_tiles"]:
         return None
     from fastbert_kernels import configs
 

@@ -11,6 +11,7 @@ from fastbert_kernels.cpu.attention_training import (
     attention_backward,
     attention_training_forward,
 )
+from fastbert_kernels.cpu.disentangled import disentangled_attention_forward
 from fastbert_kernels.cpu.dropout import (
     dropout_mask,
 )
@@ -70,7 +71,8 @@ from fastbert_kernels.cpu.rows import (
 __all__ = [
     "ACTIVATIONS", "MAX_HIDDEN", "VARIANTS", "Encoder", "EncoderLayer", "EncoderTables", "Int8Encoder",
     "Int8EncoderLayer", "Int8Weight", "NormBackward", "NormForward", "PositionBias", "activation_backward",
-    "attention_backward", "attention_training_forward", "digest", "dropout_forward", "dropout_mask",
+    "attention_backward", "attention_training_forward", "digest", "disentangled_attention_forward", "dropout_forward",
+    "dropout_mask",
     "embedding_norm_forward", "embedding_scatter", "encoder_forward", "encoder_int8_forward", "has_amx",
     "ids_outside", "instructions", "int8_obstacle", "linear_forward", "linear_int8_forward", "multiplies",
     "obstacle", "pack_int8", "pack_transposed", "pack_weight", "pack_weights", "pool_forward", "quantize_forward",

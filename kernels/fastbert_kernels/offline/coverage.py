@@ -34,7 +34,8 @@ EIGHT_BIT = {"fp8": torch.float8_e4m3fn, "int8": torch.int8}
 MIN_ARCH = {"fp8": 89}
 # Head sizes beyond those of the models: the smallest, the largest, and three that are padded to the next tile.
 HEAD_SIZES = (16, 24, 48, 80, 128)
-OPS = ("layer_norm", "gelu", "linear", "embedding", "pooling", "attention", "quantized_linear", "cross_entropy")
+OPS = ("layer_norm", "gelu", "linear", "embedding", "pooling", "attention", "disentangled", "quantized_linear",
+       "cross_entropy")  # fmt: skip
 # Classes of a language model's head: BERT's, a number that 16 divides, and XLM-RoBERTa's.
 VOCABULARIES = (30522, 32000, 250002)
 
@@ -51,7 +52,8 @@ default  every kernel on every architecture. bf16: the three models with each li
          residual + LayerNorm, embedding, activation, pooling, attention with dropout and the linear that saves its
          pre-activation, forward and backward; of base also with a float32 stream; on sm_80 and sm_90 also attention
          with head sizes 16, 80 and 128. Of base in bf16 and fp8, on sm_90: linears for few rows, split and launched
-         dependently, and the candidates of `fastbert tune`.
+         dependently, and the candidates of `fastbert tune`. Disentangled attention in the sizes of DeBERTa-v3-base, in
+         bf16 also with head sizes 16, 32, 80 and 128.
 --all    every dtype, TF32 too, every combination of optional inputs, activations and pooling modes, int32 ids, head
          sizes 24 and 48, a model whose sizes divide by nothing ("odd"), and other numbers of classes."""
 

@@ -1,0 +1,267 @@
+"""These kernels compute disentangled attention over packed sequences, without numbers for all pairs in memory.
+
+    out[i] = sum_j softmax_j(scale * (q[i] . k[j] + q[i] . pk[b(i - j)] + k[j] . pq[b(i - j)])) v[j]
+
+q, k, v, out: (T, N, D), fp32 / bf16 / fp16, D from 16 to 128. pk, pq: (2R, N, D), one of them may be missing. b gives
+each distance in columns a row of pk and pq: `rows_of`, (2M + 1,) int32, of the distances from -M to M.
+
+First a product of each head gives q . pk and k . pq, (T, N, W) each, of the W rows that distances in the longest text
+need. Then attention reads, for each pair of a tile, one number of the query's row and one of the key's. For one query
+the numbers of neighbouring keys are neighbours, and the other way round, so that they come from the L1 cache.
+FLOPs: 4 * N * D * sum_b len_b^2 + 4 * T * N * W * D. Bytes moved at least: 4 * T * N * D + 4 * T * N * W elements.
+
+A row's bits do not depend on the other sequences where tiles are not shared (`share=False` in the work list).
+Sources: He et al., "DeBERTa", 2020, arXiv:2006.03654; Dao, "FlashAttention-2", 2023, arXiv:2307.08691.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from fastbert_kernels import launch
+from fastbert_kernels.attention_tiles import LOG2_E, LOWEST, load_tile, row_ranges
+from fastbert_kernels.jit import jit
+from fastbert_kernels.work_list import WorkList
+
+BLOCK_Q = 64  # query rows of a tile, for which the work list is built
+MAX_TILES = 65_532  # of a launch
+
+
+class Distances(NamedTuple):
+    """`Distances` are what a layer has for distances in columns.
+
+    keys, queries: (2R, N * D) in the dtype of qkv, contiguous, or None. rows_of: (2M + 1,) int32. low, n_rows: the
+    first of the rows that the batch needs, and how many they are. columns: (T,) int32, or None where the tokens of each
+    sequence are neighbours.
+    """
+
+    keys: torch.Tensor | None
+    queries: torch.Tensor | None
+    rows_of: torch.Tensor
+    low: int
+    n_rows: int
+    columns: torch.Tensor | None
+
+
+@jit(do_not_specialize=["n_tokens", "low", "n_rows"])
+def _product_kernel(
+    x_ptr,  # (T, N, D)
+    y_ptr,  # (2R, N, D)
+    out_ptr,  # (T, N, W)
+    n_tokens,
+    low,
+    n_rows,  # W
+    x_row_stride,
+    y_row_stride,
+    HEAD_SIZE: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    head, n_heads = tl.program_id(2), tl.num_programs(2)
+    tokens = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    places = tl.program_id(1) * BLOCK_W + tl.arange(0, BLOCK_W)
+    d_offs = tl.arange(0, BLOCK_D)
+    d_mask, token_mask, place_mask = d_offs < HEAD_SIZE, tokens < n_tokens, places < n_rows
+    x_offs = tokens.to(tl.int64)[:, None] * x_row_stride + head * HEAD_SIZE + d_offs[None, :]
+    x = tl.load(x_ptr + x_offs, mask=token_mask[:, None] & d_mask[None, :], other=0.0)
+    y_offs = (low + places)[None, :] * y_row_stride + head * HEAD_SIZE + d_offs[:, None]
+    y = tl.load(y_ptr + y_offs, mask=place_mask[None, :] & d_mask[:, None], other=0.0)
+    out = tl.dot(x, y, input_precision=INPUT_PRECISION)
+    out_offs = (tokens.to(tl.int64) * n_heads + head)[:, None] * n_rows + places[None, :]
+    tl.store(out_ptr + out_offs, out.to(out_ptr.dtype.element_ty), mask=token_mask[:, None] & place_mask[None, :])
+
+
+@jit
+def _terms(
+    rows,  # (BLOCK_Q,)
+    keys,  # (BLOCK_K,)
+    row_mask,
+    key_mask,
+    head,
+    n_heads,
+    of_queries_ptr,
+    of_keys_ptr,
+    rows_of_ptr,
+    columns_ptr,
+    radius,
+    low,
+    n_rows,
+    KEYS: tl.constexpr,
+    QUERIES: tl.constexpr,
+    HOLES: tl.constexpr,
+):
+    """Returns what distances add to q . k, (BLOCK_Q, BLOCK_K) float32."""
+    row_columns, key_columns = rows, keys
+    if HOLES:
+        row_columns = tl.load(columns_ptr + rows, mask=row_mask, other=0)
+        key_columns = tl.load(columns_ptr + keys, mask=key_mask, other=0)
+    apart = row_columns[:, None] - key_columns[None, :]
+    apart = tl.minimum(tl.maximum(apart, -radius), radius) + radius
+    # Pairs of different sequences, which are masked later, may be farther apart than any text is long.
+    places = tl.minimum(tl.maximum(tl.load(rows_of_ptr + apart) - low, 0), n_rows - 1)
+    pair_mask = row_mask[:, None] & key_mask[None, :]
+    width = (n_heads * n_rows).to(tl.int64)
+    terms = tl.zeros(places.shape, dtype=tl.float32)
+    if KEYS:
+        row_ptrs = of_queries_ptr + rows * width + head * n_rows
+        terms += tl.load(row_ptrs[:, None] + places, mask=pair_mask, other=0.0).to(tl.float32)
+    if QUERIES:
+        key_ptrs = of_keys_ptr + keys * width + head * n_rows
+        terms += tl.load(key_ptrs[None, :] + places, mask=pair_mask, other=0.0).to(tl.float32)
+    return terms
+
+
+@jit(do_not_specialize=["radius", "low", "n_rows"])
+def _disentangled_attention_kernel(
+    q_ptr,  # (T, N, D)
+    k_ptr,  # (T, N, D)
+    v_ptr,  # (T, N, D)
+    out_ptr,  # (T, N, D)
+    of_queries_ptr,  # (T, N, W): q . pk, where KEYS
+    of_keys_ptr,  # (T, N, W): k . pq, where QUERIES
+    rows_of_ptr,  # (2 * radius + 1,) int32
+    columns_ptr,  # (T,) int32 where HOLES
+    tiles_ptr,  # (W, 5) int32: see `work_list.WorkList`
+    row_spans_ptr,  # (T,) int32
+    qkv_row_stride,
+    out_row_stride,
+    scale_log2,  # softmax scale times log2(e)
+    radius,
+    low,
+    n_rows,
+    HEAD_SIZE: tl.constexpr,
+    KEYS: tl.constexpr,
+    QUERIES: tl.constexpr,
+    HOLES: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    head, n_heads = tl.program_id(0), tl.num_programs(0)
+    first_row, end_row, first_key, end_key, shared = load_tile(tiles_ptr, tl.program_id(1))
+    if end_row == first_row:  # what fills a work list of fixed length up
+        return
+
+    rows = first_row + tl.arange(0, BLOCK_Q)
+    row_mask = rows < end_row
+    d_offs = tl.arange(0, BLOCK_D)
+    d_mask = d_offs < HEAD_SIZE
+    q_offs = rows.to(tl.int64)[:, None] * qkv_row_stride + head * HEAD_SIZE + d_offs[None, :]
+    q = tl.load(q_ptr + q_offs, mask=row_mask[:, None] & d_mask[None, :], other=0.0)
+    row_first_key, row_end_key = row_ranges(row_spans_ptr, rows, row_mask, first_key, end_key, shared)
+    acc = tl.zeros((BLOCK_Q, BLOCK_D), dtype=tl.float32)
+    row_sum = tl.zeros((BLOCK_Q,), dtype=tl.float32)
+    row_max = tl.full((BLOCK_Q,), LOWEST, dtype=tl.float32)
+    for block_start in range(first_key, end_key, BLOCK_K):
+        keys = block_start + tl.arange(0, BLOCK_K)
+        key_mask = keys < end_key
+        key_offs = keys.to(tl.int64) * qkv_row_stride + head * HEAD_SIZE
+        k = tl.load(k_ptr + key_offs[None, :] + d_offs[:, None], mask=d_mask[:, None] & key_mask[None, :], other=0.0)
+        scores = tl.dot(q, k, input_precision=INPUT_PRECISION)  # (BLOCK_Q, BLOCK_K)
+        scores += _terms(
+            rows, keys, row_mask, key_mask, head, n_heads, of_queries_ptr, of_keys_ptr, rows_of_ptr, columns_ptr,
+            radius, low, n_rows, KEYS, QUERIES, HOLES,
+        )  # fmt: skip
+        own = (keys[None, :] >= row_first_key[:, None]) & (keys[None, :] < row_end_key[:, None])
+        scores = tl.where(own, scores, float("-inf"))
+        new_max = tl.maximum(row_max, tl.max(scores, axis=1) * scale_log2)
+        p = tl.exp2(scores * scale_log2 - new_max[:, None])
+        rescale = tl.exp2(row_max - new_max)
+        row_sum = row_sum * rescale + tl.sum(p, axis=1)
+        v = tl.load(v_ptr + key_offs[:, None] + d_offs[None, :], mask=key_mask[:, None] & d_mask[None, :], other=0.0)
+        acc = tl.dot(p.to(v.dtype), v, acc * rescale[:, None], input_precision=INPUT_PRECISION)
+        row_max = new_max
+    out = acc * (1.0 / tl.where(row_mask, row_sum, 1.0))[:, None]
+    out_offs = rows.to(tl.int64)[:, None] * out_row_stride + head * HEAD_SIZE + d_offs[None, :]
+    tl.store(out_ptr + out_offs, out.to(out_ptr.dtype.element_ty), mask=row_mask[:, None] & d_mask[None, :])
+
+
+def tile(dtype: torch.dtype, head_size: int) -> dict[str, int]:
+    """Chooses the tile of attention: BLOCK_Q query rows, BLOCK_K keys a step, the head size padded to BLOCK_D."""
+    wide = head_size > 64 or dtype == torch.float32
+    return {
+        "BLOCK_Q": BLOCK_Q, "BLOCK_K": 32 if wide else 64, "BLOCK_D": max(16, triton.next_power_of_2(head_size)),
+        "num_warps": 8 if wide else 4, "num_stages": 2,
+    }  # fmt: skip
+
+
+def _products(x: torch.Tensor, y: torch.Tensor, distances: Distances, num_heads: int) -> torch.Tensor:
+    """x . y of each head, (T, N, W), in the dtype of x. x: (T, N * D). y: (2R, N * D)."""
+    n_tokens, head_size = x.shape[0], x.shape[1] // num_heads
+    out = launch.empty((n_tokens, num_heads, distances.n_rows), like=x)
+    block_d = max(16, triton.next_power_of_2(head_size))
+    config = {"BLOCK_T": 64, "BLOCK_W": 64, "BLOCK_D": block_d, "num_warps": 4, "num_stages": 1}
+    # Grid: tiles of tokens, tiles of rows, heads.
+    grid = triton.cdiv(n_tokens, 64), triton.cdiv(distances.n_rows, 64), num_heads
+    launch.run(
+        _product_kernel,
+        grid,
+        config,
+        x_ptr=x,
+        y_ptr=y,
+        out_ptr=out,
+        n_tokens=n_tokens,
+        low=distances.low,
+        n_rows=distances.n_rows,
+        x_row_stride=x.stride(0),
+        y_row_stride=y.stride(0),
+        HEAD_SIZE=head_size,
+        INPUT_PRECISION=launch.dot_precision(x.dtype),
+    )
+    return out
+
+
+def disentangled_attention_forward(
+    qkv: torch.Tensor, work_list: WorkList, num_heads: int, scale: float, distances: Distances
+) -> torch.Tensor:
+    """Computes attention: (T, 3 * N * D), laid out [q | k | v], -> (T, N * D) in the same dtype.
+
+    work_list: on qkv's device, built for BLOCK_Q. Rows of qkv that no tile holds are left as they are. qkv needs unit
+    stride along its last axis.
+    """
+    n_tokens, hidden_size = qkv.shape[0], qkv.shape[1] // 3
+    head_size = hidden_size // num_heads
+    out = launch.empty((n_tokens, hidden_size), like=qkv)
+    if n_tokens == 0:
+        return out
+    q, k, v = qkv[:, :hidden_size], qkv[:, hidden_size : 2 * hidden_size], qkv[:, 2 * hidden_size :]
+    keys, queries = distances.keys, distances.queries
+    config = tile(qkv.dtype, head_size)
+    of_queries = None if keys is None else _products(q, keys, distances, num_heads)
+    of_keys = None if queries is None else _products(k, queries, distances, num_heads)
+    # Grid: every head for every tile of the work list, as many at a time as a grid's second dimension holds.
+    for tiles in work_list.tiles.split(MAX_TILES):
+        launch.run(
+            _disentangled_attention_kernel,
+            (num_heads, tiles.shape[0]),
+            config,
+            q_ptr=q,
+            k_ptr=k,
+            v_ptr=v,
+            out_ptr=out,
+            of_queries_ptr=of_queries,
+            of_keys_ptr=of_keys,
+            rows_of_ptr=distances.rows_of,
+            columns_ptr=distances.columns,
+            tiles_ptr=tiles,
+            row_spans_ptr=work_list.row_spans,
+            qkv_row_stride=qkv.stride(0),
+            out_row_stride=out.stride(0),
+            scale_log2=scale * LOG2_E.value,
+            radius=distances.rows_of.shape[0] // 2,
+            low=distances.low,
+            n_rows=distances.n_rows,
+            HEAD_SIZE=head_size,
+            KEYS=keys is not None,
+            QUERIES=queries is not None,
+            HOLES=distances.columns is not None,
+            INPUT_PRECISION=launch.dot_precision(qkv.dtype),
+        )
+    return out
