@@ -192,14 +192,25 @@ def tile(dtype: torch.dtype, head_size: int) -> dict[str, int]:
     }  # fmt: skip
 
 
+def product_tile(dtype: torch.dtype, head_size: int) -> dict[str, int]:
+    """Chooses the tile of the products: BLOCK_T tokens, BLOCK_W rows, the head size padded to BLOCK_D."""
+    wide, block_d = dtype == torch.float32, max(16, triton.next_power_of_2(head_size))
+    return {
+        "BLOCK_T": 64,
+        "BLOCK_W": 32 if wide else 64,
+        "BLOCK_D": block_d,
+        "num_warps": 8 if wide else 4,
+        "num_stages": 1,
+    }
+
+
 def _products(x: torch.Tensor, y: torch.Tensor, distances: Distances, num_heads: int) -> torch.Tensor:
     """x . y of each head, (T, N, W), in the dtype of x. x: (T, N * D). y: (2R, N * D)."""
     n_tokens, head_size = x.shape[0], x.shape[1] // num_heads
     out = launch.empty((n_tokens, num_heads, distances.n_rows), like=x)
-    block_d = max(16, triton.next_power_of_2(head_size))
-    config = {"BLOCK_T": 64, "BLOCK_W": 64, "BLOCK_D": block_d, "num_warps": 4, "num_stages": 1}
+    config = product_tile(x.dtype, head_size)
     # Grid: tiles of tokens, tiles of rows, heads.
-    grid = triton.cdiv(n_tokens, 64), triton.cdiv(distances.n_rows, 64), num_heads
+    grid = launch.cdiv(n_tokens, config["BLOCK_T"]), launch.cdiv(distances.n_rows, config["BLOCK_W"]), num_heads
     launch.run(
         _product_kernel,
         grid,
