@@ -22,70 +22,16 @@ from fastbert.engine.listeners import is_bare
 from fastbert.models import attention_weights, hooks
 from fastbert.models.bert import BertAddNorm, BertIntermediate
 from fastbert.models.convolution import DebertaConvolution
-from fastbert.models.encoder import ANY_POSITION, EncoderModel
+from fastbert.models.deberta_embeddings import DebertaEmbeddings
+from fastbert.models.encoder import EncoderModel
 from fastbert.models.layers import LayerStack
-from fastbert.models.modules import call_dropout, call_module, dense, fuse, is_plain
+from fastbert.models.modules import call_module, dense, fuse, is_plain
 from fastbert.models.outputs import BaseModelOutputWithPooling
-from fastbert.models.rotary import look_up, normalise, project
+from fastbert.models.rotary import normalise
 from fastbert.ops import Policy
 from fastbert.ops.derived import Derived
 from fastbert.ops.disentangled import Positions
-from fastbert.ops.packing import PackedBatch
 from fastbert_kernels.masks import ATTENTION_OUTPUT, OUTPUT, site_of
-
-
-class DebertaEmbeddings(nn.Module):
-    """LayerNorm(embed_proj(word + position + token type)); most models have words alone."""
-
-    def __init__(self, config: BertConfig, settings: DebertaSettings) -> None:
-        super().__init__()
-        width, n_types, size = config.embedding_width, config.type_vocab_size, config.hidden_size
-        self.word_embeddings = nn.Embedding(config.vocab_size, width, padding_idx=config.pad_token_id)
-        self.position_embeddings = nn.Embedding(config.max_position_embeddings, width) if settings.positions else None
-        self.token_type_embeddings = nn.Embedding(n_types, width) if n_types else None
-        self.embed_proj = nn.Linear(width, size, bias=False) if width != size else None
-        self.LayerNorm = nn.LayerNorm(size, eps=config.layer_norm_eps)
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
-
-    without_bias = True
-
-    @property
-    def n_token_types(self) -> int:
-        """The number of segments; without a table any is taken, since the tokenizer gives some, and none is read."""
-        return ANY_POSITION if self.token_type_embeddings is None else self.token_type_embeddings.num_embeddings
-
-    def forward(
-        self,
-        input_ids: Tensor | None,  # (T,)
-        token_type_ids: Tensor | None = None,  # (T,)
-        position_ids: Tensor | None = None,  # (T,)
-        inputs_embeds: Tensor | None = None,  # (T, E)
-        batch: PackedBatch | None = None,
-        policy: Policy = ops.AUTO,
-    ) -> Tensor:  # (T, H)
-        ids = input_ids if inputs_embeds is None else inputs_embeds[..., 0]
-        if ids is not None and ids.dim() == 2:
-            padded = input_ids, token_type_ids, position_ids, inputs_embeds
-            return hooks.on_packed(DebertaEmbeddings.forward, self, *padded)
-        x = look_up(self.word_embeddings, input_ids, policy, batch) if inputs_embeds is None else inputs_embeds
-        if self.position_embeddings is not None:
-            x = x + look_up(self.position_embeddings, position_ids, policy, batch)
-        if self.token_type_embeddings is not None:
-            if token_type_ids is None:
-                token_type_ids = torch.zeros(x.shape[0], dtype=torch.int64, device=x.device)
-            x = x + look_up(self.token_type_embeddings, token_type_ids, policy, batch)
-        if self.embed_proj is not None:
-            x = project(self.embed_proj, x, policy, batch)
-        return call_dropout(self.dropout, normalise(self.LayerNorm, x, policy, batch), batch)
-
-    def runs_in_kernel(self, policy: Policy) -> bool:
-        """Tells whether a kernel runs them that can note ids beyond their table: there is none."""
-        return False
-
-    def check_ids(self, input_ids: Tensor, token_type_ids: Tensor) -> None:
-        """Raises IndexError where one of them is beyond its table."""
-        n_words = self.word_embeddings.num_embeddings
-        ops.check_ids(input_ids=(input_ids, n_words), token_type_ids=(token_type_ids, self.n_token_types))
 
 
 class DisentangledSelfAttention(nn.Module):
