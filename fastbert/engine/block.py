@@ -20,6 +20,7 @@ FEATURES = {
     "rotary": "rotary positions",
     "position_bias": "a position bias in attention",
     "window": "attention within a window",
+    "scale": "a scale of attention's own",
     "distances": "disentangled attention",
     "convolution": "a convolution beside a layer",
 }
@@ -203,7 +204,7 @@ class Block:
 
     def features(self) -> list[str]:
         """The names of FEATURES that this layer has."""
-        values = self.gate, self.rotary, self.position_bias, self.window, self.distances, self.convolution
+        values = self.gate, self.rotary, self.position_bias, self.window, self.scale, self.distances, self.convolution
         names = [name for name, value in zip(list(FEATURES)[1:], values, strict=True) if value is not None]
         return ["pre_norm", *names] if self.pre_norm else names
 

@@ -217,6 +217,8 @@ def _by_kernel(
     def make_list() -> Any:
         return build_work_list(batch.cu_seqlens_cpu.numpy(), kernels.BLOCK_Q, share=not invariant).to(qkv.device)
 
+    if batch.n_tokens == 0:
+        return qkv.new_empty(0, qkv.shape[1] // 3)
     rows_of = rows_of_distances(*positions.buckets)
     radius = len(rows_of) // 2
     # With holes in the mask, a text may be spread over all columns of the batch.

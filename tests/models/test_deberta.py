@@ -323,6 +323,11 @@ def test_what_no_kernel_does_is_named() -> None:
     obstacles = ours.engine.arithmetic_obstacles(ours)["one C++ call"]
     for feature in ("disentangled attention", "a convolution beside a layer"):
         assert any(feature in obstacle for obstacle in obstacles), feature
+    for types in ("p2c|c2p", None):  # BERT's layers, but for the scale, which engines do not read
+        model = theirs(TYPE, **{**KINDS["without distances"], "pos_att_type": types})
+        without = twin(model, dtype=torch.float32)
+        assert any("a scale of" in each for each in without.engine.arithmetic_obstacles(without)["one C++ call"])
+        assert_close("without", run(without, batch_of("none", 9))[0].double(), run(model, batch_of("none", 9))[0], 2e-6)
     rows = fastbert.explain(ours).rows
     assert any("terms of 2 x 16 distances" in row.shapes for row in rows if row.op == "attention")
     assert any("(T, 96) -> (T, 32)" in row.shapes for row in rows if row.op == "linear")
