@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from fastbert import ops
 from fastbert.checkpoint.config import BertConfig
 from fastbert.engine import Block, Linear, Norm, Options
-from fastbert.models import attention_weights, hooks
+from fastbert.models import attention_weights, fused, hooks
 from fastbert.models.embeddings import BertEmbeddings
 from fastbert.models.encoder import EncoderModel
 from fastbert.models.layers import LayerStack
-from fastbert.models.modules import add_and_norm, call_module, dense, first_rows, fuse, is_plain, is_plain_norm
+from fastbert.models.modules import add_and_norm, call_module, dense, first_rows, is_plain, is_plain_norm
 from fastbert.models.outputs import BaseModelOutputWithPooling
 from fastbert.ops import Policy
 from fastbert.ops.derived import Derived
@@ -44,14 +44,11 @@ class BertSelfAttention(nn.Module):
 
     def fused_qkv(self) -> tuple[Tensor, Tensor]:
         """The three projections as one weight (3H, H) and bias (3H,), kept until one of the six parameters changes."""
-        linears = {"query": self.query, "key": self.key, "value": self.value}
-        return fuse(linears, "qkv", None if self.training else self.derived)
+        return fused.weights(self)
 
     def derived_addresses(self) -> tuple[int, ...]:
         """Returns where the fused weight and bias are, up to date; () if they are made on every call or not at all."""
-        if not (is_plain(self.query) and is_plain(self.key) and is_plain(self.value)):
-            return ()
-        return self.derived.addresses("qkv", self.fused_qkv())
+        return fused.addresses(self)
 
     @property
     def dropout_p(self) -> float:
@@ -60,28 +57,20 @@ class BertSelfAttention(nn.Module):
 
     def renew(self, training: bool) -> None:
         """Makes the fused weight anew when it is next used, or, for training, drops it."""
-        ops.forget_packed(self.derived.tensors())  # packed from what is about to be written anew
-        if training:
-            self.derived.clear()
-        else:
-            self.derived.invalidate()
+        fused.renew(self, training)
 
     def train(self, mode: bool = True) -> BertSelfAttention:
         self.renew(mode)
         return super().train(mode)
 
     def _replicate_for_data_parallel(self) -> BertSelfAttention:
-        replica: Any = super()._replicate_for_data_parallel()
-        replica.derived = Derived()  # its parameters are others
+        replica: BertSelfAttention = fused.replica(super()._replicate_for_data_parallel())
         return replica
 
     def forward(self, x: Tensor, batch: Any = None, policy: Policy = ops.AUTO) -> Any:  # (T, H) -> (T, H)
         if x.dim() == 3:  # as transformers' returns it
             return hooks.AttentionOutput(hooks.on_packed(BertSelfAttention.forward, self, x))
-        if is_plain(self.query) and is_plain(self.key) and is_plain(self.value):
-            qkv = ops.linear(x, *self.fused_qkv(), policy=policy, keep=not self.training)  # (T, 3H)
-        else:
-            qkv = torch.cat([call_module(part, x, policy, batch) for part in (self.query, self.key, self.value)], -1)
+        qkv = fused.project(self, x, policy, batch)  # (T, 3H)
         if batch.has_plan(attention_weights.PLAN):
             return attention_weights.attend(qkv, batch, self.num_heads, self.dropout_p)
         dropout = ops.dropout_of(self.dropout_p, batch, self.dropout_site)
