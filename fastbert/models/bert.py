@@ -144,7 +144,8 @@ class BertLayer(nn.Module):
         super().__init__()
         self.attention = BertAttention(config, layer)
         self.intermediate = BertIntermediate(config)
-        self.output = BertAddNorm(config.intermediate_size, config, config.hidden_dropout_prob, site_of(layer, OUTPUT))
+        p = config.hidden_dropout_prob if config.family.output_dropout else 0.0
+        self.output = BertAddNorm(config.intermediate_size, config, p, site_of(layer, OUTPUT))
 
     def forward(self, x: Tensor, batch: Any = None, policy: Policy = ops.AUTO) -> Tensor:  # (T, H) -> (T, H)
         if x.dim() == 3:
@@ -173,7 +174,9 @@ class BertLayer(nn.Module):
 
 class BertEncoder(LayerStack):
     def __init__(self, config: BertConfig) -> None:
-        super().__init__(BertLayer(config, i) for i in range(config.num_hidden_layers))
+        order = config.layer_order if config.family.shared_layers else None
+        n_sets = config.num_hidden_layers if order is None else max(order) + 1
+        super().__init__((BertLayer(config, i) for i in range(n_sets)), order)
 
     def forward(self, x: Tensor, batch: Any = None, policy: Policy = ops.AUTO, keep_states: bool = True) -> Any:
         """(T, H) -> the hidden states before the first layer and after each, L + 1 times (T, H), or the last alone.
@@ -222,7 +225,8 @@ class BertModel(EncoderModel):
         super().__init__(config, options, **settings)
         self.embeddings = BertEmbeddings(config)
         width, hidden_size = config.embedding_width, config.hidden_size
-        self.embeddings_project = nn.Linear(width, hidden_size) if width != hidden_size else None
+        is_projected = width != hidden_size or config.family.always_projected
+        self.embeddings_project = nn.Linear(width, hidden_size) if is_projected else None
         self.encoder = BertEncoder(config)
         has_pooler = add_pooling_layer and config.family.pooler
         self.pooler: BertPooler | None = BertPooler(config) if has_pooler else None
@@ -230,6 +234,5 @@ class BertModel(EncoderModel):
 
     def blocks(self) -> Iterator[Block]:
         """Each layer as data; its modules must be plain."""
-        layers: Any = self.encoder.layer
-        for layer in layers:
+        for layer in self.encoder.in_order:
             yield layer.block()
