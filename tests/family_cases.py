@@ -15,8 +15,8 @@ from fastbert.checkpoint.families import FAMILIES
 from model_cases import BATCH, LENGTH, POSITIONS, VOCAB, generator, mask, randomise
 
 OTHERS = ("roberta", "xlm-roberta", "camembert", "distilbert", "electra", "mpnet", "albert")
-# One for each way of being different: positions, segments and names, projection, a text of its own.
-KINDS = ("roberta", "distilbert", "electra", "mpnet")
+# One for each way of being different: positions, segments and names, projection, a text of its own, shared layers.
+KINDS = ("roberta", "distilbert", "electra", "mpnet", "albert")
 SIZES = {"hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 2, "intermediate_size": 37}
 # transformers' eager attention of ModernBERT has a softmax in float32.
 MODERNBERT_SIZES = {"attn_implementation": "sdpa", "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,

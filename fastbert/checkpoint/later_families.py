@@ -37,6 +37,7 @@ ALBERT = Family(
         (f"{_GROUP}.ffn_output", f"{_LAYER}.output.dense"),
         (f"{_GROUP}.full_layer_layer_norm", f"{_LAYER}.output.LayerNorm"),
         (_GROUP, _LAYER),
+        ("encoder.albert_layer_groups", "encoder.layer"),
         ("encoder.embedding_hidden_mapping_in", "embeddings_project"),
         ("pooler", "pooler.dense"),
     ),

@@ -21,7 +21,6 @@ from fastbert.models.encoded import Encoded
 from fastbert.models.heads import BertOnlyMLMHead, BertOnlyNSPHead, BertPreTrainingHeads, FirstTokenHead
 from fastbert.models.inputs import Inputs, takes_inputs
 from fastbert.models.losses import class_loss, sequence_loss, span_loss, token_loss
-from fastbert.models.modules import dense
 from fastbert.models.with_head import ModelWithDecoder, ModelWithHead
 from fastbert.ops import packing
 

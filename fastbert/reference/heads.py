@@ -55,7 +55,7 @@ def head(
     """The logits of an encoder of any family with one of its seven heads, under the field names of our outputs.
 
     task                      result
-    "pre_training"            prediction_logits (B, S, V), seq_relationship_logits (B, 2); of ALBERT, sop_logits (B, labels)
+    "pre_training"            prediction_logits (B, S, V), seq_relationship_logits (B, 2); ALBERT's: sop_logits
     "masked_lm"               logits (B, S, V)
     "next_sentence"           logits (B, 2): 0 = is next, 1 = random
     "sequence_classification" logits (B, labels)

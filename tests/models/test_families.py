@@ -31,7 +31,7 @@ from fastbert.engine import capture
 from fastbert_kernels import cpu
 from graph_cases import StandIn
 from helpers import assert_as_accurate, cu_seqlens_of
-from model_cases import BATCH, LENGTH, MASKS, POSITIONS, VOCAB, assert_close, first_tokens, in_dtype, randn, valid_of
+from model_cases import BATCH, LENGTH, MASKS, POSITIONS, VOCAB, assert_close, in_dtype, pooled, randn, valid_of
 
 # Tables
 
@@ -149,13 +149,7 @@ def assert_matches(ours: Any, model: Any, batch: dict[str, Any]) -> None:
     assert torch.equal(mine.last_hidden_state, mine.hidden_states[-1])
     assert ("pooler_output" in mine) is ("pooler_output" in other) is FAMILIES[model.config.model_type].pooler
     if "pooler_output" in mine:
-        with torch.no_grad():
-            first = first_tokens(other.last_hidden_state, valid)
-            if model.config.model_type == "albert":  # whose pooler is a linear alone
-                expected = torch.tanh(model.pooler(first))
-            else:
-                expected = model.pooler(first[:, None])
-        assert_close("pooler_output", mine.pooler_output, expected)
+        assert_close("pooler_output", mine.pooler_output, pooled(model, other.last_hidden_state, valid))
 
 
 @pytest.mark.parametrize("padded", [True, False], ids=["padding id", "any id"])
@@ -185,12 +179,12 @@ def test_given_positions_embeds_and_types(model_type: str) -> None:
     columns = torch.randperm(POSITIONS)[:LENGTH].expand(BATCH, -1)
     assert_matches(ours, model, {**batch, "position_ids": columns})
     token_type_ids = torch.zeros(BATCH, LENGTH, dtype=torch.long)
-    if model_type == "electra":
+    if model_type in ("electra", "albert"):
         token_type_ids[:, 4:] = 1
     if model_type != "distilbert":
         assert_matches(ours, model, {**batch, "token_type_ids": token_type_ids})
     assert torch.equal(run(ours, {**batch, "token_type_ids": token_type_ids * 0})[0], run(ours, batch)[0])
-    embeds = randn(BATCH, LENGTH, 24 if model_type == "electra" else 32)
+    embeds = randn(BATCH, LENGTH, 24 if model_type in ("electra", "albert") else 32)
     inputs = {"inputs_embeds": embeds, "attention_mask": batch["attention_mask"]}
     assert_matches(ours, model, inputs)
 
