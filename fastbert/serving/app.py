@@ -86,11 +86,13 @@ def make_app(service: Service, on_failure: Callable[[], None] = lambda: None) ->
         Route("/docs", lambda request: HTMLResponse(openapi.page())),
     ]
     answering = [Route(each.path, _answerer(service, each), methods=[each.method]) for each in ENDPOINTS]
-    return Starlette(
+    app = Starlette(
         routes=[*plain, *answering],
         lifespan=lifespan,
         exception_handlers={HTTPException: _no_route},
     )
+    app.state.service = service
+    return app
 
 
 def _health(service: Service) -> Response:
@@ -122,7 +124,7 @@ def _no_route(request: Request, error: Exception) -> Response:
 def _authorize(service: Service, request: Request) -> None:
     keys = service.settings.keys
     if keys and not keys.allow(request.headers.get("authorization", "")):
-        raise ApiError(401, "invalid_api_key", "expected the header Authorization: Bearer KEY with a key of this server")
+        raise ApiError(401, "invalid_api_key", "expected the header Authorization: Bearer KEY")
 
 
 def _answerer(service: Service, endpoint: Endpoint) -> Callable[[Request], Awaitable[Response]]:

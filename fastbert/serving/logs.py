@@ -30,5 +30,5 @@ def log_to(stream: TextIO = sys.stderr, level: int = logging.INFO) -> None:
     for name in ("fastbert", "uvicorn"):
         each = logging.getLogger(name)
         each.handlers, each.propagate = [handler], False
-    logging.getLogger("fastbert").setLevel(level)
-    logging.getLogger("uvicorn").setLevel(logging.WARNING)
+        each.setLevel(logging.WARNING)
+    logger.setLevel(level)

@@ -1,4 +1,4 @@
-"""Each route turns a call into what its JSON answer holds. The shapes are those of OpenAI and text-embeddings-inference."""
+"""Each route turns a call into its JSON answer, in the shapes of OpenAI and of text-embeddings-inference (TEI)."""
 
 from __future__ import annotations
 

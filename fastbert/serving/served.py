@@ -154,7 +154,8 @@ class ServedEncoder(Served):
         results: Any = Run(self.model.pipeline, request).compute(join(items))
         if lane.task == "sparse":
             limit = self.model.max_active_dims
-            return [tuple(map(_numpy, sparse.largest(*item, limit))) for item in results]
+            kept = (sparse.largest(places, numbers, limit) for places, numbers in results)
+            return [(_numpy(places), _numpy(numbers)) for places, numbers in kept]
         if lane.task == "embed_all":
             return [_numpy(vectors) for vectors in results]
         return list(_numpy(results))

@@ -113,7 +113,7 @@ class Service:
 
     def check_serving(self) -> None:
         """Raises ApiError 503 before the models are there."""
-        if self.state in ("starting", "failed"):
+        if len(self.models) < len(self.loaders):
             raise ApiError(503, "not_ready", "the models are being loaded", retry_after=1)
 
     def named(self, name: str) -> Served:
