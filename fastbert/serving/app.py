@@ -78,12 +78,13 @@ def make_app(service: Service, on_failure: Callable[[], None] = lambda: None) ->
             await loading
             await asyncio.to_thread(service.close)
 
+    first = next(iter(service.loaders), openapi.MODEL)
     plain = [
         Route("/health", lambda request: _health(service)),
         Route("/ready", lambda request: _ready(service)),
         Route("/metrics", lambda request: _metrics(service, request)),
-        Route("/openapi.json", lambda request: JSONResponse(openapi.document())),
-        Route("/docs", lambda request: HTMLResponse(openapi.page())),
+        Route("/openapi.json", lambda request: JSONResponse(openapi.document(first))),
+        Route("/docs", lambda request: HTMLResponse(openapi.page(first))),
     ]
     answering = [Route(each.path, _answerer(service, each), methods=[each.method]) for each in ENDPOINTS]
     app = Starlette(

@@ -8,6 +8,9 @@ from importlib import resources
 from typing import Any
 
 from fastbert._version import __version__
+from fastbert.pipelines.entities import STRATEGIES
+
+MODEL = "MODEL"  # stands for a name of a model in the examples
 
 _STRING, _FLAG, _NUMBER = {"type": "string"}, {"type": "boolean"}, {"type": "number"}
 _COUNT: dict[str, Any] = {"type": "integer", "minimum": 0}
@@ -16,7 +19,7 @@ _STRINGS = {"type": "array", "items": _STRING, "minItems": 1}
 _IDS = {"type": "array", "items": _COUNT, "minItems": 1}
 _INPUTS = {"anyOf": [_STRING, _IDS, _STRINGS, {"type": "array", "items": _IDS, "minItems": 1}]}
 _SEQUENCE = {"type": "array", "items": _STRING, "minItems": 1, "maxItems": 2}
-_FORMAT = {"type": "string", "enum": ["float", "base64"], "default": "float"}
+_FORMAT = {"anyOf": [{"type": "string", "enum": ["float", "base64"]}, {"type": "null"}], "default": "float"}
 _VECTOR = {"anyOf": [_NUMBERS, {"type": "string", "description": "little-endian float32 numbers in base64"}]}
 
 
@@ -41,14 +44,16 @@ _CUT = {"truncate": _TRUNCATE, "truncation_direction": _DIRECTION}
 _PROMPTED = {"prompt_name": _PROMPT, **_CUT}
 _OPTIONS = {**_PROMPTED, "normalize": _NORMALIZE, "dimensions": _DIMENSIONS, "encoding_format": _FORMAT}
 _RAW = _optional(_FLAG, "whether scores are logits")
+_TEXTS = _optional(_FLAG, "whether the answer has the texts, too")
+_SPECIAL = _optional(_FLAG, "whether special tokens are listed; true where nothing is said")
 
 _ENTITY = _object(
     "score word start end", entity_group=_STRING, entity=_STRING, score=_NUMBER, word=_STRING, start=_COUNT, end=_COUNT
 )
 _PREDICTIONS = _array(_object("label score", label=_STRING, score=_NUMBER))
 _ENTITY_PARAMETERS = _object(
-    aggregation_strategy={"type": "string", "enum": ["none", "simple", "first", "average", "max"]},
-    ignore_labels=_array(_STRING),
+    aggregation_strategy=_optional({"type": "string", "enum": list(STRATEGIES)}, "how tokens become entities"),
+    ignore_labels=_optional(_array(_STRING), "labels, or groups, that are left out"),
 )
 _MODEL = _object("id object created owned_by", id=_STRING, object=_STRING, created=_COUNT, owned_by=_STRING)
 _TOKEN = _object(
@@ -74,9 +79,9 @@ _ERROR = _object(
 _ROUTES: dict[tuple[str, str], tuple[str, Any, Any, Any]] = {
     ("post", "/v1/embeddings"): (
         "Vectors, as OpenAI gives them",
-        _object("model input", model=_STRING, input=_INPUTS, user=_STRING, **_OPTIONS),
+        _object("model input", model=_STRING, input=_INPUTS, **_OPTIONS),
         _EMBEDDINGS,
-        {"model": "MODEL", "input": ["A text.", "Another one."]},
+        {"model": MODEL, "input": ["A text.", "Another one."]},
     ),
     ("get", "/v1/models"): (
         "The models", None, _object("object data", object=_STRING, data=_array(_MODEL)), None,
@@ -109,7 +114,7 @@ _ROUTES: dict[tuple[str, str], tuple[str, Any, Any, Any]] = {
     ),
     ("post", "/rerank"): (
         "Texts in the order of their scores beside a query",
-        _object("query texts", query=_STRING, texts=_STRINGS, raw_scores=_RAW, return_text=_FLAG, **_CUT),
+        _object("query texts", query=_STRING, texts=_STRINGS, raw_scores=_RAW, return_text=_TEXTS, **_CUT),
         _array(_object("index score", index=_COUNT, score=_NUMBER, text=_STRING)),
         {"query": "A question?", "texts": ["A text.", "Another one."]},
     ),
@@ -124,13 +129,13 @@ _ROUTES: dict[tuple[str, str], tuple[str, Any, Any, Any]] = {
     ),
     ("post", "/entities"): (
         "Entities with their places, in characters",
-        _object("inputs", inputs={"anyOf": [_STRING, _STRINGS]}, parameters=_optional(_ENTITY_PARAMETERS, "")),
+        _object("inputs", inputs={"anyOf": [_STRING, _STRINGS]}, parameters=_optional(_ENTITY_PARAMETERS, "which entities are listed, and how")),
         {"anyOf": [_array(_ENTITY), _array(_array(_ENTITY))]},
         {"inputs": "Ada Lovelace was born in London."},
     ),
     ("post", "/tokenize"): (
         "Tokens with their places, in characters",
-        _object("inputs", inputs={"anyOf": [_STRING, _STRINGS]}, add_special_tokens=_FLAG, prompt_name=_PROMPT),
+        _object("inputs", inputs={"anyOf": [_STRING, _STRINGS]}, add_special_tokens=_SPECIAL, prompt_name=_PROMPT),
         _array(_array(_TOKEN)),
         {"inputs": "A text."},
     ),
@@ -149,10 +154,12 @@ _ERRORS = {
 }  # fmt: skip
 
 
-def document() -> dict[str, Any]:
-    """Returns the OpenAPI document, version 3.1."""
+def document(model: str = MODEL) -> dict[str, Any]:
+    """Returns the OpenAPI document, version 3.1. model: a name that the examples have."""
     paths: dict[str, Any] = {}
     for (method, path), (summary, body, answer, example) in _ROUTES.items():
+        if example is not None and "model" in example:
+            example = {**example, "model": model}
         paths.setdefault(path, {})[method] = _operation(path, summary, body, answer, example)
     return {
         "openapi": "3.1.0",
@@ -187,9 +194,10 @@ def _operation(path: str, summary: str, body: Any, answer: Any, example: Any) ->
     return operation
 
 
-def page() -> str:
+def page(model: str = MODEL) -> str:
     """Returns the page of the document: HTML with its own style and script, which loads nothing from elsewhere."""
     sections = "\n".join(_section(*key, *value) for key, value in _ROUTES.items())
+    sections = sections.replace(f"&quot;{MODEL}&quot;", html.escape(json.dumps(model, ensure_ascii=False)))
     errors = "".join(f"<tr><td>{status}</td><td>{html.escape(text)}</td></tr>" for status, text in _ERRORS.items())
     template = resources.files("fastbert.serving").joinpath("docs.html").read_text(encoding="utf-8")
     for name, value in (("VERSION", __version__), ("ROUTES", sections), ("ERRORS", errors)):

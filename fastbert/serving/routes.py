@@ -137,6 +137,7 @@ async def predict(call: Call) -> Any:
     assert isinstance(model, ServedClassifier)
     fields, limits = call.fields, call.service.settings.limits
     inputs, single = schemas.sequences("inputs", fields.required("inputs"), limits)
+    fields.object("parameters")
     lane = call.lane("predict", raw=fields.flag("raw_scores", False))
     answer = await call.compute(lane, inputs, fields.get("truncate", bool))
     labels = model.model.config.id2label
