@@ -15,9 +15,9 @@ def add(commands: Any) -> None:
         commands,
         "serve",
         "vectors, scores and entities over HTTP",
-        """A model is a folder or hub id; NAME=FOLDER gives it the name that callers use. What it can do follows from its
-head: vectors, scores of pairs, classes or entities. /docs shows the routes. SIGTERM stops the server; what was asked before
-is answered. An API key may stand in the environment variable FASTBERT_API_KEY.
+        """A model is a folder or hub id; NAME=FOLDER gives it the name that callers use. What it can do follows from
+its head: vectors, scores of pairs, classes or entities. /docs shows the routes. SIGTERM stops the server; what was
+asked before is answered. An API key may stand in the environment variable FASTBERT_API_KEY.
 
 examples:
   fastbert serve sentence-transformers/all-MiniLM-L6-v2

@@ -16,6 +16,7 @@ _STRING, _FLAG, _NUMBER = {"type": "string"}, {"type": "boolean"}, {"type": "num
 _COUNT: dict[str, Any] = {"type": "integer", "minimum": 0}
 _NUMBERS = {"type": "array", "items": _NUMBER}
 _STRINGS = {"type": "array", "items": _STRING, "minItems": 1}
+_TEXT_OR_TEXTS = {"anyOf": [_STRING, _STRINGS]}
 _IDS = {"type": "array", "items": _COUNT, "minItems": 1}
 _INPUTS = {"anyOf": [_STRING, _IDS, _STRINGS, {"type": "array", "items": _IDS, "minItems": 1}]}
 _SEQUENCE = {"type": "array", "items": _STRING, "minItems": 1, "maxItems": 2}
@@ -129,13 +130,13 @@ _ROUTES: dict[tuple[str, str], tuple[str, Any, Any, Any]] = {
     ),
     ("post", "/entities"): (
         "Entities with their places, in characters",
-        _object("inputs", inputs={"anyOf": [_STRING, _STRINGS]}, parameters=_optional(_ENTITY_PARAMETERS, "which entities are listed, and how")),
+        _object("inputs", inputs=_TEXT_OR_TEXTS, parameters=_optional(_ENTITY_PARAMETERS, "which are listed, and how")),
         {"anyOf": [_array(_ENTITY), _array(_array(_ENTITY))]},
         {"inputs": "Ada Lovelace was born in London."},
     ),
     ("post", "/tokenize"): (
         "Tokens with their places, in characters",
-        _object("inputs", inputs={"anyOf": [_STRING, _STRINGS]}, add_special_tokens=_SPECIAL, prompt_name=_PROMPT),
+        _object("inputs", inputs=_TEXT_OR_TEXTS, add_special_tokens=_SPECIAL, prompt_name=_PROMPT),
         _array(_array(_TOKEN)),
         {"inputs": "A text."},
     ),

@@ -223,6 +223,7 @@ async def info(call: Call) -> Any:
         "tokenization_workers": TOKENIZERS,
         "version": __version__,
         "batch_invariant": service.settings.batch_invariant,
+        "threads": model.n_threads,
         "device": str(model.bert.device),
         "tasks": sorted(model.tasks),
         "models": list(service.models),

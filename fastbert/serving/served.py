@@ -61,6 +61,7 @@ class Served:
 
     def __init__(self, name: str, model: Any) -> None:
         self.name, self.model, self.tokenizer = name, model, model.tokenizer
+        self.n_threads = 0  # of the C++ kernels and of PyTorch, in the thread that computes
         self.bert = model.model if isinstance(model, SentenceEncoder) else model.model.bert
 
     @property
@@ -109,6 +110,7 @@ class Served:
 
     def compute(self, lane: Lane, items: list[Item]) -> list[Any]:
         """Returns a result for each item; a NotFinite for one that has NaN or infinity."""
+        self.n_threads = torch.get_num_threads()
         with _turn(self.bert.device):
             results = self._compute(lane, items)
         return [result if _is_finite(result) else NotFinite() for result in results]

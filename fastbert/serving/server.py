@@ -74,7 +74,8 @@ class ServerThread:
         self.server = Server(service, host, port, 0.0)
         self._thread = threading.Thread(target=self.server.run, name="fastbert-server", daemon=True)
 
-    def __enter__(self) -> ServerThread:
+    def start(self) -> ServerThread:
+        """Starts the server, and returns when it is ready. Raises RuntimeError where a model cannot be loaded."""
         self._thread.start()
         while not (self.server.started and self.server.service.state == "ready"):
             self._thread.join(0.02)
@@ -82,9 +83,16 @@ class ServerThread:
                 raise RuntimeError("the server did not start") from self.server.service.error
         return self
 
-    def __exit__(self, *exc: object) -> None:
+    def stop(self) -> None:
+        """Stops the server when all requests have their answers."""
         self.server.stop()
         self._thread.join()
+
+    def __enter__(self) -> ServerThread:
+        return self.start()
+
+    def __exit__(self, *exc: object) -> None:
+        self.stop()
 
     @property
     def url(self) -> str:

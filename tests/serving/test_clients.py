@@ -61,9 +61,9 @@ def test_openai(server: ServerThread, encoder: Any) -> None:
         with pytest.raises(openai.BadRequestError) as wrong:
             client.embeddings.create(model="encoder", input=[])
         assert wrong.value.param == "input"
-    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="wrong", max_retries=0) as client:
-        with pytest.raises(openai.AuthenticationError):
-            client.models.list()
+    wrong_key = openai.OpenAI(base_url=f"{server.url}/v1", api_key="wrong", max_retries=0)
+    with wrong_key, pytest.raises(openai.AuthenticationError):
+        wrong_key.models.list()
 
 
 def test_huggingface_hub(server: ServerThread, encoder: Any) -> None:

@@ -57,7 +57,9 @@ BODIES: list[tuple[bytes, int, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("body", "status", "code"), BODIES, ids=[code + str(i) for i, (_, _, code) in enumerate(BODIES)])
+@pytest.mark.parametrize(
+    ("body", "status", "code"), BODIES, ids=[code + str(i) for i, (_, _, code) in enumerate(BODIES)]
+)
 def test_bodies_that_are_no_request(client: TestClient, body: bytes, status: int, code: str) -> None:
     """Catches a body that ends in a 500, or in an answer that clients cannot read."""
     response = client.post("/embed", content=body, headers=JSON)
@@ -207,7 +209,8 @@ def send(server: ServerThread, data: bytes) -> socket.socket:
 
 
 def head(length: int) -> bytes:
-    return f"POST /embed HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: {length}\r\n\r\n".encode()
+    lines = ("POST /embed HTTP/1.1", "Host: a", "Content-Type: application/json", f"Content-Length: {length}", "", "")
+    return "\r\n".join(lines).encode()
 
 
 def test_slow_and_vanishing_clients(models: SimpleNamespace) -> None:
