@@ -66,10 +66,10 @@ def default_devices() -> list[str]:
 def as_devices(name: str, devices: Any) -> list[torch.device]:
     """Returns the devices of a list. Raises ValueError for none, for no list, and for GPUs beside CPUs."""
     expect(isinstance(devices, (list, tuple)) and len(devices) > 0, name, devices, "a list of at least one device")
-    found = [torch.device(device) for device in devices]
-    types = sorted({device.type for device in found})
-    expect(len(types) == 1, name, [str(device) for device in found], "devices of one type: others compute other bits")
-    return found
+    parsed = [torch.device(device) for device in devices]
+    types = sorted({device.type for device in parsed})
+    expect(len(types) == 1, name, [str(device) for device in parsed], "devices of one type: others compute other bits")
+    return parsed
 
 
 def shares(n_workers: int) -> list[tuple[int, set[int] | None]]:

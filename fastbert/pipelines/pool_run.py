@@ -47,7 +47,7 @@ class SentenceWork:
         # A budget of all tokens: the batch was cut already.
         pipeline = Pipeline(self.model, no_tokenizer, 1, pooling, self.tail, token_budget=max(sum(lengths), 1))
         offsets = torch.tensor(list(accumulate(lengths, initial=0)), dtype=torch.int32)
-        return Run(pipeline, request)._compute(PackedEncoding(input_ids, token_type_ids, offsets, 0, 0))
+        return Run(pipeline, request).compute(PackedEncoding(input_ids, token_type_ids, offsets, 0, 0))
 
 
 class ScoreWork:
@@ -104,7 +104,7 @@ class PoolRun(Run):
             finally:
                 cancel(self.futures)
 
-    def _compute(self, tokens: PackedEncoding) -> Any:
+    def compute(self, tokens: PackedEncoding) -> Any:
         if self.request.own_pool:  # started with the first window: not for no texts
             self.stack.enter_context(self.pool)
             self.request.own_pool = False

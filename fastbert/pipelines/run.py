@@ -148,7 +148,7 @@ class Run:
         started = time.perf_counter()
         waiting: _Result | None = None
         for tokens in self._tokenized(iter(texts)):
-            result = _Result(self._compute(tokens), self.request.on_host)
+            result = _Result(self.compute(tokens), self.request.on_host)
             if not self.timings.overlapped:
                 yield result.get()
                 continue
@@ -222,7 +222,7 @@ class Run:
         self.timings.tokenizing += time.perf_counter() - started
         return tokens
 
-    def _compute(self, tokens: PackedEncoding) -> Tensor | list[Any]:
+    def compute(self, tokens: PackedEncoding) -> Tensor | list[Any]:
         """Returns the vectors of a window, or its items, in the order of its texts."""
         request, n_texts = self.request, tokens.cu_seqlens.shape[0] - 1
         vectors: Tensor | None = None

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
+import pickle
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -72,11 +73,18 @@ class BlockActor:
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
         """Encodes the blocks of a batch, columns by name, and says for each what it counted, and in which process."""
         rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
-        records = []
-        for row in rows:
-            block = Block(int(row["index"]), str(row["path"]), int(row["start"]), int(row["end"]))
-            records.append({"index": block.index, "process": os.getpid(), **asdict(self.encode(block))})
+        records = [self._record(row) for row in rows]
         return {name: [record[name] for record in records] for name in records[0]}
+
+    def _record(self, row: dict[str, Any]) -> dict[str, Any]:
+        """Encodes a block. An error comes back as a value: Ray Data would send its text without its type."""
+        block = Block(int(row["index"]), str(row["path"]), int(row["start"]), int(row["end"]))
+        counts, failure = Counts(), b""
+        try:
+            counts = self.encode(block)
+        except Exception as error:
+            failure = _pickled(error)
+        return {"index": block.index, "process": os.getpid(), "failure": failure, **asdict(counts)}
 
 
 def embed_blocks(
@@ -94,15 +102,15 @@ def embed_blocks(
 
     address: as `ray.init` takes it; "" is RAY_ADDRESS or else a new cluster on this machine. model: a folder that all
     nodes have. loading: arguments of `SentenceEncoder.from_pretrained`. progress: is called with the record of each
-    block. Raises ImportError without Ray, and the error of a block, from which no other attempt is made.
+    block. Raises ImportError without Ray, and the error of a block, for which no other attempt is made.
     """
     need_ray()
     import ray
-    from ray.exceptions import RayTaskError
 
     started = not ray.is_initialized()
     if started:
         ray.init(address=address or None, log_to_driver=False, logging_level=logging.WARNING)
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
     counts = Counts()
     try:
         resources = resources_of(ray.nodes(), n_actors)
@@ -118,19 +126,21 @@ def embed_blocks(
             num_gpus=resources.num_gpus,
         )
         for record in records.iter_rows():
+            if record["failure"]:
+                raise pickle.loads(record["failure"])
             counts.add(Counts(record["texts"], record["truncated"], record["truncated_tokens"]))
             if progress is not None:
                 progress(record)
-    except RayTaskError as error:
-        raise _cause(error) from error
     finally:
         if started:
             ray.shutdown()
     return counts
 
 
-def _cause(error: BaseException) -> BaseException:
-    """Returns the error of a block, out of what Ray wraps it in."""
-    while (inner := getattr(error, "cause", None) or error.__cause__) is not None:
-        error = inner
-    return error
+def _pickled(error: Exception) -> bytes:
+    """Returns the error, or one with its text where it cannot be sent."""
+    try:
+        pickle.loads(pickled := pickle.dumps(error))
+    except Exception:
+        return pickle.dumps(RuntimeError(f"{type(error).__name__}: {error}"))
+    return pickled

@@ -51,8 +51,7 @@ def is_parquet(path: str) -> bool:
 
 def plan(files: Sequence[str], block_rows: int = BLOCK_ROWS, block_bytes: int = BLOCK_BYTES) -> list[Block]:
     """Cuts files into blocks, in order. Raises ValueError for Parquet files beside others."""
-    kinds = {is_parquet(path) for path in files}
-    if len(kinds) > 1:
+    if len({is_parquet(path) for path in files}) > 1:
         raise ValueError("input: got Parquet files beside others, expected one kind")
     blocks: list[Block] = []
     for path in files:

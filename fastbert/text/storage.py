@@ -52,12 +52,12 @@ def files_in(path: str, suffixes: tuple[str, ...]) -> list[str]:
         from pyarrow.fs import FileSelector, FileType
 
         system, inner = _system(path)
-        kind = system.get_file_info(inner).type
-        if kind == FileType.NotFound:
+        file_type = system.get_file_info(inner).type
+        if file_type == FileType.NotFound:
             raise FileNotFoundError(f"input: there is no file {path!r}")
-        if kind == FileType.Directory:
-            found = system.get_file_info(FileSelector(inner))
-            names = sorted(join(path, info.base_name) for info in found if info.type == FileType.File)
+        if file_type == FileType.Directory:
+            entries = system.get_file_info(FileSelector(inner))
+            names = sorted(join(path, info.base_name) for info in entries if info.type == FileType.File)
     if names == [path]:
         return names
     wanted = [name for name in names if name.endswith(suffixes) and not os.path.basename(name).startswith((".", "_"))]

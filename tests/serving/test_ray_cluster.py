@@ -1,11 +1,15 @@
-"""Blocks are encoded on a Ray cluster: an actor that is killed loses no row and doubles none."""
+"""A Ray cluster encodes blocks, where an actor that is killed loses no row and doubles none, and serves vectors."""
 
 from __future__ import annotations
 
 import json
 import os
 import signal
+import socket
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +20,7 @@ import torch
 
 from fastbert import BertModel, SentenceEncoder
 from fastbert.pipelines.bulk import BulkJob
-from fastbert.serving import ray_embed
+from fastbert.serving import ray_embed, ray_serve
 from fastbert.serving.ray_embed import Resources, resources_of
 from fastbert.text import blocks
 from helpers import source_env, tiny_bert
@@ -131,3 +135,33 @@ def test_an_error_in_a_block_names_its_place(cluster: Any, model: SimpleNamespac
     with pytest.raises(ValueError, match=r"in\.jsonl, line at byte \d+: not JSON"):
         ray_embed.embed_blocks("", model.folder, model.loading, None, job, plan, 1, 1)
     assert len(plan) - 1 not in job.parts.done()
+
+
+@pytest.mark.slow
+def test_a_served_model(cluster: Any, model: SimpleNamespace) -> None:
+    """Catches an application that Ray Serve cannot start, and answers that depend on who else called."""
+    serve = pytest.importorskip("ray.serve", reason="Ray Serve is not installed; extra ray has it")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    arguments = {"model": model.folder, "dtype": "float32", "batch_invariant": "true", "batch_tokens": "80"}
+    serve.start(http_options={"host": "127.0.0.1", "port": port})
+    try:
+        serve.run(ray_serve.app(arguments))
+
+        def ask(i: int) -> tuple[int, Any]:
+            request = urllib.request.Request(
+                f"http://127.0.0.1:{port}/", json.dumps({"input": MANY[i : i + 5]}).encode()
+            )
+            with urllib.request.urlopen(request, timeout=60) as response:
+                return i, json.load(response)
+
+        with ThreadPoolExecutor(8) as threads:
+            for i, content in threads.map(ask, range(24)):
+                vectors = np.array([record["embedding"] for record in content["data"]], np.float32)
+                np.testing.assert_array_equal(vectors, model.encoder.encode(MANY[i : i + 5]))
+        with pytest.raises(urllib.error.HTTPError) as caught:
+            urllib.request.urlopen(f"http://127.0.0.1:{port}/", b"{", timeout=60)
+        assert caught.value.code == 400 and "not JSON" in json.load(caught.value)["error"]["message"]
+    finally:
+        serve.shutdown()
