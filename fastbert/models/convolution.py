@@ -13,7 +13,7 @@ from fastbert.checkpoint.config import BertConfig
 from fastbert.checkpoint.deberta import DebertaSettings
 from fastbert.engine import Convolution, Linear, Norm
 from fastbert.engine.listeners import is_bare
-from fastbert.models import hooks
+from fastbert.models import fused, hooks
 from fastbert.models.modules import call_dropout
 from fastbert.models.rotary import normalise
 from fastbert.ops import Policy, packing, recording
@@ -61,19 +61,14 @@ class DebertaConvolution(nn.Module):
 
     def renew(self, training: bool) -> None:
         """Makes the product's weight anew when it is next used, or, for training, drops it."""
-        ops.forget_packed(self.derived.tensors())
-        if training:
-            self.derived.clear()
-        else:
-            self.derived.invalidate()
+        fused.renew(self, training)
 
     def train(self, mode: bool = True) -> DebertaConvolution:
         self.renew(mode)
         return super().train(mode)
 
     def _replicate_for_data_parallel(self) -> DebertaConvolution:
-        replica: Any = super()._replicate_for_data_parallel()
-        replica.derived = Derived()
+        replica: DebertaConvolution = fused.replica(super()._replicate_for_data_parallel())
         return replica
 
     def data(self) -> Convolution:

@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from fastbert import ops
@@ -19,13 +18,13 @@ from fastbert.checkpoint.config import BertConfig
 from fastbert.checkpoint.deberta import DebertaSettings, deberta_settings
 from fastbert.engine import Block, Convolution, Distances, Linear, Norm, Options
 from fastbert.engine.listeners import is_bare
-from fastbert.models import attention_weights, hooks
+from fastbert.models import attention_weights, fused, hooks
 from fastbert.models.bert import BertAddNorm, BertIntermediate
 from fastbert.models.convolution import DebertaConvolution
 from fastbert.models.deberta_embeddings import DebertaEmbeddings
 from fastbert.models.encoder import EncoderModel
 from fastbert.models.layers import LayerStack
-from fastbert.models.modules import call_module, dense, fuse, is_plain
+from fastbert.models.modules import dense, is_plain
 from fastbert.models.outputs import BaseModelOutputWithPooling
 from fastbert.models.rotary import normalise
 from fastbert.ops import Policy
@@ -62,8 +61,8 @@ class DisentangledSelfAttention(nn.Module):
 
     def fused_qkv(self) -> tuple[Tensor, Tensor]:
         """The three projections as one weight (3H, H) and bias (3H,), kept until one of the six parameters changes."""
-        linears = {"query_proj": self.query_proj, "key_proj": self.key_proj, "value_proj": self.value_proj}
-        return fuse(linears, "qkv", None if self.training else self.derived)
+        both: tuple[Tensor, Tensor] = fused.weights(self)
+        return both
 
     def positions(self, table: Tensor, policy: Policy = ops.AUTO) -> Positions:
         """What stands for distances, of the encoder's table (2R, H); kept until a weight changes, but in training."""
@@ -87,9 +86,7 @@ class DisentangledSelfAttention(nn.Module):
 
     def derived_addresses(self) -> tuple[int, ...]:
         """Returns where the fused weight and bias are, up to date; () if they are made on every call or not at all."""
-        if not (is_plain(self.query_proj) and is_plain(self.key_proj) and is_plain(self.value_proj)):
-            return ()
-        return self.derived.addresses("qkv", self.fused_qkv())
+        return fused.addresses(self)
 
     def position_addresses(self, table: Tensor) -> tuple[int, ...]:
         """Returns where what stands for distances is, up to date; () if it is made on every call."""
@@ -103,19 +100,14 @@ class DisentangledSelfAttention(nn.Module):
 
     def renew(self, training: bool) -> None:
         """Makes what is derived anew when it is next used, or, for training, drops it."""
-        ops.forget_packed(self.derived.tensors())
-        if training:
-            self.derived.clear()
-        else:
-            self.derived.invalidate()
+        fused.renew(self, training)
 
     def train(self, mode: bool = True) -> DisentangledSelfAttention:
         self.renew(mode)
         return super().train(mode)
 
     def _replicate_for_data_parallel(self) -> DisentangledSelfAttention:
-        replica: Any = super()._replicate_for_data_parallel()
-        replica.derived = Derived()  # its parameters are others
+        replica: DisentangledSelfAttention = fused.replica(super()._replicate_for_data_parallel())
         return replica
 
     def forward(
@@ -123,11 +115,7 @@ class DisentangledSelfAttention(nn.Module):
     ) -> Any:  # (T, H) -> (T, H)
         if x.dim() == 3:  # as transformers' returns it
             return hooks.AttentionOutput(hooks.on_packed(DisentangledSelfAttention.forward, self, x, table=table))
-        linears = self.query_proj, self.key_proj, self.value_proj
-        if all(map(is_plain, linears)):
-            qkv = ops.linear(x, *self.fused_qkv(), policy=policy, keep=not self.training)  # (T, 3H)
-        else:
-            qkv = torch.cat([call_module(part, x, policy, batch) for part in linears], -1)
+        qkv = fused.project(self, x, policy, batch)  # (T, 3H)
         positions = None
         if table is not None and (self.position_keys or self.position_queries):
             positions = self.positions(table, policy)
@@ -254,18 +242,14 @@ class DebertaEncoder(LayerStack):
 
     def renew(self, training: bool) -> None:
         """Makes the table anew when it is next used, or, for training, drops it."""
-        if training:
-            self.derived.clear()
-        else:
-            self.derived.invalidate()
+        fused.renew(self, training)
 
     def train(self, mode: bool = True) -> DebertaEncoder:
         self.renew(mode)
         return super().train(mode)
 
     def _replicate_for_data_parallel(self) -> DebertaEncoder:
-        replica: Any = super()._replicate_for_data_parallel()
-        replica.derived = Derived()
+        replica: DebertaEncoder = fused.replica(super()._replicate_for_data_parallel())
         return replica
 
     def forward(self, x: Tensor, batch: Any = None, policy: Policy = ops.AUTO, keep_states: bool = True) -> Any:
