@@ -109,12 +109,11 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "architectures": ["NewModel"], "model_type": "new", "position_embedding_type": "rope", "rope_theta": 500000,
     },
     **{
-        f"microsoft/{name}": {**DEBERTA, "legacy": False, "architectures": ["DebertaV2ForMaskedLM"]}
+        f"microsoft/{name}": DEBERTA
         for name in ("deberta-v3-small", "deberta-v3-base", "deberta-v3-large", "mdeberta-v3-base")
     },
     "microsoft/deberta-v2-xlarge": {
         **DEBERTA, "conv_kernel_size": 3, "conv_act": "gelu", "attention_head_size": 16,  # of few columns
-        "architectures": ["DebertaV2ForMaskedLM"], "legacy": True,
     },
     **{
         name: _case(NLI_DEBERTA, "DebertaV2ForSequenceClassification", **LABELS_3)

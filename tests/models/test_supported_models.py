@@ -27,11 +27,13 @@ MASK = torch.tensor([[1] * 6, [1, 1, 1, 0, 0, 0]])
 def save_random(name: str, folder: Path) -> Any:
     """Writes a checkpoint of random numbers, and returns the model of transformers that made it."""
     config = small(name)
-    (architecture,) = config.get("architectures", ["BertForMaskedLM"])
+    deberta = name.startswith("microsoft/")  # whose weights have the newer head, which config.json does not say
+    (architecture,) = config.get("architectures", ["DebertaV2ForMaskedLM" if deberta else "BertForMaskedLM"])
     stored = {"HF_ColBERT": "BertModel", "NewModel": "GteModel"}.get(architecture, architecture)
     # The hub's own settings of these two are not those of transformers, but ours are.
     own = config["model_type"] in ("new", "nomic_bert")
     settings = transformers.AutoConfig.for_model(**(fastbert.BertConfig.from_dict(config).to_dict() if own else config))
+    settings.legacy = not deberta
     torch.manual_seed(0)
     model = getattr(transformers, stored)(settings).eval()
     with torch.no_grad():
