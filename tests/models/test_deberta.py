@@ -331,6 +331,9 @@ def test_what_no_kernel_does_is_named() -> None:
     rows = fastbert.explain(ours).rows
     assert any("terms of 2 x 16 distances" in row.shapes for row in rows if row.op == "attention")
     assert any("(T, 96) -> (T, 32)" in row.shapes for row in rows if row.op == "linear")
+    counted = [row.flops for row in fastbert.explain(ours, [[1] * 5, [1] * 90]).rows if row.op == "attention"]
+    products = 5 * (2 * 5 + 2 * 9) + 90 * (2 * 90 + 2 * 16)  # keys twice, and rows of two terms: all that there are
+    assert counted == [2 * 32 * products] * 2
 
 
 def test_verify() -> None:

@@ -38,6 +38,7 @@ INT64, FLOAT32 = 8, 4
 
 _MATRIX = re.compile(r"\(([TB]), (\d+)\)(?: (int8|fp8))?")
 _WINDOW = re.compile(r"within (\d+) columns")
+_DISTANCES = re.compile(r"terms of (\d+) x (\d+) distances")
 _LAYERS = re.compile(r"encoder\.layer\.(\d+)(?:-(\d+))?\.")
 _SHORT = re.compile(r"of texts of up to (\d+) tokens")
 
@@ -176,6 +177,9 @@ def cost(
         within = _WINDOW.search(row.shapes)
         reach = 2 * int(within[1]) + 1 if within else max(lengths, default=0)
         flops = 4 * sum(n * min(n, reach) for n in lengths) * width
+        if distances := _DISTANCES.search(row.shapes):  # products with the rows that each text needs
+            n_terms, n_rows_of_table = map(int, distances.groups())
+            flops += 2 * n_terms * sum(n * min(2 * n - 1, n_rows_of_table) for n in lengths) * width
         total_bytes = tokens * (before[0][1] + width) * size
     elif row.op == "embedding" and row.backend == MODULE:  # one table alone
         flops = numbers(after[0])
