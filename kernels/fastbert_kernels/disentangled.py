@@ -185,10 +185,12 @@ def _disentangled_attention_kernel(
 
 def tile(dtype: torch.dtype, head_size: int) -> dict[str, int]:
     """Chooses the tile of attention: BLOCK_Q query rows, BLOCK_K keys a step, the head size padded to BLOCK_D."""
-    wide = head_size > 64 or dtype == torch.float32
+    exact, narrow = dtype == torch.float32, head_size <= 16  # which spills with 64 keys on sm_120
+    wide = head_size > 64 or exact
     return {
-        "BLOCK_Q": BLOCK_Q, "BLOCK_K": 32 if wide else 64, "BLOCK_D": max(16, triton.next_power_of_2(head_size)),
-        "num_warps": 8 if wide else 4, "num_stages": 2,
+        "BLOCK_Q": BLOCK_Q, "BLOCK_K": 32 if wide or narrow else 64,
+        "BLOCK_D": max(16, triton.next_power_of_2(head_size)),
+        "num_warps": 8 if wide else 4, "num_stages": 1 if exact else 2,
     }  # fmt: skip
 
 
