@@ -40,6 +40,13 @@ def test_values_come_back(pool: Pool) -> None:
     assert {answer["process"] for answer in answers} == {process.pid for process in pool["processes"]}
 
 
+def test_large_messages_pass_each_other(pool: Pool) -> None:
+    """Catches a pool that hangs: a job and a result that wait for one another, each larger than a pipe holds."""
+    x = torch.rand(700, 1000)
+    for answer in [future.result(timeout=60) for future in [pool.submit(("double", x)) for _ in range(12)]]:
+        assert torch.equal(answer["twice"][0], 2 * x)
+
+
 def test_errors_come_back(pool: Pool) -> None:
     """Catches an error that loses its type or its traceback, one that cannot be sent, and a pool that is done for."""
     good = pool.submit(("divide", 1))
