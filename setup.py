@@ -155,6 +155,10 @@ setup(
             MINILM,
             *TRAINERS,
             "peft>=0.17",
+            *SERVERS,
+            "httpx>=0.27",  # with which starlette's test client asks
+            "openai>=1.50",
+            "schemathesis>=4.0",
             "sentencepiece>=0.2",  # trains the models that text/sentencepiece.py is tested on
             "protobuf>=5",  # with which transformers reads them
             "build>=1.2",

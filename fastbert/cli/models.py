@@ -17,6 +17,8 @@ from fastbert.checkpoint.folder import resolve
 from fastbert.models import tasks
 from fastbert.models.bert import BertModel
 from fastbert.models.pretrained import PreTrainedModel, listed
+from fastbert.pipelines.cross import CrossEncoder
+from fastbert.pipelines.entities import EntityRecognizer
 from fastbert.pipelines.names import SENTENCE_TRANSFORMERS, full_name
 from fastbert.pipelines.pool import Pool
 from fastbert.pipelines.sentence import SentenceEncoder
@@ -103,3 +105,20 @@ def load_task(cls: type[Model], head: str, args: argparse.Namespace) -> tuple[Mo
 def _is_not_about_fresh_weights(record: logging.LogRecord) -> bool:
     """Filters out the loader's warning about a missing head, which is an error here."""
     return "freshly initialised" not in record.msg
+
+
+def load_served(source: str, args: argparse.Namespace) -> Any:
+    """A CrossEncoder, an EntityRecognizer or a SentenceEncoder, as the head of the checkpoint asks for."""
+    options = {**loading_arguments(args), "batch_invariant": args.batch_invariant}
+    options["token_budget"] = args.batch_tokens
+    folder = resolve(full_name(source, SENTENCE_TRANSFORMERS), revision=args.revision)
+    config = folder / "config.json"
+    names = BertConfig.from_pretrained(folder).architectures or [] if config.is_file() else []
+    if any(name.endswith("ForSequenceClassification") for name in names):
+        return CrossEncoder.from_pretrained(source, max_length=args.max_length, **options)
+    if any(name.endswith("ForTokenClassification") for name in names):
+        return EntityRecognizer.from_pretrained(source, max_length=args.max_length, **options)
+    encoder = SentenceEncoder.from_pretrained(source, **options)
+    if args.max_length is not None:
+        encoder.max_seq_length = args.max_length
+    return encoder
