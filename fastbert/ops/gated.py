@@ -16,7 +16,7 @@ KERNELS = {
     "cpu": "fastbert_kernels.cpu",
     "torch": "torch.nn.functional.gelu, multiply",
 }
-COMPILED = ("gelu", "gelu_tanh", "relu")  # the activations of the C++ kernel
+COMPILED = ("gelu", "gelu_tanh", "relu", "silu")  # the activations of the C++ kernel
 
 
 def gated(x: Tensor, activation: str = "gelu", *, policy: Policy = AUTO) -> Tensor:
