@@ -75,7 +75,7 @@ class _InOneCall:
         if not state.plain_parameters():
             yield "a parameter is a tensor of another kind"
         features = state.layer_features(model) if state.features is None else state.features
-        if features:
+        if features and not FEATURES.issuperset(features):
             yield from feature_obstacles(features, FEATURES, "the C++ encoder")
 
     def prepare(self, model: Any) -> None:

@@ -21,8 +21,10 @@ from fastbert.engine.block import Block, EmbeddingTables, Norm
 from fastbert.engine.interface import PackedInputs
 from fastbert.ops import attention, dispatch, packed_linear
 from fastbert.ops.packing import PackedBatch
+from fastbert.ops.rotary import kept, tables_of
 from fastbert_kernels import cpu
 
+CPU = torch.device("cpu")
 # A processor with matrix units runs more bfloat16 rows than these faster in oneDNN.
 ROWS_WITHOUT_AMX = 64
 # In float32 F.linear is the more exact one on up to three rows (packed_linear.LEAST_ROWS), below this hidden size by
@@ -143,7 +145,7 @@ class CpuEncoder:
         if x is None:
             ids = _contiguous(inputs)
             x = torch.empty(batch.n_tokens, weights.hidden_size, dtype=dtype, device="cpu")
-        x, angles = x.contiguous(), _angles(weights, inputs.position_ids)
+        x, angles = x.contiguous(), _angles(weights, inputs) if weights.angles else ()
         workspace = self._take(weights.workspace_size(batch.n_tokens), dtype)
         cpu.encoder_forward(weights, ids, x, batch.cu_seqlens_cpu, workspace, batch.columns, angles)
         self._keep(workspace)
@@ -161,7 +163,7 @@ class CpuEncoder:
         """Ids or embeddings as for `run` -> the last hidden state (T, H) as a list, or all L + 1 of them."""
         n_states = len(weights.layers) + 1 if keep_states else 1
         states = torch.empty(n_states, batch.n_tokens, weights.hidden_size, dtype=dtype, device="cpu")
-        ids, angles = None, _angles(weights, inputs.position_ids)
+        ids, angles = None, _angles(weights, inputs) if weights.angles else ()
         if x is None:
             ids = _contiguous(inputs)
         else:
@@ -192,10 +194,13 @@ def _contiguous(inputs: PackedInputs) -> tuple[Tensor, Tensor | None, Tensor]:
     return input_ids.contiguous(), token_type_ids, position_ids.contiguous()
 
 
-def _angles(weights: cpu.Encoder | cpu.Int8Encoder, position_ids: Tensor) -> list[Tensor]:
+def _angles(weights: cpu.Encoder | cpu.Int8Encoder, inputs: PackedInputs) -> list[Tensor]:
     """The cosines and sines of the rows for each of the angles that layers turn by, (T, D / 2) float32."""
     head_size = weights.hidden_size // weights.num_heads
-    return [table for base, factor in weights.angles for table in ops.rotations(position_ids, head_size, base, factor)]
+    tables: list[Tensor] = []
+    for base, factor in weights.angles:
+        tables += tables_of(inputs.position_ids, kept(head_size, base, factor, CPU))
+    return tables
 
 
 def pack_encoder(

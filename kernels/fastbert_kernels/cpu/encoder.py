@@ -167,7 +167,8 @@ def encoder_forward(
     pointers = map(library.address, (None, None, None) if ids is None else ids)
     status = library.function("encode", x.dtype)(
         *pointers, embeddings, offsets.data_ptr(), offsets.shape[0] - 1, layers, x.data_ptr(), workspace.data_ptr(),
-        n_rows, *encoder.settings, _array([t.data_ptr() for t in angles]), library.address(columns),
+        n_rows, *encoder.settings, (ctypes.c_void_p * len(angles))(*map(torch.Tensor.data_ptr, angles)),
+        None if columns is None else columns.data_ptr(),
     )  # fmt: skip
     library.check(status, n_rows)
     return x
@@ -206,7 +207,8 @@ def encoder_int8_forward(
     status = library.function("encode_int8", states.dtype)(
         *pointers, embeddings, offsets.data_ptr(), len(offsets) - 1, layers, states.data_ptr(),
         0 if len(states) == 1 else states.stride(0), workspace.data_ptr(), workspace.numel(), states.shape[1],
-        *encoder.settings, _array([t.data_ptr() for t in angles]), library.address(columns),
+        *encoder.settings, (ctypes.c_void_p * len(angles))(*map(torch.Tensor.data_ptr, angles)),
+        None if columns is None else columns.data_ptr(),
     )  # fmt: skip
     library.check(status, states.shape[1])
     return states
