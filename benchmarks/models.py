@@ -9,7 +9,6 @@ import importlib.util
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import torch
 
