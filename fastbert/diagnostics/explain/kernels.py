@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from fastbert.ops import attention, dispatch, embedding, gelu, layer_norm, packed_linear, pooling, quantized
+from fastbert.ops import attention, dispatch, embedding, gated, gelu, layer_norm, packed_linear, pooling, quantized
 from fastbert.ops.linear import KERNELS as LINEAR_KERNELS
 from fastbert.ops.recording import Record
 from fastbert.ops.rotary import KERNELS as ROTARY_KERNELS
@@ -106,6 +106,12 @@ def _rotary(record: Record, device: torch.device) -> Kernel:
     return Kernel(compiled(), source=PACKED) if record.facts["compiled"] else Kernel(ROTARY_KERNELS["torch"])
 
 
+def _gated(record: Record, device: torch.device) -> Kernel:
+    if record.backend == "cpu":
+        return Kernel(compiled(), source=PACKED)
+    return _named(record, gated.KERNELS, "elementwise_config", record.after[1])
+
+
 def _pooling(record: Record, device: torch.device) -> Kernel:
     if record.facts["kernel"] in ("compiled", "invariant"):
         return Kernel(compiled(), source=PACKED)
@@ -162,7 +168,7 @@ _KERNELS: dict[str, Callable[[Record, torch.device], Kernel]] = {
     "bias_gelu": _bias_gelu,
     "attention": _attention,
     "rotary": _rotary,
-    "gated": lambda record, device: Kernel(compiled(), source=PACKED),
+    "gated": _gated,
     "pooling": _pooling,
     "linear": _linear,
 }
