@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastbert import ops
-from fastbert.ops import BackendError, Policy
+from fastbert.ops import BackendError, Policy, noting
+from fastbert_kernels.embedding import Notes
 from gradient_cases import assert_gradient
 from helpers import assert_as_accurate, guarded
 from model_cases import randn
@@ -54,3 +55,50 @@ def test_gates_without_a_kernel(device: torch.device) -> None:
     assert ops.gated(x[:0], policy=TRITON).shape == (0, 4)
     far = torch.tensor([[-200.0, 1.0]], device=device)
     assert all(ops.gated(far, activation, policy=TRITON).item() == 0.0 for activation in GATES)
+
+
+@DTYPES
+@pytest.mark.parametrize("with_types", [False, True])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_embeddings_without_positions(
+    with_types: bool, with_bias: bool, dtype: torch.dtype, device: torch.device, poisoned: Any
+) -> None:
+    """Catches a table that is read though absent, and a norm's bias that is another norm's."""
+    width = 40
+    tables = [randn(n, width, seed=n).to(device, dtype) for n in (101, 2)]
+    weight, ln_bias = (randn(width, seed=n).to(device, dtype) for n in (3, 4))
+    ids, types = (torch.randint(n, (37,), device=device) for n in (101, 2))
+    segments = (types, tables[1]) if with_types else (None, None)
+    bias = ln_bias if with_bias else None
+
+    def plain(to: torch.dtype) -> Tensor:
+        word, type_table, w, b = (t.to(to) for t in (*tables, weight, ln_bias))
+        x = word[ids] + type_table[types] if with_types else word[ids]
+        return F.layer_norm(x, (width,), w, b if with_bias else None, 1e-5)
+
+    out = ops.embedding_layer_norm(
+        guarded(ids), segments[0], None, guarded(tables[0], 3), segments[1], None, weight, bias, 1e-5, policy=TRITON
+    )
+    assert_as_accurate("embeddings", out, plain(dtype), plain(torch.float64))
+    of_embeds = ops.embedding_layer_norm(
+        None, segments[0], None, tables[0], segments[1], None, weight, bias, 1e-5,
+        inputs_embeds=tables[0][ids], policy=TRITON,
+    )  # fmt: skip
+    assert torch.equal(of_embeds, out)
+    normed = ops.bias_residual_layer_norm(out, None, None, weight, bias, 1e-5, policy=TRITON)
+    eager, exact = (
+        F.layer_norm(out.to(to), (width,), weight.to(to), None if bias is None else bias.to(to), 1e-5)
+        for to in (dtype, torch.float64)
+    )
+    assert_as_accurate("norm", normed, eager, exact)
+    poisoned.check()
+
+
+def test_embeddings_note_ids(device: torch.device) -> None:
+    """Catches an id beyond its table that nobody notes where there are no positions."""
+    notes = Notes(*(torch.zeros(n, dtype=torch.int64, device=device) for n in (4, 2)), 7)
+    notes.batch[1] = 3
+    words, ids = torch.randn(5, 8, device=device), torch.tensor([1, 9, 2, 9], device=device)
+    with noting.noting(notes):
+        out = ops.embedding_layer_norm(ids, None, None, words, None, None, words[0], None, 1e-5, policy=TRITON)
+    assert notes.words.tolist() == [(7 << 32) | 9, 0, 0, 0] and out.isfinite().all()

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from fastbert.ops import attention, dispatch, embedding, gated, gelu, layer_norm, packed_linear, pooling, quantized
+from fastbert.ops import attention, dispatch, embedding, gelu, layer_norm, packed_linear, pooling, quantized
+from fastbert.ops.gated import KERNELS as GATED_KERNELS
 from fastbert.ops.linear import KERNELS as LINEAR_KERNELS
 from fastbert.ops.recording import Record
 from fastbert.ops.rotary import KERNELS as ROTARY_KERNELS
@@ -109,7 +110,7 @@ def _rotary(record: Record, device: torch.device) -> Kernel:
 def _gated(record: Record, device: torch.device) -> Kernel:
     if record.backend == "cpu":
         return Kernel(compiled(), source=PACKED)
-    return _named(record, gated.KERNELS, "elementwise_config", record.after[1])
+    return _named(record, GATED_KERNELS, "elementwise_config", record.after[1])
 
 
 def _pooling(record: Record, device: torch.device) -> Kernel:
