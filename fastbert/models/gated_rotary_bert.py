@@ -20,10 +20,11 @@ from fastbert.models import attention_weights, hooks
 from fastbert.models.bert import BertPooler
 from fastbert.models.encoder import EncoderModel
 from fastbert.models.layers import LayerStack
-from fastbert.models.modules import add_and_norm, call_dropout, is_plain_norm
+from fastbert.models.modules import add_and_norm, call_dropout, fuse, is_plain_norm
 from fastbert.models.outputs import BaseModelOutputWithPooling
-from fastbert.models.rotary import look_up, normalise, project, rotations_of
+from fastbert.models.rotary import fusable, look_up, normalise, project, rotations_of
 from fastbert.ops import Policy
+from fastbert.ops.derived import Derived
 from fastbert.ops.packing import PackedBatch
 
 
@@ -75,9 +76,54 @@ class GatedRotaryEmbeddings(nn.Module):
         ops.check_ids(input_ids=(input_ids, n_words), token_type_ids=(token_type_ids, self.n_token_types))
 
 
-class GatedRotaryAttention(nn.Module):
+class _Fused(nn.Module):
+    """A module some of whose linears are multiplied as one, by a weight that is kept until one of theirs changes."""
+
+    projections: tuple[str, ...]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.derived = Derived()
+
+    def fused(self) -> tuple[Tensor, Tensor]:
+        """The linears as one: their weights one above the other, and their biases, zeros where one has none."""
+        linears: Any = {name: getattr(self, name) for name in self.projections}
+        return fuse(linears, "fused", None if self.training else self.derived)
+
+    def product(self, x: Tensor, policy: Policy, batch: PackedBatch | None) -> Tensor:
+        """What the linears give, side by side. (T, K) -> (T, M)"""
+        linears = [getattr(self, name) for name in self.projections]
+        if fusable(linears):
+            return ops.linear(x, *self.fused(), policy=policy, keep=not self.training)
+        return torch.cat([project(linear, x, policy, batch) for linear in linears], -1)
+
+    def derived_addresses(self) -> tuple[int, ...]:
+        """Returns where the fused weight and bias are, up to date; () if they are made on every call or not at all."""
+        fused = fusable([getattr(self, name) for name in self.projections])
+        return self.derived.addresses("fused", self.fused()) if fused else ()
+
+    def renew(self, training: bool) -> None:
+        """Makes the fused weight anew when it is next used, or, for training, drops it."""
+        ops.forget_packed(self.derived.tensors())  # packed from what is about to be written anew
+        if training:
+            self.derived.clear()
+        else:
+            self.derived.invalidate()
+
+    def train(self, mode: bool = True) -> _Fused:
+        self.renew(mode)
+        return super().train(mode)
+
+    def _replicate_for_data_parallel(self) -> _Fused:
+        replica: Any = super()._replicate_for_data_parallel()
+        replica.derived = Derived()  # its parameters are others
+        return replica
+
+
+class GatedRotaryAttention(_Fused):
     """softmax(q k^T / sqrt(D)) v of turned queries and keys within each sequence, and a linear after it."""
 
+    projections = "q_proj", "k_proj", "v_proj"
     without_bias = True
 
     def __init__(self, config: BertConfig, rotary: RotaryLayer) -> None:
@@ -98,8 +144,7 @@ class GatedRotaryAttention(nn.Module):
     def forward(self, x: Tensor, batch: Any = None, policy: Policy = ops.AUTO) -> Any:  # (T, H) -> (T, H)
         if x.dim() == 3:  # as transformers' returns it
             return hooks.AttentionOutput(hooks.on_packed(GatedRotaryAttention.forward, self, x))
-        linears = self.q_proj, self.k_proj, self.v_proj
-        qkv = torch.cat([project(linear, x, policy, batch) for linear in linears], -1)  # (T, 3H)
+        qkv = self.product(x, policy, batch)  # (T, 3H)
         qkv = ops.rotary(qkv, *rotations_of(batch).of(self.rotary, self.head_size), self.num_heads, policy=policy)
         if batch.has_plan(attention_weights.PLAN):
             context = attention_weights.attend(qkv, batch, self.num_heads, self.dropout_p)
@@ -108,9 +153,10 @@ class GatedRotaryAttention(nn.Module):
         return project(self.o_proj, context, policy, batch)
 
 
-class GatedRotaryMLP(nn.Module):
+class GatedRotaryMLP(_Fused):
     """down_proj(activation(gate_proj(x)) * up_proj(x))."""
 
+    projections = "gate_proj", "up_proj"
     without_bias = True
 
     def __init__(self, config: BertConfig) -> None:
@@ -125,7 +171,7 @@ class GatedRotaryMLP(nn.Module):
     def forward(self, x: Tensor, batch: Any = None, policy: Policy = ops.AUTO) -> Tensor:  # (T, H) -> (T, H)
         if x.dim() == 3:
             return hooks.on_packed(GatedRotaryMLP.forward, self, x)
-        inner = project(self.gate_proj, x, policy, batch, self.activation) * project(self.up_proj, x, policy, batch)
+        inner = ops.gated(self.product(x, policy, batch), self.activation, policy=policy)  # (T, I)
         return project(self.down_proj, call_dropout(self.dropout, inner, batch), policy, batch)
 
 
@@ -152,18 +198,12 @@ class GatedRotaryLayer(nn.Module):
     def block(self) -> Block:
         """The layer as data, for engines; its modules must be plain."""
         attn, mlp = self.self_attn, self.mlp
-        linears = [Linear.of(each) for each in (attn.q_proj, attn.k_proj, attn.v_proj)]
         drops = self.post_attention_dropout, self.post_mlp_dropout
-
-        def fuse() -> Linear:
-            biases: Any = [linear.bias for linear in linears]
-            return Linear(torch.cat([each.weight for each in linears]), None if None in biases else torch.cat(biases))
-
         return Block(
-            query=linears[0],
-            key=linears[1],
-            value=linears[2],
-            fuse_qkv=fuse,
+            query=Linear.of(attn.q_proj),
+            key=Linear.of(attn.k_proj),
+            value=Linear.of(attn.v_proj),
+            fuse_qkv=lambda: Linear(*attn.fused()),
             num_heads=attn.num_heads,
             out=Linear.of(attn.o_proj),
             attention_norm=Norm.of(self.post_attention_layernorm),

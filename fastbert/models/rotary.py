@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from fastbert import ops
@@ -65,6 +67,12 @@ def project(
         if type(weight) in tracing.PLAIN:
             return ops.linear(x, weight, linear.bias, activation, policy=policy, keep=not linear.training)  # type: ignore[arg-type]
     return dense(linear, x, policy, activation, batch)
+
+
+def fusable(linears: Iterable[nn.Module]) -> bool:
+    """Tells whether linears, which may lack a bias, may be multiplied as one: they are bare, and of plain tensors."""
+    compiling = torch.compiler.is_compiling()
+    return all(is_bare(each, nn.Linear) and (compiling or type(each.weight) in tracing.PLAIN) for each in linears)
 
 
 def normalise(norm: nn.Module, x: Tensor, policy: Policy, batch: PackedBatch | None) -> Tensor:

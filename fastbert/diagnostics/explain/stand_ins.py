@@ -104,17 +104,21 @@ class _Named(nn.Module):
             return self.forward(*args, **kwargs)
 
 
-class _Attention(_Named):
+class _Fused(_Named):
+    """A module that multiplies several of its linears as one."""
+
     projections: tuple[str, ...]
 
-    def fused_qkv(self) -> tuple[Tensor, Tensor]:
+    def fused(self) -> tuple[Tensor, Tensor]:
         dry, place, module = self.__dict__["dry"], self.__dict__["place"], self
         linears: list[Any] = [module.get_submodule(name) for name in module.projections]
         n_rows, weight = sum(linear.weight.shape[0] for linear in linears), linears[0].weight
         fused = recording.stand_in((n_rows, weight.shape[1]), weight.dtype)
         dry.names[id(fused)] = f"{place}.{'+'.join(module.projections)}"
-        self.__dict__["fused"] = fused  # whose id is its name, as long as it is there
-        return fused, recording.stand_in((n_rows,), linears[0].bias.dtype)
+        self.__dict__["fused_weight"] = fused  # whose id is its name, as long as it is there
+        return fused, recording.stand_in((n_rows,), weight.dtype)
+
+    fused_qkv = fused
 
 
 class _Biased(_Named):
@@ -129,7 +133,7 @@ class _Biased(_Named):
 
 @functools.cache
 def _named(cls: Any) -> type[nn.Module]:
-    base = _Attention if hasattr(cls, "fused_qkv") else _Biased if hasattr(cls, "position_bias") else _Named
+    base = _Fused if hasattr(cls, "projections") else _Biased if hasattr(cls, "position_bias") else _Named
     return type(cls.__name__, (base, cls), {"__module__": cls.__module__})
 
 
