@@ -22,7 +22,7 @@ from fastbert.models.encoder import EncoderModel
 from fastbert.models.layers import LayerStack
 from fastbert.models.modules import call_dropout
 from fastbert.models.outputs import BaseModelOutputWithPooling
-from fastbert.models.rotary import look_up, normalise, project, rotations_of
+from fastbert.models.rotary import embed, embeds_in_kernel, normalise, project, rotations_of
 from fastbert.ops import Policy
 from fastbert.ops.packing import PackedBatch
 
@@ -59,12 +59,11 @@ class ModernBertEmbeddings(nn.Module):
             return hooks.on_packed(
                 ModernBertEmbeddings.forward, self, input_ids, token_type_ids, position_ids, inputs_embeds
             )
-        x = look_up(self.word_embeddings, input_ids, policy, batch) if inputs_embeds is None else inputs_embeds
-        return call_dropout(self.dropout, normalise(self.LayerNorm, x, policy, batch), batch)
+        return embed(self, input_ids, None, inputs_embeds, policy, batch)
 
     def runs_in_kernel(self, policy: Policy) -> bool:
-        """Tells whether a kernel runs them that can note ids beyond their table: there is none."""
-        return False
+        """Tells whether the Triton kernel computes them from ids, which can note ids beyond their table."""
+        return embeds_in_kernel(self, policy)
 
     def check_ids(self, input_ids: Tensor, token_type_ids: Tensor) -> None:
         """Raises IndexError where one of them is beyond its table."""

@@ -192,8 +192,9 @@ def bias_residual_layer_norm_forward(
     eps: float,
     quantized: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> torch.Tensor:
-    """Normalises x + bias + residual: (T, H) -> (T, H) in x's dtype. x and residual need unit stride along H. ln_bias None: zeros.
+    """Normalises x + bias + residual: (T, H) -> (T, H) in x's dtype. x and residual need unit stride along H.
 
+    ln_bias None: zeros.
     quantized: buffers (T, H), float8_e4m3fn or int8, and (T, 1) float32, both contiguous, to fill with the same rows in
     8 bits (int8: rotated) and their scales, as `quantize` says.
     """
