@@ -140,7 +140,8 @@ class GatedRotaryAttention(_Fused):
         if x.dim() == 3:  # as transformers' returns it
             return hooks.AttentionOutput(hooks.on_packed(GatedRotaryAttention.forward, self, x))
         qkv = self.product(x, policy, batch)  # (T, 3H)
-        qkv = ops.rotary(qkv, *rotations_of(batch).of(self.rotary, self.head_size), self.num_heads, policy=policy)
+        cos_and_sin = rotations_of(batch).of(self.rotary, self.head_size)
+        qkv = ops.rotary(qkv, *cos_and_sin, self.num_heads, policy=policy, fresh=True)
         if batch.has_plan(attention_weights.PLAN):
             context = attention_weights.attend(qkv, batch, self.num_heads, self.dropout_p)
         else:

@@ -17,6 +17,7 @@ from fastbert import ops
 from fastbert.checkpoint.config import BertConfig
 from fastbert.checkpoint.rotary import RotaryLayer, modernbert_layers, setting
 from fastbert.engine import Block, Linear, Norm, Options, PackedInputs
+from fastbert.engine.listeners import is_bare
 from fastbert.models import attention_weights, hooks
 from fastbert.models.encoder import EncoderModel
 from fastbert.models.layers import LayerStack
@@ -94,7 +95,8 @@ class ModernBertAttention(nn.Module):
             return hooks.AttentionOutput(hooks.on_packed(ModernBertAttention.forward, self, x))
         window, cos_and_sin = self.rotary.window, rotations_of(batch).of(self.rotary, self.head_size)
         qkv = project(self.Wqkv, x, policy, batch)  # (T, 3H)
-        qkv = ops.rotary(qkv, *cos_and_sin, self.num_heads, policy=policy)
+        fresh = is_bare(self.Wqkv, nn.Linear)  # or who listens to it may have kept what it gave
+        qkv = ops.rotary(qkv, *cos_and_sin, self.num_heads, policy=policy, fresh=fresh)
         if batch.has_plan(attention_weights.PLAN):
             context = attention_weights.attend(qkv, batch, self.num_heads, self.dropout_p, window=window)
         else:

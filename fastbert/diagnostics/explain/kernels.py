@@ -104,7 +104,11 @@ def short_texts(record: Record, device: torch.device) -> Kernel | None:
 
 
 def _rotary(record: Record, device: torch.device) -> Kernel:
-    return Kernel(compiled(), source=PACKED) if record.facts["compiled"] else Kernel(ROTARY_KERNELS["torch"])
+    if record.facts["compiled"]:
+        return Kernel(compiled(), source=PACKED)
+    heads = record.facts["heads"]
+    half = record.after[1] // (6 * heads)
+    return _named(record, ROTARY_KERNELS, "rotary_config", half, 2 * heads)
 
 
 def _gated(record: Record, device: torch.device) -> Kernel:
