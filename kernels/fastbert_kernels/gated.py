@@ -102,7 +102,7 @@ def gated_forward(x: torch.Tensor, activation: str) -> torch.Tensor:
     out = launch.empty((n_rows, n_cols), like=x)
     if n_rows == 0:
         return out
-    config = configs.elementwise_config(n_cols)
+    config = configs.gated_config(n_cols)
     # Grid: tiles of BLOCK_ROWS x BLOCK_COLS; rows on axis 0, whose limit is 2^31 - 1 programs.
     launch.run(
         _gated_kernel,
@@ -127,7 +127,7 @@ def gated_backward(grad: torch.Tensor, x: torch.Tensor, activation: str) -> torc
     d_x = launch.empty((n_rows, 2 * n_cols), like=x)
     if n_rows == 0:
         return d_x
-    config = configs.elementwise_config(n_cols)
+    config = configs.gated_config(n_cols)
     # Grid: as in the forward pass.
     launch.run(
         _gated_backward_kernel,

@@ -114,7 +114,7 @@ def _rotary(record: Record, device: torch.device) -> Kernel:
 def _gated(record: Record, device: torch.device) -> Kernel:
     if record.backend == "cpu":
         return Kernel(compiled(), source=PACKED)
-    return _named(record, GATED_KERNELS, "elementwise_config", record.after[1])
+    return _named(record, GATED_KERNELS, "gated_config", record.after[1])
 
 
 def _pooling(record: Record, device: torch.device) -> Kernel:
