@@ -100,6 +100,9 @@ def cpu_plans() -> list[Plan]:
         Plan("MiniLM", fixed(128, 1), fp32, 0.5),
         *(Plan("MiniLM", workload, fp32) for workload in documents),
         Plan("BERT-base", fixed(128, 1), fp32, peers=ALL),
+        Plan("ModernBERT-base", squad(3), fp32),
+        Plan("MPNet-base", squad(3), fp32),
+        Plan("ModernBERT-base", fixed(1024, 1), fp32),
     ]
     if fast_at_bfloat16(torch.device("cpu")):
         plans[3:3] = [Plan("MiniLM", fixed(128, 8), bf16, peers=ALL), Plan("BERT-base", squad(3), bf16, 2.0)]
@@ -110,7 +113,8 @@ def build(plan: Plan, device: torch.device, peers_of: Callable[[ModelTask], Sequ
     """The contest of one plan; peers_of: who takes part."""
     workload = plan.workload
     longest = max(workload.lengths)
-    positions = {"max_position_embeddings": POSITIONS} if longest > 512 else {}
+    short = longest > models.CONFIGS[plan.model].max_position_embeddings
+    positions = {"max_position_embeddings": POSITIONS} if short else {}
     folder = models.random_folder(plan.model, **positions)
     task = ModelTask(folder, workload.batches(), dtype=plan.dtype, device=device)
     peers: list[Peer] = []

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fastbert import ops
 from fastbert.checkpoint.config import BertConfig
 from fastbert.checkpoint.rotary import RotaryLayer, gated_rotary_layer
-from fastbert.engine import Block, Linear, Norm, Options, PackedInputs
+from fastbert.engine import Block, EmbeddingTables, Linear, Norm, Options, PackedInputs
 from fastbert.models import attention_weights, hooks
 from fastbert.models.bert import BertPooler
 from fastbert.models.encoder import EncoderModel
@@ -60,6 +60,14 @@ class GatedRotaryEmbeddings(nn.Module):
             padded = input_ids, token_type_ids, position_ids, inputs_embeds
             return hooks.on_packed(GatedRotaryEmbeddings.forward, self, *padded)
         return embed(self, input_ids, token_type_ids, inputs_embeds, policy, batch)
+
+    def tables(
+        self, input_ids: Tensor | None = None, inputs_embeds: Tensor | None = None, policy: Policy = ops.AUTO
+    ) -> tuple[Tensor | None, EmbeddingTables]:
+        """Ids and the tables, as `BertEmbeddings.tables` gives them; there are no positions."""
+        words: Any = self.word_embeddings.weight if inputs_embeds is None else inputs_embeds
+        types = self.token_type_embeddings
+        return input_ids, EmbeddingTables(words, None if types is None else types.weight, None, Norm.of(self.LayerNorm))
 
     def runs_in_kernel(self, policy: Policy) -> bool:
         """Tells whether the Triton kernel computes them from ids, which can note ids beyond their table."""

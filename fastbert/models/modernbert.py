@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from fastbert import ops
 from fastbert.checkpoint.config import BertConfig
 from fastbert.checkpoint.rotary import RotaryLayer, modernbert_layers, setting
-from fastbert.engine import Block, Linear, Norm, Options, PackedInputs
+from fastbert.engine import Block, EmbeddingTables, Linear, Norm, Options, PackedInputs
 from fastbert.engine.listeners import is_bare
 from fastbert.models import attention_weights, hooks
 from fastbert.models.encoder import EncoderModel
@@ -61,6 +61,13 @@ class ModernBertEmbeddings(nn.Module):
                 ModernBertEmbeddings.forward, self, input_ids, token_type_ids, position_ids, inputs_embeds
             )
         return embed(self, input_ids, None, inputs_embeds, policy, batch)
+
+    def tables(
+        self, input_ids: Tensor | None = None, inputs_embeds: Tensor | None = None, policy: Policy = ops.AUTO
+    ) -> tuple[Tensor | None, EmbeddingTables]:
+        """Ids and the tables, as `BertEmbeddings.tables` gives them; there are no positions."""
+        words: Any = self.word_embeddings.weight if inputs_embeds is None else inputs_embeds
+        return input_ids, EmbeddingTables(words, None, None, Norm.of(self.LayerNorm))
 
     def runs_in_kernel(self, policy: Policy) -> bool:
         """Tells whether the Triton kernel computes them from ids, which can note ids beyond their table."""

@@ -19,7 +19,7 @@ KERNELS = {
     "cpu": "fastbert_kernels.cpu",
     "torch": "torch.nn.functional.gelu, multiply",
 }
-COMPILED = ("gelu", "gelu_tanh", "relu")  # the activations of the C++ kernel
+COMPILED = ("gelu", "gelu_tanh", "relu", "silu")  # the activations of the C++ kernel
 GATED = ("gelu", "gelu_tanh", "relu", "silu", "swish")  # those of the Triton kernel
 
 

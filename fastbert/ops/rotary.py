@@ -30,7 +30,8 @@ def inverse_frequencies(head_size: int, base: float, factor: float = 1.0) -> Ten
 
 
 @functools.cache
-def _kept(head_size: int, base: float, factor: float, device: torch.device) -> Tensor:
+def kept(head_size: int, base: float, factor: float, device: torch.device) -> Tensor:
+    """Returns `inverse_frequencies` on a device, the same tensor at each call."""
     with torch.inference_mode(False):  # or autograd could not keep it
         return inverse_frequencies(head_size, base, factor).to(device)
 
@@ -44,7 +45,12 @@ def rotations(position_ids: Tensor, head_size: int, base: float, factor: float =
     if torch.compiler.is_compiling() or tracing.observed() is not None or device.type == "meta":
         frequencies = inverse_frequencies(head_size, base, factor).to(device)
     else:
-        frequencies = _kept(head_size, base, factor, device)
+        frequencies = kept(head_size, base, factor, device)
+    return tables_of(position_ids, frequencies)
+
+
+def tables_of(position_ids: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor]:
+    """Computes the cosines and sines of positions, (T,), times frequencies, (D / 2,): (T, D / 2) float32 each."""
     angles = position_ids[:, None].float() * frequencies
     return angles.cos(), angles.sin()
 
