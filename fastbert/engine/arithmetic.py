@@ -10,7 +10,6 @@ from torch import Tensor
 
 from fastbert import ops
 from fastbert.engine import cpu_encoder, quantized
-from fastbert.engine.block import FEATURES as ALL_FEATURES
 from fastbert.engine.block import feature_obstacles
 from fastbert.engine.cpu_encoder import CpuEncoder
 from fastbert.engine.interface import PackedInputs
@@ -20,7 +19,8 @@ from fastbert.ops import tracing
 from fastbert.ops.packing import PackedBatch
 from fastbert.ops.tracing import untraced
 
-FEATURES = frozenset(ALL_FEATURES)  # what layers may have beyond BERT's in the C++ kernels
+# What layers may have beyond BERT's in the C++ kernels.
+FEATURES = frozenset(("pre_norm", "gate", "rotary", "position_bias", "window"))
 
 
 class Modules:

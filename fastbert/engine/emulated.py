@@ -19,6 +19,8 @@ from fastbert.ops.packing import PackedBatch
 from fastbert.ops.quantize import DTYPES, OUT_GROUP, Quantized
 
 TORCH = Policy("torch", strict=True)
+# What layers may have beyond BERT's.
+FEATURES = frozenset(("pre_norm", "gate", "rotary", "position_bias", "window"))
 
 
 def run_layers(

@@ -87,8 +87,8 @@ def decide(
     activation = ops.ACTIVATIONS[config.hidden_act] if on_triton else "none"  # the others have kernels of their own
     sizes = config.hidden_size, config.intermediate_size, config.head_size
     obstacles = [ops.quantized.model_obstacle(*sizes, activation, dtype, device), _altered(model)]
-    if on_triton and obstacles[1] is None:
-        obstacles.append(_feature_obstacle(model))
+    if obstacles[1] is None and (on_triton or policy.backend == "torch"):  # those of the C++ kernels are named below
+        obstacles.append(_feature_obstacle(model, FEATURES if on_triton else emulated.FEATURES))
     if policy.backend != "torch":
         obstacles.append(ops.quantized.device_obstacle(precision, device, arch))
     if policy.batch_invariant and (device.type != "cpu" or policy.backend == "triton"):
@@ -158,9 +158,9 @@ def _is_own(module: nn.Module, own_modules: frozenset[type[nn.Module]]) -> bool:
     return True
 
 
-def _feature_obstacle(model: EncoderModel) -> str | None:
-    block = next(iter(model.blocks()), None)
-    return None if block is None else next(feature_obstacles(block.features(), FEATURES, "the 8-bit encoder"), None)
+def _feature_obstacle(model: EncoderModel, supported: frozenset[str]) -> str | None:
+    features = features_of(list(model.blocks()))
+    return next(feature_obstacles(features, supported, "the 8-bit encoder"), None)
 
 
 _LEAVES = frozenset((nn.Linear, nn.LayerNorm, nn.Dropout, nn.Embedding, nn.Identity))

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from fastbert import ops
@@ -22,7 +21,7 @@ from fastbert.models.encoder import EncoderModel
 from fastbert.models.layers import LayerStack
 from fastbert.models.modules import add_and_norm, call_dropout, is_plain_norm
 from fastbert.models.outputs import BaseModelOutputWithPooling
-from fastbert.models.rotary import look_up, normalise, project, rotations_of
+from fastbert.models.rotary import embed, embeds_in_kernel, project, rotations_of
 from fastbert.ops import Policy
 from fastbert.ops.derived import Derived
 from fastbert.ops.packing import PackedBatch
@@ -59,12 +58,7 @@ class GatedRotaryEmbeddings(nn.Module):
         if ids is not None and ids.dim() == 2:
             padded = input_ids, token_type_ids, position_ids, inputs_embeds
             return hooks.on_packed(GatedRotaryEmbeddings.forward, self, *padded)
-        x = look_up(self.word_embeddings, input_ids, policy, batch) if inputs_embeds is None else inputs_embeds
-        if self.token_type_embeddings is not None:
-            if token_type_ids is None:
-                token_type_ids = torch.zeros(x.shape[0], dtype=torch.int64, device=x.device)
-            x = x + look_up(self.token_type_embeddings, token_type_ids, policy, batch)
-        return call_dropout(self.dropout, normalise(self.LayerNorm, x, policy, batch), batch)
+        return embed(self, input_ids, token_type_ids, inputs_embeds, policy, batch)
 
     def tables(
         self, input_ids: Tensor | None = None, inputs_embeds: Tensor | None = None, policy: Policy = ops.AUTO
@@ -75,8 +69,8 @@ class GatedRotaryEmbeddings(nn.Module):
         return input_ids, EmbeddingTables(words, None if types is None else types.weight, None, Norm.of(self.LayerNorm))
 
     def runs_in_kernel(self, policy: Policy) -> bool:
-        """Tells whether a kernel runs them that can note ids beyond their table: there is none."""
-        return False
+        """Tells whether the Triton kernel computes them from ids, which can note ids beyond their table."""
+        return embeds_in_kernel(self, policy)
 
     def check_ids(self, input_ids: Tensor, token_type_ids: Tensor) -> None:
         """Raises IndexError where one of them is beyond its table."""
@@ -129,7 +123,8 @@ class GatedRotaryAttention(nn.Module):
         if x.dim() == 3:  # as transformers' returns it
             return hooks.AttentionOutput(hooks.on_packed(GatedRotaryAttention.forward, self, x))
         qkv = fused.project(self, x, policy, batch)  # (T, 3H)
-        qkv = ops.rotary(qkv, *rotations_of(batch).of(self.rotary, self.head_size), self.num_heads, policy=policy)
+        cos_and_sin = rotations_of(batch).of(self.rotary, self.head_size)
+        qkv = ops.rotary(qkv, *cos_and_sin, self.num_heads, policy=policy, fresh=True)
         if batch.has_plan(attention_weights.PLAN):
             context = attention_weights.attend(qkv, batch, self.num_heads, self.dropout_p)
         else:

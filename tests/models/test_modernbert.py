@@ -278,10 +278,7 @@ def test_what_no_kernel_does_is_named() -> None:
     for feature in ("pre-norm", "a gated activation", "rotary positions", "attention within a window"):
         assert any(feature in obstacle for obstacle in obstacles), feature
     triton = twin(theirs("modernbert"), dtype=torch.float32, backend="triton")
-    for name in ("embedding", "rotary", "attention"):
-        rows = [row for row in fastbert.explain(triton, device="cuda:0", arch=90).rows if row.op == name]
-        row = next(row for row in rows if name != "attention" or "within" in row.shapes)
-        assert row.raises and "no Triton kernel" in row.reason, name
+    assert not any(row.raises for row in fastbert.explain(triton, device="cuda:0", arch=90).rows)
     shapes_of = [row.shapes for row in fastbert.explain(ours).rows if row.op == "attention"]
     assert [f"within {WINDOW} columns" in shapes for shapes in shapes_of] == [False, True, False]
     eight_bit = twin(theirs("modernbert"), dtype=torch.float32, precision="int8")
