@@ -18,7 +18,7 @@ from workloads import Workload
 
 import models
 from fastbert.bench.devices import fast_at_bfloat16
-from fastbert.bench.engines import EAGER, Compiled
+from fastbert.bench.engines import EAGER, SDPA, Compiled
 from fastbert.bench.peers import OURS, Peer
 
 SUITE = "model"
@@ -124,6 +124,8 @@ def build(plan: Plan, device: torch.device, peers_of: Callable[[ModelTask], Sequ
             continue
         if plan.peers == WITHOUT_COMPILED and is_compiled:
             peers.append(LeftOut(peer.name, "left to other cases, because it takes long to compile"))
+        elif isinstance(peer.engine, SDPA) and task.source.config.model_type == "mpnet":
+            peers.append(LeftOut(peer.name, "transformers' MPNet has eager attention alone"))
         else:
             peers.append(peer)
     work = Work(models.flops(task.source.config, workload.lengths))
