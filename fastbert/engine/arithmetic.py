@@ -98,7 +98,7 @@ class _InOneCall:
             return int8, state, n_silent_writes, snapshot.changes()
 
         def pack() -> Any:
-            tables = model.tables(None)[1] if int8 or model.embeddings_project is None else None
+            tables = model.tables(None)[1] if model.embeddings_project is None else None
             return cpu_encoder.pack_encoder(tables, list(model.blocks()), model.config, int8)
 
         return self.encoder.weights((int8, state, n_silent_writes, snapshot.changes()), renewed, pack)
@@ -182,5 +182,6 @@ class Int8Call(_InOneCall):
     @untraced
     def run(self, model: Any, batch: PackedBatch, inputs: PackedInputs, keep_states: bool) -> list[Tensor]:
         quantized.refuse_gradients(model, inputs.inputs_embeds)
-        x = model.embed(inputs, batch) if inputs.input_ids is None else None
+        embeds = inputs.input_ids is None or model.embeddings_project is not None
+        x = model.embed(inputs, batch) if embeds else None
         return self.encoder.run_int8(self.weights(model), batch, inputs, x, model.dtype, keep_states)

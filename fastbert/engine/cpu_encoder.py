@@ -194,6 +194,13 @@ def _contiguous(inputs: PackedInputs) -> tuple[Tensor, Tensor | None, Tensor]:
     return input_ids.contiguous(), token_type_ids, position_ids.contiguous()
 
 
+def _identity(layer: cpu.EncoderLayer) -> tuple[Any, ...]:
+    """What two layers have in common if they share everything."""
+    *tensors, traits = layer
+    table, *numbers = traits
+    return *map(id, tensors), id(table), *numbers
+
+
 def _angles(weights: cpu.Encoder | cpu.Int8Encoder, inputs: PackedInputs) -> list[Tensor]:
     """The cosines and sines of the rows for each of the angles that layers turn by, (T, D / 2) float32."""
     head_size = weights.hidden_size // weights.num_heads
@@ -229,9 +236,13 @@ def pack_encoder(
         return None
     if any(t.is_inference() for t in tensors) or len({norm.eps for norm in norms}) > 1:
         return None
+    packs: dict[Any, Any] = {}  # What layers share is packed once.
+    for layer in layers:
+        if (key := _identity(layer)) not in packs:
+            packs[key] = _in_8_bits(layer) if int8 else _packed(layer)
     return (cpu.Int8Encoder if int8 else cpu.Encoder)(
         embeddings=cpu.EncoderTables(*(None if t is None else t.detach() for t in embeddings)) if embeddings else (),  # type: ignore[arg-type]
-        layers=tuple(_in_8_bits(layer) if int8 else _packed(layer) for layer in layers),
+        layers=tuple(packs[_identity(layer)] for layer in layers),
         hidden_size=config.hidden_size,
         intermediate_size=config.intermediate_size,
         num_heads=config.num_attention_heads,

@@ -9,20 +9,19 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from fastbert import ops
 from fastbert.checkpoint.config import BertConfig
 from fastbert.checkpoint.rotary import RotaryLayer, gated_rotary_layer
 from fastbert.engine import Block, EmbeddingTables, Linear, Norm, Options, PackedInputs
-from fastbert.models import attention_weights, hooks
+from fastbert.models import attention_weights, fused, hooks
 from fastbert.models.bert import BertPooler
 from fastbert.models.encoder import EncoderModel
 from fastbert.models.layers import LayerStack
-from fastbert.models.modules import add_and_norm, call_dropout, fuse, is_plain_norm
+from fastbert.models.modules import add_and_norm, call_dropout, is_plain_norm
 from fastbert.models.outputs import BaseModelOutputWithPooling
-from fastbert.models.rotary import embed, embeds_in_kernel, fusable, project, rotations_of
+from fastbert.models.rotary import embed, embeds_in_kernel, project, rotations_of
 from fastbert.ops import Policy
 from fastbert.ops.derived import Derived
 from fastbert.ops.packing import PackedBatch
@@ -79,51 +78,7 @@ class GatedRotaryEmbeddings(nn.Module):
         ops.check_ids(input_ids=(input_ids, n_words), token_type_ids=(token_type_ids, self.n_token_types))
 
 
-class _Fused(nn.Module):
-    """A module some of whose linears are multiplied as one, by a weight that is kept until one of theirs changes."""
-
-    projections: tuple[str, ...]
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.derived = Derived()
-
-    def fused(self) -> tuple[Tensor, Tensor]:
-        """The linears as one: their weights one above the other, and their biases, zeros where one has none."""
-        linears: Any = {name: getattr(self, name) for name in self.projections}
-        return fuse(linears, "fused", None if self.training else self.derived)
-
-    def product(self, x: Tensor, policy: Policy, batch: PackedBatch | None) -> Tensor:
-        """What the linears give, side by side. (T, K) -> (T, M)"""
-        linears = [getattr(self, name) for name in self.projections]
-        if fusable(linears):
-            return ops.linear(x, *self.fused(), policy=policy, keep=not self.training)
-        return torch.cat([project(linear, x, policy, batch) for linear in linears], -1)
-
-    def derived_addresses(self) -> tuple[int, ...]:
-        """Returns where the fused weight and bias are, up to date; () if they are made on every call or not at all."""
-        fused = fusable([getattr(self, name) for name in self.projections])
-        return self.derived.addresses("fused", self.fused()) if fused else ()
-
-    def renew(self, training: bool) -> None:
-        """Makes the fused weight anew when it is next used, or, for training, drops it."""
-        ops.forget_packed(self.derived.tensors())  # packed from what is about to be written anew
-        if training:
-            self.derived.clear()
-        else:
-            self.derived.invalidate()
-
-    def train(self, mode: bool = True) -> _Fused:
-        self.renew(mode)
-        return super().train(mode)
-
-    def _replicate_for_data_parallel(self) -> _Fused:
-        replica: Any = super()._replicate_for_data_parallel()
-        replica.derived = Derived()  # its parameters are others
-        return replica
-
-
-class GatedRotaryAttention(_Fused):
+class GatedRotaryAttention(nn.Module):
     """softmax(q k^T / sqrt(D)) v of turned queries and keys within each sequence, and a linear after it."""
 
     projections = "q_proj", "k_proj", "v_proj"
@@ -138,16 +93,36 @@ class GatedRotaryAttention(_Fused):
         self.v_proj = nn.Linear(size, size, bias=bias)
         self.o_proj = nn.Linear(size, size, bias=bias)
         self.dropout = nn.Dropout(config.attention_probs_dropout_prob)
+        self.derived = Derived()
 
     @property
     def dropout_p(self) -> float:
         """The probability with which probabilities are dropped in the present mode."""
         return self.dropout.p if self.training else 0.0
 
+    def fused_qkv(self) -> Any:
+        """The three projections as one weight (3H, H) and bias, kept until one of the parameters changes."""
+        return fused.weights(self)
+
+    def derived_addresses(self) -> tuple[int, ...]:
+        """Returns where the fused tensors are, up to date; () if they are made on every call or not at all."""
+        return fused.addresses(self)
+
+    def renew(self, training: bool) -> None:
+        """Makes the fused tensors anew when they are next used, or, for training, drops them."""
+        fused.renew(self, training)
+
+    def train(self, mode: bool = True) -> GatedRotaryAttention:
+        self.renew(mode)
+        return super().train(mode)
+
+    def _replicate_for_data_parallel(self) -> GatedRotaryAttention:
+        return fused.replica(super()._replicate_for_data_parallel())
+
     def forward(self, x: Tensor, batch: Any = None, policy: Policy = ops.AUTO) -> Any:  # (T, H) -> (T, H)
         if x.dim() == 3:  # as transformers' returns it
             return hooks.AttentionOutput(hooks.on_packed(GatedRotaryAttention.forward, self, x))
-        qkv = self.product(x, policy, batch)  # (T, 3H)
+        qkv = fused.project(self, x, policy, batch)  # (T, 3H)
         cos_and_sin = rotations_of(batch).of(self.rotary, self.head_size)
         qkv = ops.rotary(qkv, *cos_and_sin, self.num_heads, policy=policy, fresh=True)
         if batch.has_plan(attention_weights.PLAN):
@@ -157,7 +132,7 @@ class GatedRotaryAttention(_Fused):
         return project(self.o_proj, context, policy, batch)
 
 
-class GatedRotaryMLP(_Fused):
+class GatedRotaryMLP(nn.Module):
     """down_proj(activation(gate_proj(x)) * up_proj(x))."""
 
     projections = "gate_proj", "up_proj"
@@ -171,11 +146,31 @@ class GatedRotaryMLP(_Fused):
         self.down_proj = nn.Linear(inner, size, bias=bias)
         self.dropout = nn.Dropout(config.hidden_dropout_prob if bias else 0.0)  # which Nomic has not
         self.activation = ops.ACTIVATIONS[config.hidden_act]
+        self.derived = Derived()
+
+    def fused_qkv(self) -> Any:
+        """gate_proj and up_proj as one weight (2I, H) and bias, under the name that `fused` asks for."""
+        return fused.weights(self)
+
+    def derived_addresses(self) -> tuple[int, ...]:
+        """Returns where the fused tensors are, up to date; () if they are made on every call or not at all."""
+        return fused.addresses(self)
+
+    def renew(self, training: bool) -> None:
+        """Makes the fused tensors anew when they are next used, or, for training, drops them."""
+        fused.renew(self, training)
+
+    def train(self, mode: bool = True) -> GatedRotaryMLP:
+        self.renew(mode)
+        return super().train(mode)
+
+    def _replicate_for_data_parallel(self) -> GatedRotaryMLP:
+        return fused.replica(super()._replicate_for_data_parallel())
 
     def forward(self, x: Tensor, batch: Any = None, policy: Policy = ops.AUTO) -> Tensor:  # (T, H) -> (T, H)
         if x.dim() == 3:
             return hooks.on_packed(GatedRotaryMLP.forward, self, x)
-        inner = ops.gated(self.product(x, policy, batch), self.activation, policy=policy)  # (T, I)
+        inner = ops.gated(fused.project(self, x, policy, batch), self.activation, policy=policy)  # (T, I)
         return project(self.down_proj, call_dropout(self.dropout, inner, batch), policy, batch)
 
 
@@ -207,7 +202,7 @@ class GatedRotaryLayer(nn.Module):
             query=Linear.of(attn.q_proj),
             key=Linear.of(attn.k_proj),
             value=Linear.of(attn.v_proj),
-            fuse_qkv=lambda: Linear(*attn.fused()),
+            fuse_qkv=lambda: Linear(*attn.fused_qkv()),
             num_heads=attn.num_heads,
             out=Linear.of(attn.o_proj),
             attention_norm=Norm.of(self.post_attention_layernorm),

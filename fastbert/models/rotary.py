@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -121,12 +120,6 @@ def project(
         if type(weight) in tracing.PLAIN:
             return ops.linear(x, weight, linear.bias, activation, policy=policy, keep=not linear.training)  # type: ignore[arg-type]
     return dense(linear, x, policy, activation, batch)
-
-
-def fusable(linears: Iterable[nn.Module]) -> bool:
-    """Tells whether linears, which may lack a bias, may be multiplied as one: they are bare, and of plain tensors."""
-    compiling = torch.compiler.is_compiling()
-    return all(is_bare(each, nn.Linear) and (compiling or type(each.weight) in tracing.PLAIN) for each in linears)
 
 
 def normalise(norm: nn.Module, x: Tensor, policy: Policy, batch: PackedBatch | None) -> Tensor:
