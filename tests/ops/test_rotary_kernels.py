@@ -47,6 +47,7 @@ def test_gated(activation: str, dtype: torch.dtype, device: torch.device, poison
     poisoned.check()
 
 
+@pytest.mark.filterwarnings("ignore:overflow:RuntimeWarning")  # numpy, of the exponential far on the left
 def test_gates_without_a_kernel(device: torch.device) -> None:
     """Catches an activation without a kernel that is computed as another, and an empty batch that is launched."""
     x = torch.randn(3, 8, device=device)
@@ -182,6 +183,7 @@ def test_window(
     poisoned.check()
 
 
+@pytest.mark.filterwarnings("ignore:All-NaN slice:RuntimeWarning")  # numpy, of the rows that see one
 def test_window_of_a_long_text(device: torch.device) -> None:
     """Catches keys beyond the window that are visited: some are NaN here, and what is 0 times NaN would show."""
     qkv = randn(8192, 3 * 16).to(device, torch.float32)
