@@ -166,6 +166,12 @@ def test_predict(client: TestClient, service: Service) -> None:
     assert close([each["score"] for each in mixed[0]], [each["score"] for each in one])
     assert [each["label"] for each in mixed[1]] == [each["label"] for each in pair]
     assert ask(client, "/predict?model=classifier", inputs=TEXTS[0], parameters={}) == [one]
+    for function in ("softmax", "sigmoid", "none"):
+        parameters = {"function_to_apply": function, "top_k": 2}
+        ((best, second),) = ask(client, "/predict?model=classifier", inputs=TEXTS[:2], parameters=parameters)
+        logits = torch.tensor(sorted(expected, reverse=True))
+        all_scores = {"softmax": logits.softmax(0), "sigmoid": logits.sigmoid(), "none": logits}[function]
+        assert close([best["score"], second["score"]], all_scores[:2])
 
 
 def test_entities(client: TestClient, service: Service) -> None:
