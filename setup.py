@@ -145,6 +145,7 @@ setup(
         "demo": [MINILM, TRANSFORMERS],
         "train": [TRANSFORMERS, SENTENCE_TRANSFORMERS, *TRAINERS],
         "serve": SERVERS,
+        "ray": ["ray[data,serve]>=2.54", "pyarrow>=14"],  # batch_size_fn of serve.batch
         "test": [
             *PYTEST,
             "pytest-xdist>=3.5",

@@ -14,9 +14,9 @@ import fastbert
 from fastbert.checkpoint.families import FAMILIES
 from model_cases import BATCH, LENGTH, POSITIONS, VOCAB, generator, mask, randomise
 
-OTHERS = ("roberta", "xlm-roberta", "camembert", "distilbert", "electra", "mpnet")
-# One for each way of being different: positions, segments and names, projection, a text of its own.
-KINDS = ("roberta", "distilbert", "electra", "mpnet")
+OTHERS = ("roberta", "xlm-roberta", "camembert", "distilbert", "electra", "mpnet", "albert")
+# One for each way of being different: positions, segments and names, projection, a text of its own, shared layers.
+KINDS = ("roberta", "distilbert", "electra", "mpnet", "albert")
 SIZES = {"hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 2, "intermediate_size": 37}
 # transformers' eager attention of ModernBERT has a softmax in float32.
 MODERNBERT_SIZES = {"attn_implementation": "sdpa", "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
@@ -41,12 +41,14 @@ def config_of_transformers(model_type: str, name: str = "BertModel", **options: 
     settings: dict[str, Any] = {
         "vocab_size": VOCAB,
         "max_position_embeddings": POSITIONS,
-        "num_labels": 2 if "Question" in name else 3,
+        "num_labels": 2 if "Question" in name or "PreTraining" in name else 3,
         "attn_implementation": "eager",
         **(DISTILBERT_SIZES if model_type == "distilbert" else SIZES),
     }
     if family.projection:
         settings["embedding_size"] = 24
+    if model_type == "albert":
+        settings |= {"num_hidden_layers": 4, "num_hidden_groups": 2, "hidden_act": "gelu"}
     if model_type == "modernbert":
         settings |= MODERNBERT_SIZES
         options = {key: list(value) if isinstance(value, tuple) else value for key, value in options.items()}

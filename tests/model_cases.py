@@ -166,8 +166,11 @@ def first_tokens(hidden: Tensor, valid: Tensor) -> Tensor:
 
 def pooled(model: Any, hidden: Tensor, valid: Tensor) -> Tensor:
     """What transformers' pooler makes of the first valid token of each row."""
+    first = first_tokens(hidden, valid)
     with torch.no_grad():
-        return model.pooler(first_tokens(hidden, valid)[:, None])
+        if isinstance(model.pooler, torch.nn.Linear):  # ALBERT's
+            return torch.tanh(model.pooler(first))
+        return model.pooler(first[:, None])
 
 
 def assert_close(name: str, ours: Tensor, expected: Tensor, bound: float = FLOAT64_BOUND) -> None:

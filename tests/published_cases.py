@@ -110,6 +110,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     },
     "albert/albert-base-v2": {
         "architectures": ["AlbertForMaskedLM"], "model_type": "albert", "num_hidden_groups": 1, "inner_group_num": 1,
+        "embedding_size": 16,
     },
     "jinaai/jina-embeddings-v2-base-en": _case(
         BERT, "JinaBertForMaskedLM", position_embedding_type="alibi", emb_pooler="mean", feed_forward_type="geglu"

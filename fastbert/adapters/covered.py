@@ -6,6 +6,7 @@ outputs, which no checkpoint has, are here. Another family needs another `Mappin
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from collections.abc import Mapping as Names
 from dataclasses import dataclass, replace
@@ -16,6 +17,7 @@ from torch import nn
 from fastbert.checkpoint.config import BertConfig
 from fastbert.checkpoint.families import FAMILIES
 from fastbert.checkpoint.family import AFTER_PADDING, Family
+from fastbert.checks import expect
 from fastbert.models.bert import BertModel
 
 
@@ -38,6 +40,7 @@ class Mapping:
     output: str  # The class that forward returns.
     tanh: str = "pooler.activation"
     attention_p: str = ""  # The attribute of attention with the probability of its dropout, where it has no module.
+    unread: tuple[str, ...] = ()  # In a layer: modules that its forward does not call.
     angles: str = ""  # The path of the module with the frequencies of rotary positions.
 
     @property
@@ -57,6 +60,22 @@ class Mapping:
     def layers(self) -> str:
         """Returns the path of the ModuleList of layers."""
         return self.family.to_theirs("encoder.layer")
+
+    def layer(self, i: int) -> str:
+        """Returns the path of layer i, of those that are stored."""
+        return self.family.to_theirs(f"encoder.layer.{i}")
+
+    def is_list(self, path: str) -> bool:
+        """Says whether a ModuleList of layers, or of groups of them, may stand there."""
+        return self.layer(0).startswith(re.sub(r"\d+", "0", path) + ".")
+
+    def sized(self, config: BertConfig, n_stored: int) -> BertConfig:
+        """Returns the config for as many layers as are stored. Raises ValueError where layers that share are others."""
+        if not self.family.shared_layers:
+            return replace(config, num_hidden_layers=n_stored)
+        n_sets = max(config.layer_order) + 1
+        expect(n_stored == n_sets, self.layers, n_stored, f"{n_sets} groups")
+        return config
 
     @property
     def n_heads(self) -> str:
@@ -82,7 +101,7 @@ class Mapping:
                 continue
             i, _, name = layer_and_name.partition(".")
             if name in self.dropouts:
-                yield path, f"{self.layers}.{i}.{self.dropouts[name]}"
+                yield path, f"{self.layer(int(i))}.{self.dropouts[name]}"
 
     def config(self, config: Any, embeddings: nn.Module) -> BertConfig:
         """Makes our config of a live model's. Raises ValueError for settings that we do not compute.
@@ -166,6 +185,24 @@ COVERED = (
         heads="attention.attn",
         buffers={},
         output="BaseModelOutputWithPooling",
+    ),
+    Mapping(
+        family=FAMILIES["albert"],
+        module="transformers.models.albert.modeling_albert",
+        containers=frozenset(
+            f"Albert{name}" for name in
+            ("Embeddings", "Transformer", "LayerGroup", "Layer", "Attention", "SdpaAttention")
+        ),
+        dropouts={
+            "attention.self.dropout": "attention.attention_dropout",
+            "attention.output.dropout": "attention.output_dropout",
+        },
+        activation="activation",
+        heads="attention",
+        buffers={**_COLUMNS, **_ZEROS},
+        output="BaseModelOutputWithPooling",
+        tanh="pooler_activation",
+        unread=("dropout",),
     ),
     Mapping(
         family=FAMILIES["modernbert"],

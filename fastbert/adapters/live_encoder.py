@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Iterator
-from dataclasses import replace
 from functools import partial
 from itertools import chain, repeat
 from operator import contains
@@ -51,7 +50,7 @@ class LiveEncoder:
         layers: Any = _get(live, mapping.layers)
         embeddings = _get(live, "embeddings")
         try:
-            config = replace(mapping.config(live.config, embeddings), num_hidden_layers=len(layers))
+            config = mapping.sized(mapping.config(live.config, embeddings), len(layers))
         except ValueError as error:
             raise Unsupported(f"the config: {error}") from error
         if mapping.family.pooler and not hasattr(live, "pooler"):
@@ -64,6 +63,7 @@ class LiveEncoder:
         for path, module in containers.items():
             _check_container(path, module, mapping)
             _check_settings(path, module)
+        _check_tanh(live, mapping)
 
         model.eval()  # The live modules are not in it yet.
         own = list(model.modules())
@@ -85,9 +85,9 @@ class LiveEncoder:
                 called.append(CalledModule(theirs, leaf, expected))
             model.get_submodule(parent)._modules[name] = leaf
             own.remove(expected)
-        for i, layer in enumerate(layers):
-            path = f"{mapping.layers}.{i}"
-            looked_at.append(_check_layer(path, layer, mapping, config, getattr(live.config, mapping.hidden_act)))
+        for path in map(mapping.layer, range(len(layers))):
+            name = getattr(live.config, mapping.hidden_act)
+            looked_at.append(_check_layer(path, _get(live, path), mapping, config, name))
         self.model, self._leaves = model, tuple(_get(live, theirs) for _, theirs in leaves)
         self._counted_from = mapping.counted_from(embeddings)
         self._count_from = partial(mapping.counted_from, embeddings)
@@ -103,7 +103,8 @@ class LiveEncoder:
         self._watch = _watch(live, mapping)
         above = mapping.layers.rpartition(".")[0]
         around = _get(live, above) if above else live
-        self.modes = Modes(live, model, own, sites, around, list(layers))
+        in_order = [layers[i] for i in config.layer_order]
+        self.modes = Modes(live, model, own, sites, around, in_order)
         self.modes.follow()
 
     def is_current(self) -> bool:
@@ -180,8 +181,9 @@ def _get(module: nn.Module, path: str) -> Any:
 def _containers(live: nn.Module, mapping: Mapping, leaves: list[str]) -> dict[str, nn.Module]:
     """Returns the modules between the root and the leaves, by path. Raises Unsupported for an unknown child."""
     paths: dict[str, set[str]] = {}  # A path, and its children on the way to a leaf.
-    activations = [f"{mapping.layers}.{i}.{mapping.activation}" for i in range(len(_get(live, mapping.layers)))]
-    for leaf in (*leaves, *activations, *([mapping.angles] if mapping.angles else [])):
+    stored = map(mapping.layer, range(len(_get(live, mapping.layers))))
+    others = [f"{path}.{name}" for path in stored for name in (mapping.activation, *mapping.unread)]
+    for leaf in (*leaves, *others, *([mapping.angles] if mapping.angles else [])):
         names = leaf.split(".")
         for i, name in enumerate(names):
             paths.setdefault(".".join(names[:i]), set()).add(name)
@@ -198,11 +200,16 @@ def _containers(live: nn.Module, mapping: Mapping, leaves: list[str]) -> dict[st
 def _check_container(path: str, module: nn.Module, mapping: Mapping) -> None:
     kind = type(module)
     known = kind.__module__ == mapping.module and kind.__name__ in mapping.containers
-    if not known and not (path == mapping.layers and kind is nn.ModuleList):
+    if not known and not (kind is nn.ModuleList and mapping.is_list(path)):
         raise Unsupported(f"{path} is a {kind.__module__}.{kind.__qualname__}")
-    tanh, _, name = mapping.tanh.rpartition(".")
-    if path == tanh and type(module._modules.get(name)) is not nn.Tanh:
-        raise Unsupported(f"{mapping.tanh} is not Tanh")
+
+
+def _check_tanh(live: nn.Module, mapping: Mapping) -> None:
+    path, _, name = mapping.tanh.rpartition(".")
+    if live._modules.get("pooler") is not None:
+        holder = _get(live, path) if path else live
+        if type(holder._modules.get(name)) is not nn.Tanh:
+            raise Unsupported(f"{mapping.tanh} is not Tanh")
 
 
 def _check_dropout(theirs: str, leaf: nn.Module) -> None:
@@ -221,7 +228,7 @@ def _site(
     if name != "dropout":
         return DropoutSite.of(theirs, dropout, leaf)
     attention = _get(live, f"{mapping.family.to_theirs(layer)}.{mapping.heads}")
-    return DropoutSite(theirs, dropout, *versions.attention_dropout(attention))
+    return DropoutSite(theirs, dropout, *versions.attention_dropout(attention, leaf))
 
 
 def _reads(ours: str, theirs: str, expected: nn.Module, leaf: nn.Module) -> bool:

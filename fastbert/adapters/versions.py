@@ -66,15 +66,17 @@ def is_own_forward(module: Any) -> bool:
     return getattr(forward, "__self__", None) is module and forward.__func__ is kind.forward
 
 
-def attention_dropout(attention: Any) -> tuple[Any, str, Any]:
+def attention_dropout(attention: Any, dropout: Any) -> tuple[Any, str, Any]:
     """Returns which module has the probability of attention's dropout, by what name, and whose mode counts.
+
+    dropout: the module in attention.
 
     From 5.0 on, attention reads the p of its dropout, and drops out in its own training mode. In 4.x the dropout is
     called, but with SDPA, whose classes have a copy of the probability.
     """
     if "dropout_prob" in attention.__dict__:
         return attention, "dropout_prob", attention
-    return attention.dropout, "p", attention.dropout if transformers_version()[0] < 5 else attention
+    return dropout, "p", dropout if transformers_version()[0] < 5 else attention
 
 
 def checkpointing(encoder: Any, layer: Any) -> Callable[..., Any] | None:

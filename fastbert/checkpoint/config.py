@@ -134,6 +134,18 @@ class BertConfig(ConfigAccess):
         return self.hidden_size if width is None else width
 
     @property
+    def layer_order(self) -> tuple[int, ...]:
+        """Returns for each layer whose weights it has: its own, or, in ALBERT, those of its group."""
+        n_layers, n_sets = self.num_hidden_layers, self._n_layer_sets()
+        return tuple(i * n_sets // n_layers for i in range(n_layers))
+
+    def _n_layer_sets(self) -> int:
+        if not self.family.shared_layers:
+            return self.num_hidden_layers
+        n_sets: int = self.extra.get("num_hidden_groups", self.family.defaults["num_hidden_groups"])
+        return n_sets
+
+    @property
     def position_offset(self) -> int:
         """Returns the position of a text's first token."""
         if self.family.positions != AFTER_PADDING:
@@ -173,7 +185,11 @@ class BertConfig(ConfigAccess):
             positions, least = self.max_position_embeddings, f"more than pad_token_id + 1 ({self.position_offset})"
             expect(positions > self.position_offset, "max_position_embeddings", positions, least)
         for name, value in family.required.items():
-            expect(getattr(self, name) == value, name, getattr(self, name), f"{value}: {family.classes} has no other")
+            came = self.extra.get(name, value) if name not in _FIELDS else getattr(self, name)
+            expect(came == value, name, came, f"{value}: {family.classes} has no other")
+        n_sets, n_layers = self._n_layer_sets(), self.num_hidden_layers
+        fits = _is_int(n_sets) and n_sets > 0 and n_layers % n_sets == 0
+        expect(fits, "num_hidden_groups", n_sets, f"a divisor of num_hidden_layers ({n_layers})")
         width = self.embedding_size
         fits = not family.projection or width is None or (_is_int(width) and width > 0)
         expect(fits, "embedding_size", width, "None or a positive whole number")

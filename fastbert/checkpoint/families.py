@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from fastbert.checkpoint.family import AFTER_PADDING, Family, Head
+from fastbert.checkpoint.later_families import LATER
 
 _BERT_HEADS = {
     "PreTraining": Head(pooler=True),
@@ -319,6 +320,7 @@ FAMILIES: dict[str, Family] = {
             text="gated_rotary_bert",
             tokenizer="Bert",
         ),
+        *LATER,
     )
 }
 

@@ -38,6 +38,8 @@ class Head:
     # Whether a dense layer, an activation and a norm lie between the encoder's states and the classes, under `head`.
     transform: bool = False
     dropout_first: bool = False  # Whether the first token is dropped out, too.
+    # Whether the head for pairs of sentences tells their order: it drops out, and has num_labels classes.
+    sentence_order: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,7 +58,9 @@ class Family:
     token_types: bool = True  # Whether there is a table of segments.
     pooler: bool = True  # Whether the bare model has a pooler.
     attention_output_dropout: bool = True  # Whether a layer drops out between attention and its norm.
+    output_dropout: bool = True  # Whether it does so between the feed-forward part and its norm.
     projection: bool = False  # Whether the embeddings have their own width, `embedding_size`, and a linear layer.
+    always_projected: bool = False  # Whether the linear is there where that width is the layers', too.
     # What the hub's own files call things where that is not transformers': it is read, and not written.
     older_names: Names = ()
     older_prefix: str | None = None
@@ -65,6 +69,7 @@ class Family:
     fused: tuple[tuple[str, tuple[str, ...]], ...] = ()
     segments_optional: bool = False  # Whether type_vocab_size may be 0.
     text_bias: bool = True  # Whether the linears of its text have biases, where its config has no setting for that.
+    shared_layers: bool = False  # Whether layers share weights: those of each of `num_hidden_groups` the same.
     text: str = "bert"  # What describes its layers: the file of fastbert.models, and of fastbert.reference.
     required: Mapping[str, Any] = field(default_factory=dict)  # BertConfig fields for which its code has one value.
     tokenizer: str = ""  # The class of the tokenizer in transformers, without "Tokenizer".

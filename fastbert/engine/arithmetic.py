@@ -97,7 +97,7 @@ class _InOneCall:
             return int8, state, n_silent_writes, snapshot.changes()
 
         def pack() -> Any:
-            tables = model.tables(None)[1] if int8 or model.embeddings_project is None else None
+            tables = model.tables(None)[1] if model.embeddings_project is None else None
             return cpu_encoder.pack_encoder(tables, list(model.blocks()), model.config, int8)
 
         return self.encoder.weights((int8, state, n_silent_writes, snapshot.changes()), renewed, pack)
@@ -182,6 +182,6 @@ class Int8Call(_InOneCall):
     def run(self, model: Any, batch: PackedBatch, inputs: PackedInputs, keep_states: bool) -> list[Tensor]:
         quantized.refuse_gradients(model, inputs.inputs_embeds)
         packed: Any = inputs
-        if inputs.input_ids is None:
+        if inputs.input_ids is None or model.embeddings_project is not None:
             packed = model.embed(inputs, batch)
         return self.encoder.run_int8(self.weights(model), batch, packed, model.dtype, keep_states)

@@ -216,9 +216,13 @@ def pack_encoder(
         return None
     if len({None if layer.position_bias is None else layer.position_bias.shape for layer in layers}) > 1:
         return None
+    packs: dict[Any, Any] = {}  # What layers share is packed once.
+    for layer in layers:
+        if (key := tuple(map(id, layer))) not in packs:
+            packs[key] = _in_8_bits(layer) if int8 else _packed(layer)
     return (cpu.Int8Encoder if int8 else cpu.Encoder)(
         embeddings=cpu.EncoderTables(*(None if t is None else t.detach() for t in embeddings)) if embeddings else (),  # type: ignore[arg-type]
-        layers=tuple(_in_8_bits(layer) if int8 else _packed(layer) for layer in layers),
+        layers=tuple(packs[tuple(map(id, layer))] for layer in layers),
         hidden_size=config.hidden_size,
         intermediate_size=config.intermediate_size,
         num_heads=config.num_attention_heads,

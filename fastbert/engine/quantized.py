@@ -34,6 +34,7 @@ from fastbert.ops.tracing import untraced
 OP = "8-bit encoder"
 # What a Decision calls the unquantised path.
 UNQUANTISED = "unquantised"
+PROJECTED = "the embeddings are projected, and there is no 8-bit kernel for that"
 FEATURES = frozenset(("position_bias",))  # what its layers may have beyond BERT's
 
 
@@ -91,11 +92,11 @@ def decide(
     reasons = [obstacle for obstacle in obstacles if obstacle is not None]
     if reasons:
         return Decision(OP, UNQUANTISED, "; ".join(reasons))
-    if arch is not None and policy.backend in ("auto", "triton"):
-        return Decision(OP, "triton")
     decision = dispatch.decide(OP, policy, device, None)
-    if decision.backend == "triton" or policy.backend == "torch":
-        return Decision(OP, decision.backend)
+    backend = "triton" if arch is not None and policy.backend in ("auto", "triton") else decision.backend
+    if backend == "triton" or policy.backend == "torch":
+        projected = model.embeddings_project is not None
+        return Decision(OP, UNQUANTISED, PROJECTED) if projected else Decision(OP, backend)
     if precision == "int8" and decision.backend == "cpu":
         reasons = list(model.engine.int8_call.kernel_obstacles(model, device, dtype))
         return Decision(OP, UNQUANTISED, "; ".join(reasons)) if reasons else Decision(OP, "cpu", decision.reason)
@@ -120,8 +121,6 @@ def choose(model: EncoderModel, transformed: str | None = None) -> str:
 
 def _altered(model: EncoderModel) -> str | None:
     """Names a part of the encoder that its parameters cannot stand for, as an adapter or a hook has; or None."""
-    if model.embeddings_project is not None:
-        return "the embeddings are projected, and there is no 8-bit kernel for that"
     for name in ("embeddings", "encoder"):
         module = getattr(model, name)
         if not is_bare(module, type(module)):
@@ -202,7 +201,8 @@ class EightBit:
         states = [x]
         blocks: list[Block] = list(model.blocks())
         for i, block in enumerate(blocks):
-            of_qkv, of_out, of_up, of_down = (weights.of(precision, *which) for which in _linears(i, block, precision))
+            linears = _linears(_place(model, i), block, precision)
+            of_qkv, of_out, of_up, of_down = (weights.of(precision, *which) for which in linears)
             weight, bias = of_qkv
             qkv = ops.quantized.linear(q, weight, bias, x.dtype, policy=policy)
             context = ops.quantized.varlen_attention(
@@ -234,8 +234,14 @@ class EightBit:
         return [
             self.weights.addresses_of(precision, *which)
             for i, block in enumerate(model.blocks())
-            for which in _linears(i, block, precision)
+            for which in _linears(_place(model, i), block, precision)
         ]
+
+
+def _place(model: EncoderModel, i: int) -> int:
+    """The place of layer i's weights among those that are stored."""
+    order = model.encoder.order
+    return i if order is None else order[i]
 
 
 def _linears(i: int, block: Block, precision: str) -> list[tuple[str, tuple[Linear, ...], bool]]:

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from fastbert import ops
 from fastbert.checkpoint.config import BertConfig
 from fastbert.engine import Block, Linear, Norm, Options
-from fastbert.models import attention_weights, hooks
+from fastbert.models import attention_weights, fused, hooks
 from fastbert.models.embeddings import BertEmbeddings
 from fastbert.models.encoder import EncoderModel
 from fastbert.models.layers import LayerStack
-from fastbert.models.modules import add_and_norm, call_module, dense, first_rows, fuse, is_plain, is_plain_norm
+from fastbert.models.modules import add_and_norm, call_module, dense, first_rows, is_plain, is_plain_norm
 from fastbert.models.outputs import BaseModelOutputWithPooling
 from fastbert.ops import Policy
 from fastbert.ops.derived import Derived
@@ -44,14 +44,11 @@ class BertSelfAttention(nn.Module):
 
     def fused_qkv(self) -> tuple[Tensor, Tensor]:
         """The three projections as one weight (3H, H) and bias (3H,), kept until one of the six parameters changes."""
-        linears = {"query": self.query, "key": self.key, "value": self.value}
-        return fuse(linears, "qkv", None if self.training else self.derived)
+        return fused.weights(self)
 
     def derived_addresses(self) -> tuple[int, ...]:
         """Returns where the fused weight and bias are, up to date; () if they are made on every call or not at all."""
-        if not (is_plain(self.query) and is_plain(self.key) and is_plain(self.value)):
-            return ()
-        return self.derived.addresses("qkv", self.fused_qkv())
+        return fused.addresses(self)
 
     @property
     def dropout_p(self) -> float:
@@ -60,28 +57,20 @@ class BertSelfAttention(nn.Module):
 
     def renew(self, training: bool) -> None:
         """Makes the fused weight anew when it is next used, or, for training, drops it."""
-        ops.forget_packed(self.derived.tensors())  # packed from what is about to be written anew
-        if training:
-            self.derived.clear()
-        else:
-            self.derived.invalidate()
+        fused.renew(self, training)
 
     def train(self, mode: bool = True) -> BertSelfAttention:
         self.renew(mode)
         return super().train(mode)
 
     def _replicate_for_data_parallel(self) -> BertSelfAttention:
-        replica: Any = super()._replicate_for_data_parallel()
-        replica.derived = Derived()  # its parameters are others
+        replica: BertSelfAttention = fused.replica(super()._replicate_for_data_parallel())
         return replica
 
     def forward(self, x: Tensor, batch: Any = None, policy: Policy = ops.AUTO) -> Any:  # (T, H) -> (T, H)
         if x.dim() == 3:  # as transformers' returns it
             return hooks.AttentionOutput(hooks.on_packed(BertSelfAttention.forward, self, x))
-        if is_plain(self.query) and is_plain(self.key) and is_plain(self.value):
-            qkv = ops.linear(x, *self.fused_qkv(), policy=policy, keep=not self.training)  # (T, 3H)
-        else:
-            qkv = torch.cat([call_module(part, x, policy, batch) for part in (self.query, self.key, self.value)], -1)
+        qkv = fused.project(self, x, policy, batch)  # (T, 3H)
         if batch.has_plan(attention_weights.PLAN):
             return attention_weights.attend(qkv, batch, self.num_heads, self.dropout_p)
         dropout = ops.dropout_of(self.dropout_p, batch, self.dropout_site)
@@ -155,7 +144,8 @@ class BertLayer(nn.Module):
         super().__init__()
         self.attention = BertAttention(config, layer)
         self.intermediate = BertIntermediate(config)
-        self.output = BertAddNorm(config.intermediate_size, config, config.hidden_dropout_prob, site_of(layer, OUTPUT))
+        p = config.hidden_dropout_prob if config.family.output_dropout else 0.0
+        self.output = BertAddNorm(config.intermediate_size, config, p, site_of(layer, OUTPUT))
 
     def forward(self, x: Tensor, batch: Any = None, policy: Policy = ops.AUTO) -> Tensor:  # (T, H) -> (T, H)
         if x.dim() == 3:
@@ -184,7 +174,9 @@ class BertLayer(nn.Module):
 
 class BertEncoder(LayerStack):
     def __init__(self, config: BertConfig) -> None:
-        super().__init__(BertLayer(config, i) for i in range(config.num_hidden_layers))
+        order = config.layer_order if config.family.shared_layers else None
+        n_sets = config.num_hidden_layers if order is None else max(order) + 1
+        super().__init__((BertLayer(config, i) for i in range(n_sets)), order)
 
     def forward(self, x: Tensor, batch: Any = None, policy: Policy = ops.AUTO, keep_states: bool = True) -> Any:
         """(T, H) -> the hidden states before the first layer and after each, L + 1 times (T, H), or the last alone.
@@ -233,7 +225,8 @@ class BertModel(EncoderModel):
         super().__init__(config, options, **settings)
         self.embeddings = BertEmbeddings(config)
         width, hidden_size = config.embedding_width, config.hidden_size
-        self.embeddings_project = nn.Linear(width, hidden_size) if width != hidden_size else None
+        is_projected = width != hidden_size or config.family.always_projected
+        self.embeddings_project = nn.Linear(width, hidden_size) if is_projected else None
         self.encoder = BertEncoder(config)
         has_pooler = add_pooling_layer and config.family.pooler
         self.pooler: BertPooler | None = BertPooler(config) if has_pooler else None
@@ -241,6 +234,5 @@ class BertModel(EncoderModel):
 
     def blocks(self) -> Iterator[Block]:
         """Each layer as data; its modules must be plain."""
-        layers: Any = self.encoder.layer
-        for layer in layers:
+        for layer in self.encoder.in_order:
             yield layer.block()

@@ -81,16 +81,26 @@ class BertOnlyNSPHead(nn.Module):
 
 
 class BertPreTrainingHeads(nn.Module):
-    def __init__(self, config: BertConfig) -> None:
+    """Predictions of tokens, and classes of a pair of sentences: whether they follow, or, in ALBERT, their order.
+
+    dropout: of the pooled vector, in a head for the order. n_classes: of pairs.
+    """
+
+    def __init__(self, config: BertConfig, dropout: nn.Module | None = None, n_classes: int = 2) -> None:
         super().__init__()
         self.predictions = BertLMPredictionHead(config)
-        self.seq_relationship = nn.Linear(config.hidden_size, 2)
+        self.dropout = dropout
+        self.seq_relationship = nn.Linear(config.hidden_size, n_classes)
+
+    def of_pairs(self, pooled: Tensor, policy: Policy) -> Tensor:
+        """(B, H) -> (B, n_classes)"""
+        return dense(self.seq_relationship, pooled if self.dropout is None else self.dropout(pooled), policy)
 
     def forward(self, x: Tensor, pooled: Tensor, policy: Policy = ops.AUTO, batch: Any = None) -> tuple[Tensor, Tensor]:
-        """(T, H) and (B, H) -> (T, V) and (B, 2)"""
+        """(T, H) and (B, H) -> (T, V) and (B, n_classes)"""
         if x.dim() == 3:
-            return hooks.on_packed(BertOnlyMLMHead.forward, self, x), dense(self.seq_relationship, pooled, policy)
-        return hooks.call(self.predictions, batch, policy, x), dense(self.seq_relationship, pooled, policy)
+            return hooks.on_packed(BertOnlyMLMHead.forward, self, x), self.of_pairs(pooled, policy)
+        return hooks.call(self.predictions, batch, policy, x), self.of_pairs(pooled, policy)
 
 
 def is_plain_head(head: Any) -> bool:

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from fastbert import ops
 from fastbert.engine.listeners import is_bare, is_plain, is_plain_norm
 from fastbert.models import hooks
 from fastbert.ops import Policy, dispatch, packing, recording
-from fastbert.ops.derived import Derived
 from fastbert.ops.packing import PackedBatch
 
-__all__ = ["add_and_norm", "call_dropout", "call_module", "dense", "first_rows", "fuse", "is_plain", "is_plain_norm",
+__all__ = ["add_and_norm", "call_dropout", "call_module", "dense", "first_rows", "is_plain", "is_plain_norm",
            "mean_rows"]  # fmt: skip
 
 
@@ -69,25 +67,3 @@ def mean_rows(x: Tensor, batch: PackedBatch, policy: Policy) -> Tensor:
         return ops.pool(x, batch.cu_seqlens, "mean", policy=policy)
     counts = batch.valid.long().sum(1, keepdim=True).clamp(min=1)
     return packing.pad(x, batch).sum(1) / counts
-
-
-def fuse(linears: dict[str, nn.Linear], key: str, derived: Derived | None) -> tuple[Tensor, Tensor]:
-    """Several linears as one: their weights one above the other, and their biases, zeros where one has none.
-
-    derived: keeps them under the key until a parameter changes; None makes them anew, as in training mode.
-    """
-    weights: list[Tensor] = [linear.weight for linear in linears.values()]
-    biases: list[Tensor | None] = [linear.bias for linear in linears.values()]
-    parameters = weights + [bias for bias in biases if bias is not None]
-    if any(p.dtype != parameters[0].dtype for p in parameters):
-        raise RuntimeError(f"{', '.join(linears)}: expected one dtype, got {[p.dtype for p in parameters]}")
-    present = tuple(bias is not None for bias in biases)
-
-    def make() -> tuple[Tensor, Tensor]:
-        filled = [w.new_zeros(w.shape[0]) if b is None else b for w, b in zip(weights, biases, strict=True)]
-        return torch.cat(weights), torch.cat(filled)
-
-    if derived is None:
-        return make()
-    fused: Any = derived.get(key, parameters, make, present)
-    return fused

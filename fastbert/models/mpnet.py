@@ -18,12 +18,12 @@ from fastbert import ops
 from fastbert.checkpoint.config import BertConfig
 from fastbert.engine import Block, Linear, Norm, Options
 from fastbert.engine.listeners import is_bare, listened
-from fastbert.models import attention_weights, hooks
+from fastbert.models import attention_weights, fused, hooks
 from fastbert.models.bert import BertAddNorm, BertIntermediate, BertPooler
 from fastbert.models.embeddings import BertEmbeddings
 from fastbert.models.encoder import EncoderModel
 from fastbert.models.layers import LayerStack
-from fastbert.models.modules import add_and_norm, call_module, dense, fuse, is_plain, is_plain_norm
+from fastbert.models.modules import add_and_norm, call_module, dense, is_plain, is_plain_norm
 from fastbert.models.outputs import BaseModelOutputWithPooling
 from fastbert.ops import Policy, tracing
 from fastbert.ops.derived import Derived
@@ -49,13 +49,11 @@ class MPNetSelfAttention(nn.Module):
 
     def fused_qkv(self) -> tuple[Tensor, Tensor]:
         """The three projections as one weight (3H, H) and bias (3H,), kept until one of the six parameters changes."""
-        return fuse({"q": self.q, "k": self.k, "v": self.v}, "qkv", None if self.training else self.derived)
+        return fused.weights(self)
 
     def derived_addresses(self) -> tuple[int, ...]:
         """Returns where the fused weight and bias are, up to date; () if they are made on every call or not at all."""
-        if not (is_plain(self.q) and is_plain(self.k) and is_plain(self.v)):
-            return ()
-        return self.derived.addresses("qkv", self.fused_qkv())
+        return fused.addresses(self)
 
     @property
     def dropout_p(self) -> float:
@@ -64,27 +62,19 @@ class MPNetSelfAttention(nn.Module):
 
     def renew(self, training: bool) -> None:
         """Makes the fused weight anew when it is next used, or, for training, drops it."""
-        ops.forget_packed(self.derived.tensors())
-        if training:
-            self.derived.clear()
-        else:
-            self.derived.invalidate()
+        fused.renew(self, training)
 
     def train(self, mode: bool = True) -> MPNetSelfAttention:
         self.renew(mode)
         return super().train(mode)
 
     def _replicate_for_data_parallel(self) -> MPNetSelfAttention:
-        replica: Any = super()._replicate_for_data_parallel()
-        replica.derived = Derived()  # its parameters are others
+        replica: MPNetSelfAttention = fused.replica(super()._replicate_for_data_parallel())
         return replica
 
     def attend(self, x: Tensor, batch: Any, policy: Policy, position_bias: Tensor | None) -> Tensor:
         """(T, H) -> (T, H), before the last linear. position_bias: (N, 2R + 1)."""
-        if is_plain(self.q) and is_plain(self.k) and is_plain(self.v):
-            qkv = ops.linear(x, *self.fused_qkv(), policy=policy, keep=not self.training)  # (T, 3H)
-        else:
-            qkv = torch.cat([call_module(part, x, policy, batch) for part in (self.q, self.k, self.v)], -1)
+        qkv = fused.project(self, x, policy, batch)  # (T, 3H)
         if batch.has_plan(attention_weights.PLAN):
             return attention_weights.attend(qkv, batch, self.num_heads, self.dropout_p, position_bias)
         dropout = ops.dropout_of(self.dropout_p, batch, self.dropout_site)
@@ -238,18 +228,14 @@ class MPNetEncoder(LayerStack):
 
     def renew(self, training: bool) -> None:
         """Makes the bias anew when it is next used, or, for training, drops it."""
-        if training:
-            self.derived.clear()
-        else:
-            self.derived.invalidate()
+        fused.renew(self, training)
 
     def train(self, mode: bool = True) -> MPNetEncoder:
         self.renew(mode)
         return super().train(mode)
 
     def _replicate_for_data_parallel(self) -> MPNetEncoder:
-        replica: Any = super()._replicate_for_data_parallel()
-        replica.derived = Derived()
+        replica: MPNetEncoder = fused.replica(super()._replicate_for_data_parallel())
         return replica
 
     def forward(self, x: Tensor, batch: Any = None, policy: Policy = ops.AUTO, keep_states: bool = True) -> Any:

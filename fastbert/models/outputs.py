@@ -201,6 +201,23 @@ class BaseModelOutputWithPooling(ModelOutput):
 
 
 @dataclass
+class AlbertForPreTrainingOutput(ModelOutput):
+    """Output of `BertForPreTraining` with a config of ALBERT.
+
+    loss: (), masked-language-model loss + loss of the order; None without both labels.
+    prediction_logits: (B, S, V).
+    sop_logits: (B, num_labels), logit 0 = the sentences are in their order, logit 1 = they are exchanged.
+    hidden_states, attentions: as in `BertForPreTrainingOutput`.
+    """
+
+    loss: Tensor | None = None
+    prediction_logits: Tensor | None = None
+    sop_logits: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+
+
+@dataclass
 class BertForPreTrainingOutput(ModelOutput):
     """Output of `BertForPreTraining`.
 

@@ -21,28 +21,43 @@ from fastbert.models.encoded import Encoded
 from fastbert.models.heads import BertOnlyMLMHead, BertOnlyNSPHead, BertPreTrainingHeads, FirstTokenHead
 from fastbert.models.inputs import Inputs, takes_inputs
 from fastbert.models.losses import class_loss, sequence_loss, span_loss, token_loss
-from fastbert.models.modules import dense
 from fastbert.models.with_head import ModelWithDecoder, ModelWithHead
 from fastbert.ops import packing
 
 
 class BertForPreTraining(ModelWithDecoder):
-    """Masked-token and next-sentence prediction together."""
+    """Masked-token and next-sentence prediction together; in ALBERT the sentences' order in the place of the latter."""
 
     task = "PreTraining"
 
     def add_head(self, config: BertConfig) -> None:
-        self.cls = BertPreTrainingHeads(config)
+        if self._head.sentence_order:
+            self.cls = BertPreTrainingHeads(config, self._dropout(config), config.num_labels)
+        else:
+            self.cls = BertPreTrainingHeads(config)
 
     @takes_inputs
     def forward(
-        self, inputs: Inputs, labels: Tensor | None = None, next_sentence_label: Tensor | None = None
-    ) -> outputs.BertForPreTrainingOutput | tuple[Tensor, ...]:
+        self,
+        inputs: Inputs,
+        labels: Tensor | None = None,
+        next_sentence_label: Tensor | None = None,
+        sentence_order_label: Tensor | None = None,
+    ) -> outputs.BertForPreTrainingOutput | outputs.AlbertForPreTrainingOutput | tuple[Tensor, ...]:
         """labels: (B, S) token ids, -100 where not asked; next_sentence_label: (B,), 0 = is next, 1 = random.
 
         Returns prediction_logits (B, S, V) and seq_relationship_logits (B, 2); the loss is the sum of both, where both
         labels are given. In training mode with labels, prediction_logits are computed when somebody asks for them.
+        ALBERT takes sentence_order_label, (B,), 0 = in order, 1 = exchanged, and returns sop_logits (B, num_labels).
+        Raises ValueError for the other one's label.
         """
+        in_order = self._head.sentence_order
+        pair_label, other = next_sentence_label, sentence_order_label
+        pair_name, other_name = "next_sentence_label", "sentence_order_label"
+        if in_order:
+            pair_label, other, pair_name, other_name = other, pair_label, other_name, pair_name
+        if other is not None:
+            raise ValueError(f"{other_name}: {self.config.model_type!r} has {pair_name} in its place")
         encoded = self._encode(inputs)
         pooled = self.bert.pool(encoded)
         head = functools.partial(
@@ -52,16 +67,14 @@ class BertForPreTraining(ModelWithDecoder):
         token: Tensor | None
         if labels is not None and self._sees_labelled_alone(encoded, labels):
             token, logits = self._labelled_loss(encoded, labels), self._later(encoded, lambda: head()[0])
-            is_next = dense(self.cls.seq_relationship, pooled, self.policy)
+            of_pairs = self.cls.of_pairs(pooled, self.policy)
         else:
-            packed, is_next = head()
+            packed, of_pairs = head()
             token, logits = token_loss(packed, labels, encoded.batch), packing.pad(packed, encoded.batch)
-        sentence = class_loss(is_next, next_sentence_label, "next_sentence_label")
+        sentence = class_loss(of_pairs, pair_label, pair_name)
         loss = None if token is None or sentence is None else token + sentence
-        output = outputs.BertForPreTrainingOutput(
-            loss=loss, prediction_logits=logits, seq_relationship_logits=is_next, **encoded.padded()
-        )
-        return self._output(output, inputs)
+        kind = outputs.AlbertForPreTrainingOutput if in_order else outputs.BertForPreTrainingOutput
+        return self._output(kind(loss, logits, of_pairs, **encoded.padded()), inputs)
 
 
 class BertForMaskedLM(ModelWithDecoder):

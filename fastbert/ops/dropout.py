@@ -40,7 +40,7 @@ def of_batch(p: float, batch: PackedBatch | None, site: int) -> Drop:
         return None
     if batch is None or batch.valid is not None or torch.compiler.is_compiling() or tracing.transformed() is not None:
         return p
-    return Dropout(threshold, seed_of(batch), site)
+    return Dropout(threshold, seed_of(batch), site + masks.SITES_A_LAYER * batch.n_layers_before)
 
 
 def probability_of(dropout: Drop) -> float:

@@ -22,7 +22,8 @@ class PackedBatch:
     last_position: the largest of position_ids, -1 without tokens; None where that is not known on the host. counted:
     whether position_ids count from 0 in each sequence; else host_columns are the same on the host, if it knows them;
     host_indices are the indices there. columns: (T,) int32, the column of each token, where a mask has holes; None
-    where the tokens of each sequence are neighbours, or nobody has asked (`packing.find_holes`).
+    where the tokens of each sequence are neighbours, or nobody has asked (`packing.find_holes`). n_layers_before: how
+    many places a layer that runs several times stands behind its first one, for its masks of dropout.
 
     What the device holds of a batch whose lengths the host knows is made when somebody first asks for it (`later`): a
     CUDA graph has its own.
@@ -42,6 +43,7 @@ class PackedBatch:
     host_columns: np.ndarray | None = field(default=None, repr=False)
     host_indices: np.ndarray | None = field(default=None, repr=False)
     columns: torch.Tensor | None = None
+    n_layers_before: int = 0
     n_tokens: int = field(init=False)  # T
     device: torch.device = field(init=False)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -41,6 +41,75 @@ class BertReference:
     attentions: tuple[Tensor, ...]  # L of (B, N, S, S), or () when not asked for
 
 
+@dataclass(frozen=True)
+class Parameters:
+    """The parameters of an encoder behind a prefix, each cast as it is used, and what encoders compute with them.
+
+    row: (B, S), the place of each token among all tokens, on which masks of dropout depend.
+    """
+
+    params: Mapping[str, Tensor]
+    config: BertConfig
+    prefix: str
+    dtype: torch.dtype
+    dropout_seed: int | None
+    row: Tensor
+
+    def __call__(self, name: str) -> Tensor:
+        return self.params[self.prefix + name].to(self.dtype)
+
+    def dense(self, name: str, x: Tensor, activation: str | None = None) -> Tensor:
+        return linear(x, self(f"{name}.weight"), self(f"{name}.bias"), activation)
+
+    def dropout(self, p: float, site: int) -> Dropout | None:
+        return None if self.dropout_seed is None else Dropout(p, self.dropout_seed, site)
+
+    def drop(self, x: Tensor, site: int) -> Tensor:
+        """Drops out of rows, as the config and the family say for the site."""
+        family, kind = family_of(self.config.model_type), site % 4
+        without = site != EMBEDDINGS and (
+            (kind == ATTENTION_OUTPUT and not family.attention_output_dropout)
+            or (kind == OUTPUT and not family.output_dropout)
+        )
+        return drop_rows(x, self.dropout(0.0 if without else self.config.hidden_dropout_prob, site), self.row)
+
+    def norm(self, name: str, x: Tensor) -> Tensor:
+        return layer_norm(x, self(f"{name}.weight"), self(f"{name}.bias"), self.config.layer_norm_eps)
+
+    def add_norm(self, name: str, x: Tensor, residual: Tensor, site: int) -> Tensor:
+        """LayerNorm(dropout(x) + residual)."""
+        return self.norm(f"{name}.LayerNorm", self.drop(x, site) + residual)
+
+    def heads(self, name: str, x: Tensor) -> Tensor:
+        """A linear whose output is cut into heads, (B, N, S, D)."""
+        return self.dense(name, x).unflatten(-1, (self.config.num_attention_heads, -1)).transpose(1, 2)
+
+    def pooled(self, x: Tensor, valid: Tensor) -> Tensor | None:
+        """The pooled first valid token of each row, or of a zero vector, (B, H); None without a pooler."""
+        if f"{self.prefix}pooler.dense.weight" not in self.params:
+            return None
+        is_first = valid & (valid.cumsum(dim=1) == 1)
+        return torch.tanh(self.dense("pooler.dense", x.masked_fill(~is_first[:, :, None], 0).sum(dim=1)))
+
+
+def rows_of(valid: Tensor) -> Tensor:
+    """The place of each token among all tokens, (B, S); any number at padding."""
+    return (valid.flatten().cumsum(0) - 1).clamp(min=0).view(valid.shape)
+
+
+def attend(p: Parameters, q: Tensor, k: Tensor, v: Tensor, valid: Tensor, layer: int, bias: Any = 0.0) -> Any:
+    """Attention with dropout: the context (B, S, H), and the probabilities (B, N, S, S). bias: is added to scores."""
+    both_valid = valid[:, None, :, None] & valid[:, None, None, :]  # (B, 1, S, S): query, key
+    scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5 + bias
+    # The lowest finite number, not -inf: a query at padding has no valid key, and its softmax stays finite so.
+    scores = scores.masked_fill(~both_valid, torch.finfo(p.dtype).min)
+    probabilities = torch.softmax(scores, dim=-1).masked_fill(~both_valid, 0)
+    place = (valid.cumsum(1) - 1).clamp(min=0)  # within the sequence
+    dropped = p.dropout(p.config.attention_probs_dropout_prob, 4 * layer + PROBABILITIES)
+    probabilities = drop_probabilities(probabilities, dropped, p.row, place)
+    return (probabilities @ v).transpose(1, 2).flatten(2), probabilities
+
+
 def bert(
     params: Mapping[str, Tensor],
     config: BertConfig,
@@ -62,7 +131,8 @@ def bert(
     inputs are too. Inputs: `input_ids` (B, S) or `inputs_embeds` (B, S, H), one of them; `attention_mask` (B, S),
     nonzero = valid, default all valid; `token_type_ids` and `position_ids` (B, S) or broadcasting to it, default 0 and
     `default_positions`. Where the params have an `embeddings_project`, the embeddings go through it (Clark et al.,
-    "ELECTRA", arXiv:2003.10555).
+    "ELECTRA", arXiv:2003.10555). Layers share weights as the config's num_hidden_groups says (Lan et al., "ALBERT",
+    arXiv:1909.11942).
 
     Whatever stands at a padding position changes nothing but RoBERTa's default positions after it: no output depends
     on it, and the row there is zero in every hidden state, as are the rows and columns of the attentions. The pooler
@@ -76,25 +146,10 @@ def bert(
     unknown hidden_act; KeyError naming a missing parameter.
     """
 
-    def p(name: str) -> Tensor:
-        return params[prefix + name].to(dtype)
-
-    def dense(name: str, x: Tensor, activation: str | None = None) -> Tensor:
-        return linear(x, p(f"{name}.weight"), p(f"{name}.bias"), activation)
-
-    def drop(p: float, site: int) -> Dropout | None:
-        return None if dropout_seed is None else Dropout(p, dropout_seed, site)
-
-    def add_norm(name: str, x: Tensor, residual: Tensor, site: int) -> Tensor:
-        norm, x = f"{name}.LayerNorm", drop_rows(x, drop(config.hidden_dropout_prob, site), row)
-        return layer_norm(x + residual, p(f"{norm}.weight"), p(f"{norm}.bias"), config.layer_norm_eps)
-
     activation = activation_of(config)
     valid = valid_tokens(input_ids, inputs_embeds, attention_mask)  # (B, S)
     padding = ~valid[:, :, None]  # (B, S, 1)
-    both_valid = valid[:, None, :, None] & valid[:, None, None, :]  # (B, 1, S, S): query, key
-    row = (valid.flatten().cumsum(0) - 1).clamp(min=0).view(valid.shape)  # among all tokens, for masks of dropout
-    place = (valid.cumsum(1) - 1).clamp(min=0)  # within the sequence
+    p = Parameters(params, config, prefix, dtype, dropout_seed, rows_of(valid))
 
     if position_ids is None:
         position_ids = default_positions(config, input_ids, valid.shape, valid.device)
@@ -112,40 +167,26 @@ def bert(
         config.layer_norm_eps,
         None if inputs_embeds is None else inputs_embeds.to(dtype).masked_fill(padding, 0),
     )
-    x = drop_rows(x, drop(config.hidden_dropout_prob, EMBEDDINGS), row)
+    x = p.drop(x, EMBEDDINGS)
     if f"{prefix}embeddings_project.weight" in params:
-        x = dense("embeddings_project", x)
+        x = p.dense("embeddings_project", x)
     x = x.masked_fill(padding, 0)
 
     hidden_states, attentions = [x], []
+    n_sets = config.extra.get("num_hidden_groups", config.num_hidden_layers)  # of weights, which layers share
     for i in range(config.num_hidden_layers):
-        layer = f"encoder.layer.{i}"
-        q, k, v = (
-            dense(f"{layer}.attention.self.{name}", x).unflatten(-1, (config.num_attention_heads, -1)).transpose(1, 2)
-            for name in ("query", "key", "value")
-        )  # (B, N, S, D)
-        scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
-        # The lowest finite number, not -inf: a query at padding has no valid key, and its softmax stays finite so.
-        scores = scores.masked_fill(~both_valid, torch.finfo(dtype).min)
-        probabilities = torch.softmax(scores, dim=-1).masked_fill(~both_valid, 0)
-        dropped = drop(config.attention_probs_dropout_prob, 4 * i + PROBABILITIES)
-        probabilities = drop_probabilities(probabilities, dropped, row, place)
-        context = (probabilities @ v).transpose(1, 2).flatten(2)  # (B, S, H)
-        out = dense(f"{layer}.attention.output.dense", context)
-        x = add_norm(f"{layer}.attention.output", out, x, 4 * i + ATTENTION_OUTPUT)
-        inner = dense(f"{layer}.intermediate.dense", x, activation)  # (B, S, I)
-        out = dense(f"{layer}.output.dense", inner)
-        x = add_norm(f"{layer}.output", out, x, 4 * i + OUTPUT).masked_fill(padding, 0)
+        layer = f"encoder.layer.{i * n_sets // config.num_hidden_layers}"
+        q, k, v = (p.heads(f"{layer}.attention.self.{name}", x) for name in ("query", "key", "value"))
+        context, probabilities = attend(p, q, k, v, valid, i)
+        out = p.dense(f"{layer}.attention.output.dense", context)
+        x = p.add_norm(f"{layer}.attention.output", out, x, 4 * i + ATTENTION_OUTPUT)
+        inner = p.dense(f"{layer}.intermediate.dense", x, activation)  # (B, S, I)
+        out = p.dense(f"{layer}.output.dense", inner)
+        x = p.add_norm(f"{layer}.output", out, x, 4 * i + OUTPUT).masked_fill(padding, 0)
         hidden_states.append(x)
         if output_attentions:
             attentions.append(probabilities)
-
-    pooled = None
-    if f"{prefix}pooler.dense.weight" in params:
-        is_first = valid & (valid.cumsum(dim=1) == 1)
-        first = x.masked_fill(~is_first[:, :, None], 0).sum(dim=1)  # (B, H)
-        pooled = torch.tanh(dense("pooler.dense", first))
-    return BertReference(x, pooled, tuple(hidden_states), tuple(attentions))
+    return BertReference(x, p.pooled(x, valid), tuple(hidden_states), tuple(attentions))
 
 
 def default_positions(config: BertConfig, input_ids: Tensor | None, shape: torch.Size, device: torch.device) -> Tensor:

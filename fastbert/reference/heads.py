@@ -55,7 +55,7 @@ def head(
     """The logits of an encoder of any family with one of its seven heads, under the field names of our outputs.
 
     task                      result
-    "pre_training"            prediction_logits (B, S, V), seq_relationship_logits (B, 2)
+    "pre_training"            prediction_logits (B, S, V), seq_relationship_logits (B, 2); ALBERT's: sop_logits
     "masked_lm"               logits (B, S, V)
     "next_sentence"           logits (B, 2): 0 = is next, 1 = random
     "sequence_classification" logits (B, labels)
@@ -115,7 +115,8 @@ def head(
 
     if task == "pre_training":
         next_sentence = dense("cls.seq_relationship", pooled())
-        return {"prediction_logits": vocabulary(tokens), "seq_relationship_logits": next_sentence}
+        name = "sop_logits" if family_head.sentence_order else "seq_relationship_logits"
+        return {"prediction_logits": vocabulary(tokens), name: next_sentence}
     if task == "masked_lm":
         return {"logits": vocabulary(tokens)}
     if task == "next_sentence":

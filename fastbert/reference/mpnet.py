@@ -15,17 +15,17 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from fastbert.reference.bert import BertReference, activation_of, default_positions, valid_tokens
-from fastbert.reference.dropout import (
-    ATTENTION_OUTPUT,
-    EMBEDDINGS,
-    OUTPUT,
-    PROBABILITIES,
-    Dropout,
-    drop_probabilities,
-    drop_rows,
+from fastbert.reference.bert import (
+    BertReference,
+    Parameters,
+    activation_of,
+    attend,
+    default_positions,
+    rows_of,
+    valid_tokens,
 )
-from fastbert.reference.ops import embedding_layer_norm, layer_norm, linear
+from fastbert.reference.dropout import ATTENTION_OUTPUT, EMBEDDINGS, OUTPUT
+from fastbert.reference.ops import embedding_layer_norm
 
 if TYPE_CHECKING:
     from fastbert.checkpoint.config import BertConfig
@@ -67,25 +67,10 @@ def mpnet(
     padded row, whatever the mask and position_ids say.
     """
 
-    def p(name: str) -> Tensor:
-        return params[prefix + name].to(dtype)
-
-    def dense(name: str, x: Tensor, activation: str | None = None) -> Tensor:
-        return linear(x, p(f"{name}.weight"), p(f"{name}.bias"), activation)
-
-    def drop(p: float, site: int) -> Dropout | None:
-        return None if dropout_seed is None else Dropout(p, dropout_seed, site)
-
-    def add_norm(name: str, x: Tensor, residual: Tensor, site: int) -> Tensor:
-        norm, x = f"{name}.LayerNorm", drop_rows(x, drop(config.hidden_dropout_prob, site), row)
-        return layer_norm(x + residual, p(f"{norm}.weight"), p(f"{norm}.bias"), config.layer_norm_eps)
-
     activation = activation_of(config)
     valid = valid_tokens(input_ids, inputs_embeds, attention_mask)  # (B, S)
     padding = ~valid[:, :, None]  # (B, S, 1)
-    both_valid = valid[:, None, :, None] & valid[:, None, None, :]  # (B, 1, S, S): query, key
-    row = (valid.flatten().cumsum(0) - 1).clamp(min=0).view(valid.shape)  # among all tokens, for masks of dropout
-    place = (valid.cumsum(1) - 1).clamp(min=0)  # within the sequence
+    p = Parameters(params, config, prefix, dtype, dropout_seed, rows_of(valid))
     length = valid.shape[1]
 
     if position_ids is None:
@@ -102,7 +87,7 @@ def mpnet(
         config.layer_norm_eps,
         None if inputs_embeds is None else inputs_embeds.to(dtype).masked_fill(padding, 0),
     )
-    x = drop_rows(x, drop(config.hidden_dropout_prob, EMBEDDINGS), row).masked_fill(padding, 0)
+    x = p.drop(x, EMBEDDINGS).masked_fill(padding, 0)
 
     # bias[n, i, j] for query i and key j
     buckets = [[relative_position_bucket(j - i) for j in range(length)] for i in range(length)]
@@ -112,28 +97,14 @@ def mpnet(
     hidden_states, attentions = [x], []
     for i in range(config.num_hidden_layers):
         layer = f"encoder.layer.{i}"
-        q, k, v = (
-            dense(f"{layer}.attention.attn.{name}", x).unflatten(-1, (config.num_attention_heads, -1)).transpose(1, 2)
-            for name in ("q", "k", "v")
-        )  # (B, N, S, D)
-        scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5 + bias
-        # The lowest finite number, not -inf: a query at padding has no valid key, and its softmax stays finite so.
-        scores = scores.masked_fill(~both_valid, torch.finfo(dtype).min)
-        probabilities = torch.softmax(scores, dim=-1).masked_fill(~both_valid, 0)
-        dropped = drop(config.attention_probs_dropout_prob, 4 * i + PROBABILITIES)
-        probabilities = drop_probabilities(probabilities, dropped, row, place)
-        context = (probabilities @ v).transpose(1, 2).flatten(2)  # (B, S, H)
-        x = add_norm(f"{layer}.attention", dense(f"{layer}.attention.attn.o", context), x, 4 * i + ATTENTION_OUTPUT)
-        inner = dense(f"{layer}.intermediate.dense", x, activation)  # (B, S, I)
-        x = add_norm(f"{layer}.output", dense(f"{layer}.output.dense", inner), x, 4 * i + OUTPUT)
+        q, k, v = (p.heads(f"{layer}.attention.attn.{name}", x) for name in ("q", "k", "v"))
+        context, probabilities = attend(p, q, k, v, valid, i, bias)
+        x = p.add_norm(f"{layer}.attention", p.dense(f"{layer}.attention.attn.o", context), x, 4 * i + ATTENTION_OUTPUT)
+        inner = p.dense(f"{layer}.intermediate.dense", x, activation)  # (B, S, I)
+        x = p.add_norm(f"{layer}.output", p.dense(f"{layer}.output.dense", inner), x, 4 * i + OUTPUT)
         x = x.masked_fill(padding, 0)
         hidden_states.append(x)
         if output_attentions:
             attentions.append(probabilities)
 
-    pooled = None
-    if f"{prefix}pooler.dense.weight" in params:
-        is_first = valid & (valid.cumsum(dim=1) == 1)
-        first = x.masked_fill(~is_first[:, :, None], 0).sum(dim=1)  # (B, H)
-        pooled = torch.tanh(dense("pooler.dense", first))
-    return BertReference(x, pooled, tuple(hidden_states), tuple(attentions))
+    return BertReference(x, p.pooled(x, valid), tuple(hidden_states), tuple(attentions))

@@ -49,7 +49,8 @@ def test_covered_classes_are_there() -> None:
         module = importlib.import_module(mapping.module)
         assert find(getattr(module, mapping.model)) is mapping
         missing = {name for name in mapping.containers if not hasattr(module, name)}
-        in_4 = {"MultiHeadSelfAttention", "DistilBertSdpaAttention", f"{mapping.family.classes}SdpaSelfAttention"}
+        in_4 = {"MultiHeadSelfAttention", "DistilBertSdpaAttention", "AlbertSdpaAttention"}
+        in_4 |= {f"{mapping.family.classes}SdpaSelfAttention"}
         assert missing <= (in_4 if MAJOR >= 5 else {"DistilBertSelfAttention"}), missing
         assert hasattr(importlib.import_module("transformers.modeling_outputs"), mapping.output)
 
@@ -221,16 +222,20 @@ def test_registries_of_attention() -> None:
 def test_where_the_probability_of_attention_is(major: int) -> None:
     """Catches dropout of attention with another probability than the original's, or in another module's mode."""
     plain = SimpleNamespace(dropout=SimpleNamespace(p=0.3))
-    assert versions.attention_dropout(plain) == (plain.dropout, "p", plain.dropout if major == 4 else plain)
+    assert versions.attention_dropout(plain, plain.dropout) == (
+        plain.dropout,
+        "p",
+        plain.dropout if major == 4 else plain,
+    )
     of_sdpa = SimpleNamespace(dropout=SimpleNamespace(p=0.3), dropout_prob=0.2)
-    assert versions.attention_dropout(of_sdpa) == (of_sdpa, "dropout_prob", of_sdpa)
+    assert versions.attention_dropout(of_sdpa, of_sdpa.dropout) == (of_sdpa, "dropout_prob", of_sdpa)
 
 
 def test_where_the_original_drops_out_in_attention() -> None:
     """Catches an entry that names another mode, or another probability, than the installed version reads."""
     model = transformers.BertModel(theirs().config).eval()
     attention = model.encoder.layer[0].attention.self
-    holder, name, moded = versions.attention_dropout(attention)
+    holder, name, moded = versions.attention_dropout(attention, attention.dropout)
     setattr(holder, name, 0.5)
     outputs = []
     for mode in (False, True):

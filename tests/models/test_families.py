@@ -31,7 +31,7 @@ from fastbert.engine import capture
 from fastbert_kernels import cpu
 from graph_cases import StandIn
 from helpers import assert_as_accurate, cu_seqlens_of
-from model_cases import BATCH, LENGTH, MASKS, POSITIONS, VOCAB, assert_close, first_tokens, in_dtype, randn, valid_of
+from model_cases import BATCH, LENGTH, MASKS, POSITIONS, VOCAB, assert_close, in_dtype, pooled, randn, valid_of
 
 # Tables
 
@@ -93,7 +93,7 @@ def test_sparse_config(model_type: str) -> None:
     for name, value in defaults.to_dict().items():
         if name in written and name not in ("id2label", "label2id"):
             assert written[name] == value, name
-    assert config.max_length == config.max_position_embeddings - (2 if FAMILIES[model_type].special_tokens else 0)
+    assert config.max_length == config.max_position_embeddings - config.position_offset
 
 
 @pytest.mark.parametrize("model_type", OTHERS)
@@ -103,7 +103,7 @@ def test_config_round_trip(model_type: str, tmp_path: Path) -> None:
     before.save_pretrained(tmp_path)
     config = fastbert.BertConfig.from_pretrained(tmp_path)
     assert config.model_type == model_type and config.hidden_size == 32 and config.intermediate_size == 37
-    assert config.embedding_width == (24 if model_type == "electra" else 32)
+    assert config.embedding_width == (24 if model_type in ("electra", "albert") else 32)
     config.save_pretrained(tmp_path / "ours")
     after = transformers.AutoConfig.from_pretrained(tmp_path / "ours")
     assert type(after) is type(before)
@@ -149,9 +149,7 @@ def assert_matches(ours: Any, model: Any, batch: dict[str, Any]) -> None:
     assert torch.equal(mine.last_hidden_state, mine.hidden_states[-1])
     assert ("pooler_output" in mine) is ("pooler_output" in other) is FAMILIES[model.config.model_type].pooler
     if "pooler_output" in mine:
-        with torch.no_grad():
-            expected = model.pooler(first_tokens(other.last_hidden_state, valid)[:, None])
-        assert_close("pooler_output", mine.pooler_output, expected)
+        assert_close("pooler_output", mine.pooler_output, pooled(model, other.last_hidden_state, valid))
 
 
 @pytest.mark.parametrize("padded", [True, False], ids=["padding id", "any id"])
@@ -181,12 +179,12 @@ def test_given_positions_embeds_and_types(model_type: str) -> None:
     columns = torch.randperm(POSITIONS)[:LENGTH].expand(BATCH, -1)
     assert_matches(ours, model, {**batch, "position_ids": columns})
     token_type_ids = torch.zeros(BATCH, LENGTH, dtype=torch.long)
-    if model_type == "electra":
+    if model_type in ("electra", "albert"):
         token_type_ids[:, 4:] = 1
     if model_type != "distilbert":
         assert_matches(ours, model, {**batch, "token_type_ids": token_type_ids})
     assert torch.equal(run(ours, {**batch, "token_type_ids": token_type_ids * 0})[0], run(ours, batch)[0])
-    embeds = randn(BATCH, LENGTH, 24 if model_type == "electra" else 32)
+    embeds = randn(BATCH, LENGTH, 24 if model_type in ("electra", "albert") else 32)
     inputs = {"inputs_embeds": embeds, "attention_mask": batch["attention_mask"]}
     assert_matches(ours, model, inputs)
 
@@ -361,9 +359,11 @@ def test_verify_and_explain(model_type: str) -> None:
     report = fastbert.verify(ours, [list(range(2, 9)), [1], [5, 1, 5, 1, 7, 8]])
     assert report.ok, str(report)
     rows = {row.module: row for row in fastbert.explain(ours, arch=90).rows}
-    assert ("embeddings_project" in rows) is (model_type == "electra")
+    assert ("embeddings_project" in rows) is (model_type in ("electra", "albert"))
     notes = " ".join(fastbert.explain(ours, arch=90).notes)
-    assert f"{18 if model_type == 'electra' else 17} from ids to last hidden state" in notes
+    n_launches = {"electra": 18, "albert": 34}.get(model_type, 17)
+    assert f"{n_launches} from ids to last hidden state" in notes
+    assert ("4 layers share 2 sets of weights" in notes and "4 layers share" in str(report)) is (model_type == "albert")
     fastbert.warmup(ours)
 
 

@@ -16,6 +16,7 @@ from fastbert.checkpoint.families import FAMILIES
 from model_cases import BATCH, LENGTH, VOCAB, assert_close, is_zero, valid_of
 
 TASKS = {
+    "BertForPreTraining": "pre_training",
     "BertForMaskedLM": "masked_lm",
     "BertForSequenceClassification": "sequence_classification",
     "BertForMultipleChoice": "multiple_choice",
@@ -25,8 +26,9 @@ TASKS = {
 
 
 def labels(name: str) -> dict[str, Tensor]:
-    per_token = torch.randint(VOCAB if "Masked" in name else 3, (BATCH, LENGTH))
+    per_token = torch.randint(VOCAB if "Masked" in name or "Pre" in name else 3, (BATCH, LENGTH))
     return {
+        "BertForPreTraining": {"labels": per_token, "sentence_order_label": torch.tensor([1, 0, 1, 1])},
         "BertForMaskedLM": {"labels": per_token},
         "BertForSequenceClassification": {"labels": torch.tensor([2, 0, 1, 2])},
         "BertForMultipleChoice": {"labels": torch.tensor([1, 0])},
@@ -81,6 +83,8 @@ def test_dropout_is_the_familys(model_type: str, name: str) -> None:
     distinct = {"hidden_dropout_prob": 0.11, "attention_probs_dropout_prob": 0.22, "classifier_dropout": 0.33}
     if model_type == "distilbert":
         distinct = {"dropout": 0.11, "attention_dropout": 0.22, "seq_classif_dropout": 0.33, "qa_dropout": 0.44}
+    if model_type == "albert":
+        distinct["classifier_dropout_prob"] = distinct.pop("classifier_dropout")
     model = theirs(model_type, name, **distinct)
 
     def probabilities(m: nn.Module, prefix: str) -> set[float]:

@@ -33,6 +33,8 @@ def notes_of(question: Question, eight_bit: Decision | None, rows: Iterable[OpRe
     if names:
         cost = "rows are padded for them and packed again, which costs time, and nothing is fused there"
         yield f"{listed(names)} has hooks or a forward of its own: {cost}"
+    if (sharing := backbone(model).encoder.sharing) is not None:
+        yield sharing
     yield from training.notes(question)
     yield from _launches(question, rows)
     if device.type == "cpu":
@@ -47,7 +49,7 @@ def notes_of(question: Question, eight_bit: Decision | None, rows: Iterable[OpRe
 
 def _launches(question: Question, rows: Iterable[OpReport]) -> Iterator[str]:
     """Counts the kernels that the encoder launches. Where cuBLAS splits a GEMM along K it adds another."""
-    layers: Any = backbone(question.model).encoder.layer
+    layers: Any = backbone(question.model).encoder.in_order
     in_layers, others = 0, 0
     for row in rows:
         _, in_layer, name = row.module.partition("encoder.layer.")

@@ -129,14 +129,19 @@ def in_one_call(rows: Sequence[OpReport]) -> list[OpReport]:
 
 
 def merged(rows: Sequence[OpReport]) -> Iterator[OpReport]:
-    """Returns the rows, neighbouring layers that run alike together."""
+    """Returns the rows, neighbouring layers that run alike together. A layer that runs again counts as another."""
     places = [_LAYER.fullmatch(row.module) for row in rows]
     layers: Layers = []
+    stored = None  # the number of the layer as it is stored
     for row, place in zip(rows, places, strict=True):
-        number = None if place is None else int(place["number"])
-        if number is None or not layers or layers[-1][0] != number:
-            layers.append((number, []))
-        layers[-1][1].append(row if place is None else dataclasses.replace(row, module=place["part"] or ""))
+        row = row if place is None else dataclasses.replace(row, module=place["part"] or "")
+        first = layers[-1][1][0] if layers else row
+        if place is None:
+            layers.append((None, []))
+        elif place["number"] != stored or layers[-1][0] is None or (first.op, first.module) == (row.op, row.module):
+            layers.append((sum(number is not None for number, _ in layers), []))
+        stored = None if place is None else place["number"]
+        layers[-1][1].append(row)
     prefix = next((place["list"] for place in places if place is not None), "")
     layers = _without_last_quantising(layers)
     for (numbered, same), group in itertools.groupby(layers, lambda layer: (layer[0] is not None, layer[1])):

@@ -107,14 +107,15 @@ class _Named(nn.Module):
 class _Attention(_Named):
     projections: tuple[str, ...]
 
-    def fused_qkv(self) -> tuple[Tensor, Tensor]:
+    def fused_qkv(self) -> tuple[Tensor, Tensor | None]:
         dry, place, module = self.__dict__["dry"], self.__dict__["place"], self
         linears: list[Any] = [module.get_submodule(name) for name in module.projections]
         n_rows, weight = sum(linear.weight.shape[0] for linear in linears), linears[0].weight
         fused = recording.stand_in((n_rows, weight.shape[1]), weight.dtype)
         dry.names[id(fused)] = f"{place}.{'+'.join(module.projections)}"
         self.__dict__["fused"] = fused  # whose id is its name, as long as it is there
-        return fused, recording.stand_in((n_rows,), linears[0].bias.dtype)
+        without_bias = all(linear.bias is None for linear in linears)
+        return fused, None if without_bias else recording.stand_in((n_rows,), weight.dtype)
 
 
 class _Biased(_Named):

@@ -131,6 +131,8 @@ def verify(
         pipeline, tokenizer = _live(model, tokenizer, notes)
         weighted = model if isinstance(model, nn.Module) else bert
         model = bert
+    if (sharing := bert.encoder.sharing) is not None:
+        notes.append(sharing)
     if bert.device.type == "meta":
         raise ValueError("model: its parameters are on 'meta', where they have no values")
     rows = _rows(texts, tokenizer, bert, notes)

@@ -148,7 +148,7 @@ def _eager_gradients(trained: Trained, parameters: Mapping[str, Tensor], inputs:
     blocks = [block.mapped(lambda tensor: _on_leaves(tensor, by_parameter)) for block in bert.blocks()]
     states = eager_bert(leaves, blocks, bert.config, input_ids, mask, token_type_ids)
     pooled = states[-1][:, 0] if bert.pooler is not None else None
-    outputs = states[len(bert.encoder.layer)][mask != 0], pooled
+    outputs = states[len(bert.encoder.in_order)][mask != 0], pooled
     return dict(zip(parameters, loss.gradients(outputs, [leaves[name] for name in parameters]), strict=True))
 
 

@@ -54,7 +54,7 @@ def compare(
     model: the one that `ends` belong to, by default the encoder.
     """
     in_8_bits = bert.precision is not None and _runs_in_8_bits(bert)
-    n_layers = len(bert.encoder.layer)
+    n_layers = len(bert.encoder.in_order)
     names = [f"{prefix}embeddings", *(f"{prefix}encoder.layer.{i}" for i in range(n_layers))]
     names += [f"{prefix}pooler"] * (bert.pooler is not None) + [end.name for end in ends]
     whole, alone = (torch.zeros(len(names), len(rows), 5, dtype=torch.float64, device="cpu") for _ in range(2))
@@ -134,7 +134,7 @@ def _judged(
         factor, factor_alone = end.factor(whole.shape[1]), max(FACTOR_ALONE_FEW, end.factor(whole.shape[1]))
     else:
         factor, factor_alone = FACTOR, FACTOR_ALONE_32 if bert.dtype.itemsize > 2 else FACTOR_ALONE_16
-        if s > len(bert.encoder.layer):
+        if s > len(bert.encoder.in_order):
             factor_alone = FACTOR_ALONE_FEW
     errors = error_report(whole[s], bert.dtype, factor=factor, each_text=not few)
     if few:  # by chance, eager's error is a thirtieth of ours or thirty times it: only the part alone tells
@@ -202,7 +202,7 @@ def _reference(
 
 def _with_ends(states: list[Tensor], sizes: list[int], bert: EncoderModel, ends: Sequence[End]) -> Parts:
     """Padded states (B, S, H) and the pooled output -> the parts of the texts, and then what follows the encoder."""
-    n_states = len(bert.encoder.layer) + 1
+    n_states = len(bert.encoder.in_order) + 1
     parts: Parts = [[row[:n] for row, n in zip(state, sizes, strict=True)] for state in states[:n_states]]
     parts += [list(state) for state in states[n_states:]]
     return parts + [end.parts(parts[n_states - 1 if end.tokens else n_states]) for end in ends]
@@ -213,7 +213,7 @@ def _measure_alone(
     ours: Parts, ends: Sequence[End],
 ) -> None:  # fmt: skip
     """Compares every part but the embeddings with eager and the reference on the input that the part had."""
-    n_layers = len(bert.encoder.layer)
+    n_layers = len(bert.encoder.in_order)
     sizes = [len(part) for part in ours[0]]
     for s in range(1, len(ours)):
         end = ends[s - len(ours)] if s >= len(ours) - len(ends) else None
