@@ -15,6 +15,7 @@ from fastbert.serving.logs import logger
 from fastbert.serving.service import Service
 
 BACKLOG = 1024
+ARRIVAL_SECONDS = 0.2  # in which the request of a connection that was accepted last can arrive
 
 
 class Server(uvicorn.Server):
@@ -44,6 +45,12 @@ class Server(uvicorn.Server):
         await super().startup(sockets)
         address = self.servers[0].sockets[0].getsockname()
         logger.info("listening", extra={"fields": {"host": address[0], "port": address[1]}})
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        for server in self.servers:
+            server.close()
+        await asyncio.sleep(ARRIVAL_SECONDS)
+        await super().shutdown(sockets)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if self._loop is None:

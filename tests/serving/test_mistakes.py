@@ -227,6 +227,9 @@ def test_slow_and_vanishing_clients(models: SimpleNamespace) -> None:
         batcher, model = service.batchers["encoder"], service.models["encoder"]
         slow = send(server, head(100) + b'{"inputs"')
         assert b" 408 " in slow.recv(65536).split(b"\r\n")[0]
+        chunked = head(0).replace(b"Content-Length: 0", b"Transfer-Encoding: chunked") + b"1388\r\n" + b" " * 5000
+        large = send(server, chunked + b"\r\n")
+        assert b" 413 " in large.recv(65536).split(b"\r\n")[0]
 
         gate, entered, computed = threading.Event(), threading.Event(), []
         compute = model._compute
@@ -253,7 +256,7 @@ def test_slow_and_vanishing_clients(models: SimpleNamespace) -> None:
         assert computed == [1, 1]
         page = service.metrics.page().decode()
         assert figure(page, "fastbert_requests_total", status="499") == 2
-        for connection in (slow, first, others[2]):
+        for connection in (slow, large, first, others[2]):
             connection.close()
 
 
