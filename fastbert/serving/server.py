@@ -47,6 +47,8 @@ class Server(uvicorn.Server):
         logger.info("listening", extra={"fields": {"host": address[0], "port": address[1]}})
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        for _ in range(3):  # the event loop accepts the connections that wait
+            await asyncio.sleep(0)
         for server in self.servers:
             server.close()
         await asyncio.sleep(ARRIVAL_SECONDS)

@@ -11,7 +11,10 @@ import pytest
 import torch
 from starlette.testclient import TestClient
 
+from fastbert import SentenceEncoder
 from fastbert.pipelines.inputs import Pair
+from fastbert.pipelines.modules import Normalize
+from fastbert.pipelines.token_heads import TokenVectors
 from fastbert.serving.service import Service
 from fastbert.serving.work import Lane
 from serving_cases import PROMPT, TEXTS, client_of, error_of, loaders, numbers, save_models
@@ -127,6 +130,19 @@ def test_vectors_of_tokens_and_sparse_vectors(client: TestClient, encoder: Any, 
     for values, row in zip(answer, rows, strict=True):
         assert [each["index"] for each in values] == row.nonzero().flatten().tolist()
         assert close([each["value"] for each in values], row[row != 0])
+
+
+def test_a_model_of_token_vectors(models: SimpleNamespace) -> None:
+    """Catches hidden states in the place of a ColBERT's vectors, and dense vectors that the model does not make."""
+    plain = SentenceEncoder.from_pretrained(models.encoder, device="cpu", dtype="float32")
+    heads = {"multi": TokenVectors([Normalize()], document_length=9)}
+    encoder = SentenceEncoder(plain.model, plain.tokenizer, heads=heads, has_dense=False)
+    with client_of(Service({"colbert": lambda: encoder})) as client:
+        response = client.post("/", json={"inputs": TEXTS})
+        for own, expected in zip(response.json(), encoder.encode_document(TEXTS), strict=True):
+            assert len(own) <= 9 and close(own, expected)
+        assert response.headers["X-Truncated"] == "1"
+        assert client.post("/embed", json={"inputs": TEXTS}).status_code == 424
 
 
 def test_similarity(client: TestClient, encoder: Any) -> None:
