@@ -3,8 +3,9 @@
     python benchmarks/host_child.py [--seconds 20]
 
 CPU tensors stand for those of a GPU of compute capability 9.0: kernels are compiled for sm_90 and not run, and products
-that would be cuBLAS's are replaced by the allocation of their result, as a call of PyTorch's own would queue one. What
-is left is the time of the host until everything is queued, apart from the calls of CUDA's driver, cuBLAS and copies.
+that would be cuBLAS's, and copies of results, are replaced by the allocation of what they fill, as a call of PyTorch's
+own would queue one. What is left is the time of the host until everything is queued, apart from the calls of CUDA's
+driver, cuBLAS and copies. Ids are on the host, where their values are looked at.
 
 Prints a list of {"workload", "model", "setting", "samples": seconds of one, "n": how many launches or layers one pass
 has, "calls": Python calls of one pass}.
@@ -60,12 +61,20 @@ def stand_for_a_gpu() -> Any:
     """Lets CPU tensors of this process stand for those of a GPU. Returns the driver."""
     import stand_in_driver
 
-    from fastbert.ops import silent_writes
+    from fastbert.ops import noting, packing, silent_writes
 
+    packing.from_offsets = packing.on_a_gpu  # type: ignore[assignment]
     driver = stand_in_driver.install()
-    silent_writes.waits = lambda device: True  # as on a GPU, where numbers are not looked at
+    silent_writes.waits = lambda device: True  # as on a GPU, where numbers are not looked at,
+    noting.possible_on = lambda device: True  # and kernels note what is wrong with ids and weights
     torch.nn.functional.linear = _queued_linear  # type: ignore[assignment]
+    Tensor.clone = _queued_clone  # type: ignore[method-assign]
+    Tensor.copy_ = lambda self, *arguments, **options: self  # type: ignore[method-assign]
     return driver
+
+
+def _queued_clone(tensor: Tensor, **options: Any) -> Tensor:
+    return torch.empty_like(tensor, **options)
 
 
 def _queued_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -134,11 +143,12 @@ def operations() -> dict[str, tuple[Callable[[], Any], Callable[[], Any]]]:
 
 
 def model_of(name: str) -> Any:
-    """A model with random weights in bfloat16, in eval mode."""
+    """A model with random weights in bfloat16, in eval mode, made as users make one: outside of inference mode."""
     import fastbert
 
     config = fastbert.BertConfig(**SIZES[name])
-    return fastbert.BertModel(config, add_pooling_layer=False, backend="triton", strict=True).eval().to(BF16)
+    with torch.inference_mode(False):
+        return fastbert.BertModel(config, add_pooling_layer=False, backend="triton", strict=True).eval().to(BF16)
 
 
 def batch_of(lengths: list[int]) -> tuple[Tensor, Tensor]:

@@ -62,6 +62,7 @@ ON_THE_WAY = {
     "early_stopping": ("N", "evaluations without a better score, after which the run ends"),
     "keep": ("N", "newest checkpoints that stay beside the best"),
     "log_every": ("STEPS", "between losses that are logged"),
+    "dry_run": ("", "show data, lengths, truncation, steps and time, and train nothing"),
     "resume": ("", "go on from the newest complete checkpoint in --output"),
     "device": ("NAME", "cpu for the CPU (default: the GPU if there is one; with torchrun, one each)"),
     "progress": ("", "show a bar"),
@@ -164,6 +165,11 @@ def leave_group() -> None:
 
 def _say(result: Any) -> None:
     if not is_first():
+        return
+    if result.plan is not None:
+        from fastbert.training.finetuning.planning import lines
+
+        print("\n".join(lines(result.plan)))
         return
     name = result.headline
     if result.after:

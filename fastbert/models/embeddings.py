@@ -121,7 +121,7 @@ class BertEmbeddings(nn.Module):
     @property
     def n_token_types(self) -> int:
         """The number of segments; it is one, without a table, in a model that knows none."""
-        table = self.token_type_embeddings
+        table: Any = self._modules.get("token_type_embeddings")
         return 1 if table is None else table.num_embeddings
 
 

@@ -309,29 +309,31 @@ class EncoderModel(PreTrainedModel):
     def _check_ids_on_host(self, batch: PackedBatch, inputs: PackedInputs) -> None:
         """Looks at ids on the host, and at positions that the batch's lengths imply."""
         ids: list[Any] = [None if x is None or not packing.on_host(x.device) else x for x in inputs[:3]]
+        sizes = self.table_sizes()
         if inputs.position_ids is None:
-            last, n_positions = batch.last_position, self.table_sizes()[2]
+            last, n_positions = batch.last_position, sizes[2]
             if batch.padded_length > n_positions and last is None:
                 ids[2] = batch.position_ids
             elif last is not None and last >= n_positions:
                 raise IndexError(f"position_ids: expected values from 0 to {n_positions - 1}, got {last}")
-        self._check_in_tables(ids)
+        self._check_in_tables(ids, sizes)
 
     def check_ids_on_device(self, batch: PackedBatch, inputs: PackedInputs) -> None:
         """Looks at ids on the device, which on a GPU waits for it."""
-        self._check_in_tables([None if x is None or packing.on_host(x.device) else x for x in inputs[:3]])
+        ids = [None if x is None or packing.on_host(x.device) else x for x in inputs[:3]]
+        self._check_in_tables(ids, self.table_sizes())
 
-    def _check_in_tables(self, ids: list[Tensor | None]) -> None:
+    def _check_in_tables(self, ids: list[Tensor | None], sizes: tuple[int, int, int]) -> None:
         if not (ids[0] is ids[1] is ids[2] is None):
-            sizes = self.table_sizes()
             ops.check_ids(**{name: (x, size) for name, x, size in zip(NAMES, ids, sizes, strict=True)})
 
     def table_sizes(self) -> tuple[int, int, int]:
         """The rows of the tables of words, token types and positions."""
+        embeddings: Any = self._modules["embeddings"]
+        tables = embeddings._modules  # asked for directly, which a module's attributes are not
+        words, positions = tables.get("word_embeddings"), tables.get("position_embeddings")
         # An adapter in the place of the word embeddings need not have their attributes.
-        embeddings = self.embeddings
-        n_words = getattr(embeddings.word_embeddings, "num_embeddings", self.config.vocab_size)
-        positions = embeddings.position_embeddings
+        n_words: int = getattr(words, "num_embeddings", None) or self.config.vocab_size
         return n_words, embeddings.n_token_types, ANY_POSITION if positions is None else positions.num_embeddings
 
     def kernels_note_ids(self) -> bool:

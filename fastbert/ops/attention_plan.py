@@ -68,15 +68,20 @@ def takes_small_tiles(batch: PackedBatch, dtype: torch.dtype, head_size: int, po
     A tile of several texts multiplies all its rows by all its keys, so that smaller ones waste less. And few tiles
     leave multiprocessors without work. Where bits must not depend on the batch, the answer is no.
     """
+    if policy.batch_invariant:
+        return False
+    return _small_tiles_suit(batch.cu_seqlens_cpu.numpy(), dtype, head_size, batch.device)
+
+
+def _small_tiles_suit(offsets: np.ndarray, dtype: torch.dtype, head_size: int, device: torch.device) -> bool:
     from fastbert_kernels import configs, launch
 
-    if policy.batch_invariant or configs.small_attention_config(dtype, head_size, launch.arch(batch.device)) is None:
+    if configs.small_attention_config(dtype, head_size, launch.arch(device)) is None:
         return False
-    if batch.n_tokens <= SHORT_BATCH * launch.n_multiprocessors(batch.device):
+    if offsets[-1] <= SHORT_BATCH * launch.n_multiprocessors(device):
         return True
-    offsets = batch.cu_seqlens_cpu.numpy()
     lengths = (offsets[1:] - offsets[:-1]).astype(np.int64)
-    return int(lengths @ lengths) <= SHORT_TEXTS * batch.n_tokens
+    return int(lengths @ lengths) <= SHORT_TEXTS * int(offsets[-1])
 
 
 def plan_key(dtype: torch.dtype, head_size: int, policy: Policy) -> tuple[Any, ...]:
@@ -234,14 +239,14 @@ def kind_of(batch: PackedBatch, bucket: int, qkv_dtype: torch.dtype, head_size: 
         return ANY_BATCH
     offsets = batch.cu_seqlens_cpu.numpy().tobytes()
     lists = bucket, qkv_dtype, head_size, batch.device, policy
-    small = takes_small_tiles(batch, qkv_dtype, head_size, policy)
-    return _kind_of(offsets, small, lists, launch.recorded is not None, tables.generation)
+    return _kind_of(offsets, lists, launch.recorded is not None, tables.generation)
 
 
 @functools.lru_cache(maxsize=64)
-def _kind_of(offsets: bytes, small: bool, lists: tuple[Any, ...], shipped_only: bool, generation: int) -> Kind:
+def _kind_of(offsets: bytes, lists: tuple[Any, ...], shipped_only: bool, generation: int) -> Kind:
     bucket, qkv_dtype, head_size, device, policy = lists
     cu_seqlens = torch.from_numpy(np.frombuffer(offsets, np.int32).copy())
+    small = _small_tiles_suit(cu_seqlens.numpy(), qkv_dtype, head_size, device)
     n_tiles = lists_of(cu_seqlens, qkv_dtype, head_size, device, True, small)[0].tiles.shape[0]
     return Kind(small, n_tiles <= max_tiles(bucket, qkv_dtype, head_size, device, policy, Kind(small, True))[0])
 

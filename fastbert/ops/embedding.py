@@ -168,13 +168,15 @@ def check_ids(**ids: tuple[torch.Tensor | None, int]) -> None:
 
     Raises TypeError for ids that are not integers. No program that is exported, traced or transformed looks at values.
     """
-    present = {name: (t, size) for name, (t, size) in ids.items() if t is not None}
-    for name, (tensor, _) in present.items():
-        if tensor.dtype not in (torch.int64, torch.int32):
-            raise TypeError(f"{name}: expected dtype int64 or int32, got {tensor.dtype}")
-    if torch.compiler.is_exporting() or tracing.transformed(*(tensor for tensor, _ in present.values())) is not None:
+    tensors = []
+    for name, (tensor, _) in ids.items():
+        if tensor is not None:
+            if tensor.dtype not in (torch.int64, torch.int32):
+                raise TypeError(f"{name}: expected dtype int64 or int32, got {tensor.dtype}")
+            tensors.append(tensor)
+    if torch.compiler.is_exporting() or tracing.transformed(*tensors) is not None:
         return
-    present = {name: (t, size) for name, (t, size) in present.items() if not _seen_within(t, size)}
+    present = {name: (t, size) for name, (t, size) in ids.items() if t is not None and not _seen_within(t, size)}
     if not present:
         return
     bounds = torch.stack([end.long() for t, _ in present.values() for end in t.aminmax()]).tolist()

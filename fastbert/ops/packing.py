@@ -209,9 +209,9 @@ def from_cu_seqlens(cu_seqlens: torch.Tensor, n_tokens: int, device: torch.devic
         raise ValueError(f"cu_seqlens: expected shape (B + 1,), got {tuple(cu_seqlens.shape)}")
     _refuse_recording("cu_seqlens", cu_seqlens)
     offsets = (cu_seqlens if on_host(cu_seqlens.device) else cu_seqlens.cpu()).numpy()
-    lengths = offsets[1:] - offsets[:-1]
-    shortest, longest = (_least(lengths), _most(lengths)) if len(lengths) else (0, 0)
-    if offsets[0] != 0 or offsets[-1] != n_tokens or shortest < 0:
+    lengths = (offsets[1:] - offsets[:-1]).view(_UNSIGNED[offsets.itemsize])  # in which a negative one is very long
+    longest = _most(lengths) if len(lengths) else 0
+    if offsets[0] != 0 or offsets[-1] != n_tokens or longest > n_tokens:
         values = offsets.tolist()
         raise ValueError(
             f"cu_seqlens: expected offsets that start at 0, never decrease and end at T = {n_tokens}, "
@@ -221,7 +221,8 @@ def from_cu_seqlens(cu_seqlens: torch.Tensor, n_tokens: int, device: torch.devic
     return from_offsets(offsets.astype(np.int32), torch.device(device), int(longest))
 
 
-_least, _most = np.minimum.reduce, np.maximum.reduce
+_most = np.maximum.reduce
+_UNSIGNED = {4: np.uint32, 8: np.uint64}
 
 
 @untraced
@@ -268,18 +269,23 @@ def from_offsets(offsets: np.ndarray, device: torch.device, longest: int | None 
     """
     if longest is None:
         longest = int((offsets[1:] - offsets[:-1]).max(initial=0))
-    n_tokens, cu_seqlens_cpu = int(offsets[-1]), torch.from_numpy(offsets)
-    if device.type == "cpu":
-        positions = count_positions(offsets) if len(offsets) > 2 else np.arange(n_tokens, dtype=np.int64)
-        return PackedBatch(
-            cu_seqlens=cu_seqlens_cpu,
-            cu_seqlens_cpu=cu_seqlens_cpu,
-            position_ids=torch.from_numpy(positions),
-            batch_size=len(offsets) - 1,
-            padded_length=longest,
-            indices=None,
-            last_position=longest - 1,
-        )
+    if device.type != "cpu":
+        return on_a_gpu(offsets, device, longest)
+    cu_seqlens = torch.from_numpy(offsets)
+    return PackedBatch(
+        cu_seqlens=cu_seqlens,
+        cu_seqlens_cpu=cu_seqlens,
+        position_ids=torch.from_numpy(count_positions(offsets)),
+        batch_size=len(offsets) - 1,
+        padded_length=longest,
+        indices=None,
+        last_position=longest - 1,
+    )
+
+
+def on_a_gpu(offsets: np.ndarray, device: torch.device, longest: int) -> PackedBatch:
+    """Does what `from_offsets` does for a GPU: what the device holds is made when somebody first asks for it."""
+    n_tokens = int(offsets[-1])
 
     def position_ids(batch: PackedBatch) -> torch.Tensor:
         rows = torch.arange(n_tokens, device=device)
@@ -289,7 +295,7 @@ def from_offsets(offsets: np.ndarray, device: torch.device, longest: int | None 
         {"cu_seqlens": lambda batch: to_device(batch.cu_seqlens_cpu, device), "position_ids": position_ids},
         n_tokens,
         device,
-        cu_seqlens_cpu=cu_seqlens_cpu,
+        cu_seqlens_cpu=torch.from_numpy(offsets),
         batch_size=len(offsets) - 1,
         padded_length=longest,
         last_position=longest - 1,

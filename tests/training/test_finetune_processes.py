@@ -97,3 +97,30 @@ def test_classify(tmp_path: Path) -> None:
     assert main(["finetune", *options, *parts, "--log-every", "1", "--output", str(tmp_path / "parts")]) == 0
     state = json.loads((tmp_path / "parts/checkpoints/checkpoint-18/trainer_state.json").read_text())
     assert [line["loss"] for line in state["log_history"] if "loss" in line] == pytest.approx(ours, abs=TOLERANCE)
+
+
+def test_tokens(tmp_path: Path) -> None:
+    """Catches batches with few words that count as much in an update as those with many."""
+    encoder = finetune_cases.save_encoder(tmp_path / "encoder")
+    texts = [row["text"].split() for row in finetune_cases.moods(48)]
+    rows = [
+        {
+            "tokens": words[: 1 + 5 * (i % 2)],
+            "labels": ["B-W" if "o" in word else "O" for word in words[: 1 + 5 * (i % 2)]],
+        }
+        for i, words in enumerate(texts)
+    ]
+    train = written(tmp_path / "train.jsonl", rows)
+    options = ["tokens", "--model", encoder, "--train", train, "--eval-share", "0", "--dropout", "0", "--epochs", "2"]
+    one, two, _ = both(tmp_path, 4, *options, "--learning-rate", "5e-3")
+    vector_cases.reset_precision()
+    parts = ["--batch-size", "4", "--accumulate", "2", "--device", "cpu", "--no-progress", "--precision", "fp32"]
+    assert main(["finetune", *options, "--learning-rate", "5e-3", *parts, "--log-every", "1",
+                 "--output", str(tmp_path / "parts")]) == 0  # fmt: skip
+    curves = []
+    for folder in (one, two, tmp_path / "parts"):
+        state = json.loads((folder / "checkpoints/checkpoint-12/trainer_state.json").read_text())
+        curves.append([line["loss"] for line in state["log_history"] if "loss" in line])
+    assert len(curves[0]) == 12
+    assert curves[1] == pytest.approx(curves[0], abs=TOLERANCE)
+    assert curves[2] == pytest.approx(curves[0], abs=TOLERANCE)

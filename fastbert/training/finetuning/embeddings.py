@@ -124,6 +124,7 @@ def train_by(settings: EmbedSettings) -> VectorResult:
         SentenceTransformerTrainer, arguments, model, losses, data, settings,
         None if task is None else _Scorer(task, settings, prompts), "" if task is None else task.headline, checkpoint,
         {"loss": loss, "training": numbers_of(examples), "evaluation": numbers_of(held), **facts}, processes,
+        [[text for name, text in row.items() if name not in LABELS] for row in rows],
     )  # fmt: skip
 
 

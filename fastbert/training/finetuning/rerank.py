@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -66,7 +66,8 @@ def train_by(settings: RerankSettings) -> VectorResult:
         examples = with_scores(examples, settings, processes)
     task = by_first(processes, lambda: _task(held, settings, miner))
     headline = None if task is None else task.headline
-    data = dataset_of(_rows(examples, loss))
+    rows = _rows(examples, loss)
+    data = dataset_of(rows)
     batches = sampler_arguments("shuffled", processes.n, isinstance(data, dict))
     # DDP's search for unused parameters finds none of these scores, and takes all parameters for unused.
     arguments = arguments_of(
@@ -77,6 +78,7 @@ def train_by(settings: RerankSettings) -> VectorResult:
     return run(
         CrossEncoderTrainer, arguments, model, _loss(model, loss, settings), data, settings, score, headline or "",
         checkpoint, {"loss": loss, "training": numbers_of(examples), "evaluation": numbers_of(held)}, processes,
+        [_pairs(row) for row in rows],
     )  # fmt: skip
 
 
@@ -161,6 +163,14 @@ def _rows(examples: Sequence[Example], loss: str) -> list[dict[str, Any]]:
         for anchor, texts, scores in lists
         for text, score in zip(texts, scores, strict=True)
     ]
+
+
+def _pairs(row: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The pairs of texts that the model reads of a row."""
+    if "documents" in row:
+        return [(row["query"], text) for text in row["documents"]]
+    first, *others = (text for name, text in row.items() if name not in ("label", "score"))
+    return [(first, text) for text in others]
 
 
 def _loss(model: Any, name: str, settings: RerankSettings) -> Any:

@@ -9,6 +9,7 @@ window where it has most context, so that none is lost or counted twice.
 from __future__ import annotations
 
 import logging
+import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -102,9 +103,14 @@ class Tokens(Task):
         warn_of_unseen(sorted(known), seen, "labels")
 
     def loss(self, settings: FinetuneSettings) -> Callable[..., Any] | None:
-        """Returns a loss with weights of labels; the weight of a type is that of its B- and of its I-."""
+        """Returns a loss with weights of labels; the weight of a type is that of its B- and of its I-.
+
+        Where several batches make an update, each has a share by its words, as one large batch would have it.
+        """
         counts = self.counts or Counter()
         weights = weights_of(self._weights(settings), self.labels, [counts[name] for name in self.labels])
+        if weights is None and (settings.accumulate > 1 or int(os.environ.get("WORLD_SIZE", 1)) > 1):
+            weights = np.ones(len(self.labels), np.float32)
         return None if weights is None else weighted_cross_entropy(weights)
 
     def _weights(self, settings: FinetuneSettings) -> str | dict[str, float]:

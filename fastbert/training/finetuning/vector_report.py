@@ -48,6 +48,7 @@ class VectorResult:
     losses: list[tuple[int, float]]
     evaluations: list[tuple[int, float]]
     sizes: dict[str, Any]
+    plan: dict[str, Any] | None = None  # of a dry run, which writes nothing
 
 
 def write_results(result: VectorResult, settings: VectorSettings) -> None:

@@ -9,12 +9,13 @@ import math
 import re
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from fastbert.checkpoint.files import write_text
 from fastbert.training.distributed import Processes
+from fastbert.training.finetuning import vector_planning
 from fastbert.training.finetuning.running import last_step_class
 from fastbert.training.finetuning.vector_evaluation import Scores, evaluator_of
 from fastbert.training.finetuning.vector_processes import by_first
@@ -40,6 +41,8 @@ def prepare_output(settings: VectorSettings, processes: Processes) -> str | None
 
 
 def _prepared(settings: VectorSettings) -> str | None:
+    if settings.dry_run:
+        return None
     output = Path(settings.output)
     checkpoint = newest_checkpoint(output / CHECKPOINTS)
     file = output / SETTINGS
@@ -142,8 +145,11 @@ def run(
     checkpoint: str | None,
     sizes: Mapping[str, Any],
     processes: Processes,
+    inputs: Sequence[Sequence[str | tuple[str, str]]],
 ) -> VectorResult:
     """Trains, and writes the best model, the last one, the metrics and the report into the folder of the result.
+
+    inputs: of each record, what the model reads of it, as of `vector_planning.plan`; for a dry run, which only plans.
 
     Raises FloatingPointError for a loss or a gradient that is not finite, as `FiniteGuard` does.
     """
@@ -151,6 +157,9 @@ def run(
 
     from fastbert.training.callback import finite_callback
 
+    if settings.dry_run:
+        planned = vector_planning.plan(trainer_class, arguments, model, loss, data, settings, sizes, inputs)
+        return VectorResult(Path(settings.output), headline, {}, {}, 0, 0, 0.0, [], [], dict(sizes), planned)
     before = by_first(processes, lambda: score(model)) if score is not None else {}
     if hasattr(model.model_card_data, "generate_widget_examples"):
         model.model_card_data.generate_widget_examples = False

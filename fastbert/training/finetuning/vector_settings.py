@@ -21,7 +21,7 @@ POOLINGS = "mean", "cls", "max", "mean_sqrt_len_tokens", "weightedmean", "lastto
 
 # What may differ between a run and the one that it resumes: where things lie, and what changes no step.
 MAY_DIFFER = frozenset(
-    ("train", "eval", "output", "resume", "log_every", "keep", "progress", "device", "early_stopping")
+    ("train", "eval", "output", "resume", "dry_run", "log_every", "keep", "progress", "device", "early_stopping")
 )
 
 
@@ -73,6 +73,7 @@ class VectorSettings:
     keep: int = 1  # newest checkpoints that stay beside the best
     log_every: int = 10  # steps
     resume: bool = False
+    dry_run: bool = False  # says what would be done, and writes nothing
     device: str | None = None
     progress: bool = True
 
