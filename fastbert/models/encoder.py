@@ -320,7 +320,7 @@ class EncoderModel(PreTrainedModel):
 
     def check_ids(self, input_ids: Tensor, token_type_ids: Tensor | None) -> None:
         """Raises IndexError where one of them is beyond its table."""
-        self._check_in_tables([input_ids, token_type_ids, None])
+        self._check_in_tables([input_ids, token_type_ids, None], self.table_sizes())
 
     def check_ids_on_device(self, batch: PackedBatch, inputs: PackedInputs) -> None:
         """Looks at ids on the device, which on a GPU waits for it."""
