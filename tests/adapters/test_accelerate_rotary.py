@@ -76,3 +76,12 @@ def test_other_angles(model_type: str) -> None:
     assert torch.equal(run(model, batch)[0], run(original, batch)[0])
     assert counts(model) == {"fastbert": 1, "rotary_emb.inv_freq is not what a new model has": 1}
     assert type(fastbert.restore(model)) is type(original)
+
+
+def test_code_from_the_hub_is_named() -> None:
+    """Catches an error for a custom class that has the name of a covered one, and leaves the user to guess."""
+    kind = type(
+        "NomicBertModel", (torch.nn.Linear,), {"__module__": "transformers_modules.nomic.modeling_hf_nomic_bert"}
+    )
+    with pytest.raises(ValueError, match=r"hf_nomic_bert.NomicBertModel is code from the hub.*fastbert.BertModel may"):
+        fastbert.accelerate(kind(2, 2))
