@@ -17,7 +17,9 @@ from torch import Tensor
 import fastbert
 from family_cases import randomised, run
 from fastbert import BertConfig, BertModel, JinaBertModel, ops, reference
+from fastbert.engine import capture
 from fastbert.models.jina_bert_v2 import alibi_table, slopes
+from graph_cases import StandIn
 from helpers import assert_as_accurate, cu_seqlens_of
 from model_cases import BATCH, LENGTH, MASKS, VOCAB, assert_close, generator, mask, randn, valid_of
 
@@ -29,7 +31,7 @@ PUBLISHED = {  # config.json of jinaai/jina-embeddings-v2-base-en, but for the s
         "AutoModel": "jinaai/jina-bert-implementation--modeling_bert.JinaBertModel",
     },
     "classifier_dropout": None, "emb_pooler": "mean", "feed_forward_type": "geglu", "gradient_checkpointing": False,
-    "hidden_act": "gelu", "hidden_dropout_prob": 0.1, "hidden_size": 36, "initializer_range": 0.02,
+    "hidden_act": "gelu", "hidden_dropout_prob": 0.1, "hidden_size": 96, "initializer_range": 0.02,
     "intermediate_size": 37, "layer_norm_eps": 1e-12, "max_position_embeddings": 8192, "model_max_length": 8192,
     "model_type": "bert", "num_attention_heads": 6, "num_hidden_layers": 2, "pad_token_id": 0,
     "position_embedding_type": "alibi", "torch_dtype": "float32", "transformers_version": "4.26.0",
@@ -180,6 +182,34 @@ def test_files_are_those_of_the_hub(name: str, tmp_path: Path) -> None:
     assert type(copy.deepcopy(encoder)) is type(pickle.loads(pickle.dumps(encoder))) is JinaBertModel
 
 
+@pytest.mark.filterwarnings("ignore:(overflow|invalid value|divide by zero):RuntimeWarning")
+@pytest.mark.parametrize("kind", ["right", "holes"])
+def test_on_triton_kernels(kind: str, monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
+    """Catches attention that leaves the kernels, a graph that replays an old table, and a gradient without the bias."""
+    capturer = StandIn()
+    monkeypatch.setattr(capture, "capturer", lambda device: capturer)
+    ours, exact = jina(dtype=torch.float32, backend="triton", strict=False).to(device), jina()
+    batch = batch_of(kind)
+    valid = valid_of(batch["attention_mask"])
+    expected = run(exact, batch)[0][valid]
+    for _ in range(2):
+        mine = run(ours, batch)[0][valid.to(device)].cpu().double()
+        assert (mine - expected).norm() < 1e-5 * expected.norm()
+    assert (capturer.replays > 0) is (kind == "right")
+    rows = {row.op: row for row in fastbert.explain(ours).rows}
+    assert rows["attention"].backend == "triton"
+    for each in (ours, exact):
+        each.train()
+        for module in each.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+        output = each(**{name: t.to(each.device) for name, t in batch.items()})[0]
+        output[valid.to(each.device)].sin().sum().backward()
+    name = "encoder.layer.0.attention.self.query.weight"
+    gradient, judge = ours.get_parameter(name).grad.cpu().double(), exact.get_parameter(name).grad
+    assert (gradient - judge).norm() < 1e-4 * judge.norm()
+
+
 def test_what_is_refused() -> None:
     """Catches layers of the code models, or a config without a gate, that are run as something else."""
     code = {"auto_map": {"AutoModel": "jinaai/jina-bert-v2-qk-post-norm--modeling_bert.JinaBertModel"}}
@@ -198,7 +228,7 @@ def test_reports_and_embeddings() -> None:
     assert report.ok, str(report)
     told = str(fastbert.explain(ours, arch=90)) + str(fastbert.explain(ours))
     assert "position bias" in told and "gated" in told
-    batch = {"inputs_embeds": randn(BATCH, LENGTH, 36), "attention_mask": mask("right")}
+    batch = {"inputs_embeds": randn(BATCH, LENGTH, 96), "attention_mask": mask("right")}
     exact = jina()
     judge = reference.encode(dict(exact.named_parameters()), exact.config, **batch)
     assert_close("embeddings", run(exact, batch)[0], judge.last_hidden_state)
