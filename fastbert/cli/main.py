@@ -27,6 +27,7 @@ from fastbert.cli import (
     pretrain,
     rerank,
     search,
+    serve,
     similarity,
     tokenizer,
     tune,
@@ -39,7 +40,7 @@ from fastbert.threads import set_threads
 # that nobody waits for it with --help and --version.
 COMMANDS = (
     embed, similarity, search, rerank, fill_mask, next_sentence, classify, entities, answer, finetune, pretrain,
-    tokenizer, info, verify, bench, tune, demo,
+    tokenizer, serve, info, verify, bench, tune, demo,
 )  # fmt: skip
 
 

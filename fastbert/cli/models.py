@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,7 +17,10 @@ from fastbert.checkpoint.folder import resolve
 from fastbert.models import tasks
 from fastbert.models.bert import BertModel
 from fastbert.models.pretrained import PreTrainedModel, listed
+from fastbert.pipelines.cross import CrossEncoder
+from fastbert.pipelines.entities import EntityRecognizer
 from fastbert.pipelines.names import SENTENCE_TRANSFORMERS, full_name
+from fastbert.pipelines.pool import Pool
 from fastbert.pipelines.sentence import SentenceEncoder
 from fastbert.text.tokenizer import Tokenizer
 
@@ -44,6 +49,27 @@ def load_encoder(args: argparse.Namespace) -> SentenceEncoder:
     if getattr(args, "max_length", None) is not None:
         encoder.max_seq_length = args.max_length
     return encoder
+
+
+@contextmanager
+def encoder_and_pool(args: argparse.Namespace) -> Iterator[tuple[SentenceEncoder, Pool | None]]:
+    """Gives the sentence encoder, and with --workers or --devices a pool of its processes."""
+    devices = args.devices.split(",") if args.devices else ["cpu"] * (args.workers or 0)
+    if devices:
+        if args.device is not None and args.device != devices[0]:
+            raise ValueError(f"--device: got {args.device!r} beside --workers or --devices, expected one of them")
+        args.device = devices[0]
+    encoder = load_encoder(args)
+    if len(devices) < 2:
+        yield encoder, None
+        return
+    with encoder.start_multi_process_pool(devices) as pool:
+        yield encoder, pool
+
+
+def folder_of(args: argparse.Namespace) -> Path:
+    """The folder of --model, which is downloaded if it is a hub id."""
+    return resolve(full_name(args.model, SENTENCE_TRANSFORMERS), revision=args.revision)
 
 
 def load_any(args: argparse.Namespace) -> tuple[torch.nn.Module, Path]:
@@ -79,3 +105,20 @@ def load_task(cls: type[Model], head: str, args: argparse.Namespace) -> tuple[Mo
 def _is_not_about_fresh_weights(record: logging.LogRecord) -> bool:
     """Filters out the loader's warning about a missing head, which is an error here."""
     return "freshly initialised" not in record.msg
+
+
+def load_served(source: str, args: argparse.Namespace) -> Any:
+    """A CrossEncoder, an EntityRecognizer or a SentenceEncoder, as the head of the checkpoint asks for."""
+    options = {**loading_arguments(args), "batch_invariant": args.batch_invariant}
+    options["token_budget"] = args.batch_tokens
+    folder = resolve(full_name(source, SENTENCE_TRANSFORMERS), revision=args.revision)
+    config = folder / "config.json"
+    names = BertConfig.from_pretrained(folder).architectures or [] if config.is_file() else []
+    if any(name.endswith("ForSequenceClassification") for name in names):
+        return CrossEncoder.from_pretrained(source, max_length=args.max_length, **options)
+    if any(name.endswith("ForTokenClassification") for name in names):
+        return EntityRecognizer.from_pretrained(source, max_length=args.max_length, **options)
+    encoder = SentenceEncoder.from_pretrained(source, **options)
+    if args.max_length is not None:
+        encoder.max_seq_length = args.max_length
+    return encoder

@@ -14,17 +14,14 @@ import numpy as np
 import torch
 from torch import nn
 
-from fastbert.checks import check_text, positive_or_none
+from fastbert.checks import check_text, expect, positive, positive_or_none
 from fastbert.pipelines.inputs import Pair, as_texts, n_prompt_tokens
+from fastbert.pipelines.pool import Pool, Work, default_devices
 from fastbert.pipelines.settings import processing_limit
 from fastbert.text.tokenizer import Tokenizer
 
 logger = logging.getLogger("fastbert")
 
-SEVERAL_DEVICES = (
-    "pool, device: got several processes or devices, expected one: run an encoder in each process, on its device, or "
-    "give sentence-transformers' own model to fastbert.accelerate"
-)
 # The warning of sentence-transformers, word for word: programs look for it.
 TWO_PROMPTS = (
     "Provide either a `prompt`, a `prompt_name`, or neither, but not both. "
@@ -32,7 +29,6 @@ TWO_PROMPTS = (
 )
 _TRAIN = "train sentence-transformers' own model, which fastbert.accelerate makes faster"
 _HUB = "save_pretrained writes a folder, which huggingface_hub.upload_folder uploads"
-_POOL = "run an encoder in each process, or give sentence-transformers' own model to fastbert.accelerate"
 _PARTS = "its parts are encoder.model, encoder.tokenizer, and of a SentenceEncoder encoder.pooling and encoder.tail"
 _PEFT = "give encoder.model to PEFT"
 
@@ -40,7 +36,6 @@ _PEFT = "give encoder.model to PEFT"
 MISSING = {
     **dict.fromkeys(("fit", "old_fit", "smart_batching_collate", "get_sentence_features"), _TRAIN),
     **dict.fromkeys(("push_to_hub", "save_to_hub"), _HUB),
-    **dict.fromkeys(("start_multi_process_pool", "stop_multi_process_pool", "encode_multi_process"), _POOL),
     **dict.fromkeys(("_first_module", "_last_module", "transformers_model", "auto_model", "processor"), _PARTS),
     **dict.fromkeys(
         ("add_adapter", "load_adapter", "set_adapter", "delete_adapter", "enable_adapters", "disable_adapters",
@@ -220,6 +215,41 @@ class SentenceTransformersApi(nn.Module):
     def tokenize(self, texts: Sequence[Any], **kwargs: Any) -> dict[str, Any]:
         """Calls `preprocess`, whose name this was before sentence-transformers 5.4."""
         return self.preprocess(texts, **kwargs)
+
+    def start_multi_process_pool(self, target_devices: Sequence[str] | None = None) -> Pool:
+        """Starts a process on each device, which `encode` and `predict` take as `pool`.
+
+        target_devices: of one type, such as ["cuda:0", "cuda:1"] or ["cpu"] * 4; by default all GPUs, or four times
+        the CPU. The processes share the threads of this one, and have the weights as they are now. The pool is a
+        context manager, which stops it. Raises ValueError for an empty list and for GPUs beside CPUs, and what goes
+        wrong in a process.
+        """
+        devices = default_devices() if target_devices is None else list(target_devices)
+        return Pool(devices, self._work(), self).start()
+
+    @staticmethod
+    def stop_multi_process_pool(pool: Pool) -> None:
+        """Ends the processes of a pool."""
+        pool.stop()
+
+    def _work(self) -> Work:
+        """Returns what the processes of a pool do."""
+        raise NotImplementedError
+
+    def _pool(self, pool: Any, device: Any, workers: int | None, chunk_size: int | None) -> tuple[Pool, bool]:
+        """Returns the pool of a call, and whether it is for this call alone. The arguments are those of `encode`."""
+        positive_or_none("chunk_size", chunk_size)
+        if workers is not None:
+            expect(pool is None and device in (None, "cpu"), "workers, beside device or pool", workers, "one of them")
+            expect(
+                device is not None or self.device.type == "cpu", "workers", workers, "a model on a CPU: name devices"
+            )
+            return Pool(["cpu"] * positive("workers", workers), self._work(), self), True
+        if pool is None:
+            return Pool(device, self._work(), self), True
+        expect(isinstance(pool, Pool), "pool", type(pool).__name__, "what start_multi_process_pool returns")
+        expect(pool.owner() is self, "pool", "one of another model", "one that this model started")
+        return pool, False
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Logs a warning and does nothing else: `encode` and `predict` run fastbert's kernels, and not `forward`."""

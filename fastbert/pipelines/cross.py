@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -15,12 +16,14 @@ from fastbert import ops
 from fastbert.checks import check_text, positive_or_none
 from fastbert.models.pretrained import any_in_training
 from fastbert.models.tasks import BertForSequenceClassification
-from fastbert.pipelines.api import SEVERAL_DEVICES, SentenceTransformersApi, log_unused
+from fastbert.pipelines.api import SentenceTransformersApi, log_unused
 from fastbert.pipelines.folder import read_cross_encoder_layout
 from fastbert.pipelines.load import Arguments, load
 from fastbert.pipelines.modules import ACTIVATIONS, activation_name
 from fastbert.pipelines.names import CROSS_ENCODER
 from fastbert.pipelines.pipeline import Pipeline
+from fastbert.pipelines.pool import Pool
+from fastbert.pipelines.pool_run import ScoreWork, pool_logits
 from fastbert.pipelines.progress import progress_bar
 from fastbert.pipelines.run import WINDOW, logits
 from fastbert.text import windows
@@ -179,6 +182,11 @@ class CrossEncoder(SentenceTransformersApi):
             token_budget=self.token_budget,
         )
 
+    def _work(self) -> ScoreWork:
+        if any_in_training(self):
+            self.eval()
+        return ScoreWork(self.model)
+
     def predict(
         self,
         inputs: Any = None,
@@ -190,21 +198,23 @@ class CrossEncoder(SentenceTransformersApi):
         apply_softmax: bool | None = False,
         convert_to_numpy: bool = True,
         convert_to_tensor: bool = False,
-        device: str | torch.device | None = None,
-        pool: None = None,
+        device: Any = None,
+        pool: Pool | None = None,
         chunk_size: int | None = None,
         *,
         sentences: Any = None,
         num_workers: int | None = None,
         task: str | None = None,
         processing_kwargs: dict[str, Any] | None = None,
+        workers: int | None = None,
     ) -> Any:
         """Returns the scores of pairs of texts. Arguments and results are those of CrossEncoder.predict.
 
         inputs (or `sentences`, its name before sentence-transformers 6): a pair, or an iterable of pairs. Where a pair
         is too long, the longer text is cut. batch_size: most pairs in a batch; the token budget bounds it anyway.
-        apply_softmax: over several labels. device: moves the model there. processing_kwargs: {"text": {"max_length":
-        int}}, the most tokens of a pair in this call. chunk_size, task and num_workers have no effect.
+        apply_softmax: over several labels. device: moves the model there. A list of devices, workers=n and pool mean
+        what they mean in SentenceEncoder.encode. processing_kwargs: {"text": {"max_length": int}}, the most tokens of a
+        pair in this call. chunk_size, task and num_workers have no effect.
 
         The scores are float32, (n,) for one label and (n, num_labels) for several, without the n for a single pair.
         They are an array, or with convert_to_tensor a tensor on the model's device, or with convert_to_numpy=False a
@@ -215,8 +225,11 @@ class CrossEncoder(SentenceTransformersApi):
         """
         if (inputs is None) == (sentences is None):
             raise TypeError("inputs: expected a pair of texts or an iterable of pairs")
-        if pool is not None or isinstance(device, (list, tuple)):
-            raise ValueError(SEVERAL_DEVICES)
+        several: Pool | None = None
+        scope: Any = nullcontext()
+        if pool is not None or workers is not None or isinstance(device, (list, tuple)):
+            several, own = self._pool(pool, device, workers, chunk_size)
+            scope, device = several if own else scope, None
         pairs, single = _as_pairs(sentences if inputs is None else inputs)
         batch_size = positive_or_none("batch_size", batch_size)
         prompt = self._prompt(prompt, prompt_name)
@@ -226,19 +239,24 @@ class CrossEncoder(SentenceTransformersApi):
             self.eval()
         limit = self._limit(processing_kwargs)
         if not pairs:
-            nothing = torch.tensor([], device=self.device)
+            nothing = torch.tensor([], device=self.device if several is None else "cpu")
             return nothing if convert_to_tensor else np.array([]) if convert_to_numpy else []
         pipeline = self.pipeline
         firsts, seconds = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
         n_cut = n_tokens_cut = 0
         parts: list[Tensor] = []
-        with torch.inference_mode(), progress_bar(show_progress_bar, len(pairs)) as progress:
+        with scope, torch.inference_mode(), progress_bar(show_progress_bar, len(pairs)) as progress:
             for start, end in windows.spans(firsts, WINDOW, windows.WINDOW_CHARACTERS, seconds):
                 window = [prompt + text for text in firsts[start:end]] if prompt else firsts[start:end]
                 tokens = self.tokenizer.encode_packed(window, seconds[start:end], max_length=limit, warn=False)
                 n_cut, n_tokens_cut = n_cut + tokens.n_truncated, n_tokens_cut + tokens.n_truncated_tokens
-                parts.append(logits(pipeline, tokens, batch_size, progress))
+                if several is None:
+                    parts.append(logits(pipeline, tokens, batch_size, progress))
+                else:
+                    parts.append(pool_logits(several, pipeline, tokens, batch_size, progress))
             scores = torch.cat(parts)
+            if several is not None:  # an activation function has other bits on another kind of device
+                scores = scores.to(several.device)
             activate, policy = self.activation_fn if activation_fn is None else activation_fn, self.model.policy
             scores = ops.elementwise(activate, scores, policy=policy)
             if self.num_labels == 1 and scores.dim() > 1:
@@ -250,7 +268,8 @@ class CrossEncoder(SentenceTransformersApi):
                 "predict: %d of %d pairs were longer than max_seq_length = %d and truncated: %d tokens cut",
                 n_cut, len(pairs), limit, n_tokens_cut,
             )  # fmt: skip
-        scores = scores.clone()  # no inference tensor: callers may use it in autograd
+        # No inference tensor: callers may use it in autograd.
+        scores = scores.clone() if several is None else scores.to("cpu", copy=True)
         if convert_to_tensor:
             return scores[0] if single else scores
         if convert_to_numpy:
@@ -269,8 +288,8 @@ class CrossEncoder(SentenceTransformersApi):
         batch_size: int | None = None,
         show_progress_bar: bool | None = None,
         activation_fn: Activation | None = None,
-        device: str | torch.device | None = None,
-        pool: None = None,
+        device: Any = None,
+        pool: Pool | None = None,
         chunk_size: int | None = None,
     ) -> list[dict[str, Any]]:
         """Ranks documents by their score beside the query, best first, as sentence-transformers does.

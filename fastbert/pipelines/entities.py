@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -13,6 +13,7 @@ from fastbert.checks import check_text, one_of, positive_or_none
 from fastbert.models.tasks import BertForTokenClassification
 from fastbert.pipelines.token_logits import load_head, longest_row, softmax, token_logits
 from fastbert.text import offsets
+from fastbert.text.encoding import PackedEncoding
 from fastbert.text.overlap import overlapping, owners
 from fastbert.text.tokenizer import Tokenizer
 
@@ -22,6 +23,18 @@ TEXTS = 256  # texts whose rows are in memory at once, at most
 CHARACTERS = 2**20  # of these texts, at most, or one text
 
 Entity = dict[str, Any]
+
+
+class WindowedText(NamedTuple):
+    """A WindowedText is a text whose tokens are read in windows, each a row of the model.
+
+    starts: (n,) bool, whether a token begins a word. spans: (first, last) token of each window.
+    """
+
+    text: str
+    tokens: offsets.TokenizedText
+    starts: np.ndarray
+    spans: list[tuple[int, int]]
 
 
 class EntityRecognizer:
@@ -111,27 +124,42 @@ class EntityRecognizer:
         yield from self._of(chunk)
 
     def _of(self, texts: list[str]) -> Iterator[list[Entity]]:
-        tokenized = self.tokenizer.encode_with_offsets(texts)
-        starts = [self._starts(tokens, text) for tokens, text in zip(tokenized, texts, strict=True)]
-        spans = [
-            overlapping(len(tokens.ids), self.capacity, self.stride, begin)
-            for tokens, begin in zip(tokenized, starts, strict=True)
-        ]
-        rows = [tokens.ids[i:j] for tokens, some in zip(tokenized, spans, strict=True) for i, j in some]
-        template = self.tokenizer.template(False)
-        before = offsets.n_special_tokens(template, 0)
-        after = offsets.n_special_tokens(template) - before
-        logits = token_logits(self.model, offsets.pack(template, rows), self.token_budget)
+        windowed = self.windows(texts)
+        logits = token_logits(self.model, self.pack(windowed), self.token_budget)
         end = 0
-        for text, tokens, begin, some in zip(texts, tokenized, starts, spans, strict=True):
-            own = owners(some, len(tokens.ids), begin)
-            scores = np.empty((len(tokens.ids), logits.shape[1]), np.float32)
-            for number, (first, last) in enumerate(some):
-                end += before
-                mine = own[first:last] == number
-                scores[first:last][mine] = logits[end : end + last - first][mine]
-                end += last - first + after
-            yield self._entities(text, tokens, begin, softmax(scores), before)
+        for text in windowed:
+            start, end = end, end + sum(self._row_lengths(text))
+            yield self.entities(text, logits[start:end])
+
+    def windows(self, texts: list[str]) -> list[WindowedText]:
+        """Returns the tokens of texts, and the windows in which they are read."""
+        windowed = []
+        for text, tokens in zip(texts, self.tokenizer.encode_with_offsets(texts), strict=True):
+            starts = self._starts(tokens, text)
+            spans = overlapping(len(tokens.ids), self.capacity, self.stride, starts)
+            windowed.append(WindowedText(text, tokens, starts, list(spans)))
+        return windowed
+
+    def pack(self, windowed: list[WindowedText]) -> PackedEncoding:
+        """Returns the rows that the model reads, a row for each window, end to end."""
+        rows = [text.tokens.ids[i:j] for text in windowed for i, j in text.spans]
+        return offsets.pack(self.tokenizer.template(False), rows)
+
+    def _row_lengths(self, text: WindowedText) -> list[int]:
+        n_special = offsets.n_special_tokens(self.tokenizer.template(False))
+        return [j - i + n_special for i, j in text.spans]
+
+    def entities(self, text: WindowedText, logits: np.ndarray) -> list[Entity]:
+        """Returns the entities of a text. logits: (T, C) float32, of all tokens of its rows."""
+        before = offsets.n_special_tokens(self.tokenizer.template(False), 0)
+        own = owners(text.spans, len(text.tokens.ids), text.starts)
+        scores = np.empty((len(text.tokens.ids), logits.shape[1]), np.float32)
+        end = 0
+        for number, ((first, last), length) in enumerate(zip(text.spans, self._row_lengths(text), strict=True)):
+            mine = own[first:last] == number
+            scores[first:last][mine] = logits[end + before : end + before + last - first][mine]
+            end += length
+        return self._entities(text.text, text.tokens, text.starts, softmax(scores), before)
 
     def _starts(self, tokens: offsets.TokenizedText, text: str) -> np.ndarray:
         """Returns (n,) bool: whether a token begins a word, as `strategy` understands words.

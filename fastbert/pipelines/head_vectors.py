@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastbert.checks import expect, one_of, positive_or_none
+from fastbert.models.pretrained import any_in_training
 from fastbert.pipelines.api import SentenceTransformersApi
-from fastbert.pipelines.run import Request
+from fastbert.pipelines.pool import Pool
+from fastbert.pipelines.run import HeadItems, Request
 from fastbert.pipelines.token_heads import SpladeHead, TokenVectors
 from fastbert.vectors import sparse
 from fastbert.vectors.maxsim import TOKEN_SIMILARITIES, maxsim, maxsim_pairwise
@@ -128,6 +129,17 @@ class HeadVectors(SentenceTransformersApi):
             prompt = self.prompts.get("document", "")
         return self.encode(sentences, prompt_name, prompt, *args, **{"task": "document", **kwargs})
 
+    def encode_multi_process(
+        self, sentences: Any, pool: Pool, prompt_name: str | None = None, prompt: str | None = None,
+        batch_size: int | None = None, chunk_size: int | None = None, show_progress_bar: bool | None = None,
+        precision: str = "float32", normalize_embeddings: bool = False, truncate_dim: int | None = None,
+    ) -> Any:  # fmt: skip
+        """Calls `encode` with a pool. sentence-transformers keeps the name for older programs."""
+        return self.encode(
+            sentences, prompt_name, prompt, batch_size, show_progress_bar, precision=precision, pool=pool,
+            chunk_size=chunk_size, normalize_embeddings=normalize_embeddings, truncate_dim=truncate_dim,
+        )  # fmt: skip
+
     @contextmanager
     def truncate_embeddings(self, truncate_dim: int | None) -> Iterator[None]:
         """Lets `encode` give the first truncate_dim numbers of each vector (Matryoshka), inside a `with` statement."""
@@ -155,18 +167,29 @@ class HeadVectors(SentenceTransformersApi):
             expect(value in expected, f"{name}, for output {output!r}", value, repr(expected[0]))
         if isinstance(head, TokenVectors):
             request.max_length = head.limit(task, request.max_length or self.max_seq_length)
-            request.head = partial(head.items, task=task, normalize=request.normalize)
+            request.head = HeadItems(output, head, {"task": task, "normalize": request.normalize})
             vectors = [item for window in self._run(texts, request) for item in window]
             return [vector.cpu() for vector in vectors] if save_to_cpu else vectors
         expect(not request.normalize, "normalize_embeddings, for output 'sparse'", True, "False")
-        if (most := head.texts_in_batch(self.device)) is not None:
+        device = self.device if request.pool is None else request.pool.device
+        if (most := head.texts_in_batch(device)) is not None:
             request.batch_size = min(request.batch_size or most, most)
-        request.head = head.items
+        request.head = HeadItems(output, head)
         limit = sparse.check_active(self.max_active_dims if max_active_dims is None else max_active_dims)
         items = [
             sparse.largest(places, numbers, limit) for window in self._run(texts, request) for places, numbers in window
         ]
-        return sparse.as_rows(items, head.dimension, torch.device("cpu") if save_to_cpu else self.device)
+        on_host = save_to_cpu or request.pool is not None
+        return sparse.as_rows(items, head.dimension, torch.device("cpu") if on_host else device)
+
+    def _in_training(self) -> bool:
+        """Tells whether a module is in training mode."""
+        # To ask each module of the encoder would take as long as a short text.
+        model: Any = self._modules["model"]
+        tail: Any = self._modules["tail"]
+        if model.all_in_eval_mode():
+            return self.training or any_in_training(tail)
+        return any_in_training(self)
 
     def _dimension_of_heads(self) -> int | None:
         """Returns the length of the vectors of an encoder without dense ones; None where no module says it."""

@@ -10,7 +10,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -26,6 +26,7 @@ from fastbert.ops import packing, silent_writes
 from fastbert.pipelines.batching import default_token_budget, in_batches
 from fastbert.pipelines.inputs import encode_texts, n_prompt_tokens
 from fastbert.pipelines.pipeline import Pipeline
+from fastbert.pipelines.pool import Pool
 from fastbert.pipelines.pooling import sentence_vectors
 from fastbert.pipelines.progress import Progress
 from fastbert.text.encoding import PackedEncoding
@@ -39,13 +40,31 @@ AHEAD = 2  # windows tokenised, or being tokenised, before the calling thread as
 
 
 @dataclass(slots=True)
+class HeadItems:
+    """A HeadItems calls a head of an encoder for the items of a batch's texts, one for each.
+
+    output: the name of the head. module: the head, None on the way to another process. options: its further arguments.
+    """
+
+    output: str
+    module: Any
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def __call__(
+        self, model: BertModel, batch: packing.PackedBatch, input_ids: Tensor, token_type_ids: Tensor
+    ) -> list[Any]:
+        return self.module.items(model, batch, input_ids, token_type_ids, **self.options)
+
+
+@dataclass(slots=True)
 class Request:
     """A Request holds the arguments of one call.
 
     single: one text came, not a list, so that errors name no index. even: windows do not grow to WINDOW texts, but have
     as many from the first on. on_host: vectors are read on the host, as numbers, so that they may be inference tensors.
     max_length: the most tokens of a text, where it is not the pipeline's max_seq_length. head: makes the items of a
-    batch's texts, in the place of pooling: (model, batch, input_ids, token_type_ids) -> one for each text.
+    batch's texts, in the place of pooling. pool: whose processes compute, None for this one. own_pool: whether the pool
+    runs for this call alone. n_left_out: tokens at the start of each text that pooling leaves out, besides a prompt's.
     """
 
     prompt: str = ""
@@ -58,7 +77,10 @@ class Request:
     on_host: bool = False
     max_length: int | None = None
     progress: Progress | None = None
-    head: Callable[[BertModel, packing.PackedBatch, Tensor, Tensor], list[Any]] | None = None
+    head: HeadItems | None = None
+    pool: Pool | None = None
+    own_pool: bool = False
+    n_left_out: int = 0
 
 
 @dataclass
@@ -105,9 +127,10 @@ class Run:
         self.model = pipeline.model
         self.device = self.model.device
         self.limit = request.max_length or pipeline.max_seq_length
-        pooling, left_out = pipeline.pooling, 0  # tokens at the start of each text
+        pooling, left_out = pipeline.pooling, request.n_left_out
         if request.prompt and pooling is not None and not pooling.include_prompt:
             left_out = n_prompt_tokens(pipeline.tokenizer, request.prompt, self.limit)
+        self.n_left_out = left_out
         # With output_value None sentence-transformers returns what the modules make, never normalised after that.
         self._vectors = partial(
             sentence_vectors,
@@ -118,13 +141,14 @@ class Run:
         )
         self.n_texts = self.n_truncated = self.n_truncated_tokens = 0
         self.timings = Timings(overlapped=overlaps(self.device))
+        self.windows_grow = self.timings.overlapped and not request.even
 
     def windows(self, texts: Iterable[str]) -> Iterator[Any]:
         """Yields the result of each window: (n, dim) vectors, or a list for other output values."""
         started = time.perf_counter()
         waiting: _Result | None = None
         for tokens in self._tokenized(iter(texts)):
-            result = _Result(self._compute(tokens), self.request.on_host)
+            result = _Result(self.compute(tokens), self.request.on_host)
             if not self.timings.overlapped:
                 yield result.get()
                 continue
@@ -172,7 +196,7 @@ class Run:
 
     def _cut(self, source: Iterator[str]) -> Iterator[list[str]]:
         """Yields windows of at most WINDOW texts. Where tokenizing overlaps, a small first one is soon tokenised."""
-        size = FIRST_WINDOW if self.timings.overlapped and not self.request.even else WINDOW
+        size = FIRST_WINDOW if self.windows_grow else WINDOW
         window: list[str] = []
         n_characters = 0
         for text in source:
@@ -198,7 +222,7 @@ class Run:
         self.timings.tokenizing += time.perf_counter() - started
         return tokens
 
-    def _compute(self, tokens: PackedEncoding) -> Tensor | list[Any]:
+    def compute(self, tokens: PackedEncoding) -> Tensor | list[Any]:
         """Returns the vectors of a window, or its items, in the order of its texts."""
         request, n_texts = self.request, tokens.cu_seqlens.shape[0] - 1
         vectors: Tensor | None = None

@@ -15,9 +15,8 @@ from torch import nn
 
 from fastbert.checks import one_of, positive_or_none
 from fastbert.models.bert import BertModel
-from fastbert.models.pretrained import any_in_training
 from fastbert.models.tasks import BertForMaskedLM
-from fastbert.pipelines.api import SEVERAL_DEVICES, log_unused
+from fastbert.pipelines.api import log_unused
 from fastbert.pipelines.folder import MODULES, Layout, write_layout
 from fastbert.pipelines.head_vectors import HeadVectors, shaped
 from fastbert.pipelines.inputs import as_texts
@@ -25,6 +24,8 @@ from fastbert.pipelines.load import Arguments, load
 from fastbert.pipelines.modules import output_size
 from fastbert.pipelines.names import SENTENCE_TRANSFORMERS
 from fastbert.pipelines.pipeline import Pipeline, Pooling
+from fastbert.pipelines.pool import Pool
+from fastbert.pipelines.pool_run import PoolRun, SentenceWork
 from fastbert.pipelines.pooling import vectors_of_padded
 from fastbert.pipelines.progress import Progress, progress_bar
 from fastbert.pipelines.run import Request, Run, Timings
@@ -233,10 +234,10 @@ class SentenceEncoder(HeadVectors):
         precision: str | None = "float32",
         convert_to_numpy: bool | None = None,
         convert_to_tensor: bool = False,
-        device: str | torch.device | None = None,
+        device: Any = None,
         normalize_embeddings: bool = False,
         truncate_dim: int | None = None,
-        pool: None = None,
+        pool: Pool | None = None,
         chunk_size: int | None = None,
         *,
         inputs: Any = None,
@@ -248,6 +249,7 @@ class SentenceEncoder(HeadVectors):
         max_active_dims: int | None = None,
         convert_to_sparse_tensor: bool = True,
         save_to_cpu: bool = False,
+        workers: int | None = None,
     ) -> Any:
         """Returns the vectors of texts. Arguments and results are those of SentenceTransformer.encode.
 
@@ -257,6 +259,9 @@ class SentenceEncoder(HeadVectors):
         anyway. show_progress_bar: None shows it where the logger "fastbert" is at INFO. device: moves the encoder
         there. processing_kwargs: {"text": {"max_length": int}}, the most tokens of a text in this call. task: "query"
         or "document", which vectors of tokens may depend on. chunk_size has no effect.
+
+        A list of devices, or workers=n for a model on the CPU, starts a process on each for this call; pool is one of
+        `start_multi_process_pool`. Batches are those of one process, and results come on the host.
 
         The result is a vector (dim,) for a str, else (n, dim), in float32: an array, or with convert_to_tensor a tensor
         on the model's device, or with convert_to_numpy=False a list of vectors. With precision "int8", "uint8",
@@ -278,8 +283,9 @@ class SentenceEncoder(HeadVectors):
             raise TypeError("sentences: expected a str or an iterable of str")
         texts: Any
         texts, single = as_texts(inputs if sentences is None else sentences)
-        if pool is not None or isinstance(device, (list, tuple)):
-            raise ValueError(SEVERAL_DEVICES)
+        several: tuple[Any, ...] = (None, False)
+        if pool is not None or workers is not None or isinstance(device, (list, tuple)):
+            several, device = self._pool(pool, device, workers, chunk_size), None
         one_of("output_value", output_value, *_OUTPUT_VALUES)
         precision = precision or "float32"
         if precision != "float32" and output_value != "sentence_embedding":
@@ -298,6 +304,8 @@ class SentenceEncoder(HeadVectors):
             single,
             on_host=to_numpy and not convert_to_tensor or precision != "float32",
             max_length=None if processing_kwargs is None else self._limit(processing_kwargs),
+            pool=several[0],
+            own_pool=several[1],
         )
         total = 1 if single else len(texts) if hasattr(texts, "__len__") else None
         with progress_bar(show_progress_bar, total) as request.progress:
@@ -313,7 +321,7 @@ class SentenceEncoder(HeadVectors):
             return items[0] if single else items
         if not windows:
             if convert_to_tensor:
-                return torch.tensor([], device=self.device)
+                return torch.tensor([], device=self.device if request.pool is None else "cpu")
             return np.array([]) if to_numpy else []
         # Pinned memory, which vectors from a GPU lie in, is too dear to be kept by whoever holds the result.
         embeddings = windows[0] if len(windows) == 1 and not windows[0].is_pinned() else torch.cat(windows)
@@ -334,13 +342,14 @@ class SentenceEncoder(HeadVectors):
         normalize_embeddings: bool = False,
         truncate_dim: int | None = None,
         progress: Progress | None = None,
+        pool: Pool | None = None,
     ) -> Iterator[np.ndarray]:
         """Yields the vectors of more texts than fit in memory: (n, dim) arrays, in order.
 
         Each array is of 16,384 texts but the last, or of fewer texts that together have 8 million characters. With a
         GPU, texts are taken from the iterable up to three windows ahead of the array that is returned. progress is
-        called with the number of texts of each batch. Truncation is counted and warned of at the end. Errors are those
-        of `encode`.
+        called with the number of texts of each batch. pool: of `start_multi_process_pool`.
+        Truncation is counted and warned of at the end. Errors are those of `encode`.
         """
         self._output("dense")
         truncate_dim = self.truncate_dim if truncate_dim is None else positive_or_none("truncate_dim", truncate_dim)
@@ -351,6 +360,7 @@ class SentenceEncoder(HeadVectors):
             even=True,
             on_host=True,
             progress=progress,
+            pool=None if pool is None else self._pool(pool, None, None, None)[0],
         )
         for window in self._run(as_texts(sentences)[0], request):
             yield window.clone().numpy() if window.is_pinned() else window.numpy()
@@ -373,18 +383,14 @@ class SentenceEncoder(HeadVectors):
         """Sets whether pooling takes the tokens of the prompt too. INSTRUCTOR models leave them out."""
         self.pooling = replace(self.pooling, include_prompt=include_prompt)
 
+    def _work(self) -> SentenceWork:
+        if self._in_training():
+            self.eval()
+        return SentenceWork(self.model, list(self.tail), dict(self.heads))
+
     def _run(self, texts: Iterable[str], request: Request) -> Iterator[Any]:
         if self._in_training():  # eval() drops what was derived from the weights
             self.eval()
-        run = Run(self.pipeline, request)
+        run = Run(self.pipeline, request) if request.pool is None else PoolRun(self.pipeline, request)
         self.__dict__["last_timings"] = run.timings  # nn.Module asks of each attribute whether it is a parameter
         return run.windows(texts)
-
-    def _in_training(self) -> bool:
-        """Tells whether a module is in training mode."""
-        # To ask each module of the encoder would take as long as a short text.
-        model: Any = self._modules["model"]
-        tail: Any = self._modules["tail"]
-        if model.all_in_eval_mode():
-            return self.training or any_in_training(tail)
-        return any_in_training(self)

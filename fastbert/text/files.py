@@ -86,7 +86,7 @@ def open_output(path: str, dimension: int) -> Iterator[Write]:
     "embedding": [...]}. The file appears under its name when all is written; until then an older one stays as it is.
     """
     if path == STDIN:
-        yield lambda texts, vectors: _write_jsonl(sys.stdout.write, texts, vectors)
+        yield lambda texts, vectors: write_jsonl(sys.stdout.write, texts, vectors)
         sys.stdout.flush()
         return
     with replacing(Path(path)) as temporary:
@@ -95,12 +95,13 @@ def open_output(path: str, dimension: int) -> Iterator[Write]:
                 yield write
         else:
             with open(temporary, "w", encoding="utf-8") as file:
-                yield lambda texts, vectors: _write_jsonl(file.write, texts, vectors)
+                yield lambda texts, vectors: write_jsonl(file.write, texts, vectors)
 
 
-def _write_jsonl(write: Callable[[str], Any], texts: Sequence[str], vectors: np.ndarray) -> None:
+def write_jsonl(write: Callable[[str], Any], texts: Sequence[str], vectors: np.ndarray) -> None:
+    """Writes a JSON object a line for each text and its vector, with the digits that give the same float32 back."""
     for text, vector in zip(texts, vectors, strict=True):
-        numbers = ", ".join(f"{x:.9g}" for x in vector.tolist())  # nine digits give the same float32 back
+        numbers = ", ".join(f"{x:.9g}" for x in vector.tolist())
         write(f'{{"text": {json.dumps(text)}, "embedding": [{numbers}]}}\n')
 
 

@@ -29,7 +29,7 @@ from helpers import source_env
 
 COMMANDS = (
     "embed", "similarity", "search", "rerank", "fill-mask", "next-sentence", "classify", "pretrain", "info", "verify",
-    "tune", "demo", "tokenizer",
+    "tune", "demo", "tokenizer", "serve",
 )  # fmt: skip
 
 

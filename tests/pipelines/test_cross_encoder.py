@@ -260,8 +260,8 @@ def test_what_is_no_pair_is_named(encoder: CrossEncoder, inputs: Any, kind: type
 
 def test_bad_arguments(one: Path, encoder: CrossEncoder) -> None:
     """Catches an argument that is ignored in silence."""
-    for arguments in ({"pool": {}}, {"device": ["cpu", "cpu"]}):
-        with pytest.raises(ValueError, match="several processes"):
+    for arguments in ({"pool": {}}, {"device": []}, {"device": ["cpu", "cuda"]}, {"workers": 0}):
+        with pytest.raises(ValueError, match="pool|device|workers"):
             encoder.predict(PAIRS, **arguments)
     with pytest.raises(ValueError, match="batch_size: got 0"):
         encoder.predict(PAIRS, batch_size=0)

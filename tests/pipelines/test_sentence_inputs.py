@@ -159,15 +159,6 @@ def test_a_surrogate_in_a_second_text(ours: SentenceEncoder) -> None:
         ours.encode([PAIR, ["a", "\ud800"]])
 
 
-@pytest.mark.parametrize("device", [["cpu"], ("cpu", "cpu"), []])
-def test_several_devices_are_refused(ours: SentenceEncoder, cross: Path, device: Any) -> None:
-    """Catches a list of devices of which one is taken, and a refusal that does not say what to do."""
-    with pytest.raises(ValueError, match="pool, device: got several processes or devices.*fastbert.accelerate"):
-        ours.encode(["a"], device=device)
-    with pytest.raises(ValueError, match="pool, device: got several processes or devices"):
-        CrossEncoder.from_pretrained(cross, device="cpu").predict([PAIR], device=device)
-
-
 def test_prompts_of_every_model(ours: SentenceEncoder, theirs: Any) -> None:
     """Catches a model without the prompts that every model of sentence-transformers has."""
     assert ours.prompts == theirs.prompts == {"query": "", "document": ""}

@@ -76,7 +76,7 @@ def test_tokenizing_runs_ahead_in_a_thread(
     window before the next one's work is launched."""
     this_thread, order, taken_in = threading.get_ident(), [], set()
     second = threading.Event()
-    tokenize, compute, read = Run._tokenize, Run._compute, Run._read
+    tokenize, compute, read = Run._tokenize, Run.compute, Run._read
 
     def tokenized(self: Run, window: list[str]) -> Any:
         assert threading.get_ident() != this_thread
@@ -90,7 +90,7 @@ def test_tokenizing_runs_ahead_in_a_thread(
         return compute(self, tokens)
 
     monkeypatch.setattr(Run, "_tokenize", tokenized)
-    monkeypatch.setattr(Run, "_compute", computed)
+    monkeypatch.setattr(Run, "compute", computed)
     monkeypatch.setattr(Run, "_read", lambda self, result: order.append("read") or read(self, result))
 
     def texts() -> Iterator[str]:

@@ -208,7 +208,7 @@ def test_wheel_metadata(wheel_metadata: Message) -> None:
         "numpy": "",
         "tqdm": "",
     }
-    assert set(wheel_metadata.get_all("Provides-Extra")) == {"demo", "train", "test", "bench"}
+    assert set(wheel_metadata.get_all("Provides-Extra")) == {"demo", "train", "serve", "ray", "test", "bench"}
 
 
 IMPORT_ALL = """

@@ -1,0 +1,102 @@
+"""`fastbert serve` answers over HTTP, in the forms of OpenAI and text-embeddings-inference."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+from fastbert.cli.options import add_command, add_loading_options, add_message_options, positive_int
+
+
+def add(commands: Any) -> None:
+    """Adds the subcommand."""
+    parser = add_command(
+        commands,
+        "serve",
+        "vectors, scores and entities over HTTP",
+        """A model is a folder or hub id; NAME=FOLDER gives it the name that callers use. What it can do follows from
+its head: vectors, scores of pairs, classes or entities. /docs shows the routes. SIGTERM stops the server; what was
+asked before is answered. An API key may stand in the environment variable FASTBERT_API_KEY.
+
+examples:
+  fastbert serve sentence-transformers/all-MiniLM-L6-v2
+  fastbert serve minilm=./all-MiniLM-L6-v2 reranker=./cross-encoder --port 8080 --batch-invariant""",
+    )
+    parser.add_argument("models", nargs="+", metavar="MODEL", help="folder, hub id, or NAME=FOLDER")
+    parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 for all networks (default: %(default)s)")
+    parser.add_argument("--port", type=int, default=8000, help="0 for a free one (default: %(default)s)")
+    parser.add_argument("--api-key-file", metavar="FILE", help="API keys, one a line")
+    parser.add_argument(
+        "--batch-invariant", action="store_true", help="answers do not depend on who else called, to the bit"
+    )
+    parser.add_argument("--refuse-long", action="store_true", help="refuse longer texts where a request says nothing")
+    parser.add_argument("--max-length", type=positive_int, metavar="N", help="tokens of a text that are read")
+    parser.add_argument("--batch-tokens", type=positive_int, metavar="N", help="tokens in a batch")
+    limits = parser.add_argument_group("limits")
+    limits.add_argument("--body-mib", type=positive_int, default=16, metavar="N", help="of a body (default: 16)")
+    limits.add_argument(
+        "--max-texts", type=positive_int, default=2048, metavar="N", help="of a request (default: 2048)"
+    )
+    limits.add_argument(
+        "--max-tokens", type=positive_int, default=2**18, metavar="N", help="of a request (default: %(default)s)"
+    )
+    limits.add_argument(
+        "--queue-tokens", type=positive_int, default=2**19, metavar="N",
+        help="that wait or run for a model; more are refused with 429 (default: %(default)s)",
+    )  # fmt: skip
+    limits.add_argument("--timeout", type=float, default=60.0, metavar="S", help="until the answer (default: 60)")
+    limits.add_argument("--body-timeout", type=float, default=30.0, metavar="S", help="until the body (default: 30)")
+    limits.add_argument(
+        "--drain", type=float, default=2.0, metavar="S",
+        help="how long /ready says no, and requests are still taken, before it stops (default: 2)",
+    )  # fmt: skip
+    add_loading_options(parser.add_argument_group("model"))
+    add_message_options(parser)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Serves until a signal comes."""
+    try:
+        import prometheus_client  # noqa: F401
+        import starlette  # noqa: F401
+        import uvicorn  # noqa: F401
+    except ImportError as error:
+        raise ValueError(f"serve: {error.name} is not installed: pip install 'fastbert-engine[serve]'") from error
+    from fastbert.serving import logs, server
+    from fastbert.serving.auth import Keys
+    from fastbert.serving.limits import Limits
+    from fastbert.serving.service import Service, Settings
+
+    limits = Limits(
+        body_bytes=args.body_mib * 2**20,
+        texts=args.max_texts,
+        tokens=min(args.max_tokens, args.queue_tokens),
+        queue_tokens=args.queue_tokens,
+        body_seconds=args.body_timeout,
+        seconds=args.timeout,
+    )
+    settings = Settings(limits, Keys.read(args.api_key_file), args.batch_invariant, not args.refuse_long)
+    loaders = {name: _loader(args, source) for name, source in map(_name_and_source, args.models)}
+    if len(loaders) < len(args.models):
+        raise ValueError("serve: two models have the same name: NAME=FOLDER gives each its own")
+    logs.log_to()
+    server.run(Service(loaders, settings), args.host, args.port, args.drain)
+
+
+def _name_and_source(model: str) -> tuple[str, str]:
+    """Splits NAME=FOLDER. A folder has its last part as its name, a hub id is its own."""
+    import os
+
+    name, sign, source = model.partition("=")
+    if sign and name and not os.path.exists(model):
+        return name, source
+    is_folder = os.path.isdir(os.path.expanduser(model))
+    return (os.path.basename(os.path.abspath(os.path.expanduser(model))) if is_folder else model), model
+
+
+def _loader(args: argparse.Namespace, source: str) -> Callable[[], Any]:
+    from fastbert.cli import models
+
+    return lambda: models.load_served(source, args)

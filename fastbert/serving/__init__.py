@@ -1,0 +1,1 @@
+"""Models of this package answer over HTTP: see README.md for the plan."""

@@ -1,0 +1,194 @@
+"""The app is what an ASGI server runs: each request is checked, counted, answered and logged in one place."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import time
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import Any, NamedTuple
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import HTMLResponse, JSONResponse, Response
+from starlette.routing import Route
+
+from fastbert.serving import openapi, routes
+from fastbert.serving.batcher import log_exception
+from fastbert.serving.calls import Call, ClientGone
+from fastbert.serving.errors import ApiError
+from fastbert.serving.limits import read_json
+from fastbert.serving.logs import logger
+from fastbert.serving.schemas import Fields
+from fastbert.serving.service import Service
+
+Handler = Callable[[Call], Awaitable[Any]]
+
+GONE = 499  # for the log and the metrics: nobody reads this status
+_ID = re.compile(r"[\w.:-]{1,64}")
+
+
+class Endpoint(NamedTuple):
+    """An Endpoint is a route that asks for the API key. GET routes have no body."""
+
+    method: str
+    path: str
+    handler: Handler
+
+
+ENDPOINTS = (
+    Endpoint("GET", "/v1/models", routes.list_models),
+    Endpoint("GET", "/v1/models/{name:path}", routes.get_model),
+    Endpoint("POST", "/v1/embeddings", routes.embeddings),
+    Endpoint("POST", "/embed", routes.embed),
+    Endpoint("POST", "/embed_all", routes.embed_all),
+    Endpoint("POST", "/embed_sparse", routes.embed_sparse),
+    Endpoint("POST", "/similarity", routes.similarity),
+    Endpoint("POST", "/rerank", routes.rerank),
+    Endpoint("POST", "/predict", routes.predict),
+    Endpoint("POST", "/entities", routes.entities),
+    Endpoint("POST", "/tokenize", routes.tokenize),
+    Endpoint("POST", "/", routes.root),
+    Endpoint("GET", "/info", routes.info),
+)
+
+
+def make_app(service: Service, on_failure: Callable[[], None] = lambda: None) -> Starlette:
+    """Returns the app of a service. Its models are loaded when the server starts, while /health answers already.
+
+    on_failure: is called where a model cannot be loaded; `service.error` has the reason.
+    """
+
+    @asynccontextmanager
+    async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        async def load() -> None:
+            try:
+                await asyncio.to_thread(service.load)
+            except Exception:
+                on_failure()
+
+        loading = asyncio.create_task(load())
+        try:
+            yield
+        finally:
+            await loading
+            await asyncio.to_thread(service.close)
+
+    first = next(iter(service.loaders), openapi.MODEL)
+    plain = [
+        Route("/health", lambda request: _health(service)),
+        Route("/ready", lambda request: _ready(service)),
+        Route("/metrics", lambda request: _metrics(service, request)),
+        Route("/openapi.json", lambda request: JSONResponse(openapi.document(first))),
+        Route("/docs", lambda request: HTMLResponse(openapi.page(first))),
+    ]
+    answering = [Route(each.path, _answerer(service, each), methods=[each.method]) for each in ENDPOINTS]
+    app = Starlette(
+        routes=[*plain, *answering],
+        lifespan=lifespan,
+        exception_handlers={HTTPException: _no_route},
+    )
+    app.state.service = service
+    return app
+
+
+def _health(service: Service) -> Response:
+    """Tells whether the process can go on: only a restart helps one that is not alive."""
+    return JSONResponse({"status": "alive" if service.alive else "failed"}, 200 if service.alive else 503)
+
+
+def _ready(service: Service) -> Response:
+    """Tells whether requests should be sent here."""
+    return JSONResponse({"status": service.state}, 200 if service.state == "ready" else 503)
+
+
+def _metrics(service: Service, request: Request) -> Response:
+    try:
+        _authorize(service, request)
+    except ApiError as error:
+        return _error_response(error)
+    return Response(service.metrics.page(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+
+def _no_route(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    code = {404: "unknown_route", 405: "method_not_allowed"}.get(error.status_code, "http_error")
+    response = _error_response(ApiError(error.status_code, code, f"{error.detail}: see /docs"))
+    response.headers.update(error.headers or {})
+    return response
+
+
+def _authorize(service: Service, request: Request) -> None:
+    keys = service.settings.keys
+    if keys and not keys.allow(request.headers.get("authorization", "")):
+        raise ApiError(401, "invalid_api_key", "expected the header Authorization: Bearer KEY")
+
+
+def _answerer(service: Service, endpoint: Endpoint) -> Callable[[Request], Awaitable[Response]]:
+    async def answer(request: Request) -> Response:
+        sent = request.headers.get("x-request-id", "")
+        id_ = sent if _ID.fullmatch(sent) else uuid.uuid4().hex
+        call = Call(request, service, endpoint.path, id_)
+        with service.metrics.in_flight.track_inprogress():
+            response = await _respond(call, endpoint)
+        _note(call, response.status_code)
+        return response
+
+    return answer
+
+
+async def _respond(call: Call, endpoint: Endpoint) -> Response:
+    service, error = call.service, None
+    try:
+        _authorize(service, call.request)
+        service.check_serving()
+        if endpoint.method == "POST":
+            call.fields = Fields(await read_json(call.request, service.settings.limits))
+        answer = await endpoint.handler(call)
+        response = Response(await _to_json(answer, call.n_texts), media_type="application/json")
+    except ApiError as raised:
+        error = raised
+    except (ClientGone, ClientDisconnect):
+        error = ApiError(GONE, "client_gone", "the caller closed the connection")
+    except Exception as raised:
+        log_exception("request failed", raised, id=call.id, route=call.route)
+        error = ApiError(500, "internal_error", f"the server failed on this request, whose id is {call.id}")
+    if error is not None:
+        response = _error_response(error)
+        if error.status in (408, 413):  # the rest of the body is not read
+            response.headers["Connection"] = "close"
+    response.headers["X-Request-Id"] = call.id
+    if call.n_truncated:
+        response.headers["X-Truncated"] = str(call.n_truncated)
+    if service.state == "draining":
+        response.headers["Connection"] = "close"
+    return response
+
+
+async def _to_json(answer: Any, n_texts: int) -> bytes:
+    return _dump(answer) if n_texts <= 16 else await asyncio.to_thread(_dump, answer)
+
+
+def _dump(answer: Any) -> bytes:
+    return json.dumps(answer, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode("utf-8")
+
+
+def _error_response(error: ApiError) -> Response:
+    return JSONResponse(error.body, error.status, headers=error.headers)
+
+
+def _note(call: Call, status: int) -> None:
+    """Counts and logs an answer."""
+    seconds = time.perf_counter() - call.started
+    model = "" if call.model is None else call.model.name
+    call.service.metrics.requests.labels(call.route, model, str(status)).inc()
+    call.service.metrics.seconds.labels(call.route).observe(seconds)
+    fields = {
+        "id": call.id, "route": call.route, "model": model, "status": status, "seconds": round(seconds, 4),
+        "texts": call.n_texts, "tokens": call.n_tokens, "truncated": call.n_truncated,
+    }  # fmt: skip
+    logger.info("request", extra={"fields": fields})

@@ -1,0 +1,173 @@
+"""A Batcher computes what many callers ask of one model, in packed batches across them."""
+
+from __future__ import annotations
+
+import logging
+import math
+import threading
+import time
+from collections import OrderedDict, deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any
+
+from fastbert.serving.errors import ApiError
+from fastbert.serving.work import Item, Lane, Work
+
+logger = logging.getLogger("fastbert.serving")
+
+Compute = Callable[[Lane, list[Item]], list[Any]]  # a result for each item
+Picked = list[tuple[Work, int]]  # works, and the places of their items
+
+
+class Batcher:
+    """A Batcher has a thread that computes, and a queue that is bounded in tokens.
+
+    compute: gives a result for each item. token_budget: tokens in a batch, where one item has no more. capacity: tokens
+    that may wait and run at once. on_batch: is called with the number of items and tokens of each batch.
+
+    Lanes take turns, and within a lane callers do: a batch takes an item of each caller, then one more of each. So a
+    caller of one text does not wait until a list of a thousand is done.
+    """
+
+    def __init__(
+        self,
+        compute: Compute,
+        token_budget: int,
+        capacity: int,
+        on_batch: Callable[[int, int], None] = lambda n_items, n_tokens: None,
+        name: str = "model",
+    ) -> None:
+        self._compute, self._token_budget, self.capacity, self._on_batch = compute, token_budget, capacity, on_batch
+        self._lanes: OrderedDict[Lane, deque[Work]] = OrderedDict()
+        self._changed = threading.Condition()
+        self._closing = False
+        self.n_tokens = 0  # waiting and running
+        self._tokens_per_second = 0.0  # of the batches so far, the last ones counting most
+        self._thread = threading.Thread(target=self._run, name=f"fastbert-{name}", daemon=True)
+        self._thread.start()
+
+    @property
+    def alive(self) -> bool:
+        """Tells whether the thread runs, which no exception of a batch ends."""
+        return self._thread.is_alive()
+
+    def reserve(self, n_tokens: int) -> Work:
+        """Returns a work that has room for that many tokens, or for all there is room for at all.
+
+        Raises ApiError 429 where there is no room now. The room is free again when the work's future is done.
+        """
+        n_tokens = min(n_tokens, self.capacity)
+        with self._changed:
+            if self.n_tokens + n_tokens > self.capacity:
+                message = f"the queue is full: {self.n_tokens} of {self.capacity} tokens wait or run"
+                raise ApiError(429, "queue_full", message, retry_after=self._seconds_to_wait())
+            work = Work(n_tokens)
+            self.n_tokens += n_tokens
+        work.future.add_done_callback(lambda _: self._release(work))
+        return work
+
+    def submit(self, work: Work, lane: Lane, items: list[Item]) -> Future[list[Any]]:
+        """Puts a reserved work into the queue, now that its items are known, and returns its future."""
+        with self._changed:
+            if work.future.done():
+                return work.future
+            n_tokens = sum(item.n_tokens for item in items)
+            self.n_tokens += n_tokens - work.n_tokens
+            work.lane, work.items, work.n_tokens, work.results = lane, items, n_tokens, [None] * len(items)
+            if items and not self._closing:
+                self._lanes.setdefault(lane, deque()).append(work)
+                self._changed.notify()
+        if not items:
+            _resolve(work)
+        elif self._closing:
+            work.future.set_exception(ApiError(503, "stopping", "the server is stopping"))
+        return work.future
+
+    def close(self, seconds: float = 60.0) -> None:
+        """Computes what is in the queue, and ends the thread."""
+        with self._changed:
+            self._closing = True
+            self._changed.notify()
+        self._thread.join(seconds)
+
+    def _seconds_to_wait(self) -> int:
+        seconds = self.n_tokens / self._tokens_per_second if self._tokens_per_second else 1.0
+        return min(max(1, math.ceil(seconds)), 60)
+
+    def _release(self, work: Work) -> None:
+        with self._changed:
+            self.n_tokens -= work.n_tokens
+            waiting = self._lanes.get(work.lane)
+            if waiting is not None and work in waiting:
+                waiting.remove(work)
+                if not waiting:
+                    del self._lanes[work.lane]
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                while not self._lanes and not self._closing:
+                    self._changed.wait()
+                if not self._lanes:
+                    return
+                lane, picked = self._pick()
+            started, n_tokens = time.perf_counter(), sum(work.items[place].n_tokens for work, place in picked)
+            results = self._results(lane, [work.items[place] for work, place in picked])
+            rate = n_tokens / max(time.perf_counter() - started, 1e-6)
+            self._tokens_per_second += (rate - self._tokens_per_second) * (0.1 if self._tokens_per_second else 1.0)
+            self._on_batch(len(picked), n_tokens)
+            self._deliver(picked, results)
+
+    def _pick(self) -> tuple[Lane, Picked]:
+        """Takes the items of the next batch out of the queue."""
+        lane, waiting = next(iter(self._lanes.items()))
+        picked: Picked = []
+        n_tokens = 0
+        while waiting:
+            work = waiting[0]
+            n_tokens += work.items[work.n_started].n_tokens
+            if picked and n_tokens > self._token_budget:
+                break
+            picked.append((work, work.n_started))
+            work.n_started += 1
+            waiting.popleft()
+            if work.n_started < len(work.items):
+                waiting.append(work)
+        if waiting:
+            self._lanes.move_to_end(lane)
+        else:
+            del self._lanes[lane]
+        return lane, picked
+
+    def _results(self, lane: Lane, items: list[Item]) -> list[Any]:
+        """Returns a result or an exception for each item: one that cannot be computed fails alone."""
+        try:
+            return self._compute(lane, items)
+        except Exception as error:
+            log_exception("batch failed", error, n_items=len(items))
+            if len(items) == 1:
+                return [error]
+        return [self._results(lane, [item])[0] for item in items]
+
+    def _deliver(self, picked: Picked, results: list[Any]) -> None:
+        for (work, place), result in zip(picked, results, strict=True):
+            work.results[place] = result
+            work.n_finished += 1
+            if work.n_finished == len(work.items):
+                _resolve(work)
+
+
+def _resolve(work: Work) -> None:
+    """Hands the results over, unless nobody waits for them any more."""
+    if work.future.set_running_or_notify_cancel():
+        work.future.set_result(work.results)
+
+
+def log_exception(event: str, error: BaseException, **fields: Any) -> None:
+    """Logs the type of an error and where it arose, without its message: that might hold a caller's text."""
+    frame, where = error.__traceback__, ""
+    while frame is not None:
+        where = f"{frame.tb_frame.f_code.co_filename}:{frame.tb_lineno}"
+        frame = frame.tb_next
+    logger.error(event, extra={"fields": {"error": type(error).__name__, "where": where, **fields}})

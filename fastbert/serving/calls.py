@@ -1,0 +1,97 @@
+"""A Call is one HTTP request on its way to an answer."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from starlette.requests import Request
+
+from fastbert.serving.errors import ApiError, invalid
+from fastbert.serving.schemas import Fields
+from fastbert.serving.served import Served, ServedEncoder
+from fastbert.serving.service import Answer, Service
+from fastbert.serving.work import Lane
+
+T = TypeVar("T")
+
+
+class ClientGone(Exception):
+    """A ClientGone ends a call whose caller has closed the connection."""
+
+
+@dataclass
+class Call:
+    """A Call has the fields of a request, the model that answers, and what the log says of it."""
+
+    request: Request
+    service: Service
+    route: str
+    id: str
+    fields: Fields = field(default_factory=lambda: Fields({}))
+    model: Served | None = None
+    n_texts: int = 0
+    n_tokens: int = 0
+    n_truncated: int = 0
+    started: float = field(default_factory=time.perf_counter)
+
+    def choose_model(self, *tasks: str) -> Served:
+        """Returns the model that the query or a header names, or the first that does one of the tasks."""
+        self.model = self.service.model_for(frozenset(tasks), self._name())
+        return self.model
+
+    def any_model(self) -> Served:
+        """Returns the model that the query or a header names, or the first."""
+        name = self._name()
+        self.model = next(iter(self.service.models.values())) if name is None else self.service.named(name)
+        return self.model
+
+    def _name(self) -> str | None:
+        return self.request.query_params.get("model") or self.request.headers.get("x-model") or None
+
+    def lane(self, task: str, fields: Fields | None = None, **options: Any) -> Lane:
+        """Returns the lane of a task, with the prompt that the fields name, or the model's default."""
+        fields = fields or self.fields
+        fields.check_truncation()
+        assert self.model is not None
+        encoder, name = self.model.model, fields.get("prompt_name", str)
+        if not isinstance(self.model, ServedEncoder):
+            return Lane(task, **options)
+        prompts, name = encoder.prompts, name or encoder.default_prompt_name
+        if name is not None and name not in prompts:
+            raise invalid(f"{fields.path}prompt_name", f"expected one of {', '.join(prompts)}")
+        return Lane(task, "" if name is None else prompts[name], **options)
+
+    async def compute(self, lane: Lane, texts: list[Any], truncate: bool | None) -> Answer:
+        """Returns the results of texts, unless the caller goes away or the time is up."""
+        assert self.model is not None
+        if texts and isinstance(texts[0], list):  # token ids, with which no prompt goes
+            lane = lane._replace(prompt="")
+        answer = await self._while_there(self.service.compute(self.model, lane, texts, truncate))
+        self.n_texts += len(texts)
+        self.n_tokens += answer.tokens.n_tokens
+        self.n_truncated += answer.tokens.n_truncated
+        return answer
+
+    async def _while_there(self, work: Awaitable[T]) -> T:
+        """Returns what the work gives. Cancels it, and so takes it out of the queue, where nobody waits for it."""
+        computing, leaving = asyncio.ensure_future(work), asyncio.ensure_future(self._disconnected())
+        try:
+            waiting = {computing, leaving}
+            seconds = self.service.settings.limits.seconds
+            await asyncio.wait(waiting, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+            if computing.done():
+                return computing.result()
+            if leaving.done():
+                raise ClientGone
+            raise ApiError(504, "timeout", f"there was no answer within {seconds:g} seconds", retry_after=1)
+        finally:
+            computing.cancel()
+            leaving.cancel()
+
+    async def _disconnected(self) -> None:
+        while (await self.request.receive())["type"] != "http.disconnect":
+            pass

@@ -1,0 +1,97 @@
+"""Limits bound what one caller, and all of them together, may ask of the server."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from dataclasses import dataclass, fields
+from typing import Any
+
+from starlette.requests import Request
+
+from fastbert.serving.errors import ApiError, invalid
+
+LARGE_BODY = 2**16  # bytes from which on a body is parsed in a thread, beside the event loop
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The limits of a server. Raises ValueError for one that is not positive.
+
+    body_bytes: of one request. texts: of one request. tokens: of one request, special tokens included. queue_tokens:
+    waiting and running for one model; more are refused with 429. body_seconds: until a body has arrived. seconds: from
+    then on until the answer.
+    """
+
+    body_bytes: int = 16 * 2**20
+    texts: int = 2048
+    tokens: int = 2**18
+    queue_tokens: int = 2**19
+    body_seconds: float = 30.0
+    seconds: float = 60.0
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            if not getattr(self, field.name) > 0:
+                raise ValueError(f"{field.name}: got {getattr(self, field.name)}, expected a positive number")
+        if self.tokens > self.queue_tokens:
+            raise ValueError(f"tokens: got {self.tokens}, expected at most queue_tokens = {self.queue_tokens}")
+
+
+async def read_json(request: Request, limits: Limits) -> dict[str, Any]:
+    """Returns the object in the body of a request. Raises ApiError for a body that is late, too large or no JSON."""
+    content_type = request.headers.get("content-type", "application/json").split(";")[0].strip().lower()
+    if content_type != "application/json":
+        raise ApiError(415, "unsupported_media_type", "Content-Type: expected application/json")
+    if request.headers.get("content-encoding", "identity").lower() != "identity":
+        raise ApiError(415, "unsupported_media_type", "Content-Encoding: expected none")
+    length = request.headers.get("content-length", "")
+    if length.isdecimal() and int(length[:20]) > limits.body_bytes:
+        raise _too_large(limits)
+    try:
+        data = await asyncio.wait_for(_read(request, limits), limits.body_seconds)
+    except (TimeoutError, asyncio.TimeoutError) as error:  # two classes before Python 3.11
+        message = f"the body did not arrive within {limits.body_seconds:g} seconds"
+        raise ApiError(408, "body_timeout", message) from error
+    body = _parse(data) if len(data) < LARGE_BODY else await asyncio.to_thread(_parse, data)
+    if not isinstance(body, dict):
+        raise invalid("body", f"expected a JSON object, got {type_name(body)}")
+    return body
+
+
+async def _read(request: Request, limits: Limits) -> bytes:
+    data = bytearray()
+    async for chunk in request.stream():
+        data += chunk
+        if len(data) > limits.body_bytes:
+            raise _too_large(limits)
+    return bytes(data)
+
+
+def _too_large(limits: Limits) -> ApiError:
+    return ApiError(413, "body_too_large", f"the body has more than {limits.body_bytes} bytes")
+
+
+def _parse(data: bytes) -> Any:
+    try:
+        return json.loads(data.decode("utf-8"), parse_constant=_refuse_constant)
+    except UnicodeDecodeError as error:
+        raise ApiError(400, "invalid_utf8", f"the body is not UTF-8: byte {error.start}") from None
+    except json.JSONDecodeError as error:
+        message = f"the body is not JSON: {error.msg} at character {error.pos}"
+        raise ApiError(400, "invalid_json", message) from None
+    except (RecursionError, ValueError):  # nested too deeply, NaN, or a number of thousands of digits
+        message = "the body is not JSON that is read here: NaN, a very long number, or nested too deeply"
+        raise ApiError(400, "invalid_json", message) from None
+
+
+def _refuse_constant(name: str) -> Any:
+    raise ValueError(name)
+
+
+def type_name(value: Any) -> str:
+    """Names the type of a value as JSON does."""
+    if value is None or isinstance(value, bool):
+        return "null" if value is None else "a boolean"
+    names: dict[type, str] = {int: "a number", float: "a number", str: "a string", list: "an array", dict: "an object"}
+    return names[type(value)]

@@ -1,0 +1,40 @@
+"""Metrics count what a server does, for Prometheus."""
+
+from __future__ import annotations
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+_SECONDS = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0)
+_TOKENS = tuple(2**n for n in range(4, 18))
+
+
+class Metrics:
+    """The Metrics of one server, in a registry of their own, so that one process may have several servers."""
+
+    def __init__(self) -> None:
+        self.registry = registry = CollectorRegistry()
+        self.requests = Counter(
+            "fastbert_requests", "Answered requests.", ("route", "model", "status"), registry=registry
+        )
+        self.seconds = Histogram(
+            "fastbert_request_seconds", "From the head of a request to its answer.", ("route",),
+            buckets=_SECONDS, registry=registry,
+        )  # fmt: skip
+        self.texts = Counter("fastbert_texts", "Texts in successful answers.", ("model",), registry=registry)
+        self.tokens = Counter(
+            "fastbert_tokens", "Tokens in successful answers, special tokens included.", ("model",), registry=registry
+        )
+        self.truncated = Counter(
+            "fastbert_truncated_texts", "Texts that were cut, in successful answers.", ("model",), registry=registry
+        )
+        self.batch_texts = Counter("fastbert_batch_texts", "Texts that were computed.", ("model",), registry=registry)
+        self.batch_tokens = Histogram(
+            "fastbert_batch_tokens", "Tokens in a batch.", ("model",), buckets=_TOKENS, registry=registry
+        )
+        self.queue = Gauge("fastbert_queue_tokens", "Tokens that wait or run.", ("model",), registry=registry)
+        self.in_flight = Gauge("fastbert_requests_in_flight", "Requests without an answer.", registry=registry)
+        self.ready = Gauge("fastbert_ready", "1 when requests are taken and no stop was asked for.", registry=registry)
+
+    def page(self) -> bytes:
+        """Returns all figures in the text format of Prometheus."""
+        return generate_latest(self.registry)

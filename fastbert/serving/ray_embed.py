@@ -1,0 +1,146 @@
+"""Blocks of a long input are encoded on a Ray cluster, by Ray Data: a pool of actors, each with a model.
+
+Ray Data deals out blocks, and starts an actor anew that was lost with its process or its node. Such an actor's block is
+made again. A block has one file, whatever happened to it, so that no row is lost and none is there twice.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+import pickle
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from fastbert.pipelines.bulk import BlockEncoder, BulkJob, Counts
+from fastbert.text.blocks import Block
+
+logger = logging.getLogger("fastbert")
+
+
+def need_ray() -> None:
+    """Raises ImportError, with what to install, where there is no Ray."""
+    if importlib.util.find_spec("ray") is None:
+        raise ImportError("--ray needs Ray: pip install 'fastbert-engine[ray]'")
+
+
+@dataclass(frozen=True)
+class Resources:
+    """Resources are what each actor takes of the cluster."""
+
+    n_actors: int
+    num_cpus: float
+    num_gpus: int
+
+
+def resources_of(nodes: Sequence[dict[str, Any]], n_actors: int | None) -> Resources:
+    """Returns one actor a GPU, or without GPUs one a node, with all processors of the smallest.
+
+    nodes: what `ray.nodes()` says. n_actors: another number; without GPUs they share the processors of the nodes.
+    """
+    alive = [node["Resources"] for node in nodes if node["Alive"] and node["Resources"].get("CPU", 0) >= 1]
+    n_gpus = int(sum(node.get("GPU", 0) for node in alive))
+    if n_gpus:
+        return Resources(min(n_actors or n_gpus, n_gpus), 1, 1)
+    if not alive:
+        raise RuntimeError("--ray: the cluster has no node with a processor")
+    n_actors = n_actors or len(alive)
+    least = min(int(node["CPU"]) for node in alive)
+    actors_a_node = -(-n_actors // len(alive))
+    return Resources(n_actors, max(1, least // actors_a_node), 0)
+
+
+class BlockActor:
+    """A BlockActor loads the model once, and encodes blocks."""
+
+    def __init__(
+        self, model: str, loading: dict[str, Any], max_length: int | None, job: BulkJob, n_threads: int | None
+    ) -> None:
+        import torch
+
+        from fastbert.pipelines.sentence import SentenceEncoder
+        from fastbert.threads import set_threads
+
+        set_threads(n_threads)
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        encoder = SentenceEncoder.from_pretrained(model, device=device, **loading)
+        if max_length is not None:
+            encoder.max_seq_length = max_length
+        self.encode = BlockEncoder(encoder, job)
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
+        """Encodes the blocks of a batch, columns by name, and says for each what it counted, and in which process."""
+        rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
+        records = [self._record(row) for row in rows]
+        return {name: [record[name] for record in records] for name in records[0]}
+
+    def _record(self, row: dict[str, Any]) -> dict[str, Any]:
+        """Encodes a block. An error comes back as a value: Ray Data would send its text without its type."""
+        block = Block(int(row["index"]), str(row["path"]), int(row["start"]), int(row["end"]))
+        counts, failure = Counts(), b""
+        try:
+            counts = self.encode(block)
+        except Exception as error:
+            failure = _pickled(error)
+        return {"index": block.index, "process": os.getpid(), "failure": failure, **asdict(counts)}
+
+
+def embed_blocks(
+    address: str,
+    model: str,
+    loading: dict[str, Any],
+    max_length: int | None,
+    job: BulkJob,
+    todo: Sequence[Block],
+    n_actors: int | None = None,
+    n_threads: int | None = None,
+    progress: Callable[[dict[str, Any]], Any] | None = None,
+) -> Counts:
+    """Makes the files of blocks on a cluster, and returns what was counted.
+
+    address: as `ray.init` takes it; "" is RAY_ADDRESS or else a new cluster on this machine. model: a folder that all
+    nodes have. loading: arguments of `SentenceEncoder.from_pretrained`. progress: is called with the record of each
+    block. Raises ImportError without Ray, and the error of a block, for which no other attempt is made.
+    """
+    need_ray()
+    import ray
+
+    started = not ray.is_initialized()
+    if started:
+        ray.init(address=address or None, log_to_driver=False, logging_level=logging.WARNING)
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    counts = Counts()
+    try:
+        resources = resources_of(ray.nodes(), n_actors)
+        logger.info("embed: %d blocks, %s", len(todo), resources)
+        blocks = ray.data.from_items([asdict(block) for block in todo], override_num_blocks=len(todo))
+        records = blocks.map_batches(
+            BlockActor,
+            fn_constructor_args=(model, loading, max_length, job, n_threads),
+            batch_size=1,
+            batch_format="numpy",
+            compute=ray.data.ActorPoolStrategy(size=min(resources.n_actors, len(todo))),
+            num_cpus=resources.num_cpus,
+            num_gpus=resources.num_gpus,
+        )
+        for record in records.iter_rows():
+            if record["failure"]:
+                raise pickle.loads(record["failure"])
+            counts.add(Counts(record["texts"], record["truncated"], record["truncated_tokens"]))
+            if progress is not None:
+                progress(record)
+    finally:
+        if started:
+            ray.shutdown()
+    return counts
+
+
+def _pickled(error: Exception) -> bytes:
+    """Returns the error, or one with its text where it cannot be sent."""
+    try:
+        pickle.loads(pickled := pickle.dumps(error))
+    except Exception:
+        return pickle.dumps(RuntimeError(f"{type(error).__name__}: {error}"))
+    return pickled

@@ -1,0 +1,198 @@
+"""Ray Serve serves vectors of texts: requests of many callers share batches, whose size is counted in tokens.
+
+    serve run fastbert.serving.ray_serve:app model=sentence-transformers/all-MiniLM-L6-v2
+
+The arguments are those of `ServeArguments`. Requests and answers are those of OpenAI's `/v1/embeddings`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import importlib.util
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+
+BOOLEANS = {"true": True, "false": False}
+FORMATS = ("float", "base64")
+
+
+@dataclass(frozen=True)
+class ServeArguments:
+    """ServeArguments are what `serve run` is given as NAME=VALUE.
+
+    model: folder or hub id. dtype, batch_invariant: as in `SentenceEncoder.from_pretrained`. max_length: most tokens of
+    a text. batch_tokens: most tokens of requests in one batch; a larger request is a batch by itself. wait_ms: how long
+    a batch waits for more requests. num_gpus, num_cpus: what each replica takes of the cluster, and its threads.
+    num_replicas: how many there are. normalize: whether vectors have length 1.
+    """
+
+    model: str
+    dtype: str = "auto"
+    batch_invariant: bool = False
+    max_length: int | None = None
+    batch_tokens: int = 16384
+    wait_ms: float = 2.0
+    num_gpus: float = 0.0
+    num_cpus: float = 1.0
+    num_replicas: int = 1
+    normalize: bool = False
+
+    @classmethod
+    def of(cls, arguments: Mapping[str, Any]) -> ServeArguments:
+        """Reads arguments, which may be text. Raises ValueError for a name that there is not, and for a bad value."""
+        types = {each.name: str(each.type).split(" ")[0] for each in fields(cls)}
+        unknown = sorted(set(arguments) - set(types))
+        if unknown or not arguments.get("model"):
+            got = f"unknown {', '.join(unknown)}" if unknown else "no model"
+            raise ValueError(f"arguments: got {got}, expected model and any of {', '.join(types)}")
+        return cls(**{name: _value(name, types[name], value) for name, value in arguments.items()})
+
+
+def _value(name: str, kind: str, value: Any) -> Any:
+    """Returns a value that came as text in its type."""
+    if not isinstance(value, str) or kind == "str":
+        return value
+    try:
+        return BOOLEANS[value.lower()] if kind == "bool" else {"int": int, "float": float}[kind](value)
+    except (KeyError, ValueError):
+        raise ValueError(f"{name}: got {value!r}, expected {kind}") from None
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Texts are what one request brought, with the number of their tokens after truncation."""
+
+    texts: list[str]
+    n_tokens: int
+    n_truncated: int
+    limit: int  # of the tokens in a batch
+
+    @property
+    def size(self) -> int:
+        """Returns the tokens that they count for: no more than a batch may have, or Ray Serve would refuse them."""
+        return min(self.n_tokens, self.limit)
+
+
+def tokens_in(items: Sequence[Texts]) -> int:
+    """Returns the size of a batch."""
+    return sum(item.size for item in items)
+
+
+class BadRequest(ValueError):
+    """A BadRequest is a mistake of a caller."""
+
+
+def read_request(body: bytes) -> tuple[list[str], str]:
+    """Returns the texts of a request and the format of vectors. Raises BadRequest, with the name of what is wrong."""
+    try:
+        request = json.loads(body)
+    except ValueError as error:
+        raise BadRequest(f"body: not JSON: {error}") from None
+    if not isinstance(request, dict):
+        raise BadRequest("body: expected a JSON object")
+    texts, form = request.get("input"), request.get("encoding_format", "float")
+    texts = [texts] if isinstance(texts, str) else texts
+    if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
+        raise BadRequest("input: expected a text, or a list of at least one text")
+    for i, text in enumerate(texts):
+        if not text.isascii() and any(0xD800 <= ord(character) <= 0xDFFF for character in text):
+            raise BadRequest(f"input[{i}]: lone surrogate, half of a UTF-16 pair and not a character")
+    if form not in FORMATS:
+        raise BadRequest(f"encoding_format: got {form!r}, expected one of {', '.join(FORMATS)}")
+    return texts, form
+
+
+def answer(model: str, vectors: np.ndarray, texts: Texts, form: str) -> dict[str, Any]:
+    """Returns what OpenAI's `/v1/embeddings` answers, and how many texts were truncated."""
+    rows: list[Any] = vectors.tolist()
+    if form == "base64":
+        rows = [base64.b64encode(row.astype("<f4").tobytes()).decode() for row in vectors]
+    return {
+        "object": "list",
+        "model": model,
+        "data": [{"object": "embedding", "index": i, "embedding": row} for i, row in enumerate(rows)],
+        "usage": {"prompt_tokens": texts.n_tokens, "total_tokens": texts.n_tokens},
+        "truncated": texts.n_truncated,
+    }
+
+
+class Embeddings:
+    """An Embeddings is a replica: one model, and a queue of requests that share its batches."""
+
+    def __init__(self, arguments: ServeArguments) -> None:
+        import torch
+        from ray import serve
+
+        from fastbert.pipelines.sentence import SentenceEncoder
+        from fastbert.threads import set_threads
+
+        set_threads(max(1, int(arguments.num_cpus)))
+        self.arguments = arguments
+        self.encoder = SentenceEncoder.from_pretrained(
+            arguments.model, dtype=arguments.dtype, batch_invariant=arguments.batch_invariant,
+            device="cuda" if arguments.num_gpus and torch.cuda.is_available() else "cpu",
+            token_budget=arguments.batch_tokens,
+        )  # fmt: skip
+        if arguments.max_length is not None:
+            self.encoder.max_seq_length = arguments.max_length
+        self.prompt = self.encoder.prompts.get(self.encoder.default_prompt_name or "", "")
+        self.encoder.encode(["warm-up"])
+
+        async def encode(items: list[Texts]) -> list[np.ndarray]:
+            return await asyncio.to_thread(self._encode, items)
+
+        self._batched: Any = serve.batch(
+            max_batch_size=arguments.batch_tokens,
+            batch_wait_timeout_s=arguments.wait_ms / 1000,
+            batch_size_fn=tokens_in,
+        )(encode)
+
+    async def __call__(self, request: Any) -> Any:
+        """Answers a request of HTTP."""
+        from starlette.responses import JSONResponse
+
+        try:
+            texts, form = read_request(await request.body())
+        except BadRequest as error:
+            body = {"message": str(error), "type": "invalid_request_error", "param": None, "code": "invalid_value"}
+            return JSONResponse({"error": body}, status_code=400)
+        counted = await asyncio.to_thread(self._count, texts)
+        return JSONResponse(answer(self.arguments.model, await self._batched(counted), counted, form))
+
+    def _count(self, texts: list[str]) -> Texts:
+        texts = [self.prompt + text for text in texts]
+        tokens = self.encoder.tokenizer.encode_packed(texts, max_length=self.encoder.max_seq_length, warn=False)
+        return Texts(texts, int(tokens.cu_seqlens[-1]), tokens.n_truncated, self.arguments.batch_tokens)
+
+    def _encode(self, items: list[Texts]) -> list[np.ndarray]:
+        """Returns the vectors of each request: (n, dim)."""
+        texts = [text for item in items for text in item.texts]
+        vectors = self.encoder.encode(
+            texts, prompt="", normalize_embeddings=self.arguments.normalize, show_progress_bar=False
+        )
+        ends = np.cumsum([len(item.texts) for item in items])[:-1]
+        return np.split(np.asarray(vectors), ends)
+
+
+def app(arguments: Mapping[str, Any]) -> Any:
+    """Returns the application that `serve run` starts. Raises ImportError without Ray Serve.
+
+    arguments: see `ServeArguments`.
+    """
+    read = ServeArguments.of(arguments)
+    if importlib.util.find_spec("ray") is None:
+        raise ImportError("ray_serve needs Ray: pip install 'fastbert-engine[ray]'")
+    from ray import serve
+
+    deployment = serve.deployment(
+        name="Embeddings",
+        num_replicas=read.num_replicas,
+        ray_actor_options={"num_cpus": read.num_cpus, "num_gpus": read.num_gpus},
+        max_ongoing_requests=1024,
+    )(Embeddings)
+    return deployment.bind(read)

@@ -1,0 +1,245 @@
+"""Each route turns a call into its JSON answer, in the shapes of OpenAI and of text-embeddings-inference (TEI)."""
+
+from __future__ import annotations
+
+import base64
+from typing import Any
+
+import numpy as np
+
+from fastbert._version import __version__
+from fastbert.serving import schemas
+from fastbert.serving.calls import Call
+from fastbert.serving.errors import ApiError, invalid
+from fastbert.serving.served import Served, ServedClassifier, ServedEncoder, ServedTagger
+from fastbert.serving.service import TOKENIZERS
+from fastbert.text import offsets
+
+
+async def list_models(call: Call) -> Any:
+    """Lists the models, as OpenAI does."""
+    return {"object": "list", "data": [_model(call, name) for name in call.service.models]}
+
+
+async def get_model(call: Call) -> Any:
+    """Describes one model, as OpenAI does."""
+    return _model(call, call.service.named(call.request.path_params["name"]).name)
+
+
+def _model(call: Call, name: str) -> dict[str, Any]:
+    return {"id": name, "object": "model", "created": call.service.started, "owned_by": "fastbert"}
+
+
+async def embeddings(call: Call) -> Any:
+    """Makes a vector of each input, as OpenAI does. `truncated` counts inputs that were cut."""
+    fields = call.fields
+    call.model = call.service.named(schemas.text("model", fields.required("model")))
+    if "embed" not in call.model.tasks:
+        raise ApiError(424, "unsupported_task", "the model makes no dense vectors", param="model")
+    as_base64 = fields.choice("encoding_format", "float", "float", "base64") == "base64"
+    vectors, _ = await _vectors(call, "input")
+    data = [
+        {"object": "embedding", "index": i, "embedding": _base64(vector) if as_base64 else vector.tolist()}
+        for i, vector in enumerate(vectors)
+    ]
+    usage = {"prompt_tokens": call.n_tokens, "total_tokens": call.n_tokens}
+    return {
+        "object": "list", "data": data, "model": call.model.name, "usage": usage, "truncated": call.n_truncated,
+    }  # fmt: skip
+
+
+async def embed(call: Call) -> Any:
+    """Makes a vector of each input."""
+    call.choose_model("embed")
+    vectors, _ = await _vectors(call, "inputs")
+    if call.fields.choice("encoding_format", "float", "float", "base64") == "base64":
+        return [_base64(vector) for vector in vectors]
+    return [vector.tolist() for vector in vectors]
+
+
+async def _vectors(call: Call, name: str) -> tuple[list[np.ndarray], bool]:
+    """Returns the vectors of a call's inputs, and whether a single input came."""
+    model, fields = call.model, call.fields
+    assert isinstance(model, ServedEncoder)
+    texts, single = _inputs(call, name)
+    dimensions = fields.whole("dimensions", model.model.get_embedding_dimension())
+    lane = call.lane("embed", normalize=fields.flag("normalize", True), dimensions=dimensions)
+    answer = await call.compute(lane, texts, fields.get("truncate", bool))
+    return answer.results, single
+
+
+def _inputs(call: Call, name: str) -> tuple[list[Any], bool]:
+    assert call.model is not None
+    vocab_size = call.model.bert.config.vocab_size
+    return schemas.inputs(name, call.fields.required(name), call.service.settings.limits, vocab_size)
+
+
+def _base64(vector: np.ndarray) -> str:
+    return base64.b64encode(vector.astype("<f4").tobytes()).decode("ascii")
+
+
+async def embed_all(call: Call) -> Any:
+    """Makes a vector of each token of each input."""
+    call.choose_model("embed_all")
+    texts, _ = _inputs(call, "inputs")
+    answer = await call.compute(call.lane("embed_all"), texts, call.fields.get("truncate", bool))
+    return [vectors.tolist() for vectors in answer.results]
+
+
+async def embed_sparse(call: Call) -> Any:
+    """Makes a sparse vector over the vocabulary of each input."""
+    call.choose_model("sparse")
+    texts, _ = _inputs(call, "inputs")
+    answer = await call.compute(call.lane("sparse"), texts, call.fields.get("truncate", bool))
+    return [
+        [{"index": index, "value": value} for index, value in zip(ids.tolist(), weights.tolist(), strict=True)]
+        for ids, weights in answer.results
+    ]
+
+
+async def similarity(call: Call) -> Any:
+    """Compares a sentence with others, by the function that the model names."""
+    model = call.choose_model("embed")
+    inputs, parameters = call.fields.object("inputs"), call.fields.object("parameters")
+    limits = call.service.settings.limits
+    source = schemas.text("inputs.source_sentence", inputs.required("source_sentence"))
+    others = schemas.texts("inputs.sentences", inputs.required("sentences"), limits)
+    lane = call.lane("embed", parameters)
+    answer = await call.compute(lane, [source, *others], parameters.get("truncate", bool))
+    first, *rest = (vector[None] for vector in answer.results)
+    # Each pair alone: then no other sentence of the request has a say in the bits.
+    return [float(model.model.similarity_pairwise(first, vector)) for vector in rest]
+
+
+async def rerank(call: Call) -> Any:
+    """Orders texts by their score beside a query, best first; of equal scores the earlier text is first."""
+    call.choose_model("rerank")
+    fields = call.fields
+    query = schemas.text("query", fields.required("query"))
+    texts = schemas.texts("texts", fields.required("texts"), call.service.settings.limits)
+    lane = call.lane("rerank", raw=fields.flag("raw_scores", False))
+    pairs = [schemas.Pair(query, text) for text in texts]
+    answer = await call.compute(lane, pairs, fields.get("truncate", bool))
+    scores = [float(result[0]) for result in answer.results]
+    ranks: list[dict[str, Any]] = [
+        {"index": i, "score": scores[i]} for i in sorted(range(len(texts)), key=lambda i: -scores[i])
+    ]
+    if fields.flag("return_text", False):
+        ranks = [{**rank, "text": texts[rank["index"]]} for rank in ranks]
+    return ranks
+
+
+async def predict(call: Call) -> Any:
+    """Scores each text, or pair of texts, by the labels of a classifier; a tagger's answer is that of /entities."""
+    model = call.choose_model("predict", "entities")
+    if isinstance(model, ServedTagger):
+        return await _entities(call, model)
+    assert isinstance(model, ServedClassifier)
+    fields, limits = call.fields, call.service.settings.limits
+    inputs, single = schemas.sequences("inputs", fields.required("inputs"), limits)
+    fields.object("parameters")
+    lane = call.lane("predict", raw=fields.flag("raw_scores", False))
+    answer = await call.compute(lane, inputs, fields.get("truncate", bool))
+    labels = model.model.config.id2label
+    predictions = [
+        [
+            {"label": labels[label], "score": float(scores[label])}
+            for label in sorted(range(len(scores)), key=lambda label: -scores[label])
+        ]
+        for scores in answer.results
+    ]
+    # The Hub's client asks with `parameters`, and takes one list out of a list.
+    return predictions[0] if single and "parameters" not in fields.body else predictions
+
+
+async def entities(call: Call) -> Any:
+    """Finds the entities of a text, with their places, or those of each text of a list."""
+    model = call.choose_model("entities")
+    assert isinstance(model, ServedTagger)
+    return await _entities(call, model)
+
+
+async def _entities(call: Call, model: ServedTagger) -> Any:
+    value = call.fields.required("inputs")
+    single, limits = isinstance(value, str), call.service.settings.limits
+    texts = [schemas.text("inputs", value)] if single else schemas.texts("inputs", value, limits)
+    strategy, ignored = schemas.entity_options(call.fields.object("parameters"))
+    answer = await call.compute(call.lane("entities"), texts, None)
+    pairs = list(zip(answer.tokens.windowed, answer.results, strict=True))
+    lists = await call.service.in_thread(
+        lambda: [model.entities(text, of_tokens, strategy, ignored) for text, of_tokens in pairs]
+    )
+    return lists[0] if single else lists
+
+
+async def tokenize(call: Call) -> Any:
+    """Lists the tokens of each input, with their places in it; nothing is cut."""
+    model = call.any_model()
+    limits, value = call.service.settings.limits, call.fields.required("inputs")
+    texts = [schemas.text("inputs", value)] if isinstance(value, str) else schemas.texts("inputs", value, limits)
+    special = call.fields.flag("add_special_tokens", True)
+    prompt = call.lane("tokenize").prompt if call.fields.body.get("prompt_name") is not None else ""
+    rows = await call.service.in_thread(_tokens, model, [prompt + text for text in texts], special)
+    call.n_texts, call.n_tokens = len(texts), sum(map(len, rows))
+    return rows
+
+
+def _tokens(model: Served, texts: list[str], special: bool) -> list[list[dict[str, Any]]]:
+    template = model.tokenizer.template(False)
+    n_before = offsets.n_special_tokens(template, 0)
+    special_ids = [piece.ids[0] for piece in template if piece.source < 0]
+    edges = [
+        {"id": id_, "text": model.tokenizer.convert_ids_to_tokens(id_), "special": True, "start": None, "stop": None}
+        for id_ in special_ids
+    ]
+    rows = []
+    for text, tokens in zip(texts, model.tokenizer.encode_with_offsets(texts), strict=True):
+        row = [
+            {"id": id_, "text": text[start:stop], "special": False, "start": start, "stop": stop}
+            for id_, (start, stop) in zip(tokens.ids, tokens.offsets.tolist(), strict=True)
+        ]
+        rows.append([*edges[:n_before], *row, *edges[n_before:]] if special else row)
+    return rows
+
+
+async def info(call: Call) -> Any:
+    """Describes a model and the limits of the server."""
+    service, model = call.service, call.any_model()
+    limits, config = service.settings.limits, model.bert.config
+    labels = {"id2label": config.id2label, "label2id": config.label2id}
+    details = {"pooling": "+".join(model.model.pooling.modes)} if isinstance(model, ServedEncoder) else labels
+    return {
+        "model_id": model.name,
+        "model_sha": None,
+        "model_dtype": str(model.bert.dtype).removeprefix("torch."),
+        "model_type": {model.kind: details},
+        "max_concurrent_requests": None,
+        "max_queue_tokens": limits.queue_tokens,
+        "max_input_length": model.limit or model.model.max_length,
+        "max_batch_tokens": model.token_budget,
+        "max_batch_requests": None,
+        "max_client_batch_size": limits.texts,
+        "auto_truncate": service.settings.truncate,
+        "tokenization_workers": TOKENIZERS,
+        "version": __version__,
+        "batch_invariant": service.settings.batch_invariant,
+        "threads": model.n_threads,
+        "device": str(model.bert.device),
+        "tasks": sorted(model.tasks),
+        "models": list(service.models),
+    }
+
+
+async def root(call: Call) -> Any:
+    """Answers as /embed, /rerank, /predict or /entities does, by what the model is and what the request holds."""
+    model = call.choose_model("embed", "predict", "entities", "embed_all")
+    if "embed" in model.tasks:
+        holds_pair = isinstance(call.fields.body.get("inputs"), dict)
+        return await (similarity if holds_pair else embed)(call)
+    if "rerank" in model.tasks and "query" in call.fields.body:
+        return await rerank(call)
+    if "embed_all" in model.tasks:
+        return await embed_all(call)
+    if "inputs" not in call.fields.body:
+        raise invalid("inputs", "expected a value")
+    return await predict(call)

@@ -1,0 +1,101 @@
+"""`run` serves an app until it is told to stop, and then answers what it has taken."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import socket
+import threading
+from types import FrameType
+
+import uvicorn
+
+from fastbert.serving.app import make_app
+from fastbert.serving.logs import logger
+from fastbert.serving.service import Service
+
+BACKLOG = 1024
+
+
+class Server(uvicorn.Server):
+    """A Server drains first when a signal tells it to stop: /ready says no, while requests are still answered.
+
+    drain_seconds: how long, so that a load balancer sees it. After that no connection is accepted, and the process ends
+    when all requests have their answers. A second signal ends the draining.
+    """
+
+    def __init__(self, service: Service, host: str, port: int, drain_seconds: float) -> None:
+        seconds = service.settings.limits.seconds + service.settings.limits.body_seconds
+        super().__init__(
+            uvicorn.Config(
+                make_app(service, self.stop), host=host, port=port, log_config=None, access_log=False, lifespan="on",
+                backlog=BACKLOG, timeout_graceful_shutdown=int(seconds) + 5, server_header=False,
+            )
+        )  # fmt: skip
+        self.service, self.drain_seconds = service, drain_seconds
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    def stop(self) -> None:
+        """Ends the server without draining."""
+        self.should_exit = True
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        self._loop = asyncio.get_running_loop()
+        await super().startup(sockets)
+        address = self.servers[0].sockets[0].getsockname()
+        logger.info("listening", extra={"fields": {"host": address[0], "port": address[1]}})
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if self.service.state == "draining" or self._loop is None or not self.drain_seconds:
+            self.service.drain()
+            if self.should_exit and sig == signal.SIGINT:
+                self.force_exit = True
+            self.should_exit = True
+            return
+        self.service.drain()
+        self._loop.call_soon_threadsafe(self._loop.call_later, self.drain_seconds, self.stop)
+
+
+def run(service: Service, host: str, port: int, drain_seconds: float = 0.0) -> None:
+    """Serves until SIGTERM or SIGINT. Raises what the loading of a model raised, and OSError for a taken port."""
+    server = Server(service, host, port, drain_seconds)
+    try:
+        server.run()
+    except SystemExit as error:  # uvicorn's way to say that it cannot listen
+        raise OSError(f"cannot listen on {host}:{port}") from error
+    if service.error is not None:
+        raise service.error
+
+
+class ServerThread:
+    """A ServerThread runs a server beside the calling thread, for tests and notebooks, on a port of its own choice."""
+
+    def __init__(self, service: Service, host: str = "127.0.0.1", port: int = 0) -> None:
+        self.server = Server(service, host, port, 0.0)
+        self._thread = threading.Thread(target=self.server.run, name="fastbert-server", daemon=True)
+
+    def start(self) -> ServerThread:
+        """Starts the server, and returns when it is ready. Raises RuntimeError where a model cannot be loaded."""
+        self._thread.start()
+        while not (self.server.started and self.server.service.state == "ready"):
+            self._thread.join(0.02)
+            if not self._thread.is_alive():
+                raise RuntimeError("the server did not start") from self.server.service.error
+        return self
+
+    def stop(self) -> None:
+        """Stops the server when all requests have their answers."""
+        self.server.stop()
+        self._thread.join()
+
+    def __enter__(self) -> ServerThread:
+        return self.start()
+
+    def __exit__(self, *exc: object) -> None:
+        self.stop()
+
+    @property
+    def url(self) -> str:
+        """Returns the address of the server, without a slash at its end."""
+        host, port = self.server.servers[0].sockets[0].getsockname()[:2]
+        return f"http://{host}:{port}"

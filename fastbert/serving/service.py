@@ -1,0 +1,179 @@
+"""A Service holds the models of a server: it loads them, says when they are ready, and computes for callers."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+from fastbert.diagnostics.warmup import warmup
+from fastbert.serving.auth import Keys
+from fastbert.serving.batcher import Batcher
+from fastbert.serving.errors import ApiError
+from fastbert.serving.limits import Limits
+from fastbert.serving.metrics import Metrics
+from fastbert.serving.served import NotFinite, Served, Tokens, serve_model
+from fastbert.serving.work import Lane
+
+logger = logging.getLogger("fastbert.serving")
+
+TOKENIZERS = 2  # threads that tokenize, while a batch is computed
+_TEXT = "One text."
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The Settings of a server.
+
+    batch_invariant: what the models were loaded with, which `/info` says. truncate: whether longer texts are cut where
+    a request says nothing.
+    """
+
+    limits: Limits = field(default_factory=Limits)
+    keys: Keys = field(default_factory=Keys)
+    batch_invariant: bool = False
+    truncate: bool = True
+
+
+@dataclass
+class Answer:
+    """An Answer has a result for each text of a request."""
+
+    results: list[Any]
+    tokens: Tokens
+
+
+class Service:
+    """A Service is "starting" until its models are loaded and warm, then "ready", and "draining" before it stops.
+
+    loaders: by the name of a model, what loads it. A state of "failed" has its reason in `error`.
+    """
+
+    def __init__(self, loaders: Mapping[str, Callable[[], Any]], settings: Settings | None = None) -> None:
+        self.loaders, self.settings = dict(loaders), settings or Settings()
+        self.metrics = Metrics()
+        self.models: dict[str, Served] = {}
+        self.batchers: dict[str, Batcher] = {}
+        self.state, self.error = "starting", None
+        self.started = int(time.time())
+        self._pool = ThreadPoolExecutor(TOKENIZERS, "fastbert-tokenizer")
+
+    error: BaseException | None
+
+    def load(self) -> None:
+        """Loads and warms up all models; afterwards the service is ready, or failed."""
+        try:
+            for name, load in self.loaders.items():
+                self._add(serve_model(name, load()))
+        except BaseException as error:
+            self.state, self.error = "failed", error
+            raise
+        if self.state == "starting":
+            self.state = "ready"
+            self.metrics.ready.set(1)
+        logger.info("ready", extra={"fields": {"models": list(self.models)}})
+
+    def _add(self, model: Served) -> None:
+        started, name, metrics = time.perf_counter(), model.name, self.metrics
+
+        def count(n_items: int, n_tokens: int) -> None:
+            metrics.batch_texts.labels(name).inc(n_items)
+            metrics.batch_tokens.labels(name).observe(n_tokens)
+
+        warmup(model.model if model.kind == "embedding" else model.model.model)
+        for task in sorted(model.tasks):
+            lane = Lane(task)
+            model.compute(lane, model.encode(lane, [_TEXT]).items)
+        batcher = Batcher(model.compute, model.token_budget, self.settings.limits.queue_tokens, count, name)
+        metrics.queue.labels(name).set_function(lambda: batcher.n_tokens)
+        self.models[name], self.batchers[name] = model, batcher
+        seconds = round(time.perf_counter() - started, 3)
+        logger.info("warm", extra={"fields": {"model": name, "kind": model.kind, "seconds": seconds}})
+
+    def drain(self) -> None:
+        """Says from now on that the service is not ready, while it goes on answering."""
+        self.state = "draining"
+        self.metrics.ready.set(0)
+
+    def close(self) -> None:
+        """Computes what waits, and ends all threads."""
+        self.drain()
+        for batcher in self.batchers.values():
+            batcher.close(self.settings.limits.seconds)
+        self._pool.shutdown(cancel_futures=True)
+
+    @property
+    def alive(self) -> bool:
+        """Tells whether the models can compute, or are still being loaded."""
+        return self.state != "failed" and all(batcher.alive for batcher in self.batchers.values())
+
+    def check_serving(self) -> None:
+        """Raises ApiError 503 before the models are there."""
+        if len(self.models) < len(self.loaders):
+            raise ApiError(503, "not_ready", "the models are being loaded", retry_after=1)
+
+    def named(self, name: str) -> Served:
+        """Returns the model of a name. Raises ApiError 404 where there is none."""
+        if name not in self.models:
+            message = f"the model does not exist here; there are {', '.join(self.models)}"
+            raise ApiError(404, "model_not_found", message, param="model")
+        return self.models[name]
+
+    def model_for(self, tasks: frozenset[str], name: str | None) -> Served:
+        """Returns the model of a name, or the first that does one of the tasks.
+
+        Raises ApiError 424 where it does none of them.
+        """
+        models = list(self.models.values()) if name is None else [self.named(name)]
+        for model in models:
+            if model.tasks & tasks:
+                return model
+        wanted = " or ".join(sorted(tasks))
+        raise ApiError(424, "unsupported_task", f"no model that was asked for does this: {wanted}", param="model")
+
+    async def compute(self, model: Served, lane: Lane, texts: list[Any], truncate: bool | None) -> Answer:
+        """Returns the results of texts. Whoever cancels this takes them out of the queue.
+
+        truncate: whether longer texts are cut, None for the settings' choice. Raises ApiError: 429 for a full queue,
+        413 for longer texts that must not be cut and for too many tokens, and 500 where a text cannot be computed.
+        """
+        batcher, limits = self.batchers[model.name], self.settings.limits
+        work = batcher.reserve(sum(model.bound(lane, text) for text in texts))
+        try:
+            loop = asyncio.get_running_loop()
+            tokens = await loop.run_in_executor(self._pool, model.encode, lane, texts)
+            if tokens.n_truncated and not (self.settings.truncate if truncate is None else truncate):
+                message = (
+                    f"{tokens.n_truncated} of {len(texts)} texts have more tokens than the model reads, and truncate "
+                    f"is false: {tokens.n_truncated_tokens} tokens too many"
+                )
+                raise ApiError(413, "text_too_long", message)
+            if tokens.n_tokens > limits.tokens:
+                message = f"the request has {tokens.n_tokens} tokens, expected at most {limits.tokens}"
+                raise ApiError(413, "too_many_tokens", message)
+            results = await asyncio.wrap_future(batcher.submit(work, lane, tokens.items))
+        finally:
+            work.future.cancel()  # no effect on one that is done
+        for result in results:
+            if isinstance(result, Exception):
+                raise _failure(result)
+        self.metrics.texts.labels(model.name).inc(len(texts))
+        self.metrics.tokens.labels(model.name).inc(tokens.n_tokens)
+        self.metrics.truncated.labels(model.name).inc(tokens.n_truncated)
+        return Answer(results, tokens)
+
+    async def in_thread(self, function: Callable[..., Any], *args: Any) -> Any:
+        """Runs a function beside the event loop."""
+        return await asyncio.get_running_loop().run_in_executor(self._pool, function, *args)
+
+
+def _failure(error: Exception) -> ApiError:
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, NotFinite):
+        return ApiError(500, "not_finite", "the model gave NaN or infinity for a text of this request")
+    return ApiError(500, "computation_failed", f"the model failed on a text of this request: {type(error).__name__}")

@@ -1,0 +1,80 @@
+"""Texts of many callers share a batch where their lanes are equal: these are the data that the parts pass on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from itertools import accumulate
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastbert.text.encoding import PackedEncoding
+
+
+class Lane(NamedTuple):
+    """A Lane says what is computed for a text. Texts of equal lanes may share a batch.
+
+    task: one of the model's tasks. prompt: stands before the text. normalize: whether vectors get length 1. dimensions:
+    how many numbers of a vector are kept. raw: whether scores are logits.
+    """
+
+    task: str
+    prompt: str = ""
+    normalize: bool = False
+    dimensions: int | None = None
+    raw: bool = False
+
+
+class Item(NamedTuple):
+    """An Item is a text as tokens: one row, or several rows where it is read in windows.
+
+    input_ids, token_type_ids: (T,) int64 on the host. lengths: of the rows, which sum to T.
+    """
+
+    input_ids: Tensor
+    token_type_ids: Tensor
+    lengths: list[int]
+
+    @property
+    def n_tokens(self) -> int:
+        return int(self.input_ids.shape[0])
+
+
+def split(tokens: PackedEncoding) -> list[Item]:
+    """Returns an item for each row of an encoding."""
+    lengths = tokens.cu_seqlens.diff().tolist()
+    pieces = zip(tokens.input_ids.split(lengths), tokens.token_type_ids.split(lengths), lengths, strict=True)
+    return [Item(input_ids, token_type_ids, [length]) for input_ids, token_type_ids, length in pieces]
+
+
+def join(items: Sequence[Item]) -> PackedEncoding:
+    """Returns all rows of the items as one encoding."""
+    lengths = [length for item in items for length in item.lengths]
+    return PackedEncoding(
+        torch.cat([item.input_ids for item in items]),
+        torch.cat([item.token_type_ids for item in items]),
+        torch.tensor([0, *accumulate(lengths)], dtype=torch.int32),
+        n_truncated=0,
+        n_truncated_tokens=0,
+    )
+
+
+@dataclass(eq=False)
+class Work:
+    """A Work is what one caller waits for: the items of a request, each computed in one batch or another.
+
+    n_tokens: what it takes of the queue's room, a bound until the items are known. future: resolves to the results, in
+    the order of the items, an exception in the place of an item that failed. Whoever cancels it takes the work out of
+    the queue.
+    """
+
+    n_tokens: int
+    lane: Lane = Lane("")
+    items: list[Item] = field(default_factory=list)
+    results: list[Any] = field(default_factory=list)
+    n_started: int = 0
+    n_finished: int = 0
+    future: Future[list[Any]] = field(default_factory=Future)
