@@ -236,3 +236,19 @@ def test_reports_and_embeddings() -> None:
     both = run(exact, batch, output_attentions=True)
     for mine, expected in zip(both.attentions, judge.attentions, strict=True):
         assert_close("attentions", mine, expected)
+
+
+def test_sentences(tmp_path: Path) -> None:
+    """Catches a folder of Jina's that is not pooled by the mean, or that is read as BERT's."""
+    texts = ["the river is wide", "small boats cross the river", "a"]
+    tokenizer = fastbert.Tokenizer.train(texts * 3, vocab_size=60)
+    tokenizer.save_pretrained(tmp_path)
+    model = jina(dtype=torch.float32, config={"vocab_size": tokenizer.vocab_size})
+    model.save_pretrained(tmp_path)
+    encoder = fastbert.SentenceEncoder.from_pretrained(tmp_path, dtype="float32")
+    assert type(encoder.model) is JinaBertModel
+    batch = tokenizer(texts, padding=True, return_tensors="pt")
+    ids, attention_mask = batch["input_ids"], batch["attention_mask"]
+    state = reference.encode(dict(model.named_parameters()), model.config, ids, attention_mask).last_hidden_state
+    expected = state.sum(1) / attention_mask.sum(1, keepdim=True)
+    assert torch.allclose(torch.from_numpy(encoder.encode(texts)).double(), expected, atol=1e-4)
