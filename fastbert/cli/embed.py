@@ -16,8 +16,8 @@ def add(commands: Any) -> None:
         "embed",
         "vectors of texts, one a line",
         f"""An empty line is a text too: row i of the output belongs to line i. The output file appears under its name
-when it is complete. An output without a suffix is a folder, with a file for each block of the input; that, --resume and
---ray take files, folders of files and, with pyarrow, Parquet and URLs.
+when it is complete. An output without a suffix, or with a slash at its end, is a folder with a file for each block of
+the input; that, --resume and --ray take files, folders of files and, with pyarrow, Parquet and URLs.
 
 examples:
   fastbert embed texts.txt --model {MINILM} --output vectors.npy

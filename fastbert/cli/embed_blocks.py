@@ -14,8 +14,8 @@ PARTS = ".parts"  # ends the name of the folder that holds blocks until there is
 
 
 def is_folder(output: str) -> bool:
-    """Tells whether an output is a folder of files: a URL, or a name without a suffix."""
-    return output != STDIN and (storage.is_url(output) or not os.path.splitext(output.rstrip("/"))[1])
+    """Tells whether an output is a folder of files: a URL, or a name that ends in a slash or has no suffix."""
+    return output != STDIN and (storage.is_url(output) or output.endswith("/") or not os.path.splitext(output)[1])
 
 
 def run(args: argparse.Namespace) -> None:

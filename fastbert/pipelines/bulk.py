@@ -54,11 +54,11 @@ class Counts:
         self.truncated_tokens += other.truncated_tokens
 
     def warn(self, limit: int | None) -> None:
-        """Logs one warning for all blocks, if a text was truncated."""
+        """Logs one warning for all blocks, if a text was truncated. limit: max_seq_length, None if unknown."""
         if self.truncated:
             logger.warning(
-                "embed: %d of %d texts were longer than max_seq_length = %s and truncated: %d tokens cut",
-                self.truncated, self.texts, limit, self.truncated_tokens,
+                "embed: %d of %d texts were longer than max_seq_length%s and truncated: %d tokens cut",
+                self.truncated, self.texts, "" if limit is None else f" = {limit}", self.truncated_tokens,
             )  # fmt: skip
 
 

@@ -165,9 +165,10 @@ class _Crew:
                 torch.save(work, path)
             except (pickle.PicklingError, AttributeError, TypeError) as error:
                 raise TypeError(f"pool: the model cannot be sent to other processes: {error}") from error
-            for device, share in zip(self.devices, shares(len(self.devices)), strict=True):
+            for device, (n_threads, processors) in zip(self.devices, shares(len(self.devices)), strict=True):
                 ours, its = context.Pipe()
-                process = context.Process(target=_serve, args=(its, path, str(device), *share), daemon=True)
+                pinned = processors if device.type == "cpu" else None
+                process = context.Process(target=_serve, args=(its, path, str(device), n_threads, pinned), daemon=True)
                 process.start()
                 its.close()
                 self.processes.append(process)
@@ -315,21 +316,39 @@ def _serve(connection: Any, path: str, device_name: str, n_threads: int, process
     except Exception as error:
         connection.send(_failure(error))
         return
+    jobs: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    threading.Thread(target=_read_jobs, args=(connection, jobs), daemon=True).start()
     try:
-        _answer(connection, work, device)
-    except (EOFError, OSError):
+        _answer(connection, jobs, work, device)
+    except OSError:
         return  # nobody is there to be answered
 
 
-def _answer(connection: Any, work: Work, device: torch.device) -> None:
+def _read_jobs(connection: Any, jobs: queue.SimpleQueue[Any]) -> None:
+    """Takes jobs out of the pipe as they come, and None at its end.
+
+    The process on the other side may be sending one while this one sends a result. If neither read, both would wait for
+    ever: a pipe holds less than a job.
+    """
+    while True:
+        try:
+            jobs.put(connection.recv())
+        except (EOFError, OSError):
+            jobs.put(None)
+            return
+
+
+def _answer(connection: Any, jobs: queue.SimpleQueue[Any], work: Work, device: torch.device) -> None:
     """Answers job after job. On a GPU the next one is launched before the results of this one are read."""
     waiting: Any = None
     while True:
-        if waiting is not None and (device.type == "cpu" or not connection.poll()):
+        if waiting is not None and (device.type == "cpu" or jobs.empty()):
             connection.send(waiting())
             waiting = None
-        job = from_message(connection.recv())
-        answer = _compute(work, job)
+        message = jobs.get()
+        if message is None:
+            return
+        answer = _compute(work, from_message(message))
         if waiting is not None:
             connection.send(waiting())
         waiting = answer

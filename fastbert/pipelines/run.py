@@ -53,7 +53,9 @@ class HeadItems:
     def __call__(
         self, model: BertModel, batch: packing.PackedBatch, input_ids: Tensor, token_type_ids: Tensor
     ) -> list[Any]:
-        return self.module.items(model, batch, input_ids, token_type_ids, **self.options)
+        # A head looks at ids beside hidden states, and so needs them on the device.
+        ids = (packing.to_device(each, batch.cu_seqlens.device) for each in (input_ids, token_type_ids))
+        return self.module.items(model, batch, *ids, **self.options)
 
 
 @dataclass(slots=True)

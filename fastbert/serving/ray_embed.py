@@ -110,11 +110,11 @@ def embed_blocks(
     started = not ray.is_initialized()
     if started:
         ray.init(address=address or None, log_to_driver=False, logging_level=logging.WARNING)
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
     counts = Counts()
     try:
         resources = resources_of(ray.nodes(), n_actors)
         logger.info("embed: %d blocks, %s", len(todo), resources)
+        ray.data.DataContext.get_current().enable_progress_bars = False
         blocks = ray.data.from_items([asdict(block) for block in todo], override_num_blocks=len(todo))
         records = blocks.map_batches(
             BlockActor,
@@ -125,6 +125,7 @@ def embed_blocks(
             num_cpus=resources.num_cpus,
             num_gpus=resources.num_gpus,
         )
+        logging.getLogger("ray.data").setLevel(logging.WARNING)  # Ray Data sets it where it makes a dataset
         for record in records.iter_rows():
             if record["failure"]:
                 raise pickle.loads(record["failure"])

@@ -19,7 +19,7 @@ from fastbert.pipelines.batching import default_token_budget
 from fastbert.pipelines.cross import CrossEncoder
 from fastbert.pipelines.entities import Entity, EntityRecognizer, WindowedText
 from fastbert.pipelines.inputs import encode_texts
-from fastbert.pipelines.run import Request, Run, logits
+from fastbert.pipelines.run import HeadItems, Request, Run, logits
 from fastbert.pipelines.sentence import SentenceEncoder
 from fastbert.pipelines.token_heads import TokenVectors
 from fastbert.pipelines.token_logits import token_logits
@@ -146,11 +146,11 @@ class ServedEncoder(Served):
         request = Request(lane.prompt, normalize=lane.normalize, truncate_dim=lane.dimensions, on_host=True)
         if lane.task == "sparse":
             head: Any = self.model.heads["sparse"]
-            request.head, request.batch_size = head.items, head.texts_in_batch(self.bert.device)
+            request.head, request.batch_size = HeadItems("sparse", head), head.texts_in_batch(self.bert.device)
         elif lane.task == "embed_all" and self._multi:
             vectors: Any = self.model.heads["multi"]
             assert isinstance(vectors, TokenVectors)
-            request.head = partial(vectors.items, task="document", normalize=lane.normalize)
+            request.head = HeadItems("multi", vectors, {"task": "document", "normalize": lane.normalize})
         elif lane.task == "embed_all":
             request.output_value = "token_embeddings"
         results: Any = Run(self.model.pipeline, request).compute(join(items))

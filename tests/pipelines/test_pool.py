@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from fastbert.pipelines import pool as pools
-from fastbert.pipelines.pool import Pool, RemoteTraceback, WorkerDied, as_devices, shares
+from fastbert.pipelines.pool import Pool, RemoteTraceback, WorkerDied, as_devices, default_devices, shares
 from fastbert.threads import Limit
 from helpers import source_env
 from pool_cases import Chores, Owner, Unpicklable, wait_until_gone
@@ -38,6 +38,13 @@ def test_values_come_back(pool: Pool) -> None:
         assert torch.equal(twice, 2 * x) and torch.equal(narrow, x.bfloat16()) and narrow.dtype == torch.bfloat16
         assert torch.equal(answer["weights"], torch.arange(5.0))
     assert {answer["process"] for answer in answers} == {process.pid for process in pool["processes"]}
+
+
+def test_large_messages_pass_each_other(pool: Pool) -> None:
+    """Catches a pool that hangs: a job and a result that wait for one another, each larger than a pipe holds."""
+    x = torch.rand(700, 1000)
+    for answer in [future.result(timeout=60) for future in [pool.submit(("double", x)) for _ in range(12)]]:
+        assert torch.equal(answer["twice"][0], 2 * x)
 
 
 def test_errors_come_back(pool: Pool) -> None:
@@ -142,7 +149,7 @@ def test_shares(
     assert shares(n) == expected
 
 
-def test_devices() -> None:
+def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a list of no devices, a name in the place of a list, and GPUs beside CPUs."""
     assert as_devices("device", ("cpu", torch.device("cpu"))) == [torch.device("cpu")] * 2
     for devices in ([], "cpu", None):
@@ -150,6 +157,11 @@ def test_devices() -> None:
             as_devices("device", devices)
     with pytest.raises(ValueError, match=r"device: got \['cpu', 'cuda:0'\], expected devices of one type"):
         as_devices("device", ["cpu", "cuda:0"])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert default_devices() == ["cpu"] * 4
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert default_devices() == ["cuda:0", "cuda:1"]
     pool = Pool(["cpu"], Chores(), OWNER)
     with pytest.raises(KeyError, match="has 'processes' alone"):
         pool["input"]

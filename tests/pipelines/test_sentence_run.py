@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ import pytest
 import torch
 
 from fastbert import BertModel, SentenceEncoder
-from fastbert.pipelines.run import Run, Timings, _Result
+from fastbert.pipelines.run import HeadItems, Run, Timings, _Result
 from helpers import tiny_bert
 
 TEXTS = [f"text {i}" + " and more of it" * (i % 5) for i in range(23)]
@@ -167,3 +168,12 @@ def test_nothing_waits_for_the_gpu_but_reading(folder: Path, monkeypatch: pytest
     finally:
         torch.cuda.set_sync_debug_mode("default")
     np.testing.assert_array_equal(vectors, expected)
+
+
+def test_heads_get_ids_on_the_device() -> None:
+    """Catches ids that stay on the host, where a head compares them with hidden states on a GPU."""
+    seen: list[Any] = []
+    head = SimpleNamespace(items=lambda model, batch, *ids, **options: seen.extend([*ids, options]) or [])
+    batch = SimpleNamespace(cu_seqlens=torch.empty(2, device="meta"))
+    HeadItems("multi", head, {"task": "query"})(None, batch, torch.arange(3), torch.zeros(3))  # type: ignore[arg-type]
+    assert [ids.device.type for ids in seen[:2]] == ["meta", "meta"] and seen[2] == {"task": "query"}

@@ -14,6 +14,8 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
+from fastbert.cli.main import _parser
+
 yaml = pytest.importorskip("yaml", reason="PyYAML reads the files; transformers brings it")
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -130,8 +132,8 @@ def test_health_is_asked_where_the_server_listens(path: Path) -> None:
     command = json.loads(health.partition("CMD ")[2])
     assert command[:2] == ["python", "-c"] and f":{port}/health" in command[2]
     compile(command[2], "HEALTHCHECK", "exec")
-    arguments = json.loads(values(final, "CMD")[0])
-    assert arguments[:3] == ["serve", "--host", "0.0.0.0"] and "--port" not in arguments and port == "8000"
+    arguments = _parser().parse_args(json.loads(values(final, "CMD")[0]))
+    assert (arguments.command, arguments.host, arguments.port) == ("serve", "0.0.0.0", int(port))
     assert json.loads(values(final, "ENTRYPOINT")[0]) == ["fastbert"]
 
 
@@ -143,7 +145,8 @@ def test_compose_names_what_exists() -> None:
         context = (ROOT / "docker" / service["build"]["context"]).resolve()
         assert context == ROOT and (context / service["build"]["dockerfile"]).is_file()
         assert all(port.startswith("127.0.0.1:") and port.endswith(":8000") for port in service["ports"])
-        assert service["command"][:3] == ["serve", "--host", "0.0.0.0"] and service["read_only"] is True
+        arguments = _parser().parse_args(service["command"])
+        assert (arguments.host, arguments.port) == ("0.0.0.0", 8000) and service["read_only"] is True
         assert {volume.split(":")[0] for volume in service["volumes"]} <= set(content["volumes"])
 
 
@@ -154,6 +157,7 @@ def test_kubernetes_asks_health_and_readiness_apart() -> None:
     [container] = pod["spec"]["containers"]
     paths = {name: container[f"{name}Probe"]["httpGet"]["path"] for name in ("startup", "readiness", "liveness")}
     assert paths == {"startup": "/ready", "readiness": "/ready", "liveness": "/health"}
+    assert _parser().parse_args(container["args"]).host == "0.0.0.0"
     [port] = container["ports"]
     probes = [container[f"{name}Probe"]["httpGet"]["port"] for name in paths]
     assert port == {"name": "http", "containerPort": 8000} and set(probes) == {"http"}
