@@ -59,7 +59,12 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "dispatch": _files("ops/dispatch", "on_kernels/launch", "ops/ops_compile"),
     "bad_input": _files("models/bad_input", "models/empty_input"),
     "families": _files(
-        "models/families", "models/mpnet", "models/pretrained", "pipelines/cross_encoder", "adapters/accelerate_wrapped"
+        "models/families",
+        "models/mpnet",
+        "models/jina_bert_v2",
+        "models/pretrained",
+        "pipelines/cross_encoder",
+        "adapters/accelerate_wrapped",
     ),
     "verify": _files(
         "diagnostics/verify",

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from fastbert.diagnostics.warmup import warmup
     from fastbert.engine.events import compile_events
     from fastbert.models.bert import BertModel
+    from fastbert.models.jina_bert_v2 import JinaBertModel
     from fastbert.models.modernbert import ModernBertModel
     from fastbert.models.mpnet import MPNetModel
     from fastbert.models.tasks import (
@@ -60,6 +61,7 @@ _PUBLIC = {
     "BertModel": "fastbert.models.bert",
     "CrossEncoder": "fastbert.pipelines.cross",
     "EntityRecognizer": "fastbert.pipelines.entities",
+    "JinaBertModel": "fastbert.models.jina_bert_v2",
     "MPNetModel": "fastbert.models.mpnet",
     "ModernBertModel": "fastbert.models.modernbert",
     "QuestionAnswerer": "fastbert.pipelines.answers",
@@ -90,6 +92,7 @@ __all__ = [
     "BertModel",
     "CrossEncoder",
     "EntityRecognizer",
+    "JinaBertModel",
     "MPNetModel",
     "ModernBertModel",
     "QuestionAnswerer",

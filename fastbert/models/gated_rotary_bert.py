@@ -72,11 +72,6 @@ class GatedRotaryEmbeddings(nn.Module):
         """Tells whether the Triton kernel computes them from ids, which can note ids beyond their table."""
         return embeds_in_kernel(self, policy)
 
-    def check_ids(self, input_ids: Tensor, token_type_ids: Tensor) -> None:
-        """Raises IndexError where one of them is beyond its table."""
-        n_words = self.word_embeddings.num_embeddings
-        ops.check_ids(input_ids=(input_ids, n_words), token_type_ids=(token_type_ids, self.n_token_types))
-
 
 class GatedRotaryAttention(nn.Module):
     """softmax(q k^T / sqrt(D)) v of turned queries and keys within each sequence, and a linear after it."""

@@ -73,10 +73,6 @@ class ModernBertEmbeddings(nn.Module):
         """Tells whether the Triton kernel computes them from ids, which can note ids beyond their table."""
         return embeds_in_kernel(self, policy)
 
-    def check_ids(self, input_ids: Tensor, token_type_ids: Tensor) -> None:
-        """Raises IndexError where one of them is beyond its table."""
-        ops.check_ids(input_ids=(input_ids, self.word_embeddings.num_embeddings), token_type_ids=(token_type_ids, 1))
-
 
 class ModernBertAttention(nn.Module):
     """softmax(q k^T / sqrt(D)) v of turned queries and keys, within a window in most layers, and a linear after it."""

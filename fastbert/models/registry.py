@@ -17,6 +17,7 @@ TEXTS = {
     "mpnet": "MPNetModel",
     "modernbert": "ModernBertModel",
     "gated_rotary_bert": "GatedRotaryModel",
+    "jina_bert_v2": "JinaBertModel",
 }
 
 

@@ -9,13 +9,20 @@ from torch import Tensor
 
 from fastbert.checkpoint.families import family_of
 from fastbert.reference.bert import BertReference, bert
+from fastbert.reference.jina_bert_v2 import jina_bert_v2
 from fastbert.reference.modernbert import gated_rotary_bert, modernbert
 from fastbert.reference.mpnet import mpnet
 
 if TYPE_CHECKING:
     from fastbert.checkpoint.config import BertConfig
 
-TEXTS = {"bert": bert, "mpnet": mpnet, "modernbert": modernbert, "gated_rotary_bert": gated_rotary_bert}
+TEXTS = {
+    "bert": bert,
+    "mpnet": mpnet,
+    "modernbert": modernbert,
+    "gated_rotary_bert": gated_rotary_bert,
+    "jina_bert_v2": jina_bert_v2,
+}
 
 
 def encode(params: Mapping[str, Tensor], config: BertConfig, *inputs: Tensor | None, **settings: Any) -> BertReference:

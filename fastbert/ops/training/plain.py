@@ -87,7 +87,8 @@ class Plain:
         settings: Attention,
         position_bias: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        grad_bias = None if position_bias is None else torch.zeros_like(wide(position_bias))
+        wants_bias = position_bias is not None and position_bias.requires_grad
+        grad_bias = torch.zeros_like(wide(position_bias)) if wants_bias else None  # type: ignore[arg-type]
         grad_qkv = torch.zeros_like(qkv, memory_format=torch.contiguous_format)
         for rows in groups(settings.batch):
             q, k, v = _heads(qkv, rows, settings.num_heads)

@@ -91,7 +91,9 @@ class TritonKernels:
         bias = for_kernel(position_bias, columns)
         head_size = qkv.shape[1] // (3 * num_heads)
         plan = attention_plan.gradient_plan(batch, qkv.dtype, head_size, bias is not None)
-        return varlen_attention_backward(grad, qkv, out, lse, plan, num_heads, scale, dropout, bias=bias)
+        want_bias = position_bias is not None and position_bias.requires_grad
+        of_batch = plan, num_heads, scale, dropout
+        return varlen_attention_backward(grad, qkv, out, lse, *of_batch, bias=bias, want_bias=want_bias)
 
     def norm_forward(
         self,
