@@ -42,6 +42,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "training_layer": _files("ops/training_triton"),
     "linear": _files("ops/op_linear", "ops/op_linear_persistent", "ops/op_linear_variants"),
     "cross_entropy": _files("ops/op_cross_entropy"),
+    "rotary": _files("ops/rotary_kernels", "on_kernels/rotary_models"),
     "graphs": _files(
         "engine/graphs", "engine/graph_buckets", "engine/graph_validity", "engine/graph_capture", "engine/graphs_gpu"
     ),
@@ -62,6 +63,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "models/families",
         "models/mpnet",
         "models/deberta",
+        "models/jina_bert_v2",
         "models/pretrained",
         "pipelines/cross_encoder",
         "adapters/accelerate_wrapped",

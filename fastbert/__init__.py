@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from fastbert.engine.events import compile_events
     from fastbert.models.bert import BertModel
     from fastbert.models.deberta import DebertaModel
+    from fastbert.models.jina_bert_v2 import JinaBertModel
     from fastbert.models.modernbert import ModernBertModel
     from fastbert.models.mpnet import MPNetModel
     from fastbert.models.tasks import (
@@ -62,6 +63,7 @@ _PUBLIC = {
     "CrossEncoder": "fastbert.pipelines.cross",
     "DebertaModel": "fastbert.models.deberta",
     "EntityRecognizer": "fastbert.pipelines.entities",
+    "JinaBertModel": "fastbert.models.jina_bert_v2",
     "MPNetModel": "fastbert.models.mpnet",
     "ModernBertModel": "fastbert.models.modernbert",
     "QuestionAnswerer": "fastbert.pipelines.answers",
@@ -93,6 +95,7 @@ __all__ = [
     "CrossEncoder",
     "DebertaModel",
     "EntityRecognizer",
+    "JinaBertModel",
     "MPNetModel",
     "ModernBertModel",
     "QuestionAnswerer",

@@ -34,6 +34,8 @@ DEBERTA: dict[str, Any] = {
 }  # fmt: skip
 NLI_DEBERTA = {**DEBERTA, "pos_att_type": ["p2c", "c2p"], "pad_token_id": 0, "pooler_dropout": 0,
                "pooler_hidden_act": "gelu", "pooler_hidden_size": 32}  # fmt: skip
+JINA = {**BERT, "position_embedding_type": "alibi", "feed_forward_type": "geglu", "max_position_embeddings": 8192,
+        "attention_probs_dropout_prob": 0.0, "attn_implementation": None}  # fmt: skip
 LABELS_2 = {"id2label": {"0": "NEGATIVE", "1": "POSITIVE"}, "label2id": {"NEGATIVE": 0, "POSITIVE": 1}}
 LABELS_1 = {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
 LABELS_3 = {"id2label": {"0": "a", "1": "b", "2": "c"}, "label2id": {"a": 0, "b": 1, "c": 2}}
@@ -41,6 +43,11 @@ LABELS_3 = {"id2label": {"0": "a", "1": "b", "2": "c"}, "label2id": {"a": 0, "b"
 
 def _case(config: dict[str, Any], architecture: str, **changes: Any) -> dict[str, Any]:
     return {**config, "architectures": [architecture], **changes}
+
+
+def code_of(repository: str) -> dict[str, str]:
+    """The auto_map of a model whose code is in another repository of Jina's."""
+    return {"AutoModel": f"jinaai/{repository}--modeling_bert.JinaBertModel"}
 
 
 # The name on the hub -> config.json.
@@ -127,8 +134,22 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "architectures": ["AlbertForMaskedLM"], "model_type": "albert", "num_hidden_groups": 1, "inner_group_num": 1,
         "embedding_size": 16,
     },
+    "sentence-transformers/paraphrase-albert-small-v2": {
+        "architectures": ["AlbertModel"], "model_type": "albert", "num_hidden_groups": 1, "inner_group_num": 1,
+        "embedding_size": 16, "hidden_act": "gelu", "attention_probs_dropout_prob": 0.1, "classifier_dropout_prob": 0.1,
+        "down_scale_factor": 1, "gap_size": 0, "net_structure_type": 0, "num_memory_blocks": 0,
+    },
     "jinaai/jina-embeddings-v2-base-en": _case(
-        BERT, "JinaBertForMaskedLM", position_embedding_type="alibi", emb_pooler="mean", feed_forward_type="geglu"
+        JINA, "JinaBertForMaskedLM", auto_map=code_of("jina-bert-implementation"), emb_pooler="mean"
+    ),
+    "jinaai/jina-embeddings-v2-small-en": _case(
+        JINA, "JinaBertForMaskedLM", auto_map=code_of("jina-bert-implementation"), emb_pooler="mean"
+    ),
+    "jinaai/jina-reranker-v1-turbo-en": _case(
+        JINA, "JinaBertForSequenceClassification", auto_map=code_of("jina-bert-implementation"), **LABELS_1
+    ),
+    "jinaai/jina-embeddings-v2-base-code": _case(
+        JINA, "JinaBertForMaskedLM", auto_map=code_of("jina-bert-v2-qk-post-norm"), emb_pooler="mean"
     ),
 }  # fmt: skip
 

@@ -170,6 +170,10 @@ def accelerate(
     )
     if not has_encoder:
         name = type(model).__name__
+        if (code := next(filter(None, map(_code_from_hub, root.modules())), None)) is not None:
+            reasons += (
+                f"; {code} is code from the hub, of which nothing is known here: fastbert.BertModel may read its files"
+            )
         raise ValueError(f"model: found no encoder to accelerate in {name}{reasons}; covered: {covered_in_words()}")
     if reasons:
         logger.warning("accelerate: runs as it was before, in a part%s", reasons)
@@ -215,6 +219,12 @@ def _announce(module: nn.Module, state: AcceleratedState) -> None:
         lasting = str(error)
     if lasting is not None:
         logger.warning("accelerate: %s will run as it was before, whatever the inputs: %s", state.subject, lasting)
+
+
+def _code_from_hub(module: nn.Module) -> str | None:
+    """Names the class of a module that trust_remote_code has loaded, or returns None."""
+    kind = type(module)
+    return f"{kind.__module__}.{kind.__qualname__}" if kind.__module__.startswith("transformers_modules.") else None
 
 
 def restore(model: Model) -> Model:

@@ -152,6 +152,29 @@ def _like_bert(
     )
 
 
+def _gated_rotary(model_type: str, dropouts: Names[str, str]) -> Mapping:
+    """Makes the mapping of a family on the text gated_rotary_bert. dropouts: the other ones of a layer."""
+    family = FAMILIES[model_type]
+    names = "Embeddings", "Layer", "Attention", "MLP", "RotaryEmbedding", "Pooler"
+    return Mapping(
+        family=family,
+        module=f"transformers.models.{model_type}.modeling_{model_type}",
+        containers=frozenset(family.classes + name for name in names),
+        dropouts={
+            "self_attn.dropout": "post_attention_dropout",  # which is not read: see attention_p
+            "post_attention_dropout": "post_attention_dropout",
+            "post_mlp_dropout": "post_mlp_dropout",
+            **dropouts,
+        },
+        activation="mlp.act_fn",
+        heads="self_attn",
+        buffers={"rotary_emb.inv_freq": "frequencies"},
+        output="BaseModelOutputWithPooling",
+        attention_p="attention_dropout",
+        angles="rotary_emb",
+    )
+
+
 _POOLED = "BaseModelOutputWithPoolingAndCrossAttentions"
 
 COVERED = (
@@ -237,6 +260,8 @@ COVERED = (
         buffers=_COLUMNS,
         output="BaseModelOutput",
     ),
+    _gated_rotary("gte", {"mlp.dropout": "mlp.dropout"}),
+    _gated_rotary("nomic_bert", {}),
 )  # fmt: skip
 
 

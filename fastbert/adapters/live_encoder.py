@@ -30,7 +30,7 @@ from fastbert.adapters.live_values import (
 )
 from fastbert.adapters.patches import Watch
 from fastbert.checkpoint.config import BertConfig
-from fastbert.checkpoint.rotary import layer_types, modernbert_layers
+from fastbert.checkpoint.rotary import gated_rotary_layer, layer_types, modernbert_layers
 from fastbert.engine import Options
 from fastbert.models.bert import BertModel
 from fastbert.ops.rotary import inverse_frequencies
@@ -155,6 +155,9 @@ class LiveEncoder:
     def _frequencies(self, path: str) -> torch.Tensor:
         """Returns the frequencies of the layers of a kind, which the name of their buffer begins with."""
         config: Any = self.model.config
+        if config.family.text == "gated_rotary_bert":
+            layer = gated_rotary_layer(config)
+            return inverse_frequencies(config.head_size, layer.base, layer.factor)
         kind = path.rpartition(".")[2].removesuffix("_inv_freq")
         layers = dict(zip(layer_types(config), modernbert_layers(config), strict=True))
         return inverse_frequencies(config.head_size, layers[kind].base, layers[kind].factor)
@@ -277,6 +280,8 @@ def _check_layer(path: str, layer: nn.Module, mapping: Mapping, config: BertConf
 
 def _their_window(config: BertConfig, path: str) -> int | None:
     """Returns what a layer's attention has as sliding_window: the first column that it does not reach."""
+    if config.family.text != "modernbert":
+        return None
     window = modernbert_layers(config)[int(path.rpartition(".")[2])].window
     return None if window is None else window + 1
 

@@ -20,6 +20,7 @@ from fastbert.checkpoint.families import family_of
 from fastbert.checkpoint.family import AFTER_PADDING, Family
 from fastbert.checkpoint.files import read_json, write_text
 from fastbert.checkpoint.folder import ARGUMENTS, resolve
+from fastbert.checkpoint.later_families import model_type_of
 from fastbert.checkpoint.rotary import modern_angles
 from fastbert.checks import expect
 
@@ -38,6 +39,10 @@ _SIZES = (
     "intermediate_size",
     "max_position_embeddings",
     "type_vocab_size",
+)
+_POSITIONS = (  # settings of texts that have other positions than BERT's
+    ("position_embedding_type", "rope", "gated_rotary_bert"),
+    ("position_embedding_type", "alibi", "jina_bert_v2"),
 )
 _DROPOUTS = ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout")
 
@@ -208,7 +213,7 @@ class BertConfig(ConfigAccess):
         if doubled:
             raise ValueError(f"extra: holds {', '.join(doubled)}, which fields or properties of the config express")
         for name, value in self.extra.items():
-            if (name, value, family.text) != ("position_embedding_type", "rope", "gated_rotary_bert"):
+            if (name, value, family.text) not in _POSITIONS:
                 refuse_unsupported(name, value)
 
     @classmethod
@@ -222,7 +227,7 @@ class BertConfig(ConfigAccess):
         Raises TypeError for an override that is no setting of BERT and no key of ``d``. Raises ValueError for a bad
         value.
         """
-        model_type = overrides.get("model_type", d.get("model_type"))
+        model_type = overrides.get("model_type", model_type_of(d))
         family = family_of("bert" if model_type is None else model_type)
         wanted = _named(family, overrides, d.keys())
         values = {**_modern(family.config(d)), **wanted, "model_type": family.model_type}
@@ -234,6 +239,8 @@ class BertConfig(ConfigAccess):
         values = {**values.pop("extra"), **values}
         if self.family.projection:
             values["embedding_size"] = self.embedding_width
+        if self.family.stored_type is not None:
+            values = {**self.family.defaults, **values, "model_type": self.family.stored_type}
         for name in ("dtype", "problem_type", "architectures", "embedding_size"):
             if values[name] is None:
                 del values[name]

@@ -9,17 +9,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from fastbert.checkpoint.family import AFTER_PADDING, Family, Head
-from fastbert.checkpoint.later_families import LATER
+from fastbert.checkpoint.later_families import BERT_HEADS, LATER
 
-_BERT_HEADS = {
-    "PreTraining": Head(pooler=True),
-    "MaskedLM": Head(),
-    "NextSentencePrediction": Head(pooler=True),
-    "SequenceClassification": Head(pooler=True),
-    "MultipleChoice": Head(pooler=True),
-    "TokenClassification": Head(),
-    "QuestionAnswering": Head(dropout=()),
-}
 _ROBERTA_HEADS = {
     "MaskedLM": Head(
         names=(
@@ -134,7 +125,7 @@ _LAYER, _THEIR_LAYER = "encoder.layer.*", "transformer.layer.*"
 FAMILIES: dict[str, Family] = {
     family.model_type: family
     for family in (
-        Family("bert", "Bert", prefix="bert.", heads=_BERT_HEADS, tokenizer="Bert"),
+        Family("bert", "Bert", prefix="bert.", heads=BERT_HEADS, tokenizer="Bert"),
         _roberta("roberta", "Roberta", 50265),
         _roberta("xlm-roberta", "XLMRoberta", 30522),
         _roberta("camembert", "Camembert", 30522),

@@ -67,6 +67,7 @@ class Family:
     older_names: Names = ()
     older_prefix: str | None = None
     older_settings: tuple[tuple[str, str], ...] = ()
+    stored_type: str | None = None  # What config.json has as model_type, where that is another family's.
     # Pairs of a module of the hub's, under our name, and of those that its rows are cut into, from first to last.
     fused: tuple[tuple[str, tuple[str, ...]], ...] = ()
     segments_optional: bool = False  # Whether type_vocab_size may be 0.

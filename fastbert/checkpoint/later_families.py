@@ -2,8 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from fastbert.checkpoint.family import Family, Head
 
+BERT_HEADS = {
+    "PreTraining": Head(pooler=True),
+    "MaskedLM": Head(),
+    "NextSentencePrediction": Head(pooler=True),
+    "SequenceClassification": Head(pooler=True),
+    "MultipleChoice": Head(pooler=True),
+    "TokenClassification": Head(),
+    "QuestionAnswering": Head(dropout=()),
+}
 _LAYER, _GROUP = "encoder.layer.*", "encoder.albert_layer_groups.*.albert_layers.0"
 _ALBERT_NAMES = (
     ("predictions.dense", "cls.predictions.transform.dense"),
@@ -66,4 +78,29 @@ ALBERT = Family(
     special_tokens={"pad_token": "<pad>", "unk_token": "<unk>"},
 )
 
-LATER = (ALBERT,)
+JINA = Family(
+    "jina_bert_v2",
+    "JinaBert",
+    prefix="bert.",
+    heads=BERT_HEADS,
+    defaults={"max_position_embeddings": 8192, "position_embedding_type": "alibi", "feed_forward_type": "geglu"},
+    stored_type="bert",
+    text="jina_bert_v2",
+    tokenizer="Bert",
+)
+
+LATER = (ALBERT, JINA)
+
+
+def model_type_of(data: Mapping[str, Any]) -> Any:
+    """Returns the model_type of a config.json, which Jina's calls "bert" and tells apart by its positions.
+
+    Raises ValueError for Jina's with layers that fastbert does not compute.
+    """
+    model_type = data.get("model_type")
+    if model_type != JINA.stored_type or data.get("position_embedding_type") != "alibi":
+        return model_type
+    code = str(data.get("_name_or_path")), *map(str, (data.get("auto_map") or {}).values())
+    if any("qk-post-norm" in name for name in code):
+        raise ValueError("auto_map: jina-bert-v2-qk-post-norm normalises queries and keys, which is not supported")
+    return JINA.model_type

@@ -17,7 +17,6 @@ from fastbert.ops import tracing
 GRADIENTS = "gradients are on (torch.no_grad or torch.inference_mode turns them off)"
 TRAINING = "the model is in training mode"
 _NOT_IN_GRAPHS = {
-    "window": "attention within a window",
     "distances": "disentangled attention",
     "convolution": "a convolution beside a layer",
 }

@@ -82,7 +82,9 @@ class Training:
         blocks = list(model.blocks())
         if not blocks:
             return [x]
-        kernels = kernels_of(model, blocks[0], x, batch.columns is not None)
+        bias = blocks[0].position_bias
+        holes = batch.columns is not None and bias is not None and bias.requires_grad
+        kernels = kernels_of(model, blocks[0], x, holes)
         if kernels is None or not _one_dtype(blocks, x):
             return model.run_layers(x, batch, keep_states)
         states = [x]

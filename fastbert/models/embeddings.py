@@ -113,11 +113,6 @@ class BertEmbeddings(nn.Module):
         x = x + call_module(self.position_embeddings, position_ids, policy, batch)
         return call_dropout(self.dropout, call_module(self.LayerNorm, x, policy, batch), batch)
 
-    def check_ids(self, input_ids: Tensor, token_type_ids: Tensor) -> None:
-        """Raises IndexError where one of them is beyond its table."""
-        n_words = self.word_embeddings.num_embeddings
-        ops.check_ids(input_ids=(input_ids, n_words), token_type_ids=(token_type_ids, self.n_token_types))
-
     @property
     def n_token_types(self) -> int:
         """The number of segments; it is one, without a table, in a model that knows none."""

@@ -318,6 +318,10 @@ class EncoderModel(PreTrainedModel):
                 raise IndexError(f"position_ids: expected values from 0 to {n_positions - 1}, got {last}")
         self._check_in_tables(ids, sizes)
 
+    def check_ids(self, input_ids: Tensor, token_type_ids: Tensor | None) -> None:
+        """Raises IndexError where one of them is beyond its table."""
+        self._check_in_tables([input_ids, token_type_ids, None], self.table_sizes())
+
     def check_ids_on_device(self, batch: PackedBatch, inputs: PackedInputs) -> None:
         """Looks at ids on the device, which on a GPU waits for it."""
         ids = [None if x is None or packing.on_host(x.device) else x for x in inputs[:3]]

@@ -18,6 +18,7 @@ TEXTS = {
     "modernbert": "ModernBertModel",
     "gated_rotary_bert": "GatedRotaryModel",
     "deberta": "DebertaModel",
+    "jina_bert_v2": "JinaBertModel",
 }
 
 

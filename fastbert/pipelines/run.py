@@ -216,7 +216,7 @@ class Run:
         for i, text in enumerate(window, start=self.n_texts):
             check_text("sentences" if self.request.single else f"sentences[{i}]", text)
         tokens = encode_texts(self.pipeline.tokenizer, window, self.request.prompt, self.limit)
-        self.model.embeddings.check_ids(tokens.input_ids, tokens.token_type_ids)
+        self.model.check_ids(tokens.input_ids, tokens.token_type_ids)
         self.n_texts += len(window)
         self.n_truncated += tokens.n_truncated
         self.n_truncated_tokens += tokens.n_truncated_tokens
@@ -286,7 +286,7 @@ def logits(pipeline: Pipeline, tokens: PackedEncoding, batch_size: int | None, p
     """Returns what the head of a pipeline gives for inputs: (n, num_labels), in float32 at least, in their order."""
     bert, device, n_pairs = pipeline.model, pipeline.device, tokens.cu_seqlens.shape[0] - 1
     assert pipeline.head is not None, "a pipeline without a head gives no logits"
-    bert.embeddings.check_ids(tokens.input_ids, tokens.token_type_ids)
+    bert.check_ids(tokens.input_ids, tokens.token_type_ids)
     bert.follow_weights()
     dtype = torch.promote_types(bert.dtype, torch.float32)
     result = torch.empty(n_pairs, bert.config.num_labels, device=device, dtype=dtype)

@@ -54,7 +54,7 @@ def token_logits(model: Any, tokens: PackedEncoding, token_budget: int | None = 
     if any_in_training(model):
         model.eval()
     bert, device = model.bert, model.device
-    bert.embeddings.check_ids(tokens.input_ids, tokens.token_type_ids)
+    bert.check_ids(tokens.input_ids, tokens.token_type_ids)
     bert.follow_weights()
     offsets = tokens.cu_seqlens.tolist()
     result = np.empty((offsets[-1], model.config.num_labels), np.float32)

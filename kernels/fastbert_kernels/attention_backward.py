@@ -66,10 +66,12 @@ def varlen_attention_backward(
     dropout: Dropout | None = None,
     tiles: configs.AttentionBackward | None = None,
     bias: PositionBias | None = None,
+    want_bias: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Computes the gradient of qkv, (T, 3 * N * D), in its dtype, from that of the result, grad (T, N * D).
 
-    With a bias, whose rows must be neighbours, it computes that of its table as well, (N, 2R + 1) float32.
+    With a bias whose gradient is wanted, and whose rows must be neighbours then, it computes that of its table as well,
+    (N, 2R + 1) float32.
 
     out (T, N * D) and lse (N, T) float32 are what `varlen_attention_forward` computed with the same scale and dropout.
     Each needs unit stride along its last axis. Rows that no tile holds are left as they are: the caller sets them to
@@ -79,7 +81,7 @@ def varlen_attention_backward(
     head_size = hidden_size // num_heads
     grad_qkv = launch.empty((n_rows, 3 * hidden_size), like=qkv)
     if n_rows == 0:
-        return grad_qkv, None if bias is None else torch.zeros_like(bias.table, dtype=torch.float32)
+        return grad_qkv, torch.zeros_like(bias.table, dtype=torch.float32) if bias and want_bias else None
     statistics = launch.empty((num_heads, n_rows, 4), like=lse)
     tiles = tiles or configs.attention_backward_configs(qkv.dtype, head_size, launch.arch(qkv.device), bias is not None)
     shared = {
@@ -126,7 +128,7 @@ def varlen_attention_backward(
         row_spans_ptr=plan.keys.row_spans,
         grad_row_stride=grad_qkv.stride(0),
     )
-    if bias is None:
+    if bias is None or not want_bias:
         return grad_qkv, None
     assert bias.columns is None, "columns with gaps between them have no gradient of a bias here"
     of_batch = grad, qkv, statistics, plan.queries, num_heads, scale, dropout

@@ -46,7 +46,11 @@ def test_covered_classes_are_there() -> None:
     import importlib
 
     for mapping in COVERED:
-        module = importlib.import_module(mapping.module)
+        try:
+            module = importlib.import_module(mapping.module)
+        except ModuleNotFoundError:
+            assert mapping.family.text == "gated_rotary_bert"  # which older versions do not have
+            continue
         assert find(getattr(module, mapping.model)) is mapping
         missing = {name for name in mapping.containers if not hasattr(module, name)}
         in_4 = {"MultiHeadSelfAttention", "DistilBertSdpaAttention", "AlbertSdpaAttention"}

@@ -14,6 +14,8 @@ from torch import Tensor
 import fastbert
 from family_cases import VOCAB, make_batch, randomised, run, theirs, twin
 from fastbert import reference
+from fastbert.adapters import counts
+from fastbert.adapters.state import STATE
 from fastbert.ops import packed_linear
 from fastbert_kernels import cpu
 from model_cases import assert_close, in_dtype, is_zero, valid_of
@@ -176,3 +178,15 @@ def test_published_config_and_names(tmp_path: Any) -> None:
         ids = torch.randint(5, VOCAB, (2, 9))
         assert torch.allclose(ours(ids).logits, model(ids).prediction_logits, atol=1e-4)
     assert "12 layers share one set of weights" in str(fastbert.explain(ours))
+
+
+def test_dropouts_of_an_accelerated_model() -> None:
+    """Catches the dropout that transformers makes and does not call behind the feed-forward part, taken for one."""
+    model = fastbert.accelerate(theirs("albert", hidden_dropout_prob=0.3, attention_probs_dropout_prob=0.2)).train()
+    model(**make_batch("albert", "none"))
+    assert counts(model) == {"fastbert": 1}
+    inner = model.__dict__[STATE].encoder(model).model
+    probabilities = {name: module.p for name, module in inner.named_modules() if isinstance(module, torch.nn.Dropout)}
+    layer = "encoder.layer.1"
+    assert probabilities["embeddings.dropout"] == probabilities[f"{layer}.attention.output.dropout"] == 0.3
+    assert probabilities[f"{layer}.attention.self.dropout"] == 0.2 and probabilities[f"{layer}.output.dropout"] == 0.0

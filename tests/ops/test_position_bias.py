@@ -74,6 +74,21 @@ def test_outputs_and_gradients(
 
 
 @COMPILED
+@pytest.mark.parametrize("backend", ["cpu", "triton", "torch"])
+@pytest.mark.parametrize("holes", [False, True])
+def test_a_table_that_learns_nothing(backend: str, holes: bool, device: torch.device) -> None:
+    """Catches a table without gradients (ALiBi) for which holes are an obstacle, or whose gradient is made."""
+    place = device if backend == "triton" else torch.device("cpu")
+    batch, qkv, table, grad = make("short", holes, place, torch.float32)
+    leaf = qkv.detach().clone().requires_grad_()
+    out = ops.varlen_attention(leaf, batch, HEADS, position_bias=table, policy=Policy(backend, strict=True))
+    out.backward(grad)
+    exact, eager = (judged(batch, qkv, table, grad, dtype) for dtype in (torch.float64, torch.float32))
+    for name, *values in zip(("out", "qkv"), (out.detach().cpu(), leaf.grad.cpu()), eager, exact, strict=False):
+        assert_as_accurate(name, *values)
+
+
+@COMPILED
 @pytest.mark.parametrize("backend", ["cpu", "triton"])
 def test_dropout(backend: str, device: torch.device) -> None:
     """Catches a mask that the gradient of the bias leaves out, or a factor that it lacks."""
@@ -147,6 +162,7 @@ def test_what_does_not_fit() -> None:
         with pytest.raises(ValueError, match=r"position_bias: expected shape \(N, 2 R \+ 1\) with N = 2, got"):
             ops.varlen_attention(qkv, batch, HEADS, position_bias=wrong)
     with pytest.raises(BackendError, match="know no columns between the tokens of a text"):
+        table.requires_grad_()
         ops.varlen_attention(qkv.requires_grad_(), batch, HEADS, position_bias=table, policy=Policy("triton", True))
 
 

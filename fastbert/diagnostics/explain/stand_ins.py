@@ -105,7 +105,9 @@ class _Named(nn.Module):
             return self.forward(*args, **kwargs)
 
 
-class _Attention(_Named):
+class _Fused(_Named):
+    """A module that multiplies several of its linears as one."""
+
     projections: tuple[str, ...]
 
     def fused_qkv(self) -> tuple[Tensor, Tensor | None]:
@@ -119,7 +121,7 @@ class _Attention(_Named):
         return fused, None if without_bias else recording.stand_in((n_rows,), weight.dtype)
 
 
-class _Disentangled(_Attention):
+class _Disentangled(_Fused):
     """Attention that multiplies projections of distances, which run once for all batches and are in no report."""
 
     num_heads: int
@@ -168,7 +170,7 @@ class _Biased(_Named):
 # By what a class has, the first that fits.
 _BASES: dict[str, Any] = {
     "positions": _Disentangled,
-    "fused_qkv": _Attention,
+    "projections": _Fused,
     "position_bias": _Biased,
     "has_table": _WithTable,
     "product": _Convolved,

@@ -97,7 +97,7 @@ def triton_obstacle(
     """Tells why the Triton kernels have no such passes, or None.
 
     sizes: numbers of features that are multiplied. hidden_size: of rows that are normalised. biased: whether attention
-    has a position bias. holes: whether masks have holes (`PackedBatch.columns`).
+    has a position bias. holes: whether its table needs a gradient and masks have holes (`PackedBatch.columns`).
     """
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"there are no Triton kernels for {dtype}"

@@ -87,7 +87,8 @@ class Plain:
         settings: Attention,
         position_bias: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        grad_bias = None if position_bias is None else torch.zeros_like(wide(position_bias))
+        wants_bias = position_bias is not None and position_bias.requires_grad
+        grad_bias = torch.zeros_like(wide(position_bias)) if wants_bias else None  # type: ignore[arg-type]
         grad_qkv = torch.zeros_like(qkv, memory_format=torch.contiguous_format)
         for rows in groups(settings.batch):
             q, k, v = _heads(qkv, rows, settings.num_heads)
@@ -176,13 +177,15 @@ class Plain:
 PLAIN = Plain()
 
 
-def sum_of_rows(word: Tensor, token_type: Tensor | None, position: Tensor, settings: EmbeddingSettings) -> Tensor:
+def sum_of_rows(
+    word: Tensor, token_type: Tensor | None, position: Tensor | None, settings: EmbeddingSettings
+) -> Tensor:
     """The sum of the tables' rows, (T, E), in differentiable PyTorch."""
     input_ids, token_type_ids, position_ids, _, padding_idx, _ = settings
     x = word if input_ids is None else F.embedding(input_ids, word, padding_idx)
     if token_type is not None and token_type_ids is not None:
         x = x + F.embedding(token_type_ids, token_type)
-    return x + F.embedding(position_ids, position)
+    return x if position is None or position_ids is None else x + F.embedding(position_ids, position)
 
 
 def groups(batch: PackedBatch) -> list[Tensor]:

@@ -91,7 +91,9 @@ class TritonKernels:
         bias = for_kernel(position_bias, columns)
         head_size = qkv.shape[1] // (3 * num_heads)
         plan = attention_plan.gradient_plan(batch, qkv.dtype, head_size, bias is not None)
-        return varlen_attention_backward(grad, qkv, out, lse, plan, num_heads, scale, dropout, bias=bias)
+        want_bias = position_bias is not None and position_bias.requires_grad
+        of_batch = plan, num_heads, scale, dropout
+        return varlen_attention_backward(grad, qkv, out, lse, *of_batch, bias=bias, want_bias=want_bias)
 
     def norm_forward(
         self,
@@ -135,6 +137,7 @@ class TritonKernels:
         from fastbert_kernels.embedding import embedding_norm_forward
 
         input_ids, token_type_ids, position_ids, eps, _, dropout = settings
+        assert position_ids is not None, "embeddings without positions have no passes of training"
         tables = word, token_type, position, weight, bias
         done = embedding_norm_forward(
             input_ids, token_type_ids, position_ids, *tables, eps, dropout, word.dtype, low=False

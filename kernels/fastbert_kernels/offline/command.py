@@ -20,6 +20,7 @@ from fastbert_kernels.offline.coverage import COVERAGE, DTYPES, EIGHT_BIT, MIN_A
 from fastbert_kernels.offline.disentangled import disentangled_cases
 from fastbert_kernels.offline.planning import plan
 from fastbert_kernels.offline.printing import report
+from fastbert_kernels.offline.rotary import rotary_cases
 from fastbert_kernels.offline.training import training_cases
 from fastbert_kernels.offline.variants import variant_cases
 
@@ -48,7 +49,8 @@ def _chosen(options: argparse.Namespace, arch: int) -> Iterator[Case]:
     for dtype in options.dtype:
         if arch < MIN_ARCH.get(dtype, 0):
             continue
-        for case in chain(cases(dtype), training_cases(dtype), variant_cases(dtype), disentangled_cases(dtype)):
+        every = cases, training_cases, variant_cases, rotary_cases, disentangled_cases
+        for case in chain.from_iterable(list_cases(dtype) for list_cases in every):
             wanted = case.op in options.kernel and (options.model is None or case.model in options.model)
             if wanted and (options.all or case.archs is None or arch in case.archs):
                 yield case
