@@ -168,7 +168,7 @@ def pool_logits(
     pool: Pool, pipeline: Pipeline, tokens: PackedEncoding, batch_size: int | None, progress: Progress | None
 ) -> Tensor:
     """Returns what `logits` does, computed by a pool, on the host."""
-    pipeline.model.embeddings.check_ids(tokens.input_ids, tokens.token_type_ids)
+    pipeline.model.check_ids(tokens.input_ids, tokens.token_type_ids)
     budget = pipeline.token_budget or default_token_budget(pool.device)
     batches = send(pool, tokens, budget, batch_size)
     try:

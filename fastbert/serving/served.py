@@ -73,7 +73,7 @@ class Served:
         if texts and isinstance(texts[0], list):
             return self._of_ids(lane, texts)
         encoded = encode_texts(self.tokenizer, texts, lane.prompt, self.limit_of(lane))
-        self.bert.embeddings.check_ids(encoded.input_ids, encoded.token_type_ids)
+        self.bert.check_ids(encoded.input_ids, encoded.token_type_ids)
         return Tokens(split(encoded), encoded.n_truncated, encoded.n_truncated_tokens)
 
     def limit_of(self, lane: Lane) -> int:
