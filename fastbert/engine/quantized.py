@@ -92,11 +92,11 @@ def decide(
     reasons = [obstacle for obstacle in obstacles if obstacle is not None]
     if reasons:
         return Decision(OP, UNQUANTISED, "; ".join(reasons))
-    decision = dispatch.decide(OP, policy, device, None)
-    backend = "triton" if arch is not None and policy.backend in ("auto", "triton") else decision.backend
-    if backend == "triton" or policy.backend == "torch":
+    absent = arch is not None and policy.backend in ("auto", "triton")  # a GPU that nobody may ask
+    decision = Decision(OP, "triton") if absent else dispatch.decide(OP, policy, device, None)
+    if decision.backend == "triton" or policy.backend == "torch":
         projected = model.embeddings_project is not None
-        return Decision(OP, UNQUANTISED, PROJECTED) if projected else Decision(OP, backend)
+        return Decision(OP, UNQUANTISED, PROJECTED) if projected else Decision(OP, decision.backend)
     if precision == "int8" and decision.backend == "cpu":
         reasons = list(model.engine.int8_call.kernel_obstacles(model, device, dtype))
         return Decision(OP, UNQUANTISED, "; ".join(reasons)) if reasons else Decision(OP, "cpu", decision.reason)
