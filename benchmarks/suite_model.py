@@ -18,7 +18,7 @@ from workloads import Workload
 
 import models
 from fastbert.bench.devices import fast_at_bfloat16
-from fastbert.bench.engines import EAGER, Compiled
+from fastbert.bench.engines import EAGER, SDPA, Compiled
 from fastbert.bench.peers import OURS, Peer
 
 SUITE = "model"
@@ -100,6 +100,9 @@ def cpu_plans() -> list[Plan]:
         Plan("MiniLM", fixed(128, 1), fp32, 0.5),
         *(Plan("MiniLM", workload, fp32) for workload in documents),
         Plan("BERT-base", fixed(128, 1), fp32, peers=ALL),
+        Plan("ModernBERT-base", squad(3), fp32),
+        Plan("MPNet-base", squad(3), fp32),
+        Plan("ModernBERT-base", fixed(1024, 1), fp32),
     ]
     if fast_at_bfloat16(torch.device("cpu")):
         plans[3:3] = [Plan("MiniLM", fixed(128, 8), bf16, peers=ALL), Plan("BERT-base", squad(3), bf16, 2.0)]
@@ -110,7 +113,8 @@ def build(plan: Plan, device: torch.device, peers_of: Callable[[ModelTask], Sequ
     """The contest of one plan; peers_of: who takes part."""
     workload = plan.workload
     longest = max(workload.lengths)
-    positions = {"max_position_embeddings": POSITIONS} if longest > 512 else {}
+    short = longest > models.CONFIGS[plan.model].max_position_embeddings
+    positions = {"max_position_embeddings": POSITIONS} if short else {}
     folder = models.random_folder(plan.model, **positions)
     task = ModelTask(folder, workload.batches(), dtype=plan.dtype, device=device)
     peers: list[Peer] = []
@@ -120,6 +124,8 @@ def build(plan: Plan, device: torch.device, peers_of: Callable[[ModelTask], Sequ
             continue
         if plan.peers == WITHOUT_COMPILED and is_compiled:
             peers.append(LeftOut(peer.name, "left to other cases, because it takes long to compile"))
+        elif isinstance(peer.engine, SDPA) and task.source.config.model_type == "mpnet":
+            peers.append(LeftOut(peer.name, "transformers' MPNet has eager attention alone"))
         else:
             peers.append(peer)
     work = Work(models.flops(task.source.config, workload.lengths))

@@ -6,6 +6,7 @@ is on the host stays real. So tests count what would wait for a GPU, and time wh
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -57,6 +58,7 @@ def install(patch: Callable[[Any, str, Any], None], arch: int = 90) -> EmptyGrap
     patch(packing, "takes_from_host", lambda device, tensor: device.type == "meta" and tensor.device.type == "cpu")
     patch(silent_writes, "waits", lambda device: device.type == "meta")
     patch(tracing, "transformed", lambda *tensors: transformed(*(t for t in tensors if not _is_meta(t))))
+    importlib.import_module("torch._dynamo")  # which keeps this function when it is first imported: not ours, then
     autocast = torch.is_autocast_enabled
     patch(torch, "is_autocast_enabled", lambda *kinds: "meta" not in kinds and autocast(*kinds))
     patch(launch, "_recorded_arch", arch)

@@ -19,7 +19,8 @@ from fastbert.ops import tracing
 from fastbert.ops.packing import PackedBatch
 from fastbert.ops.tracing import untraced
 
-FEATURES = frozenset(("position_bias",))  # what layers may have beyond BERT's in the C++ kernels
+# What layers may have beyond BERT's in the C++ kernels.
+FEATURES = frozenset(("pre_norm", "gate", "rotary", "position_bias", "window"))
 
 
 class Modules:
@@ -74,7 +75,7 @@ class _InOneCall:
         if not state.plain_parameters():
             yield "a parameter is a tensor of another kind"
         features = state.layer_features(model) if state.features is None else state.features
-        if features:
+        if features and not FEATURES.issuperset(features):
             yield from feature_obstacles(features, FEATURES, "the C++ encoder")
 
     def prepare(self, model: Any) -> None:
@@ -141,8 +142,8 @@ class OneCall(_InOneCall):
             raise
         if weights is None:
             return None
-        packed: Any = inputs if model.embeddings_project is None else model.embed(inputs, batch)
-        return [self.encoder.run(weights, batch, packed)]
+        x = None if model.embeddings_project is None else model.embed(inputs, batch)
+        return [self.encoder.run(weights, batch, inputs, x)]
 
 
 class Int8Call(_InOneCall):
@@ -181,7 +182,6 @@ class Int8Call(_InOneCall):
     @untraced
     def run(self, model: Any, batch: PackedBatch, inputs: PackedInputs, keep_states: bool) -> list[Tensor]:
         quantized.refuse_gradients(model, inputs.inputs_embeds)
-        packed: Any = inputs
-        if inputs.input_ids is None or model.embeddings_project is not None:
-            packed = model.embed(inputs, batch)
-        return self.encoder.run_int8(self.weights(model), batch, packed, model.dtype, keep_states)
+        embeds = inputs.input_ids is None or model.embeddings_project is not None
+        x = model.embed(inputs, batch) if embeds else None
+        return self.encoder.run_int8(self.weights(model), batch, inputs, x, model.dtype, keep_states)

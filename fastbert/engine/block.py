@@ -76,12 +76,12 @@ class Norm:
 class EmbeddingTables:
     """The tables whose rows are summed and normalised before the first layer.
 
-    words: (V, E). token_types: (segments, E), None in a family without them. positions: (positions, E).
+    words: (V, E). token_types: (segments, E), positions: (positions, E); None in a family without them.
     """
 
     words: Tensor
     token_types: Tensor | None
-    positions: Tensor
+    positions: Any
     norm: Norm
 
 

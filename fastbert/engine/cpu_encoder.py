@@ -17,12 +17,14 @@ import torch
 from torch import Tensor
 
 from fastbert import ops
-from fastbert.engine.block import Block, EmbeddingTables
+from fastbert.engine.block import Block, EmbeddingTables, Norm
 from fastbert.engine.interface import PackedInputs
 from fastbert.ops import attention, dispatch, packed_linear
 from fastbert.ops.packing import PackedBatch
+from fastbert.ops.rotary import kept, tables_of
 from fastbert_kernels import cpu
 
+CPU = torch.device("cpu")
 # A processor with matrix units runs more bfloat16 rows than these faster in oneDNN.
 ROWS_WITHOUT_AMX = 64
 # In float32 F.linear is the more exact one on up to three rows (packed_linear.LEAST_ROWS), below this hidden size by
@@ -96,6 +98,8 @@ def int8_obstacles(config: Any, dtype: torch.dtype) -> Iterator[str]:
         yield int8_obstacle
     elif dtype not in (torch.float32, torch.bfloat16):
         yield f"the C++ kernels do not multiply 8-bit operands for models in {dtype}"
+    if ops.ACTIVATIONS.get(config.hidden_act) not in cpu.ACTIVATIONS:
+        yield f"there is no C++ kernel for {config.hidden_act!r}"
     obstacle = attention.cpu_obstacle(config.head_size, torch.empty(0, dtype=dtype, device="cpu"))
     if obstacle is not None:
         yield obstacle
@@ -132,19 +136,18 @@ class CpuEncoder:
             kept = self._kept = renewed(), make()
         return kept[1]
 
-    def run(self, weights: cpu.Encoder, batch: PackedBatch, inputs: PackedInputs | Tensor) -> Tensor:
-        """Ids, (T,) int64 within their tables, or the embeddings (T, H) -> the last hidden state, (T, H).
+    def run(self, weights: cpu.Encoder, batch: PackedBatch, inputs: PackedInputs, x: Tensor | None = None) -> Tensor:
+        """Ids, (T,) int64 within their tables, or the embeddings x, (T, H) -> the last hidden state, (T, H).
 
-        The embeddings are written to.
+        x is written to.
         """
-        dtype = weights.dtype
-        if isinstance(inputs, Tensor):
-            ids, x = None, inputs.contiguous()
-        else:
+        dtype, ids = weights.dtype, None
+        if x is None:
             ids = _contiguous(inputs)
             x = torch.empty(batch.n_tokens, weights.hidden_size, dtype=dtype, device="cpu")
+        x, angles = x.contiguous(), _angles(weights, inputs) if weights.angles else ()
         workspace = self._take(weights.workspace_size(batch.n_tokens), dtype)
-        cpu.encoder_forward(weights, ids, x, batch.cu_seqlens_cpu, workspace, batch.columns)
+        cpu.encoder_forward(weights, ids, x, batch.cu_seqlens_cpu, workspace, batch.columns, angles)
         self._keep(workspace)
         return x
 
@@ -152,20 +155,21 @@ class CpuEncoder:
         self,
         weights: cpu.Int8Encoder,
         batch: PackedBatch,
-        inputs: PackedInputs | Tensor,
+        inputs: PackedInputs,
+        x: Tensor | None,
         dtype: torch.dtype,
         keep_states: bool,
     ) -> list[Tensor]:
-        """Ids as for `run`, or embeddings (T, H) -> the last hidden state (T, H) as a list, or all L + 1 of them."""
+        """Ids or embeddings as for `run` -> the last hidden state (T, H) as a list, or all L + 1 of them."""
         n_states = len(weights.layers) + 1 if keep_states else 1
         states = torch.empty(n_states, batch.n_tokens, weights.hidden_size, dtype=dtype, device="cpu")
-        ids = None
-        if isinstance(inputs, Tensor):
-            states[0] = inputs
-        else:
+        ids, angles = None, _angles(weights, inputs) if weights.angles else ()
+        if x is None:
             ids = _contiguous(inputs)
+        else:
+            states[0] = x
         workspace = self._take(weights.workspace_size(batch.n_tokens, dtype), torch.uint8)
-        cpu.encoder_int8_forward(weights, ids, states, batch.cu_seqlens_cpu, workspace, batch.columns)
+        cpu.encoder_int8_forward(weights, ids, states, batch.cu_seqlens_cpu, workspace, batch.columns, angles)
         self._keep(workspace)
         return list(states)
 
@@ -190,6 +194,22 @@ def _contiguous(inputs: PackedInputs) -> tuple[Tensor, Tensor | None, Tensor]:
     return input_ids.contiguous(), token_type_ids, position_ids.contiguous()
 
 
+def _identity(layer: cpu.EncoderLayer) -> tuple[Any, ...]:
+    """What two layers have in common if they share everything."""
+    *tensors, traits = layer
+    table, *numbers = traits
+    return *map(id, tensors), id(table), *numbers
+
+
+def _angles(weights: cpu.Encoder | cpu.Int8Encoder, inputs: PackedInputs) -> list[Tensor]:
+    """The cosines and sines of the rows for each of the angles that layers turn by, (T, D / 2) float32."""
+    head_size = weights.hidden_size // weights.num_heads
+    tables: list[Tensor] = []
+    for base, factor in weights.angles:
+        tables += tables_of(inputs.position_ids, kept(head_size, base, factor, CPU))
+    return tables
+
+
 def pack_encoder(
     tables: EmbeddingTables | None, blocks: list[Block], config: Any, int8: bool = False
 ) -> cpu.Encoder | cpu.Int8Encoder | None:
@@ -197,66 +217,97 @@ def pack_encoder(
 
     tables: None where the embeddings are made elsewhere. int8: whether the linears' weights are in 8 bits.
     """
-    if not blocks:
+    if not blocks or not _fits(blocks):
         return None
-    norms = [norm for block in blocks for norm in block.norms]
+    norms = [n for block in blocks for n in (block.attention_norm, block.output_norm, block.last_norm) if n is not None]
     embeddings: cpu.EncoderTables | tuple[()] = ()
     if tables is not None:
-        norm = tables.norm
-        norms.insert(0, norm)
-        weight, bias = norm.weight, norm.bias
-        embeddings = cpu.EncoderTables(tables.words, tables.token_types, tables.positions, weight, bias)  # type: ignore[arg-type]
-    layers = [_layer(block) for block in blocks]
-    tensors: list[Any] = [t for layer in layers for t in layer[:-1]]
-    tensors += [t for i, t in enumerate(embeddings) if i != 1 or t is not None]  # there may be no token types
+        norms.insert(0, tables.norm)
+        embeddings = cpu.EncoderTables(
+            tables.words, tables.token_types, tables.positions, *_filled(tables.norm, tables.words)
+        )
+    angles = list(dict.fromkeys(angle for block in blocks if (angle := _angle(block)) is not None))
+    layers = [_layer(block, angles) for block in blocks]
+    tensors: list[Tensor] = [
+        t for parts in (embeddings, *(layer[:-1] for layer in layers)) for t in parts if t is not None
+    ]
     dtype = tensors[0].dtype
-    if any(t is None or t.dtype != dtype or t.device.type != "cpu" or not t.is_contiguous() for t in tensors):
+    if any(t.dtype != dtype or t.device.type != "cpu" or not t.is_contiguous() for t in tensors):
         return None
     if any(t.is_inference() for t in tensors) or len({norm.eps for norm in norms}) > 1:
         return None
-    if len({None if layer.position_bias is None else layer.position_bias.shape for layer in layers}) > 1:
-        return None
     packs: dict[Any, Any] = {}  # What layers share is packed once.
     for layer in layers:
-        if (key := tuple(map(id, layer))) not in packs:
+        if (key := _identity(layer)) not in packs:
             packs[key] = _in_8_bits(layer) if int8 else _packed(layer)
     return (cpu.Int8Encoder if int8 else cpu.Encoder)(
         embeddings=cpu.EncoderTables(*(None if t is None else t.detach() for t in embeddings)) if embeddings else (),  # type: ignore[arg-type]
-        layers=tuple(packs[tuple(map(id, layer))] for layer in layers),
+        layers=tuple(packs[_identity(layer)] for layer in layers),
         hidden_size=config.hidden_size,
         intermediate_size=config.intermediate_size,
         num_heads=config.num_attention_heads,
         activation=blocks[0].activation,
         eps=norms[0].eps,
+        angles=tuple(angles),
     )
 
 
-def _layer(block: Block) -> cpu.EncoderLayer:
+def _fits(blocks: list[Block]) -> bool:
+    """Tells whether the kernels know such layers together: one window, and no position bias within it."""
+    windows = {block.window for block in blocks if block.window is not None}
+    both = any(block.window is not None and block.position_bias is not None for block in blocks)
+    norms = all(block.pre_norm or (block.attention_norm is not None and block.last_norm is None) for block in blocks)
+    return len(windows) <= 1 and not both and norms
+
+
+def _filled(norm: Norm, like: Tensor) -> tuple[Tensor, Tensor]:
+    with torch.inference_mode(False), torch.no_grad():  # or they would be inference tensors
+        return norm.filled(like)
+
+
+def _angle(block: Block) -> tuple[float, float] | None:
+    return None if block.rotary is None else (block.rotary, block.position_factor)
+
+
+def _layer(block: Block, angles: list[tuple[float, float]]) -> cpu.EncoderLayer:
     """The tensors of a layer as they are, in the order of the kernel."""
     qkv, out, up, down = block.fuse_qkv(), block.out, block.up, block.down
-    attention_norm, output_norm = block.norms
+    gate = (None, None) if block.gate is None else (block.gate.weight, block.gate.bias)
+    attention_norm, last_norm = (
+        (None, None) if norm is None else _filled(norm, out.weight) for norm in (block.attention_norm, block.last_norm)
+    )
+    angle, bias = _angle(block), block.position_bias
+    table = None if bias is None else cpu.PositionBias.of(bias, None).table
+    traits = cpu.LayerTraits(
+        cpu.window_bias(block.num_heads, block.window) if block.window is not None else table,
+        -1 if block.window is None else block.window,
+        -1 if angle is None else angles.index(angle),
+        block.pre_norm,
+    )
     tensors: Any = (
-        qkv.weight, qkv.bias, out.weight, out.bias, attention_norm.weight, attention_norm.bias,
-        up.weight, up.bias, down.weight, down.bias, output_norm.weight, output_norm.bias,
-        None if block.position_bias is None else cpu.PositionBias.of(block.position_bias, None).table,
+        qkv.weight, qkv.bias, out.weight, out.bias, *attention_norm, up.weight, up.bias, down.weight, down.bias,
+        *_filled(block.output_norm, out.weight), *gate, *last_norm, traits,
     )  # fmt: skip
     return cpu.EncoderLayer(*tensors)
 
 
 def _detached(layer: cpu.EncoderLayer) -> cpu.EncoderLayer:
-    return cpu.EncoderLayer(*(None if t is None else t.detach() for t in layer))  # type: ignore[arg-type]
+    return cpu.EncoderLayer(*(t.detach() if isinstance(t, Tensor) else t for t in layer))  # type: ignore[arg-type]
 
 
 def _packed(layer: cpu.EncoderLayer) -> cpu.EncoderLayer:
     pack = packed_linear.packed_by_kernel  # kept beside the parameter itself
+    gate = None if layer.gate is None else pack(layer.gate)
     detached = _detached(layer)
-    return detached._replace(qkv=pack(layer.qkv), out=pack(layer.out), up=pack(layer.up), down=pack(layer.down))
+    return detached._replace(
+        qkv=pack(layer.qkv), out=pack(layer.out), up=pack(layer.up), down=pack(layer.down), gate=gate
+    )
 
 
 def _in_8_bits(layer: cpu.EncoderLayer) -> cpu.Int8EncoderLayer:
-    def pack(weight: Tensor, bias: Tensor, rotated: bool) -> cpu.Int8Weight:
+    def pack(weight: Tensor, bias: Tensor | None, rotated: bool) -> cpu.Int8Weight:
         q = ops.quantized.quantize_weight(weight, "int8", rotated=rotated)
-        return cpu.pack_int8(q.data, q.scale[:, 0], bias.float())
+        return cpu.pack_int8(q.data, q.scale[:, 0], None if bias is None else bias.float())
 
     with torch.inference_mode(False), torch.no_grad():
         layer = _detached(layer)
@@ -269,5 +320,8 @@ def _in_8_bits(layer: cpu.EncoderLayer) -> cpu.Int8EncoderLayer:
             down=pack(layer.down, layer.down_bias, False),  # the rows of an activation are not rotated
             output_norm_weight=layer.output_norm_weight,
             output_norm_bias=layer.output_norm_bias,
-            position_bias=layer.position_bias,
+            gate=None if layer.gate is None else pack(layer.gate, layer.gate_bias, True),
+            last_norm_weight=layer.last_norm_weight,
+            last_norm_bias=layer.last_norm_bias,
+            traits=layer.traits,
         )

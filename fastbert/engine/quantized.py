@@ -21,7 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from fastbert import ops
-from fastbert.engine.block import Block, Linear, feature_obstacles
+from fastbert.engine import emulated
+from fastbert.engine.block import Block, Linear, feature_obstacles, features_of
 from fastbert.engine.interface import EncoderModel, PackedInputs
 from fastbert.engine.listeners import is_bare
 from fastbert.ops import BackendError, Policy, dispatch, tracing
@@ -35,14 +36,14 @@ OP = "8-bit encoder"
 # What a Decision calls the unquantised path.
 UNQUANTISED = "unquantised"
 PROJECTED = "the embeddings are projected, and there is no 8-bit kernel for that"
-FEATURES = frozenset(("position_bias",))  # what its layers may have beyond BERT's
+FEATURES = frozenset(("position_bias",))  # what its layers may have beyond BERT's in the Triton kernels
 
 
 class QuantizedWeights(Derived):
     """8-bit weights derived from linears, kept until a parameter changes."""
 
     def of(self, precision: str, name: str, linears: Sequence[Linear], rotated: bool) -> tuple[Quantized, Tensor]:
-        """Returns the linears as one: their weights one above the other, with a scale a row, and their biases.
+        """Returns the linears as one: weights one above the other, with a scale a row, and biases, zeros without one.
 
         name: what they are kept under. rotated: whether their input is.
         """
@@ -55,11 +56,12 @@ class QuantizedWeights(Derived):
 
     def _tensors(self, precision: str, name: str, linears: Sequence[Linear], rotated: bool) -> tuple[Tensor, ...]:
         weights: list[Tensor] = [linear.weight for linear in linears]
-        biases: list[Any] = [linear.bias for linear in linears]
+        biases = [linear.bias for linear in linears if linear.bias is not None]
 
         def make() -> tuple[Tensor, ...]:
             weight = ops.quantized.quantize_weight(torch.cat(weights), precision, rotated=rotated)
-            return weight.data, weight.scale, torch.cat(biases)
+            filled = [each.weight.new_zeros(len(each.weight)) if each.bias is None else each.bias for each in linears]
+            return weight.data, weight.scale, torch.cat(filled)
 
         return self.get(name, weights + biases, make, (precision, rotated))
 
@@ -81,9 +83,12 @@ def decide(
     precision = model.precision
     assert precision is not None
     config = model.config
-    activation = ops.ACTIVATIONS[config.hidden_act]
+    on_triton = policy.backend == "triton" or (policy.backend == "auto" and device.type != "cpu")
+    activation = ops.ACTIVATIONS[config.hidden_act] if on_triton else "none"  # the others have kernels of their own
     sizes = config.hidden_size, config.intermediate_size, config.head_size
     obstacles = [ops.quantized.model_obstacle(*sizes, activation, dtype, device), _altered(model)]
+    if obstacles[1] is None and (on_triton or policy.backend == "torch"):  # those of the C++ kernels are named below
+        obstacles.append(_feature_obstacle(model, FEATURES if on_triton else emulated.FEATURES))
     if policy.backend != "torch":
         obstacles.append(ops.quantized.device_obstacle(precision, device, arch))
     if policy.batch_invariant and (device.type != "cpu" or policy.backend == "triton"):
@@ -92,8 +97,8 @@ def decide(
     reasons = [obstacle for obstacle in obstacles if obstacle is not None]
     if reasons:
         return Decision(OP, UNQUANTISED, "; ".join(reasons))
-    absent = arch is not None and policy.backend in ("auto", "triton")  # a GPU that nobody may ask
-    decision = Decision(OP, "triton") if absent else dispatch.decide(OP, policy, device, None)
+    elsewhere = arch is not None and policy.backend in ("auto", "triton")
+    decision = Decision(OP, "triton") if elsewhere else dispatch.decide(OP, policy, device, None)
     if decision.backend == "triton" or policy.backend == "torch":
         projected = model.embeddings_project is not None
         return Decision(OP, UNQUANTISED, PROJECTED) if projected else Decision(OP, decision.backend)
@@ -128,11 +133,11 @@ def _altered(model: EncoderModel) -> str | None:
     for i, layer in enumerate(model.encoder.layer):
         if not _is_own(layer, model.own_modules):
             return f"a part of encoder.layer.{i} is an adapter, has hooks or has no bias"
+    biased = not getattr(model.embeddings, "without_bias", False)
     for name, part in model.embeddings._modules.items():  # words alone may be of a module's own
-        if name != "word_embeddings" and part is not None and not _is_own_leaf(part):
+        if name != "word_embeddings" and part is not None and not _is_own_leaf(part, biased):
             return f"embeddings.{name} is an adapter, has hooks or has no bias"
-    block = next(iter(model.blocks()), None)
-    return None if block is None else next(feature_obstacles(block.features(), FEATURES, "the 8-bit encoder"), None)
+    return None
 
 
 def _is_own(module: nn.Module, own_modules: frozenset[type[nn.Module]]) -> bool:
@@ -143,26 +148,32 @@ def _is_own(module: nn.Module, own_modules: frozenset[type[nn.Module]]) -> bool:
     if type(module) not in own_modules or not is_bare(module, type(module)):
         return False
     children: Any = module._modules.values()
+    biased = not getattr(module, "without_bias", False)
     for child in children:
         if type(child) in _LEAVES:
-            if not _is_own_leaf(child):
+            if not _is_own_leaf(child, biased):
                 return False
         elif not _is_own(child, own_modules):
             return False
     return True
 
 
-_LEAVES = frozenset((nn.Linear, nn.LayerNorm, nn.Dropout, nn.Embedding))
+def _feature_obstacle(model: EncoderModel, supported: frozenset[str]) -> str | None:
+    features = features_of(list(model.blocks()))
+    return next(feature_obstacles(features, supported, "the 8-bit encoder"), None)
 
 
-def _is_own_leaf(module: nn.Module) -> bool:
+_LEAVES = frozenset((nn.Linear, nn.LayerNorm, nn.Dropout, nn.Embedding, nn.Identity))
+
+
+def _is_own_leaf(module: nn.Module, biased: bool = True) -> bool:
     kind = type(module)
     if kind not in _LEAVES or not is_bare(module, kind):
         return False
     if kind is not nn.Linear and kind is not nn.LayerNorm:
         return True
     parameters = module._parameters  # compared by identity: a tensor's own comparison would cost a launch
-    return parameters["weight"] is not None and parameters["bias"] is not None
+    return parameters["weight"] is not None and (parameters["bias"] is not None or not biased)
 
 
 class EightBit:
@@ -192,6 +203,14 @@ class EightBit:
         policy, precision, weights = Policy(backend, strict=True), model.precision, self.weights
         refuse_gradients(model, inputs.inputs_embeds)
         ops.prepare_attention(batch, model.dtype, model.config.head_size, model.policy)
+        blocks: list[Block] = list(model.blocks())
+        if not FEATURES.issuperset(features_of(blocks)):
+            x = model.embed(inputs, batch)
+
+            def weight_of(i: int, name: str) -> tuple[Quantized, Tensor]:
+                return weights.of(precision, *_linears(_place(model, i), blocks[i], precision)[name])
+
+            return emulated.run_layers(blocks, x, batch, inputs.position_ids, weight_of, precision, keep_states)
         input_ids, tables = model.tables(inputs)
         weight, bias = tables.norm.filled(tables.positions)
         x, q = ops.quantized.embedding_layer_norm(
@@ -199,9 +218,8 @@ class EightBit:
             weight, bias, tables.norm.eps, precision, policy=policy,
         )  # fmt: skip
         states = [x]
-        blocks: list[Block] = list(model.blocks())
         for i, block in enumerate(blocks):
-            linears = _linears(_place(model, i), block, precision)
+            linears = _linears(_place(model, i), block, precision).values()
             of_qkv, of_out, of_up, of_down = (weights.of(precision, *which) for which in linears)
             weight, bias = of_qkv
             qkv = ops.quantized.linear(q, weight, bias, x.dtype, policy=policy)
@@ -234,7 +252,7 @@ class EightBit:
         return [
             self.weights.addresses_of(precision, *which)
             for i, block in enumerate(model.blocks())
-            for which in _linears(_place(model, i), block, precision)
+            for which in _linears(_place(model, i), block, precision).values()
         ]
 
 
@@ -244,10 +262,10 @@ def _place(model: EncoderModel, i: int) -> int:
     return i if order is None else order[i]
 
 
-def _linears(i: int, block: Block, precision: str) -> list[tuple[str, tuple[Linear, ...], bool]]:
-    """The four products of a layer: a name, the linears that are multiplied as one, whether their input is rotated."""
+def _linears(i: int, block: Block, precision: str) -> dict[str, tuple[str, tuple[Linear, ...], bool]]:
+    """The four products of a layer: under which name they are kept, the linears, whether their input is rotated."""
     rotated = {"qkv", "up"} if precision == "int8" else set()
-    return [(f"{i}.{name}", linears, name in rotated) for name, linears in block.products().items()]
+    return {name: (f"{i}.{name}", linears, name in rotated) for name, linears in block.products().items()}
 
 
 def refuse_gradients(model: EncoderModel, inputs_embeds: Tensor | None) -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
+from functools import partial
 from itertools import chain, repeat
-from operator import attrgetter, contains, itemgetter
+from operator import attrgetter, contains, is_not, itemgetter
 from typing import Any
 
 import torch
@@ -12,6 +13,8 @@ from torch import Tensor, nn
 
 from fastbert.ops.derived import Derived
 from fastbert.ops.silent_writes import LateSamples, Writes
+
+_PRESENT = partial(is_not, None)  # of a parameter, which may be None
 
 
 class ModuleSnapshot:
@@ -81,11 +84,10 @@ class ModuleSnapshot:
 
     def state(self) -> tuple[list[int], list[int], list[float]]:
         """Returns where each parameter is, how often it was written to as PyTorch counts, and the norms' eps."""
-        parameters: list[Any] = list(chain.from_iterable(map(dict.values, self._parameters)))
+        parameters: list[Any] = list(filter(_PRESENT, chain.from_iterable(map(dict.values, self._parameters))))
         try:
             versions = list(map(attrgetter("_version"), parameters))
-        except (RuntimeError, AttributeError):  # inference tensors have none, and a parameter may be None
-            parameters = [p for p in parameters if p is not None]
+        except RuntimeError:  # inference tensors have none
             versions = [-1 if p.is_inference() else p._version for p in parameters]
         try:
             places = list(map(Tensor.data_ptr, parameters))

@@ -68,15 +68,6 @@ class EncoderState:
         if not self.plain_modules(model):
             yield "a module of the encoder is an adapter, has hooks or a forward of its own, or is in training mode"
 
-    def graph_obstacles(self, model: EncoderModel, device: torch.device) -> Iterator[str]:
-        """The same, and what layers do that looks at lengths on the host, which no graph can."""
-        plain = True
-        for obstacle in self.obstacles(model, device):
-            plain = False
-            yield obstacle
-        if plain and "window" in (self.layer_features(model) if self.features is None else self.features):
-            yield "attention within a window has no kernel that a graph can launch"
-
     def written_silently(self, model: EncoderModel) -> bool:
         """Tells whether weights were written to without PyTorch's count; then what is derived is made anew.
 

@@ -9,21 +9,21 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from fastbert import ops
 from fastbert.checkpoint.config import BertConfig
 from fastbert.checkpoint.rotary import RotaryLayer, gated_rotary_layer
-from fastbert.engine import Block, Linear, Norm, Options, PackedInputs
-from fastbert.models import attention_weights, hooks
+from fastbert.engine import Block, EmbeddingTables, Linear, Norm, Options, PackedInputs
+from fastbert.models import attention_weights, fused, hooks
 from fastbert.models.bert import BertPooler
 from fastbert.models.encoder import EncoderModel
 from fastbert.models.layers import LayerStack
 from fastbert.models.modules import add_and_norm, call_dropout, is_plain_norm
 from fastbert.models.outputs import BaseModelOutputWithPooling
-from fastbert.models.rotary import look_up, normalise, project, rotations_of
+from fastbert.models.rotary import embed, embeds_in_kernel, project, rotations_of
 from fastbert.ops import Policy
+from fastbert.ops.derived import Derived
 from fastbert.ops.packing import PackedBatch
 
 
@@ -58,21 +58,25 @@ class GatedRotaryEmbeddings(nn.Module):
         if ids is not None and ids.dim() == 2:
             padded = input_ids, token_type_ids, position_ids, inputs_embeds
             return hooks.on_packed(GatedRotaryEmbeddings.forward, self, *padded)
-        x = look_up(self.word_embeddings, input_ids, policy, batch) if inputs_embeds is None else inputs_embeds
-        if self.token_type_embeddings is not None:
-            if token_type_ids is None:
-                token_type_ids = torch.zeros(x.shape[0], dtype=torch.int64, device=x.device)
-            x = x + look_up(self.token_type_embeddings, token_type_ids, policy, batch)
-        return call_dropout(self.dropout, normalise(self.LayerNorm, x, policy, batch), batch)
+        return embed(self, input_ids, token_type_ids, inputs_embeds, policy, batch)
+
+    def tables(
+        self, input_ids: Tensor | None = None, inputs_embeds: Tensor | None = None, policy: Policy = ops.AUTO
+    ) -> tuple[Tensor | None, EmbeddingTables]:
+        """Ids and the tables, as `BertEmbeddings.tables` gives them; there are no positions."""
+        words: Any = self.word_embeddings.weight if inputs_embeds is None else inputs_embeds
+        types = self.token_type_embeddings
+        return input_ids, EmbeddingTables(words, None if types is None else types.weight, None, Norm.of(self.LayerNorm))
 
     def runs_in_kernel(self, policy: Policy) -> bool:
-        """Tells whether a kernel runs them that can note ids beyond their table: there is none."""
-        return False
+        """Tells whether the Triton kernel computes them from ids, which can note ids beyond their table."""
+        return embeds_in_kernel(self, policy)
 
 
 class GatedRotaryAttention(nn.Module):
     """softmax(q k^T / sqrt(D)) v of turned queries and keys within each sequence, and a linear after it."""
 
+    projections = "q_proj", "k_proj", "v_proj"
     without_bias = True
 
     def __init__(self, config: BertConfig, rotary: RotaryLayer) -> None:
@@ -84,18 +88,38 @@ class GatedRotaryAttention(nn.Module):
         self.v_proj = nn.Linear(size, size, bias=bias)
         self.o_proj = nn.Linear(size, size, bias=bias)
         self.dropout = nn.Dropout(config.attention_probs_dropout_prob)
+        self.derived = Derived()
 
     @property
     def dropout_p(self) -> float:
         """The probability with which probabilities are dropped in the present mode."""
         return self.dropout.p if self.training else 0.0
 
+    def fused_qkv(self) -> Any:
+        """The three projections as one weight (3H, H) and bias, kept until one of the parameters changes."""
+        return fused.weights(self)
+
+    def derived_addresses(self) -> tuple[int, ...]:
+        """Returns where the fused tensors are, up to date; () if they are made on every call or not at all."""
+        return fused.addresses(self)
+
+    def renew(self, training: bool) -> None:
+        """Makes the fused tensors anew when they are next used, or, for training, drops them."""
+        fused.renew(self, training)
+
+    def train(self, mode: bool = True) -> GatedRotaryAttention:
+        self.renew(mode)
+        return super().train(mode)
+
+    def _replicate_for_data_parallel(self) -> GatedRotaryAttention:
+        return fused.replica(super()._replicate_for_data_parallel())
+
     def forward(self, x: Tensor, batch: Any = None, policy: Policy = ops.AUTO) -> Any:  # (T, H) -> (T, H)
         if x.dim() == 3:  # as transformers' returns it
             return hooks.AttentionOutput(hooks.on_packed(GatedRotaryAttention.forward, self, x))
-        linears = self.q_proj, self.k_proj, self.v_proj
-        qkv = torch.cat([project(linear, x, policy, batch) for linear in linears], -1)  # (T, 3H)
-        qkv = ops.rotary(qkv, *rotations_of(batch).of(self.rotary, self.head_size), self.num_heads, policy=policy)
+        qkv = fused.project(self, x, policy, batch)  # (T, 3H)
+        cos_and_sin = rotations_of(batch).of(self.rotary, self.head_size)
+        qkv = ops.rotary(qkv, *cos_and_sin, self.num_heads, policy=policy, fresh=True)
         if batch.has_plan(attention_weights.PLAN):
             context = attention_weights.attend(qkv, batch, self.num_heads, self.dropout_p)
         else:
@@ -106,6 +130,7 @@ class GatedRotaryAttention(nn.Module):
 class GatedRotaryMLP(nn.Module):
     """down_proj(activation(gate_proj(x)) * up_proj(x))."""
 
+    projections = "gate_proj", "up_proj"
     without_bias = True
 
     def __init__(self, config: BertConfig) -> None:
@@ -116,11 +141,31 @@ class GatedRotaryMLP(nn.Module):
         self.down_proj = nn.Linear(inner, size, bias=bias)
         self.dropout = nn.Dropout(config.hidden_dropout_prob if bias else 0.0)  # which Nomic has not
         self.activation = ops.ACTIVATIONS[config.hidden_act]
+        self.derived = Derived()
+
+    def fused_qkv(self) -> Any:
+        """gate_proj and up_proj as one weight (2I, H) and bias, under the name that `fused` asks for."""
+        return fused.weights(self)
+
+    def derived_addresses(self) -> tuple[int, ...]:
+        """Returns where the fused tensors are, up to date; () if they are made on every call or not at all."""
+        return fused.addresses(self)
+
+    def renew(self, training: bool) -> None:
+        """Makes the fused tensors anew when they are next used, or, for training, drops them."""
+        fused.renew(self, training)
+
+    def train(self, mode: bool = True) -> GatedRotaryMLP:
+        self.renew(mode)
+        return super().train(mode)
+
+    def _replicate_for_data_parallel(self) -> GatedRotaryMLP:
+        return fused.replica(super()._replicate_for_data_parallel())
 
     def forward(self, x: Tensor, batch: Any = None, policy: Policy = ops.AUTO) -> Tensor:  # (T, H) -> (T, H)
         if x.dim() == 3:
             return hooks.on_packed(GatedRotaryMLP.forward, self, x)
-        inner = project(self.gate_proj, x, policy, batch, self.activation) * project(self.up_proj, x, policy, batch)
+        inner = ops.gated(fused.project(self, x, policy, batch), self.activation, policy=policy)  # (T, I)
         return project(self.down_proj, call_dropout(self.dropout, inner, batch), policy, batch)
 
 
@@ -147,18 +192,12 @@ class GatedRotaryLayer(nn.Module):
     def block(self) -> Block:
         """The layer as data, for engines; its modules must be plain."""
         attn, mlp = self.self_attn, self.mlp
-        linears = [Linear.of(each) for each in (attn.q_proj, attn.k_proj, attn.v_proj)]
         drops = self.post_attention_dropout, self.post_mlp_dropout
-
-        def fuse() -> Linear:
-            biases: Any = [linear.bias for linear in linears]
-            return Linear(torch.cat([each.weight for each in linears]), None if None in biases else torch.cat(biases))
-
         return Block(
-            query=linears[0],
-            key=linears[1],
-            value=linears[2],
-            fuse_qkv=fuse,
+            query=Linear.of(attn.q_proj),
+            key=Linear.of(attn.k_proj),
+            value=Linear.of(attn.v_proj),
+            fuse_qkv=lambda: Linear(*attn.fused_qkv()),
             num_heads=attn.num_heads,
             out=Linear.of(attn.o_proj),
             attention_norm=Norm.of(self.post_attention_layernorm),

@@ -16,13 +16,14 @@ from torch import Tensor, nn
 from fastbert import ops
 from fastbert.checkpoint.config import BertConfig
 from fastbert.checkpoint.rotary import RotaryLayer, modernbert_layers, setting
-from fastbert.engine import Block, Linear, Norm, Options, PackedInputs
+from fastbert.engine import Block, EmbeddingTables, Linear, Norm, Options, PackedInputs
+from fastbert.engine.listeners import is_bare
 from fastbert.models import attention_weights, hooks
 from fastbert.models.encoder import EncoderModel
 from fastbert.models.layers import LayerStack
 from fastbert.models.modules import call_dropout
 from fastbert.models.outputs import BaseModelOutputWithPooling
-from fastbert.models.rotary import look_up, normalise, project, rotations_of
+from fastbert.models.rotary import embed, embeds_in_kernel, normalise, project, rotations_of
 from fastbert.ops import Policy
 from fastbert.ops.packing import PackedBatch
 
@@ -59,12 +60,18 @@ class ModernBertEmbeddings(nn.Module):
             return hooks.on_packed(
                 ModernBertEmbeddings.forward, self, input_ids, token_type_ids, position_ids, inputs_embeds
             )
-        x = look_up(self.word_embeddings, input_ids, policy, batch) if inputs_embeds is None else inputs_embeds
-        return call_dropout(self.dropout, normalise(self.LayerNorm, x, policy, batch), batch)
+        return embed(self, input_ids, None, inputs_embeds, policy, batch)
+
+    def tables(
+        self, input_ids: Tensor | None = None, inputs_embeds: Tensor | None = None, policy: Policy = ops.AUTO
+    ) -> tuple[Tensor | None, EmbeddingTables]:
+        """Ids and the tables, as `BertEmbeddings.tables` gives them; there are no positions."""
+        words: Any = self.word_embeddings.weight if inputs_embeds is None else inputs_embeds
+        return input_ids, EmbeddingTables(words, None, None, Norm.of(self.LayerNorm))
 
     def runs_in_kernel(self, policy: Policy) -> bool:
-        """Tells whether a kernel runs them that can note ids beyond their table: there is none."""
-        return False
+        """Tells whether the Triton kernel computes them from ids, which can note ids beyond their table."""
+        return embeds_in_kernel(self, policy)
 
 
 class ModernBertAttention(nn.Module):
@@ -91,7 +98,8 @@ class ModernBertAttention(nn.Module):
             return hooks.AttentionOutput(hooks.on_packed(ModernBertAttention.forward, self, x))
         window, cos_and_sin = self.rotary.window, rotations_of(batch).of(self.rotary, self.head_size)
         qkv = project(self.Wqkv, x, policy, batch)  # (T, 3H)
-        qkv = ops.rotary(qkv, *cos_and_sin, self.num_heads, policy=policy)
+        fresh = is_bare(self.Wqkv, nn.Linear)  # or who listens to it may have kept what it gave
+        qkv = ops.rotary(qkv, *cos_and_sin, self.num_heads, policy=policy, fresh=fresh)
         if batch.has_plan(attention_weights.PLAN):
             context = attention_weights.attend(qkv, batch, self.num_heads, self.dropout_p, window=window)
         else:

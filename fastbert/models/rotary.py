@@ -1,21 +1,21 @@
-"""The angles of rotary positions, made once a batch for all layers of a base, and operations on parts without bias."""
+"""What encoders with rotary positions share: the angles of a batch, their embeddings, and parts without bias."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from fastbert import ops
 from fastbert.checkpoint.rotary import RotaryLayer
-from fastbert.engine import Norm
 from fastbert.engine.listeners import is_bare
-from fastbert.models.modules import call_module, dense, is_plain
-from fastbert.ops import Policy, dispatch, recording, tracing
+from fastbert.models.modules import call_dropout, call_module, dense, is_plain
+from fastbert.ops import Policy, dispatch, embedding, recording, tracing
 from fastbert.ops.packing import PackedBatch
 
 PLAN = "rotary positions"
-WORDS_OBSTACLE = "there is no Triton kernel for embeddings without positions yet"
+PARTS_OBSTACLE = "the Triton kernel embeds and normalises at once, and somebody listens to a part of that"
 
 
 class Rotations:
@@ -43,12 +43,67 @@ def rotations_of(batch: PackedBatch) -> Rotations:
     return rotations
 
 
-def look_up(words: nn.Module, ids: Any, policy: Policy, batch: PackedBatch | None) -> Tensor:
-    """words(ids), of words alone: (T,) -> (T, H)."""
+def embed(
+    module: Any,
+    input_ids: Tensor | None,
+    token_type_ids: Tensor | None,
+    embeds: Tensor | None,
+    policy: Policy,
+    batch: Any,
+) -> Tensor:
+    """dropout(LayerNorm(word + token type)), (T, H). Ids: (T,). embeds: (T, H), in the place of words, or None.
+
+    module: has word_embeddings, token_type_embeddings, which may be None, LayerNorm and dropout.
+    """
+    types, norm = module.token_type_embeddings, module.LayerNorm
+    given: Any = input_ids if embeds is None else embeds
+    obstacle = _kernel_obstacle(module, embeds)
+    if types is not None and token_type_ids is None:
+        token_type_ids = torch.zeros(given.shape[0], dtype=torch.int64, device=given.device)
+    if dispatch.decide("embedding", policy, given.device, obstacle).backend == "triton":
+        words = module.word_embeddings
+        x = ops.embedding_layer_norm(
+            input_ids if embeds is None else None, None if types is None else token_type_ids, None, words.weight,
+            None if types is None else types.weight, None, norm.weight, norm.bias, norm.eps, inputs_embeds=embeds,
+            padding_idx=words.padding_idx, policy=policy,
+        )  # fmt: skip
+    else:
+        x = look_up(module.word_embeddings, input_ids, policy, batch, obstacle) if embeds is None else embeds
+        if types is not None:
+            x = x + look_up(types, token_type_ids, policy, batch, obstacle)
+        x = normalise(norm, x, policy, batch)
+    return call_dropout(module.dropout, x, batch)
+
+
+def embeds_in_kernel(module: Any, policy: Policy) -> bool:
+    """Tells whether the Triton kernel computes such embeddings from ids, so that it can note ids beyond their table."""
+    weight = module.word_embeddings.weight if is_bare(module.word_embeddings, nn.Embedding) else None
+    if weight is None:
+        return False
+    return dispatch.decide("embedding", policy, weight.device, _kernel_obstacle(module, None)).backend == "triton"
+
+
+def _kernel_obstacle(module: Any, embeds: Tensor | None) -> str | None:
+    """Tells why the triton backend does not compute the embeddings in one kernel, or None."""
+    words, types, norm = module.word_embeddings, module.token_type_embeddings, module.LayerNorm
+    tables = [table for table in (words, types) if table is not None]
+    if not all(is_bare(table, nn.Embedding) for table in tables):
+        return PARTS_OBSTACLE
+    if not is_bare(norm, nn.LayerNorm) or norm.weight is None:
+        return PARTS_OBSTACLE
+    rows = words.weight if embeds is None else embeds
+    tensors = rows, None if types is None else types.weight, norm.weight, norm.bias
+    return embedding.triton_obstacle(rows.shape[1], *tensors)
+
+
+def look_up(
+    words: nn.Module, ids: Any, policy: Policy, batch: PackedBatch | None, obstacle: str | None = PARTS_OBSTACLE
+) -> Tensor:
+    """words(ids), of one table alone: (T,) -> (T, H). obstacle: why no Triton kernel does that."""
     if not is_bare(words, nn.Embedding):
         return call_module(words, ids, policy, batch)
     weight: Any = words.weight
-    backend = dispatch.choose("embedding", policy.backend, policy.strict, weight.device, WORDS_OBSTACLE)
+    backend = dispatch.choose("embedding", policy.backend, policy.strict, weight.device, obstacle)
     if recording.on:
         shape = ids.shape[0], weight.shape[1]
         if recording.note("embedding", backend, None, shape, weight.dtype, weight):
@@ -73,5 +128,5 @@ def normalise(norm: nn.Module, x: Tensor, policy: Policy, batch: PackedBatch | N
         return x
     if not is_bare(norm, nn.LayerNorm) or norm.weight is None:
         return call_module(norm, x, policy, batch)
-    weight, bias = Norm.of(norm).filled(norm.weight)  # type: ignore[arg-type]
-    return ops.bias_residual_layer_norm(x, None, None, weight, bias, norm.eps, policy=policy)  # type: ignore[arg-type]
+    weight: Any = norm.weight
+    return ops.bias_residual_layer_norm(x, None, None, weight, norm.bias, norm.eps, policy=policy)  # type: ignore[arg-type]

@@ -64,19 +64,10 @@ def _kernel(
     columns: torch.Tensor | None = None,
     quantized: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> torch.Tensor:
-    from fastbert_kernels import configs, launch
     from fastbert_kernels.attention import varlen_attention_forward
-    from fastbert_kernels.work_list import WorkList
 
-    head_size = qkv.shape[1] // (3 * num_heads)
-    if tiles is None or row_spans is None:
-        work_list = attention_plan.lists_of(cu_seqlens_cpu, qkv.dtype, head_size, qkv.device)[0].to(qkv.device)
-        short_list, small = None, False
-    else:
-        work_list = WorkList(tiles, row_spans)
-        short_list = None if short_tiles is None else WorkList(short_tiles, row_spans)  # which share no tiles
-    qkv = qkv if qkv.stride(-1) == 1 else qkv.contiguous()
-    config = configs.attention_config(qkv.dtype, head_size, launch.arch(qkv.device), small).block_sizes
+    plan = row_spans, tiles, short_tiles, small
+    qkv, work_list, short_list, config = attention_plan.launch_arguments(qkv, cu_seqlens_cpu, plan, num_heads)
     bias = None if table is None else for_kernel(table, columns)
     return varlen_attention_forward(qkv, work_list, num_heads, scale, quantized, config, short_list, bias=bias)
 
@@ -235,7 +226,7 @@ def varlen_attention(
         raise ValueError(f"qkv: expected shape {expected}, got {tuple(qkv.shape)}")
     head_size = qkv.shape[1] // (3 * num_heads)
     scale = head_size**-0.5 if scale is None else scale
-    if window is not None and not windowed.reaches_all(batch, window, policy):
+    if window is not None and not windowed.reaches_all(qkv, batch, window, dropout, policy):
         if table is not None:
             raise ValueError("window: expected None with a position bias")
         return windowed.attention(qkv, batch, num_heads, window, scale, probability_of(dropout), policy)

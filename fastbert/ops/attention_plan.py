@@ -62,6 +62,28 @@ def lists_of(
     return long_list, build_work_list(offsets, short.block_sizes["BLOCK_Q"], False, up_to=longest)
 
 
+def launch_arguments(
+    qkv: torch.Tensor,
+    cu_seqlens_cpu: torch.Tensor,
+    plan: tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, bool],
+    num_heads: int,
+) -> tuple[torch.Tensor, WorkList, WorkList | None, dict[str, int]]:
+    """Returns what the kernel takes: rows of unit stride, the work lists of a plan, or of none, and the block sizes."""
+    from fastbert_kernels import configs, launch
+    from fastbert_kernels.work_list import WorkList
+
+    head_size, (row_spans, tiles, short_tiles, small) = qkv.shape[1] // (3 * num_heads), plan
+    if tiles is None or row_spans is None:
+        work_list = lists_of(cu_seqlens_cpu, qkv.dtype, head_size, qkv.device)[0].to(qkv.device)
+        short_list, small = None, False
+    else:
+        work_list = WorkList(tiles, row_spans)
+        short_list = None if short_tiles is None else WorkList(short_tiles, row_spans)  # which share no tiles
+    qkv = qkv if qkv.stride(-1) == 1 else qkv.contiguous()
+    config = configs.attention_config(qkv.dtype, head_size, launch.arch(qkv.device), small).block_sizes
+    return qkv, work_list, short_list, config
+
+
 def takes_small_tiles(batch: PackedBatch, dtype: torch.dtype, head_size: int, policy: Policy) -> bool:
     """Tells whether the batch is better off in smaller tiles: one of short texts, or a short one.
 

@@ -28,12 +28,12 @@ KERNELS = {
 def _eager(
     input_ids: torch.Tensor | None,
     token_type_ids: torch.Tensor | None,
-    position_ids: torch.Tensor,
+    position_ids: torch.Tensor | None,
     word: torch.Tensor,
     token_type: torch.Tensor | None,
-    position: torch.Tensor,
+    position: torch.Tensor | None,
     weight: torch.Tensor,
-    ln_bias: torch.Tensor,
+    ln_bias: torch.Tensor | None,
     eps: float,
     padding_idx: int | None,
 ) -> torch.Tensor:
@@ -45,28 +45,27 @@ def _eager(
 def _kernel(
     input_ids: torch.Tensor | None,
     token_type_ids: torch.Tensor | None,
-    position_ids: torch.Tensor,
+    position_ids: torch.Tensor | None,
     word: torch.Tensor,
     token_type: torch.Tensor | None,
-    position: torch.Tensor,
+    position: torch.Tensor | None,
     weight: torch.Tensor,
-    ln_bias: torch.Tensor,
+    ln_bias: torch.Tensor | None,
     eps: float,
     padding_idx: int | None,
     quantized: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> torch.Tensor:
     from fastbert_kernels.embedding import embedding_layer_norm_forward
 
-    word, position = (t if t.stride(-1) == 1 else t.contiguous() for t in (word, position))
-    if token_type is not None and token_type.stride(-1) != 1:
-        token_type = token_type.contiguous()
+    word = word if word.stride(-1) == 1 else word.contiguous()
+    token_type, position = (t if t is None or t.stride(-1) == 1 else t.contiguous() for t in (token_type, position))
     if input_ids is None and word.data_ptr() % 16:
         # How wide the loads are, and with it the order of LayerNorm's sums, must not depend on where the rows begin.
         word = word.clone()
     return embedding_layer_norm_forward(
         None if input_ids is None else input_ids.contiguous(),
         None if token_type_ids is None else token_type_ids.contiguous(),
-        position_ids.contiguous(),
+        None if position_ids is None else position_ids.contiguous(),
         word,
         token_type,
         position,
@@ -79,12 +78,12 @@ def _kernel(
 
 
 register(
-    "embedding_layer_norm(Tensor? input_ids, Tensor? token_type_ids, Tensor position_ids, Tensor word, "
-    "Tensor? token_type, Tensor position, Tensor weight, Tensor ln_bias, float eps, int? padding_idx) -> Tensor",
+    "embedding_layer_norm(Tensor? input_ids, Tensor? token_type_ids, Tensor? position_ids, Tensor word, "
+    "Tensor? token_type, Tensor? position, Tensor weight, Tensor? ln_bias, float eps, int? padding_idx) -> Tensor",
     kernel=_kernel,
     eager=_eager,
     fake=lambda input_ids, token_type_ids, position_ids, word, *rest: word.new_empty(
-        position_ids.shape[0], word.shape[1]
+        (word if input_ids is None else input_ids).shape[0], word.shape[1]
     ),
 )
 
@@ -97,12 +96,12 @@ def triton_obstacle(hidden_size: int, *tensors: torch.Tensor | None) -> str | No
 def embedding_layer_norm(
     input_ids: torch.Tensor | None,
     token_type_ids: torch.Tensor | None,
-    position_ids: torch.Tensor,
+    position_ids: torch.Tensor | None,
     word: torch.Tensor,
     token_type: torch.Tensor | None,
-    position: torch.Tensor,
+    position: torch.Tensor | None,
     weight: torch.Tensor,
-    ln_bias: torch.Tensor,
+    ln_bias: torch.Tensor | None,
     eps: float,
     *,
     inputs_embeds: torch.Tensor | None = None,
@@ -115,19 +114,24 @@ def embedding_layer_norm(
     Ids: (T,), int32 or int64; `check_ids` has compared them with the tables, or the kernel does and notes it, inside of
     `noting`. Tables: word (V, H), token_type (types, H), position (P, H); weight, ln_bias: (H,). inputs_embeds, (T, H),
     stands for word[input_ids] where input_ids is None. token_type and token_type_ids None: a model without segments,
-    and no such term. padding_idx: the word whose row gets no gradient. Returns (T, H) in the tables' dtype.
+    and no such term; and so position and position_ids, and ln_bias. padding_idx: the word whose row gets no gradient.
+    Returns (T, H) in the tables' dtype.
     """
     hidden_size, dropout_p = word.shape[1], probability_of(dropout)
     if (token_type is None) != (token_type_ids is None):
         raise ValueError("token_type, token_type_ids: expected both or neither")
     if (input_ids is None) == (inputs_embeds is None):
         raise ValueError("input_ids, inputs_embeds: expected exactly one of the two")
-    if inputs_embeds is not None and tracing.differ(inputs_embeds.shape, (position_ids.shape[0], hidden_size)):
-        came, expected = tuple(inputs_embeds.shape), (position_ids.shape[0], hidden_size)
+    if (position is None) != (position_ids is None):
+        raise ValueError("position, position_ids: expected both or neither")
+    given: Any = next(t for t in (position_ids, input_ids, inputs_embeds) if t is not None)
+    n_tokens = given.shape[0]
+    if inputs_embeds is not None and tracing.differ(inputs_embeds.shape, (n_tokens, hidden_size)):
+        came, expected = tuple(inputs_embeds.shape), (n_tokens, hidden_size)
         raise ValueError(f"inputs_embeds: expected shape {expected}, got {came}")
     words = word if inputs_embeds is None else inputs_embeds
     trained = choose.wanted(policy, dropout, words, token_type, position, weight, ln_bias)
-    trained = trained and all(p.dtype == words.dtype for p in (position, weight, ln_bias))
+    trained = trained and all(p is not None and p.dtype == words.dtype for p in (position, weight, ln_bias))
     if trained:
         obstacle = choose.triton_obstacle(words.dtype, hidden_size=hidden_size)
     else:
@@ -138,7 +142,7 @@ def embedding_layer_norm(
         run = torch.ops.fastbert.embedding_layer_norm
     else:  # whose rows PyTorch on CPUs takes alone: see layer_norm
         dispatch.check_invariant("embedding", policy, backend, dispatch.training_obstacle(dropout_p))
-    shape = position_ids.shape[0], hidden_size
+    shape = n_tokens, hidden_size
     if recording.on and recording.note("embedding", backend, None, shape, words.dtype):
         return words.new_zeros(shape)
     kernels = choose.kernels_of(backend, words.dtype, hidden_size=hidden_size) if trained else None
@@ -146,6 +150,7 @@ def embedding_layer_norm(
         ids: list[Any] = [
             None if t is None else t.long().contiguous() for t in (input_ids, token_type_ids, position_ids)
         ]
+        assert ln_bias is not None
         settings = EmbeddingSettings(ids[0], ids[1], ids[2], eps, padding_idx, mask_of(dropout))
         tables: list[Any] = [
             t if t is None or t.stride(-1) == 1 else t.contiguous() for t in (words, token_type, position)

@@ -23,7 +23,7 @@ def _eager(
     bias: torch.Tensor | None,
     residual: torch.Tensor | None,
     weight: torch.Tensor,
-    ln_bias: torch.Tensor,
+    ln_bias: torch.Tensor | None,
     eps: float,
     dropout: Drop = None,
 ) -> torch.Tensor:
@@ -40,7 +40,7 @@ def _kernel(
     bias: torch.Tensor | None,
     residual: torch.Tensor | None,
     weight: torch.Tensor,
-    ln_bias: torch.Tensor,
+    ln_bias: torch.Tensor | None,
     eps: float,
     quantized: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> torch.Tensor:
@@ -52,7 +52,7 @@ def _kernel(
 
 
 register(
-    "bias_residual_layer_norm(Tensor x, Tensor? bias, Tensor? residual, Tensor weight, Tensor ln_bias, float eps)"
+    "bias_residual_layer_norm(Tensor x, Tensor? bias, Tensor? residual, Tensor weight, Tensor? ln_bias, float eps)"
     " -> Tensor",
     kernel=_kernel,
     eager=_eager,
@@ -74,7 +74,7 @@ def bias_residual_layer_norm(
     bias: torch.Tensor | None,
     residual: torch.Tensor | None,
     weight: torch.Tensor,
-    ln_bias: torch.Tensor,
+    ln_bias: torch.Tensor | None,
     eps: float,
     *,
     dropout: Drop = None,
@@ -82,8 +82,8 @@ def bias_residual_layer_norm(
 ) -> torch.Tensor:
     """LayerNorm(dropout(x + bias) + residual) * weight + ln_bias over the last axis.
 
-    x, residual: (T, H) of one floating dtype; bias, weight, ln_bias: (H,). Returns (T, H) in x's dtype. Raises
-    ValueError for shapes that do not fit, BackendError under a strict policy.
+    x, residual: (T, H) of one floating dtype; bias, weight, ln_bias: (H,); ln_bias None stands for zeros. Returns
+    (T, H) in x's dtype. Raises ValueError for shapes that do not fit, BackendError under a strict policy.
     """
     hidden_size = x.shape[-1]
     if tracing.has_sizes():
@@ -95,7 +95,7 @@ def bias_residual_layer_norm(
     dropout_p = 0.0 if dropout is None else probability_of(dropout)
     trained = choose.perhaps(dropout, torch.compiler.is_compiling())
     trained = trained and choose.wanted(policy, dropout, x, bias, residual, weight, ln_bias)
-    trained = trained and takes(x, residual, weight, ln_bias)
+    trained = trained and takes(x, residual, weight, *(() if ln_bias is None else (ln_bias,)))
     if trained or isinstance(dropout, Dropout):
         obstacle = choose.triton_obstacle(x.dtype, hidden_size=hidden_size)
     else:
@@ -109,7 +109,7 @@ def bias_residual_layer_norm(
             return torch.empty_like(x)
     kernels = choose.kernels_of(backend, x.dtype, hidden_size=hidden_size) if trained else None
     if kernels is not None:
-        x = x if bias is None else x + bias
+        x, ln_bias = x if bias is None else x + bias, torch.zeros_like(weight) if ln_bias is None else ln_bias
         return functions.residual_norm(x, residual, weight, ln_bias, eps, kernels, mask_of(dropout))
     if backend == "triton" and dropout is None:
         return torch.ops.fastbert.bias_residual_layer_norm(x, bias, residual, weight, ln_bias, eps)

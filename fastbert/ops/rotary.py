@@ -13,8 +13,11 @@ from fastbert.ops.dispatch import AUTO, Policy
 from fastbert.ops.library import register
 from fastbert_kernels import cpu
 
-KERNELS = {"cpu": "fastbert_kernels.cpu", "torch": "multiply, add, torch.cat"}
-TRITON_OBSTACLE = "there is no Triton kernel for rotary positions yet"
+KERNELS = {
+    "triton": "fastbert_kernels.rotary",
+    "cpu": "fastbert_kernels.cpu",
+    "torch": "multiply, add, torch.cat",
+}
 
 
 def inverse_frequencies(head_size: int, base: float, factor: float = 1.0) -> Tensor:
@@ -27,7 +30,8 @@ def inverse_frequencies(head_size: int, base: float, factor: float = 1.0) -> Ten
 
 
 @functools.cache
-def _kept(head_size: int, base: float, factor: float, device: torch.device) -> Tensor:
+def kept(head_size: int, base: float, factor: float, device: torch.device) -> Tensor:
+    """Returns `inverse_frequencies` on a device, the same tensor at each call."""
     with torch.inference_mode(False):  # or autograd could not keep it
         return inverse_frequencies(head_size, base, factor).to(device)
 
@@ -41,7 +45,12 @@ def rotations(position_ids: Tensor, head_size: int, base: float, factor: float =
     if torch.compiler.is_compiling() or tracing.observed() is not None or device.type == "meta":
         frequencies = inverse_frequencies(head_size, base, factor).to(device)
     else:
-        frequencies = _kept(head_size, base, factor, device)
+        frequencies = kept(head_size, base, factor, device)
+    return tables_of(position_ids, frequencies)
+
+
+def tables_of(position_ids: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor]:
+    """Computes the cosines and sines of positions, (T,), times frequencies, (D / 2,): (T, D / 2) float32 each."""
     angles = position_ids[:, None].float() * frequencies
     return angles.cos(), angles.sin()
 
@@ -61,12 +70,36 @@ def _turned_back(
     return torch.ops.fastbert.rotary(grad, cos, -sin, num_heads), None, None, None
 
 
+def _kernel(qkv: Tensor, cos: Tensor, sin: Tensor, num_heads: int, in_place: bool = False) -> Tensor:
+    from fastbert_kernels.rotary import rotary_forward
+
+    qkv = qkv if qkv.stride(-1) == 1 else qkv.contiguous()
+    return rotary_forward(qkv, cos.contiguous(), sin.contiguous(), num_heads, in_place)
+
+
+def _turned_back_by_kernel(
+    grad: Tensor, qkv: Tensor, cos: Tensor, sin: Tensor, num_heads: int
+) -> tuple[Tensor, None, None, None]:
+    return torch.ops.fastbert.triton_rotary(grad, cos, -sin, num_heads), None, None, None
+
+
+def _fake(qkv: Tensor, cos: Tensor, sin: Tensor, num_heads: int) -> Tensor:
+    return torch.empty_like(qkv, memory_format=torch.contiguous_format)
+
+
 register(
     "rotary(Tensor qkv, Tensor cos, Tensor sin, int num_heads) -> Tensor",
     kernel=_eager,
     eager=_eager,
-    fake=lambda qkv, cos, sin, num_heads: torch.empty_like(qkv, memory_format=torch.contiguous_format),
+    fake=_fake,
     backward=_turned_back,
+)
+register(
+    "triton_rotary(Tensor qkv, Tensor cos, Tensor sin, int num_heads) -> Tensor",
+    kernel=_kernel,
+    eager=_eager,
+    fake=_fake,
+    backward=_turned_back_by_kernel,
 )
 
 
@@ -82,12 +115,15 @@ def _kernels_obstacle() -> str | None:
     return cpu.obstacle()
 
 
-def rotary(qkv: Tensor, cos: Tensor, sin: Tensor, num_heads: int, *, policy: Policy = AUTO) -> Tensor:
+def rotary(
+    qkv: Tensor, cos: Tensor, sin: Tensor, num_heads: int, *, policy: Policy = AUTO, fresh: bool = False
+) -> Tensor:
     """Turns queries and keys: elements i and i + D / 2 of a head turn together by the row's angle i.
 
     qkv: (T, 3 * N * D), laid out [q | k | v]. cos, sin: (T, D / 2) float32, as `rotations` gives them; they get no
-    gradients. Products are in float32 at least. Returns a new tensor like qkv, with the values as they are. Raises
-    ValueError for shapes that do not fit, BackendError under a strict Triton policy.
+    gradients. Products are in float32 at least. fresh: whether nobody else has qkv, so that the result may take its
+    memory. Returns a tensor like qkv, with the values as they are. Raises ValueError for shapes that do not fit,
+    BackendError under a strict policy.
     """
     if tracing.has_sizes() and (qkv.dim() != 2 or qkv.shape[1] % (6 * num_heads)):
         raise ValueError(f"qkv: expected shape (T, 3 * N * D), N = {num_heads}, D even, got {tuple(qkv.shape)}")
@@ -95,7 +131,8 @@ def rotary(qkv: Tensor, cos: Tensor, sin: Tensor, num_heads: int, *, policy: Pol
     for name, table in (("cos", cos), ("sin", sin)):
         if tracing.differ(table.shape, expected):
             raise ValueError(f"{name}: expected shape {expected}, got {tuple(table.shape)}")
-    backend = dispatch.choose("rotary", policy.backend, policy.strict, qkv.device, TRITON_OBSTACLE)
+    obstacle = dispatch.dtype_obstacle(qkv)
+    backend = dispatch.choose("rotary", policy.backend, policy.strict, qkv.device, obstacle)
     obstacle = cpu_obstacle(qkv) if backend == "cpu" else None
     if backend != "triton":
         dispatch.check_invariant("rotary", policy, backend, obstacle)
@@ -103,6 +140,10 @@ def rotary(qkv: Tensor, cos: Tensor, sin: Tensor, num_heads: int, *, policy: Pol
         facts: dict[str, Any] = {"heads": num_heads, "compiled": backend == "cpu" and obstacle is None}
         if recording.note("rotary", backend, qkv.shape, qkv.shape, qkv.dtype, **facts):
             return torch.empty_like(qkv)
+    if backend == "triton":
+        if fresh and dispatch.direct(qkv) and qkv.stride(-1) == 1:
+            return _kernel(qkv, cos, sin, num_heads, in_place=True)
+        return torch.ops.fastbert.triton_rotary(qkv, cos, sin, num_heads)
     if backend == "cpu" and obstacle is None and dispatch.direct(qkv):
         qkv = qkv if qkv.stride(-1) == 1 else qkv.contiguous()
         return cpu.rotary_forward(qkv, cos.contiguous(), sin.contiguous(), num_heads)

@@ -1,8 +1,8 @@
-"""Attention within a window, in C++ and in plain PyTorch: its cost grows with the window, not with the text's square.
+"""Attention within a window, whose cost grows with the window and not with the text's square, on every backend.
 
-The queries of a text go in blocks. A block sees the keys from `window` columns before its first query to `window`
-columns after its last one, and a mask takes away those that are too far from a query. No (S, S) numbers are made for
-texts longer than two blocks.
+In plain PyTorch the queries of a text go in blocks. A block sees the keys from `window` columns before its first query
+to `window` columns after its last one, and a mask takes away those that are too far from a query. No (S, S) numbers are
+made for texts longer than two blocks.
 """
 
 from __future__ import annotations
@@ -13,29 +13,36 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastbert.ops import dispatch, recording, tracing
+from fastbert.ops import attention_plan, dispatch, recording, tracing
 from fastbert.ops.dispatch import Policy
+from fastbert.ops.dropout import Drop
 from fastbert.ops.groups import Group, group_by_length
 from fastbert.ops.library import register
 from fastbert.ops.packing import PackedBatch
 from fastbert.ops.rotary import cpu_obstacle as rows_obstacle
 from fastbert_kernels import cpu
 
-TRITON_OBSTACLE = "there is no Triton kernel for attention within a window yet"
 BLOCK = 64  # the fewest queries in a block
 _FAR = 1 << 30  # the column of keys that are not there
 
 
-def reaches_all(batch: PackedBatch, window: int, policy: Policy) -> bool:
+def reaches_all(qkv: Tensor, batch: PackedBatch, window: int, dropout: Drop, policy: Policy) -> bool:
     """Tells whether the window is as wide as the longest text, so that attention without one may run.
 
-    Not under a batch-invariant policy: another kernel would depend on the other texts.
+    Not under a batch-invariant policy: another kernel would depend on the other texts. Nor where the Triton kernel
+    runs, so that a CUDA graph, which is for any texts, has the bits of a plain launch.
     """
     if recording.on and recording.is_dry():  # which is not about texts of a length
         return False
     if torch.compiler.is_compiling():  # a program is for texts of any length
         return False
-    return not policy.batch_invariant and tracing.has_sizes() and batch.padded_length - 1 <= window
+    if policy.batch_invariant or not tracing.has_sizes() or batch.padded_length - 1 > window:
+        return False
+    return not dispatch.wants_triton(policy.backend, batch.device) or dropout is not None or _with_gradients(qkv)
+
+
+def _with_gradients(qkv: Tensor) -> bool:
+    return torch.is_grad_enabled() and qkv.requires_grad
 
 
 def near(queries: Tensor, keys: Tensor, window: int) -> Tensor:
@@ -47,16 +54,28 @@ def attention(
     qkv: Tensor, batch: PackedBatch, num_heads: int, window: int, scale: float, dropout_p: float, policy: Policy
 ) -> Tensor:
     """What `ops.varlen_attention` does within a window: it decides, records, and attends."""
-    backend = dispatch.choose("attention", policy.backend, policy.strict, qkv.device, TRITON_OBSTACLE)
+    no_kernel = triton_obstacle(qkv, num_heads, dropout_p)
+    backend = dispatch.choose("attention", policy.backend, policy.strict, qkv.device, no_kernel)
     obstacle = cpu_obstacle(qkv, num_heads, dropout_p) if backend == "cpu" else None
     if backend != "triton":
         with_gradients = None if dispatch.direct(qkv) else "gradients within a window go through a whole batch"
         dispatch.check_invariant("attention", policy, backend, obstacle or with_gradients)
     if recording.on:
         shape = qkv.shape[0], qkv.shape[1] // 3
-        facts: dict[str, Any] = {"heads": num_heads, "compiled_obstacle": obstacle, "window": window}
+        facts: dict[str, Any] = {
+            "heads": num_heads,
+            "compiled_obstacle": obstacle,
+            "window": window,
+            "shared_tiles": not policy.batch_invariant,
+        }
         if recording.note("attention", backend, qkv.shape, shape, qkv.dtype, **facts):
             return qkv.new_zeros(shape)
+    if backend == "triton":
+        plan = _plan(qkv, batch, num_heads, policy)
+        return torch.ops.fastbert.triton_windowed_attention(
+            qkv, batch.cu_seqlens_cpu, *plan[:2], num_heads, scale, window, *plan[2:], batch.columns,
+            ranges_of(batch, window),
+        )  # fmt: skip
     if backend == "cpu" and obstacle is None and dispatch.direct(qkv):
         qkv = qkv if qkv.stride(-1) == 1 else qkv.contiguous()
         return cpu.windowed_attention_forward(qkv, batch.cu_seqlens_cpu, num_heads, scale, window, batch.columns)
@@ -64,6 +83,41 @@ def attention(
         return torch.ops.fastbert.windowed_attention(qkv, batch.cu_seqlens_cpu, num_heads, scale, window, batch.columns)
     groups = batch.plan("groups", lambda: group_by_length(batch.cu_seqlens_cpu, batch.device))
     return attend(qkv, groups, batch.columns, num_heads, window, scale, dropout_p)
+
+
+def _plan(qkv: Tensor, batch: PackedBatch, num_heads: int, policy: Policy) -> Any:
+    """Returns the batch's plan, or that of none for a tracer that finds none."""
+    head_size = qkv.shape[1] // (3 * num_heads)
+    if torch.compiler.is_compiling() and not batch.has_plan(attention_plan.plan_key(qkv.dtype, head_size, policy)):
+        if policy.batch_invariant:
+            raise dispatch.BackendError("batch_invariant: a traced model needs the batch's plan: see prepare_attention")
+        return attention_plan.NO_PLAN
+    return attention_plan.triton_plan(batch, qkv.dtype, head_size, policy)
+
+
+def ranges_of(batch: PackedBatch, window: int) -> Tensor | None:
+    """Returns the first row and the end of the rows that each row reaches, (T, 2) int32, where masks have holes."""
+    columns = batch.columns
+    if columns is None:
+        return None
+
+    def make() -> Tensor:
+        first = batch.seq_ids.long() << 32  # so that all columns of the batch ascend
+        places = first + columns.long()
+        starts = torch.searchsorted(places, torch.maximum(places - window, first))
+        return torch.stack([starts, torch.searchsorted(places, places + window, right=True)], 1).int()
+
+    return batch.plan(("window", window), make)
+
+
+def triton_obstacle(qkv: Tensor, num_heads: int, dropout_p: float) -> str | None:
+    """Tells why the triton backend has no kernel within a window, or None."""
+    head_size = qkv.shape[1] // (3 * num_heads)
+    if not 16 <= head_size <= 128:
+        return f"head size {head_size} is not from 16 to 128"
+    if _with_gradients(qkv):
+        return "there is no Triton kernel for gradients of attention within a window yet"
+    return dispatch.dtype_obstacle(qkv) or dispatch.dropout_obstacle(dropout_p)
 
 
 def cpu_obstacle(qkv: Tensor, num_heads: int, dropout_p: float) -> str | None:
@@ -117,6 +171,54 @@ register(
     "-> Tensor",
     kernel=_attend_by_lengths,
     eager=_attend_by_lengths,
+    fake=lambda qkv, *rest: qkv.new_empty(qkv.shape[0], qkv.shape[1] // 3),
+)
+
+
+def _kernel(
+    qkv: Tensor,
+    cu_seqlens_cpu: Tensor,
+    row_spans: Tensor | None,
+    tiles: Tensor | None,
+    num_heads: int,
+    scale: float,
+    window: int,
+    short_tiles: Tensor | None = None,
+    small: bool = False,
+    columns: Tensor | None = None,
+    ranges: Tensor | None = None,
+) -> Tensor:
+    from fastbert_kernels.attention import varlen_attention_forward
+    from fastbert_kernels.attention_window import Window
+
+    plan = row_spans, tiles, short_tiles, small
+    qkv, work_list, short_list, config = attention_plan.launch_arguments(qkv, cu_seqlens_cpu, plan, num_heads)
+    reach = Window(window, ranges)
+    return varlen_attention_forward(qkv, work_list, num_heads, scale, None, config, short_list, window=reach)
+
+
+def _eager(
+    qkv: Tensor,
+    cu_seqlens_cpu: Tensor,
+    row_spans: Tensor | None,
+    tiles: Tensor | None,
+    num_heads: int,
+    scale: float,
+    window: int,
+    short_tiles: Tensor | None = None,
+    small: bool = False,
+    columns: Tensor | None = None,
+    ranges: Tensor | None = None,
+) -> Tensor:
+    return _attend_by_lengths(qkv, cu_seqlens_cpu, num_heads, scale, window, columns)
+
+
+register(
+    "triton_windowed_attention(Tensor qkv, Tensor cu_seqlens_cpu, Tensor? row_spans, Tensor? tiles, int num_heads, "
+    "float scale, int window, Tensor? short_tiles=None, bool small=False, Tensor? columns=None, Tensor? ranges=None) "
+    "-> Tensor",
+    kernel=_kernel,
+    eager=_eager,
     fake=lambda qkv, *rest: qkv.new_empty(qkv.shape[0], qkv.shape[1] // 3),
 )
 

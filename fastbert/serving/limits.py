@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -11,6 +12,7 @@ from starlette.requests import Request
 
 from fastbert.serving.errors import ApiError, invalid
 
+CHARACTERS = 16  # of a token, on average over a request, at most
 LARGE_BODY = 2**16  # bytes from which on a body is parsed in a thread, beside the event loop
 
 
@@ -18,14 +20,15 @@ LARGE_BODY = 2**16  # bytes from which on a body is parsed in a thread, beside t
 class Limits:
     """The limits of a server. Raises ValueError for one that is not positive.
 
-    body_bytes: of one request. texts: of one request. tokens: of one request, special tokens included. queue_tokens:
-    waiting and running for one model; more are refused with 429. body_seconds: until a body has arrived. seconds: from
-    then on until the answer.
+    body_bytes: of one request. texts: of one request. tokens: of one request, special tokens included. numbers: in an
+    answer with vectors of tokens, or sparse ones. queue_tokens: waiting and running for one model; more are refused
+    with 429. body_seconds: until a body has arrived. seconds: from then on until the answer.
     """
 
     body_bytes: int = 16 * 2**20
     texts: int = 2048
     tokens: int = 2**18
+    numbers: int = 2**24
     queue_tokens: int = 2**19
     body_seconds: float = 30.0
     seconds: float = 60.0
@@ -36,6 +39,18 @@ class Limits:
                 raise ValueError(f"{field.name}: got {getattr(self, field.name)}, expected a positive number")
         if self.tokens > self.queue_tokens:
             raise ValueError(f"tokens: got {self.tokens}, expected at most queue_tokens = {self.queue_tokens}")
+
+    def check_characters(self, texts: Sequence[str]) -> None:
+        """Raises ApiError 413 for texts of which all tokens are needed, and which certainly have too many."""
+        if sum(map(len, texts)) > CHARACTERS * self.tokens:
+            message = f"the texts have more than {CHARACTERS} times {self.tokens} characters"
+            raise ApiError(413, "too_many_tokens", message)
+
+    def check_numbers(self, n: int) -> None:
+        """Raises ApiError 413 for an answer that is too large."""
+        if n > self.numbers:
+            message = f"the answer would have {n} numbers, expected at most {self.numbers}: ask for fewer texts at once"
+            raise ApiError(413, "answer_too_large", message)
 
 
 async def read_json(request: Request, limits: Limits) -> dict[str, Any]:

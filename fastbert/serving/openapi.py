@@ -56,6 +56,10 @@ _ENTITY_PARAMETERS = _object(
     aggregation_strategy=_optional({"type": "string", "enum": list(STRATEGIES)}, "how tokens become entities"),
     ignore_labels=_optional(_array(_STRING), "labels, or groups, that are left out"),
 )
+_PREDICT_PARAMETERS = _object(
+    function_to_apply=_optional({"type": "string", "enum": ["sigmoid", "softmax", "none"]}, "what is made of logits"),
+    top_k=_optional({"type": "integer", "minimum": 1}, "how many labels are listed"),
+)
 _MODEL = _object("id object created owned_by", id=_STRING, object=_STRING, created=_COUNT, owned_by=_STRING)
 _TOKEN = _object(
     "id text special", id=_COUNT, text=_STRING, special=_FLAG, start=_optional(_COUNT, "first character"),
@@ -123,7 +127,7 @@ _ROUTES: dict[tuple[str, str], tuple[str, Any, Any, Any]] = {
         "Scores of labels, the highest first; of a tagger, its entities",
         _object(
             "inputs", inputs={"anyOf": [_STRING, _SEQUENCE, _array(_SEQUENCE)]}, raw_scores=_RAW,
-            parameters=_optional({"type": "object"}, "with it, one text has its answer in a list, too"), **_CUT,
+            parameters=_optional(_PREDICT_PARAMETERS, "with it, one text has its answer in a list, too"), **_CUT,
         ),
         {"anyOf": [_PREDICTIONS, _array(_PREDICTIONS), _array(_ENTITY), _array(_array(_ENTITY))]},
         {"inputs": [["A text.", "Another one."]]},

@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 import base64
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from fastbert._version import __version__
+from fastbert.pipelines.token_logits import softmax
 from fastbert.serving import schemas
 from fastbert.serving.calls import Call
 from fastbert.serving.errors import ApiError, invalid
 from fastbert.serving.served import Served, ServedClassifier, ServedEncoder, ServedTagger
 from fastbert.serving.service import TOKENIZERS
 from fastbert.text import offsets
+
+# What the Hub's client may ask to be made of logits; "" stands for what the model asks for, which is done already.
+FUNCTIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "": lambda scores: scores,
+    "none": lambda logits: logits,
+    "sigmoid": lambda logits: 1 / (1 + np.exp(-logits)),
+    "softmax": softmax,
+}
 
 
 async def list_models(call: Call) -> Any:
@@ -137,17 +147,16 @@ async def predict(call: Call) -> Any:
     assert isinstance(model, ServedClassifier)
     fields, limits = call.fields, call.service.settings.limits
     inputs, single = schemas.sequences("inputs", fields.required("inputs"), limits)
-    fields.object("parameters")
-    lane = call.lane("predict", raw=fields.flag("raw_scores", False))
+    parameters, labels = fields.object("parameters"), model.model.config.id2label
+    function = parameters.choice("function_to_apply", "", "sigmoid", "softmax", "none", "")
+    lane = call.lane("predict", raw=fields.flag("raw_scores", False) or bool(function))
+    top_k = parameters.whole("top_k", 2**31) or len(labels)
     answer = await call.compute(lane, inputs, fields.get("truncate", bool))
-    labels = model.model.config.id2label
-    predictions = [
-        [
-            {"label": labels[label], "score": float(scores[label])}
-            for label in sorted(range(len(scores)), key=lambda label: -scores[label])
-        ]
-        for scores in answer.results
-    ]
+    predictions = []
+    for result in answer.results:
+        scores = FUNCTIONS[function](result).tolist()
+        order = sorted(range(len(scores)), key=lambda label: -scores[label])
+        predictions.append([{"label": labels[label], "score": scores[label]} for label in order[:top_k]])
     # The Hub's client asks with `parameters`, and takes one list out of a list.
     return predictions[0] if single and "parameters" not in fields.body else predictions
 
@@ -179,6 +188,7 @@ async def tokenize(call: Call) -> Any:
     texts = [schemas.text("inputs", value)] if isinstance(value, str) else schemas.texts("inputs", value, limits)
     special = call.fields.flag("add_special_tokens", True)
     prompt = call.lane("tokenize").prompt if call.fields.body.get("prompt_name") is not None else ""
+    limits.check_characters(texts)
     rows = await call.service.in_thread(_tokens, model, [prompt + text for text in texts], special)
     call.n_texts, call.n_tokens = len(texts), sum(map(len, rows))
     return rows

@@ -103,9 +103,9 @@ def inputs(name: str, value: Any, limits: Limits, vocab_size: int) -> tuple[list
         return [text(name, value)], True
     items = value if _is_row(value) else filled_list(name, value, limits)
     if _is_row(items):
-        return [_row(name, items, vocab_size)], True
+        return [_row(name, items, vocab_size, limits)], True
     if isinstance(items[0], list):
-        return [_row(f"{name}[{i}]", item, vocab_size) for i, item in enumerate(items)], False
+        return [_row(f"{name}[{i}]", item, vocab_size, limits) for i, item in enumerate(items)], False
     return texts(name, items, limits), False
 
 
@@ -113,9 +113,12 @@ def _is_row(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and isinstance(value[0], int) and not isinstance(value[0], bool)
 
 
-def _row(name: str, value: Any, vocab_size: int) -> list[int]:
+def _row(name: str, value: Any, vocab_size: int, limits: Limits) -> list[int]:
     if not isinstance(value, list) or not value:
         raise invalid(name, "expected an array of token ids")
+    if len(value) > limits.tokens:
+        message = f"{name}: got {len(value)} token ids, expected at most {limits.tokens}"
+        raise ApiError(413, "too_many_tokens", message, param=name)
     for id_ in value:
         if isinstance(id_, bool) or not isinstance(id_, int) or not 0 <= id_ < vocab_size:
             raise invalid(name, f"expected token ids from 0 to {vocab_size - 1}")

@@ -21,7 +21,6 @@ from fastbert.pipelines.entities import Entity, EntityRecognizer, WindowedText
 from fastbert.pipelines.inputs import encode_texts
 from fastbert.pipelines.run import HeadItems, Request, Run, logits
 from fastbert.pipelines.sentence import SentenceEncoder
-from fastbert.pipelines.token_heads import TokenVectors
 from fastbert.pipelines.token_logits import token_logits
 from fastbert.serving.work import Item, Lane, join, split
 from fastbert.text import offsets
@@ -148,9 +147,8 @@ class ServedEncoder(Served):
             head: Any = self.model.heads["sparse"]
             request.head, request.batch_size = HeadItems("sparse", head), head.texts_in_batch(self.bert.device)
         elif lane.task == "embed_all" and self._multi:
-            vectors: Any = self.model.heads["multi"]
-            assert isinstance(vectors, TokenVectors)
-            request.head = HeadItems("multi", vectors, {"task": "document", "normalize": lane.normalize})
+            options = {"task": "document", "normalize": lane.normalize}
+            request.head = HeadItems("multi", self.model.heads["multi"], options)
         elif lane.task == "embed_all":
             request.output_value = "token_embeddings"
         results: Any = Run(self.model.pipeline, request).compute(join(items))

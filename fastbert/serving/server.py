@@ -15,6 +15,7 @@ from fastbert.serving.logs import logger
 from fastbert.serving.service import Service
 
 BACKLOG = 1024
+ARRIVAL_SECONDS = 0.2  # in which the request of a connection that was accepted last can arrive
 
 
 class Server(uvicorn.Server):
@@ -45,15 +46,29 @@ class Server(uvicorn.Server):
         address = self.servers[0].sockets[0].getsockname()
         logger.info("listening", extra={"fields": {"host": address[0], "port": address[1]}})
 
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        for _ in range(3):  # the event loop accepts the connections that wait
+            await asyncio.sleep(0)
+        for server in self.servers:
+            server.close()
+        await asyncio.sleep(ARRIVAL_SECONDS)
+        await super().shutdown(sockets)
+
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        if self.service.state == "draining" or self._loop is None or not self.drain_seconds:
-            self.service.drain()
-            if self.should_exit and sig == signal.SIGINT:
-                self.force_exit = True
+        if self._loop is None:
             self.should_exit = True
-            return
+        else:  # not here: a signal may come while this thread holds a lock of the metrics
+            self._loop.call_soon_threadsafe(self._stop_by, sig)
+
+    def _stop_by(self, sig: int) -> None:
+        is_first = self.service.state != "draining"
         self.service.drain()
-        self._loop.call_soon_threadsafe(self._loop.call_later, self.drain_seconds, self.stop)
+        if is_first and self.drain_seconds and self._loop is not None:
+            self._loop.call_later(self.drain_seconds, self.stop)
+            return
+        if self.should_exit and sig == signal.SIGINT:
+            self.force_exit = True
+        self.should_exit = True
 
 
 def run(service: Service, host: str, port: int, drain_seconds: float = 0.0) -> None:

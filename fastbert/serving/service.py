@@ -96,7 +96,7 @@ class Service:
 
     def drain(self) -> None:
         """Says from now on that the service is not ready, while it goes on answering."""
-        self.state = "draining"
+        self.state = "failed" if self.state == "failed" else "draining"
         self.metrics.ready.set(0)
 
     def close(self) -> None:
@@ -142,6 +142,8 @@ class Service:
         413 for longer texts that must not be cut and for too many tokens, and 500 where a text cannot be computed.
         """
         batcher, limits = self.batchers[model.name], self.settings.limits
+        if model.limit is None:
+            limits.check_characters(texts)
         work = batcher.reserve(sum(model.bound(lane, text) for text in texts))
         try:
             loop = asyncio.get_running_loop()
@@ -155,12 +157,15 @@ class Service:
             if tokens.n_tokens > limits.tokens:
                 message = f"the request has {tokens.n_tokens} tokens, expected at most {limits.tokens}"
                 raise ApiError(413, "too_many_tokens", message)
+            limits.check_numbers(tokens.n_tokens * model.bert.config.hidden_size if lane.task == "embed_all" else 0)
             results = await asyncio.wrap_future(batcher.submit(work, lane, tokens.items))
         finally:
             work.future.cancel()  # no effect on one that is done
         for result in results:
             if isinstance(result, Exception):
                 raise _failure(result)
+        if lane.task == "sparse":
+            limits.check_numbers(sum(len(weights) for _, weights in results))
         self.metrics.texts.labels(model.name).inc(len(texts))
         self.metrics.tokens.labels(model.name).inc(tokens.n_tokens)
         self.metrics.truncated.labels(model.name).inc(tokens.n_truncated)

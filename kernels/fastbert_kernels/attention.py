@@ -21,6 +21,9 @@ sequence, so sums are split elsewhere. Sequences that are much shorter than BLOC
 (`short_list`), in tiles of 16 rows and with all their keys in one block. Which list that is depends on a sequence's own
 length and nothing else.
 
+Within a window (attention_window.py), a tile visits the keys that some of its queries reach, and each block has a mask.
+Blocks then begin `window` keys before the tile's first query, which is again a matter of the sequence alone.
+
 Source: Dao, "FlashAttention-2", 2023, arXiv:2307.08691; online softmax after Milakov and Gimelshein, arXiv:1805.02867.
 """
 
@@ -31,9 +34,11 @@ import triton.language as tl
 
 from fastbert_kernels import attention_bias as biases
 from fastbert_kernels import attention_specialized, configs, launch
+from fastbert_kernels import attention_window as windows
 from fastbert_kernels import dropout as drawing
 from fastbert_kernels.attention_bias import PositionBias, bias_of
 from fastbert_kernels.attention_tiles import COLUMNS, LOG2_E, LOWEST, load_tile, row_ranges
+from fastbert_kernels.attention_window import Window, keys_in_reach, reach_of_rows
 from fastbert_kernels.dropout import GROUP, keep_bits, keep_bits_from, spread_columns
 from fastbert_kernels.jit import jit
 from fastbert_kernels.masks import Dropout
@@ -181,7 +186,11 @@ def _attend_once(
     return tl.dot(kept.to(v.dtype), v, input_precision=INPUT_PRECISION), tl.sum(p, axis=1), row_max
 
 
-@jit(do_not_specialize=["lse_head_stride", *drawing.DO_NOT_SPECIALIZE, *biases.DO_NOT_SPECIALIZE])
+@jit(
+    do_not_specialize=[
+        "lse_head_stride", *drawing.DO_NOT_SPECIALIZE, *biases.DO_NOT_SPECIALIZE, *windows.DO_NOT_SPECIALIZE
+    ]
+)  # fmt: skip
 def _varlen_attention_kernel(
     q_ptr,  # (T, N, D)
     k_ptr,  # (T, N, D)
@@ -204,9 +213,12 @@ def _varlen_attention_kernel(
     columns_ptr,  # (T,) int32 where HOLES
     bias_radius,
     bias_scale,
+    window,  # this and the next: where WINDOWED; see `attention_window`
+    ranges_ptr,  # (T, 2) int32, or None
     HEAD_SIZE: tl.constexpr,
     BIASED: tl.constexpr,
     HOLES: tl.constexpr,
+    WINDOWED: tl.constexpr,
     DROPOUT: tl.constexpr,
     SAVE_LSE: tl.constexpr,
     QUANTIZE: tl.constexpr,
@@ -221,6 +233,8 @@ def _varlen_attention_kernel(
     first_row, end_row, first_key, end_key, shared = load_tile(tiles_ptr, tl.program_id(1))
     if end_row == first_row:  # what fills a work list of fixed length up
         return
+    if WINDOWED:
+        first_key, end_key = keys_in_reach(first_row, end_row, first_key, end_key, window)
 
     rows = first_row + tl.arange(0, BLOCK_Q)
     row_mask = rows < end_row
@@ -236,6 +250,8 @@ def _varlen_attention_kernel(
     bias = (bias_ptr, columns_ptr, bias_radius, bias_scale, end_row)
     if ONE_BLOCK:
         row_first_key, row_end_key = row_ranges(row_spans_ptr, rows, row_mask, first_key, end_key, shared)
+        if WINDOWED:
+            row_first_key, row_end_key = reach_of_rows(rows, row_mask, row_first_key, row_end_key, window, ranges_ptr)
         acc, row_sum, row_max = _attend_once(
             q, k_block_ptr, v_block_ptr, first_key, end_key, row_first_key, row_end_key, qkv_row_stride,
             scale_log2, d_mask, rows, head, mask_key, bias, BIASED, HOLES, DROPOUT, INPUT_PRECISION, BLOCK_K,
@@ -245,17 +261,20 @@ def _varlen_attention_kernel(
         row_sum = tl.zeros((BLOCK_Q,), dtype=tl.float32)
         row_max = tl.full((BLOCK_Q,), LOWEST, dtype=tl.float32)
 
-        # Only one sequence: whole blocks of keys need no mask. Several: every block does.
+        # Only one sequence: whole blocks of keys need no mask. Several, or a window: every block does.
         end_unmasked = first_key
-        if not shared:
-            end_unmasked = first_key + (end_key - first_key) // BLOCK_K * BLOCK_K
-        acc, row_sum, row_max = _attend(
-            q, k_block_ptr, v_block_ptr, first_key, end_unmasked, rows, rows, qkv_row_stride,
-            scale_log2, d_mask, acc, row_sum, row_max, rows, first_key, shared, head, mask_key, bias, BIASED, HOLES,
-            DROPOUT, False, BLOCK_D != HEAD_SIZE, INPUT_PRECISION, BLOCK_K,
-        )  # fmt: skip
+        if not WINDOWED:
+            if not shared:
+                end_unmasked = first_key + (end_key - first_key) // BLOCK_K * BLOCK_K
+            acc, row_sum, row_max = _attend(
+                q, k_block_ptr, v_block_ptr, first_key, end_unmasked, rows, rows, qkv_row_stride,
+                scale_log2, d_mask, acc, row_sum, row_max, rows, first_key, shared, head, mask_key, bias, BIASED, HOLES,
+                DROPOUT, False, BLOCK_D != HEAD_SIZE, INPUT_PRECISION, BLOCK_K,
+            )  # fmt: skip
         # Read here, so that no register holds it over the loop before, which tiles of several sequences pass by.
         row_first_key, row_end_key = row_ranges(row_spans_ptr, rows, row_mask, first_key, end_key, shared)
+        if WINDOWED:
+            row_first_key, row_end_key = reach_of_rows(rows, row_mask, row_first_key, row_end_key, window, ranges_ptr)
         acc, row_sum, row_max = _attend(
             q, k_block_ptr, v_block_ptr, end_unmasked, end_key, row_first_key, row_end_key, qkv_row_stride,
             scale_log2, d_mask, acc, row_sum, row_max, rows, first_key, shared, head, mask_key, bias, BIASED, HOLES,
@@ -293,6 +312,7 @@ def varlen_attention_forward(
     dropout: Dropout | None = None,
     lse: torch.Tensor | None = None,
     bias: PositionBias | None = None,
+    window: Window | None = None,
 ) -> torch.Tensor:
     """Computes attention: (T, 3 * N * D), laid out [q | k | v], -> (T, N * D) in the same dtype.
 
@@ -308,7 +328,10 @@ def varlen_attention_forward(
 
     dropout: of the probabilities. lse: a buffer (N, T) float32 with unit stride along T, to fill with the natural
     logarithm of each row's sum of exponentials, which the backward pass needs. bias: is added to the scaled scores.
+    window: which keys a query reaches, by default all of its sequence; not with dropout, whose mask counts a row's keys
+    from the first one.
     """
+    assert window is None or dropout is None, "no mask of dropout is drawn within a window"
     n_rows, hidden_size = qkv.shape[0], qkv.shape[1] // 3
     head_size = hidden_size // num_heads
     out = launch.empty((n_rows, hidden_size), like=qkv) if quantized is None else quantized[0]
@@ -319,7 +342,7 @@ def varlen_attention_forward(
         config = {**config, "num_warps": 8}  # which leaves registers to the bias
     lists = [(work_list, config, False)]
     if config.get("WARP_SPECIALIZE"):
-        plain = quantized is None and dropout is None and lse is None and bias is None
+        plain = quantized is None and dropout is None and lse is None and bias is None and window is None
         for_arch = launch.arch(qkv.device)
         if plain and attention_specialized.obstacle(qkv, work_list, head_size, for_arch) is None:
             attention_specialized.specialized_attention_forward(qkv, work_list, num_heads, scale, config, out)
@@ -351,6 +374,7 @@ def varlen_attention_forward(
                 scale_log2=scale * LOG2_E.value,
                 **drawing.arguments(dropout),
                 **(biases.NONE if bias is None else biases.arguments(bias, scale)),
+                **(windows.NONE if window is None else windows.arguments(window)),
                 HEAD_SIZE=head_size,
                 DROPOUT=dropout is not None,
                 SAVE_LSE=lse is not None,

@@ -48,6 +48,32 @@ def elementwise_config(n_cols: int) -> dict[str, int]:
 
 
 @functools.cache
+def gated_config(n_cols: int) -> dict[str, int]:
+    """Chooses the tile of gated activations: 2,048 elements, in the widest blocks that leave the fewest columns over.
+
+    Widths of such layers are no powers of two: 1,152 columns are 9 blocks of 128, or 1.1 of 1,024.
+    """
+    widest = min(1024, triton.next_power_of_2(n_cols))
+    widths = [width for width in (1024, 512, 256, 128) if width <= widest] or [widest]
+    block_cols = min(widths, key=lambda width: launch.cdiv(n_cols, width) * width)
+    return {"BLOCK_ROWS": 2048 // block_cols, "BLOCK_COLS": block_cols, "num_warps": 4, "num_stages": 1}
+
+
+@functools.cache
+def rotary_config(half: int, n_heads: int) -> dict[str, int]:
+    """Chooses the tile that turns heads: 1,024 pairs of elements, 8 a thread, in up to 8 heads at a time."""
+    block_half = triton.next_power_of_2(half)
+    block_heads = min(8, triton.next_power_of_2(n_heads))
+    return {
+        "BLOCK_ROWS": max(1, 1024 // (block_half * block_heads)),
+        "BLOCK_HEADS": block_heads,
+        "BLOCK_HALF": block_half,
+        "num_warps": 4,
+        "num_stages": 1,
+    }
+
+
+@functools.cache
 def elementwise_backward_config(n_cols: int) -> dict[str, int]:
     """Chooses the tile of elementwise kernels that add columns up: 2,048 elements, 16 a thread, 128 columns."""
     block_cols = min(128, triton.next_power_of_2(n_cols))

@@ -5,7 +5,8 @@
 
 Ids: (T,), int32 or int64. Tables: word (V, H), position (P, H), token_type (2, H); weight, ln_bias (H,);
 fp32 / bf16 / fp16; out (T, H). Without input_ids the word rows are given directly as word = inputs_embeds (T, H);
-without a token_type table (DistilBERT has none) its term and its ids are left out.
+without a token_type table (DistilBERT has none) its term and its ids are left out, and so with a position table
+(ModernBERT, Nomic and GTE turn queries and keys instead). ln_bias may be None.
 Arithmetic in float32, one rounding. Bytes moved: T * H elements read (the small tables stay in cache), T * H written.
 A row's bits do not depend on the batch, as in layer_norm.py: its sum is elementwise, and its LayerNorm that of a whole
 row.
@@ -32,7 +33,7 @@ import triton.language as tl
 from fastbert_kernels import configs, launch, masks
 from fastbert_kernels import dropout as drawing
 from fastbert_kernels.jit import jit
-from fastbert_kernels.layer_norm import drop_columns, normalize_rows, quantize_normalized
+from fastbert_kernels.layer_norm import drop_columns, load_bias, normalize_rows, quantize_normalized
 from fastbert_kernels.masks import Dropout
 
 # A caller's ids may start anywhere in memory: no kernel of its own for those that start at a multiple of 16 bytes.
@@ -84,6 +85,7 @@ def _summed_rows(
     n_positions,
     HAS_INPUT_IDS: tl.constexpr,
     HAS_TOKEN_TYPES: tl.constexpr,
+    HAS_POSITIONS: tl.constexpr,
     NOTED: tl.constexpr,
 ):
     """The sum of the tables' rows for the tokens row_offs, in float32; 0 outside of the mask.
@@ -96,12 +98,13 @@ def _summed_rows(
             word_rows = _within(word_rows, n_words, row_mask, words_ptr, number)
     else:
         word_rows = row_offs
-    position_rows = tl.load(position_ids_ptr + row_offs, mask=row_mask, other=0).to(tl.int64)
-    if NOTED:
-        position_rows = _within(position_rows, n_positions, row_mask, words_ptr + 2, number)
+    if HAS_POSITIONS:
+        position_rows = tl.load(position_ids_ptr + row_offs, mask=row_mask, other=0).to(tl.int64)
+        if NOTED:
+            position_rows = _within(position_rows, n_positions, row_mask, words_ptr + 2, number)
+        position_offs = position_rows[:, None] * position_row_stride + col_offs[None, :]
 
     word_offs = word_rows[:, None] * word_row_stride + col_offs[None, :]
-    position_offs = position_rows[:, None] * position_row_stride + col_offs[None, :]
     x = tl.load(word_ptr + word_offs, mask=mask, other=0.0).to(tl.float32)
     if HAS_TOKEN_TYPES:
         token_type_rows = tl.load(token_type_ids_ptr + row_offs, mask=row_mask, other=0).to(tl.int64)
@@ -109,7 +112,8 @@ def _summed_rows(
             token_type_rows = _within(token_type_rows, n_token_types, row_mask, words_ptr + 1, number)
         token_type_offs = token_type_rows[:, None] * token_type_row_stride + col_offs[None, :]
         x += tl.load(token_type_ptr + token_type_offs, mask=mask, other=0.0).to(tl.float32)
-    x += tl.load(position_ptr + position_offs, mask=mask, other=0.0).to(tl.float32)
+    if HAS_POSITIONS:
+        x += tl.load(position_ptr + position_offs, mask=mask, other=0.0).to(tl.float32)
     return x
 
 
@@ -117,12 +121,12 @@ def _summed_rows(
 def _embedding_layer_norm_kernel(
     input_ids_ptr,  # (T,) or None
     token_type_ids_ptr,  # (T,) or None
-    position_ids_ptr,  # (T,)
+    position_ids_ptr,  # (T,) or None
     word_ptr,  # (V, H), or (T, H) without input ids
     token_type_ptr,  # (2, H) or None
-    position_ptr,  # (P, H)
+    position_ptr,  # (P, H) or None
     weight_ptr,  # (H,)
-    ln_bias_ptr,  # (H,)
+    ln_bias_ptr,  # (H,) or None
     out_ptr,  # (T, H)
     q_ptr,  # (T, H), 8-bit, where QUANTIZE
     q_scale_ptr,  # (T,)
@@ -141,6 +145,7 @@ def _embedding_layer_norm_kernel(
     N_COLS: tl.constexpr,
     HAS_INPUT_IDS: tl.constexpr,
     HAS_TOKEN_TYPES: tl.constexpr,
+    HAS_POSITIONS: tl.constexpr,
     NOTED: tl.constexpr,
     QUANTIZE: tl.constexpr,
     INT8: tl.constexpr,
@@ -160,11 +165,11 @@ def _embedding_layer_norm_kernel(
     x = _summed_rows(
         input_ids_ptr, token_type_ids_ptr, position_ids_ptr, word_ptr, token_type_ptr, position_ptr, row_offs, id_mask,
         col_offs, mask, word_row_stride, token_type_row_stride, position_row_stride, words_ptr, batch, n_words,
-        n_token_types, n_positions, HAS_INPUT_IDS, HAS_TOKEN_TYPES, NOTED,
+        n_token_types, n_positions, HAS_INPUT_IDS, HAS_TOKEN_TYPES, HAS_POSITIONS, NOTED,
     )  # fmt: skip
 
     weight = tl.load(weight_ptr + col_offs, mask=col_offs < N_COLS, other=0.0).to(tl.float32)
-    ln_bias = tl.load(ln_bias_ptr + col_offs, mask=col_offs < N_COLS, other=0.0).to(tl.float32)
+    ln_bias = load_bias(ln_bias_ptr, col_offs, N_COLS)
     normalized, _, _ = normalize_rows(x, col_mask, N_COLS, eps)
     out = normalized * weight[None, :] + ln_bias[None, :]
 
@@ -218,7 +223,7 @@ def _embedding_norm_kernel(
     x = _summed_rows(
         input_ids_ptr, token_type_ids_ptr, position_ids_ptr, word_ptr, token_type_ptr, position_ptr, row_offs, row_mask,
         col_offs, mask, word_row_stride, token_type_row_stride, position_row_stride, None, 0, 0, 0, 0, HAS_INPUT_IDS,
-        HAS_TOKEN_TYPES, False,
+        HAS_TOKEN_TYPES, True, False,
     )  # fmt: skip
 
     normalized, mean, rstd = normalize_rows(x, col_mask, N_COLS, eps)
@@ -240,23 +245,23 @@ def _embedding_norm_kernel(
 def embedding_layer_norm_forward(
     input_ids: torch.Tensor | None,
     token_type_ids: torch.Tensor | None,
-    position_ids: torch.Tensor,
+    position_ids: torch.Tensor | None,
     word: torch.Tensor,
     token_type: torch.Tensor | None,
-    position: torch.Tensor,
+    position: torch.Tensor | None,
     weight: torch.Tensor,
-    ln_bias: torch.Tensor,
+    ln_bias: torch.Tensor | None,
     eps: float,
     quantized: tuple[torch.Tensor, torch.Tensor] | None = None,
     notes: Notes | None = None,
 ) -> torch.Tensor:
     """Embeds (T,) ids to (T, H) in the tables' dtype. Without input_ids, word is (T, H) and taken row by row.
 
-    token_type None: no segments, whatever token_type_ids says. quantized: buffers to fill with the same rows in 8 bits,
-    as for `bias_residual_layer_norm_forward`. notes: where ids beyond their table are noted; without them, the caller
-    has checked the ids.
+    token_type None: no segments, whatever token_type_ids says; and so with positions. ln_bias None: zeros. quantized:
+    buffers to fill with the same rows in 8 bits, as for `bias_residual_layer_norm_forward`. notes: where ids beyond
+    their table are noted; without them, the caller has checked the ids.
     """
-    n_rows, n_cols = position_ids.shape[0], word.shape[1]
+    n_rows, n_cols = (word if input_ids is None else input_ids).shape[0], word.shape[1]
     out = launch.empty((n_rows, n_cols), like=word)
     if n_rows == 0:
         return out
@@ -268,7 +273,7 @@ def embedding_layer_norm_forward(
         config,
         input_ids_ptr=input_ids,
         token_type_ids_ptr=token_type_ids if token_type is not None else None,
-        position_ids_ptr=position_ids,
+        position_ids_ptr=position_ids if position is not None else None,
         word_ptr=word,
         token_type_ptr=token_type,
         position_ptr=position,
@@ -283,15 +288,16 @@ def embedding_layer_norm_forward(
         n_rows=n_rows,
         n_words=word.shape[0] if notes is not None else 0,
         n_token_types=token_type.shape[0] if notes is not None and token_type is not None else 0,
-        n_positions=position.shape[0] if notes is not None else 0,
+        n_positions=position.shape[0] if notes is not None and position is not None else 0,
         word_row_stride=word.stride(0),
         token_type_row_stride=token_type.stride(0) if token_type is not None else 0,
-        position_row_stride=position.stride(0),
+        position_row_stride=position.stride(0) if position is not None else 0,
         out_row_stride=out.stride(0),
         eps=eps,
         N_COLS=n_cols,
         HAS_INPUT_IDS=input_ids is not None,
         HAS_TOKEN_TYPES=token_type is not None,
+        HAS_POSITIONS=position is not None,
         NOTED=notes is not None,
         QUANTIZE=quantized is not None,
         INT8=quantized is not None and quantized[0].dtype == torch.int8,

@@ -3,7 +3,8 @@
     out = (x' - mean(x')) / sqrt(var(x') + eps) * weight + ln_bias,    x' = x + bias + residual
     for training                                                       x' = dropout(x + bias) + residual
 
-x, residual, out: (T, H), fp32 / bf16 / fp16; bias, weight, ln_bias: (H,). H up to 4096, any value.
+x, residual, out: (T, H), fp32 / bf16 / fp16; bias, weight, ln_bias: (H,). H up to 4096, any value. In inference ln_bias
+is None for a norm without one.
 All arithmetic is float32, the variance is the mean squared distance from the mean (no cancellation), and there is one
 rounding, at the store. Bytes moved: read x and residual, write out: 3 * T * H elements.
 
@@ -45,6 +46,16 @@ def normalize_rows(x, col_mask, n_cols, eps):
 
 
 @jit
+def load_bias(ptr, col_offs, N_COLS: tl.constexpr):
+    """Loads a vector, (cols,) float32, which is zeros where its pointer is None."""
+    if ptr is not None:
+        bias = tl.load(ptr + col_offs, mask=col_offs < N_COLS, other=0.0).to(tl.float32)
+    else:
+        bias = tl.zeros_like(col_offs).to(tl.float32)
+    return bias
+
+
+@jit
 def quantize_normalized(x, INT8: tl.constexpr, N_ROWS: tl.constexpr, N_COLS: tl.constexpr):
     """Normalised rows, as they are stored, masked columns 0 -> 8-bit rows and scales; int8 rows are rotated."""
     if INT8:
@@ -68,7 +79,7 @@ def _bias_residual_layer_norm_kernel(
     bias_ptr,  # (H,)
     residual_ptr,  # (T, H)
     weight_ptr,  # (H,)
-    ln_bias_ptr,  # (H,)
+    ln_bias_ptr,  # (H,) or None
     out_ptr,  # (T, H)
     q_ptr,  # (T, H), 8-bit, where QUANTIZE
     q_scale_ptr,  # (T,)
@@ -101,7 +112,7 @@ def _bias_residual_layer_norm_kernel(
         x += tl.load(residual_ptr + residual_offs, mask=mask, other=0.0).to(tl.float32)
 
     weight = tl.load(weight_ptr + col_offs, mask=col_offs < N_COLS, other=0.0).to(tl.float32)
-    ln_bias = tl.load(ln_bias_ptr + col_offs, mask=col_offs < N_COLS, other=0.0).to(tl.float32)
+    ln_bias = load_bias(ln_bias_ptr, col_offs, N_COLS)
     normalized, _, _ = normalize_rows(x, col_mask, N_COLS, eps)
     out = normalized * weight[None, :] + ln_bias[None, :]
 
@@ -177,12 +188,13 @@ def bias_residual_layer_norm_forward(
     bias: torch.Tensor | None,
     residual: torch.Tensor | None,
     weight: torch.Tensor,
-    ln_bias: torch.Tensor,
+    ln_bias: torch.Tensor | None,
     eps: float,
     quantized: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """Normalises x + bias + residual: (T, H) -> (T, H) in x's dtype. x and residual need unit stride along H.
 
+    ln_bias None: zeros.
     quantized: buffers (T, H), float8_e4m3fn or int8, and (T, 1) float32, both contiguous, to fill with the same rows in
     8 bits (int8: rotated) and their scales, as `quantize` says.
     """

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from fastbert import BackendError, BertConfig, BertForMaskedLM, BertModel
-from fastbert.engine import Block, Options
+from fastbert.engine import Block, Options, quantized, training
 from fastbert.engine.block import FEATURES, feature_obstacles
 from fastbert.ops import Policy
 from fastbert_kernels import cpu
@@ -68,11 +68,11 @@ def test_a_block_has_room_for_other_families() -> None:
     assert mapped.gate is not None and mapped.gate.weight.dtype == mapped.fuse_qkv().weight.dtype == torch.float64
 
 
-@pytest.mark.parametrize("name", [name for name in FEATURES if name != "position_bias"])  # which all have
+@pytest.mark.parametrize("name", FEATURES)
 @pytest.mark.parametrize("precision", [None, "int8"])
 def test_what_an_engine_lacks_is_named(name: str, precision: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches layers of another family that an engine runs as if they were BERT's."""
-    model = make(precision=precision, backend="torch" if precision else "auto")
+    model = make(precision=precision, backend="triton" if precision else "auto")
     plain = BertModel.blocks
 
     def blocks(self: BertModel) -> Iterator[Block]:
@@ -80,13 +80,13 @@ def test_what_an_engine_lacks_is_named(name: str, precision: str | None, monkeyp
             yield with_feature(block, name)
 
     monkeypatch.setattr(BertModel, "blocks", blocks)
-    with torch.no_grad():
-        obstacles = model.engine.arithmetic_obstacles(model, 12)
-    engine = "the 8-bit encoder" if precision else "the C++ encoder"
+    obstacles = model.engine.arithmetic_obstacles(model, 12)
+    engine = "the 8-bit encoder" if precision else "the arithmetic with gradients"
     reason = f"the model has {FEATURES[name]}, which {engine} does not have"
-    arithmetic = model.engine.eight_bit if precision else model.engine.one_call
-    if precision or cpu.obstacle() is None:
-        assert reason in "; ".join(obstacles[arithmetic.name])
+    arithmetic, supported = model.engine.training, training.FEATURES
+    if precision:
+        arithmetic, supported = model.engine.eight_bit, quantized.FEATURES
+    assert (reason in "; ".join(obstacles[arithmetic.name])) == (name not in supported)
     assert obstacles[model.engine.modules.name] == []
     assert list(feature_obstacles([name], frozenset({name}), engine)) == []
 

@@ -59,7 +59,10 @@ def calls_of(function: Callable[[], Any]) -> int:
 
 
 @COMPILED
-@pytest.mark.parametrize("family", [{}, {"model_type": "mpnet", "pad_token_id": 1}], ids=["bert", "mpnet"])
+@pytest.mark.parametrize("family", [
+    {}, {"model_type": "mpnet", "pad_token_id": 1}, {"model_type": "modernbert"}, {"model_type": "gte"},
+    {"model_type": "nomic_bert", "hidden_act": "silu"},
+], ids=lambda family: family.get("model_type", "bert"))  # fmt: skip
 @pytest.mark.parametrize("n_layers", [1, 6])
 def test_few_calls(n_layers: int, family: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches work around the encoder that creeps back, or that grows with the number of layers."""

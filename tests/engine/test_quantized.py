@@ -258,6 +258,8 @@ def test_cpu_takes_the_unquantised_path(
 def test_sizes_without_kernels(sizes: dict[str, Any], reason: str, device: torch.device) -> None:
     """Catches a model of sizes that the kernels cannot take and that crashes or is quantised otherwise."""
     for backend in ("triton", "torch"):
+        if backend == "torch" and "hidden_act" in sizes:
+            continue  # the emulation stands for kernels on CPUs too, which have more activations
         options = {"backend": backend, "precision": "int8"}
         plain, ours = twins(BertModel, device, torch.float32, {"backend": backend}, options, **sizes)
         with torch.no_grad():

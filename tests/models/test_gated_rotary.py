@@ -16,9 +16,6 @@ from family_cases import head_batch, make_batch, our_state, run, their_class, th
 from fastbert import reference
 from fastbert.checkpoint.families import FAMILIES
 from fastbert.checkpoint.rotary import gated_rotary_layer
-from fastbert.engine import capture
-from fastbert.ops import dispatch
-from graph_cases import StandIn
 from helpers import assert_as_accurate, cu_seqlens_of
 from model_cases import BATCH, LENGTH, MASKS, VOCAB, assert_close, generator, in_dtype, randn, valid_of
 
@@ -199,27 +196,6 @@ def test_what_is_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         fastbert.BertConfig.from_dict(settings)
     assert FAMILIES["gte"].text == FAMILIES["nomic_bert"].text
-
-
-@pytest.mark.skipif(not dispatch.interpreting(), reason="Triton's interpreter is off")
-@pytest.mark.filterwarnings("ignore:(overflow|invalid value|divide by zero):RuntimeWarning")
-def test_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches a graph that keeps the angles of the batch that it was captured with."""
-    stand_in = StandIn()
-    monkeypatch.setattr(capture, "capturer", lambda device: stand_in)
-    ours = twin(theirs("nomic_bert", num_hidden_layers=1), dtype=torch.float32, backend="triton", strict=False)
-
-    def encode(lengths: list[int]) -> torch.Tensor:
-        ids = torch.randint(VOCAB, (14,), generator=generator(2))
-        with torch.no_grad():
-            return ours.forward_packed(ids, cu_seqlens_of(lengths))
-
-    for lengths in ([3, 11], [9, 5]):
-        with_graphs = encode(lengths)
-        ours.cuda_graphs = False
-        assert torch.equal(with_graphs, encode(lengths))
-        ours.cuda_graphs = True
-    assert stand_in.replays == 2
 
 
 def test_sentence_encoder(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from fastbert.reference import rotary as reference
 from fastbert_kernels import cpu
 from helpers import assert_as_accurate
 from model_cases import assert_close, randn
+from window_cases import holes, within
 
 COMPILED = pytest.mark.skipif(cpu.obstacle() is not None, reason=str(cpu.obstacle()))
 CPU = Policy("cpu")
@@ -29,25 +30,6 @@ def turned(qkv: Tensor, positions: Tensor, num_heads: int, base: float = 100.0) 
     frequencies = reference.inverse_frequencies(size, base)
     q, k = (reference.rotate(part, positions[None], frequencies) for part in parts[:2])
     return torch.stack([q, k, parts[2]])[:, 0].permute(2, 0, 1, 3).flatten(1)
-
-
-def within(qkv: Tensor, lengths: list[int], num_heads: int, window: int, columns: Tensor | None = None) -> Tensor:
-    """Attention of each text alone, with an (S, S) mask."""
-    outs = []
-    columns = torch.cat([torch.arange(n) for n in lengths]) if columns is None else columns
-    for part, places in zip(qkv.split(lengths), columns.split(lengths), strict=True):
-        q, k, v = part.unflatten(1, (3, num_heads, -1)).permute(1, 2, 0, 3)
-        scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
-        far = (places[:, None] - places[None]).abs() > window
-        weights = torch.softmax(scores.masked_fill(far, -torch.inf), -1)
-        outs.append((weights @ v).transpose(0, 1).flatten(1))
-    return torch.cat(outs)
-
-
-def holes(lengths: list[int]) -> Tensor:
-    """(T,) int32 columns that ascend in each text, some of them left out."""
-    generator = torch.Generator().manual_seed(5)
-    return torch.cat([torch.randint(1, 4, (n,), generator=generator).cumsum(0) for n in lengths]).int()
 
 
 @pytest.mark.parametrize(("num_heads", "size"), [(1, 2), (3, 16), (2, 26), (12, 64)])

@@ -237,7 +237,7 @@ def test_wheel_runs_in_a_clean_environment(wheel: Path, wheel_metadata: Message)
         constraints = scratch / "constraints.txt"
         pinned = (ROOT / "constraints.txt").read_text(encoding="utf-8")
         constraints.write_text(f"{pinned}\ntriton=={importlib.metadata.version('triton')}\n", encoding="utf-8")
-        run([python, *PIP, "install", "--constraint", constraints, wheel], cwd=scratch)
+        run([python, *PIP, "install", "--constraint", constraints, f"{wheel}[serve]"], cwd=scratch)
         run([python, *PIP, "check"], cwd=scratch)
 
         result = json.loads(run([python, "-I", "-c", IMPORT_ALL], cwd=scratch))

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import openai
 import pytest
-from huggingface_hub import AsyncInferenceClient, InferenceClient
+from huggingface_hub import AsyncInferenceClient, InferenceClient, constants
 from huggingface_hub.errors import HfHubHTTPError
 
 from fastbert.serving import openapi
@@ -66,8 +66,9 @@ def test_openai(server: ServerThread, encoder: Any) -> None:
         wrong_key.models.list()
 
 
-def test_huggingface_hub(server: ServerThread, encoder: Any) -> None:
+def test_huggingface_hub(server: ServerThread, encoder: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches an answer or an error that the client of the hub does not understand."""
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)  # which forbids the client this machine, too
 
     def client(path: str) -> InferenceClient:
         return InferenceClient(model=server.url + path, token=KEY)

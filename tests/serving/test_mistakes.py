@@ -22,7 +22,7 @@ from fastbert.serving.server import ServerThread
 from fastbert.serving.service import Service, Settings
 from serving_cases import TEXTS, client_of, error_of, figure, loaders, save_models, served, wait_until
 
-SMALL = Limits(body_bytes=4000, texts=5, tokens=60, queue_tokens=80, body_seconds=0.3, seconds=20)
+SMALL = Limits(body_bytes=4000, texts=5, tokens=60, numbers=200, queue_tokens=80, body_seconds=0.3, seconds=20)
 JSON = {"Content-Type": "application/json"}
 
 
@@ -97,6 +97,8 @@ VALUES: list[tuple[str, dict[str, Any], str]] = [
     ("/predict", {"inputs": [["a", 1]]}, "inputs[0][1]"),
     ("/entities", {"inputs": "a", "parameters": {"aggregation_strategy": "best"}}, "parameters.aggregation_strategy"),
     ("/entities", {"inputs": "a", "parameters": []}, "parameters"),
+    ("/predict", {"inputs": "a", "parameters": {"function_to_apply": "relu"}}, "parameters.function_to_apply"),
+    ("/predict", {"inputs": "a", "parameters": {"top_k": 0}}, "parameters.top_k"),
     ("/tokenize", {"inputs": None}, "inputs"),
     ("/", {"texts": ["a"]}, "inputs"),
 ]
@@ -117,6 +119,11 @@ def test_limits(client: TestClient, service: Service) -> None:
         ("/embed", {"inputs": ["a"] * 6}, "too_many_texts"),
         ("/embed", {"inputs": ["fish " * 30] * 2}, "too_many_tokens"),
         ("/entities", {"inputs": "fish " * 80}, "too_many_tokens"),
+        ("/entities", {"inputs": " " * 970}, "too_many_tokens"),
+        ("/tokenize", {"inputs": " " * 970}, "too_many_tokens"),
+        ("/embed", {"inputs": [5] * 61}, "too_many_tokens"),
+        ("/embed_all", {"inputs": "fish " * 20}, "answer_too_large"),
+        ("/embed_sparse", {"inputs": ["fish and boats and a river"] * 5}, "answer_too_large"),
     ):
         response = client.post(path, json=body)
         assert (response.status_code, error_of(response)["code"]) == (413, code), response.text
@@ -220,6 +227,9 @@ def test_slow_and_vanishing_clients(models: SimpleNamespace) -> None:
         batcher, model = service.batchers["encoder"], service.models["encoder"]
         slow = send(server, head(100) + b'{"inputs"')
         assert b" 408 " in slow.recv(65536).split(b"\r\n")[0]
+        chunked = head(0).replace(b"Content-Length: 0", b"Transfer-Encoding: chunked") + b"1388\r\n" + b" " * 5000
+        large = send(server, chunked + b"\r\n")
+        assert b" 413 " in large.recv(65536).split(b"\r\n")[0]
 
         gate, entered, computed = threading.Event(), threading.Event(), []
         compute = model._compute
@@ -246,7 +256,7 @@ def test_slow_and_vanishing_clients(models: SimpleNamespace) -> None:
         assert computed == [1, 1]
         page = service.metrics.page().decode()
         assert figure(page, "fastbert_requests_total", status="499") == 2
-        for connection in (slow, first, others[2]):
+        for connection in (slow, large, first, others[2]):
             connection.close()
 
 

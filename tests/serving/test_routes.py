@@ -11,7 +11,10 @@ import pytest
 import torch
 from starlette.testclient import TestClient
 
+from fastbert import SentenceEncoder
 from fastbert.pipelines.inputs import Pair
+from fastbert.pipelines.modules import Normalize
+from fastbert.pipelines.token_heads import TokenVectors
 from fastbert.serving.service import Service
 from fastbert.serving.work import Lane
 from serving_cases import PROMPT, TEXTS, client_of, error_of, loaders, numbers, save_models
@@ -129,6 +132,19 @@ def test_vectors_of_tokens_and_sparse_vectors(client: TestClient, encoder: Any, 
         assert close([each["value"] for each in values], row[row != 0])
 
 
+def test_a_model_of_token_vectors(models: SimpleNamespace) -> None:
+    """Catches hidden states in the place of a ColBERT's vectors, and dense vectors that the model does not make."""
+    plain = SentenceEncoder.from_pretrained(models.encoder, device="cpu", dtype="float32")
+    heads = {"multi": TokenVectors([Normalize()], document_length=9)}
+    encoder = SentenceEncoder(plain.model, plain.tokenizer, heads=heads, has_dense=False)
+    with client_of(Service({"colbert": lambda: encoder})) as client:
+        response = client.post("/", json={"inputs": TEXTS})
+        for own, expected in zip(response.json(), encoder.encode_document(TEXTS), strict=True):
+            assert len(own) <= 9 and close(own, expected)
+        assert response.headers["X-Truncated"] == "1"
+        assert client.post("/embed", json={"inputs": TEXTS}).status_code == 424
+
+
 def test_similarity(client: TestClient, encoder: Any) -> None:
     """Catches numbers that belong to other sentences."""
     inputs = {"source_sentence": TEXTS[0], "sentences": TEXTS[1:]}
@@ -166,6 +182,12 @@ def test_predict(client: TestClient, service: Service) -> None:
     assert close([each["score"] for each in mixed[0]], [each["score"] for each in one])
     assert [each["label"] for each in mixed[1]] == [each["label"] for each in pair]
     assert ask(client, "/predict?model=classifier", inputs=TEXTS[0], parameters={}) == [one]
+    for function in ("softmax", "sigmoid", "none"):
+        parameters = {"function_to_apply": function, "top_k": 2}
+        ((best, second),) = ask(client, "/predict?model=classifier", inputs=TEXTS[:2], parameters=parameters)
+        logits = torch.tensor(sorted(expected, reverse=True))
+        all_scores = {"softmax": logits.softmax(0), "sigmoid": logits.sigmoid(), "none": logits}[function]
+        assert close([best["score"], second["score"]], all_scores[:2])
 
 
 def test_entities(client: TestClient, service: Service) -> None:

@@ -117,13 +117,13 @@ class _EightBitWeights:
         weights = [linear.weight for linear in linears]
         n_rows, n_cols = sum(weight.shape[0] for weight in weights), weights[0].shape[1]
         data = recording.stand_in((n_rows, n_cols), DTYPES[precision])
-        names = [self.dry.names[id(weight)] for weight in weights]
+        names = [self.dry.names.get(id(weight), self.dry.place) for weight in weights]  # a part of one has no name
         self.dry.names[id(data)] = "+".join([names[0], *(name.rpartition(".")[2] for name in names[1:])])
         if len(names) > 1:  # and attention comes next
             self.dry.place = names[0].rpartition(".")[0]
         self.kept.append(data)
         quantised = Quantized(data, recording.stand_in((n_rows, 1), torch.float32), n_cols)
-        return quantised, recording.stand_in((n_rows,), linears[0].bias.dtype)
+        return quantised, recording.stand_in((n_rows,), weights[0].dtype)
 
 
 def run_head(model: Any, encoded: Encoded) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from fastbert.ops import attention, dispatch, embedding, gelu, layer_norm, packed_linear, pooling, quantized
+from fastbert.ops.gated import KERNELS as GATED_KERNELS
 from fastbert.ops.linear import KERNELS as LINEAR_KERNELS
 from fastbert.ops.recording import Record
 from fastbert.ops.rotary import KERNELS as ROTARY_KERNELS
@@ -103,7 +104,17 @@ def short_texts(record: Record, device: torch.device) -> Kernel | None:
 
 
 def _rotary(record: Record, device: torch.device) -> Kernel:
-    return Kernel(compiled(), source=PACKED) if record.facts["compiled"] else Kernel(ROTARY_KERNELS["torch"])
+    if record.facts["compiled"]:
+        return Kernel(compiled(), source=PACKED)
+    heads = record.facts["heads"]
+    half = record.after[1] // (6 * heads)
+    return _named(record, ROTARY_KERNELS, "rotary_config", half, 2 * heads)
+
+
+def _gated(record: Record, device: torch.device) -> Kernel:
+    if record.backend == "cpu":
+        return Kernel(compiled(), source=PACKED)
+    return _named(record, GATED_KERNELS, "gated_config", record.after[1])
 
 
 def _pooling(record: Record, device: torch.device) -> Kernel:
@@ -162,7 +173,7 @@ _KERNELS: dict[str, Callable[[Record, torch.device], Kernel]] = {
     "bias_gelu": _bias_gelu,
     "attention": _attention,
     "rotary": _rotary,
-    "gated": lambda record, device: Kernel(compiled(), source=PACKED),
+    "gated": _gated,
     "pooling": _pooling,
     "linear": _linear,
 }

@@ -104,7 +104,9 @@ class _Named(nn.Module):
             return self.forward(*args, **kwargs)
 
 
-class _Attention(_Named):
+class _Fused(_Named):
+    """A module that multiplies several of its linears as one."""
+
     projections: tuple[str, ...]
 
     def fused_qkv(self) -> tuple[Tensor, Tensor | None]:
@@ -130,7 +132,7 @@ class _Biased(_Named):
 
 @functools.cache
 def _named(cls: Any) -> type[nn.Module]:
-    base = _Attention if hasattr(cls, "fused_qkv") else _Biased if hasattr(cls, "position_bias") else _Named
+    base = _Fused if hasattr(cls, "projections") else _Biased if hasattr(cls, "position_bias") else _Named
     return type(cls.__name__, (base, cls), {"__module__": cls.__module__})
 
 

@@ -108,6 +108,7 @@ class CpuKernels:
         settings: EmbeddingSettings,
     ) -> Normalized:
         input_ids, token_type_ids, position_ids, eps, _, dropout = settings
+        assert position_ids is not None, "embeddings without positions have no passes of training"
         done = cpu.embedding_norm_forward(
             input_ids, token_type_ids, position_ids, word, token_type, position, weight, bias, eps, dropout, word.dtype
         )

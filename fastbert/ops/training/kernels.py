@@ -37,7 +37,7 @@ class EmbeddingSettings(NamedTuple):
 
     input_ids: Tensor | None
     token_type_ids: Tensor | None
-    position_ids: Tensor
+    position_ids: Tensor | None
     eps: float
     padding_idx: int | None
     dropout: Dropout | None

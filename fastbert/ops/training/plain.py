@@ -177,13 +177,15 @@ class Plain:
 PLAIN = Plain()
 
 
-def sum_of_rows(word: Tensor, token_type: Tensor | None, position: Tensor, settings: EmbeddingSettings) -> Tensor:
+def sum_of_rows(
+    word: Tensor, token_type: Tensor | None, position: Tensor | None, settings: EmbeddingSettings
+) -> Tensor:
     """The sum of the tables' rows, (T, E), in differentiable PyTorch."""
     input_ids, token_type_ids, position_ids, _, padding_idx, _ = settings
     x = word if input_ids is None else F.embedding(input_ids, word, padding_idx)
     if token_type is not None and token_type_ids is not None:
         x = x + F.embedding(token_type_ids, token_type)
-    return x + F.embedding(position_ids, position)
+    return x if position is None or position_ids is None else x + F.embedding(position_ids, position)
 
 
 def groups(batch: PackedBatch) -> list[Tensor]:

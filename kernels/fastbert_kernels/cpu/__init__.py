@@ -21,10 +21,11 @@ from fastbert_kernels.cpu.encoder import (
     EncoderTables,
     Int8Encoder,
     Int8EncoderLayer,
+    LayerTraits,
     encoder_forward,
     encoder_int8_forward,
 )
-from fastbert_kernels.cpu.gated import gated_forward, rotary_forward, windowed_attention_forward
+from fastbert_kernels.cpu.gated import gated_forward, rotary_forward, window_bias, windowed_attention_forward
 from fastbert_kernels.cpu.int8 import (
     Int8Weight,
     linear_int8_forward,
@@ -69,11 +70,11 @@ from fastbert_kernels.cpu.rows import (
 
 __all__ = [
     "ACTIVATIONS", "MAX_HIDDEN", "VARIANTS", "Encoder", "EncoderLayer", "EncoderTables", "Int8Encoder",
-    "Int8EncoderLayer", "Int8Weight", "NormBackward", "NormForward", "PositionBias", "activation_backward",
-    "attention_backward", "attention_training_forward", "digest", "dropout_forward", "dropout_mask",
-    "embedding_norm_forward", "embedding_scatter", "encoder_forward", "encoder_int8_forward", "has_amx",
-    "ids_outside", "instructions", "int8_obstacle", "linear_forward", "linear_int8_forward", "multiplies",
+    "Int8EncoderLayer", "Int8Weight", "LayerTraits", "NormBackward", "NormForward", "PositionBias",
+    "activation_backward", "attention_backward", "attention_training_forward", "digest", "dropout_forward",
+    "dropout_mask", "embedding_norm_forward", "embedding_scatter", "encoder_forward", "encoder_int8_forward",
+    "has_amx", "ids_outside", "instructions", "int8_obstacle", "linear_forward", "linear_int8_forward", "multiplies",
     "obstacle", "pack_int8", "pack_transposed", "pack_weight", "pack_weights", "pool_forward", "quantize_forward",
     "residual_norm_backward", "residual_norm_forward", "varlen_attention_forward", "weight_gradient",
-    "gated_forward", "rotary_forward", "windowed_attention_forward",
+    "gated_forward", "rotary_forward", "window_bias", "windowed_attention_forward",
 ]  # fmt: skip

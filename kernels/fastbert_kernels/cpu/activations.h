@@ -45,6 +45,9 @@ INLINE vf gelu_tanh(vf x) {
     return x / (1.0f + exp2<true>(min(u * -2.8853901f, splat(127.0f))));
 }
 
+// x / (1 + exp(-x))
+INLINE vf silu(vf x) { return x / (1.0f + exp2<true>(min(x * -1.442695f, splat(127.0f)))); }
+
 // T: what the result is rounded to.
 template <typename T>
 INLINE vf activate(vf x, int64_t activation) {
@@ -52,6 +55,7 @@ INLINE vf activate(vf x, int64_t activation) {
         case GELU: return sizeof(T) == sizeof(float) ? gelu(x) : gelu_rounded(x);
         case GELU_TANH: return gelu_tanh(x);
         case RELU: return x < 0.0f ? vf{} : x;
+        case SILU: return silu(x);
         default: return x;
     }
 }

@@ -17,8 +17,8 @@
 // A bias (PositionBias) is spread once a task along the distances between any query and key of the sequence. Then the
 // numbers of one query's keys are neighbours, and a score costs a load and an addition more.
 //
-// Within a window (window >= 0) a task packs the keys that its queries can see alone, and the bias takes away those that
-// are too far from each query.
+// Within a window (window >= 0) a task packs the keys that its queries can see alone, and ROWS queries take the blocks of
+// keys that one of them sees. The bias takes away those that are too far from each query.
 //
 // In training it saves lse, (N, T) float32, the logarithm of the sum of exp(scale q k^T) over the keys, 0 in rows of no
 // sequence, and drops probabilities out.
@@ -176,20 +176,19 @@ INLINE void outputs_of(T* out, int64_t stride, const float* totals, const typena
     }
 
 template <typename T, typename O, Mode MODE, bool BIASED>
-INLINE void run(const T* qkv, T* out, const Heads& shape, const AttentionPlan::Task& task, int64_t head,
+INLINE void run(const T* qkv, T* out, const Heads& shape, const AttentionPlan::Task& task, int64_t window, int64_t head,
                 const Scratch& scratch, const Training& training, int64_t n_rows_in_all) {
     typedef typename O::E E;
     constexpr bool PAIRS = O::SIZE == 2;
-    const int64_t size = shape.head_size, width = shape.n_heads * size, length = task.length;
-    const int64_t n_blocks = over(length, VL), padded = n_blocks * VL;
-    const int64_t depth = size / O::SIZE, n_values = over(length, O::SIZE);
+    const int64_t size = shape.head_size, width = shape.n_heads * size, depth = size / O::SIZE;
+    const int64_t padded = up(task.length, VL);
     const T* q = qkv + task.first * shape.row_stride + head * size;
-    E *keys = (E*)scratch.keys, *values = (E*)scratch.values;
-    pack_keys<O>(keys, q + width, length, n_blocks, depth, shape.row_stride);
-    pack_values<O>(values, q + 2 * width, length, size, shape.row_stride);
+    E *all_keys = (E*)scratch.keys, *all_values = (E*)scratch.values;
+    pack_keys<O>(all_keys, q + width, task.length, padded / VL, depth, shape.row_stride);
+    pack_values<O>(all_values, q + 2 * width, task.length, size, shape.row_stride);
 
     const int32_t* columns = BIASED && shape.bias.columns != NULL ? shape.bias.columns + task.first : NULL;
-    if (BIASED && columns == NULL) spread(scratch.bias, shape.bias, head, length, padded);
+    if (BIASED && columns == NULL) spread(scratch.bias, shape.bias, head, task.length, padded);
 
     const Masks masks(training.dropout, head);
     const float factor = training.dropout.scale();
@@ -199,16 +198,21 @@ INLINE void run(const T* qkv, T* out, const Heads& shape, const AttentionPlan::T
     for (int64_t row = task.chunk; row < end; row += ROWS) {
         const int n_rows = (int)least(end - row, ROWS);
         const int64_t first = task.first + row;
+        // The first key that one of them sees, to a whole block, and how many there are from it on.
+        const int64_t from = BIASED && window >= 0 && row > window ? (row - window) / VL * VL : 0;
+        const int64_t length = (BIASED && window >= 0 ? least(task.length, row + n_rows + window) : task.length) - from;
+        const int64_t n_blocks = over(length, VL), n_values = over(length, O::SIZE);
+        const E *keys = all_keys + from * depth, *values = all_values + from / O::SIZE * size;
         const E *queries[ROWS], *p[ROWS];
         float tops[ROWS], totals[ROWS];
         const float* bias[ROWS];
         for (int i = 0; i < ROWS; i++) {
             const int last = i < n_rows ? i : n_rows - 1;  // the last one again where there are no more
             if (BIASED && columns == NULL) {
-                bias[i] = scratch.bias + length - 1 - row - last;
+                bias[i] = scratch.bias + task.length - 1 - row - last + from;
             } else if (BIASED) {
                 float* line = scratch.bias + i * padded;
-                spread_row(line, shape.bias, head, columns, row + last, 0, length, padded);
+                spread_row(line, shape.bias, head, columns, row + last, from, from + length, n_blocks * VL);
                 bias[i] = line;
             }
             const T* query = q + (row + last) * shape.row_stride;
@@ -239,15 +243,15 @@ INLINE void run(const T* qkv, T* out, const Heads& shape, const AttentionPlan::T
                            products_in_parts<N, O>(scratch.scores + at * VL, padded, queries, keys + at * depth * VL,
                                                    depth, depth, DEPTH, shape.scale))
                 for (int i = 0; BIASED && i < n_rows; i++)
-                    for (int64_t j = 0; j < padded; j++) scratch.scores[i * padded + j] += bias[i][j];
+                    for (int64_t j = 0; j < n_blocks * VL; j++) scratch.scores[i * padded + j] += bias[i][j];
             } else {
                 IN_VECTORS(n_blocks, at,
                            scores_of<N, O, BIASED>(scratch.scores + at * VL, padded, queries, keys + at * depth * VL,
                                                    depth, shape.scale, bias, at))
             }
             for (int i = 0; i < n_rows; i++)
-                softmax<PAIRS, MODE>(scratch.scores + i * padded, length, padded, scratch.keep + i * n_words, tops + i,
-                                     totals + i);
+                softmax<PAIRS, MODE>(scratch.scores + i * padded, length, n_blocks * VL, scratch.keep + i * n_words,
+                                     tops + i, totals + i);
         }
         for (int i = 0; MODE != INFERENCE && i < n_rows; i++) {
             lse[row + i] = tops[i];
@@ -276,8 +280,8 @@ void run_all(const T* qkv, T* out, const Heads& shape, const AttentionPlan& plan
                              memory + 2 * plan.padded * size + ROWS * (size + plan.padded + 2 * over(plan.padded, 64))};
     team.each(n_tasks + plan.n_rows - plan.n_tokens, [&](int64_t i) {
         if (i < n_tasks) {
-            run<T, O, MODE, BIASED>(qkv, out, shape, plan.tasks[i / n_heads], i % n_heads, scratch, training,
-                                    plan.n_rows);
+            run<T, O, MODE, BIASED>(qkv, out, shape, plan.tasks[i / n_heads], plan.window, i % n_heads, scratch,
+                                    training, plan.n_rows);
             return;
         }
         const int64_t row = plan.n_tokens + i - n_tasks;  // that no sequence has
@@ -291,7 +295,7 @@ void run_all(const T* qkv, T* out, const Heads& shape, const AttentionPlan& plan
 
 AttentionPlan::AttentionPlan(const int32_t* cu_seqlens, int64_t n_seqs, int64_t n_rows, int64_t head_size, bool biased,
                              int64_t window)
-    : n_rows(n_rows), status(2) {
+    : n_rows(n_rows), window(window), status(2) {
     int64_t longest = 0;
     if (n_seqs < 0 || cu_seqlens[0] != 0) return;
     for (int64_t b = 0; b < n_seqs; b++) {

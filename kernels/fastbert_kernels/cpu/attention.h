@@ -18,6 +18,7 @@ class AttentionPlan {
     };
     Task* tasks = NULL;
     int64_t n_tasks = 0, n_tokens = 0, n_rows, padded = 0;  // padded: the longest sequence, in whole vectors
+    const int64_t window;
     int status;  // 0, or 1 where there is too little memory, or 2 where cu_seqlens does not go from 0 to at most n_rows
 
     AttentionPlan(const int32_t* cu_seqlens, int64_t n_seqs, int64_t n_rows, int64_t head_size, bool biased = false,

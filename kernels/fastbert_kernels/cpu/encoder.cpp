@@ -3,11 +3,16 @@
 //     x = LayerNorm(word[ids] + token_type[types] + position[positions])
 //     each layer:   a = LayerNorm(attention(x W_qkv + b) W_out + b + x)
 //                   x = LayerNorm(act(a W_up + b) W_down + b + a)
+//     pre-norm:     a = x + attention(LayerNorm(x) W_qkv + b) W_out + b
+//                   x = a + act(LayerNorm(a) W_up + b) W_down + b
+//
+// With a gate act(a W_up + b) is multiplied by a W_gate + b; queries and keys may turn, and attention may have a window
+// or a position bias (encoder.h). Families lack a table of the embeddings, or biases.
 //
 // Short texts wait for what goes on between operations, not for the operations: from Python, some hundred calls, each
 // with its checks and its allocation. Here there is one call, one workspace and one parallel region (team.h). The
 // operations are those of the other files.
-#include "attention.h"
+#include "encoder.h"
 #include "layer_norm.h"
 #include "linear.h"
 
@@ -16,8 +21,9 @@ namespace {
 template <typename T>
 struct Layer {
     const T *qkv, *qkv_bias, *out, *out_bias, *norm, *norm_bias;
-    const T *up, *up_bias, *down, *down_bias, *last_norm, *last_norm_bias;
-    const float* position_bias;
+    const T *up, *up_bias, *down, *down_bias, *output_norm, *output_norm_bias;
+    const T *gate, *gate_bias, *last_norm, *last_norm_bias;  // last_norm: of what the layer gives; all four or NULL
+    Traits traits;
 };
 
 struct Sizes {
@@ -25,30 +31,45 @@ struct Sizes {
     float eps;
 };
 
+// LayerNorm of x into y, which may be x.
 template <typename T>
-void layer_norm(T* x, const T* weight, const T* bias, const Sizes& sizes, const Team& team) {
+void layer_norm(const T* x, T* y, const T* weight, const T* bias, const Sizes& sizes, const Team& team) {
     const int64_t n = sizes.hidden;
     float row[MAX_HIDDEN];
     team.share(sizes.n_rows, [&](int64_t r) {
-        T* at = x + r * n;
-        normalize([=](int64_t j) { return to_floats(at + j, n - j); }, at, weight, bias, n, sizes.eps, row);
+        const T* at = x + r * n;
+        normalize([=](int64_t j) { return to_floats(at + j, n - j); }, y + r * n, weight, bias, n, sizes.eps, row);
     });
 }
 
 // x through one layer. workspace: (T, 5 H + I).
 template <typename T>
-void run_layer(const Layer<T>& layer, T* x, T* workspace, const AttentionPlan& plan, const Sizes& sizes,
-               const Team& team, int64_t radius, const int32_t* columns) {
-    const int64_t t = sizes.n_rows, h = sizes.hidden, inner = sizes.intermediate, head_size = h / sizes.n_heads;
+void run_layer(const Layer<T>& layer, T* x, T* workspace, const Batch& batch, const Sizes& sizes, const Team& team) {
+    const int64_t t = sizes.n_rows, h = sizes.hidden, inner = sizes.intermediate;
+    const bool pre_norm = layer.traits.pre_norm;
     T *qkv = workspace, *context = qkv + t * 3 * h, *a = context + t * h, *up = a + t * h;
-    linear(Linear<T>{x, layer.qkv, layer.qkv_bias, NULL, qkv, h, 0, 3 * h, t, h, 3 * h, NONE}, team);
-    const PositionBias bias = {layer.position_bias, radius, columns};
-    attention(qkv, context, {3 * h, sizes.n_heads, head_size, h, 1.0f / sqrtf((float)head_size), bias}, plan, team);
-    linear(Linear<T>{context, layer.out, layer.out_bias, x, a, h, h, h, t, h, h, NONE}, team);
-    layer_norm(a, layer.norm, layer.norm_bias, sizes, team);
-    linear(Linear<T>{a, layer.up, layer.up_bias, NULL, up, h, 0, inner, t, h, inner, sizes.activation}, team);
-    linear(Linear<T>{up, layer.down, layer.down_bias, a, x, inner, h, h, t, inner, h, NONE}, team);
-    layer_norm(x, layer.last_norm, layer.last_norm_bias, sizes, team);
+    const T* read = x;
+    if (pre_norm && layer.norm != NULL) {
+        layer_norm(x, a, layer.norm, layer.norm_bias, sizes, team);
+        read = a;
+    }
+    linear(Linear<T>{read, layer.qkv, layer.qkv_bias, NULL, qkv, h, 0, 3 * h, t, h, 3 * h, NONE}, team);
+    batch.turn(qkv, 0, t, layer.traits, team);
+    batch.attend(qkv, context, layer.traits, team);
+    T* sum = pre_norm ? x : a;
+    linear(Linear<T>{context, layer.out, layer.out_bias, x, sum, h, h, h, t, h, h, NONE}, team);
+    if (pre_norm) layer_norm(x, a, layer.output_norm, layer.output_norm_bias, sizes, team);
+    else layer_norm(a, a, layer.norm, layer.norm_bias, sizes, team);
+    Linear<T> to_inner = {a, layer.up, layer.up_bias, NULL, up, h, 0, inner, t, h, inner, sizes.activation};
+    if (layer.gate != NULL) {
+        linear(Linear<T>{a, layer.gate, layer.gate_bias, NULL, up, h, 0, inner, t, h, inner, NONE}, team);
+        to_inner.factor = up;
+        to_inner.factor_stride = inner;
+    }
+    linear(to_inner, team);
+    linear(Linear<T>{up, layer.down, layer.down_bias, sum, x, inner, h, h, t, inner, h, NONE}, team);
+    if (!pre_norm) layer_norm(x, x, layer.output_norm, layer.output_norm_bias, sizes, team);
+    if (layer.last_norm != NULL) layer_norm(x, x, layer.last_norm, layer.last_norm_bias, sizes, team);
 }
 
 template <typename T>
@@ -58,11 +79,13 @@ void embed(const int64_t* ids, const int64_t* types, const int64_t* positions, c
     const int64_t n = sizes.hidden;
     float row[MAX_HIDDEN];
     team.share(sizes.n_rows, [&](int64_t r) {
-        const T *a = words + ids[r] * n, *b = position_table + positions[r] * n;
+        const T* a = words + ids[r] * n;
+        const T* b = position_table == NULL ? NULL : position_table + positions[r] * n;
         const T* c = type_table == NULL ? NULL : type_table + types[r] * n;
         const auto total = [=](int64_t j) {
-            const vf both = to_floats(a + j, n - j) + to_floats(b + j, n - j);
-            return c == NULL ? both : both + to_floats(c + j, n - j);
+            vf sum = to_floats(a + j, n - j);
+            if (b != NULL) sum += to_floats(b + j, n - j);
+            return c == NULL ? sum : sum + to_floats(c + j, n - j);
         };
         normalize(total, x + r * n, embeddings[3], embeddings[4], n, sizes.eps, row);
     });
@@ -70,23 +93,24 @@ void embed(const int64_t* ids, const int64_t* types, const int64_t* positions, c
 
 }  // namespace
 
-// ids, types, positions: (T,). embeddings: word, token type (or NULL) and position table, weight and bias of the
-// LayerNorm. layers: of each, what Layer names, the four weights packed, in order. radius, columns: members of
-// PositionBias, whose table each layer has, or NULL. x: (T, H), becomes the last hidden
-// state; where ids is NULL it holds the embeddings. workspace: (T, 5 H + I). H is at most MAX_HIDDEN. Returns the
-// status of AttentionPlan.
+// ids, types, positions: (T,). embeddings: word, token type (or NULL) and position table (or NULL), weight and bias of
+// the LayerNorm. layers: of each, what Layer names, weights packed, in order; those with a window have the same one.
+// angles, columns: see Batch. x: (T, H), becomes the last hidden state; where ids is NULL it holds the embeddings.
+// workspace: (T, 5 H + I). H is at most MAX_HIDDEN. Returns the status of AttentionPlan.
 #define ENCODER(name, T)                                                                                               \
     EXPORT int name(const int64_t* ids, const int64_t* types, const int64_t* positions, const T* const* embeddings,    \
                     const int32_t* cu_seqlens, int64_t n_seqs, const void* layers, T* x, T* workspace, int64_t n_rows, \
                     int64_t hidden, int64_t intermediate, int64_t n_heads, int64_t n_layers, int64_t activation,       \
-                    float eps, int64_t radius, const int32_t* columns) {                                               \
+                    float eps, const float* const* angles, const int32_t* columns) {                                   \
         const Sizes sizes = {n_rows, hidden, intermediate, n_heads, n_layers, activation, eps};                        \
-        const AttentionPlan plan(cu_seqlens, n_seqs, n_rows, hidden / n_heads, radius > 0);                            \
-        if (plan.status != 0) return plan.status;                                                                      \
+        bool biased;                                                                                                   \
+        const int64_t window = window_of((const Layer<T>*)layers, n_layers, &biased);                                  \
+        const Batch batch(cu_seqlens, n_seqs, n_rows, n_heads, hidden / n_heads, biased, window, angles, columns);     \
+        if (batch.status() != 0) return batch.status();                                                                \
         in_parallel([&](const Team& team) {                                                                            \
             if (ids != NULL) embed(ids, types, positions, embeddings, x, sizes, team);                                 \
             for (int64_t i = 0; i < n_layers; i++)                                                                     \
-                run_layer(((const Layer<T>*)layers)[i], x, workspace, plan, sizes, team, radius, columns);             \
+                run_layer(((const Layer<T>*)layers)[i], x, workspace, batch, sizes, team);                             \
         });                                                                                                            \
         return 0;                                                                                                      \
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -21,41 +22,85 @@ class EncoderTables(NamedTuple):
 
     words: torch.Tensor
     token_types: torch.Tensor | None  # None for an encoder without token types.
-    positions: torch.Tensor
+    positions: torch.Tensor | None  # None for one whose embeddings know no positions.
     norm_weight: torch.Tensor
     norm_bias: torch.Tensor
 
 
-class EncoderLayer(NamedTuple):
-    """An `EncoderLayer` is a layer in the order in which the C++ kernel reads it."""
+class LayerTraits(NamedTuple):
+    """The `LayerTraits` are what a layer has beyond its weights, in the order in which the C++ kernels read it."""
 
-    qkv: torch.Tensor  # A packed weight, as are out, up and down.
-    qkv_bias: torch.Tensor
+    position_bias: torch.Tensor | None = None  # The table of a `PositionBias`, which for a window is `window_bias`.
+    window: int = -1  # How many tokens attention reaches on either side; -1 for all.
+    angles: int = -1  # The number of the tables of cosines and sines by which it turns; -1 for none.
+    pre_norm: bool = False  # Whether the norms are of what each part reads.
+
+    @property
+    def pointers(self) -> tuple[int | None, ...]:
+        """Returns an address and numbers."""
+        table = self.position_bias
+        radius = 0 if table is None else table.shape[1] // 2
+        return library.address(table), radius, self.window, self.angles, int(self.pre_norm)
+
+
+class EncoderLayer(NamedTuple):
+    """An `EncoderLayer` is a layer in the order in which the C++ kernel reads it. None stands for what it lacks."""
+
+    qkv: torch.Tensor  # A packed weight, as are out, up, down and gate.
+    qkv_bias: torch.Tensor | None
     out: torch.Tensor
-    out_bias: torch.Tensor
-    attention_norm_weight: torch.Tensor
-    attention_norm_bias: torch.Tensor
+    out_bias: torch.Tensor | None
+    attention_norm_weight: torch.Tensor | None
+    attention_norm_bias: torch.Tensor | None
     up: torch.Tensor
-    up_bias: torch.Tensor
+    up_bias: torch.Tensor | None
     down: torch.Tensor
-    down_bias: torch.Tensor
+    down_bias: torch.Tensor | None
     output_norm_weight: torch.Tensor
     output_norm_bias: torch.Tensor
-    position_bias: torch.Tensor | None = None  # The table of a `PositionBias`.
+    gate: torch.Tensor | None = None  # What multiplies the activation.
+    gate_bias: torch.Tensor | None = None
+    last_norm_weight: torch.Tensor | None = None  # Of what the layer gives.
+    last_norm_bias: torch.Tensor | None = None
+    traits: LayerTraits = LayerTraits()
+
+    @property
+    def pointers(self) -> tuple[int | None, ...]:
+        """Returns what the kernel reads, in order."""
+        *tensors, traits = self
+        return *map(library.address, tensors), *traits.pointers
 
 
 class Int8EncoderLayer(NamedTuple):
     """An `Int8EncoderLayer` is a layer in the order in which the 8-bit C++ kernel reads it."""
 
-    qkv: Int8Weight  # Rotated, as are out and up.
+    qkv: Int8Weight  # Rotated, as are out, up and gate.
     out: Int8Weight
-    attention_norm_weight: torch.Tensor
-    attention_norm_bias: torch.Tensor
+    attention_norm_weight: torch.Tensor | None
+    attention_norm_bias: torch.Tensor | None
     up: Int8Weight
     down: Int8Weight
     output_norm_weight: torch.Tensor
     output_norm_bias: torch.Tensor
-    position_bias: torch.Tensor | None = None
+    gate: Int8Weight | None = None
+    last_norm_weight: torch.Tensor | None = None
+    last_norm_bias: torch.Tensor | None = None
+    traits: LayerTraits = LayerTraits()
+
+    @property
+    def pointers(self) -> tuple[int | None, ...]:
+        """Returns what the kernel reads, in order."""
+        tensors: list[torch.Tensor | None] = []
+        for name, item in zip(self._fields, self[:-1], strict=False):
+            if isinstance(item, Int8Weight):
+                tensors += item.packed, item.columns
+            else:
+                tensors += (None, None) if name == "gate" else (item,)
+        return *map(library.address, tensors), *self.traits.pointers
+
+
+def _array(pointers: list[int | None]) -> Any:
+    return (ctypes.c_void_p * len(pointers))(*pointers)
 
 
 @dataclass(frozen=True)
@@ -69,22 +114,19 @@ class _Encoder:
     num_heads: int
     activation: str
     eps: float
+    angles: tuple[tuple[float, float], ...] = ()  # The base and the factor of each of the angles that layers turn by.
 
     @functools.cached_property
     def addresses(self) -> tuple[Any, ...]:
         """Returns the addresses of the embeddings, and of the layers' tensors one after the other."""
-        weights: list[torch.Tensor] = []
-        for item in (item for layer in self.layers for item in layer):
-            weights += (item.packed, item.columns) if isinstance(item, Int8Weight) else (item,)
-        arrays = self.embeddings, weights
-        return tuple((ctypes.c_void_p * len(array))(*map(library.address, array)) for array in arrays)
+        arrays = [*map(library.address, self.embeddings)], [p for layer in self.layers for p in layer.pointers]
+        return tuple(map(_array, arrays))
 
     @functools.cached_property
     def settings(self) -> tuple[Any, ...]:
         """Returns the arguments that follow the number of rows in a call of the kernel."""
         sizes = self.hidden_size, self.intermediate_size, self.num_heads, len(self.layers)
-        table = self.layers[0].position_bias
-        return *sizes, ACTIVATIONS[self.activation], self.eps, 0 if table is None else table.shape[1] // 2
+        return *sizes, ACTIVATIONS[self.activation], self.eps
 
 
 @dataclass(frozen=True)
@@ -111,19 +153,22 @@ def encoder_forward(
     cu_seqlens_cpu: torch.Tensor,
     workspace: torch.Tensor,
     columns: torch.Tensor | None = None,
+    angles: Sequence[torch.Tensor] = (),
 ) -> torch.Tensor:
     """Runs embeddings and layers over packed tokens, writes the result to x, (T, H), and returns x.
 
     ids: input ids, token type ids (or None) and position ids, (T,) int64, contiguous and within their tables. None
     where x holds the embeddings. cu_seqlens_cpu: (B + 1,) int32. columns: those of a `PositionBias`. workspace:
-    as many elements as workspace_size says, of x's dtype.
+    as many elements as workspace_size says, of x's dtype. angles: the cosines and the sines of the rows for each of
+    encoder.angles, (T, D / 2) float32, contiguous.
     """
     embeddings, layers = encoder.addresses
     offsets, n_rows = cu_seqlens_cpu.contiguous(), x.shape[0]
     pointers = map(library.address, (None, None, None) if ids is None else ids)
     status = library.function("encode", x.dtype)(
         *pointers, embeddings, offsets.data_ptr(), offsets.shape[0] - 1, layers, x.data_ptr(), workspace.data_ptr(),
-        n_rows, *encoder.settings, None if columns is None else columns.data_ptr(),
+        n_rows, *encoder.settings, (ctypes.c_void_p * len(angles))(*map(torch.Tensor.data_ptr, angles)),
+        None if columns is None else columns.data_ptr(),
     )  # fmt: skip
     library.check(status, n_rows)
     return x
@@ -149,6 +194,7 @@ def encoder_int8_forward(
     cu_seqlens_cpu: torch.Tensor,
     workspace: torch.Tensor,
     columns: torch.Tensor | None = None,
+    angles: Sequence[torch.Tensor] = (),
 ) -> torch.Tensor:
     """Does what `encoder_forward` does in 8 bits, writes hidden states to `states`, and returns it.
 
@@ -161,7 +207,8 @@ def encoder_int8_forward(
     status = library.function("encode_int8", states.dtype)(
         *pointers, embeddings, offsets.data_ptr(), len(offsets) - 1, layers, states.data_ptr(),
         0 if len(states) == 1 else states.stride(0), workspace.data_ptr(), workspace.numel(), states.shape[1],
-        *encoder.settings, None if columns is None else columns.data_ptr(),
+        *encoder.settings, (ctypes.c_void_p * len(angles))(*map(torch.Tensor.data_ptr, angles)),
+        None if columns is None else columns.data_ptr(),
     )  # fmt: skip
     library.check(status, states.shape[1])
     return states

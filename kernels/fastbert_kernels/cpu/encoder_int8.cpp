@@ -1,13 +1,13 @@
 // A whole encoder in one call with linears on 8-bit operands, on CPUs with AVX-512 VNNI.
 //
-// The arithmetic is that of encoder.cpp but for the linears, each of which multiplies rows that are quantised just
+// The arithmetic is encoder.cpp's but for the linears, each of which multiplies rows that are quantised just
 // before (quantize.h; linear_int8.cpp). Rows that LayerNorm or attention gives are rotated first, and the weight as
 // well.
 //
 // All but attention works on each row for itself, so a thread takes a chunk of rows from attention's result to the next
 // layer's query, key and value. What lies between stays in its cache, and a layer costs two waits for the other
 // threads. Few rows make too few chunks: then all threads work on the linears of a single one.
-#include "attention.h"
+#include "encoder.h"
 #include "layer_norm.h"
 #include "quantize.h"
 
@@ -30,8 +30,10 @@ struct Layer {
     Weight qkv, out;
     const T *norm, *norm_bias;
     Weight up, down;
-    const T *last_norm, *last_norm_bias;
-    const float* position_bias;
+    const T *output_norm, *output_norm_bias;
+    Weight gate;                          // of NULLs where there is none
+    const T *last_norm, *last_norm_bias;  // of what the layer gives, if it normalises first; or NULL
+    Traits traits;
 };
 
 struct Sizes {
@@ -89,15 +91,16 @@ struct Scratch {
 template <typename T>
 struct Encoder {
     const Sizes& sizes;
+    const Batch& batch;
     T *qkv, *context;
     const Team& team;  // of a chunk: one thread, or all
 
-    // out[n] = activation(q W^T + bias) + residual, of the rows that scratch holds.
+    // out[n] = activation(q W^T + bias) * factor + residual, of the rows that scratch holds.
     template <typename O>
     void linear(const Scratch<T>& s, const Weight& w, const T* residual, O* out, int64_t n, int64_t k, int64_t columns,
-                int64_t activation) const {
+                int64_t activation, const T* factor = NULL) const {
         linear_int8(LinearInt8<T, O>{s.q, s.affine, w.packed, w.columns, residual, out, lines(k), columns, columns, n,
-                                     k, columns, activation},
+                                     k, columns, activation, factor, columns},
                     team);
     }
 
@@ -121,35 +124,59 @@ struct Encoder {
         });
     }
 
+    // Rows of floats, (n, H), as they are into out, and through LayerNorm, if there is a weight, quantised into scratch.
+    template <typename Read>
+    void norm_beside(const Scratch<T>& s, Read read, const T* weight, const T* bias, T* out, int64_t n) const {
+        const int64_t h = sizes.hidden;
+        float row[MAX_HIDDEN];
+        team.share(n, [&](int64_t r) {
+            for (int64_t j = 0; j < h; j += VL) from_floats(out + r * h + j, read(r, j));
+            const auto keep = [&](int64_t j, vf y) { store(row + j, y); };
+            if (weight == NULL)
+                for (int64_t j = 0; j < h; j += VL) keep(j, read(r, j));
+            else normalize_by([&](int64_t j) { return read(r, j); }, keep, weight, bias, h, sizes.eps, row);
+            s.affine[r] = quantize_rotated(row, h, s.q + r * lines(h));
+        });
+    }
+
     // From attention's result to the hidden state, y, and the next layer's query, key and value. x: the state before.
     void rest(const Scratch<T>& s, const Layer<T>& layer, const Layer<T>* next, const T* x, T* y, int64_t first,
               int64_t n) const {
         const int64_t h = sizes.hidden, inner = sizes.intermediate;
+        const bool pre_norm = layer.traits.pre_norm;
         const auto read = [&](int64_t r, int64_t j) { return load<vf>(s.sum + r * h + j); };
+        y += first * h;
         quantize_rows(s, context + first * h, n);
         linear(s, layer.out, x + first * h, s.sum, n, h, h, NONE);
-        norm(s, read, layer.norm, layer.norm_bias, s.a, n, true);
-        linear(s, layer.up, (const T*)NULL, s.up, n, h, inner, sizes.activation);
+        if (pre_norm) norm_beside(s, read, layer.output_norm, layer.output_norm_bias, s.a, n);
+        else norm(s, read, layer.norm, layer.norm_bias, s.a, n, true);
+        const T* factor = layer.gate.packed == NULL ? NULL : s.up;
+        if (factor != NULL) linear(s, layer.gate, (const T*)NULL, s.up, n, h, inner, NONE);
+        linear(s, layer.up, (const T*)NULL, s.up, n, h, inner, sizes.activation, factor);
         team.share(n, [&](int64_t r) { s.affine[r] = quantize(s.up + r * inner, inner, s.q + r * lines(inner)); });
         linear(s, layer.down, s.a, s.sum, n, inner, h, NONE);
-        norm(s, read, layer.last_norm, layer.last_norm_bias, y + first * h, n, next != NULL);
+        if (!pre_norm) norm(s, read, layer.output_norm, layer.output_norm_bias, y, n, next != NULL);
+        else if (layer.last_norm != NULL) norm(s, read, layer.last_norm, layer.last_norm_bias, y, n, next != NULL);
+        else norm_beside(s, read, next == NULL ? NULL : next->norm, next == NULL ? NULL : next->norm_bias, y, n);
         if (next != NULL) project(s, *next, first, n);
     }
 
     void project(const Scratch<T>& s, const Layer<T>& layer, int64_t first, int64_t n) const {
         const int64_t h = sizes.hidden;
-        linear(s, layer.qkv, (const T*)NULL, qkv + first * 3 * h, n, h, 3 * h, NONE);
+        T* rows = qkv + first * 3 * h;
+        linear(s, layer.qkv, (const T*)NULL, rows, n, h, 3 * h, NONE);
+        batch.turn(rows, first, n, layer.traits, team);
     }
 };
 
 // f(encoder, scratch, first row, number of rows) for every chunk, by one thread or by all together.
 template <typename T, typename F>
-INLINE void each_chunk(const Chunks<T>& chunks, const Sizes& sizes, char* memory, T* qkv, T* context, const Team& team,
-                       F f) {
-    if (chunks.together)
-        return f(Encoder<T>{sizes, qkv, context, team}, Scratch<T>(memory, chunks, sizes), (int64_t)0, sizes.n_rows);
+INLINE void each_chunk(const Chunks<T>& chunks, const Encoder<T>& all, char* memory, F f) {
+    const Sizes& sizes = all.sizes;
+    const Team& team = all.team;
+    if (chunks.together) return f(all, Scratch<T>(memory, chunks, sizes), (int64_t)0, sizes.n_rows);
     const Team alone;
-    const Encoder<T> encoder = {sizes, qkv, context, alone};
+    const Encoder<T> encoder = {sizes, all.batch, all.qkv, all.context, alone};
     const Scratch<T> scratch(memory + team.id * chunks.bytes(sizes), chunks, sizes);
     team.each(chunks.n, [&](int64_t i) {
         f(encoder, scratch, i * chunks.size, least(chunks.size, sizes.n_rows - i * chunks.size));
@@ -166,7 +193,7 @@ int64_t bytes_for(const Sizes& sizes) {
 template <typename T>
 int encode(const int64_t* ids, const int64_t* types, const int64_t* positions, const T* const* embeddings,
            const int32_t* cu_seqlens, int64_t n_seqs, const Layer<T>* layers, T* x, int64_t step, char* workspace,
-           int64_t n_bytes, const Sizes& sizes, int64_t radius, const int32_t* columns) {
+           int64_t n_bytes, const Sizes& sizes, const float* const* angles, const int32_t* columns) {
     const int64_t t = sizes.n_rows, h = sizes.hidden;
     if (t == 0) return 0;
     if (n_bytes < bytes_for<T>(sizes)) return 1;
@@ -175,29 +202,36 @@ int encode(const int64_t* ids, const int64_t* types, const int64_t* positions, c
     T *qkv = (T*)workspace, *context = qkv + t * 3 * h;
     char* memory = workspace + lines(t * 4 * h * sizeof(T));
     const bool some = sizes.n_layers > 0;
-    const AttentionPlan plan(cu_seqlens, n_seqs, t, h / sizes.n_heads, radius > 0);
-    if (plan.status != 0) return plan.status;
-    const int64_t head_size = h / sizes.n_heads;
-    const float scale = 1.0f / sqrtf((float)head_size);
+    bool biased;
+    const int64_t window = window_of(layers, sizes.n_layers, &biased);
+    const Batch batch(cu_seqlens, n_seqs, t, sizes.n_heads, h / sizes.n_heads, biased, window, angles, columns);
+    if (batch.status() != 0) return batch.status();
+    const bool norm_first = some && layers[0].traits.pre_norm && layers[0].norm != NULL;
     in_parallel([&](const Team& team) {
-        const auto in_chunks = [&](auto f) { each_chunk(chunks, sizes, memory, qkv, context, team, f); };
+        const Encoder<T> all = {sizes, batch, qkv, context, team};
+        const auto in_chunks = [&](auto f) { each_chunk(chunks, all, memory, f); };
         in_chunks([&](const Encoder<T>& encoder, const Scratch<T>& s, int64_t first, int64_t n) {
             if (ids != NULL) {
                 const auto total = [&](int64_t r, int64_t j) {
-                    const T *a = embeddings[0] + ids[first + r] * h, *b = embeddings[2] + positions[first + r] * h;
-                    const vf both = to_floats(a + j) + to_floats(b + j);
-                    return embeddings[1] == NULL ? both : both + to_floats(embeddings[1] + types[first + r] * h + j);
+                    vf sum = to_floats(embeddings[0] + ids[first + r] * h + j);
+                    if (embeddings[2] != NULL) sum += to_floats(embeddings[2] + positions[first + r] * h + j);
+                    if (embeddings[1] == NULL) return sum;
+                    return sum + to_floats(embeddings[1] + types[first + r] * h + j);
                 };
-                encoder.norm(s, total, embeddings[3], embeddings[4], x + first * h, n, some);
-            } else if (some) {
+                encoder.norm(s, total, embeddings[3], embeddings[4], x + first * h, n, some && !norm_first);
+            } else if (some && !norm_first) {
                 encoder.quantize_rows(s, x + first * h, n);
+            }
+            if (norm_first) {
+                T* rows = x + first * h;
+                const auto read = [&](int64_t r, int64_t j) { return to_floats(rows + r * h + j); };
+                encoder.norm_beside(s, read, layers[0].norm, layers[0].norm_bias, rows, n);
             }
             if (some) encoder.project(s, layers[0], first, n);
         });
         T* state = x;
         for (int64_t i = 0; i < sizes.n_layers; i++, state += step) {
-            const PositionBias bias = {layers[i].position_bias, radius, columns};
-            attention(qkv, context, {3 * h, sizes.n_heads, head_size, h, scale, bias}, plan, team);
+            batch.attend(qkv, context, layers[i].traits, team);
             const Layer<T>* next = i + 1 < sizes.n_layers ? layers + i + 1 : NULL;
             in_chunks([&](const Encoder<T>& encoder, const Scratch<T>& s, int64_t first, int64_t n) {
                 encoder.rest(s, layers[i], next, state, state + step, first, n);
@@ -219,11 +253,11 @@ int encode(const int64_t* ids, const int64_t* types, const int64_t* positions, c
     EXPORT int name(const int64_t* ids, const int64_t* types, const int64_t* positions, const T* const* embeddings, \
                     const int32_t* cu_seqlens, int64_t n_seqs, const void* layers, T* x, int64_t step,              \
                     char* workspace, int64_t n_bytes, int64_t n_rows, int64_t hidden, int64_t intermediate,         \
-                    int64_t n_heads, int64_t n_layers, int64_t activation, float eps, int64_t radius,               \
+                    int64_t n_heads, int64_t n_layers, int64_t activation, float eps, const float* const* angles,   \
                     const int32_t* columns) {                                                                       \
         return encode<T>(ids, types, positions, embeddings, cu_seqlens, n_seqs, (const Layer<T>*)layers, x, step,   \
                          workspace, n_bytes, {n_rows, hidden, intermediate, n_heads, n_layers, activation, eps},    \
-                         radius, columns);                                                                          \
+                         angles, columns);                                                                          \
     }
 
 ENCODER(fastbert_encode_int8_float32, float)

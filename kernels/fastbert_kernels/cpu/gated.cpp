@@ -5,7 +5,7 @@
 //
 // Every row takes the same code, wherever it lies. Bytes moved: 6 * N * D elements a row, and 3 * I.
 #include "activations.h"
-#include "rows.h"
+#include "rotary.h"
 
 namespace {
 
@@ -18,13 +18,7 @@ void rotate(const T* qkv, int64_t stride, const float* cos, const float* sin, T*
         team.share(n_rows, [&](int64_t row) {
             const T* x = qkv + row * stride;
             T* y = out + row * 3 * width;
-            for (int64_t first = 0; first < 2 * width; first += 2 * half)
-                each_vector(half, [&](int64_t j, int64_t some) {
-                    const vf c = to_floats(cos + row * half + j, some), s = to_floats(sin + row * half + j, some);
-                    const vf a = to_floats(x + first + j, some), b = to_floats(x + first + half + j, some);
-                    from_floats(y + first + j, a * c - b * s, some);
-                    from_floats(y + first + half + j, b * c + a * s, some);
-                });
+            rotate_row(x, y, cos + row * half, sin + row * half, n_heads, half);
             memcpy(y + 2 * width, x + 2 * width, width * sizeof(T));
         });
     });
@@ -49,6 +43,7 @@ void gate_any(const T* x, int64_t stride, T* out, int64_t n_rows, int64_t width,
     switch (activation) {
         case GELU: return gate<T, GELU>(x, stride, out, n_rows, width);
         case GELU_TANH: return gate<T, GELU_TANH>(x, stride, out, n_rows, width);
+        case SILU: return gate<T, SILU>(x, stride, out, n_rows, width);
         default: return gate<T, RELU>(x, stride, out, n_rows, width);
     }
 }

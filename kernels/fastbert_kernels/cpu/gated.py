@@ -44,7 +44,7 @@ def rotary_forward(qkv: Tensor, cos: Tensor, sin: Tensor, num_heads: int) -> Ten
 def gated_forward(x: Tensor, activation: str) -> Tensor:
     """Computes activation(first half) * second half of each row.
 
-    x: (T, 2 * I), float32 or bfloat16, rows contiguous. activation: "gelu", "gelu_tanh" or "relu". Returns (T, I).
+    x: (T, 2 * I), float32 or bfloat16, rows contiguous. activation: a key of ACTIVATIONS but "none". Returns (T, I).
     """
     n_rows, width = x.shape[0], x.shape[1] // 2
     out = library.empty((n_rows, width), like=x)
@@ -55,8 +55,11 @@ def gated_forward(x: Tensor, activation: str) -> Tensor:
 
 
 @functools.lru_cache(16)
-def _window(num_heads: int, window: int) -> Tensor:
-    """(N, 2W + 3) float32: 0 for keys at most W columns away, and next to nothing for those beyond."""
+def window_bias(num_heads: int, window: int) -> Tensor:
+    """Returns the table of a `PositionBias` for a window of W columns on either side, (N, 2W + 3) float32.
+
+    It is 0 for keys inside of the window, and next to nothing for those beyond.
+    """
     with torch.inference_mode(False), torch.no_grad():
         table = torch.zeros(num_heads, 2 * window + 3, device="cpu")
         table[:, [0, -1]] = _FAR
@@ -71,5 +74,5 @@ def windowed_attention_forward(
     columns: (T,) int32, contiguous, or None where the tokens of each sequence are neighbours. A block of queries reads
     the keys that one of them can see: the time grows with the window, and not with the length's square.
     """
-    bias = PositionBias(_window(num_heads, window), columns)
+    bias = PositionBias(window_bias(num_heads, window), columns)
     return varlen_attention_forward(qkv, cu_seqlens_cpu, num_heads, scale, bias, window)

@@ -1,8 +1,8 @@
 // A linear layer with what follows it, on CPUs.
 //
-//     out = activation(x @ weight^T + bias) + residual
+//     out = activation(x @ weight^T + bias) * factor + residual
 //
-// x: (T, K), weight: (M, K), bias: (M,), residual, out: (T, M), all float32 or all bfloat16; sums are float32. The
+// x: (T, K), weight: (M, K), bias: (M,), factor, residual, out: (T, M), all float32 or all bfloat16; sums are float32. The
 // weight is packed once, by packing.cpp: [panel of COLUMNS][K][COLUMNS], bfloat16 in pairs along K. Training saves what
 // goes into the activation.
 //
@@ -35,6 +35,7 @@ INLINE void finish(const Linear<T>& call, const vf (&sums)[R][VECTORS], int64_t 
             const vf x = sums[i][j] + bias;
             if (SAVE) from_floats(call.pre + (row + i) * call.pre_stride + column, x, n);
             vf y = activate<T>(x, A == ANY ? call.activation : A);
+            if (call.factor != NULL) y *= to_floats(call.factor + (row + i) * call.factor_stride + column, n);
             if (call.residual != NULL) y += to_floats(call.residual + (row + i) * call.residual_stride + column, n);
             from_floats(call.out + (row + i) * call.out_stride + column, y, n);
         }

@@ -3,11 +3,11 @@
 
 #include "team.h"
 
-enum Activation { NONE, GELU, GELU_TANH, RELU };
+enum Activation { NONE, GELU, GELU_TANH, RELU, SILU };
 
-// out = activation(x @ weight^T + bias) + residual,    pre = x @ weight^T + bias
+// out = activation(x @ weight^T + bias) * factor + residual,    pre = x @ weight^T + bias
 //
-// bias, residual and pre may be NULL; weight is packed.
+// bias, factor, residual and pre may be NULL; weight is packed. out may be residual or factor.
 template <typename T>
 struct Linear {
     const T *x, *weight, *bias, *residual;
@@ -17,6 +17,8 @@ struct Linear {
     int64_t activation;
     T* pre = NULL;
     int64_t pre_stride = 0;
+    const T* factor = NULL;
+    int64_t factor_stride = 0;
 };
 
 void linear(const Linear<float>& call, const Team& team);

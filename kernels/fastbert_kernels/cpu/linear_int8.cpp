@@ -1,9 +1,9 @@
 // A linear layer on 8-bit operands with what follows it, on CPUs with AVX-512 VNNI.
 //
-//     out = activation(x @ weight^T + bias) + residual
+//     out = activation(x @ weight^T + bias) * factor + residual
 //
 // x: (T, K), unsigned 8-bit with a scale and an offset for each row (quantize.h); weight: (M, K), signed 8-bit with a
-// scale for each of its rows; residual, out: (T, M), float32 or bfloat16. Sums are int32 and exact: no element of x and
+// scale for each of its rows; factor, residual, out: (T, M), float32 or bfloat16. Sums are int32 and exact: no element of x and
 // weight makes more than 255 * 127, so that K may be 66,000. With the sum of each row of the weight,
 //
 //     x @ weight^T = scale[t] * w_scale[m] * sum(q[t] w[m]) + low[t] * w_scale[m] * sum(w[m])
@@ -39,6 +39,7 @@ INLINE void finish(const LinearInt8<T, O>& call, const vi (&sums)[R][VECTORS], i
             const Affine affine = call.affine[row + i];
             const vf product = __builtin_convertvector(sums[i][j], vf) * scale;
             vf y = activated(product * affine.scale + (per_low * affine.low + bias));
+            if (call.factor != NULL) y *= to_floats(call.factor + (row + i) * call.factor_stride + at, n);
             if (call.residual != NULL) y += to_floats(call.residual + (row + i) * call.residual_stride + at, n);
             from_floats(call.out + (row + i) * call.out_stride + at, y, n);
         }
@@ -73,6 +74,7 @@ void tile(const LinearInt8<T, O>& call, int64_t row, int64_t panel) {
     switch (call.activation) {
         case GELU: return finish<R>(call, sums, row, column, [](vf x) { return gelu_rounded(x); });
         case GELU_TANH: return finish<R>(call, sums, row, column, [](vf x) { return gelu_tanh(x); });
+        case SILU: return finish<R>(call, sums, row, column, [](vf x) { return silu(x); });
         case RELU: return finish<R>(call, sums, row, column, [](vf x) { return x < 0.0f ? vf{} : x; });
         default: return finish<R>(call, sums, row, column, [](vf x) { return x; });
     }

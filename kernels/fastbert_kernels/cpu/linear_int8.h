@@ -8,7 +8,7 @@ struct Affine {
     float scale, low;
 };
 
-// out = activation(x @ weight^T + bias) + residual; see linear_int8.cpp. residual may be NULL.
+// out = activation(x @ weight^T + bias) * factor + residual; see linear_int8.cpp. factor and residual may be NULL.
 template <typename T, typename O>
 struct LinearInt8 {
     const uint8_t* x;
@@ -20,6 +20,8 @@ struct LinearInt8 {
     int64_t x_stride, residual_stride, out_stride;
     int64_t n_rows, k_size, n_columns;
     int64_t activation;
+    const T* factor = NULL;
+    int64_t factor_stride = 0;
 };
 
 void linear_int8(const LinearInt8<float, float>& call, const Team& team);

@@ -8,7 +8,7 @@ import torch
 
 from fastbert_kernels.cpu import library
 
-ACTIVATIONS = {"none": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3}
+ACTIVATIONS = {"none": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3, "silu": 4}
 
 
 class PositionBias(NamedTuple):

@@ -19,6 +19,7 @@ from fastbert_kernels.offline.compiling import compile_all, run_tool
 from fastbert_kernels.offline.coverage import COVERAGE, DTYPES, EIGHT_BIT, MIN_ARCH, MODELS, OPS, Case, cases
 from fastbert_kernels.offline.planning import plan
 from fastbert_kernels.offline.printing import report
+from fastbert_kernels.offline.rotary import rotary_cases
 from fastbert_kernels.offline.training import training_cases
 from fastbert_kernels.offline.variants import variant_cases
 
@@ -47,7 +48,7 @@ def _chosen(options: argparse.Namespace, arch: int) -> Iterator[Case]:
     for dtype in options.dtype:
         if arch < MIN_ARCH.get(dtype, 0):
             continue
-        for case in chain(cases(dtype), training_cases(dtype), variant_cases(dtype)):
+        for case in chain(cases(dtype), training_cases(dtype), variant_cases(dtype), rotary_cases(dtype)):
             wanted = case.op in options.kernel and (options.model is None or case.model in options.model)
             if wanted and (options.all or case.archs is None or arch in case.archs):
                 yield case

@@ -34,7 +34,8 @@ EIGHT_BIT = {"fp8": torch.float8_e4m3fn, "int8": torch.int8}
 MIN_ARCH = {"fp8": 89}
 # Head sizes beyond those of the models: the smallest, the largest, and three that are padded to the next tile.
 HEAD_SIZES = (16, 24, 48, 80, 128)
-OPS = ("layer_norm", "gelu", "linear", "embedding", "pooling", "attention", "quantized_linear", "cross_entropy")
+OPS = ("layer_norm", "gelu", "gated", "rotary", "linear", "embedding", "pooling", "attention", "quantized_linear",
+       "cross_entropy")  # fmt: skip
 # Classes of a language model's head: BERT's, a number that 16 divides, and XLM-RoBERTa's.
 VOCABULARIES = (30522, 32000, 250002)
 
@@ -50,8 +51,10 @@ default  every kernel on every architecture. bf16: the three models with each li
          that quantise; on sm_80 and sm_90 also those of large, and a linear after heads of 80. Training: dropout +
          residual + LayerNorm, embedding, activation, pooling, attention with dropout and the linear that saves its
          pre-activation, forward and backward; of base also with a float32 stream; on sm_80 and sm_90 also attention
-         with head sizes 16, 80 and 128. Of base in bf16 and fp8, on sm_90: linears for few rows, split and launched
-         dependently, and the candidates of `fastbert tune`.
+         with head sizes 16, 80 and 128. Of families with rotary positions, in the sizes of ModernBERT-base: gates
+         forward and backward, rotation, embeddings without positions, norms without bias, attention within a window.
+         Attention with MPNet's position bias, forward and backward, in bf16. Of base in bf16 and fp8, on sm_90: linears
+         for few rows, split and launched dependently, and the candidates of `fastbert tune`.
 --all    every dtype, TF32 too, every combination of optional inputs, activations and pooling modes, int32 ids, head
          sizes 24 and 48, a model whose sizes divide by nothing ("odd"), and other numbers of classes."""
 

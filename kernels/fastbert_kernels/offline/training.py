@@ -62,7 +62,7 @@ def _attention_cases(dtype: str) -> Iterator[Case]:
             call = partial(_attention, n_heads, head_size, DTYPES[dtype], dropout)
             yield Case("attention", model, dtype, f"D{head_size} training{variant}", archs, call)
         if model == "base":  # MPNet's
-            archs, tensors = frozenset({80, 90} if dtype == "bf16" else ()), (n_heads, head_size, DTYPES[dtype])
+            archs, tensors = None if dtype == "bf16" else frozenset[int](), (n_heads, head_size, DTYPES[dtype])
             yield Case("attention", model, dtype, "position bias", archs, partial(_biased_attention, *tensors))
             call = partial(_attention, *tensors, DROPOUT, _position_bias(n_heads, DTYPES[dtype], False))
             yield Case("attention", model, dtype, f"D{head_size} training, position bias", archs, call)

@@ -1,0 +1,57 @@
+"""This module keeps attention within a window: a query reaches the keys that stand at most so many columns from it.
+
+A tile of BLOCK_Q queries visits the keys from `window` rows before its first query to `window` rows after its last one,
+BLOCK_Q + 2 * window of them, however long the text. A mask takes away those that are too far from a query. In one text
+columns ascend, so the keys in reach of a query are neighbours: each row has a first key and an end. Where masks have
+holes, these come from the host, and are no farther away than without holes.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton.language as tl
+
+from fastbert_kernels.jit import jit
+
+DO_NOT_SPECIALIZE = ("window",)
+WIDEST = 1 << 29  # beyond any text
+
+
+class Window(NamedTuple):
+    """A `Window` says which keys a query reaches.
+
+    size: columns on either side, 0 or more. ranges: (T, 2) int32, contiguous, the first key and the end of the keys of
+    each row, where masks have holes; None where the rows of each sequence are neighbours.
+    """
+
+    size: int
+    ranges: torch.Tensor | None = None
+
+
+# The arguments of a kernel where there is no window.
+NONE: dict[str, Any] = {"window": None, "ranges_ptr": None, "WINDOWED": False}
+
+
+def arguments(window: Window) -> dict[str, Any]:
+    """Returns the arguments of a kernel for a window."""
+    return {"window": min(window.size, WIDEST), "ranges_ptr": window.ranges, "WINDOWED": True}
+
+
+@jit
+def keys_in_reach(first_row, end_row, first_key, end_key, window):
+    """Returns the first key and the end of the keys that some row of a tile reaches."""
+    return tl.maximum(first_key, first_row - window), tl.minimum(end_key, end_row + window)
+
+
+@jit
+def reach_of_rows(rows, row_mask, row_first_key, row_end_key, window, ranges_ptr):
+    """Returns the first key and the end of the keys of each row, (rows,) each, from those of its sequence."""
+    if ranges_ptr is None:
+        first = tl.maximum(row_first_key, rows - window)
+        end = tl.minimum(row_end_key, rows + window + 1)
+    else:
+        first = tl.load(ranges_ptr + 2 * rows.to(tl.int64), mask=row_mask, other=0)
+        end = tl.load(ranges_ptr + 2 * rows.to(tl.int64) + 1, mask=row_mask, other=0)
+    return first, end
