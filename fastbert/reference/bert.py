@@ -173,7 +173,8 @@ def bert(
     x = x.masked_fill(padding, 0)
 
     hidden_states, attentions = [x], []
-    n_sets = config.extra.get("num_hidden_groups", config.num_hidden_layers)  # of weights, which layers share
+    settings = getattr(config, "extra", vars(config))  # of ours, or of transformers' configuration
+    n_sets = settings.get("num_hidden_groups", config.num_hidden_layers)  # of weights, which layers share
     for i in range(config.num_hidden_layers):
         layer = f"encoder.layer.{i * n_sets // config.num_hidden_layers}"
         q, k, v = (p.heads(f"{layer}.attention.self.{name}", x) for name in ("query", "key", "value"))
