@@ -43,7 +43,8 @@ class GatedRotaryEmbeddings(nn.Module):
     @property
     def n_token_types(self) -> int:
         """The number of segments; it is one without a table."""
-        return 1 if self.token_type_embeddings is None else self.token_type_embeddings.num_embeddings
+        table: Any = self._modules.get("token_type_embeddings")
+        return 1 if table is None else table.num_embeddings
 
     def forward(
         self,
