@@ -24,7 +24,10 @@ SIZES: dict[str, Any] = {
     "intermediate_size": 96,
     "max_position_embeddings": 40,
 }
-VALUES: dict[str, Any] = {"pre_norm": True, "rotary": 1e4, "position_bias": torch.zeros(2, 9), "window": 128}
+VALUES: dict[str, Any] = {
+    "pre_norm": True, "rotary": 1e4, "position_bias": torch.zeros(2, 9), "window": 128, "scale": 0.1,
+    "distances": object(), "convolution": object(),  # which nobody looks into here
+}  # fmt: skip
 COMPILED = pytest.mark.skipif(cpu.obstacle() is not None, reason=str(cpu.obstacle()))
 
 
