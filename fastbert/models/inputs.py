@@ -140,8 +140,9 @@ def takes_inputs(forward: Callable[..., Any]) -> Callable[..., Any]:
     that nobody knows.
     """
     own = [each for each in inspect.signature(forward).parameters.values() if each.name not in ("self", "inputs")]
-    positional = (*_POSITIONAL, *(each.name for each in own))
-    known = frozenset((*_NAMES, *positional))
+    positional = (*_POSITIONAL, *(each.name for each in own if each.kind is each.POSITIONAL_OR_KEYWORD))
+    names = [each.name for each in own]
+    known = frozenset((*_NAMES, *positional, *names))
     n_positional = len(positional)
 
     def call(self: Any, *args: Any, **arguments: Any) -> Any:
@@ -165,7 +166,7 @@ def takes_inputs(forward: Callable[..., Any]) -> Callable[..., Any]:
             if name in arguments:
                 raise TypeError(f"forward() got multiple values for argument {name!r}")
             arguments[name] = value
-        others = {name: arguments.pop(name) for name in positional[5:] if name in arguments}
+        others = {name: arguments.pop(name) for name in names if name in arguments}
         return forward(self, Inputs(**arguments), **others)
 
     functools.update_wrapper(call, forward)

@@ -42,6 +42,7 @@ class BertForPreTraining(ModelWithDecoder):
         inputs: Inputs,
         labels: Tensor | None = None,
         next_sentence_label: Tensor | None = None,
+        *,
         sentence_order_label: Tensor | None = None,
     ) -> outputs.BertForPreTrainingOutput | outputs.AlbertForPreTrainingOutput | tuple[Tensor, ...]:
         """labels: (B, S) token ids, -100 where not asked; next_sentence_label: (B,), 0 = is next, 1 = random.

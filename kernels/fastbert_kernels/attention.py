@@ -372,7 +372,7 @@ def varlen_attention_forward(
                 out_row_stride=out.stride(0),
                 lse_head_stride=lse.stride(0) if lse is not None else None,
                 scale_log2=scale * LOG2_E.value,
-                **drawing.arguments(dropout),
+                **(drawing.NONE if dropout is None else drawing.arguments(dropout)),
                 **(biases.NONE if bias is None else biases.arguments(bias, scale)),
                 **(windows.NONE if window is None else windows.arguments(window)),
                 HEAD_SIZE=head_size,

@@ -155,9 +155,13 @@ def spread_rows(bits):
     return tl.reshape(keep, (bits.shape[0] * GROUP, N_WORDS * GROUP))
 
 
+# The arguments of a kernel where nothing is dropped.
+NONE: dict[str, Any] = dict.fromkeys((*DO_NOT_SPECIALIZE, "keep_scale"))
+
+
 def arguments(dropout: Dropout | None) -> dict[str, Any]:
-    """Returns what a kernel takes to draw the masks of a dropout; None for each where nothing is dropped."""
+    """Returns what a kernel takes to draw the masks of a dropout; NONE where nothing is dropped."""
     if dropout is None:
-        return dict.fromkeys((*DO_NOT_SPECIALIZE, "keep_scale"))
+        return NONE
     values = (*dropout.key, dropout.site, dropout.threshold, dropout.scale)
     return dict(zip((*DO_NOT_SPECIALIZE, "keep_scale"), values, strict=True))

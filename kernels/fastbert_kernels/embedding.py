@@ -360,6 +360,6 @@ def embedding_norm_forward(
         HAS_TOKEN_TYPES=token_type is not None,
         DROPOUT=dropout is not None,
         LOW=y_low is not None,
-        **drawing.arguments(dropout),
+        **(drawing.NONE if dropout is None else drawing.arguments(dropout)),
     )
     return y, y_low, total, mean, rstd

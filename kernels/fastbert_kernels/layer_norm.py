@@ -280,6 +280,6 @@ def residual_norm_forward(
         HAS_RESIDUAL=residual is not None,
         DROPOUT=dropout is not None,
         LOW=y_low is not None,
-        **drawing.arguments(dropout),
+        **(drawing.NONE if dropout is None else drawing.arguments(dropout)),
     )
     return y, y_low, total, mean, rstd
