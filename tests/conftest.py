@@ -8,6 +8,7 @@ Two options make a machine without a GPU look like one that has it, as far as it
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import os
 from collections.abc import Iterator
@@ -46,6 +47,12 @@ def pytest_configure(config: pytest.Config) -> None:
         from fastbert_kernels import launch
 
         launch.MIN_ARCH = arch
+
+
+def pytest_collection_finish() -> None:
+    """Leaves what is there before the first test out of the garbage collector, which many tests call."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
