@@ -136,7 +136,7 @@ def test_spans(true: list[list[str]], predicted: list[list[str]], expected: tupl
 
 @pytest.mark.skipif(importlib.util.find_spec("seqeval") is None, reason="seqeval is not installed")
 def test_random_spans() -> None:
-    """Catches a difference from seqeval on random tags, well-formed or not (run with PYTHONPATH=/tmp/seqeval)."""
+    """Catches a difference from seqeval on random tags, well-formed or not."""
     from seqeval.metrics import classification_report
     from seqeval.metrics.sequence_labeling import get_entities
 
