@@ -1,4 +1,4 @@
-"""These kernels compute the softmax cross entropy of rows of logits, and write its gradient over the logits.
+"""This module computes the softmax cross entropy of rows of logits, and writes its gradient over the logits.
 
     l      = logits + bias
     peak   = max_j l_j,    log_sum = log sum_j exp(l_j - peak),    lse = peak + log_sum

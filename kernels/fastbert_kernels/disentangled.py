@@ -1,4 +1,4 @@
-"""These kernels compute disentangled attention over packed sequences, without numbers for all pairs in memory.
+"""This module computes disentangled attention over packed sequences, without numbers for all pairs in memory.
 
     out[i] = sum_j softmax_j(scale * (q[i] . k[j] + q[i] . pk[b(i - j)] + k[j] . pq[b(i - j)])) v[j]
 

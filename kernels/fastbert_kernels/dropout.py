@@ -1,4 +1,4 @@
-"""These helpers draw dropout masks inside kernels: those of `fastbert_kernels.masks`, which says how they are defined.
+"""This module draws dropout masks inside kernels: those of `fastbert_kernels.masks`, which says how they are defined.
 
 One call of Philox4x32-7 gives the numbers of eight neighbouring columns. What depends on a row or a column alone stays
 (R, 1) or (1, G) until it meets the other, which leaves 9 of the 14 multiplications to each call.

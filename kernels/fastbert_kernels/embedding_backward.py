@@ -1,4 +1,4 @@
-"""These kernels add the gradients of tokens to the rows of a table, in a fixed order and without atomics.
+"""This module adds the gradients of tokens to the rows of a table, in a fixed order and without atomics.
 
     out[v] = sum of grad[t] over the tokens t with ids[t] = v, in the order of t;    0 for padding_idx
 

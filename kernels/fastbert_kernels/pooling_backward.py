@@ -1,4 +1,4 @@
-"""These kernels are the backward pass of pooling: each row gets its share of the gradient of its sequence.
+"""This module is the backward pass of pooling: each row gets its share of the gradient of its sequence.
 
     cls, last            g for the first or the last row, 0 for the others
     mean, mean_sqrt_len  g / n, g / sqrt(n)

@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[2]
 TESTS = sorted((ROOT / "tests").rglob("test_*.py"))
 
 # A first word that opens a fragment: what the sentence is about stands somewhere else, or nowhere.
-FRAGMENTS = ("Of ", "That ", "Where ", "Those ", "As ", "Ours")
+FRAGMENTS = ("Of ", "That ", "Where ", "Those ", "These ", "As ", "Ours")
 PLACES = {
     **{f"fastbert/{path.parent.name}": path.parent for path in sorted((ROOT / "fastbert").glob("*/__init__.py"))},
     "kernels": ROOT / "kernels",
