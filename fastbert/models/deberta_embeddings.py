@@ -107,8 +107,3 @@ class DebertaEmbeddings(nn.Module):
     def runs_in_kernel(self, policy: Policy) -> bool:
         """Tells whether the Triton kernel computes them, which can note ids beyond their table."""
         return self._backend(policy) == "triton"
-
-    def check_ids(self, input_ids: Tensor, token_type_ids: Tensor) -> None:
-        """Raises IndexError where one of them is beyond its table."""
-        n_words = self.word_embeddings.num_embeddings
-        ops.check_ids(input_ids=(input_ids, n_words), token_type_ids=(token_type_ids, self.n_token_types))

@@ -17,6 +17,8 @@ from typing import Any
 
 import numpy as np
 
+from fastbert.serving.errors import ApiError
+
 BOOLEANS = {"true": True, "false": False}
 FORMATS = ("float", "base64")
 
@@ -159,8 +161,8 @@ class Embeddings:
         try:
             texts, form = read_request(await request.body())
         except BadRequest as error:
-            body = {"message": str(error), "type": "invalid_request_error", "param": None, "code": "invalid_value"}
-            return JSONResponse({"error": body}, status_code=400)
+            refused = ApiError(400, "invalid_value", str(error))
+            return JSONResponse(refused.body, refused.status)
         counted = await asyncio.to_thread(self._count, texts)
         return JSONResponse(answer(self.arguments.model, await self._batched(counted), counted, form))
 

@@ -17,6 +17,7 @@ from typing import Any
 
 from fastbert.checks import check_text
 from fastbert.text import storage
+from fastbert.text.files import field_of
 
 MANIFEST = "manifest.json"
 FORMAT = 1  # of the manifest; another number is another cut
@@ -109,16 +110,7 @@ def _text(line: bytes, place: int, path: str, key: str | None) -> str:
         text = line.removesuffix(b"\n").removesuffix(b"\r").decode("utf-8" if place else "utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{where}: not UTF-8: {error.reason} at byte {error.start + 1}") from error
-    if key is None:
-        return text
-    try:
-        record = json.loads(text)
-    except ValueError as error:
-        raise ValueError(f"{where}: not JSON: {error}") from error
-    if not isinstance(record, dict) or not isinstance(record.get(key), str):
-        raise ValueError(f"{where}: expected a JSON object with a string under {key!r}")
-    check_text(where, record[key])
-    return record[key]
+    return text if key is None else field_of(text, key, where)
 
 
 def model_fingerprint(folder: Path) -> str:

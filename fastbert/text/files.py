@@ -40,18 +40,19 @@ def read_texts(path: str, field: str | None = None) -> Iterator[str]:
             except UnicodeDecodeError as error:
                 raise ValueError(f"{place}: not UTF-8: {error.reason} at byte {error.start + 1}") from error
             if field is not None:
-                text = _field(text, field, place)
-                check_text(place, text)
+                text = field_of(text, field, place)
             yield text
 
 
-def _field(line: str, field: str, place: str) -> str:
+def field_of(line: str, field: str, place: str) -> str:
+    """Returns the string under `field` of a line of JSON. Raises ValueError, with its place, for any other line."""
     try:
         record = json.loads(line)
     except ValueError as error:
         raise ValueError(f"{place}: not JSON: {error}") from error
     if not isinstance(record, dict) or not isinstance(record.get(field), str):
         raise ValueError(f"{place}: expected a JSON object with a string under {field!r}")
+    check_text(place, record[field])
     return record[field]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -41,7 +41,7 @@ def plan(settings: FinetuneSettings) -> dict[str, Any]:
         "records of training": len(prepared.train),
         "records of evaluation": len(prepared.evaluation),
         **prepared.facts,
-        "tokens of an input, by percentile": _percentiles(full),
+        "tokens of an input, by percentile": percentiles(full),
         "longest input that is read": limit,
         became: truncated,
         f"{became}, of evaluation": of_evaluation,
@@ -68,7 +68,8 @@ def lines(plan: Mapping[str, Any]) -> list[str]:
     return written
 
 
-def _percentiles(lengths: list[int]) -> dict[str, int]:
+def percentiles(lengths: Sequence[int]) -> dict[str, int]:
+    """Returns lengths at SHARES, by share in percent."""
     return {str(share): int(value) for share, value in zip(SHARES, np.percentile(lengths, SHARES), strict=True)}
 
 

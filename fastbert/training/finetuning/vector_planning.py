@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from fastbert.training.finetuning.clock import clock
-from fastbert.training.finetuning.planning import SHARES, TIMED, WARMUP
+from fastbert.training.finetuning.planning import TIMED, WARMUP, percentiles
 from fastbert.training.finetuning.vector_settings import VectorSettings
 
 MEASURED = 10_000  # inputs whose tokens are counted, evenly spread over the data
@@ -41,11 +41,10 @@ def plan(
     records = settings.batch_size * settings.accumulate
     n_batches, seconds = _timed(trainer_class, arguments, model, loss, data)
     steps = settings.steps or max(1, math.ceil(settings.epochs * max(1, math.ceil(n_batches / settings.accumulate))))
-    percentiles = np.percentile(lengths, SHARES)
     return {
         "model": settings.model,
         **sizes,
-        "tokens of an input, by percentile": dict(zip(map(str, SHARES), map(int, percentiles), strict=True)),
+        "tokens of an input, by percentile": percentiles(lengths),
         "longest input that is read": longest,
         "inputs that were counted": len(lengths),
         "of these truncated": sum(length > longest for length in lengths),
