@@ -107,9 +107,7 @@ def run(args: argparse.Namespace) -> None:
     if not finetune_vectors.is_first():
         return
     if result.plan is not None:
-        from fastbert.training.finetuning.planning import lines
-
-        print("\n".join(lines(result.plan)))
+        finetune_vectors.print_plan(result.plan)
         return
     for name, value in result.metrics.items():
         if isinstance(value, float):

@@ -163,13 +163,18 @@ def leave_group() -> None:
     leave()
 
 
+def print_plan(plan: Mapping[str, Any]) -> None:
+    """Prints what a dry run found, a line for each fact."""
+    from fastbert.training.finetuning.planning import lines
+
+    print("\n".join(lines(plan)))
+
+
 def _say(result: Any) -> None:
     if not is_first():
         return
     if result.plan is not None:
-        from fastbert.training.finetuning.planning import lines
-
-        print("\n".join(lines(result.plan)))
+        print_plan(result.plan)
         return
     name = result.headline
     if result.after:

@@ -8,7 +8,6 @@ The arguments are those of `ServeArguments`. Requests and answers are those of O
 from __future__ import annotations
 
 import asyncio
-import base64
 import importlib.util
 import json
 from collections.abc import Mapping, Sequence
@@ -17,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from fastbert.serving import answers
 from fastbert.serving.errors import ApiError
 
 BOOLEANS = {"true": True, "false": False}
@@ -111,16 +111,7 @@ def read_request(body: bytes) -> tuple[list[str], str]:
 
 def answer(model: str, vectors: np.ndarray, texts: Texts, form: str) -> dict[str, Any]:
     """Returns what OpenAI's `/v1/embeddings` answers, and how many texts were truncated."""
-    rows: list[Any] = vectors.tolist()
-    if form == "base64":
-        rows = [base64.b64encode(row.astype("<f4").tobytes()).decode() for row in vectors]
-    return {
-        "object": "list",
-        "model": model,
-        "data": [{"object": "embedding", "index": i, "embedding": row} for i, row in enumerate(rows)],
-        "usage": {"prompt_tokens": texts.n_tokens, "total_tokens": texts.n_tokens},
-        "truncated": texts.n_truncated,
-    }
+    return answers.embeddings(model, vectors, texts.n_tokens, texts.n_truncated, form == "base64")
 
 
 class Embeddings:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +9,7 @@ import numpy as np
 
 from fastbert._version import __version__
 from fastbert.pipelines.token_logits import softmax
-from fastbert.serving import schemas
+from fastbert.serving import answers, schemas
 from fastbert.serving.calls import Call
 from fastbert.serving.errors import ApiError, invalid
 from fastbert.serving.served import Served, ServedClassifier, ServedEncoder, ServedTagger
@@ -48,14 +47,7 @@ async def embeddings(call: Call) -> Any:
         raise ApiError(424, "unsupported_task", "the model makes no dense vectors", param="model")
     as_base64 = fields.choice("encoding_format", "float", "float", "base64") == "base64"
     vectors, _ = await _vectors(call, "input")
-    data = [
-        {"object": "embedding", "index": i, "embedding": _base64(vector) if as_base64 else vector.tolist()}
-        for i, vector in enumerate(vectors)
-    ]
-    usage = {"prompt_tokens": call.n_tokens, "total_tokens": call.n_tokens}
-    return {
-        "object": "list", "data": data, "model": call.model.name, "usage": usage, "truncated": call.n_truncated,
-    }  # fmt: skip
+    return answers.embeddings(call.model.name, vectors, call.n_tokens, call.n_truncated, as_base64)
 
 
 async def embed(call: Call) -> Any:
@@ -63,7 +55,7 @@ async def embed(call: Call) -> Any:
     call.choose_model("embed")
     vectors, _ = await _vectors(call, "inputs")
     if call.fields.choice("encoding_format", "float", "float", "base64") == "base64":
-        return [_base64(vector) for vector in vectors]
+        return [answers.encoded(vector) for vector in vectors]
     return [vector.tolist() for vector in vectors]
 
 
@@ -82,10 +74,6 @@ def _inputs(call: Call, name: str) -> tuple[list[Any], bool]:
     assert call.model is not None
     vocab_size = call.model.bert.config.vocab_size
     return schemas.inputs(name, call.fields.required(name), call.service.settings.limits, vocab_size)
-
-
-def _base64(vector: np.ndarray) -> str:
-    return base64.b64encode(vector.astype("<f4").tobytes()).decode("ascii")
 
 
 async def embed_all(call: Call) -> Any:
