@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 from fastbert.serving.errors import ApiError, invalid
+from fastbert.serving.interruption import Interruption
 
 if TYPE_CHECKING:
     from starlette.requests import Request
@@ -64,11 +65,10 @@ async def read_json(request: Request, limits: Limits) -> dict[str, Any]:
     length = request.headers.get("content-length", "")
     if length.isdecimal() and int(length[:20]) > limits.body_bytes:
         raise _too_large(limits)
-    try:
-        data = await asyncio.wait_for(_read(request, limits), limits.body_seconds)
-    except (TimeoutError, asyncio.TimeoutError) as error:  # two classes before Python 3.11
-        message = f"the body did not arrive within {limits.body_seconds:g} seconds"
-        raise ApiError(408, "body_timeout", message) from error
+    message = f"the body did not arrive within {limits.body_seconds:g} seconds"
+    with Interruption() as interrupt:
+        interrupt.later(limits.body_seconds, ApiError(408, "body_timeout", message))
+        data = await _read(request, limits)
     return parse_object(data) if len(data) < LARGE_BODY else await asyncio.to_thread(parse_object, data)
 
 

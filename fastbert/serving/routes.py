@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -110,7 +111,10 @@ async def similarity(call: Call) -> Any:
     answer = await call.compute(lane, [source, *others], parameters.get("truncate", bool))
     first, *rest = (vector[None] for vector in answer.results)
     # Each pair alone: then no other sentence of the request has a say in the bits.
-    return [float(model.model.similarity_pairwise(first, vector)) for vector in rest]
+    scores = [float(model.model.similarity_pairwise(first, vector)) for vector in rest]
+    if not all(map(math.isfinite, scores)):
+        raise ApiError(500, "not_finite", "the model gave NaN or infinity for a pair of this request")
+    return scores
 
 
 async def rerank(call: Call) -> Any:
