@@ -203,13 +203,16 @@ def main() -> None:
     print(alone(encode, inputs, options.seconds), flush=True)
     pythons = dict(each.split("=", 1) for each in options.python)
     for name in options.only:
-        python, package = pythons.get(name, sys.executable), serve_rivals.KINDS[name].package
-        version = serve_rivals.version_of(package, python)
+        python = pythons.get(name, sys.executable)
+        version = serve_rivals.version_of(python, *serve_rivals.KINDS[name].packages)
         if version is None and name != serve_rivals.OURS:
             print(f"{name:32} is not installed: --python {name}=PYTHON names where it is", flush=True)
             continue
-        with serve_rivals.started(name, options.model, python) as url:
-            _measure(f"{name} {version or ''}".strip(), url, inputs, options)
+        try:
+            with serve_rivals.started(name, options.model, python) as url:
+                _measure(f"{name} {version or ''}".strip(), url, inputs, options)
+        except RuntimeError as error:  # a rival that fails is no reason to leave out the next
+            print(f"{name:32} {str(error).strip().splitlines()[-1]}", flush=True)
     for each in options.server:
         name, _, url = each.partition("=")
         _measure(name, url, inputs, options)

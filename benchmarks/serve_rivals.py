@@ -47,12 +47,11 @@ uvicorn.run(app, host="127.0.0.1", port=port, access_log=False, log_level="warni
 
 @dataclass(frozen=True)
 class Kind:
-    """A Kind of server. package: of which the version is told. command: arguments of Python, for a folder and a port.
-
-    ready: the route that says 200 when it can be asked.
+    """A Kind of server. packages: one of them has it, whose version is told. command: arguments of Python, for a folder
+    and a port. ready: the route that says 200 when it can be asked.
     """
 
-    package: str
+    packages: tuple[str, ...]
     command: Callable[[str, int], list[str]]
     ready: str = "/health"
     env: Mapping[str, str] = field(default_factory=dict)
@@ -77,18 +76,23 @@ def _vllm(folder: str, port: int) -> list[str]:
 OURS = "fastbert serve"
 OFFLINE = {"HF_HUB_OFFLINE": "1", "DO_NOT_TRACK": "1"}
 KINDS = {
-    OURS: Kind("fastbert-engine", _fastbert, "/ready"),
-    "sentence-transformers": Kind("sentence-transformers", lambda folder, port: ["-c", PLAIN, folder, str(port)]),
-    "infinity": Kind("infinity_emb", _infinity, env={**OFFLINE, "INFINITY_ANONYMOUS_USAGE_STATS": "0"}),
-    "vllm": Kind("vllm", _vllm, env={**OFFLINE, "VLLM_TARGET_DEVICE": "cpu", "VLLM_CPU_KVCACHE_SPACE": "1"}),
+    OURS: Kind(("fastbert-engine",), _fastbert, "/ready"),
+    "sentence-transformers": Kind(("sentence-transformers",), lambda folder, port: ["-c", PLAIN, folder, str(port)]),
+    "infinity": Kind(("infinity_emb",), _infinity, env={**OFFLINE, "INFINITY_ANONYMOUS_USAGE_STATS": "0"}),
+    "vllm": Kind(
+        ("vllm", "vllm-cpu"), _vllm, env={**OFFLINE, "VLLM_TARGET_DEVICE": "cpu", "VLLM_CPU_KVCACHE_SPACE": "1"}
+    ),
 }
 
 
-def version_of(package: str, python: str) -> str | None:
-    """Returns the version of a package in the environment of a Python, None where it is not installed."""
-    code = f"import importlib.metadata as m; print(m.version({package!r}))"
-    done = subprocess.run([python, "-c", code], capture_output=True, text=True)
-    return done.stdout.strip() or None
+def version_of(python: str, *packages: str) -> str | None:
+    """Returns the version of the first package that is in the environment of a Python, None where none is."""
+    for package in packages:
+        code = f"import importlib.metadata as m; print(m.version({package!r}))"
+        done = subprocess.run([python, "-c", code], capture_output=True, text=True)
+        if done.returncode == 0:
+            return done.stdout.strip()
+    return None
 
 
 def free_port() -> int:

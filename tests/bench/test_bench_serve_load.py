@@ -59,8 +59,8 @@ def test_latency_is_measured_in_turn(server: ServerThread, capsys: pytest.Captur
 
 def test_a_server_that_is_not_there(tmp_path: Path) -> None:
     """Catches a rival without its version, and one that cannot start and leaves no word of the reason."""
-    assert serve_rivals.version_of("numpy", sys.executable) == np.__version__
-    assert serve_rivals.version_of("not-there", sys.executable) is None
+    assert serve_rivals.version_of(sys.executable, "not-there", "numpy") == np.__version__
+    assert serve_rivals.version_of(sys.executable, "not-there") is None
     starting = serve_rivals.started(serve_rivals.OURS, str(tmp_path / "none"))
     with pytest.raises(RuntimeError, match="(?s)fastbert serve did not start: .*no such folder"), starting:
         pass
