@@ -1,5 +1,7 @@
 """All metadata of the distribution; pyproject.toml names the build system and configures the tools."""
 
+import copy
+import os
 import platform
 import re
 import sys
@@ -47,7 +49,19 @@ FLAGS = ["-O3", "-g0", "-std=c++17", "-fopenmp", "-ffp-contract=fast", "-fno-mat
 
 
 class BuildKernels(build_ext):
-    """Gives the libraries a name with a dot, "avx2.x86_64.so", which nobody takes for a module to import."""
+    """Gives the libraries a name with a dot, "avx2.x86_64.so", which nobody takes for a module to import.
+
+    They are compiled side by side, one for each processor.
+    """
+
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        self.parallel = self.parallel or os.cpu_count() or 1
+
+    def build_extension(self, ext: Extension) -> None:
+        own = copy.copy(self)  # all libraries have the same sources, so each needs a folder for its objects
+        own.build_temp = os.path.join(self.build_temp, ext.name)
+        super(BuildKernels, own).build_extension(ext)
 
     def get_ext_filename(self, fullname: str) -> str:
         return f"{fullname.replace('.', '/')}.{platform.machine()}.so"
