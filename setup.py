@@ -31,8 +31,8 @@ CPU_SOURCES = (
 )  # fmt: skip
 CPU_HEADERS = (
     "activations", "attention", "attention_backward", "attention_bias", "attention_rows", "attention_tiles",
-    "disentangled", "encoder", "layer_norm", "linear", "linear_int8", "panels", "philox", "quantize", "residual_norm",
-    "rotary", "rows", "team", "vector",
+    "convolution", "disentangled", "encoder", "layer_norm", "linear", "linear_int8", "panels", "philox", "quantize",
+    "residual_norm", "rotary", "rows", "team", "vector",
 )  # fmt: skip
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mprefer-vector-width=512"]
 INSTRUCTIONS = {

@@ -25,11 +25,18 @@ _PLAIN_PARAMETERS = frozenset((*tracing.PLAIN, type(None)))
 
 
 class EncoderState:
-    """The modules of one encoder as they were last seen. snapshot: None before the first look."""
+    """The modules of one encoder as they were last seen. snapshot: None before the first look.
+
+    features: what layers have beyond BERT's, None before `layer_features`, which finds two things more. beside: the
+    activation of a convolution beside a layer, or None. projects: whether a linear stands between the tables of the
+    embeddings and the layers.
+    """
 
     def __init__(self) -> None:
         self.snapshot: ModuleSnapshot | None = None
-        self.features: list[str] | None = None  # what layers have beyond BERT's, None before `layer_features`
+        self.features: list[str] | None = None
+        self.beside: str | None = None
+        self.projects = False
         self._n_silent_writes = 0
 
     def plain_modules(self, model: EncoderModel) -> bool:
@@ -48,12 +55,16 @@ class EncoderState:
         if snapshot is None or not snapshot.same_modules():
             parts: list[nn.Module | None] = [model.embeddings, model.embeddings_project, model.encoder]
             snapshot = ModuleSnapshot([part for part in parts if part is not None], model.own_modules)
-            self.snapshot, self.features, self._n_silent_writes = snapshot, None, 0
+            self.snapshot, self.features, self.beside, self._n_silent_writes = snapshot, None, None, 0
         return snapshot
 
     def layer_features(self, model: EncoderModel) -> list[str]:
         """Returns what the layers have beyond BERT's, by the names of `block.FEATURES`. After `plain_modules`."""
-        self.features = features_of(list(model.blocks()))
+        blocks = list(model.blocks())
+        self.features = features_of(blocks)
+        inside = getattr(model.embeddings, "embed_proj", None)
+        self.projects = model.embeddings_project is not None or inside is not None
+        self.beside = next((block.convolution.activation for block in blocks if block.convolution is not None), None)
         return self.features
 
     def plain_parameters(self) -> bool:
