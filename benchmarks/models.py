@@ -44,8 +44,8 @@ def flops(config: BertConfig, lengths: Iterable[int]) -> float:
     """The operations of the encoder on sequences of these lengths, a multiply-add counting two.
 
     A token of a sequence of S: 2 (4 H^2 + 2 H I) L in linears, 4 H S L in attention. ModernBERT has a gate, H I more,
-    and within a window a token sees at most 2 W + 1 others. DeBERTa multiplies a token by the rows of the distances in a
-    text, 2 S - 1 but at most 2 R, for each term.
+    and within a window a token sees at most 2 W + 1 others. DeBERTa multiplies a token by the rows of all distances in
+    a text, 2 S - 1 but at most 2 R, for each term.
     """
     h, layers = config.hidden_size, config.num_hidden_layers
     n_weights = sum(m * k for m, k in product_shapes(h, config.intermediate_size).values())

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastbert import ops
 from fastbert.engine.block import Block, Convolution, Norm
-from fastbert.ops import columns, gelu, recording
+from fastbert.ops import columns_around, gelu, recording
 from fastbert.ops.dispatch import Policy
 from fastbert.ops.packing import PackedBatch
 from fastbert.ops.quantize import DTYPES, OUT_GROUP, Quantized
@@ -90,7 +90,7 @@ def _run_layer(
 def _convolve(beside: Convolution, x: Tensor, batch: PackedBatch) -> Tensor:
     """What a convolution gives of rows, (T, H); it is not in 8 bits."""
     product = beside.product()
-    rows = columns.beside(x, batch, beside.weight.shape[-1])
+    rows = columns_around.beside(x, batch, beside.weight.shape[-1])
     return ops.bias_gelu(
         ops.linear(rows, product.weight, product.bias, policy=TORCH), None, beside.activation, policy=TORCH
     )

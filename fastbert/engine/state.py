@@ -16,10 +16,6 @@ from fastbert.ops import tracing
 
 GRADIENTS = "gradients are on (torch.no_grad or torch.inference_mode turns them off)"
 TRAINING = "the model is in training mode"
-_NOT_IN_GRAPHS = {
-    "distances": "disentangled attention",
-    "convolution": "a convolution beside a layer",
-}
 # The types that an entry of a module's parameters may have, for code that takes their addresses.
 _PLAIN_PARAMETERS = frozenset((*tracing.PLAIN, type(None)))
 
@@ -82,18 +78,6 @@ class EncoderState:
             yield observer
         if not self.plain_modules(model):
             yield "a module of the encoder is an adapter, has hooks or a forward of its own, or is in training mode"
-
-    def graph_obstacles(self, model: EncoderModel, device: torch.device) -> Iterator[str]:
-        """The same, and what layers do that looks at lengths on the host, which no graph can."""
-        plain = True
-        for obstacle in self.obstacles(model, device):
-            plain = False
-            yield obstacle
-        if plain:
-            features = self.layer_features(model) if self.features is None else self.features
-            for name, words in _NOT_IN_GRAPHS.items():
-                if name in features:
-                    yield f"{words} has no kernel that a graph can launch"
 
     def written_silently(self, model: EncoderModel) -> bool:
         """Tells whether weights were written to without PyTorch's count; then what is derived is made anew.

@@ -17,7 +17,7 @@ from fastbert.models import fused, hooks
 from fastbert.models.modules import call_dropout
 from fastbert.models.rotary import normalise
 from fastbert.ops import Policy, packing
-from fastbert.ops.columns import beside
+from fastbert.ops.columns_around import beside
 from fastbert.ops.derived import Derived
 
 

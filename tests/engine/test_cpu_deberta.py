@@ -184,7 +184,7 @@ def test_follows_the_weights(kind: str, precision: str | None) -> None:
 
 
 def test_convolution_between_guards(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches a convolution whose rows lie beside one another outside of the workspace, or some that are not written."""
+    """Catches a convolution whose rows are put outside of the workspace, or some that are not written."""
     kind, lengths = "convolution in groups", [300, 7]  # more rows than are convolved at a time
     model = make(kind)
     monkeypatch.setattr(

@@ -1,4 +1,4 @@
-"""Rows of packed tokens by their columns: what stands around a token in its sequence."""
+"""The rows of neighbouring columns are laid beside one another, for a convolution over the columns of packed texts."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastbert.ops import recording
-from fastbert.ops.packing import PackedBatch
+from fastbert.ops.packed_batch import PackedBatch
 
 
 def beside(x: Tensor, batch: PackedBatch, size: int) -> Tensor:
