@@ -32,9 +32,9 @@ CPU_SOURCES = (
     "gated", "ids", "linear", "linear_int8", "packing", "pooling", "residual_norm", "samples", "weight_gradient",
 )  # fmt: skip
 CPU_HEADERS = (
-    "activations", "attention", "attention_backward", "attention_bias", "attention_rows", "attention_tiles", "encoder",
-    "layer_norm", "linear", "linear_int8", "panels", "philox", "quantize", "residual_norm", "rotary", "rows", "team",
-    "vector",
+    "activations", "attention", "attention_backward", "attention_bias", "attention_rows", "attention_tiles",
+    "convolution", "disentangled", "encoder", "layer_norm", "linear", "linear_int8", "panels", "philox", "quantize",
+    "residual_norm", "rotary", "rows", "team", "vector",
 )  # fmt: skip
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mprefer-vector-width=512"]
 INSTRUCTIONS = {
