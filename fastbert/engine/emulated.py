@@ -60,15 +60,14 @@ def _run_layer(
     if block.rotary is not None:
         angles = ops.rotations(position_ids, block.head_size, block.rotary, block.position_factor)
         qkv = ops.rotary(qkv, *angles, heads, policy=TORCH)
-    if block.distances is not None:
-        assert block.scale is not None
-        context = ops.disentangled_attention(
-            qkv, block.distances.project(), batch, heads, scale=block.scale, policy=TORCH
-        )
-    else:
+    if block.distances is None:
         context = ops.varlen_attention(
             qkv, batch, heads, scale=block.scale, position_bias=block.position_bias, window=block.window, policy=TORCH
         )
+    else:
+        assert block.scale is not None
+        positions = block.distances.project()
+        context = ops.disentangled_attention(qkv, positions, batch, heads, scale=block.scale, policy=TORCH)
     beside = block.convolution
     convolved = None if beside is None else _convolve(beside, x, batch)
     y = multiply("out", quantize(context, precision, block.head_size)) + x
