@@ -277,7 +277,10 @@ class Graphs:
         out = buffers.out[:bucket]
         inputs, static = layout.static_batch(buffers.words, batch)
 
+        plans = static.plans()
+
         def function() -> None:
+            static.set_plans(plans)  # what layers make of columns is part of the graph, each time the function runs
             out.copy_(forward(inputs, static, layout.batch(buffers.words)))
 
         capturer = self._capturer

@@ -99,6 +99,14 @@ class PackedBatch:
             self._plans[key] = make()
         return self._plans[key]
 
+    def plans(self) -> dict[Any, Any]:
+        """Returns what `plan` has made so far."""
+        return dict(self._plans)
+
+    def set_plans(self, plans: dict[Any, Any]) -> None:
+        """Forgets what `plan` has made beside these."""
+        self._plans = dict(plans)
+
     def has_plan(self, key: Any) -> bool:
         """Tells whether `plan` has made this one."""
         return key in self._plans
