@@ -52,7 +52,13 @@ def in_bucket_rows(batch: PackedBatch, inputs: PackedInputs, shape: Shape) -> tu
     for row, ids in zip(rows[:3], inputs[:3], strict=True):
         if row is not None and ids is not None:
             row[: batch.n_tokens].copy_(ids)
-    return rows, attention_plan.batch_in_rows(batch, rows.position_ids, shape.dtype, shape.head_size, shape.policy)
+    static = attention_plan.batch_in_rows(batch, rows.position_ids, shape.dtype, shape.head_size, shape.policy)
+    if batch.columns is not None:
+        columns, seq_ids = (torch.full((bucket,), fill, dtype=torch.int32, device=shape.device) for fill in (0, bucket))
+        columns[: batch.n_tokens], seq_ids[: batch.n_tokens] = batch.columns, batch.seq_ids
+        static.columns = columns
+        static.plan("seq_ids", lambda: seq_ids)
+    return rows, static
 
 
 def _layout_of_mask(batch: PackedBatch, bucket: int, shape: Shape) -> Layout:
