@@ -290,7 +290,7 @@ class Graphs:
 
 
 def _holes_ahead(bucket: int, shape: Shape) -> bool:
-    """Tells whether graphs for masks with holes are captured ahead: in buckets of batches whose lengths nobody knows."""
+    """Tells whether graphs for masks with holes are captured ahead: where lengths may stay on the device."""
     return shape.distances and bucket <= masked.MOST_PLACES
 
 

@@ -12,15 +12,23 @@ import torch
 from torch import Tensor
 
 from fastbert.engine.interface import EncoderModel, PackedInputs
+from fastbert.engine.state import TRAINING
 from fastbert.ops import masked, packing
 from fastbert.ops.packing import PackedBatch
 
 
-def obstacles(model: EncoderModel) -> Iterator[str]:
-    """Every reason why the number of tokens in a mask on the model's GPU is waited for, whatever the mask."""
+def obstacles(model: EncoderModel, device: torch.device | None = None) -> Iterator[str]:
+    """Every reason why the number of tokens in a mask on the GPU is waited for, whatever the mask.
+
+    device: if it is not the model's, less can be said.
+    """
     engine = model.engine
     if engine.checks.strict:
         yield "strict_ids waits for the checks of each batch"
+    if device is not None and device != model.device:
+        if model.training:
+            yield TRAINING
+        return
     yield from engine.bucket_obstacles(model)
     if not model.kernels_note_ids():
         yield "no kernel of the embeddings notes ids beyond their table"

@@ -110,7 +110,9 @@ class EncoderModel(PreTrainedModel):
             batch = masks.batch_of(self, inputs.attention_mask, rows[:3])
             if batch is not None:
                 places = (None if x is None else x.flatten() for x in rows)
-                return Encoded(batch, self._encode_tensors(batch, *places, keep_states=False, check=True)[-1], None, None)
+                return Encoded(
+                    batch, self._encode_tensors(batch, *places, keep_states=False, check=True)[-1], None, None
+                )
         if batch is None or transformed is not None:
             batch = inputs.batch(transformed, device)
         packed = PackedInputs(*(None if x is None else packing.pack(x, batch) for x in rows))

@@ -23,10 +23,11 @@ class PackedBatch:
     whether position_ids count from 0 in each sequence; else host_columns are the same on the host, if it knows them;
     host_indices are the indices there. columns: (T,) int32, the column of each token, where a mask has holes; None
     where the tokens of each sequence are neighbours, or nobody has asked (`packing.find_holes`). n_layers_before: how
-    many places a layer that runs several times stands behind its first one, for its masks of dropout. mask: (B * S,), in
-    a batch whose lengths stay on the device (`masked`), where T stands for B * S; None in any other. places: (B * S,)
-    int32, the row of each place of the mask, -1 where no token is. reads_columns: whether layers read the columns of
-    such a batch.
+    many places a layer that runs several times stands behind its first one, for its masks of dropout.
+
+    mask: (B * S,), in a batch whose lengths stay on the device (`masked.batch_of`), where T stands for B * S; None in
+    any other. places: (B * S,) int32, the row of each place of the mask, -1 where no token is. reads_columns: whether
+    layers read the columns of such a batch.
 
     What the device holds of a batch whose lengths the host knows is made when somebody first asks for it (`later`): a
     CUDA graph has its own.

@@ -34,8 +34,8 @@ class Static(NamedTuple):
 
     words: (3 R + 2,) int64: input_ids, token_type_ids and position_ids, zeros after the last token, then the number of
     the batch and of its tokens. cu_seqlens: (at least B + 1,) int32. tiles: (W, 5) int32. row_spans: (R,) int32, or
-    (0,) where no tile is shared. short_tiles: (W', 5) int32, or None where there is no list of short sequences. columns,
-    seq_ids: (R,) int32 each, the column and the sequence of each row, R of the sequences after the last token; or None.
+    (0,) where no tile is shared. short_tiles: (W', 5) int32, or None where there is no list of short sequences.
+    columns, seq_ids: (R,) int32 each, the column and the sequence of each row, 0 and R after the last token; or None.
     """
 
     words: torch.Tensor

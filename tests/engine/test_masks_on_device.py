@@ -47,7 +47,11 @@ def elsewhere(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> list[Ten
 
 def family(model_type: str, device: torch.device, dtype: torch.dtype = torch.float32, **options: Any) -> Any:
     n_layers = 2 if model_type == "modernbert" else 1  # the second one has a window
-    return twin(theirs(model_type, num_hidden_layers=n_layers), dtype=dtype, **{"backend": "triton", "device": device, **options})
+    return twin(
+        theirs(model_type, num_hidden_layers=n_layers),
+        dtype=dtype,
+        **{"backend": "triton", "device": device, **options},
+    )
 
 
 def batch_of(form: list[list[int]], device: torch.device, model: Any, seed: int = 0) -> tuple[Tensor, Tensor]:

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from fastbert.engine.static_memory import Layout, Shape
 from fastbert.engine.interface import PackedInputs
+from fastbert.engine.static_memory import Layout, Shape
 from fastbert.ops import Policy, attention_plan, masked, packing
-from fastbert_kernels import unpack
 
 TRITON, INVARIANT = Policy("triton", True), Policy("triton", True, batch_invariant=True)
 BUCKET = 512

@@ -34,7 +34,13 @@ def unpacking_cases(dtype: str) -> Iterator[Case]:
             integers, tiles = torch.zeros(N_ROWS, dtype=torch.int32), torch.zeros(24, N_COLUMNS, dtype=torch.int32)
             columns = integers if holes else None
             static = unpack.Static(
-                words, integers, tiles, integers if shared else integers[:0], tiles if short[0] else None, columns, columns
+                words,
+                integers,
+                tiles,
+                integers if shared else integers[:0],
+                tiles if short[0] else None,
+                columns,
+                columns,
             )
             mask = torch.zeros(len(places), dtype=mask_dtype)
             call = partial(
