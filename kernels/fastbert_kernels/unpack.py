@@ -245,7 +245,7 @@ def unpack(
     launch.run(
         _unpack_kernel,
         (1,),
-        {"BLOCK": MOST_ROWS, "num_warps": 4, "num_stages": 1},
+        {"BLOCK": MOST_ROWS, "num_warps": 8, "num_stages": 1},
         mask_ptr=mask,
         input_ids_ptr=input_ids,
         token_type_ids_ptr=input_ids if token_type_ids is None else token_type_ids,

@@ -132,9 +132,10 @@ def test_holes_and_graphs(monkeypatch: pytest.MonkeyPatch, device: torch.device)
         if hole is not None:
             mask[0, hole] = 0
         batch["attention_mask"] = mask
+        replays = capturer.replays + (i == 0)  # the old graph is launched, and then looked at
         valid, mine = valid_of(mask), run(ours, batch)[0]
         error = mine[valid.to(device)].cpu().double() - run(model, batch)[0][valid]
-        assert error.abs().max() < 1e-5 and capturer.replays == 2 + i
+        assert error.abs().max() < 1e-5 and capturer.replays == replays + 1
         assert torch.equal(run(plain, batch)[0], mine)
 
 
