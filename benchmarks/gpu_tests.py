@@ -44,7 +44,13 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "cross_entropy": _files("ops/op_cross_entropy"),
     "rotary": _files("ops/rotary_kernels", "on_kernels/rotary_models"),
     "graphs": _files(
-        "engine/graphs", "engine/graph_buckets", "engine/graph_validity", "engine/graph_capture", "engine/graphs_gpu"
+        "engine/graphs",
+        "engine/graph_buckets",
+        "engine/graph_validity",
+        "engine/graph_capture",
+        "engine/graphs_gpu",
+        "ops/unpack_kernel",
+        "engine/masks_on_device",
     ),
     "model": _files(
         "models/model",

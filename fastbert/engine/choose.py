@@ -103,15 +103,15 @@ class Engine:
         compiling: bool = False,
     ) -> list[Tensor]:
         """Chooses the arithmetic and the launch. notes: where kernels note what nobody has checked, or None."""
-        if batch.mask is not None and (notes is None or next(self.bucket_obstacles(model), None) is not None):
-            inputs = masks.wait(batch, inputs)
-        if check:
+        if check and batch.mask is None:
             self._check_and_wait(model, batch, inputs)
         embedded, n_tokens = inputs.input_ids is None, batch.n_tokens
         if not embedded and not compiling and bucket_of(n_tokens) is not None:
-            device = batch.device
-            if capture.capturer(device) is not None and next(self._state_obstacles(model, device), None) is None:
+            possible = capture.capturer(batch.device) is not None and (batch.mask is None or notes is not None)
+            if possible and next(self._state_obstacles(model, batch.device), None) is None:
                 return self._run_in_bucket(model, batch, inputs, keep_states, notes)
+        if batch.mask is not None:
+            return self._run_checked(model, batch, masks.wait(batch, inputs), keep_states, notes, check)
         inputs = as_int64(model, batch, inputs)
         arithmetic = self.choose_arithmetic(model, n_tokens, keep_states, embedded)
         if arithmetic in (self.modules, self.eight_bit) and not silent_writes.waits(model.device):

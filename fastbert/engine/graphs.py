@@ -214,6 +214,8 @@ class Graphs:
             filled = fill_on_host(graph.layout, batch, inputs, number)
             if filled is None:
                 return None
+        elif not graph.layout.plan.fits(batch):
+            return None
         assert self._capturer is not None
         buffers = graph.buffers
         self._capturer.begin((buffers.words, buffers.out))

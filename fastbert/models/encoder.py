@@ -109,10 +109,8 @@ class EncoderModel(PreTrainedModel):
         if batch is None and transformed is None and not keep_states and not keep_attentions:
             batch = masks.batch_of(self, inputs.attention_mask, rows[:3])
             if batch is not None:
-                places = (None if x is None else x.flatten() for x in rows)
-                return Encoded(
-                    batch, self._encode_tensors(batch, *places, keep_states=False, check=True)[-1], None, None
-                )
+                places = PackedInputs(*(None if x is None else x.flatten() for x in rows))
+                return Encoded(batch, self._encode_tensors(batch, *places, False, True)[-1], None, None)
         if batch is None or transformed is not None:
             batch = inputs.batch(transformed, device)
         packed = PackedInputs(*(None if x is None else packing.pack(x, batch) for x in rows))

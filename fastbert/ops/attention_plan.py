@@ -220,6 +220,7 @@ class StaticPlan:
         self._parts = [slice(start, start + size) for start, size in zip(starts, sizes, strict=False)]
         self.n_integers = starts[-1]
         self.columns = self._parts[-2]  # which differ between batches of the same lengths
+        self._masks: dict[tuple[int, int], bool] = {}  # by B and S, whether lists fit any such mask
 
     def split(self, integers: torch.Tensor) -> tuple[torch.Tensor, Plan]:
         """Returns cu_seqlens (T' + 1,) and the plan of the bucket, views of static memory (at least n_integers,)."""
@@ -236,8 +237,11 @@ class StaticPlan:
         """Tells whether `write` would write the batch, or, where lengths stay on the device, any such batch."""
         if batch.mask is None:
             return self.write(batch, np.empty(self.n_integers, np.int32))
-        sizes = batch.batch_size, batch.padded_length, *self._qkv, batch.device, self.policy, self.kind.small
-        return all(n is None or n <= room for n, room in zip(masked.most_tiles(*sizes), self._n_tiles, strict=False))
+        shape = batch.batch_size, batch.padded_length
+        if shape not in self._masks:
+            most = masked.most_tiles(*shape, *self._qkv, batch.device, self.policy, self.kind.small)
+            self._masks[shape] = all(n is None or n <= room for n, room in zip(most, self._n_tiles, strict=False))
+        return self._masks[shape]
 
     def write(self, batch: PackedBatch, out: np.ndarray) -> bool:
         """Writes a batch of at most `bucket` tokens and sequences to out, (n_integers,) int32 on the host.

@@ -5,6 +5,7 @@ What depends on lengths elsewhere, the tile of attention and the length of its l
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -68,7 +69,8 @@ def unpack(
 
 def seq_ids(batch: PackedBatch) -> Tensor:
     """(B * S,) int32: the sequence of each row, undefined after the last token."""
-    rows: Tensor = batch.plan("seq_ids", lambda: torch.empty_like(batch.places))
+    assert batch.places is not None
+    rows: Tensor = batch.plan("seq_ids", functools.partial(torch.empty_like, batch.places))
     return rows
 
 

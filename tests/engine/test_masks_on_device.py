@@ -239,6 +239,20 @@ def test_many_short_texts_keep_their_bits(stand_in: StandIn, device: torch.devic
     model = make(device, num_hidden_layers=1)
     model.policy = fastbert.ops.Policy("triton", True, batch_invariant=True)
     ids = torch.arange(1, 21, device=device).view(20, 1)  # a graph of their bucket has 8 such tiles
-    ours = run(model, ids, torch.ones_like(ids))[0]
-    assert not elsewhere and not stand_in.captures
-    assert torch.equal(run(model, ids[4:6], torch.ones_like(ids[4:6]))[0], ours[4:6]) and stand_in.captures
+    for captured in (False, True):
+        assert bool(stand_in.captures) is captured
+        replays = stand_in.replays
+        ours = run(model, ids, torch.ones_like(ids))[0]
+        assert not elsewhere and stand_in.replays == replays
+        assert torch.equal(run(model, ids[4:6], torch.ones_like(ids[4:6]))[0], ours[4:6])
+        assert stand_in.replays == replays + 1
+
+
+def test_hooks_on_a_head(stand_in: StandIn, device: torch.device, elsewhere: list[Tensor]) -> None:
+    """Catches a hook that sees rows in other places than the mask has them."""
+    model = make(device, kind=fastbert.BertForTokenClassification, num_hidden_layers=1)
+    ids, mask = batch_of(FORMS["left"], device, model)
+    expected, seen = run(model, ids, mask).logits, []
+    model.classifier.register_forward_hook(lambda module, args, output: seen.append(args[0]))
+    assert torch.allclose(run(model, ids, mask).logits, expected, atol=1e-6) and not elsewhere
+    assert seen[0].shape == (2, 8, 32) and not seen[0][mask == 0].any()
