@@ -51,6 +51,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "engine/graphs_gpu",
         "ops/unpack_kernel",
         "engine/masks_on_device",
+        "engine/graphs_deberta",
     ),
     "model": _files(
         "models/model",

@@ -277,12 +277,12 @@ class Graphs:
         assert self._capturer is not None
         bucket = layout.bucket
         out = buffers.out[:bucket]
-        inputs, static = layout.static_batch(buffers.words, batch)
-
+        inputs, static = layout.static_batch(buffers.words)
         plans = static.plans()
 
         def function() -> None:
-            static.set_plans(plans)  # what layers make of columns is part of the graph, each time the function runs
+            # What is made of lengths and columns on the device is made anew each time, so that the graph makes it too.
+            static.set_plans(plans)
             out.copy_(forward(inputs, static, layout.batch(buffers.words)))
 
         capturer = self._capturer

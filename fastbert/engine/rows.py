@@ -47,7 +47,7 @@ def in_bucket_rows(batch: PackedBatch, inputs: PackedInputs, shape: Shape) -> tu
         layout = _layout_of_mask(batch, bucket, shape)
         words = torch.empty(layout.n_words, dtype=torch.int64, device=shape.device)
         layout.unpack(words, batch, inputs, 0)
-        return layout.static_batch(words, batch)
+        return layout.static_batch(words)
     rows = PackedInputs(*(torch.zeros(bucket, dtype=torch.int64, device=shape.device) for _ in range(3)))
     for row, ids in zip(rows[:3], inputs[:3], strict=True):
         if row is not None and ids is not None:

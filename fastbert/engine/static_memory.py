@@ -15,6 +15,7 @@ from fastbert.ops.packing import PackedBatch
 
 REMEMBERED = 16  # forms of batches in a bucket
 COLUMNS = -1  # in the place of a row of ids
+FARTHEST = 1 << 20  # beyond any column
 
 
 @dataclass(frozen=True)
@@ -93,16 +94,16 @@ class Layout:
         """Returns (n_integers,) int32."""
         return words[self.start_of_plan : self.n_words].view(torch.int32)
 
-    def static_batch(self, words: Tensor, like: PackedBatch) -> tuple[PackedInputs, PackedBatch]:
-        """Returns the inputs and the batch whose kernels read these words. like: any batch of the layout's kind."""
-        ids, shape = self.ids(words), self.shape
+    def static_batch(self, words: Tensor) -> tuple[PackedInputs, PackedBatch]:
+        """Returns the inputs and the batch whose kernels read these words."""
+        ids, shape, bucket = self.ids(words), self.shape, self.bucket
         cu_seqlens, plan = self.plan.split(integers := self.integers(words))
         batch = PackedBatch(
             cu_seqlens=cu_seqlens,
-            cu_seqlens_cpu=like.cu_seqlens_cpu,  # which the kernels never look at
+            cu_seqlens_cpu=torch.tensor([0, bucket], dtype=torch.int32, device="cpu"),  # the longest text that fits
             position_ids=ids[2],
-            batch_size=self.bucket,
-            padded_length=self.bucket,
+            batch_size=bucket,
+            padded_length=FARTHEST if self.plan.kind.holes else bucket,
         )
         batch = attention_plan.with_plan(batch, shape.dtype, shape.head_size, shape.policy, plan)
         of_rows = self.plan.split_columns(integers)

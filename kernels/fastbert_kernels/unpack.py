@@ -33,9 +33,10 @@ class Static(NamedTuple):
     """`Static` memory of R rows is what `unpack` fills: see `engine.static_memory.Layout`.
 
     words: (3 R + 2,) int64: input_ids, token_type_ids and position_ids, zeros after the last token, then the number of
-    the batch and of its tokens. cu_seqlens: (at least B + 1,) int32. tiles: (W, 5) int32. row_spans: (R,) int32, or
-    (0,) where no tile is shared. short_tiles: (W', 5) int32, or None where there is no list of short sequences.
-    columns, seq_ids: (R,) int32 each, the column and the sequence of each row, 0 and R after the last token; or None.
+    the batch and of its tokens. cu_seqlens: (R + 1,) int32, whose other sequences are empty. tiles: (W, 5) int32.
+    row_spans: (R,) int32, or (0,) where no tile is shared. short_tiles: (W', 5) int32, or None where there is no list
+    of short sequences. columns, seq_ids: (R,) int32 each, the column and the sequence of each row, 0 and R after the
+    last token; or None.
     """
 
     words: torch.Tensor
@@ -116,7 +117,7 @@ def _unpack_kernel(
     places_ptr,  # (B * S,) int32
     seq_ids_ptr,  # (R,) int32
     words_ptr,  # (3 R + 2,) int64, and the next ones: see `Static`
-    cu_seqlens_ptr,  # (B + 1,) int32
+    cu_seqlens_ptr,  # (R + 1,) int32
     tiles_ptr,  # (W, 5) int32
     short_tiles_ptr,  # (W', 5) int32 where SHORT_Q
     row_spans_ptr,  # (R,) int32 where SHARE
@@ -151,6 +152,7 @@ def _unpack_kernel(
     tl.store(cu_seqlens_ptr + seq, rows, mask=begins)
     tl.store(offsets_ptr + n_sequences, n_tokens)
     tl.store(cu_seqlens_ptr + n_sequences, n_tokens)
+    tl.store(cu_seqlens_ptr + 1 + places, n_tokens, mask=(places >= n_sequences) & (places < n_rows))
     tl.store(places_ptr + places, tl.where(valid, rows, -1), mask=inside)
     tl.store(seq_ids_ptr + rows, seq, mask=valid)
 

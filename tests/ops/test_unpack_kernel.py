@@ -79,7 +79,7 @@ def test_a_kernel_packs_as_the_host_does(mask: Tensor, policy: Policy, device: t
 
         integers = layout.integers(words).cpu()
         cu_seqlens, plan = layout.plan.split(integers)
-        assert torch.equal(cu_seqlens[: n_seqs + 1], expected.cu_seqlens)
+        assert torch.equal(cu_seqlens[: n_seqs + 1], expected.cu_seqlens) and (cu_seqlens[n_seqs:] == n_tokens).all()
         own_columns, seq_ids = layout.plan.split_columns(integers)
         assert torch.equal(own_columns[:n_tokens].long(), expected.position_ids) and not own_columns[n_tokens:].any()
         assert torch.equal(seq_ids[:n_tokens], expected.seq_ids) and (seq_ids[n_tokens:] == BUCKET).all()

@@ -31,7 +31,7 @@ def unpacking_cases(dtype: str) -> Iterator[Case]:
             ("tiles of their own", False, (16, 64), False), ("tiles of their own, columns", False, (16, 64), True),
         ):  # fmt: skip
             words, ids = torch.zeros(3 * N_ROWS + 2, dtype=torch.int64), torch.zeros(len(places), dtype=torch.int64)
-            integers, tiles = torch.zeros(N_ROWS, dtype=torch.int32), torch.zeros(24, N_COLUMNS, dtype=torch.int32)
+            integers, tiles = torch.zeros(N_ROWS + 1, dtype=torch.int32), torch.zeros(24, N_COLUMNS, dtype=torch.int32)
             columns = integers if holes else None
             static = unpack.Static(
                 words,
