@@ -104,7 +104,8 @@ def _by_kernel(
         return qkv.new_empty(0, qkv.shape[1] // 3)
     distances = for_kernel(*positions, batch)
     qkv = qkv if qkv.stride(-1) == 1 else qkv.contiguous()
-    return kernels.disentangled_attention_forward(qkv, work_list(batch, invariant), num_heads, scale, distances)
+    tiles = work_list(batch, kernels.BLOCK_Q, invariant)
+    return kernels.disentangled_attention_forward(qkv, tiles, num_heads, scale, distances)
 
 
 def disentangled_attention(

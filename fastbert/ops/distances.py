@@ -203,13 +203,11 @@ def for_kernel(keys: Tensor | None, queries: Tensor | None, buckets: tuple[int, 
     return Distances(keys, queries, table, low, high - low + 1, batch.columns)
 
 
-def work_list(batch: PackedBatch, invariant: bool = False) -> Any:
-    """Returns the tiles of a batch for the Triton kernels, made once for all layers."""
-    from fastbert_kernels import disentangled as kernels
+def work_list(batch: PackedBatch, rows: int, invariant: bool = False) -> Any:
+    """Returns the tiles of a batch for the Triton kernels, of so many rows at most, made once for all layers."""
     from fastbert_kernels.work_list import build_work_list
 
     def make() -> Any:
-        offsets = batch.cu_seqlens_cpu.numpy()
-        return build_work_list(offsets, kernels.BLOCK_Q, share=not invariant).to(batch.device)
+        return build_work_list(batch.cu_seqlens_cpu.numpy(), rows, share=not invariant).to(batch.device)
 
-    return batch.plan(("disentangled", invariant), make)
+    return batch.plan(("disentangled", rows, invariant), make)

@@ -1,7 +1,8 @@
 """This module computes the gradients of disentangled attention, without atomics and without numbers for all pairs.
 
     p[i, j] = exp(scale * (q[i] . k[j] + q[i] . pk[b(i - j)] + k[j] . pq[b(i - j)]) - lse[i])
-    ds[i, j] = p[i, j] * (keep[i, j] * (dout[i] . v[j]) - delta[i])    delta[i] = sum_j p[i, j] keep[i, j] (dout[i] . v[j])
+    dp[i, j] = keep[i, j] * (dout[i] . v[j])                           delta[i] = sum_j p[i, j] * dp[i, j]
+    ds[i, j] = p[i, j] * (dp[i, j] - delta[i])
     c[i, r] = sum of ds[i, j] over the keys with b(i - j) = r          e[j, r] = the same sum over the queries
     dq[i] = grad_scale * (sum_j ds[i, j] k[j] + sum_r c[i, r] pk[r])   dpk[r] = grad_scale * sum_i c[i, r] q[i]
     dk[j] = grad_scale * (sum_i ds[i, j] q[i] + sum_r e[j, r] pq[r])   dpq[r] = grad_scale * sum_j e[j, r] k[j]
@@ -30,7 +31,7 @@ from fastbert_kernels import dropout as drawing
 from fastbert_kernels import launch
 from fastbert_kernels.attention_tiles import LOG2_E
 from fastbert_kernels.column_sums import column_sums, shares
-from fastbert_kernels.disentangled import BLOCK_Q, MAX_TILES, products
+from fastbert_kernels.disentangled import MAX_TILES, products
 from fastbert_kernels.disentangled_key_gradient import key_value_gradient_kernel
 from fastbert_kernels.disentangled_query_gradient import query_gradient_kernel
 from fastbert_kernels.disentangled_tiles import Distances
@@ -77,14 +78,28 @@ def _table_gradient_kernel(
     tl.store(partials_ptr + out_offs, acc * grad_scale, mask=place_mask[:, None] & d_mask[None, :])
 
 
-def tile(dtype: torch.dtype, head_size: int) -> dict[str, int]:
-    """Chooses the tile of the first two passes: BLOCK_Q rows, BLOCK_K of the others a step, BLOCK_W rows of a table."""
+def tile_rows(dtype: torch.dtype, head_size: int) -> int:
+    """Tells how many rows the tiles of the first two passes have: the work list is built for them."""
+    return 32 if dtype == torch.float32 or head_size > 64 else 64
+
+
+def query_tile(dtype: torch.dtype, head_size: int) -> dict[str, int]:
+    """Chooses the tile of the first pass: BLOCK_Q queries, BLOCK_K keys a step, BLOCK_W rows of pk a step.
+
+    It is the largest one without spills in the offline report, with dropout.
+    """
     block_d = max(16, triton.next_power_of_2(head_size))
-    wide = dtype == torch.float32 or block_d > 64
+    step = 16 if block_d > 32 else 32
     return {
-        "BLOCK_Q": BLOCK_Q, "BLOCK_K": 32, "BLOCK_W": 32, "BLOCK_D": block_d, "num_warps": 8 if wide else 4,
+        "BLOCK_Q": tile_rows(dtype, head_size), "BLOCK_K": step, "BLOCK_W": step, "BLOCK_D": block_d, "num_warps": 8,
         "num_stages": 1,
     }  # fmt: skip
+
+
+def key_tile(dtype: torch.dtype, head_size: int) -> dict[str, int]:
+    """Chooses the tile of the second pass: BLOCK_K keys, BLOCK_Q queries a step, BLOCK_W rows of pq a step."""
+    sizes = query_tile(dtype, head_size)
+    return {**sizes, "BLOCK_Q": sizes["BLOCK_K"], "BLOCK_K": sizes["BLOCK_Q"]}
 
 
 def table_tile(dtype: torch.dtype, head_size: int) -> dict[str, int]:
@@ -138,6 +153,7 @@ def disentangled_attention_backward(
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """Computes the gradients of qkv, (T, 3 * N * D), and of distances.keys and queries, or None; each in its dtype.
 
+    work_list: on qkv's device, built for `tile_rows`.
     grad: that of the result, (T, N * D), contiguous. out and lse are what `disentangled_training_forward` computed of
     the other arguments. runs_of: (2M + 1,) int32, of each distance how many before it have the same row. n_tokens: of
     all sequences; the gradient is zero in rows beyond.
@@ -185,14 +201,13 @@ def disentangled_attention_backward(
         "DROPOUT": dropout is not None,
         "INPUT_PRECISION": launch.dot_precision(qkv.dtype),
     }
-    sizes = tile(qkv.dtype, hidden_size // num_heads)
-    of_keys_sizes = {**sizes, "BLOCK_Q": sizes["BLOCK_K"], "BLOCK_K": sizes["BLOCK_Q"]}
+    of_heads = qkv.dtype, hidden_size // num_heads
     # Grids: every head for every tile of the work list, as many at a time as a grid's second dimension holds.
     for tiles in work_list.tiles.split(MAX_TILES):
         launch.run(
             query_gradient_kernel,
             (num_heads, tiles.shape[0]),
-            sizes,
+            query_tile(*of_heads),
             **shared,
             out_ptr=out,
             lse_ptr=lse,
@@ -208,7 +223,7 @@ def disentangled_attention_backward(
         launch.run(
             key_value_gradient_kernel,
             (num_heads, tiles.shape[0]),
-            of_keys_sizes,
+            key_tile(*of_heads),
             **shared,
             dk_ptr=grad_qkv[:, hidden_size:],
             dv_ptr=grad_qkv[:, 2 * hidden_size :],

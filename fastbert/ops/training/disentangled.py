@@ -79,12 +79,12 @@ class _Triton:
         self, qkv: Tensor, keys: Tensor | None, queries: Tensor | None, settings: Settings
     ) -> tuple[Tensor, ...]:
         from fastbert_kernels import disentangled_training as kernels
+        from fastbert_kernels.disentangled import BLOCK_Q
 
         batch, num_heads, scale, buckets, dropout = settings
         distances = for_kernel(keys, queries, buckets, batch)
-        out, lse = kernels.disentangled_training_forward(
-            qkv, work_list(batch), num_heads, scale, distances, dropout
-        )  # fmt: skip
+        tiles = work_list(batch, BLOCK_Q)
+        out, lse = kernels.disentangled_training_forward(qkv, tiles, num_heads, scale, distances, dropout)
         return out, out, lse
 
     def backward(
@@ -101,18 +101,16 @@ class _Triton:
         batch, num_heads, scale, buckets, dropout = settings
         distances = for_kernel(keys, queries, buckets, batch)
         n_tokens = int(batch.cu_seqlens_cpu[-1])
+        tiles = work_list(batch, kernels.tile_rows(qkv.dtype, qkv.shape[1] // (3 * num_heads)))
         return kernels.disentangled_attention_backward(
-            grad, qkv, *kept, work_list(batch), num_heads, scale, distances, runs_on(buckets, qkv.device), n_tokens,
-            dropout,
+            grad, qkv, *kept, tiles, num_heads, scale, distances, runs_on(buckets, qkv.device), n_tokens, dropout
         )  # fmt: skip
 
 
 KERNELS: dict[str, Kernels] = {"cpu": _Cpu(), "triton": _Triton()}
 
 
-def attention(
-    qkv: Tensor, keys: Tensor | None, queries: Tensor | None, settings: Settings, kernels: Kernels
-) -> Tensor:
+def attention(qkv: Tensor, keys: Tensor | None, queries: Tensor | None, settings: Settings, kernels: Kernels) -> Tensor:
     """dropout(softmax(scale (q k^T + terms of distances))) v within each sequence, (T, 3 N D) -> (T, N D)."""
     out: Tensor = _Attention.apply(qkv, keys, queries, settings, kernels)
     return out
@@ -150,8 +148,6 @@ def _plain(settings: Settings) -> Any:
     batch, num_heads, scale, buckets, _ = settings
 
     def function(qkv: Tensor, keys: Tensor | None, queries: Tensor | None, *_: Any) -> Tensor:
-        return attend_by_lengths(
-            qkv, keys, queries, batch.cu_seqlens_cpu, *buckets, num_heads, scale, batch.columns
-        )
+        return attend_by_lengths(qkv, keys, queries, batch.cu_seqlens_cpu, *buckets, num_heads, scale, batch.columns)
 
     return function
