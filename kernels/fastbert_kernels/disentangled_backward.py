@@ -91,8 +91,8 @@ def query_tile(dtype: torch.dtype, head_size: int) -> dict[str, int]:
     block_d = max(16, triton.next_power_of_2(head_size))
     step = 16 if block_d > 32 else 32
     return {
-        "BLOCK_Q": tile_rows(dtype, head_size), "BLOCK_K": step, "BLOCK_W": step, "BLOCK_D": block_d, "num_warps": 8,
-        "num_stages": 1,
+        "BLOCK_Q": tile_rows(dtype, head_size), "BLOCK_K": step, "BLOCK_W": step, "BLOCK_D": block_d,
+        "num_warps": 16 if dtype == torch.float32 and block_d > 32 else 8, "num_stages": 1,
     }  # fmt: skip
 
 
@@ -163,7 +163,8 @@ def disentangled_attention_backward(
     grad_qkv[n_tokens:] = 0
     keys, queries = distances.keys, distances.queries
     if n_tokens == 0:
-        return grad_qkv, *(None if table is None else torch.zeros_like(table) for table in (keys, queries))
+        none = [None if table is None else torch.zeros_like(table) for table in (keys, queries)]
+        return grad_qkv, none[0], none[1]
     q, k, v = qkv[:, :hidden_size], qkv[:, hidden_size : 2 * hidden_size], qkv[:, 2 * hidden_size :]
     statistics = launch.empty((num_heads, n_rows, 4), like=lse)
     of_queries, of_keys = (

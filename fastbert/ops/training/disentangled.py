@@ -103,7 +103,7 @@ class _Triton:
         n_tokens = int(batch.cu_seqlens_cpu[-1])
         tiles = work_list(batch, kernels.tile_rows(qkv.dtype, qkv.shape[1] // (3 * num_heads)))
         return kernels.disentangled_attention_backward(
-            grad, qkv, *kept, tiles, num_heads, scale, distances, runs_on(buckets, qkv.device), n_tokens, dropout
+            grad, qkv, kept[0], kept[1], tiles, num_heads, scale, distances, runs_on(buckets, qkv.device), n_tokens, dropout
         )  # fmt: skip
 
 

@@ -48,8 +48,8 @@ def disentangled_cases(dtype: str) -> Iterator[Case]:
             for dropout in (DROPOUT, None):
                 trained = archs if dropout is not None and queries is not None else frozenset[int]()
                 variant = f"D{head_size} training{name}{'' if dropout else ', no dropout'}"
-                call = partial(_training, qkv, work_list, n_heads, distances, dropout)
-                yield Case("disentangled", model, dtype, variant, trained, call)
+                train = partial(_training, qkv, work_list, n_heads, distances, dropout)
+                yield Case("disentangled", model, dtype, variant, trained, train)
 
 
 def _training(
