@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fastbert.ops import dropout as masks
 from fastbert.ops import tracing
+from fastbert.ops.attention_plan import tiles_of
 from fastbert.ops.dropout import Drop
 from fastbert.ops.groups import group_by_length
 from fastbert.ops.packing import PackedBatch
@@ -205,9 +206,4 @@ def for_kernel(keys: Tensor | None, queries: Tensor | None, buckets: tuple[int, 
 
 def work_list(batch: PackedBatch, rows: int, invariant: bool = False) -> Any:
     """Returns the tiles of a batch for the Triton kernels, of so many rows at most, made once for all layers."""
-    from fastbert_kernels.work_list import build_work_list
-
-    def make() -> Any:
-        return build_work_list(batch.cu_seqlens_cpu.numpy(), rows, share=not invariant).to(batch.device)
-
-    return batch.plan(("disentangled", rows, invariant), make)
+    return batch.plan(("disentangled", rows, invariant), lambda: tiles_of(batch, rows, share=not invariant))

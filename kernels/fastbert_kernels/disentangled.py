@@ -182,7 +182,7 @@ def tile(dtype: torch.dtype, head_size: int) -> dict[str, int]:
     return {
         "BLOCK_Q": BLOCK_Q, "BLOCK_K": 32 if wide or narrow else 64,
         "BLOCK_D": max(16, triton.next_power_of_2(head_size)),
-        "num_warps": 8 if wide else 4, "num_stages": 1 if exact else 2,
+        "num_warps": 16 if exact and head_size > 64 else 8 if wide else 4, "num_stages": 1 if exact else 2,
     }  # fmt: skip
 
 
@@ -193,7 +193,7 @@ def product_tile(dtype: torch.dtype, head_size: int) -> dict[str, int]:
         "BLOCK_T": 64,
         "BLOCK_W": 32 if wide else 64,
         "BLOCK_D": block_d,
-        "num_warps": 8 if wide else 4,
+        "num_warps": 16 if wide and block_d > 64 else 8 if wide else 4,
         "num_stages": 1,
     }
 
