@@ -11,6 +11,7 @@ from torch import Tensor
 
 import fastbert
 from family_cases import randomised, theirs, twin
+from fastbert import ops
 from fastbert.ops.training import disentangled as training
 from fastbert_kernels import cpu
 from gradient_cases import assert_gradient
@@ -121,3 +122,21 @@ def test_dropout_of_probabilities() -> None:
         assert_close("table", gradient.double(), results[0][1].double(), 1e-4)
     layers: Any = model.encoder.layer
     assert len({layer.attention.self.dropout_site for layer in layers}) == len(layers)
+
+
+def test_embeddings_without_positions(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a row of zeros that is made for each batch of inference, and other bits where gradients are wanted."""
+    ours = twin(theirs(TYPE, **V3), dtype=torch.float32, backend="triton", device=device)
+    tables: list[Any] = []
+    call = ops.embedding_layer_norm
+
+    def spy(*arguments: Any, **more: Any) -> Tensor:
+        tables.append(arguments[5])
+        return call(*arguments, **more)
+
+    monkeypatch.setattr(ops, "embedding_layer_norm", spy)
+    ids = torch.tensor([5, 1, 100], device=device)
+    with torch.no_grad():
+        expected = ours.embeddings(ids, policy=ours.policy)
+    assert torch.equal(ours.embeddings(ids, policy=ours.policy), expected)
+    assert tables[0] is None and tables[1] is not None

@@ -100,10 +100,10 @@ class _Triton:
 
         batch, num_heads, scale, buckets, dropout = settings
         distances = for_kernel(keys, queries, buckets, batch)
-        n_tokens = int(batch.cu_seqlens_cpu[-1])
+        n_tokens, runs_of = int(batch.cu_seqlens_cpu[-1]), runs_on(buckets, qkv.device)
         tiles = work_list(batch, kernels.tile_rows(qkv.dtype, qkv.shape[1] // (3 * num_heads)))
         return kernels.disentangled_attention_backward(
-            grad, qkv, kept[0], kept[1], tiles, num_heads, scale, distances, runs_on(buckets, qkv.device), n_tokens, dropout
+            grad, qkv, kept[0], kept[1], tiles, num_heads, scale, distances, runs_of, n_tokens, dropout
         )  # fmt: skip
 
 
