@@ -208,6 +208,7 @@ class GatedRotaryLayer(nn.Module):
             down=Linear.of(mlp.down_proj),
             output_norm=Norm.of(self.post_mlp_layernorm),
             dropouts=(attn.dropout_p, *(drop.p if drop.training else 0.0 for drop in drops)),  # type: ignore[arg-type]
+            inner_dropout=mlp.dropout.p if mlp.dropout.training else 0.0,
             rotary=attn.rotary.base,
             position_factor=attn.rotary.factor,
         )

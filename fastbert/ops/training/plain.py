@@ -12,7 +12,15 @@ from fastbert.checkpoint.activations import activate
 from fastbert.ops import dropout as masks
 from fastbert.ops.packing import PackedBatch, to_device
 from fastbert.ops.position_bias import gradient, of_rows
-from fastbert.ops.training.kernels import Attention, EmbeddingSettings, Normalized, NormGradients, Weights
+from fastbert.ops.rotary import rotate_rows
+from fastbert.ops.training.kernels import (
+    Attention,
+    EmbeddingSettings,
+    Normalized,
+    NormGradients,
+    Rotation,
+    Weights,
+)
 from fastbert_kernels.masks import Dropout
 
 
@@ -71,8 +79,7 @@ class Plain:
         for rows in groups(settings.batch):
             q, k, v = _heads(qkv, rows, settings.num_heads)
             scores = q @ k.transpose(-1, -2) * settings.scale
-            if position_bias is not None:
-                scores = scores + of_rows(wide(position_bias), settings.columns, rows, *rows.shape)
+            scores = _reached(scores, rows, settings, position_bias)
             p = torch.softmax(scores, -1) * _kept(rows, settings, scores.dtype)
             out[rows] = (p @ v).transpose(1, 2).to(qkv.dtype)
             lse[:, rows] = torch.logsumexp(scores, -1).transpose(0, 1)
@@ -94,9 +101,7 @@ class Plain:
             q, k, v = _heads(qkv, rows, settings.num_heads)
             d_out, o = (_split(t, rows, settings.num_heads) for t in (grad, out))
             kept = _kept(rows, settings, q.dtype)
-            scores = q @ k.transpose(-1, -2) * settings.scale
-            if position_bias is not None:
-                scores = scores + of_rows(wide(position_bias), settings.columns, rows, *rows.shape)
+            scores = _reached(q @ k.transpose(-1, -2) * settings.scale, rows, settings, position_bias)
             p = torch.exp(scores - lse[:, rows].transpose(0, 1)[..., None])
             d_p = d_out @ v.transpose(-1, -2) * kept
             d_s = p * (d_p - (d_out * o).sum(-1, keepdim=True))
@@ -108,6 +113,23 @@ class Plain:
             d_qkv = torch.stack([d_s @ k, d_s.transpose(-1, -2) @ q, d_v])  # (3, sequences, N, length, D)
             grad_qkv[rows] = d_qkv.permute(1, 3, 0, 2, 4).flatten(2).to(qkv.dtype)
         return grad_qkv, grad_bias
+
+    def rotate(self, qkv: Tensor, rotation: Rotation, num_heads: int) -> Tensor:
+        return rotate_rows(qkv, *rotation, num_heads)
+
+    def rotate_back(self, grad: Tensor, rotation: Rotation, num_heads: int) -> Tensor:
+        return rotate_rows(grad, rotation.cos, -rotation.sin, num_heads)
+
+    def gated(self, pre: Tensor, activation: str) -> Tensor:
+        first, second = pre.chunk(2, dim=-1)
+        return activate(first, activation) * second
+
+    def gated_backward(self, grad: Tensor, pre: Tensor, activation: str) -> tuple[Tensor, Tensor]:
+        with torch.enable_grad():
+            leaf = wide(pre).detach().requires_grad_()
+            out = self.gated(leaf, activation)
+        (grad_pre,) = torch.autograd.grad(out, leaf, wide(grad))
+        return grad_pre.to(pre.dtype), out.detach().to(pre.dtype)
 
     def norm_forward(
         self,
@@ -209,6 +231,17 @@ def _split(x: Tensor, rows: Tensor, num_heads: int) -> Tensor:
 
 def _heads(qkv: Tensor, rows: Tensor, num_heads: int) -> tuple[Tensor, ...]:
     return tuple(_split(part, rows, num_heads) for part in qkv.chunk(3, dim=1))
+
+
+def _reached(scores: Tensor, rows: Tensor, settings: Attention, position_bias: Tensor | None) -> Tensor:
+    """The scores with a position bias, or -inf where a key is out of a query's reach, (sequences, N, length, length)."""
+    if position_bias is not None:
+        return scores + of_rows(wide(position_bias), settings.columns, rows, *rows.shape)
+    if settings.window is None:
+        return scores
+    columns = rows if settings.columns is None else settings.columns[rows]
+    far = (columns[:, :, None] - columns[:, None, :]).abs() > settings.window
+    return scores.masked_fill(far[:, None], -torch.inf)
 
 
 def _kept(rows: Tensor, settings: Attention, dtype: torch.dtype) -> Tensor | float:

@@ -26,7 +26,14 @@ from fastbert_kernels.cpu.encoder import (
     encoder_forward,
     encoder_int8_forward,
 )
-from fastbert_kernels.cpu.gated import gated_forward, rotary_forward, window_bias, windowed_attention_forward
+from fastbert_kernels.cpu.gated import (
+    gated_backward,
+    gated_forward,
+    rotary_backward,
+    rotary_forward,
+    window_bias,
+    windowed_attention_forward,
+)
 from fastbert_kernels.cpu.int8 import (
     Int8Weight,
     linear_int8_forward,
@@ -78,5 +85,5 @@ __all__ = [
     "has_amx", "ids_outside", "instructions", "int8_obstacle", "linear_forward", "linear_int8_forward", "multiplies",
     "obstacle", "pack_int8", "pack_transposed", "pack_weight", "pack_weights", "pool_forward", "quantize_forward",
     "residual_norm_backward", "residual_norm_forward", "varlen_attention_forward", "weight_gradient",
-    "gated_forward", "rotary_forward", "window_bias", "windowed_attention_forward",
+    "gated_backward", "gated_forward", "rotary_backward", "rotary_forward", "window_bias", "windowed_attention_forward",
 ]  # fmt: skip
