@@ -29,7 +29,7 @@ def within(
         if dropout is not None:
             rows = torch.arange(first_row, first_row + len(part), device=qkv.device)
             kept = keep(rows[None], len(part), dropout, num_heads)[0]
-            weights = weights * (kept * dropout.scale).to(weights.dtype)
+            weights = weights * (kept.to(weights.dtype) * dropout.scale)
         outs.append((weights @ v).transpose(0, 1).flatten(1))
         first_row += len(part)
     return torch.cat(outs)
