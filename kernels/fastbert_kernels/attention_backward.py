@@ -91,7 +91,9 @@ def varlen_attention_backward(
     if n_rows == 0:
         return grad_qkv, torch.zeros_like(bias.table, dtype=torch.float32) if bias and want_bias else None
     statistics = launch.empty((num_heads, n_rows, 4), like=lse)
-    tiles = tiles or configs.attention_backward_configs(qkv.dtype, head_size, launch.arch(qkv.device), bias is not None)
+    if tiles is None:
+        arch, features = launch.arch(qkv.device), (bias is not None, window is not None)
+        tiles = configs.attention_backward_configs(qkv.dtype, head_size, arch, *features)
     shared = {
         "q_ptr": qkv,
         "k_ptr": qkv[:, hidden_size:],

@@ -56,7 +56,7 @@ def both_passes(
         qkv, on_device(build_work_list(offsets, config["BLOCK_Q"], share)), num_heads, scale, config=config,
         dropout=dropout, lse=lse, window=window,
     )  # fmt: skip
-    tiles = tiles or configs.attention_backward_configs(qkv.dtype, head_size, arch)
+    tiles = tiles or configs.attention_backward_configs(qkv.dtype, head_size, arch, windowed=True)
     plan = backward.Plan(*map(on_device, backward.work_lists(offsets, tiles, share)))
     grad_qkv, _ = backward.varlen_attention_backward(
         grad, qkv, out, lse, plan, num_heads, scale, dropout, tiles, window=window

@@ -98,7 +98,8 @@ class TritonKernels:
         batch, num_heads, scale, dropout, columns, _ = settings
         bias = for_kernel(position_bias, columns)
         head_size = qkv.shape[1] // (3 * num_heads)
-        plan = attention_plan.gradient_plan(batch, qkv.dtype, head_size, bias is not None)
+        features = bias is not None, settings.window is not None
+        plan = attention_plan.gradient_plan(batch, qkv.dtype, head_size, *features)
         want_bias = position_bias is not None and position_bias.requires_grad
         of_batch = plan, num_heads, scale, dropout
         of_scores: Any = {"bias": bias, "want_bias": want_bias, "window": _window(settings)}
