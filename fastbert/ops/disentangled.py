@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastbert.ops import dispatch, recording, tracing
+from fastbert.ops.attention_plan import tiles_of
 from fastbert.ops.dispatch import AUTO, Policy
 from fastbert.ops.groups import group_by_length
 from fastbert.ops.library import register
@@ -212,10 +213,9 @@ def _by_kernel(
     qkv: Tensor, positions: Positions, batch: PackedBatch, num_heads: int, scale: float, invariant: bool
 ) -> Tensor:
     from fastbert_kernels import disentangled as kernels
-    from fastbert_kernels.work_list import build_work_list
 
     def make_list() -> Any:
-        return build_work_list(batch.cu_seqlens_cpu.numpy(), kernels.BLOCK_Q, share=not invariant).to(qkv.device)
+        return tiles_of(batch, kernels.BLOCK_Q, share=not invariant)
 
     if batch.n_tokens == 0:
         return qkv.new_empty(0, qkv.shape[1] // 3)
