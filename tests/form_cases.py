@@ -1,4 +1,4 @@
-"""Tests of layers that are not BERT's share their forms, with gradients: pre-norm, gated, rotary, windowed, without biases."""
+"""Tests of layers with gradients share forms that are not BERT's: pre-norm, gated, rotary, windowed, without biases."""
 
 from __future__ import annotations
 

@@ -20,7 +20,8 @@ from fastbert.ops.training.kernels import Attention, Kernels, Rotation
 from fastbert.ops.training.layer import LayerParameters, LayerSettings, encoder_layer
 from fastbert_kernels.masks import ATTENTION, ATTENTION_OUTPUT, INNER, OUTPUT, Dropout, site_of
 
-FEATURES = frozenset(("position_bias", "pre_norm", "gate", "rotary", "window", "scale"))  # What layers may have beyond BERT's.
+# What layers may have beyond BERT's.
+FEATURES = frozenset(("position_bias", "pre_norm", "gate", "rotary", "window", "scale"))
 
 
 class Training:
@@ -79,9 +80,7 @@ class Training:
             model.blame_dtypes(error)
             raise
 
-    def _run(
-        self, model: Any, x: Tensor, batch: PackedBatch, position_ids: Tensor, keep_states: bool
-    ) -> list[Tensor]:
+    def _run(self, model: Any, x: Tensor, batch: PackedBatch, position_ids: Tensor, keep_states: bool) -> list[Tensor]:
         blocks = list(model.blocks())
         if not blocks:
             return [x]

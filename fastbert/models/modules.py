@@ -43,9 +43,7 @@ def call_module(module: nn.Module, x: Any, policy: Policy, batch: PackedBatch | 
     return hooks.leaf(module, x, batch)
 
 
-def call_dropout(
-    dropout: nn.Module, x: Tensor, batch: PackedBatch | None = None, site: int | None = None
-) -> Tensor:
+def call_dropout(dropout: nn.Module, x: Tensor, batch: PackedBatch | None = None, site: int | None = None) -> Tensor:
     """dropout(x), by whatever stands in its place. batch: see `dense`.
 
     site: of a mask that every backend draws alike (`fastbert_kernels.masks`); None where PyTorch draws it.

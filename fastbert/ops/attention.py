@@ -210,7 +210,8 @@ def varlen_attention(
     qkv: (T, 3 * N * D), laid out [q | k | v], each (N, D). scale: D^-0.5 by default. position_bias: (N, 2R + 1), what
     is added to the score of a key -R to R columns after the query, and beyond (fastbert.ops.position_bias); columns are
     those of the batch, after `packing.find_holes`. window: how many columns a query reaches on either side, None for
-    all; not together with a position bias. dropout: of the probabilities. Returns (T, N * D) in qkv's dtype. Raises ValueError for shapes that do not fit.
+    all; not together with a position bias. dropout: of the probabilities. Returns (T, N * D) in qkv's dtype. Raises
+    ValueError for shapes that do not fit.
     """
     table, columns = position_bias, None if position_bias is None else batch.columns
     if table is not None:

@@ -280,9 +280,9 @@ def _varlen_attention_kernel(
         if WINDOWED:
             row_first_key, row_end_key = reach_of_rows(rows, row_mask, row_text_key, row_end_key, window, ranges_ptr)
         acc, row_sum, row_max = _attend(
-            q, k_block_ptr, v_block_ptr, end_unmasked, end_key, row_first_key, row_end_key, row_text_key, qkv_row_stride,
-            scale_log2, d_mask, acc, row_sum, row_max, rows, text_key, shared, head, mask_key, bias, BIASED, HOLES,
-            DROPOUT, True, BLOCK_D != HEAD_SIZE, INPUT_PRECISION, BLOCK_K,
+            q, k_block_ptr, v_block_ptr, end_unmasked, end_key, row_first_key, row_end_key, row_text_key,
+            qkv_row_stride, scale_log2, d_mask, acc, row_sum, row_max, rows, text_key, shared, head, mask_key, bias,
+            BIASED, HOLES, DROPOUT, True, BLOCK_D != HEAD_SIZE, INPUT_PRECISION, BLOCK_K,
         )  # fmt: skip
 
     if DROPOUT:  # The list is read again, so that no register holds it over the loops, whose masks take many.

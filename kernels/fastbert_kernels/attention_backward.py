@@ -15,8 +15,8 @@ second, `attention_key_gradient`, one for each tile of keys, which goes over blo
 program in a fixed order, so the bits do not vary. Tiles and work lists are as in the forward pass: `work_list`
 describes them, and what shares a tile.
 
-Within a window (attention_window.py), a tile of queries visits the keys that one of them reaches, and a tile of keys the
-queries that reach one of them: BLOCK + 2 * window rows, however long the text.
+Within a window (attention_window.py), a tile of queries visits the keys that one of them reaches, and a tile of keys
+the queries that reach one of them: BLOCK + 2 * window rows, however long the text.
 
 With a position bias, p has it beside the scaled product, and a third pass, `attention_bias_gradient`, has its gradient.
 

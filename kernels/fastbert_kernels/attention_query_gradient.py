@@ -249,8 +249,8 @@ def query_gradient_kernel(
             BIASED, HOLES, WINDOWED, DROPOUT, False, False, BLOCK_D != HEAD_SIZE, INPUT_PRECISION, BLOCK_K,
         )  # fmt: skip
         dq = _add_query_gradients(
-            dq, q, dout, lse_log2, delta, k_ptr, v_ptr, key_offs, end_unmasked, start_shared, first_key, end_key, shared,
-            rows, row_mask, row_spans_ptr, qkv_row_stride, scale_log2, d_mask, head, mask_key, bias, reach,
+            dq, q, dout, lse_log2, delta, k_ptr, v_ptr, key_offs, end_unmasked, start_shared, first_key, end_key,
+            shared, rows, row_mask, row_spans_ptr, qkv_row_stride, scale_log2, d_mask, head, mask_key, bias, reach,
             BIASED, HOLES, WINDOWED, DROPOUT, True, False, BLOCK_D != HEAD_SIZE, INPUT_PRECISION, BLOCK_K,
         )  # fmt: skip
     dq = _add_query_gradients(

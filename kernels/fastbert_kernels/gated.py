@@ -6,8 +6,7 @@
 
 x, d_x: (T, 2 I); out, grad: (T, I); fp32 / bf16 / fp16. Arithmetic in float32, one rounding. Bytes moved: 3 * T * I
 elements, and 5 * T * I in the backward pass, which computes the activation again, and 6 * T * I where it writes out
-again as well. Elementwise, so a row's bits do not
-depend on the batch.
+again as well. Elementwise, so a row's bits do not depend on the batch.
 
 Source: Shazeer, "GLU Variants Improve Transformer", 2020, arXiv:2002.05202.
 """

@@ -4,7 +4,8 @@
     out[i + D / 2] = second * cos + first * sin
 
 qkv, out: (T, 3, N, D), fp32 / bf16 / fp16, D even; cos, sin: (T, D / 2) float32. Arithmetic in float32, one rounding.
-Values stay as they are. The gradient turns by the negative angle: the rotation's transpose is its inverse. Bytes moved: 4 * T * N * D elements in place, 6 into a copy, and the tables.
+Values stay as they are. The gradient turns by the negative angle: the rotation's transpose is its inverse. Bytes moved:
+4 * T * N * D elements in place, 6 into a copy, and the tables.
 A row's bits do not depend on the batch: no number depends on another row.
 
 Source: Su et al., "RoFormer", 2021, arXiv:2104.09864; halves in the place of pairs, as in GPT-NeoX.

@@ -117,7 +117,10 @@ def test_gradients(
     poisoned.check()
 
 
-@pytest.mark.parametrize(("rows", "step", "window", "share"), [(16, 32, 3, True), (64, 32, 10, True), (32, 64, 21, False)])
+TILES = [(16, 32, 3, True), (64, 32, 10, True), (32, 64, 21, False)]
+
+
+@pytest.mark.parametrize(("rows", "step", "window", "share"), TILES)
 def test_tiles_of_any_size(rows: int, step: int, window: int, share: bool, device: torch.device) -> None:
     """Catches a window that only fits the tiles that it met, and places of dropout that follow the window's start."""
     lengths = [5, 9, 40, 2, 1, 70]
@@ -152,9 +155,7 @@ def test_far_keys_are_not_visited(device: torch.device) -> None:
 @pytest.mark.parametrize(
     ("module", "loads"), [(attention_query_gradient, 2), (attention_key_gradient, 2)], ids=["queries", "keys"]
 )
-def test_cost_is_by_the_window(
-    module: Any, loads: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_cost_is_by_the_window(module: Any, loads: int, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a pass whose tiles go over a number of blocks that grows with the length of a text."""
     if device.type == "cuda":
         pytest.skip("blocks are counted under the interpreter")

@@ -22,8 +22,9 @@ class LayerSettings:
     """What a layer is beside its parameters.
 
     eps: of both norms. dropouts: of both sums. dtype: of the products. gated: whether the activation's first half
-    multiplies its second one. inner_dropout: of what down multiplies. rotation: by what queries and keys turn. pre_norm:
-    whether the norms are of what each part reads. last_eps: of the norm of the layer's output, if there is one.
+    multiplies its second one. inner_dropout: of what down multiplies. rotation: by what queries and keys turn.
+    pre_norm: whether the norms are of what each part reads. last_eps: of the norm of the layer's output, if there is
+    one.
     """
 
     kernels: Kernels
@@ -49,8 +50,8 @@ class LayerParameters:
 
     query: (H, H), or all three projections in one, (3 H, H), where key and value are None. attention_norm: None where
     attention reads the layer's input as it is. up: (I, H), or with the gate in one, (2 I, H), where gate is None.
-    position_bias: (N, 2R + 1), added to attention's scores: see fastbert.ops.position_bias. last_norm: of the output, in
-    a layer with norms of what each part reads.
+    position_bias: (N, 2R + 1), added to attention's scores: see fastbert.ops.position_bias. last_norm: of the output,
+    in a layer with norms of what each part reads.
     """
 
     query: Tensor

@@ -1,4 +1,6 @@
-"""A layer that normalises what each part reads, as ModernBERT's: x + attention(LayerNorm(x)), y + feed_forward(LayerNorm(y)).
+"""A layer that normalises what each part reads, as ModernBERT's.
+
+    y = x + attention(LayerNorm(x)),    y + feed_forward(LayerNorm(y))
 
 The first norm may be missing, and the last layer has one more, of its output. With S = C, it keeps for the backward
 pass, of a token, in the dtype of products: the input H, both norms' outputs 2 H, queries, keys and values 3 H, the
@@ -37,8 +39,9 @@ def forward(x: Tensor, p: LayerParameters, settings: LayerSettings) -> tuple[Ten
     """
     kernels, to, (first_drop, last_drop) = settings.kernels, settings.dtype, settings.dropouts
     first_eps, second_eps = settings.eps
+    before: tuple[Tensor | None, Tensor | None] = None, None
     if p.attention_norm is None or p.attention_norm_bias is None:
-        low, before = x.to(to), (None, None)
+        low = x.to(to)
     else:
         normed = kernels.norm_forward(x, None, p.attention_norm, p.attention_norm_bias, first_eps, None, False)
         low, before = normed.y.to(to), (normed.mean, normed.rstd)

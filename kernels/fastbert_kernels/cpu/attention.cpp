@@ -113,7 +113,8 @@ INLINE void run(const T* qkv, T* out, const Heads& shape, const AttentionPlan::T
             }
         }
         const int64_t n_words = over(length, 64);
-        if (MODE == TRAINING_WITH_DROPOUT) draw(scratch.keep, n_words, masks, first, n_rows, task.before + from, length);
+        if (MODE == TRAINING_WITH_DROPOUT)
+            draw(scratch.keep, n_words, masks, first, n_rows, task.before + from, length);
 #define ALL_KEYS(N)                                                                                         \
     probabilities_of<N, O, MODE, BIASED>(scratch.scores, padded, queries, keys, depth, shape.scale, length, \
                                          scratch.keep, tops, totals, bias)

@@ -336,14 +336,13 @@ INLINE void run(const T* qkv, const T* douts, const T* outs, const float* lse, T
             memset(s.dk, 0, n_keys * size * sizeof(float));
             memset(s.dv, 0, n_keys * size * sizeof(float));
         }
-        for (int64_t query_block = greatest(task.query_block, near.begin); query_block < least(task.query_end, near.end);
-             query_block++) {
+        for (int64_t query_block = greatest(task.query_block, near.begin);
+             query_block < least(task.query_end, near.end); query_block++) {
             const int64_t query = query_block * queries.size, n_queries = least(length - query, queries.size);
             const T *q_rows = q + query * call.qkv_stride, *dout_rows = dout + query * call.dout_stride;
             // Of the block's keys, those that one of the queries sees: `skipped` are before them.
             const int64_t skipped = windowed ? greatest(0, query - call.window - key) / VL * VL : 0;
-            const int64_t seen =
-                (windowed ? least(n_keys, query + n_queries + call.window - key) : n_keys) - skipped;
+            const int64_t seen = (windowed ? least(n_keys, query + n_queries + call.window - key) : n_keys) - skipped;
             const Scratch part_of = s.from(skipped, size, O::SIZE);
             pack_values<O>((E*)s.q_rows, q_rows, n_queries, size, call.qkv_stride);
             pack_values<O>((E*)s.dout_rows, dout_rows, n_queries, size, call.dout_stride);

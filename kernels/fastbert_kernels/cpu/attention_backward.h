@@ -38,8 +38,7 @@ struct Blocks {
 // The blocks from begin to end: those of queries that see some of n keys from `first` on, or the other way round.
 struct Near {
     int64_t begin, end;
-    Near(const Call& call, const Blocks& blocks, int64_t first, int64_t n, int64_t length)
-        : begin(0), end(blocks.n) {
+    Near(const Call& call, const Blocks& blocks, int64_t first, int64_t n, int64_t length) : begin(0), end(blocks.n) {
         if (!call.windowed()) return;
         begin = first > call.window ? (first - call.window) / blocks.size : 0;
         end = over(least(first + n + call.window, length), blocks.size);

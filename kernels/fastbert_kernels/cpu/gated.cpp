@@ -86,20 +86,19 @@ void gate_any_back(const T* grad, int64_t grad_stride, const T* x, int64_t strid
 }  // namespace
 
 // Strides in elements; columns are contiguous, as all of out, d_x, cos and sin is. back: whether rows turn back.
-#define GATED(T, dtype)                                                                                           \
-    EXPORT void fastbert_rotary_##dtype(const T* qkv, int64_t stride, const float* cos, const float* sin, T* out, \
-                                        int64_t n_rows, int64_t n_heads, int64_t half, int64_t back) {            \
-        if (back) rotate<true>(qkv, stride, cos, sin, out, n_rows, n_heads, half);                                \
-        else rotate<false>(qkv, stride, cos, sin, out, n_rows, n_heads, half);                                    \
-    }                                                                                                             \
-    EXPORT void fastbert_gated_##dtype(const T* x, int64_t stride, T* out, int64_t n_rows, int64_t width,         \
-                                       int64_t activation) {                                                      \
-        gate_any(x, stride, out, n_rows, width, activation);                                                      \
-    }                                                                                                             \
-    EXPORT void fastbert_gated_backward_##dtype(const T* grad, int64_t grad_stride, const T* x, int64_t stride,   \
-                                                T* d_x, T* out, int64_t n_rows, int64_t width,                    \
-                                                int64_t activation) {                                             \
-        gate_any_back(grad, grad_stride, x, stride, d_x, out, n_rows, width, activation);                         \
+#define GATED(T, dtype)                                                                                              \
+    EXPORT void fastbert_rotary_##dtype(const T* qkv, int64_t stride, const float* cos, const float* sin, T* out,    \
+                                        int64_t n_rows, int64_t n_heads, int64_t half, int64_t back) {               \
+        if (back) rotate<true>(qkv, stride, cos, sin, out, n_rows, n_heads, half);                                   \
+        else rotate<false>(qkv, stride, cos, sin, out, n_rows, n_heads, half);                                       \
+    }                                                                                                                \
+    EXPORT void fastbert_gated_##dtype(const T* x, int64_t stride, T* out, int64_t n_rows, int64_t width,            \
+                                       int64_t activation) {                                                         \
+        gate_any(x, stride, out, n_rows, width, activation);                                                         \
+    }                                                                                                                \
+    EXPORT void fastbert_gated_backward_##dtype(const T* grad, int64_t grad_stride, const T* x, int64_t stride,      \
+                                                T* d_x, T* out, int64_t n_rows, int64_t width, int64_t activation) { \
+        gate_any_back(grad, grad_stride, x, stride, d_x, out, n_rows, width, activation);                            \
     }
 
 GATED(float, float32)

@@ -39,7 +39,8 @@ def rotary_cases(dtype: str) -> Iterator[Case]:
         archs = default if activation in ("gelu", "silu") else frozenset[int]()
         yield case("gated", activation, archs, gated.gated_forward, x, activation)
         yield case("gated", f"{activation} backward", archs, gated.gated_backward, grad, x, activation)
-        yield case("gated", f"{activation} both", archs, gated.gated_backward, grad, x, activation, torch.empty_like(grad))
+        both = grad, x, activation, torch.empty_like(grad)
+        yield case("gated", f"{activation} both", archs, gated.gated_backward, *both)
 
     qkv, half = tensor(N_ROWS, 3 * HIDDEN), HIDDEN // N_HEADS // 2
     tables = torch.empty(N_ROWS, half), torch.empty(N_ROWS, half)

@@ -97,7 +97,7 @@ def _attention(
 ) -> None:
     qkv, lse = torch.empty((N_ROWS, 3 * n_heads * head_size), dtype=dtype), torch.empty((n_heads, N_ROWS))
     tiles = WorkList(torch.zeros((2, N_COLUMNS), dtype=torch.int32), torch.zeros(N_ROWS, dtype=torch.int32))
-    of_scores = {"bias": bias, "window": window}
+    of_scores: Any = {"bias": bias, "window": window}
     out = attention.varlen_attention_forward(qkv, tiles, n_heads, 0.125, dropout=dropout, lse=lse, **of_scores)
     plan = attention_backward.Plan(tiles, tiles)
     attention_backward.varlen_attention_backward(out, qkv, out, lse, plan, n_heads, 0.125, dropout, **of_scores)
