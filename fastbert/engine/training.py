@@ -181,7 +181,7 @@ class Rotations:
         self._made: dict[Any, Rotation] = {}
 
     def of(self, block: Block) -> Rotation | None:
-        """Those of a layer, or None where it does not turn."""
+        """Returns those of a layer, or None where it does not turn."""
         if block.rotary is None:
             return None
         key = block.head_size, block.rotary, block.position_factor

@@ -39,7 +39,8 @@ def step(model: Any, batch: dict[str, Any], seed: int = 0) -> tuple[Tensor, dict
     """The last hidden state of tokens after a seed, and the gradients of a scalar of it by parameter."""
     model.zero_grad()
     torch.manual_seed(seed)
-    rows = model(**batch).last_hidden_state[valid_of(batch["attention_mask"]).to(model.device)]
+    on_device = {name: tensor.to(model.device) for name, tensor in batch.items()}
+    rows = model(**on_device).last_hidden_state[valid_of(batch["attention_mask"]).to(model.device)]
     weights = torch.linspace(-1, 1, rows.shape[-1], device=rows.device)
     ((rows * weights.to(rows)).sum(-1) ** 2).mean().backward()
     grads = {name: p.grad.clone().cpu() for name, p in model.named_parameters() if p.grad is not None}
