@@ -84,9 +84,7 @@ class Training:
         blocks = list(model.blocks())
         if not blocks:
             return [x]
-        bias = blocks[0].position_bias
-        holes = batch.columns is not None and bias is not None and bias.requires_grad
-        kernels = kernels_of(model, blocks[0], x, holes)
+        kernels = kernels_of(model, blocks[0], x)
         if kernels is None or not _one_dtype(blocks, x):
             return model.run_layers(x, batch, keep_states)
         states, rotations = [x], Rotations(position_ids)
@@ -101,13 +99,9 @@ class Training:
         return states
 
 
-def kernels_of(model: Any, block: Block, x: Tensor, holes: bool = False) -> Kernels | None:
-    """The passes that run a model's layers on rows like x, or None where PyTorch runs them operation by operation.
-
-    holes: whether masks have holes, for a position bias.
-    """
-    what = {**shape_of(block), "holes": holes}
-    return choose.kernels("encoder layer", model.policy, x.device, choose.product_dtype(x), **what)
+def kernels_of(model: Any, block: Block, x: Tensor) -> Kernels | None:
+    """The passes that run a model's layers on rows like x, or None where PyTorch runs them operation by operation."""
+    return choose.kernels("encoder layer", model.policy, x.device, choose.product_dtype(x), **shape_of(block))
 
 
 def shape_of(block: Block) -> dict[str, Any]:
@@ -118,7 +112,6 @@ def shape_of(block: Block) -> dict[str, Any]:
         "hidden_size": block.hidden_size,
         "activation": activation_of(block),
         "gated": block.gate is not None,
-        "biased": block.position_bias is not None,
     }
 
 

@@ -93,14 +93,11 @@ def triton_obstacle(
     hidden_size: int = 0,
     activation: str = "none",
     gated: bool = False,
-    biased: bool = False,
-    holes: bool = False,
 ) -> str | None:
     """Tells why the Triton kernels have no such passes, or None.
 
     sizes: numbers of features that are multiplied. hidden_size: of rows that are normalised. gated: whether the
-    activation's first half multiplies its second one. biased: whether attention
-    has a position bias. holes: whether its table needs a gradient and masks have holes (`PackedBatch.columns`).
+    activation's first half multiplies its second one.
     """
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"there are no Triton kernels for {dtype}"
@@ -108,8 +105,6 @@ def triton_obstacle(
         return f"head size {head_size} is not from 16 to 128"
     if activation not in (GATED if gated else ACTIVATIONS):
         return f"there is no Triton kernel for {activation!r}"
-    if biased and holes:
-        return "the Triton kernels of a position bias's gradient know no columns between the tokens of a text"
     return dispatch.hidden_size_obstacle(hidden_size)
 
 
@@ -121,8 +116,6 @@ def cpu_obstacle(
     hidden_size: int = 0,
     activation: str = "none",
     gated: bool = False,
-    biased: bool = False,
-    holes: bool = False,
 ) -> str | None:
     """Tells why the C++ kernels have no such passes, or None."""
     if not cpu.multiplies(dtype):

@@ -65,8 +65,9 @@ def _attention_cases(dtype: str) -> Iterator[Case]:
         if model == "base":  # MPNet's
             archs, tensors = None if dtype == "bf16" else frozenset[int](), (n_heads, head_size, DTYPES[dtype])
             yield Case("attention", model, dtype, "position bias", archs, partial(_biased_attention, *tensors))
-            call = partial(_attention, *tensors, DROPOUT, _position_bias(n_heads, DTYPES[dtype], False))
-            yield Case("attention", model, dtype, f"D{head_size} training, position bias", archs, call)
+            for name, holes in (("", False), (", holes", True)):
+                call = partial(_attention, *tensors, DROPOUT, _position_bias(n_heads, DTYPES[dtype], holes))
+                yield Case("attention", model, dtype, f"D{head_size} training, position bias{name}", archs, call)
             for name, ranges in (("window", None), ("window, holes", torch.zeros((N_ROWS, 2), dtype=torch.int32))):
                 for variant, dropout in (("", DROPOUT), (", no dropout", None)):
                     seldom = archs if not variant or ranges is None else frozenset[int]()
