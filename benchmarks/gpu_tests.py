@@ -34,12 +34,12 @@ GROUPS: dict[str, tuple[str, ...]] = {
     **{op: _files(f"ops/op_{op}") for op in OPS},
     "attention": _files("ops/op_attention", "on_kernels/attention_short", "on_kernels/attention_tiles"),
     "disentangled": _files("ops/disentangled", "ops/disentangled_gradients", "models/deberta_gradients"),
-    "attention_backward": _files("ops/attention_backward", "ops/position_bias"),
+    "attention_backward": _files("ops/attention_backward", "ops/position_bias", "ops/window_backward"),
     "dropout": _files("ops/dropout_kernels"),
     "training_rows": _files(
         "ops/residual_norm_kernels", "ops/activation_backward", "ops/embedding_kernels", "ops/pooling_backward"
     ),
-    "training_layer": _files("ops/training_triton"),
+    "training_layer": _files("ops/training_triton", "ops/training_forms", "engine/training_families"),
     "linear": _files("ops/op_linear", "ops/op_linear_persistent", "ops/op_linear_variants"),
     "cross_entropy": _files("ops/op_cross_entropy"),
     "rotary": _files("ops/rotary_kernels", "on_kernels/rotary_models"),

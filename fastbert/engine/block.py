@@ -158,7 +158,8 @@ class Block:
     positions are divided. position_bias: (N, 2R + 1), what is added to the score of a key that stands -R to R columns
     after the query, and of those beyond (fastbert.ops.position_bias); all layers may share it. window: tokens on either
     side that attention reaches. last_norm: of the encoder's output, in its last layer. scale: of the scores, or None
-    for 1 / sqrt(D). distances: of disentangled attention. convolution: what stands beside the layer.
+    for 1 / sqrt(D). distances: of disentangled attention. convolution: what stands beside the layer. inner_dropout: the
+    probability, in the present mode, for what down multiplies.
     """
 
     query: Linear
@@ -183,6 +184,7 @@ class Block:
     scale: float | None = None
     distances: Distances | None = None
     convolution: Convolution | None = None
+    inner_dropout: float = 0.0
 
     @property
     def norms(self) -> tuple[Norm, Norm]:

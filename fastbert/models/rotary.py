@@ -13,6 +13,7 @@ from fastbert.engine.listeners import is_bare
 from fastbert.models.modules import call_dropout, call_module, dense, is_plain
 from fastbert.ops import Policy, dispatch, embedding, recording, tracing
 from fastbert.ops.packing import PackedBatch
+from fastbert_kernels.masks import EMBEDDINGS
 
 PLAN = "rotary positions"
 PARTS_OBSTACLE = "the Triton kernel embeds and normalises at once, and somebody listens to a part of that"
@@ -72,7 +73,7 @@ def embed(
         if types is not None:
             x = x + look_up(types, token_type_ids, policy, batch, obstacle)
         x = normalise(norm, x, policy, batch)
-    return call_dropout(module.dropout, x, batch)
+    return call_dropout(module.dropout, x, batch, EMBEDDINGS)
 
 
 def embeds_in_kernel(module: Any, policy: Policy) -> bool:

@@ -371,10 +371,12 @@ def _aligned(n_integers: int) -> int:
     return -(-n_integers // 4) * 4
 
 
-def gradient_plan(batch: PackedBatch, dtype: torch.dtype, head_size: int, biased: bool = False) -> Any:
+def gradient_plan(
+    batch: PackedBatch, dtype: torch.dtype, head_size: int, biased: bool = False, windowed: bool = False
+) -> Any:
     """Returns what the kernels of attention's gradients need of a batch, made once for all layers.
 
-    biased: with a position bias.
+    biased: with a position bias. windowed: within a window.
     """
 
     def make() -> Any:
@@ -383,11 +385,27 @@ def gradient_plan(batch: PackedBatch, dtype: torch.dtype, head_size: int, biased
         from fastbert_kernels.attention_backward import work_lists
         from fastbert_kernels.work_list import WorkList
 
-        tiles = configs.attention_backward_configs(dtype, head_size, launch.arch(batch.device), biased)
+        tiles = configs.attention_backward_configs(dtype, head_size, launch.arch(batch.device), biased, windowed)
         lists = work_lists(batch.cu_seqlens_cpu.tolist(), tiles)
         queries = WorkList(*(to_device(part, batch.device) for part in lists.queries))
         if lists.keys is lists.queries:
             return GradientPlan(queries, queries)
         return GradientPlan(queries, WorkList(*(to_device(part, batch.device) for part in lists.keys)))
 
-    return batch.plan(("triton attention gradients", dtype, head_size, biased), make)
+    return batch.plan(("triton attention gradients", dtype, head_size, biased, windowed), make)
+
+
+def ranges_of(batch: PackedBatch, window: int) -> torch.Tensor | None:
+    """Returns the first row and the end of the rows that each row reaches, (T, 2) int32, where masks have holes."""
+    columns = batch.columns
+    if columns is None:
+        return None
+
+    def make() -> torch.Tensor:
+        first = batch.seq_ids.long() << 32  # so that all columns of the batch ascend
+        places = first + columns.long()
+        starts = torch.searchsorted(places, torch.maximum(places - window, first))
+        return torch.stack([starts, torch.searchsorted(places, places + window, right=True)], 1).int()
+
+    made: torch.Tensor = batch.plan(("window", window), make)
+    return made
