@@ -49,6 +49,8 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "engine/graph_validity",
         "engine/graph_capture",
         "engine/graphs_gpu",
+        "ops/unpack_kernel",
+        "engine/masks_on_device",
         "engine/graphs_deberta",
     ),
     "model": _files(
