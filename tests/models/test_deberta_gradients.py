@@ -140,3 +140,11 @@ def test_embeddings_without_positions(device: torch.device, monkeypatch: pytest.
         expected = ours.embeddings(ids, policy=ours.policy)
     assert torch.equal(ours.embeddings(ids, policy=ours.policy), expected)
     assert tables[0] is None and tables[1] is not None
+
+
+@pytest.mark.skipif(cpu.obstacle() is not None, reason=str(cpu.obstacle()))
+def test_explain_in_training() -> None:
+    """Catches a report that says that dropout, or a gradient, takes attention from its kernels."""
+    ours = twin(theirs(TYPE, **V3), dtype=torch.float32, strict=False).train()
+    rows = [row for row in fastbert.explain(ours, [[1] * 5]).rows if row.op == "attention"]
+    assert rows and all(row.kernel.startswith("fastbert_kernels.cpu") for row in rows)
