@@ -100,7 +100,7 @@ def disentangled_training_forward(
         return out, lse
     config = tile(qkv.dtype, hidden_size // num_heads)
     if config["BLOCK_D"] > 64:  # the masks take registers
-        config["num_stages"] = 1
+        config |= {"num_stages": 1, "BLOCK_K": 16 if qkv.dtype == torch.float32 else config["BLOCK_K"]}
     arguments = attention_arguments(qkv, out, num_heads, scale, distances)
     # Grid: every head for every tile of the work list, as many at a time as a grid's second dimension holds.
     for tiles in work_list.tiles.split(MAX_TILES):
