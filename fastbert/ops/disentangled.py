@@ -140,6 +140,8 @@ def disentangled_attention(
     trained = choose.perhaps(dropout, torch.compiler.is_compiling())
     trained = trained and choose.wanted(policy, dropout, qkv, positions.keys, positions.queries)
     trained = trained and not isinstance(dropout, float)
+    if recording.on and recording.is_dry():  # which asks for the kernels, and for no gradients
+        trained = mask_of(dropout) is not None and not policy.batch_invariant
     no_kernel = triton_obstacle(qkv, positions, num_heads, dropout, trained)
     backend = dispatch.choose("attention", policy.backend, policy.strict, qkv.device, no_kernel)
     obstacle = cpu_obstacle(qkv, positions, num_heads, dropout, trained) if backend == "cpu" else None
