@@ -62,12 +62,12 @@ def test_a_kernel_packs_as_the_host_does(mask: Tensor, policy: Policy, device: t
     random = torch.Generator().manual_seed(3)
     ids, types, positions = (torch.randint(1, 90, mask.shape, generator=random) for _ in range(3))
     expected = packing.unpad(mask)
-    for given in ({}, {"token_type_ids": types, "position_ids": positions}):
-        given = {name: x.to(device) for name, x in {"input_ids": ids, **given}.items()}
-        batch, layout, words = unpacked(mask.to(device), policy, **given)
+    for passed in ({}, {"token_type_ids": types, "position_ids": positions}):
+        passed = {name: x.to(device) for name, x in {"input_ids": ids, **passed}.items()}
+        batch, layout, words = unpacked(mask.to(device), policy, **passed)
         n_tokens, n_seqs = expected.n_tokens, expected.batch_size
         rows = layout.ids(words).cpu()
-        columns = [packing.pack(x.cpu(), expected) for x in given.values()]
+        columns = [packing.pack(x.cpu(), expected) for x in passed.values()]
         columns += [torch.zeros(n_tokens, dtype=torch.int64), expected.position_ids][len(columns) - 1 :]
         for row, column in zip(rows, columns, strict=True):
             assert torch.equal(row[:n_tokens], column) and not row[n_tokens:].any()
