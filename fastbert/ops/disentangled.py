@@ -208,29 +208,47 @@ def _with_gradients(qkv: Tensor, positions: Positions) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (qkv, *positions[:2]))
 
 
-def _by_kernel(
+class _Reach(NamedTuple):
+    """What the kernel needs of a batch: its tiles, a row for each distance, and the rows that its longest text has."""
+
+    work_list: Any
+    rows_of: Tensor
+    low: int
+    n_rows: int
+
+
+def _reach_of(batch: PackedBatch, buckets: tuple[int, int], invariant: bool) -> _Reach:
+    """Returns that, made once a batch."""
+
+    def make() -> _Reach:
+        from fastbert_kernels import disentangled as kernels
+        from fastbert_kernels.work_list import build_work_list
+
+        rows_of = rows_of_distances(*buckets)
+        radius = len(rows_of) // 2
+        # With holes in the mask, a text may be spread over all columns of the batch.
+        longest = batch.padded_length if batch.columns is not None else int(batch.cu_seqlens_cpu.diff().max())
+        span = min(max(longest - 1, 0), radius)
+        low, high = rows_of[radius - span], rows_of[radius + span]
+        tiles = build_work_list(batch.cu_seqlens_cpu.numpy(), kernels.BLOCK_Q, share=not invariant).to(batch.device)
+        return _Reach(tiles, _rows(buckets, batch.device, torch.int32), low, high - low + 1)
+
+    return batch.plan(("disentangled", buckets, invariant), make)
+
+
+def by_kernel(
     qkv: Tensor, positions: Positions, batch: PackedBatch, num_heads: int, scale: float, invariant: bool
 ) -> Tensor:
+    """Does what `disentangled_attention` does on the triton backend, with arguments that were checked."""
     from fastbert_kernels import disentangled as kernels
-    from fastbert_kernels.work_list import build_work_list
-
-    def make_list() -> Any:
-        return build_work_list(batch.cu_seqlens_cpu.numpy(), kernels.BLOCK_Q, share=not invariant).to(qkv.device)
 
     if batch.n_tokens == 0:
         return qkv.new_empty(0, qkv.shape[1] // 3)
-    rows_of = rows_of_distances(*positions.buckets)
-    radius = len(rows_of) // 2
-    # With holes in the mask, a text may be spread over all columns of the batch.
-    longest = batch.padded_length if batch.columns is not None else int(batch.cu_seqlens_cpu.diff().max())
-    span = min(max(longest - 1, 0), radius)
-    low, high = rows_of[radius - span], rows_of[radius + span]
+    reach = _reach_of(batch, positions.buckets, invariant)
     keys, queries = (None if tensor is None else tensor.contiguous() for tensor in positions[:2])
-    table = _rows(positions.buckets, qkv.device, torch.int32)
-    distances = kernels.Distances(keys, queries, table, low, high - low + 1, batch.columns)
+    distances = kernels.Distances(keys, queries, reach.rows_of, reach.low, reach.n_rows, batch.columns)
     qkv = qkv if qkv.stride(-1) == 1 else qkv.contiguous()
-    work_list = batch.plan(("disentangled", invariant), make_list)
-    return kernels.disentangled_attention_forward(qkv, work_list, num_heads, scale, distances)
+    return kernels.disentangled_attention_forward(qkv, reach.work_list, num_heads, scale, distances)
 
 
 def disentangled_attention(
@@ -280,7 +298,7 @@ def disentangled_attention(
         batch.columns,
     )  # fmt: skip
     if backend == "triton" and not torch.compiler.is_compiling():
-        return _by_kernel(qkv, positions, batch, num_heads, scale, policy.batch_invariant)
+        return by_kernel(qkv, positions, batch, num_heads, scale, policy.batch_invariant)
     if backend == "cpu" and obstacle is None and dispatch.direct(qkv):
         qkv = qkv if qkv.stride(-1) == 1 else qkv.contiguous()
         rows_of = _rows(positions.buckets, qkv.device, torch.int32)
