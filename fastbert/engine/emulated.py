@@ -20,7 +20,7 @@ from fastbert.ops.quantize import DTYPES, OUT_GROUP, Quantized
 
 TORCH = Policy("torch", strict=True)
 # What layers may have beyond BERT's.
-FEATURES = frozenset(("pre_norm", "gate", "rotary", "position_bias", "window"))
+FEATURES = frozenset(("pre_norm", "gate", "rotary", "position_bias", "window", "scale", "distances"))
 
 
 def run_layers(
@@ -60,9 +60,14 @@ def _run_layer(
     if block.rotary is not None:
         angles = ops.rotations(position_ids, block.head_size, block.rotary, block.position_factor)
         qkv = ops.rotary(qkv, *angles, heads, policy=TORCH)
-    context = ops.varlen_attention(
-        qkv, batch, heads, position_bias=block.position_bias, window=block.window, policy=TORCH
-    )
+    if block.distances is None:
+        context = ops.varlen_attention(
+            qkv, batch, heads, scale=block.scale, position_bias=block.position_bias, window=block.window, policy=TORCH
+        )
+    else:
+        assert block.scale is not None
+        positions = block.distances.project()
+        context = ops.disentangled_attention(qkv, positions, batch, heads, scale=block.scale, policy=TORCH)
     y = multiply("out", quantize(context, precision, block.head_size)) + x
     x = y if block.pre_norm else _norm(y, block.attention_norm)
     normed = _norm(y, block.output_norm) if block.pre_norm else x

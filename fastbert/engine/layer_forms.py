@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from fastbert.ops import launched
+from fastbert.ops.angles import rotations_of
 from fastbert.ops.attention_plan import Plan
 from fastbert.ops.columns_around import beside
 from fastbert.ops.disentangled import Positions
 from fastbert.ops.launched import Product
 from fastbert.ops.packing import PackedBatch
-from fastbert.ops.rotations import rotations_of
 
 Normalize = tuple[Tensor, Tensor, float]  # weight (H,), bias (H,) and eps
 PreNormalize = tuple[Tensor, Tensor | None, float]  # the same of a norm that may lack the bias

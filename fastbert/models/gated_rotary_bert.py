@@ -23,9 +23,9 @@ from fastbert.models.modules import add_and_norm, call_dropout, is_plain_norm
 from fastbert.models.outputs import BaseModelOutputWithPooling
 from fastbert.models.rotary import embed, embeds_in_kernel, project
 from fastbert.ops import Policy
+from fastbert.ops.angles import rotations_of
 from fastbert.ops.derived import Derived
 from fastbert.ops.packing import PackedBatch
-from fastbert.ops.rotations import rotations_of
 
 
 class GatedRotaryEmbeddings(nn.Module):

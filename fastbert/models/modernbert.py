@@ -25,8 +25,8 @@ from fastbert.models.modules import call_dropout
 from fastbert.models.outputs import BaseModelOutputWithPooling
 from fastbert.models.rotary import embed, embeds_in_kernel, normalise, project
 from fastbert.ops import Policy
+from fastbert.ops.angles import rotations_of
 from fastbert.ops.packing import PackedBatch
-from fastbert.ops.rotations import rotations_of
 
 
 def _norm(config: BertConfig) -> nn.LayerNorm:
