@@ -19,12 +19,16 @@ import triton.language as tl
 
 from fastbert_kernels import launch
 from fastbert_kernels.jit import jit
+from fastbert_kernels.linear_persistent import describable
 from fastbert_kernels.linear_tile import tile_of
 from fastbert_kernels.quantize import quantize_rows
+from fastbert_kernels.quantized_gated_linear_persistent import quantized_gated_linear_persistent_forward
 from fastbert_kernels.quantized_linear import sums_outside
 from fastbert_kernels.quantized_tile import OUT_GROUP, gate, scaled_epilogue
 
 ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "silu")
+# The architectures that take the kernel on tensor descriptors, and whether in int8: on sm_100 that tile would spill.
+PERSISTENT = ((90, False), (90, True), (100, False))
 
 
 @jit(do_not_specialize=["n_rows"])
@@ -100,10 +104,18 @@ def _quantized_gated_linear_kernel(
 
 def gated_tile(arch: int) -> dict[str, int]:
     """Chooses the tile: as wide as a group of the result, and of as many rows as two sums leave registers for."""
-    if arch in (90, 100):
-        return {"BLOCK_ROWS": 128, "BLOCK_COLS": OUT_GROUP, "BLOCK_K": 128, "GROUP_ROWS": 8, "num_warps": 8,
-                "num_stages": 3}  # fmt: skip
-    return {"BLOCK_ROWS": 64, "BLOCK_COLS": OUT_GROUP, "BLOCK_K": 64, "GROUP_ROWS": 8, "num_warps": 8,
+    return {"BLOCK_ROWS": 64, "BLOCK_COLS": OUT_GROUP, "BLOCK_K": 128 if arch in (90, 100) else 64, "GROUP_ROWS": 8,
+            "num_warps": 8, "num_stages": 3}  # fmt: skip
+
+
+def persistent_tile(dtype: torch.dtype, arch: int, k: int, n_cols: int) -> dict[str, int] | None:
+    """Chooses the tile of the kernel on tensor descriptors, or None where the other one runs.
+
+    Descriptors want rows of a multiple of 16 bytes.
+    """
+    if (arch, dtype == torch.int8) not in PERSISTENT or k % 16 or n_cols % 16:
+        return None
+    return {"BLOCK_ROWS": 128, "BLOCK_COLS": OUT_GROUP, "BLOCK_K": 128, "GROUP_ROWS": 8, "num_warps": 8,
             "num_stages": 3}  # fmt: skip
 
 
@@ -117,7 +129,8 @@ def quantized_gated_linear_forward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Maps (T, K) with scales (T, 1) to (T, I) in x's dtype with scales (T, ceil(I / OUT_GROUP)).
 
-    weight: (2 I, K) of x's dtype, weight_scale: (2 I,). All tensors are contiguous.
+    weight: (2 I, K) of x's dtype, weight_scale: (2 I,). All tensors are contiguous. Takes the kernel on tensor
+    descriptors where the architecture has it and the weight's address allows them.
     """
     n_rows, k = x.shape
     n_cols = weight.shape[0] // 2
@@ -126,6 +139,30 @@ def quantized_gated_linear_forward(
     if n_rows == 0:
         return out, out_scale
     arch = launch.arch(x.device)
+    persistent = persistent_tile(x.dtype, arch, k, n_cols)
+    if persistent is not None and describable(weight) and describable(out):
+        x = x if describable(x) else x.clone(memory_format=torch.contiguous_format)
+        quantized_gated_linear_persistent_forward(
+            x, x_scale, weight, weight_scale, bias, activation, persistent, out, out_scale, sums_outside(x.dtype, arch)
+        )
+        return out, out_scale
+    quantized_gated_linear_pointer_forward(x, x_scale, weight, weight_scale, bias, activation, out, out_scale)
+    return out, out_scale
+
+
+def quantized_gated_linear_pointer_forward(
+    x: torch.Tensor,
+    x_scale: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    activation: str,
+    out: torch.Tensor,
+    out_scale: torch.Tensor,
+) -> None:
+    """Fills out, (T, I) with T > 0, and out_scale, by the kernel of this file."""
+    n_rows, k = x.shape
+    n_cols, arch = weight.shape[0] // 2, launch.arch(x.device)
     config = gated_tile(arch)
     # Grid: one program per output tile, on one axis so that the kernel can order them.
     launch.run(
@@ -147,4 +184,3 @@ def quantized_gated_linear_forward(
         INT8=x.dtype == torch.int8,
         SUM_OUTSIDE=sums_outside(x.dtype, arch),
     )
-    return out, out_scale

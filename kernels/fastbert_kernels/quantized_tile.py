@@ -36,7 +36,7 @@ def scaled_epilogue(
 def gate(first, second, ACTIVATION: tl.constexpr, DTYPE: tl.constexpr):
     """activation(first) * second, elementwise, in float32. DTYPE: of the output."""
     if ACTIVATION == "silu":
-        activated = first * tl.sigmoid(first)
+        out = first * second / (1.0 + tl.exp(-first))
     else:
-        activated = activate(first, ACTIVATION, DTYPE)
-    return activated * second
+        out = activate(first, ACTIVATION, DTYPE) * second
+    return out

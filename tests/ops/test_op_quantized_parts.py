@@ -15,6 +15,7 @@ from fastbert.ops import Policy, packing
 from fastbert.ops import quantized as Q
 from fastbert.ops import quantized_parts as P
 from fastbert.ops.gelu import activate
+from fastbert_kernels import launch, quantized_gated_linear
 from fastbert_kernels.sum_norm import sum_norm_forward
 from helpers import assert_as_accurate, cu_seqlens_of, guarded, operations_called, rms_error
 
@@ -133,6 +134,30 @@ def test_gated_linear(
         if not extra:
             assert_same(ours, Q.quantize(expected.float(), precision, 128), off=0.005)
             assert_same(P.gated_linear(x, weight, added, activation, policy=TORCH), ours, off=0.005)
+
+
+@pytest.mark.parametrize(("n_rows", "k", "width"), [(1, 32, 16), (130, 272, 144), (9, 128, 400)])
+@pytest.mark.parametrize("activation", ["gelu", "silu"])
+@PRECISION
+@pytest.mark.filterwarnings("ignore:overflow:RuntimeWarning")
+def test_gated_linear_on_descriptors(
+    n_rows: int, k: int, width: int, activation: str, precision: str, device: torch.device, poisoned: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Catches other bits than the kernel on pointers gives, or a tile that no program takes."""
+    if device.type == "cuda" and torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("tensor descriptors need compute capability 9.0")
+    if device.type == "cpu":
+        monkeypatch.setattr(launch, "_recorded_arch", 90)
+    x, weight, bias = operands(n_rows, k, width, precision, device)
+    for added in (bias, None):
+        ours = P.gated_linear(x, weight, added, activation, policy=TRITON)
+        poisoned.check()
+        with monkeypatch.context() as patch:
+            patch.setattr(quantized_gated_linear, "persistent_tile", lambda *arguments: None)
+            expected = P.gated_linear(x, weight, added, activation, policy=TRITON)
+        assert torch.equal(ours.data.view(torch.int8), expected.data.view(torch.int8))
+        assert torch.equal(ours.scale, expected.scale)
 
 
 def test_gated_linear_of_what_does_not_fit(device: torch.device) -> None:

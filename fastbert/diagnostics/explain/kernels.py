@@ -185,9 +185,12 @@ def _quantized_linear(record: Record, device: torch.device) -> Kernel:
 def _quantized_gated(record: Record, device: torch.device) -> Kernel:
     if record.backend != "triton":
         return Kernel(quantized.KERNELS["torch"])
-    from fastbert_kernels.quantized_gated_linear import gated_tile
+    from fastbert_kernels.quantized_gated_linear import gated_tile, persistent_tile
 
-    name = "fastbert_kernels.quantized_gated_linear"
+    name, dtype = "fastbert_kernels.quantized_gated_linear", quantized.DTYPES[record.facts["precision"]]
+    persistent = persistent_tile(dtype, _arch(device), *_features(record))
+    if persistent is not None:
+        return Kernel(f"{name}_persistent", persistent, f"formula of {name}.persistent_tile")
     return Kernel(name, gated_tile(_arch(device)), f"formula of {name}.gated_tile")
 
 
