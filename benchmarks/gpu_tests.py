@@ -44,7 +44,12 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "cross_entropy": _files("ops/op_cross_entropy"),
     "rotary": _files("ops/rotary_kernels", "on_kernels/rotary_models"),
     "graphs": _files(
-        "engine/graphs", "engine/graph_buckets", "engine/graph_validity", "engine/graph_capture", "engine/graphs_gpu"
+        "engine/graphs",
+        "engine/graph_buckets",
+        "engine/graph_validity",
+        "engine/graph_capture",
+        "engine/graphs_gpu",
+        "engine/graphs_deberta",
     ),
     "model": _files(
         "models/model",

@@ -186,7 +186,7 @@ class Engine:
             yield GRADIENTS
         if model.training:
             yield TRAINING
-        yield from self.state.graph_obstacles(model, device)
+        yield from self.state.obstacles(model, device)
         obstacle = attention.triton_obstacle(model.config.head_size, torch.empty(0, dtype=model.dtype, device=device))
         decision = dispatch.decide("attention", model.policy, device, obstacle)
         if decision.backend != "triton":

@@ -272,15 +272,16 @@ class Graphs:
         inputs = PackedInputs(*ids)
         static = PackedBatch(
             cu_seqlens=cu_seqlens,
-            cu_seqlens_cpu=batch.cu_seqlens_cpu,  # which the kernels never look at
+            cu_seqlens_cpu=torch.tensor([0, bucket], dtype=torch.int32, device="cpu"),  # the longest text that fits
             position_ids=ids[2],
             batch_size=bucket,
             padded_length=bucket,
         )
-        static = attention_plan.with_plan(static, shape.dtype, shape.head_size, shape.policy, plan)
 
         def function() -> None:
-            out.copy_(forward(inputs, static, layout.batch(buffers.words)))
+            # What is made of the lengths on the device is made anew each time, so that the graph makes it as well.
+            fresh = attention_plan.with_plan(static, shape.dtype, shape.head_size, shape.policy, plan)
+            out.copy_(forward(inputs, fresh, layout.batch(buffers.words)))
 
         capturer = self._capturer
         replayable = count_capture(lambda: capturer.capture(function))

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from fastbert import ops
 from fastbert.checkpoint.config import BertConfig
 from fastbert.checkpoint.deberta import DebertaSettings
+from fastbert.engine import EmbeddingTables, Norm
 from fastbert.engine.listeners import is_bare, is_plain_norm
 from fastbert.models import hooks
 from fastbert.models.encoder import ANY_POSITION
@@ -92,6 +93,18 @@ class DebertaEmbeddings(nn.Module):
             inputs_embeds=inputs_embeds, padding_idx=words.padding_idx if inputs_embeds is None else None,
             dropout=ops.dropout_of(self.dropout.p if self.training else 0.0, batch, EMBEDDINGS), policy=policy,
         )  # fmt: skip
+
+    def tables(
+        self, input_ids: Tensor | None = None, inputs_embeds: Tensor | None = None, policy: Policy = ops.AUTO
+    ) -> tuple[Tensor | None, EmbeddingTables]:
+        """Ids and the tables of a model that does not project them; or None, and embeddings, (T, E), as the words."""
+        types, positions = self.token_type_embeddings, self.position_embeddings
+        return None if inputs_embeds is not None else input_ids, EmbeddingTables(
+            words=self.word_embeddings.weight if inputs_embeds is None else inputs_embeds,
+            token_types=None if types is None else types.weight,
+            positions=None if positions is None else positions.weight,
+            norm=Norm.of(self.LayerNorm),
+        )
 
     def _backend(self, policy: Policy, inputs_embeds: Tensor | None = None) -> str:
         """Names the backend of the embeddings as one operation."""

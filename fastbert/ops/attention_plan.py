@@ -37,6 +37,7 @@ class Plan(NamedTuple):
 
 
 NO_PLAN = None, None, None, False  # for an operation that makes one when it runs
+TILES = "tiles"  # the plan of a batch in the rows of a bucket that `tiles_of` cuts
 
 
 def lists_of(
@@ -131,12 +132,54 @@ def batch_in_rows(
     What attention gives for the empty rows is undefined.
     """
     plan = triton_plan(batch, qkv_dtype, head_size, policy)
-    return batch.in_rows(position_ids, {plan_key(qkv_dtype, head_size, policy): plan})
+    return batch.in_rows(position_ids, _plans_of(plan, batch.device, qkv_dtype, head_size, policy))
 
 
 def with_plan(batch: PackedBatch, qkv_dtype: torch.dtype, head_size: int, policy: Policy, plan: Plan) -> PackedBatch:
     """Returns the batch with a triton plan that the caller keeps. Tiles of no rows may fill its lists up."""
-    return replace(batch, _plans={plan_key(qkv_dtype, head_size, policy): plan})
+    return replace(batch, _plans=_plans_of(plan, batch.device, qkv_dtype, head_size, policy))
+
+
+def _plans_of(
+    plan: Plan, device: torch.device, qkv_dtype: torch.dtype, head_size: int, policy: Policy
+) -> dict[Any, Any]:
+    """Returns what a batch in the rows of a bucket keeps: its plan, and the rows of the tiles in it."""
+    from fastbert_kernels import configs, launch
+
+    arch = launch.arch(device)
+    heights = [configs.attention_config(qkv_dtype, head_size, arch, plan.small).block_sizes["BLOCK_Q"]]
+    if plan.short_tiles is not None:
+        short = configs.short_attention_config(qkv_dtype, head_size, arch)
+        assert short is not None
+        heights.append(short.block_sizes["BLOCK_Q"])
+    return {plan_key(qkv_dtype, head_size, policy): plan, TILES: (plan, heights)}
+
+
+def tiles_of(batch: PackedBatch, block_q: int, share: bool) -> WorkList:
+    """Returns a list of tiles of at most block_q rows, for a kernel of attention with tiles of its own.
+
+    They are cut on the device from those of a plan in the rows of a bucket, where a graph does it again for each batch,
+    and made of the lengths elsewhere. share: whether short sequences may share one there.
+    """
+    from fastbert_kernels.work_list import WorkList, build_work_list
+
+    if not batch.has_plan(TILES):
+        return build_work_list(batch.cu_seqlens_cpu.numpy(), block_q, share).to(batch.device)
+    plan, heights = batch.plan(TILES, tuple)
+    lists = [part for part in (plan.tiles, plan.short_tiles) if part is not None]
+    cut = [_cut(tiles, -(-height // block_q), block_q) for tiles, height in zip(lists, heights, strict=True)]
+    return WorkList(cut[0] if len(cut) == 1 else torch.cat(cut), plan.row_spans)
+
+
+def _cut(tiles: torch.Tensor, n_parts: int, block_q: int) -> torch.Tensor:
+    """(W, 5) tiles -> (W * n_parts, 5), of block_q rows each; those beyond the end of a tile have none."""
+    if n_parts == 1:
+        return tiles
+    end = tiles[:, None, 1]
+    parts = torch.arange(0, n_parts * block_q, block_q, dtype=torch.int32, device=tiles.device)
+    starts = torch.minimum(tiles[:, None, 0] + parts, end)
+    rows = torch.stack([starts, torch.minimum(starts + block_q, end)], -1)  # (W, n_parts, 2)
+    return torch.cat([rows, tiles[:, None, 2:].expand(-1, n_parts, -1)], -1).flatten(0, 1)
 
 
 def host_work_lists(
@@ -247,6 +290,7 @@ class StaticPlan:
         row_spans[: spans.shape[0]] = spans
         offsets = batch.cu_seqlens_cpu.numpy()
         cu_seqlens[: offsets.shape[0]] = offsets
+        cu_seqlens[offsets.shape[0] :] = offsets[-1]  # the other sequences are empty
         return True
 
 

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastbert.ops import dispatch, recording, tracing
+from fastbert.ops.attention_plan import tiles_of
 from fastbert.ops.dispatch import AUTO, Policy
 from fastbert.ops.groups import group_by_length
 from fastbert.ops.library import register
@@ -222,7 +223,6 @@ def _reach_of(batch: PackedBatch, buckets: tuple[int, int], invariant: bool) -> 
 
     def make() -> _Reach:
         from fastbert_kernels import disentangled as kernels
-        from fastbert_kernels.work_list import build_work_list
 
         rows_of = rows_of_distances(*buckets)
         radius = len(rows_of) // 2
@@ -230,7 +230,7 @@ def _reach_of(batch: PackedBatch, buckets: tuple[int, int], invariant: bool) -> 
         longest = batch.padded_length if batch.columns is not None else int(batch.cu_seqlens_cpu.diff().max())
         span = min(max(longest - 1, 0), radius)
         low, high = rows_of[radius - span], rows_of[radius + span]
-        tiles = build_work_list(batch.cu_seqlens_cpu.numpy(), kernels.BLOCK_Q, share=not invariant).to(batch.device)
+        tiles = tiles_of(batch, kernels.BLOCK_Q, share=not invariant)
         return _Reach(tiles, _rows(buckets, batch.device, torch.int32), low, high - low + 1)
 
     return batch.plan(("disentangled", buckets, invariant), make)

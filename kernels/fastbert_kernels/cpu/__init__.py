@@ -18,6 +18,7 @@ from fastbert_kernels.cpu.dropout import (
 from fastbert_kernels.cpu.encoder import (
     MAX_HIDDEN,
     Encoder,
+    EncoderConvolution,
     EncoderLayer,
     EncoderTables,
     Int8Encoder,
@@ -70,13 +71,13 @@ from fastbert_kernels.cpu.rows import (
 )
 
 __all__ = [
-    "ACTIVATIONS", "MAX_HIDDEN", "VARIANTS", "Encoder", "EncoderLayer", "EncoderTables", "Int8Encoder",
-    "Int8EncoderLayer", "Int8Weight", "LayerTraits", "NormBackward", "NormForward", "PositionBias",
+    "ACTIVATIONS", "MAX_HIDDEN", "VARIANTS", "Encoder", "EncoderConvolution", "EncoderLayer", "EncoderTables",
+    "Int8Encoder", "Int8EncoderLayer", "Int8Weight", "LayerTraits", "NormBackward", "NormForward", "PositionBias",
     "activation_backward", "attention_backward", "attention_training_forward", "digest",
-    "disentangled_attention_forward", "dropout_forward",
-    "dropout_mask", "embedding_norm_forward", "embedding_scatter", "encoder_forward", "encoder_int8_forward",
-    "has_amx", "ids_outside", "instructions", "int8_obstacle", "linear_forward", "linear_int8_forward", "multiplies",
-    "obstacle", "pack_int8", "pack_transposed", "pack_weight", "pack_weights", "pool_forward", "quantize_forward",
-    "residual_norm_backward", "residual_norm_forward", "varlen_attention_forward", "weight_gradient",
-    "gated_forward", "rotary_forward", "window_bias", "windowed_attention_forward",
+    "disentangled_attention_forward", "dropout_forward", "dropout_mask", "embedding_norm_forward", "embedding_scatter",
+    "encoder_forward", "encoder_int8_forward", "gated_forward", "has_amx", "ids_outside", "instructions",
+    "int8_obstacle", "linear_forward", "linear_int8_forward", "multiplies", "obstacle", "pack_int8", "pack_transposed",
+    "pack_weight", "pack_weights", "pool_forward", "quantize_forward", "residual_norm_backward",
+    "residual_norm_forward", "rotary_forward", "varlen_attention_forward", "weight_gradient", "window_bias",
+    "windowed_attention_forward",
 ]  # fmt: skip
