@@ -7,19 +7,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastbert import ops
-from fastbert.engine.block import Block, Norm
-from fastbert.ops import Policy, quantized, quantized_parts
+from fastbert.engine.block import Block, Convolution, Norm
+from fastbert.ops import Policy, columns_around, quantized, quantized_parts
 from fastbert.ops.angles import rotations_of
 from fastbert.ops.packing import PackedBatch
 from fastbert.ops.quantized import Quantized
 
 # What layers may have beyond BERT's.
-FEATURES = frozenset(("pre_norm", "gate", "rotary", "position_bias", "window", "scale", "distances"))
+FEATURES = frozenset(("pre_norm", "gate", "rotary", "position_bias", "window", "scale", "distances", "convolution"))
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,13 +50,16 @@ class EightBitLayers:
         return states
 
     def _post_norm(self, i: int, x: Tensor, q: Quantized) -> tuple[Tensor, Quantized]:
-        block, policy = self.blocks[i], self.policy
+        block, policy, before = self.blocks[i], self.policy, x
         y, bias = self._multiply(i, "out", self._attend(i, q, x.dtype), x.dtype)
         x, q = quantized.bias_residual_layer_norm(
             y, bias, x, *block.norms[0].arguments(), self.precision, policy=policy
         )
         y, bias = self._multiply(i, "down", self._feed(i, q), x.dtype)
-        after = y, bias, x, *block.output_norm.arguments()
+        after: Any = y, bias, x, *block.output_norm.arguments()
+        if block.convolution is not None:
+            y = ops.bias_residual_layer_norm(*after, policy=policy)
+            after = y + self._convolve(block.convolution, before), None, None, *block.convolution.norm.arguments()
         if i + 1 < len(self.blocks):
             return quantized.bias_residual_layer_norm(*after, self.precision, policy=policy)
         return ops.bias_residual_layer_norm(*after, policy=policy), q  # nobody multiplies it in 8 bits
@@ -74,6 +78,12 @@ class EightBitLayers:
             x = x + y
             return x, quantized_parts.rows(x, self.precision, rotated=self.precision == "int8", policy=policy)
         return quantized_parts.add_layer_norm(y, x, *_norm(norm), self.precision, policy=policy)
+
+    def _convolve(self, beside: Convolution, x: Tensor) -> Tensor:
+        """What a convolution gives of rows, (T, H); it is not in 8 bits."""
+        product, rows = beside.product(), columns_around.beside(x, self.batch, beside.weight.shape[-1])
+        convolved = ops.linear(rows, product.weight, product.bias, policy=self.policy)
+        return ops.bias_gelu(convolved, None, beside.activation, policy=self.policy)
 
     def _multiply(self, i: int, name: str, q: Quantized, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """A product, and the bias that is still to be added."""

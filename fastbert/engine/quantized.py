@@ -175,6 +175,7 @@ def _block_obstacles(model: EncoderModel) -> list[str | None]:
     return [
         _feature_obstacle(blocks, eight_bit_layers.FEATURES),
         *(gate_obstacle(name) if gated else gelu.activation_obstacle(name) for name, gated in sorted(activations)),
+        *(gelu.activation_obstacle(block.convolution.activation) for block in blocks if block.convolution is not None),
     ]
 
 
@@ -249,17 +250,19 @@ class EightBit:
 
     @untraced
     def addresses(self, model: EncoderModel) -> list[tuple[int, ...]]:
-        """Returns where 8-bit weights and position biases are, up to date: what a CUDA graph of the model reads."""
+        """Returns where 8-bit weights, and what layers have beside them, are, up to date: what a CUDA graph reads."""
         precision = model.precision
         assert precision is not None
         blocks = list(model.blocks())
-        biases = [block.position_bias for block in blocks if block.position_bias is not None]
+        beside: list[Tensor | None] = [block.position_bias for block in blocks]
+        beside += [part for block in blocks if block.distances is not None for part in block.distances.project()[:2]]
+        beside += [block.convolution.product().weight for block in blocks if block.convolution is not None]
         of_weights = [
             self.weights.addresses_of(precision, *which)
             for i, block in enumerate(blocks)
             for which in _linears(_place(model, i), block, precision).values()
         ]
-        return [*of_weights, tuple(bias.data_ptr() for bias in biases)]
+        return [*of_weights, tuple(tensor.data_ptr() for tensor in beside if tensor is not None)]
 
 
 def _place(model: EncoderModel, i: int) -> int:
