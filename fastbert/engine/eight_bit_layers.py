@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +20,10 @@ from fastbert.ops.quantized import Quantized
 
 # What layers may have beyond BERT's.
 FEATURES = frozenset(("pre_norm", "gate", "rotary", "position_bias", "window", "scale", "distances", "convolution"))
+
+
+# The arguments of bias + residual + LayerNorm: the rows, two of them optional, the norm's vectors, and eps.
+_NormArguments = tuple[Tensor, Tensor | None, Tensor | None, Tensor, Tensor, float]
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,7 +59,7 @@ class EightBitLayers:
             y, bias, x, *block.norms[0].arguments(), self.precision, policy=policy
         )
         y, bias = self._multiply(i, "down", self._feed(i, q), x.dtype)
-        after: Any = y, bias, x, *block.output_norm.arguments()
+        after: _NormArguments = y, bias, x, *block.output_norm.arguments()
         if block.convolution is not None:
             y = ops.bias_residual_layer_norm(*after, policy=policy)
             after = y + self._convolve(block.convolution, before), None, None, *block.convolution.norm.arguments()

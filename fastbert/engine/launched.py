@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from fastbert.engine import layer_forms as forms
-from fastbert.engine.block import FEATURES as ALL_FEATURES
 from fastbert.engine.block import Block, Linear, Norm, feature_obstacles
 from fastbert.engine.state import GRADIENTS, EncoderState
 from fastbert.ops import attention, attention_plan, dispatch, gelu, gemm, recording, silent_writes
@@ -25,7 +24,8 @@ from fastbert.ops.linear import splits as splits_k
 from fastbert.ops.packing import PackedBatch
 from fastbert.ops.training.choose import IN_TRAINING
 
-FEATURES = frozenset(ALL_FEATURES)  # What layers may have beyond BERT's.
+# What layers may have beyond BERT's.
+FEATURES = frozenset(("pre_norm", "gate", "rotary", "position_bias", "window", "scale", "distances", "convolution"))
 ATTENTIONS = "attentions"  # The plan of a batch whose attention weights are kept.
 
 Stack = forms.PostNormStack | forms.PreNormStack

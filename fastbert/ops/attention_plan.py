@@ -168,8 +168,8 @@ def tiles_of(batch: PackedBatch, block_q: int, share: bool) -> WorkList:
 
     if not batch.has_plan(TILES):
         return build_work_list(batch.cu_seqlens_cpu.numpy(), block_q, share).to(batch.device)
-    plan, *attention = batch.plan(TILES, tuple)
-    heights = _heights(plan, *attention, batch.device)
+    plan, qkv_dtype, head_size = batch.plan(TILES, tuple)
+    heights = _heights(plan, qkv_dtype, head_size, batch.device)
     lists = [part for part in (plan.tiles, plan.short_tiles) if part is not None]
     cut = [_cut(tiles, -(-height // block_q), block_q) for tiles, height in zip(lists, heights, strict=True)]
     return WorkList(cut[0] if len(cut) == 1 else torch.cat(cut), plan.row_spans)

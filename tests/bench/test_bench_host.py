@@ -21,7 +21,7 @@ import stub_driver, host_child
 
 sizes = {"hidden_size": 128, "num_attention_heads": 2, "num_hidden_layers": 2, "intermediate_size": 256}
 host_child.SIZES = {"small": sizes}
-host_child.FAMILIES = {"ModernBERT": {**sizes, "model_type": "modernbert", "vocab_size": 1000}}
+host_child.FAMILIES = {"ModernBERT": {**sizes, "model_type": "modernbert", "vocab_size": 100, "pad_token_id": 0}}
 host_child.LENGTHS = {"1x128": [128], "32x128": [20, 30]}
 host_child.SAMPLES = 3
 host_child.main(0.2)

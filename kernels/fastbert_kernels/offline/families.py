@@ -74,7 +74,10 @@ def _eight_bit_cases(dtype: str) -> Iterator[Case]:
     yield case("attention", "window", None, attend, qkv, tiles, N_HEADS, 0.125, of_heads, window=Window(WINDOW))
 
 
-def _by_pointers(x: torch.Tensor, x_scale: torch.Tensor, *others: Any) -> None:
+def _by_pointers(x: torch.Tensor, x_scale: torch.Tensor, weight: torch.Tensor, *others: Any) -> None:
     """Calls the gated product by the kernel that takes pointers, whatever the architecture."""
-    out = torch.empty((len(x), len(others[0]) // 2), dtype=x.dtype)
-    quantized_gated_linear.quantized_gated_linear_pointer_forward(x, x_scale, *others, out, x_scale)
+    weight_scale, bias, activation = others
+    out = torch.empty((len(x), len(weight) // 2), dtype=x.dtype)
+    quantized_gated_linear.quantized_gated_linear_pointer_forward(
+        x, x_scale, weight, weight_scale, bias, activation, out, x_scale
+    )
