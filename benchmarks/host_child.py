@@ -35,12 +35,10 @@ SIZES: dict[str, dict[str, int]] = {
     "MiniLM": {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536},
 }
 # Other families in their published sizes, but for the number of layers and of words: of these a layer is measured.
-_BASE = {
-    "hidden_size": 768, "num_attention_heads": 12, "num_hidden_layers": 6, "vocab_size": 1000, "pad_token_id": 0
-}  # fmt: skip
+_BASE = {"hidden_size": 768, "num_attention_heads": 12, "num_hidden_layers": 6, "vocab_size": 1000}
 FAMILIES: dict[str, dict[str, Any]] = {
     "MPNet-base": {**_BASE, "model_type": "mpnet", "intermediate_size": 3072},
-    "ModernBERT-base": {**_BASE, "model_type": "modernbert", "intermediate_size": 1152},
+    "ModernBERT-base": {**_BASE, "model_type": "modernbert", "intermediate_size": 1152, "pad_token_id": 0},
     "Nomic-base": {**_BASE, "model_type": "nomic_bert", "intermediate_size": 3072},
     "DeBERTa-v3-base": {
         **_BASE, "model_type": "deberta-v2", "intermediate_size": 3072, "relative_attention": True,
