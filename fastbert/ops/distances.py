@@ -203,7 +203,8 @@ def for_kernel(keys: Tensor | None, queries: Tensor | None, buckets: tuple[int, 
         return rows_on(buckets, batch.device, torch.int32), low, high - low + 1
 
     keys, queries = (None if tensor is None else tensor.contiguous() for tensor in (keys, queries))
-    return Distances(keys, queries, *batch.plan(("distances", buckets), reach), batch.columns)
+    table, low, n_rows = batch.plan(("distances", buckets), reach)
+    return Distances(keys, queries, table, low, n_rows, batch.columns)
 
 
 def work_list(batch: PackedBatch, rows: int, invariant: bool = False) -> Any:
