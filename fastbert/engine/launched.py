@@ -127,8 +127,8 @@ class _Maker:
 
     def post_norm(self, block: Block) -> forms.PostNorm:
         assert block.attention_norm is not None
-        join = forms.Joined if block.rotary is None else forms.MultipliedThenNormed
         joins = block.rotary is None
+        join = forms.Joined if joins else forms.MultipliedThenNormed
         layer = forms.PostNormLayer(
             self.product(block.fuse_qkv()),
             self.attention(block),
@@ -209,7 +209,7 @@ def _fits(block: Block, x: Tensor) -> bool:
         biases += [(norm.bias, (h,)) for norm in norms]
     else:
         wanted += [(norm.bias, (h,)) for norm in norms]
-        if len(norms) != 2:  # one before attention, and one after the layer
+        if block.attention_norm is None or block.last_norm is not None:
             return False
     # Families with rotary positions have linears and norms without biases.
     wanted += biases if block.rotary is None else [bias for bias in biases if bias[0] is not None]

@@ -67,8 +67,12 @@ def states_of(model: Any) -> list[Tensor]:
 
 
 @pytest.mark.filterwarnings("ignore:overflow:RuntimeWarning")  # numpy, of the exponential far on the left
-@pytest.mark.parametrize(("precision", "dtype"), [("int8", torch.bfloat16), ("fp8", torch.float32)], ids=str)
-@FAMILY
+@pytest.mark.parametrize(
+    ("family", "precision", "dtype"),
+    [*((family, "int8", torch.bfloat16) for family in FAMILIES),
+     *((family, "fp8", torch.float32) for family in ("modernbert", "gte", "deberta"))],
+    ids=str,
+)  # fmt: skip
 def test_kernels_give_what_the_emulation_does(
     family: str, precision: str, dtype: torch.dtype, device: torch.device
 ) -> None:
