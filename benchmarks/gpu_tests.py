@@ -61,6 +61,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "models/heads",
         "models/losses",
         "engine/launched",
+        "engine/launched_families",
     ),
     "batch_invariant": _files("engine/batch_invariant"),
     "text": _files("pipelines/sentence", "pipelines/sentence_run"),
@@ -97,7 +98,12 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "memory": _files("engine/memory"),
     "tune": _files("tune/tune"),
     "quantized": _files(
-        "ops/op_quantized", "ops/op_quantized_persistent", "engine/quantized", "engine/graphs_quantized"
+        "ops/op_quantized",
+        "ops/op_quantized_parts",
+        "ops/op_quantized_persistent",
+        "engine/quantized",
+        "engine/quantized_families",
+        "engine/graphs_quantized",
     ),
     # Last: a kernel with specialised warps that is wrong may not end.
     "specialized": _files("ops/specialized_on_a_gpu"),

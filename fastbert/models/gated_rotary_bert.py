@@ -21,8 +21,9 @@ from fastbert.models.encoder import EncoderModel
 from fastbert.models.layers import LayerStack
 from fastbert.models.modules import add_and_norm, call_dropout, is_plain_norm
 from fastbert.models.outputs import BaseModelOutputWithPooling
-from fastbert.models.rotary import embed, embeds_in_kernel, project, rotations_of
+from fastbert.models.rotary import embed, embeds_in_kernel, project
 from fastbert.ops import Policy
+from fastbert.ops.angles import rotations_of
 from fastbert.ops.derived import Derived
 from fastbert.ops.packing import PackedBatch
 from fastbert_kernels.masks import ATTENTION, ATTENTION_OUTPUT, INNER, OUTPUT, site_of
@@ -210,6 +211,7 @@ class GatedRotaryLayer(nn.Module):
             attention_norm=Norm.of(self.post_attention_layernorm),
             up=Linear.of(mlp.gate_proj),  # what is activated
             gate=Linear.of(mlp.up_proj),
+            fuse_up=lambda: Linear(*mlp.fused_qkv()),
             activation=mlp.activation,
             down=Linear.of(mlp.down_proj),
             output_norm=Norm.of(self.post_mlp_layernorm),

@@ -155,6 +155,7 @@ class JinaBertLayer(nn.Module):
             attention_norm=Norm.of(add.LayerNorm),
             up=Linear(up, None),  # what is activated
             gate=Linear(gate, None),
+            fuse_up=lambda: Linear.of(mlp.gated_layers),
             activation=mlp.activation,
             down=Linear.of(mlp.wo),
             output_norm=Norm.of(mlp.layernorm),

@@ -23,8 +23,9 @@ from fastbert.models.encoder import EncoderModel
 from fastbert.models.layers import LayerStack
 from fastbert.models.modules import call_dropout
 from fastbert.models.outputs import BaseModelOutputWithPooling
-from fastbert.models.rotary import embed, embeds_in_kernel, normalise, project, rotations_of
+from fastbert.models.rotary import embed, embeds_in_kernel, normalise, project
 from fastbert.ops import Policy
+from fastbert.ops.angles import rotations_of
 from fastbert.ops.packing import PackedBatch
 from fastbert_kernels.masks import ATTENTION, ATTENTION_OUTPUT, INNER, site_of
 
@@ -162,6 +163,7 @@ class ModernBertEncoderLayer(nn.Module):
             attention_norm=Norm.of(norm) if isinstance(norm, nn.LayerNorm) else None,
             up=up,
             gate=gate,
+            fuse_up=lambda: Linear.of(mlp.Wi),
             activation=mlp.activation,
             down=Linear.of(mlp.Wo),
             output_norm=Norm.of(self.mlp_norm),
