@@ -55,22 +55,19 @@ def _run_layer(
     def multiply(name: str, q: Quantized, dtype: torch.dtype = x.dtype) -> Tensor:
         return ops.quantized.linear(q, *weight_of(i, name), dtype, policy=TORCH)
 
-    heads, rotated = block.num_heads, precision == "int8"
+    heads, rotated, beside, entering = block.num_heads, precision == "int8", block.convolution, x
     qkv = multiply("qkv", quantize(_norm(x, block.attention_norm) if block.pre_norm else x, precision, rotated=rotated))
     if block.rotary is not None:
         angles = ops.rotations(position_ids, block.head_size, block.rotary, block.position_factor)
         qkv = ops.rotary(qkv, *angles, heads, policy=TORCH)
-    if block.distances is not None:
-        assert block.scale is not None
-        context = ops.disentangled_attention(
-            qkv, block.distances.project(), batch, heads, scale=block.scale, policy=TORCH
-        )
-    else:
+    if block.distances is None:
         context = ops.varlen_attention(
             qkv, batch, heads, scale=block.scale, position_bias=block.position_bias, window=block.window, policy=TORCH
         )
-    beside = block.convolution
-    convolved = None if beside is None else _convolve(beside, x, batch)
+    else:
+        assert block.scale is not None
+        positions = block.distances.project()
+        context = ops.disentangled_attention(qkv, positions, batch, heads, scale=block.scale, policy=TORCH)
     y = multiply("out", quantize(context, precision, block.head_size)) + x
     x = y if block.pre_norm else _norm(y, block.attention_norm)
     normed = _norm(y, block.output_norm) if block.pre_norm else x
@@ -82,8 +79,8 @@ def _run_layer(
         inner = gelu.activate(first, block.activation) * second
     y = multiply("down", quantize(inner, precision, OUT_GROUP)) + x
     y = y if block.pre_norm else _norm(y, block.output_norm)
-    if beside is not None and convolved is not None:
-        y = _norm(y + convolved, beside.norm)
+    if beside is not None:
+        y = _norm(y + _convolve(beside, entering, batch), beside.norm)
     return _norm(y, block.last_norm)
 
 

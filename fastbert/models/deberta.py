@@ -9,6 +9,7 @@ its text. Names of modules and parameters are those of transformers.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -30,7 +31,7 @@ from fastbert.models.rotary import normalise
 from fastbert.ops import Policy
 from fastbert.ops.derived import Derived
 from fastbert.ops.disentangled import Positions
-from fastbert_kernels.masks import ATTENTION_OUTPUT, OUTPUT, site_of
+from fastbert_kernels.masks import ATTENTION, ATTENTION_OUTPUT, OUTPUT, site_of
 
 
 class DisentangledSelfAttention(nn.Module):
@@ -38,9 +39,10 @@ class DisentangledSelfAttention(nn.Module):
 
     projections = "query_proj", "key_proj", "value_proj"
 
-    def __init__(self, config: BertConfig, settings: DebertaSettings) -> None:
+    def __init__(self, config: BertConfig, settings: DebertaSettings, layer: int = 0) -> None:
         super().__init__()
         size = config.hidden_size
+        self.dropout_site = site_of(layer, ATTENTION)
         self.num_heads, self.scale = config.num_attention_heads, (config.head_size * settings.n_scores) ** -0.5
         self.buckets, self.table_rows = settings.buckets, 2 * settings.reach
         self.query_proj = nn.Linear(size, size)
@@ -123,18 +125,18 @@ class DisentangledSelfAttention(nn.Module):
             return attention_weights.attend(
                 qkv, batch, self.num_heads, self.dropout_p, scale=self.scale, positions=positions
             )
+        dropout = ops.dropout_of(self.dropout_p, batch, self.dropout_site)
         if positions is None:
-            p = self.dropout_p or None
-            return ops.varlen_attention(qkv, batch, self.num_heads, scale=self.scale, dropout=p, policy=policy)
+            return ops.varlen_attention(qkv, batch, self.num_heads, scale=self.scale, dropout=dropout, policy=policy)
         return ops.disentangled_attention(
-            qkv, positions, batch, self.num_heads, scale=self.scale, dropout_p=self.dropout_p, policy=policy
+            qkv, positions, batch, self.num_heads, scale=self.scale, dropout=dropout, policy=policy
         )
 
 
 class DebertaAttention(nn.Module):
     def __init__(self, config: BertConfig, settings: DebertaSettings, layer: int = 0) -> None:
         super().__init__()
-        self.self = DisentangledSelfAttention(config, settings)
+        self.self = DisentangledSelfAttention(config, settings, layer)
         site = site_of(layer, ATTENTION_OUTPUT)
         self.output = BertAddNorm(config.hidden_size, config, config.hidden_dropout_prob, site)
 
@@ -214,8 +216,8 @@ class DebertaEncoder(LayerStack):
             "table", [weight, norm.weight, norm.bias], lambda: (normalise(norm, weight, policy, None),)
         )[0]
 
-    def distances(self, attention: DisentangledSelfAttention) -> Distances:
-        """What stands for distances in the attention of a layer, as data."""
+    def distances(self, attention: DisentangledSelfAttention, policy: Policy = ops.AUTO) -> Distances:
+        """What stands for distances in the attention of a layer, as data; the policy is for projecting the table."""
         linears: Any = [
             attention.get_submodule(name) if name else None
             for name in (attention.position_keys, attention.position_queries)
@@ -225,9 +227,9 @@ class DebertaEncoder(LayerStack):
         assert table is not None
 
         def project() -> Positions:
-            rows = self.table()
+            rows = self.table(policy)
             assert rows is not None
-            return attention.positions(rows)
+            return attention.positions(rows, policy)
 
         return Distances(table.weight, norm, key, query, attention.buckets, project)
 
@@ -303,7 +305,7 @@ class DebertaModel(EncoderModel):
     def blocks(self) -> Iterator[Block]:
         """Each layer as data; its modules must be plain."""
         encoder = self.encoder
-        distances = encoder.distances if encoder.has_terms else None
+        distances = partial(encoder.distances, policy=self.policy) if encoder.has_terms else None
         for i, layer in enumerate(encoder.layer):
             beside = encoder.conv.data() if i == 0 and encoder.conv is not None else None
             yield layer.block(distances, beside)

@@ -76,20 +76,21 @@ class DebertaEmbeddings(nn.Module):
         batch: PackedBatch | None,
         policy: Policy,
     ) -> Tensor:
-        """The sum of rows, normalised, in one kernel, which adds a row of zeros where there are no positions."""
-        words, types, positions = self.word_embeddings, self.token_type_embeddings, self.position_embeddings
+        """The sum of rows, normalised, in one kernel; for gradients positions are zeros where the model has none."""
+        words, types, norm = self.word_embeddings, self.token_type_embeddings, self.LayerNorm
         rows: Any = input_ids if inputs_embeds is None else inputs_embeds
-        table, norm = words.weight if positions is None else positions.weight, self.LayerNorm
-        if position_ids is None:
-            position_ids = torch.zeros(rows.shape[0], dtype=torch.int64, device=table.device)
-        if positions is None:
-            position_ids = torch.zeros_like(position_ids)
+        table = None if self.position_embeddings is None else self.position_embeddings.weight
+        if table is None and (self.training or torch.is_grad_enabled()):
+            table, position_ids = words.weight.new_zeros(1, words.weight.shape[1]), None
         if types is not None and token_type_ids is None:
-            token_type_ids = torch.zeros_like(position_ids)
+            token_type_ids = torch.zeros(rows.shape[0], dtype=torch.int64, device=words.weight.device)
+        if table is None:
+            position_ids = None
+        elif position_ids is None:
+            position_ids = torch.zeros(rows.shape[0], dtype=torch.int64, device=words.weight.device)
         return ops.embedding_layer_norm(
             input_ids if inputs_embeds is None else None, None if types is None else token_type_ids, position_ids,
-            words.weight, None if types is None else types.weight,
-            table.new_zeros(1, table.shape[1]) if positions is None else table, norm.weight, norm.bias, norm.eps,
+            words.weight, None if types is None else types.weight, table, norm.weight, norm.bias, norm.eps,
             inputs_embeds=inputs_embeds, padding_idx=words.padding_idx if inputs_embeds is None else None,
             dropout=ops.dropout_of(self.dropout.p if self.training else 0.0, batch, EMBEDDINGS), policy=policy,
         )  # fmt: skip

@@ -221,7 +221,7 @@ def keys(lengths, offset=0, ids_dtype=torch.int64):
     return all_keys
 
 
-first = keys([8, 8])
+first = keys([8, 8]) | keys([127, 128, 129])  # attention has a tile for few tokens or short texts, and another
 names = {name for name, *_ in first}
 later = set()
 for lengths in ([1], [16], [17, 3], [1] * 16, [5] * 16, [7] * 33, [127, 128, 129], [33], [48], [512]):
@@ -395,9 +395,13 @@ def test_explain_on_graphs(stand_in: StandIn, device: torch.device) -> None:
     """Catches an explain that promises one launch where every kernel is launched by itself."""
     model = make(device)
 
-    def note(**options: Any) -> str:
-        return next((n for n in fastbert.explain(model, **options).notes if n.startswith("CUDA graphs")), "")
+    def note(start: str = "CUDA graphs", **options: Any) -> str:
+        return next((n for n in fastbert.explain(model, **options).notes if n.startswith(start)), "")
 
+    masks = "masks on the GPU: up to 512 places are packed there, and the lengths of more waited for"
+    assert note("masks", arch=90) == masks
+    model.strict_ids = True
+    assert "waited for: strict_ids waits for the checks of each batch" in note("masks", arch=90)
     assert note(arch=90) == "CUDA graphs: a batch of up to 16384 tokens is one launch, without gradients"
     model.cuda_graphs = False
     assert note(arch=90) == "CUDA graphs: none: the model's cuda_graphs is False"

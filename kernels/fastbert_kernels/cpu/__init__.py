@@ -11,7 +11,7 @@ from fastbert_kernels.cpu.attention_training import (
     attention_backward,
     attention_training_forward,
 )
-from fastbert_kernels.cpu.disentangled import disentangled_attention_forward
+from fastbert_kernels.cpu.disentangled import disentangled_attention_backward, disentangled_attention_forward
 from fastbert_kernels.cpu.dropout import (
     dropout_mask,
 )
@@ -27,7 +27,14 @@ from fastbert_kernels.cpu.encoder import (
     encoder_forward,
     encoder_int8_forward,
 )
-from fastbert_kernels.cpu.gated import gated_forward, rotary_forward, window_bias, windowed_attention_forward
+from fastbert_kernels.cpu.gated import (
+    gated_backward,
+    gated_forward,
+    rotary_backward,
+    rotary_forward,
+    window_bias,
+    windowed_attention_forward,
+)
 from fastbert_kernels.cpu.int8 import (
     Int8Weight,
     linear_int8_forward,
@@ -74,10 +81,11 @@ __all__ = [
     "ACTIVATIONS", "MAX_HIDDEN", "VARIANTS", "Encoder", "EncoderConvolution", "EncoderLayer", "EncoderTables",
     "Int8Encoder", "Int8EncoderLayer", "Int8Weight", "LayerTraits", "NormBackward", "NormForward", "PositionBias",
     "activation_backward", "attention_backward", "attention_training_forward", "digest",
-    "disentangled_attention_forward", "dropout_forward", "dropout_mask", "embedding_norm_forward", "embedding_scatter",
-    "encoder_forward", "encoder_int8_forward", "gated_forward", "has_amx", "ids_outside", "instructions",
-    "int8_obstacle", "linear_forward", "linear_int8_forward", "multiplies", "obstacle", "pack_int8", "pack_transposed",
-    "pack_weight", "pack_weights", "pool_forward", "quantize_forward", "residual_norm_backward",
-    "residual_norm_forward", "rotary_forward", "varlen_attention_forward", "weight_gradient", "window_bias",
-    "windowed_attention_forward",
+    "disentangled_attention_backward", "disentangled_attention_forward", "dropout_forward", "dropout_mask",
+    "embedding_norm_forward", "embedding_scatter", "encoder_forward", "encoder_int8_forward", "gated_backward",
+    "gated_forward", "has_amx", "ids_outside", "instructions", "int8_obstacle", "linear_forward", "linear_int8_forward",
+    "multiplies", "obstacle", "pack_int8", "pack_transposed", "pack_weight", "pack_weights", "pool_forward",
+    "quantize_forward", "residual_norm_backward", "residual_norm_forward", "rotary_backward", "rotary_forward",
+    "varlen_attention_forward", "weight_gradient",
+    "window_bias", "windowed_attention_forward",
 ]  # fmt: skip

@@ -62,10 +62,10 @@ INLINE void point_to(const typename O::E** rows, const T* x, int64_t row, int n_
     }
 }
 
-template <typename T, typename O>
+template <typename T, typename O, Mode MODE>
 INLINE void run(const T* qkv, T* out, const Heads& shape, const Distances<T>& distances,
                 const Packed<typename O::E>& packed, const AttentionPlan::Task& task, int64_t head, float* scratch,
-                int64_t longest, const Extra& extra) {
+                int64_t longest, const Extra& extra, const Dropout& dropout) {
     typedef typename O::E E;
     constexpr bool PAIRS = O::SIZE == 2;
     const int64_t size = shape.head_size, width = shape.n_heads * size, length = task.length;
@@ -74,6 +74,9 @@ INLINE void run(const T* qkv, T* out, const Heads& shape, const Distances<T>& di
     const T* q = qkv + task.first * stride + head * size;
     E *keys = (E*)scratch, *values = (E*)(scratch + longest * size);
     float *floats = scratch + 2 * longest * size, *scores = floats + ROWS * size;
+    uint64_t* keep = (uint64_t*)(scores + ROWS * longest);
+    const Masks masks(dropout, head);
+    const int64_t n_words = over(length, 64);
     pack_keys<O>(keys, q + width, length, n_blocks, depth, stride);
     pack_values<O>(values, q + 2 * width, length, size, stride);
     const int32_t* columns = distances.columns == NULL ? NULL : distances.columns + task.first;
@@ -133,9 +136,10 @@ INLINE void run(const T* qkv, T* out, const Heads& shape, const Distances<T>& di
                 }
             }
         }
-#define ALL_KEYS(N)                                                                                                \
-    probabilities_of<N, O, INFERENCE, true>(scores, padded, queries, keys, depth, shape.scale, length, NULL, tops, \
-                                            totals, bias)
+        if (MODE == TRAINING_WITH_DROPOUT) draw(keep, n_words, masks, task.first + row, n_rows, 0, length);
+#define ALL_KEYS(N)                                                                                                   \
+    probabilities_of<N, O, MODE, true>(scores, padded, queries, keys, depth, shape.scale, length, keep, tops, totals, \
+                                       bias)
         const int64_t n_in_registers = depth > DEPTH ? 0 : n_blocks;
         if (n_in_registers == 1) {
             ALL_KEYS(1);
@@ -156,8 +160,10 @@ INLINE void run(const T* qkv, T* out, const Heads& shape, const Distances<T>& di
                                                  shape.scale, bias, at))
             }
             for (int i = 0; i < n_rows; i++)
-                softmax<PAIRS, INFERENCE>(scores + i * padded, length, padded, NULL, tops + i, totals + i);
+                softmax<PAIRS, MODE>(scores + i * padded, length, padded, keep + i * n_words, tops + i, totals + i);
         }
+        if (MODE == TRAINING_WITH_DROPOUT)
+            for (int i = 0; i < n_rows; i++) totals[i] /= dropout.scale();
         T* outs = out + (task.first + row) * shape.out_stride + head * size;
         IN_VECTORS(
             size / VL, at,
@@ -165,9 +171,9 @@ INLINE void run(const T* qkv, T* out, const Heads& shape, const Distances<T>& di
     }
 }
 
-template <typename T, typename O>
+template <typename T, typename O, Mode MODE>
 void attend(const T* qkv, T* out, const Heads& shape, const AttentionPlan& plan, const DisentangledPlan& rows,
-            const Distances<T>& distances, const Team& team) {
+            const Distances<T>& distances, const Team& team, const Dropout& dropout) {
     typedef typename O::E E;
     const int64_t size = shape.head_size, n_heads = shape.n_heads, width = n_heads * size, depth = size / O::SIZE;
     const int64_t n_packed = rows.high - rows.low + 1, of_head = rows.n_blocks * depth * VL;
@@ -186,8 +192,8 @@ void attend(const T* qkv, T* out, const Heads& shape, const AttentionPlan& plan,
     const int64_t n_tasks = plan.n_tasks * n_heads;
     team.each(n_tasks + plan.n_rows - plan.n_tokens, [&](int64_t i) {
         if (i < n_tasks)
-            run<T, O>(qkv, out, shape, distances, packed, plan.tasks[i / n_heads], i % n_heads, plan.scratch(team.id),
-                      plan.padded, extra);
+            run<T, O, MODE>(qkv, out, shape, distances, packed, plan.tasks[i / n_heads], i % n_heads,
+                            plan.scratch(team.id), plan.padded, extra, dropout);
         else memset(out + (plan.n_tokens + i - n_tasks) * shape.out_stride, 0, width * sizeof(T));
     });
 }
@@ -218,19 +224,20 @@ DisentangledPlan::~DisentangledPlan() {
 
 void disentangled_attention(const float* qkv, float* out, const Heads& heads, const AttentionPlan& plan,
                             const DisentangledPlan& rows, const Distances<float>& distances, const Team& team) {
-    attend<float, Floats>(qkv, out, heads, plan, rows, distances, team);
+    attend<float, Floats, INFERENCE>(qkv, out, heads, plan, rows, distances, team, {});
 }
 
 void disentangled_attention(const bf16* qkv, bf16* out, const Heads& heads, const AttentionPlan& plan,
                             const DisentangledPlan& rows, const Distances<bf16>& distances, const Team& team) {
-    attend<bf16, BFloat16Operands>(qkv, out, heads, plan, rows, distances, team);
+    attend<bf16, BFloat16Operands, INFERENCE>(qkv, out, heads, plan, rows, distances, team, {});
 }
 
-// keys, queries, rows_of, radius, columns: the members of Distances.
-#define DISENTANGLED(name, T)                                                                                    \
+// keys, queries, rows_of, radius, columns: the members of Distances; threshold, seed, site: those of Dropout.
+#define DISENTANGLED(name, T, O)                                                                                 \
     EXPORT int name(const T* qkv, int64_t row_stride, int64_t n_rows, const int32_t* cu_seqlens, int64_t n_seqs, \
                     int64_t n_heads, int64_t head_size, float scale, T* out, int64_t out_stride, const T* keys,  \
-                    const T* queries, const int32_t* rows_of, int64_t radius, const int32_t* columns) {          \
+                    const T* queries, const int32_t* rows_of, int64_t radius, const int32_t* columns,            \
+                    int64_t threshold, uint64_t seed, int64_t site) {                                            \
         const AttentionPlan plan(cu_seqlens, n_seqs, n_rows, head_size);                                         \
         if (plan.status != 0) return plan.status;                                                                \
         const Heads heads = {row_stride, n_heads, head_size, out_stride, scale, {}};                             \
@@ -238,11 +245,14 @@ void disentangled_attention(const bf16* qkv, bf16* out, const Heads& heads, cons
         const DisentangledPlan rows(buckets, heads, plan, cu_seqlens, n_seqs);                                   \
         if (rows.status != 0) return rows.status;                                                                \
         const Distances<T> distances = {buckets, keys, queries};                                                 \
+        const Dropout dropout = {threshold, seed, site};                                                         \
         in_parallel([&](const Team& team) {                                                                      \
-            disentangled_attention(qkv, out, heads, plan, rows, distances, team);                                \
+            if (threshold > 0)                                                                                   \
+                attend<T, O, TRAINING_WITH_DROPOUT>(qkv, out, heads, plan, rows, distances, team, dropout);      \
+            else attend<T, O, INFERENCE>(qkv, out, heads, plan, rows, distances, team, dropout);                 \
         });                                                                                                      \
         return 0;                                                                                                \
     }
 
-DISENTANGLED(fastbert_disentangled_attention_float32, float)
-DISENTANGLED(fastbert_disentangled_attention_bfloat16, bf16)
+DISENTANGLED(fastbert_disentangled_attention_float32, float, Floats)
+DISENTANGLED(fastbert_disentangled_attention_bfloat16, bf16, BFloat16Operands)
