@@ -120,7 +120,11 @@ def started(name: str, folder: str, python: str = sys.executable) -> Iterator[st
             yield f"http://127.0.0.1:{port}"
         finally:
             process.terminate()
-            process.wait(60)
+            try:
+                process.wait(60)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait(60)
 
 
 def _is_ready(port: int, route: str) -> bool:

@@ -88,7 +88,7 @@ def test_a_stop_under_load_leaves_no_request_unanswered(models: SimpleNamespace)
     """Catches an accepted request without an answer, readiness that stays true while it drains, a key that nobody
     asks for, threads counted by the host (TEI#404, vLLM#45124), and a log that holds a text or is no JSON."""
     names = [f"{name}={getattr(models, name)}" for name in ("encoder", "reranker")]
-    options = ("--drain", "3", "--batch-invariant", "--max-length", "30", "--threads", "2", "--dtype", "float32")
+    options = ("--drain", "6", "--batch-invariant", "--max-length", "30", "--threads", "2", "--dtype", "float32")
     with process(*names, *options, FASTBERT_API_KEY="key") as server:
         client = httpx.Client(base_url=server.url(), timeout=60, headers={"Authorization": "Bearer key"})
         assert client.get("/health").status_code == 200, "alive before it is ready"
