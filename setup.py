@@ -27,7 +27,8 @@ def read_version() -> str:
 CPU_KERNELS = "kernels/fastbert_kernels/cpu"
 CPU_SOURCES = (
     "activation", "attention", "attention_backward", "disentangled", "dropout", "embedding", "encoder", "encoder_int8",
-    "gated", "ids", "linear", "linear_int8", "packing", "pooling", "residual_norm", "samples", "weight_gradient",
+    "gated", "ids", "linear", "linear_int8", "objects", "offsets", "packing", "pooling", "residual_norm", "samples",
+    "weight_gradient",
 )  # fmt: skip
 CPU_HEADERS = (
     "activations", "attention", "attention_backward", "attention_bias", "attention_rows", "attention_tiles", "encoder",

@@ -77,6 +77,7 @@ class Graphs:
             self._state: Any = None
             self._switches: Any = None
             self._held: list[Tensor] = []
+            self._seen: Any = None  # what `unchanged` of `replay` last returned
             self._failed = False
 
     def thaw(self) -> None:
@@ -120,18 +121,19 @@ class Graphs:
         batch: PackedBatch,
         inputs: PackedInputs,
         number: int,
-        unchanged: Callable[[Shape, Any], bool],
+        unchanged: Callable[[Shape, Any, Any], Any],
     ) -> Tensor | None:
         """Launches the batch's graph, and then asks whether it was the right one: the last hidden state, or None.
 
         What was launched reads memory that is held, and writes to static memory alone, so that it does no harm where
-        the answer is no. unchanged: (shape, state) -> whether a model in them is this one. number: of the batch.
+        the answer is no. unchanged: (shape, state, what it last returned for them or None) -> None where the model is
+        not in them. number: of the batch.
         """
         bucket = bucket_of(batch.n_tokens)
         if bucket is None or batch.batch_size > bucket or batch.columns is not None:  # which it has no place for
             return None
         with self.lock:
-            shape, state, switches = self._shape, self._state, self._switches
+            shape, state, switches, seen = self._shape, self._state, self._switches, self._seen
             if shape is None or not self.trusted:
                 return None
             kind = attention_plan.kind_of(batch, bucket, shape.dtype, shape.head_size, shape.policy)
@@ -142,17 +144,18 @@ class Graphs:
             out = self._launch(graph, batch, inputs, number)
         if out is None:
             return None
-        if switches == _switches() and unchanged(shape, state):
-            self._used(key)
+        if switches == _switches() and (now := unchanged(shape, state, seen)) is not None:
+            self._used(key, now)
             return out
         self.trusted = False
         return None
 
-    def _used(self, key: Any) -> None:
-        """Notes that this graph was used last."""
+    def _used(self, key: Any, seen: Any) -> None:
+        """Notes that this graph was used last, and what was seen after its launch."""
         with self.lock:
             if key in self._graphs:
                 self._graphs.move_to_end(key)
+                self._seen = seen
 
     def run(
         self,
@@ -202,7 +205,7 @@ class Graphs:
                         return None
             out = self._launch(graph, batch, inputs, number)
             if out is not None:
-                self._used(key)
+                self._used(key, self._seen)
                 self._switches, self.trusted = key[2], True
             return out
 

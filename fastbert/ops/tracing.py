@@ -122,7 +122,10 @@ def recorded(*tensors: Any) -> bool:
         return True
     if torch._C._len_torch_dispatch_stack() > 0 and _infra_mode() is not None:
         return True
-    return any(isinstance(tensor, torch.fx.Proxy) for tensor in tensors)
+    for tensor in tensors:
+        if type(tensor) not in PLAIN and isinstance(tensor, torch.fx.Proxy):
+            return True
+    return False
 
 
 def _exports_to_onnx() -> bool:

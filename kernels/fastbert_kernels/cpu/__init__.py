@@ -44,12 +44,16 @@ from fastbert_kernels.cpu.library import (
 from fastbert_kernels.cpu.linear_training import (
     weight_gradient,
 )
+from fastbert_kernels.cpu.objects import (
+    ObjectRecord,
+)
 from fastbert_kernels.cpu.operations import (
     ACTIVATIONS,
     PositionBias,
     digest,
     ids_outside,
     linear_forward,
+    longest_of,
     pool_forward,
     varlen_attention_forward,
 )
@@ -71,11 +75,11 @@ from fastbert_kernels.cpu.rows import (
 
 __all__ = [
     "ACTIVATIONS", "MAX_HIDDEN", "VARIANTS", "Encoder", "EncoderLayer", "EncoderTables", "Int8Encoder",
-    "Int8EncoderLayer", "Int8Weight", "LayerTraits", "NormBackward", "NormForward", "PositionBias",
+    "Int8EncoderLayer", "Int8Weight", "LayerTraits", "NormBackward", "NormForward", "ObjectRecord", "PositionBias",
     "activation_backward", "attention_backward", "attention_training_forward", "digest",
     "disentangled_attention_forward", "dropout_forward",
     "dropout_mask", "embedding_norm_forward", "embedding_scatter", "encoder_forward", "encoder_int8_forward",
-    "has_amx", "ids_outside", "instructions", "int8_obstacle", "linear_forward", "linear_int8_forward", "multiplies",
+    "has_amx", "ids_outside", "instructions", "int8_obstacle", "linear_forward", "linear_int8_forward", "longest_of", "multiplies",
     "obstacle", "pack_int8", "pack_transposed", "pack_weight", "pack_weights", "pool_forward", "quantize_forward",
     "residual_norm_backward", "residual_norm_forward", "varlen_attention_forward", "weight_gradient",
     "gated_forward", "rotary_forward", "window_bias", "windowed_attention_forward",
