@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fastbert.engine.block import Block, Linear, feature_obstacles
+from fastbert.engine.listeners import observer_obstacle
 from fastbert.engine.state import GRADIENTS, EncoderState
 from fastbert.ops import attention, attention_plan, dispatch, gelu, gemm, launched, recording, silent_writes
 from fastbert.ops.launched import Product
@@ -24,6 +25,7 @@ from fastbert.ops.training.choose import IN_TRAINING
 
 FEATURES: frozenset[str] = frozenset()  # What layers may have beyond BERT's.
 ATTENTIONS = "attentions"  # The plan of a batch whose attention weights are kept.
+OUTPUT = "output"  # The plan of a batch that says where its last hidden state goes: (T, H), contiguous.
 
 Normalize = tuple[Tensor, Tensor, float]  # weight (H,), bias (H,) and eps
 
@@ -41,13 +43,13 @@ class Layer:
     num_heads: int
     scale: float
 
-    def run(self, x: Tensor, batch: PackedBatch, plan: attention_plan.Plan) -> Tensor:
-        """(T, H) -> (T, H)"""
+    def run(self, x: Tensor, batch: PackedBatch, plan: attention_plan.Plan, out: Tensor | None = None) -> Tensor:
+        """(T, H) -> (T, H), written to `out` where it is given."""
         qkv = launched.linear_activation(x, self.qkv)
         context = launched.varlen_attention(qkv, batch, plan, self.num_heads, self.scale)
         x = launched.linear_residual_layer_norm(context, self.out, x, *self.attention_norm)
         inner = launched.linear_activation(x, self.up)
-        return launched.linear_residual_layer_norm(inner, self.down, x, *self.output_norm)
+        return launched.linear_residual_layer_norm(inner, self.down, x, *self.output_norm, out=out)
 
 
 class LaunchedLayers:
@@ -71,9 +73,9 @@ class LaunchedLayers:
         if layers is None:
             return None
         plan = attention_plan.triton_plan(batch, x.dtype, model.config.head_size, model.policy)
-        states = [x]
-        for layer in layers:
-            x = layer.run(x, batch, plan)
+        states, last = [x], len(layers) - 1
+        for i, layer in enumerate(layers):
+            x = layer.run(x, batch, plan, batch.known_plan(OUTPUT) if i == last and not keep_states else None)
             states = [*states, x] if keep_states else [x]
         return states
 
@@ -92,7 +94,7 @@ class LaunchedLayers:
         if decision.backend != "triton":
             yield decision.reason or f"the backend is {decision.backend!r}"
         plain = True
-        for obstacle in model.engine.state.obstacles(model, x.device):
+        for obstacle in model.engine.state.obstacles(model, x.device, batch.has_plan(OUTPUT)):
             plain = False
             yield obstacle
         if plain:
@@ -112,6 +114,8 @@ class LaunchedLayers:
         choices = model.policy, x.dtype, x.device, launch.arch(x.device), tables.generation
         key, kept = (weights, choices), self._kept
         if key != kept[0]:
+            if observer_obstacle(x.device) is not None:
+                return None  # what is derived in a capture is there when the graph has run
             # Under what was read before the weights were: what changes meanwhile is looked at the next time.
             self._kept = kept = key, made(model, x)
         return kept[1]

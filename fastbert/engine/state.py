@@ -60,12 +60,15 @@ class EncoderState:
         assert self.snapshot is not None
         return self.snapshot.parameter_types() <= _PLAIN_PARAMETERS
 
-    def obstacles(self, model: EncoderModel, device: torch.device) -> Iterator[str]:
-        """Every reason why the operations could not run as one without a difference that somebody sees."""
+    def obstacles(self, model: EncoderModel, device: torch.device, in_own_graph: bool = False) -> Iterator[str]:
+        """Every reason why the operations could not run as one without a difference that somebody sees.
+
+        in_own_graph: whether the engine itself captures the batch as a CUDA graph.
+        """
         # A replica of DataParallel shares what it has with the others, and lasts for one call.
         if model.__dict__.get("_is_replica", False):
             yield "the model is a replica of DataParallel"
-        observer = observer_obstacle(device)
+        observer = tracing.observed() if in_own_graph else observer_obstacle(device)
         if observer is not None:
             yield observer
         if not self.plain_modules(model):

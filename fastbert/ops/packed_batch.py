@@ -93,6 +93,10 @@ class PackedBatch:
             self._plans[key] = make()
         return self._plans[key]
 
+    def known_plan(self, key: Any) -> Any:
+        """Returns what `plan` has made, or None."""
+        return self._plans.get(key)
+
     def has_plan(self, key: Any) -> bool:
         """Tells whether `plan` has made this one."""
         return key in self._plans

@@ -79,8 +79,8 @@ __all__ = [
     "activation_backward", "attention_backward", "attention_training_forward", "digest",
     "disentangled_attention_forward", "dropout_forward",
     "dropout_mask", "embedding_norm_forward", "embedding_scatter", "encoder_forward", "encoder_int8_forward",
-    "has_amx", "ids_outside", "instructions", "int8_obstacle", "linear_forward", "linear_int8_forward", "longest_of", "multiplies",
-    "obstacle", "pack_int8", "pack_transposed", "pack_weight", "pack_weights", "pool_forward", "quantize_forward",
-    "residual_norm_backward", "residual_norm_forward", "varlen_attention_forward", "weight_gradient",
-    "gated_forward", "rotary_forward", "window_bias", "windowed_attention_forward",
+    "has_amx", "ids_outside", "instructions", "int8_obstacle", "linear_forward", "linear_int8_forward", "longest_of",
+    "multiplies", "obstacle", "pack_int8", "pack_transposed", "pack_weight", "pack_weights", "pool_forward",
+    "quantize_forward", "residual_norm_backward", "residual_norm_forward", "varlen_attention_forward",
+    "weight_gradient", "gated_forward", "rotary_forward", "window_bias", "windowed_attention_forward",
 ]  # fmt: skip

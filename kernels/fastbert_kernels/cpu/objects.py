@@ -75,7 +75,8 @@ class ObjectRecord:
             words.extend((id(tensor), id(inside), ctypes.c_int64(tensor.data_ptr()).value, tensor._version))
         # The words are addresses of these.
         self._kept = words, items, values, classes, tuple(dicts), tuple(empty), tuple(tensors), attributes
-        self._compare, self._python, self._words = *_prepared(library.load()[0]), words.buffer_info()[0]
+        self._compare, self._python = _prepared(library.load()[0])
+        self._words = words.buffer_info()[0]
 
     def holds(self) -> bool:
         """Tells whether everything is as it was."""
