@@ -1,8 +1,9 @@
 """This package holds kernels for CPUs, in C++: operations that PyTorch's own run slowly on packed tokens.
 
 The sources are compiled when fastbert is installed, once for each instruction set in VARIANTS. The libraries know
-nothing of Python or PyTorch: memory comes in by address, and threads are those of PyTorch's OpenMP. Where no compiler
-was there, or the processor lacks AVX2, `obstacle` says so, and the caller takes PyTorch's operations.
+nothing of Python or PyTorch: memory, and functions of theirs, come in by address, and threads are those of PyTorch's
+OpenMP. Where no compiler was there, or the processor lacks AVX2, `obstacle` says so, and the caller takes PyTorch's
+operations.
 
 `python setup.py build_ext --inplace` compiles them in a checkout. An editable installation has done so.
 """
