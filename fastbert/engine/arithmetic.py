@@ -18,9 +18,10 @@ from fastbert.engine.state import GRADIENTS, EncoderState, first_parameter
 from fastbert.ops import tracing
 from fastbert.ops.packing import PackedBatch
 from fastbert.ops.tracing import untraced
+from fastbert_kernels import cpu
 
 # What layers may have beyond BERT's in the C++ kernels.
-FEATURES = frozenset(("pre_norm", "gate", "rotary", "position_bias", "window"))
+FEATURES = frozenset(("pre_norm", "gate", "rotary", "position_bias", "window", "scale", "distances", "convolution"))
 
 
 class Modules:
@@ -77,6 +78,9 @@ class _InOneCall:
         features = state.layer_features(model) if state.features is None else state.features
         if features and not FEATURES.issuperset(features):
             yield from feature_obstacles(features, FEATURES, "the C++ encoder")
+        activation = self.state.beside
+        if activation is not None and activation not in cpu.ACTIVATIONS:
+            yield f"there is no C++ kernel for {activation!r}, the activation of a convolution beside a layer"
 
     def prepare(self, model: Any) -> None:
         if self.state.plain_modules(model):
@@ -85,10 +89,12 @@ class _InOneCall:
     def weights(self, model: Any) -> Any:
         """The weights as the C++ kernels read them, packed anew where a parameter has changed; None if they cannot be.
 
-        The embeddings are among them unless the family projects them.
+        The embeddings are among them unless the model projects them.
         """
         snapshot = self.state.snapshot
         assert snapshot is not None
+        if self.state.features is None:
+            self.state.layer_features(model)
         state = snapshot.state()
         n_silent_writes = snapshot.silent_writes(state)
         int8 = self.int8
@@ -98,7 +104,7 @@ class _InOneCall:
             return int8, state, n_silent_writes, snapshot.changes()
 
         def pack() -> Any:
-            tables = model.tables(None)[1] if model.embeddings_project is None else None
+            tables = None if self.state.projects else model.tables(None)[1]
             return cpu_encoder.pack_encoder(tables, list(model.blocks()), model.config, int8)
 
         return self.encoder.weights((int8, state, n_silent_writes, snapshot.changes()), renewed, pack)
@@ -142,7 +148,7 @@ class OneCall(_InOneCall):
             raise
         if weights is None:
             return None
-        x = None if model.embeddings_project is None else model.embed(inputs, batch)
+        x = model.embed(inputs, batch) if self.state.projects else None
         return [self.encoder.run(weights, batch, inputs, x)]
 
 
@@ -182,6 +188,6 @@ class Int8Call(_InOneCall):
     @untraced
     def run(self, model: Any, batch: PackedBatch, inputs: PackedInputs, keep_states: bool) -> list[Tensor]:
         quantized.refuse_gradients(model, inputs.inputs_embeds)
-        embeds = inputs.input_ids is None or model.embeddings_project is not None
+        embeds = inputs.input_ids is None or self.state.projects
         x = model.embed(inputs, batch) if embeds else None
         return self.encoder.run_int8(self.weights(model), batch, inputs, x, model.dtype, keep_states)

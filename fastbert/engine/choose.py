@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fastbert import ops
-from fastbert.engine import capture, cpu_encoder, quantized
+from fastbert.engine import capture, cpu_encoder, masks, quantized
 from fastbert.engine.arithmetic import Int8Call, Modules, OneCall
 from fastbert.engine.buckets import BUCKETS, LARGEST, bucket_of
 from fastbert.engine.cpu_encoder import CpuEncoder
@@ -79,7 +79,7 @@ class Engine:
             return self._run_checked(model, batch, inputs, keep_states, None, check, compiling=True)
         if self.checks.active:
             self.settle(model)
-        if self.graphs.trusted and not keep_states and inputs.input_ids is not None and self._unwatched(model):
+        if self.graphs.trusted and not keep_states and inputs.input_ids is not None and self.unwatched(model):
             noted = self.graphs.notes
             if check and not noted:
                 self._check_and_wait(model, batch, inputs)
@@ -104,13 +104,15 @@ class Engine:
         compiling: bool = False,
     ) -> list[Tensor]:
         """Chooses the arithmetic and the launch. notes: where kernels note what nobody has checked, or None."""
-        if check:
+        if check and batch.mask is None:
             self._check_and_wait(model, batch, inputs)
         embedded, n_tokens = inputs.input_ids is None, batch.n_tokens
-        if not embedded and not compiling and batch.columns is None and bucket_of(n_tokens) is not None:
-            device = batch.device
-            if capture.capturer(device) is not None and next(self._state_obstacles(model, device), None) is None:
+        if not embedded and not compiling and bucket_of(n_tokens) is not None:
+            possible = capture.capturer(batch.device) is not None and (batch.mask is None or notes is not None)
+            if possible and next(self._state_obstacles(model, batch.device), None) is None:
                 return self._run_in_bucket(model, batch, inputs, keep_states, notes)
+        if batch.mask is not None:
+            return self._run_checked(model, batch, masks.wait(batch, inputs), keep_states, notes, check)
         inputs = as_int64(model, batch, inputs)
         arithmetic = self.choose_arithmetic(model, n_tokens, keep_states, embedded)
         if arithmetic in (self.modules, self.eight_bit) and not silent_writes.waits(model.device):
@@ -166,9 +168,7 @@ class Engine:
 
     def arithmetic_obstacles(self, model: EncoderModel, n_tokens: int | None = None) -> dict[str, list[str]]:
         """Every arithmetic by name, the preferred one first, and every reason why it would not run."""
-        preferred: tuple[Arithmetic, ...] = (
-            self.int8_call, self.eight_bit, self.training, self.one_call, self.modules,
-        )  # fmt: skip
+        preferred: tuple[Arithmetic, ...] = self.int8_call, self.eight_bit, self.training, self.one_call, self.modules
         return {each.name: list(each.obstacles(model, n_tokens, False, False)) for each in preferred}
 
     # The launch
@@ -187,7 +187,7 @@ class Engine:
             yield GRADIENTS
         if model.training:
             yield TRAINING
-        yield from self.state.graph_obstacles(model, device)
+        yield from self.state.obstacles(model, device)
         obstacle = attention.triton_obstacle(model.config.head_size, torch.empty(0, dtype=model.dtype, device=device))
         decision = dispatch.decide("attention", model.policy, device, obstacle)
         if decision.backend != "triton":
@@ -259,8 +259,8 @@ class Engine:
 
     @staticmethod
     def _shape(model: EncoderModel, device: torch.device, notes: bool) -> Shape:
-        config = model.config
-        return Shape(device, model.dtype, config.hidden_size, config.head_size, model.policy, notes)
+        config, distances = model.config, model.counts_distances
+        return Shape(device, model.dtype, config.hidden_size, config.head_size, model.policy, notes, distances)
 
     def _held(self, model: EncoderModel) -> list[Tensor]:
         """The memory of the model that a graph of its kernels reads, whatever becomes of the parameters."""
@@ -272,7 +272,7 @@ class Engine:
 
     # What is looked at while the GPU works, or by its kernels
 
-    def _unwatched(self, model: EncoderModel) -> bool:
+    def unwatched(self, model: EncoderModel) -> bool:
         """Tells whether nobody wants gradients, and nobody watches operations: a graph may be launched unseen."""
         if torch.is_grad_enabled() or model.training:
             return False

@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 
 from fastbert import ops
-from fastbert.engine.block import Block, EmbeddingTables, Norm
+from fastbert.engine.block import Block, Convolution, EmbeddingTables, Norm
 from fastbert.engine.interface import PackedInputs
 from fastbert.ops import attention, dispatch, packed_linear
+from fastbert.ops.disentangled import rows_of_distances
 from fastbert.ops.packing import PackedBatch
 from fastbert.ops.rotary import kept, tables_of
 from fastbert_kernels import cpu
@@ -197,8 +198,7 @@ def _contiguous(inputs: PackedInputs) -> tuple[Tensor, Tensor | None, Tensor]:
 def _identity(layer: cpu.EncoderLayer) -> tuple[Any, ...]:
     """What two layers have in common if they share everything."""
     *tensors, traits = layer
-    table, *numbers = traits
-    return *map(id, tensors), id(table), *numbers
+    return *map(id, tensors), *(id(each) if isinstance(each, Tensor) else each for each in traits)
 
 
 def _angles(weights: cpu.Encoder | cpu.Int8Encoder, inputs: PackedInputs) -> list[Tensor]:
@@ -220,6 +220,9 @@ def pack_encoder(
     if not blocks or not _fits(blocks):
         return None
     norms = [n for block in blocks for n in (block.attention_norm, block.output_norm, block.last_norm) if n is not None]
+    beside = blocks[0].convolution
+    if beside is not None:
+        norms.append(beside.norm)
     embeddings: cpu.EncoderTables | tuple[()] = ()
     if tables is not None:
         norms.insert(0, tables.norm)
@@ -228,9 +231,10 @@ def pack_encoder(
         )
     angles = list(dict.fromkeys(angle for block in blocks if (angle := _angle(block)) is not None))
     layers = [_layer(block, angles) for block in blocks]
-    tensors: list[Tensor] = [
-        t for parts in (embeddings, *(layer[:-1] for layer in layers)) for t in parts if t is not None
-    ]
+    convolution = None if beside is None else _convolution(beside)
+    parts: list[Any] = [embeddings, *(layer[:-1] for layer in layers), *(layer.traits.tensors for layer in layers)]
+    parts.append(() if convolution is None else convolution[:-2])
+    tensors: list[Tensor] = [t for part in parts for t in part if t is not None]
     dtype = tensors[0].dtype
     if any(t.dtype != dtype or t.device.type != "cpu" or not t.is_contiguous() for t in tensors):
         return None
@@ -249,15 +253,50 @@ def pack_encoder(
         activation=blocks[0].activation,
         eps=norms[0].eps,
         angles=tuple(angles),
+        scale=blocks[0].scale or 0.0,
+        rows_of=_rows_of(blocks),
+        convolution=None if convolution is None else _packed_convolution(convolution, int8),
     )
 
 
 def _fits(blocks: list[Block]) -> bool:
-    """Tells whether the kernels know such layers together: one window, and no position bias within it."""
+    """Tells whether the kernels know such layers together: one window, no position bias within it, one scale."""
     windows = {block.window for block in blocks if block.window is not None}
     both = any(block.window is not None and block.position_bias is not None for block in blocks)
     norms = all(block.pre_norm or (block.attention_norm is not None and block.last_norm is None) for block in blocks)
-    return len(windows) <= 1 and not both and norms
+    alone = all(block.convolution is None for block in blocks[1:]) and len({block.scale for block in blocks}) == 1
+    beside = blocks[0].convolution is None or not any(block.pre_norm for block in blocks)
+    return len(windows) <= 1 and not both and norms and alone and beside and len(_buckets(blocks)) <= 1
+
+
+def _buckets(blocks: list[Block]) -> set[tuple[int, int]]:
+    return {block.distances.buckets for block in blocks if block.distances is not None}
+
+
+def _rows_of(blocks: list[Block]) -> Tensor | None:
+    """The rows of distances as disentangled attention reads them, which all layers share."""
+    buckets = _buckets(blocks)
+    if not buckets:
+        return None
+    return torch.tensor(rows_of_distances(*buckets.pop()), dtype=torch.int32, device="cpu")
+
+
+def _convolution(beside: Convolution) -> cpu.EncoderConvolution:
+    """The convolution's tensors as they are, its weight as that of a product."""
+    product = beside.product()
+    assert product.bias is not None
+    norm = _filled(beside.norm, beside.weight[:, 0, 0])
+    return cpu.EncoderConvolution(product.weight, product.bias, *norm, beside.weight.shape[-1], beside.activation)
+
+
+def _packed_convolution(convolution: cpu.EncoderConvolution, int8: bool) -> cpu.EncoderConvolution:
+    weight, bias, norm_weight, norm_bias = (tensor.detach() for tensor in convolution[:-2])
+    if int8:  # its product is in float32
+        with torch.inference_mode(False), torch.no_grad():
+            packed, bias = cpu.pack_weight(weight.float()), bias.float()
+    else:
+        packed = packed_linear.packed_by_kernel(convolution.weight)
+    return cpu.EncoderConvolution(packed, bias, norm_weight, norm_bias, *convolution[-2:])
 
 
 def _filled(norm: Norm, like: Tensor) -> tuple[Tensor, Tensor]:
@@ -276,13 +315,15 @@ def _layer(block: Block, angles: list[tuple[float, float]]) -> cpu.EncoderLayer:
     attention_norm, last_norm = (
         (None, None) if norm is None else _filled(norm, out.weight) for norm in (block.attention_norm, block.last_norm)
     )
-    angle, bias = _angle(block), block.position_bias
+    angle, bias, distances = _angle(block), block.position_bias, block.distances
+    positions = None if distances is None else distances.project()
     table = None if bias is None else cpu.PositionBias.of(bias, None).table
     traits = cpu.LayerTraits(
         cpu.window_bias(block.num_heads, block.window) if block.window is not None else table,
         -1 if block.window is None else block.window,
         -1 if angle is None else angles.index(angle),
         block.pre_norm,
+        *(None if t is None else t.detach() for t in (() if positions is None else positions[:2])),
     )
     tensors: Any = (
         qkv.weight, qkv.bias, out.weight, out.bias, *attention_norm, up.weight, up.bias, down.weight, down.bias,

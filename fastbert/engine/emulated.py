@@ -12,15 +12,15 @@ import torch
 from torch import Tensor
 
 from fastbert import ops
-from fastbert.engine.block import Block, Norm
-from fastbert.ops import gelu, recording
+from fastbert.engine.block import Block, Convolution, Norm
+from fastbert.ops import columns_around, gelu, recording
 from fastbert.ops.dispatch import Policy
 from fastbert.ops.packing import PackedBatch
 from fastbert.ops.quantize import DTYPES, OUT_GROUP, Quantized
 
 TORCH = Policy("torch", strict=True)
 # What layers may have beyond BERT's.
-FEATURES = frozenset(("pre_norm", "gate", "rotary", "position_bias", "window"))
+FEATURES = frozenset(("pre_norm", "gate", "rotary", "position_bias", "window", "scale", "distances", "convolution"))
 
 
 def run_layers(
@@ -55,14 +55,19 @@ def _run_layer(
     def multiply(name: str, q: Quantized, dtype: torch.dtype = x.dtype) -> Tensor:
         return ops.quantized.linear(q, *weight_of(i, name), dtype, policy=TORCH)
 
-    heads, rotated = block.num_heads, precision == "int8"
+    heads, rotated, beside, entering = block.num_heads, precision == "int8", block.convolution, x
     qkv = multiply("qkv", quantize(_norm(x, block.attention_norm) if block.pre_norm else x, precision, rotated=rotated))
     if block.rotary is not None:
         angles = ops.rotations(position_ids, block.head_size, block.rotary, block.position_factor)
         qkv = ops.rotary(qkv, *angles, heads, policy=TORCH)
-    context = ops.varlen_attention(
-        qkv, batch, heads, position_bias=block.position_bias, window=block.window, policy=TORCH
-    )
+    if block.distances is None:
+        context = ops.varlen_attention(
+            qkv, batch, heads, scale=block.scale, position_bias=block.position_bias, window=block.window, policy=TORCH
+        )
+    else:
+        assert block.scale is not None
+        positions = block.distances.project()
+        context = ops.disentangled_attention(qkv, positions, batch, heads, scale=block.scale, policy=TORCH)
     y = multiply("out", quantize(context, precision, block.head_size)) + x
     x = y if block.pre_norm else _norm(y, block.attention_norm)
     normed = _norm(y, block.output_norm) if block.pre_norm else x
@@ -73,7 +78,19 @@ def _run_layer(
         first, second = inner.chunk(2, dim=-1)
         inner = gelu.activate(first, block.activation) * second
     y = multiply("down", quantize(inner, precision, OUT_GROUP)) + x
-    return _norm(y if block.pre_norm else _norm(y, block.output_norm), block.last_norm)
+    y = y if block.pre_norm else _norm(y, block.output_norm)
+    if beside is not None:
+        y = _norm(y + _convolve(beside, entering, batch), beside.norm)
+    return _norm(y, block.last_norm)
+
+
+def _convolve(beside: Convolution, x: Tensor, batch: PackedBatch) -> Tensor:
+    """What a convolution gives of rows, (T, H); it is not in 8 bits."""
+    product = beside.product()
+    rows = columns_around.beside(x, batch, beside.weight.shape[-1])
+    return ops.bias_gelu(
+        ops.linear(rows, product.weight, product.bias, policy=TORCH), None, beside.activation, policy=TORCH
+    )
 
 
 def _norm(x: Tensor, norm: Norm | None) -> Tensor:

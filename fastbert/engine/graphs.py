@@ -22,14 +22,14 @@ from fastbert.engine.events import count_capture
 from fastbert.engine.interface import PackedInputs
 from fastbert.engine.launched import OUTPUT
 from fastbert.engine.state import switches as _switches
-from fastbert.engine.static_memory import Buffers, Filled, Layout, Shape, fill_on_host
-from fastbert.ops import BackendError, attention_plan
+from fastbert.engine.static_memory import COLUMNS, Buffers, Filled, Layout, Shape, fill_on_host
+from fastbert.ops import BackendError, attention_plan, masked
 from fastbert.ops.attention_plan import Kind
 from fastbert.ops.packing import PackedBatch
 
 logger = logging.getLogger("fastbert")
 
-MAX_GRAPHS = 400  # of every bucket each kind of batch
+MAX_GRAPHS = 450  # of every bucket each kind of batch
 
 
 @dataclass
@@ -43,6 +43,7 @@ class _Graph:
     ids: Tensor  # (3, T')
     out: Tensor  # (T', H)
     noted: bool
+    columns: Tensor | None  # (T',) int32, where layers read them
 
 
 # (inputs, batch, where the graph finds the number and the rows of its batch) -> the last hidden state, (rows, H)
@@ -131,7 +132,7 @@ class Graphs:
         not in them. number: of the batch.
         """
         bucket = bucket_of(batch.n_tokens)
-        if bucket is None or batch.batch_size > bucket or batch.columns is not None:  # which it has no place for
+        if bucket is None or batch.batch_size > bucket:
             return None
         with self.lock:
             shape, state, switches, seen = self._shape, self._state, self._switches, self._seen
@@ -199,7 +200,7 @@ class Graphs:
                     return None
                 graph = self._graphs[key]
             if self.ahead:
-                sizes = shape.dtype, shape.head_size, shape.device, shape.policy
+                sizes = shape.dtype, shape.head_size, shape.device, shape.policy, _holes_ahead(bucket, shape)
                 for other in attention_plan.kinds_in(bucket, *sizes):
                     missing = (bucket, other, key[2]) not in self._graphs
                     if missing and not self._capture(forward, (bucket, other, key[2]), batch, shape):
@@ -212,14 +213,21 @@ class Graphs:
 
     def _launch(self, graph: _Graph, batch: PackedBatch, inputs: PackedInputs, number: int) -> Tensor | None:
         """Fills the static memory, launches the graph and a copy of its result; None where the batch does not fit."""
-        filled = fill_on_host(graph.layout, batch, inputs, number)
-        if filled is None:
+        filled = None
+        if batch.mask is None:
+            filled = fill_on_host(graph.layout, batch, inputs, number)
+            if filled is None:
+                return None
+        elif not graph.layout.plan.fits(batch):
             return None
         assert self._capturer is not None
         buffers = graph.buffers
         self._capturer.begin((buffers.words, buffers.out))
         try:
-            _fill(graph, filled, batch.n_tokens)
+            if filled is None:
+                graph.layout.unpack(graph.words, batch, inputs, number)
+            else:
+                _fill(graph, filled, batch.n_tokens)
             graph.replayable.replay()
             return graph.out[: batch.n_tokens].clone()
         finally:
@@ -228,7 +236,8 @@ class Graphs:
     def _buffers_of(self, capacity: int, shape: Shape) -> Buffers:
         """Returns the static memory of the buckets up to `capacity`, made at the first use."""
         if capacity not in self._buffers:
-            kinds = attention_plan.kinds(shape.dtype, shape.head_size, shape.device, shape.policy)
+            sizes = shape.dtype, shape.head_size, shape.device, shape.policy
+            kinds = attention_plan.kinds(*sizes, shape.distances)
             n_words = max(Layout(capacity, shape, kind).n_words for kind in kinds)
             with torch.inference_mode(False):  # or nobody could write to them outside of inference mode
                 self._buffers[capacity] = Buffers(capacity, n_words, shape.hidden_size, shape.dtype, shape.device)
@@ -271,27 +280,27 @@ class Graphs:
     ) -> _Graph:
         assert self._capturer is not None
         bucket = layout.bucket
-        ids, out = layout.ids(buffers.words), buffers.out[:bucket]
-        cu_seqlens, plan = layout.plan.split(layout.integers(buffers.words))
-        inputs = PackedInputs(*ids)
-        static = PackedBatch(
-            cu_seqlens=cu_seqlens,
-            cu_seqlens_cpu=batch.cu_seqlens_cpu,  # which the kernels never look at
-            position_ids=ids[2],
-            batch_size=bucket,
-            padded_length=bucket,
-        )
-        static = attention_plan.with_plan(static, shape.dtype, shape.head_size, shape.policy, plan)
+        out = buffers.out[:bucket]
+        inputs, static = layout.static_batch(buffers.words)
         static.plan(OUTPUT, lambda: out)
+        plans = static.plans()
 
         def function() -> None:
+            # What is made of lengths and columns on the device is made anew each time, so that the graph makes it too.
+            static.set_plans(plans)
             last = forward(inputs, static, layout.batch(buffers.words))
             if last is not out:  # where the last kernel does not write there
                 out.copy_(last)
 
         capturer = self._capturer
         replayable = count_capture(lambda: capturer.capture(function))
-        return _Graph(replayable, layout, buffers, buffers.words[: layout.n_words], ids, out, shape.notes)
+        words = buffers.words[: layout.n_words]
+        return _Graph(replayable, layout, buffers, words, layout.ids(words), out, shape.notes, static.columns)
+
+
+def _holes_ahead(bucket: int, shape: Shape) -> bool:
+    """Tells whether graphs for masks with holes are captured ahead: where lengths may stay on the device."""
+    return shape.distances and bucket <= masked.MOST_PLACES
 
 
 def _fill(graph: _Graph, filled: Filled, n_tokens: int) -> None:
@@ -299,6 +308,10 @@ def _fill(graph: _Graph, filled: Filled, n_tokens: int) -> None:
     words, start, left = filled
     graph.words[start:].copy_(words[start:], non_blocking=True)
     for row, ids in left:
+        if row == COLUMNS:
+            assert graph.columns is not None
+            graph.columns[:n_tokens].copy_(ids)
+            continue
         graph.ids[row, :n_tokens].copy_(ids)
         if not graph.noted:  # else the kernel does not look at rows of padding
             graph.ids[row, n_tokens:].zero_()

@@ -42,6 +42,7 @@ class EncoderModel(Protocol):
     encoder: Any
     engine: Any
     own_modules: frozenset[type[nn.Module]]  # the classes that its encoder is made of, as it is made
+    counts_distances: bool  # whether attention depends on how many columns are between two tokens
 
     @property
     def device(self) -> torch.device: ...

@@ -133,6 +133,9 @@ def _altered(model: EncoderModel) -> str | None:
     for i, layer in enumerate(model.encoder.layer):
         if not _is_own(layer, model.own_modules):
             return f"a part of encoder.layer.{i} is an adapter, has hooks or has no bias"
+    beside = model.encoder._modules.get("conv")
+    if beside is not None and not _is_own(beside, model.own_modules):
+        return "a part of encoder.conv is an adapter, has hooks or has no bias"
     biased = not getattr(model.embeddings, "without_bias", False)
     for name, part in model.embeddings._modules.items():  # words alone may be of a module's own
         if name != "word_embeddings" and part is not None and not _is_own_leaf(part, biased):

@@ -6,8 +6,8 @@ import torch
 
 from fastbert.engine.buckets import bucket_of
 from fastbert.engine.interface import EncoderModel, PackedInputs
-from fastbert.engine.static_memory import Shape
-from fastbert.ops import attention_plan, packing
+from fastbert.engine.static_memory import Layout, Shape
+from fastbert.ops import attention_plan, masked, packing
 from fastbert.ops.packing import PackedBatch
 
 
@@ -28,9 +28,10 @@ def as_int64(model: EncoderModel, batch: PackedBatch, inputs: PackedInputs) -> P
 
 
 def on_device(batch: PackedBatch, inputs: PackedInputs) -> PackedInputs:
-    """The inputs with every id on the batch's device, and positions."""
+    """The inputs with every id on the batch's device, and positions, unless a kernel finds them with the lengths."""
     input_ids, token_type_ids, position_ids, _ = inputs
-    position_ids = batch.position_ids if position_ids is None else position_ids
+    if position_ids is None and batch.mask is None:
+        position_ids = batch.position_ids
     device = batch.device
     if device.type != "cpu":
         ids = (input_ids, token_type_ids, position_ids)
@@ -42,8 +43,27 @@ def in_bucket_rows(batch: PackedBatch, inputs: PackedInputs, shape: Shape) -> tu
     """Ids and batch in the rows of the batch's bucket, as a graph reads them; the rows of padding are zeros."""
     bucket = bucket_of(batch.n_tokens)
     assert bucket is not None
+    if batch.mask is not None:
+        layout = _layout_of_mask(batch, bucket, shape)
+        words = torch.empty(layout.n_words, dtype=torch.int64, device=shape.device)
+        layout.unpack(words, batch, inputs, 0)
+        return layout.static_batch(words)
     rows = PackedInputs(*(torch.zeros(bucket, dtype=torch.int64, device=shape.device) for _ in range(3)))
     for row, ids in zip(rows[:3], inputs[:3], strict=True):
         if row is not None and ids is not None:
             row[: batch.n_tokens].copy_(ids)
-    return rows, attention_plan.batch_in_rows(batch, rows.position_ids, shape.dtype, shape.head_size, shape.policy)
+    static = attention_plan.batch_in_rows(batch, rows.position_ids, shape.dtype, shape.head_size, shape.policy)
+    if batch.columns is not None:
+        columns, seq_ids = (torch.full((bucket,), fill, dtype=torch.int32, device=shape.device) for fill in (0, bucket))
+        columns[: batch.n_tokens], seq_ids[: batch.n_tokens] = batch.columns, batch.seq_ids
+        static.columns = columns
+        static.plan("seq_ids", lambda: seq_ids)
+    return rows, static
+
+
+def _layout_of_mask(batch: PackedBatch, bucket: int, shape: Shape) -> Layout:
+    """Where memory of its own holds a batch whose lengths stay on the device, with lists for every such batch."""
+    sizes = shape.dtype, shape.head_size
+    kind = attention_plan.kind_of(batch, bucket, *sizes, shape.policy)
+    most = masked.most_tiles(batch.batch_size, batch.padded_length, *sizes, shape.device, shape.policy, kind.small)
+    return Layout(bucket, shape, kind, most)

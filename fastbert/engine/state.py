@@ -16,20 +16,23 @@ from fastbert.ops import tracing
 
 GRADIENTS = "gradients are on (torch.no_grad or torch.inference_mode turns them off)"
 TRAINING = "the model is in training mode"
-_NOT_IN_GRAPHS = {
-    "distances": "disentangled attention",
-    "convolution": "a convolution beside a layer",
-}
 # The types that an entry of a module's parameters may have, for code that takes their addresses.
 _PLAIN_PARAMETERS = frozenset((*tracing.PLAIN, type(None)))
 
 
 class EncoderState:
-    """The modules of one encoder as they were last seen. snapshot: None before the first look."""
+    """The modules of one encoder as they were last seen. snapshot: None before the first look.
+
+    features: what layers have beyond BERT's, None before `layer_features`, which finds two things more. beside: the
+    activation of a convolution beside a layer, or None. projects: whether a linear stands between the tables of the
+    embeddings and the layers.
+    """
 
     def __init__(self) -> None:
         self.snapshot: ModuleSnapshot | None = None
-        self.features: list[str] | None = None  # what layers have beyond BERT's, None before `layer_features`
+        self.features: list[str] | None = None
+        self.beside: str | None = None
+        self.projects = False
         self._n_silent_writes = 0
 
     def plain_modules(self, model: EncoderModel) -> bool:
@@ -47,12 +50,16 @@ class EncoderState:
         snapshot = self.snapshot
         if snapshot is None or snapshot.roots != roots_of(model) or not snapshot.same_modules():
             snapshot = ModuleSnapshot(roots_of(model), model.own_modules)
-            self.snapshot, self.features, self._n_silent_writes = snapshot, None, 0
+            self.snapshot, self.features, self.beside, self._n_silent_writes = snapshot, None, None, 0
         return snapshot
 
     def layer_features(self, model: EncoderModel) -> list[str]:
         """Returns what the layers have beyond BERT's, by the names of `block.FEATURES`. After `plain_modules`."""
-        self.features = features_of(list(model.blocks()))
+        blocks = list(model.blocks())
+        self.features = features_of(blocks)
+        inside = getattr(model.embeddings, "embed_proj", None)
+        self.projects = model.embeddings_project is not None or inside is not None
+        self.beside = next((block.convolution.activation for block in blocks if block.convolution is not None), None)
         return self.features
 
     def plain_parameters(self) -> bool:
@@ -73,18 +80,6 @@ class EncoderState:
             yield observer
         if not self.plain_modules(model):
             yield "a module of the encoder is an adapter, has hooks or a forward of its own, or is in training mode"
-
-    def graph_obstacles(self, model: EncoderModel, device: torch.device) -> Iterator[str]:
-        """The same, and what layers do that looks at lengths on the host, which no graph can."""
-        plain = True
-        for obstacle in self.obstacles(model, device):
-            plain = False
-            yield obstacle
-        if plain:
-            features = self.layer_features(model) if self.features is None else self.features
-            for name, words in _NOT_IN_GRAPHS.items():
-                if name in features:
-                    yield f"{words} has no kernel that a graph can launch"
 
     def written_silently(self, model: EncoderModel) -> bool:
         """Tells whether weights were written to without PyTorch's count; then what is derived is made anew.

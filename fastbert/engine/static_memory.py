@@ -10,15 +10,20 @@ import torch
 from torch import Tensor
 
 from fastbert.engine.interface import PackedInputs
-from fastbert.ops import Policy, attention_plan, packing
+from fastbert.ops import Policy, attention_plan, masked, packing
 from fastbert.ops.packing import PackedBatch
 
 REMEMBERED = 16  # forms of batches in a bucket
+COLUMNS = -1  # in the place of a row of ids
+FARTHEST = 1 << 20  # beyond any column
 
 
 @dataclass(frozen=True)
 class Shape:
-    """The properties that all graphs of a model share. notes: whether kernels note ids beyond their table."""
+    """The properties that all graphs of a model share.
+
+    notes: whether kernels note ids beyond their table. distances: whether layers read the columns of rows.
+    """
 
     device: torch.device
     dtype: torch.dtype
@@ -26,6 +31,7 @@ class Shape:
     head_size: int
     policy: Policy
     notes: bool = False
+    distances: bool = False
 
 
 class Buffers:
@@ -41,11 +47,20 @@ class Layout:
 
     input_ids, token_type_ids and position_ids, (T',) each; the number and the rows of the batch (`embedding.Notes`);
     the integers of attention, as StaticPlan says. What the host knows is at the end, so that one copy brings it.
+    n_tiles: how long the work lists are, if not as long as a graph's.
     """
 
-    def __init__(self, bucket: int, shape: Shape, kind: attention_plan.Kind = attention_plan.ANY_BATCH) -> None:
-        self.bucket = bucket
-        self.plan = attention_plan.StaticPlan(bucket, shape.dtype, shape.head_size, shape.device, shape.policy, kind)
+    def __init__(
+        self,
+        bucket: int,
+        shape: Shape,
+        kind: attention_plan.Kind = attention_plan.ANY_BATCH,
+        n_tiles: tuple[int, int | None] | None = None,
+    ) -> None:
+        self.bucket, self.shape = bucket, shape
+        sizes = shape.dtype, shape.head_size, shape.device, shape.policy
+        self.plan = attention_plan.StaticPlan(bucket, *sizes, kind, n_tiles)
+        self.short_tile = masked.short_tile(*sizes)
         self.start_of_plan = 3 * bucket + 2
         self.n_words = self.start_of_plan + -(-self.plan.n_integers // 2)
         self._remembered: OrderedDict[bytes, np.ndarray] = OrderedDict()
@@ -79,6 +94,35 @@ class Layout:
         """Returns (n_integers,) int32."""
         return words[self.start_of_plan : self.n_words].view(torch.int32)
 
+    def static_batch(self, words: Tensor) -> tuple[PackedInputs, PackedBatch]:
+        """Returns the inputs and the batch whose kernels read these words."""
+        ids, shape, bucket = self.ids(words), self.shape, self.bucket
+        cu_seqlens, plan = self.plan.split(integers := self.integers(words))
+        batch = PackedBatch(
+            cu_seqlens=cu_seqlens,
+            cu_seqlens_cpu=torch.tensor([0, bucket], dtype=torch.int32, device="cpu"),  # the longest text that fits
+            position_ids=ids[2],
+            batch_size=bucket,
+            padded_length=FARTHEST if self.plan.kind.holes else bucket,
+        )
+        batch = attention_plan.with_plan(batch, shape.dtype, shape.head_size, shape.policy, plan)
+        of_rows = self.plan.split_columns(integers)
+        if of_rows is not None:
+            batch.columns, seq_ids = of_rows
+            batch.plan("seq_ids", lambda: seq_ids)
+        return PackedInputs(*ids), batch
+
+    def unpack(self, words: Tensor, batch: PackedBatch, inputs: PackedInputs, number: int) -> None:
+        """Fills words, (n_words,), on the device with a batch whose lengths stay there. inputs: ids, (B * S,) each."""
+        from fastbert_kernels.unpack import Static
+
+        cu_seqlens, plan = self.plan.split(integers := self.integers(words))
+        columns, seq_ids = self.plan.split_columns(integers) or (None, None)
+        static = Static(
+            words[: self.start_of_plan], cu_seqlens, plan.tiles, plan.row_spans, plan.short_tiles, columns, seq_ids
+        )
+        masked.unpack(batch, inputs[:3], static, number, self.plan.block_q, self.short_tile)
+
 
 def fill_on_host(layout: Layout, batch: PackedBatch, inputs: PackedInputs, number: int) -> Filled | None:
     """Returns the static memory as the host fills it, and the ids that it leaves to the device.
@@ -95,11 +139,17 @@ def fill_on_host(layout: Layout, batch: PackedBatch, inputs: PackedInputs, numbe
     numbers[3 * bucket], numbers[3 * bucket + 1] = number, n_tokens
     input_ids, token_type_ids, position_ids, _ = inputs
     left: list[tuple[int, Tensor]] = []
+    if batch.columns is not None:
+        columns = layout.integers(words)[layout.plan.columns]
+        if batch.host_columns is None:
+            left.append((COLUMNS, batch.columns))
+        else:
+            columns[:n_tokens] = torch.from_numpy(batch.host_columns)
     if position_ids is not None and position_ids is not batch.__dict__.get("position_ids"):
         _put(numbers, left, bucket, 2, position_ids)
     elif not batch.counted:
-        columns = batch.host_columns
-        _put(numbers, left, bucket, 2, batch.position_ids if columns is None else torch.from_numpy(columns))
+        places = batch.host_columns
+        _put(numbers, left, bucket, 2, batch.position_ids if places is None else torch.from_numpy(places))
     if token_type_ids is None:
         numbers[bucket : 2 * bucket] = 0
     else:
@@ -108,7 +158,7 @@ def fill_on_host(layout: Layout, batch: PackedBatch, inputs: PackedInputs, numbe
         _put(numbers, left, bucket, 0, input_ids)
     # Where ids are on the device, the copy from the host begins after them.
     first = 0
-    for row, _ in reversed(left):  # which begins with the last row
+    for row, _ in reversed(left):  # in which ids begin with the last row
         first += row == first
     return words, first * bucket, left
 

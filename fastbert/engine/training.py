@@ -82,9 +82,7 @@ class Training:
         blocks = list(model.blocks())
         if not blocks:
             return [x]
-        bias = blocks[0].position_bias
-        holes = batch.columns is not None and bias is not None and bias.requires_grad
-        kernels = kernels_of(model, blocks[0], x, holes)
+        kernels = kernels_of(model, blocks[0], x)
         if kernels is None or not _one_dtype(blocks, x):
             return model.run_layers(x, batch, keep_states)
         states = [x]
@@ -99,13 +97,9 @@ class Training:
         return states
 
 
-def kernels_of(model: Any, block: Block, x: Tensor, holes: bool = False) -> Kernels | None:
-    """The passes that run a model's layers on rows like x, or None where PyTorch runs them operation by operation.
-
-    holes: whether masks have holes, for a position bias.
-    """
-    what = {**shape_of(block), "holes": holes}
-    return choose.kernels("encoder layer", model.policy, x.device, choose.product_dtype(x), **what)
+def kernels_of(model: Any, block: Block, x: Tensor) -> Kernels | None:
+    """The passes that run a model's layers on rows like x, or None where PyTorch runs them operation by operation."""
+    return choose.kernels("encoder layer", model.policy, x.device, choose.product_dtype(x), **shape_of(block))
 
 
 def shape_of(block: Block) -> dict[str, Any]:
@@ -115,7 +109,6 @@ def shape_of(block: Block) -> dict[str, Any]:
         "sizes": (block.hidden_size, block.intermediate_size),
         "hidden_size": block.hidden_size,
         "activation": block.activation,
-        "biased": block.position_bias is not None,
     }
 
 

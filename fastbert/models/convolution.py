@@ -16,9 +16,9 @@ from fastbert.engine.listeners import is_bare
 from fastbert.models import fused, hooks
 from fastbert.models.modules import call_dropout
 from fastbert.models.rotary import normalise
-from fastbert.ops import Policy, packing, recording
+from fastbert.ops import Policy, packing
+from fastbert.ops.columns_around import beside
 from fastbert.ops.derived import Derived
-from fastbert.ops.packing import PackedBatch
 
 
 class DebertaConvolution(nn.Module):
@@ -94,37 +94,3 @@ class DebertaConvolution(nn.Module):
             x = packing.pack(self.conv(packing.pad(x, view).transpose(1, 2)).transpose(1, 2), view)
         x = ops.bias_gelu(call_dropout(self.dropout, x, batch), None, self.activation, policy=policy)
         return normalise(self.LayerNorm, y + x, policy, batch)
-
-
-def beside(x: Tensor, batch: PackedBatch, size: int) -> Tensor:
-    """The rows of `size` columns around each token beside one another, zeros where there is none: (T, size * H)."""
-    if recording.on and recording.is_dry():
-        return recording.stand_in((x.shape[0], size * x.shape[1]), x.dtype)
-    zero = x.new_zeros(1, x.shape[1])
-    near = batch.plan(("columns around", size), lambda: _rows_around(batch, x.shape[0], size))
-    return torch.cat([x, zero]).index_select(0, near.flatten()).view(x.shape[0], -1)
-
-
-def _rows_around(batch: PackedBatch, n_rows: int, size: int) -> Tensor:
-    """(T, size) int64: the row of the token in each column around a token's, T where there is none."""
-    device, half = batch.device, size // 2
-    rows, offsets = torch.arange(n_rows, device=device)[:, None], torch.arange(-half, half + 1, device=device)
-    if batch.valid is not None:
-        columns = batch.position_ids.long()[:, None] + offsets
-        inside = (columns >= 0) & (columns < batch.padded_length)
-        around = (rows + offsets).clamp(0, n_rows - 1)
-        valid = batch.valid.flatten()[around.flatten()].view(around.shape)
-        return torch.where(inside & valid, around, n_rows)
-    last = batch.cu_seqlens[-1:].long()  # rows from there on are of no sequence
-    sequences = torch.searchsorted(batch.cu_seqlens[1:].long(), rows[:, 0].contiguous(), right=True)
-    if batch.columns is None:
-        starts = batch.cu_seqlens.long().index_select(0, sequences.clamp(max=batch.cu_seqlens.shape[0] - 1))
-        columns = rows[:, 0] - starts
-    else:
-        columns = torch.nn.functional.pad(batch.columns.long(), (0, n_rows - batch.columns.shape[0]))
-    # One number for a sequence and a column, which grows from row to row.
-    width = batch.padded_length + size
-    place = torch.where(rows[:, 0] < last, sequences * width + columns + half, sequences * width + width * n_rows)
-    wanted = place[:, None] + offsets
-    found = torch.searchsorted(place, wanted.contiguous()).clamp(max=n_rows - 1)
-    return torch.where(place[found.flatten()].view(found.shape) == wanted, found, n_rows)

@@ -30,7 +30,7 @@ from fastbert.models.rotary import normalise
 from fastbert.ops import Policy
 from fastbert.ops.derived import Derived
 from fastbert.ops.disentangled import Positions
-from fastbert_kernels.masks import ATTENTION_OUTPUT, OUTPUT, site_of
+from fastbert_kernels.masks import ATTENTION, ATTENTION_OUTPUT, OUTPUT, site_of
 
 
 class DisentangledSelfAttention(nn.Module):
@@ -38,9 +38,10 @@ class DisentangledSelfAttention(nn.Module):
 
     projections = "query_proj", "key_proj", "value_proj"
 
-    def __init__(self, config: BertConfig, settings: DebertaSettings) -> None:
+    def __init__(self, config: BertConfig, settings: DebertaSettings, layer: int = 0) -> None:
         super().__init__()
         size = config.hidden_size
+        self.dropout_site = site_of(layer, ATTENTION)
         self.num_heads, self.scale = config.num_attention_heads, (config.head_size * settings.n_scores) ** -0.5
         self.buckets, self.table_rows = settings.buckets, 2 * settings.reach
         self.query_proj = nn.Linear(size, size)
@@ -123,18 +124,18 @@ class DisentangledSelfAttention(nn.Module):
             return attention_weights.attend(
                 qkv, batch, self.num_heads, self.dropout_p, scale=self.scale, positions=positions
             )
+        dropout = ops.dropout_of(self.dropout_p, batch, self.dropout_site)
         if positions is None:
-            p = self.dropout_p or None
-            return ops.varlen_attention(qkv, batch, self.num_heads, scale=self.scale, dropout=p, policy=policy)
+            return ops.varlen_attention(qkv, batch, self.num_heads, scale=self.scale, dropout=dropout, policy=policy)
         return ops.disentangled_attention(
-            qkv, positions, batch, self.num_heads, scale=self.scale, dropout_p=self.dropout_p, policy=policy
+            qkv, positions, batch, self.num_heads, scale=self.scale, dropout=dropout, policy=policy
         )
 
 
 class DebertaAttention(nn.Module):
     def __init__(self, config: BertConfig, settings: DebertaSettings, layer: int = 0) -> None:
         super().__init__()
-        self.self = DisentangledSelfAttention(config, settings)
+        self.self = DisentangledSelfAttention(config, settings, layer)
         site = site_of(layer, ATTENTION_OUTPUT)
         self.output = BertAddNorm(config.hidden_size, config, config.hidden_dropout_prob, site)
 

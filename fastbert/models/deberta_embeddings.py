@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from fastbert import ops
 from fastbert.checkpoint.config import BertConfig
 from fastbert.checkpoint.deberta import DebertaSettings
+from fastbert.engine import EmbeddingTables, Norm
 from fastbert.engine.listeners import is_bare, is_plain_norm
 from fastbert.models import hooks
 from fastbert.models.encoder import ANY_POSITION
@@ -75,23 +76,36 @@ class DebertaEmbeddings(nn.Module):
         batch: PackedBatch | None,
         policy: Policy,
     ) -> Tensor:
-        """The sum of rows, normalised, in one kernel, which adds a row of zeros where there are no positions."""
-        words, types, positions = self.word_embeddings, self.token_type_embeddings, self.position_embeddings
+        """The sum of rows, normalised, in one kernel; for gradients it has positions, where the model has none zeros."""
+        words, types, norm = self.word_embeddings, self.token_type_embeddings, self.LayerNorm
         rows: Any = input_ids if inputs_embeds is None else inputs_embeds
-        table, norm = words.weight if positions is None else positions.weight, self.LayerNorm
-        if position_ids is None:
-            position_ids = torch.zeros(rows.shape[0], dtype=torch.int64, device=table.device)
-        if positions is None:
-            position_ids = torch.zeros_like(position_ids)
+        table = None if self.position_embeddings is None else self.position_embeddings.weight
+        if table is None and (self.training or torch.is_grad_enabled()):
+            table, position_ids = words.weight.new_zeros(1, words.weight.shape[1]), None
         if types is not None and token_type_ids is None:
-            token_type_ids = torch.zeros_like(position_ids)
+            token_type_ids = torch.zeros(rows.shape[0], dtype=torch.int64, device=words.weight.device)
+        if table is None:
+            position_ids = None
+        elif position_ids is None:
+            position_ids = torch.zeros(rows.shape[0], dtype=torch.int64, device=words.weight.device)
         return ops.embedding_layer_norm(
             input_ids if inputs_embeds is None else None, None if types is None else token_type_ids, position_ids,
-            words.weight, None if types is None else types.weight,
-            table.new_zeros(1, table.shape[1]) if positions is None else table, norm.weight, norm.bias, norm.eps,
+            words.weight, None if types is None else types.weight, table, norm.weight, norm.bias, norm.eps,
             inputs_embeds=inputs_embeds, padding_idx=words.padding_idx if inputs_embeds is None else None,
             dropout=ops.dropout_of(self.dropout.p if self.training else 0.0, batch, EMBEDDINGS), policy=policy,
         )  # fmt: skip
+
+    def tables(
+        self, input_ids: Tensor | None = None, inputs_embeds: Tensor | None = None, policy: Policy = ops.AUTO
+    ) -> tuple[Tensor | None, EmbeddingTables]:
+        """Ids and the tables of a model that does not project them; or None, and embeddings, (T, E), as the words."""
+        types, positions = self.token_type_embeddings, self.position_embeddings
+        return None if inputs_embeds is not None else input_ids, EmbeddingTables(
+            words=self.word_embeddings.weight if inputs_embeds is None else inputs_embeds,
+            token_types=None if types is None else types.weight,
+            positions=None if positions is None else positions.weight,
+            norm=Norm.of(self.LayerNorm),
+        )
 
     def _backend(self, policy: Policy, inputs_embeds: Tensor | None = None) -> str:
         """Names the backend of the embeddings as one operation."""

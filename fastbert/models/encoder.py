@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fastbert import ops
 from fastbert.checkpoint.config import BertConfig
 from fastbert.checkpoint.family import AFTER_PADDING
-from fastbert.engine import Block, EmbeddingTables, Engine, Options, PackedInputs
+from fastbert.engine import Block, EmbeddingTables, Engine, Options, PackedInputs, masks
 from fastbert.engine.late_checks import NAMES
 from fastbert.engine.listeners import listened
 from fastbert.models import attention_weights, hooks
@@ -105,13 +105,15 @@ class EncoderModel(PreTrainedModel):
         keep_attentions = inputs.wants("output_attentions", self.config)
         inputs = inputs.checked(self)
         transformed = tracing.transformed(*inputs.tensors())
+        rows = inputs.rows()
+        if batch is None and transformed is None and not keep_states and not keep_attentions:
+            batch = masks.batch_of(self, inputs.attention_mask, rows[:3])
+            if batch is not None:
+                places = PackedInputs(*(None if x is None else x.flatten() for x in rows))
+                return Encoded(batch, self._encode_tensors(batch, *places, False, True)[-1], None, None)
         if batch is None or transformed is not None:
             batch = inputs.batch(transformed, device)
-        input_ids, token_type_ids, position_ids, inputs_embeds = (
-            None if x is None else packing.pack(x, batch)
-            for x in (inputs.input_ids, inputs.token_type_ids, inputs.position_ids, inputs.inputs_embeds)
-        )
-        packed = PackedInputs(input_ids, token_type_ids, position_ids, inputs_embeds)
+        packed = PackedInputs(*(None if x is None else packing.pack(x, batch) for x in rows))
         if keep_attentions:
             if transformed is None:
                 self._check_ids(batch, packed)
@@ -184,7 +186,7 @@ class EncoderModel(PreTrainedModel):
                 raise ValueError(f"{name}: expected shape ({n_tokens},), got {tuple(tensor.shape)}")
         if inputs_embeds is not None:
             check_embeds(inputs_embeds, self)
-        if self.counts_distances and batch.indices is not None:
+        if self.counts_distances and batch.mask is None and batch.indices is not None:
             packing.find_holes(batch)
         if position_ids is None and self.counted_from is not None:
             if input_ids is None:

@@ -53,6 +53,10 @@ class Inputs:
         """The five tensors, in the order of `forward`."""
         return self.input_ids, self.attention_mask, self.token_type_ids, self.position_ids, self.inputs_embeds
 
+    def rows(self) -> tuple[Tensor | None, ...]:
+        """The tensors that are packed, in the order of `PackedInputs`."""
+        return self.input_ids, self.token_type_ids, self.position_ids, self.inputs_embeds
+
     def checked(self, model: Any) -> Inputs:
         """The inputs with masks and ids of all B rows, and the positions of a family that counts them.
 

@@ -235,8 +235,7 @@ def varlen_attention(
     trained = trained and choose.wanted(policy, dropout, qkv, table)
     dropout_p = dropout if isinstance(dropout, float) else 0.0
     if trained or isinstance(dropout, Dropout):
-        biased, holes = table is not None, columns is not None and table is not None and table.requires_grad
-        obstacle = choose.triton_obstacle(qkv.dtype, head_size=head_size, biased=biased, holes=holes)
+        obstacle = choose.triton_obstacle(qkv.dtype, head_size=head_size)
     else:
         obstacle = triton_obstacle(head_size, qkv, dropout_p)
     backend = dispatch.choose("attention", policy.backend, policy.strict, qkv.device, obstacle)

@@ -10,17 +10,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 
+from fastbert.ops import masked
 from fastbert.ops.dispatch import Policy
+from fastbert.ops.masked import SHORT_BATCH, SHORT_TEXTS
 from fastbert.ops.packing import PackedBatch, to_device
 
 if TYPE_CHECKING:
     from fastbert_kernels.work_list import WorkList
-
-# Up to how many tokens of a text, on average over tokens, texts are short: at least two fit into a tile of 128 rows.
-SHORT_TEXTS = 64
-# Up to how many tokens for each multiprocessor a batch is short: 16 heads have no more tiles of 128 rows than there are
-# multiprocessors.
-SHORT_BATCH = 8
 
 
 class Plan(NamedTuple):
@@ -37,6 +33,7 @@ class Plan(NamedTuple):
 
 
 NO_PLAN = None, None, None, False  # for an operation that makes one when it runs
+TILES = "tiles"  # the plan of a batch in the rows of a bucket that `tiles_of` cuts
 
 
 def lists_of(
@@ -131,12 +128,54 @@ def batch_in_rows(
     What attention gives for the empty rows is undefined.
     """
     plan = triton_plan(batch, qkv_dtype, head_size, policy)
-    return batch.in_rows(position_ids, {plan_key(qkv_dtype, head_size, policy): plan})
+    return batch.in_rows(position_ids, _plans_of(plan, batch.device, qkv_dtype, head_size, policy))
 
 
 def with_plan(batch: PackedBatch, qkv_dtype: torch.dtype, head_size: int, policy: Policy, plan: Plan) -> PackedBatch:
     """Returns the batch with a triton plan that the caller keeps. Tiles of no rows may fill its lists up."""
-    return replace(batch, _plans={plan_key(qkv_dtype, head_size, policy): plan})
+    return replace(batch, _plans=_plans_of(plan, batch.device, qkv_dtype, head_size, policy))
+
+
+def _plans_of(
+    plan: Plan, device: torch.device, qkv_dtype: torch.dtype, head_size: int, policy: Policy
+) -> dict[Any, Any]:
+    """Returns what a batch in the rows of a bucket keeps: its plan, and the rows of the tiles in it."""
+    from fastbert_kernels import configs, launch
+
+    arch = launch.arch(device)
+    heights = [configs.attention_config(qkv_dtype, head_size, arch, plan.small).block_sizes["BLOCK_Q"]]
+    if plan.short_tiles is not None:
+        short = configs.short_attention_config(qkv_dtype, head_size, arch)
+        assert short is not None
+        heights.append(short.block_sizes["BLOCK_Q"])
+    return {plan_key(qkv_dtype, head_size, policy): plan, TILES: (plan, heights)}
+
+
+def tiles_of(batch: PackedBatch, block_q: int, share: bool) -> WorkList:
+    """Returns a list of tiles of at most block_q rows, for a kernel of attention with tiles of its own.
+
+    They are cut on the device from those of a plan in the rows of a bucket, where a graph does it again for each batch,
+    and made of the lengths elsewhere. share: whether short sequences may share one there.
+    """
+    from fastbert_kernels.work_list import WorkList, build_work_list
+
+    if not batch.has_plan(TILES):
+        return build_work_list(batch.cu_seqlens_cpu.numpy(), block_q, share).to(batch.device)
+    plan, heights = batch.plan(TILES, tuple)
+    lists = [part for part in (plan.tiles, plan.short_tiles) if part is not None]
+    cut = [_cut(tiles, -(-height // block_q), block_q) for tiles, height in zip(lists, heights, strict=True)]
+    return WorkList(cut[0] if len(cut) == 1 else torch.cat(cut), plan.row_spans)
+
+
+def _cut(tiles: torch.Tensor, n_parts: int, block_q: int) -> torch.Tensor:
+    """(W, 5) tiles -> (W * n_parts, 5), of block_q rows each; those beyond the end of a tile have none."""
+    if n_parts == 1:
+        return tiles
+    end = tiles[:, None, 1]
+    parts = torch.arange(0, n_parts * block_q, block_q, dtype=torch.int32, device=tiles.device)
+    starts = torch.minimum(tiles[:, None, 0] + parts, end)
+    rows = torch.stack([starts, torch.minimum(starts + block_q, end)], -1)  # (W, n_parts, 2)
+    return torch.cat([rows, tiles[:, None, 2:].expand(-1, n_parts, -1)], -1).flatten(0, 1)
 
 
 def host_work_lists(
@@ -155,14 +194,16 @@ class Kind(NamedTuple):
     """A `Kind` of static lists serves a kind of batch.
 
     small: of smaller tiles. dense: of three tiles in the rows of two full ones, and not of as many as there can be, so
-    that few programs of a graph find nothing to do.
+    that few programs of a graph find nothing to do. holes: with the column and the sequence of each row, for layers
+    that read them where masks have holes.
     """
 
     small: bool = False
     dense: bool = False
+    holes: bool = False
 
 
-ANY_BATCH = Kind()
+ANY_BATCH, HOLES = Kind(), Kind(holes=True)
 
 
 def max_tiles(
@@ -193,7 +234,7 @@ class StaticPlan:
     """A `StaticPlan` says how the integers of attention lie in static memory, for batches in the rows of a bucket.
 
     They are int32, each part 16-byte aligned. A smaller bucket needs no more of them than a larger one of its kind.
-    Where all are 0, there are no tiles.
+    Where all are 0, there are no tiles. n_tiles: how long the lists are, by default as `max_tiles` says.
     """
 
     def __init__(
@@ -204,31 +245,46 @@ class StaticPlan:
         device: torch.device,
         policy: Policy,
         kind: Kind = ANY_BATCH,
+        n_tiles: tuple[int, int | None] | None = None,
     ) -> None:
         from fastbert_kernels import configs, launch
         from fastbert_kernels.work_list import N_COLUMNS
 
         sizes_of = configs.attention_config(qkv_dtype, head_size, launch.arch(device), kind.small).block_sizes
         shared = not policy.batch_invariant and not sizes_of.get("WARP_SPECIALIZE")
-        self.bucket, self.policy, self.kind = bucket, policy, kind
+        self.bucket, self.policy, self.kind, self.block_q = bucket, policy, kind, sizes_of["BLOCK_Q"]
         self._qkv, self._n_columns = (qkv_dtype, head_size), N_COLUMNS
-        lengths = max_tiles(bucket, qkv_dtype, head_size, device, policy, kind)
+        lengths = max_tiles(bucket, qkv_dtype, head_size, device, policy, kind) if n_tiles is None else n_tiles
         self._n_tiles = [length for length in lengths if length is not None]
-        # Work lists, one after the other, row_spans and cu_seqlens.
+        # Work lists, one after the other, row_spans, cu_seqlens, and the columns and sequences of rows.
         sizes = [*(N_COLUMNS * length for length in self._n_tiles), bucket if shared else 0, bucket + 1]
+        sizes += [bucket, bucket] if kind.holes else [0, 0]
         starts = [sum(map(_aligned, sizes[:i])) for i in range(len(sizes) + 1)]
         self._parts = [slice(start, start + size) for start, size in zip(starts, sizes, strict=False)]
         self.n_integers = starts[-1]
+        self.columns = self._parts[-2]  # which differ between batches of the same lengths
+        self._masks: dict[tuple[int, int], bool] = {}  # by B and S, whether lists fit any such mask
 
     def split(self, integers: torch.Tensor) -> tuple[torch.Tensor, Plan]:
         """Returns cu_seqlens (T' + 1,) and the plan of the bucket, views of static memory (at least n_integers,)."""
-        *lists, row_spans, cu_seqlens = (integers[part] for part in self._parts)
+        *lists, row_spans, cu_seqlens, _, _ = (integers[part] for part in self._parts)
         tiles = [part.view(-1, self._n_columns) for part in lists]
         return cu_seqlens, Plan(row_spans, tiles[0], tiles[1] if len(tiles) > 1 else None, self.kind.small)
 
+    def split_columns(self, integers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Returns the columns and the sequences of rows, (T',) each, views of static memory; None without them."""
+        columns, seq_ids = (integers[part] for part in self._parts[-2:])
+        return (columns, seq_ids) if self.kind.holes else None
+
     def fits(self, batch: PackedBatch) -> bool:
-        """Tells whether `write` would write the batch."""
-        return self.write(batch, np.empty(self.n_integers, np.int32))
+        """Tells whether `write` would write the batch, or, where lengths stay on the device, any such batch."""
+        if batch.mask is None:
+            return self.write(batch, np.empty(self.n_integers, np.int32))
+        shape = batch.batch_size, batch.padded_length
+        if shape not in self._masks:
+            most = masked.most_tiles(*shape, *self._qkv, batch.device, self.policy, self.kind.small)
+            self._masks[shape] = all(n is None or n <= room for n, room in zip(most, self._n_tiles, strict=False))
+        return self._masks[shape]
 
     def write(self, batch: PackedBatch, out: np.ndarray) -> bool:
         """Writes a batch of at most `bucket` tokens and sequences to out, (n_integers,) int32 on the host.
@@ -237,7 +293,7 @@ class StaticPlan:
         """
         lists = host_work_lists(batch, *self._qkv, self.policy, self.kind.small)
         rows = [made.tiles.numpy().reshape(-1) for made in lists if made is not None]
-        *parts, row_spans, cu_seqlens = (out[part] for part in self._parts)
+        *parts, row_spans, cu_seqlens, _, seq_ids = (out[part] for part in self._parts)
         if any(tiles.shape[0] > part.shape[0] for tiles, part in zip(rows, parts, strict=True)):
             return False
         for part, tiles in zip(parts, rows, strict=True):
@@ -247,6 +303,10 @@ class StaticPlan:
         row_spans[: spans.shape[0]] = spans
         offsets = batch.cu_seqlens_cpu.numpy()
         cu_seqlens[: offsets.shape[0]] = offsets
+        cu_seqlens[offsets.shape[0] :] = offsets[-1]  # the other sequences are empty
+        if self.kind.holes:
+            seq_ids[: offsets[-1]] = np.arange(offsets.shape[0] - 1, dtype=np.int32).repeat(np.diff(offsets))
+            seq_ids[offsets[-1] :] = self.bucket
         return True
 
 
@@ -257,37 +317,51 @@ def kind_of(batch: PackedBatch, bucket: int, qkv_dtype: torch.dtype, head_size: 
     """
     from fastbert_kernels import launch, tables
 
+    holes = batch.columns is not None or batch.reads_columns
     if policy.batch_invariant:
-        return ANY_BATCH
+        return HOLES if holes else ANY_BATCH
     offsets = batch.cu_seqlens_cpu.numpy().tobytes()
-    lists = bucket, qkv_dtype, head_size, batch.device, policy
-    return _kind_of(offsets, lists, launch.recorded is not None, tables.generation)
+    padded = None if batch.mask is None else (batch.batch_size, batch.padded_length)
+    lists = bucket, qkv_dtype, head_size, batch.device, policy, holes
+    return _kind_of(offsets, padded, lists, launch.recorded is not None, tables.generation)
 
 
 @functools.lru_cache(maxsize=64)
-def _kind_of(offsets: bytes, lists: tuple[Any, ...], shipped_only: bool, generation: int) -> Kind:
-    bucket, qkv_dtype, head_size, device, policy = lists
-    cu_seqlens = torch.from_numpy(np.frombuffer(offsets, np.int32).copy())
-    small = _small_tiles_suit(cu_seqlens.numpy(), qkv_dtype, head_size, device)
-    n_tiles = lists_of(cu_seqlens, qkv_dtype, head_size, device, True, small)[0].tiles.shape[0]
-    return Kind(small, n_tiles <= max_tiles(bucket, qkv_dtype, head_size, device, policy, Kind(small, True))[0])
+def _kind_of(
+    offsets: bytes, padded: tuple[int, int] | None, lists: tuple[Any, ...], shipped_only: bool, generation: int
+) -> Kind:
+    bucket, qkv_dtype, head_size, device, policy, holes = lists
+    if padded is not None:
+        small = masked.small_tiles_suit(*padded, qkv_dtype, head_size, device)
+        n_tiles = masked.most_tiles(*padded, qkv_dtype, head_size, device, policy, small)[0]
+    else:
+        cu_seqlens = torch.from_numpy(np.frombuffer(offsets, np.int32).copy())
+        small = _small_tiles_suit(cu_seqlens.numpy(), qkv_dtype, head_size, device)
+        n_tiles = lists_of(cu_seqlens, qkv_dtype, head_size, device, True, small)[0].tiles.shape[0]
+    dense = max_tiles(bucket, qkv_dtype, head_size, device, policy, Kind(small, True))[0]
+    return Kind(small, n_tiles <= dense, holes)
 
 
-def kinds(qkv_dtype: torch.dtype, head_size: int, device: torch.device, policy: Policy) -> list[Kind]:
-    """Lists every kind of static lists that batches may take."""
+def kinds(
+    qkv_dtype: torch.dtype, head_size: int, device: torch.device, policy: Policy, holes: bool = False
+) -> list[Kind]:
+    """Lists every kind of static lists that batches may take. holes: whether layers read columns."""
     from fastbert_kernels import configs, launch
 
+    whole = (False, True) if holes else (False,)
     if policy.batch_invariant:
-        return [ANY_BATCH]
+        return [ANY_BATCH._replace(holes=each) for each in whole]
     small = configs.small_attention_config(qkv_dtype, head_size, launch.arch(device)) is not None
-    return [Kind(*of) for of in itertools.product((False, True) if small else (False,), (False, True))]
+    return [Kind(*of) for of in itertools.product((False, True) if small else (False,), (False, True), whole)]
 
 
-def kinds_in(bucket: int, qkv_dtype: torch.dtype, head_size: int, device: torch.device, policy: Policy) -> list[Kind]:
+def kinds_in(
+    bucket: int, qkv_dtype: torch.dtype, head_size: int, device: torch.device, policy: Policy, holes: bool = False
+) -> list[Kind]:
     """Lists the kinds of static lists that batches of at most as many tokens as the bucket has rows may take there."""
     from fastbert_kernels import launch
 
-    every = kinds(qkv_dtype, head_size, device, policy)
+    every = kinds(qkv_dtype, head_size, device, policy, holes)
     small = [kind for kind in every if kind.small]
     return small if small and bucket <= SHORT_BATCH * launch.n_multiprocessors(device) else every
 

@@ -25,6 +25,10 @@ class PackedBatch:
     where the tokens of each sequence are neighbours, or nobody has asked (`packing.find_holes`). n_layers_before: how
     many places a layer that runs several times stands behind its first one, for its masks of dropout.
 
+    mask: (B * S,), in a batch whose lengths stay on the device (`masked.batch_of`), where T stands for B * S; None in
+    any other. places: (B * S,) int32, the row of each place of the mask, -1 where no token is. reads_columns: whether
+    layers read the columns of such a batch.
+
     What the device holds of a batch whose lengths the host knows is made when somebody first asks for it (`later`): a
     CUDA graph has its own.
     """
@@ -44,6 +48,9 @@ class PackedBatch:
     host_indices: np.ndarray | None = field(default=None, repr=False)
     columns: torch.Tensor | None = None
     n_layers_before: int = 0
+    mask: torch.Tensor | None = None
+    places: torch.Tensor | None = None
+    reads_columns: bool = False
     n_tokens: int = field(init=False)  # T
     device: torch.device = field(init=False)
 
@@ -96,6 +103,14 @@ class PackedBatch:
     def known_plan(self, key: Any) -> Any:
         """Returns what `plan` has made, or None."""
         return self._plans.get(key)
+
+    def plans(self) -> dict[Any, Any]:
+        """Returns what `plan` has made so far."""
+        return dict(self._plans)
+
+    def set_plans(self, plans: dict[Any, Any]) -> None:
+        """Forgets what `plan` has made beside these."""
+        self._plans = dict(plans)
 
     def has_plan(self, key: Any) -> bool:
         """Tells whether `plan` has made this one."""

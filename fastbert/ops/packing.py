@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastbert.ops import tracing
+from fastbert.ops import masked, tracing
 from fastbert.ops.packed_batch import PackedBatch as PackedBatch
 from fastbert.ops.packed_batch import count_positions, offsets_of
 from fastbert.ops.packed_batch import sequence_ids as sequence_ids
@@ -239,20 +239,28 @@ _UNSIGNED = {4: np.uint32, 8: np.uint64}
 def find_holes(batch: PackedBatch) -> None:
     """Sets the batch's `columns` if its mask has holes, for operations that depend on how far two tokens are apart.
 
-    On a GPU it waits for it, where the batch was padded.
+    On a GPU it waits for it, where the batch was padded and its mask is there.
     """
     if batch.indices is None or batch.columns is not None or batch.valid is not None:
         return
 
-    indices = batch.indices
+    indices, host_columns = batch.indices, batch.host_columns
 
     def make() -> torch.Tensor | None:
+        if host_columns is not None and not torch.compiler.is_exporting():
+            return to_device(torch.from_numpy(host_columns.astype(np.int32)), batch.device) if has_gaps() else None
         columns = indices % max(batch.padded_length, 1)
         rows = torch.arange(batch.n_tokens, device=batch.device)
         starts = within_sequences(columns - rows, -batch.cu_seqlens.long(), batch.seq_ids)
         first = starts.index_select(0, batch.cu_seqlens.long().index_select(0, batch.seq_ids))
         some = torch.compiler.is_exporting() or bool((starts != first).any())  # an exporter has no values to look at
         return columns.int() if some else None
+
+    def has_gaps() -> bool:
+        assert host_columns is not None
+        steps, firsts = np.diff(host_columns), batch.cu_seqlens_cpu.numpy()[1:-1]
+        steps[firsts[(firsts > 0) & (firsts < batch.n_tokens)] - 1] = 1  # from one sequence to the next
+        return bool((steps != 1).any())
 
     batch.columns = batch.plan("holes", make)
 
@@ -340,6 +348,8 @@ def pad_rows(x: Any, n_rows: int) -> Any:
 
 def pack(x: torch.Tensor, batch: PackedBatch, fill: int = 0) -> torch.Tensor:
     """(B, S, ...) -> (T, ...): the rows where tokens are. fill: what rows of padding hold, in a batch that has some."""
+    if batch.mask is not None:
+        return masked.pack(x, batch, fill)
     if batch.valid is not None:
         x = x.masked_fill(~_like(batch.valid, x), fill)
     flat = x.reshape(-1, *x.shape[2:])
@@ -352,6 +362,8 @@ def pack(x: torch.Tensor, batch: PackedBatch, fill: int = 0) -> torch.Tensor:
 
 def pad(x: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
     """(T, ...) -> (B, S, ...), zeros at the padding positions."""
+    if batch.mask is not None:
+        return masked.pad(x, batch)
     shape = (batch.batch_size, batch.padded_length, *x.shape[1:])
     if batch.valid is not None:
         x = x.reshape(shape)

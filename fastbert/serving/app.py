@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import re
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from typing import Any, NamedTuple
 
@@ -16,8 +15,10 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
 
 from fastbert.serving import openapi, routes
+from fastbert.serving.answers import dump
 from fastbert.serving.batcher import log_exception
 from fastbert.serving.calls import Call, ClientGone
 from fastbert.serving.errors import ApiError
@@ -57,7 +58,7 @@ ENDPOINTS = (
 )
 
 
-def make_app(service: Service, on_failure: Callable[[], None] = lambda: None) -> Starlette:
+def make_app(service: Service, on_failure: Callable[[], None] = lambda: None) -> App:
     """Returns the app of a service. Its models are loaded when the server starts, while /health answers already.
 
     on_failure: is called where a model cannot be loaded; `service.error` has the reason.
@@ -86,13 +87,10 @@ def make_app(service: Service, on_failure: Callable[[], None] = lambda: None) ->
         Route("/openapi.json", lambda request: JSONResponse(openapi.document(first))),
         Route("/docs", lambda request: HTMLResponse(openapi.page(first))),
     ]
-    answering = [Route(each.path, _answerer(service, each), methods=[each.method]) for each in ENDPOINTS]
-    app = Starlette(
-        routes=[*plain, *answering],
-        lifespan=lifespan,
-        exception_handlers={HTTPException: _no_route},
-    )
-    app.state.service = service
+    answering = {(each.method, each.path): Answering(service, each) for each in ENDPOINTS}
+    routes = [Route(path, each, methods=[method]) for (method, path), each in answering.items()]
+    app = App(routes=[*plain, *routes], lifespan=lifespan, exception_handlers={HTTPException: _no_route})
+    app.by_name, app.state.service = answering, service
     return app
 
 
@@ -128,17 +126,41 @@ def _authorize(service: Service, request: Request) -> None:
         raise ApiError(401, "invalid_api_key", "expected the header Authorization: Bearer KEY")
 
 
-def _answerer(service: Service, endpoint: Endpoint) -> Callable[[Request], Awaitable[Response]]:
-    async def answer(request: Request) -> Response:
+class Answering:
+    """An Answering is the ASGI app of an endpoint."""
+
+    def __init__(self, service: Service, endpoint: Endpoint) -> None:
+        self.service, self.endpoint = service, endpoint
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        request = Request(scope, receive)
         sent = request.headers.get("x-request-id", "")
         id_ = sent if _ID.fullmatch(sent) else uuid.uuid4().hex
-        call = Call(request, service, endpoint.path, id_)
-        with service.metrics.in_flight.track_inprogress():
-            response = await _respond(call, endpoint)
-        _note(call, response.status_code)
-        return response
+        call = Call(request, self.service, self.endpoint.path, id_)
+        with self.service.metrics.in_flight.track_inprogress():
+            response = await _respond(call, self.endpoint)
+        seconds, status = time.perf_counter() - call.started, response.status_code
+        try:
+            await response(scope, receive, send)
+        except (OSError, RuntimeError):  # asyncio's and uvloop's of a connection that is closed
+            status = GONE
+        _note(call, status, seconds)  # the caller does not wait for it
 
-    return answer
+
+class App(Starlette):
+    """An App finds an endpoint by its name, and asks starlette for all else.
+
+    by_name: endpoints by method and path, of which starlette would try one after the other.
+    """
+
+    by_name: Mapping[tuple[str, str], Answering]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        answering = self.by_name.get((scope["method"], scope["path"])) if scope["type"] == "http" else None
+        if answering is None:
+            await super().__call__(scope, receive, send)
+        else:
+            await answering(scope, receive, send)
 
 
 async def _respond(call: Call, endpoint: Endpoint) -> Response:
@@ -170,20 +192,15 @@ async def _respond(call: Call, endpoint: Endpoint) -> Response:
 
 
 async def _to_json(answer: Any, n_texts: int) -> bytes:
-    return _dump(answer) if n_texts <= 16 else await asyncio.to_thread(_dump, answer)
-
-
-def _dump(answer: Any) -> bytes:
-    return json.dumps(answer, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode("utf-8")
+    return dump(answer) if n_texts <= 16 else await asyncio.to_thread(dump, answer)
 
 
 def _error_response(error: ApiError) -> Response:
     return JSONResponse(error.body, error.status, headers=error.headers)
 
 
-def _note(call: Call, status: int) -> None:
+def _note(call: Call, status: int, seconds: float) -> None:
     """Counts and logs an answer."""
-    seconds = time.perf_counter() - call.started
     model = "" if call.model is None else call.model.name
     call.service.metrics.requests.labels(call.route, model, str(status)).inc()
     call.service.metrics.seconds.labels(call.route).observe(seconds)

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
-from collections.abc import Awaitable
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
 from starlette.requests import Request
 
 from fastbert.serving.errors import ApiError, invalid
+from fastbert.serving.interruption import Interruption
 from fastbert.serving.schemas import Fields
 from fastbert.serving.served import Served, ServedEncoder
 from fastbert.serving.service import Answer, Service
 from fastbert.serving.work import Lane
 
-T = TypeVar("T")
+UNWATCHED_SECONDS = 0.02  # until somebody looks whether the caller is still there: most answers take less
 
 
 class ClientGone(Exception):
@@ -70,27 +69,16 @@ class Call:
         assert self.model is not None
         if texts and isinstance(texts[0], list):  # token ids, with which no prompt goes
             lane = lane._replace(prompt="")
-        answer = await self._while_there(self.service.compute(self.model, lane, texts, truncate))
+        seconds = self.service.settings.limits.seconds
+        late = ApiError(504, "timeout", f"there was no answer within {seconds:g} seconds", retry_after=1)
+        with Interruption() as interrupt:
+            interrupt.later(seconds, late)
+            interrupt.watch(UNWATCHED_SECONDS, self._disconnected, ClientGone())
+            answer = await self.service.compute(self.model, lane, texts, truncate)
         self.n_texts += len(texts)
         self.n_tokens += answer.tokens.n_tokens
         self.n_truncated += answer.tokens.n_truncated
         return answer
-
-    async def _while_there(self, work: Awaitable[T]) -> T:
-        """Returns what the work gives. Cancels it, and so takes it out of the queue, where nobody waits for it."""
-        computing, leaving = asyncio.ensure_future(work), asyncio.ensure_future(self._disconnected())
-        try:
-            waiting = {computing, leaving}
-            seconds = self.service.settings.limits.seconds
-            await asyncio.wait(waiting, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
-            if computing.done():
-                return computing.result()
-            if leaving.done():
-                raise ClientGone
-            raise ApiError(504, "timeout", f"there was no answer within {seconds:g} seconds", retry_after=1)
-        finally:
-            computing.cancel()
-            leaving.cancel()
 
     async def _disconnected(self) -> None:
         while (await self.request.receive())["type"] != "http.disconnect":

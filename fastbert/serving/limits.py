@@ -6,11 +6,13 @@ import asyncio
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Any
-
-from starlette.requests import Request
+from typing import TYPE_CHECKING, Any
 
 from fastbert.serving.errors import ApiError, invalid
+from fastbert.serving.interruption import Interruption
+
+if TYPE_CHECKING:
+    from starlette.requests import Request
 
 CHARACTERS = 16  # of a token, on average over a request, at most
 LARGE_BODY = 2**16  # bytes from which on a body is parsed in a thread, beside the event loop
@@ -63,15 +65,11 @@ async def read_json(request: Request, limits: Limits) -> dict[str, Any]:
     length = request.headers.get("content-length", "")
     if length.isdecimal() and int(length[:20]) > limits.body_bytes:
         raise _too_large(limits)
-    try:
-        data = await asyncio.wait_for(_read(request, limits), limits.body_seconds)
-    except (TimeoutError, asyncio.TimeoutError) as error:  # two classes before Python 3.11
-        message = f"the body did not arrive within {limits.body_seconds:g} seconds"
-        raise ApiError(408, "body_timeout", message) from error
-    body = _parse(data) if len(data) < LARGE_BODY else await asyncio.to_thread(_parse, data)
-    if not isinstance(body, dict):
-        raise invalid("body", f"expected a JSON object, got {type_name(body)}")
-    return body
+    message = f"the body did not arrive within {limits.body_seconds:g} seconds"
+    with Interruption() as interrupt:
+        interrupt.later(limits.body_seconds, ApiError(408, "body_timeout", message))
+        data = await _read(request, limits)
+    return parse_object(data) if len(data) < LARGE_BODY else await asyncio.to_thread(parse_object, data)
 
 
 async def _read(request: Request, limits: Limits) -> bytes:
@@ -85,6 +83,14 @@ async def _read(request: Request, limits: Limits) -> bytes:
 
 def _too_large(limits: Limits) -> ApiError:
     return ApiError(413, "body_too_large", f"the body has more than {limits.body_bytes} bytes")
+
+
+def parse_object(data: bytes) -> dict[str, Any]:
+    """Returns the object in a body. Raises ApiError for a body that is no JSON in UTF-8, or no object."""
+    body = _parse(data)
+    if not isinstance(body, dict):
+        raise invalid("body", f"expected a JSON object, got {type_name(body)}")
+    return body
 
 
 def _parse(data: bytes) -> Any:

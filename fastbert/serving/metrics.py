@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 _SECONDS = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0)
 _TOKENS = tuple(2**n for n in range(4, 18))
+
+
+class ModelMetrics(NamedTuple):
+    """The ModelMetrics are those with one label, which is looked up once and not for each request."""
+
+    texts: Counter
+    tokens: Counter
+    truncated: Counter
+    batch_texts: Counter
+    batch_tokens: Histogram
 
 
 class Metrics:
@@ -34,6 +46,13 @@ class Metrics:
         self.queue = Gauge("fastbert_queue_tokens", "Tokens that wait or run.", ("model",), registry=registry)
         self.in_flight = Gauge("fastbert_requests_in_flight", "Requests without an answer.", registry=registry)
         self.ready = Gauge("fastbert_ready", "1 when requests are taken and no stop was asked for.", registry=registry)
+
+    def of(self, model: str) -> ModelMetrics:
+        """Returns the figures of one model."""
+        return ModelMetrics(
+            self.texts.labels(model), self.tokens.labels(model), self.truncated.labels(model),
+            self.batch_texts.labels(model), self.batch_tokens.labels(model),
+        )  # fmt: skip
 
     def page(self) -> bytes:
         """Returns all figures in the text format of Prometheus."""

@@ -190,7 +190,7 @@ def _operation(path: str, summary: str, body: Any, answer: Any, example: Any) ->
     operation: dict[str, Any] = {"summary": summary, "responses": responses, "parameters": []}
     if path == "/v1/models/{name}":
         operation["parameters"] = [{"name": "name", "in": "path", "required": True, "schema": _STRING}]
-    elif not path.startswith("/v1/") and (body is not None or path == "/info"):
+    elif _takes_model(path, body):
         query = {"name": "model", "in": "query", "required": False, "schema": _STRING}
         operation["parameters"] = [{**query, "description": "name of the model, by default the first that fits"}]
     if body is not None:
@@ -199,9 +199,15 @@ def _operation(path: str, summary: str, body: Any, answer: Any, example: Any) ->
     return operation
 
 
+def _takes_model(path: str, body: Any) -> bool:
+    """Tells whether the query may name a model: OpenAI's routes name it in the body."""
+    return not path.startswith("/v1/") and (body is not None or path == "/info")
+
+
 def page(model: str = MODEL) -> str:
     """Returns the page of the document: HTML with its own style and script, which loads nothing from elsewhere."""
     sections = "\n".join(_section(*key, *value) for key, value in _ROUTES.items())
+    sections = sections.replace(f'"&quot;{MODEL}&quot;"', f'"{html.escape(model)}"')
     sections = sections.replace(f"&quot;{MODEL}&quot;", html.escape(json.dumps(model, ensure_ascii=False)))
     errors = "".join(f"<tr><td>{status}</td><td>{html.escape(text)}</td></tr>" for status, text in _ERRORS.items())
     template = resources.files("fastbert.serving").joinpath("docs.html").read_text(encoding="utf-8")
@@ -214,11 +220,14 @@ def _section(method: str, path: str, summary: str, body: Any, answer: Any, examp
     parts = [f'<section data-method="{method}" data-path="{html.escape(path)}">']
     parts.append(f"<h2><code>{method.upper()} {html.escape(path)}</code></h2><p>{html.escape(summary)}.</p>")
     if body is not None:
-        shown = html.escape(json.dumps(example, ensure_ascii=False, indent=1))
-        label = f"Body of {path}"
-        parts.append(f'<textarea aria-label="{html.escape(label)}" rows="6" spellcheck="false">{shown}</textarea>')
-    if "{" not in path:
-        parts.append("<button>Send</button><pre hidden></pre>")
+        shown = json.dumps(example, ensure_ascii=False, indent=2)
+        attributes = f'aria-label="Body of {html.escape(path)}" rows="{shown.count(chr(10)) + 1}" spellcheck="false"'
+        parts.append(f"<textarea {attributes}>{html.escape(shown)}</textarea>")
+    if "{name}" in path:
+        parts.append(f'<label>Name <input name="name" value="&quot;{MODEL}&quot;"></label>')
+    if _takes_model(path, body):
+        parts.append('<label>Model, by default the first that fits <input name="model"></label>')
+    parts.append("<button>Send</button><pre hidden></pre>")
     for title, schema in (("Body", body), ("Answer", answer)):
         if schema is not None:
             shown = html.escape(json.dumps(schema, indent=1))

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import importlib.util
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -18,9 +17,10 @@ import numpy as np
 
 from fastbert.serving import answers
 from fastbert.serving.errors import ApiError
+from fastbert.serving.limits import Limits, parse_object
+from fastbert.serving.schemas import Fields, text_or_texts
 
 BOOLEANS = {"true": True, "false": False}
-FORMATS = ("float", "base64")
 
 
 @dataclass(frozen=True)
@@ -85,33 +85,19 @@ def tokens_in(items: Sequence[Texts]) -> int:
     return sum(item.size for item in items)
 
 
-class BadRequest(ValueError):
-    """A BadRequest is a mistake of a caller."""
+def read_request(body: bytes) -> tuple[list[str], bool]:
+    """Returns the texts of a request, and whether vectors are to be sent in base64.
+
+    Raises ApiError as `/v1/embeddings` of `fastbert serve` does, whose limits hold here, too.
+    """
+    request = Fields(parse_object(body))
+    texts, _ = text_or_texts("input", request.required("input"), Limits())
+    return texts, request.as_base64()
 
 
-def read_request(body: bytes) -> tuple[list[str], str]:
-    """Returns the texts of a request and the format of vectors. Raises BadRequest, with the name of what is wrong."""
-    try:
-        request = json.loads(body)
-    except ValueError as error:
-        raise BadRequest(f"body: not JSON: {error}") from None
-    if not isinstance(request, dict):
-        raise BadRequest("body: expected a JSON object")
-    texts, form = request.get("input"), request.get("encoding_format", "float")
-    texts = [texts] if isinstance(texts, str) else texts
-    if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
-        raise BadRequest("input: expected a text, or a list of at least one text")
-    for i, text in enumerate(texts):
-        if not text.isascii() and any(0xD800 <= ord(character) <= 0xDFFF for character in text):
-            raise BadRequest(f"input[{i}]: lone surrogate, half of a UTF-16 pair and not a character")
-    if form not in FORMATS:
-        raise BadRequest(f"encoding_format: got {form!r}, expected one of {', '.join(FORMATS)}")
-    return texts, form
-
-
-def answer(model: str, vectors: np.ndarray, texts: Texts, form: str) -> dict[str, Any]:
+def answer(model: str, vectors: np.ndarray, texts: Texts, as_base64: bool) -> dict[str, Any]:
     """Returns what OpenAI's `/v1/embeddings` answers, and how many texts were truncated."""
-    return answers.embeddings(model, vectors, texts.n_tokens, texts.n_truncated, form == "base64")
+    return answers.embeddings(model, vectors, texts.n_tokens, texts.n_truncated, as_base64)
 
 
 class Embeddings:
@@ -150,12 +136,11 @@ class Embeddings:
         from starlette.responses import JSONResponse
 
         try:
-            texts, form = read_request(await request.body())
-        except BadRequest as error:
-            refused = ApiError(400, "invalid_value", str(error))
-            return JSONResponse(refused.body, refused.status)
+            texts, as_base64 = read_request(await request.body())
+        except ApiError as error:
+            return JSONResponse(error.body, error.status)
         counted = await asyncio.to_thread(self._count, texts)
-        return JSONResponse(answer(self.arguments.model, await self._batched(counted), counted, form))
+        return JSONResponse(answer(self.arguments.model, await self._batched(counted), counted, as_base64))
 
     def _count(self, texts: list[str]) -> Texts:
         texts = [self.prompt + text for text in texts]

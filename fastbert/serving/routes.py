@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -45,7 +46,7 @@ async def embeddings(call: Call) -> Any:
     call.model = call.service.named(schemas.text("model", fields.required("model")))
     if "embed" not in call.model.tasks:
         raise ApiError(424, "unsupported_task", "the model makes no dense vectors", param="model")
-    as_base64 = fields.choice("encoding_format", "float", "float", "base64") == "base64"
+    as_base64 = fields.as_base64()
     vectors, _ = await _vectors(call, "input")
     return answers.embeddings(call.model.name, vectors, call.n_tokens, call.n_truncated, as_base64)
 
@@ -54,7 +55,7 @@ async def embed(call: Call) -> Any:
     """Makes a vector of each input."""
     call.choose_model("embed")
     vectors, _ = await _vectors(call, "inputs")
-    if call.fields.choice("encoding_format", "float", "float", "base64") == "base64":
+    if call.fields.as_base64():
         return [answers.encoded(vector) for vector in vectors]
     return [vector.tolist() for vector in vectors]
 
@@ -74,6 +75,10 @@ def _inputs(call: Call, name: str) -> tuple[list[Any], bool]:
     assert call.model is not None
     vocab_size = call.model.bert.config.vocab_size
     return schemas.inputs(name, call.fields.required(name), call.service.settings.limits, vocab_size)
+
+
+def _texts(call: Call) -> tuple[list[str], bool]:
+    return schemas.text_or_texts("inputs", call.fields.required("inputs"), call.service.settings.limits)
 
 
 async def embed_all(call: Call) -> Any:
@@ -106,7 +111,10 @@ async def similarity(call: Call) -> Any:
     answer = await call.compute(lane, [source, *others], parameters.get("truncate", bool))
     first, *rest = (vector[None] for vector in answer.results)
     # Each pair alone: then no other sentence of the request has a say in the bits.
-    return [float(model.model.similarity_pairwise(first, vector)) for vector in rest]
+    scores = [float(model.model.similarity_pairwise(first, vector)) for vector in rest]
+    if not all(map(math.isfinite, scores)):
+        raise ApiError(500, "not_finite", "the model gave NaN or infinity for a pair of this request")
+    return scores
 
 
 async def rerank(call: Call) -> Any:
@@ -157,9 +165,7 @@ async def entities(call: Call) -> Any:
 
 
 async def _entities(call: Call, model: ServedTagger) -> Any:
-    value = call.fields.required("inputs")
-    single, limits = isinstance(value, str), call.service.settings.limits
-    texts = [schemas.text("inputs", value)] if single else schemas.texts("inputs", value, limits)
+    texts, single = _texts(call)
     strategy, ignored = schemas.entity_options(call.fields.object("parameters"))
     answer = await call.compute(call.lane("entities"), texts, None)
     pairs = list(zip(answer.tokens.windowed, answer.results, strict=True))
@@ -172,11 +178,10 @@ async def _entities(call: Call, model: ServedTagger) -> Any:
 async def tokenize(call: Call) -> Any:
     """Lists the tokens of each input, with their places in it; nothing is cut."""
     model = call.any_model()
-    limits, value = call.service.settings.limits, call.fields.required("inputs")
-    texts = [schemas.text("inputs", value)] if isinstance(value, str) else schemas.texts("inputs", value, limits)
+    texts, _ = _texts(call)
     special = call.fields.flag("add_special_tokens", True)
     prompt = call.lane("tokenize").prompt if call.fields.body.get("prompt_name") is not None else ""
-    limits.check_characters(texts)
+    call.service.settings.limits.check_characters(texts)
     rows = await call.service.in_thread(_tokens, model, [prompt + text for text in texts], special)
     call.n_texts, call.n_tokens = len(texts), sum(map(len, rows))
     return rows

@@ -64,6 +64,10 @@ class Fields:
         """Returns the fields of an object inside this one, none where it is not there."""
         return Fields(self.get(name, dict) or {}, f"{self.path}{name}.")
 
+    def as_base64(self) -> bool:
+        """Tells whether vectors are to be sent in base64, and not as numbers."""
+        return self.choice("encoding_format", "float", "float", "base64") == "base64"
+
     def check_truncation(self) -> None:
         """Raises ApiError for a direction that this server does not truncate in."""
         self.choice("truncation_direction", "right", "right")
@@ -85,6 +89,13 @@ def texts(name: str, value: Any, limits: Limits) -> list[str]:
     return [text(f"{name}[{i}]", item) for i, item in enumerate(filled_list(name, value, limits))]
 
 
+def text_or_texts(name: str, value: Any, limits: Limits) -> tuple[list[str], bool]:
+    """Returns the strings that came, and whether a single one came that is in no list."""
+    if isinstance(value, str):
+        return [text(name, value)], True
+    return texts(name, value, limits), False
+
+
 def filled_list(name: str, value: Any, limits: Limits) -> list[Any]:
     """Returns a list of at least one and at most `limits.texts` items."""
     if not isinstance(value, list):
@@ -100,13 +111,13 @@ def filled_list(name: str, value: Any, limits: Limits) -> list[Any]:
 def inputs(name: str, value: Any, limits: Limits, vocab_size: int) -> tuple[list[Any], bool]:
     """Returns texts, or rows of token ids, and whether a single one came: a string, or an array of ids."""
     if isinstance(value, str):
-        return [text(name, value)], True
+        return text_or_texts(name, value, limits)
     items = value if _is_row(value) else filled_list(name, value, limits)
     if _is_row(items):
         return [_row(name, items, vocab_size, limits)], True
     if isinstance(items[0], list):
         return [_row(f"{name}[{i}]", item, vocab_size, limits) for i, item in enumerate(items)], False
-    return texts(name, items, limits), False
+    return text_or_texts(name, items, limits)
 
 
 def _is_row(value: Any) -> bool:

@@ -47,6 +47,11 @@ class Tokens:
         return sum(item.n_tokens for item in self.items)
 
 
+def n_characters(text: Any) -> int:
+    """Returns the characters of a text or a pair, or the length of a list of ids."""
+    return len(text) + len(getattr(text, "second", ""))
+
+
 class Served:
     """A Served has a name, a model and the tasks that it can do.
 
@@ -84,11 +89,7 @@ class Served:
     def bound(self, lane: Lane, text: Any) -> int:
         """Guesses the tokens of a text from above, by its characters, without tokenizing it."""
         n_special = self.tokenizer.num_special_tokens(True)
-        if isinstance(text, list):
-            n_tokens = len(text)
-        else:
-            n_tokens = len(text) + len(lane.prompt) + len(getattr(text, "second", ""))
-        n_tokens += n_special
+        n_tokens = n_characters(text) + n_special + (0 if isinstance(text, list) else len(lane.prompt))
         return n_tokens if self.limit is None else min(n_tokens, self.limit_of(lane))
 
     def _of_ids(self, lane: Lane, rows: list[list[int]]) -> Tokens:

@@ -15,13 +15,14 @@ from fastbert.serving.auth import Keys
 from fastbert.serving.batcher import Batcher
 from fastbert.serving.errors import ApiError
 from fastbert.serving.limits import Limits
-from fastbert.serving.metrics import Metrics
-from fastbert.serving.served import NotFinite, Served, Tokens, serve_model
+from fastbert.serving.metrics import Metrics, ModelMetrics
+from fastbert.serving.served import NotFinite, Served, Tokens, n_characters, serve_model
 from fastbert.serving.work import Lane
 
 logger = logging.getLogger("fastbert.serving")
 
 TOKENIZERS = 2  # threads that tokenize, while a batch is computed
+SHORT = 1000  # characters of a request that take less time to tokenize than a thread does to begin
 _TEXT = "One text."
 
 
@@ -56,6 +57,7 @@ class Service:
     def __init__(self, loaders: Mapping[str, Callable[[], Any]], settings: Settings | None = None) -> None:
         self.loaders, self.settings = dict(loaders), settings or Settings()
         self.metrics = Metrics()
+        self.metrics_of: dict[str, ModelMetrics] = {}
         self.models: dict[str, Served] = {}
         self.batchers: dict[str, Batcher] = {}
         self.state, self.error = "starting", None
@@ -78,18 +80,19 @@ class Service:
         logger.info("ready", extra={"fields": {"models": list(self.models)}})
 
     def _add(self, model: Served) -> None:
-        started, name, metrics = time.perf_counter(), model.name, self.metrics
+        started, name = time.perf_counter(), model.name
+        metrics = self.metrics_of[name] = self.metrics.of(name)
 
         def count(n_items: int, n_tokens: int) -> None:
-            metrics.batch_texts.labels(name).inc(n_items)
-            metrics.batch_tokens.labels(name).observe(n_tokens)
+            metrics.batch_texts.inc(n_items)
+            metrics.batch_tokens.observe(n_tokens)
 
         warmup(model.model if model.kind == "embedding" else model.model.model)
         for task in sorted(model.tasks):
             lane = Lane(task)
             model.compute(lane, model.encode(lane, [_TEXT]).items)
         batcher = Batcher(model.compute, model.token_budget, self.settings.limits.queue_tokens, count, name)
-        metrics.queue.labels(name).set_function(lambda: batcher.n_tokens)
+        self.metrics.queue.labels(name).set_function(lambda: batcher.n_tokens)
         self.models[name], self.batchers[name] = model, batcher
         seconds = round(time.perf_counter() - started, 3)
         logger.info("warm", extra={"fields": {"model": name, "kind": model.kind, "seconds": seconds}})
@@ -146,8 +149,10 @@ class Service:
             limits.check_characters(texts)
         work = batcher.reserve(sum(model.bound(lane, text) for text in texts))
         try:
-            loop = asyncio.get_running_loop()
-            tokens = await loop.run_in_executor(self._pool, model.encode, lane, texts)
+            if sum(map(n_characters, texts)) <= SHORT:
+                tokens = model.encode(lane, texts)
+            else:
+                tokens = await self.in_thread(model.encode, lane, texts)
             if tokens.n_truncated and not (self.settings.truncate if truncate is None else truncate):
                 message = (
                     f"{tokens.n_truncated} of {len(texts)} texts have more tokens than the model reads, and truncate "
@@ -166,9 +171,10 @@ class Service:
                 raise _failure(result)
         if lane.task == "sparse":
             limits.check_numbers(sum(len(weights) for _, weights in results))
-        self.metrics.texts.labels(model.name).inc(len(texts))
-        self.metrics.tokens.labels(model.name).inc(tokens.n_tokens)
-        self.metrics.truncated.labels(model.name).inc(tokens.n_truncated)
+        metrics = self.metrics_of[model.name]
+        metrics.texts.inc(len(texts))
+        metrics.tokens.inc(tokens.n_tokens)
+        metrics.truncated.inc(tokens.n_truncated)
         return Answer(results, tokens)
 
     async def in_thread(self, function: Callable[..., Any], *args: Any) -> Any:

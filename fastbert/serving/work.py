@@ -45,6 +45,8 @@ class Item(NamedTuple):
 
 def split(tokens: PackedEncoding) -> list[Item]:
     """Returns an item for each row of an encoding."""
+    if tokens.cu_seqlens.shape[0] == 2:
+        return [Item(tokens.input_ids, tokens.token_type_ids, [tokens.input_ids.shape[0]])]
     lengths = tokens.cu_seqlens.diff().tolist()
     pieces = zip(tokens.input_ids.split(lengths), tokens.token_type_ids.split(lengths), lengths, strict=True)
     return [Item(input_ids, token_type_ids, [length]) for input_ids, token_type_ids, length in pieces]

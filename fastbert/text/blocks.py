@@ -94,7 +94,7 @@ def read_lines(block: Block, key: str | None) -> Iterator[str]:
 
     Raises ValueError, with file and byte, as `fastbert.text.files.read_texts` does with file and line.
     """
-    with storage.open_file(block.path) as file:
+    with storage.open_lines(block.path) as file:
         place = max(block.start - 1, 0)
         file.seek(place)
         if block.start:  # the rest of a line that began before, or the end of the last one

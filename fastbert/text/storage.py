@@ -12,6 +12,8 @@ from typing import Any, BinaryIO, cast
 
 from fastbert.checkpoint.files import replacing
 
+AHEAD_BYTES = 2**18  # asked for at once under a URL, where each request takes its time
+
 
 def is_url(path: str) -> bool:
     """Tells whether a path is opened by pyarrow."""
@@ -35,6 +37,13 @@ def open_file(path: str) -> BinaryIO:
         return open(path, "rb")
     system, inner = _system(path)
     return cast(BinaryIO, system.open_input_file(inner))
+
+
+def open_lines(path: str) -> BinaryIO:
+    """Opens a file whose lines are read, at any place."""
+    if not is_url(path):
+        return open(path, "rb")
+    return io.BufferedReader(cast(io.RawIOBase, open_file(path)), AHEAD_BYTES)  # pyarrow's files have no lines
 
 
 def files_in(path: str, suffixes: tuple[str, ...]) -> list[str]:

@@ -21,6 +21,11 @@ from torch.distributed.rendezvous import rendezvous
 TIMEOUT = timedelta(minutes=30)
 
 
+def n_processes() -> int:
+    """Returns the number of processes that torchrun has started, 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
 @dataclass(frozen=True)
 class Processes:
     """rank: of this process, from 0 to n - 1. local_rank: on its machine. device: where it computes."""
@@ -36,7 +41,7 @@ class Processes:
 
         device: by default GPU `local_rank` where there is one, else the CPU.
         """
-        rank, n = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        rank, n = int(os.environ.get("RANK", 0)), n_processes()
         local_rank = int(os.environ.get("LOCAL_RANK", 0))
         if device is None:
             device = f"cuda:{local_rank}" if torch.cuda.is_available() else "cpu"

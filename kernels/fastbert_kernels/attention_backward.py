@@ -130,6 +130,5 @@ def varlen_attention_backward(
     )
     if bias is None or not want_bias:
         return grad_qkv, None
-    assert bias.columns is None, "columns with gaps between them have no gradient of a bias here"
     of_batch = grad, qkv, statistics, plan.queries, num_heads, scale, dropout
     return grad_qkv, bias_gradient(*of_batch, bias, tiles.query)

@@ -6,6 +6,9 @@
 of one head, and goes over blocks of keys. It sums ds along the diagonals of a block, and adds them to a row of numbers
 of its own, (2R + 1,). These rows are added afterwards, so the bits do not vary. It reads q, k, v, dout and 16 bytes a
 query and head. FLOPs: 4 * N * D * sum_b len_b^2.
+
+Where masks have holes, distances are between the columns of rows, and no longer the same along a diagonal. But those of
+one key to the queries of its sequence differ from one another. So ds is added key by key.
 """
 
 from __future__ import annotations
@@ -53,6 +56,32 @@ def _add_diagonals(
     tl.store(last_ptr, tl.load(last_ptr) + tl.sum(tl.where(distances >= radius, line, 0.0)))
 
 
+@jit
+def _add_by_columns(
+    ds,  # (BLOCK_Q, BLOCK_K) float32, 0 past the tile and between two sequences
+    query_columns,  # (BLOCK_Q,) int32
+    key_columns,  # (BLOCK_K,) int32
+    sums_ptr,  # (2R + 1,) float32, of this program alone
+    radius,
+    BLOCK_K: tl.constexpr,
+):
+    """Adds ds by the distances between columns, always in the same order."""
+    apart = key_columns[None, :] - query_columns[:, None]
+    tl.debug_barrier()  # another thread may have stored what this one loads
+    tl.store(sums_ptr, tl.load(sums_ptr) + tl.sum(tl.where(apart <= -radius, ds, 0.0)))
+    last_ptr = sums_ptr + 2 * radius
+    tl.store(last_ptr, tl.load(last_ptr) + tl.sum(tl.where(apart >= radius, ds, 0.0)))
+    places = tl.arange(0, BLOCK_K)
+    for i in range(BLOCK_K):
+        of_key = tl.sum(tl.where((places == i)[None, :], ds, 0.0), axis=1)  # (BLOCK_Q,)
+        distances = tl.sum(tl.where(places == i, key_columns, 0), axis=0) - query_columns
+        # Queries of other sequences have 0 here, and may be as far from the key as one of its own.
+        near = (distances > -radius) & (distances < radius) & (of_key != 0.0)
+        ptrs = sums_ptr + distances + radius
+        tl.debug_barrier()
+        tl.store(ptrs, tl.load(ptrs, mask=near, other=0.0) + of_key, mask=near)
+
+
 @jit(do_not_specialize=["n_rows", *drawing.DO_NOT_SPECIALIZE, *biases.DO_NOT_SPECIALIZE])
 def bias_gradient_kernel(
     q_ptr,  # (T, N, D)
@@ -63,6 +92,7 @@ def bias_gradient_kernel(
     tiles_ptr,  # (W, 5) int32: see `work_list.WorkList`
     row_spans_ptr,  # (T,) int32
     bias_ptr,  # (N, 2R + 1)
+    columns_ptr,  # (T,) int32 where HOLES
     sums_ptr,  # (W, N, 2R + 1) float32, zeros
     qkv_row_stride,
     dout_row_stride,
@@ -76,6 +106,7 @@ def bias_gradient_kernel(
     threshold,
     keep_scale,
     HEAD_SIZE: tl.constexpr,
+    HOLES: tl.constexpr,
     DROPOUT: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
     BLOCK_Q: tl.constexpr,
@@ -100,7 +131,9 @@ def bias_gradient_kernel(
     lse_log2, delta, inverse_sum = load_statistics(statistics_ptr + 4 * rows, row_mask, True)
     key_offs = tl.arange(0, BLOCK_K)[:, None] * qkv_row_stride + column_offs
     mask_key = (key_low, key_high, site, threshold)
-    bias = (bias_ptr, None, bias_radius, bias_scale, end_row)
+    bias = (bias_ptr, columns_ptr, bias_radius, bias_scale, end_row)
+    if HOLES:
+        query_columns = tl.load(columns_ptr + rows, mask=row_mask, other=0)
     sums_ptr += (tile.to(tl.int64) * tl.num_programs(1) + head) * (2 * bias_radius + 1)
     for block_start in range(first_key, end_key, BLOCK_K):
         keys = block_start + tl.arange(0, BLOCK_K)
@@ -110,13 +143,18 @@ def bias_gradient_kernel(
         v = load_rows(v_ptr + block_offset + key_offs, key_mask, d_mask, True, True)
         scores = tl.dot(q, tl.trans(k), input_precision=INPUT_PRECISION)  # (BLOCK_Q, BLOCK_K)
         dp = tl.dot(dout, tl.trans(v), input_precision=INPUT_PRECISION)
-        scores += bias_of(rows[:, None], keys[None, :], row_mask[:, None], key_mask[None, :], head, bias, False)
+        scores += bias_of(rows[:, None], keys[None, :], row_mask[:, None], key_mask[None, :], head, bias, HOLES)
         own = (keys[None, :] >= row_first_key[:, None]) & (keys[None, :] < row_end_key[:, None]) & row_mask[:, None]
         p = tl.where(own, tl.exp2(scores * scale_log2 - lse_log2[:, None]), 0.0) * inverse_sum[:, None]
         if DROPOUT:
             bits = keep_probabilities(block_start, rows, row_first_key, first_key, head, mask_key, True, BLOCK_K)
             dp = tl.where(spread_columns(bits), dp, 0.0)
-        _add_diagonals(p * (dp - delta[:, None]), first_row, block_start, sums_ptr, bias_radius, BLOCK_Q, BLOCK_K)
+        ds = p * (dp - delta[:, None])
+        if HOLES:
+            key_columns = tl.load(columns_ptr + keys, mask=key_mask, other=0)
+            _add_by_columns(ds, query_columns, key_columns, sums_ptr, bias_radius, BLOCK_K)
+        else:
+            _add_diagonals(ds, first_row, block_start, sums_ptr, bias_radius, BLOCK_Q, BLOCK_K)
 
 
 def bias_gradient(
@@ -133,7 +171,7 @@ def bias_gradient(
     """Computes the gradient of a bias's table, (N, 2R + 1) float32, zeros without rows.
 
     grad, qkv and dropout are those of `varlen_attention_backward`; statistics, (N, T, 4) float32, and the list of tiles
-    are those of its first pass, and sizes the blocks of that. The bias has no columns.
+    are those of its first pass, and sizes the blocks of that.
     """
     hidden_size = qkv.shape[1] // 3
     n_tiles = queries.tiles.shape[0]
@@ -151,6 +189,7 @@ def bias_gradient(
         tiles_ptr=queries.tiles,
         row_spans_ptr=queries.row_spans,
         bias_ptr=bias.table,
+        columns_ptr=bias.columns,
         sums_ptr=sums,
         qkv_row_stride=qkv.stride(0),
         dout_row_stride=grad.stride(0),
@@ -160,6 +199,7 @@ def bias_gradient(
         bias_scale=of_bias["bias_scale"],
         **drawing.arguments(dropout),
         HEAD_SIZE=hidden_size // num_heads,
+        HOLES=bias.columns is not None,
         DROPOUT=dropout is not None,
         INPUT_PRECISION=launch.dot_precision(qkv.dtype),
     )

@@ -16,35 +16,22 @@ Sources: He et al., "DeBERTa", 2020, arXiv:2006.03654; Dao, "FlashAttention-2", 
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
 from fastbert_kernels import launch
+from fastbert_kernels.attention import keep_probabilities
 from fastbert_kernels.attention_tiles import LOG2_E, LOWEST, load_tile, row_ranges
+from fastbert_kernels.disentangled_tiles import Distances, distances_of, places_of, terms_of
+from fastbert_kernels.dropout import spread_columns
 from fastbert_kernels.jit import jit
 from fastbert_kernels.work_list import WorkList
 
 BLOCK_Q = 64  # query rows of a tile, for which the work list is built
 MAX_TILES = 65_532  # of a launch
-
-
-class Distances(NamedTuple):
-    """`Distances` are what a layer has for distances in columns.
-
-    keys, queries: (2R, N * D) in the dtype of qkv, contiguous, or None. rows_of: (2M + 1,) int32. low, n_rows: the
-    first of the rows that the batch needs, and how many they are. columns: (T,) int32, or None where the tokens of each
-    sequence are neighbours.
-    """
-
-    keys: torch.Tensor | None
-    queries: torch.Tensor | None
-    rows_of: torch.Tensor
-    low: int
-    n_rows: int
-    columns: torch.Tensor | None
 
 
 @jit(do_not_specialize=["n_tokens", "low", "n_rows"])
@@ -78,43 +65,66 @@ def _product_kernel(
 
 
 @jit
-def _terms(
-    rows,  # (BLOCK_Q,)
-    keys,  # (BLOCK_K,)
+def attend_tile(
+    q,  # (BLOCK_Q, BLOCK_D)
+    k_ptr,  # (T, N, D)
+    v_ptr,  # (T, N, D)
+    rows,  # (BLOCK_Q,) packed rows
     row_mask,
-    key_mask,
+    first_key,
+    end_key,
+    shared,  # whether the tile is of several sequences
+    row_spans_ptr,
+    qkv_row_stride,
+    scale_log2,
     head,
     n_heads,
     of_queries_ptr,
     of_keys_ptr,
-    rows_of_ptr,
-    columns_ptr,
-    radius,
-    low,
-    n_rows,
+    distances,  # (rows_of_ptr, columns_ptr, radius, low, n_rows)
+    mask_key,  # (key_low, key_high, site, threshold) where DROPOUT
+    HEAD_SIZE: tl.constexpr,
     KEYS: tl.constexpr,
     QUERIES: tl.constexpr,
     HOLES: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ):
-    """Returns what distances add to q . k, (BLOCK_Q, BLOCK_K) float32."""
-    row_columns, key_columns = rows, keys
-    if HOLES:
-        row_columns = tl.load(columns_ptr + rows, mask=row_mask, other=0)
-        key_columns = tl.load(columns_ptr + keys, mask=key_mask, other=0)
-    apart = row_columns[:, None] - key_columns[None, :]
-    apart = tl.minimum(tl.maximum(apart, -radius), radius) + radius
-    # Pairs of different sequences, which are masked later, may be farther apart than any text is long.
-    places = tl.minimum(tl.maximum(tl.load(rows_of_ptr + apart) - low, 0), n_rows - 1)
-    pair_mask = row_mask[:, None] & key_mask[None, :]
-    width = (n_heads * n_rows).to(tl.int64)
-    terms = tl.zeros(places.shape, dtype=tl.float32)
-    if KEYS:
-        row_ptrs = of_queries_ptr + rows * width + head * n_rows
-        terms += tl.load(row_ptrs[:, None] + places, mask=pair_mask, other=0.0).to(tl.float32)
-    if QUERIES:
-        key_ptrs = of_keys_ptr + keys * width + head * n_rows
-        terms += tl.load(key_ptrs[None, :] + places, mask=pair_mask, other=0.0).to(tl.float32)
-    return terms
+    """Returns the sum of p v, (BLOCK_Q, BLOCK_D), the sum of p, and the largest score times scale_log2."""
+    d_offs = tl.arange(0, BLOCK_D)
+    d_mask = d_offs < HEAD_SIZE
+    row_first_key, row_end_key = row_ranges(row_spans_ptr, rows, row_mask, first_key, end_key, shared)
+    acc = tl.zeros((BLOCK_Q, BLOCK_D), dtype=tl.float32)
+    row_sum = tl.zeros((BLOCK_Q,), dtype=tl.float32)
+    row_max = tl.full((BLOCK_Q,), LOWEST, dtype=tl.float32)
+    for block_start in range(first_key, end_key, BLOCK_K):
+        keys = block_start + tl.arange(0, BLOCK_K)
+        key_mask = keys < end_key
+        key_offs = keys.to(tl.int64) * qkv_row_stride + head * HEAD_SIZE
+        k = tl.load(k_ptr + key_offs[None, :] + d_offs[:, None], mask=d_mask[:, None] & key_mask[None, :], other=0.0)
+        if DROPOUT:
+            bits = keep_probabilities(block_start, rows, row_first_key, first_key, head, mask_key, shared, BLOCK_K)
+        scores = tl.dot(q, k, input_precision=INPUT_PRECISION)  # (BLOCK_Q, BLOCK_K)
+        apart = distances_of(rows[:, None], keys[None, :], row_mask[:, None], key_mask[None, :], distances, HOLES)
+        scores += terms_of(
+            places_of(apart, distances), rows[:, None], keys[None, :], row_mask[:, None] & key_mask[None, :], head,
+            n_heads, of_queries_ptr, of_keys_ptr, distances, KEYS, QUERIES,
+        )  # fmt: skip
+        own = (keys[None, :] >= row_first_key[:, None]) & (keys[None, :] < row_end_key[:, None])
+        scores = tl.where(own, scores, float("-inf"))
+        new_max = tl.maximum(row_max, tl.max(scores, axis=1) * scale_log2)
+        p = tl.exp2(scores * scale_log2 - new_max[:, None])
+        rescale = tl.exp2(row_max - new_max)
+        row_sum = row_sum * rescale + tl.sum(p, axis=1)
+        if DROPOUT:
+            p = tl.where(spread_columns(bits), p, 0.0)
+        v = tl.load(v_ptr + key_offs[:, None] + d_offs[None, :], mask=key_mask[:, None] & d_mask[None, :], other=0.0)
+        acc = tl.dot(p.to(v.dtype), v, acc * rescale[:, None], input_precision=INPUT_PRECISION)
+        row_max = new_max
+    return acc, row_sum, row_max
 
 
 @jit(do_not_specialize=["radius", "low", "n_rows"])
@@ -155,29 +165,11 @@ def _disentangled_attention_kernel(
     d_mask = d_offs < HEAD_SIZE
     q_offs = rows.to(tl.int64)[:, None] * qkv_row_stride + head * HEAD_SIZE + d_offs[None, :]
     q = tl.load(q_ptr + q_offs, mask=row_mask[:, None] & d_mask[None, :], other=0.0)
-    row_first_key, row_end_key = row_ranges(row_spans_ptr, rows, row_mask, first_key, end_key, shared)
-    acc = tl.zeros((BLOCK_Q, BLOCK_D), dtype=tl.float32)
-    row_sum = tl.zeros((BLOCK_Q,), dtype=tl.float32)
-    row_max = tl.full((BLOCK_Q,), LOWEST, dtype=tl.float32)
-    for block_start in range(first_key, end_key, BLOCK_K):
-        keys = block_start + tl.arange(0, BLOCK_K)
-        key_mask = keys < end_key
-        key_offs = keys.to(tl.int64) * qkv_row_stride + head * HEAD_SIZE
-        k = tl.load(k_ptr + key_offs[None, :] + d_offs[:, None], mask=d_mask[:, None] & key_mask[None, :], other=0.0)
-        scores = tl.dot(q, k, input_precision=INPUT_PRECISION)  # (BLOCK_Q, BLOCK_K)
-        scores += _terms(
-            rows, keys, row_mask, key_mask, head, n_heads, of_queries_ptr, of_keys_ptr, rows_of_ptr, columns_ptr,
-            radius, low, n_rows, KEYS, QUERIES, HOLES,
-        )  # fmt: skip
-        own = (keys[None, :] >= row_first_key[:, None]) & (keys[None, :] < row_end_key[:, None])
-        scores = tl.where(own, scores, float("-inf"))
-        new_max = tl.maximum(row_max, tl.max(scores, axis=1) * scale_log2)
-        p = tl.exp2(scores * scale_log2 - new_max[:, None])
-        rescale = tl.exp2(row_max - new_max)
-        row_sum = row_sum * rescale + tl.sum(p, axis=1)
-        v = tl.load(v_ptr + key_offs[:, None] + d_offs[None, :], mask=key_mask[:, None] & d_mask[None, :], other=0.0)
-        acc = tl.dot(p.to(v.dtype), v, acc * rescale[:, None], input_precision=INPUT_PRECISION)
-        row_max = new_max
+    acc, row_sum, _ = attend_tile(
+        q, k_ptr, v_ptr, rows, row_mask, first_key, end_key, shared, row_spans_ptr, qkv_row_stride, scale_log2, head,
+        n_heads, of_queries_ptr, of_keys_ptr, (rows_of_ptr, columns_ptr, radius, low, n_rows), None,
+        HEAD_SIZE, KEYS, QUERIES, HOLES, False, INPUT_PRECISION, BLOCK_Q, BLOCK_K, BLOCK_D,
+    )  # fmt: skip
     out = acc * (1.0 / tl.where(row_mask, row_sum, 1.0))[:, None]
     out_offs = rows.to(tl.int64)[:, None] * out_row_stride + head * HEAD_SIZE + d_offs[None, :]
     tl.store(out_ptr + out_offs, out.to(out_ptr.dtype.element_ty), mask=row_mask[:, None] & d_mask[None, :])
@@ -190,7 +182,7 @@ def tile(dtype: torch.dtype, head_size: int) -> dict[str, int]:
     return {
         "BLOCK_Q": BLOCK_Q, "BLOCK_K": 32 if wide or narrow else 64,
         "BLOCK_D": max(16, triton.next_power_of_2(head_size)),
-        "num_warps": 8 if wide else 4, "num_stages": 1 if exact else 2,
+        "num_warps": 16 if exact and head_size > 64 else 8 if wide else 4, "num_stages": 1 if exact else 2,
     }  # fmt: skip
 
 
@@ -201,12 +193,12 @@ def product_tile(dtype: torch.dtype, head_size: int) -> dict[str, int]:
         "BLOCK_T": 64,
         "BLOCK_W": 32 if wide else 64,
         "BLOCK_D": block_d,
-        "num_warps": 8 if wide else 4,
+        "num_warps": 16 if wide and block_d > 64 else 8 if wide else 4,
         "num_stages": 1,
     }
 
 
-def _products(x: torch.Tensor, y: torch.Tensor, distances: Distances, num_heads: int) -> torch.Tensor:
+def products(x: torch.Tensor, y: torch.Tensor, distances: Distances, num_heads: int) -> torch.Tensor:
     """x . y of each head, (T, N, W), in the dtype of x. x: (T, N * D). y: (2R, N * D)."""
     n_tokens, head_size = x.shape[0], x.shape[1] // num_heads
     out = launch.empty((n_tokens, num_heads, distances.n_rows), like=x)
@@ -231,6 +223,36 @@ def _products(x: torch.Tensor, y: torch.Tensor, distances: Distances, num_heads:
     return out
 
 
+def attention_arguments(
+    qkv: torch.Tensor, out: torch.Tensor, num_heads: int, scale: float, distances: Distances
+) -> dict[str, Any]:
+    """Returns what a kernel of the forward pass takes beside its tiles, with the products of q and k with distances."""
+    hidden_size = out.shape[1]
+    q, k, v = qkv[:, :hidden_size], qkv[:, hidden_size : 2 * hidden_size], qkv[:, 2 * hidden_size :]
+    keys, queries = distances.keys, distances.queries
+    return {
+        "q_ptr": q,
+        "k_ptr": k,
+        "v_ptr": v,
+        "out_ptr": out,
+        "of_queries_ptr": None if keys is None else products(q, keys, distances, num_heads),
+        "of_keys_ptr": None if queries is None else products(k, queries, distances, num_heads),
+        "rows_of_ptr": distances.rows_of,
+        "columns_ptr": distances.columns,
+        "qkv_row_stride": qkv.stride(0),
+        "out_row_stride": out.stride(0),
+        "scale_log2": scale * LOG2_E.value,
+        "radius": distances.rows_of.shape[0] // 2,
+        "low": distances.low,
+        "n_rows": distances.n_rows,
+        "HEAD_SIZE": hidden_size // num_heads,
+        "KEYS": keys is not None,
+        "QUERIES": queries is not None,
+        "HOLES": distances.columns is not None,
+        "INPUT_PRECISION": launch.dot_precision(qkv.dtype),
+    }
+
+
 def disentangled_attention_forward(
     qkv: torch.Tensor, work_list: WorkList, num_heads: int, scale: float, distances: Distances
 ) -> torch.Tensor:
@@ -244,37 +266,15 @@ def disentangled_attention_forward(
     out = launch.empty((n_tokens, hidden_size), like=qkv)
     if n_tokens == 0:
         return out
-    q, k, v = qkv[:, :hidden_size], qkv[:, hidden_size : 2 * hidden_size], qkv[:, 2 * hidden_size :]
-    keys, queries = distances.keys, distances.queries
-    config = tile(qkv.dtype, head_size)
-    of_queries = None if keys is None else _products(q, keys, distances, num_heads)
-    of_keys = None if queries is None else _products(k, queries, distances, num_heads)
+    config, arguments = tile(qkv.dtype, head_size), attention_arguments(qkv, out, num_heads, scale, distances)
     # Grid: every head for every tile of the work list, as many at a time as a grid's second dimension holds.
     for tiles in work_list.tiles.split(MAX_TILES):
         launch.run(
             _disentangled_attention_kernel,
             (num_heads, tiles.shape[0]),
             config,
-            q_ptr=q,
-            k_ptr=k,
-            v_ptr=v,
-            out_ptr=out,
-            of_queries_ptr=of_queries,
-            of_keys_ptr=of_keys,
-            rows_of_ptr=distances.rows_of,
-            columns_ptr=distances.columns,
+            **arguments,
             tiles_ptr=tiles,
             row_spans_ptr=work_list.row_spans,
-            qkv_row_stride=qkv.stride(0),
-            out_row_stride=out.stride(0),
-            scale_log2=scale * LOG2_E.value,
-            radius=distances.rows_of.shape[0] // 2,
-            low=distances.low,
-            n_rows=distances.n_rows,
-            HEAD_SIZE=head_size,
-            KEYS=keys is not None,
-            QUERIES=queries is not None,
-            HOLES=distances.columns is not None,
-            INPUT_PRECISION=launch.dot_precision(qkv.dtype),
         )
     return out

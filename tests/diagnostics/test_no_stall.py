@@ -395,9 +395,13 @@ def test_explain_on_graphs(stand_in: StandIn, device: torch.device) -> None:
     """Catches an explain that promises one launch where every kernel is launched by itself."""
     model = make(device)
 
-    def note(**options: Any) -> str:
-        return next((n for n in fastbert.explain(model, **options).notes if n.startswith("CUDA graphs")), "")
+    def note(start: str = "CUDA graphs", **options: Any) -> str:
+        return next((n for n in fastbert.explain(model, **options).notes if n.startswith(start)), "")
 
+    masks = "masks on the GPU: up to 512 places are packed there, and the lengths of more waited for"
+    assert note("masks", arch=90) == masks
+    model.strict_ids = True
+    assert "waited for: strict_ids waits for the checks of each batch" in note("masks", arch=90)
     assert note(arch=90) == "CUDA graphs: a batch of up to 16384 tokens is one launch, without gradients"
     model.cuda_graphs = False
     assert note(arch=90) == "CUDA graphs: none: the model's cuda_graphs is False"

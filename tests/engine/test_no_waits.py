@@ -12,7 +12,7 @@ from torch import Tensor
 
 import fastbert
 from device_stand_in import META, EmptyGraphs, bert, install
-from fastbert.ops import packing
+from fastbert.ops import masked, packing
 from fastbert.pipelines.modules import Normalize
 from helpers import cu_seqlens_of
 
@@ -52,8 +52,19 @@ def forward_packed(model: Any, i: int) -> None:
     assert model.forward_packed(on_gpu(sum(lengths)), cu_seqlens_of(lengths), None, positions).device == META
 
 
+def forward_masked(model: Any, i: int) -> None:
+    """Calls the model on the device, mask and all, in shapes up to the most that may stay there."""
+    batch_size, length = 1 + i * 7 % 32, 1 + i % 60
+    if batch_size * length > masked.MOST_PLACES:
+        batch_size = masked.MOST_PLACES // length
+    ids = on_gpu(batch_size, length)
+    mask = torch.ones_like(ids) if i % 2 else torch.ones_like(ids, dtype=torch.bool)
+    output = model(ids, mask, ids if i % 3 else None, ids if i % 5 == 0 else None)
+    assert output.last_hidden_state.shape == (batch_size, length, 32)
+
+
 @pytest.mark.parametrize("with_graphs", [True, False], ids=["graphs", "plain"])
-@pytest.mark.parametrize("call", [forward, forward_packed], ids=lambda call: call.__name__)
+@pytest.mark.parametrize("call", [forward, forward_packed, forward_masked], ids=lambda call: call.__name__)
 def test_no_model_waits(call: Callable[[Any, int], None], with_graphs: bool, graphs: EmptyGraphs) -> None:
     """Catches a look at ids, masks, lengths or weights for which a call waits, in any of 1,000 batches."""
     model = bert(**SIZES)
@@ -81,16 +92,16 @@ def test_predict_does_not_wait(graphs: EmptyGraphs) -> None:
     assert scores.shape == (N_BATCHES,) and graphs.replays == N_BATCHES
 
 
-def test_a_mask_on_the_device_is_waited_for_once(graphs: EmptyGraphs, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_large_mask_on_the_device_is_waited_for_once(graphs: EmptyGraphs, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a second wait for a mask, whose number of tokens is needed, or one for the places of the tokens."""
     waits: list[int] = []
-    mask = torch.tensor([[1] * 20, [1] * 5 + [0] * 15, [0] * 20])
-    holes = torch.tensor([[0] + [1] * 19, [1, 0] * 10, [1] * 20])
+    mask = torch.tensor([[1] * 20, [1] * 5 + [0] * 15, [0] * 20] * 10)
+    holes = torch.tensor([[0] + [1] * 19, [1, 0] * 10, [1] * 20] * 10)
     shape_of = packing._shape_of
     for on_host in (mask, holes):
         monkeypatch.setattr(packing, "_shape_of", lambda valid, m=on_host: waits.append(1) or shape_of(m != 0))
         with torch.inference_mode():
-            assert bert(**SIZES)(on_gpu(3, 20), on_host.to(META)).last_hidden_state.shape == (3, 20, 32)
+            assert bert(**SIZES)(on_gpu(30, 20), on_host.to(META)).last_hidden_state.shape == (30, 20, 32)
     assert waits == [1, 1]
 
 

@@ -32,6 +32,12 @@ SIZES: dict[str, Any] = {
 }  # fmt: skip
 
 
+DEBERTA: dict[str, Any] = {  # of the published ones, but for the buckets
+    "relative_attention": True, "position_buckets": 8, "max_relative_positions": 16, "share_att_key": True,
+    "pos_att_type": "p2c|c2p", "norm_rel_ebd": "layer_norm", "position_biased_input": False,
+}  # fmt: skip
+
+
 def make(tail: Any = (), pooling: str = "mean", **config: Any) -> SentenceEncoder:
     torch.manual_seed(1)
     model = BertModel(BertConfig(**{**SIZES, **config}))
@@ -62,6 +68,8 @@ def calls_of(function: Callable[[], Any]) -> int:
 @pytest.mark.parametrize("family", [
     {}, {"model_type": "mpnet", "pad_token_id": 1}, {"model_type": "modernbert"}, {"model_type": "gte"},
     {"model_type": "nomic_bert", "hidden_act": "silu"},
+    {"model_type": "deberta-v2", "type_vocab_size": 0, "extra": DEBERTA},
+    {"model_type": "deberta-v2", "extra": {**DEBERTA, "conv_kernel_size": 3, "conv_act": "gelu"}},
 ], ids=lambda family: family.get("model_type", "bert"))  # fmt: skip
 @pytest.mark.parametrize("n_layers", [1, 6])
 def test_few_calls(n_layers: int, family: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:

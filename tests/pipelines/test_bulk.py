@@ -71,17 +71,17 @@ def test_blocks_hold_each_row_once(tmp_path: Path, rows: int, group: int) -> Non
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "npy", "parquet"])
-@pytest.mark.parametrize("kind", ["jsonl", "parquet", "file URL"])
+@pytest.mark.parametrize("kind", ["jsonl", "parquet", "jsonl URL", "parquet URL"])
 def test_a_killed_run_goes_on(
     encoder: SentenceEncoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, suffix: str
 ) -> None:
     """Catches rows that are lost, doubled or out of order after a run that ended half-way, and half a file that counts
     as a whole one."""
-    path = write_lines(tmp_path / "in.jsonl", MANY) if kind == "jsonl" else write_parquet(tmp_path / "in.parquet", MANY)
-    folder, path = str(tmp_path / "out"), path if kind != "file URL" else f"file://{path}"
+    is_lines, begin = kind.startswith("jsonl"), "file://" if kind.endswith("URL") else ""
+    write_input = write_lines if is_lines else write_parquet
+    path = begin + write_input(tmp_path / f"in.{kind.split()[0]}", MANY)
     plan = blocks.plan([path], block_rows=10, block_bytes=300)
-    folder = folder if kind != "file URL" else f"file://{folder}"
-    job = BulkJob(Parts(folder, suffix, len(plan), {"input": "a"}), "text", normalize=True)
+    job = BulkJob(Parts(begin + str(tmp_path / "out"), suffix, len(plan), {"input": "a"}), "text", normalize=True)
     job.parts.begin(resume=False)
     encode, write, calls = BlockEncoder(encoder, job), blocks.storage.writing, []
 
@@ -105,7 +105,7 @@ def test_a_killed_run_goes_on(
     assert encode_blocks(encode, todo).texts == len(MANY) - n_before
     job.parts.finish()
     assert all(os.stat(tmp_path / "out" / name).st_mtime_ns == times[name] for name in times if name.startswith("part"))
-    assert_rows(tmp_path / "out", suffix, encoder.encode(MANY, normalize_embeddings=True), with_ids=kind != "jsonl")
+    assert_rows(tmp_path / "out", suffix, encoder.encode(MANY, normalize_embeddings=True), with_ids=not is_lines)
 
 
 def parts_of(folder: Path, suffix: str) -> list[Path]:

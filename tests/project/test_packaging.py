@@ -73,6 +73,14 @@ def source_files() -> list[Path]:
     return sorted(paths)
 
 
+def quick_compiler(folder: Path) -> Path:
+    """A g++ that optimizes little: what a wheel holds is tested here, and not its speed."""
+    path = folder / "g++"
+    path.write_text('#!/bin/sh\nexec g++ "$@" -O1\n', encoding="utf-8")
+    path.chmod(0o755)
+    return path
+
+
 @pytest.fixture(scope="module")
 def built() -> Iterator[Path]:
     """A folder with an sdist and a wheel made from it. The source is a copy of the checkout with a planted table."""
@@ -88,7 +96,8 @@ def built() -> Iterator[Path]:
         tuned.mkdir(exist_ok=True)
         (tuned / "planted_by_test.json").write_text("{}\n", encoding="utf-8")
         # This reads and runs the build system of pyproject.toml with the setuptools that the test extra brings.
-        run([sys.executable, "-m", "build", "--no-isolation", "--outdir", scratch / "out", copy], cwd=scratch)
+        command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", scratch / "out", copy]
+        run(command, cwd=scratch, CXX=str(quick_compiler(scratch)))
         yield scratch / "out"
 
 

@@ -106,7 +106,10 @@ def test_the_document_names_all_routes(models: SimpleNamespace) -> None:
     assert documented == answering - {("POST", "/")} | probes
     page = openapi.page()
     assert "<!--" not in page and all(path in page for path in paths)
-    assert not re.findall(r"""(?:src|href)=["'](?!openapi\.json)""", page) and "@import" not in page
+    assert re.findall(r"""(?:src|href)=["']([^"']*)""", page) == ["data:,", "openapi.json"], "also for the icon"
+    assert not re.search(r"@import|url\(|https?:", page)
+    assert page.count("<button>") == page.count("<section data-method=") == len(documented), "each can be tried"
+    assert 'data-path="/v1/models/{name}"' in page and f'name="name" value="{openapi.MODEL}"' in page
     with client_of(Service(loaders(models, "encoder"))) as client:
         assert client.get("/docs").text == openapi.page("encoder") and "&quot;encoder&quot;" in client.get("/docs").text
         assert client.get("/openapi.json").json() == openapi.document("encoder")

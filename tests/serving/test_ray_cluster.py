@@ -23,7 +23,8 @@ from fastbert.pipelines.bulk import BulkJob
 from fastbert.serving import ray_embed, ray_serve
 from fastbert.serving.ray_embed import Resources, resources_of
 from fastbert.text import blocks
-from helpers import source_env, tiny_bert
+from helpers import tiny_bert
+from ray_cases import two_nodes
 from sentence_cases import TEXTS
 
 MANY = [f"{text} {i}" for i in range(12) for text in TEXTS]
@@ -57,23 +58,8 @@ def test_a_cluster_without_processors() -> None:
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Any]:
     """A Ray cluster with two nodes on this machine, a processor each."""
-    ray = pytest.importorskip("ray", reason="Ray is not installed; extra ray has it")
-    cluster_utils = pytest.importorskip("ray.cluster_utils", reason="Ray is not installed; extra ray has it")
-    path = os.pathsep.join([source_env()["PYTHONPATH"], str(Path(__file__).resolve().parents[1])])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", path)
-        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-        memory = {"object_store_memory": 100 * 2**20}
-        arguments = {"num_cpus": 1, "include_dashboard": False, **memory}
-        cluster = cluster_utils.Cluster(initialize_head=True, head_node_args=arguments)
-        try:
-            cluster.add_node(num_cpus=1, **memory)
-            cluster.wait_for_nodes()
-            ray.init(address=cluster.address, log_to_driver=False, logging_level="warning")
-            yield ray
-        finally:
-            ray.shutdown()
-            cluster.shutdown()
+    with two_nodes() as cluster:
+        yield cluster
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,8 @@ import torch
 
 from fastbert import BertModel, SentenceEncoder
 from fastbert.serving import ray_serve
-from fastbert.serving.ray_serve import BadRequest, ServeArguments, Texts, answer, app, read_request, tokens_in
+from fastbert.serving.errors import ApiError
+from fastbert.serving.ray_serve import ServeArguments, Texts, answer, app, read_request, tokens_in
 from helpers import tiny_bert
 from sentence_cases import TEXTS
 
@@ -45,28 +46,28 @@ def test_without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("body", "message"),
     [
-        (b"{", "body: not JSON"),
-        (b"\xff", "body: not JSON"),
-        (b"[]", "body: expected a JSON object"),
-        (b"{}", "input: expected a text"),
-        (b'{"input": []}', "input: expected a text"),
-        (b'{"input": ["a", 1]}', "input: expected a text"),
-        (b'{"input": ["a", "\\ud800"]}', r"input\[1\]: lone surrogate"),
-        (b'{"input": "a", "encoding_format": "int8"}', "encoding_format: got 'int8', expected one of float, base64"),
+        (b"{", "the body is not JSON"),
+        (b"\xff", "the body is not UTF-8"),
+        (b"[]", "body: expected a JSON object, got an array"),
+        (b"{}", "input: expected a value"),
+        (b'{"input": []}', "input: expected at least one item"),
+        (b'{"input": ["a", 1]}', r"input\[1\]: expected a string, got a number"),
+        (b'{"input": ["a", "\\ud800"]}', r"input\[1\]: holds half of a UTF-16 pair"),
+        (b'{"input": "a", "encoding_format": "int8"}', "encoding_format: expected one of float, base64"),
     ],
 )
 def test_mistakes_of_callers(body: bytes, message: str) -> None:
     """Catches a mistake of a caller that would fail in a batch, with the texts of others."""
-    with pytest.raises(BadRequest, match=message):
+    with pytest.raises(ApiError, match=message):
         read_request(body)
-    assert read_request(b'{"input": "a"}') == (["a"], "float")
+    assert read_request(b'{"input": "a"}') == (["a"], False)
 
 
 def test_answers() -> None:
     """Catches another form than OpenAI's clients read, and bits that are lost."""
     vectors = np.random.default_rng(0).standard_normal((2, 4)).astype(np.float32)
     texts = Texts(["a", "b"], 7, 1, 100)
-    floats, encoded = answer("m", vectors, texts, "float"), answer("m", vectors, texts, "base64")
+    floats, encoded = answer("m", vectors, texts, False), answer("m", vectors, texts, True)
     assert json.loads(json.dumps(floats)) == floats and floats["object"] == "list" and floats["model"] == "m"
     assert floats["usage"] == {"prompt_tokens": 7, "total_tokens": 7} and floats["truncated"] == 1
     for i in range(2):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fastbert.diagnostics.explain.stand_ins import DryRun
-from fastbert.engine import PackedInputs, buckets, quantized
+from fastbert.engine import PackedInputs, buckets, masks, quantized
 from fastbert.engine.arithmetic import Modules
 from fastbert.models.encoded import Encoded
 from fastbert.models.encoder import EncoderModel
@@ -46,6 +46,12 @@ def graph_obstacles(bert: EncoderModel, device: torch.device) -> list[str]:
     """Returns every reason why no batch would run as a CUDA graph on the device."""
     with torch.no_grad():
         return list(bert.engine.graph_obstacles(bert, device))
+
+
+def mask_obstacles(bert: EncoderModel, device: torch.device) -> list[str]:
+    """Returns every reason why the number of tokens in any mask on the device is waited for."""
+    with torch.no_grad():
+        return list(masks.obstacles(bert, device))
 
 
 def largest_graph() -> int:

@@ -13,6 +13,7 @@ from fastbert.diagnostics.explain.model import backbone, float32_precision
 from fastbert.diagnostics.explain.report import OpReport
 from fastbert.engine.listeners import names_of_listened
 from fastbert.models.pretrained import listed
+from fastbert.ops import masked
 from fastbert.ops.dispatch import Decision
 
 
@@ -67,6 +68,9 @@ def _launches(question: Question, rows: Iterable[OpReport]) -> Iterator[str]:
         obstacles = "; ".join(above.graph_obstacles(backbone(question.model), question.device))
         inside = f"a batch of up to {above.largest_graph()} tokens is one launch, without gradients"
         yield f"CUDA graphs: {f'none: {obstacles}' if obstacles else inside}"
+        obstacles = "; ".join(above.mask_obstacles(backbone(question.model), question.device))
+        inside = f"up to {masked.MOST_PLACES} places are packed there, and the lengths of more waited for"
+        yield f"masks on the GPU: {f'their lengths are waited for: {obstacles}' if obstacles else inside}"
 
 
 def _one_call(question: Question, eight_bit: Decision | None) -> str:

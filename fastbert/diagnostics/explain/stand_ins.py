@@ -20,7 +20,7 @@ from fastbert.checkpoint.rotary import RotaryLayer
 from fastbert.diagnostics.explain.report import MODULE
 from fastbert.engine.listeners import is_bare, is_plain, is_plain_norm
 from fastbert.models.pretrained import PreTrainedModel
-from fastbert.ops import Policy, recording
+from fastbert.ops import AUTO, Policy, recording
 from fastbert.ops.disentangled import Positions
 from fastbert.ops.recording import Record, Recorder
 from fastbert.pipelines import modules
@@ -127,7 +127,7 @@ class _Disentangled(_Fused):
     num_heads: int
     table_rows: int
 
-    def positions(self, table: Tensor, policy: Policy) -> Positions:
+    def positions(self, table: Tensor, policy: Policy = AUTO) -> Positions:
         module: Any = self
         keys, queries = (
             recording.stand_in((self.table_rows, table.shape[1]), table.dtype) if name else None
@@ -139,7 +139,7 @@ class _Disentangled(_Fused):
 class _WithTable(_Named):
     """An encoder whose layers share a table of distances."""
 
-    def table(self, policy: Policy) -> Tensor | None:
+    def table(self, policy: Policy = AUTO) -> Tensor | None:
         module: Any = self
         return module.rel_embeddings.weight if module.has_terms else None
 

@@ -91,13 +91,10 @@ def triton_obstacle(
     sizes: tuple[int, ...] = (),
     hidden_size: int = 0,
     activation: str = "none",
-    biased: bool = False,
-    holes: bool = False,
 ) -> str | None:
     """Tells why the Triton kernels have no such passes, or None.
 
-    sizes: numbers of features that are multiplied. hidden_size: of rows that are normalised. biased: whether attention
-    has a position bias. holes: whether its table needs a gradient and masks have holes (`PackedBatch.columns`).
+    sizes: numbers of features that are multiplied. hidden_size: of rows that are normalised.
     """
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"there are no Triton kernels for {dtype}"
@@ -105,8 +102,6 @@ def triton_obstacle(
         return f"head size {head_size} is not from 16 to 128"
     if activation not in ACTIVATIONS:
         return f"there is no Triton kernel for {activation!r}"
-    if biased and holes:
-        return "the Triton kernels of a position bias's gradient know no columns between the tokens of a text"
     return dispatch.hidden_size_obstacle(hidden_size)
 
 
@@ -117,8 +112,6 @@ def cpu_obstacle(
     sizes: tuple[int, ...] = (),
     hidden_size: int = 0,
     activation: str = "none",
-    biased: bool = False,
-    holes: bool = False,
 ) -> str | None:
     """Tells why the C++ kernels have no such passes, or None."""
     if not cpu.multiplies(dtype):

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from fastbert.training.checkpoints import MARKER, obstacle, seal
+from fastbert.training.distributed import n_processes
 from fastbert.training.finetuning.settings import FinetuneSettings
 from fastbert.training.finetuning.tasks import Task
 from fastbert.training.precision import takes_bf16
@@ -45,8 +46,7 @@ def n_steps(settings: FinetuneSettings, n_features: int, batch_size: int) -> int
     """Returns the number of updates of a run, on the processes that torchrun has started."""
     if settings.steps is not None:
         return settings.steps
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    batches = math.ceil(n_features / (batch_size * world))
+    batches = math.ceil(n_features / (batch_size * n_processes()))
     return max(1, math.ceil(settings.epochs * max(1, math.ceil(batches / settings.accumulate))))
 
 
@@ -113,7 +113,7 @@ def _forget_precision() -> None:
     from accelerate.state import AcceleratorState
 
     os.environ.pop("ACCELERATE_MIXED_PRECISION", None)
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+    if n_processes() == 1:
         AcceleratorState._reset_state(reset_partial_state=True)
 
 

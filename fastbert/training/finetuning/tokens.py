@@ -9,7 +9,6 @@ window where it has most context, so that none is lost or counted twice.
 from __future__ import annotations
 
 import logging
-import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ import numpy as np
 
 from fastbert.text.offsets import TokenizedText
 from fastbert.text.overlap import overlapping, owners
+from fastbert.training.distributed import n_processes
 from fastbert.training.finetuning.class_weights import weighted_cross_entropy, weights_of
 from fastbert.training.finetuning.columns import SHOWN, Record, RecordError
 from fastbert.training.finetuning.labels import warn_of_unseen
@@ -109,7 +109,7 @@ class Tokens(Task):
         """
         counts = self.counts or Counter()
         weights = weights_of(self._weights(settings), self.labels, [counts[name] for name in self.labels])
-        if weights is None and (settings.accumulate > 1 or int(os.environ.get("WORLD_SIZE", 1)) > 1):
+        if weights is None and (settings.accumulate > 1 or n_processes() > 1):
             weights = np.ones(len(self.labels), np.float32)
         return None if weights is None else weighted_cross_entropy(weights)
 

@@ -14,30 +14,19 @@
 //
 // The lines are then the bias that attention adds. There is one for each query of a task, never for all pairs of a batch.
 // Source: He et al., "DeBERTa", 2020, arXiv:2006.03654.
-#include "attention.h"
+#include "disentangled.h"
+
 #include "attention_rows.h"
 
 #include <stdlib.h>
 
 namespace {
 
-template <typename T>
-struct Distances {
-    const T *keys, *queries;
-    const int32_t* rows_of;
-    int64_t radius;
-    const int32_t* columns;  // (T,), or NULL where the tokens of each sequence are neighbours
-
-    int64_t row(int64_t distance) const {
-        return rows_of[(distance < -radius ? -radius : distance > radius ? radius : distance) + radius];
-    }
-};
-
-// The rows that sequences of the batch need, from low to high, packed for each head.
+// The rows that sequences of the batch need, packed for each head.
 template <typename E>
 struct Packed {
     E *keys, *queries;                   // [head][block of VL rows][depth][VL]; keys from high to low
-    int64_t low, high, n_blocks, exact;  // up to `exact` columns apart each distance has its own row
+    int64_t low, high, n_blocks, exact;  // as in DisentangledPlan
 };
 
 struct Extra {
@@ -73,10 +62,10 @@ INLINE void point_to(const typename O::E** rows, const T* x, int64_t row, int n_
     }
 }
 
-template <typename T, typename O>
+template <typename T, typename O, Mode MODE>
 INLINE void run(const T* qkv, T* out, const Heads& shape, const Distances<T>& distances,
                 const Packed<typename O::E>& packed, const AttentionPlan::Task& task, int64_t head, float* scratch,
-                int64_t longest, const Extra& extra) {
+                int64_t longest, const Extra& extra, const Dropout& dropout) {
     typedef typename O::E E;
     constexpr bool PAIRS = O::SIZE == 2;
     const int64_t size = shape.head_size, width = shape.n_heads * size, length = task.length;
@@ -85,6 +74,9 @@ INLINE void run(const T* qkv, T* out, const Heads& shape, const Distances<T>& di
     const T* q = qkv + task.first * stride + head * size;
     E *keys = (E*)scratch, *values = (E*)(scratch + longest * size);
     float *floats = scratch + 2 * longest * size, *scores = floats + ROWS * size;
+    uint64_t* keep = (uint64_t*)(scores + ROWS * longest);
+    const Masks masks(dropout, head);
+    const int64_t n_words = over(length, 64);
     pack_keys<O>(keys, q + width, length, n_blocks, depth, stride);
     pack_values<O>(values, q + 2 * width, length, size, stride);
     const int32_t* columns = distances.columns == NULL ? NULL : distances.columns + task.first;
@@ -144,9 +136,10 @@ INLINE void run(const T* qkv, T* out, const Heads& shape, const Distances<T>& di
                 }
             }
         }
-#define ALL_KEYS(N)                                                                                                \
-    probabilities_of<N, O, INFERENCE, true>(scores, padded, queries, keys, depth, shape.scale, length, NULL, tops, \
-                                            totals, bias)
+        if (MODE == TRAINING_WITH_DROPOUT) draw(keep, n_words, masks, task.first + row, n_rows, 0, length);
+#define ALL_KEYS(N)                                                                                                   \
+    probabilities_of<N, O, MODE, true>(scores, padded, queries, keys, depth, shape.scale, length, keep, tops, totals, \
+                                       bias)
         const int64_t n_in_registers = depth > DEPTH ? 0 : n_blocks;
         if (n_in_registers == 1) {
             ALL_KEYS(1);
@@ -167,8 +160,10 @@ INLINE void run(const T* qkv, T* out, const Heads& shape, const Distances<T>& di
                                                  shape.scale, bias, at))
             }
             for (int i = 0; i < n_rows; i++)
-                softmax<PAIRS, INFERENCE>(scores + i * padded, length, padded, NULL, tops + i, totals + i);
+                softmax<PAIRS, MODE>(scores + i * padded, length, padded, keep + i * n_words, tops + i, totals + i);
         }
+        if (MODE == TRAINING_WITH_DROPOUT)
+            for (int i = 0; i < n_rows; i++) totals[i] /= dropout.scale();
         T* outs = out + (task.first + row) * shape.out_stride + head * size;
         IN_VECTORS(
             size / VL, at,
@@ -176,80 +171,87 @@ INLINE void run(const T* qkv, T* out, const Heads& shape, const Distances<T>& di
     }
 }
 
-// The rows that the longest sequence needs, as it lies in columns.
-template <typename T>
-void find_rows(int64_t* low, int64_t* high, const Distances<T>& distances, const int32_t* cu_seqlens, int64_t n_seqs) {
-    int64_t span = 0;
-    for (int64_t b = 0; b < n_seqs; b++) {
-        const int64_t first = cu_seqlens[b], last = cu_seqlens[b + 1] - 1;
-        if (last < first) continue;
-        const int64_t columns =
-            distances.columns == NULL ? last - first : distances.columns[last] - distances.columns[first];
-        span = columns > span ? columns : span;
-    }
-    *low = distances.row(-span);
-    *high = distances.row(span);
-}
-
-template <typename T, typename O>
-int attend(const T* qkv, T* out, const Heads& shape, const AttentionPlan& plan, const Distances<T>& distances,
-           const int32_t* cu_seqlens, int64_t n_seqs) {
+template <typename T, typename O, Mode MODE>
+void attend(const T* qkv, T* out, const Heads& shape, const AttentionPlan& plan, const DisentangledPlan& rows,
+            const Distances<T>& distances, const Team& team, const Dropout& dropout) {
     typedef typename O::E E;
     const int64_t size = shape.head_size, n_heads = shape.n_heads, width = n_heads * size, depth = size / O::SIZE;
-    Packed<E> packed = {};
-    find_rows(&packed.low, &packed.high, distances, cu_seqlens, n_seqs);
-    while (packed.exact < distances.radius && distances.row(packed.exact + 1) - distances.row(0) == packed.exact + 1 &&
-           distances.row(0) - distances.row(-packed.exact - 1) == packed.exact + 1)
-        packed.exact++;
-    const int64_t n_packed = packed.high - packed.low + 1;
-    packed.n_blocks = over(n_packed, VL);
-    const int64_t of_head = packed.n_blocks * depth * VL;
-    const int64_t line_stride = plan.padded + VL, tile_stride = (packed.n_blocks + 1) * VL;
-    const int64_t extra_size = up(CHUNK * line_stride + ROWS * tile_stride, 64 / sizeof(float));
-    const int64_t tables_size = up(n_heads * of_head, 64 / sizeof(E));
-    E* tables = (E*)aligned_alloc(64, 2 * tables_size * sizeof(E));
-    float* memory = (float*)aligned_alloc(64, omp_get_max_threads() * extra_size * sizeof(float));
-    const bool enough = tables != NULL && memory != NULL;
-    packed.keys = tables;
-    packed.queries = tables + tables_size;
-    if (enough)
-        in_parallel([&](const Team& team) {
-            team.each(2 * n_heads, [&](int64_t i) {
-                const int64_t head = i / 2;
-                if (i % 2 == 0 && distances.keys != NULL)
-                    pack_keys<O, true>(packed.keys + head * of_head, distances.keys + packed.high * width + head * size,
-                                       n_packed, packed.n_blocks, depth, -width);
-                if (i % 2 == 1 && distances.queries != NULL)
-                    pack_keys<O, true>(packed.queries + head * of_head,
-                                       distances.queries + packed.low * width + head * size, n_packed, packed.n_blocks,
-                                       depth, width);
-            });
-            float* own = memory + team.id * extra_size;
-            const Extra extra = {own, own + CHUNK * line_stride, line_stride, tile_stride};
-            const int64_t n_tasks = plan.n_tasks * n_heads;
-            team.each(n_tasks + plan.n_rows - plan.n_tokens, [&](int64_t i) {
-                if (i < n_tasks)
-                    run<T, O>(qkv, out, shape, distances, packed, plan.tasks[i / n_heads], i % n_heads,
-                              plan.scratch(team.id), plan.padded, extra);
-                else memset(out + (plan.n_tokens + i - n_tasks) * shape.out_stride, 0, width * sizeof(T));
-            });
-        });
-    free(tables);
-    free(memory);
-    return enough ? 0 : 1;
+    const int64_t n_packed = rows.high - rows.low + 1, of_head = rows.n_blocks * depth * VL;
+    const Packed<E> packed = {(E*)rows.keys, (E*)rows.queries, rows.low, rows.high, rows.n_blocks, rows.exact};
+    team.each(2 * n_heads, [&](int64_t i) {
+        const int64_t head = i / 2;
+        if (i % 2 == 0 && distances.keys != NULL)
+            pack_keys<O, true>(packed.keys + head * of_head, distances.keys + packed.high * width + head * size,
+                               n_packed, packed.n_blocks, depth, -width);
+        if (i % 2 == 1 && distances.queries != NULL)
+            pack_keys<O, true>(packed.queries + head * of_head, distances.queries + packed.low * width + head * size,
+                               n_packed, packed.n_blocks, depth, width);
+    });
+    float* own = rows.scratch(team.id);
+    const Extra extra = {own, own + CHUNK * rows.line_stride, rows.line_stride, rows.tile_stride};
+    const int64_t n_tasks = plan.n_tasks * n_heads;
+    team.each(n_tasks + plan.n_rows - plan.n_tokens, [&](int64_t i) {
+        if (i < n_tasks)
+            run<T, O, MODE>(qkv, out, shape, distances, packed, plan.tasks[i / n_heads], i % n_heads,
+                            plan.scratch(team.id), plan.padded, extra, dropout);
+        else memset(out + (plan.n_tokens + i - n_tasks) * shape.out_stride, 0, width * sizeof(T));
+    });
 }
 
 }  // namespace
 
-// keys, queries, rows_of, radius, columns: the members of Distances.
-#define DISENTANGLED(name, T, O)                                                                                   \
-    EXPORT int name(const T* qkv, int64_t row_stride, int64_t n_rows, const int32_t* cu_seqlens, int64_t n_seqs,   \
-                    int64_t n_heads, int64_t head_size, float scale, T* out, int64_t out_stride, const T* keys,    \
-                    const T* queries, const int32_t* rows_of, int64_t radius, const int32_t* columns) {            \
-        const AttentionPlan plan(cu_seqlens, n_seqs, n_rows, head_size);                                           \
-        if (plan.status != 0) return plan.status;                                                                  \
-        const Heads heads = {row_stride, n_heads, head_size, out_stride, scale, {}};                               \
-        return attend<T, O>(qkv, out, heads, plan, {keys, queries, rows_of, radius, columns}, cu_seqlens, n_seqs); \
+DisentangledPlan::DisentangledPlan(const Buckets& buckets, const Heads& shape, const AttentionPlan& plan,
+                                   const int32_t* cu_seqlens, int64_t n_seqs) {
+    buckets.find_rows(&low, &high, cu_seqlens, n_seqs);
+    while (exact < buckets.radius && buckets.row(exact + 1) - buckets.row(0) == exact + 1 &&
+           buckets.row(0) - buckets.row(-exact - 1) == exact + 1)
+        exact++;
+    n_blocks = over(high - low + 1, VL);
+    line_stride = plan.padded + VL;
+    tile_stride = (n_blocks + 1) * VL;
+    scratch_size = up(CHUNK * line_stride + ROWS * tile_stride, 64 / sizeof(float));
+    const int64_t table = up(shape.n_heads * n_blocks * shape.head_size * VL, 64 / sizeof(float));
+    keys = (float*)aligned_alloc(64, 2 * table * sizeof(float));
+    memory = (float*)aligned_alloc(64, omp_get_max_threads() * scratch_size * sizeof(float));
+    queries = keys + table;
+    status = keys == NULL || memory == NULL;
+}
+
+DisentangledPlan::~DisentangledPlan() {
+    free(keys);
+    free(memory);
+}
+
+void disentangled_attention(const float* qkv, float* out, const Heads& heads, const AttentionPlan& plan,
+                            const DisentangledPlan& rows, const Distances<float>& distances, const Team& team) {
+    attend<float, Floats, INFERENCE>(qkv, out, heads, plan, rows, distances, team, {});
+}
+
+void disentangled_attention(const bf16* qkv, bf16* out, const Heads& heads, const AttentionPlan& plan,
+                            const DisentangledPlan& rows, const Distances<bf16>& distances, const Team& team) {
+    attend<bf16, BFloat16Operands, INFERENCE>(qkv, out, heads, plan, rows, distances, team, {});
+}
+
+// keys, queries, rows_of, radius, columns: the members of Distances; threshold, seed, site: those of Dropout.
+#define DISENTANGLED(name, T, O)                                                                                 \
+    EXPORT int name(const T* qkv, int64_t row_stride, int64_t n_rows, const int32_t* cu_seqlens, int64_t n_seqs, \
+                    int64_t n_heads, int64_t head_size, float scale, T* out, int64_t out_stride, const T* keys,  \
+                    const T* queries, const int32_t* rows_of, int64_t radius, const int32_t* columns,            \
+                    int64_t threshold, uint64_t seed, int64_t site) {                                            \
+        const AttentionPlan plan(cu_seqlens, n_seqs, n_rows, head_size);                                         \
+        if (plan.status != 0) return plan.status;                                                                \
+        const Heads heads = {row_stride, n_heads, head_size, out_stride, scale, {}};                             \
+        const Buckets buckets = {rows_of, radius, columns};                                                      \
+        const DisentangledPlan rows(buckets, heads, plan, cu_seqlens, n_seqs);                                   \
+        if (rows.status != 0) return rows.status;                                                                \
+        const Distances<T> distances = {buckets, keys, queries};                                                 \
+        const Dropout dropout = {threshold, seed, site};                                                         \
+        in_parallel([&](const Team& team) {                                                                      \
+            if (threshold > 0)                                                                                   \
+                attend<T, O, TRAINING_WITH_DROPOUT>(qkv, out, heads, plan, rows, distances, team, dropout);      \
+            else attend<T, O, INFERENCE>(qkv, out, heads, plan, rows, distances, team, dropout);                 \
+        });                                                                                                      \
+        return 0;                                                                                                \
     }
 
 DISENTANGLED(fastbert_disentangled_attention_float32, float, Floats)

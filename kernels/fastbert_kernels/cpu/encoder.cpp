@@ -7,7 +7,8 @@
 //                   x = a + act(LayerNorm(a) W_up + b) W_down + b
 //
 // With a gate act(a W_up + b) is multiplied by a W_gate + b; queries and keys may turn, and attention may have a window
-// or a position bias (encoder.h). Families lack a table of the embeddings, or biases.
+// or a position bias, or be disentangled (encoder.h). Families lack a table of the embeddings, or biases. A convolution
+// may stand beside the first layer (convolution.h).
 //
 // Short texts wait for what goes on between operations, not for the operations: from Python, some hundred calls, each
 // with its checks and its allocation. Here there is one call, one workspace and one parallel region (team.h). The
@@ -72,6 +73,34 @@ void run_layer(const Layer<T>& layer, T* x, T* workspace, const Batch& batch, co
     if (layer.last_norm != NULL) layer_norm(x, x, layer.last_norm, layer.last_norm_bias, sizes, team);
 }
 
+// x = LayerNorm(x + beside), of what stands beside a layer.
+template <typename T>
+void add_beside(T* x, const T* beside, const Convolution<T>& conv, const Sizes& sizes, const Team& team) {
+    const int64_t n = sizes.hidden;
+    float row[MAX_HIDDEN];
+    team.share(sizes.n_rows, [&](int64_t r) {
+        const T *a = x + r * n, *b = beside + r * n;
+        const auto total = [=](int64_t j) { return to_floats(a + j, n - j) + to_floats(b + j, n - j); };
+        normalize(total, x + r * n, conv.norm, conv.norm_bias, n, sizes.eps, row);
+    });
+}
+
+// workspace: see below.
+template <typename T>
+void run_layers(const Layer<T>* layers, T* x, T* workspace, const Batch& batch, const Convolution<T>& conv,
+                const Sizes& sizes, const Team& team) {
+    T* beside = NULL;
+    if (conv.weight != NULL && sizes.n_layers > 0) {
+        beside = workspace;
+        workspace += sizes.n_rows * sizes.hidden;
+        convolve(x, beside, workspace, conv, batch.places, sizes.n_rows, sizes.hidden, team);
+    }
+    for (int64_t i = 0; i < sizes.n_layers; i++) {
+        run_layer(layers[i], x, workspace, batch, sizes, team);
+        if (i == 0 && beside != NULL) add_beside(x, beside, conv, sizes, team);
+    }
+}
+
 template <typename T>
 void embed(const int64_t* ids, const int64_t* types, const int64_t* positions, const T* const* embeddings, T* x,
            const Sizes& sizes, const Team& team) {
@@ -96,21 +125,22 @@ void embed(const int64_t* ids, const int64_t* types, const int64_t* positions, c
 // ids, types, positions: (T,). embeddings: word, token type (or NULL) and position table (or NULL), weight and bias of
 // the LayerNorm. layers: of each, what Layer names, weights packed, in order; those with a window have the same one.
 // angles, columns: see Batch. x: (T, H), becomes the last hidden state; where ids is NULL it holds the embeddings.
-// workspace: (T, 5 H + I). H is at most MAX_HIDDEN. Returns the status of AttentionPlan.
+// workspace: (T, 5 H + I), or with a convolution T * H more than the larger of that and its room. H is at most MAX_HIDDEN.
+// Returns the status of Batch.
 #define ENCODER(name, T)                                                                                               \
     EXPORT int name(const int64_t* ids, const int64_t* types, const int64_t* positions, const T* const* embeddings,    \
                     const int32_t* cu_seqlens, int64_t n_seqs, const void* layers, T* x, T* workspace, int64_t n_rows, \
                     int64_t hidden, int64_t intermediate, int64_t n_heads, int64_t n_layers, int64_t activation,       \
-                    float eps, const float* const* angles, const int32_t* columns) {                                   \
+                    float eps, const float* const* angles, const int32_t* columns, const Common<T>* common) {          \
         const Sizes sizes = {n_rows, hidden, intermediate, n_heads, n_layers, activation, eps};                        \
         bool biased;                                                                                                   \
         const int64_t window = window_of((const Layer<T>*)layers, n_layers, &biased);                                  \
-        const Batch batch(cu_seqlens, n_seqs, n_rows, n_heads, hidden / n_heads, biased, window, angles, columns);     \
+        const Batch batch(cu_seqlens, n_seqs, n_rows, n_heads, hidden / n_heads, biased, window, angles, columns,      \
+                          common->scores);                                                                             \
         if (batch.status() != 0) return batch.status();                                                                \
         in_parallel([&](const Team& team) {                                                                            \
             if (ids != NULL) embed(ids, types, positions, embeddings, x, sizes, team);                                 \
-            for (int64_t i = 0; i < n_layers; i++)                                                                     \
-                run_layer(((const Layer<T>*)layers)[i], x, workspace, batch, sizes, team);                             \
+            run_layers((const Layer<T>*)layers, x, workspace, batch, common->convolution, sizes, team);                \
         });                                                                                                            \
         return 0;                                                                                                      \
     }

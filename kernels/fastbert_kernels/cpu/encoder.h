@@ -1,16 +1,34 @@
 // What both encoders in one call, in floats and in 8 bits, share: what a layer has beyond its weights, and a batch.
 #pragma once
 
-#include "attention.h"
+#include <optional>
+
+#include "convolution.h"
+#include "disentangled.h"
 #include "rotary.h"
 
 // What a layer has beyond BERT's weights.
 struct Traits {
-    const float* bias;  // the table of a PositionBias, which within a window is the window's own; or NULL
-    int64_t radius;     // of the table
-    int64_t window;     // how many tokens attention reaches on either side, -1 for all
-    int64_t angles;     // the number of the angles by which queries and keys turn, -1 for none
-    int64_t pre_norm;   // whether the norms are of what each part reads
+    const float* bias;           // the table of a PositionBias, which within a window is the window's own; or NULL
+    int64_t radius;              // of the table
+    int64_t window;              // how many tokens attention reaches on either side, -1 for all
+    int64_t angles;              // the number of the angles by which queries and keys turn, -1 for none
+    int64_t pre_norm;            // whether the norms are of what each part reads
+    const void *keys, *queries;  // of Distances, for disentangled attention; NULL for terms that are not there
+};
+
+// How scores are made in all layers. rows_of, radius: the members of Buckets; NULL without disentangled attention.
+struct Scores {
+    float scale;  // 0 for 1 / sqrt(D)
+    const int32_t* rows_of;
+    int64_t radius;
+};
+
+// What layers have in common, and what stands beside the first one. W: of the convolution's product.
+template <typename T, typename W = T>
+struct Common {
+    Scores scores;
+    Convolution<T, W> convolution;
 };
 
 // The lengths of one batch's texts, the plans of attention for them, and the rows' angles.
@@ -18,26 +36,35 @@ class Batch {
    public:
     // angles: of each base two tables, cosines and sines, (T, D / 2). columns: a member of PositionBias.
     Batch(const int32_t* cu_seqlens, int64_t n_seqs, int64_t n_rows, int64_t n_heads, int64_t head_size, bool biased,
-          int64_t window, const float* const* angles, const int32_t* columns)
-        : n_heads(n_heads),
+          int64_t window, const float* const* angles, const int32_t* columns, const Scores& scores)
+        : places{cu_seqlens, n_seqs, columns},
+          n_heads(n_heads),
           head_size(head_size),
+          scale(scores.scale > 0.0f ? scores.scale : 1.0f / sqrtf((float)head_size)),
           angles(angles),
-          columns(columns),
+          buckets{scores.rows_of, scores.radius, columns},
           windowed(window >= 0 && longest(cu_seqlens, n_seqs) > window + 1),
           all(cu_seqlens, n_seqs, n_rows, head_size, biased),
-          near(windowed ? cu_seqlens : NONE_OF_THEM, windowed ? n_seqs : 0, n_rows, head_size, true, window) {}
+          near(windowed ? cu_seqlens : NONE_OF_THEM, windowed ? n_seqs : 0, n_rows, head_size, true, window) {
+        if (scores.rows_of != NULL && status() == 0) apart.emplace(buckets, heads(), all, cu_seqlens, n_seqs);
+    }
 
-    int status() const { return all.status != 0 ? all.status : near.status; }
+    int status() const {
+        if (all.status != 0) return all.status;
+        return near.status != 0 || !apart ? near.status : apart->status;
+    }
 
     // A layer's attention. Where no text is longer than the window, the one without a window gives the same bits.
     template <typename T>
     void attend(const T* qkv, T* context, const Traits& layer, const Team& team) const {
+        if (layer.keys != NULL || layer.queries != NULL) {
+            const Distances<T> distances = {buckets, (const T*)layer.keys, (const T*)layer.queries};
+            return disentangled_attention(qkv, context, heads(), all, *apart, distances, team);
+        }
         const bool within = layer.window >= 0 && windowed;
-        PositionBias bias = {layer.bias, layer.radius, columns};
+        PositionBias bias = {layer.bias, layer.radius, places.columns};
         if (layer.window >= 0 && !windowed) bias.table = NULL;
-        const int64_t width = n_heads * head_size;
-        const Heads heads = {3 * width, n_heads, head_size, width, 1.0f / sqrtf((float)head_size), bias};
-        attention(qkv, context, heads, within ? near : all, team);
+        attention(qkv, context, heads(bias), within ? near : all, team);
     }
 
     // Turns queries and keys of rows first to first + n, whose first one is at qkv.
@@ -52,13 +79,22 @@ class Batch {
         });
     }
 
+    const Places places;
+
    private:
     static constexpr int32_t NONE_OF_THEM[] = {0};
     const int64_t n_heads, head_size;
+    const float scale;
     const float* const* angles;
-    const int32_t* columns;
+    const Buckets buckets;
     const bool windowed;
     const AttentionPlan all, near;
+    std::optional<DisentangledPlan> apart;
+
+    Heads heads(const PositionBias& bias = {}) const {
+        const int64_t width = n_heads * head_size;
+        return {3 * width, n_heads, head_size, width, scale, bias};
+    }
 
     static int64_t longest(const int32_t* cu_seqlens, int64_t n_seqs) {
         int64_t most = 0;

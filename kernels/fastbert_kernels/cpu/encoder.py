@@ -15,6 +15,7 @@ from fastbert_kernels.cpu.int8 import Int8Weight
 from fastbert_kernels.cpu.operations import ACTIVATIONS
 
 MAX_HIDDEN = 4096
+ROWS_BESIDE = 256  # of convolution.h
 
 
 class EncoderTables(NamedTuple):
@@ -34,13 +35,42 @@ class LayerTraits(NamedTuple):
     window: int = -1  # How many tokens attention reaches on either side; -1 for all.
     angles: int = -1  # The number of the tables of cosines and sines by which it turns; -1 for none.
     pre_norm: bool = False  # Whether the norms are of what each part reads.
+    distance_keys: torch.Tensor | None = None  # Of disentangled attention, (2R, H), contiguous; None without the term.
+    distance_queries: torch.Tensor | None = None
+
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        """Returns those of them that are in the dtype of the model."""
+        return [tensor for tensor in (self.distance_keys, self.distance_queries) if tensor is not None]
 
     @property
     def pointers(self) -> tuple[int | None, ...]:
-        """Returns an address and numbers."""
+        """Returns addresses and numbers."""
         table = self.position_bias
         radius = 0 if table is None else table.shape[1] // 2
-        return library.address(table), radius, self.window, self.angles, int(self.pre_norm)
+        apart = map(library.address, (self.distance_keys, self.distance_queries))
+        return library.address(table), radius, self.window, self.angles, int(self.pre_norm), *apart
+
+
+class EncoderConvolution(NamedTuple):
+    """An `EncoderConvolution` stands beside the first layer: LayerNorm(y + activation(convolution of the input))."""
+
+    weight: torch.Tensor  # (H, size * H), packed: in the dtype of the model, and for 8-bit encoders in float32.
+    bias: torch.Tensor  # (H,) in the same dtype.
+    norm_weight: torch.Tensor
+    norm_bias: torch.Tensor
+    size: int  # Columns, an odd number.
+    activation: str
+
+
+class _Common(ctypes.Structure):
+    """The `Common` of encoder.h."""
+
+    _fields_ = (
+        ("scale", ctypes.c_float), ("rows_of", ctypes.c_void_p), ("radius", ctypes.c_int64),
+        ("weight", ctypes.c_void_p), ("bias", ctypes.c_void_p), ("norm_weight", ctypes.c_void_p),
+        ("norm_bias", ctypes.c_void_p), ("size", ctypes.c_int64), ("activation", ctypes.c_int64),
+    )  # fmt: skip
 
 
 class EncoderLayer(NamedTuple):
@@ -115,12 +145,21 @@ class _Encoder:
     activation: str
     eps: float
     angles: tuple[tuple[float, float], ...] = ()  # The base and the factor of each of the angles that layers turn by.
+    scale: float = 0.0  # Of attention's scores, 0 for 1 / sqrt(D).
+    rows_of: torch.Tensor | None = None  # (2M + 1,) int32: that of `disentangled_attention_forward`, for all layers.
+    convolution: EncoderConvolution | None = None  # Beside the first layer.
 
     @functools.cached_property
     def addresses(self) -> tuple[Any, ...]:
-        """Returns the addresses of the embeddings, and of the layers' tensors one after the other."""
+        """Returns the addresses of the embeddings, of the layers' tensors one after the other, and of the rest."""
         arrays = [*map(library.address, self.embeddings)], [p for layer in self.layers for p in layer.pointers]
-        return tuple(map(_array, arrays))
+        rows_of, convolution = self.rows_of, self.convolution
+        common = _Common(self.scale, library.address(rows_of), 0 if rows_of is None else rows_of.shape[0] // 2)
+        if convolution is not None:
+            *tensors, common.size, activation = convolution
+            common.weight, common.bias, common.norm_weight, common.norm_bias = map(library.address, tensors)
+            common.activation = ACTIVATIONS[activation]
+        return *map(_array, arrays), ctypes.pointer(common)
 
     @functools.cached_property
     def settings(self) -> tuple[Any, ...]:
@@ -143,7 +182,11 @@ class Encoder(_Encoder):
 
     def workspace_size(self, n_tokens: int) -> int:
         """Counts the elements that `encoder_forward` needs beside its output."""
-        return n_tokens * (5 * self.hidden_size + self.intermediate_size)
+        size, convolution = n_tokens * (5 * self.hidden_size + self.intermediate_size), self.convolution
+        if convolution is None:
+            return size
+        room = min(n_tokens, ROWS_BESIDE) * convolution.size * self.hidden_size
+        return n_tokens * self.hidden_size + max(size, room)
 
 
 def encoder_forward(
@@ -158,17 +201,18 @@ def encoder_forward(
     """Runs embeddings and layers over packed tokens, writes the result to x, (T, H), and returns x.
 
     ids: input ids, token type ids (or None) and position ids, (T,) int64, contiguous and within their tables. None
-    where x holds the embeddings. cu_seqlens_cpu: (B + 1,) int32. columns: those of a `PositionBias`. workspace:
+    where x holds the embeddings. cu_seqlens_cpu: (B + 1,) int32. columns: those of a `PositionBias`, which count for
+    disentangled attention and the convolution as well. workspace:
     as many elements as workspace_size says, of x's dtype. angles: the cosines and the sines of the rows for each of
     encoder.angles, (T, D / 2) float32, contiguous.
     """
-    embeddings, layers = encoder.addresses
+    embeddings, layers, common = encoder.addresses
     offsets, n_rows = cu_seqlens_cpu.contiguous(), x.shape[0]
     pointers = map(library.address, (None, None, None) if ids is None else ids)
     status = library.function("encode", x.dtype)(
         *pointers, embeddings, offsets.data_ptr(), offsets.shape[0] - 1, layers, x.data_ptr(), workspace.data_ptr(),
         n_rows, *encoder.settings, (ctypes.c_void_p * len(angles))(*map(torch.Tensor.data_ptr, angles)),
-        None if columns is None else columns.data_ptr(),
+        None if columns is None else columns.data_ptr(), common,
     )  # fmt: skip
     library.check(status, n_rows)
     return x
@@ -184,7 +228,8 @@ class Int8Encoder(_Encoder):
     def workspace_size(self, n_tokens: int, dtype: torch.dtype) -> int:
         """Counts the bytes that `encoder_int8_forward` needs beside its output, with the present number of threads."""
         function = getattr(library.load()[0], f"fastbert_encode_int8_{str(dtype).removeprefix('torch.')}_bytes")
-        return function(n_tokens, self.hidden_size, self.intermediate_size)
+        conv_size = 0 if self.convolution is None else self.convolution.size
+        return function(n_tokens, self.hidden_size, self.intermediate_size, conv_size)
 
 
 def encoder_int8_forward(
@@ -201,14 +246,14 @@ def encoder_int8_forward(
     states: contiguous, (1, T, H) for the last hidden state, or (L + 1, T, H) for all. Where ids is None, states[0]
     holds the embeddings. workspace: uint8, as many as workspace_size says.
     """
-    embeddings, layers = encoder.addresses
+    embeddings, layers, common = encoder.addresses
     offsets = cu_seqlens_cpu.contiguous()
     pointers = map(library.address, (None, None, None) if ids is None else ids)
     status = library.function("encode_int8", states.dtype)(
         *pointers, embeddings, offsets.data_ptr(), len(offsets) - 1, layers, states.data_ptr(),
         0 if len(states) == 1 else states.stride(0), workspace.data_ptr(), workspace.numel(), states.shape[1],
         *encoder.settings, (ctypes.c_void_p * len(angles))(*map(torch.Tensor.data_ptr, angles)),
-        None if columns is None else columns.data_ptr(),
+        None if columns is None else columns.data_ptr(), common,
     )  # fmt: skip
     library.check(status, states.shape[1])
     return states

@@ -2,7 +2,7 @@
 //
 // The arithmetic is encoder.cpp's but for the linears, each of which multiplies rows that are quantised just
 // before (quantize.h; linear_int8.cpp). Rows that LayerNorm or attention gives are rotated first, and the weight as
-// well.
+// well. The convolution beside the first layer is multiplied in float32.
 //
 // All but attention works on each row for itself, so a thread takes a chunk of rows from attention's result to the next
 // layer's query, key and value. What lies between stays in its cache, and a layer costs two waits for the other
@@ -93,7 +93,9 @@ struct Encoder {
     const Sizes& sizes;
     const Batch& batch;
     T *qkv, *context;
-    const Team& team;  // of a chunk: one thread, or all
+    const Convolution<T, float>& conv;
+    const float* beside;  // what it gives, (T, H), or NULL
+    const Team& team;     // of a chunk: one thread, or all
 
     // out[n] = activation(q W^T + bias) * factor + residual, of the rows that scratch holds.
     template <typename O>
@@ -140,8 +142,9 @@ struct Encoder {
     }
 
     // From attention's result to the hidden state, y, and the next layer's query, key and value. x: the state before.
-    void rest(const Scratch<T>& s, const Layer<T>& layer, const Layer<T>* next, const T* x, T* y, int64_t first,
-              int64_t n) const {
+    // convolved: whether a convolution stands beside the layer, which has its norms last.
+    void rest(const Scratch<T>& s, const Layer<T>& layer, const Layer<T>* next, bool convolved, const T* x, T* y,
+              int64_t first, int64_t n) const {
         const int64_t h = sizes.hidden, inner = sizes.intermediate;
         const bool pre_norm = layer.traits.pre_norm;
         const auto read = [&](int64_t r, int64_t j) { return load<vf>(s.sum + r * h + j); };
@@ -155,7 +158,14 @@ struct Encoder {
         linear(s, layer.up, (const T*)NULL, s.up, n, h, inner, sizes.activation, factor);
         team.share(n, [&](int64_t r) { s.affine[r] = quantize(s.up + r * inner, inner, s.q + r * lines(inner)); });
         linear(s, layer.down, s.a, s.sum, n, inner, h, NONE);
-        if (!pre_norm) norm(s, read, layer.output_norm, layer.output_norm_bias, y, n, next != NULL);
+        if (convolved) {
+            const float* c = beside + first * h;
+            const auto both = [&](int64_t r, int64_t j) {
+                return to_floats(s.a + r * h + j) + load<vf>(c + r * h + j);
+            };
+            norm(s, read, layer.output_norm, layer.output_norm_bias, s.a, n, false);
+            norm(s, both, conv.norm, conv.norm_bias, y, n, next != NULL);
+        } else if (!pre_norm) norm(s, read, layer.output_norm, layer.output_norm_bias, y, n, next != NULL);
         else if (layer.last_norm != NULL) norm(s, read, layer.last_norm, layer.last_norm_bias, y, n, next != NULL);
         else norm_beside(s, read, next == NULL ? NULL : next->norm, next == NULL ? NULL : next->norm_bias, y, n);
         if (next != NULL) project(s, *next, first, n);
@@ -176,39 +186,47 @@ INLINE void each_chunk(const Chunks<T>& chunks, const Encoder<T>& all, char* mem
     const Team& team = all.team;
     if (chunks.together) return f(all, Scratch<T>(memory, chunks, sizes), (int64_t)0, sizes.n_rows);
     const Team alone;
-    const Encoder<T> encoder = {sizes, all.batch, all.qkv, all.context, alone};
+    const Encoder<T> encoder = {sizes, all.batch, all.qkv, all.context, all.conv, all.beside, alone};
     const Scratch<T> scratch(memory + team.id * chunks.bytes(sizes), chunks, sizes);
     team.each(chunks.n, [&](int64_t i) {
         f(encoder, scratch, i * chunks.size, least(chunks.size, sizes.n_rows - i * chunks.size));
     });
 }
 
+// conv_size: columns of the convolution, 0 for none.
 template <typename T>
-int64_t bytes_for(const Sizes& sizes) {
-    if (sizes.n_rows == 0) return 0;
+int64_t bytes_for(const Sizes& sizes, int64_t conv_size) {
+    const int64_t t = sizes.n_rows, h = sizes.hidden;
+    if (t == 0) return 0;
     const Chunks<T> chunks(sizes);
-    return LINE + lines(sizes.n_rows * 4 * sizes.hidden * sizeof(T)) + chunks.n_scratches() * chunks.bytes(sizes);
+    const int64_t bytes = LINE + lines(t * 4 * h * sizeof(T)) + chunks.n_scratches() * chunks.bytes(sizes);
+    if (conv_size == 0) return bytes;
+    return bytes + lines(t * h * sizeof(float)) + Convolution<T, float>::room(t, h, conv_size) * sizeof(float);
 }
 
 template <typename T>
 int encode(const int64_t* ids, const int64_t* types, const int64_t* positions, const T* const* embeddings,
            const int32_t* cu_seqlens, int64_t n_seqs, const Layer<T>* layers, T* x, int64_t step, char* workspace,
-           int64_t n_bytes, const Sizes& sizes, const float* const* angles, const int32_t* columns) {
+           int64_t n_bytes, const Sizes& sizes, const float* const* angles, const int32_t* columns,
+           const Common<T, float>& common) {
     const int64_t t = sizes.n_rows, h = sizes.hidden;
+    const Convolution<T, float>& conv = common.convolution;
     if (t == 0) return 0;
-    if (n_bytes < bytes_for<T>(sizes)) return 1;
+    if (n_bytes < bytes_for<T>(sizes, conv.size)) return 1;
     const Chunks<T> chunks(sizes);
     workspace = (char*)lines((int64_t)workspace);
     T *qkv = (T*)workspace, *context = qkv + t * 3 * h;
     char* memory = workspace + lines(t * 4 * h * sizeof(T));
-    const bool some = sizes.n_layers > 0;
+    const bool some = sizes.n_layers > 0, convolved = some && conv.weight != NULL;
+    float* beside = convolved ? (float*)(memory + chunks.n_scratches() * chunks.bytes(sizes)) : NULL;
     bool biased;
     const int64_t window = window_of(layers, sizes.n_layers, &biased);
-    const Batch batch(cu_seqlens, n_seqs, t, sizes.n_heads, h / sizes.n_heads, biased, window, angles, columns);
+    const Batch batch(cu_seqlens, n_seqs, t, sizes.n_heads, h / sizes.n_heads, biased, window, angles, columns,
+                      common.scores);
     if (batch.status() != 0) return batch.status();
     const bool norm_first = some && layers[0].traits.pre_norm && layers[0].norm != NULL;
     in_parallel([&](const Team& team) {
-        const Encoder<T> all = {sizes, batch, qkv, context, team};
+        const Encoder<T> all = {sizes, batch, qkv, context, conv, beside, team};
         const auto in_chunks = [&](auto f) { each_chunk(chunks, all, memory, f); };
         in_chunks([&](const Encoder<T>& encoder, const Scratch<T>& s, int64_t first, int64_t n) {
             if (ids != NULL) {
@@ -229,12 +247,14 @@ int encode(const int64_t* ids, const int64_t* types, const int64_t* positions, c
             }
             if (some) encoder.project(s, layers[0], first, n);
         });
+        if (convolved)
+            convolve(x, beside, (float*)((char*)beside + lines(t * h * sizeof(float))), conv, batch.places, t, h, team);
         T* state = x;
         for (int64_t i = 0; i < sizes.n_layers; i++, state += step) {
             batch.attend(qkv, context, layers[i].traits, team);
             const Layer<T>* next = i + 1 < sizes.n_layers ? layers + i + 1 : NULL;
             in_chunks([&](const Encoder<T>& encoder, const Scratch<T>& s, int64_t first, int64_t n) {
-                encoder.rest(s, layers[i], next, state, state + step, first, n);
+                encoder.rest(s, layers[i], next, convolved && i == 0, state, state + step, first, n);
             });
         }
     });
@@ -247,17 +267,17 @@ int encode(const int64_t* ids, const int64_t* types, const int64_t* positions, c
 // multiples of ROTATION, and x is the state before the first layer: that after layer i goes to x + (i + 1) * step
 // elements, which with step 0 is x. workspace: n_bytes, at least what _bytes gives in the same thread.
 #define ENCODER(name, T)                                                                                            \
-    EXPORT int64_t name##_bytes(int64_t n_rows, int64_t hidden, int64_t intermediate) {                             \
-        return bytes_for<T>({n_rows, hidden, intermediate, 1, 1, 0, 0.0f});                                         \
+    EXPORT int64_t name##_bytes(int64_t n_rows, int64_t hidden, int64_t intermediate, int64_t conv_size) {          \
+        return bytes_for<T>({n_rows, hidden, intermediate, 1, 1, 0, 0.0f}, conv_size);                              \
     }                                                                                                               \
     EXPORT int name(const int64_t* ids, const int64_t* types, const int64_t* positions, const T* const* embeddings, \
                     const int32_t* cu_seqlens, int64_t n_seqs, const void* layers, T* x, int64_t step,              \
                     char* workspace, int64_t n_bytes, int64_t n_rows, int64_t hidden, int64_t intermediate,         \
                     int64_t n_heads, int64_t n_layers, int64_t activation, float eps, const float* const* angles,   \
-                    const int32_t* columns) {                                                                       \
+                    const int32_t* columns, const Common<T, float>* common) {                                       \
         return encode<T>(ids, types, positions, embeddings, cu_seqlens, n_seqs, (const Layer<T>*)layers, x, step,   \
                          workspace, n_bytes, {n_rows, hidden, intermediate, n_heads, n_layers, activation, eps},    \
-                         angles, columns);                                                                          \
+                         angles, columns, *common);                                                                 \
     }
 
 ENCODER(fastbert_encode_int8_float32, float)

@@ -91,7 +91,7 @@ def _declare_linear(library: ctypes.CDLL) -> None:
     for dtype in multiplied:
         linear, encode = (getattr(library, f"fastbert_{name}_{dtype}") for name in ("linear", "encode"))
         linear.argtypes = [pointer, size, pointer, pointer, *[pointer, size] * 3, *[size] * 4]
-        encode.argtypes = [*[pointer] * 5, size, *[pointer] * 3, *[size] * 6, ctypes.c_float, pointer, pointer]
+        encode.argtypes = [*[pointer] * 5, size, *[pointer] * 3, *[size] * 6, ctypes.c_float, *[pointer] * 3]
         linear.restype, encode.restype = None, ctypes.c_int
         for other in {"float32", dtype}:
             pack = getattr(library, f"fastbert_pack_{other}_{dtype}")
@@ -117,9 +117,9 @@ def _declare_int8(library: ctypes.CDLL) -> None:
         )  # fmt: skip
         quantize.argtypes = [pointer, size, size, size, size, pointer, size, pointer]
         linear.argtypes = [pointer, size, *[pointer] * 4, size, pointer, *[size] * 5]
-        encode_bytes.argtypes = [size] * 3
+        encode_bytes.argtypes = [size] * 4
         encode.argtypes = [
-            *[pointer] * 5, size, *[pointer] * 2, size, pointer, *[size] * 7, ctypes.c_float, pointer, pointer
+            *[pointer] * 5, size, *[pointer] * 2, size, pointer, *[size] * 7, ctypes.c_float, *[pointer] * 3
         ]  # fmt: skip
         quantize.restype = linear.restype = None
         encode_bytes.restype, encode.restype = size, ctypes.c_int

@@ -22,6 +22,7 @@ from fastbert_kernels.offline.planning import plan
 from fastbert_kernels.offline.printing import report
 from fastbert_kernels.offline.rotary import rotary_cases
 from fastbert_kernels.offline.training import training_cases
+from fastbert_kernels.offline.unpacking import unpacking_cases
 from fastbert_kernels.offline.variants import variant_cases
 
 
@@ -49,7 +50,7 @@ def _chosen(options: argparse.Namespace, arch: int) -> Iterator[Case]:
     for dtype in options.dtype:
         if arch < MIN_ARCH.get(dtype, 0):
             continue
-        every = cases, training_cases, variant_cases, rotary_cases, disentangled_cases
+        every = cases, training_cases, variant_cases, rotary_cases, disentangled_cases, unpacking_cases
         for case in chain.from_iterable(list_cases(dtype) for list_cases in every):
             wanted = case.op in options.kernel and (options.model is None or case.model in options.model)
             if wanted and (options.all or case.archs is None or arch in case.archs):

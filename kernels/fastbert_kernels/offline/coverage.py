@@ -35,7 +35,7 @@ MIN_ARCH = {"fp8": 89}
 # Head sizes beyond those of the models: the smallest, the largest, and three that are padded to the next tile.
 HEAD_SIZES = (16, 24, 48, 80, 128)
 OPS = ("layer_norm", "gelu", "gated", "rotary", "linear", "embedding", "pooling", "attention", "disentangled",
-       "quantized_linear",
+       "quantized_linear", "unpack",
        "cross_entropy")  # fmt: skip
 # Classes of a language model's head: BERT's, a number that 16 divides, and XLM-RoBERTa's.
 VOCABULARIES = (30522, 32000, 250002)
@@ -56,7 +56,8 @@ default  every kernel on every architecture. bf16: the three models with each li
          forward and backward, rotation, embeddings without positions, norms without bias, attention within a window.
          Attention with MPNet's position bias, forward and backward, in bf16. Of base in bf16 and fp8, on sm_90: linears
          for few rows, split and launched dependently, and the candidates of `fastbert tune`. Disentangled attention in
-         the sizes of DeBERTa-v3-base, in bf16 also with head sizes 16, 32, 80 and 128.
+         the sizes of DeBERTa-v3-base, in bf16 also with head sizes 16, 32, 80 and 128. The kernels that pack small
+         batches, under bf16, and those that bring rows back to their places.
 --all    every dtype, TF32 too, every combination of optional inputs, activations and pooling modes, int32 ids, head
          sizes 24 and 48, a model whose sizes divide by nothing ("odd"), and other numbers of classes."""
 

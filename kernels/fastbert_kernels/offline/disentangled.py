@@ -11,10 +11,15 @@ from functools import partial
 import torch
 
 from fastbert_kernels import disentangled
+from fastbert_kernels.disentangled_backward import disentangled_attention_backward
+from fastbert_kernels.disentangled_tiles import Distances
+from fastbert_kernels.disentangled_training import disentangled_training_forward
+from fastbert_kernels.masks import Dropout
 from fastbert_kernels.offline.coverage import DTYPES, EIGHT_BIT, Case
 from fastbert_kernels.work_list import N_COLUMNS, WorkList
 
 HEAD_SIZES = (16, 32, 64, 80, 128)
+DROPOUT = Dropout(6554, 1, 1)
 
 
 def disentangled_cases(dtype: str) -> Iterator[Case]:
@@ -31,7 +36,7 @@ def disentangled_cases(dtype: str) -> Iterator[Case]:
         qkv = torch.empty(n_tokens, 3 * n_heads * head_size, dtype=DTYPES[dtype])
         table = torch.empty(n_rows, n_heads * head_size, dtype=DTYPES[dtype])
         for keys, queries, columns in ((table, table, None), (table, table, ids), (table, None, None)):
-            distances = disentangled.Distances(keys, queries, rows_of, 0, n_rows, columns)
+            distances = Distances(keys, queries, rows_of, 0, n_rows, columns)
             name = "" if queries is not None else ", one term"
             name += "" if columns is None else ", holes"
             plain = columns is None and queries is not None
@@ -40,3 +45,18 @@ def disentangled_cases(dtype: str) -> Iterator[Case]:
             call = partial(disentangled.disentangled_attention_forward, qkv, work_list, n_heads, 0.1, distances)
             model = "base" if head_size == 64 else "extra"
             yield Case("disentangled", model, dtype, f"D{head_size}{name}", archs, call)
+            for dropout in (DROPOUT, None):
+                trained = archs if dropout is not None and queries is not None else frozenset[int]()
+                variant = f"D{head_size} training{name}{'' if dropout else ', no dropout'}"
+                train = partial(_training, qkv, work_list, n_heads, distances, dropout)
+                yield Case("disentangled", model, dtype, variant, trained, train)
+
+
+def _training(
+    qkv: torch.Tensor, work_list: WorkList, n_heads: int, distances: Distances, dropout: Dropout | None
+) -> None:
+    out, lse = disentangled_training_forward(qkv, work_list, n_heads, 0.1, distances, dropout)
+    runs_of, n_tokens = distances.rows_of, qkv.shape[0]
+    disentangled_attention_backward(
+        out, qkv, out, lse, work_list, n_heads, 0.1, distances, runs_of, n_tokens, dropout
+    )  # fmt: skip

@@ -64,8 +64,9 @@ def _attention_cases(dtype: str) -> Iterator[Case]:
         if model == "base":  # MPNet's
             archs, tensors = None if dtype == "bf16" else frozenset[int](), (n_heads, head_size, DTYPES[dtype])
             yield Case("attention", model, dtype, "position bias", archs, partial(_biased_attention, *tensors))
-            call = partial(_attention, *tensors, DROPOUT, _position_bias(n_heads, DTYPES[dtype], False))
-            yield Case("attention", model, dtype, f"D{head_size} training, position bias", archs, call)
+            for name, holes in (("", False), (", holes", True)):
+                call = partial(_attention, *tensors, DROPOUT, _position_bias(n_heads, DTYPES[dtype], holes))
+                yield Case("attention", model, dtype, f"D{head_size} training, position bias{name}", archs, call)
 
 
 def _position_bias(n_heads: int, dtype: torch.dtype, holes: bool) -> PositionBias:

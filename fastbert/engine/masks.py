@@ -1,0 +1,78 @@
+"""Small batches with a mask on a GPU: whether nobody waits for the number of their tokens.
+
+README.md of this package says why. `fastbert.ops.masked` packs them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastbert.engine.interface import EncoderModel, PackedInputs
+from fastbert.engine.state import TRAINING
+from fastbert.ops import masked, packing
+from fastbert.ops.packing import PackedBatch
+
+
+def obstacles(model: EncoderModel, device: torch.device | None = None) -> Iterator[str]:
+    """Every reason why the number of tokens in a mask on the GPU is waited for, whatever the mask.
+
+    device: if it is not the model's, less can be said.
+    """
+    engine = model.engine
+    if engine.checks.strict:
+        yield "strict_ids waits for the checks of each batch"
+    if device is not None and device != model.device:
+        if model.training:
+            yield TRAINING
+        return
+    yield from engine.bucket_obstacles(model)
+    if not model.kernels_note_ids():
+        yield "no kernel of the embeddings notes ids beyond their table"
+
+
+def batch_obstacle(model: EncoderModel, mask: Tensor, ids: tuple[Tensor | None, ...]) -> str | None:
+    """Tells why the number of tokens in this mask, (B, S), is waited for, or is known at once; or None.
+
+    ids: input_ids, token_type_ids and position_ids, None where a caller gave none.
+    """
+    if packing.on_host(mask.device):
+        return "the mask is on the host"
+    if ids[0] is None:
+        return "the inputs are embeddings"
+    if not 0 < mask.numel() <= masked.MOST_PLACES:
+        return f"the mask has {mask.numel()} places, and {masked.MOST_PLACES} at most may be left to the device"
+    if any(x is not None and x.device != mask.device for x in ids):
+        return "ids are on another device than the mask"
+    if ids[2] is None and mask.shape[1] > model.table_sizes()[2]:
+        return "the mask has more columns than the model has positions"
+    return None
+
+
+def batch_of(model: Any, mask: Tensor | None, ids: tuple[Tensor | None, ...]) -> PackedBatch | None:
+    """Returns the batch of a mask, (B, S), whose lengths stay on the device; None where they do not.
+
+    Where a graph may be launched first and looked at afterwards, `wait` is for what it finds.
+    """
+    if mask is None or torch.compiler.is_compiling() or batch_obstacle(model, mask, ids) is not None:
+        return None
+    engine = model.engine
+    trusted = engine.graphs.trusted and engine.graphs.notes and engine.unwatched(model)
+    if not trusted and next(obstacles(model), None) is not None:
+        return None
+    return masked.batch_of(mask, model.counts_distances)
+
+
+def wait(batch: PackedBatch, inputs: PackedInputs) -> PackedInputs:
+    """Makes a batch whose lengths stay on the device one whose lengths the host knows, and packs its inputs."""
+    assert batch.mask is not None
+    shape, reads_columns = (batch.batch_size, batch.padded_length), batch.reads_columns
+    packed = packing.unpad(batch.mask.view(shape), batch.device)
+    batch.__dict__.clear()
+    batch.__dict__.update(packed.__dict__)
+    if reads_columns:
+        packing.find_holes(batch)
+    return PackedInputs(*(None if x is None else packing.pack(x.view(shape), batch) for x in inputs))
