@@ -34,12 +34,12 @@ GROUPS: dict[str, tuple[str, ...]] = {
     **{op: _files(f"ops/op_{op}") for op in OPS},
     "attention": _files("ops/op_attention", "on_kernels/attention_short", "on_kernels/attention_tiles"),
     "disentangled": _files("ops/disentangled", "ops/disentangled_gradients", "models/deberta_gradients"),
-    "attention_backward": _files("ops/attention_backward", "ops/position_bias"),
+    "attention_backward": _files("ops/attention_backward", "ops/position_bias", "ops/window_backward"),
     "dropout": _files("ops/dropout_kernels"),
     "training_rows": _files(
         "ops/residual_norm_kernels", "ops/activation_backward", "ops/embedding_kernels", "ops/pooling_backward"
     ),
-    "training_layer": _files("ops/training_triton"),
+    "training_layer": _files("ops/training_triton", "ops/training_forms", "engine/training_families"),
     "linear": _files("ops/op_linear", "ops/op_linear_persistent", "ops/op_linear_variants"),
     "cross_entropy": _files("ops/op_cross_entropy"),
     "rotary": _files("ops/rotary_kernels", "on_kernels/rotary_models"),
@@ -61,6 +61,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "models/heads",
         "models/losses",
         "engine/launched",
+        "engine/launched_families",
     ),
     "batch_invariant": _files("engine/batch_invariant"),
     "text": _files("pipelines/sentence", "pipelines/sentence_run"),
@@ -97,7 +98,12 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "memory": _files("engine/memory"),
     "tune": _files("tune/tune"),
     "quantized": _files(
-        "ops/op_quantized", "ops/op_quantized_persistent", "engine/quantized", "engine/graphs_quantized"
+        "ops/op_quantized",
+        "ops/op_quantized_parts",
+        "ops/op_quantized_persistent",
+        "engine/quantized",
+        "engine/quantized_families",
+        "engine/graphs_quantized",
     ),
     # Last: a kernel with specialised warps that is wrong may not end.
     "specialized": _files("ops/specialized_on_a_gpu"),

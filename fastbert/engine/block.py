@@ -153,12 +153,13 @@ class Block:
     query, key, value, out: (H, H). up: (I, H). down: (H, I). fuse_qkv gives query, key and value as one linear,
     (3H, H), which is kept until one of them changes. attention_norm: None where attention reads what the layer before
     gave, as in ModernBERT's first. dropouts: the probabilities, in the present mode, for attention's probabilities, its
-    output and the feed-forward part's output. gate: (I, H), whose product multiplies the activation's. pre_norm:
-    whether the norms are of what each part reads. rotary: the base of the angles. position_factor: by what their
-    positions are divided. position_bias: (N, 2R + 1), what is added to the score of a key that stands -R to R columns
-    after the query, and of those beyond (fastbert.ops.position_bias); all layers may share it. window: tokens on either
-    side that attention reaches. last_norm: of the encoder's output, in its last layer. scale: of the scores, or None
-    for 1 / sqrt(D). distances: of disentangled attention. convolution: what stands beside the layer.
+    output and the feed-forward part's output. gate: (I, H), whose product multiplies the activation's; fuse_up gives up
+    and gate as one linear, (2I, H), up above, as fuse_qkv does. pre_norm: whether the norms are of what each part
+    reads. rotary: the base of the angles. position_factor: by what their positions are divided. position_bias:
+    (N, 2R + 1), what is added to the score of a key that stands -R to R columns after the query, and of those beyond
+    (fastbert.ops.position_bias); all layers may share it. window: tokens on either side that attention reaches.
+    last_norm: of the encoder's output, in its last layer. scale: of the scores, or None for 1 / sqrt(D). distances: of
+    disentangled attention. convolution: what stands beside the layer.
     """
 
     query: Linear
@@ -174,6 +175,7 @@ class Block:
     fuse_qkv: Callable[[], Linear]
     dropouts: tuple[float, float, float] = (0.0, 0.0, 0.0)
     gate: Linear | None = None
+    fuse_up: Callable[[], Linear] | None = None
     pre_norm: bool = False
     rotary: float | None = None
     position_bias: Tensor | None = None
@@ -183,6 +185,7 @@ class Block:
     scale: float | None = None
     distances: Distances | None = None
     convolution: Convolution | None = None
+    inner_dropout: float = 0.0
 
     @property
     def norms(self) -> tuple[Norm, Norm]:
@@ -216,9 +219,10 @@ class Block:
         }
         gate = None if self.gate is None else self.gate.mapped(function)
         bias = None if self.position_bias is None else function(self.position_bias)
-        fuse, distances, beside = self.fuse_qkv, self.distances, self.convolution
+        fuse, fuse_up, distances, beside = self.fuse_qkv, self.fuse_up, self.distances, self.convolution
         return replace(
             self, **linears, **norms, gate=gate, position_bias=bias, fuse_qkv=lambda: fuse().mapped(function),
+            fuse_up=None if fuse_up is None else lambda: fuse_up().mapped(function),
             distances=None if distances is None else distances.mapped(function),
             convolution=None if beside is None else beside.mapped(function),
         )  # fmt: skip

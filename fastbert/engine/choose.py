@@ -324,7 +324,8 @@ class Engine:
         obstacles = list(self.graph_obstacles(model))
         self.choose_arithmetic(model).prepare(model)
         if obstacles:
-            model.run_padding(min(max_tokens, BUCKETS[0]))
+            for size in (BUCKETS[0], LARGEST)[: 2 if model.device.type == "cuda" else 1]:  # each has tiles of its own
+                model.run_padding(min(max_tokens, size))
         else:
             self.graphs.thaw()
             largest = bucket_of(min(max_tokens, LARGEST))

@@ -20,7 +20,7 @@ from fastbert.engine.buckets import bucket_of
 from fastbert.engine.capture import Capturer, Replayable
 from fastbert.engine.events import count_capture
 from fastbert.engine.interface import PackedInputs
-from fastbert.engine.launched import OUTPUT
+from fastbert.engine.layer_forms import OUTPUT
 from fastbert.engine.state import switches as _switches
 from fastbert.engine.static_memory import COLUMNS, Buffers, Filled, Layout, Shape, fill_on_host
 from fastbert.ops import BackendError, attention_plan, masked

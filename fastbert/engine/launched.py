@@ -9,54 +9,33 @@ kept until a parameter changes. The kernels, and with them the bits, are those o
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastbert.engine.block import Block, Linear, feature_obstacles
+from fastbert.engine import layer_forms as forms
+from fastbert.engine.block import Block, Linear, Norm, feature_obstacles
 from fastbert.engine.listeners import observer_obstacle
 from fastbert.engine.state import GRADIENTS, EncoderState
-from fastbert.ops import attention, attention_plan, dispatch, gelu, gemm, launched, recording, silent_writes
+from fastbert.ops import attention, attention_plan, dispatch, gelu, gemm, recording, silent_writes
+from fastbert.ops.gated import triton_obstacle as gate_obstacle
 from fastbert.ops.launched import Product
+from fastbert.ops.linear import splits as splits_k
 from fastbert.ops.packing import PackedBatch
 from fastbert.ops.training.choose import IN_TRAINING
 
-FEATURES: frozenset[str] = frozenset()  # What layers may have beyond BERT's.
+# What layers may have beyond BERT's.
+FEATURES = frozenset(("pre_norm", "gate", "rotary", "position_bias", "window", "scale", "distances", "convolution"))
 ATTENTIONS = "attentions"  # The plan of a batch whose attention weights are kept.
-OUTPUT = "output"  # The plan of a batch that says where its last hidden state goes: (T, H), contiguous.
-
-Normalize = tuple[Tensor, Tensor, float]  # weight (H,), bias (H,) and eps
-
-
-@dataclass(frozen=True, eq=False)
-class Layer:
-    """A layer as kernels read it."""
-
-    qkv: Product
-    out: Product
-    attention_norm: Normalize
-    up: Product
-    down: Product
-    output_norm: Normalize
-    num_heads: int
-    scale: float
-
-    def run(self, x: Tensor, batch: PackedBatch, plan: attention_plan.Plan, out: Tensor | None = None) -> Tensor:
-        """(T, H) -> (T, H), written to `out` where it is given."""
-        qkv = launched.linear_activation(x, self.qkv)
-        context = launched.varlen_attention(qkv, batch, plan, self.num_heads, self.scale)
-        x = launched.linear_residual_layer_norm(context, self.out, x, *self.attention_norm)
-        inner = launched.linear_activation(x, self.up)
-        return launched.linear_residual_layer_norm(inner, self.down, x, *self.output_norm, out=out)
+Stack = forms.PostNormStack | forms.PreNormStack
 
 
 class LaunchedLayers:
     """The layers of one model, kept until a parameter, the policy or a table of block sizes changes."""
 
     def __init__(self) -> None:
-        self._kept: tuple[Any, list[Layer] | None] = None, None
+        self._kept: tuple[Any, Stack | None] = None, None
 
     def clear(self) -> None:
         """Lets the weights go."""
@@ -73,11 +52,7 @@ class LaunchedLayers:
         if layers is None:
             return None
         plan = attention_plan.triton_plan(batch, x.dtype, model.config.head_size, model.policy)
-        states, last = [x], len(layers) - 1
-        for i, layer in enumerate(layers):
-            x = layer.run(x, batch, plan, batch.known_plan(OUTPUT) if i == last and not keep_states else None)
-            states = [*states, x] if keep_states else [x]
-        return states
+        return layers.run(x, batch, plan, keep_states)
 
     def obstacles(self, model: Any, x: Tensor, batch: PackedBatch) -> Iterator[str]:
         """Every reason why each operation must be asked for itself, on this batch."""
@@ -94,7 +69,7 @@ class LaunchedLayers:
         if decision.backend != "triton":
             yield decision.reason or f"the backend is {decision.backend!r}"
         plain = True
-        for obstacle in model.engine.state.obstacles(model, x.device, batch.has_plan(OUTPUT)):
+        for obstacle in model.engine.state.obstacles(model, x.device, batch.has_plan(forms.OUTPUT)):
             plain = False
             yield obstacle
         if plain:
@@ -102,7 +77,7 @@ class LaunchedLayers:
             features = state.layer_features(model) if state.features is None else state.features
             yield from feature_obstacles(features, FEATURES, "the layers by kernels")
 
-    def _layers(self, model: Any, x: Tensor) -> list[Layer] | None:
+    def _layers(self, model: Any, x: Tensor) -> Stack | None:
         """The layers, made anew where something has changed; None where a weight is not as the kernels want it."""
         from fastbert_kernels import launch, tables
 
@@ -121,45 +96,135 @@ class LaunchedLayers:
         return kept[1]
 
 
-def made(model: Any, x: Tensor) -> list[Layer] | None:
+def made(model: Any, x: Tensor) -> Stack | None:
     """The layers of a model whose modules are its own; None where not all weights suit kernels and rows like x."""
     if not model.engine.state.plain_parameters():
         return None
-    layers = []
-    for block in model.blocks():
-        if not _fits(block, x) or gelu.activation_obstacle(block.activation) is not None:
-            return None
-        layers.append(_layer(block, x, model.policy))
-    return layers
+    blocks = list(model.blocks())
+    if not all(_fits(block, x) for block in blocks):
+        return None
+    maker = _Maker(x, model.policy)
+    if not any(block.pre_norm for block in blocks):
+        return forms.PostNormStack([maker.post_norm(block) for block in blocks])
+    if not all(block.pre_norm and block.convolution is None for block in blocks):
+        return None
+    last = blocks[-1].last_norm
+    return forms.PreNormStack([maker.pre_norm(block) for block in blocks], None if last is None else _norm(last))
 
 
-def _layer(block: Block, x: Tensor, policy: Any) -> Layer:
-    def product(linear: Linear, activation: str = "none", residual: bool = False) -> Product:
-        n_cols, k_size = linear.weight.shape
-        choice = x.device, policy.backend, policy.batch_invariant, None
-        ours = gemm.takes_our_gemm(x.dtype, activation, k_size, n_cols, residual, *choice)
-        assert linear.bias is not None
-        return Product(linear.weight, linear.bias, activation, ours)
+class _Maker:
+    """Makes the forms of layers of their descriptions, for rows like x."""
 
-    return Layer(
-        product(block.fuse_qkv()), product(block.out, residual=True), block.norms[0].arguments(),
-        product(block.up, block.activation), product(block.down, residual=True), block.output_norm.arguments(),
-        block.num_heads, block.head_size**-0.5,
-    )  # fmt: skip
+    def __init__(self, x: Tensor, policy: Any) -> None:
+        self.x, self.policy = x, policy
+
+    def product(self, of: Linear, activation: str = "none", residual: bool = False) -> Product:
+        """A linear whose GEMM is chosen. residual: whether a residual and a LayerNorm follow in its operation."""
+        n_cols, k_size = of.weight.shape
+        policy = self.policy
+        choice = self.x.device, policy.backend, policy.batch_invariant, None
+        ours = gemm.takes_our_gemm(self.x.dtype, activation, k_size, n_cols, residual, *choice)
+        splits = residual and splits_k(self.x, of.weight, policy)
+        return Product(of.weight, of.bias, activation, ours, not policy.batch_invariant, splits)
+
+    def post_norm(self, block: Block) -> forms.PostNorm:
+        assert block.attention_norm is not None
+        joins = block.rotary is None
+        join = forms.Joined if joins else forms.MultipliedThenNormed
+        layer = forms.PostNormLayer(
+            self.product(block.fuse_qkv()),
+            self.attention(block),
+            join(self.product(block.out, residual=joins), block.attention_norm.arguments()),
+            self.feed(block),
+            join(self.product(block.down, residual=joins), block.output_norm.arguments()),
+        )
+        return layer if block.convolution is None else self.convolved(block, layer)
+
+    def convolved(self, block: Block, layer: forms.PostNorm) -> forms.PostNorm:
+        """The layer with the convolution that stands beside it."""
+        beside = block.convolution
+        assert beside is not None
+        size, norm = beside.weight.shape[-1], beside.norm.arguments()
+        return forms.ConvolvedLayer(layer, self.product(beside.product()), size, beside.activation, norm)
+
+    def pre_norm(self, block: Block) -> forms.PreNormLayer:
+        before = None if block.attention_norm is None else _norm(block.attention_norm)
+        return forms.PreNormLayer(
+            before, self.product(block.fuse_qkv()), self.attention(block), self.product(block.out),
+            _norm(block.output_norm), self.feed(block), self.product(block.down),
+        )  # fmt: skip
+
+    def attention(self, block: Block) -> forms.Attention:
+        """What a layer does between its first two products."""
+        heads = block.num_heads
+        scale = block.head_size**-0.5 if block.scale is None else block.scale
+        form: forms.Attention
+        if block.distances is not None:
+            positions = block.distances.project()
+            form = forms.DisentangledAttention(heads, scale, positions, self.policy.batch_invariant)
+        elif block.position_bias is not None:
+            form = forms.BiasedAttention(heads, scale, block.position_bias)
+        elif block.window is not None:
+            form = forms.WindowedAttention(heads, scale, block.window)
+        else:
+            form = forms.PlainAttention(heads, scale)
+        if block.rotary is None:
+            return form
+        return forms.TurnedAttention(form, heads, (block.head_size, block.rotary, block.position_factor))
+
+    def feed(self, block: Block) -> forms.Feed:
+        """What a layer does before its last product."""
+        if block.fuse_up is None:
+            return forms.Activated(self.product(block.up, block.activation))
+        return forms.Gated(self.product(block.fuse_up()), block.activation)
+
+
+def _norm(norm: Norm) -> forms.PreNormalize:
+    assert norm.weight is not None
+    return norm.weight, norm.bias, norm.eps
 
 
 def _fits(block: Block, x: Tensor) -> bool:
-    """Tells whether all weights are there, of x's dtype, on its device, and of sizes that belong together."""
+    """Tells whether all weights are there, of x's dtype, on its device, and of sizes that belong together.
+
+    Where a bias is missing that the modules of a family have, they are called.
+    """
+    if gate_obstacle(x, block.activation) if block.gate else gelu.activation_obstacle(block.activation):
+        return False
     h, i = x.shape[1], block.intermediate_size
     square = block.query, block.key, block.value, block.out
     wanted: list[tuple[Tensor | None, tuple[int, ...]]] = [
-        *((linear.weight, (h, h)) for linear in square),
-        (block.up.weight, (i, h)),
+        *((part.weight, (h, h)) for part in square),
         (block.down.weight, (h, i)),
-        (block.up.bias, (i,)),
-        *((linear.bias, (h,)) for linear in (*square, block.down)),
-        *((t, (h,)) for norm in block.norms for t in (norm.weight, norm.bias)),
     ]
+    biases: list[tuple[Tensor | None, tuple[int, ...]]] = [(part.bias, (h,)) for part in (*square, block.down)]
+    if block.fuse_up is None:
+        wanted.append((block.up.weight, (i, h)))
+        biases.append((block.up.bias, (i,)))
+    else:
+        up = block.fuse_up()
+        wanted.append((up.weight, (2 * i, h)))
+        wanted += [] if up.bias is None else [(up.bias, (2 * i,))]
+    norms = [norm for norm in (block.attention_norm, block.output_norm, block.last_norm) if norm is not None]
+    wanted += [(norm.weight, (h,)) for norm in norms]
+    if block.pre_norm:
+        biases += [(norm.bias, (h,)) for norm in norms]
+    else:
+        wanted += [(norm.bias, (h,)) for norm in norms]
+        if block.attention_norm is None or block.last_norm is not None:
+            return False
+    # Families with rotary positions have linears and norms without biases.
+    wanted += biases if block.rotary is None else [bias for bias in biases if bias[0] is not None]
+    if block.position_bias is not None and (block.window is not None or block.distances is not None):
+        return False
+    if block.distances is not None:
+        wanted += [(part, (part.shape[0], h)) for part in block.distances.project()[:2] if part is not None]
+    beside = block.convolution
+    if beside is not None:
+        if gelu.activation_obstacle(beside.activation) is not None or beside.activation == "none":
+            return False
+        wanted += [(beside.bias, (h,)), (beside.norm.weight, (h,)), (beside.norm.bias, (h,))]
+        wanted.append((beside.product().weight, (h, beside.weight.shape[-1] * h)))
     return all(
         t is not None and t.shape == shape and t.dtype == x.dtype and t.device == x.device for t, shape in wanted
     )

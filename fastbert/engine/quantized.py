@@ -21,13 +21,16 @@ import torch
 from torch import Tensor, nn
 
 from fastbert import ops
-from fastbert.engine import emulated
+from fastbert.engine import eight_bit_layers, emulated
 from fastbert.engine.block import Block, Linear, feature_obstacles, features_of
+from fastbert.engine.eight_bit_layers import EightBitLayers
 from fastbert.engine.interface import EncoderModel, PackedInputs
 from fastbert.engine.listeners import is_bare
-from fastbert.ops import BackendError, Policy, dispatch, tracing
+from fastbert.ops import BackendError, Policy, dispatch, gelu, tracing
+from fastbert.ops.angles import rotations_of
 from fastbert.ops.derived import Derived
 from fastbert.ops.dispatch import Decision
+from fastbert.ops.gated import activation_obstacle as gate_obstacle
 from fastbert.ops.packing import PackedBatch
 from fastbert.ops.quantized import Quantized
 from fastbert.ops.tracing import untraced
@@ -35,8 +38,8 @@ from fastbert.ops.tracing import untraced
 OP = "8-bit encoder"
 # What a Decision calls the unquantised path.
 UNQUANTISED = "unquantised"
-PROJECTED = "the embeddings are projected, and there is no 8-bit kernel for that"
-FEATURES = frozenset(("position_bias",))  # what its layers may have beyond BERT's in the Triton kernels
+# What layers may have beyond BERT's where plain PyTorch runs the operations of the kernels one by one, too.
+_BY_OPERATIONS = frozenset(("position_bias",))
 
 
 class QuantizedWeights(Derived):
@@ -84,11 +87,12 @@ def decide(
     assert precision is not None
     config = model.config
     on_triton = policy.backend == "triton" or (policy.backend == "auto" and device.type != "cpu")
-    activation = ops.ACTIVATIONS[config.hidden_act] if on_triton else "none"  # the others have kernels of their own
     sizes = config.hidden_size, config.intermediate_size, config.head_size
-    obstacles = [ops.quantized.model_obstacle(*sizes, activation, dtype, device), _altered(model)]
-    if obstacles[1] is None and (on_triton or policy.backend == "torch"):  # those of the C++ kernels are named below
-        obstacles.append(_feature_obstacle(model, FEATURES if on_triton else emulated.FEATURES))
+    obstacles = [ops.quantized.model_obstacle(*sizes, "none", dtype, device), _altered(model)]
+    if obstacles[1] is None and on_triton:  # those of the C++ kernels are named below
+        obstacles += _block_obstacles(model)
+    elif obstacles[1] is None and policy.backend == "torch":
+        obstacles.append(_feature_obstacle(list(model.blocks()), emulated.FEATURES))
     if policy.backend != "torch":
         obstacles.append(ops.quantized.device_obstacle(precision, device, arch))
     if policy.batch_invariant and (device.type != "cpu" or policy.backend == "triton"):
@@ -100,8 +104,7 @@ def decide(
     elsewhere = arch is not None and policy.backend in ("auto", "triton")
     decision = Decision(OP, "triton") if elsewhere else dispatch.decide(OP, policy, device, None)
     if decision.backend == "triton" or policy.backend == "torch":
-        projected = model.embeddings_project is not None
-        return Decision(OP, UNQUANTISED, PROJECTED) if projected else Decision(OP, decision.backend)
+        return Decision(OP, decision.backend)
     if precision == "int8" and decision.backend == "cpu":
         reasons = list(model.engine.int8_call.kernel_obstacles(model, device, dtype))
         return Decision(OP, UNQUANTISED, "; ".join(reasons)) if reasons else Decision(OP, "cpu", decision.reason)
@@ -161,9 +164,19 @@ def _is_own(module: nn.Module, own_modules: frozenset[type[nn.Module]]) -> bool:
     return True
 
 
-def _feature_obstacle(model: EncoderModel, supported: frozenset[str]) -> str | None:
-    features = features_of(list(model.blocks()))
-    return next(feature_obstacles(features, supported, "the 8-bit encoder"), None)
+def _feature_obstacle(blocks: list[Block], supported: frozenset[str]) -> str | None:
+    return next(feature_obstacles(features_of(blocks), supported, "the 8-bit encoder"), None)
+
+
+def _block_obstacles(model: EncoderModel) -> list[str | None]:
+    """Why the Triton kernels do not run the layers: what they have, and their activations."""
+    blocks = list(model.blocks())
+    activations = {(block.activation, block.gate is not None) for block in blocks}
+    return [
+        _feature_obstacle(blocks, eight_bit_layers.FEATURES),
+        *(gate_obstacle(name) if gated else gelu.activation_obstacle(name) for name, gated in sorted(activations)),
+        *(gelu.activation_obstacle(block.convolution.activation) for block in blocks if block.convolution is not None),
+    ]
 
 
 _LEAVES = frozenset((nn.Linear, nn.LayerNorm, nn.Dropout, nn.Embedding, nn.Identity))
@@ -207,56 +220,49 @@ class EightBit:
         refuse_gradients(model, inputs.inputs_embeds)
         ops.prepare_attention(batch, model.dtype, model.config.head_size, model.policy)
         blocks: list[Block] = list(model.blocks())
-        if not FEATURES.issuperset(features_of(blocks)):
+
+        def weight_of(i: int, name: str) -> tuple[Quantized, Tensor]:
+            return weights.of(precision, *_linears(_place(model, i), blocks[i], precision)[name])
+
+        features = features_of(blocks)
+        if backend == "torch" and not _BY_OPERATIONS.issuperset(features):
             x = model.embed(inputs, batch)
-
-            def weight_of(i: int, name: str) -> tuple[Quantized, Tensor]:
-                return weights.of(precision, *_linears(_place(model, i), blocks[i], precision)[name])
-
             return emulated.run_layers(blocks, x, batch, inputs.position_ids, weight_of, precision, keep_states)
+        if "rotary" in features:
+            rotations_of(batch).renew(inputs.position_ids)
+        layers = EightBitLayers(blocks, batch, weight_of, precision, policy)
+        return layers.run(*self._embed(model, batch, inputs, features, policy), keep_states)
+
+    def _embed(
+        self, model: Any, batch: PackedBatch, inputs: PackedInputs, features: list[str], policy: Policy
+    ) -> tuple[Tensor, Quantized]:
+        """What the first layer reads, (T, H), and the same in 8 bits."""
+        precision = model.precision
+        if model.embeddings_project is not None or "scale" in features:  # DeBERTa's embeddings have steps of their own
+            x = model.embed(inputs, batch)
+            return x, ops.quantized_parts.rows(x, precision, rotated=precision == "int8", policy=policy)
         input_ids, tables = model.tables(inputs)
-        weight, bias = tables.norm.filled(tables.positions)
-        x, q = ops.quantized.embedding_layer_norm(
+        norm = tables.norm
+        return ops.quantized.embedding_layer_norm(
             input_ids, inputs.token_type_ids, inputs.position_ids, tables.words, tables.token_types, tables.positions,
-            weight, bias, tables.norm.eps, precision, policy=policy,
+            norm.weight, norm.bias, norm.eps, precision, policy=policy,
         )  # fmt: skip
-        states = [x]
-        for i, block in enumerate(blocks):
-            linears = _linears(_place(model, i), block, precision).values()
-            of_qkv, of_out, of_up, of_down = (weights.of(precision, *which) for which in linears)
-            weight, bias = of_qkv
-            qkv = ops.quantized.linear(q, weight, bias, x.dtype, policy=policy)
-            context = ops.quantized.varlen_attention(
-                qkv, batch, block.num_heads, precision, position_bias=block.position_bias, policy=policy
-            )
-            weight, bias = of_out
-            y = ops.quantized.linear(context, weight, None, x.dtype, policy=policy)
-            x, q = ops.quantized.bias_residual_layer_norm(
-                y, bias, x, *block.norms[0].arguments(), precision, policy=policy
-            )
-            weight, bias = of_up
-            inner = ops.quantized.linear_quantized(q, weight, bias, block.activation, policy=policy)
-            weight, bias = of_down
-            y = ops.quantized.linear(inner, weight, None, x.dtype, policy=policy)
-            if i + 1 < len(blocks):
-                x, q = ops.quantized.bias_residual_layer_norm(
-                    y, bias, x, *block.output_norm.arguments(), precision, policy=policy
-                )
-            else:  # nobody multiplies it in 8 bits
-                x = ops.bias_residual_layer_norm(y, bias, x, *block.output_norm.arguments(), policy=policy)
-            states = [*states, x] if keep_states else [x]
-        return states
 
     @untraced
     def addresses(self, model: EncoderModel) -> list[tuple[int, ...]]:
-        """Returns where the 8-bit weights of every layer are kept, up to date: what a CUDA graph of the model reads."""
+        """Returns where 8-bit weights, and what layers have beside them, are, up to date: what a CUDA graph reads."""
         precision = model.precision
         assert precision is not None
-        return [
+        blocks = list(model.blocks())
+        beside: list[Tensor | None] = [block.position_bias for block in blocks]
+        beside += [part for block in blocks if block.distances is not None for part in block.distances.project()[:2]]
+        beside += [block.convolution.product().weight for block in blocks if block.convolution is not None]
+        of_weights = [
             self.weights.addresses_of(precision, *which)
-            for i, block in enumerate(model.blocks())
+            for i, block in enumerate(blocks)
             for which in _linears(_place(model, i), block, precision).values()
         ]
+        return [*of_weights, tuple(tensor.data_ptr() for tensor in beside if tensor is not None)]
 
 
 def _place(model: EncoderModel, i: int) -> int:

@@ -62,7 +62,7 @@ def in_bucket_rows(batch: PackedBatch, inputs: PackedInputs, shape: Shape) -> tu
 
 
 def _layout_of_mask(batch: PackedBatch, bucket: int, shape: Shape) -> Layout:
-    """Where memory of its own holds a batch whose lengths stay on the device, with lists for every such batch."""
+    """Returns the layout of memory for a batch whose lengths stay on the device, with lists for every such batch."""
     sizes = shape.dtype, shape.head_size
     kind = attention_plan.kind_of(batch, bucket, *sizes, shape.policy)
     most = masked.most_tiles(batch.batch_size, batch.padded_length, *sizes, shape.device, shape.policy, kind.small)

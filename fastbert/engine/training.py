@@ -6,20 +6,22 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from fastbert.engine.block import Block, feature_obstacles
+from fastbert.engine.block import Block, Linear, feature_obstacles
 from fastbert.engine.interface import PackedInputs
 from fastbert.engine.listeners import observer_obstacle
 from fastbert.engine.state import EncoderState, first_parameter
 from fastbert.ops import Policy, dropout, recording
 from fastbert.ops.packing import PackedBatch
+from fastbert.ops.rotary import rotations
 from fastbert.ops.training import choose
-from fastbert.ops.training.kernels import Attention, Kernels
+from fastbert.ops.training.kernels import Attention, Kernels, Rotation
 from fastbert.ops.training.layer import LayerParameters, LayerSettings, encoder_layer
-from fastbert_kernels.masks import ATTENTION, ATTENTION_OUTPUT, OUTPUT, Dropout, site_of
+from fastbert_kernels.masks import ATTENTION, ATTENTION_OUTPUT, INNER, OUTPUT, Dropout, site_of
 
-FEATURES = frozenset(("position_bias",))  # What layers may have beyond BERT's.
+# What layers may have beyond BERT's.
+FEATURES = frozenset(("position_bias", "pre_norm", "gate", "rotary", "window", "scale"))
 
 
 class Training:
@@ -73,21 +75,21 @@ class Training:
     def run(self, model: Any, batch: PackedBatch, inputs: PackedInputs, keep_states: bool) -> list[Tensor] | None:
         try:
             with choose.as_in_training():
-                return self._run(model, model.embed(inputs, batch), batch, keep_states)
+                return self._run(model, model.embed(inputs, batch), batch, inputs.position_ids, keep_states)
         except RuntimeError as error:
             model.blame_dtypes(error)
             raise
 
-    def _run(self, model: Any, x: Tensor, batch: PackedBatch, keep_states: bool) -> list[Tensor]:
+    def _run(self, model: Any, x: Tensor, batch: PackedBatch, position_ids: Tensor, keep_states: bool) -> list[Tensor]:
         blocks = list(model.blocks())
         if not blocks:
             return [x]
         kernels = kernels_of(model, blocks[0], x)
         if kernels is None or not _one_dtype(blocks, x):
             return model.run_layers(x, batch, keep_states)
-        states = [x]
+        states, rotations = [x], Rotations(position_ids)
         for i, block in enumerate(blocks):
-            parameters, settings = parameters_of(block), settings_of(block, i, batch, kernels, x)
+            parameters, settings = parameters_of(block), settings_of(block, i, batch, kernels, x, rotations)
             recomputed = model.encoder.checkpoint_of(i)
             if recomputed is None:
                 x = encoder_layer(x, parameters, settings)
@@ -108,7 +110,8 @@ def shape_of(block: Block) -> dict[str, Any]:
         "head_size": block.head_size,
         "sizes": (block.hidden_size, block.intermediate_size),
         "hidden_size": block.hidden_size,
-        "activation": block.activation,
+        "activation": activation_of(block),
+        "gated": block.gate is not None,
     }
 
 
@@ -118,30 +121,91 @@ def _one_dtype(blocks: list[Block], x: Tensor) -> bool:
     return dtypes == {x.dtype}
 
 
+def activation_of(block: Block) -> str:
+    """The name that kernels have for a layer's activation."""
+    return "silu" if block.gate is not None and block.activation == "swish" else block.activation
+
+
 def parameters_of(block: Block) -> LayerParameters:
     """The parameters of a layer in the order of its node of autograd."""
-    first, last = block.norms
     like = block.out.weight
+    query, key, value = in_one((block.query, block.key, block.value))
+    up, gate = in_one((block.up, block.gate or ABSENT))
+    first, last = (ABSENT if n is None else Linear(*n.filled(like)) for n in (block.attention_norm, block.last_norm))
     return LayerParameters(
-        block.query.weight, block.key.weight, block.value.weight,
-        block.query.bias, block.key.bias, block.value.bias,
-        block.out.weight, block.out.bias, *first.filled(like),
-        block.up.weight, block.up.bias, block.down.weight, block.down.bias, *last.filled(like), block.position_bias,
+        query.weight, key.weight, value.weight, query.bias, key.bias, value.bias, block.out.weight, block.out.bias,
+        first.weight, first.bias, up.weight, up.bias, block.down.weight, block.down.bias,
+        *block.output_norm.filled(like), block.position_bias, gate.weight, gate.bias, last.weight, last.bias,
     )  # fmt: skip
 
 
-def settings_of(block: Block, layer: int, batch: PackedBatch, kernels: Kernels, x: Tensor) -> LayerSettings:
+ABSENT: Any = Linear(None, None)  # type: ignore[arg-type]
+
+
+def in_one(linears: tuple[Linear, ...]) -> tuple[Any, ...]:
+    """The linears as they are, or, where they are views of one, that one and nothing more.
+
+    Its gradient comes as one tensor then, and autograd does not put it together from parts.
+    """
+    weight, bias = (whole(tuple(t)) for t in zip(*((each.weight, each.bias) for each in linears), strict=True))
+    if weight is None or (bias is None and linears[0].bias is not None):
+        return linears
+    return Linear(weight, bias), *[ABSENT] * (len(linears) - 1)
+
+
+def whole(parts: tuple[Tensor | None, ...]) -> Tensor | None:
+    """The parameter whose rows the parts are, one after the other, or None where there is none."""
+    base = None if parts[0] is None else parts[0]._base
+    if not isinstance(base, nn.Parameter) or not all(part is not None and part._base is base for part in parts):
+        return None
+    if any(isinstance(part, nn.Parameter) for part in parts):
+        return None
+    sizes: list[int] = [part.numel() for part in parts]  # type: ignore[union-attr]
+    offsets = [part.storage_offset() for part in parts]  # type: ignore[union-attr]
+    expected = [base.storage_offset() + sum(sizes[:i]) for i in range(len(parts))]
+    return base if base.is_contiguous() and offsets == expected and sum(sizes) == base.numel() else None
+
+
+class Rotations:
+    """The angles of a batch's rows, for each base that layers ask for. position_ids: (T,) integers."""
+
+    def __init__(self, position_ids: Tensor) -> None:
+        self.position_ids = position_ids
+        self._made: dict[Any, Rotation] = {}
+
+    def of(self, block: Block) -> Rotation | None:
+        """Returns those of a layer, or None where it does not turn."""
+        if block.rotary is None:
+            return None
+        key = block.head_size, block.rotary, block.position_factor
+        if key not in self._made:
+            self._made[key] = Rotation(*(table.contiguous() for table in rotations(self.position_ids, *key)))
+        return self._made[key]
+
+
+def settings_of(
+    block: Block, layer: int, batch: PackedBatch, kernels: Kernels, x: Tensor, angles: Rotations
+) -> LayerSettings:
     """What a layer is beside its parameters. layer: its place, which its masks depend on."""
-    kinds = ATTENTION, ATTENTION_OUTPUT, OUTPUT
+    kinds, probabilities = (ATTENTION, ATTENTION_OUTPUT, OUTPUT, INNER), (*block.dropouts, block.inner_dropout)
     drops: list[Dropout | None] = [
         dropout.mask_of(dropout.of_batch(p, batch, site_of(layer, kind)))
-        for p, kind in zip(block.dropouts, kinds, strict=True)
+        for p, kind in zip(probabilities, kinds, strict=True)
     ]
+    scale, window = block.head_size**-0.5 if block.scale is None else block.scale, block.window
+    if window is not None and batch.padded_length - 1 <= window:  # which is all of every text
+        window = None
+    columns = batch.columns if window is not None or block.position_bias is not None else None
     return LayerSettings(
         kernels=kernels,
-        attention=Attention(batch, block.num_heads, block.head_size**-0.5, drops[0], batch.columns),
-        activation=block.activation,
-        eps=(block.norms[0].eps, block.output_norm.eps),
+        attention=Attention(batch, block.num_heads, scale, drops[0], columns, window),
+        activation=activation_of(block),
+        eps=(0.0 if block.attention_norm is None else block.attention_norm.eps, block.output_norm.eps),
         dropouts=(drops[1], drops[2]),
         dtype=choose.product_dtype(x),
+        gated=block.gate is not None,
+        inner_dropout=drops[3],
+        rotation=angles.of(block),
+        pre_norm=block.pre_norm,
+        last_eps=0.0 if block.last_norm is None else block.last_norm.eps,
     )

@@ -9,6 +9,7 @@ its text. Names of modules and parameters are those of transformers.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -215,8 +216,8 @@ class DebertaEncoder(LayerStack):
             "table", [weight, norm.weight, norm.bias], lambda: (normalise(norm, weight, policy, None),)
         )[0]
 
-    def distances(self, attention: DisentangledSelfAttention) -> Distances:
-        """What stands for distances in the attention of a layer, as data."""
+    def distances(self, attention: DisentangledSelfAttention, policy: Policy = ops.AUTO) -> Distances:
+        """What stands for distances in the attention of a layer, as data; the policy is for projecting the table."""
         linears: Any = [
             attention.get_submodule(name) if name else None
             for name in (attention.position_keys, attention.position_queries)
@@ -226,9 +227,9 @@ class DebertaEncoder(LayerStack):
         assert table is not None
 
         def project() -> Positions:
-            rows = self.table()
+            rows = self.table(policy)
             assert rows is not None
-            return attention.positions(rows)
+            return attention.positions(rows, policy)
 
         return Distances(table.weight, norm, key, query, attention.buckets, project)
 
@@ -304,7 +305,7 @@ class DebertaModel(EncoderModel):
     def blocks(self) -> Iterator[Block]:
         """Each layer as data; its modules must be plain."""
         encoder = self.encoder
-        distances = encoder.distances if encoder.has_terms else None
+        distances = partial(encoder.distances, policy=self.policy) if encoder.has_terms else None
         for i, layer in enumerate(encoder.layer):
             beside = encoder.conv.data() if i == 0 and encoder.conv is not None else None
             yield layer.block(distances, beside)

@@ -76,7 +76,7 @@ class DebertaEmbeddings(nn.Module):
         batch: PackedBatch | None,
         policy: Policy,
     ) -> Tensor:
-        """The sum of rows, normalised, in one kernel; for gradients it has positions, where the model has none zeros."""
+        """The sum of rows, normalised, in one kernel; for gradients positions are zeros where the model has none."""
         words, types, norm = self.word_embeddings, self.token_type_embeddings, self.LayerNorm
         rows: Any = input_ids if inputs_embeds is None else inputs_embeds
         table = None if self.position_embeddings is None else self.position_embeddings.weight

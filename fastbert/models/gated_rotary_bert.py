@@ -21,10 +21,12 @@ from fastbert.models.encoder import EncoderModel
 from fastbert.models.layers import LayerStack
 from fastbert.models.modules import add_and_norm, call_dropout, is_plain_norm
 from fastbert.models.outputs import BaseModelOutputWithPooling
-from fastbert.models.rotary import embed, embeds_in_kernel, project, rotations_of
+from fastbert.models.rotary import embed, embeds_in_kernel, project
 from fastbert.ops import Policy
+from fastbert.ops.angles import rotations_of
 from fastbert.ops.derived import Derived
 from fastbert.ops.packing import PackedBatch
+from fastbert_kernels.masks import ATTENTION, ATTENTION_OUTPUT, INNER, OUTPUT, site_of
 
 
 class GatedRotaryEmbeddings(nn.Module):
@@ -80,9 +82,10 @@ class GatedRotaryAttention(nn.Module):
     projections = "q_proj", "k_proj", "v_proj"
     without_bias = True
 
-    def __init__(self, config: BertConfig, rotary: RotaryLayer) -> None:
+    def __init__(self, config: BertConfig, rotary: RotaryLayer, layer: int = 0) -> None:
         super().__init__()
         size, bias = config.hidden_size, config.family.text_bias
+        self.dropout_site = site_of(layer, ATTENTION)
         self.num_heads, self.head_size, self.rotary = config.num_attention_heads, config.head_size, rotary
         self.q_proj = nn.Linear(size, size, bias=bias)
         self.k_proj = nn.Linear(size, size, bias=bias)
@@ -124,7 +127,8 @@ class GatedRotaryAttention(nn.Module):
         if batch.has_plan(attention_weights.PLAN):
             context = attention_weights.attend(qkv, batch, self.num_heads, self.dropout_p)
         else:
-            context = ops.varlen_attention(qkv, batch, self.num_heads, dropout=self.dropout_p or None, policy=policy)
+            dropout = ops.dropout_of(self.dropout_p, batch, self.dropout_site)
+            context = ops.varlen_attention(qkv, batch, self.num_heads, dropout=dropout, policy=policy)
         return project(self.o_proj, context, policy, batch)
 
 
@@ -134,8 +138,9 @@ class GatedRotaryMLP(nn.Module):
     projections = "gate_proj", "up_proj"
     without_bias = True
 
-    def __init__(self, config: BertConfig) -> None:
+    def __init__(self, config: BertConfig, layer: int = 0) -> None:
         super().__init__()
+        self.dropout_site = site_of(layer, INNER)
         size, inner, bias = config.hidden_size, config.intermediate_size, config.family.text_bias
         self.gate_proj = nn.Linear(size, inner, bias=False)
         self.up_proj = nn.Linear(size, inner, bias=False)
@@ -167,28 +172,30 @@ class GatedRotaryMLP(nn.Module):
         if x.dim() == 3:
             return hooks.on_packed(GatedRotaryMLP.forward, self, x)
         inner = ops.gated(fused.project(self, x, policy, batch), self.activation, policy=policy)  # (T, I)
-        return project(self.down_proj, call_dropout(self.dropout, inner, batch), policy, batch)
+        return project(self.down_proj, call_dropout(self.dropout, inner, batch, self.dropout_site), policy, batch)
 
 
 class GatedRotaryLayer(nn.Module):
     without_bias = True
 
-    def __init__(self, config: BertConfig, rotary: RotaryLayer) -> None:
+    def __init__(self, config: BertConfig, rotary: RotaryLayer, layer: int = 0) -> None:
         super().__init__()
-        self.self_attn = GatedRotaryAttention(config, rotary)
+        self.dropout_sites = site_of(layer, ATTENTION_OUTPUT), site_of(layer, OUTPUT)
+        self.self_attn = GatedRotaryAttention(config, rotary, layer)
         self.post_attention_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.post_attention_dropout = nn.Dropout(config.hidden_dropout_prob)
-        self.mlp = GatedRotaryMLP(config)
+        self.mlp = GatedRotaryMLP(config, layer)
         self.post_mlp_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.post_mlp_dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(self, x: Tensor, batch: Any = None, policy: Policy = ops.AUTO) -> Tensor:  # (T, H) -> (T, H)
         if x.dim() == 3:
             return hooks.on_packed(GatedRotaryLayer.forward, self, x)
+        (first, last), calls = self.dropout_sites, (policy, batch)
         y = hooks.call(self.self_attn, batch, policy, x)
-        x = _joined(self.post_attention_layernorm, self.post_attention_dropout, y, x, policy, batch)
+        x = _joined(self.post_attention_layernorm, self.post_attention_dropout, first, y, x, *calls)
         y = hooks.call(self.mlp, batch, policy, x)
-        return _joined(self.post_mlp_layernorm, self.post_mlp_dropout, y, x, policy, batch)
+        return _joined(self.post_mlp_layernorm, self.post_mlp_dropout, last, y, x, *calls)
 
     def block(self) -> Block:
         """The layer as data, for engines; its modules must be plain."""
@@ -204,26 +211,29 @@ class GatedRotaryLayer(nn.Module):
             attention_norm=Norm.of(self.post_attention_layernorm),
             up=Linear.of(mlp.gate_proj),  # what is activated
             gate=Linear.of(mlp.up_proj),
+            fuse_up=lambda: Linear(*mlp.fused_qkv()),
             activation=mlp.activation,
             down=Linear.of(mlp.down_proj),
             output_norm=Norm.of(self.post_mlp_layernorm),
             dropouts=(attn.dropout_p, *(drop.p if drop.training else 0.0 for drop in drops)),  # type: ignore[arg-type]
+            inner_dropout=mlp.dropout.p if mlp.dropout.training else 0.0,
             rotary=attn.rotary.base,
             position_factor=attn.rotary.factor,
         )
 
 
-def _joined(norm: Any, dropout: nn.Module, y: Tensor, x: Tensor, policy: Policy, batch: Any) -> Tensor:
-    """norm(dropout(y) + x)."""
-    if not is_plain_norm(norm, dropout) or dropout.training and dropout.p:
+def _joined(norm: Any, dropout: Any, site: int, y: Tensor, x: Tensor, policy: Policy, batch: Any) -> Tensor:
+    """norm(dropout(y) + x). site: of the dropout's masks."""
+    if not is_plain_norm(norm, dropout):
         return add_and_norm(norm, dropout, y, x, policy, batch)
-    return ops.bias_residual_layer_norm(y, None, x, norm.weight, norm.bias, norm.eps, policy=policy)
+    mask = ops.dropout_of(dropout.p if dropout.training else 0.0, batch, site)
+    return ops.bias_residual_layer_norm(y, None, x, norm.weight, norm.bias, norm.eps, dropout=mask, policy=policy)
 
 
 class GatedRotaryEncoder(LayerStack):
     def __init__(self, config: BertConfig) -> None:
         rotary = gated_rotary_layer(config)
-        super().__init__(GatedRotaryLayer(config, rotary) for _ in range(config.num_hidden_layers))
+        super().__init__(GatedRotaryLayer(config, rotary, layer) for layer in range(config.num_hidden_layers))
 
     def forward(self, x: Tensor, batch: Any = None, policy: Policy = ops.AUTO, keep_states: bool = True) -> Any:
         """(T, H) -> the hidden states before the first layer and after each, L + 1 times (T, H), or the last alone.

@@ -28,7 +28,7 @@ from fastbert.models.outputs import BaseModelOutputWithPooling
 from fastbert.models.rotary import project
 from fastbert.ops import Policy, recording, tracing
 from fastbert.ops.derived import Derived
-from fastbert_kernels.masks import ATTENTION, ATTENTION_OUTPUT, site_of
+from fastbert_kernels.masks import ATTENTION, ATTENTION_OUTPUT, INNER, site_of
 
 ACTIVATIONS = {"geglu": "gelu", "reglu": "relu"}  # of the gate, by feed_forward_type
 
@@ -103,8 +103,9 @@ class JinaBertGLUMLP(nn.Module):
 
     without_bias = True
 
-    def __init__(self, config: BertConfig) -> None:
+    def __init__(self, config: BertConfig, layer: int = 0) -> None:
         super().__init__()
+        self.dropout_site = site_of(layer, INNER)
         kind = setting(config, "feed_forward_type")
         expect(kind in ACTIVATIONS, "feed_forward_type", kind, f"one of {', '.join(ACTIVATIONS)}")
         self.activation = ACTIVATIONS[kind]
@@ -117,7 +118,7 @@ class JinaBertGLUMLP(nn.Module):
         if x.dim() == 3:
             return hooks.on_packed(JinaBertGLUMLP.forward, self, x)
         inner = ops.gated(project(self.gated_layers, x, policy, batch), self.activation, policy=policy)  # (T, I)
-        inner, norm = call_dropout(self.dropout, inner, batch), self.layernorm
+        inner, norm = call_dropout(self.dropout, inner, batch, self.dropout_site), self.layernorm
         if not is_plain_norm(norm):
             return call_module(norm, project(self.wo, inner, policy, batch) + x, policy, batch)
         after = x, norm.weight, norm.bias, norm.eps
@@ -131,7 +132,7 @@ class JinaBertLayer(nn.Module):
     def __init__(self, config: BertConfig, layer: int = 0) -> None:
         super().__init__()
         self.attention = JinaBertAttention(config, layer)
-        self.mlp = JinaBertGLUMLP(config)
+        self.mlp = JinaBertGLUMLP(config, layer)
 
     def forward(
         self, x: Tensor, batch: Any = None, policy: Policy = ops.AUTO, alibi: Tensor | None = None
@@ -154,11 +155,13 @@ class JinaBertLayer(nn.Module):
             attention_norm=Norm.of(add.LayerNorm),
             up=Linear(up, None),  # what is activated
             gate=Linear(gate, None),
+            fuse_up=lambda: Linear.of(mlp.gated_layers),
             activation=mlp.activation,
             down=Linear.of(mlp.wo),
             output_norm=Norm.of(mlp.layernorm),
             dropouts=(attention.dropout_p, add.dropout_p, 0.0),
             position_bias=alibi,
+            inner_dropout=mlp.dropout.p if mlp.dropout.training else 0.0,
         )
 
 

@@ -23,9 +23,11 @@ from fastbert.models.encoder import EncoderModel
 from fastbert.models.layers import LayerStack
 from fastbert.models.modules import call_dropout
 from fastbert.models.outputs import BaseModelOutputWithPooling
-from fastbert.models.rotary import embed, embeds_in_kernel, normalise, project, rotations_of
+from fastbert.models.rotary import embed, embeds_in_kernel, normalise, project
 from fastbert.ops import Policy
+from fastbert.ops.angles import rotations_of
 from fastbert.ops.packing import PackedBatch
+from fastbert_kernels.masks import ATTENTION, ATTENTION_OUTPUT, INNER, site_of
 
 
 def _norm(config: BertConfig) -> nn.LayerNorm:
@@ -79,9 +81,10 @@ class ModernBertAttention(nn.Module):
 
     without_bias = True  # whether linears and norms may be
 
-    def __init__(self, config: BertConfig, rotary: RotaryLayer) -> None:
+    def __init__(self, config: BertConfig, rotary: RotaryLayer, layer: int = 0) -> None:
         super().__init__()
         size, bias = config.hidden_size, setting(config, "attention_bias")
+        self.dropout_sites = site_of(layer, ATTENTION), site_of(layer, ATTENTION_OUTPUT)
         self.num_heads, self.head_size, self.rotary = config.num_attention_heads, config.head_size, rotary
         self.Wqkv = nn.Linear(size, 3 * size, bias=bias)
         self.Wo = nn.Linear(size, size, bias=bias)
@@ -103,9 +106,9 @@ class ModernBertAttention(nn.Module):
         if batch.has_plan(attention_weights.PLAN):
             context = attention_weights.attend(qkv, batch, self.num_heads, self.dropout_p, window=window)
         else:
-            dropout = self.dropout_p or None
+            dropout = ops.dropout_of(self.dropout_p, batch, self.dropout_sites[0])
             context = ops.varlen_attention(qkv, batch, self.num_heads, window=window, dropout=dropout, policy=policy)
-        return call_dropout(self.out_drop, project(self.Wo, context, policy, batch), batch)
+        return call_dropout(self.out_drop, project(self.Wo, context, policy, batch), batch, self.dropout_sites[1])
 
 
 class ModernBertMLP(nn.Module):
@@ -113,9 +116,9 @@ class ModernBertMLP(nn.Module):
 
     without_bias = True
 
-    def __init__(self, config: BertConfig) -> None:
+    def __init__(self, config: BertConfig, layer: int = 0) -> None:
         super().__init__()
-        bias = setting(config, "mlp_bias")
+        bias, self.dropout_site = setting(config, "mlp_bias"), site_of(layer, INNER)
         self.Wi = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=bias)
         self.Wo = nn.Linear(config.intermediate_size, config.hidden_size, bias=bias)
         self.drop = nn.Dropout(setting(config, "mlp_dropout"))
@@ -125,7 +128,7 @@ class ModernBertMLP(nn.Module):
         if x.dim() == 3:
             return hooks.on_packed(ModernBertMLP.forward, self, x)
         x = ops.gated(project(self.Wi, x, policy, batch), self.activation, policy=policy)  # (T, I)
-        return project(self.Wo, call_dropout(self.drop, x, batch), policy, batch)
+        return project(self.Wo, call_dropout(self.drop, x, batch, self.dropout_site), policy, batch)
 
 
 class ModernBertEncoderLayer(nn.Module):
@@ -134,9 +137,9 @@ class ModernBertEncoderLayer(nn.Module):
     def __init__(self, config: BertConfig, rotary: RotaryLayer, layer: int = 0) -> None:
         super().__init__()
         self.attn_norm = _norm(config) if layer else nn.Identity()
-        self.attn = ModernBertAttention(config, rotary)
+        self.attn = ModernBertAttention(config, rotary, layer)
         self.mlp_norm = _norm(config)
-        self.mlp = ModernBertMLP(config)
+        self.mlp = ModernBertMLP(config, layer)
 
     def forward(self, x: Tensor, batch: Any = None, policy: Policy = ops.AUTO) -> Tensor:  # (T, H) -> (T, H)
         if x.dim() == 3:
@@ -160,10 +163,12 @@ class ModernBertEncoderLayer(nn.Module):
             attention_norm=Norm.of(norm) if isinstance(norm, nn.LayerNorm) else None,
             up=up,
             gate=gate,
+            fuse_up=lambda: Linear.of(mlp.Wi),
             activation=mlp.activation,
             down=Linear.of(mlp.Wo),
             output_norm=Norm.of(self.mlp_norm),
-            dropouts=(attn.dropout_p, out_p, p),
+            dropouts=(attn.dropout_p, out_p, 0.0),
+            inner_dropout=p,
             pre_norm=True,
             rotary=attn.rotary.base,
             position_factor=attn.rotary.factor,

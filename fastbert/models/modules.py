@@ -10,6 +10,7 @@ from fastbert import ops
 from fastbert.engine.listeners import is_bare, is_plain, is_plain_norm
 from fastbert.models import hooks
 from fastbert.ops import Policy, dispatch, packing, recording
+from fastbert.ops import dropout as masks
 from fastbert.ops.packing import PackedBatch
 
 __all__ = ["add_and_norm", "call_dropout", "call_module", "dense", "first_rows", "is_plain", "is_plain_norm",
@@ -42,9 +43,16 @@ def call_module(module: nn.Module, x: Any, policy: Policy, batch: PackedBatch | 
     return hooks.leaf(module, x, batch)
 
 
-def call_dropout(dropout: nn.Module, x: Tensor, batch: PackedBatch | None = None) -> Tensor:
-    """dropout(x), by whatever stands in its place. batch: see `dense`."""
-    return dropout(x) if is_bare(dropout, nn.Dropout) else hooks.leaf(dropout, x, batch)
+def call_dropout(dropout: nn.Module, x: Tensor, batch: PackedBatch | None = None, site: int | None = None) -> Tensor:
+    """dropout(x), by whatever stands in its place. batch: see `dense`.
+
+    site: of a mask that every backend draws alike (`fastbert_kernels.masks`); None where PyTorch draws it.
+    """
+    if not is_bare(dropout, nn.Dropout):
+        return hooks.leaf(dropout, x, batch)
+    if site is None or not dropout.training or recording.on and recording.is_dry():
+        return dropout(x)
+    return masks.apply(x, ops.dropout_of(dropout.p, batch, site))  # type: ignore[arg-type]
 
 
 def add_and_norm(

@@ -1,4 +1,4 @@
-"""What encoders with rotary positions share: the angles of a batch, their embeddings, and parts without bias."""
+"""What encoders with rotary positions share: their embeddings, and parts without bias."""
 
 from __future__ import annotations
 
@@ -8,39 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from fastbert import ops
-from fastbert.checkpoint.rotary import RotaryLayer
 from fastbert.engine.listeners import is_bare
 from fastbert.models.modules import call_dropout, call_module, dense, is_plain
 from fastbert.ops import Policy, dispatch, embedding, recording, tracing
 from fastbert.ops.packing import PackedBatch
+from fastbert_kernels.masks import EMBEDDINGS
 
-PLAN = "rotary positions"
 PARTS_OBSTACLE = "the Triton kernel embeds and normalises at once, and somebody listens to a part of that"
-
-
-class Rotations:
-    """The cosines and sines of a batch's rows, for each base that its layers ask for."""
-
-    def __init__(self, position_ids: Tensor) -> None:
-        self.position_ids = position_ids
-        self._tables: dict[Any, tuple[Tensor, Tensor]] = {}
-
-    def of(self, layer: RotaryLayer, head_size: int) -> tuple[Tensor, Tensor]:
-        """(T, D / 2) float32 each."""
-        key = head_size, layer.base, layer.factor
-        if key not in self._tables:
-            self._tables[key] = ops.rotations(self.position_ids, *key)
-        return self._tables[key]
-
-    def renew(self, position_ids: Tensor) -> None:
-        """Takes the positions of a forward pass. Its tables are made in it, so that a CUDA graph makes them again."""
-        self.position_ids, self._tables = position_ids, {}
-
-
-def rotations_of(batch: PackedBatch) -> Rotations:
-    """The rotations of a batch, by its columns where nobody has set other positions."""
-    rotations: Rotations = batch.plan(PLAN, lambda: Rotations(batch.position_ids))
-    return rotations
 
 
 def embed(
@@ -72,7 +46,7 @@ def embed(
         if types is not None:
             x = x + look_up(types, token_type_ids, policy, batch, obstacle)
         x = normalise(norm, x, policy, batch)
-    return call_dropout(module.dropout, x, batch)
+    return call_dropout(module.dropout, x, batch, EMBEDDINGS)
 
 
 def embeds_in_kernel(module: Any, policy: Policy) -> bool:

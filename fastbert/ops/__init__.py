@@ -1,6 +1,6 @@
 """The fused operations of a BERT encoder on packed tokens: one function each, whatever backend runs it."""
 
-from fastbert.ops import quantized
+from fastbert.ops import quantized, quantized_parts
 from fastbert.ops.attention import prepare as prepare_attention
 from fastbert.ops.attention import varlen_attention
 from fastbert.ops.cross_entropy import linear_cross_entropy
@@ -43,6 +43,7 @@ __all__ = [
     "pool",
     "prepare_attention",
     "quantized",
+    "quantized_parts",
     "readable",
     "rotary",
     "rotations",

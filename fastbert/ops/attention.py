@@ -210,8 +210,8 @@ def varlen_attention(
     qkv: (T, 3 * N * D), laid out [q | k | v], each (N, D). scale: D^-0.5 by default. position_bias: (N, 2R + 1), what
     is added to the score of a key -R to R columns after the query, and beyond (fastbert.ops.position_bias); columns are
     those of the batch, after `packing.find_holes`. window: how many columns a query reaches on either side, None for
-    all; not together with a position bias. dropout: of the probabilities; within a window PyTorch draws it. Returns
-    (T, N * D) in qkv's dtype. Raises ValueError for shapes that do not fit.
+    all; not together with a position bias. dropout: of the probabilities. Returns (T, N * D) in qkv's dtype. Raises
+    ValueError for shapes that do not fit.
     """
     table, columns = position_bias, None if position_bias is None else batch.columns
     if table is not None:
@@ -229,7 +229,7 @@ def varlen_attention(
     if window is not None and not windowed.reaches_all(qkv, batch, window, dropout, policy):
         if table is not None:
             raise ValueError("window: expected None with a position bias")
-        return windowed.attention(qkv, batch, num_heads, window, scale, probability_of(dropout), policy)
+        return windowed.attention(qkv, batch, num_heads, window, scale, dropout, policy)
     compiling = torch.compiler.is_compiling()
     trained = choose.perhaps(dropout, compiling)
     trained = trained and choose.wanted(policy, dropout, qkv, table)

@@ -128,18 +128,21 @@ def batch_in_rows(
     What attention gives for the empty rows is undefined.
     """
     plan = triton_plan(batch, qkv_dtype, head_size, policy)
-    return batch.in_rows(position_ids, _plans_of(plan, batch.device, qkv_dtype, head_size, policy))
+    return batch.in_rows(position_ids, _plans_of(plan, qkv_dtype, head_size, policy))
 
 
 def with_plan(batch: PackedBatch, qkv_dtype: torch.dtype, head_size: int, policy: Policy, plan: Plan) -> PackedBatch:
     """Returns the batch with a triton plan that the caller keeps. Tiles of no rows may fill its lists up."""
-    return replace(batch, _plans=_plans_of(plan, batch.device, qkv_dtype, head_size, policy))
+    return replace(batch, _plans=_plans_of(plan, qkv_dtype, head_size, policy))
 
 
-def _plans_of(
-    plan: Plan, device: torch.device, qkv_dtype: torch.dtype, head_size: int, policy: Policy
-) -> dict[Any, Any]:
-    """Returns what a batch in the rows of a bucket keeps: its plan, and the rows of the tiles in it."""
+def _plans_of(plan: Plan, qkv_dtype: torch.dtype, head_size: int, policy: Policy) -> dict[Any, Any]:
+    """Returns what a batch in the rows of a bucket keeps: its plan, and of which attention its tiles are."""
+    return {plan_key(qkv_dtype, head_size, policy): plan, TILES: (plan, qkv_dtype, head_size)}
+
+
+def _heights(plan: Plan, qkv_dtype: torch.dtype, head_size: int, device: torch.device) -> list[int]:
+    """Returns the rows of a tile in each list of a plan."""
     from fastbert_kernels import configs, launch
 
     arch = launch.arch(device)
@@ -148,7 +151,7 @@ def _plans_of(
         short = configs.short_attention_config(qkv_dtype, head_size, arch)
         assert short is not None
         heights.append(short.block_sizes["BLOCK_Q"])
-    return {plan_key(qkv_dtype, head_size, policy): plan, TILES: (plan, heights)}
+    return heights
 
 
 def tiles_of(batch: PackedBatch, block_q: int, share: bool) -> WorkList:
@@ -161,7 +164,8 @@ def tiles_of(batch: PackedBatch, block_q: int, share: bool) -> WorkList:
 
     if not batch.has_plan(TILES):
         return build_work_list(batch.cu_seqlens_cpu.numpy(), block_q, share).to(batch.device)
-    plan, heights = batch.plan(TILES, tuple)
+    plan, qkv_dtype, head_size = batch.plan(TILES, tuple)
+    heights = _heights(plan, qkv_dtype, head_size, batch.device)
     lists = [part for part in (plan.tiles, plan.short_tiles) if part is not None]
     cut = [_cut(tiles, -(-height // block_q), block_q) for tiles, height in zip(lists, heights, strict=True)]
     return WorkList(cut[0] if len(cut) == 1 else torch.cat(cut), plan.row_spans)
@@ -371,10 +375,12 @@ def _aligned(n_integers: int) -> int:
     return -(-n_integers // 4) * 4
 
 
-def gradient_plan(batch: PackedBatch, dtype: torch.dtype, head_size: int, biased: bool = False) -> Any:
+def gradient_plan(
+    batch: PackedBatch, dtype: torch.dtype, head_size: int, biased: bool = False, windowed: bool = False
+) -> Any:
     """Returns what the kernels of attention's gradients need of a batch, made once for all layers.
 
-    biased: with a position bias.
+    biased: with a position bias. windowed: within a window.
     """
 
     def make() -> Any:
@@ -383,11 +389,11 @@ def gradient_plan(batch: PackedBatch, dtype: torch.dtype, head_size: int, biased
         from fastbert_kernels.attention_backward import work_lists
         from fastbert_kernels.work_list import WorkList
 
-        tiles = configs.attention_backward_configs(dtype, head_size, launch.arch(batch.device), biased)
+        tiles = configs.attention_backward_configs(dtype, head_size, launch.arch(batch.device), biased, windowed)
         lists = work_lists(batch.cu_seqlens_cpu.tolist(), tiles)
         queries = WorkList(*(to_device(part, batch.device) for part in lists.queries))
         if lists.keys is lists.queries:
             return GradientPlan(queries, queries)
         return GradientPlan(queries, WorkList(*(to_device(part, batch.device) for part in lists.keys)))
 
-    return batch.plan(("triton attention gradients", dtype, head_size, biased), make)
+    return batch.plan(("triton attention gradients", dtype, head_size, biased, windowed), make)

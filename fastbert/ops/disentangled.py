@@ -95,9 +95,10 @@ def _gradient_obstacle(qkv: Tensor, positions: Positions) -> str | None:
     return tracing.observed(*tensors) or (None if recording.on and recording.is_dry() else _WHOLE_BATCH)
 
 
-def _by_kernel(
+def by_kernel(
     qkv: Tensor, positions: Positions, batch: PackedBatch, num_heads: int, scale: float, invariant: bool
 ) -> Tensor:
+    """Does what `disentangled_attention` does on the triton backend, with arguments that were checked."""
     from fastbert_kernels import disentangled as kernels
 
     if batch.n_tokens == 0:
@@ -140,6 +141,8 @@ def disentangled_attention(
     trained = choose.perhaps(dropout, torch.compiler.is_compiling())
     trained = trained and choose.wanted(policy, dropout, qkv, positions.keys, positions.queries)
     trained = trained and not isinstance(dropout, float)
+    if recording.on and recording.is_dry():  # which asks for the kernels, and for no gradients
+        trained = mask_of(dropout) is not None and not policy.batch_invariant
     no_kernel = triton_obstacle(qkv, positions, num_heads, dropout, trained)
     backend = dispatch.choose("attention", policy.backend, policy.strict, qkv.device, no_kernel)
     obstacle = cpu_obstacle(qkv, positions, num_heads, dropout, trained) if backend == "cpu" else None
@@ -161,7 +164,7 @@ def disentangled_attention(
         settings = training.Settings(batch, num_heads, scale, positions.buckets, mask_of(dropout))
         return training.attention(qkv, positions.keys, positions.queries, settings, training.KERNELS[backend])
     if backend == "triton":
-        return _by_kernel(qkv, positions, batch, num_heads, scale, policy.batch_invariant)
+        return by_kernel(qkv, positions, batch, num_heads, scale, policy.batch_invariant)
     if backend == "cpu" and obstacle is None and dispatch.direct(qkv):
         qkv = qkv if qkv.stride(-1) == 1 else qkv.contiguous()
         rows_of = rows_on(positions.buckets, qkv.device, torch.int32)

@@ -193,15 +193,18 @@ def for_kernel(keys: Tensor | None, queries: Tensor | None, buckets: tuple[int, 
     """Returns what the Triton kernels take for distances in a batch."""
     from fastbert_kernels.disentangled_tiles import Distances
 
-    rows_of = rows_of_distances(*buckets)
-    radius = len(rows_of) // 2
-    # With holes in the mask, a text may be spread over all columns of the batch.
-    longest = batch.padded_length if batch.columns is not None else int(batch.cu_seqlens_cpu.diff().max())
-    span = min(max(longest - 1, 0), radius)
-    low, high = rows_of[radius - span], rows_of[radius + span]
+    def reach() -> tuple[Tensor, int, int]:
+        rows_of = rows_of_distances(*buckets)
+        radius = len(rows_of) // 2
+        # With holes in the mask, a text may be spread over all columns of the batch.
+        longest = batch.padded_length if batch.columns is not None else int(batch.cu_seqlens_cpu.diff().max())
+        span = min(max(longest - 1, 0), radius)
+        low, high = rows_of[radius - span], rows_of[radius + span]
+        return rows_on(buckets, batch.device, torch.int32), low, high - low + 1
+
     keys, queries = (None if tensor is None else tensor.contiguous() for tensor in (keys, queries))
-    table = rows_on(buckets, batch.device, torch.int32)
-    return Distances(keys, queries, table, low, high - low + 1, batch.columns)
+    table, low, n_rows = batch.plan(("distances", buckets), reach)
+    return Distances(keys, queries, table, low, n_rows, batch.columns)
 
 
 def work_list(batch: PackedBatch, rows: int, invariant: bool = False) -> Any:

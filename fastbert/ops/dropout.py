@@ -53,15 +53,15 @@ def mask_of(dropout: Drop) -> Dropout | None:
     return dropout if isinstance(dropout, Dropout) else None
 
 
-def keep(rows: Tensor, n_columns: int, dropout: Dropout, num_heads: int | None = None) -> Tensor:
+def keep(rows: Tensor, n_columns: int, dropout: Dropout, num_heads: int | None = None, first: int = 0) -> Tensor:
     """Draws the mask, True where an element is kept, in plain PyTorch.
 
     rows: (...,) integers, the packed rows. Returns (..., n_columns) bool; with num_heads, for attention, rows are
-    (B, S) and the result is (B, N, S, n_columns).
+    (B, S) and the result is (B, N, S, n_columns). first: the first of the columns, a multiple of 8.
     """
     n_groups = -(-n_columns // masks.GROUP)
     device = rows.device
-    column = torch.arange(n_groups, dtype=torch.int64, device=device)
+    column = torch.arange(first // masks.GROUP, first // masks.GROUP + n_groups, dtype=torch.int64, device=device)
     row = rows.long()[..., None]
     head = torch.zeros((), dtype=torch.int64, device=device)
     if num_heads is not None:

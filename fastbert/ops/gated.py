@@ -77,9 +77,12 @@ register(
 
 def triton_obstacle(x: Tensor, activation: str) -> str | None:
     """Tells why the triton backend cannot gate this in one kernel, or None."""
-    if activation not in GATED:
-        return f"there is no Triton kernel for {activation!r}"
-    return dispatch.dtype_obstacle(x)
+    return activation_obstacle(activation) or dispatch.dtype_obstacle(x)
+
+
+def activation_obstacle(activation: str) -> str | None:
+    """Tells why the Triton kernels cannot gate by this activation, or None."""
+    return None if activation in GATED else f"there is no Triton kernel for {activation!r}"
 
 
 def gated(x: Tensor, activation: str = "gelu", *, policy: Policy = AUTO) -> Tensor:

@@ -13,27 +13,39 @@ from torch import Tensor
 
 from fastbert.ops.attention import _kernel as attention_kernel
 from fastbert.ops.attention_plan import Plan
+from fastbert.ops.columns_around import ranges_of
+from fastbert.ops.disentangled import by_kernel as disentangled_kernel
+from fastbert.ops.gated import _kernel as gated_kernel
 from fastbert.ops.gelu import _kernel as gelu_kernel
 from fastbert.ops.layer_norm import _kernel as layer_norm_kernel
 from fastbert.ops.linear import _kernel as linear_kernel
+from fastbert.ops.linear import _kernel_layer_norm as split_kernel
 from fastbert.ops.packing import PackedBatch
+from fastbert.ops.rotary import _kernel as rotary_kernel
+from fastbert.ops.window import _kernel as windowed_kernel
 
 
 @dataclass(frozen=True, eq=False)
 class Product:
-    """A linear whose GEMM is chosen. weight: (M, K). bias: (M,). ours: whether the GEMM is ours, or PyTorch's."""
+    """A linear whose GEMM is chosen. weight: (M, K). bias: (M,) or None. ours: whether the GEMM is ours, or PyTorch's.
+
+    by_rows: whether few rows may have a tile of their own. splits: whether a table shares K among programs for some
+    number of rows, where a LayerNorm follows.
+    """
 
     weight: Tensor
-    bias: Tensor
+    bias: Tensor | None
     activation: str
     ours: bool
+    by_rows: bool = False
+    splits: bool = False
 
 
 def linear_activation(x: Tensor, product: Product) -> Tensor:
     """activation(x @ weight^T + bias), (T, K) -> (T, M): see `fastbert.ops.linear`."""
     weight, bias, activation = product.weight, product.bias, product.activation
     if product.ours:
-        return linear_kernel(x, weight, bias, activation)
+        return linear_kernel(x, weight, bias, activation, None, product.by_rows)
     if activation == "none":
         return F.linear(x, weight, bias)
     return gelu_kernel(F.linear(x, weight), bias, activation)
@@ -50,10 +62,13 @@ def linear_residual_layer_norm(
 ) -> Tensor:
     """LayerNorm(x @ weight^T + bias + residual), (T, K) -> (T, H): see `fastbert.ops.linear_residual_layer_norm`.
 
-    out: where to write the result, contiguous, or None for new memory.
+    out: where the result may be written, contiguous, or None. A product that is summed in shares has new memory.
     """
+    if product.splits:
+        kind = "fastbert" if product.ours else "library"
+        return split_kernel(x, product.weight, product.bias, residual, weight, ln_bias, eps, kind)
     if product.ours:
-        y = linear_kernel(x, product.weight, product.bias, "none", residual)
+        y = linear_kernel(x, product.weight, product.bias, "none", residual, product.by_rows)
         return bias_residual_layer_norm(y, None, None, weight, ln_bias, eps, out=out)
     y = F.linear(x, product.weight)
     return bias_residual_layer_norm(y, product.bias, residual, weight, ln_bias, eps, out=out)
@@ -61,11 +76,53 @@ def linear_residual_layer_norm(
 
 # LayerNorm(x + bias + residual), (T, H) -> (T, H): see `fastbert.ops.bias_residual_layer_norm`.
 bias_residual_layer_norm = layer_norm_kernel
+# activation(first half) * second half, (T, 2 I) -> (T, I): see `fastbert.ops.gated`.
+gated = gated_kernel
+# Disentangled attention within each sequence, (T, 3H) -> (T, H): see `fastbert.ops.disentangled_attention`.
+disentangled_attention = disentangled_kernel
 
 
-def varlen_attention(qkv: Tensor, batch: PackedBatch, plan: Plan, num_heads: int, scale: float) -> Tensor:
+def activate(x: Tensor, activation: str) -> Tensor:
+    """activation(x), (T, H) -> (T, H): see `fastbert.ops.bias_gelu`."""
+    return gelu_kernel(x, None, activation)
+
+
+def add_layer_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, ln_bias: Tensor | None, eps: float, keep_sum: bool = True
+) -> tuple[Tensor | None, Tensor]:
+    """x + residual and its LayerNorm, (T, H) each, as an addition and `bias_residual_layer_norm` give them.
+
+    keep_sum: whether the sum is wanted; else None stands for it.
+    """
+    from fastbert_kernels.sum_norm import sum_norm_forward
+
+    return sum_norm_forward(x, residual, weight, ln_bias, eps, keep_sum)
+
+
+def rotary(qkv: Tensor, cos: Tensor, sin: Tensor, num_heads: int) -> Tensor:
+    """Turns queries and keys in place, (T, 3H): see `fastbert.ops.rotary`."""
+    return rotary_kernel(qkv, cos, sin, num_heads, in_place=True)
+
+
+def varlen_attention(
+    qkv: Tensor, batch: PackedBatch, plan: Plan, num_heads: int, scale: float, table: Tensor | None = None
+) -> Tensor:
     """Attention within each sequence, (T, 3H) -> (T, H): see `fastbert.ops.varlen_attention`.
 
-    plan: what `attention_plan.triton_plan` gave for the batch.
+    plan: what `attention_plan.triton_plan` gave for the batch. table: of a position bias.
     """
-    return attention_kernel(qkv, batch.cu_seqlens, batch.cu_seqlens_cpu, plan[0], plan[1], num_heads, scale, plan[2])
+    columns = None if table is None else batch.columns
+    return attention_kernel(
+        qkv, batch.cu_seqlens, batch.cu_seqlens_cpu, plan[0], plan[1], num_heads, scale, plan[2], plan[3], table,
+        columns,
+    )  # fmt: skip
+
+
+def windowed_attention(
+    qkv: Tensor, batch: PackedBatch, plan: Plan, num_heads: int, scale: float, window: int
+) -> Tensor:
+    """The same within a window of columns on either side."""
+    return windowed_kernel(
+        qkv, batch.cu_seqlens_cpu, plan[0], plan[1], num_heads, scale, window, plan[2], plan[3], batch.columns,
+        ranges_of(batch, window),
+    )  # fmt: skip

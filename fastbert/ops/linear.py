@@ -104,7 +104,7 @@ register(
 )
 
 
-def _splits(x: torch.Tensor, weight: torch.Tensor, policy: Policy) -> bool:
+def splits(x: torch.Tensor, weight: torch.Tensor, policy: Policy) -> bool:
     """Tells whether a table splits this linear before LayerNorm for some number of rows."""
     if policy.batch_invariant:
         return False
@@ -273,7 +273,7 @@ def linear_residual_layer_norm(
         product = "packed"
     else:
         product = "library"
-    if fused and dropout_p == 0.0 and _splits(x, weight, policy):
+    if fused and dropout_p == 0.0 and splits(x, weight, policy):
         if recording.on and _note("split", policy, obstacle, x, weight, bias, residual=True):
             return torch.empty_like(residual)
         return torch.ops.fastbert.linear_layer_norm(x, weight, bias, residual, ln_weight, ln_bias, eps, product)

@@ -111,7 +111,7 @@ def bias_residual_layer_norm(
     bias: Tensor | None,
     residual: Tensor | None,
     weight: Tensor,
-    ln_bias: Tensor,
+    ln_bias: Tensor | None,
     eps: float,
     precision: str,
     *,
@@ -128,12 +128,12 @@ def bias_residual_layer_norm(
 def embedding_layer_norm(
     input_ids: Tensor | None,
     token_type_ids: Tensor | None,
-    position_ids: Tensor,
+    position_ids: Tensor | None,
     word: Tensor,
     token_type: Tensor | None,
-    position: Tensor,
+    position: Tensor | None,
     weight: Tensor,
-    ln_bias: Tensor,
+    ln_bias: Tensor | None,
     eps: float,
     precision: str,
     *,
@@ -141,11 +141,12 @@ def embedding_layer_norm(
 ) -> tuple[Tensor, Quantized]:
     """`ops.embedding_layer_norm`, and beside it the same rows in 8 bits, one scale a row (int8: rotated).
 
-    Without input_ids, word is the embeddings themselves, (T, H); without token_type there are no segments.
+    Without input_ids, word is the embeddings themselves, (T, H); without token_type there are no segments, and without
+    position no positions.
     """
     tables = word, token_type, position, weight, ln_bias
-    if token_type is None:
-        token_type_ids = None
+    token_type_ids = None if token_type is None else token_type_ids
+    position_ids = None if position is None else position_ids
     arguments = input_ids, token_type_ids, position_ids, *tables, eps, precision
     _check_width(word.shape[1], precision)
     obstacle = embedding.triton_obstacle(word.shape[1], *tables)
@@ -159,6 +160,7 @@ def varlen_attention(
     num_heads: int,
     precision: str,
     *,
+    scale: float | None = None,
     position_bias: Tensor | None = None,
     policy: Policy = AUTO,
 ) -> Quantized:
@@ -177,10 +179,10 @@ def varlen_attention(
     if planned and dispatch.decide("attention", policy, qkv.device, on_device).backend == "triton":
         plan = attention_plan.triton_plan(batch, qkv.dtype, head_size, policy)
     bias = position_bias, None if position_bias is None else batch.columns
-    settings = num_heads, head_size**-0.5, precision, plan[3], *bias
+    settings = num_heads, head_size**-0.5 if scale is None else scale, precision, plan[3], *bias
     arguments = qkv, batch.cu_seqlens, batch.cu_seqlens_cpu, *plan[:2], *settings
-    data, scale = _run("attention", precision, policy, obstacle, _Q_ATTENTION, *arguments)
-    return Quantized(data, scale, head_size)
+    data, scales = _run("attention", precision, policy, obstacle, _Q_ATTENTION, *arguments)
+    return Quantized(data, scales, head_size)
 
 
 def _run(op: str, precision: str, policy: Policy, obstacle: str | None, functions: Functions, *args: Any) -> Any:
@@ -205,25 +207,29 @@ def _run(op: str, precision: str, policy: Policy, obstacle: str | None, function
 def _note(op: str, precision: str, backend: str, args: tuple[Any, ...]) -> bool:
     """Records an operation on 8-bit operands. Returns what `recording.note` does."""
     facts: dict[str, Any] = {"precision": precision, "quantizes": True}
-    first: Tensor = args[0] if op != "embedding" else args[3]
+    first: Tensor = args[0] if op != "embedding" or args[0] is not None else args[3]
     shape: tuple[int, ...] = tuple(first.shape)
     before: tuple[int, ...] | None = shape
     weight = None
     dtype = first.dtype
-    if op == "linear":
+    if op in ("linear", "gated"):
         _, _, group, weight, _, bias, activation, *dtypes = args
-        shape = shape[0], weight.shape[0]
+        shape = shape[0], weight.shape[0] // (2 if op == "gated" else 1)
         dtype = dtypes[0] if dtypes else dtype
         group = None if group >= weight.shape[1] else group
         facts |= {"quantizes": not dtypes, "group": group, "bias": bias is not None, "activation": activation}
     elif op == "layer_norm":
         weight = args[3]
         facts |= {"bias": args[1] is not None, "residual": args[2] is not None}
+    elif op == "sum_norm":
+        weight = args[2]
+        facts |= {"bias": False, "residual": True}
     elif op == "attention":
         shape = shape[0], shape[1] // 3
         facts |= {"heads": args[5], "shared_tiles": True, "compiled_obstacle": None}
-    else:
-        before, shape = None, (args[2].shape[0], shape[1])
+        facts |= {"window": args[8]} if type(args[8]) is int else {}
+    elif op == "embedding":
+        before, shape, dtype = None, (first.shape[0], args[3].shape[1]), args[3].dtype
     return recording.note(f"{op} in {precision}", backend, before, shape, dtype, weight, **facts)
 
 
@@ -311,8 +317,8 @@ def _layer_norm_kernel(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
 def _embedding_kernel(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     rest: list[Any]
     *rest, precision = arguments
-    positions, word = rest[2], rest[3]
-    like = word.new_empty(0).expand(positions.shape[0], 0)
+    word = rest[3]
+    like = word.new_empty(0).expand((word if rest[0] is None else rest[0]).shape[0], 0)
     buffers = _buffers(like, word.shape[1], 1, DTYPES[precision])
     rest += [None, buffers]  # no padding_idx
     return (embedding._kernel(*rest), *buffers)
@@ -364,21 +370,21 @@ _Q_LINEAR_QUANTIZED = _register(
     ),
 )
 _Q_LAYER_NORM = _register(
-    "layer_norm_quantized(Tensor x, Tensor? bias, Tensor? residual, Tensor weight, Tensor ln_bias, float eps, "
+    "layer_norm_quantized(Tensor x, Tensor? bias, Tensor? residual, Tensor weight, Tensor? ln_bias, float eps, "
     "str precision) -> (Tensor, Tensor, Tensor)",
     _layer_norm_kernel,
     lambda *args: _normalized(layer_norm._eager(*args[:-1]), args[-1]),
     lambda x, *rest: (x.new_empty(x.shape), *_fake_8_bit(x, x.shape[0], x.shape[1], 1, DTYPES[rest[-1]])),
 )
 _Q_EMBEDDING = _register(
-    "embedding_layer_norm_quantized(Tensor? input_ids, Tensor? token_type_ids, Tensor position_ids, Tensor word, "
-    "Tensor? token_type, Tensor position, Tensor weight, Tensor ln_bias, float eps, str precision) "
+    "embedding_layer_norm_quantized(Tensor? input_ids, Tensor? token_type_ids, Tensor? position_ids, Tensor word, "
+    "Tensor? token_type, Tensor? position, Tensor weight, Tensor? ln_bias, float eps, str precision) "
     "-> (Tensor, Tensor, Tensor)",
     _embedding_kernel,
     lambda *args: _normalized(embedding._eager(*[*args[:-1], None]), args[-1]),
     lambda input_ids, types, positions, word, *rest: (
-        word.new_empty(positions.shape[0], word.shape[1]),
-        *_fake_8_bit(word, positions.shape[0], word.shape[1], 1, DTYPES[rest[-1]]),
+        word.new_empty((n_rows := (word if input_ids is None else input_ids).shape[0]), word.shape[1]),
+        *_fake_8_bit(word, n_rows, word.shape[1], 1, DTYPES[rest[-1]]),
     ),
 )
 _Q_ATTENTION = _register(

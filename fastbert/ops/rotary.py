@@ -55,7 +55,8 @@ def tables_of(position_ids: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor
     return angles.cos(), angles.sin()
 
 
-def _eager(qkv: Tensor, cos: Tensor, sin: Tensor, num_heads: int) -> Tensor:
+def rotate_rows(qkv: Tensor, cos: Tensor, sin: Tensor, num_heads: int) -> Tensor:
+    """Does what `rotary` does, in plain PyTorch."""
     rows = qkv.unflatten(-1, (3, num_heads, -1))  # (T, 3, N, D)
     dtype = torch.promote_types(qkv.dtype, torch.float32)
     first, second = rows[:, :2].to(dtype).chunk(2, dim=-1)
@@ -89,15 +90,15 @@ def _fake(qkv: Tensor, cos: Tensor, sin: Tensor, num_heads: int) -> Tensor:
 
 register(
     "rotary(Tensor qkv, Tensor cos, Tensor sin, int num_heads) -> Tensor",
-    kernel=_eager,
-    eager=_eager,
+    kernel=rotate_rows,
+    eager=rotate_rows,
     fake=_fake,
     backward=_turned_back,
 )
 register(
     "triton_rotary(Tensor qkv, Tensor cos, Tensor sin, int num_heads) -> Tensor",
     kernel=_kernel,
-    eager=_eager,
+    eager=rotate_rows,
     fake=_fake,
     backward=_turned_back_by_kernel,
 )
@@ -149,4 +150,4 @@ def rotary(
         return cpu.rotary_forward(qkv, cos.contiguous(), sin.contiguous(), num_heads)
     if torch.is_grad_enabled() and qkv.requires_grad and tracing.transformed(qkv) is None:
         return torch.ops.fastbert.rotary(qkv, cos, sin, num_heads)  # keeps angles alone for the backward pass
-    return _eager(qkv, cos, sin, num_heads)
+    return rotate_rows(qkv, cos, sin, num_heads)

@@ -14,13 +14,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastbert.ops import attention_plan, dispatch, recording, tracing
+from fastbert.ops.columns_around import ranges_of
 from fastbert.ops.dispatch import Policy
-from fastbert.ops.dropout import Drop
+from fastbert.ops.dropout import Drop, mask_of
 from fastbert.ops.groups import Group, group_by_length
 from fastbert.ops.library import register
 from fastbert.ops.packing import PackedBatch
 from fastbert.ops.rotary import cpu_obstacle as rows_obstacle
+from fastbert.ops.training import choose, functions
+from fastbert.ops.training.kernels import Attention
+from fastbert.ops.training.plain import PLAIN
 from fastbert_kernels import cpu
+from fastbert_kernels.masks import Dropout
 
 BLOCK = 64  # the fewest queries in a block
 _FAR = 1 << 30  # the column of keys that are not there
@@ -51,10 +56,15 @@ def near(queries: Tensor, keys: Tensor, window: int) -> Tensor:
 
 
 def attention(
-    qkv: Tensor, batch: PackedBatch, num_heads: int, window: int, scale: float, dropout_p: float, policy: Policy
+    qkv: Tensor, batch: PackedBatch, num_heads: int, window: int, scale: float, dropout: Drop, policy: Policy
 ) -> Tensor:
     """What `ops.varlen_attention` does within a window: it decides, records, and attends."""
-    no_kernel = triton_obstacle(qkv, num_heads, dropout_p)
+    trained = choose.perhaps(dropout, torch.compiler.is_compiling()) and choose.wanted(policy, dropout, qkv)
+    dropout_p = dropout if isinstance(dropout, float) else 0.0
+    if trained or isinstance(dropout, Dropout):
+        no_kernel = choose.triton_obstacle(qkv.dtype, head_size=qkv.shape[1] // (3 * num_heads))
+    else:
+        no_kernel = triton_obstacle(qkv, num_heads, dropout_p)
     backend = dispatch.choose("attention", policy.backend, policy.strict, qkv.device, no_kernel)
     obstacle = cpu_obstacle(qkv, num_heads, dropout_p) if backend == "cpu" else None
     if backend != "triton":
@@ -70,6 +80,14 @@ def attention(
         }
         if recording.note("attention", backend, qkv.shape, shape, qkv.dtype, **facts):
             return qkv.new_zeros(shape)
+    if trained or isinstance(dropout, Dropout):
+        settings = Attention(batch, num_heads, scale, mask_of(dropout), batch.columns, window)
+        head_size = qkv.shape[1] // (3 * num_heads)
+        kernels = choose.kernels_of(backend, qkv.dtype, head_size=head_size) if trained else None
+        if kernels is not None:
+            return functions.attention(qkv, settings, kernels)
+        if settings.dropout is not None:
+            return functions.attention(qkv, settings, PLAIN) if trained else PLAIN.attention_forward(qkv, settings)[0]
     if backend == "triton":
         plan = _plan(qkv, batch, num_heads, policy)
         return torch.ops.fastbert.triton_windowed_attention(
@@ -95,28 +113,13 @@ def _plan(qkv: Tensor, batch: PackedBatch, num_heads: int, policy: Policy) -> An
     return attention_plan.triton_plan(batch, qkv.dtype, head_size, policy)
 
 
-def ranges_of(batch: PackedBatch, window: int) -> Tensor | None:
-    """Returns the first row and the end of the rows that each row reaches, (T, 2) int32, where masks have holes."""
-    columns = batch.columns
-    if columns is None:
-        return None
-
-    def make() -> Tensor:
-        first = batch.seq_ids.long() << 32  # so that all columns of the batch ascend
-        places = first + columns.long()
-        starts = torch.searchsorted(places, torch.maximum(places - window, first))
-        return torch.stack([starts, torch.searchsorted(places, places + window, right=True)], 1).int()
-
-    return batch.plan(("window", window), make)
-
-
 def triton_obstacle(qkv: Tensor, num_heads: int, dropout_p: float) -> str | None:
     """Tells why the triton backend has no kernel within a window, or None."""
     head_size = qkv.shape[1] // (3 * num_heads)
     if not 16 <= head_size <= 128:
         return f"head size {head_size} is not from 16 to 128"
     if _with_gradients(qkv):
-        return "there is no Triton kernel for gradients of attention within a window yet"
+        return "gradients of attention within a window that a tracer or a transform watches"
     return dispatch.dtype_obstacle(qkv) or dispatch.dropout_obstacle(dropout_p)
 
 

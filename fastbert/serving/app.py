@@ -88,8 +88,8 @@ def make_app(service: Service, on_failure: Callable[[], None] = lambda: None) ->
         Route("/docs", lambda request: HTMLResponse(openapi.page(first))),
     ]
     answering = {(each.method, each.path): Answering(service, each) for each in ENDPOINTS}
-    routes = [Route(path, each, methods=[method]) for (method, path), each in answering.items()]
-    app = App(routes=[*plain, *routes], lifespan=lifespan, exception_handlers={HTTPException: _no_route})
+    others = [Route(path, each, methods=[method]) for (method, path), each in answering.items()]
+    app = App(routes=[*plain, *others], lifespan=lifespan, exception_handlers={HTTPException: _no_route})
     app.by_name, app.state.service = answering, service
     return app
 

@@ -22,7 +22,8 @@ from fastbert.serving.work import Lane
 logger = logging.getLogger("fastbert.serving")
 
 TOKENIZERS = 2  # threads that tokenize, while a batch is computed
-SHORT = 1000  # characters of a request that take less time to tokenize than a thread does to begin
+# Texts and characters of a request that take less time to tokenize than a thread does to begin.
+FEW_TEXTS, FEW_CHARACTERS = 8, 1000
 _TEXT = "One text."
 
 
@@ -149,7 +150,7 @@ class Service:
             limits.check_characters(texts)
         work = batcher.reserve(sum(model.bound(lane, text) for text in texts))
         try:
-            if sum(map(n_characters, texts)) <= SHORT:
+            if len(texts) <= FEW_TEXTS and sum(map(n_characters, texts)) <= FEW_CHARACTERS:
                 tokens = model.encode(lane, texts)
             else:
                 tokens = await self.in_thread(model.encode, lane, texts)

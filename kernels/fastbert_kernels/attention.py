@@ -81,8 +81,9 @@ def _attend(
     v_block_ptr,  # (BLOCK_K, BLOCK_D)
     key_start,
     key_end,
-    row_first_key,  # (BLOCK_Q,) first key of each row's sequence
+    row_first_key,  # (BLOCK_Q,) first key that each row sees
     row_end_key,  # (BLOCK_Q,)
+    row_text_key,  # (BLOCK_Q,) first key of each row's sequence, where DROPOUT
     kv_row_stride,
     scale_log2,
     d_mask,  # (BLOCK_D,)
@@ -90,7 +91,7 @@ def _attend(
     row_sum,  # (BLOCK_Q,) float32
     row_max,  # (BLOCK_Q,) float32, of the scores times scale_log2
     rows,  # (BLOCK_Q,) packed rows
-    first_key,
+    text_key,  # the first key of the tile's sequences
     shared,  # whether the tile is of several sequences
     head,
     mask_key,  # (key_low, key_high, site, threshold) where DROPOUT
@@ -121,7 +122,7 @@ def _attend(
 
         if DROPOUT:
             bits = keep_probabilities(
-                block_start, rows, row_first_key, first_key, head, mask_key, MASKED and shared, BLOCK_K
+                block_start, rows, row_text_key, text_key, head, mask_key, MASKED and shared, BLOCK_K
             )
         scores = tl.dot(q, k, input_precision=INPUT_PRECISION)  # (BLOCK_Q, BLOCK_K)
         if BIASED:
@@ -156,6 +157,7 @@ def _attend_once(
     scale_log2,
     d_mask,  # (BLOCK_D,)
     rows,  # (BLOCK_Q,)
+    text_key,
     head,
     mask_key,
     bias,
@@ -181,7 +183,7 @@ def _attend_once(
     p = tl.exp2(scores * scale_log2 - row_max[:, None])
     kept = p
     if DROPOUT:
-        bits = keep_probabilities(key_start, rows, row_first_key, key_start, head, mask_key, False, BLOCK_K)
+        bits = keep_probabilities(key_start, rows, rows, text_key, head, mask_key, False, BLOCK_K)
         kept = tl.where(spread_columns(bits), p, 0.0)
     return tl.dot(kept.to(v.dtype), v, input_precision=INPUT_PRECISION), tl.sum(p, axis=1), row_max
 
@@ -233,8 +235,9 @@ def _varlen_attention_kernel(
     first_row, end_row, first_key, end_key, shared = load_tile(tiles_ptr, tl.program_id(1))
     if end_row == first_row:  # what fills a work list of fixed length up
         return
+    text_key, text_end = first_key, end_key
     if WINDOWED:
-        first_key, end_key = keys_in_reach(first_row, end_row, first_key, end_key, window)
+        first_key, end_key = keys_in_reach(first_row, end_row, text_key, text_end, window, DROPOUT)
 
     rows = first_row + tl.arange(0, BLOCK_Q)
     row_mask = rows < end_row
@@ -249,12 +252,12 @@ def _varlen_attention_kernel(
     mask_key = (key_low, key_high, site, threshold)
     bias = (bias_ptr, columns_ptr, bias_radius, bias_scale, end_row)
     if ONE_BLOCK:
-        row_first_key, row_end_key = row_ranges(row_spans_ptr, rows, row_mask, first_key, end_key, shared)
+        row_first_key, row_end_key = row_ranges(row_spans_ptr, rows, row_mask, text_key, text_end, shared)
         if WINDOWED:
             row_first_key, row_end_key = reach_of_rows(rows, row_mask, row_first_key, row_end_key, window, ranges_ptr)
         acc, row_sum, row_max = _attend_once(
             q, k_block_ptr, v_block_ptr, first_key, end_key, row_first_key, row_end_key, qkv_row_stride,
-            scale_log2, d_mask, rows, head, mask_key, bias, BIASED, HOLES, DROPOUT, INPUT_PRECISION, BLOCK_K,
+            scale_log2, d_mask, rows, text_key, head, mask_key, bias, BIASED, HOLES, DROPOUT, INPUT_PRECISION, BLOCK_K,
         )  # fmt: skip
     else:
         acc = tl.zeros((BLOCK_Q, BLOCK_D), dtype=tl.float32)
@@ -267,18 +270,19 @@ def _varlen_attention_kernel(
             if not shared:
                 end_unmasked = first_key + (end_key - first_key) // BLOCK_K * BLOCK_K
             acc, row_sum, row_max = _attend(
-                q, k_block_ptr, v_block_ptr, first_key, end_unmasked, rows, rows, qkv_row_stride,
-                scale_log2, d_mask, acc, row_sum, row_max, rows, first_key, shared, head, mask_key, bias, BIASED, HOLES,
+                q, k_block_ptr, v_block_ptr, first_key, end_unmasked, rows, rows, rows, qkv_row_stride,
+                scale_log2, d_mask, acc, row_sum, row_max, rows, text_key, shared, head, mask_key, bias, BIASED, HOLES,
                 DROPOUT, False, BLOCK_D != HEAD_SIZE, INPUT_PRECISION, BLOCK_K,
             )  # fmt: skip
         # Read here, so that no register holds it over the loop before, which tiles of several sequences pass by.
-        row_first_key, row_end_key = row_ranges(row_spans_ptr, rows, row_mask, first_key, end_key, shared)
+        row_text_key, row_end_key = row_ranges(row_spans_ptr, rows, row_mask, text_key, text_end, shared)
+        row_first_key = row_text_key
         if WINDOWED:
-            row_first_key, row_end_key = reach_of_rows(rows, row_mask, row_first_key, row_end_key, window, ranges_ptr)
+            row_first_key, row_end_key = reach_of_rows(rows, row_mask, row_text_key, row_end_key, window, ranges_ptr)
         acc, row_sum, row_max = _attend(
-            q, k_block_ptr, v_block_ptr, end_unmasked, end_key, row_first_key, row_end_key, qkv_row_stride,
-            scale_log2, d_mask, acc, row_sum, row_max, rows, first_key, shared, head, mask_key, bias, BIASED, HOLES,
-            DROPOUT, True, BLOCK_D != HEAD_SIZE, INPUT_PRECISION, BLOCK_K,
+            q, k_block_ptr, v_block_ptr, end_unmasked, end_key, row_first_key, row_end_key, row_text_key,
+            qkv_row_stride, scale_log2, d_mask, acc, row_sum, row_max, rows, text_key, shared, head, mask_key, bias,
+            BIASED, HOLES, DROPOUT, True, BLOCK_D != HEAD_SIZE, INPUT_PRECISION, BLOCK_K,
         )  # fmt: skip
 
     if DROPOUT:  # The list is read again, so that no register holds it over the loops, whose masks take many.
@@ -328,10 +332,8 @@ def varlen_attention_forward(
 
     dropout: of the probabilities. lse: a buffer (N, T) float32 with unit stride along T, to fill with the natural
     logarithm of each row's sum of exponentials, which the backward pass needs. bias: is added to the scaled scores.
-    window: which keys a query reaches, by default all of its sequence; not with dropout, whose mask counts a row's keys
-    from the first one.
+    window: which keys a query reaches, by default all of its sequence.
     """
-    assert window is None or dropout is None, "no mask of dropout is drawn within a window"
     n_rows, hidden_size = qkv.shape[0], qkv.shape[1] // 3
     head_size = hidden_size // num_heads
     out = launch.empty((n_rows, hidden_size), like=qkv) if quantized is None else quantized[0]

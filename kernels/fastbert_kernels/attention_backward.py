@@ -15,6 +15,9 @@ second, `attention_key_gradient`, one for each tile of keys, which goes over blo
 program in a fixed order, so the bits do not vary. Tiles and work lists are as in the forward pass: `work_list`
 describes them, and what shares a tile.
 
+Within a window (attention_window.py), a tile of queries visits the keys that one of them reaches, and a tile of keys
+the queries that reach one of them: BLOCK + 2 * window rows, however long the text.
+
 With a position bias, p has it beside the scaled product, and a third pass, `attention_bias_gradient`, has its gradient.
 
 The factor keep_scale is taken out of the sums: delta is divided by it, and so is ds; the results are multiplied.
@@ -30,6 +33,7 @@ from typing import NamedTuple
 import torch
 
 from fastbert_kernels import attention_bias as biases
+from fastbert_kernels import attention_window as windows
 from fastbert_kernels import configs, launch
 from fastbert_kernels import dropout as drawing
 from fastbert_kernels.attention_bias import PositionBias
@@ -37,6 +41,7 @@ from fastbert_kernels.attention_bias_gradient import bias_gradient
 from fastbert_kernels.attention_key_gradient import key_value_gradient_kernel
 from fastbert_kernels.attention_query_gradient import query_gradient_kernel
 from fastbert_kernels.attention_tiles import LOG2_E
+from fastbert_kernels.attention_window import Window
 from fastbert_kernels.masks import Dropout
 from fastbert_kernels.work_list import WorkList, build_work_list
 
@@ -67,23 +72,28 @@ def varlen_attention_backward(
     tiles: configs.AttentionBackward | None = None,
     bias: PositionBias | None = None,
     want_bias: bool = True,
+    window: Window | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Computes the gradient of qkv, (T, 3 * N * D), in its dtype, from that of the result, grad (T, N * D).
 
     With a bias whose gradient is wanted, and whose rows must be neighbours then, it computes that of its table as well,
     (N, 2R + 1) float32.
 
-    out (T, N * D) and lse (N, T) float32 are what `varlen_attention_forward` computed with the same scale and dropout.
+    out (T, N * D) and lse (N, T) float32 are what `varlen_attention_forward` computed with the same scale, dropout and
+    window, which there is none of beside a bias.
     Each needs unit stride along its last axis. Rows that no tile holds are left as they are: the caller sets them to
     zero where the batch has some.
     """
+    assert window is None or bias is None, "a window has no position bias"
     n_rows, hidden_size = grad.shape
     head_size = hidden_size // num_heads
     grad_qkv = launch.empty((n_rows, 3 * hidden_size), like=qkv)
     if n_rows == 0:
         return grad_qkv, torch.zeros_like(bias.table, dtype=torch.float32) if bias and want_bias else None
     statistics = launch.empty((num_heads, n_rows, 4), like=lse)
-    tiles = tiles or configs.attention_backward_configs(qkv.dtype, head_size, launch.arch(qkv.device), bias is not None)
+    if tiles is None:
+        arch, features = launch.arch(qkv.device), (bias is not None, window is not None)
+        tiles = configs.attention_backward_configs(qkv.dtype, head_size, arch, *features)
     shared = {
         "q_ptr": qkv,
         "k_ptr": qkv[:, hidden_size:],
@@ -101,6 +111,7 @@ def varlen_attention_backward(
         "INPUT_PRECISION": launch.dot_precision(qkv.dtype),
         **drawing.arguments(dropout),
         **biases.arguments(bias, scale),
+        **windows.arguments(window),
     }
     # Grids: every tile of a work list, for every head.
     launch.run(

@@ -10,9 +10,11 @@ from __future__ import annotations
 import triton.language as tl
 
 from fastbert_kernels import attention_bias as biases
+from fastbert_kernels import attention_window as windows
 from fastbert_kernels import dropout as drawing
 from fastbert_kernels.attention_bias import bias_of
 from fastbert_kernels.attention_tiles import load_rows, load_statistics, load_tile, row_ranges, tile_offs
+from fastbert_kernels.attention_window import keys_in_reach, reach_of_rows
 from fastbert_kernels.dropout import GROUP, keep_bits, keep_bits_from, spread_rows
 from fastbert_kernels.jit import jit
 
@@ -26,14 +28,14 @@ def _keep_transposed(
     row_spans_ptr,
     head,
     mask_key,
-    SHARED: tl.constexpr,
+    shared,  # whether the tile is of several sequences
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     """Returns the mask (BLOCK_K, BLOCK_Q) of a block of queries. See `keep_probabilities`."""
     key_offs = (tl.arange(0, BLOCK_K // GROUP) * GROUP)[:, None, None]
     rows = block_start + tl.arange(0, BLOCK_Q).reshape(1, BLOCK_Q // GROUP, GROUP)
-    if SHARED:
+    if shared:
         row_first_key, _ = row_ranges(row_spans_ptr, rows, rows < end_query, first_key, end_query, True)
         places = first_row - row_first_key + key_offs
         bits = keep_bits_from(places, rows, head, *mask_key)
@@ -68,8 +70,10 @@ def _add_key_value_gradients(
     head,
     mask_key,
     bias,  # (bias_ptr, columns_ptr, bias_radius, bias_scale) where BIASED
+    reach,  # (window, ranges_ptr) where WINDOWED
     BIASED: tl.constexpr,
     HOLES: tl.constexpr,
+    WINDOWED: tl.constexpr,
     DROPOUT: tl.constexpr,
     NORMALIZE: tl.constexpr,
     MASKED: tl.constexpr,
@@ -83,6 +87,8 @@ def _add_key_value_gradients(
     if SHARED:
         keys = first_row + tl.arange(0, BLOCK_K)
         key_first_row, key_end_row = row_ranges(row_spans_ptr, keys, keys < end_row, first_key, end_key, shared)
+        if WINDOWED:
+            key_first_row, key_end_row = reach_of_rows(keys, keys < end_row, key_first_row, key_end_row, *reach)
     for block_start in range(start, end, BLOCK_Q):
         queries = block_start + tl.arange(0, BLOCK_Q)
         query_mask = queries < end
@@ -92,7 +98,7 @@ def _add_key_value_gradients(
         if DROPOUT:
             bits = _keep_transposed(
                 first_row, block_start, end, first_key, row_spans_ptr, head, mask_key,
-                SHARED, BLOCK_Q, BLOCK_K,
+                SHARED and (not WINDOWED or shared), BLOCK_Q, BLOCK_K,
             )  # fmt: skip
         scores = tl.dot(k, tl.trans(q), input_precision=INPUT_PRECISION)  # (BLOCK_K, BLOCK_Q)
         if BIASED:
@@ -117,7 +123,11 @@ def _add_key_value_gradients(
     return dk, dv
 
 
-@jit(do_not_specialize=["n_rows", *drawing.DO_NOT_SPECIALIZE, *biases.DO_NOT_SPECIALIZE])
+@jit(
+    do_not_specialize=[
+        "n_rows", *drawing.DO_NOT_SPECIALIZE, *biases.DO_NOT_SPECIALIZE, *windows.DO_NOT_SPECIALIZE
+    ]
+)  # fmt: skip
 def key_value_gradient_kernel(
     q_ptr,  # (T, N, D)
     k_ptr,  # (T, N, D)
@@ -143,9 +153,12 @@ def key_value_gradient_kernel(
     columns_ptr,  # (T,) int32 where HOLES
     bias_radius,
     bias_scale,
+    window,  # this and the next: where WINDOWED; see `attention_window`
+    ranges_ptr,  # (T, 2) int32, or None
     HEAD_SIZE: tl.constexpr,
     BIASED: tl.constexpr,
     HOLES: tl.constexpr,
+    WINDOWED: tl.constexpr,
     DROPOUT: tl.constexpr,
     NORMALIZE: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
@@ -174,29 +187,33 @@ def key_value_gradient_kernel(
     statistics_ptr += head.to(tl.int64) * 4 * n_rows
 
     mask_key = (key_low, key_high, site, threshold)
-    bias = (bias_ptr, columns_ptr, bias_radius, bias_scale, end_row)
-    end_unmasked, start_shared = first_query, first_query
-    if not shared:
-        end_unmasked, start_shared = first_query + (end_query - first_query) // BLOCK_Q * BLOCK_Q, end_query
+    bias, reach = (bias_ptr, columns_ptr, bias_radius, bias_scale, end_row), (window, ranges_ptr)
+    start_shared, end = first_query, end_query
+    if WINDOWED:  # The queries that reach a key are those that it would reach.
+        start_shared, end = keys_in_reach(first_row, end_row, first_query, end_query, window, False)
     dk = tl.zeros((BLOCK_K, BLOCK_D), dtype=tl.float32)
     dv = tl.zeros((BLOCK_K, BLOCK_D), dtype=tl.float32)
+    if not WINDOWED:
+        end_unmasked = first_query
+        if not shared:
+            end_unmasked, start_shared = first_query + (end_query - first_query) // BLOCK_Q * BLOCK_Q, end_query
+        dk, dv = _add_key_value_gradients(
+            dk, dv, k, v, q_ptr, q_offs, dout_ptr, dout_offs, statistics_ptr, row_spans_ptr,
+            first_query, end_unmasked, first_row, end_row, first_query, end_query, shared,
+            qkv_row_stride, dout_row_stride, scale_log2, d_mask, head, mask_key, bias, reach, BIASED, HOLES, WINDOWED,
+            DROPOUT, NORMALIZE, False, False, BLOCK_D != HEAD_SIZE, INPUT_PRECISION, BLOCK_Q, BLOCK_K,
+        )  # fmt: skip
+        dk, dv = _add_key_value_gradients(
+            dk, dv, k, v, q_ptr, q_offs, dout_ptr, dout_offs, statistics_ptr, row_spans_ptr,
+            end_unmasked, start_shared, first_row, end_row, first_query, end_query, shared,
+            qkv_row_stride, dout_row_stride, scale_log2, d_mask, head, mask_key, bias, reach, BIASED, HOLES, WINDOWED,
+            DROPOUT, NORMALIZE, True, False, BLOCK_D != HEAD_SIZE, INPUT_PRECISION, BLOCK_Q, BLOCK_K,
+        )  # fmt: skip
     dk, dv = _add_key_value_gradients(
         dk, dv, k, v, q_ptr, q_offs, dout_ptr, dout_offs, statistics_ptr, row_spans_ptr,
-        first_query, end_unmasked, first_row, end_row, first_query, end_query, shared,
-        qkv_row_stride, dout_row_stride, scale_log2, d_mask, head, mask_key, bias,
-        BIASED, HOLES, DROPOUT, NORMALIZE, False, False, BLOCK_D != HEAD_SIZE, INPUT_PRECISION, BLOCK_Q, BLOCK_K,
-    )  # fmt: skip
-    dk, dv = _add_key_value_gradients(
-        dk, dv, k, v, q_ptr, q_offs, dout_ptr, dout_offs, statistics_ptr, row_spans_ptr,
-        end_unmasked, start_shared, first_row, end_row, first_query, end_query, shared,
-        qkv_row_stride, dout_row_stride, scale_log2, d_mask, head, mask_key, bias,
-        BIASED, HOLES, DROPOUT, NORMALIZE, True, False, BLOCK_D != HEAD_SIZE, INPUT_PRECISION, BLOCK_Q, BLOCK_K,
-    )  # fmt: skip
-    dk, dv = _add_key_value_gradients(
-        dk, dv, k, v, q_ptr, q_offs, dout_ptr, dout_offs, statistics_ptr, row_spans_ptr,
-        start_shared, end_query, first_row, end_row, first_query, end_query, shared,
-        qkv_row_stride, dout_row_stride, scale_log2, d_mask, head, mask_key, bias,
-        BIASED, HOLES, DROPOUT, NORMALIZE, True, True, BLOCK_D != HEAD_SIZE, INPUT_PRECISION, BLOCK_Q, BLOCK_K,
+        start_shared, end, first_row, end_row, first_query, end_query, shared,
+        qkv_row_stride, dout_row_stride, scale_log2, d_mask, head, mask_key, bias, reach, BIASED, HOLES, WINDOWED,
+        DROPOUT, NORMALIZE, True, True, BLOCK_D != HEAD_SIZE, INPUT_PRECISION, BLOCK_Q, BLOCK_K,
     )  # fmt: skip
 
     if DROPOUT:

@@ -13,10 +13,12 @@ from __future__ import annotations
 import triton.language as tl
 
 from fastbert_kernels import attention_bias as biases
+from fastbert_kernels import attention_window as windows
 from fastbert_kernels import dropout as drawing
 from fastbert_kernels.attention import keep_probabilities
 from fastbert_kernels.attention_bias import bias_of
 from fastbert_kernels.attention_tiles import LOG2_E, load_rows, load_tile, row_ranges, store_statistics, tile_offs
+from fastbert_kernels.attention_window import keys_in_reach, reach_of_rows
 from fastbert_kernels.dropout import spread_columns
 from fastbert_kernels.jit import jit
 from fastbert_kernels.masks import RANGE
@@ -35,8 +37,9 @@ def _sum_over_keys(
     start,
     end,
     rows,  # (BLOCK_Q,)
-    row_first_key,  # (BLOCK_Q,)
+    row_first_key,  # (BLOCK_Q,) first key that each row sees
     row_end_key,  # (BLOCK_Q,)
+    row_text_key,  # (BLOCK_Q,) first key of each row's sequence
     qkv_row_stride,
     scale_log2,
     d_mask,  # (BLOCK_D,)
@@ -67,7 +70,7 @@ def _sum_over_keys(
         p = tl.where(own, tl.exp2(scores * scale_log2 - lse_log2[:, None]), 0.0)
         row_sum += tl.sum(p, axis=1)
         if DROPOUT:
-            bits = keep_probabilities(block_start, rows, row_first_key, start, head, mask_key, True, BLOCK_K)
+            bits = keep_probabilities(block_start, rows, row_text_key, start, head, mask_key, True, BLOCK_K)
             dp = tl.where(spread_columns(bits), dp, 0.0)
         product_sum += tl.sum(p * dp, axis=1)
     return row_sum, product_sum
@@ -97,8 +100,10 @@ def _add_query_gradients(
     head,
     mask_key,  # (key_low, key_high, site, threshold) where DROPOUT
     bias,  # (bias_ptr, columns_ptr, bias_radius, bias_scale, end_row) where BIASED
+    reach,  # (window, ranges_ptr) where WINDOWED
     BIASED: tl.constexpr,
     HOLES: tl.constexpr,
+    WINDOWED: tl.constexpr,
     DROPOUT: tl.constexpr,
     MASKED: tl.constexpr,
     SHARED: tl.constexpr,
@@ -107,9 +112,12 @@ def _add_query_gradients(
     BLOCK_K: tl.constexpr,
 ):
     """Adds what the keys [start, end) give. Unless MASKED, that is a whole number of blocks."""
-    row_first_key, row_end_key = rows, rows  # Without SHARED, of no use.
+    row_text_key, row_first_key, row_end_key = rows, rows, rows  # Without SHARED, of no use.
     if SHARED:
-        row_first_key, row_end_key = row_ranges(row_spans_ptr, rows, row_mask, first_key, end_key, shared)
+        row_text_key, row_end_key = row_ranges(row_spans_ptr, rows, row_mask, first_key, end_key, shared)
+        row_first_key = row_text_key
+        if WINDOWED:
+            row_first_key, row_end_key = reach_of_rows(rows, row_mask, row_text_key, row_end_key, *reach)
     for block_start in range(start, end, BLOCK_K):
         keys = block_start + tl.arange(0, BLOCK_K)
         block_offset = tl.cast(block_start, tl.int64) * qkv_row_stride
@@ -117,7 +125,9 @@ def _add_query_gradients(
         v = load_rows(v_ptr + block_offset + key_offs, keys < end, d_mask, MASKED, PADDED_D)
 
         if DROPOUT:
-            bits = keep_probabilities(block_start, rows, row_first_key, first_key, head, mask_key, SHARED, BLOCK_K)
+            bits = keep_probabilities(
+                block_start, rows, row_text_key, first_key, head, mask_key, SHARED and (not WINDOWED or shared), BLOCK_K
+            )
         scores = tl.dot(q, tl.trans(k), input_precision=INPUT_PRECISION)  # (BLOCK_Q, BLOCK_K)
         if BIASED:
             scores += bias_of(rows[:, None], keys[None, :], row_mask[:, None], (keys < end)[None, :], head, bias, HOLES)
@@ -136,7 +146,11 @@ def _add_query_gradients(
     return dq
 
 
-@jit(do_not_specialize=["lse_head_stride", "n_rows", *drawing.DO_NOT_SPECIALIZE, *biases.DO_NOT_SPECIALIZE])
+@jit(
+    do_not_specialize=[
+        "lse_head_stride", "n_rows", *drawing.DO_NOT_SPECIALIZE, *biases.DO_NOT_SPECIALIZE, *windows.DO_NOT_SPECIALIZE
+    ]
+)  # fmt: skip
 def query_gradient_kernel(
     q_ptr,  # (T, N, D)
     k_ptr,  # (T, N, D)
@@ -165,9 +179,12 @@ def query_gradient_kernel(
     columns_ptr,  # (T,) int32 where HOLES
     bias_radius,
     bias_scale,
+    window,  # this and the next: where WINDOWED; see `attention_window`
+    ranges_ptr,  # (T, 2) int32, or None
     HEAD_SIZE: tl.constexpr,
     BIASED: tl.constexpr,
     HOLES: tl.constexpr,
+    WINDOWED: tl.constexpr,
     DROPOUT: tl.constexpr,
     NORMALIZE: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
@@ -195,11 +212,17 @@ def query_gradient_kernel(
     lse_log2 = tl.load(lse_ptrs, mask=row_mask, other=0.0) * LOG2_E
     key_offs = tl.arange(0, BLOCK_K)[:, None] * qkv_row_stride + column_offs
     mask_key = (key_low, key_high, site, threshold)
-    bias = (bias_ptr, columns_ptr, bias_radius, bias_scale, end_row)
+    bias, reach = (bias_ptr, columns_ptr, bias_radius, bias_scale, end_row), (window, ranges_ptr)
+    start, end = first_key, end_key
+    if WINDOWED:
+        start, end = keys_in_reach(first_row, end_row, first_key, end_key, window, DROPOUT)
     if NORMALIZE:
-        row_first_key, row_end_key = row_ranges(row_spans_ptr, rows, row_mask, first_key, end_key, shared)
+        row_text_key, row_end_key = row_ranges(row_spans_ptr, rows, row_mask, first_key, end_key, shared)
+        row_first_key = row_text_key
+        if WINDOWED:
+            row_first_key, row_end_key = reach_of_rows(rows, row_mask, row_text_key, row_end_key, window, ranges_ptr)
         row_sum, delta = _sum_over_keys(
-            q, dout, lse_log2, k_ptr, v_ptr, key_offs, first_key, end_key, rows, row_first_key, row_end_key,
+            q, dout, lse_log2, k_ptr, v_ptr, key_offs, start, end, rows, row_first_key, row_end_key, row_text_key,
             qkv_row_stride, scale_log2, d_mask, head, mask_key, bias, BIASED, HOLES,
             DROPOUT, INPUT_PRECISION, BLOCK_Q, BLOCK_K,
         )  # fmt: skip
@@ -212,25 +235,28 @@ def query_gradient_kernel(
             delta *= 1.0 - threshold.to(tl.float32) / N_NUMBERS
         inverse_sum = tl.full((BLOCK_Q,), 1.0, dtype=tl.float32)
 
-    # Of one sequence, whole blocks of keys need no mask, and the rest only one of its end. Of several, each block does.
-    end_unmasked, start_shared = first_key, first_key
-    if not shared:
-        end_unmasked, start_shared = first_key + (end_key - first_key) // BLOCK_K * BLOCK_K, end_key
+    # Of one sequence, whole blocks of keys need no mask, and the rest only one of its end. Of several, or within a
+    # window, each block does.
     dq = tl.zeros((BLOCK_Q, BLOCK_D), dtype=tl.float32)
+    start_shared = start
+    if not WINDOWED:
+        end_unmasked = first_key
+        if not shared:
+            end_unmasked, start_shared = first_key + (end_key - first_key) // BLOCK_K * BLOCK_K, end_key
+        dq = _add_query_gradients(
+            dq, q, dout, lse_log2, delta, k_ptr, v_ptr, key_offs, first_key, end_unmasked, first_key, end_key, shared,
+            rows, row_mask, row_spans_ptr, qkv_row_stride, scale_log2, d_mask, head, mask_key, bias, reach,
+            BIASED, HOLES, WINDOWED, DROPOUT, False, False, BLOCK_D != HEAD_SIZE, INPUT_PRECISION, BLOCK_K,
+        )  # fmt: skip
+        dq = _add_query_gradients(
+            dq, q, dout, lse_log2, delta, k_ptr, v_ptr, key_offs, end_unmasked, start_shared, first_key, end_key,
+            shared, rows, row_mask, row_spans_ptr, qkv_row_stride, scale_log2, d_mask, head, mask_key, bias, reach,
+            BIASED, HOLES, WINDOWED, DROPOUT, True, False, BLOCK_D != HEAD_SIZE, INPUT_PRECISION, BLOCK_K,
+        )  # fmt: skip
     dq = _add_query_gradients(
-        dq, q, dout, lse_log2, delta, k_ptr, v_ptr, key_offs, first_key, end_unmasked, first_key, end_key, shared,
-        rows, row_mask, row_spans_ptr, qkv_row_stride, scale_log2, d_mask, head, mask_key,
-        bias, BIASED, HOLES, DROPOUT, False, False, BLOCK_D != HEAD_SIZE, INPUT_PRECISION, BLOCK_K,
-    )  # fmt: skip
-    dq = _add_query_gradients(
-        dq, q, dout, lse_log2, delta, k_ptr, v_ptr, key_offs, end_unmasked, start_shared, first_key, end_key, shared,
-        rows, row_mask, row_spans_ptr, qkv_row_stride, scale_log2, d_mask, head, mask_key,
-        bias, BIASED, HOLES, DROPOUT, True, False, BLOCK_D != HEAD_SIZE, INPUT_PRECISION, BLOCK_K,
-    )  # fmt: skip
-    dq = _add_query_gradients(
-        dq, q, dout, lse_log2, delta, k_ptr, v_ptr, key_offs, start_shared, end_key, first_key, end_key, shared,
-        rows, row_mask, row_spans_ptr, qkv_row_stride, scale_log2, d_mask, head, mask_key,
-        bias, BIASED, HOLES, DROPOUT, True, True, BLOCK_D != HEAD_SIZE, INPUT_PRECISION, BLOCK_K,
+        dq, q, dout, lse_log2, delta, k_ptr, v_ptr, key_offs, start_shared, end, first_key, end_key, shared,
+        rows, row_mask, row_spans_ptr, qkv_row_stride, scale_log2, d_mask, head, mask_key, bias, reach,
+        BIASED, HOLES, WINDOWED, DROPOUT, True, True, BLOCK_D != HEAD_SIZE, INPUT_PRECISION, BLOCK_K,
     )  # fmt: skip
 
     if NORMALIZE:

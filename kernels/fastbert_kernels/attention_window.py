@@ -3,7 +3,8 @@
 A tile of BLOCK_Q queries visits the keys from `window` rows before its first query to `window` rows after its last one,
 BLOCK_Q + 2 * window of them, however long the text. A mask takes away those that are too far from a query. In one text
 columns ascend, so the keys in reach of a query are neighbours: each row has a first key and an end. Where masks have
-holes, these come from the host, and are no farther away than without holes.
+holes, these come from the host, and are no farther away than without holes. The same holds the other way round, for a
+tile of keys in the backward pass: the queries that reach a key are those that it would reach.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 import triton.language as tl
 
+from fastbert_kernels.dropout import GROUP
 from fastbert_kernels.jit import jit
 
 DO_NOT_SPECIALIZE = ("window",)
@@ -34,15 +36,23 @@ class Window(NamedTuple):
 NONE: dict[str, Any] = {"window": None, "ranges_ptr": None, "WINDOWED": False}
 
 
-def arguments(window: Window) -> dict[str, Any]:
-    """Returns the arguments of a kernel for a window."""
+def arguments(window: Window | None) -> dict[str, Any]:
+    """Returns the arguments of a kernel for a window, or for none."""
+    if window is None:
+        return NONE
     return {"window": min(window.size, WIDEST), "ranges_ptr": window.ranges, "WINDOWED": True}
 
 
 @jit
-def keys_in_reach(first_row, end_row, first_key, end_key, window):
-    """Returns the first key and the end of the keys that some row of a tile reaches."""
-    return tl.maximum(first_key, first_row - window), tl.minimum(end_key, end_row + window)
+def keys_in_reach(first_row, end_row, first_key, end_key, window, ALIGNED: tl.constexpr):
+    """Returns the first key and the end of the keys that some row of a tile reaches.
+
+    ALIGNED: whether the first one begins a group of columns that share a draw of dropout.
+    """
+    first = tl.maximum(first_key, first_row - window)
+    if ALIGNED:
+        first = first_key + (first - first_key) // GROUP * GROUP
+    return first, tl.minimum(end_key, end_row + window)
 
 
 @jit

@@ -292,13 +292,14 @@ class AttentionBackward:
 
 @functools.cache
 def attention_backward_configs(
-    dtype: torch.dtype, head_size: int, for_arch: int, biased: bool = False
+    dtype: torch.dtype, head_size: int, for_arch: int, biased: bool = False, windowed: bool = False
 ) -> AttentionBackward:
     """Chooses the tiles of attention's gradients: BLOCK_Q x BLOCK_K scores at a time, the head padded to BLOCK_D.
 
     They are the largest ones without spills in the offline report, with dropout. A tile of 128 rows and 8 warps has all
     registers of a multiprocessor; 64 rows and 4 warps would have as many, and read the other operands twice as often.
-    biased: with a position bias, which takes registers.
+    biased: with a position bias, which takes registers. windowed: within a window, whose masks take registers as well;
+    and a smaller tile has fewer scores beyond the window.
     """
     block_d = max(MIN_HEAD_SIZE, triton.next_power_of_2(head_size))
     if dtype == torch.float32:  # Its products are multiply-adds, whose operands are in registers.
@@ -315,6 +316,8 @@ def attention_backward_configs(
         query, key = (128, 32, 8, 2), (32, 32, 4, 2)
     if biased and dtype != torch.float32 and for_arch != 90:
         query, key = (64, 32, 4, 2), (32, 32, 4, 2)
+    if windowed and dtype != torch.float32 and block_d <= 64:
+        query, key = (64, 64, 4, 3), (64, 32, 4, 3)
     return AttentionBackward(
         {"BLOCK_Q": query[0], "BLOCK_K": query[1], "BLOCK_D": block_d, "num_warps": query[2], "num_stages": query[3]},
         {"BLOCK_Q": key[1], "BLOCK_K": key[0], "BLOCK_D": block_d, "num_warps": key[2], "num_stages": key[3]},

@@ -32,8 +32,8 @@ from fastbert_kernels import launch
 from fastbert_kernels.attention_tiles import LOG2_E
 from fastbert_kernels.column_sums import column_sums, shares
 from fastbert_kernels.disentangled import MAX_TILES, products
-from fastbert_kernels.disentangled_key_gradient import key_value_gradient_kernel
-from fastbert_kernels.disentangled_query_gradient import query_gradient_kernel
+from fastbert_kernels.disentangled_key_gradient import disentangled_key_gradient_kernel
+from fastbert_kernels.disentangled_query_gradient import disentangled_query_gradient_kernel
 from fastbert_kernels.disentangled_tiles import Distances
 from fastbert_kernels.jit import jit
 from fastbert_kernels.masks import Dropout
@@ -43,7 +43,7 @@ SHARES = 16  # of the tokens, in the third pass
 
 
 @jit(do_not_specialize=["n_tokens", "n_rows", "tiles_each"])
-def _table_gradient_kernel(
+def _distance_gradient_kernel(
     sums_ptr,  # (T, N, W) float32
     x_ptr,  # (T, N, D)
     partials_ptr,  # (P, W, N, D) float32
@@ -119,7 +119,7 @@ def _table_gradient(
     partials = launch.empty((n_shares, n_rows, n_heads, head_size), like=sums)
     # Grid: tiles of rows, heads, shares of the tokens.
     launch.run(
-        _table_gradient_kernel,
+        _distance_gradient_kernel,
         (launch.cdiv(n_rows, config["BLOCK_W"]), n_heads, n_shares),
         config,
         sums_ptr=sums,
@@ -206,7 +206,7 @@ def disentangled_attention_backward(
     # Grids: every head for every tile of the work list, as many at a time as a grid's second dimension holds.
     for tiles in work_list.tiles.split(MAX_TILES):
         launch.run(
-            query_gradient_kernel,
+            disentangled_query_gradient_kernel,
             (num_heads, tiles.shape[0]),
             query_tile(*of_heads),
             **shared,
@@ -222,7 +222,7 @@ def disentangled_attention_backward(
         )
     for tiles in work_list.tiles.split(MAX_TILES):
         launch.run(
-            key_value_gradient_kernel,
+            disentangled_key_gradient_kernel,
             (num_heads, tiles.shape[0]),
             key_tile(*of_heads),
             **shared,

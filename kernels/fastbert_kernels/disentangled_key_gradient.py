@@ -48,7 +48,7 @@ def _keep_transposed(
 
 
 @jit(do_not_specialize=["n_tokens", "radius", "low", "n_rows", *drawing.DO_NOT_SPECIALIZE])
-def key_value_gradient_kernel(
+def disentangled_key_gradient_kernel(
     q_ptr,  # (T, N, D)
     k_ptr,  # (T, N, D)
     v_ptr,  # (T, N, D)

@@ -59,7 +59,7 @@ def _block(
 
 
 @jit(do_not_specialize=["lse_head_stride", "n_tokens", "radius", "low", "n_rows", *drawing.DO_NOT_SPECIALIZE])
-def query_gradient_kernel(
+def disentangled_query_gradient_kernel(
     q_ptr,  # (T, N, D)
     k_ptr,  # (T, N, D)
     v_ptr,  # (T, N, D)

@@ -20,7 +20,7 @@ from fastbert_kernels.work_list import WorkList
 
 
 @jit(do_not_specialize=["radius", "low", "n_rows", "lse_head_stride", *drawing.DO_NOT_SPECIALIZE])
-def _training_kernel(
+def _disentangled_training_kernel(
     q_ptr,  # (T, N, D)
     k_ptr,  # (T, N, D)
     v_ptr,  # (T, N, D)
@@ -99,11 +99,13 @@ def disentangled_training_forward(
     if n_tokens == 0:
         return out, lse
     config = tile(qkv.dtype, hidden_size // num_heads)
+    if config["BLOCK_D"] > 64:  # the masks take registers
+        config |= {"num_stages": 1, "BLOCK_K": 16 if qkv.dtype == torch.float32 else config["BLOCK_K"]}
     arguments = attention_arguments(qkv, out, num_heads, scale, distances)
     # Grid: every head for every tile of the work list, as many at a time as a grid's second dimension holds.
     for tiles in work_list.tiles.split(MAX_TILES):
         launch.run(
-            _training_kernel,
+            _disentangled_training_kernel,
             (num_heads, tiles.shape[0]),
             config,
             **arguments,

@@ -5,8 +5,8 @@
     silu:  x * s,    silu'(x) = s + x s (1 - s),    s = sigmoid(x); the others are those of gelu.py
 
 x, d_x: (T, 2 I); out, grad: (T, I); fp32 / bf16 / fp16. Arithmetic in float32, one rounding. Bytes moved: 3 * T * I
-elements, and 5 * T * I in the backward pass, which computes the activation again. Elementwise, so a row's bits do not
-depend on the batch.
+elements, and 5 * T * I in the backward pass, which computes the activation again, and 6 * T * I where it writes out
+again as well. Elementwise, so a row's bits do not depend on the batch.
 
 Source: Shazeer, "GLU Variants Improve Transformer", 2020, arXiv:2002.05202.
 """
@@ -73,6 +73,7 @@ def _gated_backward_kernel(
     grad_ptr,  # (T, I)
     x_ptr,  # (T, 2 I)
     d_x_ptr,  # (T, 2 I)
+    out_ptr,  # (T, I), or None
     n_rows,
     n_cols,  # I
     grad_row_stride,
@@ -94,6 +95,9 @@ def _gated_backward_kernel(
     d_x_ptrs = d_x_ptr + row_offs[:, None] * (2 * n_cols) + col_offs[None, :]
     tl.store(d_x_ptrs, (grad * second * slope).to(d_x_ptr.dtype.element_ty), mask=mask)
     tl.store(d_x_ptrs + n_cols, (grad * y).to(d_x_ptr.dtype.element_ty), mask=mask)
+    if out_ptr is not None:
+        out_offs = row_offs[:, None] * n_cols + col_offs[None, :]
+        tl.store(out_ptr + out_offs, (y * second).to(out_ptr.dtype.element_ty), mask=mask)
 
 
 def gated_forward(x: torch.Tensor, activation: str) -> torch.Tensor:
@@ -118,10 +122,12 @@ def gated_forward(x: torch.Tensor, activation: str) -> torch.Tensor:
     return out
 
 
-def gated_backward(grad: torch.Tensor, x: torch.Tensor, activation: str) -> torch.Tensor:
+def gated_backward(
+    grad: torch.Tensor, x: torch.Tensor, activation: str, out: torch.Tensor | None = None
+) -> torch.Tensor:
     """Computes the gradient of x, (T, 2 I), from that of `gated_forward`'s result, (T, I) in x's dtype.
 
-    Both need unit stride along their rows.
+    Both need unit stride along their rows. out: a buffer like grad, contiguous, to fill with that result again.
     """
     n_rows, n_cols = grad.shape
     d_x = launch.empty((n_rows, 2 * n_cols), like=x)
@@ -136,6 +142,7 @@ def gated_backward(grad: torch.Tensor, x: torch.Tensor, activation: str) -> torc
         grad_ptr=grad,
         x_ptr=x,
         d_x_ptr=d_x,
+        out_ptr=out,
         n_rows=n_rows,
         n_cols=n_cols,
         grad_row_stride=grad.stride(0),

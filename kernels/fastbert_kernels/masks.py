@@ -26,7 +26,8 @@ MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 WEYL = (0x9E3779B9, 0xBB67AE85)
 
 # What is dropped out in a layer. The site of layer i is SITES_A_LAYER * i plus one of these.
-ATTENTION, ATTENTION_OUTPUT, OUTPUT = 0, 1, 2
+# INNER is what a gated feed-forward part multiplies last.
+ATTENTION, ATTENTION_OUTPUT, OUTPUT, INNER = 0, 1, 2, 3
 SITES_A_LAYER = 4
 EMBEDDINGS = (1 << 31) - 1  # The site of the embeddings.
 
@@ -62,5 +63,5 @@ def threshold_of(p: float) -> int:
 
 
 def site_of(layer: int, kind: int) -> int:
-    """Returns the site of one of a layer's dropouts: ATTENTION, ATTENTION_OUTPUT or OUTPUT."""
+    """Returns the site of one of a layer's dropouts: ATTENTION, ATTENTION_OUTPUT, OUTPUT or INNER."""
     return SITES_A_LAYER * layer + kind

@@ -30,3 +30,13 @@ def scaled_epilogue(
     if HAS_BIAS:
         out += tl.load(bias_ptr + col_offs, mask=col_offs < n_cols, other=0.0).to(tl.float32)[None, :]
     return activate(out, ACTIVATION, DTYPE)
+
+
+@jit
+def gate(first, second, ACTIVATION: tl.constexpr, DTYPE: tl.constexpr):
+    """activation(first) * second, elementwise, in float32. DTYPE: of the output."""
+    if ACTIVATION == "silu":
+        out = first * second / (1.0 + tl.exp(-first))
+    else:
+        out = activate(first, ACTIVATION, DTYPE) * second
+    return out

@@ -1,10 +1,11 @@
-"""This kernel turns queries and keys by their positions, in place or into a copy.
+"""This kernel turns queries and keys by their positions, in place or into a copy, and their gradients back.
 
     out[i]         = first * cos - second * sin,    first = x[i], second = x[i + D / 2], i < D / 2
     out[i + D / 2] = second * cos + first * sin
 
 qkv, out: (T, 3, N, D), fp32 / bf16 / fp16, D even; cos, sin: (T, D / 2) float32. Arithmetic in float32, one rounding.
-Values stay as they are. Bytes moved: 4 * T * N * D elements in place, 6 into a copy, and the tables.
+Values stay as they are. The gradient turns by the negative angle: the rotation's transpose is its inverse. Bytes moved:
+4 * T * N * D elements in place, 6 into a copy, and the tables.
 A row's bits do not depend on the batch: no number depends on another row.
 
 Source: Su et al., "RoFormer", 2021, arXiv:2104.09864; halves in the place of pairs, as in GPT-NeoX.
@@ -31,6 +32,7 @@ def _rotary_kernel(
     N_TURNED: tl.constexpr,  # heads of q and k, 2 N
     N_HEADS: tl.constexpr,  # N_TURNED, or 3 N, whose last ones are copied
     HALF: tl.constexpr,  # D / 2
+    BACK: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_HEADS: tl.constexpr,
     BLOCK_HALF: tl.constexpr,
@@ -42,6 +44,8 @@ def _rotary_kernel(
     table_offs = rows[:, None] * HALF + offs[None, :]
     cos = tl.load(cos_ptr + table_offs, mask=table_mask, other=0.0)[:, None, :]
     sin = tl.load(sin_ptr + table_offs, mask=table_mask, other=0.0)[:, None, :]
+    if BACK:
+        sin = -sin
 
     mask = table_mask[:, None, :] & (heads < N_HEADS)[None, :, None]
     in_row = heads[None, :, None] * (2 * HALF) + offs[None, None, :]
@@ -66,6 +70,17 @@ def rotary_forward(
 
     qkv needs unit stride along its rows. in_place: whether q and k are written where they were read, and qkv returned.
     """
+    return _rotate(qkv, cos, sin, num_heads, in_place, False)
+
+
+def rotary_backward(grad: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, num_heads: int) -> torch.Tensor:
+    """Turns the gradient of `rotary_forward`'s result back, in place, and returns it."""
+    return _rotate(grad, cos, sin, num_heads, True, True)
+
+
+def _rotate(
+    qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, num_heads: int, in_place: bool, back: bool
+) -> torch.Tensor:
     n_rows, half = cos.shape
     out = qkv if in_place else launch.empty(tuple(qkv.shape), like=qkv)
     if n_rows == 0:
@@ -87,5 +102,6 @@ def rotary_forward(
         N_TURNED=2 * num_heads,
         N_HEADS=n_heads,
         HALF=half,
+        BACK=back,
     )
     return out

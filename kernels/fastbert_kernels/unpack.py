@@ -1,4 +1,4 @@
-"""These kernels pack a small padded batch on the device, so that the host need not know how many tokens it has.
+"""A kernel packs a small padded batch on the device, so that the host need not know how many tokens it has.
 
     row of a token = how many tokens stand before it in the flattened (B, S) mask
 

@@ -21,6 +21,7 @@ import stub_driver, host_child
 
 sizes = {"hidden_size": 128, "num_attention_heads": 2, "num_hidden_layers": 2, "intermediate_size": 256}
 host_child.SIZES = {"small": sizes}
+host_child.FAMILIES = {"ModernBERT": {**sizes, "model_type": "modernbert", "vocab_size": 100, "pad_token_id": 0}}
 host_child.LENGTHS = {"1x128": [128], "32x128": [20, 30]}
 host_child.SAMPLES = 3
 host_child.main(0.2)
@@ -40,8 +41,9 @@ def test_every_row_is_measured(measured: list[dict[str, Any]]) -> None:
         by_setting.setdefault(row.extra["setting"], []).append(row)
         assert row.status == OK and 0 < row.seconds < 1
     assert set(suite_host.BARS) <= set(by_setting)
-    (layer,) = by_setting["layer, plain path"]
+    layer, of_family = by_setting["layer, plain path"]
     assert layer.extra["launches"] == 2 * 4  # the other three of a layer are cuBLAS's
+    assert of_family.extra["launches"] == 2 * 5  # beside four of cuBLAS's
     forwards = by_setting["forward, plain path"]
     assert all(row.extra["launches"] == 2 * 4 + 2 for row in forwards)  # the embeddings, and a look at the weights
     before, whole = (by_setting[f"replay, {part}"] for part in ("before the launch", "in all"))
@@ -49,7 +51,7 @@ def test_every_row_is_measured(measured: list[dict[str, Any]]) -> None:
         assert first.workload == all_of_it.workload and first.seconds < all_of_it.seconds
     for name in ("operation", "kernel alone"):
         assert len(by_setting[name]) == 3 and all(row.extra["launches"] == 1 for row in by_setting[name])
-    assert all(row.extra["bar_seconds"] == suite_host.BARS["layer, plain path"] for row in [layer])
+    assert all(row.extra["bar_seconds"] == suite_host.BARS["layer, plain path"] for row in (layer, of_family))
 
 
 def test_rows_of_a_layer_and_the_page(tmp_path: Path) -> None:

@@ -221,7 +221,7 @@ def keys(lengths, offset=0, ids_dtype=torch.int64):
     return all_keys
 
 
-first = keys([8, 8])
+first = keys([8, 8]) | keys([127, 128, 129])  # attention has a tile for few tokens or short texts, and another
 names = {name for name, *_ in first}
 later = set()
 for lengths in ([1], [16], [17, 3], [1] * 16, [5] * 16, [7] * 33, [127, 128, 129], [33], [48], [512]):

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from fastbert import BertModel, ops
-from fastbert.engine.launched import OUTPUT, LaunchedLayers
+from fastbert.engine.launched import LaunchedLayers
+from fastbert.engine.layer_forms import OUTPUT
 from fastbert.ops import launched, packing, recording
 from graph_cases import encode
 from graph_cases import make as make_model

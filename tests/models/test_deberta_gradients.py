@@ -98,6 +98,24 @@ def counted(counts: dict[str, int], name: str, function: Any) -> Any:
     return call
 
 
+@pytest.mark.skipif(not cpu.multiplies(torch.bfloat16), reason="the C++ kernels do not multiply bfloat16 here")
+def test_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches projections of tokens and of distances in different dtypes, which no kernel takes."""
+    counts = {"backward": 0}
+    passes = training.KERNELS["cpu"]
+    monkeypatch.setattr(passes, "backward", counted(counts, "backward", passes.backward), raising=True)
+    ours = twin(theirs(TYPE, **V3, **NO_DROPOUT), dtype=torch.float32).train()
+    batch, found = batch_of("right", 20), []
+    for enabled in (False, True):
+        ours.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            loss = loss_of(ours, batch)
+        loss.backward()
+        found.append(ours.encoder.rel_embeddings.weight.grad.double())
+    assert counts["backward"] == 4
+    assert_close("table", found[1], found[0], 0.1)
+
+
 @pytest.mark.skipif(cpu.obstacle() is not None, reason=str(cpu.obstacle()))
 def test_dropout_of_probabilities() -> None:
     """Catches masks that depend on the backend, that two layers share, or that are drawn anew by checkpointing."""
@@ -140,3 +158,11 @@ def test_embeddings_without_positions(device: torch.device, monkeypatch: pytest.
         expected = ours.embeddings(ids, policy=ours.policy)
     assert torch.equal(ours.embeddings(ids, policy=ours.policy), expected)
     assert tables[0] is None and tables[1] is not None
+
+
+@pytest.mark.skipif(cpu.obstacle() is not None, reason=str(cpu.obstacle()))
+def test_explain_in_training() -> None:
+    """Catches a report that says that dropout, or a gradient, takes attention from its kernels."""
+    ours = twin(theirs(TYPE, **V3), dtype=torch.float32, strict=False).train()
+    rows = [row for row in fastbert.explain(ours, [[1] * 5]).rows if row.op == "attention"]
+    assert rows and all(row.kernel.startswith("fastbert_kernels.cpu") for row in rows)

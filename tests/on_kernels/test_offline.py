@@ -212,13 +212,18 @@ def test_float8_sums_outside_the_tensor_cores(tmp_path):
     script = """
 import torch, triton
 from triton.backends.compiler import GPUTarget
-from fastbert_kernels import configs, launch, offline, quantized_linear, quantized_configs
-for arch, outside, by_pointers in ((89, True, False), (90, True, False), (90, True, True), (120, False, False)):
+from fastbert_kernels import configs, launch, offline, quantized_gated_linear, quantized_linear, quantized_configs
+for arch, outside, by_pointers, gated in (
+    (89, True, False, False), (90, True, False, False), (90, True, True, False), (120, False, False, False),
+    (89, True, False, True), (90, True, False, True),
+):
     x, weight = (torch.empty(n, 512, dtype=torch.float8_e4m3fn) for n in (64, 256))
     with launch.recording(arch) as launches:
         scale = torch.empty(64, 1), torch.empty(256)
         arguments = x, scale[0], 512, weight, scale[1], None, "none"
-        if by_pointers:
+        if gated:
+            quantized_gated_linear.quantized_gated_linear_forward(x, scale[0], weight, scale[1], None, "silu")
+        elif by_pointers:
             config = quantized_configs.quantized_linear_config(x.dtype, None, arch).block_sizes
             out = torch.empty(64, 256, dtype=torch.bfloat16)
             quantized_linear.quantized_linear_pointer_forward(*arguments, config, out, None, True)

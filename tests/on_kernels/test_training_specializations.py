@@ -14,9 +14,10 @@ KERNELS = """
 import json, torch
 from triton.backends.compiler import GPUTarget
 from fastbert_kernels import (
-    attention, attention_backward, dropout_rows, embedding, embedding_backward, gelu, launch, layer_norm,
-    layer_norm_backward, linear, offline, pooling_backward,
+    attention, attention_backward, disentangled_backward, disentangled_training, dropout_rows, embedding,
+    embedding_backward, gelu, launch, layer_norm, layer_norm_backward, linear, offline, pooling_backward,
 )
+from fastbert_kernels.disentangled_tiles import Distances
 from fastbert_kernels.masks import Dropout
 from fastbert_kernels.work_list import WorkList
 
@@ -47,6 +48,12 @@ def launches(t, b, dropout):
     attention.varlen_attention_forward(qkv, of_batch, 2, 0.2, dropout=dropout, lse=lse)
     plan = attention_backward.Plan(of_batch, of_batch)
     attention_backward.varlen_attention_backward(x, qkv, x, lse, plan, 2, 0.2, dropout)
+    rows_of = empty(2 * t + 1, dtype=torch.int32)
+    distances = Distances(empty(512, H), empty(512, H), rows_of, b % 256, min(t, 250), None)
+    disentangled_training.disentangled_training_forward(qkv, of_batch, 2, 0.2, distances, dropout)
+    disentangled_backward.disentangled_attention_backward(
+        x, qkv, x, lse, of_batch, 2, 0.2, distances, rows_of, t, dropout
+    )
 
 found = {}
 for t, b in ((64, 1), (65, 2), (80, 16), (129, 17), (4096, 300), (100000, 1024)):

@@ -12,10 +12,13 @@ from torch import Tensor
 from fastbert import ops
 from fastbert.ops import BackendError, Policy, noting, packing
 from fastbert_kernels.embedding import Notes
+from fastbert_kernels.gated import gated_backward
+from fastbert_kernels.masks import Dropout, threshold_of
+from fastbert_kernels.rotary import rotary_backward
 from gradient_cases import assert_gradient
 from helpers import assert_as_accurate, guarded
 from model_cases import randn
-from window_cases import holes, within
+from window_cases import gradients_within, holes, within
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 TRITON = Policy("triton", strict=True)
@@ -40,6 +43,9 @@ def test_gated(activation: str, dtype: torch.dtype, device: torch.device, poison
         out = ops.gated(leaf, activation, policy=TRITON)
         (d_x,) = torch.autograd.grad(out, leaf, guarded(grad, extra_columns=3))
         eager, exact = gated_in_torch(activation, x, grad), gated_in_torch(activation, x.double(), grad.double())
+        again = torch.empty_like(out)
+        both = gated_backward(grad, x, activation, again)
+        assert torch.equal(both, d_x) and torch.equal(again, out)
         assert_as_accurate(activation, out.detach(), eager[0], exact[0])
         assert_gradient(f"{activation}, gradient", d_x, eager[1], exact[1], dtype)
         alone = ops.gated(x[-1:], activation, policy=Policy("triton", batch_invariant=True))
@@ -131,6 +137,7 @@ def test_rotary(num_heads: int, size: int, dtype: torch.dtype, device: torch.dev
     grad = randn(*qkv.shape, seed=2).to(device, dtype)
     (d_qkv,) = torch.autograd.grad(out, leaf, grad)
     assert torch.equal(d_qkv, ops.rotary(grad, cos, -sin, num_heads, policy=TRITON))
+    assert torch.equal(rotary_backward(grad.clone(), cos, sin, num_heads), d_qkv)
     poisoned.check()
     ours, fresh = guarded(qkv, extra_columns=7), ops.rotary(qkv, cos, sin, num_heads, policy=TRITON)
     assert torch.equal(fresh, out)  # qkv is as it was
@@ -196,18 +203,33 @@ def test_window_of_a_long_text(device: torch.device) -> None:
         assert_as_accurate("the ends", out[first:end][kept], eager, exact)
 
 
-def test_what_no_window_kernel_does(device: torch.device) -> None:
-    """Catches gradients or dropout within a window that a kernel computes as if there were none."""
-    batch, qkv = packing.from_lengths([70, 3], device), torch.randn(73, 48, device=device)
-    for policy, message in ((TRITON, "gradients of attention within a window"), (Policy("triton"), None)):
+@pytest.mark.parametrize("backend", ["torch", "cpu", "triton"])
+@pytest.mark.parametrize("with_holes", [False, True])
+def test_window_with_gradients(backend: str, with_holes: bool, device: torch.device) -> None:
+    """Catches gradients or a mask of dropout within a window that a backend has otherwise than the others."""
+    lengths = [70, 3]
+    batch, columns = packing.from_lengths(lengths, device), holes(lengths).to(device) if with_holes else None
+    batch.columns = columns
+    qkv, grad = (randn(73, n * 32, seed=n).to(device, FP32) for n in (3, 1))
+    for dropout in (None, Dropout(threshold_of(0.3), 77, 4)):
         leaf = qkv.clone().requires_grad_()
-        if message is not None:
-            with pytest.raises(BackendError, match=message):
-                ops.varlen_attention(leaf, batch, 1, window=5, policy=policy)
-        else:
-            out = ops.varlen_attention(leaf, batch, 1, window=5, policy=policy)
-            assert_as_accurate("by operations", out.detach().cpu(), *(within(x.cpu(), [70, 3], 1, 5)
-                                                                      for x in (qkv, qkv.double())))  # fmt: skip
-            assert torch.autograd.grad(out.sum(), leaf)[0].isfinite().all()
+        out = ops.varlen_attention(leaf, batch, 2, window=5, dropout=dropout, policy=Policy(backend, strict=True))
+        found = out.detach(), *torch.autograd.grad(out, leaf, grad)
+        eager, exact = (
+            gradients_within(x, g, lengths, 2, 5, columns, dropout)
+            for x, g in ((qkv, grad), (qkv.double(), grad.double()))
+        )
+        for name, mine, plain, truth in zip(("out", "gradient"), found, eager, exact, strict=True):
+            assert_gradient(name, mine, plain, truth, FP32)
+
+
+def test_what_no_window_kernel_does(device: torch.device) -> None:
+    """Catches dropout within a window that a kernel computes as if there were none, and gradients in float64."""
+    batch, qkv = packing.from_lengths([70, 3], device), torch.randn(73, 48, device=device)
     with pytest.raises(BackendError, match="dropout"):
         ops.varlen_attention(qkv, batch, 1, window=5, dropout=0.5, policy=TRITON)
+    with pytest.raises(BackendError, match="no Triton kernels for torch.float64"):
+        ops.varlen_attention(qkv.double().requires_grad_(), batch, 1, window=5, policy=TRITON)
+    with pytest.raises(BackendError, match="gradients"):
+        invariant = Policy("triton", strict=True, batch_invariant=True)
+        ops.varlen_attention(qkv.clone().requires_grad_(), batch, 1, window=5, policy=invariant)

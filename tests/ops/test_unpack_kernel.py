@@ -62,12 +62,12 @@ def test_a_kernel_packs_as_the_host_does(mask: Tensor, policy: Policy, device: t
     random = torch.Generator().manual_seed(3)
     ids, types, positions = (torch.randint(1, 90, mask.shape, generator=random) for _ in range(3))
     expected = packing.unpad(mask)
-    for given in ({}, {"token_type_ids": types, "position_ids": positions}):
-        given = {name: x.to(device) for name, x in {"input_ids": ids, **given}.items()}
-        batch, layout, words = unpacked(mask.to(device), policy, **given)
+    for optional in ({}, {"token_type_ids": types, "position_ids": positions}):
+        arguments = {name: x.to(device) for name, x in {"input_ids": ids, **optional}.items()}
+        batch, layout, words = unpacked(mask.to(device), policy, **arguments)
         n_tokens, n_seqs = expected.n_tokens, expected.batch_size
         rows = layout.ids(words).cpu()
-        columns = [packing.pack(x.cpu(), expected) for x in given.values()]
+        columns = [packing.pack(x.cpu(), expected) for x in arguments.values()]
         columns += [torch.zeros(n_tokens, dtype=torch.int64), expected.position_ids][len(columns) - 1 :]
         for row, column in zip(rows, columns, strict=True):
             assert torch.equal(row[:n_tokens], column) and not row[n_tokens:].any()
@@ -83,7 +83,8 @@ def test_a_kernel_packs_as_the_host_does(mask: Tensor, policy: Policy, device: t
         own_columns, seq_ids = layout.plan.split_columns(integers)
         assert torch.equal(own_columns[:n_tokens].long(), expected.position_ids) and not own_columns[n_tokens:].any()
         assert torch.equal(seq_ids[:n_tokens], expected.seq_ids) and (seq_ids[n_tokens:] == BUCKET).all()
-        lists = attention_plan.host_work_lists(expected, torch.bfloat16, 64, policy, layout.plan.kind.small)
+        there = packing.unpad(mask, device)
+        lists = attention_plan.host_work_lists(there, torch.bfloat16, 64, policy, layout.plan.kind.small)
         for ours, theirs in zip((plan.tiles, plan.short_tiles), lists, strict=True):
             assert (ours is None) == (theirs is None)
             if theirs is not None:

@@ -45,8 +45,8 @@ def compiled() -> str:
 def kernel_of(record: Record, device: torch.device) -> Kernel:
     """Returns what an operation launches on the device of the dry run, inside which this is asked."""
     name, _, precision = record.op.partition(" in ")
-    if precision and name == "linear":
-        return _quantized_linear(record, device)
+    if precision and name in _IN_8_BITS:
+        return _IN_8_BITS[name](record, device)
     return _KERNELS[name](record, device)
 
 
@@ -182,6 +182,35 @@ def _quantized_linear(record: Record, device: torch.device) -> Kernel:
     return Kernel(f"fastbert_kernels.{gemm.ours}", dict(gemm.config.block_sizes), source)
 
 
+def _quantized_gated(record: Record, device: torch.device) -> Kernel:
+    if record.backend != "triton":
+        return Kernel(quantized.KERNELS["torch"])
+    from fastbert_kernels.quantized_gated_linear import gated_tile, persistent_tile
+
+    name, dtype = "fastbert_kernels.quantized_gated_linear", quantized.DTYPES[record.facts["precision"]]
+    persistent = persistent_tile(dtype, _arch(device), *_features(record))
+    if persistent is not None:
+        return Kernel(f"{name}_persistent", persistent, f"formula of {name}.persistent_tile")
+    return Kernel(name, gated_tile(_arch(device)), f"formula of {name}.gated_tile")
+
+
+def _sum_norm(record: Record, device: torch.device) -> Kernel:
+    kernels = {"triton": "fastbert_kernels.sum_norm", "torch": layer_norm.KERNELS["torch"]}
+    return _named(record, kernels, "rowwise_config", record.after[1])
+
+
+def _quantized_rows(record: Record, device: torch.device) -> Kernel:
+    kernels = {"triton": "fastbert_kernels.quantized_rows", "torch": quantized.KERNELS["torch"]}
+    return _named(record, kernels, "rowwise_config", record.after[1])
+
+
+# Operations that have other kernels in 8 bits, or are there alone.
+_IN_8_BITS: dict[str, Callable[[Record, torch.device], Kernel]] = {
+    "linear": _quantized_linear,
+    "gated": _quantized_gated,
+    "sum_norm": _sum_norm,
+    "rows": _quantized_rows,
+}
 _KERNELS: dict[str, Callable[[Record, torch.device], Kernel]] = {
     "embedding": _embedding,
     "layer_norm": _layer_norm,

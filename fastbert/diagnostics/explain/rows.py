@@ -17,6 +17,13 @@ from fastbert.ops import recording
 from fastbert.ops.dispatch import Decision
 from fastbert.ops.recording import Record, Shape
 
+# What a report calls operations that are recorded with a precision.
+_OPS_IN_8_BITS = {
+    "linear": "quantized_linear",
+    "gated": "quantized_linear",
+    "sum_norm": "layer_norm",
+    "rows": "quantize",
+}
 _LETTERS = {N_TOKENS: "T", N_SEQUENCES: "B"}
 _LAYER = re.compile(r"(?P<list>(?:.*\.)?encoder\.layer)\.(?P<number>\d+)(?P<part>\..*)?")
 
@@ -64,7 +71,7 @@ def rows_of(records: Sequence[Record], device: torch.device) -> list[OpReport]:
 
 def _row(record: Record, module: str, device: torch.device) -> OpReport:
     name, _, precision = record.op.partition(" in ")
-    op = "quantized_linear" if precision and name == "linear" else name
+    op = _OPS_IN_8_BITS.get(name, name) if precision else name
     row = OpReport(
         op=op,
         module=module,
@@ -90,10 +97,14 @@ def shapes_of(record: Record) -> str:
     precision = facts.get("precision", "")
     before, after = "(T,) ids" if record.before is None else _matrix(record.before), _matrix(record.after)
     name = record.op.partition(" in ")[0]
-    if precision and name == "linear":
+    if precision and name in ("linear", "gated"):
         before = f"{before} {precision}"
     if precision and facts["quantizes"]:
-        after = f"{after} {precision}" if name in ("linear", "attention") else f"{after} and {after} {precision}"
+        after = (
+            f"{after} {precision}"
+            if name in ("linear", "gated", "attention", "rows")
+            else f"{after} and {after} {precision}"
+        )
     words = [f"{before} -> {after}", *_additions(record)]
     if record.backend != MODULE:
         if name == "attention":

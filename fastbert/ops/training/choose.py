@@ -21,6 +21,7 @@ from fastbert_kernels.masks import Dropout
 
 CPU, TRITON = CpuKernels(), TritonKernels()
 ACTIVATIONS = ("none", "gelu", "gelu_tanh", "relu")
+GATED = ("gelu", "gelu_tanh", "relu", "silu")
 IN_TRAINING: ContextVar[bool] = ContextVar("fastbert passes of training", default=False)
 
 
@@ -91,16 +92,18 @@ def triton_obstacle(
     sizes: tuple[int, ...] = (),
     hidden_size: int = 0,
     activation: str = "none",
+    gated: bool = False,
 ) -> str | None:
     """Tells why the Triton kernels have no such passes, or None.
 
-    sizes: numbers of features that are multiplied. hidden_size: of rows that are normalised.
+    sizes: numbers of features that are multiplied. hidden_size: of rows that are normalised. gated: whether the
+    activation's first half multiplies its second one.
     """
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"there are no Triton kernels for {dtype}"
     if not 16 <= head_size <= 128:
         return f"head size {head_size} is not from 16 to 128"
-    if activation not in ACTIVATIONS:
+    if activation not in (GATED if gated else ACTIVATIONS):
         return f"there is no Triton kernel for {activation!r}"
     return dispatch.hidden_size_obstacle(hidden_size)
 
@@ -112,13 +115,14 @@ def cpu_obstacle(
     sizes: tuple[int, ...] = (),
     hidden_size: int = 0,
     activation: str = "none",
+    gated: bool = False,
 ) -> str | None:
     """Tells why the C++ kernels have no such passes, or None."""
     if not cpu.multiplies(dtype):
         return cpu.obstacle() or f"the C++ kernels do not multiply {dtype} on this processor"
     if head_size % 16 or head_size > 256:
         return f"head size {head_size} is no multiple of 16 up to 256"
-    if activation not in ACTIVATIONS:
+    if activation not in (GATED if gated else ACTIVATIONS):
         return f"there is no C++ kernel for {activation!r}"
     if hidden_size > cpu.MAX_HIDDEN:
         return f"hidden size {hidden_size} is above {cpu.MAX_HIDDEN}"

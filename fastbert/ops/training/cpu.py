@@ -8,7 +8,14 @@ import torch
 from torch import Tensor
 
 from fastbert.ops.packed_linear import LEAST_ROWS
-from fastbert.ops.training.kernels import Attention, EmbeddingSettings, Normalized, NormGradients, Weights
+from fastbert.ops.training.kernels import (
+    Attention,
+    EmbeddingSettings,
+    Normalized,
+    NormGradients,
+    Rotation,
+    Weights,
+)
 from fastbert.ops.training.plain import PLAIN, joined_biases
 from fastbert_kernels import cpu
 from fastbert_kernels.masks import Dropout
@@ -53,9 +60,9 @@ class CpuKernels:
     def attention_forward(
         self, qkv: Tensor, settings: Attention, position_bias: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        batch, num_heads, scale, dropout, columns = settings
-        bias = None if position_bias is None else cpu.PositionBias.of(position_bias, columns)
-        return cpu.attention_training_forward(qkv, batch.cu_seqlens_cpu, num_heads, scale, dropout, bias)
+        batch, num_heads, scale, dropout, _, _ = settings
+        of_scores = _bias_and_window(settings, position_bias)
+        return cpu.attention_training_forward(qkv, batch.cu_seqlens_cpu, num_heads, scale, dropout, *of_scores)
 
     def attention_backward(
         self,
@@ -66,9 +73,21 @@ class CpuKernels:
         settings: Attention,
         position_bias: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        batch, num_heads, scale, dropout, columns = settings
-        bias = None if position_bias is None else cpu.PositionBias.of(position_bias, columns)
-        return cpu.attention_backward(grad, qkv, out, lse, batch.cu_seqlens_cpu, num_heads, scale, dropout, bias)
+        batch, num_heads, scale, dropout, _, _ = settings
+        of_scores = _bias_and_window(settings, position_bias)
+        return cpu.attention_backward(grad, qkv, out, lse, batch.cu_seqlens_cpu, num_heads, scale, dropout, *of_scores)
+
+    def rotate(self, qkv: Tensor, rotation: Rotation, num_heads: int) -> Tensor:
+        return cpu.rotary_forward(qkv, *rotation, num_heads)
+
+    def rotate_back(self, grad: Tensor, rotation: Rotation, num_heads: int) -> Tensor:
+        return cpu.rotary_backward(grad, *rotation, num_heads)
+
+    def gated(self, pre: Tensor, activation: str) -> Tensor:
+        return cpu.gated_forward(pre, activation)
+
+    def gated_backward(self, grad: Tensor, pre: Tensor, activation: str) -> tuple[Tensor, Tensor]:
+        return cpu.gated_backward(grad, pre, activation)
 
     def norm_forward(
         self,
@@ -121,6 +140,14 @@ class CpuKernels:
 
     def drop(self, x: Tensor, dropout: Dropout) -> Tensor:
         return cpu.dropout_forward(x, dropout)
+
+
+def _bias_and_window(settings: Attention, position_bias: Tensor | None) -> tuple[cpu.PositionBias | None, int]:
+    """What the kernels take for a position bias, or for a window, whose bias takes far keys away."""
+    window, columns = settings.window, settings.columns
+    if window is not None:
+        return cpu.PositionBias(cpu.window_bias(settings.num_heads, window), columns), window
+    return None if position_bias is None else cpu.PositionBias.of(position_bias, columns), -1
 
 
 def _values(weights: Weights) -> list[Tensor]:

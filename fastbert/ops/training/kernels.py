@@ -19,7 +19,8 @@ Weights = tuple[Tensor, ...]
 class Attention(NamedTuple):
     """The settings of one attention. batch: how T rows lie in sequences.
 
-    columns: (T,) int32, as in `PackedBatch`, for a position bias.
+    columns: (T,) int32, as in `PackedBatch`, for a position bias or a window. window: columns on either side that a
+    query reaches, None for all; there is no position bias beside it.
     """
 
     batch: PackedBatch
@@ -27,6 +28,14 @@ class Attention(NamedTuple):
     scale: float
     dropout: Dropout | None
     columns: Tensor | None = None
+    window: int | None = None
+
+
+class Rotation(NamedTuple):
+    """The angles by which queries and keys turn. cos, sin: (T, D / 2) float32, contiguous."""
+
+    cos: Tensor
+    sin: Tensor
 
 
 class EmbeddingSettings(NamedTuple):
@@ -110,6 +119,18 @@ class Kernels(Protocol):
         position_bias: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """The gradient of qkv, (T, 3 N D), zeros in rows of no sequence; and of position_bias, float32 at least."""
+
+    def rotate(self, qkv: Tensor, rotation: Rotation, num_heads: int) -> Tensor:
+        """Queries and keys turned by their rows' angles, (T, 3 N D), perhaps in the memory of qkv: see ops.rotary."""
+
+    def rotate_back(self, grad: Tensor, rotation: Rotation, num_heads: int) -> Tensor:
+        """The gradient of what was turned, (T, 3 N D), perhaps in the memory of grad, which is contiguous."""
+
+    def gated(self, pre: Tensor, activation: str) -> Tensor:
+        """activation(first half) * second half of each row, (T, 2 I) -> (T, I)."""
+
+    def gated_backward(self, grad: Tensor, pre: Tensor, activation: str) -> tuple[Tensor, Tensor]:
+        """The gradient of pre, (T, 2 I), from that of what `gated` gave, (T, I), and that again."""
 
     def norm_forward(
         self,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -12,8 +13,18 @@ from fastbert.checkpoint.activations import activate
 from fastbert.ops import dropout as masks
 from fastbert.ops.packing import PackedBatch, to_device
 from fastbert.ops.position_bias import gradient, of_rows
-from fastbert.ops.training.kernels import Attention, EmbeddingSettings, Normalized, NormGradients, Weights
-from fastbert_kernels.masks import Dropout
+from fastbert.ops.rotary import rotate_rows
+from fastbert.ops.training.kernels import (
+    Attention,
+    EmbeddingSettings,
+    Normalized,
+    NormGradients,
+    Rotation,
+    Weights,
+)
+from fastbert_kernels.masks import GROUP, Dropout
+
+WINDOW_BLOCK = 64  # the fewest queries of a block within a window
 
 
 def joined(tensors: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
@@ -70,12 +81,11 @@ class Plain:
         lse = wide(qkv).new_zeros(settings.num_heads, n_rows)
         for rows in groups(settings.batch):
             q, k, v = _heads(qkv, rows, settings.num_heads)
-            scores = q @ k.transpose(-1, -2) * settings.scale
-            if position_bias is not None:
-                scores = scores + of_rows(wide(position_bias), settings.columns, rows, *rows.shape)
-            p = torch.softmax(scores, -1) * _kept(rows, settings, scores.dtype)
-            out[rows] = (p @ v).transpose(1, 2).to(qkv.dtype)
-            lse[:, rows] = torch.logsumexp(scores, -1).transpose(0, 1)
+            for part in _parts(rows, settings):
+                scores = part.scores(q, k, settings, position_bias)
+                p = torch.softmax(scores, -1) * part.kept(settings, scores.dtype)
+                out[part.rows] = (p @ v[:, :, part.keys]).transpose(1, 2).to(qkv.dtype)
+                lse[:, part.rows] = torch.logsumexp(scores, -1).transpose(0, 1)
         return out.flatten(1), lse
 
     def attention_backward(
@@ -92,22 +102,42 @@ class Plain:
         grad_qkv = torch.zeros_like(qkv, memory_format=torch.contiguous_format)
         for rows in groups(settings.batch):
             q, k, v = _heads(qkv, rows, settings.num_heads)
-            d_out, o = (_split(t, rows, settings.num_heads) for t in (grad, out))
-            kept = _kept(rows, settings, q.dtype)
-            scores = q @ k.transpose(-1, -2) * settings.scale
-            if position_bias is not None:
-                scores = scores + of_rows(wide(position_bias), settings.columns, rows, *rows.shape)
-            p = torch.exp(scores - lse[:, rows].transpose(0, 1)[..., None])
-            d_p = d_out @ v.transpose(-1, -2) * kept
-            d_s = p * (d_p - (d_out * o).sum(-1, keepdim=True))
-            if grad_bias is not None:
-                columns = rows - rows[:, :1] if settings.columns is None else settings.columns[rows]
-                grad_bias = grad_bias + gradient(grad_bias, d_s.to(grad_bias.dtype), columns)
-            d_s = d_s * settings.scale
-            d_v = (p * kept).transpose(-1, -2) @ d_out
-            d_qkv = torch.stack([d_s @ k, d_s.transpose(-1, -2) @ q, d_v])  # (3, sequences, N, length, D)
+            d_q, d_k, d_v = (torch.zeros_like(x) for x in (q, k, v))
+            for part in _parts(rows, settings):
+                queries, keys = part.queries, part.keys
+                d_out, o = (_split(t, part.rows, settings.num_heads) for t in (grad, out))
+                kept = part.kept(settings, q.dtype)
+                scores = part.scores(q, k, settings, position_bias)
+                p = torch.exp(scores - lse[:, part.rows].transpose(0, 1)[..., None])
+                d_p = d_out @ v[:, :, keys].transpose(-1, -2) * kept
+                d_s = p * (d_p - (d_out * o).sum(-1, keepdim=True))
+                if grad_bias is not None:
+                    columns = rows - rows[:, :1] if settings.columns is None else settings.columns[rows]
+                    grad_bias = grad_bias + gradient(grad_bias, d_s.to(grad_bias.dtype), columns)
+                d_s = d_s * settings.scale
+                d_q[:, :, queries] = d_s @ k[:, :, keys]
+                d_k[:, :, keys] += d_s.transpose(-1, -2) @ q[:, :, queries]
+                d_v[:, :, keys] += (p * kept).transpose(-1, -2) @ d_out
+            d_qkv = torch.stack([d_q, d_k, d_v])  # (3, sequences, N, length, D)
             grad_qkv[rows] = d_qkv.permute(1, 3, 0, 2, 4).flatten(2).to(qkv.dtype)
         return grad_qkv, grad_bias
+
+    def rotate(self, qkv: Tensor, rotation: Rotation, num_heads: int) -> Tensor:
+        return rotate_rows(qkv, *rotation, num_heads)
+
+    def rotate_back(self, grad: Tensor, rotation: Rotation, num_heads: int) -> Tensor:
+        return rotate_rows(grad, rotation.cos, -rotation.sin, num_heads)
+
+    def gated(self, pre: Tensor, activation: str) -> Tensor:
+        first, second = pre.chunk(2, dim=-1)
+        return activate(first, activation) * second
+
+    def gated_backward(self, grad: Tensor, pre: Tensor, activation: str) -> tuple[Tensor, Tensor]:
+        with torch.enable_grad():
+            leaf = wide(pre).detach().requires_grad_()
+            out = self.gated(leaf, activation)
+        (grad_pre,) = torch.autograd.grad(out, leaf, wide(grad))
+        return grad_pre.to(pre.dtype), out.detach().to(pre.dtype)
 
     def norm_forward(
         self,
@@ -211,9 +241,46 @@ def _heads(qkv: Tensor, rows: Tensor, num_heads: int) -> tuple[Tensor, ...]:
     return tuple(_split(part, rows, num_heads) for part in qkv.chunk(3, dim=1))
 
 
-def _kept(rows: Tensor, settings: Attention, dtype: torch.dtype) -> Tensor | float:
-    """What probabilities are multiplied by, (sequences, N, length, length) in their dtype, or 1."""
-    dropout = settings.dropout
-    if dropout is None:
-        return 1.0
-    return masks.keep(rows, rows.shape[1], dropout, settings.num_heads).to(dtype) * dropout.scale
+class _Part(NamedTuple):
+    """Some queries of sequences of equal length, and the keys that they reach. all_rows: (sequences, length)."""
+
+    all_rows: Tensor
+    queries: slice
+    keys: slice
+
+    @property
+    def rows(self) -> Tensor:
+        return self.all_rows[:, self.queries]
+
+    def scores(self, q: Tensor, k: Tensor, settings: Attention, position_bias: Tensor | None) -> Tensor:
+        """(sequences, N, queries, keys) with a position bias, and -inf where a key is out of a query's reach."""
+        scores = q[:, :, self.queries] @ k[:, :, self.keys].transpose(-1, -2) * settings.scale
+        if position_bias is not None:
+            return scores + of_rows(wide(position_bias), settings.columns, self.all_rows, *self.all_rows.shape)
+        if settings.window is None:
+            return scores
+        columns = self.all_rows if settings.columns is None else settings.columns[self.all_rows]
+        far = (columns[:, self.queries, None] - columns[:, None, self.keys]).abs() > settings.window
+        return scores.masked_fill(far[:, None], -torch.inf)
+
+    def kept(self, settings: Attention, dtype: torch.dtype) -> Tensor | float:
+        """What probabilities are multiplied by, (sequences, N, queries, keys) in their dtype, or 1."""
+        dropout = settings.dropout
+        if dropout is None:
+            return 1.0
+        n_keys = self.keys.stop - self.keys.start
+        mask = masks.keep(self.rows, n_keys, dropout, settings.num_heads, self.keys.start)
+        return mask.to(dtype) * dropout.scale
+
+
+def _parts(rows: Tensor, settings: Attention) -> Iterator[_Part]:
+    """All of some sequences at once, or within a window one block of queries after the other."""
+    length, window = rows.shape[1], settings.window
+    block = length if window is None else max(window, WINDOW_BLOCK)
+    for start in range(0, length, block):
+        end = min(start + block, length)
+        if window is None:
+            yield _Part(rows, slice(start, end), slice(0, length))
+        else:  # columns that share a draw of dropout begin at a multiple of their number
+            first = max(start - window, 0) // GROUP * GROUP
+            yield _Part(rows, slice(start, end), slice(first, min(end + window, length)))

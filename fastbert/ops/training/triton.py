@@ -9,10 +9,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastbert.ops import attention_plan, gelu
+from fastbert.ops.columns_around import ranges_of
 from fastbert.ops.dispatch import AUTO
 from fastbert.ops.gemm import takes_our_gemm
 from fastbert.ops.position_bias import for_kernel
-from fastbert.ops.training.kernels import Attention, EmbeddingSettings, Normalized, NormGradients, Weights
+from fastbert.ops.training.kernels import (
+    Attention,
+    EmbeddingSettings,
+    Normalized,
+    NormGradients,
+    Rotation,
+    Weights,
+)
 from fastbert.ops.training.plain import joined, joined_biases
 from fastbert_kernels.masks import Dropout
 
@@ -66,14 +74,15 @@ class TritonKernels:
         from fastbert_kernels.attention import varlen_attention_forward
         from fastbert_kernels.work_list import WorkList
 
-        batch, num_heads, scale, dropout, columns = settings
+        batch, num_heads, scale, dropout, columns, _ = settings
         head_size = qkv.shape[1] // (3 * num_heads)
         plan = attention_plan.triton_plan(batch, qkv.dtype, head_size, AUTO)
         tiles = WorkList(plan.tiles, plan.row_spans)
         config = configs.attention_config(qkv.dtype, head_size, launch.arch(qkv.device), plan.small).block_sizes
         lse = torch.empty(num_heads, qkv.shape[0], dtype=torch.float32, device=qkv.device)
-        bias = for_kernel(position_bias, columns)
-        out = varlen_attention_forward(qkv, tiles, num_heads, scale, config=config, dropout=dropout, lse=lse, bias=bias)
+        of_scores: Any = {"bias": for_kernel(position_bias, columns), "window": _window(settings)}
+        sums: Any = {"dropout": dropout, "lse": lse}
+        out = varlen_attention_forward(qkv, tiles, num_heads, scale, config=config, **sums, **of_scores)
         return out, lse
 
     def attention_backward(
@@ -87,13 +96,36 @@ class TritonKernels:
     ) -> tuple[Tensor, Tensor | None]:
         from fastbert_kernels.attention_backward import varlen_attention_backward
 
-        batch, num_heads, scale, dropout, columns = settings
+        batch, num_heads, scale, dropout, columns, _ = settings
         bias = for_kernel(position_bias, columns)
         head_size = qkv.shape[1] // (3 * num_heads)
-        plan = attention_plan.gradient_plan(batch, qkv.dtype, head_size, bias is not None)
+        features = bias is not None, settings.window is not None
+        plan = attention_plan.gradient_plan(batch, qkv.dtype, head_size, *features)
         want_bias = position_bias is not None and position_bias.requires_grad
         of_batch = plan, num_heads, scale, dropout
-        return varlen_attention_backward(grad, qkv, out, lse, *of_batch, bias=bias, want_bias=want_bias)
+        of_scores: Any = {"bias": bias, "want_bias": want_bias, "window": _window(settings)}
+        return varlen_attention_backward(grad, qkv, out, lse, *of_batch, **of_scores)
+
+    def rotate(self, qkv: Tensor, rotation: Rotation, num_heads: int) -> Tensor:
+        from fastbert_kernels.rotary import rotary_forward
+
+        return rotary_forward(qkv, *rotation, num_heads, in_place=True)
+
+    def rotate_back(self, grad: Tensor, rotation: Rotation, num_heads: int) -> Tensor:
+        from fastbert_kernels.rotary import rotary_backward
+
+        return rotary_backward(grad, *rotation, num_heads)
+
+    def gated(self, pre: Tensor, activation: str) -> Tensor:
+        from fastbert_kernels.gated import gated_forward
+
+        return gated_forward(pre, activation)
+
+    def gated_backward(self, grad: Tensor, pre: Tensor, activation: str) -> tuple[Tensor, Tensor]:
+        from fastbert_kernels.gated import gated_backward
+
+        out = torch.empty_like(grad)
+        return gated_backward(grad, pre, activation, out), out
 
     def norm_forward(
         self,
@@ -155,3 +187,13 @@ class TritonKernels:
         from fastbert_kernels.dropout_rows import dropout_forward
 
         return dropout_forward(x, dropout)
+
+
+def _window(settings: Attention) -> Any:
+    """What the kernels take for a window, or None."""
+    from fastbert_kernels.attention_window import Window
+
+    window = settings.window
+    if window is None:
+        return None
+    return Window(window, ranges_of(settings.batch, window))

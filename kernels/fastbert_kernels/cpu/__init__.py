@@ -28,7 +28,14 @@ from fastbert_kernels.cpu.encoder import (
     encoder_forward,
     encoder_int8_forward,
 )
-from fastbert_kernels.cpu.gated import gated_forward, rotary_forward, window_bias, windowed_attention_forward
+from fastbert_kernels.cpu.gated import (
+    gated_backward,
+    gated_forward,
+    rotary_backward,
+    rotary_forward,
+    window_bias,
+    windowed_attention_forward,
+)
 from fastbert_kernels.cpu.int8 import (
     Int8Weight,
     linear_int8_forward,
@@ -80,9 +87,10 @@ __all__ = [
     "Int8Encoder", "Int8EncoderLayer", "Int8Weight", "LayerTraits", "NormBackward", "NormForward", "ObjectRecord",
     "PositionBias", "activation_backward", "attention_backward", "attention_training_forward", "digest",
     "disentangled_attention_backward", "disentangled_attention_forward", "dropout_forward", "dropout_mask",
-    "embedding_norm_forward", "embedding_scatter", "encoder_forward", "encoder_int8_forward", "gated_forward",
-    "has_amx", "ids_outside", "instructions", "int8_obstacle", "linear_forward", "linear_int8_forward", "longest_of",
-    "multiplies", "obstacle", "pack_int8", "pack_transposed", "pack_weight", "pack_weights", "pool_forward",
-    "quantize_forward", "residual_norm_backward", "residual_norm_forward", "rotary_forward",
-    "varlen_attention_forward", "weight_gradient", "window_bias", "windowed_attention_forward",
+    "embedding_norm_forward", "embedding_scatter", "encoder_forward", "encoder_int8_forward", "gated_backward",
+    "gated_forward", "has_amx", "ids_outside", "instructions", "int8_obstacle", "linear_forward", "linear_int8_forward",
+    "longest_of", "multiplies", "obstacle", "pack_int8", "pack_transposed", "pack_weight", "pack_weights",
+    "pool_forward", "quantize_forward", "residual_norm_backward", "residual_norm_forward", "rotary_backward", "rotary_forward",
+    "varlen_attention_forward", "weight_gradient", "window_bias",
+    "windowed_attention_forward",
 ]  # fmt: skip

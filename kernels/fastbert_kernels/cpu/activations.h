@@ -85,9 +85,17 @@ INLINE Backward gelu_tanh_backward(vf x, vf grad) {
     return {x / (1.0f + e), grad * (s + near * s * (e * s) * twice_slope)};
 }
 
+// x s,  s = 1 / (1 + e),  e = exp(-x):  the derivative is s + x s (1 - s),  and 1 - s = e s.
+INLINE Backward silu_backward(vf x, vf grad) {
+    vf e = exp2<true>(min(x * -1.442695f, splat(127.0f))), s = 1.0f / (1.0f + e);
+    vf near = max(splat(-128.0f), min(splat(128.0f), x));  // beyond, s or e is 0; NaN stays
+    return {x / (1.0f + e), grad * (s + near * s * (e * s))};
+}
+
 template <typename T, int ACTIVATION>
 INLINE Backward activate_backward(vf x, vf grad) {
     if (ACTIVATION == GELU) return gelu_backward<sizeof(T) == sizeof(float)>(x, grad);
     if (ACTIVATION == GELU_TANH) return gelu_tanh_backward(x, grad);
+    if (ACTIVATION == SILU) return silu_backward(x, grad);
     return {activate<T>(x, RELU), x <= 0.0f ? vf{} : grad};
 }

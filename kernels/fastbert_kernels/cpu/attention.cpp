@@ -113,7 +113,8 @@ INLINE void run(const T* qkv, T* out, const Heads& shape, const AttentionPlan::T
             }
         }
         const int64_t n_words = over(length, 64);
-        if (MODE == TRAINING_WITH_DROPOUT) draw(scratch.keep, n_words, masks, first, n_rows, 0, length);
+        if (MODE == TRAINING_WITH_DROPOUT)
+            draw(scratch.keep, n_words, masks, first, n_rows, task.before + from, length);
 #define ALL_KEYS(N)                                                                                         \
     probabilities_of<N, O, MODE, BIASED>(scratch.scores, padded, queries, keys, depth, shape.scale, length, \
                                          scratch.keep, tops, totals, bias)
@@ -191,7 +192,7 @@ AttentionPlan::AttentionPlan(const int32_t* cu_seqlens, int64_t n_seqs, int64_t 
         const int64_t length = (int64_t)cu_seqlens[b + 1] - cu_seqlens[b];
         if (length < 0 || cu_seqlens[b + 1] > n_rows) return;
         n_tasks += over(length, CHUNK);
-        const int64_t seen = window < 0 ? length : least(length, CHUNK + 2 * window);
+        const int64_t seen = window < 0 ? length : least(length, CHUNK + 2 * window + 7);
         longest = seen > longest ? seen : longest;
     }
     n_tokens = cu_seqlens[n_seqs];
@@ -210,9 +211,10 @@ AttentionPlan::AttentionPlan(const int32_t* cu_seqlens, int64_t n_seqs, int64_t 
         const int64_t first = cu_seqlens[b], length = cu_seqlens[b + 1] - first;
         for (int64_t chunk = 0; chunk < length; chunk += CHUNK) {
             const int64_t end = least(chunk + CHUNK, length);
-            const int64_t from = window < 0 || chunk < window ? 0 : chunk - window;  // the keys that a query can see
+            // The keys that a query can see. Eight columns share a draw of dropout.
+            const int64_t from = window < 0 || chunk < window ? 0 : (chunk - window) / 8 * 8;
             const int64_t to = window < 0 ? length : least(end + window, length);
-            *task++ = {first + from, to - from, chunk - from, end - from};
+            *task++ = {first + from, to - from, chunk - from, end - from, from};
         }
     }
 }
@@ -262,8 +264,8 @@ void train(const T* qkv, T* out, const Heads& heads, const AttentionPlan& plan, 
     EXPORT int name(const T* qkv, int64_t row_stride, int64_t n_rows, const int32_t* cu_seqlens, int64_t n_seqs, \
                     int64_t n_heads, int64_t head_size, float scale, T* out, int64_t out_stride, float* lse,     \
                     int64_t threshold, uint64_t seed, int64_t site, const float* table, int64_t radius,          \
-                    const int32_t* columns) {                                                                    \
-        const AttentionPlan plan(cu_seqlens, n_seqs, n_rows, head_size, table != NULL);                          \
+                    const int32_t* columns, int64_t window) {                                                    \
+        const AttentionPlan plan(cu_seqlens, n_seqs, n_rows, head_size, table != NULL, window);                  \
         if (plan.status != 0) return plan.status;                                                                \
         const Heads heads = {row_stride, n_heads, head_size, out_stride, scale, {table, radius, columns}};       \
         const Training training = {lse, {threshold, seed, site}};                                                \

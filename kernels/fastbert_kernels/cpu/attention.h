@@ -15,6 +15,7 @@ class AttentionPlan {
    public:
     struct Task {
         int64_t first, length, chunk, end;  // a sequence, or a part of one, and its queries from chunk to end
+        int64_t before;                     // tokens of the sequence before the first one, a multiple of 8
     };
     Task* tasks = NULL;
     int64_t n_tasks = 0, n_tokens = 0, n_rows, padded = 0;  // padded: the longest sequence, in whole vectors

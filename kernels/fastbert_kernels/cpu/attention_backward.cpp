@@ -17,6 +17,9 @@
 // the place of five, and the same sums.
 // The gradient of a bias's table (attention_bias.h) is the sum of dbias over all pairs of tokens that are so far apart:
 // first along the diagonals of a tile, then for PART blocks of queries, and at the end over these, in their order.
+// Within a window a block of queries takes, of each block of keys, those that one of the queries sees, in whole vectors;
+// the bias takes away those that are too far from each query. The time grows with the window, not with the length's
+// square.
 // Bytes moved, from and to main memory: 8 * N * D elements a token.
 #include "attention_backward.h"
 
@@ -249,10 +252,10 @@ struct BiasSums {
 };
 
 // p and dp before the mask -> keep * p and ds, in place: as floats, or as pairs of queries, and then ds as bfloat16 in
-// rows as well. delta is NULL where the tile has all keys: then it is summed here.
+// rows as well. delta is NULL where the tile has all keys that its queries see: then it is summed here.
 template <typename O, bool DROPOUT, bool BIASED>
 __attribute__((noinline)) void differences(const Scratch& s, int64_t n_queries, int64_t n_keys, const float* delta,
-                                           const BiasSums& sums) {
+                                           const BiasSums* sums) {
     for (int64_t i = 0; i < n_queries; i += O::SIZE) {
         Row<DROPOUT> row(s, i), next(s, i + 1);
         const bool pair = O::SIZE == 2 && i + 1 < n_queries;
@@ -268,9 +271,9 @@ __attribute__((noinline)) void differences(const Scratch& s, int64_t n_queries, 
             for (int which = 0; which < (pair ? 2 : 1); which++) {
                 for (int64_t j = 0; j < n_keys; j += VL) {
                     (which == 0 ? row : next).finish(j, &p, &ds);
-                    store(sums.row + j, ds);
+                    store(sums->row + j, ds);
                 }
-                sums.add(i + which);
+                sums->add(i + which);
             }
         }
         for (int64_t j = 0; j < n_keys; j += VL) {
@@ -319,51 +322,73 @@ INLINE void run(const T* qkv, const T* douts, const T* outs, const float* lse, T
         deltas_of(s.delta, dout, outs + task.first * call.out_stride + head * size, call, begin,
                   least(task.query_end * queries.size, length));
 
+    const bool windowed = BIASED && call.windowed(), sum_bias = BIASED && !windowed && task.dq;
+    const int64_t grad_stride = 3 * width;
     for (int64_t block = task.key_block; block < task.key_end; block++) {
         const int64_t key = block * keys.size, n_keys = least(length - key, keys.size), n_blocks = over(n_keys, VL);
         const T* k = q + width + key * call.qkv_stride;
+        const Near near(call, queries, key, n_keys, length);
+        T* key_grad = grad + width + key * grad_stride;
         pack_keys<O>((E*)s.k_columns, k, n_keys, n_blocks, depth, call.qkv_stride);
         pack_keys<O, true>((E*)s.v_columns, k + width, n_keys, n_blocks, depth, call.qkv_stride);
         pack_values<O>((E*)s.k_rows, k, n_keys, size, call.qkv_stride);
-        for (int64_t query_block = task.query_block; query_block < task.query_end; query_block++) {
+        if (windowed && task.dk_dv) {  // each block of queries adds to other keys
+            memset(s.dk, 0, n_keys * size * sizeof(float));
+            memset(s.dv, 0, n_keys * size * sizeof(float));
+        }
+        for (int64_t query_block = greatest(task.query_block, near.begin);
+             query_block < least(task.query_end, near.end); query_block++) {
             const int64_t query = query_block * queries.size, n_queries = least(length - query, queries.size);
             const T *q_rows = q + query * call.qkv_stride, *dout_rows = dout + query * call.dout_stride;
+            // Of the block's keys, those that one of the queries sees: `skipped` are before them.
+            const int64_t skipped = windowed ? greatest(0, query - call.window - key) / VL * VL : 0;
+            const int64_t seen = (windowed ? least(n_keys, query + n_queries + call.window - key) : n_keys) - skipped;
+            const Scratch part_of = s.from(skipped, size, O::SIZE);
             pack_values<O>((E*)s.q_rows, q_rows, n_queries, size, call.qkv_stride);
             pack_values<O>((E*)s.dout_rows, dout_rows, n_queries, size, call.dout_stride);
             probabilities_and_products<T, O, BIASED>(
-                {q_rows, dout_rows, head_lse + query, call.qkv_stride, call.dout_stride, n_queries, n_keys, size,
-                 call.scale, call.bias, columns, head, query, key, length},
-                s);
-            if (DROPOUT) draw(s.keep, KEYS / 64, masks, task.first + query, n_queries, key, n_keys);
-            const int64_t part = task.part + query_block / PART;
-            const BiasSums sums = {
-                s.sums,    s.sums + SUMS, bias_parts + (part * call.n_heads + head) * call.bias.width(),
-                call.bias, columns,       query,
-                key,       n_queries,     n_keys,
-                factor};
+                {q_rows, dout_rows, head_lse + query, call.qkv_stride, call.dout_stride, n_queries, seen, size,
+                 call.scale, call.bias, columns, head, query, key + skipped, length},
+                part_of);
+            if (DROPOUT) draw(s.keep, KEYS / 64, masks, task.first + query, n_queries, key + skipped, seen);
             const float* delta = keys.n > 1 ? s.delta + query : NULL;
-            if (BIASED && task.dq) {
+            if (BIASED && sum_bias) {
+                const int64_t part = task.part + query_block / PART;
+                const BiasSums sums = {
+                    s.sums,    s.sums + SUMS, bias_parts + (part * call.n_heads + head) * call.bias.width(),
+                    call.bias, columns,       query,
+                    key,       n_queries,     n_keys,
+                    factor};
                 sums.start();
-                differences<O, DROPOUT, true>(s, n_queries, n_keys, delta, sums);
+                differences<O, DROPOUT, true>(s, n_queries, n_keys, delta, &sums);
                 sums.finish();
             } else {
-                differences<O, DROPOUT, false>(s, n_queries, n_keys, delta, sums);
+                differences<O, DROPOUT, false>(s, n_queries, seen, delta, NULL);
             }
-            const int64_t grad_stride = 3 * width, n = over(n_queries, O::SIZE);
-            const bool first = query_block == 0, last = query_block == queries.n - 1;
-            T* key_grad = grad + width + key * grad_stride;
+            const int64_t n = over(n_queries, O::SIZE);
+            const bool first = !windowed && query_block == 0, last = !windowed && query_block == queries.n - 1;
+            T* seen_grad = key_grad + skipped * grad_stride;
             if (task.dk_dv) {
-                add_all<1, STRIDE, O>(Sums<T>{s.dv, key_grad + width, grad_stride, size, factor, first, last}, n_keys,
-                                      s.p, s.dout_rows, n);
-                add_all<1, STRIDE, O>(Sums<T>{s.dk, key_grad, grad_stride, size, factor * call.scale, first, last},
-                                      n_keys, s.dp, s.q_rows, n);
+                add_all<1, STRIDE, O>(Sums<T>{part_of.dv, seen_grad + width, grad_stride, size, factor, first, last},
+                                      seen, s.p, s.dout_rows, n);
+                add_all<1, STRIDE, O>(
+                    Sums<T>{part_of.dk, seen_grad, grad_stride, size, factor * call.scale, first, last}, seen, s.dp,
+                    s.q_rows, n);
             }
+            const Near with(call, keys, query, n_queries, length);
             if (task.dq)
                 add_all<STRIDE / O::SIZE, 1, O>(
                     Sums<T>{s.dq + (query - begin) * size, grad + query * grad_stride, grad_stride, size,
-                            factor * call.scale, block == 0, block == keys.n - 1},
-                    n_queries, O::SIZE == 2 ? s.ds : s.dp, s.k_rows, over(n_keys, O::SIZE));
+                            factor * call.scale, block == with.begin, block == with.end - 1},
+                    n_queries, O::SIZE == 2 ? s.ds : s.dp, part_of.k_rows, over(seen, O::SIZE));
         }
+        if (windowed && task.dk_dv)
+            for (int64_t i = 0; i < n_keys; i++)
+                for (int64_t d = 0; d < size; d += VL) {
+                    T* to = key_grad + i * grad_stride + d;
+                    from_floats(to, load<vf>(s.dk + i * size + d) * (factor * call.scale));
+                    from_floats(to + width, load<vf>(s.dv + i * size + d) * factor);
+                }
     }
 }
 
@@ -403,12 +428,14 @@ void add_parts(float* grad_table, const Call& call, const Plan& plan, const Team
 
 }  // namespace
 
-// Returns the status of Plan. table, radius, columns: the members of PositionBias. grad_table: as table.
+// Returns the status of Plan. table, radius, columns: the members of PositionBias. grad_table: as table. window: how many
+// tokens a query sees on either side, beyond which the table leaves nothing, and then has no gradient; -1 for all.
 #define ATTENTION_BACKWARD(name, T, O)                                                                               \
     EXPORT int name(const T* qkv, int64_t qkv_stride, const T* dout, int64_t dout_stride, const T* out,              \
                     int64_t out_stride, const float* lse, int64_t n_rows, const int32_t* cu_seqlens, int64_t n_seqs, \
                     int64_t n_heads, int64_t head_size, float scale, int64_t threshold, uint64_t seed, int64_t site, \
-                    T* grad, const float* table, int64_t radius, const int32_t* columns, float* grad_table) {        \
+                    T* grad, const float* table, int64_t radius, const int32_t* columns, float* grad_table,          \
+                    int64_t window) {                                                                                \
         const Call call = {n_rows,                                                                                   \
                            qkv_stride,                                                                               \
                            dout_stride,                                                                              \
@@ -417,14 +444,15 @@ void add_parts(float* grad_table, const Call& call, const Plan& plan, const Team
                            head_size,                                                                                \
                            scale,                                                                                    \
                            {threshold, seed, site},                                                                  \
-                           {table, radius, columns}};                                                                \
+                           {table, radius, columns},                                                                 \
+                           window};                                                                                  \
         const Plan plan(cu_seqlens, n_seqs, call);                                                                   \
         if (plan.status != 0) return plan.status;                                                                    \
         in_parallel([&](const Team& team) {                                                                          \
             if (table != NULL) run_with<T, O, true>(qkv, dout, out, lse, grad, call, plan, team);                    \
             else run_with<T, O, false>(qkv, dout, out, lse, grad, call, plan, team);                                 \
         });                                                                                                          \
-        if (table != NULL) in_parallel([&](const Team& team) { add_parts(grad_table, call, plan, team); });          \
+        if (call.has_table()) in_parallel([&](const Team& team) { add_parts(grad_table, call, plan, team); });       \
         return 0;                                                                                                    \
     }
 

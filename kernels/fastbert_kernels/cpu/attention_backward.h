@@ -22,6 +22,9 @@ struct Call {
     float scale;
     Dropout dropout;
     PositionBias bias;
+    int64_t window;  // how many tokens a query sees on either side, beyond which the bias leaves nothing; -1 for all
+    bool windowed() const { return window >= 0; }
+    bool has_table() const { return bias.table != NULL && !windowed(); }  // one that has a gradient
 };
 
 // Blocks of equal size, at most `most`: they follow from the length alone, and so do all sums.
@@ -29,6 +32,16 @@ struct Blocks {
     int64_t n, size;
     Blocks(int64_t length, int64_t most, int64_t step) : size(up(over(length, over(length, most)), step)) {
         n = over(length, size);
+    }
+};
+
+// The blocks from begin to end: those of queries that see some of n keys from `first` on, or the other way round.
+struct Near {
+    int64_t begin, end;
+    Near(const Call& call, const Blocks& blocks, int64_t first, int64_t n, int64_t length) : begin(0), end(blocks.n) {
+        if (!call.windowed()) return;
+        begin = first > call.window ? (first - call.window) / blocks.size : 0;
+        end = over(least(first + n + call.window, length), blocks.size);
     }
 };
 
@@ -84,6 +97,13 @@ struct Scratch {
         dq = take(longest * head_size);
         if (biased) sums = take(SUMS + STRIDE), line = take(line_size(longest));
     }
+    // The same memory from a key on, a whole number of vectors after the first. pair: elements in one of a product.
+    Scratch from(int64_t key, int64_t head_size, int64_t pair) const {
+        Scratch part = *this;
+        for (float** rows : {&part.k_columns, &part.v_columns, &part.k_rows}) *rows += key * head_size / pair;
+        for (float** rows : {&part.dk, &part.dv}) *rows += key * head_size;
+        return part;
+    }
     static int64_t line_size(int64_t longest) { return 2 * up(longest, 16) + 2 * VL; }
     static int64_t keys_of(int64_t longest) { return least(KEYS, up(longest, VL)); }
     static int64_t size(int64_t head_size, int64_t longest, bool biased) {
@@ -128,7 +148,7 @@ inline Plan::Plan(const int32_t* cu_seqlens, int64_t n_seqs, const Call& call) {
     scratch_size = Scratch::size(call.head_size, longest, call.bias.table != NULL);
     memory = (float*)aligned_alloc(64, n_threads * scratch_size * sizeof(float));
     status = tasks == NULL || memory == NULL;
-    if (call.bias.table == NULL) return;
+    if (!call.has_table()) return;
     bias_parts = (float*)calloc(n_parts * call.n_heads * call.bias.width(), sizeof(float));
     status |= bias_parts == NULL;
 }

@@ -26,6 +26,7 @@ _FUNCTIONS = {
         _POINTER,
         *masks.ARGUMENTS,
         *library.BIAS,
+        _SIZE,
     ),  # fmt: skip
     "attention_backward": (
         *[_POINTER, _SIZE] * 3,
@@ -36,6 +37,7 @@ _FUNCTIONS = {
         _POINTER,
         *library.BIAS,
         _POINTER,
+        _SIZE,
     ),
 }
 
@@ -47,8 +49,12 @@ def attention_training_forward(
     scale: float,
     dropout: Dropout | None,
     bias: PositionBias | None = None,
+    window: int = -1,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Computes dropout(softmax(scale * q k^T + bias)) v within each sequence, and what the backward pass needs.
+
+    window: how many tokens a query sees on either side, beyond which the bias leaves nothing (`gated.window_bias`); -1
+    for all. The time grows with it, and not with the length's square.
 
     qkv: (T, 3 * N * D), [q | k | v], float32 or bfloat16, rows contiguous, D a multiple of 16. cu_seqlens_cpu: (B + 1,)
     int32. Returns out, (T, N * D), and lse, (N, T) float32: the logarithm of each query's sum of exp(scale * q k). Rows
@@ -61,7 +67,7 @@ def attention_training_forward(
     status = _function("attention_training", qkv.dtype)(
         qkv.data_ptr(), qkv.stride(0), n_tokens, offsets.data_ptr(), len(offsets) - 1, num_heads,
         hidden_size // num_heads, scale, out.data_ptr(), hidden_size, lse.data_ptr(), *masks.arguments(dropout),
-        *bias_arguments(bias),
+        *bias_arguments(bias), window,
     )  # fmt: skip
     library.check(status, n_tokens)
     return out, lse
@@ -77,23 +83,24 @@ def attention_backward(
     scale: float,
     dropout: Dropout | None,
     bias: PositionBias | None = None,
+    window: int = -1,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Computes the gradients of qkv and of a position bias's table.
 
     grad: that of `attention_training_forward`'s out, (T, N * D). The other arguments are those of the forward pass and
     what it returned; grad and out are of qkv's dtype, rows contiguous. Returns (T, 3 * N * D), 0 in rows beyond the
-    last sequence, and (N, 2R + 1) float32 or None. The bits do not depend on the number of threads. Raises ValueError
-    for offsets outside of the rows.
+    last sequence, and (N, 2R + 1) float32, or None where there is no bias or a window. The bits do not depend on the
+    number of threads. Raises ValueError for offsets outside of the rows.
     """
     n_tokens, width = qkv.shape
     grad = grad if grad.stride(-1) == 1 else grad.contiguous()
     grad_qkv = library.empty((n_tokens, width), like=qkv)
-    grad_table = None if bias is None else library.empty(tuple(bias.table.shape), like=bias.table)
+    grad_table = None if bias is None or window >= 0 else library.empty(tuple(bias.table.shape), like=bias.table)
     offsets = cu_seqlens_cpu.contiguous()
     status = _function("attention_backward", qkv.dtype)(
         qkv.data_ptr(), qkv.stride(0), grad.data_ptr(), grad.stride(0), out.data_ptr(), out.stride(0),
         lse.data_ptr(), n_tokens, offsets.data_ptr(), len(offsets) - 1, num_heads, width // (3 * num_heads), scale,
-        *masks.arguments(dropout), grad_qkv.data_ptr(), *bias_arguments(bias), library.address(grad_table),
+        *masks.arguments(dropout), grad_qkv.data_ptr(), *bias_arguments(bias), library.address(grad_table), window,
     )  # fmt: skip
     library.check(status, n_tokens)
     if grad_table is not None and n_tokens == 0:

@@ -1,4 +1,7 @@
-"""This module runs rotary positions, gated activations and attention within a window by the C++ kernels."""
+"""This module runs rotary positions, gated activations and attention within a window by the C++ kernels.
+
+Rotary positions and gated activations have a backward pass here; `attention_training` has that of attention.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +18,9 @@ from fastbert_kernels.cpu.operations import ACTIVATIONS, PositionBias, varlen_at
 _FAR = -1e30  # the score of keys outside of a window: its exponential is 0
 _POINTER, _SIZE = ctypes.c_void_p, ctypes.c_int64
 _TYPES = {
-    "rotary": (_POINTER, _SIZE, *[_POINTER] * 3, *[_SIZE] * 3),
+    "rotary": (_POINTER, _SIZE, *[_POINTER] * 3, *[_SIZE] * 4),
     "gated": (_POINTER, _SIZE, _POINTER, *[_SIZE] * 3),
+    "gated_backward": (*[_POINTER, _SIZE] * 2, *[_POINTER] * 2, *[_SIZE] * 3),
 }
 
 
@@ -33,10 +37,19 @@ def rotary_forward(qkv: Tensor, cos: Tensor, sin: Tensor, num_heads: int) -> Ten
     qkv: (T, 3 * N * D), [q | k | v], float32 or bfloat16, rows contiguous. cos, sin: (T, D / 2) float32, contiguous.
     Returns a new tensor like qkv, whose values are as they were.
     """
-    out = library.empty((qkv.shape[0], qkv.shape[1]), like=qkv)
+    return _rotate(qkv, library.empty((qkv.shape[0], qkv.shape[1]), like=qkv), cos, sin, num_heads, False)
+
+
+def rotary_backward(grad: Tensor, cos: Tensor, sin: Tensor, num_heads: int) -> Tensor:
+    """Turns the gradient of `rotary_forward`'s result back, in its own memory, which must be contiguous; returns it."""
+    assert grad.is_contiguous()
+    return _rotate(grad, grad, cos, sin, num_heads, True)
+
+
+def _rotate(qkv: Tensor, out: Tensor, cos: Tensor, sin: Tensor, num_heads: int, back: bool) -> Tensor:
     _function_of(library.load()[0], "rotary", qkv.dtype)(
         qkv.data_ptr(), qkv.stride(0), cos.data_ptr(), sin.data_ptr(), out.data_ptr(), qkv.shape[0], num_heads,
-        cos.shape[1],
+        cos.shape[1], back,
     )  # fmt: skip
     return out
 
@@ -52,6 +65,20 @@ def gated_forward(x: Tensor, activation: str) -> Tensor:
         x.data_ptr(), x.stride(0), out.data_ptr(), n_rows, width, ACTIVATIONS[activation]
     )
     return out
+
+
+def gated_backward(grad: Tensor, x: Tensor, activation: str) -> tuple[Tensor, Tensor]:
+    """Computes the gradient of x, (T, 2 I), from that of `gated_forward`'s result, (T, I), and that result again.
+
+    Both are of one dtype, rows contiguous.
+    """
+    (n_rows, width), activation_id = grad.shape, ACTIVATIONS[activation]
+    d_x, out = library.empty((n_rows, 2 * width), like=x), library.empty((n_rows, width), like=x)
+    _function_of(library.load()[0], "gated_backward", x.dtype)(
+        grad.data_ptr(), grad.stride(0), x.data_ptr(), x.stride(0), d_x.data_ptr(), out.data_ptr(), n_rows, width,
+        activation_id,
+    )  # fmt: skip
+    return d_x, out
 
 
 @functools.lru_cache(16)

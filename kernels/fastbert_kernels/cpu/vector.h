@@ -23,6 +23,7 @@ typedef uint16_t bf16;
 
 INLINE int64_t over(int64_t n, int64_t step) { return (n + step - 1) / step; }
 INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+INLINE int64_t greatest(int64_t a, int64_t b) { return a > b ? a : b; }
 
 template <typename V, typename E>
 INLINE V load(const E* p) {

@@ -18,6 +18,7 @@ from fastbert_kernels import launch
 from fastbert_kernels.offline.compiling import compile_all, run_tool
 from fastbert_kernels.offline.coverage import COVERAGE, DTYPES, EIGHT_BIT, MIN_ARCH, MODELS, OPS, Case, cases
 from fastbert_kernels.offline.disentangled import disentangled_cases
+from fastbert_kernels.offline.families import family_cases
 from fastbert_kernels.offline.planning import plan
 from fastbert_kernels.offline.printing import report
 from fastbert_kernels.offline.rotary import rotary_cases
@@ -50,7 +51,9 @@ def _chosen(options: argparse.Namespace, arch: int) -> Iterator[Case]:
     for dtype in options.dtype:
         if arch < MIN_ARCH.get(dtype, 0):
             continue
-        every = cases, training_cases, variant_cases, rotary_cases, disentangled_cases, unpacking_cases
+        every = (
+            cases, training_cases, variant_cases, rotary_cases, family_cases, disentangled_cases, unpacking_cases
+        )  # fmt: skip
         for case in chain.from_iterable(list_cases(dtype) for list_cases in every):
             wanted = case.op in options.kernel and (options.model is None or case.model in options.model)
             if wanted and (options.all or case.archs is None or arch in case.archs):

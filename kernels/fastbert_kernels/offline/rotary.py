@@ -39,11 +39,14 @@ def rotary_cases(dtype: str) -> Iterator[Case]:
         archs = default if activation in ("gelu", "silu") else frozenset[int]()
         yield case("gated", activation, archs, gated.gated_forward, x, activation)
         yield case("gated", f"{activation} backward", archs, gated.gated_backward, grad, x, activation)
+        both = grad, x, activation, torch.empty_like(grad)
+        yield case("gated", f"{activation} both", archs, gated.gated_backward, *both)
 
     qkv, half = tensor(N_ROWS, 3 * HIDDEN), HIDDEN // N_HEADS // 2
     tables = torch.empty(N_ROWS, half), torch.empty(N_ROWS, half)
     yield case("rotary", "in place", default, rotary.rotary_forward, qkv, *tables, N_HEADS, in_place=True)
     yield case("rotary", "into a copy", some, rotary.rotary_forward, qkv, *tables, N_HEADS)
+    yield case("rotary", "back", default, rotary.rotary_backward, qkv, *tables, N_HEADS)
 
     ids, rows, vector = torch.zeros(N_ROWS, dtype=torch.int64), tensor(N_ROWS, HIDDEN), tensor(HIDDEN)
     notes = embedding.Notes(torch.zeros(4, dtype=torch.int64), torch.zeros(2, dtype=torch.int64), 1)

@@ -22,6 +22,7 @@ from fastbert_kernels import (
     pooling_backward,
 )
 from fastbert_kernels.attention_bias import PositionBias
+from fastbert_kernels.attention_window import Window
 from fastbert_kernels.embedding_backward import Segments
 from fastbert_kernels.masks import Dropout
 from fastbert_kernels.offline.coverage import DTYPES, HEAD_SIZES, MODELS, Case, pointer_kernel
@@ -67,6 +68,11 @@ def _attention_cases(dtype: str) -> Iterator[Case]:
             for name, holes in (("", False), (", holes", True)):
                 call = partial(_attention, *tensors, DROPOUT, _position_bias(n_heads, DTYPES[dtype], holes))
                 yield Case("attention", model, dtype, f"D{head_size} training, position bias{name}", archs, call)
+            for name, ranges in (("window", None), ("window, holes", torch.zeros((N_ROWS, 2), dtype=torch.int32))):
+                for variant, dropout in (("", DROPOUT), (", no dropout", None)):
+                    seldom = archs if not variant or ranges is None else frozenset[int]()
+                    call = partial(_attention, *tensors, dropout, window=Window(64, ranges))
+                    yield Case("attention", model, dtype, f"D{head_size} training, {name}{variant}", seldom, call)
 
 
 def _position_bias(n_heads: int, dtype: torch.dtype, holes: bool) -> PositionBias:
@@ -83,13 +89,19 @@ def _biased_attention(n_heads: int, head_size: int, dtype: torch.dtype) -> None:
 
 
 def _attention(
-    n_heads: int, head_size: int, dtype: torch.dtype, dropout: Dropout | None, bias: PositionBias | None = None
+    n_heads: int,
+    head_size: int,
+    dtype: torch.dtype,
+    dropout: Dropout | None,
+    bias: PositionBias | None = None,
+    window: Window | None = None,
 ) -> None:
     qkv, lse = torch.empty((N_ROWS, 3 * n_heads * head_size), dtype=dtype), torch.empty((n_heads, N_ROWS))
     tiles = WorkList(torch.zeros((2, N_COLUMNS), dtype=torch.int32), torch.zeros(N_ROWS, dtype=torch.int32))
-    out = attention.varlen_attention_forward(qkv, tiles, n_heads, 0.125, dropout=dropout, lse=lse, bias=bias)
+    of_scores: Any = {"bias": bias, "window": window}
+    out = attention.varlen_attention_forward(qkv, tiles, n_heads, 0.125, dropout=dropout, lse=lse, **of_scores)
     plan = attention_backward.Plan(tiles, tiles)
-    attention_backward.varlen_attention_backward(out, qkv, out, lse, plan, n_heads, 0.125, dropout, bias=bias)
+    attention_backward.varlen_attention_backward(out, qkv, out, lse, plan, n_heads, 0.125, dropout, **of_scores)
 
 
 def _archs(dtype: str, model: str, rank: int) -> frozenset[int] | None:

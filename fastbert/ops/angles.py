@@ -1,0 +1,42 @@
+"""The angles of a batch's rows are made once a forward pass, for all layers that turn by them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from fastbert.checkpoint.rotary import RotaryLayer
+from fastbert.ops.packed_batch import PackedBatch
+from fastbert.ops.rotary import rotations
+
+PLAN = "rotary positions"
+
+
+class Rotations:
+    """The cosines and sines of a batch's rows, for each base that its layers ask for."""
+
+    def __init__(self, position_ids: Tensor) -> None:
+        self.position_ids = position_ids
+        self._tables: dict[Any, tuple[Tensor, Tensor]] = {}
+
+    def of(self, layer: RotaryLayer, head_size: int) -> tuple[Tensor, Tensor]:
+        """(T, D / 2) float32 each, for the base and the factor of a layer."""
+        return self.tables(head_size, layer.base, layer.factor)
+
+    def tables(self, head_size: int, base: float, factor: float) -> tuple[Tensor, Tensor]:
+        """(T, D / 2) float32 each."""
+        key = head_size, base, factor
+        if key not in self._tables:
+            self._tables[key] = rotations(self.position_ids, *key)
+        return self._tables[key]
+
+    def renew(self, position_ids: Tensor) -> None:
+        """Takes the positions of a forward pass. Its tables are made in it, so that a CUDA graph makes them again."""
+        self.position_ids, self._tables = position_ids, {}
+
+
+def rotations_of(batch: PackedBatch) -> Rotations:
+    """The rotations of a batch, by its columns where nobody has set other positions."""
+    found: Rotations = batch.plan(PLAN, lambda: Rotations(batch.position_ids))
+    return found
