@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastbert.ops.attention import _kernel as attention_kernel
-from fastbert.ops.attention_plan import Plan
+from fastbert.ops.attention_plan import Plan, ranges_of
 from fastbert.ops.disentangled import by_kernel as disentangled_kernel
 from fastbert.ops.gated import _kernel as gated_kernel
 from fastbert.ops.gelu import _kernel as gelu_kernel
@@ -22,7 +22,6 @@ from fastbert.ops.linear import _kernel_layer_norm as split_kernel
 from fastbert.ops.packing import PackedBatch
 from fastbert.ops.rotary import _kernel as rotary_kernel
 from fastbert.ops.window import _kernel as windowed_kernel
-from fastbert.ops.window import ranges_of
 
 
 @dataclass(frozen=True, eq=False)
