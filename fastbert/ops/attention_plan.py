@@ -397,19 +397,3 @@ def gradient_plan(
         return GradientPlan(queries, WorkList(*(to_device(part, batch.device) for part in lists.keys)))
 
     return batch.plan(("triton attention gradients", dtype, head_size, biased, windowed), make)
-
-
-def ranges_of(batch: PackedBatch, window: int) -> torch.Tensor | None:
-    """Returns the first row and the end of the rows that each row reaches, (T, 2) int32, where masks have holes."""
-    columns = batch.columns
-    if columns is None:
-        return None
-
-    def make() -> torch.Tensor:
-        first = batch.seq_ids.long() << 32  # so that all columns of the batch ascend
-        places = first + columns.long()
-        starts = torch.searchsorted(places, torch.maximum(places - window, first))
-        return torch.stack([starts, torch.searchsorted(places, places + window, right=True)], 1).int()
-
-    made: torch.Tensor = batch.plan(("window", window), make)
-    return made

@@ -1,4 +1,4 @@
-"""The rows of neighbouring columns are laid beside one another, for a convolution over the columns of packed texts."""
+"""What stands in the columns around a token of packed texts: rows for a convolution, and the rows within a window."""
 
 from __future__ import annotations
 
@@ -41,3 +41,19 @@ def _rows_around(batch: PackedBatch, n_rows: int, size: int) -> Tensor:
     wanted = place[:, None] + offsets
     found = torch.searchsorted(place, wanted.contiguous()).clamp(max=n_rows - 1)
     return torch.where(place[found.flatten()].view(found.shape) == wanted, found, n_rows)
+
+
+def ranges_of(batch: PackedBatch, window: int) -> Tensor | None:
+    """Returns the first row and the end of the rows that each row reaches, (T, 2) int32, where masks have holes."""
+    columns = batch.columns
+    if columns is None:
+        return None
+
+    def make() -> Tensor:
+        first = batch.seq_ids.long() << 32  # so that all columns of the batch ascend
+        places = first + columns.long()
+        starts = torch.searchsorted(places, torch.maximum(places - window, first))
+        return torch.stack([starts, torch.searchsorted(places, places + window, right=True)], 1).int()
+
+    made: Tensor = batch.plan(("window", window), make)
+    return made

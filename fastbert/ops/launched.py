@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastbert.ops.attention import _kernel as attention_kernel
-from fastbert.ops.attention_plan import Plan, ranges_of
+from fastbert.ops.attention_plan import Plan
+from fastbert.ops.columns_around import ranges_of
 from fastbert.ops.disentangled import by_kernel as disentangled_kernel
 from fastbert.ops.gated import _kernel as gated_kernel
 from fastbert.ops.gelu import _kernel as gelu_kernel

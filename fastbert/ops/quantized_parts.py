@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastbert.ops import attention, attention_plan, dispatch, layer_norm, quantized
+from fastbert.ops.columns_around import ranges_of
 from fastbert.ops.dispatch import AUTO, Policy
 from fastbert.ops.gated import activation_obstacle
 from fastbert.ops.gelu import activate
@@ -82,7 +83,7 @@ def windowed_attention(
     planned = not torch.compiler.is_compiling() or batch.has_plan(key)
     if planned and dispatch.decide("attention", policy, qkv.device, obstacle).backend == "triton":
         plan = attention_plan.triton_plan(batch, qkv.dtype, head_size, policy)
-    ranges = None if batch.columns is None else attention_plan.ranges_of(batch, window)
+    ranges = None if batch.columns is None else ranges_of(batch, window)
     settings = num_heads, head_size**-0.5, precision, window, plan[3], batch.columns, ranges
     arguments = qkv, batch.cu_seqlens, batch.cu_seqlens_cpu, *plan[:2], *settings
     data, scale = quantized._run("attention", precision, policy, obstacle, _WINDOWED, *arguments)

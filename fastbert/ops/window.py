@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastbert.ops import attention_plan, dispatch, recording, tracing
+from fastbert.ops.columns_around import ranges_of
 from fastbert.ops.dispatch import Policy
 from fastbert.ops.dropout import Drop, mask_of
 from fastbert.ops.groups import Group, group_by_length
@@ -91,7 +92,7 @@ def attention(
         plan = _plan(qkv, batch, num_heads, policy)
         return torch.ops.fastbert.triton_windowed_attention(
             qkv, batch.cu_seqlens_cpu, *plan[:2], num_heads, scale, window, *plan[2:], batch.columns,
-            attention_plan.ranges_of(batch, window),
+            ranges_of(batch, window),
         )  # fmt: skip
     if backend == "cpu" and obstacle is None and dispatch.direct(qkv):
         qkv = qkv if qkv.stride(-1) == 1 else qkv.contiguous()

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastbert.ops import attention_plan, gelu
+from fastbert.ops.columns_around import ranges_of
 from fastbert.ops.dispatch import AUTO
 from fastbert.ops.gemm import takes_our_gemm
 from fastbert.ops.position_bias import for_kernel
@@ -195,4 +196,4 @@ def _window(settings: Attention) -> Any:
     window = settings.window
     if window is None:
         return None
-    return Window(window, attention_plan.ranges_of(settings.batch, window))
+    return Window(window, ranges_of(settings.batch, window))
