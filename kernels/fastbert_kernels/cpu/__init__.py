@@ -90,7 +90,6 @@ __all__ = [
     "embedding_norm_forward", "embedding_scatter", "encoder_forward", "encoder_int8_forward", "gated_backward",
     "gated_forward", "has_amx", "ids_outside", "instructions", "int8_obstacle", "linear_forward", "linear_int8_forward",
     "longest_of", "multiplies", "obstacle", "pack_int8", "pack_transposed", "pack_weight", "pack_weights",
-    "pool_forward", "quantize_forward", "residual_norm_backward", "residual_norm_forward", "rotary_backward", "rotary_forward",
-    "varlen_attention_forward", "weight_gradient", "window_bias",
-    "windowed_attention_forward",
+    "pool_forward", "quantize_forward", "residual_norm_backward", "residual_norm_forward", "rotary_backward",
+    "rotary_forward", "varlen_attention_forward", "weight_gradient", "window_bias", "windowed_attention_forward",
 ]  # fmt: skip
