@@ -24,13 +24,14 @@ def read_version() -> str:
 
 
 # The C++ kernels of fastbert_kernels.cpu: the same sources for each instruction set, of which the one that fits the
-# processor is loaded. They use nothing of Python and PyTorch, so that one build does for all versions of both. They are
-# optional: without a compiler, the installation goes on, and PyTorch's operations take their place.
+# processor is loaded. They name nothing of Python and PyTorch, so that one build does for all versions of both;
+# objects.cpp is given the addresses of functions of CPython's stable ABI. They are optional: without a compiler, the
+# installation goes on, and PyTorch's operations take their place.
 CPU_KERNELS = "kernels/fastbert_kernels/cpu"
 CPU_SOURCES = (
     "activation", "attention", "attention_backward", "disentangled", "disentangled_backward", "dropout", "embedding",
-    "encoder", "encoder_int8", "gated", "ids", "linear", "linear_int8", "packing", "pooling", "residual_norm",
-    "samples", "weight_gradient",
+    "encoder", "encoder_int8", "gated", "ids", "linear", "linear_int8", "objects", "offsets", "packing", "pooling",
+    "residual_norm", "samples", "weight_gradient",
 )  # fmt: skip
 CPU_HEADERS = (
     "activations", "attention", "attention_backward", "attention_bias", "attention_rows", "attention_tiles",

@@ -187,7 +187,7 @@ def _run(live: nn.Module, state: EncoderState, encoder: LiveEncoder, call: dict[
     hidden = None
     if encoded.hidden_states is not None:
         hidden = (*(packing.pad(x, encoded.batch) for x in encoded.hidden_states[:-1]), last)
-    pooled = {"pooler_output": model.pool(encoded)} if mapping.family.pooler else {}
+    pooled = {"pooler_output": model.pool(encoded)} if mapping.family.pooler or model.pooler is not None else {}
     output = _output_class(mapping.output)(last_hidden_state=last, **pooled, hidden_states=hidden)
     state.counts[OURS] += 1
     wanted = call.get("return_dict")

@@ -19,10 +19,11 @@ from fastbert.engine import capture, cpu_encoder, masks, quantized
 from fastbert.engine.arithmetic import Int8Call, Modules, OneCall
 from fastbert.engine.buckets import BUCKETS, LARGEST, bucket_of
 from fastbert.engine.cpu_encoder import CpuEncoder
+from fastbert.engine.graph_key import GraphKey
 from fastbert.engine.graphs import Graphs
 from fastbert.engine.interface import Arithmetic, EncoderModel, PackedInputs
 from fastbert.engine.late_checks import LateChecks
-from fastbert.engine.listeners import everywhere, observer_obstacle
+from fastbert.engine.listeners import observer_obstacle
 from fastbert.engine.quantized import UNQUANTISED, EightBit
 from fastbert.engine.rows import as_int64, in_bucket_rows, on_device
 from fastbert.engine.state import GRADIENTS, TRAINING, EncoderState, first_parameter
@@ -49,7 +50,7 @@ class Engine:
         self.modules = Modules()
         self.training = Training(self.state)
         self.checks = LateChecks()
-        self._graph_key: tuple[Any, Any] = (None, None)
+        self._graph_key = GraphKey(self.state, self.eight_bit.weights)
 
     def __getstate__(self) -> dict[str, Any]:
         return {"graphs": self.graphs, "strict": self.checks.strict}  # a copy derives and captures for itself
@@ -83,7 +84,7 @@ class Engine:
             if check and not noted:
                 self._check_and_wait(model, batch, inputs)
             check, number = check and noted, self.checks.next_number() if noted else 0
-            last = self.graphs.replay(batch, inputs, number, functools.partial(self._unchanged, model))
+            last = self.graphs.replay(batch, inputs, number, functools.partial(self._graph_key.unchanged, model))
             if last is not None:
                 return [last]
         if not noting.possible_on(batch.device) or not self.defers(model):
@@ -278,23 +279,6 @@ class Engine:
         shape = self.graphs.shape
         return shape is not None and observer_obstacle(shape.device) is None
 
-    def _unchanged(self, model: EncoderModel, shape: Shape, state: Any) -> bool:
-        """Tells whether everything is as it was when the graphs were captured."""
-        parameter, snapshot = first_parameter(model), self.state.snapshot
-        same = (
-            parameter.device == shape.device
-            and parameter.dtype == shape.dtype
-            and (model.policy is shape.policy or model.policy == shape.policy)
-            and not torch.is_autocast_enabled(shape.device.type)
-            and not model.__dict__.get("_is_replica", False)
-            and snapshot is not None
-            and snapshot.same_modules()
-            and snapshot.plain()
-            and not everywhere()
-        )
-        seen = self._graph_key
-        return same and self._key(model) == seen[0] and seen[1] is state
-
     def defers(self, model: EncoderModel) -> bool:
         """Tells whether kernels note what would be wrong with ids and weights, so that no call waits for a look."""
         if self.checks.strict or torch.is_grad_enabled() or model.training:
@@ -355,26 +339,12 @@ class Engine:
         return self.graphs.captured() if not obstacles else (), obstacles
 
     def graph_key(self, model: EncoderModel) -> Any:
-        """Returns what a CUDA graph depends on: where the weights are, derived ones too, and their writes."""
-        # Read before the addresses are: what changes meanwhile is looked at the next time.
-        key = self._key(model)
-        while key != self._graph_key[0]:
-            snapshot = self.state.snapshot
-            assert snapshot is not None
-            in_8_bits = self.operations(model) is self.eight_bit
-            derived = self.eight_bit.addresses(model) if in_8_bits else snapshot.derived_addresses()
-            self._graph_key = key, (key[0], derived)
-            key = self._key(model)  # to derive is a change, too
-        return self._graph_key[1]
+        """Returns what a CUDA graph depends on: see `GraphKey.now`."""
+        return self._graph_key.now(model, self._eight_bit_addresses)
 
-    def _key(self, model: EncoderModel) -> Any:
-        """Returns what tells whether the addresses and numbers that a graph reads are as they were."""
-        snapshot = self.state.snapshot
-        assert snapshot is not None
-        state = snapshot.state(), model.precision
-        followed = silent_writes.waits(first_parameter(model).device)  # by `follow_weights`, or noted by kernels
-        n_silent_writes = 0 if followed else snapshot.silent_writes(state[0])
-        return state, n_silent_writes, snapshot.changes(), self.eight_bit.weights.changes
+    def _eight_bit_addresses(self, model: EncoderModel) -> Any:
+        """Returns where the 8-bit weights are, up to date; None where the model runs without them."""
+        return self.eight_bit.addresses(model) if self.operations(model) is self.eight_bit else None
 
     def follow_weights(self, model: EncoderModel) -> None:
         """Derives from the weights anew where they were written to without PyTorch's count.

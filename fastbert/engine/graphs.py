@@ -20,6 +20,7 @@ from fastbert.engine.buckets import bucket_of
 from fastbert.engine.capture import Capturer, Replayable
 from fastbert.engine.events import count_capture
 from fastbert.engine.interface import PackedInputs
+from fastbert.engine.layer_forms import OUTPUT
 from fastbert.engine.state import switches as _switches
 from fastbert.engine.static_memory import COLUMNS, Buffers, Filled, Layout, Shape, fill_on_host
 from fastbert.ops import BackendError, attention_plan, masked
@@ -78,6 +79,7 @@ class Graphs:
             self._state: Any = None
             self._switches: Any = None
             self._held: list[Tensor] = []
+            self._seen: Any = None  # what `unchanged` of `replay` last returned
             self._failed = False
 
     def thaw(self) -> None:
@@ -121,18 +123,19 @@ class Graphs:
         batch: PackedBatch,
         inputs: PackedInputs,
         number: int,
-        unchanged: Callable[[Shape, Any], bool],
+        unchanged: Callable[[Shape, Any, Any], Any],
     ) -> Tensor | None:
         """Launches the batch's graph, and then asks whether it was the right one: the last hidden state, or None.
 
         What was launched reads memory that is held, and writes to static memory alone, so that it does no harm where
-        the answer is no. unchanged: (shape, state) -> whether a model in them is this one. number: of the batch.
+        the answer is no. unchanged: (shape, state, what it last returned for them or None) -> None where the model is
+        not in them. number: of the batch.
         """
         bucket = bucket_of(batch.n_tokens)
         if bucket is None or batch.batch_size > bucket:
             return None
         with self.lock:
-            shape, state, switches = self._shape, self._state, self._switches
+            shape, state, switches, seen = self._shape, self._state, self._switches, self._seen
             if shape is None or not self.trusted:
                 return None
             kind = attention_plan.kind_of(batch, bucket, shape.dtype, shape.head_size, shape.policy)
@@ -143,17 +146,18 @@ class Graphs:
             out = self._launch(graph, batch, inputs, number)
         if out is None:
             return None
-        if switches == _switches() and unchanged(shape, state):
-            self._used(key)
+        if switches == _switches() and (now := unchanged(shape, state, seen)) is not None:
+            self._used(key, now)
             return out
         self.trusted = False
         return None
 
-    def _used(self, key: Any) -> None:
-        """Notes that this graph was used last."""
+    def _used(self, key: Any, seen: Any) -> None:
+        """Notes that this graph was used last, and what was seen after its launch."""
         with self.lock:
             if key in self._graphs:
                 self._graphs.move_to_end(key)
+                self._seen = seen
 
     def run(
         self,
@@ -203,7 +207,7 @@ class Graphs:
                         return None
             out = self._launch(graph, batch, inputs, number)
             if out is not None:
-                self._used(key)
+                self._used(key, self._seen)
                 self._switches, self.trusted = key[2], True
             return out
 
@@ -278,12 +282,15 @@ class Graphs:
         bucket = layout.bucket
         out = buffers.out[:bucket]
         inputs, static = layout.static_batch(buffers.words)
+        static.plan(OUTPUT, lambda: out)
         plans = static.plans()
 
         def function() -> None:
             # What is made of lengths and columns on the device is made anew each time, so that the graph makes it too.
             static.set_plans(plans)
-            out.copy_(forward(inputs, static, layout.batch(buffers.words)))
+            last = forward(inputs, static, layout.batch(buffers.words))
+            if last is not out:  # where the last kernel does not write there
+                out.copy_(last)
 
         capturer = self._capturer
         replayable = count_capture(lambda: capturer.capture(function))

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fastbert.engine import layer_forms as forms
 from fastbert.engine.block import Block, Linear, Norm, feature_obstacles
+from fastbert.engine.listeners import observer_obstacle
 from fastbert.engine.state import GRADIENTS, EncoderState
 from fastbert.ops import attention, attention_plan, dispatch, gelu, gemm, recording, silent_writes
 from fastbert.ops.gated import triton_obstacle as gate_obstacle
@@ -27,7 +28,6 @@ from fastbert.ops.training.choose import IN_TRAINING
 # What layers may have beyond BERT's.
 FEATURES = frozenset(("pre_norm", "gate", "rotary", "position_bias", "window", "scale", "distances", "convolution"))
 ATTENTIONS = "attentions"  # The plan of a batch whose attention weights are kept.
-
 Stack = forms.PostNormStack | forms.PreNormStack
 
 
@@ -69,7 +69,7 @@ class LaunchedLayers:
         if decision.backend != "triton":
             yield decision.reason or f"the backend is {decision.backend!r}"
         plain = True
-        for obstacle in model.engine.state.obstacles(model, x.device):
+        for obstacle in model.engine.state.obstacles(model, x.device, batch.has_plan(forms.OUTPUT)):
             plain = False
             yield obstacle
         if plain:
@@ -89,6 +89,8 @@ class LaunchedLayers:
         choices = model.policy, x.dtype, x.device, launch.arch(x.device), tables.generation
         key, kept = (weights, choices), self._kept
         if key != kept[0]:
+            if observer_obstacle(x.device) is not None:
+                return None  # what is derived in a capture is there when the graph has run
             # Under what was read before the weights were: what changes meanwhile is looked at the next time.
             self._kept = kept = key, made(model, x)
         return kept[1]

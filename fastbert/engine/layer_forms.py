@@ -20,6 +20,7 @@ from fastbert.ops.launched import Product
 from fastbert.ops.packing import PackedBatch
 
 Normalize = tuple[Tensor, Tensor, float]  # weight (H,), bias (H,) and eps
+OUTPUT = "output"  # The plan of a batch that says where its last hidden state goes: (T, H), contiguous.
 PreNormalize = tuple[Tensor, Tensor | None, float]  # the same of a norm that may lack the bias
 
 
@@ -119,7 +120,9 @@ class Gated:
 
 
 class Join(Protocol):
-    def run(self, x: Tensor, residual: Tensor) -> Tensor: ...
+    """out: where the result may be written, or None."""
+
+    def run(self, x: Tensor, residual: Tensor, out: Tensor | None = None) -> Tensor: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,8 +132,8 @@ class Joined:
     product: Product
     norm: Normalize
 
-    def run(self, x: Tensor, residual: Tensor) -> Tensor:
-        return launched.linear_residual_layer_norm(x, self.product, residual, *self.norm)
+    def run(self, x: Tensor, residual: Tensor, out: Tensor | None = None) -> Tensor:
+        return launched.linear_residual_layer_norm(x, self.product, residual, *self.norm, out=out)
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,18 +143,18 @@ class MultipliedThenNormed:
     product: Product
     norm: Normalize
 
-    def run(self, x: Tensor, residual: Tensor) -> Tensor:
+    def run(self, x: Tensor, residual: Tensor, out: Tensor | None = None) -> Tensor:
         y = launched.linear_activation(x, self.product)
-        return launched.bias_residual_layer_norm(y, None, residual, *self.norm)
+        return launched.bias_residual_layer_norm(y, None, residual, *self.norm, out=out)
 
 
 # Layers
 
 
 class PostNorm(Protocol):
-    """A layer whose norms follow its residuals: (T, H) -> (T, H)."""
+    """A layer whose norms follow its residuals: (T, H) -> (T, H). out: where the result may be written, or None."""
 
-    def run(self, x: Tensor, batch: PackedBatch, plan: Plan) -> Tensor: ...
+    def run(self, x: Tensor, batch: PackedBatch, plan: Plan, out: Tensor | None = None) -> Tensor: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -162,10 +165,10 @@ class PostNormLayer:
     feed: Feed
     down: Join
 
-    def run(self, x: Tensor, batch: PackedBatch, plan: Plan) -> Tensor:
+    def run(self, x: Tensor, batch: PackedBatch, plan: Plan, out: Tensor | None = None) -> Tensor:
         context = self.attention.run(launched.linear_activation(x, self.qkv), batch, plan)
         x = self.out.run(context, x)
-        return self.down.run(self.feed.run(x), x)
+        return self.down.run(self.feed.run(x), x, out)
 
 
 @dataclass(frozen=True, eq=False)
@@ -178,11 +181,11 @@ class ConvolvedLayer:
     activation: str
     norm: Normalize
 
-    def run(self, x: Tensor, batch: PackedBatch, plan: Plan) -> Tensor:
+    def run(self, x: Tensor, batch: PackedBatch, plan: Plan, out: Tensor | None = None) -> Tensor:
         y = self.layer.run(x, batch, plan)
         convolved = launched.linear_activation(beside(x, batch, self.size), self.product)
         convolved = launched.activate(convolved, self.activation)
-        return launched.bias_residual_layer_norm(y + convolved, None, None, *self.norm)
+        return launched.bias_residual_layer_norm(y + convolved, None, None, *self.norm, out=out)
 
 
 @dataclass(frozen=True, eq=False)
@@ -206,9 +209,9 @@ class PostNormStack:
 
     def run(self, x: Tensor, batch: PackedBatch, plan: Plan, keep_states: bool) -> list[Tensor]:
         """(T, H) -> the hidden states before the first layer and after each, or the last alone."""
-        states = [x]
-        for layer in self.layers:
-            x = layer.run(x, batch, plan)
+        states, out = [x], None if keep_states else batch.known_plan(OUTPUT)
+        for i, layer in enumerate(self.layers, 1):
+            x = layer.run(x, batch, plan, out if i == len(self.layers) else None)
             states = [*states, x] if keep_states else [x]
         return states
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Sequence
 from functools import partial
 from itertools import chain, repeat
 from operator import attrgetter, contains, is_not, itemgetter
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fastbert.ops.derived import Derived
 from fastbert.ops.silent_writes import LateSamples, Writes
+from fastbert_kernels import cpu
 
 _PRESENT = partial(is_not, None)  # of a parameter, which may be None
 
@@ -24,8 +25,9 @@ class ModuleSnapshot:
     things, and asks no module.
     """
 
-    def __init__(self, roots: Iterable[nn.Module], known_types: Collection[type[nn.Module]]) -> None:
-        modules = [module for root in roots for module in root.modules()]
+    def __init__(self, roots: tuple[nn.Module | None, ...], known_types: Collection[type[nn.Module]]) -> None:
+        self.roots = roots
+        modules = [module for root in roots if root is not None for module in root.modules()]
         self._children = [module._modules for module in modules if module._modules]
         self._children_before = [dict(children) for children in self._children]
         # Those of a ScriptModule are in no dict, and nothing is derived from them.
@@ -94,6 +96,26 @@ class ModuleSnapshot:
         except RuntimeError:  # sparse tensors are at no address
             places = [p.data_ptr() if p.layout == torch.strided else id(p) for p in parameters]
         return places, versions, list(map(itemgetter("eps"), self._norms))
+
+    def record(self, entries: Sequence[tuple[dict[str, Any], str]] = ()) -> Any:
+        """Returns a `cpu.ObjectRecord`, which says yes while the methods above return what they do now, or None.
+
+        entries: more of a record's entries. None where it cannot be made, or what is not `plain` would be in it.
+        """
+        if not self.plain():
+            return None
+        modes = [(each, name) for each in self._dicts for name in ("training", "forward")]
+        norms = [(each, "eps") for each in self._norms]
+        derived = [(module.__dict__, "derived") for module in self._deriving]
+        changes = [(module.__dict__["derived"].__dict__, "changes") for module in self._deriving]
+        tensors = [p for each in self._parameters for p in each.values() if p is not None]
+        try:
+            return cpu.ObjectRecord(
+                [*self._children, *self._parameters], self._hooks, [*modes, *norms, *derived, *changes, *entries],
+                self._modules, tensors,
+            )  # fmt: skip
+        except RuntimeError:
+            return None
 
     def silent_writes(self, state: tuple[list[Any], ...]) -> int:
         """Counts how often parameters were seen to have been written to silently. state: what `state` gives.

@@ -48,9 +48,8 @@ class EncoderState:
     def _looked_at(self, model: EncoderModel) -> ModuleSnapshot:
         """Returns the snapshot of the modules as they are."""
         snapshot = self.snapshot
-        if snapshot is None or not snapshot.same_modules():
-            parts: list[nn.Module | None] = [model.embeddings, model.embeddings_project, model.encoder]
-            snapshot = ModuleSnapshot([part for part in parts if part is not None], model.own_modules)
+        if snapshot is None or snapshot.roots != roots_of(model) or not snapshot.same_modules():
+            snapshot = ModuleSnapshot(roots_of(model), model.own_modules)
             self.snapshot, self.features, self.beside, self._n_silent_writes = snapshot, None, None, 0
         return snapshot
 
@@ -68,12 +67,15 @@ class EncoderState:
         assert self.snapshot is not None
         return self.snapshot.parameter_types() <= _PLAIN_PARAMETERS
 
-    def obstacles(self, model: EncoderModel, device: torch.device) -> Iterator[str]:
-        """Every reason why the operations could not run as one without a difference that somebody sees."""
+    def obstacles(self, model: EncoderModel, device: torch.device, in_own_graph: bool = False) -> Iterator[str]:
+        """Every reason why the operations could not run as one without a difference that somebody sees.
+
+        in_own_graph: whether the engine itself captures the batch as a CUDA graph.
+        """
         # A replica of DataParallel shares what it has with the others, and lasts for one call.
         if model.__dict__.get("_is_replica", False):
             yield "the model is a replica of DataParallel"
-        observer = observer_obstacle(device)
+        observer = tracing.observed() if in_own_graph else observer_obstacle(device)
         if observer is not None:
             yield observer
         if not self.plain_modules(model):
@@ -97,6 +99,12 @@ class EncoderState:
         return True
 
 
+def roots_of(model: Any) -> tuple[nn.Module | None, ...]:
+    """Returns the parts of a model that make its encoder, None for one that it lacks."""
+    modules = model._modules  # asked for directly, which a module's attributes are not
+    return modules["embeddings"], modules.get("embeddings_project"), modules["encoder"]
+
+
 def first_parameter(module: Any) -> Tensor:
     """Returns or raises what next(module.parameters()) does, without a generator for each module on the way."""
     waiting: list[nn.Module | None] = [module]
@@ -111,13 +119,27 @@ def first_parameter(module: Any) -> Tensor:
     raise StopIteration
 
 
+# What PyTorch's own properties call, which take long to find it. Where it is not there, the properties are read.
+_C: Any = torch._C
+_fp32_precision = getattr(_C, "_get_fp32_precision_getter", None)
+_bf16_reduced = getattr(_C, "_get_cublas_allow_bf16_reduced_precision_reduction", None)
+_fp16_reduced = getattr(_C, "_get_cublas_allow_fp16_reduced_precision_reduction", None)
+
+
 def switches() -> tuple[Any, ...]:
     """Returns PyTorch's switches that change which kernels run."""
+    if _fp32_precision is not None and _bf16_reduced is not None and _fp16_reduced is not None:
+        return _fp32_precision("cuda", "matmul") == "tf32", _bf16_reduced(), _fp16_reduced()
+    return read_switches()
+
+
+def read_switches() -> tuple[Any, ...]:
+    """Returns the same by PyTorch's properties: "tf32" as True, and what else reduced precision allows left out."""
     from fastbert_kernels import launch
 
     matmul = torch.backends.cuda.matmul
     return (
-        launch.dot_precision(torch.float32),
+        launch.dot_precision(torch.float32) == "tf32",
         matmul.allow_bf16_reduced_precision_reduction,
         matmul.allow_fp16_reduced_precision_reduction,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from fastbert.ops.training.layer import LayerParameters, LayerSettings, encoder_
 from fastbert_kernels.masks import ATTENTION, ATTENTION_OUTPUT, INNER, OUTPUT, Dropout, site_of
 
 # What layers may have beyond BERT's.
-FEATURES = frozenset(("position_bias", "pre_norm", "gate", "rotary", "window", "scale"))
+FEATURES = frozenset(("position_bias", "pre_norm", "gate", "rotary", "window", "scale", "distances"))
 
 
 class Training:
@@ -90,6 +91,9 @@ class Training:
         states, rotations = [x], Rotations(position_ids)
         for i, block in enumerate(blocks):
             parameters, settings = parameters_of(block), settings_of(block, i, batch, kernels, x, rotations)
+            if block.distances is not None:
+                keys, queries, _ = block.distances.project()
+                parameters = replace(parameters, position_keys=keys, position_queries=queries)
             recomputed = model.encoder.checkpoint_of(i)
             if recomputed is None:
                 x = encoder_layer(x, parameters, settings)
@@ -208,4 +212,5 @@ def settings_of(
         rotation=angles.of(block),
         pre_norm=block.pre_norm,
         last_eps=0.0 if block.last_norm is None else block.last_norm.eps,
+        buckets=None if block.distances is None else block.distances.buckets,
     )

@@ -65,7 +65,7 @@ class DebertaEmbeddings(nn.Module):
             x = x + look_up(self.token_type_embeddings, token_type_ids, policy, batch)
         if self.embed_proj is not None:
             x = project(self.embed_proj, x, policy, batch)
-        return call_dropout(self.dropout, normalise(self.LayerNorm, x, policy, batch), batch)
+        return call_dropout(self.dropout, normalise(self.LayerNorm, x, policy, batch), batch, EMBEDDINGS)
 
     def _in_kernel(
         self,

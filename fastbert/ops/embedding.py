@@ -161,10 +161,13 @@ def embedding_layer_norm(
 
 
 def _seen_within(ids: torch.Tensor, size: int) -> bool:
-    """Tells whether there are none, or the C++ kernel for CPUs could look, and saw none outside of the table."""
-    if ids.device.type != "cpu" or ids.dtype != torch.int64 or not ids.is_contiguous():
+    """Tells whether there are none, or the C++ kernel for CPUs could look, and saw none outside of the table.
+
+    After `tracing.observed`, which says that nobody would see it.
+    """
+    if not ids.is_cpu or ids.dtype != torch.int64 or not ids.is_contiguous():
         return ids.numel() == 0
-    return ids.numel() == 0 or (dispatch.direct(ids) and cpu.obstacle() is None and not cpu.ids_outside(ids, size))
+    return cpu.obstacle() is None and not cpu.ids_outside(ids, size)
 
 
 @untraced
@@ -179,9 +182,15 @@ def check_ids(**ids: tuple[torch.Tensor | None, int]) -> None:
             if tensor.dtype not in (torch.int64, torch.int32):
                 raise TypeError(f"{name}: expected dtype int64 or int32, got {tensor.dtype}")
             tensors.append(tensor)
-    if torch.compiler.is_exporting() or tracing.transformed(*tensors) is not None:
+    if torch.compiler.is_exporting():
         return
-    present = {name: (t, size) for name, (t, size) in ids.items() if t is not None and not _seen_within(t, size)}
+    unseen = tracing.observed(*tensors) is None
+    if not unseen and tracing.transformed(*tensors) is not None:
+        return
+    present = {}
+    for name, (tensor, size) in ids.items():
+        if tensor is not None and tensor.numel() and not (unseen and _seen_within(tensor, size)):
+            present[name] = tensor, size
     if not present:
         return
     bounds = torch.stack([end.long() for t, _ in present.values() for end in t.aminmax()]).tolist()

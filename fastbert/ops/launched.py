@@ -52,17 +52,26 @@ def linear_activation(x: Tensor, product: Product) -> Tensor:
 
 
 def linear_residual_layer_norm(
-    x: Tensor, product: Product, residual: Tensor, weight: Tensor, ln_bias: Tensor, eps: float
+    x: Tensor,
+    product: Product,
+    residual: Tensor,
+    weight: Tensor,
+    ln_bias: Tensor,
+    eps: float,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """LayerNorm(x @ weight^T + bias + residual), (T, K) -> (T, H): see `fastbert.ops.linear_residual_layer_norm`."""
+    """LayerNorm(x @ weight^T + bias + residual), (T, K) -> (T, H): see `fastbert.ops.linear_residual_layer_norm`.
+
+    out: where the result may be written, contiguous, or None. A product that is summed in shares has new memory.
+    """
     if product.splits:
         kind = "fastbert" if product.ours else "library"
         return split_kernel(x, product.weight, product.bias, residual, weight, ln_bias, eps, kind)
     if product.ours:
         y = linear_kernel(x, product.weight, product.bias, "none", residual, product.by_rows)
-        return bias_residual_layer_norm(y, None, None, weight, ln_bias, eps)
+        return bias_residual_layer_norm(y, None, None, weight, ln_bias, eps, out=out)
     y = F.linear(x, product.weight)
-    return bias_residual_layer_norm(y, product.bias, residual, weight, ln_bias, eps)
+    return bias_residual_layer_norm(y, product.bias, residual, weight, ln_bias, eps, out=out)
 
 
 # LayerNorm(x + bias + residual), (T, H) -> (T, H): see `fastbert.ops.bias_residual_layer_norm`.

@@ -43,12 +43,13 @@ def _kernel(
     ln_bias: torch.Tensor | None,
     eps: float,
     quantized: tuple[torch.Tensor, torch.Tensor] | None = None,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     from fastbert_kernels.layer_norm import bias_residual_layer_norm_forward
 
     residual = residual if residual is None or residual.stride(-1) == 1 else residual.contiguous()
     x = x if x.stride(-1) == 1 else x.contiguous()
-    return bias_residual_layer_norm_forward(x, bias, residual, weight, ln_bias, eps, quantized)
+    return bias_residual_layer_norm_forward(x, bias, residual, weight, ln_bias, eps, quantized, out)
 
 
 register(

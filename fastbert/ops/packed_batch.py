@@ -100,6 +100,10 @@ class PackedBatch:
             self._plans[key] = make()
         return self._plans[key]
 
+    def known_plan(self, key: Any) -> Any:
+        """Returns what `plan` has made, or None."""
+        return self._plans.get(key)
+
     def plans(self) -> dict[Any, Any]:
         """Returns what `plan` has made so far."""
         return dict(self._plans)

@@ -19,6 +19,7 @@ from fastbert.ops.packed_batch import count_positions, offsets_of
 from fastbert.ops.packed_batch import sequence_ids as sequence_ids
 from fastbert.ops.packed_batch import within_sequences as within_sequences
 from fastbert.ops.tracing import untraced
+from fastbert_kernels import cpu
 
 
 def to_device(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
@@ -208,17 +209,26 @@ def from_cu_seqlens(cu_seqlens: torch.Tensor, n_tokens: int, device: torch.devic
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
         raise ValueError(f"cu_seqlens: expected shape (B + 1,), got {tuple(cu_seqlens.shape)}")
     _refuse_recording("cu_seqlens", cu_seqlens)
-    offsets = (cu_seqlens if on_host(cu_seqlens.device) else cu_seqlens.cpu()).numpy()
-    lengths = (offsets[1:] - offsets[:-1]).view(_UNSIGNED[offsets.itemsize])  # in which a negative one is very long
-    longest = _most(lengths) if len(lengths) else 0
-    if offsets[0] != 0 or offsets[-1] != n_tokens or longest > n_tokens:
+    on_cpu = cu_seqlens if on_host(cu_seqlens.device) else cu_seqlens.cpu()
+    offsets, longest = on_cpu.numpy(), _longest(on_cpu, n_tokens)
+    if longest < 0:
         values = offsets.tolist()
         raise ValueError(
             f"cu_seqlens: expected offsets that start at 0, never decrease and end at T = {n_tokens}, "
             f"got {values if len(values) <= 9 else f'{values[:4]} ...'}"
         )
     # A copy, which the caller does not change.
-    return from_offsets(offsets.astype(np.int32), torch.device(device), int(longest))
+    return from_offsets(offsets.astype(np.int32), torch.device(device), longest)
+
+
+def _longest(cu_seqlens: torch.Tensor, n_tokens: int) -> int:
+    """Returns the length of the longest sequence, or -1 where the offsets, on the host, are wrong."""
+    if cpu.obstacle() is None and cu_seqlens.is_contiguous():
+        return cpu.longest_of(cu_seqlens, n_tokens)
+    offsets = cu_seqlens.numpy()
+    lengths = (offsets[1:] - offsets[:-1]).view(_UNSIGNED[offsets.itemsize])  # in which a negative one is very long
+    longest = int(_most(lengths)) if len(lengths) else 0
+    return longest if offsets[0] == 0 and offsets[-1] == n_tokens and longest <= n_tokens else -1
 
 
 _most = np.maximum.reduce

@@ -122,7 +122,11 @@ def recorded(*tensors: Any) -> bool:
         return True
     if torch._C._len_torch_dispatch_stack() > 0 and _infra_mode() is not None:
         return True
-    return any(isinstance(tensor, torch.fx.Proxy) for tensor in tensors)
+    return any(map(_is_proxy, tensors))
+
+
+def _is_proxy(tensor: Any) -> bool:
+    return type(tensor) not in PLAIN and isinstance(tensor, torch.fx.Proxy)
 
 
 def _exports_to_onnx() -> bool:

@@ -191,15 +191,17 @@ def bias_residual_layer_norm_forward(
     ln_bias: torch.Tensor | None,
     eps: float,
     quantized: tuple[torch.Tensor, torch.Tensor] | None = None,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Normalises x + bias + residual: (T, H) -> (T, H) in x's dtype. x and residual need unit stride along H.
 
-    ln_bias None: zeros.
+    ln_bias None: zeros. out: where to write the result, contiguous, or None for new memory.
     quantized: buffers (T, H), float8_e4m3fn or int8, and (T, 1) float32, both contiguous, to fill with the same rows in
     8 bits (int8: rotated) and their scales, as `quantize` says.
     """
     n_rows, n_cols = x.shape
-    out = launch.empty((n_rows, n_cols), like=x)
+    if out is None:
+        out = launch.empty((n_rows, n_cols), like=x)
     if n_rows == 0:
         return out
     config = configs.rowwise_config(n_cols)

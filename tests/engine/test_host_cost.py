@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from device_stand_in import META, EmptyGraphs, bert, install
+from fastbert_kernels import cpu
 from helpers import cu_seqlens_of
 
 BATCHES = {
@@ -21,8 +22,8 @@ BATCHES = {
     "8x512": [512] * 8,
     "ragged": [(37 * i) % 120 + 3 for i in range(40)],
 }
-# Python functions before the launch, and in all: 69 and 91 when this was written, and as many whatever the batch.
-MOST_BEFORE, MOST = 72, 95
+# Python functions before the launch, and in all, whatever the batch: 66 and 77 now, and 85 without records.
+MOST_BEFORE, MOST = 69, 80 if cpu.objects.obstacle() is None else 89
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from fastbert import BertModel, ops
 from fastbert.engine.launched import LaunchedLayers
-from fastbert.ops import recording
+from fastbert.engine.layer_forms import OUTPUT
+from fastbert.ops import launched, packing, recording
 from graph_cases import encode
 from graph_cases import make as make_model
 
@@ -182,3 +183,50 @@ def test_training_lets_the_weights_go(device: torch.device, runs: list[bool]) ->
     assert launched._kept[1] is not None
     model.train()
     assert launched._kept == (None, None)
+
+
+@pytest.mark.parametrize("by_kernels", [True, False], ids=["kernels", "modules"])
+def test_a_graph_needs_no_copy_of_its_result(
+    by_kernels: bool, device: torch.device, stand_in: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a last LayerNorm that does not write where a graph leaves its result, or other bits where it does."""
+    model = make_model(device, torch.bfloat16)
+    if not by_kernels:
+        monkeypatch.setattr(LaunchedLayers, "run", lambda *arguments: None)
+    outputs: list[Any] = []
+    layer_norm = launched.bias_residual_layer_norm
+
+    def noted(*arguments: Any, out: Tensor | None = None) -> Tensor:
+        outputs.append(out)
+        return layer_norm(*arguments, out=out)
+
+    monkeypatch.setattr(launched, "bias_residual_layer_norm", noted)
+    result = encode(model, LENGTHS)
+    (graph,) = model.engine.graphs._graphs.values()
+    # Two norms a layer, in what runs when it is captured and when it is replayed.
+    assert [out is graph.out for out in outputs] == 2 * by_kernels * [False, False, False, True]
+    model.cuda_graphs = False
+    assert torch.equal(encode(model, LENGTHS), result)
+    assert not outputs or outputs[-1] is None
+
+
+def test_layers_are_not_derived_in_a_capture(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches weights that are derived while a CUDA graph is captured, and kept though nothing has run yet."""
+    model, layers = make(device), LaunchedLayers()
+    encode(model, LENGTHS)
+    batch = packing.from_lengths(LENGTHS, device)
+    out = batch.plan(OUTPUT, lambda: torch.empty(sum(LENGTHS), 32, device=device))
+    x = torch.randn(sum(LENGTHS), 32, device=device)
+
+    def run_in_a_capture() -> list[Tensor] | None:
+        with monkeypatch.context() as patch:
+            for name in ("launched", "state"):
+                patch.setattr(f"fastbert.engine.{name}.observer_obstacle", lambda device: "a graph is captured")
+            return layers.run(model, x, batch, False)
+
+    with torch.no_grad():
+        assert run_in_a_capture() is None
+        states = layers.run(model, x, batch, False)
+        assert states is not None and states[0] is out
+        states = run_in_a_capture()
+        assert states is not None and states[0] is out

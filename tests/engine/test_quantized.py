@@ -341,7 +341,7 @@ def test_explain_other_gpus() -> None:
     assert "fp8 needs compute capability 8.9, and this GPU has 8.0" in reason_of(fp8, arch=80, dtype="bfloat16")
     for model, arch in ((fp8, 89), (fp8, 90), (fp8, 120), (int8, 80), (int8, 86), (int8, 90)):
         report = explain(model, arch=arch, dtype="bfloat16")
-        launches, in_graphs = report.notes
+        launches, in_graphs, *_ = report.notes
         assert launches.startswith("launches: 7 kernels a layer, 15 from ids")
         assert in_graphs == "CUDA graphs: a batch of up to 16384 tokens is one launch, without gradients"
         rows = [row for row in report.rows if row.op == "quantized_linear"]

@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 import torch
 
+from fastbert.ops import packing
+from fastbert_kernels import cpu
 from helpers import cu_seqlens_of, exactly
 from model_cases import (
     theirs,
@@ -29,6 +31,8 @@ def model() -> Any:
         (torch.tensor([0, 5, 13]), ValueError, "at T = 12, got [0, 5, 13]"),
         (torch.tensor([0, -3, 12]), ValueError, "at T = 12, got [0, -3, 12]"),
         (torch.tensor([0]), ValueError, "at T = 12, got [0]"),
+        (torch.tensor([0, 13, 12]).int(), ValueError, "at T = 12, got [0, 13, 12]"),
+        (torch.tensor([0, 0, -1, 12]).int(), ValueError, "at T = 12, got [0, 0, -1, 12]"),
         (torch.tensor([0, 2**32 + 12]), ValueError, "at T = 12, got [0, 4294967308]"),
         (torch.tensor([0, *[1] * 10, 13]), ValueError, "at T = 12, got [0, 1, 1, 1] ..."),
         (torch.tensor([[0, 12]]), ValueError, "cu_seqlens: expected shape (B + 1,), got (1, 2)"),
@@ -39,12 +43,33 @@ def model() -> Any:
         ([0, 12], TypeError, "cu_seqlens: expected a tensor, got list"),
     ],
 )
-def test_bad_cu_seqlens(cu_seqlens: Any, error: type[Exception], message: str, model: Any) -> None:
+@pytest.mark.parametrize("compiled", [True, False], ids=["C++", "NumPy"])
+def test_bad_cu_seqlens(
+    cu_seqlens: Any, error: type[Exception], message: str, compiled: bool, model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Catches offsets that would send a kernel outside of its tensors, or lose or double tokens."""
+    if not compiled:
+        monkeypatch.setattr(cpu.library, "load", lambda: (None, "no compiler"))
     if message.startswith("at"):
         message = f"cu_seqlens: expected offsets that start at 0, never decrease and end {message}"
     with pytest.raises(error, match=exactly(message)):
         model.forward_packed(torch.ones(12, dtype=torch.long), cu_seqlens)
+
+
+@pytest.mark.parametrize("compiled", [True, False], ids=["C++", "NumPy"])
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
+@pytest.mark.parametrize("step", [1, 2])
+def test_the_longest_sequence(step: int, dtype: torch.dtype, compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches the length of another sequence, offsets that are read past their strides, or that the caller changes."""
+    if not compiled:
+        monkeypatch.setattr(cpu.library, "load", lambda: (None, "no compiler"))
+    for lengths in ([], [0], [7], [0, 3, 0, 9, 9, 2], [1] * 40):
+        offsets = torch.full((step * (len(lengths) + 1),), 99, dtype=dtype)[::step]
+        offsets.copy_(cu_seqlens_of(lengths))
+        batch = packing.from_cu_seqlens(offsets, sum(lengths), torch.device("cpu"))
+        assert batch.padded_length == max(lengths, default=0) and batch.last_position == batch.padded_length - 1
+        offsets.fill_(5)
+        assert batch.cu_seqlens.tolist() == cu_seqlens_of(lengths).tolist() and batch.cu_seqlens.dtype == torch.int32
 
 
 @pytest.mark.parametrize(

@@ -163,6 +163,24 @@ def test_embeddings_without_positions(device: torch.device, monkeypatch: pytest.
 @pytest.mark.skipif(cpu.obstacle() is not None, reason=str(cpu.obstacle()))
 def test_explain_in_training() -> None:
     """Catches a report that says that dropout, or a gradient, takes attention from its kernels."""
-    ours = twin(theirs(TYPE, **V3), dtype=torch.float32, strict=False).train()
+    model = theirs(TYPE, **V3)
+    ours = twin(model, dtype=torch.float32, strict=False).train()
     rows = [row for row in fastbert.explain(ours, [[1] * 5]).rows if row.op == "attention"]
     assert rows and all(row.kernel.startswith("fastbert_kernels.cpu") for row in rows)
+    assert "training: each layer is one node of autograd" in str(fastbert.explain(ours))
+    large = twin(theirs(TYPE, **KINDS["v2-xlarge"]), dtype=torch.float32, strict=False).train()
+    assert "operation by operation: the model has a convolution beside a layer" in str(fastbert.explain(large))
+
+
+@pytest.mark.skipif(cpu.obstacle() is not None, reason=str(cpu.obstacle()))
+def test_second_derivatives_of_layers() -> None:
+    """Catches a layer whose second derivative leaves the table of distances out."""
+    model, batch = theirs(TYPE, **V3, **NO_DROPOUT), batch_of("right", 9)
+    found = []
+    for dtype, backend in ((torch.float64, "torch"), (torch.float32, "cpu")):
+        ours = twin(model, dtype=dtype, backend=backend)
+        table = ours.encoder.rel_embeddings.weight
+        (first,) = torch.autograd.grad(loss_of(ours, batch), table, create_graph=True)
+        (second,) = torch.autograd.grad(first.square().sum(), table)
+        found.append(second.double())
+    assert_close("second derivative", found[1], found[0], 1e-3)

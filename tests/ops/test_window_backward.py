@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastbert.ops import packing
-from fastbert.ops.attention_plan import ranges_of
+from fastbert.ops.columns_around import ranges_of
 from fastbert_kernels import attention, attention_key_gradient, attention_query_gradient, configs, launch
 from fastbert_kernels import attention_backward as backward
 from fastbert_kernels.attention_window import Window

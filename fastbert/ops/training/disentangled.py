@@ -31,8 +31,8 @@ class Kernels(Protocol):
 
     def forward(
         self, qkv: Tensor, keys: Tensor | None, queries: Tensor | None, settings: Settings
-    ) -> tuple[Tensor, ...]:
-        """(T, N D), and what the backward pass needs beside the inputs."""
+    ) -> tuple[Tensor, Tensor | None]:
+        """(T, N D), and what the backward pass needs of it, (N, T) float32 or None."""
 
     def backward(
         self,
@@ -40,23 +40,23 @@ class Kernels(Protocol):
         qkv: Tensor,
         keys: Tensor | None,
         queries: Tensor | None,
-        kept: tuple[Tensor, ...],
+        out: Tensor,
+        lse: Tensor | None,
         settings: Settings,
     ) -> Gradients:
-        """The gradients of qkv, zeros in rows of no sequence, and of keys and queries. kept: what `forward` gave."""
+        """The gradients of qkv, zeros in rows of no text, and of keys and queries. out, lse: what `forward` gave."""
 
 
 class _Cpu:
     def forward(
         self, qkv: Tensor, keys: Tensor | None, queries: Tensor | None, settings: Settings
-    ) -> tuple[Tensor, ...]:
+    ) -> tuple[Tensor, Tensor | None]:
         batch, num_heads, scale, buckets, dropout = settings
-        return (
-            cpu.disentangled_attention_forward(
-                qkv, keys, queries, rows_on(buckets, qkv.device, torch.int32), batch.cu_seqlens_cpu, num_heads, scale,
-                batch.columns, dropout,
-            ),
-        )  # fmt: skip
+        rows_of = rows_on(buckets, qkv.device, torch.int32)
+        out = cpu.disentangled_attention_forward(
+            qkv, keys, queries, rows_of, batch.cu_seqlens_cpu, num_heads, scale, batch.columns, dropout
+        )
+        return out, None
 
     def backward(
         self,
@@ -64,28 +64,28 @@ class _Cpu:
         qkv: Tensor,
         keys: Tensor | None,
         queries: Tensor | None,
-        kept: tuple[Tensor, ...],
+        out: Tensor,
+        lse: Tensor | None,
         settings: Settings,
     ) -> Gradients:
         batch, num_heads, scale, buckets, dropout = settings
+        rows_of = rows_on(buckets, qkv.device, torch.int32)
         return cpu.disentangled_attention_backward(
-            grad, qkv, keys, queries, rows_on(buckets, qkv.device, torch.int32), batch.cu_seqlens_cpu, num_heads,
-            scale, batch.columns, dropout,
-        )  # fmt: skip
+            grad, qkv, keys, queries, rows_of, batch.cu_seqlens_cpu, num_heads, scale, batch.columns, dropout
+        )
 
 
 class _Triton:
     def forward(
         self, qkv: Tensor, keys: Tensor | None, queries: Tensor | None, settings: Settings
-    ) -> tuple[Tensor, ...]:
+    ) -> tuple[Tensor, Tensor | None]:
         from fastbert_kernels import disentangled_training as kernels
         from fastbert_kernels.disentangled import BLOCK_Q
 
         batch, num_heads, scale, buckets, dropout = settings
         distances = for_kernel(keys, queries, buckets, batch)
         tiles = work_list(batch, BLOCK_Q)
-        out, lse = kernels.disentangled_training_forward(qkv, tiles, num_heads, scale, distances, dropout)
-        return out, out, lse
+        return kernels.disentangled_training_forward(qkv, tiles, num_heads, scale, distances, dropout)
 
     def backward(
         self,
@@ -93,7 +93,8 @@ class _Triton:
         qkv: Tensor,
         keys: Tensor | None,
         queries: Tensor | None,
-        kept: tuple[Tensor, ...],
+        out: Tensor,
+        lse: Tensor | None,
         settings: Settings,
     ) -> Gradients:
         from fastbert_kernels import disentangled_backward as kernels
@@ -102,12 +103,27 @@ class _Triton:
         distances = for_kernel(keys, queries, buckets, batch)
         n_tokens, runs_of = int(batch.cu_seqlens_cpu[-1]), runs_on(buckets, qkv.device)
         tiles = work_list(batch, kernels.tile_rows(qkv.dtype, qkv.shape[1] // (3 * num_heads)))
+        assert lse is not None
         return kernels.disentangled_attention_backward(
-            grad, qkv, kept[0], kept[1], tiles, num_heads, scale, distances, runs_of, n_tokens, dropout
-        )  # fmt: skip
+            grad, qkv, out, lse, tiles, num_heads, scale, distances, runs_of, n_tokens, dropout
+        )
 
 
-KERNELS: dict[str, Kernels] = {"cpu": _Cpu(), "triton": _Triton()}
+class _Plain:
+    """The forward pass in plain, differentiable PyTorch."""
+
+    def forward(
+        self, qkv: Tensor, keys: Tensor | None, queries: Tensor | None, settings: Settings
+    ) -> tuple[Tensor, Tensor | None]:
+        batch, num_heads, scale, buckets, dropout = settings
+        arguments = batch.cu_seqlens_cpu, *buckets, num_heads, scale, batch.columns
+        return attend_by_lengths(qkv, keys, queries, *arguments, dropout), None
+
+    def backward(self, *_: Any) -> Gradients:
+        raise NotImplementedError("plain PyTorch differentiates its forward pass")
+
+
+KERNELS: dict[str, Kernels] = {"cpu": _Cpu(), "triton": _Triton(), "torch": _Plain()}
 
 
 def attention(qkv: Tensor, keys: Tensor | None, queries: Tensor | None, settings: Settings, kernels: Kernels) -> Tensor:
@@ -124,20 +140,20 @@ class _Attention(torch.autograd.Function):
         qkv = qkv if qkv.stride(-1) == 1 else qkv.contiguous()
         keys, queries = (None if table is None else table.contiguous() for table in (keys, queries))
         with torch.autocast(qkv.device.type, enabled=False):
-            out, *kept = kernels.forward(qkv, keys, queries, settings)
+            out, lse = kernels.forward(qkv, keys, queries, settings)
         ctx.settings, ctx.kernels = settings, kernels
-        ctx.save_for_backward(qkv, keys, queries, *kept)
+        ctx.save_for_backward(qkv, keys, queries, None if lse is None else out, lse)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        qkv, keys, queries, *kept = ctx.saved_tensors
+        qkv, keys, queries, out, lse = ctx.saved_tensors
         settings, differentiable = ctx.settings, torch.is_grad_enabled()
         if batched(grad) or (differentiable and settings.dropout is None):
             inputs = qkv, keys, queries, None, None
             return again(_plain(settings), grad, inputs, ctx.needs_input_grad)
         with torch.no_grad(), torch.autocast(grad.device.type, enabled=False):
-            found = ctx.kernels.backward(grad.contiguous(), qkv, keys, queries, tuple(kept), settings)
+            found = ctx.kernels.backward(grad.contiguous(), qkv, keys, queries, out, lse, settings)
         needed = zip(found, ctx.needs_input_grad, strict=False)
         grads = *(gradient if need else None for gradient, need in needed), None, None
         return once(grads) if differentiable else grads
@@ -145,9 +161,8 @@ class _Attention(torch.autograd.Function):
 
 def _plain(settings: Settings) -> Any:
     """Returns the attention in plain PyTorch, on what its node of autograd took."""
-    batch, num_heads, scale, buckets, _ = settings
 
     def function(qkv: Tensor, keys: Tensor | None, queries: Tensor | None, *_: Any) -> Tensor:
-        return attend_by_lengths(qkv, keys, queries, batch.cu_seqlens_cpu, *buckets, num_heads, scale, batch.columns)
+        return KERNELS["torch"].forward(qkv, keys, queries, settings)[0]
 
     return function

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastbert.ops.training import disentangled
 from fastbert.ops.training.kernels import Attention, Kernels, Rotation, Weights
 from fastbert.ops.training.plain import PLAIN
 from fastbert_kernels.masks import Dropout
@@ -24,7 +25,7 @@ class LayerSettings:
     eps: of both norms. dropouts: of both sums. dtype: of the products. gated: whether the activation's first half
     multiplies its second one. inner_dropout: of what down multiplies. rotation: by what queries and keys turn.
     pre_norm: whether the norms are of what each part reads. last_eps: of the norm of the layer's output, if there is
-    one.
+    one. buckets: how distances become rows of position_keys and position_queries (fastbert.ops.disentangled).
     """
 
     kernels: Kernels
@@ -38,6 +39,14 @@ class LayerSettings:
     rotation: Rotation | None = None
     pre_norm: bool = False
     last_eps: float = 0.0
+    buckets: tuple[int, int] | None = None
+
+    @property
+    def distances(self) -> disentangled.Settings:
+        """The settings of attention whose scores have terms of distances."""
+        batch, num_heads, scale, dropout = self.attention[:4]
+        assert self.buckets is not None
+        return disentangled.Settings(batch, num_heads, scale, self.buckets, dropout)
 
     @property
     def drops_out(self) -> bool:
@@ -51,7 +60,7 @@ class LayerParameters:
     query: (H, H), or all three projections in one, (3 H, H), where key and value are None. attention_norm: None where
     attention reads the layer's input as it is. up: (I, H), or with the gate in one, (2 I, H), where gate is None.
     position_bias: (N, 2R + 1), added to attention's scores: see fastbert.ops.position_bias. last_norm: of the output,
-    in a layer with norms of what each part reads.
+    in a layer with norms of what each part reads. position_keys, position_queries: (2R, H), what stands for distances.
     """
 
     query: Tensor
@@ -75,6 +84,8 @@ class LayerParameters:
     gate_bias: Tensor | None = None
     last_norm: Tensor | None = None
     last_norm_bias: Tensor | None = None
+    position_keys: Tensor | None = None
+    position_queries: Tensor | None = None
 
     def listed(self) -> tuple[Tensor | None, ...]:
         return tuple(vars(self).values())
@@ -116,8 +127,9 @@ class Wanted:
         return tuple(self.grads.get(name) for name in NAMES)
 
     def before(self, name: str) -> bool:
-        """Tells whether x, attention's bias, or a parameter in front of this one needs a gradient."""
-        return self.x or self.needed["position_bias"] or any(self.needed[n] for n in NAMES[: NAMES.index(name)])
+        """Tells whether x, what attention adds to scores, or a parameter in front of this one needs a gradient."""
+        of_scores = ("position_bias", "position_keys", "position_queries")
+        return self.x or any(self.needed[n] for n in (*of_scores, *NAMES[: NAMES.index(name)]))
 
     def vectors(self, **sums: Tensor) -> None:
         """Takes sums over rows as the gradients of parameters, by name."""
@@ -163,12 +175,17 @@ def drop(kernels: Kernels, x: Tensor, dropout: Dropout | None) -> Tensor:
 
 def attend(
     x: Tensor, p: LayerParameters, settings: LayerSettings, kernels: Kernels
-) -> tuple[Tensor, tuple[Tensor, ...]]:
+) -> tuple[Tensor, tuple[Tensor | None, ...]]:
     """Attention and the linear after it, (T, H) -> (T, H), and what the backward pass needs: qkv, context and lse."""
     qkv = kernels.linear(x, p.qkv, p.qkv_biases)
     if settings.rotation is not None:
         qkv = kernels.rotate(qkv, settings.rotation, settings.attention.num_heads)
-    context, lse = kernels.attention_forward(qkv, settings.attention, p.position_bias)
+    lse: Tensor | None
+    if settings.buckets is None:
+        context, lse = kernels.attention_forward(qkv, settings.attention, p.position_bias)
+    else:
+        passes = disentangled.KERNELS[kernels.name]
+        context, lse = passes.forward(qkv, p.position_keys, p.position_queries, settings.distances)
     return kernels.linear(context, (p.out,), (p.out_bias,)), (qkv, context, lse)
 
 
@@ -190,10 +207,17 @@ def attend_backward(
     if not wanted.before("out"):
         return None
     d_context = kernels.input_gradient(grad, (p.out,))
-    d_qkv, d_bias = kernels.attention_backward(d_context, qkv, context, lse, settings.attention, p.position_bias)
+    if settings.buckets is None:
+        d_qkv, d_bias = kernels.attention_backward(d_context, qkv, context, lse, settings.attention, p.position_bias)
+        if d_bias is not None:
+            wanted.vectors(position_bias=d_bias)
+    else:
+        passes, tables = disentangled.KERNELS[kernels.name], (p.position_keys, p.position_queries)
+        d_qkv, *d_tables = passes.backward(d_context, qkv, *tables, context, lse, settings.distances)
+        for name, d_table in zip(("position_keys", "position_queries"), d_tables, strict=True):
+            if d_table is not None:
+                wanted.vectors(**{name: d_table})
     del d_context
-    if d_bias is not None:
-        wanted.vectors(position_bias=d_bias)
     if settings.rotation is not None:
         d_qkv = kernels.rotate_back(d_qkv, settings.rotation, settings.attention.num_heads)
     wanted.product(("query", "key", "value"), d_qkv, x)

@@ -1,8 +1,9 @@
 """This package holds kernels for CPUs, in C++: operations that PyTorch's own run slowly on packed tokens.
 
 The sources are compiled when fastbert is installed, once for each instruction set in VARIANTS. The libraries know
-nothing of Python or PyTorch: memory comes in by address, and threads are those of PyTorch's OpenMP. Where no compiler
-was there, or the processor lacks AVX2, `obstacle` says so, and the caller takes PyTorch's operations.
+nothing of Python or PyTorch: memory, and functions of theirs, come in by address, and threads are those of PyTorch's
+OpenMP. Where no compiler was there, or the processor lacks AVX2, `obstacle` says so, and the caller takes PyTorch's
+operations.
 
 `python setup.py build_ext --inplace` compiles them in a checkout. An editable installation has done so.
 """
@@ -52,12 +53,16 @@ from fastbert_kernels.cpu.library import (
 from fastbert_kernels.cpu.linear_training import (
     weight_gradient,
 )
+from fastbert_kernels.cpu.objects import (
+    ObjectRecord,
+)
 from fastbert_kernels.cpu.operations import (
     ACTIVATIONS,
     PositionBias,
     digest,
     ids_outside,
     linear_forward,
+    longest_of,
     pool_forward,
     varlen_attention_forward,
 )
@@ -79,13 +84,12 @@ from fastbert_kernels.cpu.rows import (
 
 __all__ = [
     "ACTIVATIONS", "MAX_HIDDEN", "VARIANTS", "Encoder", "EncoderConvolution", "EncoderLayer", "EncoderTables",
-    "Int8Encoder", "Int8EncoderLayer", "Int8Weight", "LayerTraits", "NormBackward", "NormForward", "PositionBias",
-    "activation_backward", "attention_backward", "attention_training_forward", "digest",
+    "Int8Encoder", "Int8EncoderLayer", "Int8Weight", "LayerTraits", "NormBackward", "NormForward", "ObjectRecord",
+    "PositionBias", "activation_backward", "attention_backward", "attention_training_forward", "digest",
     "disentangled_attention_backward", "disentangled_attention_forward", "dropout_forward", "dropout_mask",
     "embedding_norm_forward", "embedding_scatter", "encoder_forward", "encoder_int8_forward", "gated_backward",
     "gated_forward", "has_amx", "ids_outside", "instructions", "int8_obstacle", "linear_forward", "linear_int8_forward",
-    "multiplies", "obstacle", "pack_int8", "pack_transposed", "pack_weight", "pack_weights", "pool_forward",
-    "quantize_forward", "residual_norm_backward", "residual_norm_forward", "rotary_backward", "rotary_forward",
-    "varlen_attention_forward", "weight_gradient",
-    "window_bias", "windowed_attention_forward",
+    "longest_of", "multiplies", "obstacle", "pack_int8", "pack_transposed", "pack_weight", "pack_weights",
+    "pool_forward", "quantize_forward", "residual_norm_backward", "residual_norm_forward", "rotary_backward",
+    "rotary_forward", "varlen_attention_forward", "weight_gradient", "window_bias", "windowed_attention_forward",
 ]  # fmt: skip

@@ -1,0 +1,143 @@
+"""This module compares Python objects with what they were, in one call of C++.
+
+The library has no symbol of Python or PyTorch in it. It gets the addresses of functions of CPython's stable ABI, and
+through them those of PyTorch's, so that one build serves all versions of both.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import sys
+import sysconfig
+import types
+from array import array
+from collections.abc import Iterable, Sequence
+from itertools import chain
+from typing import Any
+
+import torch
+
+from fastbert_kernels.cpu import library
+
+# What `struct Python` of objects.cpp begins with.
+_FUNCTIONS = (
+    "PyDict_Next", "PyDict_Size", "PyDict_GetItemWithError", "PyObject_GenericGetDict", "PyObject_Type", "Py_DecRef",
+    "PyErr_Clear", "PyErr_Occurred", "PyLong_AsLongLong", "PyLong_AsVoidPtr",
+)  # fmt: skip
+_DESCR_GET = 54  # Py_tp_descr_get in typeslots.h
+_NO_ARGUMENTS = 4  # METH_NOARGS in methodobject.h
+_PLAIN = frozenset((torch.Tensor, torch.nn.Parameter))
+_ABSENT = object()
+
+
+class ObjectRecord:
+    """An `ObjectRecord` says how objects were when it was made. `holds` tells whether they are so still.
+
+    `holds` may say no where nothing has changed, as where an equal object is in the place of another, and then the
+    caller looks for itself. It does not say yes where something has.
+
+    dicts: dictionaries that keep their keys and values, in their order; objects are compared by identity. empty:
+    dictionaries that hold nothing. entries: (dictionary, key), of which the value is compared, or that there is none.
+    objects: the class of each is compared. tensors: the address of each is compared, and PyTorch's count of its writes.
+
+    Raises RuntimeError where no such record can be made: `obstacle` is not None, a dictionary is not empty, or a tensor
+    has no address or no count, or is of a class of its own.
+    """
+
+    def __init__(
+        self,
+        dicts: Sequence[dict[Any, Any]],
+        empty: Sequence[dict[Any, Any]],
+        entries: Iterable[tuple[dict[str, Any], str]],
+        objects: Sequence[object],
+        tensors: Sequence[torch.Tensor],
+    ) -> None:
+        reason = obstacle()
+        if reason is None and any(empty):
+            reason = "a dictionary is not empty"
+        if reason is None and not _PLAIN.issuperset(map(type, tensors)):
+            reason = "a tensor is of a class of its own"
+        if reason is not None:
+            raise RuntimeError(reason)
+        items = [list(dict.items(each)) for each in dicts]
+        values = [(each, key, each.get(key, _ABSENT)) for each, key in entries]
+        classes = list(zip(objects, map(type, objects), strict=True))
+        words = array("q", [len(items)])
+        for each, pairs in zip(dicts, items, strict=True):
+            words.extend((id(each), len(pairs), *map(id, chain.from_iterable(pairs))))
+        words.extend((len(empty), *map(id, empty), len(values)))
+        for each, key, value in values:
+            words.extend((id(each), id(key), 0 if value is _ABSENT else id(value)))
+        words.extend((len(classes), *map(id, chain.from_iterable(classes)), len(tensors)))
+        attributes = [tensor.__dict__ for tensor in tensors]
+        for tensor, inside in zip(tensors, attributes, strict=True):
+            words.extend((id(tensor), id(inside), ctypes.c_int64(tensor.data_ptr()).value, tensor._version))
+        # The words are addresses of these.
+        self._kept = words, items, values, classes, tuple(dicts), tuple(empty), tuple(tensors), attributes
+        self._compare, self._python = _prepared(library.load()[0])
+        self._words = words.buffer_info()[0]
+
+    def holds(self) -> bool:
+        """Tells whether everything is as it was."""
+        return self._compare(self._python, self._words) == 1
+
+
+def obstacle() -> str | None:
+    """Says why no `ObjectRecord` can be made in this process, or returns None where they can."""
+    return library.obstacle() or _obstacle_of(library.load()[0])
+
+
+@functools.lru_cache(8)
+def _obstacle_of(loaded: Any) -> str | None:
+    if sys.implementation.name != "cpython" or sysconfig.get_config_var("Py_GIL_DISABLED"):
+        return "this Python has no lock that holds objects still"
+    try:
+        _prepared(loaded)
+    except (AttributeError, TypeError) as error:
+        return f"this Python or PyTorch lacks what it takes: {error}"
+    return None
+
+
+@functools.lru_cache(8)
+def _prepared(loaded: Any) -> tuple[Any, int]:
+    """Returns the function that compares, and its first argument. Raises AttributeError or TypeError without them."""
+    python = ctypes.pythonapi
+    slot_of = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object, ctypes.c_int)(("PyType_GetSlot", python))
+    flags_of = ctypes.PYFUNCTYPE(ctypes.c_int, ctypes.py_object)(("PyCFunction_GetFlags", python))
+    function_of = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object)(("PyCFunction_GetFunction", python))
+    version, data_ptr = torch.Tensor._version, torch.empty(0, device="cpu").data_ptr
+    if type(version) is not types.GetSetDescriptorType:
+        raise TypeError("_version is no attribute of C")
+    if type(data_ptr) is not types.BuiltinMethodType or flags_of(data_ptr) != _NO_ARGUMENTS:
+        raise TypeError("data_ptr is no method of C without arguments")
+    words = [
+        *(_address_of(getattr(python, name)) for name in _FUNCTIONS), slot_of(type(version), _DESCR_GET), id(version),
+        function_of(data_ptr),
+    ]  # fmt: skip
+    if not all(words):
+        raise TypeError("a function has no address")
+    table = (ctypes.c_void_p * (len(words) + 1))(*words, _fast_address())
+    _forever.append((table, version))
+    prototype = ctypes.PYFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p)
+    return prototype(_address_of(loaded.fastbert_objects_same)), ctypes.addressof(table)
+
+
+def _fast_address() -> int | None:
+    """Returns PyTorch's function for code that Inductor generates, `void*(PyObject*)`, or None where there is none."""
+    guards = getattr(torch._C, "_dynamo", None)
+    address = getattr(getattr(guards, "guards", None), "_torchinductor_pyobject_tensor_data_ptr", None)
+    if type(address) is not int or not address:
+        return None
+    tensor = torch.zeros(3, device="cpu")[1:]
+    gives = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object)(address)(tensor)
+    return address if gives == tensor.data_ptr() else None
+
+
+def _address_of(function: Any) -> int:
+    address = ctypes.cast(function, ctypes.c_void_p).value
+    assert address is not None
+    return address
+
+
+_forever: list[Any] = []  # whose addresses the library has
