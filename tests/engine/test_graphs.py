@@ -14,7 +14,7 @@ from torch import Tensor
 
 import fastbert
 import fastbert.models.bert
-from fastbert.engine import launched
+from fastbert.engine import layer_forms
 from fastbert.models import tasks
 from graph_cases import (
     LENGTHS,
@@ -119,16 +119,16 @@ def test_hidden_states_go_when_they_are_read(device: torch.device, monkeypatch: 
     def watch(cls: Any, name: str) -> None:
         run = getattr(cls, name)
 
-        def watched(layer: Any, x: Tensor, *args: Any) -> Tensor:
+        def watched(layer: Any, x: Tensor, *args: Any, **named: Any) -> Tensor:
             assert all(state() is None for state in states[:-1])
-            out = run(layer, x, *args)
+            out = run(layer, x, *args, **named)
             states.append(weakref.ref(out))
             return out
 
         monkeypatch.setattr(cls, name, watched)
 
     watch(fastbert.models.bert.BertLayer, "forward")
-    watch(launched.Layer, "run")  # which stands for a layer whose modules are its own
+    watch(layer_forms.PostNormLayer, "run")  # which stands for a layer whose modules are its own
     encode(model, [9, 4])
     assert len(states) == 4
 
