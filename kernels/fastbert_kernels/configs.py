@@ -209,7 +209,7 @@ def attention_config(dtype: torch.dtype, head_size: int, for_arch: int, small: b
     small: the tile of `small_attention_config`, which there must be.
     """
     if small:
-        config = small_attention_config(dtype, head_size, for_arch)
+        config = _small_attention(dtype, head_size, for_arch, launch.recorded is not None, tables.generation)
         assert config is not None, "this tile has no smaller one"
         return config
     return _attention(dtype, head_size, for_arch, launch.recorded is not None, tables.generation)

@@ -50,9 +50,10 @@ def test_gradients_sum_over_the_uses(n_groups: int) -> None:
             each.zero_grad()
             (each(**batch)[0][valid] @ weight).square().sum().backward()
         expected = {ours.config.family.to_ours(name): p.grad for name, p in model.named_parameters()}
+        largest = max(p.grad.abs().max() for p in model.parameters() if p.grad is not None)
         for name, parameter in ours.named_parameters():
             if name.endswith("key.bias"):  # which moves all scores of a query alike
-                assert is_zero(parameter.grad)
+                assert is_zero(parameter.grad / largest)
             elif not name.startswith("pooler."):
                 assert_close(name, parameter.grad, expected[name], 1e-9)
         assert len({name for name, _ in ours.named_parameters() if ".layer." in name}) == 16 * n_groups

@@ -20,8 +20,10 @@
 namespace {
 
 constexpr int64_t PIECE = 128;  // of float32; bfloat16 is less exact than any chain of its products
-constexpr int AHEAD = 40;       // steps of K: few rows wait for weights that no cache near them holds
-constexpr int ANY = -1;         // an activation that is known at run time only
+constexpr int64_t SHORT_K = 320,
+                  SHORT_PIECE = 32;  // a library has more chains for few rows: where K is short, it shows
+constexpr int AHEAD = 40;            // steps of K: few rows wait for weights that no cache near them holds
+constexpr int ANY = -1;              // an activation that is known at run time only
 constexpr int64_t PANEL_BYTES = 1 << 18, ROW_BYTES = 1 << 17;  // of a task's weights and rows
 constexpr int64_t TASKS = 4;                                   // at least, for each thread
 
@@ -60,7 +62,7 @@ void tile(const Linear<T>& call, int64_t row, int64_t panel) {
     typedef typename O::E E;
     const int64_t depth = over(call.k_size, O::SIZE);
     const E* weight = (const E*)call.weight + panel * COLUMNS * depth;
-    const int64_t piece = O::SIZE == 1 ? PIECE : depth;
+    const int64_t piece = O::SIZE != 1 ? depth : call.k_size < SHORT_K ? SHORT_PIECE : PIECE;
     const E* x[R];
     for (int i = 0; i < R; i++) x[i] = (const E*)(call.x + (row + i) * call.x_stride);
     fetch_ends<T, SAVE, R>(call, row, panel * COLUMNS);
