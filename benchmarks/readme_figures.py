@@ -1,4 +1,4 @@
-"""The numbers of docs/numbers.md: a short table for each type of device, from the newest committed results.
+"""The numbers of docs/numbers.md: a short table for each device, from its newest committed results.
 
     python benchmarks/report.py --readme
 
@@ -28,19 +28,19 @@ HEADER = ("suite", "fastbert, valid tokens/s", "faster than the fastest peer", "
 
 
 def section(folders: Mapping[Path, Results]) -> str:
-    """The text between the markers, of the newest of these folders for each type of device."""
-    newest: dict[str, tuple[str, Path, Results]] = {}
+    """The text between the markers, of the newest of these folders for each device, the newest device first."""
+    newest: dict[tuple[str, str], tuple[str, Path, Results]] = {}
     for folder, results in sorted(folders.items()):
-        kind, date = str(results.environment.get("device_type")), str(results.environment.get("date"))
-        if kind not in newest or date >= newest[kind][0]:
-            newest[kind] = date, folder, results
+        kind, device, date = (str(results.environment.get(name)) for name in ("device_type", "device", "date"))
+        if (kind, device) not in newest or date >= newest[kind, device][0]:
+            newest[kind, device] = date, folder, results
     parts = []
     for kind, title in DEVICE_TYPES.items():
-        if kind not in newest:
+        of_kind = [entry for (of_device, _), entry in newest.items() if of_device == kind]
+        if not of_kind:
             parts.append(f"**{title}**: not measured yet.")
-            continue
-        _, folder, results = newest[kind]
-        parts.append(_device(title, folder, results))
+        for _, folder, results in sorted(of_kind, key=lambda entry: entry[0], reverse=True):
+            parts.append(_device(title, folder, results))
     return "\n\n".join(parts)
 
 
