@@ -80,6 +80,8 @@ def _distance_gradient_kernel(
 
 def tile_rows(dtype: torch.dtype, head_size: int) -> int:
     """Tells how many rows the tiles of the first two passes have: the work list is built for them."""
+    if dtype == torch.float32 and head_size > 32:
+        return 16
     return 32 if dtype == torch.float32 or head_size > 64 else 64
 
 
@@ -92,7 +94,7 @@ def query_tile(dtype: torch.dtype, head_size: int) -> dict[str, int]:
     step = 16 if block_d > 32 else 32
     return {
         "BLOCK_Q": tile_rows(dtype, head_size), "BLOCK_K": step, "BLOCK_W": step, "BLOCK_D": block_d,
-        "num_warps": 16 if dtype == torch.float32 and block_d > 32 else 8, "num_stages": 1,
+        "num_warps": 8, "num_stages": 1,
     }  # fmt: skip
 
 

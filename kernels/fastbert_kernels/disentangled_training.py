@@ -99,8 +99,9 @@ def disentangled_training_forward(
     if n_tokens == 0:
         return out, lse
     config = tile(qkv.dtype, hidden_size // num_heads)
-    if config["BLOCK_D"] > 64:  # the masks take registers
-        config |= {"num_stages": 1, "BLOCK_K": 16 if qkv.dtype == torch.float32 else config["BLOCK_K"]}
+    exact = qkv.dtype == torch.float32
+    if config["BLOCK_D"] > (32 if exact else 64):  # the masks take registers
+        config |= {"num_stages": 1, "BLOCK_K": 16 if exact else config["BLOCK_K"]}
     arguments = attention_arguments(qkv, out, num_heads, scale, distances)
     # Grid: every head for every tile of the work list, as many at a time as a grid's second dimension holds.
     for tiles in work_list.tiles.split(MAX_TILES):
