@@ -83,12 +83,6 @@ class PackedBatch:
         """Returns the same sequences, with other plans, in the rows of position_ids, the last of them empty."""
         return replace(self, position_ids=position_ids, counted=False, host_columns=None, _plans=plans)
 
-    def host_positions(self) -> np.ndarray | None:
-        """Returns position_ids as the host can count them, (T,) int64, or None where only the device knows them."""
-        if self.host_columns is None and self.counted:
-            self.host_columns = count_positions(self.cu_seqlens_cpu.numpy())
-        return self.host_columns
-
     @property
     def seq_ids(self) -> torch.Tensor:
         """(T,) int32: the sequence of each token."""
