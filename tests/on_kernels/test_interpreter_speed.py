@@ -31,7 +31,7 @@ def _sum_kernel(x_ptr, out_ptr, n_cols, BLOCK: tl.constexpr):
 @OF_3_6
 def test_every_change_fits_the_triton_of_the_tests() -> None:
     """Catches a Triton whose text has changed, so that the tests take twice as long."""
-    assert len(interpreter.QUICKENED) == 7 and all(interpreter.QUICKENED.values()), interpreter.QUICKENED
+    assert len(interpreter.QUICKENED) == 8 and all(interpreter.QUICKENED.values()), interpreter.QUICKENED
 
 
 @pytest.mark.parametrize("n_cols", [1, 5, 8])
@@ -45,6 +45,28 @@ def test_numbers_of_a_kernel_that_calls_a_function(n_cols: int) -> None:
         torch.testing.assert_close(out, 4 * torch.where(doubled > 2, doubled - 2, doubled), rtol=1e-6, atol=0)
         for part in (tl.load, tl.arange, tl.tensor.__add__, tl.math.exp2):
             assert core.is_builtin(part)
+
+
+@triton.jit
+def _integers_kernel(x_ptr, y_ptr, out_ptr, OPERATION: tl.constexpr):
+    offsets = tl.arange(0, 4)
+    x, y = tl.load(x_ptr + offsets), tl.load(y_ptr + offsets)
+    if OPERATION == "add":
+        out = x + y
+    elif OPERATION == "sub":
+        out = x - y
+    else:
+        out = x * y
+    tl.store(out_ptr + offsets, out)
+
+
+@pytest.mark.parametrize(("operation", "x", "y"), [("add", 2**31 - 1, 5), ("sub", -(2**31), 1), ("mul", 2**16, 2**17)])
+def test_integers_wrap_around(operation: str, x: int, y: int) -> None:
+    """Catches sums and products of integers that are refused, or computed in other widths: Philox needs them."""
+    left, right = (torch.tensor([1, 2, 3, number], dtype=torch.int32) for number in (x, y))
+    out = torch.zeros(4, dtype=torch.int32)
+    _integers_kernel[(1,)](left, right, out, OPERATION=operation)
+    assert torch.equal(out, getattr(torch, operation)(left, right))
 
 
 @OF_3_6
