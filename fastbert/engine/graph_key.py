@@ -11,7 +11,7 @@ from torch import Tensor
 from fastbert.engine.interface import EncoderModel
 from fastbert.engine.listeners import everywhere
 from fastbert.engine.snapshot import ModuleSnapshot
-from fastbert.engine.state import EncoderState, first_parameter, roots_of
+from fastbert.engine.state import ROOTS, EncoderState, first_parameter, roots_of
 from fastbert.engine.static_memory import Shape
 from fastbert.ops import silent_writes
 from fastbert.ops.derived import Derived
@@ -21,7 +21,10 @@ MAX_RECORDS = 8
 
 
 class Seen(NamedTuple):
-    """Everything as it was when `GraphKey.unchanged` had compared it. objects: a `cpu.ObjectRecord`, or None."""
+    """Everything as it was when `GraphKey.unchanged` had compared it.
+
+    objects: a `cpu.ObjectRecord`, or None. attributes: the model's own.
+    """
 
     objects: Any
     n_made: int
@@ -29,8 +32,7 @@ class Seen(NamedTuple):
     shape: Shape
     snapshot: ModuleSnapshot
     parameter: Tensor
-    policy: Any
-    precision: Any
+    attributes: dict[str, Any]
 
 
 class GraphKey:
@@ -80,20 +82,17 @@ class GraphKey:
 
     def _holds(self, model: EncoderModel, seen: Seen) -> bool:
         """Tells whether everything is as it was, where it can be told without a comparison in Python."""
-        attributes, parameter, shape = model.__dict__, seen.parameter, seen.shape
+        parameter, shape, attributes = seen.parameter, seen.shape, seen.attributes
         return (
-            seen.objects.holds()
-            and attributes["policy"] is seen.policy
-            and attributes["precision"] is seen.precision
+            model.__dict__ is attributes  # no shallow copy of the model
+            and seen.objects.holds()
             and not attributes["_parameters"]
-            and roots_of(model) == seen.snapshot.roots
             and parameter.dtype is shape.dtype
             and parameter.device == shape.device
-            and not torch.is_autocast_enabled(shape.device.type)
-            and not attributes.get("_is_replica", False)
+            and not torch.is_autocast_enabled(shape.device_type)
             and not everywhere()
             and self._key[1] is seen.state
-            and self._silent_writes(seen.snapshot, parameter, self._key[0][0][0]) == self._key[0][1]
+            and (shape.waits or seen.snapshot.silent_writes(self._key[0][0][0]) == self._key[0][1])
         )
 
     def _look(self, model: EncoderModel, shape: Shape, state: Any, before: Seen | None) -> Seen:
@@ -102,10 +101,12 @@ class GraphKey:
         assert snapshot is not None
         if before is not None and (before.objects is None or before.n_made == MAX_RECORDS):
             return before
-        objects = snapshot.record([(self._eight_bit.__dict__, "changes")])
+        attributes = model.__dict__
+        own = ((attributes, name) for name in ("policy", "precision", "_modules", "_parameters", "_is_replica"))
+        roots = ((attributes["_modules"], name) for name in ROOTS)
+        objects = snapshot.record([*own, *roots, (self._eight_bit.__dict__, "changes")])
         n_made = 1 if before is None else before.n_made + 1
-        policy, precision = model.policy, model.precision
-        return Seen(objects, n_made, state, shape, snapshot, first_parameter(model), policy, precision)
+        return Seen(objects, n_made, state, shape, snapshot, first_parameter(model), attributes)
 
     def _same(self, model: EncoderModel, shape: Shape, state: Any) -> bool:
         """Does what `unchanged` does, in Python."""

@@ -319,15 +319,25 @@ def kind_of(batch: PackedBatch, bucket: int, qkv_dtype: torch.dtype, head_size: 
 
     It is remembered for the lengths that came last.
     """
-    from fastbert_kernels import launch, tables
-
-    holes = batch.columns is not None or batch.reads_columns
+    offsets, padded, holes = batch.form
     if policy.batch_invariant:
         return HOLES if holes else ANY_BATCH
-    offsets = batch.cu_seqlens_cpu.numpy().tobytes()
-    padded = None if batch.mask is None else (batch.batch_size, batch.padded_length)
     lists = bucket, qkv_dtype, head_size, batch.device, policy, holes
-    return _kind_of(offsets, padded, lists, launch.recorded is not None, tables.generation)
+    return _kind_of(offsets, padded, lists, *circumstances())
+
+
+def circumstances() -> tuple[bool, int]:
+    """Returns what `kind_of` depends on beside its arguments."""
+    global _kernels
+    if _kernels is None:
+        from fastbert_kernels import launch, tables
+
+        _kernels = launch, tables
+    launch, tables = _kernels
+    return launch.recorded is not None, tables.generation
+
+
+_kernels: Any = None  # modules that are imported at the first use, since Triton need not be there
 
 
 @functools.lru_cache(maxsize=64)

@@ -108,6 +108,51 @@ def run(kernel: Any, grid: tuple[int, ...], config: dict[str, int], **arguments:
         _launch(kernel, grid, config, arguments)
 
 
+_run = run
+
+
+def alike(*tensors: torch.Tensor | None) -> tuple[Any, ...] | None:
+    """Returns what a kernel's description of tensors follows from, where it is that of almost all; else None.
+
+    So it is of tensors whose elements lie densely, at addresses that are a multiple of 16; None stands for None. Strides
+    follow from sizes, which the caller adds, but in a tensor of one row.
+    """
+    addresses, dtypes = 0, []
+    for tensor in tensors:
+        if tensor is None:
+            dtypes.append(None)
+        elif tensor.is_contiguous():
+            addresses |= tensor.data_ptr()
+            dtypes.append(tensor.dtype)
+        else:
+            return None
+    return None if addresses % 16 else tuple(dtypes)
+
+
+def again(kernel: Any, grid: tuple[int, ...], config: dict[str, int], facts: Any, *head: Any) -> bool:
+    """Launches a kernel as `run` did before with the same facts, if it did; `run_first` notes that it did.
+
+    facts: what all arguments but the first ones follow from, hashable, or None. head: the first arguments of the kernel,
+    the first of them a tensor or its descriptor; as the facts say, each is described as it was.
+    """
+    direct = getattr(kernel, "direct", None)
+    if facts is None or direct is None or recorded is not None or run is not _run:  # a test may count launches
+        return False
+    first = head[0]
+    answer: bool = direct.repeat(facts, config, grid, getattr(first, "base", first), head)
+    return answer
+
+
+def run_first(
+    kernel: Any, grid: tuple[int, ...], config: dict[str, int], facts: Any, n_head: int, **arguments: Any
+) -> None:
+    """Does what `run` does, for `again`. n_head: how many of the kernel's arguments are not in the facts."""
+    run(kernel, grid, config, **arguments)
+    direct = getattr(kernel, "direct", None)
+    if facts is not None and direct is not None and recorded is None:
+        direct.keep(facts, config, n_head, arguments)
+
+
 def _launch(kernel: Any, grid: tuple[int, ...], config: dict[str, int], arguments: dict[str, Any]) -> None:
     direct, key = getattr(kernel, "direct", None), None
     if direct is not None and not direct.watched():

@@ -161,13 +161,21 @@ def linear_pointer_forward(
     n_cols = weight.shape[0]
     n_tiles = launch.cdiv(n_rows, config["BLOCK_ROWS"]) * launch.cdiv(n_cols, config["BLOCK_COLS"])
     options = {"SPLIT": True} if splits else {}
+    precision = launch.dot_precision(x.dtype)
     if tables.some_dependent:
         config = dependent.options(config, launch.arch(x.device))
     # Grid: one program per output tile, on one axis so that the kernel can order them, and per share of K.
-    launch.run(
+    grid, facts = (n_tiles, splits) if splits else (n_tiles,), None
+    if n_rows > 1 and (dtypes := launch.alike(x, weight, bias, residual, out, pre)):
+        facts = dtypes, k_size, n_cols, activation, precision, splits > 0
+        if launch.again(_linear_kernel, grid, config, facts, x, weight, bias, residual, out, pre, n_rows):
+            return out
+    launch.run_first(
         _linear_kernel,
-        (n_tiles, splits) if splits else (n_tiles,),
+        grid,
         config,
+        facts,
+        7,
         x_ptr=x,
         weight_ptr=weight,
         bias_ptr=bias,
@@ -185,7 +193,7 @@ def linear_pointer_forward(
         HAS_BIAS=bias is not None,
         ACTIVATION=activation,
         HAS_RESIDUAL=residual is not None,
-        INPUT_PRECISION=launch.dot_precision(x.dtype),
+        INPUT_PRECISION=precision,
         **options,
     )
     return out
