@@ -12,6 +12,7 @@ import torch
 
 from fastbert.ops import masked
 from fastbert.ops.dispatch import Policy
+from fastbert.ops.kernel_modules import dense_rows, kernels_of
 from fastbert.ops.masked import SHORT_BATCH, SHORT_TEXTS
 from fastbert.ops.packing import PackedBatch, to_device
 
@@ -66,17 +67,15 @@ def launch_arguments(
     num_heads: int,
 ) -> tuple[torch.Tensor, WorkList, WorkList | None, dict[str, int]]:
     """Returns what the kernel takes: rows of unit stride, the work lists of a plan, or of none, and the block sizes."""
-    from fastbert_kernels import configs, launch
-    from fastbert_kernels.work_list import WorkList
-
+    configs, launch, work_list_of = kernels_of("configs"), kernels_of("launch"), kernels_of("work_list").WorkList
     head_size, (row_spans, tiles, short_tiles, small) = qkv.shape[1] // (3 * num_heads), plan
     if tiles is None or row_spans is None:
         work_list = lists_of(cu_seqlens_cpu, qkv.dtype, head_size, qkv.device)[0].to(qkv.device)
         short_list, small = None, False
     else:
-        work_list = WorkList(tiles, row_spans)
-        short_list = None if short_tiles is None else WorkList(short_tiles, row_spans)  # which share no tiles
-    qkv = qkv if qkv.stride(-1) == 1 else qkv.contiguous()
+        work_list = work_list_of(tiles, row_spans)
+        short_list = None if short_tiles is None else work_list_of(short_tiles, row_spans)  # which share no tiles
+    qkv = dense_rows(qkv)
     config = configs.attention_config(qkv.dtype, head_size, launch.arch(qkv.device), small).block_sizes
     return qkv, work_list, short_list, config
 
@@ -328,16 +327,7 @@ def kind_of(batch: PackedBatch, bucket: int, qkv_dtype: torch.dtype, head_size: 
 
 def circumstances() -> tuple[bool, int]:
     """Returns what `kind_of` depends on beside its arguments."""
-    global _kernels
-    if _kernels is None:
-        from fastbert_kernels import launch, tables
-
-        _kernels = launch, tables
-    launch, tables = _kernels
-    return launch.recorded is not None, tables.generation
-
-
-_kernels: Any = None  # modules that are imported at the first use, since Triton need not be there
+    return kernels_of("launch").recorded is not None, kernels_of("tables").generation
 
 
 @functools.lru_cache(maxsize=64)

@@ -362,9 +362,9 @@ def varlen_attention_forward(
         for part in tiles.split(MAX_TILES) if tiles.shape[0] > MAX_TILES else (tiles,):
             grid, facts = (num_heads, part.shape[0]), None
             if inference and (dtypes := launch.alike(qkv, out, part, row_spans)):
-                k, v = (qkv.data_ptr() + i * hidden_size * qkv.element_size() for i in (1, 2))  # as their views have it
+                q, step = qkv.data_ptr(), hidden_size * qkv.element_size()
                 facts = dtypes, hidden_size, num_heads, scale, one_block, precision
-                head = qkv, k, v, out, None, None, part, row_spans
+                head = qkv, q + step, q + 2 * step, out, None, None, part, row_spans  # the addresses of the views below
                 if launch.again(_varlen_attention_kernel, grid, block_sizes, facts, *head):
                     continue
             launch.run_first(

@@ -79,7 +79,7 @@ def _n_multiprocessors(index: int) -> int:
 
 def empty(shape: tuple[int, ...], *, like: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
     """Allocates the output of a kernel. Tests replace this function, and fill every output with NaN first."""
-    return torch.empty(shape, device=like.device, dtype=dtype or like.dtype)
+    return like.new_empty(shape) if dtype is None else like.new_empty(shape, dtype=dtype)
 
 
 def cdiv(n: int, block: int) -> int:

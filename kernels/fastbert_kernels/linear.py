@@ -132,11 +132,13 @@ def linear_forward(
     if few is not None:
         config = few
     elif gemm.ours != "linear":
-        if describable(weight) and describable(out) and (pre is None or describable(pre)):
-            x = x if describable(x) else x.clone(memory_format=torch.contiguous_format)
+        dtypes = launch.alike(x, weight, bias, residual, out, pre)
+        # Of the sizes for which `gemm` names these kernels, all that is so is describable.
+        if dtypes or (describable(weight) and describable(out) and (pre is None or describable(pre))):
+            x = x if dtypes or describable(x) else x.clone(memory_format=torch.contiguous_format)
             if gemm.ours == "linear_specialized" and pre is None:
                 return linear_specialized_forward(x, weight, bias, activation, residual, config, out)
-            return linear_persistent_forward(x, weight, bias, activation, residual, config, out, pre)
+            return linear_persistent_forward(x, weight, bias, activation, residual, config, out, pre, dtypes)
         config = configs.linear_config(x.dtype, arch, shape, epilogue_name).block_sizes
     x = x.clone(memory_format=torch.contiguous_format) if x.data_ptr() % ALIGNMENT else x
     return linear_pointer_forward(x, weight, bias, activation, residual, config, out, pre)

@@ -24,6 +24,8 @@ Source: Triton's tutorial "Persistent matmul" (the technique).
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
@@ -103,8 +105,12 @@ def linear_persistent_forward(
     config: dict[str, int],
     out: torch.Tensor,
     pre: torch.Tensor | None = None,
+    dtypes: tuple[Any, ...] | None = None,
 ) -> torch.Tensor:
-    """Fills out and pre, (T, M) with T > 0. x, weight, out and pre must be describable; config is the tile."""
+    """Fills out and pre, (T, M) with T > 0. x, weight, out and pre must be describable; config is the tile.
+
+    dtypes: what `launch.alike` says of x, weight, bias, residual, out and pre, where the caller has asked.
+    """
     n_rows, k_size = x.shape
     n_cols = weight.shape[0]
     n_tiles = launch.cdiv(n_rows, config["BLOCK_ROWS"]) * launch.cdiv(n_cols, config["BLOCK_COLS"])
@@ -117,7 +123,7 @@ def linear_persistent_forward(
     out_desc = descriptor(out, config["BLOCK_ROWS"], config["BLOCK_COLS"])
     pre_desc = None if pre is None else descriptor(pre, config["BLOCK_ROWS"], config["BLOCK_COLS"])
     kernel, facts = _linear_persistent_kernel, None
-    if n_rows > 1 and (dtypes := launch.alike(x, weight, bias, residual, out, pre)):
+    if dtypes is not None and n_rows > 1:
         facts = dtypes, k_size, n_cols, activation
         if launch.again(kernel, grid, config, facts, x_desc, weight_desc, bias, residual, out_desc, pre_desc, n_rows):
             return out
