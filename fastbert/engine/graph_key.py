@@ -11,7 +11,7 @@ from torch import Tensor
 from fastbert.engine.interface import EncoderModel
 from fastbert.engine.listeners import everywhere
 from fastbert.engine.snapshot import ModuleSnapshot
-from fastbert.engine.state import ROOTS, EncoderState, first_parameter, roots_of
+from fastbert.engine.state import EncoderState, first_parameter, roots_of
 from fastbert.engine.static_memory import Shape
 from fastbert.ops import silent_writes
 from fastbert.ops.derived import Derived
@@ -21,10 +21,7 @@ MAX_RECORDS = 8
 
 
 class Seen(NamedTuple):
-    """Everything as it was when `GraphKey.unchanged` had compared it.
-
-    objects: a `cpu.ObjectRecord`, or None. attributes: the model's own.
-    """
+    """Everything as it was when `GraphKey.unchanged` had compared it. objects: a `cpu.ObjectRecord`, or None."""
 
     objects: Any
     n_made: int
@@ -32,7 +29,8 @@ class Seen(NamedTuple):
     shape: Shape
     snapshot: ModuleSnapshot
     parameter: Tensor
-    attributes: dict[str, Any]
+    policy: Any
+    precision: Any
 
 
 class GraphKey:
@@ -82,14 +80,17 @@ class GraphKey:
 
     def _holds(self, model: EncoderModel, seen: Seen) -> bool:
         """Tells whether everything is as it was, where it can be told without a comparison in Python."""
-        parameter, shape, attributes = seen.parameter, seen.shape, seen.attributes
+        attributes, parameter, shape = model.__dict__, seen.parameter, seen.shape
         return (
-            model.__dict__ is attributes  # no shallow copy of the model
-            and seen.objects.holds()
+            seen.objects.holds()
+            and attributes["policy"] is seen.policy
+            and attributes["precision"] is seen.precision
             and not attributes["_parameters"]
+            and roots_of(model) == seen.snapshot.roots
             and parameter.dtype is shape.dtype
             and parameter.device == shape.device
             and not torch.is_autocast_enabled(shape.device_type)
+            and not attributes.get("_is_replica", False)
             and not everywhere()
             and self._key[1] is seen.state
             and (shape.waits or seen.snapshot.silent_writes(self._key[0][0][0]) == self._key[0][1])
@@ -101,12 +102,10 @@ class GraphKey:
         assert snapshot is not None
         if before is not None and (before.objects is None or before.n_made == MAX_RECORDS):
             return before
-        attributes = model.__dict__
-        own = ((attributes, name) for name in ("policy", "precision", "_modules", "_parameters", "_is_replica"))
-        roots = ((attributes["_modules"], name) for name in ROOTS)
-        objects = snapshot.record([*own, *roots, (self._eight_bit.__dict__, "changes")])
+        objects = snapshot.record([(self._eight_bit.__dict__, "changes")])
         n_made = 1 if before is None else before.n_made + 1
-        return Seen(objects, n_made, state, shape, snapshot, first_parameter(model), attributes)
+        policy, precision = model.policy, model.precision
+        return Seen(objects, n_made, state, shape, snapshot, first_parameter(model), policy, precision)
 
     def _same(self, model: EncoderModel, shape: Shape, state: Any) -> bool:
         """Does what `unchanged` does, in Python."""

@@ -9,7 +9,7 @@ import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -31,6 +31,7 @@ logger = logging.getLogger("fastbert")
 
 MAX_GRAPHS = 450  # of every bucket each kind of batch
 MAX_FORMS = 1024  # of batches whose graph is known
+MAX_RESULTS = 64  # numbers of rows of a graph, of which all but the largest buckets have fewer
 
 
 @dataclass
@@ -45,6 +46,17 @@ class _Graph:
     out: Tensor  # (T', H)
     noted: bool
     columns: Tensor | None  # (T',) int32, where layers read them
+    results: dict[int, Tensor] = field(default_factory=dict)  # the first rows of out, by their number
+
+    def result(self, n_tokens: int) -> Tensor:
+        """Returns the first rows of out, a view that is kept, since to make one takes longer than to find it."""
+        rows = self.results.get(n_tokens)
+        if rows is None:
+            if len(self.results) >= MAX_RESULTS:
+                self.results.clear()
+            with torch.inference_mode(False), torch.no_grad():  # for callers in any mode
+                rows = self.results[n_tokens] = self.out[:n_tokens]
+        return rows
 
 
 # (inputs, batch, where the graph finds the number and the rows of its batch) -> the last hidden state, (rows, H)
@@ -247,8 +259,7 @@ class Graphs:
             else:
                 _fill(graph, filled, batch.n_tokens)
             graph.replayable.replay()
-            n_tokens, out = batch.n_tokens, graph.out
-            return (out if n_tokens == out.shape[0] else out[:n_tokens]).clone()
+            return graph.result(batch.n_tokens).clone()
         finally:
             self._capturer.end()
 

@@ -105,9 +105,6 @@ def roots_of(model: Any) -> tuple[nn.Module | None, ...]:
     return modules["embeddings"], modules.get("embeddings_project"), modules["encoder"]
 
 
-ROOTS = "embeddings", "embeddings_project", "encoder"
-
-
 def first_parameter(module: Any) -> Tensor:
     """Returns or raises what next(module.parameters()) does, without a generator for each module on the way."""
     one = module

@@ -47,5 +47,6 @@ __all__ = [
     "readable",
     "rotary",
     "rotations",
+    "seen_within",
     "varlen_attention",
 ]

@@ -21,7 +21,6 @@ from fastbert.ops.packed_batch import sequence_ids as sequence_ids
 from fastbert.ops.packed_batch import within_sequences as within_sequences
 from fastbert.ops.tracing import untraced
 
-
 _HOST = torch.device("cpu")
 _INTEGERS = torch.int32, torch.int64
 

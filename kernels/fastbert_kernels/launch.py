@@ -112,12 +112,13 @@ _run = run
 
 
 def alike(*tensors: torch.Tensor | None) -> tuple[Any, ...] | None:
-    """Returns what a kernel's description of tensors follows from, where it is that of almost all; else None.
+    """Returns what a kernel's description of the tensors follows from, beside their sizes; None stands for None.
 
-    So it is of tensors whose elements lie densely, at addresses that are a multiple of 16; None stands for None. Strides
-    follow from sizes, which the caller adds, but in a tensor of one row.
+    Returns None unless their elements lie densely, at addresses that are a multiple of 16, as they almost always do. In
+    tensors of one row, strides do not follow from sizes: a caller does not ask about them.
     """
-    addresses, dtypes = 0, []
+    dtypes: list[torch.dtype | None] = []
+    addresses = 0
     for tensor in tensors:
         if tensor is None:
             dtypes.append(None)
@@ -130,10 +131,10 @@ def alike(*tensors: torch.Tensor | None) -> tuple[Any, ...] | None:
 
 
 def again(kernel: Any, grid: tuple[int, ...], config: dict[str, int], facts: Any, *head: Any) -> bool:
-    """Launches a kernel as `run` did before with the same facts, if it did; `run_first` notes that it did.
+    """Launches a kernel as `run_first` did before with the same facts, and tells whether it did.
 
-    facts: what all arguments but the first ones follow from, hashable, or None. head: the first arguments of the kernel,
-    the first of them a tensor or its descriptor; as the facts say, each is described as it was.
+    facts: what all arguments but the first ones follow from, and how those are described; hashable, or None. head: the
+    first arguments of the kernel, the first of them a tensor or its descriptor.
     """
     direct = getattr(kernel, "direct", None)
     if facts is None or direct is None or recorded is not None or run is not _run:  # a test may count launches
@@ -146,7 +147,7 @@ def again(kernel: Any, grid: tuple[int, ...], config: dict[str, int], facts: Any
 def run_first(
     kernel: Any, grid: tuple[int, ...], config: dict[str, int], facts: Any, n_head: int, **arguments: Any
 ) -> None:
-    """Does what `run` does, for `again`. n_head: how many of the kernel's arguments are not in the facts."""
+    """Does what `run` does, and keeps it for `again`. n_head: how many arguments `again` will be given."""
     run(kernel, grid, config, **arguments)
     direct = getattr(kernel, "direct", None)
     if facts is not None and direct is not None and recorded is None:

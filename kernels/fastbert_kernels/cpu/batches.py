@@ -29,4 +29,4 @@ def _function(loaded: Any) -> Any:
     pointer, size = ctypes.c_void_p, ctypes.c_int64
     # It keeps the GIL, which takes longer to get back than most batches take to write.
     prototype = ctypes.PYFUNCTYPE(None, pointer, size, size, pointer, size, size, pointer, pointer, pointer)
-    return prototype(ctypes.cast(loaded.fastbert_fill_words, pointer).value)
+    return prototype(library.address_of(loaded.fastbert_fill_words))

@@ -120,17 +120,15 @@ def _prepared(loaded: Any) -> tuple[Any, int, int]:
         raise TypeError("_version is no attribute of C")
     if type(data_ptr) is not types.BuiltinMethodType or flags_of(data_ptr) != _NO_ARGUMENTS:
         raise TypeError("data_ptr is no method of C without arguments")
-    words = [
-        *(_address_of(getattr(python, name)) for name in _FUNCTIONS), slot_of(type(version), _DESCR_GET), id(version),
-        function_of(data_ptr),
-    ]  # fmt: skip
+    functions = [library.address_of(getattr(python, name)) for name in _FUNCTIONS]
+    words = [*functions, slot_of(type(version), _DESCR_GET), id(version), function_of(data_ptr)]
     if not all(words):
         raise TypeError("a function has no address")
     version_of, place = _fast_version()
     table = (ctypes.c_void_p * (len(words) + 3))(*words, _fast_address(), version_of, place)
     _forever.append((table, version))
     prototype = ctypes.PYFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p)
-    return prototype(_address_of(loaded.fastbert_objects_same)), ctypes.addressof(table), place
+    return prototype(library.address_of(loaded.fastbert_objects_same)), ctypes.addressof(table), place
 
 
 def _fast_address() -> int | None:
@@ -147,10 +145,11 @@ def _fast_address() -> int | None:
 def _fast_version() -> tuple[int | None, int]:
     """Returns PyTorch's `TensorBase::_version() const`, and where a tensor's object holds what it wants, in bytes.
 
-    It wants the address of a `TensorBase`, which is one pointer. Returns (None, 0) where it does not count as tensors do.
+    It wants the address of a `TensorBase`, which is one pointer. Returns (None, 0) where it does not count as tensors
+    do.
     """
     try:
-        version_of = getattr(ctypes.CDLL(str(_LIBRARY), mode=os.RTLD_NOLOAD), "_ZNK2at10TensorBase8_versionEv")
+        version_of = ctypes.CDLL(str(_LIBRARY), mode=os.RTLD_NOLOAD)._ZNK2at10TensorBase8_versionEv
     except (OSError, AttributeError):
         return None, 0
     with torch.inference_mode(False):  # which makes tensors that have no count
@@ -164,17 +163,11 @@ def _fast_version() -> tuple[int | None, int]:
         if version_of(id(tensor) + places[0]) != tensor._version:
             return None, 0
         tensor.zero_()
-    return _address_of(version_of), places[0]
+    return library.address_of(version_of), places[0]
 
 
 def _word_at(tensor: torch.Tensor, place: int) -> int | None:
     return ctypes.c_void_p.from_address(id(tensor) + place).value
-
-
-def _address_of(function: Any) -> int:
-    address = ctypes.cast(function, ctypes.c_void_p).value
-    assert address is not None
-    return address
 
 
 _forever: list[Any] = []  # whose addresses the library has
