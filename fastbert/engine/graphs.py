@@ -54,8 +54,7 @@ class _Graph:
         if rows is None:
             if len(self.results) >= MAX_RESULTS:
                 self.results.clear()
-            with torch.inference_mode(False), torch.no_grad():  # for callers in any mode
-                rows = self.results[n_tokens] = self.out[:n_tokens]
+            rows = self.results[n_tokens] = self.out[:n_tokens]
         return rows
 
 

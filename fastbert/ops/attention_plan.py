@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -321,29 +320,30 @@ def kind_of(batch: PackedBatch, bucket: int, qkv_dtype: torch.dtype, head_size: 
     offsets, padded, holes = batch.form
     if policy.batch_invariant:
         return HOLES if holes else ANY_BATCH
-    lists = bucket, qkv_dtype, head_size, batch.device, policy, holes
-    return _kind_of(offsets, padded, lists, *circumstances())
+    device = batch.device
+    key = offsets, padded, bucket, qkv_dtype, head_size, device, policy, holes, *circumstances()
+    kind = _kinds.get(key)
+    if kind is None:
+        if padded is not None:
+            small = masked.small_tiles_suit(*padded, qkv_dtype, head_size, device)
+            n_tiles = masked.most_tiles(*padded, qkv_dtype, head_size, device, policy, small)[0]
+        else:
+            small = takes_small_tiles(batch, qkv_dtype, head_size, policy)
+            n_tiles = host_work_lists(batch, qkv_dtype, head_size, policy, small)[0].tiles.shape[0]
+        dense = max_tiles(bucket, qkv_dtype, head_size, device, policy, Kind(small, True))[0]
+        if len(_kinds) >= MAX_KINDS:
+            _kinds.clear()
+        kind = _kinds[key] = Kind(small, n_tiles <= dense, holes)
+    return kind
+
+
+_kinds: dict[tuple[Any, ...], Kind] = {}
+MAX_KINDS = 64  # forms of batches whose kind is remembered
 
 
 def circumstances() -> tuple[bool, int]:
     """Returns what `kind_of` depends on beside its arguments."""
     return kernels_of("launch").recorded is not None, kernels_of("tables").generation
-
-
-@functools.lru_cache(maxsize=64)
-def _kind_of(
-    offsets: bytes, padded: tuple[int, int] | None, lists: tuple[Any, ...], shipped_only: bool, generation: int
-) -> Kind:
-    bucket, qkv_dtype, head_size, device, policy, holes = lists
-    if padded is not None:
-        small = masked.small_tiles_suit(*padded, qkv_dtype, head_size, device)
-        n_tiles = masked.most_tiles(*padded, qkv_dtype, head_size, device, policy, small)[0]
-    else:
-        cu_seqlens = torch.from_numpy(np.frombuffer(offsets, np.int32).copy())
-        small = _small_tiles_suit(cu_seqlens.numpy(), qkv_dtype, head_size, device)
-        n_tiles = lists_of(cu_seqlens, qkv_dtype, head_size, device, True, small)[0].tiles.shape[0]
-    dense = max_tiles(bucket, qkv_dtype, head_size, device, policy, Kind(small, True))[0]
-    return Kind(small, n_tiles <= dense, holes)
 
 
 def kinds(

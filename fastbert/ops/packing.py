@@ -214,7 +214,8 @@ def from_cu_seqlens(cu_seqlens: torch.Tensor, n_tokens: int, device: torch.devic
     _refuse_recording("cu_seqlens", cu_seqlens)
     on_cpu = cu_seqlens if on_host(cu_seqlens.device) else cu_seqlens.cpu()
     if makes_later(device):
-        return PackedBatch.of_fields(_fields_of(on_cpu.numpy().tobytes(), on_cpu.dtype, n_tokens, device))
+        inference = torch.is_inference_mode_enabled()  # whose tensors nobody may use outside of it
+        return PackedBatch.of_fields(_fields_of(on_cpu.numpy().tobytes(), on_cpu.dtype, n_tokens, device, inference))
     return from_offsets(*checked_offsets(on_cpu, n_tokens), device)
 
 
@@ -224,14 +225,15 @@ def makes_later(device: torch.device) -> bool:
 
 
 @functools.lru_cache(maxsize=64)
-def _fields_of(numbers: bytes, dtype: torch.dtype, n_tokens: int, device: torch.device) -> dict[str, Any]:
+def _fields_of(
+    numbers: bytes, dtype: torch.dtype, n_tokens: int, device: torch.device, inference: bool
+) -> dict[str, Any]:
     """Returns the fields of a batch on a GPU. numbers: the bytes of its offsets, which are checked.
 
     They are kept for the lengths that came last, since many programs run batches of a few forms.
     """
-    with torch.inference_mode(False):  # or nobody could use the tensors outside of inference mode
-        offsets, longest = checked_offsets(torch.frombuffer(bytearray(numbers), dtype=dtype), n_tokens)
-        return _fields_on_a_gpu(offsets, device, longest)
+    offsets, longest = checked_offsets(torch.frombuffer(bytearray(numbers), dtype=dtype), n_tokens)
+    return _fields_on_a_gpu(offsets, device, longest)
 
 
 @untraced

@@ -27,9 +27,7 @@ def later(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.skipif(cpu.obstacle() is not None, reason=f"no C++ kernels: {cpu.obstacle()}")
 @pytest.mark.parametrize("types", [False, True], ids=["no types", "types"])
 @pytest.mark.parametrize("positions", ["counted", "given", "columns"])
-def test_one_call_writes_the_same(
-    positions: str, types: bool, later: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_one_call_writes_the_same(positions: str, types: bool, later: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a row, or its padding, that the C++ call leaves as it was, writes elsewhere or takes from another one."""
     layout = Layout(64, Shape(CPU, torch.float16, 32, 16, Policy("triton")))
     n_tokens = sum(LENGTHS)
@@ -72,6 +70,6 @@ def test_batches_of_one_form_share_no_plans(later: None) -> None:
             batches.append(packing.from_cu_seqlens(cu_seqlens_of([2, 40]), 42, CPU))
             batches[-1].plan("key", lambda: object())
     assert batches[0].plan("key", object) is not batches[1].plan("key", object)
-    assert not batches[0].cu_seqlens_cpu.is_inference() and batches[0].form == batches[1].form
+    assert not batches[1].cu_seqlens_cpu.is_inference() and batches[0].form == batches[1].form
     batches[0].columns = torch.zeros(42, dtype=torch.int32)
     assert batches[0].form != batches[1].form and batches[1].columns is None
