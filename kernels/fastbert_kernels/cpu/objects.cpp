@@ -27,7 +27,7 @@ struct Python {
     Object* (*read)(Object* descriptor, Object* instance, Object* type);
     Object* version;  // the descriptor
     Object* (*data_ptr)(Object* tensor, Object* nothing);
-    void* (*address_of)(Object* tensor);  // data_ptr, faster, or null. It throws where there is no address.
+    void* (*address_of)(Object* tensor);           // data_ptr, faster, or null. It throws where there is no address.
     int64_t (*version_of)(Object* const* inside);  // _version, faster, or null. It throws where there is no count.
     int64_t inside;  // where a tensor's object holds the address of PyTorch's tensor, in bytes; where version_of is
 };
@@ -99,7 +99,7 @@ bool all_same(const Python& python, Words words) {
         python.release(type);  // the caller holds one, if it is the same
         if (type != words.object()) return false;
     }
-    for (int64_t n = words.number(); n > 0; n--) {  // (tensor, its __dict__, PyTorch's tensor, address, count of writes)
+    for (int64_t n = words.number(); n > 0; n--) {  // (tensor, its __dict__, PyTorch's, address, count of writes)
         Object *tensor = words.object(), *attributes = words.object(), *inside = words.object();
         void* address = words.object();
         if (!same_inside(python, tensor, attributes, inside) || !same_address(python, tensor, address)) return false;
