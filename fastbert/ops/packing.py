@@ -230,7 +230,8 @@ def _fields_of(
 ) -> dict[str, Any]:
     """Returns the fields of a batch on a GPU. numbers: the bytes of its offsets, which are checked.
 
-    They are kept for the lengths that came last, since many programs run batches of a few forms.
+    They are kept for the lengths that came last, since many programs run batches of a few forms. inference: whether
+    inference mode is on, so that none of its tensors is kept for others.
     """
     offsets, longest = checked_offsets(torch.frombuffer(bytearray(numbers), dtype=dtype), n_tokens)
     return _fields_on_a_gpu(offsets, device, longest)
