@@ -168,6 +168,13 @@ def _function_of(library: Any, *words: Any) -> Any:
     return getattr(library, "_".join(("fastbert", *(str(word).removeprefix("torch.") for word in words))))
 
 
+def address_of(function: Any) -> int:
+    """Returns the address of a function of a library."""
+    place = ctypes.cast(function, ctypes.c_void_p).value
+    assert place is not None
+    return place
+
+
 def address(tensor: torch.Tensor | None) -> int | None:
     """Returns the address of a tensor's memory, and None for None."""
     return None if tensor is None else tensor.data_ptr()
