@@ -71,6 +71,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "models/families",
         "models/mpnet",
         "models/deberta",
+        "models/jina_bert_code",
         "models/jina_bert_v2",
         "models/pretrained",
         "pipelines/cross_encoder",

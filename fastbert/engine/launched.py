@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fastbert.engine import layer_forms as forms
+from fastbert.engine.block import FEATURES as ALL_FEATURES
 from fastbert.engine.block import Block, Linear, Norm, feature_obstacles
 from fastbert.engine.listeners import observer_obstacle
 from fastbert.engine.state import GRADIENTS, EncoderState
@@ -26,7 +27,7 @@ from fastbert.ops.packing import PackedBatch
 from fastbert.ops.training.choose import IN_TRAINING
 
 # What layers may have beyond BERT's.
-FEATURES = frozenset(("pre_norm", "gate", "rotary", "position_bias", "window", "scale", "distances", "convolution"))
+FEATURES = frozenset(ALL_FEATURES)
 ATTENTIONS = "attentions"  # The plan of a batch whose attention weights are kept.
 Stack = forms.PostNormStack | forms.PreNormStack
 
@@ -131,10 +132,13 @@ class _Maker:
         assert block.attention_norm is not None
         joins = block.rotary is None
         join = forms.Joined if joins else forms.MultipliedThenNormed
+        out: forms.Join = join(self.product(block.out, residual=joins), block.attention_norm.arguments())
+        if block.second_norm is not None:
+            out = forms.JoinedTwice(out, block.second_norm.arguments())
         layer = forms.PostNormLayer(
             self.product(block.fuse_qkv()),
             self.attention(block),
-            join(self.product(block.out, residual=joins), block.attention_norm.arguments()),
+            out,
             self.feed(block),
             join(self.product(block.down, residual=joins), block.output_norm.arguments()),
         )
@@ -168,6 +172,8 @@ class _Maker:
             form = forms.WindowedAttention(heads, scale, block.window)
         else:
             form = forms.PlainAttention(heads, scale)
+        if block.query_norm is not None:
+            return forms.NormedAttention(form, *block.attention_norms())
         if block.rotary is None:
             return form
         return forms.TurnedAttention(form, heads, (block.head_size, block.rotary, block.position_factor))
@@ -205,7 +211,11 @@ def _fits(block: Block, x: Tensor) -> bool:
         up = block.fuse_up()
         wanted.append((up.weight, (2 * i, h)))
         wanted += [] if up.bias is None else [(up.bias, (2 * i,))]
+    of_queries = block.query_norm, block.key_norm
+    if of_queries != (None, None) and (None in of_queries or block.rotary is not None or block.pre_norm):
+        return False
     norms = [norm for norm in (block.attention_norm, block.output_norm, block.last_norm) if norm is not None]
+    norms += [norm for norm in (*of_queries, block.second_norm) if norm is not None]
     wanted += [(norm.weight, (h,)) for norm in norms]
     if block.pre_norm:
         biases += [(norm.bias, (h,)) for norm in norms]
