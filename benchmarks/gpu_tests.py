@@ -97,7 +97,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     ),
     "peers": _files("bench/bench_peers"),
     "memory": _files("engine/memory"),
-    "tune": _files("tune/tune"),
+    "tune": _files("tune/tune", "tune/tune_gated"),
     "quantized": _files(
         "ops/op_quantized",
         "ops/op_quantized_parts",
