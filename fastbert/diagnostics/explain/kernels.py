@@ -215,6 +215,7 @@ _IN_8_BITS: dict[str, Callable[[Record, torch.device], Kernel]] = {
 _KERNELS: dict[str, Callable[[Record, torch.device], Kernel]] = {
     "embedding": _embedding,
     "layer_norm": _layer_norm,
+    "sum_norm": _sum_norm,
     "bias_gelu": _bias_gelu,
     "attention": _attention,
     "rotary": _rotary,
