@@ -42,7 +42,8 @@ def disentangled_cases(dtype: str) -> Iterator[Case]:
             plain = columns is None and queries is not None
             some = default if plain or head_size == 64 else frozenset[int]()
             archs = some if head_size == 64 or dtype == "bf16" else frozenset[int]()
-            call = partial(disentangled.disentangled_attention_forward, qkv, work_list, n_heads, 0.1, distances)
+            in_graph = distances._replace(needed=ids[:2])  # training has the products of all rows
+            call = partial(disentangled.disentangled_attention_forward, qkv, work_list, n_heads, 0.1, in_graph)
             model = "base" if head_size == 64 else "extra"
             yield Case("disentangled", model, dtype, f"D{head_size}{name}", archs, call)
             for dropout in (DROPOUT, None):
