@@ -39,7 +39,9 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "training_rows": _files(
         "ops/residual_norm_kernels", "ops/activation_backward", "ops/embedding_kernels", "ops/pooling_backward"
     ),
-    "training_layer": _files("ops/training_triton", "ops/training_forms", "engine/training_families"),
+    "training_layer": _files(
+        "ops/training_triton", "ops/training_forms", "ops/strided_gradients", "engine/training_families"
+    ),
     "linear": _files("ops/op_linear", "ops/op_linear_persistent", "ops/op_linear_variants"),
     "cross_entropy": _files("ops/op_cross_entropy"),
     "rotary": _files("ops/rotary_kernels", "on_kernels/rotary_models"),
