@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from fastbert import ops
-from fastbert.engine.block import FEATURES as ALL_FEATURES
 from fastbert.engine.block import Block, Convolution, Norm
 from fastbert.ops import Policy, columns_around, quantized, quantized_parts
 from fastbert.ops.angles import rotations_of
@@ -20,7 +19,10 @@ from fastbert.ops.packing import PackedBatch
 from fastbert.ops.quantized import Quantized
 
 # What layers may have beyond BERT's.
-FEATURES = frozenset(ALL_FEATURES)
+FEATURES = frozenset(
+    ("pre_norm", "gate", "rotary", "position_bias", "window", "scale", "distances", "convolution", "query_norm",
+     "second_norm")
+)  # fmt: skip
 
 
 # The arguments of bias + residual + LayerNorm: the rows, two of them optional, the norm's vectors, and eps.

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from fastbert.engine import layer_forms as forms
-from fastbert.engine.block import FEATURES as ALL_FEATURES
 from fastbert.engine.block import Block, Linear, Norm, feature_obstacles
 from fastbert.engine.listeners import observer_obstacle
 from fastbert.engine.state import GRADIENTS, EncoderState
@@ -27,7 +26,10 @@ from fastbert.ops.packing import PackedBatch
 from fastbert.ops.training.choose import IN_TRAINING
 
 # What layers may have beyond BERT's.
-FEATURES = frozenset(ALL_FEATURES)
+FEATURES = frozenset(
+    ("pre_norm", "gate", "rotary", "position_bias", "window", "scale", "distances", "convolution", "query_norm",
+     "second_norm")
+)  # fmt: skip
 ATTENTIONS = "attentions"  # The plan of a batch whose attention weights are kept.
 Stack = forms.PostNormStack | forms.PreNormStack
 
@@ -128,19 +130,24 @@ class _Maker:
         splits = residual and splits_k(self.x, of.weight, policy)
         return Product(of.weight, of.bias, activation, ours, not policy.batch_invariant, splits)
 
+    def join(self, of: Linear, norm: Norm, joins: bool) -> forms.Join:
+        """A product, its residual and a norm. joins: whether one operation of the modules has all three."""
+        join = forms.Joined if joins else forms.MultipliedThenNormed
+        return join(self.product(of, residual=joins), norm.arguments())
+
     def post_norm(self, block: Block) -> forms.PostNorm:
         assert block.attention_norm is not None
         joins = block.rotary is None
-        join = forms.Joined if joins else forms.MultipliedThenNormed
-        out: forms.Join = join(self.product(block.out, residual=joins), block.attention_norm.arguments())
+        out = self.join(block.out, block.attention_norm, joins)
         if block.second_norm is not None:
             out = forms.JoinedTwice(out, block.second_norm.arguments())
+            joins = False  # the feed-forward module of such layers ends with its product
         layer = forms.PostNormLayer(
             self.product(block.fuse_qkv()),
             self.attention(block),
             out,
             self.feed(block),
-            join(self.product(block.down, residual=joins), block.output_norm.arguments()),
+            self.join(block.down, block.output_norm, joins),
         )
         return layer if block.convolution is None else self.convolved(block, layer)
 

@@ -100,7 +100,8 @@ def _products(config: BertConfig) -> Iterator[tuple[str, tuple[int, int], str]]:
         epilogue = EPILOGUES[product]
         if epilogue == "gelu" and block.gate is not None:
             epilogue = "none"
-        if epilogue == "residual" and (block.pre_norm or block.rotary is not None):  # which add it elsewhere
+        elsewhere = block.pre_norm or block.rotary is not None or (product == "down" and block.second_norm is not None)
+        if epilogue == "residual" and elsewhere:  # the residual is added by another kernel
             epilogue = "none"
         yield product, shape, epilogue
 

@@ -89,7 +89,7 @@ def states_of(model: Any) -> list[Tensor]:
 @pytest.mark.parametrize(
     ("family", "invariant"),
     [*((family, False) for family in FAMILIES if family != "bert"), ("gte", True), ("modernbert", True),
-     ("deberta", True)],
+     ("jina code", True),      ("deberta", True)],
 )  # fmt: skip
 def test_same_bits(
     family: str, invariant: bool, device: torch.device, runs: list[bool], monkeypatch: pytest.MonkeyPatch
