@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -68,11 +69,9 @@ def test_candidates(arch: int) -> None:
             assert Candidate(today.ours, tuple(sorted(today.config.block_sizes.items()))) in job.candidates
 
 
-@pytest.mark.parametrize(("precision", "arch"), [("fp8", 90), ("int8", 80)])
-def test_a_choice_is_right_and_followed(
-    precision: str, arch: int, monkeypatch: pytest.MonkeyPatch, device: torch.device
-) -> None:
+def test_a_choice_is_right_and_followed(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
     """Catches a candidate that computes something else than the model does, or a choice that is not followed."""
+    precision, arch = "fp8", 90
     monkeypatch.setattr(launch, "arch", lambda device: arch)
     monkeypatch.setattr(tables, "gpus", lambda: [(GPU, arch)])
     config = config_of("modernbert", num_attention_heads=1)
@@ -101,6 +100,7 @@ def test_a_wrong_gate_is_left_out(monkeypatch: pytest.MonkeyPatch, device: torch
     """Catches a check in which the halves of the product could change places."""
     monkeypatch.setattr(launch, "arch", lambda device: 80)
     (job,) = gated_jobs(config_of("gte"), 80, "int8")
+    job = replace(job, candidates=job.candidates[:2])
     call = Work.call
 
     def swapped(self: Work, candidate: Candidate) -> Any:
