@@ -30,7 +30,7 @@ class Server(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 make_app(service, self.stop), host=host, port=port, log_config=None, access_log=False, lifespan="on",
-                backlog=BACKLOG, timeout_graceful_shutdown=int(seconds) + 5, server_header=False,
+                backlog=BACKLOG, proxy_headers=False, timeout_graceful_shutdown=int(seconds) + 5, server_header=False,
             )
         )  # fmt: skip
         self.service, self.drain_seconds = service, drain_seconds
