@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import logging
 import math
-import threading
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable
 from concurrent.futures import Future
+from functools import partial
 from typing import Any
 
 from fastbert.serving.errors import ApiError
 from fastbert.serving.work import Item, Lane, Work
+from fastbert.serving.worker import Worker
 
 logger = logging.getLogger("fastbert.serving")
 
@@ -23,11 +24,12 @@ Picked = list[tuple[Work, int]]  # works, and the places of their items
 
 
 class Batcher:
-    """A Batcher has a thread that computes, and a queue that is bounded in tokens.
+    """A Batcher has a queue that is bounded in tokens, from which a worker takes batches.
 
     compute: gives a result for each item. token_budget: tokens in a batch, where one item has no more. capacity: tokens
     that may wait and run at once. on_batch: is called with the number of items and tokens of each batch. compute_here:
-    computes as `compute` does where nothing is in the way of the calling thread, and returns None elsewhere.
+    computes as `compute` does where nothing is in the way of the calling thread, and returns None elsewhere. worker: is
+    shared with other batchers; by default there is one for this batcher.
 
     Lanes take turns, and within a lane callers do: a batch takes an item of each caller, then one more of each. So a
     caller of one text does not wait until a list of a thousand is done.
@@ -39,24 +41,24 @@ class Batcher:
         token_budget: int,
         capacity: int,
         on_batch: Callable[[int, int], None] = lambda n_items, n_tokens: None,
-        name: str = "model",
         compute_here: Callable[[Lane, list[Item]], list[Any] | None] | None = None,
+        worker: Worker | None = None,
     ) -> None:
         self._compute, self._token_budget, self.capacity, self._on_batch = compute, token_budget, capacity, on_batch
         self._compute_here = compute_here
         self._lanes: OrderedDict[Lane, deque[Work]] = OrderedDict()
-        self._changed = threading.Condition()
-        self._closing = self._is_busy = False
+        self._worker = worker or Worker()
+        self._changed = self._worker.changed
+        self._closing = False
         self.n_tokens = 0  # waiting and running
         self._seconds: dict[tuple[str, int], float] = {}  # of batches, by their task and the bits of n_tokens
         self._tokens_per_second = 0.0  # of the batches so far, the last ones counting most
-        self._thread = threading.Thread(target=self._run, name=f"fastbert-{name}", daemon=True)
-        self._thread.start()
+        self._worker.add(self)
 
     @property
     def alive(self) -> bool:
-        """Tells whether the thread runs, which no exception of a batch ends."""
-        return self._thread.is_alive()
+        """Tells whether the worker runs, which no exception of a batch ends."""
+        return self._worker.alive
 
     def reserve(self, n_tokens: int) -> Work:
         """Returns a work that has room for that many tokens, or for all there is room for at all.
@@ -102,31 +104,36 @@ class Batcher:
         if self._compute_here is None or not items:
             return False
         seconds = self._seconds.get(_size(lane, sum(item.n_tokens for item in items)), math.inf)
-        with self._changed:
-            if seconds > HERE_SECONDS or self._is_busy or self._lanes or self._closing or work.future.done():
-                return False
-            self._is_busy = True
+        if seconds > HERE_SECONDS or not self._worker.begin_here():
+            return False
         try:
             started = time.perf_counter()
             results = self._try(self._compute_here, lane, items)
-            if results is None:
+            if results is None or work.future.done():
                 return False
             with self._changed:
                 self._fill(work, lane, items)
             self._finish([(work, i) for i in range(len(items))], results, time.perf_counter() - started)
             return True
         finally:
-            with self._changed:
-                self._is_busy = False
-                if self._lanes or self._closing:
-                    self._changed.notify()
+            self._worker.end_here()
+
+    @property
+    def waits(self) -> bool:
+        """Tells whether there is a batch to compute."""
+        return bool(self._lanes)
+
+    def next_batch(self) -> Callable[[], None]:
+        """Returns what computes the next batch."""
+        return partial(self._run, *self._pick())
+
+    def stop(self) -> None:
+        """Takes no more work."""
+        self._closing = True
 
     def close(self, seconds: float = 60.0) -> None:
-        """Computes what is in the queue, and ends the thread."""
-        with self._changed:
-            self._closing = True
-            self._changed.notify()
-        self._thread.join(seconds)
+        """Computes what is in the queue, and ends the worker."""
+        self._worker.close(seconds)
 
     def _seconds_to_wait(self) -> int:
         seconds = self.n_tokens / self._tokens_per_second if self._tokens_per_second else 1.0
@@ -141,20 +148,10 @@ class Batcher:
                 if not waiting:
                     del self._lanes[work.lane]
 
-    def _run(self) -> None:
-        while True:
-            with self._changed:
-                while self._is_busy or not (self._lanes or self._closing):
-                    self._changed.wait()
-                if not self._lanes:
-                    return
-                lane, picked = self._pick()
-                self._is_busy = True
-            started = time.perf_counter()
-            results = self._results(lane, [work.items[place] for work, place in picked])
-            self._finish(picked, results, time.perf_counter() - started)
-            with self._changed:
-                self._is_busy = False
+    def _run(self, lane: Lane, picked: Picked) -> None:
+        started = time.perf_counter()
+        results = self._results(lane, [work.items[place] for work, place in picked])
+        self._finish(picked, results, time.perf_counter() - started)
 
     def _finish(self, picked: Picked, results: list[Any], seconds: float) -> None:
         """Hands the results of a batch over, and notes how long it took."""

@@ -9,7 +9,10 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
+
+import torch
 
 from fastbert.diagnostics.warmup import warmup
 from fastbert.serving.auth import Keys
@@ -20,6 +23,7 @@ from fastbert.serving.limits import Limits
 from fastbert.serving.metrics import Metrics, ModelMetrics
 from fastbert.serving.served import NotFinite, Served, Tokens, n_characters, serve_model
 from fastbert.serving.work import Lane
+from fastbert.serving.worker import Worker
 
 logger = logging.getLogger("fastbert.serving")
 
@@ -73,6 +77,7 @@ class Service:
         self.state, self.error = "starting", None
         self.started = int(time.time())
         self._pool = ThreadPoolExecutor(TOKENIZERS, "fastbert-tokenizer")
+        self._workers = [Worker("fastbert-cpu")]  # and one for each model on another device
 
     error: BaseException | None
 
@@ -80,7 +85,7 @@ class Service:
         """Loads and warms up all models; afterwards the service is ready, or failed."""
         try:
             for name, load in self.loaders.items():
-                self._add(serve_model(name, load()))
+                self._workers[0].call(partial(self._add, name, load))
         except BaseException as error:
             self.state, self.error = "failed", error
             raise
@@ -89,8 +94,10 @@ class Service:
             self.metrics.ready.set(1)
         logger.info("ready", extra={"fields": {"models": list(self.models)}})
 
-    def _add(self, model: Served) -> None:
-        started, name = time.perf_counter(), model.name
+    def _add(self, name: str, load: Callable[[], Any]) -> None:
+        torch.get_num_threads()  # which gives OpenMP this number of threads in this thread
+        model = serve_model(name, load())
+        started = time.perf_counter()
         metrics = self.metrics_of[name] = self.metrics.of(name)
 
         def count(n_items: int, n_tokens: int) -> None:
@@ -101,9 +108,11 @@ class Service:
         for task in sorted(model.tasks):
             lane = Lane(task)
             model.compute(lane, model.encode(lane, [_TEXT]).items)
-        batcher = Batcher(
-            model.compute, model.token_budget, self.settings.limits.queue_tokens, count, name, model.compute_here
-        )
+        if model.bert.device.type != "cpu":
+            self._workers.append(Worker(f"fastbert-{name}"))
+        worker = self._workers[-1 if model.bert.device.type != "cpu" else 0]
+        capacity = self.settings.limits.queue_tokens
+        batcher = Batcher(model.compute, model.token_budget, capacity, count, model.compute_here, worker)
         self.metrics.queue.labels(name).set_function(lambda: batcher.n_tokens)
         self.models[name], self.batchers[name] = model, batcher
         seconds = round(time.perf_counter() - started, 3)
@@ -117,15 +126,15 @@ class Service:
     def close(self) -> None:
         """Computes what waits, and ends all threads."""
         self.drain()
-        for batcher in self.batchers.values():
-            batcher.close(self.settings.limits.seconds)
+        for worker in self._workers:
+            worker.close(self.settings.limits.seconds)
         self._pool.shutdown(cancel_futures=True)
         self.later.now()
 
     @property
     def alive(self) -> bool:
         """Tells whether the models can compute, or are still being loaded."""
-        return self.state != "failed" and all(batcher.alive for batcher in self.batchers.values())
+        return self.state != "failed" and all(worker.alive for worker in self._workers)
 
     def check_serving(self) -> None:
         """Raises ApiError 503 before the models are there."""
