@@ -107,7 +107,7 @@ def _ready(service: Service) -> Response:
 
 def _metrics(service: Service, request: Request) -> Response:
     try:
-        _authorize(service, request.headers.get("authorization", "").encode("latin-1"))
+        _authorize(service, request.headers.get("authorization", "").encode("latin-1"))  # the bytes that came
     except ApiError as error:
         return _error_response(error)
     return Response(service.metrics.page(), media_type="text/plain; version=0.0.4; charset=utf-8")
@@ -123,7 +123,7 @@ def _no_route(request: Request, error: Exception) -> Response:
 
 def _authorize(service: Service, authorization: bytes) -> None:
     keys = service.settings.keys
-    if keys and not keys.allow(authorization.decode("latin-1")):
+    if keys and not keys.allow(authorization.decode("utf-8", "surrogateescape")):
         raise ApiError(401, "invalid_api_key", "expected the header Authorization: Bearer KEY")
 
 
@@ -185,13 +185,14 @@ class App(Starlette):
 
 
 async def _respond(call: Call, endpoint: Endpoint) -> Reply:
-    service, error = call.service, None
+    service, error, is_read = call.service, None, endpoint.method != "POST"
     headers = [_JSON, (b"x-request-id", call.id.encode("ascii"))]
     try:
         _authorize(service, call.headers.get(b"authorization", b""))
         service.check_serving()
         if endpoint.method == "POST":
             call.fields = Fields(await read_json(call.headers, call.receive, service.settings.limits))
+            is_read = True
         answer = await endpoint.handler(call)
         status, body = 200, await _to_json(answer, call.n_texts)
     except ApiError as raised:
@@ -206,8 +207,8 @@ async def _respond(call: Call, endpoint: Endpoint) -> Reply:
         headers += [(name.lower().encode(), value.encode()) for name, value in error.headers.items()]
     if call.n_truncated:
         headers.append((b"x-truncated", b"%d" % call.n_truncated))
-    # After 408 and 413 the rest of the body is not read.
-    if service.state == "draining" or status in (408, 413):
+    # The rest of a body that is late or too large is not read.
+    if service.state == "draining" or (status in (408, 413) and not is_read):
         headers.append((b"connection", b"close"))
     return Reply(status, body, headers)
 
