@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _machine(args: argparse.Namespace) -> Iterator[tuple[str, str]]:
-    """Names and values: versions, devices, and what runs the kernels on the device asked for."""
+    """Names and values: versions, devices, and which kernels there are."""
     import torch
 
     from fastbert.cli import models
@@ -63,8 +63,27 @@ def _machine(args: argparse.Namespace) -> Iterator[tuple[str, str]]:
         gpu = torch.cuda.get_device_properties(i)
         memory = f"{gpu.total_memory / 2**30:.0f} GiB"
         yield "device", f"cuda:{i}, {gpu.name}, capability {gpu.major}.{gpu.minor}, {memory}"
-    obstacle = dispatch.triton_obstacle(models.device_of(args))
-    yield "kernels", "Triton, on this device" if obstacle is None else f"PyTorch's own here: {obstacle}"
+    yield "C++ kernels", "; ".join(_cpp_kernels())
+    device = models.device_of(args)
+    obstacle = dispatch.triton_obstacle(device)
+    yield "Triton kernels", f"on {device}" if obstacle is None else f"none on {device}: {obstacle}"
+
+
+def _cpp_kernels() -> Iterator[str]:
+    """Names the instructions of the C++ kernels that this processor takes, and what they are lacking."""
+    import torch
+
+    from fastbert_kernels import cpu
+
+    obstacle = cpu.obstacle()
+    if obstacle is not None:
+        yield f"none, PyTorch's own operations run on the CPU: {obstacle}"
+        return
+    yield f"{cpu.instructions()}, the best of those for this processor"
+    if not cpu.multiplies(torch.bfloat16):
+        yield "bfloat16 is multiplied by PyTorch"
+    if (obstacle := cpu.int8_obstacle()) is not None:
+        yield f"none for int8: {obstacle}"
 
 
 def _facts(model: Any) -> Iterator[str]:
