@@ -17,6 +17,8 @@ from sentence_transformers import SentenceTransformer
 import fastbert
 from family_text_cases import PAIRS, TEXTS, make_folders
 from fastbert.adapters import counts
+from helpers import assert_as_accurate
+from model_cases import assert_close
 
 try:
     from sentence_transformers.sentence_transformer import modules
@@ -46,19 +48,28 @@ def test_sentence_vectors(model_type: str, folders: dict[str, Path]) -> None:
         folders[model_type], modules.Normalize(), pooling="cls" if model_type == "xlm-roberta" else "mean"
     )
     texts = [*TEXTS, "boats " * 60]
-    expected = model.encode(texts), model.encode(texts, prompt="the "), model.encode(texts[0])
-    tokens = model.encode(texts, output_value="token_embeddings")
+
+    def all_vectors(encoder: SentenceTransformer) -> dict[str, torch.Tensor]:
+        vectors = {
+            "texts": encoder.encode(texts),
+            "prompts": encoder.encode(texts, prompt="the "),
+            "text": encoder.encode(texts[0])[None],
+        }
+        tokens = torch.cat(encoder.encode(texts, output_value="token_embeddings"))
+        return {**{name: torch.from_numpy(rows) for name, rows in vectors.items()}, "tokens": tokens}
+
+    expected, exact = all_vectors(model), all_vectors(copy.deepcopy(model).double())
     assert fastbert.accelerate(model) is model
-    vectors = model.encode(texts), model.encode(texts, prompt="the "), model.encode(texts[0])
-    for ours, theirs in zip(vectors, expected, strict=True):
-        np.testing.assert_allclose(ours, theirs, rtol=0, atol=5e-6)
-    for ours, theirs in zip(model.encode(texts, output_value="token_embeddings"), tokens, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    vectors = all_vectors(model)
     assert counts(model) == {"fastbert": 4}
+    in_float64 = all_vectors(fastbert.accelerate(copy.deepcopy(model).double()))
+    for name, reference in exact.items():
+        assert_as_accurate(name, vectors[name], expected[name], reference)
+        assert_close(name, in_float64[name], reference)
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert np.array_equal(twin.encode(texts), vectors[0]) and counts(twin) == {"fastbert": 1}
+        assert np.array_equal(twin.encode(texts), vectors["texts"]) and counts(twin) == {"fastbert": 1}
     fastbert.restore(model)
-    np.testing.assert_array_equal(model.encode(texts), expected[0])
+    np.testing.assert_array_equal(model.encode(texts), expected["texts"])
 
 
 @pytest.mark.parametrize("model_type", ["roberta", "electra"])
