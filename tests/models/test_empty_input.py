@@ -88,7 +88,7 @@ TEXTS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("model_type", TEXTS)
 def test_families_without_tokens(model_type: str) -> None:
-    """Catches a layer of a family, as DeBERTa's convolution, that crashes on a batch without rows, columns or tokens."""
+    """Catches a layer of a family, as DeBERTa's convolution, that crashes without rows, columns or tokens."""
     sizes = {"vocab_size": 50, "hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 2,
              "intermediate_size": 37, "max_position_embeddings": 40}  # fmt: skip
     config = fastbert.BertConfig.from_dict({**sizes, **TEXTS[model_type], "model_type": model_type})
