@@ -122,6 +122,7 @@ def test_info(models: SimpleNamespace, capsys: pytest.CaptureFixture[str]) -> No
     assert main(["info"]) == 0
     out = capsys.readouterr().out
     assert f"torch                  {torch.__version__}" in out and "cpu, " in out and "kernels" in out
+    assert "bfloat16 on the CPU    the tests say so" in out
     assert main(["info", "--model", models.mlm, "--device", "cpu"]) == 0
     out = capsys.readouterr().out
     assert models.mlm in out and "BertForMaskedLM" in out and "1 layers, hidden 32" in out and "attention" in out

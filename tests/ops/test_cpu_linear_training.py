@@ -69,6 +69,13 @@ def test_bfloat16_is_offered_where_the_processor_multiplies_it(variant):
     assert cpu.multiplies(torch.bfloat16) == (variant == "avx512_bf16")
 
 
+def test_rate_of_bfloat16(variant):
+    """Catches a rate measured anew for each model, of the compiler's cleverness, or of no instruction at all."""
+    rate = cpu.bfloat16_rate()
+    assert rate == cpu.bfloat16_rate()
+    assert 0.1 < rate < 4.0 if variant == "avx512_bf16" else rate is None
+
+
 @pytest.mark.parametrize("dtypes", DTYPES)
 @pytest.mark.parametrize(("m_size", "k_size"), SIZES, ids=str)
 @pytest.mark.parametrize("n_rows", [0, 1, 2, 3, 17, 1000])
