@@ -50,6 +50,7 @@ def _machine(args: argparse.Namespace) -> Iterator[tuple[str, str]]:
     import torch
 
     from fastbert.cli import models
+    from fastbert.engine import cpu_encoder
     from fastbert.ops import dispatch
 
     yield from (("fastbert", __version__), ("python", platform.python_version()), ("torch", torch.__version__))
@@ -59,6 +60,8 @@ def _machine(args: argparse.Namespace) -> Iterator[tuple[str, str]]:
         except importlib.metadata.PackageNotFoundError:
             yield name, "not installed"
     yield "device", f"cpu, {torch.get_num_threads()} threads ({args.thread_limit.reason})"
+    obstacle = cpu_encoder.bfloat16_obstacle()
+    yield "bfloat16 on the CPU", "faster than float32: dtype='auto' takes it" if obstacle is None else obstacle
     for i in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
         gpu = torch.cuda.get_device_properties(i)
         memory = f"{gpu.total_memory / 2**30:.0f} GiB"

@@ -131,6 +131,7 @@ def test_info(models: SimpleNamespace, capsys: pytest.CaptureFixture[str], monke
     monkeypatch.setattr(cpu, "obstacle", lambda: None)
     assert list(_cpp_kernels())[-1] == "none for int8: no VNNI"
     monkeypatch.undo()
+    assert "bfloat16 on the CPU    the tests say so" in out
     assert main(["info", "--model", models.mlm, "--device", "cpu"]) == 0
     out = capsys.readouterr().out
     assert models.mlm in out and "BertForMaskedLM" in out and "1 layers, hidden 32" in out and "attention" in out
