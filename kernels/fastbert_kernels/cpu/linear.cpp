@@ -8,7 +8,7 @@
 //
 // A tile is ROWS x COLUMNS of out: sums in registers, over a PIECE of K at a time. Each piece is added to those before
 // it, so that rounding errors grow with K / PIECE + PIECE, not with K: a library that keeps one chain of sums for all
-// of K is less exact. A task is a few row blocks by a few panels, whose weights stay in the L2 cache.
+// of K is less exact. A task is a few row blocks by a few panels, whose weights stay in the L2 cache: a quarter of it.
 //
 // Where no instruction multiplies pairs of bfloat16, or only a slow one, they are multiplied as floats: those of the
 // weight become floats in registers, those of x a few columns at a time. That takes 54 instructions in the place of 48.
@@ -16,6 +16,8 @@
 // The threads of a team (team.h) take the tasks.
 // FLOPs: 2 T K M. Bytes, at least: those of x, weight and out, once.
 #include "linear.h"
+
+#include <unistd.h>
 
 #include "activations.h"
 #include "panels.h"
@@ -32,9 +34,10 @@ constexpr bool MULTIPLIES_PAIRS = true;
 #else
 constexpr bool MULTIPLIES_PAIRS = false;
 #endif
-constexpr int ANY = -1;                                        // an activation that is known at run time only
-constexpr int64_t PANEL_BYTES = 1 << 18, ROW_BYTES = 1 << 17;  // of a task's weights and rows
-constexpr int64_t TASKS = 4;                                   // at least, for each thread
+constexpr int ANY = -1;  // an activation that is known at run time only
+const int64_t L2_BYTES = greatest(sysconf(_SC_LEVEL2_CACHE_SIZE), 1 << 20);  // some systems say 0
+const int64_t PANEL_BYTES = L2_BYTES / 4, ROW_BYTES = L2_BYTES / 8;          // of a task's weights and rows
+constexpr int64_t TASKS = 4;                                                 // at least, for each thread
 
 // What follows the product. n_of(j): how many columns of vector j are there, VL or more for all of them.
 template <typename T, int A, bool SAVE, int R, typename N>
