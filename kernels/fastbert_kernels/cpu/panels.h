@@ -22,7 +22,10 @@ INLINE void copy_words(float* to, const float* p, const float*) {
 
 template <int N>
 INLINE void copy_words(float* to, const bf16* p, const bf16*) {
-    for (int j = 0; j < N; j++) ((int32_t*)to)[j] = (uint32_t)p[j] << 16;
+    for (int j = 0; j < N; j++) {
+        const uint32_t word = (uint32_t)p[j] << 16;
+        memcpy(to + j, &word, sizeof word);
+    }
 }
 
 template <int N>
