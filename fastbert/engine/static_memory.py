@@ -128,6 +128,7 @@ class Layout:
             padded_length=FARTHEST if self.plan.kind.holes else bucket,
         )
         batch = attention_plan.with_plan(batch, shape.dtype, shape.head_size, shape.policy, plan)
+        batch.plan(attention_plan.LONGEST_IS_BOUND, lambda: True)
         of_rows = self.plan.split_columns(integers)
         if of_rows is not None:
             batch.columns, seq_ids = of_rows

@@ -33,6 +33,7 @@ class Plan(NamedTuple):
 
 
 NO_PLAN = None, None, None, False  # for an operation that makes one when it runs
+LONGEST_IS_BOUND = "longest is a bound"  # the plan of a batch whose lengths on the host stand for any that may come
 TILES = "tiles"  # the plan of a batch in the rows of a bucket that `tiles_of` cuts
 
 

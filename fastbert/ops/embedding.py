@@ -132,7 +132,7 @@ def embedding_layer_norm(
         raise ValueError(f"inputs_embeds: expected shape {expected}, got {came}")
     words = word if inputs_embeds is None else inputs_embeds
     trained = choose.wanted(policy, dropout, words, token_type, position, weight, ln_bias)
-    trained = trained and all(p is not None and p.dtype == words.dtype for p in (position, weight, ln_bias))
+    trained = trained and all(p is None or p.dtype == words.dtype for p in (position, weight, ln_bias))
     if trained:
         obstacle = choose.triton_obstacle(words.dtype, hidden_size=hidden_size)
     else:
@@ -146,12 +146,13 @@ def embedding_layer_norm(
     shape = n_tokens, hidden_size
     if recording.on and recording.note("embedding", backend, None, shape, words.dtype):
         return words.new_zeros(shape)
+    trained = trained and not (backend == "cpu" and position is None)  # the C++ kernel reads a table of positions
     kernels = choose.kernels_of(backend, words.dtype, hidden_size=hidden_size) if trained else None
     if kernels is not None:
         ids: list[Any] = [
             None if t is None else t.long().contiguous() for t in (input_ids, token_type_ids, position_ids)
         ]
-        assert ln_bias is not None
+        ln_bias = torch.zeros_like(weight) if ln_bias is None else ln_bias
         settings = EmbeddingSettings(ids[0], ids[1], ids[2], eps, padding_idx, mask_of(dropout))
         tables: list[Any] = [
             t if t is None or t.stride(-1) == 1 else t.contiguous() for t in (words, token_type, position)

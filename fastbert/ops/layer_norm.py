@@ -118,6 +118,24 @@ def bias_residual_layer_norm(
     return _eager(x, bias, residual, weight, ln_bias, eps, dropout)
 
 
+def norm_queries_and_keys(
+    qkv: torch.Tensor,
+    query_norm: tuple[torch.Tensor, torch.Tensor, float],
+    key_norm: tuple[torch.Tensor, torch.Tensor, float],
+    *,
+    policy: Policy = AUTO,
+) -> torch.Tensor:
+    """LayerNorm of each row's query and of its key, all heads together; values stay as they are.
+
+    qkv: (T, 3H). query_norm, key_norm: weight and bias, (H,), and eps. Returns (T, 3H). Raises what
+    `bias_residual_layer_norm` raises.
+    """
+    query, key, value = qkv.chunk(3, 1)
+    query = bias_residual_layer_norm(query, None, None, *query_norm, policy=policy)
+    key = bias_residual_layer_norm(key, None, None, *key_norm, policy=policy)
+    return torch.cat([query, key, value], 1)
+
+
 def takes(x: torch.Tensor, residual: torch.Tensor | None, *parameters: torch.Tensor) -> bool:
     """Tells whether the passes of training take these dtypes: the stream in x's, or in float32 with its parameters."""
     stream = x.dtype if residual is None else residual.dtype

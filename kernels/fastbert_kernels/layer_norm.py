@@ -195,7 +195,7 @@ def bias_residual_layer_norm_forward(
 ) -> torch.Tensor:
     """Normalises x + bias + residual: (T, H) -> (T, H) in x's dtype. x and residual need unit stride along H.
 
-    ln_bias None: zeros. out: where to write the result, contiguous, or None for new memory.
+    ln_bias None: zeros. out: where to write the result, with unit stride along H, x itself too; None for new memory.
     quantized: buffers (T, H), float8_e4m3fn or int8, and (T, 1) float32, both contiguous, to fill with the same rows in
     8 bits (int8: rotated) and their scales, as `quantize` says.
     """
