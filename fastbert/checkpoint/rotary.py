@@ -42,12 +42,13 @@ def modernbert_layers(config: Any) -> tuple[RotaryLayer, ...]:
     """
     window = setting(config, "local_attention")
     expect(isinstance(window, int) and window >= 0, "local_attention", window, "a whole number, 0 or more")
-    kinds = {kind: _angles(config, kind) for kind in (FULL, SLIDING)}
+    types = layer_types(config)
+    kinds = {kind: _angles(config, kind) for kind in set(types)}
     layers = {
         kind: RotaryLayer(base, factor, window // 2 if kind == SLIDING else None)
         for kind, (base, factor) in kinds.items()
     }
-    return tuple(layers[kind] for kind in layer_types(config))
+    return tuple(layers[kind] for kind in types)
 
 
 def gated_rotary_layer(config: Any) -> RotaryLayer:

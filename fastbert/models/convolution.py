@@ -89,7 +89,7 @@ class DebertaConvolution(nn.Module):
         if is_bare(self.conv, nn.Conv1d):
             rows = beside(x, batch, self.conv.kernel_size[0])
             x = ops.linear(rows, *self.product(), policy=policy, keep=not self.training)
-        else:
+        elif x.shape[0]:  # PyTorch convolves no row of length 0
             view = hooks.padded_view(batch)
             x = packing.pack(self.conv(packing.pad(x, view).transpose(1, 2)).transpose(1, 2), view)
         x = ops.bias_gelu(call_dropout(self.dropout, x, batch), None, self.activation, policy=policy)

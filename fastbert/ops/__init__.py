@@ -8,7 +8,7 @@ from fastbert.ops.disentangled import disentangled_attention
 from fastbert.ops.dispatch import AUTO, BACKENDS, BackendError, Policy
 from fastbert.ops.dropout import of_batch as dropout_of
 from fastbert.ops.elementwise import elementwise
-from fastbert.ops.embedding import check_ids, embedding_layer_norm
+from fastbert.ops.embedding import check_ids, embedding_layer_norm, seen_within
 from fastbert.ops.gated import gated
 from fastbert.ops.gelu import ACTIVATIONS, bias_gelu
 from fastbert.ops.labels import IGNORED, check_labels, labelled_rows, mean_cross_entropy, readable
@@ -48,5 +48,6 @@ __all__ = [
     "readable",
     "rotary",
     "rotations",
+    "seen_within",
     "varlen_attention",
 ]

@@ -15,7 +15,7 @@ def beside(x: Tensor, batch: PackedBatch, size: int) -> Tensor:
         return recording.stand_in((x.shape[0], size * x.shape[1]), x.dtype)
     zero = x.new_zeros(1, x.shape[1])
     near = batch.plan(("columns around", size), lambda: _rows_around(batch, x.shape[0], size))
-    return torch.cat([x, zero]).index_select(0, near.flatten()).view(x.shape[0], -1)
+    return torch.cat([x, zero]).index_select(0, near.flatten()).view(x.shape[0], size * x.shape[1])
 
 
 def _rows_around(batch: PackedBatch, n_rows: int, size: int) -> Tensor:

@@ -11,6 +11,7 @@ from fastbert.ops import dispatch, recording, tracing
 from fastbert.ops import dropout as masks
 from fastbert.ops.dispatch import AUTO, Policy
 from fastbert.ops.dropout import Drop, mask_of, probability_of
+from fastbert.ops.kernel_modules import dense_rows, kernels_of
 from fastbert.ops.library import register
 from fastbert.ops.training import choose, functions
 from fastbert_kernels.masks import Dropout
@@ -45,11 +46,11 @@ def _kernel(
     quantized: tuple[torch.Tensor, torch.Tensor] | None = None,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    from fastbert_kernels.layer_norm import bias_residual_layer_norm_forward
-
-    residual = residual if residual is None or residual.stride(-1) == 1 else residual.contiguous()
-    x = x if x.stride(-1) == 1 else x.contiguous()
-    return bias_residual_layer_norm_forward(x, bias, residual, weight, ln_bias, eps, quantized, out)
+    residual = None if residual is None else dense_rows(residual)
+    result: torch.Tensor = kernels_of("layer_norm").bias_residual_layer_norm_forward(
+        dense_rows(x), bias, residual, weight, ln_bias, eps, quantized, out
+    )
+    return result
 
 
 register(

@@ -185,6 +185,8 @@ def _beside_convolution(
     padding: Tensor,
 ) -> Tensor:
     """norm(y + activation(convolution of x over columns)), zero at padding: the layer beside the first one."""
+    if x.shape[1] == 0:  # PyTorch convolves no row of length 0
+        return y
     convolved = torch.nn.functional.conv1d(
         x.transpose(1, 2),
         p("encoder.conv.conv.weight"),

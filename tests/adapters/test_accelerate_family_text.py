@@ -64,8 +64,10 @@ def test_sentence_vectors(model_type: str, folders: dict[str, Path]) -> None:
     assert counts(model) == {"fastbert": 4}
     in_float64 = all_vectors(fastbert.accelerate(copy.deepcopy(model).double()))
     for name, reference in exact.items():
-        assert_as_accurate(name, vectors[name], expected[name], reference)
         assert_close(name, in_float64[name], reference)
+    # One text has too few numbers for errors to be compared.
+    together = [torch.cat([*rows.values()]) for rows in (vectors, expected, exact)]
+    assert_as_accurate(model_type, *together)
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert np.array_equal(twin.encode(texts), vectors["texts"]) and counts(twin) == {"fastbert": 1}
     fastbert.restore(model)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
+import fastbert
 from helpers import cu_seqlens_of
 from model_cases import (
     BATCH,
@@ -69,3 +72,33 @@ def test_empty_packed_input(backend: str, device: torch.device) -> None:
     for lengths in ([], [0], [0, 0, 0]):
         output = ours.forward_packed(ids, cu_seqlens_of(lengths, ours.device))
         assert output.shape == (0, 32) and output.dtype == torch.float32
+
+
+TEXTS: dict[str, dict[str, Any]] = {
+    "mpnet": {"pad_token_id": 1},
+    "modernbert": {"pad_token_id": 0, "local_attention": 4},
+    "gte": {},
+    "nomic_bert": {},
+    "jina_bert_v2": {},
+    "albert": {"embedding_size": 20},
+    "deberta-v2": {"relative_attention": True, "pos_att_type": "p2c|c2p", "position_buckets": 8,
+                   "max_relative_positions": 16, "conv_kernel_size": 3},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("model_type", TEXTS)
+def test_families_without_tokens(model_type: str) -> None:
+    """Catches a layer of a family, as DeBERTa's convolution, that crashes without rows, columns or tokens."""
+    sizes = {"vocab_size": 50, "hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 2,
+             "intermediate_size": 37, "max_position_embeddings": 40}  # fmt: skip
+    config = fastbert.BertConfig.from_dict({**sizes, **TEXTS[model_type], "model_type": model_type})
+    model = fastbert.BertModel(config, backend="cpu").eval()
+    for rows, columns in ((0, 5), (3, 0), (2, 5)):
+        batch = {name: torch.zeros(rows, columns, dtype=torch.long) for name in ("input_ids", "attention_mask")}
+        for options in ({}, {"output_attentions": True}):
+            output = run(model, batch, **options)
+            assert output[0].shape == (rows, columns, 32) and (output[0] == 0).all()
+        assert model.train()(**batch).last_hidden_state.shape == (rows, columns, 32)
+        model.eval()
+    for lengths in ([], [0, 0]):
+        assert model.forward_packed(torch.zeros(0, dtype=torch.long), cu_seqlens_of(lengths)).shape == (0, 32)

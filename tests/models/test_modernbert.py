@@ -224,6 +224,8 @@ def test_published_config(tmp_path: Path) -> None:
     assert [layer.base for layer in modernbert_layers(older)] == [160_000, 10_000, 10_000, 160_000]
     one_base = fastbert.BertConfig.from_dict({**PUBLISHED, "local_rope_theta": None, "global_rope_theta": 7.0})
     assert {layer.base for layer in modernbert_layers(one_base)} == {7.0}
+    none_slides = {"global_attn_every_n_layers": 1, "rope_parameters": {"sliding_attention": {"rope_theta": None}}}
+    assert len(modernbert_layers(fastbert.BertConfig.from_dict({**PUBLISHED, **none_slides}))) == 4
     for config in (older, newer):
         config.save_pretrained(tmp_path)
         again = transformers.AutoConfig.from_pretrained(tmp_path)
